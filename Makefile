@@ -1,0 +1,69 @@
+# `make demo` and `make test` set up what they need; nothing has to be installed by hand but
+# Python 3.11 or later and make. pip's own configuration (mirrors, proxies) is honoured.
+.DEFAULT_GOAL := help
+.PHONY: help demo test soak lint format lock clean
+
+PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,\
+	$(shell $(name) -c 'import sys; sys.version_info >= (3, 11) and print("$(name)")' 2>/dev/null)) python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes
+PACKAGES := comms stages pipar_jax configs experiments tests
+# What the tests are called with, for instance: make test ARGS="tests/comms -k frame"
+ARGS ?=
+
+help:  ## list what can be made
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: $(VENV)/.base  ## train with FL, SL, SFL and PiPar on this machine and compare (three minutes)
+	@$(BIN)/python -m experiments.quickstart
+
+test: $(VENV)/.dev  ## run the tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+soak: $(VENV)/.dev  ## run the tests of full size, which take long
+	@$(BIN)/python -m pytest -m soak $(ARGS)
+
+lint: $(VENV)/.dev  ## check style and types
+	@$(BIN)/ruff format --check $(PACKAGES)
+	@$(BIN)/ruff check $(PACKAGES)
+	@$(BIN)/mypy
+
+format: $(VENV)/.dev  ## put the sources in the one style
+	@$(BIN)/ruff check --fix --quiet $(PACKAGES) || true
+	@$(BIN)/ruff format $(PACKAGES)
+
+lock: $(VENV)/.dev  ## choose the locked versions anew from pyproject.toml
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(call compile,requirements.txt)
+	@$(call compile,requirements-dev.txt,--extra dev --constraint requirements.txt)
+
+define compile
+	echo '# Made by `make lock`: versions and hashes for every Python from 3.11; names no host.' > $(1)
+	$(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
+		--no-annotate --no-header $(2) >> $(1)
+endef
+
+clean:  ## remove the environment, caches and build products; runs/ stays
+	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find $(PACKAGES) -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# One stamp for each lock file, written last, so that a set-up that was interrupted starts again.
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit( \
+		"pipar_jax needs Python 3.11 or later, and $(PYTHON) is %d.%d. Install a later one, or name it:" \
+		" make PYTHON=/path/to/python3.12" % sys.version_info[:2])'
+	@echo "Setting up $(VENV) with $(PYTHON) (once)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "$(PYTHON) -m venv failed. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.base: $(VENV)/.python requirements.txt
+	@echo "Installing the locked requirements (a few minutes the first time)"
+	@$(PIP) -r requirements.txt
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base requirements-dev.txt
+	@echo "Installing the locked tools for development"
+	@$(PIP) -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,43 @@
+"""The errors of the tensor channel: one root, so that a caller can catch them all by one name."""
+
+from __future__ import annotations
+
+
+class ChannelError(Exception):
+    """Anything the channel refuses or loses; the message says what, where and what to do."""
+
+
+class ConnectError(ChannelError):
+    """No connection to the peer could be opened within the time allowed."""
+
+
+class HandshakeError(ChannelError):
+    """The peer answered, but the two do not agree to talk."""
+
+
+class VersionError(HandshakeError):
+    """The peer speaks another version of the protocol."""
+
+
+class AuthenticationError(HandshakeError):
+    """The shared token or the certificate of one side was not accepted by the other."""
+
+
+class FrameError(ChannelError):
+    """The peer sent bytes that are no valid frame."""
+
+
+class LimitError(FrameError):
+    """A frame declares more than this side is willing to take; nothing was allocated for it."""
+
+
+class CodecError(ChannelError):
+    """A codec is unknown, or cannot represent what it was given."""
+
+
+class PeerLost(ChannelError):
+    """The link to a peer is gone: cut, silent for too long, or ended by a protocol error."""
+
+
+class PeerClosed(PeerLost):
+    """The peer said goodbye and closed its end of the link in good order."""

@@ -1,0 +1,281 @@
+"""The wire format: one fixed header per frame, then the shape and the payload.
+
+Every frame begins with these 96 bytes, little-endian, without padding:
+
+====== ===== ================== ==========================================================
+offset width field              meaning
+====== ===== ================== ==========================================================
+0      4     magic              the bytes ``PJXC``
+4      2     version            version of the protocol, `VERSION`
+6      1     kind               `Kind`: what the frame is
+7      1     role               `Role`: what a tensor is for (0 where there is no tensor)
+8      1     codec              number of the codec that made the payload (0 = raw)
+9      1     dtype              number of the element type before the codec, `DTYPES`
+10     1     rank               number of dimensions, at most `MAX_RANK`; 0 in later chunks
+11     1     flags              bits of `Flag`
+12     4     device             index of the device the tensor belongs to
+16     4     stage              destination stage
+20     4     step               optimiser step of that device
+24     4     micro_batch        index of the micro-batch within the step
+28     4     micro_batches      micro-batches in this step
+32     4     samples_before     samples of the mini-batch that come before this micro-batch
+36     4     samples            samples in this micro-batch
+40     4     batch_samples      samples in the mini-batch
+44     4     part               index of a tensor within its bundle
+48     8     sequence           number of the frame in its direction, from 1; 0 = not numbered
+56     8     offset             where this frame's payload begins within the whole payload
+64     8     total              bytes of the whole payload (all chunks together)
+72     8     length             bytes of payload in this frame
+80     8     clock_s            the sender's monotonic clock when the frame left, float64 seconds
+88     4     codec_parameter    what else the codec needs to decode (block size, bits)
+92     4     crc                CRC-32 of bytes 0 to 91
+====== ===== ================== ==========================================================
+
+The shape follows, ``rank`` unsigned 64-bit integers, then ``length`` bytes of payload. A payload
+that exceeds the chunk size of the link is cut: the first frame has the kind of the message, the
+rest are of kind `Kind.CHUNK` with offset, total and sequence, so that heartbeats and control
+messages overtake a large tensor between two chunks. Numbers in the payload are little-endian.
+There is no pickle anywhere: tensors are bytes, everything else is JSON or a fixed struct.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from comms.errors import ChannelError, FrameError
+
+MAGIC = b"PJXC"
+VERSION = 1
+MAX_RANK = 16
+_U32 = 0xFFFFFFFF
+
+_HEADER = struct.Struct("<4sHBBBBBBIIIIIIIIIQQQQdI")
+_CRC = struct.Struct("<I")
+HEADER_BYTES = _HEADER.size + _CRC.size
+assert HEADER_BYTES == 96
+
+
+class Role(enum.IntEnum):
+    """What a tensor is for; it decides about credit and picks the codec."""
+
+    CONTROL = 0
+    ACTIVATION = 1
+    COTANGENT = 2
+    LABEL = 3
+    WEIGHT = 4
+
+
+class Kind(enum.IntEnum):
+    """What a frame is."""
+
+    TENSOR = 1
+    CONTROL = 2
+    MANIFEST = 3
+    CHUNK = 4
+    STATUS = 5
+    PING = 6
+    PONG = 7
+    GOODBYE = 8
+
+
+class Flag(enum.IntFlag):
+    """Bits of the header's flags byte."""
+
+    NONE = 0
+    CONTROL_LANE = 1
+    """The frame belongs to a control message (tells the chunks of the two lanes apart)."""
+    BUNDLE = 2
+    """The tensor is part of the bundle whose manifest came last."""
+    BACK_TO_BACK = 4
+    """The sender had this frame waiting when the one before it left: its transfer time is pure."""
+
+
+SEQUENCED = frozenset((Kind.TENSOR, Kind.CONTROL, Kind.MANIFEST, Kind.CHUNK))
+"""Kinds that are numbered, acknowledged and sent again after a cut link."""
+
+STATUS = struct.Struct("<QQd")
+"""Payload of STATUS: last sequence received, credit bytes given back so far, bytes/s received."""
+PING = struct.Struct("<d")
+"""Payload of PING: the sender's monotonic clock in seconds."""
+PONG = struct.Struct("<ddd")
+"""Payload of PONG: the ping's clock, then the replier's clock on arrival and on leaving."""
+
+
+def _dtype_table() -> dict[int, np.dtype[Any]]:
+    plain = {
+        1: np.bool_, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64,
+        6: np.uint8, 7: np.uint16, 8: np.uint32, 9: np.uint64,
+        10: np.float16, 11: np.float32, 12: np.float64, 13: np.complex64, 14: np.complex128,
+        32: ml_dtypes.bfloat16, 33: ml_dtypes.float8_e4m3fn, 34: ml_dtypes.float8_e5m2,
+        35: ml_dtypes.float8_e4m3fnuz, 36: ml_dtypes.float8_e5m2fnuz,
+        37: ml_dtypes.float8_e4m3b11fnuz, 48: ml_dtypes.int4, 49: ml_dtypes.uint4,
+    }  # fmt: skip
+    return {code: np.dtype(kind) for code, kind in plain.items()}
+
+
+DTYPES: dict[int, np.dtype[Any]] = _dtype_table()
+_DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+def dtype_code(dtype: np.dtype[Any]) -> int:
+    """Returns the wire number of an element type.
+
+    Raises:
+        ChannelError: if the type has none (objects, strings, dates, structures).
+    """
+    code = _DTYPE_CODES.get(dtype.newbyteorder("=") if dtype.isbuiltin == 1 else dtype)
+    if code is None:
+        raise ChannelError(
+            f"an array of dtype {dtype} cannot be sent; "
+            f"convert it to one of {', '.join(sorted(d.name for d in _DTYPE_CODES))}"
+        )
+    return code
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tag:
+    """What the header says of a tensor besides its type, shape and codec."""
+
+    role: Role
+    device: int = 0
+    stage: int = 0
+    step: int = 0
+    micro_batch: int = 0
+    micro_batches: int = 1
+    samples_before: int = 0
+    samples: int = 0
+    batch_samples: int = 0
+
+    def __str__(self) -> str:
+        """Names the tensor as error messages do."""
+        return (
+            f"{self.role.name.lower()} of device {self.device}, stage {self.stage}, "
+            f"step {self.step}, micro-batch {self.micro_batch} of {self.micro_batches}"
+        )
+
+
+_NO_TAG = (0,) * 8
+
+
+class Header(NamedTuple):
+    """The fields of a frame's header after the magic and the version; see the module."""
+
+    kind: int
+    role: int = 0
+    codec: int = 0
+    dtype: int = 0
+    rank: int = 0
+    flags: int = 0
+    device: int = 0
+    stage: int = 0
+    step: int = 0
+    micro_batch: int = 0
+    micro_batches: int = 0
+    samples_before: int = 0
+    samples: int = 0
+    batch_samples: int = 0
+    part: int = 0
+    sequence: int = 0
+    offset: int = 0
+    total: int = 0
+    length: int = 0
+    clock_s: float = 0.0
+    codec_parameter: int = 0
+
+    def tag(self) -> Tag:
+        """Returns the tensor's tag.
+
+        Raises:
+            FrameError: if the role is none of `Role`.
+        """
+        if self.role > Role.WEIGHT:
+            raise FrameError(f"the frame names role {self.role}; known are 0 to {int(Role.WEIGHT)}")
+        return Tag(
+            role=Role(self.role),
+            device=self.device,
+            stage=self.stage,
+            step=self.step,
+            micro_batch=self.micro_batch,
+            micro_batches=self.micro_batches,
+            samples_before=self.samples_before,
+            samples=self.samples,
+            batch_samples=self.batch_samples,
+        )
+
+
+def pack_header(header: Header, shape: tuple[int, ...] = ()) -> bytes:
+    """Returns the bytes of a header and the shape behind it.
+
+    Raises:
+        ChannelError: if a field does not fit its width.
+    """
+    try:
+        head = _HEADER.pack(MAGIC, VERSION, *header)
+    except struct.error as error:
+        raise ChannelError(f"a field of the frame header is out of range: {header}") from error
+    head += _CRC.pack(zlib.crc32(head))
+    return head + struct.pack(f"<{len(shape)}Q", *shape) if shape else head
+
+
+def tag_fields(tag: Tag | None) -> tuple[int, ...]:
+    """Returns the tag's eight numbers in header order.
+
+    Raises:
+        ChannelError: if one is negative or exceeds 32 bits.
+    """
+    if tag is None:
+        return _NO_TAG
+    fields = (
+        tag.device, tag.stage, tag.step, tag.micro_batch, tag.micro_batches,
+        tag.samples_before, tag.samples, tag.batch_samples,
+    )  # fmt: skip
+    for value in fields:
+        if not 0 <= value <= _U32:
+            raise ChannelError(f"{tag} has a field outside 0 to {_U32}: {fields}")
+    return fields
+
+
+def unpack_header(buffer: memoryview | bytes | bytearray) -> Header:
+    """Reads the first `HEADER_BYTES` of a buffer.
+
+    Raises:
+        FrameError: if they are no header of this protocol version.
+    """
+    magic, version, *fields = _HEADER.unpack_from(buffer)
+    if magic != MAGIC:
+        raise FrameError(f"the frame begins with {bytes(magic)!r}, expected {MAGIC!r}")
+    if version != VERSION:
+        raise FrameError(f"the frame is of protocol version {version}, this side speaks {VERSION}")
+    (crc,) = _CRC.unpack_from(buffer, _HEADER.size)
+    actual = zlib.crc32(memoryview(buffer)[: _HEADER.size])
+    if crc != actual:
+        raise FrameError(f"the header's CRC-32 is {actual:08x}, it says {crc:08x}")
+    header = Header._make(fields)
+    if not Kind.TENSOR <= header.kind <= Kind.GOODBYE:
+        raise FrameError(f"unknown kind of frame: {header.kind}")
+    if header.rank > MAX_RANK:
+        raise FrameError(f"the frame declares rank {header.rank}, at most {MAX_RANK} is taken")
+    if header.offset + header.length > header.total:
+        raise FrameError(
+            f"the frame's {header.length} bytes at offset {header.offset} "
+            f"exceed the {header.total} it declares in total"
+        )
+    return header
+
+
+def unpack_shape(buffer: memoryview | bytes | bytearray, rank: int) -> tuple[int, ...]:
+    """Reads a shape of `rank` unsigned 64-bit integers."""
+    return struct.unpack_from(f"<{rank}Q", buffer)
+
+
+def array_bytes(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
+    """Returns the bytes of an array by exact integer arithmetic, whatever a peer declares."""
+    return math.prod(shape) * dtype.itemsize

@@ -1,0 +1,146 @@
+"""Figures of a link: counters, clock offset, round trip and bandwidth from the transfers."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkStats:
+    """A snapshot of a link's figures; "out" is what this side sent.
+
+    Attributes:
+        bytes_out: bytes written to connections, headers and heartbeats included.
+        bytes_in: bytes read from connections.
+        payload_out_bytes: payload of messages sent in full, after the codec.
+        payload_in_bytes: payload of messages received in full, before decoding.
+        raw_out_bytes: the same messages' size before the codec.
+        raw_in_bytes: the same messages' size after decoding.
+        messages_out: messages sent in full.
+        messages_in: messages delivered.
+        frames_out: frames written.
+        frames_in: frames read.
+        queued_messages: messages that wait to be sent.
+        queued_bytes: their payload bytes not yet on the way.
+        unacked_bytes: bytes kept for sending again after a cut.
+        credit_used_bytes: activation and cotangent bytes the peer has not released yet.
+        held_bytes: activation and cotangent bytes received here and not released yet.
+        blocked_s: time that bytes were ready while the socket took none.
+        credit_wait_s: time that a tensor at the head of the queue waited for credit.
+        encode_s: time spent encoding on the worker.
+        reconnects: connections that replaced a cut one.
+        rtt_s: smallest recent round trip of a heartbeat; None before the first.
+        offset_s: the peer's monotonic clock minus ours; None before the first heartbeat.
+        rate_out_mbps: what the peer measured of our sending; None until enough was sent.
+        rate_in_mbps: what we measured of the peer's sending; None until enough was received.
+    """
+
+    bytes_out: int
+    bytes_in: int
+    payload_out_bytes: int
+    payload_in_bytes: int
+    raw_out_bytes: int
+    raw_in_bytes: int
+    messages_out: int
+    messages_in: int
+    frames_out: int
+    frames_in: int
+    queued_messages: int
+    queued_bytes: int
+    unacked_bytes: int
+    credit_used_bytes: int
+    held_bytes: int
+    blocked_s: float
+    credit_wait_s: float
+    encode_s: float
+    reconnects: int
+    rtt_s: float | None
+    offset_s: float | None
+    rate_out_mbps: float | None
+    rate_in_mbps: float | None
+
+
+class ClockMeter:
+    """Round-trip time and clock offset from heartbeats, as NTP does it.
+
+    With a ping sent at t0, received at t1, answered at t2 and the answer received at t3, the round
+    trip is (t3 - t0) - (t2 - t1) and the offset of the peer's clock ((t1 - t0) + (t2 - t3)) / 2.
+    Queues only ever lengthen a round trip, so the sample with the shortest one is believed.
+    """
+
+    _SAMPLES = 32
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[float, float]] = deque(maxlen=self._SAMPLES)
+        self._best: tuple[float, float] | None = None
+
+    def add(self, t0: float, t1: float, t2: float, t3: float) -> None:
+        """Takes the four times of one heartbeat, in seconds."""
+        round_trip = (t3 - t0) - (t2 - t1)
+        offset = ((t1 - t0) + (t2 - t3)) / 2
+        if not (math.isfinite(round_trip) and math.isfinite(offset)) or round_trip < 0:
+            return
+        self._samples.append((round_trip, offset))
+        self._best = min(self._samples)
+
+    @property
+    def samples(self) -> int:
+        """How many heartbeats are remembered."""
+        return len(self._samples)
+
+    @property
+    def rtt_s(self) -> float | None:
+        """Shortest recent round trip."""
+        return None if self._best is None else self._best[0]
+
+    @property
+    def offset_s(self) -> float | None:
+        """The peer's clock minus ours, from that same heartbeat."""
+        return None if self._best is None else self._best[1]
+
+
+class RateMeter:
+    """Bandwidth of one direction from the frames themselves.
+
+    Only frames that were waiting when their predecessor left count (the sender marks them): the
+    time between the ends of two such frames is what the second took on the link. Sums of bytes and
+    seconds with exponential forgetting smooth over timers and bursts.
+    """
+
+    _MEMORY_S = 3.0
+    _ENOUGH_BYTES = 48 << 10
+
+    def __init__(self) -> None:
+        self._bytes = 0.0
+        self._seconds = 0.0
+        self._seen = 0
+        self._last_s: float | None = None
+
+    def add(self, nbytes: int, back_to_back: bool, now_s: float) -> None:
+        """Takes the end of a frame of `nbytes`."""
+        last, self._last_s = self._last_s, now_s
+        if last is None or not back_to_back:
+            return
+        seconds = now_s - last
+        keep = math.exp(-seconds / self._MEMORY_S)
+        self._bytes = self._bytes * keep + nbytes
+        self._seconds = self._seconds * keep + seconds
+        self._seen += nbytes
+
+    def restart(self) -> None:
+        """Forgets the last frame's end: a new connection begins."""
+        self._last_s = None
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """The estimate, or None until 48 KiB were seen."""
+        if self._seen < self._ENOUGH_BYTES or self._seconds <= 0:
+            return None
+        return self._bytes / self._seconds
+
+
+def to_mbps(bytes_per_s: float | None) -> float | None:
+    """Converts bytes per second to Mbit/s."""
+    return None if bytes_per_s is None else bytes_per_s * 8 / 1e6

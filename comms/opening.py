@@ -1,0 +1,186 @@
+"""A connection on its way from a bare socket to a finished handshake, without blocking."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from typing import Any
+
+from comms.errors import AuthenticationError, ChannelError, ConnectError, HandshakeError
+from comms.handshake import ClientHandshake, Handshake, refusal
+from comms.loop import READ, WRITE, Loop
+from comms.transport import CertificateRefused, ConnectionEnded, TlsTransport, Transport
+
+
+class CutShortError(ConnectError):
+    """The peer was reached but the connection ended before the handshake did."""
+
+
+def _cut_short(error: ConnectionEnded) -> CutShortError:
+    return CutShortError(
+        f"the handshake was cut short: {error} (does one side ask for TLS and the other not, or "
+        "for a certificate?)"
+    )
+
+
+class Opening:
+    """Connects or takes an accepted socket, then does the TLS and the channel's handshake.
+
+    Args:
+        loop: the I/O thread, on which everything here runs.
+        sock: a fresh or an accepted socket; owned from here on.
+        handshake: this side of the channel's handshake.
+        tls: context if the connection is to be encrypted.
+        server_name: the name to verify in the listener's certificate; None on the listening side.
+        deadline_s: how long the whole may take; a peer that dribbles bytes gets no longer.
+        on_done: called when the peers agree.
+        on_failed: called with a ConnectError if another try may help, a HandshakeError if not.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        sock: socket.socket,
+        handshake: Handshake,
+        *,
+        tls: ssl.SSLContext | None,
+        server_name: str | None,
+        deadline_s: float,
+        on_done: Callable[[Opening], None],
+        on_failed: Callable[[Opening, ChannelError], None],
+    ) -> None:
+        self.handshake = handshake
+        self._loop = loop
+        self._sock = sock
+        self._tls = tls
+        self._server_name = server_name
+        self._deadline_s = deadline_s
+        self._on_done = on_done
+        self._on_failed = on_failed
+        self._transport: Transport | None = None
+        self._to_write = b""
+        self._buffer = memoryview(bytearray(4096))
+        self._ended = False
+        sock.setblocking(False)
+
+    @property
+    def transport(self) -> Transport:
+        """The connection, once the socket is connected."""
+        assert self._transport is not None
+        return self._transport
+
+    def begin(self, address: Any = None) -> None:
+        """Starts: connects first if an address is given."""
+        self._timer = self._loop.at(time.monotonic() + self._deadline_s, self._too_late)
+        if address is None:
+            self._connected()
+            return
+        code = self._sock.connect_ex(address)
+        if code == 0:
+            self._connected()
+        elif code in (errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EINTR):
+            self._loop.watch(self._sock, WRITE, lambda _: self._connect_ended())
+        else:
+            self._fail(ConnectError(os.strerror(code)))
+
+    def _connect_ended(self) -> None:
+        code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            self._fail(ConnectError(os.strerror(code)))
+        elif self._sock.getsockname() == self._sock.getpeername():
+            # A port of this machine without a listener may be connected to itself.
+            self._fail(ConnectError(os.strerror(errno.ECONNREFUSED)))
+        else:
+            self._connected()
+
+    def _connected(self) -> None:
+        try:
+            if self._tls is None:
+                self._transport = Transport(self._sock)
+            else:
+                self._loop.forget(self._sock)
+                self._transport = TlsTransport(self._sock, self._tls, self._server_name)
+                self._sock = self._transport.socket
+        except (OSError, ValueError) as error:
+            self._fail(ConnectError(f"the connection ended at once: {error}"))
+            return
+        if isinstance(self.handshake, ClientHandshake):
+            self._to_write = self.handshake.opening
+        if isinstance(self._transport, TlsTransport):
+            self._shake_hands(self._transport)
+        else:
+            self._exchange(0)
+
+    def _shake_hands(self, transport: TlsTransport) -> None:
+        try:
+            wanted = transport.handshake()
+        except CertificateRefused as error:
+            self._fail(AuthenticationError(str(error)))
+            return
+        except ConnectionEnded as error:
+            self._fail(_cut_short(error))
+            return
+        if wanted is None:
+            self._exchange(READ)
+        else:
+            events = READ if wanted == "read" else WRITE
+            self._loop.watch(self._sock, events, lambda _: self._shake_hands(transport))
+
+    def _exchange(self, events: int) -> None:
+        """Writes and reads handshake messages as far as it goes."""
+        try:
+            while not self._ended:
+                if self._to_write:
+                    taken = self.transport.send([memoryview(self._to_write)])
+                    if taken is None:
+                        self._loop.watch(self._sock, READ | WRITE, self._exchange)
+                        return
+                    self._to_write = self._to_write[taken:]
+                    continue
+                if self.handshake.done:
+                    self._finish()
+                    return
+                count = self.transport.receive(self._buffer)
+                if count is None:
+                    self._loop.watch(self._sock, READ, self._exchange)
+                    return
+                self._to_write += self.handshake.feed(bytes(self._buffer[:count]))
+        except HandshakeError as error:
+            self._refuse(error)
+        except ConnectionEnded as error:
+            self._fail(_cut_short(error))
+
+    def _refuse(self, error: HandshakeError) -> None:
+        # If the peer has gone already, the error that matters is the one in hand.
+        with contextlib.suppress(ConnectionEnded):
+            self.transport.send([memoryview(refusal(error, self.handshake.name))])
+            self.transport.shut()
+        self._fail(error)
+
+    def _finish(self) -> None:
+        self._ended = True
+        self._timer.cancel()
+        self._loop.forget(self._sock)
+        self._on_done(self)
+
+    def _too_late(self) -> None:
+        self._fail(ConnectError(f"no complete handshake within {self._deadline_s:.1f} s"))
+
+    def _fail(self, error: ChannelError) -> None:
+        if not self._ended:
+            self.abort()
+            self._on_failed(self, error)
+
+    def abort(self) -> None:
+        """Closes the socket and calls nobody."""
+        if self._ended:
+            return
+        self._ended = True
+        self._timer.cancel()
+        self._loop.forget(self._sock)
+        self._sock.close()

@@ -1,0 +1,153 @@
+"""What can be set on a channel, with the few numbers that everything else derives from."""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from comms.errors import ChannelError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TlsOptions:
+    """Certificates of one side, PEM files; TLS 1.3 only.
+
+    Attributes:
+        authority: the certificates that the peer's must be signed by.
+        certificate: this side's certificate; a listener needs one.
+        key: the private key of `certificate`.
+        require_peer: whether a listener asks connecting peers for a certificate too.
+        server_name: the name to expect in the listener's certificate, if not the host connected to.
+    """
+
+    authority: str | Path | None = None
+    certificate: str | Path | None = None
+    key: str | Path | None = None
+    require_peer: bool = False
+    server_name: str | None = None
+
+    def server_context(self) -> ssl.SSLContext:
+        """Returns the context for a listener.
+
+        Raises:
+            ChannelError: if a file is missing or unreadable.
+        """
+        if self.certificate is None:
+            raise ChannelError("TLS on a listener needs a certificate and its key")
+        context = self._context(ssl.PROTOCOL_TLS_SERVER)
+        if self.require_peer:
+            if self.authority is None:
+                raise ChannelError("require_peer needs the authority that signs the peers")
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
+    def client_context(self) -> ssl.SSLContext:
+        """Returns the context for a connecting side, which always verifies the listener.
+
+        Raises:
+            ChannelError: if a file is missing or unreadable.
+        """
+        return self._context(ssl.PROTOCOL_TLS_CLIENT)
+
+    def _context(self, protocol: int) -> ssl.SSLContext:
+        context = ssl.SSLContext(protocol)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        try:
+            if self.authority is not None:
+                context.load_verify_locations(str(self.authority))
+            elif protocol == ssl.PROTOCOL_TLS_CLIENT:
+                context.load_default_certs()
+            if self.certificate is not None:
+                key = None if self.key is None else str(self.key)
+                context.load_cert_chain(str(self.certificate), key)
+        except (OSError, ssl.SSLError) as error:
+            raise ChannelError(
+                f"cannot load the TLS files {self.authority}, {self.certificate}, {self.key}: "
+                f"{error}; check the paths and that they are PEM files that belong together"
+            ) from error
+        return context
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a peer may make this side hold; checked before anything is allocated.
+
+    Attributes:
+        message_bytes: largest tensor payload, before and after the codec, and largest sum of a
+            bundle's tensors.
+        control_bytes: largest control message or bundle manifest.
+        rank: largest number of dimensions.
+        bundle_tensors: most tensors in one bundle.
+        waiting_bytes: what may wait on a link that its owner has not started yet.
+        pending_handshakes: connections of a listener that have not finished their handshake.
+    """
+
+    message_bytes: int = 16 << 30
+    control_bytes: int = 8 << 20
+    rank: int = 16
+    bundle_tensors: int = 100_000
+    waiting_bytes: int = 64 << 20
+    pending_handshakes: int = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelOptions:
+    """Settings of an Endpoint.
+
+    Attributes:
+        deadline_s: a peer that is silent, or takes no bytes, for this long is lost. Heartbeats, the
+            handshake's time limit and the back-off of reconnects derive from it.
+        window_bytes: activation and cotangent bytes that this side lets a peer send before it
+            releases some; one tensor of any size always fits an empty window.
+        resume_s: how long a cut link may stay down while the connecting side reconnects and the
+            stream resumes; 0 ends a link when its connection ends. The smaller of the two sides'
+            values counts. Above 0, `on_sent` is called when the peer has acknowledged the tensor,
+            because the sender's array is the replay buffer until then.
+        replay_bytes: most bytes sent and not yet acknowledged, per link, when `resume_s` > 0.
+        token: shared secret that both sides must prove; None asks for no proof.
+        tls: certificates; None sends in the clear.
+        listen_openly: allows a listener without a token beyond the loopback interface.
+        limits: what a peer may make this side hold.
+        pool_bytes: most bytes of idle receive buffers kept for reuse; 0 allocates each afresh.
+    """
+
+    deadline_s: float = 10.0
+    window_bytes: int = 64 << 20
+    resume_s: float = 0.0
+    replay_bytes: int = 32 << 20
+    token: str | None = field(default=None, repr=False)
+    tls: TlsOptions | None = None
+    listen_openly: bool = False
+    limits: Limits = field(default_factory=Limits)
+    pool_bytes: int = 64 << 20
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            ChannelError: if one makes no sense.
+        """
+        if not self.deadline_s > 0:
+            raise ChannelError(f"deadline_s must be positive, got {self.deadline_s}")
+        if self.resume_s < 0:
+            raise ChannelError(f"resume_s must be 0 or more, got {self.resume_s}")
+        for name in ("window_bytes", "replay_bytes"):
+            if getattr(self, name) < 1:
+                raise ChannelError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.pool_bytes < 0:
+            raise ChannelError(f"pool_bytes must be 0 or more, got {self.pool_bytes}")
+        if self.token is not None and len(self.token) < 8:
+            raise ChannelError(
+                "the token is too short: use at least 8 characters, best random ones"
+            )
+
+    @property
+    def heartbeat_s(self) -> float:
+        """Seconds between two heartbeats."""
+        return min(1.0, self.deadline_s / 10)
+
+    @property
+    def silence_s(self) -> float:
+        """Seconds of silence after which a peer is lost, so that the news is out in time."""
+        return 0.8 * self.deadline_s

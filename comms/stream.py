@@ -1,0 +1,534 @@
+"""The I/O thread's half of a link: connections, heartbeats, what arrives, and the end."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+from comms.errors import ChannelError, FrameError, PeerClosed, PeerLost
+from comms.frame import PING, PONG, STATUS, Header, Kind
+from comms.handshake import Terms
+from comms.inbox import Assembly, Bundle, Inbox
+from comms.loop import READ, WRITE, Timer
+from comms.message import Message
+from comms.meter import ClockMeter
+from comms.outbox import Outbox
+from comms.shaping import LinkShape
+from comms.transport import ConnectionEnded, Transport
+
+if TYPE_CHECKING:
+    from comms.endpoint import Endpoint
+    from comms.link import Link
+
+_READ_BUDGET_BYTES = 4 << 20
+_WRITE_BUDGET_BYTES = 4 << 20
+_FIRST_PINGS = 6
+_FIRST_PING_S = 0.02
+_LINGER_S = 1.0
+_NEWS_S = 0.004
+_NEWS_BYTES = 1 << 15
+
+
+class Stream:
+    """What the I/O thread does for one link: connections, heartbeats, arrivals, the end.
+
+    `comms.link.Link` adds what other threads may call. Here, methods run on the I/O thread unless
+    they say otherwise.
+
+    Attributes:
+        peer: the name that the peer gave in the handshake.
+        address: the peer's address, as text.
+        attempt: how many connections this stream has had.
+        session: names the stream on both sides.
+        dialled: whether this side opened the connection, and so reopens it.
+        resume_s: how long the stream outlives a connection.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, terms: Terms, address: str, *, dialled: bool, session: str
+    ) -> None:
+        options = endpoint.options
+        self.peer = terms.name
+        self.address = address
+        self.attempt = terms.attempt
+        self.session = session
+        self.dialled = dialled
+        self.resume_s = min(options.resume_s, terms.resume_s)
+        self._endpoint = endpoint
+        self._loop = endpoint.loop
+        self._options = options
+        self._lock = threading.Lock()
+        self._clock = ClockMeter()
+        self._outbox = Outbox(self._pack_status, self.resume_s > 0, options.replay_bytes)
+        self._outbox.peer_window_bytes = terms.window_bytes
+        self._inbox = Inbox(
+            options.limits,
+            options.window_bytes,
+            endpoint.pool,
+            on_tensor=self._on_tensor,
+            on_bundle=self._on_bundle,
+            on_control=self._on_control,
+            on_signal=self._on_signal,
+        )
+        self._transport: Transport | None = None
+        self._interest = 0
+        self._read_again = False
+        self._soon = False
+        self._reserved_bytes = 0
+        self._submitted_raw_bytes = 0
+        self._flush_posted = False
+        self._timer: Timer | None = None
+        self._beat: Timer | None = None
+        self._news_timer: Timer | None = None
+        self._resume_timer: Timer | None = None
+        self._pings_sent = 0
+        self._tick_s = time.monotonic()
+        self._acknowledged = 0
+        self._reported_bytes = 0
+        self._reported_in = 0
+        self._credit_posted = False
+        self._reported_rate: float | None = None
+        self._on_message: Callable[[Message], None] | None = None
+        self._on_credit: Callable[[], None] | None = None
+        self._on_lost: Callable[[ChannelError], None] | None = None
+        self._early: deque[Message] = deque()
+        self._early_bytes = 0
+        self._error: PeerLost | None = None
+        self._closing = False
+        self._goodbye_sent = False
+        self._drainers: list[threading.Event] = []
+        self._closed = threading.Event()
+        self._messages_in = 0
+        self._payload_in_bytes = 0
+        self._raw_in_bytes = 0
+        self._encode_s = 0.0
+        self._reconnects = -1
+
+    def _post_flush(self) -> None:
+        """From any thread: lets the I/O thread see what is to be sent."""
+        if not self._flush_posted:
+            self._flush_posted = True
+            self._loop.post(self._flush_now)
+
+    def _release(self, cost: int) -> None:
+        """From any thread: gives credit back."""
+        with self._lock:
+            self._inbox.released_bytes += cost
+            unreported = self._inbox.released_bytes - self._reported_bytes
+        if 4 * unreported >= self._options.window_bytes:
+            self._outbox.status_due = True
+            self._post_flush()
+        elif not self._credit_posted:
+            self._credit_posted = True
+            self._loop.post(self._report_credit)
+
+    def _report_credit(self) -> None:
+        self._credit_posted = False
+        self._report_soon()
+
+    def _report_soon(self) -> None:
+        """Lets the peer have the news in a few milliseconds, for many small messages at once."""
+        if self._news_timer is None and self._transport is not None:
+            when_s = time.monotonic() + _NEWS_S
+            self._news_timer = self._loop.at(when_s, self._report_now)
+
+    def _report_now(self) -> None:
+        self._news_timer = None
+        inbox = self._inbox
+        if (inbox.received, inbox.released_bytes) != (self._acknowledged, self._reported_bytes):
+            self._outbox.status_due = True
+            self._run_ready(0)
+
+    # -- connections ---------------------------------------------------------------
+
+    def attach(self, transport: Transport, leftover: bytes, terms: Terms) -> None:
+        """Takes a connection that has finished its handshake; resumes the stream on it."""
+        self.detach()
+        try:
+            self._outbox.restart(terms.received, terms.partial_bytes, time.monotonic())
+        except FrameError as error:
+            transport.close()
+            self._protocol_error(error)
+            return
+        if self._resume_timer is not None:
+            self._resume_timer.cancel()
+            self._resume_timer = None
+        self._transport = transport
+        self._interest = 0
+        self._reconnects += 1
+        self._limit_transport()
+        self._tick_s = time.monotonic()
+        self._pings_sent = 0
+        self._set_interest()
+        try:
+            self._inbox.restart(leftover)
+        except ChannelError as error:
+            self._protocol_error(error)
+            return
+        self._heartbeat()
+        if transport.secure:
+            # What TLS has decrypted already is invisible to the selector.
+            self._read_again = True
+            self._run_soon()
+
+    def suspend(self) -> None:
+        """Ends the present connection because the peer is about to resume on another one."""
+        self._connection_ended("its new connection was never completed")
+
+    def detach(self) -> None:
+        """Closes the present connection, if there is one; what it still holds is never read."""
+        transport, self._transport = self._transport, None
+        for timer in (self._timer, self._beat, self._news_timer):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._beat = self._news_timer = None
+        if transport is not None:
+            self._loop.forget(transport.socket)
+            transport.close()
+            self._outbox.drop_connection()
+            self._inbox.settle()
+
+    def received(self) -> tuple[int, int]:
+        """Returns the last sequence number received and the bytes of the frame after it."""
+        return self._inbox.received, self._inbox.partial_bytes
+
+    def _run_ready(self, events: int) -> None:
+        transport = self._transport
+        if transport is None:
+            return
+        try:
+            if (events & READ or self._read_again) and not self._paused:
+                self._read_again = self._inbox.pump(transport, _READ_BUDGET_BYTES)
+                if self._read_again:
+                    self._run_soon()
+                self._report_received()
+            if self._transport is transport:
+                self._flush(transport)
+        except ConnectionEnded as error:
+            if self._transport is transport:
+                self._connection_ended(str(error))
+        except ChannelError as error:
+            self._protocol_error(error)
+
+    def _run_soon(self) -> None:
+        """Goes on after the other links have had their turn; once, however often it is asked."""
+        if not self._soon:
+            self._soon = True
+            self._loop.soon(self._run_again)
+
+    def _run_again(self) -> None:
+        self._soon = False
+        self._run_ready(0)
+
+    def _report_received(self) -> None:
+        """Sees to it that the peer hears of what was received, and how fast."""
+        inbox = self._inbox
+        if inbox.received == self._acknowledged:
+            return
+        rate = inbox.rate.bytes_per_s
+        known = self._reported_rate
+        if rate is not None and (known is None or not 0.7 < rate / known < 1.4):
+            self._outbox.status_due = True
+        elif rate is None or self._outbox.keep:
+            # The peer waits for this: before the first measurement it sends little at a time, and
+            # what may have to be sent again is bounded.
+            if inbox.bytes_in - self._reported_in >= _NEWS_BYTES:
+                self._outbox.status_due = True
+            else:
+                self._report_soon()
+
+    @property
+    def _paused(self) -> bool:
+        return self._on_message is None and self._early_bytes >= self._options.limits.waiting_bytes
+
+    def _flush_now(self) -> None:
+        self._flush_posted = False
+        self._run_ready(0)
+
+    def _flush(self, transport: Transport) -> None:
+        again_s = self._outbox.flush(transport, _WRITE_BUDGET_BYTES)
+        self._set_interest(writing=again_s is None)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if again_s == 0:
+            self._run_soon()
+        elif again_s is not None and again_s != math.inf:
+            self._timer = self._loop.at(again_s, lambda: self._run_ready(0))
+        if self._drainers or self._closing:
+            self._check_drained()
+
+    def _check_drained(self) -> None:
+        if self._outbox.empty or self._error is not None:
+            for event in self._drainers:
+                event.set()
+            self._drainers.clear()
+        if self._closing and self._outbox.empty and not self._goodbye_sent:
+            self._goodbye_sent = True
+            if self._transport is not None:
+                self._transport.shut()
+
+    def _set_interest(self, writing: bool = False) -> None:
+        transport = self._transport
+        if transport is None:
+            return
+        interest = (0 if self._paused else READ) | (WRITE if writing else 0)
+        if interest == self._interest:
+            return
+        self._interest = interest
+        if interest:
+            self._loop.watch(transport.socket, interest, self._run_ready)
+        else:
+            self._loop.forget(transport.socket)
+
+    def _limit_transport(self) -> None:
+        transport = self._transport
+        if transport is not None:
+            transport.limit_unsent(self._outbox.unsent_limit_bytes)
+            transport.limit_in_flight(self._outbox.in_flight_limit_bytes(self._clock.rtt_s))
+
+    def reshape(self, shape: LinkShape) -> None:
+        """Shapes what this side sends from now on; I/O thread only."""
+        self._outbox.set_shape(shape, time.monotonic())
+        self._limit_transport()
+        self._run_ready(0)
+
+    # -- heartbeats ----------------------------------------------------------------
+
+    def _heartbeat(self) -> None:
+        """Sends a ping and the news, and ends a connection that shows no life."""
+        transport = self._transport
+        if transport is None:
+            return
+        now = time.monotonic()
+        self._pings_sent += 1
+        first = self._pings_sent <= _FIRST_PINGS
+        pause_s = (
+            min(_FIRST_PING_S, self._options.heartbeat_s) if first else (self._options.heartbeat_s)
+        )
+        stalled_s = self._outbox.stalled_since_s
+        silent_s = 0.0 if self._paused else now - self._inbox.last_read_s
+        stalled_s = 0.0 if stalled_s is None else now - stalled_s
+        # If this very thread did not run (a suspended process), silence proves nothing yet.
+        slept, self._tick_s = now - self._tick_s > 2 * self._options.heartbeat_s + 0.5, now
+        limit_s = self._options.silence_s
+        if max(silent_s, stalled_s) > limit_s and not slept:
+            what = (
+                f"has sent nothing for {silent_s:.1f} s"
+                if silent_s > stalled_s
+                else f"has taken no bytes for {stalled_s:.1f} s"
+            )
+            self._connection_ended(f"{what}, the deadline is {self._options.deadline_s:g} s")
+            return
+        if not self._closing:
+            self._outbox.ping_due = self._outbox.status_due = True
+        self._beat = self._loop.at(now + pause_s, self._heartbeat)
+        self._run_ready(0)
+
+    def _pack_status(self) -> bytes:
+        self._acknowledged = self._inbox.received
+        self._reported_bytes = self._inbox.released_bytes
+        self._reported_in = self._inbox.bytes_in
+        rate = self._reported_rate = self._inbox.rate.bytes_per_s
+        return STATUS.pack(self._acknowledged, self._reported_bytes, rate or 0.0)
+
+    def _on_signal(self, header: Header, payload: bytes) -> None:
+        if header.kind == Kind.PING and len(payload) == PING.size:
+            self._outbox.pongs.append((PING.unpack(payload)[0], self._inbox.last_read_s))
+        elif header.kind == Kind.PONG and len(payload) == PONG.size:
+            asked_s, arrived_s, left_s = PONG.unpack(payload)
+            self._clock.add(asked_s, arrived_s, left_s, self._inbox.last_read_s)
+        elif header.kind == Kind.STATUS and len(payload) == STATUS.size:
+            self._on_status(*STATUS.unpack(payload))
+        elif header.kind == Kind.GOODBYE:
+            self._on_goodbye(payload)
+        else:
+            raise FrameError(f"a {Kind(header.kind).name} frame of {len(payload)} bytes")
+
+    def _on_status(self, received: int, released_bytes: int, rate: float) -> None:
+        outbox = self._outbox
+        if received > outbox.sequence or released_bytes > outbox.committed_bytes:
+            raise FrameError(
+                f"the peer acknowledges frame {received} of {outbox.sequence} and gives back "
+                f"{released_bytes} of {outbox.committed_bytes} bytes"
+            )
+        if not 0 <= rate < math.inf:
+            raise FrameError(f"the peer reports a rate of {rate} bytes per second")
+        outbox.acknowledge(received)
+        if rate:
+            outbox.set_rate(rate, time.monotonic())
+            self._limit_transport()
+        if released_bytes > outbox.peer_released_bytes:
+            with self._lock:
+                outbox.peer_released_bytes = released_bytes
+            if self._on_credit is not None:
+                self._on_credit()
+
+    # -- what arrives --------------------------------------------------------------
+
+    def _on_tensor(self, assembly: Assembly) -> None:
+        cost, lease = assembly.cost, assembly.lease
+
+        def release() -> None:
+            if lease is not None:
+                lease.release()
+            if cost:
+                self._release(cost)
+
+        payload = assembly.payload()
+        self._raw_in_bytes += assembly.raw_bytes
+        self._deliver(
+            Message(
+                "tensor",
+                cast("Link", self),
+                tag=assembly.tag,
+                payloads={"": payload},
+                nbytes=assembly.header.total,
+                first_byte_s=assembly.first_byte_s,
+                received_s=self._inbox.last_read_s,
+                sent_s=self._local_s(assembly.sent_clock_s),
+                release=release,
+            )
+        )
+
+    def _on_bundle(self, bundle: Bundle) -> None:
+        leases = bundle.leases
+
+        def release() -> None:
+            for lease in leases:
+                lease.release()
+
+        self._raw_in_bytes += bundle.raw_bytes
+        self._deliver(
+            Message(
+                "bundle",
+                cast("Link", self),
+                tag=bundle.tag,
+                name=bundle.name,
+                body=bundle.body,
+                payloads=bundle.payloads,
+                nbytes=bundle.nbytes,
+                first_byte_s=bundle.first_byte_s,
+                received_s=self._inbox.last_read_s,
+                sent_s=self._local_s(bundle.sent_clock_s),
+                release=release,
+            )
+        )
+
+    def _on_control(self, body: dict[str, Any], assembly: Assembly) -> None:
+        self._raw_in_bytes += assembly.raw_bytes
+        self._deliver(
+            Message(
+                "control",
+                cast("Link", self),
+                body=body,
+                nbytes=assembly.header.total,
+                first_byte_s=assembly.first_byte_s,
+                received_s=self._inbox.last_read_s,
+                sent_s=self._local_s(assembly.sent_clock_s),
+            )
+        )
+
+    def _local_s(self, clock_s: float) -> float | None:
+        offset_s = self._clock.offset_s
+        return None if offset_s is None else clock_s - offset_s
+
+    def _deliver(self, message: Message) -> None:
+        self._messages_in += 1
+        self._payload_in_bytes += message.nbytes
+        if self._on_message is not None:
+            self._on_message(message)
+            return
+        self._early.append(message)
+        self._early_bytes += message.nbytes + 1024
+
+    # -- the end -------------------------------------------------------------------
+
+    def _on_goodbye(self, payload: bytes) -> None:
+        try:
+            reason = str(json.loads(payload)["reason"])[:1000]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise FrameError("a GOODBYE frame without a reason") from error
+        self._lose(PeerClosed(f"{self.peer} at {self.address} closed the link: {reason}"))
+
+    def _protocol_error(self, error: ChannelError) -> None:
+        """Tells the peer what it did wrong, if that can be done at once, and ends the link."""
+        if self._transport is not None:
+            self._outbox.part_with(self._transport, _goodbye(f"protocol error: {error}"))
+        self._lose(PeerLost(f"{self.peer} at {self.address} broke the protocol: {error}"))
+
+    def _connection_ended(self, how: str) -> None:
+        """Goes on without a connection if the stream may resume, else ends the link."""
+        self.detach()
+        if self._error is not None:
+            return
+        if self._closing:
+            self._lose(self._closed_here())
+            return
+        if self.resume_s == 0:
+            self._lose(PeerLost(f"lost {self.peer} at {self.address}: {how}"))
+            return
+        if self._resume_timer is None:
+            until_s = time.monotonic() + self.resume_s
+            self._resume_timer = self._loop.at(until_s, lambda: self._give_up(how))
+        if self.dialled:
+            self._endpoint.redial(cast("Link", self))
+
+    def _give_up(self, how: str) -> None:
+        self._lose(
+            PeerLost(
+                f"lost {self.peer} at {self.address}: {how}, and it did not come back within "
+                f"{self.resume_s:g} s"
+            )
+        )
+
+    def refuse_resume(self, error: ChannelError) -> None:
+        """Ends the link because the peer will not resume it."""
+        self._lose(PeerLost(f"lost {self.peer} at {self.address}: {error}"))
+
+    def say_goodbye(self) -> None:
+        """Ends the link in good order: what waits is still sent, for a second at most."""
+        if self._closing or self._error is not None:
+            return
+        with self._lock:
+            self._closing = True
+        if self._transport is None:
+            self._lose(self._closed_here())
+            return
+        self._outbox.say_goodbye(_goodbye("the run on that side is over"))
+        closed = self._closed_here()
+        self._loop.at(time.monotonic() + _LINGER_S, lambda: self._lose(closed))
+        self._run_ready(0)
+
+    def _closed_here(self) -> PeerLost:
+        return PeerLost(f"the link to {self.peer} was closed on this side")
+
+    def abandon(self, error: PeerLost) -> None:
+        """Ends the link at once; used when the endpoint closes or its thread has failed."""
+        self._lose(error)
+
+    def _lose(self, error: PeerLost) -> None:
+        if self._error is not None:
+            return
+        with self._lock:
+            self._error = error
+        self.detach()
+        if self._resume_timer is not None:
+            self._resume_timer.cancel()
+        self._endpoint.forget(cast("Link", self))
+        self._outbox.abandon()
+        for event in self._drainers:
+            event.set()
+        self._drainers.clear()
+        if self._on_lost is not None and not self._closing:
+            self._on_lost(error)
+        self._closed.set()
+
+
+def _goodbye(reason: str) -> bytes:
+    return json.dumps({"reason": reason[:1000]}).encode()[:4096]

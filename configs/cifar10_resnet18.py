@@ -1,0 +1,22 @@
+"""ResNet-18 on CIFAR-10 with the small stem; --config.model.stem=imagenet for the paper's.
+
+Command: python -m experiments.train --config=cifar10_resnet18 --config.data.data_dir=FOLDER
+where FOLDER holds CIFAR-10 as TFDS prepares it. The method is a field: --config.method=fl, sl, sfl.
+"""
+
+from pipar_jax.config import Config
+
+
+def get_config() -> Config:
+    """Returns the preset."""
+    config = Config(name="cifar10_resnet18", method="pipar", epochs=20)
+    config.model.name = "resnet18"
+    config.data.source = "cifar10"
+    config.data.augment = "crop_flip"
+    config.data.batch_size = 100
+    config.optimizer.learning_rate = 0.01
+    config.optimizer.momentum = 0.9
+    config.pipeline.cut = 1
+    config.pipeline.micro_batches = 4
+    config.devices.count = 2
+    return config

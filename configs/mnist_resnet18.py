@@ -1,0 +1,21 @@
+"""ResNet-18 on MNIST with the small stem; --config.model.stem=imagenet for the paper's.
+
+Command: python -m experiments.train --config=mnist_resnet18 --config.data.data_dir=FOLDER
+where FOLDER holds MNIST as TFDS prepares it. The method is a field: --config.method=fl, sl, sfl.
+"""
+
+from pipar_jax.config import Config
+
+
+def get_config() -> Config:
+    """Returns the preset."""
+    config = Config(name="mnist_resnet18", method="pipar", epochs=5)
+    config.model.name = "resnet18"
+    config.data.source = "mnist"
+    config.data.batch_size = 100
+    config.optimizer.learning_rate = 0.01
+    config.optimizer.momentum = 0.9
+    config.pipeline.cut = 1
+    config.pipeline.micro_batches = 4
+    config.devices.count = 2
+    return config

@@ -1,0 +1,23 @@
+"""VGG-5 on MNIST.
+
+Command: python -m experiments.train --config=mnist_vgg5 --config.data.data_dir=FOLDER
+where FOLDER holds MNIST as TFDS prepares it. The method is a field: --config.method=fl, sl, sfl.
+
+Optimiser and batch are the defaults of the paper's public code: SGD 0.01, momentum 0.9, batch 100.
+"""
+
+from pipar_jax.config import Config
+
+
+def get_config() -> Config:
+    """Returns the preset."""
+    config = Config(name="mnist_vgg5", method="pipar", epochs=5)
+    config.model.name = "vgg5"
+    config.data.source = "mnist"
+    config.data.batch_size = 100
+    config.optimizer.learning_rate = 0.01
+    config.optimizer.momentum = 0.9
+    config.pipeline.cut = 1
+    config.pipeline.micro_batches = 4
+    config.devices.count = 2
+    return config

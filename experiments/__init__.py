@@ -1,0 +1,1 @@
+"""Binaries, started with ``python -m experiments.NAME``. Nobody imports them."""

@@ -1,0 +1,176 @@
+"""The tensor channel beside bare sockets, grpcio, emulated and real slow links, and a crowd.
+
+  python -m experiments.bench_channel [--quick] [--json=FILE]
+
+Two processes on this machine, the receiver on one core and the sender on the other. The baseline is
+a bare sendall/recv_into pair that delivers each tensor into a buffer of its own. grpcio takes part
+where it is installed (extra `peers`), TLS where the openssl program is, real shaped links (`tc` in
+network namespaces) where this runs as root on Linux. About four minutes, --quick under one.
+"""
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+import numpy as np
+
+from comms import codec_names, parse_codec
+from pipar_jax import bench
+from pipar_jax import channel_peers as peers
+from pipar_jax.certificates import add_certificate, make_authority
+from pipar_jax.namespaces import ShapedNamespace, namespaces_work
+from pipar_jax.pinned import PinnedProcess, first_cores
+
+MB = 1 << 20
+HOST = "127.0.0.1"
+
+
+def measure(run: bench.Bench) -> None:
+    """Measures everything and adds the rows."""
+    cores = first_cores(2)
+    with (
+        _certificates(run) as folder,
+        PinnedProcess("receiver", cores=cores[-1:]) as receiver,
+        PinnedProcess("sender", cores=cores[:1]) as sender,
+    ):
+        ports = receiver.call(peers.start_receivers, HOST, folder)
+        _throughput(run, sender, ports, folder)
+        _latency(run, sender, ports)
+        _emulated(run, sender, ports)
+    _real_links(run)
+    _crowd(run, cores)
+    _codecs(run)
+
+
+@contextlib.contextmanager
+def _certificates(run: bench.Bench) -> Iterator[str | None]:
+    if shutil.which("openssl") is None:
+        run.note("No TLS figures: the program openssl is not installed.")
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        add_certificate(make_authority(f"{folder}/trial"), "server", [HOST])
+        yield f"{folder}/trial"
+
+
+def _throughput(
+    run: bench.Bench, sender: PinnedProcess, ports: dict[str, int], folder: str | None
+) -> None:
+    def case(kind: str, nbytes: int) -> object:
+        tls = folder if kind.endswith("tls") else None
+        count = max(2, (64 if run.quick else 256) * MB // nbytes)
+        return lambda: bench.Seconds(
+            sender.call(peers.send_tensors, kind, HOST, ports[kind], tls, nbytes, count) / count
+        )
+
+    for size in (1, 16, 64):
+        for suffix, target in (("", 0.9), (" tls", 0.85)):
+            if "channel" + suffix not in ports:
+                continue
+            kinds = ["bare" + suffix, "channel" + suffix]
+            if size == 16 and not suffix and "grpc" in ports:
+                kinds.append("grpc")
+            samples = run.compare({kind: case(kind, size * MB) for kind in kinds}, repeats=9)
+            for kind in kinds:
+                gb_s = size * MB / samples.median(kind) / 1e9
+                run.row(f"{kind}, {size} MB", gb_s, "GB/s", spread=samples.spread(kind))
+            ratio = samples.ratio(kinds[0], kinds[1])
+            run.row(f"{kinds[1]} / {kinds[0]}, {size} MB", ratio, "x", target, "higher")
+            if "grpc" in kinds:
+                ratio = samples.ratio("grpc", "channel")
+                run.row("channel / grpc, 16 MB", ratio, "x", 2.0, "higher")
+    if "grpc" not in ports:
+        run.note("No grpcio figures: it is not installed (extra `peers`).")
+
+
+def _latency(run: bench.Bench, sender: PinnedProcess, ports: dict[str, int]) -> None:
+    def case(kind: str) -> object:
+        return lambda: bench.Seconds(sender.call(peers.round_trips, kind, HOST, ports[kind], 300))
+
+    samples = run.compare({kind: case(kind) for kind in ("bare", "channel")}, repeats=9)
+    bare, channel = samples.median("bare") * 1e6, samples.median("channel") * 1e6
+    run.row("round trip of 1 KB, bare", bare, "µs", spread=samples.spread("bare"))
+    run.row("round trip of 1 KB, channel", channel, "µs", spread=samples.spread("channel"))
+    run.row("round trip of 1 KB, channel - bare", channel - bare, "µs", 200.0)
+
+
+def _emulated(run: bench.Bench, sender: PinnedProcess, ports: dict[str, int]) -> None:
+    port, seconds = ports["channel"], 1.0 if run.quick else 5.0
+    for rate in (10.0, 25.0, 50.0):
+        run.progress(f"emulated link of {rate:g} Mbit/s")
+        goodput = sender.call(peers.paced_goodput, HOST, port, rate, seconds)
+        run.row(f"goodput / rate, emulated {rate:g} Mbit/s", goodput, "x", 0.98, "higher")
+        beat = sender.call(peers.heartbeat_under_load, HOST, port, rate, 64 * MB, seconds)
+        run.row(f"heartbeat beside 64 MB, emulated {rate:g} Mbit/s", beat * 1e3, "ms", 200.0)
+
+
+def _real_links(run: bench.Bench) -> None:
+    if not namespaces_work():
+        run.note("No figures of real slow links: they need root, Linux, ip and tc.")
+        return
+    for rate in (10.0,) if run.quick else (10.0, 25.0, 50.0):
+        with (
+            ShapedNamespace(rate, latency_ms=50) as space,
+            PinnedProcess("far receiver") as receiver,
+            PinnedProcess("near sender") as sender,
+        ):
+            receiver.call(peers.enter_namespace, space.name)
+            ports = receiver.call(peers.start_receivers, space.far_address, None)
+            host, nbytes = space.far_address, int(rate * 1e6 / 8 * (1 if run.quick else 2))
+
+            def case(kind: str, host=host, nbytes=nbytes, ports=ports, sender=sender) -> object:
+                return lambda: bench.Seconds(
+                    sender.call(peers.send_tensors, kind, host, ports[kind], None, nbytes, 1)
+                )
+
+            samples = run.compare({kind: case(kind) for kind in ("bare", "channel")}, repeats=3)
+            ratio = samples.ratio("bare", "channel")
+            run.row(f"channel / bare, tc {rate:g} Mbit/s", ratio, "x", 0.98, "higher")
+            beat = sender.call(
+                peers.heartbeat_under_load, host, ports["channel"], None, 64 * MB, 3.0
+            )
+            run.row(f"heartbeat beside 64 MB, tc {rate:g} Mbit/s", beat * 1e3, "ms", 300.0)
+
+
+def _crowd(run: bench.Bench, cores: list[int]) -> None:
+    devices, tensors = (200, 20) if run.quick else (1000, 100)
+    run.progress(f"{devices} devices")
+    with (
+        PinnedProcess("crowd server", cores=cores[-1:]) as server,
+        PinnedProcess("crowd", cores=cores[:1]) as crowd,
+    ):
+        port = server.call(peers.start_crowd_server, 1 << 18)
+        before = server.call(peers.crowd_state)
+        seconds = crowd.call(peers.send_from_crowd, port, devices, tensors, 64 << 10)
+        after = server.call(peers.crowd_state)
+    arrived = after["messages"] / (devices * tensors)
+    run.row(f"{devices} devices: tensors arrived / sent", arrived, "x", 1.0, "higher")
+    run.row(f"{devices} devices: server's peak memory", after["peak_bytes"] / MB, "MB", 300.0)
+    run.row(f"{devices} devices: threads added", after["threads"] - before["threads"], "", 0.0)
+    run.row(f"{devices} devices: throughput", after["bytes"] / seconds / 1e9, "GB/s")
+
+
+def _codecs(run: bench.Bench) -> None:
+    array = np.random.default_rng(0).standard_normal(4 * MB, np.float32)
+    target = np.empty_like(array)
+    cases: dict[str, object] = {"memcpy": lambda: np.copyto(target, array)}
+    for name in codec_names():
+        codec, parameter = parse_codec(name)
+
+        def code(codec=codec, parameter=parameter) -> None:
+            payload = codec.encode(array, parameter)
+            codec.decode(payload, array.dtype, array.shape, parameter)
+
+        cases[name] = code
+    samples = run.compare(cases, repeats=5)
+    run.row("memcpy", array.nbytes / samples.median("memcpy") / 1e9, "GB/s")
+    for name in codec_names()[1:]:
+        codec, parameter = parse_codec(name)
+        ratio = array.nbytes / codec.encoded_bytes(array.dtype, array.shape, parameter)
+        run.row(f"{name}: encode + decode", array.nbytes / samples.median(name) / 1e9, "GB/s")
+        run.row(f"{name}: bytes before / after", ratio, "x")
+
+
+if __name__ == "__main__":
+    bench.run(measure)

@@ -1,0 +1,102 @@
+"""Training steps on CPUs: ours beside PyTorch's, split beside whole, memory, compilation.
+
+A full step (forward, backward, SGD with momentum) on CIFAR shapes, one core and two, batch 100 and
+25. Ours and PyTorch's run in processes of their own on the same cores and take turns. Beside each
+the roofline: the step's operations at the rate of a large matrix product on the same cores.
+Needs the extra `peers` for PyTorch; without it only our own times are shown.
+
+  python -m experiments.bench_stages [--networks=vgg5,resnet18] [--torch_layout=channels_last]
+"""
+
+import importlib.util
+import math
+
+from absl import flags
+
+from pipar_jax import bench, step_times
+from pipar_jax.pinned import PinnedProcess, first_cores
+
+NETWORKS = flags.DEFINE_list(
+    "networks",
+    ["vgg5", "vgg16", "resnet18", "resnet101", "mobilenetv3_small", "mobilenetv3_large"],
+    "Networks to time.",
+)
+LAYOUT = flags.DEFINE_enum(
+    "torch_layout", "default", ["default", "channels_last"], "How PyTorch lays images out."
+)
+BATCHES = flags.DEFINE_list("batches", ["100", "25"], "Batch sizes.")
+CUT_NETWORK = "vgg5"
+
+
+def target_of(network: str) -> float:
+    """Returns the ratio to PyTorch's time that a network has to reach."""
+    return 1.5 if network.startswith("mobilenet") else 1.2
+
+
+def compare_networks(run: bench.Bench, cores: int, batch: int, with_torch: bool) -> list[float]:
+    """Times every network in one cell of the table; returns the ratios to PyTorch."""
+    used, ratios = first_cores(cores), []
+    for name in NETWORKS.value[:1] if run.quick else NETWORKS.value:
+        cell = f"{name}, batch {batch}, {cores} core{'s' if cores > 1 else ''}"
+        with PinnedProcess("ours", cores=used) as ours, PinnedProcess("torch", cores=used) as peer:
+            run.progress(f"{cell}: compiling")
+            prepared = ours.call(step_times.prepare_jax, name, batch)
+            cases = {"ours": lambda ours=ours: bench.Seconds(ours.call(step_times.run_step, 2))}
+            if with_torch:
+                last = LAYOUT.value == "channels_last"
+                peer.call(step_times.prepare_torch, name, batch, cores, last)
+                cases["torch"] = lambda peer=peer: bench.Seconds(peer.call(step_times.run_step, 2))
+            samples = run.compare(cases, repeats=5)
+            floor = ours.call(step_times.count_flops, name, batch)
+            floor /= ours.call(step_times.measure_rate)
+            run.row(f"{cell}", samples.median("ours") * 1e3, "ms", spread=samples.spread("ours"))
+            run.row(f"{cell}, roofline", floor * 1e3, "ms")
+            run.row(f"{cell}, compile and first step", prepared["compile_s"], "s")
+            run.row(f"{cell}, peak memory", ours.call(step_times.peak_bytes) / 1e6, "MB")
+            if with_torch:
+                ratio = samples.ratio("ours", "torch")
+                ratios.append(ratio)
+                run.row(f"{cell}, ours / PyTorch", ratio, "x", target_of(name))
+                memory = peer.call(step_times.peak_bytes) / 1e6
+                run.row(f"{cell}, PyTorch's peak memory", memory, "MB")
+    return ratios
+
+
+def compare_cuts(run: bench.Bench, batch: int) -> None:
+    """Times VGG-5 in two stages at each cut beside the whole, and rematerialised."""
+    used = first_cores(1)
+    cuts = (2,) if run.quick else (1, 2, 3, 4)
+    settings = {f"cut {cut}": ((cut,), False) for cut in cuts}
+    settings["cut 3, rematerialised"] = ((3,), True)
+    for label, (where, again) in settings.items():
+        with PinnedProcess("whole", cores=used) as whole, PinnedProcess("cut", cores=used) as cut:
+            whole.call(step_times.prepare_jax, CUT_NETWORK, batch)
+            facts = cut.call(step_times.prepare_jax, CUT_NETWORK, batch, where, again)
+            cases = {
+                "whole": lambda whole=whole: bench.Seconds(whole.call(step_times.run_step, 5)),
+                "cut": lambda cut=cut: bench.Seconds(cut.call(step_times.run_step, 5)),
+            }
+            samples = run.compare(cases, repeats=7)
+            goal = None if again else 1.05
+            name = f"{CUT_NETWORK}, batch {batch}, 1 core, {label}"
+            run.row(f"{name} / whole", samples.ratio("cut", "whole"), "x", goal)
+            run.row(f"{name}, kept by the first stage", facts["residual_bytes"] / 1e6, "MB")
+
+
+def measure(run: bench.Bench) -> None:
+    """Measures all cells; with --quick one network on one core."""
+    with_torch = importlib.util.find_spec("torch") is not None
+    if not with_torch:
+        run.note("PyTorch is not installed (extra `peers`): no ratios.")
+    ratios: list[float] = []
+    for cores in (1,) if run.quick else (1, 2):
+        for batch in BATCHES.value[-1:] if run.quick else BATCHES.value:
+            ratios += compare_networks(run, cores, int(batch), with_torch)
+    if ratios:
+        mean = math.exp(sum(math.log(ratio) for ratio in ratios) / len(ratios))
+        run.row("geometric mean of ours / PyTorch", mean, "x", 1.0)
+    compare_cuts(run, 25)
+
+
+if __name__ == "__main__":
+    bench.run(measure)

@@ -1,0 +1,111 @@
+"""Prints a model's units and stages: shapes, parameters, bytes, operations. Nothing is run.
+
+  python -m experiments.describe --config=cifar10_vgg5 --config.pipeline.cut=2
+
+Bytes are for one micro-batch of the configuration: what crosses a cut each way (activation,
+and as many bytes of cotangent), and what a stage keeps between its forward and backward pass.
+"""
+
+import dataclasses
+import pathlib
+
+from rich.console import Console
+from rich.table import Table
+
+import configs
+import stages
+from pipar_jax import data, flags
+from pipar_jax.config import Config
+from pipar_jax.errors import ConfigError
+from pipar_jax.schema import option
+
+# Shapes and classes of the public data sets, so that nothing has to be downloaded to describe.
+SHAPES = {
+    "digits": ((8, 8, 1), 10),
+    "mnist": ((28, 28, 1), 10),
+    "cifar10": ((32, 32, 3), 10),
+    "cifar100": ((32, 32, 3), 100),
+    "svhn_cropped": ((32, 32, 3), 10),
+}
+
+
+@dataclasses.dataclass
+class DescribeFlags:
+    """The binary's own flags."""
+
+    stages: str = option("", "cuts to describe, such as 2,5; empty: the one of the configuration")
+
+
+def resolve_cuts(model: stages.Model, wanted: str, configured: int | str) -> tuple[int, ...]:
+    """Reads cuts from the flag or the configuration.
+
+    Raises:
+      ConfigError: A cut is no number, no name of a unit, or not between two units.
+    """
+    try:
+        texts = wanted.split(",") if wanted else [str(configured)]
+        names = list(model.unit_names)
+        cuts = tuple(names.index(t) + 1 if t in names else int(t) for t in texts)
+        stages.split(model, cuts)
+    except (ValueError, stages.StageError) as error:
+        raise ConfigError(
+            f"--stages={wanted or configured}: {error}; name units of {list(model.unit_names)} "
+            "or positions between them"
+        ) from error
+    return cuts
+
+
+def make_table(title: str, rows: tuple[stages.Facts, ...], cuts: tuple[int, ...]) -> Table:
+    """Lays facts out as a table, with a rule where the model is cut."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("units")
+    for name in ("parameters", "output", "cut, KB", "kept, KB", "forward, MFLOP", "backward"):
+        table.add_column(name, justify="right")
+    for index, row in enumerate(rows, start=1):
+        label = row.units[0] if len(row.units) == 1 else f"{row.units[0]} … {row.units[-1]}"
+        table.add_row(
+            label,
+            f"{row.parameters:,}",
+            "x".join(map(str, row.output_shape[1:])),
+            f"{row.output_bytes / 1e3:,.1f}",
+            f"{row.residual_bytes / 1e3:,.1f}",
+            f"{row.forward_flops / 1e6:,.1f}",
+            f"{row.backward_flops / 1e6:,.1f}",
+            end_section=index in cuts,
+        )
+    return table
+
+
+def main(config: Config, own: DescribeFlags) -> None:
+    """Describes the configured model."""
+    known = SHAPES.get(config.data.source)
+    if known is None:
+        dataset = data.load(config.data)
+        known = dataset.input_shape, dataset.classes
+    shape, classes = known
+    model = stages.build(
+        config.model.name,
+        input_shape=shape,
+        classes=classes,
+        norm=config.model.norm,
+        stem=config.model.stem,
+        dtype="float32",
+    )
+    cuts = resolve_cuts(model, own.stages, config.pipeline.cut)
+    parts = config.pipeline.micro_batches if config.method == "pipar" else 1
+    batch = -(-config.data.batch_size // parts)
+    console = Console(width=110)
+    title = f"{model.name}, {stages.parameter_count(model):,} parameters, micro-batch {batch}"
+    console.print(make_table(title, stages.unit_facts(model, batch), cuts))
+    facts = stages.stage_facts(model, cuts, batch)
+    console.print(make_table(f"stages of cuts {', '.join(map(str, cuts))}", facts, ()))
+
+
+if __name__ == "__main__":
+    flags.run(
+        main,
+        DescribeFlags,
+        doc=__doc__,
+        module="experiments.describe",
+        presets=pathlib.Path(configs.__file__).parent,
+    )

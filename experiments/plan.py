@@ -1,0 +1,83 @@
+"""Predicts and prints the best plans of a configuration, without training.
+
+Hosts and links are measured on this machine (or read from --profile), then the tuner searches
+method, cut, number of micro-batches N, codecs and dispatch policy for the shortest epoch. What
+binds a plan is its busiest resource; the paper's own choice stands below, judged the same way.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+
+from rich.console import Console
+
+import configs
+from pipar_jax import flags
+from pipar_jax.config import Config
+from pipar_jax.errors import DataError, PlanError
+from pipar_jax.profile import Profile
+from pipar_jax.schema import option
+
+
+@dataclasses.dataclass
+class PlanFlags:
+    """The binary's own flags."""
+
+    profile: str = option("", "read the profile from this file, as experiments.profile writes it")
+
+
+def main(config: Config, own: PlanFlags) -> None:
+    """Prints the best plans of a resolved configuration.
+
+    Raises:
+      DataError: The profile's file cannot be read.
+      PlanError: The profile is of another setting.
+    """
+    # Here, so that --help and wrong flags need not wait.
+    from pipar_jax.tuner import explain, local, search, tune
+
+    began_s = time.monotonic()
+    profile = read(own.profile) if own.profile else local.profile_here(config)
+    if len(profile.devices) != config.devices.count:
+        raise PlanError(
+            f"the profile has {len(profile.devices)} devices and the configuration "
+            f"{config.devices.count}: set --config.devices.count={len(profile.devices)}"
+        )
+    measured_s = time.monotonic() - began_s
+    found = search(profile, config)
+    searched_s = time.monotonic() - began_s - measured_s
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console.print(
+        f"{profile.model}, {len(profile.devices)} devices, batches of {profile.batch_size}; hosts "
+        f"and links measured in {measured_s:.1f} s, plans searched in {searched_s:.2f} s"
+    )
+    console.print(explain.plans_table(profile, found))
+    console.print(explain.verdict(found))
+    chosen = found.plans[0].plan if config.tuner.select == "search" else tune(profile, config)
+    console.print(f"--config.method=auto would run: {chosen}")
+
+
+def read(path: str) -> Profile:
+    """Reads a profile.
+
+    Raises:
+      DataError: The file cannot be read, or holds something else.
+    """
+    try:
+        return Profile.from_dict(json.loads(pathlib.Path(path).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise DataError(f"--profile={path} cannot be read: {error.strerror}") from error
+    except (json.JSONDecodeError, PlanError) as error:
+        raise DataError(f"--profile={path}: {error}") from error
+
+
+if __name__ == "__main__":
+    flags.run(
+        main,
+        PlanFlags,
+        doc=__doc__,
+        module="experiments.plan",
+        presets=pathlib.Path(configs.__file__).parent,
+    )

@@ -1,0 +1,141 @@
+"""Plans a chain of compute nodes from a profile table: the order of the nodes and the cuts.
+
+  python -m experiments.plan_chain --profile=CSV --device=VM --layers=2:36 --speeds=1,2,2 \
+      --objective=mpsl
+
+Layers count from 0, --layers=FIRST:STOP leaves those before FIRST and from STOP on with the
+devices that own the data, and a cut c separates layers < c from the rest. Objectives: mpsl is the
+published one (longest forward plus longest backward of any node, links free), steady is the time
+per batch of a full pipeline (node, link, or owner's cycle), accept the longest stage or transfer.
+"""
+
+import math
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags
+from rich.console import Console
+from rich.table import Table
+
+from pipar_jax.chain_planner import (
+    ChainPlan,
+    ChainProblem,
+    Layer,
+    Node,
+    Owner,
+    plan_chain,
+    read_profile,
+)
+from pipar_jax.errors import ConfigError, PiparError
+from pipar_jax.simulator.costs import LinkModel
+
+_PROFILE = flags.DEFINE_string("profile", None, "Profile table (CSV).", required=True)
+_DEVICE = flags.DEFINE_string("device", "VM", "Whose rows of the table the nodes' times are.")
+_LAYERS = flags.DEFINE_string("layers", None, "FIRST:STOP, the layers on nodes.", required=True)
+_SPEEDS = flags.DEFINE_list("speeds", ["1"], "Speed of each node; 2 halves the table's times.")
+_MEMORY = flags.DEFINE_list("memory_mb", [], "Memory of each node in MB; empty: no limit.")
+_OBJECTIVE = flags.DEFINE_enum("objective", "steady", ["mpsl", "steady", "accept"], "What counts.")
+_OWNERS = flags.DEFINE_integer("owners", 1, "Devices that share the chain.", lower_bound=1)
+_OWNER = flags.DEFINE_string("owner", None, "Whose rows are the owners' times; none: no cycle.")
+_OWNER_LINK = flags.DEFINE_string("owner_link", None, "An owner's link, UP/DOWN in Mbit/s.")
+_NODE_LINK = flags.DEFINE_float("node_mbps", None, "Rate between nodes in Mbit/s; none: free.")
+_WEIGHTS = flags.DEFINE_enum("weights", "copy", ["copy", "shared"], "Weights on a node.")
+_IN_FLIGHT = flags.DEFINE_integer("in_flight", 0, "Shared: batches held at a time; 0: all owners'.")
+_RATIO = flags.DEFINE_float("codec_ratio", 1.0, "Bytes on the wire per byte of a tensor.")
+_ANY_ORDER = flags.DEFINE_boolean("any_order", True, "Whether nodes may change places.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints the cheapest chain."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; all options start with --")
+    try:
+        layers = read_profile(pathlib.Path(_PROFILE.value), _DEVICE.value)
+        problem = _problem(layers)
+        plan = plan_chain(problem, _OBJECTIVE.value)
+    except PiparError as error:
+        sys.exit(f"error: {error}")
+    _print(plan, problem)
+
+
+def _problem(layers: tuple[Layer, ...]) -> ChainProblem:
+    """Reads the problem from the flags."""
+    first, stop = _numbers("layers", _LAYERS.value.split(":"), 2)
+    speeds = _numbers("speeds", _SPEEDS.value)
+    memory = _numbers("memory_mb", _MEMORY.value, len(speeds)) if _MEMORY.value else []
+    port = LinkModel(_NODE_LINK.value * 1e6 / 8) if _NODE_LINK.value else LinkModel()
+    owner = None
+    if _OWNER.value:
+        rates = _numbers("owner_link", _OWNER_LINK.value.split("/"), 2) if _OWNER_LINK.value else []
+        links = [LinkModel(rate * 1e6 / 8) for rate in rates]
+        owner = Owner(read_profile(pathlib.Path(_PROFILE.value), _OWNER.value), *links)
+    elif _OWNER_LINK.value:
+        raise ConfigError("--owner_link says nothing without --owner, whose layers it connects")
+    if _IN_FLIGHT.value and _WEIGHTS.value == "copy":
+        raise ConfigError("--in_flight needs --weights=shared: a copy per owner holds one batch")
+    return ChainProblem(
+        nodes=tuple(
+            Node(f"node{i + 1}", layers, speed, memory[i] * 1e6 if memory else math.inf, port)
+            for i, speed in enumerate(speeds)
+        ),
+        first=int(first),
+        stop=int(stop),
+        owners=_OWNERS.value,
+        owner=owner,
+        shared=_WEIGHTS.value == "shared",
+        in_flight=_IN_FLIGHT.value,
+        activation_ratio=_RATIO.value,
+        cotangent_ratio=_RATIO.value,
+        any_order=_ANY_ORDER.value,
+    )
+
+
+def _numbers(flag: str, texts: Sequence[str], count: int | None = None) -> list[float]:
+    """Reads a flag's numbers.
+
+    Raises:
+      ConfigError: One is no number, or there are more or fewer than needed.
+    """
+    try:
+        numbers = [float(text) for text in texts]
+    except ValueError as error:
+        raise ConfigError(f"--{flag}: {error}") from error
+    if count is not None and len(numbers) != count:
+        raise ConfigError(f"--{flag} needs {count} numbers, got {len(numbers)}")
+    return numbers
+
+
+def _print(plan: ChainPlan, problem: ChainProblem) -> None:
+    """Prints the plan: cost and cuts, then what each node gets."""
+    forward_s = max(stage.forward_s for stage in plan.stages)
+    backward_s = max(stage.backward_s for stage in plan.stages)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    console.print(
+        f"{plan.objective}: {plan.cost_s * 1e3:.3f} ms per batch "
+        f"(longest forward {forward_s * 1e3:.3f}, longest backward {backward_s * 1e3:.3f})"
+    )
+    console.print(f"cuts: {', '.join(map(str, plan.cuts)) or 'none'}")
+    if problem.owner is not None:
+        console.print(f"one owner's cycle: {plan.cycle_s * 1e3:.3f} ms")
+    table = Table("node", "layers", *(
+        f"{name}" for name in ("forward ms", "backward ms", "memory MB")
+    ))  # fmt: skip
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for stage in plan.stages:
+        table.add_row(
+            stage.node, f"{stage.first}:{stage.stop}", f"{stage.forward_s * 1e3:.3f}",
+            f"{stage.backward_s * 1e3:.3f}", f"{stage.memory_bytes / 1e6:.1f}",
+        )  # fmt: skip
+    console.print(table)
+    layers = problem.nodes[0].layers[problem.first : problem.stop]
+    if missing := sum(not (layer.forward_s and layer.backward_s) for layer in layers):
+        console.print(
+            f"note: {missing} of these layers have no measured forward or backward in the table; "
+            "they count as 0 ms"
+        )
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,66 @@
+"""Measures what every unit costs on every host, and every link, and prints it as tables.
+
+Nothing is trained. Hosts are measured on this machine, with the cores, the emulated slowness and
+the links of the configuration; what was measured is kept per model, host and version
+(--config.tuner.cache=false measures anew).
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+
+from rich.console import Console
+
+import configs
+from pipar_jax import flags
+from pipar_jax.config import Config
+from pipar_jax.errors import RunError
+from pipar_jax.schema import option
+
+
+@dataclasses.dataclass
+class ProfileFlags:
+    """The binary's own flags."""
+
+    json: str = option("", "also write the profile to this file, which experiments.plan reads")
+
+
+def main(config: Config, own: ProfileFlags) -> None:
+    """Prints the profile of a resolved configuration's hosts.
+
+    Raises:
+      RunError: The file cannot be written.
+    """
+    # Here, so that --help and wrong flags need not wait.
+    from pipar_jax.tuner import explain, local
+
+    began_s = time.monotonic()
+    profile = local.profile_here(config)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    for table in explain.units_tables(profile):
+        console.print(table)
+    console.print(explain.links_table(profile))
+    for name, codec in profile.codecs.items():
+        console.print(
+            f"codec {name}: {codec.ratio:.3f} of the bytes, encodes "
+            f"{1e-6 / codec.encode_s_per_byte:,.0f} MB/s, decodes "
+            f"{1e-6 / codec.decode_s_per_byte:,.0f} MB/s"
+        )
+    console.print(f"measured in {time.monotonic() - began_s:.1f} s")
+    if own.json:
+        try:
+            pathlib.Path(own.json).write_text(json.dumps(profile.to_dict(), indent=1) + "\n")
+        except OSError as error:
+            raise RunError(f"--json={own.json} cannot be written: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    flags.run(
+        main,
+        ProfileFlags,
+        doc=__doc__,
+        module="experiments.profile",
+        presets=pathlib.Path(configs.__file__).parent,
+    )

@@ -1,0 +1,54 @@
+r"""Runs the server of an experiment by hand, for devices on other machines.
+
+Start it with the same preset and overrides as the devices, listening where they can reach it:
+
+  python -m experiments.server --config=cifar10_vgg5 --config.server.host=0.0.0.0 \
+      --config.server.port=7000 --config.network.token=env:PIPAR_SECRET
+
+It waits for the devices, trains, and leaves the run's folder here.
+"""
+
+import pathlib
+from typing import Any
+
+import configs
+from pipar_jax import data, flags, launcher, process
+from pipar_jax.config import Config, to_text
+from pipar_jax.progress import Progress
+
+
+def main(config: Config, _: flags.NoFlags) -> None:
+    """Runs the server's role in this process.
+
+    Raises:
+      PiparError: The run failed.
+    """
+    process.set_environment(config, None)
+    folder = launcher.create_folder(config)
+    print(to_text(config), flush=True)
+    if table := data.table(config):
+        print(f"\n{table}\n", flush=True)
+    from pipar_jax.server import run_server  # loads jax, whose environment is set now
+
+    with Progress() as progress:
+
+        def tell(event: dict[str, Any]) -> None:
+            if event["event"] == "listening":
+                print(f"listening on {event['host']}:{event['port']}", flush=True)
+            progress(event)
+
+        summary = run_server(config, on_event=tell)
+    print(
+        f"{config.method}: {summary['epoch_seconds']:.2f} s per epoch, test accuracy "
+        f"{summary['accuracy']:.2%}, loss {summary['loss']:.4f}; run in {folder}"
+    )
+
+
+if __name__ == "__main__":
+    flags.run(
+        main,
+        flags.NoFlags,
+        doc=__doc__,
+        module="experiments.server",
+        presets=pathlib.Path(configs.__file__).parent,
+    )

@@ -1,0 +1,39 @@
+"""Trains a preset on this machine: one server process and a process per device, over TCP.
+
+The method (fl, sl, sfl, pipar), the network, the data, the links and the speed of each device are
+fields of the configuration; every one of them is a flag. A run leaves a folder below runs/.
+"""
+
+import pathlib
+
+import configs
+from pipar_jax import data, flags, launcher
+from pipar_jax.config import Config, to_text
+from pipar_jax.progress import Progress
+
+
+def main(config: Config, _: flags.NoFlags) -> None:
+    """Launches all hosts of a resolved configuration and follows them to the end.
+
+    Raises:
+      PiparError: A host failed.
+    """
+    print(to_text(config), flush=True)
+    if table := data.table(config):
+        print(f"\n{table}\n", flush=True)
+    with Progress() as progress:
+        summary = launcher.launch(config, on_event=progress)
+    print(
+        f"{config.method}: {summary['epoch_seconds']:.2f} s per epoch, test accuracy "
+        f"{summary['accuracy']:.2%}, loss {summary['loss']:.4f}; run in {summary['folder']}"
+    )
+
+
+if __name__ == "__main__":
+    flags.run(
+        main,
+        flags.NoFlags,
+        doc=__doc__,
+        module="experiments.train",
+        presets=pathlib.Path(configs.__file__).parent,
+    )

@@ -1,0 +1,44 @@
+"""Collaborative training on edge devices that does not wait: FL, SL, SFL, PiPar and their kin.
+
+The names below are loaded when they are first used, so that importing the package, reading a
+configuration or launching processes never loads jax.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipar_jax.api import Run, load, train
+    from pipar_jax.config import Config, resolve
+    from pipar_jax.plan import DevicePlan, Plan
+    from pipar_jax.profile import Profile
+    from pipar_jax.trace import Trace
+    from pipar_jax.tuner import simulate, tune
+
+__version__ = "0.1.0"
+
+__all__ = ["Config", "DevicePlan", "Plan", "Profile", "Run", "Trace", "load", "resolve",
+           "simulate", "train", "tune"]  # fmt: skip
+
+_HOMES = {
+    "Config": "pipar_jax.config",
+    "DevicePlan": "pipar_jax.plan",
+    "Plan": "pipar_jax.plan",
+    "Profile": "pipar_jax.profile",
+    "Run": "pipar_jax.api",
+    "Trace": "pipar_jax.trace",
+    "load": "pipar_jax.api",
+    "resolve": "pipar_jax.config",
+    "simulate": "pipar_jax.tuner",
+    "train": "pipar_jax.api",
+    "tune": "pipar_jax.tuner",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name from its module on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pipar_jax' has no attribute {name!r}; it has {__all__}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,174 @@
+"""Averaging the replicas of a unit: a family of optax transformations on the pseudo-gradient.
+
+The server's optimiser sees w - mean(w_d) as a gradient (Reddi et al., Adaptive Federated
+Optimization, arXiv 2003.00295, algorithm 2), so FedAvg is SGD with step size 1. Weights are
+averaged unit by unit over whoever holds the unit, so devices with different cuts aggregate
+naturally. Batch statistics take the weighted mean and never pass through the optimiser.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from pipar_jax.config import AggregationConfig
+
+Variables = dict[str, dict[str, jax.Array]]
+
+
+class AdaptiveState(NamedTuple):
+    """First and second moment of the pseudo-gradient."""
+
+    mean: optax.Updates
+    square: optax.Updates
+
+
+def scale_adaptively(
+    second_moment: Callable[[Any, Any], Any], b1: float, epsilon: float
+) -> optax.GradientTransformation:
+    """Returns the adaptive step of arXiv 2003.00295, algorithm 2: m / (sqrt(v) + epsilon).
+
+    Unlike Adam of optax it corrects no bias; v starts at epsilon squared, as the paper advises.
+
+    Args:
+      second_moment: From v and the squared pseudo-gradient to the new v.
+      b1: Decay of the first moment.
+      epsilon: The paper's tau, its degree of adaptivity.
+    """
+
+    def init(params: optax.Params) -> AdaptiveState:
+        return AdaptiveState(
+            jax.tree.map(jnp.zeros_like, params),
+            jax.tree.map(lambda w: jnp.full_like(w, epsilon**2), params),
+        )
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params
+        assert isinstance(state, AdaptiveState)
+        mean = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mean, updates)
+        square = jax.tree.map(lambda v, g: second_moment(v, g * g), state.square, updates)
+        step = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + epsilon), mean, square)
+        return step, AdaptiveState(mean, square)
+
+    return optax.GradientTransformation(init, update)
+
+
+def rule(config: AggregationConfig) -> optax.GradientTransformation:
+    """Returns the server's optimiser on the pseudo-gradient.
+
+    Args:
+      config: Its name and constants. FedAvgM is Hsu et al., arXiv 1909.06335.
+    """
+    b1, b2, epsilon = config.momentum, config.beta2, config.epsilon
+    scale = optax.scale(-config.learning_rate)
+    if config.rule == "fedavg":
+        return scale
+    if config.rule == "fedavgm":
+        return optax.chain(optax.trace(b1), scale)
+    moments: Mapping[str, Callable[[Any, Any], Any]] = {
+        "fedadagrad": lambda v, g2: v + g2,
+        "fedadam": lambda v, g2: b2 * v + (1 - b2) * g2,
+        "fedyogi": lambda v, g2: v - (1 - b2) * g2 * jnp.sign(v - g2),
+    }
+    return optax.chain(scale_adaptively(moments[config.rule], b1, epsilon), scale)
+
+
+class Replica(NamedTuple):
+    """What one device brings to the average, for the units it (or its server part) holds.
+
+    Attributes:
+      params: For each unit its weights.
+      state: For each unit its batch statistics.
+      weight: The share it has in the average, usually the samples it trained on.
+    """
+
+    params: Variables
+    state: Variables
+    weight: float
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(fields: tuple[Any, ...]) -> tuple[optax.GradientTransformation, Any]:
+    """Returns a rule and its compiled average, once per rule and process."""
+    transformation = rule(AggregationConfig(*fields))
+
+    def combine(
+        old: Any, opt_state: Any, replicas: Sequence[tuple[Any, Any]], weights: Any
+    ) -> tuple[Any, Any, Any]:
+        shares = weights / jnp.sum(weights)
+        # Devices are summed in their order, never in that of arrival: a run repeats exactly.
+        mean, state = (
+            jax.tree.map(
+                lambda *leaves: sum(
+                    s.astype(leaf.dtype) * leaf for s, leaf in zip(shares, leaves, strict=True)
+                ),
+                *(replica[part] for replica in replicas),
+            )
+            for part in (0, 1)
+        )
+        pseudo_gradient = jax.tree.map(jnp.subtract, old, mean)
+        updates, opt_state = transformation.update(pseudo_gradient, opt_state, old)
+        return optax.apply_updates(old, updates), opt_state, state
+
+    return transformation, jax.jit(combine)
+
+
+class Aggregator:
+    """The global weights of some units and the server's optimiser over them.
+
+    Args:
+      config: The rule; see ``rule``.
+      params: Global weights of the units to begin with.
+      state: Their batch statistics.
+    """
+
+    def __init__(self, config: AggregationConfig, params: Variables, state: Variables) -> None:
+        """See the class."""
+        self.params = params
+        self.state = state
+        transformation, self._combine = _compiled(dataclasses.astuple(config))
+        self._opt_state = {unit: transformation.init(w) for unit, w in params.items()}
+
+    def compile(self, holders: Mapping[str, int]) -> None:
+        """Compiles the average of every unit before the first round.
+
+        Args:
+          holders: For each unit how many replicas of it there will be.
+        """
+        for unit, count in holders.items():
+            own = self.params[unit], self.state[unit]
+            weights = jnp.ones(count, _share_dtype(own[0]))
+            self._combine(own[0], self._opt_state[unit], [own] * count, weights)
+
+    def aggregate(self, replicas: Sequence[Replica]) -> None:
+        """Averages replicas, in the order given, into the global weights.
+
+        Args:
+          replicas: What each device brings; a unit that no replica holds stays as it is.
+        """
+        for unit in self.params:
+            holders = [one for one in replicas if unit in one.params]
+            if not holders:
+                continue
+            dtype = _share_dtype(self.params[unit])
+            weights = jnp.asarray([one.weight for one in holders], dtype)
+            self.params[unit], self._opt_state[unit], self.state[unit] = self._combine(
+                self.params[unit],
+                self._opt_state[unit],
+                [(one.params[unit], one.state[unit]) for one in holders],
+                weights,
+            )
+        jax.block_until_ready((self.params, self.state))  # type: ignore[no-untyped-call]
+
+
+def _share_dtype(params: Mapping[str, jax.Array]) -> Any:
+    """Returns the dtype of the devices' shares: at least float32, as wide as the weights."""
+    return jnp.result_type(*jax.tree.leaves(params), jnp.float32)

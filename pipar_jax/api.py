@@ -1,0 +1,225 @@
+"""The library's front door: train from a configuration, load what a run left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+import stages
+from pipar_jax import checkpoint
+from pipar_jax import config as configuration
+from pipar_jax.config import Config, resolve
+from pipar_jax.data import Dataset, normalise
+from pipar_jax.errors import PeerError, RunError
+from pipar_jax.runtime.folder import CONFIG, METRICS, TRACE
+from pipar_jax.server import run_server
+from pipar_jax.trace import Trace
+from pipar_jax.worker import run_device
+from stages import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run, as its folder tells it.
+
+    Attributes:
+      folder: Where it is.
+      config: Its resolved configuration.
+      model: The whole model.
+      params: For each unit its weights by path.
+      state: For each unit its batch statistics by path.
+      metrics: Every event of the run, in order.
+      facts: What is known of the model and its data: classes, normalisation.
+    """
+
+    folder: Path
+    config: Config
+    model: Model
+    params: dict[str, Any]
+    state: dict[str, Any]
+    metrics: tuple[dict[str, Any], ...]
+    facts: dict[str, Any]
+
+    @property
+    def accuracy(self) -> float:
+        """Test accuracy after the last round, in [0, 1]."""
+        return float(self._last("evaluated")["accuracy"])
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The event ``run_finished``: seconds, idle shares, bytes."""
+        return self._last("run_finished")
+
+    def trace(self) -> Trace:
+        """Returns the timed actions of the run.
+
+        Raises:
+          RunError: The run kept none (``run.trace=false``).
+        """
+        return Trace.load(self.folder / TRACE)
+
+    def logits(self, images: Any) -> np.ndarray[Any, Any]:
+        """Returns the model's logits [batch, classes] for raw images [batch, …], as stored."""
+        mean, std = (np.asarray(self.facts[name], np.float32) for name in ("mean", "std"))
+        x = normalise(np.asarray(images), mean, std)
+        return np.asarray(stages.predict(self.model, self.params, self.state, jnp.asarray(x)))
+
+    def predict(self, images: Any) -> np.ndarray[Any, Any]:
+        """Returns the most likely class [batch] of raw images [batch, …]."""
+        found: np.ndarray[Any, Any] = np.argmax(self.logits(images), axis=-1)
+        return found
+
+    def _last(self, event: str) -> dict[str, Any]:
+        for row in reversed(self.metrics):
+            if row["event"] == event:
+                return dict(row)
+        raise RunError(f"{self.folder} has no {event!r} in {METRICS}: the run did not finish")
+
+
+def load(folder: str | Path, model: Model | None = None) -> Run:
+    """Reads a finished run.
+
+    Args:
+      folder: The run's folder, such as ``runs/digits``.
+      model: The model, if it was not one that ``stages.build`` knows.
+
+    Raises:
+      RunError: A file is missing or belongs to another model.
+    """
+    path = Path(folder)
+    try:
+        config = configuration.from_json((path / CONFIG).read_text(encoding="utf-8"))
+        lines = (path / METRICS).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise RunError(f"{path} is not the folder of a run: {error}") from error
+    facts = checkpoint.facts(path / checkpoint.WEIGHTS)
+    if model is None:
+        model = stages.build(
+            facts["model"],
+            input_shape=tuple(facts["input_shape"]),
+            classes=facts["classes"],
+            norm=facts["norm"],
+            stem=facts["stem"],
+            dtype=facts["dtype"],
+        )
+    params, state = checkpoint.load(path / checkpoint.WEIGHTS, model)
+    metrics = tuple(json.loads(line) for line in lines)
+    return Run(path, config, model, params, state, metrics, facts)
+
+
+def train(
+    config: Config,
+    model: Model | None = None,
+    data: Sequence[Dataset] | None = None,
+    *,
+    on_event: Callable[[dict[str, Any]], None] | None = None,
+) -> Run:
+    """Trains with all hosts on this machine and returns the finished run.
+
+    A configured model on configured data runs in processes of their own, one per host. With a
+    model or data of your own all hosts are threads of this process, since neither can be handed to
+    another process; they still talk over TCP on the loopback interface.
+
+    Args:
+      config: What to train and how; resolved here.
+      model: A model of your own.
+      data: Data of your own: a dataset per device (its training split counts), the last one, after
+        those of the devices, with the test split.
+      on_event: Takes every event as it happens.
+
+    Raises:
+      ConfigError: The configuration cannot work.
+      PiparError: The run failed.
+    """
+    names = () if model is None else (config.model.name,)
+    resolved = resolve(config, models=names)
+    tell = on_event or (lambda event: None)
+    if model is None and data is None:
+        from pipar_jax.launcher import launch
+
+        return load(launch(resolved, on_event=tell)["folder"])
+    return load(run_here(resolved, model, data, on_event=tell), model)
+
+
+def run_here(
+    config: Config,
+    model: Model | None = None,
+    data: Sequence[Dataset] | None = None,
+    *,
+    on_event: Callable[[dict[str, Any]], None],
+) -> Path:
+    """Runs server and devices as threads of this process; returns the run's folder.
+
+    Emulated links and slowness work as ever; pinning to cores does not.
+
+    Args:
+      config: Resolved configuration.
+      model: The model, if not the configured one.
+      data: See ``train``.
+      on_event: Takes every event as it happens.
+
+    Raises:
+      PiparError: The run failed; of several hosts' errors, the first that is not about a peer.
+    """
+    count = config.devices.count
+    if data is not None and len(data) != count + 1:
+        raise RunError(
+            f"train() got {len(data)} datasets for {count} devices: give one per device and the "
+            "one with the test split last"
+        )
+    listening: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
+    stop = threading.Event()
+    errors: list[BaseException] = []
+
+    def tell(event: dict[str, Any]) -> None:
+        if event["event"] == "listening":
+            listening.put((event["host"], event["port"]))
+        on_event(event)
+
+    def guarded(role: Callable[[], Any]) -> None:
+        try:
+            role()
+        except BaseException as error:  # raised below, where the threads are joined
+            errors.append(error)
+            stop.set()
+            listening.put(None)
+
+    test = None if data is None else data[-1]
+    server = threading.Thread(
+        target=guarded,
+        args=(lambda: run_server(config, on_event=tell, model=model, data=test, stop=stop),),
+        name="pipar-server",
+    )
+    server.start()
+    threads = [server]
+    address = listening.get()
+    if address is not None:
+        for index in range(count):
+            own = None if data is None else data[index]
+
+            def role(index: int = index, own: Dataset | None = own) -> None:
+                run_device(config, index, address, model=model, data=own, stop=stop)
+
+            threads.append(
+                threading.Thread(target=guarded, args=(role,), name=f"pipar-device-{index}")
+            )
+            threads[-1].start()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        raise
+    if errors:
+        raise next((e for e in errors if not isinstance(e, PeerError)), errors[0])
+    return Path(config.run.dir) / config.name

@@ -1,0 +1,38 @@
+"""The best cuts of a chain and the best order of its nodes, exactly and without an ILP solver.
+
+A model's layers are dealt in contiguous runs to compute nodes of different speed and memory. Three
+objectives share one search (``search.py``):
+
+* ``mpsl``: MP-SL's own (Tirana, Lalis and Chatzopoulos, arXiv 2402.00208): the longest forward of
+  any node plus the longest backward of any, links free.
+* ``steady``: what a pipeline full of K owners' batches costs per batch,
+  ``max(max_i (f + b)_i, busiest link, owner's cycle / K)``, since a node serves both directions
+  with one processor. The owner's cycle is its own compute, its four transfers and the chain.
+* ``accept``: AccEPT's partition (Chen et al., arXiv 2311.05827): the longest stage or transfer,
+  the latter with the compressed bytes and the codec's time.
+"""
+
+from pipar_jax.chain_planner.problem import (
+    ChainPlan,
+    ChainProblem,
+    Layer,
+    Node,
+    Objective,
+    Owner,
+    Stage,
+)
+from pipar_jax.chain_planner.profile import read_profile
+from pipar_jax.chain_planner.search import evaluate, plan_chain
+
+__all__ = [
+    "ChainPlan",
+    "ChainProblem",
+    "Layer",
+    "Node",
+    "Objective",
+    "Owner",
+    "Stage",
+    "evaluate",
+    "plan_chain",
+    "read_profile",
+]

@@ -1,0 +1,283 @@
+"""Checks of a configuration that take several fields, or the word of another module."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import pathlib
+import re
+from typing import Any, get_args
+
+from pipar_jax import schema
+from pipar_jax.config import (
+    METHODS,
+    OWN_SOURCES,
+    PUBLIC_SOURCES,
+    Config,
+    DeviceConfig,
+    DevicesConfig,
+    NetworkConfig,
+    aggregate_steps,
+    device,
+)
+from pipar_jax.errors import ConfigError
+from pipar_jax.plan import Dispatch
+
+
+def check_whole(config: Config, models: tuple[str, ...] = ()) -> None:
+    """Checks what the types and bounds of single fields cannot say.
+
+    Args:
+      config: A configuration whose fields fit one by one.
+      models: Names of models beyond those that ``stages`` registers.
+
+    Raises:
+      ConfigError: The first field that cannot work, with value and remedy.
+    """
+    if not re.fullmatch(r"[\w.+-]+", config.name) or config.name.strip(".") == "":
+        raise ConfigError(
+            f"name={config.name!r} names the run's folder: use letters, digits and . _ + - only"
+        )
+    _check_model(config, models)
+    _check_data(config)
+    aggregate_steps(config)
+    _check_tuner(config)
+    _check_cut(config.pipeline.cut, "pipeline.cut")
+    parse_cpus(config.server.cpus, "server.cpus")
+    for index in range(config.devices.count):
+        _check_device(config, index)
+    for field in ("pipeline.activation_codec", "pipeline.cotangent_codec", "aggregation.codec"):
+        _check_codec(config, field)
+    _check_tls(config.network)
+    if not (is_loopback(config.server.host) or config.network.token or config.network.insecure):
+        raise ConfigError(
+            f"server.host={config.server.host!r} can be reached from other machines, and "
+            "network.token is not set: give every host the same secret "
+            "(--config.network.token=env:NAME), or allow it with --config.network.insecure=true"
+        )
+
+
+def _check_codec(config: Config, field: str) -> None:
+    """Checks that a field names a codec of the channel."""
+    import numpy as np
+
+    from comms import CodecError, parse_codec
+
+    group, _, name = field.partition(".")
+    text = getattr(getattr(config, group), name)
+    try:
+        codec, parameter = parse_codec(text)
+        codec.check(np.dtype(config.model.dtype), parameter)
+    except CodecError as error:
+        raise ConfigError(f"{field}={text!r} does not fit: {error}") from error
+
+
+def _check_tls(network: NetworkConfig) -> None:
+    """Checks that the files of TLS are there and complete."""
+    for field in ("authority", "certificate", "key"):
+        path = getattr(network, field)
+        if path and not pathlib.Path(path).expanduser().is_file():
+            raise ConfigError(f"network.{field}={path!r}: there is no such file")
+    if bool(network.certificate) != bool(network.key):
+        raise ConfigError(
+            "network.certificate and network.key belong together: give both, or neither"
+        )
+    if network.require_certificate and not network.authority:
+        raise ConfigError(
+            "network.require_certificate needs network.authority, which the certificates are "
+            "checked against"
+        )
+
+
+def check_source(source: str, field: str) -> None:
+    """Checks that a text names a public data set or somebody's own data.
+
+    Raises:
+      ConfigError: It names neither.
+    """
+    if source in PUBLIC_SOURCES:
+        return
+    kind, _, rest = source.partition(":")
+    if kind == "npz" and rest:
+        return
+    if kind == "module" and re.fullmatch(r"[\w.]+:\w+", rest):
+        return
+    if source.startswith(OWN_SOURCES):
+        raise ConfigError(
+            f"{field}={source!r} does not fit: write npz:PATH or module:NAME:FUNCTION"
+        )
+    raise ConfigError(
+        f"{field}={source!r} is no data set{schema.did_you_mean(source, PUBLIC_SOURCES)} (it takes "
+        f"{', '.join(PUBLIC_SOURCES)}, npz:PATH, module:NAME:FUNCTION)"
+    )
+
+
+def fit_overrides(devices: DevicesConfig) -> dict[int, dict[str, Any]]:
+    """Returns the overrides of single devices as their fields hold them.
+
+    Raises:
+      ConfigError: An index is beyond the devices, a field unknown or its value wrong.
+    """
+    known = {one.path: one for one in schema.options(DeviceConfig)}
+    made: dict[int, dict[str, Any]] = {}
+    for index, fields in sorted(devices.overrides.items()):
+        if type(index) is not int or not 0 <= index < devices.count:
+            raise ConfigError(
+                f"devices.overrides has index {index!r}, but devices.count={devices.count}: use "
+                f"0 to {devices.count - 1}, or raise devices.count"
+            )
+        made[index] = {}
+        for name, value in fields.items():
+            path = f"devices.{index}.{name}"
+            if name not in known:
+                near = schema.did_you_mean(name, known)
+                raise ConfigError(f"{path} is not a field of the configuration{near}")
+            made[index][name] = schema.fit(known[name]._replace(path=path), value)
+    return made
+
+
+def read_token(token: str | None) -> str | None:
+    """Returns the secret, read from where ``env:NAME`` or ``file:PATH`` say that it is.
+
+    Raises:
+      ConfigError: It is not there, or empty.
+    """
+    kind, _, rest = (token or "").partition(":")
+    if kind == "env":
+        if not os.environ.get(rest):
+            raise ConfigError(
+                f"network.token={token!r}: the environment variable {rest} is not set or empty"
+            )
+        return os.environ[rest]
+    if kind == "file":
+        try:
+            token = pathlib.Path(rest).read_text().strip()
+        except OSError as error:
+            raise ConfigError(
+                f"network.token={token!r} cannot be read: {error.strerror}"
+            ) from error
+    if token == "":
+        raise ConfigError("network.token is empty: give a secret, or none to go without")
+    return token
+
+
+def parse_cpus(text: str, field: str = "cpus") -> frozenset[int]:
+    """Returns the cores that a text such as ``0`` or ``1-3,5`` names; none for an empty text.
+
+    Raises:
+      ConfigError: The text is no list of cores.
+    """
+    cores: set[int] = set()
+    for part in filter(None, text.replace(" ", "").split(",")):
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if found is None or int(found[2] or found[1]) < int(found[1]):
+            raise ConfigError(f"{field}={text!r} does not fit: it takes cores such as 0 or 1-3,5")
+        cores.update(range(int(found[1]), int(found[2] or found[1]) + 1))
+    return frozenset(cores)
+
+
+def is_loopback(host: str) -> bool:
+    """Returns whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_model(config: Config, models: tuple[str, ...]) -> None:
+    from stages.names import MODELS
+
+    known = (*MODELS, *models)
+    if config.model.name not in known:
+        raise ConfigError(
+            f"model.name={config.model.name!r} is no network"
+            f"{schema.did_you_mean(config.model.name, known)} (it takes {', '.join(known)})"
+        )
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    check_source(data.source, "data.source")
+    if data.classes and data.source in PUBLIC_SOURCES:
+        raise ConfigError(
+            f"data.classes={data.classes} is for own data, and data.source={data.source!r} knows "
+            "its classes: leave it 0"
+        )
+    if data.test_source:
+        if data.source in PUBLIC_SOURCES:
+            raise ConfigError(
+                f"data.test_source={data.test_source!r} is for own data, and data.source="
+                f"{data.source!r} brings its own test set: leave it empty"
+            )
+        if not data.test_source.startswith(OWN_SOURCES):
+            raise ConfigError(
+                f"data.test_source={data.test_source!r} does not fit: write npz:PATH or "
+                "module:NAME:FUNCTION"
+            )
+        check_source(data.test_source, "data.test_source")
+    if data.train_samples and data.train_samples < config.devices.count:
+        raise ConfigError(
+            f"data.train_samples={data.train_samples} is fewer than devices.count="
+            f"{config.devices.count}: every device needs a sample"
+        )
+
+
+def _check_tuner(config: Config) -> None:
+    """Checks the tuner's lists: names that are known, and whole numbers."""
+    from comms import codec, errors
+
+    known = {"methods": METHODS, "dispatch": get_args(Dispatch)}
+    for name in ("methods", "dispatch", "codecs", "micro_batches", "sizes"):
+        field, text = f"tuner.{name}", getattr(config.tuner, name)
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        if not parts and name != "codecs":
+            raise ConfigError(f"{field} is empty: name at least one, several with commas between")
+        for part in parts:
+            if name in known and part not in known[name]:
+                raise ConfigError(
+                    f"{field}={text!r}: {part!r} is unknown"
+                    f"{schema.did_you_mean(part, known[name])} (known: {', '.join(known[name])})"
+                )
+            if name == "codecs":
+                try:
+                    codec.parse_codec(part)
+                except errors.CodecError as error:
+                    raise ConfigError(f"{field}={text!r}: {error}") from error
+            numbers = name == "micro_batches" or (name == "sizes" and text != "auto")
+            if numbers and not (part.isdecimal() and int(part) > 0):
+                raise ConfigError(
+                    f"{field}={text!r}: {part!r} is no positive whole number; write 2,4,8"
+                )
+
+
+def _check_device(config: Config, index: int) -> None:
+    from comms.errors import ChannelError
+    from comms.shaping import parse_link
+
+    one = device(config, index)
+    over = config.devices.overrides.get(index, {})
+
+    def field(name: str) -> str:
+        return f"devices.{index}.{name}" if name in over else f"devices.defaults.{name}"
+
+    try:
+        parse_link(one.link)
+    except (ChannelError, ValueError) as error:
+        raise ConfigError(f"{field('link')}={one.link!r}: {error}") from error
+    parse_cpus(one.cpus, field("cpus"))
+    if one.cut != config.pipeline.cut:
+        _check_cut(one.cut, field("cut"))
+    if one.data_source != config.data.source:
+        check_source(one.data_source or "", field("data_source"))
+        if (one.data_source in PUBLIC_SOURCES) != (config.data.source in PUBLIC_SOURCES):
+            raise ConfigError(
+                f"{field('data_source')}={one.data_source!r} does not go with data.source="
+                f"{config.data.source!r}: all devices share one public set, or all bring their own"
+            )
+
+
+def _check_cut(cut: int | str | None, field: str) -> None:
+    if isinstance(cut, int) and cut < 1:
+        raise ConfigError(f"{field}={cut} leaves the device no unit: the smallest cut is 1")
+    if isinstance(cut, str) and not cut:
+        raise ConfigError(f"{field} is empty: give a position (1, 2, …) or the name of a unit")

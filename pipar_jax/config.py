@@ -1,0 +1,406 @@
+"""The configuration of a run: plain dataclasses, checked as a whole by ``resolve``.
+
+A preset in ``configs/`` returns a ``Config``; the command line changes its fields
+(``--config.data.batch_size=50``, ``--config.devices.1.link=4g``); ``resolve`` checks it and returns
+the complete copy that is printed, saved with the run and handed to every host. Nothing here loads
+jax: launchers read configurations before the environment of jax is set.
+
+Annotations are real objects (no ``from __future__ import annotations``): ml_collections reads the
+types of the fields it overrides.
+"""
+
+import copy
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from pipar_jax import schema
+from pipar_jax.errors import ConfigError
+from pipar_jax.plan import Dispatch, HandOn
+from pipar_jax.schema import option
+from stages.names import NORMS, STEMS
+
+METHODS = ("fl", "sl", "sfl", "pipar")
+#: Stands for the method and plan that the tuner finds.
+AUTO = "auto"
+PARTITIONS = ("iid", "dirichlet", "labels", "quantity")
+PUBLIC_SOURCES = ("digits", "mnist", "cifar10", "cifar100", "svhn_cropped")
+OWN_SOURCES = ("npz:", "module:")
+RULES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
+PLATFORMS = ("auto", "cpu", "cuda", "tpu")
+HIDDEN_TOKEN = "(hidden)"
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """Which network, and how it is built."""
+
+    name: str = option("vgg5", "network, a name known to stages.build")
+    norm: str = option("batch", "normalisation layers", choices=NORMS)
+    stem: str = option("cifar", "first layers of a ResNet: 3x3, or 7x7 with pooling", choices=STEMS)
+    dtype: str = option("float32", "numbers computed with", choices=("float32", "float64"))
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """Which samples, and how they are dealt to the devices."""
+
+    source: str = option(
+        "digits",
+        f"data set: {', '.join(PUBLIC_SOURCES)}, or your own: npz:PATH or module:NAME:FUNCTION "
+        "({device} in it becomes the device's index)",
+    )
+    test_source: str = option(
+        "",
+        "for own data: where the server reads the test set (npz:PATH, module:NAME:FUNCTION); "
+        "empty: as `source`",
+    )
+    classes: int = option(
+        0, "for own data: number of classes; 0: as the data say, or highest label + 1", at_least=0
+    )
+    data_dir: str = option("", "folder of prepared TFDS data sets; empty: TFDS's own default")
+    cache_dir: str = option("", "folder for decoded arrays; empty: the user's cache folder")
+    partition: str = option("iid", "how a public set is dealt to the devices", choices=PARTITIONS)
+    alpha: float = option(
+        0.5, "dirichlet, quantity: concentration; smaller is more unequal", above=0
+    )
+    shards_per_device: int = option(2, "labels: how many label shards a device gets", at_least=1)
+    train_samples: int = option(0, "use only so many training samples of all; 0: all", at_least=0)
+    test_samples: int = option(0, "use only so many test samples; 0: all", at_least=0)
+    augment: str = option(
+        "none", "crop_flip: shift by up to 4 pixels and mirror", choices=("none", "crop_flip")
+    )
+    batch_size: int = option(100, "samples of a mini-batch on one device", at_least=1)
+    drop_last: bool = option(False, "leave out the ragged last mini-batch of an epoch")
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+    """The optimiser of every replica."""
+
+    name: str = option("sgd", "optimiser", choices=("sgd", "adam", "adamw"))
+    learning_rate: float = option(0.01, "step size (its peak, with a decay)", above=0)
+    momentum: float = option(0.9, "sgd: momentum; adam: first beta", at_least=0, below=1)
+    nesterov: bool = option(False, "Nesterov's form of the momentum")
+    beta2: float = option(0.999, "adam: second beta", at_least=0, below=1)
+    epsilon: float = option(1e-8, "adam: added to the denominator", above=0)
+    weight_decay: float = option(0.0, "L2 (sgd, adam) or decoupled (adamw) decay", at_least=0)
+    clip_norm: float | None = option(None, "clip each replica's gradient to this norm", above=0)
+    decay: str = option(
+        "constant", "course of the step size over the run", choices=("constant", "cosine", "linear")
+    )
+    warmup_steps: int = option(0, "steps of linear growth at the beginning", at_least=0)
+
+
+@dataclasses.dataclass
+class AggregationConfig:
+    """How often weights are averaged, and by which rule."""
+
+    every: str = option("epoch", "when: epoch, or a number of steps such as '10 steps'")
+    rule: str = option("fedavg", "server's optimiser on the averaged change", choices=RULES)
+    learning_rate: float = option(1.0, "server's step size (fedadam and kin: try 0.01)", above=0)
+    momentum: float = option(0.9, "fedavgm: momentum; adaptive: first beta", at_least=0, below=1)
+    beta2: float = option(0.99, "fedadam, fedyogi: second beta", at_least=0, below=1)
+    epsilon: float = option(1e-3, "adaptive rules: added to the denominator", above=0)
+    proximal_mu: float = option(0.0, "FedProx: pull towards the round's weights", at_least=0)
+    codec: str = option("raw", "how averaged weights are coded on links")
+    weighted: bool = option(True, "average by samples; false: all devices count the same")
+
+
+@dataclasses.dataclass
+class PipelineConfig:
+    """Where the model is cut, and how mini-batches flow through the parts."""
+
+    cut: int | str = option(1, "units on the device (1: the first), or the name of its last unit")
+    micro_batches: int = option(4, "pipar: parts of a mini-batch in flight", at_least=1)
+    dispatch: str = option("fcfs", "which ready action goes first", choices=get_args(Dispatch))
+    hand_on: str = option("epoch", "sl: when the device part goes on", choices=get_args(HandOn))
+    activation_codec: str = option(
+        "raw", "how activations are coded on links: raw, bfloat16, float16, fp8, int8, int4, …"
+    )
+    cotangent_codec: str = option("raw", "how cotangents are coded on links")
+    window_mb: float = option(32.0, "megabytes a link may hold unread before it waits", above=0)
+
+
+@dataclasses.dataclass
+class DeviceConfig:
+    """One device, or what all devices have in common."""
+
+    link: str = option("none", "4g, 4g+, wifi, lan, none, or UP/DOWN[/DELAYms] in Mbit/s")
+    slowdown: float = option(1.0, "computations last so many times longer", at_least=1)
+    cpus: str = option("", "cores to run on, such as 0 or 1-3,5; empty: any")
+    platform: str = option("cpu", "where jax computes", choices=PLATFORMS)
+    memory_mb: float = option(0.0, "auto: memory that a plan may take; 0: any", at_least=0)
+    cut: int | str | None = option(None, "this device's cut; none: pipeline.cut")
+    micro_batches: int | None = option(None, "none: pipeline.micro_batches", at_least=1)
+    data_source: str | None = option(None, "this device's own data; none: data.source")
+
+
+@dataclasses.dataclass
+class DevicesConfig:
+    """How many devices, what they have in common, and how single ones differ.
+
+    Attributes:
+      overrides: Index to the fields in which that device differs: ``{1: {"link": "4g"}}``.
+    """
+
+    count: int = option(2, "number of devices", at_least=1)
+    defaults: DeviceConfig = dataclasses.field(default_factory=DeviceConfig)
+    overrides: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class ServerConfig:
+    """The host that coordinates and computes the far end of the chain."""
+
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(0, "port to listen on; 0: any free one", at_least=0, at_most=65535)
+    slowdown: float = option(1.0, "computations last so many times longer", at_least=1)
+    cpus: str = option("", "cores to run on, such as 0 or 1-3,5; empty: any")
+    memory_mb: float = option(0.0, "auto: memory that a plan may take; 0: any", at_least=0)
+    platform: str = option("auto", "where jax computes", choices=PLATFORMS)
+
+
+@dataclasses.dataclass
+class NetworkConfig:
+    """How hosts find, trust and give up on each other."""
+
+    token: str | None = option(None, "shared secret; env:NAME or file:PATH reads it from there")
+    insecure: bool = option(False, "allow an address beyond this machine without a token")
+    authority: str = option("", "TLS: PEM file of the authority that signs the peer's certificate")
+    certificate: str = option("", "TLS: PEM file of this host's certificate; the server needs one")
+    key: str = option("", "TLS: PEM file of this host's private key")
+    require_certificate: bool = option(False, "TLS: the server asks devices for one as well")
+    resume_s: float = option(
+        0.0, "seconds in which a cut link may come back and go on; 0: it is lost", at_least=0
+    )
+    deadline_s: float = option(10.0, "a silent peer is lost after so many seconds", above=0)
+    join_timeout_s: float = option(60.0, "seconds to wait for a host to appear", above=0)
+
+
+@dataclasses.dataclass
+class TunerConfig:
+    """How method=auto and experiments.plan choose: by measured times, for the shortest epoch."""
+
+    select: str = option(
+        "search", "all plans, or the paper's own formulas", choices=("search", "paper")
+    )
+    methods: str = option("fl,sl,sfl,pipar", "methods to choose from")
+    micro_batches: str = option("2,3,4,5,6,8,10,12,16,20", "numbers of micro-batches to try")
+    dispatch: str = option(
+        "fcfs,fixed,backward_first,slowest_first", "dispatch policies to choose from"
+    )
+    codecs: str = option(
+        "", "codecs to choose from, such as raw,float16; empty: pipeline's, no choice"
+    )
+    actions: int = option(
+        120_000, "simulated actions after which the search ends and tells its gap", at_least=1
+    )
+    sizes: str = option("auto", "micro-batch sizes that hosts are timed at, such as 5,25,100")
+    cache: bool = option(True, "keep measured times in the user's cache folder")
+
+
+@dataclasses.dataclass
+class RunConfig:
+    """What a run leaves behind and tells."""
+
+    dir: str = option("runs", "folder in which each run gets a folder of its own")
+    trace: bool = option(True, "record every action's time")
+    compile_cache: bool = option(True, "keep compiled programs in the user's cache folder")
+    evaluate_every: int = option(1, "rounds between two evaluations; 0: only the last", at_least=0)
+    progress_every_s: float = option(0.5, "seconds between two progress events", at_least=0)
+
+
+@dataclasses.dataclass
+class Config:
+    """All of a run."""
+
+    name: str = option("run", "name of the run, and of its folder")
+    seed: int = option(0, "root of all draws", at_least=0, below=2**32)
+    method: str = option(
+        "pipar", "way of training; auto: as the tuner finds", choices=(*METHODS, AUTO)
+    )
+    epochs: int = option(1, "passes of each device over its samples", at_least=1)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    aggregation: AggregationConfig = dataclasses.field(default_factory=AggregationConfig)
+    pipeline: PipelineConfig = dataclasses.field(default_factory=PipelineConfig)
+    devices: DevicesConfig = dataclasses.field(default_factory=DevicesConfig)
+    server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
+    network: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
+    tuner: TunerConfig = dataclasses.field(default_factory=TunerConfig)
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+    debug: bool = option(False, "show tracebacks")
+
+
+def resolve(config: Config, *, models: tuple[str, ...] = ()) -> Config:
+    """Checks a configuration as a whole and returns a complete copy.
+
+    Numbers become floats where the field is one, a token kept elsewhere is read, and overrides
+    are checked device by device.
+
+    Args:
+      config: What a preset or a caller made; not changed.
+      models: Names of models beyond those that ``stages`` registers.
+
+    Raises:
+      ConfigError: A field cannot work; the message names it, its value and the remedy.
+    """
+    from pipar_jax import checks  # above this module: it knows links and sources
+
+    made = copy.deepcopy(config)
+    schema.check(made)
+    made.devices.overrides = checks.fit_overrides(made.devices)
+    made.network.token = checks.read_token(made.network.token)
+    checks.check_whole(made, models)
+    return made
+
+
+def device(config: Config, index: int) -> DeviceConfig:
+    """Returns one device's complete configuration: defaults, its overrides, nothing left open.
+
+    ``cut``, ``micro_batches`` and ``data_source`` are never None in it, and ``{device}`` in the
+    source is replaced.
+
+    Raises:
+      ConfigError: There is no device of this index.
+    """
+    if not 0 <= index < config.devices.count:
+        raise ConfigError(
+            f"there is no device {index}: devices.count={config.devices.count}, so the last is "
+            f"{config.devices.count - 1}"
+        )
+    made = dataclasses.replace(config.devices.defaults, **config.devices.overrides.get(index, {}))
+    if made.cut is None:
+        made.cut = config.pipeline.cut
+    if made.micro_batches is None:
+        made.micro_batches = config.pipeline.micro_batches
+    source = config.data.source if made.data_source is None else made.data_source
+    made.data_source = source.replace("{device}", str(index))
+    return made
+
+
+def aggregate_steps(config: Config) -> int:
+    """Returns the steps between two aggregations; 0 means once per epoch.
+
+    Raises:
+      ConfigError: ``aggregation.every`` is neither ``epoch`` nor a number of steps.
+    """
+    every = config.aggregation.every.strip()
+    if every == "epoch":
+        return 0
+    found = re.fullmatch(r"(\d+)( steps?)?", every)
+    if found is None or int(found[1]) < 1:
+        raise ConfigError(
+            f"aggregation.every={config.aggregation.every!r} does not fit: it takes epoch, or a "
+            "number of steps such as '10 steps'"
+        )
+    return int(found[1])
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Returns the configuration as nested JSON-ready values, the token included."""
+    made = dataclasses.asdict(config)
+    made["devices"]["overrides"] = {
+        str(index): dict(fields) for index, fields in config.devices.overrides.items()
+    }
+    return made
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Returns the configuration that ``to_dict`` wrote.
+
+    Raises:
+      ConfigError: A field is unknown or an index of an override is no number.
+    """
+    made = schema.from_dict(Config, values)
+    overrides = made.devices.overrides
+    if not all(str(index).isdigit() for index in overrides):
+        raise ConfigError(
+            f"devices.overrides={overrides!r} must go from a device's index to fields"
+        )
+    made.devices.overrides = {int(index): dict(some) for index, some in overrides.items()}
+    return made
+
+
+def to_json(config: Config) -> str:
+    """Returns the text that is saved and printed: it never shows the token."""
+    values = to_dict(config)
+    if values["network"]["token"] is not None:
+        values["network"]["token"] = HIDDEN_TOKEN
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+def to_text(config: Config) -> str:
+    """Returns a line per group of fields, as printed when a run begins."""
+    values = json.loads(to_json(config))
+    top = {name: value for name, value in values.items() if not isinstance(value, dict)}
+    devices = values.pop("devices")
+    groups = {
+        "run": top,
+        **{name: value for name, value in values.items() if isinstance(value, dict)},
+        "devices": {"count": devices["count"], **devices["defaults"]},
+        **{f"device {index}": some for index, some in devices["overrides"].items()},
+    }
+    groups["run"] = {**top, **values["run"]}
+    return "\n".join(
+        f"{name:<12} "
+        + " ".join(f"{field}={'none' if some is None else some}" for field, some in group.items())
+        for name, group in groups.items()
+    )
+
+
+def from_json(text: str) -> Config:
+    """Returns the configuration of a text that ``to_json`` wrote.
+
+    Raises:
+      ConfigError: It is no JSON, or no configuration.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"the saved configuration is no JSON: {error}") from error
+    return from_dict(values)
+
+
+def difference(ours: Config, theirs: Config) -> list[str]:
+    """Lists the fields in which two hosts of one run must agree but do not.
+
+    Addresses, folders, links, emulated slowness and data that stays home may differ.
+
+    Args:
+      ours: This host's configuration, resolved.
+      theirs: The other host's, resolved.
+
+    Returns:
+      One text per field, such as ``model.name ('vgg5' here, 'resnet18' there)``.
+    """
+    here, there = _shared(ours), _shared(theirs)
+    return [
+        f"{path} ({here.get(path)!r} here, {there.get(path)!r} there)"
+        for path in dict.fromkeys([*here, *there])
+        if here.get(path) != there.get(path)
+    ]
+
+
+_LOCAL = ("name", "debug", "run.", "tuner.", "server.", "network.", "devices.defaults.",
+          "data.data_dir", "data.cache_dir", "data.source", "data.test_source")  # fmt: skip
+
+
+def _shared(config: Config) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for one in schema.options(Config):
+        if not one.path.startswith(_LOCAL):
+            value: Any = config
+            for name in one.path.split("."):
+                value = getattr(value, name)
+            values[one.path] = value
+    public = config.data.source if config.data.source in PUBLIC_SOURCES else "the devices' own"
+    values["data.source"] = public
+    for index in range(config.devices.count):
+        for name in ("cut", "micro_batches"):
+            values[f"devices.{index}.{name}"] = getattr(device(config, index), name)
+    return values

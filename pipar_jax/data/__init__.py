@@ -1,0 +1,133 @@
+"""Data sets, their parts, and the mini-batches that a device trains on. numpy only, no jax.
+
+A public set is decoded once per machine and memory-mapped; each device copies only its own part.
+Own data are read by the device that owns them and go nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipar_jax.config import PUBLIC_SOURCES, Config, DataConfig
+from pipar_jax.config import device as device_config
+from pipar_jax.data.loader import Loader, Prefetcher, steps_per_epoch
+from pipar_jax.data.own import load_own
+from pipar_jax.data.partition import partition, partition_table, spread
+from pipar_jax.data.public import load_public
+from pipar_jax.data.types import Dataset, Split, check_fits, empty_split, normalise
+from pipar_jax.errors import DataError
+
+__all__ = [
+    "Dataset",
+    "Loader",
+    "Prefetcher",
+    "Split",
+    "check_fits",
+    "load",
+    "load_device",
+    "load_server",
+    "normalise",
+    "partition",
+    "partition_table",
+    "prepare",
+    "steps_per_epoch",
+    "table",
+]
+
+
+def load(config: DataConfig) -> Dataset:
+    """Returns a public data set, both splits memory-mapped and cut to the samples asked for.
+
+    Raises:
+      DataError: The source is somebody's own data, or cannot be read.
+    """
+    if config.source not in PUBLIC_SOURCES:
+        raise DataError(
+            f"data.source={config.source!r} is no public set: a device loads its own with "
+            "load_device, the server its test set with load_server"
+        )
+    whole = load_public(config.source, config.data_dir, config.cache_dir)
+    return dataclasses.replace(
+        whole,
+        train=_cut(whole.train, config.train_samples),
+        test=_cut(whole.test, config.test_samples),
+    )
+
+
+def load_device(config: Config, index: int) -> Dataset:
+    """Returns what one device trains on: its part of a public set, or its own data.
+
+    Only the device's own samples are held in memory; the test split is empty.
+
+    Args:
+      config: Resolved configuration.
+      index: The device.
+
+    Raises:
+      DataError: The data cannot be read or dealt.
+    """
+    source = device_config(config, index).data_source or ""
+    if source not in PUBLIC_SOURCES:
+        return load_own(source, index, part="train", classes=config.data.classes)
+    whole = load_public(source, config.data.data_dir, config.data.cache_dir)
+    mine = whole.train.take(_deal(whole, config)[index])
+    return dataclasses.replace(whole, train=mine, test=empty_split(whole.input_shape))
+
+
+def load_server(config: Config) -> Dataset:
+    """Returns the test set, with which the coordinator evaluates; its training split is empty.
+
+    Raises:
+      DataError: The test set cannot be read.
+    """
+    if config.data.source not in PUBLIC_SOURCES:
+        source = config.data.test_source or config.data.source
+        return load_own(source, None, part="test", classes=config.data.classes)
+    whole = load_public(config.data.source, config.data.data_dir, config.data.cache_dir)
+    test = _cut(whole.test, config.data.test_samples)
+    return dataclasses.replace(whole, train=empty_split(whole.input_shape), test=test)
+
+
+def table(config: Config) -> str:
+    """Returns the table of who holds how many samples of which class; empty for own data.
+
+    Raises:
+      DataError: The data cannot be read or dealt.
+    """
+    if config.data.source not in PUBLIC_SOURCES:
+        return ""
+    whole = load_public(config.data.source, config.data.data_dir, config.data.cache_dir)
+    return partition_table(whole.train.labels, _deal(whole, config), whole.classes)
+
+
+def prepare(config: Config) -> None:
+    """Decodes a public set, or looks for the files of own data, before any process starts.
+
+    Raises:
+      DataError: What the hosts of this machine would miss is named here, once.
+    """
+    if config.data.source in PUBLIC_SOURCES:
+        load_public(config.data.source, config.data.data_dir, config.data.cache_dir)
+        return
+    sources = [device_config(config, index).data_source for index in range(config.devices.count)]
+    for source in dict.fromkeys([*sources, config.data.test_source]):
+        kind, _, path = (source or "").partition(":")
+        if kind == "npz" and not pathlib.Path(path).expanduser().is_file():
+            raise DataError(f"own data {source!r}: there is no file {path}")
+
+
+def _deal(whole: Dataset, config: Config) -> list[NDArray[np.intp]]:
+    """Returns each device's positions in the whole training split."""
+    kept = spread(len(whole.train), config.data.train_samples)
+    labels = whole.train.labels[kept]
+    parts = partition(labels, config.devices.count, config.data, config.seed)
+    return [kept[part] for part in parts]
+
+
+def _cut(split: Split, wanted: int) -> Split:
+    kept = spread(len(split), wanted)
+    return split if len(kept) == len(split) else split.take(kept)

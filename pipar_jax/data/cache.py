@@ -1,0 +1,117 @@
+"""Decoded data sets on disk: .npy files that all processes of a machine map and share.
+
+Decoding 60,000 PNG images takes seconds, mapping a file takes none, and a page that several
+processes map is in memory once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from pipar_jax.data.types import Dataset, Split
+from pipar_jax.errors import DataError
+
+try:
+    import fcntl
+except ImportError:  # not POSIX: two processes may decode the same data, which is slow, not wrong
+    fcntl = None  # type: ignore[assignment]
+
+FORMAT = 1
+
+
+def cache_folder(cache_dir: str) -> pathlib.Path:
+    """Returns the folder for decoded arrays: the one given, or the user's cache folder."""
+    if cache_dir:
+        return pathlib.Path(cache_dir).expanduser()
+    return user_cache() / "data"
+
+
+def user_cache() -> pathlib.Path:
+    """Returns the project's part of the user's cache folder, which may not exist yet."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return pathlib.Path(base).expanduser() / "pipar_jax"
+
+
+def cached(folder: pathlib.Path, key: str, decode: Callable[[], Dataset]) -> Dataset:
+    """Returns a data set from its files, decoding and writing them if nobody did before.
+
+    Processes that ask at the same time wait for the first to decode. Arrays come memory-mapped.
+
+    Args:
+      folder: Where all decoded data sets live.
+      key: Names the data set and its version; a folder below ``folder``.
+      decode: Makes the data set.
+
+    Raises:
+      DataError: The folder cannot be written, or the disk is full.
+    """
+    home = folder / key
+    try:
+        if not (home / "about.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with _locked(folder / f"{key}.lock"):
+                if not (home / "about.json").exists():
+                    _write(home, decode())
+        return _read(home)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"decoded data cannot be kept in {home}: {error}; free space there, remove that "
+            "folder, or choose another with --config.data.cache_dir"
+        ) from error
+
+
+def _write(home: pathlib.Path, data: Dataset) -> None:
+    # Complete or absent: files are written aside, and the folder moves into place at the end.
+    aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{home.name}-", dir=home.parent))
+    try:
+        for name, split in (("train", data.train), ("test", data.test)):
+            np.save(aside / f"{name}_images.npy", split.images, allow_pickle=False)
+            np.save(aside / f"{name}_labels.npy", split.labels, allow_pickle=False)
+        about = {
+            "format": FORMAT,
+            "source": data.source,
+            "classes": data.classes,
+            "mean": data.mean.tolist(),
+            "std": data.std.tolist(),
+        }
+        (aside / "about.json").write_text(json.dumps(about))
+        aside.rename(home)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _read(home: pathlib.Path) -> Dataset:
+    about: dict[str, Any] = json.loads((home / "about.json").read_text())
+
+    def split(name: str) -> Split:
+        images = np.load(home / f"{name}_images.npy", mmap_mode="r", allow_pickle=False)
+        return Split(images, np.load(home / f"{name}_labels.npy", allow_pickle=False))
+
+    train, test = split("train"), split("test")
+    height, width, channels = train.images.shape[1:]
+    return Dataset(
+        source=about["source"],
+        train=train,
+        test=test,
+        classes=about["classes"],
+        input_shape=(height, width, channels),
+        mean=np.asarray(about["mean"], np.float32),
+        std=np.asarray(about["std"], np.float32),
+    )
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[None]:
+    with open(path, "w") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,131 @@
+"""How a public data set is dealt to the devices: equally, by class, by label shards, by size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipar_jax.config import DataConfig
+from pipar_jax.errors import DataError
+
+Indices = NDArray[np.intp]
+
+#: Keeps the draws of partitions apart from those of shuffles and augmentation under one seed.
+_STREAM = 0x7061_7274
+
+
+def partition(labels: NDArray[Any], count: int, config: DataConfig, seed: int) -> list[Indices]:
+    """Deals samples to devices, every sample to one device and at least one to each.
+
+    - ``iid``: a shuffle, cut into parts that differ by at most one sample.
+    - ``dirichlet``: each class is dealt by shares drawn from Dirichlet(alpha) (Hsu et al.,
+      arXiv 1909.06335).
+    - ``labels``: sorted by label, cut into ``count * shards_per_device`` shards, and those dealt
+      at random (McMahan et al., arXiv 1602.05629).
+    - ``quantity``: a shuffle, cut by shares drawn from Dirichlet(alpha).
+
+    Args:
+      labels: [samples] int.
+      count: Number of devices.
+      config: Which of them, with its numbers.
+      seed: Root of the draws; equal on all hosts, so each can compute its own part alone.
+
+    Returns:
+      Per device, the positions of its samples, ascending.
+
+    Raises:
+      DataError: There are fewer samples (or label shards) than it takes.
+    """
+    labels = np.asarray(labels)
+    if len(labels) < count:
+        raise DataError(
+            f"{len(labels)} samples cannot be dealt to {count} devices: lower devices.count or "
+            "raise data.train_samples"
+        )
+    draw = np.random.default_rng(np.random.SeedSequence((seed, _STREAM)))
+    if config.partition == "dirichlet":
+        parts = _by_class(labels, count, config.alpha, draw)
+    elif config.partition == "labels":
+        parts = _by_shard(labels, count, config.shards_per_device, draw)
+    elif config.partition == "quantity":
+        shares = draw.dirichlet(np.full(count, config.alpha))
+        parts = _by_share(draw.permutation(len(labels)), shares)
+    else:
+        parts = np.array_split(draw.permutation(len(labels)), count)
+    return [np.sort(part).astype(np.intp) for part in _none_empty(parts)]
+
+
+def partition_table(labels: NDArray[Any], parts: list[Indices], classes: int) -> str:
+    """Returns a small table: samples of each device, by class where there are few of them."""
+    labels = np.asarray(labels)
+    counts = np.stack([np.bincount(labels[part], minlength=classes) for part in parts])
+    if classes <= 10:
+        head = ["device", "samples", *(f"class {c}" for c in range(classes))]
+        rows = [[f"d{i}", row.sum(), *row] for i, row in enumerate(counts)]
+    else:
+        head = ["device", "samples", "classes", "largest class"]
+        rows = [
+            [f"d{i}", row.sum(), np.count_nonzero(row), f"{row.max() / row.sum():.0%}"]
+            for i, row in enumerate(counts)
+        ]
+    texts = [head, *([str(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in texts
+    )
+
+
+def spread(total: int, wanted: int) -> Indices:
+    """Returns ``wanted`` positions spread evenly over ``total``; all of them if 0 or too many.
+
+    Free of draws, so that every seed and every host sees the same samples.
+    """
+    if not 0 < wanted < total:
+        return np.arange(total)
+    return np.arange(wanted) * total // wanted
+
+
+def _by_class(
+    labels: NDArray[Any], count: int, alpha: float, draw: np.random.Generator
+) -> list[Indices]:
+    dealt: list[list[Indices]] = [[] for _ in range(count)]
+    for label in np.unique(labels):
+        of_class = draw.permutation(np.flatnonzero(labels == label))
+        shares = _by_share(of_class, draw.dirichlet(np.full(count, alpha)))
+        for mine, some in zip(dealt, shares, strict=True):
+            mine.append(some)
+    return [np.concatenate(mine) for mine in dealt]
+
+
+def _by_shard(
+    labels: NDArray[Any], count: int, shards_per_device: int, draw: np.random.Generator
+) -> list[Indices]:
+    shards = count * shards_per_device
+    if len(labels) < shards:
+        raise DataError(
+            f"{len(labels)} samples cannot be cut into {count} devices x "
+            f"{shards_per_device} label shards: lower data.shards_per_device"
+        )
+    # Shuffled before the stable sort, so that the samples of a label are dealt at random.
+    shuffled = draw.permutation(len(labels))
+    by_label = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    cut = np.array_split(by_label, shards)
+    order = draw.permutation(shards).reshape(count, shards_per_device)
+    return [np.concatenate([cut[shard] for shard in mine]) for mine in order]
+
+
+def _by_share(positions: Indices, shares: NDArray[np.float64]) -> list[Indices]:
+    bounds = np.rint(np.cumsum(shares)[:-1] * len(positions)).astype(int)
+    return list(np.split(positions, bounds))
+
+
+def _none_empty(parts: list[Indices]) -> list[Indices]:
+    # A device without a sample cannot take part, so the largest gives it one.
+    for i, part in enumerate(parts):
+        if not len(part):
+            largest = max(range(len(parts)), key=lambda j: len(parts[j]))
+            parts[i], parts[largest] = parts[largest][:1], parts[largest][1:]
+    return parts

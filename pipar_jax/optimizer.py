@@ -1,0 +1,152 @@
+"""The optimiser of a replica, as an optax transformation that is applied to each unit by itself.
+
+Its state is kept per unit, so that a unit can move between hosts with its momentum. FedProx is one
+more gradient transformation: it acts on the replica, wherever its units live.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import stages
+from pipar_jax.config import OptimizerConfig
+
+
+class ProximalState(NamedTuple):
+    """The weights that a round started from; FedProx pulls towards them."""
+
+    anchor: optax.Params
+
+
+def add_proximal(mu: float) -> optax.GradientTransformation:
+    """Returns FedProx's term: g + mu (w - w_round).
+
+    The gradient of (mu / 2) |w - w_round|², of Li et al., Federated Optimization in Heterogeneous
+    Networks, arXiv 1812.06127, equation 2. ``anchor`` renews w_round after each aggregation.
+
+    Args:
+      mu: Strength of the pull.
+    """
+
+    def init(params: optax.Params) -> ProximalState:
+        # A copy: params and optimiser state are both donated by the update.
+        return ProximalState(jax.tree.map(jnp.copy, params))
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        assert isinstance(state, ProximalState)
+        pulled = jax.tree.map(lambda g, w, a: g + mu * (w - a), updates, params, state.anchor)
+        return pulled, state
+
+    return optax.GradientTransformation(init, update)
+
+
+def anchor(opt_state: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
+    """Returns the optimiser state with FedProx's anchor set to the weights of a new round.
+
+    Args:
+      opt_state: For each unit its state; returned unchanged where it has no anchor.
+      params: For each unit its weights.
+    """
+
+    def renew(node: Any, weights: Any) -> Any:
+        if isinstance(node, ProximalState):
+            return ProximalState(jax.tree.map(jnp.copy, weights))
+        if isinstance(node, tuple) and not hasattr(node, "_fields"):
+            return tuple(renew(one, weights) for one in node)
+        return node
+
+    return {unit: renew(state, params[unit]) for unit, state in opt_state.items()}
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.ScalarOrSchedule:
+    """Returns the step size, or its course over a run.
+
+    Args:
+      config: The optimiser's configuration.
+      steps: Steps that a replica takes in the run.
+    """
+    rate, warmup = config.learning_rate, config.warmup_steps
+    rest = max(1, steps - warmup)
+    if config.decay == "cosine":
+        course: optax.Schedule = optax.cosine_decay_schedule(rate, rest)
+    elif config.decay == "linear":
+        course = optax.linear_schedule(rate, 0.0, rest)
+    elif warmup:
+        course = optax.constant_schedule(rate)
+    else:
+        return rate
+    if not warmup:
+        return course
+    ramp = optax.linear_schedule(rate / (warmup + 1), rate, warmup)
+    return optax.join_schedules([ramp, course], [warmup])
+
+
+class Compiled(NamedTuple):
+    """A transformation with the compiled step of a replica.
+
+    Attributes:
+      transformation: The optax transformation.
+      update: What ``stages.make_update`` made of it.
+    """
+
+    transformation: optax.GradientTransformation
+    update: stages.Update
+
+
+def compiled(config: OptimizerConfig, *, steps: int, proximal_mu: float = 0.0) -> Compiled:
+    """Returns the transformation of a replica and its compiled step; see ``build``.
+
+    Hosts of one process with the same optimiser share it, and so compile it once.
+    """
+    # The length of the run matters to a step size that changes over it alone.
+    length = steps if config.decay != "constant" else 0
+    return _compiled(dataclasses.astuple(config), length, proximal_mu)
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(fields: tuple[Any, ...], steps: int, proximal_mu: float) -> Compiled:
+    transformation = build(OptimizerConfig(*fields), steps=steps, proximal_mu=proximal_mu)
+    return Compiled(transformation, stages.make_update(transformation))
+
+
+def build(
+    config: OptimizerConfig, *, steps: int, proximal_mu: float = 0.0
+) -> optax.GradientTransformation:
+    """Returns the transformation of a replica.
+
+    Clipping looks at one unit at a time and Adam's moments at one device: neither equals anything
+    centralised once weights are averaged.
+
+    Args:
+      config: The optimiser's configuration.
+      steps: Steps that a replica takes in the run, for the course of the step size.
+      proximal_mu: FedProx's strength; 0 leaves it out.
+    """
+    parts: list[optax.GradientTransformation] = []
+    if proximal_mu:
+        parts.append(add_proximal(proximal_mu))
+    if config.clip_norm is not None:
+        parts.append(optax.clip_by_global_norm(config.clip_norm))
+    if config.weight_decay and config.name != "adamw":
+        parts.append(optax.add_decayed_weights(config.weight_decay))
+    if config.name == "sgd":
+        if config.momentum:
+            parts.append(optax.trace(config.momentum, nesterov=config.nesterov))
+    else:
+        parts.append(
+            optax.scale_by_adam(
+                config.momentum, config.beta2, config.epsilon, nesterov=config.nesterov
+            )
+        )
+        if config.weight_decay and config.name == "adamw":
+            parts.append(optax.add_decayed_weights(config.weight_decay))
+    parts.append(optax.scale_by_learning_rate(learning_rate(config, steps)))
+    return optax.chain(*parts)

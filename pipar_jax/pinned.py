@@ -1,0 +1,178 @@
+"""Work on chosen processors: this thread for a while, or a process of its own.
+
+Figures depend on which cores the work runs on, and jax reads its environment when it is first
+imported. So a measured piece runs in a fresh process, pinned and with its environment set before
+that process imports anything.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any, ParamSpec, TypeVar
+
+from pipar_jax.errors import RunError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# How long a process that was asked to end may take before it is killed.
+END_S = 5.0
+
+
+@contextmanager
+def pinned(cores: Iterable[int]) -> Iterator[None]:
+    """Runs the block on ``cores`` alone, as will the threads and processes that it starts.
+
+    Where the system cannot pin (macOS) and for no cores at all, the block runs anywhere.
+
+    Raises:
+        RunError: A core is not among those that this process may use.
+    """
+    wanted = set(cores)
+    if not wanted or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    if not wanted <= before:
+        raise RunError(
+            f"cannot pin to cores {sorted(wanted)}: this process may use {sorted(before)}; "
+            "choose among those"
+        )
+    os.sched_setaffinity(0, wanted)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Sets ``variables`` of the environment for the block, and puts back what was there before."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def first_cores(count: int) -> list[int]:
+    """Returns ``count`` of the cores this process may use, fewer where there are fewer.
+
+    Where the system cannot say, the list is empty, which ``pinned`` takes as anywhere.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+    return sorted(os.sched_getaffinity(0))[:count]
+
+
+class PinnedProcess:
+    """A fresh process on chosen cores that calls functions, one after another, until closed.
+
+    It is spawned, not forked, so that nothing of this process is in it; what it has compiled stays
+    warm between calls, so that two of them can take turns. Functions must be importable by name,
+    arguments and results must be plain values.
+
+    Example:
+        with PinnedProcess("device", cores=[0]) as device:
+            seconds = device.call(time_step, batch=100)
+    """
+
+    def __init__(
+        self, name: str, *, cores: Iterable[int] = (), variables: Mapping[str, str] | None = None
+    ) -> None:
+        self.name = name
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs,), name=name, daemon=True)
+        with pinned(cores), environment(variables or {}):
+            self._process.start()
+        theirs.close()
+
+    def call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Calls ``function`` in the process and returns its result.
+
+        Raises:
+            RunError: The function raised, or the process ended; the message holds its traceback.
+        """
+        self._pipe.send((function, args, kwargs))
+        try:
+            result, failure = self._pipe.recv()
+        except EOFError:
+            self._process.join(END_S)
+            raise RunError(
+                f"process {self.name} ended (exit code {self._process.exitcode}) while it ran "
+                f"{_name(function)}; see its last lines above"
+            ) from None
+        if failure is not None:
+            raise RunError(f"{_name(function)} failed in process {self.name}:\n{failure}")
+        return result  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """Ends the process, by force if it is still busy after a few seconds. Idempotent."""
+        self._pipe.close()
+        self._process.join(END_S)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._process.close()
+
+    def __enter__(self) -> PinnedProcess:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None and self._process.is_alive():
+            self._process.kill()  # nobody waits for a result any more
+        self.close()
+
+
+def run_pinned(
+    function: Callable[..., R],
+    *args: Any,
+    cores: Iterable[int] = (),
+    variables: Mapping[str, str] | None = None,
+    **kwargs: Any,
+) -> R:
+    """Calls ``function`` in a fresh process on ``cores`` and returns its result.
+
+    Raises:
+        RunError: As ``PinnedProcess.call``.
+    """
+    with PinnedProcess(_name(function), cores=cores, variables=variables) as process:
+        return process.call(function, *args, **kwargs)
+
+
+def _name(function: Callable[..., object]) -> str:
+    return getattr(function, "__qualname__", repr(function))
+
+
+def _serve(pipe: Connection) -> None:
+    """Answers calls until the other end of the pipe is closed or its process is gone."""
+    while True:
+        try:
+            function, args, kwargs = pipe.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        result, failure = None, None
+        try:
+            result = function(*args, **kwargs)
+        except KeyboardInterrupt:
+            return
+        except Exception:  # whatever it is, it is handed over whole, and call() raises it
+            failure = traceback.format_exc()
+        pipe.send((result, failure))

@@ -1,0 +1,215 @@
+"""A plan says who computes what: cuts, hosts, micro-batches, codecs, order and weights.
+
+Federated, split, split-federated, pipelined and multihop learning are all plans (ARCHITECTURE's
+table). Methods and the tuner return plans, the runtime executes them and the simulator predicts
+them; none of the three sees a method's name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from pipar_jax.errors import PlanError
+
+Order = Literal["parallel", "sequential"]
+Weights = Literal["copy", "shared"]
+Dispatch = Literal["fcfs", "backward_first", "slowest_first", "fixed"]
+HandOn = Literal["epoch", "step"]
+
+#: Stands in ``DevicePlan.hosts`` for the device that owns the data, whatever its index.
+OWNER = "device"
+#: The host that takes the coordinator's role in every plan.
+COORDINATOR = "server"
+
+
+def device_name(device: int) -> str:
+    """Returns the host name of a device, such as ``d0``."""
+    return f"d{device}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Codecs:
+    """Names of the codecs on one boundary between two stages.
+
+    Attributes:
+      activation: Codec of what travels forward.
+      cotangent: Codec of what travels back.
+    """
+
+    activation: str = "raw"
+    cotangent: str = "raw"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DevicePlan:
+    """The way of one device's micro-batches through its chain.
+
+    Attributes:
+      cuts: Positions between units, strictly increasing; ``len(hosts) - 1`` of them.
+      hosts: Host of each stage, ``"device"`` for the device itself.
+      micro_batches: How many micro-batches a mini-batch is cut into (at most one per sample).
+      codecs: One pair per cut.
+    """
+
+    cuts: tuple[int, ...]
+    hosts: tuple[str, ...]
+    micro_batches: int = 1
+    codecs: tuple[Codecs, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Checks that the parts fit together.
+
+        Raises:
+          PlanError: The number of hosts, cuts and codecs disagree, cuts do not increase, or there
+            is no micro-batch.
+        """
+        if not self.codecs and self.cuts:
+            object.__setattr__(self, "codecs", tuple(Codecs() for _ in self.cuts))
+        if len(self.hosts) != len(self.cuts) + 1:
+            raise PlanError(
+                f"a device plan with {len(self.cuts)} cuts {self.cuts} has {len(self.cuts) + 1} "
+                f"stages, but names {len(self.hosts)} hosts {self.hosts}: name one host per stage"
+            )
+        if len(self.codecs) != len(self.cuts):
+            raise PlanError(
+                f"a device plan with {len(self.cuts)} cuts needs as many codec pairs, "
+                f"got {len(self.codecs)}"
+            )
+        if list(self.cuts) != sorted(set(self.cuts)) or (self.cuts and self.cuts[0] < 1):
+            raise PlanError(f"cuts must be positive and strictly increasing, got {self.cuts}")
+        if self.micro_batches < 1:
+            raise PlanError(
+                f"a plan needs at least one micro-batch per mini-batch, got {self.micro_batches}"
+            )
+
+    @property
+    def stages(self) -> int:
+        """How many stages the model is cut into."""
+        return len(self.hosts)
+
+    def __str__(self) -> str:
+        """Returns ``device|1|server x4``: the chain with its cuts, and the micro-batches."""
+        parts = [self.hosts[0]]
+        for cut, host, codecs in zip(self.cuts, self.hosts[1:], self.codecs, strict=True):
+            coded = codecs != Codecs()
+            parts.append(
+                f"|{cut}"
+                + (f":{codecs.activation}/{codecs.cotangent}" if coded else "")
+                + f"|{host}"
+            )
+        return "".join(parts) + (f" x{self.micro_batches}" if self.cuts else "")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """What all hosts of a run do, as a value: it prints, compares and serialises.
+
+    Attributes:
+      devices: One plan per device, in device order.
+      order: ``parallel``, or ``sequential``: one device after another, the device part handed on.
+      weights: ``copy`` (a stage that serves several devices keeps a copy for each, averaged) or
+        ``shared`` (one copy; in parallel order its gradients are summed over the devices).
+      in_flight: With shared weights, how many micro-batches may be between a stage's forward and
+        its backward at a time; 0 means any number.
+      dispatch: Policy that picks the next of a host's ready actions.
+      aggregate_every: Steps between two aggregations; 0 means once per epoch of each device.
+      hand_on: In sequential order, when the device part is handed on.
+    """
+
+    devices: tuple[DevicePlan, ...]
+    order: Order = "parallel"
+    weights: Weights = "copy"
+    in_flight: int = 0
+    dispatch: Dispatch = "fcfs"
+    aggregate_every: int = 0
+    hand_on: HandOn = "epoch"
+
+    def __post_init__(self) -> None:
+        """Checks the values that are not types.
+
+        Raises:
+          PlanError: A value is not one of those allowed, or no device is planned.
+        """
+        if not self.devices:
+            raise PlanError("a plan needs at least one device")
+        choices: Mapping[str, Any] = {
+            "order": Order, "weights": Weights, "dispatch": Dispatch, "hand_on": HandOn,
+        }  # fmt: skip
+        for name, allowed in choices.items():
+            if getattr(self, name) not in get_args(allowed):
+                raise PlanError(
+                    f"plan.{name}={getattr(self, name)!r} is not one of {get_args(allowed)}"
+                )
+        if self.aggregate_every < 0 or self.in_flight < 0:
+            raise PlanError("plan.aggregate_every and plan.in_flight must not be negative")
+
+    def host(self, device: int, stage: int) -> str:
+        """Returns the name of the host that runs a device's stage."""
+        name = self.devices[device].hosts[stage]
+        return device_name(device) if name == OWNER else name
+
+    def hosts(self) -> tuple[str, ...]:
+        """Returns every host that the plan names, coordinator first, in order of appearance."""
+        names = dict.fromkeys([COORDINATOR])
+        for device in range(len(self.devices)):
+            names[device_name(device)] = None
+        for device, plan in enumerate(self.devices):
+            names.update(dict.fromkeys(self.host(device, s) for s in range(plan.stages)))
+        return tuple(names)
+
+    def links(self) -> tuple[tuple[str, str], ...]:
+        """Returns each pair of neighbours in some chain once, the earlier in the chain first."""
+        pairs: dict[frozenset[str], tuple[str, str]] = {}
+        for device, plan in enumerate(self.devices):
+            chain = [self.host(device, s) for s in range(plan.stages)]
+            for one, other in itertools.pairwise(chain):
+                if one != other:
+                    pairs.setdefault(frozenset((one, other)), (one, other))
+        return tuple(pairs.values())
+
+    def units(self, device: int, stage: int, count: int) -> range:
+        """Returns the indices of a stage's units in a model of ``count`` units."""
+        bounds = (0, *self.devices[device].cuts, count)
+        return range(bounds[stage], bounds[stage + 1])
+
+    def __str__(self) -> str:
+        """Returns one line; equal device plans are printed once."""
+        texts = [str(plan) for plan in self.devices]
+        if len(set(texts)) == 1:
+            chain = f"{len(texts)} of {texts[0]}" if len(texts) > 1 else texts[0]
+        else:
+            chain = ", ".join(f"d{i} {text}" for i, text in enumerate(texts))
+        if self.order == "sequential":
+            rest = f"sequential, handed on each {self.hand_on}"
+        else:
+            every = f"{self.aggregate_every} steps" if self.aggregate_every else "epoch"
+            rest = f"averaged each {every}"
+        return f"{chain}; {self.weights} weights; {self.dispatch}; {rest}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the plan as JSON-ready values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """Returns the plan that ``to_dict`` wrote.
+
+        Raises:
+          PlanError: A field is missing, unknown or has an impossible value.
+        """
+        try:
+            devices = tuple(
+                DevicePlan(
+                    cuts=tuple(one["cuts"]),
+                    hosts=tuple(one["hosts"]),
+                    micro_batches=one["micro_batches"],
+                    codecs=tuple(Codecs(**pair) for pair in one["codecs"]),
+                )
+                for one in values["devices"]
+            )
+            return cls(**{**values, "devices": devices})
+        except (KeyError, TypeError) as error:
+            raise PlanError(f"this is not a plan: {error}; it has {sorted(values)}") from error

@@ -1,0 +1,262 @@
+"""One host as a process: ``python -m pipar_jax.process --role=server|device …``.
+
+The launcher starts these. A process pins itself and sets jax's environment before jax is loaded,
+tells what happens as JSON lines on a pipe, leaves one clear line about an error, and never
+outlives the process that started it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import queue
+import re
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import stages
+from pipar_jax.checks import parse_cpus
+from pipar_jax.config import HIDDEN_TOKEN, Config, device, from_json
+from pipar_jax.data.cache import user_cache
+from pipar_jax.errors import ConfigError, PiparError
+
+#: Hands the shared secret to child processes: neither files nor command lines show it.
+TOKEN_VARIABLE = "PIPAR_TOKEN"
+INTERRUPTED = 130
+
+Tell = Callable[[dict[str, Any]], None]
+
+
+def set_environment(config: Config, index: int | None) -> None:
+    """Pins this process and sets what jax reads when it is loaded, which must not be yet.
+
+    The C library is told to keep freed memory: otherwise every step faults its pages in again.
+
+    Args:
+      config: Resolved configuration.
+      index: The device's index; None for the server.
+
+    Raises:
+      ConfigError: The cores asked for do not exist, or this system cannot pin.
+    """
+    stages.retain_memory()
+    host = config.server if index is None else device(config, index)
+    field = "server.cpus" if index is None else f"devices.{index}.cpus"
+    cores = parse_cpus(host.cpus, field)
+    if cores:
+        if not hasattr(os, "sched_setaffinity"):
+            raise ConfigError(f"{field}={host.cpus!r}: this system cannot pin a process to cores")
+        free = os.sched_getaffinity(0)
+        if not cores <= free:
+            raise ConfigError(
+                f"{field}={host.cpus!r} names cores that this process may not use: it has "
+                f"{', '.join(map(str, sorted(free)))}"
+            )
+        os.sched_setaffinity(0, cores)
+    if host.platform != "auto":
+        os.environ["JAX_PLATFORMS"] = host.platform
+    if host.platform != "cpu":
+        # Several hosts may share one accelerator: none takes all of its memory at the start.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if config.model.dtype == "float64":
+        os.environ["JAX_ENABLE_X64"] = "true"
+    if config.run.compile_cache:
+        _keep_compiled_programs()
+
+
+def _keep_compiled_programs() -> None:
+    """Makes jax keep every compiled program, unless the user set that up already.
+
+    A program suits one kind of processor, and on a CPU it is cut for a number of cores, which jax
+    leaves out of its keys: both are in the folder's name.
+    """
+    kind = platform.processor()
+    with contextlib.suppress(OSError):  # only Linux has this file, and it says more
+        text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        kind = "".join(re.findall(r"^(?:model name|flags|Features)\s*:.*$", text, re.M)[:2])
+    mark = hashlib.sha256(kind.encode()).hexdigest()[:12]
+    folder = user_cache() / "compiled" / f"{platform.machine()}-{mark}-{count_cores()}"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    # Stages are many small programs: the default keeps only those that take a second to compile.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def count_cores() -> int:
+    """Returns how many cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def perform(task: Callable[[], object], tell: Tell, *, debug: bool, log: str = "") -> int:
+    """Runs a host's whole work and returns the exit code of its process.
+
+    This is the boundary of a process: whatever ends the work is told in one line here.
+
+    Args:
+      task: The work.
+      tell: Takes ``{"event": "process_failed", "kind": …, "error": …}``.
+      debug: Whether to print the traceback of an error.
+      log: Where tracebacks go, for the message; empty if that is the terminal.
+
+    Returns:
+      0 when done, 1 after an error, 130 after an interruption.
+    """
+    from comms.errors import ChannelError
+    from stages.errors import StageError
+
+    try:
+        task()
+        return 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:  # all of them end here: foreseen ones in a line, faults with more
+        known = isinstance(error, PiparError | ChannelError | StageError)
+        if known:
+            kind, text = type(error).__name__, " ".join(str(error).split())
+        elif isinstance(error, OSError):
+            kind, text = "RunError", describe_os_error(error)
+        else:
+            kind, text = "RunError", f"unexpected {type(error).__name__}: {_first_line(error)}"
+            text += f" (traceback in {log})" if log else " (see the traceback with --debug)"
+        if debug or (log and not known):  # in a log it disturbs nobody, and is not lost
+            traceback.print_exc()
+        tell({"event": "process_failed", "kind": kind, "error": text})
+        return 1
+
+
+def describe_os_error(error: OSError) -> str:
+    """Returns one line about a failed call of the system: what, which file, what to do."""
+    where = f" while writing {error.filename}" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"no space left on the disk{where}: free some, or choose another folder with "
+            "--config.run.dir"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return (
+            f"{error.strerror}: {error.filename or 'a file'}: give this user the right to write "
+            "there, or choose another folder with --config.run.dir"
+        )
+    name = f": {error.filename}" if error.filename else ""
+    return f"{error.strerror or type(error).__name__}{name}"
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process now, whatever its threads do.
+
+    A failed engine may leave threads that wait for a peer; nobody else is served by waiting too.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a full disk or a closed terminal
+            stream.flush()
+    os._exit(code)
+
+
+def event_writer(descriptor: int) -> Tell:
+    """Returns a function that writes events as JSON lines; any thread may call it."""
+    lock = threading.Lock()
+
+    def tell(event: dict[str, Any]) -> None:
+        line = json.dumps(event, default=_plain).encode() + b"\n"
+        with lock:
+            while line:
+                line = line[os.write(descriptor, line) :]
+
+    return tell
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):  # numpy's numbers and arrays
+        return value.tolist()
+    return str(value)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]
+
+
+def _die_with_parent() -> queue.SimpleQueue[str]:
+    """Ends this process when its parent is gone; returns the lines that the parent sends.
+
+    The parent holds the other end of standard input, so its death, even by SIGKILL, is an end of
+    file here. On Linux the kernel kills this process as well, should Python be held up.
+    """
+    if sys.platform.startswith("linux"):
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def watch() -> None:
+        for line in sys.stdin:
+            lines.put(line.strip())
+        os._exit(1)
+
+    threading.Thread(target=watch, name="pipar-parent", daemon=True).start()
+    return lines
+
+
+def _load_config(path: pathlib.Path) -> Config:
+    try:
+        config = from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    if config.network.token == HIDDEN_TOKEN:
+        config.network.token = os.environ.get(TOKEN_VARIABLE)
+    return config
+
+
+def _run_server(config: Config, tell: Tell) -> None:
+    from pipar_jax.server import run_server
+
+    run_server(config, on_event=tell)
+
+
+def _run_device(config: Config, index: int, lines: queue.SimpleQueue[str]) -> None:
+    from pipar_jax.worker import run_device  # before the address is known: loading takes seconds
+
+    host, _, port = lines.get().rpartition(":")
+    run_device(config, index, (host, int(port)))
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Runs the role that the command line names, and ends the process."""
+    parser = argparse.ArgumentParser(prog="python -m pipar_jax.process", description=__doc__)
+    parser.add_argument("--role", choices=("server", "device"), required=True)
+    parser.add_argument("--config", type=pathlib.Path, required=True, help="saved configuration")
+    parser.add_argument("--index", type=int, help="the device's index")
+    parser.add_argument("--events", type=int, required=True, help="descriptor to write events to")
+    parser.add_argument("--log", default="", help="name of the file that holds the output")
+    given = parser.parse_args(arguments)
+    lines = _die_with_parent()
+    tell = event_writer(given.events)
+    debug = False
+
+    def task() -> None:
+        nonlocal debug
+        config = _load_config(given.config)
+        debug = config.debug
+        index = given.index if given.role == "device" else None
+        set_environment(config, index)
+        if index is None:
+            _run_server(config, tell)
+        else:
+            _run_device(config, index, lines)
+
+    leave(perform(task, tell, debug=debug, log=given.log))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Stacked horizontal bars: where the seconds of an epoch and the bytes of a run go."""
+
+from __future__ import annotations
+
+import html
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from pipar_jax.idle import CAUSES
+from pipar_jax.plan import COORDINATOR
+from pipar_jax.report.run import Run, hosts_of
+from pipar_jax.report.svg import digits, drawing, element, legend, text, ticks
+
+BUSY = "busy"
+#: How the causes are named on the page.
+CAUSE_NAMES = {
+    BUSY: "computing", "data": "waiting for data", "device": "for a device",
+    "server": "for the server", "network": "for the network", "aggregation": "for aggregation",
+    "other": "other",
+}  # fmt: skip
+KINDS = ("activations", "cotangents", "weights")
+KIND_NAMES = ("activations", "cotangents", "weights, labels, control")
+
+
+class Bar(NamedTuple):
+    """A bar.
+
+    Attributes:
+      label: What it stands for.
+      parts: Pairs of a class of the style sheet and a value.
+      note: Written behind it.
+      first: Whether it begins a group.
+    """
+
+    label: str
+    parts: Sequence[tuple[str, float]]
+    note: str = ""
+    first: bool = False
+
+
+def stacked_bars(title: str, unit: str, bars: Sequence[Bar], names: Callable[[str], str]) -> str:
+    """Returns a chart of stacked bars.
+
+    Args:
+      title: What it shows.
+      unit: Unit of the values.
+      bars: The bars, from top to bottom.
+      names: Gives the name of a part from its class.
+    """
+    longest = max((sum(value for _, value in bar.parts) for bar in bars), default=0.0)
+    if longest <= 0:
+        return ""
+    left = 16.0 + 7.2 * max(len(bar.label) for bar in bars)
+    right, width, height = 150.0, 900.0, 16.0
+    scale = (width - left - right) / longest
+    content, top = [text(8, 16, title, "chart-title")], 30.0
+    marks = []
+    for bar in bars:
+        top += 10 if bar.first else 0
+        content.append(text(left - 8, top + 12, bar.label, "label", "end"))
+        x = left
+        for kind, value in bar.parts:
+            if value * scale < 0.05:
+                continue
+            note = f"{bar.label}, {names(kind)}: {digits(value)} {unit}"
+            content.append(
+                element("rect", element("title", html.escape(note)), x=x, y=top,
+                        width=value * scale, height=height, class_=f"part {kind}")
+            )  # fmt: skip
+            x += value * scale
+        content.append(text(x + 8, top + 12, bar.note, "tick"))
+        top += height + 5
+    for value in ticks(0, longest, 6):
+        x = left + value * scale
+        marks.append(element("line", x1=x, x2=x, y1=26, y2=top, class_="grid"))
+        marks.append(text(x, top + 13, digits(value), "tick", "middle"))
+    content.append(text(left + (width - left - right) / 2, top + 30, unit, "label", "middle"))
+    return drawing(width, top + 38, "".join(marks + content), title)
+
+
+def idle_bars(runs: Sequence[Run], names: Sequence[str]) -> str:
+    """Returns where an epoch's seconds go on the server and on the devices, by run.
+
+    Args:
+      runs: The runs.
+      names: What each is called.
+    """
+    bars = []
+    for run, name in zip(runs, names, strict=True):
+        devices = run.devices
+        groups = [(COORDINATOR, [COORDINATOR]), ("devices" if len(devices) > 1 else "device",
+                                                 devices)]  # fmt: skip
+        nodes = [h for h in hosts_of(run) if h != COORDINATOR and not re.fullmatch(r"d\d+", h)]
+        groups[1:1] = [(node, [node]) for node in nodes]
+        for position, (label, hosts) in enumerate(groups):
+            parts = _shares(run, hosts)
+            if parts is None:
+                continue
+            idle = sum(share for kind, share in parts if kind != BUSY)
+            seconds = [(kind, share * run.epoch_s) for kind, share in parts]
+            bars.append(Bar(f"{name} {label}", seconds, f"idle {idle:.0%}", not position))
+    chart = stacked_bars("Where an epoch goes", "seconds per epoch", bars, CAUSE_NAMES.__getitem__)
+    entries = [(kind, CAUSE_NAMES[kind]) for kind in (BUSY, *CAUSES)]
+    return legend(entries) + chart if chart else ""
+
+
+def byte_bars(runs: Sequence[Run], names: Sequence[str]) -> str:
+    """Returns what each direction of each link carried in the whole run.
+
+    Args:
+      runs: The runs.
+      names: What each is called.
+    """
+    bars = []
+    for run, name in zip(runs, names, strict=True):
+        ways = {**_rest(run), **run.carried}
+        for position, ends in enumerate(sorted(ways)):
+            sums = run.carried.get(ends, {})
+            parts = [(kind, sums.get(kind, 0.0) / 1e6) for kind in KINDS[:2]]
+            parts.append((KINDS[2], _rest(run).get(ends, 0.0) / 1e6))
+            total = sum(value for _, value in parts)
+            label = f"{name} {ends[0]} → {ends[1]}"
+            bars.append(Bar(label, parts, f"{digits(total)} MB", not position))
+    named = dict(zip(KINDS, KIND_NAMES, strict=True))
+    chart = stacked_bars("What the links carried", "megabytes", bars, named.__getitem__)
+    return legend(list(named.items())) + chart if chart else ""
+
+
+def _shares(run: Run, hosts: Sequence[str]) -> list[tuple[str, float]] | None:
+    """Returns the shares of the run's rounds that hosts spent computing and waiting, averaged."""
+    found = [run.idle_share(host) for host in hosts]
+    idle = [share for share in found if share is not None]
+    if not idle:
+        return None
+    total = statistics.fmean(idle)
+    parts = [(BUSY, 1.0 - total)]
+    known = [run.causes[host] for host in hosts if host in run.causes]
+    sums = {cause: sum(one[cause] for one in known) for cause in CAUSES}
+    whole = sum(sums.values())
+    if not whole:
+        return [*parts, ("other", total)]
+    return [*parts, *((cause, total * value / whole) for cause, value in sums.items())]
+
+
+def _rest(run: Run) -> dict[tuple[str, str], float]:
+    """Returns the bytes that are no activations and cotangents, shared evenly among devices."""
+    rows = run.of("round_finished")
+    devices = run.devices
+    found = {}
+    for field, upward in (("bytes_up", True), ("bytes_down", False)):
+        total = sum(row[field] for row in rows)
+        ways = [(d, COORDINATOR) if upward else (COORDINATOR, d) for d in devices]
+        total -= sum(sum(run.carried.get(ends, {}).values()) for ends in ways)
+        found.update({ends: max(total, 0.0) / len(devices) for ends in ways})
+    return found

@@ -1,0 +1,225 @@
+"""What a run's folder tells: configuration, events and trace."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from comms.shaping import parse_link
+from pipar_jax.errors import RunError
+from pipar_jax.idle import idle_causes, total_causes
+from pipar_jax.plan import COORDINATOR, Plan, device_name
+from pipar_jax.schedule import SEND_BACKWARD, SEND_FORWARD, RoundSchedule, rounds
+from pipar_jax.simulator import LinkModel, Prediction, simulate
+from pipar_jax.simulator.costs import FREE_LINK
+from pipar_jax.simulator.measured import costs_from_trace, links_from_shapes
+from pipar_jax.trace import Trace
+
+TITLES = {"fl": "FL", "sl": "SL", "sfl": "SFL", "pipar": "PiPar", "mpsl": "MP-SL",
+          "accept": "AccEPT"}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run that has left a folder.
+
+    Attributes:
+      name: Name of the folder.
+      config: The resolved configuration, as JSON gives it.
+      events: Rows of metrics.jsonl, in order.
+      trace: The timed actions; None if the run kept none.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    events: tuple[Mapping[str, Any], ...]
+    trace: Trace | None = None
+
+    @property
+    def title(self) -> str:
+        """The method's name as the field writes it."""
+        method = str(self.config.get("method", self.name))
+        return TITLES.get(method, method)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return bool(self.of("run_finished"))
+
+    def of(self, event: str) -> list[Mapping[str, Any]]:
+        """Returns the rows of one kind of event."""
+        return [row for row in self.events if row["event"] == event]
+
+    def last(self, event: str) -> Mapping[str, Any]:
+        """Returns the last row of one kind of event, or an empty one."""
+        return (self.of(event) or [{}])[-1]
+
+    @functools.cached_property
+    def plan(self) -> Plan | None:
+        """The plan that the run executed, if it has a trace."""
+        if self.trace is None or "plan" not in self.trace.meta:
+            return None
+        return Plan.from_dict(self.trace.meta["plan"])
+
+    @property
+    def plan_text(self) -> str:
+        """The plan's chain in one short line."""
+        chain, _, rest = str(self.last("run_started").get("plan", "")).partition(";")
+        chain = re.sub(r"^\d+ of ", "", chain)
+        return chain + (", in turn" if "sequential" in rest else "")
+
+    @property
+    def epoch_s(self) -> float:
+        """Median seconds of an epoch; of those done, if the run did not finish."""
+        summary = self.last("run_finished")
+        if summary:
+            return float(summary["epoch_seconds"])
+        done = self.of("round_finished")
+        return sum(row["seconds"] for row in done) / max(done[-1]["epoch"], 1) if done else 0.0
+
+    @functools.cached_property
+    def elapsed(self) -> dict[int, float]:
+        """For each round the training seconds until its end, without evaluation."""
+        done = self.of("round_finished")
+        sums = itertools.accumulate(row["seconds"] for row in done)
+        return {row["round"]: total for row, total in zip(done, sums, strict=True)}
+
+    def idle_share(self, host: str) -> float | None:
+        """Returns the share of all rounds in which a host computed nothing."""
+        rows = self.of("round_finished")
+        total = sum(row["seconds"] for row in rows)
+        if not rows or host not in rows[0]["busy"]:
+            return None
+        return 1.0 - float(sum(row["busy"].get(host, 0.0) for row in rows)) / float(total)
+
+    @property
+    def devices(self) -> list[str]:
+        """Names of the devices, as far as a round reported them."""
+        busy = self.last("round_finished").get("busy", {})
+        return sorted((h for h in busy if re.fullmatch(r"d\d+", h)), key=lambda h: int(h[1:]))
+
+    @functools.cached_property
+    def causes(self) -> dict[str, dict[str, float]]:
+        """For each host the idle seconds of the whole run by cause; empty without a trace."""
+        if self.trace is None:
+            return {}
+        return total_causes(idle_causes(self.trace, one) for one in self.trace.rounds)
+
+    @functools.cached_property
+    def carried(self) -> dict[tuple[str, str], dict[str, float]]:
+        """Bytes of activations and cotangents by direction of a link; empty without a trace."""
+        found: dict[tuple[str, str], dict[str, float]] = {}
+        if self.trace is None or self.plan is None:
+            return found
+        for host, row in self.trace.rows():
+            action = row.action
+            if action.kind in (SEND_FORWARD, SEND_BACKWARD):
+                forward = action.kind == SEND_FORWARD
+                target = self.plan.host(action.device, action.stage + (1 if forward else -1))
+                sums = found.setdefault((host, target), {"activations": 0.0, "cotangents": 0.0})
+                sums["activations" if forward else "cotangents"] += row.nbytes
+        return found
+
+    @functools.cached_property
+    def weight_bytes(self) -> float:
+        """Bytes of one message with a device's weights or part: what is no tensor, evenly shared.
+
+        Labels and small messages are in it too.
+        """
+        done = self.of("round_finished")
+        rest = sum(row["bytes_up"] for row in done)
+        rest -= sum(
+            sum(sums.values()) for ends, sums in self.carried.items() if ends[1] == COORDINATOR
+        )
+        return max(float(rest), 0.0) / max(len(done) * len(self.devices), 1)
+
+    def predict(self) -> Prediction | None:
+        """Predicts a full round from the median times and bytes of the run's own trace.
+
+        Returns:
+          The prediction; None if the run left no trace or no full round.
+
+        Raises:
+          PlanError: The trace does not fit the plan.
+        """
+        schedule = self.schedule()
+        if schedule is None or self.trace is None:
+            return None
+        costs = costs_from_trace(
+            self.trace,
+            self.links,
+            dict.fromkeys(range(len(schedule.plan.devices)), self.weight_bytes),
+            float(self.config["pipeline"]["window_mb"]) * 1e6,
+        )
+        return simulate(schedule, costs, holder=None)
+
+    @functools.cached_property
+    def links(self) -> dict[tuple[str, str], LinkModel]:
+        """What each direction of each link was shaped to; empty without a plan."""
+        if self.plan is None:
+            return {}
+        shapes = {}
+        for index in range(len(self.plan.devices)):
+            up, down = parse_link(self._device(index, "link"))
+            shapes[index] = LinkModel.of(up), LinkModel.of(down)
+        return links_from_shapes(shapes, self.plan)
+
+    def link_of(self, ends: tuple[str, str]) -> LinkModel:
+        """Returns what one direction of a link was shaped to."""
+        return self.links.get(ends, FREE_LINK)
+
+    def schedule(self) -> RoundSchedule | None:
+        """Returns the schedule of the run's first round, if known; only the last may differ."""
+        started, joined = self.last("run_started"), self.of("device_joined")
+        if self.plan is None or not started or len(joined) != len(self.plan.devices):
+            return None
+        samples = tuple(row["samples"] for row in sorted(joined, key=lambda row: row["device"]))
+        epochs = int(self.config["epochs"])
+        steps = [total // epochs for total in started["steps"]]
+        spans = rounds(self.plan, steps, epochs)[0]
+        return RoundSchedule(self.plan, spans, samples, int(self.config["data"]["batch_size"]))
+
+    def samples_per_epoch(self) -> int:
+        """Returns the samples that all devices train on in an epoch."""
+        return sum(row["samples"] for row in self.of("device_joined"))
+
+    def _device(self, index: int, field: str) -> Any:
+        """Returns a field of one device's configuration."""
+        devices = self.config["devices"]
+        overrides = devices.get("overrides", {})
+        own = overrides.get(str(index), overrides.get(index, {}))
+        return own.get(field, devices["defaults"][field])
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a run's folder.
+
+    Raises:
+      RunError: The folder is missing, or a file in it is missing or cannot be read.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        events = tuple(json.loads(line) for line in lines if line.strip())
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{folder} is not the folder of a run: {error}; name a folder below runs/ with "
+            "config.json and metrics.jsonl in it"
+        ) from error
+    trace = folder / "trace.json.gz"
+    return Run(folder.name, config, events, Trace.load(trace) if trace.exists() else None)
+
+
+def hosts_of(run: Run) -> list[str]:
+    """Returns a run's hosts as they are drawn: devices first, the server last."""
+    count = len(run.plan.devices) if run.plan else len(run.devices)
+    devices = [device_name(index) for index in range(count)]
+    others = [] if run.trace is None else [h for h in run.trace.hosts if h not in devices]
+    nodes = [host for host in others if host != COORDINATOR]
+    return [*devices, *nodes, COORDINATOR]

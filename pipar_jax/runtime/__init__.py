@@ -1,0 +1,1 @@
+"""The engine at work: hosts, their threads, aggregation and the coordinator."""

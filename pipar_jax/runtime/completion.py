@@ -1,0 +1,109 @@
+"""The thread that sees computations end, stamps them and stretches them on emulated slow hosts."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from pipar_jax.schedule import COMPUTE, Action
+from pipar_jax.trace import Timed
+
+
+class Work(NamedTuple):
+    """A dispatched computation.
+
+    Attributes:
+      action: What it is.
+      probe: An array that is ready when the computation is, and that nobody donates meanwhile.
+      dispatched_s: When it was dispatched, on the monotonic clock.
+      samples: Samples in its micro-batch.
+      minimum_s: Seconds that it has to last on this (emulated) host.
+      then: Called on the completion thread once it is over, or None.
+    """
+
+    action: Action
+    probe: Any
+    dispatched_s: float
+    samples: int
+    minimum_s: float
+    then: Callable[[], None] | None
+
+
+class Completion:
+    """Stamps each computation [max(dispatched, previous end), ready], in order of dispatch.
+
+    Waiting here, and not where actions are dispatched, keeps the dispatch thread free to queue the
+    next computation behind the running one.
+
+    Args:
+      name: Host's name, for the thread's.
+      record: Takes each timed action.
+      over: Told of each action that is over.
+      failed: Given whatever a computation or its ``then`` raised; nothing is stamped after it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        record: Callable[[Timed], None],
+        over: Callable[[Action], None],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        """See the class."""
+        self._record, self._over, self._failed = record, over, failed
+        self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._previous_end_s = 0.0
+        self.overruns = 0
+        self._closing = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, name=f"pipar-completion-{name}", daemon=True
+        )
+        self._thread.start()
+
+    def put(self, work: Work) -> None:
+        """Hands over a computation that was just dispatched."""
+        self._queue.put(work)
+
+    def close(self) -> None:
+        """Ends the thread: what was handed over is waited for, but neither stretched nor told."""
+        self._closing.set()
+        self._queue.put(None)
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _run(self) -> None:
+        """The thread: waits for each computation in turn."""
+        try:
+            while (work := self._queue.get()) is not None:
+                self._finish(work)
+        except BaseException as error:  # handed to whoever joins the host
+            self._failed(error)
+
+    def _finish(self, work: Work) -> None:
+        """Waits for one computation, stretches it, and tells that it is over."""
+        jax.block_until_ready(work.probe)  # type: ignore[no-untyped-call]
+        if self._closing.is_set():
+            return
+        end = time.monotonic()
+        start = max(work.dispatched_s, self._previous_end_s)
+        if work.minimum_s > 0.0:
+            wanted = start + work.minimum_s
+            if end > wanted:
+                self.overruns += 1
+            # The next computation may run meanwhile on the real processor; its own stretch begins
+            # where this one ends, so emulated time stays that of one slow processor.
+            while (left := wanted - time.monotonic()) > 0:
+                if self._closing.wait(left):
+                    return
+            end = max(end, wanted)
+        self._previous_end_s = end
+        if work.action.kind in COMPUTE:
+            self._record(Timed(work.action, start, end, 0, work.samples))
+        if work.then is not None:
+            work.then()
+        self._over(work.action)

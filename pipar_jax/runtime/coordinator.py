@@ -1,0 +1,275 @@
+"""The coordinator: plan, rounds, aggregation, evaluation. The server host takes the role.
+
+It is one thread that tells hosts what to do and waits for their answers. It never touches an
+activation: those go from host to host.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from pipar_jax import config as configuration
+from pipar_jax import schedule
+from pipar_jax.aggregation import Aggregator, Replica
+from pipar_jax.config import Config
+from pipar_jax.plan import COORDINATOR, Plan, device_name
+from pipar_jax.runtime import bundle
+from pipar_jax.runtime.evaluation import Evaluator
+from pipar_jax.runtime.host import Host
+from pipar_jax.runtime.members import Mail, Members
+from pipar_jax.runtime.meter import Totals
+from pipar_jax.runtime.survey import choose_plan
+from pipar_jax.runtime.tally import Tally
+from pipar_jax.schedule import AGGREGATE, ALL, Action, Span
+from pipar_jax.trace import Interval, Timed
+from stages import Model
+
+
+class Coordinator:
+    """Conducts one run.
+
+    Args:
+      config: Resolved configuration.
+      model: The whole model.
+      host: The server host, in this process.
+      members: The devices, all admitted.
+      evaluator: Scores the global weights.
+      tally: Takes what each round reports, and tells of it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: Model,
+        host: Host,
+        members: Members,
+        evaluator: Evaluator,
+        tally: Tally,
+    ) -> None:
+        """See the class."""
+        self._config, self._model, self._host = config, model, host
+        self._members, self._evaluator, self._tally = members, evaluator, tally
+        who = [members.by_name[device_name(i)].identity for i in range(config.devices.count)]
+        self._samples = tuple(one.samples for one in who)
+        self._steps = tuple(one.steps for one in who)
+        self.plan: Plan = choose_plan(config, model, members, self._samples)
+        self._rounds = schedule.rounds(self.plan, self._steps, config.epochs)
+        self._devices = tuple(device_name(i) for i in range(config.devices.count))
+        params, state = model.init(config.seed)
+        self._aggregator = Aggregator(config.aggregation, params, state)
+        self._holder = 0
+        self._part: dict[str, np.ndarray[Any, Any]] = {}
+        self._demand = [1.0] * len(who)
+
+    @property
+    def variables(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The global weights and batch statistics by unit."""
+        return self._aggregator.params, self._aggregator.state
+
+    def run(self) -> dict[str, Any]:
+        """Prepares all hosts, trains all rounds and says goodbye; returns the run's summary.
+
+        Raises:
+          PeerError: A device was lost or failed.
+          RunError: This process failed.
+        """
+        self._prepare()
+        self._tally.begin(self.plan, self._rounds, self._steps)
+        for index, spans in enumerate(self._rounds):
+            self._round(index, spans)
+            if self._is_evaluated(index):
+                self._evaluate(index)
+        self._members.broadcast({"type": "finish"})
+        self._add_traces(self._members.collect("bye", self._devices))
+        return self._tally.finish()
+
+    # --- before the first round ---------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        """Sends the plan, waits until all have compiled, and lets slow hosts time themselves."""
+        began = time.monotonic()
+        total = [0] * len(self._steps)
+        for spans in self._rounds:
+            for span in spans:
+                total[span.device] += span.stop - span.first
+        plan = {"type": "plan", "plan": self.plan.to_dict(), "samples": self._samples,
+                "steps": total}  # fmt: skip
+        self._members.broadcast(plan)
+        self._host.prepare(self.plan, self._samples, total)
+        if self.plan.order == "parallel":
+            # A unit has one replica per device, wherever each is cut.
+            count = sum(1 for n in total if n)
+            self._aggregator.compile({unit: count for unit in self._model.unit_names})
+        self._members.collect("prepared", (COORDINATOR, *self._devices))
+        compile_s = time.monotonic() - began
+        self._calibrate()
+        seconds = time.monotonic() - began - compile_s
+        self._tally.prepared(compile_s, seconds)
+
+    def _calibrate(self) -> None:
+        """Lets each emulated slow host time its functions, one after another, all else idle."""
+        if self._config.server.slowdown != 1.0:
+            self._host.calibrate()
+            self._members.collect("calibrated", (COORDINATOR,))
+        for index, name in enumerate(self._devices):
+            if configuration.device(self._config, index).slowdown != 1.0:
+                self._members.by_name[name].link.send_control({"type": "calibrate"})
+                self._members.collect("calibrated", (name,))
+
+    # --- a round ------------------------------------------------------------------------------
+
+    def _round(self, index: int, spans: Sequence[Span]) -> None:
+        """Releases the hosts, follows the round to its last weights stored, and tells of it."""
+        sequential = self.plan.order == "sequential"
+        hosts = (COORDINATOR, *self._devices)
+        self._tally.start_round()
+        start_s = time.monotonic()
+        self._host.release(index, spans, self._holder if sequential else None, self._demand)
+        self._members.broadcast(
+            {"type": "release", "round": index, "spans": [list(span) for span in spans],
+             "holder": self._holder if sequential else None, "demand": self._demand}
+        )  # fmt: skip
+        if sequential:
+            self._pass_part_on(spans)
+        else:
+            self._average(spans, self._members.collect("trained", hosts))
+        stored = self._members.collect("stored", hosts)
+        interval = Interval(start_s, max(mail.time_s for mail in stored.values()))
+        if sequential:
+            self._gather_sequential()
+        self._collect_traces()
+        rows, busy_s = self._host.recorder.take()
+        self._tally.add_trace(COORDINATOR, rows, 0.0)
+        busy = {COORDINATOR: busy_s} | {d: stored[d].body["busy_s"] for d in self._devices}
+        totals = Totals()
+        for mail in stored.values():
+            totals = totals.plus(Totals(*(mail.body[k] for k in Totals._fields)))
+        overruns = sum(mail.body["overruns"] for mail in stored.values())
+        self._tally.end_round(index, interval, totals, busy, overruns)
+        for span in spans:
+            steps = sum(s.stop - s.first for s in spans if s.device == span.device)
+            if steps:
+                self._demand[span.device] = busy[device_name(span.device)] / steps
+
+    def _average(self, spans: Sequence[Span], trained: Mapping[str, Mail]) -> None:
+        """Averages what the hosts trained and hands the result back to them."""
+        parts: dict[int, dict[str, dict[str, Any]]] = {}
+        for name, mail in trained.items():
+            for device, groups in self._arrays(name, mail).items():
+                own = parts.setdefault(int(device), {"params": {}, "state": {}})
+                own["params"].update(groups.get("params", {}))
+                own["state"].update(groups.get("state", {}))
+        replicas = []
+        for span in spans:
+            if span.stop > span.first:
+                one = parts[span.device]
+                for unit in one["params"]:  # units without statistics send none
+                    one["state"].setdefault(unit, {})
+                weight = self._trained_samples(span) if self._config.aggregation.weighted else 1
+                replicas.append(Replica(one["params"], one["state"], float(weight)))
+        start_s = time.monotonic()
+        self._aggregator.aggregate(replicas)
+        spent_s = time.monotonic() - start_s
+        time.sleep(spent_s * (self._config.server.slowdown - 1.0))
+        action = Action(0, AGGREGATE, ALL, spans[0].stop - 1)
+        self._host.recorder.add(Timed(action, start_s, time.monotonic()))
+        for index, name in enumerate(self._devices):
+            body = {"type": "store"}
+            self._members.by_name[name].link.send_bundle(
+                "store", self._units_of(index), body, codec=self._config.aggregation.codec
+            )
+        self._host.store(*self.variables)
+
+    def _arrays(self, name: str, mail: Mail) -> dict[str, Any]:
+        """Returns a host's trained weights by device, checked if they came over a link."""
+        if mail.message is None:
+            return mail.arrays
+        groups = bundle.unpack(mail.message.tensors, name)
+        for parts in groups.values():
+            params = {unit.name: unit.params for unit in self._model.units}
+            state = {unit.name: unit.state for unit in self._model.units}
+            bundle.check_like(parts.get("params", {}), params, name, "weights")
+            bundle.check_like(parts.get("state", {}), state, name, "batch statistics")
+        return groups
+
+    def _units_of(self, device: int) -> bundle.Tensors:
+        """Returns the global weights of the units that a device's host holds."""
+        names = [
+            self._model.unit_names[i]
+            for stage in range(self.plan.devices[device].stages)
+            if self.plan.host(device, stage) == device_name(device)
+            for i in self.plan.units(device, stage, len(self._model.units))
+        ]
+        params, state = self.variables
+        return bundle.pack(
+            {"whole": {"params": {n: params[n] for n in names},
+                       "state": {n: state[n] for n in names}}}
+        )  # fmt: skip
+
+    def _trained_samples(self, span: Span) -> int:
+        """Returns how many samples a device trained on in a span."""
+        samples, batch = self._samples[span.device], self._config.data.batch_size
+        return sum(
+            schedule.batch_samples(samples, batch, step) for step in range(span.first, span.stop)
+        )
+
+    # --- sequential order ---------------------------------------------------------------------
+
+    def _pass_part_on(self, spans: Sequence[Span]) -> None:
+        """Relays the device part from each device to the next, until the last gives it back."""
+        if spans[0].device != self._holder:
+            self._give_part(spans[0])
+        for before, after in zip(spans, [*spans[1:], None], strict=True):
+            if after is not None and after.device == before.device:
+                continue
+            giver = device_name(before.device)
+            message = self._members.collect("part", (giver,))[giver].message
+            assert message is not None
+            self._part, self._holder = dict(message.tensors), before.device
+            if after is not None:
+                self._give_part(after)
+
+    def _give_part(self, span: Span) -> None:
+        """Sends the device part, with its optimiser state, to the device whose turn it is."""
+        link = self._members.by_name[device_name(span.device)].link
+        link.send_bundle("part", self._part, {"type": "part", "step": span.first})
+
+    def _gather_sequential(self) -> None:
+        """Takes the one copy of every unit: the device part as handed back, the rest from here."""
+        part = bundle.unpack(self._part, device_name(self._holder))["part"]
+        params, state = self._host.shared_variables()
+        own, stats = self._aggregator.params, self._aggregator.state
+        own.update(jax.tree.map(np.array, part["params"]))
+        stats.update(jax.tree.map(np.array, part.get("state", {})))
+        own.update(params)
+        stats.update(state)
+
+    # --- between rounds -----------------------------------------------------------------------
+
+    def _collect_traces(self) -> None:
+        """Takes the devices' timed actions, outside the round that they belong to."""
+        if self._config.run.trace:
+            self._add_traces(self._members.collect("trace", self._devices))
+
+    def _add_traces(self, mails: Mapping[str, Mail]) -> None:
+        """Adds the devices' timed actions to the run's, on this host's clock."""
+        for name, mail in mails.items():
+            assert mail.message is not None
+            rows = bundle.unpack_rows(mail.message.tensors, name)
+            # The offset is the peer's clock minus ours.
+            self._tally.add_trace(name, rows, -(mail.message.link.offset_s or 0.0))
+
+    def _is_evaluated(self, index: int) -> bool:
+        every = self._config.run.evaluate_every
+        return index + 1 == len(self._rounds) or (every > 0 and (index + 1) % every == 0)
+
+    def _evaluate(self, index: int) -> None:
+        """Scores the global weights; this time belongs to no round."""
+        start_s = time.monotonic()
+        score = self._evaluator.evaluate(*self.variables)
+        self._tally.evaluated(index, score.accuracy, score.loss, time.monotonic() - start_s)

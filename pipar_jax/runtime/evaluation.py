@@ -1,0 +1,82 @@
+"""Loss and accuracy of the whole model on a test set, at the coordinator."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import stages
+from pipar_jax.data import Dataset
+from stages import Model, Stage
+
+#: Samples that are evaluated at a time.
+BATCH = 250
+
+
+class Score(NamedTuple):
+    """What an evaluation finds.
+
+    Attributes:
+      loss: Mean loss over the test set.
+      accuracy: Share of samples whose largest logit is the label's.
+    """
+
+    loss: float
+    accuracy: float
+
+
+class Evaluator:
+    """Evaluates variables of a model on the test split of a data set.
+
+    Args:
+      model: The model.
+      dataset: Where the test split and its normalisation come from.
+      dtype: What samples are computed in.
+    """
+
+    def __init__(self, model: Model, dataset: Dataset, dtype: Any) -> None:
+        """See the class."""
+        self._dataset, self._dtype = dataset, np.dtype(dtype)
+        (stage,) = stages.split(model)
+        self._score = _scorer(stage)
+
+    def evaluate(self, params: Any, state: Any) -> Score:
+        """Returns loss and accuracy.
+
+        Args:
+          params: For each unit its weights.
+          state: For each unit its batch statistics.
+        """
+        test = self._dataset.test
+        batch = min(BATCH, len(test))
+        loss = correct = 0.0
+        for first in range(0, len(test), batch):
+            images, labels = test.images[first : first + batch], test.labels[first : first + batch]
+            # The last batch is filled up, so that one shape is compiled and not two.
+            filled = np.arange(batch) % len(labels)
+            x = self._dataset.normalise(images).astype(self._dtype, copy=False)[filled]
+            real = np.arange(batch) < len(labels)
+            sums = self._score(params, state, x, np.asarray(labels)[filled], real)
+            loss += float(sums[0])
+            correct += float(sums[1])
+        return Score(loss / len(test), correct / len(test))
+
+
+@functools.lru_cache(maxsize=16)
+def _scorer(stage: Stage) -> Any:
+    """Returns the compiled sums of losses and hits of a batch, once per model and process."""
+
+    def score(params: Any, state: Any, x: Any, labels: Any, real: Any) -> Any:
+        logits = stage.predict(params, state, x)
+        axes = tuple(range(1, labels.ndim))
+        wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        picked = jnp.take_along_axis(jax.nn.log_softmax(wide), labels[..., None], axis=-1)
+        loss = -jnp.mean(picked[..., 0], axis=axes)
+        hits = jnp.mean((jnp.argmax(logits, axis=-1) == labels).astype(wide.dtype), axis=axes)
+        return jnp.sum(jnp.where(real, loss, 0)), jnp.sum(jnp.where(real, hits, 0))
+
+    return jax.jit(score)

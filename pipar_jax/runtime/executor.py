@@ -1,0 +1,356 @@
+"""Performs a host's actions: finds inputs, dispatches compiled functions, sends results."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from comms import Link, Message, Role, Tag
+from pipar_jax.errors import RunError
+from pipar_jax.plan import Plan
+from pipar_jax.runtime.completion import Work
+from pipar_jax.runtime.meter import Meter
+from pipar_jax.runtime.parcel import Parcel, open_parcel
+from pipar_jax.runtime.replica import Replica
+from pipar_jax.schedule import (
+    ALL,
+    BACKWARD,
+    FORWARD,
+    LAST,
+    RECEIVE_BACKWARD,
+    RECEIVE_FORWARD,
+    SEND_BACKWARD,
+    SEND_FORWARD,
+    UPDATE,
+    Action,
+    RoundSchedule,
+)
+from pipar_jax.trace import Timed
+from stages import Draw
+
+
+class Batches(Protocol):
+    """Where a device's mini-batches come from; ``pipar_jax.data.Prefetcher`` is one."""
+
+    def get(self, step: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Returns samples [batch, …] and labels [batch] int32 of a step."""
+
+
+class Part(NamedTuple):
+    """One micro-batch's place in its mini-batch.
+
+    Attributes:
+      before: Samples before it.
+      samples: Samples in it.
+      parts: Micro-batches in the mini-batch.
+      batch_samples: Samples in the mini-batch.
+    """
+
+    before: int
+    samples: int
+    parts: int
+    batch_samples: int
+
+
+class Executor:
+    """The actions of one host, made real.
+
+    Owned by the host's dispatch thread, but for what it leaves to run on completion.
+
+    Args:
+      host: The host's name.
+      plan: The run's plan.
+      replicas: For (device, stage) its weights here; (ALL, stage) where devices share one copy.
+      links: For each peer its link.
+      batches: The data of the device that this host is, if it is one.
+      meter: Takes loss and accuracy.
+      record: Takes timed sends and receives.
+      duration_s: For (action, samples) the seconds it has to last on this host, 0 for its own.
+      seed: Root seed of the run.
+      dtype: What samples and scalars are computed in.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        plan: Plan,
+        replicas: Mapping[tuple[int, int], Replica],
+        links: Mapping[str, Link],
+        *,
+        batches: Batches | None,
+        meter: Meter,
+        record: Callable[[Timed], None],
+        duration_s: Callable[[Action, int], float],
+        seed: int,
+        dtype: Any,
+    ) -> None:
+        """See the class."""
+        self._host, self._plan, self._replicas, self._links = host, plan, replicas, links
+        self._batches, self._meter, self._record = batches, meter, record
+        self._duration_s, self._seed, self._dtype = duration_s, np.uint32(seed), np.dtype(dtype)
+        self._schedule: RoundSchedule | None = None
+        self._arrived: dict[Action, Message] = {}
+        self._labels: dict[tuple[int, int, int], np.ndarray[Any, Any]] = {}
+        self._values: dict[Action, jax.Array] = {}
+        self._residuals: dict[tuple[int, int, int, int], Any] = {}
+        self._mini_batches: dict[tuple[int, int], tuple[Any, Any]] = {}
+        self._dispatched_s = 0.0
+        self._perform = {FORWARD: self._forward, LAST: self._last, BACKWARD: self._backward,
+                         UPDATE: self._update}  # fmt: skip
+
+    def start(self, schedule: RoundSchedule) -> None:
+        """Begins a round."""
+        self._schedule = schedule
+
+    def replica(self, device: int, stage: int) -> Replica:
+        """Returns the weights that a device's stage uses on this host."""
+        found = self._replicas.get((device, stage))
+        return self._replicas[ALL, stage] if found is None else found
+
+    def perform(self, action: Action) -> Work:
+        """Dispatches an action's computation and returns at once."""
+        # Before the call: a small computation may run inside it.
+        self._dispatched_s = time.monotonic()
+        return self._perform[action.kind](action)
+
+    def receive(self, message: Message) -> Action | None:
+        """Takes a tensor that arrived.
+
+        Returns:
+          The receive that is now complete, or None while its labels or its activation miss.
+
+        Raises:
+          RunError: The tensor does not belong to this host's schedule.
+        """
+        tag = message.tag
+        assert tag is not None
+        self._check(message, tag)
+        kind = RECEIVE_BACKWARD if tag.role == Role.COTANGENT else RECEIVE_FORWARD
+        action = Action(tag.stage, kind, tag.device, tag.step, tag.micro_batch)
+        if tag.role == Role.LABEL:
+            # A copy: labels are tiny and may wait longer than their buffer should.
+            self._labels[tag.device, tag.step, tag.micro_batch] = np.array(message.array)
+            message.release()
+        else:
+            self._arrived[action] = message
+            self._record(
+                Timed(action, message.first_byte_s, message.received_s, message.nbytes, tag.samples)
+            )
+        if kind == RECEIVE_FORWARD and self._label_travels(tag.device):
+            complete = action in self._arrived and (
+                (tag.device, tag.step, tag.micro_batch) in self._labels
+            )
+            return action if complete else None
+        return action
+
+    def part(self, action: Action) -> Part:
+        """Returns the place of an action's micro-batch in its mini-batch."""
+        assert self._schedule is not None
+        sizes = self._schedule.sizes(action.device, action.step)
+        m = action.micro_batch
+        return Part(sum(sizes[:m]), sizes[m], len(sizes), sum(sizes))
+
+    # --- the four computations ---------------------------------------------------------------
+
+    def _forward(self, action: Action) -> Work:
+        part = self.part(action)
+        x, release = self._input(action, part)
+        replica = self.replica(action.device, action.stage)
+        y, residuals = replica.forward(x, self._draw(action, part))
+        self._residuals[_key(action)] = residuals
+        above = self._plan.host(action.device, action.stage + 1)
+        if above == self._host:
+            self._values[action] = y
+            return self._work(action, y, part.samples, release)
+        codecs = self._plan.devices[action.device].codecs[action.stage]
+        parcel = Parcel(y, codecs.activation)
+        labels = None
+        if self._label_travels(action.device):
+            labels = self._take_labels(action, part)
+
+        def then() -> None:
+            release()
+            self._send_up(action, part, parcel, labels)
+
+        return self._work(action, parcel.ready, part.samples, then)
+
+    def _last(self, action: Action) -> Work:
+        part = self.part(action)
+        x, release = self._input(action, part)
+        labels = self._take_labels(action, part)
+        replica = self.replica(action.device, action.stage)
+        metrics, cotangent = replica.loss(x, jax.device_put(labels), self._draw(action, part))
+        parcel = self._keep_cotangent(action, cotangent)
+
+        def then() -> None:
+            release()
+            if parcel is not None:
+                self._send_down(action, part, parcel)
+            loss, correct = float(metrics["loss"]), float(metrics["correct"])
+            self._meter.add(action.device, action.step, loss, correct, part.samples)
+
+        probe = metrics["loss"] if parcel is None else parcel.ready
+        return self._work(action, probe, part.samples, then)
+
+    def _backward(self, action: Action) -> Work:
+        part = self.part(action)
+        cotangent, release = self._cotangent(action)
+        replica = self.replica(action.device, action.stage)
+        given = replica.backward(self._residuals.pop(_key(action)), cotangent)
+        parcel = self._keep_cotangent(action, given if action.stage else None)
+
+        def then() -> None:
+            release()
+            if parcel is not None:
+                self._send_down(action, part, parcel)
+
+        return self._work(action, given if parcel is None else parcel.ready, part.samples, then)
+
+    def _update(self, action: Action) -> Work:
+        replica = self.replica(action.device, action.stage)
+        probe = replica.update()
+        self._mini_batches.pop((action.device, action.step - 1), None)
+        last = action.stage == self._plan.devices[max(action.device, 0)].stages - 1
+
+        def then() -> None:
+            if last:
+                self._meter.step_over(action.device, action.step)
+
+        return self._work(action, probe, 0, then)
+
+    # --- inputs ------------------------------------------------------------------------------
+
+    def _input(self, action: Action, part: Part) -> tuple[jax.Array, Callable[[], None]]:
+        """Returns a stage's input and what to call once it has been consumed."""
+        stage = action.stage
+        if stage == 0:
+            x, _ = self._mini_batch(action)
+            return jax.device_put(x[part.before : part.before + part.samples]), _nothing
+        if self._plan.host(action.device, stage - 1) == self._host:
+            return self._values.pop(action._replace(stage=stage - 1, kind=FORWARD)), _nothing
+        message = self._arrived.pop(action._replace(kind=RECEIVE_FORWARD))
+        return open_parcel(message), message.release
+
+    def _cotangent(self, action: Action) -> tuple[jax.Array, Callable[[], None]]:
+        """Returns the gradient in a stage's output and what to call once it has been consumed."""
+        above = action.stage + 1
+        if self._plan.host(action.device, above) == self._host:
+            kind = LAST if above == self._plan.devices[action.device].stages - 1 else BACKWARD
+            return self._values.pop(action._replace(stage=above, kind=kind)), _nothing
+        message = self._arrived.pop(action._replace(kind=RECEIVE_BACKWARD))
+        return open_parcel(message), message.release
+
+    def _mini_batch(self, action: Action) -> tuple[Any, Any]:
+        """Returns the device's samples and labels of a step."""
+        key = action.device, action.step
+        if key not in self._mini_batches:
+            assert self._batches is not None, f"{self._host} has no data for {action}"
+            x, labels = self._batches.get(action.step)
+            self._mini_batches[key] = x.astype(self._dtype, copy=False), labels
+        return self._mini_batches[key]
+
+    def _take_labels(self, action: Action, part: Part) -> np.ndarray[Any, Any]:
+        """Returns a micro-batch's labels: the device's own, or those that travelled with it."""
+        if self._batches is not None and self._plan.host(action.device, 0) == self._host:
+            _, labels = self._mini_batch(action)
+            own: np.ndarray[Any, Any] = labels[part.before : part.before + part.samples]
+            return own
+        return self._labels.pop((action.device, action.step, action.micro_batch))
+
+    def _label_travels(self, device: int) -> bool:
+        """Says whether labels leave the device: the last stage is on another host."""
+        stages = self._plan.devices[device].stages
+        return self._plan.host(device, 0) != self._plan.host(device, stages - 1)
+
+    def _draw(self, action: Action, part: Part) -> Draw:
+        """Returns the scalars of a micro-batch, so that neither cut nor N changes what is drawn."""
+        return Draw(
+            inverse_batch=self._dtype.type(1.0 / part.batch_samples),
+            seed=self._seed,
+            device=np.uint32(action.device),
+            step=np.uint32(action.step),
+            position=np.uint32(part.before),
+        )
+
+    def _check(self, message: Message, tag: Tag) -> None:
+        """Raises RunError unless the tensor is one that this round can use."""
+        assert self._schedule is not None
+        sizes = self._schedule.sizes(tag.device, tag.step)
+        m = tag.micro_batch
+        if m >= len(sizes) or sizes[m] != tag.samples:
+            raise RunError(
+                f"{message.link.peer} sent micro-batch {m} of device {tag.device}, step "
+                f"{tag.step}, with {tag.samples} samples, but {self._host} expects micro-batches "
+                f"of {list(sizes)}: do both hosts run the same version?"
+            )
+
+    # --- results -----------------------------------------------------------------------------
+
+    def _keep_cotangent(self, action: Action, cotangent: jax.Array | None) -> Parcel | None:
+        """Keeps a cotangent for the stage below on this host, or returns the parcel to send."""
+        if cotangent is None:
+            return None
+        if self._plan.host(action.device, action.stage - 1) == self._host:
+            self._values[action] = cotangent
+            return None
+        codecs = self._plan.devices[action.device].codecs[action.stage - 1]
+        return Parcel(cotangent, codecs.cotangent)
+
+    def _send_up(
+        self, action: Action, part: Part, parcel: Parcel, labels: np.ndarray[Any, Any] | None
+    ) -> None:
+        """Sends an activation, behind its labels, to the host of the next stage."""
+        above = action.stage + 1
+        if labels is not None:
+            link = self._links[self._plan.host(action.device, above)]
+            link.send(_tag(Role.LABEL, action, above, part), np.ascontiguousarray(labels))
+        tag = _tag(Role.ACTIVATION, action, above, part)
+        self._send(tag, action._replace(kind=SEND_FORWARD), parcel)
+
+    def _send_down(self, action: Action, part: Part, parcel: Parcel) -> None:
+        """Sends a cotangent to the host of the stage below."""
+        tag = _tag(Role.COTANGENT, action, action.stage - 1, part)
+        self._send(tag, action._replace(kind=SEND_BACKWARD), parcel)
+
+    def _send(self, tag: Tag, sent: Action, parcel: Parcel) -> None:
+        """Queues a tensor on the link to its stage's host and records when it left."""
+        self._links[self._plan.host(tag.device, tag.stage)].send(
+            tag,
+            parcel.contents(),
+            on_sent=lambda start_s, end_s, nbytes: self._record(
+                Timed(sent, start_s, end_s, nbytes, tag.samples)
+            ),
+        )
+
+    def _work(self, action: Action, probe: Any, samples: int, then: Callable[[], None]) -> Work:
+        """Wraps a dispatched computation for the completion thread."""
+        duration_s = self._duration_s(action, samples)
+        return Work(action, probe, self._dispatched_s, samples, duration_s, then)
+
+
+def _key(action: Action) -> tuple[int, int, int, int]:
+    """Returns what identifies a micro-batch at a stage."""
+    return action.stage, action.device, action.step, action.micro_batch
+
+
+def _nothing() -> None:
+    """Releases an input that nobody waits for."""
+
+
+def _tag(role: Role, action: Action, stage: int, part: Part) -> Tag:
+    """Returns what the header says of an action's tensor."""
+    return Tag(
+        role=role,
+        device=action.device,
+        stage=stage,
+        step=action.step,
+        micro_batch=action.micro_batch,
+        micro_batches=part.parts,
+        samples_before=part.before,
+        samples=part.samples,
+        batch_samples=part.batch_samples,
+    )

@@ -1,0 +1,399 @@
+"""A host: its stages, its mailbox, one dispatch thread, one completion thread, its links.
+
+A host is an object, so a process may hold several: tests run a whole chain in one process over
+loopback. Whoever owns it (a device's worker or the coordinator) gives it commands, routes what
+arrives on its links to it, and takes its replies. Everything below runs on the dispatch thread
+unless it says otherwise; commands are posted to the mailbox.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+import stages
+from comms import Link, Message
+from pipar_jax import optimizer
+from pipar_jax.config import Config
+from pipar_jax.errors import RunError
+from pipar_jax.plan import OWNER, Plan, device_name
+from pipar_jax.policy import Dispatcher, policy
+from pipar_jax.runtime.agenda import Agenda
+from pipar_jax.runtime.completion import Completion, Work
+from pipar_jax.runtime.executor import Batches, Executor
+from pipar_jax.runtime.meter import Meter
+from pipar_jax.runtime.parcel import compile_codecs
+from pipar_jax.runtime.recorder import Recorder
+from pipar_jax.runtime.replica import Replica
+from pipar_jax.runtime.share import Outlet, Share
+from pipar_jax.runtime.warmup import LEAST_S, REPEATS, Shape, run_all, units_of
+from pipar_jax.schedule import (
+    ALL,
+    HAND_ON,
+    MICRO,
+    RECEIVE_PART,
+    UPDATE,
+    Action,
+    RoundSchedule,
+    Span,
+)
+from stages import Model
+
+#: Computations that may be dispatched and not over: the running one and one queued behind it.
+#: With more, asynchronous dispatch would take the choice away from the policy.
+IN_FLIGHT = 2
+
+#: A reply's body, and the arrays that go with it by (device, part, unit, path).
+Reply = Callable[[dict[str, Any], dict[str, Any]], None]
+
+
+class Host:
+    """Executes its share of a plan.
+
+    Args:
+      name: ``server`` or a device's name.
+      model: The whole model.
+      config: The resolved configuration.
+      reply: Takes replies; called on any of the host's threads, must only post.
+      failed: Takes the error that ended a thread; called once, must only post.
+      batches: The data, if this host is a device.
+      slowdown: Emulated slowness: computations last so many times their time alone.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: Model,
+        config: Config,
+        *,
+        reply: Reply,
+        failed: Callable[[BaseException], None],
+        batches: Batches | None = None,
+        slowdown: float = 1.0,
+    ) -> None:
+        """See the class."""
+        self.name = name
+        self.links: dict[str, Link] = {}
+        self.recorder = Recorder(config.run.trace)
+        self._model, self._config, self._reply, self._failed = model, config, reply, failed
+        self._batches, self._slowdown = batches, slowdown
+        self._alone: dict[Shape, float] = {}
+        self._replicas: dict[tuple[int, int], Replica] = {}
+        self._demand: dict[int, float] = {}
+        self._in_flight = 0
+        self._round = -1
+        self._training = False
+        self._stopping = threading.Event()
+        self._failure: BaseException | None = None
+        self._mailbox: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]]] = (
+            queue.SimpleQueue()
+        )
+        self._meter = Meter(self._tell, config.run.progress_every_s)
+        self._completion = Completion(name, self.recorder.add, self._post_over, self._fail)
+        self._thread = threading.Thread(target=self._run, name=f"pipar-host-{name}", daemon=True)
+        self._thread.start()
+
+    # --- what the owner calls, from any thread ------------------------------------------------
+
+    def prepare(self, plan: Plan, samples: Sequence[int], steps: Sequence[int]) -> None:
+        """Builds and compiles this host's stages; answers ``prepared``.
+
+        Args:
+          plan: The run's plan.
+          samples: Samples that each device trains on in an epoch.
+          steps: Steps that each device takes in the whole run.
+        """
+        self._post(self._prepare, plan, tuple(samples), tuple(steps))
+
+    def calibrate(self) -> None:
+        """Times every compiled function while nothing else runs; answers ``calibrated``."""
+        self._post(self._calibrate)
+
+    def release(
+        self, index: int, spans: Sequence[Span], holder: int | None, demand: Sequence[float]
+    ) -> None:
+        """Starts a round; answers ``trained`` with the weights when its steps are over.
+
+        Args:
+          index: Number of the round.
+          spans: The round's spans.
+          holder: In sequential order, the device that holds the current device part already.
+          demand: Seconds per step that each device computed so far, for ``slowest_first``.
+        """
+        self._post(self._release, index, tuple(spans), holder, tuple(demand))
+
+    def store(self, params: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        """Replaces the weights of this host's units by averaged ones; answers ``stored``."""
+        self._post(self._store, params, state)
+
+    def take_part(self, part: Mapping[str, Any], step: int) -> None:
+        """Takes the device part that was handed on (sequential order).
+
+        Args:
+          part: ``params``, ``state`` and ``opt`` as ``give_part`` made them.
+          step: This device's step that waits for it.
+        """
+        self._post(self._take_part, part, step)
+
+    def shared_variables(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns weights and statistics of the stages that devices share; between rounds only."""
+        params: dict[str, Any] = {}
+        state: dict[str, Any] = {}
+        for (device, _), replica in self._replicas.items():
+            if device == ALL:
+                params.update(jax.tree.map(np.array, replica.params))
+                state.update(jax.tree.map(np.array, replica.state))
+        return params, state
+
+    def on_message(self, message: Message) -> None:
+        """Takes a tensor from a link; runs on the I/O thread."""
+        self._post(self._receive, message)
+
+    def wake(self) -> None:
+        """Looks again for ready actions, since a link has credit; runs on the I/O thread."""
+        self._post(_nothing)
+
+    def close(self) -> None:
+        """Ends the host's threads; what is in flight is waited for, nothing more is started."""
+        self._stopping.set()
+        self._post(_nothing)
+        self._thread.join()
+        self._completion.close()
+
+    # --- the thread ---------------------------------------------------------------------------
+
+    def _post(self, function: Callable[..., None], *args: Any) -> None:
+        self._mailbox.put((function, args))
+
+    def _post_over(self, action: Action) -> None:
+        self._post(self._over, action)
+
+    def _run(self) -> None:
+        """The dispatch thread: mail first, then as many ready actions as may be in flight."""
+        try:
+            while not self._stopping.is_set():
+                function, args = self._mailbox.get()
+                function(*args)
+                while not self._mailbox.empty():
+                    function, args = self._mailbox.get()
+                    function(*args)
+                if self._training and not self._stopping.is_set():
+                    self._dispatch()
+        except BaseException as error:  # handed to the owner, which raises it where it is joined
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """Reports the first error of any of the host's threads and stops them."""
+        if self._failure is None and not self._stopping.is_set():
+            self._failure = error
+            self._failed(error)
+        self._stopping.set()
+        self._post(_nothing)
+
+    def _dispatch(self) -> None:
+        while self._in_flight < IN_FLIGHT:
+            action = self._dispatcher.next()
+            if action is None:
+                break
+            outlet = self._outlet(action)
+            if outlet is not None:
+                outlet[0].promised += outlet[1]
+            work = self._hand_on(action) if action.kind == HAND_ON else self._perform(action)
+            self._in_flight += 1
+            self._completion.put(work)
+            self._agenda.over(action)
+        if self._agenda.finished and not self._in_flight:
+            self._finish_round()
+
+    def _perform(self, action: Action) -> Work:
+        try:
+            return self._executor.perform(action)
+        except (ValueError, TypeError, jax.errors.JaxRuntimeError) as error:
+            raise RunError(f"{self.name}: {action} failed: {error}") from error
+
+    def _over(self, action: Action) -> None:
+        self._in_flight -= 1
+        outlet = self._outlet(action)
+        if outlet is not None:
+            outlet[0].promised -= outlet[1]
+
+    def _receive(self, message: Message) -> None:
+        complete = self._executor.receive(message)
+        if complete is not None:
+            self._agenda.over(complete)
+
+    # --- commands -----------------------------------------------------------------------------
+
+    def _prepare(self, plan: Plan, samples: tuple[int, ...], steps: tuple[int, ...]) -> None:
+        """Builds replicas from the seed, compiles all shapes of the plan and says so."""
+        began = time.monotonic()
+        self._plan, self._samples = plan, samples
+        cut_bytes = [
+            shape.dtype.itemsize * int(np.prod(shape.shape)) for shape in self._model.shapes(1)
+        ]
+        self._share = Share(plan, self.name, self.links, cut_bytes)
+        compiled = optimizer.compiled(
+            self._config.optimizer,
+            steps=max(steps),
+            proximal_mu=self._config.aggregation.proximal_mu,
+        )
+        params, state = self._model.init(self._config.seed)
+        for device, one in enumerate(plan.devices):
+            cut = stages.split(self._model, one.cuts)
+            for index, stage in enumerate(cut):
+                slot = self._share.slot(device, index)
+                if plan.host(device, index) == self.name and slot not in self._replicas:
+                    self._replicas[slot] = Replica(stage, params, state, compiled)
+        del params, state
+        self._dispatcher = Dispatcher(policy(plan.dispatch, self._demand), self._outlet)
+        self._agenda = Agenda(self.name, plan, self._dispatcher, self._share.takes_part)
+        self._executor = Executor(
+            self.name, plan, self._replicas, self.links,
+            batches=self._batches, meter=self._meter, record=self.recorder.add,
+            duration_s=self._duration_s, seed=self._config.seed, dtype=self._config.model.dtype,
+        )  # fmt: skip
+        run_all(self._model, self._replicas.values(), self._sizes(), between=self._check_stopped)
+        self._compile_codecs()
+        self._answer({"type": "prepared", "compile_s": time.monotonic() - began})
+
+    def _compile_codecs(self) -> None:
+        """Compiles the codecs of every cut at which this host meets another."""
+        for device, one in enumerate(self._plan.devices):
+            for index, cut in enumerate(one.cuts):
+                ends = {self._plan.host(device, index), self._plan.host(device, index + 1)}
+                if self.name in ends and len(ends) == 2:
+                    shapes = [self._model.shapes(size)[cut] for size in self._sizes()]
+                    codecs = one.codecs[index]
+                    compile_codecs((codecs.activation, codecs.cotangent), shapes)
+
+    def _calibrate(self) -> None:
+        began = time.monotonic()
+        self._alone.update(
+            run_all(
+                self._model,
+                self._replicas.values(),
+                self._sizes(),
+                between=self._check_stopped,
+                repeats=REPEATS,
+                least_s=LEAST_S,
+                # The least, not the median: other work on this machine only ever adds to it, and
+                # what is added here would be multiplied by the slowness that is emulated.
+                summary=min,
+            )
+        )
+        times = [[*shape.units, shape.kind, shape.samples, s] for shape, s in self._alone.items()]
+        self._answer({"type": "calibrated", "seconds": time.monotonic() - began, "times": times})
+
+    def _release(
+        self,
+        index: int,
+        spans: tuple[Span, ...],
+        holder: int | None,
+        demand: tuple[float, ...],
+    ) -> None:
+        self._demand.update(enumerate(demand))
+        schedule = RoundSchedule(self._plan, spans, self._samples, self._config.data.batch_size)
+        self._round = index
+        self._executor.start(schedule)
+        self._training = True
+        self._agenda.start(schedule)
+        if holder is not None and device_name(holder) == self.name:
+            self._agenda.over(Action(0, RECEIVE_PART, holder, spans[0].first))
+
+    def _finish_round(self) -> None:
+        """Tells that this host's steps are over, with the weights if they are to be averaged."""
+        self._training = False
+        if self._plan.order == "sequential":
+            self._report()
+            return
+        arrays: dict[str, Any] = {}
+        for (device, _), replica in self._replicas.items():
+            arrays.setdefault(str(device), {"params": {}, "state": {}})
+            arrays[str(device)]["params"].update(replica.params)
+            arrays[str(device)]["state"].update(replica.state)
+        self._reply({"type": "trained", "round": self._round}, arrays)
+
+    def _store(self, params: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        for replica in self._replicas.values():
+            replica.load(params, state)
+            replica.opt_state = optimizer.anchor(replica.opt_state, replica.params)
+        jax.block_until_ready(  # type: ignore[no-untyped-call]
+            [(replica.params, replica.state) for replica in self._replicas.values()]
+        )
+        self._report()
+
+    def _report(self) -> None:
+        """Ends the round on this host; its trace and figures go with the answer."""
+        totals = self._meter.take_round()
+        overruns, self._completion.overruns = self._completion.overruns, 0
+        self._answer(
+            {"type": "stored", "round": self._round, "overruns": overruns, **totals._asdict()}
+        )
+
+    # --- the device part in sequential order --------------------------------------------------
+
+    def _owned(self) -> list[Replica]:
+        """Returns the replicas of the stages that the device itself runs, in order."""
+        device = int(self.name[1:])
+        hosts = self._plan.devices[device].hosts
+        return [self._replicas[device, s] for s, host in enumerate(hosts) if host == OWNER]
+
+    def _hand_on(self, action: Action) -> Work:
+        """Gives the device part away: weights, batch statistics and optimiser state."""
+        part: dict[str, Any] = {"params": {}, "state": {}, "opt": {}}
+        for replica in self._owned():
+            part["params"].update(replica.params)
+            part["state"].update(replica.state)
+            part["opt"].update(replica.opt_state)
+        body = {"type": "part", "device": action.device, "step": action.step}
+        return Work(
+            action, part, time.monotonic(), 0, 0.0, lambda: self._reply(body, {"part": part})
+        )
+
+    def _take_part(self, part: Mapping[str, Any], step: int) -> None:
+        for replica in self._owned():
+            replica.load(part["params"], part.get("state", {}))
+            for unit, own in replica.opt_state.items():
+                leaves = jax.tree.leaves(part.get("opt", {}).get(unit, {}))
+                like, structure = jax.tree.flatten(own)
+                fitted = [jax.numpy.array(a, b.dtype) for a, b in zip(leaves, like, strict=True)]
+                replica.opt_state[unit] = jax.tree.unflatten(structure, fitted)
+        self._agenda.over(Action(0, RECEIVE_PART, int(self.name[1:]), step))
+
+    # --- small things -------------------------------------------------------------------------
+
+    def _sizes(self) -> set[int]:
+        return self._share.sizes(self._samples, self._config.data.batch_size)
+
+    def _outlet(self, action: Action) -> tuple[Outlet, int] | None:
+        if action.kind not in MICRO:
+            return None
+        return self._share.outlet(action, self._executor.part(action).samples)
+
+    def _duration_s(self, action: Action, samples: int) -> float:
+        """Returns the seconds an action has to last here; 0 where no slowness is emulated."""
+        if self._slowdown == 1.0:
+            return 0.0
+        units = units_of(self._executor.replica(action.device, action.stage))
+        size = 0 if action.kind == UPDATE else samples
+        return self._slowdown * self._alone[Shape(units, action.kind, size)]
+
+    def _check_stopped(self) -> None:
+        if self._stopping.is_set():
+            raise RunError(f"{self.name} was stopped while it compiled")
+
+    def _tell(self, body: dict[str, Any]) -> None:
+        self._answer({**body, "round": self._round})
+
+    def _answer(self, body: dict[str, Any]) -> None:
+        self._reply(body, {})
+
+
+def _nothing() -> None:
+    """Wakes the dispatch thread."""

@@ -1,0 +1,76 @@
+"""Loss, accuracy and samples of the steps whose last stage runs on this host."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Totals(NamedTuple):
+    """Sums over samples.
+
+    Attributes:
+      loss: Sum of the samples' losses.
+      correct: Samples whose largest logit is the label's.
+      samples: How many there were.
+    """
+
+    loss: float = 0.0
+    correct: float = 0.0
+    samples: int = 0
+
+    def plus(self, other: Totals) -> Totals:
+        """Returns the sums over both."""
+        return Totals(
+            self.loss + other.loss, self.correct + other.correct, self.samples + other.samples
+        )
+
+
+class Meter:
+    """Collects what the last stage measures and tells of it now and then.
+
+    Args:
+      tell: Takes a progress message.
+      every_s: Seconds that must lie between two messages.
+    """
+
+    def __init__(self, tell: Callable[[dict[str, Any]], None], every_s: float) -> None:
+        """See the class."""
+        self._tell, self._every_s = tell, every_s
+        self._lock = threading.Lock()
+        self._steps: dict[tuple[int, int], Totals] = {}
+        self._round = Totals()
+        self._told_s = 0.0
+
+    def add(self, device: int, step: int, loss: float, correct: float, samples: int) -> None:
+        """Adds a micro-batch."""
+        one = Totals(loss, correct, samples)
+        with self._lock:
+            self._steps[device, step] = self._steps.get((device, step), Totals()).plus(one)
+            self._round = self._round.plus(one)
+
+    def step_over(self, device: int, step: int) -> None:
+        """Closes a device's step and tells of it if the last message is long ago."""
+        with self._lock:
+            totals = self._steps.pop((device, step), None)
+            now = time.monotonic()
+            if totals is None or not totals.samples or now - self._told_s < self._every_s:
+                return
+            self._told_s = now
+        self._tell(
+            {
+                "type": "progress",
+                "device": device,
+                "step": step,
+                "loss": totals.loss / totals.samples,
+                "accuracy": totals.correct / totals.samples,
+            }
+        )
+
+    def take_round(self) -> Totals:
+        """Returns the round's sums and starts over."""
+        with self._lock:
+            totals, self._round = self._round, Totals()
+        return totals

@@ -1,0 +1,38 @@
+"""Where a host's threads write what they did, cheaply."""
+
+from __future__ import annotations
+
+import threading
+
+from pipar_jax.schedule import COMPUTE
+from pipar_jax.trace import Timed, union_s
+
+
+class Recorder:
+    """Timed actions of one host on its own monotonic clock.
+
+    Args:
+      keep: Whether to keep the actions; without, only computing time is summed up.
+    """
+
+    def __init__(self, keep: bool) -> None:
+        """See the class."""
+        self._keep = keep
+        self._lock = threading.Lock()
+        self._rows: list[Timed] = []
+        self._busy: list[tuple[float, float]] = []
+
+    def add(self, row: Timed) -> None:
+        """Records an action; any thread may call it."""
+        with self._lock:
+            if self._keep:
+                self._rows.append(row)
+            if row.action.kind in COMPUTE:
+                self._busy.append((row.start_s, row.end_s))
+
+    def take(self) -> tuple[list[Timed], float]:
+        """Returns the actions recorded since the last call and their computing seconds."""
+        with self._lock:
+            rows, busy = self._rows, self._busy
+            self._rows, self._busy = [], []
+        return rows, union_s(busy)

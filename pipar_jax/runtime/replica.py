@@ -1,0 +1,93 @@
+"""A stage's weights on one host: for one device, or the one copy that devices share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pipar_jax.optimizer import Compiled
+from stages import Draw, Stage
+
+Variables = dict[str, dict[str, jax.Array]]
+
+
+class Replica:
+    """The variables, optimiser state and gradient accumulator of one stage.
+
+    Every method dispatches one compiled function and returns at once; the results are ready later.
+
+    Attributes:
+      stage: The compiled stage.
+      params: For each unit its weights.
+      state: For each unit its batch statistics.
+      opt_state: For each unit its optimiser state.
+      accumulated: For each unit the gradient of the mini-batch so far.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        params: Mapping[str, Any],
+        state: Mapping[str, Any],
+        compiled: Compiled,
+    ) -> None:
+        """Copies the variables of the stage's units: updates donate what they change.
+
+        Args:
+          stage: The stage.
+          params: Weights of at least the stage's units.
+          state: Batch statistics of at least the stage's units.
+          compiled: The optimiser.
+        """
+        self.stage = stage
+        self.params: Variables = {}
+        self.state: Variables = {}
+        self.load(params, state)
+        init = compiled.transformation.init
+        self.opt_state: dict[str, Any] = {unit: init(w) for unit, w in self.params.items()}
+        self.accumulated = stage.zeros(self.params)
+        self._update = compiled.update
+
+    def load(self, params: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        """Replaces weights and batch statistics by copies of those given.
+
+        A unit that is missing in ``state`` has no statistics.
+        """
+        names = self.stage.unit_names
+        self.params = {unit: jax.tree.map(jnp.array, dict(params[unit])) for unit in names}
+        self.state = {unit: jax.tree.map(jnp.array, dict(state.get(unit, {}))) for unit in names}
+
+    def forward(self, x: jax.Array, draw: Draw) -> tuple[jax.Array, Any]:
+        """Returns the activation [micro-batch, …] and the residuals of a micro-batch."""
+        y, residuals, self.state = self.stage.forward(self.params, self.state, x, draw)
+        return y, residuals
+
+    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+        """Accumulates a micro-batch's gradient and returns the input's cotangent.
+
+        The first stage has none to give; its return value only tells when the gradient is ready.
+        """
+        given, self.accumulated = self.stage.backward(
+            self.params, residuals, cotangent, self.accumulated
+        )
+        return given
+
+    def loss(
+        self, x: jax.Array, labels: jax.Array, draw: Draw
+    ) -> tuple[dict[str, jax.Array], jax.Array | None]:
+        """Runs the last stage on a micro-batch: metrics, and the input's cotangent if any."""
+        metrics, cotangent, self.accumulated, self.state = self.stage.loss(
+            self.params, self.state, x, labels, draw, self.accumulated
+        )
+        return metrics, cotangent
+
+    def update(self) -> jax.Array:
+        """Takes one optimiser step; returns an array that is ready when the step is."""
+        self.params, self.opt_state, self.accumulated = self._update(
+            self.params, self.opt_state, self.accumulated
+        )
+        leaf: jax.Array = jax.tree.leaves(self.params)[0]
+        return leaf

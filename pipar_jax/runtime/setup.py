@@ -1,0 +1,55 @@
+"""What every role sets up from the configuration: precision, model, channel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+
+import stages
+from comms import ChannelOptions, TlsOptions
+from pipar_jax.config import Config
+from stages import Model
+
+
+def set_precision(config: Config) -> None:
+    """Allows 64-bit numbers in this process if the model computes with them.
+
+    The setting is global to the process; it is never taken back, since arrays made under it live
+    on.
+    """
+    if config.model.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)  # type: ignore[no-untyped-call]
+
+
+def build_model(config: Config, input_shape: Sequence[int], classes: int) -> Model:
+    """Returns the configured model for samples of a shape and a number of classes."""
+    return stages.build(
+        config.model.name,
+        input_shape=tuple(input_shape),
+        classes=classes,
+        norm=config.model.norm,
+        stem=config.model.stem,
+        dtype=config.model.dtype,
+    )
+
+
+def channel_options(config: Config) -> ChannelOptions:
+    """Returns the channel's settings; TLS is on as soon as one of its files is named."""
+    network = config.network
+    tls = None
+    if network.authority or network.certificate:
+        tls = TlsOptions(
+            authority=network.authority or None,
+            certificate=network.certificate or None,
+            key=network.key or None,
+            require_peer=network.require_certificate,
+        )
+    return ChannelOptions(
+        tls=tls,
+        resume_s=network.resume_s,
+        deadline_s=network.deadline_s,
+        window_bytes=int(config.pipeline.window_mb * 1e6),
+        token=network.token,
+        listen_openly=network.insecure,
+    )

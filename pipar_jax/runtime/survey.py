@@ -1,0 +1,220 @@
+"""Asks the hosts of a run what they can do, for the tuner: units are timed, and links.
+
+The coordinator asks one host after another, so that hosts that share a machine do not disturb each
+other; what a host was asked before, it knows. A link's rate is what the second of two bundles takes
+after the first has arrived; its delay is half of the shortest of a few round trips.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from comms import Link, Message
+from pipar_jax import config as configuration
+from pipar_jax.config import AUTO, Config
+from pipar_jax.errors import RunError
+from pipar_jax.methods import plan_for
+from pipar_jax.plan import Plan, device_name
+from pipar_jax.profile import DeviceProfile, Profile
+from pipar_jax.runtime.members import Members
+from pipar_jax.simulator.costs import LinkModel
+from pipar_jax.tuner.measure import (
+    Measured,
+    measure_codecs,
+    measure_host,
+    measure_message_s,
+    sizes_of,
+    weight_ratio,
+)
+from pipar_jax.tuner.predict import Stages, judge
+from pipar_jax.tuner.search import tune
+from stages import Model
+
+#: Control messages that are sent and answered to find a link's delay.
+ECHOES = 5
+#: A transfer that is shorter than this is repeated with more bytes, up to so many.
+ENOUGH_S, MOST_BYTES = 0.1, 32 << 20
+_FIRST_BYTES = 64 << 10
+
+
+def choose_plan(config: Config, model: Model, members: Members, samples: Sequence[int]) -> Plan:
+    """Returns the plan of the configured method; with method=auto, the tuner's.
+
+    Args:
+      config: Resolved configuration.
+      model: The whole model.
+      members: The devices, all admitted.
+      samples: Samples that each trains on in an epoch.
+
+    Raises:
+      PeerError: A device was lost or failed while it was asked.
+      PlanError: No plan fits into the hosts' memory.
+    """
+    if config.method != AUTO:
+        return plan_for(config, model.unit_names)
+    began_s = time.monotonic()
+    profile = survey(config, model, members, samples)
+    surveyed_s = time.monotonic() - began_s
+    plan = tune(profile, config)
+    members.tell(
+        {
+            "event": "tuned",
+            "plan": str(plan),
+            "epoch_s": judge(Stages(profile), plan).epoch_s,
+            "survey_s": surveyed_s,
+            "search_s": time.monotonic() - began_s - surveyed_s,
+            "profile": profile.to_dict(),
+        }
+    )
+    return plan
+
+
+def survey(config: Config, model: Model, members: Members, samples: Sequence[int]) -> Profile:
+    """Returns the profile of a run's hosts and links, as they are now.
+
+    Args:
+      config: Resolved configuration.
+      model: The whole model.
+      members: The devices, all admitted.
+      samples: Samples that each trains on in an epoch.
+
+    Raises:
+      PeerError: A device was lost or failed.
+    """
+    sizes = sizes_of(config)
+    server = measure_host(config, model, sizes, members.look)
+    message_s = measure_message_s()
+    devices = []
+    for index, count in enumerate(samples):
+        name = device_name(index)
+        body = _ask(members, name, {"what": "profile", "sizes": sizes})
+        host = Measured.from_dict(body["measured"]).host
+        delay_s = min(_echo_s(members, name) for _ in range(ECHOES)) / 2
+        up_bytes_s = _rate(functools.partial(_up_s, members, name))
+        down_bytes_s = _rate(functools.partial(_down_s, members, name))
+        devices.append(
+            DeviceProfile(
+                host, count,
+                LinkModel(up_bytes_s, delay_s, message_s),
+                LinkModel(down_bytes_s, delay_s, message_s),
+            )
+        )  # fmt: skip
+    codecs = measure_codecs(config)
+    return Profile(
+        model=model.name,
+        batch_size=config.data.batch_size,
+        units=server.units,
+        server=_as_configured(server, config.server),
+        devices=tuple(devices),
+        codecs=codecs,
+        window_bytes=config.pipeline.window_mb * 1e6,
+        weight_ratio=weight_ratio(config, codecs),
+    )
+
+
+class Respondent:
+    """A device's side: does what it is asked and says what came of it.
+
+    Args:
+      config: The device's resolved configuration: its slowness and its limits count.
+      index: The device's index.
+      model: The whole model.
+      between: Called between measurements, to notice that nobody wants them any more.
+    """
+
+    def __init__(
+        self, config: Config, index: int, model: Model, between: Callable[[], None]
+    ) -> None:
+        """See the class."""
+        self._config, self._model, self._between = config, model, between
+        self._own = configuration.device(config, index)
+        self._first_s: float | None = None
+
+    def obey(self, body: dict[str, Any], link: Link) -> None:
+        """Answers a question.
+
+        Raises:
+          RunError: It is unknown.
+        """
+        what = body.get("what")
+        answer: dict[str, Any] = {"type": "surveyed", "what": what}
+        if what == "profile":
+            found = measure_host(self._config, self._model, tuple(body["sizes"]), self._between)
+            slowed = found._replace(host=_as_configured(found, self._own))
+            link.send_control({**answer, "measured": slowed.to_dict()})
+        elif what == "echo":
+            link.send_control(answer)
+        elif what == "send":
+            _send_two(link, body["nbytes"])
+        else:
+            raise RunError(f"the coordinator's survey asks for an unknown {what!r}")
+
+    def take(self, message: Message) -> None:
+        """Takes one of two bundles; answers after the second with the time since the first."""
+        message.release()
+        if self._first_s is None:
+            self._first_s = message.received_s
+            return
+        seconds, self._first_s = message.received_s - self._first_s, None
+        message.link.send_control({"type": "surveyed", "what": "took", "seconds": seconds})
+
+
+def _as_configured(measured: Measured, host: Any) -> Any:
+    """Returns a host's profile with its emulated slowness and its limit of memory."""
+    limit = host.memory_mb * 1e6 if host.memory_mb else None
+    return dataclasses.replace(measured.host.slowed(host.slowdown), memory_bytes=limit)
+
+
+def _ask(members: Members, name: str, question: dict[str, Any]) -> dict[str, Any]:
+    """Asks a device and waits for its answer."""
+    members.by_name[name].link.send_control({"type": "survey", **question})
+    return members.collect("surveyed", (name,))[name].body
+
+
+def _echo_s(members: Members, name: str) -> float:
+    """Returns the seconds of a round trip to a device's thread and back."""
+    began_s = time.monotonic()
+    _ask(members, name, {"what": "echo"})
+    return time.monotonic() - began_s
+
+
+def _rate(transfer_s: Callable[[int], float]) -> float:
+    """Returns the bytes per second of a direction, by a transfer long enough to tell."""
+    nbytes = _FIRST_BYTES
+    while True:
+        seconds = transfer_s(nbytes)
+        if seconds >= ENOUGH_S or nbytes >= MOST_BYTES:
+            return nbytes / max(seconds, 1e-9)
+        nbytes *= 8
+
+
+def _up_s(members: Members, name: str, nbytes: int) -> float:
+    """Returns the seconds that so many bytes take from a device."""
+    question = {"type": "survey", "what": "send", "nbytes": nbytes}
+    members.by_name[name].link.send_control(question)
+    times = []
+    for _ in range(2):
+        message = members.collect("surveyed", (name,))[name].message
+        assert message is not None
+        times.append(message.received_s)
+        message.release()
+    return times[1] - times[0]
+
+
+def _down_s(members: Members, name: str, nbytes: int) -> float:
+    """Returns the seconds that so many bytes take to a device."""
+    _send_two(members.by_name[name].link, nbytes)
+    return float(members.collect("surveyed", (name,))[name].body["seconds"])
+
+
+def _send_two(link: Link, nbytes: int) -> None:
+    """Sends a small bundle and one of so many bytes right behind it."""
+    for size in (1024, nbytes):
+        tensors = {"bytes": np.zeros(size, np.uint8)}
+        link.send_bundle("survey", tensors, {"type": "surveyed", "what": "bytes"})

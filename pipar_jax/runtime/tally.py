@@ -1,0 +1,171 @@
+"""What a run's rounds come to: events, metrics, idle shares, bytes and the trace."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pipar_jax.config import Config
+from pipar_jax.plan import Plan
+from pipar_jax.runtime.folder import RunFolder
+from pipar_jax.runtime.members import Members
+from pipar_jax.runtime.meter import Totals
+from pipar_jax.schedule import Span
+from pipar_jax.trace import Interval, Timed, Trace
+
+
+class Tally:
+    """Turns what hosts report into events, rows of metrics.jsonl and the run's summary.
+
+    Args:
+      config: Resolved configuration.
+      members: Whose links' bytes count.
+      folder: Where the trace goes.
+      tell: Takes events.
+      parameters: How many parameters the model has.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        members: Members,
+        folder: RunFolder,
+        tell: Callable[[dict[str, Any]], None],
+        parameters: int,
+    ) -> None:
+        """See the class."""
+        self._config, self._members, self._folder, self._tell = config, members, folder, tell
+        self._parameters = parameters
+        self._trace = Trace()
+        self._rounds = 0
+        self._bytes = (0, 0)
+        self._totals = (0, 0)
+        self._seconds: list[float] = []
+        self._busy: dict[str, float] = {}
+        self._score: dict[str, float] = {}
+        self._origin_s = time.monotonic()
+
+    def prepared(self, compile_s: float, calibration_s: float) -> None:
+        """Tells how long compiling and timing alone took; neither is part of any round."""
+        self._tell({"event": "prepared", "compile_s": compile_s, "calibration_s": calibration_s})
+
+    def begin(
+        self, plan: Plan, rounds: Sequence[Sequence[Span]], steps_per_epoch: Sequence[int]
+    ) -> None:
+        """Tells that training begins."""
+        self._rounds = len(rounds)
+        self._origin_s = time.monotonic()
+        self._trace.meta = {"method": self._config.method, "plan": plan.to_dict()}
+        self._folder.save_plan(plan.to_dict())
+        self._tell(
+            {
+                "event": "run_started",
+                "method": self._config.method,
+                "plan": str(plan),
+                "devices": len(plan.devices),
+                "rounds": len(rounds),
+                "epochs": self._config.epochs,
+                "steps": [one * self._config.epochs for one in steps_per_epoch],
+                "model": self._config.model.name,
+                "parameters": self._parameters,
+                "folder": str(self._folder.path),
+            }
+        )
+
+    def start_round(self) -> None:
+        """Notes what the links have carried before a round."""
+        self._bytes = self._carried()
+
+    def add_trace(self, host: str, rows: Sequence[Timed], offset_s: float) -> None:
+        """Adds a host's timed actions, on the coordinator's clock once the offset is added."""
+        if self._config.run.trace:
+            self._trace.add(host, rows, offset_s - self._origin_s)
+
+    def end_round(
+        self,
+        index: int,
+        interval: Interval,
+        totals: Totals,
+        busy: Mapping[str, float],
+        overruns: int,
+    ) -> None:
+        """Tells of a round that is over.
+
+        Args:
+          index: Which.
+          interval: From the release to the last weights stored.
+          totals: Loss and accuracy sums over its samples.
+          busy: For each host the seconds it computed.
+          overruns: Computations that lasted longer than the slowness emulated for their host.
+        """
+        up, down = (now - before for now, before in zip(self._carried(), self._bytes, strict=True))
+        self._totals = (self._totals[0] + up, self._totals[1] + down)
+        self._seconds.append(interval.seconds)
+        for host, seconds in busy.items():
+            self._busy[host] = self._busy.get(host, 0.0) + seconds
+        self._trace.rounds.append(
+            Interval(interval.start_s - self._origin_s, interval.end_s - self._origin_s)
+        )
+        self._tell(
+            {
+                "event": "round_finished",
+                "round": index,
+                "rounds": self._rounds,
+                "epoch": self._epoch(index),
+                "seconds": interval.seconds,
+                "loss": totals.loss / max(totals.samples, 1),
+                "accuracy": totals.correct / max(totals.samples, 1),
+                "samples": totals.samples,
+                "busy": dict(busy),
+                "idle": {host: 1.0 - s / interval.seconds for host, s in busy.items()},
+                "bytes_up": up,
+                "bytes_down": down,
+                "overruns": overruns,
+            }
+        )
+
+    def evaluated(self, index: int, accuracy: float, loss: float, seconds: float) -> None:
+        """Tells of an evaluation of the global weights after a round."""
+        self._score = {"accuracy": accuracy, "loss": loss}
+        self._tell(
+            {
+                "event": "evaluated",
+                "round": index,
+                "epoch": self._epoch(index),
+                **self._score,
+                "seconds": seconds,
+            }
+        )
+
+    def finish(self) -> dict[str, Any]:
+        """Writes the trace, tells that the run is over, and returns that event."""
+        if self._config.run.trace:
+            self._folder.save_trace(self._trace)
+        epochs: dict[int, float] = {}
+        for index, seconds in enumerate(self._seconds):
+            epoch = index * self._config.epochs // self._rounds
+            epochs[epoch] = epochs.get(epoch, 0.0) + seconds
+        whole = sum(self._seconds)
+        summary = {
+            "event": "run_finished",
+            "seconds": whole,
+            "epoch_seconds": statistics.median(epochs.values()),
+            **self._score,
+            "idle": {host: 1.0 - s / whole for host, s in self._busy.items()},
+            "bytes_up": self._totals[0],
+            "bytes_down": self._totals[1],
+            "folder": str(self._folder.path),
+        }
+        self._tell(summary)
+        return summary
+
+    def _epoch(self, index: int) -> float:
+        """Returns how many epochs are over after a round."""
+        return (index + 1) * self._config.epochs / self._rounds
+
+    def _carried(self) -> tuple[int, int]:
+        """Returns the bytes that all devices' links have carried up and down so far."""
+        stats = [member.link.stats() for member in self._members.by_name.values()]
+        return sum(one.bytes_in for one in stats), sum(one.bytes_out for one in stats)

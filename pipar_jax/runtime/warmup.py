@@ -1,0 +1,153 @@
+"""Compiling every shape of a plan before the first round, and timing each function alone."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pipar_jax.runtime.replica import Replica
+from pipar_jax.schedule import BACKWARD, FORWARD, LAST, UPDATE
+from stages import Model, make_draw
+
+#: Runs of each function at least, when it is timed alone.
+REPEATS = 5
+#: Seconds that a function is timed for at least: a hiccup of the scheduler lasts milliseconds, and
+#: a short function's time must not be made of one.
+LEAST_S = 0.1
+
+
+class Shape(NamedTuple):
+    """One compiled case of a stage.
+
+    Attributes:
+      units: First and last unit of the stage.
+      kind: F, B, L or U.
+      samples: Samples in the micro-batch; 0 for an update.
+    """
+
+    units: tuple[str, str]
+    kind: str
+    samples: int
+
+
+def units_of(replica: Replica) -> tuple[str, str]:
+    """Returns the first and the last unit of a replica's stage."""
+    names = replica.stage.unit_names
+    return names[0], names[-1]
+
+
+def run_all(
+    model: Model,
+    replicas: Iterable[Replica],
+    sizes: Iterable[int],
+    *,
+    between: Callable[[], None] = lambda: None,
+    repeats: int = 1,
+    least_s: float = 0.0,
+    summary: Callable[[list[float]], float] = statistics.median,
+) -> Mapping[Shape, float]:
+    """Runs every function of every distinct stage at every micro-batch size.
+
+    The replicas themselves are not changed. The first call compiles; later ones time the functions
+    as they run in training: dispatched, waited for, nothing else running.
+
+    Args:
+      model: The whole model.
+      replicas: The host's replicas; equal stages are run once.
+      sizes: Micro-batch sizes.
+      between: Called between two stages, to notice that the run was given up.
+      repeats: How often each function runs at least.
+      least_s: Seconds that each function runs for at least.
+      summary: Makes one number of a function's seconds.
+
+    Returns:
+      The seconds of each function: the median, or what ``summary`` makes of them.
+    """
+    found: dict[Shape, float] = {}
+    for replica in {units_of(one): one for one in replicas}.values():
+        for samples in sorted(set(sizes), reverse=True):
+            between()
+            for kind, run in _functions(model, replica, samples).items():
+                found[Shape(units_of(replica), kind, samples)] = summary(
+                    _times(run, repeats, least_s)
+                )
+        found[Shape(units_of(replica), UPDATE, 0)] = summary(
+            _times(_update(replica), repeats, least_s)
+        )
+    return found
+
+
+#: Runs a function once and returns its seconds.
+_Run = Callable[[], float]
+
+
+def _times(run: _Run, repeats: int, least_s: float) -> list[float]:
+    """Returns the seconds of enough runs."""
+    times: list[float] = []
+    while len(times) < repeats or sum(times) < least_s:
+        times.append(run())
+    return times
+
+
+def _timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
+    """Returns the seconds until a function's results are ready, and the results."""
+    began = time.perf_counter()
+    results = jax.block_until_ready(function(*args))  # type: ignore[no-untyped-call]
+    return time.perf_counter() - began, results
+
+
+def _functions(model: Model, replica: Replica, samples: int) -> Mapping[str, _Run]:
+    """Returns forward and backward, or the fused last stage, on ones instead of data."""
+    stage, (first, last) = replica.stage, units_of(replica)
+    shapes = model.shapes(samples)
+    x = _ones(shapes[model.unit_names.index(first)])
+    above = shapes[model.unit_names.index(last) + 1]
+    dtype = above.dtype if jnp.issubdtype(above.dtype, jnp.floating) else jnp.float32
+    draw = make_draw(samples)._replace(inverse_batch=np.dtype(dtype).type(1.0 / samples))
+    # Each run hands its accumulator to the next, which donates it.
+    held = {"accumulated": stage.zeros(replica.params)}
+
+    def run_last() -> float:
+        labels = jnp.zeros(above.shape[:-1], jnp.int32)
+        seconds, results = _timed(
+            stage.loss, replica.params, replica.state, x, labels, draw, held["accumulated"]
+        )
+        held["accumulated"] = results[2]
+        return seconds
+
+    def run_forward() -> float:
+        seconds, results = _timed(stage.forward, replica.params, replica.state, x, draw)
+        held["residuals"] = results[1]
+        return seconds
+
+    def run_backward() -> float:
+        cotangent = _ones(above)
+        seconds, results = _timed(
+            stage.backward, replica.params, held["residuals"], cotangent, held["accumulated"]
+        )
+        held["accumulated"] = results[1]
+        return seconds
+
+    if stage.is_last:
+        return {LAST: run_last}
+    return {FORWARD: run_forward, BACKWARD: run_backward}
+
+
+def _update(replica: Replica) -> _Run:
+    """Returns the optimiser's step, on copies, which it donates."""
+    copy = Replica.__new__(Replica)
+    copy.__dict__.update(replica.__dict__)
+    for name in ("params", "opt_state", "accumulated"):
+        setattr(copy, name, jax.tree.map(jnp.array, getattr(replica, name)))
+    return lambda: _timed(copy.update)[0]
+
+
+def _ones(shape: Any) -> jax.Array:
+    """Returns ones: with zeros a processor may be faster than it is with data."""
+    return jax.block_until_ready(jnp.ones(shape.shape, shape.dtype))  # type: ignore

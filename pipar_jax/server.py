@@ -1,0 +1,138 @@
+"""The server as a role: the coordinator and the server host, in one process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import stages
+from comms import ChannelError, Endpoint
+from pipar_jax import data as datasets
+from pipar_jax.config import Config
+from pipar_jax.data import Dataset
+from pipar_jax.errors import PiparError, RunError
+from pipar_jax.plan import COORDINATOR
+from pipar_jax.runtime.coordinator import Coordinator
+from pipar_jax.runtime.evaluation import Evaluator
+from pipar_jax.runtime.folder import RunFolder
+from pipar_jax.runtime.host import Host
+from pipar_jax.runtime.members import Members
+from pipar_jax.runtime.setup import build_model, channel_options, set_precision
+from pipar_jax.runtime.tally import Tally
+from stages import Model
+
+
+def run_server(
+    config: Config,
+    *,
+    on_event: Callable[[dict[str, Any]], None],
+    model: Model | None = None,
+    data: Dataset | None = None,
+    stop: threading.Event | None = None,
+) -> dict[str, Any]:
+    """Conducts a run: waits for its devices, trains with them, leaves the run's folder.
+
+    Args:
+      config: Resolved configuration; the folder is ``config.run.dir / config.name``.
+      on_event: Takes every event; called on several threads, one at a time.
+      model: The model, if not the configured one.
+      data: The test set (a test split), if not the configured one.
+      stop: Ends the run when set.
+
+    Returns:
+      The event ``run_finished``.
+
+    Raises:
+      DataError: The test set cannot be read.
+      JoinError: Devices are missing.
+      PeerError: A device was lost or failed.
+      RunError: This process failed.
+    """
+    set_precision(config)
+    began = time.monotonic()
+    folder = RunFolder(Path(config.run.dir) / config.name)
+    folder.save_config(config)
+    lock = threading.Lock()
+
+    def tell(event: dict[str, Any]) -> None:
+        with lock:
+            event = {**event, "time_s": time.monotonic() - began}
+            if event["event"] != "progress":
+                folder.add_event(event)
+            on_event(event)
+
+    dataset = datasets.load_server(config) if data is None else data
+    network = model or build_model(config, dataset.input_shape, dataset.classes)
+    return _serve(config, network, dataset, folder, tell, stop or threading.Event())
+
+
+def _serve(
+    config: Config,
+    model: Model,
+    dataset: Dataset,
+    folder: RunFolder,
+    tell: Callable[[dict[str, Any]], None],
+    stop: threading.Event,
+) -> dict[str, Any]:
+    """Opens the endpoint and the host, runs the coordinator, and closes both whatever happens."""
+    endpoint = Endpoint(COORDINATOR, options=channel_options(config))
+    host: Host | None = None
+    members = Members(
+        config,
+        model,
+        endpoint,
+        tensors=lambda message: host.on_message(message) if host else None,
+        wake=lambda: host.wake() if host else None,
+        tell=tell,
+        stop=stop,
+    )
+    try:
+        host = Host(
+            COORDINATOR,
+            model,
+            config,
+            reply=members.local_reply,
+            failed=members.local_failure,
+            slowdown=config.server.slowdown,
+        )
+        try:
+            address = endpoint.listen(config.server.host, config.server.port, members.on_link)
+        except ChannelError as error:
+            raise RunError(
+                f"the server cannot listen on {config.server.host}:{config.server.port}: {error}"
+            ) from error
+        tell({"event": "listening", "host": address[0], "port": address[1]})
+        members.admit()
+        host.links.update({name: member.link for name, member in members.by_name.items()})
+        tally = Tally(config, members, folder, tell, stages.parameter_count(model))
+        evaluator = Evaluator(model, dataset, config.model.dtype)
+        coordinator = Coordinator(config, model, host, members, evaluator, tally)
+        summary = coordinator.run()
+        params, state = coordinator.variables
+        folder.save_weights(params, state, _facts(config, dataset))
+        return summary
+    except BaseException as error:
+        reason = str(error) if isinstance(error, PiparError) else f"the server failed: {error!r}"
+        members.abort(reason)
+        raise
+    finally:
+        if host is not None:
+            host.close()
+        endpoint.close()
+
+
+def _facts(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """Returns what a saved model needs beside its weights in order to predict."""
+    return {
+        "model": config.model.name,
+        "norm": config.model.norm,
+        "stem": config.model.stem,
+        "dtype": config.model.dtype,
+        "input_shape": list(dataset.input_shape),
+        "classes": dataset.classes,
+        "mean": dataset.mean.tolist(),
+        "std": dataset.std.tolist(),
+    }

@@ -1,0 +1,117 @@
+"""Says why a schedule cannot go on: the offending action, what it waits for, and a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from pipar_jax.errors import ScheduleError
+from pipar_jax.plan import Plan
+from pipar_jax.schedule import (
+    RECEIVE_BACKWARD,
+    RECEIVE_FORWARD,
+    RECEIVE_PART,
+    RECEIVES,
+    Action,
+)
+from pipar_jax.simulator.network import Direction
+from pipar_jax.simulator.state import SimulatedHost
+
+#: Where an action's result leaves by: the link and the bytes.
+Outgoing = Callable[[Action], tuple[Direction | None, float]]
+
+
+def describe(
+    plan: Plan, hosts: Sequence[SimulatedHost], outgoing: Outgoing, actions: int
+) -> ScheduleError:
+    """Returns the error that names the offending action and prints the grid.
+
+    Args:
+      plan: The plan.
+      hosts: All hosts, with what they did last and what they still wait to do.
+      outgoing: For an action the link that its result leaves by and its bytes.
+      actions: How many actions were performed.
+    """
+    blocked: dict[Action, list[Action]] = {}
+    where: dict[Action, str] = {}
+    for host in hosts:
+        for action, before in host.dispatcher.blocked().items():
+            blocked[action] = before
+            where[action] = host.name
+    cell, reason = _offender(plan, blocked, outgoing)
+    place = where.get(cell, "nowhere")
+    return ScheduleError(
+        f"the schedule deadlocks after {actions} actions: {place} cannot run {cell}, because "
+        f"{reason}\n{grid(hosts, blocked, where, cell)}"
+    )
+
+
+def grid(
+    hosts: Sequence[SimulatedHost],
+    blocked: Mapping[Action, list[Action]],
+    where: Mapping[Action, str],
+    cell: Action,
+) -> str:
+    """Returns one line per host: what it did last, then what it cannot do, the offender marked.
+
+    Args:
+      hosts: All hosts.
+      blocked: What cannot run.
+      where: On which host.
+      cell: The offending action.
+    """
+    shown = [host for host in hosts if host.last or host.name in where.values()]
+    width = max((len(host.name) for host in shown), default=0)
+    lines = []
+    for host in shown[:16]:
+        stuck = [action for action in blocked if where[action] == host.name]
+        stuck.sort(key=lambda action: (action != cell, action.step, action.micro_batch))
+        done = " ".join(map(str, host.last)) or "nothing"
+        cells = [f">>{one}<<" if one == cell else str(one) for one in stuck[:4]]
+        more = f" and {len(stuck) - 4} more" if len(stuck) > 4 else ""
+        lines.append(f"  {host.name:<{width}} | {done} | {' '.join(cells) or 'done'}{more}")
+    if len(shown) > 16:
+        lines.append(f"  … and {len(shown) - 16} more hosts")
+    return "\n".join(["  host | last actions | cannot run", *lines])
+
+
+def _offender(
+    plan: Plan, blocked: Mapping[Action, list[Action]], outgoing: Outgoing
+) -> tuple[Action, str]:
+    """Follows what waits for what to a circle, a full link or an action that nobody performs."""
+    for action, before in blocked.items():
+        if not before:
+            return action, _no_credit(action, outgoing)
+    current = next(iter(blocked))
+    path: list[Action] = []
+    while current not in path:
+        path.append(current)
+        waits_for = next((one for one in blocked[current] if one not in path), blocked[current][0])
+        source = _source(plan, waits_for) if waits_for.kind in RECEIVES else waits_for
+        if source not in blocked:
+            return current, f"it waits for {waits_for}, which nobody performs"
+        current = source
+    circle = " waits for ".join(map(str, [*path[path.index(current) :], current]))
+    return current, f"it waits for itself: {circle}"
+
+
+def _no_credit(action: Action, outgoing: Outgoing) -> str:
+    """Says which link has no room for a ready action's result."""
+    link, nbytes = outgoing(action)
+    if link is None or link.can_send(int(nbytes)):
+        return "too many micro-batches are between forward and backward on its stage"
+    return (
+        f"the link {link} has no credit for {nbytes:.0f} bytes: {link.outstanding:.0f} bytes were "
+        "sent that the receiver has not consumed; widen the window"
+    )
+
+
+def _source(plan: Plan, receive: Action) -> Action:
+    """Returns the computation whose result a receive waits for, as its host knows it."""
+    if receive.kind == RECEIVE_FORWARD:
+        return receive._replace(stage=receive.stage - 1, kind="F")
+    if receive.kind == RECEIVE_BACKWARD:
+        above = receive.stage + 1
+        last = above == plan.devices[receive.device].stages - 1
+        return receive._replace(stage=above, kind="L" if last else "B")
+    assert receive.kind in (RECEIVE_PART, *RECEIVES)
+    return receive

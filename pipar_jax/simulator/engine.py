@@ -1,0 +1,406 @@
+"""The event loop: the runtime's dispatchers, driven by durations instead of computations."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import heapq
+from collections.abc import Callable
+from typing import Any
+
+from pipar_jax.plan import COORDINATOR, device_name
+from pipar_jax.policy import policy
+from pipar_jax.schedule import (
+    BACKWARD,
+    FORWARD,
+    HAND_ON,
+    LAST,
+    MICRO,
+    RECEIVE_PART,
+    UPDATE,
+    Action,
+    RoundSchedule,
+)
+from pipar_jax.simulator import deadlock
+from pipar_jax.simulator.agenda import Agenda
+from pipar_jax.simulator.costs import Costs, on_grid
+from pipar_jax.simulator.exchange import Exchange
+from pipar_jax.simulator.network import Direction, Network, Route
+from pipar_jax.simulator.state import ComparableDispatcher, Gate, GatedOutlet, SimulatedHost
+from pipar_jax.simulator.steady import Steady
+from pipar_jax.trace import Interval, Timed, Trace
+
+Handler = Callable[..., None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a round is predicted to take.
+
+    Attributes:
+      seconds: From the coordinator's release to the last weights stored, as it learns of it.
+      busy_s: For each host the seconds it computes.
+      carried_bytes: For each direction (from, to) the bytes on the wire.
+      peak_bytes: For each host the most memory held at a time; empty if it was not asked for.
+      actions: How many actions the round has, those that were extrapolated included.
+      left_out: Steps of each span that were extrapolated instead of simulated.
+      trace: All timed actions; empty if they were not collected.
+    """
+
+    seconds: float
+    busy_s: dict[str, float]
+    carried_bytes: dict[tuple[str, str], float]
+    peak_bytes: dict[str, float]
+    actions: int
+    left_out: int
+    trace: Trace
+
+    def idle_share(self, host: str) -> float:
+        """Returns the share of the round in which a host does not compute, in [0, 1]."""
+        return 1.0 - self.busy_s[host] / self.seconds
+
+
+def simulate(
+    schedule: RoundSchedule, costs: Costs, *, collect: bool = True, holder: int | None = None
+) -> Prediction:
+    """Predicts one round.
+
+    Args:
+      schedule: The round's actions.
+      costs: What they take.
+      collect: Whether to return the trace. Without it, a steady state is noticed and the rest of
+        a long round extrapolated from it, which gives exactly the same times.
+      holder: In sequential order, the device that has the current device part already; None if
+        the coordinator has it.
+
+    Raises:
+      ScheduleError: The schedule cannot finish: it deadlocks.
+    """
+    simulation = Simulation(schedule, costs, collect=collect, holder=holder)
+    # Actions are tuples by the hundred thousand and in no circle: looking for circles among them
+    # would take a third of the time.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return simulation.run()
+    finally:
+        if collecting:
+            gc.enable()
+
+
+class Simulation:
+    """One round being simulated.
+
+    Attributes:
+      now_s: The time, without what was extrapolated.
+      hosts: The hosts, in the plan's order.
+      by_name: The same by name.
+      network: Their links.
+      agenda: What they still have to do.
+      exchange: What moves weights.
+      events: What will happen: (time, order, handler, arguments), a heap.
+      actions: How many actions are over or under way.
+    """
+
+    def __init__(
+        self, schedule: RoundSchedule, costs: Costs, *, collect: bool, holder: int | None
+    ) -> None:
+        """See ``simulate``."""
+        plan = schedule.plan
+        self._plan, self._costs, self._collect = plan, costs, collect
+        self._holder = holder
+        self.network = Network(costs)
+        self._routes: dict[tuple[int, int, str], Route] = {}
+        self._gates: dict[tuple[str, int], Gate] = {}
+        self.now_s = 0.0
+        self.actions = 0
+        self.events: list[tuple[float, int, Handler, tuple[Any, ...]]] = []
+        self._order = 0
+        rule = policy(plan.dispatch, self._demand(schedule))
+        self.hosts = [
+            SimulatedHost(name, i, ComparableDispatcher(rule, self._outlet))
+            for i, name in enumerate(plan.hosts())
+        ]
+        self.by_name = {host.name: host for host in self.hosts}
+        self.agenda = Agenda(schedule, {host.name: host.dispatcher for host in self.hosts})
+        self._most_in_flight = 1 + costs.ahead
+        self._follow_memory = costs.held_bytes is not None
+        self._plain = costs.codec_s is None and not self._follow_memory and not collect
+        self.exchange = Exchange(self, plan, costs, collect)
+        self._steady = None
+        if not collect and type(schedule) is RoundSchedule:
+            self._steady = Steady(self, schedule)
+
+    def run(self) -> Prediction:
+        """Runs the round to its end.
+
+        Raises:
+          ScheduleError: It deadlocks.
+        """
+        self._release()
+        events = self.events
+        while events:
+            self.now_s, _, handler, arguments = heapq.heappop(events)
+            handler(*arguments)
+        if self._unfinished():
+            raise deadlock.describe(self._plan, self.hosts, self._outgoing, self.actions)
+        return self._predict()
+
+    def _unfinished(self) -> bool:
+        """Says whether something of the round can never happen."""
+        if not self.agenda.finished or any(host.dispatcher.waiting() for host in self.hosts):
+            return True
+        return not self.exchange.finished
+
+    def at(self, time_s: float, handler: Handler, *arguments: Any) -> None:
+        """Lets something happen later."""
+        self._order += 1
+        heapq.heappush(self.events, (time_s, self._order, handler, arguments))
+
+    # --- the round's beginning and end --------------------------------------------------------
+
+    def _release(self) -> None:
+        """Releases all hosts, and gives the first device its part (sequential order)."""
+        for host in self.hosts:
+            at_s = self.network.control(COORDINATOR, 0.0, host.name)
+            self.at(at_s, self._start, host)
+        if self._plan.order == "sequential" and self.agenda.schedule.spans:
+            span = self.agenda.schedule.spans[0]
+            if self._holder != span.device:
+                self.exchange.give_part(span.device, span.first)
+            else:
+                host = self.by_name[device_name(span.device)]
+                part = Action(0, RECEIVE_PART, span.device, span.first)
+                self.at(self.network.control(COORDINATOR, 0.0, host.name), self.arrive, host, part)
+
+    def _start(self, host: SimulatedHost) -> None:
+        """Begins the round on a host."""
+        self.agenda.start(host.name)
+        self._pump(host)
+
+    # --- dispatch -----------------------------------------------------------------------------
+
+    def _pump(self, host: SimulatedHost) -> None:
+        """Dispatches ready actions while a host may have more in flight."""
+        while host.in_flight < self._most_in_flight:
+            action = host.dispatcher.next()
+            if action is None:
+                return
+            kind = action.kind
+            route = self._routes.get((action.device, action.stage, kind)) or self._route(action)
+            samples = 0
+            if kind in MICRO:
+                samples = self.agenda.sizes(action.device, action.step)[action.micro_batch]
+            seconds, nbytes, _ = route.cost(samples)
+            start_s = host.free_s if host.free_s > self.now_s else self.now_s
+            end_s = host.free_s = start_s + seconds
+            host.busy_s += seconds
+            if route.out is not None:
+                route.out.outstanding += nbytes
+            if self._gates:
+                self._pass_gate(host, action, 1)
+            host.in_flight += 1
+            host.last.append(action)
+            self.actions += 1
+            self._order += 1
+            heapq.heappush(
+                self.events,
+                (end_s, self._order, self._computed, (host, action, route, samples, start_s)),
+            )
+            self.agenda.over(host.name, action)
+
+    def _computed(
+        self, host: SimulatedHost, action: Action, route: Route, samples: int, start_s: float
+    ) -> None:
+        """Ends a computation: its input is released and its result goes on its way."""
+        host.in_flight -= 1
+        if self._collect:
+            host.rows.append(Timed(action, start_s, self.now_s, 0, samples))
+        if self._gates:
+            self._pass_gate(host, action, -1)
+        if self._follow_memory:
+            self._hold(host, action, route, samples, start_s)
+        if route.source is not None:
+            self._release_credit(route.source, route.cost(samples)[2])
+        if route.out is not None:
+            self._send(host, action, route, samples)
+        if action.kind == UPDATE:
+            self._updated(action, route)
+        elif action.kind == HAND_ON:
+            self.exchange.hand_on(action)
+        self._pump(host)
+
+    def _updated(self, action: Action, route: Route) -> None:
+        """Looks at an update: is it the last of the round, or the end of a repeated stretch?"""
+        if self._plan.order == "parallel":
+            if action in self.agenda.last_updates:
+                self.exchange.over(action)
+        else:
+            self.exchange.stored(route.host)
+        if self._steady is not None and not action.stage:
+            self._steady.observe(action)
+
+    def _send(self, host: SimulatedHost, action: Action, route: Route, samples: int) -> None:
+        """Sends a result; the receiver hears of it when the last byte is there and decoded."""
+        link = route.out
+        assert link is not None
+        nbytes = route.cost(samples)[1]
+        target = self.by_name[link.target]
+        ready_s = self.now_s
+        codec_s = self._costs.codec_s
+        if codec_s is not None:
+            coding_s = codec_s(action.device, action.stage, route.sent, samples)
+            host.codec_free_s = ready_s = max(ready_s, host.codec_free_s) + on_grid(coding_s)
+        start_s, end_s = link.send(ready_s, nbytes)
+        there_s = end_s + link.delay_s
+        received = Action(
+            route.target_stage, route.received, action.device, action.step, action.micro_batch
+        )
+        if not self._plain:
+            sent = action._replace(kind=route.sent)
+            if self._collect:
+                host.rows.append(Timed(sent, start_s, end_s, int(nbytes), samples))
+                target.rows.append(
+                    Timed(received, start_s + link.delay_s, there_s, int(nbytes), samples)
+                )
+            if self._follow_memory:
+                host.memory += [(self.now_s, nbytes), (end_s, -nbytes)]
+                target.memory.append((there_s, nbytes))
+        self.actions += 2
+        self._order += 1
+        handler = self.arrive if codec_s is None else self._decode
+        heapq.heappush(self.events, (there_s, self._order, handler, (target, received)))
+
+    def _decode(self, host: SimulatedHost, received: Action) -> None:
+        """Decodes what arrived."""
+        assert self._costs.codec_s is not None
+        samples = self.agenda.sizes(received.device, received.step)[received.micro_batch]
+        seconds = self._costs.codec_s(received.device, received.stage, received.kind, samples)
+        host.codec_free_s = max(self.now_s, host.codec_free_s) + on_grid(seconds)
+        self.at(host.codec_free_s, self.arrive, host, received)
+
+    def arrive(self, host: SimulatedHost, received: Action) -> None:
+        """Tells a host's dispatcher that an input is there."""
+        host.dispatcher.over(received)
+        if host.in_flight < self._most_in_flight:
+            self._pump(host)
+
+    def _release_credit(self, link: Direction, nbytes: float) -> None:
+        """Gives credit back: the sender may have waited for it."""
+        if self._costs.window_bytes is None:
+            link.outstanding -= nbytes
+            return
+        at_s = self.network.control(link.target, self.now_s, link.source)
+        self.at(at_s, self._credit, link, nbytes)
+
+    def _credit(self, link: Direction, nbytes: float) -> None:
+        link.outstanding -= nbytes
+        self._pump(self.by_name[link.source])
+
+    # --- small things -------------------------------------------------------------------------
+
+    def _demand(self, schedule: RoundSchedule) -> dict[int, float]:
+        """Returns the seconds that each device computes itself in a step."""
+        demand = {}
+        for span in schedule.spans:
+            chain = schedule.plan.devices[span.device]
+            own = device_name(span.device)
+            seconds = 0.0
+            for stage in range(chain.stages):
+                if schedule.plan.host(span.device, stage) != own:
+                    continue
+                kinds = (LAST,) if stage == chain.stages - 1 else (FORWARD, BACKWARD)
+                for samples in schedule.sizes(span.device, span.first):
+                    for kind in kinds:
+                        seconds += self._costs.compute_s(span.device, stage, kind, samples)
+                seconds += self._costs.compute_s(span.device, stage, UPDATE, 0)
+            demand[span.device] = seconds
+        return demand
+
+    def _route(self, action: Action) -> Route:
+        """Makes the route of a kind of action when it first occurs."""
+        key = action.device, action.stage, action.kind
+        route = Route(self._plan, *key, self.network, self._costs)
+        self._routes[key] = route
+        return route
+
+    def _outlet(self, action: Action) -> tuple[Any, int] | None:
+        """Returns what a dispatcher has to ask before it hands out an action."""
+        capped = None
+        if self._plan.in_flight and action.kind == FORWARD:
+            capped = self._gate(action)
+        if self._costs.window_bytes is None and not capped:
+            return None
+        link, nbytes = self._outgoing(action)
+        if capped:
+            return GatedOutlet(capped, link), int(nbytes)
+        return None if link is None else (link, int(nbytes))
+
+    def _outgoing(self, action: Action) -> tuple[Direction | None, float]:
+        """Returns the link that an action's result leaves by, and the result's bytes."""
+        key = action.device, action.stage, action.kind
+        route = self._routes.get(key) or self._route(action)
+        if route.out is None:
+            return None, 0.0
+        samples = self.agenda.sizes(action.device, action.step)[action.micro_batch]
+        return route.out, route.cost(samples)[1]
+
+    def _gate(self, action: Action) -> Gate | None:
+        """Returns the gate of a stage whose weights devices share, if it is capped."""
+        if self._plan.weights != "shared" or self._plan.order != "parallel":
+            return None
+        host = self._plan.host(action.device, action.stage)
+        if host == device_name(action.device):
+            return None
+        return self._gates.setdefault((host, action.stage), Gate(self._plan.in_flight))
+
+    def _pass_gate(self, host: SimulatedHost, action: Action, change: int) -> None:
+        """Counts a micro-batch in at its forward's dispatch and out at its backward's end."""
+        if (change > 0 and action.kind == FORWARD) or (change < 0 and action.kind == BACKWARD):
+            gate = self._gates.get((host.name, action.stage))
+            if gate is not None:
+                gate.inside += change
+
+    def _hold(
+        self, host: SimulatedHost, action: Action, route: Route, samples: int, start_s: float
+    ) -> None:
+        """Notes what a computation that is over held, holds on to, or ceases to hold."""
+        held_bytes = self._costs.held_bytes
+        assert held_bytes is not None
+        if action.kind == FORWARD:
+            host.memory.append((start_s, held_bytes(action.device, action.stage, FORWARD, samples)))
+        elif action.kind == BACKWARD:
+            held = held_bytes(action.device, action.stage, FORWARD, samples)
+            host.memory.append((self.now_s, -held))
+        if action.kind in (LAST, BACKWARD):
+            while_s = held_bytes(action.device, action.stage, action.kind, samples)
+            host.memory += [(start_s, while_s), (self.now_s, -while_s)]
+        if route.source is not None:
+            host.memory.append((self.now_s, -route.cost(samples)[2]))
+
+    def _predict(self) -> Prediction:
+        """Sums up."""
+        offset_s, left_out = 0.0, 0
+        busy = {host.name: host.busy_s for host in self.hosts}
+        carried = {ends: link.carried for ends, link in self.network.directions.items()}
+        if self._steady is not None:
+            offset_s, left_out = self._steady.offset_s, self._steady.left_out
+            for name, seconds in self._steady.busy_s.items():
+                busy[name] += seconds
+            for ends, nbytes in self._steady.carried.items():
+                carried[ends] += nbytes
+            self.actions += self._steady.actions
+        seconds = self.exchange.stored_s + offset_s
+        trace = Trace()
+        if self._collect:
+            rows = {
+                host.name: sorted(host.rows, key=lambda row: row.start_s) for host in self.hosts
+            }
+            trace = Trace(rows, [Interval(0.0, seconds)], {"plan": self._plan.to_dict()})
+        peak = {}
+        if self._follow_memory:
+            always = self._costs.static_bytes
+            peak = {
+                host.name: host.peak_bytes() + always.get(host.name, 0.0) for host in self.hosts
+            }
+        return Prediction(seconds, busy, carried, peak, self.actions, left_out, trace)

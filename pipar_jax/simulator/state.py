@@ -1,0 +1,111 @@
+"""The state of a simulated host, and how it is compared with an earlier one."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Hashable, Mapping
+
+from pipar_jax.policy import Dispatcher, Outlet
+from pipar_jax.schedule import Action
+from pipar_jax.trace import Timed
+
+#: How many of a host's last actions are kept for the grid of a deadlock.
+REMEMBERED = 8
+
+
+class ComparableDispatcher(Dispatcher):
+    """The runtime's dispatcher, whose state can be compared between two points in time."""
+
+    def state(self, base: Mapping[int, int]) -> Hashable:
+        """Returns everything that decides its future, with steps counted from a base.
+
+        Args:
+          base: For each device the step to count from; the others' steps stay as they are.
+        """
+
+        def moved(action: Action) -> Action:
+            return action._replace(step=action.step - base.get(action.device, 0))
+
+        return (
+            tuple(moved(action) for _, action in sorted(self._ready)),
+            frozenset((moved(action), count) for action, count in self._missing.items()),
+            frozenset(
+                (moved(action), tuple(moved(one) for one in dependents))
+                for action, dependents in self._dependents.items()
+            ),
+            frozenset(moved(action) for known in self._over.values() for action in known),
+        )
+
+    def blocked(self) -> dict[Action, list[Action]]:
+        """Returns every action that has not run, with what it waits for; nothing if for credit."""
+        found: dict[Action, list[Action]] = {action: [] for action in self._missing}
+        for action, dependents in self._dependents.items():
+            for one in dependents:
+                found[one].append(action)
+        return found
+
+
+class Gate:
+    """Shared weights with at most so many micro-batches between forward and backward on a stage.
+
+    Attributes:
+      inside: Micro-batches between their forward and their backward.
+      most: How many there may be.
+    """
+
+    __slots__ = ("inside", "most")
+
+    def __init__(self, most: int) -> None:
+        self.inside = 0
+        self.most = most
+
+
+class GatedOutlet:
+    """A gate and the link behind it: a forward needs room in both."""
+
+    __slots__ = ("_beyond", "_gate")
+
+    def __init__(self, gate: Gate, beyond: Outlet | None) -> None:
+        self._gate, self._beyond = gate, beyond
+
+    def can_send(self, nbytes: int) -> bool:
+        """Says whether the gate lets one more in and the link takes its result."""
+        return self._gate.inside < self._gate.most and (
+            self._beyond is None or self._beyond.can_send(nbytes)
+        )
+
+
+class SimulatedHost:
+    """One host: what it dispatches from, how far its processor is booked, what it did.
+
+    Attributes:
+      name: Its name.
+      index: Its place among the hosts.
+      dispatcher: Decides what it runs next.
+      in_flight: Computations dispatched and not over.
+      free_s: When the computations dispatched so far are over.
+      codec_free_s: When its codec worker is free.
+      busy_s: Seconds it computes, for what was dispatched so far.
+      last: The last actions that it dispatched.
+      rows: Its timed actions, if they are collected.
+      memory: Times and bytes of what it began and ceased to hold, if memory is followed.
+    """
+
+    __slots__ = ("busy_s", "codec_free_s", "dispatcher", "free_s", "in_flight", "index", "last",
+                 "memory", "name", "rows")  # fmt: skip
+
+    def __init__(self, name: str, index: int, dispatcher: ComparableDispatcher) -> None:
+        self.name, self.index, self.dispatcher = name, index, dispatcher
+        self.in_flight = 0
+        self.free_s = self.codec_free_s = self.busy_s = 0.0
+        self.last: collections.deque[Action] = collections.deque(maxlen=REMEMBERED)
+        self.rows: list[Timed] = []
+        self.memory: list[tuple[float, float]] = []
+
+    def peak_bytes(self) -> float:
+        """Returns the most bytes held at a time beyond what is always held."""
+        held = peak = 0.0
+        for _, change in sorted(self.memory):  # at equal times what is freed goes first
+            held += change
+            peak = max(peak, held)
+        return peak

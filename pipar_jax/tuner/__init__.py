@@ -1,0 +1,12 @@
+"""The tuner: from a profile of hosts and links to the plan that trains an epoch fastest.
+
+``search`` looks jointly over method, cut, N, codec and dispatch policy; ``tune`` returns its best
+plan, or the paper's own selection; ``measure`` makes the profile.
+"""
+
+from pipar_jax.tuner.options import memory_bytes
+from pipar_jax.tuner.predict import Judged, Stages, loads, simulate
+from pipar_jax.tuner.search import Found, labels, search, tune
+
+__all__ = ["Found", "Judged", "Stages", "labels", "loads", "memory_bytes", "search", "simulate",
+           "tune"]  # fmt: skip

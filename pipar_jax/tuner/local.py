@@ -1,0 +1,115 @@
+"""A profile of a run's hosts made on this machine, before there is a run.
+
+Each distinct host (its cores and its platform) is measured in a process of its own, set up as a
+run's would be; emulated slowness multiplies its times. Links are as they are shaped, with the cost
+of a message and of waking up for it measured over loopback.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from comms.shaping import LinkShape, parse_link
+from pipar_jax import config as configuration
+from pipar_jax import data as datasets
+from pipar_jax.config import Config
+from pipar_jax.pinned import run_pinned
+from pipar_jax.process import set_environment
+from pipar_jax.profile import DeviceProfile, Profile
+from pipar_jax.simulator.costs import LinkModel
+from pipar_jax.simulator.probe import measure_delay_s
+
+#: Bytes of the messages by which wake-ups are timed.
+PROBE_BYTES = 4096
+
+
+def profile_here(config: Config) -> Profile:
+    """Returns the profile of a configuration's hosts, all of them emulated on this machine.
+
+    Args:
+      config: Resolved configuration.
+
+    Raises:
+      DataError: The data, whose shape and amount count, cannot be read.
+      RunError: A measuring process failed.
+    """
+    from pipar_jax.tuner.measure import (
+        Measured,
+        measure_codecs,
+        measure_message_s,
+        weight_ratio,
+    )
+
+    test = datasets.load_server(config)
+    known: dict[tuple[str, str], Measured] = {}
+
+    def measured(index: int | None) -> Measured:
+        host = config.server if index is None else configuration.device(config, index)
+        key = host.cpus, host.platform
+        if key not in known:
+            values = run_pinned(
+                _measure, configuration.to_dict(config), index, tuple(test.input_shape),
+                test.classes,
+            )  # fmt: skip
+            known[key] = Measured.from_dict(values)
+        return known[key]
+
+    wake_s = measure_delay_s(LinkShape(), PROBE_BYTES)
+    message_s = measure_message_s()
+    server = measured(None)
+    devices = []
+    for index in range(config.devices.count):
+        one = configuration.device(config, index)
+        up, down = (
+            LinkModel.of(dataclasses.replace(shape, delay_s=shape.delay_s + wake_s), message_s)
+            for shape in parse_link(one.link)
+        )
+        host = dataclasses.replace(
+            measured(index).host.slowed(one.slowdown), memory_bytes=limit_bytes(one.memory_mb)
+        )
+        devices.append(DeviceProfile(host, _samples(config, index), up, down))
+    codecs = measure_codecs(config)
+    return Profile(
+        model=config.model.name,
+        batch_size=config.data.batch_size,
+        units=server.units,
+        server=dataclasses.replace(
+            server.host.slowed(config.server.slowdown),
+            memory_bytes=limit_bytes(config.server.memory_mb),
+        ),
+        devices=tuple(devices),
+        codecs=codecs,
+        window_bytes=config.pipeline.window_mb * 1e6,
+        weight_ratio=weight_ratio(config, codecs),
+    )
+
+
+def limit_bytes(memory_mb: float) -> float | None:
+    """Returns a configured limit in bytes; None where there is none."""
+    return memory_mb * 1e6 if memory_mb else None
+
+
+def _samples(config: Config, index: int) -> int:
+    """Returns the samples that a device trains on in an epoch."""
+    samples = len(datasets.load_device(config, index).train)
+    batch = config.data.batch_size
+    return samples // batch * batch if config.data.drop_last else samples
+
+
+def _measure(
+    values: dict[str, Any], index: int | None, input_shape: tuple[int, ...], classes: int
+) -> dict[str, Any]:
+    """Runs in a process of its own, which has not loaded jax before."""
+    config = configuration.from_dict(values)
+    set_environment(config, index)
+    import stages
+    from pipar_jax.runtime.setup import set_precision
+    from pipar_jax.tuner.measure import measure_host, sizes_of
+
+    set_precision(config)
+    model = stages.build(
+        config.model.name, input_shape=input_shape, classes=classes, norm=config.model.norm,
+        stem=config.model.stem, dtype=config.model.dtype,
+    )  # fmt: skip
+    return measure_host(config, model, sizes_of(config)).to_dict()

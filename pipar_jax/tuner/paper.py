@@ -1,0 +1,70 @@
+"""The paper's own selection as a plan: its formula for N, its recurrence, the best cut.
+
+Zhang et al., arXiv 2302.12803. One N per cut, whole-batch times, no delay, no cost per message, no
+cost of small micro-batches, each device as if it had the server to itself, neither N = 1 nor FL
+among the candidates: the tuner's ablation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pipar_jax.plan import COORDINATOR, OWNER, Codecs, DevicePlan, Plan
+from pipar_jax.recurrence import Choice, StepTimes, paper_choice
+from pipar_jax.schedule import BACKWARD, FORWARD, LAST
+from pipar_jax.simulator.costs import LinkModel
+from pipar_jax.tuner.predict import Stages
+
+#: Tensors as they are: the paper has no codec.
+RAW = Codecs()
+
+
+def paper_plan(stages: Stages, frame: Plan, codecs: Codecs = RAW) -> Plan:
+    """Returns the plan that the paper's selection makes, for each device by itself.
+
+    Args:
+      stages: Times and bytes.
+      frame: A plan whose dispatch policy and aggregation are kept.
+      codecs: What activations and cotangents are coded with.
+
+    Raises:
+      PlanError: The model has one unit and cannot be split.
+    """
+    chains = []
+    for device in range(len(stages.profile.devices)):
+        choice = choose(stages, device, codecs)
+        hosts = OWNER, COORDINATOR
+        chains.append(DevicePlan((choice.cut,), hosts, choice.micro_batches, (codecs,)))
+    return dataclasses.replace(frame, devices=tuple(chains), order="parallel", weights="copy")
+
+
+def choose(stages: Stages, device: int, codecs: Codecs = RAW) -> Choice:
+    """Returns the paper's choice for one device.
+
+    Args:
+      stages: Times and bytes.
+      device: Which device.
+      codecs: What activations and cotangents are coded with.
+
+    Raises:
+      PlanError: The model has one unit and cannot be split.
+    """
+    profile = stages.profile
+    one, batch, count = profile.devices[device], profile.batch_size, len(profile.units)
+    times = stages.devices[device]
+    candidates = {}
+    for cut in range(1, count):
+        nbytes = stages.cut_bytes(cut, batch)
+        # The server fuses forward and backward; the formulas only ever add the two.
+        candidates[cut] = StepTimes(
+            times.time_s(FORWARD, 0, cut, batch), times.time_s(BACKWARD, 0, cut, batch),
+            0.0, stages.server.time_s(LAST, cut, count, batch),
+            _wire_s(one.up, nbytes * stages.codec(codecs.activation).ratio),
+            _wire_s(one.down, nbytes * stages.codec(codecs.cotangent).ratio),
+        )  # fmt: skip
+    return paper_choice(candidates, batch)
+
+
+def _wire_s(link: LinkModel, nbytes: float) -> float:
+    """Returns bytes / rate: the paper's links have no delay and no cost per message."""
+    return nbytes / link.rate_bytes_s if link.rate_bytes_s else 0.0

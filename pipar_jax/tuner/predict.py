@@ -1,0 +1,261 @@
+"""A plan's time from a profile: stage times, costs, and the simulator as the judge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from comms.frame import HEADER_BYTES
+from pipar_jax.plan import COORDINATOR, Plan, device_name
+from pipar_jax.profile import CodecProfile, HostProfile, Profile, interpolate
+from pipar_jax.schedule import (
+    AGGREGATE,
+    ALL,
+    BACKWARD,
+    FORWARD,
+    HAND_ON,
+    LAST,
+    RECEIVE_BACKWARD,
+    SEND_BACKWARD,
+    SEND_FORWARD,
+    UPDATE,
+    RoundSchedule,
+    rounds,
+)
+from pipar_jax.simulator import Costs, Prediction
+from pipar_jax.simulator import simulate as simulate_round
+from pipar_jax.trace import Trace
+
+#: Bytes of a label on the wire.
+LABEL_BYTES = 4
+_RAW = CodecProfile()
+
+
+class HostTimes:
+    """The seconds of any run of units on one host, by prefix sums that are made once per size.
+
+    Args:
+      host: The host's profile.
+    """
+
+    def __init__(self, host: HostProfile) -> None:
+        """See the class."""
+        self._host = host
+        self._sums: dict[tuple[str, int], list[float]] = {}
+
+    def time_s(self, kind: str, first: int, stop: int, samples: int) -> float:
+        """Returns the seconds of a stage's computation.
+
+        Args:
+          kind: F, B, L (forward and backward in one) or U.
+          first: The stage's first unit.
+          stop: One past its last.
+          samples: Samples in the micro-batch; 0 for an update.
+        """
+        if kind == LAST:
+            sums_s = self._sum(FORWARD, first, stop, samples)
+            sums_s += self._sum(BACKWARD, first, stop, samples)
+            calls = 2 * (stop - first) - 1  # the last unit is one call, all others two
+        else:
+            sums_s, calls = self._sum(kind, first, stop, samples), stop - first
+        # Each unit was called by itself when it was measured; the stage is called once.
+        return max(sums_s - (calls - 1) * self._host.call_s, 0.1 * sums_s)
+
+    def _sum(self, kind: str, first: int, stop: int, samples: int) -> float:
+        sums = self._sums.get((kind, samples))
+        if sums is None:
+            host = self._host
+            if kind == UPDATE:
+                values = list(host.update_s)
+            else:
+                table = host.forward_s if kind == FORWARD else host.backward_s
+                values = [interpolate(host.sizes, row, samples) for row in table]
+            sums = [0.0]
+            for value in values:
+                sums.append(sums[-1] + value)
+            self._sums[kind, samples] = sums
+        return sums[stop] - sums[first]
+
+
+class Stages:
+    """The times and bytes of every stage that a plan over a profile can have.
+
+    Attributes:
+      profile: The profile.
+      server: Times on the server.
+      devices: Times on each device; equal devices share one object.
+
+    Args:
+      profile: The profile.
+    """
+
+    def __init__(self, profile: Profile) -> None:
+        """See the class."""
+        self.profile = profile
+        known: dict[HostProfile, HostTimes] = {}
+        self.server = HostTimes(profile.server)
+        self.devices = [known.setdefault(one.host, HostTimes(one.host)) for one in profile.devices]
+        self._weights = [0.0]
+        self._optimizer = [0.0]
+        for unit in profile.units:
+            self._weights.append(self._weights[-1] + unit.parameter_bytes + unit.state_bytes)
+            self._optimizer.append(self._optimizer[-1] + unit.optimizer_bytes)
+
+    def weight_bytes(self, first: int, stop: int) -> float:
+        """Returns the bytes of a stage's weights and batch statistics."""
+        return self._weights[stop] - self._weights[first]
+
+    def averaged_bytes(self, first: int, stop: int) -> float:
+        """Returns the same as they travel to be averaged, and back."""
+        return self.weight_bytes(first, stop) * self.profile.weight_ratio
+
+    def part_bytes(self, first: int, stop: int) -> float:
+        """Returns the same with the optimiser state, as a device part is handed on."""
+        return self.weight_bytes(first, stop) + self._optimizer[stop] - self._optimizer[first]
+
+    def average_s(self) -> float:
+        """Returns the seconds in which the coordinator averages the devices' weights."""
+        per_byte = self.profile.server.average_s_per_byte
+        return per_byte * self._weights[-1] * len(self.profile.devices)
+
+    def cut_bytes(self, cut: int, samples: int) -> float:
+        """Returns the bytes of the activation, and of the cotangent, at a cut, before a codec."""
+        return self.profile.units[cut - 1].output_bytes * samples
+
+    def up_bytes(self, cut: int, samples: int, codec: str) -> float:
+        """Returns the bytes of a micro-batch's activation and labels on the wire."""
+        payload = self.cut_bytes(cut, samples) * self.codec(codec).ratio
+        return payload + LABEL_BYTES * samples + 2 * HEADER_BYTES
+
+    def down_bytes(self, cut: int, samples: int, codec: str) -> float:
+        """Returns the bytes of a micro-batch's cotangent on the wire."""
+        return self.cut_bytes(cut, samples) * self.codec(codec).ratio + HEADER_BYTES
+
+    def codec(self, name: str) -> CodecProfile:
+        """Returns what is known of a codec; ``raw`` costs nothing."""
+        return self.profile.codecs.get(name, _RAW)
+
+    def costs(self, plan: Plan) -> Costs:
+        """Returns what the simulator asks for, under a plan of chains of at most two hosts."""
+        count = len(self.profile.units)
+        bounds = [(0, *one.cuts, count) for one in plan.devices]
+
+        def compute_s(device: int, stage: int, kind: str, samples: int) -> float:
+            if kind == AGGREGATE:
+                return self.average_s()
+            device = 0 if device == ALL else device
+            first, stop = bounds[device][stage : stage + 2]
+            on_server = plan.host(device, stage) == COORDINATOR
+            times = self.server if on_server else self.devices[device]
+            return times.time_s(kind, first, stop, samples)
+
+        def wire_bytes(device: int, stage: int, kind: str, samples: int) -> float:
+            chain = plan.devices[device]
+            if kind == SEND_FORWARD:
+                codec = chain.codecs[stage].activation
+                return self.up_bytes(chain.cuts[stage], samples, codec)
+            if kind == SEND_BACKWARD:
+                codec = chain.codecs[stage - 1].cotangent
+                return self.down_bytes(chain.cuts[stage - 1], samples, codec)
+            first, stop = bounds[device][stage : stage + 2]
+            if kind == HAND_ON:
+                return self.part_bytes(first, stop)
+            return self.averaged_bytes(first, stop)
+
+        def codec_s(device: int, stage: int, kind: str, samples: int) -> float:
+            # A send names the sending stage, a receive the receiving one.
+            back = kind in (SEND_BACKWARD, RECEIVE_BACKWARD)
+            boundary = stage if kind in (SEND_FORWARD, RECEIVE_BACKWARD) else stage - 1
+            pair = plan.devices[device].codecs[boundary]
+            one = self.codec(pair.cotangent if back else pair.activation)
+            sends = kind in (SEND_FORWARD, SEND_BACKWARD)
+            per_byte = one.encode_s_per_byte if sends else one.decode_s_per_byte
+            return per_byte * self.cut_bytes(plan.devices[device].cuts[boundary], samples)
+
+        coded = any(pair.activation != "raw" or pair.cotangent != "raw"
+                    for one in plan.devices for pair in one.codecs)  # fmt: skip
+        links = {}
+        for index, one in enumerate(self.profile.devices):
+            links[device_name(index), COORDINATOR] = one.up
+            links[COORDINATOR, device_name(index)] = one.down
+        return Costs(compute_s, wire_bytes, links, window_bytes=self.profile.window_bytes,
+                     codec_s=codec_s if coded else None)  # fmt: skip
+
+
+class Judged(NamedTuple):
+    """A plan with its predicted times.
+
+    Attributes:
+      plan: The plan.
+      epoch_s: Predicted seconds of an epoch: rounds, aggregation included.
+      round: The prediction of one round.
+    """
+
+    plan: Plan
+    epoch_s: float
+    round: Prediction
+
+
+def round_of(profile: Profile, plan: Plan) -> RoundSchedule:
+    """Returns the first round of a plan on a profile's devices."""
+    samples = tuple(one.samples for one in profile.devices)
+    steps = [profile.steps(device) for device in range(len(samples))]
+    return RoundSchedule(plan, rounds(plan, steps, 1)[0], samples, profile.batch_size)
+
+
+def rounds_per_epoch(profile: Profile, plan: Plan) -> float:
+    """Returns how many rounds, each as long as the first, an epoch has."""
+    if plan.order == "sequential" or not plan.aggregate_every:
+        return 1.0
+    return max(1.0, max(map(profile.steps, range(len(profile.devices)))) / plan.aggregate_every)
+
+
+def judge(stages: Stages, plan: Plan) -> Judged:
+    """Predicts a plan's epoch by simulating a round of it.
+
+    Args:
+      stages: Times and bytes.
+      plan: The plan, of chains of at most two hosts.
+
+    Raises:
+      ScheduleError: The plan deadlocks.
+    """
+    found = simulate_round(round_of(stages.profile, plan), stages.costs(plan), collect=False,
+                           holder=_holder(plan))  # fmt: skip
+    return Judged(plan, found.seconds * rounds_per_epoch(stages.profile, plan), found)
+
+
+def simulate(plan: Plan, profile: Profile) -> Trace:
+    """Returns the trace of a plan's first round as it is predicted on a profile's hosts.
+
+    Args:
+      plan: The plan, of chains of at most two hosts.
+      profile: What the hosts and links are like.
+
+    Raises:
+      ScheduleError: The plan deadlocks.
+    """
+    costs = Stages(profile).costs(plan)
+    return simulate_round(round_of(profile, plan), costs, holder=_holder(plan)).trace
+
+
+def loads(stages: Stages, judged: Judged) -> Mapping[str, float]:
+    """Returns how busy the busiest device, uplink, downlink and the server are, in [0, 1]."""
+    found, busiest = judged.round, {"device": 0.0, "uplink": 0.0, "downlink": 0.0}
+    for index, one in enumerate(stages.profile.devices):
+        name = device_name(index)
+        busiest["device"] = max(busiest["device"], found.busy_s[name])
+        for way, ends, link in (
+            ("uplink", (name, COORDINATOR), one.up),
+            ("downlink", (COORDINATOR, name), one.down),
+        ):
+            carried = found.carried_bytes.get(ends, 0.0)
+            if carried and link.rate_bytes_s:
+                busiest[way] = max(busiest[way], carried / link.rate_bytes_s)
+    busiest["server"] = found.busy_s[COORDINATOR]
+    return {name: min(seconds / found.seconds, 1.0) for name, seconds in busiest.items()}
+
+
+def _holder(plan: Plan) -> int | None:
+    """Returns who holds the device part when a later round begins: the last device."""
+    return len(plan.devices) - 1 if plan.order == "sequential" else None

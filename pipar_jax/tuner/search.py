@@ -1,0 +1,379 @@
+"""The search for the best plan: a cheap lower bound to order and prune, the simulator as judge.
+
+Candidates are judged in the order of their lower bounds until the next bound is no better than the
+best prediction: what is left out is proven worse. For one device and for equal devices that is all
+there is, and exact. Unequal devices get plans of their own: the bisection on the deadline that
+gives their lower bound (each device takes the option that loads the server least and still meets
+the deadline) also gives the start, from which one device after another is improved, and the gap to
+the bound is told.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from pipar_jax import config as configuration
+from pipar_jax.config import Config
+from pipar_jax.errors import ConfigError, PlanError
+from pipar_jax.plan import Codecs, Plan
+from pipar_jax.profile import Profile
+from pipar_jax.tuner.options import (
+    Least,
+    Option,
+    excess,
+    least,
+    round_bound_s,
+    sequential_bound_s,
+)
+from pipar_jax.tuner.paper import paper_plan
+from pipar_jax.tuner.predict import Judged, Stages, judge, round_of, rounds_per_epoch
+from pipar_jax.tuner.words import whole_numbers, words
+
+#: Options of each unequal device that are tried in its place.
+ALTERNATIVES = 3
+
+
+class Found(NamedTuple):
+    """What a search found.
+
+    Attributes:
+      plans: The plans judged, best first, among them at least one of each method that fits.
+      bound_s: What no plan searched can undercut, in seconds per epoch.
+      exact: Whether the first is proven to be the best of all that were searched.
+      judged: How many plans were simulated.
+      candidates: How many there were.
+      paper: What the paper's selection chooses, judged the same way; None without a cut.
+    """
+
+    plans: tuple[Judged, ...]
+    bound_s: float
+    exact: bool
+    judged: int
+    candidates: int
+    paper: Judged | None
+
+    @property
+    def gap(self) -> float:
+        """How much worse than the bound the best plan may be, as a share."""
+        best_s = self.plans[0].epoch_s
+        return max(0.0, best_s / self.bound_s - 1.0) if self.bound_s else 0.0
+
+
+class _Candidate(NamedTuple):
+    """A plan to be judged, with its bound."""
+
+    bound_s: float
+    plan: Plan
+
+
+def tune(profile: Profile, config: Config) -> Plan:
+    """Returns the plan that trains an epoch fastest, or the paper's with tuner.select=paper.
+
+    Args:
+      profile: What hosts and links are like.
+      config: Resolved configuration; ``tuner``, ``aggregation`` and ``pipeline`` count.
+
+    Raises:
+      ConfigError: The configuration allows no plan at all.
+      PlanError: No plan fits into the hosts' memory.
+    """
+    if config.tuner.select == "paper":
+        return paper_plan(Stages(profile), _frame(config), _codecs(config))
+    return search(profile, config).plans[0].plan
+
+
+def search(profile: Profile, config: Config) -> Found:
+    """Returns the best plans over methods, cuts, N, codecs and dispatch policies.
+
+    Args:
+      profile: What hosts and links are like.
+      config: Resolved configuration.
+
+    Raises:
+      ConfigError: The configuration allows no plan at all.
+      PlanError: No plan fits into the hosts' memory.
+    """
+    return _Search(profile, config).run()
+
+
+class _Search:
+    """One search, with everything that it has judged."""
+
+    def __init__(self, profile: Profile, config: Config) -> None:
+        self.stages, self.profile, self.config = Stages(profile), profile, config
+        self.frame = _frame(config)
+        self.methods = words(config.tuner.methods)
+        self.equal = len({(one.host, one.samples, one.up, one.down) for one in profile.devices}) < 2
+        self.spans = {
+            span.device: span for span in round_of(profile, self._plan([Option(0)])).spans
+        }
+        self.scale = rounds_per_epoch(profile, self.frame)
+        self.judged: dict[Plan, Judged] = {}
+        self.actions = 0
+        self._least: dict[tuple[int, Option], Least] = {}
+        self.known = [
+            next(i for i, other in enumerate(profile.devices) if other == one)
+            for one in profile.devices
+        ]
+
+    def run(self) -> Found:
+        options = self._options()
+        candidates = sorted(self._common(options), key=lambda one: one.bound_s)
+        if not candidates:
+            raise ConfigError(
+                f"tuner.methods={self.config.tuner.methods!r} leaves nothing to choose from in a "
+                f"model of {len(self.profile.units)} units: allow fl, or cut a larger model"
+            )
+        fitting = [one for one in candidates if excess(self.stages, one.plan) is None]
+        if not fitting:
+            reason = excess(self.stages, candidates[0].plan)
+            raise PlanError(
+                f"no plan fits into the hosts' memory ({reason}): raise memory_mb, lower "
+                "data.batch_size, or allow more of tuner.methods"
+            )
+        share = 1.0 if self.equal else 0.5
+        left_s = self._judge_in_order(fitting, share * self.config.tuner.actions)
+        best_s = min(one.epoch_s for one in self.judged.values())
+        exact, bound_s = left_s >= best_s, min(left_s, best_s)
+        if not self.equal and set(self.methods) - {"sl"}:
+            bound_s = min(bound_s, self._improve([one for one in options if self._parallel(one)]))
+            best_s = min(one.epoch_s for one in self.judged.values())
+            exact = bound_s >= best_s
+        for method in self.methods:  # what the best is better than
+            if not any(labels(one)["method"] == method for one in self.judged):
+                of_method = (one for one in fitting if labels(one.plan)["method"] == method)
+                if (one := next(of_method, None)) is not None:
+                    self._judge(one.plan)
+        plans = self._distinct()
+        paper = None
+        if len(self.profile.units) > 1:
+            paper = judge(self.stages, paper_plan(self.stages, self.frame, _codecs(self.config)))
+        return Found(tuple(plans), bound_s, exact, len(self.judged), len(candidates), paper)
+
+    def _distinct(self) -> list[Judged]:
+        """Returns the plans judged, best first, each with its best dispatch policy only."""
+        found: dict[tuple[object, str], Judged] = {}
+        for one in sorted(self.judged.values(), key=lambda one: one.epoch_s):
+            found.setdefault((one.plan.devices, one.plan.order), one)
+        return list(found.values())
+
+    # --- candidates ---------------------------------------------------------------------------
+
+    def _options(self) -> list[Option]:
+        """Returns everything that a device can be told to do."""
+        count, batch = len(self.profile.units), self.profile.batch_size
+        numbers = {1} if {"sfl", "sl"} & set(self.methods) else set()
+        if "pipar" in self.methods:
+            numbers |= {min(n, batch) for n in whole_numbers(self.config.tuner.micro_batches)}
+        names = words(self.config.tuner.codecs)
+        pairs = [Codecs(a, c) for a in names for c in names] or [_codecs(self.config)]
+        wanted = {name for pair in pairs for name in (pair.activation, pair.cotangent)} - {"raw"}
+        if unknown := sorted(wanted - set(self.profile.codecs)):
+            raise ConfigError(
+                f"{', '.join(unknown)} may be used (tuner.codecs, pipeline.activation_codec and "
+                "cotangent_codec), but the profile does not have it: it knows raw"
+                f"{''.join(f', {name}' for name in self.profile.codecs)}"
+            )
+        found = [Option(0)] if "fl" in self.methods else []
+        for cut in range(1, count):
+            for n in sorted(numbers):
+                found += [Option(cut, n, pair) for pair in pairs]
+        return found
+
+    def _parallel(self, option: Option) -> bool:
+        """Says whether an option belongs to a method in parallel order that is allowed."""
+        if not option.cut:
+            return True
+        return ("sfl" if option.micro_batches == 1 else "pipar") in self.methods
+
+    def _common(self, options: Iterable[Option]) -> Iterator[_Candidate]:
+        """Yields the plans in which all devices do the same, with their bounds."""
+        for option in options:
+            all_least = [self._at_least(d, option) for d in range(len(self.profile.devices))]
+            if self._parallel(option):
+                bound_s = round_bound_s(self.stages, all_least) * self.scale
+                for dispatch in self._dispatches(option):
+                    yield _Candidate(bound_s, self._plan([option], dispatch))
+            if option.cut and option.micro_batches == 1 and "sl" in self.methods:
+                plan = Plan(
+                    self._plan([option]).devices, order="sequential", weights="shared",
+                    dispatch=self.frame.dispatch, aggregate_every=self.frame.aggregate_every,
+                    hand_on=self.frame.hand_on,
+                )  # fmt: skip
+                yield _Candidate(self._sequential_bound_s(option), plan)
+
+    def _sequential_bound_s(self, option: Option) -> float:
+        """Returns the bound of an epoch in which devices take turns."""
+        one_epoch = [
+            least(self.stages, d, option, self.spans[d]._replace(stop=self.profile.steps(d)))
+            for d in range(len(self.profile.devices))
+        ]
+        return sequential_bound_s(self.stages, one_epoch, option.cut)
+
+    def _dispatches(self, option: Option) -> Sequence[str]:
+        """Returns the policies worth trying."""
+        wanted = words(self.config.tuner.dispatch)
+        if not option.cut or (option.micro_batches == 1 and len(self.profile.devices) == 1):
+            return wanted[:1]  # there is never a choice to make
+        if len(self.profile.devices) == 1 and "fixed" in wanted:
+            return ("fixed",)  # all forwards first: no other order is better, see ``least``
+        if self.equal:
+            return [name for name in wanted if name != "slowest_first"] or wanted
+        return wanted
+
+    def _plan(self, options: Sequence[Option], dispatch: str | None = None) -> Plan:
+        """Returns a plan in parallel order; one option stands for all devices."""
+        chains = [option.device_plan() for option in options]
+        many = len(self.profile.devices)
+        return Plan(
+            tuple(chains * many if len(chains) == 1 else chains),
+            dispatch=dispatch or self.frame.dispatch,  # type: ignore[arg-type]
+            aggregate_every=self.frame.aggregate_every,
+        )
+
+    def _at_least(self, device: int, option: Option) -> Least:
+        """Returns a device's bound, found once for equal devices."""
+        key = self.known[device], option
+        if key not in self._least:
+            self._least[key] = least(self.stages, device, option, self.spans[device])
+        return self._least[key]
+
+    # --- judging ------------------------------------------------------------------------------
+
+    def _judge(self, plan: Plan) -> float:
+        """Simulates a plan once; returns its seconds per epoch."""
+        if plan not in self.judged:
+            self.judged[plan] = found = judge(self.stages, plan)
+            self.actions += found.round.actions
+        return self.judged[plan].epoch_s
+
+    def _judge_in_order(self, candidates: Sequence[_Candidate], actions: float) -> float:
+        """Judges candidates until the rest is proven worse, or enough actions were predicted.
+
+        Returns:
+          The bound of the first candidate that was not judged; infinite if there is none.
+        """
+        best_s = math.inf
+        for one in candidates:
+            if one.bound_s >= best_s or (self.judged and self.actions > actions):
+                return one.bound_s
+            best_s = min(best_s, self._judge(one.plan))
+        return math.inf
+
+    # --- unequal devices ----------------------------------------------------------------------
+
+    def _improve(self, options: Sequence[Option]) -> float:
+        """Searches plans in which devices differ; returns their bound in seconds per epoch."""
+        bound_s, start = self._bisect(options)
+        dispatch = min(self.judged.values(), key=lambda one: one.epoch_s).plan.dispatch
+        plan = self._plan(start, dispatch)
+        if excess(self.stages, plan) is None:
+            self._judge(plan)
+        best = min(self.judged.values(), key=lambda one: one.epoch_s).plan
+        if best.order == "sequential":
+            return bound_s
+        chosen = [
+            Option(one.cuts[0] if one.cuts else 0, one.micro_batches, *one.codecs)
+            for one in best.devices
+        ]
+        best_s, improved = self.judged[best].epoch_s, True
+        while improved and self.actions <= self.config.tuner.actions:
+            improved = False
+            for device in range(len(chosen)):
+                for option in self._alternatives(device, options, best_s):
+                    tried = [*chosen[:device], option, *chosen[device + 1 :]]
+                    plan = self._plan(tried, best.dispatch)
+                    if plan in self.judged or excess(self.stages, plan) is not None:
+                        continue
+                    if self.actions > self.config.tuner.actions:
+                        return bound_s
+                    if self._judge(plan) < best_s:
+                        best_s, chosen, improved = self.judged[plan].epoch_s, tried, True
+        return bound_s
+
+    def _alternatives(
+        self, device: int, options: Sequence[Option], deadline_s: float
+    ) -> list[Option]:
+        """Returns a device's options that could meet a deadline: fastest, and easiest on others."""
+        able = [
+            (self._at_least(device, one), one)
+            for one in options
+            if self._at_least(device, one).round_s * self.scale < deadline_s
+        ]
+        fast = sorted(able, key=lambda pair: pair[0].round_s)[:ALTERNATIVES]
+        light = sorted(able, key=lambda pair: pair[0].server_s)[:ALTERNATIVES]
+        return list(dict.fromkeys(one for _, one in (*fast, *light)))
+
+    def _bisect(self, options: Sequence[Option]) -> tuple[float, list[Option]]:
+        """Returns the least deadline that each device and the server's sum allow, and its options.
+
+        For a deadline each device takes, of the options that meet it alone, the one that loads the
+        server least; if even their sum exceeds the deadline, no plan meets it.
+        """
+        devices = range(len(self.profile.devices))
+        tables = [
+            sorted(((self._at_least(d, one), one) for one in options), key=lambda p: p[0].round_s)
+            for d in devices
+        ]
+
+        def lightest(deadline_s: float) -> list[tuple[Least, Option]] | None:
+            chosen = []
+            for table in tables:
+                able = [pair for pair in table if pair[0].round_s <= deadline_s]
+                if not able:
+                    return None
+                chosen.append(min(able, key=lambda pair: (pair[0].server_s, pair[0].round_s)))
+            met = sum(pair[0].server_s for pair in chosen) <= deadline_s
+            return chosen if met else None
+
+        low_s = max(table[0][0].round_s for table in tables)
+        high_s = max(low_s, sum(table[0][0].server_s for table in tables))
+        high_s = max(high_s, max(table[-1][0].round_s for table in tables))
+        found = lightest(low_s)
+        if found is None:
+            for _ in range(40):
+                middle_s = (low_s + high_s) / 2
+                if lightest(middle_s) is None:
+                    low_s = middle_s
+                else:
+                    high_s = middle_s
+            found = lightest(high_s)
+        assert found is not None  # at high_s every option is open
+        return low_s * self.scale, [option for _, option in found]
+
+
+def _frame(config: Config) -> Plan:
+    """Returns a plan whose values beside its device plans are the configuration's."""
+    return Plan(
+        (Option(0).device_plan(),) * config.devices.count,
+        dispatch=config.pipeline.dispatch,  # type: ignore[arg-type]  # resolve() checked it
+        aggregate_every=configuration.aggregate_steps(config),
+        hand_on=config.pipeline.hand_on,  # type: ignore[arg-type]
+    )
+
+
+def _codecs(config: Config) -> Codecs:
+    """Returns the codecs that the configuration names for activations and cotangents."""
+    return Codecs(config.pipeline.activation_codec, config.pipeline.cotangent_codec)
+
+
+def labels(plan: Plan) -> Mapping[str, str]:
+    """Returns what a plan is called: its method, its cuts and its micro-batches."""
+    cuts = [one.cuts[0] if one.cuts else 0 for one in plan.devices]
+    numbers = [one.micro_batches for one in plan.devices]
+    if plan.order == "sequential":
+        method = "sl"
+    elif not any(cuts):
+        method = "fl"
+    else:
+        method = "sfl" if max(numbers) == 1 else "pipar"
+        method += " + fl" if not all(cuts) else ""
+    return {"method": method, "cut": _range(cuts), "N": _range(numbers)}
+
+
+def _range(values: Sequence[int]) -> str:
+    lowest, highest = min(values), max(values)
+    text = "-" if not highest else str(lowest)
+    return text if lowest == highest else f"{lowest}…{highest}"

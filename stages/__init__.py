@@ -1,0 +1,84 @@
+"""Flax models as named units, and their stages as compiled functions. No sockets, no threads.
+
+Names are loaded on first use, so `import stages` and `stages.MODELS` load no jax.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from stages.allocator import retain_memory
+from stages.draw import Draw, make_draw
+from stages.errors import StageError
+from stages.names import MODELS, NORMS, STEMS
+
+if TYPE_CHECKING:
+    from stages.facts import Facts, stage_facts, unit_facts
+    from stages.model import Model, Variables, parameter_count
+    from stages.registry import build
+    from stages.residuals import Residuals
+    from stages.stage import Metrics, Stage, cross_entropy, join, predict, select, split
+    from stages.update import OptState, init_opt_state, make_update
+
+_HOMES = {
+    "build": "stages.registry",
+    "Facts": "stages.facts",
+    "stage_facts": "stages.facts",
+    "unit_facts": "stages.facts",
+    "Model": "stages.model",
+    "Variables": "stages.model",
+    "parameter_count": "stages.model",
+    "Residuals": "stages.residuals",
+    "Metrics": "stages.stage",
+    "Stage": "stages.stage",
+    "cross_entropy": "stages.stage",
+    "join": "stages.stage",
+    "predict": "stages.stage",
+    "select": "stages.stage",
+    "split": "stages.stage",
+    "OptState": "stages.update",
+    "init_opt_state": "stages.update",
+    "make_update": "stages.update",
+}
+
+__all__ = [
+    "MODELS",
+    "NORMS",
+    "STEMS",
+    "Draw",
+    "Facts",
+    "Metrics",
+    "Model",
+    "OptState",
+    "Residuals",
+    "Stage",
+    "StageError",
+    "Variables",
+    "build",
+    "cross_entropy",
+    "init_opt_state",
+    "join",
+    "make_draw",
+    "make_update",
+    "parameter_count",
+    "predict",
+    "retain_memory",
+    "select",
+    "split",
+    "stage_facts",
+    "unit_facts",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name from the module that defines it.
+
+    Raises:
+      AttributeError: there is no such name.
+    """
+    if name not in _HOMES:
+        raise AttributeError(f"module 'stages' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

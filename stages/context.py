@@ -1,0 +1,61 @@
+"""What layers are told while a stage is being traced.
+
+A unit is an ordinary NNX module called with one argument. What its layers need beside it
+(training or inference, the share of the mini-batch, the seed of dropout) would otherwise have
+to pass through every user's `__call__`, so it is kept here for the duration of a trace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from stages.draw import Draw
+from stages.errors import StageError
+
+
+@dataclasses.dataclass
+class Context:
+    """The call that is being traced.
+
+    Attributes:
+      train: whether batch statistics are taken from the batch and dropout is active.
+      unit: name of the unit being traced.
+      samples: samples in this micro-batch.
+      draw: scalars of the micro-batch (traced), None at inference.
+      calls: number of random layers met so far in this unit.
+    """
+
+    train: bool
+    unit: str
+    samples: int
+    draw: Draw | None = None
+    calls: int = 0
+
+    @property
+    def share(self) -> Any:
+        """Samples of this micro-batch over samples of the mini-batch, a traced scalar."""
+        if self.draw is None:
+            raise StageError(f"unit {self.unit!r}: the share of a batch is known in training only")
+        return self.samples * self.draw.inverse_batch
+
+
+_current: contextvars.ContextVar[Context | None] = contextvars.ContextVar("stages", default=None)
+
+
+def current() -> Context:
+    """Returns the context of the trace in progress; inference where there is none."""
+    return _current.get() or Context(train=False, unit="", samples=0)
+
+
+@contextlib.contextmanager
+def entered(context: Context) -> Iterator[Context]:
+    """Makes `context` the current one inside a with statement."""
+    token = _current.set(context)
+    try:
+        yield context
+    finally:
+        _current.reset(token)

@@ -1,0 +1,53 @@
+"""What a stage must know of a micro-batch beside its arrays."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Draw(NamedTuple):
+    """Scalars of one micro-batch, as numpy scalars so that a change of value compiles nothing.
+
+    Attributes:
+      inverse_batch: 1 / samples of the mini-batch, float32 (float64 under x64).
+      seed: root seed of the run, uint32.
+      device: index of the device that owns the samples, uint32.
+      step: number of the optimiser step on that device, uint32.
+      position: samples of the mini-batch that come before this micro-batch, uint32.
+    """
+
+    inverse_batch: np.float32 | np.float64
+    seed: np.uint32
+    device: np.uint32
+    step: np.uint32
+    position: np.uint32
+
+
+def make_draw(
+    mini_batch: int,
+    *,
+    seed: int = 0,
+    device: int = 0,
+    step: int = 0,
+    position: int = 0,
+    dtype: type[np.float32] | type[np.float64] = np.float32,
+) -> Draw:
+    """Builds the `Draw` of a micro-batch from plain integers.
+
+    Args:
+      mini_batch: samples of the whole mini-batch.
+      seed: root seed of the run; taken modulo 2**32.
+      device: index of the owning device.
+      step: optimiser step on that device.
+      position: samples of the mini-batch before this micro-batch.
+      dtype: dtype of `inverse_batch`; that of the weights.
+    """
+    return Draw(
+        dtype(1.0 / mini_batch),
+        np.uint32(seed % 2**32),
+        np.uint32(device),
+        np.uint32(step),
+        np.uint32(position),
+    )

@@ -1,0 +1,197 @@
+"""Dense convolution in several exact formulations, chosen pass by pass.
+
+A convolution has three passes: forward, the cotangent of its input, the gradient of its
+kernel. Each can be XLA's own convolution or a matrix product over patches of the image, and
+which is faster depends on the shape and the platform; `stages.layers.choice` decides.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from stages.layers.choice import Formulation, choose
+
+DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+# Patches are made for as many samples at a time as fit here: they stay in the cache, and the
+# memory of a step does not grow ninefold.
+PATCH_BYTES = 8_000_000
+
+
+class Geometry(NamedTuple):
+    """Static description of a square convolution.
+
+    Attributes:
+      size: height and width of the kernel.
+      stride: step in both directions.
+      padding: zeros added on each side.
+    """
+
+    size: int
+    stride: int
+    padding: int
+
+    def out(self, length: int) -> int:
+        """Length of the output along an axis of `length`."""
+        return (length + 2 * self.padding - self.size) // self.stride + 1
+
+    def spread(self, cotangent: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Lays an output's cotangent out so that a convolution without stride pulls it back.
+
+        Zeros between the rows undo the stride; those around undo what padding took away.
+
+        Args:
+          cotangent: [batch, height', width', channels].
+          shape: shape of the convolution's input.
+        """
+        edges = []
+        for length, out in zip(shape[1:3], cotangent.shape[1:3], strict=True):
+            low = self.size - 1 - self.padding
+            taken = (out - 1) * self.stride + 1
+            edges.append((low, length + self.size - 1 - low - taken, self.stride - 1))
+        zero = jnp.zeros((), cotangent.dtype)
+        return lax.pad(cotangent, zero, ((0, 0, 0), *edges, (0, 0, 0)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def convolve(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    """Convolves images.
+
+    Args:
+      x: [batch, height, width, in].
+      kernel: [size, size, in, out], dtype of x.
+      geometry: stride and padding.
+
+    Returns:
+      [batch, height', width', out], dtype of x.
+    """
+    key = _key(x.shape, kernel.shape, geometry)
+    if choose("conv_forward", key) is Formulation.PATCHES:
+        return _patches_forward(x, kernel, geometry)
+    return xla_convolve(x, kernel, geometry)
+
+
+def xla_convolve(x: jax.Array, kernel: jax.Array, geometry: Geometry, groups: int = 1) -> jax.Array:
+    """XLA's own convolution; arguments as for `convolve`."""
+    y: jax.Array = lax.conv_general_dilated(
+        x,
+        kernel,
+        (geometry.stride, geometry.stride),
+        ((geometry.padding, geometry.padding), (geometry.padding, geometry.padding)),
+        dimension_numbers=DIMENSIONS,
+        feature_group_count=groups,
+    )
+    return y
+
+
+def _convolve_forward(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> Any:
+    return convolve(x, kernel, geometry), (x, kernel)
+
+
+def _convolve_backward(geometry: Geometry, kept: Any, cotangent: jax.Array) -> Any:
+    x, kernel = kept
+    key = _key(x.shape, kernel.shape, geometry)
+    if choose("conv_input", key) is Formulation.PATCHES:
+        x_cotangent = _patches_input(x.shape, kernel, geometry, cotangent)
+    else:
+        _, pull_input = jax.vjp(lambda x: xla_convolve(x, kernel, geometry), x)
+        (x_cotangent,) = pull_input(cotangent)
+    if choose("conv_kernel", key) is Formulation.PATCHES:
+        gradient = _patches_kernel(x, kernel.shape, geometry, cotangent)
+    else:
+        _, pull_kernel = jax.vjp(lambda kernel: xla_convolve(x, kernel, geometry), kernel)
+        (gradient,) = pull_kernel(cotangent)
+    return x_cotangent, gradient
+
+
+convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _key(x: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> tuple[int, ...]:
+    """(batch, height, width, in, out, size, stride) as `choice` wants it."""
+    return (*x, kernel[-1], geometry.size, geometry.stride)
+
+
+def pad_images(x: jax.Array, geometry: Geometry, axis: int) -> jax.Array:
+    """Pads the two axes from `axis` with the convolution's zeros."""
+    pads = [(0, 0)] * x.ndim
+    pads[axis] = pads[axis + 1] = (geometry.padding, geometry.padding)
+    return jnp.pad(x, pads) if geometry.padding else x
+
+
+def shifted(x: jax.Array, geometry: Geometry, axis: int, rows: int, columns: int) -> list[Any]:
+    """For each position in the kernel the pixels it meets: slices of padded images."""
+    step = geometry.stride
+    found = []
+    for i in range(geometry.size):
+        for j in range(geometry.size):
+            index = [slice(None)] * x.ndim
+            index[axis] = slice(i, i + (rows - 1) * step + 1, step)
+            index[axis + 1] = slice(j, j + (columns - 1) * step + 1, step)
+            found.append(x[tuple(index)])
+    return found
+
+
+def _chunks(batch: int, bytes_per_sample: int) -> list[tuple[int, int]]:
+    """Cuts a batch into nearly equal runs whose patches fit `PATCH_BYTES`."""
+    count = min(batch, -(-batch * bytes_per_sample // PATCH_BYTES))
+    edges = [batch * i // count for i in range(count + 1)]
+    return list(pairwise(edges))
+
+
+def _patches_forward(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    """Patches times the kernel as a matrix, [batch x pixels, size x size x in]."""
+    size, _, features, out = kernel.shape
+    rows, columns = geometry.out(x.shape[1]), geometry.out(x.shape[2])
+    matrix = kernel.reshape(size * size * features, out)
+    padded = pad_images(x, geometry, 1)
+    parts = []
+    per_sample = rows * columns * size * size * features * x.dtype.itemsize
+    for start, stop in _chunks(x.shape[0], per_sample):
+        found = shifted(padded[start:stop], geometry, 1, rows, columns)
+        patches = jnp.concatenate(found, -1) if len(found) > 1 else found[0]
+        product = patches.reshape(-1, size * size * features) @ matrix
+        parts.append(product.reshape(stop - start, rows, columns, out))
+    return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+def _patches_input(
+    shape: tuple[int, ...], kernel: jax.Array, geometry: Geometry, cotangent: jax.Array
+) -> jax.Array:
+    """Convolves the spread cotangent with the turned kernel, as patches times a matrix."""
+    batch, height, width, _ = shape
+    turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
+    spread = geometry.spread(cotangent, shape)
+    return _patches_forward(spread, turned, Geometry(geometry.size, 1, 0)).reshape(
+        batch, height, width, -1
+    )
+
+
+def _patches_kernel(
+    x: jax.Array, shape: tuple[int, ...], geometry: Geometry, cotangent: jax.Array
+) -> jax.Array:
+    """Patches of the channels-first image times the cotangent, summed over runs of samples.
+
+    With channels first a shifted image is a slice with long rows, and the product's contracted
+    axis (batch x pixels) is the left operand's last one, as fast matrix products want it.
+    """
+    size, _, features, out = shape
+    _, rows, columns, _ = cotangent.shape
+    # The barrier keeps XLA from computing the layer before again inside a slow transpose.
+    held = lax.optimization_barrier(x)  # type: ignore[no-untyped-call]
+    turned = held.transpose(3, 0, 1, 2)
+    padded = pad_images(turned, geometry, 2)
+    total: jax.Array | None = None
+    per_sample = rows * columns * size * size * features * x.dtype.itemsize
+    for start, stop in _chunks(x.shape[0], per_sample):
+        found = shifted(padded[:, start:stop], geometry, 2, rows, columns)
+        patches = jnp.stack(found).reshape(size * size * features, -1)
+        product = patches @ cotangent[start:stop].reshape(-1, out)
+        total = product if total is None else total + product
+    assert total is not None
+    return total.reshape(shape)

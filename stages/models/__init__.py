@@ -1,0 +1,1 @@
+"""The registered networks, each an ordered list of named units."""

@@ -1,0 +1,205 @@
+"""Forward passes that keep residuals but no weights.
+
+`jax.vjp` inside a jit returns a closure whose arrays are the residuals of the forward pass.
+Left alone they contain every weight, and each weight would be copied out of the jit for every
+micro-batch; an input that is kept (the activation that came in) would be copied too. So the
+forward pass is traced to a jaxpr first and each residual is given the cheapest source:
+
+* it depends on nothing but weights (a weight, its cast, its transpose): computed again in the
+  backward pass from the live weights;
+* it is an argument of the forward pass, or its output: held by reference;
+* otherwise: an output of the forward pass.
+
+This reads only the jaxpr and the closure's leaves, so it does not depend on how a version of
+jax arranges the closure inside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+from jax.extend import core as jex_core
+
+Source = Literal["weights", "argument", "output", "saved"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recipe:
+    """How the closure of a backward pass is put together again; static, compared by identity.
+
+    Attributes:
+      closure: tree structure of the `jax.vjp` closure.
+      sources: for each leaf of the closure where it comes from, and the index there.
+      arguments: positions, among the flat non-weight arguments, of those held by reference.
+      weights_only: computes the leaves that depend on weights alone, from the flat weights.
+    """
+
+    closure: Any
+    sources: tuple[tuple[Source, int], ...]
+    arguments: tuple[int, ...]
+    weights_only: Any
+
+    @property
+    def keeps_output(self) -> bool:
+        """Whether the stage's output is itself a residual."""
+        return any(source == "output" for source, _ in self.sources)
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass
+class Residuals:
+    """What a forward pass keeps for its backward pass; a pytree without weights.
+
+    Attributes:
+      saved: arrays that the forward pass computed for the backward pass alone.
+      borrowed: arguments of the forward pass, by reference.
+      output: the stage's output by reference, or None.
+      recipe: how to put the closure together.
+    """
+
+    saved: tuple[Any, ...]
+    borrowed: tuple[Any, ...]
+    output: Any
+    recipe: Recipe
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], Recipe]:
+        """Splits into arrays and the static recipe."""
+        return (self.saved, self.borrowed, self.output), self.recipe
+
+    @classmethod
+    def tree_unflatten(cls, recipe: Recipe, children: tuple[Any, ...]) -> Residuals:
+        """Inverse of `tree_flatten`."""
+        saved, borrowed, output = children
+        return cls(saved, borrowed, output, recipe)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays held, those by reference included."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+
+def run_forward(
+    function: Callable[..., tuple[jax.Array, Any]], weights: Any, rest: Any, x: Any
+) -> tuple[jax.Array, Any, Residuals]:
+    """Runs a forward pass inside a jit and keeps what its backward pass needs.
+
+    Args:
+      function: (weights, rest, x) -> (output, auxiliary); differentiated in weights, and in x
+        unless x is None.
+      weights: pytree of parameters.
+      rest: pytree of arguments that are not differentiated, x among them where the input
+        needs no gradient.
+      x: the input that is differentiated, or None.
+
+    Returns:
+      output, auxiliary and the residuals, whose references are still to be filled in by
+      `attach` outside the jit.
+    """
+    box: list[Any] = []
+
+    def run(weights: Any, rest: Any, x: Any) -> Any:
+        output, pullback, auxiliary = jax.vjp(
+            lambda weights, x: function(weights, rest, x), weights, x, has_aux=True
+        )
+        leaves, closure = jax.tree.flatten(pullback)
+        box.append(closure)
+        return output, auxiliary, leaves
+
+    closed, shapes = jax.make_jaxpr(run, return_shape=True)(weights, rest, x)
+    jaxpr, count = closed.jaxpr, len(jax.tree.leaves(weights))
+    auxiliary_tree: Any = jax.tree.structure(shapes[1])
+    first = 1 + auxiliary_tree.num_leaves
+    outvars = list(jaxpr.outvars)
+    sources, saved, recomputed, arguments = _sources(jaxpr, count, outvars[first:], outvars[0])
+    recipe = Recipe(
+        box[0], tuple(sources), tuple(arguments), _weights_only(closed, count, recomputed)
+    )
+    values = jex_core.jaxpr_as_fun(closed)(*jax.tree.leaves((weights, rest, x)))
+    auxiliary = jax.tree.unflatten(auxiliary_tree, values[1:first])
+    kept = tuple(values[first + i] for i in saved)
+    return values[0], auxiliary, Residuals(kept, (), None, recipe)
+
+
+def attach(residuals: Residuals, output: Any, rest: Any, x: Any) -> Residuals:
+    """Adds the references to residuals that came out of a jit (see `run_forward`)."""
+    recipe = residuals.recipe
+    if recipe.arguments:
+        flat = jax.tree.leaves((rest, x))
+        residuals.borrowed = tuple(flat[i] for i in recipe.arguments)
+    if recipe.keeps_output:
+        residuals.output = output
+    return residuals
+
+
+def pull_back(residuals: Residuals, weights: Any, cotangent: jax.Array) -> tuple[Any, Any]:
+    """Runs the backward pass inside a jit: (gradient of the weights, cotangent of the input)."""
+    recipe = residuals.recipe
+    pools: dict[str, Any] = {
+        "weights": recipe.weights_only(*jax.tree.leaves(weights)),
+        "argument": residuals.borrowed,
+        "output": (residuals.output,),
+        "saved": residuals.saved,
+    }
+    leaves = [pools[source][index] for source, index in recipe.sources]
+    gradient, x_cotangent = jax.tree.unflatten(recipe.closure, leaves)(cotangent)
+    return gradient, x_cotangent
+
+
+def _sources(
+    jaxpr: Any, count: int, leaves: list[Any], output: Any
+) -> tuple[list[tuple[Source, int]], list[int], list[Any], list[int]]:
+    """Finds the cheapest source of each residual; see the module's docstring."""
+    arguments_of = {var: i for i, var in enumerate(jaxpr.invars[count:])}
+    varying = set(arguments_of)
+    for equation in jaxpr.eqns:
+        if equation.effects or any(
+            not isinstance(v, jex_core.Literal) and v in varying for v in equation.invars
+        ):
+            varying.update(equation.outvars)
+    sources: list[tuple[Source, int]] = []
+    saved: list[int] = []
+    recomputed: list[Any] = []
+    arguments: list[int] = []
+    seen: dict[Any, tuple[Source, int]] = {}
+    for index, var in enumerate(leaves):
+        literal = isinstance(var, jex_core.Literal)
+        if not literal and var in seen:
+            sources.append(seen[var])
+            continue
+        source: tuple[Source, int]
+        if literal or var not in varying:
+            source = ("weights", len(recomputed))
+            recomputed.append(var)
+        elif var in arguments_of:
+            source = ("argument", len(arguments))
+            arguments.append(arguments_of[var])
+        elif var is output:
+            source = ("output", 0)
+        else:
+            source = ("saved", len(saved))
+            saved.append(index)
+        if not literal:
+            seen[var] = source
+        sources.append(source)
+    return sources, saved, recomputed, arguments
+
+
+def _weights_only(closed: Any, count: int, outvars: list[Any]) -> Callable[..., list[Any]]:
+    """Returns a function from flat weights to the residuals that depend on nothing else."""
+    jaxpr = closed.jaxpr
+    needed = {var for var in outvars if not isinstance(var, jex_core.Literal)}
+    equations = []
+    for equation in reversed(jaxpr.eqns):
+        if any(var in needed for var in equation.outvars):
+            equations.append(equation)
+            needed.update(v for v in equation.invars if not isinstance(v, jex_core.Literal))
+    equations.reverse()
+
+    part = jaxpr.replace(invars=jaxpr.invars[:count], outvars=outvars, eqns=equations)
+    compute: Callable[..., list[Any]] = jex_core.jaxpr_as_fun(
+        jex_core.ClosedJaxpr(part, closed.consts)
+    )
+    return compute

@@ -1,0 +1,338 @@
+"""Stages: runs of consecutive units as compiled, pure functions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from stages.draw import Draw
+from stages.errors import StageError
+from stages.model import Model, Unit, Variables, call_unit
+from stages.residuals import Residuals, attach, pull_back, run_forward
+
+Metrics: TypeAlias = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The jitted functions of a run of units; shared by all stages over the same units."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    loss: Callable[..., Any]
+    predict: Callable[..., Any]
+    zeros: Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A run of consecutive units on one host.
+
+    All functions take the variables of this stage's own units, {unit: {path: array}}, and
+    compile once per batch shape. Nothing is computed twice: the backward pass starts from the
+    residuals of the forward pass (unless `rematerialise` asks for the opposite).
+
+    Attributes:
+      index: position in the chain of stages.
+      unit_names: the units in order.
+      is_first: whether the stage takes the samples, whose cotangent nobody needs.
+      is_last: whether the stage computes the loss.
+      rematerialise: whether the backward pass computes the forward pass again instead of
+        keeping residuals (less memory, about a third more time).
+      programs: the compiled functions.
+    """
+
+    index: int
+    unit_names: tuple[str, ...]
+    is_first: bool
+    is_last: bool
+    rematerialise: bool
+    programs: Programs
+
+    def forward(
+        self, params: Variables, state: Variables, x: jax.Array, draw: Draw
+    ) -> tuple[jax.Array, Residuals, Variables]:
+        """Runs the units forward in training mode.
+
+        Args:
+          params: parameters of the stage's units.
+          state: batch statistics of the stage's units.
+          x: input [micro-batch, …]. It is kept by reference where the backward pass needs it.
+          draw: scalars of the micro-batch.
+
+        Returns:
+          the activation [micro-batch, …], the residuals (no weights among them) and the new
+          batch statistics.
+        """
+        y, state_after, residuals = self.programs.forward(params, state, x, draw)
+        if self.is_first:
+            return y, attach(residuals, y, (state, x, draw), None), state_after
+        return y, attach(residuals, y, (state, draw), x), state_after
+
+    def backward(
+        self,
+        params: Variables,
+        residuals: Residuals,
+        cotangent: jax.Array,
+        accumulated: Variables,
+    ) -> tuple[jax.Array, Variables]:
+        """Runs the units backward.
+
+        Args:
+          params: the parameters that the forward pass had.
+          residuals: what the forward pass kept.
+          cotangent: gradient of the loss in the activation, same shape and dtype.
+          accumulated: gradients accumulated so far; donated.
+
+        Returns:
+          the input's cotangent [micro-batch, …] (for the first stage a scalar without meaning,
+          ready when the gradients are) and the accumulated gradients.
+        """
+        result: tuple[jax.Array, Variables] = self.programs.backward(
+            params, residuals, cotangent, accumulated
+        )
+        return result
+
+    def loss(
+        self,
+        params: Variables,
+        state: Variables,
+        x: jax.Array,
+        labels: jax.Array,
+        draw: Draw,
+        accumulated: Variables,
+    ) -> tuple[Metrics, jax.Array | None, Variables, Variables]:
+        """Runs the last stage forward, the softmax cross entropy, and backward, in one call.
+
+        Args:
+          params: parameters of the stage's units.
+          state: batch statistics of the stage's units.
+          x: input [micro-batch, …].
+          labels: classes [micro-batch, …] int32.
+          draw: scalars of the micro-batch; gradients are those of the mini-batch's mean loss.
+          accumulated: gradients accumulated so far; donated.
+
+        Returns:
+          metrics {"loss": sum of the samples' losses, "correct": number of samples whose
+          largest logit is the label's} (float scalars), the input's cotangent (None where
+          the stage is also the first), the accumulated gradients, the new batch statistics.
+        """
+        result: tuple[Metrics, jax.Array | None, Variables, Variables] = self.programs.loss(
+            params, state, x, labels, draw, accumulated
+        )
+        return result
+
+    def predict(self, params: Variables, state: Variables, x: jax.Array) -> jax.Array:
+        """Runs the units at inference: running statistics, no dropout."""
+        y: jax.Array = self.programs.predict(params, state, x)
+        return y
+
+    def zeros(self, params: Variables) -> Variables:
+        """Returns a fresh accumulator of gradients, all zero."""
+        accumulated: Variables = self.programs.zeros(params)
+        return accumulated
+
+
+def split(
+    model: Model, cuts: Sequence[int] = (), *, rematerialise: bool | Sequence[bool] = False
+) -> tuple[Stage, ...]:
+    """Cuts a model into stages.
+
+    Args:
+      model: the model.
+      cuts: positions between units, strictly increasing; a cut c lies between units[c - 1]
+        and units[c].
+      rematerialise: whether backward passes compute their forward pass again; one value for
+        all stages or one per stage.
+
+    Returns:
+      len(cuts) + 1 stages. Stages over the same units of the same model share their
+      compiled functions.
+
+    Raises:
+      StageError: a cut is out of range or out of order.
+    """
+    cuts = tuple(cuts)
+    count = len(model.units)
+    if any(not 0 < cut < count for cut in cuts) or list(cuts) != sorted(set(cuts)):
+        raise StageError(
+            f"model {model.name!r}: illegal cuts {list(cuts)}; cuts are strictly increasing "
+            f"positions between its units, from 1 to {count - 1}"
+        )
+    bounds = (0, *cuts, count)
+    flags = [rematerialise] * (len(cuts) + 1) if isinstance(rematerialise, bool) else rematerialise
+    if len(flags) != len(cuts) + 1:
+        raise StageError(
+            f"model {model.name!r}: {len(flags)} values of rematerialise for {len(cuts) + 1} "
+            "stages; give one, or one per stage"
+        )
+    return tuple(
+        Stage(
+            index=index,
+            unit_names=model.unit_names[start:stop],
+            is_first=start == 0,
+            is_last=stop == count,
+            rematerialise=flags[index],
+            programs=_programs(model, start, stop, flags[index]),
+        )
+        for index, (start, stop) in enumerate(pairwise(bounds))
+    )
+
+
+def join(parts: Sequence[Variables]) -> Variables:
+    """Inverse of cutting variables: merges the stages' {unit: …} in order of the stages.
+
+    Raises:
+      StageError: two parts hold the same unit.
+    """
+    whole: Variables = {}
+    for part in parts:
+        shared = sorted(whole.keys() & part.keys())
+        if shared:
+            raise StageError(f"units {shared} are in more than one part; join disjoint stages")
+        whole.update(part)
+    return whole
+
+
+def select(stage: Stage, variables: Variables) -> Variables:
+    """Picks the variables of one stage's units out of a whole model's.
+
+    Raises:
+      StageError: a unit of the stage is missing.
+    """
+    missing = [name for name in stage.unit_names if name not in variables]
+    if missing:
+        raise StageError(f"stage {stage.index}: units {missing} are missing; got {list(variables)}")
+    return {name: variables[name] for name in stage.unit_names}
+
+
+def predict(model: Model, params: Variables, state: Variables, x: jax.Array) -> jax.Array:
+    """Returns the whole model's logits [batch, classes] at inference."""
+    (stage,) = split(model)
+    return stage.predict(params, state, x)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, Metrics]:
+    """Sums the softmax cross entropies of a micro-batch.
+
+    Args:
+      logits: [batch, …, classes]; 16-bit ones are widened to float32 first.
+      labels: [batch, …] int32. Where a sample has several labels (tokens) its loss is their
+        mean.
+
+    Returns:
+      the sum over samples of their losses, and the metrics of `Stage.loss`.
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    hits = (jnp.argmax(logits, axis=-1) == labels).astype(logits.dtype)
+    axes = tuple(range(1, losses.ndim))
+    total = jnp.sum(jnp.mean(losses, axis=axes))
+    return total, {"loss": total, "correct": jnp.sum(jnp.mean(hits, axis=axes))}
+
+
+def _run(
+    units: Sequence[Unit],
+    params: Variables,
+    state: Variables,
+    x: jax.Array,
+    draw: Draw | None,
+    train: bool,
+) -> tuple[jax.Array, Variables]:
+    """Chains units; returns the output and the new batch statistics."""
+    after: Variables = {}
+    for unit in units:
+        x, after[unit.name] = call_unit(
+            unit, params[unit.name], state[unit.name], x, draw=draw, train=train
+        )
+    return x, after
+
+
+def _add(accumulated: Variables, gradient: Variables) -> Variables:
+    """Adds a micro-batch's gradient; micro-batches are added in order of their index."""
+    total: Variables = jax.tree.map(jnp.add, accumulated, gradient)
+    return total
+
+
+def _programs(model: Model, start: int, stop: int, rematerialise: bool) -> Programs:
+    """Builds the jitted functions of units start … stop - 1, once per model."""
+    cached = model.programs.get((start, stop, rematerialise))
+    if cached is not None:
+        return cached  # type: ignore[no-any-return]
+    units = model.units[start:stop]
+    train: Callable[..., Any] = partial(_run, units, train=True)
+    if rematerialise:
+        train = jax.checkpoint(train)
+    programs = Programs(
+        forward=jax.jit(partial(_forward, train, start == 0)),
+        backward=jax.jit(partial(_backward, start == 0), donate_argnums=(3,)),
+        loss=jax.jit(partial(_loss, train, start == 0), donate_argnums=(5,)),
+        predict=jax.jit(lambda params, state, x: _run(units, params, state, x, None, False)[0]),
+        zeros=jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params)),
+    )
+    model.programs[start, stop, rematerialise] = programs
+    return programs
+
+
+def _forward(
+    train: Callable[..., Any],
+    is_first: bool,
+    params: Variables,
+    state: Variables,
+    x: Any,
+    draw: Draw,
+) -> tuple[jax.Array, Variables, Residuals]:
+    """Traced body of `Stage.forward`."""
+    if is_first:
+        # The samples' cotangent is needed by nobody: they are not differentiated.
+        return run_forward(
+            lambda params, rest, _: train(params, rest[0], rest[1], rest[2]),
+            params,
+            (state, x, draw),
+            None,
+        )
+    return run_forward(
+        lambda params, rest, x: train(params, rest[0], x, rest[1]), params, (state, draw), x
+    )
+
+
+def _backward(
+    is_first: bool, params: Variables, residuals: Residuals, cotangent: Any, accumulated: Variables
+) -> tuple[jax.Array, Variables]:
+    """Traced body of `Stage.backward`."""
+    gradient, x_cotangent = pull_back(residuals, params, cotangent)
+    if is_first:
+        # Nobody needs the samples' cotangent, but somebody must be able to wait for this
+        # computation without holding the accumulator, which the next one donates.
+        x_cotangent = jnp.zeros((), jnp.int32)
+    return x_cotangent, _add(accumulated, gradient)
+
+
+def _loss(
+    train: Callable[..., Any],
+    is_first: bool,
+    params: Variables,
+    state: Variables,
+    x: Any,
+    labels: Any,
+    draw: Draw,
+    accumulated: Variables,
+) -> tuple[Metrics, jax.Array | None, Variables, Variables]:
+    """Traced body of `Stage.loss`."""
+
+    def mean_loss(params: Variables, x: Any) -> tuple[jax.Array, tuple[Metrics, Variables]]:
+        logits, after = train(params, state, x, draw)
+        total, metrics = cross_entropy(logits, labels)
+        return total * draw.inverse_batch, (metrics, after)
+
+    differentiated = (0,) if is_first else (0, 1)
+    gradients, (metrics, after) = jax.grad(mean_loss, differentiated, has_aux=True)(params, x)
+    x_cotangent = None if is_first else gradients[1]
+    return metrics, x_cotangent, _add(accumulated, gradients[0]), after

@@ -1,0 +1,90 @@
+"""Pairs of endpoints over loopback, and a collector of what arrives."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from comms import ChannelError, ChannelOptions, Endpoint, Link, LinkShape, Message
+
+
+class Collector:
+    """Keeps what a link delivers; releases messages at once unless told to hold them."""
+
+    def __init__(self, link: Link, hold: bool = False) -> None:
+        self.link = link
+        self.messages: queue.Queue[Message] = queue.Queue()
+        self.lost: queue.Queue[ChannelError] = queue.Queue()
+        self.credit = threading.Event()
+        self.hold = hold
+        link.start(self.messages.put, self.credit.set, self.lost.put)
+
+    def take(self, timeout_s: float = 20.0) -> Message:
+        return self.messages.get(timeout=timeout_s)
+
+    def take_array(self, timeout_s: float = 20.0) -> np.ndarray:
+        message = self.take(timeout_s)
+        array = message.array
+        if not self.hold:
+            message.release()
+        return array
+
+    def take_lost(self, timeout_s: float = 20.0) -> ChannelError:
+        return self.lost.get(timeout=timeout_s)
+
+
+@dataclass
+class Pair:
+    """A listening endpoint, a connected one and their two ends of one link."""
+
+    server: Endpoint
+    client: Endpoint
+    down: Link
+    up: Link
+    port: int
+    at_server: Collector
+    at_client: Collector
+
+
+@dataclass
+class Workshop:
+    """Makes endpoints and pairs and closes them all at the end of the test."""
+
+    endpoints: list[Endpoint] = field(default_factory=list)
+
+    def endpoint(self, name: str, options: ChannelOptions | None = None) -> Endpoint:
+        endpoint = Endpoint(name, options=options)
+        self.endpoints.append(endpoint)
+        return endpoint
+
+    def pair(
+        self,
+        options: ChannelOptions | None = None,
+        *,
+        client_options: ChannelOptions | None = None,
+        shape: LinkShape | None = None,
+        hold: bool = False,
+        through: Callable[[int], int] | None = None,
+    ) -> Pair:
+        """Connects a client to a server; `through` maps the server's port to a proxy's."""
+        server = self.endpoint("server", options)
+        client = self.endpoint("device 0", client_options or options)
+        links: queue.Queue[Link] = queue.Queue()
+        _, port = server.listen("127.0.0.1", 0, links.put)
+        reached = port if through is None else through(port)
+        up = client.connect("127.0.0.1", reached, name_of_peer="server", timeout_s=10, shape=shape)
+        down = links.get(timeout=10)
+        return Pair(server, client, down, up, port, Collector(down, hold), Collector(up, hold))
+
+
+@pytest.fixture
+def workshop() -> Iterator[Workshop]:
+    made = Workshop()
+    yield made
+    for endpoint in reversed(made.endpoints):
+        endpoint.close()

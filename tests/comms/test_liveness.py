@@ -1,0 +1,195 @@
+"""Lost, silent and late peers: everyone hears of it in time, and nothing hangs."""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from comms import ChannelError, ChannelOptions, ConnectError, PeerClosed, PeerLost, Role, Tag
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def test_an_unreachable_listener_is_named_within_the_timeout(workshop):
+    client, port = workshop.endpoint("client"), free_port()
+    began = time.monotonic()
+    with pytest.raises(ConnectError, match=rf"cannot reach the server at 127\.0\.0\.1 port {port}"):
+        client.connect("127.0.0.1", port, name_of_peer="the server", timeout_s=0.5)
+    assert time.monotonic() - began < 2
+
+
+def test_a_listener_may_start_late(workshop):
+    client, port = workshop.endpoint("client"), free_port()
+    links: queue.Queue = queue.Queue()
+
+    def listen() -> None:
+        workshop.endpoint("server").listen("127.0.0.1", port, links.put)
+
+    timer = threading.Timer(0.4, listen)
+    timer.start()
+    link = client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=10)
+    timer.join()
+    assert link.peer == "server" and links.get(timeout=5).peer == "client"
+
+
+def test_a_name_that_does_not_resolve_is_named(workshop):
+    with pytest.raises(ConnectError, match="cannot look up"):
+        workshop.endpoint("client").connect("name.invalid", 1, name_of_peer="server", timeout_s=0.1)
+
+
+def test_a_port_in_use_is_named(workshop):
+    _, port = workshop.endpoint("server").listen("127.0.0.1", 0, lambda link: None)
+    with pytest.raises(ConnectError, match=f"cannot listen on 127.0.0.1 port {port}"):
+        workshop.endpoint("other").listen("127.0.0.1", port, lambda link: None)
+
+
+def test_a_goodbye_is_heard_at_once(workshop):
+    pair = workshop.pair()
+    began = time.monotonic()
+    pair.client.close()
+    error = pair.at_server.take_lost()
+    assert isinstance(error, PeerClosed) and "device 0" in str(error)
+    assert time.monotonic() - began < 1
+    with pytest.raises(PeerLost):
+        pair.down.send(Tag(role=Role.ACTIVATION), np.zeros(1))
+
+
+def test_what_was_sent_before_close_still_arrives(workshop):
+    pair = workshop.pair()
+    array = np.arange(1 << 20)
+    pair.up.send(Tag(role=Role.ACTIVATION), array)
+    pair.up.send_control({"last": True})
+    pair.up.close()
+    kinds = {pair.at_server.take().kind for _ in range(2)}
+    assert kinds == {"tensor", "control"}
+
+
+def test_a_dead_connection_is_heard_at_once(workshop):
+    pair = workshop.pair()
+    began = time.monotonic()
+    # What the kernel does when a process is killed.
+    pair.client.loop.post(lambda: pair.up._transport.socket.shutdown(socket.SHUT_RDWR))
+    assert "device 0" in str(pair.at_server.take_lost())
+    assert "server" in str(pair.at_client.take_lost())
+    assert time.monotonic() - began < 1
+
+
+class DeafPeer:
+    """Finishes the handshake and then neither reads nor writes."""
+
+    def __init__(self, port: int, token: str | None = None) -> None:
+        from comms.handshake import ClientHandshake, Terms
+
+        self.socket = socket.create_connection(("127.0.0.1", port))
+        terms = Terms(name="deaf", session="0" * 32, window_bytes=1 << 40)
+        handshake = ClientHandshake(terms, token, False)
+        self.socket.sendall(handshake.opening)
+        while not handshake.done:
+            self.socket.sendall(handshake.feed(self.socket.recv(4096)))
+
+
+def test_a_silent_peer_is_lost_within_the_deadline(workshop):
+    server = workshop.endpoint("server", ChannelOptions(deadline_s=1.0))
+    links: queue.Queue = queue.Queue()
+    lost: queue.Queue = queue.Queue()
+
+    def on_link(link):
+        link.start(lambda message: None, lambda: None, lost.put)
+        links.put(link)
+
+    _, port = server.listen("127.0.0.1", 0, on_link)
+    began = time.monotonic()
+    with DeafPeer(port).socket:
+        error = lost.get(timeout=5)
+    assert "has sent nothing for" in str(error) and "deadline is 1 s" in str(error)
+    assert 0.5 < time.monotonic() - began < 1.0 + 0.2
+
+
+def test_a_peer_that_stops_reading_is_lost_within_the_deadline(workshop):
+    server = workshop.endpoint("server", ChannelOptions(deadline_s=1.0))
+    links: queue.Queue = queue.Queue()
+    lost: queue.Queue = queue.Queue()
+
+    def on_link(link):
+        link.start(lambda message: None, lambda: None, lost.put)
+        links.put(link)
+
+    _, port = server.listen("127.0.0.1", 0, on_link)
+    from comms.frame import PING, Header, Kind, pack_header
+
+    with DeafPeer(port).socket as sock:
+        links.get(timeout=5).send(Tag(role=Role.ACTIVATION), np.zeros(64 << 20, np.uint8))
+        began = time.monotonic()
+        while lost.empty() and time.monotonic() - began < 5:
+            # It still sends heartbeats: only the bytes that it does not take give it away.
+            ping = Header(kind=Kind.PING, length=PING.size, total=PING.size)
+            try:
+                sock.sendall(pack_header(ping) + PING.pack(time.monotonic()))
+            except OSError:
+                break
+            time.sleep(0.05)
+    assert "has taken no bytes for" in str(lost.get(timeout=5))
+    assert time.monotonic() - began < 1.5
+
+
+def test_a_quiet_link_stays_up(workshop):
+    pair = workshop.pair(ChannelOptions(deadline_s=0.6))
+    time.sleep(1.5)
+    assert pair.up.error is None and pair.down.error is None
+    pair.up.send(Tag(role=Role.ACTIVATION), np.ones(3))
+    assert (pair.at_server.take_array() == 1).all()
+
+
+def test_drain_waits_for_what_was_sent_and_says_when_it_cannot(workshop):
+    pair = workshop.pair(ChannelOptions(window_bytes=100), hold=True)
+    pair.up.send(Tag(role=Role.ACTIVATION), np.zeros(1000, np.uint8))
+    pair.up.drain(5)
+    pair.up.send(Tag(role=Role.ACTIVATION), np.zeros(1000, np.uint8))
+    with pytest.raises(ChannelError, match="1000 bytes still wait"):
+        pair.up.drain(0.2)
+    pair.at_server.take().release()
+    pair.up.drain(5)
+
+
+def test_an_error_in_a_callback_ends_every_link_and_is_told(workshop):
+    server, client = workshop.endpoint("server"), workshop.endpoint("client")
+    links: queue.Queue = queue.Queue()
+    lost: queue.Queue = queue.Queue()
+
+    def fail(message):
+        raise RuntimeError("a bug of the caller")
+
+    _, port = server.listen("127.0.0.1", 0, lambda link: links.put(link))
+    up = client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=5)
+    links.get(timeout=5).start(fail, lambda: None, lost.put)
+    up.send_control({})
+    error = lost.get(timeout=5)
+    assert "a bug of the caller" in str(error) and isinstance(error.__cause__, RuntimeError)
+
+
+def test_connect_and_drain_refuse_the_io_thread(workshop):
+    pair = workshop.pair()
+    found: queue.Queue = queue.Queue()
+
+    def inside() -> None:
+        for call in (
+            lambda: pair.client.connect("127.0.0.1", 1, name_of_peer="x", timeout_s=1),
+            lambda: pair.up.drain(1),
+        ):
+            try:
+                call()
+            except ChannelError as error:
+                found.put(str(error))
+
+    pair.client.loop.post(inside)
+    assert "would block the I/O thread" in found.get(timeout=5)
+    assert "would block the I/O thread" in found.get(timeout=5)

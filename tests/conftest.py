@@ -1,0 +1,109 @@
+"""What every test gets: a look, after it, for threads, sockets and child processes left behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import pytest
+
+from pipar_jax.process import count_cores
+
+# Tests never need an accelerator, and must see the same devices wherever they run.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# What the processes of a test cache (data sets, compiled programs) stays with the checkout.
+CACHE = Path(__file__).resolve().parent.parent / ".pytest_cache" / "user"
+os.environ["XDG_CACHE_HOME"] = str(CACHE)
+
+# How long a thread or process that was told to end may take to be gone.
+GRACE_S = 3.0
+# Threads that libraries keep for the life of the process, by the start of their names.
+LIBRARY_THREADS = ("pydevd", "tqdm", "asyncio_", "orbax", "IPython", "pytest_timeout")
+
+
+def pytest_collection_finish() -> None:
+    """Lets this process keep what it compiles: most of the time of a second run is saved."""
+    if "jax" in sys.modules:
+        jax = sys.modules["jax"]
+        jax.config.update("jax_compilation_cache_dir", str(CACHE / f"compiled-{count_cores()}"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+class Resources(NamedTuple):
+    """What a process holds that a test must give back."""
+
+    threads: frozenset[tuple[int, str]]
+    sockets: frozenset[str]
+    children: frozenset[tuple[int, str]]
+
+    @classmethod
+    def held(cls) -> Resources:
+        """Return what this process holds now."""
+        threads = frozenset(
+            (thread.ident or 0, thread.name)
+            for thread in threading.enumerate()
+            if thread is not threading.main_thread() and not thread.name.startswith(LIBRARY_THREADS)
+        )
+        return cls(threads, _sockets(), _children())
+
+    def beyond(self, before: Resources) -> Resources:
+        """Return what is held now and was not ``before``."""
+        return Resources(*(now - then for now, then in zip(self, before, strict=True)))
+
+    def __str__(self) -> str:
+        return "; ".join(
+            f"{kind}: {', '.join(sorted(map(str, items)))}"
+            for kind, items in zip(self._fields, self, strict=True)
+            if items
+        )
+
+
+def _sockets() -> frozenset[str]:
+    """Return the sockets of this process, by inode; none where there is no /proc."""
+    found = set()
+    if sys.platform.startswith("linux"):
+        for descriptor in os.listdir("/proc/self/fd"):
+            try:
+                target = os.readlink(f"/proc/self/fd/{descriptor}")
+            except FileNotFoundError:  # the descriptor of the listing itself
+                continue
+            if target.startswith("socket:"):
+                found.add(target)
+    return frozenset(found)
+
+
+def _children() -> frozenset[tuple[int, str]]:
+    """Return the child processes, (pid, command line), with dead ones that nobody waited for."""
+    found = set()
+    for child in psutil.Process().children(recursive=True):
+        try:
+            found.add((child.pid, " ".join(child.cmdline()) or f"{child.name()} (a zombie)"))
+        except psutil.NoSuchProcess:
+            continue
+        except psutil.ZombieProcess:
+            found.add((child.pid, "a zombie"))
+    # multiprocessing keeps one tracker of its own for the life of the process.
+    return frozenset(item for item in found if "resource_tracker" not in item[1])
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind() -> Iterator[None]:
+    """Fail a test after which threads, sockets or child processes of its own are still there."""
+    before = Resources.held()
+    yield
+    left = Resources.held().beyond(before)
+    patience = time.monotonic() + GRACE_S
+    while any(left) and time.monotonic() < patience:
+        gc.collect()
+        time.sleep(0.02)
+        left = Resources.held().beyond(before)
+    if any(left):
+        pytest.fail(f"left behind {GRACE_S:g} s after the test: {left}", pytrace=False)

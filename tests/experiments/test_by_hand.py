@@ -1,0 +1,113 @@
+"""The roles started by hand, each in its terminal: they meet, disagree, and lose one another."""
+
+from __future__ import annotations
+
+import pathlib
+import signal
+import time
+
+import pytest
+
+from tests.experiments.running import LONG, Binary, started
+
+BOUND_S = 10.0
+SMALL = ("--config=digits", "--config.model.name=mlp", "--config.data.train_samples=64",
+         "--config.epochs=1")  # fmt: skip
+
+
+def address_of(server: Binary) -> str:
+    return server.wait_for("listening on").rpartition(" ")[2]
+
+
+def test_server_and_devices_train_together(tmp_path: pathlib.Path) -> None:
+    with started("server", *SMALL, f"--config.run.dir={tmp_path}") as server:
+        where = f"--server={address_of(server)}"
+        with (
+            started("device", *SMALL, where, "--index=0") as one,
+            started("device", *SMALL, where, "--index=1") as other,
+        ):
+            assert one.wait() == 0 and other.wait() == 0, one.output + other.output
+            assert server.wait() == 0, server.output
+            assert one.lines[-1] == "done"
+    assert "test accuracy" in server.lines[-1]
+    assert (tmp_path / "digits" / "weights.safetensors").exists()
+
+
+def test_a_device_may_start_before_the_server(tmp_path: pathlib.Path) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    devices = ["--config.devices.count=1", f"--server=127.0.0.1:{port}", "--index=0"]
+    with started("device", *SMALL, *devices) as device:
+        device.wait_for("joins")
+        time.sleep(0.5)
+        arguments = ["--config.devices.count=1", f"--config.server.port={port}"]
+        with started("server", *SMALL, *arguments, f"--config.run.dir={tmp_path}") as server:
+            assert server.wait() == 0, server.output
+            assert device.wait() == 0, device.output
+
+
+def test_an_unreachable_server_is_one_clear_line() -> None:
+    flags = ["--server=127.0.0.1:1", "--index=0", "--config.network.join_timeout_s=1"]
+    with started("device", *SMALL, *flags) as device:
+        device.wait_for("joins")
+        began_s = time.monotonic()
+        assert device.wait() == 1
+        assert time.monotonic() - began_s < BOUND_S
+        assert device.lines[-1].startswith("error: ") and "127.0.0.1 port 1" in device.lines[-1]
+        assert "Traceback" not in device.output
+
+
+@pytest.mark.parametrize(
+    ("flag", "field"),
+    [("--config.model.name=cnn", "model.name"), ("--config.optimizer.learning_rate=1", "learning")],
+)
+def test_a_device_that_differs_is_refused_and_told_in_what(
+    tmp_path: pathlib.Path, flag: str, field: str
+) -> None:
+    one = [*SMALL, "--config.devices.count=1"]
+    wait = "--config.network.join_timeout_s=8"
+    with started("server", *one, wait, f"--config.run.dir={tmp_path}") as server:
+        where = f"--server={address_of(server)}"
+        with started("device", *one, flag, where, "--index=0") as device:
+            assert device.wait() == 1
+            assert device.lines[-1].startswith("error: ") and field in device.lines[-1]
+        assert server.wait(30) == 1
+        assert server.lines[-1].startswith("error: ")
+        assert "Traceback" not in server.output + device.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("victim", ["server", "device"])
+def test_who_loses_its_peer_says_so_in_time(
+    tmp_path: pathlib.Path, number: signal.Signals, victim: str
+) -> None:
+    one = ["--config=digits", *LONG, "--config.devices.count=1"]
+    with started("server", *one, f"--config.run.dir={tmp_path}") as server:
+        where = f"--server={address_of(server)}"
+        with started("device", *one, where, "--index=0") as device:
+            server.wait_for("round 2 of")
+            gone, left = (server, device) if victim == "server" else (device, server)
+            began_s = time.monotonic()
+            gone.process.send_signal(number)
+            assert left.wait(BOUND_S + 5) == 1
+            assert time.monotonic() - began_s < BOUND_S
+            assert gone.wait() == (130 if number == signal.SIGINT else -signal.SIGKILL)
+            assert left.lines[-1].startswith("error: "), left.output
+            assert "Traceback" not in left.output + gone.output
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--index=0"], "--server='' does not fit: write --server=HOST:PORT"),
+        (["--index=0", "--server=here"], "--server='here' does not fit"),
+        (["--server=127.0.0.1:7000"], "--index=-1 does not fit"),
+        (["--server=127.0.0.1:7000", "--index=2"], "index is 0 to 1"),
+    ],
+)
+def test_wrong_flags_of_a_device_are_one_clear_line(flags: list[str], says: str) -> None:
+    with started("device", *SMALL, *flags) as device:
+        assert device.wait() == 1
+        assert len(device.lines) == 1 and says in device.lines[0]

@@ -1,0 +1,33 @@
+"""The description of a model, as a user sees it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def _describe(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "experiments.describe", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_units_and_stages_are_printed_without_data():
+    done = _describe("--config=cifar10_vgg5", "--stages=conv1,3")
+    assert done.returncode == 0, done.stderr
+    assert "vgg5, 582,346 parameters, micro-batch 25" in done.stdout
+    assert "stages of cuts 1, 3" in done.stdout
+    # What crosses cut 1 of 25 samples: 25 x 16 x 16 x 32 numbers of four bytes.
+    (row,) = [line for line in done.stdout.splitlines() if "conv2 … conv3" in line]
+    assert "8x8x64" in row
+    (first, again) = [line for line in done.stdout.splitlines() if line.startswith("│ conv1 ")]
+    assert "819.2" in first and "960" in again
+
+
+def test_a_cut_that_does_not_exist_is_explained():
+    done = _describe("--config=cifar10_vgg5", "--stages=conv9")
+    assert done.returncode == 1
+    assert "--stages=conv9" in done.stderr and "'conv3'" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,68 @@
+"""The binaries that measure and plan: what they print, and the profile that goes between them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from pipar_jax.profile import Profile
+from tests.pipar_jax.tuner.profiles import device, profile
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(binary: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", f"experiments.{binary}", "--config=quickstart", *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=150,
+    )  # fmt: skip
+
+
+def test_a_profile_is_measured_printed_and_planned_with(tmp_path: Path) -> None:
+    file = tmp_path / "profile.json"
+    small = ("--config.model.name=mlp", "--config.tuner.sizes=10", "--config.devices.count=1",
+             "--config.tuner.codecs=raw,float16", "--config.tuner.cache=false")  # fmt: skip
+    measured = run("profile", *small, f"--json={file}")
+    assert measured.returncode == 0, measured.stderr
+    assert "server: milliseconds by samples" in measured.stdout
+    assert "codec float16: 0.500 of the bytes" in measured.stdout
+    found = Profile.from_dict(json.loads(file.read_text()))
+    assert [unit.name for unit in found.units]
+    assert all(row[0] > 0 for row in found.server.backward_s)
+    slow = found.devices[0].host
+    assert sum(slow.update_s) > 5 * sum(found.server.update_s)  # its emulated slowness is in it
+    planned = run("plan", *small, f"--profile={file}")
+    assert planned.returncode == 0, planned.stderr
+    assert "paper's" in planned.stdout
+    assert "--config.method=auto would run: " in planned.stdout
+
+
+def test_the_best_plan_stands_first_with_what_binds_it(tmp_path: Path) -> None:
+    file = tmp_path / "profile.json"
+    file.write_text(json.dumps(profile(*[device("4g", 1.0)] * 2).to_dict()))
+    result = run("plan", f"--profile={file}")
+    assert result.returncode == 0, result.stderr
+    rows = [line.split("│") for line in result.stdout.splitlines() if line.startswith("│")]
+    epochs = [float(row[6]) for row in rows[:-1]]
+    assert epochs == sorted(epochs)
+    assert float(rows[-1][6]) >= epochs[0] * 0.9999
+    assert {row[1].split()[0] for row in rows[:-1]} == {"fl", "sl", "sfl", "pipar"}
+    assert "proven to be no faster" in result.stdout
+
+
+def test_errors_are_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "profile.json"
+    file.write_text(json.dumps(profile(device()).to_dict()))
+    for arguments, message in (
+        ((f"--profile={tmp_path / 'none'}",), "cannot be read: No such file"),
+        ((f"--profile={file}", "--config.devices.count=3"), "--config.devices.count=1"),
+        (("--config.tuner.methods=fl,pipr",), "did you mean 'pipar'"),
+        (("--config.tuner.micro_batches=2,x",), "'x' is no positive whole number"),
+        (("--config.tuner.codecs=zip",), "unknown codec 'zip'"),
+    ):
+        result = run("plan", *arguments)
+        assert result.returncode in (1, 2)
+        assert message in result.stderr, result.stderr
+        assert "Traceback" not in result.stderr

@@ -1,0 +1,243 @@
+"""experiments.train as users start it: short runs of each method, and everything that ends one."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+
+from tests.experiments.running import LONG, ROOT, all_gone, started
+
+#: Seconds within which a fault must have ended everything.
+BOUND_S = 10.0
+PREPARED = ROOT.parent / "shared" / "data" / "tfds"
+
+
+def short(tmp_path: pathlib.Path, *arguments: str) -> list[str]:
+    return [
+        "--config=digits",
+        "--config.model.name=mlp",
+        "--config.epochs=1",
+        "--config.data.train_samples=64",
+        "--config.data.test_samples=50",
+        f"--config.run.dir={tmp_path}",
+        *arguments,
+    ]
+
+
+def long(tmp_path: pathlib.Path, *arguments: str) -> list[str]:
+    return ["--config=digits", *LONG, f"--config.run.dir={tmp_path}", *arguments]
+
+
+@pytest.mark.parametrize("method", ["fl", "sl", "sfl", "pipar"])
+def test_a_short_run_ends_well_and_leaves_its_folder(tmp_path: pathlib.Path, method: str) -> None:
+    with started("train", *short(tmp_path, f"--config.method={method}")) as train:
+        assert train.wait() == 0, train.output
+        assert f"{method}: " in train.lines[-1] and "test accuracy" in train.lines[-1]
+        assert "device  samples" in train.output
+        assert "method=" + method in train.output
+    folder = tmp_path / "digits"
+    files = {path.name for path in folder.iterdir()}
+    assert {"config.json", "metrics.jsonl", "weights.safetensors", "logs"} <= files
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["event"] == "run_finished"
+    for log in (folder / "logs").iterdir():
+        assert "Traceback" not in log.read_text(), f"{log.name}: {log.read_text()}"
+
+
+def test_devices_train_on_data_of_their_own(tmp_path: pathlib.Path) -> None:
+    draw = np.random.default_rng(0)
+    for index in range(2):
+        # Device 0 lacks the highest class, and none of the two sees the other's file.
+        labels = draw.integers(0, 2 + index, 40 + index)
+        images = draw.normal(labels[:, None, None], 0.1, (len(labels), 6, 6))
+        np.savez(tmp_path / f"{index}.npz", x_train=images, y_train=labels)
+    labels = np.arange(3)
+    images = np.broadcast_to(labels[:, None, None].astype(np.float32), (3, 6, 6))
+    np.savez(tmp_path / "test.npz", x_test=images, y_test=labels)
+    own = [
+        f"--config.data.source=npz:{tmp_path}/{{device}}.npz",
+        f"--config.data.test_source=npz:{tmp_path}/test.npz",
+        "--config.data.classes=3",
+        "--config.data.train_samples=0",
+        "--config.devices.1.link=lan/2ms",
+    ]
+    with started("train", *short(tmp_path, *own)) as train:
+        assert train.wait() == 0, train.output
+    text = (tmp_path / "digits" / "metrics.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    joined = {row["device"]: row["samples"] for row in rows if row["event"] == "device_joined"}
+    assert sorted(joined.values()) == [40, 41]
+
+
+@pytest.mark.skipif(not PREPARED.is_dir(), reason="no prepared CIFAR-10 in ../shared/data/tfds")
+@pytest.mark.soak
+@pytest.mark.parametrize("method", ["fl", "sl", "sfl", "pipar"])
+def test_real_cifar10_is_learned(tmp_path: pathlib.Path, method: str) -> None:
+    arguments = ["--config=cifar10_vgg5", f"--config.data.data_dir={PREPARED}"]
+    arguments += ["--config.data.train_samples=8000", "--config.data.test_samples=2000"]
+    arguments += ["--config.epochs=3", f"--config.method={method}", f"--config.run.dir={tmp_path}"]
+    with started("train", *arguments) as train:
+        assert train.wait(600) == 0, train.output
+    text = (tmp_path / "cifar10_vgg5" / "metrics.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    losses = [row["loss"] for row in rows if row["event"] == "round_finished"]
+    accuracies = [row["accuracy"] for row in rows if row["event"] == "evaluated"]
+    assert losses[-1] < losses[0]
+    assert accuracies[-1] > max(0.3, accuracies[0])
+
+
+@pytest.mark.parametrize("when", ["starting", "training"])
+def test_ctrl_c_ends_all_processes_at_once(tmp_path: pathlib.Path, when: str) -> None:
+    with started("train", *long(tmp_path)) as train:
+        if when == "training":
+            train.wait_for("round 2 of")
+        while len(train.children()) < 3:
+            time.sleep(0.02)
+        hosts = train.children()
+        began_s = time.monotonic()
+        train.process.send_signal(signal.SIGINT)
+        assert train.wait(BOUND_S) == 130
+        assert all_gone(hosts, 2.0)
+        assert time.monotonic() - began_s < 3
+        assert train.lines[-1] == "interrupted"
+        assert "Traceback" not in train.output
+
+
+def test_ctrl_c_on_a_terminal_ends_the_live_view_too(tmp_path: pathlib.Path) -> None:
+    # A session of its own, whose terminal the pty becomes: ^C is a signal there. The child takes
+    # the terminal itself, since code between fork and exec is not safe once jax has threads.
+    take = (
+        "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    command = [sys.executable, "-c", take, "-m", "experiments.train", *long(tmp_path)]
+    main, secondary = pty.openpty()
+    process = subprocess.Popen(
+        command, stdin=secondary, stdout=secondary, stderr=secondary, cwd=ROOT,
+        start_new_session=True,
+    )  # fmt: skip
+    os.close(secondary)
+    shown, asked_s = b"", None
+    try:
+        while select.select([main], [], [], 90)[0]:
+            try:
+                some = os.read(main, 1 << 16)
+            except OSError:  # Linux's way to say that the other end is closed
+                break
+            shown += some
+            if not some:
+                break
+            if asked_s is None and b"round 2" in shown:
+                hosts = psutil.Process(process.pid).children(recursive=True)
+                os.write(main, b"\x03")
+                asked_s = time.monotonic()
+        assert process.wait(10) == 130
+        assert asked_s is not None and time.monotonic() - asked_s < 3
+        assert len(hosts) == 3 and all_gone(hosts, 2.0)
+        text = shown.decode(errors="replace")
+        assert text.rstrip().endswith("interrupted")
+        assert "\x1b[?25h" in text  # the cursor is back
+        assert "Traceback" not in text
+    finally:
+        process.kill()
+        process.wait()
+        os.close(main)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pids are matched by /proc")
+@pytest.mark.parametrize(("victim", "name"), [(0, "server"), (2, "d1")])
+def test_a_killed_host_ends_the_run_with_one_clear_line(
+    tmp_path: pathlib.Path, victim: int, name: str
+) -> None:
+    with started("train", *long(tmp_path)) as train:
+        train.wait_for("round 2 of")
+        hosts = train.children()
+        began_s = time.monotonic()
+        hosts[victim].kill()
+        assert train.wait(BOUND_S + 5) == 1
+        assert time.monotonic() - began_s < BOUND_S
+        assert all_gone(hosts, 1.0)
+        errors = [line for line in train.lines if line.startswith("error:")]
+        assert len(errors) == 1 and train.lines[-1] == errors[0]
+        assert f"the process of {name} was ended by SIGKILL" in errors[0]
+        assert f"logs/{name}.log" in errors[0]
+        assert "Traceback" not in train.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_host_outlives_a_killed_launcher(tmp_path: pathlib.Path, number: int) -> None:
+    with started("train", *long(tmp_path)) as train:
+        train.wait_for("round 2 of")
+        hosts = train.children()
+        assert len(hosts) == 3
+        train.process.send_signal(number)
+        assert train.wait(BOUND_S) != 0
+        assert all_gone(hosts, 3.0)
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_ends_the_run_with_one_clear_line(tmp_path: pathlib.Path) -> None:
+    with started("train", *long(tmp_path)) as train:
+        train.wait_for("round 2 of")
+        hosts = train.children()
+        metrics = tmp_path / "digits" / "metrics.jsonl"
+        (tmp_path / "full").symlink_to("/dev/full")
+        (tmp_path / "full").rename(metrics)
+        began_s = time.monotonic()
+        assert train.wait(BOUND_S + 5) == 1
+        assert time.monotonic() - began_s < BOUND_S
+        assert all_gone(hosts, 1.0)
+        assert "error: server: no space left on the disk" in train.lines[-1]
+        assert "metrics.jsonl" in train.lines[-1] and "--config.run.dir" in train.lines[-1]
+        assert "Traceback" not in train.output
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").write_text("")
+    with started("train", *short(tmp_path / "file")) as train:
+        assert train.wait() == 1
+        assert train.lines[-1].startswith("error: the run's folder cannot be made")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--config.epoch=2"], "did you mean '--config.epochs'?"),
+        (["--config.model.name=vgg55"], "did you mean 'vgg5'?"),
+        (["--config.pipeline.cut=99"], "pipeline.cut"),
+        (["--config.data.source=svhn_cropped", "--config.data.data_dir=/no"], "`tf` extra"),
+    ],
+)
+def test_bad_configuration_is_one_clear_line(
+    tmp_path: pathlib.Path, arguments: list[str], says: str
+) -> None:
+    with started("train", *short(tmp_path, *arguments)) as train:
+        assert train.wait() in (1, 2)
+        errors = [line for line in train.lines if line.startswith("error:")]
+        assert len(errors) == 1 and says in errors[0], train.output
+        assert "Traceback" not in train.output
+
+
+def test_debug_shows_the_traceback(tmp_path: pathlib.Path) -> None:
+    with started("train", *short(tmp_path, "--config.model.name=vgg55", "--debug")) as train:
+        assert train.wait() == 2
+        assert "Traceback" in train.output and train.lines[-1].startswith("error: model.name")
+
+
+@pytest.mark.parametrize("module", ["train", "server", "device"])
+def test_help_is_printed_and_ends_well(module: str) -> None:
+    with started(module, "--help") as binary:
+        assert binary.wait() == 0
+        assert f"usage: python -m experiments.{module} --config=PRESET" in binary.output
+        assert "--config.devices.defaults.link=none" in binary.output

@@ -1,0 +1,188 @@
+"""Mini-batches are a function of (seed, device, step); prefetching changes nothing but the time."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from pipar_jax.data import Loader, Prefetcher, Split, steps_per_epoch
+from pipar_jax.data.loader import PADDING, crop_flip
+from pipar_jax.errors import DataError, RunError
+
+RANDOM = np.random.default_rng(0)
+# Each image holds its own number in every pixel, so that a batch shows which samples it has.
+SPLIT = Split(
+    np.broadcast_to(np.arange(25, dtype=np.uint8)[:, None, None, None], (25, 6, 5, 3)).copy(),
+    np.arange(25, dtype=np.int32),
+)
+
+
+def make(**changes: object) -> Loader:
+    fields: dict = {"seed": 1, "device": 0, **changes}
+    return Loader(SPLIT, fields.pop("indices", None), fields.pop("batch_size", 10), **fields)
+
+
+def test_an_epoch_has_every_sample_once_and_the_next_another_order() -> None:
+    loader = make()
+    assert loader.steps_per_epoch == 3
+    first = [loader.batch(step)[1] for step in range(3)]
+    second = [loader.batch(step)[1] for step in range(3, 6)]
+    assert [len(labels) for labels in first] == [10, 10, 5]
+    for epoch in (first, second):
+        assert sorted(np.concatenate(epoch).tolist()) == list(range(25))
+    assert np.concatenate(first).tolist() != np.concatenate(second).tolist()
+
+
+def test_images_and_labels_belong_together_and_have_their_types() -> None:
+    images, labels = make().batch(0)
+    assert images.dtype == np.float32 and images.shape == (10, 6, 5, 3)
+    assert labels.dtype == np.int32
+    assert np.array_equal(images[:, 0, 0, 0].astype(np.int32), labels)
+
+
+def test_only_the_given_indices_are_used() -> None:
+    loader = make(indices=np.array([3, 5, 7, 11]), batch_size=4)
+    assert sorted(loader.batch(0)[1].tolist()) == [3, 5, 7, 11]
+
+
+def test_a_batch_depends_on_seed_device_and_step_and_on_nothing_else() -> None:
+    loader = make(augment="crop_flip")
+    forwards = [loader.batch(step) for step in range(6)]
+    backwards = [loader.batch(step) for step in reversed(range(6))][::-1]
+    other = make(augment="crop_flip")
+    for (x1, y1), (x2, y2), step in zip(forwards, backwards, range(6), strict=True):
+        x3, y3 = other.batch(step)
+        assert np.array_equal(x1, x2) and np.array_equal(x1, x3)
+        assert np.array_equal(y1, y2) and np.array_equal(y1, y3)
+    for changed in (make(seed=2), make(device=1)):
+        assert changed.batch(0)[1].tolist() != forwards[0][1].tolist()
+
+
+def test_augmentation_of_a_sample_does_not_depend_on_the_batch_size() -> None:
+    split = Split(RANDOM.integers(0, 255, (12, 8, 8, 1), np.uint8), np.arange(12, dtype=np.int32))
+
+    def epoch(batch_size: int) -> dict[int, bytes]:
+        loader = Loader(split, None, batch_size, seed=0, device=0, augment="crop_flip")
+        batches = [loader.batch(step) for step in range(loader.steps_per_epoch)]
+        return {int(y): x.tobytes() for xs, ys in batches for x, y in zip(xs, ys, strict=True)}
+
+    assert epoch(4) == epoch(5) == epoch(12)
+
+
+def test_normalisation_is_per_channel_in_units_of_the_stored_images() -> None:
+    mean, std = np.array([1, 2, 3], np.float32), np.array([2, 4, 8], np.float32)
+    images, labels = make(mean=mean, std=std).batch(0)
+    expected = (labels[:, None, None, None].astype(np.float32) - mean) / std
+    np.testing.assert_allclose(images, np.broadcast_to(expected, images.shape), rtol=1e-6)
+
+
+@pytest.mark.parametrize("samples", [1, 9, 10, 11, 25])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_batch_samples_is_what_the_loader_does(samples: int, drop_last: bool) -> None:
+    if drop_last and samples < 10:
+        with pytest.raises(DataError, match="no full mini-batch"):
+            steps_per_epoch(samples, 10, drop_last)
+        return
+    loader = make(indices=np.arange(samples), drop_last=drop_last)
+    for step in range(2 * loader.steps_per_epoch + 1):
+        size = len(loader.batch(step)[1])
+        assert size == loader.batch_samples(step)
+        assert size > 0
+
+
+def test_crop_flip_shifts_with_zeros_and_mirrors() -> None:
+    images = RANDOM.integers(1, 255, (4, 6, 5, 2), np.uint8)
+    draws = np.array([[PADDING, PADDING, 0], [PADDING, PADDING, 1], [PADDING + 2, PADDING, 0],
+                      [PADDING, PADDING - 1, 0]])  # fmt: skip
+    made = crop_flip(images, draws)
+    assert np.array_equal(made[0], images[0])
+    assert np.array_equal(made[1], images[1][:, ::-1])
+    assert np.array_equal(made[2][:-2], images[2][2:]) and not made[2][-2:].any()
+    assert np.array_equal(made[3][:, 1:], images[3][:, :-1]) and not made[3][:, 0].any()
+
+
+def test_crop_flip_draws_every_shift_and_both_sides() -> None:
+    loader = Loader(
+        Split(np.zeros((2000, 4, 4, 1), np.uint8), np.zeros(2000, np.int32)),
+        None, 100, seed=0, device=0, augment="crop_flip",
+    )  # fmt: skip
+    draws = loader._drawn(0)
+    assert set(draws[:, 0].tolist()) == set(draws[:, 1].tolist()) == set(range(2 * PADDING + 1))
+    assert 0.45 < draws[:, 2].mean() < 0.55
+    assert not np.array_equal(draws, loader._drawn(1))
+
+
+def test_prefetching_gives_the_same_batches() -> None:
+    loader = make(augment="crop_flip")
+    prefetcher = Prefetcher(make(augment="crop_flip"), first_step=2)
+    for step in range(2, 9):
+        x, y = prefetcher.get(step)
+        assert np.array_equal(x, loader.batch(step)[0]) and np.array_equal(y, loader.batch(step)[1])
+    prefetcher.close()
+    prefetcher.close()
+    with pytest.raises(RunError, match="closed"):
+        prefetcher.get(9)
+
+
+def test_a_step_out_of_turn_is_refused() -> None:
+    prefetcher = Prefetcher(make())
+    with pytest.raises(RunError, match="at step 0"):
+        prefetcher.get(1)
+    prefetcher.close()
+
+
+class Counting:
+    """A loader that counts its batches and breaks at one of them."""
+
+    def __init__(self, breaks_at: int = -1) -> None:
+        self.made = 0
+        self.breaks_at = breaks_at
+
+    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        if step == self.breaks_at:
+            raise DataError(f"the disk with step {step} is gone")
+        self.made += 1
+        return np.zeros((1, 1, 1, 1), np.float32), np.zeros(1, np.int32)
+
+
+def test_it_works_a_bounded_number_of_batches_ahead() -> None:
+    loader = Counting()
+    prefetcher = Prefetcher(loader, depth=2)  # type: ignore[arg-type]
+    time.sleep(0.1)
+    assert loader.made <= 3  # two that wait, and one in hand
+    prefetcher.close()
+
+
+def test_an_error_is_raised_where_the_batch_is_asked_for() -> None:
+    prefetcher = Prefetcher(Counting(breaks_at=2))  # type: ignore[arg-type]
+    prefetcher.get(0)
+    prefetcher.get(1)
+    with pytest.raises(DataError, match="step 2 is gone"):
+        prefetcher.get(2)
+
+
+def test_closing_wakes_whoever_waits() -> None:
+    class Slow(Counting):
+        def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+            time.sleep(0.3)
+            return super().batch(step)
+
+    prefetcher = Prefetcher(Slow())  # type: ignore[arg-type]
+    raised: list[str] = []
+
+    def wait() -> None:
+        try:
+            for step in range(5):
+                prefetcher.get(step)
+        except RunError as error:
+            raised.append(str(error))
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    time.sleep(0.05)
+    prefetcher.close()
+    waiter.join(5)
+    assert not waiter.is_alive() and raised and "closed" in raised[0]

@@ -1,0 +1,339 @@
+"""Sources: digits, prepared TFDS sets without TensorFlow, the cache, and own data."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pathlib
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from pipar_jax import data
+from pipar_jax.config import Config, resolve
+from pipar_jax.data import public
+from pipar_jax.errors import DataError
+
+PREPARED = pathlib.Path(__file__).parents[4] / "shared" / "data" / "tfds"
+needs_prepared = pytest.mark.skipif(
+    not PREPARED.is_dir(), reason="no prepared MNIST and CIFAR-10 in ../shared/data/tfds"
+)
+
+
+@pytest.fixture
+def config(tmp_path: pathlib.Path) -> Config:
+    made = Config()
+    made.data.cache_dir = str(tmp_path / "cache")
+    made.data.data_dir = str(tmp_path / "tfds")
+    return resolve(made)
+
+
+def test_digits_are_split_dealt_and_normalised(config: Config) -> None:
+    config.devices.count = 3
+    shards = [data.load_device(config, index) for index in range(3)]
+    server = data.load_server(config)
+    assert sum(len(shard.train) for shard in shards) == 1438
+    assert len(server.test) == 359 and not len(server.train) and not len(shards[0].test)
+    assert server.input_shape == (8, 8, 1) and server.classes == 10
+    everything = np.concatenate([shard.train.images for shard in shards])
+    normal = server.normalise(everything)
+    assert normal.dtype == np.float32
+    assert abs(normal.mean()) < 1e-3 and abs(normal.std() - 1) < 1e-3
+    # Shards hold their samples in memory, and only theirs.
+    assert not isinstance(shards[0].train.images, np.memmap)
+    assert shards[0].train.images.base is None
+
+
+def test_the_subset_asked_for_is_dealt_and_the_table_counts_it(config: Config) -> None:
+    config.data.train_samples, config.data.test_samples = 101, 50
+    sizes = [len(data.load_device(config, index).train) for index in range(2)]
+    assert sizes == [51, 50]
+    assert len(data.load_server(config).test) == 50
+    rows = [line.split() for line in data.table(config).splitlines()[1:]]
+    assert [int(row[1]) for row in rows] == sizes
+    whole = data.load(config.data)
+    assert (len(whole.train), len(whole.test)) == (101, 50)
+
+
+def test_the_second_time_nothing_is_decoded(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = data.load(config.data)
+    monkeypatch.setattr(public, "_decode_digits", lambda: pytest.fail("decoded again"))
+    second = data.load(config.data)
+    assert isinstance(second.train.images, np.memmap)
+    assert np.array_equal(first.train.images, second.train.images)
+    assert np.array_equal(first.mean, second.mean)
+
+
+def _load_in_a_process(cache: str, queue: multiprocessing.Queue) -> None:
+    made = Config()
+    made.data.cache_dir = cache
+    queue.put(int(data.load(made.data).train.labels.sum()))
+
+
+def test_processes_that_start_together_decode_once_and_agree(tmp_path: pathlib.Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    workers = [
+        context.Process(target=_load_in_a_process, args=(str(tmp_path), queue)) for _ in range(3)
+    ]
+    for worker in workers:
+        worker.start()
+    sums = {queue.get(timeout=60) for _ in workers}
+    for worker in workers:
+        worker.join()
+    queue.close()
+    queue.join_thread()
+    assert len(sums) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["digits-1", "digits-1.lock"]
+
+
+def test_a_cache_that_cannot_be_written_is_explained(
+    config: Config, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    config.data.cache_dir = str(tmp_path / "file")
+    with pytest.raises(DataError, match=r"--config\.data\.cache_dir"):
+        data.load(config.data)
+
+
+def test_a_cache_cut_short_is_explained(config: Config) -> None:
+    data.load(config.data)
+    [images] = pathlib.Path(config.data.cache_dir).glob("*/train_images.npy")
+    images.write_bytes(images.read_bytes()[:1000])
+    with pytest.raises(DataError, match="remove that folder"):
+        data.load(config.data)
+
+
+@needs_prepared
+@pytest.mark.parametrize(
+    ("source", "shape", "samples"), [("mnist", (28, 28, 1), 60000), ("cifar10", (32, 32, 3), 50000)]
+)
+def test_the_real_sets_are_read_without_tensorflow(
+    config: Config, source: str, shape: tuple[int, int, int], samples: int
+) -> None:
+    config.data.source, config.data.data_dir = source, str(PREPARED)
+    config.devices.count = 4
+    shard, server = data.load_device(config, 3), data.load_server(config)
+    assert len(shard.train) == samples // 4 and shard.train.images.dtype == np.uint8
+    assert server.input_shape == shape and len(server.test) == 10000
+    assert np.bincount(server.test.labels).min() > 800
+    normal = server.normalise(server.test.images[:4000])
+    assert np.abs(normal.mean((0, 1, 2))).max() < 0.1
+    assert np.abs(normal.std((0, 1, 2)) - 1).max() < 0.1
+    assert "tensorflow" not in sys.modules
+
+
+class FakeRecords:
+    """What tfds.data_source returns, as far as it is used."""
+
+    def __init__(self, samples: int, classes: int) -> None:
+        self._images = np.random.default_rng(0).integers(0, 255, (samples, 32, 32, 3), np.uint8)
+        self._classes = classes
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, i: int) -> dict[str, object]:
+        return {"image": self._images[i], "label": i % self._classes, "coarse_label": 0}
+
+
+class FakeBatchedRecords(FakeRecords):
+    def __getitems__(self, positions: list[int]) -> list[dict[str, object]]:
+        return [self[i] for i in positions]
+
+
+@pytest.mark.parametrize(("source", "classes"), [("svhn_cropped", 10), ("cifar100", 100)])
+@pytest.mark.parametrize("records", [FakeRecords, FakeBatchedRecords])
+def test_the_sets_that_cannot_be_had_here_go_the_same_way(
+    config: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+    classes: int,
+    records: type[FakeRecords],
+) -> None:
+    home = pathlib.Path(config.data.data_dir) / source / "3.0.0"
+    home.mkdir(parents=True)
+    (home / "dataset_info.json").write_text("{}")
+    (home / f"{source}-train.array_record-00000-of-00001").write_bytes(b"")
+    asked = []
+
+    def data_source(name: str, *, split: str, data_dir: str, download: bool) -> FakeRecords:
+        asked.append((name, split, data_dir, download))
+        return records(1201 if split == "train" else 300, classes)
+
+    fake = types.SimpleNamespace(data_source=data_source)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", fake)
+    config.data.source = source
+    shard, server = data.load_device(config, 0), data.load_server(config)
+    assert asked == [(source, part, config.data.data_dir, False) for part in ("train", "test")]
+    assert len(shard.train) == 601 and len(server.test) == 300
+    assert server.classes == classes and server.input_shape == (32, 32, 3)
+    expected = records(300, classes)
+    assert np.array_equal(server.test.images[299], expected[299]["image"])
+    assert server.test.labels[299] == 299 % classes
+
+
+def test_a_set_that_is_not_prepared_says_what_to_do(config: Config) -> None:
+    config.data.source = "cifar100"
+    with pytest.raises(DataError) as caught:
+        data.load_server(config)
+    message = str(caught.value)
+    assert config.data.data_dir in message and "`tf` extra" in message
+    assert "tfds build cifar100 --file_format=array_record" in message
+
+
+def test_with_tensorflow_a_missing_set_is_prepared_as_tfds_does(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    class Builder:
+        def download_and_prepare(self) -> None:
+            calls.append("prepare")
+            raise OSError("no route to host")
+
+    def builder(name: str, *, data_dir: str, file_format: str) -> Builder:
+        calls.append((name, data_dir, file_format))
+        return Builder()
+
+    class DownloadError(Exception):
+        pass
+
+    download = types.SimpleNamespace(DownloadError=DownloadError)
+    fake = types.SimpleNamespace(builder=builder, core=types.SimpleNamespace(download=download))
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", fake)
+    monkeypatch.setattr(public.importlib.util, "find_spec", lambda name: object())
+    config.data.source = "mnist"
+    with pytest.raises(DataError, match=r"could not be prepared.*no route to host"):
+        data.load_server(config)
+    assert calls == [("mnist", config.data.data_dir, "array_record"), "prepare"]
+
+
+def test_the_newest_prepared_version_is_taken(tmp_path: pathlib.Path) -> None:
+    for version in ("3.0.2", "3.0.10", "4.0.0"):
+        home = tmp_path / "mnist" / version
+        home.mkdir(parents=True)
+        (home / "dataset_info.json").write_text("{}")
+        if version != "4.0.0":  # prepared as tfrecord, which needs TensorFlow to read
+            (home / "mnist-train.array_record-00000-of-00001").write_bytes(b"")
+    found = public.find_prepared("mnist", tmp_path)
+    assert found is not None and found.parent.name == "3.0.10"
+    assert public.find_prepared("cifar10", tmp_path) is None
+
+
+def own(path: pathlib.Path, **changes: object) -> None:
+    arrays: dict = {
+        "x_train": np.arange(6 * 16, dtype=np.uint8).reshape(6, 4, 4),
+        "y_train": np.array([0, 1, 2, 0, 1, 2]),
+        "x_test": np.ones((2, 4, 4), np.uint8),
+        "y_test": np.array([2, 3]),
+        **changes,
+    }
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+
+
+def test_each_device_reads_its_own_file_and_the_server_the_test_set(
+    config: Config, tmp_path: pathlib.Path
+) -> None:
+    for index in range(2):
+        own(tmp_path / f"{index}.npz", y_train=np.full(6, index))
+    own(tmp_path / "test.npz", x_train=None, y_train=None, classes=5)
+    config.data.source = f"npz:{tmp_path}/{{device}}.npz"
+    config.data.test_source = f"npz:{tmp_path}/test.npz"
+    config = resolve(config)
+    data.prepare(config)
+    for index in range(2):
+        shard = data.load_device(config, index)
+        assert shard.train.labels.tolist() == [index] * 6
+        assert shard.input_shape == (4, 4, 1)
+        np.testing.assert_allclose(shard.normalise(shard.train.images).max(), 95 / 255, rtol=1e-6)
+    server = data.load_server(config)
+    assert server.classes == 5 and server.test.labels.tolist() == [2, 3]
+    assert data.table(config) == ""
+    # A device that lacks the highest class still builds the model of all.
+    config.data.classes = 7
+    assert data.load_device(config, 0).classes == data.load_server(config).classes == 7
+    (tmp_path / "1.npz").unlink()
+    with pytest.raises(DataError, match=r"there is no file .*1\.npz"):
+        data.prepare(config)
+
+
+def test_a_function_gives_a_device_its_data(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mine(device: int | None) -> dict[str, object]:
+        part = "test" if device is None else "train"
+        images = np.full((3, 2, 2, 1), 0.5 if device is None else float(device))
+        return {f"x_{part}": images, f"y_{part}": [0, 1, 1], "mean": 0.5, "std": [2.0]}
+
+    module = types.ModuleType("my_data")
+    module.mine = mine  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "my_data", module)
+    config.data.source = "module:my_data:mine"
+    config = resolve(config)
+    data.prepare(config)
+    shard = data.load_device(config, 1)
+    assert shard.train.images.dtype == np.float32
+    np.testing.assert_allclose(shard.normalise(shard.train.images), 0.25)
+    assert len(data.load_server(config).test) == 3
+
+
+WRONG = [
+    ({"x_train": None}, "has no x_train"),
+    ({"x_train": np.ones((6, 4))}, r"got shape \(6, 4\)"),
+    ({"x_train": np.ones((5, 4, 4))}, r"\[5\] whole numbers, one per image"),
+    ({"x_train": np.full((6, 4, 4), np.nan)}, "not finite"),
+    ({"x_train": np.full((6, 4, 4), "a")}, "uint8 or float"),
+    ({"y_train": np.full(6, 0.5)}, "whole numbers"),
+    ({"y_train": np.full(6, -1)}, "negative"),
+    ({"classes": 2}, "beyond classes=2"),
+    ({"mean": [1.0, 2.0]}, "one for each of 1 channels"),
+    ({"std": 0.0}, "above 0"),
+    ({"x_train": np.ones((0, 4, 4)), "y_train": np.ones(0, int)}, "no sample"),
+]
+
+
+@pytest.mark.parametrize(("changes", "says"), WRONG, ids=[says for _, says in WRONG])
+def test_wrong_own_data_are_refused_in_plain_words(
+    config: Config, tmp_path: pathlib.Path, changes: dict, says: str
+) -> None:
+    own(tmp_path / "own.npz", **changes)
+    config.data.source = f"npz:{tmp_path}/own.npz"
+    with pytest.raises(DataError, match=says):
+        data.load_device(config, 0)
+
+
+def test_files_that_are_no_npz_and_objects_in_them_are_refused(
+    config: Config, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "text.npz").write_text("no zip")
+    own(tmp_path / "objects.npz", x_train=np.array([object()] * 6))
+    for name in ("text", "objects", "missing"):
+        config.data.source = f"npz:{tmp_path}/{name}.npz"
+        with pytest.raises(DataError, match="cannot be read"):
+            data.load_device(config, 0)
+
+
+def test_a_module_that_is_not_there_is_named(config: Config) -> None:
+    config.data.source = "module:no_such_module:f"
+    with pytest.raises(DataError, match="no_such_module"):
+        data.load_device(config, 0)
+
+
+def test_data_that_do_not_fit_the_model_are_refused(config: Config) -> None:
+    shard = data.load_device(config, 0)
+    data.check_fits(shard, 10, (8, 8, 1), "d0")
+    with pytest.raises(DataError, match=r"d0: images of 'digits' are \(8, 8, 1\)"):
+        data.check_fits(shard, 10, (28, 28, 1), "d0")
+    with pytest.raises(DataError, match="label 9"):
+        data.check_fits(shard, 9, (8, 8, 1), "d0")
+
+
+def test_data_load_no_jax() -> None:
+    code = "import sys, pipar_jax.data, pipar_jax.launcher; print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

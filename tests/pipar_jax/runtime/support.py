@@ -1,0 +1,106 @@
+"""Small runs on one machine, all hosts as threads, and the centralised training they must equal."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import stages
+from pipar_jax.api import load, run_here
+from pipar_jax.config import Config, resolve
+from pipar_jax.data import Dataset, Split
+from pipar_jax.data.loader import Loader
+
+SHAPE, CLASSES = (8, 8, 1), 10
+
+
+def dataset(samples: int, seed: int, test: int = 0) -> Dataset:
+    """Random images and labels: what equality needs is numbers, not meaning."""
+    rng = np.random.default_rng(seed)
+
+    def split(n: int) -> Split:
+        images = rng.normal(size=(n, *SHAPE)).astype(np.float32)
+        return Split(images, rng.integers(0, CLASSES, n).astype(np.int32))
+
+    zero, one = np.zeros(1, np.float32), np.ones(1, np.float32)
+    return Dataset("test", split(samples), split(test), CLASSES, SHAPE, zero, one)
+
+
+def datasets(samples: tuple[int, ...]) -> list[Dataset]:
+    """One data set per device, and the test set."""
+    return [dataset(n, i) for i, n in enumerate(samples)] + [dataset(0, 99, test=16)]
+
+
+def config(folder, samples, *, name="mlp", dtype="float64", batch=7, method="pipar") -> Config:
+    made = Config(name="run", method=method, epochs=1)
+    made.model.name, made.model.norm, made.model.dtype = name, "group", dtype
+    made.data.batch_size = batch
+    made.devices.count = len(samples)
+    made.run.dir = str(folder)
+    made.run.evaluate_every = 0
+    made.optimizer.learning_rate = 0.05
+    made.optimizer.momentum = 0.0
+    made.aggregation.every = "1 steps"
+    return made
+
+
+def model(name: str = "mlp", dtype: str = "float64", norm: str = "group") -> stages.Model:
+    return stages.build(name, input_shape=SHAPE, classes=CLASSES, norm=norm, dtype=dtype)
+
+
+def trained(made: Config, samples, network=None, events=None):
+    """Runs and returns the global weights as numpy, {unit: {path: array}}."""
+    found = events.append if events is not None else (lambda event: None)
+    return load(run_here(resolve(made), network, datasets(samples), on_event=found), network)
+
+
+def batches(made: Config, samples) -> list[Loader]:
+    return [
+        Loader(one.train, None, made.data.batch_size, seed=made.seed, device=i)
+        for i, one in enumerate(datasets(samples)[:-1])
+    ]
+
+
+def centralised(made: Config, network, groups, *, weight_decay=0.0):
+    """Plain optax training on given mini-batches; knows nothing of stages, cuts or hosts.
+
+    Args:
+      made: Where seed and optimiser come from.
+      network: The whole model, with group normalisation.
+      groups: For each step the list of (x, labels) whose union is the mini-batch.
+    """
+    params, state = network.init(made.seed)
+    dtype = np.dtype(made.model.dtype)
+    tx = optax.chain(
+        optax.add_decayed_weights(weight_decay),
+        optax.sgd(made.optimizer.learning_rate, made.optimizer.momentum or None),
+    )
+    opt_state = tx.init(params)
+
+    @jax.jit
+    def gradient(params, x, labels):
+        def loss(params):
+            logits = stages.predict(network, params, state, x)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        return jax.grad(loss)(params)
+
+    for group in groups:
+        x = jnp.asarray(np.concatenate([x for x, _ in group]).astype(dtype))
+        labels = jnp.asarray(np.concatenate([y for _, y in group]))
+        updates, opt_state = tx.update(gradient(params, x, labels), opt_state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def largest_difference(actual, expected) -> float:
+    """The largest difference, relative to the largest element of its array."""
+    worst = 0.0
+    for unit, arrays in expected.items():
+        for path, wanted in arrays.items():
+            got, wanted = np.asarray(actual[unit][path]), np.asarray(wanted)
+            assert got.shape == wanted.shape
+            worst = max(worst, float(np.abs(got - wanted).max() / np.abs(wanted).max()))
+    return worst

@@ -1,0 +1,129 @@
+"""What ARCHITECTURE says equals what: every method, every cut, every number of micro-batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.pipar_jax.runtime import support
+
+RTOL = 1e-9
+STEPS = 5
+#: Full mini-batches of 7, which neither 3 nor 4 micro-batches divide.
+EVEN = (35, 35)
+#: Ragged mini-batches and an exhausted shard: the shares of the devices change from step to step.
+RAGGED = (17, 33)
+CUTS = tuple(range(1, len(support.model("mlp", "float32").units)))
+
+
+def setting(method: str, cut: int, micro_batches: int, tmp_path, samples, **values):
+    made = support.config(tmp_path, samples, method=method, **values)
+    made.pipeline.cut, made.pipeline.micro_batches = cut, micro_batches
+    return made
+
+
+def union(made, samples):
+    loaders = support.batches(made, samples)
+    return [[loader.batch(step) for loader in loaders] for step in range(STEPS)]
+
+
+PARALLEL = [("fl", 1, 1)] + [("sfl", cut, 1) for cut in CUTS]
+PARALLEL += [("pipar", cut, n) for cut in CUTS for n in (1, 3, 4)]
+
+
+@pytest.fixture(scope="module")
+def network():
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    yield support.model()
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.mark.parametrize(("method", "cut", "micro_batches"), PARALLEL)
+def test_averaged_each_step_equals_sgd_on_the_union(
+    double, network, method, cut, micro_batches, tmp_path
+):
+    made = setting(method, cut, micro_batches, tmp_path, RAGGED)
+    run = support.trained(made, RAGGED, network)
+    expected = support.centralised(made, network, union(made, RAGGED))
+    assert support.largest_difference(run.params, expected) < RTOL
+
+
+@pytest.mark.parametrize(("method", "cut", "micro_batches"), PARALLEL)
+def test_so_it_does_with_momentum_and_decay_at_constant_shares(
+    double, network, method, cut, micro_batches, tmp_path
+):
+    made = setting(method, cut, micro_batches, tmp_path, EVEN)
+    made.optimizer.momentum, made.optimizer.weight_decay = 0.9, 0.01
+    run = support.trained(made, EVEN, network)
+    expected = support.centralised(made, network, union(made, EVEN), weight_decay=0.01)
+    assert support.largest_difference(run.params, expected) < RTOL
+
+
+@pytest.mark.parametrize("hand_on", ["epoch", "step"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("cut", CUTS)
+def test_split_learning_equals_sgd_on_the_devices_in_turn(
+    double, network, cut, momentum, hand_on, tmp_path
+):
+    made = setting("sl", cut, 1, tmp_path, RAGGED)
+    made.optimizer.momentum, made.pipeline.hand_on = momentum, hand_on
+    made.epochs = 2
+    run = support.trained(made, RAGGED, network)
+    loaders = support.batches(made, RAGGED)
+    groups = []
+    for epoch in range(made.epochs):
+        turns = [(d, s) for d in range(2) for s in range(loaders[d].steps_per_epoch)]
+        if hand_on == "step":
+            turns.sort(key=lambda turn: (turn[1], turn[0]))
+        groups += [[loaders[d].batch(s + epoch * loaders[d].steps_per_epoch)] for d, s in turns]
+    expected = support.centralised(made, network, groups)
+    assert support.largest_difference(run.params, expected) < RTOL
+
+
+def test_float32_stays_within_its_precision(tmp_path):
+    network = support.model("cnn", "float32")
+    made = setting("pipar", 2, 3, tmp_path, EVEN, name="cnn", dtype="float32")
+    made.optimizer.momentum = 0.9
+    run = support.trained(made, EVEN, network)
+    expected = support.centralised(made, network, union(made, EVEN))
+    assert support.largest_difference(run.params, expected) < 1e-5
+
+
+def test_devices_with_cuts_of_their_own_aggregate(double, network, tmp_path):
+    made = setting("pipar", 1, 3, tmp_path, RAGGED)
+    made.devices.overrides = {1: {"cut": CUTS[-1], "micro_batches": 4}}
+    run = support.trained(made, RAGGED, network)
+    expected = support.centralised(made, network, union(made, RAGGED))
+    assert support.largest_difference(run.params, expected) < RTOL
+
+
+@pytest.mark.parametrize("method", ["fl", "sl", "sfl", "pipar"])
+def test_a_seeded_run_repeats_bit_for_bit(method, tmp_path):
+    """Also when a slow link changes what arrives first."""
+    network = support.model("cnn", "float32", "batch")
+    runs = []
+    for i, link in enumerate(("none", "20/20/4ms")):
+        made = setting(method, 2, 3, tmp_path / str(i), RAGGED, name="cnn", dtype="float32")
+        made.model.norm = "batch"
+        made.aggregation.every, made.optimizer.momentum = "2 steps", 0.9
+        made.devices.overrides = {0: {"link": link}}
+        runs.append(support.trained(made, RAGGED, network))
+    for variables in ("params", "state"):
+        first, second = (getattr(run, variables) for run in runs)
+        for unit, arrays in first.items():
+            for path, array in arrays.items():
+                np.testing.assert_array_equal(array, second[unit][path])
+
+
+def test_methods_agree_when_devices_take_different_numbers_of_steps(double, network, tmp_path):
+    """Averaged once per epoch, only the way to the gradient differs between the methods."""
+    found = []
+    for method in ("fl", "sfl", "pipar"):
+        made = setting(method, 1, 3, tmp_path / method, RAGGED)
+        made.aggregation.every, made.epochs = "epoch", 2
+        made.optimizer.momentum = 0.9
+        found.append(support.trained(made, RAGGED, network).params)
+    assert support.largest_difference(found[1], found[0]) < RTOL
+    assert support.largest_difference(found[2], found[0]) < RTOL

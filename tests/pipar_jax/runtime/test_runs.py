@@ -1,0 +1,362 @@
+"""Whole runs in one process: what they leave, how they are scheduled, how they fail."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import pipar_jax
+from pipar_jax import certificates
+from pipar_jax.api import load, run_here, train
+from pipar_jax.config import RULES, resolve
+from pipar_jax.errors import ConfigError, DataError, JoinError, PeerError, PiparError, RunError
+from pipar_jax.plan import Plan
+from pipar_jax.schedule import COMPUTE, RoundSchedule, rounds
+from pipar_jax.server import run_server
+from pipar_jax.worker import run_device
+from tests.pipar_jax.runtime import support
+
+SAMPLES = (17, 33)
+
+
+@pytest.fixture(scope="module")
+def network():
+    return support.model(dtype="float32")
+
+
+def setting(tmp_path, method="pipar", **values):
+    made = support.config(tmp_path, SAMPLES, method=method, dtype="float32")
+    made.pipeline.cut, made.pipeline.micro_batches = 2, 3
+    for path, value in values.items():
+        group, _, field = path.rpartition("__")
+        target = made
+        for name in filter(None, group.split("__")):
+            target = getattr(target, name)
+        setattr(target, field, value)
+    return made
+
+
+def test_a_run_can_be_loaded_and_predicts(tmp_path):
+    """The library's front door, with a model and data of one's own."""
+    network = support.model("cnn", "float32")
+    made = setting(tmp_path, model__name="cnn")
+    data = support.datasets(SAMPLES)
+    events = []
+    run = train(made, network, data, on_event=events.append)
+    assert run.accuracy == pytest.approx(np.mean(run.predict(data[-1].test.images)
+                                                 == data[-1].test.labels))  # fmt: skip
+    assert run.summary["epoch_seconds"] > 0
+    assert [e["event"] for e in events][-1] == "run_finished"
+    again = load(run.folder)  # without the model: it is one that stages.build knows
+    np.testing.assert_array_equal(again.logits(data[-1].test.images),
+                                  run.logits(data[-1].test.images))  # fmt: skip
+    assert again.config.method == "pipar"
+
+
+def test_the_keys_of_saved_weights_do_not_depend_on_the_cut(network, tmp_path):
+    keys = []
+    for method, cut in (("fl", 1), ("sl", 1), ("pipar", 2)):
+        made = setting(tmp_path / f"{method}{cut}", method, pipeline__cut=cut)
+        run = support.trained(made, SAMPLES, network)
+        keys.append(sorted(load_file(run.folder / "weights.safetensors")))
+    assert keys[0] == keys[1] == keys[2]
+    assert all(key.split("/")[0] in network.unit_names for key in keys[0])
+
+
+@pytest.mark.parametrize("method", ["fl", "sl", "sfl", "pipar"])
+def test_a_trace_holds_every_action_of_the_schedule_once_and_in_its_order(
+    network, method, tmp_path
+):
+    made = setting(tmp_path, method, aggregation__every="epoch", epochs=2)
+    run = support.trained(made, SAMPLES, network)
+    trace = run.trace()
+    plan = Plan.from_dict(trace.meta["plan"])
+    steps = [-(-n // made.data.batch_size) for n in SAMPLES]
+    times = {}
+    counts = Counter()
+    for _, row in trace.rows():
+        counts[row.action] += 1
+        times[row.action] = row
+    for spans in rounds(plan, steps, made.epochs):
+        schedule = RoundSchedule(plan, spans, SAMPLES, made.data.batch_size)
+        for step in schedule.steps():
+            for action, before in step:
+                if action.kind not in COMPUTE:
+                    continue
+                assert counts[action] == 1, str(action)
+                for one in before:
+                    if one.kind in COMPUTE:  # of the same host, so on the same clock
+                        assert times[one].end_s <= times[action].start_s + 1e-6, (one, action)
+    assert len(trace.rounds) == made.epochs
+    for interval in trace.rounds:
+        for host in ("server", "d0", "d1"):
+            assert 0 <= trace.idle_share(host, interval) <= 1
+    finished = [e for e in run.metrics if e["event"] == "round_finished"]
+    for event, interval in zip(finished, trace.rounds, strict=True):
+        for host, share in event["idle"].items():
+            assert share == pytest.approx(trace.idle_share(host, interval), abs=0.02), host
+
+
+def weights(run):
+    return {f"{u}/{p}": np.asarray(a) for u, arrays in run.params.items()
+            for p, a in arrays.items()}  # fmt: skip
+
+
+def test_neither_policy_nor_credit_nor_link_changes_the_weights(network, tmp_path):
+    settings = [
+        {"pipeline__dispatch": name}
+        for name in ("fcfs", "backward_first", "slowest_first", "fixed")
+    ]
+    # Less credit than one activation needs: each goes alone.
+    settings.append({"pipeline__window_mb": 0.0001})
+    found = []
+    for index, values in enumerate(settings):
+        made = setting(tmp_path / str(index), **values)
+        made.devices.overrides = {0: {"link": "50/50/2ms"}}
+        found.append(weights(support.trained(made, SAMPLES, network)))
+    for other in found[1:]:
+        for key, array in found[0].items():
+            np.testing.assert_array_equal(array, other[key])
+
+
+def test_emulated_slowness_stretches_computations(network, tmp_path):
+    plain, slow = (
+        support.trained(
+            setting(tmp_path / str(factor), devices__defaults__slowdown=float(factor)),
+            SAMPLES,
+            network,
+        ).trace()
+        for factor in (1, 1000)
+    )
+
+    def median(trace, kind):
+        rows = [r for r in trace.hosts["d1"] if r.action.kind == kind and r.samples in (2, 0)]
+        return np.median([r.end_s - r.start_s for r in rows])
+
+    for kind in ("F", "B", "U"):
+        # Less than a thousand times, since threads of this process disturb the plain run.
+        assert median(slow, kind) > 3 * median(plain, kind), kind
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_trains(network, rule, tmp_path):
+    made = setting(tmp_path, aggregation__rule=rule, aggregation__proximal_mu=0.01, epochs=3)
+    made.aggregation.learning_rate = 1.0 if rule.startswith("fedavg") else 0.05
+    made.aggregation.momentum = 0.5
+    run = support.trained(made, SAMPLES, network)
+    losses = [e["loss"] for e in run.metrics if e["event"] == "round_finished"]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+
+
+def test_handing_on_costs_the_optimiser_state_too(network, tmp_path):
+    sent = []
+    for momentum in (0.0, 0.9):
+        made = setting(tmp_path / str(momentum), "sl", optimizer__momentum=momentum, epochs=2)
+        sent.append(support.trained(made, SAMPLES, network).summary["bytes_up"])
+    part = sum(a.nbytes for unit in network.unit_names[:2]
+               for a in support.model(dtype="float32").init(0)[0][unit].values())  # fmt: skip
+    assert sent[1] - sent[0] == pytest.approx(part * 4, rel=0.05)  # four turns in two epochs
+
+
+def test_codecs_cost_fewer_bytes_and_little_accuracy(network, tmp_path):
+    found = {}
+    for codec in ("raw", "bfloat16", "int8"):
+        made = setting(tmp_path / codec, pipeline__activation_codec=codec,
+                       pipeline__cotangent_codec=codec, epochs=2)  # fmt: skip
+        found[codec] = support.trained(made, SAMPLES, network)
+    up = {codec: run.summary["bytes_up"] for codec, run in found.items()}
+    assert up["int8"] < up["bfloat16"] < up["raw"]
+    for codec, worst in (("bfloat16", 0.02), ("int8", 0.05)):
+        for key, array in weights(found["raw"]).items():
+            if "kernel" not in key:
+                continue  # biases start at zero: they are nothing but their changes
+            moved = np.abs(weights(found[codec])[key] - array).max() / np.abs(array).max()
+            assert moved < worst, (codec, key)
+    # Something must have been coded, or the bytes would be those of labels and headers alone.
+    assert any(
+        (weights(found["int8"])[key] != array).any() for key, array in weights(found["raw"]).items()
+    )
+
+
+def test_weights_can_travel_coded(network, tmp_path):
+    sent = {}
+    for codec in ("raw", "bfloat16"):
+        made = setting(tmp_path / codec, "fl", aggregation__codec=codec)
+        sent[codec] = support.trained(made, SAMPLES, network).summary["bytes_up"]
+    assert sent["bfloat16"] < 0.7 * sent["raw"]
+
+
+def test_a_run_over_tls_with_certificates_for_both(network, tmp_path):
+    files = certificates.make_authority(tmp_path / "pem")
+    certificates.add_certificate(files, "host", ["127.0.0.1"])
+    made = setting(tmp_path / "run")
+    made.network.authority = str(files.authority)
+    made.network.certificate = str(files.certificate("host"))
+    made.network.key = str(files.key("host"))
+    made.network.require_certificate = True
+    run = support.trained(made, SAMPLES, network)
+    assert run.summary["event"] == "run_finished"
+
+
+def test_one_device_alone(network, tmp_path):
+    for method in ("fl", "sl", "pipar"):
+        made = support.config(tmp_path / method, (20,), method=method, dtype="float32")
+        made.pipeline.hand_on = "step"
+        run = support.trained(made, (20,), network)
+        assert run.summary["event"] == "run_finished"
+
+
+# --- failures: one error that says what and where, in bounded time, nothing left running ----------
+
+
+def test_a_device_whose_data_fail_ends_the_run(network, tmp_path, monkeypatch):
+    made = setting(tmp_path)
+
+    def broken(self, step):
+        if step == 2:
+            raise DataError("the shard of this device is torn at sample 14")
+        return original(self, step)
+
+    from pipar_jax.data import Loader
+
+    original = Loader.batch
+    monkeypatch.setattr(Loader, "batch", broken)
+    with pytest.raises(DataError, match="torn at sample 14"):
+        support.trained(made, SAMPLES, network)
+
+
+def test_labels_that_the_model_does_not_know_are_not_trained_on(network, tmp_path):
+    data = support.datasets(SAMPLES)
+    bad = dataclasses.replace(data[0], classes=12)
+    with pytest.raises(PiparError):
+        train(setting(tmp_path, model__name="nonsense"), None, [bad, *data[1:]])
+
+
+def serve(config, network, seconds=20.0):
+    """Starts a server thread; returns its address, a function that joins it, and its events."""
+    listening = threading.Event()
+    events, errors = [], []
+
+    def tell(event):
+        events.append(event)
+        if event["event"] == "listening":
+            listening.set()
+
+    def role():
+        try:
+            run_server(config, on_event=tell, model=network, data=support.datasets((1,))[-1])
+        except PiparError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=role, name="pipar-test-server")
+    thread.start()
+    assert listening.wait(seconds)
+
+    def join():
+        thread.join(seconds)
+        assert not thread.is_alive()
+        return errors
+
+    where = next(e for e in events if e["event"] == "listening")
+    return (where["host"], where["port"]), join, events
+
+
+def test_a_device_with_another_configuration_is_refused_by_name_of_the_field(network, tmp_path):
+    made = resolve(setting(tmp_path, network__join_timeout_s=3.0))
+    address, join, events = serve(made, network)
+    other = dataclasses.replace(made, seed=7)
+    with pytest.raises(JoinError, match=r"differs from the coordinator's in seed \(0 here, 7"):
+        run_device(other, 0, address, model=network, data=support.dataset(17, 0))
+    small = support.model("cnn", "float32")
+    with pytest.raises(JoinError, match=r"its model differs: unit"):
+        run_device(made, 1, address, model=small, data=support.dataset(17, 0))
+    errors = join()
+    assert "d0, d1 of 2 devices did not join within 3 s" in str(errors[0])
+    assert [e["device"] for e in events if e["event"] == "refused"] == [0, 1]
+
+
+def test_an_index_that_is_taken_or_does_not_exist_is_refused(network, tmp_path):
+    made = resolve(setting(tmp_path, network__join_timeout_s=4.0))
+    address, join, _ = serve(made, network)
+    stop = threading.Event()
+    errors = []
+
+    def first():
+        try:
+            run_device(made, 0, address, model=network, data=support.dataset(17, 0), stop=stop)
+        except PiparError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=first, name="pipar-test-device")
+    thread.start()
+    time.sleep(1.0)
+    with pytest.raises(JoinError, match="device 0 has joined already"):
+        run_device(made, 0, address, model=network, data=support.dataset(17, 0))
+    more = resolve(dataclasses.replace(
+        made, devices=dataclasses.replace(made.devices, count=3)))  # fmt: skip
+    with pytest.raises(JoinError, match="it says it is device 2"):
+        run_device(more, 2, address, model=network, data=support.dataset(17, 0))
+    join()
+    thread.join(10)
+    assert isinstance(errors[0], PeerError)
+    assert "did not join within" in str(errors[0])
+
+
+def test_a_server_that_is_not_there(network, tmp_path):
+    made = resolve(setting(tmp_path, network__join_timeout_s=0.5))
+    began = time.monotonic()
+    with pytest.raises(JoinError, match="device 0 cannot join"):
+        run_device(made, 0, ("127.0.0.1", 9), model=network, data=support.dataset(17, 0))
+    assert time.monotonic() - began < 10
+
+
+def test_a_lost_device_ends_the_run_for_all(network, tmp_path):
+    made = setting(tmp_path, epochs=200)
+    stop = threading.Event()
+    made = resolve(made)
+    address, join, events = serve(made, network)
+    threads = []
+    errors = [None, None]
+
+    def role(index):
+        own = stop if index == 0 else None
+        try:
+            run_device(made, index, address, model=network,
+                       data=support.dataset(SAMPLES[index], index), stop=own)  # fmt: skip
+        except PiparError as error:
+            errors[index] = error
+
+    for index in range(2):
+        threads.append(threading.Thread(target=role, args=(index,), name=f"pipar-test-{index}"))
+        threads[-1].start()
+    while not any(e["event"] == "round_finished" for e in events):
+        time.sleep(0.02)
+    began = time.monotonic()
+    stop.set()
+    (error,) = join()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert time.monotonic() - began < 10
+    assert isinstance(error, PeerError)
+    assert "device 0" in str(error)
+    assert "the coordinator ended the run" in str(errors[1])
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    with pytest.raises(RunError, match="is not the folder of a run"):
+        pipar_jax.load(tmp_path)
+
+
+def test_a_cut_beyond_the_model_is_named(network, tmp_path):
+    with pytest.raises(ConfigError, match=r"pipeline.cut=99 is no cut of this model"):
+        run_here(
+            resolve(setting(tmp_path, pipeline__cut=99)), network, support.datasets(SAMPLES),
+            on_event=lambda event: None,
+        )  # fmt: skip

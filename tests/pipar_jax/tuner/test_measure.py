@@ -1,0 +1,92 @@
+"""Measuring a host: every unit gets times and bytes, and nothing is measured twice."""
+
+from __future__ import annotations
+
+import pytest
+from flax import nnx
+
+import stages
+from pipar_jax.config import Config, resolve
+from pipar_jax.errors import RunError
+from pipar_jax.tuner import measure
+from tests.pipar_jax.runtime import support
+
+SIZES = (2, 8)
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch) -> Config:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = Config()
+    made.model.name, made.model.norm = "mlp", "group"
+    return resolve(made)
+
+
+def test_a_host_is_measured_once(settings, tmp_path):
+    network = support.model(dtype="float32")
+    found = measure.measure_host(settings, network, SIZES)
+    assert found.seconds > 0
+    assert [unit.name for unit in found.units] == list(network.unit_names)
+    host = found.host
+    assert host.sizes == SIZES
+    assert host.forward_s[-1] == (0.0, 0.0)  # the last unit is one call: forward, loss, backward
+    assert all(seconds > 0 for row in (*host.forward_s[:-1], *host.backward_s) for seconds in row)
+    assert 0 < host.call_s < 0.01
+    assert host.average_s_per_byte > 0
+    first = found.units[0]
+    assert first.parameter_bytes == sum(leaf.size * 4 for leaf in network.units[0].params.values())
+    assert first.optimizer_bytes >= first.parameter_bytes  # momentum
+    assert first.output_bytes == 4 * network.shapes(1)[1].size
+    assert 0 < first.residual_bytes < 1e5
+
+    again = measure.measure_host(settings, network, SIZES)
+    assert again == found._replace(seconds=0.0)
+    (file,) = (tmp_path / "pipar_jax" / "profiles").iterdir()
+    file.write_text(file.read_text()[:50])
+    assert measure.measure_host(settings, network, SIZES).seconds > 0
+    assert measure.measure_host(settings, network, SIZES).seconds == 0
+
+    settings.optimizer.momentum = 0.0  # another update: what is known does not hold
+    assert measure.measure_host(settings, network, SIZES).seconds > 0
+
+
+def test_units_that_compute_the_same_are_measured_once(settings, monkeypatch):
+    timed = []
+    real = measure._time
+    monkeypatch.setattr(measure, "_time", lambda *args: (timed.append(args[1]), real(*args))[1])
+
+    def unit(rngs: nnx.Rngs) -> nnx.Module:
+        return nnx.Linear(8, 8, rngs=rngs)
+
+    def other(rngs: nnx.Rngs) -> nnx.Module:
+        return nnx.Linear(8, 8, use_bias=False, rngs=rngs)
+
+    units = [("a", unit), ("b", unit), ("c", other), ("d", unit), ("e", unit)]
+    network = stages.Model.from_units("repeated", units, (8,), 8)
+    found = measure.measure_host(settings, network, (4,))
+    assert timed == [0, 1, 2, 4]  # the first and the last are called in ways of their own
+    assert found.host.forward_s[1] == found.host.forward_s[3]
+    assert [unit.name for unit in found.units] == list("abcde")
+    assert found.units[2].parameter_bytes < found.units[3].parameter_bytes
+
+
+def test_measuring_ends_when_nobody_wants_it_any_more(settings):
+    def stop() -> None:
+        raise RunError("told to stop")
+
+    with pytest.raises(RunError, match="told to stop"):
+        measure.measure_host(settings, support.model(dtype="float32"), SIZES, stop)
+
+
+def test_sizes_are_the_batch_and_parts_of_it_unless_given(settings):
+    assert measure.sizes_of(settings) == (5, 25, 100)
+    settings.tuner.sizes = "8, 2"
+    assert measure.sizes_of(settings) == (2, 8)
+
+
+def test_codecs_and_messages_cost_something(settings):
+    settings.tuner.codecs = "raw,float16"
+    ((name, codec),) = measure.measure_codecs(settings).items()
+    assert (name, codec.ratio) == ("float16", 0.5)
+    assert 0 < codec.encode_s_per_byte < 1e-6
+    assert 0 < measure.measure_message_s() < 0.1

@@ -1,0 +1,38 @@
+"""Keeping freed memory in the process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+# Faults in 64 MB eight times; counts the minor page faults of the last four rounds.
+FAULTS = """
+import ctypes, resource, sys
+import stages
+assert "jax" not in sys.modules
+if {retain}:
+    assert stages.retain_memory()
+library = ctypes.CDLL(None)
+library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+library.free.argtypes = [ctypes.c_void_p]
+for round in range(8):
+    if round == 4:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = library.malloc(1 << 26)
+    ctypes.memset(block, 1, 1 << 26)
+    library.free(block)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def _faults(retain: bool) -> int:
+    code = FAULTS.format(retain=retain)
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
+def test_freed_blocks_are_reused_without_page_faults():
+    assert _faults(retain=True) < 100 < _faults(retain=False)

@@ -1,0 +1,118 @@
+"""The layers hold: experiments → configs → pipar_jax → {stages, comms}, and nothing points back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.sources import PACKAGES, ROOT, imports, modules
+
+# For each package, which of the five it may import besides itself.
+BELOW = {
+    "comms": set(),
+    "stages": set(),
+    "pipar_jax": {"comms", "stages"},
+    "configs": {"pipar_jax", "comms", "stages"},
+    "experiments": {"configs", "pipar_jax", "comms", "stages"},
+}
+# Third-party code that a package may use; the ones not named may use any that is declared.
+THIRD_PARTY = {"comms": {"numpy", "ml_dtypes"}, "configs": set()}
+# What a package must not touch, wherever in the file.
+FORBIDDEN = {
+    "comms": {"jax", "flax", "optax", "multiprocessing", "subprocess"},
+    "stages": {"socket", "selectors", "threading", "multiprocessing", "subprocess", "asyncio"},
+    "configs": {"jax", "flax", "optax", "numpy"},
+}
+# Never in any of the five: code that runs what a peer or a file sends.
+UNSAFE = {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
+# What loads no jax: the launcher needs these before XLA_FLAGS and processor affinity are set.
+WITHOUT_JAX = ("pipar_jax", "pipar_jax.config", "pipar_jax.plan", "pipar_jax.bench")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_imports_only_what_lies_below_it(package: str) -> None:
+    allowed = BELOW[package] | {package}
+    wrong = [
+        f"{modules()[name]}:{item.line} imports {item.module}"
+        for name in modules()
+        if name.split(".")[0] == package
+        for item in imports(name)
+        if (top := item.module.split(".")[0]) in PACKAGES and top not in allowed
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_uses_only_the_libraries_meant_for_it(package: str) -> None:
+    forbidden = FORBIDDEN.get(package, set()) | UNSAFE
+    wrong = []
+    for name in modules():
+        if name.split(".")[0] != package:
+            continue
+        for item in imports(name):
+            top = item.module.split(".")[0]
+            foreign = top not in sys.stdlib_module_names and top not in PACKAGES
+            unmeant = foreign and package in THIRD_PARTY and top not in THIRD_PARTY[package]
+            if top in forbidden or unmeant:
+                wrong.append(f"{modules()[name]}:{item.line} imports {item.module}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_nobody_imports_an_experiment() -> None:
+    wrong = [
+        f"{modules()[name]}:{item.line} imports {item.module}"
+        for name in modules()
+        for item in imports(name)
+        if item.module.startswith("experiments.")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    edges = {
+        name: {item.module for item in imports(name) if item.eager and item.module in modules()}
+        for name in modules()
+    }
+    assert not (circle := _circle(edges)), " imports ".join(circle)
+
+
+def _circle(edges: dict[str, set[str]]) -> list[str]:
+    """Return the modules of one circle of imports, its first again at the end, or nothing."""
+    done: set[str] = set()
+
+    def follow(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return []
+        for below in sorted(edges[name] - {name}):
+            if circle := follow(below, [*path, name]):
+                return circle
+        done.add(name)
+        return []
+
+    return next((circle for name in sorted(edges) if (circle := follow(name, []))), [])
+
+
+def test_a_circle_would_be_found() -> None:
+    assert _circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert _circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_what_the_launcher_needs_loads_no_jax() -> None:
+    presets = [name for name in modules() if name.split(".")[0] == "configs"]
+    assert presets, "no presets found in configs/"
+    heavy = ("jax", "jaxlib", "flax", "optax", "tensorflow", "torch", "sklearn")
+    code = (
+        f"import importlib, sys\n"
+        f"for name in {[*WITHOUT_JAX, *presets]!r}:\n"
+        f"    importlib.import_module(name)\n"
+        f"    loaded = [heavy for heavy in {heavy!r} if heavy in sys.modules]\n"
+        f"    assert not loaded, f'importing {{name}} loads {{loaded}}'\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,172 @@
+"""What is packaged, declared and written down about the project agrees with what is there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from tests.sources import PACKAGES, ROOT, files, imports, modules
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+# Names under which some distributions are imported; the others are imported under their own.
+IMPORTED_AS = {
+    "absl-py": "absl",
+    "grpcio": "grpc",
+    "pillow": "PIL",
+    "scikit-learn": "sklearn",
+}
+LOCK_FILES = ("requirements.txt", "requirements-dev.txt")
+
+
+def _imported_as(requirement: str) -> str:
+    name = re.match(r"[A-Za-z0-9._-]+", requirement).group()
+    return IMPORTED_AS.get(name, name.replace("-", "_"))
+
+
+def test_the_wheel_holds_the_five_packages_and_nothing_else(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for path in files():
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, source / path)
+    options = ("--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check")
+    result = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", tmp_path, source],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert tops == set(PACKAGES)
+    assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
+    # Every module is in it: the list of packages in pyproject.toml is complete.
+    assert {str(path) for path in modules().values()} <= set(names)
+
+
+def test_every_listed_package_exists() -> None:
+    listed = PROJECT["tool"]["setuptools"]["packages"]
+    missing = [name for name in listed if not (ROOT / name.replace(".", "/")).is_dir()]
+    assert not missing, f"pyproject.toml lists packages that are not there: {missing}"
+
+
+def test_every_library_that_is_imported_is_declared() -> None:
+    base = {_imported_as(item) for item in PROJECT["project"]["dependencies"]}
+    extras = {
+        _imported_as(item)
+        for group in PROJECT["project"]["optional-dependencies"].values()
+        for item in group
+    }
+    wrong = []
+    for name, path in modules().items():
+        for item in imports(name):
+            top = item.module.split(".")[0]
+            own = top in PACKAGES or top in sys.stdlib_module_names
+            # An extra may be missing, so nothing may need one merely to be imported.
+            if not own and top not in (base if item.eager else base | extras | {"jaxlib"}):
+                wrong.append(f"{path}:{item.line} imports {top}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    import pipar_jax
+
+    version = PROJECT["project"]["version"]
+    assert pipar_jax.__version__ == version
+    assert re.search(rf"^## \[(Unreleased|{re.escape(version)})\]", _text("CHANGELOG.md"), re.M)
+
+
+@pytest.mark.parametrize("lock", LOCK_FILES)
+def test_a_lock_file_has_hashes_and_names_no_host(lock: str) -> None:
+    text = _text(lock)
+    entries = [entry for entry in re.split(r"\n(?=\S)", text) if not entry.startswith("#")]
+    assert len(entries) > 40
+    assert all(re.match(r"[\w.-]+==\S+", entry) for entry in entries)
+    assert all("--hash=sha256:" in entry for entry in entries)
+    assert not re.search(r"://|index-url|find-links|trusted-host| @ ", text)
+
+
+def test_the_base_install_stays_light() -> None:
+    names = set(re.findall(r"^([\w.-]+)==", _text("requirements.txt"), re.M))
+    assert not names & {"tensorflow", "torch", "pytest", "mypy", "ruff"}
+
+
+def test_the_lock_files_agree_and_cover_what_is_declared() -> None:
+    base, dev = (set(re.findall(r"^([\w.-]+==\S+)", _text(lock), re.M)) for lock in LOCK_FILES)
+    assert base <= dev
+    locked = {entry.split("==")[0] for entry in dev}
+    optional = PROJECT["project"]["optional-dependencies"]
+    for requirement in [*PROJECT["project"]["dependencies"], *optional["dev"]]:
+        assert re.match(r"[A-Za-z0-9._-]+", requirement).group() in locked
+
+
+def test_no_file_names_an_index_host_or_a_place_on_this_machine() -> None:
+    # Written in pieces, or this file would find itself.
+    hosts = {"pypi" + ".org", "pythonhosted" + ".org", "pypi-" + "mirror"}
+    settings = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, timeout=60
+    ).stdout
+    hosts |= set(re.findall(r"https?://(?:[^/\s@']*@)?([^/\s:']+)", settings)) - {"localhost"}
+    shared = {"/", "/home", "/opt", "/srv", "/tmp", "/usr", "/var"}
+    places = {str(ROOT), str(ROOT.parent), str(Path.home())} - shared
+    wanted = re.compile("|".join(re.escape(word) + r"\b" for word in sorted(hosts | places)))
+    wrong = []
+    for path in files():
+        try:
+            lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            continue
+        wrong += [
+            f"{path}:{number}: {found.group()}"
+            for number, line in enumerate(lines, start=1)
+            if (found := wanted.search(line))
+        ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_map_has_a_line_for_every_module() -> None:
+    text = _text("WORKSPACE.md")
+    named = set(re.findall(r"^- `([\w/]+\.py)`", text, re.M))
+    there = {
+        str(path)
+        for path in modules().values()
+        if path.name != "__init__.py" or (ROOT / path).read_text(encoding="utf-8").count("\n") > 3
+    }
+    assert not there - named, f"WORKSPACE.md says nothing of {sorted(there - named)}"
+    gone = [name for name in named if not (ROOT / name).is_file()]
+    assert not gone, f"WORKSPACE.md names files that are not there: {gone}"
+
+
+def test_the_map_gives_a_reason_for_every_dependency() -> None:
+    text = _text("WORKSPACE.md")
+    optional = PROJECT["project"]["optional-dependencies"].values()
+    for requirement in {
+        *PROJECT["project"]["dependencies"],
+        *(r for group in optional for r in group),
+    }:
+        name = re.match(r"[A-Za-z0-9._-]+", requirement).group()
+        assert re.search(rf"^- `{re.escape(name)}`.*: \S", text, re.M), (
+            f"no reason given for {name}"
+        )
+
+
+def test_contributing_is_under_a_page() -> None:
+    assert len(_text("CONTRIBUTING.md").splitlines()) <= 60
+
+
+def test_setuptools_is_new_enough_to_build_the_wheel() -> None:
+    (wanted,) = re.findall(r"setuptools>=(\d+)", " ".join(PROJECT["build-system"]["requires"]))
+    assert int(metadata.version("setuptools").split(".")[0]) >= int(wanted)
+
+
+def _text(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
