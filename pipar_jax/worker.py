@@ -133,11 +133,13 @@ class Worker:
         self._link = link = self._connect(address)
         self._host.links[COORDINATOR] = link
         link.start(self._on_message, self._host.wake, self._inbox.put)
-        link.send_control(join_message(self._config, self._index, self._loader, self._model))
         try:
+            link.send_control(join_message(self._config, self._index, self._loader, self._model))
             self._follow()
         except (JoinError, PeerError):
             raise  # the coordinator knows
+        except ChannelError as error:  # a send noticed it before the mail about it was read
+            raise self._lost(error) from error
         except Exception as error:
             self._confess(error)
             raise
@@ -147,7 +149,7 @@ class Worker:
         while True:
             item = self._next()
             if isinstance(item, ChannelError):
-                raise PeerError(f"device {self._index} lost the coordinator: {item}") from item
+                raise self._lost(item) from item
             if isinstance(item, BaseException):
                 raise item
             if item.kind == "bundle":
@@ -157,6 +159,9 @@ class Worker:
                 return
             else:
                 self._obey(item.body)
+
+    def _lost(self, error: ChannelError) -> PeerError:
+        return PeerError(f"device {self._index} lost the coordinator: {error}")
 
     def close(self) -> None:
         """Ends all threads of this role."""

@@ -118,7 +118,7 @@ class Coordinator:
             self._members.collect("calibrated", (COORDINATOR,))
         for index, name in enumerate(self._devices):
             if configuration.device(self._config, index).slowdown != 1.0:
-                self._members.by_name[name].link.send_control({"type": "calibrate"})
+                self._members.send(name, {"type": "calibrate"})
                 self._members.collect("calibrated", (name,))
 
     # --- a round ------------------------------------------------------------------------------
@@ -180,8 +180,8 @@ class Coordinator:
         self._host.recorder.add(Timed(action, start_s, time.monotonic()))
         for index, name in enumerate(self._devices):
             body = {"type": "store"}
-            self._members.by_name[name].link.send_bundle(
-                "store", self._units_of(index), body, codec=self._config.aggregation.codec
+            self._members.send_bundle(
+                name, "store", self._units_of(index), body, codec=self._config.aggregation.codec
             )
         self._host.store(*self.variables)
 
@@ -236,8 +236,8 @@ class Coordinator:
 
     def _give_part(self, span: Span) -> None:
         """Sends the device part, with its optimiser state, to the device whose turn it is."""
-        link = self._members.by_name[device_name(span.device)].link
-        link.send_bundle("part", self._part, {"type": "part", "step": span.first})
+        body = {"type": "part", "step": span.first}
+        self._members.send_bundle(device_name(span.device), "part", self._part, body)
 
     def _gather_sequential(self) -> None:
         """Takes the one copy of every unit: the device part as handed back, the rest from here."""

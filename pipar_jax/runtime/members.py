@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
 
 import comms
 from comms import ChannelError, Endpoint, Link, Message
@@ -21,6 +24,8 @@ from stages import Model
 
 #: How often a waiting coordinator looks at the clock and whether it was told to stop.
 LOOK_S = 0.1
+#: How long the mail about a link that a send found gone may take to be read.
+LAST_WORDS_S = 1.0
 
 
 class Mail(NamedTuple):
@@ -167,10 +172,43 @@ class Members:
         """Tells an event."""
         self._tell(event)
 
+    def send(self, name: str, body: dict[str, Any]) -> None:
+        """Sends a control message to a device.
+
+        Raises:
+          PeerError: The device is lost.
+        """
+        try:
+            self.by_name[name].link.send_control(body)
+        except ChannelError as error:
+            self._mourn(error)
+
+    def send_bundle(
+        self,
+        name: str,
+        kind: str,
+        tensors: Mapping[str, np.ndarray[Any, Any]],
+        body: dict[str, Any],
+        codec: str = "raw",
+    ) -> None:
+        """Sends named tensors to a device.
+
+        Raises:
+          PeerError: The device is lost.
+        """
+        try:
+            self.by_name[name].link.send_bundle(kind, tensors, body, codec=codec)
+        except ChannelError as error:
+            self._mourn(error)
+
     def broadcast(self, body: dict[str, Any]) -> None:
-        """Sends a control message to every device."""
-        for member in self.by_name.values():
-            member.link.send_control(body)
+        """Sends a control message to every device.
+
+        Raises:
+          PeerError: A device is lost.
+        """
+        for name in self.by_name:
+            self.send(name, body)
 
     def abort(self, reason: str) -> None:
         """Tells every device that the run has ended, as far as they can still be told."""
@@ -201,6 +239,8 @@ class Members:
         except queue.Empty:
             return
         if what == "failed":
+            if isinstance(item, ChannelError):
+                self._mourn(item)
             raise item
         if what == "mail":
             self._sort(item)
@@ -214,6 +254,16 @@ class Members:
             self._admit(link, item.body)
         else:
             self._sort(Mail(name, item.body, {}, item.received_s, item))
+
+    def _mourn(self, error: ChannelError) -> NoReturn:
+        """Raises PeerError for a link that is gone, with the device's own words if it sent any.
+
+        A send can notice the end of a link before the mail about it was read.
+        """
+        deadline = time.monotonic() + LAST_WORDS_S
+        while (left := deadline - time.monotonic()) > 0:
+            self._take(min(left, LOOK_S))
+        raise PeerError(f"a device was lost: {error}") from error
 
     def _sort(self, mail: Mail) -> None:
         kind = mail.body.get("type")
@@ -234,7 +284,8 @@ class Members:
             reason = f"device {index} has joined already: start it with another index"
         if reason is not None:
             self._tell({"event": "refused", "device": index, "reason": reason})
-            link.send_control({"type": "refused", "reason": reason})
+            with contextlib.suppress(ChannelError):  # it has gone by itself
+                link.send_control({"type": "refused", "reason": reason})
             return
         who = identity.identity(body)
         _, down = comms.parse_link(configuration.device(self._config, who.index).link)

@@ -151,7 +151,7 @@ class Respondent:
         elif what == "echo":
             link.send_control(answer)
         elif what == "send":
-            _send_two(link, body["nbytes"])
+            _send_two(link.send_bundle, body["nbytes"])
         else:
             raise RunError(f"the coordinator's survey asks for an unknown {what!r}")
 
@@ -173,7 +173,7 @@ def _as_configured(measured: Measured, host: Any) -> Any:
 
 def _ask(members: Members, name: str, question: dict[str, Any]) -> dict[str, Any]:
     """Asks a device and waits for its answer."""
-    members.by_name[name].link.send_control({"type": "survey", **question})
+    members.send(name, {"type": "survey", **question})
     return members.collect("surveyed", (name,))[name].body
 
 
@@ -197,7 +197,7 @@ def _rate(transfer_s: Callable[[int], float]) -> float:
 def _up_s(members: Members, name: str, nbytes: int) -> float:
     """Returns the seconds that so many bytes take from a device."""
     question = {"type": "survey", "what": "send", "nbytes": nbytes}
-    members.by_name[name].link.send_control(question)
+    members.send(name, question)
     times = []
     for _ in range(2):
         message = members.collect("surveyed", (name,))[name].message
@@ -209,12 +209,12 @@ def _up_s(members: Members, name: str, nbytes: int) -> float:
 
 def _down_s(members: Members, name: str, nbytes: int) -> float:
     """Returns the seconds that so many bytes take to a device."""
-    _send_two(members.by_name[name].link, nbytes)
+    _send_two(functools.partial(members.send_bundle, name), nbytes)
     return float(members.collect("surveyed", (name,))[name].body["seconds"])
 
 
-def _send_two(link: Link, nbytes: int) -> None:
+def _send_two(send_bundle: Callable[..., object], nbytes: int) -> None:
     """Sends a small bundle and one of so many bytes right behind it."""
     for size in (1024, nbytes):
         tensors = {"bytes": np.zeros(size, np.uint8)}
-        link.send_bundle("survey", tensors, {"type": "surveyed", "what": "bytes"})
+        send_bundle("survey", tensors, {"type": "surveyed", "what": "bytes"})
