@@ -147,6 +147,13 @@ class Link(Stream):
         """Shapes what this side sends from now on; a schedule counts from now."""
         self._loop.post(lambda: self.reshape(shape))
 
+    def share_shape(self, other: Link) -> None:
+        """Sends over the same emulated line as another link of this endpoint, in turns with it.
+
+        Both then have one rate together, as links over one radio do. Set the other's shape first.
+        """
+        self._loop.post(lambda: self.join_shape(other))
+
     @property
     def rtt_s(self) -> float | None:
         """Shortest recent round trip of a heartbeat, emulated delay included."""

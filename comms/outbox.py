@@ -80,6 +80,10 @@ class Outbox:
 
     # -- settings ------------------------------------------------------------------------------
 
+    def share_shape(self, other: Outbox) -> None:
+        """Takes turns with another link on its emulated line, as links of one radio do."""
+        self._shaper = other._shaper
+
     def set_shape(self, shape: LinkShape, now_s: float) -> None:
         """Shapes what is sent from now on."""
         self._shaper = None if shape.unlimited else Shaper(shape, now_s)

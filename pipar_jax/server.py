@@ -106,7 +106,7 @@ def _serve(
             ) from error
         tell({"event": "listening", "host": address[0], "port": address[1]})
         members.admit()
-        host.links.update({name: member.link for name, member in members.by_name.items()})
+        host.wiring.control.update({name: one.link for name, one in members.by_name.items()})
         tally = Tally(config, members, folder, tell, stages.parameter_count(model))
         evaluator = Evaluator(model, dataset, config.model.dtype)
         coordinator = Coordinator(config, model, host, members, evaluator, tally)

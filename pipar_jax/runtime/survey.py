@@ -119,21 +119,21 @@ def survey(config: Config, model: Model, members: Members, samples: Sequence[int
 
 
 class Respondent:
-    """A device's side: does what it is asked and says what came of it.
+    """A device's or node's side: does what it is asked and says what came of it.
 
     Args:
       config: The device's resolved configuration: its slowness and its limits count.
-      index: The device's index.
+      name: The host's name.
       model: The whole model.
       between: Called between measurements, to notice that nobody wants them any more.
     """
 
     def __init__(
-        self, config: Config, index: int, model: Model, between: Callable[[], None]
+        self, config: Config, name: str, model: Model, between: Callable[[], None]
     ) -> None:
         """See the class."""
         self._config, self._model, self._between = config, model, between
-        self._own = configuration.device(config, index)
+        self._own = configuration.host(config, name)
         self._first_s: float | None = None
 
     def obey(self, body: dict[str, Any], link: Link) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipar_jax.config import Config
 from pipar_jax.plan import Plan
@@ -14,6 +14,18 @@ from pipar_jax.runtime.members import Members
 from pipar_jax.runtime.meter import Totals
 from pipar_jax.schedule import Span
 from pipar_jax.trace import Interval, Timed, Trace
+
+
+class Fetched(NamedTuple):
+    """What the parts of a model that live on compute nodes took to be fetched for evaluation.
+
+    Attributes:
+      nbytes: Bytes on the wire.
+      seconds: From the question to the last answer.
+    """
+
+    nbytes: int
+    seconds: float
 
 
 class Tally:
@@ -126,7 +138,9 @@ class Tally:
             }
         )
 
-    def evaluated(self, index: int, accuracy: float, loss: float, seconds: float) -> None:
+    def evaluated(
+        self, index: int, accuracy: float, loss: float, seconds: float, fetched: Fetched
+    ) -> None:
         """Tells of an evaluation of the global weights after a round."""
         self._score = {"accuracy": accuracy, "loss": loss}
         self._tell(
@@ -136,6 +150,8 @@ class Tally:
                 "epoch": self._epoch(index),
                 **self._score,
                 "seconds": seconds,
+                "fetched_bytes": fetched.nbytes,
+                "fetch_s": fetched.seconds,
             }
         )
 

@@ -15,6 +15,7 @@ from pipar_jax import config as configuration
 from pipar_jax import data as datasets
 from pipar_jax.config import Config
 from pipar_jax.pinned import run_pinned
+from pipar_jax.plan import COORDINATOR, device_name
 from pipar_jax.process import set_environment
 from pipar_jax.profile import DeviceProfile, Profile
 from pipar_jax.simulator.costs import LinkModel
@@ -102,7 +103,7 @@ def _measure(
 ) -> dict[str, Any]:
     """Runs in a process of its own, which has not loaded jax before."""
     config = configuration.from_dict(values)
-    set_environment(config, index)
+    set_environment(config, COORDINATOR if index is None else device_name(index))
     import stages
     from pipar_jax.runtime.setup import set_precision
     from pipar_jax.tuner.measure import measure_host, sizes_of
