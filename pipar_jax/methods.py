@@ -146,6 +146,22 @@ def _chain(config: Config, units: Sequence[str]) -> tuple[DevicePlan, ...]:
     cuts = tuple(cut_position(text, units, "pipeline.cuts") for text in texts)
     if list(cuts) != sorted(set(cuts)):
         raise ConfigError(f"pipeline.cuts={config.pipeline.cuts!r} must rise from cut to cut")
+    return _alike(config, cuts, hosts)
+
+
+def plan_of_chain(config: Config, cuts: tuple[int, ...], hosts: tuple[str, ...]) -> Plan:
+    """Returns the plan in which every device has the same chain.
+
+    Args:
+      config: A resolved configuration.
+      cuts: Positions between the stages.
+      hosts: Host of each stage, ``device`` for the device itself.
+    """
+    return _plan(config, _alike(config, cuts, hosts))
+
+
+def _alike(config: Config, cuts: tuple[int, ...], hosts: tuple[str, ...]) -> tuple[DevicePlan, ...]:
+    """Returns the device plans of one chain for all devices."""
     codecs = Codecs(config.pipeline.activation_codec, config.pipeline.cotangent_codec)
     return tuple(
         DevicePlan(cuts, hosts, micro_batches, (codecs,) * len(cuts))

@@ -141,11 +141,11 @@ class Members:
           PeerError: A device was lost or failed.
         """
         found: dict[str, Mail] = {}
-        for mail in self.said(kind):
+        told = self.said(kind)
+        while len(found) < len(sources):
+            mail = next(told)
             if mail.source in sources:
                 found[mail.source] = mail
-            if len(found) == len(sources):
-                break
         return {name: found[name] for name in sources}
 
     def said(self, *kinds: str) -> Iterator[Mail]:

@@ -15,15 +15,17 @@ from typing import Any
 
 import numpy as np
 
+import comms
 from comms import Link, Message
 from pipar_jax import config as configuration
-from pipar_jax.config import AUTO, Config
+from pipar_jax.config import AUTO, CHAINS, Config
 from pipar_jax.errors import RunError
 from pipar_jax.methods import plan_for
-from pipar_jax.plan import Plan, device_name
-from pipar_jax.profile import DeviceProfile, Profile
+from pipar_jax.plan import Plan, device_name, node_name
+from pipar_jax.profile import DeviceProfile, NodeProfile, Profile
 from pipar_jax.runtime.members import Members
 from pipar_jax.simulator.costs import LinkModel
+from pipar_jax.tuner.chains import tune_chain
 from pipar_jax.tuner.measure import (
     Measured,
     measure_codecs,
@@ -56,12 +58,16 @@ def choose_plan(config: Config, model: Model, members: Members, samples: Sequenc
       PeerError: A device was lost or failed while it was asked.
       PlanError: No plan fits into the hosts' memory.
     """
-    if config.method != AUTO:
+    if config.method in CHAINS and not config.pipeline.cuts:
+        choose: Callable[[Profile, Config], Plan] = _tune_chain
+    elif config.method == AUTO:
+        choose = tune
+    else:
         return plan_for(config, model.unit_names)
     began_s = time.monotonic()
     profile = survey(config, model, members, samples)
     surveyed_s = time.monotonic() - began_s
-    plan = tune(profile, config)
+    plan = choose(profile, config)
     members.tell(
         {
             "event": "tuned",
@@ -73,6 +79,10 @@ def choose_plan(config: Config, model: Model, members: Members, samples: Sequenc
         }
     )
     return plan
+
+
+def _tune_chain(profile: Profile, config: Config) -> Plan:
+    return tune_chain(profile, config).plan
 
 
 def survey(config: Config, model: Model, members: Members, samples: Sequence[int]) -> Profile:
@@ -105,6 +115,14 @@ def survey(config: Config, model: Model, members: Members, samples: Sequence[int
                 LinkModel(down_bytes_s, delay_s, message_s),
             )
         )  # fmt: skip
+    nodes = []
+    for index in range(1, config.nodes.count + 1):
+        body = _ask(members, node_name(index), {"what": "profile", "sizes": sizes})
+        up, down = (
+            LinkModel.of(shape, message_s)
+            for shape in comms.parse_link(configuration.node(config, index).link)
+        )
+        nodes.append(NodeProfile(Measured.from_dict(body["measured"]).host, up, down))
     codecs = measure_codecs(config)
     return Profile(
         model=model.name,
@@ -112,6 +130,7 @@ def survey(config: Config, model: Model, members: Members, samples: Sequence[int
         units=server.units,
         server=_as_configured(server, config.server),
         devices=tuple(devices),
+        nodes=tuple(nodes),
         codecs=codecs,
         window_bytes=config.pipeline.window_mb * 1e6,
         weight_ratio=weight_ratio(config, codecs),
