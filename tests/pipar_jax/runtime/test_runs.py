@@ -277,8 +277,8 @@ def test_a_device_with_another_configuration_is_refused_by_name_of_the_field(net
     with pytest.raises(JoinError, match=r"its model differs: unit"):
         run_device(made, 1, address, model=small, data=support.dataset(17, 0))
     errors = join()
-    assert "d0, d1 of 2 devices did not join within 3 s" in str(errors[0])
-    assert [e["device"] for e in events if e["event"] == "refused"] == [0, 1]
+    assert "d0, d1 of 2 hosts did not join within 3 s" in str(errors[0])
+    assert [e["host"] for e in events if e["event"] == "refused"] == ["d0", "d1"]
 
 
 def test_an_index_that_is_taken_or_does_not_exist_is_refused(network, tmp_path):
@@ -300,7 +300,7 @@ def test_an_index_that_is_taken_or_does_not_exist_is_refused(network, tmp_path):
         run_device(made, 0, address, model=network, data=support.dataset(17, 0))
     more = resolve(dataclasses.replace(
         made, devices=dataclasses.replace(made.devices, count=3)))  # fmt: skip
-    with pytest.raises(JoinError, match="it says it is device 2"):
+    with pytest.raises(JoinError, match="it says it is 'd2'"):
         run_device(more, 2, address, model=network, data=support.dataset(17, 0))
     join()
     thread.join(10)
