@@ -21,6 +21,7 @@ from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.identity import join_message
 from pipar_jax.runtime.setup import build_model, channel_options, set_precision
 from pipar_jax.runtime.survey import Respondent
+from pipar_jax.runtime.traffic import Waits
 from pipar_jax.schedule import HAND_ON, RECEIVE_PART, RECEIVE_WEIGHTS, SEND_WEIGHTS, Action, Span
 from pipar_jax.trace import Timed
 from stages import Model
@@ -105,6 +106,7 @@ class Worker:
         self._inbox: queue.SimpleQueue[Message | BaseException] = queue.SimpleQueue()
         self._step = 0
         self._link: Link | None = None
+        self._waits: Waits | None = None
         self._prefetcher = Prefetcher(loader)
         self._endpoint = Endpoint(device_name(index), options=channel_options(config))
         self._host = Host(
@@ -221,6 +223,8 @@ class Worker:
         self._commands[kind](body)
 
     def _prepare(self, body: dict[str, Any]) -> None:
+        assert self._link is not None
+        self._waits = Waits(self._link)
         self._host.prepare(Plan.from_dict(body["plan"]), body["samples"], body["steps"])
 
     def _release(self, body: dict[str, Any]) -> None:
@@ -271,7 +275,9 @@ class Worker:
         assert self._link is not None
         if body["type"] == "stored":
             rows, busy_s = self._host.recorder.take()
-            self._link.send_control({**body, "busy_s": busy_s})
+            assert self._waits is not None
+            told = {"busy_s": busy_s, "link": self._waits.take()}
+            self._link.send_control({**body, **told})
             if self._config.run.trace:  # outside the round that it belongs to
                 self._link.send_bundle("trace", bundle.pack_rows(rows), {"type": "trace"})
         elif arrays:

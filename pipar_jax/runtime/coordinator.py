@@ -142,7 +142,7 @@ class Coordinator:
         interval = Interval(start_s, max(mail.time_s for mail in stored.values()))
         if sequential:
             self._gather_sequential()
-        self._collect_traces()
+        traced = self._collect_traces()
         rows, busy_s = self._host.recorder.take()
         self._tally.add_trace(COORDINATOR, rows, 0.0)
         busy = {COORDINATOR: busy_s} | {d: stored[d].body["busy_s"] for d in self._devices}
@@ -150,7 +150,8 @@ class Coordinator:
         for mail in stored.values():
             totals = totals.plus(Totals(*(mail.body[k] for k in Totals._fields)))
         overruns = sum(mail.body["overruns"] for mail in stored.values())
-        self._tally.end_round(index, interval, totals, busy, overruns)
+        told = {d: stored[d].body["link"] for d in self._devices}
+        self._tally.end_round(index, interval, totals, busy, overruns, told, traced)
         for span in spans:
             steps = sum(s.stop - s.first for s in spans if s.device == span.device)
             if steps:
@@ -251,18 +252,22 @@ class Coordinator:
 
     # --- between rounds -----------------------------------------------------------------------
 
-    def _collect_traces(self) -> None:
-        """Takes the devices' timed actions, outside the round that they belong to."""
-        if self._config.run.trace:
-            self._add_traces(self._members.collect("trace", self._devices))
+    def _collect_traces(self) -> dict[str, int]:
+        """Takes the devices' timed actions, outside their round; returns what bytes they were."""
+        if not self._config.run.trace:
+            return {}
+        return self._add_traces(self._members.collect("trace", self._devices))
 
-    def _add_traces(self, mails: Mapping[str, Mail]) -> None:
+    def _add_traces(self, mails: Mapping[str, Mail]) -> dict[str, int]:
         """Adds the devices' timed actions to the run's, on this host's clock."""
+        traced = {}
         for name, mail in mails.items():
             assert mail.message is not None
             rows = bundle.unpack_rows(mail.message.tensors, name)
             # The offset is the peer's clock minus ours.
             self._tally.add_trace(name, rows, -(mail.message.link.offset_s or 0.0))
+            traced[name] = mail.message.nbytes
+        return traced
 
     def _is_evaluated(self, index: int) -> bool:
         every = self._config.run.evaluate_every

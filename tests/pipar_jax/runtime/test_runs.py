@@ -103,6 +103,37 @@ def test_a_trace_holds_every_action_of_the_schedule_once_and_in_its_order(
             assert share == pytest.approx(trace.idle_share(host, interval), abs=0.02), host
 
 
+@pytest.mark.parametrize("method", ["sl", "pipar"])
+def test_each_round_tells_what_every_link_carried_and_waited_for(network, method, tmp_path):
+    made = setting(tmp_path, method, aggregation__every="epoch", epochs=2)
+    made.pipeline.activation_codec = "bfloat16"
+    made.devices.defaults.link = "50/50"
+    traced = support.trained(made, SAMPLES, network)
+    finished = [e for e in traced.metrics if e["event"] == "round_finished"]
+    for event in finished:
+        ways = {(row["source"], row["target"]): row for row in event["links"]}
+        assert set(ways) == {("d0", "server"), ("server", "d0"), ("d1", "server"), ("server", "d1")}
+        for row in ways.values():
+            assert row["bytes"] > row["payload_bytes"] > 0 and row["messages"] > 0
+            assert row["frames"] >= row["messages"]
+            assert row["queued_peak_bytes"] > 0 and row["rtt_s"] > 0
+            assert row["queue_s"] >= 0 and row["repeated_frames"] == row["reconnects"] == 0
+        up, down = ways["d1", "server"], ways["server", "d1"]
+        assert up["payload_bytes"] < up["raw_bytes"]
+        assert down["payload_bytes"] == down["raw_bytes"]
+        assert sum(row["bytes"] for row in ways.values()) == (
+            event["bytes_up"] + event["bytes_down"])  # fmt: skip
+    # The trace belongs to no round: the same without one, but for the digits of some numbers.
+    made.run.trace, made.run.dir = False, str(tmp_path / "bare")
+    bare = support.trained(made, SAMPLES, network)
+    assert payload_up(bare) == pytest.approx(payload_up(traced), abs=500)
+
+
+def payload_up(run):
+    return sum(row["payload_bytes"] for event in run.metrics if event["event"] == "round_finished"
+               for row in event["links"] if row["target"] == "server")  # fmt: skip
+
+
 def weights(run):
     return {f"{u}/{p}": np.asarray(a) for u, arrays in run.params.items()
             for p, a in arrays.items()}  # fmt: skip
