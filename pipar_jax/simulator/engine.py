@@ -380,7 +380,7 @@ class Simulation:
         """Sums up."""
         offset_s, left_out = 0.0, 0
         busy = {host.name: host.busy_s for host in self.hosts}
-        carried = {ends: link.carried for ends, link in self.network.directions.items()}
+        carried = self.network.carried()
         if self._steady is not None:
             offset_s, left_out = self._steady.offset_s, self._steady.left_out
             for name, seconds in self._steady.busy_s.items():
