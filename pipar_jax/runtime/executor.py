@@ -321,6 +321,7 @@ class Executor:
         self._links[self._plan.host(tag.device, tag.stage)].send(
             tag,
             parcel.contents(),
+            codec=parcel.codec,
             on_sent=lambda start_s, end_s, nbytes: self._record(
                 Timed(sent, start_s, end_s, nbytes, tag.samples)
             ),
