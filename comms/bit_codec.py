@@ -432,10 +432,11 @@ def _multiples(
     exponent = np.minimum((top + np.int32(up)) >> 23, 254)
     unusable = top < TINY_EXPONENT << 23
     infinite = top >= 255 << 23
-    exponent[unusable] = 0
-    exponent[infinite] = NAN_EXPONENT
     exponents[...] = exponent
+    exponents[unusable] = 0
+    exponents[infinite] = NAN_EXPONENT
     lost = unusable | infinite
+    exponent[lost] = 127
     factor = np.ldexp(np.float32(1), k - 1 - (exponent - 127) + (k == 1))
     factor[lost] = 0
     with np.errstate(invalid="ignore", over="ignore"):
