@@ -62,6 +62,8 @@ TINY_EXPONENT = 27
 NAN_EXPONENT = 255
 MOST_WIDTH = 31
 """Bits of a multiple of the step, sign included, beyond which abs and rel send raw."""
+LEAST_STEP, MOST_STEP = -125, 120
+"""Exponents of the steps of abs and rel: they and their inverses are normal float32 numbers."""
 _LEAST_BOUND, _LARGEST_BOUND = 2.0**-60, 2.0**60
 _SLAB = 1 << 16  # elements; what is made of them stays in the second-level cache
 
@@ -220,14 +222,14 @@ class BitCodec:
                 values = _decode_bounded(parts, dtype)
             if dtype.itemsize == 2 or parts.step > 0:
                 # Rounded up, the largest numbers of a type may leave it; NaNs stay NaNs.
-                largest = float(ml_dtypes.finfo(dtype).max)
+                largest = largest_of(dtype)
                 np.clip(values, -largest, largest, out=values)
         with np.errstate(over="ignore", invalid="ignore"):
             if parts.present is None:
                 array.reshape(-1)[...] = values[: array.size]
             else:
                 array.reshape(-1)[...] = 0
-                array.reshape(-1)[np.flatnonzero(parts.present)] = values[: parts.count]
+                array.reshape(-1)[np.flatnonzero(parts.present)] = values[: parts.kept]
         return array
 
 
@@ -239,22 +241,20 @@ class Parts(NamedTuple):
         step: the exponent of the step, with abs and rel.
         raw: the array's bytes; nothing of what follows is there then.
         present: which elements are not zero; None if all are in the blocks.
-        count: elements in the blocks.
+        kept: elements in the blocks.
         first: a byte for each block.
         second: another one, without loss.
         planes: uint64, of all blocks.
-        begins: where bitmap, bytes and planes begin in the payload.
     """
 
     signed: bool = False
     step: int = 0
     raw: Bytes | None = None
     present: Array | None = None
-    count: int = 0
+    kept: int = 0
     first: Bytes = np.empty(0, np.uint8)
     second: Bytes = np.empty(0, np.uint8)
     planes: Array = np.empty(0, np.uint64)
-    begins: tuple[int, int, int] = (HEAD_BYTES, HEAD_BYTES, HEAD_BYTES)
 
     @classmethod
     def of(
@@ -277,7 +277,7 @@ class Parts(NamedTuple):
                 raise _broken(f"{body.size} raw bytes for {size} elements of {dtype}")
             return cls(raw=body)
         bounded = setting.mode in (Mode.ABSOLUTE, Mode.RELATIVE)
-        if step and not (bounded and -150 <= step <= 127):
+        if step and not (bounded and LEAST_STEP <= step <= MOST_STEP):
             raise _broken(f"its step is 2^{step}")
         at, count, present = 0, size, None
         if flags & SPARSE:
@@ -308,9 +308,13 @@ class Parts(NamedTuple):
             planes = int(widths.sum(dtype=np.int64))
         if body.size - planes_at != 8 * planes:
             raise _broken(f"{body.size - planes_at} bytes do not hold {planes} planes")
-        begins = HEAD_BYTES, HEAD_BYTES + bytes_at, HEAD_BYTES + planes_at
         words = body[planes_at:].view("<u8")
-        return cls(signed, step, None, present, count, first, second, words, begins)
+        return cls(signed, step, None, present, count, first, second, words)
+
+
+def largest_of(dtype: np.dtype[Any]) -> float:
+    """Returns the largest finite number of a floating-point type."""
+    return float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
 
 
 def padded(nbytes: int) -> int:
@@ -451,10 +455,9 @@ def _multiples(
         np.rint(scaled, out=scaled)
     if (exponent == 254).any():
         np.clip(scaled, 1 - (1 << k), (1 << k) - 1, out=scaled)
-    kind = np.int8 if k < 8 else np.int16 if k < 16 else np.int32
-    if not signed and k in (8, 16):
-        kind = np.uint8 if k == 8 else np.uint16
-    return scaled.astype(kind).reshape(-1).view(f"u{np.dtype(kind).itemsize}")
+    size = 1 if k + signed <= 8 else 2 if k + signed <= 16 else 4
+    words: Array = scaled.astype(f"{'i' if signed else 'u'}{size}").reshape(-1).view(f"<u{size}")
+    return words
 
 
 def draws(begin: int, count: int, seed: int) -> Array:
@@ -520,7 +523,7 @@ def _encode_bounded(flat: Array, setting: Setting) -> Bytes:
     if not math.isfinite(largest) or (relative and 0 < largest < 2.0**-60):
         return _payload(RAW, flat)
     step = step_exponent(setting, largest, flat.dtype)
-    if math.frexp(largest)[1] - step >= MOST_WIDTH:
+    if math.frexp(largest)[1] - step >= MOST_WIDTH or step > MOST_STEP:
         return _payload(RAW, flat)
     whole = np.rint(values * kind(2.0**-step)).astype(np.int32)
     present = whole != 0
@@ -579,9 +582,9 @@ def _decode_bounded(parts: Parts, dtype: np.dtype[Any]) -> Array:
     sign = np.where(signed, np.int32(1) << (widths.astype(np.int32) - 1), 0)[:, None]
     words ^= sign
     words -= sign
-    kind = np.float64 if dtype == np.float64 else np.float32
+    values: Array = words.reshape(-1).astype(np.float64 if dtype == np.float64 else np.float32)
     with np.errstate(over="ignore"):
-        values: Array = words.reshape(-1).astype(kind) * np.ldexp(kind(1), parts.step)
+        values *= 2.0**parts.step
     return values
 
 
@@ -595,7 +598,7 @@ def _encode_lossless(flat: Array) -> Bytes:
     turned = (bits << one) | (bits >> rest)
     present = turned != 0
     kept = int(np.count_nonzero(present))
-    forms = [(0, turned, [])]
+    forms: list[tuple[int, Array, list[Array]]] = [(0, turned, [])]
     if 8 * size * (turned.size - kept) > turned.size:
         forms.append((SPARSE, turned[np.flatnonzero(present)], [_bitmap(present)]))
     best: tuple[int, int, list[Array], Array, Array, Array] | None = None
@@ -630,9 +633,8 @@ def _decode_lossless(parts: Parts, dtype: np.dtype[Any]) -> Array:
     words = _unpack_slabs(parts.planes, parts.second, size).reshape(-1, BLOCK)
     kind = words.dtype.type
     words += (parts.first.astype(words.dtype) << kind(8 * size - 8))[:, None]
-    words = words.reshape(-1)
-    bits = (words >> kind(1)) | (words << kind(8 * size - 1))
-    return bits.view(dtype)
+    values: Array = ((words >> kind(1)) | (words << kind(8 * size - 1))).reshape(-1).view(dtype)
+    return values
 
 
 BITS = register(BitCodec())

@@ -26,7 +26,7 @@ def pack(words: Array, width: int) -> Array:
     Returns:
         [m, width] uint64.
     """
-    lanes = words.view(np.uint8).reshape(words.size, -1)
+    lanes = words.view(np.uint8).reshape(words.size, words.itemsize)
     planes = np.empty((words.size // BLOCK, width), np.uint64)
     for at in range(0, width, 8):
         lane = np.ascontiguousarray(lanes[:, at // 8])

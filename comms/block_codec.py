@@ -69,7 +69,9 @@ class BlockCodec:
 
     def precision_bits(self, parameter: int) -> int:
         """Returns the bits of an integer, or of a floating-point type's significand and sign."""
-        return self.bits if self.rounds else ml_dtypes.finfo(self.narrow).nmant + 2
+        if self.rounds:
+            return self.bits
+        return int(ml_dtypes.finfo(self.narrow).nmant) + 2  # type: ignore[no-untyped-call]
 
     def check(self, dtype: np.dtype[Any], parameter: int) -> None:
         """Takes floating-point types and a block size."""

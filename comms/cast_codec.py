@@ -45,7 +45,7 @@ class CastCodec:
 
     def precision_bits(self, parameter: int) -> int:
         """Returns the bits of the significand and the sign."""
-        return int(ml_dtypes.finfo(self.narrow).nmant) + 2
+        return int(ml_dtypes.finfo(self.narrow).nmant) + 2  # type: ignore[no-untyped-call]
 
     def check(self, dtype: np.dtype[Any], parameter: int) -> None:
         """Takes floating-point types and no parameter."""

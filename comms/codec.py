@@ -2,8 +2,9 @@
 
 A codec turns an array into bytes and back. Its number and its parameter travel in the header, so a
 receiver needs no agreement beforehand. The name picks it: ``int8``, or ``int8:256`` with a
-parameter, which some codecs also know by words: ``bits:lossless``. Encoding and decoding are plain functions of numpy arrays, vectorised, and run on the
-codec worker or on the thread that asks for the array, never on the I/O thread.
+parameter, which some codecs also know by words: ``bits:lossless``. Encoding and decoding are plain
+functions of numpy arrays, vectorised, and run on the codec worker or on the thread that asks for
+the array, never on the I/O thread.
 """
 
 from __future__ import annotations

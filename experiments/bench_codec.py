@@ -7,7 +7,7 @@ coded on one core beside bfloat16, int8, int4, zstandard, blosc2 (extra `peers`)
 Training: PiPar on two devices behind 4G (10 Mbit/s up, 25 down), from the same initial weights on
 the same shards; only the codecs differ. A pair names those of activations and cotangents, "weights"
 that of averaged weights. With --data_dir=FOLDER, which holds CIFAR-10 as TFDS prepares it, VGG-5
-learns 4,000 of its images, about 15 minutes; without, both parts take scikit-learn's digits.
+learns 4,000 of its images, about 10 minutes; without, both parts take scikit-learn's digits.
 """
 
 import statistics
@@ -105,7 +105,7 @@ def training(run: bench.Bench) -> None:
 
 def _config(case: tuple[str, str, str], seed: int, quick: bool, folder: str) -> Config:
     config = cifar10_vgg5.get_config() if DATA_DIR.value else quickstart.get_config()
-    config.seed, config.epochs, config.run.dir = seed, 2 if quick else 6, folder
+    config.seed, config.epochs, config.run.dir = seed, 2 if quick else 5, folder
     config.devices.defaults.link, config.devices.defaults.slowdown = "4g", 1.0
     if DATA_DIR.value:
         config.data.data_dir, config.data.train_samples = DATA_DIR.value, 4000

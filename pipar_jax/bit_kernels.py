@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from comms.bit_codec import (
     HEAD_BYTES,
+    MOST_STEP,
     MOST_WIDTH,
     NAN_EXPONENT,
     RAW,
@@ -26,6 +26,7 @@ from comms.bit_codec import (
     Mode,
     Setting,
     fixed_bytes,
+    largest_of,
     padded,
     sparse_bytes,
     step_exponent,
@@ -115,7 +116,7 @@ def decode(
         values = values.reshape(-1)
     else:
         values = _multiplied(words, widths, first, setting, flags, payload).reshape(-1)
-        largest = np.float32(ml_dtypes.finfo(dtype).max)
+        largest = np.float32(largest_of(dtype))
         values = jnp.clip(values, -largest, largest).astype(dtype)
     order = jnp.clip(jnp.cumsum(present, dtype=jnp.int32) - 1, 0)
     spread = jax.lax.cond(
@@ -171,8 +172,10 @@ def _encode_fixed(
     unusable, infinite = top < TINY_EXPONENT << 23, top >= 255 << 23
     factor = _power(k - 1 - (exponent - 127) + (k == 1))
     real = jax.lax.bitcast_convert_type(blocks, jnp.float32)
-    lost = (unusable | infinite)[:, None]
-    scaled = jnp.where(lost, 0, (real * np.float32(0.5) if k == 1 else real) * factor[:, None])
+    if k == 1:
+        # A compiler that multiplied the factors first would get no normal number.
+        real = jax.lax.optimization_barrier(real * np.float32(0.5))  # type: ignore[no-untyped-call]
+    scaled = jnp.where((unusable | infinite)[:, None], 0, real * factor[:, None])
     if setting.mode is Mode.STOCHASTIC:
         unsigned = jax.lax.bitcast_convert_type(bits, jnp.uint32)
         mixed = jax.lax.reduce(unsigned, np.uint32(0), jax.lax.bitwise_xor, (0,))
@@ -224,7 +227,7 @@ def _encode_bounded(
         step = jnp.where(top == 0, 0, step + (dtype.itemsize >= 4))
     else:
         step = jnp.int32(step_exponent(setting, 1.0, dtype))
-    is_raw |= (top > 0) & ((top >> 23) - 126 - step >= MOST_WIDTH)
+    is_raw |= (top > 0) & ((top >> 23) - 126 - step >= MOST_WIDTH) | (step > MOST_STEP)
     safe = jnp.where(is_raw, 0, step)
     whole = jnp.rint(jnp.where(is_raw, 0, values) * _power(-safe)).astype(jnp.int32)
     return _choose(raw, whole, _marked, is_raw, step)
@@ -362,9 +365,7 @@ def _unpack(data: jax.Array, at: jax.Array, widths: jax.Array, most: int) -> jax
     planes = jnp.where(there[..., None], whole[jnp.clip(at // 8 + rows, 0, len(whole) - 1)], 0)
     ones = (planes[..., None] >> jnp.arange(8, dtype=jnp.uint8)) & 1
     ones = ones.reshape(len(widths), most, BLOCK).astype(jnp.uint32)
-    return jnp.sum(
-        ones << jnp.arange(most, dtype=jnp.uint32)[:, None], axis=1, dtype=jnp.uint32
-    )
+    return jnp.sum(ones << jnp.arange(most, dtype=jnp.uint32)[:, None], axis=1, dtype=jnp.uint32)
 
 
 def _rows(widths: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:

@@ -137,7 +137,8 @@ def to_device(data: np.ndarray[Any, np.dtype[np.uint8]], most: int) -> jax.Array
     nbytes = _rounded(data.size, most)
     filled = np.zeros(nbytes, np.uint8)
     filled[: data.size] = data
-    return _filled_up(jnp.asarray(filled), most)
+    placed: jax.Array = _filled_up(jnp.asarray(filled), most)
+    return placed
 
 
 def encode_for_link(array: jax.Array, codec: str) -> Encoded:

@@ -106,6 +106,7 @@ def tensors_of(
         )
         for i in reversed(range(len(cuts))):
             found[f"cut {cuts[i]} cotangent"] = np.array(cotangent)
+            assert cotangent is not None  # only the first stage has none to hand on
             cotangent, sums[i] = parts[i].backward(held[i], kept.pop(), cotangent, sums[i])
         for i in range(len(parts)):
             held[i], opts[i], sums[i] = update(held[i], opts[i], sums[i])

@@ -118,7 +118,7 @@ class PipelineConfig:
     dispatch: str = option("fcfs", "which ready action goes first", choices=get_args(Dispatch))
     hand_on: str = option("epoch", "sl: when the device part goes on", choices=get_args(HandOn))
     activation_codec: str = option(
-        "raw", "how activations are coded on links: raw, bfloat16, float16, fp8, int8, int4, bits:6, …"
+        "raw", "how activations are coded on links: raw, bfloat16, float16, int8, int4, bits:6, …"
     )
     cotangent_codec: str = option("raw", "how cotangents are coded on links")
     window_mb: float = option(32.0, "megabytes a link may hold unread before it waits", above=0)

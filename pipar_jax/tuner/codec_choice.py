@@ -185,9 +185,7 @@ class Reason(NamedTuple):
         return f"off: {why}; {chosen}, {other} with it"
 
 
-def reasons(
-    stages: Stages, config: Config, judged: Judged, known: Sequence[int]
-) -> list[Reason]:
+def reasons(stages: Stages, config: Config, judged: Judged, known: Sequence[int]) -> list[Reason]:
     """Returns for each tensor and link why its codec is what it is.
 
     Args:
@@ -199,7 +197,9 @@ def reasons(
     plan, found = judged.plan, []
     for slot in slots(plan, known):
         chosen = slot.codec(plan)
-        options = [name for name in _allowed_names(config, slot.role) if name in stages.profile.codecs]
+        options = [
+            name for name in _allowed_names(config, slot.role) if name in stages.profile.codecs
+        ]
         if chosen == RAW and not options:
             continue
         coded = chosen if chosen != RAW else min(options, key=lambda one: stages.codec(one).ratio)

@@ -140,12 +140,12 @@ def test_the_layout_is_as_documented():
     # Multiples of a quarter: 4 = 0100, -2 = 1110, 1 = 0001, 1 = 0001, plane by plane.
     assert payload[16:].view("<u8").tolist() == [0b1100, 0b0010, 0b0011, 0b0010]
     np.testing.assert_array_equal(decoded[:5], [1, -0.5, 0.25, 0.25, 0])
-    several = np.zeros(640, F32)
+    several = np.zeros(1280, F32)
     several[[0, 9]] = 1, 0.5
     payload, _ = coded("bits:1", several)
     assert payload[:8].tobytes() == struct.pack("<Ii", SPARSE, 0)
-    assert payload[8:88].tolist() == [1, 2] + 78 * [0]
-    assert (payload[88], payload[96:].view("<u8").tolist()) == (127, [1])
+    assert payload[8:168].tolist() == [1, 2] + 158 * [0]
+    assert (payload[168], payload[176:].view("<u8").tolist()) == (127, [1])
     payload, _ = coded("bits:abs0.25", np.full(64, -3, F32))
     assert payload[:8].tobytes() == struct.pack("<Ii", 0, -1)
     assert payload[8] == 128 + 4  # -6 = 1010
@@ -158,7 +158,9 @@ def test_the_layout_is_as_documented():
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_hostile_payloads_are_refused_or_read_within_their_shape(data):
-    text = data.draw(st.sampled_from(("bits:1", "bits:6", "bits:23", "bits:abs1e-3", "bits:lossless")))
+    text = data.draw(
+        st.sampled_from(("bits:1", "bits:6", "bits:23", "bits:abs1e-3", "bits:lossless"))
+    )
     dtype = np.dtype(data.draw(st.sampled_from((np.float32, np.float16, ml_dtypes.bfloat16))))
     count = data.draw(st.integers(0, 300))
     codec, parameter = parse_codec(text)
