@@ -350,6 +350,7 @@ class Executor:
         self._wiring.of(self._plan.host(tag.device, tag.stage), below).send(
             tag,
             parcel.contents(),
+            codec=parcel.codec,
             on_sent=lambda start_s, end_s, nbytes: self._record(
                 Timed(sent, start_s, end_s, nbytes, tag.samples)
             ),
