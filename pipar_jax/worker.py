@@ -22,6 +22,7 @@ from pipar_jax.runtime.identity import join_message
 from pipar_jax.runtime.setup import build_model, channel_options, set_precision
 from pipar_jax.runtime.survey import Respondent
 from pipar_jax.schedule import HAND_ON, RECEIVE_PART, RECEIVE_WEIGHTS, SEND_WEIGHTS, Action, Span
+from pipar_jax.slowness import slowness
 from pipar_jax.trace import Timed
 from stages import Model
 
@@ -114,13 +115,16 @@ class Worker:
             reply=self._reply,
             failed=self._inbox.put,
             batches=self._prefetcher,
-            slowdown=configuration.device(config, index).slowdown,
+            slowness=slowness(configuration.device(config, index)),
         )
         self._commands: dict[str, Callable[[dict[str, Any]], None]] = {
             "plan": self._prepare,
             "calibrate": lambda _: self._host.calibrate(),
             "release": self._release,
             "survey": self._answer,
+            "look": self._tell_seen,
+            "ahead": lambda b: self._host.prepare_ahead(b["number"], Plan.from_dict(b["plan"])),
+            "give": lambda b: self._host.give(Plan.from_dict(b["plan"])),
         }
         self._survey = Respondent(config, index, model, self._check_wanted)
 
@@ -178,7 +182,7 @@ class Worker:
                 *address,
                 name_of_peer=COORDINATOR,
                 timeout_s=self._config.network.join_timeout_s,
-                shape=up,
+                shape=up.opening,
             )
         except ChannelError as error:
             raise JoinError(f"device {self._index} cannot join: {error}") from error
@@ -228,7 +232,25 @@ class Worker:
         mine = [span for span in spans if span.device == self._index]
         if mine:
             self._step = mine[-1].stop - 1
+        if body["round"] == 0:
+            self._begin_schedule()
         self._host.release(body["round"], spans, body["holder"], body["demand"])
+
+    def _begin_schedule(self) -> None:
+        """Lets the rates of an emulated link change from now on, if they do."""
+        up, _ = comms.parse_link(configuration.device(self._config, self._index).link)
+        if up.schedule and self._link is not None:
+            self._link.set_shape(up)
+
+    def _tell_seen(self, body: dict[str, Any]) -> None:
+        """Answers a look: what computations lasted here, and what the link brought."""
+        assert self._link is not None
+        stats = self._link.stats()
+        self._link.send_control(
+            {"type": "seen", "look": body["look"],
+             "rows": [list(row) for row in self._host.observer.take()],
+             "timed": [stats.timed_in_bytes, stats.timed_in_s]}
+        )  # fmt: skip
 
     def _answer(self, body: dict[str, Any]) -> None:
         assert self._link is not None
@@ -247,6 +269,9 @@ class Worker:
             return
         groups = bundle.unpack(message.tensors, COORDINATOR)
         kind = message.body["type"]
+        if kind == "adopt":
+            self._host.adopt(Plan.from_dict(message.body["plan"]), groups)
+            return
         step = message.body["step"] if kind == "part" else self._step
         arrived = Action(0, RECEIVE_PART if kind == "part" else RECEIVE_WEIGHTS, self._index, step)
         self._host.recorder.add(
@@ -274,6 +299,8 @@ class Worker:
             self._link.send_control({**body, "busy_s": busy_s})
             if self._config.run.trace:  # outside the round that it belongs to
                 self._link.send_bundle("trace", bundle.pack_rows(rows), {"type": "trace"})
+        elif arrays and body["type"] == "given":
+            self._link.send_bundle("given", bundle.pack(arrays), body)
         elif arrays:
             averaged = body["type"] == "trained"  # what is handed on must stay as it is
             kind = SEND_WEIGHTS if averaged else HAND_ON

@@ -17,13 +17,14 @@ import numpy as np
 
 from comms import Link, Message
 from pipar_jax import config as configuration
-from pipar_jax.config import AUTO, Config
+from pipar_jax.config import AUTO, Config, DeviceConfig
 from pipar_jax.errors import RunError
 from pipar_jax.methods import plan_for
 from pipar_jax.plan import Plan, device_name
 from pipar_jax.profile import DeviceProfile, Profile
 from pipar_jax.runtime.members import Members
 from pipar_jax.simulator.costs import LinkModel
+from pipar_jax.slowness import Slowness, slowness
 from pipar_jax.tuner.measure import (
     Measured,
     measure_codecs,
@@ -43,8 +44,12 @@ ENOUGH_S, MOST_BYTES = 0.1, 32 << 20
 _FIRST_BYTES = 64 << 10
 
 
-def choose_plan(config: Config, model: Model, members: Members, samples: Sequence[int]) -> Plan:
-    """Returns the plan of the configured method; with method=auto, the tuner's.
+def choose_plan(
+    config: Config, model: Model, members: Members, samples: Sequence[int]
+) -> tuple[Plan, Profile | None]:
+    """Returns the plan of the configured method, with method=auto the tuner's, and the profile.
+
+    Hosts are asked for a profile only where it is needed: to choose by, or to adapt.
 
     Args:
       config: Resolved configuration.
@@ -57,7 +62,8 @@ def choose_plan(config: Config, model: Model, members: Members, samples: Sequenc
       PlanError: No plan fits into the hosts' memory.
     """
     if config.method != AUTO:
-        return plan_for(config, model.unit_names)
+        plan = plan_for(config, model.unit_names)
+        return plan, survey(config, model, members, samples) if config.tuner.adapt else None
     began_s = time.monotonic()
     profile = survey(config, model, members, samples)
     surveyed_s = time.monotonic() - began_s
@@ -72,7 +78,7 @@ def choose_plan(config: Config, model: Model, members: Members, samples: Sequenc
             "profile": profile.to_dict(),
         }
     )
-    return plan
+    return plan, profile
 
 
 def survey(config: Config, model: Model, members: Members, samples: Sequence[int]) -> Profile:
@@ -168,7 +174,8 @@ class Respondent:
 def _as_configured(measured: Measured, host: Any) -> Any:
     """Returns a host's profile with its emulated slowness and its limit of memory."""
     limit = host.memory_mb * 1e6 if host.memory_mb else None
-    return dataclasses.replace(measured.host.slowed(host.slowdown), memory_bytes=limit)
+    slow = slowness(host) if isinstance(host, DeviceConfig) else Slowness(host.slowdown)
+    return dataclasses.replace(measured.host.slowed(slow.at(0.0)), memory_bytes=limit)
 
 
 def _ask(members: Members, name: str, question: dict[str, Any]) -> dict[str, Any]:
