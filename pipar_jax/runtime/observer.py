@@ -23,7 +23,7 @@ class Seen(NamedTuple):
       stage: Its stage under the plan of that time.
       kind: F, B, L or U.
       samples: Samples in its micro-batch; 0 for U.
-      count: How often it was seen.
+      times: How often it was seen.
       median_s: The median of its seconds.
     """
 
@@ -31,7 +31,7 @@ class Seen(NamedTuple):
     stage: int
     kind: str
     samples: int
-    count: int
+    times: int
     median_s: float
 
 

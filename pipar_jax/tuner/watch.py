@@ -42,7 +42,7 @@ class Computed(Protocol):
         """Samples in its micro-batch."""
 
     @property
-    def count(self) -> int:
+    def times(self) -> int:
         """How often."""
 
     @property
@@ -92,8 +92,8 @@ class Watch:
         for one in seen:
             units = plan.units(one.device, one.stage, len(self._base.units))
             alone_s = self._times[host].time_s(one.kind, units.start, units.stop, one.samples)
-            actual_s += one.count * one.median_s
-            expected_s += one.count * alone_s
+            actual_s += one.times * one.median_s
+            expected_s += one.times * alone_s
         if actual_s > 0 and expected_s > 0:
             self._factors[host] = _follow(self._factors[host], actual_s / expected_s)
 
