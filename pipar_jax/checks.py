@@ -227,7 +227,7 @@ def _check_data(config: Config) -> None:
 
 
 def _check_tuner(config: Config) -> None:
-    """Checks the tuner's lists: names that are known, and whole numbers."""
+    """Checks the tuner's lists, names that are known and whole numbers, and what may adapt."""
     from comms import codec, errors
 
     known = {
@@ -255,9 +255,25 @@ def _check_tuner(config: Config) -> None:
                 raise ConfigError(
                     f"{field}={text!r}: {part!r} is no positive whole number; write 2,4,8"
                 )
+    if config.tuner.adapt and (config.method in CHAINS or config.pipeline.weights == "shared"):
+        raise ConfigError(
+            f"tuner.adapt=true does not go with method={config.method} and pipeline.weights="
+            f"{config.pipeline.weights}: plans change where every device has its copy on the "
+            "server; set tuner.adapt=false"
+        )
+    if config.tuner.adapt:
+        methods = {one.strip() for one in config.tuner.methods.split(",")}
+        if config.method == "sl" or methods <= {"sl"}:
+            raise ConfigError(
+                f"tuner.adapt=true does not go with method={config.method!r} and tuner.methods="
+                f"{config.tuner.methods!r}: a plan can change where devices train in parallel, and "
+                "sl hands one part on; choose others, or set tuner.adapt=false"
+            )
 
 
 def _check_device(config: Config, index: int) -> None:
+    from pipar_jax.slowness import slowness
+
     one = device(config, index)
     over = config.devices.overrides.get(index, {})
 
@@ -265,6 +281,7 @@ def _check_device(config: Config, index: int) -> None:
         return f"devices.{index}.{name}" if name in over else f"devices.defaults.{name}"
 
     _check_link(one.link, field("link"))
+    slowness(one, field("slowdown_trace"))
     parse_cpus(one.cpus, field("cpus"))
     if one.cut != config.pipeline.cut:
         _check_cut(one.cut, field("cut"))

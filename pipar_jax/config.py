@@ -151,8 +151,15 @@ class PipelineConfig:
 class DeviceConfig:
     """One device, or what all devices have in common."""
 
-    link: str = option("none", "4g, 4g+, wifi, lan, none, or UP/DOWN[/DELAYms] in Mbit/s")
+    link: str = option(
+        "none",
+        "4g, 4g+, wifi, lan, none, UP/DOWN[/DELAYms] in Mbit/s, or trace:FILE, a CSV of rates over "
+        "time (time_s,up_mbps,down_mbps)",
+    )
     slowdown: float = option(1.0, "computations last so many times longer", at_least=1)
+    slowdown_trace: str = option(
+        "", "CSV of further factors over time (time_s,slowdown); empty: none"
+    )
     cpus: str = option("", "cores to run on, such as 0 or 1-3,5; empty: any")
     platform: str = option("cpu", "where jax computes", choices=PLATFORMS)
     memory_mb: float = option(0.0, "auto: memory that a plan may take; 0: any", at_least=0)
@@ -258,6 +265,13 @@ class TunerConfig:
     )
     sizes: str = option("auto", "micro-batch sizes that hosts are timed at, such as 5,25,100")
     cache: bool = option(True, "keep measured times in the user's cache folder")
+    adapt: bool = option(
+        False, "change the plan during a run (with any method but sl) when another one wins"
+    )
+    gain: float = option(
+        0.1, "adapt: share of the time that another plan must save", above=0, below=1
+    )
+    look_s: float = option(2.0, "adapt: seconds between two looks at speeds and links", above=0)
 
 
 @dataclasses.dataclass

@@ -22,6 +22,7 @@ from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.members import Members
 from pipar_jax.runtime.setup import build_model, channel_options, set_precision
 from pipar_jax.runtime.tally import Tally
+from pipar_jax.slowness import slowness_of
 from stages import Model
 
 
@@ -96,7 +97,7 @@ def _serve(
             config,
             reply=members.local_reply,
             failed=members.local_failure,
-            slowdown=config.server.slowdown,
+            slowness=slowness_of(config.server),
         )
         try:
             address = endpoint.listen(config.server.host, config.server.port, members.on_link)

@@ -89,6 +89,8 @@ class Members:
         self._inbox: queue.SimpleQueue[tuple[str, Link | None, Any]] = queue.SimpleQueue()
         self._names: dict[Link, str] = {}
         self._early: list[Mail] = []
+        #: Takes mail of a kind as it comes, instead of ``collect``; runs on the owner's thread.
+        self.listeners: dict[str, Callable[[Mail], None]] = {}
         self.by_name: dict[str, Member] = {}
 
     def on_link(self, link: Link) -> None:
@@ -274,6 +276,9 @@ class Members:
             raise PeerError(f"{long_name(mail.source)} failed: {mail.body['error']}")
         if kind == "progress":
             self._tell({**mail.body, "event": "progress"})
+            return
+        if kind in self.listeners:
+            self.listeners[kind](mail)
             return
         if kind == "bye" and mail.message is not None:
             del self._names[mail.message.link]  # its end is no loss any more

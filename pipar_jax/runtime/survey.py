@@ -25,6 +25,7 @@ from pipar_jax.plan import Plan, device_name, node_name
 from pipar_jax.profile import DeviceProfile, NodeProfile, Profile
 from pipar_jax.runtime.members import Members
 from pipar_jax.simulator.costs import LinkModel
+from pipar_jax.slowness import slowness_of
 from pipar_jax.tuner.chains import tune_chain
 from pipar_jax.tuner.measure import (
     Measured,
@@ -45,8 +46,12 @@ ENOUGH_S, MOST_BYTES = 0.1, 32 << 20
 _FIRST_BYTES = 64 << 10
 
 
-def choose_plan(config: Config, model: Model, members: Members, samples: Sequence[int]) -> Plan:
-    """Returns the plan of the configured method; with method=auto, the tuner's.
+def choose_plan(
+    config: Config, model: Model, members: Members, samples: Sequence[int]
+) -> tuple[Plan, Profile | None]:
+    """Returns the plan of the configured method, with method=auto the tuner's, and the profile.
+
+    Hosts are asked for a profile only where it is needed: to choose by, or to adapt.
 
     Args:
       config: Resolved configuration.
@@ -63,7 +68,8 @@ def choose_plan(config: Config, model: Model, members: Members, samples: Sequenc
     elif config.method == AUTO:
         choose = tune
     else:
-        return plan_for(config, model.unit_names)
+        plan = plan_for(config, model.unit_names)
+        return plan, survey(config, model, members, samples) if config.tuner.adapt else None
     began_s = time.monotonic()
     profile = survey(config, model, members, samples)
     surveyed_s = time.monotonic() - began_s
@@ -78,7 +84,7 @@ def choose_plan(config: Config, model: Model, members: Members, samples: Sequenc
             "profile": profile.to_dict(),
         }
     )
-    return plan
+    return plan, profile
 
 
 def _tune_chain(profile: Profile, config: Config) -> Plan:
@@ -187,7 +193,8 @@ class Respondent:
 def _as_configured(measured: Measured, host: Any) -> Any:
     """Returns a host's profile with its emulated slowness and its limit of memory."""
     limit = host.memory_mb * 1e6 if host.memory_mb else None
-    return dataclasses.replace(measured.host.slowed(host.slowdown), memory_bytes=limit)
+    slowed = measured.host.slowed(slowness_of(host).at(0.0))
+    return dataclasses.replace(slowed, memory_bytes=limit)
 
 
 def _ask(members: Members, name: str, question: dict[str, Any]) -> dict[str, Any]:

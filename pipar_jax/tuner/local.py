@@ -20,6 +20,7 @@ from pipar_jax.process import set_environment
 from pipar_jax.profile import DeviceProfile, Profile
 from pipar_jax.simulator.costs import LinkModel
 from pipar_jax.simulator.probe import measure_delay_s
+from pipar_jax.slowness import slowness
 
 #: Bytes of the messages by which wake-ups are timed.
 PROBE_BYTES = 4096
@@ -67,7 +68,8 @@ def profile_here(config: Config) -> Profile:
             for shape in parse_link(one.link)
         )
         host = dataclasses.replace(
-            measured(index).host.slowed(one.slowdown), memory_bytes=limit_bytes(one.memory_mb)
+            measured(index).host.slowed(slowness(one).at(0.0)),
+            memory_bytes=limit_bytes(one.memory_mb),
         )
         devices.append(DeviceProfile(host, _samples(config, index), up, down))
     codecs = measure_codecs(config)
