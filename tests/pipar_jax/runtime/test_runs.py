@@ -317,7 +317,7 @@ def test_devices_that_do_not_join_in_time_are_named(network, tmp_path):
     server = Serving(resolve(setting(tmp_path, network__join_timeout_s=0.2)), network)
     (error,) = server.join()
     assert isinstance(error, JoinError)
-    assert "d0, d1 of 2 devices did not join within 0.2 s" in str(error)
+    assert "d0, d1 of 2 hosts did not join within 0.2 s" in str(error)
 
 
 def test_a_device_with_another_configuration_is_refused_by_name_of_the_field(network, tmp_path):

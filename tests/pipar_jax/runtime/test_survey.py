@@ -72,7 +72,7 @@ def test_a_plan_may_mix_devices_that_train_alone_with_devices_that_are_cut(tmp_p
     mixed = Plan(
         (Option(0).device_plan(), Option(2, 3).device_plan()), dispatch="fixed", aggregate_every=1
     )
-    monkeypatch.setattr(coordinator, "choose_plan", lambda *_: mixed)
+    monkeypatch.setattr(coordinator, "choose_plan", lambda *_: (mixed, None))
     made = support.config(tmp_path / "mixed", SAMPLES, method="auto", dtype="float32")
     run = support.trained(made, SAMPLES, network)
     assert Plan.from_dict(run.trace().meta["plan"]) == mixed
