@@ -36,6 +36,8 @@ TOKEN_VARIABLE = "PIPAR_TOKEN"
 INTERRUPTED = 130
 
 Tell = Callable[[dict[str, Any]], None]
+#: What a server does, given its configuration and where events go.
+Serve = Callable[[Config, Tell], None]
 
 
 def set_environment(config: Config, index: int | None) -> None:
@@ -231,8 +233,13 @@ def _run_device(config: Config, index: int, lines: queue.SimpleQueue[str]) -> No
     run_device(config, index, (host, int(port)))
 
 
-def main(arguments: list[str] | None = None) -> NoReturn:
-    """Runs the role that the command line names, and ends the process."""
+def main(arguments: list[str] | None = None, serve: Serve = _run_server) -> NoReturn:
+    """Runs the role that the command line names, and ends the process.
+
+    Args:
+      arguments: The command line; the process's own unless given.
+      serve: What the server does.
+    """
     parser = argparse.ArgumentParser(prog="python -m pipar_jax.process", description=__doc__)
     parser.add_argument("--role", choices=("server", "device"), required=True)
     parser.add_argument("--config", type=pathlib.Path, required=True, help="saved configuration")
@@ -251,7 +258,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         index = given.index if given.role == "device" else None
         set_environment(config, index)
         if index is None:
-            _run_server(config, tell)
+            serve(config, tell)
         else:
             _run_device(config, index, lines)
 

@@ -18,13 +18,14 @@ from pipar_jax import config as configuration
 from pipar_jax import schedule
 from pipar_jax.aggregation import Aggregator, Replica
 from pipar_jax.config import Config
-from pipar_jax.plan import COORDINATOR, device_name
+from pipar_jax.plan import COORDINATOR, Plan, device_name
 from pipar_jax.runtime import bundle, handover
 from pipar_jax.runtime.adaptation import Adaptation
 from pipar_jax.runtime.evaluation import Evaluator
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.members import Mail, Members
 from pipar_jax.runtime.meter import Totals
+from pipar_jax.runtime.script import Script
 from pipar_jax.runtime.survey import choose_plan
 from pipar_jax.runtime.tally import Tally
 from pipar_jax.schedule import AGGREGATE, ALL, Action, Span
@@ -43,6 +44,7 @@ class Coordinator:
       members: The devices, all admitted.
       evaluator: Scores the global weights.
       tally: Takes what each round reports, and tells of it.
+      script: Plans to change to, the first before the second round; empty: as configured.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Coordinator:
         members: Members,
         evaluator: Evaluator,
         tally: Tally,
+        script: Sequence[Plan] = (),
     ) -> None:
         """See the class."""
         self._config, self._model, self._host = config, model, host
@@ -63,8 +66,10 @@ class Coordinator:
         self.plan, profile = choose_plan(config, model, members, self._samples)
         self._rounds = schedule.rounds(self.plan, self._steps, config.epochs)
         self._devices = tuple(device_name(i) for i in range(config.devices.count))
-        self._adaptation: Adaptation | None = None
-        if config.tuner.adapt and profile is not None:
+        self._adaptation: Adaptation | Script | None = None
+        if script:
+            self._adaptation = Script(script, members, host)
+        elif config.tuner.adapt and profile is not None:
             rounds = len(self._rounds)
             self._adaptation = Adaptation(config, profile, self.plan, rounds, members, host)
         params, state = model.init(config.seed)
