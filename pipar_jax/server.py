@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from pipar_jax import data as datasets
 from pipar_jax.config import Config
 from pipar_jax.data import Dataset
 from pipar_jax.errors import PiparError, RunError
-from pipar_jax.plan import COORDINATOR
+from pipar_jax.plan import COORDINATOR, Plan
 from pipar_jax.runtime.coordinator import Coordinator
 from pipar_jax.runtime.evaluation import Evaluator
 from pipar_jax.runtime.folder import RunFolder
@@ -33,6 +33,7 @@ def run_server(
     model: Model | None = None,
     data: Dataset | None = None,
     stop: threading.Event | None = None,
+    script: Sequence[Plan] = (),
 ) -> dict[str, Any]:
     """Conducts a run: waits for its devices, trains with them, leaves the run's folder.
 
@@ -42,6 +43,7 @@ def run_server(
       model: The model, if not the configured one.
       data: The test set (a test split), if not the configured one.
       stop: Ends the run when set.
+      script: Plans to change to, the first before the second round; empty: as configured.
 
     Returns:
       The event ``run_finished``.
@@ -67,7 +69,7 @@ def run_server(
 
     dataset = datasets.load_server(config) if data is None else data
     network = model or build_model(config, dataset.input_shape, dataset.classes)
-    return _serve(config, network, dataset, folder, tell, stop or threading.Event())
+    return _serve(config, network, dataset, folder, tell, stop or threading.Event(), script)
 
 
 def _serve(
@@ -77,6 +79,7 @@ def _serve(
     folder: RunFolder,
     tell: Callable[[dict[str, Any]], None],
     stop: threading.Event,
+    script: Sequence[Plan],
 ) -> dict[str, Any]:
     """Opens the endpoint and the host, runs the coordinator, and closes both whatever happens."""
     endpoint = Endpoint(COORDINATOR, options=channel_options(config))
@@ -110,7 +113,7 @@ def _serve(
         host.wiring.control.update({name: one.link for name, one in members.by_name.items()})
         tally = Tally(config, members, folder, tell, stages.parameter_count(model))
         evaluator = Evaluator(model, dataset, config.model.dtype)
-        coordinator = Coordinator(config, model, host, members, evaluator, tally)
+        coordinator = Coordinator(config, model, host, members, evaluator, tally, script)
         summary = coordinator.run()
         params, state = coordinator.variables
         folder.save_weights(params, state, _facts(config, dataset))

@@ -18,13 +18,18 @@ from pipar_jax import config as configuration
 from pipar_jax import schedule
 from pipar_jax.aggregation import Aggregator, Replica
 from pipar_jax.config import Config
+<<<<<<< HEAD
 from pipar_jax.plan import COORDINATOR, device_name, is_node, node_name
+=======
+from pipar_jax.plan import COORDINATOR, Plan, device_name
+>>>>>>> tuner
 from pipar_jax.runtime import bundle, handover
 from pipar_jax.runtime.adaptation import Adaptation
 from pipar_jax.runtime.evaluation import Evaluator
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.members import Mail, Members
 from pipar_jax.runtime.meter import Totals
+from pipar_jax.runtime.script import Script
 from pipar_jax.runtime.survey import choose_plan
 from pipar_jax.runtime.tally import Fetched, Tally
 from pipar_jax.runtime.wiring import direct
@@ -44,6 +49,7 @@ class Coordinator:
       members: The devices, all admitted.
       evaluator: Scores the global weights.
       tally: Takes what each round reports, and tells of it.
+      script: Plans to change to, the first before the second round; empty: as configured.
     """
 
     def __init__(
@@ -54,6 +60,7 @@ class Coordinator:
         members: Members,
         evaluator: Evaluator,
         tally: Tally,
+        script: Sequence[Plan] = (),
     ) -> None:
         """See the class."""
         self._config, self._model, self._host = config, model, host
@@ -64,10 +71,17 @@ class Coordinator:
         self.plan, profile = choose_plan(config, model, members, self._samples)
         self._rounds = schedule.rounds(self.plan, self._steps, config.epochs)
         self._devices = tuple(device_name(i) for i in range(config.devices.count))
+<<<<<<< HEAD
         self._nodes = tuple(node_name(i + 1) for i in range(config.nodes.count))
         self._workers = (*self._nodes, *self._devices)
         self._adaptation: Adaptation | None = None
         if config.tuner.adapt and profile is not None:
+=======
+        self._adaptation: Adaptation | Script | None = None
+        if script:
+            self._adaptation = Script(script, members, host)
+        elif config.tuner.adapt and profile is not None:
+>>>>>>> tuner
             rounds = len(self._rounds)
             self._adaptation = Adaptation(config, profile, self.plan, rounds, members, host)
         params, state = model.init(config.seed)

@@ -26,6 +26,7 @@ class Parcel:
     Attributes:
       codec: Name of the codec, for ``Link.send`` beside the contents.
       ready: Becomes ready when the contents can be copied to the host.
+      array_bytes: Bytes of the array itself.
     """
 
     def __init__(self, array: jax.Array, codec: str) -> None:
@@ -36,6 +37,7 @@ class Parcel:
           codec: Name of the codec.
         """
         self.codec, self._dtype, self._shape = codec, np.dtype(array.dtype), array.shape
+        self.array_bytes = array.nbytes
         self._as_it_is = codec == RAW or codec_kernels.on_host(codec)
         self.ready = Coded(array) if self._as_it_is else codec_kernels.encoder(codec)(array)
         # How much of a payload is worth copying is only known with its length.
