@@ -256,16 +256,9 @@ def main(arguments: list[str] | None = None, serve: Serve = _run_server) -> NoRe
         nonlocal debug
         config = _load_config(given.config)
         debug = config.debug
-<<<<<<< HEAD
         set_environment(config, given.name)
         if given.name == COORDINATOR:
-            _run_server(config, tell)
-=======
-        index = given.index if given.role == "device" else None
-        set_environment(config, index)
-        if index is None:
             serve(config, tell)
->>>>>>> tuner
         else:
             _run_worker(config, given.name, lines)
 
