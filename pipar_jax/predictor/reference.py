@@ -8,9 +8,9 @@ map, pools, matrix products bound by memory, and layers so small that only the c
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -22,6 +22,8 @@ import stages
 from pipar_jax import optimizer
 from pipar_jax.config import OptimizerConfig
 from pipar_jax.errors import PlanError
+from pipar_jax.predictor.device import Observation
+from pipar_jax.predictor.operators import Array, model_operators, rows
 from pipar_jax.runtime.replica import Replica
 from pipar_jax.runtime.warmup import run_all
 from pipar_jax.schedule import BACKWARD, FORWARD, UPDATE
@@ -77,8 +79,8 @@ def reference_model() -> Model:
 
     units: list[tuple[str, Callable[[nnx.Rngs], Any]]] = [
         ("image", conv(3, 32, 3)),
-        ("norm", partial(_Normalise, 32)),
-        ("pool", partial(_Pool, 32)),
+        ("norm", functools.partial(_Normalise, 32)),
+        ("pool", functools.partial(_Pool, 32)),
         ("conv3", conv(32, 64, 3)),
         ("conv1", conv(64, 128, 1)),
         ("depthwise", conv(128, 128, 3, stride=2, groups=128)),
@@ -120,6 +122,27 @@ class ReferenceTimes:
         """Returns JSON-ready values."""
         return dataclasses.asdict(self)
 
+    def slowed(self, factor: float) -> ReferenceTimes:
+        """Returns the times of a device on which computations last so many times longer."""
+        return dataclasses.replace(
+            self,
+            forward_s=tuple(seconds * factor for seconds in self.forward_s),
+            backward_s=tuple(seconds * factor for seconds in self.backward_s),
+            update_s=tuple(seconds * factor for seconds in self.update_s),
+            call_s=self.call_s * factor,
+            average_s_per_byte=self.average_s_per_byte * factor,
+        )
+
+    def observations(self) -> list[Observation]:
+        """Returns the times as what a device is learned from."""
+        found = []
+        for table, forward_s, backward_s in zip(
+            reference_layers(), self.forward_s, self.backward_s, strict=True
+        ):
+            found.append(Observation(table, table[:0], forward_s))
+            found.append(Observation(table[:0], table, backward_s))
+        return found
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ReferenceTimes:
         """Returns what ``to_dict`` wrote.
@@ -144,6 +167,14 @@ class ReferenceTimes:
         if not all(seconds > 0 for seconds in (*made.forward_s, *made.backward_s)):
             raise PlanError("the times of reference layers must be positive")
         return made
+
+
+@functools.cache
+def reference_layers() -> tuple[Array, ...]:
+    """Returns the operators of each reference layer, [operators, WIDTH]."""
+    model = reference_model()
+    found = model_operators(model, range(len(model.units) - 1), BATCH)
+    return tuple(rows(operators) for operators in found)
 
 
 def time_reference(

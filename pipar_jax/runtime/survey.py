@@ -1,8 +1,10 @@
 """Asks the hosts of a run what they can do, for the tuner: units are timed, and links.
 
 The coordinator asks one host after another, so that hosts that share a machine do not disturb each
-other; what a host was asked before, it knows. A link's rate is what the second of two bundles takes
-after the first has arrived; its delay is half of the shortest of a few round trips.
+other; what a host was asked before, it knows. With tuner.times=predicted a device times reference
+layers alone, and the coordinator predicts its units from them. A link's rate is what the second of
+two bundles takes after the first has arrived; its delay is half of the shortest of a few round
+trips.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pipar_jax.config import AUTO, Config
 from pipar_jax.errors import RunError
 from pipar_jax.methods import plan_for
 from pipar_jax.plan import Plan, device_name
+from pipar_jax.predictor.reference import ReferenceTimes
 from pipar_jax.profile import DeviceProfile, Profile
 from pipar_jax.runtime.members import Members
 from pipar_jax.simulator.costs import LinkModel
@@ -29,6 +32,8 @@ from pipar_jax.tuner.measure import (
     measure_codecs,
     measure_host,
     measure_message_s,
+    measure_reference,
+    predicted_host,
     sizes_of,
     weight_ratio,
 )
@@ -88,13 +93,23 @@ def survey(config: Config, model: Model, members: Members, samples: Sequence[int
       PeerError: A device was lost or failed.
     """
     sizes = sizes_of(config)
-    server = measure_host(config, model, sizes, members.look)
+    predicted = config.tuner.times == "predicted"
+    if predicted:
+        server = predicted_host(config, model, sizes, measure_reference(config, members.look))
+    else:
+        server = measure_host(config, model, sizes, members.look)
     message_s = measure_message_s()
     devices = []
     for index, count in enumerate(samples):
         name = device_name(index)
-        body = _ask(members, name, {"what": "profile", "sizes": sizes})
-        host = Measured.from_dict(body["measured"]).host
+        if predicted:
+            body = _ask(members, name, {"what": "reference"})
+            reference = ReferenceTimes.from_dict(body["reference"])
+            host = predicted_host(config, model, sizes, reference).host
+            host = dataclasses.replace(host, memory_bytes=body["memory_bytes"])
+        else:
+            body = _ask(members, name, {"what": "profile", "sizes": sizes})
+            host = Measured.from_dict(body["measured"]).host
         delay_s = min(_echo_s(members, name) for _ in range(ECHOES)) / 2
         up_bytes_s = _rate(functools.partial(_up_s, members, name))
         down_bytes_s = _rate(functools.partial(_down_s, members, name))
@@ -148,6 +163,15 @@ class Respondent:
             found = measure_host(self._config, self._model, tuple(body["sizes"]), self._between)
             slowed = found._replace(host=_as_configured(found, self._own))
             link.send_control({**answer, "measured": slowed.to_dict()})
+        elif what == "reference":
+            reference = measure_reference(self._config, self._between)
+            link.send_control(
+                {
+                    **answer,
+                    "reference": reference.slowed(self._own.slowdown).to_dict(),
+                    "memory_bytes": _limit_bytes(self._own),
+                }
+            )
         elif what == "echo":
             link.send_control(answer)
         elif what == "send":
@@ -167,8 +191,14 @@ class Respondent:
 
 def _as_configured(measured: Measured, host: Any) -> Any:
     """Returns a host's profile with its emulated slowness and its limit of memory."""
-    limit = host.memory_mb * 1e6 if host.memory_mb else None
-    return dataclasses.replace(measured.host.slowed(host.slowdown), memory_bytes=limit)
+    return dataclasses.replace(
+        measured.host.slowed(host.slowdown), memory_bytes=_limit_bytes(host)
+    )
+
+
+def _limit_bytes(host: Any) -> float | None:
+    """Returns the memory that a plan may take on a configured host; None where any."""
+    return host.memory_mb * 1e6 if host.memory_mb else None
 
 
 def _ask(members: Members, name: str, question: dict[str, Any]) -> dict[str, Any]:
