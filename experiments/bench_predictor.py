@@ -43,9 +43,7 @@ def measure(run: bench.Bench) -> None:
         run.progress(f"without {family}", done, len(families))
         left = [i for i, one in enumerate(timings.devices) if one.family != family]
         kept = [
-            i
-            for i, one in enumerate(timings.layers)
-            if one.network not in evaluation.PARTITIONED
+            i for i, one in enumerate(timings.layers) if one.network not in evaluation.PARTITIONED
         ]
         folds[family] = train(timings.select(left, kept))
     for table in (False, True):

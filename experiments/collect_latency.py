@@ -5,8 +5,8 @@
 Each variant is a process with its own cores and its own way to compile, timed under several
 conditions (stopped for a part of the time, beside a busy neighbour, on another core). Run it once
 with --compile, which fills the cache of compiled programs and may share the machine, then on a
-quiet machine without. What --out holds already is kept: variants and networks may be gathered one by
-one.
+quiet machine without. What --out holds already is kept, so that variants and networks may be
+gathered one by one.
 """
 
 import pathlib
@@ -54,7 +54,9 @@ def gather_all(path: pathlib.Path) -> None:
     if wrong := [name for name in names if name not in known]:
         raise ConfigError(f"--variants={wrong[0]}: this machine can be {', '.join(known)}")
     wanted, timed_layers = run_pinned(_layers, _QUICK.value, variables={"JAX_PLATFORMS": "cpu"})
-    chosen = [i for i, one in enumerate(wanted) if one.network in (_NETWORKS.value or [one.network])]
+    chosen = [
+        i for i, one in enumerate(wanted) if one.network in (_NETWORKS.value or [one.network])
+    ]
     wanted = [wanted[i] for i in chosen]
     timed_layers = tuple(timed_layers[i] for i in chosen)
     if not wanted:

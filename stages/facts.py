@@ -90,9 +90,7 @@ def residual_bytes(model: Model, batch: int) -> tuple[int, ...]:
     """
     shapes = model.shapes(batch)
     parts = split(model, tuple(range(1, len(model.units))))
-    return tuple(
-        _bytes(_kept(model, part, i, i + 1, shapes[i])[1]) for i, part in enumerate(parts)
-    )
+    return tuple(_bytes(_kept(model, part, i, i + 1, shapes[i])[1]) for i, part in enumerate(parts))
 
 
 def _kept(model: Model, stage: Stage, start: int, stop: int, x: Any) -> tuple[Any, Residuals]:

@@ -212,7 +212,13 @@ def random_chain(seed: int) -> Any:
 
 
 def _conv_norm(
-    made: Any, channels: int, out: int, size: int, options: Any, stride: int, rngs: Any,
+    made: Any,
+    channels: int,
+    out: int,
+    size: int,
+    options: Any,
+    stride: int,
+    rngs: Any,
     groups: int = 1,
 ) -> Any:
     return made(channels, out, size, "relu", options, rngs, stride=stride, groups=groups)

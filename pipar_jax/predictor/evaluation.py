@@ -1,4 +1,4 @@
-"""How good predictions are: on layers and devices that were not trained on, and what they lead to."""
+"""How good predictions are on new layers and devices, and what partitions they lead to."""
 
 from __future__ import annotations
 
@@ -240,9 +240,7 @@ def measured_units(timings: Timings, operators: Sequence[Array]) -> list[int]:
       timings: What was measured.
       operators: Each unit's operators, [operators, WIDTH].
     """
-    marks = {
-        one.operators.astype(np.float32).tobytes(): i for i, one in enumerate(timings.layers)
-    }
+    marks = {one.operators.astype(np.float32).tobytes(): i for i, one in enumerate(timings.layers)}
     return [marks[table.astype(np.float32).tobytes()] for table in operators]
 
 

@@ -1,4 +1,4 @@
-"""Predicted times of a model's units as a host's profile, which the tuner takes like a measured one."""
+"""Predicted times of a model's units, as the profile of a host that the tuner takes."""
 
 from __future__ import annotations
 

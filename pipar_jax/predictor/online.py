@@ -3,7 +3,8 @@
 A training times stages, not units: what is seen is a sum over the units of whatever cut is in use.
 Each case (what of which units at which size) keeps its last few times; every update replays all
 cases, so that a new cut does not make the device forget an old one, and what was seen long ago
-counts less, so that a device that slows down is noticed.
+counts less. A device that changes its pace (it gets hot, or busy) shows it in cases that it was
+timed in before: then everything remembered is brought to the new pace.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import collections
 import statistics
 from collections.abc import Sequence
-
 
 from pipar_jax.plan import Plan
 from pipar_jax.predictor.device import Device, Observation, fit
@@ -28,6 +28,8 @@ from stages import Model
 KEPT = 5
 #: Cases that are remembered; beyond, the one seen longest ago is forgotten.
 CASES = 256
+#: The change of pace, as a factor, from which on it is taken for one and not for noise.
+PACE = 1.15
 #: Updates after which a case that was not seen again counts half.
 FADING = 8.0
 
@@ -55,6 +57,7 @@ class Learner:
         self._weights = load() if weights is None else weights
         self._first = reference.observations()
         self._times: dict[Case, collections.deque[float]] = {}
+        self._fresh: dict[Case, list[float]] = collections.defaultdict(list)
         self._seen: dict[Case, int] = {}
         self._updates = 0
         self._units: dict[int, list[Array]] = {}
@@ -69,11 +72,7 @@ class Learner:
         """
         if seconds <= 0:
             return  # the clock did not see it
-        self._times.setdefault(case, collections.deque(maxlen=KEPT)).append(seconds)
-        self._seen[case] = self._updates
-        while len(self._times) > CASES:
-            oldest = min(self._seen, key=lambda one: self._seen[one])
-            del self._times[oldest], self._seen[oldest]
+        self._fresh[case].append(seconds)
 
     def observe_trace(self, trace: Trace, plan: Plan, host: str) -> int:
         """Notes all stage times of a host in a trace; returns how many cases it had.
@@ -98,6 +97,14 @@ class Learner:
     def learn(self) -> Device:
         """Replays what was noted and returns what the device is taken for now."""
         self._updates += 1
+        self._keep_pace()
+        for case, times in self._fresh.items():
+            kept = self._times.setdefault(case, collections.deque(maxlen=KEPT))
+            kept.append(statistics.median(times))
+            self._seen[case] = self._updates
+        self._fresh.clear()
+        for case in sorted(self._seen, key=lambda one: self._seen[one])[:-CASES]:
+            del self._times[case], self._seen[case]
         # What it said of itself at first stays an anchor, since it is about single layers.
         anchor = max(0.25, self._faded(self._updates))
         observations = [one._replace(weight=anchor) for one in self._first]
@@ -109,6 +116,22 @@ class Learner:
             )
         self.device = fit(self._weights, observations, self.device)
         return self.device
+
+    def _keep_pace(self) -> None:
+        """Brings what is remembered to the device's present pace."""
+        changes = [
+            statistics.median(times) / statistics.median(self._times[case])
+            for case, times in self._fresh.items()
+            if case in self._times
+        ]
+        factor = statistics.median(changes) if changes else 1.0
+        if 1 / PACE < factor < PACE:
+            return
+        self._reference = self._reference.slowed(factor)
+        self._first = self._reference.observations()
+        for times in self._times.values():
+            for index, seconds in enumerate(times):
+                times[index] = seconds * factor
 
     def predict_s(self, case: Case) -> float:
         """Returns how long a stage takes, as far as is known."""

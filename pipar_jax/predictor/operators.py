@@ -111,8 +111,14 @@ def features(table: Array) -> Array:
 
 
 def convolution(
-    batch: int, side: int, inputs: int, outputs: int, kernel: int, stride: int = 1,
-    *, pulled: bool = True,
+    batch: int,
+    side: int,
+    inputs: int,
+    outputs: int,
+    kernel: int,
+    stride: int = 1,
+    *,
+    pulled: bool = True,
 ) -> tuple[Operator, ...]:
     """Returns a square float32 convolution whose output has ``side`` rows and columns."""
     pixels = side * side

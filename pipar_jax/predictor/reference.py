@@ -52,7 +52,7 @@ class _Pool(nnx.Module):
 
     def __init__(self, features: int, rngs: nnx.Rngs) -> None:
         del rngs  # nothing is drawn
-        self.offset = nnx.Param(jnp.zeros((features,)))
+        self.offset = nnx.Param(jnp.zeros((features,), jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return max_pool(x, 2) + self.offset[...]
@@ -68,6 +68,7 @@ class _FlatDense(nnx.Module):
         return jax.nn.relu(self.dense(self.flatten(x)))
 
 
+@functools.cache
 def reference_model() -> Model:
     """Returns the chain whose units, but for the last, are the reference layers."""
 

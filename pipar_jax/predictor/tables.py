@@ -93,22 +93,16 @@ def _numbered(network: str, parts: Iterable[tuple[Operator, ...]]) -> list[Timed
 def _resnet101() -> list[TimedLayer]:
     """Returns its rows: stem, pool, 33 blocks of two 3x3 convolutions, average pool."""
 
-    def block(side: int, inputs: int, outputs: int, stride: int) -> tuple[Operator, ...]:
-        found = convolution(BATCH, side, inputs, outputs, 3, stride) + _norm(side, outputs)
-        found += convolution(BATCH, side, outputs, outputs, 3) + _norm(side, outputs)
-        if stride > 1:
-            found += convolution(BATCH, side, inputs, outputs, 1, stride) + _norm(side, outputs)
-        return found
+    def block(side: int, channels: int) -> tuple[Operator, ...]:
+        once = convolution(BATCH, side, channels, channels, 3) + _norm(side, channels)
+        return once + once
 
     parts = [
         convolution(BATCH, 16, 3, 64, 7, 2, pulled=False) + _norm(16, 64), _pool(8, 64, 3, 2),
     ]  # fmt: skip
-    channels = 64
-    for side, outputs, count in ((8, 64, 3), (4, 128, 4), (2, 256, 23), (1, 512, 3)):
-        for place in range(count):
-            stride = 2 if place == 0 and outputs > 64 else 1
-            parts.append(block(side, channels, outputs, stride))
-            channels = outputs
+    # By their weights the first blocks of a width have two convolutions of that width as well.
+    for side, channels, count in ((8, 64, 3), (4, 128, 4), (2, 256, 23), (1, 512, 3)):
+        parts += [block(side, channels)] * count
     parts.append(_pool(1, 512, 1, 1))
     return _numbered("table-resnet101", parts)
 

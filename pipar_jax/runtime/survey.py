@@ -191,9 +191,7 @@ class Respondent:
 
 def _as_configured(measured: Measured, host: Any) -> Any:
     """Returns a host's profile with its emulated slowness and its limit of memory."""
-    return dataclasses.replace(
-        measured.host.slowed(host.slowdown), memory_bytes=_limit_bytes(host)
-    )
+    return dataclasses.replace(measured.host.slowed(host.slowdown), memory_bytes=_limit_bytes(host))
 
 
 def _limit_bytes(host: Any) -> float | None:

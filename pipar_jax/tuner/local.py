@@ -1,8 +1,9 @@
 """A profile of a run's hosts made on this machine, before there is a run.
 
 Each distinct host (its cores and its platform) is measured in a process of its own, set up as a
-run's would be, or with tuner.times=predicted times the reference layers there; emulated slowness multiplies its times. Links are as they are shaped, with the cost
-of a message and of waking up for it measured over loopback.
+run's would be, or with tuner.times=predicted times the reference layers there; emulated slowness
+multiplies its times. Links are as they are shaped, with the cost of a message and of waking up for
+it measured over loopback.
 """
 
 from __future__ import annotations

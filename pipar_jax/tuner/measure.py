@@ -114,9 +114,7 @@ def measure_host(
     return found
 
 
-def measure_reference(
-    config: Config, between: Callable[[], None] = lambda: None
-) -> ReferenceTimes:
+def measure_reference(config: Config, between: Callable[[], None] = lambda: None) -> ReferenceTimes:
     """Returns a host's times of the reference layers, from which a model's are predicted.
 
     Args:
