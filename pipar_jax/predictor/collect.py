@@ -331,10 +331,11 @@ def _time(repeats: int, least_s: float, mean: bool) -> tuple[float, float, float
     from pipar_jax.runtime.warmup import run_all
     from pipar_jax.schedule import BACKWARD, FORWARD, UPDATE
 
+    # Other work on the machine only adds to times, so the least of a few runs is the device's own.
     # A process that is stopped now and then has no typical run; its mean is what training sees.
     found = run_all(
         _STATE["model"], [_STATE["replica"]], (_STATE["batch"],), repeats=repeats, least_s=least_s,
-        summary=statistics.fmean if mean else statistics.median,
+        summary=statistics.fmean if mean else min,
     )  # fmt: skip
     times = {shape.kind: seconds for shape, seconds in found.items()}
     return times[FORWARD], times[BACKWARD], times[UPDATE]
