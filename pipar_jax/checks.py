@@ -230,6 +230,11 @@ def _check_tuner(config: Config) -> None:
     """Checks the tuner's lists, names that are known and whole numbers, and what may adapt."""
     from comms import codec, errors
 
+    if config.tuner.times == "predicted" and config.model.dtype != "float32":
+        raise ConfigError(
+            f"tuner.times=predicted knows float32 alone, and model.dtype={config.model.dtype}: "
+            "profile the hosts (tuner.times=profiled), or compute in float32"
+        )
     known = {
         "methods": tuple(name for name in METHODS if name not in CHAINS),
         "dispatch": get_args(Dispatch),

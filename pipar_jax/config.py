@@ -241,10 +241,15 @@ class NetworkConfig:
 
 @dataclasses.dataclass
 class TunerConfig:
-    """How method=auto and experiments.plan choose: by measured times, for the shortest epoch."""
+    """How method=auto and experiments.plan choose: by hosts' times, for the shortest epoch."""
 
     select: str = option(
         "search", "all plans, or the paper's own formulas", choices=("search", "paper")
+    )
+    times: str = option(
+        "profiled",
+        "hosts' times: every unit profiled, or predicted from a few reference layers",
+        choices=("profiled", "predicted"),
     )
     methods: str = option("fl,sl,sfl,pipar", "methods to choose from")
     micro_batches: str = option("2,3,4,5,6,8,10,12,16,20", "numbers of micro-batches to try")

@@ -1,8 +1,9 @@
 """A profile of a run's hosts made on this machine, before there is a run.
 
 Each distinct host (its cores and its platform) is measured in a process of its own, set up as a
-run's would be; emulated slowness multiplies its times. Links are as they are shaped, with the cost
-of a message and of waking up for it measured over loopback.
+run's would be, or with tuner.times=predicted times the reference layers there; emulated slowness
+multiplies its times. Links are as they are shaped, with the cost of a message and of waking up for
+it measured over loopback.
 """
 
 from __future__ import annotations
@@ -108,11 +109,19 @@ def _measure(
     set_environment(config, COORDINATOR if index is None else device_name(index))
     import stages
     from pipar_jax.runtime.setup import set_precision
-    from pipar_jax.tuner.measure import measure_host, sizes_of
+    from pipar_jax.tuner.measure import (
+        measure_host,
+        measure_reference,
+        predicted_host,
+        sizes_of,
+    )
 
     set_precision(config)
     model = stages.build(
         config.model.name, input_shape=input_shape, classes=classes, norm=config.model.norm,
         stem=config.model.stem, dtype=config.model.dtype,
     )  # fmt: skip
-    return measure_host(config, model, sizes_of(config)).to_dict()
+    sizes = sizes_of(config)
+    if config.tuner.times == "predicted":
+        return predicted_host(config, model, sizes, measure_reference(config)).to_dict()
+    return measure_host(config, model, sizes).to_dict()
