@@ -172,7 +172,12 @@ def test_codecs_cost_fewer_bytes_and_little_accuracy(network, tmp_path):
         found[codec] = support.trained(made, SAMPLES, network)
     up = {codec: run.summary["bytes_up"] for codec, run in found.items()}
     assert up["int8"] < up["bfloat16"] < up["raw"]
-    for codec, worst in (("bfloat16", 0.02), ("int8", 0.05), ("bits:8", 0.05), ("bits:lossless", 0)):
+    for codec, worst in (
+        ("bfloat16", 0.02),
+        ("int8", 0.05),
+        ("bits:8", 0.05),
+        ("bits:lossless", 0),
+    ):
         for key, array in weights(found["raw"]).items():
             if "kernel" not in key:
                 continue  # biases start at zero: they are nothing but their changes

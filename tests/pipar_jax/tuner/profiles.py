@@ -55,8 +55,7 @@ def profile(*devices: DeviceProfile, units: int = 5, **values) -> Profile:
 def bit_codecs(bytes_s: float = 1e9) -> dict[str, CodecProfile]:
     """The bit-level codec in every number of bits that the tuner may choose."""
     return {
-        f"bits:{bits}": CodecProfile((bits + 1.125) / 32, 1 / bytes_s, 1 / bytes_s)
-        for bits in BITS
+        f"bits:{bits}": CodecProfile((bits + 1.125) / 32, 1 / bytes_s, 1 / bytes_s) for bits in BITS
     }
 
 
