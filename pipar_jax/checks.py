@@ -307,11 +307,6 @@ def _check_nodes(config: Config) -> None:
             f"method={config.method} runs its middle stages on compute nodes, and nodes.count=0: "
             "set --config.nodes.count"
         )
-    if config.method not in CHAINS and count:
-        raise ConfigError(
-            f"nodes.count={count}, but method={config.method} uses no compute nodes: leave it 0, "
-            f"or use method={' or '.join(CHAINS)}"
-        )
     if config.method == "accept" and config.devices.count != 1:
         raise ConfigError(
             f"devices.count={config.devices.count}, but method=accept trains the data of one "

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 from pipar_jax import schema
 from pipar_jax.errors import ConfigError
-from pipar_jax.plan import Dispatch, HandOn, Weights, is_node
+from pipar_jax.plan import Dispatch, HandOn, Weights, is_node, node_name
 from pipar_jax.schema import option
 from stages.names import NORMS, STEMS
 
@@ -373,6 +373,12 @@ def node(config: Config, index: int) -> NodeConfig:
             f"there is no node {index}: nodes.count={config.nodes.count}, and the first is 1"
         )
     return dataclasses.replace(config.nodes.defaults, **config.nodes.overrides.get(index, {}))
+
+
+def nodes(config: Config) -> tuple[str, ...]:
+    """Returns the names of the compute nodes that take part; none with methods that use none."""
+    count = config.nodes.count if config.method in CHAINS else 0
+    return tuple(node_name(index) for index in range(1, count + 1))
 
 
 def host(config: Config, name: str) -> DeviceConfig | NodeConfig | ServerConfig:

@@ -18,7 +18,7 @@ from pipar_jax import config as configuration
 from pipar_jax import schedule
 from pipar_jax.aggregation import Aggregator, Replica
 from pipar_jax.config import Config
-from pipar_jax.plan import COORDINATOR, Plan, device_name, is_node, node_name
+from pipar_jax.plan import COORDINATOR, Plan, device_name, is_node
 from pipar_jax.runtime import bundle, handover
 from pipar_jax.runtime.adaptation import Adaptation
 from pipar_jax.runtime.evaluation import Evaluator
@@ -67,7 +67,7 @@ class Coordinator:
         self.plan, profile = choose_plan(config, model, members, self._samples)
         self._rounds = schedule.rounds(self.plan, self._steps, config.epochs)
         self._devices = tuple(device_name(i) for i in range(config.devices.count))
-        self._nodes = tuple(node_name(i + 1) for i in range(config.nodes.count))
+        self._nodes = configuration.nodes(config)
         self._workers = (*self._nodes, *self._devices)
         self._adaptation: Adaptation | Script | None = None
         if script:

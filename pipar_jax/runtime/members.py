@@ -17,7 +17,7 @@ from comms import ChannelError, Endpoint, Link, Message
 from pipar_jax import config as configuration
 from pipar_jax.config import Config
 from pipar_jax.errors import JoinError, PeerError, RunError
-from pipar_jax.plan import COORDINATOR, device_name, is_node, long_name, node_name
+from pipar_jax.plan import COORDINATOR, device_name, is_node, long_name
 from pipar_jax.runtime import identity
 from pipar_jax.runtime.identity import Identity
 from stages import Model
@@ -116,7 +116,7 @@ class Members:
           JoinError: Some have not within ``network.join_timeout_s``.
         """
         wanted = [
-            *(node_name(i + 1) for i in range(self._config.nodes.count)),
+            *configuration.nodes(self._config),
             *(device_name(i) for i in range(self._config.devices.count)),
         ]
         deadline = time.monotonic() + self._config.network.join_timeout_s

@@ -23,7 +23,7 @@ from pipar_jax import config as configuration
 from pipar_jax.config import AUTO, CHAINS, Config
 from pipar_jax.errors import RunError
 from pipar_jax.methods import plan_for
-from pipar_jax.plan import Plan, device_name, node_name
+from pipar_jax.plan import Plan, device_name
 from pipar_jax.predictor.reference import ReferenceTimes
 from pipar_jax.profile import DeviceProfile, HostProfile, NodeProfile, Profile
 from pipar_jax.runtime.members import Members
@@ -129,11 +129,11 @@ def survey(config: Config, model: Model, members: Members, samples: Sequence[int
             )
         )  # fmt: skip
     nodes = []
-    for index in range(1, config.nodes.count + 1):
-        host = _ask_host(config, model, members, node_name(index))
+    for name in configuration.nodes(config):
+        host = _ask_host(config, model, members, name)
         up, down = (
             LinkModel.of(shape, message_s)
-            for shape in comms.parse_link(configuration.node(config, index).link)
+            for shape in comms.parse_link(configuration.node(config, int(name[1:])).link)
         )
         nodes.append(NodeProfile(host, up, down))
     codecs = measure_codecs(config)

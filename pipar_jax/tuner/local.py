@@ -16,7 +16,7 @@ from pipar_jax import config as configuration
 from pipar_jax import data as datasets
 from pipar_jax.config import Config
 from pipar_jax.pinned import run_pinned
-from pipar_jax.plan import COORDINATOR, device_name, node_name
+from pipar_jax.plan import COORDINATOR, device_name
 from pipar_jax.process import set_environment
 from pipar_jax.profile import DeviceProfile, HostProfile, NodeProfile, Profile
 from pipar_jax.simulator.costs import LinkModel
@@ -82,8 +82,8 @@ def profile_here(config: Config) -> Profile:
         for index in range(config.devices.count)
     ]
     nodes = [
-        NodeProfile(slowed(node_name(index)), *links(configuration.node(config, index).link))
-        for index in range(1, config.nodes.count + 1)
+        NodeProfile(slowed(name), *links(configuration.node(config, int(name[1:])).link))
+        for name in configuration.nodes(config)
     ]
     codecs = measure_codecs(config)
     return Profile(

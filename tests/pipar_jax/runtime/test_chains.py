@@ -177,7 +177,7 @@ def test_the_planner_cuts_the_chain_if_nobody_else_does(network, tmp_path):
     ("change", "message"),
     [
         ({"nodes": 0}, "nodes.count=0"),
-        ({"method": "pipar"}, "uses no compute nodes"),
+        ({"method": "pipar", "cuts": "1,2"}, "use pipeline.cut"),
         ({"method": "accept"}, "devices.count=2"),
         ({"cuts": "1,2"}, "has 2 cuts, but the chain device | n1 | n2 | device"),
         ({"cuts": "2,1,3"}, "must rise"),
@@ -190,8 +190,6 @@ def test_the_planner_cuts_the_chain_if_nobody_else_does(network, tmp_path):
 def test_a_chain_that_cannot_work_is_refused_by_name_of_the_field(change, message, tmp_path):
     made = setting(tmp_path, EVEN, change.get("nodes", 2))
     made.method = change.get("method", "mpsl")
-    if made.method == "pipar":
-        made.pipeline.cuts = ""
     made.pipeline.cuts = change.get("cuts", made.pipeline.cuts)
     made.pipeline.in_flight = change.get("in_flight", 0)
     made.nodes.overrides = change.get("overrides", {})
