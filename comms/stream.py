@@ -81,6 +81,7 @@ class Stream:
         self._soon = False
         self._reserved_bytes = 0
         self._submitted_raw_bytes = 0
+        self._queued_peak_bytes = 0
         self._flush_posted = False
         self._timer: Timer | None = None
         self._beat: Timer | None = None
@@ -291,6 +292,12 @@ class Stream:
         if transport is not None:
             transport.limit_unsent(self._outbox.unsent_limit_bytes)
             transport.limit_in_flight(self._outbox.in_flight_limit_bytes(self._clock.rtt_s))
+
+    def join_shape(self, other: Stream) -> None:
+        """Sends over the same emulated line as another stream; I/O thread only."""
+        self._outbox.share_shape(other._outbox)
+        self._limit_transport()
+        self._run_ready(0)
 
     def reshape(self, shape: LinkShape) -> None:
         """Shapes what this side sends from now on; I/O thread only."""

@@ -26,6 +26,8 @@ LAYOUT = flags.DEFINE_enum(
 )
 BATCHES = flags.DEFINE_list("batches", ["100", "25"], "Batch sizes.")
 CUT_NETWORK = "vgg5"
+#: A step that takes longer than this is run less often.
+SLOW_S = 4.0
 
 
 def target_of(network: str) -> float:
@@ -41,12 +43,21 @@ def compare_networks(run: bench.Bench, cores: int, batch: int, with_torch: bool)
         with PinnedProcess("ours", cores=used) as ours, PinnedProcess("torch", cores=used) as peer:
             run.progress(f"{cell}: compiling")
             prepared = ours.call(step_times.prepare_jax, name, batch)
-            cases = {"ours": lambda ours=ours: bench.Seconds(ours.call(step_times.run_step, 2))}
+            # A deep network's step takes half a minute: one at a time then, and fewer of them.
+            slow = ours.call(step_times.run_step, 1) > SLOW_S
+            steps, repeats = (1, 3) if slow else (2, 5)
+            cases = {
+                "ours": lambda ours=ours, steps=steps: bench.Seconds(
+                    ours.call(step_times.run_step, steps)
+                )
+            }
             if with_torch:
                 last = LAYOUT.value == "channels_last"
                 peer.call(step_times.prepare_torch, name, batch, cores, last)
-                cases["torch"] = lambda peer=peer: bench.Seconds(peer.call(step_times.run_step, 2))
-            samples = run.compare(cases, repeats=5)
+                cases["torch"] = lambda peer=peer, steps=steps: bench.Seconds(
+                    peer.call(step_times.run_step, steps)
+                )
+            samples = run.compare(cases, repeats=repeats, warm_up=0 if slow else 1)
             floor = ours.call(step_times.count_flops, name, batch)
             floor /= ours.call(step_times.measure_rate)
             run.row(f"{cell}", samples.median("ours") * 1e3, "ms", spread=samples.spread("ours"))

@@ -10,12 +10,12 @@ The server may start later: a device tries for network.join_timeout_s seconds.
 
 import dataclasses
 import pathlib
-import re
 
 import configs
 from pipar_jax import flags, process
 from pipar_jax.config import Config
 from pipar_jax.errors import ConfigError
+from pipar_jax.plan import device_name
 from pipar_jax.schema import option
 
 
@@ -33,19 +33,17 @@ def main(config: Config, given: DeviceFlags) -> None:
     Raises:
       PiparError: The flags do not fit the configuration, or the run failed.
     """
-    found = re.fullmatch(r"\[?(.+?)\]?:(\d{1,5})", given.server)
-    if found is None or not 0 < int(found[2]) < 65536:
-        raise ConfigError(f"--server={given.server!r} does not fit: write --server=HOST:PORT")
+    address = flags.parse_address(given.server, "server")
     if not 0 <= given.index < config.devices.count:
         raise ConfigError(
             f"--index={given.index} does not fit: devices.count={config.devices.count}, so a "
             f"device's index is 0 to {config.devices.count - 1}"
         )
-    process.set_environment(config, given.index)
+    process.set_environment(config, device_name(given.index))
     from pipar_jax.worker import run_device  # loads jax, whose environment is set now
 
     print(f"device {given.index} of {config.devices.count} joins {given.server}", flush=True)
-    run_device(config, given.index, (found[1], int(found[2])))
+    run_device(config, given.index, address)
     print("done", flush=True)
 
 

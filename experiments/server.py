@@ -23,7 +23,7 @@ def main(config: Config, _: flags.NoFlags) -> None:
     Raises:
       PiparError: The run failed.
     """
-    process.set_environment(config, None)
+    process.set_environment(config, "server")
     folder = launcher.create_folder(config)
     print(to_text(config), flush=True)
     if table := data.table(config):

@@ -22,7 +22,7 @@ from pipar_jax.errors import PeerError, RunError
 from pipar_jax.runtime.folder import CONFIG, METRICS, TRACE
 from pipar_jax.server import run_server
 from pipar_jax.trace import Trace
-from pipar_jax.worker import run_device
+from pipar_jax.worker import run_device, run_node
 from stages import Model
 
 
@@ -202,6 +202,15 @@ def run_here(
     threads = [server]
     address = listening.get()
     if address is not None:
+        for index in range(1, config.nodes.count + 1):
+
+            def node(index: int = index) -> None:
+                run_node(config, index, address, model=model, stop=stop)
+
+            threads.append(
+                threading.Thread(target=guarded, args=(node,), name=f"pipar-node-{index}")
+            )
+            threads[-1].start()
         for index in range(count):
             own = None if data is None else data[index]
 

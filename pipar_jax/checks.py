@@ -10,15 +10,17 @@ from typing import Any, get_args
 
 from pipar_jax import schema
 from pipar_jax.config import (
+    CHAINS,
     METHODS,
     OWN_SOURCES,
     PUBLIC_SOURCES,
     Config,
-    DeviceConfig,
     DevicesConfig,
     NetworkConfig,
+    NodesConfig,
     aggregate_steps,
     device,
+    node,
 )
 from pipar_jax.errors import ConfigError
 from pipar_jax.plan import Dispatch
@@ -43,18 +45,14 @@ def check_whole(config: Config, models: tuple[str, ...] = ()) -> None:
     aggregate_steps(config)
     _check_tuner(config)
     _check_cut(config.pipeline.cut, "pipeline.cut")
+    _check_nodes(config)
     parse_cpus(config.server.cpus, "server.cpus")
     for index in range(config.devices.count):
         _check_device(config, index)
     for field in ("pipeline.activation_codec", "pipeline.cotangent_codec", "aggregation.codec"):
         _check_codec(config, field)
     _check_tls(config.network)
-    if not (is_loopback(config.server.host) or config.network.token or config.network.insecure):
-        raise ConfigError(
-            f"server.host={config.server.host!r} can be reached from other machines, and "
-            "network.token is not set: give every host the same secret "
-            "(--config.network.token=env:NAME), or allow it with --config.network.insecure=true"
-        )
+    _check_address(config.network, config.server.host, "server.host")
 
 
 def _check_codec(config: Config, field: str) -> None:
@@ -112,23 +110,29 @@ def check_source(source: str, field: str) -> None:
     )
 
 
-def fit_overrides(devices: DevicesConfig) -> dict[int, dict[str, Any]]:
-    """Returns the overrides of single devices as their fields hold them.
+def fit_overrides(config: Config, group: str) -> dict[int, dict[str, Any]]:
+    """Returns the overrides of single devices or nodes as their fields hold them.
+
+    Args:
+      config: The configuration.
+      group: ``devices`` (counted from 0) or ``nodes`` (counted from 1).
 
     Raises:
-      ConfigError: An index is beyond the devices, a field unknown or its value wrong.
+      ConfigError: An index is beyond the hosts, a field unknown or its value wrong.
     """
-    known = {one.path: one for one in schema.options(DeviceConfig)}
+    hosts: DevicesConfig | NodesConfig = getattr(config, group)
+    first = 0 if group == "devices" else 1
+    known = {one.path: one for one in schema.options(type(hosts.defaults))}
     made: dict[int, dict[str, Any]] = {}
-    for index, fields in sorted(devices.overrides.items()):
-        if type(index) is not int or not 0 <= index < devices.count:
+    for index, fields in sorted(hosts.overrides.items()):
+        if type(index) is not int or not first <= index < first + hosts.count:
             raise ConfigError(
-                f"devices.overrides has index {index!r}, but devices.count={devices.count}: use "
-                f"0 to {devices.count - 1}, or raise devices.count"
+                f"{group}.overrides has index {index!r}, but {group}.count={hosts.count}: use "
+                f"{first} to {first + hosts.count - 1}, or raise {group}.count"
             )
         made[index] = {}
         for name, value in fields.items():
-            path = f"devices.{index}.{name}"
+            path = f"{group}.{index}.{name}"
             if name not in known:
                 near = schema.did_you_mean(name, known)
                 raise ConfigError(f"{path} is not a field of the configuration{near}")
@@ -226,7 +230,15 @@ def _check_tuner(config: Config) -> None:
     """Checks the tuner's lists, names that are known and whole numbers, and what may adapt."""
     from comms import codec, errors
 
-    known = {"methods": METHODS, "dispatch": get_args(Dispatch)}
+    if config.tuner.times == "predicted" and config.model.dtype != "float32":
+        raise ConfigError(
+            f"tuner.times=predicted knows float32 alone, and model.dtype={config.model.dtype}: "
+            "profile the hosts (tuner.times=profiled), or compute in float32"
+        )
+    known = {
+        "methods": tuple(name for name in METHODS if name not in CHAINS),
+        "dispatch": get_args(Dispatch),
+    }
     for name in ("methods", "dispatch", "codecs", "micro_batches", "sizes"):
         field, text = f"tuner.{name}", getattr(config.tuner, name)
         parts = [part.strip() for part in text.split(",") if part.strip()]
@@ -238,7 +250,7 @@ def _check_tuner(config: Config) -> None:
                     f"{field}={text!r}: {part!r} is unknown"
                     f"{schema.did_you_mean(part, known[name])} (known: {', '.join(known[name])})"
                 )
-            if name == "codecs":
+            if name == "codecs" and text != "auto":
                 try:
                     codec.parse_codec(part)
                 except errors.CodecError as error:
@@ -248,6 +260,12 @@ def _check_tuner(config: Config) -> None:
                 raise ConfigError(
                     f"{field}={text!r}: {part!r} is no positive whole number; write 2,4,8"
                 )
+    if config.tuner.adapt and (config.method in CHAINS or config.pipeline.weights == "shared"):
+        raise ConfigError(
+            f"tuner.adapt=true does not go with method={config.method} and pipeline.weights="
+            f"{config.pipeline.weights}: plans change where every device has its copy on the "
+            "server; set tuner.adapt=false"
+        )
     if config.tuner.adapt:
         methods = {one.strip() for one in config.tuner.methods.split(",")}
         if config.method == "sl" or methods <= {"sl"}:
@@ -259,8 +277,6 @@ def _check_tuner(config: Config) -> None:
 
 
 def _check_device(config: Config, index: int) -> None:
-    from comms.errors import ChannelError
-    from comms.shaping import parse_link
     from pipar_jax.slowness import slowness
 
     one = device(config, index)
@@ -269,10 +285,7 @@ def _check_device(config: Config, index: int) -> None:
     def field(name: str) -> str:
         return f"devices.{index}.{name}" if name in over else f"devices.defaults.{name}"
 
-    try:
-        parse_link(one.link)
-    except (ChannelError, ValueError) as error:
-        raise ConfigError(f"{field('link')}={one.link!r}: {error}") from error
+    _check_link(one.link, field("link"))
     slowness(one, field("slowdown_trace"))
     parse_cpus(one.cpus, field("cpus"))
     if one.cut != config.pipeline.cut:
@@ -284,6 +297,70 @@ def _check_device(config: Config, index: int) -> None:
                 f"{field('data_source')}={one.data_source!r} does not go with data.source="
                 f"{config.data.source!r}: all devices share one public set, or all bring their own"
             )
+
+
+def _check_nodes(config: Config) -> None:
+    """Checks that the method and its compute nodes fit together."""
+    count, pipeline = config.nodes.count, config.pipeline
+    if config.method in CHAINS and not count:
+        raise ConfigError(
+            f"method={config.method} runs its middle stages on compute nodes, and nodes.count=0: "
+            "set --config.nodes.count"
+        )
+    if config.method not in CHAINS and count:
+        raise ConfigError(
+            f"nodes.count={count}, but method={config.method} uses no compute nodes: leave it 0, "
+            f"or use method={' or '.join(CHAINS)}"
+        )
+    if config.method == "accept" and config.devices.count != 1:
+        raise ConfigError(
+            f"devices.count={config.devices.count}, but method=accept trains the data of one "
+            "device on a chain of peers: set devices.count=1, the peers are nodes"
+        )
+    if pipeline.in_flight and pipeline.weights != "shared":
+        raise ConfigError(
+            f"pipeline.in_flight={pipeline.in_flight} caps what a stage with shared weights holds, "
+            "but pipeline.weights='copy': set pipeline.weights=shared, or in_flight=0"
+        )
+    if config.method not in CHAINS and pipeline.cuts:
+        raise ConfigError(
+            f"pipeline.cuts={pipeline.cuts!r} is for method={' or '.join(CHAINS)}: use pipeline.cut"
+        )
+    if config.method in CHAINS and any("cut" in one for one in config.devices.overrides.values()):
+        raise ConfigError(
+            f"method={config.method} cuts all devices' models alike: use pipeline.cuts instead of "
+            "a device's cut"
+        )
+    for index in range(1, count + 1):
+        one = node(config, index)
+        given = config.nodes.overrides.get(index, {})
+        path = {
+            name: f"nodes.{index}.{name}" if name in given else f"nodes.defaults.{name}"
+            for name in ("link", "cpus", "host")
+        }
+        _check_link(one.link, path["link"])
+        parse_cpus(one.cpus, path["cpus"])
+        _check_address(config.network, one.host, path["host"])
+
+
+def _check_link(link: str, field: str) -> None:
+    from comms.errors import ChannelError
+    from comms.shaping import parse_link
+
+    try:
+        parse_link(link)
+    except (ChannelError, ValueError) as error:
+        raise ConfigError(f"{field}={link!r}: {error}") from error
+
+
+def _check_address(network: NetworkConfig, host: str, field: str) -> None:
+    """Checks that what other machines can reach is protected, or allowed in so many words."""
+    if not (is_loopback(host) or network.token or network.insecure):
+        raise ConfigError(
+            f"{field}={host!r} can be reached from other machines, and "
+            "network.token is not set: give every host the same secret "
+            "(--config.network.token=env:NAME), or allow it with --config.network.insecure=true"
+        )
 
 
 def _check_cut(cut: int | str | None, field: str) -> None:

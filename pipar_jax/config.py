@@ -14,20 +14,23 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pipar_jax import schema
 from pipar_jax.errors import ConfigError
-from pipar_jax.plan import Dispatch, HandOn
+from pipar_jax.plan import Dispatch, HandOn, Weights, is_node
 from pipar_jax.schema import option
 from stages.names import NORMS, STEMS
 
-METHODS = ("fl", "sl", "sfl", "pipar")
+METHODS = ("fl", "sl", "sfl", "pipar", "mpsl", "accept")
+#: Methods whose middle stages run on compute nodes.
+CHAINS = ("mpsl", "accept")
 #: Stands for the method and plan that the tuner finds.
 AUTO = "auto"
 PARTITIONS = ("iid", "dirichlet", "labels", "quantity")
 PUBLIC_SOURCES = ("digits", "mnist", "cifar10", "cifar100", "svhn_cropped")
 OWN_SOURCES = ("npz:", "module:")
+Labels = Literal["home", "end"]
 RULES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
 PLATFORMS = ("auto", "cpu", "cuda", "tpu")
 HIDDEN_TOKEN = "(hidden)"
@@ -114,11 +117,31 @@ class PipelineConfig:
     """Where the model is cut, and how mini-batches flow through the parts."""
 
     cut: int | str = option(1, "units on the device (1: the first), or the name of its last unit")
-    micro_batches: int = option(4, "pipar: parts of a mini-batch in flight", at_least=1)
+    cuts: str = option(
+        "", "mpsl, accept: every cut of the chain, such as 2,5,9 (or names); empty: the planner's"
+    )
+    labels: str = option(
+        "home",
+        "mpsl: home keeps the last stage, and so the labels, on the device; end sends the labels "
+        "to the last node",
+        choices=get_args(Labels),
+    )
+    micro_batches: int = option(
+        4, "pipar, mpsl, accept: parts of a mini-batch in flight", at_least=1
+    )
+    weights: str = option(
+        "copy",
+        "a stage that serves several devices: a copy for each, averaged; or shared, with gradients "
+        "summed over the devices",
+        choices=get_args(Weights),
+    )
+    in_flight: int = option(
+        0, "shared weights: micro-batches that a stage may hold at a time; 0: any", at_least=0
+    )
     dispatch: str = option("fcfs", "which ready action goes first", choices=get_args(Dispatch))
     hand_on: str = option("epoch", "sl: when the device part goes on", choices=get_args(HandOn))
     activation_codec: str = option(
-        "raw", "how activations are coded on links: raw, bfloat16, float16, fp8, int8, int4, …"
+        "raw", "how activations are coded on links: raw, bfloat16, float16, int8, int4, bits:6, …"
     )
     cotangent_codec: str = option("raw", "how cotangents are coded on links")
     window_mb: float = option(32.0, "megabytes a link may hold unread before it waits", above=0)
@@ -159,6 +182,35 @@ class DevicesConfig:
 
 
 @dataclasses.dataclass
+class NodeConfig:
+    """One compute node in the middle of chains, or what all nodes have in common."""
+
+    host: str = option("127.0.0.1", "address at which its neighbours reach it")
+    port: int = option(0, "port to listen on; 0: any free one", at_least=0, at_most=65535)
+    link: str = option("none", "its link to the next node, as a device's to its neighbours")
+    slowdown: float = option(1.0, "computations last so many times longer", at_least=1)
+    cpus: str = option("", "cores to run on, such as 0 or 1-3,5; empty: any")
+    memory_mb: float = option(
+        0.0, "memory for weights, activations and temporaries; a plan above it is refused; 0: any",
+        at_least=0,
+    )  # fmt: skip
+    platform: str = option("auto", "where jax computes", choices=PLATFORMS)
+
+
+@dataclasses.dataclass
+class NodesConfig:
+    """Compute nodes, counted from 1: how many, what they share, and how single ones differ.
+
+    Attributes:
+      overrides: Index to the fields in which that node differs: ``{2: {"slowdown": 4.0}}``.
+    """
+
+    count: int = option(0, "number of compute nodes in a chain (mpsl, accept)", at_least=0)
+    defaults: NodeConfig = dataclasses.field(default_factory=NodeConfig)
+    overrides: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
 class ServerConfig:
     """The host that coordinates and computes the far end of the chain."""
 
@@ -189,10 +241,15 @@ class NetworkConfig:
 
 @dataclasses.dataclass
 class TunerConfig:
-    """How method=auto and experiments.plan choose: by measured times, for the shortest epoch."""
+    """How method=auto and experiments.plan choose: by hosts' times, for the shortest epoch."""
 
     select: str = option(
         "search", "all plans, or the paper's own formulas", choices=("search", "paper")
+    )
+    times: str = option(
+        "profiled",
+        "hosts' times: every unit profiled, or predicted from a few reference layers",
+        choices=("profiled", "predicted"),
     )
     methods: str = option("fl,sl,sfl,pipar", "methods to choose from")
     micro_batches: str = option("2,3,4,5,6,8,10,12,16,20", "numbers of micro-batches to try")
@@ -200,7 +257,13 @@ class TunerConfig:
         "fcfs,fixed,backward_first,slowest_first", "dispatch policies to choose from"
     )
     codecs: str = option(
-        "", "codecs to choose from, such as raw,float16; empty: pipeline's, no choice"
+        "", "codecs to choose from, such as raw,float16; auto: bits:K by need; empty: pipeline's"
+    )
+    activation_bits: int = option(
+        4, "least bits of an activation that may be chosen, sign included", at_least=2, at_most=24
+    )
+    cotangent_bits: int = option(
+        8, "least bits of a cotangent that may be chosen, sign included", at_least=2, at_most=24
     )
     actions: int = option(
         120_000, "simulated actions after which the search ends and tells its gap", at_least=1
@@ -243,6 +306,7 @@ class Config:
     aggregation: AggregationConfig = dataclasses.field(default_factory=AggregationConfig)
     pipeline: PipelineConfig = dataclasses.field(default_factory=PipelineConfig)
     devices: DevicesConfig = dataclasses.field(default_factory=DevicesConfig)
+    nodes: NodesConfig = dataclasses.field(default_factory=NodesConfig)
     server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
     network: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
     tuner: TunerConfig = dataclasses.field(default_factory=TunerConfig)
@@ -267,7 +331,8 @@ def resolve(config: Config, *, models: tuple[str, ...] = ()) -> Config:
 
     made = copy.deepcopy(config)
     schema.check(made)
-    made.devices.overrides = checks.fit_overrides(made.devices)
+    made.devices.overrides = checks.fit_overrides(made, "devices")
+    made.nodes.overrides = checks.fit_overrides(made, "nodes")
     made.network.token = checks.read_token(made.network.token)
     checks.check_whole(made, models)
     return made
@@ -297,6 +362,33 @@ def device(config: Config, index: int) -> DeviceConfig:
     return made
 
 
+def node(config: Config, index: int) -> NodeConfig:
+    """Returns one compute node's complete configuration: defaults and its overrides.
+
+    Raises:
+      ConfigError: There is no node of this index.
+    """
+    if not 1 <= index <= config.nodes.count:
+        raise ConfigError(
+            f"there is no node {index}: nodes.count={config.nodes.count}, and the first is 1"
+        )
+    return dataclasses.replace(config.nodes.defaults, **config.nodes.overrides.get(index, {}))
+
+
+def host(config: Config, name: str) -> DeviceConfig | NodeConfig | ServerConfig:
+    """Returns the configuration of the host of a name, such as ``d0``, ``n1`` or ``server``."""
+    if name[:1] == "d":
+        return device(config, int(name[1:]))
+    return node(config, int(name[1:])) if is_node(name) else config.server
+
+
+def host_field(name: str) -> str:
+    """Returns the path of a host's fields, such as ``devices.0``."""
+    if name[:1] == "d":
+        return f"devices.{name[1:]}"
+    return f"nodes.{name[1:]}" if is_node(name) else "server"
+
+
 def aggregate_steps(config: Config) -> int:
     """Returns the steps between two aggregations; 0 means once per epoch.
 
@@ -318,9 +410,10 @@ def aggregate_steps(config: Config) -> int:
 def to_dict(config: Config) -> dict[str, Any]:
     """Returns the configuration as nested JSON-ready values, the token included."""
     made = dataclasses.asdict(config)
-    made["devices"]["overrides"] = {
-        str(index): dict(fields) for index, fields in config.devices.overrides.items()
-    }
+    for group in (config.devices, config.nodes):
+        made["devices" if group is config.devices else "nodes"]["overrides"] = {
+            str(index): dict(fields) for index, fields in group.overrides.items()
+        }
     return made
 
 
@@ -331,12 +424,12 @@ def from_dict(values: Mapping[str, Any]) -> Config:
       ConfigError: A field is unknown or an index of an override is no number.
     """
     made = schema.from_dict(Config, values)
-    overrides = made.devices.overrides
-    if not all(str(index).isdigit() for index in overrides):
-        raise ConfigError(
-            f"devices.overrides={overrides!r} must go from a device's index to fields"
-        )
-    made.devices.overrides = {int(index): dict(some) for index, some in overrides.items()}
+    for group in (made.devices, made.nodes):
+        if not all(str(index).isdigit() for index in group.overrides):
+            raise ConfigError(
+                f"overrides={group.overrides!r} must go from a device's or node's index to fields"
+            )
+        group.overrides = {int(index): dict(some) for index, some in group.overrides.items()}
     return made
 
 
@@ -352,13 +445,16 @@ def to_text(config: Config) -> str:
     """Returns a line per group of fields, as printed when a run begins."""
     values = json.loads(to_json(config))
     top = {name: value for name, value in values.items() if not isinstance(value, dict)}
-    devices = values.pop("devices")
+    devices, nodes = values.pop("devices"), values.pop("nodes")
     groups = {
         "run": top,
         **{name: value for name, value in values.items() if isinstance(value, dict)},
         "devices": {"count": devices["count"], **devices["defaults"]},
         **{f"device {index}": some for index, some in devices["overrides"].items()},
     }
+    if nodes["count"]:
+        groups["nodes"] = {"count": nodes["count"], **nodes["defaults"]}
+        groups |= {f"node {index}": some for index, some in nodes["overrides"].items()}
     groups["run"] = {**top, **values["run"]}
     return "\n".join(
         f"{name:<12} "
@@ -401,7 +497,8 @@ def difference(ours: Config, theirs: Config) -> list[str]:
 
 
 _LOCAL = ("name", "debug", "run.", "tuner.", "server.", "network.", "devices.defaults.",
-          "data.data_dir", "data.cache_dir", "data.source", "data.test_source")  # fmt: skip
+          "nodes.defaults.", "data.data_dir", "data.cache_dir", "data.source",
+          "data.test_source")  # fmt: skip
 
 
 def _shared(config: Config) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from absl import flags as absl_flags
 from ml_collections import config_flags
 
 from pipar_jax import schema
-from pipar_jax.config import Config, DeviceConfig, resolve
+from pipar_jax.config import Config, DeviceConfig, NodeConfig, resolve
 from pipar_jax.errors import ConfigError
 from pipar_jax.process import INTERRUPTED, leave, perform
 from pipar_jax.schema import Option, option
@@ -30,7 +30,8 @@ from pipar_jax.schema import Option, option
 E = TypeVar("E")
 
 _WRONG_USE = 2
-_DEVICE = re.compile(r"devices\.(\d+)\.(\w+)")
+_HOST = re.compile(r"(devices|nodes)\.(\d+)\.(\w+)")
+_HOSTS = {"devices": DeviceConfig, "nodes": NodeConfig}
 #: Types that ml_collections' flags can set; the others (unions, none, devices) are set here.
 _PLAIN = ((bool,), (int,), (float,), (str,))
 
@@ -136,7 +137,7 @@ def parse(
         if name in own:
             values[name] = schema.parse(own[name]._replace(path=f"--{name}"), text)
         else:
-            one = fields.get(name) or _find_device(name)
+            one = fields.get(name) or _find_host(name)
             schema.parse(one._replace(path=f"--{name}"), text)
             changes[one.path] = (one, text)
     if values.pop("debug", False):
@@ -149,6 +150,18 @@ def parse(
     config = _apply(config, changes)
     text = make_help(config, extra, doc=doc, module=module, presets=presets) if wants_help else ""
     return Parsed(config, extra(**values), text)
+
+
+def parse_address(text: str, flag: str) -> tuple[str, int]:
+    """Returns host and port of a flag such as ``--server=192.0.2.7:7000``.
+
+    Raises:
+      ConfigError: The text is no address.
+    """
+    found = re.fullmatch(r"\[?(.+?)\]?:(\d{1,5})", text)
+    if found is None or not 0 < int(found[2]) < 65536:
+        raise ConfigError(f"--{flag}={text!r} does not fit: write --{flag}=HOST:PORT")
+    return found[1], int(found[2])
 
 
 def load_preset(name: str, presets: pathlib.Path) -> Config:
@@ -219,15 +232,15 @@ def make_help(
         row = (f"--config.{one.path}={_as_text(value)}", f"{one.text}{takes}")
         groups.setdefault(group, []).append(row)
     for group, rows in groups.items():
-        kind = DeviceConfig if group == "devices.defaults" else kinds.get(group, Config)
+        kind = _HOSTS.get(group.removesuffix(".defaults")) or kinds.get(group, Config)
         about = (kind.__doc__ or "").strip().splitlines()[0]
         parts.append("\n".join([f"{group or 'run'}: {about}", *_two_columns(rows, width)]))
     parts.append(
-        "one device:\n"
+        "one device or node:\n"
         + "\n".join(
             textwrap.wrap(
                 "--config.devices.1.link=4g changes a field of device 1 only; any field of "
-                "devices.defaults can be changed so.",
+                "devices.defaults can be changed so. Nodes likewise: --config.nodes.1.slowdown=4.",
                 width,
                 initial_indent="  ",
                 subsequent_indent="  ",
@@ -252,7 +265,7 @@ def _pairs(arguments: list[str], known: dict[str, Option]) -> Iterable[tuple[str
         if text is None and negated is not None and negated.types == (bool,):
             name, text = name.removeprefix("no"), "false"
         one = known.get(name)
-        if one is None and not _DEVICE.fullmatch(name.removeprefix("config.")):
+        if one is None and not _HOST.fullmatch(name.removeprefix("config.")):
             near = schema.did_you_mean(f"--{name}", [f"--{path}" for path in known])
             raise ConfigError(f"--{name} is not a flag{near} (all of them: --help)")
         if text is None:
@@ -265,24 +278,26 @@ def _pairs(arguments: list[str], known: dict[str, Option]) -> Iterable[tuple[str
         yield name, text
 
 
-def _find_device(name: str) -> Option:
-    """Returns the option that ``config.devices.1.link`` names."""
+def _find_host(name: str) -> Option:
+    """Returns the option that ``config.devices.1.link`` or ``config.nodes.1.link`` names."""
     path = name.removeprefix("config.")
-    found = _DEVICE.fullmatch(path)
+    found = _HOST.fullmatch(path)
     assert found is not None, name
-    own = {one.path: one for one in schema.options(DeviceConfig)}
-    if found[2] not in own:
-        near = schema.did_you_mean(found[2], own)
-        raise ConfigError(f"--{name} is not a flag of a device{near} (all of them: --help)")
-    return own[found[2]]._replace(path=path)
+    own = {one.path: one for one in schema.options(_HOSTS[found[1]])}
+    if found[3] not in own:
+        near = schema.did_you_mean(found[3], own)
+        raise ConfigError(
+            f"--{name} is not a flag of a {found[1].removesuffix('s')}{near} (all of them: --help)"
+        )
+    return own[found[3]]._replace(path=path)
 
 
 def _apply(config: Config, changes: dict[str, tuple[Option, str]]) -> Config:
     plain = []
     for path, (one, text) in changes.items():
-        if (found := _DEVICE.fullmatch(path)) is not None:
-            fields = config.devices.overrides.setdefault(int(found[1]), {})
-            fields[found[2]] = schema.parse(one, text)
+        if (found := _HOST.fullmatch(path)) is not None:
+            fields = getattr(config, found[1]).overrides.setdefault(int(found[2]), {})
+            fields[found[3]] = schema.parse(one, text)
         elif one.types in _PLAIN:
             plain.append(f"--config.{path}={_as_text(schema.parse(one, text))}")
         else:

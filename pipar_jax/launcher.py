@@ -22,6 +22,7 @@ from typing import Any
 from pipar_jax import data, errors
 from pipar_jax.config import Config, resolve, to_json
 from pipar_jax.errors import PiparError, RunError
+from pipar_jax.plan import COORDINATOR, device_name, node_name
 from pipar_jax.process import TOKEN_VARIABLE, describe_os_error
 
 OnEvent = Callable[[dict[str, Any]], None]
@@ -205,9 +206,11 @@ class _Hosts:
 
     def __enter__(self) -> _Hosts:
         try:
-            self._start("server", "--role=server")
+            self._start(COORDINATOR)
+            for index in range(1, self._config.nodes.count + 1):
+                self._start(node_name(index))
             for index in range(self._config.devices.count):
-                self._start(f"d{index}", "--role=device", f"--index={index}")
+                self._start(device_name(index))
         except BaseException:
             self._end()
             raise
@@ -247,8 +250,8 @@ class _Hosts:
             raise RunError(f"the server ended without finishing the run; log: {server.log}")
         return {**self._summary, "folder": str(self._folder)}
 
-    def _start(self, name: str, *arguments: str) -> None:
-        command = [sys.executable, "-m", self._module, *arguments]
+    def _start(self, name: str) -> None:
+        command = [sys.executable, "-m", self._module, f"--name={name}"]
         command.append(f"--config={self._folder / 'config.json'}")
         child = _Child(name, command, self._folder, self._config.network.token)
         self._children.append(child)

@@ -10,14 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pipar_jax import config as configuration
 from pipar_jax.config import Config
 from pipar_jax.errors import ConfigError
-from pipar_jax.plan import COORDINATOR, OWNER, Codecs, DevicePlan, Plan
+from pipar_jax.plan import COORDINATOR, OWNER, Codecs, DevicePlan, Plan, node_name
 from pipar_jax.schema import did_you_mean
 
 
 def federated(config: Config, units: Sequence[str]) -> Plan:
     """FL (FedAvg, McMahan et al., arXiv 1602.05629): no cut, all devices at once, averaged."""
     del units
-    return _plan(config, tuple(DevicePlan((), (OWNER,)) for _ in range(config.devices.count)))
+    devices = tuple(DevicePlan((), (OWNER,)) for _ in range(config.devices.count))
+    return _plan(config, devices, weights="copy")
 
 
 def split(config: Config, units: Sequence[str]) -> Plan:
@@ -38,11 +39,26 @@ def pipar(config: Config, units: Sequence[str]) -> Plan:
     return _plan(config, _two_hosts(config, units, pipelined=True))
 
 
+def multihop(config: Config, units: Sequence[str]) -> Plan:
+    """MP-SL (Tirana et al., arXiv 2402.00208): chains of compute nodes, labels at home or not.
+
+    Beyond the published system, micro-batches of all devices share the nodes.
+    """
+    return _plan(config, _chain(config, units))
+
+
+def chain_of_peers(config: Config, units: Sequence[str]) -> Plan:
+    """AccEPT's chain (Chen et al., arXiv 2311.05827): one device's data, peers as stages."""
+    return _plan(config, _chain(config, units))
+
+
 METHODS: Mapping[str, Callable[[Config, Sequence[str]], Plan]] = {
     "fl": federated,
     "sl": split,
     "sfl": split_federated,
     "pipar": pipar,
+    "mpsl": multihop,
+    "accept": chain_of_peers,
 }
 
 
@@ -110,10 +126,56 @@ def _two_hosts(config: Config, units: Sequence[str], *, pipelined: bool) -> tupl
     return tuple(plans)
 
 
+def chain_hosts(config: Config) -> tuple[str, ...]:
+    """Returns the hosts of a chain: the device, all nodes, and the device if labels stay home."""
+    nodes = tuple(node_name(index) for index in range(1, config.nodes.count + 1))
+    home = config.method == "mpsl" and config.pipeline.labels == "home"
+    return (OWNER, *nodes, *((OWNER,) if home else ()))
+
+
+def _chain(config: Config, units: Sequence[str]) -> tuple[DevicePlan, ...]:
+    """Returns device plans of a chain over all compute nodes, the same for every device."""
+    hosts = chain_hosts(config)
+    texts = [text.strip() for text in config.pipeline.cuts.split(",") if text.strip()]
+    if len(texts) != len(hosts) - 1:
+        raise ConfigError(
+            f"pipeline.cuts={config.pipeline.cuts!r} has {len(texts)} cuts, but the chain "
+            f"{' | '.join(hosts)} of method={config.method} with nodes.count={config.nodes.count} "
+            f"needs {len(hosts) - 1}: name each, or leave it empty for the planner's"
+        )
+    cuts = tuple(cut_position(text, units, "pipeline.cuts") for text in texts)
+    if list(cuts) != sorted(set(cuts)):
+        raise ConfigError(f"pipeline.cuts={config.pipeline.cuts!r} must rise from cut to cut")
+    return _alike(config, cuts, hosts)
+
+
+def plan_of_chain(config: Config, cuts: tuple[int, ...], hosts: tuple[str, ...]) -> Plan:
+    """Returns the plan in which every device has the same chain.
+
+    Args:
+      config: A resolved configuration.
+      cuts: Positions between the stages.
+      hosts: Host of each stage, ``device`` for the device itself.
+    """
+    return _plan(config, _alike(config, cuts, hosts))
+
+
+def _alike(config: Config, cuts: tuple[int, ...], hosts: tuple[str, ...]) -> tuple[DevicePlan, ...]:
+    """Returns the device plans of one chain for all devices."""
+    codecs = Codecs(config.pipeline.activation_codec, config.pipeline.cotangent_codec)
+    return tuple(
+        DevicePlan(cuts, hosts, micro_batches, (codecs,) * len(cuts))
+        for index in range(config.devices.count)
+        for micro_batches in [configuration.device(config, index).micro_batches or 1]
+    )
+
+
 def _plan(config: Config, devices: tuple[DevicePlan, ...], **values: str) -> Plan:
     """Returns a plan with what all methods take from the configuration."""
+    values.setdefault("weights", config.pipeline.weights)
     return Plan(
         devices=devices,
+        in_flight=config.pipeline.in_flight,
         dispatch=config.pipeline.dispatch,  # type: ignore[arg-type]  # resolve() checked it
         aggregate_every=configuration.aggregate_steps(config),
         **values,  # type: ignore[arg-type]

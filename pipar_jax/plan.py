@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from pipar_jax.errors import PlanError
 
@@ -28,6 +28,23 @@ COORDINATOR = "server"
 def device_name(device: int) -> str:
     """Returns the host name of a device, such as ``d0``."""
     return f"d{device}"
+
+
+def node_name(index: int) -> str:
+    """Returns the host name of a compute node, such as ``n1``; nodes are counted from 1."""
+    return f"n{index}"
+
+
+def long_name(host: str) -> str:
+    """Returns a host's name in words."""
+    if host == COORDINATOR:
+        return "the server"
+    return f"compute node {host[1:]}" if is_node(host) else f"device {host[1:]}"
+
+
+def is_node(host: str) -> bool:
+    """Says whether a host's name is a compute node's."""
+    return host[:1] == "n" and host[1:].isdecimal()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -103,6 +120,23 @@ class DevicePlan:
         return "".join(parts) + (f" x{self.micro_batches}" if self.cuts else "")
 
 
+class Boundary(NamedTuple):
+    """A place where chains go from one host to the next: what crosses it has a link of its own.
+
+    Where two hosts meet twice, as in a U-shape of one node, activations and cotangents would
+    otherwise share a direction's credit and could wait for each other.
+
+    Attributes:
+      lower: Host of the stage below.
+      upper: Host of the stage above.
+      below: Index of the stage below.
+    """
+
+    lower: str
+    upper: str
+    below: int
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
     """What all hosts of a run do, as a value: it prints, compares and serialises.
@@ -151,6 +185,29 @@ class Plan:
         name = self.devices[device].hosts[stage]
         return device_name(device) if name == OWNER else name
 
+    def is_local(self, stage: int) -> bool:
+        """Says whether all devices have the same units in this stage, on the same host.
+
+        Its weights then live together: they are averaged, or shared, where they are, without
+        traffic. A stage that runs on the devices themselves never is.
+        """
+        first = self.devices[0]
+        if stage >= first.stages or first.hosts[stage] == OWNER:
+            return False
+        bounds = slice(max(stage - 1, 0), stage + 1)
+        return all(
+            one.stages > stage
+            and one.hosts[stage] == first.hosts[stage]
+            and one.cuts[bounds] == first.cuts[bounds]
+            and (one.stages == stage + 1) == (first.stages == stage + 1)
+            for one in self.devices
+        )
+
+    @property
+    def sums_gradients(self) -> bool:
+        """Whether devices in parallel share weights, whose gradients are summed over them."""
+        return self.weights == "shared" and self.order == "parallel"
+
     def hosts(self) -> tuple[str, ...]:
         """Returns every host that the plan names, coordinator first, in order of appearance."""
         names = dict.fromkeys([COORDINATOR])
@@ -169,6 +226,16 @@ class Plan:
                 if one != other:
                     pairs.setdefault(frozenset((one, other)), (one, other))
         return tuple(pairs.values())
+
+    def boundaries(self) -> tuple[Boundary, ...]:
+        """Returns every place where some chain goes from one host to another, each once."""
+        found: dict[Boundary, None] = {}
+        for device, plan in enumerate(self.devices):
+            chain = [self.host(device, s) for s in range(plan.stages)]
+            for below, (one, other) in enumerate(itertools.pairwise(chain)):
+                if one != other:
+                    found[Boundary(one, other, below)] = None
+        return tuple(found)
 
     def units(self, device: int, stage: int, count: int) -> range:
         """Returns the indices of a stage's units in a model of ``count`` units."""

@@ -63,6 +63,43 @@ def policy(name: Dispatch, demand: Mapping[int, float] | None = None) -> Policy:
     )
 
 
+class Gate:
+    """How many micro-batches a stage with shared weights holds between forward and backward.
+
+    Attributes:
+      inside: Micro-batches between their forward and their backward.
+      most: How many there may be.
+    """
+
+    __slots__ = ("inside", "most")
+
+    def __init__(self, most: int) -> None:
+        """See the class."""
+        self.inside = 0
+        self.most = most
+
+
+class GatedOutlet:
+    """A gate and the link behind it: a forward needs room in both.
+
+    Args:
+      gate: The gate.
+      beyond: The link that the forward's result leaves by, if it leaves.
+    """
+
+    __slots__ = ("_beyond", "_gate")
+
+    def __init__(self, gate: Gate, beyond: Outlet | None) -> None:
+        """See the class."""
+        self._gate, self._beyond = gate, beyond
+
+    def can_send(self, nbytes: int) -> bool:
+        """Says whether the gate lets one more in and the link takes its result."""
+        return self._gate.inside < self._gate.most and (
+            self._beyond is None or self._beyond.can_send(nbytes)
+        )
+
+
 class Dispatcher:
     """The state of one host's schedule: what waits, what is ready, what comes next.
 

@@ -1,4 +1,4 @@
-"""One host as a process: ``python -m pipar_jax.process --role=server|device …``.
+"""One host as a process: ``python -m pipar_jax.process --name=server|d0|n1 …``.
 
 The launcher starts these. A process pins itself and sets jax's environment before jax is loaded,
 tells what happens as JSON lines on a pipe, leaves one clear line about an error, and never
@@ -26,10 +26,12 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import stages
+from pipar_jax import config as configuration
 from pipar_jax.checks import parse_cpus
-from pipar_jax.config import HIDDEN_TOKEN, Config, device, from_json
+from pipar_jax.config import HIDDEN_TOKEN, Config, from_json
 from pipar_jax.data.cache import user_cache
 from pipar_jax.errors import ConfigError, PiparError
+from pipar_jax.plan import COORDINATOR, is_node
 
 #: Hands the shared secret to child processes: neither files nor command lines show it.
 TOKEN_VARIABLE = "PIPAR_TOKEN"
@@ -40,21 +42,20 @@ Tell = Callable[[dict[str, Any]], None]
 Serve = Callable[[Config, Tell], None]
 
 
-def set_environment(config: Config, index: int | None) -> None:
+def set_environment(config: Config, name: str) -> None:
     """Pins this process and sets what jax reads when it is loaded, which must not be yet.
 
     The C library is told to keep freed memory: otherwise every step faults its pages in again.
 
     Args:
       config: Resolved configuration.
-      index: The device's index; None for the server.
+      name: The host's name, such as ``server``, ``d0`` or ``n1``.
 
     Raises:
       ConfigError: The cores asked for do not exist, or this system cannot pin.
     """
     stages.retain_memory()
-    host = config.server if index is None else device(config, index)
-    field = "server.cpus" if index is None else f"devices.{index}.cpus"
+    host, field = configuration.host(config, name), f"{configuration.host_field(name)}.cpus"
     cores = parse_cpus(host.cpus, field)
     if cores:
         if not hasattr(os, "sched_setaffinity"):
@@ -226,11 +227,12 @@ def _run_server(config: Config, tell: Tell) -> None:
     run_server(config, on_event=tell)
 
 
-def _run_device(config: Config, index: int, lines: queue.SimpleQueue[str]) -> None:
-    from pipar_jax.worker import run_device  # before the address is known: loading takes seconds
+def _run_worker(config: Config, name: str, lines: queue.SimpleQueue[str]) -> None:
+    from pipar_jax import worker  # before the address is known: loading takes seconds
 
     host, _, port = lines.get().rpartition(":")
-    run_device(config, index, (host, int(port)))
+    run = worker.run_node if is_node(name) else worker.run_device
+    run(config, int(name[1:]), (host, int(port)))
 
 
 def main(arguments: list[str] | None = None, serve: Serve = _run_server) -> NoReturn:
@@ -241,9 +243,8 @@ def main(arguments: list[str] | None = None, serve: Serve = _run_server) -> NoRe
       serve: What the server does.
     """
     parser = argparse.ArgumentParser(prog="python -m pipar_jax.process", description=__doc__)
-    parser.add_argument("--role", choices=("server", "device"), required=True)
+    parser.add_argument("--name", required=True, help="which host: server, d0, n1, …")
     parser.add_argument("--config", type=pathlib.Path, required=True, help="saved configuration")
-    parser.add_argument("--index", type=int, help="the device's index")
     parser.add_argument("--events", type=int, required=True, help="descriptor to write events to")
     parser.add_argument("--log", default="", help="name of the file that holds the output")
     given = parser.parse_args(arguments)
@@ -255,12 +256,11 @@ def main(arguments: list[str] | None = None, serve: Serve = _run_server) -> NoRe
         nonlocal debug
         config = _load_config(given.config)
         debug = config.debug
-        index = given.index if given.role == "device" else None
-        set_environment(config, index)
-        if index is None:
+        set_environment(config, given.name)
+        if given.name == COORDINATOR:
             serve(config, tell)
         else:
-            _run_device(config, index, lines)
+            _run_worker(config, given.name, lines)
 
     leave(perform(task, tell, debug=debug, log=given.log))
 

@@ -106,6 +106,21 @@ class DeviceProfile:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class NodeProfile:
+    """A compute node and its link to the next one.
+
+    Attributes:
+      host: What units cost on it.
+      up: Its link to the next node.
+      down: Its link from the next node.
+    """
+
+    host: HostProfile
+    up: LinkModel = FREE_LINK
+    down: LinkModel = FREE_LINK
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class CodecProfile:
     """What a codec does on these hosts.
 
@@ -133,6 +148,7 @@ class Profile:
       codecs: What is known of codecs besides ``raw``, by name.
       window_bytes: Bytes a link takes before its receiver has consumed some; None is unlimited.
       weight_ratio: Bytes on the wire per byte of the weights that are averaged, by their codec.
+      nodes: The compute nodes, n1 first.
     """
 
     model: str
@@ -143,6 +159,7 @@ class Profile:
     codecs: Mapping[str, CodecProfile] = dataclasses.field(default_factory=dict)
     window_bytes: float | None = None
     weight_ratio: float = 1.0
+    nodes: tuple[NodeProfile, ...] = ()
 
     def __post_init__(self) -> None:
         """Checks that all hosts were asked about the same units.
@@ -152,7 +169,8 @@ class Profile:
         """
         if not self.devices:
             raise PlanError("a profile needs at least one device")
-        for host in (self.server, *(one.host for one in self.devices)):
+        others = [one.host for one in self.devices] + [one.host for one in self.nodes]
+        for host in (self.server, *others):
             if len(host.update_s) != len(self.units):
                 raise PlanError(
                     f"the profile of {self.model} has {len(self.units)} units, but a host's tables "
@@ -182,10 +200,21 @@ class Profile:
                 )
                 for one in values["devices"]
             )  # fmt: skip
+            nodes = tuple(
+                NodeProfile(host_from_dict(one["host"]), LinkModel(**one["up"]),
+                            LinkModel(**one["down"]))
+                for one in values.get("nodes", ())
+            )  # fmt: skip
             codecs = {name: CodecProfile(**one) for name, one in values["codecs"].items()}
             units = tuple(UnitFacts(**one) for one in values["units"])
             server = host_from_dict(values["server"])
-            rest = {"units": units, "server": server, "devices": devices, "codecs": codecs}
+            rest = {
+                "units": units,
+                "server": server,
+                "devices": devices,
+                "codecs": codecs,
+                "nodes": nodes,
+            }
             return cls(**{**values, **rest})
         except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"this is not a profile: {error!r}") from error

@@ -136,7 +136,17 @@ def rounds(plan: Plan, steps_per_epoch: Sequence[int], epochs: int) -> tuple[tup
       steps_per_epoch: Steps in an epoch of each device.
       epochs: Epochs to train; with averaging every few steps an epoch is that of the device with
         the most data, and an exhausted shard reshuffles.
+
+    Raises:
+      PlanError: Gradients are to be summed over devices whose epochs have different lengths.
     """
+    if plan.sums_gradients and not plan.aggregate_every and len(set(steps_per_epoch)) > 1:
+        raise PlanError(
+            "weights shared by devices in parallel take one step for all of them, but the devices' "
+            f"epochs have {', '.join(map(str, steps_per_epoch))} steps: give the devices equal "
+            "shards, or set --config.aggregation.every='10 steps', with which a device that has "
+            "seen all its samples begins anew"
+        )
     devices = range(len(plan.devices))
     if plan.order == "sequential" and plan.hand_on == "step":
         return tuple(
@@ -163,14 +173,8 @@ def rounds(plan: Plan, steps_per_epoch: Sequence[int], epochs: int) -> tuple[tup
 
 def update_of(plan: Plan, device: int, stage: int, step: int) -> Action:
     """Returns the update that ends a step of a stage: one for all devices if they share weights."""
-    shared = plan.weights == "shared" and plan.order == "parallel" and _serves_many(plan, stage)
+    shared = plan.sums_gradients and plan.is_local(stage)
     return Action(stage, UPDATE, ALL if shared else device, step)
-
-
-def _serves_many(plan: Plan, stage: int) -> bool:
-    """Says whether one host runs this stage for more than one device."""
-    hosts = [plan.host(d, stage) for d, one in enumerate(plan.devices) if stage < one.stages]
-    return len(hosts) > 1 and len(set(hosts)) == 1
 
 
 class _Row(NamedTuple):
@@ -302,6 +306,21 @@ class RoundSchedule:
             self.plan.devices[device].micro_batches,
         )
 
+    def batch_of_all(self, step: int) -> int:
+        """Returns the samples in all devices' mini-batches of a step together."""
+        return sum(
+            batch_samples(self.samples[span.device], self.batch_size, step)
+            for span in self.spans
+            if span.first <= step < span.stop
+        )
+
+    def trained_samples(self, span: Span) -> int:
+        """Returns how many samples a device trains on in a span of its steps."""
+        samples = self.samples[span.device]
+        return sum(
+            batch_samples(samples, self.batch_size, step) for step in range(span.first, span.stop)
+        )
+
     def step(self, position: int, step: int) -> Step:
         """Returns the actions of one step of the span at ``position``.
 
@@ -343,7 +362,7 @@ class RoundSchedule:
             for s in range(self.plan.devices[device].stages):
                 update = update_of(self.plan, device, s, step)
                 host = self.plan.host(device, s)
-                local = _serves_many(self.plan, s) and host != COORDINATOR
+                local = self.plan.is_local(s) and host != COORDINATOR
                 average = Action(s if local else 0, AGGREGATE, ALL, self.spans[0].stop - 1)
                 if local or host == COORDINATOR:
                     sources.setdefault(average, []).append(update)

@@ -22,7 +22,7 @@ from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.members import Members
 from pipar_jax.runtime.setup import build_model, channel_options, set_precision
 from pipar_jax.runtime.tally import Tally
-from pipar_jax.slowness import Slowness
+from pipar_jax.slowness import slowness_of
 from stages import Model
 
 
@@ -100,7 +100,7 @@ def _serve(
             config,
             reply=members.local_reply,
             failed=members.local_failure,
-            slowness=Slowness(config.server.slowdown),
+            slowness=slowness_of(config.server),
         )
         try:
             address = endpoint.listen(config.server.host, config.server.port, members.on_link)
@@ -110,7 +110,7 @@ def _serve(
             ) from error
         tell({"event": "listening", "host": address[0], "port": address[1]})
         members.admit()
-        host.links.update({name: member.link for name, member in members.by_name.items()})
+        host.wiring.control.update({name: one.link for name, one in members.by_name.items()})
         tally = Tally(config, members, folder, tell, stages.parameter_count(model))
         evaluator = Evaluator(model, dataset, config.model.dtype)
         coordinator = Coordinator(config, model, host, members, evaluator, tally, script)

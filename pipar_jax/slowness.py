@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from comms.errors import ChannelError
 from comms.timetable import read_timetable
-from pipar_jax.config import DeviceConfig
+from pipar_jax.config import DeviceConfig, NodeConfig, ServerConfig
 from pipar_jax.errors import ConfigError
 
 
@@ -68,3 +68,12 @@ def slowness(device: DeviceConfig, field: str = "slowdown_trace") -> Slowness:
                 f"{at_s:g} s"
             )
     return Slowness(device.slowdown, tuple((at_s, value) for at_s, value in rows))
+
+
+def slowness_of(host: DeviceConfig | NodeConfig | ServerConfig) -> Slowness:
+    """Returns the slowness of any host as configured.
+
+    Raises:
+      ConfigError: The file of factors over time cannot be used.
+    """
+    return slowness(host) if isinstance(host, DeviceConfig) else Slowness(host.slowdown)

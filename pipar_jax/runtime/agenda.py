@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from pipar_jax.plan import Plan
 from pipar_jax.policy import DISPATCHED, Dispatcher
-from pipar_jax.schedule import Action, RoundSchedule, host_of
+from pipar_jax.schedule import ALL, Action, RoundSchedule, host_of
 
 
 class Agenda:
@@ -39,6 +39,11 @@ class Agenda:
         self._position: dict[tuple[int, int], int] = {}
         self._queue: list[int] = []
         self._open = 0
+        self._sharers = 0
+        # Updates of shared weights: what every device's step has named so far, and how many
+        # devices' steps are missing. They stay until they were dispatched.
+        self._joint: dict[Action, dict[Action, None]] = {}
+        self._joint_left: dict[Action, int] = {}
 
     def start(self, schedule: RoundSchedule) -> None:
         """Begins a round."""
@@ -49,7 +54,7 @@ class Agenda:
             for position, span in enumerate(schedule.spans)
             if self._takes_part(span.device) and span.stop > span.first
         ]
-        self._open = len(mine)
+        self._open = self._sharers = len(mine)
         if self._plan.order == "sequential":
             self._queue = mine[1:]
             mine = mine[:1]
@@ -59,12 +64,16 @@ class Agenda:
     @property
     def finished(self) -> bool:
         """Whether every action of the round was dispatched on this host."""
-        return self._open == 0
+        return self._open == 0 and not self._joint_left
 
     def over(self, action: Action) -> None:
         """Reports an action that was dispatched (or a receive that is complete)."""
         self._dispatcher.over(action)
         if action.kind not in DISPATCHED:
+            return
+        if action.device == ALL:
+            del self._joint_left[action]
+            self._dispatcher.forget(ALL, action.step - 2)
             return
         key = action.device, action.step
         self._left[key] -= 1
@@ -95,7 +104,19 @@ class Agenda:
             for row in self._schedule.step(position, step)
             if row[0].kind in DISPATCHED and host_of(self._plan, row[0]) == self._host
         ]
+        own = [row for row in rows if row[0].device != ALL]
         key = self._schedule.spans[position].device, step
-        self._left[key] = len(rows)
+        self._left[key] = len(own)
         self._position[key] = position
-        self._dispatcher.add(rows)
+        self._dispatcher.add(own)
+        for action, before in rows:
+            if action.device == ALL:
+                self._join(action, before)
+
+    def _join(self, action: Action, before: tuple[Action, ...]) -> None:
+        """Adds an action that serves all devices once every device's step has named its part."""
+        parts = self._joint.setdefault(action, {})
+        parts.update(dict.fromkeys(before))
+        self._joint_left[action] = self._joint_left.get(action, self._sharers) - 1
+        if not self._joint_left[action]:
+            self._dispatcher.add([(action, tuple(self._joint.pop(action)))])

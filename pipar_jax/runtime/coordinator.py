@@ -18,7 +18,7 @@ from pipar_jax import config as configuration
 from pipar_jax import schedule
 from pipar_jax.aggregation import Aggregator, Replica
 from pipar_jax.config import Config
-from pipar_jax.plan import COORDINATOR, Plan, device_name
+from pipar_jax.plan import COORDINATOR, Plan, device_name, is_node, node_name
 from pipar_jax.runtime import bundle, handover
 from pipar_jax.runtime.adaptation import Adaptation
 from pipar_jax.runtime.evaluation import Evaluator
@@ -27,9 +27,10 @@ from pipar_jax.runtime.members import Mail, Members
 from pipar_jax.runtime.meter import Totals
 from pipar_jax.runtime.script import Script
 from pipar_jax.runtime.survey import choose_plan
-from pipar_jax.runtime.tally import Tally
-from pipar_jax.schedule import AGGREGATE, ALL, Action, Span
-from pipar_jax.slowness import slowness
+from pipar_jax.runtime.tally import Fetched, Tally
+from pipar_jax.runtime.wiring import direct
+from pipar_jax.schedule import AGGREGATE, ALL, Action, RoundSchedule, Span
+from pipar_jax.slowness import slowness_of
 from pipar_jax.trace import Interval, Timed
 from stages import Model
 
@@ -66,6 +67,8 @@ class Coordinator:
         self.plan, profile = choose_plan(config, model, members, self._samples)
         self._rounds = schedule.rounds(self.plan, self._steps, config.epochs)
         self._devices = tuple(device_name(i) for i in range(config.devices.count))
+        self._nodes = tuple(node_name(i + 1) for i in range(config.nodes.count))
+        self._workers = (*self._nodes, *self._devices)
         self._adaptation: Adaptation | Script | None = None
         if script:
             self._adaptation = Script(script, members, host)
@@ -106,13 +109,14 @@ class Coordinator:
             if self._adaptation is not None:
                 self._adaptation.close()
         self._members.broadcast({"type": "finish"})
-        self._add_traces(self._members.collect("bye", self._devices))
+        self._add_traces(self._members.collect("bye", self._workers))
         return self._tally.finish()
 
     # --- before the first round ---------------------------------------------------------------
 
     def _prepare(self) -> None:
         """Sends the plan, waits until all have compiled, and lets slow hosts time themselves."""
+        self._introduce()
         began = time.monotonic()
         total = [0] * len(self._steps)
         for spans in self._rounds:
@@ -126,19 +130,31 @@ class Coordinator:
             # A unit has one replica per device, wherever each is cut.
             count = sum(1 for n in total if n)
             self._aggregator.compile({unit: count for unit in self._model.unit_names})
-        self._members.collect("prepared", (COORDINATOR, *self._devices))
+        self._members.collect("prepared", (COORDINATOR, *self._workers))
         compile_s = time.monotonic() - began
         self._calibrate()
         seconds = time.monotonic() - began - compile_s
         self._tally.prepared(compile_s, seconds)
+
+    def _introduce(self) -> None:
+        """Lets neighbours in chains connect to each other, where the plan needs it."""
+        boundaries = direct(self.plan.boundaries())
+        if not boundaries:
+            return
+        addresses = {name: self._members.by_name[name].identity.address for name in self._nodes}
+        self._members.broadcast(
+            {"type": "meet", "boundaries": [list(one) for one in boundaries],
+             "addresses": addresses}
+        )  # fmt: skip
+        self._members.collect("met", self._workers)
 
     def _calibrate(self) -> None:
         """Lets each emulated slow host time its functions, one after another, all else idle."""
         if self._config.server.slowdown != 1.0:
             self._host.calibrate()
             self._members.collect("calibrated", (COORDINATOR,))
-        for index, name in enumerate(self._devices):
-            if slowness(configuration.device(self._config, index)).emulated:
+        for name in self._workers:
+            if slowness_of(configuration.host(self._config, name)).emulated:
                 self._members.send(name, {"type": "calibrate"})
                 self._members.collect("calibrated", (name,))
 
@@ -156,7 +172,7 @@ class Coordinator:
         sequential = self.plan.order == "sequential"
         if self._adaptation is not None:
             self._adaptation.start_round(index)
-        hosts = (COORDINATOR, *self._devices)
+        hosts = (COORDINATOR, *self._workers)
         self._tally.start_round()
         start_s = time.monotonic()
         self._host.release(index, spans, self._holder if sequential else None, self._demand)
@@ -172,15 +188,17 @@ class Coordinator:
         interval = Interval(start_s, max(mail.time_s for mail in stored.values()))
         if sequential:
             self._gather_sequential()
-        self._collect_traces()
+        traced = self._collect_traces()
         rows, busy_s = self._host.recorder.take()
         self._tally.add_trace(COORDINATOR, rows, 0.0)
-        busy = {COORDINATOR: busy_s} | {d: stored[d].body["busy_s"] for d in self._devices}
+        busy = {COORDINATOR: busy_s} | {d: stored[d].body["busy_s"] for d in self._workers}
         totals = Totals()
         for mail in stored.values():
             totals = totals.plus(Totals(*(mail.body[k] for k in Totals._fields)))
         overruns = sum(mail.body["overruns"] for mail in stored.values())
-        self._tally.end_round(index, interval, totals, busy, overruns)
+        told = {name: stored[name].body["link"] for name in self._workers}
+        direct_rows = [row for name in self._workers for row in stored[name].body["direct"]]
+        self._tally.end_round(index, interval, totals, busy, overruns, told, traced, direct_rows)
         for span in spans:
             steps = sum(s.stop - s.first for s in spans if s.device == span.device)
             if steps:
@@ -189,18 +207,29 @@ class Coordinator:
     def _average(self, spans: Sequence[Span], trained: Mapping[str, Mail]) -> None:
         """Averages what the hosts trained and hands the result back to them."""
         parts: dict[int, dict[str, dict[str, Any]]] = {}
+        brought = [
+            name
+            for name in self._workers
+            for message in [trained[name].message]
+            if message is not None and message.kind == "bundle"
+        ]
         for name, mail in trained.items():
             for device, groups in self._arrays(name, mail).items():
                 own = parts.setdefault(int(device), {"params": {}, "state": {}})
                 own["params"].update(groups.get("params", {}))
                 own["state"].update(groups.get("state", {}))
+        if ALL in parts:  # the one copy of what devices share on the server: nothing to average
+            self._aggregator.params.update(parts[ALL]["params"])
+            self._aggregator.state.update(parts[ALL]["state"])
+        batch_size = self._config.data.batch_size
+        round_ = RoundSchedule(self.plan, tuple(spans), self._samples, batch_size)
         replicas = []
         for span in spans:
-            if span.stop > span.first:
+            if span.stop > span.first and span.device in parts:
                 one = parts[span.device]
                 for unit in one["params"]:  # units without statistics send none
                     one["state"].setdefault(unit, {})
-                weight = self._trained_samples(span) if self._config.aggregation.weighted else 1
+                weight = round_.trained_samples(span) if self._config.aggregation.weighted else 1
                 replicas.append(Replica(one["params"], one["state"], float(weight)))
         start_s = time.monotonic()
         self._aggregator.aggregate(replicas)
@@ -208,10 +237,10 @@ class Coordinator:
         time.sleep(spent_s * (self._config.server.slowdown - 1.0))
         action = Action(0, AGGREGATE, ALL, spans[0].stop - 1)
         self._host.recorder.add(Timed(action, start_s, time.monotonic()))
-        for index, name in enumerate(self._devices):
+        for name in brought:
             body = {"type": "store"}
             self._members.send_bundle(
-                name, "store", self._units_of(index), body, codec=self._config.aggregation.codec
+                name, "store", self._units_of(name), body, codec=self._config.aggregation.codec
             )
         self._host.store(*self.variables)
 
@@ -219,6 +248,8 @@ class Coordinator:
         """Returns a host's trained weights by device, checked if they came over a link."""
         if mail.message is None:
             return mail.arrays
+        if mail.message.kind != "bundle":
+            return {}
         groups = bundle.unpack(mail.message.tensors, name)
         for parts in groups.values():
             params = {unit.name: unit.params for unit in self._model.units}
@@ -227,26 +258,22 @@ class Coordinator:
             bundle.check_like(parts.get("state", {}), state, name, "batch statistics")
         return groups
 
-    def _units_of(self, device: int) -> bundle.Tensors:
-        """Returns the global weights of the units that a device's host holds."""
-        names = [
-            self._model.unit_names[i]
-            for stage in range(self.plan.devices[device].stages)
-            if self.plan.host(device, stage) == device_name(device)
+    def _units_of(self, host: str) -> bundle.Tensors:
+        """Returns the global weights of the units that a host gave to the average."""
+        held = {
+            i
+            for device, one in enumerate(self.plan.devices)
+            for stage in range(one.stages)
+            if self.plan.host(device, stage) == host
+            and not (is_node(host) and self.plan.is_local(stage))
             for i in self.plan.units(device, stage, len(self._model.units))
-        ]
+        }
+        names = [self._model.unit_names[i] for i in sorted(held)]
         params, state = self.variables
         return bundle.pack(
             {"whole": {"params": {n: params[n] for n in names},
                        "state": {n: state[n] for n in names}}}
         )  # fmt: skip
-
-    def _trained_samples(self, span: Span) -> int:
-        """Returns how many samples a device trained on in a span."""
-        samples, batch = self._samples[span.device], self._config.data.batch_size
-        return sum(
-            schedule.batch_samples(samples, batch, step) for step in range(span.first, span.stop)
-        )
 
     # --- sequential order ---------------------------------------------------------------------
 
@@ -281,18 +308,22 @@ class Coordinator:
 
     # --- between rounds -----------------------------------------------------------------------
 
-    def _collect_traces(self) -> None:
-        """Takes the devices' timed actions, outside the round that they belong to."""
-        if self._config.run.trace:
-            self._add_traces(self._members.collect("trace", self._devices))
+    def _collect_traces(self) -> dict[str, int]:
+        """Takes the hosts' timed actions, outside their round; returns what bytes they were."""
+        if not self._config.run.trace:
+            return {}
+        return self._add_traces(self._members.collect("trace", self._workers))
 
-    def _add_traces(self, mails: Mapping[str, Mail]) -> None:
+    def _add_traces(self, mails: Mapping[str, Mail]) -> dict[str, int]:
         """Adds the devices' timed actions to the run's, on this host's clock."""
+        traced = {}
         for name, mail in mails.items():
             assert mail.message is not None
             rows = bundle.unpack_rows(mail.message.tensors, name)
             # The offset is the peer's clock minus ours.
             self._tally.add_trace(name, rows, -(mail.message.link.offset_s or 0.0))
+            traced[name] = mail.message.nbytes
+        return traced
 
     def _adapt(self, index: int) -> None:
         """Changes the plan before a round, if another one is wanted and compiled."""
@@ -313,6 +344,31 @@ class Coordinator:
 
     def _evaluate(self, index: int) -> None:
         """Scores the global weights; this time belongs to no round."""
+        fetched = self._fetch()
         start_s = time.monotonic()
         score = self._evaluator.evaluate(*self.variables)
-        self._tally.evaluated(index, score.accuracy, score.loss, time.monotonic() - start_s)
+        self._tally.evaluated(
+            index, score.accuracy, score.loss, time.monotonic() - start_s, fetched
+        )
+
+    def _fetch(self) -> Fetched:
+        """Takes the parts of the model that live on compute nodes, which only evaluation needs."""
+        start_s = time.monotonic()
+        holders = [
+            name
+            for name in self._nodes
+            if any(self.plan.is_local(s) and self.plan.host(0, s) == name
+                   for s in range(self.plan.devices[0].stages))
+        ]  # fmt: skip
+        for name in holders:
+            self._members.send(name, {"type": "fetch"})
+        nbytes = 0
+        for name, mail in self._members.collect("fetched", holders).items():
+            assert mail.message is not None
+            nbytes += mail.message.nbytes
+            part = self._arrays(name, mail)["part"]
+            self._aggregator.params.update(part["params"])
+            self._aggregator.state.update(
+                {unit: part.get("state", {}).get(unit, {}) for unit in part["params"]}
+            )
+        return Fetched(nbytes, time.monotonic() - start_s)

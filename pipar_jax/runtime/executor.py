@@ -9,13 +9,14 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from comms import Link, Message, Role, Tag
+from comms import Message, Role, Tag
 from pipar_jax.errors import RunError
 from pipar_jax.plan import Plan
 from pipar_jax.runtime.completion import Work
 from pipar_jax.runtime.meter import Meter
 from pipar_jax.runtime.parcel import Parcel, open_parcel
 from pipar_jax.runtime.replica import Replica
+from pipar_jax.runtime.wiring import Wiring
 from pipar_jax.schedule import (
     ALL,
     BACKWARD,
@@ -65,7 +66,7 @@ class Executor:
       host: The host's name.
       plan: The run's plan.
       replicas: For (device, stage) its weights here; (ALL, stage) where devices share one copy.
-      links: For each peer its link.
+      wiring: The host's links.
       batches: The data of the device that this host is, if it is one.
       meter: Takes loss and accuracy.
       record: Takes timed sends and receives.
@@ -79,7 +80,7 @@ class Executor:
         host: str,
         plan: Plan,
         replicas: Mapping[tuple[int, int], Replica],
-        links: Mapping[str, Link],
+        wiring: Wiring,
         *,
         batches: Batches | None,
         meter: Meter,
@@ -89,7 +90,7 @@ class Executor:
         dtype: Any,
     ) -> None:
         """See the class."""
-        self._host, self._plan, self._replicas, self._links = host, plan, replicas, links
+        self._host, self._plan, self._replicas, self._wiring = host, plan, replicas, wiring
         self._batches, self._meter, self._record = batches, meter, record
         self._duration_s, self._seed, self._dtype = duration_s, np.uint32(seed), np.dtype(dtype)
         self._schedule: RoundSchedule | None = None
@@ -105,6 +106,12 @@ class Executor:
     def start(self, schedule: RoundSchedule) -> None:
         """Begins a round."""
         self._schedule = schedule
+
+    @property
+    def schedule(self) -> RoundSchedule:
+        """The round under way."""
+        assert self._schedule is not None
+        return self._schedule
 
     def replica(self, device: int, stage: int) -> Replica:
         """Returns the weights that a device's stage uses on this host."""
@@ -149,8 +156,7 @@ class Executor:
 
     def part(self, action: Action) -> Part:
         """Returns the place of an action's micro-batch in its mini-batch."""
-        assert self._schedule is not None
-        sizes = self._schedule.sizes(action.device, action.step)
+        sizes = self.schedule.sizes(action.device, action.step)
         m = action.micro_batch
         return Part(sum(sizes[:m]), sizes[m], len(sizes), sum(sizes))
 
@@ -212,13 +218,15 @@ class Executor:
 
     def _update(self, action: Action) -> Work:
         replica = self.replica(action.device, action.stage)
-        probe = replica.update()
+        probe = replica.update(self._gradient_scale(action))
         self._mini_batches.pop((action.device, action.step - 1), None)
         last = action.stage == self._plan.devices[max(action.device, 0)].stages - 1
+        served = range(len(self._plan.devices)) if action.device == ALL else (action.device,)
 
         def then() -> None:
             if last:
-                self._meter.step_over(action.device, action.step)
+                for device in served:
+                    self._meter.step_over(device, action.step)
 
         return self._work(action, probe, 0, then)
 
@@ -269,17 +277,37 @@ class Executor:
     def _draw(self, action: Action, part: Part) -> Draw:
         """Returns the scalars of a micro-batch, so that neither cut nor N changes what is drawn."""
         return Draw(
-            inverse_batch=self._dtype.type(1.0 / part.batch_samples),
+            inverse_batch=self._dtype.type(1.0 / self._loss_samples(action.step, part)),
             seed=self._seed,
             device=np.uint32(action.device),
             step=np.uint32(action.step),
             position=np.uint32(part.before),
         )
 
+    def _loss_samples(self, step: int, part: Part) -> int:
+        """Returns the samples that a loss is averaged over: all devices' if gradients are summed.
+
+        Where devices share weights the sum of their gradients then is that of the union of their
+        mini-batches, and no cotangent has to be scaled on its way.
+        """
+        if not self._plan.sums_gradients:
+            return part.batch_samples
+        return self.schedule.batch_of_all(step)
+
+    def _gradient_scale(self, action: Action) -> float:
+        """Returns what makes a gradient that of the mini-batch it is for: see _loss_samples.
+
+        A stage of the device's own steps by its own mini-batch; averaged by samples, these steps
+        are the union's too.
+        """
+        if not self._plan.sums_gradients or action.device == ALL:
+            return 1.0
+        own = sum(self.schedule.sizes(action.device, action.step))
+        return self.schedule.batch_of_all(action.step) / own
+
     def _check(self, message: Message, tag: Tag) -> None:
         """Raises RunError unless the tensor is one that this round can use."""
-        assert self._schedule is not None
-        sizes = self._schedule.sizes(tag.device, tag.step)
+        sizes = self.schedule.sizes(tag.device, tag.step)
         m = tag.micro_batch
         if m >= len(sizes) or sizes[m] != tag.samples:
             raise RunError(
@@ -306,7 +334,7 @@ class Executor:
         """Sends an activation, behind its labels, to the host of the next stage."""
         above = action.stage + 1
         if labels is not None:
-            link = self._links[self._plan.host(action.device, above)]
+            link = self._wiring.of(self._plan.host(action.device, above), action.stage)
             link.send(_tag(Role.LABEL, action, above, part), np.ascontiguousarray(labels))
         tag = _tag(Role.ACTIVATION, action, above, part)
         self._send(tag, action._replace(kind=SEND_FORWARD), parcel)
@@ -318,9 +346,11 @@ class Executor:
 
     def _send(self, tag: Tag, sent: Action, parcel: Parcel) -> None:
         """Queues a tensor on the link to its stage's host and records when it left."""
-        self._links[self._plan.host(tag.device, tag.stage)].send(
+        below = min(sent.stage, tag.stage)
+        self._wiring.of(self._plan.host(tag.device, tag.stage), below).send(
             tag,
             parcel.contents(),
+            codec=parcel.codec,
             on_sent=lambda start_s, end_s, nbytes: self._record(
                 Timed(sent, start_s, end_s, nbytes, tag.samples)
             ),

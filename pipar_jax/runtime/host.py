@@ -1,7 +1,7 @@
 """A host: its stages, its mailbox, one dispatch thread, one completion thread, its links.
 
 A host is an object, so a process may hold several: tests run a whole chain in one process over
-loopback. Whoever owns it (a device's worker or the coordinator) gives it commands, routes what
+loopback. Whoever owns it (a worker or the coordinator) gives it commands, routes what
 arrives on its links to it, and takes its replies. Everything below runs on the dispatch thread
 unless it says otherwise; commands are posted to the mailbox.
 """
@@ -18,15 +18,16 @@ import jax
 import numpy as np
 
 import stages
-from comms import Link, Message
+from comms import Message
 from pipar_jax import optimizer
 from pipar_jax.config import Config
 from pipar_jax.errors import RunError
-from pipar_jax.plan import OWNER, Plan, device_name
-from pipar_jax.policy import Dispatcher, policy
+from pipar_jax.plan import OWNER, Plan, device_name, is_node
+from pipar_jax.policy import Dispatcher, GatedOutlet, policy
 from pipar_jax.runtime import migration
 from pipar_jax.runtime.agenda import Agenda
 from pipar_jax.runtime.ahead import Ahead
+from pipar_jax.runtime.averaging import Averaging
 from pipar_jax.runtime.completion import Completion, Work
 from pipar_jax.runtime.executor import Batches, Executor
 from pipar_jax.runtime.meter import Meter
@@ -36,8 +37,11 @@ from pipar_jax.runtime.recorder import Recorder
 from pipar_jax.runtime.replica import Replica
 from pipar_jax.runtime.share import Outlet, Share
 from pipar_jax.runtime.warmup import LEAST_S, REPEATS, Shape, run_all, units_of
+from pipar_jax.runtime.wiring import Wiring
 from pipar_jax.schedule import (
     ALL,
+    BACKWARD,
+    FORWARD,
     HAND_ON,
     MICRO,
     RECEIVE_PART,
@@ -61,11 +65,12 @@ class Host:
     """Executes its share of a plan.
 
     Args:
-      name: ``server`` or a device's name.
+      name: ``server``, or a device's or compute node's name.
       model: The whole model.
       config: The resolved configuration.
       reply: Takes replies; called on any of the host's threads, must only post.
       failed: Takes the error that ended a thread; called once, must only post.
+      wiring: The host's links, if they are made elsewhere.
       batches: The data, if this host is a device.
       slowness: Emulated slowness: computations last so many times their time alone.
 
@@ -84,12 +89,13 @@ class Host:
         *,
         reply: Reply,
         failed: Callable[[BaseException], None],
+        wiring: Wiring | None = None,
         batches: Batches | None = None,
         slowness: Slowness = UNSLOWED,
     ) -> None:
         """See the class."""
         self.name = name
-        self.links: dict[str, Link] = {}
+        self.wiring = wiring or Wiring(name)
         self.observer = Observer()
         watch = self.observer.add if config.tuner.adapt else None
         self.recorder = Recorder(config.run.trace, watch)
@@ -173,11 +179,15 @@ class Host:
         self._post(self._take_part, part, step)
 
     def shared_variables(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Returns weights and statistics of the stages that devices share; between rounds only."""
+        """Returns weights and statistics of which this host has the only or an averaged copy.
+
+        Between rounds only.
+        """
         params: dict[str, Any] = {}
         state: dict[str, Any] = {}
-        for (device, _), replica in self._replicas.items():
-            if device == ALL:
+        local = self._share.local_stages()
+        for (device, stage), replica in self._replicas.items():
+            if device == ALL or stage in local:
                 params.update(jax.tree.map(np.array, replica.params))
                 state.update(jax.tree.map(np.array, replica.state))
         return params, state
@@ -236,6 +246,8 @@ class Host:
             outlet = self._outlet(action)
             if outlet is not None:
                 outlet[0].promised += outlet[1]
+            if action.kind == FORWARD and (gate := self._share.gate(action)) is not None:
+                gate.inside += 1
             work = self._hand_on(action) if action.kind == HAND_ON else self._perform(action)
             self._in_flight += 1
             self._completion.put(work)
@@ -254,6 +266,8 @@ class Host:
         outlet = self._outlet(action)
         if outlet is not None:
             outlet[0].promised -= outlet[1]
+        if action.kind == BACKWARD and (gate := self._share.gate(action)) is not None:
+            gate.inside -= 1
 
     def _receive(self, message: Message) -> None:
         complete = self._executor.receive(message)
@@ -279,6 +293,8 @@ class Host:
                 slot = self._share.slot(device, index)
                 if plan.host(device, index) == self.name and slot not in self._replicas:
                     self._replicas[slot] = Replica(stage, params, state, self._optimizer)
+        self._averaging = Averaging(self._config, plan, self._share, self._replicas, params, state)
+        self._averaging.compile(sum(1 for count in steps if count))
         del params, state
         self._install(plan)
         run_all(self._model, self._replicas.values(), self._sizes(), between=self._check_stopped)
@@ -290,18 +306,20 @@ class Host:
         cut_bytes = [
             shape.dtype.itemsize * int(np.prod(shape.shape)) for shape in self._model.shapes(1)
         ]
-        return Share(plan, self.name, self.links, cut_bytes)
+        return Share(plan, self.name, self.wiring, cut_bytes)
 
     def _install(self, plan: Plan) -> None:
         """Makes all that follows from a plan and from the replicas, which fit it already."""
         self._plan = plan
-        self._dispatcher = Dispatcher(policy(plan.dispatch, self._demand), self._outlet)
+        self._dispatcher = Dispatcher(policy(plan.dispatch, self._demand), self._asked)
         self._agenda = Agenda(self.name, plan, self._dispatcher, self._share.takes_part)
         self._executor = Executor(
-            self.name, plan, self._replicas, self.links,
+            self.name, plan, self._replicas, self.wiring,
             batches=self._batches, meter=self._meter, record=self.recorder.add,
             duration_s=self._duration_s, seed=self._config.seed, dtype=self._config.model.dtype,
         )  # fmt: skip
+        # A neighbour may be told to begin before this host is: what it sends is checked at once.
+        self._executor.start(RoundSchedule(plan, (), self._samples, self._config.data.batch_size))
 
     def _compile_codecs(self, plan: Plan, sizes: Collection[int]) -> None:
         """Compiles the codecs of every cut at which this host meets another."""
@@ -384,17 +402,26 @@ class Host:
         if self._plan.order == "sequential":
             self._report()
             return
+        local = self._share.local_stages()
+        if local:
+            self.recorder.add(
+                self._averaging.run(self._executor.schedule, self._slowness.since(self._began_s))
+            )
         arrays: dict[str, Any] = {}
-        for (device, _), replica in self._replicas.items():
+        for (device, stage), replica in self._replicas.items():
+            if stage in local:
+                continue
             arrays.setdefault(str(device), {"params": {}, "state": {}})
             arrays[str(device)]["params"].update(replica.params)
             arrays[str(device)]["state"].update(replica.state)
         self._reply({"type": "trained", "round": self._round}, arrays)
+        if is_node(self.name) and not arrays:  # nothing of it comes back averaged
+            self._report()
 
     def _store(self, params: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         for replica in self._replicas.values():
             replica.load(params, state)
-            replica.opt_state = optimizer.anchor(replica.opt_state, replica.params)
+            replica.renew_anchor()
         jax.block_until_ready(  # type: ignore[no-untyped-call]
             [(replica.params, replica.state) for replica in self._replicas.values()]
         )
@@ -447,6 +474,11 @@ class Host:
         if action.kind not in MICRO:
             return None
         return self._share.outlet(action, self._executor.part(action).samples)
+
+    def _asked(self, action: Action) -> tuple[Outlet | GatedOutlet, int] | None:
+        if action.kind not in MICRO:
+            return None
+        return self._share.asked(action, self._executor.part(action).samples)
 
     def _duration_s(self, action: Action, samples: int) -> float:
         """Returns the seconds an action has to last here; 0 where no slowness is emulated."""

@@ -1,4 +1,4 @@
-"""The devices of a run as the coordinator knows them: who joined and what they say."""
+"""Devices and compute nodes of a run as the coordinator knows them: who joined, what they say."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from comms import ChannelError, Endpoint, Link, Message
 from pipar_jax import config as configuration
 from pipar_jax.config import Config
 from pipar_jax.errors import JoinError, PeerError, RunError
-from pipar_jax.plan import COORDINATOR, device_name
+from pipar_jax.plan import COORDINATOR, device_name, is_node, long_name, node_name
 from pipar_jax.runtime import identity
 from pipar_jax.runtime.identity import Identity
 from stages import Model
@@ -60,7 +60,7 @@ class Member:
 
 
 class Members:
-    """Admits devices and collects what hosts say, theirs and that of the host in this process.
+    """Admits devices and nodes and collects what hosts say, that of this process included.
 
     Args:
       config: Resolved configuration.
@@ -110,12 +110,15 @@ class Members:
         self._inbox.put(("failed", None, error))
 
     def admit(self) -> None:
-        """Waits until every device has joined.
+        """Waits until every device and every compute node has joined.
 
         Raises:
           JoinError: Some have not within ``network.join_timeout_s``.
         """
-        wanted = [device_name(i) for i in range(self._config.devices.count)]
+        wanted = [
+            *(node_name(i + 1) for i in range(self._config.nodes.count)),
+            *(device_name(i) for i in range(self._config.devices.count)),
+        ]
         deadline = time.monotonic() + self._config.network.join_timeout_s
         told: list[str] = []
         while missing := [name for name in wanted if name not in self.by_name]:
@@ -125,7 +128,7 @@ class Members:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise JoinError(
-                    f"{', '.join(missing)} of {len(wanted)} devices did not join within "
+                    f"{', '.join(missing)} of {len(wanted)} hosts did not join within "
                     f"{self._config.network.join_timeout_s:g} s: start them, or raise "
                     "network.join_timeout_s"
                 )
@@ -140,11 +143,11 @@ class Members:
           PeerError: A device was lost or failed.
         """
         found: dict[str, Mail] = {}
-        for mail in self.said(kind):
+        told = self.said(kind)
+        while len(found) < len(sources):
+            mail = next(told)
             if mail.source in sources:
                 found[mail.source] = mail
-            if len(found) == len(sources):
-                break
         return {name: found[name] for name in sources}
 
     def said(self, *kinds: str) -> Iterator[Mail]:
@@ -251,7 +254,7 @@ class Members:
         name = self._names.get(link)
         if what == "lost":
             if name is not None:
-                raise PeerError(f"{_long(name)} was lost: {item}")
+                raise PeerError(f"{long_name(name)} was lost: {item}")
         elif name is None:
             self._admit(link, item.body)
         else:
@@ -270,7 +273,7 @@ class Members:
     def _sort(self, mail: Mail) -> None:
         kind = mail.body.get("type")
         if kind == "failed":
-            raise PeerError(f"{_long(mail.source)} failed: {mail.body['error']}")
+            raise PeerError(f"{long_name(mail.source)} failed: {mail.body['error']}")
         if kind == "progress":
             self._tell({**mail.body, "event": "progress"})
             return
@@ -284,22 +287,24 @@ class Members:
     def _admit(self, link: Link, body: dict[str, Any]) -> None:
         """Takes a device in, or tells it and the user why not."""
         reason = identity.objection(body, self._config, self._model)
-        index = body.get("index")
-        if reason is None and device_name(body["index"]) in self.by_name:
-            reason = f"device {index} has joined already: start it with another index"
+        name = body.get("name")
+        if reason is None and name in self.by_name:
+            reason = f"{long_name(body['name'])} has joined already: start it with another index"
         if reason is not None:
-            self._tell({"event": "refused", "device": index, "reason": reason})
+            self._tell({"event": "refused", "host": name, "reason": reason})
             with contextlib.suppress(ChannelError):  # it has gone by itself
                 link.send_control({"type": "refused", "reason": reason})
             return
         who = identity.identity(body)
+        self.by_name[who.name] = Member(link, who)
+        self._names[link] = who.name
+        if is_node(who.name):
+            link.send_control(
+                {"type": "model", "input_shape": list(self._model.input_shape),
+                 "classes": self._model.classes}
+            )  # fmt: skip
+            self._tell({"event": "node_joined", "node": who.index})
+            return
         _, down = comms.parse_link(configuration.device(self._config, who.index).link)
         link.set_shape(down)
-        self.by_name[device_name(who.index)] = Member(link, who)
-        self._names[link] = device_name(who.index)
         self._tell({"event": "device_joined", "device": who.index, "samples": who.samples})
-
-
-def _long(name: str) -> str:
-    """Returns a host's name in words."""
-    return f"device {name[1:]}" if name != COORDINATOR else "the server"

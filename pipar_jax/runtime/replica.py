@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pipar_jax import optimizer
 from pipar_jax.optimizer import Compiled
 from stages import Draw, Stage
 
@@ -60,6 +62,10 @@ class Replica:
         self.params = {unit: jax.tree.map(jnp.array, dict(params[unit])) for unit in names}
         self.state = {unit: jax.tree.map(jnp.array, dict(state.get(unit, {}))) for unit in names}
 
+    def renew_anchor(self) -> None:
+        """Tells the optimiser that a round begins with the weights as they are (FedProx)."""
+        self.opt_state = optimizer.anchor(self.opt_state, self.params)
+
     def forward(self, x: jax.Array, draw: Draw) -> tuple[jax.Array, Any]:
         """Returns the activation [micro-batch, …] and the residuals of a micro-batch."""
         y, residuals, self.state = self.stage.forward(self.params, self.state, x, draw)
@@ -84,10 +90,23 @@ class Replica:
         )
         return metrics, cotangent
 
-    def update(self) -> jax.Array:
-        """Takes one optimiser step; returns an array that is ready when the step is."""
+    def update(self, scale: float = 1.0) -> jax.Array:
+        """Takes one optimiser step; returns an array that is ready when the step is.
+
+        Args:
+          scale: What the gradient is multiplied by first.
+        """
+        if scale != 1.0:
+            self.accumulated = _scaled(self.accumulated, scale)
         self.params, self.opt_state, self.accumulated = self._update(
             self.params, self.opt_state, self.accumulated
         )
         leaf: jax.Array = jax.tree.leaves(self.params)[0]
         return leaf
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _scaled(gradient: Variables, scale: float) -> Variables:
+    """Returns a gradient times a number."""
+    scaled: Variables = jax.tree.map(lambda g: g * jnp.asarray(scale, g.dtype), gradient)
+    return scaled

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from comms import Link
 from pipar_jax.errors import PlanError
-from pipar_jax.plan import COORDINATOR, OWNER, Plan, device_name
+from pipar_jax.plan import COORDINATOR, OWNER, Plan, device_name, is_node
+from pipar_jax.policy import Gate, GatedOutlet
+from pipar_jax.runtime.wiring import Wiring
 from pipar_jax.schedule import (
     ALL,
     BACKWARD,
@@ -43,20 +45,19 @@ class Share:
     Args:
       plan: The run's plan.
       host: The host's name.
-      links: For each peer its link.
+      wiring: The host's links.
       cut_bytes: For each cut the bytes of one sample's activation.
 
     Raises:
       PlanError: No host of this runtime could carry the plan out.
     """
 
-    def __init__(
-        self, plan: Plan, host: str, links: Mapping[str, Link], cut_bytes: Sequence[int]
-    ) -> None:
+    def __init__(self, plan: Plan, host: str, wiring: Wiring, cut_bytes: Sequence[int]) -> None:
         """See the class."""
         check_executable(plan)
-        self._plan, self._host, self._links, self._cut_bytes = plan, host, links, cut_bytes
-        self._outlets: dict[str, Outlet] = {}
+        self._plan, self._host, self._wiring, self._cut_bytes = plan, host, wiring, cut_bytes
+        self._outlets: dict[tuple[str, int], Outlet] = {}
+        self._gates: dict[int, Gate] = {}
 
     def takes_part(self, device: int) -> bool:
         """Says whether the host runs a stage of a device."""
@@ -65,8 +66,32 @@ class Share:
 
     def slot(self, device: int, stage: int) -> tuple[int, int]:
         """Returns the key of the weights that a device's stage uses on its host."""
-        own = self._plan.devices[device].hosts[stage] == OWNER
-        return (device if own or self._plan.weights == "copy" else ALL), stage
+        shared = self._plan.weights == "shared" and (
+            self._plan.is_local(stage)
+            or (
+                self._plan.order == "sequential"
+                and self._plan.devices[device].hosts[stage] != OWNER
+            )
+        )
+        return (ALL if shared else device), stage
+
+    def local_stages(self) -> tuple[int, ...]:
+        """Returns the stages whose weights live together on this host, a compute node's."""
+        stages = range(self._plan.devices[0].stages)
+        return tuple(
+            s
+            for s in stages
+            if self._host != COORDINATOR
+            and self._plan.is_local(s)
+            and self._plan.host(0, s) == self._host
+        )
+
+    def gate(self, action: Action) -> Gate | None:
+        """Returns what caps the micro-batches of an action's stage, if anything does."""
+        capped = self._plan.in_flight and self._plan.sums_gradients
+        if not capped or not self._plan.is_local(action.stage):
+            return None
+        return self._gates.setdefault(action.stage, Gate(self._plan.in_flight))
 
     def sizes(self, samples: Sequence[int], batch_size: int) -> set[int]:
         """Returns every micro-batch size that the host meets in an epoch.
@@ -103,28 +128,55 @@ class Share:
         peer = self._plan.host(action.device, goes_to)
         if peer == self._host:
             return None
-        if peer not in self._outlets:
-            self._outlets[peer] = Outlet(self._links[peer])
-        cut = self._plan.devices[action.device].cuts[min(action.stage, goes_to)]
-        return self._outlets[peer], self._cut_bytes[cut] * samples
+        below = min(action.stage, goes_to)
+        if (peer, below) not in self._outlets:
+            self._outlets[peer, below] = Outlet(self._wiring.of(peer, below))
+        cut = self._plan.devices[action.device].cuts[below]
+        return self._outlets[peer, below], self._cut_bytes[cut] * samples
+
+    def asked(self, action: Action, samples: int) -> tuple[Outlet | GatedOutlet, int] | None:
+        """Returns what a dispatcher asks before it hands an action out: gate, link, or both."""
+        outlet = self.outlet(action, samples)
+        gate = self.gate(action) if action.kind == FORWARD else None
+        if gate is None:
+            return outlet
+        link, nbytes = outlet or (None, 0)
+        return GatedOutlet(gate, link), nbytes
 
 
 def check_executable(plan: Plan) -> None:
     """Refuses plans that no host of this runtime could carry out.
 
     Raises:
-      PlanError: Devices share weights in parallel, or a stage lies on a host that nobody runs.
+      PlanError: A stage lies on a host that nobody runs, a device would have to be reached by
+        another one, a chain meets the coordinator's host twice, or devices share weights that do
+        not live together.
     """
-    if plan.weights == "shared" and plan.order == "parallel":
-        raise PlanError(
-            "plan.weights='shared' needs plan.order='sequential': gradients of devices in parallel "
-            "are not summed; use weights='copy'"
-        )
     for device, one in enumerate(plan.devices):
-        chain = {plan.host(device, stage) for stage in range(one.stages)}
-        others = sorted(chain - {COORDINATOR, device_name(device)})
+        chain = [plan.host(device, stage) for stage in range(one.stages)]
+        others = sorted(
+            {h for h in chain if h not in (COORDINATOR, device_name(device)) and not is_node(h)}
+        )
         if others:
             raise PlanError(
                 f"device {device} has stages on {', '.join(others)}: a stage runs on the device "
-                f"itself or on {COORDINATOR}"
+                f"itself, on a compute node (n1, n2, …) or on {COORDINATOR}"
             )
+        if chain[0] != device_name(device):
+            raise PlanError(
+                f"device {device}'s chain begins on {chain[0]}: its samples are on the device, so "
+                f"the first stage must be there too"
+            )
+    met = [tuple(sorted(one[:2])) for one in plan.boundaries() if COORDINATOR in one[:2]]
+    if len(met) > len(set(met)):
+        raise PlanError(
+            f"the plan {plan} meets {COORDINATOR} twice in a chain: put the middle stages of a "
+            "U-shape on compute nodes"
+        )
+    if plan.sums_gradients and not any(
+        plan.is_local(stage) for stage in range(plan.devices[0].stages)
+    ):
+        raise PlanError(
+            f"the plan {plan} shares weights, but no stage serves all devices on one host with "
+            "the same cuts: use weights='copy'"
+        )

@@ -89,10 +89,12 @@ class Costs:
       compute_s: Seconds of a computation on its host.
       wire_bytes: Bytes of a message: SF and SB as they travel (coded, labels included), SA and RA
         for the weights of a stage, H for the device part with its optimiser state.
-      links: Model of each direction (from, to); directions that are not named cost nothing.
+      links: Model of each direction (from, to); directions that are not named cost nothing. What a
+        device sends shares one line, to whomever it goes.
       ports: Hosts whose links share a network connection.
       window_bytes: Bytes of activations and cotangents that a link direction takes before the
-        receiver has consumed some; None is unlimited. An empty window takes one of any size.
+        receiver has consumed some; None is unlimited. An empty window takes one of any size. Where
+        no side is the coordinator's, every boundary between two hosts has a link of its own.
       codec_s: Seconds of encoding (SF, SB) or decoding (RF, RB) on the host's codec worker, which
         is not its processor.
       held_bytes: Memory that a computation holds: F's until its B is over, L's while it runs.

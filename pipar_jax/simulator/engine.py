@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipar_jax.plan import COORDINATOR, device_name
-from pipar_jax.policy import policy
+from pipar_jax.policy import Gate, GatedOutlet, policy
 from pipar_jax.schedule import (
     BACKWARD,
     FORWARD,
@@ -26,7 +26,7 @@ from pipar_jax.simulator.agenda import Agenda
 from pipar_jax.simulator.costs import Costs, on_grid
 from pipar_jax.simulator.exchange import Exchange
 from pipar_jax.simulator.network import Direction, Network, Route
-from pipar_jax.simulator.state import ComparableDispatcher, Gate, GatedOutlet, SimulatedHost
+from pipar_jax.simulator.state import ComparableDispatcher, SimulatedHost
 from pipar_jax.simulator.steady import Steady
 from pipar_jax.trace import Interval, Timed, Trace
 
@@ -347,11 +347,9 @@ class Simulation:
 
     def _gate(self, action: Action) -> Gate | None:
         """Returns the gate of a stage whose weights devices share, if it is capped."""
-        if self._plan.weights != "shared" or self._plan.order != "parallel":
+        if not (self._plan.sums_gradients and self._plan.is_local(action.stage)):
             return None
         host = self._plan.host(action.device, action.stage)
-        if host == device_name(action.device):
-            return None
         return self._gates.setdefault((host, action.stage), Gate(self._plan.in_flight))
 
     def _pass_gate(self, host: SimulatedHost, action: Action, change: int) -> None:
@@ -382,7 +380,7 @@ class Simulation:
         """Sums up."""
         offset_s, left_out = 0.0, 0
         busy = {host.name: host.busy_s for host in self.hosts}
-        carried = {ends: link.carried for ends, link in self.network.directions.items()}
+        carried = self.network.carried()
         if self._steady is not None:
             offset_s, left_out = self._steady.offset_s, self._steady.left_out
             for name, seconds in self._steady.busy_s.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipar_jax.plan import COORDINATOR, Plan
+from pipar_jax.plan import COORDINATOR, Plan, is_node
 from pipar_jax.schedule import (
     ALL,
     BACKWARD,
@@ -15,6 +15,22 @@ from pipar_jax.schedule import (
     SEND_FORWARD,
 )
 from pipar_jax.simulator.costs import FREE_LINK, Costs, on_grid
+
+#: Stands for a stage's index where a link belongs to no boundary: the coordinator's to a host.
+CONTROL = -1
+
+
+class Line:
+    """What messages leave by one after another: a link, or links that share one shaper.
+
+    Attributes:
+      free_s: When everything queued so far has left.
+    """
+
+    __slots__ = ("free_s",)
+
+    def __init__(self) -> None:
+        self.free_s = 0.0
 
 
 class Way:
@@ -43,25 +59,28 @@ class Direction:
     Attributes:
       source: Name of the sending host.
       target: Name of the receiving host.
-      free_s: When everything queued so far has left.
+      below: Index of the stage below the boundary that it crosses; ``CONTROL`` if it serves all.
+      line: What it sends by, perhaps with other directions.
       outstanding: Bytes promised, queued or waiting to be consumed.
       carried: Bytes sent so far.
       delay_s: One-way delay.
     """
 
-    __slots__ = ("_in", "_model", "_occupied_s", "_out", "_window", "carried", "delay_s",
-                 "free_s", "outstanding", "source", "target")  # fmt: skip
+    __slots__ = ("_in", "_model", "_occupied_s", "_out", "_window", "below", "carried", "delay_s",
+                 "line", "outstanding", "source", "target")  # fmt: skip
 
-    def __init__(self, source: str, target: str, costs: Costs, out: Way, into: Way) -> None:
+    def __init__(
+        self, source: str, target: str, below: int, line: Line, costs: Costs, out: Way, into: Way
+    ) -> None:
         model = costs.links.get((source, target), FREE_LINK)
-        self.source, self.target = source, target
+        self.source, self.target, self.below, self.line = source, target, below, line
         self._model = model
         self._occupied_s: dict[float, float] = {}
         self.delay_s = on_grid(model.delay_s)
         self._window = costs.window_bytes
         self._out = out if out.rate_bytes_s is not None else None
         self._in = into if into.rate_bytes_s is not None else None
-        self.free_s = self.outstanding = self.carried = 0.0
+        self.outstanding = self.carried = 0.0
 
     def can_send(self, nbytes: float) -> bool:
         """Says whether the link takes a message of this size now."""
@@ -73,7 +92,8 @@ class Direction:
 
     def send(self, now_s: float, nbytes: float) -> tuple[float, float]:
         """Queues a message; returns when its first and its last byte leave."""
-        start = self.free_s if self.free_s > now_s else now_s
+        line = self.line
+        start = line.free_s if line.free_s > now_s else now_s
         occupied = self._occupied_s.get(nbytes)
         if occupied is None:
             occupied = self._occupied_s[nbytes] = on_grid(self._model.occupied_s(nbytes))
@@ -82,16 +102,22 @@ class Direction:
             end = max(end, self._out.pass_s(start, nbytes))
         if self._in is not None:
             end = max(end, self._in.pass_s(start, nbytes))
-        self.free_s = end
+        line.free_s = end
         self.carried += nbytes
         return start, end
 
     def __str__(self) -> str:
-        return f"{self.source} to {self.target}"
+        behind = "" if self.below == CONTROL else f" behind stage {self.below}"
+        return f"{self.source} to {self.target}{behind}"
 
 
 class Network:
     """All directions of all links, made when first used.
+
+    Links are those of the runtime (``runtime.wiring``, ``runtime.neighbours``): what crosses a
+    boundary at the coordinator's host uses that host's one link to the coordinator, every other
+    boundary has a link, and so a credit, of its own. What a device sends shares one line whatever
+    link it takes, as do the links from one host to one device; two nodes have a line per boundary.
 
     Args:
       costs: Links, ports and windows.
@@ -101,16 +127,33 @@ class Network:
         """See the class."""
         self._costs = costs
         self._ways: dict[tuple[str, bool], Way] = {}
-        self.directions: dict[tuple[str, str], Direction] = {}
+        self._lines: dict[tuple[str, str, int], Line] = {}
+        self.directions: dict[tuple[str, str, int], Direction] = {}
 
-    def direction(self, source: str, target: str) -> Direction:
-        """Returns one direction of the link between two hosts."""
-        found = self.directions.get((source, target))
+    def direction(self, source: str, target: str, below: int = CONTROL) -> Direction:
+        """Returns one direction of the link between two hosts.
+
+        Args:
+          source: The sending host.
+          target: The receiving host.
+          below: Index of the stage below the boundary that is crossed.
+        """
+        if COORDINATOR in (source, target):
+            below = CONTROL
+        key = source, target, below
+        found = self.directions.get(key)
         if found is None:
             out, into = self._way(source, True), self._way(target, False)
-            found = Direction(source, target, self._costs, out, into)
-            self.directions[source, target] = found
+            line = self._lines.setdefault(_line_of(*key), Line())
+            found = self.directions[key] = Direction(*key, line, self._costs, out, into)
         return found
+
+    def carried(self) -> dict[tuple[str, str], float]:
+        """Returns for each pair (from, to) the bytes sent so far, over all links between them."""
+        totals: dict[tuple[str, str], float] = {}
+        for (source, target, _), one in self.directions.items():
+            totals[source, target] = totals.get((source, target), 0.0) + one.carried
+        return totals
 
     def control(self, source: str, now_s: float, target: str = COORDINATOR) -> float:
         """Returns when a control message, which overtakes tensors, has arrived."""
@@ -119,9 +162,9 @@ class Network:
         model = self._costs.links.get((source, target), FREE_LINK)
         return now_s + on_grid(model.message_s + model.delay_s)
 
-    def times(self) -> list[Way | Direction]:
+    def times(self) -> list[Way | Line]:
         """Returns everything that is busy until some time, in the order of first use."""
-        return [*self.directions.values(), *self._ways.values()]
+        return [*self._lines.values(), *self._ways.values()]
 
     def _way(self, host: str, out: bool) -> Way:
         """Returns one direction of a host's port."""
@@ -131,6 +174,15 @@ class Network:
             rate = None if port is None else port.out_bytes_s if out else port.in_bytes_s
             self._ways[key] = Way(rate)
         return self._ways[key]
+
+
+def _line_of(source: str, target: str, below: int) -> tuple[str, str, int]:
+    """Returns what a direction's line is called: directions of one line are called the same."""
+    if source != COORDINATOR and not is_node(source):
+        return source, "", CONTROL  # a device has one radio for all that it sends
+    if target != COORDINATOR and not is_node(target):
+        return source, target, CONTROL
+    return source, target, below
 
 
 class Route:
@@ -166,10 +218,11 @@ class Route:
         elif kind == FORWARD:
             self.sent, self.received, self.target_stage = SEND_FORWARD, RECEIVE_FORWARD, stage + 1
         if self.sent and hosts[self.target_stage] != self.host:
-            self.out = network.direction(self.host, hosts[self.target_stage])
+            below = min(stage, self.target_stage)
+            self.out = network.direction(self.host, hosts[self.target_stage], below)
         before = stage + 1 if kind == BACKWARD else stage - 1
         if kind in (FORWARD, LAST, BACKWARD) and before >= 0 and hosts[before] != self.host:
-            self.source = network.direction(hosts[before], self.host)
+            self.source = network.direction(hosts[before], self.host, min(stage, before))
             self.got = RECEIVE_BACKWARD if kind == BACKWARD else RECEIVE_FORWARD
 
     def cost(self, samples: int) -> tuple[float, float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Hashable, Mapping
 
-from pipar_jax.policy import Dispatcher, Outlet
+from pipar_jax.policy import Dispatcher
 from pipar_jax.schedule import Action
 from pipar_jax.trace import Timed
 
@@ -43,36 +43,6 @@ class ComparableDispatcher(Dispatcher):
             for one in dependents:
                 found[one].append(action)
         return found
-
-
-class Gate:
-    """Shared weights with at most so many micro-batches between forward and backward on a stage.
-
-    Attributes:
-      inside: Micro-batches between their forward and their backward.
-      most: How many there may be.
-    """
-
-    __slots__ = ("inside", "most")
-
-    def __init__(self, most: int) -> None:
-        self.inside = 0
-        self.most = most
-
-
-class GatedOutlet:
-    """A gate and the link behind it: a forward needs room in both."""
-
-    __slots__ = ("_beyond", "_gate")
-
-    def __init__(self, gate: Gate, beyond: Outlet | None) -> None:
-        self._gate, self._beyond = gate, beyond
-
-    def can_send(self, nbytes: int) -> bool:
-        """Says whether the gate lets one more in and the link takes its result."""
-        return self._gate.inside < self._gate.most and (
-            self._beyond is None or self._beyond.can_send(nbytes)
-        )
 
 
 class SimulatedHost:

@@ -83,7 +83,7 @@ class Steady:
             self._simulation.now_s,
             reached[marker],
             tuple(host.busy_s for host in self._simulation.hosts),
-            {e: link.carried for e, link in self._simulation.network.directions.items()},
+            self._simulation.network.carried(),
             self._simulation.actions,
         )
         before = self._seen.get(state)

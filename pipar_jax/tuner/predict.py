@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from comms.frame import HEADER_BYTES
-from pipar_jax.plan import COORDINATOR, Plan, device_name
+from pipar_jax.plan import COORDINATOR, Plan, device_name, is_node, node_name
 from pipar_jax.profile import CodecProfile, HostProfile, Profile, interpolate
 from pipar_jax.schedule import (
     AGGREGATE,
@@ -22,7 +22,7 @@ from pipar_jax.schedule import (
     RoundSchedule,
     rounds,
 )
-from pipar_jax.simulator import Costs, Prediction
+from pipar_jax.simulator import Costs, LinkModel, Prediction
 from pipar_jax.simulator import simulate as simulate_round
 from pipar_jax.trace import Trace
 
@@ -84,6 +84,7 @@ class Stages:
       profile: The profile.
       server: Times on the server.
       devices: Times on each device; equal devices share one object.
+      nodes: Times on each compute node, by name.
 
     Args:
       profile: The profile.
@@ -95,6 +96,10 @@ class Stages:
         known: dict[HostProfile, HostTimes] = {}
         self.server = HostTimes(profile.server)
         self.devices = [known.setdefault(one.host, HostTimes(one.host)) for one in profile.devices]
+        self.nodes = {
+            node_name(i + 1): known.setdefault(one.host, HostTimes(one.host))
+            for i, one in enumerate(profile.nodes)
+        }
         self._weights = [0.0]
         self._optimizer = [0.0]
         for unit in profile.units:
@@ -136,18 +141,20 @@ class Stages:
         return self.profile.codecs.get(name, _RAW)
 
     def costs(self, plan: Plan) -> Costs:
-        """Returns what the simulator asks for, under a plan of chains of at most two hosts."""
+        """Returns what the simulator asks for."""
         count = len(self.profile.units)
         bounds = [(0, *one.cuts, count) for one in plan.devices]
 
         def compute_s(device: int, stage: int, kind: str, samples: int) -> float:
-            if kind == AGGREGATE:
-                return self.average_s()
             device = 0 if device == ALL else device
+            name = plan.host(device, stage)
             first, stop = bounds[device][stage : stage + 2]
-            on_server = plan.host(device, stage) == COORDINATOR
-            times = self.server if on_server else self.devices[device]
-            return times.time_s(kind, first, stop, samples)
+            if kind == AGGREGATE:
+                if not is_node(name):
+                    return self.average_s()
+                per_byte = self.profile.nodes[int(name[1:]) - 1].host.average_s_per_byte
+                return per_byte * self.weight_bytes(first, stop) * len(plan.devices)
+            return self.times(name, device).time_s(kind, first, stop, samples)
 
         def wire_bytes(device: int, stage: int, kind: str, samples: int) -> float:
             chain = plan.devices[device]
@@ -174,12 +181,32 @@ class Stages:
 
         coded = any(pair.activation != "raw" or pair.cotangent != "raw"
                     for one in plan.devices for pair in one.codecs)  # fmt: skip
+        return Costs(compute_s, wire_bytes, self._links(plan),
+                     window_bytes=self.profile.window_bytes,
+                     codec_s=codec_s if coded else None)  # fmt: skip
+
+    def times(self, host: str, device: int) -> HostTimes:
+        """Returns the times of a host in a device's chain."""
+        if host == COORDINATOR:
+            return self.server
+        return self.nodes[host] if is_node(host) else self.devices[device]
+
+    def _links(self, plan: Plan) -> dict[tuple[str, str], LinkModel]:
+        """Returns the model of every direction of every link that a plan uses."""
         links = {}
         for index, one in enumerate(self.profile.devices):
-            links[device_name(index), COORDINATOR] = one.up
-            links[COORDINATOR, device_name(index)] = one.down
-        return Costs(compute_s, wire_bytes, links, window_bytes=self.profile.window_bytes,
-                     codec_s=codec_s if coded else None)  # fmt: skip
+            name = device_name(index)
+            links[name, COORDINATOR], links[COORDINATOR, name] = one.up, one.down
+        for lower, upper, _ in plan.boundaries():
+            if is_node(lower) and is_node(upper):
+                node = self.profile.nodes[int(lower[1:]) - 1]
+                links[lower, upper], links[upper, lower] = node.up, node.down
+            elif is_node(lower) or is_node(upper):
+                device, node_host = (upper, lower) if is_node(lower) else (lower, upper)
+                if device != COORDINATOR:
+                    own = self.profile.devices[int(device[1:])]
+                    links[device, node_host], links[node_host, device] = own.up, own.down
+        return links
 
 
 class Judged(NamedTuple):
@@ -215,7 +242,7 @@ def judge(stages: Stages, plan: Plan) -> Judged:
 
     Args:
       stages: Times and bytes.
-      plan: The plan, of chains of at most two hosts.
+      plan: The plan.
 
     Raises:
       ScheduleError: The plan deadlocks.
@@ -229,7 +256,7 @@ def simulate(plan: Plan, profile: Profile) -> Trace:
     """Returns the trace of a plan's first round as it is predicted on a profile's hosts.
 
     Args:
-      plan: The plan, of chains of at most two hosts.
+      plan: The plan.
       profile: What the hosts and links are like.
 
     Raises:

@@ -40,11 +40,11 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_device_computes_on_the_cpu_and_the_server_where_jax_likes(environment: Any) -> None:
     config = resolve(Config())
-    process.set_environment(config, 0)
+    process.set_environment(config, "d0")
     assert environment["JAX_PLATFORMS"] == "cpu"
     assert "XLA_PYTHON_CLIENT_PREALLOCATE" not in environment
     del environment["JAX_PLATFORMS"]
-    process.set_environment(config, None)
+    process.set_environment(config, "server")
     assert "JAX_PLATFORMS" not in environment and "JAX_ENABLE_X64" not in environment
     assert environment["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
 
@@ -52,20 +52,20 @@ def test_a_device_computes_on_the_cpu_and_the_server_where_jax_likes(environment
 def test_double_precision_is_switched_on(environment: Any) -> None:
     config = Config()
     config.model.dtype = "float64"
-    process.set_environment(resolve(config), 0)
+    process.set_environment(resolve(config), "d0")
     assert environment["JAX_ENABLE_X64"] == "true"
 
 
 def test_compiled_programs_are_kept_unless_told_otherwise(environment: Any) -> None:
     config = resolve(Config())
     config.run.compile_cache = False
-    process.set_environment(config, 0)
+    process.set_environment(config, "d0")
     assert "JAX_COMPILATION_CACHE_DIR" not in environment
     config.run.compile_cache = True
-    process.set_environment(config, 0)
+    process.set_environment(config, "d0")
     assert environment["JAX_COMPILATION_CACHE_DIR"].endswith(f"-{process.count_cores()}")
     environment["JAX_COMPILATION_CACHE_DIR"] = "mine"
-    process.set_environment(config, 0)
+    process.set_environment(config, "d0")
     assert environment["JAX_COMPILATION_CACHE_DIR"] == "mine"
 
 
@@ -74,7 +74,7 @@ def test_a_host_is_pinned_to_its_cores_and_its_programs_are_kept_apart(environme
     core = max(os.sched_getaffinity(0))
     config = Config()
     config.devices.overrides[1] = {"cpus": str(core)}
-    process.set_environment(resolve(config), 1)
+    process.set_environment(resolve(config), "d1")
     assert os.sched_getaffinity(0) == {core}
     assert environment["JAX_COMPILATION_CACHE_DIR"].endswith("-1")
 

@@ -47,6 +47,17 @@ def test_auto_measures_plans_and_trains_what_every_plan_trains(tmp_path, select)
     assert support.largest_difference(run.params, plain.params) < 1e-4
 
 
+def test_auto_trains_by_predicted_times_of_hosts_that_timed_reference_layers(tmp_path):
+    network = support.model(dtype="float32")
+    events = []
+    made = setting(tmp_path, times="predicted")
+    run = support.trained(made, SAMPLES, network, events)
+    (tuned,) = [event for event in events if event["event"] == "tuned"]
+    profile = Profile.from_dict(tuned["profile"])
+    assert Plan.from_dict(run.trace().meta["plan"]) == tune(profile, made)
+    check_profile(profile, network)
+
+
 def check_profile(profile: Profile, network) -> None:
     assert [unit.name for unit in profile.units] == list(network.unit_names)
     assert tuple(one.samples for one in profile.devices) == SAMPLES
@@ -72,7 +83,7 @@ def test_a_plan_may_mix_devices_that_train_alone_with_devices_that_are_cut(tmp_p
     mixed = Plan(
         (Option(0).device_plan(), Option(2, 3).device_plan()), dispatch="fixed", aggregate_every=1
     )
-    monkeypatch.setattr(coordinator, "choose_plan", lambda *_: mixed)
+    monkeypatch.setattr(coordinator, "choose_plan", lambda *_: (mixed, None))
     made = support.config(tmp_path / "mixed", SAMPLES, method="auto", dtype="float32")
     run = support.trained(made, SAMPLES, network)
     assert Plan.from_dict(run.trace().meta["plan"]) == mixed

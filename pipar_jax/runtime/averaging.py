@@ -1,0 +1,93 @@
+"""Averages the devices' copies of stages that live together on a compute node, where they are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from pipar_jax.aggregation import Aggregator
+from pipar_jax.aggregation import Replica as Brought
+from pipar_jax.config import Config
+from pipar_jax.plan import Plan
+from pipar_jax.runtime.replica import Replica
+from pipar_jax.runtime.share import Share
+from pipar_jax.schedule import AGGREGATE, ALL, Action, RoundSchedule, Span
+from pipar_jax.trace import Timed
+
+
+class Averaging:
+    """A node's part of an aggregation: no weights travel for it.
+
+    Args:
+      config: Resolved configuration.
+      plan: The run's plan.
+      share: The host's share of it.
+      replicas: The host's replicas by slot.
+      params: The global weights to begin with, by unit.
+      state: Their batch statistics.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        plan: Plan,
+        share: Share,
+        replicas: Mapping[tuple[int, int], Replica],
+        params: Mapping[str, Any],
+        state: Mapping[str, Any],
+    ) -> None:
+        """See the class."""
+        self._config, self._share, self._replicas = config, share, replicas
+        self._aggregators: dict[int, Aggregator] = {}
+        if plan.weights == "copy":  # of shared weights there is one copy, and nothing to average
+            for stage in share.local_stages():
+                names = replicas[share.slot(0, stage)].stage.unit_names
+                self._aggregators[stage] = Aggregator(
+                    config.aggregation,
+                    {name: params[name] for name in names},
+                    {name: state[name] for name in names},
+                )
+
+    def compile(self, devices: int) -> None:
+        """Compiles the average over so many devices before the first round."""
+        for aggregator in self._aggregators.values():
+            aggregator.compile(dict.fromkeys(aggregator.params, devices))
+
+    def run(self, schedule: RoundSchedule, slowdown: float) -> Timed:
+        """Averages, begins the next round's weights, and returns the timed action.
+
+        Args:
+          schedule: The round that is over.
+          slowdown: Emulated slowness of this host.
+        """
+        start_s = time.monotonic()
+        stages = self._share.local_stages()
+        for stage in stages:
+            slots = {self._share.slot(span.device, stage): span for span in schedule.spans}
+            average = self._aggregators.get(stage)
+            if average is not None:
+                average.aggregate(
+                    [
+                        Brought(one.params, one.state, self._weight(schedule, span))
+                        for slot, span in slots.items()
+                        if span.stop > span.first
+                        for one in [self._replicas[slot]]
+                    ]
+                )
+            for slot in slots:
+                if average is not None:
+                    self._replicas[slot].load(average.params, average.state)
+                self._replicas[slot].renew_anchor()
+        jax.block_until_ready(  # type: ignore[no-untyped-call]
+            [(replica.params, replica.state) for replica in self._replicas.values()]
+        )
+        spent_s = time.monotonic() - start_s
+        time.sleep(spent_s * (slowdown - 1.0))
+        action = Action(stages[0], AGGREGATE, ALL, schedule.spans[0].stop - 1)
+        return Timed(action, start_s, time.monotonic())
+
+    def _weight(self, schedule: RoundSchedule, span: Span) -> float:
+        return float(schedule.trained_samples(span)) if self._config.aggregation.weighted else 1.0

@@ -1,0 +1,152 @@
+"""The best chain over a profile's nodes: the chain planner proposes, the simulator judges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from rich.table import Table
+
+from pipar_jax.chain_planner import (
+    ChainPlan,
+    ChainProblem,
+    Layer,
+    Node,
+    Objective,
+    Owner,
+    plan_chain,
+)
+from pipar_jax.config import Config
+from pipar_jax.errors import PlanError
+from pipar_jax.methods import plan_of_chain
+from pipar_jax.plan import OWNER, Plan, node_name
+from pipar_jax.profile import HostProfile, Profile, interpolate
+from pipar_jax.schedule import micro_batch_sizes
+from pipar_jax.tuner.predict import Judged, Stages, judge
+
+#: Objectives whose optima are judged; the published one alone with ``tuner.select=paper``.
+OBJECTIVES: tuple[Objective, ...] = ("steady", "accept", "mpsl")
+#: How many units at most stay on the device at either end of the model.
+KEPT = 4
+#: How many of the planner's proposals, the best by its own measure, the simulator judges.
+JUDGED = 12
+
+
+def tune_chain(profile: Profile, config: Config) -> Judged:
+    """Returns the best chain for ``method=mpsl`` or ``accept``, with its predicted times.
+
+    The chain planner finds the optimum of each objective for each number of units that stay with
+    the devices; the simulator, which knows micro-batches, credits and aggregation, has the last
+    word. Micro-batches, weights and codecs are the configuration's.
+
+    Args:
+      profile: What hosts and links are like, compute nodes included.
+      config: Resolved configuration.
+
+    Raises:
+      PlanError: No chain fits into the nodes' memory.
+    """
+    stages, judged, reason = Stages(profile), [], ""
+    proposals: dict[Plan, float] = {}
+    for objective in ("mpsl",) if config.tuner.select == "paper" else OBJECTIVES:
+        found: dict[Plan, float] = {}
+        for problem in _problems(profile, config):
+            try:
+                chain = plan_chain(problem, objective)
+            except PlanError as error:
+                reason = str(error)
+                continue
+            found[_plan(profile, config, problem, chain)] = chain.cost_s
+        best = sorted(found, key=lambda plan: found[plan])[:JUDGED]
+        proposals |= {plan: found[plan] for plan in best}
+    if not proposals:
+        raise PlanError(f"no chain over the compute nodes can be planned: {reason}")
+    judged = [judge(stages, plan) for plan in proposals]
+    return min(judged, key=lambda one: one.epoch_s)
+
+
+def chain_table(profile: Profile, judged: Mapping[str, Judged]) -> Table:
+    """Returns chains with their predicted seconds and what each host does in them.
+
+    Args:
+      profile: What hosts and links are like.
+      judged: The chains, by what they are the best of.
+    """
+    table = Table(title="chains", title_justify="left")
+    for name, justify in (("best by", "left"), ("plan", "left"), ("s/epoch", "right"),
+                          ("host: units, busy", "left")):  # fmt: skip
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name, one in judged.items():
+        plan, count = one.plan, len(profile.units)
+        hosts = []
+        for stage in range(plan.devices[0].stages):
+            units = plan.units(0, stage, count)
+            host = plan.host(0, stage)
+            busy = one.round.busy_s[host] / one.round.seconds
+            label = "device" if plan.devices[0].hosts[stage] == OWNER else host
+            hosts.append(f"{label}: {units.start}:{units.stop}, {busy:.0%}")
+        table.add_row(name, str(plan.devices[0]), f"{one.epoch_s:.4g}", "\n".join(hosts))
+    return table
+
+
+def _problems(profile: Profile, config: Config) -> Iterator[ChainProblem]:
+    """Yields the planner's problem for each choice of the units that stay with the devices."""
+    size, parts = _micro_batch(profile, config)
+    one, count = profile.devices[0], len(profile.units)
+    home = config.method == "mpsl" and config.pipeline.labels == "home"
+    owner = Owner(_layers(profile, one.host, size, parts), one.up, one.down)
+    nodes = tuple(
+        Node(
+            node_name(i + 1),
+            _layers(profile, node.host, size, parts),
+            memory_bytes=node.host.memory_bytes or float("inf"),
+            port=node.up,
+        )
+        for i, node in enumerate(profile.nodes)
+    )
+    pipeline = config.pipeline
+    codecs = [profile.codecs.get(name) for name in (pipeline.activation_codec,
+                                                    pipeline.cotangent_codec)]  # fmt: skip
+    ratios = [1.0 if codec is None else codec.ratio for codec in codecs]
+    coding_s = sum(c.encode_s_per_byte + c.decode_s_per_byte for c in codecs if c is not None)
+    for first in range(1, min(KEPT, count - 1) + 1):
+        stops = range(max(first + 1, count - KEPT), count) if home else (count,)
+        for stop in stops:
+            if first < stop:
+                yield ChainProblem(
+                    nodes, first, stop, len(profile.devices), owner,
+                    shared=pipeline.weights == "shared",
+                    in_flight=-(-pipeline.in_flight // parts),
+                    activation_ratio=ratios[0], cotangent_ratio=ratios[1],
+                    codec_s_per_byte=coding_s,
+                )  # fmt: skip
+
+
+def _plan(profile: Profile, config: Config, problem: ChainProblem, chain: ChainPlan) -> Plan:
+    """Returns the plan of a chain that the planner found."""
+    home = problem.stop < len(profile.units)
+    hosts = (OWNER, *(stage.node for stage in chain.stages), *((OWNER,) if home else ()))
+    cuts = [stage.first for stage in chain.stages]
+    if home:
+        cuts.append(problem.stop)
+    return plan_of_chain(config, tuple(cuts), hosts)
+
+
+def _layers(profile: Profile, host: HostProfile, size: int, parts: int) -> tuple[Layer, ...]:
+    """Returns what each unit costs on a host for a mini-batch in micro-batches of a size."""
+    return tuple(
+        Layer(
+            parts * interpolate(host.sizes, forward, size),
+            parts * interpolate(host.sizes, backward, size) + update_s,
+            unit.output_bytes * profile.batch_size,
+            unit.parameter_bytes,
+        )
+        for unit, forward, backward, update_s in zip(
+            profile.units, host.forward_s, host.backward_s, host.update_s, strict=True
+        )
+    )
+
+
+def _micro_batch(profile: Profile, config: Config) -> tuple[int, int]:
+    """Returns the size of the largest micro-batch of a full mini-batch, and how many there are."""
+    sizes = micro_batch_sizes(profile.batch_size, config.pipeline.micro_batches)
+    return sizes[0], len(sizes)
