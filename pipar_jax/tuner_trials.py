@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 from pipar_jax import launcher, trials
 from pipar_jax.config import AUTO, Config, resolve
 from pipar_jax.plan import Plan
-from pipar_jax.profile import Profile
+from pipar_jax.profile import DeviceProfile, HostProfile, Profile, UnitFacts
+from pipar_jax.simulator.costs import LinkModel
 from pipar_jax.tuner.options import Option
 from pipar_jax.tuner.predict import Stages, judge
 from pipar_jax.tuner.search import labels, search
@@ -251,6 +252,29 @@ def unequal(folder: Path, results: Path, quick: bool = False) -> Unequal:
         statistics.median(turns[own].seconds), statistics.median(turns[best].seconds),
         words(own), words(best),
     )  # fmt: skip
+
+
+def many_devices(devices: int = 20, units: int = 36, unequal: bool = False) -> Profile:
+    """Returns a made-up profile of many devices and a network as deep as ResNet-101."""
+    sizes = (5, 25, 100)
+    work_s = [2e-5 * (3 if 3 < i < 27 else 1) for i in range(units)]
+    forward = [tuple(2e-4 + s * n for n in sizes) for s in work_s]
+    backward = [tuple(2e-4 + 2 * s * n for n in sizes) for s in work_s]
+    backward[-1] = tuple(f + b for f, b in zip(forward[-1], backward[-1], strict=True))
+    forward[-1] = (0.0,) * len(sizes)
+    host = HostProfile(sizes, tuple(forward), tuple(backward), (5e-4,) * units, 1e-4, 1e-9)
+    facts = [
+        UnitFacts(f"u{i}", 5e4 * 1.15**i, 1e3, 5e4 * 1.15**i, 2.6e5 / 1.1**i, 5e5 / 1.1**i)
+        for i in range(units)
+    ]
+    links = [LinkModel(rate * 1.25e5, 0.002, 2e-4) for rate in (10.0, 20.0, 50.0)]
+    made = []
+    for index in range(devices):
+        slower, link = (
+            ((1.0, 5.0, 20.0)[index % 3], links[index % 3]) if unequal else (5.0, links[1])
+        )
+        made.append(DeviceProfile(host.slowed(slower), 500, link, link))
+    return Profile("made-up", 100, tuple(facts), host, tuple(made), window_bytes=32e6)
 
 
 def words(plan: Plan) -> str:
