@@ -109,6 +109,7 @@ class Worker:
         self._waits: Waits | None = None
         self._prefetcher = Prefetcher(loader)
         self._endpoint = Endpoint(device_name(index), options=channel_options(config))
+        own = configuration.device(config, index)
         self._host = Host(
             device_name(index),
             model,
@@ -116,7 +117,8 @@ class Worker:
             reply=self._reply,
             failed=self._inbox.put,
             batches=self._prefetcher,
-            slowdown=configuration.device(config, index).slowdown,
+            slowdown=own.slowdown,
+            rematerialise=own.rematerialise,
         )
         self._commands: dict[str, Callable[[dict[str, Any]], None]] = {
             "plan": self._prepare,

@@ -64,6 +64,7 @@ class Host:
       failed: Takes the error that ended a thread; called once, must only post.
       batches: The data, if this host is a device.
       slowdown: Emulated slowness: computations last so many times their time alone.
+      rematerialise: Computes forward passes again in backward passes instead of keeping residuals.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Host:
         failed: Callable[[BaseException], None],
         batches: Batches | None = None,
         slowdown: float = 1.0,
+        rematerialise: bool = False,
     ) -> None:
         """See the class."""
         self.name = name
@@ -83,6 +85,7 @@ class Host:
         self.recorder = Recorder(config.run.trace)
         self._model, self._config, self._reply, self._failed = model, config, reply, failed
         self._batches, self._slowdown = batches, slowdown
+        self._rematerialise = rematerialise
         self._alone: dict[Shape, float] = {}
         self._replicas: dict[tuple[int, int], Replica] = {}
         self._demand: dict[int, float] = {}
@@ -245,7 +248,7 @@ class Host:
         )
         params, state = self._model.init(self._config.seed)
         for device, one in enumerate(plan.devices):
-            cut = stages.split(self._model, one.cuts)
+            cut = stages.split(self._model, one.cuts, rematerialise=self._rematerialise)
             for index, stage in enumerate(cut):
                 slot = self._share.slot(device, index)
                 if plan.host(device, index) == self.name and slot not in self._replicas:
