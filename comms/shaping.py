@@ -90,18 +90,21 @@ class Shaper:
         self.next_free_s = now_s
         self._origin_s = now_s
 
-    def admit(self, now_s: float, nbytes: int, waiting: bool) -> tuple[float, float]:
+    def admit(
+        self, now_s: float, nbytes: int, waiting: bool, queued_s: float = 0.0
+    ) -> tuple[float, float]:
         """Puts a frame on the virtual link.
 
         Args:
             now_s: the monotonic clock.
             nbytes: bytes of the frame, header included.
-            waiting: whether the frame was already waiting when the link became free.
+            waiting: whether something was already waiting when the link became free.
+            queued_s: when this frame's message was sent: it leaves no earlier.
 
         Returns:
             When its first byte and its last byte leave the sender, without the delay.
         """
-        start = self.next_free_s
+        start = max(self.next_free_s, min(queued_s, now_s))
         if not waiting or start < now_s - _MAX_CATCH_UP_S:
             start = max(start, now_s)
         end = self._end(start, nbytes)

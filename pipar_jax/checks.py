@@ -8,7 +8,7 @@ import pathlib
 import re
 from typing import Any, get_args
 
-from pipar_jax import schema
+from pipar_jax import schema, sinks
 from pipar_jax.config import (
     CHAINS,
     METHODS,
@@ -44,6 +44,7 @@ def check_whole(config: Config, models: tuple[str, ...] = ()) -> None:
     _check_data(config)
     aggregate_steps(config)
     _check_tuner(config)
+    sinks.names(config.run.sinks)
     _check_cut(config.pipeline.cut, "pipeline.cut")
     _check_nodes(config)
     parse_cpus(config.server.cpus, "server.cpus")

@@ -163,6 +163,7 @@ class DeviceConfig:
     cpus: str = option("", "cores to run on, such as 0 or 1-3,5; empty: any")
     platform: str = option("cpu", "where jax computes", choices=PLATFORMS)
     memory_mb: float = option(0.0, "auto: memory that a plan may take; 0: any", at_least=0)
+    rematerialise: bool = option(False, "compute forward passes twice instead of keeping residuals")
     cut: int | str | None = option(None, "this device's cut; none: pipeline.cut")
     micro_batches: int | None = option(None, "none: pipeline.micro_batches", at_least=1)
     data_source: str | None = option(None, "this device's own data; none: data.source")
@@ -195,6 +196,7 @@ class NodeConfig:
         at_least=0,
     )  # fmt: skip
     platform: str = option("auto", "where jax computes", choices=PLATFORMS)
+    rematerialise: bool = option(False, "compute forward passes twice instead of keeping residuals")
 
 
 @dataclasses.dataclass
@@ -219,6 +221,7 @@ class ServerConfig:
     slowdown: float = option(1.0, "computations last so many times longer", at_least=1)
     cpus: str = option("", "cores to run on, such as 0 or 1-3,5; empty: any")
     memory_mb: float = option(0.0, "auto: memory that a plan may take; 0: any", at_least=0)
+    rematerialise: bool = option(False, "compute forward passes twice instead of keeping residuals")
     platform: str = option("auto", "where jax computes", choices=PLATFORMS)
 
 
@@ -285,6 +288,9 @@ class RunConfig:
 
     dir: str = option("runs", "folder in which each run gets a folder of its own")
     trace: bool = option(True, "record every action's time")
+    sinks: str = option(
+        "", "where events go beside metrics.jsonl: tensorboard, your own MODULE:FUNCTION"
+    )
     compile_cache: bool = option(True, "keep compiled programs in the user's cache folder")
     evaluate_every: int = option(1, "rounds between two evaluations; 0: only the last", at_least=0)
     progress_every_s: float = option(0.5, "seconds between two progress events", at_least=0)

