@@ -128,8 +128,9 @@ class Stream:
             self._loop.post(self._report_credit)
 
     def _report_credit(self) -> None:
-        self._credit_posted = False
         self._report_soon()
+        # While the news are due anyway, nobody else needs to wake this thread for them.
+        self._credit_posted = self._news_timer is not None
 
     def _report_soon(self) -> None:
         """Lets the peer have the news in a few milliseconds, for many small messages at once."""
@@ -139,6 +140,7 @@ class Stream:
 
     def _report_now(self) -> None:
         self._news_timer = None
+        self._credit_posted = False  # before the count is read: a release from here on posts
         inbox = self._inbox
         if (inbox.received, inbox.released_bytes) != (self._acknowledged, self._reported_bytes):
             self._outbox.status_due = True
@@ -187,6 +189,7 @@ class Stream:
             if timer is not None:
                 timer.cancel()
         self._timer = self._beat = self._news_timer = None
+        self._credit_posted = False
         if transport is not None:
             self._loop.forget(transport.socket)
             transport.close()

@@ -118,10 +118,17 @@ class Pipe:
     def receive(self, first, then=None):
         if not self.data:
             return None
-        count = min(next(self.pieces), len(self.data), len(first))
-        first[:count] = self.data[:count]
+        room = len(first) + (0 if then is None else len(then))
+        count = min(next(self.pieces), len(self.data), room)
+        inside = min(count, len(first))
+        first[:inside] = self.data[:inside]
+        if count > inside:
+            then[: count - inside] = self.data[inside:count]
         del self.data[:count]
         return count
+
+    def wake_at(self, nbytes):
+        self.wake_bytes = nbytes
 
 
 class Received:
