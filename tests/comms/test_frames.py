@@ -23,7 +23,8 @@ from comms.frame import (
     unpack_header,
     unpack_shape,
 )
-from comms.inbox import Inbox, pack_json
+from comms.inbox import Inbox
+from comms.incoming import pack_json
 from comms.outbox import Outbox
 from comms.outgoing import Outgoing, Sending
 from comms.transport import ConnectionEnded
