@@ -258,8 +258,7 @@ class Outbox:
                 return None
             budget_bytes -= taken
             self._written(taken, now)
-            # A short write means that the kernel is full, unless TLS cut the piece itself.
-            if taken < offered and not transport.secure:
+            if taken < offered:  # the kernel is full
                 self._blocked_since_s = time.monotonic()
                 return None
 
