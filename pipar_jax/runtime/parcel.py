@@ -24,6 +24,7 @@ class Parcel:
 
     Attributes:
       ready: Becomes ready when the array, encoded, can be copied to the host.
+      array_bytes: Bytes of the array itself.
     """
 
     def __init__(self, array: jax.Array, codec: str) -> None:
@@ -34,6 +35,7 @@ class Parcel:
           codec: Name of the codec.
         """
         self._codec, self._dtype, self._shape = codec, np.dtype(array.dtype), array.shape
+        self.array_bytes = array.nbytes
         self.ready = array if codec == RAW else codec_kernels.encoder(codec)(array)
         self.ready.copy_to_host_async()
 

@@ -399,9 +399,7 @@ def test_what_a_device_sends_shares_one_line_and_nodes_do_not() -> None:
     plan = Plan((DevicePlan((1, 2, 3), ("device", "n1", "n2", "device"), 4),))
     costs = Costs(seconds_of, bytes_of, links_of(plan, LinkModel(2e5), LinkModel(2e5)))
     rows = simulate(round_of(plan), costs).trace.hosts
-    sent = sorted(
-        (row.start_s, row.end_s) for row in rows["d0"] if row.action.kind in ("SF", "SB")
-    )
+    sent = sorted((row.start_s, row.end_s) for row in rows["d0"] if row.action.kind in ("SF", "SB"))
     assert len(sent) == 4 * 4 * 2
     assert all(one[1] <= other[0] + 1e-9 for one, other in itertools.pairwise(sent))
     down = [
