@@ -4,7 +4,7 @@ Start with `Endpoint`: one per process. `listen` and `connect` give a `Link` per
 tensors, bundles of weights and control messages and hands over each `Message` that arrives.
 """
 
-from comms import block_codec, cast_codec  # noqa: F401 - importing them registers their codecs
+from comms import bit_codec, block_codec, cast_codec  # noqa: F401 - imported to register codecs
 from comms.codec import Codec, Encoded, parse_codec, register
 from comms.codec import names as codec_names
 from comms.endpoint import Endpoint
@@ -20,7 +20,6 @@ from comms.errors import (
     PeerLost,
     VersionError,
 )
-from comms.feedback import ErrorFeedback
 from comms.frame import VERSION, Role, Tag
 from comms.link import Link
 from comms.message import Message, Payload
@@ -38,7 +37,6 @@ __all__ = [
     "ConnectError",
     "Encoded",
     "Endpoint",
-    "ErrorFeedback",
     "FrameError",
     "HandshakeError",
     "LimitError",

@@ -26,7 +26,7 @@ import numpy as np
 
 from comms.buffers import allocate_aligned
 from comms.cast_codec import aligned_empty, check_float
-from comms.codec import Array, Bytes, register
+from comms.codec import Array, Bytes, no_such_parameter, register
 from comms.errors import CodecError
 from comms.frame import array_bytes
 
@@ -62,6 +62,16 @@ class BlockCodec:
         self.rounds = narrow == np.int8
         # A look-up is several times faster than the conversions of 8-bit floating-point types.
         self._values = np.arange(256, dtype=np.uint8).view(narrow).astype(np.float32)
+
+    def parameter_of(self, text: str) -> int:
+        """Knows no words."""
+        raise no_such_parameter(self.name, text)
+
+    def precision_bits(self, parameter: int) -> int:
+        """Returns the bits of an integer, or of a floating-point type's significand and sign."""
+        if self.rounds:
+            return self.bits
+        return int(ml_dtypes.finfo(self.narrow).nmant) + 2  # type: ignore[no-untyped-call]
 
     def check(self, dtype: np.dtype[Any], parameter: int) -> None:
         """Takes floating-point types and a block size."""

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from comms.buffers import allocate_aligned
-from comms.codec import Array, Bytes, register
+from comms.codec import Array, Bytes, no_such_parameter, register
 from comms.errors import CodecError
 from comms.frame import array_bytes
 
@@ -38,6 +38,14 @@ class CastCodec:
         self.name = name
         self.code = code
         self.narrow = narrow
+
+    def parameter_of(self, text: str) -> int:
+        """Knows no words."""
+        raise no_such_parameter(self.name, text)
+
+    def precision_bits(self, parameter: int) -> int:
+        """Returns the bits of the significand and the sign."""
+        return int(ml_dtypes.finfo(self.narrow).nmant) + 2  # type: ignore[no-untyped-call]
 
     def check(self, dtype: np.dtype[Any], parameter: int) -> None:
         """Takes floating-point types and no parameter."""

@@ -2,8 +2,9 @@
 
 A codec turns an array into bytes and back. Its number and its parameter travel in the header, so a
 receiver needs no agreement beforehand. The name picks it: ``int8``, or ``int8:256`` with a
-parameter. Encoding and decoding are plain functions of numpy arrays, vectorised, and run on the
-codec worker or on the thread that asks for the array, never on the I/O thread.
+parameter, which some codecs also know by words: ``bits:lossless``. Encoding and decoding are plain
+functions of numpy arrays, vectorised, and run on the codec worker or on the thread that asks for
+the array, never on the I/O thread.
 """
 
 from __future__ import annotations
@@ -40,6 +41,19 @@ class Codec(Protocol):
     @property
     def default_parameter(self) -> int:
         """The parameter where none is given."""
+
+    def parameter_of(self, text: str) -> int:
+        """Returns the parameter that a text behind the colon means, if it is no plain number.
+
+        Raises:
+            CodecError: if it means none.
+        """
+
+    def precision_bits(self, parameter: int) -> int | None:
+        """Returns how many bits, sign included, an element keeps beside the largest near it.
+
+        None where nothing is lost, or the loss has a bound that the caller chose.
+        """
 
     def check(self, dtype: np.dtype[Any], parameter: int) -> None:
         """Raises CodecError unless the codec takes this type and parameter."""
@@ -84,6 +98,14 @@ class Raw:
     code = 0
     default_parameter = 0
     exact_size = True
+
+    def parameter_of(self, text: str) -> int:
+        """Knows no words."""
+        raise no_such_parameter(self.name, text)
+
+    def precision_bits(self, parameter: int) -> int | None:
+        """Loses nothing."""
+        return None
 
     def check(self, dtype: np.dtype[Any], parameter: int) -> None:
         """Takes every type the wire knows and no parameter."""
@@ -137,7 +159,7 @@ def parse_codec(text: str) -> tuple[Codec, int]:
     """Returns the codec and parameter that a text such as ``int8`` or ``int8:256`` names.
 
     Raises:
-        CodecError: if there is no such codec or the parameter is no number.
+        CodecError: if there is no such codec, or it has no such parameter.
     """
     name, colon, parameter = text.partition(":")
     codec = _BY_NAME.get(name)
@@ -145,9 +167,14 @@ def parse_codec(text: str) -> tuple[Codec, int]:
         raise CodecError(f"unknown codec {name!r}; known are {', '.join(_BY_NAME)}")
     if not colon:
         return codec, codec.default_parameter
-    if not parameter.isdecimal():
-        raise CodecError(f"codec {text!r}: the parameter behind the colon must be a number")
-    return codec, int(parameter)
+    if parameter.isdecimal():
+        return codec, int(parameter)
+    return codec, codec.parameter_of(parameter)
+
+
+def no_such_parameter(name: str, text: str) -> CodecError:
+    """Returns what to raise where a codec's parameter can only be a number."""
+    return CodecError(f"codec '{name}:{text}': the parameter behind the colon must be a number")
 
 
 def codec_of(code: int) -> Codec:

@@ -185,13 +185,17 @@ class Link(Stream):
             frames_in=inbox.frames_in,
             queued_messages=len(out.control) + len(out.data),
             queued_bytes=self._submitted_raw_bytes - out.departed_raw_bytes,
+            queued_peak_bytes=self._queued_peak_bytes,
             unacked_bytes=out.unacked_bytes,
             credit_used_bytes=self._used_bytes(),
             held_bytes=inbox.held_bytes,
             blocked_s=out.blocked_s,
             credit_wait_s=out.credit_wait_s,
+            queue_s=out.queue_s,
             encode_s=self._encode_s,
             reconnects=max(0, self._reconnects),
+            repeated_frames=out.repeated_frames,
+            repeated_bytes=out.repeated_bytes,
             rtt_s=self._clock.rtt_s,
             offset_s=self._clock.offset_s,
             rate_out_mbps=to_mbps(out.rate_bytes),
@@ -246,6 +250,8 @@ class Link(Stream):
                 raise self._error or self._closed_here()
             self._reserved_bytes += sum(message.cost for message in messages)
             self._submitted_raw_bytes += sum(message.raw_bytes for message in messages)
+            queued = self._submitted_raw_bytes - self._outbox.departed_raw_bytes
+            self._queued_peak_bytes = max(self._queued_peak_bytes, queued)
             (self._outbox.control if control else self._outbox.data).extend(messages)
         for job in jobs:
             self._endpoint.encode(functools.partial(self._encode, job))

@@ -23,14 +23,19 @@ class LinkStats:
         frames_out: frames written.
         frames_in: frames read.
         queued_messages: messages that wait to be sent.
-        queued_bytes: their payload bytes not yet on the way.
+        queued_bytes: their bytes before the codec.
+        queued_peak_bytes: the most that has ever been queued.
         unacked_bytes: bytes kept for sending again after a cut.
         credit_used_bytes: activation and cotangent bytes the peer has not released yet.
         held_bytes: activation and cotangent bytes received here and not released yet.
         blocked_s: time that bytes were ready while the socket took none.
         credit_wait_s: time that a tensor at the head of the queue waited for credit.
+        queue_s: time from `send` to the first byte's leaving, summed over the messages (bundles as
+            one) that were sent in full; by its share of a time, how many waited on average.
         encode_s: time spent encoding on the worker.
         reconnects: connections that replaced a cut one.
+        repeated_frames: frames put on a new connection since the peer had not confirmed them.
+        repeated_bytes: their bytes, without what the peer had of them already.
         rtt_s: smallest recent round trip of a heartbeat; None before the first.
         offset_s: the peer's monotonic clock minus ours; None before the first heartbeat.
         rate_out_mbps: what the peer measured of our sending; None until enough was sent.
@@ -49,13 +54,17 @@ class LinkStats:
     frames_in: int
     queued_messages: int
     queued_bytes: int
+    queued_peak_bytes: int
     unacked_bytes: int
     credit_used_bytes: int
     held_bytes: int
     blocked_s: float
     credit_wait_s: float
+    queue_s: float
     encode_s: float
     reconnects: int
+    repeated_frames: int
+    repeated_bytes: int
     rtt_s: float | None
     offset_s: float | None
     rate_out_mbps: float | None

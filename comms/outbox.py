@@ -54,6 +54,9 @@ class Outbox:
         self.raw_out_bytes = 0
         self.blocked_s = 0.0
         self.credit_wait_s = 0.0
+        self.queue_s = 0.0
+        self.repeated_frames = 0
+        self.repeated_bytes = 0
         self.departed_raw_bytes = 0
         self.unacked_bytes = 0
         self.last_progress_s = time.monotonic()
@@ -304,8 +307,11 @@ class Outbox:
         sending.end_s = frame.end_s if frame.end_s is not None else time.monotonic()
         message.payload = None
         frame.payload = None
-        if message.final and sending.on_sent is not None:
-            sending.on_sent(sending.start_s, sending.end_s, sending.wire_bytes)
+        if message.final:
+            # A late thread dates a frame back to when the emulated link was free.
+            self.queue_s += max(0.0, sending.start_s - sending.queued_s)
+            if sending.on_sent is not None:
+                sending.on_sent(sending.start_s, sending.end_s, sending.wire_bytes)
 
     def _fill(self, now_s: float) -> float:
         """Moves frames to the wire; returns when there will be more to do."""
@@ -381,7 +387,10 @@ class Outbox:
             self.status_due = False
             return signal_frame(Kind.STATUS, self._status())
         if self._replay:
-            return self._replay.popleft()
+            frame = self._replay.popleft()
+            self.repeated_frames += 1
+            self.repeated_bytes += frame.nbytes
+            return frame
         if self.unacked_bytes >= self._replay_bytes:
             return None
         lane = self.control or self.data

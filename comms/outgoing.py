@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -15,12 +16,16 @@ OnSent: TypeAlias = Callable[[float, float, int], None]
 
 
 class Sending:
-    """When a message (or a whole bundle) began to leave and what it took; shared by its parts."""
+    """When a message (or a whole bundle) was sent and left and what it took; shared by its parts.
 
-    __slots__ = ("end_s", "on_sent", "start_s", "wire_bytes")
+    It is made where the message is sent, so that `queued_s` is the time of that call.
+    """
+
+    __slots__ = ("end_s", "on_sent", "queued_s", "start_s", "wire_bytes")
 
     def __init__(self, on_sent: OnSent | None) -> None:
         self.on_sent = on_sent
+        self.queued_s = time.monotonic()
         self.start_s = -1.0
         self.end_s = 0.0
         self.wire_bytes = 0

@@ -81,6 +81,7 @@ class Stream:
         self._soon = False
         self._reserved_bytes = 0
         self._submitted_raw_bytes = 0
+        self._queued_peak_bytes = 0
         self._flush_posted = False
         self._timer: Timer | None = None
         self._beat: Timer | None = None

@@ -2,7 +2,8 @@
 
 Hosts and links are measured on this machine (or read from --profile), then the tuner searches
 method, cut, number of micro-batches N, codecs and dispatch policy for the shortest epoch. What
-binds a plan is its busiest resource; the paper's own choice stands below, judged the same way.
+binds a plan is its busiest resource; the paper's own choice stands below, judged the same way. With
+--config.tuner.codecs=auto it also says for each link why its tensors are coded, or are not.
 """
 
 import dataclasses
@@ -55,6 +56,8 @@ def main(config: Config, own: PlanFlags) -> None:
     )
     console.print(explain.plans_table(profile, found))
     console.print(explain.verdict(found))
+    if (why := explain.codecs_table(profile, found, config)) is not None:
+        console.print(why)
     chosen = found.plans[0].plan if config.tuner.select == "search" else tune(profile, config)
     console.print(f"--config.method=auto would run: {chosen}")
 

@@ -245,7 +245,7 @@ def _check_tuner(config: Config) -> None:
                     f"{field}={text!r}: {part!r} is unknown"
                     f"{schema.did_you_mean(part, known[name])} (known: {', '.join(known[name])})"
                 )
-            if name == "codecs":
+            if name == "codecs" and text != "auto":
                 try:
                     codec.parse_codec(part)
                 except errors.CodecError as error:

@@ -3,8 +3,8 @@
 On an accelerator it pays to encode before the copy to the host and to decode after the copy back:
 a quarter of the bytes crosses the bus. `encode` and `decode` are pure functions of arrays with
 static sizes and run under any `jax.jit`; `encoder` and `decoder` return compiled ones by the
-codec's name. The operations and their order are those of comms.block_codec and comms.cast_codec,
-which describe the layouts; only NaNs may differ in their payload bits.
+codec's name. The operations and their order are those of comms.block_codec, comms.cast_codec and
+comms.bit_codec, which describe the layouts; only NaNs may differ in their payload bits.
 """
 
 from __future__ import annotations
@@ -12,18 +12,33 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from comms import CodecError, Encoded, Payload, parse_codec
+from comms.bit_codec import BitCodec, Parts, Setting
 from comms.block_codec import TINY, BlockCodec
 from comms.cast_codec import CastCodec
+from pipar_jax import bit_kernels
+from pipar_jax.bit_kernels import from_bytes, to_bytes
 
 
-def encode(array: jax.Array, codec: str) -> jax.Array:
+class Coded(NamedTuple):
+    """A payload on the device.
+
+    Attributes:
+        payload: [n] uint8.
+        length: how many of them it is, a scalar; None if all.
+    """
+
+    payload: jax.Array
+    length: jax.Array | None = None
+
+
+def encode(array: jax.Array, codec: str) -> Coded:
     """Encodes an array.
 
     Args:
@@ -31,19 +46,21 @@ def encode(array: jax.Array, codec: str) -> jax.Array:
         codec: name of the codec, such as "int8" or "int8:256".
 
     Returns:
-        The payload, [n] uint8, the same bytes that comms makes.
+        The same bytes that comms makes.
 
     Raises:
         CodecError: if there is no such codec or no kernel for it, or it does not take the type.
     """
     chosen, parameter = parse_codec(codec)
     chosen.check(np.dtype(array.dtype), parameter)
+    if isinstance(chosen, BitCodec):
+        return Coded(*bit_kernels.encode(array, Setting.of(parameter)))
     if isinstance(chosen, BlockCodec):
-        return _encode_blocks(array, chosen, parameter)
+        return Coded(_encode_blocks(array, chosen, parameter))
     if isinstance(chosen, CastCodec):
-        return _to_bytes(array.astype(chosen.narrow))
+        return Coded(to_bytes(array.astype(chosen.narrow)))
     if chosen.name == "raw":
-        return _to_bytes(array)
+        return Coded(to_bytes(array))
     raise CodecError(f"codec {chosen.name} has no jit kernel; encode it with comms")
 
 
@@ -53,7 +70,7 @@ def decode(
     """Decodes a payload.
 
     Args:
-        payload: [n] uint8.
+        payload: [n] uint8; where sizes differ by array as many as it can be at most.
         codec: name of the codec, with its parameter if that is not the default.
         dtype: element type before encoding.
         shape: shape before encoding.
@@ -66,17 +83,19 @@ def decode(
     """
     chosen, parameter = parse_codec(codec)
     chosen.check(dtype, parameter)
+    if isinstance(chosen, BitCodec):
+        return bit_kernels.decode(payload, Setting.of(parameter), dtype, shape)
     if isinstance(chosen, BlockCodec):
         return _decode_blocks(payload, chosen, parameter, dtype, shape)
     if isinstance(chosen, CastCodec):
-        return _from_bytes(payload, chosen.narrow).astype(dtype).reshape(shape)
+        return from_bytes(payload, chosen.narrow).astype(dtype).reshape(shape)
     if chosen.name == "raw":
-        return _from_bytes(payload, dtype).reshape(shape)
+        return from_bytes(payload, dtype).reshape(shape)
     raise CodecError(f"codec {chosen.name} has no jit kernel; decode it with comms")
 
 
 @functools.cache
-def encoder(codec: str) -> Callable[[jax.Array], jax.Array]:
+def encoder(codec: str) -> Callable[[jax.Array], Coded]:
     """Returns the compiled encoder of a codec, one for all shapes (each compiles once)."""
     return jax.jit(functools.partial(encode, codec=codec))
 
@@ -89,33 +108,95 @@ def decoder(
     return jax.jit(functools.partial(decode, codec=codec, dtype=dtype, shape=shape))
 
 
+def on_host(codec: str) -> bool:
+    """Says whether comms codes faster than a kernel would: no bus is to be saved on a CPU.
+
+    There the kernels of the bit-level codec, whose sizes differ by array, take five to ten times
+    as long as numpy, and the processor that would compute meanwhile.
+    """
+    return isinstance(parse_codec(codec)[0], BitCodec) and jax.default_backend() == "cpu"
+
+
+def to_host(coded: Coded) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Copies a payload to the host; waits for it.
+
+    Of a payload whose length depends on the array a part crosses the bus that is only up to a 16th
+    of its most longer: each size that is cut off is compiled.
+    """
+    if coded.length is None:
+        return np.asarray(coded.payload)
+    length = int(coded.length)
+    if _on_cpu(coded.payload):
+        return np.asarray(coded.payload)[:length]
+    nbytes = _rounded(length, coded.payload.size)
+    return np.asarray(_front(coded.payload, nbytes))[:length]
+
+
+def to_device(data: np.ndarray[Any, np.dtype[np.uint8]], most: int) -> jax.Array:
+    """Copies a payload to the default device and fills it up to its most there."""
+    nbytes = _rounded(data.size, most)
+    filled = np.zeros(nbytes, np.uint8)
+    filled[: data.size] = data
+    placed: jax.Array = _filled_up(jnp.asarray(filled), most)
+    return placed
+
+
 def encode_for_link(array: jax.Array, codec: str) -> Encoded:
     """Encodes on the array's device and copies the payload to the host for `Link.send`."""
-    payload = np.asarray(encoder(codec)(array))
+    payload = to_host(encoder(codec)(array))
     return Encoded(codec, payload, np.dtype(array.dtype), array.shape)
 
 
 def decode_from_link(payload: Payload) -> jax.Array:
-    """Copies a received payload to the default device and decodes it there."""
-    name = payload.codec.name
-    codec = f"{name}:{payload.parameter}" if payload.parameter else name
-    return decoder(codec, payload.dtype, payload.shape)(jnp.asarray(payload.data))
+    """Copies a received payload to the default device and decodes it there.
+
+    Raises:
+        CodecError: if the payload is not what the codec makes.
+    """
+    chosen, parameter, dtype, shape = (
+        payload.codec, payload.parameter, payload.dtype, payload.shape,
+    )  # fmt: skip
+    codec = f"{chosen.name}:{parameter}" if parameter else chosen.name
+    if chosen.exact_size:
+        data = jnp.asarray(payload.data)
+    else:
+        Parts.of(payload.data, dtype, shape, parameter)
+        data = to_device(payload.data, chosen.encoded_bytes(dtype, shape, parameter))
+    return decoder(codec, dtype, shape)(data)
 
 
-def _to_bytes(array: jax.Array) -> jax.Array:
-    """Returns the bytes of an array, [n] uint8, in C order and little-endian."""
-    flat = array.reshape(-1)
-    if flat.dtype == jnp.bool_:
-        return flat.astype(jnp.uint8)
-    return jax.lax.bitcast_convert_type(flat, jnp.uint8).reshape(-1)
+def compile_for(codec: str, shape: jax.ShapeDtypeStruct) -> None:
+    """Compiles all that coding arrays of a shape needs on this device."""
+    coded = encoder(codec)(jnp.ones(shape.shape, shape.dtype))
+    decode = decoder(codec, np.dtype(shape.dtype), shape.shape)
+    decode(coded.payload).block_until_ready()
+    most = coded.payload.size
+    for part in range(1, _PARTS + 1) if coded.length is not None else ():
+        nbytes = _rounded(part * most // _PARTS, most)
+        _filled_up(_front(coded.payload, nbytes), most).block_until_ready()
 
 
-def _from_bytes(payload: jax.Array, dtype: np.dtype[Any]) -> jax.Array:
-    if dtype == np.bool_:
-        return payload.astype(jnp.bool_)
-    if dtype.itemsize == 1:
-        return jax.lax.bitcast_convert_type(payload, dtype)
-    return jax.lax.bitcast_convert_type(payload.reshape(-1, dtype.itemsize), dtype)
+_PARTS = 16
+
+
+def _rounded(nbytes: int, most: int) -> int:
+    """Returns bytes rounded up to a 16th of the most that they can be."""
+    part = -(-most // _PARTS)
+    return min(-(-nbytes // part) * part, most)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _front(payload: jax.Array, nbytes: int) -> jax.Array:
+    return payload[:nbytes]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _filled_up(payload: jax.Array, most: int) -> jax.Array:
+    return jnp.pad(payload, (0, most - payload.size))
+
+
+def _on_cpu(array: jax.Array) -> bool:
+    return all(device.platform == "cpu" for device in array.devices())
 
 
 def _encode_blocks(array: jax.Array, codec: BlockCodec, size: int) -> jax.Array:
@@ -135,8 +216,8 @@ def _encode_blocks(array: jax.Array, codec: BlockCodec, size: int) -> jax.Array:
         nibbles = (scaled + 8).astype(jnp.uint8).reshape(-1)
         codes = (nibbles[0::2] | (nibbles[1::2] << 4))[: -(-count // 2)]
     else:
-        codes = _to_bytes(scaled.astype(codec.narrow))[:count]
-    return jnp.concatenate([_to_bytes(scale), codes])
+        codes = to_bytes(scaled.astype(codec.narrow))[:count]
+    return jnp.concatenate([to_bytes(scale), codes])
 
 
 def _decode_blocks(
@@ -148,12 +229,12 @@ def _decode_blocks(
 ) -> jax.Array:
     count = math.prod(shape)
     blocks = -(-count // size)
-    scale = _from_bytes(payload[: 4 * blocks], np.dtype(np.float32))
+    scale = from_bytes(payload[: 4 * blocks], np.dtype(np.float32))
     body = payload[4 * blocks :]
     if codec.bits == 4:
         codes = jnp.stack([body & 15, body >> 4], axis=1).reshape(-1)[:count]
         values = codes.astype(jnp.float32) - 8
     else:
-        values = _from_bytes(body, codec.narrow).astype(jnp.float32)
+        values = from_bytes(body, codec.narrow).astype(jnp.float32)
     values = jnp.pad(values, (0, -count % size)).reshape(-1, size) * scale[:, None]
     return values.reshape(-1)[:count].astype(dtype).reshape(shape)

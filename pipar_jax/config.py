@@ -141,7 +141,7 @@ class PipelineConfig:
     dispatch: str = option("fcfs", "which ready action goes first", choices=get_args(Dispatch))
     hand_on: str = option("epoch", "sl: when the device part goes on", choices=get_args(HandOn))
     activation_codec: str = option(
-        "raw", "how activations are coded on links: raw, bfloat16, float16, fp8, int8, int4, …"
+        "raw", "how activations are coded on links: raw, bfloat16, float16, int8, int4, bits:6, …"
     )
     cotangent_codec: str = option("raw", "how cotangents are coded on links")
     window_mb: float = option(32.0, "megabytes a link may hold unread before it waits", above=0)
@@ -245,7 +245,13 @@ class TunerConfig:
         "fcfs,fixed,backward_first,slowest_first", "dispatch policies to choose from"
     )
     codecs: str = option(
-        "", "codecs to choose from, such as raw,float16; empty: pipeline's, no choice"
+        "", "codecs to choose from, such as raw,float16; auto: bits:K by need; empty: pipeline's"
+    )
+    activation_bits: int = option(
+        4, "least bits of an activation that may be chosen, sign included", at_least=2, at_most=24
+    )
+    cotangent_bits: int = option(
+        8, "least bits of a cotangent that may be chosen, sign included", at_least=2, at_most=24
     )
     actions: int = option(
         120_000, "simulated actions after which the search ends and tells its gap", at_least=1

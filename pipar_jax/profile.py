@@ -169,7 +169,8 @@ class Profile:
         """
         if not self.devices:
             raise PlanError("a profile needs at least one device")
-        for host in (self.server, *(one.host for one in (*self.devices, *self.nodes))):
+        others = [one.host for one in self.devices] + [one.host for one in self.nodes]
+        for host in (self.server, *others):
             if len(host.update_s) != len(self.units):
                 raise PlanError(
                     f"the profile of {self.model} has {len(self.units)} units, but a host's tables "

@@ -56,6 +56,8 @@ class RunState:
             self.phase = "waiting for " + ", ".join(map(str, event["missing"]))
         elif kind == "device_joined":
             self.phase = f"device {event['device']} joined with {event['samples']:,} samples"
+        elif kind == "node_joined":
+            self.phase = f"compute node {event['node']} joined"
         elif kind == "tuned":
             self.phase = f"tuned to {event['plan']}: {event['epoch_s']:.2f} s per epoch predicted"
         elif kind == "prepared":
@@ -213,7 +215,7 @@ def render(state: RunState, now_s: float, title: str = "") -> RenderableType:
 def describe(event: Event, state: RunState) -> str | None:
     """Returns one plain line about ``event``, already in ``state``; None if it deserves none."""
     kind = event["event"]
-    if kind in ("waiting", "device_joined", "tuned"):
+    if kind in ("waiting", "device_joined", "node_joined", "tuned"):
         return state.phase
     if kind == "run_started":
         return f"{state.devices} devices, {state.epochs} epochs, plan {state.plan}"

@@ -22,6 +22,7 @@ from pipar_jax.runtime.identity import device_facts, join_message, node_facts
 from pipar_jax.runtime.neighbours import Neighbours
 from pipar_jax.runtime.setup import build_model, channel_options, set_precision
 from pipar_jax.runtime.survey import Respondent
+from pipar_jax.runtime.traffic import DirectTraffic, Waits
 from pipar_jax.schedule import HAND_ON, RECEIVE_PART, RECEIVE_WEIGHTS, SEND_WEIGHTS, Action, Span
 from pipar_jax.trace import Timed
 from stages import Model
@@ -136,6 +137,8 @@ class Worker:
         self._step = 0
         self._told_so = False  # whether the coordinator itself has ended this host's part
         self._link: Link | None = None
+        self._waits: Waits | None = None
+        self._direct: DirectTraffic | None = None
         self._prefetcher = None if loader is None else Prefetcher(loader)
         self._endpoint = Endpoint(name, options=channel_options(config))
         self._host: Host | None = None
@@ -326,6 +329,9 @@ class Worker:
         self._link.send_bundle("fetched", tensors, {"type": "fetched"})
 
     def _prepare(self, body: dict[str, Any]) -> None:
+        assert self._link is not None
+        self._waits = Waits(self._link)
+        self._direct = DirectTraffic(self._name, self._neighbours.wiring)
         self._running.prepare(Plan.from_dict(body["plan"]), body["samples"], body["steps"])
 
     def _release(self, body: dict[str, Any]) -> None:
@@ -378,7 +384,9 @@ class Worker:
         assert self._link is not None
         if body["type"] == "stored":
             rows, busy_s = self._running.recorder.take()
-            self._link.send_control({**body, "busy_s": busy_s})
+            assert self._waits is not None and self._direct is not None
+            told = {"busy_s": busy_s, "link": self._waits.take(), "direct": self._direct.take()}
+            self._link.send_control({**body, **told})
             if self._config.run.trace:  # outside the round that it belongs to
                 self._link.send_bundle("trace", bundle.pack_rows(rows), {"type": "trace"})
         elif arrays:

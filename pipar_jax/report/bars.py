@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from pipar_jax.idle import CAUSES
 from pipar_jax.plan import COORDINATOR
-from pipar_jax.report.run import Run, hosts_of
+from pipar_jax.report.run import Run, hosts_of, links_of
 from pipar_jax.report.svg import digits, drawing, element, legend, text, ticks
 
 BUSY = "busy"
@@ -107,7 +107,7 @@ def idle_bars(runs: Sequence[Run], names: Sequence[str]) -> str:
 
 
 def byte_bars(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """Returns what each direction of each link carried in the whole run.
+    """Returns what each direction of each link carried in all rounds.
 
     Args:
       runs: The runs.
@@ -115,11 +115,11 @@ def byte_bars(runs: Sequence[Run], names: Sequence[str]) -> str:
     """
     bars = []
     for run, name in zip(runs, names, strict=True):
-        ways = {**_rest(run), **run.carried}
-        for position, ends in enumerate(sorted(ways)):
+        for position, ends in enumerate(links_of(run)):
             sums = run.carried.get(ends, {})
             parts = [(kind, sums.get(kind, 0.0) / 1e6) for kind in KINDS[:2]]
-            parts.append((KINDS[2], _rest(run).get(ends, 0.0) / 1e6))
+            rest = run.traffic[ends]["bytes"] - sum(sums.values())
+            parts.append((KINDS[2], max(rest, 0.0) / 1e6))
             total = sum(value for _, value in parts)
             label = f"{name} {ends[0]} → {ends[1]}"
             bars.append(Bar(label, parts, f"{digits(total)} MB", not position))
@@ -142,16 +142,3 @@ def _shares(run: Run, hosts: Sequence[str]) -> list[tuple[str, float]] | None:
     if not whole:
         return [*parts, ("other", total)]
     return [*parts, *((cause, total * value / whole) for cause, value in sums.items())]
-
-
-def _rest(run: Run) -> dict[tuple[str, str], float]:
-    """Returns the bytes that are no activations and cotangents, shared evenly among devices."""
-    rows = run.of("round_finished")
-    devices = run.devices
-    found = {}
-    for field, upward in (("bytes_up", True), ("bytes_down", False)):
-        total = sum(row[field] for row in rows)
-        ways = [(d, COORDINATOR) if upward else (COORDINATOR, d) for d in devices]
-        total -= sum(sum(run.carried.get(ends, {}).values()) for ends in ways)
-        found.update({ends: max(total, 0.0) / len(devices) for ends in ways})
-    return found

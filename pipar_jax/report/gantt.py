@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pipar_jax.report.run import Run, hosts_of
+from pipar_jax.report.run import MOST_DEVICES, Run, hosts_of
 from pipar_jax.report.svg import HUES, digits, drawing, element, text, ticks
 from pipar_jax.schedule import (
     BACKWARD,
@@ -19,8 +19,6 @@ from pipar_jax.schedule import (
 )
 from pipar_jax.trace import Interval, Timed, Trace
 
-#: More devices than this are not drawn; a line says so.
-MOST_DEVICES = 8
 WIDTH, LEFT, LANE, THIN, GAP = 900.0, 64.0, 20.0, 8.0, 10.0
 _NAMES = {
     FORWARD: "forward", BACKWARD: "backward", LAST: "forward, loss and backward", "U": "update",

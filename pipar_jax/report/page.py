@@ -14,7 +14,7 @@ from pipar_jax.plan import COORDINATOR
 from pipar_jax.report.assets import SCRIPT, STYLE
 from pipar_jax.report.bars import byte_bars, idle_bars
 from pipar_jax.report.gantt import gantt_chart
-from pipar_jax.report.run import Run, read_run
+from pipar_jax.report.run import Run, links_of, read_run
 from pipar_jax.report.svg import Series, digits, legend, line_chart
 
 
@@ -55,8 +55,10 @@ def make_page(runs: Sequence[Run]) -> str:
                  "to follow it. Other steps are faded.", "".join(map(gantt_chart, runs))),
         _section("Idle time", "Each second that a host did not compute, by what it waited for "
                  "along the critical path.", idle_bars(runs, names)),
-        _section("Bytes", "On the wire, headers included, in the whole run.",
-                 byte_bars(runs, names)),
+        _section("Links", "On the wire, headers and heartbeats included, in all rounds. A message "
+                 "waits from the moment it is sent until its first byte leaves: behind others, for "
+                 "credit of a receiver that is behind, or for a socket that takes nothing.",
+                 byte_bars(runs, names) + _links(runs, names)),
         _section("Predicted and measured", "The simulator's prediction of a round from the "
                  "medians of the run's own times, beside what was measured: the difference is what "
                  "a schedule without disturbances would have saved.", _predictions(runs, names)),
@@ -214,6 +216,39 @@ def _predictions(runs: Sequence[Run], names: Sequence[str]) -> str:
     head = ("method", "what binds", "seconds per round", "predicted", "difference", "server idle",
             "predicted")  # fmt: skip
     return _table(head, rows, words=2)
+
+
+def _links(runs: Sequence[Run], names: Sequence[str]) -> str:
+    """Returns the table of what each direction of each link carried and waited for."""
+    rows = []
+    for run, name in zip(runs, names, strict=True):
+        shown = links_of(run)
+        for ends in shown:
+            one = run.traffic[ends]
+            cells = [
+                f"{name} {ends[0]} → {ends[1]}",
+                digits(one["bytes"] / 1e6),
+                f"{one['payload_bytes'] / one['raw_bytes']:.0%}" if one["raw_bytes"] else "–",
+                f"{one['messages']:,.0f}",
+                digits(one["queue_s"] / one["messages"] * 1e3) if one["messages"] else "–",
+                digits(one["queued_peak_bytes"] / 1e3),
+                digits(one["credit_wait_s"]),
+                digits(one["blocked_s"]),
+                digits(one["rtt_s"] * 1e3) if "rtt_s" in one else "–",
+                digits(one["rate_mbps"]) if "rate_mbps" in one else "–",
+                f"{one['reconnects']:.0f} ({digits(one['repeated_bytes'] / 1e3)} kB)"
+                if one["reconnects"]
+                else "–",
+            ]
+            rows.append(("", cells))
+        if left := len(run.traffic) - len(shown):
+            rows.append(("", [f"{name}: {left} more in metrics.jsonl", *[""] * 10]))
+    if not rows:
+        return ""
+    head = ("link", "MB", "size after codec", "messages", "mean wait, ms", "most queued, kB",
+            "no credit, s", "socket full, s", "round trip, ms", "Mbit/s measured",
+            "cut (repeated)")  # fmt: skip
+    return _table(head, rows)
 
 
 def _configurations(runs: Sequence[Run], names: Sequence[str]) -> str:

@@ -24,6 +24,12 @@ from pipar_jax.trace import Trace
 TITLES = {"fl": "FL", "sl": "SL", "sfl": "SFL", "pipar": "PiPar", "mpsl": "MP-SL",
           "accept": "AccEPT"}  # fmt: skip
 
+#: More devices than this are not drawn; a line says so.
+MOST_DEVICES = 8
+_DEVICE = re.compile(r"d\d+")
+#: Figures of a link that say how it is, and not what a round added.
+_GAUGES = ("queued_peak_bytes", "reconnects", "rtt_s", "rate_mbps")
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -102,7 +108,7 @@ class Run:
     def devices(self) -> list[str]:
         """Names of the devices, as far as a round reported them."""
         busy = self.last("round_finished").get("busy", {})
-        return sorted((h for h in busy if re.fullmatch(r"d\d+", h)), key=lambda h: int(h[1:]))
+        return sorted((h for h in busy if _DEVICE.fullmatch(h)), key=lambda h: int(h[1:]))
 
     @functools.cached_property
     def causes(self) -> dict[str, dict[str, float]]:
@@ -124,6 +130,24 @@ class Run:
                 target = self.plan.host(action.device, action.stage + (1 if forward else -1))
                 sums = found.setdefault((host, target), {"activations": 0.0, "cotangents": 0.0})
                 sums["activations" if forward else "cotangents"] += row.nbytes
+        return found
+
+    @functools.cached_property
+    def traffic(self) -> dict[tuple[str, str], dict[str, float]]:
+        """What each direction of a link carried and waited for in all rounds together.
+
+        The names are those of ``pipar_jax.runtime.traffic``; what is no sum is as of the last
+        round, and left out where it was never measured.
+        """
+        found: dict[tuple[str, str], dict[str, float]] = {}
+        for event in self.of("round_finished"):
+            for row in event.get("links", ()):
+                sums = found.setdefault((row["source"], row["target"]), {})
+                for key, value in row.items():
+                    if key in _GAUGES and value is not None:
+                        sums[key] = value
+                    elif key not in (*_GAUGES, "source", "target"):
+                        sums[key] = sums.get(key, 0.0) + value
         return found
 
     @functools.cached_property
@@ -223,3 +247,12 @@ def hosts_of(run: Run) -> list[str]:
     others = [] if run.trace is None else [h for h in run.trace.hosts if h not in devices]
     nodes = [host for host in others if host != COORDINATOR]
     return [*devices, *nodes, COORDINATOR]
+
+
+def links_of(run: Run) -> list[tuple[str, str]]:
+    """Returns the directions of links that are shown: those of the first devices, in order."""
+    hosts = hosts_of(run)
+    shown = [host for host in hosts if not _DEVICE.fullmatch(host)]
+    shown += [host for host in hosts if _DEVICE.fullmatch(host)][:MOST_DEVICES]
+    ways = [ends for ends in run.traffic if set(ends) <= set(shown)]
+    return sorted(ways, key=lambda ends: (hosts.index(ends[0]), hosts.index(ends[1])))

@@ -109,11 +109,12 @@ class Coordinator:
             # A unit has one replica per device, wherever each is cut.
             count = sum(1 for n in total if n)
             self._aggregator.compile({unit: count for unit in self._model.unit_names})
-        self._members.collect("prepared", (COORDINATOR, *self._workers))
+        ready = self._members.collect("prepared", (COORDINATOR, *self._workers))
         compile_s = time.monotonic() - began
         self._calibrate()
         seconds = time.monotonic() - began - compile_s
-        self._tally.prepared(compile_s, seconds)
+        needs = {name: mail.body["memory_bytes"] for name, mail in ready.items()}
+        self._tally.prepared(compile_s, seconds, needs)
 
     def _introduce(self) -> None:
         """Lets neighbours in chains connect to each other, where the plan needs it."""
@@ -158,7 +159,7 @@ class Coordinator:
         interval = Interval(start_s, max(mail.time_s for mail in stored.values()))
         if sequential:
             self._gather_sequential()
-        self._collect_traces()
+        traced = self._collect_traces()
         rows, busy_s = self._host.recorder.take()
         self._tally.add_trace(COORDINATOR, rows, 0.0)
         busy = {COORDINATOR: busy_s} | {d: stored[d].body["busy_s"] for d in self._workers}
@@ -166,7 +167,12 @@ class Coordinator:
         for mail in stored.values():
             totals = totals.plus(Totals(*(mail.body[k] for k in Totals._fields)))
         overruns = sum(mail.body["overruns"] for mail in stored.values())
-        self._tally.end_round(index, interval, totals, busy, overruns)
+        told = {name: stored[name].body["link"] for name in self._workers}
+        direct_rows = [row for name in self._workers for row in stored[name].body["direct"]]
+        memory = {name: mail.body["memory"] for name, mail in stored.items()}
+        self._tally.end_round(
+            index, interval, totals, busy, overruns, told, traced, direct_rows, memory
+        )
         for span in spans:
             steps = sum(s.stop - s.first for s in spans if s.device == span.device)
             if steps:
@@ -276,18 +282,22 @@ class Coordinator:
 
     # --- between rounds -----------------------------------------------------------------------
 
-    def _collect_traces(self) -> None:
-        """Takes the devices' timed actions, outside the round that they belong to."""
-        if self._config.run.trace:
-            self._add_traces(self._members.collect("trace", self._workers))
+    def _collect_traces(self) -> dict[str, int]:
+        """Takes the hosts' timed actions, outside their round; returns what bytes they were."""
+        if not self._config.run.trace:
+            return {}
+        return self._add_traces(self._members.collect("trace", self._workers))
 
-    def _add_traces(self, mails: Mapping[str, Mail]) -> None:
+    def _add_traces(self, mails: Mapping[str, Mail]) -> dict[str, int]:
         """Adds the devices' timed actions to the run's, on this host's clock."""
+        traced = {}
         for name, mail in mails.items():
             assert mail.message is not None
             rows = bundle.unpack_rows(mail.message.tensors, name)
             # The offset is the peer's clock minus ours.
             self._tally.add_trace(name, rows, -(mail.message.link.offset_s or 0.0))
+            traced[name] = mail.message.nbytes
+        return traced
 
     def _is_evaluated(self, index: int) -> bool:
         every = self._config.run.evaluate_every

@@ -398,7 +398,8 @@ class Executor:
 
         below = min(sent.stage, tag.stage)
         peer = self._plan.host(tag.device, tag.stage)
-        self._wiring.of(peer, below).send(tag, parcel.contents(), on_sent=left)
+        link = self._wiring.of(peer, below)
+        link.send(tag, parcel.contents(), codec=parcel.codec, on_sent=left)
 
     def _work(self, action: Action, probe: Any, samples: int, then: Callable[[], None]) -> Work:
         """Wraps a dispatched computation for the completion thread."""

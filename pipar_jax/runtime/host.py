@@ -286,7 +286,8 @@ class Host:
         self._executor = Executor(
             self.name, plan, self._replicas, self.wiring,
             batches=self._batches, meter=self._meter, record=self.recorder.add,
-            ledger=self._ledger, duration_s=self._duration_s, seed=self._config.seed, dtype=self._config.model.dtype,
+            ledger=self._ledger, duration_s=self._duration_s,
+            seed=self._config.seed, dtype=self._config.model.dtype,
         )  # fmt: skip
         # A neighbour may be told to begin before this host is: what it sends is checked at once.
         self._executor.start(RoundSchedule(plan, (), samples, self._config.data.batch_size))

@@ -2,7 +2,8 @@
 
 Encoding is dispatched right behind the computation and before the copy to the host, so that fewer
 bytes cross the bus of an accelerator; decoding is dispatched before the computation that consumes
-the array.
+the array. What a CPU codes faster without a kernel is encoded by the link's codec worker, and
+decoded where it is opened.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from comms import Encoded, Message
 from pipar_jax import codec_kernels
+from pipar_jax.codec_kernels import Coded
 
 RAW = "raw"
 
@@ -23,7 +24,8 @@ class Parcel:
     """An array that will be sent.
 
     Attributes:
-      ready: Becomes ready when the array, encoded, can be copied to the host.
+      codec: Name of the codec, for ``Link.send`` beside the contents.
+      ready: Becomes ready when the contents can be copied to the host.
       array_bytes: Bytes of the array itself.
     """
 
@@ -34,20 +36,28 @@ class Parcel:
           array: What was just computed.
           codec: Name of the codec.
         """
-        self._codec, self._dtype, self._shape = codec, np.dtype(array.dtype), array.shape
+        self.codec, self._dtype, self._shape = codec, np.dtype(array.dtype), array.shape
         self.array_bytes = array.nbytes
-        self.ready = array if codec == RAW else codec_kernels.encoder(codec)(array)
-        self.ready.copy_to_host_async()
+        self._as_it_is = codec == RAW or codec_kernels.on_host(codec)
+        self.ready = Coded(array) if self._as_it_is else codec_kernels.encoder(codec)(array)
+        # How much of a payload is worth copying is only known with its length.
+        known = self.ready.payload if self.ready.length is None else self.ready.length
+        known.copy_to_host_async()
 
     def contents(self) -> np.ndarray | Encoded:  # type: ignore[type-arg]
         """Returns what ``Link.send`` takes; waits until it is ready."""
-        data = np.asarray(self.ready)
-        return data if self._codec == RAW else Encoded(self._codec, data, self._dtype, self._shape)
+        data = codec_kernels.to_host(self.ready)
+        return data if self._as_it_is else Encoded(self.codec, data, self._dtype, self._shape)
 
 
 def open_parcel(message: Message) -> jax.Array:
-    """Returns the array that arrived, on its way to the device; decoded there if it was coded."""
-    if message.payload.codec.name == RAW:
+    """Returns the array that arrived, on its way to the device; decoded there if it was coded.
+
+    Raises:
+      CodecError: What arrived is not what its codec makes.
+    """
+    name = message.payload.codec.name
+    if name == RAW or codec_kernels.on_host(name):
         placed: jax.Array = jax.device_put(message.array)
         return placed
     return codec_kernels.decode_from_link(message.payload)
@@ -57,7 +67,5 @@ def compile_codecs(codecs: Iterable[str], shapes: Iterable[jax.ShapeDtypeStruct]
     """Compiles what coding arrays of some shapes needs, before the first of them is sent."""
     shapes = list(shapes)
     for codec in set(codecs) - {RAW}:
-        for shape in shapes:
-            payload = codec_kernels.encoder(codec)(jnp.ones(shape.shape, shape.dtype))
-            decode = codec_kernels.decoder(codec, np.dtype(shape.dtype), shape.shape)
-            decode(payload).block_until_ready()
+        for shape in shapes if not codec_kernels.on_host(codec) else ():
+            codec_kernels.compile_for(codec, shape)

@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pipar_jax.config import Config
-from pipar_jax.plan import Plan
+from pipar_jax.plan import Plan, device_name
 from pipar_jax.runtime.folder import RunFolder
 from pipar_jax.runtime.members import Members
 from pipar_jax.runtime.meter import Totals
+from pipar_jax.runtime.traffic import Traffic
 from pipar_jax.schedule import Span
 from pipar_jax.trace import Interval, Timed, Trace
 
@@ -33,7 +34,7 @@ class Tally:
 
     Args:
       config: Resolved configuration.
-      members: Whose links' bytes count.
+      members: Whose links count.
       folder: Where the trace goes.
       tell: Takes events.
       parameters: How many parameters the model has.
@@ -48,20 +49,35 @@ class Tally:
         parameters: int,
     ) -> None:
         """See the class."""
-        self._config, self._members, self._folder, self._tell = config, members, folder, tell
+        self._config, self._folder, self._tell = config, folder, tell
         self._parameters = parameters
+        self._traffic = Traffic(members)
         self._trace = Trace()
         self._rounds = 0
-        self._bytes = (0, 0)
         self._totals = (0, 0)
         self._seconds: list[float] = []
         self._busy: dict[str, float] = {}
         self._score: dict[str, float] = {}
         self._origin_s = time.monotonic()
 
-    def prepared(self, compile_s: float, calibration_s: float) -> None:
-        """Tells how long compiling and timing alone took; neither is part of any round."""
-        self._tell({"event": "prepared", "compile_s": compile_s, "calibration_s": calibration_s})
+    def prepared(
+        self, compile_s: float, calibration_s: float, memory_bytes: Mapping[str, int]
+    ) -> None:
+        """Tells how long compiling and timing alone took; neither is part of any round.
+
+        Args:
+          compile_s: Seconds until all hosts had compiled.
+          calibration_s: Seconds for which slow hosts timed themselves.
+          memory_bytes: For each host what it is predicted to hold at most.
+        """
+        self._tell(
+            {
+                "event": "prepared",
+                "compile_s": compile_s,
+                "calibration_s": calibration_s,
+                "memory_bytes": dict(memory_bytes),
+            }
+        )
 
     def begin(
         self, plan: Plan, rounds: Sequence[Sequence[Span]], steps_per_epoch: Sequence[int]
@@ -88,7 +104,7 @@ class Tally:
 
     def start_round(self) -> None:
         """Notes what the links have carried before a round."""
-        self._bytes = self._carried()
+        self._traffic.start()
 
     def add_trace(self, host: str, rows: Sequence[Timed], offset_s: float) -> None:
         """Adds a host's timed actions, on the coordinator's clock once the offset is added."""
@@ -102,6 +118,10 @@ class Tally:
         totals: Totals,
         busy: Mapping[str, float],
         overruns: int,
+        told: Mapping[str, Mapping[str, float]],
+        traced: Mapping[str, int],
+        direct: Sequence[Mapping[str, Any]],
+        memory: Mapping[str, Mapping[str, int]],
     ) -> None:
         """Tells of a round that is over.
 
@@ -111,8 +131,15 @@ class Tally:
           totals: Loss and accuracy sums over its samples.
           busy: For each host the seconds it computed.
           overruns: Computations that lasted longer than the slowness emulated for their host.
+          told: For each device what its sending waited for, see ``traffic.Waits``.
+          traced: For each device the bytes of the trace that it sent after the round.
+          direct: What neighbours sent each other, rows of ``traffic.DirectTraffic``.
+          memory: For each host what it held at most, see ``memory.Used``.
         """
-        up, down = (now - before for now, before in zip(self._carried(), self._bytes, strict=True))
+        links = [*self._traffic.rows(told, traced), *direct]
+        devices = {device_name(i) for i in range(self._config.devices.count)}
+        up = sum(row["bytes"] for row in links if row["source"] in devices)
+        down = sum(row["bytes"] for row in links if row["target"] in devices)
         self._totals = (self._totals[0] + up, self._totals[1] + down)
         self._seconds.append(interval.seconds)
         for host, seconds in busy.items():
@@ -135,6 +162,8 @@ class Tally:
                 "bytes_up": up,
                 "bytes_down": down,
                 "overruns": overruns,
+                "links": links,
+                "memory": {host: dict(used) for host, used in memory.items()},
             }
         )
 
@@ -180,8 +209,3 @@ class Tally:
     def _epoch(self, index: int) -> float:
         """Returns how many epochs are over after a round."""
         return (index + 1) * self._config.epochs / self._rounds
-
-    def _carried(self) -> tuple[int, int]:
-        """Returns the bytes that all devices' links have carried up and down so far."""
-        stats = [member.link.stats() for member in self._members.by_name.values()]
-        return sum(one.bytes_in for one in stats), sum(one.bytes_out for one in stats)

@@ -38,6 +38,10 @@ class Wiring:
             if self._host in one[:2] and (self._peer(one), one.below) not in self._direct
         ]
 
+    def direct(self) -> list[tuple[str, Link]]:
+        """Returns every direct link with its peer's name."""
+        return [(peer, link) for (peer, _), link in self._direct.items()]
+
     def of(self, peer: str, below: int) -> Link:
         """Returns the link that carries what crosses a boundary.
 

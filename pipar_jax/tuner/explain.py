@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from rich.table import Table
 
+from pipar_jax.config import Config
 from pipar_jax.plan import COORDINATOR, device_name
 from pipar_jax.profile import HostProfile, Profile
 from pipar_jax.simulator.costs import LinkModel
+from pipar_jax.tuner import codec_choice
 from pipar_jax.tuner.options import memory_bytes
 from pipar_jax.tuner.predict import Judged, Stages, loads
 from pipar_jax.tuner.search import Found, labels
@@ -47,6 +49,29 @@ def verdict(found: Found) -> str:
         f"{looked}; no plan takes less than {found.bound_s:.4g} s per epoch, so that at most "
         f"{found.gap:.1%} may be left"
     )
+
+
+def codecs_table(profile: Profile, found: Found, config: Config) -> Table | None:
+    """Returns why each link's tensors are coded or not; None where there was no choice."""
+    stages = Stages(profile)
+    known = [profile.devices.index(one) for one in profile.devices]
+    why = codec_choice.reasons(stages, config, found.plans[0], known)
+    if not why:
+        return None
+    table = Table(title="codecs of the best plan, per full mini-batch", title_justify="left")
+    for name, justify in (
+        ("link", "left"), ("tensor", "left"), ("raw kB", "right"), ("codec", "left"),
+        ("against", "left"), ("saves ms", "right"), ("coding ms", "right"), ("why", "left"),
+    ):  # fmt: skip
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for one in why:
+        names = _names([device_name(device) for device in one.slot.devices])
+        way = "up" if one.slot.role == "activation" else "down"
+        table.add_row(
+            f"{names} {way}", one.slot.role, f"{one.raw_bytes / 1e3:,.0f}", one.chosen, one.other,
+            f"{one.saved_s * 1e3:,.1f}", f"{one.coding_s * 1e3:,.1f}", one.words(),
+        )  # fmt: skip
+    return table
 
 
 def binds(stages: Stages, judged: Judged) -> tuple[str, float]:

@@ -35,7 +35,8 @@ from pipar_jax.profile import CodecProfile, HostProfile, UnitFacts, host_from_di
 from pipar_jax.runtime.replica import Replica
 from pipar_jax.runtime.warmup import run_all
 from pipar_jax.schedule import BACKWARD, FORWARD, LAST, UPDATE
-from pipar_jax.tuner.words import whole_numbers, words
+from pipar_jax.tuner import codec_choice
+from pipar_jax.tuner.words import whole_numbers
 from stages import Model, make_draw
 
 #: Runs of each function, and the least seconds that they take together.
@@ -113,13 +114,16 @@ def measure_host(
 
 
 def measure_codecs(config: Config) -> dict[str, CodecProfile]:
-    """Returns ratio and speed of the codecs that a run may use, on this host."""
+    """Returns ratio and speed of the codecs that a run may use, on this host.
+
+    Of numbers with signs and without zeros: the most that they take.
+    """
     rng = np.random.default_rng(0)
     array = rng.normal(size=(_CODEC_BYTES // 4,)).astype(np.float32)
     found = {}
     pipeline = config.pipeline
     configured = pipeline.activation_codec, pipeline.cotangent_codec, config.aggregation.codec
-    for name in dict.fromkeys([*words(config.tuner.codecs), *configured]):
+    for name in dict.fromkeys([*codec_choice.names(config), *configured]):
         if name == "raw":
             continue
         codec, parameter = parse_codec(name)

@@ -19,6 +19,7 @@ from pipar_jax.config import Config
 from pipar_jax.errors import ConfigError, PlanError
 from pipar_jax.plan import Codecs, Plan
 from pipar_jax.profile import Profile
+from pipar_jax.tuner import codec_choice
 from pipar_jax.tuner.options import (
     Least,
     Option,
@@ -39,7 +40,8 @@ class Found(NamedTuple):
     """What a search found.
 
     Attributes:
-      plans: The plans judged, best first, among them at least one of each method that fits.
+      plans: The plans judged, best first, among them at least one of each method that fits. With
+        ``tuner.codecs=auto`` the first is the fastest with as many bits as cost no time.
       bound_s: What no plan searched can undercut, in seconds per epoch.
       exact: Whether the first is proven to be the best of all that were searched.
       judged: How many plans were simulated.
@@ -147,6 +149,8 @@ class _Search:
                 if (one := next(of_method, None)) is not None:
                     self._judge(one.plan)
         plans = self._distinct()
+        if self.config.tuner.codecs == codec_choice.AUTO:
+            plans = self._sharpened(plans)
         paper = None
         if len(self.profile.units) > 1:
             paper = judge(self.stages, paper_plan(self.stages, self.frame, _codecs(self.config)))
@@ -159,6 +163,18 @@ class _Search:
             found.setdefault((one.plan.devices, one.plan.order), one)
         return list(found.values())
 
+    def _sharpened(self, plans: list[Judged]) -> list[Judged]:
+        """Returns the plans behind the best with as many bits as cost no time."""
+        most = self.actions + 0.25 * self.config.tuner.actions
+
+        def seconds(plan: Plan) -> float | None:
+            return self._judge(plan) if self.actions <= most or plan in self.judged else None
+
+        best = plans[0].plan
+        slots = codec_choice.slots(best, self.known)
+        found = codec_choice.sharpen(best, slots, self.config, seconds)
+        return plans if found == best else [self.judged[found], *plans]
+
     # --- candidates ---------------------------------------------------------------------------
 
     def _options(self) -> list[Option]:
@@ -167,9 +183,10 @@ class _Search:
         numbers = {1} if {"sfl", "sl"} & set(self.methods) else set()
         if "pipar" in self.methods:
             numbers |= {min(n, batch) for n in whole_numbers(self.config.tuner.micro_batches)}
-        names = words(self.config.tuner.codecs)
-        pairs = [Codecs(a, c) for a in names for c in names] or [_codecs(self.config)]
+        pairs = codec_choice.pairs(self.config)
         wanted = {name for pair in pairs for name in (pair.activation, pair.cotangent)} - {"raw"}
+        if self.config.tuner.codecs == codec_choice.AUTO:
+            wanted |= set(codec_choice.names(self.config)) - {"raw"}
         if unknown := sorted(wanted - set(self.profile.codecs)):
             raise ConfigError(
                 f"{', '.join(unknown)} may be used (tuner.codecs, pipeline.activation_codec and "

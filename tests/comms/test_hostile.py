@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
-from comms import ChannelOptions, Endpoint, Limits, Role, Tag
+from comms import ChannelOptions, CodecError, Endpoint, Limits, Role, Tag
 from comms.frame import HEADER_BYTES, PING, PONG, STATUS, Header, Kind, pack_header
 from comms.handshake import ClientHandshake, Terms
 from comms.inbox import pack_json
@@ -72,8 +72,8 @@ def valid_frames(rng: random.Random) -> list[tuple[Header, tuple[int, ...], byte
             add(Header(Kind.MANIFEST, 4), pack_json({"name": "w", "tensors": ["x"], "body": {}}))
             add(Header(Kind.TENSOR, 4, 0, 11, 1, flags=2), rng.randbytes(8), (2,))
         elif kind == 4:
-            codec = rng.choice((1, 4, 5))
-            bytes_of = {1: 32, 4: 4 + 16, 5: 4 + 8}[codec]
+            codec = rng.choice((1, 4, 5, 7))
+            bytes_of = {1: 32, 4: 4 + 16, 5: 4 + 8, 7: rng.randrange(8, 60)}[codec]
             header = Header(Kind.TENSOR, 3, codec, 11, 1, codec_parameter=16 * (codec > 1))
             add(header, rng.randbytes(bytes_of), (16,))
         else:
@@ -117,6 +117,14 @@ def mutate(rng: random.Random, header: Header, shape: tuple[int, ...], payload: 
     return rng.randbytes(rng.randrange(1, 300))
 
 
+def read_and_release(message) -> None:
+    """Decodes what arrived, as a consumer does; a payload that is none is an error of its own."""
+    for payload in message.payloads.values() if message.kind != "control" else ():
+        with contextlib.suppress(CodecError):
+            assert payload.array.nbytes <= LIMITS.message_bytes
+    message.release()
+
+
 def fuzz(workshop, frames: int, seed: int) -> None:
     rng = random.Random(seed)
     server: Endpoint = workshop.endpoint("server", OPTIONS)
@@ -128,7 +136,7 @@ def fuzz(workshop, frames: int, seed: int) -> None:
             link.start(honest_messages.put, lambda: None, lambda error: None)
             honest_links.put(link)
         else:
-            link.start(lambda message: message.release(), lambda: None, lambda error: None)
+            link.start(read_and_release, lambda: None, lambda error: None)
 
     _, port = server.listen("127.0.0.1", 0, on_link)
     honest = workshop.endpoint("honest").connect(

@@ -252,6 +252,8 @@ def test_the_accounts_of_both_sides_agree(workshop):
     assert out.raw_out_bytes == into.raw_in_bytes == expected
     assert out.messages_out == into.messages_in == 20
     assert out.queued_messages == out.queued_bytes == 0
+    assert 4000 * 19 <= out.queued_peak_bytes <= expected
+    assert out.repeated_frames == out.repeated_bytes == 0
     assert into.bytes_in >= expected + 20 * 96
 
 
@@ -278,3 +280,12 @@ def test_a_shaped_link_delays_and_paces(workshop):
     assert floor_s + 0.05 <= message.received_s - began < floor_s * 1.3 + 0.15
     start_s, end_s, _ = times.get(timeout=5)
     assert end_s - start_s == pytest.approx(floor_s, rel=0.02)
+
+
+def test_the_time_that_messages_queue_is_counted(workshop):
+    pair = workshop.pair(shape=LinkShape(40.0, 0.0))
+    array = np.zeros(MIB // 8, np.uint8)
+    for step in range(4):  # the second waits for the first, the third for both, ...
+        pair.up.send(tag(step=step), array)
+    pair.up.drain(10)
+    assert pair.up.stats().queue_s >= (1 + 2 + 3) * array.nbytes * 8 / 40e6 * 0.98

@@ -67,6 +67,7 @@ def exchange(workshop, faults, *, rounds: int, seed: int, options=RESUME, least=
         assert pair.up.stats().unacked_bytes == 0
         # Faults that come before the first WELCOME cut no stream.
         assert pair.up.stats().reconnects > rounds * 0.3
+        assert pair.up.stats().repeated_bytes + pair.down.stats().repeated_bytes > 0
         pair.client.close()
         return proxy
 

@@ -59,23 +59,31 @@ def test_an_unreachable_server_is_one_clear_line() -> None:
         assert "Traceback" not in device.output
 
 
-@pytest.mark.parametrize(
-    ("flag", "field"),
-    [("--config.model.name=cnn", "model.name"), ("--config.optimizer.learning_rate=1", "learning")],
-)
-def test_a_device_that_differs_is_refused_and_told_in_what(
-    tmp_path: pathlib.Path, flag: str, field: str
-) -> None:
+def test_a_device_that_differs_is_refused_and_told_in_what(tmp_path: pathlib.Path) -> None:
     one = [*SMALL, "--config.devices.count=1"]
-    wait = "--config.network.join_timeout_s=8"
-    with started("server", *one, wait, f"--config.run.dir={tmp_path}") as server:
+    with started("server", *one, f"--config.run.dir={tmp_path}") as server:
         where = f"--server={address_of(server)}"
-        with started("device", *one, flag, where, "--index=0") as device:
-            assert device.wait() == 1
-            assert device.lines[-1].startswith("error: ") and field in device.lines[-1]
-        assert server.wait(30) == 1
-        assert server.lines[-1].startswith("error: ")
-        assert "Traceback" not in server.output + device.output
+        with (
+            started("device", *one, "--config.model.name=cnn", where, "--index=0") as model,
+            started(
+                "device", *one, "--config.optimizer.learning_rate=1", where, "--index=0"
+            ) as rate,
+        ):
+            for device, field in ((model, "model.name"), (rate, "learning")):
+                assert device.wait() == 1
+                assert device.lines[-1].startswith("error: ") and field in device.lines[-1]
+        # It still waits for a device that fits.
+        server.process.send_signal(signal.SIGINT)
+        assert server.wait() == 130
+        assert "Traceback" not in server.output + model.output + rate.output
+
+
+def test_a_server_that_nobody_joins_says_so_in_one_line(tmp_path: pathlib.Path) -> None:
+    brief = "--config.network.join_timeout_s=0.2"
+    with started("server", *SMALL, brief, f"--config.run.dir={tmp_path}") as server:
+        assert server.wait() == 1
+        assert server.lines[-1].startswith("error: d0, d1 of 2 devices did not join within 0.2 s")
+        assert "Traceback" not in server.output
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])

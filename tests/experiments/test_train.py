@@ -20,6 +20,8 @@ from tests.experiments.running import LONG, ROOT, all_gone, started
 
 #: Seconds within which a fault must have ended everything.
 BOUND_S = 10.0
+#: Labels at home, two compute nodes between the two stages of each device.
+CHAIN = ("--config.method=mpsl", "--config.nodes.count=2", "--config.pipeline.cuts=1,2,3")
 PREPARED = ROOT.parent / "shared" / "data" / "tfds"
 
 
@@ -156,11 +158,13 @@ def test_ctrl_c_on_a_terminal_ends_the_live_view_too(tmp_path: pathlib.Path) -> 
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pids are matched by /proc")
-@pytest.mark.parametrize(("victim", "name"), [(0, "server"), (2, "d1")])
+@pytest.mark.parametrize(
+    ("victim", "name", "arguments"), [(0, "server", ()), (2, "d1", ()), (1, "n1", CHAIN)]
+)
 def test_a_killed_host_ends_the_run_with_one_clear_line(
-    tmp_path: pathlib.Path, victim: int, name: str
+    tmp_path: pathlib.Path, victim: int, name: str, arguments: tuple[str, ...]
 ) -> None:
-    with started("train", *long(tmp_path)) as train:
+    with started("train", *long(tmp_path, *arguments)) as train:
         train.wait_for("round 2 of")
         hosts = train.children()
         began_s = time.monotonic()

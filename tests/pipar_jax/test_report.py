@@ -36,6 +36,14 @@ def bytes_of(device: int, stage: int, kind: str, samples: int) -> float:
     return 500.0 * samples if samples else 20_000.0
 
 
+def link_row(source: str, target: str, nbytes: float) -> dict[str, object]:
+    return {"source": source, "target": target, "bytes": nbytes, "raw_bytes": 2 * nbytes,
+            "payload_bytes": nbytes, "messages": 10, "frames": 20, "queue_s": 0.5,
+            "credit_wait_s": 0.25, "blocked_s": 0.0, "encode_s": 0.0, "repeated_frames": 2,
+            "repeated_bytes": 300, "queued_peak_bytes": 7000, "reconnects": 1, "rtt_s": None,
+            "rate_mbps": 17.5}  # fmt: skip
+
+
 def write_run(folder: Path, method: str, plan: Plan, *, finish: bool = True) -> Path:
     """Write the folder of a run whose rounds are simulated ones."""
     folder.mkdir()
@@ -75,6 +83,7 @@ def write_run(folder: Path, method: str, plan: Plan, *, finish: bool = True) -> 
             "idle": {host: found.idle_share(host) for host in found.busy_s},
             "bytes_up": sum(n for (_, to), n in carried.items() if to == "server"),
             "bytes_down": sum(n for (of, _), n in carried.items() if of == "server"),
+            "links": [link_row(source, target, n) for (source, target), n in carried.items()],
         })  # fmt: skip
         events.append({"event": "evaluated", "round": index, "epoch": index + 1.0,
                        "accuracy": 0.6 + index / 10, "loss": 1.0, "seconds": 0.1})  # fmt: skip
@@ -129,7 +138,7 @@ def test_the_page_is_whole_and_needs_nothing_else(folders: list[Path]) -> None:
     assert not checker.open
     assert not checker.references
     assert "://" not in page and "@import" not in page and "url(" not in page
-    for title in ("Results", "Learning", "One step", "Idle time", "Bytes",
+    for title in ("Results", "Learning", "One step", "Idle time", "Links",
                   "Predicted and measured", "Configuration"):  # fmt: skip
         assert f"<h2>{title}</h2>" in page
     assert checker.seen["svg"] == 4 + 3 + 2  # curves, a step of each run, two charts of bars
@@ -172,6 +181,26 @@ def test_bytes_add_up_to_what_the_rounds_reported(folders: list[Path]) -> None:
     tensors = sum(sum(n.values()) for ends, n in run.carried.items() if ends[1] == "server")
     assert tensors == 2 * 3 * SAMPLES * 500
     assert run.weight_bytes == pytest.approx((up - tensors) / 6) == 20_000
+
+
+def test_what_links_carried_and_waited_for_is_added_up(folders: list[Path]) -> None:
+    run = read_run(folders[-1])
+    up = run.traffic["d0", "server"]
+    assert (up["messages"], up["queue_s"], up["repeated_bytes"]) == (30, 1.5, 900)
+    assert (up["queued_peak_bytes"], up["reconnects"]) == (7000, 1)  # no sums
+    whole = sum(row["bytes_up"] + row["bytes_down"] for row in run.of("round_finished"))
+    assert sum(one["bytes"] for one in run.traffic.values()) == pytest.approx(whole)
+    page = make_page([run])
+    cells = ["PiPar d0 → server", digits(up["bytes"] / 1e6), "50%", "30", "50", "7", "0.75", "0",
+             "–", "17.5", "1 (0.9 kB)"]  # fmt: skip
+    assert "".join(f"<td{' class=words' * (not i)}>{c}</td>" for i, c in enumerate(cells)) in page
+
+
+def test_of_many_links_those_of_the_first_devices_are_shown(tmp_path: Path) -> None:
+    plan = Plan((DevicePlan((1,), ("device", "server"), 4),) * 12)
+    page = make_page([read_run(write_run(tmp_path / "many", "pipar", plan))])
+    assert "d7 → server" in page and "d8 → server" not in page
+    assert "PiPar: 8 more in metrics.jsonl" in page
 
 
 def test_runs_that_did_not_finish_or_kept_no_trace_are_shown(tmp_path: Path) -> None:

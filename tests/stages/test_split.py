@@ -57,7 +57,7 @@ def test_float64_whole_gradient_equals_jax_grad_of_the_mean_loss(norm):
             losses = optax.softmax_cross_entropy_with_integer_labels(h, y)
             return losses.mean()
 
-        value, expected = jax.value_and_grad(mean_loss)(params)
+        value, expected = jax.jit(jax.value_and_grad(mean_loss))(params)
         metrics, actual, _ = step(model, (1, 3), params, state, x, y)
         np.testing.assert_allclose(metrics["loss"] / 7, value, rtol=1e-12)
         assert_close(actual, expected, 1e-12)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+import queue
+import re
+import socket
+import threading
+
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from pipar_jax.errors import ConfigError, PlanError
+from pipar_jax.config import resolve
+from pipar_jax.errors import ConfigError, JoinError, PiparError, PlanError
 from pipar_jax.methods import plan_for
+from pipar_jax.server import run_server
+from pipar_jax.worker import run_node
 from stages import Model
 from tests.pipar_jax.runtime import support
 
@@ -38,7 +47,7 @@ def layer(inputs, outputs, last=False):
 def network():
     jax.config.update("jax_enable_x64", True)
     widths = [64, 12, 11, 10, 9, 8]
-    units = [(f"fc{i + 1}", layer(a, b)) for i, (a, b) in enumerate(zip(widths, widths[1:]))]
+    units = [(f"fc{i + 1}", layer(a, b)) for i, (a, b) in enumerate(itertools.pairwise(widths))]
     units.append(("out", layer(8, 10, last=True)))
     yield Model.from_units("chain", units, support.SHAPE, support.CLASSES, input_dtype=np.float64)
     jax.config.update("jax_enable_x64", False)
@@ -99,3 +108,139 @@ def test_ragged_batches_and_changing_shares_do_not_matter_to_plain_sgd(
     run = train(made, RAGGED, network)
     expected = support.centralised(made, network, union(made, RAGGED))
     assert support.largest_difference(run.params, expected) < RTOL
+
+
+def test_a_chain_of_peers_trains_one_device(double, network, tmp_path):
+    """AccEPT's chain: a device and three peers, the labels travel to the last."""
+    made = setting(tmp_path, (35,), 3, "end")
+    made.method, made.optimizer.momentum = "accept", 0.9
+    run = train(made, (35,), network)
+    expected = support.centralised(made, network, union(made, (35,)))
+    assert support.largest_difference(run.params, expected) < RTOL
+
+
+@pytest.mark.parametrize("weights", ["copy", "shared"])
+def test_copies_are_averaged_once_an_epoch_where_they_live(double, network, weights, tmp_path):
+    """Two epochs of several steps each: nothing of the middle travels but to be evaluated."""
+    made = setting(tmp_path, EVEN, 2, "home", weights)
+    made.aggregation.every, made.epochs, made.run.evaluate_every = "epoch", 2, 2
+    events = []
+    run = train(made, EVEN, network, events)
+    (evaluated,) = [event for event in events if event["event"] == "evaluated"]
+    middle = sum(a.nbytes for unit in ("fc2", "fc3") for a in run.params[unit].values())
+    assert middle <= evaluated["fetched_bytes"] < middle + 4096
+    assert evaluated["fetch_s"] > 0
+    assert set(events[-1]["idle"]) == {"server", "n1", "n2", "d0", "d1"}
+    averages = [row for _, row in run.trace().rows() if row.action.kind == "A"]
+    assert len(averages) == 2 * 3  # each round: both nodes and the coordinator
+
+
+def test_shared_weights_take_one_step_for_all_so_epochs_must_be_equal(network, tmp_path):
+    made = setting(tmp_path, RAGGED, 2, "home", "shared")
+    made.aggregation.every = "epoch"
+    with pytest.raises(PlanError, match=r"the devices' epochs have 3, 5 steps.*aggregation.every"):
+        train(made, RAGGED, network)
+
+
+@pytest.mark.parametrize("labels", ["home", "end"])
+def test_no_label_leaves_home_unless_told_to(double, network, labels, tmp_path, monkeypatch):
+    """All bytes of all connections, searched for the labels of any micro-batch."""
+    sent = []
+    sendmsg = socket.socket.sendmsg
+
+    def spying(self, buffers, *args):
+        buffers = [bytes(one) for one in buffers]
+        count = sendmsg(self, buffers, *args)
+        sent.append(b"".join(buffers)[:count])
+        return count
+
+    monkeypatch.setattr(socket.socket, "sendmsg", spying)
+    made = setting(tmp_path, EVEN, 2, labels, n=1)
+    train(made, EVEN, network)
+    wire = b"".join(sent)
+    batches = [labels for step in union(made, EVEN) for _, labels in step]
+    found = [one for one in batches if one.astype(np.int32).tobytes() in wire]
+    assert len(found) == (0 if labels == "home" else len(batches))
+
+
+def test_the_planner_cuts_the_chain_if_nobody_else_does(network, tmp_path):
+    made = setting(tmp_path, EVEN, 2)
+    made.pipeline.cuts, made.nodes.overrides = "", {1: {"slowdown": 20.0}}
+    made.tuner.sizes, made.tuner.cache = "3,7", False
+    events = []
+    train(made, EVEN, network, events)
+    (tuned,) = [event for event in events if event["event"] == "tuned"]
+    assert len(tuned["profile"]["nodes"]) == 2
+    assert tuned["plan"].startswith("2 of device|") and tuned["plan"].count("|n") >= 1
+    assert tuned["epoch_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"nodes": 0}, "nodes.count=0"),
+        ({"method": "pipar"}, "uses no compute nodes"),
+        ({"method": "accept"}, "devices.count=2"),
+        ({"cuts": "1,2"}, "has 2 cuts, but the chain device | n1 | n2 | device"),
+        ({"cuts": "2,1,3"}, "must rise"),
+        ({"in_flight": 2}, "pipeline.weights=shared"),
+        ({"overrides": {3: {"slowdown": 2.0}}}, "use 1 to 2"),
+        ({"overrides": {1: {"slow": 2.0}}}, "nodes.1.slow is not a field"),
+        ({"overrides": {1: {"host": "0.0.0.0"}}}, "network.token is not set"),
+    ],
+)
+def test_a_chain_that_cannot_work_is_refused_by_name_of_the_field(change, message, tmp_path):
+    made = setting(tmp_path, EVEN, change.get("nodes", 2))
+    made.method = change.get("method", "mpsl")
+    if made.method == "pipar":
+        made.pipeline.cuts = ""
+    made.pipeline.cuts = change.get("cuts", made.pipeline.cuts)
+    made.pipeline.in_flight = change.get("in_flight", 0)
+    made.nodes.overrides = change.get("overrides", {})
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        plan_for(resolve(made), [f"fc{i}" for i in range(6)])
+
+
+def test_a_node_that_cannot_be_reached_or_is_not_expected(network, tmp_path):
+    made = setting(tmp_path, EVEN, 1)
+    made.network.join_timeout_s = 0.5
+    with pytest.raises(JoinError, match="compute node 1 cannot join"):
+        run_node(resolve(made), 1, ("127.0.0.1", 9))
+    with pytest.raises(JoinError, match=r"n2, d0, d1 of 4 hosts did not join within 0.5 s"):
+        made.nodes.count, made.pipeline.cuts = 2, "1,2,3"
+        serve_without(resolve(made), network, "n2")
+
+
+def serve_without(made, network, missing):
+    """Runs a server with all hosts but one; raises what ends the server."""
+    listening: queue.SimpleQueue = queue.SimpleQueue()
+    errors = []
+
+    def tell(event):
+        if event["event"] == "listening":
+            listening.put((event["host"], event["port"]))
+
+    def guarded(role):
+        try:
+            role()
+        except PiparError as error:
+            errors.append(error)
+
+    data = support.datasets(EVEN)
+    server = threading.Thread(
+        target=guarded,
+        args=(lambda: run_server(made, on_event=tell, model=network, data=data[-1]),),
+    )
+    server.start()
+    address = listening.get(timeout=20)
+    others = [
+        threading.Thread(target=guarded, args=(lambda i=i: run_node(made, i, address),))
+        for i in (1, 2)
+        if f"n{i}" != missing
+    ]
+    for other in others:
+        other.start()
+    for thread in (server, *others):
+        thread.join(20)
+        assert not thread.is_alive()
+    raise errors[0]

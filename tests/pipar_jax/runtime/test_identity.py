@@ -29,13 +29,13 @@ def config(tmp_path):
 def message(config, network):
     data = support.dataset(17, 0)
     loader = Loader(data.train, None, config.data.batch_size, seed=config.seed, device=0)
-    joined = identity.join_message(config, 0, loader, network)
+    joined = identity.join_message(config, "d0", identity.device_facts(loader, network))
     return json.loads(json.dumps(joined))  # as it comes over the wire
 
 
 def test_a_device_that_fits_is_taken(message, config, network):
     assert identity.objection(message, config, network) is None
-    assert identity.identity(message) == identity.Identity(index=0, samples=17, steps=3)
+    assert identity.identity(message) == identity.Identity("d0", samples=17, steps=3)
 
 
 @pytest.mark.parametrize(
@@ -43,8 +43,9 @@ def test_a_device_that_fits_is_taken(message, config, network):
     [
         ({"type": "hello"}, "expected 'join'"),
         ({"control_version": 99, "version": "9.9"}, "it runs version 9.9 .* install the same"),
-        ({"index": 2}, "it says it is device 2, but devices.count=2: start it with an index"),
-        ({"index": "0"}, "it says it is device 0"),
+        ({"name": "d2"}, "it says it is 'd2', but devices.count=2: .* index of a device .0 to 1"),
+        ({"name": 0}, "it says it is 0, but devices.count=2"),
+        ({"name": "n1"}, "it says it is 'n1', but nodes.count=0: .* .there are none"),
         ({"config": {"seed": "x"}}, "its configuration differs .* in seed"),
         ({"config": {"nonsense": 1}}, "its configuration cannot be read"),
         ({"units": {}}, "its model differs: unit 'fc1'"),
@@ -63,3 +64,14 @@ def test_what_stays_home_may_differ(message, config, network):
     message["config"]["devices"]["defaults"]["link"] = "4g"
     message["config"]["name"] = "other"
     assert identity.objection(message, config, network) is None
+
+
+def test_a_node_is_taken_by_its_name_and_address(config, network):
+    config.method, config.nodes.count, config.pipeline.cuts = "mpsl", 2, "1,2,3"
+    joined = identity.join_message(config, "n2", identity.node_facts(("127.0.0.1", 7001)))
+    message = json.loads(json.dumps(joined))
+    assert identity.objection(message, config, network) is None
+    assert identity.identity(message) == identity.Identity("n2", address=("127.0.0.1", 7001))
+    for address in (None, ["host"], ["host", 0], [7, 7001]):
+        found = identity.objection({**message, "address": address}, config, network)
+        assert found is not None and "expected host and port" in found

@@ -12,6 +12,7 @@ import pytest
 from stages.layers import convolve as module
 from stages.layers.choice import Formulation, forced
 from stages.layers.convolve import Geometry, convolve, xla_convolve
+from tests.stages.support import pulled
 
 GEOMETRIES = [
     ((5, 6, 7, 3), 4, Geometry(3, 1, 1)),
@@ -34,13 +35,13 @@ def test_values_and_gradients_equal_those_of_xla(shape, out, geometry, formulati
         random = np.random.default_rng(0)
         x = jnp.asarray(random.normal(size=shape))
         kernel = jnp.asarray(random.normal(size=(geometry.size, geometry.size, shape[3], out)))
-        expected, pull = jax.vjp(lambda x, k: xla_convolve(x, k, geometry), x, kernel)
-        cotangent = jnp.asarray(random.normal(size=expected.shape))
+        size = (shape[0], geometry.out(shape[1]), geometry.out(shape[2]), out)
+        cotangent = jnp.asarray(random.normal(size=size))
+        expected, wanted = pulled(lambda x, k: xla_convolve(x, k, geometry), cotangent, x, kernel)
         with forced(formulation):
-            actual, pull_actual = jax.vjp(lambda x, k: convolve(x, k, geometry), x, kernel)
-            gradients = pull_actual(cotangent)
+            actual, gradients = pulled(lambda x, k: convolve(x, k, geometry), cotangent, x, kernel)
         np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-12)
-        for a, b in zip(gradients, pull(cotangent), strict=True):
+        for a, b in zip(gradients, wanted, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
 
 

@@ -12,6 +12,7 @@ from stages.layers import Conv
 from stages.layers.choice import Formulation, forced
 from stages.layers.convolve import Geometry, xla_convolve
 from stages.layers.depthwise import depthwise
+from tests.stages.support import pulled
 
 
 @pytest.mark.parametrize(
@@ -28,15 +29,15 @@ def test_values_and_gradients_equal_those_of_xla(shape, geometry):
         random = np.random.default_rng(0)
         x = jnp.asarray(random.normal(size=shape))
         kernel = jnp.asarray(random.normal(size=(geometry.size, geometry.size, 1, shape[3])))
-        expected, pull = jax.vjp(
-            lambda x, k: xla_convolve(x, k, geometry, groups=shape[3]), x, kernel
+        size = (shape[0], geometry.out(shape[1]), geometry.out(shape[2]), shape[3])
+        cotangent = jnp.asarray(random.normal(size=size))
+        expected, wanted = pulled(
+            lambda x, k: xla_convolve(x, k, geometry, groups=shape[3]), cotangent, x, kernel
         )
-        cotangent = jnp.asarray(random.normal(size=expected.shape))
         with forced(Formulation.DIRECT):
-            actual, pull_actual = jax.vjp(lambda x, k: depthwise(x, k, geometry), x, kernel)
-            gradients = pull_actual(cotangent)
+            actual, gradients = pulled(lambda x, k: depthwise(x, k, geometry), cotangent, x, kernel)
         np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-12)
-        for a, b in zip(gradients, pull(cotangent), strict=True):
+        for a, b in zip(gradients, wanted, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
 
 

@@ -1,0 +1,24 @@
+"""ResNet-18 on CIFAR-10 by MP-SL: four devices, three compute nodes, labels stay home.
+
+Command: python -m experiments.train --config=cifar10_resnet18_mpsl --config.data.data_dir=FOLDER
+where FOLDER holds CIFAR-10 as TFDS prepares it. The planner finds the cuts; --config.pipeline.cuts
+names them instead, --config.pipeline.weights=shared keeps one copy of each middle stage for all
+devices, and --config.pipeline.labels=end sends the labels to the last node.
+"""
+
+from pipar_jax.config import Config
+
+
+def get_config() -> Config:
+    """Returns the preset."""
+    config = Config(name="cifar10_resnet18_mpsl", method="mpsl", epochs=20)
+    config.model.name, config.model.norm = "resnet18", "group"
+    config.data.source = "cifar10"
+    config.data.augment = "crop_flip"
+    config.data.batch_size = 32
+    config.optimizer.learning_rate = 0.01
+    config.optimizer.momentum = 0.9
+    config.pipeline.micro_batches = 2
+    config.devices.count = 4
+    config.nodes.count = 3
+    return config

@@ -1,0 +1,125 @@
+"""What codecs do: speed, size and error on real tensors, and accuracy and seconds of a training.
+
+  python -m experiments.bench_codec [--data_dir=FOLDER] [--parts=tensors,training] [--quick]
+
+Tensors: activations and cotangents of three networks at two depths after 20 steps on CIFAR-10,
+coded on one core beside bfloat16, int8, int4, zstandard, blosc2 (extra `peers`) and memcpy.
+Training: PiPar on two devices behind 4G (10 Mbit/s up, 25 down), from the same initial weights on
+the same shards; only the codecs differ. A pair names those of activations and cotangents, "weights"
+that of averaged weights. With --data_dir=FOLDER, which holds CIFAR-10 as TFDS prepares it, VGG-5
+learns 4,000 of its images, about 10 minutes; without, both parts take scikit-learn's digits.
+"""
+
+import statistics
+import tempfile
+
+import numpy as np
+from absl import flags
+
+from configs import cifar10_vgg5, quickstart
+from pipar_jax import bench, codec_peers
+from pipar_jax.config import Config, DataConfig
+from pipar_jax.data.public import load_public
+from pipar_jax.launcher import launch
+from pipar_jax.pinned import first_cores, pinned
+
+DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder with CIFAR-10 as TFDS prepares it.")
+PARTS = flags.DEFINE_list("parts", ["tensors", "training"], "What to measure.")
+NETWORKS = {"vgg5": (1, 2), "resnet18": (2, 6), "mobilenetv3_small": (2, 6)}
+CODERS = ("bfloat16", "int8", "int4", "bits:3", "bits:5", "bits:7", "bits:7s", "bits:11",
+          "bits:rel1e-3", "bits:lossless")  # fmt: skip
+# Activations, cotangents and averaged weights.
+CASES = {
+    "raw": ("raw", "raw", "raw"),
+    "bfloat16": ("bfloat16", "bfloat16", "raw"),
+    "int8": ("int8", "int8", "raw"),
+    "int4 / int8": ("int4", "int8", "raw"),
+    "bits:7": ("bits:7", "bits:7", "raw"),
+    "bits:3 / bits:7": ("bits:3", "bits:7", "raw"),
+    "bits:3s / bits:7s": ("bits:3s", "bits:7s", "raw"),
+    "bits:3 / bits:7, weights bits:11": ("bits:3", "bits:7", "bits:11"),
+}
+QUICK = ("raw", "bits:3 / bits:7")
+# Losing more than this many points of accuracy against raw is not a codec's right.
+POINTS = 1.0
+
+
+def tensors(run: bench.Bench) -> None:
+    """Codes real tensors: sizes and errors of each, speeds over all."""
+    data = DataConfig(source="cifar10" if DATA_DIR.value else "digits", data_dir=DATA_DIR.value)
+    split = load_public(data.source, data.data_dir, data.cache_dir).train
+    batch, steps = 100, 3 if run.quick else 20
+    images = split.images[: batch * steps].astype(np.float32) / 255 - 0.5
+    found = {}
+    for network in list(NETWORKS)[:1] if run.quick else NETWORKS:
+        run.progress(f"training {network}")
+        labels = split.labels[: batch * steps]
+        made = codec_peers.tensors_of(network, images, labels, NETWORKS[network], batch)
+        found |= {f"{network} {what}": tensor for what, tensor in made.items()}
+    total = sum(tensor.nbytes for tensor in found.values())
+    coders = codec_peers.coders(CODERS)
+    encoded = {name: [c.encode(t) for t in found.values()] for name, c in coders.items()}
+    cases = {"memcpy": lambda: [tensor.copy() for tensor in found.values()]}
+    for name, coder in coders.items():
+        cases[f"{name}: encode"] = lambda c=coder: [c.encode(t) for t in found.values()]
+        cases[f"{name}: decode"] = lambda c=coder, name=name: [
+            c.decode(data, t) for data, t in zip(encoded[name], found.values(), strict=True)
+        ]
+    with pinned(first_cores(1)):
+        samples = run.compare(cases, repeats=7)
+    for case in cases:
+        speed = total / samples.median(case) / 1e9
+        run.row(case, speed, "GB/s", spread=samples.spread(case))
+    for what, name in ((what, name) for what in found for name in coders):
+        data = encoded[name][list(found).index(what)]
+        run.row(f"{what}, {name}: ratio", found[what].nbytes / codec_peers.nbytes(data), "x")
+        if coders[name].lossy:
+            error = np.abs(coders[name].decode(data, found[what]) - found[what])
+            scale = np.sqrt(np.mean(np.square(found[what])))
+            rms = np.sqrt(np.mean(np.square(error))) / scale
+            run.row(f"{what}, {name}: rms error / rms", 100 * rms, "%")
+            run.row(f"{what}, {name}: largest error / rms", 100 * error.max() / scale, "%")
+
+
+def training(run: bench.Bench) -> None:
+    """Trains with each codec."""
+    names = QUICK if run.quick else tuple(CASES)
+    # Trainings that take minutes are paired by their seed alone; the digits afford two.
+    seeds = (0,) if run.quick or DATA_DIR.value else (0, 1)
+    raw: tuple[float, float] | None = None
+    for index, name in enumerate(names):
+        run.progress(f"training with {name}", index, len(names))
+        with tempfile.TemporaryDirectory() as folder:
+            told = [launch(_config(CASES[name], seed, run.quick, folder)) for seed in seeds]
+        accuracy = 100 * statistics.mean(one["accuracy"] for one in told)
+        wire = told[0]["bytes_up"] + told[0]["bytes_down"]
+        run.row(f"{name}: seconds per epoch", min(one["epoch_seconds"] for one in told), "s")
+        run.row(f"{name}: test accuracy", accuracy, "%")
+        if raw is not None:
+            run.row(f"{name}: bytes, raw / coded", raw[1] / wire, "x")
+            goal = None if run.quick else POINTS
+            run.row(f"{name}: accuracy lost", raw[0] - accuracy, "points", goal)
+        raw = raw or (accuracy, wire)
+    run.note(f"Accuracy is the mean of {len(seeds)} seed(s); bytes include weights and headers.")
+
+
+def _config(case: tuple[str, str, str], seed: int, quick: bool, folder: str) -> Config:
+    config = cifar10_vgg5.get_config() if DATA_DIR.value else quickstart.get_config()
+    config.seed, config.epochs, config.run.dir = seed, 2 if quick else 5, folder
+    config.devices.defaults.link, config.devices.defaults.slowdown = "4g", 1.0
+    if DATA_DIR.value:
+        config.data.data_dir, config.data.train_samples = DATA_DIR.value, 4000
+        config.data.augment, config.pipeline.cut = "none", 2
+    pipeline = config.pipeline
+    pipeline.activation_codec, pipeline.cotangent_codec, config.aggregation.codec = case
+    return config
+
+
+def measure(run: bench.Bench) -> None:
+    """Measures the parts that were asked for."""
+    for part in PARTS.value:
+        {"tensors": tensors, "training": training}[part](run)
+
+
+if __name__ == "__main__":
+    bench.run(measure)

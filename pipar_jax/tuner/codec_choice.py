@@ -1,0 +1,228 @@
+"""Which codecs the tuner may take for activations and cotangents, and how many bits it gives them.
+
+With ``tuner.codecs=auto`` a tensor goes raw or in ``bits:K``. The search takes the fewest bits that
+the floors allow, ``tuner.activation_bits`` and ``tuner.cotangent_bits``: more are never faster.
+Then each link's tensors get back, in each direction, as many bits as cost no time, up to all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from comms.codec import parse_codec
+from pipar_jax.config import Config
+from pipar_jax.errors import ConfigError
+from pipar_jax.plan import Codecs, Plan
+from pipar_jax.schedule import micro_batch_sizes
+from pipar_jax.tuner.predict import Judged, Stages, judge
+from pipar_jax.tuner.words import words
+
+AUTO, RAW = "auto", "raw"
+#: What K may be.
+BITS = (1, 2, 3, 4, 5, 6, 7, 9, 11, 15, 23)
+#: What may be lost of an epoch's seconds for the sake of more bits, as a share.
+SLACK = 0.01
+ROLES = ("activation", "cotangent")
+
+
+def ladder(config: Config, role: str) -> tuple[str, ...]:
+    """Returns the codecs that auto knows for a role, from the fewest bits allowed up to raw."""
+    floor = getattr(config.tuner, f"{role}_bits")
+    return (*(f"bits:{bits}" for bits in BITS if bits + 1 >= floor), RAW)
+
+
+def names(config: Config) -> list[str]:
+    """Returns the codecs that a plan may come to have by the tuner's choice."""
+    if config.tuner.codecs == AUTO:
+        return list(dict.fromkeys(name for role in ROLES for name in ladder(config, role)))
+    return list(words(config.tuner.codecs))
+
+
+def pairs(config: Config) -> list[Codecs]:
+    """Returns the pairs to search: of those allowed, or the one that is configured.
+
+    Raises:
+      ConfigError: A role is left without a codec that keeps to its floor.
+    """
+    pipeline = config.pipeline
+    if not config.tuner.codecs:
+        return [Codecs(pipeline.activation_codec, pipeline.cotangent_codec)]
+    allowed = {role: _allowed(config, role) for role in ROLES}
+    return [Codecs(a, c) for a in allowed["activation"] for c in allowed["cotangent"]]
+
+
+def _allowed(config: Config, role: str) -> list[str]:
+    if config.tuner.codecs == AUTO:
+        return [RAW, ladder(config, role)[0]]
+    floor, listed = getattr(config.tuner, f"{role}_bits"), words(config.tuner.codecs)
+    found = [name for name in listed if (_bits(name) or floor) >= floor]
+    if not found:
+        kept = ", ".join(f"{name}: {_bits(name)}" for name in listed)
+        raise ConfigError(
+            f"tuner.codecs={config.tuner.codecs!r} has nothing for {role}s, which need "
+            f"{floor} bits ({kept}): allow raw, or lower --config.tuner.{role}_bits"
+        )
+    return found
+
+
+def _bits(name: str) -> int | None:
+    codec, parameter = parse_codec(name)
+    return codec.precision_bits(parameter)
+
+
+class Slot(NamedTuple):
+    """A tensor on its way over like links.
+
+    Attributes:
+      devices: Equal devices with equal plans.
+      role: activation or cotangent.
+    """
+
+    devices: tuple[int, ...]
+    role: str
+
+    def codec(self, plan: Plan) -> str:
+        """Returns its codec under a plan whose devices are cut once."""
+        name: str = getattr(plan.devices[self.devices[0]].codecs[0], self.role)
+        return name
+
+    def with_codec(self, plan: Plan, name: str) -> Plan:
+        """Returns the plan with another codec for it."""
+        chains = list(plan.devices)
+        for device in self.devices:
+            pair = dataclasses.replace(chains[device].codecs[0], **{self.role: name})
+            chains[device] = dataclasses.replace(chains[device], codecs=(pair,))
+        return dataclasses.replace(plan, devices=tuple(chains))
+
+
+def slots(plan: Plan, known: Sequence[int]) -> Iterator[Slot]:
+    """Yields the tensors that cross a cut, once for equal devices.
+
+    Args:
+      plan: The plan, of chains of at most two hosts.
+      known: For each device the first one that is equal to it.
+    """
+    groups: dict[tuple[int, object], list[int]] = {}
+    for device, chain in enumerate(plan.devices):
+        if chain.cuts:
+            groups.setdefault((known[device], chain), []).append(device)
+    for devices in groups.values():
+        for role in ROLES:
+            yield Slot(tuple(devices), role)
+
+
+def sharpen(
+    plan: Plan, all_slots: Iterable[Slot], config: Config, seconds: Callable[[Plan], float | None]
+) -> Plan:
+    """Returns the plan with as many bits in each slot as cost no time.
+
+    Args:
+      plan: The best plan found.
+      all_slots: What may get other bits.
+      config: Resolved configuration.
+      seconds: Returns a plan's seconds per epoch; None once no more are to be judged.
+    """
+    began_s = seconds(plan)
+    if began_s is None:
+        return plan
+    deadline_s = began_s * (1 + SLACK)
+    for slot in sorted(all_slots, key=lambda one: one.role, reverse=True):  # cotangents first
+        rungs = ladder(config, slot.role)
+        low, high = rungs.index(slot.codec(plan)), len(rungs)
+        # Time grows with the bits; raw, the last, needs no coding and may be faster than many.
+        if low < high - 1:
+            raw_s = seconds(slot.with_codec(plan, RAW))
+            if raw_s is not None and raw_s <= deadline_s:
+                plan = slot.with_codec(plan, RAW)
+                continue
+            high -= 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            middle_s = seconds(slot.with_codec(plan, rungs[middle]))
+            if middle_s is not None and middle_s <= deadline_s:
+                low = middle
+            else:
+                high = middle
+        plan = slot.with_codec(plan, rungs[low])
+    return plan
+
+
+class Reason(NamedTuple):
+    """Why a tensor is coded on its way, or is not; all times of a full mini-batch.
+
+    Attributes:
+      slot: The tensor and its links.
+      chosen: Its codec in the plan.
+      other: What it is compared with: raw, or the codec that would have been chosen.
+      raw_bytes: Its bytes before a codec.
+      saved_s: Seconds of transfer that the one that is not raw saves.
+      coding_s: Seconds of encoding and decoding that it costs.
+      epoch_s: Predicted epoch.
+      other_s: Predicted epoch with the other one.
+    """
+
+    slot: Slot
+    chosen: str
+    other: str
+    raw_bytes: float
+    saved_s: float
+    coding_s: float
+    epoch_s: float
+    other_s: float
+
+    def words(self) -> str:
+        """Returns the reason in a sentence."""
+        chosen, other = f"{self.epoch_s:.4g} s per epoch", f"{self.other_s:.4g} s"
+        if self.chosen != RAW:
+            return f"on: {chosen}, {other} without"
+        why = "the transfer is hidden behind other work"
+        if self.coding_s >= self.saved_s:
+            why = "the link is faster than the codec"
+        elif self.other_s > self.epoch_s:
+            why = "coding comes before each transfer, and that delays more than it saves"
+        return f"off: {why}; {chosen}, {other} with it"
+
+
+def reasons(stages: Stages, config: Config, judged: Judged, known: Sequence[int]) -> list[Reason]:
+    """Returns for each tensor and link why its codec is what it is.
+
+    Args:
+      stages: Times and bytes.
+      config: Resolved configuration.
+      judged: The plan that was chosen.
+      known: For each device the first one that is equal to it.
+    """
+    plan, found = judged.plan, []
+    for slot in slots(plan, known):
+        chosen = slot.codec(plan)
+        options = [
+            name for name in _allowed_names(config, slot.role) if name in stages.profile.codecs
+        ]
+        if chosen == RAW and not options:
+            continue
+        coded = chosen if chosen != RAW else min(options, key=lambda one: stages.codec(one).ratio)
+        other = RAW if chosen != RAW else coded
+        chain, one = plan.devices[slot.devices[0]], stages.profile.devices[slot.devices[0]]
+        sizes = micro_batch_sizes(stages.profile.batch_size, chain.micro_batches)
+        cut, up = chain.cuts[0], slot.role == "activation"
+        link, wire = (one.up, stages.up_bytes) if up else (one.down, stages.down_bytes)
+        saved_s = sum(
+            link.occupied_s(wire(cut, size, RAW)) - link.occupied_s(wire(cut, size, coded))
+            for size in sizes
+        )
+        raw_bytes, costs = stages.cut_bytes(cut, sum(sizes)), stages.codec(coded)
+        coding_s = (costs.encode_s_per_byte + costs.decode_s_per_byte) * raw_bytes
+        other_s = judge(stages, slot.with_codec(plan, other)).epoch_s
+        found.append(
+            Reason(slot, chosen, other, raw_bytes, saved_s, coding_s, judged.epoch_s, other_s)
+        )
+    return found
+
+
+def _allowed_names(config: Config, role: str) -> list[str]:
+    """Returns the codecs besides raw that a role may have; none where there is no choice."""
+    if not config.tuner.codecs:
+        return []
+    return [name for name in _allowed(config, role) if name != RAW]
