@@ -25,8 +25,8 @@ from pipar_jax.config import Config
 from pipar_jax.errors import RunError
 from pipar_jax.plan import OWNER, Plan, device_name, is_node
 from pipar_jax.policy import Dispatcher, GatedOutlet, policy
-from pipar_jax.runtime.agenda import Agenda
 from pipar_jax.runtime import memory
+from pipar_jax.runtime.agenda import Agenda
 from pipar_jax.runtime.averaging import Averaging
 from pipar_jax.runtime.completion import Completion, Work
 from pipar_jax.runtime.executor import Batches, Executor
@@ -166,6 +166,11 @@ class Host:
                 params.update(jax.tree.map(np.array, replica.params))
                 state.update(jax.tree.map(np.array, replica.state))
         return params, state
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all arrays that it holds now."""
+        return self._fixed_bytes + self._ledger.now_bytes
 
     def used_memory(self) -> memory.Used:
         """Returns the most memory that it has held since it was last asked."""

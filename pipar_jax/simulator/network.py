@@ -16,7 +16,6 @@ from pipar_jax.schedule import (
 )
 from pipar_jax.simulator.costs import FREE_LINK, Costs, on_grid
 
-
 #: Stands for a stage's index where a link belongs to no boundary: the coordinator's to a host.
 CONTROL = -1
 
