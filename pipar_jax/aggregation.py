@@ -137,6 +137,12 @@ class Aggregator:
         transformation, self._combine = _compiled(dataclasses.astuple(config))
         self._opt_state = {unit: transformation.init(w) for unit, w in params.items()}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the global weights, the batch statistics and the rule's state."""
+        leaves = jax.tree.leaves((self.params, self.state, self._opt_state))
+        return sum(leaf.nbytes for leaf in leaves)
+
     def compile(self, holders: Mapping[str, int]) -> None:
         """Compiles the average of every unit before the first round.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -138,11 +138,12 @@ class Model:
         """Names of the units in order."""
         return tuple(unit.name for unit in self.units)
 
-    def init(self, seed: int) -> tuple[Variables, Variables]:
+    def init(self, seed: int, only: Collection[str] | None = None) -> tuple[Variables, Variables]:
         """Draws fresh variables; they depend on the seed and the units' names alone.
 
         Args:
           seed: root seed.
+          only: names of the units to draw; None for all.
 
         Returns:
           params and state, each {unit: {path: array}}.
@@ -150,6 +151,8 @@ class Model:
         params: Variables = {}
         state: Variables = {}
         for unit in self.units:
+            if only is not None and unit.name not in only:
+                continue
             key = jax.random.fold_in(jax.random.key(seed % 2**32), name_hash(unit.name))
             _, drawn, other = _split(unit.factory(nnx.Rngs(key)))
             params[unit.name] = _flatten(drawn)

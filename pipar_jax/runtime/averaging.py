@@ -51,6 +51,11 @@ class Averaging:
                     {name: state[name] for name in names},
                 )
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it keeps between rounds, the replicas' left out."""
+        return sum(one.nbytes for one in self._aggregators.values())
+
     def compile(self, devices: int) -> None:
         """Compiles the average over so many devices before the first round."""
         for aggregator in self._aggregators.values():

@@ -81,6 +81,7 @@ class Completion:
         try:
             while (work := self._queue.get()) is not None:
                 self._finish(work)
+                del work  # it holds an array, and the next may be long in coming
         except BaseException as error:  # handed to whoever joins the host
             self._failed(error)
 

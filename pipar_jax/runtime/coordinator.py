@@ -130,11 +130,12 @@ class Coordinator:
             # A unit has one replica per device, wherever each is cut.
             count = sum(1 for n in total if n)
             self._aggregator.compile({unit: count for unit in self._model.unit_names})
-        self._members.collect("prepared", (COORDINATOR, *self._workers))
+        ready = self._members.collect("prepared", (COORDINATOR, *self._workers))
         compile_s = time.monotonic() - began
         self._calibrate()
         seconds = time.monotonic() - began - compile_s
-        self._tally.prepared(compile_s, seconds)
+        needs = {name: mail.body["memory_bytes"] for name, mail in ready.items()}
+        self._tally.prepared(compile_s, seconds, needs)
 
     def _introduce(self) -> None:
         """Lets neighbours in chains connect to each other, where the plan needs it."""
@@ -198,7 +199,10 @@ class Coordinator:
         overruns = sum(mail.body["overruns"] for mail in stored.values())
         told = {name: stored[name].body["link"] for name in self._workers}
         direct_rows = [row for name in self._workers for row in stored[name].body["direct"]]
-        self._tally.end_round(index, interval, totals, busy, overruns, told, traced, direct_rows)
+        memory = {name: mail.body["memory"] for name, mail in stored.items()}
+        self._tally.end_round(
+            index, interval, totals, busy, overruns, told, traced, direct_rows, memory
+        )
         for span in spans:
             steps = sum(s.stop - s.first for s in spans if s.device == span.device)
             if steps:

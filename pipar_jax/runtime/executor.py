@@ -13,6 +13,7 @@ from comms import Message, Role, Tag
 from pipar_jax.errors import RunError
 from pipar_jax.plan import Plan
 from pipar_jax.runtime.completion import Work
+from pipar_jax.runtime.memory import Ledger, array_bytes
 from pipar_jax.runtime.meter import Meter
 from pipar_jax.runtime.parcel import Parcel, open_parcel
 from pipar_jax.runtime.replica import Replica
@@ -70,6 +71,7 @@ class Executor:
       batches: The data of the device that this host is, if it is one.
       meter: Takes loss and accuracy.
       record: Takes timed sends and receives.
+      ledger: Follows what is held between actions, weights left out.
       duration_s: For (action, samples) the seconds it has to last on this host, 0 for its own.
       seed: Root seed of the run.
       dtype: What samples and scalars are computed in.
@@ -85,6 +87,7 @@ class Executor:
         batches: Batches | None,
         meter: Meter,
         record: Callable[[Timed], None],
+        ledger: Ledger,
         duration_s: Callable[[Action, int], float],
         seed: int,
         dtype: Any,
@@ -92,12 +95,13 @@ class Executor:
         """See the class."""
         self._host, self._plan, self._replicas, self._wiring = host, plan, replicas, wiring
         self._batches, self._meter, self._record = batches, meter, record
+        self._ledger = ledger
         self._duration_s, self._seed, self._dtype = duration_s, np.uint32(seed), np.dtype(dtype)
         self._schedule: RoundSchedule | None = None
         self._arrived: dict[Action, Message] = {}
         self._labels: dict[tuple[int, int, int], np.ndarray[Any, Any]] = {}
         self._values: dict[Action, jax.Array] = {}
-        self._residuals: dict[tuple[int, int, int, int], Any] = {}
+        self._residuals: dict[tuple[int, int, int, int], tuple[Any, int]] = {}
         self._mini_batches: dict[tuple[int, int], tuple[Any, Any]] = {}
         self._dispatched_s = 0.0
         self._perform = {FORWARD: self._forward, LAST: self._last, BACKWARD: self._backward,
@@ -144,6 +148,7 @@ class Executor:
             message.release()
         else:
             self._arrived[action] = message
+            self._ledger.hold(message.nbytes)
             self._record(
                 Timed(action, message.first_byte_s, message.received_s, message.nbytes, tag.samples)
             )
@@ -167,11 +172,25 @@ class Executor:
         x, release = self._input(action, part)
         replica = self.replica(action.device, action.stage)
         y, residuals = replica.forward(x, self._draw(action, part))
-        self._residuals[_key(action)] = residuals
+        kept_bytes = array_bytes(residuals)
+        self._residuals[_key(action)] = residuals, kept_bytes
+        # The backward's now: the input, if it keeps it (else it is over with this), and the result.
+        x_bytes = x.nbytes
+        if any(one is x for one in residuals.borrowed):
+            self._ledger.drop(x_bytes)
+            x_bytes = 0
+        y_bytes = 0 if residuals.output is not None else y.nbytes
+        self._ledger.hold(kept_bytes + y_bytes)
         above = self._plan.host(action.device, action.stage + 1)
         if above == self._host:
             self._values[action] = y
-            return self._work(action, y, part.samples, release)
+            self._ledger.hold(y.nbytes - y_bytes)
+
+            def passed() -> None:
+                release()
+                self._ledger.drop(x_bytes)
+
+            return self._work(action, y, part.samples, passed)
         codecs = self._plan.devices[action.device].codecs[action.stage]
         parcel = Parcel(y, codecs.activation)
         labels = None
@@ -180,7 +199,8 @@ class Executor:
 
         def then() -> None:
             release()
-            self._send_up(action, part, parcel, labels)
+            self._ledger.drop(x_bytes)
+            self._send_up(action, part, parcel, labels, y_bytes)
 
         return self._work(action, parcel.ready, part.samples, then)
 
@@ -190,10 +210,12 @@ class Executor:
         labels = self._take_labels(action, part)
         replica = self.replica(action.device, action.stage)
         metrics, cotangent = replica.loss(x, jax.device_put(labels), self._draw(action, part))
+        x_bytes = x.nbytes
         parcel = self._keep_cotangent(action, cotangent)
 
         def then() -> None:
             release()
+            self._ledger.drop(x_bytes)
             if parcel is not None:
                 self._send_down(action, part, parcel)
             loss, correct = float(metrics["loss"]), float(metrics["correct"])
@@ -206,11 +228,14 @@ class Executor:
         part = self.part(action)
         cotangent, release = self._cotangent(action)
         replica = self.replica(action.device, action.stage)
-        given = replica.backward(self._residuals.pop(_key(action)), cotangent)
+        residuals, over_bytes = self._residuals.pop(_key(action))
+        given = replica.backward(residuals, cotangent)
+        over_bytes += cotangent.nbytes
         parcel = self._keep_cotangent(action, given if action.stage else None)
 
         def then() -> None:
             release()
+            self._ledger.drop(over_bytes)
             if parcel is not None:
                 self._send_down(action, part, parcel)
 
@@ -236,12 +261,13 @@ class Executor:
         """Returns a stage's input and what to call once it has been consumed."""
         stage = action.stage
         if stage == 0:
-            x, _ = self._mini_batch(action)
-            return jax.device_put(x[part.before : part.before + part.samples]), _nothing
+            whole, _ = self._mini_batch(action)
+            x = jax.device_put(whole[part.before : part.before + part.samples])
+            self._ledger.hold(x.nbytes)
+            return x, _nothing
         if self._plan.host(action.device, stage - 1) == self._host:
             return self._values.pop(action._replace(stage=stage - 1, kind=FORWARD)), _nothing
-        message = self._arrived.pop(action._replace(kind=RECEIVE_FORWARD))
-        return open_parcel(message), message.release
+        return self._open(action._replace(kind=RECEIVE_FORWARD))
 
     def _cotangent(self, action: Action) -> tuple[jax.Array, Callable[[], None]]:
         """Returns the gradient in a stage's output and what to call once it has been consumed."""
@@ -249,8 +275,14 @@ class Executor:
         if self._plan.host(action.device, above) == self._host:
             kind = LAST if above == self._plan.devices[action.device].stages - 1 else BACKWARD
             return self._values.pop(action._replace(stage=above, kind=kind)), _nothing
-        message = self._arrived.pop(action._replace(kind=RECEIVE_BACKWARD))
-        return open_parcel(message), message.release
+        return self._open(action._replace(kind=RECEIVE_BACKWARD))
+
+    def _open(self, received: Action) -> tuple[jax.Array, Callable[[], None]]:
+        """Returns a tensor that arrived and what to call once it has been consumed."""
+        message = self._arrived.pop(received)
+        array = open_parcel(message)
+        self._ledger.hold(array.nbytes - message.nbytes)
+        return array, message.release
 
     def _mini_batch(self, action: Action) -> tuple[Any, Any]:
         """Returns the device's samples and labels of a step."""
@@ -322,6 +354,7 @@ class Executor:
         """Keeps a cotangent for the stage below on this host, or returns the parcel to send."""
         if cotangent is None:
             return None
+        self._ledger.hold(cotangent.nbytes)
         if self._plan.host(action.device, action.stage - 1) == self._host:
             self._values[action] = cotangent
             return None
@@ -329,7 +362,12 @@ class Executor:
         return Parcel(cotangent, codecs.cotangent)
 
     def _send_up(
-        self, action: Action, part: Part, parcel: Parcel, labels: np.ndarray[Any, Any] | None
+        self,
+        action: Action,
+        part: Part,
+        parcel: Parcel,
+        labels: np.ndarray[Any, Any] | None,
+        over_bytes: int,
     ) -> None:
         """Sends an activation, behind its labels, to the host of the next stage."""
         above = action.stage + 1
@@ -337,24 +375,31 @@ class Executor:
             link = self._wiring.of(self._plan.host(action.device, above), action.stage)
             link.send(_tag(Role.LABEL, action, above, part), np.ascontiguousarray(labels))
         tag = _tag(Role.ACTIVATION, action, above, part)
-        self._send(tag, action._replace(kind=SEND_FORWARD), parcel)
+        self._send(tag, action._replace(kind=SEND_FORWARD), parcel, over_bytes)
 
     def _send_down(self, action: Action, part: Part, parcel: Parcel) -> None:
         """Sends a cotangent to the host of the stage below."""
         tag = _tag(Role.COTANGENT, action, action.stage - 1, part)
-        self._send(tag, action._replace(kind=SEND_BACKWARD), parcel)
+        self._send(tag, action._replace(kind=SEND_BACKWARD), parcel, parcel.array_bytes)
 
-    def _send(self, tag: Tag, sent: Action, parcel: Parcel) -> None:
-        """Queues a tensor on the link to its stage's host and records when it left."""
+    def _send(self, tag: Tag, sent: Action, parcel: Parcel, over_bytes: int) -> None:
+        """Queues a tensor on the link to its stage's host and records when it left.
+
+        Args:
+          tag: What its header says.
+          sent: The action's name in the trace.
+          parcel: The tensor.
+          over_bytes: Memory that nobody needs once it has left.
+        """
+
+        def left(start_s: float, end_s: float, nbytes: int) -> None:
+            self._record(Timed(sent, start_s, end_s, nbytes, tag.samples))
+            self._ledger.drop(over_bytes)
+
         below = min(sent.stage, tag.stage)
-        self._wiring.of(self._plan.host(tag.device, tag.stage), below).send(
-            tag,
-            parcel.contents(),
-            codec=parcel.codec,
-            on_sent=lambda start_s, end_s, nbytes: self._record(
-                Timed(sent, start_s, end_s, nbytes, tag.samples)
-            ),
-        )
+        peer = self._plan.host(tag.device, tag.stage)
+        link = self._wiring.of(peer, below)
+        link.send(tag, parcel.contents(), codec=parcel.codec, on_sent=left)
 
     def _work(self, action: Action, probe: Any, samples: int, then: Callable[[], None]) -> Work:
         """Wraps a dispatched computation for the completion thread."""

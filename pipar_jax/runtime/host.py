@@ -19,12 +19,13 @@ import numpy as np
 
 import stages
 from comms import Message
+from pipar_jax import config as configuration
 from pipar_jax import optimizer
 from pipar_jax.config import Config
 from pipar_jax.errors import RunError
 from pipar_jax.plan import OWNER, Plan, device_name, is_node
 from pipar_jax.policy import Dispatcher, GatedOutlet, policy
-from pipar_jax.runtime import migration
+from pipar_jax.runtime import memory, migration
 from pipar_jax.runtime.agenda import Agenda
 from pipar_jax.runtime.ahead import Ahead
 from pipar_jax.runtime.averaging import Averaging
@@ -36,7 +37,7 @@ from pipar_jax.runtime.parcel import compile_codecs
 from pipar_jax.runtime.recorder import Recorder
 from pipar_jax.runtime.replica import Replica
 from pipar_jax.runtime.share import Outlet, Share
-from pipar_jax.runtime.warmup import LEAST_S, REPEATS, Shape, run_all, units_of
+from pipar_jax.runtime.warmup import LEAST_S, REPEATS, Shape, compile_all, run_all, units_of
 from pipar_jax.runtime.wiring import Wiring
 from pipar_jax.schedule import (
     ALL,
@@ -108,6 +109,8 @@ class Host:
         self._alone: dict[Shape, float] = {}
         self._replicas: dict[tuple[int, int], Replica] = {}
         self._demand: dict[int, float] = {}
+        self._ledger = memory.Ledger()
+        self._fixed_bytes = self._temporary_bytes = 0
         self._in_flight = 0
         self._round = -1
         self._training = False
@@ -126,6 +129,8 @@ class Host:
 
     def prepare(self, plan: Plan, samples: Sequence[int], steps: Sequence[int]) -> None:
         """Builds and compiles this host's stages; answers ``prepared``.
+
+        Fails with RunError if a compute node would need more memory than it may take.
 
         Args:
           plan: The run's plan.
@@ -194,6 +199,16 @@ class Host:
                 params.update(jax.tree.map(np.array, replica.params))
                 state.update(jax.tree.map(np.array, replica.state))
         return params, state
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all arrays that it holds now."""
+        return self._fixed_bytes + self._ledger.now_bytes
+
+    def used_memory(self) -> memory.Used:
+        """Returns the most memory that it has held since it was last asked."""
+        arrays = self._fixed_bytes + self._ledger.take_peak()
+        return memory.Used(arrays, self._temporary_bytes, memory.resident_bytes())
 
     def on_message(self, message: Message) -> None:
         """Takes a tensor from a link; runs on the I/O thread."""
@@ -283,13 +298,16 @@ class Host:
         """Builds replicas from the seed, compiles all shapes of the plan and says so."""
         began = time.monotonic()
         self._samples = samples
+        need = memory.predict(self._model, plan, self.name, self._config, samples)
+        limit_mb = configuration.host(self._config, self.name).memory_mb
+        memory.check(need, None, limit_mb, self.name, plan)
         self._share = self._share_of(plan)
         self._optimizer = optimizer.compiled(
             self._config.optimizer,
             steps=max(steps),
             proximal_mu=self._config.aggregation.proximal_mu,
         )
-        params, state = self._model.init(self._config.seed)
+        params, state = self._model.init(self._config.seed, only=self._units(plan))
         for device, one in enumerate(plan.devices):
             cut = stages.split(self._model, one.cuts, rematerialise=self._rematerialise)
             for index, stage in enumerate(cut):
@@ -300,9 +318,20 @@ class Host:
         self._averaging.compile(sum(1 for count in steps if count))
         del params, state
         self._install(plan)
-        run_all(self._model, self._replicas.values(), self._sizes(), between=self._check_stopped)
-        self._compile_codecs(plan, self._sizes())
-        self._answer({"type": "prepared", "compile_s": time.monotonic() - began})
+        replicas, sizes = self._replicas.values(), self._sizes()
+        compile_all(self._model, replicas, sizes, between=self._check_stopped)
+        self._compile_codecs(plan, sizes)
+        self._weigh()
+        memory.check(need, self._temporary_bytes, limit_mb, self.name, plan)
+        compile_s = time.monotonic() - began
+        predicted = need.arrays + self._temporary_bytes
+        self._answer({"type": "prepared", "compile_s": compile_s, "memory_bytes": predicted})
+
+    def _weigh(self) -> None:
+        """Notes what the replicas take, which stays the same until the plan changes."""
+        replicas = self._replicas.values()
+        self._fixed_bytes = sum(one.nbytes for one in replicas) + self._averaging.nbytes
+        self._temporary_bytes = memory.temporary_bytes(self._model, replicas, self._sizes())
 
     def _share_of(self, plan: Plan) -> Share:
         """Returns this host's share of a plan."""
@@ -319,7 +348,8 @@ class Host:
         self._executor = Executor(
             self.name, plan, self._replicas, self.wiring,
             batches=self._batches, meter=self._meter, record=self.recorder.add,
-            duration_s=self._duration_s, seed=self._config.seed, dtype=self._config.model.dtype,
+            ledger=self._ledger, duration_s=self._duration_s,
+            seed=self._config.seed, dtype=self._config.model.dtype,
         )  # fmt: skip
         # A neighbour may be told to begin before this host is: what it sends is checked at once.
         self._executor.start(RoundSchedule(plan, (), self._samples, self._config.data.batch_size))
@@ -357,6 +387,7 @@ class Host:
             rematerialise=self._rematerialise,
         )  # fmt: skip
         self._install(plan)
+        self._weigh()
         self.observer.take()  # what was seen so far belongs to the old plan
         self._answer({"type": "adopted"})
 
@@ -437,9 +468,8 @@ class Host:
         """Ends the round on this host; its trace and figures go with the answer."""
         totals = self._meter.take_round()
         overruns, self._completion.overruns = self._completion.overruns, 0
-        self._answer(
-            {"type": "stored", "round": self._round, "overruns": overruns, **totals._asdict()}
-        )
+        body = {"type": "stored", "round": self._round, "overruns": overruns}
+        self._answer({**body, "memory": self.used_memory()._asdict(), **totals._asdict()})
 
     # --- the device part in sequential order --------------------------------------------------
 
@@ -472,6 +502,17 @@ class Host:
         self._agenda.over(Action(0, RECEIVE_PART, int(self.name[1:]), step))
 
     # --- small things -------------------------------------------------------------------------
+
+    def _units(self, plan: Plan) -> set[str]:
+        """Returns the names of the units that this host has weights of."""
+        names = self._model.unit_names
+        return {
+            names[unit]
+            for device, one in enumerate(plan.devices)
+            for stage in range(one.stages)
+            if plan.host(device, stage) == self.name
+            for unit in plan.units(device, stage, len(names))
+        }
 
     def _sizes(self) -> set[int]:
         return self._share.sizes(self._samples, self._config.data.batch_size)

@@ -58,9 +58,15 @@ class Replica:
 
         A unit that is missing in ``state`` has no statistics.
         """
-        names = self.stage.unit_names
-        self.params = {unit: jax.tree.map(jnp.array, dict(params[unit])) for unit in names}
-        self.state = {unit: jax.tree.map(jnp.array, dict(state.get(unit, {}))) for unit in names}
+        for unit in self.stage.unit_names:  # one by one, so that few are there twice
+            self.params[unit] = jax.tree.map(jnp.array, dict(params[unit]))
+            self.state[unit] = jax.tree.map(jnp.array, dict(state.get(unit, {})))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its arrays."""
+        held = self.params, self.state, self.opt_state, self.accumulated
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(held))
 
     def renew_anchor(self) -> None:
         """Tells the optimiser that a round begins with the weights as they are (FedProx)."""
@@ -103,6 +109,21 @@ class Replica:
         )
         leaf: jax.Array = jax.tree.leaves(self.params)[0]
         return leaf
+
+    def clear(self) -> None:
+        """Begins a mini-batch's gradient anew."""
+        del self.accumulated  # before there is another
+        self.accumulated = self.stage.zeros(self.params)
+
+    def lower_update(self) -> Any:
+        """Returns the optimiser step, lowered: compiling it needs no second copy of the arrays."""
+        update: Any = self._update
+        return update.lower(*map(_shapes, (self.params, self.opt_state, self.accumulated)))
+
+
+def _shapes(tree: Any) -> Any:
+    """Returns a tree of shapes."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

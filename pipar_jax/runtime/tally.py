@@ -62,9 +62,24 @@ class Tally:
         self._score: dict[str, float] = {}
         self._origin_s = time.monotonic()
 
-    def prepared(self, compile_s: float, calibration_s: float) -> None:
-        """Tells how long compiling and timing alone took; neither is part of any round."""
-        self._tell({"event": "prepared", "compile_s": compile_s, "calibration_s": calibration_s})
+    def prepared(
+        self, compile_s: float, calibration_s: float, memory_bytes: Mapping[str, int]
+    ) -> None:
+        """Tells how long compiling and timing alone took; neither is part of any round.
+
+        Args:
+          compile_s: Seconds until all hosts had compiled.
+          calibration_s: Seconds for which slow hosts timed themselves.
+          memory_bytes: For each host what it is predicted to hold at most.
+        """
+        self._tell(
+            {
+                "event": "prepared",
+                "compile_s": compile_s,
+                "calibration_s": calibration_s,
+                "memory_bytes": dict(memory_bytes),
+            }
+        )
 
     def begin(
         self, plan: Plan, rounds: Sequence[Sequence[Span]], steps_per_epoch: Sequence[int]
@@ -108,6 +123,7 @@ class Tally:
         told: Mapping[str, Mapping[str, float]],
         traced: Mapping[str, int],
         direct: Sequence[Mapping[str, Any]],
+        memory: Mapping[str, Mapping[str, int]],
     ) -> None:
         """Tells of a round that is over.
 
@@ -120,6 +136,7 @@ class Tally:
           told: For each device what its sending waited for, see ``traffic.Waits``.
           traced: For each device the bytes of the trace that it sent after the round.
           direct: What neighbours sent each other, rows of ``traffic.DirectTraffic``.
+          memory: For each host what it held at most, see ``memory.Used``.
         """
         links = [*self._traffic.rows(told, traced), *direct]
         devices = {device_name(i) for i in range(self._config.devices.count)}
@@ -148,6 +165,7 @@ class Tally:
                 "bytes_down": down,
                 "overruns": overruns,
                 "links": links,
+                "memory": {host: dict(used) for host, used in memory.items()},
             }
         )
 

@@ -54,7 +54,7 @@ def run_all(
 ) -> Mapping[Shape, float]:
     """Runs every function of every distinct stage at every micro-batch size.
 
-    The replicas themselves are not changed. The first call compiles; later ones time the functions
+    The replicas are as before in the end. The first call compiles; later ones time the functions
     as they run in training: dispatched, waited for, nothing else running.
 
     Args:
@@ -77,6 +77,7 @@ def run_all(
                 found[Shape(units_of(replica), kind, samples)] = summary(
                     _times(run, repeats, least_s)
                 )
+        replica.clear()
         found[Shape(units_of(replica), UPDATE, 0)] = summary(
             _times(_update(replica), repeats, least_s)
         )
@@ -102,6 +103,33 @@ def _timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
     return time.perf_counter() - began, results
 
 
+def compile_all(
+    model: Model,
+    replicas: Iterable[Replica],
+    sizes: Iterable[int],
+    *,
+    between: Callable[[], None] = lambda: None,
+) -> None:
+    """Compiles every function of every distinct stage at every micro-batch size.
+
+    Each runs once, but for the optimiser's step: it gives away all that it takes, and copies of
+    that might be more than the host has room for.
+
+    Args:
+      model: The whole model.
+      replicas: The host's replicas.
+      sizes: Micro-batch sizes.
+      between: Called between two stages, to notice that the run was given up.
+    """
+    for replica in {units_of(one): one for one in replicas}.values():
+        for samples in sorted(set(sizes), reverse=True):
+            between()
+            for run in _functions(model, replica, samples).values():
+                run()
+        replica.clear()
+        replica.lower_update().compile()
+
+
 def _functions(model: Model, replica: Replica, samples: int) -> Mapping[str, _Run]:
     """Returns forward and backward, or the fused last stage, on ones instead of data."""
     stage, (first, last) = replica.stage, units_of(replica)
@@ -110,15 +138,16 @@ def _functions(model: Model, replica: Replica, samples: int) -> Mapping[str, _Ru
     above = shapes[model.unit_names.index(last) + 1]
     dtype = above.dtype if jnp.issubdtype(above.dtype, jnp.floating) else jnp.float32
     draw = make_draw(samples)._replace(inverse_batch=np.dtype(dtype).type(1.0 / samples))
-    # Each run hands its accumulator to the next, which donates it.
-    held = {"accumulated": stage.zeros(replica.params)}
+    # Each run hands its accumulator to the next, which donates it: the replica's own, which is
+    # zero between steps and is made zero again in the end.
+    held: dict[str, Any] = {}
 
     def run_last() -> float:
         labels = jnp.zeros(above.shape[:-1], jnp.int32)
         seconds, results = _timed(
-            stage.loss, replica.params, replica.state, x, labels, draw, held["accumulated"]
+            stage.loss, replica.params, replica.state, x, labels, draw, replica.accumulated
         )
-        held["accumulated"] = results[2]
+        replica.accumulated = results[2]
         return seconds
 
     def run_forward() -> float:
@@ -129,9 +158,9 @@ def _functions(model: Model, replica: Replica, samples: int) -> Mapping[str, _Ru
     def run_backward() -> float:
         cotangent = _ones(above)
         seconds, results = _timed(
-            stage.backward, replica.params, held["residuals"], cotangent, held["accumulated"]
+            stage.backward, replica.params, held["residuals"], cotangent, replica.accumulated
         )
-        held["accumulated"] = results[1]
+        replica.accumulated = results[1]
         return seconds
 
     if stage.is_last:

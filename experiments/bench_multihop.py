@@ -1,0 +1,162 @@
+"""Chains over compute nodes: memory, epoch time, one hop and many, plans, golden values, equality.
+
+Memory is that of a chain's largest node, the real host with real links, driven alone by the tensors
+of all its devices at once: the most bytes of its arrays plus XLA's largest temporary, beside what
+shapes predict (XLA's temporaries, which need a compiler, are the same figure in both). Mini-batch
+16, CIFAR-10's shapes, the first and the last unit on the devices, cuts with the least 3W + A.
+Epochs are real runs in processes, every host slowed down, beside the simulator's prediction from
+times that hosts took alone.
+
+python -m experiments.bench_multihop --profiles=FOLDER_OF_PROFILE_TABLES
+"""
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from absl import flags
+
+import stages
+from pipar_jax import bench, chain_equality, launcher, validation
+from pipar_jax import chain_validation as chains
+from pipar_jax.chain_planner import ChainProblem, Node, plan_chain, read_profile
+from pipar_jax.chain_validation import Setting
+from pipar_jax.report import Run, read_run
+
+PARTS = ("memory", "equality", "time", "hops", "plans", "golden")
+ONLY = flags.DEFINE_multi_enum("only", [], PARTS, "Measure only this; may be repeated.")
+PROFILES = flags.DEFINE_string("profiles", "../shared/data/profiles", "Folder of profile tables.")
+
+#: Table, layers on the nodes, nodes, and the published cost in milliseconds with its cuts.
+GOLDEN = (
+    ("resnet101", (2, 36), 2, 1036.923, (25,)),
+    ("resnet101", (2, 36), 3, 711.461, (18, 31)),
+    ("vgg19", (3, 22), 5, 747.482, None),
+)
+MB = 1e6
+
+
+def measure_memory(run: bench.Bench) -> None:
+    """Adds predicted and measured memory of the largest node, per policy, nodes and devices."""
+    networks = (chains.Network("vgg5"),) if run.quick else chains.NETWORKS
+    devices, most = ((2, 4), 2) if run.quick else ((4, 16), 4)
+    for network in networks:
+        config = chains.memory_config(network, 1)
+        model = stages.build(network.name, input_shape=validation.INPUT_SHAPE,
+                             classes=validation.CLASSES, norm=config.model.norm,
+                             stem=config.model.stem)  # fmt: skip
+        facts = stages.unit_facts(model, chains.BATCH)
+        bounds, whole = network.bounds(model), dict[int, float]()
+        for nodes in range(1, most + 1):
+            run.progress(f"{network.name}, {nodes} nodes", nodes - 1, most)
+            cuts = chains.best_cuts(facts, *bounds, nodes)
+            found = chains.drive_largest(network, facts, cuts, devices)
+            for (policy, count), one in found.items():
+                name = f"{network.name} {nodes} nodes {count} devices {policy}"
+                measured = one.arrays + one.temporary
+                error = (one.predicted + one.temporary) / measured - 1.0
+                alone = one.predicted / one.arrays - 1.0
+                run.row(f"{name}: measured", measured / MB, "MB")
+                run.row(f"{name}: prediction's error", abs(error) * 100, "%", 10.0)
+                run.note(
+                    f"{name}: predicted {(one.predicted + one.temporary) / MB:.0f} MB ({error:+.1%}"
+                    f"; arrays alone {alone:+.1%}), temporaries {one.temporary / MB:.0f} MB, "
+                    f"resident {one.resident / MB:.0f} MB, cuts {','.join(map(str, cuts))}"
+                )
+            copies = found["copy", max(devices)]
+            whole[nodes] = copies.arrays + copies.temporary
+        sizes = {
+            nodes: max(chains.model_bytes(facts, chains.best_cuts(facts, *bounds, nodes)))
+            for nodes in (1, most)
+        }
+        model_saves = (1.0 - sizes[most] / sizes[1]) * 100
+        saves = (1.0 - whole[most] / whole[1]) * 100
+        name = f"{network.name}: {most} nodes with copies save"
+        run.row(name, saves, "%", model_saves - 2.0, "higher")
+        run.row(f"{name} by the memory model's best cuts", model_saves, "%")
+
+
+def measure_equality(run: bench.Bench) -> None:
+    """Adds the largest difference from centralised SGD."""
+    cases = chain_equality.CASES[:2] if run.quick else chain_equality.CASES
+    with tempfile.TemporaryDirectory() as folder:
+        worst = chain_equality.largest_difference(cases, Path(folder))
+    run.row(f"largest difference from SGD on the union, {len(cases)} chains", worst, "", 1e-9)
+
+
+def train(setting: Setting, folder: Path) -> tuple[Run, float]:
+    """Trains a setting for real; returns its run and the median seconds of a round."""
+    summary = launcher.launch(setting.config(folder))
+    found = read_run(Path(summary["folder"]))
+    return found, statistics.median(row["seconds"] for row in found.of("round_finished")[1:])
+
+
+def measure_time(run: bench.Bench, folder: Path) -> None:
+    """Adds predicted and measured epochs."""
+    errors = []
+    settings = chains.VALIDATED[1:2] if run.quick else chains.VALIDATED
+    for done, setting in enumerate(settings):
+        run.progress(setting.name, done, len(settings))
+        found, seconds = train(setting, folder)
+        signed = (chains.predict(found) / seconds - 1.0) * 100
+        errors.append(abs(signed))
+        run.row(f"{setting.name}: epoch", seconds, "s")
+        run.row(f"{setting.name}: prediction's error", signed, "%")
+    run.row(f"mean error of {len(errors)} epochs", statistics.fmean(errors), "%", 3.0)
+
+
+def compare_two(run: bench.Bench, folder: Path, title: str, one: Setting, other: Setting) -> None:
+    """Adds the epochs of two settings and their ratio."""
+    seconds = []
+    for setting in (one, other):
+        run.progress(setting.name)
+        found, took_s = train(setting, folder)
+        seconds.append(took_s)
+        run.row(f"{title}, {setting.name}: epoch", took_s, "s")
+        run.note(f"{title}, {setting.name}: {found.plan}")
+    run.row(f"{title}: ratio of the epochs", seconds[0] / seconds[1], "x")
+
+
+def measure_golden(run: bench.Bench) -> None:
+    """Adds the planner's published optima and its time."""
+    for table, layers, count, cost_ms, cuts in GOLDEN:
+        path = Path(PROFILES.value) / f"{table}_cifar.csv"
+        if not path.is_file():
+            run.note(f"golden values of {table} skipped: there is no {path}; see --profiles")
+            continue
+        profile = read_profile(path, "VM")
+        problem = ChainProblem(tuple(Node(f"n{i}", profile) for i in range(count)), *layers)
+        began_s = time.thread_time()
+        plan = plan_chain(problem, "mpsl")
+        elapsed_s = time.thread_time() - began_s
+        name = f"golden {table} P={count}"
+        run.row(f"{name}: difference", abs(plan.cost_s * 1e3 - cost_ms), "ms", 0.0011)
+        run.row(f"{name}: planner", elapsed_s * 1e3, "ms", 10.0)
+        run.note(f"{name}: {plan.cost_s * 1e3:.3f} ms, cuts {plan.cuts}, published {cuts or '-'}")
+
+
+def measure(run: bench.Bench) -> None:
+    """Measures all parts, or those of ``--only``."""
+    wanted = ONLY.value or PARTS
+    if "golden" in wanted:
+        measure_golden(run)
+    if "equality" in wanted:
+        measure_equality(run)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        validation.write_data(folder, chains.BATCH)
+        if "time" in wanted:
+            measure_time(run, folder)
+        if "hops" in wanted and not run.quick:
+            compare_two(run, folder, "three nodes against one of the same cost",
+                        chains.MULTIHOP, chains.ONE_HOP)  # fmt: skip
+        if "plans" in wanted and not run.quick:
+            compare_two(run, folder, "our plan against the paper's objective",
+                        chains.OURS, chains.PAPERS)  # fmt: skip
+    if "memory" in wanted:
+        measure_memory(run)
+
+
+if __name__ == "__main__":
+    bench.run(measure)

@@ -1,0 +1,87 @@
+"""Memory of compute nodes: what is predicted, what is booked, what jax says, and the cap."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from pipar_jax.config import resolve
+from pipar_jax.errors import RunError
+from pipar_jax.lone_node import drive_alone
+from pipar_jax.methods import plan_for
+from pipar_jax.runtime import memory
+from pipar_jax.runtime.memory import Ledger
+from tests.pipar_jax.runtime import support
+
+DEVICES = (16, 16)
+
+
+def setting(tmp_path, nodes=2, **pipeline):
+    made = support.config(tmp_path, DEVICES, method="mpsl", name="vgg5", dtype="float32", batch=8)
+    made.nodes.count, made.pipeline.micro_batches = nodes, 2
+    made.pipeline.cuts = ",".join(str(i + 1) for i in range(nodes + 1))
+    made.optimizer.momentum = 0.9
+    for name, value in pipeline.items():
+        setattr(made.pipeline, name, value)
+    return made
+
+
+def test_a_ledger_remembers_the_most_since_it_was_asked():
+    ledger = Ledger()
+    ledger.hold(5)
+    ledger.hold(7)
+    ledger.drop(10)
+    assert (ledger.now_bytes, ledger.take_peak()) == (2, 12)
+    ledger.hold(1)
+    assert ledger.take_peak() == 3
+
+
+def test_books_agree_with_jax_and_the_prediction_with_the_books(tmp_path):
+    """A process that holds one host: at rest between forwards and backwards, to the byte."""
+    made = setting(tmp_path)
+    units = [f"unit{i}" for i in range(5)]
+    copy = plan_for(resolve(made), units)
+    shared = dataclasses.replace(copy, weights="shared")
+    capped = dataclasses.replace(shared, in_flight=2)
+    found = drive_alone(
+        resolve(made), (copy, shared, capped), "n1", input_shape=support.SHAPE,
+        classes=support.CLASSES,
+    )  # fmt: skip
+    for plan, one in zip((copy, shared, capped), found, strict=True):
+        # With a cap, inputs wait: their buffers are on the books, but no arrays of jax yet.
+        assert one.booked == one.live or (plan is capped and one.booked > one.live)
+        assert one.booked <= one.arrays <= one.predicted <= 1.25 * one.arrays
+    assert found[0].arrays > found[1].arrays > found[2].arrays
+
+
+def test_what_a_run_held_is_told_and_stays_within_the_prediction(tmp_path):
+    events = []
+    made = setting(tmp_path, weights="shared", in_flight=2)
+    run = support.trained(made, DEVICES, events=events)
+    (prepared,) = [event for event in run.metrics if event["event"] == "prepared"]
+    rounds = [event for event in run.metrics if event["event"] == "round_finished"]
+    assert rounds
+    for event in rounds:
+        assert set(event["memory"]) == {"server", "n1", "n2", "d0", "d1"}
+        for host, used in event["memory"].items():
+            held = used["arrays"] + used["temporary"]
+            assert held <= prepared["memory_bytes"][host] < used["resident"]
+            assert (used["arrays"] > 0) == (host != "server")
+
+
+@pytest.mark.parametrize("share", [0.9, 1.01])
+def test_a_plan_above_a_node_s_memory_is_refused_with_the_figures(tmp_path, share):
+    """Before anything is built if its arrays are too many, else when temporaries are known."""
+    made = setting(tmp_path)
+    config = resolve(made)
+    network = support.model("vgg5", "float32")
+    plan = plan_for(config, network.unit_names)
+    need = memory.predict(network, plan, "n2", config, DEVICES)
+    limit_mb = need.arrays * share / 1e6
+    made.nodes.overrides = {2: {"memory_mb": limit_mb}}
+    with pytest.raises(RunError, match=r"compute node 2 needs .*copies: 2") as caught:
+        support.trained(made, DEVICES)
+    text = str(caught.value)
+    assert f"nodes.2.memory_mb={limit_mb:g}" in text and "pipeline.weights=shared" in text
+    assert ("temporaries" in text) == (share > 1)
