@@ -20,6 +20,7 @@ import numpy as np
 
 import stages
 from pipar_jax import aggregation, optimizer
+from pipar_jax import config as configuration
 from pipar_jax.config import Config
 from pipar_jax.errors import RunError
 from pipar_jax.plan import Plan, is_node, long_name
@@ -137,13 +138,15 @@ def predict(model: Model, plan: Plan, host: str, config: Config, samples: Sequen
     tx = optimizer.build(config.optimizer, steps=1, proximal_mu=config.aggregation.proximal_mu)
     rule = aggregation.rule(config.aggregation)
     window = int(config.pipeline.window_mb * 1e6)
+    again = configuration.host(config, host).rematerialise
     slots: dict[tuple[int, int], int] = {}
     # Where devices take turns, each one's micro-batches are there without the others'.
     passing: dict[tuple[int, int], list[_Passing]] = {}
     average = 0
     for device, one in enumerate(plan.devices):
         chain = [plan.host(device, stage) for stage in range(one.stages)]
-        for index, stage in enumerate(stages.split(model, one.cuts)):
+        cut = stages.split(model, one.cuts, rematerialise=again)
+        for index, stage in enumerate(cut):
             if chain[index] != host:
                 continue
             units = [model.units[i] for i in plan.units(device, index, len(model.units))]
