@@ -91,7 +91,7 @@ def _numbered(network: str, parts: Iterable[tuple[Operator, ...]]) -> list[Timed
 
 
 def _resnet101() -> list[TimedLayer]:
-    """Returns its rows: stem, pool, 33 blocks of two 3x3 convolutions, average pool."""
+    """Returns its rows: stem, pool, 33 blocks of two 3x3 convolutions, pool, dense."""
 
     def block(side: int, channels: int) -> tuple[Operator, ...]:
         once = convolution(BATCH, side, channels, channels, 3) + _norm(side, channels)
@@ -103,7 +103,7 @@ def _resnet101() -> list[TimedLayer]:
     # By their weights the first blocks of a width have two convolutions of that width as well.
     for side, channels, count in ((8, 64, 3), (4, 128, 4), (2, 256, 23), (1, 512, 3)):
         parts += [block(side, channels)] * count
-    parts.append(_pool(1, 512, 1, 1))
+    parts += [_pool(1, 512, 1, 1), _dense(512, 10)]
     return _numbered("table-resnet101", parts)
 
 
