@@ -47,8 +47,11 @@ def read_tables(folder: Path) -> Timings | None:
         forward, backward = (np.full((len(devices), len(layers)), np.nan) for _ in range(2))
         for row, device in enumerate(devices):
             read = read_profile(path, device)
-            if len(read) != len(layers):
-                raise DataError(f"{path} has {len(read)} layers, expected {len(layers)}")
+            if len(read) < len(layers):
+                raise DataError(
+                    f"{path}: device {device!r} has {len(read)} layers, expected {len(layers)}"
+                )
+            read = read[: len(layers)]  # one device's table goes on with the loss
             # Its backward counts the update, which is small but for the dense layers.
             forward[row] = [one.forward_s or np.nan for one in read]
             backward[row] = [one.backward_s or np.nan for one in read]
