@@ -42,7 +42,7 @@ def measure_memory(run: bench.Bench) -> None:
     networks = (chains.Network("vgg5"),) if run.quick else chains.NETWORKS
     devices, most = ((2, 4), 2) if run.quick else ((4, 16), 4)
     for network in networks:
-        config = chains.memory_config(network, 1)
+        config = chains.memory_config(network, (1, 2), 1)
         model = stages.build(network.name, input_shape=validation.INPUT_SHAPE,
                              classes=validation.CLASSES, norm=config.model.norm,
                              stem=config.model.stem)  # fmt: skip

@@ -56,12 +56,12 @@ POLICIES = (Policy("shared, 2 in flight", "shared", 2), Policy("shared", "shared
             Policy("copy", "copy"))  # fmt: skip
 
 
-def memory_config(network: Network, devices: int) -> Config:
+def memory_config(network: Network, cuts: Sequence[int], devices: int) -> Config:
     """Returns the configuration whose memory is measured."""
     config = Config(name=network.name, method="mpsl")
     config.model.name, config.data.batch_size = network.name, BATCH
-    config.devices.count, config.nodes.count = devices, 1
-    config.pipeline.cuts = "1,2"  # any: plans are made of cuts here
+    config.devices.count, config.nodes.count = devices, len(cuts) - 1
+    config.pipeline.cuts = ",".join(map(str, cuts))
     return resolve(config)
 
 
@@ -85,7 +85,7 @@ def best_cuts(facts: Sequence[Facts], first: int, stop: int, nodes: int) -> tupl
     sizes = [3 * one.parameter_bytes + one.residual_bytes for one in facts]
     sums = list(itertools.accumulate(sizes, initial=0))
     # For each number of nodes and position the least largest node so far, and its cuts.
-    best = {first: (0, (first,))}
+    best: dict[int, tuple[int, tuple[int, ...]]] = {first: (0, (first,))}
     for left in range(nodes - 1, -1, -1):
         best = {
             end: min(
@@ -113,7 +113,7 @@ def drive_largest(
     sizes = model_bytes(facts, cuts)
     node = node_name(sizes.index(max(sizes)) + 1)
     cases = [(policy, count) for policy in POLICIES for count in devices]
-    config = memory_config(network, max(devices))
+    config = memory_config(network, cuts, max(devices))
     plans = [chain_plan(cuts, count, policy) for policy, count in cases]
     found = drive_alone(config, plans, node, input_shape=INPUT_SHAPE, classes=CLASSES,
                         cores=first_cores(2))  # fmt: skip

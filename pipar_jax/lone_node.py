@@ -212,7 +212,8 @@ class _Drive:
         gc.collect()  # a plan's host is gone with its arrays before the next is driven
         while True:
             booked = self._host.held_bytes
-            live = sum(array.nbytes for array in jax.live_arrays())
+            arrays: list[Any] = jax.live_arrays()  # type: ignore[no-untyped-call]
+            live = sum(array.nbytes for array in arrays)
             if booked == live or time.monotonic() > until:
                 return booked, live
             time.sleep(0.01)

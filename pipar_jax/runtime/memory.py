@@ -286,7 +286,7 @@ def _sizes(stage: Stage, params: Any, state: Any, x: Any) -> tuple[int, int, int
 
 def _abstract(tree: Any) -> Any:
     """Returns a tree of shapes."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    return jax.eval_shape(lambda same: same, tree)
 
 
 def _bytes(tree: Any) -> int:
