@@ -3,9 +3,9 @@
 The parameter picks what is kept. Elements are taken in blocks of 64, in C order:
 
 ===================== ==========================================================================
-``bits:K``            an exponent per block; of each element its sign and K bits (1 to 23), rounded
-                      to the nearest, ties to even. No element is off by more than 2^-K of the
-                      power of two at or above its block's largest magnitude, halved
+``bits:K``            an exponent E per block; of each element its sign and K bits (1 to 23), to
+                      the nearest, ties to even. No element is off by more than 2^(E - K); 2^E is
+                      the power of two at or below the block's largest magnitude, after rounding
 ``bits:Ks``           the same, rounded at random, up or down by how near either is, so that the
                       mean error is zero; K at most 15. The same array gives the same bytes;
                       ``bits:6s17`` draws with seed 17 (0 to 255)

@@ -1,106 +1,32 @@
-"""The receiving half of a link: bytes to frames, frames to messages, limits before allocation."""
+"""The receiving half of a link: frames to messages, limits before allocation."""
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from comms.buffers import BufferPool, Lease
-from comms.codec import Bytes, Codec, codec_of
-from comms.errors import ChannelError, FrameError, LimitError
-from comms.frame import (
-    DTYPES,
-    HEADER_BYTES,
-    SEQUENCED,
-    Flag,
-    Header,
-    Kind,
-    Role,
-    Tag,
-    array_bytes,
-    unpack_header,
-    unpack_shape,
-)
-from comms.message import Payload
+from comms.buffers import BufferPool
+from comms.codec import codec_of
+from comms.errors import FrameError, LimitError
+from comms.frame import DTYPES, HEADER_BYTES, SEQUENCED, Flag, Header, Kind, Role, array_bytes
+from comms.incoming import Assembly, Bundle, credit_cost, read_json
 from comms.meter import RateMeter
 from comms.options import Limits
+from comms.reader import FrameReader
 from comms.transport import Transport
 
 # Plain numbers: the operators of IntFlag cost microseconds, and these are used for every frame.
 _CONTROL_LANE = int(Flag.CONTROL_LANE)
 _BUNDLE = int(Flag.BUNDLE)
 _BACK_TO_BACK = int(Flag.BACK_TO_BACK)
-_STAGING_BYTES = 1 << 14
-_SMALL_BYTES = 64
+_LARGE_BYTES = 1 << 16
+# Half a millisecond's bytes are waited for at once, from 64 KiB (on links of more than 1 Gbit/s):
+# half a megabyte fits the second-level cache of the core that copies it.
+_WAKE_S = 0.0005
+_WAKE_BYTES = 1 << 19
 _SMALLEST_SAMPLE_BYTES = 1 << 12
-CREDITED = frozenset((Role.ACTIVATION, Role.COTANGENT))
-"""Roles whose tensors consume credit; labels ride with their activation."""
-
-
-def credit_cost(role: int, raw_bytes: int) -> int:
-    """Returns the credit that a tensor takes: its size before the codec, at least 64 bytes."""
-    return max(raw_bytes, _SMALL_BYTES) if role in CREDITED else 0
-
-
-class Assembly:
-    """A message whose chunks are arriving."""
-
-    __slots__ = (
-        "buffer", "codec", "cost", "dtype", "filled", "first_byte_s", "header", "lease",
-        "raw_bytes", "sent_clock_s", "shape", "tag",
-    )  # fmt: skip
-
-    def __init__(self, header: Header, shape: tuple[int, ...], now_s: float) -> None:
-        self.header = header
-        self.shape = shape
-        self.first_byte_s = now_s
-        self.sent_clock_s = header.clock_s
-        self.filled = 0
-        self.cost = 0
-        self.raw_bytes = header.total
-        self.tag: Tag | None = None
-        self.codec: Codec | None = None
-        self.dtype: np.dtype[Any] | None = None
-        self.buffer: Bytes
-        self.lease: Lease | None = None
-
-    def payload(self) -> Payload:
-        """Returns the tensor."""
-        assert self.codec is not None and self.dtype is not None
-        return Payload(self.buffer, self.codec, self.header.codec_parameter, self.dtype, self.shape)
-
-
-class Bundle:
-    """A manifest and the tensors that arrived for it so far."""
-
-    __slots__ = (
-        "body",
-        "first_byte_s",
-        "leases",
-        "name",
-        "names",
-        "nbytes",
-        "payloads",
-        "raw_bytes",
-        "sent_clock_s",
-        "tag",
-    )  # fmt: skip
-
-    def __init__(self, name: str, names: list[str], body: dict[str, Any], head: Assembly) -> None:
-        self.name = name
-        self.names = names
-        self.body = body
-        self.tag = head.header.tag()
-        self.payloads: dict[str, Payload] = {}
-        self.leases: list[Lease] = []
-        self.nbytes = 0
-        self.raw_bytes = 0
-        self.first_byte_s = head.first_byte_s
-        self.sent_clock_s = head.sent_clock_s
 
 
 class Inbox:
@@ -134,128 +60,51 @@ class Inbox:
         self._on_bundle = on_bundle
         self._on_control = on_control
         self._on_signal = on_signal
+        self._reader = FrameReader(self._begin_frame, self._end_frame)
         self.rate = RateMeter()
         self.received = 0
         self.partial_bytes = 0
         self.frames_in = 0
-        self.bytes_in = 0
         self.accepted_bytes = 0
         self.released_bytes = 0
-        self.last_read_s = time.monotonic()
         self._lanes: list[Assembly | None] = [None, None]
         self._bundle: Bundle | None = None
-        self._target_filled = 0
-        self._staging = memoryview(bytearray(_STAGING_BYTES))
-        self._start = 0
-        self._end = 0
         self._signal = bytearray()
-        self._header: Header | None = None
-        self._target: memoryview | None = None
 
     @property
     def held_bytes(self) -> int:
         """Credited bytes that were received and not released yet."""
         return self.accepted_bytes - self.released_bytes
 
+    @property
+    def bytes_in(self) -> int:
+        """Bytes read from connections."""
+        return self._reader.bytes_in
+
+    @property
+    def last_read_s(self) -> float:
+        """When something was read last, on the monotonic clock."""
+        return self._reader.last_read_s
+
     def settle(self) -> None:
         """Ends a connection: what was read of an unfinished frame is kept and counted."""
-        header = self._header
-        if header is not None and header.kind in SEQUENCED and self._target_filled:
+        rest = self._reader.settle()
+        if rest is not None and rest[1] and rest[0].kind in SEQUENCED:
+            header, filled = rest
             assembly = self._lanes[1 if header.flags & _CONTROL_LANE else 0]
             assert assembly is not None
-            assembly.filled += self._target_filled
-            self.partial_bytes += self._target_filled
-        self._start = self._end = 0
-        self._header = self._target = None
+            assembly.filled += filled
+            self.partial_bytes += filled
 
     def restart(self, leftover: bytes) -> None:
         """Begins a connection; the peer sends on behind `received` and `partial_bytes`."""
         self.settle()
         self.rate.restart()
-        self.last_read_s = time.monotonic()
-        view = memoryview(leftover)
-        while view:
-            taken = min(len(view), _STAGING_BYTES - self._end)
-            self._staging[self._end : self._end + taken] = view[:taken]
-            self._end += taken
-            view = view[taken:]
-            self._parse()
-            self._compact()
+        self._reader.restart(leftover)
 
     def pump(self, transport: Transport, budget_bytes: int) -> bool:
-        """Reads until the connection would wait or the budget is used up.
-
-        Returns:
-            Whether there may be more to read at once.
-
-        Raises:
-            ConnectionEnded: if the connection is over.
-            FrameError: if the peer sent what is no valid frame.
-        """
-        while budget_bytes > 0:
-            target = self._target
-            if target is not None:
-                rest = target[self._target_filled :]
-                count = transport.receive(rest, self._staging)
-                if count is None:
-                    return False
-                inside = min(count, len(rest))
-                self._target_filled += inside
-                self._end = count - inside
-                full = count == len(rest) + _STAGING_BYTES
-            else:
-                self._compact()
-                room = self._staging[self._end :]
-                count = transport.receive(room)
-                if count is None:
-                    return False
-                self._end += count
-                full = count == len(room)
-            self.bytes_in += count
-            budget_bytes -= count
-            self.last_read_s = time.monotonic()
-            self._parse()
-            # A short read emptied the kernel's buffer; asking again would only be told to wait.
-            if not full and not transport.secure:
-                return False
-        return True
-
-    def _compact(self) -> None:
-        if self._start:
-            rest = self._end - self._start
-            self._staging[:rest] = bytes(self._staging[self._start : self._end])
-            self._start, self._end = 0, rest
-
-    def _parse(self) -> None:
-        """Goes through what was read, frame by frame."""
-        while True:
-            if self._target is not None:
-                count = min(self._end - self._start, len(self._target) - self._target_filled)
-                if count:
-                    self._target[self._target_filled : self._target_filled + count] = self._staging[
-                        self._start : self._start + count
-                    ]
-                    self._target_filled += count
-                    self._start += count
-                if self._target_filled < len(self._target):
-                    break
-                header, self._header, self._target = self._header, None, None
-                assert header is not None
-                self._end_frame(header)
-                continue
-            available = self._end - self._start
-            if available < HEADER_BYTES:
-                break
-            header = unpack_header(self._staging[self._start :])
-            head_bytes = HEADER_BYTES + 8 * header.rank
-            if available < head_bytes:
-                break
-            shape = unpack_shape(self._staging[self._start + HEADER_BYTES :], header.rank)
-            target = self._begin_frame(header, shape)
-            self._start += head_bytes
-            self._header, self._target, self._target_filled = header, target, 0
-        if self._start == self._end:
-            self._start = self._end = 0
+        """Reads as `FrameReader.pump` does and calls back with what is complete."""
+        return self._reader.pump(transport, budget_bytes)
 
     # -- frames --------------------------------------------------------------------------------
 
@@ -293,7 +142,7 @@ class Inbox:
 
     def _begin_message(self, header: Header, shape: tuple[int, ...]) -> Assembly:
         """Checks what a message declares; only then allocates its buffer."""
-        assembly = Assembly(header, shape, self.last_read_s)
+        assembly = Assembly(header, shape, self._reader.last_read_s)
         if header.kind == Kind.TENSOR:
             self._check_tensor(assembly)
             assembly.buffer, assembly.lease = self._pool.take(header.total)
@@ -359,18 +208,19 @@ class Inbox:
         frame_bytes = HEADER_BYTES + 8 * header.rank + header.length
         # A small frame's time is that of this program, not of the link.
         pure = bool(header.flags & _BACK_TO_BACK) and frame_bytes >= _SMALLEST_SAMPLE_BYTES
-        self.rate.add(frame_bytes, pure, self.last_read_s)
+        self.rate.add(frame_bytes, pure, self._reader.last_read_s)
         self.received = header.sequence
         self.partial_bytes = 0
         lane = 1 if header.flags & _CONTROL_LANE else 0
         assembly = self._lanes[lane]
         assert assembly is not None
         assembly.filled += header.length
+        self._look_ahead(frame_bytes, assembly)
         if assembly.filled < assembly.header.total:
             return
         self._lanes[lane] = None
         if assembly.header.kind == Kind.CONTROL:
-            body = _read_json(assembly).get("body")
+            body = read_json(assembly).get("body")
             if not isinstance(body, dict):
                 raise FrameError("a control message without a body")
             self._on_control(body, assembly)
@@ -391,12 +241,24 @@ class Inbox:
             self.accepted_bytes += assembly.cost
             self._on_tensor(assembly)
 
+    def _look_ahead(self, frame_bytes: int, assembly: Assembly) -> None:
+        """Behind a large frame expects another one of its kind, if only one chunk of many."""
+        if frame_bytes < _LARGE_BYTES:
+            self._reader.expect()
+            return
+        goes_on = assembly.filled < assembly.header.total
+        gather = min(_WAKE_BYTES, int((self.rate.bytes_per_s or 0.0) * _WAKE_S))
+        self._reader.expect(
+            HEADER_BYTES + (0 if goes_on else 8 * len(assembly.shape)),
+            gather if gather >= _LARGE_BYTES else 1,
+        )
+
     def _end_bundle(self, bundle: Bundle) -> None:
         self._bundle = None
         self._on_bundle(bundle)
 
     def _read_manifest(self, assembly: Assembly) -> Bundle:
-        manifest = _read_json(assembly)
+        manifest = read_json(assembly)
         name, names, body = manifest.get("name"), manifest.get("tensors"), manifest.get("body")
         if not isinstance(name, str) or not isinstance(names, list) or not isinstance(body, dict):
             raise FrameError("a manifest without name, tensors and body")
@@ -408,29 +270,3 @@ class Inbox:
         if not all(isinstance(key, str) for key in names) or len(set(names)) != len(names):
             raise FrameError(f"bundle {name}: the names of its tensors are no distinct texts")
         return Bundle(name, names, body, assembly)
-
-
-SCHEMA = 1
-"""Version of the JSON of control messages and manifests."""
-
-
-def pack_json(fields: dict[str, Any]) -> bytes:
-    """Returns the JSON of a control message (body) or manifest (name, tensors, body).
-
-    Raises:
-        ChannelError: if the fields hold what JSON has no form for.
-    """
-    try:
-        return json.dumps({"schema": SCHEMA, **fields}, separators=(",", ":")).encode()
-    except (TypeError, ValueError) as error:
-        raise ChannelError(f"a control message must be plain JSON: {error}") from error
-
-
-def _read_json(assembly: Assembly) -> dict[str, Any]:
-    try:
-        body = json.loads(assembly.buffer.tobytes())
-    except (ValueError, RecursionError) as error:
-        raise FrameError(f"a control message that is no JSON: {error}") from error
-    if not isinstance(body, dict) or body.pop("schema", None) != SCHEMA:
-        raise FrameError(f"a control message without the JSON schema version {SCHEMA}")
-    return body

@@ -200,6 +200,8 @@ class Link(Stream):
             offset_s=self._clock.offset_s,
             rate_out_mbps=to_mbps(out.rate_bytes),
             rate_in_mbps=to_mbps(inbox.rate.bytes_per_s),
+            timed_in_bytes=inbox.rate.timed_bytes,
+            timed_in_s=inbox.rate.timed_s,
         )
 
     def drain(self, timeout_s: float) -> None:

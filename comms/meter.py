@@ -40,6 +40,9 @@ class LinkStats:
         offset_s: the peer's monotonic clock minus ours; None before the first heartbeat.
         rate_out_mbps: what the peer measured of our sending; None until enough was sent.
         rate_in_mbps: what we measured of the peer's sending; None until enough was received.
+        timed_in_bytes: bytes received back to back, of which alone a rate can be told.
+        timed_in_s: how long they took on the link; between two snapshots, bytes by seconds is the
+            rate of just that time.
     """
 
     bytes_out: int
@@ -69,6 +72,8 @@ class LinkStats:
     offset_s: float | None
     rate_out_mbps: float | None
     rate_in_mbps: float | None
+    timed_in_bytes: int
+    timed_in_s: float
 
 
 class ClockMeter:
@@ -116,6 +121,10 @@ class RateMeter:
     Only frames that were waiting when their predecessor left count (the sender marks them): the
     time between the ends of two such frames is what the second took on the link. Sums of bytes and
     seconds with exponential forgetting smooth over timers and bursts.
+
+    Attributes:
+        timed_bytes: bytes of all frames that counted so far.
+        timed_s: their seconds.
     """
 
     _MEMORY_S = 3.0
@@ -124,7 +133,8 @@ class RateMeter:
     def __init__(self) -> None:
         self._bytes = 0.0
         self._seconds = 0.0
-        self._seen = 0
+        self.timed_bytes = 0
+        self.timed_s = 0.0
         self._last_s: float | None = None
 
     def add(self, nbytes: int, back_to_back: bool, now_s: float) -> None:
@@ -136,7 +146,8 @@ class RateMeter:
         keep = math.exp(-seconds / self._MEMORY_S)
         self._bytes = self._bytes * keep + nbytes
         self._seconds = self._seconds * keep + seconds
-        self._seen += nbytes
+        self.timed_bytes += nbytes
+        self.timed_s += seconds
 
     def restart(self) -> None:
         """Forgets the last frame's end: a new connection begins."""
@@ -145,7 +156,7 @@ class RateMeter:
     @property
     def bytes_per_s(self) -> float | None:
         """The estimate, or None until 48 KiB were seen."""
-        if self._seen < self._ENOUGH_BYTES or self._seconds <= 0:
+        if self.timed_bytes < self._ENOUGH_BYTES or self._seconds <= 0:
             return None
         return self._bytes / self._seconds
 

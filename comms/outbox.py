@@ -258,8 +258,7 @@ class Outbox:
                 return None
             budget_bytes -= taken
             self._written(taken, now)
-            # A short write means that the kernel is full, unless TLS cut the piece itself.
-            if taken < offered and not transport.secure:
+            if taken < offered:  # the kernel is full
                 self._blocked_since_s = time.monotonic()
                 return None
 
@@ -308,7 +307,6 @@ class Outbox:
         message.payload = None
         frame.payload = None
         if message.final:
-            # A late thread dates a frame back to when the emulated link was free.
             self.queue_s += max(0.0, sending.start_s - sending.queued_s)
             if sending.on_sent is not None:
                 sending.on_sent(sending.start_s, sending.end_s, sending.wire_bytes)
@@ -334,7 +332,8 @@ class Outbox:
             if frame is None:
                 self._waiting = False
                 break
-            start, end = shaper.admit(now_s, frame.nbytes, self._waiting)
+            queued_s = 0.0 if frame.message is None else frame.message.sending.queued_s
+            start, end = shaper.admit(now_s, frame.nbytes, self._waiting, queued_s)
             self._waiting = True
             frame.end_s = end
             note_start(frame, start)

@@ -10,9 +10,11 @@ import numpy as np
 from comms.codec import RAW, Array, Codec, Encoded, parse_codec
 from comms.errors import ChannelError, CodecError
 from comms.frame import Flag, Header, Kind, Role, Tag, array_bytes, dtype_code, tag_fields
-from comms.inbox import credit_cost, pack_json
+from comms.incoming import credit_cost, pack_json
 from comms.options import Limits
 from comms.outgoing import Outgoing, Sending
+
+_BUNDLE = int(Flag.BUNDLE)
 
 
 class Job(NamedTuple):
@@ -76,9 +78,12 @@ def pack_tensor(
         chosen.code,
         code,
         len(shape),
-        0 if part is None else int(Flag.BUNDLE),
+        0 if part is None else _BUNDLE,
         *tag_fields(tag),
-    )._replace(part=part or 0, total=total, codec_parameter=parameter)
+        part=part or 0,
+        total=total,
+        codec_parameter=parameter,
+    )
     cost = credit_cost(tag.role, raw_bytes)
     message = Outgoing(header, shape, None, sending, raw_bytes=raw_bytes, cost=cost)
     if isinstance(array, Encoded):
@@ -143,7 +148,8 @@ def pack_bundle(
 def set_payload(message: Outgoing, payload: Array) -> None:
     """Puts a payload into a message and corrects its size."""
     flat = payload.reshape(-1).view(np.uint8)
-    message.header = message.header._replace(total=flat.nbytes)
+    if message.header.total != flat.nbytes:
+        message.header = message.header._replace(total=flat.nbytes)
     message.payload = flat.data
 
 

@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 
 from comms.errors import ChannelError
+from comms.timetable import read_timetable
 
 PRESETS_MBPS: dict[str, tuple[float | None, float | None]] = {
     "4g": (10.0, 25.0),
@@ -66,6 +67,11 @@ class LinkShape:
         """Whether frames pass without rate and delay."""
         return self.rate_mbps is None and self.delay_s == 0 and not self.schedule
 
+    @property
+    def opening(self) -> LinkShape:
+        """This shape without its schedule, as it is at the start: until a run begins."""
+        return LinkShape(self.rate_at(0.0), self.delay_s)
+
     def rate_at(self, elapsed_s: float) -> float | None:
         """Returns the rate in Mbit/s at a time since the shape was set."""
         rate = self.rate_mbps
@@ -84,18 +90,21 @@ class Shaper:
         self.next_free_s = now_s
         self._origin_s = now_s
 
-    def admit(self, now_s: float, nbytes: int, waiting: bool) -> tuple[float, float]:
+    def admit(
+        self, now_s: float, nbytes: int, waiting: bool, queued_s: float = 0.0
+    ) -> tuple[float, float]:
         """Puts a frame on the virtual link.
 
         Args:
             now_s: the monotonic clock.
             nbytes: bytes of the frame, header included.
-            waiting: whether the frame was already waiting when the link became free.
+            waiting: whether something was already waiting when the link became free.
+            queued_s: when this frame's message was sent: it leaves no earlier.
 
         Returns:
             When its first byte and its last byte leave the sender, without the delay.
         """
-        start = self.next_free_s
+        start = max(self.next_free_s, min(queued_s, now_s))
         if not waiting or start < now_s - _MAX_CATCH_UP_S:
             start = max(start, now_s)
         end = self._end(start, nbytes)
@@ -134,25 +143,30 @@ def chunk_bytes(rate_bytes: float | None) -> int:
     return int(min(MAX_CHUNK_BYTES, max(MIN_CHUNK_BYTES, rate_bytes * CHUNK_TIME_S)))
 
 
+_TRACE = "trace:"
 _NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"
 _RATES = re.compile(rf"^{_NUMBER}/{_NUMBER}(?:/{_NUMBER}(ms|s))?$")
 _NAMED = re.compile(rf"^([a-z0-9+]+)(?:/{_NUMBER}(ms|s))?$")
 
 
 def parse_link(text: str) -> tuple[LinkShape, LinkShape]:
-    """Reads a link such as ``4g+``, ``20/40``, ``20/40/30ms`` or ``wifi/5ms``.
+    """Reads a link such as ``4g+``, ``20/40``, ``20/40/30ms``, ``wifi/5ms`` or ``trace:FILE``.
 
     Args:
         text: a name of `PRESETS_MBPS` or "up/down" in Mbit/s, either with a round-trip delay
-            behind it, of which each direction gets half.
+            behind it, of which each direction gets half; or a CSV file of rates over time with
+            the columns ``time_s,up_mbps,down_mbps``, each row holding until the next.
 
     Returns:
         The shapes of the way up (device to server) and down.
 
     Raises:
-        ChannelError: if the text is neither; the message lists what is known.
+        ChannelError: if the text is neither; the message lists what is known. Or if the file
+            cannot be used.
     """
     word = text.strip().lower()
+    if word.startswith(_TRACE):
+        return _read_trace(text.strip()[len(_TRACE) :])
     up: float | None
     down: float | None
     if match := _RATES.match(word):
@@ -164,7 +178,21 @@ def parse_link(text: str) -> tuple[LinkShape, LinkShape]:
     else:
         raise ChannelError(
             f"unknown link {text!r}: give one of {', '.join(PRESETS_MBPS)}, or rates up and down "
-            "in Mbit/s such as 20/40, or with a round-trip delay such as 20/40/30ms"
+            "in Mbit/s such as 20/40, or with a round-trip delay such as 20/40/30ms, or rates "
+            "over time as trace:FILE"
         )
     round_trip_s = float(delay) / (1000.0 if unit == "ms" else 1.0) if delay else 0.0
     return LinkShape(up, round_trip_s / 2), LinkShape(down, round_trip_s / 2)
+
+
+def _read_trace(path: str) -> tuple[LinkShape, LinkShape]:
+    """Returns the shapes up and down that a file of rates over time describes."""
+    rows = read_timetable(path, ("up_mbps", "down_mbps"))
+    for at_s, *rates in rows:
+        if min(rates) <= 0:
+            raise ChannelError(f"{path}: rates must be positive, got {rates} Mbit/s at {at_s:g} s")
+    up, down = (
+        LinkShape(rows[0][column], 0.0, tuple((row[0], row[column]) for row in rows[1:]))
+        for column in (1, 2)
+    )
+    return up, down

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, cast
 from comms.errors import ChannelError, FrameError, PeerClosed, PeerLost
 from comms.frame import PING, PONG, STATUS, Header, Kind
 from comms.handshake import Terms
-from comms.inbox import Assembly, Bundle, Inbox
+from comms.inbox import Inbox
+from comms.incoming import Assembly, Bundle
 from comms.loop import READ, WRITE, Timer
 from comms.message import Message
 from comms.meter import ClockMeter
+from comms.news import News
 from comms.outbox import Outbox
 from comms.shaping import LinkShape
 from comms.transport import ConnectionEnded, Transport
@@ -30,8 +32,6 @@ _WRITE_BUDGET_BYTES = 4 << 20
 _FIRST_PINGS = 6
 _FIRST_PING_S = 0.02
 _LINGER_S = 1.0
-_NEWS_S = 0.004
-_NEWS_BYTES = 1 << 15
 
 
 class Stream:
@@ -75,6 +75,9 @@ class Stream:
             on_control=self._on_control,
             on_signal=self._on_signal,
         )
+        self._news = News(
+            self._inbox, self._outbox, self._loop, options, self._flush_now, self._post_flush
+        )
         self._transport: Transport | None = None
         self._interest = 0
         self._read_again = False
@@ -85,15 +88,9 @@ class Stream:
         self._flush_posted = False
         self._timer: Timer | None = None
         self._beat: Timer | None = None
-        self._news_timer: Timer | None = None
         self._resume_timer: Timer | None = None
         self._pings_sent = 0
         self._tick_s = time.monotonic()
-        self._acknowledged = 0
-        self._reported_bytes = 0
-        self._reported_in = 0
-        self._credit_posted = False
-        self._reported_rate: float | None = None
         self._on_message: Callable[[Message], None] | None = None
         self._on_credit: Callable[[], None] | None = None
         self._on_lost: Callable[[ChannelError], None] | None = None
@@ -116,35 +113,6 @@ class Stream:
             self._flush_posted = True
             self._loop.post(self._flush_now)
 
-    def _release(self, cost: int) -> None:
-        """From any thread: gives credit back."""
-        with self._lock:
-            self._inbox.released_bytes += cost
-            unreported = self._inbox.released_bytes - self._reported_bytes
-        if 4 * unreported >= self._options.window_bytes:
-            self._outbox.status_due = True
-            self._post_flush()
-        elif not self._credit_posted:
-            self._credit_posted = True
-            self._loop.post(self._report_credit)
-
-    def _report_credit(self) -> None:
-        self._credit_posted = False
-        self._report_soon()
-
-    def _report_soon(self) -> None:
-        """Lets the peer have the news in a few milliseconds, for many small messages at once."""
-        if self._news_timer is None and self._transport is not None:
-            when_s = time.monotonic() + _NEWS_S
-            self._news_timer = self._loop.at(when_s, self._report_now)
-
-    def _report_now(self) -> None:
-        self._news_timer = None
-        inbox = self._inbox
-        if (inbox.received, inbox.released_bytes) != (self._acknowledged, self._reported_bytes):
-            self._outbox.status_due = True
-            self._run_ready(0)
-
     # -- connections ---------------------------------------------------------------
 
     def attach(self, transport: Transport, leftover: bytes, terms: Terms) -> None:
@@ -160,6 +128,7 @@ class Stream:
             self._resume_timer.cancel()
             self._resume_timer = None
         self._transport = transport
+        self._news.connect()
         self._interest = 0
         self._reconnects += 1
         self._limit_transport()
@@ -184,10 +153,11 @@ class Stream:
     def detach(self) -> None:
         """Closes the present connection, if there is one; what it still holds is never read."""
         transport, self._transport = self._transport, None
-        for timer in (self._timer, self._beat, self._news_timer):
+        for timer in (self._timer, self._beat):
             if timer is not None:
                 timer.cancel()
-        self._timer = self._beat = self._news_timer = None
+        self._timer = self._beat = None
+        self._news.disconnect()
         if transport is not None:
             self._loop.forget(transport.socket)
             transport.close()
@@ -207,7 +177,7 @@ class Stream:
                 self._read_again = self._inbox.pump(transport, _READ_BUDGET_BYTES)
                 if self._read_again:
                     self._run_soon()
-                self._report_received()
+                self._news.note_arrivals()
             if self._transport is transport:
                 self._flush(transport)
         except ConnectionEnded as error:
@@ -225,23 +195,6 @@ class Stream:
     def _run_again(self) -> None:
         self._soon = False
         self._run_ready(0)
-
-    def _report_received(self) -> None:
-        """Sees to it that the peer hears of what was received, and how fast."""
-        inbox = self._inbox
-        if inbox.received == self._acknowledged:
-            return
-        rate = inbox.rate.bytes_per_s
-        known = self._reported_rate
-        if rate is not None and (known is None or not 0.7 < rate / known < 1.4):
-            self._outbox.status_due = True
-        elif rate is None or self._outbox.keep:
-            # The peer waits for this: before the first measurement it sends little at a time, and
-            # what may have to be sent again is bounded.
-            if inbox.bytes_in - self._reported_in >= _NEWS_BYTES:
-                self._outbox.status_due = True
-            else:
-                self._report_soon()
 
     @property
     def _paused(self) -> bool:
@@ -338,11 +291,7 @@ class Stream:
         self._run_ready(0)
 
     def _pack_status(self) -> bytes:
-        self._acknowledged = self._inbox.received
-        self._reported_bytes = self._inbox.released_bytes
-        self._reported_in = self._inbox.bytes_in
-        rate = self._reported_rate = self._inbox.rate.bytes_per_s
-        return STATUS.pack(self._acknowledged, self._reported_bytes, rate or 0.0)
+        return self._news.pack()
 
     def _on_signal(self, header: Header, payload: bytes) -> None:
         if header.kind == Kind.PING and len(payload) == PING.size:
@@ -385,7 +334,7 @@ class Stream:
             if lease is not None:
                 lease.release()
             if cost:
-                self._release(cost)
+                self._news.release(cost)
 
         payload = assembly.payload()
         self._raw_in_bytes += assembly.raw_bytes

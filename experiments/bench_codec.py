@@ -1,6 +1,6 @@
 """What codecs do: speed, size and error on real tensors, and accuracy and seconds of a training.
 
-  python -m experiments.bench_codec [--data_dir=FOLDER] [--parts=tensors,training] [--quick]
+  python -m experiments.bench_codec [--data_dir=FOLDER] [--part=tensors|training] [--quick]
 
 Tensors: activations and cotangents of three networks at two depths after 20 steps on CIFAR-10,
 coded on one core beside bfloat16, int8, int4, zstandard, blosc2 (extra `peers`) and memcpy.
@@ -24,7 +24,7 @@ from pipar_jax.launcher import launch
 from pipar_jax.pinned import first_cores, pinned
 
 DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder with CIFAR-10 as TFDS prepares it.")
-PARTS = flags.DEFINE_list("parts", ["tensors", "training"], "What to measure.")
+PART = flags.DEFINE_enum("part", "both", ["both", "tensors", "training"], "What to measure.")
 NETWORKS = {"vgg5": (1, 2), "resnet18": (2, 6), "mobilenetv3_small": (2, 6)}
 CODERS = ("bfloat16", "int8", "int4", "bits:3", "bits:5", "bits:7", "bits:7s", "bits:11",
           "bits:rel1e-3", "bits:lossless")  # fmt: skip
@@ -117,8 +117,9 @@ def _config(case: tuple[str, str, str], seed: int, quick: bool, folder: str) -> 
 
 def measure(run: bench.Bench) -> None:
     """Measures the parts that were asked for."""
-    for part in PARTS.value:
-        {"tensors": tensors, "training": training}[part](run)
+    for name, part in (("tensors", tensors), ("training", training)):
+        if PART.value in (name, "both"):
+            part(run)
 
 
 if __name__ == "__main__":

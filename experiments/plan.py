@@ -16,7 +16,7 @@ from rich.console import Console
 
 import configs
 from pipar_jax import flags
-from pipar_jax.config import Config
+from pipar_jax.config import CHAINS, Config
 from pipar_jax.errors import DataError, PlanError
 from pipar_jax.profile import Profile
 from pipar_jax.schema import option
@@ -47,6 +47,9 @@ def main(config: Config, own: PlanFlags) -> None:
             f"{config.devices.count}: set --config.devices.count={len(profile.devices)}"
         )
     measured_s = time.monotonic() - began_s
+    if config.method in CHAINS:
+        print_chains(config, profile, measured_s)
+        return
     found = search(profile, config)
     searched_s = time.monotonic() - began_s - measured_s
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
@@ -60,6 +63,33 @@ def main(config: Config, own: PlanFlags) -> None:
         console.print(why)
     chosen = found.plans[0].plan if config.tuner.select == "search" else tune(profile, config)
     console.print(f"--config.method=auto would run: {chosen}")
+
+
+def print_chains(config: Config, profile: Profile, measured_s: float) -> None:
+    """Prints the best chain over the compute nodes, and that of the published objective.
+
+    Raises:
+      PlanError: No chain fits, or the profile has other nodes.
+    """
+    from pipar_jax.tuner.chains import chain_table, tune_chain
+
+    if len(profile.nodes) != config.nodes.count:
+        raise PlanError(
+            f"the profile has {len(profile.nodes)} compute nodes and the configuration "
+            f"{config.nodes.count}: set --config.nodes.count={len(profile.nodes)}"
+        )
+    began_s = time.monotonic()
+    found = {}
+    for name, select in (("the simulator", "search"), ("MP-SL's objective", "paper")):
+        tuner = dataclasses.replace(config.tuner, select=select)
+        found[name] = tune_chain(profile, dataclasses.replace(config, tuner=tuner))
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console.print(
+        f"{profile.model}, {len(profile.devices)} devices, {len(profile.nodes)} compute nodes, "
+        f"batches of {profile.batch_size}; hosts and links measured in {measured_s:.1f} s, chains "
+        f"planned in {time.monotonic() - began_s:.2f} s"
+    )
+    console.print(chain_table(profile, found))
 
 
 def read(path: str) -> Profile:

@@ -202,7 +202,7 @@ def run_here(
     threads = [server]
     address = listening.get()
     if address is not None:
-        for index in range(1, config.nodes.count + 1):
+        for index in range(1, len(configuration.nodes(config)) + 1):
 
             def node(index: int = index) -> None:
                 run_node(config, index, address, model=model, stop=stop)

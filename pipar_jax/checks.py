@@ -8,7 +8,7 @@ import pathlib
 import re
 from typing import Any, get_args
 
-from pipar_jax import schema
+from pipar_jax import schema, sinks
 from pipar_jax.config import (
     CHAINS,
     METHODS,
@@ -44,6 +44,7 @@ def check_whole(config: Config, models: tuple[str, ...] = ()) -> None:
     _check_data(config)
     aggregate_steps(config)
     _check_tuner(config)
+    sinks.names(config.run.sinks)
     _check_cut(config.pipeline.cut, "pipeline.cut")
     _check_nodes(config)
     parse_cpus(config.server.cpus, "server.cpus")
@@ -227,9 +228,14 @@ def _check_data(config: Config) -> None:
 
 
 def _check_tuner(config: Config) -> None:
-    """Checks the tuner's lists: names that are known, and whole numbers."""
+    """Checks the tuner's lists, names that are known and whole numbers, and what may adapt."""
     from comms import codec, errors
 
+    if config.tuner.times == "predicted" and config.model.dtype != "float32":
+        raise ConfigError(
+            f"tuner.times=predicted knows float32 alone, and model.dtype={config.model.dtype}: "
+            "profile the hosts (tuner.times=profiled), or compute in float32"
+        )
     known = {
         "methods": tuple(name for name in METHODS if name not in CHAINS),
         "dispatch": get_args(Dispatch),
@@ -255,9 +261,25 @@ def _check_tuner(config: Config) -> None:
                 raise ConfigError(
                     f"{field}={text!r}: {part!r} is no positive whole number; write 2,4,8"
                 )
+    if config.tuner.adapt and (config.method in CHAINS or config.pipeline.weights == "shared"):
+        raise ConfigError(
+            f"tuner.adapt=true does not go with method={config.method} and pipeline.weights="
+            f"{config.pipeline.weights}: plans change where every device has its copy on the "
+            "server; set tuner.adapt=false"
+        )
+    if config.tuner.adapt:
+        methods = {one.strip() for one in config.tuner.methods.split(",")}
+        if config.method == "sl" or methods <= {"sl"}:
+            raise ConfigError(
+                f"tuner.adapt=true does not go with method={config.method!r} and tuner.methods="
+                f"{config.tuner.methods!r}: a plan can change where devices train in parallel, and "
+                "sl hands one part on; choose others, or set tuner.adapt=false"
+            )
 
 
 def _check_device(config: Config, index: int) -> None:
+    from pipar_jax.slowness import slowness
+
     one = device(config, index)
     over = config.devices.overrides.get(index, {})
 
@@ -265,6 +287,7 @@ def _check_device(config: Config, index: int) -> None:
         return f"devices.{index}.{name}" if name in over else f"devices.defaults.{name}"
 
     _check_link(one.link, field("link"))
+    slowness(one, field("slowdown_trace"))
     parse_cpus(one.cpus, field("cpus"))
     if one.cut != config.pipeline.cut:
         _check_cut(one.cut, field("cut"))
@@ -284,11 +307,6 @@ def _check_nodes(config: Config) -> None:
         raise ConfigError(
             f"method={config.method} runs its middle stages on compute nodes, and nodes.count=0: "
             "set --config.nodes.count"
-        )
-    if config.method not in CHAINS and count:
-        raise ConfigError(
-            f"nodes.count={count}, but method={config.method} uses no compute nodes: leave it 0, "
-            f"or use method={' or '.join(CHAINS)}"
         )
     if config.method == "accept" and config.devices.count != 1:
         raise ConfigError(

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 from pipar_jax import schema
 from pipar_jax.errors import ConfigError
-from pipar_jax.plan import Dispatch, HandOn, Weights, is_node
+from pipar_jax.plan import Dispatch, HandOn, Weights, is_node, node_name
 from pipar_jax.schema import option
 from stages.names import NORMS, STEMS
 
@@ -151,11 +151,19 @@ class PipelineConfig:
 class DeviceConfig:
     """One device, or what all devices have in common."""
 
-    link: str = option("none", "4g, 4g+, wifi, lan, none, or UP/DOWN[/DELAYms] in Mbit/s")
+    link: str = option(
+        "none",
+        "4g, 4g+, wifi, lan, none, UP/DOWN[/DELAYms] in Mbit/s, or trace:FILE, a CSV of rates over "
+        "time (time_s,up_mbps,down_mbps)",
+    )
     slowdown: float = option(1.0, "computations last so many times longer", at_least=1)
+    slowdown_trace: str = option(
+        "", "CSV of further factors over time (time_s,slowdown); empty: none"
+    )
     cpus: str = option("", "cores to run on, such as 0 or 1-3,5; empty: any")
     platform: str = option("cpu", "where jax computes", choices=PLATFORMS)
     memory_mb: float = option(0.0, "auto: memory that a plan may take; 0: any", at_least=0)
+    rematerialise: bool = option(False, "compute forward passes twice instead of keeping residuals")
     cut: int | str | None = option(None, "this device's cut; none: pipeline.cut")
     micro_batches: int | None = option(None, "none: pipeline.micro_batches", at_least=1)
     data_source: str | None = option(None, "this device's own data; none: data.source")
@@ -188,6 +196,7 @@ class NodeConfig:
         at_least=0,
     )  # fmt: skip
     platform: str = option("auto", "where jax computes", choices=PLATFORMS)
+    rematerialise: bool = option(False, "compute forward passes twice instead of keeping residuals")
 
 
 @dataclasses.dataclass
@@ -212,6 +221,7 @@ class ServerConfig:
     slowdown: float = option(1.0, "computations last so many times longer", at_least=1)
     cpus: str = option("", "cores to run on, such as 0 or 1-3,5; empty: any")
     memory_mb: float = option(0.0, "auto: memory that a plan may take; 0: any", at_least=0)
+    rematerialise: bool = option(False, "compute forward passes twice instead of keeping residuals")
     platform: str = option("auto", "where jax computes", choices=PLATFORMS)
 
 
@@ -234,10 +244,15 @@ class NetworkConfig:
 
 @dataclasses.dataclass
 class TunerConfig:
-    """How method=auto and experiments.plan choose: by measured times, for the shortest epoch."""
+    """How method=auto and experiments.plan choose: by hosts' times, for the shortest epoch."""
 
     select: str = option(
         "search", "all plans, or the paper's own formulas", choices=("search", "paper")
+    )
+    times: str = option(
+        "profiled",
+        "hosts' times: every unit profiled, or predicted from a few reference layers",
+        choices=("profiled", "predicted"),
     )
     methods: str = option("fl,sl,sfl,pipar", "methods to choose from")
     micro_batches: str = option("2,3,4,5,6,8,10,12,16,20", "numbers of micro-batches to try")
@@ -258,6 +273,13 @@ class TunerConfig:
     )
     sizes: str = option("auto", "micro-batch sizes that hosts are timed at, such as 5,25,100")
     cache: bool = option(True, "keep measured times in the user's cache folder")
+    adapt: bool = option(
+        False, "change the plan during a run (with any method but sl) when another one wins"
+    )
+    gain: float = option(
+        0.1, "adapt: share of the time that another plan must save", above=0, below=1
+    )
+    look_s: float = option(2.0, "adapt: seconds between two looks at speeds and links", above=0)
 
 
 @dataclasses.dataclass
@@ -266,6 +288,9 @@ class RunConfig:
 
     dir: str = option("runs", "folder in which each run gets a folder of its own")
     trace: bool = option(True, "record every action's time")
+    sinks: str = option(
+        "", "where events go beside metrics.jsonl: tensorboard, your own MODULE:FUNCTION"
+    )
     compile_cache: bool = option(True, "keep compiled programs in the user's cache folder")
     evaluate_every: int = option(1, "rounds between two evaluations; 0: only the last", at_least=0)
     progress_every_s: float = option(0.5, "seconds between two progress events", at_least=0)
@@ -354,6 +379,12 @@ def node(config: Config, index: int) -> NodeConfig:
             f"there is no node {index}: nodes.count={config.nodes.count}, and the first is 1"
         )
     return dataclasses.replace(config.nodes.defaults, **config.nodes.overrides.get(index, {}))
+
+
+def nodes(config: Config) -> tuple[str, ...]:
+    """Returns the names of the compute nodes that take part; none with methods that use none."""
+    count = config.nodes.count if config.method in CHAINS else 0
+    return tuple(node_name(index) for index in range(1, count + 1))
 
 
 def host(config: Config, name: str) -> DeviceConfig | NodeConfig | ServerConfig:

@@ -20,9 +20,9 @@ from collections.abc import Callable
 from typing import Any
 
 from pipar_jax import data, errors
-from pipar_jax.config import Config, resolve, to_json
+from pipar_jax.config import Config, nodes, resolve, to_json
 from pipar_jax.errors import PiparError, RunError
-from pipar_jax.plan import COORDINATOR, device_name, node_name
+from pipar_jax.plan import COORDINATOR, device_name
 from pipar_jax.process import TOKEN_VARIABLE, describe_os_error
 
 OnEvent = Callable[[dict[str, Any]], None]
@@ -207,8 +207,8 @@ class _Hosts:
     def __enter__(self) -> _Hosts:
         try:
             self._start(COORDINATOR)
-            for index in range(1, self._config.nodes.count + 1):
-                self._start(node_name(index))
+            for name in nodes(self._config):
+                self._start(name)
             for index in range(self._config.devices.count):
                 self._start(device_name(index))
         except BaseException:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pipar_jax import config as configuration
 from pipar_jax.config import Config
 from pipar_jax.errors import ConfigError
-from pipar_jax.plan import COORDINATOR, OWNER, Codecs, DevicePlan, Plan, node_name
+from pipar_jax.plan import COORDINATOR, OWNER, Codecs, DevicePlan, Plan
 from pipar_jax.schema import did_you_mean
 
 
@@ -128,7 +128,7 @@ def _two_hosts(config: Config, units: Sequence[str], *, pipelined: bool) -> tupl
 
 def chain_hosts(config: Config) -> tuple[str, ...]:
     """Returns the hosts of a chain: the device, all nodes, and the device if labels stay home."""
-    nodes = tuple(node_name(index) for index in range(1, config.nodes.count + 1))
+    nodes = configuration.nodes(config)
     home = config.method == "mpsl" and config.pipeline.labels == "home"
     return (OWNER, *nodes, *((OWNER,) if home else ()))
 

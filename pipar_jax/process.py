@@ -38,6 +38,8 @@ TOKEN_VARIABLE = "PIPAR_TOKEN"
 INTERRUPTED = 130
 
 Tell = Callable[[dict[str, Any]], None]
+#: What a server does, given its configuration and where events go.
+Serve = Callable[[Config, Tell], None]
 
 
 def set_environment(config: Config, name: str) -> None:
@@ -233,8 +235,13 @@ def _run_worker(config: Config, name: str, lines: queue.SimpleQueue[str]) -> Non
     run(config, int(name[1:]), (host, int(port)))
 
 
-def main(arguments: list[str] | None = None) -> NoReturn:
-    """Runs the role that the command line names, and ends the process."""
+def main(arguments: list[str] | None = None, serve: Serve = _run_server) -> NoReturn:
+    """Runs the role that the command line names, and ends the process.
+
+    Args:
+      arguments: The command line; the process's own unless given.
+      serve: What the server does.
+    """
     parser = argparse.ArgumentParser(prog="python -m pipar_jax.process", description=__doc__)
     parser.add_argument("--name", required=True, help="which host: server, d0, n1, …")
     parser.add_argument("--config", type=pathlib.Path, required=True, help="saved configuration")
@@ -251,7 +258,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         debug = config.debug
         set_environment(config, given.name)
         if given.name == COORDINATOR:
-            _run_server(config, tell)
+            serve(config, tell)
         else:
             _run_worker(config, given.name, lines)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from pipar_jax import data as datasets
 from pipar_jax.config import Config
 from pipar_jax.data import Dataset
 from pipar_jax.errors import PiparError, RunError
-from pipar_jax.plan import COORDINATOR
+from pipar_jax.plan import COORDINATOR, Plan
 from pipar_jax.runtime.coordinator import Coordinator
 from pipar_jax.runtime.evaluation import Evaluator
 from pipar_jax.runtime.folder import RunFolder
@@ -22,6 +22,8 @@ from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.members import Members
 from pipar_jax.runtime.setup import build_model, channel_options, set_precision
 from pipar_jax.runtime.tally import Tally
+from pipar_jax.sinks import Sinks
+from pipar_jax.slowness import slowness_of
 from stages import Model
 
 
@@ -32,6 +34,7 @@ def run_server(
     model: Model | None = None,
     data: Dataset | None = None,
     stop: threading.Event | None = None,
+    script: Sequence[Plan] = (),
 ) -> dict[str, Any]:
     """Conducts a run: waits for its devices, trains with them, leaves the run's folder.
 
@@ -41,11 +44,13 @@ def run_server(
       model: The model, if not the configured one.
       data: The test set (a test split), if not the configured one.
       stop: Ends the run when set.
+      script: Plans to change to, the first before the second round; empty: as configured.
 
     Returns:
       The event ``run_finished``.
 
     Raises:
+      ConfigError: A sink of ``run.sinks`` cannot be made.
       DataError: The test set cannot be read.
       JoinError: Devices are missing.
       PeerError: A device was lost or failed.
@@ -56,17 +61,19 @@ def run_server(
     folder = RunFolder(Path(config.run.dir) / config.name)
     folder.save_config(config)
     lock = threading.Lock()
+    with Sinks(config.run.sinks, folder.path) as sinks:
 
-    def tell(event: dict[str, Any]) -> None:
-        with lock:
-            event = {**event, "time_s": time.monotonic() - began}
-            if event["event"] != "progress":
-                folder.add_event(event)
-            on_event(event)
+        def tell(event: dict[str, Any]) -> None:
+            with lock:
+                event = {**event, "time_s": time.monotonic() - began}
+                if event["event"] != "progress":
+                    folder.add_event(event)
+                    sinks.write(event)
+                on_event(event)
 
-    dataset = datasets.load_server(config) if data is None else data
-    network = model or build_model(config, dataset.input_shape, dataset.classes)
-    return _serve(config, network, dataset, folder, tell, stop or threading.Event())
+        dataset = datasets.load_server(config) if data is None else data
+        network = model or build_model(config, dataset.input_shape, dataset.classes)
+        return _serve(config, network, dataset, folder, tell, stop or threading.Event(), script)
 
 
 def _serve(
@@ -76,6 +83,7 @@ def _serve(
     folder: RunFolder,
     tell: Callable[[dict[str, Any]], None],
     stop: threading.Event,
+    script: Sequence[Plan],
 ) -> dict[str, Any]:
     """Opens the endpoint and the host, runs the coordinator, and closes both whatever happens."""
     endpoint = Endpoint(COORDINATOR, options=channel_options(config))
@@ -96,7 +104,8 @@ def _serve(
             config,
             reply=members.local_reply,
             failed=members.local_failure,
-            slowdown=config.server.slowdown,
+            slowness=slowness_of(config.server),
+            rematerialise=config.server.rematerialise,
         )
         try:
             address = endpoint.listen(config.server.host, config.server.port, members.on_link)
@@ -109,7 +118,7 @@ def _serve(
         host.wiring.control.update({name: one.link for name, one in members.by_name.items()})
         tally = Tally(config, members, folder, tell, stages.parameter_count(model))
         evaluator = Evaluator(model, dataset, config.model.dtype)
-        coordinator = Coordinator(config, model, host, members, evaluator, tally)
+        coordinator = Coordinator(config, model, host, members, evaluator, tally, script)
         summary = coordinator.run()
         params, state = coordinator.variables
         folder.save_weights(params, state, _facts(config, dataset))

@@ -20,6 +20,8 @@ from pipar_jax.schedule import (
     parse,
 )
 
+COMPUTE_TRACK = "compute"
+
 
 class Timed(NamedTuple):
     """One action with its time on its host's clock, or on the coordinator's once aligned.
@@ -116,12 +118,13 @@ class Trace:
     def save(self, path: Path) -> None:
         """Writes the trace in the Chrome trace format, gzipped; Perfetto opens it.
 
-        Hosts are processes; computing, sending and receiving are tracks of each.
+        Hosts are processes; computing, and sending and receiving for each device, are tracks.
         """
         events: list[dict[str, Any]] = []
         for pid, host in enumerate(self.hosts):
             events.append({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": host}})
-            for tid, track in enumerate(_TRACKS):
+            tracks = self._tracks(host)
+            for track, tid in tracks.items():
                 label = {"name": track}
                 events.append(
                     {"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": label}
@@ -133,7 +136,7 @@ class Trace:
                         "name": str(row.action),
                         "cat": row.action.kind,
                         "pid": pid,
-                        "tid": _track(row.action.kind),
+                        "tid": tracks[_track(row.action)],
                         "ts": round(row.start_s * 1e6, 3),
                         "dur": round((row.end_s - row.start_s) * 1e6, 3),
                         "args": {"bytes": row.nbytes, "samples": row.samples},
@@ -144,14 +147,22 @@ class Trace:
         with gzip.open(path, "wt", compresslevel=4) as file:
             json.dump({"traceEvents": events, "otherData": other}, file)
 
+    def _tracks(self, host: str) -> dict[str, int]:
+        """Returns the numbers of a host's tracks by name, in the order in which they are shown."""
+        links = {(row.action.device, _track(row.action)) for row in self.hosts[host]}
+        names = [COMPUTE_TRACK, *(track for _, track in sorted(links) if track != COMPUTE_TRACK)]
+        return {name: number for number, name in enumerate(names)}
+
     def _arrows(self) -> Iterator[dict[str, Any]]:
         """Yields the events that draw an arrow from each send to its receive."""
-        sent: dict[Action, tuple[int, float]] = {}
+        sent: dict[Action, dict[str, Any]] = {}
+        tracks = {host: self._tracks(host) for host in self.hosts}
         for pid, host in enumerate(self.hosts):
             for row in self.hosts[host]:
                 arrives = _arrival(row.action)
                 if arrives is not None:
-                    sent[arrives] = pid, row.start_s
+                    tid = tracks[host][_track(row.action)]
+                    sent[arrives] = {"pid": pid, "tid": tid, "ts": round(row.start_s * 1e6, 3)}
         number = 0
         for pid, host in enumerate(self.hosts):
             for row in self.hosts[host]:
@@ -159,11 +170,10 @@ class Trace:
                     continue
                 number += 1
                 name = {"name": "transfer", "cat": "transfer", "id": number}
-                source, start_s = sent[row.action]
-                start = {"ph": "s", "pid": source, "tid": 1, "ts": round(start_s * 1e6, 3)}
-                end = {"ph": "f", "bp": "e", "pid": pid, "tid": 2, "ts": round(row.end_s * 1e6, 3)}
-                yield {**name, **start}
-                yield {**name, **end}
+                tid = tracks[host][_track(row.action)]
+                yield {**name, "ph": "s", **sent[row.action]}
+                yield {**name, "ph": "f", "bp": "e", "pid": pid, "tid": tid,
+                       "ts": round(row.end_s * 1e6, 3)}  # fmt: skip
 
     @classmethod
     def load(cls, path: Path) -> Trace:
@@ -207,11 +217,8 @@ def _arrival(action: Action) -> Action | None:
     return None
 
 
-_TRACKS = ("compute", "send", "receive")
-
-
-def _track(kind: str) -> int:
-    """Returns the index of the track that a kind of action is drawn on."""
-    if kind in COMPUTE:
-        return 0
-    return 2 if kind.startswith("R") else 1
+def _track(action: Action) -> str:
+    """Returns the name of the track that an action is drawn on."""
+    if action.kind in COMPUTE:
+        return COMPUTE_TRACK
+    return f"{'receive' if action.kind.startswith('R') else 'send'} d{action.device}"

@@ -24,6 +24,7 @@ from pipar_jax.runtime.setup import build_model, channel_options, set_precision
 from pipar_jax.runtime.survey import Respondent
 from pipar_jax.runtime.traffic import DirectTraffic, Waits
 from pipar_jax.schedule import HAND_ON, RECEIVE_PART, RECEIVE_WEIGHTS, SEND_WEIGHTS, Action, Span
+from pipar_jax.slowness import slowness_of
 from pipar_jax.trace import Timed
 from stages import Model
 
@@ -156,6 +157,9 @@ class Worker:
             "release": self._release,
             "survey": self._answer,
             "fetch": self._fetch,
+            "look": self._tell_seen,
+            "ahead": lambda b: self._running.prepare_ahead(b["number"], Plan.from_dict(b["plan"])),
+            "give": lambda b: self._running.give(Plan.from_dict(b["plan"])),
         }
         if model is not None:
             self._start(model)
@@ -226,7 +230,8 @@ class Worker:
             failed=self._inbox.put,
             wiring=self._neighbours.wiring,
             batches=self._prefetcher,
-            slowdown=self._own.slowdown,
+            slowness=slowness_of(self._own),
+            rematerialise=self._own.rematerialise,
         )
         self._survey = Respondent(self._config, self._name, model, self._check_wanted)
 
@@ -257,7 +262,7 @@ class Worker:
                 *address,
                 name_of_peer=COORDINATOR,
                 timeout_s=self._config.network.join_timeout_s,
-                shape=shape,
+                shape=shape.opening,
             )
         except ChannelError as error:
             raise JoinError(f"{self._long} cannot join: {error}") from error
@@ -339,7 +344,29 @@ class Worker:
         mine = [span for span in spans if device_name(span.device) == self._name]
         if mine:
             self._step = mine[-1].stop - 1
+        if body["round"] == 0:
+            self._begin_schedule()
         self._running.release(body["round"], spans, body["holder"], body["demand"])
+
+    def _begin_schedule(self) -> None:
+        """Lets the rates of an emulated link change from now on, if they do."""
+        if not isinstance(self._own, configuration.DeviceConfig):
+            return
+        up, _ = comms.parse_link(self._own.link)
+        if up.schedule and self._link is not None:
+            self._link.set_shape(up)
+            for _, link in self._neighbours.wiring.direct():
+                link.share_shape(self._link)
+
+    def _tell_seen(self, body: dict[str, Any]) -> None:
+        """Answers a look: what computations lasted here, and what the link brought."""
+        assert self._link is not None
+        stats = self._link.stats()
+        self._link.send_control(
+            {"type": "seen", "look": body["look"],
+             "rows": [list(row) for row in self._running.observer.take()],
+             "timed": [stats.timed_in_bytes, stats.timed_in_s]}
+        )  # fmt: skip
 
     def _answer(self, body: dict[str, Any]) -> None:
         assert self._link is not None and self._survey is not None
@@ -360,6 +387,9 @@ class Worker:
         host = self._running
         groups = bundle.unpack(message.tensors, COORDINATOR)
         kind = message.body["type"]
+        if kind == "adopt":
+            host.adopt(Plan.from_dict(message.body["plan"]), groups)
+            return
         step = message.body["step"] if kind == "part" else self._step
         received = RECEIVE_PART if kind == "part" else RECEIVE_WEIGHTS
         arrived = Action(0, received, int(self._name[1:]), step)
@@ -389,6 +419,8 @@ class Worker:
             self._link.send_control({**body, **told})
             if self._config.run.trace:  # outside the round that it belongs to
                 self._link.send_bundle("trace", bundle.pack_rows(rows), {"type": "trace"})
+        elif arrays and body["type"] == "given":
+            self._link.send_bundle("given", bundle.pack(arrays), body)
         elif arrays:
             averaged = body["type"] == "trained"  # what is handed on must stay as it is
             kind = SEND_WEIGHTS if averaged else HAND_ON

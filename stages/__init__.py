@@ -14,7 +14,7 @@ from stages.errors import StageError
 from stages.names import MODELS, NORMS, STEMS
 
 if TYPE_CHECKING:
-    from stages.facts import Facts, stage_facts, unit_facts
+    from stages.facts import Facts, residual_bytes, stage_facts, unit_facts
     from stages.model import Model, Variables, parameter_count
     from stages.registry import build
     from stages.residuals import Residuals
@@ -25,6 +25,7 @@ _HOMES = {
     "build": "stages.registry",
     "Facts": "stages.facts",
     "stage_facts": "stages.facts",
+    "residual_bytes": "stages.facts",
     "unit_facts": "stages.facts",
     "Model": "stages.model",
     "Variables": "stages.model",
@@ -63,6 +64,7 @@ __all__ = [
     "make_update",
     "parameter_count",
     "predict",
+    "residual_bytes",
     "retain_memory",
     "select",
     "split",

@@ -81,6 +81,30 @@ def stage_facts(
     )
 
 
+def residual_bytes(model: Model, batch: int) -> tuple[int, ...]:
+    """Returns what the forward pass of each unit keeps for its backward pass, without running it.
+
+    Args:
+      model: the model.
+      batch: samples in the batch.
+    """
+    shapes = model.shapes(batch)
+    parts = split(model, tuple(range(1, len(model.units))))
+    return tuple(_bytes(_kept(model, part, i, i + 1, shapes[i])[1]) for i, part in enumerate(parts))
+
+
+def _kept(model: Model, stage: Stage, start: int, stop: int, x: Any) -> tuple[Any, Residuals]:
+    """Returns the abstract output of a stage and what its forward pass keeps."""
+    units = model.units[start:stop]
+    params = {unit.name: unit.params for unit in units}
+    state = {unit.name: unit.state for unit in units}
+    forward: Any = stage.programs.forward
+    draw = make_draw(x.shape[0])
+    y, _, residuals = jax.eval_shape(forward, params, state, x, draw)
+    rest, differentiated = ((state, x, draw), None) if stage.is_first else ((state, draw), x)
+    return y, attach(residuals, y, rest, differentiated)
+
+
 def _facts(model: Model, stage: Stage, start: int, stop: int, x: Any) -> Facts:
     """Traces the forward and the backward pass of one stage."""
     units = model.units[start:stop]
@@ -89,9 +113,7 @@ def _facts(model: Model, stage: Stage, start: int, stop: int, x: Any) -> Facts:
     forward: Any = stage.programs.forward
     backward: Any = stage.programs.backward
     draw = make_draw(x.shape[0])
-    y, _, residuals = jax.eval_shape(forward, params, state, x, draw)
-    rest, differentiated = ((state, x, draw), None) if stage.is_first else ((state, draw), x)
-    kept: Residuals = attach(residuals, y, rest, differentiated)
+    y, kept = _kept(model, stage, start, stop, x)
     params_of = [leaf for unit in units for leaf in unit.params.values()]
     return Facts(
         units=stage.unit_names,

@@ -23,7 +23,7 @@ CACHE = Path(__file__).resolve().parent.parent / ".pytest_cache" / "user"
 os.environ["XDG_CACHE_HOME"] = str(CACHE)
 
 # How long a thread or process that was told to end may take to be gone.
-GRACE_S = 3.0
+GRACE_S = 10.0
 # Threads that libraries keep for the life of the process, by the start of their names.
 LIBRARY_THREADS = ("pydevd", "tqdm", "asyncio_", "orbax", "IPython", "pytest_timeout")
 

@@ -22,6 +22,7 @@ IMPORTED_AS = {
     "grpcio": "grpc",
     "pillow": "PIL",
     "scikit-learn": "sklearn",
+    "tensorboardx": "tensorboardX",
 }
 LOCK_FILES = ("requirements.txt", "requirements-dev.txt")
 
@@ -106,7 +107,7 @@ def test_the_lock_files_agree_and_cover_what_is_declared() -> None:
     locked = {entry.split("==")[0] for entry in dev}
     optional = PROJECT["project"]["optional-dependencies"]
     for requirement in [*PROJECT["project"]["dependencies"], *optional["dev"]]:
-        assert re.match(r"[A-Za-z0-9._-]+", requirement).group() in locked
+        assert re.match(r"[A-Za-z0-9._-]+", requirement).group() in locked, requirement
 
 
 def test_no_file_names_an_index_host_or_a_place_on_this_machine() -> None:

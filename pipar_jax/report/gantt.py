@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from pipar_jax.errors import PlanError
 from pipar_jax.report.run import MOST_DEVICES, Run, hosts_of
 from pipar_jax.report.svg import HUES, digits, drawing, element, text, ticks
 from pipar_jax.schedule import (
@@ -65,21 +67,36 @@ def median_step(trace: Trace) -> Window | None:
     return Window(0, step, Interval(*spans[step]))
 
 
-def gantt_chart(run: Run) -> str:
-    """Returns the chart of a run's usual step, or nothing if it kept no trace."""
-    window = None if run.trace is None else median_step(run.trace)
-    if run.trace is None or window is None:
-        return ""
+def gantt_charts(run: Run) -> str:
+    """Returns the charts of a run's usual step, measured and predicted, in one scale.
+
+    There is nothing to draw if the run kept no trace, and no prediction if its trace is incomplete.
+    """
+    traces = {} if run.trace is None else {"measured": run.trace}
+    with contextlib.suppress(PlanError):  # the table of predictions says why
+        if found := run.predict():
+            traces["predicted"] = found.trace
+    windows = {name: median_step(trace) for name, trace in traces.items()}
+    longest_s = max((one.interval.seconds for one in windows.values() if one), default=0.0)
+    return "".join(
+        _chart(run, traces[name], window, name, longest_s)
+        for name, window in windows.items()
+        if window is not None
+    )
+
+
+def _chart(run: Run, trace: Trace, window: Window, name: str, longest_s: float) -> str:
+    """Returns one chart, whose width stands for ``longest_s``."""
     hosts = hosts_of(run)
     devices = [host for host in hosts if host.startswith("d")][:MOST_DEVICES]
     shown = [host for host in hosts if host in devices or not host.startswith("d")]
     interval = window.interval
-    scale = (WIDTH - LEFT - 12) / interval.seconds
+    scale = (WIDTH - LEFT - 12) / longest_s
     parts: list[str] = []
     marks: list[str] = []
     top = 22.0
     for host in shown:
-        rows = _inside(run.trace.hosts.get(host, ()), interval)
+        rows = _inside(trace.hosts.get(host, ()), interval)
         sends = any(row.action.kind in (SEND_FORWARD, SEND_BACKWARD) for row in rows)
         height = LANE + (THIN + 3 if sends else 0)
         marks.append(text(LEFT - 8, top + LANE / 2 + 4, host, "label", "end"))
@@ -88,13 +105,13 @@ def gantt_chart(run: Run) -> str:
         parts.extend(_bar(row, window, top, scale) for row in rows)
         top += height + GAP
     bottom = top
-    for value in ticks(0, interval.seconds * 1e3, 8):
+    for value in ticks(0, longest_s * 1e3, 8):
         x = LEFT + value / 1e3 * scale
         marks.append(element("line", x1=x, x2=x, y1=16, y2=bottom - 4, class_="grid"))
         marks.append(text(x, bottom + 10, digits(value), "tick", "middle"))
     marks.append(text(LEFT + (WIDTH - LEFT) / 2, bottom + 26, "milliseconds", "label", "middle"))
     hidden = sum(host.startswith("d") for host in hosts) - len(devices)
-    title = f"{run.title}: step {window.step} of device {window.device}, {run.plan_text}"
+    title = f"{run.title}, {name}: step {window.step} of device {window.device}, {run.plan_text}"
     if hidden:
         title += f" ({hidden} more devices not drawn)"
     marks.append(text(8, 14, title, "chart-title"))

@@ -13,7 +13,7 @@ from pipar_jax.errors import PlanError, RunError
 from pipar_jax.plan import COORDINATOR
 from pipar_jax.report.assets import SCRIPT, STYLE
 from pipar_jax.report.bars import byte_bars, idle_bars
-from pipar_jax.report.gantt import gantt_chart
+from pipar_jax.report.gantt import gantt_charts
 from pipar_jax.report.run import Run, links_of, read_run
 from pipar_jax.report.svg import Series, digits, legend, line_chart
 
@@ -52,7 +52,9 @@ def make_page(runs: Sequence[Run]) -> str:
                  "seconds of training, what their speed is worth.", _curves(runs, names)),
         _section("One step", "Wide bars are computations, light forwards and dark backwards; thin "
                  "bars below them are messages being sent. A colour is a micro-batch; point at one "
-                 "to follow it. Other steps are faded.", "".join(map(gantt_chart, runs))),
+                 "to follow it. Other steps are faded. Below what was measured stands what the "
+                 "simulator predicts from the run's median times, in the same scale.",
+                 "".join(map(gantt_charts, runs))),
         _section("Idle time", "Each second that a host did not compute, by what it waited for "
                  "along the critical path.", idle_bars(runs, names)),
         _section("Links", "On the wire, headers and heartbeats included, in all rounds. A message "
@@ -61,7 +63,9 @@ def make_page(runs: Sequence[Run]) -> str:
                  byte_bars(runs, names) + _links(runs, names)),
         _section("Predicted and measured", "The simulator's prediction of a round from the "
                  "medians of the run's own times, beside what was measured: the difference is what "
-                 "a schedule without disturbances would have saved.", _predictions(runs, names)),
+                 "a schedule without disturbances would have saved. Where the tuner chose the "
+                 "plan, what it predicted of an epoch before the run is compared as well.",
+                 _predictions(runs, names)),
         _section("Configuration", "", _configurations(runs, names)),
     ]  # fmt: skip
     body = "".join(sections)
@@ -191,7 +195,7 @@ def _predictions(runs: Sequence[Run], names: Sequence[str]) -> str:
         try:
             found = run.predict()
         except PlanError as error:
-            rows.append(("", [name, f"cannot be predicted: {error}", "", "", "", "", ""]))
+            rows.append(("", [name, f"cannot be predicted: {error}", *[""] * 6]))
             continue
         done = run.of("round_finished")
         if found is None or schedule is None or not done:
@@ -203,18 +207,20 @@ def _predictions(runs: Sequence[Run], names: Sequence[str]) -> str:
             loads[f"{ends[0]} → {ends[1]}"] = run.link_of(ends).occupied_s(nbytes)
         binding = max(loads, key=lambda key: loads[key])
         server = run.idle_share(COORDINATOR)
+        tuned = run.last("tuned").get("epoch_s")  # before the run, from the profile
         rows.append(
             ("", [
                 name, f"{binding}, busy {loads[binding] / found.seconds:.0%}",
                 digits(measured), digits(found.seconds), f"{error_share:+.1%}",
+                f"{tuned / run.epoch_s - 1:+.1%}" if tuned and run.epoch_s else "–",
                 f"{server:.0%}" if server is not None else "–",
                 f"{found.idle_share(COORDINATOR):.0%}",
             ])
         )  # fmt: skip
     if not rows:
         return ""
-    head = ("method", "what binds", "seconds per round", "predicted", "difference", "server idle",
-            "predicted")  # fmt: skip
+    head = ("method", "what binds", "seconds per round", "predicted", "difference",
+            "tuner's, per epoch", "server idle", "predicted")  # fmt: skip
     return _table(head, rows, words=2)
 
 

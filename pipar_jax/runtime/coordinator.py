@@ -13,20 +13,24 @@ from typing import Any
 import jax
 import numpy as np
 
+import comms
 from pipar_jax import config as configuration
 from pipar_jax import schedule
 from pipar_jax.aggregation import Aggregator, Replica
 from pipar_jax.config import Config
-from pipar_jax.plan import COORDINATOR, Plan, device_name, is_node, node_name
-from pipar_jax.runtime import bundle
+from pipar_jax.plan import COORDINATOR, Plan, device_name, is_node
+from pipar_jax.runtime import bundle, handover
+from pipar_jax.runtime.adaptation import Adaptation
 from pipar_jax.runtime.evaluation import Evaluator
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.members import Mail, Members
 from pipar_jax.runtime.meter import Totals
+from pipar_jax.runtime.script import Script
 from pipar_jax.runtime.survey import choose_plan
 from pipar_jax.runtime.tally import Fetched, Tally
 from pipar_jax.runtime.wiring import direct
 from pipar_jax.schedule import AGGREGATE, ALL, Action, RoundSchedule, Span
+from pipar_jax.slowness import slowness_of
 from pipar_jax.trace import Interval, Timed
 from stages import Model
 
@@ -41,6 +45,7 @@ class Coordinator:
       members: The devices, all admitted.
       evaluator: Scores the global weights.
       tally: Takes what each round reports, and tells of it.
+      script: Plans to change to, the first before the second round; empty: as configured.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class Coordinator:
         members: Members,
         evaluator: Evaluator,
         tally: Tally,
+        script: Sequence[Plan] = (),
     ) -> None:
         """See the class."""
         self._config, self._model, self._host = config, model, host
@@ -58,11 +64,17 @@ class Coordinator:
         who = [members.by_name[device_name(i)].identity for i in range(config.devices.count)]
         self._samples = tuple(one.samples for one in who)
         self._steps = tuple(one.steps for one in who)
-        self.plan: Plan = choose_plan(config, model, members, self._samples)
+        self.plan, profile = choose_plan(config, model, members, self._samples)
         self._rounds = schedule.rounds(self.plan, self._steps, config.epochs)
         self._devices = tuple(device_name(i) for i in range(config.devices.count))
-        self._nodes = tuple(node_name(i + 1) for i in range(config.nodes.count))
+        self._nodes = configuration.nodes(config)
         self._workers = (*self._nodes, *self._devices)
+        self._adaptation: Adaptation | Script | None = None
+        if script:
+            self._adaptation = Script(script, members, host)
+        elif config.tuner.adapt and profile is not None:
+            rounds = len(self._rounds)
+            self._adaptation = Adaptation(config, profile, self.plan, rounds, members, host)
         params, state = model.init(config.seed)
         self._aggregator = Aggregator(config.aggregation, params, state)
         self._holder = 0
@@ -83,10 +95,19 @@ class Coordinator:
         """
         self._prepare()
         self._tally.begin(self.plan, self._rounds, self._steps)
-        for index, spans in enumerate(self._rounds):
-            self._round(index, spans)
-            if self._is_evaluated(index):
-                self._evaluate(index)
+        self._begin_schedules()
+        try:
+            if self._adaptation is not None:
+                self._adaptation.begin()
+            for index, spans in enumerate(self._rounds):
+                self._round(index, spans)
+                if self._is_evaluated(index):
+                    self._evaluate(index)
+                if index + 1 < len(self._rounds):
+                    self._adapt(index + 1)
+        finally:
+            if self._adaptation is not None:
+                self._adaptation.close()
         self._members.broadcast({"type": "finish"})
         self._add_traces(self._members.collect("bye", self._workers))
         return self._tally.finish()
@@ -134,15 +155,24 @@ class Coordinator:
             self._host.calibrate()
             self._members.collect("calibrated", (COORDINATOR,))
         for name in self._workers:
-            if configuration.host(self._config, name).slowdown != 1.0:
+            if slowness_of(configuration.host(self._config, name)).emulated:
                 self._members.send(name, {"type": "calibrate"})
                 self._members.collect("calibrated", (name,))
+
+    def _begin_schedules(self) -> None:
+        """Lets the rates of emulated links change from now on, where they do."""
+        for index, name in enumerate(self._devices):
+            _, down = comms.parse_link(configuration.device(self._config, index).link)
+            if down.schedule:
+                self._members.by_name[name].link.set_shape(down)
 
     # --- a round ------------------------------------------------------------------------------
 
     def _round(self, index: int, spans: Sequence[Span]) -> None:
         """Releases the hosts, follows the round to its last weights stored, and tells of it."""
         sequential = self.plan.order == "sequential"
+        if self._adaptation is not None:
+            self._adaptation.start_round(index)
         hosts = (COORDINATOR, *self._workers)
         self._tally.start_round()
         start_s = time.monotonic()
@@ -298,6 +328,19 @@ class Coordinator:
             self._tally.add_trace(name, rows, -(mail.message.link.offset_s or 0.0))
             traced[name] = mail.message.nbytes
         return traced
+
+    def _adapt(self, index: int) -> None:
+        """Changes the plan before a round, if another one is wanted and compiled."""
+        plan = None if self._adaptation is None else self._adaptation.ready()
+        if plan is None or self._adaptation is None:
+            return
+        began = time.monotonic()
+        handover.conduct(self._members, self._host, self._model, self.plan, plan, self.variables)
+        moved_s = time.monotonic() - began
+        offers, self.plan = self._adaptation.offers, plan
+        self._calibrate()  # stages that an emulated slow host has not run before
+        self._adaptation.changed(index)
+        self._tally.replanned(index, plan, moved_s, offers)
 
     def _is_evaluated(self, index: int) -> bool:
         every = self._config.run.evaluate_every

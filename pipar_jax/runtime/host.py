@@ -11,7 +11,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,12 +25,14 @@ from pipar_jax.config import Config
 from pipar_jax.errors import RunError
 from pipar_jax.plan import OWNER, Plan, device_name, is_node
 from pipar_jax.policy import Dispatcher, GatedOutlet, policy
-from pipar_jax.runtime import memory
+from pipar_jax.runtime import memory, migration
 from pipar_jax.runtime.agenda import Agenda
+from pipar_jax.runtime.ahead import Ahead
 from pipar_jax.runtime.averaging import Averaging
 from pipar_jax.runtime.completion import Completion, Work
 from pipar_jax.runtime.executor import Batches, Executor
 from pipar_jax.runtime.meter import Meter
+from pipar_jax.runtime.observer import Observer
 from pipar_jax.runtime.parcel import compile_codecs
 from pipar_jax.runtime.recorder import Recorder
 from pipar_jax.runtime.replica import Replica
@@ -49,6 +51,7 @@ from pipar_jax.schedule import (
     RoundSchedule,
     Span,
 )
+from pipar_jax.slowness import UNSLOWED, Slowness
 from stages import Model
 
 #: Computations that may be dispatched and not over: the running one and one queued behind it.
@@ -70,7 +73,14 @@ class Host:
       failed: Takes the error that ended a thread; called once, must only post.
       wiring: The host's links, if they are made elsewhere.
       batches: The data, if this host is a device.
-      slowdown: Emulated slowness: computations last so many times their time alone.
+      slowness: Emulated slowness: computations last so many times their time alone.
+      rematerialise: Computes forward passes again in backward passes instead of keeping residuals.
+
+    Attributes:
+      name: Its name.
+      wiring: Its links.
+      recorder: Takes what was done.
+      observer: Takes what computations lasted, if the run adapts.
     """
 
     def __init__(
@@ -83,14 +93,19 @@ class Host:
         failed: Callable[[BaseException], None],
         wiring: Wiring | None = None,
         batches: Batches | None = None,
-        slowdown: float = 1.0,
+        slowness: Slowness = UNSLOWED,
+        rematerialise: bool = False,
     ) -> None:
         """See the class."""
         self.name = name
         self.wiring = wiring or Wiring(name)
-        self.recorder = Recorder(config.run.trace)
+        self.observer = Observer()
+        watch = self.observer.add if config.tuner.adapt else None
+        self.recorder = Recorder(config.run.trace, watch)
         self._model, self._config, self._reply, self._failed = model, config, reply, failed
-        self._batches, self._slowdown = batches, slowdown
+        self._batches, self._slowness = batches, slowness
+        self._began_s: float | None = None
+        self._rematerialise = rematerialise
         self._alone: dict[Shape, float] = {}
         self._replicas: dict[tuple[int, int], Replica] = {}
         self._demand: dict[int, float] = {}
@@ -106,6 +121,7 @@ class Host:
         )
         self._meter = Meter(self._tell, config.run.progress_every_s)
         self._completion = Completion(name, self.recorder.add, self._post_over, self._fail)
+        self._ahead = Ahead(name, self._compile_ahead, self._tell_ahead, self._fail)
         self._thread = threading.Thread(target=self._run, name=f"pipar-host-{name}", daemon=True)
         self._thread.start()
 
@@ -123,8 +139,25 @@ class Host:
         """
         self._post(self._prepare, plan, tuple(samples), tuple(steps))
 
+    def prepare_ahead(self, number: int, plan: Plan) -> None:
+        """Compiles a plan's stages while another one trains; answers ``ahead`` with its number."""
+        self._ahead.put(number, plan)
+
+    def give(self, plan: Plan) -> None:
+        """Answers ``given`` with the optimiser states of the units that leave under a new plan."""
+        self._post(self._give, plan)
+
+    def adopt(self, plan: Plan, arrived: Mapping[str, Any]) -> None:
+        """Changes the plan between two rounds; answers ``adopted``.
+
+        Args:
+          plan: The new plan.
+          arrived: What ``handover.conduct`` sends of the units that come to this host.
+        """
+        self._post(self._adopt, plan, arrived)
+
     def calibrate(self) -> None:
-        """Times every compiled function while nothing else runs; answers ``calibrated``."""
+        """Times compiled functions not timed yet, all else idle; answers ``calibrated``."""
         self._post(self._calibrate)
 
     def release(
@@ -190,6 +223,7 @@ class Host:
         self._stopping.set()
         self._post(_nothing)
         self._thread.join()
+        self._ahead.close()
         self._completion.close()
 
     # --- the thread ---------------------------------------------------------------------------
@@ -263,29 +297,52 @@ class Host:
     def _prepare(self, plan: Plan, samples: tuple[int, ...], steps: tuple[int, ...]) -> None:
         """Builds replicas from the seed, compiles all shapes of the plan and says so."""
         began = time.monotonic()
-        self._plan, self._samples = plan, samples
+        self._samples = samples
         need = memory.predict(self._model, plan, self.name, self._config, samples)
         limit_mb = configuration.host(self._config, self.name).memory_mb
         memory.check(need, None, limit_mb, self.name, plan)
-        cut_bytes = [
-            shape.dtype.itemsize * int(np.prod(shape.shape)) for shape in self._model.shapes(1)
-        ]
-        self._share = Share(plan, self.name, self.wiring, cut_bytes)
-        compiled = optimizer.compiled(
+        self._share = self._share_of(plan)
+        self._optimizer = optimizer.compiled(
             self._config.optimizer,
             steps=max(steps),
             proximal_mu=self._config.aggregation.proximal_mu,
         )
         params, state = self._model.init(self._config.seed, only=self._units(plan))
         for device, one in enumerate(plan.devices):
-            cut = stages.split(self._model, one.cuts)
+            cut = stages.split(self._model, one.cuts, rematerialise=self._rematerialise)
             for index, stage in enumerate(cut):
                 slot = self._share.slot(device, index)
                 if plan.host(device, index) == self.name and slot not in self._replicas:
-                    self._replicas[slot] = Replica(stage, params, state, compiled)
+                    self._replicas[slot] = Replica(stage, params, state, self._optimizer)
         self._averaging = Averaging(self._config, plan, self._share, self._replicas, params, state)
         self._averaging.compile(sum(1 for count in steps if count))
         del params, state
+        self._install(plan)
+        replicas, sizes = self._replicas.values(), self._sizes()
+        compile_all(self._model, replicas, sizes, between=self._check_stopped)
+        self._compile_codecs(plan, sizes)
+        self._weigh()
+        memory.check(need, self._temporary_bytes, limit_mb, self.name, plan)
+        compile_s = time.monotonic() - began
+        predicted = need.arrays + self._temporary_bytes
+        self._answer({"type": "prepared", "compile_s": compile_s, "memory_bytes": predicted})
+
+    def _weigh(self) -> None:
+        """Notes what the replicas take, which stays the same until the plan changes."""
+        replicas = self._replicas.values()
+        self._fixed_bytes = sum(one.nbytes for one in replicas) + self._averaging.nbytes
+        self._temporary_bytes = memory.temporary_bytes(self._model, replicas, self._sizes())
+
+    def _share_of(self, plan: Plan) -> Share:
+        """Returns this host's share of a plan."""
+        cut_bytes = [
+            shape.dtype.itemsize * int(np.prod(shape.shape)) for shape in self._model.shapes(1)
+        ]
+        return Share(plan, self.name, self.wiring, cut_bytes)
+
+    def _install(self, plan: Plan) -> None:
+        """Makes all that follows from a plan and from the replicas, which fit it already."""
+        self._plan = plan
         self._dispatcher = Dispatcher(policy(plan.dispatch, self._demand), self._asked)
         self._agenda = Agenda(self.name, plan, self._dispatcher, self._share.takes_part)
         self._executor = Executor(
@@ -295,34 +352,58 @@ class Host:
             seed=self._config.seed, dtype=self._config.model.dtype,
         )  # fmt: skip
         # A neighbour may be told to begin before this host is: what it sends is checked at once.
-        self._executor.start(RoundSchedule(plan, (), samples, self._config.data.batch_size))
-        replicas, sizes = self._replicas.values(), self._sizes()
-        compile_all(self._model, replicas, sizes, between=self._check_stopped)
-        self._compile_codecs()
-        self._fixed_bytes = sum(one.nbytes for one in replicas) + self._averaging.nbytes
-        self._temporary_bytes = memory.temporary_bytes(self._model, replicas, sizes)
-        memory.check(need, self._temporary_bytes, limit_mb, self.name, plan)
-        compile_s = time.monotonic() - began
-        predicted = need.arrays + self._temporary_bytes
-        self._answer({"type": "prepared", "compile_s": compile_s, "memory_bytes": predicted})
+        self._executor.start(RoundSchedule(plan, (), self._samples, self._config.data.batch_size))
 
-    def _compile_codecs(self) -> None:
+    def _compile_codecs(self, plan: Plan, sizes: Collection[int]) -> None:
         """Compiles the codecs of every cut at which this host meets another."""
-        for device, one in enumerate(self._plan.devices):
+        for device, one in enumerate(plan.devices):
             for index, cut in enumerate(one.cuts):
-                ends = {self._plan.host(device, index), self._plan.host(device, index + 1)}
+                ends = {plan.host(device, index), plan.host(device, index + 1)}
                 if self.name in ends and len(ends) == 2:
-                    shapes = [self._model.shapes(size)[cut] for size in self._sizes()]
+                    shapes = [self._model.shapes(size)[cut] for size in sizes]
                     codecs = one.codecs[index]
                     compile_codecs((codecs.activation, codecs.cotangent), shapes)
 
+    def _compile_ahead(self, plan: Plan) -> None:
+        """Compiles what a coming plan needs here; runs on a thread of its own."""
+        sizes = self._share_of(plan).sizes(self._samples, self._config.data.batch_size)
+        new = migration.samples_of(
+            self._model, plan, self.name, self._optimizer, rematerialise=self._rematerialise
+        )
+        run_all(self._model, new, sizes, between=self._check_stopped)
+        self._compile_codecs(plan, sizes)
+
+    def _tell_ahead(self, number: int) -> None:
+        self._answer({"type": "ahead", "number": number})
+
+    def _give(self, plan: Plan) -> None:
+        given = migration.give(self._plan, plan, self.name, self._replicas, self._model.unit_names)
+        self._reply({"type": "given"}, given)
+
+    def _adopt(self, plan: Plan, arrived: Mapping[str, Any]) -> None:
+        self._share = self._share_of(plan)
+        self._replicas = migration.assemble(
+            self._model, plan, self.name, self._replicas, arrived, self._optimizer,
+            rematerialise=self._rematerialise,
+        )  # fmt: skip
+        self._install(plan)
+        self._weigh()
+        self.observer.take()  # what was seen so far belongs to the old plan
+        self._answer({"type": "adopted"})
+
     def _calibrate(self) -> None:
         began = time.monotonic()
+        known = {(shape.units, shape.samples) for shape in self._alone}
+        sizes = self._sizes()
         self._alone.update(
             run_all(
                 self._model,
-                self._replicas.values(),
-                self._sizes(),
+                [
+                    one
+                    for one in self._replicas.values()
+                    if any((units_of(one), size) not in known for size in sizes)
+                ],
+                sizes,
                 between=self._check_stopped,
                 repeats=REPEATS,
                 least_s=LEAST_S,
@@ -342,6 +423,8 @@ class Host:
         demand: tuple[float, ...],
     ) -> None:
         self._demand.update(enumerate(demand))
+        if self._began_s is None:
+            self._began_s = time.monotonic()
         schedule = RoundSchedule(self._plan, spans, self._samples, self._config.data.batch_size)
         self._round = index
         self._executor.start(schedule)
@@ -358,7 +441,9 @@ class Host:
             return
         local = self._share.local_stages()
         if local:
-            self.recorder.add(self._averaging.run(self._executor.schedule, self._slowdown))
+            self.recorder.add(
+                self._averaging.run(self._executor.schedule, self._slowness.since(self._began_s))
+            )
         arrays: dict[str, Any] = {}
         for (device, stage), replica in self._replicas.items():
             if stage in local:
@@ -444,11 +529,11 @@ class Host:
 
     def _duration_s(self, action: Action, samples: int) -> float:
         """Returns the seconds an action has to last here; 0 where no slowness is emulated."""
-        if self._slowdown == 1.0:
+        if not self._slowness.emulated:
             return 0.0
         units = units_of(self._executor.replica(action.device, action.stage))
         size = 0 if action.kind == UPDATE else samples
-        return self._slowdown * self._alone[Shape(units, action.kind, size)]
+        return self._slowness.since(self._began_s) * self._alone[Shape(units, action.kind, size)]
 
     def _check_stopped(self) -> None:
         if self._stopping.is_set():

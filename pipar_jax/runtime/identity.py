@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import pipar_jax
+from pipar_jax import config as configuration
 from pipar_jax.config import Config, difference, from_json, to_json
 from pipar_jax.data import Loader
 from pipar_jax.errors import ConfigError
-from pipar_jax.plan import device_name, is_node, node_name
+from pipar_jax.plan import device_name, is_node
 from stages import Model
 
 #: Version of the control messages between coordinator and devices.
@@ -133,7 +134,7 @@ def objection(body: Mapping[str, Any], config: Config, model: Model) -> str | No
 def _unknown_name(name: Any, config: Config) -> str | None:
     """Returns why a host of this name is not expected, or None."""
     devices = [device_name(i) for i in range(config.devices.count)]
-    nodes = [node_name(i + 1) for i in range(config.nodes.count)]
+    nodes = list(configuration.nodes(config))
     if name in devices or name in nodes:
         return None
     kind, known, field = "device", devices, f"devices.count={config.devices.count}"

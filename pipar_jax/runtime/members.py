@@ -17,7 +17,7 @@ from comms import ChannelError, Endpoint, Link, Message
 from pipar_jax import config as configuration
 from pipar_jax.config import Config
 from pipar_jax.errors import JoinError, PeerError, RunError
-from pipar_jax.plan import COORDINATOR, device_name, is_node, long_name, node_name
+from pipar_jax.plan import COORDINATOR, device_name, is_node, long_name
 from pipar_jax.runtime import identity
 from pipar_jax.runtime.identity import Identity
 from stages import Model
@@ -89,6 +89,8 @@ class Members:
         self._inbox: queue.SimpleQueue[tuple[str, Link | None, Any]] = queue.SimpleQueue()
         self._names: dict[Link, str] = {}
         self._early: list[Mail] = []
+        #: Takes mail of a kind as it comes, instead of ``collect``; runs on the owner's thread.
+        self.listeners: dict[str, Callable[[Mail], None]] = {}
         self.by_name: dict[str, Member] = {}
 
     def on_link(self, link: Link) -> None:
@@ -114,7 +116,7 @@ class Members:
           JoinError: Some have not within ``network.join_timeout_s``.
         """
         wanted = [
-            *(node_name(i + 1) for i in range(self._config.nodes.count)),
+            *configuration.nodes(self._config),
             *(device_name(i) for i in range(self._config.devices.count)),
         ]
         deadline = time.monotonic() + self._config.network.join_timeout_s
@@ -274,6 +276,9 @@ class Members:
             raise PeerError(f"{long_name(mail.source)} failed: {mail.body['error']}")
         if kind == "progress":
             self._tell({**mail.body, "event": "progress"})
+            return
+        if kind in self.listeners:
+            self.listeners[kind](mail)
             return
         if kind == "bye" and mail.message is not None:
             del self._names[mail.message.link]  # its end is no loss any more

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from pipar_jax.schedule import COMPUTE
 from pipar_jax.trace import Timed, union_s
@@ -13,17 +14,20 @@ class Recorder:
 
     Args:
       keep: Whether to keep the actions; without, only computing time is summed up.
+      watch: Told of every action as well, or None.
     """
 
-    def __init__(self, keep: bool) -> None:
+    def __init__(self, keep: bool, watch: Callable[[Timed], None] | None = None) -> None:
         """See the class."""
-        self._keep = keep
+        self._keep, self._watch = keep, watch
         self._lock = threading.Lock()
         self._rows: list[Timed] = []
         self._busy: list[tuple[float, float]] = []
 
     def add(self, row: Timed) -> None:
         """Records an action; any thread may call it."""
+        if self._watch is not None:
+            self._watch(row)
         with self._lock:
             if self._keep:
                 self._rows.append(row)

@@ -1,8 +1,10 @@
 """Asks the hosts of a run what they can do, for the tuner: units are timed, and links.
 
 The coordinator asks one host after another, so that hosts that share a machine do not disturb each
-other; what a host was asked before, it knows. A link's rate is what the second of two bundles takes
-after the first has arrived; its delay is half of the shortest of a few round trips.
+other; what a host was asked before, it knows. With tuner.times=predicted a device times reference
+layers alone, and the coordinator predicts its units from them. A link's rate is what the second of
+two bundles takes after the first has arrived; its delay is half of the shortest of a few round
+trips.
 """
 
 from __future__ import annotations
@@ -21,16 +23,20 @@ from pipar_jax import config as configuration
 from pipar_jax.config import AUTO, CHAINS, Config
 from pipar_jax.errors import RunError
 from pipar_jax.methods import plan_for
-from pipar_jax.plan import Plan, device_name, node_name
-from pipar_jax.profile import DeviceProfile, NodeProfile, Profile
+from pipar_jax.plan import Plan, device_name
+from pipar_jax.predictor.reference import ReferenceTimes
+from pipar_jax.profile import DeviceProfile, HostProfile, NodeProfile, Profile
 from pipar_jax.runtime.members import Members
 from pipar_jax.simulator.costs import LinkModel
+from pipar_jax.slowness import slowness_of
 from pipar_jax.tuner.chains import tune_chain
 from pipar_jax.tuner.measure import (
     Measured,
     measure_codecs,
     measure_host,
     measure_message_s,
+    measure_reference,
+    predicted_host,
     sizes_of,
     weight_ratio,
 )
@@ -45,8 +51,12 @@ ENOUGH_S, MOST_BYTES = 0.1, 32 << 20
 _FIRST_BYTES = 64 << 10
 
 
-def choose_plan(config: Config, model: Model, members: Members, samples: Sequence[int]) -> Plan:
-    """Returns the plan of the configured method; with method=auto, the tuner's.
+def choose_plan(
+    config: Config, model: Model, members: Members, samples: Sequence[int]
+) -> tuple[Plan, Profile | None]:
+    """Returns the plan of the configured method, with method=auto the tuner's, and the profile.
+
+    Hosts are asked for a profile only where it is needed: to choose by, or to adapt.
 
     Args:
       config: Resolved configuration.
@@ -63,7 +73,8 @@ def choose_plan(config: Config, model: Model, members: Members, samples: Sequenc
     elif config.method == AUTO:
         choose = tune
     else:
-        return plan_for(config, model.unit_names)
+        plan = plan_for(config, model.unit_names)
+        return plan, survey(config, model, members, samples) if config.tuner.adapt else None
     began_s = time.monotonic()
     profile = survey(config, model, members, samples)
     surveyed_s = time.monotonic() - began_s
@@ -78,7 +89,7 @@ def choose_plan(config: Config, model: Model, members: Members, samples: Sequenc
             "profile": profile.to_dict(),
         }
     )
-    return plan
+    return plan, profile
 
 
 def _tune_chain(profile: Profile, config: Config) -> Plan:
@@ -98,13 +109,15 @@ def survey(config: Config, model: Model, members: Members, samples: Sequence[int
       PeerError: A device was lost or failed.
     """
     sizes = sizes_of(config)
-    server = measure_host(config, model, sizes, members.look)
+    if config.tuner.times == "predicted":
+        server = predicted_host(config, model, sizes, measure_reference(config, members.look))
+    else:
+        server = measure_host(config, model, sizes, members.look)
     message_s = measure_message_s()
     devices = []
     for index, count in enumerate(samples):
         name = device_name(index)
-        body = _ask(members, name, {"what": "profile", "sizes": sizes})
-        host = Measured.from_dict(body["measured"]).host
+        host = _ask_host(config, model, members, name)
         delay_s = min(_echo_s(members, name) for _ in range(ECHOES)) / 2
         up_bytes_s = _rate(functools.partial(_up_s, members, name))
         down_bytes_s = _rate(functools.partial(_down_s, members, name))
@@ -116,13 +129,13 @@ def survey(config: Config, model: Model, members: Members, samples: Sequence[int
             )
         )  # fmt: skip
     nodes = []
-    for index in range(1, config.nodes.count + 1):
-        body = _ask(members, node_name(index), {"what": "profile", "sizes": sizes})
+    for name in configuration.nodes(config):
+        host = _ask_host(config, model, members, name)
         up, down = (
             LinkModel.of(shape, message_s)
-            for shape in comms.parse_link(configuration.node(config, index).link)
+            for shape in comms.parse_link(configuration.node(config, int(name[1:])).link)
         )
-        nodes.append(NodeProfile(Measured.from_dict(body["measured"]).host, up, down))
+        nodes.append(NodeProfile(host, up, down))
     codecs = measure_codecs(config)
     return Profile(
         model=model.name,
@@ -135,6 +148,18 @@ def survey(config: Config, model: Model, members: Members, samples: Sequence[int
         window_bytes=config.pipeline.window_mb * 1e6,
         weight_ratio=weight_ratio(config, codecs),
     )
+
+
+def _ask_host(config: Config, model: Model, members: Members, name: str) -> HostProfile:
+    """Returns what units cost on a device or node: as it measured, or predicted from a glance."""
+    sizes = sizes_of(config)
+    if config.tuner.times == "predicted":
+        body = _ask(members, name, {"what": "reference"})
+        reference = ReferenceTimes.from_dict(body["reference"])
+        host = predicted_host(config, model, sizes, reference).host
+        return dataclasses.replace(host, memory_bytes=body["memory_bytes"])
+    body = _ask(members, name, {"what": "profile", "sizes": sizes})
+    return Measured.from_dict(body["measured"]).host
 
 
 class Respondent:
@@ -167,6 +192,15 @@ class Respondent:
             found = measure_host(self._config, self._model, tuple(body["sizes"]), self._between)
             slowed = found._replace(host=_as_configured(found, self._own))
             link.send_control({**answer, "measured": slowed.to_dict()})
+        elif what == "reference":
+            reference = measure_reference(self._config, self._between)
+            link.send_control(
+                {
+                    **answer,
+                    "reference": reference.slowed(slowness_of(self._own).at(0.0)).to_dict(),
+                    "memory_bytes": _limit_bytes(self._own),
+                }
+            )
         elif what == "echo":
             link.send_control(answer)
         elif what == "send":
@@ -186,8 +220,13 @@ class Respondent:
 
 def _as_configured(measured: Measured, host: Any) -> Any:
     """Returns a host's profile with its emulated slowness and its limit of memory."""
-    limit = host.memory_mb * 1e6 if host.memory_mb else None
-    return dataclasses.replace(measured.host.slowed(host.slowdown), memory_bytes=limit)
+    slowed = measured.host.slowed(slowness_of(host).at(0.0))
+    return dataclasses.replace(slowed, memory_bytes=_limit_bytes(host))
+
+
+def _limit_bytes(host: Any) -> float | None:
+    """Returns the memory that a plan may take on a configured host; None where any."""
+    return host.memory_mb * 1e6 if host.memory_mb else None
 
 
 def _ask(members: Members, name: str, question: dict[str, Any]) -> dict[str, Any]:

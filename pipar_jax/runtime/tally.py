@@ -15,6 +15,7 @@ from pipar_jax.runtime.meter import Totals
 from pipar_jax.runtime.traffic import Traffic
 from pipar_jax.schedule import Span
 from pipar_jax.trace import Interval, Timed, Trace
+from pipar_jax.tuner.choice import Offer
 
 
 class Fetched(NamedTuple):
@@ -56,6 +57,7 @@ class Tally:
         self._rounds = 0
         self._totals = (0, 0)
         self._seconds: list[float] = []
+        self._moved_s: dict[int, float] = {}
         self._busy: dict[str, float] = {}
         self._score: dict[str, float] = {}
         self._origin_s = time.monotonic()
@@ -167,6 +169,26 @@ class Tally:
             }
         )
 
+    def replanned(
+        self, index: int, plan: Plan, seconds: float, offers: tuple[Offer, Offer] | None
+    ) -> None:
+        """Tells of a change of plan.
+
+        Args:
+          index: The first round under the new plan.
+          plan: The new plan.
+          seconds: How long all hosts waited for it; they count as seconds of the run.
+          offers: What the old and the new plan were predicted to take.
+        """
+        self._moved_s[index] = seconds
+        predicted = {}
+        if offers is not None:
+            predicted = {"from_epoch_s": offers[0].epoch_s, "to_epoch_s": offers[1].epoch_s}
+        self._tell(
+            {"event": "replanned", "round": index, "plan": str(plan), "to": plan.to_dict(),
+             "seconds": seconds, **predicted}
+        )  # fmt: skip
+
     def evaluated(
         self, index: int, accuracy: float, loss: float, seconds: float, fetched: Fetched
     ) -> None:
@@ -191,8 +213,8 @@ class Tally:
         epochs: dict[int, float] = {}
         for index, seconds in enumerate(self._seconds):
             epoch = index * self._config.epochs // self._rounds
-            epochs[epoch] = epochs.get(epoch, 0.0) + seconds
-        whole = sum(self._seconds)
+            epochs[epoch] = epochs.get(epoch, 0.0) + seconds + self._moved_s.get(index, 0.0)
+        whole = sum(self._seconds) + sum(self._moved_s.values())
         summary = {
             "event": "run_finished",
             "seconds": whole,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+
+from rich.table import Table
 
 from pipar_jax.chain_planner import (
     ChainPlan,
@@ -60,6 +62,30 @@ def tune_chain(profile: Profile, config: Config) -> Judged:
         raise PlanError(f"no chain over the compute nodes can be planned: {reason}")
     judged = [judge(stages, plan) for plan in proposals]
     return min(judged, key=lambda one: one.epoch_s)
+
+
+def chain_table(profile: Profile, judged: Mapping[str, Judged]) -> Table:
+    """Returns chains with their predicted seconds and what each host does in them.
+
+    Args:
+      profile: What hosts and links are like.
+      judged: The chains, by what they are the best of.
+    """
+    table = Table(title="chains", title_justify="left")
+    for name, justify in (("best by", "left"), ("plan", "left"), ("s/epoch", "right"),
+                          ("host: units, busy", "left")):  # fmt: skip
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name, one in judged.items():
+        plan, count = one.plan, len(profile.units)
+        hosts = []
+        for stage in range(plan.devices[0].stages):
+            units = plan.units(0, stage, count)
+            host = plan.host(0, stage)
+            busy = one.round.busy_s[host] / one.round.seconds
+            label = "device" if plan.devices[0].hosts[stage] == OWNER else host
+            hosts.append(f"{label}: {units.start}:{units.stop}, {busy:.0%}")
+        table.add_row(name, str(plan.devices[0]), f"{one.epoch_s:.4g}", "\n".join(hosts))
+    return table
 
 
 def _problems(profile: Profile, config: Config) -> Iterator[ChainProblem]:

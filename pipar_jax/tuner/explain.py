@@ -58,7 +58,10 @@ def codecs_table(profile: Profile, found: Found, config: Config) -> Table | None
     why = codec_choice.reasons(stages, config, found.plans[0], known)
     if not why:
         return None
-    table = Table(title="codecs of the best plan, per full mini-batch", title_justify="left")
+    title = "codecs of the best plan, times per full mini-batch"
+    if config.tuner.codecs == codec_choice.AUTO:
+        title += f"; as many bits as cost no more than {codec_choice.SLACK:.0%} of the epoch"
+    table = Table(title=title, title_justify="left")
     for name, justify in (
         ("link", "left"), ("tensor", "left"), ("raw kB", "right"), ("codec", "left"),
         ("against", "left"), ("saves ms", "right"), ("coding ms", "right"), ("why", "left"),

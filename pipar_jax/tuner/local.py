@@ -1,8 +1,9 @@
 """A profile of a run's hosts made on this machine, before there is a run.
 
 Each distinct host (its cores and its platform) is measured in a process of its own, set up as a
-run's would be; emulated slowness multiplies its times. Links are as they are shaped, with the cost
-of a message and of waking up for it measured over loopback.
+run's would be, or with tuner.times=predicted times the reference layers there; emulated slowness
+multiplies its times. Links are as they are shaped, with the cost of a message and of waking up for
+it measured over loopback.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from pipar_jax.config import Config
 from pipar_jax.pinned import run_pinned
 from pipar_jax.plan import COORDINATOR, device_name
 from pipar_jax.process import set_environment
-from pipar_jax.profile import DeviceProfile, Profile
+from pipar_jax.profile import DeviceProfile, HostProfile, NodeProfile, Profile
 from pipar_jax.simulator.costs import LinkModel
 from pipar_jax.simulator.probe import measure_delay_s
+from pipar_jax.slowness import slowness_of
 
 #: Bytes of the messages by which wake-ups are timed.
 PROBE_BYTES = 4096
@@ -45,41 +47,52 @@ def profile_here(config: Config) -> Profile:
     test = datasets.load_server(config)
     known: dict[tuple[str, str], Measured] = {}
 
-    def measured(index: int | None) -> Measured:
-        host = config.server if index is None else configuration.device(config, index)
+    def measured(name: str) -> Measured:
+        host = configuration.host(config, name)
         key = host.cpus, host.platform
         if key not in known:
             values = run_pinned(
-                _measure, configuration.to_dict(config), index, tuple(test.input_shape),
-                test.classes,
-            )  # fmt: skip
+                _measure, configuration.to_dict(config), name, tuple(test.input_shape), test.classes
+            )
             known[key] = Measured.from_dict(values)
         return known[key]
 
-    wake_s = measure_delay_s(LinkShape(), PROBE_BYTES)
-    message_s = measure_message_s()
-    server = measured(None)
-    devices = []
-    for index in range(config.devices.count):
-        one = configuration.device(config, index)
+    def slowed(name: str) -> HostProfile:
+        own = configuration.host(config, name)
+        return dataclasses.replace(
+            measured(name).host.slowed(slowness_of(own).at(0.0)),
+            memory_bytes=limit_bytes(own.memory_mb),
+        )
+
+    def links(text: str) -> tuple[LinkModel, LinkModel]:
         up, down = (
             LinkModel.of(dataclasses.replace(shape, delay_s=shape.delay_s + wake_s), message_s)
-            for shape in parse_link(one.link)
+            for shape in parse_link(text)
         )
-        host = dataclasses.replace(
-            measured(index).host.slowed(one.slowdown), memory_bytes=limit_bytes(one.memory_mb)
+        return up, down
+
+    wake_s = measure_delay_s(LinkShape(), PROBE_BYTES)
+    message_s = measure_message_s()
+    devices = [
+        DeviceProfile(
+            slowed(device_name(index)),
+            _samples(config, index),
+            *links(configuration.device(config, index).link),
         )
-        devices.append(DeviceProfile(host, _samples(config, index), up, down))
+        for index in range(config.devices.count)
+    ]
+    nodes = [
+        NodeProfile(slowed(name), *links(configuration.node(config, int(name[1:])).link))
+        for name in configuration.nodes(config)
+    ]
     codecs = measure_codecs(config)
     return Profile(
         model=config.model.name,
         batch_size=config.data.batch_size,
-        units=server.units,
-        server=dataclasses.replace(
-            server.host.slowed(config.server.slowdown),
-            memory_bytes=limit_bytes(config.server.memory_mb),
-        ),
+        units=measured(COORDINATOR).units,
+        server=slowed(COORDINATOR),
         devices=tuple(devices),
+        nodes=tuple(nodes),
         codecs=codecs,
         window_bytes=config.pipeline.window_mb * 1e6,
         weight_ratio=weight_ratio(config, codecs),
@@ -99,18 +112,22 @@ def _samples(config: Config, index: int) -> int:
 
 
 def _measure(
-    values: dict[str, Any], index: int | None, input_shape: tuple[int, ...], classes: int
+    values: dict[str, Any], name: str, input_shape: tuple[int, ...], classes: int
 ) -> dict[str, Any]:
     """Runs in a process of its own, which has not loaded jax before."""
     config = configuration.from_dict(values)
-    set_environment(config, COORDINATOR if index is None else device_name(index))
-    import stages
-    from pipar_jax.runtime.setup import set_precision
-    from pipar_jax.tuner.measure import measure_host, sizes_of
+    set_environment(config, name)
+    from pipar_jax.runtime.setup import build_model, set_precision
+    from pipar_jax.tuner.measure import (
+        measure_host,
+        measure_reference,
+        predicted_host,
+        sizes_of,
+    )
 
     set_precision(config)
-    model = stages.build(
-        config.model.name, input_shape=input_shape, classes=classes, norm=config.model.norm,
-        stem=config.model.stem, dtype=config.model.dtype,
-    )  # fmt: skip
-    return measure_host(config, model, sizes_of(config)).to_dict()
+    model = build_model(config, input_shape, classes)
+    sizes = sizes_of(config)
+    if config.tuner.times == "predicted":
+        return predicted_host(config, model, sizes, measure_reference(config)).to_dict()
+    return measure_host(config, model, sizes).to_dict()

@@ -31,6 +31,8 @@ from pipar_jax import aggregation, optimizer
 from pipar_jax.config import Config
 from pipar_jax.data.cache import user_cache
 from pipar_jax.errors import PlanError
+from pipar_jax.predictor.hosts import facts_of, predict_host
+from pipar_jax.predictor.reference import ReferenceTimes, reference_model, time_reference
 from pipar_jax.profile import CodecProfile, HostProfile, UnitFacts, host_from_dict
 from pipar_jax.runtime.replica import Replica
 from pipar_jax.runtime.warmup import run_all
@@ -111,6 +113,44 @@ def measure_host(
     if path is not None:
         _write(path, json.dumps(found.to_dict()))
     return found
+
+
+def measure_reference(config: Config, between: Callable[[], None] = lambda: None) -> ReferenceTimes:
+    """Returns a host's times of the reference layers, from which a model's are predicted.
+
+    Args:
+      config: Resolved configuration; optimiser and aggregation count.
+      between: Called between measurements, to notice that nobody wants them any more.
+    """
+    found = time_reference(
+        config.optimizer, proximal_mu=config.aggregation.proximal_mu, between=between
+    )
+    params, state = reference_model().init(config.seed)
+    return dataclasses.replace(
+        found,
+        call_s=_call_s(),
+        average_s_per_byte=_average_s_per_byte(config, params, state),
+    )
+
+
+def predicted_host(
+    config: Config, model: Model, sizes: Sequence[int], reference: ReferenceTimes
+) -> Measured:
+    """Returns what a host is predicted to need for a model, in the form of what is measured.
+
+    Args:
+      config: Resolved configuration; the optimiser counts.
+      model: The whole model.
+      sizes: Micro-batch sizes, rising.
+      reference: What the host says of itself.
+    """
+    began_s = time.monotonic()
+    host = predict_host(model, sizes, reference)
+    transformation = optimizer.compiled(
+        config.optimizer, steps=1, proximal_mu=config.aggregation.proximal_mu
+    ).transformation
+    units = facts_of(model, transformation, sizes[0])
+    return Measured(host, units, time.monotonic() - began_s)
 
 
 def measure_codecs(config: Config) -> dict[str, CodecProfile]:

@@ -23,7 +23,8 @@ from comms.frame import (
     unpack_header,
     unpack_shape,
 )
-from comms.inbox import Inbox, pack_json
+from comms.inbox import Inbox
+from comms.incoming import pack_json
 from comms.outbox import Outbox
 from comms.outgoing import Outgoing, Sending
 from comms.transport import ConnectionEnded
@@ -118,10 +119,17 @@ class Pipe:
     def receive(self, first, then=None):
         if not self.data:
             return None
-        count = min(next(self.pieces), len(self.data), len(first))
-        first[:count] = self.data[:count]
+        room = len(first) + (0 if then is None else len(then))
+        count = min(next(self.pieces), len(self.data), room)
+        inside = min(count, len(first))
+        first[:inside] = self.data[:inside]
+        if count > inside:
+            then[: count - inside] = self.data[inside:count]
         del self.data[:count]
         return count
+
+    def wake_at(self, nbytes):
+        self.wake_bytes = nbytes
 
 
 class Received:

@@ -18,7 +18,7 @@ import pytest
 from comms import ChannelOptions, CodecError, Endpoint, Limits, Role, Tag
 from comms.frame import HEADER_BYTES, PING, PONG, STATUS, Header, Kind, pack_header
 from comms.handshake import ClientHandshake, Terms
-from comms.inbox import pack_json
+from comms.incoming import pack_json
 
 LIMITS = Limits(message_bytes=1 << 20, control_bytes=1 << 14, bundle_tensors=8)
 OPTIONS = ChannelOptions(limits=LIMITS, deadline_s=5.0, window_bytes=1 << 20)

@@ -115,7 +115,7 @@ def test_a_stream_that_is_not_resumed_in_time_is_lost(workshop):
     pair.server.loop.post(lambda: [pair.server._stop_opening(), pair.down.detach()])
     error = pair.at_client.take_lost()
     assert "server" in str(error) and not isinstance(error, PeerClosed)
-    assert 0.5 < time.monotonic() - began < 2
+    assert 0.5 < time.monotonic() - began < 10
     pair.server.loop.post(lambda: pair.down._connection_ended("a test cut it"))
     assert "did not come back within 0.6 s" in str(pair.at_server.take_lost())
 

@@ -82,7 +82,7 @@ def test_a_server_that_nobody_joins_says_so_in_one_line(tmp_path: pathlib.Path) 
     brief = "--config.network.join_timeout_s=0.2"
     with started("server", *SMALL, brief, f"--config.run.dir={tmp_path}") as server:
         assert server.wait() == 1
-        assert server.lines[-1].startswith("error: d0, d1 of 2 devices did not join within 0.2 s")
+        assert server.lines[-1].startswith("error: d0, d1 of 2 hosts did not join within 0.2 s")
         assert "Traceback" not in server.output
 
 

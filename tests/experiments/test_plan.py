@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from pipar_jax.profile import Profile
-from tests.pipar_jax.tuner.profiles import device, profile
+from tests.pipar_jax.tuner.profiles import bit_codecs, device, profile
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,6 +50,18 @@ def test_the_best_plan_stands_first_with_what_binds_it(tmp_path: Path) -> None:
     assert float(rows[-1][6]) >= epochs[0] * 0.9999
     assert {row[1].split()[0] for row in rows[:-1]} == {"fl", "sl", "sfl", "pipar"}
     assert "proven to be no faster" in result.stdout
+
+
+def test_it_says_for_each_link_why_its_tensors_are_coded_or_not(tmp_path: Path) -> None:
+    file = tmp_path / "profile.json"
+    made = profile(device("4g", 3.0), device("none", 3.0), codecs=bit_codecs())
+    file.write_text(json.dumps(made.to_dict()))
+    result = run("plan", f"--profile={file}", "--config.tuner.codecs=auto",
+                 "--config.tuner.methods=pipar")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    table = result.stdout.partition("codecs of the best plan")[2]
+    for text in ("d0 up", "d0 down", "on: ", "d1 up", "the link is faster than the codec"):
+        assert text in " ".join(table.split()).replace("│ │ │ │ │ │ │ │", ""), result.stdout
 
 
 def test_errors_are_one_line(tmp_path: Path) -> None:

@@ -46,7 +46,10 @@ def _raise(error: Exception) -> None:
 
 
 def _note_pid(config: Config, name: str) -> None:
-    (pathlib.Path(config.run.dir) / f"{name}.pid").write_text(str(os.getpid()))
+    # Renamed, so that whoever sees the file sees the number in it.
+    note = pathlib.Path(config.run.dir) / f"{name}.note"
+    note.write_text(str(os.getpid()))
+    note.rename(note.with_suffix(".pid"))
 
 
 def run_server(config: Config, *, on_event: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

@@ -29,7 +29,6 @@ def config(tmp_path: pathlib.Path) -> Config:
     made = Config(name="trial")
     made.run.dir = str(tmp_path / "runs")
     made.data.cache_dir = str(tmp_path / "cache")
-    made.network.deadline_s = 1.0
     return made
 
 
@@ -109,7 +108,7 @@ FAILURES = [
     ({"d0": "fault"}, RunError, r"^d0: unexpected ValueError: two \(traceback in .*d0\.log\)"),
     ({"d1": "dies talking"}, RunError, r"d1 ended with code 7.*it last said: last words"),
     ({"server": "returns", "d0": "hangs"}, RunError, r"server ended|did not end"),
-    ({"d1_at_the_end": "hangs"}, RunError, r"d1 did not end within network\.deadline_s=1 s"),
+    ({"d1_at_the_end": "hangs"}, RunError, r"d1 did not end within network\.deadline_s=2 s"),
 ]
 
 
@@ -117,10 +116,11 @@ FAILURES = [
 def test_the_first_real_error_is_raised_in_one_line_and_in_time(
     config: Config, monkeypatch: pytest.MonkeyPatch, acts: dict[str, str], kind: type, says: str
 ) -> None:
+    config.network.deadline_s = 2.0
     began_s = time.monotonic()
     with pytest.raises(kind, match=says) as caught:
         launch(config, monkeypatch, **acts)
-    assert time.monotonic() - began_s < 10
+    assert time.monotonic() - began_s < 20
     assert "\n" not in str(caught.value)
     assert not isinstance(caught.value, PeerError)  # that is what the peers of the host saw
     assert not alive(pathlib.Path(config.run.dir))
@@ -226,12 +226,11 @@ def test_no_host_outlives_the_launcher(config: Config, number: signal.Signals, a
     with started_parent(config, d0=act, d1=act) as parent:
         began_s = time.monotonic()
         parent.send_signal(number)
-        assert parent.wait(timeout=10) != 0
+        assert parent.wait(timeout=20) != 0
         runs = pathlib.Path(config.run.dir)
-        while alive(runs) and time.monotonic() - began_s < 5:
+        while alive(runs) and time.monotonic() - began_s < 20:
             time.sleep(0.02)
         assert not alive(runs)
-        assert time.monotonic() - began_s < 5
 
 
 def test_ctrl_c_in_a_terminal_reaches_the_launcher_only(config: Config) -> None:

@@ -141,7 +141,8 @@ def test_the_page_is_whole_and_needs_nothing_else(folders: list[Path]) -> None:
     for title in ("Results", "Learning", "One step", "Idle time", "Links",
                   "Predicted and measured", "Configuration"):  # fmt: skip
         assert f"<h2>{title}</h2>" in page
-    assert checker.seen["svg"] == 4 + 3 + 2  # curves, a step of each run, two charts of bars
+    # Curves, a step of each run as measured and as predicted, two charts of bars.
+    assert checker.seen["svg"] == 4 + 2 * 3 + 2
     assert "secret-token" not in page
 
 
@@ -154,6 +155,7 @@ def test_figures_of_the_runs_are_in_the_table(folders: list[Path]) -> None:
     assert f"{pipar.idle_share('server'):.0%}" in page
     assert "80.0%" in page
     assert "d1.1L0@" in page
+    assert "PiPar, measured: step" in page and "PiPar, predicted: step" in page
 
 
 def test_a_prediction_from_a_runs_own_times_is_its_time(folders: list[Path]) -> None:
@@ -163,6 +165,14 @@ def test_a_prediction_from_a_runs_own_times_is_its_time(folders: list[Path]) -> 
         assert found is not None
         measured = run.of("round_finished")[-1]["seconds"]
         assert found.seconds == pytest.approx(measured, rel=1e-3)
+
+
+def test_what_the_tuner_predicted_stands_beside_the_epoch(folders: list[Path]) -> None:
+    run = read_run(folders[-1])
+    tuned = {"event": "tuned", "plan": "", "epoch_s": 1.5 * run.epoch_s}
+    page = make_page([dataclasses.replace(run, events=(tuned, *run.events))])
+    assert "<td>+50.0%</td>" in page
+    assert "<td>+50.0%</td>" not in make_page([run])
 
 
 def test_idle_causes_cover_the_idle_time(folders: list[Path]) -> None:
@@ -298,7 +308,7 @@ def test_a_browser_draws_the_page_without_complaint(folders: list[Path], tmp_pat
     title = re.search(r"<title>(\{.*?\})</title>", shown)
     assert title is not None, shown[:500]
     found = json.loads(title[1].replace("&quot;", '"'))
-    assert found == {"errors": [], "texts": True, "drawn": 9, "picked": 1, "same": found["same"],
+    assert found == {"errors": [], "texts": True, "drawn": 12, "picked": 1, "same": found["same"],
                      "folded": 0, "wide": False}  # fmt: skip
     assert found["same"] >= 1
 

@@ -59,6 +59,19 @@ def test_the_file_is_in_the_chrome_trace_format(tmp_path):
     assert names == ["server"]
 
 
+def test_every_link_has_tracks_of_its_own(tmp_path):
+    trace = Trace()
+    for device in (1, 0):
+        trace.add("server", [Timed(Action(1, kind, device, 0), 0, 1) for kind in ("RF", "L", "SB")])
+    trace.save(tmp_path / "t.json.gz")
+    with gzip.open(tmp_path / "t.json.gz", "rt") as file:
+        events = json.load(file)["traceEvents"]
+    names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert list(names.values()) == ["compute", "receive d0", "send d0", "receive d1", "send d1"]
+    drawn = {e["name"]: names[e["tid"]] for e in events if e["ph"] == "X"}
+    assert drawn["d1.1SB@0"] == "send d1" and drawn["d0.1L0@0"] == "compute"
+
+
 def test_an_arrow_leads_from_a_send_to_its_receive(tmp_path):
     trace = Trace()
     trace.add("d0", [Timed(Action(0, "SF", 0, 3, 1), 0.1, 0.2)])

@@ -8,6 +8,7 @@ from comms.shaping import parse_link
 from pipar_jax.config import Config, resolve
 from pipar_jax.profile import CodecProfile, DeviceProfile, HostProfile, Profile, UnitFacts
 from pipar_jax.simulator import LinkModel
+from pipar_jax.tuner.codec_choice import BITS
 
 #: A convolutional network's shape: early units are wide and cheap to hold, late ones the opposite.
 OUTPUT_BYTES = (32_768.0, 16_384.0, 16_384.0, 512.0, 40.0)
@@ -49,6 +50,13 @@ def profile(*devices: DeviceProfile, units: int = 5, **values) -> Profile:
     )  # fmt: skip
     made = {"codecs": {"float16": CodecProfile(0.5, 1e-10, 1e-10)}, "window_bytes": 32e6} | values
     return Profile("made-up", 100, facts, host(units=units), devices, **made)
+
+
+def bit_codecs(bytes_s: float = 1e9) -> dict[str, CodecProfile]:
+    """The bit-level codec in every number of bits that the tuner may choose."""
+    return {
+        f"bits:{bits}": CodecProfile((bits + 1.125) / 32, 1 / bytes_s, 1 / bytes_s) for bits in BITS
+    }
 
 
 def config(count: int = 1, **tuner) -> Config:

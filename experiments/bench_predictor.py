@@ -1,0 +1,164 @@
+"""The latency predictor's errors on new layers and new devices, and the partitions it leads to.
+
+Devices are held out by family, so that none that resembles a tested one was trained on. Beside the
+predictor stand a profiled device's times multiplied by one ratio, a regression on FLOPs and bytes,
+and a look-up of the most similar layer. Times are those in the package unless --timings is given.
+
+  python -m experiments.bench_predictor [--tables=FOLDER]
+"""
+
+import pathlib
+import statistics
+import time
+
+from absl import flags
+
+from pipar_jax import bench
+
+_TIMINGS = flags.DEFINE_string("timings", "", "Times of layers; empty: those in the package.")
+_TABLES = flags.DEFINE_string("tables", "", "Folder of profile tables; empty: none.")
+SAMPLES = (0, 10, 50, 200)
+CHAINS, LENGTHS = 12, (2, 3, 4)
+
+
+def measure(run: bench.Bench) -> None:
+    """Trains without what is tested, and tests."""
+    from pipar_jax.predictor import evaluation, read_timings, training
+    from pipar_jax.predictor.tables import FAMILY
+
+    timings = read_timings(
+        pathlib.Path(_TIMINGS.value) if _TIMINGS.value else None,
+        pathlib.Path(_TABLES.value) if _TABLES.value else None,
+    )
+    steps = 600 if run.quick else training.STEPS
+
+    def train(some):
+        return training.train(some, steps=steps)
+
+    run.progress("held-out layers")
+    tell(run, "new layers, known devices", evaluation.held_out_layers(timings, train))
+    families = sorted({one.family for one in timings.devices})
+    folds = {}
+    for done, family in enumerate(families[:2] if run.quick else families):
+        run.progress(f"without {family}", done, len(families))
+        left = [i for i, one in enumerate(timings.devices) if one.family != family]
+        kept = [
+            i for i, one in enumerate(timings.layers) if one.network not in evaluation.PARTITIONED
+        ]
+        folds[family] = train(timings.select(left, kept))
+    for table in (False, True):
+        tested = {name: one for name, one in folds.items() if (name == FAMILY) == table}
+        for samples in SAMPLES if tested else ():
+            scores = [
+                evaluation.unseen_devices(
+                    timings, weights,
+                    [i for i, one in enumerate(timings.devices) if one.family == family], samples,
+                )
+                for family, weights in tested.items()
+            ]  # fmt: skip
+            name = f"new devices{' of tables' if table else ''}, {samples} samples"
+            tell(run, name, {key: pooled([s[key] for s in scores]) for key in scores[0]})
+    speed(run, timings, next(iter(folds.values())))
+    regret(run, timings, folds)
+    run.note(f"{len(timings.layers)} layers on {len(timings.devices)} devices; "
+             f"held out in turn: {', '.join(folds)}")  # fmt: skip
+
+
+def tell(run: bench.Bench, name: str, scores: dict) -> None:
+    """Adds the errors of all methods."""
+    for method, one in scores.items():
+        if one.count:
+            run.row(f"{name}: {method}, MAPE", one.mape * 100, "%")
+            run.row(f"{name}: {method}, within 10 %", one.within * 100, "%")
+
+
+def pooled(scores: list):
+    """Returns the errors of several sets of predictions together."""
+    from pipar_jax.predictor.evaluation import Score
+
+    count = sum(one.count for one in scores)
+    if not count:
+        return scores[0]
+    share = [one.count / count for one in scores]
+    mape, within, median = (
+        sum(w * getattr(one, name) for w, one in zip(share, scores, strict=True) if one.count)
+        for name in ("mape", "within", "median")
+    )
+    return Score(mape, within, median, count)
+
+
+def speed(run: bench.Bench, timings, weights) -> None:
+    """Adds how long it takes to learn a device from its reference layers, and to predict."""
+    from pipar_jax.predictor import device
+
+    reference = timings.reference()
+    tables = [timings.layers[i].operators for i in reference]
+    seen = [
+        device.Observation(table, table[:0], timings.forward_s[0, i])
+        for table, i in zip(tables, reference, strict=True)
+    ]
+    known = device.fit(weights, seen)
+
+    def predict() -> bench.Seconds:
+        began_s = time.perf_counter()
+        for _ in range(50):
+            known.layers_s(tables, device.FORWARD_HEAD)
+        return bench.Seconds((time.perf_counter() - began_s) / 50 / len(tables))
+
+    cases = {"fit": lambda: device.fit(weights, seen), "predict": predict}
+    samples = run.compare(cases, repeats=9)
+    run.row("time per prediction of a layer", samples.median("predict") * 1e6, "us")
+    run.row("learning a device from its reference layers", samples.median("fit") * 1e3, "ms")
+
+
+def regret(run: bench.Bench, timings, folds: dict) -> None:
+    """Adds what partitions by predictions cost on chains of devices, each new to the predictor."""
+    import numpy as np
+
+    import stages
+    from pipar_jax.predictor import device, evaluation, operators
+
+    tested = [i for i, one in enumerate(timings.devices) if one.family in folds]
+    chosen = timings.select(tested)
+    reference = chosen.reference()
+    known = {}
+    for place, one in enumerate(chosen.devices):
+        observations = []
+        for i in reference if np.isfinite(chosen.forward_s[place, reference]).all() else ():
+            table = chosen.layers[i].operators
+            empty = table[:0]
+            observations += [
+                device.Observation(table, empty, chosen.forward_s[place, i]),
+                device.Observation(empty, table, chosen.backward_s[place, i]),
+            ]
+        if observations:
+            known[place] = device.fit(folds[one.family], observations)
+
+    def learn(place, columns):
+        tables = [chosen.layers[i].operators for i in columns]
+        return tuple(known[place].layers_s(tables, head) for head in range(2))
+
+    rng = np.random.default_rng(1)
+    by_length: dict = {length: [] for length in LENGTHS}
+    for network in evaluation.PARTITIONED:
+        model = stages.build(network, input_shape=(32, 32, 3), classes=10)
+        for batch in (5, 25):
+            described = operators.model_operators(model, range(len(model.units) - 1), batch)
+            units = evaluation.measured_units(timings, [operators.rows(one) for one in described])
+            for length in LENGTHS:
+                for devices in evaluation.chains(chosen, CHAINS, length):
+                    speeds = rng.permutation(evaluation.SPEEDS)[: len(devices)]
+                    by_length[length].append(
+                        evaluation.partition_regret(chosen, learn, devices, units, speeds)
+                    )
+    for length, found in by_length.items():
+        name = f"partition over {length} devices"
+        values = [one.regret for one in found]
+        run.row(f"{name}: mean regret", statistics.fmean(values) * 100, "%", target=3.0)
+        run.row(f"{name}: 90th percentile", float(np.quantile(values, 0.9)) * 100, "%")
+        run.row(f"{name}: by scalar ratios", statistics.fmean(o.ratio for o in found) * 100, "%")
+        run.row(f"{name}: even cuts", statistics.fmean(o.even for o in found) * 100, "%")
+
+
+if __name__ == "__main__":
+    bench.run(measure)

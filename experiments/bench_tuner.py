@@ -1,0 +1,99 @@
+"""The tuner's choices against real runs of the other plans, and adapting against fixed plans.
+
+--part=choices: for each setting, every (cut, N) predicted within 1.5x of the best and five others
+at random are trained for real, three steps and an average a round, twice (the others once), in one
+run whose plan changes from round to round; then the tuner's plan in turns with the best of them.
+--part=adapt: bandwidth falls from 50 to 10 Mbit/s and rises again. --part=unequal: devices 1, 5 and
+20 times slower, a plan for each against the best that all have in common. --part=search: how long
+a search takes. --results keeps what was
+measured in a folder: what is there is not measured again.
+
+python -m experiments.bench_tuner --part=choices --only="vgg5 4g" --results=FOLDER
+"""
+
+import tempfile
+import time
+from pathlib import Path
+
+from absl import flags
+
+from pipar_jax import bench, tuner_trials
+from pipar_jax.config import Config, resolve
+
+PARTS = ("choices", "adapt", "unequal", "search")
+PART = flags.DEFINE_multi_enum("part", PARTS, PARTS, "What to measure; may be repeated.")
+ONLY = flags.DEFINE_string("only", "", "Choices: only settings whose name contains this.")
+RESULTS = flags.DEFINE_string("results", "", "Folder that keeps measurements; empty: none is kept.")
+
+
+def choices(run: bench.Bench, folder: Path, results: Path) -> None:
+    """Adds a row for each setting: the tuner's plan by the best that was measured."""
+    settings = [one for one in tuner_trials.settings(run.quick) if ONLY.value in one.name]
+    for done, setting in enumerate(settings):
+        run.progress(setting.name, done, len(settings))
+        found = tuner_trials.choice(setting, folder, results)
+        target = 1.0 + max(0.03, found.spread)
+        run.row(f"{setting.name}: tuner / best measured", found.ratio, "x", target)
+        run.row(f"{setting.name}: paper / best measured", found.paper, "x")
+        run.note(
+            f"{setting.name}: tuner {found.tuner_plan} {found.tuner_s:.3f} s a round; best "
+            f"{found.best_plan} {found.best_s:.3f} s; paper {found.paper_plan} {found.paper_s:.3f} "
+            f"s; {found.plans} plans trained, spread {found.spread:.1%}, prediction off by "
+            f"{found.error:.1%} (median)"
+        )
+
+
+def adapt(run: bench.Bench, folder: Path, results: Path) -> None:
+    """Adds the rows of falling and rising bandwidth."""
+    run.progress("adapt")
+    found = tuner_trials.adapting(folder, results, run.quick)
+    for name, seconds in found.seconds.items():
+        run.row(f"50/10/50 Mbit/s: {name}", seconds, "s")
+    run.row("50/10/50 Mbit/s: adapting / best per phase", found.to_oracle, "x", 1.10)
+    run.row("50/10/50 Mbit/s: adapting / best fixed plan", found.to_fixed, "x", 1.0)
+    for text in found.changes:
+        run.note(text)
+
+
+def unequal(run: bench.Bench, folder: Path, results: Path) -> None:
+    """Adds the rows of devices that differ."""
+    run.progress("unequal devices")
+    found = tuner_trials.unequal(folder, results, run.quick)
+    run.row("devices 1x, 5x, 20x: own plans", found.own_s, "s")
+    run.row("devices 1x, 5x, 20x: best common plan", found.common_s, "s")
+    run.row("devices 1x, 5x, 20x: own / common", found.own_s / found.common_s, "x", 1.0)
+    run.note(f"own: {found.own_plan}; common: {found.common_plan}")
+
+
+def search(run: bench.Bench, folder: Path, results: Path) -> None:
+    """Adds how long a search takes for 20 devices and as many units as ResNet-101 has."""
+    from pipar_jax.tuner.search import search as search_plans
+
+    del folder, results  # it takes seconds, and writes nothing
+    for name, differ in (("equal", False), ("unequal", True)):
+        profile = tuner_trials.many_devices(unequal=differ)
+        config = Config(method="auto")
+        config.devices.count = len(profile.devices)
+        # One thread's processor time: what it would take on a machine that does nothing else.
+        began_s = time.thread_time()
+        found = search_plans(profile, resolve(config))
+        run.row(f"search, 20 {name} devices, 36 units", time.thread_time() - began_s, "s", 2.0)
+        run.note(
+            f"search, {name}: {found.judged} of {found.candidates} candidates simulated, within "
+            f"{found.gap:.1%} of the bound"
+        )
+
+
+def measure(run: bench.Bench) -> None:
+    """Measures the parts that were asked for."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        results = Path(RESULTS.value or name)
+        results.mkdir(parents=True, exist_ok=True)
+        for part, function in zip(PARTS, (choices, adapt, unequal, search), strict=True):
+            if part in PART.value:
+                function(run, folder, results)
+
+
+if __name__ == "__main__":
+    bench.run(measure)

@@ -1,0 +1,103 @@
+"""Times layers on the kinds of devices that this machine can be, for the latency predictor.
+
+  python -m experiments.collect_latency --out=timings.npz [--variants=core,cores]
+
+Each variant is a process with its own cores and its own way to compile, timed under several
+conditions (stopped for a part of the time, beside a busy neighbour, on another core). Run it once
+with --compile, which fills the cache of compiled programs and may share the machine, then on a
+quiet machine without. What --out holds already is kept, so that variants and networks may be
+gathered one by one.
+"""
+
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from absl import app, flags
+
+from pipar_jax.errors import ConfigError, PiparError
+from pipar_jax.pinned import run_pinned
+
+_OUT = flags.DEFINE_string("out", None, "File for the times (.npz).", required=True)
+_VARIANTS = flags.DEFINE_list("variants", [], "Only these; empty: all that this machine can be.")
+_NETWORKS = flags.DEFINE_list("networks", [], "Only layers of these networks; empty: of all.")
+_COMPILE = flags.DEFINE_boolean("compile", False, "Only compile, write nothing.")
+_QUICK = flags.DEFINE_boolean("quick", False, "Only a few layers.")
+_GPU = flags.DEFINE_boolean("gpu", False, "Time the GPU that jax finds here as well.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Gathers and writes."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; all options start with --")
+    try:
+        gather_all(pathlib.Path(_OUT.value))
+    except PiparError as error:
+        sys.exit(f"error: {error}")
+
+
+def gather_all(path: pathlib.Path) -> None:
+    """Gathers the wanted variants and adds them to a file.
+
+    Raises:
+      ConfigError: A variant is unknown here.
+      DataError: The file cannot be read or written.
+      RunError: A process failed.
+    """
+    from pipar_jax.predictor import collect
+    from pipar_jax.predictor.timings import TimedDevice, Timings
+
+    known = {one.name: one for one in collect.variants(_GPU.value)}
+    names = _VARIANTS.value or list(known)
+    if wrong := [name for name in names if name not in known]:
+        raise ConfigError(f"--variants={wrong[0]}: this machine can be {', '.join(known)}")
+    wanted, timed_layers = run_pinned(_layers, _QUICK.value, variables={"JAX_PLATFORMS": "cpu"})
+    chosen = [
+        i for i, one in enumerate(wanted) if one.network in (_NETWORKS.value or [one.network])
+    ]
+    wanted = [wanted[i] for i in chosen]
+    timed_layers = tuple(timed_layers[i] for i in chosen)
+    if not wanted:
+        raise ConfigError(f"--networks={_NETWORKS.value}: there is no layer of these")
+    for name in names:
+        began_s = time.monotonic()
+
+        def tell(done: int, total: int, name: str = name, began_s: float = began_s) -> None:
+            if done % 20 == 0 or done == total:
+                print(f"{name}: {done}/{total} layers, {time.monotonic() - began_s:.0f} s")
+
+        found = collect.gather(known[name], wanted, compile_only=_COMPILE.value, tell=tell)
+        if _COMPILE.value:
+            continue
+        devices = tuple(TimedDevice(*one) for one in found.devices)
+        made = Timings(devices, timed_layers, found.forward_s, found.backward_s)
+        if path.is_file():
+            made = Timings.load(path).join(made)
+        made.save(path)
+        seconds = np.nansum(found.forward_s + found.backward_s, axis=1)
+        for device, total_s in zip(devices, seconds, strict=True):
+            print(f"{device.name} ({device.family}): {total_s:.2f} s for all layers once")
+
+
+def _layers(quick: bool) -> tuple[list, tuple]:
+    """Returns what is to be timed, and what it does; in a process that may load jax."""
+    from pipar_jax.predictor import collect
+    from pipar_jax.predictor.operators import TRACED, model_operators
+    from pipar_jax.predictor.timings import layer
+
+    wanted = collect.layers(quick)
+    known = {
+        name: model_operators(collect.build(name), None, TRACED)
+        for name in {one.network for one in wanted}
+    }
+    described = tuple(
+        layer(*one, [each.at(one.batch) for each in known[one.network][one.index]])
+        for one in wanted
+    )
+    return wanted, described
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,244 @@
+"""Adapting during a run: looks at hosts and links, searches again, has the next plan compiled.
+
+A thread of the coordinator asks every device now and then what its computations lasted and what its
+link brought it (``observer.py``), follows the profile (``tuner/watch.py``), searches again if
+something changed, and decides (``tuner/choice.py``). Hosts compile the stages of a plan that is
+wanted while they train; once all have, the coordinator changes to it at the end of the round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from comms import ChannelError, Link
+from pipar_jax.config import Config
+from pipar_jax.errors import PlanError, RunError
+from pipar_jax.plan import COORDINATOR, Plan, device_name
+from pipar_jax.profile import Profile
+from pipar_jax.runtime import migration
+from pipar_jax.runtime.ahead import lower_priority
+from pipar_jax.runtime.host import Host
+from pipar_jax.runtime.members import Mail, Members
+from pipar_jax.runtime.observer import Seen, parse_seen
+from pipar_jax.tuner.choice import Choice, Offer
+from pipar_jax.tuner.predict import Stages, judge, rounds_per_epoch
+from pipar_jax.tuner.search import search
+from pipar_jax.tuner.watch import Carried, Watch, differ
+from pipar_jax.tuner.words import words
+
+#: A factor or a rate that changed by less than this share is no reason to search again.
+NEWS = 0.05
+#: Seconds that an answer to a look may take.
+ANSWER_S = 10.0
+
+
+class Adaptation:
+    """Watches one run and says to which plan to change.
+
+    ``begin``, ``start_round``, ``ready``, ``changed`` and ``close`` are the coordinator's thread's.
+
+    Args:
+      config: Resolved configuration.
+      profile: Hosts and links, as they were surveyed.
+      plan: The plan that the run begins with.
+      rounds: How many rounds the run has.
+      members: The devices.
+      host: The host in this process.
+
+    Raises:
+      PlanError: The plan is one that cannot change during a run.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        profile: Profile,
+        plan: Plan,
+        rounds: int,
+        members: Members,
+        host: Host,
+    ) -> None:
+        """See the class."""
+        check_adaptable(plan)
+        self._config, self._host, self._rounds = _parallel_only(config), host, rounds
+        self._links: Mapping[str, Link] = {n: one.link for n, one in members.by_name.items()}
+        self._watch, self._choice = Watch(profile), Choice(plan, config.tuner.gain)
+        self._units = len(profile.units)
+        self._lock = threading.Condition()
+        self._index, self._look = 0, 0
+        self._answers: dict[str, tuple[list[Seen], Carried]] = {}
+        self._numbers: dict[Plan, int] = {}
+        self._compiled: dict[int, set[str]] = {}
+        self._searched: tuple[float, ...] = ()
+        self._best: Plan | None = None
+        self._offers: tuple[Offer, Offer] | None = None
+        self._error: BaseException | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pipar-adapt", daemon=True)
+        members.listeners.update(seen=self._take_answer, ahead=self._take_compiled)
+
+    def begin(self) -> None:
+        """Starts looking."""
+        self._thread.start()
+
+    def start_round(self, index: int) -> None:
+        """Takes note of the round that begins."""
+        with self._lock:
+            self._index = index
+
+    def ready(self) -> Plan | None:
+        """Returns the plan to change to, if one is wanted and every host has compiled it.
+
+        Raises:
+          RunError: Looking failed.
+        """
+        with self._lock:
+            if self._error is not None:
+                raise RunError(f"adapting failed: {self._error}") from self._error
+            plan = self._choice.wanted
+            if plan is None or plan not in self._numbers:
+                return None
+            compiled = self._compiled.get(self._numbers[plan], set())
+            return plan if compiled >= {COORDINATOR, *self._links} else None
+
+    @property
+    def offers(self) -> tuple[Offer, Offer] | None:
+        """What the plan in force and the one wanted were predicted to take at the last look."""
+        with self._lock:
+            return self._offers
+
+    def changed(self, index: int) -> None:
+        """Takes note that the wanted plan is in force from a round on."""
+        with self._lock:
+            self._choice.changed(index)
+            self._look += 1  # what is on its way belongs to the old plan
+            self._answers.clear()
+            self._offers = None
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._stop.set()
+        with self._lock:
+            self._lock.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    # --- mail; on the coordinator's thread ----------------------------------------------------
+
+    def _take_answer(self, mail: Mail) -> None:
+        """Takes a device's answer to a look."""
+        body = mail.body
+        rows, timed = parse_seen(body["rows"], mail.source), Carried(*body["timed"])
+        with self._lock:
+            if body["look"] == self._look:
+                self._answers[mail.source] = rows, timed
+                self._lock.notify_all()
+
+    def _take_compiled(self, mail: Mail) -> None:
+        """Takes note of a host that has compiled a plan."""
+        with self._lock:
+            self._compiled.setdefault(mail.body["number"], set()).add(mail.source)
+
+    # --- the thread ---------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        lower_priority()
+        try:
+            while not self._stop.wait(self._config.tuner.look_s):
+                if (era := self._ask()) is not None:
+                    self._consider(era)
+        except BaseException as error:  # raised by ``ready``
+            with self._lock:
+                self._error = error
+
+    def _tell(self, body: Mapping[str, Any]) -> None:
+        """Tells every device; the coordinator's thread learns by itself of a link that is lost."""
+        for link in self._links.values():
+            with contextlib.suppress(ChannelError):
+                link.send_control(dict(body))
+
+    def _ask(self) -> int | None:
+        """Asks all devices and waits for their answers; returns the look, None if some are late."""
+        with self._lock:
+            self._look += 1
+            look = self._look
+            self._answers.clear()
+        self._tell({"type": "look", "look": look})
+        deadline_s = time.monotonic() + ANSWER_S
+        with self._lock:
+            while len(self._answers) < len(self._links) and self._look == look:
+                left_s = deadline_s - time.monotonic()
+                if left_s <= 0 or self._stop.is_set():
+                    return None
+                self._lock.wait(left_s)
+            if self._look != look:
+                return None
+            self._learn()
+        return look
+
+    def _learn(self) -> None:
+        """Updates the watch by what was answered."""
+        plan = self._choice.plan
+        self._watch.computed(COORDINATOR, plan, self._host.observer.take())
+        for index in range(len(plan.devices)):
+            name = device_name(index)
+            rows, down = self._answers[name]
+            self._watch.computed(name, plan, rows)
+            stats = self._links[name].stats()
+            up = Carried(stats.timed_in_bytes, stats.timed_in_s)
+            self._watch.carried(index, True, up)
+            self._watch.carried(index, False, down)
+
+    def _consider(self, look: int) -> None:
+        """Searches if there is news, and decides; a plan that is wanted is told to all hosts."""
+        profile, state = self._watch.profile(), self._watch.state()
+        if self._best is None or differ(state, self._searched, NEWS):
+            self._best = search(profile, self._config).plans[0].plan
+            self._searched = state
+        stages = Stages(profile)
+        present = Offer(self._choice.plan, judge(stages, self._choice.plan).epoch_s)
+        best = Offer(self._best, judge(stages, self._best).epoch_s)
+        wanted = self._choice.wanted
+        wanted_s = None if wanted is None else judge(stages, wanted).epoch_s
+        moves = migration.moves(present.plan, best.plan, self._units)
+        with self._lock:
+            if self._look != look:
+                return  # the plan was changed meanwhile
+            wanted = self._choice.look(
+                self._index, present, best, wanted_s=wanted_s,
+                moving_s=migration.moving_s(profile, moves) if moves else 0.0,
+                epochs_left=(self._rounds - self._index - 1)
+                / rounds_per_epoch(profile, present.plan),
+            )  # fmt: skip
+            self._offers = (present, best) if wanted is not None else None
+            if wanted is None or wanted in self._numbers:
+                return
+            self._numbers[wanted] = number = len(self._numbers)
+        self._host.prepare_ahead(number, wanted)
+        self._tell({"type": "ahead", "number": number, "plan": wanted.to_dict()})
+
+
+def check_adaptable(plan: Plan) -> None:
+    """Refuses plans that cannot change during a run.
+
+    Raises:
+      PlanError: Devices take turns or share weights, or a chain has hosts beside device and server.
+    """
+    known = {COORDINATOR, *(device_name(device) for device in range(len(plan.devices)))}
+    if plan.order != "parallel" or plan.weights != "copy" or set(plan.hosts()) - known:
+        raise PlanError(
+            f"tuner.adapt changes plans of devices in parallel, with copied weights, between "
+            f"device and server; this one is {plan}: set tuner.adapt=false"
+        )
+
+
+def _parallel_only(config: Config) -> Config:
+    """Returns the configuration without sl among the methods to choose from."""
+    made = copy.deepcopy(config)
+    made.tuner.methods = ",".join(one for one in words(config.tuner.methods) if one != "sl")
+    return made

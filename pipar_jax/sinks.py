@@ -1,0 +1,179 @@
+"""Where the events of a run go beside metrics.jsonl: TensorBoard, or a function of your own.
+
+``run.sinks`` names them, with commas between: ``tensorboard``, or ``MODULE:FUNCTION``. The function
+is called once, on the server, with the run's folder, and returns an object with the methods of
+``Sink``::
+
+    class Printer:
+        def write(self, event):
+            if event["event"] == "evaluated":
+                print(event["epoch"], event["accuracy"])
+
+        def close(self): ...
+
+    def make(folder):
+        return Printer()
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from pipar_jax.errors import ConfigError, RunError
+
+TENSORBOARD = "tensorboard"
+_LINK_SCALARS = ("bytes", "queue_s", "credit_wait_s")
+
+
+class Sink(Protocol):
+    """Takes a run's events; called on several threads, one at a time."""
+
+    def write(self, event: Mapping[str, Any]) -> None:
+        """Takes an event, as metrics.jsonl has it."""
+
+    def close(self) -> None:
+        """Ends the sink, however the run ended."""
+
+
+class TensorBoard:
+    """Writes event files for TensorBoard into ``tensorboard/`` in the run's folder.
+
+    A round is a step. There are scalars for training, test, seconds, idle shares and links.
+
+    Args:
+      folder: The run's folder.
+
+    Raises:
+      ConfigError: tensorboardX is not installed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Opens the file."""
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(
+                "run.sinks='tensorboard' needs tensorboardX, which is not installed: "
+                "pip install 'pipar-jax[tensorboard]'"
+            ) from error
+        self._writer = SummaryWriter(logdir=str(folder / TENSORBOARD), flush_secs=10)
+
+    def write(self, event: Mapping[str, Any]) -> None:
+        """Takes an event."""
+        for name, value in scalars(event).items():
+            self._writer.add_scalar(name, value, event["round"] + 1)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._writer.close()
+
+
+def scalars(event: Mapping[str, Any]) -> dict[str, float]:
+    """Returns what an event says in numbers, by a name such as ``idle/server``."""
+    if event["event"] == "evaluated":
+        return {"test/accuracy": event["accuracy"], "test/loss": event["loss"]}
+    if event["event"] != "round_finished":
+        return {}
+    seconds = event["seconds"]
+    found = {
+        "train/loss": event["loss"],
+        "train/accuracy": event["accuracy"],
+        "round/seconds": seconds,
+        "round/samples_per_s": event["samples"] / seconds,
+        "round/epoch": event["epoch"],
+    }
+    found.update({f"idle/{host}": share for host, share in event["idle"].items()})
+    for row in event["links"]:
+        way = f"{row['source']}-{row['target']}"
+        found.update({f"{key}/{way}": row[key] for key in _LINK_SCALARS})
+    return found
+
+
+class Sinks:
+    """All sinks of a run as one; a context manager that closes them.
+
+    Args:
+      text: The field ``run.sinks``.
+      folder: The run's folder.
+
+    Raises:
+      ConfigError: A sink is unknown or cannot be made.
+    """
+
+    def __init__(self, text: str, folder: Path) -> None:
+        """Makes each."""
+        self._sinks: list[tuple[str, Sink]] = []
+        try:
+            for name in names(text):
+                self._sinks.append((name, _maker(name)(folder)))
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, event: Mapping[str, Any]) -> None:
+        """Hands an event to each sink.
+
+        Raises:
+          RunError: A sink failed.
+        """
+        for name, sink in self._sinks:
+            try:
+                sink.write(event)
+            except Exception as error:  # whatever a plug-in raises, it ends the run by its name
+                raise RunError(
+                    f"the sink {name} of run.sinks failed: {type(error).__name__}: {error}"
+                ) from error
+
+    def close(self) -> None:
+        """Closes all."""
+        for _, sink in self._sinks:
+            sink.close()
+
+    def __enter__(self) -> Sinks:
+        """Returns itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Closes all."""
+        self.close()
+
+
+def names(text: str) -> Sequence[str]:
+    """Returns the sinks that a text lists.
+
+    Raises:
+      ConfigError: One is neither known nor of the form MODULE:FUNCTION.
+    """
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    for name in found:
+        if name != TENSORBOARD and not re.fullmatch(r"[\w.]+:\w+", name):
+            raise ConfigError(
+                f"run.sinks={text!r} does not fit: {name!r} is neither {TENSORBOARD} nor a "
+                "function of yours, MODULE:FUNCTION"
+            )
+    return found
+
+
+def _maker(name: str) -> Callable[[Path], Sink]:
+    """Returns what makes a sink."""
+    if name == TENSORBOARD:
+        return TensorBoard
+    module, _, function = name.partition(":")
+    try:
+        found: Callable[[Path], Sink] = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"run.sinks names {name!r}, which cannot be imported: {error}; the module must be in "
+            "the current folder or installed"
+        ) from error
+    return found

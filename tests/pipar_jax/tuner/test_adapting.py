@@ -1,0 +1,130 @@
+"""What a run shows of hosts and links, and the patience with which plans are changed."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipar_jax.plan import Plan
+from pipar_jax.runtime.observer import Seen
+from pipar_jax.tuner.choice import LOOKS, REST, Choice, Offer
+from pipar_jax.tuner.options import Option
+from pipar_jax.tuner.predict import HostTimes
+from pipar_jax.tuner.watch import Carried, Watch, differ
+from tests.pipar_jax.tuner import profiles
+
+
+def plan(cut: int, n: int = 4) -> Plan:
+    return Plan((Option(cut, n).device_plan(),))
+
+
+# --- watch ------------------------------------------------------------------------------------
+
+
+def seen(profile, chain: Plan, stage: int, host, factor: float) -> list[Seen]:
+    """What computations of a stage last on a host that is so many times slower than profiled."""
+    units = chain.units(0, stage, len(profile.units))
+    kinds = ("F", "B", "U") if stage == 0 else ("L", "U")
+    times = HostTimes(host)
+    return [
+        Seen(0, stage, kind, size, 3, factor * times.time_s(kind, units.start, units.stop, size))
+        for kind in kinds
+        for size in ((0,) if kind == "U" else (25,))
+    ]
+
+
+@pytest.mark.parametrize("factor", [0.4, 1.0, 3.0, 20.0])
+def test_a_host_that_became_slower_is_so_in_the_profile(factor):
+    base, chain = profiles.profile(profiles.device()), plan(2)
+    watch = Watch(base)
+    watch.computed("d0", chain, seen(base, chain, 0, base.devices[0].host, factor))
+    now = watch.profile()
+    assert now.devices[0].host.forward_s[0][0] == pytest.approx(
+        factor * base.devices[0].host.forward_s[0][0]
+    )
+    assert now.server == base.server
+    watch.computed("server", chain, seen(base, chain, 1, base.server, factor))
+    assert watch.profile().server.update_s[1] == pytest.approx(factor * base.server.update_s[1])
+
+
+def test_little_noise_is_averaged_and_nothing_seen_changes_nothing():
+    base, chain = profiles.profile(profiles.device()), plan(2)
+    watch = Watch(base)
+    watch.computed("d0", chain, [])
+    assert watch.profile() == base
+    for factor, expected in ((1.2, 1.1), (1.0, 1.05)):
+        watch.computed("d0", chain, seen(base, chain, 0, base.devices[0].host, factor))
+        made = watch.profile().devices[0].host.update_s[0] / base.devices[0].host.update_s[0]
+        assert made == pytest.approx(expected)
+
+
+def test_a_rate_is_what_passed_between_two_looks():
+    base = profiles.profile(profiles.device("50/50"), profiles.device("50/50"))
+    watch = Watch(base)
+    state = watch.state()
+    watch.carried(1, True, Carried(5e6, 0.8))  # the first only says where counting begins
+    assert watch.state() == state
+    watch.carried(1, True, Carried(5e6 + 1000, 0.9))  # too little to tell
+    assert watch.state() == state
+    watch.carried(1, True, Carried(5e6 + 2.5e6, 0.8 + 2.0))
+    now = watch.profile()
+    assert now.devices[1].up.rate_bytes_s == pytest.approx(1.25e6)
+    assert now.devices[1].up.delay_s == base.devices[1].up.delay_s
+    assert (now.devices[0], now.devices[1].down) == (base.devices[0], base.devices[1].down)
+    assert differ(state, watch.state(), 0.5)
+    assert not differ(state, watch.state(), 0.9)
+
+
+# --- choice -----------------------------------------------------------------------------------
+
+OLD, NEW, OTHER = plan(1), plan(2), plan(3)
+
+
+def look(choice: Choice, best: float, index: int = 0, of: Plan = NEW, **values) -> Plan | None:
+    values = {"wanted_s": None, "moving_s": 0.0, "epochs_left": 10.0} | values
+    return choice.look(index, Offer(choice.plan, 10.0), Offer(of, best), **values)
+
+
+def test_a_small_win_has_to_be_seen_twice_in_a_row():
+    choice = Choice(OLD, 0.1)
+    assert look(choice, 8.5) is None
+    assert look(choice, 9.5) is None  # less than the gain: counting starts again
+    assert look(choice, 8.5) is None
+    assert look(choice, 8.5) == NEW
+    assert LOOKS == 2
+
+
+def test_a_large_win_is_believed_at_once():
+    assert look(Choice(OLD, 0.1), 6.9) == NEW
+    assert look(Choice(OLD, 0.2), 6.9) is None
+
+
+def test_two_plans_that_are_almost_equal_do_not_take_turns():
+    choice = Choice(OLD, 0.1)
+    assert look(choice, 6.0) == NEW
+    assert look(choice, 5.95, of=OTHER, wanted_s=6.0) == NEW
+    assert look(choice, 5.0, of=OTHER, wanted_s=6.0) == OTHER
+
+
+def test_a_plan_that_no_longer_wins_is_not_wanted_any_more():
+    choice = Choice(OLD, 0.1)
+    assert look(choice, 6.0) == NEW
+    assert look(choice, 9.9, wanted_s=9.9) is None
+    assert choice.wanted is None
+    assert look(choice, 10.0, of=OLD) is None
+
+
+def test_after_a_change_some_rounds_have_to_pass():
+    choice = Choice(OLD, 0.1)
+    assert look(choice, 6.0, index=4) == NEW
+    choice.changed(5)
+    assert (choice.plan, choice.wanted) == (NEW, None)
+    for index in range(5, 5 + REST - 1):
+        assert look(choice, 5.0, index=index, of=OTHER) is None
+    assert look(choice, 5.0, index=5 + REST - 1, of=OTHER) == OTHER
+
+
+def test_a_change_has_to_pay_for_itself():
+    choice = Choice(OLD, 0.1)
+    assert look(choice, 6.0, moving_s=30.0, epochs_left=5.0) is None
+    assert look(choice, 6.0, moving_s=19.0, epochs_left=5.0) == NEW
+    assert look(Choice(OLD, 0.1), 6.0, epochs_left=0.0) is None

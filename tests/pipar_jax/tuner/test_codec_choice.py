@@ -1,0 +1,95 @@
+"""Codecs by need: on slow links and not on fast ones, never coarser than allowed."""
+
+from __future__ import annotations
+
+import pytest
+
+from comms import parse_codec
+from pipar_jax.errors import ConfigError
+from pipar_jax.tuner import Stages, codec_choice, measure, search
+from pipar_jax.tuner.predict import judge
+from tests.pipar_jax.tuner.profiles import bit_codecs, config, device, profile
+
+
+def chosen(found) -> list[tuple[str, str]]:
+    chains = found.plans[0].plan.devices
+    return [(one.codecs[0].activation, one.codecs[0].cotangent) for one in chains]
+
+
+def bits(name: str) -> int:
+    if name == "raw":
+        return 32
+    codec, parameter = parse_codec(name)
+    return codec.precision_bits(parameter)
+
+
+def auto(count: int, **values):
+    return config(count, **({"methods": "pipar", "codecs": "auto"} | values))
+
+
+@pytest.mark.parametrize("floors", [(4, 8), (6, 12)])
+def test_a_slow_link_gets_bits_that_the_floors_allow(floors):
+    made = profile(device("4g", 1.0), codecs=bit_codecs())
+    settings = auto(1, activation_bits=floors[0], cotangent_bits=floors[1])
+    found = search(made, settings)
+    ((activation, cotangent),) = chosen(found)
+    assert "raw" not in (activation, cotangent)
+    assert bits(activation) >= floors[0] and bits(cotangent) >= floors[1]
+    assert found.plans[0].epoch_s < search(made, auto(1, codecs="raw")).plans[0].epoch_s
+
+
+def test_a_fast_link_goes_without_and_the_reason_is_told():
+    made = profile(device("none", 3.0), codecs=bit_codecs())
+    settings = auto(1)
+    found = search(made, settings)
+    assert chosen(found) == [("raw", "raw")]
+    told = codec_choice.reasons(Stages(made), settings, found.plans[0], [0])
+    assert [one.slot.role for one in told] == ["activation", "cotangent"]
+    for one in told:
+        assert one.coding_s > one.saved_s
+        assert one.words().startswith("off: the link is faster than the codec")
+
+
+def test_each_link_gets_its_own():
+    made = profile(device("4g", 3.0), device("none", 3.0), codecs=bit_codecs())
+    slow, fast = chosen(search(made, auto(2)))
+    assert "raw" not in slow and fast == ("raw", "raw")
+    settings = auto(2)
+    told = codec_choice.reasons(Stages(made), settings, search(made, settings).plans[0], [0, 1])
+    words = {one.slot: one.words().split(":")[0] for one in told}
+    assert {(slot.devices, way) for slot, way in words.items()} == {((0,), "on"), ((1,), "off")}
+    on = next(one for one in told if one.chosen != "raw")
+    assert on.saved_s > on.coding_s and on.other_s > on.epoch_s
+
+
+@pytest.mark.parametrize("link", ["4g", "wifi", "lan"])
+def test_no_slot_could_have_more_bits_for_nothing_nor_needed_as_many(link):
+    made, settings = profile(device(link, 3.0), codecs=bit_codecs()), auto(1)
+    found = search(made, settings)
+    stages, plan = Stages(made), found.plans[0].plan
+    fastest_s = min(one.epoch_s for one in found.plans)
+    limit_s = fastest_s * (1 + codec_choice.SLACK)
+    assert found.plans[0].epoch_s <= limit_s
+    for slot in codec_choice.slots(plan, [0]):
+        rungs = codec_choice.ladder(settings, slot.role)
+        at = rungs.index(slot.codec(plan))
+        if at + 1 < len(rungs):
+            assert judge(stages, slot.with_codec(plan, rungs[at + 1])).epoch_s > limit_s
+
+
+def test_a_list_is_kept_to_but_for_what_is_too_coarse():
+    settings = config(1, codecs="raw, int4, int8")
+    pairs = {(one.activation, one.cotangent) for one in codec_choice.pairs(settings)}
+    assert pairs == {(a, c) for a in ("raw", "int4", "int8") for c in ("raw", "int8")}
+    with pytest.raises(ConfigError, match=r"cotangents, which need 8 bits \(int4: 4\)"):
+        codec_choice.pairs(config(1, codecs="int4"))
+    # What is configured is not the tuner's to judge, and a bound is the user's own.
+    assert len(codec_choice.pairs(config(1))) == 1
+    assert len(codec_choice.pairs(config(1, codecs="bits:abs0.1"))) == 1
+
+
+def test_what_may_be_chosen_is_measured():
+    settings = auto(1, activation_bits=12, cotangent_bits=16)
+    measured = measure.measure_codecs(settings)
+    assert set(measured) == {"bits:11", "bits:15", "bits:23"}
+    assert measured["bits:11"].ratio < measured["bits:15"].ratio < measured["bits:23"].ratio < 1
