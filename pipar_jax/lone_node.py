@@ -131,6 +131,7 @@ class _Drive:
         self._host = Host(
             node, model, config,
             reply=lambda body, arrays: self._replies.put(body), failed=self._fail,
+            rematerialise=configuration.host(config, node).rematerialise,
         )  # fmt: skip
 
     def connect(self, own: Endpoint, others: Endpoint) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 
 import stages
 from pipar_jax import aggregation, optimizer
+from pipar_jax import config as configuration
 from pipar_jax.config import Config
 from pipar_jax.errors import RunError
 from pipar_jax.plan import Plan, is_node, long_name
@@ -130,20 +131,23 @@ def predict(model: Model, plan: Plan, host: str, config: Config, samples: Sequen
       model: The whole model.
       plan: The plan.
       host: The host's name.
-      config: Optimiser, rule of aggregation, mini-batch and window of the links.
+      config: Optimiser, rule of aggregation, mini-batch, window of the links, and whether the
+        host keeps residuals.
       samples: Samples that each device trains on in an epoch.
     """
     share = Share(plan, host, Wiring(host), ())
     tx = optimizer.build(config.optimizer, steps=1, proximal_mu=config.aggregation.proximal_mu)
     rule = aggregation.rule(config.aggregation)
     window = int(config.pipeline.window_mb * 1e6)
+    rematerialise = configuration.host(config, host).rematerialise
     slots: dict[tuple[int, int], int] = {}
     # Where devices take turns, each one's micro-batches are there without the others'.
     passing: dict[tuple[int, int], list[_Passing]] = {}
     average = 0
     for device, one in enumerate(plan.devices):
         chain = [plan.host(device, stage) for stage in range(one.stages)]
-        for index, stage in enumerate(stages.split(model, one.cuts)):
+        cut = stages.split(model, one.cuts, rematerialise=rematerialise)
+        for index, stage in enumerate(cut):
             if chain[index] != host:
                 continue
             units = [model.units[i] for i in plan.units(device, index, len(model.units))]
