@@ -145,7 +145,8 @@ def measure(run: bench.Bench) -> None:
         measure_equality(run)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        validation.write_data(folder, chains.BATCH)
+        for batch in chains.BATCHES.values():
+            validation.write_data(folder, batch)
         if "time" in wanted:
             measure_time(run, folder)
         if "hops" in wanted and not run.quick:

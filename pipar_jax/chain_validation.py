@@ -29,6 +29,8 @@ from stages import Facts, Model
 BATCH = 16
 #: How much slower nodes and devices compute than a core does.
 NODE_SLOWDOWN, DEVICE_SLOWDOWN = 6.0, 12.0
+#: Mini-batches of the runs in time: steps that last long enough to be timed.
+BATCHES = {"vgg5": 64, "resnet18": 16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +140,7 @@ class Setting:
     nodes: tuple[float, ...]
     devices: int
     micro_batches: int = 2
-    select: str = "simulate"
+    select: str = "search"
 
     @property
     def name(self) -> str:
@@ -152,7 +154,8 @@ class Setting:
         name = "".join(one if one.isalnum() else "_" for one in self.name)
         config = Config(name=name, method="mpsl", epochs=ROUNDS)
         config.model.name, config.model.stem = self.model, "imagenet"
-        config.data.source, config.data.batch_size = f"npz:{folder / 'data'}-{BATCH}.npz", BATCH
+        batch = BATCHES[self.model]
+        config.data.source, config.data.batch_size = f"npz:{folder / 'data'}-{batch}.npz", batch
         config.pipeline.cuts, config.pipeline.micro_batches = self.cuts, self.micro_batches
         config.devices.count, config.nodes.count = self.devices, len(self.nodes)
         config.devices.defaults.link = "wifi"
