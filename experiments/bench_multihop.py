@@ -42,7 +42,7 @@ def measure_memory(run: bench.Bench) -> None:
     networks = (chains.Network("vgg5"),) if run.quick else chains.NETWORKS
     devices, most = ((2, 4), 2) if run.quick else ((4, 16), 4)
     for network in networks:
-        config = chains.memory_config(network, 1)
+        config = chains.memory_config(network, (1, 2), 1)
         model = stages.build(network.name, input_shape=validation.INPUT_SHAPE,
                              classes=validation.CLASSES, norm=config.model.norm,
                              stem=config.model.stem)  # fmt: skip
@@ -145,7 +145,8 @@ def measure(run: bench.Bench) -> None:
         measure_equality(run)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        validation.write_data(folder, chains.BATCH)
+        for batch in chains.BATCHES.values():
+            validation.write_data(folder, batch)
         if "time" in wanted:
             measure_time(run, folder)
         if "hops" in wanted and not run.quick:

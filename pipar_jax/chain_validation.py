@@ -29,6 +29,8 @@ from stages import Facts, Model
 BATCH = 16
 #: How much slower nodes and devices compute than a core does.
 NODE_SLOWDOWN, DEVICE_SLOWDOWN = 6.0, 12.0
+#: Mini-batches of the runs in time: steps that last long enough to be timed.
+BATCHES = {"vgg5": 64, "resnet18": 16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +58,12 @@ POLICIES = (Policy("shared, 2 in flight", "shared", 2), Policy("shared", "shared
             Policy("copy", "copy"))  # fmt: skip
 
 
-def memory_config(network: Network, devices: int) -> Config:
+def memory_config(network: Network, cuts: Sequence[int], devices: int) -> Config:
     """Returns the configuration whose memory is measured."""
     config = Config(name=network.name, method="mpsl")
     config.model.name, config.data.batch_size = network.name, BATCH
-    config.devices.count, config.nodes.count = devices, 1
-    config.pipeline.cuts = "1,2"  # any: plans are made of cuts here
+    config.devices.count, config.nodes.count = devices, len(cuts) - 1
+    config.pipeline.cuts = ",".join(map(str, cuts))
     return resolve(config)
 
 
@@ -85,7 +87,7 @@ def best_cuts(facts: Sequence[Facts], first: int, stop: int, nodes: int) -> tupl
     sizes = [3 * one.parameter_bytes + one.residual_bytes for one in facts]
     sums = list(itertools.accumulate(sizes, initial=0))
     # For each number of nodes and position the least largest node so far, and its cuts.
-    best = {first: (0, (first,))}
+    best: dict[int, tuple[int, tuple[int, ...]]] = {first: (0, (first,))}
     for left in range(nodes - 1, -1, -1):
         best = {
             end: min(
@@ -113,7 +115,7 @@ def drive_largest(
     sizes = model_bytes(facts, cuts)
     node = node_name(sizes.index(max(sizes)) + 1)
     cases = [(policy, count) for policy in POLICIES for count in devices]
-    config = memory_config(network, max(devices))
+    config = memory_config(network, cuts, max(devices))
     plans = [chain_plan(cuts, count, policy) for policy, count in cases]
     found = drive_alone(config, plans, node, input_shape=INPUT_SHAPE, classes=CLASSES,
                         cores=first_cores(2))  # fmt: skip
@@ -138,7 +140,7 @@ class Setting:
     nodes: tuple[float, ...]
     devices: int
     micro_batches: int = 2
-    select: str = "simulate"
+    select: str = "search"
 
     @property
     def name(self) -> str:
@@ -152,7 +154,8 @@ class Setting:
         name = "".join(one if one.isalnum() else "_" for one in self.name)
         config = Config(name=name, method="mpsl", epochs=ROUNDS)
         config.model.name, config.model.stem = self.model, "imagenet"
-        config.data.source, config.data.batch_size = f"npz:{folder / 'data'}-{BATCH}.npz", BATCH
+        batch = BATCHES[self.model]
+        config.data.source, config.data.batch_size = f"npz:{folder / 'data'}-{batch}.npz", batch
         config.pipeline.cuts, config.pipeline.micro_batches = self.cuts, self.micro_batches
         config.devices.count, config.nodes.count = self.devices, len(self.nodes)
         config.devices.defaults.link = "wifi"

@@ -131,6 +131,7 @@ class _Drive:
         self._host = Host(
             node, model, config,
             reply=lambda body, arrays: self._replies.put(body), failed=self._fail,
+            rematerialise=configuration.host(config, node).rematerialise,
         )  # fmt: skip
 
     def connect(self, own: Endpoint, others: Endpoint) -> None:
@@ -212,7 +213,8 @@ class _Drive:
         gc.collect()  # a plan's host is gone with its arrays before the next is driven
         while True:
             booked = self._host.held_bytes
-            live = sum(array.nbytes for array in jax.live_arrays())
+            arrays: list[Any] = jax.live_arrays()  # type: ignore[no-untyped-call]
+            live = sum(array.nbytes for array in arrays)
             if booked == live or time.monotonic() > until:
                 return booked, live
             time.sleep(0.01)

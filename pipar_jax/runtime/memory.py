@@ -131,21 +131,22 @@ def predict(model: Model, plan: Plan, host: str, config: Config, samples: Sequen
       model: The whole model.
       plan: The plan.
       host: The host's name.
-      config: Optimiser, rule of aggregation, mini-batch and window of the links.
+      config: Optimiser, rule of aggregation, mini-batch, window of the links, and whether the
+        host keeps residuals.
       samples: Samples that each device trains on in an epoch.
     """
     share = Share(plan, host, Wiring(host), ())
     tx = optimizer.build(config.optimizer, steps=1, proximal_mu=config.aggregation.proximal_mu)
     rule = aggregation.rule(config.aggregation)
     window = int(config.pipeline.window_mb * 1e6)
-    again = configuration.host(config, host).rematerialise
+    rematerialise = configuration.host(config, host).rematerialise
     slots: dict[tuple[int, int], int] = {}
     # Where devices take turns, each one's micro-batches are there without the others'.
     passing: dict[tuple[int, int], list[_Passing]] = {}
     average = 0
     for device, one in enumerate(plan.devices):
         chain = [plan.host(device, stage) for stage in range(one.stages)]
-        cut = stages.split(model, one.cuts, rematerialise=again)
+        cut = stages.split(model, one.cuts, rematerialise=rematerialise)
         for index, stage in enumerate(cut):
             if chain[index] != host:
                 continue
@@ -289,7 +290,7 @@ def _sizes(stage: Stage, params: Any, state: Any, x: Any) -> tuple[int, int, int
 
 def _abstract(tree: Any) -> Any:
     """Returns a tree of shapes."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    return jax.eval_shape(lambda same: same, tree)
 
 
 def _bytes(tree: Any) -> int:

@@ -123,7 +123,7 @@ class Replica:
 
 def _shapes(tree: Any) -> Any:
     """Returns a tree of shapes."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    return jax.eval_shape(lambda same: same, tree)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -70,6 +70,19 @@ def test_what_a_run_held_is_told_and_stays_within_the_prediction(tmp_path):
             assert (used["arrays"] > 0) == (host != "server")
 
 
+def test_a_host_that_computes_forwards_again_keeps_less(tmp_path):
+    made = setting(tmp_path)
+    network = support.model("vgg5", "float32")
+    kept = []
+    for again in (False, True):
+        made.nodes.defaults.rematerialise = again
+        config = resolve(made)
+        plan = plan_for(config, network.unit_names)
+        kept.append(memory.predict(network, plan, "n1", config, DEVICES).held)
+    # Two devices' eight samples of the input, [4, 4, 32] float32, and nothing else.
+    assert kept[1] == 2 * 8 * 4 * 4 * 32 * 4 < kept[0]
+
+
 @pytest.mark.parametrize("share", [0.9, 1.01])
 def test_a_plan_above_a_node_s_memory_is_refused_with_the_figures(tmp_path, share):
     """Before anything is built if its arrays are too many, else when temporaries are known."""
