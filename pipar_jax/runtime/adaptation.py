@@ -132,11 +132,17 @@ class Adaptation:
 
     def _take_answer(self, mail: Mail) -> None:
         """Takes a device's answer to a look."""
-        body = mail.body
-        rows, timed = parse_seen(body["rows"], mail.source), Carried(*body["timed"])
+        try:
+            look, rows = mail.body["look"], parse_seen(mail.body["rows"], mail.source)
+            nbytes, seconds = map(float, mail.body["timed"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(
+                f"{mail.source} answered a look with what cannot be read: {error!r}; do both hosts "
+                "run the same version?"
+            ) from error
         with self._lock:
-            if body["look"] == self._look:
-                self._answers[mail.source] = rows, timed
+            if look == self._look:
+                self._answers[mail.source] = rows, Carried(nbytes, seconds)
                 self._lock.notify_all()
 
     def _take_compiled(self, mail: Mail) -> None:
@@ -150,8 +156,8 @@ class Adaptation:
         lower_priority()
         try:
             while not self._stop.wait(self._config.tuner.look_s):
-                if (era := self._ask()) is not None:
-                    self._consider(era)
+                if (look := self._ask()) is not None:
+                    self._consider(look)
         except BaseException as error:  # raised by ``ready``
             with self._lock:
                 self._error = error

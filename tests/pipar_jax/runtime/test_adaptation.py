@@ -10,6 +10,7 @@ import pytest
 from pipar_jax.errors import ConfigError, PlanError, RunError
 from pipar_jax.plan import Plan
 from pipar_jax.runtime import adaptation, coordinator, migration
+from pipar_jax.runtime.members import Mail
 from pipar_jax.runtime.observer import Observer, Seen, parse_seen
 from pipar_jax.schedule import AGGREGATE, FORWARD, Action
 from pipar_jax.trace import Timed
@@ -169,6 +170,14 @@ def test_observations_that_are_none_are_refused(rows):
     with pytest.raises(RunError, match="d0 sent observations"):
         parse_seen(rows, "d0")
     assert parse_seen([[0, 1, "F", 3, 1, 0.5]], "d0") == [Seen(0, 1, "F", 3, 1, 0.5)]
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"look": 1, "rows": []}, {"look": 1, "rows": [], "timed": [1, "much"]}]
+)
+def test_an_answer_that_cannot_be_read_ends_the_run_with_a_word(body):
+    with pytest.raises(RunError, match="d0 answered a look with what cannot be read"):
+        adaptation.Adaptation._take_answer(None, Mail("d0", body, {}, 0.0))
 
 
 def test_an_optimiser_state_that_does_not_fit_is_refused():
