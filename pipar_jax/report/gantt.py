@@ -153,8 +153,9 @@ def _bar(row: Timed, window: Window, top: float, scale: float) -> str:
         class_=" ".join(["bar", *classes]),
     )  # fmt: skip
     word = f"{action.kind}{action.micro_batch}" if micro else action.kind
-    if not sent and width > 8.0 * len(word):
-        tone = "inside deep" if "back" in classes else "inside"
+    if not sent and width > 9.0 * len(word):
+        dark = "back" in classes and "beside" not in classes
+        tone = "inside deep" if dark else "inside"
         shape += text(x + width / 2, y + LANE / 2 + 4, word, tone, "middle")
     key = f"{action.device}.{action.step}.{action.micro_batch}" if micro else ""
     return element("g", shape, data_key=key) if key else shape

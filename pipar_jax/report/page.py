@@ -238,8 +238,8 @@ def _links(runs: Sequence[Run], names: Sequence[str]) -> str:
                 f"{one['messages']:,.0f}",
                 digits(one["queue_s"] / one["messages"] * 1e3) if one["messages"] else "–",
                 digits(one["queued_peak_bytes"] / 1e3),
-                digits(one["credit_wait_s"]),
-                digits(one["blocked_s"]),
+                f"{one['credit_wait_s']:.2f}",
+                f"{one['blocked_s']:.2f}",
                 digits(one["rtt_s"] * 1e3) if "rtt_s" in one else "–",
                 digits(one["rate_mbps"]) if "rate_mbps" in one else "–",
                 f"{one['reconnects']:.0f} ({digits(one['repeated_bytes'] / 1e3)} kB)"

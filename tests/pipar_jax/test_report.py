@@ -201,7 +201,7 @@ def test_what_links_carried_and_waited_for_is_added_up(folders: list[Path]) -> N
     whole = sum(row["bytes_up"] + row["bytes_down"] for row in run.of("round_finished"))
     assert sum(one["bytes"] for one in run.traffic.values()) == pytest.approx(whole)
     page = make_page([run])
-    cells = ["PiPar d0 → server", digits(up["bytes"] / 1e6), "50%", "30", "50", "7", "0.75", "0",
+    cells = ["PiPar d0 → server", digits(up["bytes"] / 1e6), "50%", "30", "50", "7", "0.75", "0.00",
              "–", "17.5", "1 (0.9 kB)"]  # fmt: skip
     assert "".join(f"<td{' class=words' * (not i)}>{c}</td>" for i, c in enumerate(cells)) in page
 

@@ -22,7 +22,8 @@ class Gone:
 
 
 @pytest.fixture
-def members(tmp_path):
+def members(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipar_jax.runtime.members.LAST_WORDS_S", 0.05)  # there are none
     endpoint = Endpoint("server")
     network = support.model("mlp", "float32")
     made = Members(
