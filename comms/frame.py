@@ -45,7 +45,7 @@ import math
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -162,7 +162,8 @@ class Tag:
         )
 
 
-_NO_TAG = (0,) * 8
+_TagFields: TypeAlias = tuple[int, int, int, int, int, int, int, int]
+_NO_TAG: _TagFields = (0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class Header(NamedTuple):
@@ -225,7 +226,7 @@ def pack_header(header: Header, shape: tuple[int, ...] = ()) -> bytes:
     return head + struct.pack(f"<{len(shape)}Q", *shape) if shape else head
 
 
-def tag_fields(tag: Tag | None) -> tuple[int, int, int, int, int, int, int, int]:
+def tag_fields(tag: Tag | None) -> _TagFields:
     """Returns the tag's eight numbers in header order.
 
     Raises:

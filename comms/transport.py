@@ -5,8 +5,8 @@ segment; NOTSENT_LOWAT where the system has it, so that little lies unsent in th
 heartbeat cannot overtake it. Buffer sizes are left to the system's tuning, which finds the
 bandwidth-delay product that a fixed size would guess; only where the measured rate is low does
 SO_SNDBUF bound what is in flight, since TCP would fill the queues before the slow link until they
-overflow. RCVLOWAT while the rest of a large frame is awaited on a fast link: woken for every
-segment, a receiver on another core costs the sender a quarter of its time.
+overflow. RCVLOWAT on Linux while the rest of a large frame is awaited on a fast link: to wake the
+receiver for every few segments costs the sender a quarter of its time.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Final
 
 _NOTSENT_LOWAT: Final = getattr(socket, "TCP_NOTSENT_LOWAT", None)
+_LINUX: Final = sys.platform.startswith("linux")
 _TLS_WRITE_BYTES = 1 << 17
 _TLS_RECORD_BYTES = 1 << 14
 _LIFTED_BYTES = 4 << 20
@@ -70,17 +71,18 @@ class Transport:
         self._in_flight = nbytes
         with contextlib.suppress(OSError):  # already closed
             # Linux doubles the value for its own records, which take about a fifth.
-            value = nbytes * 5 // 8 if sys.platform.startswith("linux") else nbytes
+            value = nbytes * 5 // 8 if _LINUX else nbytes
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, value)
 
     def wake_at(self, nbytes: int) -> None:
         """Makes the selector report the socket only when so many bytes (or the end) are there.
 
-        Whoever asks for more than 1 must know that so many are on their way.
+        Whoever asks for more than 1 must know that so many are on their way. Does nothing but on
+        Linux, which also looks at what has arrived already when the bound is lowered.
         """
-        if nbytes != self._wake:
+        if _LINUX and nbytes != self._wake:
             self._wake = nbytes
-            with contextlib.suppress(OSError):  # a system without it, or already closed
+            with contextlib.suppress(OSError):  # already closed
                 self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
 
     def send(self, buffers: Sequence[memoryview]) -> int | None:
