@@ -525,7 +525,7 @@ def _encode_bounded(flat: Array, setting: Setting) -> Bytes:
     step = step_exponent(setting, largest, flat.dtype)
     if math.frexp(largest)[1] - step >= MOST_WIDTH or step > MOST_STEP:
         return _payload(RAW, flat)
-    whole = np.rint(values * kind(2.0**-step)).astype(np.int32)
+    whole = np.rint(np.multiply(values, 2.0**-step)).astype(np.int32)
     present = whole != 0
     kept = int(np.count_nonzero(present))
     raw = flat.nbytes
@@ -584,7 +584,7 @@ def _decode_bounded(parts: Parts, dtype: np.dtype[Any]) -> Array:
     words -= sign
     values: Array = words.reshape(-1).astype(np.float64 if dtype == np.float64 else np.float32)
     with np.errstate(over="ignore"):
-        values *= 2.0**parts.step
+        np.multiply(values, 2.0**parts.step, out=values)
     return values
 
 

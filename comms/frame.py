@@ -225,7 +225,7 @@ def pack_header(header: Header, shape: tuple[int, ...] = ()) -> bytes:
     return head + struct.pack(f"<{len(shape)}Q", *shape) if shape else head
 
 
-def tag_fields(tag: Tag | None) -> tuple[int, ...]:
+def tag_fields(tag: Tag | None) -> tuple[int, int, int, int, int, int, int, int]:
     """Returns the tag's eight numbers in header order.
 
     Raises:

@@ -70,6 +70,7 @@ class Inbox:
         self._lanes: list[Assembly | None] = [None, None]
         self._bundle: Bundle | None = None
         self._signal = bytearray()
+        self._proven = False
 
     @property
     def held_bytes(self) -> int:
@@ -100,6 +101,8 @@ class Inbox:
         """Begins a connection; the peer sends on behind `received` and `partial_bytes`."""
         self.settle()
         self.rate.restart()
+        # However short-lived the connections, each has to bring the stream some bytes further.
+        self._proven = False
         self._reader.restart(leftover)
 
     def pump(self, transport: Transport, budget_bytes: int) -> bool:
@@ -138,7 +141,20 @@ class Inbox:
             self._lanes[lane] = assembly
         if header.length == 0 and header.total != 0:
             raise FrameError("an empty chunk")
+        self._look_ahead(header, assembly)
         return assembly.buffer.data[header.offset : header.offset + header.length]
+
+    def _look_ahead(self, header: Header, assembly: Assembly) -> None:
+        """Behind a large frame expects another one of its kind, if only one chunk of many."""
+        if header.length < _LARGE_BYTES:
+            self._reader.expect()
+            return
+        goes_on = header.offset + header.length < header.total
+        gather = min(_WAKE_BYTES, int((self.rate.bytes_per_s or 0.0) * _WAKE_S))
+        self._reader.expect(
+            HEADER_BYTES + (0 if goes_on else 8 * len(assembly.shape)),
+            gather if gather >= _LARGE_BYTES and self._proven else 1,
+        )
 
     def _begin_message(self, header: Header, shape: tuple[int, ...]) -> Assembly:
         """Checks what a message declares; only then allocates its buffer."""
@@ -210,12 +226,12 @@ class Inbox:
         pure = bool(header.flags & _BACK_TO_BACK) and frame_bytes >= _SMALLEST_SAMPLE_BYTES
         self.rate.add(frame_bytes, pure, self._reader.last_read_s)
         self.received = header.sequence
+        self._proven = True
         self.partial_bytes = 0
         lane = 1 if header.flags & _CONTROL_LANE else 0
         assembly = self._lanes[lane]
         assert assembly is not None
         assembly.filled += header.length
-        self._look_ahead(frame_bytes, assembly)
         if assembly.filled < assembly.header.total:
             return
         self._lanes[lane] = None
@@ -240,18 +256,6 @@ class Inbox:
         else:
             self.accepted_bytes += assembly.cost
             self._on_tensor(assembly)
-
-    def _look_ahead(self, frame_bytes: int, assembly: Assembly) -> None:
-        """Behind a large frame expects another one of its kind, if only one chunk of many."""
-        if frame_bytes < _LARGE_BYTES:
-            self._reader.expect()
-            return
-        goes_on = assembly.filled < assembly.header.total
-        gather = min(_WAKE_BYTES, int((self.rate.bytes_per_s or 0.0) * _WAKE_S))
-        self._reader.expect(
-            HEADER_BYTES + (0 if goes_on else 8 * len(assembly.shape)),
-            gather if gather >= _LARGE_BYTES else 1,
-        )
 
     def _end_bundle(self, bundle: Bundle) -> None:
         self._bundle = None

@@ -61,7 +61,7 @@ class FrameReader:
             self._compact()
 
     def expect(self, head_bytes: int = _STAGING_BYTES, wake_bytes: int = 1) -> None:
-        """Says what to be ready for next; called by `end_frame`.
+        """Says what to be ready for from here on; called by `begin_frame`.
 
         Args:
             head_bytes: how much to read beyond a payload: after a large one just the next head, so

@@ -67,7 +67,7 @@ def measure(run: bench.Bench) -> None:
 def tell(run: bench.Bench, name: str, scores: dict) -> None:
     """Adds the errors of all methods."""
     for method, one in scores.items():
-        if one.count:
+        if one.predictions:
             run.row(f"{name}: {method}, MAPE", one.mape * 100, "%")
             run.row(f"{name}: {method}, within 10 %", one.within * 100, "%")
 
@@ -76,12 +76,12 @@ def pooled(scores: list):
     """Returns the errors of several sets of predictions together."""
     from pipar_jax.predictor.evaluation import Score
 
-    count = sum(one.count for one in scores)
+    count = sum(one.predictions for one in scores)
     if not count:
         return scores[0]
-    share = [one.count / count for one in scores]
+    share = [one.predictions / count for one in scores]
     mape, within, median = (
-        sum(w * getattr(one, name) for w, one in zip(share, scores, strict=True) if one.count)
+        sum(w * getattr(one, name) for w, one in zip(share, scores, strict=True) if one.predictions)
         for name in ("mape", "within", "median")
     )
     return Score(mape, within, median, count)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from absl import flags
 
-from pipar_jax import bench, tuner_trials
+from pipar_jax import adapting_trials, bench, tuner_trials
 from pipar_jax.config import Config, resolve
 
 PARTS = ("choices", "adapt", "unequal", "search")
@@ -46,7 +46,7 @@ def choices(run: bench.Bench, folder: Path, results: Path) -> None:
 def adapt(run: bench.Bench, folder: Path, results: Path) -> None:
     """Adds the rows of falling and rising bandwidth."""
     run.progress("adapt")
-    found = tuner_trials.adapting(folder, results, run.quick)
+    found = adapting_trials.adapting(folder, results, run.quick)
     for name, seconds in found.seconds.items():
         run.row(f"50/10/50 Mbit/s: {name}", seconds, "s")
     run.row("50/10/50 Mbit/s: adapting / best per phase", found.to_oracle, "x", 1.10)

@@ -93,8 +93,7 @@ def _layers(quick: bool) -> tuple[list, tuple]:
         for name in {one.network for one in wanted}
     }
     described = tuple(
-        layer(*one, [each.at(one.batch) for each in known[one.network][one.index]])
-        for one in wanted
+        layer(*one, [each.at(one.batch) for each in known[one.network][one.unit]]) for one in wanted
     )
     return wanted, described
 

@@ -275,6 +275,11 @@ def _check_tuner(config: Config) -> None:
                 f"{config.tuner.methods!r}: a plan can change where devices train in parallel, and "
                 "sl hands one part on; choose others, or set tuner.adapt=false"
             )
+        if config.nodes.count:
+            raise ConfigError(
+                f"tuner.adapt=true does not go with nodes.count={config.nodes.count}: plans change "
+                "between device and server only; set nodes.count=0, or tuner.adapt=false"
+            )
 
 
 def _check_device(config: Config, index: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from pipar_jax.process import Tell
 from pipar_jax.profile import Profile
 from pipar_jax.tuner.options import Option, excess
 from pipar_jax.tuner.predict import Stages, judge
-from pipar_jax.tuner.search import search
+from pipar_jax.tuner.search import labels, search
 
 INPUT_SHAPE, CLASSES = (32, 32, 3), 10
 #: Steps of a round.
@@ -137,11 +137,37 @@ def try_plans(config: Config, profile: Profile, plans: Sequence[Plan]) -> dict[P
     config.method, config.pipeline.cut, config.pipeline.micro_batches = "pipar", 1, 4
     events = _launch(config, len(plans) + 1, plans)
     seconds = [event["seconds"] for event in events if event["event"] == "round_finished"][1:]
-    stages, found = Stages(profile), {}
+    stages = Stages(profile)
+    found: dict[Plan, Tried] = {}
     for plan, round_s in zip(plans, seconds, strict=True):
         one = found.setdefault(plan, Tried(plan, judge(stages, plan).epoch_s, []))
         one.seconds.append(round_s)
     return found
+
+
+def words(plan: Plan) -> str:
+    """Returns a plan in a few words, such as ``pipar 2 x4``."""
+    found = labels(plan)
+    cuts = [f"{one.cuts[0] if one.cuts else 'fl'}x{one.micro_batches}" for one in plan.devices]
+    if len(set(cuts)) > 1:
+        return f"{found['method']} {' '.join(cuts)}"
+    return found["method"] if found["cut"] == "-" else f"{found['method']} {cuts[0]}"
+
+
+def kept(results: Path, name: str, measure: Callable[[], Any]) -> Any:
+    """Returns what was measured under a name, measuring it if it was not yet.
+
+    What is kept was written as soon as it was measured: a long benchmark can be taken up again.
+
+    Args:
+      results: The folder.
+      name: The name.
+      measure: Measures, and returns JSON values.
+    """
+    path = results / f"{name.replace(' ', '_').replace('/', '-')}.json"
+    if not path.exists():
+        path.write_text(json.dumps(measure()), encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _launch(config: Config, rounds: int, plans: Sequence[Plan] = ()) -> list[dict[str, Any]]:

@@ -1,28 +1,21 @@
 """The tuner held against real runs: settings, what is trained in each, and what comes of it.
 
-``experiments.bench_tuner`` runs them. Every measurement is kept in a folder of results as soon as
-it is made, so that a long benchmark can be taken up again.
+``experiments.bench_tuner`` runs them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import json
 import statistics
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipar_jax import launcher, trials
-from pipar_jax.config import AUTO, Config, resolve
+from pipar_jax import trials
+from pipar_jax.config import Config, resolve
 from pipar_jax.plan import Plan
 from pipar_jax.profile import DeviceProfile, HostProfile, Profile, UnitFacts
 from pipar_jax.simulator.costs import LinkModel
-from pipar_jax.tuner.options import Option
-from pipar_jax.tuner.predict import Stages, judge
-from pipar_jax.tuner.search import labels, search
 
 LINKS, SLOWDOWNS = ("4g", "4g+", "wifi", "lan"), (1.0, 10.0)
 #: Networks, their mini-batches, and how many near plans are trained at most: large networks take
@@ -31,8 +24,6 @@ NETWORKS = (("vgg5", 100, 99), ("resnet18", 20, 8), ("mobilenetv3_small", 20, 8)
 #: Rounds in which the tuner's plan and the best of the others take turns.
 TURNS = 4
 
-#: Bandwidths of the phases, each so long; rounds of so many steps; and how slow the devices are.
-PHASES_MBPS, PHASE_S, ADAPT_STEPS, ADAPT_SLOWDOWN = (50.0, 10.0, 50.0), 60.0, 10, 5.0
 #: How much slower unequal devices are; twice that of the issue's, since they share one core here.
 UNEQUAL = (2.0, 10.0, 40.0)
 
@@ -125,7 +116,7 @@ def choice(setting: Setting, folder: Path, results: Path) -> Choice:
             "profile": profile.to_dict(),
         }
 
-    return _judge(_kept(results, setting.name, measure))
+    return _judge(trials.kept(results, setting.name, measure))
 
 
 def _judge(found: dict[str, Any]) -> Choice:
@@ -137,87 +128,13 @@ def _judge(found: dict[str, Any]) -> Choice:
     ratio = statistics.median(one / other for one, other in pairs)
     twice = [one for one in tried.values() if len(one.seconds) > 1]
     return Choice(
-        words(tuner), words(best), words(paper),
+        trials.words(tuner), trials.words(best), trials.words(paper),
         statistics.median(turns[tuner].seconds), statistics.median(turns[best].seconds),
         tried[paper].mean_s, ratio, tried[paper].mean_s / tried[best].mean_s,
         statistics.median((max(o.seconds) - min(o.seconds)) / o.mean_s for o in twice),
         statistics.median(abs(o.predicted_s / o.mean_s - 1.0) for o in tried.values()),
         len(tried),
     )  # fmt: skip
-
-
-class Adapting(NamedTuple):
-    """What adapting came to.
-
-    Attributes:
-      seconds: Seconds of each run, and of the best plan for each phase, by name.
-      to_oracle: Adapting by the best plan for each phase.
-      to_fixed: Adapting by the best fixed plan.
-      changes: What was changed, in words.
-    """
-
-    seconds: dict[str, float]
-    to_oracle: float
-    to_fixed: float
-    changes: list[str]
-
-
-def adapting(folder: Path, results: Path, quick: bool = False) -> Adapting:
-    """Trains while bandwidth falls and rises: adapting, and under each fixed plan."""
-    phase_s = 10.0 if quick else PHASE_S
-    trace = folder / "phases.csv"
-    rows = [f"{i * phase_s:g},{mbps:g},{mbps:g}" for i, mbps in enumerate(PHASES_MBPS)]
-    trace.write_text("\n".join(["time_s,up_mbps,down_mbps", *rows]) + "\n", encoding="utf-8")
-    rates = {mbps: f"{mbps:g}/{mbps:g}" for mbps in PHASES_MBPS}
-    mark = f"adapt {phase_s:g}s"
-
-    def config(link: str) -> Config:
-        made = trials.base_config(folder, "vgg5", 100, 2, link, ADAPT_STEPS)
-        made.devices.defaults.slowdown = ADAPT_SLOWDOWN
-        return made
-
-    profiles = {
-        mbps: Profile.from_dict(
-            _kept(results, f"{mark} profile {mbps:g}",
-                  lambda link=link: trials.survey(config(link)).to_dict())
-        )
-        for mbps, link in rates.items()
-    }  # fmt: skip
-    best = {m: search(p, resolve(config(rates[m]))).plans[0].plan for m, p in profiles.items()}
-    alone_s = {
-        mbps: statistics.median(
-            _kept(results, f"{mark} alone {mbps:g}", lambda m=mbps: [
-                s for one in trials.try_plans(
-                    config(rates[m]), profiles[m], [best[m]] * 3
-                ).values() for s in one.seconds
-            ])
-        )
-        for mbps in rates
-    }  # fmt: skip
-    # As much work as the best plan for each phase does in its phases.
-    rounds = round(sum(phase_s / alone_s[mbps] for mbps in PHASES_MBPS))
-    fixed = _fixed(profiles, best, rounds, phase_s)
-    seconds = {"best plan per phase": _through(alone_s, rounds, phase_s)}
-    events = _kept(results, f"{mark} adapting {rounds}",
-                   lambda: _run(_adapts(config(f"trace:{trace}")), rounds))  # fmt: skip
-    seconds["adapting"] = _seconds(events)
-    for plan in fixed:
-        found = _kept(
-            results, f"{mark} fixed {words(plan)} {rounds}",
-            lambda plan=plan: _run(_under(config(f"trace:{trace}"), plan), rounds),
-        )  # fmt: skip
-        seconds[f"fixed {words(plan)}"] = _seconds(found)
-    least_s = min(s for name, s in seconds.items() if name.startswith("fixed"))
-    return Adapting(
-        seconds,
-        seconds["adapting"] / seconds["best plan per phase"],
-        seconds["adapting"] / least_s,
-        [
-            f"{rounds} rounds of {ADAPT_STEPS} steps; best alone: "
-            + ", ".join(f"{m:g} Mbit/s {words(best[m])} {alone_s[m]:.2f} s" for m in rates),
-            *_changes(events),
-        ],
-    )
 
 
 class Unequal(NamedTuple):
@@ -245,12 +162,12 @@ def unequal(folder: Path, results: Path, quick: bool = False) -> Unequal:
         rows = [[one.plan.to_dict(), one.predicted_s, one.seconds] for one in turns.values()]
         return {"own": own.to_dict(), "best": best.to_dict(), "turns": rows}
 
-    found = _kept(results, "unequal" + (" quick" if quick else ""), measure)
+    found = trials.kept(results, "unequal" + (" quick" if quick else ""), measure)
     turns = _tried(found["turns"])
     own, best = (Plan.from_dict(found[name]) for name in ("own", "best"))
     return Unequal(
         statistics.median(turns[own].seconds), statistics.median(turns[best].seconds),
-        words(own), words(best),
+        trials.words(own), trials.words(best),
     )  # fmt: skip
 
 
@@ -277,98 +194,6 @@ def many_devices(devices: int = 20, units: int = 36, unequal: bool = False) -> P
     return Profile("made-up", 100, tuple(facts), host, tuple(made), window_bytes=32e6)
 
 
-def words(plan: Plan) -> str:
-    """Returns a plan in a few words, such as ``pipar 2 x4``."""
-    found = labels(plan)
-    cuts = [f"{one.cuts[0] if one.cuts else 'fl'}x{one.micro_batches}" for one in plan.devices]
-    if len(set(cuts)) > 1:
-        return f"{found['method']} {' '.join(cuts)}"
-    return found["method"] if found["cut"] == "-" else f"{found['method']} {cuts[0]}"
-
-
-def _fixed(
-    profiles: dict[float, Profile], best: dict[float, Plan], rounds: int, phase_s: float
-) -> list[Plan]:
-    """Returns the fixed plans worth running: each phase's best, and the best compromise."""
-    stages = {mbps: Stages(profile) for mbps, profile in profiles.items()}
-    like = next(iter(best.values()))
-    count = len(next(iter(profiles.values())).units)
-    options = [Option(0), *(Option(c, n) for c in range(1, count) for n in trials.NUMBERS)]
-
-    def through_s(option: Option) -> float:
-        plan = trials.common_plan(option, like)
-        times = {mbps: judge(one, plan).epoch_s for mbps, one in stages.items()}
-        return _through(times, rounds, phase_s)
-
-    compromise = trials.common_plan(min(options, key=through_s), like)
-    chosen: dict[str, Plan] = {}
-    for plan in (*best.values(), compromise):  # the same but for dispatch is the same
-        chosen.setdefault(words(plan), plan)
-    return list(chosen.values())
-
-
-def _through(round_s: dict[float, float], rounds: float, phase_s: float) -> float:
-    """Returns the seconds of so many rounds that last as long as their phase says."""
-    passed_s = 0.0
-    for mbps in PHASES_MBPS[:-1]:
-        done = phase_s / round_s[mbps]
-        if done >= rounds:
-            return passed_s + rounds * round_s[mbps]
-        rounds, passed_s = rounds - done, passed_s + phase_s
-    return passed_s + rounds * round_s[PHASES_MBPS[-1]]
-
-
-def _adapts(config: Config) -> Config:
-    config.method, config.tuner.adapt = AUTO, True
-    return config
-
-
-def _under(config: Config, plan: Plan) -> Config:
-    """Returns the configuration of a run under a plan that all devices have in common."""
-    one = plan.devices[0]
-    config.method, config.pipeline.dispatch = "pipar" if one.cuts else "fl", plan.dispatch
-    if one.cuts:
-        config.pipeline.cut, config.pipeline.micro_batches = one.cuts[0], one.micro_batches
-    return config
-
-
-def _run(config: Config, rounds: int) -> list[dict[str, Any]]:
-    """Trains so many rounds; returns the events that count."""
-    config.epochs = rounds
-    with tempfile.TemporaryDirectory() as folder:
-        config.run.dir = folder
-        events: list[dict[str, Any]] = []
-        launcher.launch(config, on_event=events.append)
-    kinds = ("round_finished", "replanned", "run_finished")
-    return [event for event in events if event["event"] in kinds]
-
-
-def _seconds(events: Sequence[dict[str, Any]]) -> float:
-    return float(next(e["seconds"] for e in events if e["event"] == "run_finished"))
-
-
-def _changes(events: Sequence[dict[str, Any]]) -> list[str]:
-    """Returns what was changed when, in words."""
-    passed_s = itertools.accumulate(
-        event["seconds"] for event in events if event["event"] == "round_finished"
-    )
-    ends = [0.0, *passed_s]
-    return [
-        f"after {ends[e['round']]:.0f} s, before round {e['round']}: to "
-        f"{words(Plan.from_dict(e['to']))} in {e['seconds']:.2f} s"
-        for e in events
-        if e["event"] == "replanned"
-    ]
-
-
 def _tried(rows: Sequence[Any]) -> dict[Plan, trials.Tried]:
     found = [trials.Tried(Plan.from_dict(plan), s, seconds) for plan, s, seconds in rows]
     return {one.plan: one for one in found}
-
-
-def _kept(results: Path, name: str, measure: Callable[[], Any]) -> Any:
-    """Returns what was measured under a name, measuring it if it was not yet."""
-    path = results / f"{name.replace(' ', '_').replace('/', '-')}.json"
-    if not path.exists():
-        path.write_text(json.dumps(measure()), encoding="utf-8")
-    return json.loads(path.read_text(encoding="utf-8"))

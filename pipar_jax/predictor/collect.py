@@ -38,12 +38,12 @@ class Layer(NamedTuple):
 
     Attributes:
       network: A registered network, ``reference``, or ``chain`` and a seed.
-      index: The unit's position in it.
+      unit: Its position in it.
       batch: Samples.
     """
 
     network: str
-    index: int
+    unit: int
     batch: int
 
 
@@ -109,12 +109,6 @@ def variants(gpu: bool = False) -> tuple[Variant, ...]:
             found.append(Variant(isa.lower(), 1, flags, "cpu", (
                 Condition("plain", isa.lower()), *([crowd] if cores > 1 else []),
             )))  # fmt: skip
-    # Another library for convolutions and products: as on a machine whose own is not there.
-    found.append(Variant(
-        "plainlib", 1,
-        "--xla_cpu_experimental_ynn_fusion_type= --xla_cpu_use_onednn=false", "cpu",
-        (Condition("plain", "plainlib"), Condition("half", "plainlib", duty=0.5)),
-    ))  # fmt: skip
     if gpu:
         found.append(Variant("gpu", 1, "", "cuda", (Condition("plain", "gpu"),)))
     return tuple(found)
@@ -301,9 +295,10 @@ def _begin() -> int:
 
     from pipar_jax.data.cache import user_cache
 
-    jax.config.update("jax_compilation_cache_dir", str(user_cache() / "latency"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    update: Any = jax.config.update
+    update("jax_compilation_cache_dir", str(user_cache() / "latency"))
+    update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    update("jax_persistent_cache_min_entry_size_bytes", -1)
     return os.getpid()
 
 
@@ -320,8 +315,9 @@ def _prepare(layer: Layer) -> None:
         _STATE.update(network=layer.network, model=model, variables=model.init(0))
         _STATE["parts"] = stages.split(model, tuple(range(1, len(model.units))))
         _STATE["compiled"] = optimizer.compiled(OptimizerConfig(), steps=1, proximal_mu=0.0)
-    part = _STATE["parts"][layer.index]
-    replica = Replica(part, *_STATE["variables"], _STATE["compiled"])
+    part = _STATE["parts"][layer.unit]
+    params, state = _STATE["variables"]
+    replica = Replica(part, params, state, _STATE["compiled"])
     _STATE.update(replica=replica, batch=layer.batch)
     run_all(_STATE["model"], [replica], (layer.batch,))
 

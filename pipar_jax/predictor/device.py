@@ -80,7 +80,7 @@ class Device:
             return np.zeros(0)
         each = self.operator_s(np.concatenate(tables), head)
         owner = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
-        return np.bincount(owner, each, minlength=len(tables))
+        return _grouped(owner, each, len(tables))
 
 
 def typical(weights: Weights) -> Device:
@@ -168,8 +168,15 @@ def _terms(weights: Weights, tables: Sequence[Array], head: int) -> _Terms:
 def _sums(terms: _Terms, values: Array, count: int) -> tuple[Array, Array]:
     """Returns the logarithms of the sums, [count], and their slopes, [count, SIZE]."""
     each = np.exp(terms.base + terms.design @ values)
-    total = np.bincount(terms.owner, each, minlength=count)
+    total = _grouped(terms.owner, each, count)
     share = each / total[terms.owner]
     slope = np.zeros((count, SIZE))
     np.add.at(slope, terms.owner, share[:, None] * terms.design)
     return np.log(total), slope
+
+
+def _grouped(owner: npt.NDArray[np.int64], values: Array, count: int) -> Array:
+    """Returns the sums of values by owner, [count]."""
+    found = np.zeros(count)
+    np.add.at(found, owner, values)
+    return found

@@ -33,13 +33,13 @@ class Score(NamedTuple):
       mape: Mean of |predicted / true - 1|.
       within: Share of predictions within 10 % of the truth.
       median: Median of |predicted / true - 1|.
-      count: Predictions.
+      predictions: How many there were.
     """
 
     mape: float
     within: float
     median: float
-    count: int
+    predictions: int
 
 
 def score(ratios: Sequence[float]) -> Score:

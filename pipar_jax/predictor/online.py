@@ -108,10 +108,10 @@ class Learner:
         # What it said of itself at first stays an anchor, since it is about single layers.
         anchor = max(0.25, self._faded(self._updates))
         observations = [one._replace(weight=anchor) for one in self._first]
-        for case, times in self._times.items():
+        for case, kept in self._times.items():
             observations.append(
                 self._observation(
-                    case, statistics.median(times), self._faded(self._updates - self._seen[case])
+                    case, statistics.median(kept), self._faded(self._updates - self._seen[case])
                 )
             )
         self.device = fit(self._weights, observations, self.device)
@@ -129,9 +129,9 @@ class Learner:
             return
         self._reference = self._reference.slowed(factor)
         self._first = self._reference.observations()
-        for times in self._times.values():
-            for index, seconds in enumerate(times):
-                times[index] = seconds * factor
+        for kept in self._times.values():
+            for index, seconds in enumerate(kept):
+                kept[index] = seconds * factor
 
     def predict_s(self, case: Case) -> float:
         """Returns how long a stage takes, as far as is known."""

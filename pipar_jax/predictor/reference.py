@@ -156,8 +156,8 @@ class ReferenceTimes:
             made = cls(**{
                 name: tuple(map(float, value)) if name in lists else float(value)
                 for name, value in values.items()
-            })  # fmt: skip
-        except (TypeError, ValueError, AttributeError) as error:
+            })  # type: ignore[arg-type]  # fmt: skip
+        except (AttributeError, TypeError, ValueError) as error:
             raise PlanError(f"these are not the times of reference layers: {error!r}") from error
         count = len(reference_model().units) - 1
         if any(len(getattr(made, name)) != count for name in lists):

@@ -22,13 +22,13 @@ class TimedLayer(NamedTuple):
 
     Attributes:
       network: What it belongs to.
-      index: Its position there.
+      unit: Its position there.
       batch: Samples.
       operators: What it does, as ``operators.rows`` makes it, [operators, WIDTH].
     """
 
     network: str
-    index: int
+    unit: int
     batch: int
     operators: Array
 
@@ -147,6 +147,6 @@ class Timings:
         return cls(devices, layers, tables[0], tables[1])
 
 
-def layer(network: str, index: int, batch: int, operators: Sequence[Operator]) -> TimedLayer:
+def layer(network: str, unit: int, batch: int, operators: Sequence[Operator]) -> TimedLayer:
     """Returns a layer of operators."""
-    return TimedLayer(network, index, batch, rows(operators))
+    return TimedLayer(network, unit, batch, rows(operators))

@@ -198,6 +198,20 @@ def test_tls_carries_tensors_and_is_version_1_3(workshop, certificates):
     assert client.links[0]._transport.secure
 
 
+def test_large_and_small_tensors_cross_tls_both_ways_at_once(workshop, certificates):
+    """More than the kernel takes at a time, so that records are cut off and begun again."""
+    files, _ = certificates
+    pair = workshop.pair(tls(files, "server"), client_options=tls(files))
+    sizes = (4_000_003, 1, 70_000, 0, 9_000_000, 16_383, 16_384, 5_000_000)
+    arrays = [np.random.default_rng(size).integers(0, 255, size, np.uint8) for size in sizes]
+    for array in arrays:
+        pair.up.send(Tag(role=Role.ACTIVATION), array)
+        pair.down.send(Tag(role=Role.COTANGENT), array)
+    for array in arrays:
+        np.testing.assert_array_equal(pair.at_server.take_array(), array)
+        np.testing.assert_array_equal(pair.at_client.take_array(), array)
+
+
 def test_mutual_tls_with_token(workshop, certificates):
     files, _ = certificates
     server = ChannelOptions(token=TOKEN, tls=tls(files, "server", require_peer=True).tls)

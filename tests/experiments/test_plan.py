@@ -32,7 +32,7 @@ def test_a_profile_is_measured_printed_and_planned_with(tmp_path: Path) -> None:
     assert [unit.name for unit in found.units]
     assert all(row[0] > 0 for row in found.server.backward_s)
     slow = found.devices[0].host
-    assert sum(slow.update_s) > 5 * sum(found.server.update_s)  # its emulated slowness is in it
+    assert sum(slow.update_s) > 2 * sum(found.server.update_s)  # fifty times, and some noise
     planned = run("plan", *small, f"--profile={file}")
     assert planned.returncode == 0, planned.stderr
     assert "paper's" in planned.stdout

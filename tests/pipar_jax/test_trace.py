@@ -69,7 +69,7 @@ def test_every_link_has_tracks_of_its_own(tmp_path):
     names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
     assert list(names.values()) == ["compute", "receive d0", "send d0", "receive d1", "send d1"]
     drawn = {e["name"]: names[e["tid"]] for e in events if e["ph"] == "X"}
-    assert drawn["d1.1SB@0"] == "send d1" and drawn["d0.1L0@0"] == "compute"
+    assert drawn["d1.1SB0@0"] == "send d1" and drawn["d0.1L0@0"] == "compute"
 
 
 def test_an_arrow_leads_from_a_send_to_its_receive(tmp_path):

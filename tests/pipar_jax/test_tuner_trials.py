@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pipar_jax import trials, tuner_trials
+from pipar_jax import adapting_trials, trials, tuner_trials
 from pipar_jax.config import resolve
 from pipar_jax.plan import Plan
 from pipar_jax.tuner.options import Option
@@ -66,9 +66,9 @@ def test_figures_of_a_setting_come_from_its_measurements(tmp_path):
 
 def test_the_best_plan_for_each_phase_does_its_share_in_each():
     times = {50.0: 2.0, 10.0: 6.0}
-    assert tuner_trials._through(times, 5, 60.0) == 10.0
-    assert tuner_trials._through(times, 40, 60.0) == 120.0
-    assert tuner_trials._through(times, 41, 60.0) == 122.0
+    assert adapting_trials.through_s(times, 5, 60.0) == 10.0
+    assert adapting_trials.through_s(times, 40, 60.0) == 120.0
+    assert adapting_trials.through_s(times, 41, 60.0) == 122.0
 
 
 def test_there_are_settings_enough():

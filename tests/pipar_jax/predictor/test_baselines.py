@@ -43,7 +43,7 @@ def test_a_look_up_knows_what_it_saw():
 
 def test_scores_count_what_is_known():
     found = score([1.0, 1.05, 0.8, np.nan])
-    assert found.count == 3
+    assert found.predictions == 3
     assert found.mape == pytest.approx((0 + 0.05 + 0.2) / 3)
     assert found.within == pytest.approx(2 / 3)
     assert np.isnan(score([]).mape)

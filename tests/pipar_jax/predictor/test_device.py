@@ -105,7 +105,7 @@ def test_evaluation_ranks_what_knows_the_device_above_what_does_not():
     assert scores[0]["predictor"].mape < scores[0]["FLOPs regression"].mape
     held_out = evaluation.held_out_layers(made, lambda some: train(some, steps=300))
     assert held_out["predictor"].mape < held_out["look-up"].mape
-    assert held_out["predictor"].count > 100
+    assert held_out["predictor"].predictions > 100
 
 
 def test_a_partition_by_true_times_has_no_regret():

@@ -35,12 +35,11 @@ def settings(tmp_path, monkeypatch) -> Config:
     return resolve(made)
 
 
-def test_the_facts_are_those_that_measuring_finds(settings):
+def test_a_prediction_has_a_time_for_every_unit_and_size(settings):
     network = support.model(dtype="float32")
-    measured = measure.measure_host(settings, network, SIZES)
     predicted = measure.predicted_host(settings, network, SIZES, reference())
-    assert predicted.units == measured.units
-    assert predicted.host.sizes == measured.host.sizes
+    assert [one.name for one in predicted.units] == list(network.unit_names)
+    assert predicted.host.sizes == SIZES
     assert predicted.host.forward_s[-1] == (0.0, 0.0)
     rows = (*predicted.host.forward_s[:-1], *predicted.host.backward_s)
     assert all(seconds > 0 for row in rows for seconds in row)

@@ -7,8 +7,9 @@ import pytest
 
 import stages
 from pipar_jax.plan import DevicePlan, Plan
+from pipar_jax.predictor import online
 from pipar_jax.predictor.hosts import predict_host, stage_table
-from pipar_jax.predictor.online import CASES, Learner
+from pipar_jax.predictor.online import Learner
 from pipar_jax.predictor.operators import model_operators, rows
 from pipar_jax.predictor.reference import ReferenceTimes, reference_layers
 from pipar_jax.schedule import BACKWARD, FORWARD, LAST, Action
@@ -124,13 +125,14 @@ def test_a_trace_teaches_its_hosts_stages():
     assert course.learner.observe_trace(Trace(), plan, "d0") == 0
 
 
-def test_only_so_many_cases_are_remembered_and_no_time_is_no_time():
+def test_only_so_many_cases_are_remembered_and_no_time_is_no_time(monkeypatch):
+    monkeypatch.setattr(online, "CASES", 3)
     course = Course()
     course.learner.observe((FORWARD, 0, 1, BATCH), 0.0)
-    for samples in range(1, CASES + 20):
+    for samples in range(1, 8):
         course.learner.observe((FORWARD, 0, 1, samples), 1e-3)
     course.learner.learn()
-    assert len(course.learner._times) == CASES
+    assert len(course.learner._times) == 3
 
 
 def test_a_profile_holds_what_is_known():

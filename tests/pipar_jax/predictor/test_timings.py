@@ -72,15 +72,15 @@ def table(path: Path, devices: dict[str, float], rows: int) -> None:
 def test_tables_are_further_devices(tmp_path):
     assert read_tables(tmp_path) is None
     table(tmp_path / "vgg19_cifar.csv", {"pi": 1.0, "vm": 0.0}, 25)
-    table(tmp_path / "resnet101_cifar.csv", {"pi": 2.0}, 36)
+    table(tmp_path / "resnet101_cifar.csv", {"pi": 2.0}, 37)
     found = read_tables(tmp_path)
     assert [one.name for one in found.devices] == ["table-pi", "table-vm"]
-    assert found.forward_s.shape == (2, 61)
+    assert found.forward_s.shape == (2, 62)
     assert np.isfinite(found.forward_s[0]).all()
     assert np.isnan(found.forward_s[1]).all()  # a zero is a missing measurement
     assert found.forward_s[0].max() == pytest.approx(0.072)
     table(tmp_path / "vgg19_cifar.csv", {"pi": 1.0}, 20)
-    with pytest.raises(DataError, match="20 layers, expected 25"):
+    with pytest.raises(DataError, match="'pi' has 20 layers, expected 25"):
         read_tables(tmp_path)
 
 

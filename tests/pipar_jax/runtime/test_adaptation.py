@@ -145,6 +145,13 @@ def test_turns_cannot_change_their_plan(tmp_path, method, methods):
         adaptation.check_adaptable(dataclasses.replace(plan_of([SHORT]), order="sequential"))
 
 
+def test_chains_with_nodes_do_not_adapt(tmp_path):
+    made = setting(tmp_path, EVEN)
+    made.nodes.count = 1
+    with pytest.raises(ConfigError, match=r"does not go with nodes.count=1"):
+        support.trained(made, EVEN)
+
+
 def test_what_computations_lasted_is_told_once():
     observer = Observer()
     one = Action(0, FORWARD, 1, 7)

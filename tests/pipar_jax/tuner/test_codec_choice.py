@@ -1,4 +1,4 @@
-"""Codecs by need: on slow links and not on fast ones, never coarser than allowed."""
+"""Codecs by need: on slow links alone, no coarser than allowed, no finer than is free."""
 
 from __future__ import annotations
 

@@ -6,8 +6,10 @@ import pytest
 from flax import nnx
 
 import stages
+from pipar_jax import optimizer
 from pipar_jax.config import Config, resolve
 from pipar_jax.errors import RunError
+from pipar_jax.predictor.hosts import facts_of
 from pipar_jax.tuner import measure
 from tests.pipar_jax.runtime import support
 
@@ -38,6 +40,10 @@ def test_a_host_is_measured_once(settings, tmp_path):
     assert first.optimizer_bytes >= first.parameter_bytes  # momentum
     assert first.output_bytes == 4 * network.shapes(1)[1].size
     assert 0 < first.residual_bytes < 1e5
+
+    # What is predicted from shapes alone is what was found.
+    transformation = optimizer.build(settings.optimizer, steps=1)
+    assert facts_of(network, transformation, SIZES[0]) == found.units
 
     again = measure.measure_host(settings, network, SIZES)
     assert again == found._replace(seconds=0.0)
