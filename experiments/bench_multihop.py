@@ -64,6 +64,9 @@ def measure_memory(run: bench.Bench) -> None:
                     f"; arrays alone {alone:+.1%}), temporaries {one.temporary / MB:.0f} MB, "
                     f"resident {one.resident / MB:.0f} MB, cuts {','.join(map(str, cuts))}"
                 )
+            if ("copy", max(devices)) not in found:
+                run.note(f"{network.name} {nodes} nodes {max(devices)} devices copy: too large")
+                continue
             copies = found["copy", max(devices)]
             whole[nodes] = copies.arrays + copies.temporary
         sizes = {
@@ -71,6 +74,8 @@ def measure_memory(run: bench.Bench) -> None:
             for nodes in (1, most)
         }
         model_saves = (1.0 - sizes[most] / sizes[1]) * 100
+        if not whole.keys() >= sizes.keys():
+            continue
         saves = (1.0 - whole[most] / whole[1]) * 100
         name = f"{network.name}: {most} nodes with copies save"
         run.row(name, saves, "%", model_saves - 2.0, "higher")

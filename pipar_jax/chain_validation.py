@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,7 +62,8 @@ POLICIES = (Policy("shared, 2 in flight", "shared", 2), Policy("shared", "shared
 def memory_config(network: Network, cuts: Sequence[int], devices: int) -> Config:
     """Returns the configuration whose memory is measured."""
     config = Config(name=network.name, method="mpsl")
-    config.model.name, config.data.batch_size = network.name, BATCH
+    config.model.name, config.model.stem = network.name, "imagenet"
+    config.data.batch_size = BATCH
     config.devices.count, config.nodes.count = devices, len(cuts) - 1
     config.pipeline.cuts = ",".join(map(str, cuts))
     return resolve(config)
@@ -111,10 +113,19 @@ def model_bytes(facts: Sequence[Facts], cuts: Sequence[int]) -> list[float]:
 def drive_largest(
     network: Network, facts: Sequence[Facts], cuts: Sequence[int], devices: Sequence[int]
 ) -> dict[tuple[str, int], Driven]:
-    """Returns what the largest node of a chain held, by policy and number of devices."""
+    """Returns what the largest node of a chain held, by policy and number of devices.
+
+    What would need more than 60 % of this machine's memory is left out.
+    """
     sizes = model_bytes(facts, cuts)
     node = node_name(sizes.index(max(sizes)) + 1)
-    cases = [(policy, count) for policy in POLICIES for count in devices]
+    room = 0.6 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    cases = [
+        (policy, count)
+        for policy in POLICIES
+        for count in devices
+        if policy.weights == "shared" or count * max(sizes) < room
+    ]
     config = memory_config(network, cuts, max(devices))
     plans = [chain_plan(cuts, count, policy) for policy, count in cases]
     found = drive_alone(config, plans, node, input_shape=INPUT_SHAPE, classes=CLASSES,

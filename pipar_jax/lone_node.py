@@ -111,6 +111,8 @@ def _drive_all(
                 found.append(tuple(drive.run()))
             finally:
                 drive.close()
+        del drive
+        gc.collect()  # its arrays, before there are the next one's
     return found
 
 
@@ -210,7 +212,6 @@ class _Drive:
         import jax
 
         until = time.monotonic() + _SETTLE_S
-        gc.collect()  # a plan's host is gone with its arrays before the next is driven
         while True:
             booked = self._host.held_bytes
             arrays: list[Any] = jax.live_arrays()  # type: ignore[no-untyped-call]
