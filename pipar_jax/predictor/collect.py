@@ -1,16 +1,16 @@
 """Gathers times of layers on many kinds of devices, all of them made out of this machine.
 
 A process for each way to compile and each set of cores keeps its programs and is timed under
-several conditions: stopped for a part of the time, beside a neighbour that streams memory, moved
-to another core. Layers are those of the registered networks and of chains drawn at random.
+several conditions: stopped for a part of the time, moved to a single core. Devices that differ by
+more than a factor are made by how their programs are compiled: without vector instructions, without
+the fast library for products, without the choice of formulations in ``stages.layers``. Layers are
+those of the registered networks and of chains drawn at random.
 """
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
-import platform
 import signal
 import statistics
 import threading
@@ -21,14 +21,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipar_jax.pinned import PinnedProcess, first_cores, pinned
+from pipar_jax.pinned import PinnedProcess, first_cores
 
 #: Samples that layers of the registered networks are timed with.
-SIZES = (5, 25)
+SIZES = (25,)
 #: Of these, two are drawn for each layer of a random chain.
 DRAWN_SIZES = (2, 4, 8, 16, 32, 64, 100)
 NETWORKS = ("vgg5", "vgg11", "resnet18", "mobilenetv3_small", "cnn", "mlp", "vit_small")
-CHAINS = 12
+CHAINS = 6
 #: How long a process that is stopped and continued in turns takes for both together.
 PERIOD_S = 0.004
 
@@ -54,14 +54,12 @@ class Condition(NamedTuple):
       name: Ends the device's name.
       family: Devices of one family resemble each other; they are held out together.
       duty: Share of the time for which the process may run.
-      crowded: Whether a neighbour streams memory.
       core: Which of the machine's cores it is moved to; None leaves it.
     """
 
     name: str
     family: str
     duty: float = 1.0
-    crowded: bool = False
     core: int | None = None
 
 
@@ -73,6 +71,7 @@ class Variant(NamedTuple):
       cores: How many cores it starts on.
       flags: XLA's flags.
       platform: Where jax computes.
+      stock: Whether layers are computed by XLA's own operations alone.
       conditions: What it is timed under.
     """
 
@@ -80,6 +79,7 @@ class Variant(NamedTuple):
     cores: int
     flags: str
     platform: str
+    stock: bool
     conditions: tuple[Condition, ...]
 
 
@@ -90,27 +90,28 @@ def variants(gpu: bool = False) -> tuple[Variant, ...]:
       gpu: Whether jax finds a GPU here.
     """
     cores = len(first_cores(1 << 16)) or (os.cpu_count() or 1)
-    plain = Condition("plain", "native")
+    scalar = "--xla_backend_optimization_level=0"
+    library = "--xla_cpu_experimental_ynn_fusion_type="
+
+    def one(name: str, flags: str, *, stock: bool = False) -> Variant:
+        return Variant(name, 1, flags, "cpu", stock, (Condition("plain", name),))
+
     found = [
-        Variant("core", 1, "", "cpu", (
-            plain, Condition("half", "duty", duty=0.5), Condition("quarter", "duty", duty=0.25),
-            *([Condition("crowded", "crowded", crowded=True)] if cores > 1 else []),
-        )),
+        Variant(
+            "core", 1, "", "cpu", False,
+            (Condition("plain", "native"), Condition("half", "duty", duty=0.5),
+             Condition("third", "duty", duty=1 / 3)),
+        ),
+        one("scalar", scalar), one("library", library), one("stock", "", stock=True),
     ]  # fmt: skip
     if cores > 1:
-        found.append(Variant("cores", 2, "", "cpu", (
-            Condition("plain", "multicore"), Condition("half", "multicore", duty=0.5),
-            Condition("one", "native", core=0),
-        )))  # fmt: skip
-    if platform.machine() in ("x86_64", "AMD64"):
-        for isa in ("AVX2", "SSE4_2"):
-            flags = f"--xla_cpu_max_isa={isa} --xla_cpu_prefer_vector_width=128"
-            crowd = Condition("crowded", isa.lower(), crowded=True)
-            found.append(Variant(isa.lower(), 1, flags, "cpu", (
-                Condition("plain", isa.lower()), *([crowd] if cores > 1 else []),
-            )))  # fmt: skip
+        alone = Condition("one", "multicore", core=0)
+        found.append(
+            Variant("cores", 2, "", "cpu", False, (Condition("plain", "multicore"), alone))
+        )
+        found.append(Variant("scalars", 2, scalar, "cpu", False, (Condition("plain", "scalar"),)))
     if gpu:
-        found.append(Variant("gpu", 1, "", "cuda", (Condition("plain", "gpu"),)))
+        found.append(Variant("gpu", 1, "", "cuda", True, (Condition("plain", "gpu"),)))
     return tuple(found)
 
 
@@ -259,11 +260,10 @@ def gather(
     cores = first_cores(1 << 16)
     variables = {"JAX_PLATFORMS": variant.platform, "XLA_FLAGS": variant.flags}
     with contextlib.ExitStack() as stack:
-        crowd = stack.enter_context(_crowd(cores)) if any(c.crowded for c in conditions) else None
         process = stack.enter_context(
             PinnedProcess(variant.name, cores=cores[: variant.cores], variables=variables)
         )
-        pid = process.call(_begin)
+        pid = process.call(_begin, variant.stock)
         for column, layer in enumerate(wanted):
             process.call(_prepare, layer)
             for row, condition in enumerate(conditions):
@@ -271,7 +271,7 @@ def gather(
                     continue
                 if condition.core is not None:
                     _move(pid, {cores[condition.core]})
-                with _stuttering(pid, condition.duty), _awake(crowd if condition.crowded else None):
+                with _stuttering(pid, condition.duty):
                     long = max(least_s, 10 * PERIOD_S) if condition.duty < 1 else least_s
                     times = process.call(_time, repeats, long, condition.duty < 1)
                 if condition.core is not None:
@@ -286,7 +286,7 @@ def gather(
 _STATE: dict[str, Any] = {}
 
 
-def _begin() -> int:
+def _begin(stock: bool) -> int:
     """Sets the process up as a host of a run, its compiled programs kept on disk."""
     import stages
 
@@ -299,6 +299,7 @@ def _begin() -> int:
     update("jax_compilation_cache_dir", str(user_cache() / "latency"))
     update("jax_persistent_cache_min_compile_time_secs", 0.0)
     update("jax_persistent_cache_min_entry_size_bytes", -1)
+    _STATE["stock"] = stock
     return os.getpid()
 
 
@@ -309,6 +310,7 @@ def _prepare(layer: Layer) -> None:
     from pipar_jax.config import OptimizerConfig
     from pipar_jax.runtime.replica import Replica
     from pipar_jax.runtime.warmup import run_all
+    from stages.layers.choice import Formulation, forced
 
     if _STATE.get("network") != layer.network:
         model = build(layer.network)
@@ -319,7 +321,8 @@ def _prepare(layer: Layer) -> None:
     params, state = _STATE["variables"]
     replica = Replica(part, params, state, _STATE["compiled"])
     _STATE.update(replica=replica, batch=layer.batch)
-    run_all(_STATE["model"], [replica], (layer.batch,))
+    with forced(Formulation.XLA if _STATE["stock"] else None):
+        run_all(_STATE["model"], [replica], (layer.batch,))
 
 
 def _time(repeats: int, least_s: float, mean: bool) -> tuple[float, float, float]:
@@ -366,41 +369,3 @@ def _stuttering(pid: int, duty: float) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-
-
-@contextlib.contextmanager
-def _crowd(cores: Sequence[int]) -> Iterator[int]:
-    """Starts a neighbour that streams memory on the last core, stopped until it is needed."""
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=_stream, name="pipar-crowd", daemon=True)
-    with pinned(cores[-1:]):
-        process.start()
-    pid = process.pid
-    assert pid is not None
-    time.sleep(1.0)
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield pid
-    finally:
-        process.kill()
-        process.join()
-
-
-@contextlib.contextmanager
-def _awake(pid: int | None) -> Iterator[None]:
-    """Continues a stopped process for the block."""
-    if pid is not None:
-        os.kill(pid, signal.SIGCONT)
-    try:
-        yield
-    finally:
-        if pid is not None:
-            os.kill(pid, signal.SIGSTOP)
-
-
-def _stream() -> None:
-    """Copies memory for ever."""
-    one, other = np.ones(8 << 20), np.empty(8 << 20)
-    while True:
-        np.copyto(other, one)
-        one[0] += 1

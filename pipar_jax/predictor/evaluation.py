@@ -135,7 +135,8 @@ def unseen_devices(
       timings: What was measured.
       weights: A network trained without these devices.
       devices: Which devices.
-      samples: How many layers of each are given beside the reference layers.
+      samples: How many times of each are given beside the reference layers: a forward and a
+        backward of half as many layers.
       seed: Of the layers given.
     """
     ratios: dict[str, list[float]] = {name: [] for name in METHODS}
@@ -145,10 +146,10 @@ def unseen_devices(
         rest = [i for i in known if i not in set(reference)]
         drawn = np.random.default_rng(seed).permutation(rest)
         # The same layers are asked for whatever is given, or the columns could not be compared.
-        most = min(200, int(0.7 * len(rest)))
-        if samples > most:
+        most = min(100, int(0.7 * len(rest)))
+        if samples // 2 > most:
             continue
-        given = [*reference, *map(int, drawn[:samples])]
+        given = [*reference, *map(int, drawn[: samples // 2])]
         _collect(ratios, timings, weights, device, given, list(map(int, drawn[most:])))
     return {name: score(values) for name, values in ratios.items()}
 
