@@ -16,7 +16,7 @@ from pipar_jax.predictor.tables import FAMILY
 from pipar_jax.predictor.timings import Timings
 
 #: The device whose profile the scalar ratio scales: an ordinary core.
-PROFILED = "core-plain"
+PROFILED = "avx2-plain"
 METHODS = ("predictor", "scalar ratio", "FLOPs regression", "look-up")
 #: Rows of a table that stand for reference layers on devices that did not time those.
 TABLE_REFERENCE = 11
@@ -195,7 +195,7 @@ def partition_regret(
     columns = list(units)
     truth, guess, ratio = [], [], []
     names = [one.name for one in timings.devices]
-    profiled = names.index(PROFILED)
+    profiled = names.index(PROFILED) if PROFILED in names else 0
     reference = timings.reference()
     for place, (device, speed) in enumerate(zip(devices, speeds, strict=True)):
         times = (timings.forward_s, timings.backward_s)
