@@ -27,7 +27,7 @@ from pipar_jax.schedule import Span, micro_batch_sizes
 #: How long a node may take for one micro-batch, compilation aside.
 _PATIENCE_S = 120.0
 #: How long its books may lag behind the last tensor that left.
-_SETTLE_S = 2.0
+_SETTLE_S = 10.0
 
 
 class Driven(NamedTuple):
@@ -96,24 +96,30 @@ def _drive_all(
     classes: int,
 ) -> list[tuple[int, ...]]:
     """Runs in the pinned process, which has not loaded jax before."""
-    from pipar_jax.runtime.setup import build_model, channel_options, set_precision
+    from pipar_jax.runtime.setup import build_model, set_precision
 
     config = configuration.from_dict(values)
     set_precision(config)
     model = build_model(config, input_shape, classes)
     found = []
     for plan in map(Plan.from_dict, plans):
-        options = channel_options(config)
-        with Endpoint(node, options=options) as own, Endpoint("others", options=options) as others:
-            drive = _Drive(config, plan, node, model)
-            try:
-                drive.connect(own, others)
-                found.append(tuple(drive.run()))
-            finally:
-                drive.close()
-        del drive
+        found.append(tuple(_drive(config, plan, node, model)))
         gc.collect()  # its arrays, before there are the next one's
     return found
+
+
+def _drive(config: Config, plan: Plan, node: str, model: Any) -> Driven:
+    """Drives a node through one step of one plan."""
+    from pipar_jax.runtime.setup import channel_options
+
+    options = channel_options(config)
+    with Endpoint(node, options=options) as own, Endpoint("others", options=options) as others:
+        drive = _Drive(config, plan, node, model)
+        try:
+            drive.connect(own, others)
+            return drive.run()
+        finally:
+            drive.close()
 
 
 class _Drive:
@@ -172,7 +178,8 @@ class _Drive:
             self._send(tag)
         capped = self._plan.in_flight if self._plan.sums_gradients else 0
         inside = [self._get(self._forwarded) for _ in parts[: capped or None]]
-        booked, live = self._settle()
+        # Where a cap lets inputs wait, their buffers are booked and no arrays yet.
+        booked, live = self._settle(0.0 if capped else _SETTLE_S)
         for _ in parts[len(inside) :]:  # one has to leave before another may come
             self._send(inside.pop(0))
             inside.append(self._get(self._forwarded))
@@ -207,18 +214,22 @@ class _Drive:
         if tag is not None and tag.role == Role.ACTIVATION:
             self._forwarded.put(dataclasses.replace(tag, role=Role.COTANGENT, stage=self._stage))
 
-    def _settle(self) -> tuple[int, int]:
-        """Returns what is booked and what is alive, once what has left is off the books."""
+    def _settle(self, patience_s: float) -> tuple[int, int]:
+        """Returns what is booked and what is alive, once what has left is off the books.
+
+        Threads that end may keep the host of the plan before, with its arrays, a little longer.
+        """
         import jax
 
-        until = time.monotonic() + _SETTLE_S
+        until = time.monotonic() + patience_s
         while True:
+            gc.collect()
             booked = self._host.held_bytes
             arrays: list[Any] = jax.live_arrays()  # type: ignore[no-untyped-call]
             live = sum(array.nbytes for array in arrays)
             if booked == live or time.monotonic() > until:
                 return booked, live
-            time.sleep(0.01)
+            time.sleep(0.05)
 
     def _get(self, mail: queue.SimpleQueue[Any], timeout_s: float | None = _PATIENCE_S) -> Any:
         """Returns the next item, or raises the error that is one."""
