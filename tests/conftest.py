@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import threading
 import time
@@ -21,6 +22,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # What the processes of a test cache (data sets, compiled programs) stays with the checkout.
 CACHE = Path(__file__).resolve().parent.parent / ".pytest_cache" / "user"
 os.environ["XDG_CACHE_HOME"] = str(CACHE)
+
+# A shell starts what runs in its background deaf to Ctrl-C, and children would be deaf as well.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long a thread or process that was told to end may take to be gone.
 GRACE_S = 10.0
