@@ -99,7 +99,7 @@ class BlockCodec:
             missing = -(end - begin) % parameter
             if missing:
                 values = np.concatenate([values, np.zeros(missing, values.dtype)])
-            with np.errstate(over="ignore"):
+            with np.errstate(over="ignore", invalid="ignore"):
                 block = values.astype(np.float32, copy=False).reshape(-1, parameter)
             codes: Array = self._codes(block, scales[first : first + len(block)]).reshape(-1)
             if self.bits == 4:

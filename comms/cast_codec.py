@@ -55,7 +55,7 @@ class CastCodec:
 
     def encode(self, array: Array, parameter: int) -> Bytes:
         """Returns the narrowed elements as bytes."""
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             return array.astype(self.narrow).reshape(-1).view(np.uint8)
 
     def decode(
@@ -64,7 +64,7 @@ class CastCodec:
         """Returns the elements in their first type."""
         narrow = payload.view(self.narrow)
         array = aligned_empty(dtype, shape)
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             array.reshape(-1)[...] = narrow
         return array
 
