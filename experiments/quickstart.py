@@ -17,7 +17,7 @@ import configs
 from comms.shaping import parse_link
 from pipar_jax import comparison, flags, launcher
 from pipar_jax.comparison import Outcome
-from pipar_jax.config import METHODS, Config
+from pipar_jax.config import SERVER_METHODS, Config
 from pipar_jax.pinned import first_cores
 from pipar_jax.progress import Progress
 from pipar_jax.report import write_report
@@ -30,7 +30,7 @@ PLAIN_WIDTH = 100
 class Extra:
     """The demo's own flags."""
 
-    methods: str = option(",".join(METHODS), "methods to compare, in this order")
+    methods: str = option(",".join(SERVER_METHODS), "methods to compare, in this order")
 
 
 def describe(config: Config) -> str:

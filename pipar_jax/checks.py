@@ -11,9 +11,9 @@ from typing import Any, get_args
 from pipar_jax import schema, sinks
 from pipar_jax.config import (
     CHAINS,
-    METHODS,
     OWN_SOURCES,
     PUBLIC_SOURCES,
+    SERVER_METHODS,
     Config,
     DevicesConfig,
     NetworkConfig,
@@ -237,7 +237,7 @@ def _check_tuner(config: Config) -> None:
             "profile the hosts (tuner.times=profiled), or compute in float32"
         )
     known = {
-        "methods": tuple(name for name in METHODS if name not in CHAINS),
+        "methods": SERVER_METHODS,
         "dispatch": get_args(Dispatch),
     }
     for name in ("methods", "dispatch", "codecs", "micro_batches", "sizes"):

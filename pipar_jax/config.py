@@ -22,9 +22,11 @@ from pipar_jax.plan import Dispatch, HandOn, Weights, is_node, node_name
 from pipar_jax.schema import option
 from stages.names import NORMS, STEMS
 
-METHODS = ("fl", "sl", "sfl", "pipar", "mpsl", "accept")
+#: Methods that need no more hosts than devices and a server.
+SERVER_METHODS = ("fl", "sl", "sfl", "pipar")
 #: Methods whose middle stages run on compute nodes.
 CHAINS = ("mpsl", "accept")
+METHODS = (*SERVER_METHODS, *CHAINS)
 #: Stands for the method and plan that the tuner finds.
 AUTO = "auto"
 PARTITIONS = ("iid", "dirichlet", "labels", "quantity")

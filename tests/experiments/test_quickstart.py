@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pipar_jax.config import resolve
 from tests.sources import ROOT
 
 SMALL = (
@@ -50,6 +52,16 @@ def test_each_method_runs_and_is_a_row_of_the_table(tmp_path: Path) -> None:
         folder = tmp_path / f"quickstart-{method}"
         assert (folder / "weights.safetensors").is_file()
         assert json.loads((folder / "config.json").read_text())["method"] == method
+
+
+def test_every_method_that_is_compared_by_default_fits_the_preset() -> None:
+    quickstart = importlib.import_module("experiments.quickstart")
+    methods = quickstart.Extra().methods.split(",")
+    assert methods == ["fl", "sl", "sfl", "pipar"]
+    for method in methods:
+        config = importlib.import_module("configs.quickstart").get_config()
+        config.method = method
+        resolve(config)
 
 
 @pytest.mark.parametrize(
