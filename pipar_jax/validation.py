@@ -120,12 +120,10 @@ def time_network(some: Sequence[Setting], folder: Path) -> dict[str, Alone]:
 
 def unit_names(config: Config) -> tuple[str, ...]:
     """Returns the names of a configured network's units."""
-    import stages  # here, so that --help and wrong flags need not wait for jax
+    # Here, so that --help and wrong flags need not wait for jax.
+    from pipar_jax.runtime.setup import build_model
 
-    return stages.build(
-        config.model.name, input_shape=INPUT_SHAPE, classes=CLASSES, norm=config.model.norm,
-        stem=config.model.stem,
-    ).unit_names  # fmt: skip
+    return build_model(config, INPUT_SHAPE, CLASSES).unit_names
 
 
 def time_links(setting: Setting, run: Run) -> dict[tuple[str, str], LinkModel]:

@@ -32,6 +32,8 @@ from pipar_jax.slowness import slowness_of
 from pipar_jax.tuner.chains import tune_chain
 from pipar_jax.tuner.measure import (
     Measured,
+    as_configured,
+    limit_bytes,
     measure_codecs,
     measure_host,
     measure_message_s,
@@ -141,7 +143,7 @@ def survey(config: Config, model: Model, members: Members, samples: Sequence[int
         model=model.name,
         batch_size=config.data.batch_size,
         units=server.units,
-        server=_as_configured(server, config.server),
+        server=as_configured(server.host, config.server),
         devices=tuple(devices),
         nodes=tuple(nodes),
         codecs=codecs,
@@ -190,7 +192,7 @@ class Respondent:
         answer: dict[str, Any] = {"type": "surveyed", "what": what}
         if what == "profile":
             found = measure_host(self._config, self._model, tuple(body["sizes"]), self._between)
-            slowed = found._replace(host=_as_configured(found, self._own))
+            slowed = found._replace(host=as_configured(found.host, self._own))
             link.send_control({**answer, "measured": slowed.to_dict()})
         elif what == "reference":
             reference = measure_reference(self._config, self._between)
@@ -198,7 +200,7 @@ class Respondent:
                 {
                     **answer,
                     "reference": reference.slowed(slowness_of(self._own).at(0.0)).to_dict(),
-                    "memory_bytes": _limit_bytes(self._own),
+                    "memory_bytes": limit_bytes(self._own),
                 }
             )
         elif what == "echo":
@@ -216,17 +218,6 @@ class Respondent:
             return
         seconds, self._first_s = message.received_s - self._first_s, None
         message.link.send_control({"type": "surveyed", "what": "took", "seconds": seconds})
-
-
-def _as_configured(measured: Measured, host: Any) -> Any:
-    """Returns a host's profile with its emulated slowness and its limit of memory."""
-    slowed = measured.host.slowed(slowness_of(host).at(0.0))
-    return dataclasses.replace(slowed, memory_bytes=_limit_bytes(host))
-
-
-def _limit_bytes(host: Any) -> float | None:
-    """Returns the memory that a plan may take on a configured host; None where any."""
-    return host.memory_mb * 1e6 if host.memory_mb else None
 
 
 def _ask(members: Members, name: str, question: dict[str, Any]) -> dict[str, Any]:

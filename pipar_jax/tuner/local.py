@@ -21,7 +21,6 @@ from pipar_jax.process import set_environment
 from pipar_jax.profile import DeviceProfile, HostProfile, NodeProfile, Profile
 from pipar_jax.simulator.costs import LinkModel
 from pipar_jax.simulator.probe import measure_delay_s
-from pipar_jax.slowness import slowness_of
 
 #: Bytes of the messages by which wake-ups are timed.
 PROBE_BYTES = 4096
@@ -39,6 +38,7 @@ def profile_here(config: Config) -> Profile:
     """
     from pipar_jax.tuner.measure import (
         Measured,
+        as_configured,
         measure_codecs,
         measure_message_s,
         weight_ratio,
@@ -58,11 +58,7 @@ def profile_here(config: Config) -> Profile:
         return known[key]
 
     def slowed(name: str) -> HostProfile:
-        own = configuration.host(config, name)
-        return dataclasses.replace(
-            measured(name).host.slowed(slowness_of(own).at(0.0)),
-            memory_bytes=limit_bytes(own.memory_mb),
-        )
+        return as_configured(measured(name).host, configuration.host(config, name))
 
     def links(text: str) -> tuple[LinkModel, LinkModel]:
         up, down = (
@@ -97,11 +93,6 @@ def profile_here(config: Config) -> Profile:
         window_bytes=config.pipeline.window_mb * 1e6,
         weight_ratio=weight_ratio(config, codecs),
     )
-
-
-def limit_bytes(memory_mb: float) -> float | None:
-    """Returns a configured limit in bytes; None where there is none."""
-    return memory_mb * 1e6 if memory_mb else None
 
 
 def _samples(config: Config, index: int) -> int:

@@ -28,7 +28,7 @@ import stages
 from comms import Endpoint, Link, Message, Role, Tag
 from comms.codec import parse_codec
 from pipar_jax import aggregation, optimizer
-from pipar_jax.config import Config
+from pipar_jax.config import Config, DeviceConfig, NodeConfig, ServerConfig
 from pipar_jax.data.cache import user_cache
 from pipar_jax.errors import PlanError
 from pipar_jax.predictor.hosts import facts_of, predict_host
@@ -37,6 +37,7 @@ from pipar_jax.profile import CodecProfile, HostProfile, UnitFacts, host_from_di
 from pipar_jax.runtime.replica import Replica
 from pipar_jax.runtime.warmup import run_all
 from pipar_jax.schedule import BACKWARD, FORWARD, LAST, UPDATE
+from pipar_jax.slowness import slowness_of
 from pipar_jax.tuner import codec_choice
 from pipar_jax.tuner.words import whole_numbers
 from stages import Model, make_draw
@@ -176,6 +177,19 @@ def measure_codecs(config: Config) -> dict[str, CodecProfile]:
             payload.nbytes / array.nbytes, encode_s / array.nbytes, decode_s / array.nbytes
         )
     return found
+
+
+def as_configured(
+    measured: HostProfile, host: DeviceConfig | NodeConfig | ServerConfig
+) -> HostProfile:
+    """Returns a host's profile with its emulated slowness and its limit of memory."""
+    slowed = measured.slowed(slowness_of(host).at(0.0))
+    return dataclasses.replace(slowed, memory_bytes=limit_bytes(host))
+
+
+def limit_bytes(host: DeviceConfig | NodeConfig | ServerConfig) -> float | None:
+    """Returns the memory that a plan may take on a configured host; None where any."""
+    return host.memory_mb * 1e6 if host.memory_mb else None
 
 
 def weight_ratio(config: Config, codecs: Mapping[str, CodecProfile]) -> float:
