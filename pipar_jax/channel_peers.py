@@ -143,7 +143,7 @@ def _serve_channel(host: str, folder: Path | None) -> int:
 def _serve_grpc(host: str) -> int:
     from concurrent import futures
 
-    import grpc  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    import grpc
 
     def take(requests: Iterator[bytes], context: Any) -> bytes:
         arrays = [np.frombuffer(request, np.uint8).nbytes for request in requests]

@@ -171,3 +171,12 @@ def test_setuptools_is_new_enough_to_build_the_wheel() -> None:
 
 def _text(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_types_are_checked_without_the_extras_that_development_does_not_install() -> None:
+    optional = PROJECT["project"]["optional-dependencies"]
+    modules = {"grpcio": "grpc"}
+    untyped = set(PROJECT["tool"]["mypy"]["overrides"][0]["module"])
+    for requirement in optional["peers"]:
+        name = re.match(r"[A-Za-z0-9._-]+", requirement).group()
+        assert f"{modules.get(name, name)}.*" in untyped, requirement
