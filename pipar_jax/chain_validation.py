@@ -144,6 +144,7 @@ class Setting:
       devices: How many there are.
       micro_batches: How many a mini-batch is cut into.
       select: How the planner chooses.
+      link: Of each node to the next; the devices are behind WiFi.
     """
 
     model: str
@@ -152,13 +153,15 @@ class Setting:
     devices: int
     micro_batches: int = 2
     select: str = "search"
+    link: str = "none"
 
     @property
     def name(self) -> str:
         """What it is called in the table."""
         speeds = "+".join(f"{one:g}" for one in self.nodes)
         cuts = self.cuts or f"cuts by {self.select}"
-        return f"{self.model} {cuts} nodes {speeds} devices={self.devices}"
+        linked = "" if self.link == "none" else f" links {self.link}"
+        return f"{self.model} {cuts} nodes {speeds} devices={self.devices}{linked}"
 
     def config(self, folder: Path) -> Config:
         """Returns its configuration, with runs and data below a folder."""
@@ -174,7 +177,7 @@ class Setting:
         config.nodes.overrides = {
             i + 1: {"slowdown": NODE_SLOWDOWN * one} for i, one in enumerate(self.nodes)
         }
-        config.tuner.select = self.select
+        config.nodes.defaults.link, config.tuner.select = self.link, self.select
         config.run.dir, config.run.evaluate_every = str(folder), 0
         cores = first_cores(2)
         if cores:
@@ -192,11 +195,12 @@ VALIDATED = (
     Setting("resnet18", "1,3,6,9", (1.0, 1.0, 1.0), 2),
 )
 #: One node, and three of a third of its speed: the same cost.
-ONE_HOP = Setting("resnet18", "1,9", (0.5,), 4)
-MULTIHOP = Setting("resnet18", "1,3,6,9", (1.5, 1.5, 1.5), 4)
-#: Nodes of which two are half as fast: our plan, and that of the paper's objective.
-OURS = Setting("resnet18", "", (1.0, 2.0, 2.0), 4)
-PAPERS = dataclasses.replace(OURS, select="paper")
+ONE_HOP = Setting("resnet18", "", (0.5,), 4)
+MULTIHOP = Setting("resnet18", "", (1.5, 1.5, 1.5), 4)
+#: Nodes of which two are half as fast, joined by free links and by slow ones: our plan, and that of
+#: the paper's objective, which knows no links.
+OURS = tuple(Setting("resnet18", "", (1.0, 2.0, 2.0), 4, link=link) for link in ("none", "10/10"))
+PAPERS = tuple(dataclasses.replace(one, select="paper") for one in OURS)
 
 
 def predict(run: Run) -> float:
