@@ -1,0 +1,111 @@
+"""AccEPT's parts on chains of unequal devices: balanced cuts and the codec, apart and together.
+
+--part=time: ResNet-18 over chains of 2, 3 and 4 devices, 1, 2, 4 and 8 times slower than a core,
+behind 10, 50 and 200 Mbit/s, for even and balanced cuts, raw float32 and coded. All plans of a
+setting are trained in one run, in turns. --part=accuracy: VGG-5 for 10 epochs on a chain of two,
+raw and coded from the same seeds; needs --data_dir=FOLDER, which holds CIFAR-10 as TFDS prepares
+it. --part=learning: a chain of four begins with predicted times, adapts, and is held against the
+best partition. --results keeps what was measured in a folder: it is not measured again.
+
+python -m experiments.bench_accept --part=time --only="2 devices" --results=FOLDER
+"""
+
+import statistics
+import tempfile
+from pathlib import Path
+
+from absl import flags
+
+from configs import cifar10_vgg5_central
+from pipar_jax import accept_trials, bench
+from pipar_jax.config import Config
+
+PARTS = ("time", "accuracy", "learning")
+PART = flags.DEFINE_multi_enum("part", PARTS, PARTS, "What to measure; may be repeated.")
+ONLY = flags.DEFINE_string("only", "", "Time: only settings whose name contains this.")
+DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder with CIFAR-10 as TFDS prepares it.")
+RESULTS = flags.DEFINE_string("results", "", "Folder that keeps measurements; empty: none is kept.")
+SEEDS = (0, 1, 2)
+#: Below this rate a link is what holds even cuts of raw tensors up; the paper's factor.
+SLOW_MBPS, FACTOR = 10, 3.0
+#: Points of accuracy that the codec may cost.
+POINTS = 0.5
+
+
+def times(run: bench.Bench, folder: Path, results: Path) -> None:
+    """Adds each setting's epochs, and what each part and both shorten them by."""
+    first, balanced, coded, both = accept_trials.VARIANTS
+    settings = [one for one in accept_trials.settings(run.quick) if ONLY.value in one.name]
+    for done, setting in enumerate(settings):
+        run.progress(setting.name, done, len(settings))
+        found = accept_trials.compare(setting, folder, results, run.quick)
+        for name, seconds in found.seconds.items():
+            middle_s = statistics.median(seconds)
+            spread = (max(seconds) - min(seconds)) / middle_s
+            run.row(f"{setting.name}: {name}", middle_s, "s", spread=spread)
+            error = found.predicted_s[name] / middle_s - 1.0
+            run.note(f"{setting.name}: {name}: {found.plans[name]}, predicted {error:+.1%}")
+        goal = FACTOR if setting.mbps == SLOW_MBPS else None
+        run.row(f"{setting.name}: shorter by balance", found.ratio(first, balanced), "x")
+        run.row(f"{setting.name}: shorter by the codec", found.ratio(first, coded), "x")
+        run.row(f"{setting.name}: shorter by both", found.ratio(first, both), "x", goal, "higher")
+
+
+def accuracy(run: bench.Bench, folder: Path, results: Path) -> None:
+    """Adds the accuracies of raw and coded trainings from the same seeds."""
+    if not DATA_DIR.value:
+        run.note("accuracy skipped: it needs CIFAR-10, see --data_dir")
+        return
+    seeds = SEEDS[:1] if run.quick else SEEDS
+    differences = []
+    for done, seed in enumerate(seeds):
+        run.progress(f"accuracy, seed {seed}", done, len(seeds))
+        raw, coded = (
+            100
+            * accept_trials.accuracy(seed, with_codec, DATA_DIR.value, folder, results, run.quick)
+            for with_codec in (False, True)
+        )
+        run.row(f"VGG-5, seed {seed}: raw", raw, "%")
+        run.row(f"VGG-5, seed {seed}: coded", coded, "%")
+        differences.append(raw - coded)
+    goal = None if run.quick else POINTS
+    run.row("VGG-5: accuracy lost, mean", statistics.fmean(differences), "points", goal)
+    if len(differences) > 1:
+        error = statistics.stdev(differences) / len(differences) ** 0.5
+        run.row("VGG-5: its standard error", error, "points")
+
+
+def _config(seed: int, folder: Path) -> Config:
+    """Returns the preset of VGG-5 that reaches the paper's accuracy, with another seed."""
+    config = cifar10_vgg5_central.get_config()
+    config.seed, config.data.data_dir, config.run.dir = seed, DATA_DIR.value, str(folder)
+    return config
+
+
+def learning(run: bench.Bench, folder: Path, results: Path) -> None:
+    """Adds where a chain without a profile ends."""
+    setting = accept_trials.Setting(max(accept_trials.LENGTHS), 50)
+    run.progress(f"learning, {setting.name}")
+    found = accept_trials.learn(setting, folder, results, run.quick)
+    run.row("from predicted times: first partition", found.start_s, "s")
+    run.row("from predicted times: last partition", found.end_s, "s")
+    run.row("best partition", found.best_s, "s")
+    run.row("last / best", found.ratio, "x", 1.03)
+    words = zip(("first", "last", "best"), found.plans, strict=True)
+    run.note("; ".join(f"{name} {plan}" for name, plan in words))
+    run.note(f"{found.changes} changes; best of {found.tried} partitions that were trained")
+
+
+def measure(run: bench.Bench) -> None:
+    """Measures the parts that were asked for."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        results = Path(RESULTS.value or name)
+        results.mkdir(parents=True, exist_ok=True)
+        for part, function in zip(PARTS, (times, accuracy, learning), strict=True):
+            if part in PART.value:
+                function(run, folder, results)
+
+
+if __name__ == "__main__":
+    bench.run(measure)
