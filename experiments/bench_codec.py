@@ -4,14 +4,16 @@
 
 Tensors: activations and cotangents of three networks at two depths after 20 steps on CIFAR-10,
 coded on one core beside bfloat16, int8, int4, zstandard, blosc2 (extra `peers`) and memcpy.
-Training: PiPar on two devices behind 4G (10 Mbit/s up, 25 down), from the same initial weights on
-the same shards; only the codecs differ. A pair names those of activations and cotangents, "weights"
-that of averaged weights. With --data_dir=FOLDER, which holds CIFAR-10 as TFDS prepares it, VGG-5
-learns 4,000 of its images, about 10 minutes; without, both parts take scikit-learn's digits.
+Training: PiPar, and MP-SL over a node with labels at home, on two devices behind 4G (10 Mbit/s up,
+25 down), from the same initial weights on the same shards; only the codecs differ. A pair names
+those of activations and cotangents, "weights" that of averaged weights. With --data_dir=FOLDER,
+which holds CIFAR-10 as TFDS prepares it, VGG-5 learns 4,000 of its images, about 15 minutes;
+without, both parts take scikit-learn's digits.
 """
 
 import statistics
 import tempfile
+from collections.abc import Sequence
 
 import numpy as np
 from absl import flags
@@ -25,6 +27,9 @@ from pipar_jax.pinned import first_cores, pinned
 
 DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder with CIFAR-10 as TFDS prepares it.")
 PART = flags.DEFINE_enum("part", "both", ["both", "tensors", "training"], "What to measure.")
+METHOD = flags.DEFINE_enum(
+    "method", "both", ["both", "pipar", "mpsl"], "Trainings by which method."
+)
 NETWORKS = {"vgg5": (1, 2), "resnet18": (2, 6), "mobilenetv3_small": (2, 6)}
 CODERS = ("bfloat16", "int8", "int4", "bits:3", "bits:5", "bits:7", "bits:7s", "bits:11",
           "bits:rel1e-3", "bits:lossless")  # fmt: skip
@@ -40,6 +45,8 @@ CASES = {
     "bits:3 / bits:7, weights bits:11": ("bits:3", "bits:7", "bits:11"),
 }
 QUICK = ("raw", "bits:3 / bits:7")
+#: What each method is trained with: every case, or those that say what the codec is worth.
+METHODS = {"pipar": tuple(CASES), "mpsl": QUICK}
 # Losing more than this many points of accuracy against raw is not a codec's right.
 POINTS = 1.0
 
@@ -82,36 +89,46 @@ def tensors(run: bench.Bench) -> None:
 
 
 def training(run: bench.Bench) -> None:
-    """Trains with each codec."""
-    names = QUICK if run.quick else tuple(CASES)
+    """Trains by each method with each codec."""
+    for method, names in METHODS.items():
+        if METHOD.value in (method, "both"):
+            train(run, method, QUICK if run.quick else names)
+
+
+def train(run: bench.Bench, method: str, names: Sequence[str]) -> None:
+    """Trains by a method with some codecs, raw first."""
     # Trainings that take minutes are paired by their seed alone; the digits afford two.
     seeds = (0,) if run.quick or DATA_DIR.value else (0, 1)
     raw: tuple[float, float] | None = None
     for index, name in enumerate(names):
-        run.progress(f"training with {name}", index, len(names))
+        title = f"{method}, {name}"
+        run.progress(f"training {title}", index, len(names))
         with tempfile.TemporaryDirectory() as folder:
-            told = [launch(_config(CASES[name], seed, run.quick, folder)) for seed in seeds]
+            told = [launch(_config(method, name, seed, run.quick, folder)) for seed in seeds]
         accuracy = 100 * statistics.mean(one["accuracy"] for one in told)
         wire = told[0]["bytes_up"] + told[0]["bytes_down"]
-        run.row(f"{name}: seconds per epoch", min(one["epoch_seconds"] for one in told), "s")
-        run.row(f"{name}: test accuracy", accuracy, "%")
+        run.row(f"{title}: seconds per epoch", min(one["epoch_seconds"] for one in told), "s")
+        run.row(f"{title}: test accuracy", accuracy, "%")
         if raw is not None:
-            run.row(f"{name}: bytes, raw / coded", raw[1] / wire, "x")
+            run.row(f"{title}: bytes, raw / coded", raw[1] / wire, "x")
             goal = None if run.quick else POINTS
-            run.row(f"{name}: accuracy lost", raw[0] - accuracy, "points", goal)
+            run.row(f"{title}: accuracy lost", raw[0] - accuracy, "points", goal)
         raw = raw or (accuracy, wire)
     run.note(f"Accuracy is the mean of {len(seeds)} seed(s); bytes include weights and headers.")
 
 
-def _config(case: tuple[str, str, str], seed: int, quick: bool, folder: str) -> Config:
+def _config(method: str, case: str, seed: int, quick: bool, folder: str) -> Config:
     config = cifar10_vgg5.get_config() if DATA_DIR.value else quickstart.get_config()
     config.seed, config.epochs, config.run.dir = seed, 2 if quick else 5, folder
-    config.devices.defaults.link, config.devices.defaults.slowdown = "4g", 1.0
+    config.method, config.devices.defaults.link = method, "4g"
+    config.devices.defaults.slowdown = 1.0
     if DATA_DIR.value:
         config.data.data_dir, config.data.train_samples = DATA_DIR.value, 4000
         config.data.augment, config.pipeline.cut = "none", 2
     pipeline = config.pipeline
-    pipeline.activation_codec, pipeline.cotangent_codec, config.aggregation.codec = case
+    if method == "mpsl":
+        config.nodes.count, pipeline.cuts = 1, f"{pipeline.cut},4"  # the head is at home
+    pipeline.activation_codec, pipeline.cotangent_codec, config.aggregation.codec = CASES[case]
     return config
 
 
