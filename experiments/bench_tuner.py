@@ -5,8 +5,7 @@ at random are trained for real, three steps and an average a round, twice (the o
 run whose plan changes from round to round; then the tuner's plan in turns with the best of them.
 --part=adapt: bandwidth falls from 50 to 10 Mbit/s and rises again. --part=unequal: devices 1, 5 and
 20 times slower, a plan for each against the best that all have in common. --part=search: how long
-a search takes. --results keeps what was
-measured in a folder: what is there is not measured again.
+a search takes. --results keeps what was measured in a folder: it is not measured again.
 
 python -m experiments.bench_tuner --part=choices --only="vgg5 4g" --results=FOLDER
 """
@@ -57,12 +56,14 @@ def adapt(run: bench.Bench, folder: Path, results: Path) -> None:
 
 def unequal(run: bench.Bench, folder: Path, results: Path) -> None:
     """Adds the rows of devices that differ."""
-    run.progress("unequal devices")
-    found = tuner_trials.unequal(folder, results, run.quick)
-    run.row("devices 1x, 5x, 20x: own plans", found.own_s, "s")
-    run.row("devices 1x, 5x, 20x: best common plan", found.common_s, "s")
-    run.row("devices 1x, 5x, 20x: own / common", found.own_s / found.common_s, "x", 1.0)
-    run.note(f"own: {found.own_plan}; common: {found.common_plan}")
+    for name, links in tuner_trials.UNEQUAL_LINKS.items():
+        run.progress(f"unequal devices, {name}")
+        found = tuner_trials.unequal(folder, results, links, run.quick)
+        title = f"devices 1x, 5x, 20x, {name}"
+        run.row(f"{title}: own plans", found.own_s, "s")
+        run.row(f"{title}: best common plan", found.common_s, "s")
+        run.row(f"{title}: own / common", found.own_s / found.common_s, "x", 1.0)
+        run.note(f"{title}: own {found.own_plan}; common {found.common_plan}")
 
 
 def search(run: bench.Bench, folder: Path, results: Path) -> None:

@@ -26,6 +26,8 @@ TURNS = 4
 
 #: How much slower unequal devices are; twice that of the issue's, since they share one core here.
 UNEQUAL = (2.0, 10.0, 40.0)
+#: Their links: one kind for all, and the faster a device the slower its link.
+UNEQUAL_LINKS = {"4G+": ("4g+",) * 3, "4G, 4G+, WiFi": ("4g", "4g+", "wifi")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,12 +148,22 @@ class Unequal(NamedTuple):
     common_plan: str
 
 
-def unequal(folder: Path, results: Path, quick: bool = False) -> Unequal:
-    """Trains unequal devices under the tuner's plan and under the best common ones in turns."""
+def unequal(folder: Path, results: Path, links: Sequence[str], quick: bool = False) -> Unequal:
+    """Trains unequal devices under the tuner's plan and under the best common ones in turns.
+
+    Args:
+      folder: Where runs and data go.
+      results: Where measurements are kept.
+      links: Each device's.
+      quick: Whether few common plans will do.
+    """
 
     def measure() -> dict[str, Any]:
-        config = trials.base_config(folder, "vgg5", 100, len(UNEQUAL), "4g+")
-        config.devices.overrides = {d: {"slowdown": s} for d, s in enumerate(UNEQUAL)}
+        config = trials.base_config(folder, "vgg5", 100, len(UNEQUAL), links[0])
+        config.devices.overrides = {
+            device: {"slowdown": slower, "link": link}
+            for device, (slower, link) in enumerate(zip(UNEQUAL, links, strict=True))
+        }
         profile = trials.survey(config)
         found = trials.candidates(profile, resolve(config))
         common = found["near"][: 2 if quick else 6]
@@ -162,7 +174,9 @@ def unequal(folder: Path, results: Path, quick: bool = False) -> Unequal:
         rows = [[one.plan.to_dict(), one.predicted_s, one.seconds] for one in turns.values()]
         return {"own": own.to_dict(), "best": best.to_dict(), "turns": rows}
 
-    found = trials.kept(results, "unequal" + (" quick" if quick else ""), measure)
+    found = trials.kept(
+        results, f"unequal {' '.join(links)}" + (" quick" if quick else ""), measure
+    )
     turns = _tried(found["turns"])
     own, best = (Plan.from_dict(found[name]) for name in ("own", "best"))
     return Unequal(
