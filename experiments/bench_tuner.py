@@ -67,7 +67,7 @@ def unequal(run: bench.Bench, folder: Path, results: Path) -> None:
 
 
 def search(run: bench.Bench, folder: Path, results: Path) -> None:
-    """Adds how long a search takes for 20 devices and as many units as ResNet-101 has."""
+    """Adds how long a search takes for 20 devices and ResNet-101."""
     from pipar_jax.tuner.search import search as search_plans
 
     del folder, results  # it takes seconds, and writes nothing
@@ -78,7 +78,7 @@ def search(run: bench.Bench, folder: Path, results: Path) -> None:
         # One thread's processor time: what it would take on a machine that does nothing else.
         began_s = time.thread_time()
         found = search_plans(profile, resolve(config))
-        run.row(f"search, 20 {name} devices, 36 units", time.thread_time() - began_s, "s", 2.0)
+        run.row(f"search, 20 {name} devices, ResNet-101", time.thread_time() - began_s, "s", 2.0)
         run.note(
             f"search, {name}: {found.judged} of {found.candidates} candidates simulated, within "
             f"{found.gap:.1%} of the bound"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import stages
 from pipar_jax import trials
 from pipar_jax.config import Config, resolve
 from pipar_jax.plan import Plan
@@ -28,6 +29,8 @@ TURNS = 4
 UNEQUAL = (2.0, 10.0, 40.0)
 #: Their links: one kind for all, and the faster a device the slower its link.
 UNEQUAL_LINKS = {"4G+": ("4g+",) * 3, "4G, 4G+, WiFi": ("4g", "4g+", "wifi")}
+#: A host of ``many_devices``: its rates, and what calling a compiled function takes.
+FLOPS, BYTES_S, CALL_S = 1e11, 1e10, 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,19 +188,34 @@ def unequal(folder: Path, results: Path, links: Sequence[str], quick: bool = Fal
     )  # fmt: skip
 
 
-def many_devices(devices: int = 20, units: int = 36, unequal: bool = False) -> Profile:
-    """Returns a made-up profile of many devices and a network as deep as ResNet-101."""
-    sizes = (5, 25, 100)
-    work_s = [2e-5 * (3 if 3 < i < 27 else 1) for i in range(units)]
-    forward = [tuple(2e-4 + s * n for n in sizes) for s in work_s]
-    backward = [tuple(2e-4 + 2 * s * n for n in sizes) for s in work_s]
-    backward[-1] = tuple(f + b for f, b in zip(forward[-1], backward[-1], strict=True))
+def many_devices(unequal: bool = False, devices: int = 20) -> Profile:
+    """Returns a profile of many devices and ResNet-101, its times by floating-point operations.
+
+    Args:
+      unequal: Whether devices and links are of three kinds, or all of one.
+      devices: How many there are.
+    """
+    batch, sizes = 100, (5, 25, 100)
+    model = stages.build("resnet101", input_shape=trials.INPUT_SHAPE, classes=trials.CLASSES)
+    units = stages.unit_facts(model, batch)
+
+    def seconds(flops: float) -> tuple[float, ...]:
+        return tuple(CALL_S + flops / FLOPS * size / batch for size in sizes)
+
+    forward = [seconds(one.forward_flops) for one in units]
+    backward = [seconds(one.backward_flops) for one in units]
+    # The last unit is one call: forward, loss and backward.
+    backward[-1] = seconds(units[-1].forward_flops + units[-1].backward_flops)
     forward[-1] = (0.0,) * len(sizes)
-    host = HostProfile(sizes, tuple(forward), tuple(backward), (5e-4,) * units, 1e-4, 1e-9)
-    facts = [
-        UnitFacts(f"u{i}", 5e4 * 1.15**i, 1e3, 5e4 * 1.15**i, 2.6e5 / 1.1**i, 5e5 / 1.1**i)
-        for i in range(units)
-    ]
+    updates = tuple(CALL_S + 5 * one.parameter_bytes / BYTES_S for one in units)
+    host = HostProfile(sizes, tuple(forward), tuple(backward), updates, CALL_S, 3 / BYTES_S)
+    facts = tuple(
+        UnitFacts(
+            "+".join(one.units), one.parameter_bytes, one.state_bytes, one.parameter_bytes,
+            one.output_bytes / batch, one.residual_bytes / batch,
+        )
+        for one in units
+    )  # fmt: skip
     links = [LinkModel(rate * 1.25e5, 0.002, 2e-4) for rate in (10.0, 20.0, 50.0)]
     made = []
     for index in range(devices):
@@ -205,7 +223,7 @@ def many_devices(devices: int = 20, units: int = 36, unequal: bool = False) -> P
             ((1.0, 5.0, 20.0)[index % 3], links[index % 3]) if unequal else (5.0, links[1])
         )
         made.append(DeviceProfile(host.slowed(slower), 500, link, link))
-    return Profile("made-up", 100, tuple(facts), host, tuple(made), window_bytes=32e6)
+    return Profile("resnet101", batch, facts, host, tuple(made), window_bytes=32e6)
 
 
 def _tried(rows: Sequence[Any]) -> dict[Plan, trials.Tried]:
