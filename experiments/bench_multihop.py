@@ -23,6 +23,7 @@ from pipar_jax import chain_validation as chains
 from pipar_jax.chain_planner import ChainProblem, Node, plan_chain, read_profile
 from pipar_jax.chain_validation import Setting
 from pipar_jax.report import Run, read_run
+from pipar_jax.runtime.setup import build_model
 
 PARTS = ("memory", "equality", "time", "hops", "plans", "golden")
 ONLY = flags.DEFINE_multi_enum("only", [], PARTS, "Measure only this; may be repeated.")
@@ -43,9 +44,7 @@ def measure_memory(run: bench.Bench) -> None:
     devices, most = ((2, 4), 2) if run.quick else ((4, 16), 4)
     for network in networks:
         config = chains.memory_config(network, (1, 2), 1)
-        model = stages.build(network.name, input_shape=validation.INPUT_SHAPE,
-                             classes=validation.CLASSES, norm=config.model.norm,
-                             stem=config.model.stem)  # fmt: skip
+        model = build_model(config, validation.INPUT_SHAPE, validation.CLASSES)
         facts = stages.unit_facts(model, chains.BATCH)
         bounds, whole = network.bounds(model), dict[int, float]()
         for nodes in range(1, most + 1):

@@ -395,10 +395,10 @@ class Worker:
         arrived = Action(0, received, int(self._name[1:]), step)
         host.recorder.add(Timed(arrived, message.first_byte_s, message.received_s, message.nbytes))
         if kind == "part":
-            host.take_part(groups["part"], step)
+            host.take_part(bundle.part_of(groups, "part"), step)
         else:
-            whole = groups["whole"]
-            host.store(whole["params"], whole.get("state", {}))
+            whole = bundle.part_of(groups, "whole")
+            host.store(whole["params"], whole["state"])
 
     def _say_goodbye(self) -> None:
         """Sends the rest of the trace, the last this device says, and waits until it has left."""

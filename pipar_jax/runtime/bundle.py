@@ -57,6 +57,19 @@ def unpack(tensors: Mapping[str, np.ndarray[Any, Any]], peer: str) -> dict[str, 
     return groups
 
 
+def part_of(groups: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Returns ``params``, ``state`` and ``opt`` of a part, each by unit.
+
+    A part that has nothing of a kind sends no array of it, nor does a unit.
+
+    Args:
+      groups: What ``unpack`` returned.
+      name: The part's.
+    """
+    found = groups.get(name, {})
+    return {kind: found.get(kind, {}) for kind in ("params", "state", "opt")}
+
+
 def check_like(given: Mapping[str, Any], expected: Mapping[str, Any], peer: str, what: str) -> None:
     """Checks that weights fit the model before anything is done with them.
 

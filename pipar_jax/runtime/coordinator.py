@@ -302,11 +302,11 @@ class Coordinator:
 
     def _gather_sequential(self) -> None:
         """Takes the one copy of every unit: the device part as handed back, the rest from here."""
-        part = bundle.unpack(self._part, device_name(self._holder))["part"]
+        part = bundle.part_of(bundle.unpack(self._part, device_name(self._holder)), "part")
         params, state = self._host.shared_variables()
         own, stats = self._aggregator.params, self._aggregator.state
         own.update(jax.tree.map(np.array, part["params"]))
-        stats.update(jax.tree.map(np.array, part.get("state", {})))
+        stats.update(jax.tree.map(np.array, part["state"]))
         own.update(params)
         stats.update(state)
 
@@ -370,9 +370,9 @@ class Coordinator:
         for name, mail in self._members.collect("fetched", holders).items():
             assert mail.message is not None
             nbytes += mail.message.nbytes
-            part = self._arrays(name, mail)["part"]
+            part = bundle.part_of(self._arrays(name, mail), "part")
             self._aggregator.params.update(part["params"])
             self._aggregator.state.update(
-                {unit: part.get("state", {}).get(unit, {}) for unit in part["params"]}
+                {unit: part["state"].get(unit, {}) for unit in part["params"]}
             )
         return Fetched(nbytes, time.monotonic() - start_s)

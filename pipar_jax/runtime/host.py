@@ -493,9 +493,9 @@ class Host:
 
     def _take_part(self, part: Mapping[str, Any], step: int) -> None:
         for replica in self._owned():
-            replica.load(part["params"], part.get("state", {}))
+            replica.load(part["params"], part["state"])
             for unit, own in replica.opt_state.items():
-                leaves = jax.tree.leaves(part.get("opt", {}).get(unit, {}))
+                leaves = jax.tree.leaves(part["opt"].get(unit, {}))
                 like, structure = jax.tree.flatten(own)
                 fitted = [jax.numpy.array(a, b.dtype) for a, b in zip(leaves, like, strict=True)]
                 replica.opt_state[unit] = jax.tree.unflatten(structure, fitted)

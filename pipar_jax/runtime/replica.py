@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pipar_jax import optimizer
+from pipar_jax.errors import RunError
 from pipar_jax.optimizer import Compiled
 from stages import Draw, Stage
 
@@ -56,10 +57,19 @@ class Replica:
     def load(self, params: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         """Replaces weights and batch statistics by copies of those given.
 
-        A unit that is missing in ``state`` has no statistics.
+        A unit that is missing in ``state`` has no statistics, one missing in ``params`` no weights.
+
+        Raises:
+          RunError: A unit that has weights comes without them, or with others.
         """
         for unit in self.stage.unit_names:  # one by one, so that few are there twice
-            self.params[unit] = jax.tree.map(jnp.array, dict(params[unit]))
+            given = dict(params.get(unit, {}))
+            if unit in self.params and given.keys() != self.params[unit].keys():
+                raise RunError(
+                    f"unit {unit!r} came with weights {sorted(given)}, expected "
+                    f"{sorted(self.params[unit])}: do both hosts use the same model and version?"
+                )
+            self.params[unit] = jax.tree.map(jnp.array, given)
             self.state[unit] = jax.tree.map(jnp.array, dict(state.get(unit, {})))
 
     @property
@@ -107,8 +117,8 @@ class Replica:
         self.params, self.opt_state, self.accumulated = self._update(
             self.params, self.opt_state, self.accumulated
         )
-        leaf: jax.Array = jax.tree.leaves(self.params)[0]
-        return leaf
+        leaves: list[jax.Array] = jax.tree.leaves(self.params)
+        return leaves[0] if leaves else jnp.zeros(())  # a stage may have nothing to learn
 
     def clear(self) -> None:
         """Begins a mini-batch's gradient anew."""

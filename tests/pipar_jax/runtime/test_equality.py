@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import stages
 from tests.pipar_jax.runtime import support
 
 RTOL = 1e-9
@@ -127,3 +128,25 @@ def test_methods_agree_when_devices_take_different_numbers_of_steps(double, netw
         found.append(support.trained(made, RAGGED, network).params)
     assert support.largest_difference(found[1], found[0]) < RTOL
     assert support.largest_difference(found[2], found[0]) < RTOL
+
+
+@pytest.mark.parametrize("method", ["sl", "pipar"])
+def test_a_stage_may_have_nothing_to_learn(double, method, tmp_path):
+    from flax import nnx
+
+    units = [
+        ("flatten", lambda rngs: nnx.Sequential(lambda x: x.reshape(x.shape[0], -1) * 2.0)),
+        (
+            "dense",
+            lambda rngs: nnx.Linear(
+                int(np.prod(support.SHAPE)), support.CLASSES, param_dtype=np.float64, rngs=rngs
+            ),
+        ),
+    ]
+    network = stages.Model.from_units("own", units, support.SHAPE, support.CLASSES,
+                                      input_dtype=np.float64)  # fmt: skip
+    samples = RAGGED if method == "pipar" else EVEN[:1]
+    made = setting(method, 1, 3, tmp_path, samples)
+    run = support.trained(made, samples, network)
+    expected = support.centralised(made, network, union(made, samples))
+    assert support.largest_difference(run.params, expected) < RTOL
