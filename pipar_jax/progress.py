@@ -207,7 +207,7 @@ def render(state: RunState, now_s: float, title: str = "") -> RenderableType:
     if facts := [*_learning(state), *_traffic(state)]:
         lines.append(Text("  " + " · ".join(facts), no_wrap=True, overflow="ellipsis"))
     if state.idle:
-        text = "  idle: " + _idle(state.idle)
+        text = "  busy: " + _busy(state.idle)
         lines.append(Text(text, style="dim", no_wrap=True, overflow="ellipsis"))
     return Group(*lines)
 
@@ -225,7 +225,7 @@ def describe(event: Event, state: RunState) -> str | None:
     if kind == "round_finished":
         facts = [f"round {state.rounds_done} of {state.rounds} took {event['seconds']:.2f} s"]
         facts += [*_learning(state), *_traffic(state)]
-        return ", ".join(facts) + f"; idle: {_idle(state.idle)}"
+        return ", ".join(facts) + f"; busy: {_busy(state.idle)}"
     if kind == "evaluated":
         return f"test accuracy {event['accuracy']:.1%} after epoch {event['epoch']:g}"
     if kind == "run_finished":
@@ -255,8 +255,8 @@ def _traffic(state: RunState) -> list[str]:
     ]
 
 
-def _idle(idle: Mapping[str, float]) -> str:
-    return ", ".join(f"{host} {share:.0%}" for host, share in idle.items())
+def _busy(idle: Mapping[str, float]) -> str:
+    return ", ".join(f"{host} {1 - share:.0%}" for host, share in idle.items())
 
 
 def _clock(seconds: float) -> str:

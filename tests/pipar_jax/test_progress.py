@@ -90,7 +90,7 @@ def test_the_expected_end_follows_from_the_fraction() -> None:
     assert _followed(STARTED, FINISHED).left_s(104.0) == 0.0
 
 
-def test_a_round_gives_throughput_link_use_and_idle_shares() -> None:
+def test_a_round_gives_throughput_link_use_and_busy_shares() -> None:
     state = _followed(STARTED, ROUND, EVALUATED)
     assert state.samples_per_s == 500.0
     assert (state.up_mbps, state.down_mbps) == (4.0, 2.0)
@@ -103,7 +103,7 @@ def test_a_round_gives_throughput_link_use_and_idle_shares() -> None:
         "test 90.0%",
         "500 samples/s",
         "4.0 Mbit/s up, 2.0 down",
-        "server 50%, d0 25%, d1 0%",
+        "busy: server 50%, d0 75%, d1 100%",
     ):
         assert piece in text, text
 
