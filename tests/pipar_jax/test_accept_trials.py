@@ -1,0 +1,66 @@
+"""Settings and plans of the benchmark of AccEPT's parts; its trainings are the benchmark's own."""
+
+import dataclasses
+
+import pytest
+
+from pipar_jax import accept_trials
+from pipar_jax.config import Config, resolve
+from pipar_jax.plan import Codecs
+from pipar_jax.profile import NodeProfile, Profile
+from pipar_jax.simulator.costs import LinkModel
+from pipar_jax.tuner.predict import Stages, judge
+from tests.pipar_jax.tuner import profiles
+
+
+def chain(rate_bytes_s: float) -> tuple[Config, Profile]:
+    """Returns a chain of a device and three nodes 2, 4 and 8 times slower, eight equal units."""
+    config = Config(method="accept")
+    config.devices.count, config.nodes.count, config.pipeline.micro_batches = 1, 3, 4
+    link = LinkModel(rate_bytes_s, 0.001)
+    host = profiles.host(units=8)
+    device = dataclasses.replace(profiles.device(units=8), up=link, down=link)
+    nodes = tuple(NodeProfile(host.slowed(2.0**i), link, link) for i in (1, 2, 3))
+    made = profiles.profile(device, units=8, nodes=nodes, codecs=profiles.bit_codecs())
+    return resolve(config), made
+
+
+def test_there_is_a_setting_for_each_length_and_rate() -> None:
+    names = [one.name for one in accept_trials.settings()]
+    assert len(names) == len(set(names)) == 9
+    assert [one.name for one in accept_trials.settings(quick=True)] == names[:1]
+
+
+def test_even_cuts_give_every_host_as_many_units_in_the_order_given() -> None:
+    config, _ = chain(1e7)
+    (one,) = accept_trials.even_plan(config, 8).devices
+    assert one.cuts == (2, 4, 6)
+    assert one.hosts == ("device", "n1", "n2", "n3")
+    assert one.micro_batches == 4
+
+
+@pytest.mark.parametrize("mbps", [10, 200])
+def test_each_variant_does_what_its_name_says(mbps: float) -> None:
+    config, profile = chain(mbps * 1.25e5)
+    plans = accept_trials.plans_of(config, profile)
+    floor = Codecs("bits:3", "bits:7")
+    codecs = {name: set(plan.devices[0].codecs) for name, plan in plans.items()}
+    assert codecs["even + raw"] == codecs["balanced + raw"] == {Codecs()}
+    assert codecs["even + codec"] == {floor}
+    stages = Stages(profile)
+    seconds = {name: judge(stages, plan).epoch_s for name, plan in plans.items()}
+    assert seconds["balanced + raw"] < seconds["even + raw"]
+    assert seconds["balanced + codec"] <= seconds["balanced + raw"] * 1.02
+    assert seconds["balanced + codec"] <= seconds["even + codec"] * 1.02
+    if mbps == 10:
+        assert seconds["balanced + codec"] < 0.6 * seconds["balanced + raw"]
+
+
+def test_near_plans_are_the_fastest_partitions_first() -> None:
+    config, profile = chain(6e6)
+    stages = Stages(profile)
+    near = accept_trials.near_plans(config, profile, 5)
+    seconds = [judge(stages, plan).epoch_s for plan in near]
+    assert seconds == sorted(seconds) and len(set(near)) == 5
+    best = accept_trials.plans_of(config, profile)["balanced + raw"]
+    assert seconds[0] <= judge(stages, best).epoch_s
