@@ -162,7 +162,8 @@ def measure(run: bench.Bench) -> None:
                         chains.MULTIHOP, chains.ONE_HOP)  # fmt: skip
         if "plans" in wanted and not run.quick:
             for ours, papers in zip(chains.OURS, chains.PAPERS, strict=True):
-                compare_two(run, folder, "our plan against the paper's objective", ours, papers)
+                title = f"our plan against the paper's objective, links {ours.link}"
+                compare_two(run, folder, title, ours, papers)
     if "memory" in wanted:
         measure_memory(run)
 

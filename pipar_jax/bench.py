@@ -305,7 +305,14 @@ def run(measure: Callable[[Bench], None], title: str | None = None) -> None:
         name = title or docstring.splitlines()[0].rstrip(".")
         try:
             bench = Bench(name, quick=quick.value, json_path=json_path.value)
-            measure(bench)
+            try:
+                measure(bench)
+            except BaseException:
+                # What was measured until now took its time: it is not thrown away.
+                if bench.rows:
+                    bench.note("Not complete: it was ended before all was measured.")
+                    bench.finish()
+                raise
             bench.finish()
         except PiparError as error:
             sys.exit(f"error: {error}")

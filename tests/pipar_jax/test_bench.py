@@ -136,9 +136,11 @@ if __name__ == "__main__":
 '''
 
 
-def _program(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def _program(
+    tmp_path: Path, *arguments: str, text: str = PROGRAM
+) -> subprocess.CompletedProcess[str]:
     path = tmp_path / "bench_nothing.py"
-    path.write_text(PROGRAM)
+    path.write_text(text)
     return subprocess.run(
         [sys.executable, path, *arguments],
         env={"PYTHONPATH": str(ROOT)},
@@ -161,6 +163,15 @@ def test_a_program_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert result.stderr.startswith("error: --json=")
     assert "Traceback" not in result.stderr
+
+
+def test_what_was_measured_before_an_error_is_not_thrown_away(tmp_path: Path) -> None:
+    text = PROGRAM.replace("target=0.5)", 'target=0.5)\n    run.row("quick", 1.0, "x")')
+    result = _program(tmp_path, f"--json={tmp_path / 'rows.json'}", text=text)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: the benchmark reports 'quick' twice")
+    assert "Not complete" in result.stdout
+    assert [row["name"] for row in json.loads((tmp_path / "rows.json").read_text())] == ["quick"]
 
 
 def test_the_example_in_the_docstring_runs(tmp_path: Path) -> None:
