@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import queue
 import threading
@@ -19,6 +20,7 @@ from pipar_jax import config as configuration
 from pipar_jax.config import Config, resolve
 from pipar_jax.data import Dataset, normalise
 from pipar_jax.errors import PeerError, RunError
+from pipar_jax.plan import device_name
 from pipar_jax.runtime.folder import CONFIG, METRICS, TRACE
 from pipar_jax.server import run_server
 from pipar_jax.trace import Trace
@@ -192,35 +194,21 @@ def run_here(
             stop.set()
             listening.put(None)
 
-    test = None if data is None else data[-1]
-    server = threading.Thread(
-        target=guarded,
-        args=(lambda: run_server(config, on_event=tell, model=model, data=test, stop=stop),),
-        name="pipar-server",
-    )
-    server.start()
-    threads = [server]
+    threads: list[threading.Thread] = []
+
+    def start(name: str, function: Callable[..., Any], *args: Any, **values: Any) -> None:
+        role = functools.partial(function, config, *args, model=model, stop=stop, **values)
+        threads.append(threading.Thread(target=guarded, args=(role,), name=f"pipar-{name}"))
+        threads[-1].start()
+
+    own: Sequence[Dataset | None] = data or [None] * (count + 1)
+    start("server", run_server, on_event=tell, data=own[-1])
     address = listening.get()
     if address is not None:
-        for index in range(1, len(configuration.nodes(config)) + 1):
-
-            def node(index: int = index) -> None:
-                run_node(config, index, address, model=model, stop=stop)
-
-            threads.append(
-                threading.Thread(target=guarded, args=(node,), name=f"pipar-node-{index}")
-            )
-            threads[-1].start()
+        for name in configuration.nodes(config):
+            start(name, run_node, int(name[1:]), address)
         for index in range(count):
-            own = None if data is None else data[index]
-
-            def role(index: int = index, own: Dataset | None = own) -> None:
-                run_device(config, index, address, model=model, data=own, stop=stop)
-
-            threads.append(
-                threading.Thread(target=guarded, args=(role,), name=f"pipar-device-{index}")
-            )
-            threads[-1].start()
+            start(device_name(index), run_device, index, address, data=own[index])
     try:
         for thread in threads:
             thread.join()
