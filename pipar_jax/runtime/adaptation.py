@@ -20,6 +20,7 @@ from pipar_jax.config import Config
 from pipar_jax.errors import RunError
 from pipar_jax.plan import COORDINATOR, Boundary, Plan, is_node
 from pipar_jax.predictor.online import Learner
+from pipar_jax.predictor.operators import Tables
 from pipar_jax.runtime import moving
 from pipar_jax.runtime.ahead import lower_priority
 from pipar_jax.runtime.candidates import Candidates
@@ -71,10 +72,8 @@ class Adaptation:
         self._config, self._host, self._rounds = config, host, rounds
         self._links: Mapping[str, Link] = {n: one.link for n, one in members.by_name.items()}
         profile, self._units = surveyed.profile, len(model.units)
-        learners = {
-            name: Learner(model, reference) for name, reference in surveyed.references.items()
-        }
-        self._watch, self._choice = Watch(profile, learners), Choice(plan, config.tuner.gain)
+        self._watch = Watch(profile, learners(model, surveyed))
+        self._choice = Choice(plan, config.tuner.gain)
         self._candidates = Candidates(config, model, [one.samples for one in profile.devices])
         self._lock = threading.Condition()
         self._index, self._look = 0, 0
@@ -241,3 +240,14 @@ class Adaptation:
             self._numbers[wanted] = number = len(self._numbers)
         self._host.prepare_ahead(number, wanted)
         self._tell({"type": "ahead", "number": number, "plan": wanted.to_dict()})
+
+
+def learners(model: Model, surveyed: Surveyed) -> dict[str, Learner]:
+    """Returns what learns each host whose times were predicted, by its name."""
+    if not surveyed.references:
+        return {}
+    tables = Tables(model)
+    return {
+        name: Learner(model, reference, tables=tables)
+        for name, reference in surveyed.references.items()
+    }
