@@ -13,7 +13,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from comms import ChannelError, Link
 from pipar_jax.config import Config
@@ -26,7 +26,7 @@ from pipar_jax.runtime.ahead import lower_priority
 from pipar_jax.runtime.candidates import Candidates
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.members import Mail, Members
-from pipar_jax.runtime.observer import Answer, parse_answer
+from pipar_jax.runtime.observer import Answer, Seen, parse_answer
 from pipar_jax.runtime.survey import Surveyed
 from pipar_jax.tuner.choice import Choice, Offer
 from pipar_jax.tuner.predict import Stages, judge, rounds_per_epoch
@@ -37,6 +37,22 @@ from stages import Model
 NEWS = 0.05
 #: Seconds that an answer to a look may take.
 ANSWER_S = 10.0
+
+
+class _Look(NamedTuple):
+    """What a look showed.
+
+    Attributes:
+      number: The look's.
+      plan: The plan that was in force.
+      answers: What each other host answered.
+      own: What the computations of the host in this process lasted.
+    """
+
+    number: int
+    plan: Plan
+    answers: Mapping[str, Answer]
+    own: list[Seen]
 
 
 class Adaptation:
@@ -163,7 +179,8 @@ class Adaptation:
         try:
             while not self._stop.wait(self._config.tuner.look_s):
                 if (look := self._ask()) is not None:
-                    self._consider(look)
+                    self._learn(look)
+                    self._consider(look.number)
         except BaseException as error:  # raised by ``ready``
             with self._lock:
                 self._error = error
@@ -174,8 +191,8 @@ class Adaptation:
             with contextlib.suppress(ChannelError):
                 link.send_control(dict(body))
 
-    def _ask(self) -> int | None:
-        """Asks all hosts and waits for their answers; returns the look, None if some are late."""
+    def _ask(self) -> _Look | None:
+        """Asks all hosts and waits for their answers; returns None if some are late."""
         with self._lock:
             self._look += 1
             look = self._look
@@ -190,17 +207,15 @@ class Adaptation:
                 self._lock.wait(left_s)
             if self._look != look:
                 return None
-            self._learn()
-        return look
+            return _Look(look, self._choice.plan, dict(self._answers), self._host.observer.take())
 
-    def _learn(self) -> None:
+    def _learn(self, look: _Look) -> None:
         """Updates the watch by what was answered."""
-        plan = self._choice.plan
-        followed = lone(plan)
-        self._watch.computed(COORDINATOR, plan, self._host.observer.take())
+        followed = lone(look.plan)
+        self._watch.computed(COORDINATOR, look.plan, look.own)
         for name, link in self._links.items():
-            answer = self._answers[name]
-            self._watch.computed(name, plan, answer.seen)
+            answer = look.answers[name]
+            self._watch.computed(name, look.plan, answer.seen)
             for boundary, carried in answer.direct.items():
                 if boundary in followed:
                     self._watch.carried(boundary, name, carried)

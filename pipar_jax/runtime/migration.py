@@ -87,7 +87,9 @@ def put_rule(aggregator: Aggregator, states: Mapping[str, Any], where: str) -> N
       RunError: A state does not fit.
     """
     for unit, state in states.items():
-        like = aggregator.rule_state[unit]
+        like = aggregator.rule_state.get(unit)
+        if like is None:
+            raise RunError(f"{where} gave the average's state of {unit!r}, which is not known here")
         aggregator.rule_state[unit] = fitted(state, like, f"{where}: the average of {unit!r}")
 
 
