@@ -72,6 +72,11 @@ class LinkShape:
         """This shape without its schedule, as it is at the start: until a run begins."""
         return LinkShape(self.rate_at(0.0), self.delay_s)
 
+    def after(self, elapsed_s: float) -> LinkShape:
+        """Returns this shape as it goes on so many seconds after it was set."""
+        left = tuple((at - elapsed_s, rate) for at, rate in self.schedule if at > elapsed_s)
+        return LinkShape(self.rate_at(elapsed_s), self.delay_s, left)
+
     def rate_at(self, elapsed_s: float) -> float | None:
         """Returns the rate in Mbit/s at a time since the shape was set."""
         rate = self.rate_mbps

@@ -124,6 +124,11 @@ def _compiled(fields: tuple[Any, ...]) -> tuple[optax.GradientTransformation, An
 class Aggregator:
     """The global weights of some units and the server's optimiser over them.
 
+    Attributes:
+      params: For each unit its global weights.
+      state: For each unit its batch statistics.
+      rule_state: For each unit the state of the server's optimiser.
+
     Args:
       config: The rule; see ``rule``.
       params: Global weights of the units to begin with.
@@ -135,12 +140,12 @@ class Aggregator:
         self.params = params
         self.state = state
         transformation, self._combine = _compiled(dataclasses.astuple(config))
-        self._opt_state = {unit: transformation.init(w) for unit, w in params.items()}
+        self.rule_state = {unit: transformation.init(w) for unit, w in params.items()}
 
     @property
     def nbytes(self) -> int:
         """Bytes of the global weights, the batch statistics and the rule's state."""
-        leaves = jax.tree.leaves((self.params, self.state, self._opt_state))
+        leaves = jax.tree.leaves((self.params, self.state, self.rule_state))
         return sum(leaf.nbytes for leaf in leaves)
 
     def compile(self, holders: Mapping[str, int]) -> None:
@@ -152,7 +157,7 @@ class Aggregator:
         for unit, count in holders.items():
             own = self.params[unit], self.state[unit]
             weights = jnp.ones(count, _share_dtype(own[0]))
-            self._combine(own[0], self._opt_state[unit], [own] * count, weights)
+            self._combine(own[0], self.rule_state[unit], [own] * count, weights)
 
     def aggregate(self, replicas: Sequence[Replica]) -> None:
         """Averages replicas, in the order given, into the global weights.
@@ -166,9 +171,9 @@ class Aggregator:
                 continue
             dtype = _share_dtype(self.params[unit])
             weights = jnp.asarray([one.weight for one in holders], dtype)
-            self.params[unit], self._opt_state[unit], self.state[unit] = self._combine(
+            self.params[unit], self.rule_state[unit], self.state[unit] = self._combine(
                 self.params[unit],
-                self._opt_state[unit],
+                self.rule_state[unit],
                 [(one.params[unit], one.state[unit]) for one in holders],
                 weights,
             )

@@ -261,13 +261,13 @@ def _check_tuner(config: Config) -> None:
                 raise ConfigError(
                     f"{field}={text!r}: {part!r} is no positive whole number; write 2,4,8"
                 )
-    if config.tuner.adapt and (config.method in CHAINS or config.pipeline.weights == "shared"):
-        raise ConfigError(
-            f"tuner.adapt=true does not go with method={config.method} and pipeline.weights="
-            f"{config.pipeline.weights}: plans change where every device has its copy on the "
-            "server; set tuner.adapt=false"
-        )
-    if config.tuner.adapt:
+    if config.tuner.adapt and config.method not in CHAINS:
+        if config.pipeline.weights == "shared":
+            raise ConfigError(
+                f"tuner.adapt=true does not go with method={config.method} and pipeline.weights="
+                "shared: units move where every device has its copy on the server, or between "
+                "compute nodes; set pipeline.weights=copy, or tuner.adapt=false"
+            )
         methods = {one.strip() for one in config.tuner.methods.split(",")}
         if config.method == "sl" or methods <= {"sl"}:
             raise ConfigError(
@@ -277,8 +277,9 @@ def _check_tuner(config: Config) -> None:
             )
         if config.nodes.count:
             raise ConfigError(
-                f"tuner.adapt=true does not go with nodes.count={config.nodes.count}: plans change "
-                "between device and server only; set nodes.count=0, or tuner.adapt=false"
+                f"tuner.adapt=true does not go with nodes.count={config.nodes.count} and method="
+                f"{config.method}, whose plans change between device and server only; use method="
+                f"{' or '.join(CHAINS)}, set nodes.count=0, or tuner.adapt=false"
             )
 
 

@@ -276,7 +276,9 @@ class TunerConfig:
     sizes: str = option("auto", "micro-batch sizes that hosts are timed at, such as 5,25,100")
     cache: bool = option(True, "keep measured times in the user's cache folder")
     adapt: bool = option(
-        False, "change the plan during a run (with any method but sl) when another one wins"
+        False,
+        "change the plan during a run when another one wins, with any method but sl: units move "
+        "between devices, server and compute nodes",
     )
     gain: float = option(
         0.1, "adapt: share of the time that another plan must save", above=0, below=1

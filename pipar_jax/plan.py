@@ -136,6 +136,10 @@ class Boundary(NamedTuple):
     upper: str
     below: int
 
+    def peer(self, host: str) -> str:
+        """Returns the host on the other side."""
+        return self.upper if self.lower == host else self.lower
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
@@ -203,6 +207,39 @@ class Plan:
             for one in self.devices
         )
 
+    def is_shared(self, device: int, stage: int) -> bool:
+        """Says whether a device's stage uses the one copy that devices share, or one of its own."""
+        return self.weights == "shared" and (
+            self.is_local(stage)
+            or (self.order == "sequential" and self.devices[device].hosts[stage] != OWNER)
+        )
+
+    def local_stages(self, host: str) -> tuple[int, ...]:
+        """Returns the stages whose weights live together on a host, which is a compute node.
+
+        They are averaged or shared there; the coordinator's copy of them is an old one.
+        """
+        return tuple(
+            stage
+            for stage in range(self.devices[0].stages)
+            if host != COORDINATOR and self.is_local(stage) and self.host(0, stage) == host
+        )
+
+    def local_units(self, host: str, count: int) -> tuple[int, ...]:
+        """Returns the indices of those stages' units in a model of ``count`` units."""
+        return tuple(i for stage in self.local_stages(host) for i in self.units(0, stage, count))
+
+    def held_units(self, host: str, count: int) -> tuple[int, ...]:
+        """Returns the indices of all units that a host has weights of, rising."""
+        held = {
+            unit
+            for device, one in enumerate(self.devices)
+            for stage in range(one.stages)
+            if self.host(device, stage) == host
+            for unit in self.units(device, stage, count)
+        }
+        return tuple(sorted(held))
+
     @property
     def sums_gradients(self) -> bool:
         """Whether devices in parallel share weights, whose gradients are summed over them."""
@@ -227,14 +264,18 @@ class Plan:
                     pairs.setdefault(frozenset((one, other)), (one, other))
         return tuple(pairs.values())
 
+    def boundary(self, device: int, below: int) -> Boundary:
+        """Returns the place between a device's stage and the next, which may be on one host."""
+        return Boundary(self.host(device, below), self.host(device, below + 1), below)
+
     def boundaries(self) -> tuple[Boundary, ...]:
         """Returns every place where some chain goes from one host to another, each once."""
         found: dict[Boundary, None] = {}
         for device, plan in enumerate(self.devices):
-            chain = [self.host(device, s) for s in range(plan.stages)]
-            for below, (one, other) in enumerate(itertools.pairwise(chain)):
-                if one != other:
-                    found[Boundary(one, other, below)] = None
+            for below in range(plan.stages - 1):
+                one = self.boundary(device, below)
+                if one.lower != one.upper:
+                    found[one] = None
         return tuple(found)
 
     def units(self, device: int, stage: int, count: int) -> range:

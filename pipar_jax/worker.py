@@ -350,22 +350,21 @@ class Worker:
 
     def _begin_schedule(self) -> None:
         """Lets the rates of an emulated link change from now on, if they do."""
-        if not isinstance(self._own, configuration.DeviceConfig):
-            return
-        up, _ = comms.parse_link(self._own.link)
-        if up.schedule and self._link is not None:
-            self._link.set_shape(up)
-            for _, link in self._neighbours.wiring.direct():
-                link.share_shape(self._link)
+        if isinstance(self._own, configuration.DeviceConfig):
+            up, _ = comms.parse_link(self._own.link)
+            if up.schedule and self._link is not None:
+                self._link.set_shape(up)
+        self._neighbours.begin()
 
     def _tell_seen(self, body: dict[str, Any]) -> None:
-        """Answers a look: what computations lasted here, and what the link brought."""
+        """Answers a look: what computations lasted here, and what the links brought."""
         assert self._link is not None
         stats = self._link.stats()
         self._link.send_control(
             {"type": "seen", "look": body["look"],
              "rows": [list(row) for row in self._running.observer.take()],
-             "timed": [stats.timed_in_bytes, stats.timed_in_s]}
+             "timed": [stats.timed_in_bytes, stats.timed_in_s],
+             "direct": self._neighbours.wiring.timed()}
         )  # fmt: skip
 
     def _answer(self, body: dict[str, Any]) -> None:
@@ -388,6 +387,7 @@ class Worker:
         groups = bundle.unpack(message.tensors, COORDINATOR)
         kind = message.body["type"]
         if kind == "adopt":
+            self._direct = DirectTraffic(self._name, self._neighbours.wiring)  # there may be more
             host.adopt(Plan.from_dict(message.body["plan"]), groups)
             return
         step = message.body["step"] if kind == "part" else self._step

@@ -10,7 +10,7 @@ import optax
 
 from pipar_jax.predictor.device import BACKWARD_HEAD, FORWARD_HEAD, Device, fit
 from pipar_jax.predictor.network import Weights, load
-from pipar_jax.predictor.operators import Array, model_operators, rows
+from pipar_jax.predictor.operators import Array, Tables
 from pipar_jax.predictor.reference import ReferenceTimes
 from pipar_jax.profile import HostProfile, UnitFacts
 from stages import Model, residual_bytes
@@ -23,6 +23,7 @@ def predict_host(
     *,
     device: Device | None = None,
     weights: Weights | None = None,
+    tables: Tables | None = None,
 ) -> HostProfile:
     """Returns what each unit of a model costs on a device that timed the reference layers.
 
@@ -32,12 +33,13 @@ def predict_host(
       reference: The device's times of the reference layers.
       device: What is known of the device by now; None is what these times say.
       weights: The shared network; None is the shipped one.
+      tables: The model's operators, if they are known already.
     """
     if device is None:
         device = fit(weights or load(), reference.observations())
-    tables = [[rows(o) for o in model_operators(model, None, size)] for size in sizes]
-    forward = np.stack([device.layers_s(one, FORWARD_HEAD) for one in tables], 1)
-    backward = np.stack([device.layers_s(one, BACKWARD_HEAD) for one in tables], 1)
+    tables = tables or Tables(model)
+    forward = np.stack([device.layers_s(tables.at(size), FORWARD_HEAD) for size in sizes], 1)
+    backward = np.stack([device.layers_s(tables.at(size), BACKWARD_HEAD) for size in sizes], 1)
     # The last unit is one call: forward, loss and backward.
     backward[-1] = np.maximum(forward[-1] + backward[-1] - reference.call_s, backward[-1])
     forward[-1] = 0.0

@@ -17,7 +17,7 @@ from pipar_jax.plan import Plan
 from pipar_jax.predictor.device import Device, Observation, fit
 from pipar_jax.predictor.hosts import predict_host, stage_table
 from pipar_jax.predictor.network import Weights, load
-from pipar_jax.predictor.operators import Array, model_operators, rows
+from pipar_jax.predictor.operators import Tables
 from pipar_jax.predictor.reference import ReferenceTimes
 from pipar_jax.profile import HostProfile
 from pipar_jax.schedule import BACKWARD, FORWARD, LAST
@@ -47,10 +47,15 @@ class Learner:
       model: The model in training.
       reference: The device's times of the reference layers, emulated slowness included.
       weights: The shared network; None is the shipped one.
+      tables: The model's operators, if they are known already.
     """
 
     def __init__(
-        self, model: Model, reference: ReferenceTimes, weights: Weights | None = None
+        self,
+        model: Model,
+        reference: ReferenceTimes,
+        weights: Weights | None = None,
+        tables: Tables | None = None,
     ) -> None:
         """See the class."""
         self._model, self._reference = model, reference
@@ -60,7 +65,7 @@ class Learner:
         self._fresh: dict[Case, list[float]] = collections.defaultdict(list)
         self._seen: dict[Case, int] = {}
         self._updates = 0
-        self._units: dict[int, list[Array]] = {}
+        self._tables = tables or Tables(model)
         self.device: Device = fit(self._weights, self._first)
 
     def observe(self, case: Case, seconds: float) -> None:
@@ -147,7 +152,9 @@ class Learner:
         Args:
           sizes: Micro-batch sizes, rising.
         """
-        return predict_host(self._model, sizes, self._reference, device=self.device)
+        return predict_host(
+            self._model, sizes, self._reference, device=self.device, tables=self._tables
+        )
 
     def _faded(self, age: int) -> float:
         """Returns how much a time counts that is so many updates old."""
@@ -155,9 +162,7 @@ class Learner:
 
     def _observation(self, case: Case, seconds: float, weight: float) -> Observation:
         kind, first, stop, samples = case
-        if samples not in self._units:
-            self._units[samples] = [rows(o) for o in model_operators(self._model, None, samples)]
-        table = stage_table(self._units[samples][first:stop])
+        table = stage_table(self._tables.at(samples)[first:stop])
         if kind == FORWARD:
             return Observation(table, table[:0], seconds, weight)
         if kind == BACKWARD:

@@ -167,6 +167,25 @@ def model_operators(
     return found
 
 
+class Tables:
+    """A model's operators as tables, traced once for all sizes and for all who ask.
+
+    Args:
+      model: The model.
+    """
+
+    def __init__(self, model: Model) -> None:
+        """See the class."""
+        self._traced = model_operators(model, None, TRACED)
+        self._found: dict[int, list[Array]] = {}
+
+    def at(self, batch: int) -> list[Array]:
+        """Returns each unit's operators for micro-batches of a size, [operators, WIDTH]."""
+        if batch not in self._found:
+            self._found[batch] = [rows(o.at(batch) for o in unit) for unit in self._traced]
+        return self._found[batch]
+
+
 class _Origin(NamedTuple):
     """What a value is made of: samples or not, and whether it is differentiated."""
 

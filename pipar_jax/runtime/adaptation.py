@@ -1,40 +1,58 @@
 """Adapting during a run: looks at hosts and links, searches again, has the next plan compiled.
 
-A thread of the coordinator asks every device now and then what its computations lasted and what its
-link brought it (``observer.py``), follows the profile (``tuner/watch.py``), searches again if
-something changed, and decides (``tuner/choice.py``). Hosts compile the stages of a plan that is
-wanted while they train; once all have, the coordinator changes to it at the end of the round.
+A thread of the coordinator asks every device and compute node now and then what its computations
+lasted and what its links brought it (``observer.py``), follows the profile (``tuner/watch.py``),
+searches again if something changed (``candidates.py``), and decides (``tuner/choice.py``). Hosts
+compile the stages of a plan that is wanted while they train; once all have, the coordinator changes
+to it at the end of the round.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from comms import ChannelError, Link
 from pipar_jax.config import Config
-from pipar_jax.errors import PlanError, RunError
-from pipar_jax.plan import COORDINATOR, Plan, device_name
-from pipar_jax.profile import Profile
-from pipar_jax.runtime import migration
+from pipar_jax.errors import RunError
+from pipar_jax.plan import COORDINATOR, Boundary, Plan, is_node
+from pipar_jax.predictor.online import Learner
+from pipar_jax.predictor.operators import Tables
+from pipar_jax.runtime import moving
 from pipar_jax.runtime.ahead import lower_priority
+from pipar_jax.runtime.candidates import Candidates
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.members import Mail, Members
-from pipar_jax.runtime.observer import Seen, parse_seen
+from pipar_jax.runtime.observer import Answer, Seen, parse_answer
+from pipar_jax.runtime.survey import Surveyed
 from pipar_jax.tuner.choice import Choice, Offer
 from pipar_jax.tuner.predict import Stages, judge, rounds_per_epoch
-from pipar_jax.tuner.search import search
-from pipar_jax.tuner.watch import Carried, Watch, differ
-from pipar_jax.tuner.words import words
+from pipar_jax.tuner.watch import Carried, Watch, differ, lone
+from stages import Model
 
 #: A factor or a rate that changed by less than this share is no reason to search again.
 NEWS = 0.05
 #: Seconds that an answer to a look may take.
 ANSWER_S = 10.0
+
+
+class _Look(NamedTuple):
+    """What a look showed.
+
+    Attributes:
+      number: The look's.
+      plan: The plan that was in force.
+      answers: What each other host answered.
+      own: What the computations of the host in this process lasted.
+    """
+
+    number: int
+    plan: Plan
+    answers: Mapping[str, Answer]
+    own: list[Seen]
 
 
 class Adaptation:
@@ -44,10 +62,11 @@ class Adaptation:
 
     Args:
       config: Resolved configuration.
-      profile: Hosts and links, as they were surveyed.
+      model: The whole model.
+      surveyed: Hosts and links, as they were surveyed.
       plan: The plan that the run begins with.
       rounds: How many rounds the run has.
-      members: The devices.
+      members: The devices and compute nodes.
       host: The host in this process.
 
     Raises:
@@ -57,21 +76,24 @@ class Adaptation:
     def __init__(
         self,
         config: Config,
-        profile: Profile,
+        model: Model,
+        surveyed: Surveyed,
         plan: Plan,
         rounds: int,
         members: Members,
         host: Host,
     ) -> None:
         """See the class."""
-        check_adaptable(plan)
-        self._config, self._host, self._rounds = _parallel_only(config), host, rounds
+        moving.check_adaptable(plan)
+        self._config, self._host, self._rounds = config, host, rounds
         self._links: Mapping[str, Link] = {n: one.link for n, one in members.by_name.items()}
-        self._watch, self._choice = Watch(profile), Choice(plan, config.tuner.gain)
-        self._units = len(profile.units)
+        profile, self._units = surveyed.profile, len(model.units)
+        self._watch = Watch(profile, learners(model, surveyed))
+        self._choice = Choice(plan, config.tuner.gain)
+        self._candidates = Candidates(config, model, [one.samples for one in profile.devices])
         self._lock = threading.Condition()
         self._index, self._look = 0, 0
-        self._answers: dict[str, tuple[list[Seen], Carried]] = {}
+        self._answers: dict[str, Answer] = {}
         self._numbers: dict[Plan, int] = {}
         self._compiled: dict[int, set[str]] = {}
         self._searched: tuple[float, ...] = ()
@@ -131,24 +153,24 @@ class Adaptation:
     # --- mail; on the coordinator's thread ----------------------------------------------------
 
     def _take_answer(self, mail: Mail) -> None:
-        """Takes a device's answer to a look."""
-        try:
-            look, rows = mail.body["look"], parse_seen(mail.body["rows"], mail.source)
-            nbytes, seconds = map(float, mail.body["timed"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise RunError(
-                f"{mail.source} answered a look with what cannot be read: {error!r}; do both hosts "
-                "run the same version?"
-            ) from error
+        """Takes a host's answer to a look."""
+        answer = parse_answer(mail.body, mail.source)
         with self._lock:
-            if look == self._look:
-                self._answers[mail.source] = rows, Carried(nbytes, seconds)
+            if mail.body.get("look") == self._look:
+                self._answers[mail.source] = answer
                 self._lock.notify_all()
 
     def _take_compiled(self, mail: Mail) -> None:
-        """Takes note of a host that has compiled a plan."""
+        """Takes note of a host that has compiled a plan, or refuses it."""
+        number, refused = mail.body["number"], mail.body["refused"]
         with self._lock:
-            self._compiled.setdefault(mail.body["number"], set()).add(mail.source)
+            if refused is None:
+                self._compiled.setdefault(number, set()).add(mail.source)
+                return
+            plan = next(one for one, known in self._numbers.items() if known == number)
+            self._candidates.refuse(plan, refused)
+            self._choice.give_up(plan)
+            self._best = None
 
     # --- the thread ---------------------------------------------------------------------------
 
@@ -157,19 +179,20 @@ class Adaptation:
         try:
             while not self._stop.wait(self._config.tuner.look_s):
                 if (look := self._ask()) is not None:
-                    self._consider(look)
+                    self._learn(look)
+                    self._consider(look.number)
         except BaseException as error:  # raised by ``ready``
             with self._lock:
                 self._error = error
 
     def _tell(self, body: Mapping[str, Any]) -> None:
-        """Tells every device; the coordinator's thread learns by itself of a link that is lost."""
+        """Tells every host; the coordinator's thread learns by itself of a link that is lost."""
         for link in self._links.values():
             with contextlib.suppress(ChannelError):
                 link.send_control(dict(body))
 
-    def _ask(self) -> int | None:
-        """Asks all devices and waits for their answers; returns the look, None if some are late."""
+    def _ask(self) -> _Look | None:
+        """Asks all hosts and waits for their answers; returns None if some are late."""
         with self._lock:
             self._look += 1
             look = self._look
@@ -184,40 +207,45 @@ class Adaptation:
                 self._lock.wait(left_s)
             if self._look != look:
                 return None
-            self._learn()
-        return look
+            return _Look(look, self._choice.plan, dict(self._answers), self._host.observer.take())
 
-    def _learn(self) -> None:
+    def _learn(self, look: _Look) -> None:
         """Updates the watch by what was answered."""
-        plan = self._choice.plan
-        self._watch.computed(COORDINATOR, plan, self._host.observer.take())
-        for index in range(len(plan.devices)):
-            name = device_name(index)
-            rows, down = self._answers[name]
-            self._watch.computed(name, plan, rows)
-            stats = self._links[name].stats()
-            up = Carried(stats.timed_in_bytes, stats.timed_in_s)
-            self._watch.carried(index, True, up)
-            self._watch.carried(index, False, down)
+        followed = lone(look.plan)
+        self._watch.computed(COORDINATOR, look.plan, look.own)
+        for name, link in self._links.items():
+            answer = look.answers[name]
+            self._watch.computed(name, look.plan, answer.seen)
+            for boundary, carried in answer.direct.items():
+                if boundary in followed:
+                    self._watch.carried(boundary, name, carried)
+            if not is_node(name):
+                stats, boundary = link.stats(), Boundary(name, COORDINATOR, 0)
+                up = Carried(stats.timed_in_bytes, stats.timed_in_s)
+                self._watch.carried(boundary, COORDINATOR, up)
+                self._watch.carried(boundary, name, answer.timed)
 
     def _consider(self, look: int) -> None:
         """Searches if there is news, and decides; a plan that is wanted is told to all hosts."""
         profile, state = self._watch.profile(), self._watch.state()
         if self._best is None or differ(state, self._searched, NEWS):
-            self._best = search(profile, self._config).plans[0].plan
+            self._best = self._candidates.best(profile, self._choice.plan)
             self._searched = state
         stages = Stages(profile)
         present = Offer(self._choice.plan, judge(stages, self._choice.plan).epoch_s)
         best = Offer(self._best, judge(stages, self._best).epoch_s)
         wanted = self._choice.wanted
         wanted_s = None if wanted is None else judge(stages, wanted).epoch_s
-        moves = migration.moves(present.plan, best.plan, self._units)
+        moves = moving.moves(present.plan, best.plan, self._units)
         with self._lock:
             if self._look != look:
                 return  # the plan was changed meanwhile
+            if self._candidates.refused(best.plan):
+                self._best = None  # meanwhile, by a node that had compiled it
+                return
             wanted = self._choice.look(
                 self._index, present, best, wanted_s=wanted_s,
-                moving_s=migration.moving_s(profile, moves) if moves else 0.0,
+                moving_s=moving.moving_s(profile, moves),
                 epochs_left=(self._rounds - self._index - 1)
                 / rounds_per_epoch(profile, present.plan),
             )  # fmt: skip
@@ -229,22 +257,12 @@ class Adaptation:
         self._tell({"type": "ahead", "number": number, "plan": wanted.to_dict()})
 
 
-def check_adaptable(plan: Plan) -> None:
-    """Refuses plans that cannot change during a run.
-
-    Raises:
-      PlanError: Devices take turns or share weights, or a chain has hosts beside device and server.
-    """
-    known = {COORDINATOR, *(device_name(device) for device in range(len(plan.devices)))}
-    if plan.order != "parallel" or plan.weights != "copy" or set(plan.hosts()) - known:
-        raise PlanError(
-            f"tuner.adapt changes plans of devices in parallel, with copied weights, between "
-            f"device and server; this one is {plan}: set tuner.adapt=false"
-        )
-
-
-def _parallel_only(config: Config) -> Config:
-    """Returns the configuration without sl among the methods to choose from."""
-    made = copy.deepcopy(config)
-    made.tuner.methods = ",".join(one for one in words(config.tuner.methods) if one != "sl")
-    return made
+def learners(model: Model, surveyed: Surveyed) -> dict[str, Learner]:
+    """Returns what learns each host whose times were predicted, by its name."""
+    if not surveyed.references:
+        return {}
+    tables = Tables(model)
+    return {
+        name: Learner(model, reference, tables=tables)
+        for name, reference in surveyed.references.items()
+    }

@@ -11,6 +11,7 @@ import numpy as np
 from pipar_jax.errors import RunError
 from pipar_jax.schedule import KINDS, Action
 from pipar_jax.trace import Timed
+from stages import Model
 
 Tensors = dict[str, np.ndarray[Any, Any]]
 
@@ -96,6 +97,19 @@ def check_like(given: Mapping[str, Any], expected: Mapping[str, Any], peer: str,
                     f"{peer} sent {what} {unit}/{path} as {array.dtype}{list(array.shape)}, "
                     f"expected {one.dtype}{list(one.shape)}: do both hosts use the same model?"
                 )
+
+
+def check_groups(groups: Mapping[str, Any], model: Model, peer: str) -> None:
+    """Checks the weights and batch statistics of every group that ``unpack`` returned.
+
+    Raises:
+      RunError: They do not fit the model.
+    """
+    params = {unit.name: unit.params for unit in model.units}
+    state = {unit.name: unit.state for unit in model.units}
+    for parts in groups.values():
+        check_like(parts.get("params", {}), params, peer, "weights")
+        check_like(parts.get("state", {}), state, peer, "batch statistics")
 
 
 def pack_rows(rows: Sequence[Timed]) -> Tensors:

@@ -18,7 +18,7 @@ from pipar_jax import config as configuration
 from pipar_jax import schedule
 from pipar_jax.aggregation import Aggregator, Replica
 from pipar_jax.config import Config
-from pipar_jax.plan import COORDINATOR, Plan, device_name, is_node
+from pipar_jax.plan import COORDINATOR, Boundary, Plan, device_name
 from pipar_jax.runtime import bundle, handover
 from pipar_jax.runtime.adaptation import Adaptation
 from pipar_jax.runtime.evaluation import Evaluator
@@ -64,22 +64,23 @@ class Coordinator:
         who = [members.by_name[device_name(i)].identity for i in range(config.devices.count)]
         self._samples = tuple(one.samples for one in who)
         self._steps = tuple(one.steps for one in who)
-        self.plan, profile = choose_plan(config, model, members, self._samples)
+        self.plan, surveyed = choose_plan(config, model, members, self._samples)
         self._rounds = schedule.rounds(self.plan, self._steps, config.epochs)
         self._devices = tuple(device_name(i) for i in range(config.devices.count))
         self._nodes = configuration.nodes(config)
         self._workers = (*self._nodes, *self._devices)
         self._adaptation: Adaptation | Script | None = None
         if script:
-            self._adaptation = Script(script, members, host)
-        elif config.tuner.adapt and profile is not None:
+            self._adaptation = Script(self.plan, script, members, host, len(model.units))
+        elif config.tuner.adapt and surveyed is not None:
             rounds = len(self._rounds)
-            self._adaptation = Adaptation(config, profile, self.plan, rounds, members, host)
+            self._adaptation = Adaptation(config, model, surveyed, self.plan, rounds, members, host)
         params, state = model.init(config.seed)
         self._aggregator = Aggregator(config.aggregation, params, state)
         self._holder = 0
         self._part: dict[str, np.ndarray[Any, Any]] = {}
         self._demand = [1.0] * len(who)
+        self._met: set[Boundary] = set()
 
     @property
     def variables(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -116,7 +117,7 @@ class Coordinator:
 
     def _prepare(self) -> None:
         """Sends the plan, waits until all have compiled, and lets slow hosts time themselves."""
-        self._introduce()
+        self._introduce(self.plan)
         began = time.monotonic()
         total = [0] * len(self._steps)
         for spans in self._rounds:
@@ -137,10 +138,10 @@ class Coordinator:
         needs = {name: mail.body["memory_bytes"] for name, mail in ready.items()}
         self._tally.prepared(compile_s, seconds, needs)
 
-    def _introduce(self) -> None:
-        """Lets neighbours in chains connect to each other, where the plan needs it."""
-        boundaries = direct(self.plan.boundaries())
-        if not boundaries:
+    def _introduce(self, plan: Plan) -> None:
+        """Lets neighbours in chains connect to each other, where a plan needs it."""
+        boundaries = direct(plan.boundaries())
+        if self._met.issuperset(boundaries):
             return
         addresses = {name: self._members.by_name[name].identity.address for name in self._nodes}
         self._members.broadcast(
@@ -148,6 +149,7 @@ class Coordinator:
              "addresses": addresses}
         )  # fmt: skip
         self._members.collect("met", self._workers)
+        self._met.update(boundaries)
 
     def _calibrate(self) -> None:
         """Lets each emulated slow host time its functions, one after another, all else idle."""
@@ -255,24 +257,15 @@ class Coordinator:
         if mail.message.kind != "bundle":
             return {}
         groups = bundle.unpack(mail.message.tensors, name)
-        for parts in groups.values():
-            params = {unit.name: unit.params for unit in self._model.units}
-            state = {unit.name: unit.state for unit in self._model.units}
-            bundle.check_like(parts.get("params", {}), params, name, "weights")
-            bundle.check_like(parts.get("state", {}), state, name, "batch statistics")
+        bundle.check_groups(groups, self._model, name)
         return groups
 
     def _units_of(self, host: str) -> bundle.Tensors:
         """Returns the global weights of the units that a host gave to the average."""
-        held = {
-            i
-            for device, one in enumerate(self.plan.devices)
-            for stage in range(one.stages)
-            if self.plan.host(device, stage) == host
-            and not (is_node(host) and self.plan.is_local(stage))
-            for i in self.plan.units(device, stage, len(self._model.units))
-        }
-        names = [self._model.unit_names[i] for i in sorted(held)]
+        count = len(self._model.units)
+        local = self.plan.local_units(host, count)
+        held = [unit for unit in self.plan.held_units(host, count) if unit not in local]
+        names = [self._model.unit_names[i] for i in held]
         params, state = self.variables
         return bundle.pack(
             {"whole": {"params": {n: params[n] for n in names},
@@ -335,7 +328,8 @@ class Coordinator:
         if plan is None or self._adaptation is None:
             return
         began = time.monotonic()
-        handover.conduct(self._members, self._host, self._model, self.plan, plan, self.variables)
+        self._introduce(plan)
+        handover.conduct(self._members, self._host, self._model, self.plan, plan, self._aggregator)
         moved_s = time.monotonic() - began
         offers, self.plan = self._adaptation.offers, plan
         self._calibrate()  # stages that an emulated slow host has not run before
@@ -358,12 +352,7 @@ class Coordinator:
     def _fetch(self) -> Fetched:
         """Takes the parts of the model that live on compute nodes, which only evaluation needs."""
         start_s = time.monotonic()
-        holders = [
-            name
-            for name in self._nodes
-            if any(self.plan.is_local(s) and self.plan.host(0, s) == name
-                   for s in range(self.plan.devices[0].stages))
-        ]  # fmt: skip
+        holders = [name for name in self._nodes if self.plan.local_stages(name)]
         for name in holders:
             self._members.send(name, {"type": "fetch"})
         nbytes = 0

@@ -372,7 +372,7 @@ class Executor:
         """Sends an activation, behind its labels, to the host of the next stage."""
         above = action.stage + 1
         if labels is not None:
-            link = self._wiring.of(self._plan.host(action.device, above), action.stage)
+            link = self._wiring.of(self._plan.boundary(action.device, action.stage))
             link.send(_tag(Role.LABEL, action, above, part), np.ascontiguousarray(labels))
         tag = _tag(Role.ACTIVATION, action, above, part)
         self._send(tag, action._replace(kind=SEND_FORWARD), parcel, over_bytes)
@@ -396,9 +396,7 @@ class Executor:
             self._record(Timed(sent, start_s, end_s, nbytes, tag.samples))
             self._ledger.drop(over_bytes)
 
-        below = min(sent.stage, tag.stage)
-        peer = self._plan.host(tag.device, tag.stage)
-        link = self._wiring.of(peer, below)
+        link = self._wiring.of(self._plan.boundary(tag.device, min(sent.stage, tag.stage)))
         link.send(tag, parcel.contents(), codec=parcel.codec, on_sent=left)
 
     def _work(self, action: Action, probe: Any, samples: int, then: Callable[[], None]) -> Work:

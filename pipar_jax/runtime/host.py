@@ -27,7 +27,7 @@ from pipar_jax.plan import OWNER, Plan, device_name, is_node
 from pipar_jax.policy import Dispatcher, GatedOutlet, policy
 from pipar_jax.runtime import memory, migration
 from pipar_jax.runtime.agenda import Agenda
-from pipar_jax.runtime.ahead import Ahead
+from pipar_jax.runtime.ahead import Ahead, compile_plan
 from pipar_jax.runtime.averaging import Averaging
 from pipar_jax.runtime.completion import Completion, Work
 from pipar_jax.runtime.executor import Batches, Executor
@@ -140,7 +140,10 @@ class Host:
         self._post(self._prepare, plan, tuple(samples), tuple(steps))
 
     def prepare_ahead(self, number: int, plan: Plan) -> None:
-        """Compiles a plan's stages while another one trains; answers ``ahead`` with its number."""
+        """Compiles a plan's stages while another one trains.
+
+        Answers ``ahead`` with its number and, as ``refused``, why this host refuses it, or None.
+        """
         self._ahead.put(number, plan)
 
     def give(self, plan: Plan) -> None:
@@ -193,9 +196,8 @@ class Host:
         """
         params: dict[str, Any] = {}
         state: dict[str, Any] = {}
-        local = self._share.local_stages()
         for (device, stage), replica in self._replicas.items():
-            if device == ALL or stage in local:
+            if device == ALL or stage in self._averaging.stages:
                 params.update(jax.tree.map(np.array, replica.params))
                 state.update(jax.tree.map(np.array, replica.state))
         return params, state
@@ -314,7 +316,9 @@ class Host:
                 slot = self._share.slot(device, index)
                 if plan.host(device, index) == self.name and slot not in self._replicas:
                     self._replicas[slot] = Replica(stage, params, state, self._optimizer)
-        self._averaging = Averaging(self._config, plan, self._share, self._replicas, params, state)
+        self._averaging = Averaging(
+            self._config, plan, self.name, self._share, self._replicas, params, state
+        )
         self._averaging.compile(sum(1 for count in steps if count))
         del params, state
         self._install(plan)
@@ -364,27 +368,33 @@ class Host:
                     codecs = one.codecs[index]
                     compile_codecs((codecs.activation, codecs.cotangent), shapes)
 
-    def _compile_ahead(self, plan: Plan) -> None:
+    def _compile_ahead(self, plan: Plan) -> str | None:
         """Compiles what a coming plan needs here; runs on a thread of its own."""
         sizes = self._share_of(plan).sizes(self._samples, self._config.data.batch_size)
-        new = migration.samples_of(
-            self._model, plan, self.name, self._optimizer, rematerialise=self._rematerialise
-        )
-        run_all(self._model, new, sizes, between=self._check_stopped)
         self._compile_codecs(plan, sizes)
+        return compile_plan(
+            self._model, plan, self.name, self._config, self._samples, sizes, self._optimizer,
+            rematerialise=self._rematerialise, between=self._check_stopped,
+        )  # fmt: skip
 
-    def _tell_ahead(self, number: int) -> None:
-        self._answer({"type": "ahead", "number": number})
+    def _tell_ahead(self, number: int, refused: str | None) -> None:
+        self._answer({"type": "ahead", "number": number, "refused": refused})
 
     def _give(self, plan: Plan) -> None:
-        given = migration.give(self._plan, plan, self.name, self._replicas, self._model.unit_names)
+        averages, names = dict(self._averaging.units()), self._model.unit_names
+        given = migration.give(self._plan, plan, self.name, self._replicas, averages, names)
         self._reply({"type": "given"}, given)
 
     def _adopt(self, plan: Plan, arrived: Mapping[str, Any]) -> None:
         self._share = self._share_of(plan)
+        averages = dict(self._averaging.units())
         self._replicas = migration.assemble(
             self._model, plan, self.name, self._replicas, arrived, self._optimizer,
             rematerialise=self._rematerialise,
+        )  # fmt: skip
+        self._averaging = Averaging.after(
+            self._config, plan, self.name, self._share, self._replicas, averages,
+            arrived.get(migration.WHOLE, {}).get("rule_state", {}),
         )  # fmt: skip
         self._install(plan)
         self._weigh()
@@ -439,7 +449,7 @@ class Host:
         if self._plan.order == "sequential":
             self._report()
             return
-        local = self._share.local_stages()
+        local = self._averaging.stages
         if local:
             self.recorder.add(
                 self._averaging.run(self._executor.schedule, self._slowness.since(self._began_s))
@@ -506,13 +516,7 @@ class Host:
     def _units(self, plan: Plan) -> set[str]:
         """Returns the names of the units that this host has weights of."""
         names = self._model.unit_names
-        return {
-            names[unit]
-            for device, one in enumerate(plan.devices)
-            for stage in range(one.stages)
-            if plan.host(device, stage) == self.name
-            for unit in plan.units(device, stage, len(names))
-        }
+        return {names[unit] for unit in plan.held_units(self.name, len(names))}
 
     def _sizes(self) -> set[int]:
         return self._share.sizes(self._samples, self._config.data.batch_size)

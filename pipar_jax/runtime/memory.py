@@ -4,7 +4,8 @@ A node that serves K devices, with weights W (their optimiser state and gradient
 what a mini-batch's forward keeps, A, needs K(3W + A) with a copy for each device, 3W + KA with
 shared weights, and 3W + cA with at most c micro-batches in flight (Tirana et al., arXiv
 2402.00208, and ours). To these come what averaging keeps, tensors that wait, and XLA's
-temporaries. Weights in flight between hosts, and what evaluation fetches, are not counted.
+temporaries. Weights in flight between hosts, what evaluation fetches, and what preparing and making
+a change of plan takes meanwhile are not counted.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ def predict(model: Model, plan: Plan, host: str, config: Config, samples: Sequen
                 opt_state = [jax.eval_shape(tx.init, unit.params) for unit in units]
                 slots[slot] = 2 * _bytes(params) + _bytes(state) + _bytes(opt_state)
                 first = sum(1 for _, s in slots if s == index) == 1
-                if first and index in share.local_stages() and plan.weights == "copy":
+                if first and index in plan.local_stages(host) and plan.weights == "copy":
                     rule_state = [jax.eval_shape(rule.init, unit.params) for unit in units]
                     average += _bytes(params) + _bytes(state) + _bytes(rule_state)
             if not samples[device]:
@@ -178,8 +179,36 @@ def predict(model: Model, plan: Plan, host: str, config: Config, samples: Sequen
     return Need(sum(slots.values()), copies, average, held, waiting)
 
 
+def objection(model: Model, plan: Plan, config: Config, samples: Sequence[int]) -> str | None:
+    """Returns why some compute node would refuse a plan before it has compiled anything, or None.
+
+    Args:
+      model: The whole model.
+      plan: The plan.
+      config: Resolved configuration.
+      samples: Samples that each device trains on in an epoch.
+    """
+    for host in configuration.nodes(config):
+        limit_mb = configuration.host(config, host).memory_mb
+        if limit_mb and plan.held_units(host, len(model.units)):
+            need = predict(model, plan, host, config, samples)
+            if (reason := excess(need, None, limit_mb, host, plan)) is not None:
+                return reason
+    return None
+
+
 def check(need: Need, temporary: int | None, limit_mb: float, host: str, plan: Plan) -> None:
-    """Refuses a plan that needs more memory on a compute node than it may take.
+    """Refuses a plan that needs more memory on a compute node than it may take; see ``excess``.
+
+    Raises:
+      RunError: It needs more.
+    """
+    if (reason := excess(need, temporary, limit_mb, host, plan)) is not None:
+        raise RunError(reason)
+
+
+def excess(need: Need, temporary: int | None, limit_mb: float, host: str, plan: Plan) -> str | None:
+    """Returns why a compute node refuses a plan that needs more memory than it may take, or None.
 
     Args:
       need: What it needs.
@@ -187,16 +216,13 @@ def check(need: Need, temporary: int | None, limit_mb: float, host: str, plan: P
       limit_mb: What it may take; 0 for any.
       host: The host's name.
       plan: The plan.
-
-    Raises:
-      RunError: It needs more.
     """
     total = need.arrays + (temporary or 0)
     if not (is_node(host) and limit_mb) or total <= limit_mb * 1e6:
-        return
+        return None
     mb = {name: f"{nbytes / 1e6:.1f}" for name, nbytes in need._asdict().items()}
     temporaries = "" if temporary is None else f", {temporary / 1e6:.1f} for XLA's temporaries"
-    raise RunError(
+    return (
         f"{long_name(host)} needs {total / 1e6:.1f} MB for the plan {plan}, but may take "
         f"nodes.{host[1:]}.memory_mb={limit_mb:g}: {mb['variables']} for weights, optimiser states "
         f"and gradients (copies: {need.copies}), {mb['average']} for their average, {mb['held']} "

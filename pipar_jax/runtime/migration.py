@@ -1,70 +1,31 @@
 """A change of plan between two rounds: units move between hosts with their optimiser state.
 
-All hosts hold the averaged weights then, so a host that loses a unit gives its optimiser state
-alone; one that gains a unit gets that, and the weights and batch statistics from the coordinator.
-Nothing else moves: steps, the order of samples and draws belong to (device, step).
+All copies of a unit are equal then, so a host that loses one gives that copy's optimiser state
+alone, and one that gains it gets that, and the weights and batch statistics from the coordinator.
+The coordinator's own are those of the last average; of units that lived together on a compute node
+that node gives them, and the state of the rule that averaged them there. Nothing else moves: steps,
+the order of samples and draws belong to (device, step).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 import stages
+from pipar_jax.aggregation import Aggregator
 from pipar_jax.errors import RunError
 from pipar_jax.optimizer import Compiled
-from pipar_jax.plan import COORDINATOR, Plan
-from pipar_jax.profile import Profile
+from pipar_jax.plan import Plan
+from pipar_jax.runtime.moving import copy_of, local_to, moves
 from pipar_jax.runtime.replica import Replica
 from stages import Model
 
-
-class Move(NamedTuple):
-    """A unit of one device's model that changes its host.
-
-    Attributes:
-      device: Whose model.
-      unit: The unit's index.
-      source: The host that holds it under the old plan.
-      target: The host that holds it under the new one.
-    """
-
-    device: int
-    unit: int
-    source: str
-    target: str
-
-
-def moves(old: Plan, new: Plan, units: int) -> list[Move]:
-    """Returns the units that move when one plan follows another.
-
-    Args:
-      old: The plan so far, in parallel order with copied weights, as the new one.
-      new: The plan from now on.
-      units: How many units the model has.
-    """
-    found = []
-    for device in range(len(old.devices)):
-        before, after = (_holders(plan, device, units) for plan in (old, new))
-        for unit, (source, target) in enumerate(zip(before, after, strict=True)):
-            if source != target:
-                found.append(Move(device, unit, source, target))
-    return found
-
-
-def moving_s(profile: Profile, some: Sequence[Move]) -> float:
-    """Returns about how long units take to move: each device's link carries its own, at once."""
-    times = [0.0] * len(profile.devices)
-    for one in some:
-        facts, device = profile.units[one.unit], profile.devices[one.device]
-        up, nbytes = one.target == COORDINATOR, facts.optimizer_bytes
-        if not up:
-            nbytes += facts.parameter_bytes + facts.state_bytes
-        times[one.device] += (device.up if up else device.down).occupied_s(nbytes)
-    return max(times)
+#: The group of arrays, beside those of each copy, that holds what all copies have in common.
+WHOLE = "whole"
 
 
 def give(
@@ -72,15 +33,17 @@ def give(
     new: Plan,
     host: str,
     replicas: Mapping[tuple[int, int], Replica],
+    averages: Mapping[str, Aggregator],
     names: Sequence[str],
 ) -> dict[str, Any]:
-    """Returns the optimiser states of the units that leave a host, by device, part and unit.
+    """Returns what leaves a host: optimiser states by copy, the rest under WHOLE.
 
     Args:
       plan: The plan so far.
       new: The plan from now on.
       host: The host.
-      replicas: Its replicas by (device, stage).
+      replicas: Its replicas by (copy, stage).
+      averages: For each unit that is averaged on this host what averages it.
       names: The model's units in order.
     """
     held = _by_unit(replicas)
@@ -88,9 +51,53 @@ def give(
     for one in moves(plan, new, len(names)):
         if one.source == host:
             unit = names[one.unit]
-            state = held[one.device][unit].opt_state[unit]
-            given.setdefault(str(one.device), {"opt": {}})["opt"][unit] = state
+            state = held[one.copy][unit].opt_state[unit]
+            given.setdefault(str(one.copy), {"opt": {}})["opt"][unit] = state
+    for index in local_to(host, plan, besides=new, units=len(names)):
+        unit = names[index]
+        replica = next(one[unit] for one in held.values() if unit in one)
+        parts = given.setdefault(WHOLE, {"params": {}, "state": {}, "rule_state": {}})
+        parts["params"][unit], parts["state"][unit] = replica.params[unit], replica.state[unit]
+        if unit in averages:
+            parts["rule_state"][unit] = averages[unit].rule_state[unit]
     return given
+
+
+def put(aggregator: Aggregator, parts: Mapping[str, Any], peer: str) -> None:
+    """Lets an aggregator take over what ``give`` returned under WHOLE.
+
+    Args:
+      aggregator: Who averages these units from now on, or hands them on.
+      parts: Weights, batch statistics and the rule's state by unit.
+      peer: Who gave them.
+
+    Raises:
+      RunError: The rule's state does not fit.
+    """
+    for unit, params in parts.get("params", {}).items():
+        aggregator.params[unit] = params
+        aggregator.state[unit] = parts.get("state", {}).get(unit, {})
+    put_rule(aggregator, parts.get("rule_state", {}), peer)
+
+
+def put_rule(aggregator: Aggregator, states: Mapping[str, Any], where: str) -> None:
+    """Gives an aggregator the rule's state of units that were averaged elsewhere so far.
+
+    Raises:
+      RunError: A state does not fit.
+    """
+    for unit, state in states.items():
+        like = aggregator.rule_state.get(unit)
+        if like is None:
+            raise RunError(f"{where} gave the average's state of {unit!r}, which is not known here")
+        aggregator.rule_state[unit] = fitted(state, like, f"{where}: the average of {unit!r}")
+
+
+def take(aggregator: Aggregator, unit: str, *parts: str, into: dict[str, Any]) -> None:
+    """Adds some of what the coordinator knows of a unit to what a host is handed."""
+    for part in parts:
+        whole = into.setdefault(WHOLE, {})
+        whole.setdefault(part, {})[unit] = getattr(aggregator, part)[unit]
 
 
 def assemble(
@@ -109,25 +116,29 @@ def assemble(
       model: The whole model.
       new: The new plan.
       host: The host.
-      replicas: Its replicas under the old plan, by (device, stage).
-      arrived: For each device (its number as text) ``params``, ``state`` and ``opt`` by unit.
+      replicas: Its replicas under the old plan, by (copy, stage).
+      arrived: For each copy (its number as text) ``opt`` by unit, and under WHOLE ``params`` and
+        ``state`` by unit.
       compiled: The optimiser.
       rematerialise: Whether its stages compute forward passes again.
 
     Raises:
       RunError: A unit is neither here nor did it arrive, or its optimiser state does not fit.
     """
-    held = _by_unit(replicas)
+    held, whole = _by_unit(replicas), arrived.get(WHOLE, {})
     made: dict[tuple[int, int], Replica] = {}
     for device, one in enumerate(new.devices):
-        own, came = held.get(device, {}), arrived.get(str(device), {})
         for index, stage in enumerate(stages.split(model, one.cuts, rematerialise=rematerialise)):
-            if new.host(device, index) != host:
+            copy = copy_of(new, device, index)
+            if new.host(device, index) != host or (copy, index) in made:
                 continue
+            own, came = held.get(copy, {}), arrived.get(str(copy), {})
             params = {u: own[u].params[u] for u in stage.unit_names if u in own}
             state = {u: own[u].state[u] for u in stage.unit_names if u in own}
-            params |= {u: w for u, w in came.get("params", {}).items() if u in stage.unit_names}
-            state |= {u: w for u, w in came.get("state", {}).items() if u in stage.unit_names}
+            for unit in stage.unit_names:
+                if unit not in params and unit in whole.get("params", {}):
+                    params[unit] = whole["params"][unit]
+                    state[unit] = whole.get("state", {}).get(unit, {})
             missing = [unit for unit in stage.unit_names if unit not in params]
             if missing:
                 raise RunError(f"{host} takes over units {missing} that did not arrive")
@@ -137,8 +148,8 @@ def assemble(
                     replica.opt_state[unit] = own[unit].opt_state[unit]
                 else:
                     states = came.get("opt", {}).get(unit, {})
-                    replica.opt_state[unit] = _fit(states, like, f"{host}: unit {unit!r}")
-            made[device, index] = replica
+                    replica.opt_state[unit] = fitted(states, like, f"{host}: unit {unit!r}")
+            made[copy, index] = replica
     return made
 
 
@@ -160,25 +171,17 @@ def samples_of(
                 )
 
 
-def _holders(plan: Plan, device: int, units: int) -> list[str]:
-    """Returns the host of each unit of a device's model."""
-    return [
-        plan.host(device, stage)
-        for stage in range(plan.devices[device].stages)
-        for _ in plan.units(device, stage, units)
-    ]
+def fitted(given: Any, like: Any, where: str) -> Any:
+    """Returns a state of the structure, shapes and dtypes that it has to have.
 
+    Args:
+      given: A pytree, or its leaves by number as a bundle carries them.
+      like: A state as it has to be.
+      where: Whose it is, for the message.
 
-def _by_unit(replicas: Mapping[tuple[int, int], Replica]) -> dict[int, dict[str, Replica]]:
-    """Returns, for each device, the replica that holds each unit."""
-    held: dict[int, dict[str, Replica]] = {}
-    for (device, _), replica in replicas.items():
-        held.setdefault(device, {}).update(dict.fromkeys(replica.stage.unit_names, replica))
-    return held
-
-
-def _fit(given: Any, like: Any, where: str) -> Any:
-    """Returns an optimiser state of the structure, shapes and dtypes that it has to have."""
+    Raises:
+      RunError: Numbers or shapes of the leaves differ.
+    """
     leaves, (wanted, structure) = jax.tree.leaves(given), jax.tree.flatten(like)
     shapes = [[np.shape(leaf) for leaf in some] for some in (leaves, wanted)]
     if shapes[0] != shapes[1]:
@@ -188,6 +191,14 @@ def _fit(given: Any, like: Any, where: str) -> Any:
         )
     fitted = [jax.numpy.array(leaf, one.dtype) for leaf, one in zip(leaves, wanted, strict=True)]
     return jax.tree.unflatten(structure, fitted)
+
+
+def _by_unit(replicas: Mapping[tuple[int, int], Replica]) -> dict[int, dict[str, Replica]]:
+    """Returns, for each copy, the replica that holds each unit."""
+    held: dict[int, dict[str, Replica]] = {}
+    for (copy, _), replica in replicas.items():
+        held.setdefault(copy, {}).update(dict.fromkeys(replica.stage.unit_names, replica))
+    return held
 
 
 def _zeros(one: Any) -> Any:

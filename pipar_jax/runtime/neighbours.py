@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 
 import comms
@@ -10,7 +11,7 @@ from comms import ChannelError, Endpoint, Link, LinkShape, Message, PeerClosed
 from pipar_jax import config as configuration
 from pipar_jax.config import Config
 from pipar_jax.errors import JoinError, PeerError, RunError
-from pipar_jax.plan import Boundary, is_node, long_name
+from pipar_jax.plan import COORDINATOR, Boundary, is_node, long_name
 from pipar_jax.runtime.wiring import Wiring, dialler
 
 
@@ -48,7 +49,9 @@ class Neighbours:
         self._lock = threading.Lock()
         self._expected: tuple[Boundary, ...] = ()
         self._early: list[tuple[Boundary, Link]] = []
-        self._shaped: dict[str, Link] = {}
+        # Links that share an emulated line, by the device whose radio it is, or by their boundary.
+        self._lines: dict[str | Boundary, list[Link]] = {}
+        self._began_s: float | None = None
         self._parting = False
 
     def listen(self) -> tuple[str, int]:
@@ -70,8 +73,10 @@ class Neighbours:
     ) -> None:
         """Opens this host's links and waits for those that others open; ``met`` follows.
 
+        A later plan may need more: links that are there already stay as they are.
+
         Args:
-          boundaries: All of the plan's boundaries that need a link of their own.
+          boundaries: All of a plan's boundaries that need a link of their own.
           addresses: Host and port of every node.
 
         Raises:
@@ -81,7 +86,7 @@ class Neighbours:
         if not mine:
             self._met()
             return
-        for boundary in mine:
+        for boundary in self.wiring.missing(mine):
             if dialler(boundary) == self._name:
                 self._dial(boundary, addresses)
         with self._lock:
@@ -90,6 +95,18 @@ class Neighbours:
         for boundary, link in early:
             self._take(boundary, link)
         self._look()
+
+    def begin(self) -> None:
+        """Lets the rates of emulated links change from now on, where they do."""
+        with self._lock:
+            self._began_s = time.monotonic()
+            for line, links in self._lines.items():
+                if line != self._name and not self._shape_of(line).schedule:
+                    continue
+                if line != self._name:
+                    links[0].set_shape(self._shape_of(line))
+                for link in links:
+                    self._share(line, link)
 
     def part(self) -> None:
         """Notes that the run is over, so that the end of a link is no loss any more."""
@@ -167,26 +184,33 @@ class Neighbours:
 
     def _shape(self, boundary: Boundary, link: Link) -> None:
         """Shapes what this host sends over a link: a device's links share its one radio."""
-        device = next((one for one in boundary[:2] if not is_node(one)), None)
-        if device is None:
-            shape = self._node_shape(boundary)
-            if not shape.unlimited:
-                link.set_shape(shape)
-            return
-        _, down = comms.parse_link(configuration.device(self._config, int(device[1:])).link)
-        if device == self._name:
-            link.share_shape(next(iter(self.wiring.control.values())))
-        elif device in self._shaped:
-            link.share_shape(self._shaped[device])
-        elif not down.unlimited:
-            link.set_shape(down)
-            self._shaped[device] = link
+        line = next((one for one in boundary[:2] if not is_node(one)), boundary)
+        with self._lock:
+            links = self._lines.setdefault(line, [])
+            links.append(link)
+            if line != self._name and len(links) == 1:
+                shape = self._shape_of(line)
+                began_s = self._began_s
+                link.set_shape(
+                    shape.opening if began_s is None else shape.after(time.monotonic() - began_s)
+                )
+            else:
+                self._share(line, link)
 
-    def _node_shape(self, boundary: Boundary) -> LinkShape:
-        """Returns the shape of what this node sends to another one."""
-        lower = configuration.node(self._config, int(boundary.lower[1:]))
-        up, down = comms.parse_link(lower.link)
-        return up if boundary.lower == self._name else down
+    def _share(self, line: str | Boundary, link: Link) -> None:
+        """Puts a link on the line of another one: a device's first is that to the coordinator."""
+        first = self.wiring.control[COORDINATOR] if line == self._name else self._lines[line][0]
+        if link is not first:
+            link.share_shape(first)
+
+    def _shape_of(self, line: str | Boundary) -> LinkShape:
+        """Returns the shape of what this node sends to a device, or over a boundary of nodes."""
+        if isinstance(line, Boundary):
+            lower = configuration.node(self._config, int(line.lower[1:]))
+            up, down = comms.parse_link(lower.link)
+            return up if line.lower == self._name else down
+        _, down = comms.parse_link(configuration.device(self._config, int(line[1:])).link)
+        return down
 
     def _on_lost(self, peer: str, error: ChannelError) -> None:
         """Tells of a link that ended; runs on the I/O thread."""

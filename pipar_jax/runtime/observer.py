@@ -1,16 +1,18 @@
-"""What a host's computations lasted since somebody last asked."""
+"""What a host's computations lasted since somebody last asked, and what its links brought."""
 
 from __future__ import annotations
 
 import statistics
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pipar_jax.errors import RunError
+from pipar_jax.plan import Boundary
 from pipar_jax.schedule import BACKWARD, FORWARD, LAST, UPDATE
 from pipar_jax.trace import Timed
+from pipar_jax.tuner.watch import Carried
 
 _KINDS = (FORWARD, BACKWARD, LAST, UPDATE)
 
@@ -59,6 +61,40 @@ class Observer:
             Seen(*key, len(values), statistics.median(values))
             for key, values in sorted(times.items())
         ]
+
+
+class Answer(NamedTuple):
+    """A host's answer to a look.
+
+    Attributes:
+      seen: What its computations lasted.
+      timed: What its link to the coordinator has brought it.
+      direct: The same of its links to neighbours.
+    """
+
+    seen: list[Seen]
+    timed: Carried
+    direct: dict[Boundary, Carried]
+
+
+def parse_answer(body: Mapping[str, Any], peer: str) -> Answer:
+    """Returns what a host's JSON answers to a look.
+
+    Raises:
+      RunError: It is something else.
+    """
+    try:
+        direct = {
+            Boundary(str(lower), str(upper), int(below)): Carried(float(nbytes), float(seconds))
+            for lower, upper, below, nbytes, seconds in body["direct"]
+        }
+        nbytes, seconds = map(float, body["timed"])
+        return Answer(parse_seen(body["rows"], peer), Carried(nbytes, seconds), direct)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"{peer} answered a look with what cannot be read: {error!r}; do both hosts run the "
+            "same version?"
+        ) from error
 
 
 def parse_seen(rows: Sequence[Any], peer: str) -> list[Seen]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
-from pipar_jax.plan import COORDINATOR, Plan, device_name
-from pipar_jax.runtime.adaptation import check_adaptable
+from pipar_jax.errors import RunError
+from pipar_jax.plan import COORDINATOR, Plan
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.members import Members
+from pipar_jax.runtime.moving import check_follows
 from pipar_jax.tuner.choice import Offer
 
 
@@ -17,18 +19,22 @@ class Script:
     Each plan is compiled between the rounds, while nothing else runs, so that all rounds are alike.
 
     Args:
+      plan: The plan of the first round.
       plans: The plan of the second round, of the third, and so on.
-      members: The devices.
+      members: The devices and compute nodes.
       host: The host in this process.
+      units: How many units the model has.
 
     Raises:
-      PlanError: A plan is one that cannot change during a run.
+      PlanError: A plan is one that cannot follow the one before.
     """
 
-    def __init__(self, plans: Sequence[Plan], members: Members, host: Host) -> None:
+    def __init__(
+        self, plan: Plan, plans: Sequence[Plan], members: Members, host: Host, units: int
+    ) -> None:
         """See the class."""
-        for plan in plans:
-            check_adaptable(plan)
+        for before, after in itertools.pairwise([plan, *plans]):
+            check_follows(before, after, units)
         self._plans, self._members, self._host = plans, members, host
         self._index = 0
         self.offers: tuple[Offer, Offer] | None = None
@@ -44,16 +50,19 @@ class Script:
         """Returns the next round's plan once every host has compiled it.
 
         Raises:
-          PeerError: A device was lost or failed.
+          PeerError: A device or node was lost or failed.
+          RunError: A node refuses the plan.
         """
         if self._index >= len(self._plans):
             return None
         plan = self._plans[self._index]
-        devices = [device_name(device) for device in range(len(plan.devices))]
         body = {"type": "ahead", "number": self._index, "plan": plan.to_dict()}
         self._members.broadcast(body)
         self._host.prepare_ahead(self._index, plan)
-        self._members.collect("ahead", (COORDINATOR, *devices))
+        answers = self._members.collect("ahead", (COORDINATOR, *self._members.by_name))
+        for mail in answers.values():
+            if mail.body["refused"] is not None:
+                raise RunError(mail.body["refused"])
         return plan
 
     def changed(self, index: int) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from comms import Link
 from pipar_jax.errors import PlanError
-from pipar_jax.plan import COORDINATOR, OWNER, Plan, device_name, is_node
+from pipar_jax.plan import COORDINATOR, Boundary, Plan, device_name, is_node
 from pipar_jax.policy import Gate, GatedOutlet
 from pipar_jax.runtime.wiring import Wiring
 from pipar_jax.schedule import (
@@ -56,7 +56,7 @@ class Share:
         """See the class."""
         check_executable(plan)
         self._plan, self._host, self._wiring, self._cut_bytes = plan, host, wiring, cut_bytes
-        self._outlets: dict[tuple[str, int], Outlet] = {}
+        self._outlets: dict[Boundary, Outlet] = {}
         self._gates: dict[int, Gate] = {}
 
     def takes_part(self, device: int) -> bool:
@@ -66,25 +66,7 @@ class Share:
 
     def slot(self, device: int, stage: int) -> tuple[int, int]:
         """Returns the key of the weights that a device's stage uses on its host."""
-        shared = self._plan.weights == "shared" and (
-            self._plan.is_local(stage)
-            or (
-                self._plan.order == "sequential"
-                and self._plan.devices[device].hosts[stage] != OWNER
-            )
-        )
-        return (ALL if shared else device), stage
-
-    def local_stages(self) -> tuple[int, ...]:
-        """Returns the stages whose weights live together on this host, a compute node's."""
-        stages = range(self._plan.devices[0].stages)
-        return tuple(
-            s
-            for s in stages
-            if self._host != COORDINATOR
-            and self._plan.is_local(s)
-            and self._plan.host(0, s) == self._host
-        )
+        return (ALL if self._plan.is_shared(device, stage) else device), stage
 
     def gate(self, action: Action) -> Gate | None:
         """Returns what caps the micro-batches of an action's stage, if anything does."""
@@ -125,14 +107,13 @@ class Share:
             goes_to = action.stage - 1
         else:
             return None
-        peer = self._plan.host(action.device, goes_to)
-        if peer == self._host:
+        boundary = self._plan.boundary(action.device, min(action.stage, goes_to))
+        if boundary.lower == boundary.upper:
             return None
-        below = min(action.stage, goes_to)
-        if (peer, below) not in self._outlets:
-            self._outlets[peer, below] = Outlet(self._wiring.of(peer, below))
-        cut = self._plan.devices[action.device].cuts[below]
-        return self._outlets[peer, below], self._cut_bytes[cut] * samples
+        if boundary not in self._outlets:
+            self._outlets[boundary] = Outlet(self._wiring.of(boundary))
+        cut = self._plan.devices[action.device].cuts[boundary.below]
+        return self._outlets[boundary], self._cut_bytes[cut] * samples
 
     def asked(self, action: Action, samples: int) -> tuple[Outlet | GatedOutlet, int] | None:
         """Returns what a dispatcher asks before it hands an action out: gate, link, or both."""

@@ -12,8 +12,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,9 +23,10 @@ from pipar_jax import config as configuration
 from pipar_jax.config import AUTO, CHAINS, Config
 from pipar_jax.errors import RunError
 from pipar_jax.methods import plan_for
-from pipar_jax.plan import Plan, device_name
+from pipar_jax.plan import COORDINATOR, Plan, device_name
 from pipar_jax.predictor.reference import ReferenceTimes
 from pipar_jax.profile import DeviceProfile, HostProfile, NodeProfile, Profile
+from pipar_jax.runtime import memory
 from pipar_jax.runtime.members import Members
 from pipar_jax.simulator.costs import LinkModel
 from pipar_jax.slowness import slowness_of
@@ -53,10 +54,23 @@ ENOUGH_S, MOST_BYTES = 0.1, 32 << 20
 _FIRST_BYTES = 64 << 10
 
 
+class Surveyed(NamedTuple):
+    """What the hosts of a run can do.
+
+    Attributes:
+      profile: Hosts and links.
+      references: Of each host whose times were predicted, those of the reference layers, emulated
+        slowness included.
+    """
+
+    profile: Profile
+    references: Mapping[str, ReferenceTimes]
+
+
 def choose_plan(
     config: Config, model: Model, members: Members, samples: Sequence[int]
-) -> tuple[Plan, Profile | None]:
-    """Returns the plan of the configured method, with method=auto the tuner's, and the profile.
+) -> tuple[Plan, Surveyed | None]:
+    """Returns the plan of the configured method, with method=auto the tuner's, and the survey.
 
     Hosts are asked for a profile only where it is needed: to choose by, or to adapt.
 
@@ -70,17 +84,19 @@ def choose_plan(
       PeerError: A device was lost or failed while it was asked.
       PlanError: No plan fits into the hosts' memory.
     """
-    if config.method in CHAINS and not config.pipeline.cuts:
-        choose: Callable[[Profile, Config], Plan] = _tune_chain
-    elif config.method == AUTO:
-        choose = tune
-    else:
+    chained = config.method in CHAINS and not config.pipeline.cuts
+    if not chained and config.method != AUTO:
         plan = plan_for(config, model.unit_names)
         return plan, survey(config, model, members, samples) if config.tuner.adapt else None
     began_s = time.monotonic()
-    profile = survey(config, model, members, samples)
-    surveyed_s = time.monotonic() - began_s
-    plan = choose(profile, config)
+    surveyed = survey(config, model, members, samples)
+    profile, surveyed_s = surveyed.profile, time.monotonic() - began_s
+    if chained:
+        plan = tune_chain(
+            profile, config, lambda one: memory.objection(model, one, config, samples)
+        ).plan
+    else:
+        plan = tune(profile, config)
     members.tell(
         {
             "event": "tuned",
@@ -91,15 +107,11 @@ def choose_plan(
             "profile": profile.to_dict(),
         }
     )
-    return plan, profile
+    return plan, surveyed
 
 
-def _tune_chain(profile: Profile, config: Config) -> Plan:
-    return tune_chain(profile, config).plan
-
-
-def survey(config: Config, model: Model, members: Members, samples: Sequence[int]) -> Profile:
-    """Returns the profile of a run's hosts and links, as they are now.
+def survey(config: Config, model: Model, members: Members, samples: Sequence[int]) -> Surveyed:
+    """Returns what a run's hosts and links are like now.
 
     Args:
       config: Resolved configuration.
@@ -110,16 +122,18 @@ def survey(config: Config, model: Model, members: Members, samples: Sequence[int
     Raises:
       PeerError: A device was lost or failed.
     """
-    sizes = sizes_of(config)
+    sizes, references = sizes_of(config), {}
     if config.tuner.times == "predicted":
-        server = predicted_host(config, model, sizes, measure_reference(config, members.look))
+        reference = measure_reference(config, members.look)
+        server = predicted_host(config, model, sizes, reference)
+        references[COORDINATOR] = reference.slowed(slowness_of(config.server).at(0.0))
     else:
         server = measure_host(config, model, sizes, members.look)
     message_s = measure_message_s()
     devices = []
     for index, count in enumerate(samples):
         name = device_name(index)
-        host = _ask_host(config, model, members, name)
+        host = _ask_host(config, model, members, name, references)
         delay_s = min(_echo_s(members, name) for _ in range(ECHOES)) / 2
         up_bytes_s = _rate(functools.partial(_up_s, members, name))
         down_bytes_s = _rate(functools.partial(_down_s, members, name))
@@ -132,14 +146,14 @@ def survey(config: Config, model: Model, members: Members, samples: Sequence[int
         )  # fmt: skip
     nodes = []
     for name in configuration.nodes(config):
-        host = _ask_host(config, model, members, name)
+        host = _ask_host(config, model, members, name, references)
         up, down = (
             LinkModel.of(shape, message_s)
             for shape in comms.parse_link(configuration.node(config, int(name[1:])).link)
         )
         nodes.append(NodeProfile(host, up, down))
     codecs = measure_codecs(config)
-    return Profile(
+    profile = Profile(
         model=model.name,
         batch_size=config.data.batch_size,
         units=server.units,
@@ -150,14 +164,25 @@ def survey(config: Config, model: Model, members: Members, samples: Sequence[int
         window_bytes=config.pipeline.window_mb * 1e6,
         weight_ratio=weight_ratio(config, codecs),
     )
+    return Surveyed(profile, references)
 
 
-def _ask_host(config: Config, model: Model, members: Members, name: str) -> HostProfile:
-    """Returns what units cost on a device or node: as it measured, or predicted from a glance."""
+def _ask_host(
+    config: Config,
+    model: Model,
+    members: Members,
+    name: str,
+    references: dict[str, ReferenceTimes],
+) -> HostProfile:
+    """Returns what units cost on a device or node: as it measured, or predicted from a glance.
+
+    What it is predicted from is put into ``references``.
+    """
     sizes = sizes_of(config)
     if config.tuner.times == "predicted":
         body = _ask(members, name, {"what": "reference"})
         reference = ReferenceTimes.from_dict(body["reference"])
+        references[name] = reference
         host = predicted_host(config, model, sizes, reference).host
         return dataclasses.replace(host, memory_bytes=body["memory_bytes"])
     body = _ask(members, name, {"what": "profile", "sizes": sizes})

@@ -63,8 +63,8 @@ class DirectTraffic:
         """Returns a row per link since the last call, as ``Traffic.rows`` makes them."""
         stats = [link.stats() for _, link in self._links]
         found = [
-            _sent(self._name, peer, now, before)
-            for (peer, _), now, before in zip(self._links, stats, self._before, strict=True)
+            _sent(self._name, boundary.peer(self._name), now, before)
+            for (boundary, _), now, before in zip(self._links, stats, self._before, strict=True)
         ]
         self._before = stats
         return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comms import Link
 from pipar_jax.errors import RunError
 from pipar_jax.plan import COORDINATOR, Boundary
@@ -24,43 +26,44 @@ class Wiring:
         """See the class."""
         self._host = host
         self.control: dict[str, Link] = {}
-        self._direct: dict[tuple[str, int], Link] = {}
+        self._direct: dict[Boundary, Link] = {}
 
     def add(self, boundary: Boundary, link: Link) -> None:
         """Takes a link to a neighbour for what crosses a boundary."""
-        self._direct[self._peer(boundary), boundary.below] = link
+        self._direct[boundary] = link
 
     def missing(self, boundaries: tuple[Boundary, ...]) -> list[Boundary]:
         """Returns those of this host's boundaries that have no link yet."""
-        return [
-            one
-            for one in boundaries
-            if self._host in one[:2] and (self._peer(one), one.below) not in self._direct
-        ]
+        return [one for one in boundaries if self._host in one[:2] and one not in self._direct]
 
-    def direct(self) -> list[tuple[str, Link]]:
-        """Returns every direct link with its peer's name."""
-        return [(peer, link) for (peer, _), link in self._direct.items()]
+    def direct(self) -> list[tuple[Boundary, Link]]:
+        """Returns every direct link with its boundary, under earlier plans too."""
+        return list(self._direct.items())  # at once: another thread may add one
 
-    def of(self, peer: str, below: int) -> Link:
+    def timed(self) -> list[list[Any]]:
+        """Returns, for each direct link, its boundary and what it brought back to back so far.
+
+        Returns:
+          JSON-ready rows: lower host, upper host, stage below, bytes, seconds.
+        """
+        stats = [(boundary, link.stats()) for boundary, link in self.direct()]
+        return [[*boundary, one.timed_in_bytes, one.timed_in_s] for boundary, one in stats]
+
+    def of(self, boundary: Boundary) -> Link:
         """Returns the link that carries what crosses a boundary.
-
-        Args:
-          peer: The host on the other side.
-          below: Index of the stage below the boundary.
 
         Raises:
           RunError: There is none.
         """
-        found = self._direct.get((peer, below))
+        found = self._direct.get(boundary)
+        peer = boundary.peer(self._host)
         if found is None and COORDINATOR in (peer, self._host):
             found = self.control.get(peer)
         if found is None:
-            raise RunError(f"{self._host} has no link to {peer} for what leaves stage {below}")
+            raise RunError(
+                f"{self._host} has no link to {peer} for what leaves stage {boundary.below}"
+            )
         return found
-
-    def _peer(self, boundary: Boundary) -> str:
-        return boundary.upper if boundary.lower == self._host else boundary.lower
 
 
 def direct(boundaries: tuple[Boundary, ...]) -> list[Boundary]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from rich.table import Table
 
@@ -29,9 +29,14 @@ OBJECTIVES: tuple[Objective, ...] = ("steady", "accept", "mpsl")
 KEPT = 4
 #: How many of the planner's proposals, the best by its own measure, the simulator judges.
 JUDGED = 12
+#: Shares of the nodes' memory that the planner is told of, if all that it proposes for the share
+#: before needs more than there is: its own count knows weights and activations alone.
+ROOM = (1.0, 0.8, 0.6, 0.4)
 
 
-def tune_chain(profile: Profile, config: Config) -> Judged:
+def tune_chain(
+    profile: Profile, config: Config, objection: Callable[[Plan], str | None] = lambda plan: None
+) -> Judged:
     """Returns the best chain for ``method=mpsl`` or ``accept``, with its predicted times.
 
     The chain planner finds the optimum of each objective for each number of units that stay with
@@ -41,27 +46,37 @@ def tune_chain(profile: Profile, config: Config) -> Judged:
     Args:
       profile: What hosts and links are like, compute nodes included.
       config: Resolved configuration.
+      objection: Says why a plan is out of the question, or None where it is not.
 
     Raises:
-      PlanError: No chain fits into the nodes' memory.
+      PlanError: No chain fits into the nodes' memory, or there is an objection to each.
     """
-    stages, judged, reason = Stages(profile), [], ""
-    proposals: dict[Plan, float] = {}
-    for objective in ("mpsl",) if config.tuner.select == "paper" else OBJECTIVES:
-        found: dict[Plan, float] = {}
-        for problem in _problems(profile, config):
-            try:
-                chain = plan_chain(problem, objective)
-            except PlanError as error:
-                reason = str(error)
-                continue
-            found[_plan(profile, config, problem, chain)] = chain.cost_s
-        best = sorted(found, key=lambda plan: found[plan])[:JUDGED]
-        proposals |= {plan: found[plan] for plan in best}
-    if not proposals:
-        raise PlanError(f"no chain over the compute nodes can be planned: {reason}")
-    judged = [judge(stages, plan) for plan in proposals]
-    return min(judged, key=lambda one: one.epoch_s)
+    stages, reason = Stages(profile), ""
+    limited = any(node.host.memory_bytes for node in profile.nodes)
+    for share in ROOM if limited else ROOM[:1]:
+        proposals: dict[Plan, None] = {}
+        for objective in ("mpsl",) if config.tuner.select == "paper" else OBJECTIVES:
+            found: dict[Plan, float] = {}
+            for problem in _problems(profile, config, share):
+                try:
+                    chain = plan_chain(problem, objective)
+                except PlanError as error:
+                    reason = reason or str(error)
+                    continue
+                found[_plan(profile, config, problem, chain)] = chain.cost_s
+            allowed: dict[Plan, None] = {}
+            for plan in sorted(found, key=lambda plan: found[plan]):
+                if (why := objection(plan)) is None:
+                    allowed[plan] = None
+                else:
+                    reason = why
+                if len(allowed) == JUDGED:
+                    break
+            proposals |= allowed
+        if proposals:
+            judged = [judge(stages, plan) for plan in proposals]
+            return min(judged, key=lambda one: one.epoch_s)
+    raise PlanError(f"no chain over the compute nodes can be planned: {reason}")
 
 
 def chain_table(profile: Profile, judged: Mapping[str, Judged]) -> Table:
@@ -88,8 +103,14 @@ def chain_table(profile: Profile, judged: Mapping[str, Judged]) -> Table:
     return table
 
 
-def _problems(profile: Profile, config: Config) -> Iterator[ChainProblem]:
-    """Yields the planner's problem for each choice of the units that stay with the devices."""
+def _problems(profile: Profile, config: Config, share: float) -> Iterator[ChainProblem]:
+    """Yields the planner's problem for each choice of the units that stay with the devices.
+
+    Args:
+      profile: What hosts and links are like.
+      config: Resolved configuration.
+      share: Share of the nodes' memory that there is.
+    """
     size, parts = _micro_batch(profile, config)
     one, count = profile.devices[0], len(profile.units)
     home = config.method == "mpsl" and config.pipeline.labels == "home"
@@ -98,7 +119,7 @@ def _problems(profile: Profile, config: Config) -> Iterator[ChainProblem]:
         Node(
             node_name(i + 1),
             _layers(profile, node.host, size, parts),
-            memory_bytes=node.host.memory_bytes or float("inf"),
+            memory_bytes=share * (node.host.memory_bytes or float("inf")),
             port=node.up,
         )
         for i, node in enumerate(profile.nodes)

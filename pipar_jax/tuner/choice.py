@@ -42,6 +42,11 @@ class Choice:
         self.wanted: Plan | None = None
         self._wins, self._since = 0, 0
 
+    def give_up(self, plan: Plan) -> None:
+        """Takes note that a plan cannot be had."""
+        if plan == self.wanted:
+            self._wins, self.wanted = 0, None
+
     def changed(self, index: int) -> None:
         """Takes note that the wanted plan is in force from a round on."""
         assert self.wanted is not None

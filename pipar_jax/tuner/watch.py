@@ -1,18 +1,20 @@
 """A profile that follows what a run shows of its hosts' speed and its links' rates.
 
-A host's times are those of the profile, all times one factor: what its computations lasted, by
-what the profile says of the very same ones. A link's rate is bytes by the seconds that they took,
-of frames that followed one another without a gap.
+A host whose times were predicted has a learner, which is fed by what its stages lasted. Another
+host's times are those of the profile, all times one factor: what its computations lasted, by what
+the profile says of the very same ones. A line's rate is bytes by the seconds that they took, of
+frames that followed one another without a gap.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from pipar_jax.plan import COORDINATOR, Plan, device_name
-from pipar_jax.profile import Profile
+from pipar_jax.plan import COORDINATOR, Boundary, Plan, device_name, is_node, node_name
+from pipar_jax.profile import HostProfile, Profile
+from pipar_jax.schedule import ALL, BACKWARD, FORWARD, LAST
 from pipar_jax.simulator.costs import LinkModel
 from pipar_jax.tuner.predict import HostTimes
 
@@ -20,6 +22,8 @@ from pipar_jax.tuner.predict import HostTimes
 LEAST_BYTES, LEAST_S = 48 << 10, 0.05
 #: A change by less than this factor is taken for noise and averaged; a larger one is believed.
 NOISE = 1.25
+#: Runs of units whose times tell whether much was learned of a host.
+PARTS = 4
 
 
 class Computed(Protocol):
@@ -27,7 +31,7 @@ class Computed(Protocol):
 
     @property
     def device(self) -> int:
-        """Whose data."""
+        """Whose data; ALL for an update that serves all devices."""
 
     @property
     def stage(self) -> int:
@@ -50,6 +54,19 @@ class Computed(Protocol):
         """How long."""
 
 
+class Learns(Protocol):
+    """What is known of a host and becomes more; ``predictor.online.Learner`` is one."""
+
+    def observe(self, case: tuple[str, int, int, int], seconds: float) -> None:
+        """Notes how long a stage took: F, B or L, first unit, one past the last, samples."""
+
+    def learn(self) -> object:
+        """Makes use of what was noted."""
+
+    def profile(self, sizes: Sequence[int]) -> HostProfile:
+        """Returns the times of all units at some micro-batch sizes."""
+
+
 class Carried(NamedTuple):
     """What a direction of a link has carried without a gap, since the link began.
 
@@ -67,18 +84,28 @@ class Watch:
 
     Args:
       profile: How they were at the beginning.
+      learners: Of hosts whose times were predicted, what learns them.
     """
 
-    def __init__(self, profile: Profile) -> None:
+    def __init__(self, profile: Profile, learners: Mapping[str, Learns] | None = None) -> None:
         """See the class."""
         self._base = profile
-        devices = range(len(profile.devices))
-        self._times = {device_name(d): HostTimes(profile.devices[d].host) for d in devices}
-        self._times[COORDINATOR] = HostTimes(profile.server)
-        self._factors = dict.fromkeys(self._times, 1.0)
-        self._rates = {(d, up): _link(profile, d, up).rate_bytes_s
-                       for d in devices for up in (True, False)}  # fmt: skip
-        self._carried: dict[tuple[int, bool], Carried] = {}
+        self._learners = learners or {}
+        self._hosts = {COORDINATOR: profile.server}
+        lines: list[tuple[str, LinkModel, LinkModel]] = []
+        for index, device in enumerate(profile.devices):
+            self._hosts[device_name(index)] = device.host
+            lines.append((device_name(index), device.up, device.down))
+        for index, node in enumerate(profile.nodes):
+            self._hosts[node_name(index + 1)] = node.host
+            lines.append((node_name(index + 1), node.up, node.down))
+        self._times = {name: HostTimes(host) for name, host in self._hosts.items()}
+        self._factors = {name: 1.0 for name in self._hosts if name not in self._learners}
+        self._learned: dict[str, HostProfile] = {}
+        self._rates = {(name, way): link.rate_bytes_s
+                       for name, up, down in lines
+                       for way, link in ((True, up), (False, down))}  # fmt: skip
+        self._carried: dict[tuple[Boundary, str], Carried] = {}
 
     def computed(self, host: str, plan: Plan, seen: Sequence[Computed]) -> None:
         """Takes what a host's computations lasted.
@@ -88,46 +115,114 @@ class Watch:
           plan: The plan that they belong to.
           seen: The computations.
         """
+        if host in self._learners:
+            self._learn(host, plan, seen)
+            return
         actual_s = expected_s = 0.0
         for one in seen:
-            units = plan.units(one.device, one.stage, len(self._base.units))
+            units = self._units(plan, one)
             alone_s = self._times[host].time_s(one.kind, units.start, units.stop, one.samples)
             actual_s += one.times * one.median_s
             expected_s += one.times * alone_s
         if actual_s > 0 and expected_s > 0:
             self._factors[host] = _follow(self._factors[host], actual_s / expected_s)
 
-    def carried(self, device: int, up: bool, total: Carried) -> None:
-        """Takes what a direction of a link has carried so far.
+    def _learn(self, host: str, plan: Plan, seen: Sequence[Computed]) -> None:
+        """Feeds a host's learner; what it predicts of optimiser steps stays as it was."""
+        learner = self._learners[host]
+        stages = [one for one in seen if one.kind in (FORWARD, BACKWARD, LAST)]
+        for one in stages:
+            units = self._units(plan, one)
+            learner.observe((one.kind, units.start, units.stop, one.samples), one.median_s)
+        if stages:
+            learner.learn()
+            self._learned[host] = dataclasses.replace(
+                learner.profile(self._hosts[host].sizes),
+                memory_bytes=self._hosts[host].memory_bytes,
+            )
+
+    def _units(self, plan: Plan, one: Computed) -> range:
+        """Returns the units of a computation's stage."""
+        device = 0 if one.device == ALL else one.device
+        return plan.units(device, one.stage, len(self._base.units))
+
+    def carried(self, boundary: Boundary, target: str, total: Carried) -> None:
+        """Takes what a link has carried to one of its ends so far.
+
+        A device's links are one line, its own; that between two nodes is the one above the lower.
 
         Args:
-          device: Whose link.
-          up: Whether to the server.
+          boundary: Where the link is.
+          target: The end that it was carried to.
           total: Since the link began.
         """
-        before = self._carried.setdefault((device, up), total)
+        before = self._carried.setdefault((boundary, target), total)
         nbytes, seconds = total.nbytes - before.nbytes, total.seconds - before.seconds
-        if nbytes >= LEAST_BYTES and seconds >= LEAST_S:
-            self._carried[device, up] = total
-            rate = self._rates[device, up]
-            self._rates[device, up] = _follow(rate or nbytes / seconds, nbytes / seconds)
+        if nbytes < LEAST_BYTES or seconds < LEAST_S:
+            return
+        self._carried[boundary, target] = total
+        devices = [one for one in boundary[:2] if one != COORDINATOR and not is_node(one)]
+        line = (devices or [boundary.lower])[0]
+        way = line, (target != line)
+        self._rates[way] = _follow(self._rates[way] or nbytes / seconds, nbytes / seconds)
 
     def profile(self) -> Profile:
         """Returns the profile as hosts and links are now."""
-        devices = []
-        for index, one in enumerate(self._base.devices):
-            up, down = (
-                dataclasses.replace(link, rate_bytes_s=self._rates[index, way])
-                for link, way in ((one.up, True), (one.down, False))
-            )
-            host = one.host.slowed(self._factors[device_name(index)])
-            devices.append(dataclasses.replace(one, host=host, up=up, down=down))
-        server = self._base.server.slowed(self._factors[COORDINATOR])
-        return dataclasses.replace(self._base, server=server, devices=tuple(devices))
+        return dataclasses.replace(
+            self._base,
+            server=self._host(COORDINATOR),
+            devices=tuple(
+                dataclasses.replace(
+                    one,
+                    host=self._host(device_name(index)),
+                    up=self._line(one.up, device_name(index), True),
+                    down=self._line(one.down, device_name(index), False),
+                )
+                for index, one in enumerate(self._base.devices)
+            ),
+            nodes=tuple(
+                dataclasses.replace(
+                    one,
+                    host=self._host(node_name(index + 1)),
+                    up=self._line(one.up, node_name(index + 1), True),
+                    down=self._line(one.down, node_name(index + 1), False),
+                )
+                for index, one in enumerate(self._base.nodes)
+            ),
+        )
+
+    def _host(self, name: str) -> HostProfile:
+        """Returns a host's profile as it is now."""
+        if name in self._learners:
+            return self._learned.get(name, self._hosts[name])
+        return self._hosts[name].slowed(self._factors[name])
+
+    def _line(self, link: LinkModel, name: str, up: bool) -> LinkModel:
+        """Returns a direction of a host's line as it is now."""
+        return dataclasses.replace(link, rate_bytes_s=self._rates[name, up])
 
     def state(self) -> tuple[float, ...]:
-        """Returns all factors and rates, to tell whether much has changed."""
-        return (*self._factors.values(), *(rate or 0.0 for rate in self._rates.values()))
+        """Returns all factors, rates and times learned, to tell whether much has changed."""
+        learned = (seconds for name in self._learners for seconds in _parts(self._host(name)))
+        rates = (rate or 0.0 for rate in self._rates.values())
+        return (*self._factors.values(), *rates, *learned)
+
+
+def lone(plan: Plan) -> tuple[Boundary, ...]:
+    """Returns a plan's boundaries whose link has its line to itself: there a rate can be told.
+
+    Where a chain meets a device twice, its two links share the device's line, and each alone is
+    slower than that by as much as the other carries.
+    """
+    met: dict[str, list[Boundary]] = {}
+    found = []
+    for one in plan.boundaries():
+        devices = [end for end in one[:2] if end != COORDINATOR and not is_node(end)]
+        if devices:
+            met.setdefault(devices[0], []).append(one)
+        else:
+            found.append(one)
+    return (*found, *(some[0] for some in met.values() if len(some) == 1))
 
 
 def differ(one: Sequence[float], other: Sequence[float], share: float) -> bool:
@@ -135,8 +230,14 @@ def differ(one: Sequence[float], other: Sequence[float], share: float) -> bool:
     return any(abs(a - b) > share * max(a, b) for a, b in zip(one, other, strict=True))
 
 
-def _link(profile: Profile, device: int, up: bool) -> LinkModel:
-    return profile.devices[device].up if up else profile.devices[device].down
+def _parts(host: HostProfile) -> list[float]:
+    """Returns the seconds of a few runs of units, at the largest size."""
+    each = [
+        forward[-1] + backward[-1]
+        for forward, backward in zip(host.forward_s, host.backward_s, strict=True)
+    ]
+    size = -(-len(each) // PARTS)
+    return [sum(each[i : i + size]) for i in range(0, len(each), size)]
 
 
 def _follow(old: float, new: float) -> float:

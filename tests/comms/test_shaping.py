@@ -159,3 +159,13 @@ def test_a_shape_can_be_changed_and_lifted(workshop):
     pair.up.set_shape(LinkShape())
     pair.up.send(Tag(role=Role.ACTIVATION), np.zeros(MIB, np.uint8))
     pair.at_server.take_array()  # shaped it would take more than a minute, here it waits for 20 s
+
+
+def test_a_shape_set_late_goes_on_where_its_schedule_is():
+    shape = LinkShape(8.0, 0.01, ((1.0, 80.0), (2.0, 0.8)))
+    for elapsed_s in (0.0, 0.5, 1.0, 1.7, 3.0):
+        later = shape.after(elapsed_s)
+        for at_s in (0.0, 0.4, 2.5):
+            assert later.rate_at(at_s) == shape.rate_at(elapsed_s + at_s)
+        assert later.delay_s == shape.delay_s
+    assert LinkShape().after(3.0).unlimited

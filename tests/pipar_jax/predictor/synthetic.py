@@ -10,6 +10,7 @@ from pipar_jax.predictor import collect
 from pipar_jax.predictor.device import Observation
 from pipar_jax.predictor.network import Weights
 from pipar_jax.predictor.operators import KINDS, TRACED, model_operators
+from pipar_jax.predictor.reference import ReferenceTimes, reference_layers
 from pipar_jax.predictor.timings import TimedDevice, Timings, layer
 from pipar_jax.predictor.training import train
 
@@ -64,6 +65,17 @@ def timings(seeds) -> Timings:
 def weights() -> Weights:
     """A network trained on ten such devices, coarsely."""
     return train(timings(range(10)), steps=800, about="ten laws")
+
+
+def reference_times(law: Law, factor: float = 1.0) -> ReferenceTimes:
+    """What a device of a law says of the reference layers, if it is so many times slower."""
+    tables = reference_layers()
+    count = len(tables)
+    return ReferenceTimes(
+        tuple(law.forward_s(table) for table in tables),
+        tuple(law.backward_s(table) for table in tables),
+        (1e-4,) * count, tuple(1000.0 * (i + 1) for i in range(count)), law.call_s, 1e-9,
+    ).slowed(factor)  # fmt: skip
 
 
 def reference_of(law: Law) -> list[Observation]:

@@ -11,7 +11,6 @@ from pipar_jax.predictor import online
 from pipar_jax.predictor.hosts import predict_host, stage_table
 from pipar_jax.predictor.online import Learner
 from pipar_jax.predictor.operators import model_operators, rows
-from pipar_jax.predictor.reference import ReferenceTimes, reference_layers
 from pipar_jax.schedule import BACKWARD, FORWARD, LAST, Action
 from pipar_jax.trace import Timed, Trace
 from pipar_jax.tuner.predict import HostTimes
@@ -24,16 +23,6 @@ def network() -> stages.Model:
     return stages.build("vgg8", input_shape=(16, 16, 3), classes=10)
 
 
-def reference(law: synthetic.Law, factor: float = 1.0) -> ReferenceTimes:
-    tables = reference_layers()
-    count = len(tables)
-    return ReferenceTimes(
-        tuple(law.forward_s(table) for table in tables),
-        tuple(law.backward_s(table) for table in tables),
-        (1e-4,) * count, tuple(1000.0 * (i + 1) for i in range(count)), law.call_s, 1e-9,
-    ).slowed(factor)  # fmt: skip
-
-
 class Course:
     """A training on a device that follows a law of its own, unlike those trained on."""
 
@@ -42,7 +31,7 @@ class Course:
         self.law.flops = self.law.flops * np.exp(
             0.6 * np.random.default_rng(seed).normal(size=self.law.flops.shape)
         )
-        self.learner = Learner(self.model, reference(self.law), synthetic.weights())
+        self.learner = Learner(self.model, synthetic.reference_times(self.law), synthetic.weights())
         self.units = [rows(one) for one in model_operators(self.model, None, BATCH)]
         self.factor = 1.0
 
@@ -115,12 +104,12 @@ def test_a_trace_teaches_its_hosts_stages():
     assert course.learner.observe_trace(trace, plan, "d0") == 2
     course.learner.learn()
     assert course.error(3) < 0.1
-    server = Learner(course.model, reference(course.law), synthetic.weights())
+    server = Learner(course.model, synthetic.reference_times(course.law), synthetic.weights())
     assert server.observe_trace(trace, plan, "server") == 1
     server.learn()
     case, seconds = (LAST, 3, count, BATCH), course.seconds(LAST, 3, count)
-    before = abs(Learner(course.model, reference(course.law), synthetic.weights()).predict_s(case)
-                 / seconds - 1)  # fmt: skip
+    fresh = Learner(course.model, synthetic.reference_times(course.law), synthetic.weights())
+    before = abs(fresh.predict_s(case) / seconds - 1)
     assert abs(server.predict_s(case) / seconds - 1) < before
     assert course.learner.observe_trace(Trace(), plan, "d0") == 0
 
@@ -145,9 +134,9 @@ def test_a_profile_holds_what_is_known():
         predicted = course.learner.predict_s((kind, 0, stop, BATCH))
         assert times.time_s(kind, 0, stop, BATCH) == pytest.approx(predicted, rel=0.1)
     assert profile.forward_s[-1] == (0.0, 0.0)
-    slow = predict_host(course.model, (BATCH,), reference(course.law, 5.0),
+    slow = predict_host(course.model, (BATCH,), synthetic.reference_times(course.law, 5.0),
                         weights=synthetic.weights())  # fmt: skip
-    quick = predict_host(course.model, (BATCH,), reference(course.law),
+    quick = predict_host(course.model, (BATCH,), synthetic.reference_times(course.law),
                          weights=synthetic.weights())  # fmt: skip
     ratio = sum(row[0] for row in slow.backward_s) / sum(row[0] for row in quick.backward_s)
     assert ratio == pytest.approx(5.0, rel=0.1)

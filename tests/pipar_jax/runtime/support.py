@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 import stages
 from pipar_jax.api import load, run_here
@@ -48,6 +51,30 @@ def config(folder, samples, *, name="mlp", dtype="float64", batch=7, method="pip
 
 def model(name: str = "mlp", dtype: str = "float64", norm: str = "group") -> stages.Model:
     return stages.build(name, input_shape=SHAPE, classes=CLASSES, norm=norm, dtype=dtype)
+
+
+class Layer(nnx.Module):
+    """A small dense layer, so that a chain can be long and cheap."""
+
+    def __init__(self, inputs, outputs, rngs, *, last=False):
+        self.linear = nnx.Linear(inputs, outputs, rngs=rngs, param_dtype=np.float64)
+        self.last = last
+
+    def __call__(self, x):
+        y = self.linear(x.reshape(x.shape[0], -1))
+        return y if self.last else nnx.tanh(y)
+
+
+def chain() -> stages.Model:
+    """A model of six units in float64; jax must allow that."""
+
+    def layer(inputs, outputs, last=False):
+        return lambda rngs: Layer(inputs, outputs, rngs, last=last)
+
+    widths = [64, 12, 11, 10, 9, 8]
+    units = [(f"fc{i + 1}", layer(a, b)) for i, (a, b) in enumerate(itertools.pairwise(widths))]
+    units.append(("out", layer(8, 10, last=True)))
+    return stages.Model.from_units("chain", units, SHAPE, CLASSES, input_dtype=np.float64)
 
 
 def trained(made: Config, samples, network=None, events=None):

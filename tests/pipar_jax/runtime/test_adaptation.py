@@ -9,7 +9,7 @@ import pytest
 
 from pipar_jax.errors import ConfigError, PlanError, RunError
 from pipar_jax.plan import Plan
-from pipar_jax.runtime import adaptation, coordinator, migration
+from pipar_jax.runtime import adaptation, coordinator, migration, moving
 from pipar_jax.runtime.members import Mail
 from pipar_jax.runtime.observer import Observer, Seen, parse_seen
 from pipar_jax.schedule import AGGREGATE, FORWARD, Action
@@ -105,12 +105,12 @@ def test_momentum_that_belongs_to_a_device_moves_with_its_units(
 
 def test_moves_go_both_ways():
     old, new = plan_of([Option(1, 2), FL, LONG]), plan_of([Option(3, 2), SHORT, LONG])
-    assert migration.moves(old, new, 4) == [
-        migration.Move(0, 1, "server", "d0"),
-        migration.Move(0, 2, "server", "d0"),
-        migration.Move(1, 1, "d1", "server"),
-        migration.Move(1, 2, "d1", "server"),
-        migration.Move(1, 3, "d1", "server"),
+    assert moving.moves(old, new, 4) == [
+        moving.Move(0, 1, "server", "d0"),
+        moving.Move(0, 2, "server", "d0"),
+        moving.Move(1, 1, "d1", "server"),
+        moving.Move(1, 2, "d1", "server"),
+        moving.Move(1, 3, "d1", "server"),
     ]
 
 
@@ -143,10 +143,10 @@ def test_turns_cannot_change_their_plan(tmp_path, method, methods):
     with pytest.raises(ConfigError, match=r"tuner.adapt=true does not go with method="):
         support.trained(made, EVEN)
     with pytest.raises(PlanError, match="devices in parallel"):
-        adaptation.check_adaptable(dataclasses.replace(plan_of([SHORT]), order="sequential"))
+        moving.check_adaptable(dataclasses.replace(plan_of([SHORT]), order="sequential"))
 
 
-def test_chains_with_nodes_do_not_adapt(tmp_path):
+def test_nodes_that_a_method_has_no_use_for_do_not_adapt(tmp_path):
     made = setting(tmp_path, EVEN)
     made.nodes.count = 1
     with pytest.raises(ConfigError, match=r"does not go with nodes.count=1"):
@@ -173,7 +173,13 @@ def test_observations_that_are_none_are_refused(rows):
 
 
 @pytest.mark.parametrize(
-    "body", [{}, {"look": 1, "rows": []}, {"look": 1, "rows": [], "timed": [1, "much"]}]
+    "body",
+    [
+        {},
+        {"look": 1, "rows": []},
+        {"look": 1, "rows": [], "timed": [1, "much"], "direct": []},
+        {"look": 1, "rows": [], "timed": [1, 2], "direct": [["n1", "n2", 1]]},
+    ],
 )
 def test_an_answer_that_cannot_be_read_ends_the_run_with_a_word(body):
     with pytest.raises(RunError, match="d0 answered a look with what cannot be read"):
@@ -182,7 +188,7 @@ def test_an_answer_that_cannot_be_read_ends_the_run_with_a_word(body):
 
 def test_an_optimiser_state_that_does_not_fit_is_refused():
     with pytest.raises(RunError, match=r"d0: unit 'a' came with an optimiser state of shapes"):
-        migration._fit({"00000": [1.0, 2.0]}, {"m": [1.0]}, "d0: unit 'a'")
+        migration.fitted({"00000": [1.0, 2.0]}, {"m": [1.0]}, "d0: unit 'a'")
 
 
 def test_nothing_is_left_of_a_run_that_fails_while_it_adapts(

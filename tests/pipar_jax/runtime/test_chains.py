@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import socket
 
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from pipar_jax.config import resolve
 from pipar_jax.errors import ConfigError, JoinError, PlanError
 from pipar_jax.methods import plan_for
 from pipar_jax.server import run_server
 from pipar_jax.worker import run_node
-from stages import Model
 from tests.pipar_jax.runtime import support
 
 RTOL = 1e-9
@@ -25,29 +22,10 @@ EVEN = (35, 35)
 RAGGED = (17, 33)
 
 
-class Layer(nnx.Module):
-    """A small dense layer, so that a chain can be long and cheap."""
-
-    def __init__(self, inputs, outputs, rngs, *, last=False):
-        self.linear = nnx.Linear(inputs, outputs, rngs=rngs, param_dtype=np.float64)
-        self.last = last
-
-    def __call__(self, x):
-        y = self.linear(x.reshape(x.shape[0], -1))
-        return y if self.last else nnx.tanh(y)
-
-
-def layer(inputs, outputs, last=False):
-    return lambda rngs: Layer(inputs, outputs, rngs, last=last)
-
-
 @pytest.fixture(scope="module")
 def network():
     jax.config.update("jax_enable_x64", True)
-    widths = [64, 12, 11, 10, 9, 8]
-    units = [(f"fc{i + 1}", layer(a, b)) for i, (a, b) in enumerate(itertools.pairwise(widths))]
-    units.append(("out", layer(8, 10, last=True)))
-    yield Model.from_units("chain", units, support.SHAPE, support.CLASSES, input_dtype=np.float64)
+    yield support.chain()
     jax.config.update("jax_enable_x64", False)
 
 

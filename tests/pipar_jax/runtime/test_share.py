@@ -110,4 +110,4 @@ def test_a_cap_holds_forwards_back_and_nothing_else():
     backward, nbytes = made.asked(Action(1, "B", 0, 0), 5) or pytest.fail("no outlet")
     assert backward.can_send(nbytes)
     assert made.slot(0, 1) == made.slot(1, 1) == (ALL, 1)
-    assert made.local_stages() == (1,)
+    assert plan.local_stages("n1") == (1,)

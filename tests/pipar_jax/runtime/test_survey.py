@@ -6,6 +6,7 @@ import pytest
 
 from pipar_jax.errors import PlanError
 from pipar_jax.plan import Plan
+from pipar_jax.predictor.online import Learner
 from pipar_jax.profile import Profile
 from pipar_jax.runtime import coordinator
 from pipar_jax.tuner import tune
@@ -47,15 +48,26 @@ def test_auto_measures_plans_and_trains_what_every_plan_trains(tmp_path, select)
     assert support.largest_difference(run.params, plain.params) < 1e-4
 
 
-def test_auto_trains_by_predicted_times_of_hosts_that_timed_reference_layers(tmp_path):
+def test_predicted_times_of_hosts_that_timed_reference_layers_are_learned_in_the_run(
+    tmp_path, monkeypatch
+):
+    learned, learn = set(), Learner.learn
+
+    def noted(self):
+        learned.add(id(self))
+        return learn(self)
+
+    monkeypatch.setattr(Learner, "learn", noted)
     network = support.model(dtype="float32")
     events = []
-    made = setting(tmp_path, times="predicted")
+    made = setting(tmp_path, times="predicted", adapt=True, look_s=0.05)
+    made.epochs = 20
     run = support.trained(made, SAMPLES, network, events)
     (tuned,) = [event for event in events if event["event"] == "tuned"]
     profile = Profile.from_dict(tuned["profile"])
     assert Plan.from_dict(run.trace().meta["plan"]) == tune(profile, made)
     check_profile(profile, network)
+    assert len(learned) >= 2  # each device, and the server if it computes
 
 
 def check_profile(profile: Profile, network) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipar_jax.plan import Plan
+from pipar_jax.plan import Boundary, Plan
 from pipar_jax.runtime.observer import Seen
 from pipar_jax.tuner.choice import LOOKS, REST, Choice, Offer
 from pipar_jax.tuner.options import Option
@@ -57,15 +57,18 @@ def test_little_noise_is_averaged_and_nothing_seen_changes_nothing():
         assert made == pytest.approx(expected)
 
 
+LINK = Boundary("d1", "server", 0)
+
+
 def test_a_rate_is_what_passed_between_two_looks():
     base = profiles.profile(profiles.device("50/50"), profiles.device("50/50"))
     watch = Watch(base)
     state = watch.state()
-    watch.carried(1, True, Carried(5e6, 0.8))  # the first only says where counting begins
+    watch.carried(LINK, "server", Carried(5e6, 0.8))  # the first only says where counting begins
     assert watch.state() == state
-    watch.carried(1, True, Carried(5e6 + 1000, 0.9))  # too little to tell
+    watch.carried(LINK, "server", Carried(5e6 + 1000, 0.9))  # too little to tell
     assert watch.state() == state
-    watch.carried(1, True, Carried(5e6 + 2.5e6, 0.8 + 2.0))
+    watch.carried(LINK, "server", Carried(5e6 + 2.5e6, 0.8 + 2.0))
     now = watch.profile()
     assert now.devices[1].up.rate_bytes_s == pytest.approx(1.25e6)
     assert now.devices[1].up.delay_s == base.devices[1].up.delay_s

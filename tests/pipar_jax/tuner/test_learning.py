@@ -1,0 +1,179 @@
+"""A chain that was planned by wrong times learns the right ones while it trains."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import optax
+import pytest
+
+import stages
+from pipar_jax.config import Config, resolve
+from pipar_jax.methods import plan_of_chain
+from pipar_jax.plan import Boundary, Plan
+from pipar_jax.predictor.hosts import facts_of, stage_table
+from pipar_jax.predictor.online import Learner
+from pipar_jax.predictor.operators import Tables
+from pipar_jax.profile import DeviceProfile, HostProfile, NodeProfile, Profile
+from pipar_jax.runtime.observer import Seen
+from pipar_jax.schedule import BACKWARD, FORWARD, LAST, UPDATE
+from pipar_jax.simulator import LinkModel
+from pipar_jax.tuner.chains import tune_chain
+from pipar_jax.tuner.predict import HostTimes, Stages, judge
+from pipar_jax.tuner.watch import Carried, Watch, differ, lone
+from tests.pipar_jax.predictor import synthetic
+from tests.pipar_jax.tuner import profiles
+
+BATCH, PARTS = 16, 4
+LINK = LinkModel(12.5e6, 0.001, 1e-4)
+NODES = 3
+
+
+def config(**pipeline) -> Config:
+    made = Config(method="accept")
+    made.devices.count, made.nodes.count = 1, NODES
+    made.data.batch_size, made.pipeline.micro_batches = BATCH, PARTS
+    for name, value in pipeline.items():
+        setattr(made.pipeline, name, value)
+    return resolve(made)
+
+
+def chain_profile(hosts: dict[str, HostProfile], units) -> Profile:
+    nodes = tuple(NodeProfile(hosts[f"n{i + 1}"], LINK, LINK) for i in range(NODES))
+    device = DeviceProfile(hosts["d0"], 160, LINK, LINK)
+    return Profile("made-up", BATCH, units, hosts["d0"], (device,), nodes=nodes)
+
+
+def seen(times_s, plan: Plan, count: int, host: str) -> list[Seen]:
+    """What a host's computations last: one median for each kind and stage."""
+    found = []
+    for stage in range(plan.devices[0].stages):
+        if plan.host(0, stage) != host:
+            continue
+        units = plan.units(0, stage, count)
+        last = stage == plan.devices[0].stages - 1
+        for kind in ((LAST,) if last else (FORWARD, BACKWARD)) + (UPDATE,):
+            size = 0 if kind == UPDATE else BATCH // PARTS
+            found.append(Seen(0, stage, kind, size, 9, times_s(host, kind, units, size)))
+    return found
+
+
+def follow(watch: Watch, made: Config, times_s, count: int, looks: int) -> list[Plan]:
+    """Changes to the best chain after each look; returns the plans."""
+    plans = []
+    for _ in range(looks):
+        plans.append(tune_chain(watch.profile(), made).plan)
+        for host in ("d0", *(f"n{i + 1}" for i in range(NODES))):
+            watch.computed(host, plans[-1], seen(times_s, plans[-1], count, host))
+    plans.append(tune_chain(watch.profile(), made).plan)
+    return plans
+
+
+def slowdown(true: Profile, plan: Plan) -> float:
+    """Returns by how much a plan is slower than the best, by true times."""
+    best = tune_chain(true, config()).epoch_s
+    return judge(Stages(true), plan).epoch_s / best
+
+
+@pytest.mark.parametrize("wrong", [0.2, 3.0])
+def test_a_node_that_is_unlike_its_profile_gets_the_units_that_it_should(wrong):
+    speeds = {"d0": 1.0, "n1": 2.0, "n2": 1.0, "n3": 4.0}
+    hosts = {name: profiles.host(1e-3, units=12).slowed(s) for name, s in speeds.items()}
+    true = chain_profile(hosts, profiles.profile(profiles.device(), units=12).units)
+    believed = chain_profile(hosts | {"n3": hosts["n3"].slowed(wrong)}, true.units)
+    times = {name: HostTimes(host) for name, host in hosts.items()}
+
+    def times_s(host, kind, units, size):
+        return times[host].time_s(kind, units.start, units.stop, size)
+
+    plans = follow(Watch(believed), config(), times_s, 12, 2)
+    if wrong < 1:
+        assert slowdown(true, plans[0]) > 1.2  # it was worth learning
+    assert slowdown(true, plans[-1]) == pytest.approx(1.0)
+
+
+class World:
+    """Four hosts that follow laws of their own, and a network of eight units and more."""
+
+    def __init__(self) -> None:
+        self.model = stages.build("vgg8", input_shape=(16, 16, 3), classes=10)
+        self.tables = Tables(self.model)
+        self.laws = {name: synthetic.Law(20 + i) for i, name in enumerate(("d0", "n1", "n2", "n3"))}
+        self.units = facts_of(self.model, optax.sgd(0.1), BATCH)
+        sizes = (BATCH // PARTS, BATCH)
+        self.hosts = {name: self._host(law, sizes) for name, law in self.laws.items()}
+        self.true = chain_profile(self.hosts, self.units)
+
+    def _host(self, law: synthetic.Law, sizes) -> HostProfile:
+        forward, backward = (
+            tuple(tuple(each(self.tables.at(n)[i]) for n in sizes) for i in range(len(self.units)))
+            for each in (law.forward_s, law.backward_s)
+        )
+        whole = tuple(f + b - law.call_s for f, b in zip(forward[-1], backward[-1], strict=True))
+        return HostProfile(sizes, (*forward[:-1], (0.0, 0.0)), (*backward[:-1], whole),
+                           (1e-4,) * len(forward), law.call_s)  # fmt: skip
+
+    def learner(self, name: str, wrong: float = 1.0) -> Learner:
+        reference = synthetic.reference_times(self.laws[name], wrong)
+        return Learner(self.model, reference, synthetic.weights(), self.tables)
+
+    def times_s(self, host, kind, units, size) -> float:
+        if kind == UPDATE:
+            return 1e-4
+        law, table = self.laws[host], stage_table(self.tables.at(size)[units.start : units.stop])
+        ahead, back = law.forward_s(table), law.backward_s(table)
+        return {FORWARD: ahead, BACKWARD: back, LAST: ahead + back - law.call_s}[kind]
+
+
+@pytest.mark.parametrize("wrong", [0.2, 2.5])
+def test_predictions_that_mislead_are_learned_from_the_stages_of_the_run(wrong):
+    world = World()
+    learners = {name: world.learner(name, wrong if name == "n2" else 1.0) for name in world.laws}
+    sizes = world.true.nodes[0].host.sizes
+    believed = {name: learner.profile(sizes) for name, learner in learners.items()}
+    watch = Watch(chain_profile(believed, world.units), learners)
+    state = watch.state()
+    plans = follow(watch, config(), world.times_s, len(world.units), 6)
+    assert slowdown(world.true, plans[-1]) < 1.03
+    assert differ(state, watch.state(), 0.5)
+
+
+def test_only_what_was_predicted_is_learned_and_memory_stays():
+    world = World()
+    hosts = world.hosts | {"n1": dataclasses.replace(world.hosts["n1"], memory_bytes=1e9)}
+    base = chain_profile(hosts, world.units)
+    watch = Watch(base, {"n1": world.learner("n1")})
+    assert watch.profile() == base
+    plan = tune_chain(base, config()).plan
+    watch.computed("n1", plan, [Seen(0, 1, UPDATE, 0, 3, 1.0)])
+    assert watch.profile() == base  # steps of the optimiser teach no learner
+    rows = seen(world.times_s, plan, len(world.units), plan.host(0, 1))
+    slower = [one._replace(median_s=3 * one.median_s) for one in rows]
+    watch.computed("n1", plan, slower)
+    watch.computed("n2", plan, slower)
+    now = watch.profile()
+    assert now.nodes[0].host.memory_bytes == 1e9
+    assert now.nodes[0].host != base.nodes[0].host
+    factor = now.nodes[1].host.update_s[0] / base.nodes[1].host.update_s[0]
+    assert now.nodes[1].host == base.nodes[1].host.slowed(factor)
+
+
+def test_a_rate_between_nodes_is_that_of_the_lower_ones_line():
+    watch = Watch(World().true)
+    there, back = Boundary("n2", "n1", 1), Boundary("d0", "n2", 0)
+    for total in (Carried(1e6, 1.0), Carried(3e6, 3.0)):
+        watch.carried(there, "n1", total)
+        watch.carried(back, "d0", total)
+    now = watch.profile()
+    assert now.nodes[1].up.rate_bytes_s == pytest.approx(1e6)
+    assert now.devices[0].down.rate_bytes_s == pytest.approx(1e6)
+    untouched = (now.nodes[1].down, now.nodes[0].up, now.nodes[0].down, now.devices[0].up)
+    assert set(untouched) == {LINK}
+
+
+def test_links_that_share_a_line_tell_no_rate():
+    made = config(cuts="1,2,3")
+    ends = plan_of_chain(made, (1, 2), ("device", "n2", "n1"))
+    assert set(lone(ends)) == set(ends.boundaries())
+    home = plan_of_chain(made, (1, 2, 3), ("device", "n2", "n1", "device"))
+    assert lone(home) == (Boundary("n2", "n1", 1),)
