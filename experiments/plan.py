@@ -59,7 +59,7 @@ def main(config: Config, own: PlanFlags) -> None:
     )
     console.print(explain.plans_table(profile, found))
     console.print(explain.verdict(found))
-    if (why := explain.codecs_table(profile, found, config)) is not None:
+    if (why := explain.codecs_table(profile, found.plans[0], config)) is not None:
         console.print(why)
     chosen = found.plans[0].plan if config.tuner.select == "search" else tune(profile, config)
     console.print(f"--config.method=auto would run: {chosen}")
@@ -72,6 +72,7 @@ def print_chains(config: Config, profile: Profile, measured_s: float) -> None:
       PlanError: No chain fits, or the profile has other nodes.
     """
     from pipar_jax.tuner.chains import chain_table, tune_chain
+    from pipar_jax.tuner.explain import codecs_table
 
     if len(profile.nodes) != config.nodes.count:
         raise PlanError(
@@ -90,6 +91,8 @@ def print_chains(config: Config, profile: Profile, measured_s: float) -> None:
         f"planned in {time.monotonic() - began_s:.2f} s"
     )
     console.print(chain_table(profile, found))
+    if (why := codecs_table(profile, found["the simulator"], config)) is not None:
+        console.print(why)
 
 
 def read(path: str) -> Profile:

@@ -21,6 +21,7 @@ from rich.table import Table
 from pipar_jax.chain_planner import (
     ChainPlan,
     ChainProblem,
+    Coding,
     Layer,
     Node,
     Owner,
@@ -64,7 +65,7 @@ def _problem(layers: tuple[Layer, ...]) -> ChainProblem:
     first, stop = _numbers("layers", _LAYERS.value.split(":"), 2)
     speeds = _numbers("speeds", _SPEEDS.value)
     memory = _numbers("memory_mb", _MEMORY.value, len(speeds)) if _MEMORY.value else []
-    port = LinkModel(_NODE_LINK.value * 1e6 / 8) if _NODE_LINK.value else LinkModel()
+    link = LinkModel(_NODE_LINK.value * 1e6 / 8) if _NODE_LINK.value else LinkModel()
     owner = None
     if _OWNER.value:
         rates = _numbers("owner_link", _OWNER_LINK.value.split("/"), 2) if _OWNER_LINK.value else []
@@ -74,9 +75,10 @@ def _problem(layers: tuple[Layer, ...]) -> ChainProblem:
         raise ConfigError("--owner_link says nothing without --owner, whose layers it connects")
     if _IN_FLIGHT.value and _WEIGHTS.value == "copy":
         raise ConfigError("--in_flight needs --weights=shared: a copy per owner holds one batch")
+    coding = Coding(f"ratio {_RATIO.value:g}", _RATIO.value)
     return ChainProblem(
         nodes=tuple(
-            Node(f"node{i + 1}", layers, speed, memory[i] * 1e6 if memory else math.inf, port)
+            Node(f"node{i + 1}", layers, speed, memory[i] * 1e6 if memory else math.inf, link, link)
             for i, speed in enumerate(speeds)
         ),
         first=int(first),
@@ -85,8 +87,8 @@ def _problem(layers: tuple[Layer, ...]) -> ChainProblem:
         owner=owner,
         shared=_WEIGHTS.value == "shared",
         in_flight=_IN_FLIGHT.value,
-        activation_ratio=_RATIO.value,
-        cotangent_ratio=_RATIO.value,
+        activation_codings=(coding,),
+        cotangent_codings=(coding,),
         any_order=_ANY_ORDER.value,
     )
 

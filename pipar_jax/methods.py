@@ -149,22 +149,27 @@ def _chain(config: Config, units: Sequence[str]) -> tuple[DevicePlan, ...]:
     return _alike(config, cuts, hosts)
 
 
-def plan_of_chain(config: Config, cuts: tuple[int, ...], hosts: tuple[str, ...]) -> Plan:
+def plan_of_chain(
+    config: Config, cuts: tuple[int, ...], hosts: tuple[str, ...], codecs: tuple[Codecs, ...] = ()
+) -> Plan:
     """Returns the plan in which every device has the same chain.
 
     Args:
       config: A resolved configuration.
       cuts: Positions between the stages.
       hosts: Host of each stage, ``device`` for the device itself.
+      codecs: One pair per cut; empty: the configured one at each.
     """
-    return _plan(config, _alike(config, cuts, hosts))
+    return _plan(config, _alike(config, cuts, hosts, codecs))
 
 
-def _alike(config: Config, cuts: tuple[int, ...], hosts: tuple[str, ...]) -> tuple[DevicePlan, ...]:
+def _alike(
+    config: Config, cuts: tuple[int, ...], hosts: tuple[str, ...], codecs: tuple[Codecs, ...] = ()
+) -> tuple[DevicePlan, ...]:
     """Returns the device plans of one chain for all devices."""
-    codecs = Codecs(config.pipeline.activation_codec, config.pipeline.cotangent_codec)
+    configured = Codecs(config.pipeline.activation_codec, config.pipeline.cotangent_codec)
     return tuple(
-        DevicePlan(cuts, hosts, micro_batches, (codecs,) * len(cuts))
+        DevicePlan(cuts, hosts, micro_batches, codecs or (configured,) * len(cuts))
         for index in range(config.devices.count)
         for micro_batches in [configuration.device(config, index).micro_batches or 1]
     )

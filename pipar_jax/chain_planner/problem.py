@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, get_args
 from pipar_jax.errors import PlanError
 from pipar_jax.simulator.costs import FREE_LINK, LinkModel
 
-Objective = Literal["mpsl", "steady", "accept"]
+Objective = Literal["mpsl", "steady", "accept", "step"]
 
 
 class Layer(NamedTuple):
@@ -28,6 +28,32 @@ class Layer(NamedTuple):
     weight_bytes: float = 0.0
 
 
+class Coding(NamedTuple):
+    """A way to send a tensor.
+
+    Attributes:
+      codec: Name of the codec.
+      ratio: Bytes on the wire per byte of the tensor.
+      s_per_byte: Seconds to encode and decode a byte of the tensor.
+    """
+
+    codec: str = "raw"
+    ratio: float = 1.0
+    s_per_byte: float = 0.0
+
+
+class Pair(NamedTuple):
+    """How both tensors cross a boundary.
+
+    Attributes:
+      activation: The one that goes up the chain.
+      cotangent: The one that comes back.
+    """
+
+    activation: Coding
+    cotangent: Coding
+
+
 @dataclasses.dataclass(frozen=True)
 class Node:
     """A compute node.
@@ -37,14 +63,16 @@ class Node:
       layers: What each of the model's layers costs there at speed 1.
       speed: Times are divided by this.
       memory_bytes: What its layers may take together.
-      port: Its connection; between two nodes the slower one counts, with both delays' larger.
+      up: Its link to the next node of the chain, whichever that is; owners have links of their own.
+      down: Its link from the next node.
     """
 
     name: str
     layers: tuple[Layer, ...]
     speed: float = 1.0
     memory_bytes: float = math.inf
-    port: LinkModel = FREE_LINK
+    up: LinkModel = FREE_LINK
+    down: LinkModel = FREE_LINK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +101,12 @@ class ChainProblem:
       first: First layer on the nodes; those before it stay with the owner.
       stop: One past their last layer; those from it on stay with the owner.
       owners: K, how many owners share the chain.
+      micro_batches: How many parts of a batch follow one another; counts in ``step`` alone.
       owner: What the owner's parts cost; None leaves the owner's cycle out.
       shared: Whether the owners share one copy of the weights on each node.
       in_flight: With shared weights, batches held at a time; 0 means all K.
-      activation_ratio: Bytes on the wire per byte of activation, by codec.
-      cotangent_ratio: The same for cotangents.
-      codec_s_per_byte: Seconds of coding and decoding per byte before the codec.
+      activation_codings: Ways to send activations; every boundary takes the best for itself.
+      cotangent_codings: The same for cotangents.
       any_order: Whether nodes may be put in another order than given.
     """
 
@@ -87,19 +115,19 @@ class ChainProblem:
     stop: int
     owners: int = 1
     owner: Owner | None = None
+    micro_batches: int = 1
     shared: bool = False
     in_flight: int = 0
-    activation_ratio: float = 1.0
-    cotangent_ratio: float = 1.0
-    codec_s_per_byte: float = 0.0
+    activation_codings: tuple[Coding, ...] = (Coding(),)
+    cotangent_codings: tuple[Coding, ...] = (Coding(),)
     any_order: bool = True
 
     def __post_init__(self) -> None:
         """Checks that the parts fit together.
 
         Raises:
-          PlanError: There is no node or no layer to deal out, tables differ in length, or a number
-            is impossible.
+          PlanError: There is no node, no layer to deal out or no way to send a tensor, tables
+            differ in length, or a number is impossible.
         """
         if not self.nodes:
             raise PlanError("a chain needs at least one node")
@@ -117,13 +145,21 @@ class ChainProblem:
                 "layers begin at 1 or later"
             )
         speeds = [node.speed for node in self.nodes] + ([self.owner.speed] if self.owner else [])
-        if self.owners < 1 or self.in_flight < 0 or min(speeds) <= 0:
+        if min(self.owners, self.micro_batches) < 1 or self.in_flight < 0 or min(speeds) <= 0:
             raise PlanError(
-                f"owners={self.owners} must be at least 1, in_flight={self.in_flight} at least 0 "
-                f"and speeds {speeds} positive"
+                f"owners={self.owners} and micro_batches={self.micro_batches} must be at least 1, "
+                f"in_flight={self.in_flight} at least 0 and speeds {speeds} positive"
             )
-        if min(self.activation_ratio, self.cotangent_ratio, self.codec_s_per_byte) < 0:
-            raise PlanError("codec ratios and times must not be negative")
+        for name, codings in (("activation", self.activation_codings),
+                              ("cotangent", self.cotangent_codings)):  # fmt: skip
+            if not codings:
+                raise PlanError(f"{name}s need at least one way to be sent, such as raw")
+            for one in codings:
+                if min(one.ratio, one.s_per_byte) < 0:
+                    raise PlanError(
+                        f"codec {one.codec} of {name}s: ratio {one.ratio} and {one.s_per_byte} "
+                        "seconds per byte must not be negative"
+                    )
 
     def memory_bytes(self, weight_bytes: float, activation_bytes: float) -> float:
         """Returns a node's memory: K(3W + A) with copies, 3W + cA shared, c in flight (or K)."""
@@ -160,12 +196,15 @@ class ChainPlan(NamedTuple):
       cost_s: Its value, in seconds per batch.
       stages: The nodes in chain order.
       cycle_s: Seconds from one owner's batch's start to its end, alone on the chain.
+      pairs: How tensors cross each boundary, from the owner's to the first node to that from the
+        last node to the owner.
     """
 
     objective: Objective
     cost_s: float
     stages: tuple[Stage, ...]
     cycle_s: float
+    pairs: tuple[Pair, ...]
 
     @property
     def cuts(self) -> tuple[int, ...]:

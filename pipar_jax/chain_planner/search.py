@@ -1,9 +1,11 @@
 """The exact search for a chain: dynamic programming over Pareto fronts, within a widening bound.
 
 A state is (layers placed, nodes used, last node); it keeps the Pareto front of the objective's two
-dimensions, since either may decide in the end. What a bound shows to exceed a limit is dropped; the
-limit starts close to the bound of the empty chain and widens until a chain lies within it. The
-first that does is the optimum, because nothing cheaper than the limit was dropped.
+dimensions, since either may decide in the end. Codecs are part of the search: a boundary is crossed
+in every way that is on the Pareto front of what crossing it costs. What a bound shows to exceed a
+limit is dropped; the limit starts close to the bound of the empty chain and widens until a chain
+lies within it. The first that does is the optimum, because nothing cheaper than the limit was
+dropped.
 """
 
 from __future__ import annotations
@@ -13,9 +15,12 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from pipar_jax.chain_planner.costs import ChainCosts, Value
+from pipar_jax.chain_planner.costs import ChainCosts, Hop, Value, front
 from pipar_jax.chain_planner.problem import ChainPlan, ChainProblem, Objective, Stage, check_name
 from pipar_jax.errors import PlanError
+
+#: The boundaries of a chain so far, as they are crossed, and the objective's dimensions for that.
+_Way = tuple[Value, tuple[Hop, ...]]
 
 
 def plan_chain(problem: ChainProblem, objective: Objective = "steady") -> ChainPlan:
@@ -50,6 +55,8 @@ def evaluate(
 ) -> ChainPlan:
     """Returns the cost of one way to deal the layers out, whether it fits into memory or not.
 
+    Every boundary has the codecs that are the best for this chain.
+
     Args:
       problem: What is planned.
       objective: What to compute.
@@ -67,22 +74,38 @@ def evaluate(
             f"{len(order)} nodes: name increasing positions, one fewer than nodes"
         )
     costs = ChainCosts(problem, objective)
-    value, cycle_s = costs.start, costs.fixed_cycle_s
+    ways: list[_Way] = [(costs.start, ())]
+
     last: int | None = None
     stages = []
     for node, first, stop in zip(order, bounds[:-1], bounds[1:], strict=True):
         forward_s, backward_s = costs.compute(node, first, stop)
-        hop = costs.hop(last, node, first)
-        value = costs.extend(value, hop, forward_s, backward_s)
-        cycle_s += hop.cycle_s + forward_s + backward_s
+        ways = _crossed(costs, ways, costs.hops(last, node, first), forward_s, backward_s)
         stages.append(
             Stage(problem.nodes[node].name, first, stop, forward_s, backward_s,
                   costs.memory(node, first, stop))
         )  # fmt: skip
         last = node
-    hop = costs.hop(last, None, problem.stop)
-    value = costs.extend(value, hop, 0.0, 0.0)
-    return ChainPlan(objective, costs.total(value), tuple(stages), cycle_s + hop.cycle_s)
+    ways = _crossed(costs, ways, costs.hops(last, None, problem.stop), 0.0, 0.0)
+    value, hops = min(ways, key=lambda way: costs.total(way[0]))
+    cycle_s = costs.fixed_cycle_s + sum(hop.cycle_s for hop in hops)
+    cycle_s += sum(one.forward_s + one.backward_s for one in stages)
+    pairs = tuple(hop.pair for hop in hops)
+    return ChainPlan(objective, costs.total(value), tuple(stages), cycle_s, pairs)
+
+
+def _crossed(
+    costs: ChainCosts, ways: list[_Way], hops: Sequence[Hop], forward_s: float, backward_s: float
+) -> list[_Way]:
+    """Returns the ways worth keeping to come over one more boundary, with the node behind it."""
+    return front(
+        (
+            (costs.extend(value, hop, forward_s, backward_s), (*crossed, hop))
+            for value, crossed in ways
+            for hop in hops
+        ),
+        lambda way: way[0],
+    )
 
 
 class _Chain(NamedTuple):
@@ -144,16 +167,16 @@ class _Search:
         empty = _Chain(self._costs.start, None, -1, problem.first)
         fronts[problem.first][self._none_used, -1] = [empty]
         for position in range(problem.first, problem.stop):
-            for (used, last), front in fronts.pop(position).items():
+            for (used, last), chains in fronts.pop(position).items():
                 for kind in self._next_kinds(used, last):
-                    self._extend(fronts, front, used, kind, position, limit)
+                    self._extend(fronts, chains, used, kind, position, limit)
         best, best_cost = None, math.inf
-        for front in fronts[problem.stop].values():
-            for chain in front:
-                hop = self._costs.hop(chain.node, None, problem.stop)
-                cost = self._costs.total(self._costs.extend(chain.value, hop, 0.0, 0.0))
-                if cost <= limit and cost < best_cost:
-                    best, best_cost = chain, cost
+        for whole in fronts[problem.stop].values():
+            for chain in whole:
+                for hop in self._costs.hops(chain.node, None, problem.stop):
+                    cost = self._costs.total(self._costs.extend(chain.value, hop, 0.0, 0.0))
+                    if cost <= limit and cost < best_cost:
+                        best, best_cost = chain, cost
         return best
 
     def _next_kinds(self, used: tuple[int, ...], last: int) -> list[int]:
@@ -164,7 +187,7 @@ class _Search:
     def _extend(
         self,
         fronts: dict[int, dict[tuple[tuple[int, ...], int], list[_Chain]]],
-        front: list[_Chain],
+        chains: list[_Chain],
         used: tuple[int, ...],
         kind: int,
         position: int,
@@ -176,22 +199,24 @@ class _Search:
         memory_bytes = costs.problem.nodes[node].memory_bytes
         now_used = (*used[:kind], used[kind] + 1, *used[kind + 1 :])
         power = self._power(now_used)
-        last = front[0].node
-        hop = costs.hop(last if last >= 0 else None, node, position)
+        last = chains[0].node
+        hops = costs.hops(last if last >= 0 else None, node, position)
         for stop in range(position + 1, costs.problem.stop + 1):
             if costs.memory(node, position, stop) > memory_bytes:
                 break  # longer runs take more memory still
             forward_s, backward_s = costs.compute(node, position, stop)
-            alone = costs.extend(costs.start, hop, forward_s, backward_s)
-            if costs.total(alone) > limit:
+            alone = [(costs.extend(costs.start, hop, forward_s, backward_s), hop) for hop in hops]
+            if all(costs.total(value) > limit for value, _ in alone):
                 break  # and more time
-            if costs.bound(alone, stop, power) > limit:
+            able = [hop for value, hop in alone if costs.bound(value, stop, power) <= limit]
+            if not able:
                 continue
             target = fronts[stop].setdefault((now_used, kind), [])
-            for chain in front:
-                value = costs.extend(chain.value, hop, forward_s, backward_s)
-                if costs.bound(value, stop, power) <= limit:
-                    _insert(target, _Chain(value, chain, node, stop))
+            for chain in chains:
+                for hop in able:
+                    value = costs.extend(chain.value, hop, forward_s, backward_s)
+                    if costs.bound(value, stop, power) <= limit:
+                        _insert(target, _Chain(value, chain, node, stop))
             if not target:
                 del fronts[stop][now_used, kind]
 
@@ -205,10 +230,10 @@ class _Search:
         return power
 
 
-def _insert(front: list[_Chain], chain: _Chain) -> None:
+def _insert(chains: list[_Chain], chain: _Chain) -> None:
     """Adds a chain to a Pareto front unless one there is as good in both dimensions."""
     one, other = chain.value
-    if any(kept.value[0] <= one and kept.value[1] <= other for kept in front):
+    if any(kept.value[0] <= one and kept.value[1] <= other for kept in chains):
         return
-    front[:] = [kept for kept in front if kept.value[0] < one or kept.value[1] < other]
-    front.append(chain)
+    chains[:] = [kept for kept in chains if kept.value[0] < one or kept.value[1] < other]
+    chains.append(chain)

@@ -43,6 +43,7 @@ class Prediction:
       carried_bytes: For each direction (from, to) the bytes on the wire.
       peak_bytes: For each host the most memory held at a time; empty if it was not asked for.
       actions: How many actions the round has, those that were extrapolated included.
+      simulated: How many of them were simulated: the work that the prediction took.
       left_out: Steps of each span that were extrapolated instead of simulated.
       trace: All timed actions; empty if they were not collected.
     """
@@ -52,6 +53,7 @@ class Prediction:
     carried_bytes: dict[tuple[str, str], float]
     peak_bytes: dict[str, float]
     actions: int
+    simulated: int
     left_out: int
     trace: Trace
 
@@ -378,7 +380,7 @@ class Simulation:
 
     def _predict(self) -> Prediction:
         """Sums up."""
-        offset_s, left_out = 0.0, 0
+        offset_s, left_out, simulated = 0.0, 0, self.actions
         busy = {host.name: host.busy_s for host in self.hosts}
         carried = self.network.carried()
         if self._steady is not None:
@@ -401,4 +403,4 @@ class Simulation:
             peak = {
                 host.name: host.peak_bytes() + always.get(host.name, 0.0) for host in self.hosts
             }
-        return Prediction(seconds, busy, carried, peak, self.actions, left_out, trace)
+        return Prediction(seconds, busy, carried, peak, self.actions, simulated, left_out, trace)

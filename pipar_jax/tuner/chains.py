@@ -1,7 +1,13 @@
-"""The best chain over a profile's nodes: the chain planner proposes, the simulator judges."""
+"""The best chain over a profile's nodes: the chain planner proposes, the simulator judges.
+
+The planner's optima are exact for its objectives, codecs included. What the simulator says of the
+best dozen of each decides; then that chain's codecs are changed one at a time while it gets faster.
+So the chain and its codecs are the best of those looked at, and no proof says that none is better.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 
 from rich.table import Table
@@ -9,6 +15,7 @@ from rich.table import Table
 from pipar_jax.chain_planner import (
     ChainPlan,
     ChainProblem,
+    Coding,
     Layer,
     Node,
     Objective,
@@ -18,13 +25,14 @@ from pipar_jax.chain_planner import (
 from pipar_jax.config import Config
 from pipar_jax.errors import PlanError
 from pipar_jax.methods import plan_of_chain
-from pipar_jax.plan import OWNER, Plan, node_name
-from pipar_jax.profile import HostProfile, Profile, interpolate
+from pipar_jax.plan import OWNER, Codecs, Plan, node_name
+from pipar_jax.profile import CodecProfile, HostProfile, Profile, interpolate
 from pipar_jax.schedule import micro_batch_sizes
+from pipar_jax.tuner import codec_choice
 from pipar_jax.tuner.predict import Judged, Stages, judge
 
 #: Objectives whose optima are judged; the published one alone with ``tuner.select=paper``.
-OBJECTIVES: tuple[Objective, ...] = ("steady", "accept", "mpsl")
+OBJECTIVES: tuple[Objective, ...] = ("step", "steady", "accept", "mpsl")
 #: How many units at most stay on the device at either end of the model.
 KEPT = 4
 #: How many of the planner's proposals, the best by its own measure, the simulator judges.
@@ -41,42 +49,56 @@ def tune_chain(
 
     The chain planner finds the optimum of each objective for each number of units that stay with
     the devices; the simulator, which knows micro-batches, credits and aggregation, has the last
-    word. Micro-batches, weights and codecs are the configuration's.
+    word. Micro-batches and weights are the configuration's. So are codecs, unless ``tuner.codecs``
+    allows others: then each boundary has its own in each direction, of the fastest with as many
+    bits as cost no time. The published objective knows none.
 
     Args:
-      profile: What hosts and links are like, compute nodes included.
+      profile: What hosts and links are like.
       config: Resolved configuration.
       objection: Says why a plan is out of the question, or None where it is not.
 
     Raises:
+      ConfigError: The profile lacks a codec that may be used.
       PlanError: No chain fits into the nodes' memory, or there is an objection to each.
     """
-    stages, reason = Stages(profile), ""
-    limited = any(node.host.memory_bytes for node in profile.nodes)
-    for share in ROOM if limited else ROOM[:1]:
-        proposals: dict[Plan, None] = {}
-        for objective in ("mpsl",) if config.tuner.select == "paper" else OBJECTIVES:
-            found: dict[Plan, float] = {}
-            for problem in _problems(profile, config, share):
-                try:
-                    chain = plan_chain(problem, objective)
-                except PlanError as error:
-                    reason = reason or str(error)
-                    continue
-                found[_plan(profile, config, problem, chain)] = chain.cost_s
-            allowed: dict[Plan, None] = {}
-            for plan in sorted(found, key=lambda plan: found[plan]):
-                if (why := objection(plan)) is None:
-                    allowed[plan] = None
-                else:
-                    reason = why
-                if len(allowed) == JUDGED:
-                    break
-            proposals |= allowed
-        if proposals:
-            judged = [judge(stages, plan) for plan in proposals]
-            return min(judged, key=lambda one: one.epoch_s)
-    raise PlanError(f"no chain over the compute nodes can be planned: {reason}")
+    if config.tuner.select == "paper":
+        config = dataclasses.replace(config, tuner=dataclasses.replace(config.tuner, codecs=""))
+    codec_choice.check_measured(config, profile)
+    stages = Stages(profile)
+    judged = {plan: judge(stages, plan) for plan in _proposals(profile, config, objection)}
+    fastest = min(judged.values(), key=lambda one: one.epoch_s)
+    return with_codecs(stages, config, judged, fastest.plan) if config.tuner.codecs else fastest
+
+
+def with_codecs(stages: Stages, config: Config, judged: dict[Plan, Judged], plan: Plan) -> Judged:
+    """Returns a chain with the codecs that suit each of its boundaries.
+
+    Args:
+      stages: Times and bytes.
+      config: Resolved configuration.
+      judged: Plans that were judged; grows.
+      plan: The chain, as the planner proposed it.
+    """
+    left = max(config.tuner.actions, sum(one.round.simulated for one in judged.values()))
+
+    def seconds(plan: Plan) -> float | None:
+        nonlocal left
+        if plan not in judged:
+            if left <= 0:
+                return None
+            judged[plan] = judge(stages, plan)
+            left -= judged[plan].round.simulated
+        return judged[plan].epoch_s
+
+    one = plan.devices[0]
+    for pair in codec_choice.pairs(config):  # where links wait for each other, one alone is no use
+        seconds(plan_of_chain(config, one.cuts, one.hosts, (pair,) * len(one.cuts)))
+    alike = (p for p in judged if (p.devices[0].cuts, p.devices[0].hosts) == (one.cuts, one.hosts))
+    plan = min(alike, key=lambda plan: judged[plan].epoch_s)
+    slots = list(codec_choice.slots(plan, stages.profile))
+    plan = codec_choice.hasten(plan, slots, config, seconds)
+    return judged[codec_choice.sharpen(plan, slots, config, seconds)]
 
 
 def chain_table(profile: Profile, judged: Mapping[str, Judged]) -> Table:
@@ -103,6 +125,41 @@ def chain_table(profile: Profile, judged: Mapping[str, Judged]) -> Table:
     return table
 
 
+def _proposals(
+    profile: Profile, config: Config, objection: Callable[[Plan], str | None]
+) -> dict[Plan, None]:
+    """Returns the planner's best chains by each objective, without those objected to.
+
+    Raises:
+      PlanError: None is left.
+    """
+    reason = ""
+    limited = any(node.host.memory_bytes for node in profile.nodes)
+    for share in ROOM if limited else ROOM[:1]:
+        proposals: dict[Plan, None] = {}
+        for objective in ("mpsl",) if config.tuner.select == "paper" else OBJECTIVES:
+            found: dict[Plan, float] = {}
+            for problem in _problems(profile, config, share):
+                try:
+                    chain = plan_chain(problem, objective)
+                except PlanError as error:
+                    reason = reason or str(error)
+                    continue
+                found[_plan(profile, config, problem, chain)] = chain.cost_s
+            allowed: dict[Plan, None] = {}
+            for plan in sorted(found, key=lambda plan: found[plan]):
+                if (why := objection(plan)) is None:
+                    allowed[plan] = None
+                else:
+                    reason = why
+                if len(allowed) == JUDGED:
+                    break
+            proposals |= allowed
+        if proposals:
+            return proposals
+    raise PlanError(f"no chain over the compute nodes can be planned: {reason}")
+
+
 def _problems(profile: Profile, config: Config, share: float) -> Iterator[ChainProblem]:
     """Yields the planner's problem for each choice of the units that stay with the devices.
 
@@ -120,25 +177,25 @@ def _problems(profile: Profile, config: Config, share: float) -> Iterator[ChainP
             node_name(i + 1),
             _layers(profile, node.host, size, parts),
             memory_bytes=share * (node.host.memory_bytes or float("inf")),
-            port=node.up,
+            up=node.up,
+            down=node.down,
         )
         for i, node in enumerate(profile.nodes)
     )
     pipeline = config.pipeline
-    codecs = [profile.codecs.get(name) for name in (pipeline.activation_codec,
-                                                    pipeline.cotangent_codec)]  # fmt: skip
-    ratios = [1.0 if codec is None else codec.ratio for codec in codecs]
-    coding_s = sum(c.encode_s_per_byte + c.decode_s_per_byte for c in codecs if c is not None)
+    activation_codings, cotangent_codings = (
+        tuple(_coding(profile, name) for name in codec_choice.allowed(config, role))
+        for role in codec_choice.ROLES
+    )
     for first in range(1, min(KEPT, count - 1) + 1):
         stops = range(max(first + 1, count - KEPT), count) if home else (count,)
         for stop in stops:
             if first < stop:
                 yield ChainProblem(
                     nodes, first, stop, len(profile.devices), owner,
-                    shared=pipeline.weights == "shared",
+                    micro_batches=parts, shared=pipeline.weights == "shared",
                     in_flight=-(-pipeline.in_flight // parts),
-                    activation_ratio=ratios[0], cotangent_ratio=ratios[1],
-                    codec_s_per_byte=coding_s,
+                    activation_codings=activation_codings, cotangent_codings=cotangent_codings,
                 )  # fmt: skip
 
 
@@ -149,7 +206,17 @@ def _plan(profile: Profile, config: Config, problem: ChainProblem, chain: ChainP
     cuts = [stage.first for stage in chain.stages]
     if home:
         cuts.append(problem.stop)
-    return plan_of_chain(config, tuple(cuts), hosts)
+    codecs = tuple(
+        Codecs(pair.activation.codec, pair.cotangent.codec)
+        for pair in chain.pairs[: len(cuts)]  # with labels at the end nothing crosses the last
+    )
+    return plan_of_chain(config, tuple(cuts), hosts, codecs)
+
+
+def _coding(profile: Profile, name: str) -> Coding:
+    """Returns what a codec costs, as the planner is told."""
+    codec = profile.codecs.get(name, CodecProfile())
+    return Coding(name, codec.ratio, codec.encode_s_per_byte + codec.decode_s_per_byte)
 
 
 def _layers(profile: Profile, host: HostProfile, size: int, parts: int) -> tuple[Layer, ...]:

@@ -2,7 +2,8 @@
 
 With ``tuner.codecs=auto`` a tensor goes raw or in ``bits:K``. The search takes the fewest bits that
 the floors allow, ``tuner.activation_bits`` and ``tuner.cotangent_bits``: more are never faster.
-Then each link's tensors get back, in each direction, as many bits as cost no time, up to all.
+Then each boundary's tensors get back, in each direction, as many bits as cost no time, up to all.
+Of a list of codecs, the search takes what is fastest, and what is as fast without goes raw.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import NamedTuple
 from comms.codec import parse_codec
 from pipar_jax.config import Config
 from pipar_jax.errors import ConfigError
-from pipar_jax.plan import Codecs, Plan
+from pipar_jax.plan import OWNER, Codecs, Plan
+from pipar_jax.profile import DeviceProfile, Profile
 from pipar_jax.schedule import micro_batch_sizes
 from pipar_jax.tuner.predict import Judged, Stages, judge
 from pipar_jax.tuner.words import words
@@ -40,20 +42,14 @@ def names(config: Config) -> list[str]:
     return list(words(config.tuner.codecs))
 
 
-def pairs(config: Config) -> list[Codecs]:
-    """Returns the pairs to search: of those allowed, or the one that is configured.
+def allowed(config: Config, role: str) -> list[str]:
+    """Returns the codecs to search for a role: of those allowed, or the one that is configured.
 
     Raises:
-      ConfigError: A role is left without a codec that keeps to its floor.
+      ConfigError: The role is left without a codec that keeps to its floor.
     """
-    pipeline = config.pipeline
     if not config.tuner.codecs:
-        return [Codecs(pipeline.activation_codec, pipeline.cotangent_codec)]
-    allowed = {role: _allowed(config, role) for role in ROLES}
-    return [Codecs(a, c) for a in allowed["activation"] for c in allowed["cotangent"]]
-
-
-def _allowed(config: Config, role: str) -> list[str]:
+        return [getattr(config.pipeline, f"{role}_codec")]
     if config.tuner.codecs == AUTO:
         return [RAW, ladder(config, role)[0]]
     floor, listed = getattr(config.tuner, f"{role}_bits"), words(config.tuner.codecs)
@@ -67,6 +63,33 @@ def _allowed(config: Config, role: str) -> list[str]:
     return found
 
 
+def pairs(config: Config) -> list[Codecs]:
+    """Returns the pairs to search.
+
+    Raises:
+      ConfigError: A role is left without a codec that keeps to its floor.
+    """
+    activations, cotangents = (allowed(config, role) for role in ROLES)
+    return [Codecs(a, c) for a in activations for c in cotangents]
+
+
+def check_measured(config: Config, profile: Profile) -> None:
+    """Checks that a profile has every codec that a plan may come to have.
+
+    Raises:
+      ConfigError: It lacks one.
+    """
+    wanted = {name for role in ROLES for name in allowed(config, role)}
+    if config.tuner.codecs == AUTO:
+        wanted |= set(names(config))
+    if unknown := sorted(wanted - {RAW} - set(profile.codecs)):
+        raise ConfigError(
+            f"{', '.join(unknown)} may be used (tuner.codecs, pipeline.activation_codec and "
+            "cotangent_codec), but the profile does not have it: it knows raw"
+            f"{''.join(f', {name}' for name in profile.codecs)}"
+        )
+
+
 def _bits(name: str) -> int | None:
     codec, parameter = parse_codec(name)
     return codec.precision_bits(parameter)
@@ -76,60 +99,102 @@ class Slot(NamedTuple):
     """A tensor on its way over like links.
 
     Attributes:
-      devices: Equal devices with equal plans.
+      devices: Those whose tensors have the same way: equal devices, or all that share two nodes.
+      boundary: Which boundary of their chains it crosses, counted from 0.
       role: activation or cotangent.
     """
 
     devices: tuple[int, ...]
+    boundary: int
     role: str
 
     def codec(self, plan: Plan) -> str:
-        """Returns its codec under a plan whose devices are cut once."""
-        name: str = getattr(plan.devices[self.devices[0]].codecs[0], self.role)
+        """Returns its codec under a plan."""
+        name: str = getattr(plan.devices[self.devices[0]].codecs[self.boundary], self.role)
         return name
 
     def with_codec(self, plan: Plan, name: str) -> Plan:
         """Returns the plan with another codec for it."""
         chains = list(plan.devices)
         for device in self.devices:
-            pair = dataclasses.replace(chains[device].codecs[0], **{self.role: name})
-            chains[device] = dataclasses.replace(chains[device], codecs=(pair,))
+            codecs = list(chains[device].codecs)
+            codecs[self.boundary] = dataclasses.replace(codecs[self.boundary], **{self.role: name})
+            chains[device] = dataclasses.replace(chains[device], codecs=tuple(codecs))
         return dataclasses.replace(plan, devices=tuple(chains))
 
+    def ends(self, plan: Plan, device: int) -> tuple[str, str]:
+        """Returns the hosts that send and receive it for one of its devices."""
+        below, above = (plan.host(device, self.boundary + i) for i in range(2))
+        return (below, above) if self.role == "activation" else (above, below)
 
-def slots(plan: Plan, known: Sequence[int]) -> Iterator[Slot]:
-    """Yields the tensors that cross a cut, once for equal devices.
+
+def slots(plan: Plan, profile: Profile) -> Iterator[Slot]:
+    """Yields the tensors that go from one host to another, once for those with like links.
 
     Args:
-      plan: The plan, of chains of at most two hosts.
-      known: For each device the first one that is equal to it.
+      plan: The plan.
+      profile: What hosts and links are like.
     """
+    equal: dict[DeviceProfile, int] = {}
     groups: dict[tuple[int, object], list[int]] = {}
     for device, chain in enumerate(plan.devices):
-        if chain.cuts:
-            groups.setdefault((known[device], chain), []).append(device)
-    for devices in groups.values():
+        for boundary, cut in enumerate(chain.cuts):
+            hosts = chain.hosts[boundary : boundary + 2]
+            if hosts[0] == hosts[1]:
+                continue
+            owner = None
+            if OWNER in hosts:
+                owner = equal.setdefault(profile.devices[device], device)
+            alike = cut, hosts, chain.codecs[boundary], chain.micro_batches, owner
+            groups.setdefault((boundary, alike), []).append(device)
+    for (boundary, _), devices in groups.items():
         for role in ROLES:
-            yield Slot(tuple(devices), role)
+            yield Slot(tuple(devices), boundary, role)
 
 
-def sharpen(
-    plan: Plan, all_slots: Iterable[Slot], config: Config, seconds: Callable[[Plan], float | None]
-) -> Plan:
+#: Returns a plan's seconds per epoch; None once no more are to be judged.
+Seconds = Callable[[Plan], float | None]
+
+
+def hasten(plan: Plan, all_slots: Sequence[Slot], config: Config, seconds: Seconds) -> Plan:
+    """Returns the plan with what codecs make it faster, changed one slot after another.
+
+    Args:
+      plan: A plan.
+      all_slots: What may get another codec.
+      config: Resolved configuration.
+      seconds: Judges a plan.
+    """
+    best_s = seconds(plan)
+    if best_s is None:
+        return plan
+    improved = True
+    while improved:
+        improved = False
+        for slot in all_slots:
+            for name in allowed(config, slot.role):
+                tried = slot.with_codec(plan, name)
+                tried_s = seconds(tried)
+                if tried_s is not None and tried_s < best_s:
+                    plan, best_s, improved = tried, tried_s, True
+    return plan
+
+
+def sharpen(plan: Plan, all_slots: Iterable[Slot], config: Config, seconds: Seconds) -> Plan:
     """Returns the plan with as many bits in each slot as cost no time.
 
     Args:
       plan: The best plan found.
       all_slots: What may get other bits.
       config: Resolved configuration.
-      seconds: Returns a plan's seconds per epoch; None once no more are to be judged.
+      seconds: Judges a plan.
     """
     began_s = seconds(plan)
     if began_s is None:
         return plan
     deadline_s = began_s * (1 + SLACK)
     for slot in sorted(all_slots, key=lambda one: one.role, reverse=True):  # cotangents first
-        rungs = ladder(config, slot.role)
+        rungs = _rungs(config, slot, plan)
         low, high = rungs.index(slot.codec(plan)), len(rungs)
         # Time grows with the bits; raw, the last, needs no coding and may be faster than many.
         if low < high - 1:
@@ -147,6 +212,15 @@ def sharpen(
                 high = middle
         plan = slot.with_codec(plan, rungs[low])
     return plan
+
+
+def _rungs(config: Config, slot: Slot, plan: Plan) -> tuple[str, ...]:
+    """Returns what a slot may get, from the fewest bits to raw; a list has no order between."""
+    if config.tuner.codecs == AUTO:
+        return ladder(config, slot.role)
+    present = slot.codec(plan)
+    goes_raw = present != RAW and RAW in allowed(config, slot.role)
+    return (present, RAW) if goes_raw else (present,)
 
 
 class Reason(NamedTuple):
@@ -185,29 +259,29 @@ class Reason(NamedTuple):
         return f"off: {why}; {chosen}, {other} with it"
 
 
-def reasons(stages: Stages, config: Config, judged: Judged, known: Sequence[int]) -> list[Reason]:
-    """Returns for each tensor and link why its codec is what it is.
+def reasons(stages: Stages, config: Config, judged: Judged) -> list[Reason]:
+    """Returns for each tensor and link why its codec is what it is; nothing where none is chosen.
 
     Args:
       stages: Times and bytes.
       config: Resolved configuration.
       judged: The plan that was chosen.
-      known: For each device the first one that is equal to it.
     """
     plan, found = judged.plan, []
-    for slot in slots(plan, known):
+    links = stages.links(plan)
+    for slot in slots(plan, stages.profile) if config.tuner.codecs else ():
         chosen = slot.codec(plan)
-        options = [
-            name for name in _allowed_names(config, slot.role) if name in stages.profile.codecs
-        ]
+        options = [name for name in allowed(config, slot.role)
+                   if name != RAW and name in stages.profile.codecs]  # fmt: skip
         if chosen == RAW and not options:
             continue
         coded = chosen if chosen != RAW else min(options, key=lambda one: stages.codec(one).ratio)
         other = RAW if chosen != RAW else coded
-        chain, one = plan.devices[slot.devices[0]], stages.profile.devices[slot.devices[0]]
+        device = slot.devices[0]
+        chain, link = plan.devices[device], links[slot.ends(plan, device)]
         sizes = micro_batch_sizes(stages.profile.batch_size, chain.micro_batches)
-        cut, up = chain.cuts[0], slot.role == "activation"
-        link, wire = (one.up, stages.up_bytes) if up else (one.down, stages.down_bytes)
+        cut = chain.cuts[slot.boundary]
+        wire = stages.up_bytes if slot.role == "activation" else stages.down_bytes
         saved_s = sum(
             link.occupied_s(wire(cut, size, RAW)) - link.occupied_s(wire(cut, size, coded))
             for size in sizes
@@ -219,10 +293,3 @@ def reasons(stages: Stages, config: Config, judged: Judged, known: Sequence[int]
             Reason(slot, chosen, other, raw_bytes, saved_s, coding_s, judged.epoch_s, other_s)
         )
     return found
-
-
-def _allowed_names(config: Config, role: str) -> list[str]:
-    """Returns the codecs besides raw that a role may have; none where there is no choice."""
-    if not config.tuner.codecs:
-        return []
-    return [name for name in _allowed(config, role) if name != RAW]

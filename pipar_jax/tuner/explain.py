@@ -51,11 +51,15 @@ def verdict(found: Found) -> str:
     )
 
 
-def codecs_table(profile: Profile, found: Found, config: Config) -> Table | None:
-    """Returns why each link's tensors are coded or not; None where there was no choice."""
-    stages = Stages(profile)
-    known = [profile.devices.index(one) for one in profile.devices]
-    why = codec_choice.reasons(stages, config, found.plans[0], known)
+def codecs_table(profile: Profile, judged: Judged, config: Config) -> Table | None:
+    """Returns why each link's tensors are coded or not; None where there was no choice.
+
+    Args:
+      profile: What hosts and links are like.
+      judged: The plan that was chosen.
+      config: Resolved configuration.
+    """
+    why = codec_choice.reasons(Stages(profile), config, judged)
     if not why:
         return None
     title = "codecs of the best plan, times per full mini-batch"
@@ -63,15 +67,18 @@ def codecs_table(profile: Profile, found: Found, config: Config) -> Table | None
         title += f"; as many bits as cost no more than {codec_choice.SLACK:.0%} of the epoch"
     table = Table(title=title, title_justify="left")
     for name, justify in (
-        ("link", "left"), ("tensor", "left"), ("raw kB", "right"), ("codec", "left"),
-        ("against", "left"), ("saves ms", "right"), ("coding ms", "right"), ("why", "left"),
+        ("link", "left"), ("cut", "right"), ("tensor", "left"), ("raw kB", "right"),
+        ("codec", "left"), ("against", "left"), ("saves ms", "right"), ("coding ms", "right"),
+        ("why", "left"),
     ):  # fmt: skip
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for one in why:
-        names = _names([device_name(device) for device in one.slot.devices])
-        way = "up" if one.slot.role == "activation" else "down"
+        plan, slot = judged.plan, one.slot
+        ends = zip(*(slot.ends(plan, device) for device in slot.devices), strict=True)
+        sender, receiver = (_names(list(dict.fromkeys(hosts))) for hosts in ends)
         table.add_row(
-            f"{names} {way}", one.slot.role, f"{one.raw_bytes / 1e3:,.0f}", one.chosen, one.other,
+            f"{sender} → {receiver}", str(plan.devices[slot.devices[0]].cuts[slot.boundary]),
+            slot.role, f"{one.raw_bytes / 1e3:,.0f}", one.chosen, one.other,
             f"{one.saved_s * 1e3:,.1f}", f"{one.coding_s * 1e3:,.1f}", one.words(),
         )  # fmt: skip
     return table

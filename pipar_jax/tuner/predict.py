@@ -181,7 +181,7 @@ class Stages:
 
         coded = any(pair.activation != "raw" or pair.cotangent != "raw"
                     for one in plan.devices for pair in one.codecs)  # fmt: skip
-        return Costs(compute_s, wire_bytes, self._links(plan),
+        return Costs(compute_s, wire_bytes, self.links(plan),
                      window_bytes=self.profile.window_bytes,
                      codec_s=codec_s if coded else None)  # fmt: skip
 
@@ -191,7 +191,7 @@ class Stages:
             return self.server
         return self.nodes[host] if is_node(host) else self.devices[device]
 
-    def _links(self, plan: Plan) -> dict[tuple[str, str], LinkModel]:
+    def links(self, plan: Plan) -> dict[tuple[str, str], LinkModel]:
         """Returns the model of every direction of every link that a plan uses."""
         links = {}
         for index, one in enumerate(self.profile.devices):

@@ -41,7 +41,7 @@ class Found(NamedTuple):
 
     Attributes:
       plans: The plans judged, best first, among them at least one of each method that fits. With
-        ``tuner.codecs=auto`` the first is the fastest with as many bits as cost no time.
+        ``tuner.codecs`` the first is the fastest with as many bits as cost no time.
       bound_s: What no plan searched can undercut, in seconds per epoch.
       exact: Whether the first is proven to be the best of all that were searched.
       judged: How many plans were simulated.
@@ -113,7 +113,7 @@ class _Search:
         }
         self.scale = rounds_per_epoch(profile, self.frame)
         self.judged: dict[Plan, Judged] = {}
-        self.actions = 0
+        self.actions = self.simulated = 0
         self._least: dict[tuple[int, Option], Least] = {}
         self.known = [
             next(i for i, other in enumerate(profile.devices) if other == one)
@@ -149,7 +149,7 @@ class _Search:
                 if (one := next(of_method, None)) is not None:
                     self._judge(one.plan)
         plans = self._distinct()
-        if self.config.tuner.codecs == codec_choice.AUTO:
+        if self.config.tuner.codecs:
             plans = self._sharpened(plans)
         paper = None
         if len(self.profile.units) > 1:
@@ -164,14 +164,18 @@ class _Search:
         return list(found.values())
 
     def _sharpened(self, plans: list[Judged]) -> list[Judged]:
-        """Returns the plans behind the best with as many bits as cost no time."""
-        most = self.actions + 0.25 * self.config.tuner.actions
+        """Returns the plans behind the best with as many bits as cost no time.
+
+        The search's own limit counts actions that were extrapolated, too, of which a long round has
+        many more; here their work counts.
+        """
+        most = self.simulated + 0.25 * self.config.tuner.actions
 
         def seconds(plan: Plan) -> float | None:
-            return self._judge(plan) if self.actions <= most or plan in self.judged else None
+            return self._judge(plan) if self.simulated <= most or plan in self.judged else None
 
         best = plans[0].plan
-        slots = codec_choice.slots(best, self.known)
+        slots = codec_choice.slots(best, self.profile)
         found = codec_choice.sharpen(best, slots, self.config, seconds)
         return plans if found == best else [self.judged[found], *plans]
 
@@ -184,15 +188,7 @@ class _Search:
         if "pipar" in self.methods:
             numbers |= {min(n, batch) for n in whole_numbers(self.config.tuner.micro_batches)}
         pairs = codec_choice.pairs(self.config)
-        wanted = {name for pair in pairs for name in (pair.activation, pair.cotangent)} - {"raw"}
-        if self.config.tuner.codecs == codec_choice.AUTO:
-            wanted |= set(codec_choice.names(self.config)) - {"raw"}
-        if unknown := sorted(wanted - set(self.profile.codecs)):
-            raise ConfigError(
-                f"{', '.join(unknown)} may be used (tuner.codecs, pipeline.activation_codec and "
-                "cotangent_codec), but the profile does not have it: it knows raw"
-                f"{''.join(f', {name}' for name in self.profile.codecs)}"
-            )
+        codec_choice.check_measured(self.config, self.profile)
         found = [Option(0)] if "fl" in self.methods else []
         for cut in range(1, count):
             for n in sorted(numbers):
@@ -264,6 +260,7 @@ class _Search:
         if plan not in self.judged:
             self.judged[plan] = found = judge(self.stages, plan)
             self.actions += found.round.actions
+            self.simulated += found.round.simulated
         return self.judged[plan].epoch_s
 
     def _judge_in_order(self, candidates: Sequence[_Candidate], actions: float) -> float:

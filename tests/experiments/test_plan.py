@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from pipar_jax.profile import Profile
-from tests.pipar_jax.tuner.profiles import bit_codecs, device, profile
+from tests.pipar_jax.tuner.profiles import bit_codecs, device, node, profile
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,9 +59,38 @@ def test_it_says_for_each_link_why_its_tensors_are_coded_or_not(tmp_path: Path) 
     result = run("plan", f"--profile={file}", "--config.tuner.codecs=auto",
                  "--config.tuner.methods=pipar")  # fmt: skip
     assert result.returncode == 0, result.stderr
-    table = result.stdout.partition("codecs of the best plan")[2]
-    for text in ("d0 up", "d0 down", "on: ", "d1 up", "the link is faster than the codec"):
-        assert text in " ".join(table.split()).replace("│ │ │ │ │ │ │ │", ""), result.stdout
+    rows = codecs_rows(result.stdout)
+    assert [row[0] for row in rows] == ["d0 → server", "server → d0", "d1 → server", "server → d1"]
+    assert all(row[-1].startswith("on: ") for row in rows[:2])
+    assert all("the link is faster than the codec" in row[-1] for row in rows[2:])
+
+
+def test_it_says_so_for_each_boundary_of_a_chain(tmp_path: Path) -> None:
+    file = tmp_path / "profile.json"
+    nodes = (node("none", 2.0, units=10), node("none", 4.0, units=10))
+    made = profile(device("4g", 8.0, units=10), units=10, codecs=bit_codecs(), nodes=nodes)
+    file.write_text(json.dumps(made.to_dict()))
+    result = run(
+        "plan", f"--profile={file}", "--config.method=accept", "--config.devices.count=1",
+        "--config.nodes.count=2", "--config.tuner.codecs=auto",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = codecs_rows(result.stdout)
+    assert [row[0] for row in rows] == ["d0 → n1", "n1 → d0", "n1 → n2", "n2 → n1"]
+    assert [row[4] == "raw" for row in rows] == [False, False, True, True]
+    assert rows[0][-1].startswith("on: ") and rows[2][-1].startswith("off: the link is faster")
+
+
+def codecs_rows(text: str) -> list[list[str]]:
+    """Returns the cells of the table of codecs, whose longer ones go over several lines."""
+    rows: list[list[str]] = []
+    for line in text.partition("codecs of the best plan")[2].splitlines():
+        cells = [cell.strip() for cell in line.split("│")[1:-1]]
+        if cells and cells[0]:
+            rows.append(cells)
+        elif cells:
+            rows[-1] = [" ".join(pair).strip() for pair in zip(rows[-1], cells, strict=True)]
+    return rows
 
 
 def test_errors_are_one_line(tmp_path: Path) -> None:

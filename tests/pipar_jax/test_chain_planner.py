@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from pipar_jax.chain_planner import (
     ChainPlan,
     ChainProblem,
+    Coding,
     Layer,
     Node,
     Objective,
@@ -22,11 +25,12 @@ from pipar_jax.chain_planner import (
     plan_chain,
     read_profile,
 )
+from pipar_jax.chain_planner.costs import ChainCosts
 from pipar_jax.errors import DataError, PlanError
 from pipar_jax.simulator.costs import LinkModel
 
 PROFILES = Path(__file__).parents[2].parent / "shared" / "data" / "profiles"
-OBJECTIVES: tuple[Objective, ...] = ("mpsl", "steady", "accept")
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 
 SMALL = tuple(
     Layer(forward / 1e3, backward / 1e3, activation * 1e3, weight * 1e3)
@@ -71,11 +75,83 @@ def test_the_plan_is_the_best_of_all_chains(
     )
     owner = Owner(SMALL, LinkModel(1e6, 0.01), LinkModel(2e6, 0.01), 0.2)
     problem = ChainProblem(
-        nodes, 1, 8, owners=3, owner=owner, shared=shared, in_flight=2, activation_ratio=0.25,
-        cotangent_ratio=0.5, codec_s_per_byte=1e-9, any_order=any_order,
+        nodes, 1, 8, owners=3, owner=owner, micro_batches=4, shared=shared, in_flight=2,
+        any_order=any_order,
+        activation_codings=(Coding("few", 0.25, 1e-9),),
+        cotangent_codings=(Coding("many", 0.5, 1e-9),),
     )  # fmt: skip
     plan = plan_chain(problem, objective)
     assert plan.cost_s == pytest.approx(every_chain(problem, objective).cost_s, rel=1e-12)
+
+
+RAW, FEW, MANY = Coding(), Coding("few", 0.2, 2e-8), Coding("many", 0.5, 1e-8)
+
+
+def least_over_codecs(
+    problem: ChainProblem, objective: Objective, order: tuple[int, ...], cuts: tuple[int, ...]
+) -> float:
+    """Return a chain's cost with the best codecs of all that its boundaries may have together."""
+    ends = (None, *order, None)
+    bounds = (problem.first, *cuts, problem.stop)
+    pairs = list(itertools.product(problem.activation_codings, problem.cotangent_codings))
+    alone = [
+        ChainCosts(
+            dataclasses.replace(
+                problem, activation_codings=(there,), cotangent_codings=(back,)
+            ),
+            objective,
+        )
+        for there, back in pairs
+    ]  # fmt: skip
+    found = []
+    for chosen in itertools.product(alone, repeat=len(ends) - 1):
+        value = alone[0].start
+        for boundary, costs in enumerate(chosen):
+            one, other = ends[boundary : boundary + 2]
+            (hop,) = costs.hops(one, other, bounds[boundary])
+            work = (0.0, 0.0)
+            if other is not None:
+                work = costs.compute(other, bounds[boundary], bounds[boundary + 1])
+            value = costs.extend(value, hop, *work)
+        found.append(alone[0].total(value))
+    return min(found)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("owners", [1, 4])
+def test_every_boundary_has_the_codecs_that_are_the_best_together(
+    objective: Objective, owners: int
+) -> None:
+    """Cheap links whose codec costs more than it saves beside dear ones, in all combinations."""
+    nodes = (
+        Node("a", SMALL, 1.0, up=LinkModel(3e6, 0.001, 0.0005)),
+        Node("b", SMALL, 2.5, up=LinkModel(2e8, 0.002)),
+        Node("c", SMALL, 1.5, up=LinkModel(4e7, 0.004)),
+    )
+    owner = Owner(SMALL, LinkModel(4e6, 0.01), LinkModel(1e8, 0.01), 0.2)
+    problem = ChainProblem(
+        nodes, 1, 8, owners, owner,
+        activation_codings=(RAW, FEW, MANY), cotangent_codings=(RAW, MANY),
+    )  # fmt: skip
+    for order, cuts in (((0, 1), (4,)), ((1, 2), (3,)), ((2,), ()), ((2, 0), (6,))):
+        plan = evaluate(problem, objective, order, cuts)
+        least_s = least_over_codecs(problem, objective, order, cuts)
+        assert plan.cost_s == pytest.approx(least_s, rel=1e-12)
+        assert len(plan.pairs) == len(order) + 1
+    plan = plan_chain(problem, objective)
+    assert plan.cost_s == pytest.approx(every_chain(problem, objective).cost_s, rel=1e-12)
+
+
+def test_a_codec_is_used_where_its_link_is_slow() -> None:
+    nodes = (Node("a", SMALL), Node("b", SMALL))
+    owner = Owner(SMALL, LinkModel(1e6), LinkModel(1e6))
+    both = (RAW, FEW)
+    for objective in OBJECTIVES:
+        problem = ChainProblem(nodes, 1, 8, 1, owner, activation_codings=both,
+                               cotangent_codings=both)  # fmt: skip
+        first, second, last = evaluate(problem, objective, (0, 1), (4,)).pairs
+        assert first == last == (FEW, FEW)
+        assert second == (RAW, RAW)
 
 
 times = st.integers(0, 30).map(lambda ms: ms / 1e3)
@@ -89,12 +165,14 @@ def problems(draw: st.DrawFn) -> ChainProblem:
     caps = st.one_of(st.just(math.inf), st.floats(5, 200))
     ports = st.builds(LinkModel, st.one_of(st.none(), st.floats(100, 1e4)), st.just(0.001))
     node = st.builds(
-        Node, st.just("n"), st.just(layers), st.sampled_from([1.0, 2.0, 3.7]), caps, ports
+        Node, st.just("n"), st.just(layers), st.sampled_from([1.0, 2.0, 3.7]), caps, ports, ports
     )
     nodes = tuple(draw(st.lists(node, min_size=1, max_size=3)))
     owner = draw(st.one_of(st.none(), st.builds(Owner, st.just(layers), ports, ports)))
+    ways = st.sampled_from([(Coding(),), (Coding(), Coding("few", 0.2, 0.001))])
     return ChainProblem(nodes, 1, len(layers), owners=draw(st.integers(1, 4)), owner=owner,
-                        shared=draw(st.booleans()), any_order=draw(st.booleans()))  # fmt: skip
+                        shared=draw(st.booleans()), any_order=draw(st.booleans()),
+                        activation_codings=draw(ways), cotangent_codings=draw(ways))  # fmt: skip
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -148,13 +226,18 @@ def test_the_owners_cycle_by_hand() -> None:
     layers = tuple(Layer(1.0, 2.0, 8.0, 0.0) for _ in range(4))
     owner = Owner(layers, LinkModel(4.0, 0.5), LinkModel(2.0, 0.25), speed=0.5)
     problem = ChainProblem(
-        (Node("a", layers), Node("b", layers, port=LinkModel(8.0))), 1, 3, owners=2, owner=owner
-    )
+        (Node("a", layers, up=LinkModel(8.0), down=LinkModel(4.0)), Node("b", layers)), 1, 3,
+        owners=2, owner=owner, micro_batches=5,
+    )  # fmt: skip
     plan = evaluate(problem, "steady", (0, 1), (2,))
     # Own layers 2 x 3 / 0.5; activations up 2.5 and down 4.25, cotangents up and down as well;
-    # a to b 1 there and 1 back; 6 on the nodes.
-    assert plan.cycle_s == pytest.approx(12 + 2 * (2.5 + 4.25) + 2 + 6)
+    # a to b 1 there and 2 back; 6 on the nodes.
+    assert plan.cycle_s == pytest.approx(12 + 2 * (2.5 + 4.25) + 3 + 6)
     assert plan.cost_s == pytest.approx(plan.cycle_s / 2)
+    # A tenth of the step is one micro-batch's cycle, the rest goes at the pace of the owners' own
+    # layers, half of whose 12 s every batch waits for.
+    step_s = evaluate(problem, "step", (0, 1), (2,)).cost_s
+    assert step_s == pytest.approx(plan.cycle_s / 10 + 0.9 * 6)
     many = evaluate(ChainProblem(problem.nodes, 1, 3, owners=100, owner=owner), "steady", (0, 1),
                     (2,))  # fmt: skip
     assert many.cost_s == pytest.approx(3.0)  # no longer the cycle, but a node
@@ -184,8 +267,10 @@ def test_what_does_not_fit_is_refused_with_the_figures() -> None:
         ({"first": 0, "owner": Owner(SMALL)}, "at least the first layer"),
         ({"nodes": (Node("a", SMALL), Node("b", SMALL[1:]))}, "different numbers"),
         ({"owners": 0}, "owners=0"),
+        ({"micro_batches": 0}, "micro_batches=0"),
         ({"nodes": (Node("a", SMALL, speed=0.0),)}, "speeds"),
-        ({"activation_ratio": -1.0}, "ratios"),
+        ({"activation_codings": (Coding("odd", -1.0),)}, "codec odd of activations: ratio -1"),
+        ({"cotangent_codings": ()}, "cotangents need at least one way"),
     ],
 )
 def test_malformed_problems_are_refused(change: dict[str, object], message: str) -> None:
@@ -200,7 +285,7 @@ def test_wrong_cuts_and_objectives_are_refused() -> None:
         evaluate(problem, "mpsl", (0, 1), (3, 4))
     with pytest.raises(PlanError, match="increasing"):
         evaluate(problem, "mpsl", (0, 1), (9,))
-    with pytest.raises(PlanError, match="mpsl, steady, accept"):
+    with pytest.raises(PlanError, match="mpsl, steady, accept, step"):
         plan_chain(problem, "fastest")  # type: ignore[arg-type]
 
 

@@ -9,9 +9,12 @@ import jax
 import numpy as np
 import pytest
 
+from pipar_jax import methods
 from pipar_jax.config import resolve
 from pipar_jax.errors import ConfigError, JoinError, PlanError
 from pipar_jax.methods import plan_for
+from pipar_jax.plan import OWNER, Codecs
+from pipar_jax.runtime import survey
 from pipar_jax.server import run_server
 from pipar_jax.worker import run_node
 from tests.pipar_jax.runtime import support
@@ -137,6 +140,61 @@ def test_no_label_leaves_home_unless_told_to(double, network, labels, tmp_path, 
     batches = [labels for step in union(made, EVEN) for _, labels in step]
     found = [one for one in batches if one.astype(np.int32).tobytes() in wire]
     assert len(found) == (0 if labels == "home" else len(batches))
+
+
+def test_each_boundary_has_codecs_of_its_own(double, network, tmp_path, monkeypatch):
+    """What a link's account says is what was planned, and the weights are off by no more bits."""
+    codecs = (Codecs("bits:11", "raw"), Codecs(), Codecs("int8", "bits:15"))
+    start, _ = network.init(0)
+
+    def run(pairs, name):
+        monkeypatch.setitem(
+            methods.METHODS, "accept",
+            lambda config, units: methods.plan_of_chain(
+                config, (1, 2, 3), (OWNER, "n1", "n2", "n3"), pairs
+            ),
+        )  # fmt: skip
+        made = setting(tmp_path / name, (35,), 3, "end")
+        made.method, made.pipeline.micro_batches, events = "accept", 2, []
+        params = train(made, (35,), network, events).params
+        rows = [row for event in events for row in event.get("links", ())]
+        sizes = {(row["source"], row["target"]): (0, 0) for row in rows}
+        for row in rows:
+            raw, coded = sizes[row["source"], row["target"]]
+            sizes[row["source"], row["target"]] = (
+                raw + row["raw_bytes"], coded + row["payload_bytes"]
+            )  # fmt: skip
+        return params, {ends: coded / raw for ends, (raw, coded) in sizes.items() if raw}
+
+    raw, _ = run((), "raw")
+    coded, ratio = run(codecs, "coded")
+    for ends in (("d0", "n1"), ("n2", "n3"), ("n3", "n2")):
+        assert ratio[ends] < 0.7
+    for ends in (("n1", "d0"), ("n1", "n2"), ("n2", "n1")):
+        assert ratio[ends] == 1.0
+    # An element is off by at most 2^-K of the largest near it, or for int8 by half of 1/127.
+    moved, off = distance(raw, start), distance(coded, raw)
+    assert 1e-6 * moved < off < (2**-11 + 2**-15 + 1 / 254) * moved
+
+
+def distance(one, other):
+    return sum(
+        float(np.square(np.asarray(array) - np.asarray(other[unit][path])).sum())
+        for unit, arrays in one.items()
+        for path, array in arrays.items()
+    ) ** 0.5  # fmt: skip
+
+
+def test_the_planner_gives_a_slow_link_a_codec_and_a_fast_one_none(network, tmp_path, monkeypatch):
+    monkeypatch.setattr(survey, "_FIRST_BYTES", 4096)  # enough to time a link as slow as this
+    made = setting(tmp_path, (35,), 2, "end")
+    made.method, made.pipeline.cuts, made.aggregation.every = "accept", "", "epoch"
+    made.tuner.sizes, made.tuner.cache, made.tuner.codecs = "3,7", False, "auto"
+    made.devices.defaults.link = "0.2/0.2"
+    events = []
+    train(made, (35,), network, events)
+    (plan,) = [event["plan"] for event in events if event["event"] == "tuned"]
+    assert re.match(r"device\|\d:bits:\d+/bits:\d+\|n\d(\|\d\|n\d)? x3", plan), plan
 
 
 def test_the_planner_cuts_the_chain_if_nobody_else_does(network, tmp_path):

@@ -6,7 +6,14 @@ import dataclasses
 
 from comms.shaping import parse_link
 from pipar_jax.config import Config, resolve
-from pipar_jax.profile import CodecProfile, DeviceProfile, HostProfile, Profile, UnitFacts
+from pipar_jax.profile import (
+    CodecProfile,
+    DeviceProfile,
+    HostProfile,
+    NodeProfile,
+    Profile,
+    UnitFacts,
+)
 from pipar_jax.simulator import LinkModel
 from pipar_jax.tuner.codec_choice import BITS
 
@@ -38,6 +45,11 @@ def device(link: str = "4g", slower: float = 1.0, samples: int = 500, **values) 
         for shape in parse_link(link)
     )
     return DeviceProfile(host(**values).slowed(slower), samples, up, down)
+
+
+def node(link: str = "none", slower: float = 1.0, **values) -> NodeProfile:
+    made = device(link, slower, **values)
+    return NodeProfile(made.host, made.up, made.down)
 
 
 def profile(*devices: DeviceProfile, units: int = 5, **values) -> Profile:

@@ -43,7 +43,7 @@ def test_a_fast_link_goes_without_and_the_reason_is_told():
     settings = auto(1)
     found = search(made, settings)
     assert chosen(found) == [("raw", "raw")]
-    told = codec_choice.reasons(Stages(made), settings, found.plans[0], [0])
+    told = codec_choice.reasons(Stages(made), settings, found.plans[0])
     assert [one.slot.role for one in told] == ["activation", "cotangent"]
     for one in told:
         assert one.coding_s > one.saved_s
@@ -55,7 +55,7 @@ def test_each_link_gets_its_own():
     slow, fast = chosen(search(made, auto(2)))
     assert "raw" not in slow and fast == ("raw", "raw")
     settings = auto(2)
-    told = codec_choice.reasons(Stages(made), settings, search(made, settings).plans[0], [0, 1])
+    told = codec_choice.reasons(Stages(made), settings, search(made, settings).plans[0])
     words = {one.slot: one.words().split(":")[0] for one in told}
     assert {(slot.devices, way) for slot, way in words.items()} == {((0,), "on"), ((1,), "off")}
     on = next(one for one in told if one.chosen != "raw")
@@ -70,7 +70,7 @@ def test_no_slot_could_have_more_bits_for_nothing_nor_needed_as_many(link):
     fastest_s = min(one.epoch_s for one in found.plans)
     limit_s = fastest_s * (1 + codec_choice.SLACK)
     assert found.plans[0].epoch_s <= limit_s
-    for slot in codec_choice.slots(plan, [0]):
+    for slot in codec_choice.slots(plan, made):
         rungs = codec_choice.ladder(settings, slot.role)
         at = rungs.index(slot.codec(plan))
         if at + 1 < len(rungs):
