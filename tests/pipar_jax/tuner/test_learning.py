@@ -79,7 +79,7 @@ def slowdown(true: Profile, plan: Plan) -> float:
 def test_a_node_that_is_unlike_its_profile_gets_the_units_that_it_should(wrong):
     speeds = {"d0": 1.0, "n1": 2.0, "n2": 1.0, "n3": 4.0}
     hosts = {name: profiles.host(1e-3, units=12).slowed(s) for name, s in speeds.items()}
-    true = chain_profile(hosts, profiles.profile(profiles.device(), units=12).units)
+    true = chain_profile(hosts, profiles.profile(profiles.device(units=12), units=12).units)
     believed = chain_profile(hosts | {"n3": hosts["n3"].slowed(wrong)}, true.units)
     times = {name: HostTimes(host) for name, host in hosts.items()}
 
