@@ -91,11 +91,11 @@ def test_a_node_that_is_unlike_its_profile_gets_the_units_that_it_should(wrong):
     plans = follow(Watch(believed), config(), times_s, 12, 2)
     if wrong < 1:
         assert slowdown(true, plans[0]) > 1.2  # it was worth learning
-    assert slowdown(true, plans[-1]) == pytest.approx(1.0)
+    assert slowdown(true, plans[-1]) < 1.03
 
 
 class World:
-    """Four hosts and a network of a kind that the predictor knows, so that it can be told of one."""
+    """Four hosts and a network of a kind that the predictor knows."""
 
     def __init__(self) -> None:
         self.model = collect.build("chain3")
@@ -133,9 +133,13 @@ class World:
         return {FORWARD: ahead, BACKWARD: back, LAST: ahead + back - law.call_s}[kind]
 
 
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World()
+
+
 @pytest.mark.parametrize(("host", "wrong"), [("n1", 0.2), ("n2", 0.2), ("n2", 2.5)])
-def test_predictions_that_mislead_are_learned_from_the_stages_of_the_run(host, wrong):
-    world = World()
+def test_predictions_that_mislead_are_learned_from_the_stages_of_the_run(world, host, wrong):
     learners = {name: world.learner(name, wrong if name == host else 1.0) for name in world.laws}
     sizes = world.true.nodes[0].host.sizes
     believed = {name: learner.profile(sizes) for name, learner in learners.items()}
@@ -147,8 +151,7 @@ def test_predictions_that_mislead_are_learned_from_the_stages_of_the_run(host, w
     assert differ(state, watch.state(), 0.5)
 
 
-def test_only_what_was_predicted_is_learned_and_memory_stays():
-    world = World()
+def test_only_what_was_predicted_is_learned_and_memory_stays(world):
     hosts = world.hosts | {"n1": dataclasses.replace(world.hosts["n1"], memory_bytes=1e9)}
     base = chain_profile(hosts, world.units)
     watch = Watch(base, {"n1": world.learner("n1")})
@@ -169,8 +172,8 @@ def test_only_what_was_predicted_is_learned_and_memory_stays():
     assert now.nodes[1].host == base.nodes[1].host.slowed(factor)
 
 
-def test_a_rate_between_nodes_is_that_of_the_lower_ones_line():
-    watch = Watch(World().true)
+def test_a_rate_between_nodes_is_that_of_the_lower_ones_line(world):
+    watch = Watch(world.true)
     there, back = Boundary("n2", "n1", 1), Boundary("d0", "n2", 0)
     for total in (Carried(1e6, 1.0), Carried(3e6, 3.0)):
         watch.carried(there, "n1", total)
