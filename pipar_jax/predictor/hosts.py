@@ -38,8 +38,8 @@ def predict_host(
     if device is None:
         device = fit(weights or load(), reference.observations())
     tables = tables or Tables(model)
-    forward = np.stack([device.layers_s(tables.at(size), FORWARD_HEAD) for size in sizes], 1)
-    backward = np.stack([device.layers_s(tables.at(size), BACKWARD_HEAD) for size in sizes], 1)
+    forward = np.stack([device.units_s(tables.at(size), FORWARD_HEAD) for size in sizes], 1)
+    backward = np.stack([device.units_s(tables.at(size), BACKWARD_HEAD) for size in sizes], 1)
     # The last unit is one call: forward, loss and backward.
     backward[-1] = np.maximum(forward[-1] + backward[-1] - reference.call_s, backward[-1])
     forward[-1] = 0.0
@@ -101,10 +101,10 @@ def _bytes(tree: object) -> float:
     )
 
 
-def stage_table(tables: Sequence[Array]) -> Array:
-    """Returns the operators of a stage: those of its units, with one call in all.
+def one_call(tables: Sequence[Array]) -> list[Array]:
+    """Returns the operators of a stage's units with one call in all, the first unit's.
 
     Args:
       tables: Each unit's operators, [operators, WIDTH], its call first.
     """
-    return np.concatenate([tables[0], *(table[1:] for table in tables[1:])])
+    return [tables[0], *(table[1:] for table in tables[1:])]

@@ -13,11 +13,13 @@ import collections
 import statistics
 from collections.abc import Sequence
 
+import numpy as np
+
 from pipar_jax.plan import Plan
-from pipar_jax.predictor.device import Device, Observation, fit
-from pipar_jax.predictor.hosts import predict_host, stage_table
+from pipar_jax.predictor.device import BACKWARD_HEAD, FORWARD_HEAD, Device, Observation, fit
+from pipar_jax.predictor.hosts import one_call, predict_host
 from pipar_jax.predictor.network import Weights, load
-from pipar_jax.predictor.operators import Tables
+from pipar_jax.predictor.operators import Array, Tables
 from pipar_jax.predictor.reference import ReferenceTimes
 from pipar_jax.profile import HostProfile
 from pipar_jax.schedule import BACKWARD, FORWARD, LAST
@@ -119,7 +121,7 @@ class Learner:
                     case, statistics.median(kept), self._faded(self._updates - self._seen[case])
                 )
             )
-        self.device = fit(self._weights, observations, self.device)
+        self.device = fit(self._weights, observations, self.device, len(self._model.units))
         return self.device
 
     def _keep_pace(self) -> None:
@@ -140,11 +142,14 @@ class Learner:
 
     def predict_s(self, case: Case) -> float:
         """Returns how long a stage takes, as far as is known."""
-        one = self._observation(case, 1.0, 1.0)
-        return float(
-            self.device.operator_s(one.forward, 0).sum()
-            + self.device.operator_s(one.backward, 1).sum()
-        )
+        kind, first, stop, samples = case
+        tables = self._stage(first, stop, samples)
+        heads = {
+            FORWARD: [(FORWARD_HEAD, tables)],
+            BACKWARD: [(BACKWARD_HEAD, tables)],
+            LAST: [(FORWARD_HEAD, tables), (BACKWARD_HEAD, [tables[0][1:], *tables[1:]])],
+        }[kind]
+        return float(sum(self.device.units_s(some, head, first).sum() for head, some in heads))
 
     def profile(self, sizes: Sequence[int]) -> HostProfile:
         """Returns the device's times of all units, for the tuner.
@@ -152,19 +157,28 @@ class Learner:
         Args:
           sizes: Micro-batch sizes, rising.
         """
-        return predict_host(
-            self._model, sizes, self._reference, device=self.device, tables=self._tables
-        )
+        reference = self._reference.slowed(self.device.pace)
+        return predict_host(self._model, sizes, reference, device=self.device, tables=self._tables)
 
     def _faded(self, age: int) -> float:
         """Returns how much a time counts that is so many updates old."""
         return float(0.5 ** (max(age - 1, 0) / FADING))
 
+    def _stage(self, first: int, stop: int, samples: int) -> list[Array]:
+        """Returns the operators of a stage's units, with one call in all."""
+        return one_call(self._tables.at(samples)[first:stop])
+
     def _observation(self, case: Case, seconds: float, weight: float) -> Observation:
         kind, first, stop, samples = case
-        table = stage_table(self._tables.at(samples)[first:stop])
-        if kind == FORWARD:
-            return Observation(table, table[:0], seconds, weight)
-        if kind == BACKWARD:
-            return Observation(table[:0], table, seconds, weight)
-        return Observation(table, table[1:], seconds, weight)  # forward and backward in one call
+        tables = self._stage(first, stop, samples)
+        table = np.concatenate(tables)
+        units = np.repeat(np.arange(first, stop), [len(one) for one in tables])
+        nothing = table[:0], units[:0]
+        # A last stage's forward and backward are one call.
+        forward = nothing if kind == BACKWARD else (table, units)
+        backward = nothing if kind == FORWARD else (table, units)
+        if kind == LAST:
+            backward = table[1:], units[1:]
+        return Observation(
+            forward[0], backward[0], seconds, weight, units=(forward[1], backward[1])
+        )

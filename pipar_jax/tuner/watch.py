@@ -1,9 +1,9 @@
 """A profile that follows what a run shows of its hosts' speed and its links' rates.
 
-A host whose times were predicted has a learner, which is fed by what its stages lasted. Another
-host's times are those of the profile, all times one factor: what its computations lasted, by what
-the profile says of the very same ones. A line's rate is bytes by the seconds that they took, of
-frames that followed one another without a gap.
+A host's times are those of the profile, all times one factor: what its computations lasted, by what
+the profile says of the very same ones. A host whose times were predicted has a learner instead,
+which is fed by what its stages lasted; the factor is that of its optimiser steps. A line's rate is
+bytes by the seconds that they took, of frames that followed one another without a gap.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 from pipar_jax.plan import COORDINATOR, Boundary, Plan, device_name, is_node, node_name
 from pipar_jax.profile import HostProfile, Profile
-from pipar_jax.schedule import ALL, BACKWARD, FORWARD, LAST
+from pipar_jax.schedule import ALL, UPDATE
 from pipar_jax.simulator.costs import LinkModel
 from pipar_jax.tuner.predict import HostTimes
 
@@ -100,7 +100,7 @@ class Watch:
             self._hosts[node_name(index + 1)] = node.host
             lines.append((node_name(index + 1), node.up, node.down))
         self._times = {name: HostTimes(host) for name, host in self._hosts.items()}
-        self._factors = {name: 1.0 for name in self._hosts if name not in self._learners}
+        self._factors = dict.fromkeys(self._hosts, 1.0)
         self._learned: dict[str, HostProfile] = {}
         self._rates = {(name, way): link.rate_bytes_s
                        for name, up, down in lines
@@ -115,31 +115,23 @@ class Watch:
           plan: The plan that they belong to.
           seen: The computations.
         """
-        if host in self._learners:
-            self._learn(host, plan, seen)
-            return
+        learner = self._learners.get(host)
         actual_s = expected_s = 0.0
+        learned = False
         for one in seen:
             units = self._units(plan, one)
+            if learner is not None and one.kind != UPDATE:
+                learner.observe((one.kind, units.start, units.stop, one.samples), one.median_s)
+                learned = True
+                continue
             alone_s = self._times[host].time_s(one.kind, units.start, units.stop, one.samples)
             actual_s += one.times * one.median_s
             expected_s += one.times * alone_s
         if actual_s > 0 and expected_s > 0:
             self._factors[host] = _follow(self._factors[host], actual_s / expected_s)
-
-    def _learn(self, host: str, plan: Plan, seen: Sequence[Computed]) -> None:
-        """Feeds a host's learner; what it predicts of optimiser steps stays as it was."""
-        learner = self._learners[host]
-        stages = [one for one in seen if one.kind in (FORWARD, BACKWARD, LAST)]
-        for one in stages:
-            units = self._units(plan, one)
-            learner.observe((one.kind, units.start, units.stop, one.samples), one.median_s)
-        if stages:
+        if learner is not None and learned:
             learner.learn()
-            self._learned[host] = dataclasses.replace(
-                learner.profile(self._hosts[host].sizes),
-                memory_bytes=self._hosts[host].memory_bytes,
-            )
+            self._learned[host] = learner.profile(self._hosts[host].sizes)
 
     def _units(self, plan: Plan, one: Computed) -> range:
         """Returns the units of a computation's stage."""
@@ -193,9 +185,14 @@ class Watch:
 
     def _host(self, name: str) -> HostProfile:
         """Returns a host's profile as it is now."""
-        if name in self._learners:
-            return self._learned.get(name, self._hosts[name])
-        return self._hosts[name].slowed(self._factors[name])
+        slowed = self._hosts[name].slowed(self._factors[name])
+        if name not in self._learners:
+            return slowed
+        return dataclasses.replace(
+            self._learned.get(name, self._hosts[name]),
+            update_s=slowed.update_s,
+            memory_bytes=slowed.memory_bytes,
+        )
 
     def _line(self, link: LinkModel, name: str, up: bool) -> LinkModel:
         """Returns a direction of a host's line as it is now."""

@@ -8,7 +8,7 @@ import pytest
 import stages
 from pipar_jax.plan import DevicePlan, Plan
 from pipar_jax.predictor import online
-from pipar_jax.predictor.hosts import predict_host, stage_table
+from pipar_jax.predictor.hosts import one_call, predict_host
 from pipar_jax.predictor.online import Learner
 from pipar_jax.predictor.operators import model_operators, rows
 from pipar_jax.schedule import BACKWARD, FORWARD, LAST, Action
@@ -36,7 +36,7 @@ class Course:
         self.factor = 1.0
 
     def seconds(self, kind: str, first: int, stop: int) -> float:
-        table = stage_table(self.units[first:stop])
+        table = np.concatenate(one_call(self.units[first:stop]))
         ahead, back = self.law.forward_s(table), self.law.backward_s(table)
         found = {FORWARD: ahead, BACKWARD: back, LAST: ahead + back - self.law.call_s}[kind]
         return found * self.factor

@@ -153,7 +153,7 @@ def test_a_plan_that_a_node_has_no_room_for_is_refused_before_anything_moves(
 ):
     plan = chain((3, 4), (1, 2))
     made = setting(tmp_path, ONE, plan, 2)
-    made.nodes.overrides = {2: {"memory_mb": 0.02}}
+    made.nodes.overrides = {2: {"memory_mb": 0.0128}}
     scripted(chain((1, 2), (1, 2)))
     with pytest.raises(RunError, match=r"compute node 2 needs .* MB for the plan .*1.n1.2.n2"):
         support.trained(made, ONE, network)

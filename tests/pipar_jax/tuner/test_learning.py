@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import optax
 import pytest
 
-import stages
 from pipar_jax.config import Config, resolve
 from pipar_jax.methods import plan_of_chain
 from pipar_jax.plan import Boundary, Plan
-from pipar_jax.predictor.hosts import facts_of, stage_table
+from pipar_jax.predictor import collect
+from pipar_jax.predictor.hosts import facts_of, one_call
 from pipar_jax.predictor.online import Learner
 from pipar_jax.predictor.operators import Tables
+from pipar_jax.predictor.reference import reference_layers
 from pipar_jax.profile import DeviceProfile, HostProfile, NodeProfile, Profile
 from pipar_jax.runtime.observer import Seen
 from pipar_jax.schedule import BACKWARD, FORWARD, LAST, UPDATE
@@ -89,16 +91,17 @@ def test_a_node_that_is_unlike_its_profile_gets_the_units_that_it_should(wrong):
     plans = follow(Watch(believed), config(), times_s, 12, 2)
     if wrong < 1:
         assert slowdown(true, plans[0]) > 1.2  # it was worth learning
-    assert slowdown(true, plans[-1]) == pytest.approx(1.0)
+    assert slowdown(true, plans[-1]) < 1.03
 
 
 class World:
-    """Four hosts that follow laws of their own, and a network of eight units and more."""
+    """Four hosts and a network of a kind that the predictor knows."""
 
     def __init__(self) -> None:
-        self.model = stages.build("vgg8", input_shape=(16, 16, 3), classes=10)
+        self.model = collect.build("chain3")
         self.tables = Tables(self.model)
-        self.laws = {name: synthetic.Law(20 + i) for i, name in enumerate(("d0", "n1", "n2", "n3"))}
+        self.sizes = tuple(1e8 + i for i in range(len(reference_layers())))  # steps last the same
+        self.laws = {name: synthetic.Law(4 + i) for i, name in enumerate(("d0", "n1", "n2", "n3"))}
         self.units = facts_of(self.model, optax.sgd(0.1), BATCH)
         sizes = (BATCH // PARTS, BATCH)
         self.hosts = {name: self._host(law, sizes) for name, law in self.laws.items()}
@@ -114,39 +117,50 @@ class World:
                            (1e-4,) * len(forward), law.call_s)  # fmt: skip
 
     def learner(self, name: str, wrong: float = 1.0) -> Learner:
-        reference = synthetic.reference_times(self.laws[name], wrong)
+        reference = dataclasses.replace(
+            synthetic.reference_times(self.laws[name], wrong), parameter_bytes=self.sizes
+        )
         return Learner(self.model, reference, synthetic.weights(), self.tables)
 
     def times_s(self, host, kind, units, size) -> float:
         if kind == UPDATE:
             return 1e-4
-        law, table = self.laws[host], stage_table(self.tables.at(size)[units.start : units.stop])
+        law, table = (
+            self.laws[host],
+            np.concatenate(one_call(self.tables.at(size)[units.start : units.stop])),
+        )
         ahead, back = law.forward_s(table), law.backward_s(table)
         return {FORWARD: ahead, BACKWARD: back, LAST: ahead + back - law.call_s}[kind]
 
 
-@pytest.mark.parametrize("wrong", [0.2, 2.5])
-def test_predictions_that_mislead_are_learned_from_the_stages_of_the_run(wrong):
-    world = World()
-    learners = {name: world.learner(name, wrong if name == "n2" else 1.0) for name in world.laws}
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World()
+
+
+@pytest.mark.parametrize(("host", "wrong"), [("n1", 0.2), ("n2", 0.2), ("n2", 2.5)])
+def test_predictions_that_mislead_are_learned_from_the_stages_of_the_run(world, host, wrong):
+    learners = {name: world.learner(name, wrong if name == host else 1.0) for name in world.laws}
     sizes = world.true.nodes[0].host.sizes
     believed = {name: learner.profile(sizes) for name, learner in learners.items()}
     watch = Watch(chain_profile(believed, world.units), learners)
     state = watch.state()
-    plans = follow(watch, config(), world.times_s, len(world.units), 6)
+    plans = follow(watch, config(), world.times_s, len(world.units), 3)
+    assert slowdown(world.true, plans[0]) > 1.2  # it was worth learning
     assert slowdown(world.true, plans[-1]) < 1.03
     assert differ(state, watch.state(), 0.5)
 
 
-def test_only_what_was_predicted_is_learned_and_memory_stays():
-    world = World()
+def test_only_what_was_predicted_is_learned_and_memory_stays(world):
     hosts = world.hosts | {"n1": dataclasses.replace(world.hosts["n1"], memory_bytes=1e9)}
     base = chain_profile(hosts, world.units)
     watch = Watch(base, {"n1": world.learner("n1")})
     assert watch.profile() == base
     plan = tune_chain(base, config()).plan
     watch.computed("n1", plan, [Seen(0, 1, UPDATE, 0, 3, 1.0)])
-    assert watch.profile() == base  # steps of the optimiser teach no learner
+    now, was = watch.profile().nodes[0].host, base.nodes[0].host
+    assert now.update_s[0] > 100 * was.update_s[0]
+    assert dataclasses.replace(now, update_s=was.update_s) == was  # nothing else is told by steps
     rows = seen(world.times_s, plan, len(world.units), plan.host(0, 1))
     slower = [one._replace(median_s=3 * one.median_s) for one in rows]
     watch.computed("n1", plan, slower)
@@ -158,8 +172,8 @@ def test_only_what_was_predicted_is_learned_and_memory_stays():
     assert now.nodes[1].host == base.nodes[1].host.slowed(factor)
 
 
-def test_a_rate_between_nodes_is_that_of_the_lower_ones_line():
-    watch = Watch(World().true)
+def test_a_rate_between_nodes_is_that_of_the_lower_ones_line(world):
+    watch = Watch(world.true)
     there, back = Boundary("n2", "n1", 1), Boundary("d0", "n2", 0)
     for total in (Carried(1e6, 1.0), Carried(3e6, 3.0)):
         watch.carried(there, "n1", total)
