@@ -6,7 +6,8 @@
 Layers count from 0, --layers=FIRST:STOP leaves those before FIRST and from STOP on with the
 devices that own the data, and a cut c separates layers < c from the rest. Objectives: mpsl is the
 published one (longest forward plus longest backward of any node, links free), steady is the time
-per batch of a full pipeline (node, link, or owner's cycle), accept the longest stage or transfer.
+per batch of a full pipeline (node, link, or owner's cycle), accept the longest stage or transfer,
+step the time per batch of a step of --micro_batches, from an empty pipeline to an empty one.
 """
 
 import math
@@ -36,8 +37,11 @@ _DEVICE = flags.DEFINE_string("device", "VM", "Whose rows of the table the nodes
 _LAYERS = flags.DEFINE_string("layers", None, "FIRST:STOP, the layers on nodes.", required=True)
 _SPEEDS = flags.DEFINE_list("speeds", ["1"], "Speed of each node; 2 halves the table's times.")
 _MEMORY = flags.DEFINE_list("memory_mb", [], "Memory of each node in MB; empty: no limit.")
-_OBJECTIVE = flags.DEFINE_enum("objective", "steady", ["mpsl", "steady", "accept"], "What counts.")
+_OBJECTIVE = flags.DEFINE_enum(
+    "objective", "steady", ["mpsl", "steady", "accept", "step"], "What counts."
+)
 _OWNERS = flags.DEFINE_integer("owners", 1, "Devices that share the chain.", lower_bound=1)
+_MICRO = flags.DEFINE_integer("micro_batches", 1, "step: parts of a batch.", lower_bound=1)
 _OWNER = flags.DEFINE_string("owner", None, "Whose rows are the owners' times; none: no cycle.")
 _OWNER_LINK = flags.DEFINE_string("owner_link", None, "An owner's link, UP/DOWN in Mbit/s.")
 _NODE_LINK = flags.DEFINE_float("node_mbps", None, "Rate between nodes in Mbit/s; none: free.")
@@ -75,6 +79,8 @@ def _problem(layers: tuple[Layer, ...]) -> ChainProblem:
         raise ConfigError("--owner_link says nothing without --owner, whose layers it connects")
     if _IN_FLIGHT.value and _WEIGHTS.value == "copy":
         raise ConfigError("--in_flight needs --weights=shared: a copy per owner holds one batch")
+    if _MICRO.value > 1 and _OBJECTIVE.value != "step":
+        raise ConfigError("--micro_batches counts in --objective=step alone")
     coding = Coding(f"ratio {_RATIO.value:g}", _RATIO.value)
     return ChainProblem(
         nodes=tuple(
@@ -85,6 +91,7 @@ def _problem(layers: tuple[Layer, ...]) -> ChainProblem:
         stop=int(stop),
         owners=_OWNERS.value,
         owner=owner,
+        micro_batches=_MICRO.value,
         shared=_WEIGHTS.value == "shared",
         in_flight=_IN_FLIGHT.value,
         activation_codings=(coding,),

@@ -121,7 +121,8 @@ def chain_table(profile: Profile, judged: Mapping[str, Judged]) -> Table:
             busy = one.round.busy_s[host] / one.round.seconds
             label = "device" if plan.devices[0].hosts[stage] == OWNER else host
             hosts.append(f"{label}: {units.start}:{units.stop}, {busy:.0%}")
-        table.add_row(name, str(plan.devices[0]), f"{one.epoch_s:.4g}", "\n".join(hosts))
+        texts = dict.fromkeys(map(str, plan.devices))  # devices may differ in codecs
+        table.add_row(name, "\n".join(texts), f"{one.epoch_s:.4g}", "\n".join(hosts))
     return table
 
 

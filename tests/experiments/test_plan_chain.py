@@ -60,6 +60,9 @@ def test_owners_links_and_memory_count(table: Path) -> None:
     # Own layers 30 ms, the nodes 150, four transfers of 100 KiB at 1 MB/s 409.6.
     assert "one owner's cycle: 589.600 ms" in cycle.stdout, cycle.stderr
     assert "steady: 147.400 ms per batch" in cycle.stdout
+    step = run(table, *arguments, *owner, "--objective=step", "--micro_batches=5")
+    # One of 20 parts takes its cycle; the others go at the pace of a node's three layers, 90 ms.
+    assert "step: 114.980 ms per batch" in step.stdout, step.stderr
     refused = run(table, *arguments, "--memory_mb=0.5,0.5")
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: layers 1 to 5 for 4 owners need")
@@ -73,6 +76,7 @@ def test_mistakes_end_with_one_line(table: Path) -> None:
         (["--layers=1:6", "--speeds=1,fast"], "--speeds: could not convert"),
         (["--layers=1:6", "--owner_link=8/8"], "--owner_link says nothing without --owner"),
         (["--layers=1:6", "--in_flight=2"], "--in_flight needs --weights=shared"),
+        (["--layers=1:6", "--micro_batches=2"], "--micro_batches counts in --objective=step"),
         (["--layers=1:6", "--device=tablet"], "no device 'tablet': it has box, phone"),
     ):
         result = run(table, *(["--device=box", *arguments]))

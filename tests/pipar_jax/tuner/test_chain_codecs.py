@@ -167,15 +167,17 @@ def test_the_published_objective_knows_no_codecs_but_those_configured():
     assert set(found.plan.devices[0].codecs) == {Codecs("bits:5", "raw")}
 
 
-def test_planning_a_chain_with_codecs_takes_milliseconds():
-    links = ("wifi", "4g", "lan", "none", "wifi", "4g+")
-    made = made_of("4g", *links, devices=4)
-    config = settings(4, 6, "mpsl")
-    problems = list(chains._problems(made, config))
-    assert len(problems[0].activation_codings) == 2
-    began_s = time.thread_time()
-    for problem in problems:
-        for objective in chains.OBJECTIVES:
-            plan_chain(problem, objective)
-    took_s = (time.thread_time() - began_s) / (len(problems) * len(chains.OBJECTIVES))
-    assert took_s < 0.1  # processor time; the usual is 6 ms
+def test_planning_a_chain_with_codecs_takes_milliseconds(monkeypatch):
+    links, took = ("wifi", "4g", "lan", "none", "wifi", "4g+"), []
+
+    def timed(problem, objective):
+        began_s = time.thread_time()
+        try:
+            return plan_chain(problem, objective)
+        finally:
+            took.append(time.thread_time() - began_s)
+
+    monkeypatch.setattr(chains, "plan_chain", timed)
+    chains.tune_chain(made_of("4g", *links, devices=4), settings(4, 6, "mpsl"))
+    assert len(took) >= 16 * len(chains.OBJECTIVES)
+    assert sum(took) / len(took) < 0.1  # processor time; the usual is 6 ms

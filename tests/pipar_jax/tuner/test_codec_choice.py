@@ -6,6 +6,7 @@ import pytest
 
 from comms import parse_codec
 from pipar_jax.errors import ConfigError
+from pipar_jax.profile import CodecProfile
 from pipar_jax.tuner import Stages, codec_choice, measure, search
 from pipar_jax.tuner.predict import judge
 from tests.pipar_jax.tuner.profiles import bit_codecs, config, device, profile
@@ -86,6 +87,15 @@ def test_a_list_is_kept_to_but_for_what_is_too_coarse():
     # What is configured is not the tuner's to judge, and a bound is the user's own.
     assert len(codec_choice.pairs(config(1))) == 1
     assert len(codec_choice.pairs(config(1, codecs="bits:abs0.1"))) == 1
+
+
+def test_of_a_list_what_is_as_fast_without_goes_raw():
+    free = {"float16": CodecProfile(0.5, 0.0, 0.0)}
+    listed = {"methods": "pipar", "codecs": "float16, raw"}
+    fast = search(profile(device("none", 3.0), codecs=free), config(1, **listed))
+    assert chosen(fast) == [("raw", "raw")]
+    slow = search(profile(device("4g", 3.0), codecs=free), config(1, **listed))
+    assert chosen(slow) == [("float16", "float16")]
 
 
 def test_what_may_be_chosen_is_measured():
