@@ -248,6 +248,7 @@ def main(arguments: list[str] | None = None, serve: Serve = _run_server) -> NoRe
     parser.add_argument("--events", type=int, required=True, help="descriptor to write events to")
     parser.add_argument("--log", default="", help="name of the file that holds the output")
     given = parser.parse_args(arguments)
+    stages.retain_memory()  # before there is a second thread, which gets an arena of its own
     lines = _die_with_parent()
     tell = event_writer(given.events)
     debug = False

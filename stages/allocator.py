@@ -18,6 +18,10 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 def retain_memory() -> bool:
     """Tells glibc to keep freed memory; call it before jax is imported or threads start.
 
+    glibc settles how many arenas there may be when a second thread first asks for memory. Blocks of
+    more than 64 MB, for which there is no room in any arena but the first, go back to the kernel
+    whatever it was told.
+
     Returns:
       whether the C library understood; elsewhere than on glibc nothing is changed.
     """

@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 
 from comms.errors import PeerLost
 from pipar_jax import process
-from pipar_jax.config import Config, resolve
+from pipar_jax.config import Config, resolve, to_json
 from pipar_jax.errors import ConfigError, PeerError
 from stages.errors import StageError
 
@@ -152,3 +153,45 @@ def test_processes_load_no_jax_before_their_environment_is_set() -> None:
     code = "import sys, pipar_jax.process, pipar_jax.flags; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+# A server whose work is a thread that writes 128 MB eight times; it tells of the last faults.
+FAULTS = """
+import ctypes, resource, sys, threading
+from pipar_jax import process
+
+library = ctypes.CDLL(None)
+library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+library.free.argtypes = [ctypes.c_void_p]
+
+def write():
+    global faults
+    for round in range(8):
+        if round == 4:
+            before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        block = library.malloc(1 << 27)
+        ctypes.memset(block, 1, 1 << 27)
+        library.free(block)
+    faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+
+def serve(config, tell):
+    thread = threading.Thread(target=write)
+    thread.start()
+    thread.join()
+    print(faults, flush=True)
+
+process.main(["--name=server", "--config=" + sys.argv[1], "--events=2"], serve)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
+def test_threads_of_a_host_reuse_large_blocks_without_page_faults(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(to_json(resolve(Config())))
+    ours, parents = os.pipe()  # a host ends when its parent's end is closed
+    with os.fdopen(ours), os.fdopen(parents, "w"):
+        done = subprocess.run(
+            [sys.executable, "-c", FAULTS, path], stdin=ours, capture_output=True, text=True
+        )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 100
