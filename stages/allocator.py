@@ -18,9 +18,8 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 def retain_memory() -> bool:
     """Tells glibc to keep freed memory; call it before jax is imported or threads start.
 
-    glibc settles how many arenas there may be when a second thread first asks for memory. Blocks of
-    more than 64 MB, for which there is no room in any arena but the first, go back to the kernel
-    whatever it was told.
+    A thread that ran before has an arena of its own, which later threads are given in turns with
+    the first. There, blocks of more than 64 MB go back to the kernel whatever was said here.
 
     Returns:
       whether the C library understood; elsewhere than on glibc nothing is changed.
