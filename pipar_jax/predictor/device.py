@@ -222,7 +222,7 @@ def _training(observations: Sequence[Observation], part: int, units: int) -> Arr
     """Returns by what pace and corrections are multiplied in a head, [terms, 1 + units]."""
     found = []
     for one in observations:
-        rows = np.zeros((len(one[part]), 1 + units))
+        rows = np.zeros((len((one.forward, one.backward)[part]), 1 + units))
         if one.units is not None:
             rows[:, 0] = 1.0
             rows[np.arange(len(rows)), 1 + one.units[part]] = 1.0

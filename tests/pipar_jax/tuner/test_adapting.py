@@ -131,3 +131,13 @@ def test_a_change_has_to_pay_for_itself():
     assert look(choice, 6.0, moving_s=30.0, epochs_left=5.0) is None
     assert look(choice, 6.0, moving_s=19.0, epochs_left=5.0) == NEW
     assert look(Choice(OLD, 0.1), 6.0, epochs_left=0.0) is None
+
+
+def test_a_plan_that_cannot_be_had_is_given_up():
+    choice = Choice(OLD, 0.1)
+    assert look(choice, 6.0) == NEW
+    choice.give_up(OTHER)
+    assert choice.wanted == NEW
+    choice.give_up(NEW)
+    assert choice.wanted is None
+    assert look(choice, 6.0, of=OTHER) == OTHER

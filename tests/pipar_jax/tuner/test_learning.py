@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from pipar_jax.config import Config, resolve
+from pipar_jax.errors import PlanError
 from pipar_jax.methods import plan_of_chain
 from pipar_jax.plan import Boundary, Plan
 from pipar_jax.predictor import collect
@@ -16,7 +17,8 @@ from pipar_jax.predictor.hosts import facts_of, one_call
 from pipar_jax.predictor.online import Learner
 from pipar_jax.predictor.operators import Tables
 from pipar_jax.predictor.reference import reference_layers
-from pipar_jax.profile import DeviceProfile, HostProfile, NodeProfile, Profile
+from pipar_jax.profile import DeviceProfile, HostProfile, NodeProfile, Profile, UnitFacts
+from pipar_jax.runtime.candidates import Candidates
 from pipar_jax.runtime.observer import Seen
 from pipar_jax.schedule import BACKWARD, FORWARD, LAST, UPDATE
 from pipar_jax.simulator import LinkModel
@@ -24,6 +26,7 @@ from pipar_jax.tuner.chains import tune_chain
 from pipar_jax.tuner.predict import HostTimes, Stages, judge
 from pipar_jax.tuner.watch import Carried, Watch, differ, lone
 from tests.pipar_jax.predictor import synthetic
+from tests.pipar_jax.runtime import support
 from tests.pipar_jax.tuner import profiles
 
 BATCH, PARTS = 16, 4
@@ -191,3 +194,51 @@ def test_links_that_share_a_line_tell_no_rate():
     assert set(lone(ends)) == set(ends.boundaries())
     home = plan_of_chain(made, (1, 2, 3), ("device", "n2", "n1", "device"))
     assert lone(home) == (Boundary("n2", "n1", 1),)
+
+
+def unequal(memory_bytes: float | None = None) -> Profile:
+    """Two slow nodes and a quick one; twelve units, 100 kB each."""
+    speeds = {"d0": 8.0, "n1": 8.0, "n2": 8.0, "n3": 1.0}
+    host = dataclasses.replace(profiles.host(1e-3, units=12), memory_bytes=memory_bytes)
+    units = tuple(UnitFacts(f"u{i}", 1e5, 0.0, 1e5, 512.0, 512.0) for i in range(12))
+    return chain_profile({name: host.slowed(factor) for name, factor in speeds.items()}, units)
+
+
+def test_plans_that_somebody_objects_to_are_not_proposed():
+    best = tune_chain(unequal(), config())
+    other = tune_chain(unequal(), config(), lambda one: "no" if one == best.plan else None)
+    assert other.plan != best.plan
+    assert other.epoch_s >= best.epoch_s
+    with pytest.raises(PlanError, match=r"no chain .* can be planned: all are away"):
+        tune_chain(unequal(), config(), lambda one: "all are away")
+
+
+def test_a_planner_that_counts_too_little_memory_is_told_of_less():
+    """What a node really needs is half as much again as the planner counts."""
+    profile = unequal(2.4e6)  # by its count eight units, in truth five
+
+    def objection(plan: Plan) -> str | None:
+        held = max(len(plan.held_units(node, 12)) for node in ("n1", "n2", "n3"))
+        return "no room" if 1.5 * 3 * 1e5 * held > 2.4e6 else None
+
+    free = tune_chain(profile, config())
+    assert objection(free.plan) is not None
+    found = tune_chain(profile, config(), objection)
+    assert objection(found.plan) is None
+    assert found.epoch_s > free.epoch_s
+
+
+def test_a_plan_that_a_node_refused_is_no_candidate_any_more():
+    network = support.model(dtype="float32")
+    host = profiles.host(1e-3, units=len(network.units))
+    units = profiles.profile(profiles.device(units=4), units=4).units
+    profile = chain_profile({name: host for name in ("d0", "n1", "n2", "n3")}, units)
+    candidates = Candidates(config(), network, (160,))
+    present = plan_of_chain(config(), (1, 2, 3), ("device", "n3", "n2", "n1"))
+    refused = []
+    while (best := candidates.best(profile, present)) not in refused and best != present:
+        refused.append(best)
+        candidates.refuse(best, "no room")
+        assert candidates.refused(best)
+    assert refused
+    assert best == present  # nothing else is left
