@@ -92,7 +92,7 @@ class Adaptation:
         self._choice = Choice(plan, config.tuner.gain)
         self._candidates = Candidates(config, model, [one.samples for one in profile.devices])
         self._lock = threading.Condition()
-        self._index, self._look = 0, 0
+        self._index, self._look, self._changing = 0, 0, False
         self._answers: dict[str, Answer] = {}
         self._numbers: dict[Plan, int] = {}
         self._compiled: dict[int, set[str]] = {}
@@ -116,6 +116,8 @@ class Adaptation:
     def ready(self) -> Plan | None:
         """Returns the plan to change to, if one is wanted and every host has compiled it.
 
+        Nothing is decided from then on until it is ``changed``.
+
         Raises:
           RunError: Looking failed.
         """
@@ -126,7 +128,11 @@ class Adaptation:
             if plan is None or plan not in self._numbers:
                 return None
             compiled = self._compiled.get(self._numbers[plan], set())
-            return plan if compiled >= {COORDINATOR, *self._links} else None
+            if not compiled >= {COORDINATOR, *self._links}:
+                return None
+            self._changing = True
+            self._look += 1  # a look that is under way decides nothing any more
+            return plan
 
     @property
     def offers(self) -> tuple[Offer, Offer] | None:
@@ -138,6 +144,7 @@ class Adaptation:
         """Takes note that the wanted plan is in force from a round on."""
         with self._lock:
             self._choice.changed(index)
+            self._changing = False
             self._look += 1  # what is on its way belongs to the old plan
             self._answers.clear()
             self._offers = None
@@ -194,6 +201,8 @@ class Adaptation:
     def _ask(self) -> _Look | None:
         """Asks all hosts and waits for their answers; returns None if some are late."""
         with self._lock:
+            if self._changing:
+                return None
             self._look += 1
             look = self._look
             self._answers.clear()

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from types import SimpleNamespace
 
 import pytest
 
 from pipar_jax.errors import ConfigError, PlanError, RunError
-from pipar_jax.plan import Plan
+from pipar_jax.plan import COORDINATOR, Plan
 from pipar_jax.runtime import adaptation, coordinator, migration, moving
 from pipar_jax.runtime.members import Mail
 from pipar_jax.runtime.observer import Observer, Seen, parse_seen
+from pipar_jax.runtime.survey import Surveyed
 from pipar_jax.schedule import AGGREGATE, FORWARD, Action
 from pipar_jax.trace import Timed
 from pipar_jax.tuner.options import Option
 from tests.pipar_jax.runtime import support
+from tests.pipar_jax.tuner import profiles
 
 RTOL = 1e-9
 #: Full mini-batches of 7 on both devices: momentum equals that of the union.
@@ -203,3 +206,24 @@ def test_nothing_is_left_of_a_run_that_fails_while_it_adapts(
     with pytest.raises(RunError, match="adapting failed: no such luck"):
         support.trained(made, EVEN, network)
     assert not [one for one in threading.enumerate() if one.name == "pipar-adapt"]
+
+
+def test_nothing_is_decided_between_ready_and_changed():
+    """A look that ends while hosts change their plan must not take the wanted one away."""
+    profile = profiles.profile(profiles.device(units=4), units=4)
+    now, wanted = Plan((Option(1, 4).device_plan(),)), Plan((Option(2, 4).device_plan(),))
+    made = adaptation.Adaptation(
+        profiles.config(), support.model(dtype="float32"), Surveyed(profile, {}), now, 9,
+        SimpleNamespace(by_name={}, listeners={}), SimpleNamespace(observer=Observer()),
+    )  # fmt: skip
+    made._choice.wanted, made._numbers[wanted] = wanted, 0
+    assert made.ready() is None  # nobody has compiled it
+    made._compiled[0] = {COORDINATOR}
+    look = made._ask()
+    assert made.ready() == wanted
+    made._consider(look.number)
+    assert made._choice.wanted == wanted
+    assert made._ask() is None
+    made.changed(3)
+    assert (made._choice.plan, made._choice.wanted) == (wanted, None)
+    assert made._ask().plan == wanted

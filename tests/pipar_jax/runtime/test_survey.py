@@ -60,8 +60,8 @@ def test_predicted_times_of_hosts_that_timed_reference_layers_are_learned_in_the
     monkeypatch.setattr(Learner, "learn", noted)
     network = support.model(dtype="float32")
     events = []
-    made = setting(tmp_path, times="predicted", adapt=True, look_s=0.05)
-    made.epochs = 20
+    made = setting(tmp_path, times="predicted", adapt=True, look_s=0.05, gain=0.9)
+    made.epochs, made.aggregation.every = 10, "epoch"
     run = support.trained(made, SAMPLES, network, events)
     (tuned,) = [event for event in events if event["event"] == "tuned"]
     profile = Profile.from_dict(tuned["profile"])
