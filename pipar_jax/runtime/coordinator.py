@@ -27,7 +27,7 @@ from pipar_jax.runtime.members import Mail, Members
 from pipar_jax.runtime.meter import Totals
 from pipar_jax.runtime.script import Script
 from pipar_jax.runtime.survey import choose_plan
-from pipar_jax.runtime.tally import Fetched, Tally
+from pipar_jax.runtime.tally import Fetched, Round, Tally
 from pipar_jax.runtime.wiring import direct
 from pipar_jax.schedule import AGGREGATE, ALL, Action, RoundSchedule, Span
 from pipar_jax.slowness import slowness_of
@@ -194,16 +194,22 @@ class Coordinator:
         traced = self._collect_traces()
         rows, busy_s = self._host.recorder.take()
         self._tally.add_trace(COORDINATOR, rows, 0.0)
-        busy = {COORDINATOR: busy_s} | {d: stored[d].body["busy_s"] for d in self._workers}
-        totals = Totals()
-        for mail in stored.values():
-            totals = totals.plus(Totals(*(mail.body[k] for k in Totals._fields)))
-        overruns = sum(mail.body["overruns"] for mail in stored.values())
-        told = {name: stored[name].body["link"] for name in self._workers}
-        direct_rows = [row for name in self._workers for row in stored[name].body["direct"]]
-        memory = {name: mail.body["memory"] for name, mail in stored.items()}
+        bodies = {name: mail.body for name, mail in stored.items()}
+        busy = {COORDINATOR: busy_s} | {name: bodies[name]["busy_s"] for name in self._workers}
         self._tally.end_round(
-            index, interval, totals, busy, overruns, told, traced, direct_rows, memory
+            Round(
+                index,
+                interval,
+                totals=Totals(
+                    *(sum(body[key] for body in bodies.values()) for key in Totals._fields)
+                ),
+                busy=busy,
+                overruns=sum(body["overruns"] for body in bodies.values()),
+                told={name: bodies[name]["link"] for name in self._workers},
+                traced=traced,
+                direct=[row for name in self._workers for row in bodies[name]["direct"]],
+                memory={name: body["memory"] for name, body in bodies.items()},
+            )
         )
         for span in spans:
             steps = sum(s.stop - s.first for s in spans if s.device == span.device)

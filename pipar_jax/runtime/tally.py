@@ -30,6 +30,32 @@ class Fetched(NamedTuple):
     seconds: float
 
 
+class Round(NamedTuple):
+    """What a round came to.
+
+    Attributes:
+      number: Which.
+      interval: From the release to the last weights stored.
+      totals: Loss and accuracy sums over its samples.
+      busy: For each host the seconds it computed.
+      overruns: Computations that lasted longer than the slowness emulated for their host.
+      told: For each device what its sending waited for, see ``traffic.Waits``.
+      traced: For each device the bytes of the trace that it sent after the round.
+      direct: What neighbours sent each other, rows of ``traffic.DirectTraffic``.
+      memory: For each host what it held at most, see ``memory.Used``.
+    """
+
+    number: int
+    interval: Interval
+    totals: Totals
+    busy: Mapping[str, float]
+    overruns: int
+    told: Mapping[str, Mapping[str, float]]
+    traced: Mapping[str, int]
+    direct: Sequence[Mapping[str, Any]]
+    memory: Mapping[str, Mapping[str, int]]
+
+
 class Tally:
     """Turns what hosts report into events, rows of metrics.jsonl and the run's summary.
 
@@ -113,59 +139,36 @@ class Tally:
         if self._config.run.trace:
             self._trace.add(host, rows, offset_s - self._origin_s)
 
-    def end_round(
-        self,
-        index: int,
-        interval: Interval,
-        totals: Totals,
-        busy: Mapping[str, float],
-        overruns: int,
-        told: Mapping[str, Mapping[str, float]],
-        traced: Mapping[str, int],
-        direct: Sequence[Mapping[str, Any]],
-        memory: Mapping[str, Mapping[str, int]],
-    ) -> None:
-        """Tells of a round that is over.
-
-        Args:
-          index: Which.
-          interval: From the release to the last weights stored.
-          totals: Loss and accuracy sums over its samples.
-          busy: For each host the seconds it computed.
-          overruns: Computations that lasted longer than the slowness emulated for their host.
-          told: For each device what its sending waited for, see ``traffic.Waits``.
-          traced: For each device the bytes of the trace that it sent after the round.
-          direct: What neighbours sent each other, rows of ``traffic.DirectTraffic``.
-          memory: For each host what it held at most, see ``memory.Used``.
-        """
-        links = [*self._traffic.rows(told, traced), *direct]
+    def end_round(self, one: Round) -> None:
+        """Tells of a round that is over."""
+        links = [*self._traffic.rows(one.told, one.traced), *one.direct]
         devices = {device_name(i) for i in range(self._config.devices.count)}
         up = sum(row["bytes"] for row in links if row["source"] in devices)
         down = sum(row["bytes"] for row in links if row["target"] in devices)
         self._totals = (self._totals[0] + up, self._totals[1] + down)
-        self._seconds.append(interval.seconds)
-        for host, seconds in busy.items():
+        self._seconds.append(one.interval.seconds)
+        for host, seconds in one.busy.items():
             self._busy[host] = self._busy.get(host, 0.0) + seconds
         self._trace.rounds.append(
-            Interval(interval.start_s - self._origin_s, interval.end_s - self._origin_s)
+            Interval(one.interval.start_s - self._origin_s, one.interval.end_s - self._origin_s)
         )
         self._tell(
             {
                 "event": "round_finished",
-                "round": index,
+                "round": one.number,
                 "rounds": self._rounds,
-                "epoch": self._epoch(index),
-                "seconds": interval.seconds,
-                "loss": totals.loss / max(totals.samples, 1),
-                "accuracy": totals.correct / max(totals.samples, 1),
-                "samples": totals.samples,
-                "busy": dict(busy),
-                "idle": {host: 1.0 - s / interval.seconds for host, s in busy.items()},
+                "epoch": self._epoch(one.number),
+                "seconds": one.interval.seconds,
+                "loss": one.totals.loss / max(one.totals.samples, 1),
+                "accuracy": one.totals.correct / max(one.totals.samples, 1),
+                "samples": one.totals.samples,
+                "busy": dict(one.busy),
+                "idle": {host: 1.0 - s / one.interval.seconds for host, s in one.busy.items()},
                 "bytes_up": up,
                 "bytes_down": down,
-                "overruns": overruns,
+                "overruns": one.overruns,
                 "links": links,
-                "memory": {host: dict(used) for host, used in memory.items()},
+                "memory": {host: dict(used) for host, used in one.memory.items()},
             }
         )
 
