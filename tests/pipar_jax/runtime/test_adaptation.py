@@ -120,7 +120,7 @@ def test_moves_go_both_ways():
 def test_a_run_behind_a_slow_link_changes_its_plan_by_itself(double, network, tmp_path):
     """Federated averaging once an epoch does not wait for a link's delay in each step."""
     made = setting(tmp_path / "changed", EVEN)
-    made.aggregation.every, made.epochs = "epoch", 8
+    made.aggregation.every, made.epochs = "epoch", 24
     made.devices.defaults.link = "20/20/60ms"
     made.tuner.look_s, made.tuner.methods, made.tuner.gain = 0.05, "fl,pipar", 0.1
     events = []
