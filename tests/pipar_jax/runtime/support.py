@@ -43,6 +43,9 @@ def config(folder, samples, *, name="mlp", dtype="float64", batch=7, method="pip
     made.devices.count = len(samples)
     made.run.dir = str(folder)
     made.run.evaluate_every = 0
+    made.network.deadline_s = (
+        60.0  # all hosts compile in one process, on a machine that may be busy
+    )
     made.optimizer.learning_rate = 0.05
     made.optimizer.momentum = 0.0
     made.aggregation.every = "1 steps"
