@@ -161,7 +161,7 @@ def _proposals(
     raise PlanError(f"no chain over the compute nodes can be planned: {reason}")
 
 
-def _problems(profile: Profile, config: Config, share: float = 1.0) -> Iterator[ChainProblem]:
+def _problems(profile: Profile, config: Config, share: float) -> Iterator[ChainProblem]:
     """Yields the planner's problem for each choice of the units that stay with the devices.
 
     Args:
