@@ -20,6 +20,7 @@ from pipar_jax.aggregation import Aggregator
 from pipar_jax.errors import RunError
 from pipar_jax.optimizer import Compiled
 from pipar_jax.plan import Plan
+from pipar_jax.runtime import bundle
 from pipar_jax.runtime.moving import copy_of, local_to, moves
 from pipar_jax.runtime.replica import Replica
 from stages import Model
@@ -125,20 +126,21 @@ def assemble(
     Raises:
       RunError: A unit is neither here nor did it arrive, or its optimiser state does not fit.
     """
-    held, whole = _by_unit(replicas), arrived.get(WHOLE, {})
+    held, whole = _by_unit(replicas), bundle.part_of(arrived, WHOLE)
+    empty = {unit.name for unit in model.units if not unit.params}  # they travel as nothing
     made: dict[tuple[int, int], Replica] = {}
     for device, one in enumerate(new.devices):
         for index, stage in enumerate(stages.split(model, one.cuts, rematerialise=rematerialise)):
             copy = copy_of(new, device, index)
             if new.host(device, index) != host or (copy, index) in made:
                 continue
-            own, came = held.get(copy, {}), arrived.get(str(copy), {})
+            own, came = held.get(copy, {}), bundle.part_of(arrived, str(copy))
             params = {u: own[u].params[u] for u in stage.unit_names if u in own}
             state = {u: own[u].state[u] for u in stage.unit_names if u in own}
             for unit in stage.unit_names:
-                if unit not in params and unit in whole.get("params", {}):
-                    params[unit] = whole["params"][unit]
-                    state[unit] = whole.get("state", {}).get(unit, {})
+                if unit not in params and (unit in whole["params"] or unit in empty):
+                    params[unit] = whole["params"].get(unit, {})
+                    state[unit] = whole["state"].get(unit, {})
             missing = [unit for unit in stage.unit_names if unit not in params]
             if missing:
                 raise RunError(f"{host} takes over units {missing} that did not arrive")
@@ -147,7 +149,7 @@ def assemble(
                 if unit in own:
                     replica.opt_state[unit] = own[unit].opt_state[unit]
                 else:
-                    states = came.get("opt", {}).get(unit, {})
+                    states = came["opt"].get(unit, {})
                     replica.opt_state[unit] = fitted(states, like, f"{host}: unit {unit!r}")
             made[copy, index] = replica
     return made

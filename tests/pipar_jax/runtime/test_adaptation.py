@@ -8,9 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
+import stages
+from pipar_jax import optimizer
 from pipar_jax.errors import ConfigError, PlanError, RunError
 from pipar_jax.plan import COORDINATOR, Plan
-from pipar_jax.runtime import adaptation, coordinator, migration, moving
+from pipar_jax.runtime import adaptation, bundle, coordinator, migration, moving
 from pipar_jax.runtime.members import Mail
 from pipar_jax.runtime.observer import Observer, Seen, parse_seen
 from pipar_jax.runtime.survey import Surveyed
@@ -228,3 +230,21 @@ def test_nothing_is_decided_between_ready_and_changed():
     made.changed(3)
     assert (made._choice.plan, made._choice.wanted) == (wanted, None)
     assert made._ask().plan == wanted
+
+
+def test_a_unit_with_nothing_to_learn_needs_nothing_to_move(network, tmp_path):
+    from flax import nnx
+
+    units = [
+        ("flatten", lambda rngs: nnx.Sequential(lambda x: x.reshape(x.shape[0], -1))),
+        ("dense", lambda rngs: nnx.Linear(4, 3, rngs=rngs)),
+    ]
+    model = stages.Model.from_units("own", units, (2, 2), 3)
+    made = setting(tmp_path, EVEN)
+    compiled = optimizer.compiled(made.optimizer, steps=1, proximal_mu=0.0)
+    given = {migration.WHOLE: {"params": {"flatten": {}}}, "0": {"opt": {"flatten": {}}}}
+    arrived = bundle.unpack(bundle.pack(given), "server")
+    found = migration.assemble(model, plan_of([SHORT]), "d0", {}, arrived, compiled)
+    assert found[0, 0].stage.unit_names == ("flatten",) and found[0, 0].params == {"flatten": {}}
+    with pytest.raises(RunError, match="units \\['dense'\\] that did not arrive"):
+        migration.assemble(model, plan_of([SHORT]), "server", {}, arrived, compiled)
