@@ -145,14 +145,26 @@ class Link(Stream):
 
     def set_shape(self, shape: LinkShape) -> None:
         """Shapes what this side sends from now on; a schedule counts from now."""
-        self._loop.post(lambda: self.reshape(shape))
+        self._change_shape(lambda: self.reshape(shape))
 
     def share_shape(self, other: Link) -> None:
         """Sends over the same emulated line as another link of this endpoint, in turns with it.
 
         Both then have one rate together, as links over one radio do. Set the other's shape first.
         """
-        self._loop.post(lambda: self.join_shape(other))
+        self._change_shape(lambda: self.join_shape(other))
+
+    def _change_shape(self, change: Callable[[], None]) -> None:
+        """Lets nothing leave until the change was made, so that what is sent next is under it."""
+        with self._lock:
+            self._outbox.shapes_due += 1
+
+        def apply() -> None:
+            with self._lock:
+                self._outbox.shapes_due -= 1
+            change()
+
+        self._loop.post(apply)
 
     @property
     def rtt_s(self) -> float | None:

@@ -69,6 +69,7 @@ class Outbox:
         self._replay: deque[Frame] = deque()
         self._goodbye: bytes | None = None
         self._shaper: Shaper | None = None
+        self.shapes_due = 0  # changes of shape that were asked for and not made yet
         self._waiting = False
         self._pipe: deque[tuple[float, Frame]] = deque()
         self._wire: deque[memoryview] = deque()
@@ -399,6 +400,9 @@ class Outbox:
                 return signal_frame(Kind.GOODBYE, reason)
             return None
         message = lane[0]
+        # Looked at after the lane: whoever saw this message there sees the change before it, too.
+        if self.shapes_due:
+            return None
         if (
             self._rate_bytes is None
             and self._shaper is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 import time
 
 import numpy as np
@@ -152,6 +153,25 @@ def test_lifting_a_shape_keeps_the_order_of_what_was_on_its_way(workshop):
         message = pair.at_server.take()
         assert message.tag.step == step and (message.array == step).all()
         message.release()
+
+
+def test_what_is_sent_after_a_change_of_shape_never_leaves_before_it(workshop):
+    pair = workshop.pair()
+    entered, shaped = threading.Event(), threading.Event()
+
+    def hold(*_) -> None:
+        """Keeps the I/O thread between two messages while the shape is set."""
+        entered.set()
+        shaped.wait(10)
+
+    pair.up.send(Tag(role=Role.ACTIVATION), np.zeros(64, np.uint8), on_sent=hold)
+    assert entered.wait(10)
+    began = time.monotonic()
+    pair.up.set_shape(LinkShape(8.0))
+    pair.up.send(Tag(role=Role.ACTIVATION), np.zeros(300_000, np.uint8))
+    shaped.set()
+    pair.at_server.take().release()
+    assert pair.at_server.take().received_s - began >= 0.29
 
 
 def test_a_shape_can_be_changed_and_lifted(workshop):
