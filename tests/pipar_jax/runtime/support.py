@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax
@@ -52,7 +53,9 @@ def config(folder, samples, *, name="mlp", dtype="float64", batch=7, method="pip
     return made
 
 
+@functools.cache
 def model(name: str = "mlp", dtype: str = "float64", norm: str = "group") -> stages.Model:
+    """A registered model, one for all tests: they share what it has compiled."""
     return stages.build(name, input_shape=SHAPE, classes=CLASSES, norm=norm, dtype=dtype)
 
 
@@ -68,8 +71,9 @@ class Layer(nnx.Module):
         return y if self.last else nnx.tanh(y)
 
 
+@functools.cache
 def chain() -> stages.Model:
-    """A model of six units in float64; jax must allow that."""
+    """A model of six units in float64, one for all tests; jax must allow that."""
 
     def layer(inputs, outputs, last=False):
         return lambda rngs: Layer(inputs, outputs, rngs, last=last)
