@@ -98,7 +98,9 @@ class ChainCosts:
     def _all_hops(self, one: int | None, other: int | None, position: int) -> Sequence[Hop]:
         """Returns what ``hops`` does, of a boundary that it was not asked about before."""
         problem = self.problem
-        if (one is None or other is None) and not problem.owner:
+        # Where the last node has the model's end, and so the loss, nothing returns to the owner.
+        at_the_end = other is None and position == len(problem.nodes[0].layers)
+        if at_the_end or ((one is None or other is None) and not problem.owner):
             pair = Pair(problem.activation_codings[0], problem.cotangent_codings[0])
             return (Hop(0.0, 0.0, pair),)
         # A node's link carries every owner's batches, an owner's only its own.

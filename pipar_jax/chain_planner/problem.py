@@ -99,7 +99,7 @@ class ChainProblem:
     Attributes:
       nodes: The nodes, in any order; a plan may leave some out.
       first: First layer on the nodes; those before it stay with the owner.
-      stop: One past their last layer; those from it on stay with the owner.
+      stop: One past their last layer; those from it on stay with the owner, if there are any.
       owners: K, how many owners share the chain.
       micro_batches: How many parts of a batch follow one another; counts in ``step`` alone.
       owner: What the owner's parts cost; None leaves the owner's cycle out.
@@ -197,7 +197,7 @@ class ChainPlan(NamedTuple):
       stages: The nodes in chain order.
       cycle_s: Seconds from one owner's batch's start to its end, alone on the chain.
       pairs: How tensors cross each boundary, from the owner's to the first node to that from the
-        last node to the owner.
+        last node to the owner (which nothing crosses if the model ends on the last node).
     """
 
     objective: Objective
