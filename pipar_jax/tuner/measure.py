@@ -1,7 +1,8 @@
 """Measures a host: every unit forward, backward and update, alone, at several micro-batch sizes.
 
 Run in the process that will train, or in one like it (``local.py``): times belong to its cores and
-its environment. What was measured is kept per model, host and version.
+its environment. What was measured is kept per model, host and version, and believed again if one
+unit, timed anew, is still as fast: processors are shared, throttled and replaced.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ from stages import Model, make_draw
 
 #: Runs of each function, and the least seconds that they take together.
 REPEATS, LEAST_S = 5, 0.02
+#: What is kept holds if a unit's time has changed by less than this share, or these seconds.
+AGED, AGED_S = 0.25, 1e-3
 #: Messages sent one behind the other to find what each costs.
 MESSAGES = 64
 _FORMAT = 1
@@ -105,7 +108,9 @@ def measure_host(
     path = _cache_path(config, model, sizes) if config.tuner.cache else None
     if path is not None and path.is_file():
         try:
-            return Measured.from_dict(json.loads(path.read_text()))._replace(seconds=0.0)
+            known = Measured.from_dict(json.loads(path.read_text()))
+            if _still_holds(config, model, known.host, between):
+                return known._replace(seconds=0.0)
         except (PlanError, json.JSONDecodeError):
             path.unlink(missing_ok=True)  # cut short or by hand: measured and written again
     began_s = time.monotonic()
@@ -147,10 +152,7 @@ def predicted_host(
     """
     began_s = time.monotonic()
     host = predict_host(model, sizes, reference)
-    transformation = optimizer.compiled(
-        config.optimizer, steps=1, proximal_mu=config.aggregation.proximal_mu
-    ).transformation
-    units = facts_of(model, transformation, sizes[0])
+    units = facts_of(model, _compiled(config).transformation, sizes[0])
     return Measured(host, units, time.monotonic() - began_s)
 
 
@@ -255,9 +257,7 @@ def _measure(
 ) -> Measured:
     """Times every unit as a stage of its own, and units that compute the same only once."""
     params, state = model.init(config.seed)
-    compiled = optimizer.compiled(
-        config.optimizer, steps=1, proximal_mu=config.aggregation.proximal_mu
-    )
+    compiled = _compiled(config)
     known: dict[Any, _Row] = {}
     rows: list[_Row] = []
     for index, stage in enumerate(stages.split(model, tuple(range(1, len(model.units))))):
@@ -277,6 +277,30 @@ def _measure(
         _average_s_per_byte(config, params, state),
     )
     return Measured(host, tuple(row.facts for row in rows), 0.0)
+
+
+def _still_holds(
+    config: Config, model: Model, known: HostProfile, between: Callable[[], None]
+) -> bool:
+    """Times the longest unit once more, at the largest size, and compares."""
+    if len(known.forward_s) != len(model.units):
+        return False
+    totals = [
+        forward[-1] + backward[-1]
+        for forward, backward in zip(known.forward_s, known.backward_s, strict=True)
+    ]
+    index = max(range(len(totals)), key=totals.__getitem__)
+    stage = stages.split(model, tuple(range(1, len(model.units))))[index]
+    params, state = model.init(config.seed, only=stage.unit_names)
+    replica = Replica(stage, params, state, _compiled(config))
+    forward_s, backward_s, _ = _times_of(model, replica, known.sizes[-1:], between)
+    now_s = forward_s[0] + backward_s[0]
+    return abs(now_s - totals[index]) <= max(AGED * totals[index], AGED_S)
+
+
+def _compiled(config: Config) -> optimizer.Compiled:
+    """Returns the optimiser as hosts use it."""
+    return optimizer.compiled(config.optimizer, steps=1, proximal_mu=config.aggregation.proximal_mu)
 
 
 def _likeness(model: Model, index: int) -> Any:
@@ -299,7 +323,14 @@ def _time(
     sizes: tuple[int, ...],
     between: Callable[[], None],
 ) -> _Row:
-    """Times one unit."""
+    """Times one unit, and finds its bytes."""
+    return _Row(*_times_of(model, replica, sizes, between), _facts(model, index, replica, sizes[0]))
+
+
+def _times_of(
+    model: Model, replica: Replica, sizes: Sequence[int], between: Callable[[], None]
+) -> tuple[tuple[float, ...], tuple[float, ...], float]:
+    """Returns seconds of forward and backward at each size, and of the update."""
     run_all(model, [replica], sizes, between=between)  # compiles
     times = {
         (shape.kind, shape.samples): seconds
@@ -308,11 +339,10 @@ def _time(
         ).items()
     }
     kind = LAST if replica.stage.is_last else BACKWARD
-    return _Row(
+    return (
         tuple(times.get((FORWARD, size), 0.0) for size in sizes),
         tuple(times[kind, size] for size in sizes),
         times[UPDATE, 0],
-        _facts(model, index, replica, sizes[0]),
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from flax import nnx
 
@@ -54,6 +56,19 @@ def test_a_host_is_measured_once(settings, tmp_path):
 
     settings.optimizer.momentum = 0.0  # another update: what is known does not hold
     assert measure.measure_host(settings, network, SIZES).seconds > 0
+
+
+def test_a_host_that_has_become_faster_is_measured_anew(settings, tmp_path):
+    network = support.model(dtype="float32")
+    measure.measure_host(settings, network, SIZES)
+    (file,) = (tmp_path / "pipar_jax" / "profiles").iterdir()
+    kept = json.loads(file.read_text())
+    kept["host"]["backward_s"][1] = [0.5, 0.7]  # seconds, as if this host had been a thousandth
+    file.write_text(json.dumps(kept))
+    found = measure.measure_host(settings, network, SIZES)
+    assert found.seconds > 0
+    assert max(found.host.backward_s[1]) < 0.5
+    assert json.loads(file.read_text())["host"]["backward_s"][1] == list(found.host.backward_s[1])
 
 
 def test_units_that_compute_the_same_are_measured_once(settings, monkeypatch):
