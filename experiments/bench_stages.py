@@ -57,7 +57,8 @@ def compare_networks(run: bench.Bench, cores: int, batch: int, with_torch: bool)
                 cases["torch"] = lambda peer=peer, steps=steps: bench.Seconds(
                     peer.call(step_times.run_step, steps)
                 )
-            samples = run.compare(cases, repeats=repeats, warm_up=0 if slow else 1)
+            # The C library needs some steps until it has the memory that later ones take.
+            samples = run.compare(cases, repeats=repeats, warm_up=0 if slow else 4)
             floor = ours.call(step_times.count_flops, name, batch)
             floor /= ours.call(step_times.measure_rate)
             run.row(f"{cell}", samples.median("ours") * 1e3, "ms", spread=samples.spread("ours"))
