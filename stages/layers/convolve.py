@@ -95,6 +95,7 @@ def _convolve_forward(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> An
 
 def _convolve_backward(geometry: Geometry, kept: Any, cotangent: jax.Array) -> Any:
     x, kernel = kept
+    x, cotangent = _written_out(x), _written_out(cotangent)
     key = _key(x.shape, kernel.shape, geometry)
     if choose("conv_input", key) is Formulation.PATCHES:
         x_cotangent = _patches_input(x.shape, kernel, geometry, cotangent)
@@ -173,12 +174,15 @@ def _patches_input(
 
 
 def _written_out(x: jax.Array) -> jax.Array:
-    """Returns x, and keeps XLA from computing what x comes from again in each of its uses.
+    """Returns x, and on CPUs keeps XLA from computing what x comes from again in each of its uses.
 
-    Cheap layers are otherwise fused into the slow transpose that follows, and computed there twice
-    and out of order: a quarter of VGG-5's step. An optimisation barrier is taken away before XLA
-    fuses; nothing is fused across a condition that only the data decide.
+    Cheap layers are otherwise fused into the slow transposes of kernel gradients, and computed
+    there once more and out of order: a quarter of VGG-5's step, two fifths of ResNet-101's. An
+    optimisation barrier is taken away before XLA fuses; nothing is fused across a condition that
+    only the data decide.
     """
+    if jax.default_backend() != "cpu":
+        return x
     never = x[(0,) * x.ndim] > jnp.inf
     held: jax.Array = lax.cond(never, jnp.negative, lambda x: x, x)
     return held
@@ -194,7 +198,7 @@ def _patches_kernel(
     """
     size, _, features, out = shape
     _, rows, columns, _ = cotangent.shape
-    turned = _written_out(x).transpose(3, 0, 1, 2)
+    turned = x.transpose(3, 0, 1, 2)
     padded = pad_images(turned, geometry, 2)
     total: jax.Array | None = None
     per_sample = rows * columns * size * size * features * x.dtype.itemsize
