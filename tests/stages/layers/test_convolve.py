@@ -57,3 +57,11 @@ def test_runs_of_samples_cover_the_batch_once():
     assert all(a[1] == b[0] for a, b in pairwise(runs))
     assert max(b - a for a, b in runs) <= 7
     assert module._chunks(3, 10 * module.PATCH_BYTES) == [(0, 1), (1, 2), (2, 3)]
+
+
+@pytest.mark.parametrize("value", [0.0, np.inf, -np.inf, np.nan])
+def test_what_is_written_out_is_unchanged_and_nothing_is_fused_across(value):
+    x = jnp.full((2, 3, 3, 4), 2.0).at[0, 0].set(value)
+    function = jax.jit(lambda x: module._written_out(x * 3.0) + 1.0)
+    np.testing.assert_array_equal(function(x), x * 3.0 + 1.0)
+    assert "conditional(" in function.lower(x).compile().as_text()
