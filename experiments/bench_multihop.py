@@ -27,6 +27,9 @@ from pipar_jax.runtime.setup import build_model
 
 PARTS = ("memory", "equality", "time", "hops", "plans", "golden")
 ONLY = flags.DEFINE_multi_enum("only", [], PARTS, "Measure only this; may be repeated.")
+NETWORK = flags.DEFINE_enum(
+    "network", None, [one.name for one in chains.NETWORKS], "Memory: measure only this network."
+)
 PROFILES = flags.DEFINE_string("profiles", "../shared/data/profiles", "Folder of profile tables.")
 
 #: Table, layers on the nodes, nodes, and the published cost in milliseconds with its cuts.
@@ -41,6 +44,8 @@ MB = 1e6
 def measure_memory(run: bench.Bench) -> None:
     """Adds predicted and measured memory of the largest node, per policy, nodes and devices."""
     networks = (chains.Network("vgg5"),) if run.quick else chains.NETWORKS
+    if NETWORK.value:
+        networks = (chains.Network(NETWORK.value),)
     devices, most = ((2, 4), 2) if run.quick else ((4, 16), 4)
     for network in networks:
         config = chains.memory_config(network, (1, 2), 1)
