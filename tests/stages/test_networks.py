@@ -55,6 +55,7 @@ def test_every_cut_at_once_equals_the_whole(name):
 
 # Each cut of a deep network compiles all of it again: an hour for ResNet-101's 34.
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", [name for name in IMAGES if name not in SLOW])
 def test_every_cut_by_itself_equals_the_whole(name):
     model = stages.build(name, input_shape=(32, 32, 3), classes=10, norm="group")
