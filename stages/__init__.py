@@ -16,6 +16,7 @@ from stages.names import MODELS, NORMS, STEMS
 if TYPE_CHECKING:
     from stages.facts import Facts, residual_bytes, stage_facts, unit_facts
     from stages.model import Model, Variables, parameter_count
+    from stages.program import Program
     from stages.registry import build
     from stages.residuals import Residuals
     from stages.stage import Metrics, Stage, cross_entropy, join, predict, select, split
@@ -30,6 +31,7 @@ _HOMES = {
     "Model": "stages.model",
     "Variables": "stages.model",
     "parameter_count": "stages.model",
+    "Program": "stages.program",
     "Residuals": "stages.residuals",
     "Metrics": "stages.stage",
     "Stage": "stages.stage",
@@ -52,6 +54,7 @@ __all__ = [
     "Metrics",
     "Model",
     "OptState",
+    "Program",
     "Residuals",
     "Stage",
     "StageError",

@@ -98,7 +98,7 @@ def _kept(model: Model, stage: Stage, start: int, stop: int, x: Any) -> tuple[An
     units = model.units[start:stop]
     params = {unit.name: unit.params for unit in units}
     state = {unit.name: unit.state for unit in units}
-    forward: Any = stage.programs.forward
+    forward = stage.programs.forward
     draw = make_draw(x.shape[0])
     y, _, residuals = jax.eval_shape(forward, params, state, x, draw)
     rest, differentiated = ((state, x, draw), None) if stage.is_first else ((state, draw), x)
@@ -110,8 +110,7 @@ def _facts(model: Model, stage: Stage, start: int, stop: int, x: Any) -> Facts:
     units = model.units[start:stop]
     params = {unit.name: unit.params for unit in units}
     state = {unit.name: unit.state for unit in units}
-    forward: Any = stage.programs.forward
-    backward: Any = stage.programs.backward
+    forward, backward = stage.programs.forward, stage.programs.backward
     draw = make_draw(x.shape[0])
     y, kept = _kept(model, stage, start, stop, x)
     params_of = [leaf for unit in units for leaf in unit.params.values()]

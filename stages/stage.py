@@ -15,6 +15,7 @@ import optax
 from stages.draw import Draw
 from stages.errors import StageError
 from stages.model import Model, Unit, Variables, call_unit
+from stages.program import Program
 from stages.residuals import Residuals, attach, pull_back, run_forward
 
 Metrics: TypeAlias = dict[str, jax.Array]
@@ -24,11 +25,11 @@ Metrics: TypeAlias = dict[str, jax.Array]
 class Programs:
     """The jitted functions of a run of units; shared by all stages over the same units."""
 
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
-    loss: Callable[..., Any]
-    predict: Callable[..., Any]
-    zeros: Callable[..., Any]
+    forward: Program
+    backward: Program
+    loss: Program
+    predict: Program
+    zeros: Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,11 +272,11 @@ def _programs(model: Model, start: int, stop: int, rematerialise: bool) -> Progr
     if rematerialise:
         train = jax.checkpoint(train)
     programs = Programs(
-        forward=jax.jit(partial(_forward, train, start == 0)),
-        backward=jax.jit(partial(_backward, start == 0), donate_argnums=(3,)),
-        loss=jax.jit(partial(_loss, train, start == 0), donate_argnums=(5,)),
-        predict=jax.jit(lambda params, state, x: _run(units, params, state, x, None, False)[0]),
-        zeros=jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params)),
+        forward=Program(partial(_forward, train, start == 0)),
+        backward=Program(partial(_backward, start == 0), donate_argnums=(3,)),
+        loss=Program(partial(_loss, train, start == 0), donate_argnums=(5,)),
+        predict=Program(lambda params, state, x: _run(units, params, state, x, None, False)[0]),
+        zeros=Program(lambda params: jax.tree.map(jnp.zeros_like, params)),
     )
     model.programs[start, stop, rematerialise] = programs
     return programs

@@ -79,4 +79,4 @@ def _scorer(stage: Stage) -> Any:
         hits = jnp.mean((jnp.argmax(logits, axis=-1) == labels).astype(wide.dtype), axis=axes)
         return jnp.sum(jnp.where(real, loss, 0)), jnp.sum(jnp.where(real, hits, 0))
 
-    return jax.jit(score)
+    return stages.Program(score)

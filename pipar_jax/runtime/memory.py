@@ -253,14 +253,11 @@ def temporary_bytes(model: Model, replicas: Iterable[Replica], sizes: Iterable[i
             if stage.is_last:
                 y = model.shapes(size)[-1]
                 labels = jax.ShapeDtypeStruct(y.shape[:-1], np.dtype(np.int32))  # type: ignore
-                run: Any = stage.programs.loss
-                lowered.append(run.lower(params, state, x, labels, draw, params))
+                lowered.append(stage.programs.loss.lower(params, state, x, labels, draw, params))
                 continue
-            forward: Any = stage.programs.forward
-            backward: Any = stage.programs.backward
             y, residuals, _ = jax.eval_shape(stage.forward, params, state, x, draw)
-            lowered.append(forward.lower(params, state, x, draw))
-            lowered.append(backward.lower(params, residuals, y, params))
+            lowered.append(stage.programs.forward.lower(params, state, x, draw))
+            lowered.append(stage.programs.backward.lower(params, residuals, y, params))
         for one in lowered:
             analysis = one.compile().memory_analysis()
             most = max(most, getattr(analysis, "temp_size_in_bytes", 0))

@@ -8,7 +8,6 @@ which is faster depends on the shape and the platform; `stages.layers.choice` de
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +17,9 @@ from jax import lax
 from stages.layers.choice import Formulation, choose
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
-# Patches are made for as many samples at a time as fit here: they stay in the cache, and the
-# memory of a step does not grow ninefold.
-PATCH_BYTES = 8_000_000
+# Patches are made for as many samples at a time as fit here (about a core's second cache): they
+# stay in the cache, and the memory of a step does not grow ninefold.
+PATCH_BYTES = 2_500_000
 
 
 class Geometry(NamedTuple):
@@ -35,6 +34,11 @@ class Geometry(NamedTuple):
     size: int
     stride: int
     padding: int
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether each output meets one pixel: patches are then the image itself."""
+        return self.size == 1 and self.padding == 0
 
     def out(self, length: int) -> int:
         """Length of the output along an axis of `length`."""
@@ -138,33 +142,46 @@ def shifted(x: jax.Array, geometry: Geometry, axis: int, rows: int, columns: int
     return found
 
 
-def _chunks(batch: int, bytes_per_sample: int) -> list[tuple[int, int]]:
-    """Cuts a batch into nearly equal runs whose patches fit `PATCH_BYTES`."""
-    count = min(batch, -(-batch * bytes_per_sample // PATCH_BYTES))
-    edges = [batch * i // count for i in range(count + 1)]
-    return list(pairwise(edges))
+def _samples_together(batch: int, bytes_per_sample: int, result_bytes: int = 0) -> int:
+    """How many samples' patches are made at a time, of a batch.
+
+    As many as fit `PATCH_BYTES`, or the result that every run is added to if that is larger; rather
+    some fewer that divide the batch than a rest that is compiled once more.
+    """
+    fits = max(1, max(PATCH_BYTES, result_bytes) // bytes_per_sample)
+    if fits >= batch:
+        return batch
+    even = max(n for n in range(1, fits + 1) if batch % n == 0)
+    return even if 2 * even >= fits else fits
 
 
 def _patches_forward(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     """Patches times the kernel as a matrix, [batch x pixels, size x size x in]."""
+    if geometry.pointwise:
+        return _met(x, geometry) @ kernel[0, 0]
     size, _, features, out = kernel.shape
     rows, columns = geometry.out(x.shape[1]), geometry.out(x.shape[2])
     matrix = kernel.reshape(size * size * features, out)
-    padded = pad_images(x, geometry, 1)
-    parts = []
-    per_sample = rows * columns * size * size * features * x.dtype.itemsize
-    for start, stop in _chunks(x.shape[0], per_sample):
-        found = shifted(padded[start:stop], geometry, 1, rows, columns)
+
+    def product(images: jax.Array) -> jax.Array:
+        found = shifted(pad_images(images, geometry, 1), geometry, 1, rows, columns)
         patches = jnp.concatenate(found, -1) if len(found) > 1 else found[0]
-        product = patches.reshape(-1, size * size * features) @ matrix
-        parts.append(product.reshape(stop - start, rows, columns, out))
-    return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+        made = patches.reshape(-1, size * size * features) @ matrix
+        return made.reshape(-1, rows, columns, out)
+
+    per_sample = rows * columns * size * size * features * x.dtype.itemsize
+    together = _samples_together(x.shape[0], per_sample)
+    runs, rest = _cut_batch(x, together)
+    y = lax.map(product, runs).reshape(-1, rows, columns, out)
+    return jnp.concatenate((y, product(rest))) if len(rest) else y
 
 
 def _patches_input(
     shape: tuple[int, ...], kernel: jax.Array, geometry: Geometry, cotangent: jax.Array
 ) -> jax.Array:
     """Convolves the spread cotangent with the turned kernel, as patches times a matrix."""
+    if geometry.pointwise:
+        return geometry.spread(cotangent @ kernel[0, 0].T, shape)
     batch, height, width, _ = shape
     turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
     spread = geometry.spread(cotangent, shape)
@@ -196,16 +213,40 @@ def _patches_kernel(
     With channels first a shifted image is a slice with long rows, and the product's contracted
     axis (batch x pixels) is the left operand's last one, as fast matrix products want it.
     """
+    if geometry.pointwise:
+        pixels = ((0, 1, 2), (0, 1, 2))
+        met = _met(x, geometry)
+        return lax.dot_general(met, cotangent, (pixels, ((), ()))).reshape(shape)
     size, _, features, out = shape
     _, rows, columns, _ = cotangent.shape
-    turned = x.transpose(3, 0, 1, 2)
-    padded = pad_images(turned, geometry, 2)
-    total: jax.Array | None = None
+
+    def product(images: jax.Array, cotangent: jax.Array) -> jax.Array:
+        padded = pad_images(images.transpose(3, 0, 1, 2), geometry, 2)
+        patches = jnp.stack(shifted(padded, geometry, 2, rows, columns))
+        return patches.reshape(size * size * features, -1) @ cotangent.reshape(-1, out)
+
     per_sample = rows * columns * size * size * features * x.dtype.itemsize
-    for start, stop in _chunks(x.shape[0], per_sample):
-        found = shifted(padded[:, start:stop], geometry, 2, rows, columns)
-        patches = jnp.stack(found).reshape(size * size * features, -1)
-        product = patches @ cotangent[start:stop].reshape(-1, out)
-        total = product if total is None else total + product
-    assert total is not None
+    result_bytes = size * size * features * out * x.dtype.itemsize
+    together = _samples_together(x.shape[0], per_sample, result_bytes)
+    (images, last_images), (cotangents, last) = (_cut_batch(v, together) for v in (x, cotangent))
+    nothing = jnp.zeros((size * size * features, out), x.dtype)
+    total = product(last_images, last) if len(last) else nothing
+    runs = (images, cotangents)
+    total, _ = lax.scan(lambda total, run: (total + product(*run), None), total, runs)
     return total.reshape(shape)
+
+
+def _met(x: jax.Array, geometry: Geometry) -> jax.Array:
+    """The pixels of an image that a pointwise convolution meets."""
+    return x[:, :: geometry.stride, :: geometry.stride]
+
+
+def _cut_batch(x: jax.Array, together: int) -> tuple[jax.Array, jax.Array]:
+    """Cuts a batch into runs of so many samples, [runs, together, ...], and the rest.
+
+    They are worked through in a loop, not written out one after another: the loop uses the same
+    memory for each run's patches, which stays in the cache.
+    """
+    runs = len(x) // together
+    whole = x[: runs * together]
+    return whole.reshape(runs, together, *x.shape[1:]), x[runs * together :]

@@ -21,6 +21,7 @@ from stages.layers.choice import Formulation, forced
 from stages.layers.convolve import Geometry, convolve
 from stages.layers.depthwise import depthwise
 from stages.layers.pool import max_pool
+from stages.program import Program
 
 # (height, in, out, size, stride) of the convolutions of the registered networks, thinned out.
 CONVOLUTIONS = (
@@ -51,7 +52,7 @@ Row = tuple[tuple[int, int, int, int, int, int, int], dict[str, float]]
 
 def time_ms(functions: dict[str, Callable[..., Any]], *arguments: jax.Array) -> dict[str, float]:
     """Times functions in turn; returns the least processor time of each in milliseconds."""
-    compiled = {name: jax.jit(function) for name, function in functions.items()}
+    compiled = {name: Program(function) for name, function in functions.items()}
     least: dict[str, float] = {}
     for name, function in compiled.items():
         jax.block_until_ready(function(*arguments))  # type: ignore[no-untyped-call]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from stages.layers.choice import Formulation, forced
 from stages.layers.convolve import Geometry, convolve, xla_convolve
 from tests.stages.support import pulled
 
+PATCHES = module.PATCH_BYTES
 GEOMETRIES = [
     ((5, 6, 7, 3), 4, Geometry(3, 1, 1)),
     ((5, 8, 8, 4), 6, Geometry(3, 2, 1)),
@@ -28,9 +29,11 @@ GEOMETRIES = [
 
 @pytest.mark.parametrize(("shape", "out", "geometry"), GEOMETRIES)
 @pytest.mark.parametrize("formulation", [Formulation.XLA, Formulation.PATCHES])
-def test_values_and_gradients_equal_those_of_xla(shape, out, geometry, formulation, monkeypatch):
-    # Small enough that batches are cut into several runs.
-    monkeypatch.setattr(module, "PATCH_BYTES", 2000)
+@pytest.mark.parametrize("patch_bytes", [2000, 30_000])  # runs of a sample; and runs with a rest
+def test_values_and_gradients_equal_those_of_xla(
+    shape, out, geometry, formulation, patch_bytes, monkeypatch
+):
+    monkeypatch.setattr(module, "PATCH_BYTES", patch_bytes)
     with jax.enable_x64(True):
         random = np.random.default_rng(0)
         x = jnp.asarray(random.normal(size=shape))
@@ -51,12 +54,38 @@ def test_output_length_is_that_of_the_sliding_window():
     assert Geometry(1, 2, 0).out(7) == 4
 
 
-def test_runs_of_samples_cover_the_batch_once():
-    runs = module._chunks(100, module.PATCH_BYTES // 7)
-    assert runs[0][0] == 0 and runs[-1][1] == 100
-    assert all(a[1] == b[0] for a, b in pairwise(runs))
-    assert max(b - a for a, b in runs) <= 7
-    assert module._chunks(3, 10 * module.PATCH_BYTES) == [(0, 1), (1, 2), (2, 3)]
+@pytest.mark.parametrize(
+    ("batch", "bytes_per_sample", "result_bytes", "together"),
+    [
+        (100, PATCHES // 7, 0, 5),  # 7 fit, 5 divide the batch
+        (101, PATCHES // 7, 0, 7),  # nothing near 7 does
+        (3, 10 * PATCHES, 0, 1),  # not even one fits
+        (25, PATCHES // 100, 0, 25),  # all of them do
+        (25, PATCHES, 30 * PATCHES, 25),  # a large result is not added to 25 times
+    ],
+)
+def test_runs_fit_the_cache(batch, bytes_per_sample, result_bytes, together):
+    assert module._samples_together(batch, bytes_per_sample, result_bytes) == together
+
+
+def test_a_batch_is_cut_into_runs_and_a_rest():
+    runs, rest = module._cut_batch(jnp.arange(14).reshape(7, 2), 3)
+    np.testing.assert_array_equal(runs.reshape(6, 2), np.arange(12).reshape(6, 2))
+    np.testing.assert_array_equal(rest, [[12, 13]])
+    assert runs.shape == (2, 3, 2)
+
+
+def test_patches_of_a_batch_take_no_more_memory_than_those_of_a_run():
+    geometry, shape = Geometry(3, 1, 1), (100, 16, 16, 32)
+
+    def temporary(batch):
+        arrays = (jax.ShapeDtypeStruct((batch, *shape[1:]), jnp.float32),) * 2
+        gradient = partial(module._patches_kernel, shape=(3, 3, 32, 32), geometry=geometry)
+        function = jax.jit(lambda x, cotangent: gradient(x, cotangent=cotangent))
+        return function.lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+
+    patches = 16 * 16 * 9 * 32 * 4
+    assert temporary(100) < temporary(10) + 20 * patches
 
 
 @pytest.mark.parametrize("value", [0.0, np.inf, -np.inf, np.nan])

@@ -1,0 +1,65 @@
+"""Jitted functions, compiled with what makes XLA fast on the platform at hand."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend.core import get_opaque_trace_state
+
+# XLA on CPUs hands work to a library (YNNPACK), by kinds. Its matrix products and reductions are
+# fast, its convolutions not: for less than 128 channels they use one core, and the gradients of
+# kernels over large images take three times as long as XLA's own.
+_LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
+_KINDS = ("DOT", "INDIVIDUAL_DOT", "REDUCE")
+_OUTSIDE: Any = get_opaque_trace_state()  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def compiler_options() -> dict[str, str]:
+    """Returns what XLA is told about the functions of stages on the default platform.
+
+    Nothing, where that is no CPU, where this XLA does not know the option, and where the user has
+    set it (in `XLA_FLAGS`).
+    """
+    if jax.default_backend() != "cpu" or _LIBRARY in os.environ.get("XLA_FLAGS", ""):
+        return {}
+    options = {_LIBRARY: ",".join(f"LIBRARY_FUSION_TYPE_{kind}" for kind in _KINDS)}
+    try:
+        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return options
+
+
+class Program:
+    """A function under `jax.jit`, with `compiler_options`.
+
+    Called while another function is traced it becomes a part of that one, compiled as that is:
+    jax takes compiler options at the top level only.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, donate_argnums: tuple[int, ...] = ()):
+        self._function = function
+        self._donated = donate_argnums
+        self._part = jax.jit(function, donate_argnums=donate_argnums)
+
+    @functools.cached_property
+    def _whole(self) -> Any:
+        """Made when it is first called: to ask for the platform starts jax's backend."""
+        options = compiler_options()
+        return jax.jit(
+            self._function, donate_argnums=self._donated, compiler_options=options or None
+        )
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Runs the function, or takes part in the one that is being traced."""
+        inside: Any = get_opaque_trace_state()  # type: ignore[no-untyped-call]
+        return (self._whole if inside == _OUTSIDE else self._part)(*arguments)
+
+    def lower(self, *arguments: Any) -> Any:
+        """Lowers the function for (abstract) arguments, as `jax.stages.Lowered`."""
+        return self._whole.lower(*arguments)
