@@ -18,8 +18,8 @@ help:  ## list what can be made
 demo: $(VENV)/.base  ## train with FL, SL, SFL and PiPar on this machine and compare (three minutes)
 	@$(BIN)/python -m experiments.quickstart
 
-test: $(VENV)/.dev  ## run the tests
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.dev  ## run the tests, two files at a time (ARGS="-n 0": one)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 soak: $(VENV)/.dev  ## run the tests of full size, which take long
 	@$(BIN)/python -m pytest -m soak $(ARGS)
