@@ -5,17 +5,21 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 from jax.extend.core import get_opaque_trace_state
 
 # XLA on CPUs hands work to a library (YNNPACK), by kinds. Its matrix products and reductions are
-# fast, its convolutions not: for less than 128 channels they use one core, and the gradients of
-# kernels over large images take three times as long as XLA's own.
+# fast, its convolutions not: with few output channels they use one core, and the gradients of
+# kernels over large images take more than twice as long as XLA's own.
 _LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
 _KINDS = ("DOT", "INDIVIDUAL_DOT", "REDUCE")
-_OUTSIDE: Any = get_opaque_trace_state()  # type: ignore[no-untyped-call]
+# This module may be loaded while a function is traced (names of the package are, on first use); a
+# new thread is never inside one.
+with ThreadPoolExecutor(1) as _pool:
+    _OUTSIDE: Any = _pool.submit(get_opaque_trace_state).result()
 
 
 @functools.cache

@@ -165,8 +165,7 @@ def _patches_forward(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax
 
     def product(images: jax.Array) -> jax.Array:
         found = shifted(pad_images(images, geometry, 1), geometry, 1, rows, columns)
-        patches = jnp.concatenate(found, -1) if len(found) > 1 else found[0]
-        made = patches.reshape(-1, size * size * features) @ matrix
+        made = jnp.concatenate(found, -1).reshape(-1, size * size * features) @ matrix
         return made.reshape(-1, rows, columns, out)
 
     per_sample = rows * columns * size * size * features * x.dtype.itemsize

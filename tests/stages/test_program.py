@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,6 +47,23 @@ def test_a_program_inside_a_traced_function_is_a_part_of_it():
     wanted = jax.grad(lambda kernel: (convolved(IMAGES, kernel) ** 2).sum())(KERNEL)
     np.testing.assert_allclose(gradient, wanted, rtol=1e-6)
     assert jax.eval_shape(program, IMAGES, KERNEL).shape == expected.shape
+
+
+LATE = """
+import sys
+import jax, stages
+model = stages.build("mlp", input_shape=(8, 8, 1), classes=10)
+params, state = model.init(0)
+x = jax.numpy.ones((2, 8, 8, 1))
+assert "stages.program" not in sys.modules
+jax.grad(lambda params: stages.predict(model, params, state, x).sum())(params)
+program = sys.modules["stages.program"]
+assert program.get_opaque_trace_state() == program._OUTSIDE
+"""
+
+
+def test_programs_may_be_loaded_while_a_function_is_traced():
+    subprocess.run([sys.executable, "-c", LATE], check=True)
 
 
 def test_donated_arguments_are_given_away():
