@@ -26,7 +26,6 @@ _LARGE_BYTES = 1 << 16
 # half a megabyte fits the second-level cache of the core that copies it.
 _WAKE_S = 0.0005
 _WAKE_BYTES = 1 << 19
-_SMALLEST_SAMPLE_BYTES = 1 << 12
 
 
 class Inbox:
@@ -222,9 +221,8 @@ class Inbox:
             self._on_signal(header, bytes(self._signal))
             return
         frame_bytes = HEADER_BYTES + 8 * header.rank + header.length
-        # A small frame's time is that of this program, not of the link.
-        pure = bool(header.flags & _BACK_TO_BACK) and frame_bytes >= _SMALLEST_SAMPLE_BYTES
-        self.rate.add(frame_bytes, pure, self._reader.last_read_s)
+        back_to_back = bool(header.flags & _BACK_TO_BACK)
+        self.rate.add(frame_bytes, back_to_back, self._reader.last_read_s)
         self.received = header.sequence
         self._proven = True
         self.partial_bytes = 0

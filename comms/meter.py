@@ -40,7 +40,7 @@ class LinkStats:
         offset_s: the peer's monotonic clock minus ours; None before the first heartbeat.
         rate_out_mbps: what the peer measured of our sending; None until enough was sent.
         rate_in_mbps: what we measured of the peer's sending; None until enough was received.
-        timed_in_bytes: bytes received back to back, of which alone a rate can be told.
+        timed_in_bytes: bytes received back to back for long enough that a rate can be told.
         timed_in_s: how long they took on the link; between two snapshots, bytes by seconds is the
             rate of just that time.
     """
@@ -122,17 +122,28 @@ class RateMeter:
     time between the ends of two such frames is what the second took on the link. Sums of bytes and
     seconds with exponential forgetting smooth over timers and bursts.
 
+    Where a processor is busy, threads wake up milliseconds late. A run of frames without a gap has
+    that error once, at its ends; so what compares a rate with another takes long runs alone.
+
     Attributes:
-        timed_bytes: bytes of all frames that counted so far.
+        timed_bytes: bytes of all long runs so far.
         timed_s: their seconds.
     """
 
     _MEMORY_S = 3.0
     _ENOUGH_BYTES = 48 << 10
+    # A smaller frame's time is that of this program, not of the link.
+    _SMALLEST_BYTES = 1 << 12
+    # A run is long from here on.
+    _LONG_BYTES, _LONG_S = 1 << 20, 0.05
 
     def __init__(self) -> None:
         self._bytes = 0.0
         self._seconds = 0.0
+        self._seen_bytes = 0
+        self._run_bytes = 0
+        self._run_s = 0.0
+        self._counted = False
         self.timed_bytes = 0
         self.timed_s = 0.0
         self._last_s: float | None = None
@@ -141,13 +152,25 @@ class RateMeter:
         """Takes the end of a frame of `nbytes`."""
         last, self._last_s = self._last_s, now_s
         if last is None or not back_to_back:
+            self._run_bytes, self._run_s, self._counted = 0, 0.0, False
             return
         seconds = now_s - last
+        self._count(nbytes, seconds)
+        if nbytes < self._SMALLEST_BYTES:
+            return
         keep = math.exp(-seconds / self._MEMORY_S)
         self._bytes = self._bytes * keep + nbytes
         self._seconds = self._seconds * keep + seconds
-        self.timed_bytes += nbytes
-        self.timed_s += seconds
+        self._seen_bytes += nbytes
+
+    def _count(self, nbytes: int, seconds: float) -> None:
+        """Adds a frame to its run, and the run to what was timed once it is long."""
+        self._run_bytes += nbytes
+        self._run_s += seconds
+        if self._counted or self._run_bytes >= self._LONG_BYTES or self._run_s >= self._LONG_S:
+            self.timed_bytes += self._run_bytes
+            self.timed_s += self._run_s
+            self._run_bytes, self._run_s, self._counted = 0, 0.0, True
 
     def restart(self) -> None:
         """Forgets the last frame's end: a new connection begins."""
@@ -156,7 +179,7 @@ class RateMeter:
     @property
     def bytes_per_s(self) -> float | None:
         """The estimate, or None until 48 KiB were seen."""
-        if self.timed_bytes < self._ENOUGH_BYTES or self._seconds <= 0:
+        if self._seen_bytes < self._ENOUGH_BYTES or self._seconds <= 0:
             return None
         return self._bytes / self._seconds
 

@@ -61,8 +61,7 @@ def accuracy(run: bench.Bench, folder: Path, results: Path) -> None:
     for done, seed in enumerate(seeds):
         run.progress(f"accuracy, seed {seed}", done, len(seeds))
         raw, coded = (
-            100
-            * accept_trials.accuracy(seed, with_codec, DATA_DIR.value, folder, results, run.quick)
+            100 * accept_trials.accuracy(_config(seed, folder), with_codec, results, run.quick)
             for with_codec in (False, True)
         )
         run.row(f"VGG-5, seed {seed}: raw", raw, "%")

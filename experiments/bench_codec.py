@@ -125,6 +125,8 @@ def _config(method: str, case: str, seed: int, quick: bool, folder: str) -> Conf
     if DATA_DIR.value:
         config.data.data_dir, config.data.train_samples = DATA_DIR.value, 4000
         config.data.augment, config.pipeline.cut = "none", 2
+    if quick:
+        config.data.train_samples = 400
     pipeline = config.pipeline
     if method == "mpsl":
         config.nodes.count, pipeline.cuts = 1, f"{pipeline.cut},4"  # the head is at home

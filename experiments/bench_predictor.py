@@ -7,13 +7,23 @@ and a look-up of the most similar layer. Times are those in the package unless -
   python -m experiments.bench_predictor [--tables=FOLDER]
 """
 
+from __future__ import annotations
+
 import pathlib
 import statistics
 import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from pipar_jax import bench
+
+if TYPE_CHECKING:
+    from pipar_jax.predictor.evaluation import Score
+    from pipar_jax.predictor.network import Weights
+    from pipar_jax.predictor.operators import Array
+    from pipar_jax.predictor.timings import Timings
 
 _TIMINGS = flags.DEFINE_string("timings", "", "Times of layers; empty: those in the package.")
 _TABLES = flags.DEFINE_string("tables", "", "Folder of profile tables; empty: none.")
@@ -32,7 +42,7 @@ def measure(run: bench.Bench) -> None:
     )
     steps = 600 if run.quick else training.STEPS
 
-    def train(some):
+    def train(some: Timings) -> Weights:
         return training.train(some, steps=steps)
 
     run.progress("held-out layers")
@@ -64,7 +74,7 @@ def measure(run: bench.Bench) -> None:
              f"held out in turn: {', '.join(folds)}")  # fmt: skip
 
 
-def tell(run: bench.Bench, name: str, scores: dict) -> None:
+def tell(run: bench.Bench, name: str, scores: Mapping[str, Score]) -> None:
     """Adds the errors of all methods."""
     for method, one in scores.items():
         if one.predictions:
@@ -72,7 +82,7 @@ def tell(run: bench.Bench, name: str, scores: dict) -> None:
             run.row(f"{name}: {method}, within 10 %", one.within * 100, "%")
 
 
-def pooled(scores: list):
+def pooled(scores: Sequence[Score]) -> Score:
     """Returns the errors of several sets of predictions together."""
     from pipar_jax.predictor.evaluation import Score
 
@@ -87,7 +97,7 @@ def pooled(scores: list):
     return Score(mape, within, median, count)
 
 
-def speed(run: bench.Bench, timings, weights) -> None:
+def speed(run: bench.Bench, timings: Timings, weights: Weights) -> None:
     """Adds how long it takes to learn a device from its reference layers, and to predict."""
     from pipar_jax.predictor import device
 
@@ -111,7 +121,7 @@ def speed(run: bench.Bench, timings, weights) -> None:
     run.row("learning a device from its reference layers", samples.median("fit") * 1e3, "ms")
 
 
-def regret(run: bench.Bench, timings, folds: dict) -> None:
+def regret(run: bench.Bench, timings: Timings, folds: Mapping[str, Weights]) -> None:
     """Adds what partitions by predictions cost on chains of devices, each new to the predictor."""
     import numpy as np
 
@@ -134,12 +144,13 @@ def regret(run: bench.Bench, timings, folds: dict) -> None:
         if observations:
             known[place] = device.fit(folds[one.family], observations)
 
-    def learn(place, columns):
+    def learn(place: int, columns: Sequence[int]) -> tuple[Array, Array]:
         tables = [chosen.layers[i].operators for i in columns]
-        return tuple(known[place].layers_s(tables, head) for head in range(2))
+        forward_s, backward_s = (known[place].layers_s(tables, head) for head in range(2))
+        return forward_s, backward_s
 
     rng = np.random.default_rng(1)
-    by_length: dict = {length: [] for length in LENGTHS}
+    by_length: dict[int, list[evaluation.Regret]] = {length: [] for length in LENGTHS}
     for network in evaluation.PARTITIONED:
         model = stages.build(network, input_shape=(32, 32, 3), classes=10)
         for batch in (5, 25):

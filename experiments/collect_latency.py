@@ -3,22 +3,29 @@
   python -m experiments.collect_latency --out=timings.npz [--variants=core,cores]
 
 Each variant is a process with its own cores and its own way to compile, timed under several
-conditions (stopped for a part of the time, beside a busy neighbour, on another core). Run it once
+conditions (stopped for a part of the time, moved to a single core). Run it once
 with --compile, which fills the cache of compiled programs and may share the machine, then on a
 quiet machine without. What --out holds already is kept, so that variants and networks may be
 gathered one by one.
 """
 
+from __future__ import annotations
+
 import pathlib
 import sys
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import app, flags
 
 from pipar_jax.errors import ConfigError, PiparError
 from pipar_jax.pinned import run_pinned
+
+if TYPE_CHECKING:
+    from pipar_jax.predictor.collect import Layer
+    from pipar_jax.predictor.timings import TimedLayer
 
 _OUT = flags.DEFINE_string("out", None, "File for the times (.npz).", required=True)
 _VARIANTS = flags.DEFINE_list("variants", [], "Only these; empty: all that this machine can be.")
@@ -81,7 +88,7 @@ def gather_all(path: pathlib.Path) -> None:
             print(f"{device.name} ({device.family}): {total_s:.2f} s for all layers once")
 
 
-def _layers(quick: bool) -> tuple[list, tuple]:
+def _layers(quick: bool) -> tuple[list[Layer], tuple[TimedLayer, ...]]:
     """Returns what is to be timed, and what it does; in a process that may load jax."""
     from pipar_jax.predictor import collect
     from pipar_jax.predictor.operators import TRACED, model_operators

@@ -44,7 +44,7 @@ def run_server(
       model: The model, if not the configured one.
       data: The test set (a test split), if not the configured one.
       stop: Ends the run when set.
-      script: Plans to change to, the first before the second round; empty: as configured.
+      script: Plans of the rounds, from the first on; empty: as configured.
 
     Returns:
       The event ``run_finished``.

@@ -125,17 +125,14 @@ def try_plans(config: Config, profile: Profile, plans: Sequence[Plan]) -> dict[P
     """Trains each plan for as many rounds as it is named, in the order given.
 
     Args:
-      config: The configuration; the first round, under its plan, is a warm-up.
+      config: The configuration; a round under the first plan is a warm-up before them.
       profile: What predictions are made from.
       plans: The plans.
 
     Raises:
       PiparError: The run failed.
     """
-    config = resolve(config)
-    # The first round's plan is of no interest: it only has to need no survey.
-    config.method, config.pipeline.cut, config.pipeline.micro_batches = "pipar", 1, 4
-    events = _launch(config, len(plans) + 1, plans)
+    events = _launch(resolve(config), len(plans) + 1, [plans[0], *plans])
     seconds = [event["seconds"] for event in events if event["event"] == "round_finished"][1:]
     stages = Stages(profile)
     found: dict[Plan, Tried] = {}

@@ -16,7 +16,7 @@ from pipar_jax.predictor.tables import FAMILY
 from pipar_jax.predictor.timings import Timings
 
 #: The device whose profile the scalar ratio scales: an ordinary core.
-PROFILED = "avx2-plain"
+PROFILED = "core-plain"
 METHODS = ("predictor", "scalar ratio", "FLOPs regression", "look-up")
 #: Rows of a table that stand for reference layers on devices that did not time those.
 TABLE_REFERENCE = 11

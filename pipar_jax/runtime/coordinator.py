@@ -45,7 +45,7 @@ class Coordinator:
       members: The devices, all admitted.
       evaluator: Scores the global weights.
       tally: Takes what each round reports, and tells of it.
-      script: Plans to change to, the first before the second round; empty: as configured.
+      script: Plans of the rounds, from the first on; empty: as configured.
     """
 
     def __init__(
@@ -64,14 +64,16 @@ class Coordinator:
         who = [members.by_name[device_name(i)].identity for i in range(config.devices.count)]
         self._samples = tuple(one.samples for one in who)
         self._steps = tuple(one.steps for one in who)
-        self.plan, surveyed = choose_plan(config, model, members, self._samples)
+        self.plan, surveyed = (
+            (script[0], None) if script else choose_plan(config, model, members, self._samples)
+        )
         self._rounds = schedule.rounds(self.plan, self._steps, config.epochs)
         self._devices = tuple(device_name(i) for i in range(config.devices.count))
         self._nodes = configuration.nodes(config)
         self._workers = (*self._nodes, *self._devices)
         self._adaptation: Adaptation | Script | None = None
         if script:
-            self._adaptation = Script(self.plan, script, members, host, len(model.units))
+            self._adaptation = Script(script, members, host, len(model.units))
         elif config.tuner.adapt and surveyed is not None:
             rounds = len(self._rounds)
             self._adaptation = Adaptation(config, model, surveyed, self.plan, rounds, members, host)

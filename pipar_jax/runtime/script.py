@@ -14,13 +14,12 @@ from pipar_jax.tuner.choice import Offer
 
 
 class Script:
-    """Stands in for ``Adaptation``: changes to the next of its plans before each round.
+    """Stands in for ``Adaptation``: each round has a plan of its own.
 
     Each plan is compiled between the rounds, while nothing else runs, so that all rounds are alike.
 
     Args:
-      plan: The plan of the first round.
-      plans: The plan of the second round, of the third, and so on.
+      plans: The plan of the first round, of the second, and so on; the last one's stays.
       members: The devices and compute nodes.
       host: The host in this process.
       units: How many units the model has.
@@ -29,11 +28,9 @@ class Script:
       PlanError: A plan is one that cannot follow the one before.
     """
 
-    def __init__(
-        self, plan: Plan, plans: Sequence[Plan], members: Members, host: Host, units: int
-    ) -> None:
+    def __init__(self, plans: Sequence[Plan], members: Members, host: Host, units: int) -> None:
         """See the class."""
-        for before, after in itertools.pairwise([plan, *plans]):
+        for before, after in itertools.pairwise(plans):
             check_follows(before, after, units)
         self._plans, self._members, self._host = plans, members, host
         self._index = 0
@@ -53,9 +50,9 @@ class Script:
           PeerError: A device or node was lost or failed.
           RunError: A node refuses the plan.
         """
-        if self._index >= len(self._plans):
+        if self._index + 1 >= len(self._plans):
             return None
-        plan = self._plans[self._index]
+        plan = self._plans[self._index + 1]
         body = {"type": "ahead", "number": self._index, "plan": plan.to_dict()}
         self._members.broadcast(body)
         self._host.prepare_ahead(self._index, plan)

@@ -1,12 +1,14 @@
 """Settings and plans of the benchmark of AccEPT's parts; its trainings are the benchmark's own."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
-from pipar_jax import accept_trials
+from pipar_jax import accept_trials, trials
 from pipar_jax.config import Config, resolve
-from pipar_jax.plan import Codecs
+from pipar_jax.methods import plan_of_chain
+from pipar_jax.plan import OWNER, Codecs
 from pipar_jax.profile import NodeProfile, Profile
 from pipar_jax.simulator.costs import LinkModel
 from pipar_jax.tuner.predict import Stages, judge
@@ -64,3 +66,21 @@ def test_near_plans_are_the_fastest_partitions_first() -> None:
     assert seconds == sorted(seconds) and len(set(near)) == 5
     best = accept_trials.plans_of(config, profile)["balanced + raw"]
     assert seconds[0] <= judge(stages, best).epoch_s
+
+
+def test_plans_of_a_chain_are_trained_in_one_run(tmp_path: Path) -> None:
+    config = trials.base_config(tmp_path, "mlp", 4, 1, "none")
+    config.server.cpus = config.devices.defaults.cpus = ""
+    config.method, config.nodes.count = "accept", 2
+    config.pipeline.micro_batches = 2
+    host = profiles.host(units=4)
+    nodes = (NodeProfile(host, LinkModel(1e9, 0.0), LinkModel(1e9, 0.0)),) * 2
+    made = profiles.profile(profiles.device(units=4, samples=12), units=4, nodes=nodes)
+    plans = [
+        plan_of_chain(resolve(config), cuts, (OWNER, *hosts))
+        for cuts, hosts in (((1, 2), ("n1", "n2")), ((2, 3), ("n2", "n1")), ((1,), ("n2",)))
+    ]
+    found = trials.try_plans(config, made, [*plans, plans[0]])
+    assert {plan: len(one.seconds) for plan, one in found.items()} == {
+        plans[0]: 2, plans[1]: 1, plans[2]: 1
+    }  # fmt: skip

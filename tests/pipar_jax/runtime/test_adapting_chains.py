@@ -66,7 +66,7 @@ def changed(folder, scripted, made, samples, network, plans):
     """Returns what a run trains under the plans, one for each round, and its events."""
     events = []
     made.run.dir = str(folder / "changed")
-    scripted(*plans[1:])
+    scripted(*plans)
     run = support.trained(made, samples, network, events)
     assert [Plan.from_dict(e["to"]) for e in events if e["event"] == "replanned"] == list(plans[1:])
     return run, events
@@ -158,7 +158,7 @@ def test_a_plan_that_a_node_has_no_room_for_is_refused_before_anything_moves(
     plan = chain((3, 4), (1, 2))
     made = setting(tmp_path, ONE, plan, 2)
     made.nodes.overrides = {2: {"memory_mb": 0.0128}}
-    scripted(chain((1, 2), (1, 2)))
+    scripted(plan, chain((1, 2), (1, 2)))
     with pytest.raises(RunError, match=r"compute node 2 needs .* MB for the plan .*1.n1.2.n2"):
         support.trained(made, ONE, network)
 
