@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +21,11 @@ REPEATS = 5
 #: Seconds that a function is timed for at least: a hiccup of the scheduler lasts milliseconds, and
 #: a short function's time must not be made of one.
 LEAST_S = 0.1
+#: A run does not count in which the process was given at least so many pages by the kernel: while
+#: its memory still grows a function may take several times as long as ever again.
+PAGES = 64
+#: Runs and seconds of a function that are left out at most; there are processes that always fault.
+LEFT_OUT, LEFT_OUT_S = 30, 0.5
 
 
 class Shape(NamedTuple):
@@ -89,11 +95,23 @@ _Run = Callable[[], float]
 
 
 def _times(run: _Run, repeats: int, least_s: float) -> list[float]:
-    """Returns the seconds of enough runs."""
+    """Returns the seconds of enough runs; those in which memory grew are left out if it ends."""
     times: list[float] = []
+    left_out: list[float] = []
     while len(times) < repeats or sum(times) < least_s:
-        times.append(run())
+        before = _pages()
+        seconds = run()
+        grew = repeats > 1 and _pages() - before >= PAGES
+        if grew and len(left_out) < LEFT_OUT and sum(left_out) < LEFT_OUT_S:
+            left_out.append(seconds)
+        else:
+            times.append(seconds)
     return times
+
+
+def _pages() -> int:
+    """Returns how many pages the kernel has given this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def _timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
