@@ -51,6 +51,8 @@ class HostProfile:
         called once.
       average_s_per_byte: Seconds to average a byte of one device's weights; only for the server.
       memory_bytes: What a plan may take on this host; None is no limit.
+      handling_s: Seconds that a run adds to each computation: threads, a message in and one out. 0
+        where slowness is emulated: computations then last as long as they are told to.
     """
 
     sizes: tuple[int, ...]
@@ -60,6 +62,7 @@ class HostProfile:
     call_s: float = 0.0
     average_s_per_byte: float = 0.0
     memory_bytes: float | None = None
+    handling_s: float = 0.0
 
     def __post_init__(self) -> None:
         """Checks that the tables fit together.

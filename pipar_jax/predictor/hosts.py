@@ -50,6 +50,7 @@ def predict_host(
         _updates(model, reference),
         reference.call_s,
         reference.average_s_per_byte,
+        handling_s=reference.handling_s,
     )
 
 

@@ -106,6 +106,7 @@ class ReferenceTimes:
       parameter_bytes: Bytes of each layer's weights, by which updates are scaled.
       call_s: Seconds of calling a compiled function that does nothing.
       average_s_per_byte: Seconds to average a byte of one device's weights.
+      handling_s: Seconds that a run adds to each computation; see ``HostProfile``.
       seconds: How long the timing took, without compiling.
       prepared_s: How long it took to compile.
     """
@@ -116,6 +117,7 @@ class ReferenceTimes:
     parameter_bytes: tuple[float, ...]
     call_s: float = 0.0
     average_s_per_byte: float = 0.0
+    handling_s: float = 0.0
     seconds: float = 0.0
     prepared_s: float = 0.0
 

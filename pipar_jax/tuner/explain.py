@@ -112,7 +112,11 @@ def units_tables(profile: Profile) -> list[Table]:
 
 def _times(profile: Profile, host: HostProfile, names: str) -> Table:
     """Returns a host's milliseconds; the last unit's backward includes its forward."""
-    table = Table(title=f"{names}: milliseconds by samples", title_justify="left")
+    added = f"; in a run each computation takes {1e3 * host.handling_s:.3g} more"
+    table = Table(
+        title=f"{names}: milliseconds by samples{added if host.handling_s else ''}",
+        title_justify="left",
+    )
     table.add_column("unit")
     for kind in ("forward", "backward"):
         for size in host.sizes:

@@ -40,6 +40,7 @@ from pipar_jax.runtime.warmup import run_all
 from pipar_jax.schedule import BACKWARD, FORWARD, LAST, UPDATE
 from pipar_jax.slowness import slowness_of
 from pipar_jax.tuner import codec_choice
+from pipar_jax.tuner.handling import measure_handling_s
 from pipar_jax.tuner.words import whole_numbers
 from stages import Model, make_draw
 
@@ -49,7 +50,7 @@ REPEATS, LEAST_S = 5, 0.02
 AGED, AGED_S = 0.25, 1e-3
 #: Messages sent one behind the other to find what each costs.
 MESSAGES = 64
-_FORMAT = 1
+_FORMAT = 2
 _CODEC_BYTES = 1 << 20
 
 
@@ -136,6 +137,7 @@ def measure_reference(config: Config, between: Callable[[], None] = lambda: None
         found,
         call_s=_call_s(),
         average_s_per_byte=_average_s_per_byte(config, params, state),
+        handling_s=measure_handling_s(),
     )
 
 
@@ -185,8 +187,12 @@ def as_configured(
     measured: HostProfile, host: DeviceConfig | NodeConfig | ServerConfig
 ) -> HostProfile:
     """Returns a host's profile with its emulated slowness and its limit of memory."""
-    slowed = measured.slowed(slowness_of(host).at(0.0))
-    return dataclasses.replace(slowed, memory_bytes=limit_bytes(host))
+    slowness = slowness_of(host)
+    return dataclasses.replace(
+        measured.slowed(slowness.at(0.0)),
+        memory_bytes=limit_bytes(host),
+        handling_s=0.0 if slowness.emulated else measured.handling_s,
+    )
 
 
 def limit_bytes(host: DeviceConfig | NodeConfig | ServerConfig) -> float | None:
@@ -275,6 +281,7 @@ def _measure(
         tuple(row.update_s for row in rows),
         _call_s(),
         _average_s_per_byte(config, params, state),
+        handling_s=measure_handling_s(),
     )
     return Measured(host, tuple(row.facts for row in rows), 0.0)
 

@@ -44,7 +44,7 @@ class HostTimes:
         self._sums: dict[tuple[str, int], list[float]] = {}
 
     def time_s(self, kind: str, first: int, stop: int, samples: int) -> float:
-        """Returns the seconds of a stage's computation.
+        """Returns the seconds of a stage's computation in a run.
 
         Args:
           kind: F, B, L (forward and backward in one) or U.
@@ -59,7 +59,8 @@ class HostTimes:
         else:
             sums_s, calls = self._sum(kind, first, stop, samples), stop - first
         # Each unit was called by itself when it was measured; the stage is called once.
-        return max(sums_s - (calls - 1) * self._host.call_s, 0.1 * sums_s)
+        alone_s = max(sums_s - (calls - 1) * self._host.call_s, 0.1 * sums_s)
+        return alone_s if kind == UPDATE else alone_s + self._host.handling_s
 
     def _sum(self, kind: str, first: int, stop: int, samples: int) -> float:
         sums = self._sums.get((kind, samples))

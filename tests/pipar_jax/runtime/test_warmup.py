@@ -24,7 +24,7 @@ def pages(monkeypatch):
 
 
 def test_runs_in_which_memory_grew_do_not_count(pages):
-    run = pages([500, 300, 10, 70, 0, 0, 0])
+    run = pages([200, 150, 10, 70, 0, 0, 0])
     assert warmup._times(run, 4, 0.0) == [0.02, 0.01, 0.01, 0.01]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -9,11 +10,15 @@ from flax import nnx
 
 import stages
 from pipar_jax import optimizer
-from pipar_jax.config import Config, resolve
+from pipar_jax.config import Config, DeviceConfig, resolve
 from pipar_jax.errors import RunError
 from pipar_jax.predictor.hosts import facts_of
 from pipar_jax.tuner import measure
+from pipar_jax.tuner.handling import measure_handling_s
+from pipar_jax.tuner.measure import as_configured
+from pipar_jax.tuner.predict import HostTimes
 from tests.pipar_jax.runtime import support
+from tests.pipar_jax.tuner import profiles
 
 SIZES = (2, 8)
 
@@ -111,3 +116,23 @@ def test_codecs_and_messages_cost_something(settings):
     assert (name, codec.ratio) == ("float16", 0.5)
     assert 0 < codec.encode_s_per_byte < 1e-6
     assert 0 < measure.measure_message_s() < 1
+
+
+def test_what_a_run_adds_to_a_computation_is_rehearsed_by_the_real_engine():
+    handling_s = measure_handling_s()
+    assert 2e-5 < handling_s < 0.05
+
+
+def test_a_computation_of_a_run_has_what_is_added_once_and_an_update_has_not():
+    alone = profiles.host()
+    added = dataclasses.replace(alone, handling_s=0.01)
+    for kind, first, stop in (("F", 0, 1), ("F", 0, 3), ("B", 1, 4), ("L", 2, 5)):
+        grown = HostTimes(added).time_s(kind, first, stop, 25)
+        assert grown == pytest.approx(HostTimes(alone).time_s(kind, first, stop, 25) + 0.01)
+    assert HostTimes(added).time_s("U", 0, 3, 0) == HostTimes(alone).time_s("U", 0, 3, 0)
+
+
+def test_an_emulated_slow_host_hides_it():
+    measured = dataclasses.replace(profiles.host(), handling_s=0.01)
+    assert as_configured(measured, DeviceConfig()).handling_s == 0.01
+    assert as_configured(measured, DeviceConfig(slowdown=5.0)).handling_s == 0.0
