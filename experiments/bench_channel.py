@@ -9,9 +9,11 @@ network namespaces) where this runs as root on Linux. About four minutes, --quic
 """
 
 import contextlib
+import functools
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -24,6 +26,7 @@ from pipar_jax.pinned import PinnedProcess, first_cores
 
 MB = 1 << 20
 HOST = "127.0.0.1"
+Case: TypeAlias = Callable[[], object]
 
 
 def measure(run: bench.Bench) -> None:
@@ -57,7 +60,7 @@ def _certificates(run: bench.Bench) -> Iterator[str | None]:
 def _throughput(
     run: bench.Bench, sender: PinnedProcess, ports: dict[str, int], folder: str | None
 ) -> None:
-    def case(kind: str, nbytes: int) -> object:
+    def case(kind: str, nbytes: int) -> Case:
         tls = folder if kind.endswith("tls") else None
         count = max(2, (64 if run.quick else 256) * MB // nbytes)
         return lambda: bench.Seconds(
@@ -85,7 +88,7 @@ def _throughput(
 
 
 def _latency(run: bench.Bench, sender: PinnedProcess, ports: dict[str, int]) -> None:
-    def case(kind: str) -> object:
+    def case(kind: str) -> Case:
         return lambda: bench.Seconds(sender.call(peers.round_trips, kind, HOST, ports[kind], 300))
 
     samples = run.compare({kind: case(kind) for kind in ("bare", "channel")}, repeats=9)
@@ -105,6 +108,10 @@ def _emulated(run: bench.Bench, sender: PinnedProcess, ports: dict[str, int]) ->
         run.row(f"heartbeat beside 64 MB, emulated {rate:g} Mbit/s", beat * 1e3, "ms", 200.0)
 
 
+def _sent_s(sender: PinnedProcess, kind: str, host: str, port: int, nbytes: int) -> bench.Seconds:
+    return bench.Seconds(sender.call(peers.send_tensors, kind, host, port, None, nbytes, 1))
+
+
 def _real_links(run: bench.Bench) -> None:
     if not namespaces_work():
         run.note("No figures of real slow links: they need root, Linux, ip and tc.")
@@ -119,12 +126,11 @@ def _real_links(run: bench.Bench) -> None:
             ports = receiver.call(peers.start_receivers, space.far_address, None)
             host, nbytes = space.far_address, int(rate * 1e6 / 8 * (1 if run.quick else 2))
 
-            def case(kind: str, host=host, nbytes=nbytes, ports=ports, sender=sender) -> object:
-                return lambda: bench.Seconds(
-                    sender.call(peers.send_tensors, kind, host, ports[kind], None, nbytes, 1)
-                )
-
-            samples = run.compare({kind: case(kind) for kind in ("bare", "channel")}, repeats=3)
+            cases = {
+                kind: functools.partial(_sent_s, sender, kind, host, ports[kind], nbytes)
+                for kind in ("bare", "channel")
+            }
+            samples = run.compare(cases, repeats=3)
             ratio = samples.ratio("bare", "channel")
             run.row(f"channel / bare, tc {rate:g} Mbit/s", ratio, "x", 0.98, "higher")
             beat = sender.call(
@@ -151,18 +157,18 @@ def _crowd(run: bench.Bench, cores: list[int]) -> None:
     run.row(f"{devices} devices: throughput", after["bytes"] / seconds / 1e9, "GB/s")
 
 
+def _code(name: str, array: np.ndarray[Any, Any]) -> None:
+    codec, parameter = parse_codec(name)
+    payload = codec.encode(array, parameter)
+    codec.decode(payload, array.dtype, array.shape, parameter)
+
+
 def _codecs(run: bench.Bench) -> None:
     array = np.random.default_rng(0).standard_normal(4 * MB, np.float32)
     target = np.empty_like(array)
-    cases: dict[str, object] = {"memcpy": lambda: np.copyto(target, array)}
+    cases: dict[str, Case] = {"memcpy": lambda: np.copyto(target, array)}
     for name in codec_names():
-        codec, parameter = parse_codec(name)
-
-        def code(codec=codec, parameter=parameter) -> None:
-            payload = codec.encode(array, parameter)
-            codec.decode(payload, array.dtype, array.shape, parameter)
-
-        cases[name] = code
+        cases[name] = functools.partial(_code, name, array)
     samples = run.compare(cases, repeats=5)
     run.row("memcpy", array.nbytes / samples.median("memcpy") / 1e9, "GB/s")
     for name in codec_names()[1:]:

@@ -11,9 +11,11 @@ which holds CIFAR-10 as TFDS prepares it, VGG-5 learns 4,000 of its images, abou
 without, both parts take scikit-learn's digits.
 """
 
+import functools
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -51,13 +53,21 @@ METHODS = {"pipar": tuple(CASES), "mpsl": QUICK}
 POINTS = 1.0
 
 
+def _encode(coder: Any, tensors: Iterable[Any]) -> list[Any]:
+    return [coder.encode(tensor) for tensor in tensors]
+
+
+def _decode(coder: Any, coded: Iterable[Any], tensors: Iterable[Any]) -> list[Any]:
+    return [coder.decode(data, tensor) for data, tensor in zip(coded, tensors, strict=True)]
+
+
 def tensors(run: bench.Bench) -> None:
     """Codes real tensors: sizes and errors of each, speeds over all."""
     data = DataConfig(source="cifar10" if DATA_DIR.value else "digits", data_dir=DATA_DIR.value)
     split = load_public(data.source, data.data_dir, data.cache_dir).train
     batch, steps = 100, 3 if run.quick else 20
     images = split.images[: batch * steps].astype(np.float32) / 255 - 0.5
-    found = {}
+    found: dict[str, Any] = {}
     for network in list(NETWORKS)[:1] if run.quick else NETWORKS:
         run.progress(f"training {network}")
         labels = split.labels[: batch * steps]
@@ -66,12 +76,12 @@ def tensors(run: bench.Bench) -> None:
     total = sum(tensor.nbytes for tensor in found.values())
     coders = codec_peers.coders(CODERS)
     encoded = {name: [c.encode(t) for t in found.values()] for name, c in coders.items()}
-    cases = {"memcpy": lambda: [tensor.copy() for tensor in found.values()]}
+    cases: dict[str, Callable[[], Any]] = {
+        "memcpy": lambda: [tensor.copy() for tensor in found.values()]
+    }
     for name, coder in coders.items():
-        cases[f"{name}: encode"] = lambda c=coder: [c.encode(t) for t in found.values()]
-        cases[f"{name}: decode"] = lambda c=coder, name=name: [
-            c.decode(data, t) for data, t in zip(encoded[name], found.values(), strict=True)
-        ]
+        cases[f"{name}: encode"] = functools.partial(_encode, coder, found.values())
+        cases[f"{name}: decode"] = functools.partial(_decode, coder, encoded[name], found.values())
     with pinned(first_cores(1)):
         samples = run.compare(cases, repeats=7)
     for case in cases:

@@ -14,6 +14,7 @@ import statistics
 import tempfile
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -67,7 +68,7 @@ def setting(cut: int, micro_batches: int, samples: int, folder: str) -> Config:
 
 def measure_run(config: Config) -> Measured:
     """Trains for real, in processes, and reads what the run left behind."""
-    rounds: list[dict] = []
+    rounds: list[dict[str, Any]] = []
     summary = launcher.launch(
         config, on_event=lambda e: rounds.append(e) if e["event"] == "round_finished" else None
     )

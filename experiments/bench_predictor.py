@@ -160,7 +160,7 @@ def regret(run: bench.Bench, timings: Timings, folds: Mapping[str, Weights]) -> 
                 for devices in evaluation.chains(chosen, CHAINS, length):
                     speeds = rng.permutation(evaluation.SPEEDS)[: len(devices)]
                     by_length[length].append(
-                        evaluation.partition_regret(chosen, learn, devices, units, speeds)
+                        evaluation.partition_regret(chosen, learn, devices, units, speeds.tolist())
                     )
     for length, found in by_length.items():
         name = f"partition over {length} devices"

@@ -14,6 +14,7 @@ import math
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import cast, get_args
 
 from absl import app, flags
 from rich.console import Console
@@ -25,6 +26,7 @@ from pipar_jax.chain_planner import (
     Coding,
     Layer,
     Node,
+    Objective,
     Owner,
     plan_chain,
     read_profile,
@@ -37,9 +39,7 @@ _DEVICE = flags.DEFINE_string("device", "VM", "Whose rows of the table the nodes
 _LAYERS = flags.DEFINE_string("layers", None, "FIRST:STOP, the layers on nodes.", required=True)
 _SPEEDS = flags.DEFINE_list("speeds", ["1"], "Speed of each node; 2 halves the table's times.")
 _MEMORY = flags.DEFINE_list("memory_mb", [], "Memory of each node in MB; empty: no limit.")
-_OBJECTIVE = flags.DEFINE_enum(
-    "objective", "steady", ["mpsl", "steady", "accept", "step"], "What counts."
-)
+_OBJECTIVE = flags.DEFINE_enum("objective", "steady", get_args(Objective), "What counts.")
 _OWNERS = flags.DEFINE_integer("owners", 1, "Devices that share the chain.", lower_bound=1)
 _MICRO = flags.DEFINE_integer("micro_batches", 1, "step: parts of a batch.", lower_bound=1)
 _OWNER = flags.DEFINE_string("owner", None, "Whose rows are the owners' times; none: no cycle.")
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         layers = read_profile(pathlib.Path(_PROFILE.value), _DEVICE.value)
         problem = _problem(layers)
-        plan = plan_chain(problem, _OBJECTIVE.value)
+        plan = plan_chain(problem, cast(Objective, _OBJECTIVE.value))
     except PiparError as error:
         sys.exit(f"error: {error}")
     _print(plan, problem)
@@ -73,8 +73,8 @@ def _problem(layers: tuple[Layer, ...]) -> ChainProblem:
     owner = None
     if _OWNER.value:
         rates = _numbers("owner_link", _OWNER_LINK.value.split("/"), 2) if _OWNER_LINK.value else []
-        links = [LinkModel(rate * 1e6 / 8) for rate in rates]
-        owner = Owner(read_profile(pathlib.Path(_PROFILE.value), _OWNER.value), *links)
+        up, down = [LinkModel(rate * 1e6 / 8) for rate in rates] or [LinkModel(), LinkModel()]
+        owner = Owner(read_profile(pathlib.Path(_PROFILE.value), _OWNER.value), up, down)
     elif _OWNER_LINK.value:
         raise ConfigError("--owner_link says nothing without --owner, whose layers it connects")
     if _IN_FLIGHT.value and _WEIGHTS.value == "copy":
