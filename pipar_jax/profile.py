@@ -53,6 +53,8 @@ class HostProfile:
       memory_bytes: What a plan may take on this host; None is no limit.
       handling_s: Seconds that a run adds to each computation: threads, a message in and one out. 0
         where slowness is emulated: computations then last as long as they are told to.
+      handling_s_per_byte: The same for each byte that a computation takes from a link or gives to
+        one.
     """
 
     sizes: tuple[int, ...]
@@ -63,6 +65,7 @@ class HostProfile:
     average_s_per_byte: float = 0.0
     memory_bytes: float | None = None
     handling_s: float = 0.0
+    handling_s_per_byte: float = 0.0
 
     def __post_init__(self) -> None:
         """Checks that the tables fit together.

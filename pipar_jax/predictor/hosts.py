@@ -51,6 +51,7 @@ def predict_host(
         reference.call_s,
         reference.average_s_per_byte,
         handling_s=reference.handling_s,
+        handling_s_per_byte=reference.handling_s_per_byte,
     )
 
 

@@ -107,6 +107,7 @@ class ReferenceTimes:
       call_s: Seconds of calling a compiled function that does nothing.
       average_s_per_byte: Seconds to average a byte of one device's weights.
       handling_s: Seconds that a run adds to each computation; see ``HostProfile``.
+      handling_s_per_byte: The same for each byte of its messages.
       seconds: How long the timing took, without compiling.
       prepared_s: How long it took to compile.
     """
@@ -118,6 +119,7 @@ class ReferenceTimes:
     call_s: float = 0.0
     average_s_per_byte: float = 0.0
     handling_s: float = 0.0
+    handling_s_per_byte: float = 0.0
     seconds: float = 0.0
     prepared_s: float = 0.0
 

@@ -20,7 +20,7 @@ import numpy as np
 import comms
 from comms import Link, Message
 from pipar_jax import config as configuration
-from pipar_jax.config import AUTO, CHAINS, Config, DeviceConfig, NodeConfig, ServerConfig
+from pipar_jax.config import AUTO, CHAINS, Config
 from pipar_jax.errors import RunError
 from pipar_jax.methods import plan_for
 from pipar_jax.plan import COORDINATOR, Plan, device_name
@@ -40,6 +40,7 @@ from pipar_jax.tuner.measure import (
     measure_message_s,
     measure_reference,
     predicted_host,
+    reference_as_configured,
     sizes_of,
     weight_ratio,
 )
@@ -126,7 +127,7 @@ def survey(config: Config, model: Model, members: Members, samples: Sequence[int
     if config.tuner.times == "predicted":
         reference = measure_reference(config, members.look)
         server = predicted_host(config, model, sizes, reference)
-        references[COORDINATOR] = _as_configured(reference, config.server)
+        references[COORDINATOR] = reference_as_configured(reference, config.server)
     else:
         server = measure_host(config, model, sizes, members.look)
     message_s = measure_message_s()
@@ -223,7 +224,7 @@ class Respondent:
             link.send_control(
                 {
                     **answer,
-                    "reference": _as_configured(
+                    "reference": reference_as_configured(
                         measure_reference(self._config, self._between), self._own
                     ).to_dict(),
                     "memory_bytes": limit_bytes(self._own),
@@ -244,17 +245,6 @@ class Respondent:
             return
         seconds, self._first_s = message.received_s - self._first_s, None
         message.link.send_control({"type": "surveyed", "what": "took", "seconds": seconds})
-
-
-def _as_configured(
-    reference: ReferenceTimes, host: DeviceConfig | NodeConfig | ServerConfig
-) -> ReferenceTimes:
-    """Returns what a host says of itself with its emulated slowness, as ``as_configured`` does."""
-    slowness = slowness_of(host)
-    return dataclasses.replace(
-        reference.slowed(slowness.at(0.0)),
-        handling_s=0.0 if slowness.emulated else reference.handling_s,
-    )
 
 
 def _ask(members: Members, name: str, question: dict[str, Any]) -> dict[str, Any]:

@@ -1,15 +1,17 @@
 """What a run adds to each computation of a host: threads that wake up, a message in and one out.
 
-It is the same whatever is computed, and what small micro-batches pay for. The real host with a real
-link over loopback rehearses the last stage of a tiny model, in the process that will train; what
-its peer's thread does there does not count.
+It is the same whatever is computed, and what small micro-batches pay for; and bytes are copied from
+and to sockets. The real host with a real link over loopback rehearses the last stage of a tiny
+model, with few and with many samples, in the process that will train; what its peer's thread does
+there does not count.
 """
 
 from __future__ import annotations
 
+import itertools
 import queue
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,54 +28,78 @@ from pipar_jax.runtime.warmup import run_all
 from pipar_jax.schedule import Span
 
 #: Micro-batches of the rehearsal, of which the first warm up, and how many are under way at a time.
-ITEMS, WARM, UNDER_WAY = 80, 20, 3
+ITEMS, WARM, UNDER_WAY = 120, 20, 3
+#: Micro-batches of a stretch; the one that took least counts.
+STRETCH = 20
+#: Samples of a micro-batch: so few that bytes do not count, and so many that they do.
+FEW, MANY = 1, 128
 _INPUT_SHAPE, _CLASSES = (8, 8, 1), 10
 
 
-def measure_handling_s(timeout_s: float = 60.0) -> float:
-    """Returns the processor's seconds that a computation costs this host beside the function.
+class Handling(NamedTuple):
+    """The processor's seconds that a computation costs a host beside the function.
+
+    Attributes:
+      call_s: Of each, whatever it is.
+      byte_s: Of each byte that it takes from a link or gives to one.
+    """
+
+    call_s: float
+    byte_s: float
+
+
+def measure_handling(timeout_s: float = 60.0) -> Handling:
+    """Rehearses a run on this host.
 
     Threads may run beside a computation where there are several cores; then it is an upper bound.
 
     Args:
-      timeout_s: How long the rehearsal may take, compiling included.
+      timeout_s: How long each rehearsal may take, compiling included.
 
     Raises:
       ChannelError: This machine's loopback cannot be used.
-      RunError: The rehearsal failed.
+      RunError: A rehearsal failed.
     """
+    model = stages.build("mlp", input_shape=_INPUT_SHAPE, classes=_CLASSES)
+    few_s, many_s = (_rehearse(model, samples, timeout_s) for samples in (FEW, MANY))
+    cut = model.shapes(MANY - FEW)[len(model.units) - 1]
+    nbytes = 2 * int(np.prod(cut.shape)) * cut.dtype.itemsize  # an activation and its cotangent
+    return Handling(few_s, max(0.0, many_s - few_s) / nbytes)
+
+
+def _rehearse(model: stages.Model, samples: int, timeout_s: float) -> float:
+    """Returns the seconds that a computation costs beside the function, for a micro-batch."""
     config = resolve(Config(method="pipar"))
     config.model.name, config.devices.count, config.run.trace = "mlp", 1, False
-    config.data.batch_size = config.pipeline.micro_batches = ITEMS
-    model = stages.build("mlp", input_shape=_INPUT_SHAPE, classes=_CLASSES)
+    config.data.batch_size, config.pipeline.micro_batches = ITEMS * samples, ITEMS
     config.pipeline.cut = len(model.units) - 1
     with Endpoint("tuner-server") as server, Endpoint("tuner-device") as device:
-        rehearsal = _Rehearsal(config, model)
+        rehearsal = _Rehearsal(config, model, samples)
         try:
             rehearsal.connect(server, device, timeout_s)
             total_s = rehearsal.run(timeout_s)
         finally:
             rehearsal.close()
-    return max(0.0, total_s - _alone_s(config, model))
+    return max(0.0, total_s - _alone_s(config, model, samples))
 
 
-def _alone_s(config: Config, model: stages.Model) -> float:
+def _alone_s(config: Config, model: stages.Model, samples: int) -> float:
     """Returns the seconds of the rehearsed function itself."""
     params, state = model.init(0)
     last = stages.split(model, (int(config.pipeline.cut),))[1]
     replica = Replica(
         last, params, state, optimizer.compiled(config.optimizer, steps=1, proximal_mu=0.0)
     )
-    times = run_all(model, [replica], (1,), repeats=20)
+    times = run_all(model, [replica], (samples,), repeats=20)
     return next(seconds for shape, seconds in times.items() if shape.samples)
 
 
 class _Rehearsal:
     """One step of a server, whose device is synthetic."""
 
-    def __init__(self, config: Config, model: stages.Model) -> None:
-        self._config, self._plan = config, plan_for(config, model.unit_names)
-        self._cut = model.shapes(1)[int(config.pipeline.cut)]
+    def __init__(self, config: Config, model: stages.Model, samples: int) -> None:
+        self._plan, self._samples = plan_for(config, model.unit_names), samples
+        self._cut = model.shapes(samples)[int(config.pipeline.cut)]
         self._told: queue.SimpleQueue[Any] = queue.SimpleQueue()
         #: The process's seconds without the peer's thread, when each answer arrived.
         self._spent_s: list[float] = []
@@ -93,18 +119,15 @@ class _Rehearsal:
         self._host.wiring.control[device_name(0)] = self._get(timeout_s)
 
     def run(self, timeout_s: float) -> float:
-        """Returns the least seconds of a micro-batch, of the later halves of the step."""
-        self._host.prepare(self._plan, (ITEMS,), (1,))
+        """Returns the seconds of a micro-batch, of the stretch that took least."""
+        self._host.prepare(self._plan, (ITEMS * self._samples,), (1,))
         self._get(timeout_s)
         self._host.release(0, [Span(0, 0, 1)], None, [1.0])
         for _ in range(UNDER_WAY):
             self._send()
         self._get(timeout_s)
-        middle = (WARM + ITEMS) // 2
-        return min(
-            (self._spent_s[stop - 1] - self._spent_s[first]) / (stop - 1 - first)
-            for first, stop in ((WARM, middle), (middle, ITEMS))
-        )
+        marks = self._spent_s[WARM - 1 :: STRETCH]
+        return min(after - before for before, after in itertools.pairwise(marks)) / STRETCH
 
     def close(self) -> None:
         """Ends the host's threads."""
@@ -135,13 +158,14 @@ class _Rehearsal:
         """Sends the next micro-batch as a device does: a label, and the activation behind it."""
         if self._sent == ITEMS:
             return
+        count = self._samples
         for role, array in (
-            (Role.LABEL, np.zeros(1, np.int32)),
-            (Role.ACTIVATION, np.ones((1, *self._cut.shape[1:]), self._cut.dtype)),
+            (Role.LABEL, np.zeros(count, np.int32)),
+            (Role.ACTIVATION, np.ones(self._cut.shape, self._cut.dtype)),
         ):
             tag = Tag(
-                role=role, device=0, stage=1, step=0, micro_batch=self._sent,
-                micro_batches=ITEMS, samples_before=self._sent, samples=1, batch_samples=ITEMS,
+                role=role, device=0, stage=1, step=0, micro_batch=self._sent, micro_batches=ITEMS,
+                samples_before=self._sent * count, samples=count, batch_samples=ITEMS * count,
             )  # fmt: skip
             self._link.send(tag, array)
         self._sent += 1

@@ -40,7 +40,7 @@ from pipar_jax.runtime.warmup import run_all
 from pipar_jax.schedule import BACKWARD, FORWARD, LAST, UPDATE
 from pipar_jax.slowness import slowness_of
 from pipar_jax.tuner import codec_choice
-from pipar_jax.tuner.handling import measure_handling_s
+from pipar_jax.tuner.handling import measure_handling
 from pipar_jax.tuner.words import whole_numbers
 from stages import Model, make_draw
 
@@ -50,7 +50,9 @@ REPEATS, LEAST_S = 5, 0.02
 AGED, AGED_S = 0.25, 1e-3
 #: Messages sent one behind the other to find what each costs.
 MESSAGES = 64
-_FORMAT = 2
+_FORMAT = 3
+#: What a run adds to computations of hosts whose slowness is emulated.
+_HIDDEN = {"handling_s": 0.0, "handling_s_per_byte": 0.0}
 _CODEC_BYTES = 1 << 20
 
 
@@ -133,11 +135,13 @@ def measure_reference(config: Config, between: Callable[[], None] = lambda: None
         config.optimizer, proximal_mu=config.aggregation.proximal_mu, between=between
     )
     params, state = reference_model().init(config.seed)
+    handling = measure_handling()
     return dataclasses.replace(
         found,
         call_s=_call_s(),
         average_s_per_byte=_average_s_per_byte(config, params, state),
-        handling_s=measure_handling_s(),
+        handling_s=handling.call_s,
+        handling_s_per_byte=handling.byte_s,
     )
 
 
@@ -191,7 +195,17 @@ def as_configured(
     return dataclasses.replace(
         measured.slowed(slowness.at(0.0)),
         memory_bytes=limit_bytes(host),
-        handling_s=0.0 if slowness.emulated else measured.handling_s,
+        **(_HIDDEN if slowness.emulated else {}),
+    )
+
+
+def reference_as_configured(
+    reference: ReferenceTimes, host: DeviceConfig | NodeConfig | ServerConfig
+) -> ReferenceTimes:
+    """Returns what a host says of itself with its emulated slowness, as ``as_configured`` does."""
+    slowness = slowness_of(host)
+    return dataclasses.replace(
+        reference.slowed(slowness.at(0.0)), **(_HIDDEN if slowness.emulated else {})
     )
 
 
@@ -274,6 +288,7 @@ def _measure(
         row = known[likeness]
         facts = dataclasses.replace(row.facts, name=model.unit_names[index])
         rows.append(row._replace(facts=facts))
+    handling = measure_handling()
     host = HostProfile(
         sizes,
         tuple(row.forward_s for row in rows),
@@ -281,7 +296,8 @@ def _measure(
         tuple(row.update_s for row in rows),
         _call_s(),
         _average_s_per_byte(config, params, state),
-        handling_s=measure_handling_s(),
+        handling_s=handling.call_s,
+        handling_s_per_byte=handling.byte_s,
     )
     return Measured(host, tuple(row.facts for row in rows), 0.0)
 

@@ -34,6 +34,9 @@ _RAW = CodecProfile()
 class HostTimes:
     """The seconds of any run of units on one host, by prefix sums that are made once per size.
 
+    Attributes:
+      handling_s_per_byte: What each byte of its messages adds in a run.
+
     Args:
       host: The host's profile.
     """
@@ -41,6 +44,7 @@ class HostTimes:
     def __init__(self, host: HostProfile) -> None:
         """See the class."""
         self._host = host
+        self.handling_s_per_byte = host.handling_s_per_byte
         self._sums: dict[tuple[str, int], list[float]] = {}
 
     def time_s(self, kind: str, first: int, stop: int, samples: int) -> float:
@@ -155,7 +159,20 @@ class Stages:
                     return self.average_s()
                 per_byte = self.profile.nodes[int(name[1:]) - 1].host.average_s_per_byte
                 return per_byte * self.weight_bytes(first, stop) * len(plan.devices)
-            return self.times(name, device).time_s(kind, first, stop, samples)
+            times = self.times(name, device)
+            seconds = times.time_s(kind, first, stop, samples)
+            if kind == UPDATE or not times.handling_s_per_byte:
+                return seconds
+            # An input from below and a result to above, and a backward's the other way round.
+            ends = {FORWARD: (stage - 1, stage), BACKWARD: (stage, stage - 1)}
+            crossed = [
+                plan.devices[device].cuts[below]
+                for below in ends.get(kind, (stage - 1, stage - 1))
+                if 0 <= below < len(plan.devices[device].cuts)
+                and plan.host(device, below) != plan.host(device, below + 1)
+            ]
+            nbytes = sum(self.cut_bytes(cut, samples) for cut in crossed)
+            return seconds + times.handling_s_per_byte * nbytes
 
         def wire_bytes(device: int, stage: int, kind: str, samples: int) -> float:
             chain = plan.devices[device]

@@ -12,11 +12,12 @@ import stages
 from pipar_jax import optimizer
 from pipar_jax.config import Config, DeviceConfig, resolve
 from pipar_jax.errors import RunError
+from pipar_jax.plan import COORDINATOR, OWNER, DevicePlan, Plan
 from pipar_jax.predictor.hosts import facts_of
 from pipar_jax.tuner import measure
-from pipar_jax.tuner.handling import measure_handling_s
+from pipar_jax.tuner.handling import measure_handling
 from pipar_jax.tuner.measure import as_configured
-from pipar_jax.tuner.predict import HostTimes
+from pipar_jax.tuner.predict import HostTimes, Stages
 from tests.pipar_jax.runtime import support
 from tests.pipar_jax.tuner import profiles
 
@@ -119,8 +120,9 @@ def test_codecs_and_messages_cost_something(settings):
 
 
 def test_what_a_run_adds_to_a_computation_is_rehearsed_by_the_real_engine():
-    handling_s = measure_handling_s()
-    assert 2e-5 < handling_s < 0.05
+    found = measure_handling()
+    assert 2e-5 < found.call_s < 0.05
+    assert 0 <= found.byte_s < 1e-6
 
 
 def test_a_computation_of_a_run_has_what_is_added_once_and_an_update_has_not():
@@ -136,3 +138,20 @@ def test_an_emulated_slow_host_hides_it():
     measured = dataclasses.replace(profiles.host(), handling_s=0.01)
     assert as_configured(measured, DeviceConfig()).handling_s == 0.01
     assert as_configured(measured, DeviceConfig(slowdown=5.0)).handling_s == 0.0
+
+
+def test_bytes_count_where_they_cross_to_another_host():
+    """Two stages on the device, then the server: only the second cut is a link's."""
+    device = dataclasses.replace(profiles.device(), host=profiles.host())
+    plan = Plan((DevicePlan((1, 3), (OWNER, OWNER, COORDINATOR), 4),))
+    alone = profiles.profile(device)
+    counted = dataclasses.replace(profiles.host(), handling_s_per_byte=1e-9)
+    with_bytes = dataclasses.replace(
+        alone, server=counted, devices=(dataclasses.replace(device, host=counted),)
+    )
+    before, after = (Stages(one).costs(plan).compute_s for one in (alone, with_bytes))
+    crossing_s = 1e-9 * 25 * alone.units[2].output_bytes
+    for stage, kind, times in ((0, "F", 0), (0, "B", 0), (1, "F", 1), (1, "B", 1), (2, "L", 2),
+                               (2, "U", 0)):  # fmt: skip
+        grown = after(0, stage, kind, 25) - before(0, stage, kind, 25)
+        assert grown == pytest.approx(times * crossing_s, abs=1e-12)
