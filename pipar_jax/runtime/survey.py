@@ -29,7 +29,6 @@ from pipar_jax.profile import DeviceProfile, HostProfile, NodeProfile, Profile
 from pipar_jax.runtime import memory
 from pipar_jax.runtime.members import Members
 from pipar_jax.simulator.costs import LinkModel
-from pipar_jax.slowness import slowness_of
 from pipar_jax.tuner.chains import tune_chain
 from pipar_jax.tuner.measure import (
     Measured,
