@@ -52,7 +52,7 @@ AGED, AGED_S = 0.25, 1e-3
 MESSAGES = 64
 _FORMAT = 3
 #: What a run adds to computations of hosts whose slowness is emulated.
-_HIDDEN = {"handling_s": 0.0, "handling_s_per_byte": 0.0}
+_HIDDEN: dict[str, Any] = {"handling_s": 0.0, "handling_s_per_byte": 0.0}
 _CODEC_BYTES = 1 << 20
 
 
