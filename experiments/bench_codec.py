@@ -75,7 +75,7 @@ def tensors(run: bench.Bench) -> None:
         found |= {f"{network} {what}": tensor for what, tensor in made.items()}
     total = sum(tensor.nbytes for tensor in found.values())
     coders = codec_peers.coders(CODERS)
-    encoded = {name: [c.encode(t) for t in found.values()] for name, c in coders.items()}
+    encoded = {name: _encode(coder, found.values()) for name, coder in coders.items()}
     cases: dict[str, Callable[[], Any]] = {
         "memcpy": lambda: [tensor.copy() for tensor in found.values()]
     }

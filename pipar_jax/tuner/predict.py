@@ -163,11 +163,11 @@ class Stages:
             seconds = times.time_s(kind, first, stop, samples)
             if kind == UPDATE or not times.handling_s_per_byte:
                 return seconds
-            # An input from below and a result to above, and a backward's the other way round.
-            ends = {FORWARD: (stage - 1, stage), BACKWARD: (stage, stage - 1)}
+            # What crosses the cuts on both sides; the last stage takes and gives at one.
+            around = (stage - 1, stage - 1 if kind == LAST else stage)
             crossed = [
                 plan.devices[device].cuts[below]
-                for below in ends.get(kind, (stage - 1, stage - 1))
+                for below in around
                 if 0 <= below < len(plan.devices[device].cuts)
                 and plan.host(device, below) != plan.host(device, below + 1)
             ]

@@ -36,8 +36,8 @@ def seen(profile, chain: Plan, stage: int, host, factor: float) -> list[Seen]:
 
 def slow_profile():
     """Hosts whose computations take far longer than what a run adds to them."""
-    made = profiles.profile(profiles.device(slower=100.0))
-    return dataclasses.replace(made, server=made.server.slowed(100.0))
+    made = profiles.profile(profiles.device(slower=1e7))
+    return dataclasses.replace(made, server=made.server.slowed(1e7))
 
 
 @pytest.mark.parametrize("factor", [0.4, 1.0, 3.0, 20.0])
@@ -47,13 +47,11 @@ def test_a_host_that_became_slower_is_so_in_the_profile(factor):
     watch.computed("d0", chain, seen(base, chain, 0, base.devices[0].host, factor))
     now = watch.profile()
     assert now.devices[0].host.forward_s[0][0] == pytest.approx(
-        factor * base.devices[0].host.forward_s[0][0], rel=0.01
+        factor * base.devices[0].host.forward_s[0][0]
     )
     assert now.server == base.server
     watch.computed("server", chain, seen(base, chain, 1, base.server, factor))
-    assert watch.profile().server.update_s[1] == pytest.approx(
-        factor * base.server.update_s[1], rel=0.01
-    )
+    assert watch.profile().server.update_s[1] == pytest.approx(factor * base.server.update_s[1])
 
 
 def test_what_a_run_adds_to_each_computation_slows_no_host_down():
@@ -78,7 +76,7 @@ def test_little_noise_is_averaged_and_nothing_seen_changes_nothing():
     for factor, expected in ((1.2, 1.1), (1.0, 1.05)):
         watch.computed("d0", chain, seen(base, chain, 0, base.devices[0].host, factor))
         made = watch.profile().devices[0].host.update_s[0] / base.devices[0].host.update_s[0]
-        assert made == pytest.approx(expected, rel=0.01)
+        assert made == pytest.approx(expected)
 
 
 LINK = Boundary("d1", "server", 0)
