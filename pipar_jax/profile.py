@@ -38,6 +38,22 @@ class UnitFacts:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Handling:
+    """What a run costs a host's processor beside the functions that it calls.
+
+    Attributes:
+      call_s: Seconds of each computation, whatever it is: threads, a message in and one out.
+      byte_s: Seconds of each byte that a computation takes from a link or gives to one.
+    """
+
+    call_s: float = 0.0
+    byte_s: float = 0.0
+
+
+NO_HANDLING = Handling()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class HostProfile:
     """What each unit costs on one host, emulated slowness included.
 
@@ -51,10 +67,8 @@ class HostProfile:
         called once.
       average_s_per_byte: Seconds to average a byte of one device's weights; only for the server.
       memory_bytes: What a plan may take on this host; None is no limit.
-      handling_s: Seconds that a run adds to each computation: threads, a message in and one out. 0
-        where slowness is emulated: computations then last as long as they are told to.
-      handling_s_per_byte: The same for each byte that a computation takes from a link or gives to
-        one.
+      handling: What a run adds to computations; nothing where slowness is emulated: they then last
+        as long as they are told to.
     """
 
     sizes: tuple[int, ...]
@@ -64,8 +78,7 @@ class HostProfile:
     call_s: float = 0.0
     average_s_per_byte: float = 0.0
     memory_bytes: float | None = None
-    handling_s: float = 0.0
-    handling_s_per_byte: float = 0.0
+    handling: Handling = NO_HANDLING
 
     def __post_init__(self) -> None:
         """Checks that the tables fit together.
@@ -237,7 +250,8 @@ def host_from_dict(values: Mapping[str, Any]) -> HostProfile:
             name: tuple(tuple(row) for row in values[name]) for name in ("forward_s", "backward_s")
         }
         lists = {name: tuple(values[name]) for name in ("sizes", "update_s")}
-        return HostProfile(**{**values, **tables, **lists})
+        handling = Handling(**values["handling"])
+        return HostProfile(**{**values, **tables, **lists, "handling": handling})
     except (KeyError, TypeError) as error:
         raise PlanError(f"this is not a host's profile: {error!r}") from error
 

@@ -50,8 +50,7 @@ def predict_host(
         _updates(model, reference),
         reference.call_s,
         reference.average_s_per_byte,
-        handling_s=reference.handling_s,
-        handling_s_per_byte=reference.handling_s_per_byte,
+        handling=reference.handling,
     )
 
 

@@ -24,6 +24,7 @@ from pipar_jax.config import OptimizerConfig
 from pipar_jax.errors import PlanError
 from pipar_jax.predictor.device import Observation
 from pipar_jax.predictor.operators import Array, model_operators, rows
+from pipar_jax.profile import NO_HANDLING, Handling
 from pipar_jax.runtime.replica import Replica
 from pipar_jax.runtime.warmup import run_all
 from pipar_jax.schedule import BACKWARD, FORWARD, UPDATE
@@ -106,8 +107,7 @@ class ReferenceTimes:
       parameter_bytes: Bytes of each layer's weights, by which updates are scaled.
       call_s: Seconds of calling a compiled function that does nothing.
       average_s_per_byte: Seconds to average a byte of one device's weights.
-      handling_s: Seconds that a run adds to each computation; see ``HostProfile``.
-      handling_s_per_byte: The same for each byte of its messages.
+      handling: What a run adds to computations, as in ``HostProfile``.
       seconds: How long the timing took, without compiling.
       prepared_s: How long it took to compile.
     """
@@ -118,8 +118,7 @@ class ReferenceTimes:
     parameter_bytes: tuple[float, ...]
     call_s: float = 0.0
     average_s_per_byte: float = 0.0
-    handling_s: float = 0.0
-    handling_s_per_byte: float = 0.0
+    handling: Handling = NO_HANDLING
     seconds: float = 0.0
     prepared_s: float = 0.0
 
@@ -157,11 +156,13 @@ class ReferenceTimes:
         """
         lists = ("forward_s", "backward_s", "update_s", "parameter_bytes")
         try:
-            made = cls(**{
+            handling = Handling(**{key: float(one) for key, one in values["handling"].items()})
+            made = cls(handling=handling, **{
                 name: tuple(map(float, value)) if name in lists else float(value)
                 for name, value in values.items()
+                if name != "handling"
             })  # type: ignore[arg-type]  # fmt: skip
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PlanError(f"these are not the times of reference layers: {error!r}") from error
         count = len(reference_model().units) - 1
         if any(len(getattr(made, name)) != count for name in lists):

@@ -30,16 +30,16 @@ from pipar_jax.runtime import memory
 from pipar_jax.runtime.members import Members
 from pipar_jax.simulator.costs import LinkModel
 from pipar_jax.tuner.chains import tune_chain
+from pipar_jax.tuner.handling import measure_message_s
 from pipar_jax.tuner.measure import (
     Measured,
     as_configured,
+    emulated,
     limit_bytes,
     measure_codecs,
     measure_host,
-    measure_message_s,
     measure_reference,
     predicted_host,
-    reference_as_configured,
     sizes_of,
     weight_ratio,
 )
@@ -126,7 +126,7 @@ def survey(config: Config, model: Model, members: Members, samples: Sequence[int
     if config.tuner.times == "predicted":
         reference = measure_reference(config, members.look)
         server = predicted_host(config, model, sizes, reference)
-        references[COORDINATOR] = reference_as_configured(reference, config.server)
+        references[COORDINATOR] = emulated(reference, config.server)
     else:
         server = measure_host(config, model, sizes, members.look)
     message_s = measure_message_s()
@@ -223,7 +223,7 @@ class Respondent:
             link.send_control(
                 {
                     **answer,
-                    "reference": reference_as_configured(
+                    "reference": emulated(
                         measure_reference(self._config, self._between), self._own
                     ).to_dict(),
                     "memory_bytes": limit_bytes(self._own),

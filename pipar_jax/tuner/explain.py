@@ -113,11 +113,11 @@ def units_tables(profile: Profile) -> list[Table]:
 def _times(profile: Profile, host: HostProfile, names: str) -> Table:
     """Returns a host's milliseconds; the last unit's backward includes its forward."""
     added = (
-        f"; in a run each computation takes {1e3 * host.handling_s:.3g} more, and "
-        f"{1e9 * host.handling_s_per_byte:.3g} per MB of its messages"
+        f"; in a run each computation takes {1e3 * host.handling.call_s:.3g} more, and "
+        f"{1e9 * host.handling.byte_s:.3g} per MB of its messages"
     )
     table = Table(
-        title=f"{names}: milliseconds by samples{added if host.handling_s else ''}",
+        title=f"{names}: milliseconds by samples{added if host.handling.call_s else ''}",
         title_justify="left",
     )
     table.add_column("unit")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import queue
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from pipar_jax.config import Config, resolve
 from pipar_jax.errors import RunError
 from pipar_jax.methods import plan_for
 from pipar_jax.plan import COORDINATOR, device_name
+from pipar_jax.profile import Handling
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.replica import Replica
 from pipar_jax.runtime.warmup import run_all
@@ -31,21 +32,11 @@ from pipar_jax.schedule import Span
 ITEMS, WARM, UNDER_WAY = 120, 20, 3
 #: Micro-batches of a stretch; the one that took least counts.
 STRETCH = 20
+#: Messages sent one behind the other to find what each costs a link.
+MESSAGES = 64
 #: Samples of a micro-batch: so few that bytes do not count, and so many that they do.
-FEW, MANY = 1, 128
+FEW, MANY = 1, 2048
 _INPUT_SHAPE, _CLASSES = (8, 8, 1), 10
-
-
-class Handling(NamedTuple):
-    """The processor's seconds that a computation costs a host beside the function.
-
-    Attributes:
-      call_s: Of each, whatever it is.
-      byte_s: Of each byte that it takes from a link or gives to one.
-    """
-
-    call_s: float
-    byte_s: float
 
 
 def measure_handling(timeout_s: float = 60.0) -> Handling:
@@ -65,6 +56,35 @@ def measure_handling(timeout_s: float = 60.0) -> Handling:
     cut = model.shapes(MANY - FEW)[len(model.units) - 1]
     nbytes = 2 * int(np.prod(cut.shape)) * cut.dtype.itemsize  # an activation and its cotangent
     return Handling(few_s, max(0.0, many_s - few_s) / nbytes)
+
+
+def measure_message_s(timeout_s: float = 10.0) -> float:
+    """Returns what a message holds a link for beyond its bytes: small ones over loopback.
+
+    Raises:
+      ChannelError: This machine's loopback cannot be used.
+    """
+    arrived: list[float] = []
+    array = np.zeros(64, np.float32)
+
+    def take(message: Message) -> None:
+        arrived.append(message.received_s)
+        message.release()
+
+    def accept(link: Link) -> None:
+        link.start(take, _ignore, _ignore)
+
+    with Endpoint("tuner-server") as server, Endpoint("tuner-device") as device:
+        host, port = server.listen("127.0.0.1", 0, accept)
+        link = device.connect(host, port, name_of_peer="tuner-server", timeout_s=timeout_s)
+        link.start(_ignore, _ignore, _ignore)
+        for step in range(MESSAGES):
+            link.send(Tag(role=Role.ACTIVATION, step=step), array)
+        link.drain(timeout_s)
+        deadline_s = time.monotonic() + timeout_s
+        while len(arrived) < MESSAGES and time.monotonic() < deadline_s:
+            time.sleep(0.002)
+    return (max(arrived) - min(arrived)) / max(len(arrived) - 1, 1)
 
 
 def _rehearse(model: stages.Model, samples: int, timeout_s: float) -> float:
@@ -103,7 +123,6 @@ class _Rehearsal:
         self._told: queue.SimpleQueue[Any] = queue.SimpleQueue()
         #: The process's seconds without the peer's thread, when each answer arrived.
         self._spent_s: list[float] = []
-        self._sent = 0
         self._host = Host(COORDINATOR, model, config, reply=self._reply, failed=self._told.put)
 
     def connect(self, server: Endpoint, device: Endpoint, timeout_s: float) -> None:
@@ -123,8 +142,8 @@ class _Rehearsal:
         self._host.prepare(self._plan, (ITEMS * self._samples,), (1,))
         self._get(timeout_s)
         self._host.release(0, [Span(0, 0, 1)], None, [1.0])
-        for _ in range(UNDER_WAY):
-            self._send()
+        for micro_batch in range(UNDER_WAY):
+            self._send(micro_batch)
         self._get(timeout_s)
         marks = self._spent_s[WARM - 1 :: STRETCH]
         return min(after - before for before, after in itertools.pairwise(marks)) / STRETCH
@@ -154,28 +173,28 @@ class _Rehearsal:
             raise RunError(f"the rehearsal that tells what a message costs failed: {found}")
         return found
 
-    def _send(self) -> None:
-        """Sends the next micro-batch as a device does: a label, and the activation behind it."""
-        if self._sent == ITEMS:
-            return
+    def _send(self, micro_batch: int) -> None:
+        """Sends a micro-batch as a device does: a label, and the activation behind it."""
         count = self._samples
         for role, array in (
             (Role.LABEL, np.zeros(count, np.int32)),
             (Role.ACTIVATION, np.ones(self._cut.shape, self._cut.dtype)),
         ):
             tag = Tag(
-                role=role, device=0, stage=1, step=0, micro_batch=self._sent, micro_batches=ITEMS,
-                samples_before=self._sent * count, samples=count, batch_samples=ITEMS * count,
+                role=role, device=0, stage=1, step=0, micro_batch=micro_batch, micro_batches=ITEMS,
+                samples_before=micro_batch * count, samples=count, batch_samples=ITEMS * count,
             )  # fmt: skip
             self._link.send(tag, array)
-        self._sent += 1
 
     def _take(self, message: Message) -> None:
         """Takes a cotangent; on the peer's I/O thread, whose time does not count."""
         message.release()
         self._spent_s.append(time.process_time() - time.thread_time())
-        self._send()
-        if len(self._spent_s) == ITEMS:
+        answered = len(self._spent_s)
+        # The first are sent by another thread, perhaps at this moment: they share no counter.
+        if answered + UNDER_WAY <= ITEMS:
+            self._send(answered + UNDER_WAY - 1)
+        if answered == ITEMS:
             self._told.put(None)
 
 

@@ -36,11 +36,11 @@ def profile_here(config: Config) -> Profile:
       DataError: The data, whose shape and amount count, cannot be read.
       RunError: A measuring process failed.
     """
+    from pipar_jax.tuner.handling import measure_message_s
     from pipar_jax.tuner.measure import (
         Measured,
         as_configured,
         measure_codecs,
-        measure_message_s,
         weight_ratio,
     )
 

@@ -18,7 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,6 @@ import numpy as np
 
 import pipar_jax
 import stages
-from comms import Endpoint, Link, Message, Role, Tag
 from comms.codec import parse_codec
 from pipar_jax import aggregation, optimizer
 from pipar_jax.config import Config, DeviceConfig, NodeConfig, ServerConfig
@@ -34,7 +33,7 @@ from pipar_jax.data.cache import user_cache
 from pipar_jax.errors import PlanError
 from pipar_jax.predictor.hosts import facts_of, predict_host
 from pipar_jax.predictor.reference import ReferenceTimes, reference_model, time_reference
-from pipar_jax.profile import CodecProfile, HostProfile, UnitFacts, host_from_dict
+from pipar_jax.profile import NO_HANDLING, CodecProfile, HostProfile, UnitFacts, host_from_dict
 from pipar_jax.runtime.replica import Replica
 from pipar_jax.runtime.warmup import run_all
 from pipar_jax.schedule import BACKWARD, FORWARD, LAST, UPDATE
@@ -44,16 +43,17 @@ from pipar_jax.tuner.handling import measure_handling
 from pipar_jax.tuner.words import whole_numbers
 from stages import Model, make_draw
 
+#: The parts of a batch that are measured.
+PARTS = (1, 4, 5, 10, 20)
 #: Runs of each function, and the least seconds that they take together.
 REPEATS, LEAST_S = 5, 0.02
 #: What is kept holds if a unit's time has changed by less than this share, or these seconds.
 AGED, AGED_S = 0.25, 1e-3
-#: Messages sent one behind the other to find what each costs.
-MESSAGES = 64
-_FORMAT = 3
-#: What a run adds to computations of hosts whose slowness is emulated.
-_HIDDEN: dict[str, Any] = {"handling_s": 0.0, "handling_s_per_byte": 0.0}
+_FORMAT = 4
 _CODEC_BYTES = 1 << 20
+
+#: What a host says of itself: of a model's units, or of the reference layers.
+Times = TypeVar("Times", HostProfile, ReferenceTimes)
 
 
 class Measured(NamedTuple):
@@ -89,11 +89,15 @@ class Measured(NamedTuple):
 
 
 def sizes_of(config: Config) -> tuple[int, ...]:
-    """Returns the micro-batch sizes to measure at: those given, or a batch, its 4th and 20th."""
+    """Returns the micro-batch sizes to measure at: those given, or a batch and parts of it.
+
+    Compilers choose other loops for other sizes, so that times are not linear between a batch and
+    its 20th: 20 samples took a fifth less than a line from 5 to 25 says.
+    """
     if config.tuner.sizes != "auto":
         return tuple(sorted(set(whole_numbers(config.tuner.sizes))))
     batch = config.data.batch_size
-    return tuple(sorted({batch, -(-batch // 4), -(-batch // 20)}))
+    return tuple(sorted({-(-batch // parts) for parts in PARTS}))
 
 
 def measure_host(
@@ -135,13 +139,11 @@ def measure_reference(config: Config, between: Callable[[], None] = lambda: None
         config.optimizer, proximal_mu=config.aggregation.proximal_mu, between=between
     )
     params, state = reference_model().init(config.seed)
-    handling = measure_handling()
     return dataclasses.replace(
         found,
         call_s=_call_s(),
         average_s_per_byte=_average_s_per_byte(config, params, state),
-        handling_s=handling.call_s,
-        handling_s_per_byte=handling.byte_s,
+        handling=measure_handling(),
     )
 
 
@@ -191,22 +193,15 @@ def as_configured(
     measured: HostProfile, host: DeviceConfig | NodeConfig | ServerConfig
 ) -> HostProfile:
     """Returns a host's profile with its emulated slowness and its limit of memory."""
-    slowness = slowness_of(host)
-    return dataclasses.replace(
-        measured.slowed(slowness.at(0.0)),
-        memory_bytes=limit_bytes(host),
-        **(_HIDDEN if slowness.emulated else {}),
-    )
+    return dataclasses.replace(emulated(measured, host), memory_bytes=limit_bytes(host))
 
 
-def reference_as_configured(
-    reference: ReferenceTimes, host: DeviceConfig | NodeConfig | ServerConfig
-) -> ReferenceTimes:
-    """Returns what a host says of itself with its emulated slowness, as ``as_configured`` does."""
+def emulated(times: Times, host: DeviceConfig | NodeConfig | ServerConfig) -> Times:
+    """Returns what a host says of itself with its emulated slowness, if it has any."""
     slowness = slowness_of(host)
-    return dataclasses.replace(
-        reference.slowed(slowness.at(0.0)), **(_HIDDEN if slowness.emulated else {})
-    )
+    if not slowness.emulated:
+        return times
+    return dataclasses.replace(times.slowed(slowness.at(0.0)), handling=NO_HANDLING)
 
 
 def limit_bytes(host: DeviceConfig | NodeConfig | ServerConfig) -> float | None:
@@ -218,35 +213,6 @@ def weight_ratio(config: Config, codecs: Mapping[str, CodecProfile]) -> float:
     """Returns the bytes on the wire per byte of averaged weights."""
     name = config.aggregation.codec
     return 1.0 if name == "raw" else codecs[name].ratio
-
-
-def measure_message_s(timeout_s: float = 10.0) -> float:
-    """Returns what a message holds a link for beyond its bytes: small ones over loopback.
-
-    Raises:
-      ChannelError: This machine's loopback cannot be used.
-    """
-    arrived: list[float] = []
-    array = np.zeros(64, np.float32)
-
-    def take(message: Message) -> None:
-        arrived.append(message.received_s)
-        message.release()
-
-    def accept(link: Link) -> None:
-        link.start(take, _ignore, _ignore)
-
-    with Endpoint("tuner-server") as server, Endpoint("tuner-device") as device:
-        host, port = server.listen("127.0.0.1", 0, accept)
-        link = device.connect(host, port, name_of_peer="tuner-server", timeout_s=timeout_s)
-        link.start(_ignore, _ignore, _ignore)
-        for step in range(MESSAGES):
-            link.send(Tag(role=Role.ACTIVATION, step=step), array)
-        link.drain(timeout_s)
-        deadline_s = time.monotonic() + timeout_s
-        while len(arrived) < MESSAGES and time.monotonic() < deadline_s:
-            time.sleep(0.002)
-    return (max(arrived) - min(arrived)) / max(len(arrived) - 1, 1)
 
 
 class _Shaped(Model):
@@ -288,7 +254,6 @@ def _measure(
         row = known[likeness]
         facts = dataclasses.replace(row.facts, name=model.unit_names[index])
         rows.append(row._replace(facts=facts))
-    handling = measure_handling()
     host = HostProfile(
         sizes,
         tuple(row.forward_s for row in rows),
@@ -296,8 +261,7 @@ def _measure(
         tuple(row.update_s for row in rows),
         _call_s(),
         _average_s_per_byte(config, params, state),
-        handling_s=handling.call_s,
-        handling_s_per_byte=handling.byte_s,
+        handling=measure_handling(),
     )
     return Measured(host, tuple(row.facts for row in rows), 0.0)
 
@@ -456,7 +420,3 @@ def _write(path: pathlib.Path, text: str) -> None:
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         file.write(text)
     os.replace(file.name, path)
-
-
-def _ignore(*_: object) -> None:
-    """Takes what does not matter here."""

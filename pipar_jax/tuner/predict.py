@@ -35,7 +35,7 @@ class HostTimes:
     """The seconds of any run of units on one host, by prefix sums that are made once per size.
 
     Attributes:
-      handling_s_per_byte: What each byte of its messages adds in a run.
+      handling: What a run adds to its computations.
 
     Args:
       host: The host's profile.
@@ -44,7 +44,7 @@ class HostTimes:
     def __init__(self, host: HostProfile) -> None:
         """See the class."""
         self._host = host
-        self.handling_s_per_byte = host.handling_s_per_byte
+        self.handling = host.handling
         self._sums: dict[tuple[str, int], list[float]] = {}
 
     def time_s(self, kind: str, first: int, stop: int, samples: int) -> float:
@@ -64,7 +64,7 @@ class HostTimes:
             sums_s, calls = self._sum(kind, first, stop, samples), stop - first
         # Each unit was called by itself when it was measured; the stage is called once.
         alone_s = max(sums_s - (calls - 1) * self._host.call_s, 0.1 * sums_s)
-        return alone_s if kind == UPDATE else alone_s + self._host.handling_s
+        return alone_s if kind == UPDATE else alone_s + self.handling.call_s
 
     def _sum(self, kind: str, first: int, stop: int, samples: int) -> float:
         sums = self._sums.get((kind, samples))
@@ -161,7 +161,7 @@ class Stages:
                 return per_byte * self.weight_bytes(first, stop) * len(plan.devices)
             times = self.times(name, device)
             seconds = times.time_s(kind, first, stop, samples)
-            if kind == UPDATE or not times.handling_s_per_byte:
+            if kind == UPDATE or not times.handling.byte_s:
                 return seconds
             # What crosses the cuts on both sides; the last stage takes and gives at one.
             around = (stage - 1, stage - 1 if kind == LAST else stage)
@@ -172,7 +172,7 @@ class Stages:
                 and plan.host(device, below) != plan.host(device, below + 1)
             ]
             nbytes = sum(self.cut_bytes(cut, samples) for cut in crossed)
-            return seconds + times.handling_s_per_byte * nbytes
+            return seconds + times.handling.byte_s * nbytes
 
         def wire_bytes(device: int, stage: int, kind: str, samples: int) -> float:
             chain = plan.devices[device]

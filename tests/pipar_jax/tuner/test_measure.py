@@ -14,8 +14,9 @@ from pipar_jax.config import Config, DeviceConfig, resolve
 from pipar_jax.errors import RunError
 from pipar_jax.plan import COORDINATOR, OWNER, DevicePlan, Plan
 from pipar_jax.predictor.hosts import facts_of
-from pipar_jax.tuner import measure
-from pipar_jax.tuner.handling import measure_handling
+from pipar_jax.profile import NO_HANDLING, Handling
+from pipar_jax.tuner import handling, measure
+from pipar_jax.tuner.handling import measure_handling, measure_message_s
 from pipar_jax.tuner.measure import as_configured
 from pipar_jax.tuner.predict import HostTimes, Stages
 from tests.pipar_jax.runtime import support
@@ -106,7 +107,7 @@ def test_measuring_ends_when_nobody_wants_it_any_more(settings):
 
 
 def test_sizes_are_the_batch_and_parts_of_it_unless_given(settings):
-    assert measure.sizes_of(settings) == (5, 25, 100)
+    assert measure.sizes_of(settings) == (5, 10, 20, 25, 100)
     settings.tuner.sizes = "8, 2"
     assert measure.sizes_of(settings) == (2, 8)
 
@@ -116,7 +117,7 @@ def test_codecs_and_messages_cost_something(settings):
     ((name, codec),) = measure.measure_codecs(settings).items()
     assert (name, codec.ratio) == ("float16", 0.5)
     assert 0 < codec.encode_s_per_byte < 1e-6
-    assert 0 < measure.measure_message_s() < 1
+    assert 0 < measure_message_s() < 1
 
 
 def test_what_a_run_adds_to_a_computation_is_rehearsed_by_the_real_engine():
@@ -125,9 +126,15 @@ def test_what_a_run_adds_to_a_computation_is_rehearsed_by_the_real_engine():
     assert 0 <= found.byte_s < 1e-6
 
 
+def test_a_rehearsal_sends_each_micro_batch_once_however_many_are_under_way(monkeypatch):
+    monkeypatch.setattr(handling, "UNDER_WAY", handling.ITEMS // 2)
+    monkeypatch.setattr(handling, "MANY", 8)
+    assert handling.measure_handling(timeout_s=30.0).call_s > 0  # one that is missing ends it
+
+
 def test_a_computation_of_a_run_has_what_is_added_once_and_an_update_has_not():
     alone = profiles.host()
-    added = dataclasses.replace(alone, handling_s=0.01)
+    added = dataclasses.replace(alone, handling=Handling(call_s=0.01))
     for kind, first, stop in (("F", 0, 1), ("F", 0, 3), ("B", 1, 4), ("L", 2, 5)):
         grown = HostTimes(added).time_s(kind, first, stop, 25)
         assert grown == pytest.approx(HostTimes(alone).time_s(kind, first, stop, 25) + 0.01)
@@ -135,9 +142,9 @@ def test_a_computation_of_a_run_has_what_is_added_once_and_an_update_has_not():
 
 
 def test_an_emulated_slow_host_hides_it():
-    measured = dataclasses.replace(profiles.host(), handling_s=0.01)
-    assert as_configured(measured, DeviceConfig()).handling_s == 0.01
-    assert as_configured(measured, DeviceConfig(slowdown=5.0)).handling_s == 0.0
+    measured = dataclasses.replace(profiles.host(), handling=Handling(call_s=0.01))
+    assert as_configured(measured, DeviceConfig()).handling == measured.handling
+    assert as_configured(measured, DeviceConfig(slowdown=5.0)).handling == NO_HANDLING
 
 
 def test_bytes_count_where_they_cross_to_another_host():
@@ -145,7 +152,7 @@ def test_bytes_count_where_they_cross_to_another_host():
     device = dataclasses.replace(profiles.device(), host=profiles.host())
     plan = Plan((DevicePlan((1, 3), (OWNER, OWNER, COORDINATOR), 4),))
     alone = profiles.profile(device)
-    counted = dataclasses.replace(profiles.host(), handling_s_per_byte=1e-9)
+    counted = dataclasses.replace(profiles.host(), handling=Handling(byte_s=1e-9))
     with_bytes = dataclasses.replace(
         alone, server=counted, devices=(dataclasses.replace(device, host=counted),)
     )
