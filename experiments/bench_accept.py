@@ -2,10 +2,10 @@
 
 --part=time: ResNet-18 over chains of 2, 3 and 4 devices, 1, 2, 4 and 8 times slower than a core,
 behind 10, 50 and 200 Mbit/s, for even and balanced cuts, raw float32 and coded. All plans of a
-setting are trained in one run, in turns. --part=accuracy: VGG-5 for 10 epochs on a chain of two,
-raw and coded from the same seeds; needs --data_dir=FOLDER, which holds CIFAR-10 as TFDS prepares
-it. --part=learning: a chain of four begins with predicted times, adapts, and is held against the
-best partition. --results keeps what was measured in a folder: it is not measured again.
+setting are trained in one run, in turns. --part=learning: a chain of four begins with predicted
+times, adapts, and is held against the best partition. Both train CIFAR-10 from --data_dir=FOLDER,
+which holds it as TFDS prepares it, or random images. --part=accuracy: VGG-5 for 10 epochs on a
+chain of two, raw and coded from the same seeds; it needs --data_dir. --results keeps what was measured in a folder: it is not measured again.
 
 python -m experiments.bench_accept --part=time --only="2 devices" --results=FOLDER
 """
@@ -35,7 +35,7 @@ POINTS = 0.5
 def times(run: bench.Bench, folder: Path, results: Path) -> None:
     """Adds each setting's epochs, and what each part and both shorten them by."""
     first, balanced, coded, both = accept_trials.VARIANTS
-    settings = [one for one in accept_trials.settings(run.quick) if ONLY.value in one.name]
+    settings = [one for one in accept_trials.settings(run.quick, DATA_DIR.value) if ONLY.value in one.name]
     for done, setting in enumerate(settings):
         run.progress(setting.name, done, len(settings))
         found = accept_trials.compare(setting, folder, results, run.quick)
@@ -83,7 +83,7 @@ def _config(seed: int, folder: Path) -> Config:
 
 def learning(run: bench.Bench, folder: Path, results: Path) -> None:
     """Adds where a chain without a profile ends."""
-    setting = accept_trials.Setting(max(accept_trials.LENGTHS), 50)
+    setting = accept_trials.Setting(max(accept_trials.LENGTHS), 50, DATA_DIR.value)
     run.progress(f"learning, {setting.name}")
     found = accept_trials.learn(setting, folder, results, run.quick)
     run.row("from predicted times: first partition", found.start_s, "s")

@@ -39,10 +39,17 @@ LEARNING_EPOCHS, LOOK_S = 12, 5.0
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One chain: how many hosts it has and what all its links carry, in each direction."""
+    """One chain: how many hosts it has and what all its links carry, in each direction.
+
+    Attributes:
+      length: The hosts, the device that holds the data among them.
+      mbps: Megabits per second of every link, each way.
+      data_dir: Folder with CIFAR-10 as TFDS prepares it; random images of its shape without.
+    """
 
     length: int
     mbps: float
+    data_dir: str = ""
 
     @property
     def name(self) -> str:
@@ -53,6 +60,9 @@ class Setting:
         """Returns its configuration, with runs and data below a folder."""
         link = f"{self.mbps:g}/{self.mbps:g}"
         config = trials.base_config(folder, NETWORK, BATCH, 1, link, STEPS)
+        if self.data_dir:
+            config.data.source, config.data.data_dir = "cifar10", self.data_dir
+            config.data.train_samples = BATCH * STEPS
         config.method, config.pipeline.micro_batches = "accept", MICRO_BATCHES
         config.devices.defaults.slowdown = SPEEDS[0]
         config.nodes.count, config.nodes.defaults.link = self.length - 1, link
@@ -81,9 +91,9 @@ class Compared(NamedTuple):
         return statistics.median(a / b for a, b in pairs)
 
 
-def settings(quick: bool = False) -> list[Setting]:
-    """Returns what is measured; with ``quick`` a single setting."""
-    made = [Setting(length, mbps) for length in LENGTHS for mbps in RATES_MBPS]
+def settings(quick: bool = False, data_dir: str = "") -> list[Setting]:
+    """Returns what is measured, with data from a folder; with ``quick`` a single setting."""
+    made = [Setting(length, mbps, data_dir) for length in LENGTHS for mbps in RATES_MBPS]
     return [made[0]] if quick else made
 
 

@@ -33,6 +33,14 @@ def test_there_is_a_setting_for_each_length_and_rate() -> None:
     assert [one.name for one in accept_trials.settings(quick=True)] == names[:1]
 
 
+def test_a_setting_takes_as_many_images_of_cifar10_as_its_steps_need(tmp_path: Path) -> None:
+    for data_dir, source in (("some/folder", "cifar10"), ("", "npz:")):
+        config = accept_trials.settings(data_dir=data_dir)[0].config(tmp_path)
+        assert config.data.source.startswith(source)
+        assert config.data.data_dir == data_dir
+        assert config.data.train_samples == (80 if data_dir else 0)
+
+
 def test_even_cuts_give_every_host_as_many_units_in_the_order_given() -> None:
     config, _ = chain(1e7)
     (one,) = accept_trials.even_plan(config, 8).devices
