@@ -5,7 +5,8 @@ behind 10, 50 and 200 Mbit/s, for even and balanced cuts, raw float32 and coded.
 setting are trained in one run, in turns. --part=learning: a chain of four begins with predicted
 times, adapts, and is held against the best partition. Both train CIFAR-10 from --data_dir=FOLDER,
 which holds it as TFDS prepares it, or random images. --part=accuracy: VGG-5 for 10 epochs on a
-chain of two, raw and coded from the same seeds; it needs --data_dir. --results keeps what was measured in a folder: it is not measured again.
+chain of two, raw and coded from the same seeds; it needs --data_dir. --results keeps what was
+measured in a folder: it is not measured again.
 
 python -m experiments.bench_accept --part=time --only="2 devices" --results=FOLDER
 """
@@ -35,7 +36,9 @@ POINTS = 0.5
 def times(run: bench.Bench, folder: Path, results: Path) -> None:
     """Adds each setting's epochs, and what each part and both shorten them by."""
     first, balanced, coded, both = accept_trials.VARIANTS
-    settings = [one for one in accept_trials.settings(run.quick, DATA_DIR.value) if ONLY.value in one.name]
+    settings = [
+        one for one in accept_trials.settings(run.quick, DATA_DIR.value) if ONLY.value in one.name
+    ]
     for done, setting in enumerate(settings):
         run.progress(setting.name, done, len(settings))
         found = accept_trials.compare(setting, folder, results, run.quick)

@@ -126,7 +126,7 @@ def regret(run: bench.Bench, timings: Timings, folds: Mapping[str, Weights]) -> 
     import numpy as np
 
     import stages
-    from pipar_jax.predictor import device, evaluation, operators
+    from pipar_jax.predictor import collect, device, evaluation, operators
 
     tested = [i for i, one in enumerate(timings.devices) if one.family in folds]
     chosen = timings.select(tested)
@@ -153,7 +153,7 @@ def regret(run: bench.Bench, timings: Timings, folds: Mapping[str, Weights]) -> 
     by_length: dict[int, list[evaluation.Regret]] = {length: [] for length in LENGTHS}
     for network in evaluation.PARTITIONED:
         model = stages.build(network, input_shape=(32, 32, 3), classes=10)
-        for batch in (5, 25):
+        for batch in collect.SIZES:
             described = operators.model_operators(model, range(len(model.units) - 1), batch)
             units = evaluation.measured_units(timings, [operators.rows(one) for one in described])
             for length in LENGTHS:

@@ -33,7 +33,8 @@ from pipar_jax.tuner.predict import Judged, Stages, judge
 
 #: Objectives whose optima are judged; the published one alone with ``tuner.select=paper``.
 OBJECTIVES: tuple[Objective, ...] = ("step", "steady", "accept", "mpsl")
-#: How many units at most stay on the device at either end of the model.
+#: How many units at most stay on the devices at either end of the model, where nodes work for them
+#: (``mpsl``); a device that is a peer (``accept``) may keep as many as suit it.
 KEPT = 4
 #: How many of the planner's proposals, the best by its own measure, the simulator judges.
 JUDGED = 12
@@ -188,7 +189,8 @@ def _problems(profile: Profile, config: Config, share: float) -> Iterator[ChainP
         tuple(_coding(profile, name) for name in codec_choice.allowed(config, role))
         for role in codec_choice.ROLES
     )
-    for first in range(1, min(KEPT, count - 1) + 1):
+    most = count - 1 if config.method == "accept" else min(KEPT, count - 1)
+    for first in range(1, most + 1):
         stops = range(max(first + 1, count - KEPT), count) if home else (count,)
         for stop in stops:
             if first < stop:
