@@ -23,23 +23,30 @@ from pipar_jax.errors import PlanError
 _Way = tuple[Value, tuple[Hop, ...]]
 
 
-def plan_chain(problem: ChainProblem, objective: Objective = "steady") -> ChainPlan:
+def plan_chain(
+    problem: ChainProblem, objective: Objective = "steady", most_s: float = math.inf
+) -> ChainPlan:
     """Returns the cheapest chain.
 
     Args:
       problem: What is to be planned.
       objective: What to minimise.
+      most_s: Seconds above which a chain is of no interest, so that none is searched for.
 
     Raises:
-      PlanError: There is no such objective, or no way to deal the layers out fits into memory.
+      PlanError: There is no such objective, no way to deal the layers out fits into memory, or none
+        that does costs as little as ``most_s``.
     """
     check_name(objective)
     search = _Search(ChainCosts(problem, objective))
     least = search.least
     for gap in (1.01, 1.03, 1.1, 1.3, 2.0, 4.0, 16.0, math.inf):
-        found = search.within(least * gap if least else math.inf)
+        limit = least * gap if least else math.inf
+        found = search.within(min(limit, most_s))
         if found is not None:
             return evaluate(problem, objective, found.order, found.cuts)
+        if limit >= most_s:
+            raise PlanError(f"no chain costs {most_s:.4g} s or less by objective {objective!r}")
     layers = problem.nodes[0].layers[problem.first : problem.stop]
     needs = [problem.memory_bytes(one.weight_bytes, one.activation_bytes) / 1e6 for one in layers]
     raise PlanError(

@@ -8,6 +8,7 @@ So the chain and its codecs are the best of those looked at, and no proof says t
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 from rich.table import Table
@@ -36,8 +37,9 @@ OBJECTIVES: tuple[Objective, ...] = ("step", "steady", "accept", "mpsl")
 #: How many units at most stay on the devices at either end of the model, where nodes work for them
 #: (``mpsl``); a device that is a peer (``accept``) may keep as many as suit it.
 KEPT = 4
-#: How many of the planner's proposals, the best by its own measure, the simulator judges.
-JUDGED = 12
+#: How many of the planner's proposals, the best by its own measure, the simulator judges, and how
+#: many times the cost of the best one they may have.
+JUDGED, NEAR = 12, 1.5
 #: Shares of the nodes' memory that the planner is told of, if all that it proposes for the share
 #: before needs more than there is: its own count knows weights and activations alone.
 ROOM = (1.0, 0.8, 0.6, 0.4)
@@ -140,23 +142,24 @@ def _proposals(
     for share in ROOM if limited else ROOM[:1]:
         proposals: dict[Plan, None] = {}
         for objective in ("mpsl",) if config.tuner.select == "paper" else OBJECTIVES:
-            found: dict[Plan, float] = {}
+            found: dict[Plan, float] = {}  # the best so far
             for problem in _problems(profile, config, share):
+                most_s = NEAR * min(found.values(), default=math.inf)
+                if len(found) == JUDGED:
+                    most_s = min(most_s, max(found.values()))
                 try:
-                    chain = plan_chain(problem, objective)
+                    chain = plan_chain(problem, objective, most_s)
                 except PlanError as error:
                     reason = reason or str(error)
                     continue
-                found[_plan(profile, config, problem, chain)] = chain.cost_s
-            allowed: dict[Plan, None] = {}
-            for plan in sorted(found, key=lambda plan: found[plan]):
+                plan = _plan(profile, config, problem, chain)
                 if (why := objection(plan)) is None:
-                    allowed[plan] = None
+                    found[plan] = chain.cost_s
                 else:
                     reason = why
-                if len(allowed) == JUDGED:
-                    break
-            proposals |= allowed
+                if len(found) > JUDGED:
+                    del found[max(found, key=found.__getitem__)]
+            proposals |= dict.fromkeys(sorted(found, key=found.__getitem__))
         if proposals:
             return proposals
     raise PlanError(f"no chain over the compute nodes can be planned: {reason}")

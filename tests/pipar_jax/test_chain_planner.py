@@ -187,7 +187,12 @@ def test_random_problems_match_the_best_of_all_chains(
         with pytest.raises(PlanError, match="MB"):
             plan_chain(problem, objective)
         return
-    assert plan_chain(problem, objective).cost_s == pytest.approx(expected.cost_s, abs=1e-12)
+    cost_s = plan_chain(problem, objective).cost_s
+    assert cost_s == pytest.approx(expected.cost_s, abs=1e-12)
+    assert plan_chain(problem, objective, cost_s * 1.001 + 1e-9).cost_s == cost_s
+    if cost_s > 0:
+        with pytest.raises(PlanError, match="or less by objective"):
+            plan_chain(problem, objective, cost_s * 0.999)
 
 
 @pytest.mark.parametrize(

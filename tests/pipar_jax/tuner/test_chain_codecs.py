@@ -170,10 +170,10 @@ def test_the_published_objective_knows_no_codecs_but_those_configured():
 def test_planning_a_chain_with_codecs_takes_milliseconds(monkeypatch):
     links, took = ("wifi", "4g", "lan", "none", "wifi", "4g+"), []
 
-    def timed(problem, objective):
+    def timed(*args):
         began_s = time.thread_time()
         try:
-            return plan_chain(problem, objective)
+            return plan_chain(*args)
         finally:
             took.append(time.thread_time() - began_s)
 
