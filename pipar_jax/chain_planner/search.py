@@ -45,7 +45,7 @@ def plan_chain(
         found = search.within(min(limit, most_s))
         if found is not None:
             return evaluate(problem, objective, found.order, found.cuts)
-        if limit >= most_s:
+        if most_s <= limit and most_s < math.inf:
             raise PlanError(f"no chain costs {most_s:.4g} s or less by objective {objective!r}")
     layers = problem.nodes[0].layers[problem.first : problem.stop]
     needs = [problem.memory_bytes(one.weight_bytes, one.activation_bytes) / 1e6 for one in layers]
