@@ -1,8 +1,9 @@
 """The latency predictor's errors on new layers and new devices, and the partitions it leads to.
 
-Devices are held out by family, so that none that resembles a tested one was trained on. Beside the
-predictor stand a profiled device's times multiplied by one ratio, a regression on FLOPs and bytes,
-and a look-up of the most similar layer. Times are those in the package unless --timings is given.
+Devices are held out by family, so that none that resembles a tested one was trained on; of the
+networks that partitions are judged with, the predictor knows none of the layers, or all. Beside it
+stand a profiled device's times multiplied by one ratio, a regression on FLOPs and bytes, and a
+look-up of the most similar layer. Times are those in the package unless --timings is given.
 
   python -m experiments.bench_predictor [--tables=FOLDER]
 """
@@ -48,14 +49,14 @@ def measure(run: bench.Bench) -> None:
     run.progress("held-out layers")
     tell(run, "new layers, known devices", evaluation.held_out_layers(timings, train))
     families = sorted({one.family for one in timings.devices})
-    folds = {}
+    folds, informed = {}, {}
+    kept = [i for i, one in enumerate(timings.layers) if one.network not in evaluation.PARTITIONED]
     for done, family in enumerate(families[:2] if run.quick else families):
         run.progress(f"without {family}", done, len(families))
         left = [i for i, one in enumerate(timings.devices) if one.family != family]
-        kept = [
-            i for i, one in enumerate(timings.layers) if one.network not in evaluation.PARTITIONED
-        ]
         folds[family] = train(timings.select(left, kept))
+        if family != FAMILY:  # tables' devices are in no chain
+            informed[family] = train(timings.select(left))
     for table in (False, True):
         tested = {name: one for name, one in folds.items() if (name == FAMILY) == table}
         for samples in SAMPLES if tested else ():
@@ -69,7 +70,8 @@ def measure(run: bench.Bench) -> None:
             name = f"new devices{' of tables' if table else ''}, {samples} samples"
             tell(run, name, {key: pooled([s[key] for s in scores]) for key in scores[0]})
     speed(run, timings, next(iter(folds.values())))
-    regret(run, timings, folds)
+    for name, networks in (("known", informed), ("new", folds)):
+        regret(run, timings, f"{name} networks", networks)
     run.note(f"{len(timings.layers)} layers on {len(timings.devices)} devices; "
              f"held out in turn: {', '.join(folds)}")  # fmt: skip
 
@@ -121,8 +123,15 @@ def speed(run: bench.Bench, timings: Timings, weights: Weights) -> None:
     run.row("learning a device from its reference layers", samples.median("fit") * 1e3, "ms")
 
 
-def regret(run: bench.Bench, timings: Timings, folds: Mapping[str, Weights]) -> None:
-    """Adds what partitions by predictions cost on chains of devices, each new to the predictor."""
+def regret(run: bench.Bench, timings: Timings, about: str, folds: Mapping[str, Weights]) -> None:
+    """Adds what partitions by predictions cost on chains of devices, each new to the predictor.
+
+    Args:
+      run: Takes the figures.
+      timings: What was measured.
+      about: Whose partitions they are.
+      folds: For each family the predictor that was trained without it.
+    """
     import numpy as np
 
     import stages
@@ -163,7 +172,7 @@ def regret(run: bench.Bench, timings: Timings, folds: Mapping[str, Weights]) -> 
                         evaluation.partition_regret(chosen, learn, devices, units, speeds.tolist())
                     )
     for length, found in by_length.items():
-        name = f"partition over {length} devices"
+        name = f"{about}, partition over {length} devices"
         values = [one.regret for one in found]
         run.row(f"{name}: mean regret", statistics.fmean(values) * 100, "%", target=3.0)
         run.row(f"{name}: 90th percentile", float(np.quantile(values, 0.9)) * 100, "%")

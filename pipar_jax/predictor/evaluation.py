@@ -15,8 +15,8 @@ from pipar_jax.predictor.operators import Array
 from pipar_jax.predictor.tables import FAMILY
 from pipar_jax.predictor.timings import Timings
 
-#: The device whose profile the scalar ratio scales: an ordinary core.
-PROFILED = "core-plain"
+#: The devices whose profile the scalar ratio scales: the first that is not of the tested family.
+PROFILED = ("core-plain", "cores-plain")
 METHODS = ("predictor", "scalar ratio", "FLOPs regression", "look-up")
 #: Rows of a table that stand for reference layers on devices that did not time those.
 TABLE_REFERENCE = 11
@@ -80,8 +80,7 @@ def predictions(
         if np.isfinite(times[1][i]):
             observations.append(Observation(empty, tables[i], times[1][i]))
     learned = fit(weights, observations)
-    names = [one.name for one in timings.devices]
-    profiled = names.index(PROFILED) if PROFILED in names else 0
+    profiled = profiled_for(timings, device)
     found: dict[str, list[Array]] = {name: [] for name in METHODS}
     seen, wanted = list(seen), list(wanted)
     known, asked = [tables[i] for i in seen], [tables[i] for i in wanted]
@@ -154,6 +153,15 @@ def unseen_devices(
     return {name: score(values) for name, values in ratios.items()}
 
 
+def profiled_for(timings: Timings, device: int) -> int:
+    """Returns the device whose times the scalar ratio scales: one that does not resemble it."""
+    families = {one.name: one.family for one in timings.devices}
+    mine = timings.devices[device].family
+    names = [*(name for name in PROFILED if name in families), *families]
+    other = next((name for name in names if families[name] != mine), names[0])
+    return list(families).index(other)
+
+
 def references_of(timings: Timings, device: int) -> list[int]:
     """Returns the layers that a device is known by: the reference layers, or some of its table."""
     if timings.devices[device].family != FAMILY:
@@ -194,13 +202,12 @@ def partition_regret(
     """
     columns = list(units)
     truth, guess, ratio = [], [], []
-    names = [one.name for one in timings.devices]
-    profiled = names.index(PROFILED) if PROFILED in names else 0
     reference = timings.reference()
     for place, (device, speed) in enumerate(zip(devices, speeds, strict=True)):
         times = (timings.forward_s, timings.backward_s)
         truth.append(_node(place, [table[device, columns] for table in times], speed))
         guess.append(_node(place, learn(device, columns), speed))
+        profiled = profiled_for(timings, device)
         scaled = [
             baselines.scalar_ratio(
                 table[device, reference], table[profiled, reference], table[profiled, columns]
@@ -221,17 +228,10 @@ def partition_regret(
 
 
 def chains(timings: Timings, count: int, length: int, seed: int = 0) -> list[tuple[int, ...]]:
-    """Returns chains of devices of different families, drawn; tables' devices are not in them."""
-    families: dict[str, list[int]] = {}
-    for i, one in enumerate(timings.devices):
-        if one.family != FAMILY:
-            families.setdefault(one.family, []).append(i)
+    """Returns chains of different devices, drawn; tables' devices are not in them."""
+    able = [i for i, one in enumerate(timings.devices) if one.family != FAMILY]
     rng = np.random.default_rng(seed)
-    found = []
-    for _ in range(count):
-        chosen = rng.permutation(sorted(families))[:length]
-        found.append(tuple(int(rng.choice(families[family])) for family in chosen))
-    return found
+    return [tuple(map(int, rng.permutation(able)[:length])) for _ in range(count)]
 
 
 def measured_units(timings: Timings, operators: Sequence[Array]) -> list[int]:

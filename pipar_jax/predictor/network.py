@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from pipar_jax.errors import DataError
-from pipar_jax.predictor.operators import FEATURES, Array, features
+from pipar_jax.predictor.operators import FEATURES, KINDS, SIZES, Array, features
 
 #: Numbers in a device's embedding, and units in each hidden layer.
 FACTORS, HIDDEN = 6, 32
@@ -82,6 +82,9 @@ class Weights(NamedTuple):
       hidden_scale: The same, [HIDDEN].
       mean: Scale and embedding of the typical device, [1 + FACTORS].
       precision: How sure one may be of that, [1 + FACTORS, 1 + FACTORS].
+      low: The least of each number among the features of each kind of operator that was trained on,
+        [KINDS, FEATURES - KINDS]; for a kind that was not, minus infinity.
+      high: The largest, or infinity.
       about: How it was made, as text.
     """
 
@@ -92,6 +95,8 @@ class Weights(NamedTuple):
     hidden_scale: Array
     mean: Array
     precision: Array
+    low: Array
+    high: Array
     about: str = ""
 
     def basis(self, table: Array) -> Basis:
@@ -101,13 +106,33 @@ class Weights(NamedTuple):
           table: Operators as ``operators.rows`` makes them, [operators, WIDTH].
         """
         count = len(table)
-        x = (features(table) - self.shift) / self.scale
+        x, beyond = self._inside(table)
+        x = (x - self.shift) / self.scale
         # Padded to few sizes, each of which is compiled once.
         padded = max(_LEAST_ROWS, 1 << max(count - 1, 0).bit_length())
         x = np.pad(x, ((0, padded - count), (0, 0))).astype(np.float32)
         heads, hidden = (np.asarray(one, np.float64) for one in _run(dict(self.values), x))
         hidden = (hidden - self.hidden_shift) / self.hidden_scale
-        return Basis(heads[:, :count, 0], heads[:, :count, 1:], hidden[:count])
+        return Basis(heads[:, :count, 0] + beyond, heads[:, :count, 1:], hidden[:count])
+
+    def _inside(self, table: Array) -> tuple[Array, Array]:
+        """Returns features as if no operator were larger than those that were trained on.
+
+        A network says anything of what is far from all that it has seen. So such an operator is
+        taken for the largest that it knows, times the operations or bytes that it has more.
+
+        Args:
+          table: Operators as ``operators.rows`` makes them, [operators, WIDTH].
+
+        Returns:
+          the features, [operators, FEATURES], and the logarithms of how many times longer each
+          operator lasts, [operators].
+        """
+        kinds, seen = table[:, 0].astype(int), features(table)
+        numbers = seen[:, len(KINDS) :]
+        above = np.maximum(numbers[:, :SIZES] - self.high[kinds, :SIZES], 0.0).max(1)
+        seen[:, len(KINDS) :] = np.clip(numbers, self.low[kinds], self.high[kinds])
+        return seen, above * np.log(2.0)
 
     def save(self, path: Path) -> None:
         """Writes the network in float16, its prior in float32.
@@ -124,7 +149,7 @@ class Weights(NamedTuple):
             raise DataError(f"{path} cannot be written: {error}") from error
 
 
-_PLAIN = ("shift", "scale", "hidden_shift", "hidden_scale", "mean", "precision")
+_PLAIN = ("shift", "scale", "hidden_shift", "hidden_scale", "mean", "precision", "low", "high")
 
 
 def load(path: Path = SHIPPED) -> Weights:

@@ -85,6 +85,8 @@ class Operator(NamedTuple):
 
 #: Length of an operator's row.
 WIDTH = len(Operator._fields)
+#: How many of its numbers, the first after the kind, are operations and bytes.
+SIZES = 4
 #: Length of its features.
 FEATURES = len(KINDS) + WIDTH - 1
 

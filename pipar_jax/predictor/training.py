@@ -1,8 +1,8 @@
 """Trains the shared network on times of layers: all devices' embeddings along with it.
 
 The loss is Huber's on the logarithm of predicted over measured seconds of a whole layer, whose
-operators' times are summed. Embeddings are pulled towards zero; their spread over the devices then
-is the prior that new devices start from.
+operators' times are summed; those of published tables count little. Embeddings are pulled towards
+zero; their spread over the devices then is the prior that new devices start from.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ import optax
 
 from pipar_jax.errors import DataError
 from pipar_jax.predictor.network import FACTORS, Weights, apply, flatten, fresh
-from pipar_jax.predictor.operators import features
+from pipar_jax.predictor.operators import KINDS, Array, features
+from pipar_jax.predictor.tables import FAMILY
 from pipar_jax.predictor.timings import Timings
 
 #: Updates, the peak of their step size, and where Huber's loss turns linear.
 STEPS, LEARNING_RATE, DELTA = 3000, 6e-3, 0.15
+#: What a time of a published table counts beside one of ours: another framework took it, and what
+#: it computed is known from the names of its rows alone.
+TABLE_WEIGHT = 0.1
 #: Pulls on embeddings and on weights.
 EMBEDDING_DECAY, WEIGHT_DECAY = 3e-3, 1e-4
 #: The prior's deviation of the scale: devices differ by orders of magnitude.
@@ -57,6 +61,8 @@ def train(timings: Timings, *, seed: int = 0, steps: int = STEPS, about: str = "
     # Devices with few layers are not to be drowned by those with many.
     per_device = known.sum((0, 2), keepdims=True)
     mask = mask / np.sqrt(np.maximum(per_device, 1.0))
+    foreign = np.asarray([one.family == FAMILY for one in timings.devices])
+    mask = mask * np.where(foreign, TABLE_WEIGHT, 1.0)[None, :, None]
     mask = mask / mask.sum()
 
     devices = len(timings.devices)
@@ -98,12 +104,24 @@ def train(timings: Timings, *, seed: int = 0, steps: int = STEPS, about: str = "
         return jax.lax.fori_loop(0, steps, one, (variables, state))
 
     variables, _ = run(variables, tx.init(variables))
-    return _finished(variables, seen, shift, scale, x, about)
+    return _finished(variables, shift, scale, x, *_ranges(table), about)
 
 
-def _finished(variables: Any, seen: Any, shift: Any, scale: Any, x: Any, about: str) -> Weights:
+def _ranges(table: Array) -> tuple[Array, Array]:
+    """Returns the least and the largest of each feature by kind, [KINDS, FEATURES - KINDS]."""
+    numbers = features(table)[:, len(KINDS) :]
+    low = np.full((len(KINDS), numbers.shape[1]), -np.inf)
+    high = -low
+    for kind in np.unique(table[:, 0]).astype(int):
+        mine = numbers[table[:, 0] == kind]
+        low[kind], high[kind] = mine.min(0), mine.max(0)
+    return low, high
+
+
+def _finished(
+    variables: Any, shift: Any, scale: Any, x: Any, low: Array, high: Array, about: str
+) -> Weights:
     """Returns the trained network with the prior that its devices' embeddings make."""
-    del seen
     values = {name: np.asarray(value) for name, value in variables["network"].items()}
     _, hidden = (np.asarray(one, np.float64) for one in apply(values, x))
     embedding = np.asarray(variables["embedding"], np.float64)
@@ -117,5 +135,5 @@ def _finished(variables: Any, seen: Any, shift: Any, scale: Any, x: Any, about: 
     precision[1:, 1:] = np.linalg.inv(spread)
     return Weights(
         values, shift, scale, hidden.mean(0), np.maximum(hidden.std(0), 1e-3),
-        np.concatenate([[np.median(scales)], embedding.mean(0)]), precision, about,
+        np.concatenate([[np.median(scales)], embedding.mean(0)]), precision, low, high, about,
     )  # fmt: skip

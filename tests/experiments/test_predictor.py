@@ -49,5 +49,7 @@ def test_the_benchmark_reports_errors_and_regret(tmp_path: Path) -> None:
     found = run("bench_predictor", "--quick", f"--json={file}", timeout=400)
     assert found.returncode == 0, found.stderr
     rows = {row["name"]: row for row in json.loads(file.read_text())}
-    assert rows["partition over 4 devices: mean regret"]["target"] == 3.0
+    for networks in ("known", "new"):
+        regret = rows[f"{networks} networks, partition over 4 devices: mean regret"]
+        assert regret["target"] == 3.0
     assert rows["new devices, 0 samples: predictor, MAPE"]["value"] > 0

@@ -49,6 +49,26 @@ def test_a_device_that_is_slower_by_a_factor_is_slower_by_that_factor():
     assert slow.layers_s(tables, 0) / quick.layers_s(tables, 0) == pytest.approx(8, rel=0.1)
 
 
+def test_what_is_larger_than_all_that_was_trained_on_lasts_longer_in_proportion():
+    law = synthetic.Law(NEW)
+    device = fit(synthetic.weights(), synthetic.reference_of(law))
+    largest = max(others(), key=lambda table: table[:, 1].sum())
+    for times in (30, 1000):  # as many channels on both sides as make it so many times larger
+        grown = largest.copy()
+        grown[1:, [1, 2]] *= times
+        for head, seconds in ((0, law.forward_s), (1, law.backward_s)):
+            factor = device.layers_s([grown], head)[0] / seconds(grown)
+            assert 1 / 3 < factor < 3
+
+
+def test_a_profiled_device_is_of_another_family():
+    made = synthetic.timings(range(4))  # two of family 0
+    assert [evaluation.profiled_for(made, device) for device in range(4)] == [1, 0, 0, 1]
+    named = [made.devices[0], made.devices[1]._replace(name="core-plain"), *made.devices[2:]]
+    made = dataclasses.replace(made, devices=tuple(named))
+    assert [evaluation.profiled_for(made, device) for device in range(4)] == [1, 0, 1, 1]
+
+
 def test_a_hiccup_is_not_believed_where_other_times_contradict_it():
     law, tables = synthetic.Law(NEW), others()
     seen = synthetic.reference_of(law)

@@ -84,6 +84,15 @@ def test_tables_are_further_devices(tmp_path):
         read_tables(tmp_path)
 
 
+def test_backwards_of_some_tables_are_in_the_order_in_which_they_ran(tmp_path):
+    header = "device,layer,forward_ms,backward_ms,update_ms,activation_kb,weight_kb"
+    lines = [f"{name},{i},1,{i + 1},0,1,1" for name in ("pi", "jetson-cpu") for i in range(25)]
+    (tmp_path / "vgg19_cifar.csv").write_text("\n".join([header, *lines]) + "\n")
+    pi, jetson = 1000 * read_tables(tmp_path).backward_s
+    assert pi == pytest.approx(range(1, 26))
+    assert jetson == pytest.approx([*range(22, 0, -1), 23, 24, 25])
+
+
 def test_rows_of_tables_compute_what_their_sizes_say():
     if not SHARED.is_dir():
         pytest.skip(f"no profile tables in {SHARED}")
