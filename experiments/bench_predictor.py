@@ -47,7 +47,9 @@ def measure(run: bench.Bench) -> None:
         return training.train(some, steps=steps)
 
     run.progress("held-out layers")
-    tell(run, "new layers, known devices", evaluation.held_out_layers(timings, train))
+    timed, tables = evaluation.held_out_layers(timings, train)
+    tell(run, "new layers, known devices", timed)
+    tell(run, "new layers, known devices of tables", tables)
     families = sorted({one.family for one in timings.devices})
     folds, informed = {}, {}
     kept = [i for i, one in enumerate(timings.layers) if one.network not in evaluation.PARTITIONED]
@@ -57,18 +59,16 @@ def measure(run: bench.Bench) -> None:
         folds[family] = train(timings.select(left, kept))
         if family != FAMILY:  # tables' devices are in no chain
             informed[family] = train(timings.select(left))
-    for table in (False, True):
-        tested = {name: one for name, one in folds.items() if (name == FAMILY) == table}
-        for samples in SAMPLES if tested else ():
-            scores = [
-                evaluation.unseen_devices(
-                    timings, weights,
-                    [i for i, one in enumerate(timings.devices) if one.family == family], samples,
-                )
-                for family, weights in tested.items()
-            ]  # fmt: skip
-            name = f"new devices{' of tables' if table else ''}, {samples} samples"
-            tell(run, name, {key: pooled([s[key] for s in scores]) for key in scores[0]})
+    trained = {i: folds.get(one.family) for i, one in enumerate(timings.devices)}
+    for name, table in (("new devices", False), ("new devices of tables", True)):
+        tested = {
+            i: weights
+            for i, weights in trained.items()
+            if weights and (timings.devices[i].family == FAMILY) == table
+        }
+        for samples in SAMPLES:
+            scores = evaluation.unseen_devices(timings, tested, samples)
+            tell(run, f"{name}, {samples} samples", scores)
     speed(run, timings, next(iter(folds.values())))
     for name, networks in (("known", informed), ("new", folds)):
         regret(run, timings, f"{name} networks", networks)
@@ -81,22 +81,8 @@ def tell(run: bench.Bench, name: str, scores: Mapping[str, Score]) -> None:
     for method, one in scores.items():
         if one.predictions:
             run.row(f"{name}: {method}, MAPE", one.mape * 100, "%")
+            run.row(f"{name}: {method}, median error", one.median * 100, "%")
             run.row(f"{name}: {method}, within 10 %", one.within * 100, "%")
-
-
-def pooled(scores: Sequence[Score]) -> Score:
-    """Returns the errors of several sets of predictions together."""
-    from pipar_jax.predictor.evaluation import Score
-
-    count = sum(one.predictions for one in scores)
-    if not count:
-        return scores[0]
-    share = [one.predictions / count for one in scores]
-    mape, within, median = (
-        sum(w * getattr(one, name) for w, one in zip(share, scores, strict=True) if one.predictions)
-        for name in ("mape", "within", "median")
-    )
-    return Score(mape, within, median, count)
 
 
 def speed(run: bench.Bench, timings: Timings, weights: Weights) -> None:

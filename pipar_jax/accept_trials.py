@@ -264,19 +264,21 @@ def learn(setting: Setting, folder: Path, results: Path, quick: bool = False) ->
 def near_plans(config: Config, profile: Profile, most: int) -> list[Plan]:
     """Returns the partitions that are predicted to be the fastest from profiled times.
 
-    Every partition over the hosts in the order of the best plan is judged.
+    Every partition over any of the nodes in any order is judged.
 
     Args:
       config: Resolved configuration of method accept.
       profile: Hosts and links.
       most: How many to return.
     """
-    stages, best = Stages(profile), tune_chain(profile, config).plan
-    one, count = best.devices[0], len(profile.units)
+    stages, count = Stages(profile), len(profile.units)
+    names = [node_name(i + 1) for i in range(len(profile.nodes))]
     found = {}
-    for cuts in itertools.combinations(range(1, count), len(one.cuts)):
-        plan = dataclasses.replace(best, devices=(dataclasses.replace(one, cuts=cuts),))
-        found[plan] = judge(stages, plan).epoch_s
+    for used in range(1, len(names) + 1):
+        for nodes in itertools.permutations(names, used):
+            for cuts in itertools.combinations(range(1, count), used):
+                plan = plan_of_chain(config, cuts, (OWNER, *nodes))
+                found[plan] = judge(stages, plan).epoch_s
     return sorted(found, key=found.__getitem__)[:most]
 
 

@@ -97,10 +97,11 @@ def predictions(
 
 def held_out_layers(
     timings: Timings, train: Callable[[Timings], Weights], *, folds: int = 5, fold: int = 0
-) -> dict[str, Score]:
+) -> tuple[dict[str, Score], dict[str, Score]]:
     """Returns the errors on layers that no device trained with, on devices that it was trained on.
 
-    A layer's sizes are held out together.
+    A layer's sizes are held out together. First the errors on devices that were timed, then those
+    on devices of tables.
 
     Args:
       timings: What was measured.
@@ -117,29 +118,30 @@ def held_out_layers(
     ]
     left = [i for i in range(len(keys)) if i not in set(out)]
     weights = train(timings.select(layers=left))
-    ratios: dict[str, list[float]] = {name: [] for name in METHODS}
-    for device in range(len(timings.devices)):
+    ratios: list[dict[str, list[float]]] = [{name: [] for name in METHODS} for _ in range(2)]
+    for device, one in enumerate(timings.devices):
         given = _known(timings, device, left)
         if given:
-            _collect(ratios, timings, weights, device, given, _known(timings, device, out))
-    return {name: score(values) for name, values in ratios.items()}
+            wanted = _known(timings, device, out)
+            _collect(ratios[one.family == FAMILY], timings, weights, device, given, wanted)
+    timed, tables = ({name: score(v) for name, v in some.items()} for some in ratios)
+    return timed, tables
 
 
 def unseen_devices(
-    timings: Timings, weights: Weights, devices: Sequence[int], samples: int, *, seed: int = 0
+    timings: Timings, trained: Mapping[int, Weights], samples: int, *, seed: int = 0
 ) -> dict[str, Score]:
     """Returns the errors on devices that were not trained on.
 
     Args:
       timings: What was measured.
-      weights: A network trained without these devices.
-      devices: Which devices.
+      trained: For each device that is asked about a network that was trained without it.
       samples: How many times of each are given beside the reference layers: a forward and a
         backward of half as many layers.
       seed: Of the layers given.
     """
     ratios: dict[str, list[float]] = {name: [] for name in METHODS}
-    for device in devices:
+    for device, weights in trained.items():
         known = _known(timings, device, range(len(timings.layers)))
         reference = references_of(timings, device)
         rest = [i for i in known if i not in set(reference)]

@@ -94,8 +94,12 @@ def test_near_plans_are_the_fastest_partitions_first() -> None:
     near = accept_trials.near_plans(config, profile, 5)
     seconds = [judge(stages, plan).epoch_s for plan in near]
     assert seconds == sorted(seconds) and len(set(near)) == 5
+    # That the planner and the simulator find the best of all is a matter of luck; that they come
+    # close is not.
     best = accept_trials.plans_of(config, profile)["balanced + raw"]
-    assert seconds[0] <= judge(stages, best).epoch_s
+    assert seconds[0] <= judge(stages, best).epoch_s < 1.02 * seconds[0]
+    orders = {plan.devices[0].hosts[1:] for plan in accept_trials.near_plans(config, profile, 999)}
+    assert len(orders) == 3 + 6 + 6
 
 
 def test_plans_of_a_chain_are_trained_in_one_run(tmp_path: Path) -> None:

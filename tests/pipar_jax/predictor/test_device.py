@@ -118,14 +118,17 @@ def test_evaluation_ranks_what_knows_the_device_above_what_does_not():
     names = [one.name for one in made.devices]
     assert names[10:] == [f"law{NEW}", f"law{NEW + 1}"]
     scores = {
-        samples: evaluation.unseen_devices(made, synthetic.weights(), [10, 11], samples)
+        samples: evaluation.unseen_devices(
+            made, dict.fromkeys((10, 11), synthetic.weights()), samples
+        )
         for samples in (0, 10)
     }
     assert scores[10]["predictor"].mape < scores[0]["predictor"].mape
     assert scores[0]["predictor"].mape < scores[0]["FLOPs regression"].mape
-    held_out = evaluation.held_out_layers(made, lambda some: train(some, steps=300))
+    held_out, tables = evaluation.held_out_layers(made, lambda some: train(some, steps=300))
     assert held_out["predictor"].mape < held_out["look-up"].mape
     assert held_out["predictor"].predictions > 100
+    assert tables["predictor"].predictions == 0
 
 
 def test_a_partition_by_true_times_has_no_regret():
