@@ -131,6 +131,15 @@ def test_evaluation_ranks_what_knows_the_device_above_what_does_not():
     assert tables["predictor"].predictions == 0
 
 
+def test_chains_are_of_different_devices_that_were_timed():
+    made = synthetic.timings(range(5))
+    table = made.devices[2]._replace(family="table")
+    made = dataclasses.replace(made, devices=(*made.devices[:2], table, *made.devices[3:]))
+    found = evaluation.chains(made, 9, 4)
+    assert len(found) == 9 and len(set(found)) > 1
+    assert all(sorted(chain) == [0, 1, 3, 4] for chain in found)
+
+
 def test_a_partition_by_true_times_has_no_regret():
     made = synthetic.timings([*range(4)])
     made = dataclasses.replace(
