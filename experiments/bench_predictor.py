@@ -59,12 +59,11 @@ def measure(run: bench.Bench) -> None:
         folds[family] = train(timings.select(left, kept))
         if family != FAMILY:  # tables' devices are in no chain
             informed[family] = train(timings.select(left))
-    trained = {i: folds.get(one.family) for i, one in enumerate(timings.devices)}
     for name, table in (("new devices", False), ("new devices of tables", True)):
         tested = {
-            i: weights
-            for i, weights in trained.items()
-            if weights and (timings.devices[i].family == FAMILY) == table
+            i: folds[one.family]
+            for i, one in enumerate(timings.devices)
+            if one.family in folds and (one.family == FAMILY) == table
         }
         for samples in SAMPLES:
             scores = evaluation.unseen_devices(timings, tested, samples)

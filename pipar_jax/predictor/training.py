@@ -104,16 +104,16 @@ def train(timings: Timings, *, seed: int = 0, steps: int = STEPS, about: str = "
         return jax.lax.fori_loop(0, steps, one, (variables, state))
 
     variables, _ = run(variables, tx.init(variables))
-    return _finished(variables, shift, scale, x, *_ranges(table), about)
+    return _finished(variables, shift, scale, x, *_ranges(table[:, 0], seen), about)
 
 
-def _ranges(table: Array) -> tuple[Array, Array]:
+def _ranges(kinds: Array, seen: Array) -> tuple[Array, Array]:
     """Returns the least and the largest of each feature by kind, [KINDS, FEATURES - KINDS]."""
-    numbers = features(table)[:, len(KINDS) :]
+    numbers = seen[:, len(KINDS) :]
     low = np.full((len(KINDS), numbers.shape[1]), -np.inf)
     high = -low
-    for kind in np.unique(table[:, 0]).astype(int):
-        mine = numbers[table[:, 0] == kind]
+    for kind in np.unique(kinds).astype(int):
+        mine = numbers[kinds == kind]
         low[kind], high[kind] = mine.min(0), mine.max(0)
     return low, high
 
