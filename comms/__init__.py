@@ -5,6 +5,7 @@ tensors, bundles of weights and control messages and hands over each `Message` t
 """
 
 from comms import bit_codec, block_codec, cast_codec  # noqa: F401 - imported to register codecs
+from comms.allowance import Allowance
 from comms.codec import Codec, Encoded, parse_codec, register
 from comms.codec import names as codec_names
 from comms.endpoint import Endpoint
@@ -29,6 +30,7 @@ from comms.shaping import LinkShape, parse_link
 
 __all__ = [
     "VERSION",
+    "Allowance",
     "AuthenticationError",
     "ChannelError",
     "ChannelOptions",

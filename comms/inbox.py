@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from comms.allowance import Allowance
 from comms.buffers import BufferPool
 from comms.codec import codec_of
 from comms.errors import FrameError, LimitError
@@ -32,7 +33,8 @@ class Inbox:
     """Reads one stream; outlives its connections, of which `restart` announces each.
 
     Args:
-        limits: what the peer may make us hold.
+        limits: what any peer may make us hold.
+        allowance: what this one may send; None while its owner has not admitted it.
         window_bytes: the credit given to the peer.
         pool: where receive buffers come from.
         on_tensor: gets each complete tensor.
@@ -44,6 +46,7 @@ class Inbox:
     def __init__(
         self,
         limits: Limits,
+        allowance: Allowance | None,
         window_bytes: int,
         pool: BufferPool,
         *,
@@ -53,6 +56,8 @@ class Inbox:
         on_signal: Callable[[Header, bytes], None],
     ) -> None:
         self._limits = limits
+        self.allowance = allowance
+        self._joined = False
         self._window_bytes = window_bytes
         self._pool = pool
         self._on_tensor = on_tensor
@@ -136,6 +141,8 @@ class Inbox:
                 raise FrameError("a message began before the one before it was complete")
             if header.offset != 0 or (header.kind == Kind.CONTROL) != bool(lane):
                 raise FrameError("a message began with an offset or in the wrong lane")
+            if self.allowance is None:
+                self._check_join(header)
             assembly = self._begin_message(header, shape)
             self._lanes[lane] = assembly
         if header.length == 0 and header.total != 0:
@@ -155,6 +162,26 @@ class Inbox:
             gather if gather >= _LARGE_BYTES and self._proven else 1,
         )
 
+    def _check_join(self, header: Header) -> None:
+        """Lets a peer that nobody has admitted send one small control message and no more."""
+        what = f"a {Kind(header.kind).name.lower()} message"
+        if header.kind != Kind.CONTROL or self._joined:
+            second = "a second message" if self._joined else what
+            raise FrameError(
+                f"{second} arrived before this link was admitted: until then one control message "
+                "is taken"
+            )
+        if header.total > self._limits.join_bytes:
+            raise LimitError(
+                f"{what} of {header.total} bytes before this link was admitted; at most "
+                f"{self._limits.join_bytes} are taken until then (Limits.join_bytes)"
+            )
+
+    @property
+    def _most(self) -> Allowance:
+        """What the peer may send; before it is admitted `_check_join` says more."""
+        return Allowance.of(self._limits) if self.allowance is None else self.allowance
+
     def _begin_message(self, header: Header, shape: tuple[int, ...]) -> Assembly:
         """Checks what a message declares; only then allocates its buffer."""
         assembly = Assembly(header, shape, self._reader.last_read_s)
@@ -162,10 +189,12 @@ class Inbox:
             self._check_tensor(assembly)
             assembly.buffer, assembly.lease = self._pool.take(header.total)
             return assembly
-        if header.total > self._limits.control_bytes or header.rank:
+        most_bytes = self._most.control_bytes
+        if header.total > most_bytes or header.rank:
             raise LimitError(
-                f"a {Kind(header.kind).name.lower()} message of {header.total} bytes; "
-                f"at most {self._limits.control_bytes} are taken (Limits.control_bytes)"
+                f"a {Kind(header.kind).name.lower()} message of {header.total} bytes and rank "
+                f"{header.rank}; at most {most_bytes} bytes of rank 0 are taken "
+                "(Limits.control_bytes, Allowance.control_bytes)"
             )
         if header.kind == Kind.MANIFEST and self._bundle is not None:
             raise FrameError("a manifest arrived before the bundle before it was complete")
@@ -181,11 +210,14 @@ class Inbox:
         codec = codec_of(header.codec)
         codec.check(dtype, header.codec_parameter)
         raw_bytes = array_bytes(dtype, assembly.shape)
-        if header.rank > limits.rank or max(raw_bytes, header.total) > limits.message_bytes:
+        held_bytes = max(raw_bytes, header.total)
+        most_bytes = self._most.bundle_bytes if header.flags & _BUNDLE else self._most.tensor_bytes
+        if header.rank > limits.rank or held_bytes > most_bytes:
+            which = "bundle_bytes" if header.flags & _BUNDLE else "tensor_bytes"
             raise LimitError(
-                f"{tag}: rank {header.rank} and {max(raw_bytes, header.total)} bytes declared; "
-                f"at most {limits.rank} and {limits.message_bytes} are taken (Limits.rank, "
-                "Limits.message_bytes)"
+                f"{tag}: rank {header.rank} and {held_bytes} bytes declared; at most "
+                f"{limits.rank} and {most_bytes} are taken (Limits.rank, Limits.message_bytes, "
+                f"Allowance.{which})"
             )
         # A shape such as (2**60, 0) has no bytes, and yet is none that numpy can hold.
         if any(size > 1 << 48 for size in assembly.shape):
@@ -208,8 +240,11 @@ class Inbox:
                 raise FrameError(f"{tag}: tensor {header.part} of a bundle arrived out of turn")
             if header.role != Role.WEIGHT:
                 raise FrameError(f"{tag}: only weights travel in bundles")
-            if bundle.raw_bytes + max(raw_bytes, header.total) > limits.message_bytes:
-                raise LimitError(f"bundle {bundle.name} exceeds {limits.message_bytes} bytes")
+            if bundle.held_bytes + held_bytes > most_bytes:
+                raise LimitError(
+                    f"bundle {bundle.name} exceeds {most_bytes} bytes (Limits.message_bytes, "
+                    "Allowance.bundle_bytes)"
+                )
         elif bundle is not None:
             raise FrameError(f"{tag}: arrived within bundle {bundle.name} but is no part of it")
         assembly.codec, assembly.dtype = codec, dtype
@@ -234,6 +269,7 @@ class Inbox:
             return
         self._lanes[lane] = None
         if assembly.header.kind == Kind.CONTROL:
+            self._joined = True
             body = read_json(assembly).get("body")
             if not isinstance(body, dict):
                 raise FrameError("a control message without a body")
@@ -247,6 +283,7 @@ class Inbox:
             bundle.payloads[bundle.names[len(bundle.payloads)]] = assembly.payload()
             bundle.nbytes += assembly.header.total
             bundle.raw_bytes += assembly.raw_bytes
+            bundle.held_bytes += max(assembly.raw_bytes, assembly.header.total)
             if assembly.lease is not None:
                 bundle.leases.append(assembly.lease)
             if len(bundle.payloads) == len(bundle.names):
@@ -264,10 +301,11 @@ class Inbox:
         name, names, body = manifest.get("name"), manifest.get("tensors"), manifest.get("body")
         if not isinstance(name, str) or not isinstance(names, list) or not isinstance(body, dict):
             raise FrameError("a manifest without name, tensors and body")
-        if len(names) > self._limits.bundle_tensors:
+        most = self._most.bundle_tensors
+        if len(names) > most:
             raise LimitError(
-                f"bundle {name} declares {len(names)} tensors; at most "
-                f"{self._limits.bundle_tensors} are taken (Limits.bundle_tensors)"
+                f"bundle {name} declares {len(names)} tensors; at most {most} are taken "
+                "(Limits.bundle_tensors, Allowance.bundle_tensors)"
             )
         if not all(isinstance(key, str) for key in names) or len(set(names)) != len(names):
             raise FrameError(f"bundle {name}: the names of its tensors are no distinct texts")

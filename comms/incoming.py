@@ -57,6 +57,7 @@ class Bundle:
     __slots__ = (
         "body",
         "first_byte_s",
+        "held_bytes",
         "leases",
         "name",
         "names",
@@ -76,6 +77,7 @@ class Bundle:
         self.leases: list[Lease] = []
         self.nbytes = 0
         self.raw_bytes = 0
+        self.held_bytes = 0
         self.first_byte_s = head.first_byte_s
         self.sent_clock_s = head.sent_clock_s
 

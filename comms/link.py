@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from comms.allowance import Allowance
 from comms.codec import Array, Encoded
 from comms.errors import ChannelError, PeerLost
 from comms.frame import Role, Tag
@@ -67,6 +68,30 @@ class Link(Stream):
             self._run_ready(READ)
 
         self._loop.post(begin)
+
+    def admit(self, allowance: Allowance | None = None) -> None:
+        """Says what the peer may send from now on; may be called again when that changes.
+
+        A link that a listener accepted is not admitted at first: its peer may send one control
+        message of at most `Limits.join_bytes`, and nothing else until this is called. Whatever
+        goes beyond, then or later, ends the link before anything is allocated for it. A link that
+        `Endpoint.connect` made begins with all that the limits allow, and can be narrowed.
+
+        It holds from the next message that begins to arrive, and before anything that is sent
+        after this call can have reached the peer.
+
+        Args:
+            allowance: what is taken, as far as the endpoint's `Limits` allow it; None is all that
+                they allow.
+        """
+        limits = self._options.limits
+        given = Allowance.of(limits) if allowance is None else allowance.within(limits)
+        self._inbox.allowance = given
+
+    @property
+    def allowance(self) -> Allowance | None:
+        """What the peer may send; None while it is not admitted."""
+        return self._inbox.allowance
 
     def send(
         self,
@@ -240,9 +265,25 @@ class Link(Stream):
         if self._error is not None and not self._outbox.empty:
             raise self._error
 
-    def close(self) -> None:
-        """Ends the link in good order: what waits is still sent, for a second at most."""
-        self._loop.post(self.say_goodbye)
+    def close(self, reason: str = "the run on that side is over") -> None:
+        """Ends the link in good order: what waits is still sent, for a second at most.
+
+        Args:
+            reason: what the peer is told, as the reason of its `PeerClosed`.
+        """
+        self._loop.post(lambda: self.say_goodbye(reason))
+
+    def refuse(self, reason: str) -> None:
+        """Ends the link to a peer that is not wanted, or not any more.
+
+        What waits to be sent is dropped but for the reason, and nothing that still arrives is
+        delivered, except what the I/O thread is handing over at this moment. As after `close`,
+        `on_lost` is not called on this side.
+
+        Args:
+            reason: what the peer is told, as the reason of its `PeerClosed`.
+        """
+        self._loop.post(lambda: self.say_goodbye(reason, refuse=True))
 
     def wait_closed(self, timeout_s: float) -> bool:
         """Waits until the link has ended and returns whether it has."""

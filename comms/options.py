@@ -77,6 +77,7 @@ class Limits:
         message_bytes: largest tensor payload, before and after the codec, and largest sum of a
             bundle's tensors.
         control_bytes: largest control message or bundle manifest.
+        join_bytes: largest control message of a peer that has not been admitted yet.
         rank: largest number of dimensions.
         bundle_tensors: most tensors in one bundle.
         waiting_bytes: what may wait on a link that its owner has not started yet.
@@ -85,6 +86,7 @@ class Limits:
 
     message_bytes: int = 16 << 30
     control_bytes: int = 8 << 20
+    join_bytes: int = 1 << 20
     rank: int = 16
     bundle_tensors: int = 100_000
     waiting_bytes: int = 64 << 20

@@ -166,6 +166,12 @@ class Outbox:
         """Sends GOODBYE behind all that waits."""
         self._goodbye = reason
 
+    def drop_waiting(self) -> None:
+        """Forgets what is not on the wire yet, so that GOODBYE is next."""
+        for queue in (self.control, self.data, self._unacked, self._replay, self._pipe):
+            queue.clear()
+        self.unacked_bytes = 0
+
     def restart(self, received: int, partial_bytes: int, now_s: float) -> None:
         """Begins a connection: what the peer has is dropped, what it lacks is sent again.
 

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
+from comms.allowance import Allowance
 from comms.errors import ChannelError, FrameError, PeerClosed, PeerLost
 from comms.frame import PING, PONG, STATUS, Header, Kind
 from comms.handshake import Terms
@@ -68,6 +69,7 @@ class Stream:
         self._outbox.peer_window_bytes = terms.window_bytes
         self._inbox = Inbox(
             options.limits,
+            Allowance.of(options.limits) if dialled else None,
             options.window_bytes,
             endpoint.pool,
             on_tensor=self._on_tensor,
@@ -98,6 +100,7 @@ class Stream:
         self._early_bytes = 0
         self._error: PeerLost | None = None
         self._closing = False
+        self._refused = False
         self._goodbye_sent = False
         self._drainers: list[threading.Event] = []
         self._closed = threading.Event()
@@ -395,6 +398,9 @@ class Stream:
         return None if offset_s is None else clock_s - offset_s
 
     def _deliver(self, message: Message) -> None:
+        if self._refused:
+            message.release()
+            return
         self._messages_in += 1
         self._payload_in_bytes += message.nbytes
         if self._on_message is not None:
@@ -447,22 +453,33 @@ class Stream:
         """Ends the link because the peer will not resume it."""
         self._lose(PeerLost(f"lost {self.peer} at {self.address}: {error}"))
 
-    def say_goodbye(self) -> None:
-        """Ends the link in good order: what waits is still sent, for a second at most."""
-        if self._closing or self._error is not None:
+    def say_goodbye(self, reason: str, *, refuse: bool = False) -> None:
+        """Ends the link: the peer hears why, for a second at most.
+
+        Args:
+            reason: what the peer is told.
+            refuse: whether what waits is dropped and what still arrives is too, instead of being
+                sent and delivered.
+        """
+        if self._error is not None or (self._closing and not refuse):
             return
+        self._refused |= refuse
         with self._lock:
             self._closing = True
+        if refuse:
+            self._early.clear()
+            self._outbox.drop_waiting()
         if self._transport is None:
             self._lose(self._closed_here())
             return
-        self._outbox.say_goodbye(_goodbye("the run on that side is over"))
+        self._outbox.say_goodbye(_goodbye(reason))
         closed = self._closed_here()
         self._loop.at(time.monotonic() + _LINGER_S, lambda: self._lose(closed))
         self._run_ready(0)
 
     def _closed_here(self) -> PeerLost:
-        return PeerLost(f"the link to {self.peer} was closed on this side")
+        how = "refused" if self._refused else "closed"
+        return PeerLost(f"the link to {self.peer} was {how} on this side")
 
     def abandon(self, error: PeerLost) -> None:
         """Ends the link at once; used when the endpoint closes or its thread has failed."""

@@ -133,11 +133,13 @@ def _serve_channel(host: str, folder: Path | None) -> int:
         else:
             mailbox.put(message)
 
+    def on_link(link: Link) -> None:
+        link.admit()
+        link.start(take, lambda: None, lambda error: None)
+
     threading.Thread(target=consume, daemon=True).start()
     _STATE.setdefault("endpoints", []).append(endpoint)
-    return endpoint.listen(
-        host, 0, lambda link: link.start(take, lambda: None, lambda error: None)
-    )[1]
+    return endpoint.listen(host, 0, on_link)[1]
 
 
 def _serve_grpc(host: str) -> int:
@@ -307,6 +309,7 @@ def start_crowd_server(window_bytes: int) -> int:
 
     def on_link(link: Link) -> None:
         counts["links"] += 1
+        link.admit()
         link.start(take, lambda: None, lambda error: None)
 
     _STATE["crowd"] = (endpoint, counts)

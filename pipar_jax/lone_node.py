@@ -152,6 +152,7 @@ class _Drive:
                 link.start(self._take, _nothing, self._fail)
                 self._links[boundary] = link
                 theirs = arrived.get(timeout=_PATIENCE_S)
+                theirs.admit()
                 theirs.start(self._host.on_message, self._host.wake, self._fail)
                 self._host.wiring.add(boundary, theirs)
 

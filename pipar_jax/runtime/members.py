@@ -296,6 +296,7 @@ class Members:
                 link.send_control({"type": "refused", "reason": reason})
             return
         who = identity.identity(body)
+        link.admit()
         self.by_name[who.name] = Member(link, who)
         self._names[link] = who.name
         if is_node(who.name):

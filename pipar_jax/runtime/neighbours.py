@@ -171,6 +171,7 @@ class Neighbours:
                 )
             )
             return
+        link.admit()
         self._shape(boundary, link)
         self.wiring.add(boundary, link)
 

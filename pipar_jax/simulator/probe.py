@@ -37,6 +37,7 @@ def measure_delay_s(shape: LinkShape, nbytes: int, repeats: int = 9) -> float:
         message.release()
 
     def accept(link: Link) -> None:
+        link.admit()
         link.start(take, _ignore, _ignore)
 
     delays = []

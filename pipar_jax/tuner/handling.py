@@ -72,6 +72,7 @@ def measure_message_s(timeout_s: float = 10.0) -> float:
         message.release()
 
     def accept(link: Link) -> None:
+        link.admit()
         link.start(take, _ignore, _ignore)
 
     with Endpoint("tuner-server") as server, Endpoint("tuner-device") as device:
@@ -129,6 +130,7 @@ class _Rehearsal:
         """Links the host with its peer."""
 
         def accept(link: Link) -> None:
+            link.admit()
             link.start(self._host.on_message, self._host.wake, self._told.put)
             self._told.put(link)
 

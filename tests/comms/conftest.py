@@ -38,6 +38,16 @@ class Collector:
         return self.lost.get(timeout=timeout_s)
 
 
+def admitting(on_link: Callable[[Link], object]) -> Callable[[Link], None]:
+    """Returns what to listen with where every peer is welcome to all that the limits allow."""
+
+    def admit(link: Link) -> None:
+        link.admit()
+        on_link(link)
+
+    return admit
+
+
 @dataclass
 class Pair:
     """A listening endpoint, a connected one and their two ends of one link."""
@@ -75,7 +85,7 @@ class Workshop:
         server = self.endpoint("server", options)
         client = self.endpoint("device 0", client_options or options)
         links: queue.Queue[Link] = queue.Queue()
-        _, port = server.listen("127.0.0.1", 0, links.put)
+        _, port = server.listen("127.0.0.1", 0, admitting(links.put))
         reached = port if through is None else through(port)
         up = client.connect("127.0.0.1", reached, name_of_peer="server", timeout_s=10, shape=shape)
         down = links.get(timeout=10)

@@ -12,6 +12,7 @@ import pytest
 from comms import ChannelOptions, Endpoint, Role, Tag
 from pipar_jax import channel_peers
 from pipar_jax.pinned import PinnedProcess
+from tests.comms.conftest import admitting
 
 
 def test_devices_share_one_thread_and_get_equal_turns(workshop):
@@ -21,7 +22,7 @@ def test_devices_share_one_thread_and_get_equal_turns(workshop):
     def on_link(link):
         link.start(arrived.put, lambda: None, lambda error: None)
 
-    _, port = server.listen("127.0.0.1", 0, on_link)
+    _, port = server.listen("127.0.0.1", 0, admitting(on_link))
     client = workshop.endpoint("devices")
     threads = threading.active_count()
     devices, tensors = 40, 10
@@ -57,7 +58,7 @@ def test_a_busy_link_does_not_starve_a_small_one(workshop):
 
         link.start(take, lambda: None, lambda error: None)
 
-    _, port = server.listen("127.0.0.1", 0, on_link)
+    _, port = server.listen("127.0.0.1", 0, admitting(on_link))
     busy = workshop.endpoint("busy").connect("127.0.0.1", port, name_of_peer="s", timeout_s=5)
     quiet = workshop.endpoint("quiet").connect("127.0.0.1", port, name_of_peer="s", timeout_s=5)
     large = np.zeros(64 << 20, np.uint8)
@@ -101,7 +102,7 @@ def test_a_tensor_of_more_than_two_gibibytes_crosses():
     messages: queue.Queue = queue.Queue()
     with Endpoint("server") as server, Endpoint("client") as client:
         _, port = server.listen(
-            "127.0.0.1", 0, lambda link: link.start(messages.put, lambda: None, lambda e: None)
+            "127.0.0.1", 0, admitting(lambda link: link.start(messages.put, lambda: None, print))
         )
         link = client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=5)
         array = np.arange((1 << 29) + 1000, dtype=np.uint32)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comms import ChannelError, FrameError, Limits, Role, Tag
+from comms import Allowance, ChannelError, FrameError, Limits, Role, Tag
 from comms.buffers import BufferPool
 from comms.frame import (
     DTYPES,
@@ -135,9 +135,11 @@ class Pipe:
 class Received:
     def __init__(self, limits=None, window_bytes=1 << 30):
         self.tensors, self.controls, self.bundles, self.signals = [], [], [], []
+        limits = limits or Limits()
         self.inbox = Inbox(
-            limits or Limits(), window_bytes, BufferPool(0), on_tensor=self.tensors.append,
-            on_bundle=self.bundles.append, on_signal=lambda *signal: self.signals.append(signal),
+            limits, Allowance.of(limits), window_bytes, BufferPool(0),
+            on_tensor=self.tensors.append, on_bundle=self.bundles.append,
+            on_signal=lambda *signal: self.signals.append(signal),
             on_control=lambda body, _: self.controls.append(body),
         )  # fmt: skip
 

@@ -19,6 +19,7 @@ from comms import ChannelOptions, CodecError, Endpoint, Limits, Role, Tag
 from comms.frame import HEADER_BYTES, PING, PONG, STATUS, Header, Kind, pack_header
 from comms.handshake import ClientHandshake, Terms
 from comms.incoming import pack_json
+from tests.comms.conftest import admitting
 
 LIMITS = Limits(message_bytes=1 << 20, control_bytes=1 << 14, bundle_tensors=8)
 OPTIONS = ChannelOptions(limits=LIMITS, deadline_s=5.0, window_bytes=1 << 20)
@@ -138,7 +139,7 @@ def fuzz(workshop, frames: int, seed: int) -> None:
         else:
             link.start(read_and_release, lambda: None, lambda error: None)
 
-    _, port = server.listen("127.0.0.1", 0, on_link)
+    _, port = server.listen("127.0.0.1", 0, admitting(on_link))
     honest = workshop.endpoint("honest").connect(
         "127.0.0.1", port, name_of_peer="server", timeout_s=5
     )

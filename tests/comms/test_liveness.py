@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from comms import ChannelError, ChannelOptions, ConnectError, PeerClosed, PeerLost, Role, Tag
+from tests.comms.conftest import admitting
 
 #: What a busy machine may add; well below the deadline that most of these tests leave as it is.
 BUSY_S = 5.0
@@ -109,7 +110,7 @@ def test_a_silent_peer_is_lost_within_the_deadline(workshop):
         link.start(lambda message: None, lambda: None, lost.put)
         links.put(link)
 
-    _, port = server.listen("127.0.0.1", 0, on_link)
+    _, port = server.listen("127.0.0.1", 0, admitting(on_link))
     began = time.monotonic()
     with DeafPeer(port).socket:
         error = lost.get(timeout=1.0 + BUSY_S)
@@ -126,7 +127,7 @@ def test_a_peer_that_stops_reading_is_lost_within_the_deadline(workshop):
         link.start(lambda message: None, lambda: None, lost.put)
         links.put(link)
 
-    _, port = server.listen("127.0.0.1", 0, on_link)
+    _, port = server.listen("127.0.0.1", 0, admitting(on_link))
     from comms.frame import PING, Header, Kind, pack_header
 
     with DeafPeer(port).socket as sock:
@@ -170,7 +171,7 @@ def test_an_error_in_a_callback_ends_every_link_and_is_told(workshop):
     def fail(message):
         raise RuntimeError("a bug of the caller")
 
-    _, port = server.listen("127.0.0.1", 0, lambda link: links.put(link))
+    _, port = server.listen("127.0.0.1", 0, admitting(links.put))
     up = client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=5)
     links.get(timeout=5).start(fail, lambda: None, lost.put)
     up.send_control({})

@@ -12,6 +12,7 @@ import pytest
 from comms import ChannelError, ChannelOptions, LinkShape, PeerLost, Role, Tag
 from comms.buffers import ALIGNMENT
 from comms.frame import DTYPES
+from tests.comms.conftest import admitting
 
 MIB = 1 << 20
 
@@ -154,7 +155,7 @@ def test_many_tensors_keep_their_order_both_ways(workshop):
 def test_nothing_is_lost_before_start(workshop):
     server, client = workshop.endpoint("server"), workshop.endpoint("client")
     links: queue.Queue = queue.Queue()
-    _, port = server.listen("127.0.0.1", 0, links.put)
+    _, port = server.listen("127.0.0.1", 0, admitting(links.put))
     up = client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=5)
     for step in range(50):
         up.send(tag(Role.LABEL, step=step), np.full(10, step))
@@ -175,7 +176,7 @@ def test_reading_pauses_while_too_much_waits_for_start(workshop):
     options = ChannelOptions(limits=Limits(waiting_bytes=4 * MIB))
     server, client = workshop.endpoint("server", options), workshop.endpoint("client")
     links: queue.Queue = queue.Queue()
-    _, port = server.listen("127.0.0.1", 0, links.put)
+    _, port = server.listen("127.0.0.1", 0, admitting(links.put))
     up = client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=5)
     for step in range(32):
         up.send(tag(Role.WEIGHT, step=step), np.full(MIB, step, np.uint8))

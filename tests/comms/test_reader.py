@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from comms.allowance import Allowance
 from comms.buffers import BufferPool
 from comms.frame import HEADER_BYTES, Header, Kind, Role, dtype_code, pack_header
 from comms.inbox import Inbox
@@ -110,7 +111,8 @@ def test_only_large_frames_on_fast_links_gather(rate, size, wake):
     """Half a millisecond's bytes, from 64 KiB to 512 KiB, behind a frame of 64 KiB and more."""
     tensors = []
     inbox = Inbox(
-        Limits(), 1 << 30, BufferPool(0), on_tensor=tensors.append, on_bundle=tensors.append,
+        Limits(), Allowance.of(Limits()), 1 << 30, BufferPool(0),
+        on_tensor=tensors.append, on_bundle=tensors.append,
         on_signal=lambda *signal: None, on_control=lambda *body: None,
     )  # fmt: skip
 

@@ -28,6 +28,7 @@ from comms import (
 from comms.frame import MAGIC, VERSION
 from comms.handshake import ClientHandshake, ServerHandshake, Terms
 from pipar_jax.certificates import add_certificate, make_authority
+from tests.comms.conftest import admitting
 
 TOKEN = "correct horse battery staple"
 PREFACE = struct.Struct("<4sHBBI")
@@ -40,7 +41,7 @@ def connect(workshop, port, options=None, timeout_s=3.0):
 
 def listen(workshop, options=None, name="server"):
     links: queue.Queue = queue.Queue()
-    _, port = workshop.endpoint(name, options).listen("127.0.0.1", 0, links.put)
+    _, port = workshop.endpoint(name, options).listen("127.0.0.1", 0, admitting(links.put))
     return port, links
 
 

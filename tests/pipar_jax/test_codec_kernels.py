@@ -20,6 +20,7 @@ from comms import (
 from comms.block_codec import BlockCodec
 from comms.cast_codec import CastCodec
 from pipar_jax import codec_kernels
+from tests.comms.conftest import admitting
 
 BIT_CODECS = ("bits:1", "bits:8", "bits:23", "bits:6s17", "bits:abs0.01", "bits:rel1e-3",
               "bits:lossless")  # fmt: skip
@@ -160,7 +161,7 @@ def test_a_tensor_coded_on_the_device_crosses_a_link_and_is_decoded_on_the_devic
     links: queue.Queue = queue.Queue()
     messages: queue.Queue = queue.Queue()
     with Endpoint("server", options=options) as server, Endpoint("device") as client:
-        _, port = server.listen("127.0.0.1", 0, links.put)
+        _, port = server.listen("127.0.0.1", 0, admitting(links.put))
         up = client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=5)
         links.get(timeout=5).start(messages.put, lambda: None, lambda error: None)
         up.send(Tag(role=Role.ACTIVATION), codec_kernels.encode_for_link(array, name))
