@@ -257,7 +257,15 @@ def step_actions(
     )
 
 
-def predecessors(plan: Plan, spans: Sequence[Span], position: int, step: int) -> dict[int, Action]:
+def _opens(spans: Sequence[Span], position: int, holder: int | None) -> bool:
+    """Says whether a span of a sequential round opens with the arrival of the device part."""
+    device = spans[position].device
+    return device != (spans[position - 1].device if position else holder)
+
+
+def predecessors(
+    plan: Plan, spans: Sequence[Span], position: int, step: int, holder: int | None = None
+) -> dict[int, Action]:
     """Returns, per stage, what leaves the weights that a step of a round starts from.
 
     Args:
@@ -265,6 +273,7 @@ def predecessors(plan: Plan, spans: Sequence[Span], position: int, step: int) ->
       spans: The round's spans.
       position: Index of the step's span among them.
       step: The step, inside that span.
+      holder: In sequential order, the device that has the device part when the round begins.
     """
     span = spans[position]
     stages = range(plan.devices[span.device].stages)
@@ -274,7 +283,7 @@ def predecessors(plan: Plan, spans: Sequence[Span], position: int, step: int) ->
         return {}
     after: dict[int, Action] = {}
     before = spans[position - 1] if position else None
-    if before is None or before.device != span.device:
+    if _opens(spans, position, holder):
         part = Action(0, RECEIVE_PART, span.device, step)
         after = {s: part for s in stages if plan.devices[span.device].hosts[s] == OWNER}
     if before is not None:
@@ -292,12 +301,15 @@ class RoundSchedule:
       spans: The round's spans.
       samples: Samples in each device's shard.
       batch_size: Samples in a full mini-batch.
+      holder: In sequential order, the device that has the device part when the round begins, and
+        so need not receive it if the first turn is its own; None: the coordinator has it.
     """
 
     plan: Plan
     spans: tuple[Span, ...]
     samples: tuple[int, ...]
     batch_size: int
+    holder: int | None = None
 
     def sizes(self, device: int, step: int) -> tuple[int, ...]:
         """Returns the micro-batch sizes of a device's step."""
@@ -325,17 +337,17 @@ class RoundSchedule:
         """Returns the actions of one step of the span at ``position``.
 
         In sequential order a span opens with the arrival of the device part and closes with
-        handing it on, unless its neighbour is the same device's.
+        handing it on, unless its neighbour is the same device's, or it has the part already.
         """
         span = self.spans[position]
         device = span.device
         micro_batches = len(self.sizes(device, step))
-        after = predecessors(self.plan, self.spans, position, step)
+        after = predecessors(self.plan, self.spans, position, step, self.holder)
         rows = step_actions(self.plan, device, step, micro_batches, after)
         if self.plan.order == "parallel":
             return rows
         before = self.spans[position - 1] if position else None
-        if step == span.first and (before is None or before.device != device):
+        if step == span.first and _opens(self.spans, position, self.holder):
             source = (Action(0, HAND_ON, before.device, before.stop - 1),) if before else ()
             rows = ((Action(0, RECEIVE_PART, device, step), source), *rows)
         last = position + 1 == len(self.spans) or self.spans[position + 1].device != device

@@ -424,7 +424,7 @@ class Worker:
         elif arrays:
             averaged = body["type"] == "trained"  # what is handed on must stay as it is
             kind = SEND_WEIGHTS if averaged else HAND_ON
-            sent = Action(0, kind, int(self._name[1:]), self._step)
+            sent = Action(0, kind, int(self._name[1:]), body.get("step", self._step))
             self._link.send_bundle(
                 body["type"],
                 bundle.pack(arrays),

@@ -181,7 +181,7 @@ class Run:
             dict.fromkeys(range(len(schedule.plan.devices)), self.weight_bytes),
             float(self.config["pipeline"]["window_mb"]) * 1e6,
         )
-        return simulate(schedule, costs, holder=None)
+        return simulate(schedule, costs)
 
     @functools.cached_property
     def links(self) -> dict[tuple[str, str], LinkModel]:

@@ -23,7 +23,7 @@ from pipar_jax import config as configuration
 from pipar_jax import optimizer
 from pipar_jax.config import Config
 from pipar_jax.errors import RunError
-from pipar_jax.plan import OWNER, Plan, device_name, is_node
+from pipar_jax.plan import OWNER, Plan, is_node
 from pipar_jax.policy import Dispatcher, GatedOutlet, policy
 from pipar_jax.runtime import memory, migration
 from pipar_jax.runtime.agenda import Agenda
@@ -304,9 +304,11 @@ class Host:
         limit_mb = configuration.host(self._config, self.name).memory_mb
         memory.check(need, None, limit_mb, self.name, plan)
         self._share = self._share_of(plan)
+        # One replica takes the steps of all devices in turn, or each its own device's.
+        taken = sum(steps) if plan.order == "sequential" else max(steps)
         self._optimizer = optimizer.compiled(
             self._config.optimizer,
-            steps=max(steps),
+            steps=taken,
             proximal_mu=self._config.aggregation.proximal_mu,
         )
         params, state = self._model.init(self._config.seed, only=self._units(plan))
@@ -435,13 +437,13 @@ class Host:
         self._demand.update(enumerate(demand))
         if self._began_s is None:
             self._began_s = time.monotonic()
-        schedule = RoundSchedule(self._plan, spans, self._samples, self._config.data.batch_size)
+        schedule = RoundSchedule(
+            self._plan, spans, self._samples, self._config.data.batch_size, holder
+        )
         self._round = index
         self._executor.start(schedule)
         self._training = True
         self._agenda.start(schedule)
-        if holder is not None and device_name(holder) == self.name:
-            self._agenda.over(Action(0, RECEIVE_PART, holder, spans[0].first))
 
     def _finish_round(self) -> None:
         """Tells that this host's steps are over, with the weights if they are to be averaged."""

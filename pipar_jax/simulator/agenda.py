@@ -144,7 +144,7 @@ class Agenda:
             for span in was.spans
         )
         self.schedule = _Shortened(
-            was.plan, spans, was.samples, was.batch_size, dict(self._left_out)
+            was.plan, spans, was.samples, was.batch_size, was.holder, dict(self._left_out)
         )
         self.last_updates = _last_updates(self.schedule)
 

@@ -16,7 +16,6 @@ from pipar_jax.schedule import (
     HAND_ON,
     LAST,
     MICRO,
-    RECEIVE_PART,
     UPDATE,
     Action,
     RoundSchedule,
@@ -62,9 +61,7 @@ class Prediction:
         return 1.0 - self.busy_s[host] / self.seconds
 
 
-def simulate(
-    schedule: RoundSchedule, costs: Costs, *, collect: bool = True, holder: int | None = None
-) -> Prediction:
+def simulate(schedule: RoundSchedule, costs: Costs, *, collect: bool = True) -> Prediction:
     """Predicts one round.
 
     Args:
@@ -72,13 +69,11 @@ def simulate(
       costs: What they take.
       collect: Whether to return the trace. Without it, a steady state is noticed and the rest of
         a long round extrapolated from it, which gives exactly the same times.
-      holder: In sequential order, the device that has the current device part already; None if
-        the coordinator has it.
 
     Raises:
       ScheduleError: The schedule cannot finish: it deadlocks.
     """
-    simulation = Simulation(schedule, costs, collect=collect, holder=holder)
+    simulation = Simulation(schedule, costs, collect=collect)
     # Actions are tuples by the hundred thousand and in no circle: looking for circles among them
     # would take a third of the time.
     collecting = gc.isenabled()
@@ -104,13 +99,10 @@ class Simulation:
       actions: How many actions are over or under way.
     """
 
-    def __init__(
-        self, schedule: RoundSchedule, costs: Costs, *, collect: bool, holder: int | None
-    ) -> None:
+    def __init__(self, schedule: RoundSchedule, costs: Costs, *, collect: bool) -> None:
         """See ``simulate``."""
         plan = schedule.plan
         self._plan, self._costs, self._collect = plan, costs, collect
-        self._holder = holder
         self.network = Network(costs)
         self._routes: dict[tuple[int, int, str], Route] = {}
         self._gates: dict[tuple[str, int], Gate] = {}
@@ -168,12 +160,8 @@ class Simulation:
             self.at(at_s, self._start, host)
         if self._plan.order == "sequential" and self.agenda.schedule.spans:
             span = self.agenda.schedule.spans[0]
-            if self._holder != span.device:
+            if self.agenda.schedule.holder != span.device:
                 self.exchange.give_part(span.device, span.first)
-            else:
-                host = self.by_name[device_name(span.device)]
-                part = Action(0, RECEIVE_PART, span.device, span.first)
-                self.at(self.network.control(COORDINATOR, 0.0, host.name), self.arrive, host, part)
 
     def _start(self, host: SimulatedHost) -> None:
         """Begins the round on a host."""

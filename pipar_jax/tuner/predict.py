@@ -242,10 +242,14 @@ class Judged(NamedTuple):
 
 
 def round_of(profile: Profile, plan: Plan) -> RoundSchedule:
-    """Returns the first round of a plan on a profile's devices."""
+    """Returns the first round of a plan on a profile's devices.
+
+    In sequential order the last device has the device part, as when a later round begins.
+    """
     samples = tuple(one.samples for one in profile.devices)
     steps = [profile.steps(device) for device in range(len(samples))]
-    return RoundSchedule(plan, rounds(plan, steps, 1)[0], samples, profile.batch_size)
+    holder = len(samples) - 1 if plan.order == "sequential" else None
+    return RoundSchedule(plan, rounds(plan, steps, 1)[0], samples, profile.batch_size, holder)
 
 
 def rounds_per_epoch(profile: Profile, plan: Plan) -> float:
@@ -265,8 +269,7 @@ def judge(stages: Stages, plan: Plan) -> Judged:
     Raises:
       ScheduleError: The plan deadlocks.
     """
-    found = simulate_round(round_of(stages.profile, plan), stages.costs(plan), collect=False,
-                           holder=_holder(plan))  # fmt: skip
+    found = simulate_round(round_of(stages.profile, plan), stages.costs(plan), collect=False)
     return Judged(plan, found.seconds * rounds_per_epoch(stages.profile, plan), found)
 
 
@@ -281,7 +284,7 @@ def simulate(plan: Plan, profile: Profile) -> Trace:
       ScheduleError: The plan deadlocks.
     """
     costs = Stages(profile).costs(plan)
-    return simulate_round(round_of(profile, plan), costs, holder=_holder(plan)).trace
+    return simulate_round(round_of(profile, plan), costs).trace
 
 
 def loads(stages: Stages, judged: Judged) -> Mapping[str, float]:
@@ -299,8 +302,3 @@ def loads(stages: Stages, judged: Judged) -> Mapping[str, float]:
                 busiest[way] = max(busiest[way], carried / link.rate_bytes_s)
     busiest["server"] = found.busy_s[COORDINATOR]
     return {name: min(seconds / found.seconds, 1.0) for name, seconds in busiest.items()}
-
-
-def _holder(plan: Plan) -> int | None:
-    """Returns who holds the device part when a later round begins: the last device."""
-    return len(plan.devices) - 1 if plan.order == "sequential" else None

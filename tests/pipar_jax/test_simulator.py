@@ -111,8 +111,9 @@ def test_a_federated_round_by_hand() -> None:
 def test_a_sequential_round_hands_the_part_on_through_the_coordinator() -> None:
     plan = pair_plan(2, 1, order="sequential", weights="shared")
     costs = Costs(seconds_of, bytes_of, links_of(plan, LinkModel(1e5), LinkModel(1e5)))
-    found = simulate(round_of(plan, steps=2), costs, holder=0)
-    check_rules(found, round_of(plan, steps=2), costs)
+    held = dataclasses.replace(round_of(plan, steps=2), holder=0)
+    found = simulate(held, costs)
+    check_rules(found, held, costs)
     kinds = Counter((host, row.action.kind) for host, row in found.trace.rows())
     assert kinds["d0", "H"] == 2  # handing on, and sending what is handed on
     assert kinds["d0", "RH"] == 0  # it had the part

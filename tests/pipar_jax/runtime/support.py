@@ -97,17 +97,19 @@ def batches(made: Config, samples) -> list[Loader]:
     ]
 
 
-def centralised(made: Config, network, groups, *, weight_decay=0.0):
+def centralised(made: Config, network, groups, tx=None, *, weight_decay=0.0):
     """Plain optax training on given mini-batches; knows nothing of stages, cuts or hosts.
 
     Args:
       made: Where seed and optimiser come from.
       network: The whole model, with group normalisation.
       groups: For each step the list of (x, labels) whose union is the mini-batch.
+      tx: The optimiser, on all weights at once; None: SGD with the configured momentum.
+      weight_decay: The default optimiser's.
     """
     params, state = network.init(made.seed)
     dtype = np.dtype(made.model.dtype)
-    tx = optax.chain(
+    tx = tx or optax.chain(
         optax.add_decayed_weights(weight_decay),
         optax.sgd(made.optimizer.learning_rate, made.optimizer.momentum or None),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import optax
 import pytest
 
 import stages
@@ -62,24 +63,30 @@ def test_so_it_does_with_momentum_and_decay_at_constant_shares(
     assert support.largest_difference(run.params, expected) < RTOL
 
 
-@pytest.mark.parametrize("hand_on", ["epoch", "step"])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("cut", CUTS)
+IN_TURN = [(cut, "constant", samples, hand_on) for cut in CUTS
+           for samples, hand_on in (((14, 14), "epoch"), ((10, 16), "step"))]  # fmt: skip
+IN_TURN += [(1, "constant", (14, 14), "step"), (1, "cosine", (10, 16), "epoch")]
+
+
+@pytest.mark.parametrize(("cut", "decay", "samples", "hand_on"), IN_TURN)
 def test_split_learning_equals_sgd_on_the_devices_in_turn(
-    double, network, cut, momentum, hand_on, tmp_path
+    double, network, cut, decay, samples, hand_on, tmp_path
 ):
-    made = setting("sl", cut, 1, tmp_path, RAGGED)
-    made.optimizer.momentum, made.pipeline.hand_on = momentum, hand_on
-    made.epochs = 2
-    run = support.trained(made, RAGGED, network)
-    loaders = support.batches(made, RAGGED)
-    groups = []
+    """Over three rounds: momentum, and the step size's course, go with the part."""
+    made = setting("sl", cut, 1, tmp_path, samples)
+    made.optimizer.momentum, made.pipeline.hand_on = 0.9, hand_on
+    made.optimizer.decay, made.epochs = decay, 3
+    run = support.trained(made, samples, network)
+    loaders = support.batches(made, samples)
+    groups: list = []
     for epoch in range(made.epochs):
         turns = [(d, s) for d in range(2) for s in range(loaders[d].steps_per_epoch)]
         if hand_on == "step":
             turns.sort(key=lambda turn: (turn[1], turn[0]))
         groups += [[loaders[d].batch(s + epoch * loaders[d].steps_per_epoch)] for d, s in turns]
-    expected = support.centralised(made, network, groups)
+    rate = made.optimizer.learning_rate
+    course = optax.cosine_decay_schedule(rate, len(groups)) if decay == "cosine" else rate
+    expected = support.centralised(made, network, groups, optax.sgd(course, 0.9))
     assert support.largest_difference(run.params, expected) < RTOL
 
 
@@ -98,24 +105,6 @@ def test_devices_with_cuts_of_their_own_aggregate(double, network, tmp_path):
     run = support.trained(made, RAGGED, network)
     expected = support.centralised(made, network, union(made, RAGGED))
     assert support.largest_difference(run.params, expected) < RTOL
-
-
-@pytest.mark.parametrize("method", ["fl", "sl", "sfl", "pipar"])
-def test_a_seeded_run_repeats_bit_for_bit(method, tmp_path):
-    """Also when a slow link changes what arrives first."""
-    network = support.model("cnn", "float32", "batch")
-    runs = []
-    for i, link in enumerate(("none", "20/20/4ms")):
-        made = setting(method, 2, 3, tmp_path / str(i), RAGGED, name="cnn", dtype="float32")
-        made.model.norm = "batch"
-        made.aggregation.every, made.optimizer.momentum = "2 steps", 0.9
-        made.devices.overrides = {0: {"link": link}}
-        runs.append(support.trained(made, RAGGED, network))
-    for variables in ("params", "state"):
-        first, second = (getattr(run, variables) for run in runs)
-        for unit, arrays in first.items():
-            for path, array in arrays.items():
-                np.testing.assert_array_equal(array, second[unit][path])
 
 
 def test_methods_agree_when_devices_take_different_numbers_of_steps(double, network, tmp_path):

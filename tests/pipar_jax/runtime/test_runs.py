@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -17,8 +16,6 @@ from pipar_jax import certificates
 from pipar_jax.api import load, run_here, train
 from pipar_jax.config import RULES, resolve
 from pipar_jax.errors import ConfigError, DataError, JoinError, PeerError, PiparError, RunError
-from pipar_jax.plan import Plan
-from pipar_jax.schedule import COMPUTE, RoundSchedule, rounds
 from pipar_jax.server import run_server
 from pipar_jax.worker import run_device
 from tests.pipar_jax.runtime import support
@@ -70,30 +67,11 @@ def test_the_keys_of_saved_weights_do_not_depend_on_the_cut(network, tmp_path):
     assert all(key.split("/")[0] in network.unit_names for key in keys[0])
 
 
-@pytest.mark.parametrize("method", ["fl", "sl", "sfl", "pipar"])
-def test_a_trace_holds_every_action_of_the_schedule_once_and_in_its_order(
-    network, method, tmp_path
-):
+@pytest.mark.parametrize("method", ["sl", "pipar"])
+def test_idle_shares_are_those_of_the_trace(network, method, tmp_path):
     made = setting(tmp_path, method, aggregation__every="epoch", epochs=2)
     run = support.trained(made, SAMPLES, network)
     trace = run.trace()
-    plan = Plan.from_dict(trace.meta["plan"])
-    steps = [-(-n // made.data.batch_size) for n in SAMPLES]
-    times = {}
-    counts = Counter()
-    for _, row in trace.rows():
-        counts[row.action] += 1
-        times[row.action] = row
-    for spans in rounds(plan, steps, made.epochs):
-        schedule = RoundSchedule(plan, spans, SAMPLES, made.data.batch_size)
-        for step in schedule.steps():
-            for action, before in step:
-                if action.kind not in COMPUTE:
-                    continue
-                assert counts[action] == 1, str(action)
-                for one in before:
-                    if one.kind in COMPUTE:  # of the same host, so on the same clock
-                        assert times[one].end_s <= times[action].start_s + 1e-6, (one, action)
     assert len(trace.rounds) == made.epochs
     for interval in trace.rounds:
         for host in ("server", "d0", "d1"):
