@@ -16,7 +16,7 @@ from typing import Self, TypeAlias
 
 from comms.buffers import BufferPool
 from comms.dial import Address, Dial
-from comms.errors import ChannelError, ConnectError, HandshakeError, PeerLost
+from comms.errors import ChannelError, ConnectError, HandshakeError, PeerLost, explain
 from comms.handshake import MAX_NAME, ServerHandshake, Terms
 from comms.link import Link
 from comms.loop import READ, Loop
@@ -115,7 +115,7 @@ class Endpoint:
         except OSError as error:
             sock.close()
             raise ConnectError(
-                f"{self.name} cannot listen on {host} port {port}: {error.strerror}; "
+                f"{self.name} cannot listen on {host} port {port}: {explain(error)}; "
                 "choose another port, or 0 for any free one"
             ) from error
         where = sock.getsockname()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ssl
+
 
 class ChannelError(Exception):
     """Anything the channel refuses or loses; the message says what, where and what to do."""
@@ -41,3 +43,15 @@ class PeerLost(ChannelError):
 
 class PeerClosed(PeerLost):
     """The peer said goodbye and closed its end of the link in good order."""
+
+
+def explain(error: OSError) -> str:
+    """Returns in one line what an error of the system says, or what it was raised with.
+
+    Only errors of the system itself have a number with words to it; ``strerror`` of any other,
+    such as ``FileNotFoundError("put the file into data/")``, is None. Its own text counts then.
+    """
+    reason = getattr(error, "reason", None) if isinstance(error, ssl.SSLError) else None
+    if reason:  # without the position in OpenSSL's source
+        return str(reason).lower().replace("_", " ")
+    return " ".join((error.strerror or str(error) or type(error).__name__).split())

@@ -19,6 +19,8 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
+from comms.errors import explain
+
 _NOTSENT_LOWAT: Final = getattr(socket, "TCP_NOTSENT_LOWAT", None)
 _LINUX: Final = sys.platform.startswith("linux")
 _TLS_WRITE_BYTES = 1 << 17
@@ -98,7 +100,7 @@ class Transport:
         except (BlockingIOError, InterruptedError):
             return None
         except OSError as error:
-            raise ConnectionEnded(f"sending failed: {error.strerror or error}") from error
+            raise ConnectionEnded(f"sending failed: {explain(error)}") from error
 
     def receive(self, first: memoryview, then: memoryview | None = None) -> int | None:
         """Reads into `first`, then into `then`; returns the bytes read, None if it would wait.
@@ -116,7 +118,7 @@ class Transport:
         except (BlockingIOError, InterruptedError):
             return None
         except OSError as error:
-            raise ConnectionEnded(f"receiving failed: {error.strerror or error}") from error
+            raise ConnectionEnded(f"receiving failed: {explain(error)}") from error
         if count == 0:
             raise ConnectionEnded("the peer ended the connection")
         return count
@@ -165,7 +167,7 @@ class TlsTransport(Transport):
                 f"the peer's certificate is refused: {error.verify_message}"
             ) from error
         except (ssl.SSLError, OSError) as error:
-            raise ConnectionEnded(f"the TLS handshake failed: {_reason(error)}") from error
+            raise ConnectionEnded(f"the TLS handshake failed: {explain(error)}") from error
         return None
 
     def wake_at(self, nbytes: int) -> None:
@@ -184,7 +186,7 @@ class TlsTransport(Transport):
             except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
                 return sent or None
             except (ssl.SSLError, OSError) as error:
-                raise ConnectionEnded(f"sending failed: {_reason(error)}") from error
+                raise ConnectionEnded(f"sending failed: {explain(error)}") from error
             sent += count
             offset += count
             while index < len(buffers) and offset >= len(buffers[index]):
@@ -204,7 +206,7 @@ class TlsTransport(Transport):
                 except (ssl.SSLError, OSError) as error:
                     if got:
                         return got  # a broken connection says so again
-                    raise ConnectionEnded(f"receiving failed: {_reason(error)}") from error
+                    raise ConnectionEnded(f"receiving failed: {explain(error)}") from error
                 if count == 0:
                     if got:
                         return got
@@ -225,10 +227,3 @@ def _one_record(buffers: Sequence[memoryview], index: int, offset: int) -> bytes
         if room == 0:
             break
     return b"".join(parts)
-
-
-def _reason(error: OSError) -> str:
-    """Says what an SSL or system error means, without its source position."""
-    if isinstance(error, ssl.SSLError) and error.reason:
-        return str(error.reason).lower().replace("_", " ")
-    return error.strerror or str(error)

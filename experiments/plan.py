@@ -15,6 +15,7 @@ import time
 from rich.console import Console
 
 import configs
+from comms.errors import explain
 from pipar_jax import flags
 from pipar_jax.config import CHAINS, Config
 from pipar_jax.errors import DataError, PlanError
@@ -104,7 +105,7 @@ def read(path: str) -> Profile:
     try:
         return Profile.from_dict(json.loads(pathlib.Path(path).read_text(encoding="utf-8")))
     except OSError as error:
-        raise DataError(f"--profile={path} cannot be read: {error.strerror}") from error
+        raise DataError(f"--profile={path} cannot be read: {explain(error)}") from error
     except (json.JSONDecodeError, PlanError) as error:
         raise DataError(f"--profile={path}: {error}") from error
 

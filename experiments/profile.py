@@ -14,6 +14,7 @@ import time
 from rich.console import Console
 
 import configs
+from comms import errors
 from pipar_jax import flags
 from pipar_jax.config import Config
 from pipar_jax.errors import RunError
@@ -53,7 +54,9 @@ def main(config: Config, own: ProfileFlags) -> None:
         try:
             pathlib.Path(own.json).write_text(json.dumps(profile.to_dict(), indent=1) + "\n")
         except OSError as error:
-            raise RunError(f"--json={own.json} cannot be written: {error.strerror}") from error
+            raise RunError(
+                f"--json={own.json} cannot be written: {errors.explain(error)}"
+            ) from error
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ import numpy as np
 import stages
 from pipar_jax import checkpoint
 from pipar_jax import config as configuration
+from pipar_jax import data as datasets
 from pipar_jax.config import Config, resolve
-from pipar_jax.data import Dataset, normalise
+from pipar_jax.data import Dataset, make_queries, normalise
 from pipar_jax.errors import PeerError, RunError
-from pipar_jax.plan import device_name
+from pipar_jax.plan import COORDINATOR, device_name
 from pipar_jax.runtime.folder import CONFIG, METRICS, TRACE
 from pipar_jax.server import run_server
 from pipar_jax.trace import Trace
@@ -69,13 +70,26 @@ class Run:
         return Trace.load(self.folder / TRACE)
 
     def logits(self, images: Any) -> np.ndarray[Any, Any]:
-        """Returns the model's logits [batch, classes] for raw images [batch, …], as stored."""
+        """Returns the model's logits [batch, classes] for raw images.
+
+        Args:
+          images: [batch, height, width, channels] as they are stored, of the type that the run was
+            trained on: uint8, or floats scaled as the training data were.
+
+        Raises:
+          DataError: There is no image, or shape, type or a number does not fit.
+        """
         mean, std = (np.asarray(self.facts[name], np.float32) for name in ("mean", "std"))
-        x = normalise(np.asarray(images), mean, std)
+        checked = make_queries(images, self.facts["input_shape"], self.facts["images"])
+        x = normalise(checked, mean, std)
         return np.asarray(stages.predict(self.model, self.params, self.state, jnp.asarray(x)))
 
     def predict(self, images: Any) -> np.ndarray[Any, Any]:
-        """Returns the most likely class [batch] of raw images [batch, …]."""
+        """Returns the most likely class [batch] of raw images; see ``logits``.
+
+        Raises:
+          DataError: There is no image, or shape, type or a number does not fit.
+        """
         found: np.ndarray[Any, Any] = np.argmax(self.logits(images), axis=-1)
         return found
 
@@ -139,6 +153,7 @@ def train(
 
     Raises:
       ConfigError: The configuration cannot work.
+      DataError: Data or model are wrong or do not fit each other; nothing was started then.
       PiparError: The run failed.
     """
     names = () if model is None else (config.model.name,)
@@ -169,14 +184,11 @@ def run_here(
       on_event: Takes every event as it happens.
 
     Raises:
+      DataError: Data or model are wrong or do not fit each other; nothing was started then.
       PiparError: The run failed; of several hosts' errors, the first that is not about a peer.
     """
+    own = _admit(config, model, data)
     count = config.devices.count
-    if data is not None and len(data) != count + 1:
-        raise RunError(
-            f"train() got {len(data)} datasets for {count} devices: give one per device and the "
-            "one with the test split last"
-        )
     listening: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
     stop = threading.Event()
     errors: list[BaseException] = []
@@ -201,7 +213,6 @@ def run_here(
         threads.append(threading.Thread(target=guarded, args=(role,), name=f"pipar-{name}"))
         threads[-1].start()
 
-    own: Sequence[Dataset | None] = data or [None] * (count + 1)
     start("server", run_server, on_event=tell, data=own[-1])
     address = listening.get()
     if address is not None:
@@ -220,3 +231,35 @@ def run_here(
     if errors:
         raise next((e for e in errors if not isinstance(e, PeerError)), errors[0])
     return Path(config.run.dir) / config.name
+
+
+def _admit(
+    config: Config, model: Model | None, data: Sequence[Dataset] | None
+) -> Sequence[Dataset]:
+    """Returns every device's dataset and, last, the server's, all looked at beside the model."""
+    if model is not None and not isinstance(model, Model):
+        raise RunError(
+            f"train() got a {type(model).__name__} as model: make a stages.Model of it with "
+            "Model.from_module or Model.from_units"
+        )
+    hosts = [*(device_name(index) for index in range(config.devices.count)), COORDINATOR]
+    if data is None:
+        loaded = [datasets.load_device(config, index) for index in range(config.devices.count)]
+        own = [*loaded, datasets.load_server(config)]
+    elif isinstance(data, Dataset) or len(data) != len(hosts):
+        got = "one dataset" if isinstance(data, Dataset) else f"{len(data)} datasets"
+        raise RunError(
+            f"train() got {got} for {config.devices.count} devices: give one per device and the "
+            "one with the test split last"
+        )
+    else:
+        own = [
+            datasets.admit(one, "test" if host == COORDINATOR else "train", host)
+            for host, one in zip(hosts, data, strict=True)
+        ]
+    if model is None:
+        datasets.check_alike(zip(reversed(hosts), reversed(own), strict=True))
+    else:
+        for host, one in zip(hosts, own, strict=True):
+            datasets.check_fits(one, model.classes, model.input_shape, host)
+    return own

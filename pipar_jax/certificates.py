@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from comms.errors import explain
 from pipar_jax.errors import PiparError
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
@@ -69,7 +70,7 @@ def make_authority(folder: str | os.PathLike[str], *, days: int = 30) -> Certifi
     try:
         files.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
-        raise PiparError(f"cannot make the folder {files.folder}: {error.strerror}") from error
+        raise PiparError(f"cannot make the folder {files.folder}: {explain(error)}") from error
     _make_key(files.authority_key)
     _openssl(
         "req", "-x509", "-new", "-key", str(files.authority_key), "-sha256", "-days", str(days),

@@ -147,6 +147,8 @@ def read_token(token: str | None) -> str | None:
     Raises:
       ConfigError: It is not there, or empty.
     """
+    from comms.errors import explain
+
     kind, _, rest = (token or "").partition(":")
     if kind == "env":
         if not os.environ.get(rest):
@@ -159,7 +161,7 @@ def read_token(token: str | None) -> str | None:
             token = pathlib.Path(rest).read_text().strip()
         except OSError as error:
             raise ConfigError(
-                f"network.token={token!r} cannot be read: {error.strerror}"
+                f"network.token={token!r} cannot be read: {explain(error)}"
             ) from error
     if token == "":
         raise ConfigError("network.token is empty: give a secret, or none to go without")
@@ -207,6 +209,11 @@ def _check_data(config: Config) -> None:
         raise ConfigError(
             f"data.classes={data.classes} is for own data, and data.source={data.source!r} knows "
             "its classes: leave it 0"
+        )
+    if data.scale and data.source in PUBLIC_SOURCES:
+        raise ConfigError(
+            f"data.scale={data.scale:g} is for own data, and data.source={data.source!r} is "
+            "normalised as it is: leave it 0"
         )
     if data.test_source:
         if data.source in PUBLIC_SOURCES:

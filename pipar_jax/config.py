@@ -65,6 +65,10 @@ class DataConfig:
     classes: int = option(
         0, "for own data: number of classes; 0: as the data say, or highest label + 1", at_least=0
     )
+    scale: float = option(
+        0.0, "for own data: what stored numbers are divided by, such as 255 for pixels; 0: as the "
+        "data say", at_least=0,
+    )  # fmt: skip
     data_dir: str = option("", "folder of prepared TFDS data sets; empty: TFDS's own default")
     cache_dir: str = option("", "folder for decoded arrays; empty: the user's cache folder")
     partition: str = option("iid", "how a public set is dealt to the devices", choices=PARTITIONS)

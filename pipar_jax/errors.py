@@ -6,7 +6,14 @@ was expected, what was found and what to do. Binaries print it and leave the tra
 
 
 class PiparError(Exception):
-    """Root of the errors that pipar_jax raises."""
+    """Root of the errors that pipar_jax raises.
+
+    Attributes:
+      of_user: Whether code that the user gave failed; its traceback is worth keeping then, and is
+        that of the error's cause.
+    """
+
+    of_user: bool = False
 
 
 class ConfigError(PiparError):

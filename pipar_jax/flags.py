@@ -21,7 +21,7 @@ from absl import app
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
-from pipar_jax import schema
+from pipar_jax import plugins, schema
 from pipar_jax.config import Config, DeviceConfig, NodeConfig, resolve
 from pipar_jax.errors import ConfigError
 from pipar_jax.process import INTERRUPTED, leave, perform
@@ -185,11 +185,9 @@ def load_preset(name: str, presets: pathlib.Path) -> Config:
     if spec is None or spec.loader is None:
         raise ConfigError(f"--config={name} must be a Python file with a function get_config()")
     loaded = importlib.util.module_from_spec(spec)
-    try:
+    with plugins.guarded(f"--config={name} fails", ConfigError):
         spec.loader.exec_module(loaded)
         config = loaded.get_config()
-    except Exception as error:  # somebody's own code: any error of it is one of the preset
-        raise ConfigError(f"--config={name} fails: {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):
         raise ConfigError(
             f"--config={name}: get_config() must return a pipar_jax.config.Config, got "

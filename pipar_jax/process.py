@@ -26,6 +26,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import stages
+from comms.errors import explain
 from pipar_jax import config as configuration
 from pipar_jax.checks import parse_cpus
 from pipar_jax.config import HIDDEN_TOKEN, Config, from_json
@@ -127,14 +128,16 @@ def perform(task: Callable[[], object], tell: Tell, *, debug: bool, log: str = "
         return INTERRUPTED
     except Exception as error:  # all of them end here: foreseen ones in a line, faults with more
         known = isinstance(error, PiparError | ChannelError | StageError)
+        foreseen = known and not (isinstance(error, PiparError) and error.of_user)
         if known:
             kind, text = type(error).__name__, " ".join(str(error).split())
         elif isinstance(error, OSError):
             kind, text = "RunError", describe_os_error(error)
         else:
             kind, text = "RunError", f"unexpected {type(error).__name__}: {_first_line(error)}"
+        if not foreseen and not isinstance(error, OSError):
             text += f" (traceback in {log})" if log else " (see the traceback with --debug)"
-        if debug or (log and not known):  # in a log it disturbs nobody, and is not lost
+        if debug or (log and not foreseen):  # in a log it disturbs nobody, and is not lost
             traceback.print_exc()
         tell({"event": "process_failed", "kind": kind, "error": text})
         return 1
@@ -150,11 +153,11 @@ def describe_os_error(error: OSError) -> str:
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return (
-            f"{error.strerror}: {error.filename or 'a file'}: give this user the right to write "
+            f"{explain(error)}: {error.filename or 'a file'}: give this user the right to write "
             "there, or choose another folder with --config.run.dir"
         )
     name = f": {error.filename}" if error.filename else ""
-    return f"{error.strerror or type(error).__name__}{name}"
+    return f"{explain(error)}{name}"
 
 
 def leave(code: int) -> NoReturn:
@@ -215,7 +218,7 @@ def _load_config(path: pathlib.Path) -> Config:
     try:
         config = from_json(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{path} cannot be read: {explain(error)}") from error
     if config.network.token == HIDDEN_TOKEN:
         config.network.token = os.environ.get(TOKEN_VARIABLE)
     return config

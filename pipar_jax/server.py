@@ -51,13 +51,19 @@ def run_server(
 
     Raises:
       ConfigError: A sink of ``run.sinks`` cannot be made.
-      DataError: The test set cannot be read.
+      DataError: The test set cannot be read, is wrong, or does not fit the model.
       JoinError: Devices are missing.
       PeerError: A device was lost or failed.
       RunError: This process failed.
     """
     set_precision(config)
     began = time.monotonic()
+    # Before there is a folder: what is refused here leaves nothing behind.
+    dataset = (
+        datasets.load_server(config) if data is None else datasets.admit(data, "test", COORDINATOR)
+    )
+    network = model or build_model(config, dataset.input_shape, dataset.classes)
+    datasets.check_fits(dataset, network.classes, network.input_shape, COORDINATOR)
     folder = RunFolder(Path(config.run.dir) / config.name)
     folder.save_config(config)
     lock = threading.Lock()
@@ -71,8 +77,6 @@ def run_server(
                     sinks.write(event)
                 on_event(event)
 
-        dataset = datasets.load_server(config) if data is None else data
-        network = model or build_model(config, dataset.input_shape, dataset.classes)
         return _serve(config, network, dataset, folder, tell, stop or threading.Event(), script)
 
 
@@ -144,4 +148,5 @@ def _facts(config: Config, dataset: Dataset) -> dict[str, Any]:
         "classes": dataset.classes,
         "mean": dataset.mean.tolist(),
         "std": dataset.std.tolist(),
+        "images": dataset.test.images.dtype.name,
     }

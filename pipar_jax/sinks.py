@@ -17,13 +17,13 @@ is called once, on the server, with the run's folder, and returns an object with
 
 from __future__ import annotations
 
-import importlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from pipar_jax import plugins
 from pipar_jax.errors import ConfigError, RunError
 
 TENSORBOARD = "tensorboard"
@@ -110,9 +110,9 @@ class Sinks:
         self._sinks: list[tuple[str, Sink]] = []
         try:
             for name in names(text):
-                self._sinks.append((name, _maker(name)(folder)))
-        except BaseException:
-            self.close()
+                self._sinks.append((name, _make(name, folder)))
+        except BaseException as error:
+            self._close_after(error)
             raise
 
     def write(self, event: Mapping[str, Any]) -> None:
@@ -122,17 +122,31 @@ class Sinks:
           RunError: A sink failed.
         """
         for name, sink in self._sinks:
-            try:
+            with plugins.guarded(f"{_what(name)} failed", RunError):
                 sink.write(event)
-            except Exception as error:  # whatever a plug-in raises, it ends the run by its name
-                raise RunError(
-                    f"the sink {name} of run.sinks failed: {type(error).__name__}: {error}"
-                ) from error
 
     def close(self) -> None:
-        """Closes all."""
-        for _, sink in self._sinks:
-            sink.close()
+        """Closes all, also those that come after one that fails.
+
+        Raises:
+          RunError: A sink failed: the first of them.
+        """
+        errors = []
+        for name, sink in self._sinks:
+            try:
+                with plugins.guarded(f"{_what(name)} failed", RunError):
+                    sink.close()
+            except RunError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def _close_after(self, error: BaseException) -> None:
+        """Closes all; what goes wrong is a note to the error that came first."""
+        try:
+            self.close()
+        except RunError as late:
+            error.add_note(str(late))
 
     def __enter__(self) -> Sinks:
         """Returns itself."""
@@ -145,7 +159,10 @@ class Sinks:
         trace: TracebackType | None,
     ) -> None:
         """Closes all."""
-        self.close()
+        if error is None:
+            self.close()
+        else:
+            self._close_after(error)
 
 
 def names(text: str) -> Sequence[str]:
@@ -164,16 +181,18 @@ def names(text: str) -> Sequence[str]:
     return found
 
 
-def _maker(name: str) -> Callable[[Path], Sink]:
-    """Returns what makes a sink."""
+def _what(name: str) -> str:
+    return f"the sink {name} of run.sinks"
+
+
+def _make(name: str, folder: Path) -> Sink:
+    """Returns a sink."""
     if name == TENSORBOARD:
-        return TensorBoard
-    module, _, function = name.partition(":")
-    try:
-        found: Callable[[Path], Sink] = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+        return TensorBoard(folder)
+    made: Sink = plugins.find(name, _what(name), ConfigError)(folder)
+    if not all(callable(getattr(made, method, None)) for method in ("write", "close")):
         raise ConfigError(
-            f"run.sinks names {name!r}, which cannot be imported: {error}; the module must be in "
-            "the current folder or installed"
-        ) from error
-    return found
+            f"{_what(name)} must be an object with write(event) and close(), got "
+            f"{type(made).__name__}"
+        )
+    return made

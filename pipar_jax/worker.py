@@ -52,13 +52,18 @@ def run_device(
       stop: Ends the role when set.
 
     Raises:
-      DataError: The device's data cannot be read.
+      DataError: The device's data cannot be read, are wrong, or do not fit the model.
       JoinError: The coordinator cannot be reached or refuses this device.
       PeerError: The coordinator was lost or ended the run because of another host.
       RunError: This device failed.
     """
     set_precision(config)
-    dataset = datasets.load_device(config, index) if data is None else data
+    name = device_name(index)
+    dataset = (
+        datasets.load_device(config, index) if data is None else datasets.admit(data, "train", name)
+    )
+    network = model or build_model(config, dataset.input_shape, dataset.classes)
+    datasets.check_fits(dataset, network.classes, network.input_shape, name)
     loader = Loader(
         dataset.train,
         None,
@@ -70,8 +75,7 @@ def run_device(
         std=dataset.std,
         drop_last=config.data.drop_last,
     )
-    network = model or build_model(config, dataset.input_shape, dataset.classes)
-    worker = Worker(config, device_name(index), network, loader, stop)
+    worker = Worker(config, name, network, loader, stop)
     try:
         worker.run(address, device_facts(loader, network))
     finally:

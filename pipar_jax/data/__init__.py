@@ -7,29 +7,34 @@ Own data are read by the device that owns them and go nowhere else.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipar_jax.config import PUBLIC_SOURCES, Config, DataConfig
 from pipar_jax.config import device as device_config
+from pipar_jax.data.admission import admit, check_alike, check_fits, make_queries
 from pipar_jax.data.loader import Loader, Prefetcher, steps_per_epoch
 from pipar_jax.data.own import load_own
 from pipar_jax.data.partition import partition, partition_table, spread
 from pipar_jax.data.public import load_public
-from pipar_jax.data.types import Dataset, Split, check_fits, empty_split, normalise
+from pipar_jax.data.types import Dataset, Split, empty_split, normalise
 from pipar_jax.errors import DataError
+from pipar_jax.plan import device_name
 
 __all__ = [
     "Dataset",
     "Loader",
     "Prefetcher",
     "Split",
+    "admit",
+    "check_alike",
     "check_fits",
     "load",
     "load_device",
     "load_server",
+    "make_queries",
     "normalise",
     "partition",
     "partition_table",
@@ -72,7 +77,9 @@ def load_device(config: Config, index: int) -> Dataset:
     """
     source = device_config(config, index).data_source or ""
     if source not in PUBLIC_SOURCES:
-        return load_own(source, index, part="train", classes=config.data.classes)
+        return load_own(
+            source, index, part="train", classes=config.data.classes, scale=config.data.scale
+        )
     whole = load_public(source, config.data.data_dir, config.data.cache_dir)
     mine = whole.train.take(_deal(whole, config)[index])
     return dataclasses.replace(whole, train=mine, test=empty_split(whole.input_shape))
@@ -86,7 +93,9 @@ def load_server(config: Config) -> Dataset:
     """
     if config.data.source not in PUBLIC_SOURCES:
         source = config.data.test_source or config.data.source
-        return load_own(source, None, part="test", classes=config.data.classes)
+        return load_own(
+            source, None, part="test", classes=config.data.classes, scale=config.data.scale
+        )
     whole = load_public(config.data.source, config.data.data_dir, config.data.cache_dir)
     test = _cut(whole.test, config.data.test_samples)
     return dataclasses.replace(whole, train=empty_split(whole.input_shape), test=test)
@@ -105,19 +114,26 @@ def table(config: Config) -> str:
 
 
 def prepare(config: Config) -> None:
-    """Decodes a public set, or looks for the files of own data, before any process starts.
+    """Decodes a public set, or reads the files of own data, before any process starts.
+
+    Functions (``module:``) are not called: that is for the processes of their hosts.
 
     Raises:
-      DataError: What the hosts of this machine would miss is named here, once.
+      DataError: What the hosts of this machine would miss or refuse is named here, once.
     """
     if config.data.source in PUBLIC_SOURCES:
         load_public(config.data.source, config.data.data_dir, config.data.cache_dir)
         return
-    sources = [device_config(config, index).data_source for index in range(config.devices.count)]
-    for source in dict.fromkeys([*sources, config.data.test_source]):
-        kind, _, path = (source or "").partition(":")
-        if kind == "npz" and not pathlib.Path(path).expanduser().is_file():
-            raise DataError(f"own data {source!r}: there is no file {path}")
+    check_alike(_files(config))
+
+
+def _files(config: Config) -> Iterator[tuple[str, Dataset]]:
+    """Yields the hosts whose own data are files, with these data, the server's first."""
+    if (config.data.test_source or config.data.source).startswith("npz:"):
+        yield "server", load_server(config)
+    for index in range(config.devices.count):
+        if (device_config(config, index).data_source or "").startswith("npz:"):
+            yield device_name(index), load_device(config, index)
 
 
 def _deal(whole: Dataset, config: Config) -> list[NDArray[np.intp]]:

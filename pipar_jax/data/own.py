@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import importlib
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from pipar_jax.data.types import Dataset, empty_split, make_split
+from comms.errors import explain
+from pipar_jax import plugins
+from pipar_jax.data.admission import Part, as_array, assemble
+from pipar_jax.data.types import Dataset
 from pipar_jax.errors import DataError
 
 
-def load_own(source: str, device: int | None, *, part: str, classes: int = 0) -> Dataset:
+def load_own(
+    source: str, device: int | None, *, part: Part, classes: int = 0, scale: float = 0.0
+) -> Dataset:
     """Returns the data that a host brings itself.
 
     A file ``npz:PATH`` or the mapping that ``module:NAME:FUNCTION`` returns holds ``x_train`` and
     ``y_train`` (on a device) or ``x_test`` and ``y_test`` (on the server), and may hold
-    ``classes`` (else the highest label + 1) and ``mean`` and ``std`` per channel (else uint8
-    images are divided by 255 and others taken as they are). The function is called with the
-    device's index, or None on the server.
+    ``classes`` (else the highest label + 1), ``scale``, and ``mean`` and ``std`` per channel. The
+    function is called with the device's index, or None on the server.
+
+    The network sees ``(x / scale - mean) / std``. Without any of the three floats are taken as they
+    are; whole numbers are refused, since they may be pixels to be divided by 255 as well as codes
+    to be left alone, and their type does not tell: ``scale`` (or ``std``) has to.
 
     Args:
       source: ``npz:PATH`` or ``module:NAME:FUNCTION``.
@@ -29,6 +37,7 @@ def load_own(source: str, device: int | None, *, part: str, classes: int = 0) ->
       part: ``train`` or ``test``: the split that this host needs; the other stays empty.
       classes: Number of classes if the configuration says it, else 0. A device may lack the
         highest label, yet all hosts must build one model.
+      scale: What numbers are divided by if the configuration says it, else 0.
 
     Raises:
       DataError: The source cannot be read, or does not hold what it must.
@@ -41,32 +50,47 @@ def load_own(source: str, device: int | None, *, part: str, classes: int = 0) ->
             f"{source!r} has no {' and no '.join(missing)}: a device needs x_train and y_train, "
             "the server x_test and y_test (or set data.test_source)"
         )
-    split = make_split(values[f"x_{part}"], values[f"y_{part}"], repr(source))
-    if not len(split):
-        raise DataError(f"{source!r}: x_{part} holds no sample")
-    height, width, channels = split.images.shape[1:]
-    shape = (height, width, channels)
-    highest = int(split.labels.max())
-    classes = classes or int(values.get("classes", highest + 1))
-    if highest >= classes:
+    images = as_array(values[f"x_{part}"], f"{source!r}: x_{part}")
+    mean, std = _normalisation(values, scale, repr(source))
+    made = assemble(
+        source, part, images, values[f"y_{part}"],
+        classes=classes or values.get("classes", 0), mean=mean, std=std, where=repr(source),
+    )  # fmt: skip
+    if images.dtype.kind in "iu" and not (scale or values.keys() & {"scale", "std"}):
         raise DataError(
-            f"{source!r}: label {highest} is beyond classes={classes}, counted from 0: raise "
-            "data.classes, or `classes` beside the arrays"
+            f"{source!r}: the images are {images.dtype}, and nothing says how their numbers are "
+            "scaled: give `scale` beside the arrays or set data.scale (255 for pixels, 1 to take "
+            "them as they are), or give `mean` and `std`"
         )
-    scale = 255.0 if split.images.dtype == np.uint8 else 1.0
-    return Dataset(
-        source=source,
-        train=split if part == "train" else empty_split(shape),
-        test=split if part == "test" else empty_split(shape),
-        classes=classes,
-        input_shape=shape,
-        mean=_per_channel(values.get("mean", 0.0), channels, f"{source!r}: mean"),
-        std=_per_channel(values.get("std", scale), channels, f"{source!r}: std"),
-    )
+    return made
 
 
 def _names(part: str) -> tuple[str, ...]:
-    return (f"x_{part}", f"y_{part}", "classes", "mean", "std")
+    return (f"x_{part}", f"y_{part}", "classes", "scale", "mean", "std")
+
+
+def _normalisation(values: Mapping[str, Any], scale: float, where: str) -> tuple[Any, Any]:
+    """Returns mean and standard deviation in units of the stored images, as the data say them."""
+    said = {name: _number(values[name], f"{where}: {name}") for name in _names("")[3:]
+            if name in values}  # fmt: skip
+    if scale and "scale" in said and (said["scale"] != scale).any():
+        raise DataError(
+            f"{where}: scale={said['scale'].tolist()} beside the arrays contradicts data.scale="
+            f"{scale:g}: leave one of them out"
+        )
+    if scale:
+        said["scale"] = np.asarray(scale)
+    factor = said.get("scale", np.ones(()))
+    if factor.size != 1 or not 0 < factor.item() < np.inf:
+        raise DataError(f"{where}: scale must be one number above 0, got {factor.tolist()}")
+    return said.get("mean", np.zeros(())) * factor, said.get("std", np.ones(())) * factor
+
+
+def _number(value: Any, what: str) -> np.ndarray[Any, Any]:
+    try:
+        return np.asarray(value, np.float64)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{what} must be numbers, got {value!r}") from error
 
 
 def _read_npz(path: str, part: str) -> dict[str, Any]:
@@ -77,32 +101,19 @@ def _read_npz(path: str, part: str) -> dict[str, Any]:
                 raise DataError(f"{file} is no .npz file: write it with numpy.savez")
             # Arrays are decompressed when they are asked for: leave those of the other part.
             return {name: arrays[name] for name in arrays.files if name in _names(part)}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(f"own data npz:{path} cannot be read: {error}") from error
+    except FileNotFoundError as error:
+        raise DataError(f"own data npz:{path} cannot be read: there is no file {file}") from error
+    except (OSError, ValueError, EOFError, MemoryError, zlib.error, zipfile.BadZipFile) as error:
+        why = explain(error) if isinstance(error, OSError) else str(error) or type(error).__name__
+        raise DataError(f"own data npz:{path} cannot be read: {why}") from error
 
 
 def _call(rest: str, device: int | None) -> Mapping[str, Any]:
-    name, _, function = rest.partition(":")
-    try:
-        made = getattr(importlib.import_module(name), function)
-    except (ImportError, AttributeError) as error:
-        raise DataError(
-            f"own data module:{rest} cannot be found: {error}; it must be importable from the "
-            "folder in which the command runs"
-        ) from error
-    values = made(device)
+    function = plugins.find(rest, f"own data module:{rest}", DataError)
+    values = function(device)
     if not isinstance(values, Mapping):
         raise DataError(
             f"own data module:{rest} must return a mapping with x_train and y_train, or x_test and "
             f"y_test, got {type(values).__name__}"
         )
     return values
-
-
-def _per_channel(value: Any, channels: int, what: str) -> np.ndarray[Any, np.dtype[np.float32]]:
-    made = np.asarray(value, np.float32).reshape(-1)
-    if made.size not in (1, channels) or not np.isfinite(made).all():
-        raise DataError(f"{what} must be one number, or one for each of {channels} channels")
-    if what.endswith("std") and (made <= 0).any():
-        raise DataError(f"{what} must be above 0, got {made.tolist()}")
-    return np.broadcast_to(made, (channels,)).copy()

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from comms.errors import explain
 from pipar_jax.errors import DataError
 from pipar_jax.predictor.operators import WIDTH, Array, Operator, rows
 
@@ -115,7 +116,7 @@ class Timings:
             with path.open("wb") as file:
                 np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
         except OSError as error:
-            raise DataError(f"{path} cannot be written: {error.strerror}") from error
+            raise DataError(f"{path} cannot be written: {explain(error)}") from error
 
     @classmethod
     def load(cls, path: Path) -> Timings:
@@ -141,7 +142,7 @@ class Timings:
             if any(table.shape != (len(devices), len(layers)) for table in tables):
                 raise ValueError("a table does not fit its devices and layers")
         except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+            raise DataError(f"{path} cannot be read: {explain(error)}") from error
         except (KeyError, ValueError, TypeError) as error:
             raise DataError(f"{path} holds no times of layers: {error}") from error
         return cls(devices, layers, tables[0], tables[1])

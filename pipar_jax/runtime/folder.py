@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from comms.errors import explain
 from pipar_jax import checkpoint, config
 from pipar_jax.config import Config
 from pipar_jax.trace import Trace
@@ -62,4 +63,4 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(error.errno, explain(error), str(path)) from error

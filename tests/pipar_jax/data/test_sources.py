@@ -240,8 +240,8 @@ def test_each_device_reads_its_own_file_and_the_server_the_test_set(
     config: Config, tmp_path: pathlib.Path
 ) -> None:
     for index in range(2):
-        own(tmp_path / f"{index}.npz", y_train=np.full(6, index))
-    own(tmp_path / "test.npz", x_train=None, y_train=None, classes=5)
+        own(tmp_path / f"{index}.npz", y_train=np.full(6, index), scale=255, classes=5)
+    own(tmp_path / "test.npz", x_train=None, y_train=None, classes=5, scale=255)
     config.data.source = f"npz:{tmp_path}/{{device}}.npz"
     config.data.test_source = f"npz:{tmp_path}/test.npz"
     config = resolve(config)
