@@ -20,6 +20,7 @@ from absl import flags
 from configs import cifar10_vgg5_central
 from pipar_jax import accept_trials, bench
 from pipar_jax.config import Config
+from pipar_jax.files import make_folder
 
 PARTS = ("time", "accuracy", "learning")
 PART = flags.DEFINE_multi_enum("part", PARTS, PARTS, "What to measure; may be repeated.")
@@ -102,8 +103,7 @@ def measure(run: bench.Bench) -> None:
     """Measures the parts that were asked for."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        results = Path(RESULTS.value or name)
-        results.mkdir(parents=True, exist_ok=True)
+        results = make_folder(RESULTS.value or name, "choose another folder with --results")
         for part, function in zip(PARTS, (times, accuracy, learning), strict=True):
             if part in PART.value:
                 function(run, folder, results)

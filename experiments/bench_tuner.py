@@ -18,6 +18,7 @@ from absl import flags
 
 from pipar_jax import adapting_trials, bench, tuner_trials
 from pipar_jax.config import Config, resolve
+from pipar_jax.files import make_folder
 
 PARTS = ("choices", "adapt", "unequal", "search")
 PART = flags.DEFINE_multi_enum("part", PARTS, PARTS, "What to measure; may be repeated.")
@@ -89,8 +90,7 @@ def measure(run: bench.Bench) -> None:
     """Measures the parts that were asked for."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        results = Path(RESULTS.value or name)
-        results.mkdir(parents=True, exist_ok=True)
+        results = make_folder(RESULTS.value or name, "choose another folder with --results")
         for part, function in zip(PARTS, (choices, adapt, unequal, search), strict=True):
             if part in PART.value:
                 function(run, folder, results)

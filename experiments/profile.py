@@ -14,10 +14,8 @@ import time
 from rich.console import Console
 
 import configs
-from comms import errors
-from pipar_jax import flags
+from pipar_jax import files, flags
 from pipar_jax.config import Config
-from pipar_jax.errors import RunError
 from pipar_jax.schema import option
 
 
@@ -32,7 +30,7 @@ def main(config: Config, own: ProfileFlags) -> None:
     """Prints the profile of a resolved configuration's hosts.
 
     Raises:
-      RunError: The file cannot be written.
+      DiskError: The file cannot be written.
     """
     # Here, so that --help and wrong flags need not wait.
     from pipar_jax.tuner import explain, local
@@ -51,12 +49,8 @@ def main(config: Config, own: ProfileFlags) -> None:
         )
     console.print(f"measured in {time.monotonic() - began_s:.1f} s")
     if own.json:
-        try:
-            pathlib.Path(own.json).write_text(json.dumps(profile.to_dict(), indent=1) + "\n")
-        except OSError as error:
-            raise RunError(
-                f"--json={own.json} cannot be written: {errors.explain(error)}"
-            ) from error
+        text = json.dumps(profile.to_dict(), indent=1) + "\n"
+        files.write_text(own.json, text, "choose another file with --json")
 
 
 if __name__ == "__main__":

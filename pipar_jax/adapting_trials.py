@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from pipar_jax import launcher, trials
 from pipar_jax.config import AUTO, Config, resolve
+from pipar_jax.files import write_text
 from pipar_jax.plan import Plan
 from pipar_jax.profile import Profile
 from pipar_jax.tuner.options import Option
@@ -94,7 +95,7 @@ def _trace(folder: Path, phase_s: float) -> str:
     """Writes the bandwidths of the phases; returns the link that follows them."""
     path = folder / f"phases-{phase_s:g}.csv"
     rows = [f"{i * phase_s:g},{mbps:g},{mbps:g}" for i, mbps in enumerate(PHASES_MBPS)]
-    path.write_text("\n".join(["time_s,up_mbps,down_mbps", *rows]) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(["time_s,up_mbps,down_mbps", *rows]) + "\n")
     return f"trace:{path}"
 
 

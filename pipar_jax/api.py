@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from pipar_jax import data as datasets
 from pipar_jax.config import Config, resolve
 from pipar_jax.data import Dataset, make_queries, normalise
 from pipar_jax.errors import PeerError, RunError
+from pipar_jax.events import read_events
 from pipar_jax.plan import COORDINATOR, device_name
 from pipar_jax.runtime.folder import CONFIG, METRICS, TRACE
 from pipar_jax.server import run_server
@@ -113,7 +113,7 @@ def load(folder: str | Path, model: Model | None = None) -> Run:
     path = Path(folder)
     try:
         config = configuration.from_json((path / CONFIG).read_text(encoding="utf-8"))
-        lines = (path / METRICS).read_text(encoding="utf-8").splitlines()
+        metrics = read_events(path / METRICS)
     except OSError as error:
         raise RunError(f"{path} is not the folder of a run: {error}") from error
     facts = checkpoint.facts(path / checkpoint.WEIGHTS)
@@ -127,7 +127,6 @@ def load(folder: str | Path, model: Model | None = None) -> Run:
             dtype=facts["dtype"],
         )
     params, state = checkpoint.load(path / checkpoint.WEIGHTS, model)
-    metrics = tuple(json.loads(line) for line in lines)
     return Run(path, config, model, params, state, metrics, facts)
 
 
@@ -175,7 +174,7 @@ def run_here(
 ) -> Path:
     """Runs server and devices as threads of this process; returns the run's folder.
 
-    Emulated links and slowness work as ever; pinning to cores does not.
+    The folder is a new one: a name that is taken gets a number, as on the command line. Emulated links and slowness work as ever; pinning to cores does not.
 
     Args:
       config: Resolved configuration.
@@ -189,6 +188,10 @@ def run_here(
     """
     own = _admit(config, model, data)
     count = config.devices.count
+    from pipar_jax.launcher import create_folder
+
+    config = dataclasses.replace(config)  # its name becomes that of the folder
+    folder = create_folder(config)
     listening: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
     stop = threading.Event()
     errors: list[BaseException] = []
@@ -230,7 +233,7 @@ def run_here(
         raise
     if errors:
         raise next((e for e in errors if not isinstance(e, PeerError)), errors[0])
-    return Path(config.run.dir) / config.name
+    return folder
 
 
 def _admit(

@@ -49,6 +49,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipar_jax.errors import ConfigError, PiparError
+from pipar_jax.files import write_text
 
 # With --quick, no comparison runs its cases more often than this.
 QUICK_REPEATS = 3
@@ -241,7 +242,8 @@ class Bench:
             rows = [asdict(row) for row in self.rows]
             for row in rows:  # JSON knows no NaN and no infinity
                 row["value"] = row["value"] if math.isfinite(row["value"]) else None
-            self._json_path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            text = json.dumps(rows, indent=1) + "\n"
+            write_text(self._json_path, text, "choose another file with --json")
 
     def _table(self) -> Table:
         table = Table(title=self.title + (" (--quick)" if self.quick else ""), title_justify="left")

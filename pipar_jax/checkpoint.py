@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from pipar_jax.errors import RunError
+from pipar_jax.files import write_tensors
 from stages import Model
 
 #: Name of the file in a run's folder.
@@ -29,6 +29,9 @@ def save(
       params: For each unit its weights by path.
       state: For each unit its batch statistics by path.
       meta: JSON-ready facts kept in the file's header.
+
+    Raises:
+      DiskError: The file cannot be written.
     """
     tensors = {
         f"{unit}/{name}": np.ascontiguousarray(array)
@@ -36,7 +39,7 @@ def save(
         for unit, arrays in variables.items()
         for name, array in arrays.items()
     }
-    save_file(tensors, path, {"pipar_jax": json.dumps(dict(meta))})
+    write_tensors(path, tensors, {"pipar_jax": json.dumps(dict(meta))})
 
 
 def facts(path: Path) -> dict[str, Any]:

@@ -42,3 +42,7 @@ class PeerError(PiparError):
 
 class RunError(PiparError):
     """A run failed on this host for a reason that is not a peer's."""
+
+
+class DiskError(RunError):
+    """A file or a folder cannot be written: a full disk, a quota, a missing right."""

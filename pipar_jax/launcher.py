@@ -21,9 +21,10 @@ from typing import Any
 
 from pipar_jax import data, errors
 from pipar_jax.config import Config, nodes, resolve, to_json
-from pipar_jax.errors import PiparError, RunError
+from pipar_jax.errors import DiskError, PiparError, RunError
+from pipar_jax.files import describe_os_error, write_text
 from pipar_jax.plan import COORDINATOR, device_name
-from pipar_jax.process import TOKEN_VARIABLE, describe_os_error
+from pipar_jax.process import TOKEN_VARIABLE
 
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -68,7 +69,7 @@ def create_folder(config: Config) -> pathlib.Path:
     one found, so that ``run.dir/name`` is the folder on every host.
 
     Raises:
-      RunError: The folder cannot be made or written.
+      DiskError: The folder cannot be made or written.
     """
     base, wanted = pathlib.Path(config.run.dir).expanduser(), config.name
     number = 1
@@ -83,10 +84,12 @@ def create_folder(config: Config) -> pathlib.Path:
                 number += 1
         folder = base / config.name
         (folder / "logs").mkdir()
-        (folder / "config.json").write_text(to_json(config), encoding="utf-8")
+        write_text(folder / "config.json", to_json(config))
+    except DiskError as error:
+        raise DiskError(f"the run's folder cannot be made: {error}") from error
     except OSError as error:
         error.filename = error.filename or str(base / config.name)
-        raise RunError(f"the run's folder cannot be made: {describe_os_error(error)}") from error
+        raise DiskError(f"the run's folder cannot be made: {describe_os_error(error)}") from error
     return folder
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import errno
 import hashlib
 import json
 import os
@@ -32,6 +31,7 @@ from pipar_jax.checks import parse_cpus
 from pipar_jax.config import HIDDEN_TOKEN, Config, from_json
 from pipar_jax.data.cache import user_cache
 from pipar_jax.errors import ConfigError, PiparError
+from pipar_jax.files import describe_os_error
 from pipar_jax.plan import COORDINATOR, is_node
 
 #: Hands the shared secret to child processes: neither files nor command lines show it.
@@ -141,23 +141,6 @@ def perform(task: Callable[[], object], tell: Tell, *, debug: bool, log: str = "
             traceback.print_exc()
         tell({"event": "process_failed", "kind": kind, "error": text})
         return 1
-
-
-def describe_os_error(error: OSError) -> str:
-    """Returns one line about a failed call of the system: what, which file, what to do."""
-    where = f" while writing {error.filename}" if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            f"no space left on the disk{where}: free some, or choose another folder with "
-            "--config.run.dir"
-        )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return (
-            f"{explain(error)}: {error.filename or 'a file'}: give this user the right to write "
-            "there, or choose another folder with --config.run.dir"
-        )
-    name = f": {error.filename}" if error.filename else ""
-    return f"{explain(error)}{name}"
 
 
 def leave(code: int) -> NoReturn:

@@ -60,6 +60,8 @@ class RunState:
             self.phase = f"compute node {event['node']} joined"
         elif kind == "tuned":
             self.phase = f"tuned to {event['plan']}: {event['epoch_s']:.2f} s per epoch predicted"
+        elif kind == "saving":
+            self.phase = f"saving {event['file']}"
         elif kind == "prepared":
             self.phase = "compiled and calibrated"
         elif kind == "run_started":
@@ -230,6 +232,10 @@ def describe(event: Event, state: RunState) -> str | None:
         return f"test accuracy {event['accuracy']:.1%} after epoch {event['epoch']:g}"
     if kind == "run_finished":
         return f"finished in {event['seconds']:.1f} s, test accuracy {event['accuracy']:.1%}"
+    if kind == "saving":
+        return state.phase
+    if kind == "not_kept":
+        return f"the run goes on, but not all of what it tells is kept: {event['reason']}"
     if kind == "failed":
         return f"failed: {event['error']}"
     return None

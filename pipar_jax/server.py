@@ -11,13 +11,14 @@ from typing import Any
 import stages
 from comms import ChannelError, Endpoint
 from pipar_jax import data as datasets
+from pipar_jax.checkpoint import WEIGHTS
 from pipar_jax.config import Config
 from pipar_jax.data import Dataset
 from pipar_jax.errors import PiparError, RunError
 from pipar_jax.plan import COORDINATOR, Plan
 from pipar_jax.runtime.coordinator import Coordinator
 from pipar_jax.runtime.evaluation import Evaluator
-from pipar_jax.runtime.folder import RunFolder
+from pipar_jax.runtime.folder import Record, RunFolder
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.members import Members
 from pipar_jax.runtime.setup import build_model, channel_options, set_precision
@@ -52,6 +53,7 @@ def run_server(
     Raises:
       ConfigError: A sink of ``run.sinks`` cannot be made.
       DataError: The test set cannot be read, is wrong, or does not fit the model.
+      DiskError: The run's files cannot be written; weights are, if there is any way.
       JoinError: Devices are missing.
       PeerError: A device was lost or failed.
       RunError: This process failed.
@@ -66,6 +68,7 @@ def run_server(
     datasets.check_fits(dataset, network.classes, network.input_shape, COORDINATOR)
     folder = RunFolder(Path(config.run.dir) / config.name)
     folder.save_config(config)
+    record = Record(folder)
     lock = threading.Lock()
     with Sinks(config.run.sinks, folder.path) as sinks:
 
@@ -73,11 +76,15 @@ def run_server(
             with lock:
                 event = {**event, "time_s": time.monotonic() - began}
                 if event["event"] != "progress":
-                    folder.add_event(event)
+                    told = record.add(event)
                     sinks.write(event)
+                    if told is not None:
+                        on_event({**told, "time_s": event["time_s"]})
                 on_event(event)
 
-        return _serve(config, network, dataset, folder, tell, stop or threading.Event(), script)
+        return _serve(
+            config, network, dataset, folder, record, tell, stop or threading.Event(), script
+        )
 
 
 def _serve(
@@ -85,6 +92,7 @@ def _serve(
     model: Model,
     dataset: Dataset,
     folder: RunFolder,
+    record: Record,
     tell: Callable[[dict[str, Any]], None],
     stop: threading.Event,
     script: Sequence[Plan],
@@ -120,12 +128,16 @@ def _serve(
         tell({"event": "listening", "host": address[0], "port": address[1]})
         members.admit()
         host.wiring.control.update({name: one.link for name, one in members.by_name.items()})
-        tally = Tally(config, members, folder, tell, stages.parameter_count(model))
+        tally = Tally(config, members, folder, record, tell, stages.parameter_count(model))
         evaluator = Evaluator(model, dataset, config.model.dtype)
-        coordinator = Coordinator(config, model, host, members, evaluator, tally, script)
+
+        def save(params: dict[str, Any], state: dict[str, Any]) -> None:
+            tell({"event": "saving", "file": WEIGHTS})
+            folder.save_weights(params, state, _facts(config, dataset))
+
+        coordinator = Coordinator(config, model, host, members, evaluator, tally, save, script)
         summary = coordinator.run()
-        params, state = coordinator.variables
-        folder.save_weights(params, state, _facts(config, dataset))
+        record.check()
         return summary
     except BaseException as error:
         reason = str(error) if isinstance(error, PiparError) else f"the server failed: {error!r}"

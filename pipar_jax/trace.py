@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipar_jax.errors import RunError
+from pipar_jax.files import replacing
 from pipar_jax.schedule import (
     COMPUTE,
     RECEIVE_BACKWARD,
@@ -144,7 +145,7 @@ class Trace:
                 )
         events.extend(self._arrows())
         other = {"rounds": [list(r) for r in self.rounds], "meta": self.meta}
-        with gzip.open(path, "wt", compresslevel=4) as file:
+        with replacing(path) as aside, gzip.open(aside, "wt", compresslevel=4) as file:
             json.dump({"traceEvents": events, "otherData": other}, file)
 
     def _tracks(self, host: str) -> dict[str, int]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from pipar_jax import launcher, process
 from pipar_jax.config import AUTO, Config, resolve
+from pipar_jax.files import replacing, write_text
 from pipar_jax.pinned import first_cores
 from pipar_jax.plan import Plan
 from pipar_jax.process import Tell
@@ -163,7 +164,7 @@ def kept(results: Path, name: str, measure: Callable[[], Any]) -> Any:
     """
     path = results / f"{name.replace(' ', '_').replace('/', '-')}.json"
     if not path.exists():
-        path.write_text(json.dumps(measure()), encoding="utf-8")
+        write_text(path, json.dumps(measure()), "choose another folder with --results")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -174,7 +175,7 @@ def _launch(config: Config, rounds: int, plans: Sequence[Plan] = ()) -> list[dic
         number += 1
     config.name, config.epochs = f"trial{number}", rounds
     script = json.dumps([plan.to_dict() for plan in plans])
-    _script(config).write_text(script, encoding="utf-8")
+    write_text(_script(config), script)
     events: list[dict[str, Any]] = []
     launcher.launch(config, on_event=events.append, process_module="pipar_jax.trials")
     return events
@@ -192,7 +193,8 @@ def _write_data(path: Path, batch: int, steps: int) -> None:
     for part, count in (("train", steps * batch), ("test", batch)):
         arrays[f"x_{part}"] = rng.integers(0, 256, (count, *INPUT_SHAPE), np.uint8)
         arrays[f"y_{part}"] = rng.integers(0, CLASSES, count, np.int32)
-    np.savez(path, classes=np.array(CLASSES), **arrays)
+    with replacing(path) as aside:
+        np.savez(aside, classes=np.array(CLASSES), **arrays)
 
 
 def _serve(config: Config, tell: Tell) -> None:

@@ -18,6 +18,7 @@ from comms.shaping import parse_link
 from pipar_jax import schedule
 from pipar_jax.alone import Alone, time_alone
 from pipar_jax.config import Config, resolve
+from pipar_jax.files import replacing
 from pipar_jax.methods import plan_for
 from pipar_jax.pinned import first_cores
 from pipar_jax.plan import COORDINATOR
@@ -97,7 +98,8 @@ def write_data(folder: Path, batch: int) -> None:
     for part, count in (("train", STEPS * batch), ("test", batch)):
         arrays[f"x_{part}"] = rng.integers(0, 256, (count, *INPUT_SHAPE), np.uint8)
         arrays[f"y_{part}"] = rng.integers(0, CLASSES, count, np.int32)
-    np.savez(folder / f"data-{batch}.npz", classes=np.array(CLASSES), **arrays)
+    with replacing(folder / f"data-{batch}.npz") as aside:
+        np.savez(aside, classes=np.array(CLASSES), **arrays)
 
 
 def time_network(some: Sequence[Setting], folder: Path) -> dict[str, Alone]:

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from pipar_jax.errors import DataError
+from pipar_jax.files import write_tensors
 from pipar_jax.predictor.operators import FEATURES, KINDS, SIZES, Array, features
 
 #: Numbers in a device's embedding, and units in each hidden layer.
@@ -138,15 +139,13 @@ class Weights(NamedTuple):
         """Writes the network in float16, its prior in float32.
 
         Raises:
-          DataError: It cannot be written.
+          DiskError: It cannot be written.
         """
         arrays = {f"network/{name}": np.asarray(v, np.float16) for name, v in self.values.items()}
         for name in _PLAIN:
             arrays[name] = np.asarray(getattr(self, name), np.float32)
-        try:
-            save_file(arrays, path, metadata={"about": self.about})
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"{path} cannot be written: {error}") from error
+        remedy = "choose another file with --out"
+        write_tensors(path, arrays, {"about": self.about}, remedy)
 
 
 _PLAIN = ("shift", "scale", "hidden_shift", "hidden_scale", "mean", "precision", "low", "high")

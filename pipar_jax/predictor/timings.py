@@ -12,6 +12,7 @@ import numpy as np
 
 from comms.errors import explain
 from pipar_jax.errors import DataError
+from pipar_jax.files import replacing
 from pipar_jax.predictor.operators import WIDTH, Array, Operator, rows
 
 #: The network whose layers every device is known by.
@@ -99,7 +100,7 @@ class Timings:
         """Writes an .npz file without pickles.
 
         Raises:
-          DataError: It cannot be written.
+          DiskError: It cannot be written.
         """
         about = {
             "devices": [list(one) for one in self.devices],
@@ -112,11 +113,8 @@ class Timings:
             "operators": np.concatenate([one.operators for one in self.layers]).astype(np.float32),
             "counts": np.asarray([len(one.operators) for one in self.layers], np.int32),
         }
-        try:
-            with path.open("wb") as file:
-                np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-        except OSError as error:
-            raise DataError(f"{path} cannot be written: {explain(error)}") from error
+        with replacing(path, "choose another file with --out") as aside, aside.open("wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: Path) -> Timings:

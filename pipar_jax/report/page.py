@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipar_jax.errors import PlanError, RunError
+from pipar_jax.errors import DiskError, PlanError
+from pipar_jax.files import write_text
 from pipar_jax.plan import COORDINATOR
 from pipar_jax.report.assets import SCRIPT, STYLE
 from pipar_jax.report.bars import byte_bars, idle_bars
@@ -26,13 +27,14 @@ def write_report(folders: Sequence[Path], target: Path) -> None:
       target: The file to write.
 
     Raises:
-      RunError: A folder cannot be read or the file cannot be written.
+      DiskError: The file cannot be written.
+      RunError: A folder cannot be read.
     """
     page = make_page([read_run(folder) for folder in folders])
     try:
-        target.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"the report cannot be written: {error}") from error
+        write_text(target, page, "choose another file with --output")
+    except DiskError as error:
+        raise DiskError(f"the report cannot be written: {error}") from error
 
 
 def make_page(runs: Sequence[Run]) -> str:

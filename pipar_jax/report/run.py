@@ -13,6 +13,7 @@ from typing import Any
 
 from comms.shaping import parse_link
 from pipar_jax.errors import RunError
+from pipar_jax.events import read_events
 from pipar_jax.idle import idle_causes, total_causes
 from pipar_jax.plan import COORDINATOR, Plan, device_name
 from pipar_jax.schedule import SEND_BACKWARD, SEND_FORWARD, RoundSchedule, rounds
@@ -229,9 +230,8 @@ def read_run(folder: Path) -> Run:
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        events = tuple(json.loads(line) for line in lines if line.strip())
-    except (OSError, ValueError) as error:
+        events = read_events(folder / "metrics.jsonl")
+    except (OSError, ValueError, RunError) as error:
         raise RunError(
             f"{folder} is not the folder of a run: {error}; name a folder below runs/ with "
             "config.json and metrics.jsonl in it"

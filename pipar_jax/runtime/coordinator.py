@@ -7,7 +7,7 @@ activation: those go from host to host.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -45,6 +45,7 @@ class Coordinator:
       members: The devices, all admitted.
       evaluator: Scores the global weights.
       tally: Takes what each round reports, and tells of it.
+      save: Takes the final weights and batch statistics by unit, as soon as they are known.
       script: Plans of the rounds, from the first on; empty: as configured.
     """
 
@@ -56,11 +57,13 @@ class Coordinator:
         members: Members,
         evaluator: Evaluator,
         tally: Tally,
+        save: Callable[[dict[str, Any], dict[str, Any]], None],
         script: Sequence[Plan] = (),
     ) -> None:
         """See the class."""
         self._config, self._model, self._host = config, model, host
         self._members, self._evaluator, self._tally = members, evaluator, tally
+        self._save = save
         who = [members.by_name[device_name(i)].identity for i in range(config.devices.count)]
         self._samples = tuple(one.samples for one in who)
         self._steps = tuple(one.steps for one in who)
@@ -84,13 +87,10 @@ class Coordinator:
         self._demand = [1.0] * len(who)
         self._met: set[Boundary] = set()
 
-    @property
-    def variables(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The global weights and batch statistics by unit."""
-        return self._aggregator.params, self._aggregator.state
-
     def run(self) -> dict[str, Any]:
         """Prepares all hosts, trains all rounds and says goodbye; returns the run's summary.
+
+        The weights are saved before anything else that comes after the last round.
 
         Raises:
           PeerError: A device was lost or failed.
@@ -256,7 +256,7 @@ class Coordinator:
             self._members.send_bundle(
                 name, "store", self._units_of(name), body, codec=self._config.aggregation.codec
             )
-        self._host.store(*self.variables)
+        self._host.store(self._aggregator.params, self._aggregator.state)
 
     def _arrays(self, name: str, mail: Mail) -> dict[str, Any]:
         """Returns a host's trained weights by device, checked if they came over a link."""
@@ -274,7 +274,7 @@ class Coordinator:
         local = self.plan.local_units(host, count)
         held = [unit for unit in self.plan.held_units(host, count) if unit not in local]
         names = [self._model.unit_names[i] for i in held]
-        params, state = self.variables
+        params, state = self._aggregator.params, self._aggregator.state
         return bundle.pack(
             {"whole": {"params": {n: params[n] for n in names},
                        "state": {n: state[n] for n in names}}}
@@ -349,10 +349,13 @@ class Coordinator:
         return index + 1 == len(self._rounds) or (every > 0 and (index + 1) % every == 0)
 
     def _evaluate(self, index: int) -> None:
-        """Scores the global weights; this time belongs to no round."""
+        """Scores the global weights, the last ones once they are saved; it belongs to no round."""
         fetched = self._fetch()
+        variables = self._aggregator.params, self._aggregator.state
+        if index + 1 == len(self._rounds):
+            self._save(*variables)
         start_s = time.monotonic()
-        score = self._evaluator.evaluate(*self.variables)
+        score = self._evaluator.evaluate(*variables)
         self._tally.evaluated(
             index, score.accuracy, score.loss, time.monotonic() - start_s, fetched
         )

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pipar_jax.config import Config
+from pipar_jax.errors import DiskError
 from pipar_jax.plan import Plan, device_name
-from pipar_jax.runtime.folder import RunFolder
+from pipar_jax.runtime.folder import Record, RunFolder
 from pipar_jax.runtime.members import Members
 from pipar_jax.runtime.meter import Totals
 from pipar_jax.runtime.traffic import Traffic
@@ -63,6 +64,7 @@ class Tally:
       config: Resolved configuration.
       members: Whose links count.
       folder: Where the trace goes.
+      record: Learns of it if the trace cannot be kept.
       tell: Takes events.
       parameters: How many parameters the model has.
     """
@@ -72,11 +74,13 @@ class Tally:
         config: Config,
         members: Members,
         folder: RunFolder,
+        record: Record,
         tell: Callable[[dict[str, Any]], None],
         parameters: int,
     ) -> None:
         """See the class."""
         self._config, self._folder, self._tell = config, folder, tell
+        self._record = record
         self._parameters = parameters
         self._traffic = Traffic(members)
         self._trace = Trace()
@@ -212,7 +216,11 @@ class Tally:
     def finish(self) -> dict[str, Any]:
         """Writes the trace, tells that the run is over, and returns that event."""
         if self._config.run.trace:
-            self._folder.save_trace(self._trace)
+            try:
+                self._folder.save_trace(self._trace)
+            except DiskError as error:
+                if (told := self._record.note(error)) is not None:
+                    self._tell(told)
         epochs: dict[int, float] = {}
         for index, seconds in enumerate(self._seconds):
             epoch = index * self._config.epochs // self._rounds

@@ -15,7 +15,6 @@ import os
 import pathlib
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -31,6 +30,7 @@ from pipar_jax import aggregation, optimizer
 from pipar_jax.config import Config, DeviceConfig, NodeConfig, ServerConfig
 from pipar_jax.data.cache import user_cache
 from pipar_jax.errors import PlanError
+from pipar_jax.files import make_folder, write_text
 from pipar_jax.predictor.hosts import facts_of, predict_host
 from pipar_jax.predictor.reference import ReferenceTimes, reference_model, time_reference
 from pipar_jax.profile import NO_HANDLING, CodecProfile, HostProfile, UnitFacts, host_from_dict
@@ -416,7 +416,6 @@ def _cache_path(config: Config, model: Model, sizes: Sequence[int]) -> pathlib.P
 
 def _write(path: pathlib.Path, text: str) -> None:
     """Writes a file at once or not at all: several hosts of a machine may do so together."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
+    remedy = "measure without keeping it with --config.tuner.cache=false"
+    make_folder(path.parent, remedy)
+    write_text(path, text, remedy)
