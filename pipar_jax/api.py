@@ -174,7 +174,8 @@ def run_here(
 ) -> Path:
     """Runs server and devices as threads of this process; returns the run's folder.
 
-    The folder is a new one: a name that is taken gets a number, as on the command line. Emulated links and slowness work as ever; pinning to cores does not.
+    The folder is a new one: a name that is taken gets a number, as on the command line. Emulated
+    links and slowness work as ever; pinning to cores does not.
 
     Args:
       config: Resolved configuration.

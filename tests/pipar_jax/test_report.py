@@ -243,7 +243,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", "fl", FL)
     with pytest.raises(RunError, match="cannot be written"):
         write_report([folder], tmp_path / "missing" / "report.html")
-    (folder / "metrics.jsonl").write_text('{"event": "half')
+    (folder / "metrics.jsonl").write_text('{"event": "half\n{"event": "whole"}\n')
     with pytest.raises(RunError, match="is not the folder of a run"):
         read_run(folder)
 
