@@ -91,7 +91,7 @@ def tensors_of(
     update = stages.make_update(tx)
     held = [stages.select(part, params) for part in parts]
     stats = [stages.select(part, state) for part in parts]
-    opts = [stages.init_opt_state(tx, own) for own in held]
+    opts = [stages.init_opt_state(own, tx) for own in held]
     sums = [part.zeros(own) for part, own in zip(parts, held, strict=True)]
     found: dict[str, Array] = {}
     for at in range(0, len(images) - batch + 1, batch):

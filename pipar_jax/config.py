@@ -96,7 +96,12 @@ class OptimizerConfig:
     beta2: float = option(0.999, "adam: second beta", at_least=0, below=1)
     epsilon: float = option(1e-8, "adam: added to the denominator", above=0)
     weight_decay: float = option(0.0, "L2 (sgd, adam) or decoupled (adamw) decay", at_least=0)
-    clip_norm: float | None = option(None, "clip each replica's gradient to this norm", above=0)
+    clip_norm: float | None = option(
+        None,
+        "clip each replica's gradient, over all its units, to this norm; under a cut each stage is "
+        "a replica of its own",
+        above=0,
+    )
     decay: str = option(
         "constant", "course of the step size over the run", choices=("constant", "cosine", "linear")
     )

@@ -1,7 +1,8 @@
-"""The optimiser of a replica, as an optax transformation that is applied to each unit by itself.
+"""The optimiser of a replica, as optax transformations that are applied to each unit by itself.
 
 Its state is kept per unit, so that a unit can move between hosts with its momentum. FedProx is one
-more gradient transformation: it acts on the replica, wherever its units live.
+more gradient transformation: it acts on the replica, wherever its units live. What is not
+elementwise sees all units of the replica at once (``stages.Joint``).
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ class Compiled(NamedTuple):
     """A transformation with the compiled step of a replica.
 
     Attributes:
-      transformation: The optax transformation.
-      update: What ``stages.make_update`` made of it.
+      transformation: What ``build`` returned, whose ``init`` makes the state of a unit.
+      update: What ``stages.make_update`` made of its parts.
     """
 
     transformation: optax.GradientTransformation
@@ -113,40 +114,48 @@ def compiled(config: OptimizerConfig, *, steps: int, proximal_mu: float = 0.0) -
 
 @functools.lru_cache(maxsize=32)
 def _compiled(fields: tuple[Any, ...], steps: int, proximal_mu: float) -> Compiled:
-    transformation = build(OptimizerConfig(*fields), steps=steps, proximal_mu=proximal_mu)
-    return Compiled(transformation, stages.make_update(transformation))
+    made = parts(OptimizerConfig(*fields), steps=steps, proximal_mu=proximal_mu)
+    return Compiled(optax.chain(*made), stages.make_update(*made))
 
 
 def build(
     config: OptimizerConfig, *, steps: int, proximal_mu: float = 0.0
 ) -> optax.GradientTransformation:
-    """Returns the transformation of a replica.
+    """Returns the transformation of a replica; see ``parts``."""
+    return optax.chain(*parts(config, steps=steps, proximal_mu=proximal_mu))
 
-    Clipping looks at one unit at a time and Adam's moments at one device: neither equals anything
-    centralised once weights are averaged.
+
+def parts(
+    config: OptimizerConfig, *, steps: int, proximal_mu: float = 0.0
+) -> tuple[optax.GradientTransformation, ...]:
+    """Returns what the transformation of a replica is chained of.
+
+    Clipping looks at the gradient of one replica, that is at one stage of one device, and Adam's
+    moments at one device: neither equals anything centralised once weights are averaged. Without a
+    cut a replica is the whole model.
 
     Args:
       config: The optimiser's configuration.
       steps: Steps that a replica takes in the run, for the course of the step size.
       proximal_mu: FedProx's strength; 0 leaves it out.
     """
-    parts: list[optax.GradientTransformation] = []
+    made: list[optax.GradientTransformation] = []
     if proximal_mu:
-        parts.append(add_proximal(proximal_mu))
+        made.append(add_proximal(proximal_mu))
     if config.clip_norm is not None:
-        parts.append(optax.clip_by_global_norm(config.clip_norm))
+        made.append(stages.Joint(*optax.clip_by_global_norm(config.clip_norm)))
     if config.weight_decay and config.name != "adamw":
-        parts.append(optax.add_decayed_weights(config.weight_decay))
+        made.append(optax.add_decayed_weights(config.weight_decay))
     if config.name == "sgd":
         if config.momentum:
-            parts.append(optax.trace(config.momentum, nesterov=config.nesterov))
+            made.append(optax.trace(config.momentum, nesterov=config.nesterov))
     else:
-        parts.append(
+        made.append(
             optax.scale_by_adam(
                 config.momentum, config.beta2, config.epsilon, nesterov=config.nesterov
             )
         )
         if config.weight_decay and config.name == "adamw":
-            parts.append(optax.add_decayed_weights(config.weight_decay))
-    parts.append(optax.scale_by_learning_rate(learning_rate(config, steps)))
-    return optax.chain(*parts)
+            made.append(optax.add_decayed_weights(config.weight_decay))
+    made.append(optax.scale_by_learning_rate(learning_rate(config, steps)))
+    return tuple(made)

@@ -49,7 +49,7 @@ def prepare_jax(
     draw = stages.make_draw(batch)
     held = [stages.select(part, params) for part in parts]
     stats = [stages.select(part, state) for part in parts]
-    opts = [stages.init_opt_state(tx, own) for own in held]
+    opts = [stages.init_opt_state(own, tx) for own in held]
     sums = [part.zeros(own) for part, own in zip(parts, held, strict=True)]
     images, labels = jax.device_put((x, y))
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from stages.registry import build
     from stages.residuals import Residuals
     from stages.stage import Metrics, Stage, cross_entropy, join, predict, select, split
-    from stages.update import OptState, init_opt_state, make_update
+    from stages.update import Joint, OptState, init_opt_state, make_update
 
 _HOMES = {
     "build": "stages.registry",
@@ -41,6 +41,7 @@ _HOMES = {
     "select": "stages.stage",
     "split": "stages.stage",
     "OptState": "stages.update",
+    "Joint": "stages.update",
     "init_opt_state": "stages.update",
     "make_update": "stages.update",
 }
@@ -51,6 +52,7 @@ __all__ = [
     "STEMS",
     "Draw",
     "Facts",
+    "Joint",
     "Metrics",
     "Model",
     "OptState",

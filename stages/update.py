@@ -1,4 +1,4 @@
-"""Optimiser updates, unit by unit."""
+"""Optimiser updates: states unit by unit, and what looks at all units together."""
 
 from __future__ import annotations
 
@@ -17,31 +17,55 @@ Update: TypeAlias = Callable[
 ]
 
 
-def init_opt_state(tx: optax.GradientTransformation, params: Variables) -> OptState:
-    """Returns {unit: optimiser state of the unit}, so that a unit can move with its own."""
-    return {unit: jax.jit(tx.init)(arrays) for unit, arrays in params.items()}
+class Joint(optax.GradientTransformation):  # type: ignore[misc]  # optax is untyped
+    """A transformation that looks at the gradients of all units at once, such as a global norm.
+
+    It keeps no state (``optax.EmptyState``): a unit moves between hosts with its own state alone.
+    """
+
+    __slots__ = ()
 
 
-def make_update(tx: optax.GradientTransformation) -> Update:
+def init_opt_state(params: Variables, *parts: optax.GradientTransformation) -> OptState:
+    """Returns {unit: optimiser state of the unit}, so that a unit can move with its own.
+
+    Args:
+      params: For each unit its weights.
+      *parts: What ``make_update`` takes.
+    """
+    init = jax.jit(optax.chain(*parts).init)
+    return {unit: init(arrays) for unit, arrays in params.items()}
+
+
+def make_update(*parts: optax.GradientTransformation) -> Update:
     """Returns the compiled optimiser step of a mini-batch.
 
     Args:
-      tx: an optax transformation; it is applied to each unit by itself, so transformations
-        that look at all parameters at once (clipping by global norm) see one unit at a time.
+      *parts: optax transformations, applied one after another as ``optax.chain`` does. Each is
+        applied to each unit by itself, and has to be elementwise, or to look at no more than a
+        unit; but a ``Joint`` one is applied to all units at once.
 
     Returns:
       update(params, opt_state, accumulated) -> (params, opt_state, zeroed accumulator); all
-      three arguments are donated.
+      three arguments are donated. The state of each unit is that of ``optax.chain(*parts)``.
     """
 
     def update(
         params: Variables, opt_state: OptState, accumulated: Variables
     ) -> tuple[Variables, OptState, Variables]:
-        new_params: Variables = {}
-        new_state: OptState = {}
-        for unit, arrays in params.items():
-            updates, new_state[unit] = tx.update(accumulated[unit], opt_state[unit], arrays)
-            new_params[unit] = dict(optax.apply_updates(arrays, updates))
+        updates: dict[str, Any] = dict(accumulated)
+        states: dict[str, list[Any]] = {unit: list(opt_state[unit]) for unit in params}
+        for i, part in enumerate(parts):
+            if isinstance(part, Joint):
+                updates, _ = part.update(updates, optax.EmptyState(), params)
+                continue
+            for unit, arrays in params.items():
+                updates[unit], states[unit][i] = part.update(updates[unit], states[unit][i], arrays)
+        new_params = {
+            unit: dict(optax.apply_updates(arrays, updates[unit]))
+            for unit, arrays in params.items()
+        }
+        new_state = {unit: tuple(some) for unit, some in states.items()}
         return new_params, new_state, jax.tree.map(jnp.zeros_like, accumulated)
 
     return jax.jit(update, donate_argnums=(0, 1, 2))

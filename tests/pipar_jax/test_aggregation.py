@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from pipar_jax import optimizer
@@ -113,33 +112,6 @@ def test_without_fedprox_a_new_round_leaves_the_optimiser_alone():
     tx = optimizer.build(OptimizerConfig(), steps=1)
     state = {"unit": tx.init({"w": jnp.ones(2)})}
     assert optimizer.anchor(state, {"unit": {"w": jnp.zeros(2)}}) == state
-
-
-@pytest.mark.parametrize(
-    ("values", "reference"),
-    [
-        ({"momentum": 0.9}, optax.sgd(0.1, 0.9)),
-        ({"momentum": 0.9, "nesterov": True}, optax.sgd(0.1, 0.9, nesterov=True)),
-        ({"name": "adam", "momentum": 0.8}, optax.adam(0.1, b1=0.8)),
-        ({"name": "adamw", "weight_decay": 0.1}, optax.adamw(0.1, weight_decay=0.1)),
-        (
-            {"weight_decay": 0.1, "momentum": 0.0},
-            optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1)),
-        ),
-    ],
-)
-def test_optimisers_are_optaxs(values, reference):
-    made = optimizer.build(OptimizerConfig(learning_rate=0.1, **values), steps=3)
-    params = {"w": jnp.array([1.0, -2.0])}
-    mine, theirs = made.init(params), reference.init(params)
-    ours = hers = params
-    for step in range(3):
-        gradient = {"w": jnp.array([0.3, -0.7]) * (step + 1)}
-        update, mine = made.update(gradient, mine, ours)
-        ours = optax.apply_updates(ours, update)
-        update, theirs = reference.update(gradient, theirs, hers)
-        hers = optax.apply_updates(hers, update)
-        np.testing.assert_allclose(ours["w"], hers["w"], rtol=1e-6)
 
 
 def test_the_step_size_warms_up_and_decays():

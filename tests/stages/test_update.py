@@ -18,7 +18,7 @@ def test_update_equals_optax_on_the_whole_and_zeroes_the_accumulator():
     _, gradient, _ = step(model, (), params, state, x, y)
     reference = params
     whole_state = tx.init(reference)
-    own, opt_state, update = params, stages.init_opt_state(tx, params), stages.make_update(tx)
+    own, opt_state, update = params, stages.init_opt_state(params, tx), stages.make_update(tx)
     own = jax.tree.map(lambda a: a.copy(), own)
     for _ in range(3):
         updates, whole_state = tx.update(gradient, whole_state, reference)
@@ -36,8 +36,8 @@ def test_optimiser_state_is_kept_per_unit():
     model = small_resnet()
     params, _ = model.init(0)
     tx = optax.adam(1e-3)
-    opt_state = stages.init_opt_state(tx, params)
+    opt_state = stages.init_opt_state(params, tx)
     assert tuple(opt_state) == model.unit_names
     for unit in model.unit_names:
-        expected = jax.tree.structure(tx.init(params[unit]))
+        expected = jax.tree.structure((tx.init(params[unit]),))
         assert jax.tree.structure(opt_state[unit]) == expected

@@ -131,6 +131,19 @@ def centralised(made: Config, network, groups, tx=None, *, weight_decay=0.0):
     return params
 
 
+def clip(norm: float, parts) -> optax.GradientTransformation:
+    """Clips the gradient of each run of units by itself, such as that of units 0 and 1."""
+    one = optax.clip_by_global_norm(norm)
+
+    def update(updates, state, params=None):
+        names, clipped = list(updates), {}
+        for first, stop in itertools.pairwise(parts):
+            clipped |= one.update({name: updates[name] for name in names[first:stop]}, state)[0]
+        return clipped, state
+
+    return optax.GradientTransformation(one.init, update)
+
+
 def largest_difference(actual, expected) -> float:
     """The largest difference, relative to the largest element of its array."""
     worst = 0.0

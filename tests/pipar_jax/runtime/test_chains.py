@@ -7,6 +7,7 @@ import socket
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from pipar_jax import methods
@@ -87,6 +88,22 @@ def test_ragged_batches_and_changing_shares_do_not_matter_to_plain_sgd(
     run = train(made, RAGGED, network)
     expected = support.centralised(made, network, union(made, RAGGED))
     assert support.largest_difference(run.params, expected) < RTOL
+
+
+def test_clipping_looks_at_the_gradient_that_all_devices_sum_up(double, network, tmp_path):
+    """One step: what the node updates is all that the devices' own clipping leaves alone."""
+    samples = (7, 5)
+    made = setting(tmp_path, samples, 1, "home", "shared")
+    made.optimizer.clip_norm, made.pipeline.cuts = 0.01, "1,3"
+    run = train(made, samples, network)
+    loaders = support.batches(made, samples)
+    tx = optax.chain(support.clip(0.01, (0, 1, 3, 6)), optax.sgd(made.optimizer.learning_rate))
+    step = [[loader.batch(0) for loader in loaders]]
+    expected = support.centralised(made, network, step, tx)
+    middle = {unit: expected[unit] for unit in ("fc2", "fc3")}
+    assert support.largest_difference(run.params, middle) < RTOL
+    free = support.centralised(made, network, step)
+    assert support.largest_difference(run.params, {unit: free[unit] for unit in middle}) > 1e-4
 
 
 def test_a_chain_of_peers_trains_one_device(double, network, tmp_path):

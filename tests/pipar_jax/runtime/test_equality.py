@@ -139,3 +139,18 @@ def test_a_stage_may_have_nothing_to_learn(double, method, tmp_path):
     run = support.trained(made, samples, network)
     expected = support.centralised(made, network, union(made, samples))
     assert support.largest_difference(run.params, expected) < RTOL
+
+
+@pytest.mark.parametrize(("method", "parts"), [("fl", (0, 9)), ("pipar", (0, 1, 9))])
+def test_clipping_looks_at_all_units_that_a_host_updates_at_once(
+    double, network, method, parts, tmp_path
+):
+    """At the whole model where nothing is cut, at each part by itself under a cut."""
+    made = setting(method, 1, 3, tmp_path, EVEN[:1])
+    made.optimizer.clip_norm, made.optimizer.momentum = 0.1, 0.9
+    run = support.trained(made, EVEN[:1], network)
+    tx = optax.chain(support.clip(0.1, parts), optax.sgd(made.optimizer.learning_rate, 0.9))
+    expected = support.centralised(made, network, union(made, EVEN[:1]), tx)
+    assert support.largest_difference(run.params, expected) < RTOL
+    unclipped = support.centralised(made, network, union(made, EVEN[:1]))
+    assert support.largest_difference(run.params, unclipped) > 1e-3
