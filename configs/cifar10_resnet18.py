@@ -1,7 +1,8 @@
 """ResNet-18 on CIFAR-10 with the small stem; --config.model.stem=imagenet for the paper's.
 
 Command: python -m experiments.train --config=cifar10_resnet18 --config.data.data_dir=FOLDER
-where FOLDER holds CIFAR-10 as TFDS prepares it. The method is a field: --config.method=fl, sl, sfl.
+where FOLDER holds CIFAR-10, as published or as TFDS prepares it; else it is fetched.
+The method is a field: --config.method=fl, sl, sfl.
 """
 
 from pipar_jax.config import Config

@@ -1,9 +1,10 @@
 """ResNet-18 on CIFAR-10 by MP-SL: four devices, three compute nodes, labels stay home.
 
 Command: python -m experiments.train --config=cifar10_resnet18_mpsl --config.data.data_dir=FOLDER
-where FOLDER holds CIFAR-10 as TFDS prepares it. The planner finds the cuts; --config.pipeline.cuts
-names them instead, --config.pipeline.weights=shared keeps one copy of each middle stage for all
-devices, and --config.pipeline.labels=end sends the labels to the last node.
+where FOLDER holds CIFAR-10, as published or as TFDS prepares it; else it is fetched.
+The planner finds the cuts; --config.pipeline.cuts names them instead,
+--config.pipeline.weights=shared keeps one copy of each middle stage for all devices, and
+--config.pipeline.labels=end sends the labels to the last node.
 """
 
 from pipar_jax.config import Config

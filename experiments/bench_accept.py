@@ -4,7 +4,7 @@
 behind 10, 50 and 200 Mbit/s, for even and balanced cuts, raw float32 and coded. All plans of a
 setting are trained in one run, in turns. --part=learning: a chain of four begins with predicted
 times, adapts, and is held against the best partition. Both train CIFAR-10 from --data_dir=FOLDER,
-which holds it as TFDS prepares it, or random images. --part=accuracy: VGG-5 for 10 epochs on a
+as published or prepared, or random images. --part=accuracy: VGG-5 for 10 epochs on a
 chain of two, raw and coded from the same seeds; it needs --data_dir. --results keeps what was
 measured in a folder: it is not measured again.
 
@@ -25,7 +25,7 @@ from pipar_jax.files import make_folder
 PARTS = ("time", "accuracy", "learning")
 PART = flags.DEFINE_multi_enum("part", PARTS, PARTS, "What to measure; may be repeated.")
 ONLY = flags.DEFINE_string("only", "", "Time: only settings whose name contains this.")
-DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder with CIFAR-10 as TFDS prepares it.")
+DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder with CIFAR-10.")
 RESULTS = flags.DEFINE_string("results", "", "Folder that keeps measurements; empty: none is kept.")
 SEEDS = (0, 1, 2)
 #: Below this rate a link is what holds even cuts of raw tensors up; the paper's factor.

@@ -7,7 +7,7 @@ coded on one core beside bfloat16, int8, int4, zstandard, blosc2 (extra `peers`)
 Training: PiPar, and MP-SL over a node with labels at home, on two devices behind 4G (10 Mbit/s up,
 25 down), from the same initial weights on the same shards; only the codecs differ. A pair names
 those of activations and cotangents, "weights" that of averaged weights. With --data_dir=FOLDER,
-which holds CIFAR-10 as TFDS prepares it, VGG-5 learns 4,000 of its images, about 15 minutes;
+which holds CIFAR-10, VGG-5 learns 4,000 of its images, about 15 minutes;
 without, both parts take scikit-learn's digits.
 """
 
@@ -27,7 +27,7 @@ from pipar_jax.data.public import load_public
 from pipar_jax.launcher import launch
 from pipar_jax.pinned import first_cores, pinned
 
-DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder with CIFAR-10 as TFDS prepares it.")
+DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder with CIFAR-10.")
 PART = flags.DEFINE_enum("part", "both", ["both", "tensors", "training"], "What to measure.")
 METHOD = flags.DEFINE_enum(
     "method", "both", ["both", "pipar", "mpsl"], "Trainings by which method."
@@ -64,7 +64,7 @@ def _decode(coder: Any, coded: Iterable[Any], tensors: Iterable[Any]) -> list[An
 def tensors(run: bench.Bench) -> None:
     """Codes real tensors: sizes and errors of each, speeds over all."""
     data = DataConfig(source="cifar10" if DATA_DIR.value else "digits", data_dir=DATA_DIR.value)
-    split = load_public(data.source, data.data_dir, data.cache_dir).train
+    split = load_public(data.source, data).train
     batch, steps = 100, 3 if run.quick else 20
     images = split.images[: batch * steps].astype(np.float32) / 255 - 0.5
     found: dict[str, Any] = {}

@@ -28,7 +28,7 @@ from pipar_jax.plan import COORDINATOR, Plan
 from pipar_jax.recurrence import MicroTimes, measured_step_s
 from pipar_jax.trace import Trace
 
-DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder of prepared TFDS data sets.")
+DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder of public data sets.")
 
 SAMPLES, BATCH, RATE_MBPS = 2000, 100, 50.0
 #: Seconds that the authors' public code needs, by (cut, N), on a machine like this.

@@ -69,7 +69,14 @@ class DataConfig:
         0.0, "for own data: what stored numbers are divided by, such as 255 for pixels; 0: as the "
         "data say", at_least=0,
     )  # fmt: skip
-    data_dir: str = option("", "folder of prepared TFDS data sets; empty: TFDS's own default")
+    data_dir: str = option(
+        "",
+        "folder of public sets, as published or as TFDS prepares them; empty: TFDS's own default, "
+        "and what was fetched",
+    )
+    download: bool = option(
+        True, "fetch a public set that is not there: into data_dir, or the user's cache folder"
+    )
     cache_dir: str = option("", "folder for decoded arrays; empty: the user's cache folder")
     partition: str = option("iid", "how a public set is dealt to the devices", choices=PARTITIONS)
     alpha: float = option(
@@ -522,7 +529,7 @@ def difference(ours: Config, theirs: Config) -> list[str]:
 
 
 _LOCAL = ("name", "debug", "run.", "tuner.", "server.", "network.", "devices.defaults.",
-          "nodes.defaults.", "data.data_dir", "data.cache_dir", "data.source",
+          "nodes.defaults.", "data.data_dir", "data.download", "data.cache_dir", "data.source",
           "data.test_source")  # fmt: skip
 
 

@@ -194,7 +194,7 @@ def _write_data(path: Path, batch: int, steps: int) -> None:
         arrays[f"x_{part}"] = rng.integers(0, 256, (count, *INPUT_SHAPE), np.uint8)
         arrays[f"y_{part}"] = rng.integers(0, CLASSES, count, np.int32)
     with replacing(path) as aside:
-        np.savez(aside, classes=np.array(CLASSES), **arrays)
+        np.savez(aside, classes=np.array(CLASSES), scale=np.array(255), **arrays)
 
 
 def _serve(config: Config, tell: Tell) -> None:

@@ -99,7 +99,7 @@ def write_data(folder: Path, batch: int) -> None:
         arrays[f"x_{part}"] = rng.integers(0, 256, (count, *INPUT_SHAPE), np.uint8)
         arrays[f"y_{part}"] = rng.integers(0, CLASSES, count, np.int32)
     with replacing(folder / f"data-{batch}.npz") as aside:
-        np.savez(aside, classes=np.array(CLASSES), **arrays)
+        np.savez(aside, classes=np.array(CLASSES), scale=np.array(255), **arrays)
 
 
 def time_network(some: Sequence[Setting], folder: Path) -> dict[str, Alone]:

@@ -55,7 +55,7 @@ def load(config: DataConfig) -> Dataset:
             f"data.source={config.source!r} is no public set: a device loads its own with "
             "load_device, the server its test set with load_server"
         )
-    whole = load_public(config.source, config.data_dir, config.cache_dir)
+    whole = load_public(config.source, config)
     return dataclasses.replace(
         whole,
         train=_cut(whole.train, config.train_samples),
@@ -80,7 +80,7 @@ def load_device(config: Config, index: int) -> Dataset:
         return load_own(
             source, index, part="train", classes=config.data.classes, scale=config.data.scale
         )
-    whole = load_public(source, config.data.data_dir, config.data.cache_dir)
+    whole = load_public(source, config.data)
     mine = whole.train.take(_deal(whole, config)[index])
     return dataclasses.replace(whole, train=mine, test=empty_split(whole.input_shape))
 
@@ -96,7 +96,7 @@ def load_server(config: Config) -> Dataset:
         return load_own(
             source, None, part="test", classes=config.data.classes, scale=config.data.scale
         )
-    whole = load_public(config.data.source, config.data.data_dir, config.data.cache_dir)
+    whole = load_public(config.data.source, config.data)
     test = _cut(whole.test, config.data.test_samples)
     return dataclasses.replace(whole, train=empty_split(whole.input_shape), test=test)
 
@@ -109,7 +109,7 @@ def table(config: Config) -> str:
     """
     if config.data.source not in PUBLIC_SOURCES:
         return ""
-    whole = load_public(config.data.source, config.data.data_dir, config.data.cache_dir)
+    whole = load_public(config.data.source, config.data)
     return partition_table(whole.train.labels, _deal(whole, config), whole.classes)
 
 
@@ -122,7 +122,7 @@ def prepare(config: Config) -> None:
       DataError: What the hosts of this machine would miss or refuse is named here, once.
     """
     if config.data.source in PUBLIC_SOURCES:
-        load_public(config.data.source, config.data.data_dir, config.data.cache_dir)
+        load_public(config.data.source, config.data)
         return
     check_alike(_files(config))
 

@@ -58,7 +58,7 @@ def cached(folder: pathlib.Path, key: str, decode: Callable[[], Dataset]) -> Dat
     try:
         if not (home / "about.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
-            with _locked(folder / f"{key}.lock"):
+            with locked(folder / f"{key}.lock"):
                 if not (home / "about.json").exists():
                     _write(home, decode())
         return _read(home)
@@ -110,7 +110,13 @@ def _read(home: pathlib.Path) -> Dataset:
 
 
 @contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[None]:
+def locked(path: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes of this machine out while its body runs.
+
+    Args:
+      path: The file that stands for what is locked; its folder is made if it does not exist.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -1,9 +1,8 @@
-"""Public data sets: scikit-learn's digits, and what TFDS prepared, read without TensorFlow."""
+"""Public data sets without TensorFlow: digits, files as published, and what TFDS prepared."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import logging
 import os
 import pathlib
@@ -12,46 +11,86 @@ from typing import Any
 
 import numpy as np
 
-from pipar_jax.data.cache import cache_folder, cached
+from comms.errors import explain
+from pipar_jax.config import DataConfig
+from pipar_jax.data.archives import find_originals, read_originals
+from pipar_jax.data.cache import cache_folder, cached, locked
+from pipar_jax.data.download import fetch
+from pipar_jax.data.published import SETS
 from pipar_jax.data.types import Dataset, Split
 from pipar_jax.errors import DataError
 
-#: Classes, and mean and standard deviation per channel of the training images scaled to [0, 1].
-_TFDS: dict[str, tuple[int, tuple[float, ...], tuple[float, ...]]] = {
-    "mnist": (10, (0.1307,), (0.3081,)),
-    "cifar10": (10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": (100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "svhn_cropped": (10, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
-}
 _READ_AT_ONCE = 1000
 
 
-def load_public(source: str, data_dir: str, cache_dir: str) -> Dataset:
+def load_public(source: str, config: DataConfig) -> Dataset:
     """Returns a public data set, whole, memory-mapped from the decoded files.
 
+    What TFDS prepared is taken first, then the files as published, from ``data_dir`` or where they
+    were fetched to, and at last they are fetched. The samples and their order are the same.
+
     Args:
-      source: ``digits`` or a TFDS name of ``pipar_jax.config.PUBLIC_SOURCES``.
-      data_dir: Folder of prepared TFDS data sets; empty for TFDS's own default.
-      cache_dir: Folder for decoded arrays; empty for the user's cache folder.
+      source: A name in ``pipar_jax.config.PUBLIC_SOURCES``.
+      config: Where to look, whether to fetch, and where decoded arrays are kept.
 
     Raises:
-      DataError: The set is not prepared and cannot be here, or its files cannot be read.
+      DataError: The set is nowhere and cannot be fetched, or its files cannot be read.
     """
-    folder = cache_folder(cache_dir)
+    folder = cache_folder(config.cache_dir)
     if source == "digits":
         return cached(folder, "digits-1", _decode_digits)
-    home = pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    home = pathlib.Path(
+        config.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    )
     home = home.expanduser().absolute()
+    if config.data_dir and home.exists() and not home.is_dir():
+        raise DataError(f"data.data_dir={config.data_dir!r} is not a folder: give the one it is in")
     about = find_prepared(source, home)
-    if about is None:
-        _prepare(source, home)
-        about = find_prepared(source, home)
-        if about is None:
-            raise DataError(f"TFDS prepared {source!r}, but left nothing readable in {home}")
-    # Another place or another preparation of the set is another entry of the cache.
-    stat = about.stat()
-    mark = hashlib.sha256(f"{about} {stat.st_mtime_ns} {stat.st_size}".encode()).hexdigest()[:12]
-    return cached(folder, f"{source}-{about.parent.name}-{mark}", lambda: _decode(source, home))
+    if about is not None:
+        key = f"{source}-{about.parent.name}-{_mark([about])}"
+        return cached(folder, key, lambda: _decode(source, home))
+    fetched = home if config.data_dir else folder / "published"
+    paths = find_originals(source, [home, home / source, fetched])
+    if not paths:
+        paths = _fetch(source, home, fetched, config)
+    key = f"{source}-published-{_mark(paths)}"
+    return cached(folder, key, lambda: _dataset(source, read_originals(source, paths)))
+
+
+def _mark(paths: Sequence[pathlib.Path]) -> str:
+    """Returns a text for some files: other files of a set are another entry of the cache."""
+    marks = [(path, path.stat()) for path in paths]
+    text = " ".join(f"{path} {stat.st_mtime_ns} {stat.st_size}" for path, stat in marks)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _fetch(
+    source: str, home: pathlib.Path, folder: pathlib.Path, config: DataConfig
+) -> tuple[pathlib.Path, ...]:
+    """Fetches the published files of a set into a folder and returns what is to be read.
+
+    Raises:
+      DataError: They cannot be fetched; says what to put where instead.
+    """
+    one = SETS[source]
+    names = ", ".join(file.name for file in one.files)
+    lacking = f"data set {source!r} is not prepared in {home} by TFDS, nor are {names} there"
+    if one.not_read and any((place / one.not_read).exists() for place in (home, home / source)):
+        lacking += f"; {one.not_read} there is a pickle, which is never read"
+    remedy = (
+        f"get {names} from {one.files[0].url.rpartition('/')[0]}/ and name its folder with "
+        "--config.data.data_dir"
+    )
+    if not config.download:
+        raise DataError(f"{lacking}, and data.download=false: {remedy}")
+    try:
+        with locked(cache_folder(config.cache_dir) / f"{source}.lock"):
+            for file in one.files:
+                fetch(file, folder)
+    except (DataError, OSError) as error:
+        why = explain(error) if isinstance(error, OSError) else error
+        raise DataError(f"{lacking}, and {why}; {remedy}") from error
+    return find_originals(source, [folder])
 
 
 def find_prepared(source: str, home: pathlib.Path) -> pathlib.Path | None:
@@ -66,24 +105,6 @@ def find_prepared(source: str, home: pathlib.Path) -> pathlib.Path | None:
 
 def _version(name: str) -> tuple[int, ...]:
     return tuple(int(part) if part.isdigit() else 0 for part in name.split("."))
-
-
-def _prepare(source: str, home: pathlib.Path) -> None:
-    """Downloads and prepares a set as TFDS does, which takes TensorFlow."""
-    if importlib.util.find_spec("tensorflow") is None:
-        raise DataError(
-            f"data set {source!r} is not prepared in {home} (as array_record), and preparing needs "
-            "TensorFlow: install the `tf` extra (pip install 'pipar-jax[tf]') and run this again, "
-            f"or run `tfds build {source} --file_format=array_record --data_dir={home}` where "
-            "TensorFlow is and copy the folder, or give its place with --config.data.data_dir"
-        )
-    import tensorflow_datasets as tfds
-
-    builder = tfds.builder(source, data_dir=str(home), file_format="array_record")
-    try:
-        builder.download_and_prepare()
-    except (OSError, tfds.core.download.DownloadError) as error:
-        raise DataError(f"data set {source!r} could not be prepared in {home}: {error}") from error
 
 
 def _decode(source: str, home: pathlib.Path) -> Dataset:
@@ -103,16 +124,20 @@ def _decode(source: str, home: pathlib.Path) -> Dataset:
         ) from error
     finally:
         absl.setLevel(level)
-    classes, mean, std = _TFDS[source]
+    return _dataset(source, (splits[0], splits[1]))
+
+
+def _dataset(source: str, splits: tuple[Split, Split]) -> Dataset:
+    one = SETS[source]
     height, width, channels = splits[0].images.shape[1:]
     return Dataset(
         source=source,
         train=splits[0],
         test=splits[1],
-        classes=classes,
+        classes=one.classes,
         input_shape=(height, width, channels),
-        mean=np.asarray(mean, np.float32) * np.float32(255),
-        std=np.asarray(std, np.float32) * np.float32(255),
+        mean=np.asarray(one.mean, np.float32) * np.float32(255),
+        std=np.asarray(one.std, np.float32) * np.float32(255),
     )
 
 

@@ -157,6 +157,7 @@ def test_missing_data_end_the_run_before_a_process_starts(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config.data.source, config.data.data_dir = "mnist", config.run.dir
+    config.data.download = False
     with pytest.raises(DataError, match="not prepared"):
         launch(config, monkeypatch)
     assert not pathlib.Path(config.run.dir).exists()

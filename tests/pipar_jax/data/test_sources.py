@@ -148,7 +148,7 @@ class FakeBatchedRecords(FakeRecords):
 
 @pytest.mark.parametrize(("source", "classes"), [("svhn_cropped", 10), ("cifar100", 100)])
 @pytest.mark.parametrize("records", [FakeRecords, FakeBatchedRecords])
-def test_the_sets_that_cannot_be_had_here_go_the_same_way(
+def test_sets_that_tfds_prepared_need_no_tensorflow(
     config: Config,
     monkeypatch: pytest.MonkeyPatch,
     source: str,
@@ -175,42 +175,6 @@ def test_the_sets_that_cannot_be_had_here_go_the_same_way(
     expected = records(300, classes)
     assert np.array_equal(server.test.images[299], expected[299]["image"])
     assert server.test.labels[299] == 299 % classes
-
-
-def test_a_set_that_is_not_prepared_says_what_to_do(config: Config) -> None:
-    config.data.source = "cifar100"
-    with pytest.raises(DataError) as caught:
-        data.load_server(config)
-    message = str(caught.value)
-    assert config.data.data_dir in message and "`tf` extra" in message
-    assert "tfds build cifar100 --file_format=array_record" in message
-
-
-def test_with_tensorflow_a_missing_set_is_prepared_as_tfds_does(
-    config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = []
-
-    class Builder:
-        def download_and_prepare(self) -> None:
-            calls.append("prepare")
-            raise OSError("no route to host")
-
-    def builder(name: str, *, data_dir: str, file_format: str) -> Builder:
-        calls.append((name, data_dir, file_format))
-        return Builder()
-
-    class DownloadError(Exception):
-        pass
-
-    download = types.SimpleNamespace(DownloadError=DownloadError)
-    fake = types.SimpleNamespace(builder=builder, core=types.SimpleNamespace(download=download))
-    monkeypatch.setitem(sys.modules, "tensorflow_datasets", fake)
-    monkeypatch.setattr(public.importlib.util, "find_spec", lambda name: object())
-    config.data.source = "mnist"
-    with pytest.raises(DataError, match=r"could not be prepared.*no route to host"):
-        data.load_server(config)
-    assert calls == [("mnist", config.data.data_dir, "array_record"), "prepare"]
 
 
 def test_the_newest_prepared_version_is_taken(tmp_path: pathlib.Path) -> None:
