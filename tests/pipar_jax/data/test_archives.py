@@ -434,7 +434,8 @@ def test_a_folder_that_cannot_be_written_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     (tmp_path / "file").write_text("")
-    monkeypatch.setitem(SETS, "mnist", fakes.moved("mnist", site.url, fakes.published("mnist")))
+    site.content = dict(fakes.published("mnist"))
+    monkeypatch.setitem(SETS, "mnist", fakes.moved("mnist", site.url, site.content))
     with pytest.raises(DataError, match=r"cannot be fetched into .*file/data: Not a directory"):
         load("mnist", download=True, data_dir=str(tmp_path / "file" / "data"))
 
