@@ -185,7 +185,7 @@ def accuracy(config: Config, coded: bool, results: Path, quick: bool = False) ->
         if coded:
             config.pipeline.activation_codec = ladder(config, "activation")[0]
             config.pipeline.cotangent_codec = ladder(config, "cotangent")[0]
-        config.run.evaluate_every, config.run.trace = 0, False
+        config.run.evaluate_every, config.run.trace = 0, "none"
         return float(launcher.launch(config)["accuracy"])
 
     name = f"accept accuracy {config.seed} {'coded' if coded else 'raw'}"
@@ -227,7 +227,7 @@ def learn(setting: Setting, folder: Path, results: Path, quick: bool = False) ->
     def measure() -> dict[str, Any]:
         config = setting.config(folder)
         config.name, config.epochs = "learning", 4 if quick else LEARNING_EPOCHS
-        config.run.trace = True  # it has the first plan
+        config.run.trace = "all"  # it has the first plan
         config.tuner.times, config.tuner.adapt, config.tuner.look_s = "predicted", True, LOOK_S
         events: list[dict[str, Any]] = []
         summary = launcher.launch(config, on_event=events.append)

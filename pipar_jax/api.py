@@ -65,7 +65,7 @@ class Run:
         """Returns the timed actions of the run.
 
         Raises:
-          RunError: The run kept none (``run.trace=false``).
+          RunError: The run kept none (``run.trace=none``).
         """
         return Trace.load(self.folder / TRACE)
 

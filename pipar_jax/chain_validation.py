@@ -21,7 +21,7 @@ from pipar_jax.plan import OWNER, DevicePlan, Plan, device_name, is_node, node_n
 from pipar_jax.report import Run
 from pipar_jax.schedule import AGGREGATE, SEND_FORWARD
 from pipar_jax.simulator import Costs, LinkModel, simulate
-from pipar_jax.simulator.measured import bytes_from_trace, seconds_from_trace
+from pipar_jax.simulator.measured import observed
 from pipar_jax.simulator.probe import measure_delay_s
 from pipar_jax.validation import CLASSES, INPUT_SHAPE, ROUNDS
 from stages import Facts, Model
@@ -212,7 +212,8 @@ def predict(run: Run) -> float:
     assert run.trace is not None
     schedule = run.schedule()
     assert schedule is not None
-    emulated, in_run = seconds_from_trace(run.trace, min), seconds_from_trace(run.trace)
+    seen = observed(run.trace)
+    emulated, in_run = seen.seconds(min), seen.seconds()
 
     def compute_s(device: int, stage: int, kind: str, samples: int) -> float:
         return (in_run if kind == AGGREGATE else emulated)(device, stage, kind, samples)
@@ -220,7 +221,7 @@ def predict(run: Run) -> float:
     plan = schedule.plan
     weights = dict.fromkeys(range(len(plan.devices)), run.weight_bytes)
     window = float(run.config["pipeline"]["window_mb"]) * 1e6
-    nbytes = bytes_from_trace(run.trace, weights)
+    nbytes = seen.wire_bytes(weights)
     costs = Costs(compute_s, nbytes, _links(run, plan), window_bytes=window)
     return simulate(schedule, costs, collect=False).seconds
 

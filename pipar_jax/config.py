@@ -35,6 +35,7 @@ OWN_SOURCES = ("npz:", "module:")
 Labels = Literal["home", "end"]
 RULES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
 PLATFORMS = ("auto", "cpu", "cuda", "tpu")
+TRACED = ("all", "ends", "none")
 HIDDEN_TOKEN = "(hidden)"
 
 
@@ -307,7 +308,12 @@ class RunConfig:
     """What a run leaves behind and tells."""
 
     dir: str = option("runs", "folder in which each run gets a folder of its own")
-    trace: bool = option(True, "record every action's time")
+    trace: str = option(
+        "all",
+        "record every action's time: in all rounds, at both ends (the first and the last three), "
+        "or in none",
+        choices=TRACED,
+    )
     sinks: str = option(
         "", "where events go beside metrics.jsonl: tensorboard, your own MODULE:FUNCTION"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -128,15 +129,16 @@ def _serve(
         tell({"event": "listening", "host": address[0], "port": address[1]})
         members.admit()
         host.wiring.control.update({name: one.link for name, one in members.by_name.items()})
-        tally = Tally(config, members, folder, record, tell, stages.parameter_count(model))
         evaluator = Evaluator(model, dataset, config.model.dtype)
 
         def save(params: dict[str, Any], state: dict[str, Any]) -> None:
             tell({"event": "saving", "file": WEIGHTS})
             folder.save_weights(params, state, _facts(config, dataset))
 
-        coordinator = Coordinator(config, model, host, members, evaluator, tally, save, script)
-        summary = coordinator.run()
+        parameters = stages.parameter_count(model)
+        with contextlib.closing(Tally(config, members, folder, record, tell, parameters)) as tally:
+            coordinator = Coordinator(config, model, host, members, evaluator, tally, save, script)
+            summary = coordinator.run()
         record.check()
         return summary
     except BaseException as error:

@@ -77,7 +77,7 @@ def base_config(
     config.data.source, config.data.batch_size = f"npz:{data}", batch
     config.devices.count, config.devices.defaults.link = devices, link
     config.tuner.methods = "fl,sfl,pipar"
-    config.run.dir, config.run.evaluate_every, config.run.trace = str(folder), 0, False
+    config.run.dir, config.run.evaluate_every, config.run.trace = str(folder), 0, "none"
     cores = first_cores(2)
     if cores:
         config.server.cpus, config.devices.defaults.cpus = str(cores[0]), str(cores[-1])

@@ -25,7 +25,7 @@ from pipar_jax.plan import COORDINATOR
 from pipar_jax.report import Run
 from pipar_jax.schedule import AGGREGATE, SEND_FORWARD
 from pipar_jax.simulator import Costs, LinkModel, simulate
-from pipar_jax.simulator.measured import bytes_from_trace, seconds_from_trace
+from pipar_jax.simulator.measured import observed
 from pipar_jax.simulator.probe import measure_delay_s
 
 LINKS, COUNTS, DEVICES = ("4g", "4g+", "wifi"), (1, 4, 10), (1, 4)
@@ -152,7 +152,8 @@ def predict(setting: Setting, run: Run, alone: dict[str, Alone]) -> tuple[float,
         host: {(kind, samples): s for (*_, kind, samples), s in found.items()}
         for host, found in alone.items()
     }
-    emulated, in_run = seconds_from_trace(run.trace, min), seconds_from_trace(run.trace)
+    seen = observed(run.trace)
+    emulated, in_run = seen.seconds(min), seen.seconds()
 
     def compute_s(device: int, stage: int, kind: str, samples: int) -> float:
         if kind == AGGREGATE:
@@ -164,7 +165,7 @@ def predict(setting: Setting, run: Run, alone: dict[str, Alone]) -> tuple[float,
         return by_kind["d0"][kind, samples]
 
     weights = dict.fromkeys(range(setting.devices), run.weight_bytes)
-    costs = Costs(compute_s, bytes_from_trace(run.trace, weights), time_links(setting, run))
+    costs = Costs(compute_s, seen.wire_bytes(weights), time_links(setting, run))
     beside = dataclasses.replace(costs, compute_s=in_run)
     return (
         simulate(round_schedule, costs, collect=False).seconds,

@@ -421,7 +421,7 @@ class Worker:
             assert self._waits is not None and self._direct is not None
             told = {"busy_s": busy_s, "link": self._waits.take(), "direct": self._direct.take()}
             self._link.send_control({**body, **told})
-            if self._config.run.trace:  # outside the round that it belongs to
+            if self._config.run.trace != "none":  # outside the round that it belongs to
                 self._link.send_bundle("trace", bundle.pack_rows(rows), {"type": "trace"})
         elif arrays and body["type"] == "given":
             self._link.send_bundle("given", bundle.pack(arrays), body)

@@ -14,12 +14,12 @@ from typing import Any
 from comms.shaping import parse_link
 from pipar_jax.errors import RunError
 from pipar_jax.events import read_events
-from pipar_jax.idle import idle_causes, total_causes
 from pipar_jax.plan import COORDINATOR, Plan, device_name
-from pipar_jax.schedule import SEND_BACKWARD, SEND_FORWARD, RoundSchedule, rounds
+from pipar_jax.report.digest import Digest, digest
+from pipar_jax.schedule import RoundSchedule, rounds
 from pipar_jax.simulator import LinkModel, Prediction, simulate
 from pipar_jax.simulator.costs import FREE_LINK
-from pipar_jax.simulator.measured import costs_from_trace, links_from_shapes
+from pipar_jax.simulator.measured import links_from_shapes
 from pipar_jax.trace import Trace
 
 TITLES = {"fl": "FL", "sl": "SL", "sfl": "SFL", "pipar": "PiPar", "mpsl": "MP-SL",
@@ -40,13 +40,13 @@ class Run:
       name: Name of the folder.
       config: The resolved configuration, as JSON gives it.
       events: Rows of metrics.jsonl, in order.
-      trace: The timed actions; None if the run kept none.
+      trace_path: The timed actions; None if the run kept none.
     """
 
     name: str
     config: Mapping[str, Any]
     events: tuple[Mapping[str, Any], ...]
-    trace: Trace | None = None
+    trace_path: Path | None = None
 
     @property
     def title(self) -> str:
@@ -68,11 +68,21 @@ class Run:
         return (self.of(event) or [{}])[-1]
 
     @functools.cached_property
+    def trace(self) -> Trace | None:
+        """All timed actions at once, which a long run has many of; None if it kept none."""
+        return None if self.trace_path is None else Trace.load(self.trace_path)
+
+    @functools.cached_property
+    def digest(self) -> Digest:
+        """The timed actions in sums; empty if the run kept none."""
+        return Digest() if self.trace_path is None else digest(self.trace_path)
+
+    @functools.cached_property
     def plan(self) -> Plan | None:
         """The plan that the run executed, if it has a trace."""
-        if self.trace is None or "plan" not in self.trace.meta:
+        if "plan" not in self.digest.meta:
             return None
-        return Plan.from_dict(self.trace.meta["plan"])
+        return Plan.from_dict(self.digest.meta["plan"])
 
     @property
     def plan_text(self) -> str:
@@ -111,26 +121,26 @@ class Run:
         busy = self.last("round_finished").get("busy", {})
         return sorted((h for h in busy if _DEVICE.fullmatch(h)), key=lambda h: int(h[1:]))
 
-    @functools.cached_property
+    @property
     def causes(self) -> dict[str, dict[str, float]]:
-        """For each host the idle seconds of the whole run by cause; empty without a trace."""
-        if self.trace is None:
-            return {}
-        return total_causes(idle_causes(self.trace, one) for one in self.trace.rounds)
+        """For each host the idle seconds of all traced rounds by cause; empty without a trace."""
+        return self.digest.causes
 
     @functools.cached_property
     def carried(self) -> dict[tuple[str, str], dict[str, float]]:
-        """Bytes of activations and cotangents by direction of a link; empty without a trace."""
+        """Bytes of activations and cotangents by direction of a link; empty without a trace.
+
+        Where only some rounds are traced, the others are taken to have carried as much.
+        """
         found: dict[tuple[str, str], dict[str, float]] = {}
-        if self.trace is None or self.plan is None:
+        if self.plan is None or not self.digest.rounds:
             return found
-        for host, row in self.trace.rows():
-            action = row.action
-            if action.kind in (SEND_FORWARD, SEND_BACKWARD):
-                forward = action.kind == SEND_FORWARD
-                target = self.plan.host(action.device, action.stage + (1 if forward else -1))
-                sums = found.setdefault((host, target), {"activations": 0.0, "cotangents": 0.0})
-                sums["activations" if forward else "cotangents"] += row.nbytes
+        share = len(self.of("round_finished")) / self.digest.rounds
+        for (host, device, stage), nbytes in self.digest.carried.items():
+            ends = host, self.plan.host(device, stage)
+            sums = found.setdefault(ends, {"activations": 0.0, "cotangents": 0.0})
+            for kind, value in nbytes.items():
+                sums[kind] += value * share
         return found
 
     @functools.cached_property
@@ -174,10 +184,9 @@ class Run:
           PlanError: The trace does not fit the plan.
         """
         schedule = self.schedule()
-        if schedule is None or self.trace is None:
+        if schedule is None:
             return None
-        costs = costs_from_trace(
-            self.trace,
+        costs = self.digest.observed.costs(
             self.links,
             dict.fromkeys(range(len(schedule.plan.devices)), self.weight_bytes),
             float(self.config["pipeline"]["window_mb"]) * 1e6,
@@ -237,14 +246,14 @@ def read_run(folder: Path) -> Run:
             "config.json and metrics.jsonl in it"
         ) from error
     trace = folder / "trace.json.gz"
-    return Run(folder.name, config, events, Trace.load(trace) if trace.exists() else None)
+    return Run(folder.name, config, events, trace if trace.exists() else None)
 
 
 def hosts_of(run: Run) -> list[str]:
     """Returns a run's hosts as they are drawn: devices first, the server last."""
     count = len(run.plan.devices) if run.plan else len(run.devices)
     devices = [device_name(index) for index in range(count)]
-    others = [] if run.trace is None else [h for h in run.trace.hosts if h not in devices]
+    others = [host for host in run.digest.hosts if host not in devices]
     nodes = [host for host in others if host != COORDINATOR]
     return [*devices, *nodes, COORDINATOR]
 

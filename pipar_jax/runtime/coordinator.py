@@ -315,7 +315,7 @@ class Coordinator:
 
     def _collect_traces(self) -> dict[str, int]:
         """Takes the hosts' timed actions, outside their round; returns what bytes they were."""
-        if not self._config.run.trace:
+        if self._config.run.trace == "none":
             return {}
         return self._add_traces(self._members.collect("trace", self._workers))
 

@@ -12,7 +12,6 @@ from pipar_jax.config import Config
 from pipar_jax.errors import DiskError
 from pipar_jax.events import EventLog
 from pipar_jax.files import make_folder, write_text
-from pipar_jax.trace import Trace
 
 CONFIG, METRICS, TRACE, PLAN = "config.json", "metrics.jsonl", "trace.json.gz", "plan.json"
 
@@ -56,14 +55,6 @@ class RunFolder:
           DiskError: It cannot be written.
         """
         self._events.add(event)
-
-    def save_trace(self, trace: Trace) -> None:
-        """Writes the trace.
-
-        Raises:
-          DiskError: It cannot be written.
-        """
-        trace.save(self.path / TRACE)
 
     def save_weights(
         self, params: Mapping[str, Any], state: Mapping[str, Any], meta: Mapping[str, Any]

@@ -101,7 +101,7 @@ class Host:
         self.wiring = wiring or Wiring(name)
         self.observer = Observer()
         watch = self.observer.add if config.tuner.adapt else None
-        self.recorder = Recorder(config.run.trace, watch)
+        self.recorder = Recorder(config.run.trace != "none", watch)
         self._model, self._config, self._reply, self._failed = model, config, reply, failed
         self._batches, self._slowness = batches, slowness
         self._began_s: float | None = None

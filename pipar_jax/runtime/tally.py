@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 from pipar_jax.config import Config
 from pipar_jax.errors import DiskError
 from pipar_jax.plan import Plan, device_name
-from pipar_jax.runtime.folder import Record, RunFolder
+from pipar_jax.runtime.folder import TRACE, Record, RunFolder
 from pipar_jax.runtime.members import Members
 from pipar_jax.runtime.meter import Totals
+from pipar_jax.runtime.trace_log import TraceLog
 from pipar_jax.runtime.traffic import Traffic
 from pipar_jax.schedule import Span
-from pipar_jax.trace import Interval, Timed, Trace
+from pipar_jax.trace import Interval, Timed
 from pipar_jax.tuner.choice import Offer
 
 
@@ -83,7 +84,7 @@ class Tally:
         self._record = record
         self._parameters = parameters
         self._traffic = Traffic(members)
-        self._trace = Trace()
+        self._trace = TraceLog(folder.path / TRACE, config.run.trace, self._lose_trace)
         self._rounds = 0
         self._totals = (0, 0)
         self._seconds: list[float] = []
@@ -117,7 +118,8 @@ class Tally:
         """Tells that training begins."""
         self._rounds = len(rounds)
         self._origin_s = time.monotonic()
-        self._trace.meta = {"method": self._config.method, "plan": plan.to_dict()}
+        meta = {"method": self._config.method, "plan": plan.to_dict()}
+        self._trace.begin(meta, len(rounds), self._origin_s)
         self._folder.save_plan(plan.to_dict())
         self._tell(
             {
@@ -140,8 +142,7 @@ class Tally:
 
     def add_trace(self, host: str, rows: Sequence[Timed], offset_s: float) -> None:
         """Adds a host's timed actions, on the coordinator's clock once the offset is added."""
-        if self._config.run.trace:
-            self._trace.add(host, rows, offset_s - self._origin_s)
+        self._trace.add(host, rows, offset_s)
 
     def end_round(self, one: Round) -> None:
         """Tells of a round that is over."""
@@ -153,9 +154,7 @@ class Tally:
         self._seconds.append(one.interval.seconds)
         for host, seconds in one.busy.items():
             self._busy[host] = self._busy.get(host, 0.0) + seconds
-        self._trace.rounds.append(
-            Interval(one.interval.start_s - self._origin_s, one.interval.end_s - self._origin_s)
-        )
+        self._trace.end_round(one.interval)
         self._tell(
             {
                 "event": "round_finished",
@@ -214,13 +213,8 @@ class Tally:
         )
 
     def finish(self) -> dict[str, Any]:
-        """Writes the trace, tells that the run is over, and returns that event."""
-        if self._config.run.trace:
-            try:
-                self._folder.save_trace(self._trace)
-            except DiskError as error:
-                if (told := self._record.note(error)) is not None:
-                    self._tell(told)
+        """Ends the trace, tells that the run is over, and returns that event."""
+        self._trace.close()
         epochs: dict[int, float] = {}
         for index, seconds in enumerate(self._seconds):
             epoch = index * self._config.epochs // self._rounds
@@ -238,6 +232,15 @@ class Tally:
         }
         self._tell(summary)
         return summary
+
+    def close(self) -> None:
+        """Ends the trace, however the run ended."""
+        self._trace.close()
+
+    def _lose_trace(self, error: DiskError) -> None:
+        """Tells that the trace ends here."""
+        if (told := self._record.note(error)) is not None:
+            self._tell(told)
 
     def _epoch(self, index: int) -> float:
         """Returns how many epochs are over after a round."""

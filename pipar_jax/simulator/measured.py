@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import statistics
 from collections.abc import Callable, Mapping
 
@@ -18,68 +19,85 @@ from pipar_jax.schedule import (
     SEND_WEIGHTS,
 )
 from pipar_jax.simulator.costs import Bytes, Costs, LinkModel, Seconds
-from pipar_jax.trace import Timed, Trace
+from pipar_jax.trace import Trace
 
 Key = tuple[int, int, str, int]
+Summary = Callable[[list[float]], float]
 
 _TENSORS = (SEND_FORWARD, SEND_BACKWARD)
 _WEIGHTS = (SEND_WEIGHTS, RECEIVE_WEIGHTS, HAND_ON)
 
 
-def seconds_from_trace(trace: Trace, summary: Callable[[list[float]], float] = statistics.median
-                       ) -> Seconds:  # fmt: skip
-    """Returns the seconds of each kind of computation, as a trace shows them.
+class Observed:
+    """What computations lasted and messages had, collected from one trace or from several parts."""
 
-    Args:
-      trace: The trace of a run, or of a part of it.
-      summary: Makes one number of all the durations of a kind.
-    """
-    return _lookup(trace, lambda kind: kind in COMPUTE, lambda r: r.end_s - r.start_s, summary)
+    def __init__(self) -> None:
+        """Begins with nothing."""
+        self._seconds: dict[Key, array.array[float]] = {}
+        self._bytes: dict[Key, array.array[float]] = {}
+        self._weights: dict[tuple[int, str], float] = {}
+
+    def add(self, trace: Trace) -> None:
+        """Takes what a trace, or a part of one, has."""
+        for _, row in trace.rows():
+            action = row.action
+            key = action.device, action.stage, action.kind, row.samples
+            if action.kind in COMPUTE:
+                self._seconds.setdefault(key, array.array("d")).append(row.end_s - row.start_s)
+            elif action.kind in _TENSORS:
+                self._bytes.setdefault(key, array.array("d")).append(row.nbytes)
+            elif action.kind in _WEIGHTS and row.nbytes:
+                self._weights[action.device, action.kind] = float(row.nbytes)
+
+    def seconds(self, summary: Summary = statistics.median) -> Seconds:
+        """Returns the seconds of each kind of computation.
+
+        Args:
+          summary: Makes one number of all the durations of a kind.
+        """
+        return _lookup(self._seconds, summary)
+
+    def wire_bytes(self, weight_bytes: Mapping[int, float]) -> Bytes:
+        """Returns the bytes of each kind of message.
+
+        Args:
+          weight_bytes: For each device the bytes of a message with weights or with its part, where
+            no trace tells.
+        """
+        tensors, weights = _lookup(self._bytes, statistics.median), dict(self._weights)
+
+        def wire_bytes(device: int, stage: int, kind: str, samples: int) -> float:
+            if kind in _TENSORS:
+                return tensors(device, stage, kind, samples)
+            # One message carries all the stages that a device holds.
+            known = weights.get((device, kind), weight_bytes.get(device, 0.0))
+            return 0.0 if stage else known
+
+        return wire_bytes
+
+    def costs(
+        self,
+        links: Mapping[tuple[str, str], LinkModel],
+        weight_bytes: Mapping[int, float],
+        window_bytes: float | None = None,
+    ) -> Costs:
+        """Returns costs with which a run's own trace is predicted.
+
+        Args:
+          links: What the links were shaped to.
+          weight_bytes: For each device the bytes of a message with its weights.
+          window_bytes: The links' credit.
+        """
+        return Costs(
+            self.seconds(), self.wire_bytes(weight_bytes), links, window_bytes=window_bytes
+        )
 
 
-def bytes_from_trace(trace: Trace, weight_bytes: Mapping[int, float]) -> Bytes:
-    """Returns the bytes of each kind of message, as a trace shows them.
-
-    Args:
-      trace: The trace of a run.
-      weight_bytes: For each device the bytes of a message with weights or with its part, where the
-        trace does not tell.
-    """
-    tensors = _lookup(trace, lambda kind: kind in _TENSORS, lambda r: r.nbytes, statistics.median)
-    weights = {
-        (row.action.device, row.action.kind): float(row.nbytes)
-        for _, row in trace.rows()
-        if row.action.kind in _WEIGHTS and row.nbytes
-    }
-
-    def wire_bytes(device: int, stage: int, kind: str, samples: int) -> float:
-        if kind in _TENSORS:
-            return tensors(device, stage, kind, samples)
-        # One message carries all the stages that a device holds.
-        known = weights.get((device, kind), weight_bytes.get(device, 0.0))
-        return 0.0 if stage else known
-
-    return wire_bytes
-
-
-def costs_from_trace(
-    trace: Trace,
-    links: Mapping[tuple[str, str], LinkModel],
-    weight_bytes: Mapping[int, float],
-    window_bytes: float | None = None,
-) -> Costs:
-    """Returns costs with which a run's own trace is predicted.
-
-    Args:
-      trace: The trace of a run.
-      links: What the links were shaped to.
-      weight_bytes: For each device the bytes of a message with its weights.
-      window_bytes: The links' credit.
-    """
-    return Costs(
-        seconds_from_trace(trace), bytes_from_trace(trace, weight_bytes), links,
-        window_bytes=window_bytes,
-    )  # fmt: skip
+def observed(trace: Trace) -> Observed:
+    """Returns what a whole trace has."""
+    found = Observed()
+    found.add(trace)
+    return found
 
 
 def links_from_shapes(
@@ -100,20 +118,9 @@ def links_from_shapes(
     return links
 
 
-def _lookup(
-    trace: Trace,
-    wanted: Callable[[str], bool],
-    measure: Callable[[Timed], float],
-    summary: Callable[[list[float]], float],
-) -> Seconds:
+def _lookup(values: Mapping[Key, array.array[float]], summary: Summary) -> Seconds:
     """Returns a function that finds one number for all rows of a device, stage, kind and size."""
-    values: dict[Key, list[float]] = {}
-    for _, row in trace.rows():
-        action = row.action
-        if wanted(action.kind):
-            key = action.device, action.stage, action.kind, row.samples
-            values.setdefault(key, []).append(measure(row))
-    table = {key: summary(some) for key, some in values.items()}
+    table = {key: summary(list(some)) for key, some in values.items()}
 
     def find(device: int, stage: int, kind: str, samples: int) -> float:
         found = table.get((device, stage, kind, samples))

@@ -91,7 +91,7 @@ def measure_message_s(timeout_s: float = 10.0) -> float:
 def _rehearse(model: stages.Model, samples: int, timeout_s: float) -> float:
     """Returns the seconds that a computation costs beside the function, for a micro-batch."""
     config = resolve(Config(method="pipar"))
-    config.model.name, config.devices.count, config.run.trace = "mlp", 1, False
+    config.model.name, config.devices.count, config.run.trace = "mlp", 1, "none"
     config.data.batch_size, config.pipeline.micro_batches = ITEMS * samples, ITEMS
     config.pipeline.cut = len(model.units) - 1
     with Endpoint("tuner-server") as server, Endpoint("tuner-device") as device:

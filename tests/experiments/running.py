@@ -16,7 +16,7 @@ import psutil
 ROOT = pathlib.Path(__file__).parents[2]
 
 #: A run that is small, and long enough to be disturbed.
-LONG = ("--config.model.name=mlp", "--config.epochs=2000", "--config.run.trace=false")
+LONG = ("--config.model.name=mlp", "--config.epochs=2000", "--config.run.trace=none")
 
 
 class Binary:

@@ -93,6 +93,7 @@ every_writer = pytest.mark.parametrize("writer", WRITERS)
 OTHERWISE = {
     "pipar_jax/files.py": "the one way",
     "pipar_jax/events.py": "grows row by row",
+    "pipar_jax/trace.py": "grows round by round",
     "pipar_jax/launcher.py": "the log that a child's output goes to",
     "pipar_jax/data/cache.py": "a whole folder is written aside, and a lock has nothing in it",
     "pipar_jax/certificates.py": "a key is private before it has content",

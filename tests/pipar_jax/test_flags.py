@@ -80,14 +80,14 @@ def test_a_number_is_a_position_where_both_may_stand(presets: pathlib.Path) -> N
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--config.run.trace=false"],
-        ["--noconfig.run.trace"],
-        ["--config.run.trace", "--noconfig.run.trace"],
-        ["-config.run.trace=0"],
+        ["--config.run.compile_cache=false"],
+        ["--noconfig.run.compile_cache"],
+        ["--config.run.compile_cache", "--noconfig.run.compile_cache"],
+        ["-config.run.compile_cache=0"],
     ],
 )
 def test_the_spellings_of_false(presets: pathlib.Path, arguments: list[str]) -> None:
-    assert parse(presets, "--config=small", *arguments).config.run.trace is False
+    assert parse(presets, "--config=small", *arguments).config.run.compile_cache is False
 
 
 def test_a_value_may_be_an_argument_of_its_own(presets: pathlib.Path) -> None:
@@ -134,7 +134,7 @@ WRONG = [
     (["--config=small", "--indx=3"], "did you mean '--index'"),
     (["--config=small", "--config.epochs=three"], "--config.epochs='three' does not fit"),
     (["--config=small", "--config.epochs=0"], "a whole number ≥ 1"),
-    (["--config=small", "--config.run.trace=maybe"], "true or false"),
+    (["--config=small", "--config.run.compile_cache=maybe"], "true or false"),
     (["--config=small", "--config.method=pipr"], "did you mean 'pipar'"),
     (["--config=small", "--config.devices.0.slowdown=0.5"], "≥ 1"),
     (["--config=small", "--index=-1"], "--index=-1 is out of range"),

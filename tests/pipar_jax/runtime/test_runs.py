@@ -103,7 +103,7 @@ def test_each_round_tells_what_every_link_carried_and_waited_for(network, method
         assert sum(row["bytes"] for row in ways.values()) == (
             event["bytes_up"] + event["bytes_down"])  # fmt: skip
     # The trace belongs to no round: the same without one, but for the digits of some numbers.
-    made.run.trace, made.run.dir = False, str(tmp_path / "bare")
+    made.run.trace, made.run.dir = "none", str(tmp_path / "bare")
     bare = support.trained(made, SAMPLES, network)
     assert payload_up(bare) == pytest.approx(payload_up(traced), abs=500)
 
