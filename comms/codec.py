@@ -119,7 +119,13 @@ class Raw:
     def decode(
         self, payload: Bytes, dtype: np.dtype[Any], shape: tuple[int, ...], parameter: int
     ) -> Array:
-        """Returns a view of the payload as the array."""
+        """Returns a view of the payload as the array.
+
+        Raises:
+            CodecError: if a bool is neither 0 nor 1: numpy and XLA would each make their own of it.
+        """
+        if dtype == np.bool_ and payload.size and payload.max() > 1:
+            raise CodecError(f"a bool of value {payload.max()}, expected 0 or 1")
         return payload.view(dtype).reshape(shape)
 
     def encoded_bytes(self, dtype: np.dtype[Any], shape: tuple[int, ...], parameter: int) -> int:

@@ -9,9 +9,11 @@ import socket
 import time
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from comms.errors import ChannelError, ConnectError, HandshakeError
-from comms.handshake import ClientHandshake, Terms
+from comms.errors import ChannelError, ConnectError, HandshakeError, explain
+from comms.greeting import Terms
+from comms.handshake import ClientHandshake
 from comms.link import Link
+from comms.loop import Guard, place_of
 from comms.opening import CutShortError, Opening
 from comms.shaping import LinkShape
 
@@ -36,9 +38,13 @@ class Dial:
         future: concurrent.futures.Future[Link] | None,
         shape: LinkShape | None,
         link: Link | None = None,
+        *,
+        expected: str | None = None,
     ) -> None:
         self.where = where
         self._endpoint = endpoint
+        self._loop = Guard(endpoint.loop, self._failed_here)
+        self._expected = expected if link is None else link.peer
         self._addresses = addresses
         self._host = host
         self._future = future
@@ -56,7 +62,7 @@ class Dial:
         """Starts trying."""
         self._until_s = until_s
         self._endpoint.add_dial(self)
-        self._try()
+        self._loop.run(self._try)
 
     def _over(self) -> bool:
         if self._link is not None:
@@ -90,8 +96,13 @@ class Dial:
             resumed=link is not None,
             window_bytes=options.window_bytes,
             resume_s=options.resume_s,
+            checksum=options.wants_checksum,
         )
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock = socket.socket(family, socket.SOCK_STREAM)
+        except OSError as error:  # out of descriptors
+            self._failed(None, ConnectError(f"no socket: {explain(error)}"))
+            return
         tls = endpoint.client_tls
         name = None
         if tls is not None and options.tls is not None:
@@ -100,9 +111,10 @@ class Dial:
         self._opening = Opening(
             endpoint.loop,
             sock,
-            ClientHandshake(terms, options.token, tls is not None),
+            ClientHandshake(terms, options.token, tls is not None, self._expected),
             tls=tls,
             server_name=name,
+            bind_names=options.tls is not None and options.tls.certificate is not None,
             deadline_s=min(options.silence_s, rest_s),
             on_done=self._done,
             on_failed=self._failed,
@@ -122,7 +134,7 @@ class Dial:
                 opening.transport.close()
                 link.refuse_resume(HandshakeError("the peer began the stream anew"))
                 return
-            link.attach(opening.transport, opening.handshake.leftover, terms)
+            link.guard.run(link.attach, opening.transport, opening.handshake.leftover, terms)
             return
         link = Link(self._endpoint, terms, self.where.rpartition(" at ")[2], dialled=True,
                     session=self._session)  # fmt: skip
@@ -130,11 +142,11 @@ class Dial:
         if self._shape is not None:
             link.reshape(self._shape)
         self._endpoint.adopt(link, self._addresses, self._host)
-        link.attach(opening.transport, opening.handshake.leftover, terms)
+        link.guard.run(link.attach, opening.transport, opening.handshake.leftover, terms)
         if self._future is not None:
             self._future.set_result(link)
 
-    def _failed(self, opening: Opening, error: ChannelError) -> None:
+    def _failed(self, opening: Opening | None, error: ChannelError) -> None:
         self._last_error = str(error)
         self._cut_short += isinstance(error, CutShortError)
         # A cut during resumption is what resuming is for; a first handshake that is always cut
@@ -158,7 +170,13 @@ class Dial:
             )
         else:
             # The last try comes at the very end: giving up at the last pause would be early.
-            self._endpoint.loop.at(now + min(pause_s, left_s), self._try)
+            self._loop.at(now + min(pause_s, left_s), self._try)
+
+    def _failed_here(self, error: Exception) -> None:
+        """Ends the effort over an exception that nothing expected; see `Guard`."""
+        failure = HandshakeError(f"this side failed over {self.where}: {place_of(error)}")
+        failure.__cause__ = error
+        self.fail(failure)
 
     def fail(self, error: ChannelError) -> None:
         """Ends the effort."""

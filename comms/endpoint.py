@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import errno
 import functools
 import ipaddress
 import socket
@@ -16,10 +15,12 @@ from typing import Self, TypeAlias
 
 from comms.buffers import BufferPool
 from comms.dial import Address, Dial
+from comms.doorstep import Doorstep
 from comms.errors import ChannelError, ConnectError, HandshakeError, PeerLost, explain
-from comms.handshake import MAX_NAME, ServerHandshake, Terms
+from comms.greeting import MAX_NAME, Terms, is_name
+from comms.handshake import ServerHandshake
 from comms.link import Link
-from comms.loop import READ, Loop
+from comms.loop import READ, Loop, report
 from comms.opening import Opening
 from comms.options import ChannelOptions
 from comms.shaping import LinkShape
@@ -42,7 +43,7 @@ class Endpoint:
     """
 
     def __init__(self, name: str, *, options: ChannelOptions | None = None) -> None:
-        if not 1 <= len(name) <= MAX_NAME or not name.isprintable():
+        if not is_name(name):
             raise ChannelError(f"an endpoint's name is a text of 1 to {MAX_NAME} characters")
         self.name = name
         self.options = ChannelOptions() if options is None else options
@@ -53,6 +54,7 @@ class Endpoint:
         self._worker: concurrent.futures.ThreadPoolExecutor | None = None
         self._links: dict[str, Link] = {}
         self._addresses: dict[str, tuple[list[Address], str]] = {}
+        self.doorstep = Doorstep(self.options.limits)
         self._openings: set[Opening] = set()
         self._listeners: list[socket.socket] = []
         self._dials: set[Dial] = set()
@@ -81,13 +83,18 @@ class Endpoint:
 
     # -- any thread ----------------------------------------------------------------------------
 
-    def listen(self, host: str, port: int, on_link: OnLink) -> tuple[str, int]:
+    def listen(
+        self, host: str, port: int, on_link: OnLink, *, expected_peers: int = 0
+    ) -> tuple[str, int]:
         """Accepts peers.
 
         Args:
             host: address to listen on.
             port: port to listen on; 0 lets the system choose.
-            on_link: gets each new link, on the I/O thread; nothing is lost until `Link.start`.
+            on_link: gets each new link, on the I/O thread; nothing is lost until `Link.start`, and
+                hardly anything is taken until `Link.admit`.
+            expected_peers: how many peers may connect at about the same time, all from one address
+                maybe; bounds the connections that are not finished, see `Limits`.
 
         Returns:
             The address and port it listens on.
@@ -122,6 +129,7 @@ class Endpoint:
 
         def begin() -> None:
             self._listeners.append(sock)
+            self.doorstep.expected = max(self.doorstep.expected, expected_peers)
             self._invite(sock, tls, on_link)
 
         self.loop.post(begin)
@@ -135,6 +143,7 @@ class Endpoint:
         name_of_peer: str,
         timeout_s: float,
         shape: LinkShape | None = None,
+        expected: str | None = None,
     ) -> Link:
         """Connects to a listener, which may start later: refused connections are tried again.
 
@@ -144,6 +153,7 @@ class Endpoint:
             name_of_peer: what error messages call it before it has introduced itself.
             timeout_s: how long to try.
             shape: what this side's sending is shaped to.
+            expected: the name that the listener has to go by; None takes any.
 
         Raises:
             ConnectError: if the listener cannot be reached within `timeout_s`.
@@ -154,7 +164,8 @@ class Endpoint:
         self._check_open()
         addresses = _resolve(host, port, passive=False)
         future: concurrent.futures.Future[Link] = concurrent.futures.Future()
-        dial = Dial(self, addresses, host, f"{name_of_peer} at {host} port {port}", future, shape)
+        where = f"{name_of_peer} at {host} port {port}"
+        dial = Dial(self, addresses, host, where, future, shape, expected=expected)
         self.loop.post(lambda: dial.begin(time.monotonic() + timeout_s))
         try:
             return future.result(timeout_s + self.options.deadline_s)
@@ -212,18 +223,14 @@ class Endpoint:
         for _ in range(64):
             try:
                 sock, address = listener.accept()
-            except (BlockingIOError, ConnectionAbortedError):
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
-            except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    raise
-                # Out of descriptors: what is open goes on, newcomers wait in the backlog.
+            except OSError:
+                # Out of descriptors, or an error of the newcomer's own, of which systems have many:
+                # what is open goes on, newcomers wait in the backlog.
                 self.loop.forget(listener)
                 self.loop.at(time.monotonic() + 0.5, lambda: self._invite(listener, tls, on_link))
                 return
-            if len(self._openings) >= self.options.limits.pending_handshakes:
-                sock.close()
-                continue
             where = f"{address[0]} port {address[1]}"
             handshake = ServerHandshake(self.name, self.options.token, tls is not None, self._admit)
             opening = Opening(
@@ -232,12 +239,23 @@ class Endpoint:
                 handshake,
                 tls=tls,
                 server_name=None,
+                bind_names=self.options.tls is not None and self.options.tls.require_peer,
                 deadline_s=self.options.silence_s,
-                on_done=functools.partial(self._accepted, where=where, on_link=on_link),
-                on_failed=lambda opening, _: self._openings.discard(opening),
+                on_done=functools.partial(
+                    self._accepted, host=address[0], where=where, on_link=on_link
+                ),
+                on_failed=self._turned_away,
             )
             self._openings.add(opening)
             opening.begin()
+            if opening in self._openings:
+                self.doorstep.enter(opening, address[0])
+
+    def _turned_away(self, opening: Opening, error: ChannelError) -> None:
+        self._openings.discard(opening)
+        self.doorstep.leave(opening)
+        if error.__cause__ is not None and not isinstance(error.__cause__, OSError | ChannelError):
+            report(error)  # a bug of this side, and nobody else to tell
 
     def _admit(self, hello: Terms) -> Terms:
         """Decides whether a proven peer may open or resume its stream; gives our terms."""
@@ -269,10 +287,12 @@ class Endpoint:
             resumed=link is not None,
             window_bytes=self.options.window_bytes,
             resume_s=self.options.resume_s,
+            checksum=self.options.wants_checksum,
         )
 
-    def _accepted(self, opening: Opening, *, where: str, on_link: OnLink) -> None:
+    def _accepted(self, opening: Opening, *, host: str, where: str, on_link: OnLink) -> None:
         self._openings.discard(opening)
+        self.doorstep.leave(opening)
         terms = opening.handshake.terms
         assert terms is not None
         link = self._links.get(terms.session)
@@ -280,9 +300,10 @@ class Endpoint:
         if link is None:
             link = Link(self, terms, where, dialled=False, session=terms.session)
             self._links[terms.session] = link
-        link.attach(opening.transport, opening.handshake.leftover, terms)
+            self.doorstep.enter(link, host)
+        link.guard.run(link.attach, opening.transport, opening.handshake.leftover, terms)
         if fresh:
-            on_link(link)
+            link.guard.run(on_link, link)
 
     # -- I/O thread: connecting ----------------------------------------------------------------
 
@@ -307,6 +328,7 @@ class Endpoint:
 
     def forget(self, link: Link) -> None:
         """Drops a link that has ended."""
+        self.doorstep.leave(link)
         if self._links.get(link.session) is link:
             del self._links[link.session]
             self._addresses.pop(link.session, None)
@@ -348,6 +370,6 @@ def _resolve(host: str, port: int, *, passive: bool) -> list[Address]:
     flags = socket.AI_PASSIVE if passive else 0
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
-    except (OSError, UnicodeError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise ConnectError(f"cannot look up {host!r}: {error}; check the name") from error
     return [(family, address) for family, _, _, _, address in found]

@@ -13,6 +13,10 @@ class ConnectError(ChannelError):
     """No connection to the peer could be opened within the time allowed."""
 
 
+class BusyError(ConnectError):
+    """The listener has too many unfinished connections; another try may find it free."""
+
+
 class HandshakeError(ChannelError):
     """The peer answered, but the two do not agree to talk."""
 
@@ -27,6 +31,10 @@ class AuthenticationError(HandshakeError):
 
 class FrameError(ChannelError):
     """The peer sent bytes that are no valid frame."""
+
+
+class DamageError(FrameError):
+    """Bytes were changed on their way: a checksum does not match."""
 
 
 class LimitError(FrameError):

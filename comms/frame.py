@@ -1,6 +1,6 @@
 """The wire format: one fixed header per frame, then the shape and the payload.
 
-Every frame begins with these 96 bytes, little-endian, without padding:
+Every frame begins with these 104 bytes, little-endian, without padding:
 
 ====== ===== ================== ==========================================================
 offset width field              meaning
@@ -28,7 +28,9 @@ offset width field              meaning
 72     8     length             bytes of payload in this frame
 80     8     clock_s            the sender's monotonic clock when the frame left, float64 seconds
 88     4     codec_parameter    what else the codec needs to decode (block size, bits)
-92     4     crc                CRC-32 of bytes 0 to 91
+92     8     checksum           XXH3 (64 bits) of the whole payload that this frame had when it was
+                                first sent, if `Flag.CHECKED`; else 0
+100    4     crc                CRC-32 of bytes 0 to 99 and of the shape
 ====== ===== ================== ==========================================================
 
 The shape follows, ``rank`` unsigned 64-bit integers, then ``length`` bytes of payload. A payload
@@ -49,18 +51,20 @@ from typing import Any, NamedTuple, TypeAlias
 
 import ml_dtypes
 import numpy as np
+import xxhash
 
-from comms.errors import ChannelError, FrameError
+from comms.errors import ChannelError, DamageError, FrameError
 
 MAGIC = b"PJXC"
-VERSION = 1
+VERSION = 2
 MAX_RANK = 16
 _U32 = 0xFFFFFFFF
 
-_HEADER = struct.Struct("<4sHBBBBBBIIIIIIIIIQQQQdI")
+_HEADER = struct.Struct("<4sHBBBBBBIIIIIIIIIQQQQdIQ")
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size + _CRC.size
-assert HEADER_BYTES == 96
+assert HEADER_BYTES == 104
+_RANK_AT = 10
 
 
 class Role(enum.IntEnum):
@@ -96,6 +100,8 @@ class Flag(enum.IntFlag):
     """The tensor is part of the bundle whose manifest came last."""
     BACK_TO_BACK = 4
     """The sender had this frame waiting when the one before it left: its transfer time is pure."""
+    CHECKED = 8
+    """The header has a checksum of the payload."""
 
 
 SEQUENCED = frozenset((Kind.TENSOR, Kind.CONTROL, Kind.MANIFEST, Kind.CHUNK))
@@ -103,6 +109,10 @@ SEQUENCED = frozenset((Kind.TENSOR, Kind.CONTROL, Kind.MANIFEST, Kind.CHUNK))
 
 STATUS = struct.Struct("<QQd")
 """Payload of STATUS: last sequence received, credit bytes given back so far, bytes/s received."""
+MAX_RATE = 1e12
+"""The most that a STATUS reports, in bytes per second."""
+MAX_CLOCK_S = 1e12
+"""The largest magnitude of a clock, in seconds."""
 PING = struct.Struct("<d")
 """Payload of PING: the sender's monotonic clock in seconds."""
 PONG = struct.Struct("<ddd")
@@ -190,6 +200,7 @@ class Header(NamedTuple):
     length: int = 0
     clock_s: float = 0.0
     codec_parameter: int = 0
+    checksum: int = 0
 
     def tag(self) -> Tag:
         """Returns the tensor's tag.
@@ -222,8 +233,13 @@ def pack_header(header: Header, shape: tuple[int, ...] = ()) -> bytes:
         head = _HEADER.pack(MAGIC, VERSION, *header)
     except struct.error as error:
         raise ChannelError(f"a field of the frame header is out of range: {header}") from error
-    head += _CRC.pack(zlib.crc32(head))
-    return head + struct.pack(f"<{len(shape)}Q", *shape) if shape else head
+    sizes = struct.pack(f"<{len(shape)}Q", *shape) if shape else b""
+    return head + _CRC.pack(zlib.crc32(sizes, zlib.crc32(head))) + sizes
+
+
+def checksum_of(payload: memoryview | bytes | bytearray) -> int:
+    """Returns the checksum of a payload."""
+    return xxhash.xxh3_64_intdigest(payload)
 
 
 def tag_fields(tag: Tag | None) -> _TagFields:
@@ -244,37 +260,45 @@ def tag_fields(tag: Tag | None) -> _TagFields:
     return fields
 
 
-def unpack_header(buffer: memoryview | bytes | bytearray) -> Header:
-    """Reads the first `HEADER_BYTES` of a buffer.
+def unpack_header(
+    buffer: memoryview | bytes | bytearray,
+) -> tuple[Header, tuple[int, ...]] | None:
+    """Reads a header of which at least `HEADER_BYTES` are there, and the shape behind it.
+
+    Returns:
+        The two, or None while the shape is not complete.
 
     Raises:
+        DamageError: if the bytes are not what the peer sent.
         FrameError: if they are no header of this protocol version.
     """
-    magic, version, *fields = _HEADER.unpack_from(buffer)
+    view = memoryview(buffer)
+    magic, rank = bytes(view[: len(MAGIC)]), view[_RANK_AT]
     if magic != MAGIC:
-        raise FrameError(f"the frame begins with {bytes(magic)!r}, expected {MAGIC!r}")
+        raise DamageError(f"the frame begins with {magic!r}, expected {MAGIC!r}")
+    if rank > MAX_RANK:
+        raise DamageError(f"the frame declares rank {rank}, at most {MAX_RANK} is taken")
+    end = HEADER_BYTES + 8 * rank
+    if len(view) < end:
+        return None
+    (crc,) = _CRC.unpack_from(view, _HEADER.size)
+    actual = zlib.crc32(view[HEADER_BYTES:end], zlib.crc32(view[: _HEADER.size]))
+    if crc != actual:
+        raise DamageError(f"the header's CRC-32 is {actual:08x}, it says {crc:08x}")
+    _, version, *fields = _HEADER.unpack_from(view)
     if version != VERSION:
         raise FrameError(f"the frame is of protocol version {version}, this side speaks {VERSION}")
-    (crc,) = _CRC.unpack_from(buffer, _HEADER.size)
-    actual = zlib.crc32(memoryview(buffer)[: _HEADER.size])
-    if crc != actual:
-        raise FrameError(f"the header's CRC-32 is {actual:08x}, it says {crc:08x}")
     header = Header._make(fields)
     if not Kind.TENSOR <= header.kind <= Kind.GOODBYE:
         raise FrameError(f"unknown kind of frame: {header.kind}")
-    if header.rank > MAX_RANK:
-        raise FrameError(f"the frame declares rank {header.rank}, at most {MAX_RANK} is taken")
     if header.offset + header.length > header.total:
         raise FrameError(
             f"the frame's {header.length} bytes at offset {header.offset} "
             f"exceed the {header.total} it declares in total"
         )
-    return header
-
-
-def unpack_shape(buffer: memoryview | bytes | bytearray, rank: int) -> tuple[int, ...]:
-    """Reads a shape of `rank` unsigned 64-bit integers."""
-    return struct.unpack_from(f"<{rank}Q", buffer)
+    if not abs(header.clock_s) <= MAX_CLOCK_S:
+        raise FrameError(f"the frame's clock shows {header.clock_s} s")
+    return header, struct.unpack_from(f"<{rank}Q", view, HEADER_BYTES)
 
 
 def array_bytes(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:

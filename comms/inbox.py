@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from comms.allowance import Allowance
+from comms.bounded_json import one_line
 from comms.buffers import BufferPool
 from comms.codec import codec_of
-from comms.errors import FrameError, LimitError
-from comms.frame import DTYPES, HEADER_BYTES, SEQUENCED, Flag, Header, Kind, Role, array_bytes
+from comms.errors import DamageError, FrameError, LimitError
+from comms.frame import (
+    DTYPES,
+    HEADER_BYTES,
+    SEQUENCED,
+    Flag,
+    Header,
+    Kind,
+    Role,
+    array_bytes,
+    checksum_of,
+)
 from comms.incoming import Assembly, Bundle, credit_cost, read_json
 from comms.meter import RateMeter
 from comms.options import Limits
@@ -22,6 +34,7 @@ from comms.transport import Transport
 _CONTROL_LANE = int(Flag.CONTROL_LANE)
 _BUNDLE = int(Flag.BUNDLE)
 _BACK_TO_BACK = int(Flag.BACK_TO_BACK)
+_CHECKED = int(Flag.CHECKED)
 _LARGE_BYTES = 1 << 16
 # Half a millisecond's bytes are waited for at once, from 64 KiB (on links of more than 1 Gbit/s):
 # half a megabyte fits the second-level cache of the core that copies it.
@@ -37,6 +50,7 @@ class Inbox:
         allowance: what this one may send; None while its owner has not admitted it.
         window_bytes: the credit given to the peer.
         pool: where receive buffers come from.
+        checked: whether the peer has to send a checksum with every payload.
         on_tensor: gets each complete tensor.
         on_bundle: gets each complete bundle.
         on_control: gets each control message and how it arrived.
@@ -49,6 +63,7 @@ class Inbox:
         allowance: Allowance | None,
         window_bytes: int,
         pool: BufferPool,
+        checked: bool,
         *,
         on_tensor: Callable[[Assembly], None],
         on_bundle: Callable[[Bundle], None],
@@ -60,6 +75,7 @@ class Inbox:
         self._joined = False
         self._window_bytes = window_bytes
         self._pool = pool
+        self._checked = checked
         self._on_tensor = on_tensor
         self._on_bundle = on_bundle
         self._on_control = on_control
@@ -74,7 +90,7 @@ class Inbox:
         self._lanes: list[Assembly | None] = [None, None]
         self._bundle: Bundle | None = None
         self._signal = bytearray()
-        self._proven = False
+        self.proven = False
 
     @property
     def held_bytes(self) -> int:
@@ -106,7 +122,7 @@ class Inbox:
         self.settle()
         self.rate.restart()
         # However short-lived the connections, each has to bring the stream some bytes further.
-        self._proven = False
+        self.proven = False
         self._reader.restart(leftover)
 
     def pump(self, transport: Transport, budget_bytes: int) -> bool:
@@ -117,6 +133,8 @@ class Inbox:
 
     def _begin_frame(self, header: Header, shape: tuple[int, ...]) -> memoryview:
         """Checks a frame against the stream and the limits and returns where its payload goes."""
+        if self._checked and not header.flags & _CHECKED:
+            raise FrameError("a frame without a checksum, which the two sides agreed on")
         if header.kind not in SEQUENCED:
             if header.length > 4096 or header.length != header.total:
                 raise LimitError(f"a {Kind(header.kind).name} frame of {header.length} bytes")
@@ -159,7 +177,7 @@ class Inbox:
         gather = min(_WAKE_BYTES, int((self.rate.bytes_per_s or 0.0) * _WAKE_S))
         self._reader.expect(
             HEADER_BYTES + (0 if goes_on else 8 * len(assembly.shape)),
-            gather if gather >= _LARGE_BYTES and self._proven else 1,
+            gather if gather >= _LARGE_BYTES and self.proven else 1,
         )
 
     def _check_join(self, header: Header) -> None:
@@ -220,7 +238,7 @@ class Inbox:
                 f"Allowance.{which})"
             )
         # A shape such as (2**60, 0) has no bytes, and yet is none that numpy can hold.
-        if any(size > 1 << 48 for size in assembly.shape):
+        if math.prod(size or 1 for size in assembly.shape) * dtype.itemsize > 1 << 60:
             raise LimitError(f"{tag}: shape {assembly.shape} is too large")
         expected = codec.encoded_bytes(dtype, assembly.shape, header.codec_parameter)
         if header.total != expected if codec.exact_size else header.total > expected:
@@ -253,24 +271,31 @@ class Inbox:
     def _end_frame(self, header: Header) -> None:
         self.frames_in += 1
         if header.kind not in SEQUENCED:
+            _check(header, memoryview(self._signal))
             self._on_signal(header, bytes(self._signal))
             return
+        lane = 1 if header.flags & _CONTROL_LANE else 0
+        assembly = self._lanes[lane]
+        assert assembly is not None
+        # What earlier connections brought of this frame is checked with the rest of it.
+        begin, self.partial_bytes = header.offset - self.partial_bytes, 0
+        try:
+            _check(header, assembly.buffer.data[begin : header.offset + header.length])
+        except DamageError:
+            assembly.filled = begin
+            raise
         frame_bytes = HEADER_BYTES + 8 * header.rank + header.length
         back_to_back = bool(header.flags & _BACK_TO_BACK)
         self.rate.add(frame_bytes, back_to_back, self._reader.last_read_s)
         self.received = header.sequence
-        self._proven = True
-        self.partial_bytes = 0
-        lane = 1 if header.flags & _CONTROL_LANE else 0
-        assembly = self._lanes[lane]
-        assert assembly is not None
+        self.proven = True
         assembly.filled += header.length
         if assembly.filled < assembly.header.total:
             return
         self._lanes[lane] = None
         if assembly.header.kind == Kind.CONTROL:
             self._joined = True
-            body = read_json(assembly).get("body")
+            body = read_json(assembly, "a control message", "body")["body"]
             if not isinstance(body, dict):
                 raise FrameError("a control message without a body")
             self._on_control(body, assembly)
@@ -297,10 +322,13 @@ class Inbox:
         self._on_bundle(bundle)
 
     def _read_manifest(self, assembly: Assembly) -> Bundle:
-        manifest = read_json(assembly)
-        name, names, body = manifest.get("name"), manifest.get("tensors"), manifest.get("body")
+        manifest = read_json(assembly, "a manifest", "name", "tensors", "body")
+        name, names, body = manifest["name"], manifest["tensors"], manifest["body"]
         if not isinstance(name, str) or not isinstance(names, list) or not isinstance(body, dict):
-            raise FrameError("a manifest without name, tensors and body")
+            raise FrameError("a manifest without name, tensors and body of the right types")
+        name = one_line(name, 200)
+        if assembly.header.role != Role.WEIGHT:
+            raise FrameError(f"bundle {name}: only weights travel in bundles")
         most = self._most.bundle_tensors
         if len(names) > most:
             raise LimitError(
@@ -310,3 +338,12 @@ class Inbox:
         if not all(isinstance(key, str) for key in names) or len(set(names)) != len(names):
             raise FrameError(f"bundle {name}: the names of its tensors are no distinct texts")
         return Bundle(name, names, body, assembly)
+
+
+def _check(header: Header, payload: memoryview) -> None:
+    """Compares a payload with the checksum that came with it, if one did."""
+    if header.flags & _CHECKED and checksum_of(payload) != header.checksum:
+        raise DamageError(
+            f"a {Kind(header.kind).name} frame's payload of {len(payload)} bytes does not match "
+            "its checksum"
+        )

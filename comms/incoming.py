@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
 
+from comms import bounded_json
 from comms.buffers import Lease
 from comms.codec import Bytes, Codec
-from comms.errors import ChannelError, FrameError
+from comms.errors import FrameError
 from comms.frame import Header, Role, Tag
 from comms.message import Payload
 
@@ -92,22 +92,23 @@ def pack_json(fields: dict[str, Any]) -> bytes:
     Raises:
         ChannelError: if the fields hold what JSON has no form for.
     """
-    try:
-        return json.dumps({"schema": SCHEMA, **fields}, separators=(",", ":")).encode()
-    except (TypeError, ValueError) as error:
-        raise ChannelError(f"a control message must be plain JSON: {error}") from error
+    return bounded_json.encode({"schema": SCHEMA, **fields}, "a control message")
 
 
-def read_json(assembly: Assembly) -> dict[str, Any]:
+def read_json(assembly: Assembly, what: str, *names: str) -> dict[str, Any]:
     """Returns the JSON of a control message or manifest that is complete, without its schema.
+
+    Args:
+        assembly: the message.
+        what: what it is, for the message.
+        names: the fields that it has beside the schema.
 
     Raises:
         FrameError: if it is none.
     """
-    try:
-        body = json.loads(assembly.buffer.tobytes())
-    except (ValueError, RecursionError) as error:
-        raise FrameError(f"a control message that is no JSON: {error}") from error
-    if not isinstance(body, dict) or body.pop("schema", None) != SCHEMA:
-        raise FrameError(f"a control message without the JSON schema version {SCHEMA}")
-    return body
+    fields = bounded_json.decode(assembly.buffer.data, what)
+    if fields.pop("schema", None) != SCHEMA:
+        raise FrameError(f"{what} without the JSON schema version {SCHEMA}")
+    if fields.keys() != set(names):
+        raise FrameError(f"{what} without {', '.join(names)}, or with more than that")
+    return fields

@@ -86,6 +86,8 @@ class Link(Stream):
         """
         limits = self._options.limits
         given = Allowance.of(limits) if allowance is None else allowance.within(limits)
+        if self._inbox.allowance is None:
+            self._loop.post(lambda: self._endpoint.doorstep.leave(self))
         self._inbox.allowance = given
 
     @property
@@ -295,7 +297,12 @@ class Link(Stream):
     def _encode(self, job: Job) -> None:
         """Runs on the codec worker."""
         began_s = time.monotonic()
-        set_payload(job.message, job.codec.encode(job.array, job.parameter))
+        try:
+            set_payload(job.message, job.codec.encode(job.array, job.parameter))
+        except Exception as error:
+            failure = error
+            self._endpoint.loop.post(lambda: self._failed_here(failure))
+            return
         self._encode_s += time.monotonic() - began_s
         self._post_flush()
 

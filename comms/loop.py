@@ -11,7 +11,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import TypeAlias
+
+from comms.bounded_json import one_line
 
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
@@ -35,9 +38,10 @@ class Timer:
 class Loop:
     """Runs ready sockets, due timers and posted calls on one thread.
 
-    Only `post`, `start`, `stop` and `join` may be called from other threads. An exception that
-    escapes a callback ends the loop: it is kept in `failure` and handed to `on_failure`, which has
-    to tell everyone who waits.
+    Only `post`, `start`, `stop` and `join` may be called from other threads. What concerns one
+    connection is called through a `Guard`, which contains its exceptions. One that escapes any
+    other callback ends the loop: it is kept in `failure` and handed to `on_failure`, which has to
+    tell everyone who waits.
     """
 
     def __init__(self, name: str, on_failure: Callable[[BaseException], None]) -> None:
@@ -152,3 +156,73 @@ class Loop:
         if not self._timers:
             return None
         return max(0.0, self._timers[0][0] - time.monotonic())
+
+
+class Guard:
+    """The loop as one connection sees it: an exception of its callbacks ends that connection alone.
+
+    This is the last line of defence. What a peer can cause has errors of its own, which are told
+    and handled where they arise; what comes here is a bug, in the channel or in a callback of its
+    user. It becomes the error of the connection that it happened on, with its place and its cause.
+
+    Args:
+        loop: the I/O thread.
+        failed: gets the exception, on the I/O thread.
+    """
+
+    def __init__(self, loop: Loop, failed: Callable[[Exception], None]) -> None:
+        self._loop = loop
+        self._failed = failed
+
+    @property
+    def on_thread(self) -> bool:
+        """Whether the caller runs on the I/O thread."""
+        return self._loop.on_thread
+
+    def run(self, call: Callable[..., object], *args: object) -> None:
+        """Runs a call now; I/O thread only."""
+        try:
+            call(*args)
+        except Exception as error:
+            self._failed(error)
+
+    def post(self, call: Callable[[], None]) -> None:
+        """As `Loop.post`."""
+        self._loop.post(lambda: self.run(call))
+
+    def soon(self, call: Callable[[], None]) -> None:
+        """As `Loop.soon`."""
+        self._loop.soon(lambda: self.run(call))
+
+    def at(self, when_s: float, call: Callable[[], None]) -> Timer:
+        """As `Loop.at`."""
+        return self._loop.at(when_s, lambda: self.run(call))
+
+    def watch(self, sock: socket.socket, events: int, ready: Ready) -> None:
+        """As `Loop.watch`."""
+        self._loop.watch(sock, events, lambda events: self.run(ready, events))
+
+    def forget(self, sock: socket.socket) -> None:
+        """As `Loop.forget`."""
+        self._loop.forget(sock)
+
+
+def report(error: BaseException) -> None:
+    """Shows an exception of which no caller is left to hear, as Python does for threads."""
+    threading.excepthook(
+        threading.ExceptHookArgs(
+            (type(error), error, error.__traceback__, threading.current_thread())
+        )
+    )
+
+
+def place_of(error: BaseException) -> str:
+    """Returns an exception and where it was raised, in one line."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    where = ""
+    if place is not None:
+        code = place.tb_frame.f_code
+        where = f" at {PurePath(code.co_filename).name}:{place.tb_lineno}"
+    return f"{type(error).__name__}: {one_line(error, 300)}{where}"

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from comms.bounded_json import one_line
 from comms.codec import Array, Bytes, Codec
-from comms.errors import ChannelError
+from comms.errors import ChannelError, CodecError
 from comms.frame import Tag
 
 if TYPE_CHECKING:
@@ -51,7 +52,15 @@ class Payload:
             CodecError: if the payload is not what the codec makes.
         """
         if self._array is None:
-            self._array = self.codec.decode(self.data, self.dtype, self.shape, self.parameter)
+            try:
+                self._array = self.codec.decode(self.data, self.dtype, self.shape, self.parameter)
+            except CodecError:
+                raise
+            except Exception as error:  # whatever bytes do to numpy, they are no bytes of the codec
+                raise CodecError(
+                    f"{self.data.size} bytes cannot be decoded by codec {self.codec.name} as "
+                    f"{self.dtype}{list(self.shape)}: {type(error).__name__}: {error}"
+                ) from error
         return self._array
 
 
@@ -134,13 +143,30 @@ class Message:
 
     @property
     def array(self) -> Array:
-        """The array of a "tensor" message, 64-byte aligned where it is raw."""
-        return self.payload.array
+        """The array of a "tensor" message, 64-byte aligned where it is raw.
+
+        Raises:
+            ChannelError: as for `payloads`.
+            CodecError: if the payload is not what the codec makes; it names peer and tensor.
+        """
+        return self._decode("", self.payload)
 
     @property
     def tensors(self) -> dict[str, Array]:
-        """The arrays of a "bundle" message by name, in the sender's order."""
-        return {name: payload.array for name, payload in self.payloads.items()}
+        """The arrays of a "bundle" message by name, in the sender's order.
+
+        Raises:
+            ChannelError: as for `payloads`.
+            CodecError: if a payload is not what its codec makes; it names peer and tensor.
+        """
+        return {name: self._decode(name, payload) for name, payload in self.payloads.items()}
+
+    def _decode(self, name: str, payload: Payload) -> Array:
+        try:
+            return payload.array
+        except CodecError as error:
+            what = f"{one_line(name, 200)} of bundle {self.name}" if name else self.tag
+            raise CodecError(f"{self.link.peer} sent {what}: {error}") from error
 
     def release(self) -> None:
         """Gives the credit back to the peer and drops the buffers; may be called from any thread.

@@ -6,9 +6,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from comms.frame import STATUS
+from comms.frame import MAX_RATE, STATUS
 from comms.inbox import Inbox
-from comms.loop import Loop, Timer
+from comms.loop import Guard, Timer
 from comms.options import ChannelOptions
 from comms.outbox import Outbox
 
@@ -32,7 +32,7 @@ class News:
         self,
         inbox: Inbox,
         outbox: Outbox,
-        loop: Loop,
+        loop: Guard,
         options: ChannelOptions,
         flush: Callable[[], None],
         post_flush: Callable[[], None],
@@ -71,7 +71,8 @@ class News:
         self._received, self._bytes_in = inbox.received, inbox.bytes_in
         self._released_bytes = inbox.released_bytes
         self._rate = inbox.rate.bytes_per_s
-        return STATUS.pack(self._received, self._released_bytes, self._rate or 0.0)
+        rate = min(self._rate or 0.0, MAX_RATE)
+        return STATUS.pack(self._received, self._released_bytes, rate)
 
     def release(self, cost: int) -> None:
         """Gives credit back; from any thread."""

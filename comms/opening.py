@@ -11,9 +11,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from comms.errors import AuthenticationError, ChannelError, ConnectError, HandshakeError
+from comms.errors import (
+    AuthenticationError,
+    BusyError,
+    ChannelError,
+    ConnectError,
+    HandshakeError,
+)
 from comms.handshake import ClientHandshake, Handshake, refusal
-from comms.loop import READ, WRITE, Loop
+from comms.loop import READ, WRITE, Guard, Loop, Timer, place_of, report
 from comms.transport import CertificateRefused, ConnectionEnded, TlsTransport, Transport
 
 
@@ -24,7 +30,7 @@ class CutShortError(ConnectError):
 def _cut_short(error: ConnectionEnded) -> CutShortError:
     return CutShortError(
         f"the handshake was cut short: {error} (does one side ask for TLS and the other not, or "
-        "for a certificate?)"
+        "for a certificate, or has the listener too many unfinished connections?)"
     )
 
 
@@ -37,6 +43,7 @@ class Opening:
         handshake: this side of the channel's handshake.
         tls: context if the connection is to be encrypted.
         server_name: the name to verify in the listener's certificate; None on the listening side.
+        bind_names: whether the peer may only go by a name that its certificate has.
         deadline_s: how long the whole may take; a peer that dribbles bytes gets no longer.
         on_done: called when the peers agree.
         on_failed: called with a ConnectError if another try may help, a HandshakeError if not.
@@ -50,22 +57,26 @@ class Opening:
         *,
         tls: ssl.SSLContext | None,
         server_name: str | None,
+        bind_names: bool,
         deadline_s: float,
         on_done: Callable[[Opening], None],
         on_failed: Callable[[Opening, ChannelError], None],
     ) -> None:
         self.handshake = handshake
-        self._loop = loop
+        self._loop = Guard(loop, self._failed_here)
         self._sock = sock
         self._tls = tls
         self._server_name = server_name
+        self._bind_names = bind_names
         self._deadline_s = deadline_s
         self._on_done = on_done
         self._on_failed = on_failed
         self._transport: Transport | None = None
+        self._timer: Timer | None = None
         self._to_write = b""
         self._buffer = memoryview(bytearray(4096))
         self._ended = False
+        self._shaken = False
         sock.setblocking(False)
 
     @property
@@ -76,6 +87,9 @@ class Opening:
 
     def begin(self, address: Any = None) -> None:
         """Starts: connects first if an address is given."""
+        self._loop.run(self._begin, address)
+
+    def _begin(self, address: Any) -> None:
         self._timer = self._loop.at(time.monotonic() + self._deadline_s, self._too_late)
         if address is None:
             self._connected()
@@ -89,12 +103,17 @@ class Opening:
             self._fail(ConnectError(os.strerror(code)))
 
     def _connect_ended(self) -> None:
-        code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if self._ended:
+            return
+        try:
+            code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            # A port of this machine without a listener may be connected to itself.
+            if not code and self._sock.getsockname() == self._sock.getpeername():
+                code = errno.ECONNREFUSED
+        except OSError as error:  # reset since
+            code = error.errno or errno.ECONNRESET
         if code:
             self._fail(ConnectError(os.strerror(code)))
-        elif self._sock.getsockname() == self._sock.getpeername():
-            # A port of this machine without a listener may be connected to itself.
-            self._fail(ConnectError(os.strerror(errno.ECONNREFUSED)))
         else:
             self._connected()
 
@@ -117,6 +136,8 @@ class Opening:
             self._exchange(0)
 
     def _shake_hands(self, transport: TlsTransport) -> None:
+        if self._ended:
+            return
         try:
             wanted = transport.handshake()
         except CertificateRefused as error:
@@ -126,6 +147,9 @@ class Opening:
             self._fail(_cut_short(error))
             return
         if wanted is None:
+            self._shaken = True
+            if self._bind_names:
+                self.handshake.names = transport.peer_names()
             self._exchange(READ)
         else:
             events = READ if wanted == "read" else WRITE
@@ -150,21 +174,42 @@ class Opening:
                     self._loop.watch(self._sock, READ, self._exchange)
                     return
                 self._to_write += self.handshake.feed(bytes(self._buffer[:count]))
-        except HandshakeError as error:
+        except (HandshakeError, BusyError) as error:
             self._refuse(error)
         except ConnectionEnded as error:
             self._fail(_cut_short(error))
 
-    def _refuse(self, error: HandshakeError) -> None:
+    def _refuse(self, error: ChannelError) -> None:
         # If the peer has gone already, the error that matters is the one in hand.
         with contextlib.suppress(ConnectionEnded):
             self.transport.send([memoryview(refusal(error, self.handshake.name))])
             self.transport.shut()
+            for _ in range(4):  # closed with something unread, TCP would take the reason back
+                if not self.transport.receive(self._buffer):
+                    break
         self._fail(error)
+
+    def turn_away(self, error: BusyError) -> None:
+        """Ends an accepted connection for want of room, and says so if frames may be sent yet."""
+        secure = isinstance(self._transport, TlsTransport)
+        if self._transport is not None and not (secure and not self._shaken):
+            self._refuse(error)
+        else:
+            self._fail(error)
+
+    def _failed_here(self, error: Exception) -> None:
+        """Ends this connection alone over an exception that nothing expected; see `Guard`."""
+        failure = HandshakeError(f"this side failed over the handshake: {place_of(error)}")
+        failure.__cause__ = error
+        if self._ended:
+            report(error)
+        else:
+            self._fail(failure)
 
     def _finish(self) -> None:
         self._ended = True
-        self._timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         self._loop.forget(self._sock)
         self._on_done(self)
 
@@ -181,6 +226,7 @@ class Opening:
         if self._ended:
             return
         self._ended = True
-        self._timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         self._loop.forget(self._sock)
         self._sock.close()

@@ -81,7 +81,10 @@ class Limits:
         rank: largest number of dimensions.
         bundle_tensors: most tensors in one bundle.
         waiting_bytes: what may wait on a link that its owner has not started yet.
-        pending_handshakes: connections of a listener that have not finished their handshake.
+        pending_handshakes: connections of a listener that have not finished their handshake, or
+            were not admitted since; from one address at most `address_handshakes`, or twice the
+            peers that `Endpoint.listen` was told to expect. Of too many the oldest loses.
+        address_handshakes: see there.
     """
 
     message_bytes: int = 16 << 30
@@ -91,6 +94,7 @@ class Limits:
     bundle_tensors: int = 100_000
     waiting_bytes: int = 64 << 20
     pending_handshakes: int = 2048
+    address_handshakes: int = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +116,9 @@ class ChannelOptions:
         listen_openly: allows a listener without a token beyond the loopback interface.
         limits: what a peer may make this side hold.
         pool_bytes: most bytes of idle receive buffers kept for reuse; 0 allocates each afresh.
+        checksum: whether payloads travel with a checksum, which they do if either side says so;
+            None is yes without TLS, which has its own, and no under it. A payload that arrives
+            damaged is sent again where the stream can resume, and ends the link where it cannot.
     """
 
     deadline_s: float = 10.0
@@ -123,6 +130,7 @@ class ChannelOptions:
     listen_openly: bool = False
     limits: Limits = field(default_factory=Limits)
     pool_bytes: int = 64 << 20
+    checksum: bool | None = None
 
     def __post_init__(self) -> None:
         """Checks the values.
@@ -143,6 +151,11 @@ class ChannelOptions:
             raise ChannelError(
                 "the token is too short: use at least 8 characters, best random ones"
             )
+
+    @property
+    def wants_checksum(self) -> bool:
+        """Whether this side asks for checksums."""
+        return self.tls is None if self.checksum is None else self.checksum
 
     @property
     def heartbeat_s(self) -> float:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 
 from comms.errors import FrameError
-from comms.frame import PING, PONG, Flag, Header, Kind, pack_header
+from comms.frame import PING, PONG, Flag, Header, Kind, checksum_of, pack_header
 from comms.outgoing import Frame, Outgoing, note_start, signal_frame
 from comms.shaping import LinkShape, Shaper, chunk_bytes
 from comms.transport import MAX_BUFFERS, ConnectionEnded, Transport
@@ -16,6 +16,7 @@ from comms.transport import MAX_BUFFERS, ConnectionEnded, Transport
 # Plain numbers: the operators of IntFlag cost microseconds, and these are used for every frame.
 _CONTROL_LANE = int(Flag.CONTROL_LANE)
 _BACK_TO_BACK = int(Flag.BACK_TO_BACK)
+_CHECKED = int(Flag.CHECKED)
 _COALESCE_BYTES = 1 << 16
 _SLOW_BYTES_PER_S = 3e6
 _FIRST_CHUNK_BYTES = 1 << 14
@@ -37,9 +38,12 @@ class Outbox:
         status: returns the payload of a STATUS frame.
         keep: whether frames are kept for replay until acknowledged.
         replay_bytes: bound of what is kept.
+        checked: whether payloads are sent with their checksum.
     """
 
-    def __init__(self, status: Callable[[], bytes], keep: bool, replay_bytes: int) -> None:
+    def __init__(
+        self, status: Callable[[], bytes], keep: bool, replay_bytes: int, *, checked: bool = False
+    ) -> None:
         self.control: deque[Outgoing] = deque()
         self.data: deque[Outgoing] = deque()
         self.keep = keep
@@ -64,6 +68,7 @@ class Outbox:
         self.ping_due = False
         self.pongs: deque[tuple[float, float]] = deque(maxlen=8)
         self._status = status
+        self._checked = checked
         self._replay_bytes = replay_bytes
         self._unacked: deque[Frame] = deque()
         self._replay: deque[Frame] = deque()
@@ -187,6 +192,8 @@ class Outbox:
                 raise FrameError(f"the peer claims a part of frame {received + 1}, never sent")
             # However short-lived the connections, each brings the stream some bytes further.
             self._replay[0].skip(partial_bytes)
+        elif self._replay:
+            self._replay[0].skip(0)
         for frame in self._replay:
             frame.unwritten = frame.nbytes
         self.drop_connection()
@@ -209,7 +216,7 @@ class Outbox:
         """
         if self._frames and self._frames[0].unwritten != self._frames[0].nbytes:
             return
-        frame = signal_frame(Kind.GOODBYE, reason)
+        frame = signal_frame(Kind.GOODBYE, reason, self._checked)
         with contextlib.suppress(ConnectionEnded):
             transport.send([memoryview(frame.head)])
 
@@ -312,7 +319,7 @@ class Outbox:
         sending = message.sending
         sending.end_s = frame.end_s if frame.end_s is not None else time.monotonic()
         message.payload = None
-        frame.payload = None
+        frame.let_go()
         if message.final:
             self.queue_s += max(0.0, sending.start_s - sending.queued_s)
             if sending.on_sent is not None:
@@ -385,13 +392,14 @@ class Outbox:
     def _pick(self, now_s: float) -> Frame | None:
         if self.ping_due:
             self.ping_due = False
-            return signal_frame(Kind.PING, PING.pack(now_s))
+            return signal_frame(Kind.PING, PING.pack(now_s), self._checked)
         if self.pongs:
             asked_s, arrived_s = self.pongs.popleft()
-            return signal_frame(Kind.PONG, PONG.pack(asked_s, arrived_s, now_s))
+            pong = PONG.pack(asked_s, arrived_s, now_s)
+            return signal_frame(Kind.PONG, pong, self._checked)
         if self.status_due:
             self.status_due = False
-            return signal_frame(Kind.STATUS, self._status())
+            return signal_frame(Kind.STATUS, self._status(), self._checked)
         if self._replay:
             frame = self._replay.popleft()
             self.repeated_frames += 1
@@ -403,7 +411,7 @@ class Outbox:
         if not lane:
             if self._goodbye is not None:
                 reason, self._goodbye = self._goodbye, None
-                return signal_frame(Kind.GOODBYE, reason)
+                return signal_frame(Kind.GOODBYE, reason, self._checked)
             return None
         message = lane[0]
         # Looked at after the lane: whoever saw this message there sees the change before it, too.
@@ -441,26 +449,35 @@ class Outbox:
         offset, total = message.offset, message.header.total
         length = min(total - offset, self._chunk_bytes)
         self.sequence += 1
-        flags = message.header.flags
+        flags, checksum = message.header.flags, 0
+        payload = message.payload[offset : offset + length]
         if self._waiting:
             flags |= _BACK_TO_BACK
+        if self._checked:
+            flags |= _CHECKED
+            checksum = checksum_of(payload)
         if offset == 0:
             header = message.header._replace(
-                flags=flags, sequence=self.sequence, length=length, clock_s=now_s
+                flags=flags,
+                sequence=self.sequence,
+                length=length,
+                clock_s=now_s,
+                checksum=checksum,
             )
             head = pack_header(header, message.shape)
         else:
             header = Header(
                 kind=Kind.CHUNK,
-                flags=flags & (_CONTROL_LANE | _BACK_TO_BACK),
+                flags=flags & (_CONTROL_LANE | _BACK_TO_BACK | _CHECKED),
                 sequence=self.sequence,
                 offset=offset,
                 total=total,
                 length=length,
                 clock_s=now_s,
+                checksum=checksum,
             )
             head = pack_header(header)
-        frame = Frame(head, message.payload[offset : offset + length], header, message)
+        frame = Frame(head, payload, header, message)
         message.offset = offset + length
         message.sending.wire_bytes += frame.nbytes
         if message.offset == total:

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from comms.errors import FrameError
-from comms.frame import Flag, Header, Kind, pack_header
+from comms.frame import Flag, Header, Kind, checksum_of, pack_header
 
 # Plain numbers: the operators of IntFlag cost microseconds, and these are used for every frame.
-_CONTROL_LANE = int(Flag.CONTROL_LANE)
+_CHECKED = int(Flag.CHECKED)
+_KEPT = int(Flag.CONTROL_LANE | Flag.CHECKED)
 OnSent: TypeAlias = Callable[[float, float, int], None]
 """Gets when the first and the last byte left, and the bytes with headers."""
 
@@ -66,8 +67,8 @@ class Frame:
     """A frame on its way; kept until acknowledged if the stream can resume."""
 
     __slots__ = (
-        "end_s", "head", "header", "kept_bytes", "last", "message", "nbytes", "payload",
-        "sequence", "skipped", "unwritten",
+        "end_s", "first", "head", "header", "kept_bytes", "last", "message", "nbytes", "payload",
+        "sequence", "unwritten",
     )  # fmt: skip
 
     def __init__(
@@ -81,7 +82,7 @@ class Frame:
         self.payload = payload
         self.header = header
         self.sequence = 0 if header is None else header.sequence
-        self.skipped = 0
+        self.first = head, payload
         self.message = message
         self.last = False
         self.nbytes = len(head) + (0 if payload is None else len(payload))
@@ -94,23 +95,33 @@ class Frame:
         Raises:
             FrameError: if the frame has no more than that.
         """
-        header, payload = self.header, self.payload
-        assert header is not None and payload is not None
-        if not self.skipped <= nbytes < header.length:
-            raise FrameError(f"the peer claims {nbytes} bytes of frame {header.sequence}")
-        rest = Header(
-            kind=Kind.CHUNK,
-            flags=header.flags & _CONTROL_LANE,
-            sequence=header.sequence,
-            offset=header.offset + nbytes,
-            total=header.total,
-            length=header.length - nbytes,
-            clock_s=header.clock_s,
-        )
-        self.head = pack_header(rest)
-        self.payload = payload[nbytes - self.skipped :]
-        self.skipped = nbytes
-        self.nbytes = len(self.head) + len(self.payload)
+        head, payload = self.first
+        if nbytes:
+            header = self.header
+            assert header is not None and payload is not None
+            if not nbytes < header.length:
+                raise FrameError(f"the peer claims {nbytes} bytes of frame {header.sequence}")
+            # The checksum stays that of the whole: what came before may have been damaged.
+            head = pack_header(
+                Header(
+                    kind=Kind.CHUNK,
+                    flags=header.flags & _KEPT,
+                    sequence=header.sequence,
+                    offset=header.offset + nbytes,
+                    total=header.total,
+                    length=header.length - nbytes,
+                    clock_s=header.clock_s,
+                    checksum=header.checksum,
+                )
+            )
+            payload = payload[nbytes:]
+        self.head, self.payload = head, payload
+        self.nbytes = len(head) + (0 if payload is None else len(payload))
+
+    def let_go(self) -> None:
+        """Drops all views of the array."""
+        self.payload = None
+        self.first = self.head, None
 
 
 def note_start(frame: Frame, start_s: float) -> None:
@@ -119,7 +130,9 @@ def note_start(frame: Frame, start_s: float) -> None:
         frame.message.sending.start_s = start_s
 
 
-def signal_frame(kind: Kind, payload: bytes) -> Frame:
+def signal_frame(kind: Kind, payload: bytes, checked: bool) -> Frame:
     """Returns a frame that carries no message: status, ping, pong or goodbye."""
-    head = pack_header(Header(kind=kind, total=len(payload), length=len(payload)))
-    return Frame(head + payload, None)
+    header = Header(kind=kind, total=len(payload), length=len(payload))
+    if checked:
+        header = header._replace(flags=_CHECKED, checksum=checksum_of(payload))
+    return Frame(pack_header(header) + payload, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from comms.frame import HEADER_BYTES, Header, unpack_header, unpack_shape
+from comms.frame import HEADER_BYTES, Header, unpack_header
 from comms.transport import Transport
 
 _STAGING_BYTES = 1 << 14
@@ -138,11 +138,11 @@ class FrameReader:
             available = self._end - self._start
             if available < HEADER_BYTES:
                 break
-            header = unpack_header(self._staging[self._start :])
-            head_bytes = HEADER_BYTES + 8 * header.rank
-            if available < head_bytes:
+            found = unpack_header(self._staging[self._start : self._end])
+            if found is None:
                 break
-            shape = unpack_shape(self._staging[self._start + HEADER_BYTES :], header.rank)
+            header, shape = found
+            head_bytes = HEADER_BYTES + 8 * header.rank
             self._target = self._begin_frame(header, shape)
             self._header, self._filled = header, 0
             self._start += head_bytes

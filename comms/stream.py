@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
+import struct
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
+from comms import bounded_json
 from comms.allowance import Allowance
-from comms.errors import ChannelError, FrameError, PeerClosed, PeerLost
-from comms.frame import PING, PONG, STATUS, Header, Kind
-from comms.handshake import Terms
+from comms.bounded_json import one_line, reason_text
+from comms.errors import BusyError, ChannelError, DamageError, FrameError, PeerClosed, PeerLost
+from comms.frame import MAX_CLOCK_S, MAX_RATE, PING, PONG, STATUS, Header, Kind
+from comms.greeting import Terms
 from comms.inbox import Inbox
 from comms.incoming import Assembly, Bundle
-from comms.loop import READ, WRITE, Timer
+from comms.loop import READ, WRITE, Guard, Timer, place_of, report
 from comms.message import Message
 from comms.meter import ClockMeter
 from comms.news import News
@@ -33,6 +35,7 @@ _WRITE_BUDGET_BYTES = 4 << 20
 _FIRST_PINGS = 6
 _FIRST_PING_S = 0.02
 _LINGER_S = 1.0
+_MAX_DAMAGES = 3  # connections in a row that brought no frame whole
 
 
 class Stream:
@@ -61,17 +64,22 @@ class Stream:
         self.dialled = dialled
         self.resume_s = min(options.resume_s, terms.resume_s)
         self._endpoint = endpoint
-        self._loop = endpoint.loop
+        self.guard = Guard(endpoint.loop, self._failed_here)
+        self._loop = self.guard
         self._options = options
         self._lock = threading.Lock()
         self._clock = ClockMeter()
-        self._outbox = Outbox(self._pack_status, self.resume_s > 0, options.replay_bytes)
+        checked = options.wants_checksum or terms.checksum
+        self._outbox = Outbox(
+            self._pack_status, self.resume_s > 0, options.replay_bytes, checked=checked
+        )
         self._outbox.peer_window_bytes = terms.window_bytes
         self._inbox = Inbox(
             options.limits,
             Allowance.of(options.limits) if dialled else None,
             options.window_bytes,
             endpoint.pool,
+            checked,
             on_tensor=self._on_tensor,
             on_bundle=self._on_bundle,
             on_control=self._on_control,
@@ -109,6 +117,7 @@ class Stream:
         self._raw_in_bytes = 0
         self._encode_s = 0.0
         self._reconnects = -1
+        self._damages = 0
 
     def _post_flush(self) -> None:
         """From any thread: lets the I/O thread see what is to be sent."""
@@ -140,6 +149,9 @@ class Stream:
         self._set_interest()
         try:
             self._inbox.restart(leftover)
+        except DamageError as error:
+            self._damaged(error)
+            return
         except ChannelError as error:
             self._protocol_error(error)
             return
@@ -186,6 +198,8 @@ class Stream:
         except ConnectionEnded as error:
             if self._transport is transport:
                 self._connection_ended(str(error))
+        except DamageError as error:
+            self._damaged(error)
         except ChannelError as error:
             self._protocol_error(error)
 
@@ -298,9 +312,9 @@ class Stream:
 
     def _on_signal(self, header: Header, payload: bytes) -> None:
         if header.kind == Kind.PING and len(payload) == PING.size:
-            self._outbox.pongs.append((PING.unpack(payload)[0], self._inbox.last_read_s))
+            self._outbox.pongs.append((_clocks(PING, payload)[0], self._inbox.last_read_s))
         elif header.kind == Kind.PONG and len(payload) == PONG.size:
-            asked_s, arrived_s, left_s = PONG.unpack(payload)
+            asked_s, arrived_s, left_s = _clocks(PONG, payload)
             self._clock.add(asked_s, arrived_s, left_s, self._inbox.last_read_s)
         elif header.kind == Kind.STATUS and len(payload) == STATUS.size:
             self._on_status(*STATUS.unpack(payload))
@@ -316,7 +330,7 @@ class Stream:
                 f"the peer acknowledges frame {received} of {outbox.sequence} and gives back "
                 f"{released_bytes} of {outbox.committed_bytes} bytes"
             )
-        if not 0 <= rate < math.inf:
+        if not 0 <= rate <= MAX_RATE:
             raise FrameError(f"the peer reports a rate of {rate} bytes per second")
         outbox.acknowledge(received)
         if rate:
@@ -412,10 +426,10 @@ class Stream:
     # -- the end -------------------------------------------------------------------
 
     def _on_goodbye(self, payload: bytes) -> None:
-        try:
-            reason = str(json.loads(payload)["reason"])[:1000]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise FrameError("a GOODBYE frame without a reason") from error
+        reason = bounded_json.decode(payload, "a GOODBYE frame").get("reason")
+        if not isinstance(reason, str):
+            raise FrameError("a GOODBYE frame without a reason")
+        reason = one_line(reason)
         self._lose(PeerClosed(f"{self.peer} at {self.address} closed the link: {reason}"))
 
     def _protocol_error(self, error: ChannelError) -> None:
@@ -423,6 +437,36 @@ class Stream:
         if self._transport is not None:
             self._outbox.part_with(self._transport, _goodbye(f"protocol error: {error}"))
         self._lose(PeerLost(f"{self.peer} at {self.address} broke the protocol: {error}"))
+
+    def _damaged(self, error: DamageError) -> None:
+        """Has a frame that was changed on its way sent again, if the stream can resume."""
+        self._damages = 1 if self._inbox.proven else self._damages + 1
+        if self.resume_s > 0 and self._damages <= _MAX_DAMAGES:
+            self._connection_ended(f"bytes were changed on their way: {error}")
+            return
+        advice = (
+            f"{self._damages} times in a row"
+            if self.resume_s > 0
+            else "resume_s above 0 would have it sent again"
+        )
+        error = DamageError(f"bytes were changed on their way: {error} ({advice})")
+        if self._transport is not None:
+            self._outbox.part_with(self._transport, _goodbye(str(error)))
+        self._lose(PeerLost(f"lost {self.peer} at {self.address}: {error}"))
+
+    def _failed_here(self, error: Exception) -> None:
+        """Ends this link alone over an exception that nothing expected; see `Guard`."""
+        if self._error is not None:
+            report(error)  # its owner has been told already
+            return
+        if self._transport is not None:
+            reason = f"that side failed over this link ({type(error).__name__})"
+            self._outbox.part_with(self._transport, _goodbye(reason))
+        lost = PeerLost(
+            f"lost {self.peer} at {self.address}: this side failed over it: {place_of(error)}"
+        )
+        lost.__cause__ = error
+        self._lose(lost)
 
     def _connection_ended(self, how: str) -> None:
         """Goes on without a connection if the stream may resume, else ends the link."""
@@ -481,6 +525,12 @@ class Stream:
         how = "refused" if self._refused else "closed"
         return PeerLost(f"the link to {self.peer} was {how} on this side")
 
+    def turn_away(self, error: BusyError) -> None:
+        """Ends a link that nobody has admitted, for want of room; its owner hears it."""
+        if self._transport is not None:
+            self._outbox.part_with(self._transport, _goodbye(str(error)))
+        self._lose(PeerLost(f"lost {self.peer} at {self.address}: {error}"))
+
     def abandon(self, error: PeerLost) -> None:
         """Ends the link at once; used when the endpoint closes or its thread has failed."""
         self._lose(error)
@@ -498,10 +548,22 @@ class Stream:
         for event in self._drainers:
             event.set()
         self._drainers.clear()
+        self._closed.set()
         if self._on_lost is not None and not self._closing:
             self._on_lost(error)
-        self._closed.set()
 
 
 def _goodbye(reason: str) -> bytes:
-    return json.dumps({"reason": reason[:1000]}).encode()[:4096]
+    return bounded_json.encode({"reason": reason_text(reason)}, "a goodbye")
+
+
+def _clocks(form: struct.Struct, payload: bytes) -> tuple[float, ...]:
+    """Returns the times of a PING or PONG.
+
+    Raises:
+        FrameError: if one is none.
+    """
+    times: tuple[float, ...] = form.unpack(payload)
+    if not all(abs(time_s) <= MAX_CLOCK_S for time_s in times):
+        raise FrameError(f"a heartbeat with the times {times}")
+    return times

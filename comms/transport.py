@@ -17,7 +17,7 @@ import socket
 import ssl
 import sys
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from comms.errors import explain
 
@@ -169,6 +169,14 @@ class TlsTransport(Transport):
         except (ssl.SSLError, OSError) as error:
             raise ConnectionEnded(f"the TLS handshake failed: {explain(error)}") from error
         return None
+
+    def peer_names(self) -> tuple[str, ...] | None:
+        """Returns the host names in the peer's certificate, or None if it has shown none."""
+        shown = self._tls.getpeercert()
+        if not shown:
+            return None
+        names: Any = shown.get("subjectAltName", ())  # pairs of a kind and a name
+        return tuple(str(name) for kind, name in names if kind == "DNS")
 
     def wake_at(self, nbytes: int) -> None:
         """As for a plain socket, but for what of a record the library may have read already."""

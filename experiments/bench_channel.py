@@ -4,13 +4,12 @@
 
 Two processes on this machine, the receiver on one core and the sender on the other. The baseline is
 a bare sendall/recv_into pair that delivers each tensor into a buffer of its own. grpcio takes part
-where it is installed (extra `peers`), TLS where the openssl program is, real shaped links (`tc` in
+where it is installed (extra `peers`), TLS, real shaped links (`tc` in
 network namespaces) where this runs as root on Linux. About four minutes, --quick under one.
 """
 
 import contextlib
 import functools
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
@@ -33,7 +32,7 @@ def measure(run: bench.Bench) -> None:
     """Measures everything and adds the rows."""
     cores = first_cores(2)
     with (
-        _certificates(run) as folder,
+        _certificates() as folder,
         PinnedProcess("receiver", cores=cores[-1:]) as receiver,
         PinnedProcess("sender", cores=cores[:1]) as sender,
     ):
@@ -47,11 +46,7 @@ def measure(run: bench.Bench) -> None:
 
 
 @contextlib.contextmanager
-def _certificates(run: bench.Bench) -> Iterator[str | None]:
-    if shutil.which("openssl") is None:
-        run.note("No TLS figures: the program openssl is not installed.")
-        yield None
-        return
+def _certificates() -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         add_certificate(make_authority(f"{folder}/trial"), "server", [HOST])
         yield f"{folder}/trial"

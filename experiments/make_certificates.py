@@ -1,11 +1,12 @@
 """Writes a small certificate authority and certificates for a trial with TLS.
 
   python -m experiments.make_certificates --folder=certificates \
-      --host=server=192.0.2.7,server.example --host=device0 --host=device1
+      --host=server=192.0.2.7,server.example --host=n1=192.0.2.8 --host=d0 --host=d1
 
-Each --host is a name, and behind = the addresses under which the others reach it (the server needs
-those; a device is reached by nobody). Copy authority.pem, NAME.pem and NAME.key to the host of
-that name, and keep authority.key where it is.
+Each --host is the name of a host of the run (server, d0 for device 0, n1 for compute node 1), and
+behind = the addresses under which the others reach it (server and nodes need those; a device is
+reached by nobody). A host is taken only under a name that its certificate has. Copy authority.pem,
+NAME.pem and NAME.key to the host of that name, and keep authority.key where it is.
 """
 
 import pathlib

@@ -1,25 +1,34 @@
-"""A small certificate authority for a trial, made with the openssl program.
+"""A small certificate authority for a trial, made with the library cryptography.
 
-One authority, one certificate for the server and one for each device, all on elliptic curves. It
-is meant for a trial among machines of one owner: whoever holds ``authority.key`` can admit peers.
+One authority, one certificate for each host, all on elliptic curves. A certificate names its host
+(``server``, ``d0``, ``n1``) as a subject alternative name, beside the addresses at which others
+reach it: with mutual TLS a host is taken only under a name that its certificate has. It is meant
+for a trial among machines of one owner: whoever holds ``authority.key`` can admit peers.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import ipaddress
 import os
 import re
-import shutil
-import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from comms.errors import explain
 from pipar_jax.errors import PiparError
 
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_AUTHORITY = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "pipar_jax trial authority")])
+#: How far other machines' clocks may be behind this one's.
+_SKEW = datetime.timedelta(minutes=5)
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ def make_authority(folder: str | os.PathLike[str], *, days: int = 30) -> Certifi
         days: how long the authority is valid.
 
     Raises:
-        PiparError: if there is one already, or openssl is missing or fails.
+        PiparError: if there is one already, or the folder cannot be written.
     """
     files = Certificates(Path(folder))
     if files.authority.exists() or files.authority_key.exists():
@@ -67,16 +76,19 @@ def make_authority(folder: str | os.PathLike[str], *, days: int = 30) -> Certifi
             f"{files.folder} holds an authority already; name another folder, or delete that one "
             "if none of its certificates is in use"
         )
-    try:
+    key = ec.generate_private_key(ec.SECP256R1())
+    identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    made = (
+        _builder(_AUTHORITY, key, days)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(signs_certificates=True), critical=True)
+        .add_extension(identifier, critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    with _told(files.folder):
         files.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise PiparError(f"cannot make the folder {files.folder}: {explain(error)}") from error
-    _make_key(files.authority_key)
-    _openssl(
-        "req", "-x509", "-new", "-key", str(files.authority_key), "-sha256", "-days", str(days),
-        "-subj", "/CN=pipar_jax trial authority", "-out", str(files.authority),
-        "-addext", "keyUsage=critical,keyCertSign,cRLSign",
-    )  # fmt: skip
+        _write_key(files.authority_key, key)
+        files.authority.write_bytes(made.public_bytes(serialization.Encoding.PEM))
     return files
 
 
@@ -87,62 +99,113 @@ def add_certificate(
 
     Args:
         files: the authority.
-        name: names the files and the host.
+        name: the host's: ``server``, ``d0`` for device 0, ``n1`` for compute node 1; names the
+            files too, and is the first subject alternative name.
         addresses: host names and addresses under which others reach the host.
         days: how long the certificate is valid.
 
     Raises:
-        PiparError: if the name is no file name, the certificate exists, or openssl fails.
+        PiparError: if the name is no file name, the certificate exists, an address is none, or the
+            authority's files cannot be read or these not be written.
     """
-    if not _NAME.match(name):
-        raise PiparError(f"{name!r} is no name for a certificate: use letters, digits, . _ and -")
+    if not _NAME.fullmatch(name):
+        raise PiparError(
+            f"{name!r} is not a valid name for a certificate: use letters, digits, . _ and -"
+        )
     if files.certificate(name).exists():
         raise PiparError(f"{files.certificate(name)} exists already; choose another name")
-    _make_key(files.key(name))
-    request, extensions = files.folder / f"{name}.csr", files.folder / f"{name}.ext"
-    names = ",".join(_alternative(address) for address in dict.fromkeys((name, *addresses)))
-    try:
-        extensions.write_text(
-            f"subjectAltName={names}\nbasicConstraints=critical,CA:FALSE\n"
-            "keyUsage=critical,digitalSignature\nextendedKeyUsage=serverAuth,clientAuth\n"
+    names = [_alternative(address) for address in dict.fromkeys((name, *addresses))]
+    authority_key = _read_authority(files)
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    uses = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+    made = (
+        _builder(subject, key, days)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(signs_certificates=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage(uses), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key()),
+            critical=False,
         )
-        _openssl(
-            "req", "-new", "-key", str(files.key(name)), "-subj", f"/CN={name}",
-            "-out", str(request),
-        )  # fmt: skip
-        _openssl(
-            "x509", "-req", "-in", str(request), "-CA", str(files.authority),
-            "-CAkey", str(files.authority_key), "-CAcreateserial", "-days", str(days), "-sha256",
-            "-extfile", str(extensions), "-out", str(files.certificate(name)),
-        )  # fmt: skip
-    finally:
-        for leftover in (request, extensions):
-            leftover.unlink(missing_ok=True)
+        .sign(authority_key, hashes.SHA256())
+    )
+    with _told(files.folder):
+        _write_key(files.key(name), key)
+        files.certificate(name).write_bytes(made.public_bytes(serialization.Encoding.PEM))
 
 
-def _alternative(address: str) -> str:
+def _builder(
+    subject: x509.Name, key: ec.EllipticCurvePrivateKey, days: int
+) -> x509.CertificateBuilder:
+    """Returns a certificate of the authority's that has no extensions yet."""
+    now = datetime.datetime.now(datetime.UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(_AUTHORITY)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _SKEW)
+        .not_valid_after(now + datetime.timedelta(days=days))
+    )
+
+
+def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _alternative(address: str) -> x509.GeneralName:
     with contextlib.suppress(ValueError):
-        return f"IP:{ipaddress.ip_address(address)}"
+        return x509.IPAddress(ipaddress.ip_address(address))
     if not re.fullmatch(r"[A-Za-z0-9._*-]+", address):
         raise PiparError(f"{address!r} is neither a host name nor an address")
-    return f"DNS:{address}"
+    return x509.DNSName(address)
 
 
-def _make_key(path: Path) -> None:
-    # Made empty and private first, so that the key is never readable by others, not even briefly.
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-    _openssl(
-        "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out", str(path)
+def _read_authority(files: Certificates) -> ec.EllipticCurvePrivateKey:
+    with _told(files.folder):
+        try:
+            key = serialization.load_pem_private_key(files.authority_key.read_bytes(), None)
+        except (ValueError, TypeError) as error:
+            raise PiparError(
+                f"{files.authority_key} is not a valid key: {error}; make another authority in "
+                "another folder"
+            ) from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise PiparError(f"{files.authority_key} is no key of an elliptic curve; make another one")
+    return key
+
+
+def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
+    # Made private first, so that the key is never readable by others, not even briefly.
+    text = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
     )
+    with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+        file.write(text)
 
 
-def _openssl(*arguments: str) -> None:
-    program = shutil.which("openssl")
-    if program is None:
-        raise PiparError("the program openssl is not installed; it makes the certificates")
-    done = subprocess.run(
-        [program, *arguments], capture_output=True, text=True, timeout=60, check=False
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise PiparError(f"openssl {arguments[0]} failed: {last}")
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Turns what a file system refuses into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise PiparError(
+            f"cannot use {error.filename or folder}: {explain(error)}; check the folder"
+        ) from error

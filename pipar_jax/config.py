@@ -254,6 +254,11 @@ class NetworkConfig:
     certificate: str = option("", "TLS: PEM file of this host's certificate; the server needs one")
     key: str = option("", "TLS: PEM file of this host's private key")
     require_certificate: bool = option(False, "TLS: the server asks devices for one as well")
+    checksum: str = option(
+        "auto",
+        "a checksum with every payload: on, off, or auto: on without TLS, which has its own",
+        choices=("auto", "on", "off"),
+    )
     resume_s: float = option(
         0.0, "seconds in which a cut link may come back and go on; 0: it is lost", at_least=0
     )

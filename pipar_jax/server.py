@@ -121,7 +121,12 @@ def _serve(
             rematerialise=config.server.rematerialise,
         )
         try:
-            address = endpoint.listen(config.server.host, config.server.port, members.on_link)
+            address = endpoint.listen(
+                config.server.host,
+                config.server.port,
+                members.on_link,
+                expected_peers=config.devices.count + config.nodes.count,
+            )
         except ChannelError as error:
             raise RunError(
                 f"the server cannot listen on {config.server.host}:{config.server.port}: {error}"

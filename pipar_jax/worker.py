@@ -267,6 +267,7 @@ class Worker:
                 name_of_peer=COORDINATOR,
                 timeout_s=self._config.network.join_timeout_s,
                 shape=shape.opening,
+                expected=COORDINATOR,
             )
         except ChannelError as error:
             raise JoinError(f"{self._long} cannot join: {error}") from error

@@ -18,7 +18,7 @@ BELOW = {
     "experiments": {"configs", "pipar_jax", "comms", "stages"},
 }
 # Third-party code that a package may use; the ones not named may use any that is declared.
-THIRD_PARTY = {"comms": {"numpy", "ml_dtypes"}, "configs": set()}
+THIRD_PARTY = {"comms": {"numpy", "ml_dtypes", "xxhash"}, "configs": set()}
 # What a package must not touch, wherever in the file.
 FORBIDDEN = {
     "comms": {"jax", "flax", "optax", "multiprocessing", "subprocess"},

@@ -62,7 +62,10 @@ class Neighbours:
         """
         own = configuration.node(self._config, int(self._name[1:]))
         try:
-            return self._endpoint.listen(own.host, own.port, self._on_link)
+            hosts = self._config.devices.count + self._config.nodes.count
+            return self._endpoint.listen(
+                own.host, own.port, self._on_link, expected_peers=2 * hosts
+            )
         except ChannelError as error:
             raise RunError(
                 f"{long_name(self._name)} cannot listen on {own.host}:{own.port}: {error}"
@@ -119,6 +122,7 @@ class Neighbours:
                 *addresses[peer],
                 name_of_peer=peer,
                 timeout_s=self._config.network.join_timeout_s,
+                expected=peer,
             )
             self._shape(boundary, link)
             self._begin(link, peer)

@@ -52,4 +52,5 @@ def channel_options(config: Config) -> ChannelOptions:
         window_bytes=int(config.pipeline.window_mb * 1e6),
         token=network.token,
         listen_openly=network.insecure,
+        checksum={"auto": None, "on": True, "off": False}[network.checksum],
     )

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from comms import ChannelError, ChannelOptions, Endpoint, Link, LinkShape, Message
+from comms import ChannelError, ChannelOptions, Endpoint, Link, LinkShape, Message, TlsOptions
+from pipar_jax.certificates import Certificates, add_certificate, make_authority
 
 
 class Collector:
@@ -83,7 +84,7 @@ class Workshop:
     ) -> Pair:
         """Connects a client to a server; `through` maps the server's port to a proxy's."""
         server = self.endpoint("server", options)
-        client = self.endpoint("device 0", client_options or options)
+        client = self.endpoint("d0", client_options or options)
         links: queue.Queue[Link] = queue.Queue()
         _, port = server.listen("127.0.0.1", 0, admitting(links.put))
         reached = port if through is None else through(port)
@@ -98,3 +99,24 @@ def workshop() -> Iterator[Workshop]:
     yield made
     for endpoint in reversed(made.endpoints):
         endpoint.close()
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory) -> tuple[Certificates, Certificates]:
+    """An authority with certificates for the hosts of a run, and one that nobody knows."""
+    files = make_authority(tmp_path_factory.mktemp("tls") / "trial")
+    for name in ("server", "n1", "n2"):
+        add_certificate(files, name, ["127.0.0.1"])
+    for name in ("d0", "d1"):
+        add_certificate(files, name, [])
+    add_certificate(files, "elsewhere", ["192.0.2.1"])
+    add_certificate(files, "expired", ["127.0.0.1"], days=0)
+    stranger = make_authority(tmp_path_factory.mktemp("tls") / "stranger")
+    add_certificate(stranger, "d0", [])
+    return files, stranger
+
+
+def tls(files: Certificates, name: str | None = None, **fields: object) -> ChannelOptions:
+    """Returns options with TLS, as a host of the run or, without a name, with no certificate."""
+    pair = {} if name is None else {"certificate": files.certificate(name), "key": files.key(name)}
+    return ChannelOptions(tls=TlsOptions(authority=files.authority, **pair, **fields))

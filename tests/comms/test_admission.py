@@ -24,7 +24,7 @@ from comms import (
     parse_codec,
 )
 from comms.buffers import BufferPool
-from comms.frame import SEQUENCED, Header, Kind, pack_header
+from comms.frame import HEADER_BYTES, SEQUENCED, Header, Kind, pack_header
 from comms.inbox import Inbox
 from comms.incoming import pack_json
 from tests.comms.conftest import Collector
@@ -45,7 +45,8 @@ def meet(workshop, options=None):
 def inbox(limits=LIMITS, allowance=None):
     got: list = []
     made = Inbox(
-        limits, allowance, 1 << 30, BufferPool(0), on_tensor=got.append, on_bundle=got.append,
+        limits, allowance, 1 << 30, BufferPool(0), False,
+        on_tensor=got.append, on_bundle=got.append,
         on_control=lambda body, _: got.append(body), on_signal=lambda *_: None,
     )  # fmt: skip
     return made, got
@@ -111,7 +112,9 @@ def test_a_join_that_a_cut_interrupts_goes_on():
     feed(made, data[:200])
     made.restart(b"")
     rest = data[200:]
-    header = Header(Kind.CHUNK, flags=1, sequence=1, offset=104, total=len(data) - 96)
+    header = Header(
+        Kind.CHUNK, flags=1, sequence=1, offset=200 - HEADER_BYTES, total=len(data) - HEADER_BYTES
+    )
     feed(made, pack_header(header._replace(length=len(rest))) + rest)
     assert len(got) == 1
 

@@ -15,13 +15,13 @@ from comms.frame import (
     DTYPES,
     HEADER_BYTES,
     MAGIC,
+    MAX_CLOCK_S,
     Header,
     Kind,
     dtype_code,
     pack_header,
     tag_fields,
     unpack_header,
-    unpack_shape,
 )
 from comms.inbox import Inbox
 from comms.incoming import pack_json
@@ -39,12 +39,13 @@ def headers(draw):
     offset = draw(st.integers(0, 2**40))
     return Header(
         kind=draw(st.sampled_from(list(Kind))), role=draw(st.integers(0, 4)), codec=draw(U8),
-        dtype=draw(U8), rank=draw(st.integers(0, 16)), flags=draw(st.integers(0, 7)),
+        dtype=draw(U8), rank=draw(st.integers(0, 16)), flags=draw(st.integers(0, 15)),
         device=draw(U32), stage=draw(U32), step=draw(U32), micro_batch=draw(U32),
         micro_batches=draw(U32), samples_before=draw(U32), samples=draw(U32),
         batch_samples=draw(U32), part=draw(U32), sequence=draw(U64), offset=offset,
         total=offset + length + draw(st.integers(0, 2**40)), length=length,
-        clock_s=draw(st.floats(allow_nan=False)), codec_parameter=draw(U32),
+        clock_s=draw(st.floats(-MAX_CLOCK_S, MAX_CLOCK_S)), codec_parameter=draw(U32),
+        checksum=draw(U64),
     )  # fmt: skip
 
 
@@ -53,23 +54,31 @@ def test_a_header_and_its_shape_come_back(header, data):
     shape = tuple(data.draw(st.lists(U64, min_size=header.rank, max_size=header.rank)))
     packed = pack_header(header, shape)
     assert len(packed) == HEADER_BYTES + 8 * header.rank
-    assert unpack_header(packed) == header
-    assert unpack_shape(packed[HEADER_BYTES:], header.rank) == shape
+    assert unpack_header(packed) == (header, shape)
+    if header.rank:
+        assert unpack_header(packed[:-1]) is None
     assert tag_fields(header.tag()) == header[6:14]
 
 
-@given(header=headers(), at=st.integers(0, HEADER_BYTES - 1), flip=st.integers(1, 255))
-def test_any_damaged_byte_of_a_header_is_noticed(header, at, flip):
-    packed = bytearray(pack_header(header))
+@given(header=headers(), at=st.integers(0, HEADER_BYTES + 8 * 16 - 1), flip=st.integers(1, 255))
+def test_any_damaged_byte_of_a_header_or_shape_is_noticed(header, at, flip):
+    packed = bytearray(pack_header(header, tuple(range(header.rank))))
+    at %= len(packed)
     packed[at] ^= flip
-    with pytest.raises(FrameError):
-        unpack_header(packed)
+    with pytest.raises(FrameError):  # whatever follows: a damaged rank may ask for more
+        unpack_header(packed + bytes(8 * 16))
+
+
+@pytest.mark.parametrize("clock_s", [float("nan"), float("inf"), -float("inf"), 1.1e12])
+def test_a_clock_shows_a_time(clock_s):
+    with pytest.raises(FrameError, match="clock"):
+        unpack_header(pack_header(Header(Kind.PING, clock_s=clock_s)))
 
 
 @given(data=st.binary(min_size=HEADER_BYTES, max_size=200))
 def test_random_bytes_are_no_header(data):
     with pytest.raises(FrameError):
-        unpack_header(data)
+        unpack_header(data + bytes(8 * 16))
 
 
 def test_the_layout_is_as_documented():
@@ -77,14 +86,16 @@ def test_the_layout_is_as_documented():
         kind=1, role=2, codec=3, dtype=4, rank=1, flags=5, device=6, stage=7, step=8, micro_batch=9,
         micro_batches=10, samples_before=11, samples=12, batch_samples=13, part=14, sequence=15,
         offset=0, total=17, length=16, clock_s=1.0, codec_parameter=18,
+        checksum=20,
     )  # fmt: skip
     packed = pack_header(header, (19,))
     fields = {
-        (0, 4): MAGIC, (4, 2): 1, (6, 1): 1, (7, 1): 2, (8, 1): 3, (9, 1): 4, (10, 1): 1,
+        (0, 4): MAGIC, (4, 2): 2, (6, 1): 1, (7, 1): 2, (8, 1): 3, (9, 1): 4, (10, 1): 1,
         (11, 1): 5, (12, 4): 6, (16, 4): 7, (20, 4): 8, (24, 4): 9, (28, 4): 10,
         (32, 4): 11, (36, 4): 12,
         (40, 4): 13, (44, 4): 14, (48, 8): 15, (56, 8): 0, (64, 8): 17, (72, 8): 16,
-        (80, 8): 0x3FF0000000000000, (88, 4): 18, (92, 4): zlib.crc32(packed[:92]), (96, 8): 19,
+        (80, 8): 0x3FF0000000000000, (88, 4): 18, (92, 8): 20,
+        (100, 4): zlib.crc32(packed[:100] + packed[104:]), (104, 8): 19,
     }  # fmt: skip
     for (at, width), value in fields.items():
         expected = value if isinstance(value, bytes) else value.to_bytes(width, "little")
@@ -137,7 +148,7 @@ class Received:
         self.tensors, self.controls, self.bundles, self.signals = [], [], [], []
         limits = limits or Limits()
         self.inbox = Inbox(
-            limits, Allowance.of(limits), window_bytes, BufferPool(0),
+            limits, Allowance.of(limits), window_bytes, BufferPool(0), False,
             on_tensor=self.tensors.append, on_bundle=self.bundles.append,
             on_signal=lambda *signal: self.signals.append(signal),
             on_control=lambda body, _: self.controls.append(body),
@@ -252,7 +263,7 @@ SMALL = Limits(message_bytes=1 << 20, control_bytes=1 << 10, rank=4, bundle_tens
         (frame(CONTROL, b"no json"), "no JSON"),
         (frame(CONTROL, b"[" * 1000), "no JSON"),
         (frame(CONTROL, b'{"body": {}}'), "schema version"),
-        (frame(CONTROL, b'{"schema": 1}'), "without a body"),
+        (frame(CONTROL, b'{"schema": 1}'), "without body"),
         (frame(MANIFEST, b'{"schema": 1}'), "without name"),
         (frame(MANIFEST, pack_json({"name": "w", "tensors": [*"abcd"], "body": {}})), "4 tensors"),
         (frame(MANIFEST, pack_json({"name": "w", "tensors": ["a", "a"], "body": {}})), "distinct"),

@@ -111,7 +111,7 @@ def test_only_large_frames_on_fast_links_gather(rate, size, wake):
     """Half a millisecond's bytes, from 64 KiB to 512 KiB, behind a frame of 64 KiB and more."""
     tensors = []
     inbox = Inbox(
-        Limits(), Allowance.of(Limits()), 1 << 30, BufferPool(0),
+        Limits(), Allowance.of(Limits()), 1 << 30, BufferPool(0), False,
         on_tensor=tensors.append, on_bundle=tensors.append,
         on_signal=lambda *signal: None, on_control=lambda *body: None,
     )  # fmt: skip

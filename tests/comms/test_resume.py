@@ -131,10 +131,10 @@ def test_a_restarted_listener_does_not_resume_a_stream_it_never_knew(workshop):
 
 
 def test_a_new_connection_that_is_never_completed_does_not_keep_a_stream_for_ever(workshop):
-    from comms.handshake import Terms
+    from comms.greeting import Terms
 
     pair = workshop.pair(ChannelOptions(resume_s=0.5))
-    hello = Terms(name="device 0", session=pair.down.session, attempt=99, resumed=True)
+    hello = Terms(name="d0", session=pair.down.session, attempt=99, resumed=True)
     pair.server.loop.post(lambda: pair.server._admit(hello))
     # The client's own attempts are older than 99 and refused from now on.
     assert isinstance(pair.at_server.take_lost(), PeerLost)

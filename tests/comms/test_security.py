@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import queue
-import shutil
 import socket
 import struct
 import threading
@@ -26,9 +25,9 @@ from comms import (
     VersionError,
 )
 from comms.frame import MAGIC, VERSION
-from comms.handshake import ClientHandshake, ServerHandshake, Terms
-from pipar_jax.certificates import add_certificate, make_authority
-from tests.comms.conftest import admitting
+from comms.greeting import Terms
+from comms.handshake import ClientHandshake, ServerHandshake
+from tests.comms.conftest import admitting, tls
 
 TOKEN = "correct horse battery staple"
 PREFACE = struct.Struct("<4sHBBI")
@@ -172,25 +171,6 @@ def test_a_short_token_is_refused():
 # -- TLS --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory):
-    if shutil.which("openssl") is None:
-        pytest.skip("needs the openssl program")
-    files = make_authority(tmp_path_factory.mktemp("tls") / "trial")
-    add_certificate(files, "server", ["127.0.0.1"])
-    add_certificate(files, "device", [])
-    add_certificate(files, "elsewhere", ["192.0.2.1"])
-    add_certificate(files, "expired", ["127.0.0.1"], days=0)
-    stranger = make_authority(tmp_path_factory.mktemp("tls") / "stranger")
-    add_certificate(stranger, "device", [])
-    return files, stranger
-
-
-def tls(files, name=None, **fields):
-    pair = {} if name is None else {"certificate": files.certificate(name), "key": files.key(name)}
-    return ChannelOptions(tls=TlsOptions(authority=files.authority, **pair, **fields))
-
-
 def test_tls_carries_tensors_and_is_version_1_3(workshop, certificates):
     files, _ = certificates
     exchange_one(workshop, tls(files, "server"), tls(files))
@@ -216,7 +196,7 @@ def test_large_and_small_tensors_cross_tls_both_ways_at_once(workshop, certifica
 def test_mutual_tls_with_token(workshop, certificates):
     files, _ = certificates
     server = ChannelOptions(token=TOKEN, tls=tls(files, "server", require_peer=True).tls)
-    client = ChannelOptions(token=TOKEN, tls=tls(files, "device").tls)
+    client = ChannelOptions(token=TOKEN, tls=tls(files, "d0").tls)
     exchange_one(workshop, server, client)
 
 
@@ -225,8 +205,8 @@ def test_a_device_without_the_right_certificate_is_refused(workshop, certificate
     port, links = listen(workshop, tls(files, "server", require_peer=True))
     foreign = TlsOptions(
         authority=files.authority,
-        certificate=stranger.certificate("device"),
-        key=stranger.key("device"),
+        certificate=stranger.certificate("d0"),
+        key=stranger.key("d0"),
     )
     for options in (tls(files), ChannelOptions(tls=foreign)):
         with pytest.raises(ChannelError, match=r"handshake|certificate"):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 
 import pytest
+from cryptography import x509
 
-pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program")
+from pipar_jax.certificates import add_certificate, make_authority
+from pipar_jax.errors import PiparError
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -16,21 +17,39 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_it_writes_what_openssl_verifies_and_never_overwrites(tmp_path):
+def test_it_writes_signed_names_and_never_overwrites(tmp_path):
     folder = tmp_path / "new"
-    done = run(f"--folder={folder}", "--host=server=127.0.0.1,localhost", "--host=device0")
+    done = run(f"--folder={folder}", "--host=server=127.0.0.1,localhost", "--host=d0")
     assert done.returncode == 0, done.stderr
-    for name in ("server", "device0"):
-        check = ["openssl", "verify", "-CAfile", f"{folder}/authority.pem", f"{folder}/{name}.pem"]
-        assert subprocess.run(check, capture_output=True, check=False).returncode == 0
+    authority = x509.load_pem_x509_certificate((folder / "authority.pem").read_bytes())
+    for name in ("server", "d0"):
+        made = x509.load_pem_x509_certificate((folder / f"{name}.pem").read_bytes())
+        made.verify_directly_issued_by(authority)
+        names = made.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        assert names.get_values_for_type(x509.DNSName)[0] == name
         assert (folder / f"{name}.key").stat().st_mode & 0o077 == 0
-    assert not list(folder.glob("*.csr")) and not list(folder.glob("*.ext"))
 
-    again = run(f"--folder={folder}", "--host=device1")
+    again = run(f"--folder={folder}", "--host=d1")
     assert again.returncode == 1 and "holds an authority already" in again.stderr
     assert "Traceback" not in again.stderr
-    assert run(f"--folder={folder}", "--add", "--host=device1").returncode == 0
-    twice = run(f"--folder={folder}", "--add", "--host=device1")
+    assert run(f"--folder={folder}", "--add", "--host=d1").returncode == 0
+    twice = run(f"--folder={folder}", "--add", "--host=d1")
     assert twice.returncode == 1 and "exists already" in twice.stderr
     wrong = run(f"--folder={folder}", "--add", "--host=../evil")
-    assert wrong.returncode == 1 and "no name for a certificate" in wrong.stderr
+    assert wrong.returncode == 1 and "not a valid name for a certificate" in wrong.stderr
+
+
+@pytest.mark.parametrize("damage", ["missing", "garbage"])
+def test_an_authority_that_cannot_be_read_is_named(tmp_path, damage):
+    files = make_authority(tmp_path)
+    files.authority_key.unlink() if damage == "missing" else files.authority_key.write_text("x")
+    with pytest.raises(PiparError, match=r"authority\.key"):
+        add_certificate(files, "d0", [])
+
+
+@pytest.mark.parametrize("address", ["a b", "é", "x/y", "1.2.3.4.5 "])
+def test_what_is_no_address_is_refused_and_leaves_no_file(tmp_path, address):
+    files = make_authority(tmp_path)
+    with pytest.raises(PiparError, match="neither a host name nor an address"):
+        add_certificate(files, "d0", [address])
+    assert not files.key("d0").exists()
