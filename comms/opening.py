@@ -190,7 +190,10 @@ class Opening:
         self._fail(error)
 
     def turn_away(self, error: BusyError) -> None:
-        """Ends an accepted connection for want of room, and says so if frames may be sent yet."""
+        """Ends an accepted connection for want of room, and says so if anything can be said yet."""
+        self._loop.run(self._turn_away, error)
+
+    def _turn_away(self, error: BusyError) -> None:
         secure = isinstance(self._transport, TlsTransport)
         if self._transport is not None and not (secure and not self._shaken):
             self._refuse(error)

@@ -527,6 +527,9 @@ class Stream:
 
     def turn_away(self, error: BusyError) -> None:
         """Ends a link that nobody has admitted, for want of room; its owner hears it."""
+        self.guard.run(self._turn_away, error)
+
+    def _turn_away(self, error: BusyError) -> None:
         if self._transport is not None:
             self._outbox.part_with(self._transport, _goodbye(str(error)))
         self._lose(PeerLost(f"lost {self.peer} at {self.address}: {error}"))

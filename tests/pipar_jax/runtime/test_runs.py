@@ -228,7 +228,8 @@ def test_weights_can_travel_coded(network, tmp_path):
 
 def test_a_run_over_tls_with_certificates_for_both(network, tmp_path):
     files = certificates.make_authority(tmp_path / "pem")
-    certificates.add_certificate(files, "host", ["127.0.0.1"])
+    names = ("server", "d0", "d1")  # all hosts of a run in one process
+    certificates.add_certificate(files, "host", ["127.0.0.1", *names])
     made = setting(tmp_path / "run")
     made.network.authority = str(files.authority)
     made.network.certificate = str(files.certificate("host"))
