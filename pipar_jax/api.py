@@ -19,7 +19,7 @@ from pipar_jax import config as configuration
 from pipar_jax import data as datasets
 from pipar_jax.config import Config, resolve
 from pipar_jax.data import Dataset, make_queries, normalise
-from pipar_jax.errors import PeerError, RunError
+from pipar_jax.errors import PeerError, ProtocolError, RunError
 from pipar_jax.events import read_events
 from pipar_jax.plan import COORDINATOR, device_name
 from pipar_jax.runtime.folder import CONFIG, METRICS, TRACE
@@ -232,9 +232,16 @@ def run_here(
         for thread in threads:
             thread.join()
         raise
-    if errors:
-        raise next((e for e in errors if not isinstance(e, PeerError)), errors[0])
+    if errors:  # who was sent what may not be knows more than who was told to stop
+        raise min(errors, key=_rank)
     return folder
+
+
+def _rank(error: BaseException) -> int:
+    """Returns the place of an error among several: those of lost peers only follow from others."""
+    if isinstance(error, ProtocolError):
+        return 0
+    return 2 if isinstance(error, PeerError) else 1
 
 
 def _admit(

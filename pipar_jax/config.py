@@ -89,6 +89,9 @@ class DataConfig:
     augment: str = option(
         "none", "crop_flip: shift by up to 4 pixels and mirror", choices=("none", "crop_flip")
     )
+    max_samples: int = option(
+        10_000_000, "the most samples that the server believes a device to have", at_least=1
+    )
     batch_size: int = option(100, "samples of a mini-batch on one device", at_least=1)
     drop_last: bool = option(False, "leave out the ragged last mini-batch of an epoch")
 
@@ -264,6 +267,12 @@ class NetworkConfig:
     )
     deadline_s: float = option(10.0, "a silent peer is lost after so many seconds", above=0)
     join_timeout_s: float = option(60.0, "seconds to wait for a host to appear", above=0)
+    progress_s: float = option(
+        0.0,
+        "seconds without progress after which a run ends, though all peers answer; 0: 300, or 20 "
+        "times the longest action if that is longer",
+        at_least=0,
+    )
 
 
 @dataclasses.dataclass

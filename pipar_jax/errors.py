@@ -40,6 +40,10 @@ class PeerError(PiparError):
     """A peer was lost, missed its deadline or reported a failure of its own."""
 
 
+class ProtocolError(PeerError):
+    """A peer sent what the protocol, the plan or its place in the run does not allow."""
+
+
 class RunError(PiparError):
     """A run failed on this host for a reason that is not a peer's."""
 

@@ -12,7 +12,7 @@ import gc
 import queue
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -22,7 +22,10 @@ from pipar_jax.config import Config
 from pipar_jax.errors import PlanError, RunError
 from pipar_jax.pinned import run_pinned
 from pipar_jax.plan import Boundary, Plan
+from pipar_jax.roles import protocol
 from pipar_jax.schedule import Span, micro_batch_sizes
+
+T = TypeVar("T")
 
 #: How long a node may take for one micro-batch, compilation aside.
 _PATIENCE_S = 120.0
@@ -138,7 +141,7 @@ class _Drive:
         self._links: dict[Boundary, Link] = {}
         self._host = Host(
             node, model, config,
-            reply=lambda body, arrays: self._replies.put(body), failed=self._fail,
+            reply=lambda message, arrays: self._replies.put(message), failed=self._fail,
             rematerialise=configuration.host(config, node).rematerialise,
         )  # fmt: skip
 
@@ -162,7 +165,7 @@ class _Drive:
 
         need = memory.predict(self._model, self._plan, self._node, self._config, self._samples)
         self._host.prepare(self._plan, self._samples, [1] * len(self._samples))
-        self._get(self._replies, None)
+        self._await(protocol.Prepared, None)
         spans = [Span(device, 0, 1) for device in range(len(self._samples))]
         self._host.release(0, spans, None, [1.0] * len(self._samples))
         parts = [
@@ -186,12 +189,8 @@ class _Drive:
             inside.append(self._get(self._forwarded))
         for tag in inside:
             self._send(tag)
-        while (body := self._get(self._replies))["type"] != "stored":
-            continue
-        used = body["memory"]
-        return Driven(
-            used["arrays"], used["temporary"], used["resident"], booked, live, need.arrays
-        )
+        used = self._await(protocol.Stored, _PATIENCE_S).memory
+        return Driven(used.arrays, used.temporary, used.resident, booked, live, need.arrays)
 
     def close(self) -> None:
         """Ends the host's threads."""
@@ -231,6 +230,12 @@ class _Drive:
             if booked == live or time.monotonic() > until:
                 return booked, live
             time.sleep(0.05)
+
+    def _await(self, kind: type[T], timeout_s: float | None) -> T:
+        """Returns the host's next reply of a kind."""
+        while not isinstance(reply := self._get(self._replies, timeout_s), kind):
+            continue
+        return reply
 
     def _get(self, mail: queue.SimpleQueue[Any], timeout_s: float | None = _PATIENCE_S) -> Any:
         """Returns the next item, or raises the error that is one."""

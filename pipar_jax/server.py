@@ -133,6 +133,7 @@ def _serve(
             ) from error
         tell({"event": "listening", "host": address[0], "port": address[1]})
         members.admit()
+        members.actions = lambda: host.actions
         host.wiring.control.update({name: one.link for name, one in members.by_name.items()})
         evaluator = Evaluator(model, dataset, config.model.dtype)
 
@@ -153,6 +154,7 @@ def _serve(
     finally:
         if host is not None:
             host.close()
+        members.close()
         endpoint.close()
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,22 +16,32 @@ from pipar_jax import config as configuration
 from pipar_jax import data as datasets
 from pipar_jax.config import Config
 from pipar_jax.data import Dataset, Loader, Prefetcher
-from pipar_jax.errors import JoinError, PeerError, RunError
-from pipar_jax.plan import COORDINATOR, Boundary, Plan, device_name, long_name, node_name
+from pipar_jax.errors import JoinError, PeerError, ProtocolError
+from pipar_jax.plan import COORDINATOR, Boundary, Plan, device_name, is_node, long_name, node_name
+from pipar_jax.roles import protocol, registry
+from pipar_jax.roles.acceptance import Acceptance
+from pipar_jax.roles.course import Course
+from pipar_jax.roles.holdings import SURVEYED, Holdings, Wanted
+from pipar_jax.roles.patience import Moving, Patience, pulse_s
+from pipar_jax.roles.protocol import JoinDevice, JoinNode
+from pipar_jax.roles.registry import Sender
+from pipar_jax.roles.values import Timing
 from pipar_jax.runtime import bundle
 from pipar_jax.runtime.host import Host
-from pipar_jax.runtime.identity import device_facts, join_message, node_facts
+from pipar_jax.runtime.identity import device_join, node_join
 from pipar_jax.runtime.neighbours import Neighbours
 from pipar_jax.runtime.setup import build_model, channel_options, set_precision
 from pipar_jax.runtime.survey import Respondent
-from pipar_jax.runtime.traffic import DirectTraffic, Waits
-from pipar_jax.schedule import HAND_ON, RECEIVE_PART, RECEIVE_WEIGHTS, SEND_WEIGHTS, Action, Span
+from pipar_jax.runtime.traffic import DirectTraffic, OwnWaits
+from pipar_jax.schedule import HAND_ON, RECEIVE_PART, RECEIVE_WEIGHTS, SEND_WEIGHTS, Action
 from pipar_jax.slowness import slowness_of
 from pipar_jax.trace import Timed
 from stages import Model
 
 #: How often a waiting role looks whether it was told to stop.
 LOOK_S = 0.1
+#: Control messages and bundles of the coordinator that may wait to be read.
+MOST_WAITING, MOST_BUNDLES = 4096, 4
 
 
 def run_device(
@@ -77,7 +89,7 @@ def run_device(
     )
     worker = Worker(config, name, network, loader, stop)
     try:
-        worker.run(address, device_facts(loader, network))
+        worker.run(address, device_join(config, worker.name, loader, network))
     finally:
         worker.close()
 
@@ -110,13 +122,16 @@ def run_node(
     set_precision(config)
     worker = Worker(config, node_name(index), model, None, stop)
     try:
-        worker.run(address, node_facts(worker.listen()))
+        worker.run(address, node_join(config, worker.name, worker.listen()))
     finally:
         worker.close()
 
 
 class Worker:
     """One host's side of a run: its links to the coordinator and to neighbours, and its host.
+
+    Attributes:
+      name: The host's name.
 
     Args:
       config: Resolved configuration.
@@ -135,35 +150,55 @@ class Worker:
         stop: threading.Event | None = None,
     ) -> None:
         """See the class."""
-        self._config, self._name, self._model = config, name, model
+        self._config, self.name, self._model = config, name, model
         self._own = configuration.host(config, name)
         self._stop = stop or threading.Event()
         self._inbox: queue.SimpleQueue[Message | BaseException] = queue.SimpleQueue()
         self._step = 0
         self._told_so = False  # whether the coordinator itself has ended this host's part
         self._link: Link | None = None
-        self._waits: Waits | None = None
+        self._waits: OwnWaits | None = None
         self._direct: DirectTraffic | None = None
         self._prefetcher = None if loader is None else Prefetcher(loader)
         self._endpoint = Endpoint(name, options=channel_options(config))
         self._host: Host | None = None
         self._survey: Respondent | None = None
+        self._patience = Patience(config)
+        self._moving: Moving | None = None
+        self._pulse_s, self._pulsed_s, self._pulsed = pulse_s(config), time.monotonic(), 0
+        self._waiting = [0, 0]  # control messages and bundles that nobody has read yet
+        self._acceptance: Acceptance | None = None
+        self._holdings: Holdings | None = None
+        self._course = Course(config, name, None if model is None else len(model.units))
         self._neighbours = Neighbours(
             config, name, self._endpoint,
             tensors=self._on_tensor, wake=self._wake, lost=self._inbox.put,
-            met=lambda: self._reply({"type": "met"}, {}),
+            met=lambda: self._reply(protocol.Met(), {}),
         )  # fmt: skip
-        self._commands: dict[str, Callable[[dict[str, Any]], None]] = {
-            "model": self._take_model,
-            "meet": self._meet,
-            "plan": self._prepare,
-            "calibrate": lambda _: self._running.calibrate(),
-            "release": self._release,
-            "survey": self._answer,
-            "fetch": self._fetch,
-            "look": self._tell_seen,
-            "ahead": lambda b: self._running.prepare_ahead(b["number"], Plan.from_dict(b["plan"])),
-            "give": lambda b: self._running.give(Plan.from_dict(b["plan"])),
+        self._commands: dict[type, Callable[[Any], None]] = {
+            protocol.Refused: self._end_refused,
+            protocol.Abort: self._end_aborted,
+            protocol.Pulse: _ignore,
+            protocol.Working: _ignore,
+            protocol.ModelFacts: self._take_model,
+            protocol.SurveyProfile: lambda said: self._respondent.profile(said, self._coordinator),
+            protocol.SurveyReference: lambda _: self._respondent.reference(self._coordinator),
+            protocol.SurveyEcho: lambda _: self._respondent.echo(self._coordinator),
+            protocol.SurveySend: lambda said: self._respondent.send(said, self._coordinator),
+            protocol.Meet: self._meet,
+            protocol.Prepare: self._prepare,
+            protocol.Calibrate: lambda _: self._running.calibrate(),
+            protocol.Release: self._release,
+            protocol.Fetch: self._fetch,
+            protocol.Look: self._tell_seen,
+            protocol.Ahead: lambda said: self._running.prepare_ahead(said.number, said.plan),
+            protocol.Give: self._give,
+        }
+        self._bundles: dict[type, Callable[[Any, Message], None]] = {
+            protocol.SurveyBytes: lambda _, message: self._respondent.take(message),
+            protocol.Store: self._store,
+            protocol.TakePart: self._take_part,
+            protocol.Adopt: self._adopt,
         }
         if model is not None:
             self._start(model)
@@ -176,12 +211,12 @@ class Worker:
         """
         return self._neighbours.listen()
 
-    def run(self, address: tuple[str, int], facts: dict[str, Any]) -> None:
+    def run(self, address: tuple[str, int], join: JoinDevice | JoinNode) -> None:
         """Joins, and follows the coordinator's commands until it says that the run is over.
 
         Args:
           address: The coordinator's host and port.
-          facts: What it has to know of this host.
+          join: What it has to know of this host.
 
         Raises:
           PiparError: See ``run_device`` and ``run_node``.
@@ -189,7 +224,7 @@ class Worker:
         self._link = link = self._connect(address)
         link.start(self._on_message, self._wake, self._inbox.put)
         try:
-            link.send_control(join_message(self._config, self._name, facts))
+            registry.send(link, join)
             self._follow()
         except ChannelError as error:  # a send noticed it before the mail about it was read
             lost = self._lost(error)
@@ -207,13 +242,23 @@ class Worker:
                 raise self._lost(item) from item
             if isinstance(item, BaseException):
                 raise item
-            if item.kind == "bundle":
-                self._take_bundle(item)
-            elif item.body.get("type") == "finish":
+            said = registry.decode(item, Sender.COORDINATOR, long_name(COORDINATOR))
+            if isinstance(said, protocol.Working):
+                self._patience.working(COORDINATOR, said.what)
+            else:
+                self._patience.answered(COORDINATOR)
+            if (reason := self._course.objection(said)) is not None:
+                raise ProtocolError(
+                    f"{long_name(COORDINATOR)} sent {self._long} "
+                    f"{registry.kind_of(type(said)).name!r} {reason}"
+                )
+            if isinstance(said, protocol.Finish):
                 self._say_goodbye()
                 return
+            if item.kind == "bundle":
+                self._bundles[type(said)](said, item)
             else:
-                self._obey(item.body)
+                self._commands[type(said)](said)
 
     def close(self) -> None:
         """Ends all threads of this role."""
@@ -227,7 +272,7 @@ class Worker:
         """Makes the host, once the model is known."""
         self._model = model
         self._host = Host(
-            self._name,
+            self.name,
             model,
             self._config,
             reply=self._reply,
@@ -237,13 +282,25 @@ class Worker:
             slowness=slowness_of(self._own),
             rematerialise=self._own.rematerialise,
         )
-        self._survey = Respondent(self._config, self._name, model, self._check_wanted)
+        self._survey = Respondent(self._config, self.name, model, self._check_wanted)
+        self._holdings = Holdings(model, self._config)
 
     @property
     def _running(self) -> Host:
         if self._host is None:
-            raise RunError(f"{self._name} was given work before it was told of the model")
+            raise ProtocolError(f"the server gave {self._long} work before it told of the model")
         return self._host
+
+    @property
+    def _respondent(self) -> Respondent:
+        if self._survey is None:
+            raise ProtocolError(f"the server asked {self._long} before it told of the model")
+        return self._survey
+
+    @property
+    def _coordinator(self) -> Link:
+        assert self._link is not None
+        return self._link
 
     def _lost(self, error: ChannelError) -> PeerError:
         """Returns what the end of a link means, the coordinator's or a neighbour's."""
@@ -253,7 +310,7 @@ class Worker:
 
     @property
     def _long(self) -> str:
-        return long_name(self._name)
+        return long_name(self.name)
 
     # --- mail ---------------------------------------------------------------------------------
 
@@ -271,28 +328,70 @@ class Worker:
             )
         except ChannelError as error:
             raise JoinError(f"{self._long} cannot join: {error}") from error
+        link.admit(SURVEYED)
+        self._moving = Moving(link)
         self._neighbours.wiring.control[COORDINATOR] = link
         return link
 
     def _next(self) -> Message | BaseException:
-        """Waits for mail, looking now and then whether to stop."""
+        """Waits for mail, looking now and then whether to stop, and who goes on.
+
+        Raises:
+          PeerError: It was told to stop, or the coordinator shows no progress.
+        """
+        self._patience.begin()
         while not self._stop.is_set():
+            self._pulse()
             try:
-                return self._inbox.get(timeout=LOOK_S)
+                item = self._inbox.get(timeout=LOOK_S)
             except queue.Empty:
+                self._patience.check((COORDINATOR,), "a word")
                 continue
+            if isinstance(item, Message):
+                self._waiting[item.kind == "bundle"] -= 1
+            return item
         raise PeerError(f"{self._long} was told to stop")
+
+    def _pulse(self) -> None:
+        """Tells the coordinator now and then how many actions are over here, if some are."""
+        now = time.monotonic()
+        if self._host is None or now - self._pulsed_s < self._pulse_s:
+            return
+        self._pulsed_s = now
+        if self._host.actions != self._pulsed:
+            self._pulsed = self._host.actions
+            registry.send(self._coordinator, protocol.Pulse(self._pulsed))
+        if self._moving is not None and self._moving.look():
+            self._patience.progress(COORDINATOR)
 
     def _on_message(self, message: Message) -> None:
         """Routes what arrives from the coordinator; runs on the I/O thread."""
-        if message.kind == "tensor":
-            self._on_tensor(message)
-        else:
+        if message.kind != "tensor":
+            large = message.kind == "bundle"
+            self._waiting[large] += 1
+            if self._waiting[large] > (MOST_BUNDLES if large else MOST_WAITING):
+                message.release()
+                message.link.refuse("too much waits to be read")
+                self._inbox.put(
+                    ProtocolError(f"{long_name(COORDINATOR)} sent {self._long} more than it reads")
+                )
+                return
             self._inbox.put(message)
+        elif (reason := self._on_tensor(COORDINATOR, message, None)) is not None:
+            self._inbox.put(ProtocolError(f"{long_name(COORDINATOR)} sent {reason}"))
 
-    def _on_tensor(self, message: Message) -> None:
-        """Hands a tensor to the host; runs on the I/O thread."""
-        self._running.on_message(message)
+    def _on_tensor(self, peer: str, message: Message, boundary: Boundary | None) -> str | None:
+        """Hands a tensor to the host, or returns why not; runs on the I/O thread."""
+        if self._acceptance is None or self._host is None:
+            reason: str | None = f"a tensor ({message.tag}) before there is a plan"
+        else:
+            reason = self._acceptance.objection(peer, message, boundary)
+        if reason is None and self._host is not None:
+            self._host.on_message(message)
+            return None
+        message.release()
+        message.link.refuse(reason or "")
+        return reason
 
     def _wake(self) -> None:
         """Tells the host that a link has credit; runs on the I/O thread."""
@@ -305,53 +404,87 @@ class Worker:
         if self._told_so:
             return
         try:
-            self._link.send_control({"type": "failed", "error": str(error)})
+            registry.send(self._link, protocol.Failed(str(error)))
             self._link.drain(1.0)
         except ChannelError:
             return  # the coordinator is gone too; the error itself is raised by the caller
 
     # --- commands -----------------------------------------------------------------------------
 
-    def _obey(self, body: dict[str, Any]) -> None:
-        kind = body.get("type")
-        if kind == "refused":
-            self._told_so = True
-            raise JoinError(f"the coordinator refuses {self._long}: {body['reason']}")
-        if kind == "abort":
-            self._told_so = True
-            raise PeerError(f"the coordinator ended the run: {body['reason']}")
-        if kind not in self._commands:
-            raise RunError(f"the coordinator sent an unknown command {kind!r}")
-        self._commands[kind](body)
+    def _end_refused(self, said: protocol.Refused) -> None:
+        self._told_so = True
+        raise JoinError(f"the coordinator refuses {self._long}: {said.reason}")
 
-    def _take_model(self, body: dict[str, Any]) -> None:
+    def _end_aborted(self, said: protocol.Abort) -> None:
+        self._told_so = True
+        raise PeerError(f"the coordinator ended the run: {said.reason}")
+
+    def _take_model(self, said: protocol.ModelFacts) -> None:
+        try:
+            model = self._model or build_model(self._config, said.input_shape, said.classes)
+        except Exception as error:
+            raise ProtocolError(
+                f"{long_name(COORDINATOR)} sent 'model' with samples {list(said.input_shape)} of "
+                f"{said.classes} classes, for which {self._config.model.name} cannot be made: "
+                f"{error}"
+            ) from error
         if self._host is None:
-            self._start(build_model(self._config, body["input_shape"], body["classes"]))
+            self._start(model)
+        self._course.knows_model(len(model.units))
 
-    def _meet(self, body: dict[str, Any]) -> None:
-        boundaries = tuple(Boundary(*one) for one in body["boundaries"])
-        self._neighbours.meet(boundaries, body["addresses"])
+    def _meet(self, said: protocol.Meet) -> None:
+        self._neighbours.meet(said.boundaries, said.addresses)
 
-    def _fetch(self, _: dict[str, Any]) -> None:
-        assert self._link is not None
+    def _fetch(self, _: protocol.Fetch) -> None:
         params, state = self._running.shared_variables()
         tensors = bundle.pack({"part": {"params": params, "state": state}})
-        self._link.send_bundle("fetched", tensors, {"type": "fetched"})
+        registry.send_bundle(self._coordinator, protocol.Fetched(), tensors)
 
-    def _prepare(self, body: dict[str, Any]) -> None:
-        assert self._link is not None
-        self._waits = Waits(self._link)
-        self._direct = DirectTraffic(self._name, self._neighbours.wiring)
-        self._running.prepare(Plan.from_dict(body["plan"]), body["samples"], body["steps"])
+    def _prepare(self, said: protocol.Prepare) -> None:
+        self._waits = OwnWaits(self._coordinator)
+        self._direct = DirectTraffic(self.name, self._neighbours.wiring)
+        self._accept()
+        self._running.prepare(said.plan, said.samples, said.steps)
 
-    def _release(self, body: dict[str, Any]) -> None:
-        spans = [Span(*span) for span in body["spans"]]
-        mine = [span for span in spans if device_name(span.device) == self._name]
+    def _accept(self) -> None:
+        """Takes from other hosts what the plan in force has for them, from the next step on."""
+        course, model = self._course, self._model
+        assert course.plan is not None and model is not None
+        self._acceptance = Acceptance(
+            model, course.plan, self.name, samples=course.samples,
+            batch_size=self._config.data.batch_size, steps=course.steps, first=course.next,
+        )  # fmt: skip
+        self._neighbours.allow(self._acceptance.tensor_bytes)
+        self._allow(course.plan)
+
+    def _allow(self, plan: Plan, coming: Plan | None = None) -> None:
+        """Lets the coordinator send what a plan has for this host, and nothing larger."""
+        assert self._holdings is not None and self._acceptance is not None
+        bundles = [self._holdings.stored(plan, self.name)]
+        if plan.order == "sequential" and not is_node(self.name):
+            bundles.append(self._holdings.part(plan, int(self.name[1:])))
+        if coming is not None:
+            bundles.append(self._holdings.adopted(plan, coming, self.name))
+        tensor_bytes = self._acceptance.tensor_bytes(COORDINATOR)
+        self._coordinator.admit(self._holdings.room(bundles, tensor_bytes))
+
+    def _give(self, said: protocol.Give) -> None:
+        assert self._course.plan is not None
+        self._allow(self._course.plan, said.plan)
+        self._running.give(said.plan)
+
+    def _groups(self, message: Message, wanted: Wanted) -> dict[str, Any]:
+        """Returns the arrays of a bundle, which are those that the plan has for this host."""
+        assert self._holdings is not None
+        return self._holdings.read(message, wanted, long_name(COORDINATOR))
+
+    def _release(self, said: protocol.Release) -> None:
+        mine = [span for span in said.spans if device_name(span.device) == self.name]
         if mine:
             self._step = mine[-1].stop - 1
-        if body["round"] == 0:
+        if said.round == 0:
             self._begin_schedule()
-        self._running.release(body["round"], spans, body["holder"], body["demand"])
+        self._running.release(said.round, said.spans, said.holder, said.demand)
 
     def _begin_schedule(self) -> None:
         """Lets the rates of an emulated link change from now on, if they do."""
@@ -361,20 +494,13 @@ class Worker:
                 self._link.set_shape(up)
         self._neighbours.begin()
 
-    def _tell_seen(self, body: dict[str, Any]) -> None:
+    def _tell_seen(self, said: protocol.Look) -> None:
         """Answers a look: what computations lasted here, and what the links brought."""
-        assert self._link is not None
-        stats = self._link.stats()
-        self._link.send_control(
-            {"type": "seen", "look": body["look"],
-             "rows": [list(row) for row in self._running.observer.take()],
-             "timed": [stats.timed_in_bytes, stats.timed_in_s],
-             "direct": self._neighbours.wiring.timed()}
-        )  # fmt: skip
-
-    def _answer(self, body: dict[str, Any]) -> None:
-        assert self._link is not None and self._survey is not None
-        self._survey.obey(body, self._link)
+        stats = self._coordinator.stats()
+        rows = tuple(self._running.observer.take())
+        timed = Timing(stats.timed_in_bytes, stats.timed_in_s)
+        direct = self._neighbours.wiring.timed()
+        registry.send(self._coordinator, protocol.LookSeen(said.look, rows, timed, direct))
 
     def _check_wanted(self) -> None:
         """Ends a measurement that nobody waits for any more."""
@@ -383,62 +509,74 @@ class Worker:
         if self._link is not None and self._link.error is not None:
             raise self._lost(self._link.error)
 
-    def _take_bundle(self, message: Message) -> None:
-        if message.body["type"] == "surveyed":
-            assert self._survey is not None
-            self._survey.take(message)
-            return
-        host = self._running
-        groups = bundle.unpack(message.tensors, COORDINATOR)
-        kind = message.body["type"]
-        if kind == "adopt":
-            self._direct = DirectTraffic(self._name, self._neighbours.wiring)  # there may be more
-            host.adopt(Plan.from_dict(message.body["plan"]), groups)
-            return
-        step = message.body["step"] if kind == "part" else self._step
-        received = RECEIVE_PART if kind == "part" else RECEIVE_WEIGHTS
-        arrived = Action(0, received, int(self._name[1:]), step)
-        host.recorder.add(Timed(arrived, message.first_byte_s, message.received_s, message.nbytes))
-        if kind == "part":
-            host.take_part(bundle.part_of(groups, "part"), step)
-        else:
-            whole = bundle.part_of(groups, "whole")
-            host.store(whole["params"], whole["state"])
+    def _store(self, _: protocol.Store, message: Message) -> None:
+        assert self._holdings is not None and self._course.plan is not None
+        groups = self._groups(message, self._holdings.stored(self._course.plan, self.name))
+        self._note_arrival(RECEIVE_WEIGHTS, self._step, message)
+        whole = bundle.part_of(groups, "whole")
+        self._running.store(whole["params"], whole["state"])
+
+    def _take_part(self, said: protocol.TakePart, message: Message) -> None:
+        assert self._holdings is not None and self._course.plan is not None
+        wanted = self._holdings.part(self._course.plan, int(self.name[1:]))
+        groups = self._groups(message, wanted)
+        self._note_arrival(RECEIVE_PART, said.step, message)
+        self._running.take_part(bundle.part_of(groups, "part"), said.step)
+
+    def _adopt(self, said: protocol.Adopt, message: Message) -> None:
+        assert self._holdings is not None
+        old, new = self._course.plans
+        groups = self._groups(message, self._holdings.adopted(old, new, self.name))
+        self._accept()
+        self._direct = DirectTraffic(self.name, self._neighbours.wiring)  # there may be more
+        self._running.adopt(said.plan, groups)
+
+    def _note_arrival(self, kind: str, step: int, message: Message) -> None:
+        arrived = Action(0, kind, int(self.name[1:]), step)
+        timed = Timed(arrived, message.first_byte_s, message.received_s, message.nbytes)
+        self._running.recorder.add(timed)
 
     def _say_goodbye(self) -> None:
         """Sends the rest of the trace, the last this device says, and waits until it has left."""
-        assert self._link is not None
         self._neighbours.part()
         rows, _ = self._running.recorder.take()
-        self._link.send_bundle("bye", bundle.pack_rows(rows), {"type": "bye"})
-        self._link.drain(self._config.network.deadline_s)
+        registry.send_bundle(self._coordinator, protocol.Bye(), bundle.pack_rows(rows))
+        self._coordinator.drain(self._config.network.deadline_s)
 
     # --- replies; called on the host's threads ------------------------------------------------
 
-    def _reply(self, body: dict[str, Any], arrays: dict[str, Any]) -> None:
-        assert self._link is not None
-        if body["type"] == "stored":
+    def _reply(self, said: Any, arrays: dict[str, Any]) -> None:
+        link = self._coordinator
+        self._course.replied(said)
+        if isinstance(said, protocol.Stored):
+            self._patience.action(said.longest_s)
+        if isinstance(said, protocol.Stored):
             rows, busy_s = self._running.recorder.take()
             assert self._waits is not None and self._direct is not None
-            told = {"busy_s": busy_s, "link": self._waits.take(), "direct": self._direct.take()}
-            self._link.send_control({**body, **told})
+            waits, direct = self._waits.take(), self._direct.take()
+            registry.send(link, dataclasses.replace(said, busy_s=busy_s, link=waits, direct=direct))
             if self._config.run.trace != "none":  # outside the round that it belongs to
-                self._link.send_bundle("trace", bundle.pack_rows(rows), {"type": "trace"})
-        elif arrays and body["type"] == "given":
-            self._link.send_bundle("given", bundle.pack(arrays), body)
+                registry.send_bundle(link, protocol.TraceRows(), bundle.pack_rows(rows))
+        elif arrays and isinstance(said, protocol.Given):
+            registry.send_bundle(link, said, bundle.pack(arrays))
         elif arrays:
-            averaged = body["type"] == "trained"  # what is handed on must stay as it is
+            averaged = isinstance(said, protocol.Trained)  # what is handed on must stay as it is
             kind = SEND_WEIGHTS if averaged else HAND_ON
-            sent = Action(0, kind, int(self._name[1:]), body.get("step", self._step))
-            self._link.send_bundle(
-                body["type"],
+            step = said.step if isinstance(said, protocol.Part) else self._step
+            sent = Action(0, kind, int(self.name[1:]), step)
+            registry.send_bundle(
+                link,
+                said,
                 bundle.pack(arrays),
-                body,
                 on_sent=functools.partial(self._record, sent),
                 codec=self._config.aggregation.codec if averaged else "raw",
             )
         else:
-            self._link.send_control(body)
+            registry.send(link, said)
 
     def _record(self, action: Action, start_s: float, end_s: float, nbytes: int) -> None:
         self._running.recorder.add(Timed(action, start_s, end_s, nbytes))
+
+
+def _ignore(_: Any) -> None:
+    """Takes what says only that the coordinator goes on."""

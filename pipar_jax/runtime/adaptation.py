@@ -9,24 +9,25 @@ to it at the end of the round.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from comms import ChannelError, Link
+from comms import Link
 from pipar_jax.config import Config
 from pipar_jax.errors import RunError
 from pipar_jax.plan import COORDINATOR, Boundary, Plan, is_node
 from pipar_jax.predictor.online import Learner
 from pipar_jax.predictor.operators import Tables
+from pipar_jax.roles import protocol
+from pipar_jax.roles.holdings import odd_seen
+from pipar_jax.roles.values import Seen
 from pipar_jax.runtime import moving
 from pipar_jax.runtime.ahead import lower_priority
 from pipar_jax.runtime.candidates import Candidates
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.members import Mail, Members
-from pipar_jax.runtime.observer import Answer, Seen, parse_answer
 from pipar_jax.runtime.survey import Surveyed
 from pipar_jax.tuner.choice import Choice, Offer
 from pipar_jax.tuner.predict import Stages, judge, rounds_per_epoch
@@ -51,7 +52,7 @@ class _Look(NamedTuple):
 
     number: int
     plan: Plan
-    answers: Mapping[str, Answer]
+    answers: Mapping[str, protocol.LookSeen]
     own: list[Seen]
 
 
@@ -86,6 +87,7 @@ class Adaptation:
         """See the class."""
         moving.check_adaptable(plan)
         self._config, self._host, self._rounds = config, host, rounds
+        self._members = members
         self._links: Mapping[str, Link] = {n: one.link for n, one in members.by_name.items()}
         profile, self._units = surveyed.profile, len(model.units)
         self._watch = Watch(profile, learners(model, surveyed))
@@ -93,7 +95,7 @@ class Adaptation:
         self._candidates = Candidates(config, model, [one.samples for one in profile.devices])
         self._lock = threading.Condition()
         self._index, self._look, self._changing = 0, 0, False
-        self._answers: dict[str, Answer] = {}
+        self._answers: dict[str, protocol.LookSeen] = {}
         self._numbers: dict[Plan, int] = {}
         self._compiled: dict[int, set[str]] = {}
         self._searched: tuple[float, ...] = ()
@@ -102,7 +104,8 @@ class Adaptation:
         self._error: BaseException | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pipar-adapt", daemon=True)
-        members.listeners.update(seen=self._take_answer, ahead=self._take_compiled)
+        members.listeners[protocol.LookSeen] = self._take_answer
+        members.listeners[protocol.Compiled] = self._take_compiled
 
     def begin(self) -> None:
         """Starts looking."""
@@ -161,15 +164,16 @@ class Adaptation:
 
     def _take_answer(self, mail: Mail) -> None:
         """Takes a host's answer to a look."""
-        answer = parse_answer(mail.body, mail.source)
         with self._lock:
-            if mail.body.get("look") == self._look:
-                self._answers[mail.source] = answer
+            if mail.said.look == self._look:
+                if (reason := odd_seen(mail.said, self._choice.plan, mail.source)) is not None:
+                    self._members.blame(mail.source, f"'seen' with {reason}")
+                self._answers[mail.source] = mail.said
                 self._lock.notify_all()
 
     def _take_compiled(self, mail: Mail) -> None:
         """Takes note of a host that has compiled a plan, or refuses it."""
-        number, refused = mail.body["number"], mail.body["refused"]
+        number, refused = mail.said.number, mail.said.refused
         with self._lock:
             if refused is None:
                 self._compiled.setdefault(number, set()).add(mail.source)
@@ -192,11 +196,10 @@ class Adaptation:
             with self._lock:
                 self._error = error
 
-    def _tell(self, body: Mapping[str, Any]) -> None:
+    def _tell(self, command: Any) -> None:
         """Tells every host; the coordinator's thread learns by itself of a link that is lost."""
-        for link in self._links.values():
-            with contextlib.suppress(ChannelError):
-                link.send_control(dict(body))
+        for name in self._links:
+            self._members.ask(name, command)
 
     def _ask(self) -> _Look | None:
         """Asks all hosts and waits for their answers; returns None if some are late."""
@@ -206,7 +209,7 @@ class Adaptation:
             self._look += 1
             look = self._look
             self._answers.clear()
-        self._tell({"type": "look", "look": look})
+        self._tell(protocol.Look(look))
         deadline_s = time.monotonic() + ANSWER_S
         with self._lock:
             while len(self._answers) < len(self._links) and self._look == look:
@@ -224,15 +227,15 @@ class Adaptation:
         self._watch.computed(COORDINATOR, look.plan, look.own)
         for name, link in self._links.items():
             answer = look.answers[name]
-            self._watch.computed(name, look.plan, answer.seen)
-            for boundary, carried in answer.direct.items():
+            self._watch.computed(name, look.plan, answer.rows)
+            for boundary, carried in answer.direct:
                 if boundary in followed:
-                    self._watch.carried(boundary, name, carried)
+                    self._watch.carried(boundary, name, Carried(*carried))
             if not is_node(name):
                 stats, boundary = link.stats(), Boundary(name, COORDINATOR, 0)
                 up = Carried(stats.timed_in_bytes, stats.timed_in_s)
                 self._watch.carried(boundary, COORDINATOR, up)
-                self._watch.carried(boundary, name, answer.timed)
+                self._watch.carried(boundary, name, Carried(*answer.timed))
 
     def _consider(self, look: int) -> None:
         """Searches if there is news, and decides; a plan that is wanted is told to all hosts."""
@@ -263,7 +266,7 @@ class Adaptation:
                 return
             self._numbers[wanted] = number = len(self._numbers)
         self._host.prepare_ahead(number, wanted)
-        self._tell({"type": "ahead", "number": number, "plan": wanted.to_dict()})
+        self._tell(protocol.Ahead(number, wanted))
 
 
 def learners(model: Model, surveyed: Surveyed) -> dict[str, Learner]:

@@ -9,13 +9,21 @@ import jax
 import numpy as np
 
 from pipar_jax.errors import RunError
-from pipar_jax.schedule import KINDS, Action
+from pipar_jax.schedule import (
+    KINDS,
+    RECEIVE_BACKWARD,
+    RECEIVE_FORWARD,
+    SEND_BACKWARD,
+    SEND_FORWARD,
+    Action,
+)
 from pipar_jax.trace import Timed
-from stages import Model
 
 Tensors = dict[str, np.ndarray[Any, Any]]
 
-_KINDS = sorted(KINDS)
+#: Kinds of actions by their number in a trace, and those that carry a tensor between stages.
+ROW_KINDS = sorted(KINDS)
+TENSOR_KINDS = frozenset((SEND_FORWARD, RECEIVE_FORWARD, SEND_BACKWARD, RECEIVE_BACKWARD))
 
 
 def pack(groups: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Tensors:
@@ -71,54 +79,13 @@ def part_of(groups: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {kind: found.get(kind, {}) for kind in ("params", "state", "opt")}
 
 
-def check_like(given: Mapping[str, Any], expected: Mapping[str, Any], peer: str, what: str) -> None:
-    """Checks that weights fit the model before anything is done with them.
-
-    Args:
-      given: For each unit its arrays by path.
-      expected: For at least those units abstract arrays by path.
-      peer: Who sent them.
-      what: What they are, for the message.
-
-    Raises:
-      RunError: A unit or an array is unknown, missing, or has another shape or dtype.
-    """
-    for unit, arrays in given.items():
-        wanted = expected.get(unit)
-        if wanted is None or arrays.keys() != wanted.keys():
-            raise RunError(
-                f"{peer} sent {what} of unit {unit!r} with arrays {sorted(arrays)}, expected "
-                f"{sorted(wanted or ())}: do both hosts use the same model and version?"
-            )
-        for path, array in arrays.items():
-            one = wanted[path]
-            if array.shape != one.shape or array.dtype != one.dtype:
-                raise RunError(
-                    f"{peer} sent {what} {unit}/{path} as {array.dtype}{list(array.shape)}, "
-                    f"expected {one.dtype}{list(one.shape)}: do both hosts use the same model?"
-                )
-
-
-def check_groups(groups: Mapping[str, Any], model: Model, peer: str) -> None:
-    """Checks the weights and batch statistics of every group that ``unpack`` returned.
-
-    Raises:
-      RunError: They do not fit the model.
-    """
-    params = {unit.name: unit.params for unit in model.units}
-    state = {unit.name: unit.state for unit in model.units}
-    for parts in groups.values():
-        check_like(parts.get("params", {}), params, peer, "weights")
-        check_like(parts.get("state", {}), state, peer, "batch statistics")
-
-
 def pack_rows(rows: Sequence[Timed]) -> Tensors:
     """Returns timed actions as two arrays: whole numbers [rows, 7] and seconds [rows, 2]."""
     numbers = np.array(
         [
             (
                 row.action.stage,
-                _KINDS.index(row.action.kind),
+                ROW_KINDS.index(row.action.kind),
                 row.action.device,
                 row.action.step,
                 row.action.micro_batch,
@@ -142,7 +109,7 @@ def unpack_rows(tensors: Mapping[str, np.ndarray[Any, Any]], peer: str) -> list[
     try:
         numbers, times = tensors["numbers"], tensors["times"]
         return [
-            Timed(Action(stage, _KINDS[kind], device, step, micro), start, end, nbytes, samples)
+            Timed(Action(stage, ROW_KINDS[kind], device, step, micro), start, end, nbytes, samples)
             for (stage, kind, device, step, micro, nbytes, samples), (start, end) in zip(
                 numbers.tolist(), times.tolist(), strict=True
             )

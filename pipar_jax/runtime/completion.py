@@ -40,6 +40,9 @@ class Completion:
     Waiting here, and not where actions are dispatched, keeps the dispatch thread free to queue the
     next computation behind the running one.
 
+    Attributes:
+      actions: Computations that are over.
+
     Args:
       name: Host's name, for the thread's.
       record: Takes each timed action.
@@ -58,12 +61,18 @@ class Completion:
         self._record, self._over, self._failed = record, over, failed
         self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._previous_end_s = 0.0
-        self.overruns = 0
+        self._overruns, self._longest_s = 0, 0.0
+        self.actions = 0
         self._closing = threading.Event()
         self._thread = threading.Thread(
             target=self._run, name=f"pipar-completion-{name}", daemon=True
         )
         self._thread.start()
+
+    def take(self) -> tuple[int, float]:
+        """Returns the round's overruns and the seconds of its longest action, and starts over."""
+        found, (self._overruns, self._longest_s) = (self._overruns, self._longest_s), (0, 0.0)
+        return found
 
     def put(self, work: Work) -> None:
         """Hands over a computation that was just dispatched."""
@@ -95,7 +104,7 @@ class Completion:
         if work.minimum_s > 0.0:
             wanted = start + work.minimum_s
             if end > wanted:
-                self.overruns += 1
+                self._overruns += 1
             # The next computation may run meanwhile on the real processor; its own stretch begins
             # where this one ends, so emulated time stays that of one slow processor.
             while (left := wanted - time.monotonic()) > 0:
@@ -103,6 +112,8 @@ class Completion:
                     return
             end = max(end, wanted)
         self._previous_end_s = end
+        self._longest_s = max(self._longest_s, end - start)
+        self.actions += 1
         if work.action.kind in COMPUTE:
             self._record(Timed(work.action, start, end, 0, work.samples))
         if work.then is not None:

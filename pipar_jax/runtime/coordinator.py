@@ -18,7 +18,11 @@ from pipar_jax import config as configuration
 from pipar_jax import schedule
 from pipar_jax.aggregation import Aggregator, Replica
 from pipar_jax.config import Config
-from pipar_jax.plan import COORDINATOR, Boundary, Plan, device_name
+from pipar_jax.plan import COORDINATOR, Boundary, Plan, device_name, long_name
+from pipar_jax.roles import protocol
+from pipar_jax.roles.acceptance import Acceptance, next_steps
+from pipar_jax.roles.holdings import Holdings, Wanted, read_rows
+from pipar_jax.roles.replies import Reply, reply
 from pipar_jax.runtime import bundle, handover
 from pipar_jax.runtime.adaptation import Adaptation
 from pipar_jax.runtime.evaluation import Evaluator
@@ -86,6 +90,14 @@ class Coordinator:
         self._part: dict[str, np.ndarray[Any, Any]] = {}
         self._demand = [1.0] * len(who)
         self._met: set[Boundary] = set()
+        self._holdings = Holdings(model, config)
+        self._next = dict.fromkeys(range(len(who)), 0)
+        self._plans: tuple[Plan, ...] = (self.plan,)
+        self._total = [
+            sum(span.stop - span.first for spans in self._rounds for span in spans
+                if span.device == device)
+            for device in range(len(who))
+        ]  # fmt: skip
 
     def run(self) -> dict[str, Any]:
         """Prepares all hosts, trains all rounds and says goodbye; returns the run's summary.
@@ -111,8 +123,8 @@ class Coordinator:
         finally:
             if self._adaptation is not None:
                 self._adaptation.close()
-        self._members.broadcast({"type": "finish"})
-        self._add_traces(self._members.collect("bye", self._workers))
+        self._members.broadcast(protocol.Finish())
+        self._add_traces(self._members.collect(protocol.Bye, self._workers))
         return self._tally.finish()
 
     # --- before the first round ---------------------------------------------------------------
@@ -121,47 +133,59 @@ class Coordinator:
         """Sends the plan, waits until all have compiled, and lets slow hosts time themselves."""
         self._introduce(self.plan)
         began = time.monotonic()
-        total = [0] * len(self._steps)
-        for spans in self._rounds:
-            for span in spans:
-                total[span.device] += span.stop - span.first
-        plan = {"type": "plan", "plan": self.plan.to_dict(), "samples": self._samples,
-                "steps": total}  # fmt: skip
-        self._members.broadcast(plan)
+        self._members.working("compiling")
+        total = tuple(self._total)
+        self._expect(self.plan)
+        self._members.broadcast(protocol.Prepare(self.plan, self._samples, total))
         self._host.prepare(self.plan, self._samples, total)
         if self.plan.order == "parallel":
             # A unit has one replica per device, wherever each is cut.
-            count = sum(1 for n in total if n)
+            count = sum(1 for n in self._total if n)
             self._aggregator.compile({unit: count for unit in self._model.unit_names})
-        ready = self._members.collect("prepared", (COORDINATOR, *self._workers))
+        ready = self._members.collect(protocol.Prepared, (COORDINATOR, *self._workers))
         compile_s = time.monotonic() - began
         self._calibrate()
         seconds = time.monotonic() - began - compile_s
-        needs = {name: mail.body["memory_bytes"] for name, mail in ready.items()}
+        needs = {name: mail.said.memory_bytes for name, mail in ready.items()}
         self._tally.prepared(compile_s, seconds, needs)
+
+    def _expect(self, *plans: Plan) -> None:
+        """Takes from members what the last of some plans has for them, and nothing larger.
+
+        Args:
+          *plans: The plan in force, and the one that is changed to.
+        """
+        self._members.acceptance = Acceptance(
+            self._model, plans[-1], COORDINATOR, samples=self._samples,
+            batch_size=self._config.data.batch_size, steps=self._total, first=self._next,
+        )  # fmt: skip
+        self._members.acceptance.open(())
+        for name in self._workers:
+            tensor_bytes = self._members.acceptance.tensor_bytes(name)
+            self._members.by_name[name].link.admit(
+                self._holdings.allowance(plans, name, self._rounds, tensor_bytes)
+            )
 
     def _introduce(self, plan: Plan) -> None:
         """Lets neighbours in chains connect to each other, where a plan needs it."""
         boundaries = direct(plan.boundaries())
         if self._met.issuperset(boundaries):
             return
-        addresses = {name: self._members.by_name[name].identity.address for name in self._nodes}
-        self._members.broadcast(
-            {"type": "meet", "boundaries": [list(one) for one in boundaries],
-             "addresses": addresses}
-        )  # fmt: skip
-        self._members.collect("met", self._workers)
+        known = {name: self._members.by_name[name].identity.address for name in self._nodes}
+        addresses = {name: address for name, address in known.items() if address is not None}
+        self._members.broadcast(protocol.Meet(tuple(boundaries), addresses))
+        self._members.collect(protocol.Met, self._workers)
         self._met.update(boundaries)
 
     def _calibrate(self) -> None:
         """Lets each emulated slow host time its functions, one after another, all else idle."""
         if self._config.server.slowdown != 1.0:
             self._host.calibrate()
-            self._members.collect("calibrated", (COORDINATOR,))
+            self._members.collect(protocol.Calibrated, (COORDINATOR,))
         for name in self._workers:
             if slowness_of(configuration.host(self._config, name)).emulated:
-                self._members.send(name, {"type": "calibrate"})
-                self._members.collect("calibrated", (name,))
+                self._members.send(name, protocol.Calibrate())
+                self._members.collect(protocol.Calibrated, (name,))
 
     def _begin_schedules(self) -> None:
         """Lets the rates of emulated links change from now on, where they do."""
@@ -179,38 +203,47 @@ class Coordinator:
             self._adaptation.start_round(index)
         hosts = (COORDINATOR, *self._workers)
         self._tally.start_round()
+        assert self._members.acceptance is not None
+        self._members.acceptance.open(spans)
+        self._next = next_steps(self._next, spans)
         start_s = time.monotonic()
-        self._host.release(index, spans, self._holder if sequential else None, self._demand)
-        self._members.broadcast(
-            {"type": "release", "round": index, "spans": [list(span) for span in spans],
-             "holder": self._holder if sequential else None, "demand": self._demand}
-        )  # fmt: skip
+        holder = self._holder if sequential else None
+        self._host.release(index, spans, holder, self._demand)
+        release = protocol.Release(index, tuple(spans), holder, tuple(self._demand))
+        for name in self._workers:
+            self._members.send(name, release, *self._round_replies(name, index, spans))
         if sequential:
             self._pass_part_on(spans)
         else:
-            self._average(spans, self._members.collect("trained", hosts))
-        stored = self._members.collect("stored", hosts)
+            self._average(index, spans, self._members.collect(protocol.Trained, hosts))
+        stored = self._members.collect(protocol.Stored, hosts)
         interval = Interval(start_s, max(mail.time_s for mail in stored.values()))
         if sequential:
             self._gather_sequential()
         traced = self._collect_traces()
         rows, busy_s = self._host.recorder.take()
         self._tally.add_trace(COORDINATOR, rows, 0.0)
-        bodies = {name: mail.body for name, mail in stored.items()}
-        busy = {COORDINATOR: busy_s} | {name: bodies[name]["busy_s"] for name in self._workers}
+        said = {name: mail.said for name, mail in stored.items()}
+        busy = {COORDINATOR: busy_s} | {name: said[name].busy_s for name in self._workers}
+        for name in self._workers:
+            for row in said[name].direct:
+                if row.source != name or row.target not in self._workers:
+                    self._members.blame(name, f"'stored' with what {row.source} sent {row.target}")
+        for one in said.values():  # none is longer than the round, whatever is said of it
+            self._members.patience.action(min(one.longest_s, interval.seconds))
         self._tally.end_round(
             Round(
                 index,
                 interval,
                 totals=Totals(
-                    *(sum(body[key] for body in bodies.values()) for key in Totals._fields)
+                    *(sum(getattr(one, key) for one in said.values()) for key in Totals._fields)
                 ),
                 busy=busy,
-                overruns=sum(body["overruns"] for body in bodies.values()),
-                told={name: bodies[name]["link"] for name in self._workers},
+                overruns=sum(one.overruns for one in said.values()),
+                told={name: said[name].link for name in self._workers},
                 traced=traced,
-                direct=[row for name in self._workers for row in bodies[name]["direct"]],
-                memory={name: body["memory"] for name, body in bodies.items()},
+                direct=[row for name in self._workers for row in said[name].direct],
+                memory={name: one.memory for name, one in said.items()},
             )
         )
         for span in spans:
@@ -218,17 +251,35 @@ class Coordinator:
             if steps:
                 self._demand[span.device] = busy[device_name(span.device)] / steps
 
-    def _average(self, spans: Sequence[Span], trained: Mapping[str, Mail]) -> None:
+    def _round_replies(self, name: str, index: int, spans: Sequence[Span]) -> list[Reply]:
+        """Returns what a member owes once a round is released."""
+        if self.plan.order == "parallel":
+            trained = reply(protocol.Trained, round=index)
+            # Who gives weights to the average is over with the round when it has them back.
+            return [trained] if self._gives(name) else [trained, *self._end_replies(index)]
+        parts = [
+            reply(protocol.Part, device=one.device, step=one.stop - 1)
+            for one, after in zip(spans, [*spans[1:], None], strict=True)
+            if device_name(one.device) == name and (after is None or after.device != one.device)
+        ]
+        return [*parts, *self._end_replies(index)]
+
+    def _end_replies(self, index: int) -> list[Reply]:
+        """Returns what a member owes when a round ends."""
+        traced = [reply(protocol.TraceRows)] if self._config.run.trace != "none" else []
+        return [reply(protocol.Stored, round=index), *traced]
+
+    def _gives(self, name: str) -> bool:
+        """Says whether a host gives weights to the average, and so is given it."""
+        return bool(self._holdings.trained(self.plan, name))
+
+    def _average(self, index: int, spans: Sequence[Span], trained: Mapping[str, Mail]) -> None:
         """Averages what the hosts trained and hands the result back to them."""
         parts: dict[int, dict[str, dict[str, Any]]] = {}
-        brought = [
-            name
-            for name in self._workers
-            for message in [trained[name].message]
-            if message is not None and message.kind == "bundle"
-        ]
+        brought = [name for name in self._workers if self._gives(name)]
         for name, mail in trained.items():
-            for device, groups in self._arrays(name, mail).items():
+            arrays = self._arrays(name, mail, self._holdings.trained(self.plan, name))
+            for device, groups in arrays.items():
                 own = parts.setdefault(int(device), {"params": {}, "state": {}})
                 own["params"].update(groups.get("params", {}))
                 own["state"].update(groups.get("state", {}))
@@ -251,22 +302,16 @@ class Coordinator:
         time.sleep(spent_s * (self._config.server.slowdown - 1.0))
         action = Action(0, AGGREGATE, ALL, spans[0].stop - 1)
         self._host.recorder.add(Timed(action, start_s, time.monotonic()))
+        codec, owed = self._config.aggregation.codec, self._end_replies(index)
         for name in brought:
-            body = {"type": "store"}
-            self._members.send_bundle(
-                name, "store", self._units_of(name), body, codec=self._config.aggregation.codec
-            )
+            units = self._units_of(name)
+            self._members.send_bundle(name, protocol.Store(), units, *owed, codec=codec)
         self._host.store(self._aggregator.params, self._aggregator.state)
 
-    def _arrays(self, name: str, mail: Mail) -> dict[str, Any]:
-        """Returns a host's trained weights by device, checked if they came over a link."""
-        if mail.message is None:
-            return mail.arrays
-        if mail.message.kind != "bundle":
-            return {}
-        groups = bundle.unpack(mail.message.tensors, name)
-        bundle.check_groups(groups, self._model, name)
-        return groups
+    def _arrays(self, name: str, mail: Mail, wanted: Wanted) -> dict[str, Any]:
+        """Returns the arrays that a host sent, which are those that it holds."""
+        with self._members.reading(name):
+            return self._holdings.arrays(mail.message, mail.arrays, wanted, long_name(name))
 
     def _units_of(self, host: str) -> bundle.Tensors:
         """Returns the global weights of the units that a host gave to the average."""
@@ -290,16 +335,17 @@ class Coordinator:
             if after is not None and after.device == before.device:
                 continue
             giver = device_name(before.device)
-            message = self._members.collect("part", (giver,))[giver].message
-            assert message is not None
-            self._part, self._holder = dict(message.tensors), before.device
+            mail = self._members.collect(protocol.Part, (giver,))[giver]
+            wanted = self._holdings.part(self.plan, before.device)
+            part = self._arrays(giver, mail, wanted)
+            self._part, self._holder = bundle.pack(part), before.device
             if after is not None:
                 self._give_part(after)
 
     def _give_part(self, span: Span) -> None:
         """Sends the device part, with its optimiser state, to the device whose turn it is."""
-        body = {"type": "part", "step": span.first}
-        self._members.send_bundle(device_name(span.device), "part", self._part, body)
+        command = protocol.TakePart(span.first)
+        self._members.send_bundle(device_name(span.device), command, self._part)
 
     def _gather_sequential(self) -> None:
         """Takes the one copy of every unit: the device part as handed back, the rest from here."""
@@ -317,14 +363,15 @@ class Coordinator:
         """Takes the hosts' timed actions, outside their round; returns what bytes they were."""
         if self._config.run.trace == "none":
             return {}
-        return self._add_traces(self._members.collect("trace", self._workers))
+        return self._add_traces(self._members.collect(protocol.TraceRows, self._workers))
 
     def _add_traces(self, mails: Mapping[str, Mail]) -> dict[str, int]:
         """Adds the devices' timed actions to the run's, on this host's clock."""
         traced = {}
         for name, mail in mails.items():
             assert mail.message is not None
-            rows = bundle.unpack_rows(mail.message.tensors, name)
+            with self._members.reading(name):
+                rows = read_rows(mail.message, self._plans, name, self._total, long_name(name))
             # The offset is the peer's clock minus ours.
             self._tally.add_trace(name, rows, -(mail.message.link.offset_s or 0.0))
             traced[name] = mail.message.nbytes
@@ -337,9 +384,12 @@ class Coordinator:
             return
         began = time.monotonic()
         self._introduce(plan)
-        handover.conduct(self._members, self._host, self._model, self.plan, plan, self._aggregator)
+        self._expect(self.plan, plan)
+        handover.conduct(
+            self._members, self._host, self._holdings, self.plan, plan, self._aggregator
+        )
         moved_s = time.monotonic() - began
-        offers, self.plan = self._adaptation.offers, plan
+        offers, self.plan, self._plans = self._adaptation.offers, plan, (self.plan, plan)
         self._calibrate()  # stages that an emulated slow host has not run before
         self._adaptation.changed(index)
         self._tally.replanned(index, plan, moved_s, offers)
@@ -354,6 +404,7 @@ class Coordinator:
         variables = self._aggregator.params, self._aggregator.state
         if index + 1 == len(self._rounds):
             self._save(*variables)
+        self._members.working("evaluating")
         start_s = time.monotonic()
         score = self._evaluator.evaluate(*variables)
         self._tally.evaluated(
@@ -365,12 +416,13 @@ class Coordinator:
         start_s = time.monotonic()
         holders = [name for name in self._nodes if self.plan.local_stages(name)]
         for name in holders:
-            self._members.send(name, {"type": "fetch"})
+            self._members.send(name, protocol.Fetch())
         nbytes = 0
-        for name, mail in self._members.collect("fetched", holders).items():
+        for name, mail in self._members.collect(protocol.Fetched, holders).items():
             assert mail.message is not None
             nbytes += mail.message.nbytes
-            part = bundle.part_of(self._arrays(name, mail), "part")
+            wanted = self._holdings.fetched(self.plan, name)
+            part = bundle.part_of(self._arrays(name, mail, wanted), "part")
             self._aggregator.params.update(part["params"])
             self._aggregator.state.update(
                 {unit: part["state"].get(unit, {}) for unit in part["params"]}

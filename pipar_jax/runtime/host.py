@@ -25,6 +25,8 @@ from pipar_jax.config import Config
 from pipar_jax.errors import RunError
 from pipar_jax.plan import OWNER, Plan, is_node
 from pipar_jax.policy import Dispatcher, GatedOutlet, policy
+from pipar_jax.roles import protocol
+from pipar_jax.roles.values import Memory
 from pipar_jax.runtime import memory, migration
 from pipar_jax.runtime.agenda import Agenda
 from pipar_jax.runtime.ahead import Ahead, compile_plan
@@ -58,8 +60,9 @@ from stages import Model
 #: With more, asynchronous dispatch would take the choice away from the policy.
 IN_FLIGHT = 2
 
-#: A reply's body, and the arrays that go with it by (device, part, unit, path).
-Reply = Callable[[dict[str, Any], dict[str, Any]], None]
+#: Takes a message of ``roles.protocol``, and the arrays that go with it by (device, part, unit,
+#: path).
+Reply = Callable[[Any, dict[str, Any]], None]
 
 
 class Host:
@@ -212,6 +215,11 @@ class Host:
         arrays = self._fixed_bytes + self._ledger.take_peak()
         return memory.Used(arrays, self._temporary_bytes, memory.resident_bytes())
 
+    @property
+    def actions(self) -> int:
+        """How many actions are over on it: what grows while it goes on."""
+        return self._completion.actions
+
     def on_message(self, message: Message) -> None:
         """Takes a tensor from a link; runs on the I/O thread."""
         self._post(self._receive, message)
@@ -299,6 +307,7 @@ class Host:
     def _prepare(self, plan: Plan, samples: tuple[int, ...], steps: tuple[int, ...]) -> None:
         """Builds replicas from the seed, compiles all shapes of the plan and says so."""
         began = time.monotonic()
+        self._answer(protocol.Working("compiling"))
         self._samples = samples
         need = memory.predict(self._model, plan, self.name, self._config, samples)
         limit_mb = configuration.host(self._config, self.name).memory_mb
@@ -331,7 +340,7 @@ class Host:
         memory.check(need, self._temporary_bytes, limit_mb, self.name, plan)
         compile_s = time.monotonic() - began
         predicted = need.arrays + self._temporary_bytes
-        self._answer({"type": "prepared", "compile_s": compile_s, "memory_bytes": predicted})
+        self._answer(protocol.Prepared(compile_s, predicted))
 
     def _weigh(self) -> None:
         """Notes what the replicas take, which stays the same until the plan changes."""
@@ -380,12 +389,12 @@ class Host:
         )  # fmt: skip
 
     def _tell_ahead(self, number: int, refused: str | None) -> None:
-        self._answer({"type": "ahead", "number": number, "refused": refused})
+        self._answer(protocol.Compiled(number, refused))
 
     def _give(self, plan: Plan) -> None:
         averages, names = dict(self._averaging.units()), self._model.unit_names
         given = migration.give(self._plan, plan, self.name, self._replicas, averages, names)
-        self._reply({"type": "given"}, given)
+        self._reply(protocol.Given(), given)
 
     def _adopt(self, plan: Plan, arrived: Mapping[str, Any]) -> None:
         self._share = self._share_of(plan)
@@ -401,10 +410,11 @@ class Host:
         self._install(plan)
         self._weigh()
         self.observer.take()  # what was seen so far belongs to the old plan
-        self._answer({"type": "adopted"})
+        self._answer(protocol.Adopted())
 
     def _calibrate(self) -> None:
         began = time.monotonic()
+        self._answer(protocol.Working("timing"))
         known = {(shape.units, shape.samples) for shape in self._alone}
         sizes = self._sizes()
         self._alone.update(
@@ -424,8 +434,7 @@ class Host:
                 summary=min,
             )
         )
-        times = [[*shape.units, shape.kind, shape.samples, s] for shape, s in self._alone.items()]
-        self._answer({"type": "calibrated", "seconds": time.monotonic() - began, "times": times})
+        self._answer(protocol.Calibrated(time.monotonic() - began))
 
     def _release(
         self,
@@ -463,7 +472,7 @@ class Host:
             arrays.setdefault(str(device), {"params": {}, "state": {}})
             arrays[str(device)]["params"].update(replica.params)
             arrays[str(device)]["state"].update(replica.state)
-        self._reply({"type": "trained", "round": self._round}, arrays)
+        self._reply(protocol.Trained(self._round), arrays)
         if is_node(self.name) and not arrays:  # nothing of it comes back averaged
             self._report()
 
@@ -478,10 +487,10 @@ class Host:
 
     def _report(self) -> None:
         """Ends the round on this host; its trace and figures go with the answer."""
+        overruns, longest_s = self._completion.take()
+        memory_used = Memory(*self.used_memory())
         totals = self._meter.take_round()
-        overruns, self._completion.overruns = self._completion.overruns, 0
-        body = {"type": "stored", "round": self._round, "overruns": overruns}
-        self._answer({**body, "memory": self.used_memory()._asdict(), **totals._asdict()})
+        self._answer(protocol.Stored(self._round, overruns, longest_s, memory_used, *totals))
 
     # --- the device part in sequential order --------------------------------------------------
 
@@ -498,9 +507,9 @@ class Host:
             part["params"].update(replica.params)
             part["state"].update(replica.state)
             part["opt"].update(replica.opt_state)
-        body = {"type": "part", "device": action.device, "step": action.step}
+        said = protocol.Part(action.device, action.step)
         return Work(
-            action, part, time.monotonic(), 0, 0.0, lambda: self._reply(body, {"part": part})
+            action, part, time.monotonic(), 0, 0.0, lambda: self._reply(said, {"part": part})
         )
 
     def _take_part(self, part: Mapping[str, Any], step: int) -> None:
@@ -545,11 +554,11 @@ class Host:
         if self._stopping.is_set():
             raise RunError(f"{self.name} was stopped while it compiled")
 
-    def _tell(self, body: dict[str, Any]) -> None:
-        self._answer({**body, "round": self._round})
+    def _tell(self, device: int, step: int, loss: float, accuracy: float) -> None:
+        self._answer(protocol.Progress(device, step, loss, accuracy, self._round))
 
-    def _answer(self, body: dict[str, Any]) -> None:
-        self._reply(body, {})
+    def _answer(self, message: Any) -> None:
+        self._reply(message, {})
 
 
 def _nothing() -> None:

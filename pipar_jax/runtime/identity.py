@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import pipar_jax
+from comms import Message
 from pipar_jax import config as configuration
-from pipar_jax.config import Config, difference, from_json, to_json
+from pipar_jax.config import PUBLIC_SOURCES, Config, difference, from_dict, to_json
 from pipar_jax.data import Loader
-from pipar_jax.errors import ConfigError
+from pipar_jax.errors import ConfigError, ProtocolError
 from pipar_jax.plan import device_name, is_node
+from pipar_jax.roles import protocol, registry
+from pipar_jax.roles.protocol import JoinDevice, JoinNode
+from pipar_jax.roles.wire_fields import MOST_WHOLE, shown
 from stages import Model
-
-#: Version of the control messages between coordinator and devices.
-CONTROL_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,38 +41,38 @@ class Identity:
         return int(self.name[1:])
 
 
-def join_message(config: Config, name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the first message of a device or node.
+def device_join(config: Config, name: str, loader: Loader, model: Model) -> JoinDevice:
+    """Returns the first message of a device.
 
     Args:
       config: Its configuration.
       name: Its name.
-      facts: ``device_facts`` or ``node_facts``.
+      loader: Its samples.
+      model: Its model.
     """
-    return {
-        "type": "join",
-        "control_version": CONTROL_VERSION,
-        "version": pipar_jax.__version__,
-        "name": name,
-        "config": json.loads(to_json(config)),
-        **facts,
-    }
+    return JoinDevice(
+        protocol.VERSION,
+        pipar_jax.__version__,
+        name,
+        json.loads(to_json(config)),
+        loader.samples_per_epoch,
+        loader.steps_per_epoch,
+        tuple(model.input_shape),
+        model.classes,
+        describe(model),
+    )
 
 
-def device_facts(loader: Loader, model: Model) -> dict[str, Any]:
-    """Returns what the coordinator has to know of a device."""
-    return {
-        "samples": loader.samples_per_epoch,
-        "steps": loader.steps_per_epoch,
-        "input_shape": list(model.input_shape),
-        "classes": model.classes,
-        "units": describe(model),
-    }
+def node_join(config: Config, name: str, address: tuple[str, int]) -> JoinNode:
+    """Returns the first message of a compute node.
 
-
-def node_facts(address: tuple[str, int]) -> dict[str, Any]:
-    """Returns what the coordinator has to know of a compute node."""
-    return {"address": list(address)}
+    Args:
+      config: Its configuration.
+      name: Its name.
+      address: Where its neighbours reach it.
+    """
+    version = pipar_jax.__version__
+    return JoinNode(protocol.VERSION, version, name, json.loads(to_json(config)), address)
 
 
 def describe(model: Model) -> dict[str, Any]:
@@ -86,78 +86,130 @@ def describe(model: Model) -> dict[str, Any]:
     }
 
 
-def objection(body: Mapping[str, Any], config: Config, model: Model) -> str | None:
-    """Returns why a host that sent this message cannot take part, or None.
+def read(
+    message: Message, config: Config, model: Model
+) -> tuple[JoinDevice | JoinNode | None, str | None]:
+    """Returns what a stranger's first message asks for, and why it cannot have it, or None.
 
     Args:
-      body: Its first message.
+      message: What came over its link.
       config: The coordinator's configuration.
       model: The coordinator's model.
     """
-    if body.get("type") != "join":
-        return f"its first message is {body.get('type')!r}, expected 'join'"
-    versions = body.get("control_version"), body.get("version")
-    if versions[0] != CONTROL_VERSION:
-        return (
-            f"it runs version {versions[1]} (control messages {versions[0]}), the coordinator "
-            f"{pipar_jax.__version__} ({CONTROL_VERSION}): install the same version on both"
+    version = message.body.get("control_version")
+    if version is not None and version != protocol.VERSION:  # its fields may be others too
+        return None, (
+            f"it runs version {shown(message.body.get('version'))} (control messages "
+            f"{shown(version)}), the coordinator {pipar_jax.__version__} ({protocol.VERSION}): "
+            "install the same version on both"
         )
-    reason = _unknown_name(body.get("name"), config)
-    if reason is not None:
-        return reason
     try:
-        differing = difference(config, from_json(json.dumps(body.get("config"))))
-    except ConfigError as error:
-        return f"its configuration cannot be read: {error}"
+        asked = registry.decode(message, registry.Sender.HOST, "it")
+    except ProtocolError as error:
+        return None, str(error)
+    if not isinstance(asked, JoinDevice | JoinNode):
+        return None, f"its first message is {registry.kind_of(type(asked)).name!r}, expected a join"
+    return asked, objection(asked, config, model)
+
+
+def objection(asked: JoinDevice | JoinNode, config: Config, model: Model) -> str | None:
+    """Returns why a host cannot take part, or None.
+
+    Args:
+      asked: Its first message.
+      config: The coordinator's configuration.
+      model: The coordinator's model.
+    """
+    if (reason := _unknown_name(asked.name, config)) is not None:
+        return reason
+    if is_node(asked.name) != isinstance(asked, JoinNode):
+        return f"it says it is {asked.name!r}, and joins as another kind of host"
+    try:
+        theirs = from_dict(asked.config)
+        ours, count = config.devices.count, theirs.devices.count
+        if ours != count:  # before anything is done for each of them
+            differing = [f"devices.count ({ours!r} here, {shown(count)} there)"]
+        else:
+            differing = difference(config, theirs)
+    except (ConfigError, TypeError, ValueError, AttributeError, KeyError) as error:
+        return f"its configuration cannot be read: {_short(str(error))}"
     if differing:
         return (
-            f"its configuration differs from the coordinator's in {', '.join(differing)}: start "
-            "both with the same preset and flags"
+            f"its configuration differs from the coordinator's in {_short(', '.join(differing))}: "
+            "start both with the same preset and flags"
         )
-    if is_node(body["name"]):
-        return _odd_address(body.get("address"))
-    ours = describe(model)
-    if body.get("units") != ours:
-        theirs = body.get("units") or {}
+    if isinstance(asked, JoinNode):
+        return None
+    return _odd_model(asked, model) or _odd_counts(asked, config)
+
+
+def _odd_model(asked: JoinDevice, model: Model) -> str | None:
+    """Returns why a device's model does not fit, or None."""
+    ours, theirs = describe(model), asked.units
+    if theirs != ours:
         unit = next((u for u in [*ours, *theirs] if ours.get(u) != theirs.get(u)), "order")
         return (
-            f"its model differs: unit {unit!r} is {ours.get(unit)} here and {theirs.get(unit)} "
-            f"there (inputs {list(model.input_shape)} and {body.get('input_shape')}, classes "
-            f"{model.classes} and {body.get('classes')})"
+            f"its model differs: unit {shown(unit)} is {shown(ours.get(unit))} here and "
+            f"{shown(theirs.get(unit))} there (inputs {list(model.input_shape)} and "
+            f"{list(asked.input_shape)}, classes {model.classes} and {asked.classes})"
         )
-    counts = body.get("samples"), body.get("steps")
-    if not all(isinstance(n, int) and n > 0 for n in counts):
-        return f"it has no data to train on: {counts[0]} samples, {counts[1]} steps"
+    if (asked.input_shape, asked.classes) != (tuple(model.input_shape), model.classes):
+        return (
+            f"its samples differ: {list(asked.input_shape)} of {asked.classes} classes, expected "
+            f"{list(model.input_shape)} of {model.classes}"
+        )
     return None
 
 
-def _unknown_name(name: Any, config: Config) -> str | None:
+def _odd_counts(asked: JoinDevice, config: Config) -> str | None:
+    """Returns why a device's samples and steps contradict the configuration, or None."""
+    samples, steps, data = asked.samples, asked.steps, config.data
+    if not (samples and steps):
+        return f"it has no data to train on: {samples} samples, {steps} steps"
+    most = data.max_samples
+    if data.source in PUBLIC_SOURCES and data.train_samples:
+        most = min(most, data.train_samples)
+    if samples > most:
+        return (
+            f"it says it has {samples} samples, at most {most} are believed: raise "
+            "data.max_samples if it has so many"
+        )
+    whole = samples % data.batch_size == 0
+    expected = -(-samples // data.batch_size)
+    if steps != expected or (data.drop_last and not whole):
+        rest = ", and none left over" if data.drop_last else ""
+        return (
+            f"it says it takes {steps} steps for {samples} samples in mini-batches of "
+            f"{data.batch_size}, expected {expected}{rest}"
+        )
+    if steps * config.epochs > MOST_WHOLE:
+        return (
+            f"its {steps} steps an epoch come to {steps * config.epochs} in {config.epochs} "
+            f"epochs, at most {MOST_WHOLE} can be counted: lower epochs"
+        )
+    return None
+
+
+def _short(text: str) -> str:
+    """Returns a text that a peer had a part in, cut where it is long."""
+    return text if len(text) <= 400 else f"{text[:400]}…"
+
+
+def _unknown_name(name: str, config: Config) -> str | None:
     """Returns why a host of this name is not expected, or None."""
     devices = [device_name(i) for i in range(config.devices.count)]
     nodes = list(configuration.nodes(config))
     if name in devices or name in nodes:
         return None
     kind, known, field = "device", devices, f"devices.count={config.devices.count}"
-    if isinstance(name, str) and is_node(name):
+    if is_node(name):
         kind, known, field = "node", nodes, f"nodes.count={config.nodes.count}"
     there = f"{known[0][1:]} to {known[-1][1:]}" if known else "there are none"
-    return f"it says it is {name!r}, but {field}: start it with an index of a {kind} ({there})"
+    return f"it says it is {shown(name)}, but {field}: start it with an index of a {kind} ({there})"
 
 
-def _odd_address(address: Any) -> str | None:
-    """Returns why a node could not be reached at an address, or None."""
-    try:
-        host, port = address
-        if isinstance(host, str) and isinstance(port, int) and 0 < port < 65536:
-            return None
-    except (TypeError, ValueError):
-        pass
-    return f"it gives {address!r} as its address, expected host and port"
-
-
-def identity(body: Mapping[str, Any]) -> Identity:
+def identity(asked: JoinDevice | JoinNode) -> Identity:
     """Returns what an accepted device or node says of itself."""
-    if is_node(body["name"]):
-        host, port = body["address"]
-        return Identity(body["name"], address=(host, port))
-    return Identity(body["name"], body["samples"], body["steps"])
+    if isinstance(asked, JoinNode):
+        return Identity(asked.name, address=asked.address)
+    return Identity(asked.name, asked.samples, asked.steps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class Totals(NamedTuple):
@@ -32,11 +32,11 @@ class Meter:
     """Collects what the last stage measures and tells of it now and then.
 
     Args:
-      tell: Takes a progress message.
+      tell: Takes device, step, mean loss and accuracy.
       every_s: Seconds that must lie between two messages.
     """
 
-    def __init__(self, tell: Callable[[dict[str, Any]], None], every_s: float) -> None:
+    def __init__(self, tell: Callable[[int, int, float, float], None], every_s: float) -> None:
         """See the class."""
         self._tell, self._every_s = tell, every_s
         self._lock = threading.Lock()
@@ -59,15 +59,7 @@ class Meter:
             if totals is None or not totals.samples or now - self._told_s < self._every_s:
                 return
             self._told_s = now
-        self._tell(
-            {
-                "type": "progress",
-                "device": device,
-                "step": step,
-                "loss": totals.loss / totals.samples,
-                "accuracy": totals.correct / totals.samples,
-            }
-        )
+        self._tell(device, step, totals.loss / totals.samples, totals.correct / totals.samples)
 
     def take_round(self) -> Totals:
         """Returns the round's sums and starts over."""

@@ -7,12 +7,18 @@ import time
 from collections.abc import Callable, Mapping
 
 import comms
-from comms import ChannelError, Endpoint, Link, LinkShape, Message, PeerClosed
+from comms import Allowance, ChannelError, Endpoint, Link, LinkShape, Message, PeerClosed
 from pipar_jax import config as configuration
 from pipar_jax.config import Config
-from pipar_jax.errors import JoinError, PeerError, RunError
+from pipar_jax.errors import JoinError, PeerError, ProtocolError, RunError
 from pipar_jax.plan import COORDINATOR, Boundary, is_node, long_name
+from pipar_jax.roles import protocol, registry
+from pipar_jax.roles.course import hosts
+from pipar_jax.roles.registry import Sender
 from pipar_jax.runtime.wiring import Wiring, dialler
+
+#: What a neighbour may send before there is a plan.
+_NOTHING = Allowance(tensor_bytes=0, bundle_bytes=0, bundle_tensors=0)
 
 
 class Neighbours:
@@ -22,13 +28,15 @@ class Neighbours:
       config: Resolved configuration.
       name: The host's name.
       endpoint: Where its links live.
-      tensors: Takes the tensors that arrive; runs on the I/O thread.
+      tensors: Takes the tensors that arrive, with the peer's name and what its link is for, or
+        says what is wrong with one and ends that link; runs on the I/O thread.
       wake: Called when a link has credit again; runs on the I/O thread.
       lost: Takes the error of a link that ended before the run did; runs on the I/O thread.
       met: Called once every link that ``meet`` asked for is there; on any thread.
 
     Attributes:
       wiring: The links.
+      refused: How many strangers were refused.
     """
 
     def __init__(
@@ -37,7 +45,7 @@ class Neighbours:
         name: str,
         endpoint: Endpoint,
         *,
-        tensors: Callable[[Message], None],
+        tensors: Callable[[str, Message, Boundary | None], str | None],
         wake: Callable[[], None],
         lost: Callable[[BaseException], None],
         met: Callable[[], None],
@@ -46,6 +54,7 @@ class Neighbours:
         self._config, self._name, self._endpoint = config, name, endpoint
         self._tensors, self._wake, self._lost, self._met = tensors, wake, lost, met
         self.wiring = Wiring(name)
+        self.refused = 0
         self._lock = threading.Lock()
         self._expected: tuple[Boundary, ...] = ()
         self._early: list[tuple[Boundary, Link]] = []
@@ -53,6 +62,7 @@ class Neighbours:
         self._lines: dict[str | Boundary, list[Link]] = {}
         self._began_s: float | None = None
         self._parting = False
+        self._of: dict[Link, Boundary] = {}  # links that were taken
 
     def listen(self) -> tuple[str, int]:
         """Begins to listen where the configuration says; returns host and port.
@@ -99,6 +109,16 @@ class Neighbours:
             self._take(boundary, link)
         self._look()
 
+    def allow(self, tensor_bytes: Callable[[str], int]) -> None:
+        """Lets neighbours send what a plan has for them, and nothing larger.
+
+        Args:
+          tensor_bytes: For a peer the bytes of the largest tensor that it may send.
+        """
+        for boundary, link in self.wiring.direct():
+            nbytes = tensor_bytes(boundary.peer(self._name))
+            link.admit(Allowance(tensor_bytes=nbytes, bundle_bytes=0, bundle_tensors=0))
+
     def begin(self) -> None:
         """Lets the rates of emulated links change from now on, where they do."""
         with self._lock:
@@ -125,8 +145,10 @@ class Neighbours:
                 expected=peer,
             )
             self._shape(boundary, link)
-            self._begin(link, peer)
-            link.send_control({"type": "neighbour", "boundary": list(boundary)})
+            self._of[link] = boundary
+            link.admit(_NOTHING)
+            self._begin(link)
+            registry.send(link, protocol.Neighbour(boundary))
         except ChannelError as error:
             raise JoinError(
                 f"{long_name(self._name)} cannot reach its neighbour {peer}: {error}"
@@ -135,27 +157,29 @@ class Neighbours:
 
     def _on_link(self, link: Link) -> None:
         """Takes a connection whose first message will say what it is for; on the I/O thread."""
-        self._begin(link, "a neighbour")
+        self._begin(link)
 
-    def _begin(self, link: Link, peer: str) -> None:
+    def _begin(self, link: Link) -> None:
         link.start(
             lambda message: self._on_message(link, message),
             self._wake,
-            lambda error: self._on_lost(peer, error),
+            lambda error: self._on_lost(link, error),
         )
 
     def _on_message(self, link: Link, message: Message) -> None:
         """Routes what arrives from neighbours; runs on the I/O thread."""
-        if message.kind == "tensor":
-            self._tensors(message)
+        taken = self._of.get(link)
+        if taken is not None:
+            self._on_neighbour(link, taken, message)
             return
         try:
-            lower, upper, below = message.body["boundary"]
-            boundary = Boundary(str(lower), str(upper), int(below))
-        except (KeyError, TypeError, ValueError):
-            self._lost(
-                PeerError(f"{link.peer} sent {message.body!r}, expected a neighbour's hello")
-            )
+            said = registry.decode(message, Sender.NEIGHBOUR, "a neighbour")
+        except ProtocolError as error:
+            self._refuse(link, str(error))
+            return
+        boundary = said.boundary
+        if (reason := self._strange(boundary, link)) is not None:
+            self._refuse(link, reason)
             return
         with self._lock:
             if not self._expected:  # it met the others before this host was asked to
@@ -164,18 +188,44 @@ class Neighbours:
         self._take(boundary, link)
         self._look()
 
+    def _strange(self, boundary: Boundary, link: Link) -> str | None:
+        """Returns why a link is none of a neighbour's under any plan, or None."""
+        known = self._name in boundary[:2] and link.peer == boundary.peer(self._name)
+        if not known or link.peer not in hosts(self._config) or link.peer == COORDINATOR:
+            return f"{link.peer} asked to be a neighbour for {tuple(boundary)}"
+        with self._lock:
+            if any(one == boundary for one, _ in self._early):
+                return f"{link.peer} asked twice to be a neighbour for {tuple(boundary)}"
+        return None
+
+    def _on_neighbour(self, link: Link, boundary: Boundary, message: Message) -> None:
+        """Takes what a neighbour sends that has been met: tensors alone."""
+        peer = boundary.peer(self._name)
+        if message.kind == "tensor":
+            reason = self._tensors(peer, message, boundary)
+        else:
+            reason = f"a {message.kind} message, expected tensors"
+            link.refuse(reason)
+        if reason is not None:
+            self._lost(ProtocolError(f"{long_name(peer)} sent {long_name(self._name)} {reason}"))
+
+    def _refuse(self, link: Link, reason: str) -> None:
+        """Ends the link of a stranger; the run goes on."""
+        self.refused += 1
+        link.refuse(reason)
+
     def _take(self, boundary: Boundary, link: Link) -> None:
         """Takes a link that a neighbour opened, if it is one that is expected."""
         missing = self.wiring.missing(self._expected)
-        if boundary not in missing or link.peer not in boundary[:2]:
-            self._lost(
-                PeerError(
-                    f"{long_name(self._name)} was not to meet {link.peer} for {tuple(boundary)}: "
-                    "do all hosts belong to this run?"
-                )
+        if boundary not in missing or link.peer != boundary.peer(self._name):
+            self._refuse(
+                link,
+                f"{long_name(self._name)} was not to meet {link.peer} for {tuple(boundary)}: "
+                "do all hosts belong to this run?",
             )
             return
-        link.admit()
+        self._of[link] = boundary
+        link.admit(_NOTHING)
         self._shape(boundary, link)
         self.wiring.add(boundary, link)
 
@@ -217,8 +267,14 @@ class Neighbours:
         _, down = comms.parse_link(configuration.device(self._config, int(line[1:])).link)
         return down
 
-    def _on_lost(self, peer: str, error: ChannelError) -> None:
+    def _on_lost(self, link: Link, error: ChannelError) -> None:
         """Tells of a link that ended; runs on the I/O thread."""
+        boundary = self._of.get(link)
+        if boundary is None:  # a stranger
+            with self._lock:
+                self._early = [one for one in self._early if one[1] is not link]
+            return
         # Who says goodbye has finished, or has told the coordinator why not.
         if not (self._parting or isinstance(error, PeerClosed)):
+            peer = boundary.peer(self._name)
             self._lost(PeerError(f"{long_name(self._name)} lost {peer}: {error}"))

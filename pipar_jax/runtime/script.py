@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from pipar_jax.errors import RunError
 from pipar_jax.plan import COORDINATOR, Plan
+from pipar_jax.roles import protocol
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.members import Members
 from pipar_jax.runtime.moving import check_follows
@@ -53,13 +54,12 @@ class Script:
         if self._index + 1 >= len(self._plans):
             return None
         plan = self._plans[self._index + 1]
-        body = {"type": "ahead", "number": self._index, "plan": plan.to_dict()}
-        self._members.broadcast(body)
+        self._members.broadcast(protocol.Ahead(self._index, plan))
         self._host.prepare_ahead(self._index, plan)
-        answers = self._members.collect("ahead", (COORDINATOR, *self._members.by_name))
+        answers = self._members.collect(protocol.Compiled, (COORDINATOR, *self._members.by_name))
         for mail in answers.values():
-            if mail.body["refused"] is not None:
-                raise RunError(mail.body["refused"])
+            if mail.said.refused is not None:
+                raise RunError(mail.said.refused)
         return plan
 
     def changed(self, index: int) -> None:

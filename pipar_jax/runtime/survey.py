@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -21,18 +21,19 @@ import comms
 from comms import Link, Message
 from pipar_jax import config as configuration
 from pipar_jax.config import AUTO, CHAINS, Config
-from pipar_jax.errors import RunError
+from pipar_jax.errors import PlanError
 from pipar_jax.methods import plan_for
 from pipar_jax.plan import COORDINATOR, Plan, device_name
 from pipar_jax.predictor.reference import ReferenceTimes
 from pipar_jax.profile import DeviceProfile, HostProfile, NodeProfile, Profile
+from pipar_jax.roles import protocol, registry
+from pipar_jax.roles.replies import reply
 from pipar_jax.runtime import memory
 from pipar_jax.runtime.members import Members
 from pipar_jax.simulator.costs import LinkModel
 from pipar_jax.tuner.chains import tune_chain
 from pipar_jax.tuner.handling import measure_message_s
 from pipar_jax.tuner.measure import (
-    Measured,
     as_configured,
     emulated,
     limit_bytes,
@@ -46,6 +47,8 @@ from pipar_jax.tuner.measure import (
 from pipar_jax.tuner.predict import Stages, judge
 from pipar_jax.tuner.search import tune
 from stages import Model
+
+T = TypeVar("T")
 
 #: Control messages that are sent and answered to find a link's delay.
 ECHOES = 5
@@ -90,6 +93,7 @@ def choose_plan(
         return plan, survey(config, model, members, samples) if config.tuner.adapt else None
     began_s = time.monotonic()
     surveyed = survey(config, model, members, samples)
+    members.working("tuning")
     profile, surveyed_s = surveyed.profile, time.monotonic() - began_s
     if chained:
         plan = tune_chain(
@@ -123,6 +127,7 @@ def survey(config: Config, model: Model, members: Members, samples: Sequence[int
       PeerError: A device was lost or failed.
     """
     sizes, references = sizes_of(config), {}
+    members.working("tuning")
     if config.tuner.times == "predicted":
         reference = measure_reference(config, members.look)
         server = predicted_host(config, model, sizes, reference)
@@ -180,13 +185,25 @@ def _ask_host(
     """
     sizes = sizes_of(config)
     if config.tuner.times == "predicted":
-        body = _ask(members, name, {"what": "reference"})
-        reference = ReferenceTimes.from_dict(body["reference"])
+        told = _ask(members, name, protocol.SurveyReference(), protocol.Referenced)
+        values = dataclasses.asdict(told)
+        memory_bytes = values.pop("memory_bytes")
+        try:
+            reference = ReferenceTimes.from_dict(values)
+        except PlanError as error:
+            members.blame(name, f"'referenced' with times that do not fit: {error}")
         references[name] = reference
         host = predicted_host(config, model, sizes, reference).host
-        return dataclasses.replace(host, memory_bytes=body["memory_bytes"])
-    body = _ask(members, name, {"what": "profile", "sizes": sizes})
-    return Measured.from_dict(body["measured"]).host
+        return dataclasses.replace(host, memory_bytes=memory_bytes)
+    profiled = _ask(members, name, protocol.SurveyProfile(sizes), protocol.Profiled)
+    host, names = profiled.host, tuple(unit.name for unit in profiled.units)
+    if host.sizes != sizes or len(host.update_s) != len(names) or names != model.unit_names:
+        members.blame(
+            name,
+            f"'profiled' of {len(names)} units at sizes {host.sizes}, expected the "
+            f"{len(model.units)} units of {model.name} at {sizes}",
+        )
+    return host
 
 
 class Respondent:
@@ -207,34 +224,28 @@ class Respondent:
         self._own = configuration.host(config, name)
         self._first_s: float | None = None
 
-    def obey(self, body: dict[str, Any], link: Link) -> None:
-        """Answers a question.
+    def profile(self, question: protocol.SurveyProfile, link: Link) -> None:
+        """Answers with units' times."""
+        registry.send(link, protocol.Working("timing"))
+        found = measure_host(self._config, self._model, question.sizes, self._between)
+        host = as_configured(found.host, self._own)
+        registry.send(link, protocol.Profiled(host, found.units, found.seconds))
 
-        Raises:
-          RunError: It is unknown.
-        """
-        what = body.get("what")
-        answer: dict[str, Any] = {"type": "surveyed", "what": what}
-        if what == "profile":
-            found = measure_host(self._config, self._model, tuple(body["sizes"]), self._between)
-            slowed = found._replace(host=as_configured(found.host, self._own))
-            link.send_control({**answer, "measured": slowed.to_dict()})
-        elif what == "reference":
-            link.send_control(
-                {
-                    **answer,
-                    "reference": emulated(
-                        measure_reference(self._config, self._between), self._own
-                    ).to_dict(),
-                    "memory_bytes": limit_bytes(self._own),
-                }
-            )
-        elif what == "echo":
-            link.send_control(answer)
-        elif what == "send":
-            _send_two(link.send_bundle, body["nbytes"])
-        else:
-            raise RunError(f"the coordinator's survey asks for an unknown {what!r}")
+    def reference(self, link: Link) -> None:
+        """Answers with the times of reference layers."""
+        registry.send(link, protocol.Working("timing"))
+        times = emulated(measure_reference(self._config, self._between), self._own)
+        fields = {one.name: getattr(times, one.name) for one in dataclasses.fields(times)}
+        registry.send(link, protocol.Referenced(**fields, memory_bytes=limit_bytes(self._own)))
+
+    def echo(self, link: Link) -> None:
+        """Answers at once."""
+        registry.send(link, protocol.Echoed())
+
+    def send(self, question: protocol.SurveySend, link: Link) -> None:
+        """Answers with bytes."""
+        for tensors in _two(question.nbytes):
+            registry.send_bundle(link, protocol.SurveyBytes(), tensors)
 
     def take(self, message: Message) -> None:
         """Takes one of two bundles; answers after the second with the time since the first."""
@@ -243,19 +254,20 @@ class Respondent:
             self._first_s = message.received_s
             return
         seconds, self._first_s = message.received_s - self._first_s, None
-        message.link.send_control({"type": "surveyed", "what": "took", "seconds": seconds})
+        registry.send(message.link, protocol.Took(max(seconds, 0.0)))
 
 
-def _ask(members: Members, name: str, question: dict[str, Any]) -> dict[str, Any]:
-    """Asks a device and waits for its answer."""
-    members.send(name, {"type": "survey", **question})
-    return members.collect("surveyed", (name,))[name].body
+def _ask(members: Members, name: str, question: Any, answer: type[T]) -> T:
+    """Asks a device or node and waits for its answer."""
+    members.send(name, question)
+    said: T = members.collect(answer, (name,))[name].said
+    return said
 
 
 def _echo_s(members: Members, name: str) -> float:
     """Returns the seconds of a round trip to a device's thread and back."""
     began_s = time.monotonic()
-    _ask(members, name, {"what": "echo"})
+    _ask(members, name, protocol.SurveyEcho(), protocol.Echoed)
     return time.monotonic() - began_s
 
 
@@ -271,12 +283,14 @@ def _rate(transfer_s: Callable[[int], float]) -> float:
 
 def _up_s(members: Members, name: str, nbytes: int) -> float:
     """Returns the seconds that so many bytes take from a device."""
-    question = {"type": "survey", "what": "send", "nbytes": nbytes}
-    members.send(name, question)
+    members.send(name, protocol.SurveySend(nbytes))
     times = []
-    for _ in range(2):
-        message = members.collect("surveyed", (name,))[name].message
+    for expected in _two(nbytes):
+        message = members.collect(protocol.SurveyBytes, (name,))[name].message
         assert message is not None
+        sizes = {one: array.nbytes for one, array in message.tensors.items()}
+        if sizes != {one: array.nbytes for one, array in expected.items()}:
+            members.blame(name, f"'survey_bytes' other than the {nbytes} bytes asked for")
         times.append(message.received_s)
         message.release()
     return times[1] - times[0]
@@ -284,12 +298,12 @@ def _up_s(members: Members, name: str, nbytes: int) -> float:
 
 def _down_s(members: Members, name: str, nbytes: int) -> float:
     """Returns the seconds that so many bytes take to a device."""
-    _send_two(functools.partial(members.send_bundle, name), nbytes)
-    return float(members.collect("surveyed", (name,))[name].body["seconds"])
+    small, large = _two(nbytes)
+    members.send_bundle(name, protocol.SurveyBytes(), small)
+    members.send_bundle(name, protocol.SurveyBytes(), large, reply(protocol.Took))
+    return float(members.collect(protocol.Took, (name,))[name].said.seconds)
 
 
-def _send_two(send_bundle: Callable[..., object], nbytes: int) -> None:
-    """Sends a small bundle and one of so many bytes right behind it."""
-    for size in (1024, nbytes):
-        tensors = {"bytes": np.zeros(size, np.uint8)}
-        send_bundle("survey", tensors, {"type": "surveyed", "what": "bytes"})
+def _two(nbytes: int) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, np.ndarray[Any, Any]]]:
+    """Returns a small bundle and one of so many bytes, to be sent right behind it."""
+    return {"bytes": np.zeros(1024, np.uint8)}, {"bytes": np.zeros(nbytes, np.uint8)}

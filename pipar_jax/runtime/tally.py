@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 from pipar_jax.config import Config
 from pipar_jax.errors import DiskError
 from pipar_jax.plan import Plan, device_name
+from pipar_jax.roles.values import LinkRow, Memory, Waits
 from pipar_jax.runtime.folder import TRACE, Record, RunFolder
 from pipar_jax.runtime.members import Members
 from pipar_jax.runtime.meter import Totals
@@ -41,10 +43,10 @@ class Round(NamedTuple):
       totals: Loss and accuracy sums over its samples.
       busy: For each host the seconds it computed.
       overruns: Computations that lasted longer than the slowness emulated for their host.
-      told: For each device what its sending waited for, see ``traffic.Waits``.
+      told: For each device what its sending waited for.
       traced: For each device the bytes of the trace that it sent after the round.
       direct: What neighbours sent each other, rows of ``traffic.DirectTraffic``.
-      memory: For each host what it held at most, see ``memory.Used``.
+      memory: For each host what it held at most.
     """
 
     number: int
@@ -52,10 +54,10 @@ class Round(NamedTuple):
     totals: Totals
     busy: Mapping[str, float]
     overruns: int
-    told: Mapping[str, Mapping[str, float]]
+    told: Mapping[str, Waits]
     traced: Mapping[str, int]
-    direct: Sequence[Mapping[str, Any]]
-    memory: Mapping[str, Mapping[str, int]]
+    direct: Sequence[LinkRow]
+    memory: Mapping[str, Memory]
 
 
 class Tally:
@@ -146,7 +148,8 @@ class Tally:
 
     def end_round(self, one: Round) -> None:
         """Tells of a round that is over."""
-        links = [*self._traffic.rows(one.told, one.traced), *one.direct]
+        rows = (*self._traffic.rows(one.told, one.traced), *one.direct)
+        links = [dataclasses.asdict(row) for row in rows]
         devices = {device_name(i) for i in range(self._config.devices.count)}
         up = sum(row["bytes"] for row in links if row["source"] in devices)
         down = sum(row["bytes"] for row in links if row["target"] in devices)
@@ -171,7 +174,7 @@ class Tally:
                 "bytes_down": down,
                 "overruns": one.overruns,
                 "links": links,
-                "memory": {host: dict(used) for host, used in one.memory.items()},
+                "memory": {host: dataclasses.asdict(used) for host, used in one.memory.items()},
             }
         )
 

@@ -6,27 +6,27 @@ known to the sender alone, so devices tell theirs when a round is over.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from comms import Link, LinkStats
 from pipar_jax.plan import COORDINATOR
+from pipar_jax.roles.values import LinkRow, Waits
 from pipar_jax.runtime.members import Members
 from pipar_jax.runtime.wiring import Wiring
 
 #: Counters that only the sending side of a link knows.
-_WAITS = ("queue_s", "credit_wait_s", "blocked_s", "encode_s", "repeated_frames", "repeated_bytes")
-#: The most that was queued at once; what a device tells beside the counters.
-_PEAK = "queued_peak_bytes"
+_COUNTERS = ("queue_s", "credit_wait_s", "blocked_s", "encode_s", "repeated_frames",
+             "repeated_bytes")  # fmt: skip
 
 
-def difference(now: LinkStats, before: LinkStats) -> dict[str, float]:
+def difference(now: LinkStats, before: LinkStats) -> Waits:
     """Returns what sending waited for between two looks at a link's counters."""
-    found = {name: getattr(now, name) - getattr(before, name) for name in _WAITS}
-    return {**found, _PEAK: now.queued_peak_bytes}
+    found = {name: getattr(now, name) - getattr(before, name) for name in _COUNTERS}
+    return Waits(**found, queued_peak_bytes=now.queued_peak_bytes)
 
 
-class Waits:
+class OwnWaits:
     """What a device's sending waited for, from one round's end to the next.
 
     A message that is handed on after a device has told of a round counts in the next one.
@@ -39,7 +39,7 @@ class Waits:
         """Begins to count."""
         self._link, self._before = link, link.stats()
 
-    def take(self) -> dict[str, float]:
+    def take(self) -> Waits:
         """Returns the waits since the last call, as ``Traffic.rows`` takes them."""
         now, before = self._link.stats(), self._before
         self._before = now
@@ -59,13 +59,13 @@ class DirectTraffic:
         self._name, self._links = name, wiring.direct()
         self._before = [link.stats() for _, link in self._links]
 
-    def take(self) -> list[dict[str, Any]]:
+    def take(self) -> tuple[LinkRow, ...]:
         """Returns a row per link since the last call, as ``Traffic.rows`` makes them."""
         stats = [link.stats() for _, link in self._links]
-        found = [
+        found = tuple(
             _sent(self._name, boundary.peer(self._name), now, before)
             for (boundary, _), now, before in zip(self._links, stats, self._before, strict=True)
-        ]
+        )
         self._before = stats
         return found
 
@@ -86,13 +86,11 @@ class Traffic:
         """Notes the counters before a round."""
         self._before = self._stats()
 
-    def rows(
-        self, told: Mapping[str, Mapping[str, float]], traced: Mapping[str, int]
-    ) -> list[dict[str, Any]]:
+    def rows(self, told: Mapping[str, Waits], traced: Mapping[str, int]) -> list[LinkRow]:
         """Returns a round's rows, the way up before the way down of each link.
 
         Args:
-          told: For each device the ``Waits`` of its link.
+          told: For each device what sending over its link waited for.
           traced: For each device the bytes of its trace, which arrived since and are left out.
 
         Returns:
@@ -106,20 +104,20 @@ class Traffic:
         found = []
         for name, now in self._stats().items():
             before, trace = self._before[name], traced.get(name, 0)
-            both = {"reconnects": now.reconnects, "rtt_s": now.rtt_s}
             found.append(
-                {
-                    "source": name,
-                    "target": COORDINATOR,
-                    "bytes": now.bytes_in - before.bytes_in - trace,
-                    "raw_bytes": now.raw_in_bytes - before.raw_in_bytes - trace,
-                    "payload_bytes": now.payload_in_bytes - before.payload_in_bytes - trace,
-                    "messages": now.messages_in - before.messages_in - (trace > 0),
-                    "frames": now.frames_in - before.frames_in,
-                    **{key: told[name][key] for key in (*_WAITS, _PEAK)},
-                    **both,
-                    "rate_mbps": now.rate_in_mbps,
-                }
+                LinkRow(
+                    source=name,
+                    target=COORDINATOR,
+                    bytes=now.bytes_in - before.bytes_in - trace,
+                    raw_bytes=now.raw_in_bytes - before.raw_in_bytes - trace,
+                    payload_bytes=now.payload_in_bytes - before.payload_in_bytes - trace,
+                    messages=now.messages_in - before.messages_in - (trace > 0),
+                    frames=now.frames_in - before.frames_in,
+                    **dataclasses.asdict(told[name]),
+                    reconnects=now.reconnects,
+                    rtt_s=now.rtt_s,
+                    rate_mbps=now.rate_in_mbps,
+                )
             )
             found.append(_sent(COORDINATOR, name, now, before))
         return found
@@ -128,18 +126,18 @@ class Traffic:
         return {name: member.link.stats() for name, member in self._members.by_name.items()}
 
 
-def _sent(source: str, target: str, now: LinkStats, before: LinkStats) -> dict[str, Any]:
+def _sent(source: str, target: str, now: LinkStats, before: LinkStats) -> LinkRow:
     """Returns the row of a direction, as its sender knows it."""
-    return {
-        "source": source,
-        "target": target,
-        "bytes": now.bytes_out - before.bytes_out,
-        "raw_bytes": now.raw_out_bytes - before.raw_out_bytes,
-        "payload_bytes": now.payload_out_bytes - before.payload_out_bytes,
-        "messages": now.messages_out - before.messages_out,
-        "frames": now.frames_out - before.frames_out,
-        **difference(now, before),
-        "reconnects": now.reconnects,
-        "rtt_s": now.rtt_s,
-        "rate_mbps": now.rate_out_mbps,
-    }
+    return LinkRow(
+        source=source,
+        target=target,
+        bytes=now.bytes_out - before.bytes_out,
+        raw_bytes=now.raw_out_bytes - before.raw_out_bytes,
+        payload_bytes=now.payload_out_bytes - before.payload_out_bytes,
+        messages=now.messages_out - before.messages_out,
+        frames=now.frames_out - before.frames_out,
+        **dataclasses.asdict(difference(now, before)),
+        reconnects=now.reconnects,
+        rtt_s=now.rtt_s,
+        rate_mbps=now.rate_out_mbps,
+    )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from comms import Link
 from pipar_jax.errors import RunError
 from pipar_jax.plan import COORDINATOR, Boundary
+from pipar_jax.roles.values import DirectTiming, Timing
 
 
 class Wiring:
@@ -40,14 +39,13 @@ class Wiring:
         """Returns every direct link with its boundary, under earlier plans too."""
         return list(self._direct.items())  # at once: another thread may add one
 
-    def timed(self) -> list[list[Any]]:
-        """Returns, for each direct link, its boundary and what it brought back to back so far.
-
-        Returns:
-          JSON-ready rows: lower host, upper host, stage below, bytes, seconds.
-        """
+    def timed(self) -> tuple[DirectTiming, ...]:
+        """Returns, for each direct link, its boundary and what it brought back to back so far."""
         stats = [(boundary, link.stats()) for boundary, link in self.direct()]
-        return [[*boundary, one.timed_in_bytes, one.timed_in_s] for boundary, one in stats]
+        return tuple(
+            DirectTiming(boundary, Timing(one.timed_in_bytes, one.timed_in_s))
+            for boundary, one in stats
+        )
 
     def of(self, boundary: Boundary) -> Link:
         """Returns the link that carries what crosses a boundary.

@@ -23,6 +23,7 @@ from pipar_jax.errors import RunError
 from pipar_jax.methods import plan_for
 from pipar_jax.plan import COORDINATOR, device_name
 from pipar_jax.profile import Handling
+from pipar_jax.roles import protocol
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.replica import Replica
 from pipar_jax.runtime.warmup import run_all
@@ -154,9 +155,9 @@ class _Rehearsal:
         """Ends the host's threads."""
         self._host.close()
 
-    def _reply(self, body: dict[str, Any], arrays: dict[str, Any]) -> None:
-        if body["type"] == "prepared":
-            self._told.put(body)
+    def _reply(self, message: Any, arrays: dict[str, Any]) -> None:
+        if isinstance(message, protocol.Prepared):
+            self._told.put(message)
 
     def _get(self, timeout_s: float) -> Any:
         """Returns what comes next: a link, that the host is prepared, that all was answered.

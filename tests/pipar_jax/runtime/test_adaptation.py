@@ -12,9 +12,9 @@ import stages
 from pipar_jax import optimizer
 from pipar_jax.errors import ConfigError, PlanError, RunError
 from pipar_jax.plan import COORDINATOR, Plan
+from pipar_jax.roles.values import Seen
 from pipar_jax.runtime import adaptation, bundle, coordinator, migration, moving
-from pipar_jax.runtime.members import Mail
-from pipar_jax.runtime.observer import Observer, Seen, parse_seen
+from pipar_jax.runtime.observer import Observer
 from pipar_jax.runtime.survey import Surveyed
 from pipar_jax.schedule import AGGREGATE, FORWARD, Action
 from pipar_jax.trace import Timed
@@ -167,29 +167,6 @@ def test_what_computations_lasted_is_told_once():
     observer.add(Timed(one._replace(kind=AGGREGATE), 0.0, 9.0))
     assert observer.take() == [Seen(1, 0, FORWARD, 3, 3, 2.0)]
     assert observer.take() == []
-
-
-@pytest.mark.parametrize(
-    "rows", [[[0, 0, "F", 3, 1]], [[0, 0, "A", 3, 1, 1.0]], [[0, 0, "F", "3", 1, 1.0]], [7]]
-)
-def test_observations_that_are_none_are_refused(rows):
-    with pytest.raises(RunError, match="d0 sent observations"):
-        parse_seen(rows, "d0")
-    assert parse_seen([[0, 1, "F", 3, 1, 0.5]], "d0") == [Seen(0, 1, "F", 3, 1, 0.5)]
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        {},
-        {"look": 1, "rows": []},
-        {"look": 1, "rows": [], "timed": [1, "much"], "direct": []},
-        {"look": 1, "rows": [], "timed": [1, 2], "direct": [["n1", "n2", 1]]},
-    ],
-)
-def test_an_answer_that_cannot_be_read_ends_the_run_with_a_word(body):
-    with pytest.raises(RunError, match="d0 answered a look with what cannot be read"):
-        adaptation.Adaptation._take_answer(None, Mail("d0", body, {}, 0.0))
 
 
 def test_an_optimiser_state_that_does_not_fit_is_refused():

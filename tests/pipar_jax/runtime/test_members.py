@@ -7,6 +7,7 @@ import pytest
 from comms import Endpoint, PeerClosed
 from pipar_jax.config import resolve
 from pipar_jax.errors import PeerError
+from pipar_jax.roles import protocol
 from pipar_jax.runtime.members import Member, Members
 from tests.pipar_jax.runtime import support
 
@@ -40,9 +41,9 @@ def members(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "send",
     [
-        lambda members: members.broadcast({"type": "release"}),
-        lambda members: members.send("d0", {"type": "calibrate"}),
-        lambda members: members.send_bundle("d0", "store", {}, {"type": "store"}),
+        lambda members: members.broadcast(protocol.Finish()),
+        lambda members: members.send("d0", protocol.Calibrate()),
+        lambda members: members.send_bundle("d0", protocol.Store(), {}),
     ],
     ids=["broadcast", "control", "bundle"],
 )
@@ -61,4 +62,4 @@ def test_the_mail_about_the_end_says_more_than_the_send_that_noticed_it(members)
     link = members.by_name["d0"].link
     members._inbox.put(("lost", link, PeerClosed("its data ended")))
     with pytest.raises(PeerError, match="device 0 was lost: its data ended"):
-        members.broadcast({"type": "release"})
+        members.broadcast(protocol.Finish())

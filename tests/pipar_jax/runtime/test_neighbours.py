@@ -23,7 +23,7 @@ class Node:
     def __init__(self, config, name) -> None:
         self.endpoint, self.met, self.lost = Endpoint(name), queue.SimpleQueue(), []
         self.neighbours = Neighbours(
-            config, name, self.endpoint, tensors=lambda message: None, wake=lambda: None,
+            config, name, self.endpoint, tensors=lambda *tensor: None, wake=lambda: None,
             lost=self.lost.append, met=lambda: self.met.put(name),
         )  # fmt: skip
         self.address = self.neighbours.listen()

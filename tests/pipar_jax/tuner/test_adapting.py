@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from pipar_jax.plan import Boundary, Plan
-from pipar_jax.runtime.observer import Seen
+from pipar_jax.roles.values import Seen
 from pipar_jax.tuner.choice import LOOKS, REST, Choice, Offer
 from pipar_jax.tuner.options import Option
 from pipar_jax.tuner.predict import HostTimes

@@ -18,8 +18,8 @@ from pipar_jax.predictor.online import Learner
 from pipar_jax.predictor.operators import Tables
 from pipar_jax.predictor.reference import reference_layers
 from pipar_jax.profile import DeviceProfile, HostProfile, NodeProfile, Profile, UnitFacts
+from pipar_jax.roles.values import Seen
 from pipar_jax.runtime.candidates import Candidates
-from pipar_jax.runtime.observer import Seen
 from pipar_jax.schedule import BACKWARD, FORWARD, LAST, UPDATE
 from pipar_jax.simulator import LinkModel
 from pipar_jax.tuner.chains import tune_chain

@@ -1,0 +1,233 @@
+"""Which tensors a host takes: those that its plan has for their sender, in the plan's order.
+
+Between two hosts the micro-batches of a device's stage arrive in the order of their steps, each
+one's labels right before its activation; so for every sender, device and stage there is exactly one
+tensor that may come next, and a look at it costs a few comparisons. It runs on the I/O thread.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from comms import Message, Role, Tag, parse_codec
+from pipar_jax.plan import Boundary, Plan, device_name
+from pipar_jax.roles.wire_fields import shown
+from pipar_jax.schedule import Span, batch_samples, micro_batch_sizes
+from stages import Model
+
+_LABEL, _ACTIVATION, _COTANGENT = int(Role.LABEL), int(Role.ACTIVATION), int(Role.COTANGENT)
+
+
+class _Stream:
+    """What comes to one stage of one device from one side, and what of it is next."""
+
+    __slots__ = (
+        "boundary", "codec", "dtype", "features", "labelled", "labels", "micro_batch", "parameter",
+        "step",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        boundary: Boundary,
+        features: tuple[int, ...],
+        dtype: np.dtype[Any],
+        codec: str,
+        labels: bool,
+        step: int,
+    ) -> None:
+        self.boundary, self.features, self.dtype, self.labels = boundary, features, dtype, labels
+        self.codec, self.parameter = parse_codec(codec)
+        self.step, self.micro_batch, self.labelled = step, 0, False
+
+    def nbytes(self, samples: int) -> int:
+        """Returns the most bytes of a tensor, before or after its codec."""
+        shape = (samples, *self.features)
+        coded = self.codec.encoded_bytes(self.dtype, shape, self.parameter)
+        return max(coded, math.prod(shape) * self.dtype.itemsize, 8 * samples)
+
+
+class Acceptance:
+    """The tensors that one host may be sent under one plan.
+
+    Args:
+      model: The whole model.
+      plan: The plan.
+      host: The host's name.
+      samples: Samples of each device's epoch.
+      batch_size: Samples of a full mini-batch.
+      steps: Steps of each device in the whole run.
+      first: For each device the step that comes next.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        plan: Plan,
+        host: str,
+        *,
+        samples: Sequence[int],
+        batch_size: int,
+        steps: Sequence[int],
+        first: Mapping[int, int],
+    ) -> None:
+        """See the class."""
+        self._classes, self._plan = model.classes, plan
+        self._stop = dict(enumerate(steps))
+        self._samples, self._batch_size = samples, batch_size
+        self._micro_batches = [one.micro_batches for one in plan.devices]
+        self._places: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        self._streams: dict[tuple[int, int, int], _Stream] = {}
+        shapes = model.shapes(1)
+        for device, one in enumerate(plan.devices):
+            chain = [plan.host(device, stage) for stage in range(one.stages)]
+            travels = chain[0] != chain[-1]
+            for below, cut in enumerate(one.cuts):
+                if chain[below] == chain[below + 1] or host not in chain[below : below + 2]:
+                    continue
+                boundary, step = plan.boundary(device, below), first.get(device, 0)
+                like = tuple(shapes[cut].shape[1:]), np.dtype(shapes[cut].dtype)
+                codecs = one.codecs[below]
+                if chain[below + 1] == host:
+                    self._streams[_ACTIVATION, device, below + 1] = _Stream(
+                        boundary, *like, codecs.activation, travels, step
+                    )
+                else:
+                    self._streams[_COTANGENT, device, below] = _Stream(
+                        boundary, *like, codecs.cotangent, False, step
+                    )
+        self._host = host
+
+    def open(self, spans: Sequence[Span]) -> None:
+        """Takes tensors of a round's steps and of none after it; on the coordinator's host."""
+        stop = dict.fromkeys(range(len(self._samples)), 0)
+        for span in spans:
+            stop[span.device] = max(stop[span.device], span.stop)
+        self._stop = stop
+
+    def tells_of(self, host: str, device: int, step: int) -> bool:
+        """Says whether a host is the one that a step of a device ends on, and may be over."""
+        if device not in self._stop or step >= self._stop[device]:
+            return False
+        return self._plan.host(device, self._plan.devices[device].stages - 1) == host
+
+    def tensor_bytes(self, peer: str) -> int:
+        """Returns the most bytes of a tensor that a peer may send."""
+        return max(
+            (
+                stream.nbytes(self._most_samples(device))
+                for (_, device, _), stream in self._streams.items()
+                if stream.boundary.peer(self._host) == peer
+            ),
+            default=0,
+        )
+
+    def objection(
+        self, peer: str, message: Message, boundary: Boundary | None = None
+    ) -> str | None:
+        """Takes note of a tensor that has arrived; returns what is wrong with it, or None.
+
+        Args:
+          peer: Who sent it.
+          message: The tensor.
+          boundary: What the link it came over is for, if it is for one.
+        """
+        tag = message.tag
+        assert tag is not None
+        role = int(tag.role)
+        key = (_ACTIVATION if role == _LABEL else role), tag.device, tag.stage
+        stream = self._streams.get(key)
+        if stream is None or stream.boundary.peer(self._host) != peer:
+            return f"a tensor ({tag}) that the plan has not for it"
+        if boundary is not None and stream.boundary != boundary:
+            return f"a tensor ({tag}) over the link for {tuple(boundary)}"
+        expected = self._next(stream, tag.device)
+        if expected is None:
+            return f"a tensor ({tag}) before its step was released"
+        labels_due = stream.labels and not stream.labelled
+        if (role == _LABEL) != labels_due:
+            due = "the labels of" if labels_due else "the activation of"
+            return f"a tensor ({tag}), expected {due} micro-batch {stream.micro_batch}"
+        if (tag.step, tag.micro_batch, tag.micro_batches, tag.samples_before, tag.samples,
+                tag.batch_samples) != expected:  # fmt: skip
+            step, micro, parts, before, samples, batch = expected
+            return (
+                f"a tensor ({tag}), expected step {step}, micro-batch {micro} of {parts}, with "
+                f"{samples} samples behind {before} of {batch}"
+            )
+        reason = self._odd_payload(stream, message, tag, labels=labels_due)
+        if reason is None:
+            self._advance(stream, expected, labels=labels_due)
+        return reason
+
+    def _next(self, stream: _Stream, device: int) -> tuple[int, int, int, int, int, int] | None:
+        """Returns what the header of a stream's next tensor says, or None if there is none yet."""
+        if stream.step >= self._stop[device]:
+            return None
+        batch = batch_samples(self._samples[device], self._batch_size, stream.step)
+        key = device, batch
+        places = self._places.get(key)
+        if places is None:
+            sizes = micro_batch_sizes(batch, self._micro_batches[device])
+            starts = [sum(sizes[:i]) for i in range(len(sizes))]
+            places = self._places[key] = list(zip(starts, sizes, strict=True))
+        before, samples = places[stream.micro_batch]
+        return stream.step, stream.micro_batch, len(places), before, samples, batch
+
+    def _advance(
+        self, stream: _Stream, now: tuple[int, int, int, int, int, int], *, labels: bool
+    ) -> None:
+        stream.labelled = labels
+        if labels:
+            return
+        stream.micro_batch += 1
+        if stream.micro_batch == now[2]:
+            stream.step, stream.micro_batch = stream.step + 1, 0
+
+    def _odd_payload(
+        self, stream: _Stream, message: Message, tag: Tag, *, labels: bool
+    ) -> str | None:
+        """Returns what is wrong with a tensor itself, or None."""
+        payload = message.payload
+        if labels:
+            fits = payload.dtype == np.int32 and payload.shape == (tag.samples,)
+            if not fits or payload.codec.name != "raw":
+                return _odd(tag, payload, f"int32[{tag.samples}] in raw")
+            array = payload.array
+            if array.size and not (array.min() >= 0 and array.max() < self._classes):
+                wrong = array[(array < 0) | (array >= self._classes)][0]
+                return f"labels ({tag}) with {shown(int(wrong))}, expected 0 to {self._classes - 1}"
+            return None
+        shape = (tag.samples, *stream.features)
+        if payload.shape != shape or payload.dtype != stream.dtype:
+            return _odd(tag, payload, f"{stream.dtype}{list(shape)}")
+        if payload.codec is not stream.codec or payload.parameter != stream.parameter:
+            return _odd(tag, payload, f"codec {stream.codec.name}:{stream.parameter}")
+        return None
+
+    def _most_samples(self, device: int) -> int:
+        batch = min(self._samples[device], self._batch_size)
+        return max(micro_batch_sizes(batch, self._micro_batches[device]))
+
+
+def _odd(tag: Tag, payload: Any, expected: str) -> str:
+    return (
+        f"a tensor ({tag}) as {payload.dtype}{list(payload.shape)} in "
+        f"{payload.codec.name}:{payload.parameter}, expected {expected}"
+    )
+
+
+def next_steps(steps: Mapping[int, int], spans: Sequence[Span]) -> dict[int, int]:
+    """Returns the step that comes next on each device once a round is over."""
+    found = dict(steps)
+    for span in spans:
+        found[span.device] = max(found.get(span.device, 0), span.stop)
+    return found
+
+
+def own_spans(spans: Sequence[Span], host: str) -> list[Span]:
+    """Returns a device's spans of a round."""
+    return [span for span in spans if device_name(span.device) == host]

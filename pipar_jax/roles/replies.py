@@ -1,0 +1,100 @@
+"""What a host has been asked for and has not said yet: it may say nothing else."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from pipar_jax.roles import protocol
+from pipar_jax.roles.registry import kind_of
+
+#: What a host may say whenever it has joined.
+UNASKED = (protocol.Failed, protocol.Progress, protocol.Pulse, protocol.Working)
+
+
+class Reply(NamedTuple):
+    """An answer that a host owes.
+
+    Attributes:
+      kind: Class of the message.
+      fields: What some of its fields must be.
+    """
+
+    kind: type
+    fields: tuple[tuple[str, Any], ...] = ()
+
+
+def reply(kind: type, **fields: Any) -> Reply:
+    """Returns an answer that is owed, with what some of its fields must be."""
+    return Reply(kind, tuple(fields.items()))
+
+
+#: What each command is answered by; what a round is answered by depends on the plan.
+_ANSWERS: dict[type, tuple[type, ...]] = {
+    protocol.Meet: (protocol.Met,),
+    protocol.SurveyProfile: (protocol.Profiled,),
+    protocol.SurveyReference: (protocol.Referenced,),
+    protocol.SurveyEcho: (protocol.Echoed,),
+    protocol.SurveySend: (protocol.SurveyBytes, protocol.SurveyBytes),
+    protocol.Prepare: (protocol.Prepared,),
+    protocol.Calibrate: (protocol.Calibrated,),
+    protocol.Fetch: (protocol.Fetched,),
+    protocol.Give: (protocol.Given,),
+    protocol.Adopt: (protocol.Adopted,),
+    protocol.Finish: (protocol.Bye,),
+}
+
+
+def answers(command: Any) -> list[Reply]:
+    """Returns what a command is answered by."""
+    if isinstance(command, protocol.Look):
+        return [reply(protocol.LookSeen, look=command.look)]
+    if isinstance(command, protocol.Ahead):
+        return [reply(protocol.Compiled, number=command.number)]
+    return [Reply(kind) for kind in _ANSWERS.get(type(command), ())]
+
+
+class Owed:
+    """The answers that one host owes, in order for each kind; any thread may call it."""
+
+    def __init__(self) -> None:
+        """Begins with none."""
+        self._lock = threading.Lock()
+        self._owed: dict[type, deque[Reply]] = {}
+        self._arriving: Counter[type] = Counter()
+
+    def add(self, replies: Iterable[Reply]) -> None:
+        """Adds what a command is answered by; before the command is sent."""
+        with self._lock:
+            for one in replies:
+                self._owed.setdefault(one.kind, deque()).append(one)
+
+    def expects(self, kind: type) -> bool:
+        """Takes note that a bundle of a kind has arrived; returns whether it was asked for."""
+        with self._lock:
+            self._arriving[kind] += 1
+            return self._arriving[kind] <= len(self._owed.get(kind, ()))
+
+    def objection(self, message: Any, *, bundle: bool) -> str | None:
+        """Takes note of what a host has said; returns why it may not say it, or None."""
+        kind = type(message)
+        name = kind_of(kind).name
+        if kind in UNASKED:
+            return None
+        with self._lock:
+            if bundle:
+                self._arriving[kind] -= 1
+            owed = self._owed.get(kind)
+            if not owed:
+                missing = sorted(kind_of(one).name for one, some in self._owed.items() if some)
+                return (
+                    f"{name!r}, which nobody asked it for (asked for: "
+                    f"{', '.join(missing) or 'nothing'})"
+                )
+            wanted = owed.popleft()
+        for field, value in wanted.fields:
+            if (actual := getattr(message, field)) != value:
+                return f"{name!r} with {field}={actual}, expected {value}"
+        return None

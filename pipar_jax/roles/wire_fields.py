@@ -1,0 +1,378 @@
+"""Specifications of what a message may hold: type, range, length and depth of each field.
+
+A field of a message is annotated with one, ``round: Annotated[int, Whole()]``, and the same value
+checks what arrives, writes what is sent, and tells a test what to generate. JSON is all that
+travels, and nothing in it is believed: a bool is no number, a number is finite and in its range, a
+list or a text has a most, and fields are neither missing nor unknown.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, get_type_hints
+
+#: The largest whole number that a message carries, unless its field says less.
+MOST_WHOLE = 2**31 - 1
+#: Characters of a peer's value that an error shows.
+SHOWN = 80
+
+
+class Mismatch(Exception):
+    """A value is not what its field takes.
+
+    Attributes:
+      path: The field, such as ``.plan.devices[0].cuts``.
+      expected: What it takes.
+      actual: What was there.
+    """
+
+    def __init__(self, path: str, expected: str, actual: str) -> None:
+        """See the class."""
+        super().__init__(f"{path.lstrip('.')}: expected {expected}, got {actual}")
+        self.path, self.expected, self.actual = path.lstrip("."), expected, actual
+
+
+def shown(value: Any) -> str:
+    """Returns a peer's value for an error: one line, printable, short."""
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
+        return f"a whole number of {value.bit_length()} bits"
+    if isinstance(value, str | bytes | list | tuple | dict) and len(value) > SHOWN:
+        head = value[:SHOWN] if isinstance(value, str) else None
+        kind = type(value).__name__
+        return f"{head!r}… ({len(value)} long)" if head is not None else f"a {kind} of {len(value)}"
+    text = ascii(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
+class Spec:
+    """What a value may be."""
+
+    def read(self, value: Any, path: str) -> Any:
+        """Returns the value that JSON stands for.
+
+        Raises:
+          Mismatch: It is not what this takes.
+        """
+        raise NotImplementedError
+
+    def write(self, value: Any) -> Any:
+        """Returns the JSON of a value."""
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole(Spec):
+    """A whole number.
+
+    Attributes:
+      least: The smallest.
+      most: The largest.
+    """
+
+    least: int = 0
+    most: int = MOST_WHOLE
+
+    def read(self, value: Any, path: str) -> int:
+        """See ``Spec``."""
+        if type(value) is not int or not self.least <= value <= self.most:
+            expected = f"a whole number from {self.least} to {self.most}"
+            raise Mismatch(path, expected, shown(value))
+        return value
+
+    def write(self, value: Any) -> int:
+        """Returns a plain number, whatever numpy made of it."""
+        return int(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Real(Spec):
+    """A finite number.
+
+    Attributes:
+      least: The smallest.
+      most: The largest.
+    """
+
+    least: float = 0.0
+    most: float = 1e18
+
+    def read(self, value: Any, path: str) -> float:
+        """See ``Spec``."""
+        # Compared as it is: a whole number of 400 digits is no float.
+        if type(value) not in (int, float) or not self.least <= value <= self.most:
+            expected = f"a number from {self.least:g} to {self.most:g}"
+            raise Mismatch(path, expected, shown(value))
+        return float(value)
+
+    def write(self, value: Any) -> float:
+        """Returns a plain number within the range: what is measured may be beyond it."""
+        return min(max(float(value), self.least), self.most)
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure(Spec):
+    """Any number, not finite ones as words: training that diverges says so."""
+
+    def read(self, value: Any, path: str) -> float:
+        """See ``Spec``."""
+        if type(value) is str and value in ("nan", "inf", "-inf"):
+            return float(value)
+        if type(value) not in (int, float) or not abs(value) <= 1e308:
+            raise Mismatch(path, "a number, or nan, inf or -inf in quotes", shown(value))
+        return float(value)
+
+    def write(self, value: Any) -> float | str:
+        """See ``Spec``."""
+        number = float(value)
+        return number if math.isfinite(number) else str(number)
+
+
+@dataclasses.dataclass(frozen=True)
+class Truth(Spec):
+    """True or false."""
+
+    def read(self, value: Any, path: str) -> bool:
+        """See ``Spec``."""
+        if type(value) is not bool:
+            raise Mismatch(path, "true or false", shown(value))
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Text(Spec):
+    """A text.
+
+    Attributes:
+      most: The most characters.
+      pattern: What all of it must match, if not empty.
+      valid: Raises ValueError for a text that is none of those meant.
+    """
+
+    most: int = 64
+    pattern: str = ""
+    valid: Callable[[str], object] | None = None
+
+    def read(self, value: Any, path: str) -> str:
+        """See ``Spec``."""
+        fits = type(value) is str and len(value) <= self.most
+        if not fits or (self.pattern and not re.fullmatch(self.pattern, value)):
+            matching = f" such as {self.pattern}" if self.pattern else ""
+            raise Mismatch(path, f"a text of at most {self.most}{matching}", shown(value))
+        if self.valid is not None:
+            try:
+                self.valid(value)
+            except ValueError as error:
+                raise Mismatch(path, "a known name", f"{shown(value)} ({error})") from error
+        return str(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prose(Text):
+    """What a person reads: cut where it is too long, instead of refused by the other side."""
+
+    most: int = 4000
+
+    def write(self, value: Any) -> str:
+        """See ``Spec``."""
+        text = str(value)
+        return text if len(text) <= self.most else f"{text[: self.most - 1]}…"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice(Spec):
+    """One of some texts."""
+
+    of: tuple[str, ...]
+
+    def read(self, value: Any, path: str) -> str:
+        """See ``Spec``."""
+        if type(value) is not str or value not in self.of:
+            raise Mismatch(path, f"one of {', '.join(self.of)}", shown(value))
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Maybe(Spec):
+    """A value, or null."""
+
+    of: Spec
+
+    def read(self, value: Any, path: str) -> Any:
+        """See ``Spec``."""
+        return None if value is None else self.of.read(value, path)
+
+    def write(self, value: Any) -> Any:
+        """See ``Spec``."""
+        return None if value is None else self.of.write(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Many(Spec):
+    """A list of like values, as a tuple.
+
+    Attributes:
+      of: What each is.
+      most: The most of them.
+      least: The fewest.
+    """
+
+    of: Spec
+    most: int
+    least: int = 0
+
+    def read(self, value: Any, path: str) -> tuple[Any, ...]:
+        """See ``Spec``."""
+        if type(value) is not list or not self.least <= len(value) <= self.most:
+            raise Mismatch(path, f"a list of {self.least} to {self.most}", shown(value))
+        return tuple(self.of.read(one, f"{path}[{i}]") for i, one in enumerate(value))
+
+    def write(self, value: Any) -> list[Any]:
+        """See ``Spec``."""
+        return [self.of.write(one) for one in value]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row(Spec):
+    """A list of a fixed length, each place with its own meaning: a tuple or a named one.
+
+    Attributes:
+      made: Makes the value of the places.
+      of: What each place is.
+    """
+
+    made: Callable[..., Any]
+    of: tuple[Spec, ...]
+
+    def read(self, value: Any, path: str) -> Any:
+        """See ``Spec``."""
+        if type(value) is not list or len(value) != len(self.of):
+            raise Mismatch(path, f"a list of {len(self.of)}", shown(value))
+        pairs = zip(self.of, value, strict=True)
+        return self.made(*(spec.read(one, f"{path}[{i}]") for i, (spec, one) in enumerate(pairs)))
+
+    def write(self, value: Any) -> list[Any]:
+        """See ``Spec``."""
+        return [spec.write(one) for spec, one in zip(self.of, value, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table(Spec):
+    """Values by name.
+
+    Attributes:
+      of: What each is.
+      most: The most of them.
+      key: What a name is.
+    """
+
+    of: Spec
+    most: int
+    key: Text = Text(256)
+
+    def read(self, value: Any, path: str) -> dict[str, Any]:
+        """See ``Spec``."""
+        if type(value) is not dict or len(value) > self.most:
+            raise Mismatch(path, f"an object of at most {self.most} names", shown(value))
+        return {
+            self.key.read(name, f"{path} name"): self.of.read(one, f"{path}.{shown(name)}")
+            for name, one in value.items()
+        }
+
+    def write(self, value: Any) -> dict[str, Any]:
+        """See ``Spec``."""
+        return {name: self.of.write(one) for name, one in value.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Struct(Spec):
+    """An object of fixed fields, each with its own meaning: a dataclass.
+
+    Attributes:
+      made: Makes the value of the fields, by name; may raise what ``errors`` names.
+      of: What each field is.
+      errors: What ``made`` raises where fields do not fit together.
+    """
+
+    made: Callable[..., Any]
+    of: Mapping[str, Spec]
+    errors: tuple[type[Exception], ...] = ()
+
+    def read(self, value: Any, path: str) -> Any:
+        """See ``Spec``."""
+        if type(value) is not dict:
+            raise Mismatch(path, "an object", shown(value))
+        for name in value:
+            if name not in self.of:
+                known = ", ".join(self.of) or "none"
+                raise Mismatch(f"{path}.{shown(name)}", f"no such field (known: {known})",
+                               shown(value[name]))  # fmt: skip
+        for name in self.of:
+            if name not in value:
+                raise Mismatch(f"{path}.{name}", "a value", "nothing: it is missing")
+        fields = {name: spec.read(value[name], f"{path}.{name}") for name, spec in self.of.items()}
+        try:
+            return self.made(**fields)
+        except self.errors as error:
+            raise Mismatch(path, "fields that fit together", str(error)) from error
+
+    def write(self, value: Any) -> dict[str, Any]:
+        """See ``Spec``."""
+        return {name: spec.write(getattr(value, name)) for name, spec in self.of.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Free(Spec):
+    """Any JSON, since its meaning is checked elsewhere; but not any amount of it.
+
+    Attributes:
+      depth: The most levels of lists and objects.
+      items: The most values in all.
+      text: The most characters of a text or name.
+    """
+
+    depth: int
+    items: int
+    text: int
+
+    def read(self, value: Any, path: str) -> Any:
+        """See ``Spec``."""
+        left = [self.items]
+
+        def look(one: Any, depth: int) -> None:
+            left[0] -= 1
+            if left[0] < 0 or depth > self.depth:
+                raise Mismatch(path, f"at most {self.items} values, {self.depth} deep", "more")
+            if type(one) is str and len(one) > self.text:
+                raise Mismatch(path, f"texts of at most {self.text}", shown(one))
+            if type(one) is int and one.bit_length() > 64:
+                raise Mismatch(path, "numbers of at most 64 bits", shown(one))
+            if type(one) is float and not math.isfinite(one):
+                raise Mismatch(path, "finite numbers", shown(one))
+            if type(one) is dict:
+                for name, inner in one.items():
+                    look(name, depth + 1)
+                    look(inner, depth + 1)
+            elif type(one) is list:
+                for inner in one:
+                    look(inner, depth + 1)
+
+        look(value, 0)
+        return value
+
+
+@functools.cache
+def struct(made: type) -> Struct:
+    """Returns the specification of a dataclass whose fields are annotated with theirs."""
+    hints = get_type_hints(made, include_extras=True)
+    found = {}
+    for field in dataclasses.fields(made):
+        specs = [one for one in typing.get_args(hints[field.name]) if isinstance(one, Spec)]
+        if len(specs) != 1:
+            raise TypeError(f"{made.__name__}.{field.name} must be annotated with one Spec")
+        found[field.name] = specs[0]
+    return Struct(made, found)

@@ -1,0 +1,473 @@
+"""Whatever a peer sends ends that peer's part at most, by an error that names it.
+
+Mutated messages of every registered kind, JSON that is none, tensors, tags and bundles are given to
+the coordinator's side, a device's and a node's, at every point of a run. A thousand cases in `make
+test`, a hundred thousand for each side in `make soak`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import random
+import threading
+
+import numpy as np
+import pytest
+
+from comms import Role, Tag
+from pipar_jax import worker as workers
+from pipar_jax.config import resolve
+from pipar_jax.data import Loader
+from pipar_jax.errors import JoinError, PeerError, ProtocolError
+from pipar_jax.methods import plan_for
+from pipar_jax.plan import COORDINATOR, Boundary, long_name
+from pipar_jax.roles import protocol, registry
+from pipar_jax.roles.acceptance import Acceptance
+from pipar_jax.roles.holdings import Holdings, read_rows
+from pipar_jax.roles.registry import KINDS, Form, Sender, kind_of
+from pipar_jax.roles.replies import Reply
+from pipar_jax.roles.values import Memory
+from pipar_jax.runtime import bundle, identity
+from pipar_jax.runtime.members import Members
+from pipar_jax.runtime.neighbours import Neighbours
+from pipar_jax.schedule import Span
+from tests.pipar_jax.roles import fakes, generate
+from tests.pipar_jax.runtime import support
+
+SAMPLES, BATCH = (17, 14), 7
+STEPS = (3, 2)
+CASES = 350
+MANY = 100_000
+
+
+@functools.cache
+def network():
+    """The model of every run here; its shapes are asked for again and again."""
+    made = copy.copy(support.model("mlp", "float32"))
+    made.__dict__["shapes"] = functools.cache(made.shapes)
+    return made
+
+
+@functools.cache
+def loader(index):
+    data = support.dataset(SAMPLES[index], index)
+    return Loader(data.train, None, BATCH, seed=0, device=index)
+
+
+@functools.cache
+def config(method="mpsl"):
+    made = support.config("/nowhere", SAMPLES, dtype="float32", batch=BATCH, method=method)
+    made.aggregation.every = "epoch"
+    if method == "mpsl":
+        made.nodes.count, made.pipeline.cuts, made.pipeline.micro_batches = 1, "1,2", 3
+    else:
+        made.pipeline.cut, made.pipeline.micro_batches = 1, 1 if method == "sl" else 3
+    return resolve(made)
+
+
+@functools.cache
+def plan(method="mpsl"):
+    return plan_for(config(method), network().unit_names)
+
+
+@functools.cache
+def holdings(method):
+    return Holdings(network(), config(method))
+
+
+def acceptance(method, host):
+    return Acceptance(
+        network(), plan(method), host, samples=SAMPLES, batch_size=BATCH, steps=STEPS,
+        first={0: 0, 1: 0},
+    )  # fmt: skip
+
+
+def arrays_of(held, wanted, rng):
+    """The arrays of an honest bundle, or nearly."""
+    found = {}
+    for group, parts in wanted.items():
+        for part, units in parts.items():
+            for unit in units:
+                for path, like in held._arrays(part, unit).items():
+                    dtype = np.int32 if like.kind in "iu" else np.float32
+                    found[f"{group}/{part}/{unit}/{path}"] = np.zeros(like.shape, dtype)
+    if found and rng.random() < 0.6:
+        name = rng.choice(sorted(found))
+        array = found.pop(name)
+        group, _, rest = name.partition("/")
+        other = rng.choice((None, f"{group}9/{rest}", f"1/{rest}", name + "x", rest, name))
+        if other is not None:
+            found[other] = array if rng.random() < 0.5 else fakes.any_array(rng)
+    return found
+
+
+def any_message(rng, link, sender, tensors):
+    """A message that a peer of some kind might send, usually with something wrong in it."""
+    way = rng.random()
+    if way < 0.1:
+        return fakes.control(link, {"type": rng.choice(sorted(KINDS)), "x": fakes.any_json(rng)})
+    if way < 0.15:
+        body = fakes.any_json(rng)
+        return fakes.control(link, body if isinstance(body, dict) else {"body": body})
+    if way < 0.4:
+        tag, array = rng.choice(tensors)
+        if rng.random() < 0.5:
+            tag = fakes.any_tag(rng, tag if rng.random() < 0.8 else None)
+        if rng.random() < 0.4:
+            array = fakes.any_array(rng)
+        codec = "bfloat16" if array.dtype == np.float32 and rng.random() < 0.2 else "raw"
+        return fakes.tensor(link, tag, array, codec)
+    kinds = [one for one in KINDS.values() if rng.random() < 0.05 or one.sender in
+             (sender, Sender.BOTH)]  # fmt: skip
+    kind = rng.choice(kinds)
+    body = generate.body(kind, rng)
+    if rng.random() < 0.6:
+        body = generate.mutated(body, rng)
+        body = body if isinstance(body, dict) else {"type": body}
+    if kind.form is Form.CONTROL or (kind.form is Form.EITHER and rng.random() < 0.5):
+        return fakes.control(link, body)
+    name = kind.name if rng.random() < 0.9 else "another"
+    return fakes.bundle(link, name, body, fakes.any_arrays(rng))
+
+
+@functools.cache
+def micro_batches(method, host, peer):
+    """Honest tensors of a peer for a host: the first step of each device."""
+    shapes, found = network().shapes(3), []
+    for device, one in enumerate(plan(method).devices):
+        for below, cut in enumerate(one.cuts):
+            ends = plan(method).boundary(device, below)
+            if {*ends[:2]} != {host, peer}:
+                continue
+            up = ends.upper == host
+            role = Role.ACTIVATION if up else Role.COTANGENT
+            place = {"device": device, "stage": below + up, "micro_batches": 3, "samples": 3,
+                     "batch_samples": 7}  # fmt: skip
+            array = np.zeros(shapes[cut].shape, shapes[cut].dtype)
+            found.append((Tag(role=role, **place), array))
+            found.append((Tag(role=Role.LABEL, **place), np.array([0, 9, 3], np.int32)))
+            found.append((Tag(role=Role.LABEL, **place), np.array([0, 9, 10], np.int32)))
+    return found or [(Tag(role=Role.ACTIVATION), np.zeros((3, 64), np.float32))]
+
+
+# --- the coordinator's side -------------------------------------------------------------------
+
+
+class Coordinator:
+    """Members, in the middle of a run, and what the coordinator does with what they say."""
+
+    def __init__(self, method):
+        self.method, self.events = method, []
+        made = config(method)
+        self.members = Members(
+            made, network(), None, tensors=lambda message: None, wake=lambda: None,
+            tell=self.events.append, stop=threading.Event(),
+        )  # fmt: skip
+        self.links = {}
+        joins = [identity.device_join(made, f"d{i}", loader(i), network()) for i in range(2)]
+        if made.nodes.count:
+            joins.append(identity.node_join(made, "n1", ("127.0.0.1", 7000)))
+        for join in joins:
+            link = self.links[join.name] = self.stranger(join.name)
+            link.on_message(fakes.control(link, registry.encode(join)))
+            self.members.look()
+            assert join.name in self.members.by_name, self.events
+        self.members.acceptance = acceptance(method, COORDINATOR)
+
+    def stranger(self, peer):
+        link = fakes.Link(peer)
+        self.members.on_link(link)
+        return link
+
+    def bundle_of(self, rng, name, link):
+        """An answer with tensors, of what the host holds."""
+        held, now = holdings(self.method), plan(self.method)
+        kind, wanted = rng.choice(self.answers(name))
+        body = {"type": kind_of(kind).name}
+        if kind is protocol.Part:
+            body |= {"device": 0, "step": 0}
+        elif kind is protocol.Trained:
+            body |= {"round": 0}
+        if wanted is None:
+            rows = bundle.pack_rows([])
+            rows["numbers"] = np.array([[rng.choice((0, 1, -1, 9, 2**40)) for _ in range(7)]])
+            rows["times"] = np.array([[0.0, rng.choice((1.0, -1.0, np.nan))]])
+            arrays = rows if rng.random() < 0.7 else fakes.any_arrays(rng)
+        else:
+            arrays = arrays_of(held, wanted(now, name), rng)
+        return fakes.bundle(link, body["type"], body, arrays)
+
+    def answers(self, name):
+        held = holdings(self.method)
+        part = (protocol.Part, lambda now, name: held.part(now, int(name[1:])))
+        return [
+            (protocol.Trained, held.trained),
+            (protocol.Fetched, held.fetched),
+            (protocol.Given, lambda now, name: held.given(now, now, name)),
+            (protocol.TraceRows, None),
+            (protocol.Bye, None),
+            *([part] if name != "n1" else []),
+        ]
+
+    def owe(self, rng, name):
+        """Asks a member for some of what there is to ask."""
+        kinds = [one.made for one in KINDS.values() if one.sender is Sender.HOST]
+        some = rng.sample(kinds, len(kinds) // 2)
+        self.members.by_name[name].owed.add(Reply(kind) for kind in some)
+
+    def read(self):
+        """Does with all that was said what the coordinator does."""
+        while not self.members._inbox.empty():
+            self.members.look()
+        for mail in self.members._early:
+            if mail.message is None or mail.message.kind != "bundle":
+                continue
+            wanted = dict(self.answers(mail.source)).get(type(mail.said), 0)
+            peer = long_name(mail.source)
+            with self.members.reading(mail.source):
+                if wanted is None:
+                    read_rows(mail.message, [plan(self.method)], mail.source, STEPS, peer)
+                elif wanted:
+                    held = holdings(self.method)
+                    now = wanted(plan(self.method), mail.source)
+                    held.arrays(mail.message, {}, now, peer)
+        self.members._early.clear()
+
+
+def fuzz_coordinator(method, cases, seed):
+    rng = random.Random(f"{method} {seed}")
+    errors = 0
+    side = Coordinator(method)
+    for _ in range(cases):
+        name = rng.choice((*side.links, "stranger"))
+        stranger = name == "stranger"
+        link = side.stranger("d0") if stranger else side.links[name]
+        others = [one for other, one in side.links.items() if other != name]
+        for _ in range(rng.choice((1, 1, 2))):
+            if not stranger:
+                side.owe(rng, name)
+            if not stranger and rng.random() < 0.3:
+                message = side.bundle_of(rng, name, link)
+            else:
+                tensors = micro_batches(method, COORDINATOR, name)
+                message = any_message(rng, link, Sender.HOST, tensors)
+            link.on_message(message)
+        if rng.random() < 0.05:
+            link.on_lost(PeerError("gone"))
+        try:
+            side.read()
+        except PeerError as error:
+            assert not stranger, error
+            assert str(error).startswith(long_name(name)), error
+            assert "\n" not in str(error) and len(str(error)) < 1500
+            errors += 1
+            assert not any(one.ended for one in others)
+            side = Coordinator(method)
+            continue
+        assert not any(one.ended for one in others)
+        if link.ended is not None and not stranger:
+            side = Coordinator(method)
+    told = [one for one in side.events if one["event"] == "refused"]
+    assert len(told) <= 21
+    assert errors > cases / 10
+
+
+@pytest.mark.parametrize("method", ["mpsl", "pipar", "sl"])
+def test_what_members_and_strangers_send_ends_their_own_part_alone(method):
+    fuzz_coordinator(method, CASES // 3, 0)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("method", ["mpsl", "pipar", "sl"])
+def test_what_members_and_strangers_send_ends_their_own_part_alone_at_length(method):
+    fuzz_coordinator(method, MANY // 3 + 1, 1)
+
+
+# --- a device's or node's side ----------------------------------------------------------------
+
+
+class Nothing(Exception):
+    """There is no mail."""
+
+
+class Device(workers.Worker):
+    """A worker whose host does nothing and whose mail is read at once."""
+
+    def _next(self):
+        if self._inbox.empty():
+            raise Nothing
+        item = self._inbox.get()
+        if not isinstance(item, BaseException):
+            self._waiting[item.kind == "bundle"] -= 1
+        return item
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Workers without threads or sockets."""
+    monkeypatch.setattr(workers, "Endpoint", lambda *args, **kwargs: None)
+    monkeypatch.setattr(workers, "Host", fakes.Host)
+    monkeypatch.setattr(workers, "Prefetcher", lambda loader: None)
+    monkeypatch.setattr("pipar_jax.runtime.survey.measure_host", _measured)
+    monkeypatch.setattr("pipar_jax.runtime.survey.measure_reference", _measured)
+    monkeypatch.setattr(Neighbours, "_dial", lambda *args: None)
+
+
+def _measured(*args):
+    raise PeerError("device 0 was not to be measured here, and the server asked")
+
+
+class Run:
+    """A worker somewhere in a run."""
+
+    def __init__(self, method, name, rng):
+        self.method, self.name = method, name
+        one = loader(0) if name == "d0" else None
+        self.worker = Device(config(method), name, network(), one)
+        self.link = self.worker._link = fakes.Link(COORDINATOR)
+        self.worker._neighbours.wiring.control[COORDINATOR] = self.link
+        self.link.start(self.worker._on_message, self.worker._wake, self.worker._inbox.put)
+        spans = tuple(Span(device, 0, steps) for device, steps in enumerate(STEPS))
+        sequential = plan(method).order == "sequential"
+        release = protocol.Release(0, spans, 1 if sequential else None, (1.0, 1.0))
+        course = [
+            *([protocol.ModelFacts((8, 8, 1), 10)] if name == "n1" else []),
+            protocol.SurveyEcho(),
+            protocol.Prepare(plan(method), SAMPLES, STEPS),
+            protocol.Prepared(0.0, 0),
+            release,
+            *([] if sequential else [protocol.Trained(0)]),
+            protocol.Stored(0, 0, 0.0, Memory(1, 2, 3), 0.0, 0.0, 0),
+            protocol.Give(plan(method)),
+            protocol.Given(),
+        ]
+        for said in course[: rng.randrange(len(course) + 1)]:
+            if kind_of(type(said)).sender is Sender.HOST:
+                self.worker._reply(said, {})
+            else:
+                self.link.on_message(fakes.control(self.link, registry.encode(said)))
+                self.read()
+
+    def read(self):
+        try:
+            self.worker._follow()
+        except Nothing:
+            return
+
+    def bundle_of(self, rng):
+        held, now = holdings(self.method), plan(self.method)
+        said, wanted = rng.choice([
+            (protocol.Store(), held.stored(now, self.name)),
+            (protocol.TakePart(0), held.part(now, 0)),
+            (protocol.Adopt(now), held.adopted(now, now, self.name)),
+            (protocol.SurveyBytes(), {}),
+        ])  # fmt: skip
+        name = kind_of(type(said)).name
+        return fakes.bundle(self.link, name, registry.encode(said), arrays_of(held, wanted, rng))
+
+
+def fuzz_device(method, name, cases, seed):
+    rng = random.Random(f"{method} {name} {seed}")
+    done = errors = 0
+    while done < cases:
+        run = Run(method, name, rng)
+        for _ in range(rng.randrange(1, 12)):
+            done += 1
+            if rng.random() < 0.3:
+                message = run.bundle_of(rng)
+            else:
+                tensors = micro_batches(method, name, COORDINATOR)
+                message = any_message(rng, run.link, Sender.COORDINATOR, tensors)
+            run.link.on_message(message)
+            try:
+                run.read()
+            except (PeerError, JoinError) as error:
+                text = str(error)
+                assert "the server" in text or "the coordinator" in text, text
+                assert "\n" not in text or "\\n" not in text
+                errors += 1
+                break
+            if run.link.ended is not None:
+                break
+    assert errors > cases / 50
+
+
+@pytest.mark.parametrize(("method", "name"), [("mpsl", "d0"), ("mpsl", "n1"), ("sl", "d0")])
+def test_what_a_coordinator_sends_ends_by_an_error_that_names_it(alone, method, name):
+    fuzz_device(method, name, CASES // 3, 0)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("method", "name"), [("mpsl", "d0"), ("mpsl", "n1"), ("sl", "d0")])
+def test_what_a_coordinator_sends_ends_by_an_error_that_names_it_at_length(alone, method, name):
+    fuzz_device(method, name, MANY // 3 + 1, 1)
+
+
+# --- between neighbours -----------------------------------------------------------------------
+
+BELOW, ABOVE = Boundary("d0", "n1", 0), Boundary("n1", "d1", 1)
+
+
+class Node:
+    """A node that has met device 0, and waits for device 1."""
+
+    def __init__(self):
+        self.lost, self.taken = [], []
+        made = acceptance("mpsl", "n1")
+
+        def tensors(peer, message, boundary):
+            reason = made.objection(peer, message, boundary)
+            if reason is not None:
+                message.link.refuse(reason)
+            else:
+                self.taken.append(message)
+            return reason
+
+        self.neighbours = Neighbours(
+            config("mpsl"), "n1", None, tensors=tensors, wake=lambda: None,
+            lost=self.lost.append, met=lambda: None,
+        )  # fmt: skip
+        self.neighbours.meet((BELOW, ABOVE), {})
+        self.link = self.stranger("d0")
+        hello = registry.encode(protocol.Neighbour(BELOW))
+        self.link.on_message(fakes.control(self.link, hello))
+        assert self.link.ended is None
+
+    def stranger(self, peer):
+        link = fakes.Link(peer)
+        self.neighbours._on_link(link)
+        return link
+
+
+def fuzz_neighbours(cases, seed):
+    rng = random.Random(seed)
+    node, errors = Node(), 0
+    for _ in range(cases):
+        known = rng.random() < 0.6
+        link = (
+            node.link if known else node.stranger(rng.choice(("d0", "d1", "n1", "x", COORDINATOR)))
+        )
+        tensors = micro_batches("mpsl", "n1", "d0")
+        link.on_message(any_message(rng, link, Sender.NEIGHBOUR, tensors))
+        if not known:
+            assert not node.lost
+            if link.ended is None:  # it was taken for the link that was waited for
+                node = Node()
+            continue
+        for error in node.lost:
+            assert isinstance(error, ProtocolError)
+            assert str(error).startswith("device 0 sent compute node 1 "), error
+        if node.lost:
+            assert link.ended is not None
+            errors, node = errors + 1, Node()
+    assert errors > cases / 10
+
+
+def test_what_neighbours_send_ends_their_own_part_alone():
+    fuzz_neighbours(CASES, 0)
+
+
+@pytest.mark.soak
+def test_what_neighbours_send_ends_their_own_part_alone_at_length():
+    fuzz_neighbours(MANY, 1)

@@ -1,0 +1,186 @@
+"""A run in which nobody shows progress ends and names who owes what; others are waited for."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from pipar_jax.config import Config, resolve
+from pipar_jax.errors import PeerError, ProtocolError
+from pipar_jax.plan import COORDINATOR
+from pipar_jax.roles import patience, protocol, registry
+from pipar_jax.roles.patience import Moving, Patience, limit_s, pulse_s
+from pipar_jax.roles.refusals import EVERY_S, FIRST, Refusals
+from pipar_jax.runtime import members as memberships
+from tests.pipar_jax.roles import fakes
+from tests.pipar_jax.roles.test_fuzz import Coordinator, config
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def waiting(progress_s=0.0):
+    made, clock = Config(), Clock()
+    made.network.progress_s = progress_s
+    found = Patience(made, clock)
+    found.begin()
+    return found, clock
+
+
+def test_the_deadline_is_the_larger_of_300_s_and_20_actions_unless_it_is_given():
+    made = Config()
+    assert limit_s(made, 0.0) == limit_s(made, 15.0) == 300
+    assert limit_s(made, 16.0) == 320
+    made.network.progress_s = 7.0
+    assert limit_s(made, 1000.0) == 7
+    assert pulse_s(made) == pytest.approx(1.4)
+    assert pulse_s(Config()) == 5
+
+
+def test_who_shows_nothing_is_named_with_what_it_owes_the_longest_silent_first():
+    found, clock = waiting()
+    clock.now += 10
+    found.pulse("d1", 7)
+    found.check(["d0", "d1", "n1"], "trained")
+    clock.now += 290
+    found.progress("n1")
+    clock.now += 299
+    found.pulse("d1", 7)  # no action is over since
+    found.check(["d0", "d1", "n1"], "trained")
+    clock.now += 2
+    with pytest.raises(PeerError) as error:
+        found.check(["d1", "n1", "d0"], "trained")
+    line = str(error.value)
+    assert "no progress for 300 s: 'trained' is missing from device 0 for 601 s, device 1" in line
+    assert "compute node 1 for 301 s" in line and "network.progress_s" in line
+
+
+def test_the_clock_stands_while_a_host_compiles_and_runs_again_when_it_has():
+    found, clock = waiting(5.0)
+    found.working("d0", "compiling")
+    clock.now += 1000
+    found.check(["d0"], "prepared")
+    found.check(["d0", "d1"], "prepared")
+    found.answered("d0")
+    clock.now += 4
+    found.check(["d1"], "prepared")
+    clock.now += 2
+    with pytest.raises(PeerError, match="'prepared' is missing from device 1"):
+        found.check(["d1"], "prepared")
+
+
+def test_a_long_action_makes_the_run_wait_longer():
+    found, clock = waiting()
+    found.action(100.0)
+    clock.now += 1999
+    found.check(["d0"], "trained")
+    clock.now += 2
+    with pytest.raises(PeerError, match="no progress for 2000 s"):
+        found.check(["d0"], "trained")
+
+
+def test_a_transfer_is_progress_and_heartbeats_are_none():
+    clock, carried = Clock(), SimpleNamespace(bytes_in=0, bytes_out=0)
+    link = SimpleNamespace(stats=lambda: carried)
+    moving = Moving(link, clock)
+    for _ in range(5000):  # pings of 120 bytes each way, for an hour and more
+        clock.now += 1
+        carried.bytes_in += 240
+        carried.bytes_out += 240
+        assert not moving.look()
+    moving = Moving(link, clock)
+    for _ in range(3):
+        clock.now += 60
+        carried.bytes_out += 60 * 10_000  # a slow link at work
+        assert moving.look()
+    assert not moving.look()
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """A run whose deadline is short."""
+    made = resolve(config("pipar"))
+    made.network.progress_s = 0.3
+    monkeypatch.setattr("tests.pipar_jax.roles.test_fuzz.config", lambda method: made)
+    monkeypatch.setattr(memberships, "LOOK_S", 0.02)
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"),
+    [
+        (protocol.Calibrate(), protocol.Calibrated),
+        (protocol.Fetch(), protocol.Fetched),
+        (protocol.SurveyEcho(), protocol.Echoed),
+        (protocol.Finish(), protocol.Bye),
+    ],
+    ids=["calibrated", "fetched", "echoed", "bye"],
+)
+def test_a_device_that_does_nothing_ends_the_run(hasty, command, kind):
+    side = Coordinator("pipar")
+    side.members.send("d1", command)
+    with pytest.raises(PeerError) as error:
+        side.members.collect(kind, ("d1",))
+    name = registry.kind_of(kind).name
+    assert f"'{name}' is missing from device 1 for" in str(error.value)
+    pulses = [one for one in side.links["d0"].said if one["type"] == "pulse"]
+    assert pulses  # devices hear that the coordinator goes on
+
+
+def test_a_device_that_goes_on_is_waited_for(hasty):
+    side = Coordinator("pipar")
+    side.members.send("d1", protocol.SurveyEcho())
+    link, count = side.links["d1"], iter(range(1, 100))
+    stop = threading.Event()
+
+    def pulse():
+        while not stop.wait(0.05) and (actions := next(count)) < 20:
+            link.on_message(fakes.control(link, registry.encode(protocol.Pulse(actions))))
+        link.on_message(fakes.control(link, registry.encode(protocol.Echoed())))
+
+    thread = threading.Thread(target=pulse)
+    thread.start()
+    try:
+        assert set(side.members.collect(protocol.Echoed, ("d1",))) == {"d1"}
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_what_was_not_asked_for_or_comes_twice_ends_the_member():
+    side = Coordinator("pipar")
+    link = side.links["d0"]
+    prepared = registry.encode(protocol.Prepared(0.1, 5))
+    side.members.send("d0", protocol.Prepare(_plan(), (17, 14), (3, 2)))
+    link.on_message(fakes.control(link, prepared))
+    side.members.look()
+    link.on_message(fakes.control(link, prepared))
+    with pytest.raises(ProtocolError, match="device 0 sent 'prepared', which nobody asked it for"):
+        side.members.look()
+    assert link.ended is not None and side.links["d1"].ended is None
+
+
+def _plan():
+    from tests.pipar_jax.roles.test_fuzz import plan
+
+    return plan("pipar")
+
+
+def test_refusals_are_told_in_bounds_and_counted(monkeypatch):
+    events, now = [], [0.0]
+    monkeypatch.setattr("pipar_jax.roles.refusals.time", SimpleNamespace(monotonic=lambda: now[0]))
+    refusals = Refusals(events.append)
+    for _ in range(10_000):
+        now[0] += 0.01
+        refusals.add(None, "127.0.0.1:5", "no")
+    assert refusals.count == 10_000
+    assert FIRST < len(events) <= FIRST + 100 / EVERY_S + 1
+    refusals.close()
+    assert events[-1] == {"event": "refusals", "count": 10_000}
+    assert patience.LEAST_S == 300 and COORDINATOR == "server"
