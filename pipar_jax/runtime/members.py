@@ -489,6 +489,8 @@ class Members:
         """Takes a device or node in, or tells it and the user why not."""
         asked, reason = identity.read(message, self._config, self._model)
         name = getattr(asked, "name", None)
+        if reason is None and name != link.peer:  # whose certificate and token were looked at
+            reason = f"it joins as {name!r}, but its link is that of {link.peer!r}"
         if reason is None and name in self.by_name:
             reason = f"{long_name(str(name))} has joined already: start it with another index"
         if reason is not None or asked is None:

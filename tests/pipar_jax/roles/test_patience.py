@@ -9,13 +9,13 @@ import pytest
 
 from pipar_jax.config import Config, resolve
 from pipar_jax.errors import PeerError, ProtocolError
-from pipar_jax.plan import COORDINATOR
-from pipar_jax.roles import patience, protocol, registry
+from pipar_jax.roles import protocol, registry
 from pipar_jax.roles.patience import Moving, Patience, limit_s, pulse_s
 from pipar_jax.roles.refusals import EVERY_S, FIRST, Refusals
+from pipar_jax.runtime import identity
 from pipar_jax.runtime import members as memberships
 from tests.pipar_jax.roles import fakes
-from tests.pipar_jax.roles.test_fuzz import Coordinator, config
+from tests.pipar_jax.roles.test_fuzz import Coordinator, config, loader, network, plan
 
 
 class Clock:
@@ -153,23 +153,29 @@ def test_a_device_that_goes_on_is_waited_for(hasty):
         thread.join()
 
 
+def test_a_link_joins_under_its_own_name_alone():
+    side = Coordinator("pipar")
+    for peer, why in (("d1", "it joins as 'd0', but its link is that of 'd1'"),
+                      ("d0", "device 0 has joined already")):  # fmt: skip
+        link = side.stranger(peer)
+        join = registry.encode(identity.device_join(config("pipar"), "d0", loader(0), network()))
+        link.on_message(fakes.control(link, join))
+        side.members.look()
+        assert why in link.said[-1]["reason"] and link.ended is not None
+        assert why in side.events[-1]["reason"]
+
+
 def test_what_was_not_asked_for_or_comes_twice_ends_the_member():
     side = Coordinator("pipar")
     link = side.links["d0"]
     prepared = registry.encode(protocol.Prepared(0.1, 5))
-    side.members.send("d0", protocol.Prepare(_plan(), (17, 14), (3, 2)))
+    side.members.send("d0", protocol.Prepare(plan("pipar"), (17, 14), (3, 2)))
     link.on_message(fakes.control(link, prepared))
     side.members.look()
     link.on_message(fakes.control(link, prepared))
     with pytest.raises(ProtocolError, match="device 0 sent 'prepared', which nobody asked it for"):
         side.members.look()
     assert link.ended is not None and side.links["d1"].ended is None
-
-
-def _plan():
-    from tests.pipar_jax.roles.test_fuzz import plan
-
-    return plan("pipar")
 
 
 def test_refusals_are_told_in_bounds_and_counted(monkeypatch):
@@ -183,4 +189,3 @@ def test_refusals_are_told_in_bounds_and_counted(monkeypatch):
     assert FIRST < len(events) <= FIRST + 100 / EVERY_S + 1
     refusals.close()
     assert events[-1] == {"event": "refusals", "count": 10_000}
-    assert patience.LEAST_S == 300 and COORDINATOR == "server"
