@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +105,11 @@ def load(folder: str | Path, model: Model | None = None) -> Run:
 
     Args:
       folder: The run's folder, such as ``runs/digits``.
-      model: The model, if it was not one that ``stages.build`` knows.
+      model: The model, if it was not one that ``stages.build`` made.
 
     Raises:
-      RunError: A file is missing or belongs to another model.
+      RunError: A file is missing or belongs to another model, or the run's model was the user's own
+        and is not given.
     """
     path = Path(folder)
     try:
@@ -118,16 +119,27 @@ def load(folder: str | Path, model: Model | None = None) -> Run:
         raise RunError(f"{path} is not the folder of a run: {error}") from error
     facts = checkpoint.facts(path / checkpoint.WEIGHTS)
     if model is None:
-        model = stages.build(
-            facts["model"],
-            input_shape=tuple(facts["input_shape"]),
-            classes=facts["classes"],
-            norm=facts["norm"],
-            stem=facts["stem"],
-            dtype=facts["dtype"],
-        )
+        if facts["recipe"] is None:
+            raise RunError(
+                f"{path} was trained with a model of your own, {facts['model']!r}, which only you "
+                "can make again: load(folder, model)"
+            )
+        model = stages.build(**facts["recipe"])
+    _check_model(model, facts, path)
     params, state = checkpoint.load(path / checkpoint.WEIGHTS, model)
     return Run(path, config, model, params, state, metrics, facts)
+
+
+def _check_model(model: Model, facts: Mapping[str, Any], path: Path) -> None:
+    """Checks that a model takes and says what the one did that was trained; weights come later."""
+    ours = list(model.input_shape), model.classes
+    trained = list(facts["input_shape"]), facts["classes"]
+    if ours != trained:
+        raise RunError(
+            f"{path} was trained with model {facts['model']!r} of samples {trained[0]} and "
+            f"{trained[1]} classes, and {model.name!r} has {ours[0]} and {ours[1]}: load it with "
+            "the model that it was trained with"
+        )
 
 
 def train(
@@ -191,7 +203,9 @@ def run_here(
     count = config.devices.count
     from pipar_jax.launcher import create_folder
 
-    config = dataclasses.replace(config)  # its name becomes that of the folder
+    # A copy: its name becomes that of the folder, and a model goes by its own.
+    of_model = config.model if model is None else dataclasses.replace(config.model, name=model.name)
+    config = dataclasses.replace(config, model=of_model)
     folder = create_folder(config)
     listening: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
     stop = threading.Event()

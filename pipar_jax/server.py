@@ -139,7 +139,7 @@ def _serve(
 
         def save(params: dict[str, Any], state: dict[str, Any]) -> None:
             tell({"event": "saving", "file": WEIGHTS})
-            folder.save_weights(params, state, _facts(config, dataset))
+            folder.save_weights(params, state, _facts(model, dataset))
 
         parameters = stages.parameter_count(model)
         with contextlib.closing(Tally(config, members, folder, record, tell, parameters)) as tally:
@@ -158,15 +158,13 @@ def _serve(
         endpoint.close()
 
 
-def _facts(config: Config, dataset: Dataset) -> dict[str, Any]:
+def _facts(model: Model, dataset: Dataset) -> dict[str, Any]:
     """Returns what a saved model needs beside its weights in order to predict."""
     return {
-        "model": config.model.name,
-        "norm": config.model.norm,
-        "stem": config.model.stem,
-        "dtype": config.model.dtype,
-        "input_shape": list(dataset.input_shape),
-        "classes": dataset.classes,
+        "model": model.name,
+        "recipe": model.recipe,
+        "input_shape": list(model.input_shape),
+        "classes": model.classes,
         "mean": dataset.mean.tolist(),
         "std": dataset.std.tolist(),
         "images": dataset.test.images.dtype.name,

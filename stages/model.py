@@ -46,6 +46,7 @@ class Model:
       classes: number of classes.
       units: the units in order.
       input_dtype: dtype of a batch.
+      recipe: what `stages.build` was called with, to build it again; None for a model of one's own.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Model:
         self.classes = int(classes)
         self.input_dtype = jnp.dtype(input_dtype)
         self.programs: dict[Any, Any] = {}
+        self.recipe: dict[str, Any] | None = None
 
     @classmethod
     def from_units(

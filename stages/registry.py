@@ -62,7 +62,14 @@ def build(
         units = vit_units(name, options)
     elif name.startswith("decoder"):
         units = decoder_units(name, shape[0], options)
-        return Model.from_units(name, units, shape, classes, input_dtype=jnp.int32)
     else:
         units = vgg_units(name, options)
-    return Model.from_units(name, units, shape, classes)
+    tokens = name.startswith("decoder")
+    model = Model.from_units(
+        name, units, shape, classes, input_dtype=jnp.int32 if tokens else jnp.float32
+    )
+    model.recipe = {
+        "name": name, "input_shape": list(shape), "classes": classes, "norm": norm, "stem": stem,
+        "dtype": jnp.dtype(dtype).name, "dropout": dropout,
+    }  # fmt: skip
+    return model
