@@ -16,7 +16,7 @@ help:  ## list what can be made
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: $(VENV)/.base  ## train with FL, SL, SFL and PiPar on this machine and compare (three minutes)
-	@$(BIN)/python -m experiments.quickstart
+	@$(BIN)/pipar quickstart
 
 test: $(VENV)/.dev  ## run the tests, two files at a time (ARGS="-n 0": one)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
@@ -58,9 +58,14 @@ $(VENV)/.python:
 		echo "$(PYTHON) -m venv failed. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@touch $@
 
-$(VENV)/.base: $(VENV)/.python requirements.txt
+# The project itself comes last, without dependencies: it is built by the locked setuptools, and what
+# is changed here is in effect at once. Its command is $(BIN)/pipar.
+$(VENV)/.base: $(VENV)/.python requirements.txt pyproject.toml
 	@echo "Installing the locked requirements (a few minutes the first time)"
 	@$(PIP) -r requirements.txt
+	@awk '/^setuptools==/, !/\\$$/' requirements-dev.txt | $(PIP) -r /dev/stdin
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-index \
+		--no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.base requirements-dev.txt

@@ -1,6 +1,6 @@
 """ResNet-18 on CIFAR-10 by MP-SL: four devices, three compute nodes, labels stay home.
 
-Command: python -m experiments.train --config=cifar10_resnet18_mpsl --config.data.data_dir=FOLDER
+Command: pipar train --config=cifar10_resnet18_mpsl --config.data.data_dir=FOLDER
 where FOLDER holds CIFAR-10, as published or as TFDS prepares it; else it is fetched.
 The planner finds the cuts; --config.pipeline.cuts names them instead,
 --config.pipeline.weights=shared keeps one copy of each middle stage for all devices, and

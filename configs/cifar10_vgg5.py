@@ -1,6 +1,6 @@
 """VGG-5 on CIFAR-10, the first network of the PiPar paper.
 
-Command: python -m experiments.train --config=cifar10_vgg5 --config.data.data_dir=FOLDER
+Command: pipar train --config=cifar10_vgg5 --config.data.data_dir=FOLDER
 where FOLDER holds CIFAR-10, as published or as TFDS prepares it; else it is fetched.
 The method is a field: --config.method=fl, sl, sfl.
 

@@ -1,6 +1,6 @@
 """VGG-5 on CIFAR-10 trained centrally: one device with all the data and no cut.
 
-Command: python -m experiments.train --config=cifar10_vgg5_central --config.data.data_dir=FOLDER
+Command: pipar train --config=cifar10_vgg5_central --config.data.data_dir=FOLDER
 where FOLDER holds CIFAR-10, as published or as TFDS prepares it; else it is fetched.
 
 Expected: 81 to 82 % test accuracy after 12 epochs (the PiPar paper reports 79 to 80 %); 81.6 %

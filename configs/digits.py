@@ -1,6 +1,6 @@
 """A small convolutional network on scikit-learn's digits: real data, no download, seconds.
 
-Command: python -m experiments.train --config=digits
+Command: pipar train --config=digits
 Measured on two cores: 98.3 % test accuracy after its 10 epochs of under half a second each.
 """
 

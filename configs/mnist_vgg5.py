@@ -1,6 +1,6 @@
 """VGG-5 on MNIST.
 
-Command: python -m experiments.train --config=mnist_vgg5 --config.data.data_dir=FOLDER
+Command: pipar train --config=mnist_vgg5 --config.data.data_dir=FOLDER
 where FOLDER holds MNIST, as published or as TFDS prepares it; else it is fetched.
 The method is a field: --config.method=fl, sl, sfl.
 

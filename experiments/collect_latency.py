@@ -1,6 +1,6 @@
 """Times layers on the kinds of devices that this machine can be, for the latency predictor.
 
-  python -m experiments.collect_latency --out=timings.npz [--variants=core,cores]
+  pipar collect_latency --out=timings.npz [--variants=core,cores]
 
 Each variant is a process with its own cores and its own way to compile, timed under several
 conditions (stopped for a part of the time, moved to a single core). Run it once
@@ -12,22 +12,21 @@ gathered one by one.
 from __future__ import annotations
 
 import pathlib
-import sys
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from pipar_jax.errors import ConfigError, PiparError
+from pipar_jax import plain_flags
+from pipar_jax.errors import ConfigError
 from pipar_jax.pinned import run_pinned
 
 if TYPE_CHECKING:
     from pipar_jax.predictor.collect import Layer
     from pipar_jax.predictor.timings import TimedLayer
 
-_OUT = flags.DEFINE_string("out", None, "File for the times (.npz).", required=True)
+_OUT = plain_flags.define_path("out", None, "File for the times (.npz).", required=True)
 _VARIANTS = flags.DEFINE_list("variants", [], "Only these; empty: all that this machine can be.")
 _NETWORKS = flags.DEFINE_list("networks", [], "Only layers of these networks; empty: of all.")
 _COMPILE = flags.DEFINE_boolean("compile", False, "Only compile, write nothing.")
@@ -35,14 +34,13 @@ _QUICK = flags.DEFINE_boolean("quick", False, "Only a few layers.")
 _GPU = flags.DEFINE_boolean("gpu", False, "Time the GPU that jax finds here as well.")
 
 
-def main(argv: Sequence[str]) -> None:
-    """Gathers and writes."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; all options start with --")
-    try:
-        gather_all(pathlib.Path(_OUT.value))
-    except PiparError as error:
-        sys.exit(f"error: {error}")
+def main(_: list[str]) -> None:
+    """Gathers and writes.
+
+    Raises:
+      PiparError: As ``gather_all``.
+    """
+    gather_all(_OUT.value)
 
 
 def gather_all(path: pathlib.Path) -> None:
@@ -106,4 +104,4 @@ def _layers(quick: bool) -> tuple[list[Layer], tuple[TimedLayer, ...]]:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    plain_flags.run(main)

@@ -1,6 +1,6 @@
 """Prints a model's units and stages: shapes, parameters, bytes, operations. Nothing is run.
 
-  python -m experiments.describe --config=cifar10_vgg5 --config.pipeline.cut=2
+  pipar describe --config=cifar10_vgg5 --config.pipeline.cut=2
 
 Bytes are for one micro-batch of the configuration: what crosses a cut each way (activation,
 and as many bytes of cotangent), and what a stage keeps between its forward and backward pass.
@@ -106,6 +106,6 @@ if __name__ == "__main__":
         main,
         DescribeFlags,
         doc=__doc__,
-        module="experiments.describe",
+        name="describe",
         presets=pathlib.Path(configs.__file__).parent,
     )

@@ -2,7 +2,7 @@ r"""Runs one device of an experiment by hand, on the machine that has its data.
 
 Start it with the same preset and overrides as the server, and its own index from 0:
 
-  python -m experiments.device --config=cifar10_vgg5 --server=192.0.2.7:7000 --index=0 \
+  pipar device --config=cifar10_vgg5 --server=192.0.2.7:7000 --index=0 \
       --config.network.token=env:PIPAR_SECRET
 
 The server may start later: a device tries for network.join_timeout_s seconds.
@@ -12,7 +12,7 @@ import dataclasses
 import pathlib
 
 import configs
-from pipar_jax import flags, process
+from pipar_jax import flags, machine, process
 from pipar_jax.config import Config
 from pipar_jax.errors import ConfigError
 from pipar_jax.plan import device_name
@@ -39,7 +39,10 @@ def main(config: Config, given: DeviceFlags) -> None:
             f"--index={given.index} does not fit: devices.count={config.devices.count}, so a "
             f"device's index is 0 to {config.devices.count - 1}"
         )
-    process.set_environment(config, device_name(given.index))
+    name = device_name(given.index)
+    machine.check(config, [name])
+    process.set_environment(config, name)
+    process.claim_platform(config, name)
     from pipar_jax.worker import run_device  # loads jax, whose environment is set now
 
     print(f"device {given.index} of {config.devices.count} joins {given.server}", flush=True)
@@ -52,6 +55,6 @@ if __name__ == "__main__":
         main,
         DeviceFlags,
         doc=__doc__,
-        module="experiments.device",
+        name="device",
         presets=pathlib.Path(configs.__file__).parent,
     )

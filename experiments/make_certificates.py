@@ -1,6 +1,6 @@
 """Writes a small certificate authority and certificates for a trial with TLS.
 
-  python -m experiments.make_certificates --folder=certificates \
+  pipar make_certificates --folder=certificates \
       --host=server=192.0.2.7,server.example --host=n1=192.0.2.8 --host=d0 --host=d1
 
 Each --host is the name of a host of the run (server, d0 for device 0, n1 for compute node 1), and
@@ -9,48 +9,45 @@ reached by nobody). A host is taken only under a name that its certificate has. 
 NAME.pem and NAME.key to the host of that name, and keep authority.key where it is.
 """
 
-import pathlib
-import sys
-from collections.abc import Sequence
+from absl import flags
 
-from absl import app, flags
-
+from pipar_jax import plain_flags
 from pipar_jax.certificates import Certificates, add_certificate, make_authority
-from pipar_jax.errors import PiparError
+from pipar_jax.errors import ConfigError, PiparError
 
-_FOLDER = flags.DEFINE_string("folder", "certificates", "Where the files go.")
+_FOLDER = plain_flags.define_path("folder", "certificates", "Where the files go.")
 _HOST = flags.DEFINE_multi_string("host", [], "NAME or NAME=ADDRESS,ADDRESS; may be repeated.")
 _DAYS = flags.DEFINE_integer("days", 30, "How long the certificates are valid.", lower_bound=1)
 _ADD = flags.DEFINE_boolean("add", False, "Add hosts to the authority that is there already.")
 
 
-def main(argv: Sequence[str]) -> None:
-    """Writes the files and says where each belongs."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; all options start with --")
+def main(arguments: list[str]) -> None:
+    """Writes the files and says where each belongs.
+
+    Raises:
+      PiparError: No host is named, or a file cannot be made.
+    """
+    del arguments
     if not _HOST.value:
-        raise app.UsageError("name at least one host, such as --host=server=192.0.2.7")
-    try:
-        files = _authority()
-        for host in _HOST.value:
-            name, _, addresses = host.partition("=")
-            add_certificate(
-                files, name, [each for each in addresses.split(",") if each], days=_DAYS.value
-            )
-            print(f"{name}: {files.authority}, {files.certificate(name)}, {files.key(name)}")
-    except PiparError as error:
-        sys.exit(f"error: {error}")
+        raise ConfigError("name at least one host, such as --host=server=192.0.2.7")
+    files = _authority()
+    for host in _HOST.value:
+        name, _, addresses = host.partition("=")
+        add_certificate(
+            files, name, [each for each in addresses.split(",") if each], days=_DAYS.value
+        )
+        print(f"{name}: {files.authority}, {files.certificate(name)}, {files.key(name)}")
     print(f"Keep {files.authority_key} here: whoever holds it can admit hosts.")
 
 
 def _authority() -> Certificates:
     if not _ADD.value:
         return make_authority(_FOLDER.value, days=_DAYS.value)
-    files = Certificates(pathlib.Path(_FOLDER.value))
+    files = Certificates(_FOLDER.value)
     if not files.authority_key.exists():
         raise PiparError(f"{files.authority_key} does not exist; leave out --add to make it")
     return files
 
 
 if __name__ == "__main__":
-    app.run(main)
+    plain_flags.run(main)

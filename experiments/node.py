@@ -3,7 +3,7 @@ r"""Runs one compute node of a chain by hand, on the machine that lends its proc
 Start it with the same preset and overrides as the server, its own index from 1, and the address at
 which its neighbours in the chain reach it:
 
-  python -m experiments.node --config=cifar10_resnet18_mpsl --server=192.0.2.7:7000 --index=1 \
+  pipar node --config=cifar10_resnet18_mpsl --server=192.0.2.7:7000 --index=1 \
       --config.nodes.1.host=192.0.2.21 --config.network.token=env:PIPAR_SECRET
 
 The server may start later: a node tries for network.join_timeout_s seconds.
@@ -13,7 +13,7 @@ import dataclasses
 import pathlib
 
 import configs
-from pipar_jax import flags, process
+from pipar_jax import flags, machine, process
 from pipar_jax.config import Config
 from pipar_jax.errors import ConfigError
 from pipar_jax.plan import node_name
@@ -40,7 +40,10 @@ def main(config: Config, given: NodeFlags) -> None:
             f"--index={given.index} does not fit: nodes.count={config.nodes.count}, so a node's "
             f"index is 1 to {config.nodes.count}"
         )
-    process.set_environment(config, node_name(given.index))
+    name = node_name(given.index)
+    machine.check(config, [name])
+    process.set_environment(config, name)
+    process.claim_platform(config, name)
     from pipar_jax.worker import run_node  # loads jax, whose environment is set now
 
     print(f"node {given.index} of {config.nodes.count} joins {given.server}", flush=True)
@@ -53,6 +56,6 @@ if __name__ == "__main__":
         main,
         NodeFlags,
         doc=__doc__,
-        module="experiments.node",
+        name="node",
         presets=pathlib.Path(configs.__file__).parent,
     )

@@ -16,7 +16,7 @@ from rich.console import Console
 
 import configs
 from comms.errors import explain
-from pipar_jax import flags
+from pipar_jax import flags, machine
 from pipar_jax.config import CHAINS, Config
 from pipar_jax.errors import DataError, PlanError
 from pipar_jax.profile import Profile
@@ -27,7 +27,9 @@ from pipar_jax.schema import option
 class PlanFlags:
     """The binary's own flags."""
 
-    profile: str = option("", "read the profile from this file, as experiments.profile writes it")
+    profile: str = option(
+        "", "read the profile from this file, as pipar profile writes it", path=""
+    )
 
 
 def main(config: Config, own: PlanFlags) -> None:
@@ -40,6 +42,8 @@ def main(config: Config, own: PlanFlags) -> None:
     # Here, so that --help and wrong flags need not wait.
     from pipar_jax.tuner import explain, local, search, tune
 
+    if not own.profile:
+        machine.check(config, machine.all_hosts(config))
     began_s = time.monotonic()
     profile = read(own.profile) if own.profile else local.profile_here(config)
     if len(profile.devices) != config.devices.count:
@@ -115,6 +119,6 @@ if __name__ == "__main__":
         main,
         PlanFlags,
         doc=__doc__,
-        module="experiments.plan",
+        name="plan",
         presets=pathlib.Path(configs.__file__).parent,
     )

@@ -1,6 +1,6 @@
 """Plans a chain of compute nodes from a profile table: the order of the nodes and the cuts.
 
-  python -m experiments.plan_chain --profile=CSV --device=VM --layers=2:36 --speeds=1,2,2 \
+  pipar plan_chain --profile=CSV --device=VM --layers=2:36 --speeds=1,2,2 \
       --objective=mpsl
 
 Layers count from 0, --layers=FIRST:STOP leaves those before FIRST and from STOP on with the
@@ -11,15 +11,15 @@ step the time per batch of a step of --micro_batches, from an empty pipeline to 
 """
 
 import math
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import cast, get_args
 
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 from rich.table import Table
 
+from pipar_jax import plain_flags
 from pipar_jax.chain_planner import (
     ChainPlan,
     ChainProblem,
@@ -31,10 +31,10 @@ from pipar_jax.chain_planner import (
     plan_chain,
     read_profile,
 )
-from pipar_jax.errors import ConfigError, PiparError
+from pipar_jax.errors import ConfigError
 from pipar_jax.simulator.costs import LinkModel
 
-_PROFILE = flags.DEFINE_string("profile", None, "Profile table (CSV).", required=True)
+_PROFILE = plain_flags.define_path("profile", None, "Profile table (CSV).", required=True)
 _DEVICE = flags.DEFINE_string("device", "VM", "Whose rows of the table the nodes' times are.")
 _LAYERS = flags.DEFINE_string("layers", None, "FIRST:STOP, the layers on nodes.", required=True)
 _SPEEDS = flags.DEFINE_list("speeds", ["1"], "Speed of each node; 2 halves the table's times.")
@@ -51,16 +51,15 @@ _RATIO = flags.DEFINE_float("codec_ratio", 1.0, "Bytes on the wire per byte of a
 _ANY_ORDER = flags.DEFINE_boolean("any_order", True, "Whether nodes may change places.")
 
 
-def main(argv: Sequence[str]) -> None:
-    """Prints the cheapest chain."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}; all options start with --")
-    try:
-        layers = read_profile(pathlib.Path(_PROFILE.value), _DEVICE.value)
-        problem = _problem(layers)
-        plan = plan_chain(problem, cast(Objective, _OBJECTIVE.value))
-    except PiparError as error:
-        sys.exit(f"error: {error}")
+def main(_: list[str]) -> None:
+    """Prints the cheapest chain.
+
+    Raises:
+      PiparError: The flags or the table do not fit, or there is no chain.
+    """
+    layers = read_profile(_PROFILE.value, _DEVICE.value)
+    problem = _problem(layers)
+    plan = plan_chain(problem, cast(Objective, _OBJECTIVE.value))
     _print(plan, problem)
 
 
@@ -74,7 +73,7 @@ def _problem(layers: tuple[Layer, ...]) -> ChainProblem:
     if _OWNER.value:
         rates = _numbers("owner_link", _OWNER_LINK.value.split("/"), 2) if _OWNER_LINK.value else []
         up, down = [LinkModel(rate * 1e6 / 8) for rate in rates] or [LinkModel(), LinkModel()]
-        owner = Owner(read_profile(pathlib.Path(_PROFILE.value), _OWNER.value), up, down)
+        owner = Owner(read_profile(_PROFILE.value, _OWNER.value), up, down)
     elif _OWNER_LINK.value:
         raise ConfigError("--owner_link says nothing without --owner, whose layers it connects")
     if _IN_FLIGHT.value and _WEIGHTS.value == "copy":
@@ -147,4 +146,4 @@ def _print(plan: ChainPlan, problem: ChainProblem) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    plain_flags.run(main)

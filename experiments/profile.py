@@ -14,7 +14,7 @@ import time
 from rich.console import Console
 
 import configs
-from pipar_jax import files, flags
+from pipar_jax import files, flags, machine
 from pipar_jax.config import Config
 from pipar_jax.schema import option
 
@@ -23,7 +23,7 @@ from pipar_jax.schema import option
 class ProfileFlags:
     """The binary's own flags."""
 
-    json: str = option("", "also write the profile to this file, which experiments.plan reads")
+    json: str = option("", "also write the profile to this file, which pipar plan reads", path="")
 
 
 def main(config: Config, own: ProfileFlags) -> None:
@@ -35,6 +35,7 @@ def main(config: Config, own: ProfileFlags) -> None:
     # Here, so that --help and wrong flags need not wait.
     from pipar_jax.tuner import explain, local
 
+    machine.check(config, machine.all_hosts(config))
     began_s = time.monotonic()
     profile = local.profile_here(config)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
@@ -58,6 +59,6 @@ if __name__ == "__main__":
         main,
         ProfileFlags,
         doc=__doc__,
-        module="experiments.profile",
+        name="profile",
         presets=pathlib.Path(configs.__file__).parent,
     )

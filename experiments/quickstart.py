@@ -15,9 +15,10 @@ from rich.console import Console
 
 import configs
 from comms.shaping import parse_link
-from pipar_jax import comparison, flags, launcher
+from pipar_jax import comparison, flags, launcher, machine
 from pipar_jax.comparison import Outcome
 from pipar_jax.config import SERVER_METHODS, Config
+from pipar_jax.paths import shown
 from pipar_jax.pinned import first_cores
 from pipar_jax.progress import Progress
 from pipar_jax.report import write_report
@@ -64,6 +65,7 @@ def main(config: Config, extra: Extra) -> None:
     """
     methods = comparison.parse_methods(extra.methods)
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+    machine.check(config, machine.all_hosts(config))
     place(config)
     console.print(f"{describe(config)}\n")
     began_s = time.monotonic()
@@ -82,18 +84,17 @@ def main(config: Config, extra: Extra) -> None:
     report = pathlib.Path(config.run.dir) / f"{config.name}.html"
     write_report([pathlib.Path(outcome.folder) for outcome in outcomes], report)
     console.print(
-        f"Took {time.monotonic() - began_s:.0f} s. Look at {report} in a browser; the runs are in "
-        f"{', '.join(outcome.folder for outcome in outcomes)}."
+        f"Took {time.monotonic() - began_s:.0f} s. Look at {shown(report)} in a browser; the runs "
+        f"are in {', '.join(shown(outcome.folder) for outcome in outcomes)}."
     )
 
 
 if __name__ == "__main__":
-    # A --config of the user's comes later and wins.
-    sys.argv.insert(1, "--config=quickstart")
     flags.run(
         main,
         Extra,
         doc=__doc__,
-        module="experiments.quickstart",
+        name="quickstart",
         presets=pathlib.Path(configs.__file__).parent,
+        preset="quickstart",
     )

@@ -2,7 +2,7 @@ r"""Runs the server of an experiment by hand, for devices on other machines.
 
 Start it with the same preset and overrides as the devices, listening where they can reach it:
 
-  python -m experiments.server --config=cifar10_vgg5 --config.server.host=0.0.0.0 \
+  pipar server --config=cifar10_vgg5 --config.server.host=0.0.0.0 \
       --config.server.port=7000 --config.network.token=env:PIPAR_SECRET
 
 It waits for the devices, trains, and leaves the run's folder here.
@@ -12,8 +12,9 @@ import pathlib
 from typing import Any
 
 import configs
-from pipar_jax import data, flags, launcher, process
+from pipar_jax import data, flags, launcher, machine, process
 from pipar_jax.config import Config, to_text
+from pipar_jax.paths import shown
 from pipar_jax.progress import Progress
 
 
@@ -23,7 +24,9 @@ def main(config: Config, _: flags.NoFlags) -> None:
     Raises:
       PiparError: The run failed.
     """
+    machine.check(config, ["server"])
     process.set_environment(config, "server")
+    process.claim_platform(config, "server")
     folder = launcher.create_folder(config)
     print(to_text(config), flush=True)
     if table := data.table(config):
@@ -40,7 +43,7 @@ def main(config: Config, _: flags.NoFlags) -> None:
         summary = run_server(config, on_event=tell)
     print(
         f"{config.method}: {summary['epoch_seconds']:.2f} s per epoch, test accuracy "
-        f"{summary['accuracy']:.2%}, loss {summary['loss']:.4f}; run in {folder}"
+        f"{summary['accuracy']:.2%}, loss {summary['loss']:.4f}; run in {shown(folder)}"
     )
 
 
@@ -49,6 +52,6 @@ if __name__ == "__main__":
         main,
         flags.NoFlags,
         doc=__doc__,
-        module="experiments.server",
+        name="server",
         presets=pathlib.Path(configs.__file__).parent,
     )

@@ -7,8 +7,9 @@ fields of the configuration; every one of them is a flag. A run leaves a folder 
 import pathlib
 
 import configs
-from pipar_jax import data, flags, launcher
+from pipar_jax import data, flags, launcher, machine
 from pipar_jax.config import Config, to_text
+from pipar_jax.paths import shown
 from pipar_jax.progress import Progress
 
 
@@ -18,6 +19,7 @@ def main(config: Config, _: flags.NoFlags) -> None:
     Raises:
       PiparError: A host failed.
     """
+    machine.check(config, machine.all_hosts(config))
     print(to_text(config), flush=True)
     if table := data.table(config):
         print(f"\n{table}\n", flush=True)
@@ -25,7 +27,7 @@ def main(config: Config, _: flags.NoFlags) -> None:
         summary = launcher.launch(config, on_event=progress)
     print(
         f"{config.method}: {summary['epoch_seconds']:.2f} s per epoch, test accuracy "
-        f"{summary['accuracy']:.2%}, loss {summary['loss']:.4f}; run in {summary['folder']}"
+        f"{summary['accuracy']:.2%}, loss {summary['loss']:.4f}; run in {shown(summary['folder'])}"
     )
 
 
@@ -34,6 +36,6 @@ if __name__ == "__main__":
         main,
         flags.NoFlags,
         doc=__doc__,
-        module="experiments.train",
+        name="train",
         presets=pathlib.Path(configs.__file__).parent,
     )

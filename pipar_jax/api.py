@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import stages
-from pipar_jax import checkpoint
+from pipar_jax import checkpoint, checks
 from pipar_jax import config as configuration
 from pipar_jax import data as datasets
 from pipar_jax.config import Config, resolve
@@ -169,6 +169,8 @@ def train(
     """
     names = () if model is None else (config.model.name,)
     resolved = resolve(config, models=names)
+    if model is not None:
+        checks.check_plan(resolved, model.unit_names)
     tell = on_event or (lambda event: None)
     if model is None and data is None:
         from pipar_jax.launcher import launch

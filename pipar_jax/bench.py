@@ -44,11 +44,12 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Literal
 
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from pipar_jax.errors import ConfigError, PiparError
+from pipar_jax import plain_flags
+from pipar_jax.errors import ConfigError, RunError
 from pipar_jax.files import write_text
 
 # With --quick, no comparison runs its cases more often than this.
@@ -212,10 +213,10 @@ class Bench:
             spread: Distance between its quartiles as a share of its median, for the table alone.
 
         Raises:
-            ConfigError: A row of that name exists already.
+            RunError: A row of that name exists already.
         """
         if any(row.name == name for row in self.rows):
-            raise ConfigError(f"the benchmark reports {name!r} twice; give each row its own name")
+            raise RunError(f"the benchmark reports {name!r} twice; give each row its own name")
         met = None
         if target is not None:
             met = bool(value <= target if better == "lower" else value >= target)
@@ -298,30 +299,23 @@ def run(measure: Callable[[Bench], None], title: str | None = None) -> None:
         title: What is measured; the first line of the main module's docstring unless given.
     """
     quick = flags.DEFINE_boolean("quick", False, "Take less than a minute, with coarser figures.")
-    json_path = flags.DEFINE_string("json", None, "Also write the rows to this file, as JSON.")
+    json_path = plain_flags.define_path("json", None, "Also write the rows to this file, as JSON.")
 
-    def main(argv: list[str]) -> None:
-        if len(argv) > 1:
-            raise app.UsageError(f"unexpected argument {argv[1]!r}; all options start with --")
+    def main(_: list[str]) -> None:
         docstring = (sys.modules["__main__"].__doc__ or "benchmark").strip()
         name = title or docstring.splitlines()[0].rstrip(".")
+        bench = Bench(name, quick=quick.value, json_path=json_path.value)
         try:
-            bench = Bench(name, quick=quick.value, json_path=json_path.value)
-            try:
-                measure(bench)
-            except BaseException:
-                # What was measured until now took its time: it is not thrown away.
-                if bench.rows:
-                    bench.note("Not complete: it was ended before all was measured.")
-                    bench.finish()
-                raise
-            bench.finish()
-        except PiparError as error:
-            sys.exit(f"error: {error}")
-        except KeyboardInterrupt:
-            sys.exit(130)
+            measure(bench)
+        except BaseException:
+            # What was measured until now took its time: it is not thrown away.
+            if bench.rows:
+                bench.note("Not complete: it was ended before all was measured.")
+                bench.finish()
+            raise
+        bench.finish()
 
-    app.run(main)
+    plain_flags.run(main)
 
 
 def describe_machine(libraries: Iterable[str] = ("jax", "flax", "numpy")) -> str:

@@ -6,11 +6,14 @@ import ipaddress
 import os
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any, get_args
 
-from pipar_jax import schema, sinks
+from pipar_jax import paths, schema, sinks
 from pipar_jax.config import (
+    AUTO,
     CHAINS,
+    LONGEST_S,
     OWN_SOURCES,
     PUBLIC_SOURCES,
     SERVER_METHODS,
@@ -22,8 +25,16 @@ from pipar_jax.config import (
     device,
     node,
 )
-from pipar_jax.errors import ConfigError
+from pipar_jax.errors import ConfigError, PlanError
 from pipar_jax.plan import Dispatch
+from stages.names import UNITS
+
+#: Methods that cut mini-batches into micro-batches.
+PIPELINED = ("pipar", *CHAINS)
+#: Networks whose samples are rows of tokens, not images.
+TOKEN_MODELS = tuple(name for name in UNITS if name.startswith("decoder"))
+#: The channel takes no shorter secret.
+TOKEN_CHARACTERS = 8
 
 
 def check_whole(config: Config, models: tuple[str, ...] = ()) -> None:
@@ -36,10 +47,13 @@ def check_whole(config: Config, models: tuple[str, ...] = ()) -> None:
     Raises:
       ConfigError: The first field that cannot work, with value and remedy.
     """
-    if not re.fullmatch(r"[\w.+-]+", config.name) or config.name.strip(".") == "":
+    if not re.fullmatch(r"[\w.+-]{1,100}", config.name) or config.name.strip(".") == "":
         raise ConfigError(
-            f"name={config.name!r} names the run's folder: use letters, digits and . _ + - only"
+            f"name={config.name[:120]!r} names the run's folder: use letters, digits and . _ + - "
+            "only, 100 at most"
         )
+    if not config.run.dir:
+        raise ConfigError("run.dir is empty: name a folder, or . for the present one")
     _check_model(config, models)
     _check_data(config)
     aggregate_steps(config)
@@ -48,34 +62,118 @@ def check_whole(config: Config, models: tuple[str, ...] = ()) -> None:
     _check_cut(config.pipeline.cut, "pipeline.cut")
     _check_nodes(config)
     parse_cpus(config.server.cpus, "server.cpus")
-    for index in range(config.devices.count):
+    for index in distinct_devices(config):
         _check_device(config, index)
     for field in ("pipeline.activation_codec", "pipeline.cotangent_codec", "aggregation.codec"):
         _check_codec(config, field)
     _check_tls(config.network)
     _check_address(config.network, config.server.host, "server.host")
+    _check_ports(config)
+    _check_micro_batches(config)
+    if (units := UNITS.get(config.model.name)) is not None and config.model.name not in models:
+        check_plan(config, units)
+
+
+def check_plan(config: Config, units: Sequence[str]) -> None:
+    """Checks what depends on the model's units: every cut, and that hosts can do what follows.
+
+    Nothing is checked where the plan is the tuner's or the planner's to find.
+
+    Args:
+      config: A configuration whose fields fit one by one.
+      units: Names of the model's units, in order.
+
+    Raises:
+      ConfigError: A cut is not one of this model, or no host could carry the plan out.
+    """
+    from pipar_jax.methods import plan_for
+    from pipar_jax.runtime.moving import check_adaptable
+    from pipar_jax.runtime.share import check_executable
+
+    if config.method == AUTO or (config.method in CHAINS and not config.pipeline.cuts):
+        return
+    plan = plan_for(config, units)
+    try:
+        check_executable(plan)
+        if config.tuner.adapt:
+            check_adaptable(plan)
+    except PlanError as error:
+        raise ConfigError(
+            f"method={config.method} and pipeline.weights={config.pipeline.weights!r} do not go "
+            f"together here: {error}"
+        ) from error
+
+
+def distinct_devices(config: Config) -> list[int]:
+    """Returns devices that stand for all: those with overrides, and one without, if there is."""
+    own = config.devices.overrides
+    plain = next((index for index in range(config.devices.count) if index not in own), None)
+    # Sources have the index in them, but their form is the same for all.
+    return sorted([*own, *([] if plain is None else [plain])])
+
+
+def _check_micro_batches(config: Config) -> None:
+    """Checks that a mini-batch has a sample for each of its micro-batches."""
+    if config.method not in PIPELINED:
+        return
+    for index in distinct_devices(config):
+        number = device(config, index).micro_batches or 1
+        if number > config.data.batch_size:
+            if "micro_batches" in config.devices.overrides.get(index, {}):
+                field = f"devices.{index}.micro_batches"
+            elif config.devices.defaults.micro_batches is not None:
+                field = "devices.defaults.micro_batches"
+            else:
+                field = "pipeline.micro_batches"
+            raise ConfigError(
+                f"{field}={number} is more than data.batch_size={config.data.batch_size}, and a "
+                "micro-batch needs a sample: lower it, or raise data.batch_size"
+            )
+
+
+def _check_ports(config: Config) -> None:
+    """Checks that no two hosts are to listen at the same place."""
+    taken = {(config.server.host, config.server.port): "server.port"}
+    for index in range(1, config.nodes.count + 1):
+        one = node(config, index)
+        field = f"nodes.{index}.port"
+        if one.port and (other := taken.get((one.host, one.port))) is not None:
+            raise ConfigError(
+                f"{field}={one.port} at {one.host} is that of {other} too: give each host that "
+                "listens there a port of its own, or 0 for any free one"
+            )
+        taken[one.host, one.port] = field
 
 
 def _check_codec(config: Config, field: str) -> None:
     """Checks that a field names a codec of the channel."""
+    group, _, name = field.partition(".")
+    check_codec(getattr(getattr(config, group), name), field, config.model.dtype)
+
+
+def check_codec(text: str, field: str, dtype: str) -> None:
+    """Checks that a text names a codec of the channel that takes numbers of a type.
+
+    Raises:
+      ConfigError: It does not.
+    """
     import numpy as np
 
     from comms import CodecError, parse_codec
 
-    group, _, name = field.partition(".")
-    text = getattr(getattr(config, group), name)
     try:
         codec, parameter = parse_codec(text)
-        codec.check(np.dtype(config.model.dtype), parameter)
-    except CodecError as error:
-        raise ConfigError(f"{field}={text!r} does not fit: {error}") from error
+        codec.check(np.dtype(dtype), parameter)
+        codec.encoded_bytes(np.dtype(dtype), (1,), parameter)
+    except (CodecError, ValueError, OverflowError) as error:
+        raise ConfigError(f"{field}={text[:120]!r} does not fit: {error}") from error
 
 
 def _check_tls(network: NetworkConfig) -> None:
     """Checks that the files of TLS are there and complete."""
     for field in ("authority", "certificate", "key"):
         path = getattr(network, field)
-        if path and not pathlib.Path(path).expanduser().is_file():
+        if path and not pathlib.Path(path).is_file():
             raise ConfigError(f"network.{field}={path!r}: there is no such file")
     if bool(network.certificate) != bool(network.key):
         raise ConfigError(
@@ -112,7 +210,7 @@ def check_source(source: str, field: str) -> None:
 
 
 def fit_overrides(config: Config, group: str) -> dict[int, dict[str, Any]]:
-    """Returns the overrides of single devices or nodes as their fields hold them.
+    """Returns the overrides of single devices or nodes as their fields hold them, paths absolute.
 
     Args:
       config: The configuration.
@@ -137,7 +235,8 @@ def fit_overrides(config: Config, group: str) -> dict[int, dict[str, Any]]:
             if name not in known:
                 near = schema.did_you_mean(name, known)
                 raise ConfigError(f"{path} is not a field of the configuration{near}")
-            made[index][name] = schema.fit(known[name]._replace(path=path), value)
+            one = known[name]._replace(path=path)
+            made[index][name] = paths.expand(one, schema.fit(one, value))
     return made
 
 
@@ -158,13 +257,20 @@ def read_token(token: str | None) -> str | None:
         return os.environ[rest]
     if kind == "file":
         try:
-            token = pathlib.Path(rest).read_text().strip()
+            token = pathlib.Path(rest).read_text(encoding="utf-8").strip()
         except OSError as error:
             raise ConfigError(
                 f"network.token={token!r} cannot be read: {explain(error)}"
             ) from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"network.token={token!r} cannot be read: not a text file") from error
     if token == "":
         raise ConfigError("network.token is empty: give a secret, or none to go without")
+    if token is not None and len(token) < TOKEN_CHARACTERS:
+        raise ConfigError(
+            f"network.token has {len(token)} characters and needs {TOKEN_CHARACTERS} or more, best "
+            "random ones; so that it is not seen, give it as env:NAME or file:PATH"
+        )
     return token
 
 
@@ -176,9 +282,11 @@ def parse_cpus(text: str, field: str = "cpus") -> frozenset[int]:
     """
     cores: set[int] = set()
     for part in filter(None, text.replace(" ", "").split(",")):
-        found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        found = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part, re.ASCII)
         if found is None or int(found[2] or found[1]) < int(found[1]):
-            raise ConfigError(f"{field}={text!r} does not fit: it takes cores such as 0 or 1-3,5")
+            raise ConfigError(
+                f"{field}={text[:120]!r} does not fit: it takes cores such as 0 or 1-3,5"
+            )
         cores.update(range(int(found[1]), int(found[2] or found[1]) + 1))
     return frozenset(cores)
 
@@ -192,13 +300,17 @@ def is_loopback(host: str) -> bool:
 
 
 def _check_model(config: Config, models: tuple[str, ...]) -> None:
-    from stages.names import MODELS
-
-    known = (*MODELS, *models)
+    known = (*UNITS, *models)
     if config.model.name not in known:
         raise ConfigError(
             f"model.name={config.model.name!r} is no network"
             f"{schema.did_you_mean(config.model.name, known)} (it takes {', '.join(known)})"
+        )
+    name = config.model.name
+    if name in TOKEN_MODELS and name not in models and config.data.source in PUBLIC_SOURCES:
+        raise ConfigError(
+            f"model.name={name!r} takes rows of tokens, and data.source={config.data.source!r} has "
+            "images: choose another network, or tokens of your own (npz:PATH, module:NAME:FUNCTION)"
         )
 
 
@@ -236,8 +348,6 @@ def _check_data(config: Config) -> None:
 
 def _check_tuner(config: Config) -> None:
     """Checks the tuner's lists, names that are known and whole numbers, and what may adapt."""
-    from comms import codec, errors
-
     if config.tuner.times == "predicted" and config.model.dtype != "float32":
         raise ConfigError(
             f"tuner.times=predicted knows float32 alone, and model.dtype={config.model.dtype}: "
@@ -249,7 +359,7 @@ def _check_tuner(config: Config) -> None:
     }
     for name in ("methods", "dispatch", "codecs", "micro_batches", "sizes"):
         field, text = f"tuner.{name}", getattr(config.tuner, name)
-        parts = [part.strip() for part in text.split(",") if part.strip()]
+        parts = _words(text)
         if not parts and name != "codecs":
             raise ConfigError(f"{field} is empty: name at least one, several with commas between")
         for part in parts:
@@ -259,15 +369,18 @@ def _check_tuner(config: Config) -> None:
                     f"{schema.did_you_mean(part, known[name])} (known: {', '.join(known[name])})"
                 )
             if name == "codecs" and text != "auto":
-                try:
-                    codec.parse_codec(part)
-                except errors.CodecError as error:
-                    raise ConfigError(f"{field}={text!r}: {error}") from error
+                check_codec(part, field, config.model.dtype)
             numbers = name == "micro_batches" or (name == "sizes" and text != "auto")
-            if numbers and not (part.isdecimal() and int(part) > 0):
+            if numbers and not re.fullmatch(r"0*[1-9]\d{0,8}", part, re.ASCII):
                 raise ConfigError(
-                    f"{field}={text!r}: {part!r} is no positive whole number; write 2,4,8"
+                    f"{field}={text[:120]!r}: {part[:20]!r} is not a positive whole number below "
+                    "10^9; write 2,4,8"
                 )
+    _check_tuner_numbers(config)
+    if config.tuner.codecs:
+        from pipar_jax.tuner import codec_choice
+
+        codec_choice.pairs(config)
     if config.tuner.adapt and config.method not in CHAINS:
         if config.pipeline.weights == "shared":
             raise ConfigError(
@@ -288,6 +401,25 @@ def _check_tuner(config: Config) -> None:
                 f"{config.method}, whose plans change between device and server only; use method="
                 f"{' or '.join(CHAINS)}, set nodes.count=0, or tuner.adapt=false"
             )
+
+
+def _words(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _check_tuner_numbers(config: Config) -> None:
+    """Checks the tuner's lists of numbers against the mini-batch that they are parts of."""
+    tuner, batch = config.tuner, config.data.batch_size
+    if min(map(int, _words(tuner.micro_batches))) > batch:
+        raise ConfigError(
+            f"tuner.micro_batches={tuner.micro_batches!r}: each is more than data.batch_size="
+            f"{batch}, and a micro-batch needs a sample: name smaller ones"
+        )
+    if tuner.sizes != "auto" and (most := max(map(int, _words(tuner.sizes)))) > batch:
+        raise ConfigError(
+            f"tuner.sizes={tuner.sizes!r}: no host computes {most} samples at a time, since "
+            f"data.batch_size={batch}: name sizes up to it"
+        )
 
 
 def _check_device(config: Config, index: int) -> None:
@@ -357,13 +489,25 @@ def _check_link(link: str, field: str) -> None:
     from comms.shaping import parse_link
 
     try:
-        parse_link(link)
+        shapes = parse_link(link)
     except (ChannelError, ValueError) as error:
-        raise ConfigError(f"{field}={link!r}: {error}") from error
+        raise ConfigError(f"{field}={link[:120]!r}: {error}") from error
+    for shape in shapes:
+        rates = [rate for rate in (shape.rate_mbps, *(r for _, r in shape.schedule)) if rate]
+        if shape.delay_s > LONGEST_S or any(not 1e-6 <= rate <= 1e9 for rate in rates):
+            raise ConfigError(
+                f"{field}={link[:120]!r}: rates lie between 1e-6 and 1e9 Mbit/s, and a delay is at "
+                f"most {LONGEST_S:g} s"
+            )
 
 
 def _check_address(network: NetworkConfig, host: str, field: str) -> None:
     """Checks that what other machines can reach is protected, or allowed in so many words."""
+    if not re.fullmatch(r"[\w.:%-]{1,253}", host):
+        raise ConfigError(
+            f"{field}={host[:120]!r} is not an address: give an IP address or a host's name, and "
+            "the port as a field of its own"
+        )
     if not (is_loopback(host) or network.token or network.insecure):
         raise ConfigError(
             f"{field}={host!r} can be reached from other machines, and "

@@ -37,6 +37,9 @@ RULES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
 PLATFORMS = ("auto", "cpu", "cuda", "tpu")
 TRACED = ("all", "ends", "none")
 HIDDEN_TOKEN = "(hidden)"
+#: Systems wait for so many seconds at a time, and not for much longer.
+LONGEST_S = 1e6
+SLOWEST = 1e6
 
 
 @dataclasses.dataclass
@@ -57,11 +60,13 @@ class DataConfig:
         "digits",
         f"data set: {', '.join(PUBLIC_SOURCES)}, or your own: npz:PATH or module:NAME:FUNCTION "
         "({device} in it becomes the device's index)",
+        path="npz:",
     )
     test_source: str = option(
         "",
         "for own data: where the server reads the test set (npz:PATH, module:NAME:FUNCTION); "
         "empty: as `source`",
+        path="npz:",
     )
     classes: int = option(
         0, "for own data: number of classes; 0: as the data say, or highest label + 1", at_least=0
@@ -74,11 +79,14 @@ class DataConfig:
         "",
         "folder of public sets, as published or as TFDS prepares them; empty: TFDS's own default, "
         "and what was fetched",
+        path="",
     )
     download: bool = option(
         True, "fetch a public set that is not there: into data_dir, or the user's cache folder"
     )
-    cache_dir: str = option("", "folder for decoded arrays; empty: the user's cache folder")
+    cache_dir: str = option(
+        "", "folder for decoded arrays; empty: the user's cache folder", path=""
+    )
     partition: str = option("iid", "how a public set is dealt to the devices", choices=PARTITIONS)
     alpha: float = option(
         0.5, "dirichlet, quantity: concentration; smaller is more unequal", above=0
@@ -166,7 +174,12 @@ class PipelineConfig:
         "raw", "how activations are coded on links: raw, bfloat16, float16, int8, int4, bits:6, …"
     )
     cotangent_codec: str = option("raw", "how cotangents are coded on links")
-    window_mb: float = option(32.0, "megabytes a link may hold unread before it waits", above=0)
+    window_mb: float = option(
+        32.0,
+        "megabytes a link may hold unread before it waits",
+        at_least=0.001,
+        at_most=1e6,
+    )
 
 
 @dataclasses.dataclass
@@ -177,10 +190,13 @@ class DeviceConfig:
         "none",
         "4g, 4g+, wifi, lan, none, UP/DOWN[/DELAYms] in Mbit/s, or trace:FILE, a CSV of rates over "
         "time (time_s,up_mbps,down_mbps)",
+        path="trace:",
     )
-    slowdown: float = option(1.0, "computations last so many times longer", at_least=1)
+    slowdown: float = option(
+        1.0, "computations last so many times longer", at_least=1, at_most=SLOWEST
+    )
     slowdown_trace: str = option(
-        "", "CSV of further factors over time (time_s,slowdown); empty: none"
+        "", "CSV of further factors over time (time_s,slowdown); empty: none", path=""
     )
     cpus: str = option("", "cores to run on, such as 0 or 1-3,5; empty: any")
     platform: str = option("cpu", "where jax computes", choices=PLATFORMS)
@@ -188,7 +204,7 @@ class DeviceConfig:
     rematerialise: bool = option(False, "compute forward passes twice instead of keeping residuals")
     cut: int | str | None = option(None, "this device's cut; none: pipeline.cut")
     micro_batches: int | None = option(None, "none: pipeline.micro_batches", at_least=1)
-    data_source: str | None = option(None, "this device's own data; none: data.source")
+    data_source: str | None = option(None, "this device's own data; none: data.source", path="npz:")
 
 
 @dataclasses.dataclass
@@ -199,7 +215,7 @@ class DevicesConfig:
       overrides: Index to the fields in which that device differs: ``{1: {"link": "4g"}}``.
     """
 
-    count: int = option(2, "number of devices", at_least=1)
+    count: int = option(2, "number of devices", at_least=1, at_most=10_000)
     defaults: DeviceConfig = dataclasses.field(default_factory=DeviceConfig)
     overrides: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
@@ -210,8 +226,12 @@ class NodeConfig:
 
     host: str = option("127.0.0.1", "address at which its neighbours reach it")
     port: int = option(0, "port to listen on; 0: any free one", at_least=0, at_most=65535)
-    link: str = option("none", "its link to the next node, as a device's to its neighbours")
-    slowdown: float = option(1.0, "computations last so many times longer", at_least=1)
+    link: str = option(
+        "none", "its link to the next node, as a device's to its neighbours", path="trace:"
+    )
+    slowdown: float = option(
+        1.0, "computations last so many times longer", at_least=1, at_most=SLOWEST
+    )
     cpus: str = option("", "cores to run on, such as 0 or 1-3,5; empty: any")
     memory_mb: float = option(
         0.0, "memory for weights, activations and temporaries; a plan above it is refused; 0: any",
@@ -229,7 +249,9 @@ class NodesConfig:
       overrides: Index to the fields in which that node differs: ``{2: {"slowdown": 4.0}}``.
     """
 
-    count: int = option(0, "number of compute nodes in a chain (mpsl, accept)", at_least=0)
+    count: int = option(
+        0, "number of compute nodes in a chain (mpsl, accept)", at_least=0, at_most=1000
+    )
     defaults: NodeConfig = dataclasses.field(default_factory=NodeConfig)
     overrides: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
@@ -240,7 +262,9 @@ class ServerConfig:
 
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(0, "port to listen on; 0: any free one", at_least=0, at_most=65535)
-    slowdown: float = option(1.0, "computations last so many times longer", at_least=1)
+    slowdown: float = option(
+        1.0, "computations last so many times longer", at_least=1, at_most=SLOWEST
+    )
     cpus: str = option("", "cores to run on, such as 0 or 1-3,5; empty: any")
     memory_mb: float = option(0.0, "auto: memory that a plan may take; 0: any", at_least=0)
     rematerialise: bool = option(False, "compute forward passes twice instead of keeping residuals")
@@ -251,11 +275,19 @@ class ServerConfig:
 class NetworkConfig:
     """How hosts find, trust and give up on each other."""
 
-    token: str | None = option(None, "shared secret; env:NAME or file:PATH reads it from there")
+    token: str | None = option(
+        None,
+        "shared secret of 8 characters or more; env:NAME or file:PATH reads it from there",
+        path="file:",
+    )
     insecure: bool = option(False, "allow an address beyond this machine without a token")
-    authority: str = option("", "TLS: PEM file of the authority that signs the peer's certificate")
-    certificate: str = option("", "TLS: PEM file of this host's certificate; the server needs one")
-    key: str = option("", "TLS: PEM file of this host's private key")
+    authority: str = option(
+        "", "TLS: PEM file of the authority that signs the peer's certificate", path=""
+    )
+    certificate: str = option(
+        "", "TLS: PEM file of this host's certificate; the server needs one", path=""
+    )
+    key: str = option("", "TLS: PEM file of this host's private key", path="")
     require_certificate: bool = option(False, "TLS: the server asks devices for one as well")
     checksum: str = option(
         "auto",
@@ -263,21 +295,29 @@ class NetworkConfig:
         choices=("auto", "on", "off"),
     )
     resume_s: float = option(
-        0.0, "seconds in which a cut link may come back and go on; 0: it is lost", at_least=0
+        0.0,
+        "seconds in which a cut link may come back and go on; 0: it is lost",
+        at_least=0,
+        at_most=LONGEST_S,
     )
-    deadline_s: float = option(10.0, "a silent peer is lost after so many seconds", above=0)
-    join_timeout_s: float = option(60.0, "seconds to wait for a host to appear", above=0)
+    deadline_s: float = option(
+        10.0, "a silent peer is lost after so many seconds", above=0, at_most=LONGEST_S
+    )
+    join_timeout_s: float = option(
+        60.0, "seconds to wait for a host to appear", above=0, at_most=LONGEST_S
+    )
     progress_s: float = option(
         0.0,
         "seconds without progress after which a run ends, though all peers answer; 0: 300, or 20 "
         "times the longest action if that is longer",
         at_least=0,
+        at_most=LONGEST_S,
     )
 
 
 @dataclasses.dataclass
 class TunerConfig:
-    """How method=auto and experiments.plan choose: by hosts' times, for the shortest epoch."""
+    """How method=auto and pipar plan choose: by hosts' times, for the shortest epoch."""
 
     select: str = option(
         "search", "all plans, or the paper's own formulas", choices=("search", "paper")
@@ -314,14 +354,16 @@ class TunerConfig:
     gain: float = option(
         0.1, "adapt: share of the time that another plan must save", above=0, below=1
     )
-    look_s: float = option(2.0, "adapt: seconds between two looks at speeds and links", above=0)
+    look_s: float = option(
+        2.0, "adapt: seconds between two looks at speeds and links", above=0, at_most=LONGEST_S
+    )
 
 
 @dataclasses.dataclass
 class RunConfig:
     """What a run leaves behind and tells."""
 
-    dir: str = option("runs", "folder in which each run gets a folder of its own")
+    dir: str = option("runs", "folder in which each run gets a folder of its own", path="")
     trace: str = option(
         "all",
         "record every action's time: in all rounds, at both ends (the first and the last three), "
@@ -333,7 +375,9 @@ class RunConfig:
     )
     compile_cache: bool = option(True, "keep compiled programs in the user's cache folder")
     evaluate_every: int = option(1, "rounds between two evaluations; 0: only the last", at_least=0)
-    progress_every_s: float = option(0.5, "seconds between two progress events", at_least=0)
+    progress_every_s: float = option(
+        0.5, "seconds between two progress events", at_least=0, at_most=LONGEST_S
+    )
 
 
 @dataclasses.dataclass
@@ -363,8 +407,8 @@ class Config:
 def resolve(config: Config, *, models: tuple[str, ...] = ()) -> Config:
     """Checks a configuration as a whole and returns a complete copy.
 
-    Numbers become floats where the field is one, a token kept elsewhere is read, and overrides
-    are checked device by device.
+    Numbers become floats where the field is one, paths become absolute, a token kept elsewhere is
+    read, and overrides are checked device by device.
 
     Args:
       config: What a preset or a caller made; not changed.
@@ -373,12 +417,13 @@ def resolve(config: Config, *, models: tuple[str, ...] = ()) -> Config:
     Raises:
       ConfigError: A field cannot work; the message names it, its value and the remedy.
     """
-    from pipar_jax import checks  # above this module: it knows links and sources
+    from pipar_jax import checks, paths  # above this module: they know links and sources
 
     made = copy.deepcopy(config)
     schema.check(made)
     made.devices.overrides = checks.fit_overrides(made, "devices")
     made.nodes.overrides = checks.fit_overrides(made, "nodes")
+    paths.expand_all(made)
     made.network.token = checks.read_token(made.network.token)
     checks.check_whole(made, models)
     return made
@@ -450,11 +495,11 @@ def aggregate_steps(config: Config) -> int:
     every = config.aggregation.every.strip()
     if every == "epoch":
         return 0
-    found = re.fullmatch(r"(\d+)( steps?)?", every)
+    found = re.fullmatch(r"(\d{1,9})( steps?)?", every, re.ASCII)
     if found is None or int(found[1]) < 1:
         raise ConfigError(
-            f"aggregation.every={config.aggregation.every!r} does not fit: it takes epoch, or a "
-            "number of steps such as '10 steps'"
+            f"aggregation.every={config.aggregation.every[:99]!r} does not fit: it takes epoch, or "
+            "a number of steps such as '10 steps'"
         )
     return int(found[1])
 
@@ -549,14 +594,14 @@ def difference(ours: Config, theirs: Config) -> list[str]:
 
 
 _LOCAL = ("name", "debug", "run.", "tuner.", "server.", "network.", "devices.defaults.",
-          "nodes.defaults.", "data.data_dir", "data.download", "data.cache_dir", "data.source",
-          "data.test_source")  # fmt: skip
+          "nodes.defaults.", "data.download")  # fmt: skip
 
 
 def _shared(config: Config) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for one in schema.options(Config):
-        if not one.path.startswith(_LOCAL):
+        is_path = one.field.metadata["path"] is not None  # each machine has files of its own
+        if not (is_path or one.path.startswith(_LOCAL)):
             value: Any = config
             for name in one.path.split("."):
                 value = getattr(value, name)

@@ -1,7 +1,8 @@
-"""The command line of the binaries: a preset, its fields as flags, and help that knows them all.
+"""The command line of binaries with a configuration: a preset, and its fields as flags.
 
 Every argument is checked against the schema before absl and ml_collections see it, because left
-alone they answer an unknown field with a KeyError and list one flag under ``--help``.
+alone they answer an unknown field with a KeyError and list one flag under ``--help``. Binaries
+without a configuration are in ``plain_flags``.
 """
 
 from __future__ import annotations
@@ -21,15 +22,14 @@ from absl import app
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
-from pipar_jax import plugins, schema
+from pipar_jax import __version__, paths, plugins, schema
 from pipar_jax.config import Config, DeviceConfig, NodeConfig, resolve
 from pipar_jax.errors import ConfigError
-from pipar_jax.process import INTERRUPTED, leave, perform
+from pipar_jax.process import INTERRUPTED, WRONG_USE, leave, open_streams, perform
 from pipar_jax.schema import Option, option
 
 E = TypeVar("E")
 
-_WRONG_USE = 2
 _HOST = re.compile(r"(devices|nodes)\.(\d+)\.(\w+)")
 _HOSTS = {"devices": DeviceConfig, "nodes": NodeConfig}
 #: Types that ml_collections' flags can set; the others (unions, none, devices) are set here.
@@ -45,8 +45,12 @@ class NoFlags:
 class Common:
     """Flags that every binary has."""
 
-    config: str = option("", "preset to start from: a name listed above, or a file of your own")
+    config: str = option(
+        "", "preset to start from: a name listed above, or a file of your own, such as ./mine.py"
+    )
+    flagfile: str = option("", "file with further flags, one in a line")
     debug: bool = option(False, "show tracebacks (short for --config.debug)")
+    version: bool = option(False, "print the version and end")
     help: bool = option(False, "print this and end")
 
 
@@ -54,14 +58,15 @@ class Parsed(NamedTuple, Generic[E]):
     """What a command line says.
 
     Attributes:
-      config: The preset with its overrides, not resolved yet; None if only help is wanted.
+      config: The preset with its overrides, not resolved yet; the defaults if only a text is
+        wanted.
       extra: The binary's own flags.
-      help: The help text if it is asked for, else empty.
+      text: What is to be printed and nothing else done, for --help and --version; else empty.
     """
 
     config: Config
     extra: E
-    help: str
+    text: str
 
 
 def run(
@@ -69,8 +74,9 @@ def run(
     extra: type[E],
     *,
     doc: str,
-    module: str,
+    name: str,
     presets: pathlib.Path,
+    preset: str = "",
 ) -> NoReturn:
     """Parses the command line, runs a binary's main under absl and ends the process.
 
@@ -81,21 +87,27 @@ def run(
       main: Takes the resolved configuration and the binary's own flags.
       extra: Dataclass of ``option`` fields: the binary's own flags.
       doc: What the binary does; its help begins with it.
-      module: Name that follows ``python -m``, for the help.
+      name: Name that follows ``pipar``, for the help.
       presets: Folder of the presets that can be named without a path.
+      preset: The preset where the command line names none; empty: it has to.
     """
-    debug = any(argument.lstrip("-") in ("debug", "config.debug") for argument in sys.argv[1:])
+    open_streams()
+    debug = False
     try:
-        parsed = parse(sys.argv[1:], extra, doc=doc, module=module, presets=presets)
-        if parsed.help:
-            print(parsed.help)
+        arguments = read_flagfiles(sys.argv[1:])
+        debug = any(one.lstrip("-") in ("debug", "config.debug") for one in arguments)
+        if preset:  # one that the user names comes later and wins
+            arguments.insert(0, f"--config={preset}")
+        parsed = parse(arguments, extra, doc=doc, name=name, presets=presets)
+        if parsed.text:
+            print(parsed.text, flush=True)
             leave(0)
         config = resolve(parsed.config)
     except ConfigError as error:
         if debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
-        leave(_WRONG_USE)
+        leave(WRONG_USE)
     except KeyboardInterrupt:
         leave(INTERRUPTED)
     except BrokenPipeError:  # somebody read the head of the help
@@ -113,8 +125,23 @@ def run(
     app.run(body, argv=sys.argv[:1])
 
 
+def read_flagfiles(arguments: list[str]) -> list[str]:
+    """Returns a command line with the flags of every ``--flagfile`` in its place.
+
+    Raises:
+      ConfigError: A file cannot be read.
+    """
+    try:
+        # Always as GNU's tools do: what is no flag may stand between flags.
+        values = absl_flags.FlagValues()  # type: ignore[no-untyped-call]
+        found: list[str] = values.read_flags_from_files(arguments, force_gnu=True)  # type: ignore[no-untyped-call]
+    except (absl_flags.Error, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--flagfile cannot be read: {' '.join(str(error).split())}") from error
+    return found
+
+
 def parse(
-    arguments: list[str], extra: type[E], *, doc: str, module: str, presets: pathlib.Path
+    arguments: list[str], extra: type[E], *, doc: str, name: str, presets: pathlib.Path
 ) -> Parsed[E]:
     """Reads a command line.
 
@@ -122,7 +149,7 @@ def parse(
       arguments: What follows the program's name.
       extra: Dataclass of the binary's own flags.
       doc: What the binary does.
-      module: Name that follows ``python -m``.
+      name: Name that follows ``pipar``.
       presets: Folder of the presets that can be named without a path.
 
     Raises:
@@ -133,22 +160,25 @@ def parse(
     fields = {f"config.{one.path}": one for one in schema.options(Config)}
     values: dict[str, Any] = {}
     changes: dict[str, tuple[Option, str]] = {}
-    for name, text in _pairs(arguments, {**own, **fields}):
-        if name in own:
-            values[name] = schema.parse(own[name]._replace(path=f"--{name}"), text)
+    for flag, text in _pairs(arguments, {**own, **fields}):
+        if flag in own:
+            one = own[flag]._replace(path=f"--{flag}")
+            values[flag] = paths.expand(one, schema.parse(one, text))
         else:
-            one = fields.get(name) or _find_host(name)
-            schema.parse(one._replace(path=f"--{name}"), text)
+            one = fields.get(flag) or _find_host(flag)
+            schema.parse(one._replace(path=f"--{flag}"), text)
             changes[one.path] = (one, text)
     if values.pop("debug", False):
         changes["debug"] = (fields["config.debug"], "true")
-    name, wants_help = values.pop("config", ""), values.pop("help", False)
-    if not name and not wants_help:
+    preset, wants_help = values.pop("config", ""), values.pop("help", False)
+    if values.pop("version", False):
+        return Parsed(Config(), extra(**values), f"pipar {__version__}")
+    if not preset and not wants_help:
         known = ", ".join(_preset_names(presets))
         raise ConfigError(f"--config is missing: name a preset ({known}) or a file of your own")
-    config = load_preset(name, presets) if name else Config()
+    config = load_preset(preset, presets) if preset else Config()
     config = _apply(config, changes)
-    text = make_help(config, extra, doc=doc, module=module, presets=presets) if wants_help else ""
+    text = make_help(config, extra, doc=doc, name=name, presets=presets) if wants_help else ""
     return Parsed(config, extra(**values), text)
 
 
@@ -168,19 +198,20 @@ def load_preset(name: str, presets: pathlib.Path) -> Config:
     """Returns what a preset's ``get_config`` makes.
 
     Args:
-      name: A file, or the name of one in ``presets``.
+      name: The name of a preset in ``presets``, or a file: what has a folder or ``.py`` in it is
+        looked for as a file first.
       presets: Folder of the presets that can be named without a path.
 
     Raises:
       ConfigError: There is no such file, or it does not make a configuration.
     """
-    path = pathlib.Path(name).expanduser()
-    if not path.is_file() and path.parent == pathlib.Path():
-        path = presets / f"{path.stem}.py"
-    if not path.is_file():
+    path = _find_preset(name, presets)
+    if path is None:
         known = _preset_names(presets)
         near = schema.did_you_mean(pathlib.Path(name).stem, known)
-        raise ConfigError(f"--config={name} is no preset{near} (known: {', '.join(known)})")
+        raise ConfigError(
+            f"--config={name} is not a preset{near} (known: {', '.join(known)}, or a file)"
+        )
     spec = importlib.util.spec_from_file_location(f"_pipar_preset_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"--config={name} must be a Python file with a function get_config()")
@@ -197,7 +228,7 @@ def load_preset(name: str, presets: pathlib.Path) -> Config:
 
 
 def make_help(
-    config: Config, extra: type[Any], *, doc: str, module: str, presets: pathlib.Path
+    config: Config, extra: type[Any], *, doc: str, name: str, presets: pathlib.Path
 ) -> str:
     """Returns the whole help: usage, the binary's flags, and every field with its value.
 
@@ -205,25 +236,25 @@ def make_help(
       config: Whose values are shown as the present ones.
       extra: Dataclass of the binary's own flags.
       doc: What the binary does.
-      module: Name that follows ``python -m``.
+      name: Name that follows ``pipar``.
       presets: Folder of the presets.
     """
-    width = min(shutil.get_terminal_size((100, 24)).columns, 110)
+    width = terminal_width()
     parts = [
         doc.strip(),
-        f"usage: python -m {module} --config=PRESET [--config.FIELD=VALUE ...]",
+        f"usage: pipar {name} --config=PRESET [--config.FIELD=VALUE ...]",
         f"presets: {', '.join(_preset_names(presets))}",
     ]
     own = [*schema.options(extra), *schema.options(Common)]
     rows = [(f"--{one.path}", one.text) for one in own]
-    parts.append("\n".join(["flags:", *_two_columns(rows, width)]))
+    parts.append("\n".join(["flags:", *two_columns(rows, width)]))
     kinds = {field.name: type(getattr(config, field.name)) for field in dataclasses.fields(config)}
     groups: dict[str, list[tuple[str, str]]] = {}
     for one in schema.options(Config):
         group, _, _ = one.path.rpartition(".")
         value: Any = config
-        for name in one.path.split("."):
-            value = getattr(value, name)
+        for field in one.path.split("."):
+            value = getattr(value, field)
         if one.path == "network.token" and value is not None:
             value = "(hidden)"
         takes = "" if one.expects == "a text" else f"; {one.expects}"
@@ -232,7 +263,7 @@ def make_help(
     for group, rows in groups.items():
         kind = _HOSTS.get(group.removesuffix(".defaults")) or kinds.get(group, Config)
         about = (kind.__doc__ or "").strip().splitlines()[0]
-        parts.append("\n".join([f"{group or 'run'}: {about}", *_two_columns(rows, width)]))
+        parts.append("\n".join([f"{group or 'run'}: {about}", *two_columns(rows, width)]))
     parts.append(
         "one device or node:\n"
         + "\n".join(
@@ -255,7 +286,7 @@ def _pairs(arguments: list[str], known: dict[str, Option]) -> Iterable[tuple[str
         argument = rest.pop(0)
         found = re.fullmatch(r"--?([A-Za-z][\w.-]*)(?:=(.*))?", argument, re.DOTALL)
         if found is None:
-            raise ConfigError(f"{argument!r} is no flag: flags look like --config.epochs=3")
+            raise ConfigError(f"{argument!r} is not a flag: flags look like --config.epochs=3")
         name, text = found[1], found[2]
         if name in ("h", "helpfull", "helpshort"):
             name = "help"
@@ -314,6 +345,26 @@ def _apply(config: Config, changes: dict[str, tuple[Option, str]]) -> Config:
     return made
 
 
+def terminal_width() -> int:
+    """Returns how many characters wide help is printed."""
+    return min(shutil.get_terminal_size((100, 24)).columns, 110)
+
+
+def _find_preset(name: str, presets: pathlib.Path) -> pathlib.Path | None:
+    """Returns the file that a preset's name or path means, or None."""
+    try:
+        path = pathlib.Path(name).expanduser()
+    except RuntimeError:  # ~somebody, whom this system does not know
+        return None
+    listed = presets / f"{path.stem}.py"
+    bare = path.parent == pathlib.Path() and not name.startswith(".")
+    # A file of the user's that happens to be called as a preset is does not hide it.
+    places = [path]
+    if bare:
+        places = [path, listed] if path.suffix else [listed, path]
+    return next((place for place in places if place.is_file()), None)
+
+
 def _preset_names(presets: pathlib.Path) -> list[str]:
     return sorted(path.stem for path in presets.glob("*.py") if not path.stem.startswith("_"))
 
@@ -322,7 +373,13 @@ def _as_text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
-def _two_columns(rows: list[tuple[str, str]], width: int) -> list[str]:
+def two_columns(rows: list[tuple[str, str]], width: int) -> list[str]:
+    """Returns lines with names at the left and their texts, wrapped, at the right.
+
+    Args:
+      rows: (name, text).
+      width: Characters of the longest line.
+    """
     left = min(max(len(name) for name, _ in rows) + 4, 44)
     lines: list[str] = []
     for name, text in rows:

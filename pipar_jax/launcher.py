@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pipar_jax import data, errors
+from pipar_jax import data, errors, machine
 from pipar_jax.config import Config, nodes, resolve, to_json
 from pipar_jax.errors import DiskError, PiparError, RunError
 from pipar_jax.files import describe_os_error, write_text
@@ -56,6 +56,7 @@ def launch(
       KeyboardInterrupt: Ctrl-C; all processes are ended then.
     """
     config = resolve(config)
+    machine.check(config, machine.all_hosts(config))
     data.prepare(config)
     folder = create_folder(config)
     with _Hosts(config, folder, on_event or (lambda event: None), process_module) as hosts:
@@ -71,7 +72,7 @@ def create_folder(config: Config) -> pathlib.Path:
     Raises:
       DiskError: The folder cannot be made or written.
     """
-    base, wanted = pathlib.Path(config.run.dir).expanduser(), config.name
+    base, wanted = pathlib.Path(config.run.dir), config.name
     number = 1
     try:
         base.mkdir(parents=True, exist_ok=True)
@@ -254,7 +255,8 @@ class _Hosts:
         return {**self._summary, "folder": str(self._folder)}
 
     def _start(self, name: str) -> None:
-        command = [sys.executable, "-m", self._module, f"--name={name}"]
+        # -P: a package in the present folder must not hide one of ours by its name.
+        command = [sys.executable, "-P", "-m", self._module, f"--name={name}"]
         command.append(f"--config={self._folder / 'config.json'}")
         child = _Child(name, command, self._folder, self._config.network.token)
         self._children.append(child)

@@ -5,6 +5,7 @@ The engine never sees the name. Add a method by adding a function here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 from pipar_jax import config as configuration
@@ -92,15 +93,17 @@ def cut_position(cut: int | str, units: Sequence[str], field: str = "pipeline.cu
       ConfigError: It is not a position between two units of this model.
     """
     listed = ", ".join(f"{i + 1} {name}" for i, name in enumerate(units[:-1]))
-    if isinstance(cut, str) and not cut.isdigit():
+    if isinstance(cut, str) and not re.fullmatch(r"\d{1,9}", cut, re.ASCII):
         if cut not in units[:-1]:
             near = did_you_mean(cut, units[:-1])
-            raise ConfigError(f"{field}={cut!r} is no unit to cut after{near} (cuts: {listed})")
+            raise ConfigError(
+                f"{field}={cut[:120]!r} is not a unit to cut after{near} (cuts: {listed})"
+            )
         return units.index(cut) + 1
     position = int(cut)
     if not 0 < position < len(units):
         raise ConfigError(
-            f"{field}={position} is no cut of this model of {len(units)} units: "
+            f"{field}={position} is not a cut of this model of {len(units)} units: "
             f"use 1 to {len(units) - 1} (cuts: {listed})"
         )
     return position
@@ -113,7 +116,10 @@ def _two_hosts(config: Config, units: Sequence[str], *, pipelined: bool) -> tupl
     for index in range(config.devices.count):
         one = configuration.device(config, index)
         own = "cut" in config.devices.overrides.get(index, {})
-        field = f"devices.{index}.cut" if own else "pipeline.cut"
+        shared = (
+            "devices.defaults.cut" if config.devices.defaults.cut is not None else "pipeline.cut"
+        )
+        field = f"devices.{index}.cut" if own else shared
         assert one.cut is not None and one.micro_batches is not None  # device() fills them in
         cut = cut_position(one.cut, units, field)
         micro_batches = one.micro_batches if pipelined else 1

@@ -16,7 +16,8 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
-from pipar_jax.errors import RunError
+from pipar_jax import errors
+from pipar_jax.errors import PiparError, RunError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -93,9 +94,11 @@ class PinnedProcess:
     ) -> None:
         self.name = name
         context = multiprocessing.get_context("spawn")
+        # A package in the present folder must not hide one of ours by its name.
+        variables = {"PYTHONSAFEPATH": "1", **(variables or {})}
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs,), name=name, daemon=True)
-        with pinned(cores), environment(variables or {}):
+        with pinned(cores), environment(variables):
             self._process.start()
         theirs.close()
 
@@ -103,17 +106,22 @@ class PinnedProcess:
         """Calls ``function`` in the process and returns its result.
 
         Raises:
-            RunError: The function raised, or the process ended; the message holds its traceback.
+            PiparError: The function raised it: a foreseen error keeps its kind and its one line.
+            RunError: The function raised something else, and the message holds its traceback; or
+                the process ended.
         """
         self._pipe.send((function, args, kwargs))
         try:
-            result, failure = self._pipe.recv()
+            result, foreseen, failure = self._pipe.recv()
         except EOFError:
             self._process.join(END_S)
             raise RunError(
                 f"process {self.name} ended (exit code {self._process.exitcode}) while it ran "
                 f"{_name(function)}; see its last lines above"
             ) from None
+        if foreseen is not None:
+            kind: type[PiparError] = getattr(errors, foreseen[0], RunError)
+            raise kind(foreseen[1])
         if failure is not None:
             raise RunError(f"{_name(function)} failed in process {self.name}:\n{failure}")
         return result  # type: ignore[no-any-return]
@@ -151,7 +159,7 @@ def run_pinned(
     """Calls ``function`` in a fresh process on ``cores`` and returns its result.
 
     Raises:
-        RunError: As ``PinnedProcess.call``.
+        PiparError: As ``PinnedProcess.call``.
     """
     with PinnedProcess(_name(function), cores=cores, variables=variables) as process:
         return process.call(function, *args, **kwargs)
@@ -168,11 +176,13 @@ def _serve(pipe: Connection) -> None:
             function, args, kwargs = pipe.recv()
         except (EOFError, KeyboardInterrupt):
             return
-        result, failure = None, None
+        result, foreseen, failure = None, None, None
         try:
             result = function(*args, **kwargs)
         except KeyboardInterrupt:
             return
+        except PiparError as error:
+            foreseen = type(error).__name__, str(error)
         except Exception:  # whatever it is, it is handed over whole, and call() raises it
             failure = traceback.format_exc()
-        pipe.send((result, failure))
+        pipe.send((result, foreseen, failure))

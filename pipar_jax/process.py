@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 import stages
 from comms.errors import explain
 from pipar_jax import config as configuration
-from pipar_jax.checks import parse_cpus
+from pipar_jax import machine
 from pipar_jax.config import HIDDEN_TOKEN, Config, from_json
 from pipar_jax.data.cache import user_cache
 from pipar_jax.errors import ConfigError, PiparError
@@ -36,6 +36,7 @@ from pipar_jax.plan import COORDINATOR, is_node
 
 #: Hands the shared secret to child processes: neither files nor command lines show it.
 TOKEN_VARIABLE = "PIPAR_TOKEN"
+WRONG_USE = 2
 INTERRUPTED = 130
 
 Tell = Callable[[dict[str, Any]], None]
@@ -56,17 +57,8 @@ def set_environment(config: Config, name: str) -> None:
       ConfigError: The cores asked for do not exist, or this system cannot pin.
     """
     stages.retain_memory()
-    host, field = configuration.host(config, name), f"{configuration.host_field(name)}.cpus"
-    cores = parse_cpus(host.cpus, field)
-    if cores:
-        if not hasattr(os, "sched_setaffinity"):
-            raise ConfigError(f"{field}={host.cpus!r}: this system cannot pin a process to cores")
-        free = os.sched_getaffinity(0)
-        if not cores <= free:
-            raise ConfigError(
-                f"{field}={host.cpus!r} names cores that this process may not use: it has "
-                f"{', '.join(map(str, sorted(free)))}"
-            )
+    host = configuration.host(config, name)
+    if cores := machine.find_cores(config, name):
         os.sched_setaffinity(0, cores)
     if host.platform != "auto":
         os.environ["JAX_PLATFORMS"] = host.platform
@@ -77,6 +69,24 @@ def set_environment(config: Config, name: str) -> None:
         os.environ["JAX_ENABLE_X64"] = "true"
     if config.run.compile_cache:
         _keep_compiled_programs()
+
+
+def claim_platform(config: Config, name: str) -> None:
+    """Loads jax in the environment that was set, and the platform that a host asks for.
+
+    Raises:
+      ConfigError: jax finds no device of the platform.
+    """
+    wanted = configuration.host(config, name).platform
+    if wanted in ("auto", "cpu"):  # always there; whoever needs jax loads it
+        return
+    import jax
+
+    try:
+        jax.devices()
+    except RuntimeError as error:  # jax has no narrower one
+        field = machine.field_of(config, name, "platform")
+        raise machine.no_device(wanted, field, _first_line(error)) from error
 
 
 def _keep_compiled_programs() -> None:
@@ -116,7 +126,8 @@ def perform(task: Callable[[], object], tell: Tell, *, debug: bool, log: str = "
       log: Where tracebacks go, for the message; empty if that is the terminal.
 
     Returns:
-      0 when done, 1 after an error, 130 after an interruption.
+      0 when done, 1 after an error, 2 if it is one of the configuration or command line, 130 after
+      an interruption.
     """
     from comms.errors import ChannelError
     from stages.errors import StageError
@@ -140,7 +151,7 @@ def perform(task: Callable[[], object], tell: Tell, *, debug: bool, log: str = "
         if debug or (log and not foreseen):  # in a log it disturbs nobody, and is not lost
             traceback.print_exc()
         tell({"event": "process_failed", "kind": kind, "error": text})
-        return 1
+        return WRONG_USE if isinstance(error, ConfigError) else 1
 
 
 def leave(code: int) -> NoReturn:
@@ -152,6 +163,25 @@ def leave(code: int) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):  # a full disk or a closed terminal
             stream.flush()
     os._exit(code)
+
+
+def open_streams() -> None:
+    """Opens /dev/null in place of standard streams that were closed when the process began.
+
+    The next file or socket that is opened would otherwise get the number of a standard stream, and
+    whatever is printed would end up in it. Python has None for such a stream, which nothing that
+    prints expects.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            assert opened == number
+            os.set_inheritable(number, True)
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def event_writer(descriptor: int) -> Tell:
@@ -228,12 +258,16 @@ def main(arguments: list[str] | None = None, serve: Serve = _run_server) -> NoRe
       arguments: The command line; the process's own unless given.
       serve: What the server does.
     """
+    open_streams()
     parser = argparse.ArgumentParser(prog="python -m pipar_jax.process", description=__doc__)
     parser.add_argument("--name", required=True, help="which host: server, d0, n1, …")
     parser.add_argument("--config", type=pathlib.Path, required=True, help="saved configuration")
     parser.add_argument("--events", type=int, required=True, help="descriptor to write events to")
     parser.add_argument("--log", default="", help="name of the file that holds the output")
     given = parser.parse_args(arguments)
+    # A folder of the user's may hold modules of theirs, but must not hide a package of ours.
+    with contextlib.suppress(OSError):  # the folder is gone
+        sys.path.append(os.getcwd())
     stages.retain_memory()  # before there is a second thread, which gets an arena of its own
     lines = _die_with_parent()
     tell = event_writer(given.events)
@@ -244,6 +278,7 @@ def main(arguments: list[str] | None = None, serve: Serve = _run_server) -> NoRe
         config = _load_config(given.config)
         debug = config.debug
         set_environment(config, given.name)
+        claim_platform(config, given.name)
         if given.name == COORDINATOR:
             serve(config, tell)
         else:

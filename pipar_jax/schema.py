@@ -20,6 +20,8 @@ from pipar_jax.errors import ConfigError
 T = TypeVar("T")
 
 _SCALARS = (bool, int, float, str)
+#: Counts travel in 32 bits between hosts, and are 32-bit numbers in compiled programs.
+_COUNTS = 2**32
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
@@ -32,6 +34,7 @@ def option(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    path: str | None = None,
 ) -> Any:
     """Returns a dataclass field with its default, its help text and its limits.
 
@@ -43,6 +46,8 @@ def option(
       above: Bound that a number must exceed.
       at_most: Largest value allowed.
       below: Bound that a number must stay under.
+      path: For texts that name a file or folder: empty if the whole text does, else the prefix
+        behind which it does, such as ``npz:``. ``pipar_jax.paths`` makes them absolute.
     """
     metadata = {
         "text": text,
@@ -51,6 +56,7 @@ def option(
         "above": above,
         "at_most": at_most,
         "below": below,
+        "path": path,
     }
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
@@ -150,7 +156,7 @@ def fit(one: Option, value: Any) -> Any:
     if float in one.types and type(value) is int:
         value = float(value)
     limits = one.field.metadata
-    if type(value) not in one.types or (isinstance(value, float) and math.isnan(value)):
+    if type(value) not in one.types or (isinstance(value, float) and not math.isfinite(value)):
         raise ConfigError(f"{one.path}={value!r} does not fit: it takes {one.expects}")
     choices = limits["choices"]
     if choices and value not in choices:
@@ -167,6 +173,11 @@ def fit(one: Option, value: Any) -> Any:
         )
         if not good:
             raise ConfigError(f"{one.path}={value!r} is out of range: it takes {one.expects}")
+        if isinstance(value, int) and abs(value) >= _COUNTS:
+            raise ConfigError(
+                f"{one.path} is out of range: whole numbers end at {_COUNTS - 1}, got one of "
+                f"{value.bit_length()} bits"
+            )
     return value
 
 
@@ -196,6 +207,8 @@ def did_you_mean(name: Any, known: Iterable[str]) -> str:
     """Returns ``": did you mean 'x'?"`` for the nearest known name, or an empty text."""
     known = list(known)
     word = str(name)
+    if len(word) > 100:  # resembles none, and comparing takes long
+        return ""
     found = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if not found:
         # A field is often right and only its group is missing or wrong: data.epochs, batch_size.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
+import venv
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -32,26 +35,105 @@ def _imported_as(requirement: str) -> str:
     return IMPORTED_AS.get(name, name.replace("-", "_"))
 
 
-def test_the_wheel_holds_the_five_packages_and_nothing_else(tmp_path: Path) -> None:
-    source = tmp_path / "source"
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's wheel, built from what git has."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
     for path in files():
         (source / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, source / path)
     options = ("--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check")
     result = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", tmp_path, source],
+        [sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", folder, source],
         capture_output=True,
         text=True,
         timeout=240,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+    (made,) = folder.glob("*.whl")
+    return made
+
+
+def test_the_wheel_holds_the_five_packages_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == set(PACKAGES)
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
     # Every module is in it: the list of packages in pyproject.toml is complete.
     assert {str(path) for path in modules().values()} <= set(names)
+
+
+SINK = '''
+"""A module of the user's, beside packages of theirs that are called as ours are."""
+import pathlib
+
+class Lines:
+    def __init__(self):
+        self.file = open("events.txt", "a")
+    def write(self, event):
+        self.file.write(event["event"] + "\\n")
+    def close(self):
+        self.file.close()
+
+def make(folder):
+    return Lines()
+'''
+PRESET = """
+from pipar_jax.config import Config
+
+def get_config():
+    config = Config(name="mine")
+    config.model.name = "mlp"
+    config.data.train_samples = 64
+    return config
+"""
+
+
+def test_an_installed_pipar_trains_among_packages_of_the_same_names(
+    wheel: Path, tmp_path: Path
+) -> None:
+    environment = tmp_path / "environment"
+    venv.create(environment, with_pip=False, symlinks=True)
+    binaries = environment / "bin"
+    # The libraries are those of these tests; the project itself comes from the wheel alone.
+    (site,) = environment.glob("lib/python*/site-packages")
+    (site / "libraries.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    options = ("--no-deps", "--no-index", "--disable-pip-version-check", "--quiet")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--python", binaries / "python", "install", *options, wheel],
+        check=True,
+        capture_output=True,
+        timeout=240,
+    )
+    folder = tmp_path / "project"
+    for name in PACKAGES:
+        (folder / name).mkdir(parents=True)
+        text = f"raise SystemExit('the {name} of the user was imported')\n"
+        (folder / name / "__init__.py").write_text(text)
+    (folder / "sink.py").write_text(SINK)
+    (folder / "mine.py").write_text(PRESET)
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def pipar(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [binaries / "pipar", *arguments],
+            cwd=folder,
+            env=own,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    small = ("--config.model.name=mlp", "--config.data.train_samples=64", "--config.epochs=1")
+    done = pipar("train", "--config=digits", *small, "--config.run.sinks=sink:make")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test accuracy" in done.stdout and "run in runs/digits" in done.stdout
+    assert "run_finished" in (folder / "events.txt").read_text()
+    assert (folder / "runs" / "digits" / "weights.safetensors").is_file()
+    shown = pipar("describe", "--config=./mine.py")
+    assert shown.returncode == 0 and "fc4" in shown.stdout, shown.stdout + shown.stderr
+    assert pipar("--version").stdout == f"pipar {PROJECT['project']['version']}\n"
 
 
 def test_every_listed_package_exists() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import jax
+from typing import TYPE_CHECKING
 
 import stages
 from comms import ChannelOptions, TlsOptions
 from pipar_jax.config import Config
-from stages import Model
+
+if TYPE_CHECKING:
+    from stages import Model
 
 
 def set_precision(config: Config) -> None:
@@ -19,6 +20,8 @@ def set_precision(config: Config) -> None:
     on.
     """
     if config.model.dtype == "float64":
+        import jax  # here: launchers need the channel's settings, and no jax
+
         jax.config.update("jax_enable_x64", True)  # type: ignore[no-untyped-call]
 
 

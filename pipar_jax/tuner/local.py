@@ -17,7 +17,7 @@ from pipar_jax import data as datasets
 from pipar_jax.config import Config
 from pipar_jax.pinned import run_pinned
 from pipar_jax.plan import COORDINATOR, device_name
-from pipar_jax.process import set_environment
+from pipar_jax.process import claim_platform, set_environment
 from pipar_jax.profile import DeviceProfile, HostProfile, NodeProfile, Profile
 from pipar_jax.simulator.costs import LinkModel
 from pipar_jax.simulator.probe import measure_delay_s
@@ -108,6 +108,7 @@ def _measure(
     """Runs in a process of its own, which has not loaded jax before."""
     config = configuration.from_dict(values)
     set_environment(config, name)
+    claim_platform(config, name)
     from pipar_jax.runtime.setup import build_model, set_precision
     from pipar_jax.tuner.measure import (
         measure_host,

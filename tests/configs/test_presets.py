@@ -31,7 +31,7 @@ def test_a_preset_resolves_and_says_how_to_run_it(name: str) -> None:
     assert config.name == name
     resolve(config)
     text = (FOLDER / f"{name}.py").read_text()
-    assert f"--config={name}" in text or f"experiments.{name}" in text
+    assert f"--config={name}" in text or f"pipar {name}" in text
 
 
 @pytest.mark.parametrize("name", PRESETS)

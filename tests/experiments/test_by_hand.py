@@ -117,5 +117,5 @@ def test_who_loses_its_peer_says_so_in_time(
 )
 def test_wrong_flags_of_a_device_are_one_clear_line(flags: list[str], says: str) -> None:
     with started("device", *SMALL, *flags) as device:
-        assert device.wait() == 1
+        assert device.wait() == 2
         assert len(device.lines) == 1 and says in device.lines[0]

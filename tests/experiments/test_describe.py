@@ -28,6 +28,6 @@ def test_units_and_stages_are_printed_without_data():
 
 def test_a_cut_that_does_not_exist_is_explained():
     done = _describe("--config=cifar10_vgg5", "--stages=conv9")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "--stages=conv9" in done.stderr and "'conv3'" in done.stderr
     assert "Traceback" not in done.stderr

@@ -100,7 +100,7 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
         ((f"--profile={tmp_path / 'none'}",), "cannot be read: No such file"),
         ((f"--profile={file}", "--config.devices.count=3"), "--config.devices.count=1"),
         (("--config.tuner.methods=fl,pipr",), "did you mean 'pipar'"),
-        (("--config.tuner.micro_batches=2,x",), "'x' is no positive whole number"),
+        (("--config.tuner.micro_batches=2,x",), "'x' is not a positive whole number"),
         (("--config.tuner.codecs=zip",), "unknown codec 'zip'"),
     ):
         result = run("plan", *arguments)

@@ -23,7 +23,7 @@ def test_what_is_no_run_ends_with_one_line(tmp_path: Path) -> None:
 
 def test_without_a_folder_the_usage_is_shown() -> None:
     result = run()
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "name at least one run's folder" in result.stdout + result.stderr
 
 

@@ -214,7 +214,7 @@ def test_on_a_full_disk_the_weights_are_saved_and_one_clear_line_ends_it(
 
 def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").write_text("")
-    with started("train", *short(tmp_path / "file")) as train:
+    with started("train", *short(tmp_path / "file" / "below")) as train:
         assert train.wait() == 1
         assert train.lines[-1].startswith("error: the run's folder cannot be made")
 
@@ -252,5 +252,5 @@ def test_debug_shows_the_traceback(tmp_path: pathlib.Path) -> None:
 def test_help_is_printed_and_ends_well(module: str) -> None:
     with started(module, "--help") as binary:
         assert binary.wait() == 0
-        assert f"usage: python -m experiments.{module} --config=PRESET" in binary.output
+        assert f"usage: pipar {module} --config=PRESET" in binary.output
         assert "--config.devices.defaults.link=none" in binary.output

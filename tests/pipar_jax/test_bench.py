@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from pipar_jax import bench
-from pipar_jax.errors import ConfigError
+from pipar_jax.errors import ConfigError, RunError
 from tests.sources import ROOT
 
 
@@ -85,7 +85,7 @@ def test_a_row_is_judged(value: float, target: float | None, better: str, met: o
 def test_a_name_is_reported_once() -> None:
     run, _ = _bench()
     run.row("figure", 1.0, "s")
-    with pytest.raises(ConfigError, match="'figure' twice"):
+    with pytest.raises(RunError, match="'figure' twice"):
         run.row("figure", 2.0, "s")
 
 
@@ -160,7 +160,7 @@ def test_a_program_ends_with_0_though_it_misses_its_target(tmp_path: Path) -> No
 
 def test_a_program_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
     result = _program(tmp_path, f"--json={tmp_path}/nowhere/rows.json")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.startswith("error: --json=")
     assert "Traceback" not in result.stderr
 

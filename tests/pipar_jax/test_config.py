@@ -16,6 +16,7 @@ from pipar_jax.errors import ConfigError
 def test_the_defaults_are_a_configuration() -> None:
     config = Config()
     made = resolve(config)
+    config.run.dir = str(pathlib.Path("runs").absolute())
     assert made == config
     assert made is not config and made.data is not config.data
 
@@ -128,7 +129,9 @@ def test_own_data_have_the_device_in_their_name() -> None:
     config.data.source = "npz:shard-{device}.npz"
     config.data.test_source = "npz:test.npz"
     config = resolve(config)
-    assert configuration.device(config, 1).data_source == "npz:shard-1.npz"
+    assert configuration.device(config, 1).data_source == (
+        f"npz:{pathlib.Path('shard-1.npz').absolute()}"
+    )
 
 
 @pytest.mark.parametrize(

@@ -41,14 +41,14 @@ def presets(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def parse(presets: pathlib.Path, *arguments: str) -> flags.Parsed[Own]:
-    return flags.parse(list(arguments), Own, doc="Trains.", module="x.train", presets=presets)
+    return flags.parse(list(arguments), Own, doc="Trains.", name="train", presets=presets)
 
 
 def test_a_preset_is_taken_by_name_or_by_path(presets: pathlib.Path) -> None:
     for name in ("small", "small.py", str(presets / "small.py")):
         parsed = parse(presets, f"--config={name}")
         assert parsed.config.name == "small" and parsed.config.epochs == 3
-        assert parsed.extra == Own() and parsed.help == ""
+        assert parsed.extra == Own() and parsed.text == ""
 
 
 def test_overrides_of_every_kind(presets: pathlib.Path) -> None:
@@ -121,8 +121,8 @@ def test_every_field_is_a_flag(presets: pathlib.Path, one: schema.Option) -> Non
 
 WRONG = [
     ([], "--config is missing"),
-    (["--config=smal"], "--config=smal is no preset: did you mean 'small'?"),
-    (["--config=no/such/file.py"], "is no preset"),
+    (["--config=smal"], "--config=smal is not a preset: did you mean 'small'?"),
+    (["--config=no/such/file.py"], "is not a preset"),
     (["--config=broken"], "fails: ZeroDivisionError"),
     (["--config=other"], "must return a pipar_jax.config.Config, got dict"),
     (["--config=empty"], "fails: AttributeError"),
@@ -140,7 +140,7 @@ WRONG = [
     (["--config=small", "--index=-1"], "--index=-1 is out of range"),
     (["--config=small", "--config.epochs"], "lacks its value"),
     (["--config=small", "--config.epochs", "--debug"], "lacks its value"),
-    (["--config=small", "epochs=3"], "is no flag"),
+    (["--config=small", "epochs=3"], "is not a flag"),
     (["--config=small", "--noconfig.epochs"], "is not a flag"),
 ]
 
@@ -157,9 +157,9 @@ def test_a_wrong_command_line_is_refused_in_one_line(
 
 @pytest.mark.parametrize("asked", ["--help", "-h", "--helpfull"])
 def test_help_names_every_field_and_flag(presets: pathlib.Path, asked: str) -> None:
-    text = parse(presets, asked).help
+    text = parse(presets, asked).text
     assert text.startswith("Trains.")
-    assert "python -m x.train --config=PRESET" in text
+    assert "usage: pipar train --config=PRESET" in text
     assert "presets: broken, empty, other, small" in text
     for one in schema.options(Config):
         assert f"--config.{one.path}=" in text, one.path
@@ -170,7 +170,7 @@ def test_help_names_every_field_and_flag(presets: pathlib.Path, asked: str) -> N
 
 
 def test_help_shows_the_values_of_the_preset_and_no_secret(presets: pathlib.Path) -> None:
-    text = parse(presets, "--config=small", "--config.network.token=abc123", "--help").help
+    text = parse(presets, "--config=small", "--config.network.token=abc123", "--help").text
     assert "--config.epochs=3 " in text and "--config.optimizer.clip_norm=1.0 " in text
     assert "abc123" not in text
 

@@ -80,6 +80,27 @@ def test_a_host_is_pinned_to_its_cores_and_its_programs_are_kept_apart(environme
     assert environment["JAX_COMPILATION_CACHE_DIR"].endswith("-1")
 
 
+def test_a_platform_without_a_device_is_refused_by_the_hosts_field(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import jax
+
+    def devices() -> None:
+        raise RuntimeError("Unable to initialize backend 'cuda'\nmore of it")
+
+    monkeypatch.setattr(jax, "devices", devices)
+    config = Config()
+    config.server.platform = "cuda"
+    config.devices.overrides = {1: {"platform": "cuda"}}
+    for name, field in (("server", "server.platform"), ("d1", "devices.1.platform")):
+        with pytest.raises(ConfigError) as caught:
+            process.claim_platform(config, name)
+        text = str(caught.value)
+        assert text.startswith(f"{field}='cuda'") and "\n" not in text
+        assert "Unable to initialize" in text and f"--config.{field}=cpu" in text
+    process.claim_platform(config, "d0")  # the processor is always there
+
+
 def run(task: Any, **options: Any) -> tuple[int, list[dict[str, Any]]]:
     told: list[dict[str, Any]] = []
     return process.perform(task, told.append, debug=False, **options), told
@@ -113,7 +134,12 @@ def test_an_error_is_told_in_one_line_without_a_traceback(
     error: Exception, kind: str, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, [told] = run(fail(error))
-    assert code == 1 and told["event"] == "process_failed" and told["kind"] == kind
+    wrong_use = isinstance(error, ConfigError)
+    assert (
+        code == (2 if wrong_use else 1)
+        and told["event"] == "process_failed"
+        and told["kind"] == kind
+    )
     assert told["error"].startswith(text) and "\n" not in told["error"]
     assert capsys.readouterr().err == ""
 

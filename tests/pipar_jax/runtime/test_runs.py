@@ -412,7 +412,7 @@ def test_a_folder_that_is_no_run(tmp_path):
 
 
 def test_a_cut_beyond_the_model_is_named(network, tmp_path):
-    with pytest.raises(ConfigError, match=r"pipeline.cut=99 is no cut of this model"):
+    with pytest.raises(ConfigError, match=r"pipeline.cut=99 is not a cut of this model"):
         run_here(
             resolve(setting(tmp_path, pipeline__cut=99)), network, support.datasets(SAMPLES),
             on_event=lambda event: None,

@@ -1,0 +1,110 @@
+"""The command ``pipar``: every binary of the project by its name.
+
+``pipar train …`` does what ``python -m experiments.train …`` does, from any folder: the user's own
+modules are found there, but none of them hides a package of the project by its name.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import pathlib
+import pkgutil
+import runpy
+import sys
+from typing import NoReturn
+
+import experiments
+from pipar_jax import __version__
+from pipar_jax.flags import terminal_width, two_columns
+from pipar_jax.process import INTERRUPTED, WRONG_USE, leave, open_streams
+from pipar_jax.schema import did_you_mean
+
+FOLDER = pathlib.Path(experiments.__file__).parent
+#: What most people want, in the order in which they want it; the others follow by name.
+FIRST = ("quickstart", "train", "server", "device", "node", "plan", "profile", "report", "describe")
+
+
+def commands() -> dict[str, str]:
+    """Returns all commands: name to what it does, the most used first."""
+    found = {one.name for one in pkgutil.iter_modules([str(FOLDER)])} - {"command"}
+    order = [*(name for name in FIRST if name in found), *sorted(found - set(FIRST))]
+    return {name: _about(FOLDER / f"{name}.py") for name in order}
+
+
+def make_help() -> str:
+    """Returns the list of all commands."""
+    width = terminal_width()
+    rows = list(commands().items())
+    return "\n".join(
+        [
+            "Trains one model on edge devices and a server together.",
+            "",
+            "usage: pipar COMMAND [--FLAG=VALUE ...]",
+            "",
+            *two_columns(rows, width),
+            "",
+            "pipar COMMAND --help lists the flags of a command; begin with: pipar train "
+            "--config=digits",
+        ]
+    )
+
+
+def put_in_order(path: list[str]) -> None:
+    """Puts the project's packages on the path of modules, and the present folder behind all.
+
+    Args:
+      path: Where modules are looked for, such as ``sys.path``; changed.
+    """
+    # An editable installation finds them by other means, after the path: they are named here.
+    home = str(FOLDER.parent)
+    if home not in path:
+        path.append(home)
+    try:
+        here = os.getcwd()
+    except OSError:  # the folder is gone
+        return
+    path[:] = [one for one in path if one not in ("", here) or one == home]
+    if here not in path:
+        path.append(here)
+
+
+def main() -> NoReturn:
+    """Runs the command that the command line names, and ends the process."""
+    open_streams()
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    try:
+        if name in ("-h", "--help", "help"):
+            print(make_help(), flush=True)
+            leave(0)
+        if name == "--version":
+            print(f"pipar {__version__}", flush=True)
+            leave(0)
+    except BrokenPipeError:  # somebody read the head of the help
+        leave(0)
+    known = commands()
+    wanted = name.replace("-", "_")
+    if wanted not in known:
+        what = f"{name!r} is not a command of pipar" if name else "pipar needs a command"
+        near = did_you_mean(wanted, known) if name else ""
+        print(f"error: {what}{near} (all of them: pipar --help)", file=sys.stderr)
+        leave(WRONG_USE)
+    put_in_order(sys.path)
+    # For processes that this one starts: the present folder comes last there, too.
+    os.environ["PYTHONSAFEPATH"] = "1"
+    sys.argv[1:2] = []
+    try:
+        runpy.run_module(f"experiments.{wanted}", run_name="__main__", alter_sys=True)
+    except KeyboardInterrupt:  # while it was loading: later it sees to that itself
+        leave(INTERRUPTED)
+    leave(0)
+
+
+def _about(path: pathlib.Path) -> str:
+    """Returns the first sentence of a module's docstring; nothing is imported."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return text.partition("\n\n")[0].replace("\n", " ").rstrip(".")
+
+
+if __name__ == "__main__":
+    main()
