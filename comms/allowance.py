@@ -15,8 +15,8 @@ _USUAL = Limits()
 class Allowance:
     """What a link's owner lets its peer send; never more than `Limits` say, whatever is asked.
 
-    Sizes count the array before or after the codec, whichever is more, so that no declared shape
-    and no codec makes decoding take more than was allowed for.
+    Sizes count the array before or after the codec, whichever is more, so that a small payload
+    cannot declare a large array. While it runs, decoding takes at most six times that.
 
     Attributes:
         tensor_bytes: largest tensor outside bundles (activation, cotangent, label); 0 allows none

@@ -228,9 +228,18 @@ class BitCodec:
             if parts.present is None:
                 array.reshape(-1)[...] = values[: array.size]
             else:
-                array.reshape(-1)[...] = 0
-                array.reshape(-1)[np.flatnonzero(parts.present)] = values[: parts.kept]
+                _spread(values, parts.present, array.reshape(-1))
         return array
+
+
+def _spread(values: Array, present: Array, flat: Array) -> None:
+    """Puts values where something is present and zeros elsewhere, with little memory beside."""
+    flat[...] = 0
+    at = 0
+    for begin in range(0, flat.size, _SLAB):
+        here = np.flatnonzero(present[begin : begin + _SLAB])
+        flat[begin : begin + _SLAB][here] = values[at : at + here.size]
+        at += here.size
 
 
 class Parts(NamedTuple):

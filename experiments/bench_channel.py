@@ -67,6 +67,8 @@ def _throughput(
             if "channel" + suffix not in ports:
                 continue
             kinds = ["bare" + suffix, "channel" + suffix]
+            if not suffix:
+                kinds.append("channel unchecked")
             if size == 16 and not suffix and "grpc" in ports:
                 kinds.append("grpc")
             samples = run.compare({kind: case(kind, size * MB) for kind in kinds}, repeats=9)
@@ -75,6 +77,9 @@ def _throughput(
                 run.row(f"{kind}, {size} MB", gb_s, "GB/s", spread=samples.spread(kind))
             ratio = samples.ratio(kinds[0], kinds[1])
             run.row(f"{kinds[1]} / {kinds[0]}, {size} MB", ratio, "x", target, "higher")
+            if "channel unchecked" in kinds:
+                ratio = samples.ratio("channel unchecked", "channel")
+                run.row(f"channel / unchecked, {size} MB", ratio, "x")
             if "grpc" in kinds:
                 ratio = samples.ratio("grpc", "channel")
                 run.row("channel / grpc, 16 MB", ratio, "x", 2.0, "higher")

@@ -43,7 +43,11 @@ def enter_namespace(name: str) -> None:
 
 def start_receivers(host: str, certificates: str | None) -> dict[str, int]:
     """Starts the receiving sides in this process and returns their ports by name."""
-    ports = {"bare": _serve_bare(host, None), "channel": _serve_channel(host, None)}
+    ports = {
+        "bare": _serve_bare(host, None),
+        "channel": _serve_channel(host, None),
+        "channel unchecked": _serve_channel(host, None, checksum=False),
+    }
     if certificates is not None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -95,7 +99,7 @@ def _receive_all(sock: socket.socket, view: memoryview) -> bool:
     return True
 
 
-def _options(folder: Path | None, side: str) -> ChannelOptions:
+def _options(folder: Path | None, side: str, checksum: bool | None = None) -> ChannelOptions:
     tls = None
     if folder is not None:
         server = side == "server"
@@ -105,11 +109,11 @@ def _options(folder: Path | None, side: str) -> ChannelOptions:
             key=folder / "server.key" if server else None,
             server_name="server",
         )
-    return ChannelOptions(token=_TOKEN, tls=tls, window_bytes=256 << 20)
+    return ChannelOptions(token=_TOKEN, tls=tls, window_bytes=256 << 20, checksum=checksum)
 
 
-def _serve_channel(host: str, folder: Path | None) -> int:
-    endpoint = Endpoint("receiver", options=_options(folder, "server"))
+def _serve_channel(host: str, folder: Path | None, checksum: bool | None = None) -> int:
+    endpoint = Endpoint("receiver", options=_options(folder, "server", checksum))
     mailbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
 
     def consume() -> None:
@@ -171,8 +175,10 @@ def _grpc_options() -> list[tuple[str, int]]:
 class _Channel:
     """The sending side of the channel, kept open between calls."""
 
-    def __init__(self, host: str, port: int, folder: Path | None) -> None:
-        self.endpoint = Endpoint("sender", options=_options(folder, "client"))
+    def __init__(
+        self, host: str, port: int, folder: Path | None, checksum: bool | None = None
+    ) -> None:
+        self.endpoint = Endpoint("sender", options=_options(folder, "client", checksum))
         self.link = self.endpoint.connect(host, port, name_of_peer="receiver", timeout_s=10)
         self.replies: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.link.start(self.replies.put, lambda: None, lambda error: None)
@@ -184,7 +190,8 @@ def _sender(kind: str, host: str, port: int, folder: str | None) -> Any:
         return _STATE[kind]
     made: Any
     if kind.startswith("channel"):
-        made = _Channel(host, port, None if folder is None else Path(folder))
+        checksum = False if kind.endswith("unchecked") else None
+        made = _Channel(host, port, None if folder is None else Path(folder), checksum)
     elif kind == "grpc":
         import grpc
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import queue
+import tracemalloc
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -200,6 +202,31 @@ def test_no_codec_declares_more_than_was_allowed(workshop, name):
     data = np.zeros(size if codec.exact_size else 8, np.uint8)
     up.send(Tag(role=Role.LABEL), Encoded(text, data, np.dtype(np.float32), shape))
     assert "Allowance.tensor_bytes" in str(at.take_lost())
+
+
+DECODED = (
+    "raw", "bfloat16", "float16", "fp8", "fp8_e5m2", "int8", "int4", "bits:1", "bits:7", "bits:15",
+    "bits:6s", "bits:abs1e-3", "bits:rel1e-2", "bits:lossless",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DECODED)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("filled", [1.0, 0.3, 0.0])
+def test_decoding_takes_a_few_times_the_array_at_most(name, dtype, filled):
+    codec, parameter = parse_codec(name)
+    rng = np.random.default_rng(3)
+    array = (rng.normal(size=1 << 19) * (rng.random(1 << 19) < filled)).astype(dtype)
+    payload = codec.encode(array, parameter)
+    tracemalloc.start()
+    codec.decode(payload, array.dtype, array.shape, parameter)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= 6 * array.nbytes + (2 << 20), f"{peak / array.nbytes:.1f} times the array"
+
+
+def test_every_codec_is_measured():
+    assert {name.partition(":")[0] for name in DECODED} == set(codec_names())
 
 
 def test_an_allowance_can_be_set_again_and_never_exceeds_the_limits(workshop):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import queue
 import socket
 import struct
@@ -126,6 +127,101 @@ def test_a_device_that_is_turned_away_again_and_again_names_the_cause(workshop):
         patch.setattr(Opening, "_exchange", turn_away)
         with pytest.raises(ConnectError, match=r"cannot take another connection now: .* more than"):
             client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=1.0)
+
+
+ACCEPT_ERRORS = (
+    errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EPROTO, errno.ENETDOWN,
+    errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EPERM, errno.EOPNOTSUPP, errno.ECONNABORTED,
+)  # fmt: skip
+
+
+def test_no_error_of_accepting_ends_the_thread(workshop):
+    """Systems report a newcomer's own troubles there, each with other numbers."""
+
+    class Listener:
+        def __init__(self, sock):
+            self.sock, self.errors = sock, list(ACCEPT_ERRORS)
+
+        def fileno(self):
+            return self.sock.fileno()
+
+        def accept(self):
+            if self.errors:
+                raise OSError(self.errors.pop(), "refused by a test")
+            return self.sock.accept()
+
+        def close(self):
+            self.sock.close()
+
+    server = workshop.endpoint("server")
+    links: queue.Queue = queue.Queue()
+    _, port = server.listen("127.0.0.1", 0, links.put)
+    made = []
+
+    def replace():
+        listener = Listener(server._listeners[0])
+        made.append(listener)
+        server.loop.forget(listener.sock)
+        server._listeners[0] = listener
+        for _ in range(len(ACCEPT_ERRORS) - 1):
+            server._accept(listener, None, links.put)
+        server._invite(listener, None, links.put)
+
+    server.loop.post(replace)
+    client = workshop.endpoint("d0")
+    client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=PATIENCE_S)
+    assert links.get(timeout=PATIENCE_S).peer == "d0"
+    assert not made[0].errors and server.loop.failure is None
+
+
+def test_a_reset_just_after_connecting_is_an_error_of_that_try_alone():
+    from comms.opening import Opening
+    from tests.comms.fuzzing import FakeLoop
+
+    class Reset:
+        setblocking = close = lambda *_: None
+
+        def getsockopt(self, *_):
+            return 0
+
+        def getsockname(self):
+            return "127.0.0.1", 1
+
+        def getpeername(self):
+            raise OSError(errno.ENOTCONN, "not connected")
+
+    failed = []
+    opening = Opening(
+        FakeLoop(), Reset(), None, tls=None, server_name=None, bind_names=False, deadline_s=1.0,
+        on_done=failed.append, on_failed=lambda _, error: failed.append(error),
+    )  # fmt: skip
+    opening._connect_ended()
+    assert len(failed) == 1 and isinstance(failed[0], ConnectError)
+    opening._connect_ended()  # a stale event of the same turn
+    opening._shake_hands(None)
+    assert len(failed) == 1
+
+
+def test_a_bug_over_one_newcomer_is_shown_and_ends_that_one_alone(workshop, monkeypatch):
+    shown: queue.Queue = queue.Queue()
+    monkeypatch.setattr("threading.excepthook", lambda args: shown.put(args.exc_value))
+    server = workshop.endpoint("server")
+    links: queue.Queue = queue.Queue()
+    _, port = server.listen("127.0.0.1", 0, links.put)
+    admit = server._admit
+
+    def fail(hello):
+        if hello.name == "d0":
+            raise KeyError("a bug")
+        return admit(hello)
+
+    server._admit = fail
+    with pytest.raises(ConnectError, match="cut short"):
+        workshop.endpoint("d0").connect("127.0.0.1", port, name_of_peer="s", timeout_s=1.0)
+    error = shown.get(timeout=PATIENCE_S)
+    assert "KeyError: 'a bug' at test_doorstep.py:" in str(error)
+    workshop.endpoint("d1").connect("127.0.0.1", port, name_of_peer="s", timeout_s=PATIENCE_S)
+    assert links.get(timeout=PATIENCE_S).peer == "d1"
 
 
 def test_links_that_nobody_admits_count_as_unfinished(workshop):
