@@ -13,6 +13,7 @@ from flax import nnx
 from stages import context
 from stages.draw import Draw
 from stages.errors import StageError
+from stages.foreign import describe
 
 Arrays: TypeAlias = dict[str, jax.Array]
 Variables: TypeAlias = dict[str, Arrays]
@@ -228,7 +229,12 @@ def _build_unit(name: str, factory: Factory) -> Unit:
     """Finds a unit's static part and its variables' shapes without drawing any."""
     if not name or "/" in name:
         raise StageError(f"unit name {name!r} is empty or contains '/': choose another")
-    module = nnx.eval_shape(lambda: factory(nnx.Rngs(0)))
+    try:
+        module = nnx.eval_shape(lambda: factory(nnx.Rngs(0)))
+    except StageError:
+        raise
+    except Exception as error:  # somebody's own code: whatever it raises is told with its line
+        raise StageError(f"unit {name!r}: its factory failed: {describe(error)}") from error
     if not isinstance(module, nnx.Module) or not callable(module):
         raise StageError(
             f"unit {name!r}: the factory returned {type(module).__name__}, expected a callable "
@@ -261,10 +267,12 @@ def _abstract_call(model: str, unit: Unit, x: jax.ShapeDtypeStruct) -> jax.Shape
             unit.state,
             x,
         )
-    except (TypeError, ValueError, IndexError, AttributeError) as error:
+    except StageError:
+        raise
+    except Exception as error:  # somebody's own code: whatever it raises is told with its line
         raise StageError(
             f"model {model!r}, unit {unit.name!r}: cannot take {x.dtype}{list(x.shape)} from the "
-            f"unit before it: {error}"
+            f"unit before it: {describe(error)}"
         ) from error
     if not hasattr(y, "shape") or not y.shape or y.shape[0] != x.shape[0]:
         raise StageError(

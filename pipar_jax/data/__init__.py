@@ -52,7 +52,7 @@ def load(config: DataConfig) -> Dataset:
     """
     if config.source not in PUBLIC_SOURCES:
         raise DataError(
-            f"data.source={config.source!r} is no public set: a device loads its own with "
+            f"data.source={config.source!r} is not a public set: a device loads its own with "
             "load_device, the server its test set with load_server"
         )
     whole = load_public(config.source, config)

@@ -98,7 +98,7 @@ def _read_npz(path: str, part: str) -> dict[str, Any]:
     try:
         with np.load(file, allow_pickle=False) as arrays:
             if not isinstance(arrays, np.lib.npyio.NpzFile):
-                raise DataError(f"{file} is no .npz file: write it with numpy.savez")
+                raise DataError(f"{file} is not an .npz file: write it with numpy.savez")
             # Arrays are decompressed when they are asked for: leave those of the other part.
             return {name: arrays[name] for name in arrays.files if name in _names(part)}
     except FileNotFoundError as error:

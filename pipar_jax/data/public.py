@@ -74,7 +74,7 @@ def _fetch(
     """
     one = SETS[source]
     names = ", ".join(file.name for file in one.files)
-    lacking = f"data set {source!r} is not prepared in {home} by TFDS, nor are {names} there"
+    lacking = f"data set {source!r} is not prepared in {home} by TFDS, and not there as {names}"
     if one.not_read and any((place / one.not_read).exists() for place in (home, home / source)):
         lacking += f"; {one.not_read} there is a pickle, which is never read"
     remedy = (

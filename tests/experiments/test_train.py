@@ -242,6 +242,22 @@ def test_bad_configuration_is_one_clear_line(
         assert "Traceback" not in train.output
 
 
+def test_a_function_of_ones_own_that_fails_is_told_with_its_line_and_the_log(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = 'def load(device):\n    raise FileNotFoundError("put the CSV into data/raw")\n'
+    (tmp_path / "my_csv.py").write_text(text)
+    arguments = short(tmp_path, "--config.data.source=module:my_csv:load")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with started("train", *arguments) as train:
+        assert train.wait() == 1
+        line = train.lines[-1]
+        assert "FileNotFoundError: put the CSV into data/raw" in line
+        assert f"({tmp_path}/my_csv.py:2, in load)" in line and "Traceback" not in train.output
+        log = pathlib.Path(line.rpartition("(traceback in ")[2].rstrip(")"))
+        assert "Traceback" in log.read_text() and "put the CSV into data/raw" in log.read_text()
+
+
 def test_debug_shows_the_traceback(tmp_path: pathlib.Path) -> None:
     with started("train", *short(tmp_path, "--config.model.name=vgg55", "--debug")) as train:
         assert train.wait() == 2

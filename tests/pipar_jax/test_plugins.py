@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import errno
+import importlib
 import pathlib
 import ssl
 import sys
@@ -12,7 +13,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from flax import nnx
 
+import stages
 from comms.errors import explain
 from configs import digits
 from pipar_jax import data, plugins
@@ -119,6 +122,24 @@ def _preset(name: str, folder: pathlib.Path) -> None:
     load_preset(str(preset), folder)
 
 
+def _factory(name: str, folder: pathlib.Path) -> None:
+    stages.Model.from_units("own", [("first", _users(name))], (8,), 3)
+
+
+def _unit(name: str, folder: pathlib.Path) -> None:
+    call = _users(name)
+
+    class Unit(nnx.Module):
+        def __call__(self, x: Any) -> Any:
+            return call(x)
+
+    stages.Model.from_units("own", [("first", lambda _: Unit())], (8,), 3)
+
+
+def _users(name: str) -> Any:
+    return getattr(importlib.import_module("users_own"), name)
+
+
 #: Every place where a function of the user's is called.
 PLACES = {
     "data": (_data, DataError, "own data module:users_own:{name} failed: "),
@@ -126,6 +147,8 @@ PLACES = {
     "sink written": (_write, RunError, r"the sink users_own:{name}_write of run\.sinks failed: "),
     "sink closed": (_close, RunError, r"the sink users_own:{name}_close of run\.sinks failed: "),
     "preset": (_preset, ConfigError, r"--config=\S+preset\.py fails: "),
+    "unit made": (_factory, stages.StageError, "unit 'first': its factory failed: "),
+    "unit called": (_unit, stages.StageError, "model 'own', unit 'first': cannot take .*: "),
 }
 
 
@@ -135,13 +158,16 @@ def test_the_line_names_the_function_its_error_and_its_line(
 ) -> None:
     run, kind, opening = PLACES[place]
     for name, says in RAISED.items():
+        if kind is stages.StageError and name == "ended":
+            continue  # made in the user's own process, which may end
         with pytest.raises(kind, match=opening.format(name=name) + says) as caught:
             run(name, tmp_path)
         text = module.read_text(encoding="utf-8").splitlines()
         line = next(i for i, one in enumerate(text, 1) if one.endswith(f"# line of {name}"))
         assert str(caught.value).endswith(f"({module}:{line}, in {name})")
         assert "\n" not in str(caught.value)
-        assert caught.value.of_user and caught.value.__cause__ is not None
+        assert caught.value.__cause__ is not None
+        assert kind is stages.StageError or caught.value.of_user
 
 
 @pytest.mark.parametrize(
