@@ -6,7 +6,6 @@ the links of the configuration; what was measured is kept per model, host and ve
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 import time
@@ -16,6 +15,7 @@ from rich.console import Console
 import configs
 from pipar_jax import files, flags, machine
 from pipar_jax.config import Config
+from pipar_jax.jsontext import dumps
 from pipar_jax.schema import option
 
 
@@ -50,7 +50,7 @@ def main(config: Config, own: ProfileFlags) -> None:
         )
     console.print(f"measured in {time.monotonic() - began_s:.1f} s")
     if own.json:
-        text = json.dumps(profile.to_dict(), indent=1) + "\n"
+        text = dumps(profile.to_dict(), indent=1) + "\n"
         files.write_text(own.json, text, "choose another file with --json")
 
 

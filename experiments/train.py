@@ -10,7 +10,7 @@ import configs
 from pipar_jax import data, flags, launcher, machine
 from pipar_jax.config import Config, to_text
 from pipar_jax.paths import shown
-from pipar_jax.progress import Progress
+from pipar_jax.progress import Progress, loss_text
 
 
 def main(config: Config, _: flags.NoFlags) -> None:
@@ -27,7 +27,7 @@ def main(config: Config, _: flags.NoFlags) -> None:
         summary = launcher.launch(config, on_event=progress)
     print(
         f"{config.method}: {summary['epoch_seconds']:.2f} s per epoch, test accuracy "
-        f"{summary['accuracy']:.2%}, loss {summary['loss']:.4f}; run in {shown(summary['folder'])}"
+        f"{summary['accuracy']:.2%}, loss {loss_text(summary)}; run in {shown(summary['folder'])}"
     )
 
 

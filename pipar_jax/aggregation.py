@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from pipar_jax.config import AggregationConfig
@@ -159,6 +160,10 @@ class Aggregator:
             weights = jnp.ones(count, _share_dtype(own[0]))
             self._combine(own[0], self.rule_state[unit], [own] * count, weights)
 
+    def broken_units(self) -> tuple[str, ...]:
+        """Returns the units whose global weights, statistics or rule's state are not finite."""
+        return broken_units(self.params, self.params, self.state, self.rule_state)
+
     def aggregate(self, replicas: Sequence[Replica]) -> None:
         """Averages replicas, in the order given, into the global weights.
 
@@ -183,3 +188,29 @@ class Aggregator:
 def _share_dtype(params: Mapping[str, jax.Array]) -> Any:
     """Returns the dtype of the devices' shares: at least float32, as wide as the weights."""
     return jnp.result_type(*jax.tree.leaves(params), jnp.float32)
+
+
+def broken_units(units: Iterable[str], *parts: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the names of the units of which a number is not finite.
+
+    Args:
+      units: Their names.
+      *parts: Weights, batch statistics, states of optimisers: each a tree for each unit, where a
+        unit that has none of a part may be missing.
+    """
+    names = list(units)
+    flags = np.asarray(_finite([[part.get(unit) for part in parts] for unit in names]))
+    return tuple(unit for unit, good in zip(names, flags, strict=True) if not good)
+
+
+@jax.jit
+def _finite(units: Sequence[Any]) -> jax.Array:
+    """Returns for each of some trees whether all its numbers are finite, [units] bool."""
+    return jnp.array([
+        jnp.all(jnp.array([
+            jnp.all(jnp.isfinite(leaf))
+            for leaf in jax.tree.leaves(unit)
+            if jnp.issubdtype(leaf.dtype, jnp.inexact)
+        ], bool))
+        for unit in units
+    ], bool)  # fmt: skip

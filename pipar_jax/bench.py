@@ -31,7 +31,6 @@ on chosen cores. The harness itself needs no jax.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -51,6 +50,7 @@ from rich.table import Table
 from pipar_jax import plain_flags
 from pipar_jax.errors import ConfigError, RunError
 from pipar_jax.files import write_text
+from pipar_jax.jsontext import dumps
 
 # With --quick, no comparison runs its cases more often than this.
 QUICK_REPEATS = 3
@@ -243,7 +243,7 @@ class Bench:
             rows = [asdict(row) for row in self.rows]
             for row in rows:  # JSON knows no NaN and no infinity
                 row["value"] = row["value"] if math.isfinite(row["value"]) else None
-            text = json.dumps(rows, indent=1) + "\n"
+            text = dumps(rows, indent=1) + "\n"
             write_text(self._json_path, text, "choose another file with --json")
 
     def _table(self) -> Table:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from pipar_jax.errors import RunError
 from pipar_jax.files import write_tensors
+from pipar_jax.jsontext import dumps
 from stages import Model
 
 #: Name of the file in a run's folder.
@@ -39,7 +40,7 @@ def save(
         for unit, arrays in variables.items()
         for name, array in arrays.items()
     }
-    write_tensors(path, tensors, {"pipar_jax": json.dumps(dict(meta))})
+    write_tensors(path, tensors, {"pipar_jax": dumps(dict(meta))})
 
 
 def facts(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 from pipar_jax import schema
 from pipar_jax.errors import ConfigError
+from pipar_jax.jsontext import dumps
 from pipar_jax.plan import Dispatch, HandOn, Weights, is_node, node_name
 from pipar_jax.schema import option
 from stages.names import NORMS, STEMS
@@ -375,6 +376,11 @@ class RunConfig:
     )
     compile_cache: bool = option(True, "keep compiled programs in the user's cache folder")
     evaluate_every: int = option(1, "rounds between two evaluations; 0: only the last", at_least=0)
+    nonfinite: str = option(
+        "end",
+        "a loss or weights that are not finite: end the run, or ignore it but for an event",
+        choices=("end", "ignore"),
+    )
     progress_every_s: float = option(
         0.5, "seconds between two progress events", at_least=0, at_most=LONGEST_S
     )
@@ -535,7 +541,7 @@ def to_json(config: Config) -> str:
     values = to_dict(config)
     if values["network"]["token"] is not None:
         values["network"]["token"] = HIDDEN_TOKEN
-    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    return dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
 def to_text(config: Config) -> str:

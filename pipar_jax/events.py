@@ -11,6 +11,7 @@ from typing import Any
 
 from pipar_jax.errors import RunError
 from pipar_jax.files import refused
+from pipar_jax.jsontext import dumps
 
 
 class EventLog:
@@ -44,7 +45,7 @@ class EventLog:
         Raises:
           DiskError: It cannot be written; then nothing of it is.
         """
-        row = json.dumps(event).encode() + b"\n"
+        row = dumps(event).encode() + b"\n"
         with refused(self.path):
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             try:

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import ctypes
 import hashlib
-import json
 import os
 import pathlib
 import platform
@@ -32,6 +31,7 @@ from pipar_jax.config import HIDDEN_TOKEN, Config, from_json
 from pipar_jax.data.cache import user_cache
 from pipar_jax.errors import ConfigError, PiparError
 from pipar_jax.files import describe_os_error
+from pipar_jax.jsontext import dumps
 from pipar_jax.plan import COORDINATOR, is_node
 
 #: Hands the shared secret to child processes: neither files nor command lines show it.
@@ -189,18 +189,12 @@ def event_writer(descriptor: int) -> Tell:
     lock = threading.Lock()
 
     def tell(event: dict[str, Any]) -> None:
-        line = json.dumps(event, default=_plain).encode() + b"\n"
+        line = dumps(event).encode() + b"\n"
         with lock:
             while line:
                 line = line[os.write(descriptor, line) :]
 
     return tell
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "tolist"):  # numpy's numbers and arrays
-        return value.tolist()
-    return str(value)
 
 
 def _first_line(error: BaseException) -> str:

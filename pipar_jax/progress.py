@@ -120,7 +120,7 @@ class RunState:
         self.idle = dict(event["idle"])
 
     def _learn(self, event: Event) -> None:
-        if event.get("loss") is not None:
+        if "loss" in event:  # None: not finite
             self.loss = event["loss"]
         if event.get("accuracy") is not None:
             self.accuracy = event["accuracy"]
@@ -234,11 +234,20 @@ def describe(event: Event, state: RunState) -> str | None:
         return f"finished in {event['seconds']:.1f} s, test accuracy {event['accuracy']:.1%}"
     if kind == "saving":
         return state.phase
+    if kind == "nonfinite":
+        whose = "all devices" if event["device"] is None else f"device {event['device']}"
+        where = f"{whose}, round {event['round']}, step {event['step']}"
+        return f"not finite: {event['what']} of {where}"
     if kind == "not_kept":
         return f"the run goes on, but not all of what it tells is kept: {event['reason']}"
     if kind == "failed":
         return f"failed: {event['error']}"
     return None
+
+
+def loss_text(event: Event) -> str:
+    """Returns an event's loss as it is printed; one that is not finite is None in it."""
+    return "not finite" if event["loss"] is None else f"{event['loss']:.4f}"
 
 
 def _learning(state: RunState) -> list[str]:

@@ -16,6 +16,7 @@ from pipar_jax.checkpoint import WEIGHTS
 from pipar_jax.config import Config
 from pipar_jax.data import Dataset
 from pipar_jax.errors import PiparError, RunError
+from pipar_jax.jsontext import plain
 from pipar_jax.plan import COORDINATOR, Plan
 from pipar_jax.runtime.coordinator import Coordinator
 from pipar_jax.runtime.evaluation import Evaluator
@@ -75,7 +76,7 @@ def run_server(
 
         def tell(event: dict[str, Any]) -> None:
             with lock:
-                event = {**event, "time_s": time.monotonic() - began}
+                event = plain({**event, "time_s": time.monotonic() - began})
                 if event["event"] != "progress":
                     told = record.add(event)
                     sinks.write(event)

@@ -76,9 +76,16 @@ class TensorBoard:
 def scalars(event: Mapping[str, Any]) -> dict[str, float]:
     """Returns what an event says in numbers, by a name such as ``idle/server``."""
     if event["event"] == "evaluated":
-        return {"test/accuracy": event["accuracy"], "test/loss": event["loss"]}
-    if event["event"] != "round_finished":
+        found = {"test/accuracy": event["accuracy"], "test/loss": event["loss"]}
+    elif event["event"] == "round_finished":
+        found = _round_scalars(event)
+    else:
         return {}
+    return {name: value for name, value in found.items() if value is not None}  # not finite
+
+
+def _round_scalars(event: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a round's numbers."""
     seconds = event["seconds"]
     found = {
         "train/loss": event["loss"],

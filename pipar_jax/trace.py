@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from pipar_jax.errors import PlanError, RunError
 from pipar_jax.files import refused, replacing
+from pipar_jax.jsontext import dumps
 from pipar_jax.schedule import (
     COMPUTE,
     RECEIVE_BACKWARD,
@@ -186,7 +187,7 @@ class TraceWriter:
         self._pack = zlib.compressobj(LEVEL, wbits=31)  # as gzip does, without name and time
         with refused(path):
             self._file = open(path, "wb")  # noqa: SIM115 - close and give_up end it
-        head = json.dumps({"meta": meta}, allow_nan=False)
+        head = dumps({"meta": meta})
         self._write([f'{{"otherData":{head},"traceEvents":['], "")
         self._write([_named("process_name", _ROUNDS_PID, 0, ROUNDS)], "")
         self._bring_out()
@@ -215,7 +216,7 @@ class TraceWriter:
         start, seconds = interval.start_s * 1e6, interval.seconds * 1e6
         self._write(
             [f'{{"ph":"X","name":"{ROUND}","cat":"{ROUND}","pid":{_ROUNDS_PID},"tid":0,'
-             f'"ts":{start:.3f},"dur":{seconds:.3f},"args":{json.dumps(list(interval))}}}']
+             f'"ts":{start:.3f},"dur":{seconds:.3f},"args":{dumps(list(interval))}}}']
         )  # fmt: skip
         self._bring_out()
         self._open = [self._open[1], {}]
@@ -360,10 +361,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _named(what: str, pid: int, tid: int, name: str) -> str:
     """Returns the event that names a process or a track."""
-    return json.dumps(
-        {"ph": "M", "name": what, "pid": pid, "tid": tid, "args": {"name": name}},
-        separators=(",", ":"),
-    )
+    return dumps({"ph": "M", "name": what, "pid": pid, "tid": tid, "args": {"name": name}})
 
 
 def _arrival(action: Action) -> Action | None:

@@ -18,6 +18,7 @@ import numpy as np
 from pipar_jax import launcher, process
 from pipar_jax.config import AUTO, Config, resolve
 from pipar_jax.files import replacing, write_text
+from pipar_jax.jsontext import dumps
 from pipar_jax.pinned import first_cores
 from pipar_jax.plan import Plan
 from pipar_jax.process import Tell
@@ -164,7 +165,7 @@ def kept(results: Path, name: str, measure: Callable[[], Any]) -> Any:
     """
     path = results / f"{name.replace(' ', '_').replace('/', '-')}.json"
     if not path.exists():
-        write_text(path, json.dumps(measure()), "choose another folder with --results")
+        write_text(path, dumps(measure()), "choose another folder with --results")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -174,7 +175,7 @@ def _launch(config: Config, rounds: int, plans: Sequence[Plan] = ()) -> list[dic
     while (folder / f"trial{number}").exists():
         number += 1
     config.name, config.epochs = f"trial{number}", rounds
-    script = json.dumps([plan.to_dict() for plan in plans])
+    script = dumps([plan.to_dict() for plan in plans])
     write_text(_script(config), script)
     events: list[dict[str, Any]] = []
     launcher.launch(config, on_event=events.append, process_module="pipar_jax.trials")

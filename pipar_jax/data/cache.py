@@ -19,6 +19,7 @@ import numpy as np
 
 from pipar_jax.data.types import Dataset, Split
 from pipar_jax.errors import DataError
+from pipar_jax.jsontext import dumps
 
 try:
     import fcntl
@@ -83,7 +84,7 @@ def _write(home: pathlib.Path, data: Dataset) -> None:
             "mean": data.mean.tolist(),
             "std": data.std.tolist(),
         }
-        (aside / "about.json").write_text(json.dumps(about))
+        (aside / "about.json").write_text(dumps(about))
         aside.rename(home)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -13,6 +13,7 @@ import numpy as np
 from comms.errors import explain
 from pipar_jax.errors import DataError
 from pipar_jax.files import replacing
+from pipar_jax.jsontext import dumps
 from pipar_jax.predictor.operators import WIDTH, Array, Operator, rows
 
 #: The network whose layers every device is known by.
@@ -107,7 +108,7 @@ class Timings:
             "layers": [list(one[:3]) for one in self.layers],
         }
         arrays = {
-            "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
+            "about": np.frombuffer(dumps(about).encode(), np.uint8),
             "forward_s": self.forward_s.astype(np.float32),
             "backward_s": self.backward_s.astype(np.float32),
             "operators": np.concatenate([one.operators for one in self.layers]).astype(np.float32),

@@ -173,7 +173,7 @@ def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
         for axis in ("epochs", "seconds"):
             series = [
                 Series(name, hue, [(_x(run, row, axis), row[field] * factor)
-                                   for row in run.of(event)])
+                                   for row in run.of(event) if row[field] is not None])
                 for hue, (run, name) in enumerate(zip(runs, names, strict=True))
             ]  # fmt: skip
             charts.append(line_chart(title, axis, [one for one in series if one.points],

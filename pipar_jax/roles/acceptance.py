@@ -114,6 +114,15 @@ class Acceptance:
             return False
         return self._plan.host(device, self._plan.devices[device].stages - 1) == host
 
+    def trains(self, host: str, device: int | None, step: int) -> bool:
+        """Says whether a host runs a stage of a device (None: any) in a step that may be over."""
+        devices = self._stop if device is None else {device} & self._stop.keys()
+        return any(
+            step < self._stop[one] and self._plan.host(one, stage) == host
+            for one in devices
+            for stage in range(self._plan.devices[one].stages)
+        )
+
     def tensor_bytes(self, peer: str) -> int:
         """Returns the most bytes of a tensor that a peer may send."""
         return max(

@@ -296,6 +296,26 @@ class Progress:
     round: Count
 
 
+@message("nonfinite", Sender.HOST)
+class NonFinite:
+    """Something is not finite on a host; told once for each device, step and kind.
+
+    Attributes:
+      what: The ``loss`` of a step; the ``weights`` after a round's steps, with their statistics
+        and optimiser state; or the ``average`` of a round.
+      device: Whose it is; None for what serves all devices.
+      round: Number of the round, from 0.
+      step: The device's step, from 0 over the whole run; of weights the last of the round.
+      units: The units whose weights it is about.
+    """
+
+    what: Annotated[str, Choice(("loss", "weights", "average"))]
+    device: Annotated[int | None, Maybe(Whole())]
+    round: Count
+    step: Count
+    units: Annotated[tuple[str, ...], Many(Text(64), MOST_UNITS)] = ()
+
+
 @message("pulse", Sender.BOTH)
 class Pulse:
     """The sender goes on: so many actions are over there, or so many waits."""

@@ -11,7 +11,8 @@ from pipar_jax.roles import protocol
 from pipar_jax.roles.registry import kind_of
 
 #: What a host may say whenever it has joined.
-UNASKED = (protocol.Failed, protocol.Progress, protocol.Pulse, protocol.Working)
+UNASKED = (protocol.Failed, protocol.NonFinite, protocol.Progress, protocol.Pulse,
+           protocol.Working)  # fmt: skip
 
 
 class Reply(NamedTuple):

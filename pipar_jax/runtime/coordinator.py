@@ -142,6 +142,7 @@ class Coordinator:
             # A unit has one replica per device, wherever each is cut.
             count = sum(1 for n in self._total if n)
             self._aggregator.compile({unit: count for unit in self._model.unit_names})
+            self._aggregator.broken_units()  # compiles what finds them, too
         ready = self._members.collect(protocol.Prepared, (COORDINATOR, *self._workers))
         compile_s = time.monotonic() - began
         self._calibrate()
@@ -298,6 +299,9 @@ class Coordinator:
                 replicas.append(Replica(one["params"], one["state"], float(weight)))
         start_s = time.monotonic()
         self._aggregator.aggregate(replicas)
+        if broken := self._aggregator.broken_units():
+            last = max(span.stop for span in spans) - 1
+            self._members.end_broken(protocol.NonFinite("average", None, index, last, broken))
         spent_s = time.monotonic() - start_s
         time.sleep(spent_s * (self._config.server.slowdown - 1.0))
         action = Action(0, AGGREGATE, ALL, spans[0].stop - 1)

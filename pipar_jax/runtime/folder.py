@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from pipar_jax.config import Config
 from pipar_jax.errors import DiskError
 from pipar_jax.events import EventLog
 from pipar_jax.files import make_folder, write_text
+from pipar_jax.jsontext import dumps
 
 CONFIG, METRICS, TRACE, PLAN = "config.json", "metrics.jsonl", "trace.json.gz", "plan.json"
 
@@ -46,7 +46,7 @@ class RunFolder:
         Raises:
           DiskError: It cannot be written.
         """
-        write_text(self.path / PLAN, json.dumps(plan, indent=2) + "\n")
+        write_text(self.path / PLAN, dumps(plan, indent=2) + "\n")
 
     def add_event(self, event: Mapping[str, Any]) -> None:
         """Appends a row to metrics.jsonl.

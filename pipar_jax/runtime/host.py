@@ -19,8 +19,8 @@ import numpy as np
 
 import stages
 from comms import Message
+from pipar_jax import aggregation, optimizer
 from pipar_jax import config as configuration
-from pipar_jax import optimizer
 from pipar_jax.config import Config
 from pipar_jax.errors import RunError
 from pipar_jax.plan import OWNER, Plan, is_node
@@ -122,7 +122,10 @@ class Host:
         self._mailbox: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]]] = (
             queue.SimpleQueue()
         )
-        self._meter = Meter(self._tell, config.run.progress_every_s)
+        self._meter = Meter(
+            self._tell, config.run.progress_every_s,
+            lambda device, step: self._tell_broken("loss", device, step),
+        )  # fmt: skip
         self._completion = Completion(name, self.recorder.add, self._post_over, self._fail)
         self._ahead = Ahead(name, self._compile_ahead, self._tell_ahead, self._fail)
         self._thread = threading.Thread(target=self._run, name=f"pipar-host-{name}", daemon=True)
@@ -336,6 +339,7 @@ class Host:
         replicas, sizes = self._replicas.values(), self._sizes()
         compile_all(self._model, replicas, sizes, between=self._check_stopped)
         self._compile_codecs(plan, sizes)
+        self._broken()
         self._weigh()
         memory.check(need, self._temporary_bytes, limit_mb, self.name, plan)
         compile_s = time.monotonic() - began
@@ -408,6 +412,7 @@ class Host:
             arrived.get(migration.WHOLE, {}).get("rule_state", {}),
         )  # fmt: skip
         self._install(plan)
+        self._broken()
         self._weigh()
         self.observer.take()  # what was seen so far belongs to the old plan
         self._answer(protocol.Adopted())
@@ -457,6 +462,7 @@ class Host:
     def _finish_round(self) -> None:
         """Tells that this host's steps are over, with the weights if they are to be averaged."""
         self._training = False
+        whole = self._tell_broken_weights(averaged=False)
         if self._plan.order == "sequential":
             self._report()
             return
@@ -465,6 +471,8 @@ class Host:
             self.recorder.add(
                 self._averaging.run(self._executor.schedule, self._slowness.since(self._began_s))
             )
+            if whole:
+                self._tell_broken_weights(averaged=True)
         arrays: dict[str, Any] = {}
         for (device, stage), replica in self._replicas.items():
             if stage in local:
@@ -475,6 +483,34 @@ class Host:
         self._reply(protocol.Trained(self._round), arrays)
         if is_node(self.name) and not arrays:  # nothing of it comes back averaged
             self._report()
+
+    def _broken(self) -> dict[int, tuple[str, ...]]:
+        """Returns for each device the units here that are not finite; compiles what finds them."""
+        found: dict[int, tuple[str, ...]] = {}
+        for (device, _), one in self._replicas.items():
+            units = aggregation.broken_units(one.params, one.params, one.state, one.opt_state)
+            if units:
+                found[device] = found.get(device, ()) + units
+        return found
+
+    def _tell_broken_weights(self, *, averaged: bool) -> bool:
+        """Tells of weights here that are not finite after a round; returns whether all are."""
+        broken = self._broken()
+        ends = {span.device: span.stop - 1 for span in self._executor.schedule.spans}
+        last = max(ends.values())
+        if averaged and broken:  # all copies are the average now
+            self._tell_broken("average", None, last, next(iter(broken.values())))
+        elif broken:
+            for device, units in broken.items():
+                whose = None if device == ALL else device
+                self._tell_broken("weights", whose, ends.get(device, last), units)
+        return not broken
+
+    def _tell_broken(
+        self, what: str, device: int | None, step: int, units: tuple[str, ...] = ()
+    ) -> None:
+        """Tells the coordinator of what is not finite; any thread may call it."""
+        self._answer(protocol.NonFinite(what, device, self._round, step, units))
 
     def _store(self, params: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         for replica in self._replicas.values():

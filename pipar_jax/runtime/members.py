@@ -25,7 +25,7 @@ from pipar_jax.roles.patience import Moving, Patience, pulse_s
 from pipar_jax.roles.refusals import Refusals
 from pipar_jax.roles.registry import Form, Sender, kind_of
 from pipar_jax.roles.replies import Owed, Reply, answers
-from pipar_jax.runtime import identity
+from pipar_jax.runtime import finite, identity
 from pipar_jax.runtime.identity import Identity
 from stages import Model
 
@@ -73,12 +73,14 @@ class Member:
       identity: What it said of itself.
       owed: What it was asked for.
       steps: For each device whose last stage it runs, the last step that it told of.
+      broken: What it told of that is not finite: kind, device, step.
     """
 
     link: Link
     identity: Identity
     owed: Owed = dataclasses.field(default_factory=Owed)
     steps: dict[int, int] = dataclasses.field(default_factory=dict)
+    broken: set[tuple[str, int | None, int]] = dataclasses.field(default_factory=set)
 
 
 class _Waiting:
@@ -445,6 +447,8 @@ class Members:
             self.patience.working(mail.source, said.what)
         elif isinstance(said, protocol.Progress):
             self._note_progress(mail.source, said)
+        elif isinstance(said, protocol.NonFinite):
+            self._note_broken(mail.source, said)
         elif (listener := self.listeners.get(type(said))) is not None:
             listener(mail)
         else:
@@ -463,6 +467,28 @@ class Members:
                            "which is none of its own or was told before")  # fmt: skip
             steps[said.device] = said.step
         self._tell({"event": "progress", **dataclasses.asdict(said)})
+
+    def _note_broken(self, source: str, said: protocol.NonFinite) -> None:
+        """Tells of what is not finite on a host, once for each device, step and kind."""
+        if source != COORDINATOR:
+            told, key = self.by_name[source].broken, (said.what, said.device, said.step)
+            plan = self.acceptance
+            own = plan is not None and plan.trains(source, said.device, said.step)
+            if not own or key in told:
+                self.blame(source, f"'nonfinite' of device {said.device}, step {said.step}, "
+                           "which is none of its own or was told before")  # fmt: skip
+            told.add(key)
+        self.end_broken(said)
+
+    def end_broken(self, found: protocol.NonFinite) -> None:
+        """Tells of what is not finite.
+
+        Raises:
+          RunError: That ends the run (``run.nonfinite=end``).
+        """
+        self._tell(finite.event(found))
+        if self._config.run.nonfinite == "end":
+            raise RunError(finite.line(found))
 
     def _beat(self) -> None:
         """Now and then tells members that this thread goes on, and looks who else does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -34,11 +35,18 @@ class Meter:
     Args:
       tell: Takes device, step, mean loss and accuracy.
       every_s: Seconds that must lie between two messages.
+      broken: Takes device and step of the first loss of each device in a round that is not finite.
     """
 
-    def __init__(self, tell: Callable[[int, int, float, float], None], every_s: float) -> None:
+    def __init__(
+        self,
+        tell: Callable[[int, int, float, float], None],
+        every_s: float,
+        broken: Callable[[int, int], None],
+    ) -> None:
         """See the class."""
-        self._tell, self._every_s = tell, every_s
+        self._tell, self._every_s, self._broken = tell, every_s, broken
+        self._told_broken: set[int] = set()
         self._lock = threading.Lock()
         self._steps: dict[tuple[int, int], Totals] = {}
         self._round = Totals()
@@ -47,6 +55,9 @@ class Meter:
     def add(self, device: int, step: int, loss: float, correct: float, samples: int) -> None:
         """Adds a micro-batch."""
         one = Totals(loss, correct, samples)
+        if not math.isfinite(loss) and device not in self._told_broken:
+            self._told_broken.add(device)
+            self._broken(device, step)
         with self._lock:
             self._steps[device, step] = self._steps.get((device, step), Totals()).plus(one)
             self._round = self._round.plus(one)
@@ -65,4 +76,5 @@ class Meter:
         """Returns the round's sums and starts over."""
         with self._lock:
             totals, self._round = self._round, Totals()
+            self._told_broken.clear()
         return totals

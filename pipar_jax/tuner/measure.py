@@ -31,6 +31,7 @@ from pipar_jax.config import Config, DeviceConfig, NodeConfig, ServerConfig
 from pipar_jax.data.cache import user_cache
 from pipar_jax.errors import PlanError
 from pipar_jax.files import make_folder, write_text
+from pipar_jax.jsontext import dumps
 from pipar_jax.predictor.hosts import facts_of, predict_host
 from pipar_jax.predictor.reference import ReferenceTimes, reference_model, time_reference
 from pipar_jax.profile import NO_HANDLING, CodecProfile, HostProfile, UnitFacts, host_from_dict
@@ -124,7 +125,7 @@ def measure_host(
     found = _measure(config, model, tuple(sizes), between)
     found = found._replace(seconds=time.monotonic() - began_s)
     if path is not None:
-        _write(path, json.dumps(found.to_dict()))
+        _write(path, dumps(found.to_dict()))
     return found
 
 
@@ -410,7 +411,7 @@ def _cache_path(config: Config, model: Model, sizes: Sequence[int]) -> pathlib.P
         "aggregation": dataclasses.asdict(config.aggregation),
         "sizes": list(sizes),
     }
-    mark = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    mark = hashlib.sha256(dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     return user_cache() / "profiles" / f"{model.name}-{mark}.json"
 
 

@@ -1,0 +1,30 @@
+"""What is said of numbers that are not finite: the event, and the line that ends a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from pipar_jax.roles.protocol import NonFinite
+
+_MOST_UNITS = 3
+
+
+def line(found: NonFinite) -> str:
+    """Returns the line that ends a run."""
+    whose = "all devices" if found.device is None else f"device {found.device}"
+    what = "the loss is"
+    if found.units:
+        more = len(found.units) - _MOST_UNITS
+        names = ", ".join(found.units[:_MOST_UNITS]) + (f" and {more} more" if more > 0 else "")
+        what = f"after it the {found.what} of {names} {'is' if found.what == 'average' else 'are'}"
+    return (
+        f"{whose}, round {found.round}, step {found.step}: {what} not finite; lower "
+        "optimizer.learning_rate or set optimizer.clip_norm (run.nonfinite=ignore goes on). No "
+        "weights were saved"
+    )
+
+
+def event(found: NonFinite) -> dict[str, Any]:
+    """Returns the event that tells of it; its device is None for what serves all devices."""
+    return {"event": "nonfinite", **dataclasses.asdict(found), "units": list(found.units)}
