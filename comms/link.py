@@ -55,10 +55,8 @@ class Link(Stream):
 
         def begin() -> None:
             lost_before = self._error
-            self._on_message, self._on_credit, self._on_lost = on_message, on_credit, on_lost
-            while self._early:
-                on_message(self._early.popleft())
-            self._early_bytes = 0
+            self._on_credit, self._on_lost = on_credit, on_lost
+            self._arrivals.start(on_message)
             if lost_before is not None:
                 if not self._closing:
                     on_lost(lost_before)
@@ -210,16 +208,16 @@ class Link(Stream):
 
     def stats(self) -> LinkStats:
         """Returns the link's figures as of now."""
-        out, inbox = self._outbox, self._inbox
+        out, inbox, arrivals = self._outbox, self._inbox, self._arrivals
         return LinkStats(
             bytes_out=out.bytes_out,
             bytes_in=inbox.bytes_in,
             payload_out_bytes=out.payload_out_bytes,
-            payload_in_bytes=self._payload_in_bytes,
+            payload_in_bytes=arrivals.payload_bytes,
             raw_out_bytes=out.raw_out_bytes,
-            raw_in_bytes=self._raw_in_bytes,
+            raw_in_bytes=arrivals.raw_bytes,
             messages_out=out.messages_out,
-            messages_in=self._messages_in,
+            messages_in=arrivals.messages,
             frames_out=out.frames_out,
             frames_in=inbox.frames_in,
             queued_messages=len(out.control) + len(out.data),

@@ -6,20 +6,18 @@ import math
 import struct
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from comms import bounded_json
 from comms.allowance import Allowance
+from comms.arrivals import Arrivals
 from comms.bounded_json import one_line, reason_text
 from comms.errors import BusyError, ChannelError, DamageError, FrameError, PeerClosed, PeerLost
 from comms.frame import MAX_CLOCK_S, MAX_RATE, PING, PONG, STATUS, Header, Kind
 from comms.greeting import Terms
 from comms.inbox import Inbox
-from comms.incoming import Assembly, Bundle
 from comms.loop import READ, WRITE, Guard, Timer, place_of, report
-from comms.message import Message
 from comms.meter import ClockMeter
 from comms.news import News
 from comms.outbox import Outbox
@@ -74,15 +72,18 @@ class Stream:
             self._pack_status, self.resume_s > 0, options.replay_bytes, checked=checked
         )
         self._outbox.peer_window_bytes = terms.window_bytes
-        self._inbox = Inbox(
+        self._arrivals = Arrivals(
+            cast("Link", self), self._clock, self._release, options.limits.waiting_bytes
+        )
+        self._inbox = self._arrivals.inbox = Inbox(
             options.limits,
             Allowance.of(options.limits) if dialled else None,
             options.window_bytes,
             endpoint.pool,
             checked,
-            on_tensor=self._on_tensor,
-            on_bundle=self._on_bundle,
-            on_control=self._on_control,
+            on_tensor=self._arrivals.tensor,
+            on_bundle=self._arrivals.bundle,
+            on_control=self._arrivals.control,
             on_signal=self._on_signal,
         )
         self._news = News(
@@ -101,20 +102,13 @@ class Stream:
         self._resume_timer: Timer | None = None
         self._pings_sent = 0
         self._tick_s = time.monotonic()
-        self._on_message: Callable[[Message], None] | None = None
         self._on_credit: Callable[[], None] | None = None
         self._on_lost: Callable[[ChannelError], None] | None = None
-        self._early: deque[Message] = deque()
-        self._early_bytes = 0
         self._error: PeerLost | None = None
         self._closing = False
-        self._refused = False
         self._goodbye_sent = False
         self._drainers: list[threading.Event] = []
         self._closed = threading.Event()
-        self._messages_in = 0
-        self._payload_in_bytes = 0
-        self._raw_in_bytes = 0
         self._encode_s = 0.0
         self._reconnects = -1
         self._damages = 0
@@ -215,7 +209,7 @@ class Stream:
 
     @property
     def _paused(self) -> bool:
-        return self._on_message is None and self._early_bytes >= self._options.limits.waiting_bytes
+        return self._arrivals.paused
 
     def _flush_now(self) -> None:
         self._flush_posted = False
@@ -307,6 +301,10 @@ class Stream:
         self._beat = self._loop.at(now + pause_s, self._heartbeat)
         self._run_ready(0)
 
+    def _release(self, cost: int) -> None:
+        """Gives credit back; from any thread."""
+        self._news.release(cost)
+
     def _pack_status(self) -> bytes:
         return self._news.pack()
 
@@ -341,87 +339,6 @@ class Stream:
                 outbox.peer_released_bytes = released_bytes
             if self._on_credit is not None:
                 self._on_credit()
-
-    # -- what arrives --------------------------------------------------------------
-
-    def _on_tensor(self, assembly: Assembly) -> None:
-        cost, lease = assembly.cost, assembly.lease
-
-        def release() -> None:
-            if lease is not None:
-                lease.release()
-            if cost:
-                self._news.release(cost)
-
-        payload = assembly.payload()
-        self._raw_in_bytes += assembly.raw_bytes
-        self._deliver(
-            Message(
-                "tensor",
-                cast("Link", self),
-                tag=assembly.tag,
-                payloads={"": payload},
-                nbytes=assembly.header.total,
-                first_byte_s=assembly.first_byte_s,
-                received_s=self._inbox.last_read_s,
-                sent_s=self._local_s(assembly.sent_clock_s),
-                release=release,
-            )
-        )
-
-    def _on_bundle(self, bundle: Bundle) -> None:
-        leases = bundle.leases
-
-        def release() -> None:
-            for lease in leases:
-                lease.release()
-
-        self._raw_in_bytes += bundle.raw_bytes
-        self._deliver(
-            Message(
-                "bundle",
-                cast("Link", self),
-                tag=bundle.tag,
-                name=bundle.name,
-                body=bundle.body,
-                payloads=bundle.payloads,
-                nbytes=bundle.nbytes,
-                first_byte_s=bundle.first_byte_s,
-                received_s=self._inbox.last_read_s,
-                sent_s=self._local_s(bundle.sent_clock_s),
-                release=release,
-            )
-        )
-
-    def _on_control(self, body: dict[str, Any], assembly: Assembly) -> None:
-        self._raw_in_bytes += assembly.raw_bytes
-        self._deliver(
-            Message(
-                "control",
-                cast("Link", self),
-                body=body,
-                nbytes=assembly.header.total,
-                first_byte_s=assembly.first_byte_s,
-                received_s=self._inbox.last_read_s,
-                sent_s=self._local_s(assembly.sent_clock_s),
-            )
-        )
-
-    def _local_s(self, clock_s: float) -> float | None:
-        offset_s = self._clock.offset_s
-        return None if offset_s is None else clock_s - offset_s
-
-    def _deliver(self, message: Message) -> None:
-        if self._refused:
-            message.release()
-            return
-        self._messages_in += 1
-        self._payload_in_bytes += message.nbytes
-        if self._on_message is not None:
-            self._on_message(message)
-            return
-        self._early.append(message)
-        self._early_bytes += message.nbytes + 1024
 
     # -- the end -------------------------------------------------------------------
 
@@ -507,11 +424,10 @@ class Stream:
         """
         if self._error is not None or (self._closing and not refuse):
             return
-        self._refused |= refuse
         with self._lock:
             self._closing = True
         if refuse:
-            self._early.clear()
+            self._arrivals.close()
             self._outbox.drop_waiting()
         if self._transport is None:
             self._lose(self._closed_here())
@@ -522,7 +438,7 @@ class Stream:
         self._run_ready(0)
 
     def _closed_here(self) -> PeerLost:
-        how = "refused" if self._refused else "closed"
+        how = "refused" if self._arrivals.deaf else "closed"
         return PeerLost(f"the link to {self.peer} was {how} on this side")
 
     def turn_away(self, error: BusyError) -> None:

@@ -276,8 +276,8 @@ def test_what_a_refused_peer_still_sends_is_not_delivered(workshop):
 
     def both() -> None:
         down.say_goodbye("no", refuse=True)
-        down._deliver(message)
-        done.put(down._messages_in)
+        down._arrivals.deliver(message)
+        done.put(True)
 
     up.send_control({"n": 1})
     message = at_server.take()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import queue
 import socket
 import struct
@@ -25,7 +26,7 @@ from comms import (
     VersionError,
 )
 from comms.frame import MAGIC, VERSION
-from comms.greeting import Terms
+from comms.greeting import Hello, Terms
 from comms.handshake import ClientHandshake, ServerHandshake
 from tests.comms.conftest import admitting, tls
 
@@ -278,6 +279,13 @@ def serve_honestly(workshop, port, server_links):
     message.release()
 
 
+def hello(**fields: object) -> bytes:
+    """Returns a HELLO, with some of its fields as given."""
+    greeting = Hello(name="d0", session="0" * 32, nonce="0" * 32, token=False)
+    body = json.dumps(greeting.write() | fields).encode()
+    return PREFACE.pack(MAGIC, VERSION, 1, 0, len(body)) + body
+
+
 def test_slow_loris_is_cut_off_and_harms_nobody(workshop):
     options = ChannelOptions(deadline_s=1.0, limits=Limits(pending_handshakes=20))
     port, links = listen(workshop, options)
@@ -324,6 +332,9 @@ def test_a_crowd_of_half_open_handshakes_is_bounded(workshop):
         PREFACE.pack(MAGIC, VERSION, 3, 0, 2) + b"{}",
         PREFACE.pack(MAGIC, VERSION, 1, 0, 4000) + b"[" * 4000,
         PREFACE.pack(MAGIC, VERSION, 1, 0, 2) + b"{}",
+        hello(resume_s=10**400),
+        hello(received=-1),
+        hello() + PREFACE.pack(MAGIC, VERSION, 3, 0, 20) + b'{"proof": "\\ud800x"}',
     ],
 )
 def test_what_is_no_hello_is_shown_the_door(workshop, opening):
