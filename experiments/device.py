@@ -12,7 +12,7 @@ import dataclasses
 import pathlib
 
 import configs
-from pipar_jax import flags, machine, process
+from pipar_jax import flags, logs, machine, process
 from pipar_jax.config import Config
 from pipar_jax.errors import ConfigError
 from pipar_jax.plan import device_name
@@ -39,6 +39,7 @@ def main(config: Config, given: DeviceFlags) -> None:
             f"--index={given.index} does not fit: devices.count={config.devices.count}, so a "
             f"device's index is 0 to {config.devices.count - 1}"
         )
+    logs.begin()
     name = device_name(given.index)
     machine.check(config, [name])
     process.set_environment(config, name)

@@ -13,7 +13,7 @@ import dataclasses
 import pathlib
 
 import configs
-from pipar_jax import flags, machine, process
+from pipar_jax import flags, logs, machine, process
 from pipar_jax.config import Config
 from pipar_jax.errors import ConfigError
 from pipar_jax.plan import node_name
@@ -40,6 +40,7 @@ def main(config: Config, given: NodeFlags) -> None:
             f"--index={given.index} does not fit: nodes.count={config.nodes.count}, so a node's "
             f"index is 1 to {config.nodes.count}"
         )
+    logs.begin()
     name = node_name(given.index)
     machine.check(config, [name])
     process.set_environment(config, name)

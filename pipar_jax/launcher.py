@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pipar_jax import data, errors, machine
+from pipar_jax import data, environment, errors, machine
 from pipar_jax.config import Config, nodes, resolve, to_json
 from pipar_jax.errors import DiskError, PiparError, RunError
 from pipar_jax.files import describe_os_error, write_text
@@ -64,7 +64,7 @@ def launch(
 
 
 def create_folder(config: Config) -> pathlib.Path:
-    """Makes the run's folder, with config.json in it, and returns it.
+    """Makes the run's folder, with config.json and environment.json in it, and returns it.
 
     A taken name gets a number: ``runs/digits``, ``runs/digits-2``. ``config.name`` is set to the
     one found, so that ``run.dir/name`` is the folder on every host.
@@ -86,6 +86,7 @@ def create_folder(config: Config) -> pathlib.Path:
         folder = base / config.name
         (folder / "logs").mkdir()
         write_text(folder / "config.json", to_json(config))
+        environment.write(folder, config.network.token)
     except DiskError as error:
         raise DiskError(f"the run's folder cannot be made: {error}") from error
     except OSError as error:

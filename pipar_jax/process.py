@@ -23,10 +23,11 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import pipar_jax
 import stages
 from comms.errors import explain
 from pipar_jax import config as configuration
-from pipar_jax import machine
+from pipar_jax import logs, machine
 from pipar_jax.config import HIDDEN_TOKEN, Config, from_json
 from pipar_jax.data.cache import user_cache
 from pipar_jax.errors import ConfigError, PiparError
@@ -62,6 +63,8 @@ def set_environment(config: Config, name: str) -> None:
         os.sched_setaffinity(0, cores)
     if host.platform != "auto":
         os.environ["JAX_PLATFORMS"] = host.platform
+    else:
+        logs.leave_out_tpu()
     if host.platform != "cpu":
         # Several hosts may share one accelerator: none takes all of its memory at the start.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -234,7 +237,11 @@ def _load_config(path: pathlib.Path) -> Config:
 def _run_server(config: Config, tell: Tell) -> None:
     from pipar_jax.server import run_server
 
-    run_server(config, on_event=tell)
+    def note(event: dict[str, Any]) -> None:
+        logs.note_event(event)
+        tell(event)
+
+    run_server(config, on_event=note)
 
 
 def _run_worker(config: Config, name: str, lines: queue.SimpleQueue[str]) -> None:
@@ -262,6 +269,8 @@ def main(arguments: list[str] | None = None, serve: Serve = _run_server) -> NoRe
     # A folder of the user's may hold modules of theirs, but must not hide a package of ours.
     with contextlib.suppress(OSError):  # the folder is gone
         sys.path.append(os.getcwd())
+    logs.begin()
+    logs.LOG.info("%s of pipar_jax %s, process %d", given.name, pipar_jax.__version__, os.getpid())
     stages.retain_memory()  # before there is a second thread, which gets an arena of its own
     lines = _die_with_parent()
     tell = event_writer(given.events)
@@ -278,7 +287,13 @@ def main(arguments: list[str] | None = None, serve: Serve = _run_server) -> NoRe
         else:
             _run_worker(config, given.name, lines)
 
-    leave(perform(task, tell, debug=debug, log=given.log))
+    def tell_failure(event: dict[str, Any]) -> None:
+        logs.LOG.error("%s", event["error"])
+        tell(event)
+
+    code = perform(task, tell_failure, debug=debug, log=given.log)
+    logs.LOG.info("ends with code %d", code)
+    leave(code)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pipar_jax import data as datasets
 from pipar_jax.checkpoint import WEIGHTS
 from pipar_jax.config import Config
 from pipar_jax.data import Dataset
+from pipar_jax.environment import add_platform
 from pipar_jax.errors import PiparError, RunError
 from pipar_jax.jsontext import plain
 from pipar_jax.plan import COORDINATOR, Plan
@@ -70,6 +71,7 @@ def run_server(
     datasets.check_fits(dataset, network.classes, network.input_shape, COORDINATOR)
     folder = RunFolder(Path(config.run.dir) / config.name)
     folder.save_config(config)
+    add_platform(folder.path)
     record = Record(folder)
     lock = threading.Lock()
     with Sinks(config.run.sinks, folder.path) as sinks:

@@ -17,6 +17,7 @@ from pipar_jax import data as datasets
 from pipar_jax.config import Config
 from pipar_jax.data import Dataset, Loader, Prefetcher
 from pipar_jax.errors import JoinError, PeerError, ProtocolError
+from pipar_jax.logs import LOG
 from pipar_jax.plan import COORDINATOR, Boundary, Plan, device_name, is_node, long_name, node_name
 from pipar_jax.roles import protocol, registry
 from pipar_jax.roles.acceptance import Acceptance
@@ -221,6 +222,7 @@ class Worker:
         Raises:
           PiparError: See ``run_device`` and ``run_node``.
         """
+        LOG.info("%s: joins %s:%d", self.name, *address)
         self._link = link = self._connect(address)
         link.start(self._on_message, self._wake, self._inbox.put)
         try:
@@ -243,6 +245,7 @@ class Worker:
             if isinstance(item, BaseException):
                 raise item
             said = registry.decode(item, Sender.COORDINATOR, long_name(COORDINATOR))
+            self._note(said)
             if isinstance(said, protocol.Working):
                 self._patience.working(COORDINATOR, said.what)
             else:
@@ -259,6 +262,12 @@ class Worker:
                 self._bundles[type(said)](said, item)
             else:
                 self._commands[type(said)](said)
+
+    def _note(self, said: object) -> None:
+        """Writes into the log what the coordinator wants; of its pulse and its work, nothing."""
+        if not isinstance(said, protocol.Pulse | protocol.Working):
+            number = f" {said.round}" if isinstance(said, protocol.Release) else ""
+            LOG.info("%s: %s%s", self.name, registry.kind_of(type(said)).name, number)
 
     def close(self) -> None:
         """Ends all threads of this role."""

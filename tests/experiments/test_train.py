@@ -54,8 +54,12 @@ def test_a_short_run_ends_well_and_leaves_its_folder(tmp_path: pathlib.Path, met
     assert {"config.json", "metrics.jsonl", "weights.safetensors", "logs"} <= files
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["event"] == "run_finished"
+    environment = json.loads((folder / "environment.json").read_text())
+    assert "experiments.train" in environment["command"] and environment["server"]["platform"]
     for log in (folder / "logs").iterdir():
-        assert "Traceback" not in log.read_text(), f"{log.name}: {log.read_text()}"
+        text = log.read_text()
+        assert "Traceback" not in text, f"{log.name}: {text}"
+        assert len(text.splitlines()) > 3 and "ends with code 0" in text, f"{log.name}: {text}"
 
 
 def test_devices_train_on_data_of_their_own(tmp_path: pathlib.Path) -> None:
