@@ -95,6 +95,8 @@ OTHERWISE = {
     "pipar_jax/events.py": "grows row by row",
     "pipar_jax/trace.py": "grows round by round",
     "pipar_jax/launcher.py": "the log that a child's output goes to",
+    "pipar_jax/process.py": "standard streams that were closed",
+    "pipar_jax/data/download.py": "written aside while its checksum is made, then renamed",
     "pipar_jax/data/cache.py": "a whole folder is written aside, and a lock has nothing in it",
     "pipar_jax/certificates.py": "a key is private before it has content",
     "stages/layers/measure.py": "a module of the sources, for whoever works on them",
