@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from pipar_jax.report import make_page, read_run
 from pipar_jax.roles.protocol import NonFinite
 from pipar_jax.runtime import finite
 from pipar_jax.sinks import scalars
+from tests.experiments.running import Binary
 from tests.pipar_jax.runtime import support
 
 BATCH = 6
@@ -142,3 +144,15 @@ def test_the_line_names_few_units_and_whose_they_are():
     assert finite.event(found)["device"] is None
     one = finite.line(NonFinite("loss", 1, 0, 3))
     assert one.startswith("device 1, round 0, step 3: the loss is not finite")
+
+
+@pytest.mark.soak
+def test_a_process_ends_with_code_1_and_the_line(tmp_path):
+    train = Binary("train", "--config=digits", "--config.optimizer.learning_rate=1e30",
+                   f"--config.run.dir={tmp_path}")  # fmt: skip
+    try:
+        assert train.wait() == 1
+    finally:
+        train.close()
+    assert re.search(r"device \d, round 0, step \d: the loss is not finite", train.output)
+    assert not list(tmp_path.rglob("weights.safetensors"))
