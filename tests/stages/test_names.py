@@ -1,0 +1,26 @@
+"""What is known of the registered networks without jax is what they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import stages
+from stages.names import UNITS
+from stages.registry import Model
+
+
+def test_the_units_that_a_launcher_knows_are_those_of_the_networks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def names(name: str, units: Any, *rest: Any, **options: Any) -> tuple[str, ...]:
+        return tuple(unit for unit, _ in units)  # tracing each network would take long
+
+    monkeypatch.setattr(Model, "from_units", staticmethod(names))
+    assert tuple(UNITS) == stages.MODELS
+    for name, units in UNITS.items():
+        shape = (8,) if name.startswith("decoder") else (8, 8, 1)
+        for norm, stem in zip(stages.NORMS, stages.STEMS, strict=True):
+            found: Any = stages.build(name, input_shape=shape, classes=3, norm=norm, stem=stem)
+            assert found == units, name
