@@ -167,6 +167,11 @@ def train(
       DataError: Data or model are wrong or do not fit each other; nothing was started then.
       PiparError: The run failed.
     """
+    if model is not None and not isinstance(model, Model):
+        raise RunError(
+            f"train() got a {type(model).__name__} as model: make a stages.Model of it with "
+            "Model.from_module or Model.from_units"
+        )
     names = () if model is None else (config.model.name,)
     resolved = resolve(config, models=names)
     if model is not None:
@@ -264,11 +269,6 @@ def _admit(
     config: Config, model: Model | None, data: Sequence[Dataset] | None
 ) -> Sequence[Dataset]:
     """Returns every device's dataset and, last, the server's, all looked at beside the model."""
-    if model is not None and not isinstance(model, Model):
-        raise RunError(
-            f"train() got a {type(model).__name__} as model: make a stages.Model of it with "
-            "Model.from_module or Model.from_units"
-        )
     hosts = [*(device_name(index) for index in range(config.devices.count)), COORDINATOR]
     if data is None:
         loaded = [datasets.load_device(config, index) for index in range(config.devices.count)]
