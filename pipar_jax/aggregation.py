@@ -3,7 +3,8 @@
 The server's optimiser sees w - mean(w_d) as a gradient (Reddi et al., Adaptive Federated
 Optimization, arXiv 2003.00295, algorithm 2), so FedAvg is SGD with step size 1. Weights are
 averaged unit by unit over whoever holds the unit, so devices with different cuts aggregate
-naturally. Batch statistics take the weighted mean and never pass through the optimiser.
+naturally. Batch statistics take the weighted mean and never pass through the optimiser; what has
+no mean (counters, masks, keys: integers and booleans) is the first device's.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import optax
 
 from pipar_jax.config import AggregationConfig
 
-Variables = dict[str, dict[str, jax.Array]]
+Arrays = dict[str, jax.Array]
+Variables = dict[str, Arrays]
 
 
 class AdaptiveState(NamedTuple):
@@ -106,20 +108,53 @@ def _compiled(fields: tuple[Any, ...]) -> tuple[optax.GradientTransformation, An
     ) -> tuple[Any, Any, Any]:
         shares = weights / jnp.sum(weights)
         # Devices are summed in their order, never in that of arrival: a run repeats exactly.
-        mean, state = (
-            jax.tree.map(
-                lambda *leaves: sum(
-                    s.astype(leaf.dtype) * leaf for s, leaf in zip(shares, leaves, strict=True)
-                ),
-                *(replica[part] for replica in replicas),
-            )
-            for part in (0, 1)
-        )
+        mean = jax.tree.map(lambda *some: _mean(shares, some), *(one[0] for one in replicas))
+        state = jax.tree.map(lambda *some: _mean(shares, some), *(one[1] for one in replicas))
         pseudo_gradient = jax.tree.map(jnp.subtract, old, mean)
         updates, opt_state = transformation.update(pseudo_gradient, opt_state, old)
         return optax.apply_updates(old, updates), opt_state, state
 
-    return transformation, jax.jit(combine)
+    jitted = jax.jit(combine)
+
+    def run(old: Any, opt_state: Any, replicas: Any, weights: Any) -> tuple[Any, Any, Any]:
+        params, opt_state, state = jitted(old, opt_state, replicas, weights)
+        if state and len(replicas) > 1:
+            state = _unmixed(state, [own for _, own in replicas])
+        return params, opt_state, state
+
+    return transformation, run
+
+
+def _mean(shares: jax.Array, leaves: Sequence[jax.Array]) -> jax.Array:
+    """Returns the weighted mean of arrays in their dtype, summed in at least float32.
+
+    Integers and booleans have none: the first array it is.
+    """
+    dtype = leaves[0].dtype
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return leaves[0]
+    wide = jnp.promote_types(dtype, jnp.float32)
+    total: Any = sum(
+        s.astype(wide) * leaf.astype(wide) for s, leaf in zip(shares, leaves, strict=True)
+    )
+    mean: jax.Array = total.astype(dtype)
+    return mean
+
+
+@jax.jit
+def _unmixed(mean: Arrays, replicas: Sequence[Arrays]) -> Arrays:
+    """Returns statistics with the replicas' own values where these are equal: no rounding there.
+
+    A constant that a network keeps would otherwise drift with each round. It is a program of its
+    own since the mean would be rounded in another way if it were compiled with this.
+    """
+
+    def pick(mean: jax.Array, *leaves: jax.Array) -> jax.Array:
+        equal = functools.reduce(jnp.logical_and, (leaf == leaves[0] for leaf in leaves))
+        return jnp.where(equal, leaves[0], mean)
+
+    picked: Arrays = jax.tree.map(pick, mean, *replicas)
+    return picked
 
 
 class Aggregator:

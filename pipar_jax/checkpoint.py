@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -35,7 +36,7 @@ def save(
       DiskError: The file cannot be written.
     """
     tensors = {
-        f"{unit}/{name}": np.ascontiguousarray(array)
+        f"{unit}/{name}": np.asarray(array, order="C")  # unlike ascontiguousarray, also [ ]
         for variables in (params, state)
         for unit, arrays in variables.items()
         for name, array in arrays.items()
@@ -79,11 +80,12 @@ def load(path: Path, model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
                 key = f"{unit.name}/{name}"
                 expected.add(key)
                 array = tensors.get(key)
-                if array is None or array.shape != one.shape:
-                    found = "is missing" if array is None else f"has shape {list(array.shape)}"
+                if array is None or not _fits(array, one):
+                    found = "is missing" if array is None else f"is {array.dtype}{[*array.shape]}"
                     raise RunError(
                         f"{path}: {key} {found}, but model {model.name!r} expects "
-                        f"{list(one.shape)}: load it with the model that it was trained with"
+                        f"{one.dtype}{list(one.shape)}: load it with the model that it was trained "
+                        "with"
                     )
                 variables[unit.name][name] = array
     unknown = sorted(tensors.keys() - expected)
@@ -93,6 +95,12 @@ def load(path: Path, model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{unknown[0]}: load it with the model that it was trained with"
         )
     return params, state
+
+
+def _fits(array: np.ndarray[Any, Any], expected: Any) -> bool:
+    """Whether an array is what a model expects; 64 bits may be more than jax is set to here."""
+    dtypes = array.dtype, jax.dtypes.canonicalize_dtype(array.dtype)
+    return array.shape == expected.shape and expected.dtype in dtypes
 
 
 @contextlib.contextmanager

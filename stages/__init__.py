@@ -15,11 +15,12 @@ from stages.names import MODELS, NORMS, STEMS
 
 if TYPE_CHECKING:
     from stages.facts import Facts, residual_bytes, stage_facts, unit_facts
-    from stages.model import Model, Variables, parameter_count
+    from stages.model import Model, parameter_count
     from stages.program import Program
     from stages.registry import build
     from stages.residuals import Residuals
     from stages.stage import Metrics, Stage, cross_entropy, join, predict, select, split
+    from stages.unit import Variables
     from stages.update import Joint, OptState, init_opt_state, make_update
 
 _HOMES = {
@@ -29,7 +30,7 @@ _HOMES = {
     "residual_bytes": "stages.facts",
     "unit_facts": "stages.facts",
     "Model": "stages.model",
-    "Variables": "stages.model",
+    "Variables": "stages.unit",
     "parameter_count": "stages.model",
     "Program": "stages.program",
     "Residuals": "stages.residuals",

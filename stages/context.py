@@ -13,7 +13,10 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from stages.draw import Draw
+import jax
+import jax.numpy as jnp
+
+from stages.draw import Draw, name_hash
 from stages.errors import StageError
 
 
@@ -41,6 +44,14 @@ class Context:
         if self.draw is None:
             raise StageError(f"unit {self.unit!r}: the share of a batch is known in training only")
         return self.samples * self.draw.inverse_batch
+
+    def key(self) -> jax.Array:
+        """Returns the key of what is drawn in this unit: one for each device and step."""
+        given = (0, 0, 0) if self.draw is None else self.draw[1:4]
+        key = jax.random.key(given[0])
+        for value in (*given[1:], name_hash(self.unit)):
+            key = jax.random.fold_in(key, jnp.uint32(value))
+        return key
 
 
 _current: contextvars.ContextVar[Context | None] = contextvars.ContextVar("stages", default=None)

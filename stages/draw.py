@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -51,3 +52,8 @@ def make_draw(
         np.uint32(step),
         np.uint32(position),
     )
+
+
+def name_hash(name: str) -> int:
+    """A name's hash that is the same in every process (CRC-32)."""
+    return zlib.crc32(name.encode())

@@ -90,7 +90,9 @@ def residual_bytes(model: Model, batch: int) -> tuple[int, ...]:
     """
     shapes = model.shapes(batch)
     parts = split(model, tuple(range(1, len(model.units))))
-    return tuple(_bytes(_kept(model, part, i, i + 1, shapes[i])[1]) for i, part in enumerate(parts))
+    return tuple(
+        _kept_bytes(_kept(model, part, i, i + 1, shapes[i])[1]) for i, part in enumerate(parts)
+    )
 
 
 def _kept(model: Model, stage: Stage, start: int, stop: int, x: Any) -> tuple[Any, Residuals]:
@@ -121,16 +123,21 @@ def _facts(model: Model, stage: Stage, start: int, stop: int, x: Any) -> Facts:
         state_bytes=_bytes(state),
         output_shape=tuple(y.shape),
         output_bytes=_bytes(y),
-        residual_bytes=_bytes(kept),
+        residual_bytes=_kept_bytes(kept),
         forward_flops=_flops(forward.lower(params, state, x, draw)),
         backward_flops=_flops(backward.lower(params, kept, y, params)),
     )
 
 
 def _bytes(tree: Any) -> int:
-    """Bytes of all arrays of a tree, abstract or not; scalars of a draw are not arrays."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if getattr(leaf, "shape", None)]
+    """Bytes of all arrays of a tree, abstract or not."""
+    leaves = jax.tree.leaves(tree)
     return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
+
+
+def _kept_bytes(kept: Residuals) -> int:
+    """Bytes of what a forward pass keeps, without scalars: those of a draw are not arrays."""
+    return _bytes([leaf for leaf in jax.tree.leaves(kept) if getattr(leaf, "shape", None)])
 
 
 def _flops(lowered: Any) -> float:

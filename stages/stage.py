@@ -14,9 +14,10 @@ import optax
 
 from stages.draw import Draw
 from stages.errors import StageError
-from stages.model import Model, Unit, Variables, call_unit
+from stages.model import Model
 from stages.program import Program
 from stages.residuals import Residuals, attach, pull_back, run_forward
+from stages.unit import Unit, Variables, call_unit
 
 Metrics: TypeAlias = dict[str, jax.Array]
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from stages.model import Variables
+from stages.unit import Variables
 
 OptState: TypeAlias = dict[str, Any]
 Update: TypeAlias = Callable[

@@ -19,7 +19,7 @@ from jax.extend import core as jex_core
 
 from stages import Model, make_draw
 from stages.layers.choice import Formulation, forced
-from stages.model import call_unit
+from stages.unit import call_unit
 
 Array = npt.NDArray[np.float64]
 

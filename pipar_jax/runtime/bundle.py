@@ -69,14 +69,19 @@ def unpack(tensors: Mapping[str, np.ndarray[Any, Any]], peer: str) -> dict[str, 
 def part_of(groups: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Returns ``params``, ``state`` and ``opt`` of a part, each by unit.
 
-    A part that has nothing of a kind sends no array of it, nor does a unit.
+    A part that has nothing of a kind sends no array of it, nor does a unit: a unit that came with
+    weights or batch statistics has both here, be they empty.
 
     Args:
       groups: What ``unpack`` returned.
       name: The part's.
     """
     found = groups.get(name, {})
-    return {kind: found.get(kind, {}) for kind in ("params", "state", "opt")}
+    params, state, opt = (dict(found.get(kind, {})) for kind in ("params", "state", "opt"))
+    for unit in [*params, *state]:
+        params.setdefault(unit, {})
+        state.setdefault(unit, {})
+    return {"params": params, "state": state, "opt": opt}
 
 
 def pack_rows(rows: Sequence[Timed]) -> Tensors:

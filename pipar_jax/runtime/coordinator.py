@@ -280,10 +280,10 @@ class Coordinator:
         brought = [name for name in self._workers if self._gives(name)]
         for name, mail in trained.items():
             arrays = self._arrays(name, mail, self._holdings.trained(self.plan, name))
-            for device, groups in arrays.items():
+            for device in arrays:
                 own = parts.setdefault(int(device), {"params": {}, "state": {}})
-                own["params"].update(groups.get("params", {}))
-                own["state"].update(groups.get("state", {}))
+                for kind, units in bundle.part_of(arrays, device).items():
+                    own.setdefault(kind, {}).update(units)
         if ALL in parts:  # the one copy of what devices share on the server: nothing to average
             self._aggregator.params.update(parts[ALL]["params"])
             self._aggregator.state.update(parts[ALL]["state"])
@@ -293,8 +293,6 @@ class Coordinator:
         for span in spans:
             if span.stop > span.first and span.device in parts:
                 one = parts[span.device]
-                for unit in one["params"]:  # units without statistics send none
-                    one["state"].setdefault(unit, {})
                 weight = round_.trained_samples(span) if self._config.aggregation.weighted else 1
                 replicas.append(Replica(one["params"], one["state"], float(weight)))
         start_s = time.monotonic()
@@ -428,7 +426,5 @@ class Coordinator:
             wanted = self._holdings.fetched(self.plan, name)
             part = bundle.part_of(self._arrays(name, mail, wanted), "part")
             self._aggregator.params.update(part["params"])
-            self._aggregator.state.update(
-                {unit: part["state"].get(unit, {}) for unit in part["params"]}
-            )
+            self._aggregator.state.update(part["state"])
         return Fetched(nbytes, time.monotonic() - start_s)

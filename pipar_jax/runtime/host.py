@@ -552,10 +552,9 @@ class Host:
         for replica in self._owned():
             replica.load(part["params"], part["state"])
             for unit, own in replica.opt_state.items():
-                leaves = jax.tree.leaves(part["opt"].get(unit, {}))
-                like, structure = jax.tree.flatten(own)
-                fitted = [jax.numpy.array(a, b.dtype) for a, b in zip(leaves, like, strict=True)]
-                replica.opt_state[unit] = jax.tree.unflatten(structure, fitted)
+                given = part["opt"].get(unit, {})
+                where = f"{self.name}: unit {unit!r}"
+                replica.opt_state[unit] = migration.fitted(given, own, where)
         self._agenda.over(Action(0, RECEIVE_PART, int(self.name[1:]), step))
 
     # --- small things -------------------------------------------------------------------------

@@ -75,9 +75,9 @@ def put(aggregator: Aggregator, parts: Mapping[str, Any], peer: str) -> None:
     Raises:
       RunError: The rule's state does not fit.
     """
-    for unit, params in parts.get("params", {}).items():
-        aggregator.params[unit] = params
-        aggregator.state[unit] = parts.get("state", {}).get(unit, {})
+    own = bundle.part_of({WHOLE: parts}, WHOLE)
+    aggregator.params.update(own["params"])
+    aggregator.state.update(own["state"])
     put_rule(aggregator, parts.get("rule_state", {}), peer)
 
 
@@ -182,14 +182,14 @@ def fitted(given: Any, like: Any, where: str) -> Any:
       where: Whose it is, for the message.
 
     Raises:
-      RunError: Numbers or shapes of the leaves differ.
+      RunError: Numbers, shapes or dtypes of the leaves differ.
     """
     leaves, (wanted, structure) = jax.tree.leaves(given), jax.tree.flatten(like)
-    shapes = [[np.shape(leaf) for leaf in some] for some in (leaves, wanted)]
-    if shapes[0] != shapes[1]:
+    kinds = [[f"{one.dtype}{[*one.shape]}" for one in some] for some in (leaves, wanted)]
+    if kinds[0] != kinds[1]:
         raise RunError(
-            f"{where} came with an optimiser state of shapes {shapes[0]}, expected {shapes[1]}: do "
-            "both hosts run the same version?"
+            f"{where} came with an optimiser state of {kinds[0]}, expected {kinds[1]}: do both "
+            "hosts run the same version?"
         )
     fitted = [jax.numpy.array(leaf, one.dtype) for leaf, one in zip(leaves, wanted, strict=True)]
     return jax.tree.unflatten(structure, fitted)

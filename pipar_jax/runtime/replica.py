@@ -60,17 +60,20 @@ class Replica:
         A unit that is missing in ``state`` has no statistics, one missing in ``params`` no weights.
 
         Raises:
-          RunError: A unit that has weights comes without them, or with others.
+          RunError: A unit that has weights or statistics comes without them, or with others.
         """
         for unit in self.stage.unit_names:  # one by one, so that few are there twice
-            given = dict(params.get(unit, {}))
-            if unit in self.params and given.keys() != self.params[unit].keys():
-                raise RunError(
-                    f"unit {unit!r} came with weights {sorted(given)}, expected "
-                    f"{sorted(self.params[unit])}: do both hosts use the same model and version?"
-                )
-            self.params[unit] = jax.tree.map(jnp.array, given)
-            self.state[unit] = jax.tree.map(jnp.array, dict(state.get(unit, {})))
+            for what, held, source in (
+                ("weights", self.params, params),
+                ("batch statistics", self.state, state),
+            ):
+                given = dict(source.get(unit, {}))
+                if unit in held and given.keys() != held[unit].keys():
+                    raise RunError(
+                        f"unit {unit!r} came with {what} {sorted(given)}, expected "
+                        f"{sorted(held[unit])}: do both hosts use the same model and version?"
+                    )
+                held[unit] = jax.tree.map(jnp.array, given)
 
     @property
     def nbytes(self) -> int:

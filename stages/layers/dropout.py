@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -38,10 +36,8 @@ class Dropout(nnx.Module):
         draw = scope.draw
         if draw is None:
             raise StageError(f"unit {scope.unit!r}: dropout needs the draw of the micro-batch")
-        key = jax.random.key(draw.seed)
         # A unit may hold several dropout layers; the place in the unit tells them apart.
-        for value in (draw.device, draw.step, zlib.crc32(scope.unit.encode()), scope.calls):
-            key = jax.random.fold_in(key, jnp.uint32(value))
+        key = jax.random.fold_in(scope.key(), jnp.uint32(scope.calls))
         scope.calls += 1
         positions = draw.position + jnp.arange(x.shape[0], dtype=jnp.uint32)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, positions)

@@ -13,8 +13,8 @@ import jax
 from flax import nnx
 
 from stages.layers import Conv, Dense, Dropout, global_average_pool, make_norm, max_pool
-from stages.model import Factory
 from stages.models.blocks import HEAD_GAIN, Options
+from stages.unit import Factory
 
 WIDTHS = (64, 128, 256, 512)
 

@@ -18,8 +18,8 @@ from stages.errors import StageError
 from stages.layers import Dense, Dropout
 from stages.layers.dtypes import weight_dtype
 from stages.layers.initial import normal
-from stages.model import Factory
 from stages.models.blocks import HEAD_GAIN, Options
+from stages.unit import Factory
 
 
 class Size(NamedTuple):

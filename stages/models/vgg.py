@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from stages.model import Factory
 from stages.models.blocks import ConvBlock, DenseBlock, Options
+from stages.unit import Factory
 
 
 def read_blocks(text: str) -> tuple[tuple[int, bool], ...]:

@@ -121,26 +121,12 @@ class Skip(nnx.Module):
         ([], "at least one unit"),
         ([("a/b", _dense(4, 3))], "contains '/'"),
         ([("a", _dense(4, 4))], "logits"),
-        ([("a", lambda rngs: nnx.Dropout(0.5, rngs=rngs))], "stages.layers.Dropout"),
         ([("a", lambda rngs: nnx.Param(jnp.ones(3)))], "expected a callable"),
     ],
 )
 def test_illegal_models_are_refused_by_unit(units, message):
     with pytest.raises(stages.StageError, match=message):
         stages.Model.from_units("bad", units, (4,), 3)
-
-
-def test_variables_that_cannot_be_averaged_are_refused():
-    class Counter(nnx.Module):
-        def __init__(self, rngs):
-            self.dense = Dense(4, 3, rngs=rngs)
-            self.calls = nnx.Variable(jnp.zeros((), jnp.int32))
-
-        def __call__(self, x):
-            return self.dense(x)
-
-    with pytest.raises(stages.StageError, match="'calls' has dtype int32"):
-        stages.Model.from_units("bad", [("a", Counter)], (4,), 3)
 
 
 def test_names_load_without_jax():

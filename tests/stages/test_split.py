@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import stages
-from stages.model import call_unit
+from stages.unit import call_unit
 from tests.stages.support import assert_close, batch, small_resnet, step
 
 

@@ -87,7 +87,9 @@ def chain() -> stages.Model:
 def trained(made: Config, samples, network=None, events=None):
     """Runs and returns the global weights as numpy, {unit: {path: array}}."""
     found = events.append if events is not None else (lambda event: None)
-    return load(run_here(resolve(made), network, datasets(samples), on_event=found), network)
+    names = () if network is None else (made.model.name,)  # what is known of it does not count
+    resolved = resolve(made, models=names)
+    return load(run_here(resolved, network, datasets(samples), on_event=found), network)
 
 
 def batches(made: Config, samples) -> list[Loader]:

@@ -1,0 +1,180 @@
+"""Builds the units of a model without computing: their static parts, and shapes of variables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+from flax import linen, nnx
+
+from stages.errors import StageError
+from stages.foreign import describe
+from stages.sharing import check_apart
+from stages.unit import Factory, Unit
+from stages.variables import Path, abstract, divide, text_of
+
+T = TypeVar("T")
+
+
+class Built(NamedTuple):
+    """A unit that was just built.
+
+    Attributes:
+      unit: the unit.
+      ours: whether it is made of this package's layers alone, which need no check.
+    """
+
+    unit: Unit
+    ours: bool
+
+
+def abstractly(build: Callable[[], T]) -> T:
+    """Calls a function while jax traces, so that no array is computed."""
+    made: list[T] = []
+    jax.eval_shape(lambda: made.append(build()))
+    return made[0]
+
+
+def build_units(
+    model: str, pairs: Sequence[tuple[str, Factory]], modules: Sequence[Any]
+) -> list[Built]:
+    """Makes units of their modules, while these are traced.
+
+    Args:
+      model: the model's name, for messages.
+      pairs: each unit's name and the factory of its module.
+      modules: the units' modules.
+
+    Raises:
+      StageError: a name is illegal, two units share a variable, or a module keeps something that
+        cannot be trained with; the message names the unit.
+    """
+    names = [unit for unit, _ in pairs]
+    illegal = next((n for n in names if not n or "/" in n), None)
+    if illegal is not None:
+        raise StageError(f"unit name {illegal!r} is empty or contains '/': choose another")
+    repeated = sorted({n for n in names if names.count(n) > 1})
+    if not names or repeated:
+        raise StageError(
+            f"model {model!r} needs at least one unit and names without repetition, "
+            f"got {names or 'no units'}; rename {repeated or 'nothing'}"
+        )
+    check_apart(model, dict(zip(names, modules, strict=True)))
+    return [
+        Built(_build_unit(*pair, module), _is_ours(module))
+        for pair, module in zip(pairs, modules, strict=True)
+    ]
+
+
+def build_module(name: str, factory: Factory, *, is_unit: bool = True) -> Any:
+    """Calls the factory of a module, while it is traced.
+
+    Args:
+      name: the unit's name, or the model's, for messages.
+      factory: the factory.
+      is_unit: whether the module is a unit, rather than one that has units as attributes.
+
+    Raises:
+      StageError: the factory fails, or returns no NNX module.
+    """
+    what = f"unit {name!r}" if is_unit else f"model {name!r}"
+    try:
+        module = factory(nnx.Rngs(0))
+    except StageError:
+        raise
+    except Exception as error:  # somebody's own code: whatever it raises is told with its line
+        raise StageError(f"{what}: its factory failed: {describe(error)}") from error
+    if is_unit:
+        return check_module(name, module)
+    if not isinstance(module, nnx.Module):
+        raise StageError(
+            f"{what}: its factory returned {type(module).__name__}, expected an NNX module that "
+            "has the units as attributes"
+        )
+    return module
+
+
+def check_module(unit: str, module: Any) -> Any:
+    """Returns a unit's module if it is of the right kind.
+
+    Raises:
+      StageError: it is no callable NNX module.
+    """
+    if isinstance(module, linen.Module):
+        raise StageError(
+            f"unit {unit!r} is {type(module).__name__} of flax.linen, expected an NNX module; wrap "
+            "it: nnx.bridge.ToNNX(module, rngs=rngs).lazy_init(example)"
+        )
+    if not isinstance(module, nnx.Module) or not callable(module):
+        raise StageError(
+            f"unit {unit!r} is {type(module).__name__}, expected a callable NNX module; define "
+            "__call__(self, x)"
+        )
+    return module
+
+
+def _build_unit(name: str, factory: Factory, module: Any) -> Unit:
+    """Finds a unit's static part and its variables' shapes.
+
+    Args:
+      name: the unit's name.
+      factory: builds its module.
+      module: the module, which is being traced.
+
+    Raises:
+      StageError: the module keeps something that cannot be trained with; the message names it.
+    """
+    for path, node in nnx.iter_graph(module):
+        _check_node(f"unit {name!r}, {text_of(path) or type(node).__name__}", node)
+    nnx.pop(module, (nnx.Intermediate, nnx.Perturbation))  # sown while it was built
+    parts = divide(module)
+    groups = parts.params, parts.state, parts.streams
+    params, state, streams = (abstract(name, leaves) for leaves in groups)
+    _check_containers(name, module, [path for leaves in groups for path in leaves])
+    paths = {text_of(path): path for leaves in groups for path in leaves}
+    if len(paths) < sum(map(len, groups)):
+        twice = sorted((params.keys() & state.keys()) | (streams.keys() & {*params, *state}))
+        raise StageError(f"unit {name!r}: two variables have the name {twice[0]!r}: rename one")
+    return Unit(name, factory, parts.graph, params, state, streams, paths)
+
+
+def _check_node(where: str, node: Any) -> None:
+    """Refuses modules that cannot be trained, or whose variables nobody would find."""
+    if isinstance(node, nnx.MultiHeadAttention) and node.decode:
+        raise StageError(
+            f"{where}: an attention with decode=True takes one token at a time, in which nothing "
+            "can be trained: build it with decode=False"
+        )
+    if isinstance(node, nnx.Module) and not isinstance(node, nnx.bridge.ToNNX):
+        inner = [a for a, value in vars(node).items() if isinstance(value, linen.Module)]
+        if inner:
+            raise StageError(
+                f"{where}: attribute {inner[0]!r} is a module of flax.linen; wrap it: "
+                "nnx.bridge.ToNNX(module, rngs=rngs).lazy_init(example)"
+            )
+
+
+def _check_containers(unit: str, module: Any, known: Sequence[Path]) -> None:
+    """Refuses arrays in plain lists and dictionaries: Flax does not take them for data."""
+    for path, node in nnx.iter_graph(module):
+        for name, value in vars(node).items() if isinstance(node, nnx.Module) else ():
+            held = isinstance(value, (list, tuple, dict)) and jax.tree.leaves(value)
+            inside = (*path, name)
+            if not held or any(one[: len(inside)] == inside for one in known):
+                continue
+            if any(isinstance(leaf, jax.Array) for leaf in held):
+                raise StageError(
+                    f"unit {unit!r}: attribute {text_of(inside)!r} holds arrays in a "
+                    f"{type(value).__name__}, where Flax does not look for them: make it an "
+                    "nnx.List or nnx.Dict"
+                )
+
+
+def _is_ours(module: Any) -> bool:
+    """Whether a module is made of this package's layers alone."""
+    return all(
+        type(node).__module__.partition(".")[0] == "stages" or type(node) is nnx.List
+        for _, node in nnx.iter_graph(module)
+        if isinstance(node, nnx.Module)
+    )

@@ -1,0 +1,221 @@
+"""The variables that a unit's module keeps: what is trained, what is averaged, what is drawn anew.
+
+* **Weights** are `nnx.Param` and its subclasses. They have gradients and optimiser state.
+* **State** is everything else that holds an array: `nnx.BatchStat`, other types of `nnx.Variable`,
+  arrays that are plain attributes. What a call in training leaves in it is kept. Between devices
+  floating-point state takes the weighted mean, and integers and booleans that of the first device.
+* **Random streams** (`nnx.RngState`) are no state: each call begins them anew, see `draw_streams`.
+* **What is sown** (`nnx.Intermediate`, `nnx.Perturbation`) is forgotten after the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from stages.context import Context
+from stages.draw import name_hash
+from stages.errors import StageError
+
+Path: TypeAlias = tuple[Any, ...]
+
+FLOATS = frozenset(map(jnp.dtype, ("float16", "bfloat16", "float32", "float64")))
+_WHOLE = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
+DTYPES = FLOATS | frozenset(map(jnp.dtype, _WHOLE))
+
+
+class Parts(NamedTuple):
+    """What a module is split into.
+
+    Attributes:
+      graph: the static part (`nnx.GraphDef`).
+      params: weights by path.
+      streams: keys and counters of random streams by path.
+      state: all other variables by path.
+    """
+
+    graph: Any
+    params: dict[Path, Any]
+    streams: dict[Path, Any]
+    state: dict[Path, Any]
+
+
+def divide(module: Any) -> Parts:
+    """Splits a module; leaves are `nnx.Variable` or, where attributes are arrays, arrays."""
+    for _, node in nnx.iter_graph(module):
+        if isinstance(node, nnx.Module):
+            for name, value in list(vars(node).items()):
+                # Flax takes an array that is an attribute for data, but not while it is traced.
+                if isinstance(value, jax.Array) and not nnx.is_data(value):
+                    setattr(node, name, nnx.data(value))
+    graph, *parts = nnx.split(module, nnx.Param, nnx.RngState, ...)
+    params, streams, state = (dict(nnx.to_flat_state(part)) for part in parts)
+    return Parts(graph, params, streams, state)
+
+
+def value_of(leaf: Any) -> Any:
+    """Returns what a leaf holds; numbers and numpy's arrays as jax would take them."""
+    value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+    if isinstance(value, (bool, int, float, np.generic, np.ndarray)):
+        return jnp.asarray(value)
+    return value
+
+
+def text_of(path: Path) -> str:
+    """Returns a path as text, "blocks/0/kernel"; parts of keys that are tuples are parts of it."""
+    return "/".join(text_of(part) if isinstance(part, tuple) else str(part) for part in path)
+
+
+def abstract(unit: str, leaves: Mapping[Path, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shape and dtype of each variable by path, as text.
+
+    Args:
+      unit: the unit's name, for messages.
+      leaves: one part of what `divide` returned.
+
+    Raises:
+      StageError: a variable is of a type, shape or dtype that cannot be trained with.
+    """
+    found: dict[str, jax.ShapeDtypeStruct] = {}
+    for path, leaf in leaves.items():
+        name, value = text_of(path), value_of(leaf)
+        where = f"unit {unit!r}: variable {name!r} of type {type(leaf).__name__}"
+        if name in found:
+            raise StageError(f"{where} has the name of another one: rename attributes or keys")
+        _check_kind(where, leaf, value)
+        found[name] = jax.ShapeDtypeStruct(  # type: ignore[no-untyped-call]
+            value.shape, value.dtype
+        )
+    return found
+
+
+def nested(arrays: Mapping[str, Any], paths: Mapping[str, Path]) -> dict[Any, Any]:
+    """Turns {path as text: array} into the nested dictionary that `nnx.merge` takes.
+
+    Args:
+      arrays: arrays by path, as text.
+      paths: the path of each text.
+    """
+    tree: dict[Any, Any] = {}
+    for text, value in arrays.items():
+        *parents, last = paths[text]
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
+
+
+def draw_streams(
+    streams: Mapping[str, jax.ShapeDtypeStruct], scope: Context
+) -> dict[str, jax.Array]:
+    """Begins a unit's random streams for one call.
+
+    The key of a stream is the root seed folded with device, step, the unit's name, the stream's
+    path and the position in the mini-batch of the micro-batch's first sample; at inference it
+    is the same in every call. Counters begin at 0. So a run repeats, wherever it is cut, but
+    draws depend on the number of micro-batches (`stages.layers.Dropout` does not).
+
+    Args:
+      streams: abstract keys and counters by path.
+      scope: the call.
+    """
+    drawn: dict[str, jax.Array] = {}
+    for path, leaf in streams.items():
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            drawn[path] = jnp.zeros(leaf.shape, leaf.dtype)
+            continue
+        key = jax.random.fold_in(scope.key(), name_hash(path))
+        if scope.train and scope.draw is not None:
+            key = jax.random.fold_in(key, scope.draw.position)
+        drawn[path] = jax.random.split(key, leaf.shape) if leaf.shape else key
+    return drawn
+
+
+def state_after(
+    unit: str,
+    left: Parts,
+    params: Mapping[str, jax.Array],
+    state: Mapping[str, jax.Array],
+    free: tuple[Path, ...],
+) -> dict[str, jax.Array]:
+    """Returns the state that a call in training has left, in the shapes and dtypes it had.
+
+    Args:
+      unit: the unit's name, for messages.
+      left: the module after the call.
+      params: the weights it had before by path.
+      state: the state it had before by path.
+      free: paths below which weights may be overwritten, since the next call begins with the old.
+
+    Raises:
+      StageError: the call made, lost or reshaped a variable, or wrote into a weight.
+    """
+    for path, leaf in {**left.params, **left.state, **left.streams}.items():
+        name, kind = text_of(path), type(leaf).__name__
+        if path in left.params and name in params:
+            spared = any(path[: len(one)] == one for one in free)
+            if value_of(leaf) is not params[name] and not spared:
+                raise StageError(
+                    f"unit {unit!r}: a call writes into the weight {name!r} ({kind}), which only "
+                    "the optimiser may: keep what it writes in an nnx.BatchStat"
+                )
+        elif isinstance(leaf, nnx.Variable) and name not in state and not _is_passing(leaf):
+            raise StageError(
+                f"unit {unit!r}: a call makes the variable {name!r} ({kind}), which nobody would "
+                "keep: make it in __init__, or sow it as nnx.Intermediate"
+            )
+    found = {text_of(path): value_of(leaf) for path, leaf in left.state.items()}
+    return {name: _fitted(unit, name, before, found) for name, before in state.items()}
+
+
+def _check_kind(where: str, leaf: Any, value: Any) -> None:
+    """Refuses variables that cannot be trained with."""
+    if isinstance(leaf, nnx.RngState):
+        return
+    if isinstance(leaf, nnx.Cache):
+        raise StageError(
+            f"{where} is a cache of step-by-step decoding, in which nothing can be trained: build "
+            "the module with decode=False and do not call init_cache"
+        )
+    if isinstance(leaf, nnx.OptState):
+        raise StageError(f"{where} belongs to an optimiser: keep optimisers out of the network")
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        raise StageError(f"{where} holds a {type(value).__name__}, expected one array: split it up")
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        raise StageError(f"{where} is a random key: keep it in nnx.Rngs, which draws anew per step")
+    if isinstance(leaf, nnx.Param) and value.dtype not in FLOATS:
+        raise StageError(
+            f"{where} has dtype {value.dtype}, but weights need a gradient (known: "
+            f"{_names(FLOATS)}): make it an nnx.Variable if it is not trained"
+        )
+    if value.dtype not in DTYPES:
+        raise StageError(f"{where} has dtype {value.dtype}, which is not known: {_names(DTYPES)}")
+
+
+def _is_passing(variable: nnx.Variable[Any]) -> bool:
+    """Whether a variable that a call made may be forgotten."""
+    return isinstance(variable, (nnx.Intermediate, nnx.Perturbation, nnx.RngState))
+
+
+def _fitted(unit: str, name: str, before: jax.Array, found: Mapping[str, Any]) -> jax.Array:
+    """Returns a variable as a call left it, with the dtype it had."""
+    after = found.get(name)
+    dtype = getattr(after, "dtype", None)
+    same_kind = dtype == before.dtype or (dtype in FLOATS and before.dtype in FLOATS)
+    if after is None or after.shape != before.shape or not same_kind:
+        got = "nothing" if after is None else f"{dtype}{list(getattr(after, 'shape', ()))}"
+        raise StageError(
+            f"unit {unit!r}: a call makes {got} of the variable {name!r}, expected "
+            f"{before.dtype}{list(before.shape)}: let it keep its shape and dtype"
+        )
+    return jnp.asarray(after, before.dtype)
+
+
+def _names(dtypes: frozenset[Any]) -> str:
+    return ", ".join(sorted(str(one) for one in dtypes))
