@@ -60,6 +60,8 @@ class RunState:
             self.phase = f"compute node {event['node']} joined"
         elif kind == "tuned":
             self.phase = f"tuned to {event['plan']}: {event['epoch_s']:.2f} s per epoch predicted"
+        elif kind == "working":
+            self.phase = _work(event)
         elif kind == "saving":
             self.phase = f"saving {event['file']}"
         elif kind == "prepared":
@@ -108,6 +110,7 @@ class RunState:
         self.began_s = now_s
 
     def _finish_round(self, event: Event) -> None:
+        self.phase = "training"
         self.rounds_done = event["round"] + 1
         self.rounds = event["rounds"]
         seconds = event["seconds"]
@@ -180,7 +183,7 @@ class Progress:
         self.close()
 
     def _print(self, event: Event, now_s: float) -> None:
-        often = event["event"] == "progress"
+        often = event["event"] in ("progress", "working")
         if often and now_s - self._printed_s < PLAIN_PROGRESS_S:
             return
         line = describe(event, self.state)
@@ -232,7 +235,7 @@ def describe(event: Event, state: RunState) -> str | None:
         return f"test accuracy {event['accuracy']:.1%} after epoch {event['epoch']:g}"
     if kind == "run_finished":
         return f"finished in {event['seconds']:.1f} s, test accuracy {event['accuracy']:.1%}"
-    if kind == "saving":
+    if kind in ("saving", "working"):
         return state.phase
     if kind == "nonfinite":
         whose = "all devices" if event["device"] is None else f"device {event['device']}"
@@ -248,6 +251,12 @@ def describe(event: Event, state: RunState) -> str | None:
 def loss_text(event: Event) -> str:
     """Returns an event's loss as it is printed; one that is not finite is None in it."""
     return "not finite" if event["loss"] is None else f"{event['loss']:.4f}"
+
+
+def _work(event: Event) -> str:
+    """Returns what a host is busy with, and how far it is."""
+    done = f": {event['done']} of {event['of']}" if event["of"] else ""
+    return f"{event['host']} is {event['what']}{done}"
 
 
 def _learning(state: RunState) -> list[str]:

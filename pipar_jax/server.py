@@ -79,7 +79,7 @@ def run_server(
         def tell(event: dict[str, Any]) -> None:
             with lock:
                 event = plain({**event, "time_s": time.monotonic() - began})
-                if event["event"] != "progress":
+                if event["event"] not in ("progress", "working"):  # what happens often
                     told = record.add(event)
                     sinks.write(event)
                     if told is not None:

@@ -240,9 +240,17 @@ class Prepare:
 
 @message("working", Sender.BOTH)
 class Working:
-    """The sender is busy with what has no end that could be told: nobody counts its silence."""
+    """The sender is busy with what may take long: nobody counts its silence.
+
+    Attributes:
+      what: With what.
+      done: How many parts of it are over: programs, or units.
+      of: How many there are; 0 if nobody knows.
+    """
 
     what: Annotated[str, Choice(("compiling", "timing", "tuning", "evaluating"))]
+    done: Count
+    of: Count
 
 
 @message("prepared", Sender.HOST)

@@ -39,7 +39,17 @@ from pipar_jax.runtime.parcel import compile_codecs
 from pipar_jax.runtime.recorder import Recorder
 from pipar_jax.runtime.replica import Replica
 from pipar_jax.runtime.share import Outlet, Share
-from pipar_jax.runtime.warmup import LEAST_S, REPEATS, Shape, compile_all, run_all, units_of
+from pipar_jax.runtime.warmup import (
+    LEAST_S,
+    REPEATS,
+    TOLD_S,
+    Shape,
+    Told,
+    compile_all,
+    now_and_then,
+    run_all,
+    units_of,
+)  # fmt: skip
 from pipar_jax.runtime.wiring import Wiring
 from pipar_jax.schedule import (
     ALL,
@@ -310,7 +320,7 @@ class Host:
     def _prepare(self, plan: Plan, samples: tuple[int, ...], steps: tuple[int, ...]) -> None:
         """Builds replicas from the seed, compiles all shapes of the plan and says so."""
         began = time.monotonic()
-        self._answer(protocol.Working("compiling"))
+        told = self._working("compiling")
         self._samples = samples
         need = memory.predict(self._model, plan, self.name, self._config, samples)
         limit_mb = configuration.host(self._config, self.name).memory_mb
@@ -337,7 +347,7 @@ class Host:
         del params, state
         self._install(plan)
         replicas, sizes = self._replicas.values(), self._sizes()
-        compile_all(self._model, replicas, sizes, between=self._check_stopped)
+        compile_all(self._model, replicas, sizes, between=self._check_stopped, told=told)
         self._compile_codecs(plan, sizes)
         self._broken()
         self._weigh()
@@ -419,7 +429,7 @@ class Host:
 
     def _calibrate(self) -> None:
         began = time.monotonic()
-        self._answer(protocol.Working("timing"))
+        told = self._working("timing")
         known = {(shape.units, shape.samples) for shape in self._alone}
         sizes = self._sizes()
         self._alone.update(
@@ -432,6 +442,7 @@ class Host:
                 ],
                 sizes,
                 between=self._check_stopped,
+                told=told,
                 repeats=REPEATS,
                 least_s=LEAST_S,
                 # The least, not the median: other work on this machine only ever adds to it, and
@@ -584,6 +595,11 @@ class Host:
         units = units_of(self._executor.replica(action.device, action.stage))
         size = 0 if action.kind == UPDATE else samples
         return self._slowness.since(self._began_s) * self._alone[Shape(units, action.kind, size)]
+
+    def _working(self, what: str) -> Told:
+        """Says that work begins that may take long; returns what says how far it is."""
+        self._answer(protocol.Working(what, 0, 0))
+        return now_and_then(lambda done, of: self._answer(protocol.Working(what, done, of)), TOLD_S)
 
     def _check_stopped(self) -> None:
         if self._stopping.is_set():

@@ -289,7 +289,7 @@ class Members:
     def working(self, what: str) -> None:
         """Tells every member that this thread is busy, so that its silence means nothing."""
         for member in self.by_name.values():
-            self._try(member.link, protocol.Working(what))
+            self._try(member.link, protocol.Working(what, 0, 0))
 
     def blame(self, name: str, reason: str) -> NoReturn:
         """Ends the connection of a member that said what does not fit, and the run.
@@ -445,6 +445,7 @@ class Members:
             self.patience.pulse(mail.source, said.actions)
         elif isinstance(said, protocol.Working):
             self.patience.working(mail.source, said.what)
+            self.tell_working(mail.source, said.what, said.done, said.of)
         elif isinstance(said, protocol.Progress):
             self._note_progress(mail.source, said)
         elif isinstance(said, protocol.NonFinite):
@@ -456,6 +457,10 @@ class Members:
             if isinstance(said, protocol.Bye) and mail.message is not None:
                 del self._names[mail.message.link]  # its end is no loss any more
             self._early.append(mail)
+
+    def tell_working(self, host: str, what: str, done: int, of: int) -> None:
+        """Tells what a host is busy with, and how far it is."""
+        self._tell({"event": "working", "host": host, "what": what, "done": done, "of": of})
 
     def _note_progress(self, source: str, said: protocol.Progress) -> None:
         """Tells of a step that is over; steps of a device rise."""

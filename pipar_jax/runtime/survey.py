@@ -30,6 +30,7 @@ from pipar_jax.roles import protocol, registry
 from pipar_jax.roles.replies import reply
 from pipar_jax.runtime import memory
 from pipar_jax.runtime.members import Members
+from pipar_jax.runtime.warmup import TOLD_S, now_and_then
 from pipar_jax.simulator.costs import LinkModel
 from pipar_jax.tuner.chains import tune_chain
 from pipar_jax.tuner.handling import measure_message_s
@@ -133,7 +134,9 @@ def survey(config: Config, model: Model, members: Members, samples: Sequence[int
         server = predicted_host(config, model, sizes, reference)
         references[COORDINATOR] = emulated(reference, config.server)
     else:
-        server = measure_host(config, model, sizes, members.look)
+        members.tell_working(COORDINATOR, "timing", 0, 0)
+        told = functools.partial(members.tell_working, COORDINATOR, "timing")
+        server = measure_host(config, model, sizes, members.look, now_and_then(told, TOLD_S))
     message_s = measure_message_s()
     devices = []
     for index, count in enumerate(samples):
@@ -226,14 +229,17 @@ class Respondent:
 
     def profile(self, question: protocol.SurveyProfile, link: Link) -> None:
         """Answers with units' times."""
-        registry.send(link, protocol.Working("timing"))
-        found = measure_host(self._config, self._model, question.sizes, self._between)
+        registry.send(link, protocol.Working("timing", 0, 0))
+        told = now_and_then(
+            lambda done, of: registry.send(link, protocol.Working("timing", done, of)), TOLD_S
+        )
+        found = measure_host(self._config, self._model, question.sizes, self._between, told)
         host = as_configured(found.host, self._own)
         registry.send(link, protocol.Profiled(host, found.units, found.seconds))
 
     def reference(self, link: Link) -> None:
         """Answers with the times of reference layers."""
-        registry.send(link, protocol.Working("timing"))
+        registry.send(link, protocol.Working("timing", 0, 0))
         times = emulated(measure_reference(self._config, self._between), self._own)
         fields = {one.name: getattr(times, one.name) for one in dataclasses.fields(times)}
         registry.send(link, protocol.Referenced(**fields, memory_bytes=limit_bytes(self._own)))

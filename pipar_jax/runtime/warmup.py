@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +26,29 @@ LEAST_S = 0.1
 PAGES = 64
 #: Runs and seconds of a function that are left out at most; there are processes that always fault.
 LEFT_OUT, LEFT_OUT_S = 30, 0.5
+
+
+#: Seconds between two words about how far work is that may take long.
+TOLD_S = 1.0
+#: Takes how many parts of some work are done, and how many there are.
+Told = Callable[[int, int], None]
+
+
+def now_and_then(tell: Told, every_s: float) -> Told:
+    """Returns what passes on a word only if the last one was so many seconds ago."""
+    last_s = time.monotonic()
+
+    def told(done: int, of: int) -> None:
+        nonlocal last_s
+        if time.monotonic() - last_s >= every_s:
+            last_s = time.monotonic()
+            tell(done, of)
+
+    return told
+
+
+def _silent(done: int, of: int) -> None:
+    """Tells nobody."""
 
 
 class Shape(NamedTuple):
@@ -54,6 +77,7 @@ def run_all(
     sizes: Iterable[int],
     *,
     between: Callable[[], None] = lambda: None,
+    told: Told = _silent,
     repeats: int = 1,
     least_s: float = 0.0,
     summary: Callable[[list[float]], float] = statistics.median,
@@ -68,6 +92,7 @@ def run_all(
       replicas: The host's replicas; equal stages are run once.
       sizes: Micro-batch sizes.
       between: Called between two stages, to notice that the run was given up.
+      told: Learns how many functions are over, and of how many.
       repeats: How often each function runs at least.
       least_s: Seconds that each function runs for at least.
       summary: Makes one number of a function's seconds.
@@ -76,17 +101,22 @@ def run_all(
       The seconds of each function: the median, or what ``summary`` makes of them.
     """
     found: dict[Shape, float] = {}
-    for replica in {units_of(one): one for one in replicas}.values():
-        for samples in sorted(set(sizes), reverse=True):
+    distinct = {units_of(one): one for one in replicas}.values()
+    wanted = sorted(set(sizes), reverse=True)
+    count = _count(distinct, wanted)
+    for replica in distinct:
+        for samples in wanted:
             between()
             for kind, run in _functions(model, replica, samples).items():
                 found[Shape(units_of(replica), kind, samples)] = summary(
                     _times(run, repeats, least_s)
                 )
+                told(len(found), count)
         replica.clear()
         found[Shape(units_of(replica), UPDATE, 0)] = summary(
             _times(_update(replica), repeats, least_s)
         )
+        told(len(found), count)
     return found
 
 
@@ -127,6 +157,7 @@ def compile_all(
     sizes: Iterable[int],
     *,
     between: Callable[[], None] = lambda: None,
+    told: Told = _silent,
 ) -> None:
     """Compiles every function of every distinct stage at every micro-batch size.
 
@@ -138,14 +169,27 @@ def compile_all(
       replicas: The host's replicas.
       sizes: Micro-batch sizes.
       between: Called between two stages, to notice that the run was given up.
+      told: Learns how many functions are compiled, and of how many.
     """
-    for replica in {units_of(one): one for one in replicas}.values():
-        for samples in sorted(set(sizes), reverse=True):
+    distinct = {units_of(one): one for one in replicas}.values()
+    wanted = sorted(set(sizes), reverse=True)
+    done, count = 0, _count(distinct, wanted)
+    for replica in distinct:
+        for samples in wanted:
             between()
             for run in _functions(model, replica, samples).values():
                 run()
+                done += 1
+                told(done, count)
         replica.clear()
         replica.lower_update().compile()
+        done += 1
+        told(done, count)
+
+
+def _count(replicas: Collection[Replica], sizes: Collection[int]) -> int:
+    """Returns how many functions the stages have: of each size, and the optimiser's steps."""
+    return sum((1 if one.stage.is_last else 2) * len(sizes) + 1 for one in replicas)
 
 
 def _functions(model: Model, replica: Replica, samples: int) -> Mapping[str, _Run]:

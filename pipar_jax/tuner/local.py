@@ -9,6 +9,7 @@ it measured over loopback.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any
 
 from comms.shaping import LinkShape, parse_link
@@ -24,6 +25,8 @@ from pipar_jax.simulator.probe import measure_delay_s
 
 #: Bytes of the messages by which wake-ups are timed.
 PROBE_BYTES = 4096
+#: Seconds between two lines about how far a host is.
+SAID_S = 5.0
 
 
 def profile_here(config: Config) -> Profile:
@@ -51,6 +54,7 @@ def profile_here(config: Config) -> Profile:
         host = configuration.host(config, name)
         key = host.cpus, host.platform
         if key not in known:
+            _say(f"measuring {name}")
             values = run_pinned(
                 _measure, configuration.to_dict(config), name, tuple(test.input_shape), test.classes
             )
@@ -110,6 +114,7 @@ def _measure(
     set_environment(config, name)
     claim_platform(config, name)
     from pipar_jax.runtime.setup import build_model, set_precision
+    from pipar_jax.runtime.warmup import now_and_then
     from pipar_jax.tuner.measure import (
         measure_host,
         measure_reference,
@@ -122,4 +127,13 @@ def _measure(
     sizes = sizes_of(config)
     if config.tuner.times == "predicted":
         return predicted_host(config, model, sizes, measure_reference(config)).to_dict()
-    return measure_host(config, model, sizes).to_dict()
+
+    def told(done: int, of: int) -> None:
+        _say(f"measuring {name}: {done} of {of} units")
+
+    return measure_host(config, model, sizes, told=now_and_then(told, SAID_S)).to_dict()
+
+
+def _say(line: str) -> None:
+    """Prints a line about what goes on, beside what the binaries print."""
+    print(line, file=sys.stderr, flush=True)

@@ -36,7 +36,7 @@ from pipar_jax.predictor.hosts import facts_of, predict_host
 from pipar_jax.predictor.reference import ReferenceTimes, reference_model, time_reference
 from pipar_jax.profile import NO_HANDLING, CodecProfile, HostProfile, UnitFacts, host_from_dict
 from pipar_jax.runtime.replica import Replica
-from pipar_jax.runtime.warmup import run_all
+from pipar_jax.runtime.warmup import Told, run_all
 from pipar_jax.schedule import BACKWARD, FORWARD, LAST, UPDATE
 from pipar_jax.slowness import slowness_of
 from pipar_jax.tuner import codec_choice
@@ -102,7 +102,11 @@ def sizes_of(config: Config) -> tuple[int, ...]:
 
 
 def measure_host(
-    config: Config, model: Model, sizes: Sequence[int], between: Callable[[], None] = lambda: None
+    config: Config,
+    model: Model,
+    sizes: Sequence[int],
+    between: Callable[[], None] = lambda: None,
+    told: Told = lambda done, of: None,
 ) -> Measured:
     """Returns a host's times, from its cache if it was asked before.
 
@@ -111,6 +115,7 @@ def measure_host(
       model: The whole model.
       sizes: Micro-batch sizes, rising.
       between: Called between measurements, to notice that nobody wants them any more.
+      told: Learns how many units are measured, and of how many.
     """
     model = _Shaped(model)
     path = _cache_path(config, model, sizes) if config.tuner.cache else None
@@ -122,7 +127,7 @@ def measure_host(
         except (PlanError, json.JSONDecodeError):
             path.unlink(missing_ok=True)  # cut short or by hand: measured and written again
     began_s = time.monotonic()
-    found = _measure(config, model, tuple(sizes), between)
+    found = _measure(config, model, tuple(sizes), between, told)
     found = found._replace(seconds=time.monotonic() - began_s)
     if path is not None:
         _write(path, dumps(found.to_dict()))
@@ -240,7 +245,7 @@ class _Row(NamedTuple):
 
 
 def _measure(
-    config: Config, model: Model, sizes: tuple[int, ...], between: Callable[[], None]
+    config: Config, model: Model, sizes: tuple[int, ...], between: Callable[[], None], told: Told
 ) -> Measured:
     """Times every unit as a stage of its own, and units that compute the same only once."""
     params, state = model.init(config.seed)
@@ -255,6 +260,7 @@ def _measure(
         row = known[likeness]
         facts = dataclasses.replace(row.facts, name=model.unit_names[index])
         rows.append(row._replace(facts=facts))
+        told(len(rows), len(model.units))
     host = HostProfile(
         sizes,
         tuple(row.forward_s for row in rows),

@@ -8,6 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
+from pipar_jax import progress as progress_module
 from pipar_jax.progress import Progress, RunState, describe, render
 
 STARTED = {
@@ -165,3 +166,24 @@ def test_the_terminal_is_given_back_however_the_run_ends(fails: bool) -> None:
     hidden, shown = "\x1b[?25l", "\x1b[?25h"
     assert text.count(hidden) == text.count(shown) == 1
     assert text.rindex(shown) > text.rindex(hidden)
+
+
+def test_what_takes_long_is_said_with_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody sits before a silent screen while hosts compile: a line after some seconds."""
+    out, now = io.StringIO(), [0.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    shown = Progress("PiPar", console=Console(file=out, width=100, highlight=False))
+    working = {"event": "working", "host": "d0", "what": "compiling", "of": 40}
+    for second in range(31):
+        now[0] = float(second)
+        shown({**working, "done": second, "time_s": now[0]})
+    lines = out.getvalue().splitlines()
+    assert [line.split("PiPar: ")[1] for line in lines] == [
+        f"d0 is compiling: {done} of 40" for done in (10, 20, 30)
+    ]
+    shown({"event": "working", "host": "server", "what": "timing", "done": 0, "of": 0})
+    assert shown.state.phase == "server is timing"
+    shown({"event": "saving", "file": "weights.safetensors", "time_s": 1.0})
+    assert out.getvalue().endswith("saving weights.safetensors\n")
+    shown({"event": "not_kept", "reason": "no space left on the disk", "time_s": 1.0})
+    assert "not all of what it tells is kept: no space left on the disk" in out.getvalue()

@@ -6,7 +6,12 @@ import itertools
 
 import pytest
 
+import stages
+from pipar_jax import optimizer
+from pipar_jax.config import OptimizerConfig
 from pipar_jax.runtime import warmup
+from pipar_jax.runtime.replica import Replica
+from tests.pipar_jax.runtime import support
 
 
 @pytest.fixture
@@ -42,3 +47,26 @@ def test_little_time_is_left_out(pages):
 def test_a_single_run_only_compiles(pages):
     run = pages([5000, 0])
     assert warmup._times(run, 1, 0.0) == [5.01]
+
+
+def test_compiling_and_timing_tell_how_far_they_are():
+    """Every function counts once, at each size; the end is what was said to be there."""
+    model = support.model(dtype="float32")
+    params, state = model.init(0)
+    made = optimizer.compiled(OptimizerConfig(), steps=1)
+    replicas = [Replica(stage, params, state, made) for stage in stages.split(model, (1,))]
+    count = (2 + 1) * 2 + 2  # forward and backward, the fused last stage, at two sizes; updates
+    for function in (warmup.compile_all, warmup.run_all):
+        told = []
+        function(model, replicas, (1, 2), told=lambda *one, told=told: told.append(one))
+        assert told == [(done, count) for done in range(1, count + 1)]
+
+
+def test_a_word_now_and_then(monkeypatch):
+    now = iter([0.0, 0.5, 1.25, 1.25, 1.5, 3.0, 3.0])
+    monkeypatch.setattr(warmup.time, "monotonic", lambda: next(now))
+    heard = []
+    told = warmup.now_and_then(lambda *one: heard.append(one), 1.0)
+    for done in range(1, 5):
+        told(done, 4)
+    assert heard == [(2, 4), (4, 4)]
