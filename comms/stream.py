@@ -353,7 +353,9 @@ class Stream:
         """Tells the peer what it did wrong, if that can be done at once, and ends the link."""
         if self._transport is not None:
             self._outbox.part_with(self._transport, _goodbye(f"protocol error: {error}"))
-        self._lose(PeerLost(f"{self.peer} at {self.address} broke the protocol: {error}"))
+        lost = PeerLost(f"{self.peer} at {self.address} broke the protocol: {error}")
+        lost.__cause__ = error
+        self._lose(lost)
 
     def _damaged(self, error: DamageError) -> None:
         """Has a frame that was changed on its way sent again, if the stream can resume."""

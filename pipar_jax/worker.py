@@ -314,7 +314,7 @@ class Worker:
     def _lost(self, error: ChannelError) -> PeerError:
         """Returns what the end of a link means, the coordinator's or a neighbour's."""
         if self._link is not None and self._link.error is not None:
-            return PeerError(f"{self._long} lost the coordinator: {error}")
+            return registry.end_of(error, "the server", f"{self._long} lost the coordinator")
         return PeerError(f"{self._long} lost a neighbour: {error}")
 
     @property

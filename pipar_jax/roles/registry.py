@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 import numpy as np
 
-from comms import Link
+from comms import ChannelError, CodecError, FrameError, Link
 from comms import Message as Arrived
-from pipar_jax.errors import ProtocolError
+from comms.errors import DamageError
+from pipar_jax.errors import PeerError, ProtocolError
 from pipar_jax.roles.wire_fields import Mismatch, shown, struct
 
 T = TypeVar("T")
@@ -107,6 +108,20 @@ def send_bundle(
     """
     name = _BY_CLASS[type(message)].name
     link.send_bundle(name, tensors, encode(message), on_sent, codec=codec)
+
+
+def end_of(link_error: ChannelError, peer: str, words: str) -> PeerError:
+    """Returns what the end of a link means: the peer is lost, or sent what no peer may.
+
+    Args:
+      link_error: Why the link ended.
+      peer: The peer, in words.
+      words: What to say where it is lost.
+    """
+    cause = link_error.__cause__
+    if isinstance(cause, FrameError | CodecError) and not isinstance(cause, DamageError):
+        return ProtocolError(f"{peer} sent what the channel does not take: {link_error}")
+    return PeerError(f"{words}: {link_error}")
 
 
 def peek(arrived: Arrived) -> Kind | None:

@@ -398,7 +398,7 @@ class Members:
         if what == "lost":
             self._links.pop(link, None)
             if name is not None:
-                raise PeerError(f"{long_name(name)} was lost: {item}")
+                raise registry.end_of(item, long_name(name), f"{long_name(name)} was lost")
             if not isinstance(item, PeerClosed):
                 self._refusals.add(None, link.address, str(item))
         elif what == "wrong":

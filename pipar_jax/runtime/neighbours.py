@@ -10,7 +10,7 @@ import comms
 from comms import Allowance, ChannelError, Endpoint, Link, LinkShape, Message, PeerClosed
 from pipar_jax import config as configuration
 from pipar_jax.config import Config
-from pipar_jax.errors import JoinError, PeerError, ProtocolError, RunError
+from pipar_jax.errors import JoinError, ProtocolError, RunError
 from pipar_jax.plan import COORDINATOR, Boundary, is_node, long_name
 from pipar_jax.roles import protocol, registry
 from pipar_jax.roles.course import hosts
@@ -277,4 +277,5 @@ class Neighbours:
         # Who says goodbye has finished, or has told the coordinator why not.
         if not (self._parting or isinstance(error, PeerClosed)):
             peer = boundary.peer(self._name)
-            self._lost(PeerError(f"{long_name(self._name)} lost {peer}: {error}"))
+            words = f"{long_name(self._name)} lost {peer}"
+            self._lost(registry.end_of(error, long_name(peer), words))

@@ -303,21 +303,6 @@ class Device(workers.Worker):
         return item
 
 
-@pytest.fixture
-def alone(monkeypatch):
-    """Workers without threads or sockets."""
-    monkeypatch.setattr(workers, "Endpoint", lambda *args, **kwargs: None)
-    monkeypatch.setattr(workers, "Host", fakes.Host)
-    monkeypatch.setattr(workers, "Prefetcher", lambda loader: None)
-    monkeypatch.setattr("pipar_jax.runtime.survey.measure_host", _measured)
-    monkeypatch.setattr("pipar_jax.runtime.survey.measure_reference", _measured)
-    monkeypatch.setattr(Neighbours, "_dial", lambda *args: None)
-
-
-def _measured(*args):
-    raise PeerError("device 0 was not to be measured here, and the server asked")
-
-
 class Run:
     """A worker somewhere in a run."""
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from pipar_jax import worker as workers
 from pipar_jax.config import Config, resolve
 from pipar_jax.errors import PeerError, ProtocolError
 from pipar_jax.roles import protocol, registry
@@ -151,6 +152,22 @@ def test_a_device_that_goes_on_is_waited_for(hasty):
     finally:
         stop.set()
         thread.join()
+
+
+def test_a_worker_whose_coordinator_does_nothing_ends_too(alone, monkeypatch):
+    made = resolve(config("pipar"))
+    made.network.progress_s = 0.3
+    monkeypatch.setattr(workers, "LOOK_S", 0.02)
+    worker = workers.Worker(made, "d0", network(), loader(0))
+    link = worker._link = fakes.Link("server")
+    worker._on_message(fakes.control(link, registry.encode(protocol.Working("evaluating"))))
+    worker._on_message(fakes.control(link, registry.encode(protocol.SurveyEcho())))
+    worker._host.actions = 3
+    with pytest.raises(
+        PeerError, match=r"no progress for 0\.3 s: 'a word' is missing from the"
+    ):
+        worker._follow()
+    assert [one["type"] for one in link.said] == ["echoed", "pulse"]
 
 
 def test_a_link_joins_under_its_own_name_alone():

@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+import pytest
+
+from pipar_jax import worker as workers
+from pipar_jax.errors import PeerError
+from pipar_jax.runtime.neighbours import Neighbours
+from tests.pipar_jax.roles import fakes
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Workers without threads or sockets."""
+    monkeypatch.setattr(workers, "Endpoint", lambda *args, **kwargs: None)
+    monkeypatch.setattr(workers, "Host", fakes.Host)
+    monkeypatch.setattr(workers, "Prefetcher", lambda loader: None)
+    monkeypatch.setattr("pipar_jax.runtime.survey.measure_host", _measured)
+    monkeypatch.setattr("pipar_jax.runtime.survey.measure_reference", _measured)
+    monkeypatch.setattr(Neighbours, "_dial", lambda *args: None)
+
+
+def _measured(*args):
+    raise PeerError("device 0 was not to be measured here, and the server asked")
