@@ -163,9 +163,7 @@ def test_a_worker_whose_coordinator_does_nothing_ends_too(alone, monkeypatch):
     worker._on_message(fakes.control(link, registry.encode(protocol.Working("evaluating"))))
     worker._on_message(fakes.control(link, registry.encode(protocol.SurveyEcho())))
     worker._host.actions = 3
-    with pytest.raises(
-        PeerError, match=r"no progress for 0\.3 s: 'a word' is missing from the"
-    ):
+    with pytest.raises(PeerError, match=r"no progress for 0\.3 s: 'a word' is missing from the"):
         worker._follow()
     assert [one["type"] for one in link.said] == ["echoed", "pulse"]
 
