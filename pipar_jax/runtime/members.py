@@ -479,6 +479,9 @@ class Members:
             told, key = self.by_name[source].broken, (said.what, said.device, said.step)
             plan = self.acceptance
             own = plan is not None and plan.trains(source, said.device, said.step)
+            of_loss = said.what == "loss"
+            own &= of_loss != bool(said.units) and not (of_loss and said.device is None)
+            own &= set(said.units) <= set(self._model.unit_names)
             if not own or key in told:
                 self.blame(source, f"'nonfinite' of device {said.device}, step {said.step}, "
                            "which is none of its own or was told before")  # fmt: skip
