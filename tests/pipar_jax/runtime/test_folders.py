@@ -62,6 +62,8 @@ def test_a_second_run_under_a_name_gets_a_folder_of_its_own(tmp_path):
                    model=network, data=data[-1])  # fmt: skip
     assert hashes(first.folder) == before
 
+    # Weights are saved before anything else that comes after the last round.
+    assert [e["event"] for e in first.metrics][-3:] == ["saving", "evaluated", "run_finished"]
     # The model goes by its own name, and only its maker can make it again.
     assert first.config.model.name == "mine"
     assert [e["model"] for e in first.metrics if e["event"] == "run_started"] == ["mine"]
