@@ -5,7 +5,7 @@ A full step (forward, backward, SGD with momentum) on CIFAR shapes, one core and
 the roofline: the step's operations at the rate of a large matrix product on the same cores.
 Needs the extra `peers` for PyTorch; without it only our own times are shown.
 
-  pipar bench_stages [--networks=vgg5,resnet18] [--torch_layout=channels_last]
+  pipar bench_stages [--networks=vgg5,resnet18] [--stem=imagenet] [--cores=1]
 """
 
 import importlib.util
@@ -13,6 +13,7 @@ import math
 
 from absl import flags
 
+import stages
 from pipar_jax import bench, step_times
 from pipar_jax.pinned import PinnedProcess, first_cores
 
@@ -24,6 +25,10 @@ NETWORKS = flags.DEFINE_list(
 LAYOUT = flags.DEFINE_enum(
     "torch_layout", "default", ["default", "channels_last"], "How PyTorch lays images out."
 )
+STEM = flags.DEFINE_enum(
+    "stem", "cifar", stages.STEMS, "First layers of ResNets and MobileNets; imagenet: the papers'."
+)
+CORES = flags.DEFINE_list("cores", ["1", "2"], "Numbers of cores to use.")
 BATCHES = flags.DEFINE_list("batches", ["100", "25"], "Batch sizes.")
 CUT_NETWORK = "vgg5"
 #: A step that takes longer than this is run less often.
@@ -37,12 +42,13 @@ def target_of(network: str) -> float:
 
 def compare_networks(run: bench.Bench, cores: int, batch: int, with_torch: bool) -> list[float]:
     """Times every network in one cell of the table; returns the ratios to PyTorch."""
-    used, ratios = first_cores(cores), []
+    used, ratios, stem = first_cores(cores), [], STEM.value
     for name in NETWORKS.value[:1] if run.quick else NETWORKS.value:
         cell = f"{name}, batch {batch}, {cores} core{'s' if cores > 1 else ''}"
+        cell = cell if stem == "cifar" else f"{stem} stem, {cell}"
         with PinnedProcess("ours", cores=used) as ours, PinnedProcess("torch", cores=used) as peer:
             run.progress(f"{cell}: compiling")
-            prepared = ours.call(step_times.prepare_jax, name, batch)
+            prepared = ours.call(step_times.prepare_jax, name, batch, stem=stem)
             # A deep network's step takes half a minute: one at a time then, and fewer of them.
             slow = ours.call(step_times.run_step, 1) > SLOW_S
             steps, repeats = (1, 3) if slow else (2, 5)
@@ -53,13 +59,13 @@ def compare_networks(run: bench.Bench, cores: int, batch: int, with_torch: bool)
             }
             if with_torch:
                 last = LAYOUT.value == "channels_last"
-                peer.call(step_times.prepare_torch, name, batch, cores, last)
+                peer.call(step_times.prepare_torch, name, batch, cores, last, stem)
                 cases["torch"] = lambda peer=peer, steps=steps: bench.Seconds(
                     peer.call(step_times.run_step, steps)
                 )
             # The C library needs some steps until it has the memory that later ones take.
             samples = run.compare(cases, repeats=repeats, warm_up=0 if slow else 4)
-            floor = ours.call(step_times.count_flops, name, batch)
+            floor = ours.call(step_times.count_flops, name, batch, stem)
             floor /= ours.call(step_times.measure_rate)
             run.row(f"{cell}", samples.median("ours") * 1e3, "ms", spread=samples.spread("ours"))
             run.row(f"{cell}, roofline", floor * 1e3, "ms")
@@ -101,13 +107,14 @@ def measure(run: bench.Bench) -> None:
     if not with_torch:
         run.note("PyTorch is not installed (extra `peers`): no ratios.")
     ratios: list[float] = []
-    for cores in (1,) if run.quick else (1, 2):
+    for cores in map(int, CORES.value[:1] if run.quick else CORES.value):
         for batch in BATCHES.value[-1:] if run.quick else BATCHES.value:
             ratios += compare_networks(run, cores, int(batch), with_torch)
     if ratios:
         mean = math.exp(sum(math.log(ratio) for ratio in ratios) / len(ratios))
         run.row("geometric mean of ours / PyTorch", mean, "x", 1.0)
-    compare_cuts(run, 25)
+    if CUT_NETWORK in NETWORKS.value:
+        compare_cuts(run, 25)
 
 
 if __name__ == "__main__":

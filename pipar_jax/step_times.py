@@ -23,7 +23,11 @@ LEARNING_RATE, MOMENTUM = 0.01, 0.9
 
 
 def prepare_jax(
-    name: str, batch: int, cuts: tuple[int, ...] = (), rematerialise: bool = False
+    name: str,
+    batch: int,
+    cuts: tuple[int, ...] = (),
+    rematerialise: bool = False,
+    stem: str = "cifar",
 ) -> dict[str, float]:
     """Builds and compiles a network of ours.
 
@@ -32,6 +36,7 @@ def prepare_jax(
       batch: samples per step.
       cuts: where to cut it; the stages then run one after another in this process.
       rematerialise: whether stages compute their forward pass again.
+      stem: one of `stages.STEMS`.
 
     Returns:
       compile_s, and residual_bytes of all stages but the last.
@@ -40,7 +45,7 @@ def prepare_jax(
     import jax
     import optax
 
-    model = stages.build(name, input_shape=(32, 32, 3), classes=10)
+    model = stages.build(name, input_shape=(32, 32, 3), classes=10, stem=stem)
     parts = stages.split(model, cuts, rematerialise=rematerialise)
     params, state = model.init(0)
     tx = optax.sgd(LEARNING_RATE, MOMENTUM)
@@ -79,9 +84,9 @@ def prepare_jax(
     }
 
 
-def count_flops(name: str, batch: int) -> float:
+def count_flops(name: str, batch: int, stem: str = "cifar") -> float:
     """Floating-point operations of a step of ours, forward and backward."""
-    model = stages.build(name, input_shape=(32, 32, 3), classes=10)
+    model = stages.build(name, input_shape=(32, 32, 3), classes=10, stem=stem)
     return sum(
         row.forward_flops + row.backward_flops for row in stages.stage_facts(model, (), batch)
     )
@@ -97,7 +102,9 @@ def measure_rate() -> float:
     return 2.0 * side**3 / _least(lambda: product(a).block_until_ready(), 8)
 
 
-def prepare_torch(name: str, batch: int, threads: int, channels_last: bool) -> int:
+def prepare_torch(
+    name: str, batch: int, threads: int, channels_last: bool, stem: str = "cifar"
+) -> int:
     """Builds a network in PyTorch.
 
     Args:
@@ -105,6 +112,7 @@ def prepare_torch(name: str, batch: int, threads: int, channels_last: bool) -> i
       batch: samples per step.
       threads: number of threads that PyTorch may use.
       channels_last: whether images and kernels are laid out channels last.
+      stem: one of `stages.STEMS`.
 
     Returns:
       the number of parameters.
@@ -113,7 +121,7 @@ def prepare_torch(name: str, batch: int, threads: int, channels_last: bool) -> i
 
     torch = importlib.import_module("torch")
     torch.set_num_threads(threads)
-    model = torch_networks.build(name)
+    model = torch_networks.build(name, stem=stem)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model = model.to(memory_format=layout)
     images, labels = _batch(batch)

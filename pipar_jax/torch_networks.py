@@ -17,8 +17,17 @@ from stages.models.vgg import PLANS as VGGS
 from stages.models.vgg import read_blocks
 
 
-def build(name: str, channels: int = 3, classes: int = 10, height: int = 32) -> Any:
-    """Returns a `torch.nn.Module` for [batch, channels, height, height], CIFAR stem.
+def build(
+    name: str, channels: int = 3, classes: int = 10, height: int = 32, stem: str = "cifar"
+) -> Any:
+    """Returns a `torch.nn.Module` for [batch, channels, height, height].
+
+    Args:
+      name: a VGG, a residual network or a MobileNetV3 of `stages.MODELS`.
+      channels: channels of the images.
+      classes: number of classes.
+      height: height and width of the images.
+      stem: "cifar" or "imagenet", for the networks that have both.
 
     Raises:
       ModuleNotFoundError: torch is not installed.
@@ -27,8 +36,8 @@ def build(name: str, channels: int = 3, classes: int = 10, height: int = 32) -> 
     if name in VGGS:
         return _vgg(nn, name, channels, classes, height)
     if name in DEPTHS:
-        return _resnet(nn, name, channels, classes)
-    return _mobilenet(nn, name, channels, classes)
+        return _resnet(nn, name, channels, classes, stem)
+    return _mobilenet(nn, name, channels, classes, stem)
 
 
 def _vgg(nn: Any, name: str, channels: int, classes: int, height: int) -> Any:
@@ -71,9 +80,12 @@ def _conv_norm(
     return [conv, nn.BatchNorm2d(out)]
 
 
-def _resnet(nn: Any, name: str, channels: int, classes: int) -> Any:
+def _resnet(nn: Any, name: str, channels: int, classes: int, stem: str) -> Any:
     depths, bottleneck = DEPTHS[name]
-    layers = [*_conv_norm(nn, channels, WIDTHS[0], 3), nn.ReLU(inplace=True)]
+    size, stride = (7, 2) if stem == "imagenet" else (3, 1)
+    layers = [*_conv_norm(nn, channels, WIDTHS[0], size, stride), nn.ReLU(inplace=True)]
+    if stem == "imagenet":
+        layers.append(nn.MaxPool2d(3, 2, 1))
     channels = WIDTHS[0]
     for group, (depth, width) in enumerate(zip(depths, WIDTHS, strict=True)):
         for place in range(depth):
@@ -95,9 +107,10 @@ def _resnet(nn: Any, name: str, channels: int, classes: int) -> Any:
     return nn.Sequential(*layers, *head)
 
 
-def _mobilenet(nn: Any, name: str, channels: int, classes: int) -> Any:
+def _mobilenet(nn: Any, name: str, channels: int, classes: int, stem: str) -> Any:
     rows, last, hidden = MOBILENETS[name]
-    layers = [*_conv_norm(nn, channels, 16, 3), nn.Hardswish(inplace=True)]
+    stride = 2 if stem == "imagenet" else 1
+    layers = [*_conv_norm(nn, channels, 16, 3, stride), nn.Hardswish(inplace=True)]
     channels = 16
     for row in rows:
         activation = nn.Hardswish if row.swish else nn.ReLU

@@ -7,6 +7,7 @@ which is faster depends on the shape and the platform; `stages.layers.choice` de
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from stages.layers.choice import Formulation, choose
+from stages.layers.choice import Formulation, Shape, choose
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 # Patches are made for as many samples at a time as fit here (about a core's second cache): they
@@ -43,6 +44,27 @@ class Geometry(NamedTuple):
     def out(self, length: int) -> int:
         """Length of the output along an axis of `length`."""
         return (length + 2 * self.padding - self.size) // self.stride + 1
+
+    def reached(self, length: int) -> range:
+        """Rows of the kernel that meet any of `length` rows, all others meet padding alone."""
+        first = self.padding - (self.out(length) - 1) * self.stride
+        return range(max(0, first), min(self.size, self.padding + length))
+
+    def met(self, remainder: int, length: int, rows: int) -> list[tuple[int, int]]:
+        """What rows of the input meet, those whose index divided by the stride leaves `remainder`.
+
+        Args:
+          remainder: see above.
+          length: number of these rows of the input.
+          rows: rows of the output.
+
+        Returns:
+          pairs of a row of the output, counted from the row's index divided by the stride, and
+          the kernel's row between them, without those that meet no row of the output.
+        """
+        first, row = divmod(remainder + self.padding, self.stride)
+        pairs = [(first - n, place) for n, place in enumerate(range(row, self.size, self.stride))]
+        return [pair for pair in pairs if -length < pair[0] < rows]
 
     def spread(self, cotangent: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """Lays an output's cotangent out so that a convolution without stride pulls it back.
@@ -117,9 +139,10 @@ def _convolve_backward(geometry: Geometry, kept: Any, cotangent: jax.Array) -> A
 convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
-def _key(x: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> tuple[int, ...]:
-    """(batch, height, width, in, out, size, stride) as `choice` wants it."""
-    return (*x, kernel[-1], geometry.size, geometry.stride)
+def _key(x: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> Shape:
+    """The convolution's shape as `choice` wants it."""
+    batch, height, width, features = x
+    return Shape(batch, height, width, features, kernel[-1], *geometry)
 
 
 def pad_images(x: jax.Array, geometry: Geometry, axis: int) -> jax.Array:
@@ -129,12 +152,30 @@ def pad_images(x: jax.Array, geometry: Geometry, axis: int) -> jax.Array:
     return jnp.pad(x, pads) if geometry.padding else x
 
 
-def shifted(x: jax.Array, geometry: Geometry, axis: int, rows: int, columns: int) -> list[Any]:
-    """For each position in the kernel the pixels it meets: slices of padded images."""
-    step = geometry.stride
+def shifted(
+    x: jax.Array,
+    geometry: Geometry,
+    axis: int,
+    rows: int,
+    columns: int,
+    tall: range | None = None,
+    wide: range | None = None,
+) -> list[Any]:
+    """For each position in the kernel the pixels it meets: slices of padded images.
+
+    Args:
+      x: images, whose rows are axis `axis` and whose columns the next.
+      geometry: the kernel's.
+      axis: see x.
+      rows: rows of the output.
+      columns: columns of the output.
+      tall: rows of the kernel; all, if left out.
+      wide: columns of the kernel; all, if left out.
+    """
+    step, every = geometry.stride, range(geometry.size)
     found = []
-    for i in range(geometry.size):
-        for j in range(geometry.size):
+    for i in every if tall is None else tall:
+        for j in every if wide is None else wide:
             index = [slice(None)] * x.ndim
             index[axis] = slice(i, i + (rows - 1) * step + 1, step)
             index[axis + 1] = slice(j, j + (columns - 1) * step + 1, step)
@@ -159,34 +200,93 @@ def _patches_forward(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax
     """Patches times the kernel as a matrix, [batch x pixels, size x size x in]."""
     if geometry.pointwise:
         return _met(x, geometry) @ kernel[0, 0]
-    size, _, features, out = kernel.shape
+    features, out = kernel.shape[2:]
     rows, columns = geometry.out(x.shape[1]), geometry.out(x.shape[2])
-    matrix = kernel.reshape(size * size * features, out)
+    tall, wide = geometry.reached(x.shape[1]), geometry.reached(x.shape[2])
+    places = len(tall) * len(wide)
+    used = kernel[tall.start : tall.stop, wide.start : wide.stop]
+    matrix = used.reshape(places * features, out)
 
     def product(images: jax.Array) -> jax.Array:
-        found = shifted(pad_images(images, geometry, 1), geometry, 1, rows, columns)
-        made = jnp.concatenate(found, -1).reshape(-1, size * size * features) @ matrix
+        found = shifted(pad_images(images, geometry, 1), geometry, 1, rows, columns, tall, wide)
+        made = jnp.concatenate(found, -1).reshape(-1, places * features) @ matrix
         return made.reshape(-1, rows, columns, out)
 
-    per_sample = rows * columns * size * size * features * x.dtype.itemsize
-    together = _samples_together(x.shape[0], per_sample)
-    runs, rest = _cut_batch(x, together)
-    y = lax.map(product, runs).reshape(-1, rows, columns, out)
+    per_sample = rows * columns * places * features * x.dtype.itemsize
+    return _in_runs(product, x, per_sample)
+
+
+def _in_runs(
+    product: Callable[[jax.Array], jax.Array], x: jax.Array, bytes_per_sample: int
+) -> jax.Array:
+    """Applies a product of patches to [batch, ...], so many samples at a time as fit the cache."""
+    runs, rest = _cut_batch(x, _samples_together(x.shape[0], bytes_per_sample))
+    y = lax.map(product, runs)
+    y = y.reshape(-1, *y.shape[2:])
     return jnp.concatenate((y, product(rest))) if len(rest) else y
 
 
 def _patches_input(
     shape: tuple[int, ...], kernel: jax.Array, geometry: Geometry, cotangent: jax.Array
 ) -> jax.Array:
-    """Convolves the spread cotangent with the turned kernel, as patches times a matrix."""
+    """Patches of the cotangent times the kernel, [batch, height, width, in].
+
+    A row of the image meets only every stride-th row of the kernel, which ones depends on the
+    row's remainder. Rows of one remainder, and columns, are computed together: no product is
+    spent on the zeros that a stride would put between the cotangent's pixels.
+    """
     if geometry.pointwise:
         return geometry.spread(cotangent @ kernel[0, 0].T, shape)
-    batch, height, width, _ = shape
-    turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
-    spread = geometry.spread(cotangent, shape)
-    return _patches_forward(spread, turned, Geometry(geometry.size, 1, 0)).reshape(
-        batch, height, width, -1
-    )
+    _, height, width, features = shape
+    step, out = geometry.stride, kernel.shape[-1]
+    rows, columns = cotangent.shape[1:3]
+    tall, wide = -(-height // step), -(-width // step)
+    remainders = [(i, j) for i in range(step) for j in range(step)]
+    met = {
+        (i, j): [
+            (*row, *column)
+            for row in geometry.met(i, tall, rows)
+            for column in geometry.met(j, wide, columns)
+        ]
+        for i, j in remainders
+    }
+    turned = kernel.transpose(0, 1, 3, 2)
+    matrices = {
+        place: turned[
+            pairs[0][1] : pairs[-1][1] + 1 : step, pairs[0][3] : pairs[-1][3] + 1 : step
+        ].reshape(-1, features)
+        for place, pairs in met.items()
+        if pairs
+    }
+    # Rows that pixels at the edges meet beyond the cotangent's own.
+    low = -(-geometry.size // step) - 1
+    furthest = (step - 1 + geometry.padding) // step
+    edges = [
+        (low, max(0, furthest + length - own)) for length, own in ((tall, rows), (wide, columns))
+    ]
+
+    def product(cotangent: jax.Array) -> jax.Array:
+        padded = jnp.pad(cotangent, ((0, 0), *edges, (0, 0)))
+        parts = []
+        for place in remainders:
+            if place not in matrices:
+                parts.append(jnp.zeros((len(padded), tall, wide, features), padded.dtype))
+                continue
+            found = [
+                padded[:, low + a : low + a + tall, low + b : low + b + wide]
+                for a, _, b, _ in met[place]
+            ]
+            made = jnp.concatenate(found, -1).reshape(-1, len(found) * out) @ matrices[place]
+            parts.append(made.reshape(-1, tall, wide, features))
+        if step == 1:
+            return parts[0]
+        grid = jnp.stack(parts).reshape(step, step, -1, tall, wide, features)
+        laid = grid.transpose(2, 3, 0, 4, 1, 5).reshape(-1, tall * step, wide * step, features)
+        return laid[:, :height, :width]
+
+    largest = max(map(len, met.values()))
+    per_sample = tall * wide * largest * out * cotangent.dtype.itemsize
+    return _in_runs(product, cotangent, per_sample)
 
 
 def _written_out(x: jax.Array) -> jax.Array:
@@ -218,21 +318,25 @@ def _patches_kernel(
         return lax.dot_general(met, cotangent, (pixels, ((), ()))).reshape(shape)
     size, _, features, out = shape
     _, rows, columns, _ = cotangent.shape
+    tall, wide = geometry.reached(x.shape[1]), geometry.reached(x.shape[2])
+    places = len(tall) * len(wide)
 
     def product(images: jax.Array, cotangent: jax.Array) -> jax.Array:
         padded = pad_images(images.transpose(3, 0, 1, 2), geometry, 2)
-        patches = jnp.stack(shifted(padded, geometry, 2, rows, columns))
-        return patches.reshape(size * size * features, -1) @ cotangent.reshape(-1, out)
+        patches = jnp.stack(shifted(padded, geometry, 2, rows, columns, tall, wide))
+        return patches.reshape(places * features, -1) @ cotangent.reshape(-1, out)
 
-    per_sample = rows * columns * size * size * features * x.dtype.itemsize
-    result_bytes = size * size * features * out * x.dtype.itemsize
+    per_sample = rows * columns * places * features * x.dtype.itemsize
+    result_bytes = places * features * out * x.dtype.itemsize
     together = _samples_together(x.shape[0], per_sample, result_bytes)
     (images, last_images), (cotangents, last) = (_cut_batch(v, together) for v in (x, cotangent))
-    nothing = jnp.zeros((size * size * features, out), x.dtype)
+    nothing = jnp.zeros((places * features, out), x.dtype)
     total = product(last_images, last) if len(last) else nothing
     runs = (images, cotangents)
     total, _ = lax.scan(lambda total, run: (total + product(*run), None), total, runs)
-    return total.reshape(shape)
+    met = total.reshape(len(tall), len(wide), features, out)
+    around = [(rows.start, size - rows.stop) for rows in (tall, wide)]
+    return jnp.pad(met, (*around, (0, 0), (0, 0)))
 
 
 def _met(x: jax.Array, geometry: Geometry) -> jax.Array:

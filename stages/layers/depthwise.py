@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from stages.layers.choice import Formulation, choose
+from stages.layers.choice import Formulation, Shape, choose
 from stages.layers.convolve import Geometry, pad_images, shifted, xla_convolve
 
 # Rows summed inside one elementwise loop by the kernel's gradient: enough that what is written
@@ -32,7 +32,8 @@ def depthwise(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     Returns:
       [batch, height', width', channels], dtype of x.
     """
-    key = (*x.shape, kernel.shape[-1], geometry.size, geometry.stride)
+    batch, height, width, channels = x.shape
+    key = Shape(batch, height, width, channels, channels, *geometry)
     if choose("depthwise", key) is Formulation.DIRECT:
         return _direct(x, kernel, geometry)
     return xla_convolve(x, kernel, geometry, groups=x.shape[-1])

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from stages.layers.choice import Formulation, choose
+from stages.layers.choice import Formulation, Shape, choose
 
 
 def max_pool(
@@ -21,7 +21,9 @@ def max_pool(
     whole cotangent, whichever formulation is chosen.
     """
     step = stride or window
-    if choose("max_pool", (*x.shape, x.shape[-1], window, step)) is Formulation.XLA:
+    batch, height, width, channels = x.shape
+    key = Shape(batch, height, width, channels, channels, window, step, padding)
+    if choose("max_pool", key) is Formulation.XLA:
         return _window_max(x, window, step, padding)
     if step == window and padding == 0:
         rows, columns = x.shape[1] // window, x.shape[2] // window

@@ -22,10 +22,11 @@ NETWORKS = (
 
 
 @pytest.mark.skipif(not TORCH, reason="torch is not installed (extra `peers`)")
+@pytest.mark.parametrize("stem", stages.STEMS)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_torch_networks_have_the_same_number_of_parameters(name):
-    count = step_times.prepare_torch(name, 2, 1, channels_last=False)
-    ours = stages.build(name, input_shape=(32, 32, 3), classes=10)
+def test_torch_networks_have_the_same_number_of_parameters(name, stem):
+    count = step_times.prepare_torch(name, 2, 1, channels_last=False, stem=stem)
+    ours = stages.build(name, input_shape=(32, 32, 3), classes=10, stem=stem)
     assert count == stages.parameter_count(ours)
 
 

@@ -48,6 +48,60 @@ def test_values_and_gradients_equal_those_of_xla(
             np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "geometry"),
+    [
+        (2, 2, Geometry(3, 2, 1)),
+        (7, 6, Geometry(3, 3, 1)),
+        (3, 8, Geometry(5, 2, 2)),
+        (7, 5, Geometry(2, 3, 0)),  # some pixels meet no pixel of the kernel
+        (4, 4, Geometry(1, 2, 1)),
+        (5, 5, Geometry(4, 1, 2)),  # a kernel of even size makes the map larger
+        (6, 5, Geometry(3, 1, 0)),
+        (9, 9, Geometry(7, 3, 3)),
+    ],
+)
+def test_the_cotangent_of_an_input_is_exact_for_all_strides_and_paddings(height, width, geometry):
+    random = np.random.default_rng(0)
+    # Small whole numbers: their sums are exact.
+    draw = lambda *shape: jnp.asarray(random.integers(-4, 5, shape), jnp.float32)  # noqa: E731
+    kernel, shape = draw(geometry.size, geometry.size, 3, 2), (5, height, width, 3)
+    cotangent = draw(5, geometry.out(height), geometry.out(width), 2)
+
+    def both(kernel, cotangent):
+        _, pull = jax.vjp(lambda x: xla_convolve(x, kernel, geometry), jnp.zeros(shape))
+        return pull(cotangent)[0], module._patches_input(shape, kernel, geometry, cotangent)
+
+    expected, actual = jax.jit(both)(kernel, cotangent)
+    np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("length", "geometry", "expected"),
+    [
+        (8, Geometry(3, 1, 1), [0, 1, 2]),
+        (2, Geometry(3, 2, 1), [1, 2]),
+        (1, Geometry(3, 2, 1), [1]),
+        (2, Geometry(7, 1, 3), [2, 3, 4]),
+        (3, Geometry(1, 2, 0), [0]),
+    ],
+)
+def test_rows_of_the_kernel_that_meet_padding_alone_are_left_out(length, geometry, expected):
+    assert list(geometry.reached(length)) == expected
+    side = geometry.out(length)
+    shapes = (2, length, length, 16), (geometry.size, geometry.size, 16, 16), (2, side, side, 16)
+
+    def run(x, kernel, cotangent):
+        with forced(Formulation.PATCHES):
+            y, pull = jax.vjp(lambda x, kernel: convolve(x, kernel, geometry), x, kernel)
+            return y, pull(cotangent)
+
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    flops = jax.jit(run).lower(*arrays).compile().cost_analysis()["flops"]
+    needed = 3 * 2 * 2 * side**2 * len(expected) ** 2 * 16 * 16
+    assert flops < 1.5 * needed + 2000
+
+
 def test_output_length_is_that_of_the_sliding_window():
     assert Geometry(3, 2, 1).out(32) == 16
     assert Geometry(7, 2, 3).out(28) == 14
