@@ -70,7 +70,7 @@ def test_an_impossible_plan_is_refused():
 def test_a_method_is_a_plan(method, text):
     config = Config(method=method)
     config.pipeline.cut = "block1"
-    assert str(methods.plan_for(resolve(config), UNITS)) == text
+    assert str(methods.plan_for(resolve(config, models=(config.model.name,)), UNITS)) == text
 
 
 def test_every_method_of_the_configuration_has_a_plan():
@@ -84,11 +84,11 @@ def test_a_cut_that_does_not_exist_is_named_with_those_that_do(cut):
     config = Config()
     config.pipeline.cut = cut
     with pytest.raises(ConfigError, match=r"cuts: 1 stem, 2 block1, 3 block2"):
-        methods.plan_for(resolve(config), UNITS)
+        methods.plan_for(resolve(config, models=(config.model.name,)), UNITS)
 
 
 def test_devices_have_plans_of_their_own():
     config = Config()
     config.devices.overrides = {1: {"cut": 3, "micro_batches": 7}}
-    made = methods.plan_for(resolve(config), UNITS)
+    made = methods.plan_for(resolve(config, models=(config.model.name,)), UNITS)
     assert [(one.cuts, one.micro_batches) for one in made.devices] == [((1,), 4), ((3,), 7)]

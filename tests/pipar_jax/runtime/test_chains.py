@@ -247,14 +247,14 @@ def test_a_chain_that_cannot_work_is_refused_by_name_of_the_field(change, messag
     made.pipeline.in_flight = change.get("in_flight", 0)
     made.nodes.overrides = change.get("overrides", {})
     with pytest.raises(ConfigError, match=re.escape(message)):
-        plan_for(resolve(made), [f"fc{i}" for i in range(6)])
+        plan_for(resolve(made, models=(made.model.name,)), [f"fc{i}" for i in range(6)])
 
 
 def test_a_node_that_cannot_reach_the_server_says_so(tmp_path):
     made = setting(tmp_path, EVEN, 1)
     made.network.join_timeout_s = 0.5
     with pytest.raises(JoinError, match="compute node 1 cannot join"):
-        run_node(resolve(made), 1, ("127.0.0.1", 9))
+        run_node(resolve(made, models=(made.model.name,)), 1, ("127.0.0.1", 9))
 
 
 def test_a_node_that_does_not_come_is_named(network, tmp_path):
@@ -262,4 +262,9 @@ def test_a_node_that_does_not_come_is_named(network, tmp_path):
     made.network.join_timeout_s = 1.0
     data = support.datasets(EVEN)
     with pytest.raises(JoinError, match=r"n1, n2, d0, d1 of 4 hosts did not join within 1 s"):
-        run_server(resolve(made), on_event=lambda _: None, model=network, data=data[-1])
+        run_server(
+            resolve(made, models=(made.model.name,)),
+            on_event=lambda _: None,
+            model=network,
+            data=data[-1],
+        )

@@ -41,12 +41,12 @@ def test_books_agree_with_jax_and_the_prediction_with_the_books(tmp_path):
     """A process that holds one host: at rest between forwards and backwards, to the byte."""
     made = setting(tmp_path)
     units = [f"unit{i}" for i in range(5)]
-    copy = plan_for(resolve(made), units)
+    copy = plan_for(resolve(made, models=(made.model.name,)), units)
     shared = dataclasses.replace(copy, weights="shared")
     capped = dataclasses.replace(shared, in_flight=2)
     found = drive_alone(
-        resolve(made), (copy, shared, capped), "n1", input_shape=support.SHAPE,
-        classes=support.CLASSES,
+        resolve(made, models=(made.model.name,)), (copy, shared, capped), "n1",
+        input_shape=support.SHAPE, classes=support.CLASSES,
     )  # fmt: skip
     for plan, one in zip((copy, shared, capped), found, strict=True):
         # With a cap, inputs wait: their buffers are on the books, but no arrays of jax yet.
@@ -76,7 +76,7 @@ def test_a_host_that_computes_forwards_again_keeps_less(tmp_path):
     kept = []
     for again in (False, True):
         made.nodes.defaults.rematerialise = again
-        config = resolve(made)
+        config = resolve(made, models=(made.model.name,))
         plan = plan_for(config, network.unit_names)
         kept.append(memory.predict(network, plan, "n1", config, DEVICES).held)
     # Two devices' eight samples of the input, [4, 4, 32] float32, and nothing else.
@@ -87,7 +87,7 @@ def test_a_host_that_computes_forwards_again_keeps_less(tmp_path):
 def test_a_plan_above_a_node_s_memory_is_refused_with_the_figures(tmp_path, share):
     """Before anything is built if its arrays are too many, else when temporaries are known."""
     made = setting(tmp_path)
-    config = resolve(made)
+    config = resolve(made, models=(made.model.name,))
     network = support.model("vgg5", "float32")
     plan = plan_for(config, network.unit_names)
     need = memory.predict(network, plan, "n2", config, DEVICES)

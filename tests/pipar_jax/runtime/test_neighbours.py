@@ -40,7 +40,7 @@ def nodes(tmp_path):
     made = support.config(tmp_path, (8,), method="accept")
     made.nodes.count, made.nodes.defaults.link = 3, "80/40"
     made.nodes.overrides = {2: {"link": "20/10"}}
-    config = resolve(made)
+    config = resolve(made, models=(made.model.name,))
     found = {name: Node(config, name) for name in ("n1", "n2", "n3")}
     yield found
     for node in found.values():

@@ -50,7 +50,9 @@ def trained(made, samples, network, events=None):
         train = dataclasses.replace(one.train, images=one.train.images * np.float32(1e3))
         data[i] = dataclasses.replace(one, train=train)
     tell = (lambda event: None) if events is None else events.append
-    return load(run_here(resolve(made), network, data, on_event=tell), network)
+    return load(
+        run_here(resolve(made, models=(made.model.name,)), network, data, on_event=tell), network
+    )
 
 
 def strictly(folder):
