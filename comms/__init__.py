@@ -4,11 +4,10 @@ Start with `Endpoint`: one per process. `listen` and `connect` give a `Link` per
 tensors, bundles of weights and control messages and hands over each `Message` that arrives.
 """
 
-from comms import bit_codec, block_codec, cast_codec  # noqa: F401 - imported to register codecs
-from comms.allowance import Allowance
-from comms.codec import Codec, Encoded, parse_codec, register
-from comms.codec import names as codec_names
-from comms.endpoint import Endpoint
+from comms.codecs import bits, block, cast  # noqa: F401 - imported to register codecs
+from comms.codecs.base import Codec, Encoded, parse_codec, register
+from comms.codecs.base import names as codec_names
+from comms.emulation.shaping import LinkShape, parse_link
 from comms.errors import (
     AuthenticationError,
     ChannelError,
@@ -21,12 +20,13 @@ from comms.errors import (
     PeerLost,
     VersionError,
 )
-from comms.frame import VERSION, Role, Tag
-from comms.link import Link
-from comms.message import Message, Payload
-from comms.meter import LinkStats
+from comms.link.allowance import Allowance
+from comms.link.endpoint import Endpoint
+from comms.link.link import Link
+from comms.link.message import Message, Payload
+from comms.link.meter import LinkStats
 from comms.options import ChannelOptions, Limits, TlsOptions
-from comms.shaping import LinkShape, parse_link
+from comms.wire.frame import VERSION, Role, Tag
 
 __all__ = [
     "VERSION",

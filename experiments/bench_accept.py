@@ -18,9 +18,9 @@ from pathlib import Path
 from absl import flags
 
 from configs import cifar10_vgg5_central
-from pipar_jax import accept_trials, bench
+from experiments.benchmarks import accept_trials, harness
 from pipar_jax.config import Config
-from pipar_jax.files import make_folder
+from pipar_jax.disk.files import make_folder
 
 PARTS = ("time", "accuracy", "learning")
 PART = flags.DEFINE_multi_enum("part", PARTS, PARTS, "What to measure; may be repeated.")
@@ -34,7 +34,7 @@ SLOW_MBPS, FACTOR = 10, 3.0
 POINTS = 0.5
 
 
-def times(run: bench.Bench, folder: Path, results: Path) -> None:
+def times(run: harness.Bench, folder: Path, results: Path) -> None:
     """Adds each setting's epochs, and what each part and both shorten them by."""
     first, balanced, coded, both = accept_trials.VARIANTS
     settings = [
@@ -55,7 +55,7 @@ def times(run: bench.Bench, folder: Path, results: Path) -> None:
         run.row(f"{setting.name}: shorter by both", found.ratio(first, both), "x", goal, "higher")
 
 
-def accuracy(run: bench.Bench, folder: Path, results: Path) -> None:
+def accuracy(run: harness.Bench, folder: Path, results: Path) -> None:
     """Adds the accuracies of raw and coded trainings from the same seeds."""
     if not DATA_DIR.value:
         run.note("accuracy skipped: it needs CIFAR-10, see --data_dir")
@@ -85,7 +85,7 @@ def _config(seed: int, folder: Path) -> Config:
     return config
 
 
-def learning(run: bench.Bench, folder: Path, results: Path) -> None:
+def learning(run: harness.Bench, folder: Path, results: Path) -> None:
     """Adds where a chain without a profile ends."""
     setting = accept_trials.Setting(max(accept_trials.LENGTHS), 50, DATA_DIR.value)
     run.progress(f"learning, {setting.name}")
@@ -99,7 +99,7 @@ def learning(run: bench.Bench, folder: Path, results: Path) -> None:
     run.note(f"{found.changes} changes; best of {found.tried} partitions that were trained")
 
 
-def measure(run: bench.Bench) -> None:
+def measure(run: harness.Bench) -> None:
     """Measures the parts that were asked for."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -110,4 +110,4 @@ def measure(run: bench.Bench) -> None:
 
 
 if __name__ == "__main__":
-    bench.run(measure)
+    harness.run(measure)

@@ -17,18 +17,18 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from comms import codec_names, parse_codec
-from pipar_jax import bench
-from pipar_jax import channel_peers as peers
-from pipar_jax.certificates import add_certificate, make_authority
-from pipar_jax.namespaces import ShapedNamespace, namespaces_work
-from pipar_jax.pinned import PinnedProcess, first_cores
+from experiments.benchmarks import channel_peers as peers
+from experiments.benchmarks import harness
+from experiments.benchmarks.namespaces import ShapedNamespace, namespaces_work
+from pipar_jax.launch.certificates import add_certificate, make_authority
+from pipar_jax.launch.pinning import PinnedProcess, first_cores
 
 MB = 1 << 20
 HOST = "127.0.0.1"
 Case: TypeAlias = Callable[[], object]
 
 
-def measure(run: bench.Bench) -> None:
+def measure(run: harness.Bench) -> None:
     """Measures everything and adds the rows."""
     cores = first_cores(2)
     with (
@@ -53,12 +53,12 @@ def _certificates() -> Iterator[str]:
 
 
 def _throughput(
-    run: bench.Bench, sender: PinnedProcess, ports: dict[str, int], folder: str | None
+    run: harness.Bench, sender: PinnedProcess, ports: dict[str, int], folder: str | None
 ) -> None:
     def case(kind: str, nbytes: int) -> Case:
         tls = folder if kind.endswith("tls") else None
         count = max(2, (64 if run.quick else 256) * MB // nbytes)
-        return lambda: bench.Seconds(
+        return lambda: harness.Seconds(
             sender.call(peers.send_tensors, kind, HOST, ports[kind], tls, nbytes, count) / count
         )
 
@@ -87,9 +87,9 @@ def _throughput(
         run.note("No grpcio figures: it is not installed (extra `peers`).")
 
 
-def _latency(run: bench.Bench, sender: PinnedProcess, ports: dict[str, int]) -> None:
+def _latency(run: harness.Bench, sender: PinnedProcess, ports: dict[str, int]) -> None:
     def case(kind: str) -> Case:
-        return lambda: bench.Seconds(sender.call(peers.round_trips, kind, HOST, ports[kind], 300))
+        return lambda: harness.Seconds(sender.call(peers.round_trips, kind, HOST, ports[kind], 300))
 
     samples = run.compare({kind: case(kind) for kind in ("bare", "channel")}, repeats=9)
     bare, channel = samples.median("bare") * 1e6, samples.median("channel") * 1e6
@@ -98,7 +98,7 @@ def _latency(run: bench.Bench, sender: PinnedProcess, ports: dict[str, int]) -> 
     run.row("round trip of 1 KB, channel - bare", channel - bare, "µs", 200.0)
 
 
-def _emulated(run: bench.Bench, sender: PinnedProcess, ports: dict[str, int]) -> None:
+def _emulated(run: harness.Bench, sender: PinnedProcess, ports: dict[str, int]) -> None:
     port, seconds = ports["channel"], 1.0 if run.quick else 5.0
     for rate in (10.0, 25.0, 50.0):
         run.progress(f"emulated link of {rate:g} Mbit/s")
@@ -108,11 +108,11 @@ def _emulated(run: bench.Bench, sender: PinnedProcess, ports: dict[str, int]) ->
         run.row(f"heartbeat beside 64 MB, emulated {rate:g} Mbit/s", beat * 1e3, "ms", 200.0)
 
 
-def _sent_s(sender: PinnedProcess, kind: str, host: str, port: int, nbytes: int) -> bench.Seconds:
-    return bench.Seconds(sender.call(peers.send_tensors, kind, host, port, None, nbytes, 1))
+def _sent_s(sender: PinnedProcess, kind: str, host: str, port: int, nbytes: int) -> harness.Seconds:
+    return harness.Seconds(sender.call(peers.send_tensors, kind, host, port, None, nbytes, 1))
 
 
-def _real_links(run: bench.Bench) -> None:
+def _real_links(run: harness.Bench) -> None:
     if not namespaces_work():
         run.note("No figures of real slow links: they need root, Linux, ip and tc.")
         return
@@ -139,7 +139,7 @@ def _real_links(run: bench.Bench) -> None:
             run.row(f"heartbeat beside 64 MB, tc {rate:g} Mbit/s", beat * 1e3, "ms", 300.0)
 
 
-def _crowd(run: bench.Bench, cores: list[int]) -> None:
+def _crowd(run: harness.Bench, cores: list[int]) -> None:
     devices, tensors = (200, 20) if run.quick else (1000, 100)
     run.progress(f"{devices} devices")
     with (
@@ -163,7 +163,7 @@ def _code(name: str, array: np.ndarray[Any, Any]) -> None:
     codec.decode(payload, array.dtype, array.shape, parameter)
 
 
-def _codecs(run: bench.Bench) -> None:
+def _codecs(run: harness.Bench) -> None:
     array = np.random.default_rng(0).standard_normal(4 * MB, np.float32)
     target = np.empty_like(array)
     cases: dict[str, Case] = {"memcpy": lambda: np.copyto(target, array)}
@@ -179,4 +179,4 @@ def _codecs(run: bench.Bench) -> None:
 
 
 if __name__ == "__main__":
-    bench.run(measure)
+    harness.run(measure)

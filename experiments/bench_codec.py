@@ -21,11 +21,11 @@ import numpy as np
 from absl import flags
 
 from configs import cifar10_vgg5, quickstart
-from pipar_jax import bench, codec_peers
+from experiments.benchmarks import codec_peers, harness
 from pipar_jax.config import Config, DataConfig
 from pipar_jax.data.public import load_public
-from pipar_jax.launcher import launch
-from pipar_jax.pinned import first_cores, pinned
+from pipar_jax.launch.launcher import launch
+from pipar_jax.launch.pinning import first_cores, pinned
 
 DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder with CIFAR-10.")
 PART = flags.DEFINE_enum("part", "both", ["both", "tensors", "training"], "What to measure.")
@@ -61,7 +61,7 @@ def _decode(coder: Any, coded: Iterable[Any], tensors: Iterable[Any]) -> list[An
     return [coder.decode(data, tensor) for data, tensor in zip(coded, tensors, strict=True)]
 
 
-def tensors(run: bench.Bench) -> None:
+def tensors(run: harness.Bench) -> None:
     """Codes real tensors: sizes and errors of each, speeds over all."""
     data = DataConfig(source="cifar10" if DATA_DIR.value else "digits", data_dir=DATA_DIR.value)
     split = load_public(data.source, data).train
@@ -98,14 +98,14 @@ def tensors(run: bench.Bench) -> None:
             run.row(f"{what}, {name}: largest error / rms", 100 * error.max() / scale, "%")
 
 
-def training(run: bench.Bench) -> None:
+def training(run: harness.Bench) -> None:
     """Trains by each method with each codec."""
     for method, names in METHODS.items():
         if METHOD.value in (method, "both"):
             train(run, method, QUICK if run.quick else names)
 
 
-def train(run: bench.Bench, method: str, names: Sequence[str]) -> None:
+def train(run: harness.Bench, method: str, names: Sequence[str]) -> None:
     """Trains by a method with some codecs, raw first."""
     # Trainings that take minutes are paired by their seed alone; the digits afford two.
     seeds = (0,) if run.quick or DATA_DIR.value else (0, 1)
@@ -144,7 +144,7 @@ def _config(method: str, case: str, seed: int, quick: bool, folder: str) -> Conf
     return config
 
 
-def measure(run: bench.Bench) -> None:
+def measure(run: harness.Bench) -> None:
     """Measures the parts that were asked for."""
     for name, part in (("tensors", tensors), ("training", training)):
         if PART.value in (name, "both"):
@@ -152,4 +152,4 @@ def measure(run: bench.Bench) -> None:
 
 
 if __name__ == "__main__":
-    bench.run(measure)
+    harness.run(measure)

@@ -18,12 +18,13 @@ from pathlib import Path
 from absl import flags
 
 import stages
-from pipar_jax import bench, chain_equality, launcher, validation
-from pipar_jax import chain_validation as chains
-from pipar_jax.chain_planner import ChainProblem, Node, plan_chain, read_profile
-from pipar_jax.chain_validation import Setting
+from experiments.benchmarks import chain_equality, harness, simulator_settings
+from experiments.benchmarks import chain_settings as chains
+from experiments.benchmarks.chain_settings import Setting
+from pipar_jax.launch import launcher
 from pipar_jax.report import Run, read_run
 from pipar_jax.runtime.setup import build_model
+from pipar_jax.tuner.chain_search import ChainProblem, Node, plan_chain, read_profile
 
 PARTS = ("memory", "equality", "time", "hops", "plans", "golden")
 ONLY = flags.DEFINE_multi_enum("only", [], PARTS, "Measure only this; may be repeated.")
@@ -41,7 +42,7 @@ GOLDEN = (
 MB = 1e6
 
 
-def measure_memory(run: bench.Bench) -> None:
+def measure_memory(run: harness.Bench) -> None:
     """Adds predicted and measured memory of the largest node, per policy, nodes and devices."""
     networks = (chains.Network("vgg5"),) if run.quick else chains.NETWORKS
     if NETWORK.value:
@@ -49,7 +50,7 @@ def measure_memory(run: bench.Bench) -> None:
     devices, most = ((2, 4), 2) if run.quick else ((4, 16), 4)
     for network in networks:
         config = chains.memory_config(network, (1, 2), 1)
-        model = build_model(config, validation.INPUT_SHAPE, validation.CLASSES)
+        model = build_model(config, simulator_settings.INPUT_SHAPE, simulator_settings.CLASSES)
         facts = stages.unit_facts(model, chains.BATCH)
         bounds, whole = network.bounds(model), dict[int, float]()
         for nodes in range(1, most + 1):
@@ -86,7 +87,7 @@ def measure_memory(run: bench.Bench) -> None:
         run.row(f"{name} by the memory model's best cuts", model_saves, "%")
 
 
-def measure_equality(run: bench.Bench) -> None:
+def measure_equality(run: harness.Bench) -> None:
     """Adds the largest difference from centralised SGD."""
     cases = chain_equality.CASES[:2] if run.quick else chain_equality.CASES
     with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +102,7 @@ def train(setting: Setting, folder: Path) -> tuple[Run, float]:
     return found, statistics.median(row["seconds"] for row in found.of("round_finished")[1:])
 
 
-def measure_time(run: bench.Bench, folder: Path) -> None:
+def measure_time(run: harness.Bench, folder: Path) -> None:
     """Adds predicted and measured epochs."""
     errors = []
     settings = chains.VALIDATED[1:2] if run.quick else chains.VALIDATED
@@ -115,7 +116,7 @@ def measure_time(run: bench.Bench, folder: Path) -> None:
     run.row(f"mean error of {len(errors)} epochs", statistics.fmean(errors), "%", 3.0)
 
 
-def compare_two(run: bench.Bench, folder: Path, title: str, one: Setting, other: Setting) -> None:
+def compare_two(run: harness.Bench, folder: Path, title: str, one: Setting, other: Setting) -> None:
     """Adds the epochs of two settings, which take turns, and their ratio."""
     seconds: dict[Setting, list[float]] = {one: [], other: []}
     for setting in (one, other, other, one):
@@ -131,7 +132,7 @@ def compare_two(run: bench.Bench, folder: Path, title: str, one: Setting, other:
             spread=abs(ratios[0] - ratios[1]))  # fmt: skip
 
 
-def measure_golden(run: bench.Bench) -> None:
+def measure_golden(run: harness.Bench) -> None:
     """Adds the planner's published optima and its time."""
     for table, layers, count, cost_ms, cuts in GOLDEN:
         path = Path(PROFILES.value) / f"{table}_cifar.csv"
@@ -149,7 +150,7 @@ def measure_golden(run: bench.Bench) -> None:
         run.note(f"{name}: {plan.cost_s * 1e3:.3f} ms, cuts {plan.cuts}, published {cuts or '-'}")
 
 
-def measure(run: bench.Bench) -> None:
+def measure(run: harness.Bench) -> None:
     """Measures all parts, or those of ``--only``."""
     wanted = ONLY.value or PARTS
     if "golden" in wanted:
@@ -159,7 +160,7 @@ def measure(run: bench.Bench) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for batch in chains.BATCHES.values():
-            validation.write_data(folder, batch)
+            simulator_settings.write_data(folder, batch)
         if "time" in wanted:
             measure_time(run, folder)
         if "hops" in wanted and not run.quick:
@@ -174,4 +175,4 @@ def measure(run: bench.Bench) -> None:
 
 
 if __name__ == "__main__":
-    bench.run(measure)
+    harness.run(measure)

@@ -19,14 +19,18 @@ from typing import Any
 from absl import flags
 
 from configs import cifar10_vgg5
-from pipar_jax import bench, data, launcher, schedule
-from pipar_jax.alone import Alone, time_alone
-from pipar_jax.config import Config, resolve
-from pipar_jax.methods import plan_for
-from pipar_jax.pinned import first_cores
-from pipar_jax.plan import COORDINATOR, Plan
-from pipar_jax.recurrence import MicroTimes, measured_step_s
-from pipar_jax.trace import Trace
+from experiments.benchmarks import harness
+from experiments.benchmarks.time_alone import Alone, time_alone
+from pipar_jax import data
+from pipar_jax.config import Config
+from pipar_jax.launch import launcher
+from pipar_jax.launch.pinning import first_cores
+from pipar_jax.methods.registry import plan_for
+from pipar_jax.methods.resolution import resolve
+from pipar_jax.schedule import actions
+from pipar_jax.schedule.plan import COORDINATOR, Plan
+from pipar_jax.schedule.trace import Trace
+from pipar_jax.tuner.recurrence import MicroTimes, measured_step_s
 
 DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder of public data sets.")
 
@@ -128,14 +132,14 @@ def alone(config: Config, plan: Plan, host: str, sizes: tuple[int, ...]) -> Alon
     )
 
 
-def report(run: bench.Bench, cut: int, micro_batches: int, samples: int, folder: str) -> None:
+def report(run: harness.Bench, cut: int, micro_batches: int, samples: int, folder: str) -> None:
     """Measures one setting and adds its rows."""
     import stages  # here, so that --help and wrong flags need not wait for jax
 
     config = setting(cut, micro_batches, samples, folder)
     model = stages.build("vgg5", input_shape=(32, 32, 3), classes=10, norm=config.model.norm)
     plan = plan_for(config, model.unit_names)
-    sizes = schedule.micro_batch_sizes(BATCH, micro_batches)
+    sizes = actions.micro_batch_sizes(BATCH, micro_batches)
     name = f"cut {cut}, N={micro_batches}"
     # Before and after the run: a machine that changes its speed changes it for both.
     before = [alone(config, plan, host, sizes) for host in ("d0", COORDINATOR)]
@@ -159,7 +163,7 @@ def report(run: bench.Bench, cut: int, micro_batches: int, samples: int, folder:
     run.row(f"{name}: epoch / recurrence alone", epoch_s / predicted, "x", TARGET)
 
 
-def measure(run: bench.Bench) -> None:
+def measure(run: harness.Bench) -> None:
     """Measures every setting; ``--quick`` has one cut and fewer samples."""
     data.prepare(setting(1, 1, SAMPLES, "runs"))
     cuts, counts, samples = ((2,), (1, 4), 400) if run.quick else ((1, 2), (1, 4, 10, 20), SAMPLES)
@@ -177,4 +181,4 @@ def measure(run: bench.Bench) -> None:
 
 
 if __name__ == "__main__":
-    bench.run(measure)
+    harness.run(measure)

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from pipar_jax import bench
+from experiments.benchmarks import harness
 
 if TYPE_CHECKING:
-    from pipar_jax.predictor.evaluation import Score
-    from pipar_jax.predictor.network import Weights
-    from pipar_jax.predictor.operators import Array
-    from pipar_jax.predictor.timings import Timings
+    from experiments.latency_data.evaluation import Score
+    from experiments.latency_data.timings import Timings
+    from pipar_jax.profiling.predictor.latency_model import Weights
+    from pipar_jax.profiling.predictor.operators import Array
 
 _TIMINGS = flags.DEFINE_string("timings", "", "Times of layers; empty: those in the package.")
 _TABLES = flags.DEFINE_string("tables", "", "Folder of profile tables; empty: none.")
@@ -32,10 +32,11 @@ SAMPLES = (0, 10, 50, 200)
 CHAINS, LENGTHS = 12, (2, 3, 4)
 
 
-def measure(run: bench.Bench) -> None:
+def measure(run: harness.Bench) -> None:
     """Trains without what is tested, and tests."""
-    from pipar_jax.predictor import evaluation, read_timings, training
-    from pipar_jax.predictor.tables import FAMILY
+    from experiments.latency_data import evaluation, training
+    from experiments.latency_data.published_tables import FAMILY
+    from pipar_jax.profiling.predictor import read_timings
 
     timings = read_timings(
         pathlib.Path(_TIMINGS.value) if _TIMINGS.value else None,
@@ -75,7 +76,7 @@ def measure(run: bench.Bench) -> None:
              f"held out in turn: {', '.join(folds)}")  # fmt: skip
 
 
-def tell(run: bench.Bench, name: str, scores: Mapping[str, Score]) -> None:
+def tell(run: harness.Bench, name: str, scores: Mapping[str, Score]) -> None:
     """Adds the errors of all methods."""
     for method, one in scores.items():
         if one.predictions:
@@ -84,31 +85,31 @@ def tell(run: bench.Bench, name: str, scores: Mapping[str, Score]) -> None:
             run.row(f"{name}: {method}, within 10 %", one.within * 100, "%")
 
 
-def speed(run: bench.Bench, timings: Timings, weights: Weights) -> None:
+def speed(run: harness.Bench, timings: Timings, weights: Weights) -> None:
     """Adds how long it takes to learn a device from its reference layers, and to predict."""
-    from pipar_jax.predictor import device
+    from pipar_jax.profiling.predictor import device_fit
 
     reference = timings.reference()
     tables = [timings.layers[i].operators for i in reference]
     seen = [
-        device.Observation(table, table[:0], timings.forward_s[0, i])
+        device_fit.Observation(table, table[:0], timings.forward_s[0, i])
         for table, i in zip(tables, reference, strict=True)
     ]
-    known = device.fit(weights, seen)
+    known = device_fit.fit(weights, seen)
 
-    def predict() -> bench.Seconds:
+    def predict() -> harness.Seconds:
         began_s = time.perf_counter()
         for _ in range(50):
-            known.layers_s(tables, device.FORWARD_HEAD)
-        return bench.Seconds((time.perf_counter() - began_s) / 50 / len(tables))
+            known.layers_s(tables, device_fit.FORWARD_HEAD)
+        return harness.Seconds((time.perf_counter() - began_s) / 50 / len(tables))
 
-    cases = {"fit": lambda: device.fit(weights, seen), "predict": predict}
+    cases = {"fit": lambda: device_fit.fit(weights, seen), "predict": predict}
     samples = run.compare(cases, repeats=9)
     run.row("time per prediction of a layer", samples.median("predict") * 1e6, "us")
     run.row("learning a device from its reference layers", samples.median("fit") * 1e3, "ms")
 
 
-def regret(run: bench.Bench, timings: Timings, about: str, folds: Mapping[str, Weights]) -> None:
+def regret(run: harness.Bench, timings: Timings, about: str, folds: Mapping[str, Weights]) -> None:
     """Adds what partitions by predictions cost on chains of devices, each new to the predictor.
 
     Args:
@@ -120,7 +121,8 @@ def regret(run: bench.Bench, timings: Timings, about: str, folds: Mapping[str, W
     import numpy as np
 
     import stages
-    from pipar_jax.predictor import collect, device, evaluation, operators
+    from experiments.latency_data import collect, evaluation
+    from pipar_jax.profiling.predictor import device_fit, operators
 
     tested = [i for i, one in enumerate(timings.devices) if one.family in folds]
     chosen = timings.select(tested)
@@ -132,11 +134,11 @@ def regret(run: bench.Bench, timings: Timings, about: str, folds: Mapping[str, W
             table = chosen.layers[i].operators
             empty = table[:0]
             observations += [
-                device.Observation(table, empty, chosen.forward_s[place, i]),
-                device.Observation(empty, table, chosen.backward_s[place, i]),
+                device_fit.Observation(table, empty, chosen.forward_s[place, i]),
+                device_fit.Observation(empty, table, chosen.backward_s[place, i]),
             ]
         if observations:
-            known[place] = device.fit(folds[one.family], observations)
+            known[place] = device_fit.fit(folds[one.family], observations)
 
     def learn(place: int, columns: Sequence[int]) -> tuple[Array, Array]:
         tables = [chosen.layers[i].operators for i in columns]
@@ -166,4 +168,4 @@ def regret(run: bench.Bench, timings: Timings, about: str, folds: Mapping[str, W
 
 
 if __name__ == "__main__":
-    bench.run(measure)
+    harness.run(measure)

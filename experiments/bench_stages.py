@@ -14,8 +14,8 @@ import math
 from absl import flags
 
 import stages
-from pipar_jax import bench, step_times
-from pipar_jax.pinned import PinnedProcess, first_cores
+from experiments.benchmarks import harness, step_times
+from pipar_jax.launch.pinning import PinnedProcess, first_cores
 
 NETWORKS = flags.DEFINE_list(
     "networks",
@@ -40,7 +40,7 @@ def target_of(network: str) -> float:
     return 1.5 if network.startswith("mobilenet") else 1.2
 
 
-def compare_networks(run: bench.Bench, cores: int, batch: int, with_torch: bool) -> list[float]:
+def compare_networks(run: harness.Bench, cores: int, batch: int, with_torch: bool) -> list[float]:
     """Times every network in one cell of the table; returns the ratios to PyTorch."""
     used, ratios, stem = first_cores(cores), [], STEM.value
     for name in NETWORKS.value[:1] if run.quick else NETWORKS.value:
@@ -53,14 +53,14 @@ def compare_networks(run: bench.Bench, cores: int, batch: int, with_torch: bool)
             slow = ours.call(step_times.run_step, 1) > SLOW_S
             steps, repeats = (1, 3) if slow else (2, 5)
             cases = {
-                "ours": lambda ours=ours, steps=steps: bench.Seconds(
+                "ours": lambda ours=ours, steps=steps: harness.Seconds(
                     ours.call(step_times.run_step, steps)
                 )
             }
             if with_torch:
                 last = LAYOUT.value == "channels_last"
                 peer.call(step_times.prepare_torch, name, batch, cores, last, stem)
-                cases["torch"] = lambda peer=peer, steps=steps: bench.Seconds(
+                cases["torch"] = lambda peer=peer, steps=steps: harness.Seconds(
                     peer.call(step_times.run_step, steps)
                 )
             # The C library needs some steps until it has the memory that later ones take.
@@ -80,7 +80,7 @@ def compare_networks(run: bench.Bench, cores: int, batch: int, with_torch: bool)
     return ratios
 
 
-def compare_cuts(run: bench.Bench, batch: int) -> None:
+def compare_cuts(run: harness.Bench, batch: int) -> None:
     """Times VGG-5 in two stages at each cut beside the whole, and rematerialised."""
     used = first_cores(1)
     cuts = (2,) if run.quick else (1, 2, 3, 4)
@@ -91,8 +91,8 @@ def compare_cuts(run: bench.Bench, batch: int) -> None:
             whole.call(step_times.prepare_jax, CUT_NETWORK, batch)
             facts = cut.call(step_times.prepare_jax, CUT_NETWORK, batch, where, again)
             cases = {
-                "whole": lambda whole=whole: bench.Seconds(whole.call(step_times.run_step, 5)),
-                "cut": lambda cut=cut: bench.Seconds(cut.call(step_times.run_step, 5)),
+                "whole": lambda whole=whole: harness.Seconds(whole.call(step_times.run_step, 5)),
+                "cut": lambda cut=cut: harness.Seconds(cut.call(step_times.run_step, 5)),
             }
             samples = run.compare(cases, repeats=7)
             goal = None if again else 1.05
@@ -101,7 +101,7 @@ def compare_cuts(run: bench.Bench, batch: int) -> None:
             run.row(f"{name}, kept by the first stage", facts["residual_bytes"] / 1e6, "MB")
 
 
-def measure(run: bench.Bench) -> None:
+def measure(run: harness.Bench) -> None:
     """Measures all cells; with --quick one network on one core."""
     with_torch = importlib.util.find_spec("torch") is not None
     if not with_torch:
@@ -118,4 +118,4 @@ def measure(run: bench.Bench) -> None:
 
 
 if __name__ == "__main__":
-    bench.run(measure)
+    harness.run(measure)

@@ -16,9 +16,10 @@ from pathlib import Path
 
 from absl import flags
 
-from pipar_jax import adapting_trials, bench, tuner_trials
-from pipar_jax.config import Config, resolve
-from pipar_jax.files import make_folder
+from experiments.benchmarks import adapting_trials, harness, tuner_trials
+from pipar_jax.config import Config
+from pipar_jax.disk.files import make_folder
+from pipar_jax.methods.resolution import resolve
 
 PARTS = ("choices", "adapt", "unequal", "search")
 PART = flags.DEFINE_multi_enum("part", PARTS, PARTS, "What to measure; may be repeated.")
@@ -26,7 +27,7 @@ ONLY = flags.DEFINE_string("only", "", "Choices: only settings whose name contai
 RESULTS = flags.DEFINE_string("results", "", "Folder that keeps measurements; empty: none is kept.")
 
 
-def choices(run: bench.Bench, folder: Path, results: Path) -> None:
+def choices(run: harness.Bench, folder: Path, results: Path) -> None:
     """Adds a row for each setting: the tuner's plan by the best that was measured."""
     settings = [one for one in tuner_trials.settings(run.quick) if ONLY.value in one.name]
     for done, setting in enumerate(settings):
@@ -43,7 +44,7 @@ def choices(run: bench.Bench, folder: Path, results: Path) -> None:
         )
 
 
-def adapt(run: bench.Bench, folder: Path, results: Path) -> None:
+def adapt(run: harness.Bench, folder: Path, results: Path) -> None:
     """Adds the rows of falling and rising bandwidth."""
     run.progress("adapt")
     found = adapting_trials.adapting(folder, results, run.quick)
@@ -55,7 +56,7 @@ def adapt(run: bench.Bench, folder: Path, results: Path) -> None:
         run.note(text)
 
 
-def unequal(run: bench.Bench, folder: Path, results: Path) -> None:
+def unequal(run: harness.Bench, folder: Path, results: Path) -> None:
     """Adds the rows of devices that differ."""
     for name, links in tuner_trials.UNEQUAL_LINKS.items():
         run.progress(f"unequal devices, {name}")
@@ -67,7 +68,7 @@ def unequal(run: bench.Bench, folder: Path, results: Path) -> None:
         run.note(f"{title}: own {found.own_plan}; common {found.common_plan}")
 
 
-def search(run: bench.Bench, folder: Path, results: Path) -> None:
+def search(run: harness.Bench, folder: Path, results: Path) -> None:
     """Adds how long a search takes for 20 devices and ResNet-101."""
     from pipar_jax.tuner.search import search as search_plans
 
@@ -86,7 +87,7 @@ def search(run: bench.Bench, folder: Path, results: Path) -> None:
         )
 
 
-def measure(run: bench.Bench) -> None:
+def measure(run: harness.Bench) -> None:
     """Measures the parts that were asked for."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -97,4 +98,4 @@ def measure(run: bench.Bench) -> None:
 
 
 if __name__ == "__main__":
-    bench.run(measure)
+    harness.run(measure)

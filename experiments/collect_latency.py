@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from absl import flags
 
-from pipar_jax import plain_flags
 from pipar_jax.errors import ConfigError
-from pipar_jax.pinned import run_pinned
+from pipar_jax.launch import plain_flags
+from pipar_jax.launch.pinning import run_pinned
 
 if TYPE_CHECKING:
-    from pipar_jax.predictor.collect import Layer
-    from pipar_jax.predictor.timings import TimedLayer
+    from experiments.latency_data.collect import Layer
+    from experiments.latency_data.timings import TimedLayer
 
 _OUT = plain_flags.define_path("out", None, "File for the times (.npz).", required=True)
 _VARIANTS = flags.DEFINE_list("variants", [], "Only these; empty: all that this machine can be.")
@@ -51,8 +51,8 @@ def gather_all(path: pathlib.Path) -> None:
       DataError: The file cannot be read or written.
       RunError: A process failed.
     """
-    from pipar_jax.predictor import collect
-    from pipar_jax.predictor.timings import TimedDevice, Timings
+    from experiments.latency_data import collect
+    from experiments.latency_data.timings import TimedDevice, Timings
 
     known = {one.name: one for one in collect.variants(_GPU.value)}
     names = _VARIANTS.value or list(known)
@@ -88,9 +88,9 @@ def gather_all(path: pathlib.Path) -> None:
 
 def _layers(quick: bool) -> tuple[list[Layer], tuple[TimedLayer, ...]]:
     """Returns what is to be timed, and what it does; in a process that may load jax."""
-    from pipar_jax.predictor import collect
-    from pipar_jax.predictor.operators import TRACED, model_operators
-    from pipar_jax.predictor.timings import layer
+    from experiments.latency_data import collect
+    from experiments.latency_data.timings import layer
+    from pipar_jax.profiling.predictor.operators import TRACED, model_operators
 
     wanted = collect.layers(quick)
     known = {

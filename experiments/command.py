@@ -16,9 +16,9 @@ from typing import NoReturn
 
 import experiments
 from pipar_jax import __version__
-from pipar_jax.flags import terminal_width, two_columns
-from pipar_jax.process import INTERRUPTED, WRONG_USE, leave, open_streams
-from pipar_jax.schema import did_you_mean
+from pipar_jax.config.schema import did_you_mean
+from pipar_jax.launch.flags import terminal_width, two_columns
+from pipar_jax.launch.process import INTERRUPTED, WRONG_USE, leave, open_streams
 
 FOLDER = pathlib.Path(experiments.__file__).parent
 #: What most people want, in the order in which they want it; the others follow by name.

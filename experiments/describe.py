@@ -14,10 +14,11 @@ from rich.table import Table
 
 import configs
 import stages
-from pipar_jax import data, flags
+from pipar_jax import data
 from pipar_jax.config import Config
+from pipar_jax.config.schema import option
 from pipar_jax.errors import ConfigError
-from pipar_jax.schema import option
+from pipar_jax.launch import flags
 
 # Shapes and classes of the public data sets, so that nothing has to be downloaded to describe.
 SHAPES = {

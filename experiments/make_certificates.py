@@ -11,9 +11,9 @@ NAME.pem and NAME.key to the host of that name, and keep authority.key where it 
 
 from absl import flags
 
-from pipar_jax import plain_flags
-from pipar_jax.certificates import Certificates, add_certificate, make_authority
 from pipar_jax.errors import ConfigError, PiparError
+from pipar_jax.launch import plain_flags
+from pipar_jax.launch.certificates import Certificates, add_certificate, make_authority
 
 _FOLDER = plain_flags.define_path("folder", "certificates", "Where the files go.")
 _HOST = flags.DEFINE_multi_string("host", [], "NAME or NAME=ADDRESS,ADDRESS; may be repeated.")

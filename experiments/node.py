@@ -13,11 +13,12 @@ import dataclasses
 import pathlib
 
 import configs
-from pipar_jax import flags, logs, machine, process
 from pipar_jax.config import Config
+from pipar_jax.config.schema import option
 from pipar_jax.errors import ConfigError
-from pipar_jax.plan import node_name
-from pipar_jax.schema import option
+from pipar_jax.launch import flags, machine, process
+from pipar_jax.report import logs
+from pipar_jax.schedule.plan import node_name
 
 
 @dataclasses.dataclass
@@ -45,7 +46,7 @@ def main(config: Config, given: NodeFlags) -> None:
     machine.check(config, [name])
     process.set_environment(config, name)
     process.claim_platform(config, name)
-    from pipar_jax.worker import run_node  # loads jax, whose environment is set now
+    from pipar_jax.roles.worker import run_node  # loads jax, whose environment is set now
 
     print(f"node {given.index} of {config.nodes.count} joins {given.server}", flush=True)
     run_node(config, given.index, address)

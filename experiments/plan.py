@@ -16,11 +16,11 @@ from rich.console import Console
 
 import configs
 from comms.errors import explain
-from pipar_jax import flags, machine
 from pipar_jax.config import CHAINS, Config
+from pipar_jax.config.schema import option
+from pipar_jax.cost_model.profile import Profile
 from pipar_jax.errors import DataError, PlanError
-from pipar_jax.profile import Profile
-from pipar_jax.schema import option
+from pipar_jax.launch import flags, machine
 
 
 @dataclasses.dataclass
@@ -40,12 +40,13 @@ def main(config: Config, own: PlanFlags) -> None:
       PlanError: The profile is of another setting.
     """
     # Here, so that --help and wrong flags need not wait.
-    from pipar_jax.tuner import explain, local, search, tune
+    from pipar_jax.launch import local_profile
+    from pipar_jax.tuner import search, tables, tune
 
     if not own.profile:
         machine.check(config, machine.all_hosts(config))
     began_s = time.monotonic()
-    profile = read(own.profile) if own.profile else local.profile_here(config)
+    profile = read(own.profile) if own.profile else local_profile.profile_here(config)
     if len(profile.devices) != config.devices.count:
         raise PlanError(
             f"the profile has {len(profile.devices)} devices and the configuration "
@@ -62,9 +63,9 @@ def main(config: Config, own: PlanFlags) -> None:
         f"{profile.model}, {len(profile.devices)} devices, batches of {profile.batch_size}; hosts "
         f"and links measured in {measured_s:.1f} s, plans searched in {searched_s:.2f} s"
     )
-    console.print(explain.plans_table(profile, found))
-    console.print(explain.verdict(found))
-    if (why := explain.codecs_table(profile, found.plans[0], config)) is not None:
+    console.print(tables.plans_table(profile, found))
+    console.print(tables.verdict(found))
+    if (why := tables.codecs_table(profile, found.plans[0], config)) is not None:
         console.print(why)
     chosen = found.plans[0].plan if config.tuner.select == "search" else tune(profile, config)
     console.print(f"--config.method=auto would run: {chosen}")
@@ -77,7 +78,7 @@ def print_chains(config: Config, profile: Profile, measured_s: float) -> None:
       PlanError: No chain fits, or the profile has other nodes.
     """
     from pipar_jax.tuner.chains import chain_table, tune_chain
-    from pipar_jax.tuner.explain import codecs_table
+    from pipar_jax.tuner.tables import codecs_table
 
     if len(profile.nodes) != config.nodes.count:
         raise PlanError(

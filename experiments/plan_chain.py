@@ -19,8 +19,10 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from pipar_jax import plain_flags
-from pipar_jax.chain_planner import (
+from pipar_jax.cost_model.costs import LinkModel
+from pipar_jax.errors import ConfigError
+from pipar_jax.launch import plain_flags
+from pipar_jax.tuner.chain_search import (
     ChainPlan,
     ChainProblem,
     Coding,
@@ -31,8 +33,6 @@ from pipar_jax.chain_planner import (
     plan_chain,
     read_profile,
 )
-from pipar_jax.errors import ConfigError
-from pipar_jax.simulator.costs import LinkModel
 
 _PROFILE = plain_flags.define_path("profile", None, "Profile table (CSV).", required=True)
 _DEVICE = flags.DEFINE_string("device", "VM", "Whose rows of the table the nodes' times are.")

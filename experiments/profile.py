@@ -13,10 +13,11 @@ import time
 from rich.console import Console
 
 import configs
-from pipar_jax import files, flags, machine
 from pipar_jax.config import Config
-from pipar_jax.jsontext import dumps
-from pipar_jax.schema import option
+from pipar_jax.config.schema import option
+from pipar_jax.disk import files
+from pipar_jax.disk.json_text import dumps
+from pipar_jax.launch import flags, machine
 
 
 @dataclasses.dataclass
@@ -33,15 +34,16 @@ def main(config: Config, own: ProfileFlags) -> None:
       DiskError: The file cannot be written.
     """
     # Here, so that --help and wrong flags need not wait.
-    from pipar_jax.tuner import explain, local
+    from pipar_jax.launch import local_profile
+    from pipar_jax.tuner import tables
 
     machine.check(config, machine.all_hosts(config))
     began_s = time.monotonic()
-    profile = local.profile_here(config)
+    profile = local_profile.profile_here(config)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    for table in explain.units_tables(profile):
+    for table in tables.units_tables(profile):
         console.print(table)
-    console.print(explain.links_table(profile))
+    console.print(tables.links_table(profile))
     for name, codec in profile.codecs.items():
         console.print(
             f"codec {name}: {codec.ratio:.3f} of the bytes, encodes "

@@ -14,15 +14,15 @@ import time
 from rich.console import Console
 
 import configs
-from comms.shaping import parse_link
-from pipar_jax import comparison, flags, launcher, machine
-from pipar_jax.comparison import Outcome
+from comms.emulation.shaping import parse_link
 from pipar_jax.config import SERVER_METHODS, Config
-from pipar_jax.paths import shown
-from pipar_jax.pinned import first_cores
-from pipar_jax.progress import Progress
-from pipar_jax.report import write_report
-from pipar_jax.schema import option
+from pipar_jax.config.paths import shown
+from pipar_jax.config.schema import option
+from pipar_jax.launch import flags, launcher, machine
+from pipar_jax.launch.pinning import first_cores
+from pipar_jax.report import comparison, write_report
+from pipar_jax.report.comparison import Outcome
+from pipar_jax.report.progress import Progress
 
 PLAIN_WIDTH = 100
 

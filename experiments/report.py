@@ -8,8 +8,8 @@ time by cause, bytes per link, predicted beside measured times, and the configur
 
 import pathlib
 
-from pipar_jax import plain_flags
 from pipar_jax.errors import ConfigError
+from pipar_jax.launch import plain_flags
 from pipar_jax.report import write_report
 
 _OUTPUT = plain_flags.define_path(

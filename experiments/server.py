@@ -12,10 +12,11 @@ import pathlib
 from typing import Any
 
 import configs
-from pipar_jax import data, flags, launcher, machine, process
+from pipar_jax import data
 from pipar_jax.config import Config, to_text
-from pipar_jax.paths import shown
-from pipar_jax.progress import Progress, loss_text
+from pipar_jax.config.paths import shown
+from pipar_jax.launch import flags, launcher, machine, process
+from pipar_jax.report.progress import Progress, loss_text
 
 
 def main(config: Config, _: flags.NoFlags) -> None:
@@ -31,7 +32,7 @@ def main(config: Config, _: flags.NoFlags) -> None:
     print(to_text(config), flush=True)
     if table := data.table(config):
         print(f"\n{table}\n", flush=True)
-    from pipar_jax.server import run_server  # loads jax, whose environment is set now
+    from pipar_jax.roles.server import run_server  # loads jax, whose environment is set now
 
     with Progress() as progress:
 

@@ -7,10 +7,11 @@ fields of the configuration; every one of them is a flag. A run leaves a folder 
 import pathlib
 
 import configs
-from pipar_jax import data, flags, launcher, machine
+from pipar_jax import data
 from pipar_jax.config import Config, to_text
-from pipar_jax.paths import shown
-from pipar_jax.progress import Progress, loss_text
+from pipar_jax.config.paths import shown
+from pipar_jax.launch import flags, launcher, machine
+from pipar_jax.report.progress import Progress, loss_text
 
 
 def main(config: Config, _: flags.NoFlags) -> None:

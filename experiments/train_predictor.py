@@ -3,7 +3,7 @@
   pipar train_predictor --timings=timings.npz --tables=FOLDER --out=FILE
 
 Times are those of experiments.collect_latency (the ones in the package unless given); tables are
-published profile tables of other devices (pipar_jax/predictor/tables.py), left out if not given.
+published profile tables of other devices (experiments/latency_data/published_tables.py), left out if not given.
 Takes about half a minute on a core and is the same on every run.
 """
 
@@ -11,7 +11,7 @@ import time
 
 from absl import flags
 
-from pipar_jax import plain_flags
+from pipar_jax.launch import plain_flags
 
 _TIMINGS = plain_flags.define_path(
     "timings", None, "Times to train on; by default those in the package."
@@ -27,7 +27,8 @@ def main(_: list[str]) -> None:
     Raises:
       PiparError: The times cannot be read, or the network not be written.
     """
-    from pipar_jax.predictor import read_timings, training
+    from experiments.latency_data import training
+    from pipar_jax.profiling.predictor import read_timings
 
     began_s = time.monotonic()
     timings = read_timings(_TIMINGS.value, _TABLES.value)

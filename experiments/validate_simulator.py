@@ -14,20 +14,21 @@ from pathlib import Path
 
 from absl import flags
 
-from comms.shaping import parse_link
-from pipar_jax import bench, launcher, validation
-from pipar_jax.alone import Alone
-from pipar_jax.plan import COORDINATOR, DevicePlan, Plan
+from comms.emulation.shaping import parse_link
+from experiments.benchmarks import harness, simulator_settings
+from experiments.benchmarks.simulator_settings import Setting
+from experiments.benchmarks.time_alone import Alone
+from pipar_jax.launch import launcher
 from pipar_jax.report import Run, read_run
-from pipar_jax.schedule import COMPUTE, RoundSchedule, Span
+from pipar_jax.schedule.actions import COMPUTE, RoundSchedule, Span
+from pipar_jax.schedule.plan import COORDINATOR, DevicePlan, Plan
 from pipar_jax.simulator import Costs, LinkModel, simulate
-from pipar_jax.validation import Setting
 
 ONLY = flags.DEFINE_string("only", "", "Measure only settings whose name contains this.")
 
 
 def judge(
-    run: bench.Bench,
+    run: harness.Bench,
     setting: Setting,
     one: Run,
     alone: dict[str, Alone],
@@ -38,7 +39,7 @@ def judge(
     real_s = statistics.median(rows)
     spread = (max(rows) - min(rows)) / real_s
     run.row(f"{setting.name}: round", real_s, "s", spread=spread)
-    for kind, seconds in zip(errors, validation.predict(setting, one, alone), strict=True):
+    for kind, seconds in zip(errors, simulator_settings.predict(setting, one, alone), strict=True):
         signed = (seconds / real_s - 1.0) * 100
         errors[kind].append(abs(signed))
         run.row(f"{setting.name}: error {kind}", signed, "%")
@@ -50,10 +51,10 @@ def demand(run: Run) -> float:
     last = run.trace.rounds[-1]
     busy = sum(run.trace.busy_s(host, last) for host in run.devices) / last.seconds
     slowed = len(run.devices) > 1
-    return busy / (validation.SLOWDOWN if slowed else 1.0)
+    return busy / (simulator_settings.SLOWDOWN if slowed else 1.0)
 
 
-def measure_speed(run: bench.Bench) -> None:
+def measure_speed(run: harness.Bench) -> None:
     """Measures the simulator itself: 1,000 devices, 10 steps of 8 micro-batches."""
     count = 100 if run.quick else 1000
     plan = Plan((DevicePlan((1,), ("device", COORDINATOR), 8),) * count)
@@ -73,28 +74,28 @@ def measure_speed(run: bench.Bench) -> None:
     run.row("simulator: actions per second", found.actions / elapsed_s, "1/s", 1e5, "higher")
 
 
-def measure(run: bench.Bench) -> None:
+def measure(run: harness.Bench) -> None:
     """Runs every setting for real beside its prediction; ``--quick`` has one."""
     measure_speed(run)
     most = 0.0
-    wanted = [one for one in validation.settings(run.quick) if ONLY.value in one.name]
+    wanted = [one for one in simulator_settings.settings(run.quick) if ONLY.value in one.name]
     errors: dict[str, list[float]] = {"alone": [], "in run": []}
     with tempfile.TemporaryDirectory() as name:
         folder, done = Path(name), 0
-        for network in validation.NETWORKS:
+        for network in simulator_settings.NETWORKS:
             some = [one for one in wanted if one.network == network]
             if not some:
                 continue
-            validation.write_data(folder, network.batch)
+            simulator_settings.write_data(folder, network.batch)
             run.progress(f"{network.name} alone", done, len(wanted))
-            times = [validation.time_network(some, folder)]
+            times = [simulator_settings.time_network(some, folder)]
             runs = []
             for setting in some:
                 run.progress(setting.name, done, len(wanted))
                 summary = launcher.launch(setting.config(folder))
                 runs.append(read_run(Path(summary["folder"])))
                 done += 1
-            times.append(validation.time_network(some, folder))
+            times.append(simulator_settings.time_network(some, folder))
             # Before and after: a machine that changes its speed changes it for both.
             alone = {
                 host: {key: (s + times[1][host][key]) / 2 for key, s in found.items()}
@@ -116,4 +117,4 @@ def measure(run: bench.Bench) -> None:
 
 
 if __name__ == "__main__":
-    bench.run(measure)
+    harness.run(measure)

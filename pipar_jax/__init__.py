@@ -10,11 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipar_jax.api import Run, load, train
-    from pipar_jax.config import Config, resolve
-    from pipar_jax.plan import DevicePlan, Plan
-    from pipar_jax.profile import Profile
-    from pipar_jax.trace import Trace
+    from pipar_jax.config import Config
+    from pipar_jax.cost_model.profile import Profile
+    from pipar_jax.launch.api import Run, load, train
+    from pipar_jax.methods.resolution import resolve
+    from pipar_jax.schedule.plan import DevicePlan, Plan
+    from pipar_jax.schedule.trace import Trace
     from pipar_jax.tuner import simulate, tune
 
 __version__ = "0.1.0"
@@ -24,15 +25,15 @@ __all__ = ["Config", "DevicePlan", "Plan", "Profile", "Run", "Trace", "load", "r
 
 _HOMES = {
     "Config": "pipar_jax.config",
-    "DevicePlan": "pipar_jax.plan",
-    "Plan": "pipar_jax.plan",
-    "Profile": "pipar_jax.profile",
-    "Run": "pipar_jax.api",
-    "Trace": "pipar_jax.trace",
-    "load": "pipar_jax.api",
-    "resolve": "pipar_jax.config",
+    "DevicePlan": "pipar_jax.schedule.plan",
+    "Plan": "pipar_jax.schedule.plan",
+    "Profile": "pipar_jax.cost_model.profile",
+    "Run": "pipar_jax.launch.api",
+    "Trace": "pipar_jax.schedule.trace",
+    "load": "pipar_jax.launch.api",
+    "resolve": "pipar_jax.methods.resolution",
     "simulate": "pipar_jax.tuner",
-    "train": "pipar_jax.api",
+    "train": "pipar_jax.launch.api",
     "tune": "pipar_jax.tuner",
 }
 

@@ -9,12 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from stages.allocator import retain_memory
-from stages.draw import Draw, make_draw
 from stages.errors import StageError
+from stages.micro_batch_context import Draw, make_draw
 from stages.names import MODELS, NORMS, STEMS
 
 if TYPE_CHECKING:
-    from stages.facts import Facts, residual_bytes, stage_facts, unit_facts
+    from stages.analysis import Facts, residual_bytes, stage_facts, unit_facts
     from stages.model import Model, parameter_count
     from stages.program import Program
     from stages.registry import build
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "build": "stages.registry",
-    "Facts": "stages.facts",
-    "stage_facts": "stages.facts",
-    "residual_bytes": "stages.facts",
-    "unit_facts": "stages.facts",
+    "Facts": "stages.analysis",
+    "stage_facts": "stages.analysis",
+    "residual_bytes": "stages.analysis",
+    "unit_facts": "stages.analysis",
     "Model": "stages.model",
     "Variables": "stages.unit",
     "parameter_count": "stages.model",

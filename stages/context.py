@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from stages.draw import Draw, name_hash
 from stages.errors import StageError
+from stages.micro_batch_context import Draw, name_hash
 
 
 @dataclasses.dataclass

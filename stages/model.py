@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from stages.building import Built, abstractly, build_module, build_units, check_module
-from stages.draw import name_hash
 from stages.errors import StageError
+from stages.micro_batch_context import name_hash
 from stages.unit import Factory, Unit, Variables, check_training, infer
 from stages.variables import Path, divide, text_of, value_of
 

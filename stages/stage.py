@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from stages.draw import Draw
 from stages.errors import StageError
+from stages.micro_batch_context import Draw
 from stages.model import Model
 from stages.program import Program
 from stages.residuals import Residuals, attach, pull_back, run_forward

@@ -9,9 +9,9 @@ import jax
 from flax import nnx
 
 from stages import context
-from stages.draw import Draw, make_draw
 from stages.errors import StageError
 from stages.foreign import describe
+from stages.micro_batch_context import Draw, make_draw
 from stages.variables import Path, divide, draw_streams, nested, state_after
 
 Arrays: TypeAlias = dict[str, jax.Array]

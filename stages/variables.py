@@ -19,8 +19,8 @@ import numpy as np
 from flax import nnx
 
 from stages.context import Context
-from stages.draw import name_hash
 from stages.errors import StageError
+from stages.micro_batch_context import name_hash
 
 Path: TypeAlias = tuple[Any, ...]
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 
-from pipar_jax.process import count_cores
+from pipar_jax.launch.process import count_cores
 
 # Tests never need an accelerator, and must see the same devices wherever they run.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

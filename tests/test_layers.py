@@ -28,7 +28,12 @@ FORBIDDEN = {
 # Never in any of the five: code that runs what a peer or a file sends.
 UNSAFE = {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
 # What loads no jax: the launcher needs these before XLA_FLAGS and processor affinity are set.
-WITHOUT_JAX = ("pipar_jax", "pipar_jax.config", "pipar_jax.plan", "pipar_jax.bench")
+WITHOUT_JAX = (
+    "pipar_jax",
+    "pipar_jax.config",
+    "pipar_jax.schedule.plan",
+    "experiments.benchmarks.harness",
+)
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -21,7 +21,7 @@ from pipar_jax.data.partition import partition, partition_table, spread
 from pipar_jax.data.public import load_public
 from pipar_jax.data.types import Dataset, Split, empty_split, normalise
 from pipar_jax.errors import DataError
-from pipar_jax.plan import device_name
+from pipar_jax.schedule.plan import device_name
 
 __all__ = [
     "Dataset",

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from pipar_jax.data.types import Dataset, Split
+from pipar_jax.disk.json_text import dumps
 from pipar_jax.errors import DataError
-from pipar_jax.jsontext import dumps
 
 try:
     import fcntl

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipar_jax import schedule
 from pipar_jax.data.types import Split, normalise
 from pipar_jax.errors import DataError, RunError
+from pipar_jax.schedule import actions
 
 Batch = tuple[NDArray[np.float32], NDArray[np.int32]]
 
@@ -97,7 +97,7 @@ class Loader:
 
     def batch_samples(self, step: int) -> int:
         """Returns the size of a step's mini-batch without making it."""
-        return schedule.batch_samples(self.samples_per_epoch, self._batch_size, step)
+        return actions.batch_samples(self.samples_per_epoch, self._batch_size, step)
 
     def batch(self, step: int) -> Batch:
         """Returns a step's mini-batch.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from comms.errors import explain
-from pipar_jax import plugins
+from pipar_jax.config import plugins
 from pipar_jax.data.admission import Part, as_array, assemble
 from pipar_jax.data.types import Dataset
 from pipar_jax.errors import DataError

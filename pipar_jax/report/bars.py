@@ -8,10 +8,10 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from pipar_jax.idle import CAUSES
-from pipar_jax.plan import COORDINATOR
+from pipar_jax.report.idle import CAUSES
 from pipar_jax.report.run import Run, hosts_of, links_of
 from pipar_jax.report.svg import digits, drawing, element, legend, text, ticks
+from pipar_jax.schedule.plan import COORDINATOR
 
 BUSY = "busy"
 #: How the causes are named on the page.

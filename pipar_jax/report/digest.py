@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipar_jax.idle import idle_causes, total_causes
-from pipar_jax.schedule import SEND_BACKWARD, SEND_FORWARD
-from pipar_jax.simulator.measured import Observed
-from pipar_jax.trace import Trace, read_rounds
+from pipar_jax.cost_model.from_trace import Observed
+from pipar_jax.report.idle import idle_causes, total_causes
+from pipar_jax.schedule.actions import SEND_BACKWARD, SEND_FORWARD
+from pipar_jax.schedule.trace import Trace, read_rounds
 
 
 @dataclasses.dataclass

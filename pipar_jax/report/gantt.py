@@ -11,15 +11,8 @@ from typing import NamedTuple
 from pipar_jax.errors import PlanError
 from pipar_jax.report.run import MOST_DEVICES, Run, hosts_of
 from pipar_jax.report.svg import HUES, digits, drawing, element, text, ticks
-from pipar_jax.schedule import (
-    BACKWARD,
-    COMPUTE,
-    FORWARD,
-    LAST,
-    SEND_BACKWARD,
-    SEND_FORWARD,
-)
-from pipar_jax.trace import Interval, Timed, Trace
+from pipar_jax.schedule.actions import BACKWARD, COMPUTE, FORWARD, LAST, SEND_BACKWARD, SEND_FORWARD
+from pipar_jax.schedule.trace import Interval, Timed, Trace
 
 WIDTH, LEFT, LANE, THIN, GAP = 900.0, 64.0, 20.0, 8.0, 10.0
 _NAMES = {

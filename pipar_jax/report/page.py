@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipar_jax.disk.files import write_text
 from pipar_jax.errors import DiskError, PlanError
-from pipar_jax.files import write_text
-from pipar_jax.plan import COORDINATOR
 from pipar_jax.report.assets import SCRIPT, STYLE
 from pipar_jax.report.bars import byte_bars, idle_bars
 from pipar_jax.report.gantt import gantt_charts
 from pipar_jax.report.run import Run, links_of, read_run
 from pipar_jax.report.svg import Series, digits, legend, line_chart
+from pipar_jax.schedule.plan import COORDINATOR
 
 
 def write_report(folders: Sequence[Path], target: Path) -> None:

@@ -11,16 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from comms.shaping import parse_link
+from comms.emulation.shaping import parse_link
+from pipar_jax.cost_model.costs import FREE_LINK
+from pipar_jax.cost_model.from_trace import links_from_shapes
+from pipar_jax.disk.event_log import read_events
 from pipar_jax.errors import RunError
-from pipar_jax.events import read_events
-from pipar_jax.plan import COORDINATOR, Plan, device_name
 from pipar_jax.report.digest import Digest, digest
-from pipar_jax.schedule import RoundSchedule, rounds
+from pipar_jax.schedule.actions import RoundSchedule, rounds
+from pipar_jax.schedule.plan import COORDINATOR, Plan, device_name
+from pipar_jax.schedule.trace import Trace
 from pipar_jax.simulator import LinkModel, Prediction, simulate
-from pipar_jax.simulator.costs import FREE_LINK
-from pipar_jax.simulator.measured import links_from_shapes
-from pipar_jax.trace import Trace
 
 TITLES = {"fl": "FL", "sl": "SL", "sfl": "SFL", "pipar": "PiPar", "mpsl": "MP-SL",
           "accept": "AccEPT"}  # fmt: skip
@@ -147,7 +147,7 @@ class Run:
     def traffic(self) -> dict[tuple[str, str], dict[str, float]]:
         """What each direction of a link carried and waited for in all rounds together.
 
-        The names are those of ``pipar_jax.runtime.traffic``; what is no sum is as of the last
+        The names are those of ``pipar_jax.roles.link_stats``; what is no sum is as of the last
         round, and left out where it was never measured.
         """
         found: dict[tuple[str, str], dict[str, float]] = {}

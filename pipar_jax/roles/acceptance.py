@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from comms import Message, Role, Tag, parse_codec
-from pipar_jax.plan import Boundary, Plan, device_name
-from pipar_jax.roles.wire_fields import shown
-from pipar_jax.schedule import Span, batch_samples, micro_batch_sizes
+from pipar_jax.protocol.wire_fields import shown
+from pipar_jax.schedule.actions import Span, batch_samples, micro_batch_sizes
+from pipar_jax.schedule.plan import Boundary, Plan, device_name
 from stages import Model
 
 _LABEL, _ACTIVATION, _COTANGENT = int(Role.LABEL), int(Role.ACTIVATION), int(Role.COTANGENT)

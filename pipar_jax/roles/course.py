@@ -10,12 +10,12 @@ from typing import Any
 from pipar_jax import config as configuration
 from pipar_jax.config import Config
 from pipar_jax.errors import PlanError
-from pipar_jax.plan import COORDINATOR, OWNER, Plan, device_name, is_node
-from pipar_jax.roles import protocol
+from pipar_jax.protocol import messages
+from pipar_jax.protocol.registry import kind_of
 from pipar_jax.roles.acceptance import next_steps, own_spans
-from pipar_jax.roles.registry import kind_of
-from pipar_jax.runtime import moving
-from pipar_jax.runtime.share import check_executable
+from pipar_jax.runtime import moves
+from pipar_jax.schedule.feasibility import check_executable
+from pipar_jax.schedule.plan import COORDINATOR, OWNER, Plan, device_name, is_node
 
 #: The most numbers of a sample that a node believes.
 MOST_NUMBERS = 2**28
@@ -32,17 +32,17 @@ class Phase(enum.Enum):
     CHANGING = "changes its plan"
 
 
-_ALWAYS = (protocol.Refused, protocol.Abort, protocol.Pulse, protocol.Working)
-_SURVEY = (protocol.SurveyProfile, protocol.SurveyReference, protocol.SurveyEcho,
-           protocol.SurveySend, protocol.SurveyBytes)  # fmt: skip
+_ALWAYS = (messages.Refused, messages.Abort, messages.Pulse, messages.Working)
+_SURVEY = (messages.SurveyProfile, messages.SurveyReference, messages.SurveyEcho,
+           messages.SurveySend, messages.SurveyBytes)  # fmt: skip
 _MAY_COME: dict[Phase, tuple[type, ...]] = {
-    Phase.JOINING: (protocol.ModelFacts,),
-    Phase.ASKED: (*_SURVEY, protocol.Meet, protocol.Prepare),
+    Phase.JOINING: (messages.ModelFacts,),
+    Phase.ASKED: (*_SURVEY, messages.Meet, messages.Prepare),
     Phase.PREPARING: (),
-    Phase.IDLE: (protocol.Meet, protocol.Calibrate, protocol.Release, protocol.Fetch,
-                 protocol.Look, protocol.Ahead, protocol.Give, protocol.Finish),
-    Phase.TRAINING: (protocol.Store, protocol.TakePart, protocol.Look, protocol.Ahead),
-    Phase.CHANGING: (protocol.Adopt, protocol.Look, protocol.Ahead),
+    Phase.IDLE: (messages.Meet, messages.Calibrate, messages.Release, messages.Fetch,
+                 messages.Look, messages.Ahead, messages.Give, messages.Finish),
+    Phase.TRAINING: (messages.Store, messages.TakePart, messages.Look, messages.Ahead),
+    Phase.CHANGING: (messages.Adopt, messages.Look, messages.Ahead),
 }  # fmt: skip
 
 
@@ -83,11 +83,11 @@ class Course:
 
     def replied(self, said: Any) -> None:
         """Takes note of what this host says, before it is sent."""
-        if isinstance(said, protocol.Prepared | protocol.Stored | protocol.Adopted):
+        if isinstance(said, messages.Prepared | messages.Stored | messages.Adopted):
             self.phase = Phase.IDLE
-        elif isinstance(said, protocol.Given):
+        elif isinstance(said, messages.Given):
             self.phase = Phase.CHANGING
-        elif isinstance(said, protocol.Trained):
+        elif isinstance(said, messages.Trained):
             self._may_store = True
 
     def objection(self, said: Any) -> str | None:
@@ -104,17 +104,17 @@ class Course:
 
     # --- one for each message that says something ----------------------------------------------
 
-    def _model(self, said: protocol.ModelFacts) -> str | None:
+    def _model(self, said: messages.ModelFacts) -> str | None:
         if math.prod(said.input_shape) > MOST_NUMBERS:
             return f"with samples of shape {list(said.input_shape)}, which nobody could hold"
         return None
 
-    def _survey_profile(self, said: protocol.SurveyProfile) -> str | None:
+    def _survey_profile(self, said: messages.SurveyProfile) -> str | None:
         if list(said.sizes) != sorted(set(said.sizes)):
             return f"with sizes {said.sizes[:10]}, which do not rise"
         return None
 
-    def _meet(self, said: protocol.Meet) -> str | None:
+    def _meet(self, said: messages.Meet) -> str | None:
         for boundary in said.boundaries:
             ends = boundary[:2]
             if any(not self._is_host(end) or end == COORDINATOR for end in ends):
@@ -124,7 +124,7 @@ class Course:
                 return f"for {tuple(boundary)} without the address of {missing[0]}"
         return None
 
-    def _plan(self, said: protocol.Prepare) -> str | None:
+    def _plan(self, said: messages.Prepare) -> str | None:
         if (reason := self._odd_plan(said.plan)) is not None:
             return reason
         count = self._config.devices.count
@@ -139,7 +139,7 @@ class Course:
         self.phase = Phase.PREPARING
         return None
 
-    def _release(self, said: protocol.Release) -> str | None:
+    def _release(self, said: messages.Release) -> str | None:
         assert self.plan is not None
         if said.round != self._round + 1:
             return f"of round {said.round}, expected {self._round + 1}"
@@ -166,30 +166,30 @@ class Course:
         self._may_store, self.phase = False, Phase.TRAINING
         return None
 
-    def _store(self, _: protocol.Store) -> str | None:
+    def _store(self, _: messages.Store) -> str | None:
         if not self._may_store:
             return "before its steps are over"
         self._may_store = False
         return None
 
-    def _take_part(self, said: protocol.TakePart) -> str | None:
+    def _take_part(self, said: messages.TakePart) -> str | None:
         if not self._turns or self._turns[0] != said.step:
             return f"for step {said.step}, expected {self._turns[:1] or 'none'}"
         self._turns.pop(0)
         return None
 
-    def _ahead(self, said: protocol.Ahead) -> str | None:
+    def _ahead(self, said: messages.Ahead) -> str | None:
         return self._odd_plan(said.plan)
 
-    def _give(self, said: protocol.Give) -> str | None:
+    def _give(self, said: messages.Give) -> str | None:
         assert self.plan is not None and self._units is not None
         reason = self._odd_plan(said.plan)
-        reason = reason or moving.objection(self.plan, said.plan, self._units)
+        reason = reason or moves.objection(self.plan, said.plan, self._units)
         if reason is None:
             self._coming = said.plan
         return reason
 
-    def _adopt(self, said: protocol.Adopt) -> str | None:
+    def _adopt(self, said: messages.Adopt) -> str | None:
         if said.plan != self._coming or self.plan is None:
             return "of another plan than the one that was asked about"
         self.plans, self.plan, self._coming = (self.plan, said.plan), said.plan, None

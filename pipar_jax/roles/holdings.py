@@ -14,22 +14,23 @@ import jax
 import numpy as np
 
 from comms import Allowance, ChannelError, Message
-from pipar_jax import aggregation, optimizer
+from pipar_jax.aggregation import aggregator
 from pipar_jax.config import Config
 from pipar_jax.errors import ProtocolError, RunError
-from pipar_jax.plan import OWNER, Plan, is_node
-from pipar_jax.roles.protocol import LookSeen
-from pipar_jax.roles.registry import peek
-from pipar_jax.runtime import bundle
-from pipar_jax.runtime.moving import copy_of, local_to, moves
-from pipar_jax.schedule import ALL, COMPUTE, EVALUATE, Span
+from pipar_jax.protocol.messages import LookSeen
+from pipar_jax.protocol.registry import peek
+from pipar_jax.runtime import weight_bundle
+from pipar_jax.runtime.moves import copy_of, local_to, moves
+from pipar_jax.schedule.actions import ALL, COMPUTE, EVALUATE, Span
+from pipar_jax.schedule.plan import OWNER, Plan, is_node
+from pipar_jax.training import optimizer
 from stages import Model
 
 #: For each group and part the units that a bundle holds of it.
 Wanted = dict[str, dict[str, tuple[str, ...]]]
 #: The group of what all copies have in common, as ``migration.WHOLE``, and a lone part's.
 WHOLE, PART = "whole", "part"
-_KINDS = bundle.ROW_KINDS
+_KINDS = weight_bundle.ROW_KINDS
 #: What hosts may send each other before there is a plan: bytes that a link is timed with.
 SURVEYED = Allowance(tensor_bytes=0, bundle_bytes=33 << 20, bundle_tensors=1)
 _ROW_BYTES = 7 * 8 + 2 * 8
@@ -60,7 +61,7 @@ class Holdings:
         self._tx = optimizer.build(
             config.optimizer, steps=1, proximal_mu=config.aggregation.proximal_mu
         )
-        self._rule = aggregation.rule(config.aggregation)
+        self._rule = aggregator.rule(config.aggregation)
         self._units = {unit.name: unit for unit in model.units}
         self._known: dict[tuple[str, str], dict[str, _Like]] = {}
 
@@ -317,7 +318,7 @@ def unpacked(message: Message, peer: str) -> dict[str, Any]:
       ProtocolError: They are coded wrongly, or have other names.
     """
     try:
-        return bundle.unpack(message.tensors, peer)
+        return weight_bundle.unpack(message.tensors, peer)
     except (ChannelError, RunError) as error:
         raise ProtocolError(f"{peer} sent {message.name!r} that cannot be read: {error}") from error
 
@@ -360,7 +361,7 @@ def read_rows(
             f"{what} with row {odd}: {numbers[odd].tolist()}, {times[odd].tolist()}, which is no "
             "action of its own under the plan"
         )
-    return bundle.unpack_rows(tensors, peer)
+    return weight_bundle.unpack_rows(tensors, peer)
 
 
 def _odd_row(
@@ -387,7 +388,7 @@ def _odd_row(
     if fits.all():
         # Weights and device parts are noted under stage 0 and the sender's own number.
         bound = np.isin(kind, [i for i, one in enumerate(_KINDS) if one in COMPUTE or
-                               one in bundle.TENSOR_KINDS])  # fmt: skip
+                               one in weight_bundle.TENSOR_KINDS])  # fmt: skip
         fits &= ~bound | own[device, stage]
         fits &= kind != _KINDS.index(EVALUATE)
     return None if fits.all() else int(np.argmin(fits))

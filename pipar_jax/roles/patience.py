@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from comms import Link
 from pipar_jax.config import Config
 from pipar_jax.errors import PeerError
-from pipar_jax.plan import long_name
+from pipar_jax.schedule.plan import long_name
 
 #: Seconds without progress that are always allowed, and actions' lengths that are.
 LEAST_S, ACTIONS = 300.0, 20

@@ -7,12 +7,12 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from pipar_jax.roles import protocol
-from pipar_jax.roles.registry import kind_of
+from pipar_jax.protocol import messages
+from pipar_jax.protocol.registry import kind_of
 
 #: What a host may say whenever it has joined.
-UNASKED = (protocol.Failed, protocol.NonFinite, protocol.Progress, protocol.Pulse,
-           protocol.Working)  # fmt: skip
+UNASKED = (messages.Failed, messages.NonFinite, messages.Progress, messages.Pulse,
+           messages.Working)  # fmt: skip
 
 
 class Reply(NamedTuple):
@@ -34,26 +34,26 @@ def reply(kind: type, **fields: Any) -> Reply:
 
 #: What each command is answered by; what a round is answered by depends on the plan.
 _ANSWERS: dict[type, tuple[type, ...]] = {
-    protocol.Meet: (protocol.Met,),
-    protocol.SurveyProfile: (protocol.Profiled,),
-    protocol.SurveyReference: (protocol.Referenced,),
-    protocol.SurveyEcho: (protocol.Echoed,),
-    protocol.SurveySend: (protocol.SurveyBytes, protocol.SurveyBytes),
-    protocol.Prepare: (protocol.Prepared,),
-    protocol.Calibrate: (protocol.Calibrated,),
-    protocol.Fetch: (protocol.Fetched,),
-    protocol.Give: (protocol.Given,),
-    protocol.Adopt: (protocol.Adopted,),
-    protocol.Finish: (protocol.Bye,),
+    messages.Meet: (messages.Met,),
+    messages.SurveyProfile: (messages.Profiled,),
+    messages.SurveyReference: (messages.Referenced,),
+    messages.SurveyEcho: (messages.Echoed,),
+    messages.SurveySend: (messages.SurveyBytes, messages.SurveyBytes),
+    messages.Prepare: (messages.Prepared,),
+    messages.Calibrate: (messages.Calibrated,),
+    messages.Fetch: (messages.Fetched,),
+    messages.Give: (messages.Given,),
+    messages.Adopt: (messages.Adopted,),
+    messages.Finish: (messages.Bye,),
 }
 
 
 def answers(command: Any) -> list[Reply]:
     """Returns what a command is answered by."""
-    if isinstance(command, protocol.Look):
-        return [reply(protocol.LookSeen, look=command.look)]
-    if isinstance(command, protocol.Ahead):
-        return [reply(protocol.Compiled, number=command.number)]
+    if isinstance(command, messages.Look):
+        return [reply(messages.LookSeen, look=command.look)]
+    if isinstance(command, messages.Ahead):
+        return [reply(messages.Compiled, number=command.number)]
     return [Reply(kind) for kind in _ANSWERS.get(type(command), ())]
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipar_jax.plan import Plan
-from pipar_jax.policy import DISPATCHED, Dispatcher
-from pipar_jax.schedule import ALL, Action, RoundSchedule, host_of
+from pipar_jax.schedule.actions import ALL, Action, RoundSchedule, host_of
+from pipar_jax.schedule.dispatch import DISPATCHED, Dispatcher
+from pipar_jax.schedule.plan import Plan
 
 
 class Agenda:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from pipar_jax.schedule import COMPUTE, Action
-from pipar_jax.trace import Timed
+from pipar_jax.schedule.actions import COMPUTE, Action
+from pipar_jax.schedule.trace import Timed
 
 
 class Work(NamedTuple):

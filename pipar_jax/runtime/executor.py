@@ -11,14 +11,12 @@ import numpy as np
 
 from comms import Message, Role, Tag
 from pipar_jax.errors import RunError
-from pipar_jax.plan import Plan
 from pipar_jax.runtime.completion import Work
+from pipar_jax.runtime.link_table import Wiring
 from pipar_jax.runtime.memory import Ledger, array_bytes
-from pipar_jax.runtime.meter import Meter
-from pipar_jax.runtime.parcel import Parcel, open_parcel
-from pipar_jax.runtime.replica import Replica
-from pipar_jax.runtime.wiring import Wiring
-from pipar_jax.schedule import (
+from pipar_jax.runtime.metrics import Meter
+from pipar_jax.runtime.transfer import Parcel, open_parcel
+from pipar_jax.schedule.actions import (
     ALL,
     BACKWARD,
     FORWARD,
@@ -31,7 +29,9 @@ from pipar_jax.schedule import (
     Action,
     RoundSchedule,
 )
-from pipar_jax.trace import Timed
+from pipar_jax.schedule.plan import Plan
+from pipar_jax.schedule.trace import Timed
+from pipar_jax.training.replica import Replica
 from stages import Draw
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from pipar_jax.roles.protocol import NonFinite
+from pipar_jax.protocol.messages import NonFinite
 
 _MOST_UNITS = 3
 

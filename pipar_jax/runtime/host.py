@@ -19,39 +19,26 @@ import numpy as np
 
 import stages
 from comms import Message
-from pipar_jax import aggregation, optimizer
 from pipar_jax import config as configuration
+from pipar_jax.aggregation import aggregator
 from pipar_jax.config import Config
+from pipar_jax.config.slowdown import UNSLOWED, Slowness
 from pipar_jax.errors import RunError
-from pipar_jax.plan import OWNER, Plan, is_node
-from pipar_jax.policy import Dispatcher, GatedOutlet, policy
-from pipar_jax.roles import protocol
-from pipar_jax.roles.values import Memory
+from pipar_jax.protocol import messages
+from pipar_jax.protocol.values import Memory
 from pipar_jax.runtime import memory, migration
 from pipar_jax.runtime.agenda import Agenda
-from pipar_jax.runtime.ahead import Ahead, compile_plan
-from pipar_jax.runtime.averaging import Averaging
 from pipar_jax.runtime.completion import Completion, Work
 from pipar_jax.runtime.executor import Batches, Executor
-from pipar_jax.runtime.meter import Meter
-from pipar_jax.runtime.observer import Observer
-from pipar_jax.runtime.parcel import compile_codecs
+from pipar_jax.runtime.link_table import Wiring
+from pipar_jax.runtime.metrics import Meter
+from pipar_jax.runtime.node_averaging import Averaging
+from pipar_jax.runtime.observations import Observer
+from pipar_jax.runtime.precompile import Ahead, compile_plan
 from pipar_jax.runtime.recorder import Recorder
-from pipar_jax.runtime.replica import Replica
 from pipar_jax.runtime.share import Outlet, Share
-from pipar_jax.runtime.warmup import (
-    LEAST_S,
-    REPEATS,
-    TOLD_S,
-    Shape,
-    Told,
-    compile_all,
-    now_and_then,
-    run_all,
-    units_of,
-)  # fmt: skip
-from pipar_jax.runtime.wiring import Wiring
-from pipar_jax.schedule import (
+from pipar_jax.runtime.transfer import compile_codecs
+from pipar_jax.schedule.actions import (
     ALL,
     BACKWARD,
     FORWARD,
@@ -63,7 +50,21 @@ from pipar_jax.schedule import (
     RoundSchedule,
     Span,
 )
-from pipar_jax.slowness import UNSLOWED, Slowness
+from pipar_jax.schedule.dispatch import Dispatcher, GatedOutlet, policy
+from pipar_jax.schedule.plan import OWNER, Plan, is_node
+from pipar_jax.training import optimizer
+from pipar_jax.training.compile import (  # fmt: skip
+    LEAST_S,
+    REPEATS,
+    TOLD_S,
+    Shape,
+    Told,
+    compile_all,
+    now_and_then,
+    run_all,
+    units_of,
+)
+from pipar_jax.training.replica import Replica
 from stages import Model
 
 #: Computations that may be dispatched and not over: the running one and one queued behind it.
@@ -354,7 +355,7 @@ class Host:
         memory.check(need, self._temporary_bytes, limit_mb, self.name, plan)
         compile_s = time.monotonic() - began
         predicted = need.arrays + self._temporary_bytes
-        self._answer(protocol.Prepared(compile_s, predicted))
+        self._answer(messages.Prepared(compile_s, predicted))
 
     def _weigh(self) -> None:
         """Notes what the replicas take, which stays the same until the plan changes."""
@@ -403,12 +404,12 @@ class Host:
         )  # fmt: skip
 
     def _tell_ahead(self, number: int, refused: str | None) -> None:
-        self._answer(protocol.Compiled(number, refused))
+        self._answer(messages.Compiled(number, refused))
 
     def _give(self, plan: Plan) -> None:
         averages, names = dict(self._averaging.units()), self._model.unit_names
         given = migration.give(self._plan, plan, self.name, self._replicas, averages, names)
-        self._reply(protocol.Given(), given)
+        self._reply(messages.Given(), given)
 
     def _adopt(self, plan: Plan, arrived: Mapping[str, Any]) -> None:
         self._share = self._share_of(plan)
@@ -425,7 +426,7 @@ class Host:
         self._broken()
         self._weigh()
         self.observer.take()  # what was seen so far belongs to the old plan
-        self._answer(protocol.Adopted())
+        self._answer(messages.Adopted())
 
     def _calibrate(self) -> None:
         began = time.monotonic()
@@ -450,7 +451,7 @@ class Host:
                 summary=min,
             )
         )
-        self._answer(protocol.Calibrated(time.monotonic() - began))
+        self._answer(messages.Calibrated(time.monotonic() - began))
 
     def _release(
         self,
@@ -491,7 +492,7 @@ class Host:
             arrays.setdefault(str(device), {"params": {}, "state": {}})
             arrays[str(device)]["params"].update(replica.params)
             arrays[str(device)]["state"].update(replica.state)
-        self._reply(protocol.Trained(self._round), arrays)
+        self._reply(messages.Trained(self._round), arrays)
         if is_node(self.name) and not arrays:  # nothing of it comes back averaged
             self._report()
 
@@ -499,7 +500,7 @@ class Host:
         """Returns for each device the units here that are not finite; compiles what finds them."""
         found: dict[int, tuple[str, ...]] = {}
         for (device, _), one in self._replicas.items():
-            units = aggregation.broken_units(one.params, one.params, one.state, one.opt_state)
+            units = aggregator.broken_units(one.params, one.params, one.state, one.opt_state)
             if units:
                 found[device] = found.get(device, ()) + units
         return found
@@ -521,7 +522,7 @@ class Host:
         self, what: str, device: int | None, step: int, units: tuple[str, ...] = ()
     ) -> None:
         """Tells the coordinator of what is not finite; any thread may call it."""
-        self._answer(protocol.NonFinite(what, device, self._round, step, units))
+        self._answer(messages.NonFinite(what, device, self._round, step, units))
 
     def _store(self, params: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         for replica in self._replicas.values():
@@ -537,7 +538,7 @@ class Host:
         overruns, longest_s = self._completion.take()
         memory_used = Memory(*self.used_memory())
         totals = self._meter.take_round()
-        self._answer(protocol.Stored(self._round, overruns, longest_s, memory_used, *totals))
+        self._answer(messages.Stored(self._round, overruns, longest_s, memory_used, *totals))
 
     # --- the device part in sequential order --------------------------------------------------
 
@@ -554,7 +555,7 @@ class Host:
             part["params"].update(replica.params)
             part["state"].update(replica.state)
             part["opt"].update(replica.opt_state)
-        said = protocol.Part(action.device, action.step)
+        said = messages.Part(action.device, action.step)
         return Work(
             action, part, time.monotonic(), 0, 0.0, lambda: self._reply(said, {"part": part})
         )
@@ -598,15 +599,15 @@ class Host:
 
     def _working(self, what: str) -> Told:
         """Says that work begins that may take long; returns what says how far it is."""
-        self._answer(protocol.Working(what, 0, 0))
-        return now_and_then(lambda done, of: self._answer(protocol.Working(what, done, of)), TOLD_S)
+        self._answer(messages.Working(what, 0, 0))
+        return now_and_then(lambda done, of: self._answer(messages.Working(what, done, of)), TOLD_S)
 
     def _check_stopped(self) -> None:
         if self._stopping.is_set():
             raise RunError(f"{self.name} was stopped while it compiled")
 
     def _tell(self, device: int, step: int, loss: float, accuracy: float) -> None:
-        self._answer(protocol.Progress(device, step, loss, accuracy, self._round))
+        self._answer(messages.Progress(device, step, loss, accuracy, self._round))
 
     def _answer(self, message: Any) -> None:
         self._reply(message, {})

@@ -20,15 +20,16 @@ import jax
 import numpy as np
 
 import stages
-from pipar_jax import aggregation, optimizer
 from pipar_jax import config as configuration
+from pipar_jax.aggregation import aggregator
 from pipar_jax.config import Config
 from pipar_jax.errors import RunError
-from pipar_jax.plan import Plan, is_node, long_name
-from pipar_jax.runtime.replica import Replica
+from pipar_jax.runtime.link_table import Wiring
 from pipar_jax.runtime.share import Share
-from pipar_jax.runtime.wiring import Wiring
-from pipar_jax.schedule import ALL, batch_samples, micro_batch_sizes
+from pipar_jax.schedule.actions import ALL, batch_samples, micro_batch_sizes
+from pipar_jax.schedule.plan import Plan, is_node, long_name
+from pipar_jax.training import optimizer
+from pipar_jax.training.replica import Replica
 from stages import Model, Stage, make_draw
 
 
@@ -138,7 +139,7 @@ def predict(model: Model, plan: Plan, host: str, config: Config, samples: Sequen
     """
     share = Share(plan, host, Wiring(host), ())
     tx = optimizer.build(config.optimizer, steps=1, proximal_mu=config.aggregation.proximal_mu)
-    rule = aggregation.rule(config.aggregation)
+    rule = aggregator.rule(config.aggregation)
     window = int(config.pipeline.window_mb * 1e6)
     rematerialise = configuration.host(config, host).rematerialise
     slots: dict[tuple[int, int], int] = {}

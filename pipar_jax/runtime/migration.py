@@ -16,13 +16,13 @@ import jax
 import numpy as np
 
 import stages
-from pipar_jax.aggregation import Aggregator
+from pipar_jax.aggregation.aggregator import Aggregator
 from pipar_jax.errors import RunError
-from pipar_jax.optimizer import Compiled
-from pipar_jax.plan import Plan
-from pipar_jax.runtime import bundle
-from pipar_jax.runtime.moving import copy_of, local_to, moves
-from pipar_jax.runtime.replica import Replica
+from pipar_jax.runtime import weight_bundle
+from pipar_jax.runtime.moves import copy_of, local_to, moves
+from pipar_jax.schedule.plan import Plan
+from pipar_jax.training.optimizer import Compiled
+from pipar_jax.training.replica import Replica
 from stages import Model
 
 #: The group of arrays, beside those of each copy, that holds what all copies have in common.
@@ -75,7 +75,7 @@ def put(aggregator: Aggregator, parts: Mapping[str, Any], peer: str) -> None:
     Raises:
       RunError: The rule's state does not fit.
     """
-    own = bundle.part_of({WHOLE: parts}, WHOLE)
+    own = weight_bundle.part_of({WHOLE: parts}, WHOLE)
     aggregator.params.update(own["params"])
     aggregator.state.update(own["state"])
     put_rule(aggregator, parts.get("rule_state", {}), peer)
@@ -126,7 +126,7 @@ def assemble(
     Raises:
       RunError: A unit is neither here nor did it arrive, or its optimiser state does not fit.
     """
-    held, whole = _by_unit(replicas), bundle.part_of(arrived, WHOLE)
+    held, whole = _by_unit(replicas), weight_bundle.part_of(arrived, WHOLE)
     empty = {unit.name for unit in model.units if not unit.params}  # they travel as nothing
     made: dict[tuple[int, int], Replica] = {}
     for device, one in enumerate(new.devices):
@@ -134,7 +134,7 @@ def assemble(
             copy = copy_of(new, device, index)
             if new.host(device, index) != host or (copy, index) in made:
                 continue
-            own, came = held.get(copy, {}), bundle.part_of(arrived, str(copy))
+            own, came = held.get(copy, {}), weight_bundle.part_of(arrived, str(copy))
             params = {u: own[u].params[u] for u in stage.unit_names if u in own}
             state = {u: own[u].state[u] for u in stage.unit_names if u in own}
             for unit in stage.unit_names:

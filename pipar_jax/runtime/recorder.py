@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from pipar_jax.schedule import COMPUTE
-from pipar_jax.trace import Timed, union_s
+from pipar_jax.schedule.actions import COMPUTE
+from pipar_jax.schedule.trace import Timed, union_s
 
 
 class Recorder:

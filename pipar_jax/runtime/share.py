@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from comms import Link
-from pipar_jax.errors import PlanError
-from pipar_jax.plan import COORDINATOR, Boundary, Plan, device_name, is_node
-from pipar_jax.policy import Gate, GatedOutlet
-from pipar_jax.runtime.wiring import Wiring
-from pipar_jax.schedule import (
+from pipar_jax.runtime.link_table import Wiring
+from pipar_jax.schedule.actions import (
     ALL,
     BACKWARD,
     FORWARD,
@@ -18,6 +15,9 @@ from pipar_jax.schedule import (
     batch_samples,
     micro_batch_sizes,
 )
+from pipar_jax.schedule.dispatch import Gate, GatedOutlet
+from pipar_jax.schedule.feasibility import check_executable
+from pipar_jax.schedule.plan import Boundary, Plan
 
 
 class Outlet:
@@ -123,41 +123,3 @@ class Share:
             return outlet
         link, nbytes = outlet or (None, 0)
         return GatedOutlet(gate, link), nbytes
-
-
-def check_executable(plan: Plan) -> None:
-    """Refuses plans that no host of this runtime could carry out.
-
-    Raises:
-      PlanError: A stage lies on a host that nobody runs, a device would have to be reached by
-        another one, a chain meets the coordinator's host twice, or devices share weights that do
-        not live together.
-    """
-    for device, one in enumerate(plan.devices):
-        chain = [plan.host(device, stage) for stage in range(one.stages)]
-        others = sorted(
-            {h for h in chain if h not in (COORDINATOR, device_name(device)) and not is_node(h)}
-        )
-        if others:
-            raise PlanError(
-                f"device {device} has stages on {', '.join(others)}: a stage runs on the device "
-                f"itself, on a compute node (n1, n2, …) or on {COORDINATOR}"
-            )
-        if chain[0] != device_name(device):
-            raise PlanError(
-                f"device {device}'s chain begins on {chain[0]}: its samples are on the device, so "
-                f"the first stage must be there too"
-            )
-    met = [tuple(sorted(one[:2])) for one in plan.boundaries() if COORDINATOR in one[:2]]
-    if len(met) > len(set(met)):
-        raise PlanError(
-            f"the plan {plan} meets {COORDINATOR} twice in a chain: put the middle stages of a "
-            "U-shape on compute nodes"
-        )
-    if plan.sums_gradients and not any(
-        plan.is_local(stage) for stage in range(plan.devices[0].stages)
-    ):
-        raise PlanError(
-            f"the plan {plan} shares weights, but no stage serves all devices on one host with "
-            "the same cuts: use weights='copy'"
-        )

@@ -12,8 +12,8 @@ import dataclasses
 from collections.abc import Collection, Mapping
 
 from pipar_jax.errors import ScheduleError
-from pipar_jax.policy import DISPATCHED, Dispatcher
-from pipar_jax.schedule import ALL, Action, RoundSchedule, Span, host_of, update_of
+from pipar_jax.schedule.actions import ALL, Action, RoundSchedule, Span, host_of, update_of
+from pipar_jax.schedule.dispatch import DISPATCHED, Dispatcher
 
 Row = tuple[Action, tuple[Action, ...]]
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from pipar_jax.errors import ScheduleError
-from pipar_jax.plan import Plan
-from pipar_jax.schedule import (
+from pipar_jax.schedule.actions import (
     RECEIVE_BACKWARD,
     RECEIVE_FORWARD,
     RECEIVE_PART,
     RECEIVES,
     Action,
 )
+from pipar_jax.schedule.plan import Plan
 from pipar_jax.simulator.network import Direction
 from pipar_jax.simulator.state import SimulatedHost
 

@@ -8,9 +8,8 @@ import heapq
 from collections.abc import Callable
 from typing import Any
 
-from pipar_jax.plan import COORDINATOR, device_name
-from pipar_jax.policy import Gate, GatedOutlet, policy
-from pipar_jax.schedule import (
+from pipar_jax.cost_model.costs import Costs, on_grid
+from pipar_jax.schedule.actions import (
     BACKWARD,
     FORWARD,
     HAND_ON,
@@ -20,14 +19,15 @@ from pipar_jax.schedule import (
     Action,
     RoundSchedule,
 )
+from pipar_jax.schedule.dispatch import Gate, GatedOutlet, policy
+from pipar_jax.schedule.plan import COORDINATOR, device_name
+from pipar_jax.schedule.trace import Interval, Timed, Trace
 from pipar_jax.simulator import deadlock
 from pipar_jax.simulator.agenda import Agenda
-from pipar_jax.simulator.costs import Costs, on_grid
 from pipar_jax.simulator.exchange import Exchange
 from pipar_jax.simulator.network import Direction, Network, Route
 from pipar_jax.simulator.state import ComparableDispatcher, SimulatedHost
 from pipar_jax.simulator.steady import Steady
-from pipar_jax.trace import Interval, Timed, Trace
 
 Handler = Callable[..., None]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pipar_jax.plan import COORDINATOR, Plan, device_name
-from pipar_jax.schedule import (
+from pipar_jax.cost_model.costs import Costs, on_grid
+from pipar_jax.schedule.actions import (
     AGGREGATE,
     ALL,
     HAND_ON,
@@ -15,9 +15,9 @@ from pipar_jax.schedule import (
     Action,
     host_of,
 )
-from pipar_jax.simulator.costs import Costs, on_grid
+from pipar_jax.schedule.plan import COORDINATOR, Plan, device_name
+from pipar_jax.schedule.trace import Timed
 from pipar_jax.simulator.state import SimulatedHost
-from pipar_jax.trace import Timed
 
 if TYPE_CHECKING:
     from pipar_jax.simulator.engine import Simulation

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pipar_jax.plan import COORDINATOR, Plan, is_node
-from pipar_jax.schedule import (
+from pipar_jax.cost_model.costs import FREE_LINK, Costs, on_grid
+from pipar_jax.schedule.actions import (
     ALL,
     BACKWARD,
     FORWARD,
@@ -14,7 +14,7 @@ from pipar_jax.schedule import (
     SEND_BACKWARD,
     SEND_FORWARD,
 )
-from pipar_jax.simulator.costs import FREE_LINK, Costs, on_grid
+from pipar_jax.schedule.plan import COORDINATOR, Plan, is_node
 
 #: Stands for a stage's index where a link belongs to no boundary: the coordinator's to a host.
 CONTROL = -1

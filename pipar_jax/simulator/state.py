@@ -5,9 +5,9 @@ from __future__ import annotations
 import collections
 from collections.abc import Hashable, Mapping
 
-from pipar_jax.policy import Dispatcher
-from pipar_jax.schedule import Action
-from pipar_jax.trace import Timed
+from pipar_jax.schedule.actions import Action
+from pipar_jax.schedule.dispatch import Dispatcher
+from pipar_jax.schedule.trace import Timed
 
 #: How many of a host's last actions are kept for the grid of a deadlock.
 REMEMBERED = 8

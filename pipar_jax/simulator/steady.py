@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipar_jax.schedule import ALL, Action, RoundSchedule
+from pipar_jax.schedule.actions import ALL, Action, RoundSchedule
 
 if TYPE_CHECKING:
     from pipar_jax.simulator.engine import Simulation

@@ -4,8 +4,8 @@
 plan, or the paper's own selection; ``measure`` makes the profile.
 """
 
-from pipar_jax.tuner.options import memory_bytes
-from pipar_jax.tuner.predict import Judged, Stages, loads, simulate
+from pipar_jax.simulator.predict import Judged, Stages, loads, simulate
+from pipar_jax.tuner.bounds import memory_bytes
 from pipar_jax.tuner.search import Found, labels, search, tune
 
 __all__ = ["Found", "Judged", "Stages", "labels", "loads", "memory_bytes", "search", "simulate",

@@ -13,7 +13,15 @@ from collections.abc import Callable, Iterator, Mapping
 
 from rich.table import Table
 
-from pipar_jax.chain_planner import (
+from pipar_jax.config import Config, codec_candidates
+from pipar_jax.cost_model.profile import CodecProfile, HostProfile, Profile, interpolate
+from pipar_jax.errors import PlanError
+from pipar_jax.methods.registry import plan_of_chain
+from pipar_jax.schedule.actions import micro_batch_sizes
+from pipar_jax.schedule.plan import OWNER, Codecs, Plan, node_name
+from pipar_jax.simulator.predict import Judged, Stages, judge
+from pipar_jax.tuner import codec_choice
+from pipar_jax.tuner.chain_search import (
     ChainPlan,
     ChainProblem,
     Coding,
@@ -23,14 +31,6 @@ from pipar_jax.chain_planner import (
     Owner,
     plan_chain,
 )
-from pipar_jax.config import Config
-from pipar_jax.errors import PlanError
-from pipar_jax.methods import plan_of_chain
-from pipar_jax.plan import OWNER, Codecs, Plan, node_name
-from pipar_jax.profile import CodecProfile, HostProfile, Profile, interpolate
-from pipar_jax.schedule import micro_batch_sizes
-from pipar_jax.tuner import codec_choice
-from pipar_jax.tuner.predict import Judged, Stages, judge
 
 #: Objectives whose optima are judged; the published one alone with ``tuner.select=paper``.
 OBJECTIVES: tuple[Objective, ...] = ("step", "steady", "accept", "mpsl")
@@ -95,13 +95,15 @@ def with_codecs(stages: Stages, config: Config, judged: dict[Plan, Judged], plan
         return judged[plan].epoch_s
 
     one = plan.devices[0]
-    for pair in codec_choice.pairs(config):  # where links wait for each other, one alone is no use
+    for pair in codec_candidates.pairs(
+        config
+    ):  # where links wait for each other, one alone is no use
         seconds(plan_of_chain(config, one.cuts, one.hosts, (pair,) * len(one.cuts)))
     alike = (p for p in judged if (p.devices[0].cuts, p.devices[0].hosts) == (one.cuts, one.hosts))
     plan = min(alike, key=lambda plan: judged[plan].epoch_s)
     slots = list(codec_choice.slots(plan, stages.profile))
-    plan = codec_choice.hasten(plan, slots, config, seconds)
-    return judged[codec_choice.sharpen(plan, slots, config, seconds)]
+    plan = codec_choice.speed_up(plan, slots, config, seconds)
+    return judged[codec_choice.raise_precision(plan, slots, config, seconds)]
 
 
 def chain_table(profile: Profile, judged: Mapping[str, Judged]) -> Table:
@@ -189,8 +191,8 @@ def _problems(profile: Profile, config: Config, share: float) -> Iterator[ChainP
     )
     pipeline = config.pipeline
     activation_codings, cotangent_codings = (
-        tuple(_coding(profile, name) for name in codec_choice.allowed(config, role))
-        for role in codec_choice.ROLES
+        tuple(_coding(profile, name) for name in codec_candidates.allowed(config, role))
+        for role in codec_candidates.ROLES
     )
     most = count - 1 if config.method == "accept" else min(KEPT, count - 1)
     for first in range(1, most + 1):

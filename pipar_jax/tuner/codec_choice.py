@@ -12,65 +12,16 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from comms.codec import parse_codec
 from pipar_jax.config import Config
+from pipar_jax.config.codec_candidates import AUTO, RAW, ROLES, allowed, bit_widths, names
+from pipar_jax.cost_model.profile import DeviceProfile, Profile
 from pipar_jax.errors import ConfigError
-from pipar_jax.plan import OWNER, Codecs, Plan
-from pipar_jax.profile import DeviceProfile, Profile
-from pipar_jax.schedule import micro_batch_sizes
-from pipar_jax.tuner.predict import Judged, Stages, judge
-from pipar_jax.tuner.words import words
+from pipar_jax.schedule.actions import micro_batch_sizes
+from pipar_jax.schedule.plan import OWNER, Plan
+from pipar_jax.simulator.predict import Judged, Stages, judge
 
-AUTO, RAW = "auto", "raw"
-#: What K may be.
-BITS = (1, 2, 3, 4, 5, 6, 7, 9, 11, 15, 23)
 #: What may be lost of an epoch's seconds for the sake of more bits, as a share.
 SLACK = 0.01
-ROLES = ("activation", "cotangent")
-
-
-def ladder(config: Config, role: str) -> tuple[str, ...]:
-    """Returns the codecs that auto knows for a role, from the fewest bits allowed up to raw."""
-    floor = getattr(config.tuner, f"{role}_bits")
-    return (*(f"bits:{bits}" for bits in BITS if bits + 1 >= floor), RAW)
-
-
-def names(config: Config) -> list[str]:
-    """Returns the codecs that a plan may come to have by the tuner's choice."""
-    if config.tuner.codecs == AUTO:
-        return list(dict.fromkeys(name for role in ROLES for name in ladder(config, role)))
-    return list(words(config.tuner.codecs))
-
-
-def allowed(config: Config, role: str) -> list[str]:
-    """Returns the codecs to search for a role: of those allowed, or the one that is configured.
-
-    Raises:
-      ConfigError: The role is left without a codec that keeps to its floor.
-    """
-    if not config.tuner.codecs:
-        return [getattr(config.pipeline, f"{role}_codec")]
-    if config.tuner.codecs == AUTO:
-        return [RAW, ladder(config, role)[0]]
-    floor, listed = getattr(config.tuner, f"{role}_bits"), words(config.tuner.codecs)
-    found = [name for name in listed if (_bits(name) or floor) >= floor]
-    if not found:
-        kept = ", ".join(f"{name}: {_bits(name)}" for name in listed)
-        raise ConfigError(
-            f"tuner.codecs={config.tuner.codecs!r} has nothing for {role}s, which need "
-            f"{floor} bits ({kept}): allow raw, or lower --config.tuner.{role}_bits"
-        )
-    return found
-
-
-def pairs(config: Config) -> list[Codecs]:
-    """Returns the pairs to search.
-
-    Raises:
-      ConfigError: A role is left without a codec that keeps to its floor.
-    """
-    activations, cotangents = (allowed(config, role) for role in ROLES)
-    return [Codecs(a, c) for a in activations for c in cotangents]
 
 
 def check_measured(config: Config, profile: Profile) -> None:
@@ -88,11 +39,6 @@ def check_measured(config: Config, profile: Profile) -> None:
             "cotangent_codec), but the profile does not have it: it knows raw"
             f"{''.join(f', {name}' for name in profile.codecs)}"
         )
-
-
-def _bits(name: str) -> int | None:
-    codec, parameter = parse_codec(name)
-    return codec.precision_bits(parameter)
 
 
 class Slot(NamedTuple):
@@ -156,7 +102,7 @@ def slots(plan: Plan, profile: Profile) -> Iterator[Slot]:
 Seconds = Callable[[Plan], float | None]
 
 
-def hasten(plan: Plan, all_slots: Sequence[Slot], config: Config, seconds: Seconds) -> Plan:
+def speed_up(plan: Plan, all_slots: Sequence[Slot], config: Config, seconds: Seconds) -> Plan:
     """Returns the plan with what codecs make it faster, changed one slot after another.
 
     Args:
@@ -180,7 +126,9 @@ def hasten(plan: Plan, all_slots: Sequence[Slot], config: Config, seconds: Secon
     return plan
 
 
-def sharpen(plan: Plan, all_slots: Iterable[Slot], config: Config, seconds: Seconds) -> Plan:
+def raise_precision(
+    plan: Plan, all_slots: Iterable[Slot], config: Config, seconds: Seconds
+) -> Plan:
     """Returns the plan with as many bits in each slot as cost no time.
 
     Args:
@@ -217,7 +165,7 @@ def sharpen(plan: Plan, all_slots: Iterable[Slot], config: Config, seconds: Seco
 def _rungs(config: Config, slot: Slot, plan: Plan) -> tuple[str, ...]:
     """Returns what a slot may get, from the fewest bits to raw; a list has no order between."""
     if config.tuner.codecs == AUTO:
-        return ladder(config, slot.role)
+        return bit_widths(config, slot.role)
     present = slot.codec(plan)
     goes_raw = present != RAW and RAW in allowed(config, slot.role)
     return (present, RAW) if goes_raw else (present,)

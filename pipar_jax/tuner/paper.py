@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from pipar_jax.plan import COORDINATOR, OWNER, Codecs, DevicePlan, Plan
-from pipar_jax.recurrence import Choice, StepTimes, paper_choice
-from pipar_jax.schedule import BACKWARD, FORWARD, LAST
-from pipar_jax.simulator.costs import LinkModel
-from pipar_jax.tuner.predict import Stages
+from pipar_jax.cost_model.costs import LinkModel
+from pipar_jax.schedule.actions import BACKWARD, FORWARD, LAST
+from pipar_jax.schedule.plan import COORDINATOR, OWNER, Codecs, DevicePlan, Plan
+from pipar_jax.simulator.predict import Stages
+from pipar_jax.tuner.recurrence import Choice, StepTimes, paper_choice
 
 #: Tensors as they are: the paper has no codec.
 RAW = Codecs()

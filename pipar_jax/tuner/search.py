@@ -15,22 +15,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from pipar_jax import config as configuration
-from pipar_jax.config import Config
+from pipar_jax.config import Config, codec_candidates
+from pipar_jax.config.texts import split_list, whole_numbers
+from pipar_jax.cost_model.profile import Profile
 from pipar_jax.errors import ConfigError, PlanError
-from pipar_jax.plan import Codecs, Plan
-from pipar_jax.profile import Profile
+from pipar_jax.schedule.plan import Codecs, Plan
+from pipar_jax.simulator.predict import Judged, Stages, judge, round_of, rounds_per_epoch
 from pipar_jax.tuner import codec_choice
-from pipar_jax.tuner.options import (
-    Least,
-    Option,
-    excess,
-    least,
-    round_bound_s,
-    sequential_bound_s,
-)
+from pipar_jax.tuner.bounds import Least, Option, excess, least, round_bound_s, sequential_bound_s
 from pipar_jax.tuner.paper import paper_plan
-from pipar_jax.tuner.predict import Judged, Stages, judge, round_of, rounds_per_epoch
-from pipar_jax.tuner.words import whole_numbers, words
 
 #: Options of each unequal device that are tried in its place.
 ALTERNATIVES = 3
@@ -106,7 +99,7 @@ class _Search:
     def __init__(self, profile: Profile, config: Config) -> None:
         self.stages, self.profile, self.config = Stages(profile), profile, config
         self.frame = _frame(config)
-        self.methods = words(config.tuner.methods)
+        self.methods = split_list(config.tuner.methods)
         self.equal = len({(one.host, one.samples, one.up, one.down) for one in profile.devices}) < 2
         self.spans = {
             span.device: span for span in round_of(profile, self._plan([Option(0)])).spans
@@ -176,7 +169,7 @@ class _Search:
 
         best = plans[0].plan
         slots = codec_choice.slots(best, self.profile)
-        found = codec_choice.sharpen(best, slots, self.config, seconds)
+        found = codec_choice.raise_precision(best, slots, self.config, seconds)
         return plans if found == best else [self.judged[found], *plans]
 
     # --- candidates ---------------------------------------------------------------------------
@@ -187,7 +180,7 @@ class _Search:
         numbers = {1} if {"sfl", "sl"} & set(self.methods) else set()
         if "pipar" in self.methods:
             numbers |= {min(n, batch) for n in whole_numbers(self.config.tuner.micro_batches)}
-        pairs = codec_choice.pairs(self.config)
+        pairs = codec_candidates.pairs(self.config)
         codec_choice.check_measured(self.config, self.profile)
         found = [Option(0)] if "fl" in self.methods else []
         for cut in range(1, count):
@@ -227,7 +220,7 @@ class _Search:
 
     def _dispatches(self, option: Option) -> Sequence[str]:
         """Returns the policies worth trying."""
-        wanted = words(self.config.tuner.dispatch)
+        wanted = split_list(self.config.tuner.dispatch)
         if not option.cut or (option.micro_batches == 1 and len(self.profile.devices) == 1):
             return wanted[:1]  # there is never a choice to make
         if len(self.profile.devices) == 1 and "fixed" in wanted:

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from stages.layers.convolve import Geometry, convolve, xla_convolve
+from stages.layers.conv_functions import Geometry, convolve, xla_convolve
 from stages.layers.depthwise import depthwise
 from stages.layers.dtypes import weight_dtype
-from stages.layers.initial import normal
+from stages.layers.initializers import normal
 
 
 class Conv(nnx.Module):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from stages.layers.dtypes import weight_dtype
-from stages.layers.initial import normal
+from stages.layers.initializers import normal
 
 
 class Dense(nnx.Module):

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from stages.layers.choice import Formulation, Shape, choose
-from stages.layers.convolve import Geometry, pad_images, shifted, xla_convolve
+from stages.layers.conv_functions import Geometry, pad_images, shifted, xla_convolve
+from stages.layers.formulation import Formulation, Shape, choose
 
 # Rows summed inside one elementwise loop by the kernel's gradient: enough that what is written
 # is small beside what is read, few enough that the loop's code stays short.

@@ -11,7 +11,7 @@ from jax import lax
 
 from stages import context
 from stages.layers.dtypes import weight_dtype
-from stages.layers.normalise import EPSILON, batch_normalise, group_normalise
+from stages.layers.norm_functions import EPSILON, batch_normalise, group_normalise
 
 MOMENTUM = 0.9
 

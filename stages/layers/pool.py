@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from stages.layers.choice import Formulation, Shape, choose
+from stages.layers.formulation import Formulation, Shape, choose
 
 
 def max_pool(

@@ -17,7 +17,7 @@ from flax import nnx
 from stages.errors import StageError
 from stages.layers import Dense, Dropout
 from stages.layers.dtypes import weight_dtype
-from stages.layers.initial import normal
+from stages.layers.initializers import normal
 from stages.models.blocks import HEAD_GAIN, Options
 from stages.unit import Factory
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from comms import ChannelError, ChannelOptions, Endpoint, Link, LinkShape, Message, TlsOptions
-from pipar_jax.certificates import Certificates, add_certificate, make_authority
+from pipar_jax.launch.certificates import Certificates, add_certificate, make_authority
 
 
 class Collector:

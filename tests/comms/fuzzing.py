@@ -9,9 +9,12 @@ import zlib
 from collections import deque
 
 from comms import ChannelOptions
-from comms.buffers import BufferPool
-from comms.doorstep import Doorstep
-from comms.frame import (
+from comms.link.doorstep import Doorstep
+from comms.link.incoming import pack_json
+from comms.link.link import Link
+from comms.wire.buffers import BufferPool
+from comms.wire.event_loop import READ, Timer
+from comms.wire.frame import (
     HEADER_BYTES,
     MAX_RANK,
     PING,
@@ -24,10 +27,7 @@ from comms.frame import (
     checksum_of,
     pack_header,
 )
-from comms.greeting import Terms
-from comms.incoming import pack_json
-from comms.link import Link
-from comms.loop import READ, Timer
+from comms.wire.greeting import Terms
 
 EXTREMES = (0, 1, 2, 7, 255, 256, 2**16, 2**31, 2**32 - 1)
 EXTREMES_64 = (*EXTREMES, 2**40, 2**63, 2**64 - 1)

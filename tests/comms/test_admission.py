@@ -25,10 +25,10 @@ from comms import (
     codec_names,
     parse_codec,
 )
-from comms.buffers import BufferPool
-from comms.frame import HEADER_BYTES, SEQUENCED, Header, Kind, pack_header
-from comms.inbox import Inbox
-from comms.incoming import pack_json
+from comms.link.inbox import Inbox
+from comms.link.incoming import pack_json
+from comms.wire.buffers import BufferPool
+from comms.wire.frame import HEADER_BYTES, SEQUENCED, Header, Kind, pack_header
 from tests.comms.conftest import Collector
 from tests.comms.test_frames import Pipe, frame, pump
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from comms import ChannelOptions, PeerLost, Role, Tag
-from comms.frame import HEADER_BYTES, checksum_of
+from comms.wire.frame import HEADER_BYTES, checksum_of
 from tests.comms.conftest import tls
 from tests.comms.proxy import Proxy
 from tests.comms.test_frames import Outbox, Pipe, Received, outgoing, pump

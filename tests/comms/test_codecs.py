@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from comms import CodecError, Encoded, Role, Tag, codec_names, parse_codec, register
-from comms.cast_codec import FLOATS
+from comms.codecs.cast import FLOATS
 
 LOSSY = [name for name in codec_names() if name != "raw"]
 # Largest error of an element as a share of the largest magnitude in its block, or of itself.

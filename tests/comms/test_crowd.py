@@ -10,8 +10,8 @@ import psutil
 import pytest
 
 from comms import ChannelOptions, Endpoint, Role, Tag
-from pipar_jax import channel_peers
-from pipar_jax.pinned import PinnedProcess
+from experiments.benchmarks import channel_peers
+from pipar_jax.launch.pinning import PinnedProcess
 from tests.comms.conftest import admitting
 
 

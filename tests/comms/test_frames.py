@@ -10,8 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comms import Allowance, ChannelError, FrameError, Limits, Role, Tag
-from comms.buffers import BufferPool
-from comms.frame import (
+from comms.link.inbox import Inbox
+from comms.link.incoming import pack_json
+from comms.link.outbox import Outbox
+from comms.link.outgoing import Outgoing, Sending
+from comms.wire.buffers import BufferPool
+from comms.wire.frame import (
     DTYPES,
     HEADER_BYTES,
     MAGIC,
@@ -23,11 +27,7 @@ from comms.frame import (
     tag_fields,
     unpack_header,
 )
-from comms.inbox import Inbox
-from comms.incoming import pack_json
-from comms.outbox import Outbox
-from comms.outgoing import Outgoing, Sending
-from comms.transport import ConnectionEnded
+from comms.wire.transport import ConnectionEnded
 
 U8, U32 = st.integers(0, 255), st.integers(0, 2**32 - 1)
 U64 = st.integers(0, 2**64 - 1)

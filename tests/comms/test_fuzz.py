@@ -14,9 +14,9 @@ import pytest
 
 from comms import Allowance, ChannelOptions, CodecError, Limits
 from comms.errors import BusyError, HandshakeError
-from comms.frame import MAGIC, VERSION
-from comms.greeting import GREETINGS, Step, Terms
-from comms.handshake import ClientHandshake, ServerHandshake, refusal
+from comms.wire.frame import MAGIC, VERSION
+from comms.wire.greeting import GREETINGS, Step, Terms
+from comms.wire.handshake import ClientHandshake, ServerHandshake, refusal
 from tests.comms.fuzzing import drive, mutate, pack, spoiled_json, valid_frames
 
 QUICK, SOAK = 1000, 100_000

@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from comms import ChannelOptions, CodecError, Endpoint, Limits, Role, Tag
-from comms.greeting import Terms
-from comms.handshake import ClientHandshake
+from comms.wire.greeting import Terms
+from comms.wire.handshake import ClientHandshake
 from tests.comms.conftest import admitting
 from tests.comms.fuzzing import mutate, pack, valid_frames
 

@@ -91,8 +91,8 @@ class DeafPeer:
     """Finishes the handshake and then neither reads nor writes."""
 
     def __init__(self, port: int, token: str | None = None) -> None:
-        from comms.greeting import Terms
-        from comms.handshake import ClientHandshake
+        from comms.wire.greeting import Terms
+        from comms.wire.handshake import ClientHandshake
 
         self.socket = socket.create_connection(("127.0.0.1", port))
         terms = Terms(name="deaf", session="0" * 32, window_bytes=1 << 40)
@@ -129,7 +129,7 @@ def test_a_peer_that_stops_reading_is_lost_within_the_deadline(workshop):
         links.put(link)
 
     _, port = server.listen("127.0.0.1", 0, admitting(on_link))
-    from comms.frame import PING, Header, Kind, pack_header
+    from comms.wire.frame import PING, Header, Kind, pack_header
 
     with DeafPeer(port).socket as sock:
         links.get(timeout=5).send(Tag(role=Role.ACTIVATION), np.zeros(64 << 20, np.uint8))

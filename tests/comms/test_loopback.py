@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from comms import ChannelError, ChannelOptions, LinkShape, PeerLost, Role, Tag
-from comms.buffers import ALIGNMENT
-from comms.frame import DTYPES
+from comms.wire.buffers import ALIGNMENT
+from comms.wire.frame import DTYPES
 from tests.comms.conftest import admitting
 
 MIB = 1 << 20

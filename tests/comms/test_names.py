@@ -84,7 +84,7 @@ def test_names_are_bound_on_every_connection_of_a_stream(workshop, certificates)
     down, up = meet(workshop, ("server", files, "server"), ("d0", files, "d0"), resume_s=30)
     thief = workshop.endpoint("d1", ChannelOptions(tls=tls(files, "d1").tls, resume_s=30))
     thief.name = "d0"
-    from comms.dial import Dial
+    from comms.link.dial import Dial
 
     port = int(up.address.rpartition(" ")[2])
     _, address = workshop.endpoints[1]._addresses[up.session][0][0]

@@ -131,7 +131,7 @@ def test_a_restarted_listener_does_not_resume_a_stream_it_never_knew(workshop):
 
 
 def test_a_new_connection_that_is_never_completed_does_not_keep_a_stream_for_ever(workshop):
-    from comms.greeting import Terms
+    from comms.wire.greeting import Terms
 
     pair = workshop.pair(ChannelOptions(resume_s=0.5))
     hello = Terms(name="d0", session=pair.down.session, attempt=99, resumed=True)

@@ -25,9 +25,9 @@ from comms import (
     TlsOptions,
     VersionError,
 )
-from comms.frame import MAGIC, VERSION
-from comms.greeting import Hello, Terms
-from comms.handshake import ClientHandshake, ServerHandshake
+from comms.wire.frame import MAGIC, VERSION
+from comms.wire.greeting import Hello, Terms
+from comms.wire.handshake import ClientHandshake, ServerHandshake
 from tests.comms.conftest import admitting, tls
 
 TOKEN = "correct horse battery staple"

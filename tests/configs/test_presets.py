@@ -7,8 +7,8 @@ import pathlib
 import pytest
 
 import configs
-from pipar_jax.config import resolve
-from pipar_jax.flags import load_preset
+from pipar_jax.launch.flags import load_preset
+from pipar_jax.methods.resolution import resolve
 
 FOLDER = pathlib.Path(configs.__file__).parent
 PRESETS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")

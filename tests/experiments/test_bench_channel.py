@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from pipar_jax import channel_peers as peers
-from pipar_jax.certificates import add_certificate, make_authority
-from pipar_jax.namespaces import ShapedNamespace, namespaces_work
-from pipar_jax.pinned import PinnedProcess
+from experiments.benchmarks import channel_peers as peers
+from experiments.benchmarks.namespaces import ShapedNamespace, namespaces_work
+from pipar_jax.launch.certificates import add_certificate, make_authority
+from pipar_jax.launch.pinning import PinnedProcess
 
 HOST = "127.0.0.1"
 

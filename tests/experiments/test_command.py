@@ -11,8 +11,7 @@ import sys
 import pytest
 
 from experiments import command
-from pipar_jax import schema
-from pipar_jax.config import Config
+from pipar_jax.config import Config, schema
 from tests.sources import ROOT, modules
 
 NAMES = sorted(
@@ -108,7 +107,7 @@ def test_a_run_does_not_need_standard_streams(tmp_path: pathlib.Path) -> None:
 
 STREAMS = """
 import os, sys
-from pipar_jax.process import open_streams
+from pipar_jax.launch.process import open_streams
 open_streams()
 for number in range(3):
     os.fstat(number)

@@ -8,8 +8,8 @@ import sys
 import pytest
 from cryptography import x509
 
-from pipar_jax.certificates import add_certificate, make_authority
 from pipar_jax.errors import PiparError
+from pipar_jax.launch.certificates import add_certificate, make_authority
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

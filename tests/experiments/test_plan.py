@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipar_jax.profile import Profile
+from pipar_jax.cost_model.profile import Profile
 from tests.pipar_jax.tuner.profiles import bit_codecs, device, node, profile
 
 ROOT = Path(__file__).parents[2]

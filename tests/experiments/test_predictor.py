@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipar_jax.predictor.network import load
-from pipar_jax.predictor.timings import Timings
+from experiments.latency_data.timings import Timings
+from pipar_jax.profiling.predictor.latency_model import load
 
 ROOT = Path(__file__).parents[2]
 

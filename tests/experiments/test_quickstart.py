@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipar_jax.config import resolve
+from pipar_jax.methods.resolution import resolve
 from tests.sources import ROOT
 
 SMALL = (

@@ -10,32 +10,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipar_jax import validation
+from experiments.benchmarks import simulator_settings
 from pipar_jax.data.own import load_own
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_there_are_enough_settings() -> None:
-    wanted = validation.settings(quick=False)
+    wanted = simulator_settings.settings(quick=False)
     assert len(wanted) >= 24
     assert len({one.name for one in wanted}) == len(wanted)
     assert {one.network.name for one in wanted} == {"vgg5", "resnet18"}
     assert {one.link for one in wanted} == {"4g", "4g+", "wifi"}
     assert {one.micro_batches for one in wanted} == {1, 4, 10}
     assert {one.devices for one in wanted} == {1, 4}
-    assert len(validation.settings(quick=True)) == 1
+    assert len(simulator_settings.settings(quick=True)) == 1
 
 
 def test_every_setting_resolves_and_has_its_data(tmp_path: Path) -> None:
-    for setting in validation.settings(quick=False):
+    for setting in simulator_settings.settings(quick=False):
         config = setting.config(tmp_path)
         assert config.devices.count == setting.devices
         assert (config.devices.defaults.slowdown == 1.0) == (setting.devices == 1)
         batch = setting.network.batch
-        validation.write_data(tmp_path, batch)
+        simulator_settings.write_data(tmp_path, batch)
         train = load_own(config.data.source, 0, part="train").train
-        assert len(train.images) == validation.STEPS * batch
+        assert len(train.images) == simulator_settings.STEPS * batch
         assert train.images.dtype == np.uint8
 
 

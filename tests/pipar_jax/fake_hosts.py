@@ -1,6 +1,6 @@
 """Hosts without an engine, for tests of the launcher: real processes that join over TCP and act.
 
-Run as ``python -m tests.pipar_jax.fake_hosts``, with the arguments of ``pipar_jax.process``. What
+Run as ``python -m tests.pipar_jax.fake_hosts``, with the arguments of ``pipar_jax.launch.process``. What
 each host does is in the environment variable FAKE_HOSTS, as JSON: {"d1": "killed"}.
 """
 
@@ -88,6 +88,6 @@ if __name__ == "__main__":
         fake = types.ModuleType(f"pipar_jax.{module}")
         setattr(fake, function.__name__, function)
         sys.modules[f"pipar_jax.{module}"] = fake
-    from pipar_jax import process
+    from pipar_jax.launch import process
 
     process.main()

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from pipar_jax.plan import Plan
-from pipar_jax.schedule import (
+from pipar_jax.schedule.actions import (
     COMPUTE,
     RECEIVE_WEIGHTS,
     SEND_WEIGHTS,
@@ -14,7 +13,8 @@ from pipar_jax.schedule import (
     RoundSchedule,
     rounds,
 )
-from pipar_jax.trace import Timed, Trace
+from pipar_jax.schedule.plan import Plan
+from pipar_jax.schedule.trace import Timed, Trace
 
 #: Traces are written in nanoseconds; how far two hosts' clocks may seem apart.
 SAME_CLOCK_S, CLOCKS_S = 1e-6, 0.05

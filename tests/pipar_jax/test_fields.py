@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from pipar_jax import launcher, machine, schema
-from pipar_jax.certificates import make_authority
-from pipar_jax.config import Config, DeviceConfig, NodeConfig, resolve
+from pipar_jax.config import Config, DeviceConfig, NodeConfig, schema
+from pipar_jax.config.schema import Option
 from pipar_jax.errors import ConfigError
-from pipar_jax.schema import Option
+from pipar_jax.launch import launcher, machine
+from pipar_jax.launch.certificates import make_authority
+from pipar_jax.methods.resolution import resolve
 
 FIELDS = {one.path: one for one in schema.options(Config)}
 #: Values that no field survives: whatever takes them, it takes them as a text and looks closer.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from stages import program as module
-from stages.layers.convolve import Geometry, xla_convolve
+from stages.layers.conv_functions import Geometry, xla_convolve
 from stages.program import Program, compiler_options
 
 

@@ -19,11 +19,12 @@ import pipar_jax
 import stages
 from configs import digits
 from pipar_jax import data
-from pipar_jax.config import Config, resolve
+from pipar_jax.config import Config
 from pipar_jax.data import Dataset, Split
 from pipar_jax.errors import ConfigError, DataError, RunError
-from pipar_jax.server import run_server
-from pipar_jax.worker import run_device
+from pipar_jax.methods.resolution import resolve
+from pipar_jax.roles.server import run_server
+from pipar_jax.roles.worker import run_device
 from tests.pipar_jax.runtime import support
 
 SHAPE = (4, 4, 1)

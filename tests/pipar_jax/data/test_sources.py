@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from pipar_jax import data
-from pipar_jax.config import Config, resolve
+from pipar_jax.config import Config
 from pipar_jax.data import public
 from pipar_jax.errors import DataError
+from pipar_jax.methods.resolution import resolve
 
 PREPARED = pathlib.Path(__file__).parents[4] / "shared" / "data" / "tfds"
 needs_prepared = pytest.mark.skipif(
@@ -298,6 +299,6 @@ def test_data_that_do_not_fit_the_model_are_refused(config: Config) -> None:
 
 
 def test_data_load_no_jax() -> None:
-    code = "import sys, pipar_jax.data, pipar_jax.launcher; print('jax' in sys.modules)"
+    code = "import sys, pipar_jax.data, pipar_jax.launch.launcher; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from pipar_jax import worker as workers
 from pipar_jax.errors import PeerError
-from pipar_jax.runtime.neighbours import Neighbours
+from pipar_jax.roles import worker as workers
+from pipar_jax.roles.neighbours import Neighbours
 from tests.pipar_jax.roles import fakes
 
 
@@ -14,8 +14,8 @@ def alone(monkeypatch):
     monkeypatch.setattr(workers, "Endpoint", lambda *args, **kwargs: None)
     monkeypatch.setattr(workers, "Host", fakes.Host)
     monkeypatch.setattr(workers, "Prefetcher", lambda loader: None)
-    monkeypatch.setattr("pipar_jax.runtime.survey.measure_host", _measured)
-    monkeypatch.setattr("pipar_jax.runtime.survey.measure_reference", _measured)
+    monkeypatch.setattr("pipar_jax.roles.survey.measure_host", _measured)
+    monkeypatch.setattr("pipar_jax.roles.survey.measure_reference", _measured)
     monkeypatch.setattr(Neighbours, "_dial", lambda *args: None)
 
 

@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 
 from comms import LinkStats, PeerClosed, Role, Tag, parse_codec
-from comms.message import Message, Payload
-from pipar_jax.trace import Timed
+from comms.link.message import Message, Payload
+from pipar_jax.schedule.trace import Timed
 
 
 class Link:

@@ -6,9 +6,9 @@ import random
 import string
 from typing import Any
 
-from pipar_jax.profile import HostProfile
-from pipar_jax.roles import registry
-from pipar_jax.roles.wire_fields import (
+from pipar_jax.cost_model.profile import HostProfile
+from pipar_jax.protocol import registry
+from pipar_jax.protocol.wire_fields import (
     Choice,
     Figure,
     Free,

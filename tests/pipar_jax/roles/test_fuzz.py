@@ -16,22 +16,23 @@ import numpy as np
 import pytest
 
 from comms import Role, Tag
-from pipar_jax import worker as workers
-from pipar_jax.config import resolve
 from pipar_jax.data import Loader
 from pipar_jax.errors import JoinError, PeerError, ProtocolError
-from pipar_jax.methods import plan_for
-from pipar_jax.plan import COORDINATOR, Boundary, long_name
-from pipar_jax.roles import protocol, registry
+from pipar_jax.methods.registry import plan_for
+from pipar_jax.methods.resolution import resolve
+from pipar_jax.protocol import messages, registry
+from pipar_jax.protocol.registry import KINDS, Form, Sender, kind_of
+from pipar_jax.protocol.values import Memory
+from pipar_jax.roles import admission
+from pipar_jax.roles import worker as workers
 from pipar_jax.roles.acceptance import Acceptance
 from pipar_jax.roles.holdings import Holdings, read_rows
-from pipar_jax.roles.registry import KINDS, Form, Sender, kind_of
+from pipar_jax.roles.members import Members
+from pipar_jax.roles.neighbours import Neighbours
 from pipar_jax.roles.replies import Reply
-from pipar_jax.roles.values import Memory
-from pipar_jax.runtime import bundle, identity
-from pipar_jax.runtime.members import Members
-from pipar_jax.runtime.neighbours import Neighbours
-from pipar_jax.schedule import Span
+from pipar_jax.runtime import weight_bundle
+from pipar_jax.schedule.actions import Span
+from pipar_jax.schedule.plan import COORDINATOR, Boundary, long_name
 from tests.pipar_jax.roles import fakes, generate
 from tests.pipar_jax.runtime import support
 
@@ -166,9 +167,9 @@ class Coordinator:
             tell=self.events.append, stop=threading.Event(),
         )  # fmt: skip
         self.links = {}
-        joins = [identity.device_join(made, f"d{i}", loader(i), network()) for i in range(2)]
+        joins = [admission.device_join(made, f"d{i}", loader(i), network()) for i in range(2)]
         if made.nodes.count:
-            joins.append(identity.node_join(made, "n1", ("127.0.0.1", 7000)))
+            joins.append(admission.node_join(made, "n1", ("127.0.0.1", 7000)))
         for join in joins:
             link = self.links[join.name] = self.stranger(join.name)
             link.on_message(fakes.control(link, registry.encode(join)))
@@ -186,12 +187,12 @@ class Coordinator:
         held, now = holdings(self.method), plan(self.method)
         kind, wanted = rng.choice(self.answers(name))
         body = {"type": kind_of(kind).name}
-        if kind is protocol.Part:
+        if kind is messages.Part:
             body |= {"device": 0, "step": 0}
-        elif kind is protocol.Trained:
+        elif kind is messages.Trained:
             body |= {"round": 0}
         if wanted is None:
-            rows = bundle.pack_rows([])
+            rows = weight_bundle.pack_rows([])
             rows["numbers"] = np.array([[rng.choice((0, 1, -1, 9, 2**40)) for _ in range(7)]])
             rows["times"] = np.array([[0.0, rng.choice((1.0, -1.0, np.nan))]])
             arrays = rows if rng.random() < 0.7 else fakes.any_arrays(rng)
@@ -201,13 +202,13 @@ class Coordinator:
 
     def answers(self, name):
         held = holdings(self.method)
-        part = (protocol.Part, lambda now, name: held.part(now, int(name[1:])))
+        part = (messages.Part, lambda now, name: held.part(now, int(name[1:])))
         return [
-            (protocol.Trained, held.trained),
-            (protocol.Fetched, held.fetched),
-            (protocol.Given, lambda now, name: held.given(now, now, name)),
-            (protocol.TraceRows, None),
-            (protocol.Bye, None),
+            (messages.Trained, held.trained),
+            (messages.Fetched, held.fetched),
+            (messages.Given, lambda now, name: held.given(now, now, name)),
+            (messages.TraceRows, None),
+            (messages.Bye, None),
             *([part] if name != "n1" else []),
         ]
 
@@ -316,17 +317,17 @@ class Run:
         self.link.start(self.worker._on_message, self.worker._wake, self.worker._inbox.put)
         spans = tuple(Span(device, 0, steps) for device, steps in enumerate(STEPS))
         sequential = plan(method).order == "sequential"
-        release = protocol.Release(0, spans, 1 if sequential else None, (1.0, 1.0))
+        release = messages.Release(0, spans, 1 if sequential else None, (1.0, 1.0))
         course = [
-            *([protocol.ModelFacts((8, 8, 1), 10)] if name == "n1" else []),
-            protocol.SurveyEcho(),
-            protocol.Prepare(plan(method), SAMPLES, STEPS),
-            protocol.Prepared(0.0, 0),
+            *([messages.ModelFacts((8, 8, 1), 10)] if name == "n1" else []),
+            messages.SurveyEcho(),
+            messages.Prepare(plan(method), SAMPLES, STEPS),
+            messages.Prepared(0.0, 0),
             release,
-            *([] if sequential else [protocol.Trained(0)]),
-            protocol.Stored(0, 0, 0.0, Memory(1, 2, 3), 0.0, 0.0, 0),
-            protocol.Give(plan(method)),
-            protocol.Given(),
+            *([] if sequential else [messages.Trained(0)]),
+            messages.Stored(0, 0, 0.0, Memory(1, 2, 3), 0.0, 0.0, 0),
+            messages.Give(plan(method)),
+            messages.Given(),
         ]
         for said in course[: rng.randrange(len(course) + 1)]:
             if kind_of(type(said)).sender is Sender.HOST:
@@ -344,10 +345,10 @@ class Run:
     def bundle_of(self, rng):
         held, now = holdings(self.method), plan(self.method)
         said, wanted = rng.choice([
-            (protocol.Store(), held.stored(now, self.name)),
-            (protocol.TakePart(0), held.part(now, 0)),
-            (protocol.Adopt(now), held.adopted(now, now, self.name)),
-            (protocol.SurveyBytes(), {}),
+            (messages.Store(), held.stored(now, self.name)),
+            (messages.TakePart(0), held.part(now, 0)),
+            (messages.Adopt(now), held.adopted(now, now, self.name)),
+            (messages.SurveyBytes(), {}),
         ])  # fmt: skip
         name = kind_of(type(said)).name
         return fakes.bundle(self.link, name, registry.encode(said), arrays_of(held, wanted, rng))
@@ -416,7 +417,7 @@ class Node:
         )  # fmt: skip
         self.neighbours.meet((BELOW, ABOVE), {})
         self.link = self.stranger("d0")
-        hello = registry.encode(protocol.Neighbour(BELOW))
+        hello = registry.encode(messages.Neighbour(BELOW))
         self.link.on_message(fakes.control(self.link, hello))
         assert self.link.ended is None
 

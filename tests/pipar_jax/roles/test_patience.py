@@ -7,14 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipar_jax import worker as workers
-from pipar_jax.config import Config, resolve
+from pipar_jax.config import Config
 from pipar_jax.errors import PeerError, ProtocolError
-from pipar_jax.roles import protocol, registry
+from pipar_jax.methods.resolution import resolve
+from pipar_jax.protocol import messages, registry
+from pipar_jax.roles import admission
+from pipar_jax.roles import members as memberships
+from pipar_jax.roles import worker as workers
 from pipar_jax.roles.patience import Moving, Patience, limit_s, pulse_s
 from pipar_jax.roles.refusals import EVERY_S, FIRST, Refusals
-from pipar_jax.runtime import identity
-from pipar_jax.runtime import members as memberships
 from tests.pipar_jax.roles import fakes
 from tests.pipar_jax.roles.test_fuzz import Coordinator, config, loader, network, plan
 
@@ -116,10 +117,10 @@ def hasty(monkeypatch):
 @pytest.mark.parametrize(
     ("command", "kind"),
     [
-        (protocol.Calibrate(), protocol.Calibrated),
-        (protocol.Fetch(), protocol.Fetched),
-        (protocol.SurveyEcho(), protocol.Echoed),
-        (protocol.Finish(), protocol.Bye),
+        (messages.Calibrate(), messages.Calibrated),
+        (messages.Fetch(), messages.Fetched),
+        (messages.SurveyEcho(), messages.Echoed),
+        (messages.Finish(), messages.Bye),
     ],
     ids=["calibrated", "fetched", "echoed", "bye"],
 )
@@ -136,19 +137,19 @@ def test_a_device_that_does_nothing_ends_the_run(hasty, command, kind):
 
 def test_a_device_that_goes_on_is_waited_for(hasty):
     side = Coordinator("pipar")
-    side.members.send("d1", protocol.SurveyEcho())
+    side.members.send("d1", messages.SurveyEcho())
     link, count = side.links["d1"], iter(range(1, 100))
     stop = threading.Event()
 
     def pulse():
         while not stop.wait(0.05) and (actions := next(count)) < 20:
-            link.on_message(fakes.control(link, registry.encode(protocol.Pulse(actions))))
-        link.on_message(fakes.control(link, registry.encode(protocol.Echoed())))
+            link.on_message(fakes.control(link, registry.encode(messages.Pulse(actions))))
+        link.on_message(fakes.control(link, registry.encode(messages.Echoed())))
 
     thread = threading.Thread(target=pulse)
     thread.start()
     try:
-        assert set(side.members.collect(protocol.Echoed, ("d1",))) == {"d1"}
+        assert set(side.members.collect(messages.Echoed, ("d1",))) == {"d1"}
     finally:
         stop.set()
         thread.join()
@@ -160,8 +161,8 @@ def test_a_worker_whose_coordinator_does_nothing_ends_too(alone, monkeypatch):
     monkeypatch.setattr(workers, "LOOK_S", 0.02)
     worker = workers.Worker(made, "d0", network(), loader(0))
     link = worker._link = fakes.Link("server")
-    worker._on_message(fakes.control(link, registry.encode(protocol.Working("evaluating"))))
-    worker._on_message(fakes.control(link, registry.encode(protocol.SurveyEcho())))
+    worker._on_message(fakes.control(link, registry.encode(messages.Working("evaluating"))))
+    worker._on_message(fakes.control(link, registry.encode(messages.SurveyEcho())))
     worker._host.actions = 3
     with pytest.raises(PeerError, match=r"no progress for 0\.3 s: 'a word' is missing from the"):
         worker._follow()
@@ -173,7 +174,7 @@ def test_a_link_joins_under_its_own_name_alone():
     for peer, why in (("d1", "it joins as 'd0', but its link is that of 'd1'"),
                       ("d0", "device 0 has joined already")):  # fmt: skip
         link = side.stranger(peer)
-        join = registry.encode(identity.device_join(config("pipar"), "d0", loader(0), network()))
+        join = registry.encode(admission.device_join(config("pipar"), "d0", loader(0), network()))
         link.on_message(fakes.control(link, join))
         side.members.look()
         assert why in link.said[-1]["reason"] and link.ended is not None
@@ -183,8 +184,8 @@ def test_a_link_joins_under_its_own_name_alone():
 def test_what_was_not_asked_for_or_comes_twice_ends_the_member():
     side = Coordinator("pipar")
     link = side.links["d0"]
-    prepared = registry.encode(protocol.Prepared(0.1, 5))
-    side.members.send("d0", protocol.Prepare(plan("pipar"), (17, 14), (3, 2)))
+    prepared = registry.encode(messages.Prepared(0.1, 5))
+    side.members.send("d0", messages.Prepare(plan("pipar"), (17, 14), (3, 2)))
     link.on_message(fakes.control(link, prepared))
     side.members.look()
     link.on_message(fakes.control(link, prepared))

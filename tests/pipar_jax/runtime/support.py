@@ -12,10 +12,11 @@ import optax
 from flax import nnx
 
 import stages
-from pipar_jax.api import load, run_here
-from pipar_jax.config import Config, resolve
+from pipar_jax.config import Config
 from pipar_jax.data import Dataset, Split
 from pipar_jax.data.loader import Loader
+from pipar_jax.launch.api import load, run_here
+from pipar_jax.methods.resolution import resolve
 
 SHAPE, CLASSES = (8, 8, 1), 10
 

@@ -10,14 +10,14 @@ import numpy as np
 import optax
 import pytest
 
-from pipar_jax import methods
-from pipar_jax.config import resolve
 from pipar_jax.errors import ConfigError, JoinError, PlanError
-from pipar_jax.methods import plan_for
-from pipar_jax.plan import OWNER, Codecs
-from pipar_jax.runtime import survey
-from pipar_jax.server import run_server
-from pipar_jax.worker import run_node
+from pipar_jax.methods import registry
+from pipar_jax.methods.registry import plan_for
+from pipar_jax.methods.resolution import resolve
+from pipar_jax.roles import survey
+from pipar_jax.roles.server import run_server
+from pipar_jax.roles.worker import run_node
+from pipar_jax.schedule.plan import OWNER, Codecs
 from tests.pipar_jax.runtime import support
 
 RTOL = 1e-9
@@ -166,8 +166,8 @@ def test_each_boundary_has_codecs_of_its_own(double, network, tmp_path, monkeypa
 
     def run(pairs, name):
         monkeypatch.setitem(
-            methods.METHODS, "accept",
-            lambda config, units: methods.plan_of_chain(
+            registry.METHODS, "accept",
+            lambda config, units: registry.plan_of_chain(
                 config, (1, 2, 3), (OWNER, "n1", "n2", "n3"), pairs
             ),
         )  # fmt: skip

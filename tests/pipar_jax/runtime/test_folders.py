@@ -11,11 +11,12 @@ from flax import nnx
 
 import pipar_jax
 import stages
-from pipar_jax.api import load, train
-from pipar_jax.config import Config, from_json, resolve
+from pipar_jax.config import Config, from_json
 from pipar_jax.errors import RunError
-from pipar_jax.launcher import create_folder
-from pipar_jax.server import run_server
+from pipar_jax.launch.api import load, train
+from pipar_jax.launch.launcher import create_folder
+from pipar_jax.methods.resolution import resolve
+from pipar_jax.roles.server import run_server
 from tests.pipar_jax.runtime import support
 
 SAMPLES = (9,)

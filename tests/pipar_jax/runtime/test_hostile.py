@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from comms import ChannelError, Endpoint, Role, Tag
-from pipar_jax.config import resolve
 from pipar_jax.data import Loader
 from pipar_jax.errors import ProtocolError
-from pipar_jax.plan import COORDINATOR
-from pipar_jax.roles import protocol, registry
-from pipar_jax.runtime import identity
-from pipar_jax.server import run_server
+from pipar_jax.methods.resolution import resolve
+from pipar_jax.protocol import messages, registry
+from pipar_jax.roles import admission
+from pipar_jax.roles.server import run_server
+from pipar_jax.schedule.plan import COORDINATOR
 from tests.pipar_jax.runtime import support
 
 SAMPLES = (14, 14)
@@ -83,7 +83,7 @@ def test_a_member_that_lies_ends_the_run_by_its_name(tmp_path, lie):
                 lambda message: joined.set(), lambda: None,
                 lambda error: (heard.append(str(error)), ended.set()),
             )  # fmt: skip
-            join = identity.device_join(made, "d0", loader, network)
+            join = admission.device_join(made, "d0", loader, network)
             registry.send(link, join)
             if lie == "twice":
                 registry.send(link, join)
@@ -92,7 +92,7 @@ def test_a_member_that_lies_ends_the_run_by_its_name(tmp_path, lie):
                 if lie == "tensor":
                     link.send(Tag(role=Role.LABEL), np.zeros(3, np.int32))
                 elif lie == "bundle":
-                    registry.send_bundle(link, protocol.Trained(0), {"x": np.ones(3)})
+                    registry.send_bundle(link, messages.Trained(0), {"x": np.ones(3)})
                 elif lie == "message":
                     link.send_control({"type": "stored", "round": "first"})
             ended.wait(PATIENCE_S)

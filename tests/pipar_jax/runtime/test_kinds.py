@@ -11,12 +11,13 @@ import pytest
 from flax import nnx
 
 import stages
-from pipar_jax import api, checkpoint
-from pipar_jax.aggregation import Aggregator, Replica
+from pipar_jax.aggregation.aggregator import Aggregator, Replica
 from pipar_jax.config import AggregationConfig
 from pipar_jax.errors import RunError
-from pipar_jax.plan import OWNER, DevicePlan, Plan
-from pipar_jax.runtime import bundle, migration
+from pipar_jax.launch import api
+from pipar_jax.runtime import migration, weight_bundle
+from pipar_jax.schedule.plan import OWNER, DevicePlan, Plan
+from pipar_jax.training import checkpoint
 from stages.variables import DTYPES, FLOATS
 from tests.pipar_jax.runtime import support
 
@@ -175,8 +176,10 @@ def test_weights_of_another_dtype_are_refused(double, tmp_path):
 def test_moved_as_a_bundle(double, network):
     """What one host gives is what another takes, and optimiser states of another kind are not."""
     params, state = network.init(0)
-    groups = bundle.unpack(bundle.pack({"part": {"params": params, "state": state}}), "d0")
-    part = bundle.part_of(groups, "part")
+    groups = weight_bundle.unpack(
+        weight_bundle.pack({"part": {"params": params, "state": state}}), "d0"
+    )
+    part = weight_bundle.part_of(groups, "part")
     assert part["params"]["only"] == {} and part["state"]["out"] == {}
     for kind, wanted in (("params", params), ("state", state)):
         for unit, arrays in wanted.items():

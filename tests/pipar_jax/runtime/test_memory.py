@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 
-from pipar_jax.config import resolve
+from experiments.benchmarks.node_memory import drive_alone
 from pipar_jax.errors import RunError
-from pipar_jax.lone_node import drive_alone
-from pipar_jax.methods import plan_for
+from pipar_jax.methods.registry import plan_for
+from pipar_jax.methods.resolution import resolve
 from pipar_jax.runtime import memory
 from pipar_jax.runtime.memory import Ledger
 from tests.pipar_jax.runtime import support

@@ -14,15 +14,16 @@ import pytest
 from flax import nnx
 
 import stages
-from pipar_jax.api import load, run_here
-from pipar_jax.config import CHAINS, resolve
+from pipar_jax.config import CHAINS
 from pipar_jax.errors import RunError
-from pipar_jax.methods import METHODS
-from pipar_jax.progress import RunState, describe
+from pipar_jax.launch.api import load, run_here
+from pipar_jax.methods.registry import METHODS
+from pipar_jax.methods.resolution import resolve
+from pipar_jax.protocol.messages import NonFinite
 from pipar_jax.report import make_page, read_run
-from pipar_jax.roles.protocol import NonFinite
+from pipar_jax.report.progress import RunState, describe
+from pipar_jax.report.sinks import scalars
 from pipar_jax.runtime import finite
-from pipar_jax.sinks import scalars
 from tests.experiments.running import Binary
 from tests.pipar_jax.runtime import support
 

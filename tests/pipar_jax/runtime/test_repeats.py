@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from pipar_jax.config import CHAINS, Config, resolve
-from pipar_jax.launcher import launch
-from pipar_jax.methods import METHODS
-from pipar_jax.plan import Plan
-from pipar_jax.schedule import RECEIVE_PART
-from pipar_jax.trace import Trace
+from pipar_jax.config import CHAINS, Config
+from pipar_jax.launch.launcher import launch
+from pipar_jax.methods.registry import METHODS
+from pipar_jax.methods.resolution import resolve
+from pipar_jax.schedule.actions import RECEIVE_PART
+from pipar_jax.schedule.plan import Plan
+from pipar_jax.schedule.trace import Trace
 from tests.pipar_jax import precedence
 from tests.pipar_jax.runtime import support
 

@@ -12,12 +12,13 @@ from safetensors.numpy import load_file
 
 import pipar_jax
 import stages
-from pipar_jax import certificates
-from pipar_jax.api import load, run_here, train
-from pipar_jax.config import RULES, resolve
+from pipar_jax.config import RULES
 from pipar_jax.errors import ConfigError, DataError, JoinError, PeerError, PiparError, RunError
-from pipar_jax.server import run_server
-from pipar_jax.worker import run_device
+from pipar_jax.launch import certificates
+from pipar_jax.launch.api import load, run_here, train
+from pipar_jax.methods.resolution import resolve
+from pipar_jax.roles.server import run_server
+from pipar_jax.roles.worker import run_device
 from tests.pipar_jax.runtime import support
 
 SAMPLES = (17, 33)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from pipar_jax.errors import PlanError
-from pipar_jax.plan import Boundary, DevicePlan, Plan
+from pipar_jax.runtime.link_table import Wiring, dialler, direct
 from pipar_jax.runtime.share import Share
-from pipar_jax.runtime.wiring import Wiring, dialler, direct
-from pipar_jax.schedule import ALL, Action
+from pipar_jax.schedule.actions import ALL, Action
+from pipar_jax.schedule.plan import Boundary, DevicePlan, Plan
 
 TWO = DevicePlan((2,), ("device", "server"), 3)
 

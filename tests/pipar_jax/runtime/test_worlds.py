@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from pipar_jax.schedule import FORWARD, SEND_BACKWARD, SEND_FORWARD
+from pipar_jax.schedule.actions import FORWARD, SEND_BACKWARD, SEND_FORWARD
 from tests.pipar_jax.runtime import support
 
 SAMPLES = (35, 35)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from comms.shaping import parse_link
-from pipar_jax.config import Config, resolve
-from pipar_jax.profile import (
+from comms.emulation.shaping import parse_link
+from pipar_jax.config import Config
+from pipar_jax.config.codec_candidates import BITS
+from pipar_jax.cost_model.profile import (
     CodecProfile,
     DeviceProfile,
     HostProfile,
@@ -14,8 +15,8 @@ from pipar_jax.profile import (
     Profile,
     UnitFacts,
 )
+from pipar_jax.methods.resolution import resolve
 from pipar_jax.simulator import LinkModel
-from pipar_jax.tuner.codec_choice import BITS
 
 #: A convolutional network's shape: early units are wide and cheap to hold, late ones the opposite.
 OUTPUT_BYTES = (32_768.0, 16_384.0, 16_384.0, 512.0, 40.0)

@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 
-from pipar_jax.plan import Boundary, Plan
-from pipar_jax.roles.values import Seen
-from pipar_jax.tuner.choice import LOOKS, REST, Choice, Offer
-from pipar_jax.tuner.options import Option
-from pipar_jax.tuner.predict import HostTimes
-from pipar_jax.tuner.watch import OVERHEAD_S, Carried, Watch, differ
+from pipar_jax.protocol.values import Seen
+from pipar_jax.schedule.plan import Boundary, Plan
+from pipar_jax.simulator.predict import HostTimes
+from pipar_jax.tuner.bounds import Option
+from pipar_jax.tuner.drift import OVERHEAD_S, Carried, Watch, differ
+from pipar_jax.tuner.replanning import LOOKS, REST, Choice, Offer
 from tests.pipar_jax.tuner import profiles
 
 

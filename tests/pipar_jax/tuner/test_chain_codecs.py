@@ -8,13 +8,14 @@ import time
 
 import pytest
 
-from pipar_jax.chain_planner import plan_chain
-from pipar_jax.config import Config, resolve
+from pipar_jax.config import Config, codec_candidates
 from pipar_jax.errors import ConfigError
-from pipar_jax.methods import plan_of_chain
-from pipar_jax.plan import OWNER, Codecs
+from pipar_jax.methods.registry import plan_of_chain
+from pipar_jax.methods.resolution import resolve
+from pipar_jax.schedule.plan import OWNER, Codecs
+from pipar_jax.simulator.predict import judge
 from pipar_jax.tuner import Stages, chains, codec_choice
-from pipar_jax.tuner.predict import judge
+from pipar_jax.tuner.chain_search import plan_chain
 from tests.pipar_jax.tuner.profiles import bit_codecs, device, node, profile
 from tests.pipar_jax.tuner.test_codec_choice import bits
 
@@ -69,7 +70,7 @@ def test_only_the_slow_link_of_a_chain_is_coded(links, slow):
     assert {where: text[:3] for where, text in words.items()} == {
         (boundary, role): "on:" if boundary == slow else "off"
         for boundary in range(3)
-        for role in codec_choice.ROLES
+        for role in codec_candidates.ROLES
     }
 
 
@@ -111,15 +112,19 @@ def test_devices_with_other_links_get_other_codecs_but_share_those_between_nodes
 def test_no_tensor_of_a_chain_could_have_more_bits_for_nothing(links):
     made, config = made_of(*links, "none"), settings()
     stages = Stages(made)
-    coarsest = Codecs(*(codec_choice.ladder(config, role)[0] for role in codec_choice.ROLES))
+    coarsest = Codecs(
+        *(codec_candidates.bit_widths(config, role)[0] for role in codec_candidates.ROLES)
+    )
     plan = plan_of_chain(config, (2, 6), (OWNER, "n1", "n2"), (coarsest,) * 2)
     limit_s = judge(stages, plan).epoch_s * (1 + codec_choice.SLACK)
     slots = list(codec_choice.slots(plan, made))
-    sharp = codec_choice.sharpen(plan, slots, config, lambda one: judge(stages, one).epoch_s)
+    sharp = codec_choice.raise_precision(
+        plan, slots, config, lambda one: judge(stages, one).epoch_s
+    )
     assert judge(stages, sharp).epoch_s <= limit_s
     assert sharp != plan
     for slot in slots:
-        rungs = codec_choice.ladder(config, slot.role)
+        rungs = codec_candidates.bit_widths(config, slot.role)
         at = rungs.index(slot.codec(sharp))
         if at + 1 < len(rungs):
             assert judge(stages, slot.with_codec(sharp, rungs[at + 1])).epoch_s > limit_s
@@ -131,7 +136,7 @@ def test_no_tensor_of_a_chain_could_have_more_bits_for_nothing(links):
 def test_no_chain_with_any_codecs_is_faster(links):
     """Every chain over two nodes, with each pair of codecs at each boundary, simulated."""
     made, config = made_of(*links, "none", units=5), settings()
-    stages, pairs = Stages(made), codec_choice.pairs(config)
+    stages, pairs = Stages(made), codec_candidates.pairs(config)
     assert len(pairs) == 4
     best_s = min(
         judge(stages, plan_of_chain(config, cuts, (OWNER, *nodes), codecs)).epoch_s

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 
 from comms import parse_codec
+from pipar_jax.config import codec_candidates
+from pipar_jax.cost_model.profile import CodecProfile
 from pipar_jax.errors import ConfigError
-from pipar_jax.profile import CodecProfile
-from pipar_jax.tuner import Stages, codec_choice, measure, search
-from pipar_jax.tuner.predict import judge
+from pipar_jax.profiling import unit_times
+from pipar_jax.simulator.predict import judge
+from pipar_jax.tuner import Stages, codec_choice, search
 from tests.pipar_jax.tuner.profiles import bit_codecs, config, device, profile
 
 
@@ -72,7 +74,7 @@ def test_no_slot_could_have_more_bits_for_nothing_nor_needed_as_many(link):
     limit_s = fastest_s * (1 + codec_choice.SLACK)
     assert found.plans[0].epoch_s <= limit_s
     for slot in codec_choice.slots(plan, made):
-        rungs = codec_choice.ladder(settings, slot.role)
+        rungs = codec_candidates.bit_widths(settings, slot.role)
         at = rungs.index(slot.codec(plan))
         if at + 1 < len(rungs):
             assert judge(stages, slot.with_codec(plan, rungs[at + 1])).epoch_s > limit_s
@@ -80,13 +82,13 @@ def test_no_slot_could_have_more_bits_for_nothing_nor_needed_as_many(link):
 
 def test_a_list_is_kept_to_but_for_what_is_too_coarse():
     settings = config(1, codecs="raw, int4, int8")
-    pairs = {(one.activation, one.cotangent) for one in codec_choice.pairs(settings)}
+    pairs = {(one.activation, one.cotangent) for one in codec_candidates.pairs(settings)}
     assert pairs == {(a, c) for a in ("raw", "int4", "int8") for c in ("raw", "int8")}
     with pytest.raises(ConfigError, match=r"cotangents, which need 8 bits \(int4: 4\)"):
-        codec_choice.pairs(config(1, codecs="int4"))
+        codec_candidates.pairs(config(1, codecs="int4"))
     # What is configured is not the tuner's to judge, and a bound is the user's own.
-    assert len(codec_choice.pairs(config(1))) == 1
-    assert len(codec_choice.pairs(config(1, codecs="bits:abs0.1"))) == 1
+    assert len(codec_candidates.pairs(config(1))) == 1
+    assert len(codec_candidates.pairs(config(1, codecs="bits:abs0.1"))) == 1
 
 
 def test_of_a_list_what_is_as_fast_without_goes_raw():
@@ -100,6 +102,6 @@ def test_of_a_list_what_is_as_fast_without_goes_raw():
 
 def test_what_may_be_chosen_is_measured():
     settings = auto(1, activation_bits=12, cotangent_bits=16)
-    measured = measure.measure_codecs(settings)
+    measured = unit_times.measure_codecs(settings)
     assert set(measured) == {"bits:11", "bits:15", "bits:23"}
     assert measured["bits:11"].ratio < measured["bits:15"].ratio < measured["bits:23"].ratio < 1

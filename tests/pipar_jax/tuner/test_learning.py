@@ -8,24 +8,25 @@ import numpy as np
 import optax
 import pytest
 
-from pipar_jax.config import Config, resolve
+from experiments.latency_data import collect
+from pipar_jax.config import Config
+from pipar_jax.cost_model.profile import DeviceProfile, HostProfile, NodeProfile, Profile, UnitFacts
 from pipar_jax.errors import PlanError
-from pipar_jax.methods import plan_of_chain
-from pipar_jax.plan import Boundary, Plan
-from pipar_jax.predictor import collect
-from pipar_jax.predictor.hosts import facts_of, one_call
-from pipar_jax.predictor.online import Learner
-from pipar_jax.predictor.operators import Tables
-from pipar_jax.predictor.reference import reference_layers
-from pipar_jax.profile import DeviceProfile, HostProfile, NodeProfile, Profile, UnitFacts
-from pipar_jax.roles.values import Seen
-from pipar_jax.runtime.candidates import Candidates
-from pipar_jax.schedule import BACKWARD, FORWARD, LAST, UPDATE
+from pipar_jax.methods.registry import plan_of_chain
+from pipar_jax.methods.resolution import resolve
+from pipar_jax.profiling.predictor.online import Learner
+from pipar_jax.profiling.predictor.operators import Tables
+from pipar_jax.profiling.predictor.predict_host import facts_of, one_call
+from pipar_jax.profiling.predictor.reference import reference_layers
+from pipar_jax.protocol.values import Seen
+from pipar_jax.roles.candidates import Candidates
+from pipar_jax.schedule.actions import BACKWARD, FORWARD, LAST, UPDATE
+from pipar_jax.schedule.plan import Boundary, Plan
 from pipar_jax.simulator import LinkModel
+from pipar_jax.simulator.predict import HostTimes, Stages, judge
 from pipar_jax.tuner.chains import tune_chain
-from pipar_jax.tuner.predict import HostTimes, Stages, judge
-from pipar_jax.tuner.watch import Carried, Watch, differ, lone
-from tests.pipar_jax.predictor import synthetic
+from pipar_jax.tuner.drift import Carried, Watch, differ, lone
+from tests.pipar_jax.profiling.predictor import synthetic
 from tests.pipar_jax.runtime import support
 from tests.pipar_jax.tuner import profiles
 

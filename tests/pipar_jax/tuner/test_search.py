@@ -9,13 +9,13 @@ import pytest
 
 import pipar_jax
 from pipar_jax.errors import ConfigError, PlanError
-from pipar_jax.plan import Codecs, Plan
-from pipar_jax.recurrence import paper_choice
+from pipar_jax.schedule.plan import Codecs, Plan
 from pipar_jax.simulator import LinkModel
+from pipar_jax.simulator.predict import judge, round_of
 from pipar_jax.tuner import Stages, labels, loads, memory_bytes, search, tune
-from pipar_jax.tuner.options import Option, least, round_bound_s
+from pipar_jax.tuner.bounds import Option, least, round_bound_s
 from pipar_jax.tuner.paper import choose
-from pipar_jax.tuner.predict import judge, round_of
+from pipar_jax.tuner.recurrence import paper_choice
 from tests.pipar_jax.tuner.profiles import config, device, host, profile
 
 NUMBERS = (1, 2, 5, 10)
@@ -145,7 +145,7 @@ def test_the_papers_selection_is_a_mode_and_stands_beside_the_search():
     found = search(made, config())
     assert found.paper is not None and found.paper.plan == plan
     assert found.plans[0].epoch_s <= found.paper.epoch_s
-    assert paper_choice.__module__ == "pipar_jax.recurrence"
+    assert paper_choice.__module__ == "pipar_jax.tuner.recurrence"
 
 
 def test_averaging_every_few_steps_is_counted_for_the_whole_epoch():

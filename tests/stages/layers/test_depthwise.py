@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 from stages.layers import Conv
-from stages.layers.choice import Formulation, forced
-from stages.layers.convolve import Geometry, xla_convolve
+from stages.layers.conv_functions import Geometry, xla_convolve
 from stages.layers.depthwise import depthwise
+from stages.layers.formulation import Formulation, forced
 from tests.stages.support import pulled
 
 

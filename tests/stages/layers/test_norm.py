@@ -11,7 +11,7 @@ from flax import nnx
 import stages
 from stages import context
 from stages.layers.norm import BatchNorm, GroupNorm, group_count, make_norm
-from stages.layers.normalise import batch_normalise, group_normalise
+from stages.layers.norm_functions import batch_normalise, group_normalise
 from tests.stages.support import pulled
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stages.layers import average_pool, global_average_pool, max_pool
-from stages.layers.choice import Formulation, forced
+from stages.layers.formulation import Formulation, forced
 from tests.stages.support import pulled
 
 CASES = [

@@ -1,0 +1,1 @@
+"""Codecs: how tensors become bytes on a link; each is registered under a name and a number."""

@@ -1,0 +1,195 @@
+"""What a codec is, the registry, and `raw`.
+
+A codec turns an array into bytes and back. Its number and its parameter travel in the header, so a
+receiver needs no agreement beforehand. The name picks it: ``int8``, or ``int8:256`` with a
+parameter, which some codecs also know by words: ``bits:lossless``. Encoding and decoding are plain
+functions of numpy arrays, vectorised, and run on the codec worker or on the thread that asks for
+the array, never on the I/O thread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+
+from comms.errors import CodecError
+from comms.wire.frame import array_bytes
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+class Codec(Protocol):
+    """A named way to turn an array into bytes and back.
+
+    Attributes:
+        name: what selects it, in lower case.
+        code: its number on the wire, 1 to 255 (0 is raw).
+        default_parameter: the parameter where none is given.
+    """
+
+    @property
+    def name(self) -> str:
+        """What selects it."""
+
+    @property
+    def code(self) -> int:
+        """Its number on the wire."""
+
+    @property
+    def default_parameter(self) -> int:
+        """The parameter where none is given."""
+
+    def parameter_of(self, text: str) -> int:
+        """Returns the parameter that a text behind the colon means, if it is no plain number.
+
+        Raises:
+            CodecError: if it means none.
+        """
+
+    def precision_bits(self, parameter: int) -> int | None:
+        """Returns how many bits, sign included, an element keeps beside the largest near it.
+
+        None where nothing is lost, or the loss has a bound that the caller chose.
+        """
+
+    def check(self, dtype: np.dtype[Any], parameter: int) -> None:
+        """Raises CodecError unless the codec takes this type and parameter."""
+
+    def encode(self, array: Array, parameter: int) -> Bytes:
+        """Returns the payload [n] uint8 of a C-contiguous array."""
+
+    def decode(
+        self, payload: Bytes, dtype: np.dtype[Any], shape: tuple[int, ...], parameter: int
+    ) -> Array:
+        """Returns the array of this type and shape; the inverse of `encode` up to its loss."""
+
+    def encoded_bytes(self, dtype: np.dtype[Any], shape: tuple[int, ...], parameter: int) -> int:
+        """Returns the payload's size without encoding: exact if `exact_size`, else the most."""
+
+    @property
+    def exact_size(self) -> bool:
+        """Whether `encoded_bytes` is exact; else it is an upper bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """An array encoded elsewhere, by a kernel on the accelerator say; `Link.send` takes it.
+
+    Attributes:
+        codec: name of the codec, with its parameter if that is not the default.
+        data: the payload, [n] uint8.
+        dtype: element type before encoding.
+        shape: shape before encoding.
+    """
+
+    codec: str
+    data: Bytes
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+
+class Raw:
+    """The bytes as they are, in native little-endian order."""
+
+    name = "raw"
+    code = 0
+    default_parameter = 0
+    exact_size = True
+
+    def parameter_of(self, text: str) -> int:
+        """Knows no words."""
+        raise no_such_parameter(self.name, text)
+
+    def precision_bits(self, parameter: int) -> int | None:
+        """Loses nothing."""
+        return None
+
+    def check(self, dtype: np.dtype[Any], parameter: int) -> None:
+        """Takes every type the wire knows and no parameter."""
+        if parameter != 0:
+            raise CodecError(f"codec raw takes no parameter, got {parameter}")
+
+    def encode(self, array: Array, parameter: int) -> Bytes:
+        """Returns a view of the array's bytes."""
+        return array.reshape(-1).view(np.uint8)
+
+    def decode(
+        self, payload: Bytes, dtype: np.dtype[Any], shape: tuple[int, ...], parameter: int
+    ) -> Array:
+        """Returns a view of the payload as the array.
+
+        Raises:
+            CodecError: if a bool is neither 0 nor 1: numpy and XLA would each make their own of it.
+        """
+        if dtype == np.bool_ and payload.size and payload.max() > 1:
+            raise CodecError(f"a bool of value {payload.max()}, expected 0 or 1")
+        return payload.view(dtype).reshape(shape)
+
+    def encoded_bytes(self, dtype: np.dtype[Any], shape: tuple[int, ...], parameter: int) -> int:
+        """Returns the array's own size."""
+        return array_bytes(dtype, shape)
+
+
+RAW = Raw()
+_BY_NAME: dict[str, Codec] = {}
+_BY_CODE: dict[int, Codec] = {}
+
+
+def register(codec: Codec) -> Codec:
+    """Adds a codec under its name and number and returns it.
+
+    Raises:
+        CodecError: if either is taken or the number does not fit its byte.
+    """
+    if codec.name in _BY_NAME or codec.code in _BY_CODE:
+        raise CodecError(f"codec {codec.name} ({codec.code}) is registered already")
+    if not 0 <= codec.code <= 255:
+        raise CodecError(f"codec {codec.name}: its number {codec.code} does not fit one byte")
+    _BY_NAME[codec.name] = codec
+    _BY_CODE[codec.code] = codec
+    return codec
+
+
+register(RAW)
+
+
+def names() -> tuple[str, ...]:
+    """Returns the names of all registered codecs."""
+    return tuple(_BY_NAME)
+
+
+def parse_codec(text: str) -> tuple[Codec, int]:
+    """Returns the codec and parameter that a text such as ``int8`` or ``int8:256`` names.
+
+    Raises:
+        CodecError: if there is no such codec, or it has no such parameter.
+    """
+    name, colon, parameter = text.partition(":")
+    codec = _BY_NAME.get(name)
+    if codec is None:
+        raise CodecError(f"unknown codec {name!r}; known are {', '.join(_BY_NAME)}")
+    if not colon:
+        return codec, codec.default_parameter
+    if parameter.isdecimal():
+        return codec, int(parameter)
+    return codec, codec.parameter_of(parameter)
+
+
+def no_such_parameter(name: str, text: str) -> CodecError:
+    """Returns what to raise where a codec's parameter can only be a number."""
+    return CodecError(f"codec '{name}:{text}': the parameter behind the colon must be a number")
+
+
+def codec_of(code: int) -> Codec:
+    """Returns the codec of a wire number.
+
+    Raises:
+        CodecError: if no codec of that number is registered here.
+    """
+    codec = _BY_CODE.get(code)
+    if codec is None:
+        raise CodecError(f"the peer used codec {code}, which this side does not have")
+    return codec

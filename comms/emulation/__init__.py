@@ -1,0 +1,1 @@
+"""Emulated links: rates, delays and timetables, without root."""

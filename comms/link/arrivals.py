@@ -1,0 +1,152 @@
+"""What has arrived in full on a link: made into messages and handed over in order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from comms.link.incoming import Assembly, Bundle
+from comms.link.message import Message
+from comms.link.meter import ClockMeter
+
+if TYPE_CHECKING:
+    from comms.link.inbox import Inbox
+    from comms.link.link import Link
+
+_MESSAGE_BYTES = 1024
+"""What a waiting message takes beside its payload, about."""
+
+
+class Arrivals:
+    """Used by the I/O thread, but for the counters.
+
+    Args:
+        link: the link that the messages came over.
+        clock: how the peer's clock differs from ours.
+        release: gives credit back; called from any thread.
+        waiting_bytes: how much may wait for an owner that has not started the link yet.
+
+    Attributes:
+        inbox: where they arrive; set before the first does.
+        messages: how many were delivered.
+        payload_bytes: their payload, before decoding.
+        raw_bytes: their size after decoding.
+        deaf: whether what arrives is dropped instead, since the peer was refused.
+    """
+
+    inbox: Inbox
+
+    def __init__(
+        self, link: Link, clock: ClockMeter, release: Callable[[int], None], waiting_bytes: int
+    ) -> None:
+        self._link = link
+        self._clock = clock
+        self._release = release
+        self._waiting_bytes = waiting_bytes
+        self._on_message: Callable[[Message], None] | None = None
+        self._early: deque[Message] = deque()
+        self._early_bytes = 0
+        self.messages = 0
+        self.payload_bytes = 0
+        self.raw_bytes = 0
+        self.deaf = False
+
+    @property
+    def paused(self) -> bool:
+        """Whether too much waits for an owner to be read on."""
+        return self._on_message is None and self._early_bytes >= self._waiting_bytes
+
+    def start(self, on_message: Callable[[Message], None]) -> None:
+        """Begins delivery, with what has waited."""
+        self._on_message = on_message
+        while self._early:
+            on_message(self._early.popleft())
+        self._early_bytes = 0
+
+    def close(self) -> None:
+        """Drops what waits and what is still to come."""
+        self.deaf = True
+        self._early.clear()
+
+    def tensor(self, assembly: Assembly) -> None:
+        """Takes a complete tensor."""
+        cost, lease = assembly.cost, assembly.lease
+
+        def release() -> None:
+            if lease is not None:
+                lease.release()
+            if cost:
+                self._release(cost)
+
+        self.raw_bytes += assembly.raw_bytes
+        self.deliver(
+            Message(
+                "tensor",
+                self._link,
+                tag=assembly.tag,
+                payloads={"": assembly.payload()},
+                nbytes=assembly.header.total,
+                first_byte_s=assembly.first_byte_s,
+                received_s=self.inbox.last_read_s,
+                sent_s=self._local_s(assembly.sent_clock_s),
+                release=release,
+            )
+        )
+
+    def bundle(self, bundle: Bundle) -> None:
+        """Takes a complete bundle."""
+        leases = bundle.leases
+
+        def release() -> None:
+            for lease in leases:
+                lease.release()
+
+        self.raw_bytes += bundle.raw_bytes
+        self.deliver(
+            Message(
+                "bundle",
+                self._link,
+                tag=bundle.tag,
+                name=bundle.name,
+                body=bundle.body,
+                payloads=bundle.payloads,
+                nbytes=bundle.nbytes,
+                first_byte_s=bundle.first_byte_s,
+                received_s=self.inbox.last_read_s,
+                sent_s=self._local_s(bundle.sent_clock_s),
+                release=release,
+            )
+        )
+
+    def control(self, body: dict[str, Any], assembly: Assembly) -> None:
+        """Takes a control message."""
+        self.raw_bytes += assembly.raw_bytes
+        self.deliver(
+            Message(
+                "control",
+                self._link,
+                body=body,
+                nbytes=assembly.header.total,
+                first_byte_s=assembly.first_byte_s,
+                received_s=self.inbox.last_read_s,
+                sent_s=self._local_s(assembly.sent_clock_s),
+            )
+        )
+
+    def deliver(self, message: Message) -> None:
+        """Hands a message over, or keeps it until there is somebody to take it."""
+        if self.deaf:
+            message.release()
+            return
+        self.messages += 1
+        self.payload_bytes += message.nbytes
+        if self._on_message is not None:
+            self._on_message(message)
+            return
+        self._early.append(message)
+        self._early_bytes += message.nbytes + _MESSAGE_BYTES
+
+    def _local_s(self, clock_s: float) -> float | None:
+        offset_s = self._clock.offset_s
+        return None if offset_s is None else clock_s - offset_s

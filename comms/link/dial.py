@@ -1,0 +1,189 @@
+"""An effort to reach a listener: once at the start, and again whenever a stream is cut."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import random
+import secrets
+import socket
+import time
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from comms.emulation.shaping import LinkShape
+from comms.errors import ChannelError, ConnectError, HandshakeError, explain
+from comms.link.link import Link
+from comms.link.pending_connection import CutShortError, Opening
+from comms.wire.event_loop import Guard, place_of
+from comms.wire.greeting import Terms
+from comms.wire.handshake import ClientHandshake
+
+if TYPE_CHECKING:
+    from comms.link.endpoint import Endpoint
+
+Address: TypeAlias = tuple[int, Any]
+_FIRST_PAUSE_S = 0.05
+_MAX_PAUSE_S = 1.0
+_MAX_CUT_SHORT = 5
+
+
+class Dial:
+    """One effort to connect: tries all addresses, with back-off and jitter, until a time."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        addresses: list[Address],
+        host: str,
+        where: str,
+        future: concurrent.futures.Future[Link] | None,
+        shape: LinkShape | None,
+        link: Link | None = None,
+        *,
+        expected: str | None = None,
+    ) -> None:
+        self.where = where
+        self._endpoint = endpoint
+        self._loop = Guard(endpoint.loop, self._failed_here)
+        self._expected = expected if link is None else link.peer
+        self._addresses = addresses
+        self._host = host
+        self._future = future
+        self._shape = shape
+        self._link = link
+        self._session = secrets.token_hex(16) if link is None else link.session
+        self._until_s = 0.0
+        self._tries = 0
+        self._cut_short = 0
+        self._attempt = 0
+        self._opening: Opening | None = None
+        self._last_error = "no answer"
+
+    def begin(self, until_s: float) -> None:
+        """Starts trying."""
+        self._until_s = until_s
+        self._endpoint.add_dial(self)
+        self._loop.run(self._try)
+
+    def _over(self) -> bool:
+        if self._link is not None:
+            return self._link.error is not None
+        return self._future is None or self._future.done()
+
+    def _try(self) -> None:
+        if self._over():
+            self._endpoint.end_dial(self)
+            return
+        endpoint, link = self._endpoint, self._link
+        if link is not None:
+            link.attempt += 1
+            self._attempt = link.attempt
+        else:
+            self._attempt += 1
+            if endpoint.options.resume_s == 0:
+                # A try that was cut short may have left a stream of this name behind over there,
+                # which ends with its connection and cannot be taken up.
+                self._session = secrets.token_hex(16)
+        family, address = self._addresses[self._tries % len(self._addresses)]
+        self._tries += 1
+        options = endpoint.options
+        received, partial_bytes = (0, 0) if link is None else link.received()
+        terms = Terms(
+            name=endpoint.name,
+            session=self._session,
+            attempt=self._attempt,
+            received=received,
+            partial_bytes=partial_bytes,
+            resumed=link is not None,
+            window_bytes=options.window_bytes,
+            resume_s=options.resume_s,
+            checksum=options.wants_checksum,
+        )
+        try:
+            sock = socket.socket(family, socket.SOCK_STREAM)
+        except OSError as error:  # out of descriptors
+            self._failed(None, ConnectError(f"no socket: {explain(error)}"))
+            return
+        tls = endpoint.client_tls
+        name = None
+        if tls is not None and options.tls is not None:
+            name = options.tls.server_name or self._host
+        rest_s = max(0.05, self._until_s - time.monotonic())
+        self._opening = Opening(
+            endpoint.loop,
+            sock,
+            ClientHandshake(terms, options.token, tls is not None, self._expected),
+            tls=tls,
+            server_name=name,
+            bind_names=options.tls is not None and options.tls.certificate is not None,
+            deadline_s=min(options.silence_s, rest_s),
+            on_done=self._done,
+            on_failed=self._failed,
+        )
+        self._opening.begin(address)
+
+    def _done(self, opening: Opening) -> None:
+        self._endpoint.end_dial(self)
+        terms = opening.handshake.terms
+        assert terms is not None
+        if self._over():
+            opening.transport.close()
+            return
+        link = self._link
+        if link is not None:
+            if not terms.resumed:
+                opening.transport.close()
+                link.refuse_resume(HandshakeError("the peer began the stream anew"))
+                return
+            link.guard.run(link.attach, opening.transport, opening.handshake.leftover, terms)
+            return
+        link = Link(self._endpoint, terms, self.where.rpartition(" at ")[2], dialled=True,
+                    session=self._session)  # fmt: skip
+        link.attempt = self._attempt
+        if self._shape is not None:
+            link.reshape(self._shape)
+        self._endpoint.adopt(link, self._addresses, self._host)
+        link.guard.run(link.attach, opening.transport, opening.handshake.leftover, terms)
+        if self._future is not None:
+            self._future.set_result(link)
+
+    def _failed(self, opening: Opening | None, error: ChannelError) -> None:
+        self._last_error = str(error)
+        self._cut_short += isinstance(error, CutShortError)
+        # A cut during resumption is what resuming is for; a first handshake that is always cut
+        # short means that the two sides are set up differently.
+        final = isinstance(error, HandshakeError) or (
+            self._link is None and self._cut_short == _MAX_CUT_SHORT
+        )
+        now = time.monotonic()
+        pause_s = min(_FIRST_PAUSE_S * 1.6 ** min(self._tries, 20), _MAX_PAUSE_S)
+        pause_s *= random.uniform(0.5, 1.0)  # jitter: a thousand devices do not return at once
+        left_s = self._until_s - now
+        if final:
+            self.fail(error)
+        elif left_s <= 0:
+            waited = "in time" if self._link is not None else f"after {self._tries} tries"
+            self.fail(
+                ConnectError(
+                    f"cannot reach {self.where} {waited}: {self._last_error}; check that it runs, "
+                    "and the address, port and firewall"
+                )
+            )
+        else:
+            # The last try comes at the very end: giving up at the last pause would be early.
+            self._loop.at(now + min(pause_s, left_s), self._try)
+
+    def _failed_here(self, error: Exception) -> None:
+        """Ends the effort over an exception that nothing expected; see `Guard`."""
+        failure = HandshakeError(f"this side failed over {self.where}: {place_of(error)}")
+        failure.__cause__ = error
+        self.fail(failure)
+
+    def fail(self, error: ChannelError) -> None:
+        """Ends the effort."""
+        self._endpoint.end_dial(self)
+        if self._opening is not None:
+            self._opening.abort()
+        if self._link is not None:
+            self._link.refuse_resume(error)
+        elif self._future is not None and not self._future.done():
+            self._future.set_exception(error)

@@ -1,0 +1,375 @@
+"""An endpoint: the one I/O thread of a process, its listeners and all its links."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import ipaddress
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self, TypeAlias
+
+from comms.emulation.shaping import LinkShape
+from comms.errors import ChannelError, ConnectError, HandshakeError, PeerLost, explain
+from comms.link.dial import Address, Dial
+from comms.link.doorstep import Doorstep
+from comms.link.link import Link
+from comms.link.pending_connection import Opening
+from comms.options import ChannelOptions
+from comms.wire.buffers import BufferPool
+from comms.wire.event_loop import READ, Loop, report
+from comms.wire.greeting import MAX_NAME, Terms, is_name
+from comms.wire.handshake import ServerHandshake
+
+_BACKLOG = 1024
+_CLOSE_GRACE_S = 0.25
+
+OnLink: TypeAlias = Callable[[Link], None]
+
+
+class Endpoint:
+    """Everything that a process sends and receives; a context manager.
+
+    Args:
+        name: how this side introduces itself to its peers.
+        options: settings for all links.
+
+    Raises:
+        ChannelError: if the name is empty or too long, or the TLS files cannot be read.
+    """
+
+    def __init__(self, name: str, *, options: ChannelOptions | None = None) -> None:
+        if not is_name(name):
+            raise ChannelError(f"an endpoint's name is a text of 1 to {MAX_NAME} characters")
+        self.name = name
+        self.options = ChannelOptions() if options is None else options
+        self.pool = BufferPool(self.options.pool_bytes)
+        self.loop = Loop("pipar-io", self._thread_failed)
+        self._client_tls: ssl.SSLContext | None = None
+        self._lock = threading.Lock()
+        self._worker: concurrent.futures.ThreadPoolExecutor | None = None
+        self._links: dict[str, Link] = {}
+        self._addresses: dict[str, tuple[list[Address], str]] = {}
+        self.doorstep = Doorstep(self.options.limits)
+        self._openings: set[Opening] = set()
+        self._listeners: list[socket.socket] = []
+        self._dials: set[Dial] = set()
+        self._closing = False
+        if self.options.tls is not None:
+            self._client_tls = self.options.tls.client_context()
+        self.loop.start()
+
+    def __enter__(self) -> Self:
+        """Returns the endpoint."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Closes the endpoint."""
+        self.close()
+
+    @property
+    def links(self) -> list[Link]:
+        """The links that have not ended."""
+        return list(self._links.values())
+
+    # -- any thread ----------------------------------------------------------------------------
+
+    def listen(
+        self, host: str, port: int, on_link: OnLink, *, expected_peers: int = 0
+    ) -> tuple[str, int]:
+        """Accepts peers.
+
+        Args:
+            host: address to listen on.
+            port: port to listen on; 0 lets the system choose.
+            on_link: gets each new link, on the I/O thread; nothing is lost until `Link.start`, and
+                hardly anything is taken until `Link.admit`.
+            expected_peers: how many peers may connect at about the same time, all from one address
+                maybe; bounds the connections that are not finished, see `Limits`.
+
+        Returns:
+            The address and port it listens on.
+
+        Raises:
+            ChannelError: if the address cannot be had, or lies beyond the loopback interface and
+                there is no token.
+        """
+        self._check_open()
+        tls = None if self.options.tls is None else self.options.tls.server_context()
+        family, address = _resolve(host, port, passive=True)[0]
+        loopback = ipaddress.ip_address(address[0].partition("%")[0]).is_loopback
+        if not loopback and self.options.token is None and not self.options.listen_openly:
+            raise ChannelError(
+                f"refusing to listen on {host}, which other machines may reach, without a token: "
+                "set ChannelOptions.token on both sides, or listen on 127.0.0.1, or say "
+                "listen_openly=True if everyone who can reach that address may take part"
+            )
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.setblocking(False)
+            sock.bind(address)
+            sock.listen(_BACKLOG)
+        except OSError as error:
+            sock.close()
+            raise ConnectError(
+                f"{self.name} cannot listen on {host} port {port}: {explain(error)}; "
+                "choose another port, or 0 for any free one"
+            ) from error
+        where = sock.getsockname()
+
+        def begin() -> None:
+            self._listeners.append(sock)
+            self.doorstep.expected = max(self.doorstep.expected, expected_peers)
+            self._invite(sock, tls, on_link)
+
+        self.loop.post(begin)
+        return where[0], where[1]
+
+    def connect(
+        self,
+        host: str,
+        port: int,
+        *,
+        name_of_peer: str,
+        timeout_s: float,
+        shape: LinkShape | None = None,
+        expected: str | None = None,
+    ) -> Link:
+        """Connects to a listener, which may start later: refused connections are tried again.
+
+        Args:
+            host: the listener's address or name.
+            port: the listener's port.
+            name_of_peer: what error messages call it before it has introduced itself.
+            timeout_s: how long to try.
+            shape: what this side's sending is shaped to.
+            expected: the name that the listener has to go by; None takes any.
+
+        Raises:
+            ConnectError: if the listener cannot be reached within `timeout_s`.
+            HandshakeError: if it can, but the two do not agree (version, token, certificate).
+        """
+        if self.loop.on_thread:
+            raise ChannelError("connect() would block the I/O thread: call it from another one")
+        self._check_open()
+        addresses = _resolve(host, port, passive=False)
+        future: concurrent.futures.Future[Link] = concurrent.futures.Future()
+        where = f"{name_of_peer} at {host} port {port}"
+        dial = Dial(self, addresses, host, where, future, shape, expected=expected)
+        self.loop.post(lambda: dial.begin(time.monotonic() + timeout_s))
+        try:
+            return future.result(timeout_s + self.options.deadline_s)
+        except concurrent.futures.TimeoutError as error:
+            raise ConnectError(f"cannot reach {dial.where}: no answer") from error
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        """Says goodbye on all links, waits for what is still being sent, and ends the thread.
+
+        Args:
+            timeout_s: how long to wait for what is still being sent.
+        """
+        if self.loop.on_thread:
+            raise ChannelError("close() would wait for the I/O thread: call it from another one")
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+        until_s = time.monotonic() + timeout_s
+        links = self.links
+        self.loop.post(self._stop_opening)
+        for link in links:
+            link.close()
+        for link in links:
+            link.wait_closed(max(0.0, until_s - time.monotonic()))
+        self.loop.post(self._abandon_all)
+        self.loop.stop()
+        self.loop.join(timeout_s + _CLOSE_GRACE_S)
+        if self._worker is not None:
+            self._worker.shutdown(wait=True, cancel_futures=True)
+
+    def _check_open(self) -> None:
+        if self.loop.failure is not None:
+            raise ChannelError(f"the channel of {self.name} has failed: {self.loop.failure!r}")
+        if self._closing:
+            raise ChannelError(f"the endpoint {self.name} is closed")
+
+    def encode(self, job: Callable[[], None]) -> None:
+        """Runs a codec job on the codec worker; jobs run one after another, in order."""
+        with self._lock:
+            if self._worker is None:
+                self._worker = concurrent.futures.ThreadPoolExecutor(1, "pipar-codec")
+            self._worker.submit(job).add_done_callback(self._check_job)
+
+    def _check_job(self, job: concurrent.futures.Future[None]) -> None:
+        if not job.cancelled() and (error := job.exception()) is not None:
+            self.loop.post(lambda: self._thread_failed(error))
+
+    # -- I/O thread: accepting -----------------------------------------------------------------
+
+    def _invite(self, listener: socket.socket, tls: ssl.SSLContext | None, on_link: OnLink) -> None:
+        self.loop.watch(listener, READ, lambda _: self._accept(listener, tls, on_link))
+
+    def _accept(self, listener: socket.socket, tls: ssl.SSLContext | None, on_link: OnLink) -> None:
+        for _ in range(64):
+            try:
+                sock, address = listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError:
+                # Out of descriptors, or an error of the newcomer's own, of which systems have many:
+                # what is open goes on, newcomers wait in the backlog.
+                self.loop.forget(listener)
+                self.loop.at(time.monotonic() + 0.5, lambda: self._invite(listener, tls, on_link))
+                return
+            where = f"{address[0]} port {address[1]}"
+            handshake = ServerHandshake(self.name, self.options.token, tls is not None, self._admit)
+            opening = Opening(
+                self.loop,
+                sock,
+                handshake,
+                tls=tls,
+                server_name=None,
+                bind_names=self.options.tls is not None and self.options.tls.require_peer,
+                deadline_s=self.options.silence_s,
+                on_done=functools.partial(
+                    self._accepted, host=address[0], where=where, on_link=on_link
+                ),
+                on_failed=self._turned_away,
+            )
+            self._openings.add(opening)
+            opening.begin()
+            if opening in self._openings:
+                self.doorstep.enter(opening, address[0])
+
+    def _turned_away(self, opening: Opening, error: ChannelError) -> None:
+        self._openings.discard(opening)
+        self.doorstep.leave(opening)
+        if error.__cause__ is not None and not isinstance(error.__cause__, OSError | ChannelError):
+            report(error)  # a bug of this side, and nobody else to tell
+
+    def _admit(self, hello: Terms) -> Terms:
+        """Decides whether a proven peer may open or resume its stream; gives our terms."""
+        link = self._links.get(hello.session)
+        if self._closing:
+            raise HandshakeError("closing down")
+        if link is None:
+            if hello.resumed:
+                raise HandshakeError("that stream is not known here (was this side restarted?)")
+        else:
+            if link.peer != hello.name or link.dialled:
+                raise HandshakeError("that stream belongs to someone else")
+            if hello.attempt <= link.attempt:
+                raise HandshakeError("a later connection has resumed that stream already")
+            if link.resume_s == 0:
+                raise HandshakeError("that stream ends with its connection (resume_s is 0)")
+            # From here on nothing that the old connection still holds can be delivered.
+            link.attempt = hello.attempt
+            link.suspend()
+            if link.error is not None:
+                raise HandshakeError("that stream has just ended here")
+        received, partial_bytes = (0, 0) if link is None else link.received()
+        return Terms(
+            name=self.name,
+            session=hello.session,
+            attempt=hello.attempt,
+            received=received,
+            partial_bytes=partial_bytes,
+            resumed=link is not None,
+            window_bytes=self.options.window_bytes,
+            resume_s=self.options.resume_s,
+            checksum=self.options.wants_checksum,
+        )
+
+    def _accepted(self, opening: Opening, *, host: str, where: str, on_link: OnLink) -> None:
+        self._openings.discard(opening)
+        self.doorstep.leave(opening)
+        terms = opening.handshake.terms
+        assert terms is not None
+        link = self._links.get(terms.session)
+        fresh = link is None
+        if link is None:
+            link = Link(self, terms, where, dialled=False, session=terms.session)
+            self._links[terms.session] = link
+            self.doorstep.enter(link, host)
+        link.guard.run(link.attach, opening.transport, opening.handshake.leftover, terms)
+        if fresh:
+            link.guard.run(on_link, link)
+
+    # -- I/O thread: connecting ----------------------------------------------------------------
+
+    def add_dial(self, dial: Dial) -> None:
+        """Remembers a dial under way, so that closing ends it."""
+        self._dials.add(dial)
+
+    def end_dial(self, dial: Dial) -> None:
+        """Forgets a dial that has ended."""
+        self._dials.discard(dial)
+
+    def adopt(self, link: Link, addresses: list[Address], host: str) -> None:
+        """Remembers a new dialled link and how to reach its peer again."""
+        self._links[link.session] = link
+        self._addresses[link.session] = (addresses, host)
+
+    def redial(self, link: Link) -> None:
+        """Tries to resume a cut link until its time is up."""
+        addresses, host = self._addresses[link.session]
+        dial = Dial(self, addresses, host, f"{link.peer} at {link.address}", None, None, link)
+        dial.begin(time.monotonic() + link.resume_s)
+
+    def forget(self, link: Link) -> None:
+        """Drops a link that has ended."""
+        self.doorstep.leave(link)
+        if self._links.get(link.session) is link:
+            del self._links[link.session]
+            self._addresses.pop(link.session, None)
+
+    @property
+    def client_tls(self) -> ssl.SSLContext | None:
+        """The context for connections that this side opens."""
+        return self._client_tls
+
+    # -- I/O thread: the end -------------------------------------------------------------------
+
+    def _stop_opening(self, why: str = "the endpoint was closed") -> None:
+        for listener in self._listeners:
+            self.loop.forget(listener)
+            listener.close()
+        self._listeners.clear()
+        for opening in list(self._openings):
+            opening.abort()
+        self._openings.clear()
+        for dial in list(self._dials):
+            dial.fail(ConnectError(f"gave up on {dial.where}: {why}"))
+
+    def _abandon_all(self) -> None:
+        self._stop_opening()
+        for link in self.links:
+            link.abandon(PeerLost(f"the link to {link.peer} was closed on this side"))
+
+    def _thread_failed(self, error: BaseException) -> None:
+        """Tells every owner of a link that the channel itself has failed."""
+        self._stop_opening(f"the channel failed: {error!r}")
+        for link in self.links:
+            lost = PeerLost(f"lost {link.peer}: this side's channel failed: {error!r}")
+            lost.__cause__ = error
+            link.abandon(lost)
+
+
+def _resolve(host: str, port: int, *, passive: bool) -> list[Address]:
+    """Looks up an address; blocks, so it runs on the caller's thread."""
+    flags = socket.AI_PASSIVE if passive else 0
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+    except (OSError, ValueError, OverflowError) as error:
+        raise ConnectError(f"cannot look up {host!r}: {error}; check the name") from error
+    return [(family, address) for family, _, _, _, address in found]

@@ -1,0 +1,187 @@
+"""What arrives on a link: a tensor, a control message or a bundle of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from comms.codecs.base import Array, Bytes, Codec
+from comms.errors import ChannelError, CodecError
+from comms.wire.bounded_json import one_line
+from comms.wire.frame import Tag
+
+if TYPE_CHECKING:
+    from comms.link.link import Link
+
+
+class Payload:
+    """One received tensor: its bytes as sent, and the array, decoded when first asked for.
+
+    Attributes:
+        data: the payload as it crossed the link, [n] uint8, 64-byte aligned.
+        codec: the codec that made it.
+        parameter: the codec's parameter.
+        dtype: element type before the codec.
+        shape: shape before the codec.
+    """
+
+    __slots__ = ("_array", "codec", "data", "dtype", "parameter", "shape")
+
+    def __init__(
+        self,
+        data: Bytes,
+        codec: Codec,
+        parameter: int,
+        dtype: np.dtype[Any],
+        shape: tuple[int, ...],
+    ) -> None:
+        self.data = data
+        self.codec = codec
+        self.parameter = parameter
+        self.dtype = dtype
+        self.shape = shape
+        self._array: Array | None = None
+
+    @property
+    def array(self) -> Array:
+        """The array; a view of `data` if the codec is raw, else decoded on first use.
+
+        Raises:
+            CodecError: if the payload is not what the codec makes.
+        """
+        if self._array is None:
+            try:
+                self._array = self.codec.decode(self.data, self.dtype, self.shape, self.parameter)
+            except CodecError:
+                raise
+            except Exception as error:  # whatever bytes do to numpy, they are no bytes of the codec
+                raise CodecError(
+                    f"{self.data.size} bytes cannot be decoded by codec {self.codec.name} as "
+                    f"{self.dtype}{list(self.shape)}: {type(error).__name__}: {error}"
+                ) from error
+        return self._array
+
+
+class Message:
+    """What `on_message` gets.
+
+    Attributes:
+        kind: "tensor" (tag, array), "control" (body) or "bundle" (tag, name, body, tensors).
+        link: the link it came over.
+        tag: what the header says of the tensor; None for control.
+        name: name of the bundle.
+        body: the control message, or what the bundle carries beside its tensors.
+        nbytes: payload bytes on the wire.
+        first_byte_s: when its first byte was read, on the local monotonic clock.
+        received_s: when its last byte was read, on the same clock.
+        sent_s: when its first byte left the peer, translated to the local monotonic clock; None
+            while the offset of the clocks is unknown.
+    """
+
+    __slots__ = (
+        "_payloads",
+        "_release",
+        "body",
+        "first_byte_s",
+        "kind",
+        "link",
+        "name",
+        "nbytes",
+        "received_s",
+        "sent_s",
+        "tag",
+    )
+
+    def __init__(
+        self,
+        kind: Literal["tensor", "control", "bundle"],
+        link: Link,
+        *,
+        tag: Tag | None = None,
+        name: str = "",
+        body: dict[str, Any] | None = None,
+        payloads: dict[str, Payload] | None = None,
+        nbytes: int = 0,
+        first_byte_s: float = 0.0,
+        received_s: float = 0.0,
+        sent_s: float | None = None,
+        release: Callable[[], None] | None = None,
+    ) -> None:
+        self.kind = kind
+        self.link = link
+        self.tag = tag
+        self.name = name
+        self.body: dict[str, Any] = {} if body is None else body
+        self.nbytes = nbytes
+        self.first_byte_s = first_byte_s
+        self.received_s = received_s
+        self.sent_s = sent_s
+        self._payloads = payloads
+        # A list, since taking its one item is atomic whichever threads release at once.
+        self._release = [] if release is None else [release]
+
+    @property
+    def payloads(self) -> dict[str, Payload]:
+        """The tensors as they crossed the link, by name (a lone tensor's name is "").
+
+        Raises:
+            ChannelError: if the message has none, or was released.
+        """
+        if self._payloads is None:
+            raise ChannelError(
+                f"this {self.kind} message from {self.link.peer} has no tensors: "
+                "it never had any, or release() was called"
+            )
+        return self._payloads
+
+    @property
+    def payload(self) -> Payload:
+        """The tensor of a "tensor" message as it crossed the link, for decoding elsewhere."""
+        return self.payloads[""]
+
+    @property
+    def array(self) -> Array:
+        """The array of a "tensor" message, 64-byte aligned where it is raw.
+
+        Raises:
+            ChannelError: as for `payloads`.
+            CodecError: if the payload is not what the codec makes; it names peer and tensor.
+        """
+        return self._decode("", self.payload)
+
+    @property
+    def tensors(self) -> dict[str, Array]:
+        """The arrays of a "bundle" message by name, in the sender's order.
+
+        Raises:
+            ChannelError: as for `payloads`.
+            CodecError: if a payload is not what its codec makes; it names peer and tensor.
+        """
+        return {name: self._decode(name, payload) for name, payload in self.payloads.items()}
+
+    def _decode(self, name: str, payload: Payload) -> Array:
+        try:
+            return payload.array
+        except CodecError as error:
+            what = f"{one_line(name, 200)} of bundle {self.name}" if name else self.tag
+            raise CodecError(f"{self.link.peer} sent {what}: {error}") from error
+
+    def release(self) -> None:
+        """Gives the credit back to the peer and drops the buffers; may be called from any thread.
+
+        Arrays taken from the message before stay valid: their memory is reused only when they and
+        everything made from them without a copy are gone. Calling it again does nothing.
+        """
+        self._payloads = None
+        try:
+            release = self._release.pop()
+        except IndexError:
+            return
+        release()
+
+    def __repr__(self) -> str:
+        """Says what it is and where it came from."""
+        what = self.tag if self.tag is not None else self.body
+        return f"<{self.kind} {self.name} {what} from {self.link.peer}, {self.nbytes} bytes>"

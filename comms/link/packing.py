@@ -1,0 +1,178 @@
+"""Arrays and JSON made into outgoing messages, checked before anything is queued."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from comms.codecs.base import RAW, Array, Codec, Encoded, parse_codec
+from comms.errors import ChannelError, CodecError
+from comms.link.incoming import credit_cost, pack_json
+from comms.link.outgoing import Outgoing, Sending
+from comms.options import Limits
+from comms.wire.frame import Flag, Header, Kind, Role, Tag, array_bytes, dtype_code, tag_fields
+
+_BUNDLE = int(Flag.BUNDLE)
+
+
+class Job(NamedTuple):
+    """What the codec worker has to encode before a message can leave."""
+
+    message: Outgoing
+    codec: Codec
+    array: Array
+    parameter: int
+
+
+def pack_control(body: dict[str, Any], limits: Limits) -> Outgoing:
+    """Returns a control message.
+
+    Raises:
+        ChannelError: if the body is no JSON or too large.
+    """
+    payload = _json("control message", {"body": body}, limits)
+    header = Header(kind=Kind.CONTROL, flags=int(Flag.CONTROL_LANE), total=len(payload))
+    return Outgoing(header, (), payload, Sending(None), raw_bytes=len(payload))
+
+
+def pack_tensor(
+    tag: Tag,
+    array: Array | Encoded,
+    codec: str,
+    sending: Sending,
+    limits: Limits,
+    *,
+    part: int | None = None,
+) -> tuple[Outgoing, Job | None]:
+    """Returns a tensor's message, and the job that fills in its payload if it has to be encoded.
+
+    Args:
+        tag: what the header says of it.
+        array: any shape; not copied unless it is not contiguous or not little-endian.
+        codec: name of the codec; an `Encoded` brings its own.
+        sending: what is told of its leaving.
+        limits: what a peer takes at most.
+        part: its index in a bundle.
+
+    Raises:
+        ChannelError: if the array, the codec or the tag cannot be sent.
+    """
+    chosen, parameter = parse_codec(array.codec if isinstance(array, Encoded) else codec)
+    if not isinstance(array, Encoded):
+        array = _contiguous(np.asarray(array))
+    dtype, shape = array.dtype, array.shape
+    code = dtype_code(dtype)
+    chosen.check(dtype, parameter)
+    raw_bytes = array_bytes(dtype, shape)
+    total = chosen.encoded_bytes(dtype, shape, parameter)
+    if max(raw_bytes, total) > limits.message_bytes or len(shape) > limits.rank:
+        raise ChannelError(
+            f"{tag}: {raw_bytes} bytes of rank {len(shape)}; at most {limits.message_bytes} and "
+            f"{limits.rank} are taken (Limits.message_bytes, Limits.rank)"
+        )
+    header = Header(
+        Kind.TENSOR,
+        int(tag.role),
+        chosen.code,
+        code,
+        len(shape),
+        0 if part is None else _BUNDLE,
+        *tag_fields(tag),
+        part=part or 0,
+        total=total,
+        codec_parameter=parameter,
+    )
+    cost = credit_cost(tag.role, raw_bytes)
+    message = Outgoing(header, shape, None, sending, raw_bytes=raw_bytes, cost=cost)
+    if isinstance(array, Encoded):
+        size = array.data.nbytes
+        if size > total or (chosen.exact_size and size != total):
+            raise CodecError(
+                f"{tag}: {size} bytes are no {chosen.name} of {dtype} {shape}, which takes {total}"
+            )
+        set_payload(message, array.data)
+    elif chosen is RAW:
+        set_payload(message, array)
+    else:
+        return message, Job(message, chosen, array, parameter)
+    return message, None
+
+
+def pack_bundle(
+    name: str,
+    tensors: Mapping[str, Array | Encoded],
+    body: dict[str, Any],
+    sending: Sending,
+    limits: Limits,
+    *,
+    tag: Tag,
+    codec: str,
+) -> tuple[list[Outgoing], list[Job]]:
+    """Returns a bundle's messages, the manifest first, and the jobs that encode its tensors.
+
+    Raises:
+        ChannelError: if something cannot be sent.
+    """
+    if tag.role is not Role.WEIGHT:
+        raise ChannelError(f"bundle {name}: only weights travel in bundles, not {tag}")
+    if len(tensors) > limits.bundle_tensors:
+        raise ChannelError(
+            f"bundle {name} has {len(tensors)} tensors; at most {limits.bundle_tensors} are taken "
+            "(Limits.bundle_tensors)"
+        )
+    fields = {"name": name, "tensors": list(tensors), "body": body}
+    payload = _json(f"manifest of bundle {name}", fields, limits)
+    header = Header(Kind.MANIFEST, int(tag.role), 0, 0, 0, 0, *tag_fields(tag))
+    header = header._replace(total=len(payload))
+    manifest = Outgoing(header, (), payload, sending, raw_bytes=len(payload), final=not tensors)
+    messages, jobs = [manifest], []
+    chosen, parameter = parse_codec(codec)
+    for part, array in enumerate(tensors.values()):
+        if not isinstance(array, Encoded):
+            array = np.asarray(array)
+        name_of_codec = codec if _takes(chosen, array.dtype, parameter) else "raw"
+        message, job = pack_tensor(tag, array, name_of_codec, sending, limits, part=part)
+        message.final = part == len(tensors) - 1
+        messages.append(message)
+        if job is not None:
+            jobs.append(job)
+    if sum(message.raw_bytes for message in messages[1:]) > limits.message_bytes:
+        raise ChannelError(
+            f"bundle {name} has more than {limits.message_bytes} bytes (Limits.message_bytes)"
+        )
+    return messages, jobs
+
+
+def set_payload(message: Outgoing, payload: Array) -> None:
+    """Puts a payload into a message and corrects its size."""
+    flat = payload.reshape(-1).view(np.uint8)
+    if message.header.total != flat.nbytes:
+        message.header = message.header._replace(total=flat.nbytes)
+    message.payload = flat.data
+
+
+def _json(what: str, fields: dict[str, Any], limits: Limits) -> memoryview:
+    payload = pack_json(fields)
+    if len(payload) > limits.control_bytes:
+        raise ChannelError(
+            f"the {what} has {len(payload)} bytes, at most {limits.control_bytes} are taken "
+            "(Limits.control_bytes)"
+        )
+    return memoryview(payload)
+
+
+def _contiguous(array: Array) -> Array:
+    """Returns the array C-contiguous and in little-endian order, without a copy where it is."""
+    if array.dtype.byteorder == ">":
+        array = array.astype(array.dtype.newbyteorder("<"))
+    return array if array.flags.c_contiguous else array.copy(order="C")
+
+
+def _takes(codec: Codec, dtype: np.dtype[Any], parameter: int) -> bool:
+    try:
+        codec.check(dtype, parameter)
+    except CodecError:
+        return False
+    return True

@@ -1,0 +1,235 @@
+"""A connection on its way from a bare socket to a finished handshake, without blocking."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import ssl
+import time
+from collections.abc import Callable
+from typing import Any
+
+from comms.errors import (
+    AuthenticationError,
+    BusyError,
+    ChannelError,
+    ConnectError,
+    HandshakeError,
+)
+from comms.wire.event_loop import READ, WRITE, Guard, Loop, Timer, place_of, report
+from comms.wire.handshake import ClientHandshake, Handshake, refusal
+from comms.wire.transport import CertificateRefused, ConnectionEnded, TlsTransport, Transport
+
+
+class CutShortError(ConnectError):
+    """The peer was reached but the connection ended before the handshake did."""
+
+
+def _cut_short(error: ConnectionEnded) -> CutShortError:
+    return CutShortError(
+        f"the handshake was cut short: {error} (does one side ask for TLS and the other not, or "
+        "for a certificate, or has the listener too many unfinished connections?)"
+    )
+
+
+class Opening:
+    """Connects or takes an accepted socket, then does the TLS and the channel's handshake.
+
+    Args:
+        loop: the I/O thread, on which everything here runs.
+        sock: a fresh or an accepted socket; owned from here on.
+        handshake: this side of the channel's handshake.
+        tls: context if the connection is to be encrypted.
+        server_name: the name to verify in the listener's certificate; None on the listening side.
+        bind_names: whether the peer may only go by a name that its certificate has.
+        deadline_s: how long the whole may take; a peer that dribbles bytes gets no longer.
+        on_done: called when the peers agree.
+        on_failed: called with a ConnectError if another try may help, a HandshakeError if not.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        sock: socket.socket,
+        handshake: Handshake,
+        *,
+        tls: ssl.SSLContext | None,
+        server_name: str | None,
+        bind_names: bool,
+        deadline_s: float,
+        on_done: Callable[[Opening], None],
+        on_failed: Callable[[Opening, ChannelError], None],
+    ) -> None:
+        self.handshake = handshake
+        self._loop = Guard(loop, self._failed_here)
+        self._sock = sock
+        self._tls = tls
+        self._server_name = server_name
+        self._bind_names = bind_names
+        self._deadline_s = deadline_s
+        self._on_done = on_done
+        self._on_failed = on_failed
+        self._transport: Transport | None = None
+        self._timer: Timer | None = None
+        self._to_write = b""
+        self._buffer = memoryview(bytearray(4096))
+        self._ended = False
+        self._shaken = False
+        sock.setblocking(False)
+
+    @property
+    def transport(self) -> Transport:
+        """The connection, once the socket is connected."""
+        assert self._transport is not None
+        return self._transport
+
+    def begin(self, address: Any = None) -> None:
+        """Starts: connects first if an address is given."""
+        self._loop.run(self._begin, address)
+
+    def _begin(self, address: Any) -> None:
+        self._timer = self._loop.at(time.monotonic() + self._deadline_s, self._too_late)
+        if address is None:
+            self._connected()
+            return
+        code = self._sock.connect_ex(address)
+        if code == 0:
+            self._connected()
+        elif code in (errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EINTR):
+            self._loop.watch(self._sock, WRITE, lambda _: self._connect_ended())
+        else:
+            self._fail(ConnectError(os.strerror(code)))
+
+    def _connect_ended(self) -> None:
+        if self._ended:
+            return
+        try:
+            code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            # A port of this machine without a listener may be connected to itself.
+            if not code and self._sock.getsockname() == self._sock.getpeername():
+                code = errno.ECONNREFUSED
+        except OSError as error:  # reset since
+            code = error.errno or errno.ECONNRESET
+        if code:
+            self._fail(ConnectError(os.strerror(code)))
+        else:
+            self._connected()
+
+    def _connected(self) -> None:
+        try:
+            if self._tls is None:
+                self._transport = Transport(self._sock)
+            else:
+                self._loop.forget(self._sock)
+                self._transport = TlsTransport(self._sock, self._tls, self._server_name)
+                self._sock = self._transport.socket
+        except (OSError, ValueError) as error:
+            self._fail(ConnectError(f"the connection ended at once: {error}"))
+            return
+        if isinstance(self.handshake, ClientHandshake):
+            self._to_write = self.handshake.opening
+        if isinstance(self._transport, TlsTransport):
+            self._shake_hands(self._transport)
+        else:
+            self._exchange(0)
+
+    def _shake_hands(self, transport: TlsTransport) -> None:
+        if self._ended:
+            return
+        try:
+            wanted = transport.handshake()
+        except CertificateRefused as error:
+            self._fail(AuthenticationError(str(error)))
+            return
+        except ConnectionEnded as error:
+            self._fail(_cut_short(error))
+            return
+        if wanted is None:
+            self._shaken = True
+            if self._bind_names:
+                self.handshake.names = transport.peer_names()
+            self._exchange(READ)
+        else:
+            events = READ if wanted == "read" else WRITE
+            self._loop.watch(self._sock, events, lambda _: self._shake_hands(transport))
+
+    def _exchange(self, events: int) -> None:
+        """Writes and reads handshake messages as far as it goes."""
+        try:
+            while not self._ended:
+                if self._to_write:
+                    taken = self.transport.send([memoryview(self._to_write)])
+                    if taken is None:
+                        self._loop.watch(self._sock, READ | WRITE, self._exchange)
+                        return
+                    self._to_write = self._to_write[taken:]
+                    continue
+                if self.handshake.done:
+                    self._finish()
+                    return
+                count = self.transport.receive(self._buffer)
+                if count is None:
+                    self._loop.watch(self._sock, READ, self._exchange)
+                    return
+                self._to_write += self.handshake.feed(bytes(self._buffer[:count]))
+        except (HandshakeError, BusyError) as error:
+            self._refuse(error)
+        except ConnectionEnded as error:
+            self._fail(_cut_short(error))
+
+    def _refuse(self, error: ChannelError) -> None:
+        # If the peer has gone already, the error that matters is the one in hand.
+        with contextlib.suppress(ConnectionEnded):
+            self.transport.send([memoryview(refusal(error, self.handshake.name))])
+            self.transport.shut()
+            for _ in range(4):  # closed with something unread, TCP would take the reason back
+                if not self.transport.receive(self._buffer):
+                    break
+        self._fail(error)
+
+    def turn_away(self, error: BusyError) -> None:
+        """Ends an accepted connection for want of room, and says so if anything can be said yet."""
+        self._loop.run(self._turn_away, error)
+
+    def _turn_away(self, error: BusyError) -> None:
+        secure = isinstance(self._transport, TlsTransport)
+        if self._transport is not None and not (secure and not self._shaken):
+            self._refuse(error)
+        else:
+            self._fail(error)
+
+    def _failed_here(self, error: Exception) -> None:
+        """Ends this connection alone over an exception that nothing expected; see `Guard`."""
+        failure = HandshakeError(f"this side failed over the handshake: {place_of(error)}")
+        failure.__cause__ = error
+        if self._ended:
+            report(error)
+        else:
+            self._fail(failure)
+
+    def _finish(self) -> None:
+        self._ended = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._loop.forget(self._sock)
+        self._on_done(self)
+
+    def _too_late(self) -> None:
+        self._fail(ConnectError(f"no complete handshake within {self._deadline_s:.1f} s"))
+
+    def _fail(self, error: ChannelError) -> None:
+        if not self._ended:
+            self.abort()
+            self._on_failed(self, error)
+
+    def abort(self) -> None:
+        """Closes the socket and calls nobody."""
+        if self._ended:
+            return
+        self._ended = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._loop.forget(self._sock)
+        self._sock.close()

@@ -1,0 +1,1 @@
+"""Bytes on a connection: frames, the handshake, transports, buffers and the I/O thread's loop."""

@@ -1,0 +1,260 @@
+"""The messages of the handshake as values, and what each of their fields may hold.
+
+Nothing that a peer writes is believed: a message has exactly these fields, each of its type and
+within its range. Numbers are whole and of at most 62 bits, or finite; texts are printable or
+hexadecimal digits, and bounded. What differs is one `HandshakeError` of one line.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Self, TypeVar
+
+from comms.errors import FrameError, HandshakeError
+from comms.wire import bounded_json
+from comms.wire.bounded_json import one_line
+
+MAX_NAME = 200
+MAX_REASON = 1000
+MAX_COUNT = 1 << 62
+MAX_SECONDS = 1e9
+_T = TypeVar("_T")
+
+
+class Step(enum.IntEnum):
+    """The kinds of handshake message."""
+
+    HELLO = 1
+    CHALLENGE = 2
+    PROOF = 3
+    WELCOME = 4
+    REFUSE = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a field may hold.
+
+    Attributes:
+        expected: what an error says of it.
+        takes: whether a JSON value is that.
+        made: makes the field's value.
+    """
+
+    expected: str
+    takes: Callable[[Any], bool]
+    made: Callable[[Any], Any] = lambda value: value
+
+
+def is_name(value: object) -> bool:
+    """Whether something is the name of an endpoint."""
+    return isinstance(value, str) and 1 <= len(value) <= MAX_NAME and value.isprintable()
+
+
+def _hexadecimal(digits: int) -> Rule:
+    pattern = re.compile(f"[0-9a-f]{{{digits}}}")
+    return Rule(
+        f"{digits} hexadecimal digits",
+        lambda value: isinstance(value, str) and pattern.fullmatch(value) is not None,
+    )
+
+
+def _optional(rule: Rule) -> Rule:
+    return Rule(
+        f"{rule.expected}, or null", lambda value: value is None or rule.takes(value), rule.made
+    )
+
+
+NAME = Rule(f"a printable text of 1 to {MAX_NAME} characters", is_name)
+COUNT = Rule(
+    f"a whole number from 0 to {MAX_COUNT}",
+    lambda value: type(value) is int and 0 <= value <= MAX_COUNT,
+)
+SECONDS = Rule(
+    f"seconds from 0 to {MAX_SECONDS:g}",
+    lambda value: type(value) in (int, float) and 0 <= value <= MAX_SECONDS,
+    float,
+)
+TRUTH = Rule("true or false", lambda value: type(value) is bool)
+SESSION, NONCE, PROOF = _hexadecimal(32), _hexadecimal(32), _hexadecimal(64)
+CODE = Rule(
+    "a word of 1 to 32 small letters",
+    lambda value: isinstance(value, str) and re.fullmatch("[a-z]{1,32}", value) is not None,
+)
+REASON = Rule(
+    f"a text of at most {MAX_REASON} characters",
+    lambda value: isinstance(value, str) and len(value) <= MAX_REASON,
+    one_line,
+)
+
+
+def ruled(rule: Rule, default: _T | None = None) -> _T:
+    """Returns a field of a message; without a default it has to be given."""
+    metadata = {"rule": rule}
+    if default is None:
+        return field(metadata=metadata)  # type: ignore[no-any-return]
+    return field(metadata=metadata, default=default)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Greeting:
+    """A message of the handshake."""
+
+    step: ClassVar[Step]
+
+    @classmethod
+    def read(cls, body: dict[str, Any]) -> Self:
+        """Returns the message that a JSON object stands for.
+
+        Raises:
+            HandshakeError: if a field is missing, unknown, or holds what it may not.
+        """
+        rules = {one.name: one.metadata["rule"] for one in fields(cls)}
+        who = f"{body['name']}: " if is_name(body.get("name")) else ""
+        if unknown := sorted(body.keys() - rules.keys()):
+            raise HandshakeError(
+                f"{who}{cls.step.name} has a field {one_line(unknown[0], 40)!r}, expected only "
+                f"{', '.join(rules)}"
+            )
+        values = {}
+        for name, rule in rules.items():
+            if name not in body:
+                raise HandshakeError(f"{who}{cls.step.name} has no {name}")
+            if not rule.takes(body[name]):
+                raise HandshakeError(
+                    f"{who}{cls.step.name}: {name} is {_shown(body[name])}, expected "
+                    f"{rule.expected}"
+                )
+            values[name] = rule.made(body[name])
+        return cls(**values)
+
+    def write(self) -> dict[str, Any]:
+        """Returns the message as a JSON object."""
+        return {one.name: getattr(self, one.name) for one in fields(self)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms(Greeting):
+    """What one side tells the other about itself and about the stream.
+
+    Attributes:
+        name: name of this side.
+        session: 32 hexadecimal digits that name the stream, chosen by the connecting side.
+        attempt: how many connections the connecting side has tried for this stream, this one
+            included; an older one that arrives late is refused.
+        received: last sequence number received on this stream, 0 for a new one.
+        partial_bytes: payload bytes received of the frame after that.
+        resumed: in WELCOME, whether the listener knew the stream.
+        window_bytes: credit that this side gives.
+        resume_s: how long this side would keep a cut stream.
+        checksum: whether this side wants payloads with checksums; one side is enough.
+    """
+
+    name: str = ruled(NAME)
+    session: str = ruled(SESSION)
+    attempt: int = ruled(COUNT, 1)
+    received: int = ruled(COUNT, 0)
+    partial_bytes: int = ruled(COUNT, 0)
+    resumed: bool = ruled(TRUTH, False)
+    window_bytes: int = ruled(COUNT, 0)
+    resume_s: float = ruled(SECONDS, 0.0)
+    checksum: bool = ruled(TRUTH, False)
+
+    def own(self) -> dict[str, Any]:
+        """Returns these fields alone, for another message that has them as well."""
+        return {one.name: getattr(self, one.name) for one in fields(Terms)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello(Terms):
+    """The connecting side's opening.
+
+    Attributes:
+        nonce: 32 random hexadecimal digits.
+        token: whether this side has a token.
+    """
+
+    step = Step.HELLO
+    nonce: str = ruled(NONCE)
+    token: bool = ruled(TRUTH)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Challenge(Greeting):
+    """The listener's answer to HELLO.
+
+    Attributes:
+        name: name of the listener.
+        nonce: 32 random hexadecimal digits.
+        token: whether the listener has a token.
+    """
+
+    step = Step.CHALLENGE
+    name: str = ruled(NAME)
+    nonce: str = ruled(NONCE)
+    token: bool = ruled(TRUTH)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof(Greeting):
+    """The connecting side's answer to CHALLENGE.
+
+    Attributes:
+        proof: 64 hexadecimal digits, or None without a token.
+    """
+
+    step = Step.PROOF
+    proof: str | None = ruled(_optional(PROOF))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Welcome(Terms):
+    """The listener's answer to PROOF, its last word.
+
+    Attributes:
+        proof: 64 hexadecimal digits, or None without a token.
+    """
+
+    step = Step.WELCOME
+    proof: str | None = ruled(_optional(PROOF))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refuse(Greeting):
+    """Either side's last word instead.
+
+    Attributes:
+        code: "version", "token", "busy" or "handshake"; what else is said means the last.
+        reason: why, for a person; one line.
+    """
+
+    step = Step.REFUSE
+    code: str = ruled(CODE)
+    reason: str = ruled(REASON)
+
+
+GREETINGS: dict[Step, type[Greeting]] = {
+    kind.step: kind for kind in (Hello, Challenge, Proof, Welcome, Refuse)
+}
+
+
+def read_greeting(step: Step, data: bytes) -> Greeting:
+    """Returns the message that the JSON of a handshake message holds.
+
+    Raises:
+        HandshakeError: if it is none of that step.
+    """
+    try:
+        body = bounded_json.decode(data, f"a handshake message ({step.name})")
+    except FrameError as error:
+        raise HandshakeError(f"the peer sent a malformed message: {error}") from error
+    return GREETINGS[step].read(body)
+
+
+def _shown(value: object) -> str:
+    """Returns a peer's value for an error: one line, printable, short."""
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"

@@ -1,0 +1,1 @@
+"""Measurement code behind `experiments.bench_*`: harness, peers, settings and trials. Not in the wheel."""

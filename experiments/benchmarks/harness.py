@@ -1,0 +1,355 @@
+"""The one benchmark harness: every ``experiments.bench_*`` measures and reports with it.
+
+A benchmark is a function that takes a ``Bench``; its module ends in ``bench.run``, which adds
+``--quick`` and ``--json=FILE``, prints the table and gives exit code 0 when it ran, whether its
+targets were met or not::
+
+    \"\"\"How long a sort takes beside the same sort of a shuffled list.\"\"\"
+
+    from pipar_jax import bench
+
+
+    def measure(run: bench.Bench) -> None:
+        size = 10_000 if run.quick else 1_000_000
+        up, down = range(size), range(size, 0, -1)
+        cases = {"sorted": lambda: sorted(up), "reversed": lambda: sorted(down)}
+        samples = run.compare(cases, repeats=9)
+        run.row("sorted", samples.median("sorted") * 1e3, "ms", spread=samples.spread("sorted"))
+        run.row("reversed / sorted", samples.ratio("reversed", "sorted"), "x", target=1.5)
+        run.note("Sorting what is sorted is not free either.")
+
+
+    if __name__ == "__main__":
+        bench.run(measure)
+
+What is timed ends when its result is ready (``block_until_ready``), and the first calls, which
+compile, are left out. A case that times itself, such as a whole training in processes of its own,
+returns ``bench.Seconds``. Machines are noisy: cases take turns, their order reversed every other
+time, and a ratio is the median of the ratios of neighbouring runs. ``pipar_jax.launch.pinning`` runs a case
+on chosen cores. The harness itself needs no jax.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Literal
+
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from pipar_jax.disk.files import write_text
+from pipar_jax.disk.json_text import dumps
+from pipar_jax.errors import ConfigError, RunError
+from pipar_jax.launch import plain_flags
+
+# With --quick, no comparison runs its cases more often than this.
+QUICK_REPEATS = 3
+# Where there is no terminal, a progress line is printed at most this often.
+PLAIN_PROGRESS_S = 10.0
+# The width of a table that does not go to a terminal.
+PLAIN_WIDTH = 110
+
+Better = Literal["lower", "higher"]
+
+
+class Seconds(float):
+    """What a case returns that has timed itself."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of the report; ``met`` is None where there is no target."""
+
+    name: str
+    value: float
+    unit: str
+    target: float | None
+    better: Better
+    met: bool | None
+
+
+class Samples:
+    """The seconds of each case, in the order of the runs: the i-th runs of all are neighbours."""
+
+    def __init__(self, seconds: Mapping[str, list[float]]) -> None:
+        self.seconds = dict(seconds)
+
+    def median(self, case: str) -> float:
+        """Returns the median of the seconds of ``case``."""
+        return median(self.seconds[case])
+
+    def minimum(self, case: str) -> float:
+        """Returns the least of the seconds of ``case``: what other work disturbs least."""
+        return min(self.seconds[case])
+
+    def spread(self, case: str) -> float:
+        """Returns the distance between the quartiles of ``case`` as a share of its median."""
+        values = self.seconds[case]
+        if len(values) < 2:
+            return 0.0
+        low, _, high = quantiles(values, n=4, method="inclusive")
+        return (high - low) / median(values)
+
+    def ratio(self, case: str, other: str) -> float:
+        """Returns the median of ``case`` / ``other`` over neighbouring runs."""
+        pairs = zip(self.seconds[case], self.seconds[other], strict=True)
+        return median(mine / theirs for mine, theirs in pairs)
+
+
+class Bench:
+    """One benchmark in progress: it runs cases, shows how far it is, and collects rows.
+
+    Args:
+        title: What is measured, in one line.
+        quick: Keep the whole benchmark under a minute.
+        json_path: Where ``finish`` writes the rows, or None.
+        console: Where the report goes; standard output unless given.
+
+    Raises:
+        ConfigError: The folder of ``json_path`` does not exist.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        *,
+        quick: bool = False,
+        json_path: str | os.PathLike[str] | None = None,
+        console: Console | None = None,
+    ) -> None:
+        self.title = title
+        self.quick = quick
+        self.rows: list[Row] = []
+        self._spreads: list[float | None] = []
+        self._notes: list[str] = []
+        self._json_path = Path(json_path) if json_path is not None else None
+        # Said at once, not after half an hour of measuring.
+        if self._json_path is not None and not self._json_path.absolute().parent.is_dir():
+            raise ConfigError(
+                f"--json={self._json_path}: the folder {self._json_path.absolute().parent} does "
+                "not exist; create it, or name another file"
+            )
+        self._console = console or Console(
+            width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False
+        )
+        self._progress = _ProgressLine()
+        self._began_s = time.monotonic()
+
+    def compare(
+        self,
+        cases: Mapping[str, Callable[[], object]],
+        *,
+        repeats: int = 7,
+        warm_up: int = 1,
+    ) -> Samples:
+        """Runs ``cases`` in turns and returns their seconds.
+
+        Args:
+            cases: What to run, by name. A case that returns ``Seconds`` has timed itself.
+            repeats: Timed runs of each case; at most ``QUICK_REPEATS`` with ``--quick``.
+            warm_up: Runs of each case beforehand that are not timed: they compile.
+        """
+        repeats = min(repeats, QUICK_REPEATS) if self.quick else repeats
+        seconds: dict[str, list[float]] = {name: [] for name in cases}
+        total = (warm_up + repeats) * len(cases)
+        done = 0
+        began_s = time.monotonic()
+        for turn in range(-warm_up, repeats):
+            # Forth and back, so that a machine that slows down or warms up favours neither end.
+            order = list(cases) if turn % 2 == 0 else list(cases)[::-1]
+            for name in order:
+                left_s = (time.monotonic() - began_s) / done * (total - done) if done else None
+                self.progress(f"{name}{' (warm-up)' if turn < 0 else ''}", done, total, left_s)
+                elapsed_s = _time_once(cases[name])
+                if turn >= 0:
+                    seconds[name].append(elapsed_s)
+                done += 1
+        self._progress.clear()
+        return Samples(seconds)
+
+    def progress(
+        self,
+        text: str,
+        done: int | None = None,
+        total: int | None = None,
+        left_s: float | None = None,
+    ) -> None:
+        """Shows what is being done, on one line: in place on a terminal, now and then elsewhere."""
+        parts = [text]
+        if done is not None and total is not None:
+            parts.insert(0, f"{done}/{total}")
+        if left_s is not None:
+            parts.append(f"about {left_s:.0f} s left")
+        self._progress.show(f"{self.title}: {' · '.join(parts)}")
+
+    def row(
+        self,
+        name: str,
+        value: float,
+        unit: str,
+        target: float | None = None,
+        better: Better = "lower",
+        *,
+        spread: float | None = None,
+    ) -> Row:
+        """Adds a figure to the report, and whether it meets its ``target``, if it has one.
+
+        Args:
+            name: What the figure is, unique in the report.
+            value: The figure, in ``unit``.
+            unit: Its unit: "s", "ms", "GB/s", "x" for a ratio, "%", …
+            target: What it has to reach.
+            better: Whether lower or higher figures are better.
+            spread: Distance between its quartiles as a share of its median, for the table alone.
+
+        Raises:
+            RunError: A row of that name exists already.
+        """
+        if any(row.name == name for row in self.rows):
+            raise RunError(f"the benchmark reports {name!r} twice; give each row its own name")
+        met = None
+        if target is not None:
+            met = bool(value <= target if better == "lower" else value >= target)
+        goal = None if target is None else float(target)
+        self.rows.append(Row(name, float(value), unit, goal, better, met))
+        self._spreads.append(spread)
+        return self.rows[-1]
+
+    def note(self, text: str) -> None:
+        """Adds a line below the table."""
+        self._notes.append(text)
+
+    def finish(self) -> None:
+        """Prints the table and writes the rows as JSON, if a file was named."""
+        self._progress.clear()
+        self._console.print(self._table())
+        for text in self._notes:
+            self._console.print(text, markup=False)
+        judged = [row.met for row in self.rows if row.met is not None]
+        met = f"{sum(judged)} of {len(judged)} targets met; " if judged else ""
+        self._console.print(f"{met}took {time.monotonic() - self._began_s:.0f} s", markup=False)
+        self._console.print(f"on {describe_machine()}", markup=False)
+        if self._json_path is not None:
+            rows = [asdict(row) for row in self.rows]
+            for row in rows:  # JSON knows no NaN and no infinity
+                row["value"] = row["value"] if math.isfinite(row["value"]) else None
+            text = dumps(rows, indent=1) + "\n"
+            write_text(self._json_path, text, "choose another file with --json")
+
+    def _table(self) -> Table:
+        table = Table(title=self.title + (" (--quick)" if self.quick else ""), title_justify="left")
+        with_spread = any(spread is not None for spread in self._spreads)
+        table.add_column("figure", overflow="fold")
+        table.add_column("value", justify="right", no_wrap=True)
+        if with_spread:
+            table.add_column("spread", justify="right", no_wrap=True)
+        table.add_column("target", justify="right", no_wrap=True)
+        table.add_column("value / target", justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True)
+        for row, spread in zip(self.rows, self._spreads, strict=True):
+            cells = [row.name, f"{_digits(row.value)} {row.unit}"]
+            if with_spread:
+                cells.append("" if spread is None else f"{spread:.0%}")
+            if row.target is None:
+                cells += ["", "", ""]
+            else:
+                sign = "≤" if row.better == "lower" else "≥"
+                ratio = f"{row.value / row.target:.2f}" if row.target else ""
+                verdict = "[green]met[/]" if row.met else "[bold red]missed[/]"
+                cells += [f"{sign} {_digits(row.target)} {row.unit}", ratio, verdict]
+            table.add_row(*cells)
+        return table
+
+
+class _ProgressLine:
+    """One line on standard error, in place on a terminal, at long intervals elsewhere."""
+
+    def __init__(self) -> None:
+        self._in_place = sys.stderr.isatty()
+        self._printed_s = float("-inf")
+
+    def show(self, text: str) -> None:
+        if self._in_place:
+            width = os.get_terminal_size(sys.stderr.fileno()).columns
+            print(f"\r\x1b[2K{text[: width - 1]}", end="", file=sys.stderr, flush=True)
+        elif time.monotonic() - self._printed_s >= PLAIN_PROGRESS_S:
+            self._printed_s = time.monotonic()
+            print(text, file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        if self._in_place:
+            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+
+
+def run(measure: Callable[[Bench], None], title: str | None = None) -> None:
+    """Runs a benchmark as a program with ``--quick`` and ``--json=FILE``, and exit.
+
+    Args:
+        measure: Measures, and adds rows to the ``Bench`` it is given.
+        title: What is measured; the first line of the main module's docstring unless given.
+    """
+    quick = flags.DEFINE_boolean("quick", False, "Take less than a minute, with coarser figures.")
+    json_path = plain_flags.define_path("json", None, "Also write the rows to this file, as JSON.")
+
+    def main(_: list[str]) -> None:
+        docstring = (sys.modules["__main__"].__doc__ or "benchmark").strip()
+        name = title or docstring.splitlines()[0].rstrip(".")
+        bench = Bench(name, quick=quick.value, json_path=json_path.value)
+        try:
+            measure(bench)
+        except BaseException:
+            # What was measured until now took its time: it is not thrown away.
+            if bench.rows:
+                bench.note("Not complete: it was ended before all was measured.")
+                bench.finish()
+            raise
+        bench.finish()
+
+    plain_flags.run(main)
+
+
+def describe_machine(libraries: Iterable[str] = ("jax", "flax", "numpy")) -> str:
+    """Returns one line about this machine: system, cores that may be used, Python and libraries."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in libraries)
+    return (
+        f"{platform.system()} {platform.machine()}, {cores} cores, "
+        f"Python {platform.python_version()}, {versions}"
+    )
+
+
+def _time_once(case: Callable[[], object]) -> float:
+    """Returns the seconds of one call, its result ready, or what the call measured itself."""
+    began_s = time.perf_counter()
+    result = case()
+    if isinstance(result, Seconds):
+        return float(result)
+    _wait(result)
+    return time.perf_counter() - began_s
+
+
+def _wait(result: object) -> None:
+    """Waits for every array in a nest of tuples, lists and dicts: dispatch is asynchronous."""
+    if hasattr(result, "block_until_ready"):
+        result.block_until_ready()
+    elif isinstance(result, tuple | list):
+        for item in result:
+            _wait(item)
+    elif isinstance(result, dict):
+        for item in result.values():
+            _wait(item)
+
+
+def _digits(value: float) -> str:
+    """Returns ``value`` with four significant digits, never in powers of ten up to a billion."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"

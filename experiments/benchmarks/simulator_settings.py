@@ -1,0 +1,174 @@
+"""Settings in which the simulator is held against real runs, and its predictions for them.
+
+Every setting trains PiPar in processes: the server on one core, the devices on another; several
+devices are slowed down, so that their demand stays under that core. Random images stand for data:
+times do not depend on what is learned. ``experiments.validate_simulator`` runs them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from comms.emulation.shaping import parse_link
+from experiments.benchmarks.time_alone import Alone, time_alone
+from pipar_jax.config import Config
+from pipar_jax.cost_model.from_trace import observed
+from pipar_jax.disk.files import replacing
+from pipar_jax.launch.pinning import first_cores
+from pipar_jax.methods.registry import plan_for
+from pipar_jax.methods.resolution import resolve
+from pipar_jax.profiling.link_delay import measure_delay_s
+from pipar_jax.report import Run
+from pipar_jax.schedule import actions
+from pipar_jax.schedule.actions import AGGREGATE, SEND_FORWARD
+from pipar_jax.schedule.plan import COORDINATOR
+from pipar_jax.simulator import Costs, LinkModel, simulate
+
+LINKS, COUNTS, DEVICES = ("4g", "4g+", "wifi"), (1, 4, 10), (1, 4)
+#: How much slower devices compute where there are several: their demand stays under one core.
+SLOWDOWN = 10.0
+INPUT_SHAPE, CLASSES = (32, 32, 3), 10
+#: Steps of a round, and rounds of a run, of which the first is a warm-up.
+STEPS, ROUNDS = 4, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network, where it is cut, and its mini-batch."""
+
+    name: str
+    cut: int
+    batch: int
+
+
+NETWORKS = (Network("vgg5", 2, 100), Network("resnet18", 3, 100))
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One run."""
+
+    network: Network
+    link: str
+    micro_batches: int
+    devices: int
+
+    @property
+    def name(self) -> str:
+        """What it is called in the table."""
+        one = self.network
+        return f"{one.name} {self.link} N={self.micro_batches} devices={self.devices}"
+
+    def config(self, folder: Path) -> Config:
+        """Returns its configuration, with runs and data below a folder."""
+        config = Config(name=self.name.replace(" ", "_").replace("=", ""), method="pipar",
+                        epochs=ROUNDS)  # fmt: skip
+        config.model.name, config.model.stem = self.network.name, "imagenet"
+        config.data.source = f"npz:{folder / 'data'}-{self.network.batch}.npz"
+        config.data.batch_size = self.network.batch
+        config.pipeline.cut, config.pipeline.micro_batches = self.network.cut, self.micro_batches
+        config.devices.count = self.devices
+        config.devices.defaults.link = self.link
+        config.devices.defaults.slowdown = SLOWDOWN if self.devices > 1 else 1.0
+        config.run.dir, config.run.evaluate_every = str(folder), 0
+        cores = first_cores(2)
+        if cores:
+            config.server.cpus, config.devices.defaults.cpus = str(cores[0]), str(cores[-1])
+        return resolve(config)
+
+
+def settings(quick: bool = False) -> list[Setting]:
+    """Returns what is measured; with ``quick`` a single setting."""
+    networks, links = (NETWORKS[:1], LINKS[-1:]) if quick else (NETWORKS, LINKS)
+    counts, devices = (COUNTS[1:2], DEVICES[:1]) if quick else (COUNTS, DEVICES)
+    return [
+        Setting(network, link, count, many)
+        for network in networks for many in devices for link in links for count in counts
+    ]  # fmt: skip
+
+
+def write_data(folder: Path, batch: int) -> None:
+    """Writes random images, as many as each device's steps need."""
+    rng = np.random.default_rng(0)
+    arrays: dict[str, Any] = {}
+    for part, count in (("train", STEPS * batch), ("test", batch)):
+        arrays[f"x_{part}"] = rng.integers(0, 256, (count, *INPUT_SHAPE), np.uint8)
+        arrays[f"y_{part}"] = rng.integers(0, CLASSES, count, np.int32)
+    with replacing(folder / f"data-{batch}.npz") as aside:
+        np.savez(aside, classes=np.array(CLASSES), scale=np.array(255), **arrays)
+
+
+def time_network(some: Sequence[Setting], folder: Path) -> dict[str, Alone]:
+    """Times the functions of server and device alone, at every micro-batch size that occurs."""
+    config = some[0].config(folder)
+    plan = plan_for(config, unit_names(config))
+    sizes = {
+        size
+        for one in some
+        for size in actions.micro_batch_sizes(one.network.batch, one.micro_batches)
+    }
+    found = {}
+    for host, cpus in ((COORDINATOR, config.server.cpus), ("d0", config.devices.defaults.cpus)):
+        found[host] = time_alone(
+            config, plan, host, sizes, input_shape=INPUT_SHAPE, classes=CLASSES,
+            cores=[int(cpus)] if cpus else [], repeats=9,
+        )  # fmt: skip
+    return found
+
+
+def unit_names(config: Config) -> tuple[str, ...]:
+    """Returns the names of a configured network's units."""
+    # Here, so that --help and wrong flags need not wait for jax.
+    from pipar_jax.runtime.setup import build_model
+
+    return build_model(config, INPUT_SHAPE, CLASSES).unit_names
+
+
+def time_links(setting: Setting, run: Run) -> dict[tuple[str, str], LinkModel]:
+    """Returns the links as they are shaped, with the delay that messages have there alone."""
+    assert run.trace is not None
+    nbytes = max(row.nbytes for _, row in run.trace.rows() if row.action.kind == SEND_FORWARD)
+    up, down = (
+        dataclasses.replace(LinkModel.of(shape), delay_s=measure_delay_s(shape, nbytes))
+        for shape in parse_link(setting.link)
+    )
+    return {ends: up if ends[1] == COORDINATOR else down for ends in run.links}
+
+
+def predict(setting: Setting, run: Run, alone: dict[str, Alone]) -> tuple[float, float]:
+    """Returns the predicted seconds of a round: from times alone, and from the run's own medians.
+
+    Of the run itself the first takes what no clock has a part in, the bytes of its messages, the
+    short average, and how long a slowed device emulates each computation: the least of its times.
+    """
+    assert run.trace is not None
+    plan, round_schedule = run.plan, run.schedule()
+    assert plan is not None and round_schedule is not None
+    by_kind = {
+        host: {(kind, samples): s for (*_, kind, samples), s in found.items()}
+        for host, found in alone.items()
+    }
+    seen = observed(run.trace)
+    emulated, in_run = seen.seconds(min), seen.seconds()
+
+    def compute_s(device: int, stage: int, kind: str, samples: int) -> float:
+        if kind == AGGREGATE:
+            return in_run(device, stage, kind, samples)
+        if stage:
+            return by_kind[COORDINATOR][kind, samples]
+        if setting.devices > 1:
+            return emulated(device, stage, kind, samples)
+        return by_kind["d0"][kind, samples]
+
+    weights = dict.fromkeys(range(setting.devices), run.weight_bytes)
+    costs = Costs(compute_s, seen.wire_bytes(weights), time_links(setting, run))
+    beside = dataclasses.replace(costs, compute_s=in_run)
+    return (
+        simulate(round_schedule, costs, collect=False).seconds,
+        simulate(round_schedule, beside, collect=False).seconds,
+    )

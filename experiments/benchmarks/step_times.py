@@ -1,0 +1,166 @@
+"""Training steps of ours and of PyTorch's, to be timed in processes of `pipar_jax.launch.pinning`.
+
+A step is forward, loss, backward and SGD with momentum on one batch of CIFAR shapes. Each process
+prepares one network and then runs it as often as it is asked to, so that two processes on the same
+cores can take turns.
+"""
+
+from __future__ import annotations
+
+import importlib
+import resource
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import stages
+from stages.allocator import retain_memory
+
+_STATE: dict[str, Any] = {}
+LEARNING_RATE, MOMENTUM = 0.01, 0.9
+
+
+def prepare_jax(
+    name: str,
+    batch: int,
+    cuts: tuple[int, ...] = (),
+    rematerialise: bool = False,
+    stem: str = "cifar",
+) -> dict[str, float]:
+    """Builds and compiles a network of ours.
+
+    Args:
+      name: one of `stages.MODELS`.
+      batch: samples per step.
+      cuts: where to cut it; the stages then run one after another in this process.
+      rematerialise: whether stages compute their forward pass again.
+      stem: one of `stages.STEMS`.
+
+    Returns:
+      compile_s, and residual_bytes of all stages but the last.
+    """
+    retain_memory()
+    import jax
+    import optax
+
+    model = stages.build(name, input_shape=(32, 32, 3), classes=10, stem=stem)
+    parts = stages.split(model, cuts, rematerialise=rematerialise)
+    params, state = model.init(0)
+    tx = optax.sgd(LEARNING_RATE, MOMENTUM)
+    update = stages.make_update(tx)
+    x, y = _batch(batch)
+    draw = stages.make_draw(batch)
+    held = [stages.select(part, params) for part in parts]
+    stats = [stages.select(part, state) for part in parts]
+    opts = [stages.init_opt_state(own, tx) for own in held]
+    sums = [part.zeros(own) for part, own in zip(parts, held, strict=True)]
+    images, labels = jax.device_put((x, y))
+
+    def step() -> None:
+        h, kept = images, []
+        for i, part in enumerate(parts[:-1]):
+            h, residuals, stats[i] = part.forward(held[i], stats[i], h, draw)
+            kept.append(residuals)
+        _, cotangent, sums[-1], stats[-1] = parts[-1].loss(
+            held[-1], stats[-1], h, labels, draw, sums[-1]
+        )
+        for i in reversed(range(len(parts) - 1)):
+            assert cotangent is not None  # only the first stage has none to hand on
+            cotangent, sums[i] = parts[i].backward(held[i], kept.pop(), cotangent, sums[i])
+        for i in range(len(parts)):
+            held[i], opts[i], sums[i] = update(held[i], opts[i], sums[i])
+        jax.block_until_ready((held, stats))  # type: ignore[no-untyped-call]
+
+    began = time.perf_counter()
+    step()
+    compile_s = time.perf_counter() - began
+    facts = stages.stage_facts(model, cuts, batch, rematerialise=rematerialise)
+    _STATE["step"] = step
+    return {
+        "compile_s": compile_s,
+        "residual_bytes": float(sum(row.residual_bytes for row in facts[:-1])),
+    }
+
+
+def count_flops(name: str, batch: int, stem: str = "cifar") -> float:
+    """Floating-point operations of a step of ours, forward and backward."""
+    model = stages.build(name, input_shape=(32, 32, 3), classes=10, stem=stem)
+    return sum(
+        row.forward_flops + row.backward_flops for row in stages.stage_facts(model, (), batch)
+    )
+
+
+def measure_rate() -> float:
+    """Floating-point operations per second of a large matrix product on this process's cores."""
+    import jax
+
+    side = 1536
+    a = jax.random.normal(jax.random.key(0), (side, side))
+    product = jax.jit(lambda a: a @ a)
+    return 2.0 * side**3 / _least(lambda: product(a).block_until_ready(), 8)
+
+
+def prepare_torch(
+    name: str, batch: int, threads: int, channels_last: bool, stem: str = "cifar"
+) -> int:
+    """Builds a network in PyTorch.
+
+    Args:
+      name: network, as for `experiments.benchmarks.torch_networks.build`.
+      batch: samples per step.
+      threads: number of threads that PyTorch may use.
+      channels_last: whether images and kernels are laid out channels last.
+      stem: one of `stages.STEMS`.
+
+    Returns:
+      the number of parameters.
+    """
+    from experiments.benchmarks import torch_networks
+
+    torch = importlib.import_module("torch")
+    torch.set_num_threads(threads)
+    model = torch_networks.build(name, stem=stem)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = model.to(memory_format=layout)
+    images, labels = _batch(batch)
+    x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).contiguous(memory_format=layout)
+    y = torch.from_numpy(labels).long()
+    optimiser = torch.optim.SGD(model.parameters(), LEARNING_RATE, momentum=MOMENTUM)
+    cross_entropy = torch.nn.functional.cross_entropy
+
+    def step() -> None:
+        optimiser.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimiser.step()
+
+    _STATE["step"] = step
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def run_step(times: int) -> float:
+    """Runs the prepared step and returns the least seconds of several."""
+    return _least(_STATE["step"], times)
+
+
+def peak_bytes() -> int:
+    """Most memory that this process has held so far."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _least(run: Callable[[], Any], times: int) -> float:
+    """Least seconds of several runs."""
+    least = float("inf")
+    for _ in range(times):
+        began = time.perf_counter()
+        run()
+        least = min(least, time.perf_counter() - began)
+    return least
+
+
+def _batch(size: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Random images [size, 32, 32, 3] float32 and labels [size] int32."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(size, 32, 32, 3)).astype(np.float32)
+    return x, random.integers(0, 10, size).astype(np.int32)

@@ -1,0 +1,211 @@
+"""Real trials of plans: one run in processes, its rounds under plans that are given in advance.
+
+What a benchmark of the tuner needs: each plan trained for real, its compilation left out, without
+starting processes for every plan. As a program it is a host's process (see ``launcher.launch``)
+whose server reads the plans from a file beside the run's folder.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipar_jax.config import AUTO, Config
+from pipar_jax.cost_model.profile import Profile
+from pipar_jax.disk.files import replacing, write_text
+from pipar_jax.disk.json_text import dumps
+from pipar_jax.launch import launcher, process
+from pipar_jax.launch.pinning import first_cores
+from pipar_jax.launch.process import Tell
+from pipar_jax.methods.resolution import resolve
+from pipar_jax.schedule.plan import Plan
+from pipar_jax.simulator.predict import Stages, judge
+from pipar_jax.tuner.bounds import Option, excess
+from pipar_jax.tuner.search import labels, search
+
+INPUT_SHAPE, CLASSES = (32, 32, 3), 10
+#: Steps of a round.
+STEPS = 3
+#: Numbers of micro-batches that are tried for real.
+NUMBERS = (1, 2, 4, 5, 10, 20)
+#: Plans are tried if they are predicted within this factor of the best.
+WITHIN = 1.5
+#: Other plans that are tried, drawn at random.
+OTHERS = 5
+
+
+class Tried(NamedTuple):
+    """A plan that was trained.
+
+    Attributes:
+      plan: The plan.
+      predicted_s: Predicted seconds of a round.
+      seconds: Measured seconds of each of its rounds.
+    """
+
+    plan: Plan
+    predicted_s: float
+    seconds: list[float]
+
+    @property
+    def mean_s(self) -> float:
+        """The mean of its rounds."""
+        return sum(self.seconds) / len(self.seconds)
+
+
+def base_config(
+    folder: Path, network: str, batch: int, devices: int, link: str, steps: int = STEPS
+) -> Config:
+    """Returns a configuration of a few steps a round, on random images, with its data written.
+
+    Args:
+      folder: Where runs and data go.
+      network: Name of the network.
+      batch: Samples in a mini-batch.
+      devices: How many devices.
+      link: Their link.
+      steps: Steps of a device in a round.
+    """
+    data = folder / f"data-{batch}-{steps}.npz"
+    if not data.exists():
+        _write_data(data, batch, steps)
+    config = Config(method=AUTO)
+    config.model.name = network
+    config.data.source, config.data.batch_size = f"npz:{data}", batch
+    config.devices.count, config.devices.defaults.link = devices, link
+    config.tuner.methods = "fl,sfl,pipar"
+    config.run.dir, config.run.evaluate_every, config.run.trace = str(folder), 0, "none"
+    cores = first_cores(2)
+    if cores:
+        config.server.cpus, config.devices.defaults.cpus = str(cores[0]), str(cores[-1])
+    return config
+
+
+def survey(config: Config) -> Profile:
+    """Returns the profile that a run with method=auto makes of its hosts and links."""
+    config = resolve(config)
+    events = _launch(config, 1)
+    (tuned,) = [event for event in events if event["event"] == "tuned"]
+    return Profile.from_dict(tuned["profile"])
+
+
+def candidates(profile: Profile, config: Config, seed: int = 0) -> dict[str, list[Plan]]:
+    """Returns the plans worth trying: ``tuner``'s, the ``paper``'s, ``near`` ones and ``others``.
+
+    Args:
+      profile: Hosts and links.
+      config: Resolved configuration.
+      seed: Of the draw of others.
+    """
+    found, stages = search(profile, config), Stages(profile)
+    best = found.plans[0].plan
+    units, batch = len(profile.units), profile.batch_size
+    options = [Option(0)]
+    options += [Option(cut, n) for cut in range(1, units) for n in NUMBERS if n <= batch]
+    plans = [common_plan(option, best) for option in options]
+    plans = [plan for plan in plans if excess(stages, plan) is None]
+    seconds = {plan: judge(stages, plan).epoch_s for plan in plans}
+    limit_s = WITHIN * min(seconds.values())
+    near = sorted((plan for plan in plans if seconds[plan] <= limit_s), key=seconds.__getitem__)
+    rest = [plan for plan in plans if seconds[plan] > limit_s]
+    others = random.Random(seed).sample(rest, min(OTHERS, len(rest)))
+    paper = [] if found.paper is None else [found.paper.plan]
+    return {"tuner": [best], "paper": paper, "near": near, "others": others}
+
+
+def common_plan(option: Option, like: Plan) -> Plan:
+    """Returns a plan in which all devices do the same, in all else like another one."""
+    devices = (option.device_plan(),) * len(like.devices)
+    return Plan(devices, dispatch=like.dispatch, aggregate_every=like.aggregate_every)
+
+
+def try_plans(config: Config, profile: Profile, plans: Sequence[Plan]) -> dict[Plan, Tried]:
+    """Trains each plan for as many rounds as it is named, in the order given.
+
+    Args:
+      config: The configuration; a round under the first plan is a warm-up before them.
+      profile: What predictions are made from.
+      plans: The plans.
+
+    Raises:
+      PiparError: The run failed.
+    """
+    events = _launch(resolve(config), len(plans) + 1, [plans[0], *plans])
+    seconds = [event["seconds"] for event in events if event["event"] == "round_finished"][1:]
+    stages = Stages(profile)
+    found: dict[Plan, Tried] = {}
+    for plan, round_s in zip(plans, seconds, strict=True):
+        one = found.setdefault(plan, Tried(plan, judge(stages, plan).epoch_s, []))
+        one.seconds.append(round_s)
+    return found
+
+
+def words(plan: Plan) -> str:
+    """Returns a plan in a few words, such as ``pipar 2 x4``."""
+    found = labels(plan)
+    cuts = [f"{one.cuts[0] if one.cuts else 'fl'}x{one.micro_batches}" for one in plan.devices]
+    if len(set(cuts)) > 1:
+        return f"{found['method']} {' '.join(cuts)}"
+    return found["method"] if found["cut"] == "-" else f"{found['method']} {cuts[0]}"
+
+
+def kept(results: Path, name: str, measure: Callable[[], Any]) -> Any:
+    """Returns what was measured under a name, measuring it if it was not yet.
+
+    What is kept was written as soon as it was measured: a long benchmark can be taken up again.
+
+    Args:
+      results: The folder.
+      name: The name.
+      measure: Measures, and returns JSON values.
+    """
+    path = results / f"{name.replace(' ', '_').replace('/', '-')}.json"
+    if not path.exists():
+        write_text(path, dumps(measure()), "choose another folder with --results")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _launch(config: Config, rounds: int, plans: Sequence[Plan] = ()) -> list[dict[str, Any]]:
+    """Runs so many rounds; returns the run's events."""
+    folder, number = Path(config.run.dir), 0
+    while (folder / f"trial{number}").exists():
+        number += 1
+    config.name, config.epochs = f"trial{number}", rounds
+    script = dumps([plan.to_dict() for plan in plans])
+    write_text(_script(config), script)
+    events: list[dict[str, Any]] = []
+    launcher.launch(config, on_event=events.append, process_module="experiments.benchmarks.trials")
+    return events
+
+
+def _script(config: Config) -> Path:
+    """Returns the file of a run's plans."""
+    return Path(config.run.dir) / f"{config.name}.plans.json"
+
+
+def _write_data(path: Path, batch: int, steps: int) -> None:
+    """Writes random images, as many as the steps of a round need."""
+    rng = np.random.default_rng(0)
+    arrays: dict[str, Any] = {}
+    for part, count in (("train", steps * batch), ("test", batch)):
+        arrays[f"x_{part}"] = rng.integers(0, 256, (count, *INPUT_SHAPE), np.uint8)
+        arrays[f"y_{part}"] = rng.integers(0, CLASSES, count, np.int32)
+    with replacing(path) as aside:
+        np.savez(aside, classes=np.array(CLASSES), scale=np.array(255), **arrays)
+
+
+def _serve(config: Config, tell: Tell) -> None:
+    """Is the server of a run of trials."""
+    from pipar_jax.roles.server import run_server  # after the environment of jax is set
+
+    plans = json.loads(_script(config).read_text(encoding="utf-8"))
+    run_server(config, on_event=tell, script=[Plan.from_dict(plan) for plan in plans])
+
+
+if __name__ == "__main__":
+    process.main(serve=_serve)

@@ -1,0 +1,377 @@
+"""Gathers times of layers on many kinds of devices, all of them made out of this machine.
+
+A process for each way to compile and each set of cores keeps its programs and is timed under
+several conditions: stopped for a half of the time, moved to a single core. Devices that differ by
+more than a factor are made by how their programs are compiled: for narrower vectors, without XLA's
+optimisations, without the fast library for products, without the choice of formulations in
+``stages.layers``. Layers are those of the registered networks and of chains drawn at random.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipar_jax.launch.pinning import PinnedProcess, first_cores
+
+#: Samples that layers of the registered networks are timed with.
+SIZES = (25,)
+#: Of these, two are drawn for each layer of a random chain.
+DRAWN_SIZES = (2, 4, 8, 16, 32, 64, 100)
+NETWORKS = ("vgg5", "vgg11", "resnet18", "mobilenetv3_small", "cnn", "mlp", "vit_small")
+CHAINS = 6
+#: How long a process that is stopped and continued in turns takes for both together. Kernels look
+#: at a busy thread once in a tick (4 ms), so a shorter period would not stop long computations.
+PERIOD_S = 0.02
+#: Periods that a function is timed for at least, since it begins and ends anywhere in them.
+PERIODS = 20
+
+
+class Layer(NamedTuple):
+    """One layer at one micro-batch size.
+
+    Attributes:
+      network: A registered network, ``reference``, or ``chain`` and a seed.
+      unit: Its position in it.
+      batch: Samples.
+    """
+
+    network: str
+    unit: int
+    batch: int
+
+
+class Condition(NamedTuple):
+    """What a process is timed under.
+
+    Attributes:
+      name: Ends the device's name.
+      family: Devices of one family resemble each other; they are held out together.
+      duty: Share of the time for which the process may run.
+      core: Which of the machine's cores it is moved to; None leaves it.
+    """
+
+    name: str
+    family: str
+    duty: float = 1.0
+    core: int | None = None
+
+
+class Variant(NamedTuple):
+    """A process with programs of its own.
+
+    Attributes:
+      name: Begins the devices' names.
+      cores: How many cores it starts on.
+      flags: XLA's flags.
+      platform: Where jax computes.
+      stock: Whether layers are computed by XLA's own operations alone.
+      conditions: What it is timed under.
+    """
+
+    name: str
+    cores: int
+    flags: str
+    platform: str
+    stock: bool
+    conditions: tuple[Condition, ...]
+
+
+def variants(gpu: bool = False) -> tuple[Variant, ...]:
+    """Returns the kinds of devices that this machine can be.
+
+    Args:
+      gpu: Whether jax finds a GPU here.
+    """
+    cores = len(first_cores(1 << 16)) or (os.cpu_count() or 1)
+    scalar = "--xla_backend_optimization_level=0"
+    library = "--xla_cpu_experimental_ynn_fusion_type="
+
+    def one(name: str, flags: str, family: str = "", *, stock: bool = False) -> Variant:
+        return Variant(name, 1, flags, "cpu", stock, (Condition("plain", family or name),))
+
+    found = [
+        Variant(
+            "core", 1, "", "cpu", False,
+            (Condition("plain", "native"), Condition("half", "native", duty=0.5)),
+        ),
+        one("scalar", scalar), one("library", library), one("stock", "", stock=True),
+    ]  # fmt: skip
+    if platform.machine() in ("x86_64", "AMD64"):  # other processors have one width
+        # Most of the time goes into the library for products, which has its own ways.
+        found.append(one("narrow", "--xla_cpu_max_isa=SSE4_2", "native"))
+    if cores > 1:
+        alone = Condition("one", "multicore", core=0)
+        found.append(
+            Variant("cores", 2, "", "cpu", False, (Condition("plain", "multicore"), alone))
+        )
+        found.append(Variant("scalars", 2, scalar, "cpu", False, (Condition("plain", "scalar"),)))
+    if gpu:
+        found.append(Variant("gpu", 1, "", "cuda", True, (Condition("plain", "gpu"),)))
+    return tuple(found)
+
+
+def layers(quick: bool = False) -> list[Layer]:
+    """Returns what is timed; layers that compute the same are named once.
+
+    Args:
+      quick: Only a few of them.
+    """
+    from pipar_jax.profiling.predictor.reference import BATCH, reference_model
+
+    found = [Layer("reference", i, BATCH) for i in range(len(reference_model().units) - 1)]
+    rng = np.random.default_rng(0)
+    networks = [*NETWORKS, *(f"chain{seed}" for seed in range(CHAINS))]
+    for name in ["mlp", "chain0"] if quick else networks:
+        model = build(name)
+        seen = set()
+        for index in range(len(model.units) - 1):
+            likeness = str(model.shapes(1)[index]), str(model.units[index].graph), index == 0
+            if likeness in seen and name.startswith("chain"):
+                continue
+            drawn = rng.choice(DRAWN_SIZES, 2, replace=False).tolist()
+            sizes = drawn if name.startswith("chain") else SIZES
+            if likeness not in seen:
+                found += [Layer(name, index, int(size)) for size in sorted(sizes)]
+            seen.add(likeness)
+    return found
+
+
+def build(name: str) -> Any:
+    """Returns a registered network for CIFAR's shape, the reference layers or a random chain."""
+    import stages
+    from pipar_jax.profiling.predictor.reference import reference_model
+
+    if name == "reference":
+        return reference_model()
+    if name.startswith("chain"):
+        return random_chain(int(name.removeprefix("chain")))
+    return stages.build(name, input_shape=(32, 32, 3), classes=10)
+
+
+def random_chain(seed: int) -> Any:
+    """Returns a model of blocks of random kinds and widths."""
+    from stages import Model
+    from stages.models.blocks import ConvBlock, DenseBlock, Options
+    from stages.models.mobilenet import ConvNorm, InvertedResidual, Row
+    from stages.models.resnet import Block
+
+    rng = np.random.default_rng(seed)
+    pick: Callable[..., int] = lambda *values: int(rng.choice(values))  # noqa: E731
+    side, channels = pick(16, 24, 28, 32, 48, 64), pick(1, 3, 3)
+    shape = (side, side, channels)
+    options = Options(shape, 10, "batch", "cifar", np.dtype(np.float32))
+    units: list[tuple[str, Any]] = []
+    while len(units) < 9 and (side > 2 or len(units) < 5):
+        # Wide maps stay narrow, as in real networks; 768 channels on 64x64 nobody has.
+        most = 32 if side > 32 else 96 if side > 16 else 256 if side > 6 else 512
+        out = min(8 * max(1, round(2 ** rng.uniform(0, 6.2))), most)
+        kind, stride = rng.integers(6), pick(1, 2) if side > 2 else 1
+        made: Any
+        if kind == 0:
+            made = partial(ConvBlock, channels, out, stride == 2, options)
+        elif kind == 1:
+            made = partial(Block, channels, out, stride, False, options)
+        elif kind == 2:
+            width = max(8, out // 4)
+            made, out = partial(Block, channels, width, stride, True, options), 4 * width
+        elif kind == 3:
+            row = Row(pick(3, 5), min(channels * pick(2, 3, 6), 640), min(out, 160),
+                      bool(rng.integers(2)), bool(rng.integers(2)), stride)  # fmt: skip
+            made, out = partial(InvertedResidual, channels, row, options), row.out
+        elif kind == 4:
+            size = pick(1, 3, 5, 7) if side > 6 else pick(1, 3)
+            made = partial(_conv_norm, ConvNorm, channels, out, size, options, stride)
+        else:
+            groups_out = channels
+            made = partial(_conv_norm, ConvNorm, channels, groups_out, pick(3, 5), options, stride,
+                           groups=channels)  # fmt: skip
+            out = groups_out
+            if channels < 8:  # a depthwise layer over an image's channels nobody has
+                continue
+        units.append((f"u{len(units)}", made))
+        pooled = kind == 0 and stride == 2
+        side = side // 2 if pooled else -(-side // stride)
+        channels = out
+    width = side * side * channels
+    for _ in range(pick(1, 2)):
+        out = 2 ** pick(5, 7, 8, 9, 10)
+        units.append((f"u{len(units)}", partial(DenseBlock, width, out, True, options)))
+        width = out
+    units.append(("last", partial(DenseBlock, width, 10, False, options)))
+    return Model.from_units(f"chain{seed}", units, shape, 10)
+
+
+def _conv_norm(
+    made: Any,
+    channels: int,
+    out: int,
+    size: int,
+    options: Any,
+    stride: int,
+    rngs: Any,
+    groups: int = 1,
+) -> Any:
+    return made(channels, out, size, "relu", options, rngs, stride=stride, groups=groups)
+
+
+class Gathered(NamedTuple):
+    """What one process was asked for.
+
+    Attributes:
+      devices: Name and family of each condition.
+      forward_s: Seconds [devices, layers].
+      backward_s: The same.
+      update_s: The same.
+    """
+
+    devices: list[tuple[str, str]]
+    forward_s: Any
+    backward_s: Any
+    update_s: Any
+
+
+def gather(
+    variant: Variant,
+    wanted: Sequence[Layer],
+    *,
+    repeats: int = 3,
+    least_s: float = 0.012,
+    compile_only: bool = False,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> Gathered:
+    """Times layers in a process of its own under each of a variant's conditions.
+
+    Args:
+      variant: The process.
+      wanted: The layers.
+      repeats: Runs of each function at least.
+      least_s: Seconds that each runs for at least.
+      compile_only: Fill the cache of compiled programs; the times are worth nothing.
+      tell: Called with layers done and layers in all.
+    """
+    conditions = (Condition("plain", ""),) if compile_only else variant.conditions
+    shape = len(conditions), len(wanted)
+    tables = [np.full(shape, np.nan) for _ in range(3)]
+    cores = first_cores(1 << 16)
+    variables = {"JAX_PLATFORMS": variant.platform, "XLA_FLAGS": variant.flags}
+    with contextlib.ExitStack() as stack:
+        process = stack.enter_context(
+            PinnedProcess(variant.name, cores=cores[: variant.cores], variables=variables)
+        )
+        pid = process.call(_begin, variant.stock)
+        for column, layer in enumerate(wanted):
+            process.call(_prepare, layer)
+            for row, condition in enumerate(conditions):
+                if compile_only:
+                    continue
+                if condition.core is not None:
+                    _move(pid, {cores[condition.core]})
+                with _stuttering(pid, condition.duty):
+                    long = max(least_s, PERIODS * PERIOD_S) if condition.duty < 1 else least_s
+                    times = process.call(_time, repeats, long, condition.duty < 1)
+                if condition.core is not None:
+                    _move(pid, set(cores[: variant.cores]))
+                for table, seconds in zip(tables, times, strict=True):
+                    table[row, column] = seconds
+            tell(column + 1, len(wanted))
+    devices = [(f"{variant.name}-{one.name}", one.family) for one in conditions]
+    return Gathered(devices, *tables)
+
+
+_STATE: dict[str, Any] = {}
+
+
+def _begin(stock: bool) -> int:
+    """Sets the process up as a host of a run, its compiled programs kept on disk."""
+    import stages
+
+    stages.retain_memory()
+    import jax
+
+    from pipar_jax.data.cache import user_cache
+
+    update: Any = jax.config.update
+    update("jax_compilation_cache_dir", str(user_cache() / "latency"))
+    update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    update("jax_persistent_cache_min_entry_size_bytes", -1)
+    _STATE["stock"] = stock
+    return os.getpid()
+
+
+def _prepare(layer: Layer) -> None:
+    """Compiles a layer's functions."""
+    import stages
+    from pipar_jax.config import OptimizerConfig
+    from pipar_jax.training import optimizer
+    from pipar_jax.training.compile import run_all
+    from pipar_jax.training.replica import Replica
+    from stages.layers.formulation import Formulation, forced
+
+    if _STATE.get("network") != layer.network:
+        model = build(layer.network)
+        _STATE.update(network=layer.network, model=model, variables=model.init(0))
+        _STATE["parts"] = stages.split(model, tuple(range(1, len(model.units))))
+        _STATE["compiled"] = optimizer.compiled(OptimizerConfig(), steps=1, proximal_mu=0.0)
+    part = _STATE["parts"][layer.unit]
+    params, state = _STATE["variables"]
+    replica = Replica(part, params, state, _STATE["compiled"])
+    _STATE.update(replica=replica, batch=layer.batch)
+    with forced(Formulation.XLA if _STATE["stock"] else None):
+        run_all(_STATE["model"], [replica], (layer.batch,))
+
+
+def _time(repeats: int, least_s: float, mean: bool) -> tuple[float, float, float]:
+    """Returns seconds of the prepared layer's forward, backward and update."""
+    from pipar_jax.schedule.actions import BACKWARD, FORWARD, UPDATE
+    from pipar_jax.training.compile import run_all
+
+    # Other work on the machine only adds to times, so the least of a few runs is the device's own.
+    # A process that is stopped now and then has no typical run; its mean is what training sees.
+    found = run_all(
+        _STATE["model"], [_STATE["replica"]], (_STATE["batch"],), repeats=repeats, least_s=least_s,
+        summary=statistics.fmean if mean else min,
+    )  # fmt: skip
+    times = {shape.kind: seconds for shape, seconds in found.items()}
+    return times[FORWARD], times[BACKWARD], times[UPDATE]
+
+
+def _move(pid: int, cores: set[int]) -> None:
+    """Moves all threads of a process to some cores."""
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with contextlib.suppress(ProcessLookupError):  # a thread may end meanwhile
+            os.sched_setaffinity(int(thread), cores)
+
+
+@contextlib.contextmanager
+def _stuttering(pid: int, duty: float) -> Iterator[None]:
+    """Lets a process run only for a share of each period."""
+    if duty >= 1:
+        yield
+        return
+    over = threading.Event()
+
+    def stutter() -> None:
+        while not over.is_set():
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(PERIOD_S * (1 - duty))
+            os.kill(pid, signal.SIGCONT)
+            over.wait(PERIOD_S * duty)
+
+    thread = threading.Thread(target=stutter, name="pipar-stutter")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

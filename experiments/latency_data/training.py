@@ -1,0 +1,139 @@
+"""Trains the shared network on times of layers: all devices' embeddings along with it.
+
+The loss is Huber's on the logarithm of predicted over measured seconds of a whole layer, whose
+operators' times are summed; those of published tables count little. Embeddings are pulled towards
+zero; their spread over the devices then is the prior that new devices start from.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.latency_data.published_tables import FAMILY
+from experiments.latency_data.timings import Timings
+from pipar_jax.errors import DataError
+from pipar_jax.profiling.predictor.latency_model import FACTORS, Weights, apply, flatten, fresh
+from pipar_jax.profiling.predictor.operators import KINDS, Array, features
+
+#: Updates, the peak of their step size, and where Huber's loss turns linear.
+STEPS, LEARNING_RATE, DELTA = 3000, 6e-3, 0.15
+#: What a time of a published table counts beside one of ours: another framework took it, and what
+#: it computed is known from the names of its rows alone.
+TABLE_WEIGHT = 0.1
+#: Pulls on embeddings and on weights.
+EMBEDDING_DECAY, WEIGHT_DECAY = 3e-3, 1e-4
+#: The prior's deviation of the scale: devices differ by orders of magnitude.
+SCALE_DEVIATION = 3.0
+#: Operations and bytes per second from which the network starts: it learns what is off.
+START_S = 20.0
+
+
+def train(timings: Timings, *, seed: int = 0, steps: int = STEPS, about: str = "") -> Weights:
+    """Returns a network trained on all times of a data set.
+
+    Args:
+      timings: What was measured.
+      seed: Of the first weights and embeddings.
+      steps: Updates; each sees everything.
+      about: Kept with the weights.
+
+    Raises:
+      DataError: There is no time to learn from.
+    """
+    used = [i for i, one in enumerate(timings.layers) if len(one.operators)]
+    table = np.concatenate([timings.layers[i].operators for i in used] or [np.zeros((0, 1))])
+    tables = np.stack([timings.forward_s[:, used], timings.backward_s[:, used]])
+    known = np.isfinite(tables) & (tables > 0)
+    if not known.any():
+        raise DataError("the data set holds no time of any layer: gather some first")
+    seen = features(table)
+    shift, scale = seen.mean(0), np.maximum(seen.std(0), 0.1)
+    owner = np.repeat(np.arange(len(used)), [len(timings.layers[i].operators) for i in used])
+    x = jnp.asarray((seen - shift) / scale, jnp.float32)
+    wanted = jnp.asarray(np.log(np.where(known, tables, 1.0)), jnp.float32)
+    mask = jnp.asarray(known, jnp.float32)
+    # Devices with few layers are not to be drowned by those with many.
+    per_device = known.sum((0, 2), keepdims=True)
+    mask = mask / np.sqrt(np.maximum(per_device, 1.0))
+    foreign = np.asarray([one.family == FAMILY for one in timings.devices])
+    mask = mask * np.where(foreign, TABLE_WEIGHT, 1.0)[None, :, None]
+    mask = mask / mask.sum()
+
+    devices = len(timings.devices)
+    rng = np.random.default_rng(seed)
+    logs = np.log(np.where(known, tables, np.nan))
+    variables: dict[str, Any] = {
+        "network": {name: jnp.asarray(value) for name, value in flatten(fresh(seed)).items()},
+        "scale": jnp.asarray(np.nanmedian(logs, axis=(0, 2)), jnp.float32),
+        "embedding": jnp.asarray(0.1 * rng.normal(size=(devices, FACTORS)), jnp.float32),
+    }
+
+    def loss(variables: dict[str, Any]) -> jax.Array:
+        heads, _ = apply(variables["network"], x)
+        factors = jnp.einsum("hok,dk->hdo", heads[..., 1:], variables["embedding"])
+        logs = heads[:, None, :, 0] + factors
+        each = jnp.exp(jnp.clip(logs, -40.0, 40.0))
+        total = jax.ops.segment_sum(each.transpose(2, 0, 1), owner, num_segments=len(used))
+        off = jnp.log(total.transpose(1, 2, 0)) + variables["scale"][None, :, None] - wanted
+        fit = jnp.sum(optax.losses.huber_loss(off, delta=DELTA) * mask)
+        pull = EMBEDDING_DECAY * DELTA**2 * jnp.mean(jnp.sum(variables["embedding"] ** 2, -1))
+        return fit + pull
+
+    schedule = optax.cosine_onecycle_schedule(steps, LEARNING_RATE, 0.1)
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(
+            schedule, weight_decay=WEIGHT_DECAY,
+            mask={"network": True, "scale": False, "embedding": False},
+        ),
+    )  # fmt: skip
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def run(variables: Any, state: Any) -> Any:
+        def one(_: int, carry: Any) -> Any:
+            variables, state = carry
+            updates, state = tx.update(jax.grad(loss)(variables), state, variables)
+            return optax.apply_updates(variables, updates), state
+
+        return jax.lax.fori_loop(0, steps, one, (variables, state))
+
+    variables, _ = run(variables, tx.init(variables))
+    return _finished(variables, shift, scale, x, *_ranges(table[:, 0], seen), about)
+
+
+def _ranges(kinds: Array, seen: Array) -> tuple[Array, Array]:
+    """Returns the least and the largest of each feature by kind, [KINDS, FEATURES - KINDS]."""
+    numbers = seen[:, len(KINDS) :]
+    low = np.full((len(KINDS), numbers.shape[1]), -np.inf)
+    high = -low
+    for kind in np.unique(kinds).astype(int):
+        mine = numbers[kinds == kind]
+        low[kind], high[kind] = mine.min(0), mine.max(0)
+    return low, high
+
+
+def _finished(
+    variables: Any, shift: Any, scale: Any, x: Any, low: Array, high: Array, about: str
+) -> Weights:
+    """Returns the trained network with the prior that its devices' embeddings make."""
+    values = {name: np.asarray(value) for name, value in variables["network"].items()}
+    _, hidden = (np.asarray(one, np.float64) for one in apply(values, x))
+    embedding = np.asarray(variables["embedding"], np.float64)
+    scales = np.asarray(variables["scale"], np.float64)
+    # Few devices say little about their spread: it is shrunk towards its diagonal.
+    spread = np.cov(embedding.T) if len(embedding) > 1 else np.eye(FACTORS)
+    diagonal = np.diag(np.diag(spread) + 1e-3)
+    spread = 0.5 * spread + 0.5 * diagonal
+    precision = np.zeros((1 + FACTORS, 1 + FACTORS))
+    precision[0, 0] = 1.0 / SCALE_DEVIATION**2
+    precision[1:, 1:] = np.linalg.inv(spread)
+    return Weights(
+        values, shift, scale, hidden.mean(0), np.maximum(hidden.std(0), 1e-3),
+        np.concatenate([[np.median(scales)], embedding.mean(0)]), precision, low, high, about,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Averaging of replicas: the registered rules and who applies them."""

@@ -1,0 +1,1 @@
+"""The codecs of comms as jit kernels that give the same bytes."""

@@ -1,0 +1,84 @@
+"""The configuration of a run: its fields, its hosts, its checks and its text.
+
+A preset in ``configs/`` returns a ``Config``; the command line changes its fields
+(``--config.data.batch_size=50``, ``--config.devices.1.link=4g``); ``pipar_jax.methods.resolution.resolve`` checks it and returns
+the complete copy that is printed, saved with the run and handed to every host. Nothing here loads
+jax: launchers read configurations before the environment of jax is set.
+"""
+
+from __future__ import annotations
+
+from pipar_jax.config.fields import (
+    AUTO,
+    CHAINS,
+    HIDDEN_TOKEN,
+    LONGEST_S,
+    METHODS,
+    OWN_SOURCES,
+    PARTITIONS,
+    PLATFORMS,
+    PUBLIC_SOURCES,
+    RULES,
+    SERVER_METHODS,
+    SLOWEST,
+    TRACED,
+    AggregationConfig,
+    Config,
+    DataConfig,
+    DeviceConfig,
+    DevicesConfig,
+    ModelConfig,
+    NetworkConfig,
+    NodeConfig,
+    NodesConfig,
+    OptimizerConfig,
+    PipelineConfig,
+    RunConfig,
+    ServerConfig,
+    TunerConfig,
+)
+from pipar_jax.config.hosts import device, host, host_field, node, nodes
+from pipar_jax.config.intervals import aggregate_steps
+from pipar_jax.config.saved import difference, from_dict, from_json, to_dict, to_json, to_text
+
+__all__ = [
+    "AUTO",
+    "CHAINS",
+    "HIDDEN_TOKEN",
+    "LONGEST_S",
+    "METHODS",
+    "OWN_SOURCES",
+    "PARTITIONS",
+    "PLATFORMS",
+    "PUBLIC_SOURCES",
+    "RULES",
+    "SERVER_METHODS",
+    "SLOWEST",
+    "TRACED",
+    "AggregationConfig",
+    "Config",
+    "DataConfig",
+    "DeviceConfig",
+    "DevicesConfig",
+    "ModelConfig",
+    "NetworkConfig",
+    "NodeConfig",
+    "NodesConfig",
+    "OptimizerConfig",
+    "PipelineConfig",
+    "RunConfig",
+    "ServerConfig",
+    "TunerConfig",
+    "aggregate_steps",
+    "device",
+    "difference",
+    "from_dict",
+    "from_json",
+    "host",
+    "host_field",
+    "node",
+    "nodes",
+    "to_dict",
+    "to_json",
+    "to_text",
+]

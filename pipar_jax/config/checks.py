@@ -1,0 +1,489 @@
+"""Checks of a configuration that take several fields, or the word of another module."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import pathlib
+import re
+from typing import Any, get_args
+
+from pipar_jax.config import paths, schema
+from pipar_jax.config.fields import (
+    CHAINS,
+    LONGEST_S,
+    OWN_SOURCES,
+    PUBLIC_SOURCES,
+    SERVER_METHODS,
+    Config,
+    DevicesConfig,
+    NetworkConfig,
+    NodesConfig,
+)
+from pipar_jax.config.hosts import device, node
+from pipar_jax.config.intervals import aggregate_steps
+from pipar_jax.config.sink_names import sink_names
+from pipar_jax.errors import ConfigError
+from pipar_jax.schedule.plan import Dispatch
+from stages.names import UNITS
+
+#: Methods that cut mini-batches into micro-batches.
+PIPELINED = ("pipar", *CHAINS)
+#: Networks whose samples are rows of tokens, not images.
+TOKEN_MODELS = tuple(name for name in UNITS if name.startswith("decoder"))
+#: The channel takes no shorter secret.
+TOKEN_CHARACTERS = 8
+
+
+def check_whole(config: Config, models: tuple[str, ...] = ()) -> None:
+    """Checks what the types and bounds of single fields cannot say.
+
+    Args:
+      config: A configuration whose fields fit one by one.
+      models: Names of models beyond those that ``stages`` registers.
+
+    Raises:
+      ConfigError: The first field that cannot work, with value and remedy.
+    """
+    if not re.fullmatch(r"[\w.+-]{1,100}", config.name) or config.name.strip(".") == "":
+        raise ConfigError(
+            f"name={config.name[:120]!r} names the run's folder: use letters, digits and . _ + - "
+            "only, 100 at most"
+        )
+    if not config.run.dir:
+        raise ConfigError("run.dir is empty: name a folder, or . for the present one")
+    _check_model(config, models)
+    _check_data(config)
+    aggregate_steps(config)
+    _check_tuner(config)
+    sink_names(config.run.sinks)
+    _check_cut(config.pipeline.cut, "pipeline.cut")
+    _check_nodes(config)
+    parse_cpus(config.server.cpus, "server.cpus")
+    for index in distinct_devices(config):
+        _check_device(config, index)
+    for field in ("pipeline.activation_codec", "pipeline.cotangent_codec", "aggregation.codec"):
+        _check_codec(config, field)
+    _check_tls(config.network)
+    _check_address(config.network, config.server.host, "server.host")
+    _check_ports(config)
+    _check_micro_batches(config)
+
+
+def distinct_devices(config: Config) -> list[int]:
+    """Returns devices that stand for all: those with overrides, and one without, if there is."""
+    own = config.devices.overrides
+    plain = next((index for index in range(config.devices.count) if index not in own), None)
+    # Sources have the index in them, but their form is the same for all.
+    return sorted([*own, *([] if plain is None else [plain])])
+
+
+def _check_micro_batches(config: Config) -> None:
+    """Checks that a mini-batch has a sample for each of its micro-batches."""
+    if config.method not in PIPELINED:
+        return
+    for index in distinct_devices(config):
+        number = device(config, index).micro_batches or 1
+        if number > config.data.batch_size:
+            if "micro_batches" in config.devices.overrides.get(index, {}):
+                field = f"devices.{index}.micro_batches"
+            elif config.devices.defaults.micro_batches is not None:
+                field = "devices.defaults.micro_batches"
+            else:
+                field = "pipeline.micro_batches"
+            raise ConfigError(
+                f"{field}={number} is more than data.batch_size={config.data.batch_size}, and a "
+                "micro-batch needs a sample: lower it, or raise data.batch_size"
+            )
+
+
+def _check_ports(config: Config) -> None:
+    """Checks that no two hosts are to listen at the same place."""
+    taken = {(config.server.host, config.server.port): "server.port"}
+    for index in range(1, config.nodes.count + 1):
+        one = node(config, index)
+        field = f"nodes.{index}.port"
+        if one.port and (other := taken.get((one.host, one.port))) is not None:
+            raise ConfigError(
+                f"{field}={one.port} at {one.host} is that of {other} too: give each host that "
+                "listens there a port of its own, or 0 for any free one"
+            )
+        taken[one.host, one.port] = field
+
+
+def _check_codec(config: Config, field: str) -> None:
+    """Checks that a field names a codec of the channel."""
+    group, _, name = field.partition(".")
+    check_codec(getattr(getattr(config, group), name), field, config.model.dtype)
+
+
+def check_codec(text: str, field: str, dtype: str) -> None:
+    """Checks that a text names a codec of the channel that takes numbers of a type.
+
+    Raises:
+      ConfigError: It does not.
+    """
+    import numpy as np
+
+    from comms import CodecError, parse_codec
+
+    try:
+        codec, parameter = parse_codec(text)
+        codec.check(np.dtype(dtype), parameter)
+        codec.encoded_bytes(np.dtype(dtype), (1,), parameter)
+    except (CodecError, ValueError, OverflowError) as error:
+        raise ConfigError(f"{field}={text[:120]!r} does not fit: {error}") from error
+
+
+def _check_tls(network: NetworkConfig) -> None:
+    """Checks that the files of TLS are there and complete."""
+    for field in ("authority", "certificate", "key"):
+        path = getattr(network, field)
+        if path and not pathlib.Path(path).is_file():
+            raise ConfigError(f"network.{field}={path!r}: there is no such file")
+    if bool(network.certificate) != bool(network.key):
+        raise ConfigError(
+            "network.certificate and network.key belong together: give both, or neither"
+        )
+    if network.require_certificate and not network.authority:
+        raise ConfigError(
+            "network.require_certificate needs network.authority, which the certificates are "
+            "checked against"
+        )
+
+
+def check_source(source: str, field: str) -> None:
+    """Checks that a text names a public data set or somebody's own data.
+
+    Raises:
+      ConfigError: It names neither.
+    """
+    if source in PUBLIC_SOURCES:
+        return
+    kind, _, rest = source.partition(":")
+    if kind == "npz" and rest:
+        return
+    if kind == "module" and re.fullmatch(r"[\w.]+:\w+", rest):
+        return
+    if source.startswith(OWN_SOURCES):
+        raise ConfigError(
+            f"{field}={source!r} does not fit: write npz:PATH or module:NAME:FUNCTION"
+        )
+    raise ConfigError(
+        f"{field}={source!r} is no data set{schema.did_you_mean(source, PUBLIC_SOURCES)} (it takes "
+        f"{', '.join(PUBLIC_SOURCES)}, npz:PATH, module:NAME:FUNCTION)"
+    )
+
+
+def fit_overrides(config: Config, group: str) -> dict[int, dict[str, Any]]:
+    """Returns the overrides of single devices or nodes as their fields hold them, paths absolute.
+
+    Args:
+      config: The configuration.
+      group: ``devices`` (counted from 0) or ``nodes`` (counted from 1).
+
+    Raises:
+      ConfigError: An index is beyond the hosts, a field unknown or its value wrong.
+    """
+    hosts: DevicesConfig | NodesConfig = getattr(config, group)
+    first = 0 if group == "devices" else 1
+    known = {one.path: one for one in schema.options(type(hosts.defaults))}
+    made: dict[int, dict[str, Any]] = {}
+    for index, fields in sorted(hosts.overrides.items()):
+        if type(index) is not int or not first <= index < first + hosts.count:
+            raise ConfigError(
+                f"{group}.overrides has index {index!r}, but {group}.count={hosts.count}: use "
+                f"{first} to {first + hosts.count - 1}, or raise {group}.count"
+            )
+        made[index] = {}
+        for name, value in fields.items():
+            path = f"{group}.{index}.{name}"
+            if name not in known:
+                near = schema.did_you_mean(name, known)
+                raise ConfigError(f"{path} is not a field of the configuration{near}")
+            one = known[name]._replace(path=path)
+            made[index][name] = paths.expand(one, schema.fit(one, value))
+    return made
+
+
+def read_token(token: str | None) -> str | None:
+    """Returns the secret, read from where ``env:NAME`` or ``file:PATH`` say that it is.
+
+    Raises:
+      ConfigError: It is not there, or empty.
+    """
+    from comms.errors import explain
+
+    kind, _, rest = (token or "").partition(":")
+    if kind == "env":
+        if not os.environ.get(rest):
+            raise ConfigError(
+                f"network.token={token!r}: the environment variable {rest} is not set or empty"
+            )
+        return os.environ[rest]
+    if kind == "file":
+        try:
+            token = pathlib.Path(rest).read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise ConfigError(
+                f"network.token={token!r} cannot be read: {explain(error)}"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"network.token={token!r} cannot be read: not a text file") from error
+    if token == "":
+        raise ConfigError("network.token is empty: give a secret, or none to go without")
+    if token is not None and len(token) < TOKEN_CHARACTERS:
+        raise ConfigError(
+            f"network.token has {len(token)} characters and needs {TOKEN_CHARACTERS} or more, best "
+            "random ones; so that it is not seen, give it as env:NAME or file:PATH"
+        )
+    return token
+
+
+def parse_cpus(text: str, field: str = "cpus") -> frozenset[int]:
+    """Returns the cores that a text such as ``0`` or ``1-3,5`` names; none for an empty text.
+
+    Raises:
+      ConfigError: The text is no list of cores.
+    """
+    cores: set[int] = set()
+    for part in filter(None, text.replace(" ", "").split(",")):
+        found = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part, re.ASCII)
+        if found is None or int(found[2] or found[1]) < int(found[1]):
+            raise ConfigError(
+                f"{field}={text[:120]!r} does not fit: it takes cores such as 0 or 1-3,5"
+            )
+        cores.update(range(int(found[1]), int(found[2] or found[1]) + 1))
+    return frozenset(cores)
+
+
+def is_loopback(host: str) -> bool:
+    """Returns whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_model(config: Config, models: tuple[str, ...]) -> None:
+    known = (*UNITS, *models)
+    if config.model.name not in known:
+        raise ConfigError(
+            f"model.name={config.model.name!r} is no network"
+            f"{schema.did_you_mean(config.model.name, known)} (it takes {', '.join(known)})"
+        )
+    name = config.model.name
+    if name in TOKEN_MODELS and name not in models and config.data.source in PUBLIC_SOURCES:
+        raise ConfigError(
+            f"model.name={name!r} takes rows of tokens, and data.source={config.data.source!r} has "
+            "images: choose another network, or tokens of your own (npz:PATH, module:NAME:FUNCTION)"
+        )
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    check_source(data.source, "data.source")
+    if data.classes and data.source in PUBLIC_SOURCES:
+        raise ConfigError(
+            f"data.classes={data.classes} is for own data, and data.source={data.source!r} knows "
+            "its classes: leave it 0"
+        )
+    if data.scale and data.source in PUBLIC_SOURCES:
+        raise ConfigError(
+            f"data.scale={data.scale:g} is for own data, and data.source={data.source!r} is "
+            "normalised as it is: leave it 0"
+        )
+    if data.test_source:
+        if data.source in PUBLIC_SOURCES:
+            raise ConfigError(
+                f"data.test_source={data.test_source!r} is for own data, and data.source="
+                f"{data.source!r} brings its own test set: leave it empty"
+            )
+        if not data.test_source.startswith(OWN_SOURCES):
+            raise ConfigError(
+                f"data.test_source={data.test_source!r} does not fit: write npz:PATH or "
+                "module:NAME:FUNCTION"
+            )
+        check_source(data.test_source, "data.test_source")
+    if data.train_samples and data.train_samples < config.devices.count:
+        raise ConfigError(
+            f"data.train_samples={data.train_samples} is fewer than devices.count="
+            f"{config.devices.count}: every device needs a sample"
+        )
+
+
+def _check_tuner(config: Config) -> None:
+    """Checks the tuner's lists, names that are known and whole numbers, and what may adapt."""
+    if config.tuner.times == "predicted" and config.model.dtype != "float32":
+        raise ConfigError(
+            f"tuner.times=predicted knows float32 alone, and model.dtype={config.model.dtype}: "
+            "profile the hosts (tuner.times=profiled), or compute in float32"
+        )
+    known = {
+        "methods": SERVER_METHODS,
+        "dispatch": get_args(Dispatch),
+    }
+    for name in ("methods", "dispatch", "codecs", "micro_batches", "sizes"):
+        field, text = f"tuner.{name}", getattr(config.tuner, name)
+        parts = _words(text)
+        if not parts and name != "codecs":
+            raise ConfigError(f"{field} is empty: name at least one, several with commas between")
+        for part in parts:
+            if name in known and part not in known[name]:
+                raise ConfigError(
+                    f"{field}={text!r}: {part!r} is unknown"
+                    f"{schema.did_you_mean(part, known[name])} (known: {', '.join(known[name])})"
+                )
+            if name == "codecs" and text != "auto":
+                check_codec(part, field, config.model.dtype)
+            numbers = name == "micro_batches" or (name == "sizes" and text != "auto")
+            if numbers and not re.fullmatch(r"0*[1-9]\d{0,8}", part, re.ASCII):
+                raise ConfigError(
+                    f"{field}={text[:120]!r}: {part[:20]!r} is not a positive whole number below "
+                    "10^9; write 2,4,8"
+                )
+    _check_tuner_numbers(config)
+    if config.tuner.codecs:
+        from pipar_jax.config import codec_candidates
+
+        codec_candidates.pairs(config)
+    if config.tuner.adapt and config.method not in CHAINS:
+        if config.pipeline.weights == "shared":
+            raise ConfigError(
+                f"tuner.adapt=true does not go with method={config.method} and pipeline.weights="
+                "shared: units move where every device has its copy on the server, or between "
+                "compute nodes; set pipeline.weights=copy, or tuner.adapt=false"
+            )
+        methods = {one.strip() for one in config.tuner.methods.split(",")}
+        if config.method == "sl" or methods <= {"sl"}:
+            raise ConfigError(
+                f"tuner.adapt=true does not go with method={config.method!r} and tuner.methods="
+                f"{config.tuner.methods!r}: a plan can change where devices train in parallel, and "
+                "sl hands one part on; choose others, or set tuner.adapt=false"
+            )
+        if config.nodes.count:
+            raise ConfigError(
+                f"tuner.adapt=true does not go with nodes.count={config.nodes.count} and method="
+                f"{config.method}, whose plans change between device and server only; use method="
+                f"{' or '.join(CHAINS)}, set nodes.count=0, or tuner.adapt=false"
+            )
+
+
+def _words(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _check_tuner_numbers(config: Config) -> None:
+    """Checks the tuner's lists of numbers against the mini-batch that they are parts of."""
+    tuner, batch = config.tuner, config.data.batch_size
+    if min(map(int, _words(tuner.micro_batches))) > batch:
+        raise ConfigError(
+            f"tuner.micro_batches={tuner.micro_batches!r}: each is more than data.batch_size="
+            f"{batch}, and a micro-batch needs a sample: name smaller ones"
+        )
+    if tuner.sizes != "auto" and (most := max(map(int, _words(tuner.sizes)))) > batch:
+        raise ConfigError(
+            f"tuner.sizes={tuner.sizes!r}: no host computes {most} samples at a time, since "
+            f"data.batch_size={batch}: name sizes up to it"
+        )
+
+
+def _check_device(config: Config, index: int) -> None:
+    from pipar_jax.config.slowdown import slowness
+
+    one = device(config, index)
+    over = config.devices.overrides.get(index, {})
+
+    def field(name: str) -> str:
+        return f"devices.{index}.{name}" if name in over else f"devices.defaults.{name}"
+
+    _check_link(one.link, field("link"))
+    slowness(one, field("slowdown_trace"))
+    parse_cpus(one.cpus, field("cpus"))
+    if one.cut != config.pipeline.cut:
+        _check_cut(one.cut, field("cut"))
+    if one.data_source != config.data.source:
+        check_source(one.data_source or "", field("data_source"))
+        if (one.data_source in PUBLIC_SOURCES) != (config.data.source in PUBLIC_SOURCES):
+            raise ConfigError(
+                f"{field('data_source')}={one.data_source!r} does not go with data.source="
+                f"{config.data.source!r}: all devices share one public set, or all bring their own"
+            )
+
+
+def _check_nodes(config: Config) -> None:
+    """Checks that the method and its compute nodes fit together."""
+    count, pipeline = config.nodes.count, config.pipeline
+    if config.method in CHAINS and not count:
+        raise ConfigError(
+            f"method={config.method} runs its middle stages on compute nodes, and nodes.count=0: "
+            "set --config.nodes.count"
+        )
+    if config.method == "accept" and config.devices.count != 1:
+        raise ConfigError(
+            f"devices.count={config.devices.count}, but method=accept trains the data of one "
+            "device on a chain of peers: set devices.count=1, the peers are nodes"
+        )
+    if pipeline.in_flight and pipeline.weights != "shared":
+        raise ConfigError(
+            f"pipeline.in_flight={pipeline.in_flight} caps what a stage with shared weights holds, "
+            "but pipeline.weights='copy': set pipeline.weights=shared, or in_flight=0"
+        )
+    if config.method not in CHAINS and pipeline.cuts:
+        raise ConfigError(
+            f"pipeline.cuts={pipeline.cuts!r} is for method={' or '.join(CHAINS)}: use pipeline.cut"
+        )
+    if config.method in CHAINS and any("cut" in one for one in config.devices.overrides.values()):
+        raise ConfigError(
+            f"method={config.method} cuts all devices' models alike: use pipeline.cuts instead of "
+            "a device's cut"
+        )
+    for index in range(1, count + 1):
+        one = node(config, index)
+        given = config.nodes.overrides.get(index, {})
+        path = {
+            name: f"nodes.{index}.{name}" if name in given else f"nodes.defaults.{name}"
+            for name in ("link", "cpus", "host")
+        }
+        _check_link(one.link, path["link"])
+        parse_cpus(one.cpus, path["cpus"])
+        _check_address(config.network, one.host, path["host"])
+
+
+def _check_link(link: str, field: str) -> None:
+    from comms.emulation.shaping import parse_link
+    from comms.errors import ChannelError
+
+    try:
+        shapes = parse_link(link)
+    except (ChannelError, ValueError) as error:
+        raise ConfigError(f"{field}={link[:120]!r}: {error}") from error
+    for shape in shapes:
+        rates = [rate for rate in (shape.rate_mbps, *(r for _, r in shape.schedule)) if rate]
+        if shape.delay_s > LONGEST_S or any(not 1e-6 <= rate <= 1e9 for rate in rates):
+            raise ConfigError(
+                f"{field}={link[:120]!r}: rates lie between 1e-6 and 1e9 Mbit/s, and a delay is at "
+                f"most {LONGEST_S:g} s"
+            )
+
+
+def _check_address(network: NetworkConfig, host: str, field: str) -> None:
+    """Checks that what other machines can reach is protected, or allowed in so many words."""
+    if not re.fullmatch(r"[\w.:%-]{1,253}", host):
+        raise ConfigError(
+            f"{field}={host[:120]!r} is not an address: give an IP address or a host's name, and "
+            "the port as a field of its own"
+        )
+    if not (is_loopback(host) or network.token or network.insecure):
+        raise ConfigError(
+            f"{field}={host!r} can be reached from other machines, and "
+            "network.token is not set: give every host the same secret "
+            "(--config.network.token=env:NAME), or allow it with --config.network.insecure=true"
+        )
+
+
+def _check_cut(cut: int | str | None, field: str) -> None:
+    if isinstance(cut, int) and cut < 1:
+        raise ConfigError(f"{field}={cut} leaves the device no unit: the smallest cut is 1")
+    if isinstance(cut, str) and not cut:
+        raise ConfigError(f"{field} is empty: give a position (1, 2, …) or the name of a unit")

@@ -1,0 +1,63 @@
+"""The codecs that a configuration lets a plan choose from."""
+
+from __future__ import annotations
+
+from comms import parse_codec
+from pipar_jax.config.fields import Config
+from pipar_jax.config.texts import split_list
+from pipar_jax.errors import ConfigError
+from pipar_jax.schedule.plan import Codecs
+
+AUTO, RAW = "auto", "raw"
+#: What K may be.
+BITS = (1, 2, 3, 4, 5, 6, 7, 9, 11, 15, 23)
+ROLES = ("activation", "cotangent")
+
+
+def bit_widths(config: Config, role: str) -> tuple[str, ...]:
+    """Returns the codecs that auto knows for a role, from the fewest bits allowed up to raw."""
+    floor = getattr(config.tuner, f"{role}_bits")
+    return (*(f"bits:{bits}" for bits in BITS if bits + 1 >= floor), RAW)
+
+
+def names(config: Config) -> list[str]:
+    """Returns the codecs that a plan may come to have by the tuner's choice."""
+    if config.tuner.codecs == AUTO:
+        return list(dict.fromkeys(name for role in ROLES for name in bit_widths(config, role)))
+    return list(split_list(config.tuner.codecs))
+
+
+def allowed(config: Config, role: str) -> list[str]:
+    """Returns the codecs to search for a role: of those allowed, or the one that is configured.
+
+    Raises:
+      ConfigError: The role is left without a codec that keeps to its floor.
+    """
+    if not config.tuner.codecs:
+        return [getattr(config.pipeline, f"{role}_codec")]
+    if config.tuner.codecs == AUTO:
+        return [RAW, bit_widths(config, role)[0]]
+    floor, listed = getattr(config.tuner, f"{role}_bits"), split_list(config.tuner.codecs)
+    found = [name for name in listed if (_bits(name) or floor) >= floor]
+    if not found:
+        kept = ", ".join(f"{name}: {_bits(name)}" for name in listed)
+        raise ConfigError(
+            f"tuner.codecs={config.tuner.codecs!r} has nothing for {role}s, which need "
+            f"{floor} bits ({kept}): allow raw, or lower --config.tuner.{role}_bits"
+        )
+    return found
+
+
+def pairs(config: Config) -> list[Codecs]:
+    """Returns the pairs to search.
+
+    Raises:
+      ConfigError: A role is left without a codec that keeps to its floor.
+    """
+    activations, cotangents = (allowed(config, role) for role in ROLES)
+    return [Codecs(a, c) for a in activations for c in cotangents]
+
+
+def _bits(name: str) -> int | None:
+    codec, parameter = parse_codec(name)
+    return codec.precision_bits(parameter)

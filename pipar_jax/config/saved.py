@@ -1,0 +1,124 @@
+"""Configurations as text: saved with a run, printed, read again, and compared between hosts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pipar_jax.config import schema
+from pipar_jax.config.fields import HIDDEN_TOKEN, PUBLIC_SOURCES, Config
+from pipar_jax.config.hosts import device
+from pipar_jax.disk.json_text import dumps
+from pipar_jax.errors import ConfigError
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Returns the configuration as nested JSON-ready values, the token included."""
+    made = dataclasses.asdict(config)
+    for group in (config.devices, config.nodes):
+        made["devices" if group is config.devices else "nodes"]["overrides"] = {
+            str(index): dict(fields) for index, fields in group.overrides.items()
+        }
+    return made
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Returns the configuration that ``to_dict`` wrote.
+
+    Raises:
+      ConfigError: A field is unknown or an index of an override is no number.
+    """
+    made = schema.from_dict(Config, values)
+    for group in (made.devices, made.nodes):
+        if not all(str(index).isdigit() for index in group.overrides):
+            raise ConfigError(
+                f"overrides={group.overrides!r} must go from a device's or node's index to fields"
+            )
+        group.overrides = {int(index): dict(some) for index, some in group.overrides.items()}
+    return made
+
+
+def to_json(config: Config) -> str:
+    """Returns the text that is saved and printed: it never shows the token."""
+    values = to_dict(config)
+    if values["network"]["token"] is not None:
+        values["network"]["token"] = HIDDEN_TOKEN
+    return dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+def to_text(config: Config) -> str:
+    """Returns a line per group of fields, as printed when a run begins."""
+    values = json.loads(to_json(config))
+    top = {name: value for name, value in values.items() if not isinstance(value, dict)}
+    devices, nodes = values.pop("devices"), values.pop("nodes")
+    groups = {
+        "run": top,
+        **{name: value for name, value in values.items() if isinstance(value, dict)},
+        "devices": {"count": devices["count"], **devices["defaults"]},
+        **{f"device {index}": some for index, some in devices["overrides"].items()},
+    }
+    if nodes["count"]:
+        groups["nodes"] = {"count": nodes["count"], **nodes["defaults"]}
+        groups |= {f"node {index}": some for index, some in nodes["overrides"].items()}
+    groups["run"] = {**top, **values["run"]}
+    return "\n".join(
+        f"{name:<12} "
+        + " ".join(f"{field}={'none' if some is None else some}" for field, some in group.items())
+        for name, group in groups.items()
+    )
+
+
+def from_json(text: str) -> Config:
+    """Returns the configuration of a text that ``to_json`` wrote.
+
+    Raises:
+      ConfigError: It is no JSON, or no configuration.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"the saved configuration is no JSON: {error}") from error
+    return from_dict(values)
+
+
+def difference(ours: Config, theirs: Config) -> list[str]:
+    """Lists the fields in which two hosts of one run must agree but do not.
+
+    Addresses, folders, links, emulated slowness and data that stays home may differ.
+
+    Args:
+      ours: This host's configuration, resolved.
+      theirs: The other host's, resolved.
+
+    Returns:
+      One text per field, such as ``model.name ('vgg5' here, 'resnet18' there)``.
+    """
+    here, there = _shared(ours), _shared(theirs)
+    return [
+        f"{path} ({here.get(path)!r} here, {there.get(path)!r} there)"
+        for path in dict.fromkeys([*here, *there])
+        if here.get(path) != there.get(path)
+    ]
+
+
+_LOCAL = ("name", "debug", "run.", "tuner.", "server.", "network.", "devices.defaults.",
+          "nodes.defaults.", "data.download")  # fmt: skip
+
+
+def _shared(config: Config) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for one in schema.options(Config):
+        is_path = one.field.metadata["path"] is not None  # each machine has files of its own
+        if not (is_path or one.path.startswith(_LOCAL)):
+            value: Any = config
+            for name in one.path.split("."):
+                value = getattr(value, name)
+            values[one.path] = value
+    public = config.data.source if config.data.source in PUBLIC_SOURCES else "the devices' own"
+    values["data.source"] = public
+    for index in range(config.devices.count):
+        for name in ("cut", "micro_batches"):
+            values[f"devices.{index}.{name}"] = getattr(device(config, index), name)
+    return values

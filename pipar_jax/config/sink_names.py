@@ -1,0 +1,27 @@
+"""Names of the sinks that ``run.sinks`` lists."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from pipar_jax.config.texts import split_list
+from pipar_jax.errors import ConfigError
+
+TENSORBOARD = "tensorboard"
+
+
+def sink_names(text: str) -> Sequence[str]:
+    """Returns the sinks that a text lists.
+
+    Raises:
+      ConfigError: One is neither known nor of the form MODULE:FUNCTION.
+    """
+    found = split_list(text)
+    for name in found:
+        if name != TENSORBOARD and not re.fullmatch(r"[\w.]+:\w+", name):
+            raise ConfigError(
+                f"run.sinks={text!r} does not fit: {name!r} is neither {TENSORBOARD} nor a "
+                "function of yours, MODULE:FUNCTION"
+            )
+    return found

@@ -1,0 +1,136 @@
+"""Costs taken from a trace: what a run measured of itself, as the input of a prediction."""
+
+from __future__ import annotations
+
+import array
+import statistics
+from collections.abc import Callable, Mapping
+
+from pipar_jax.cost_model.costs import Bytes, Costs, LinkModel, Seconds
+from pipar_jax.errors import PlanError
+from pipar_jax.schedule.actions import (
+    AGGREGATE,
+    ALL,
+    COMPUTE,
+    HAND_ON,
+    RECEIVE_WEIGHTS,
+    SEND_BACKWARD,
+    SEND_FORWARD,
+    SEND_WEIGHTS,
+)
+from pipar_jax.schedule.plan import Plan, device_name
+from pipar_jax.schedule.trace import Trace
+
+Key = tuple[int, int, str, int]
+Summary = Callable[[list[float]], float]
+
+_TENSORS = (SEND_FORWARD, SEND_BACKWARD)
+_WEIGHTS = (SEND_WEIGHTS, RECEIVE_WEIGHTS, HAND_ON)
+
+
+class Observed:
+    """What computations lasted and messages had, collected from one trace or from several parts."""
+
+    def __init__(self) -> None:
+        """Begins with nothing."""
+        self._seconds: dict[Key, array.array[float]] = {}
+        self._bytes: dict[Key, array.array[float]] = {}
+        self._weights: dict[tuple[int, str], float] = {}
+
+    def add(self, trace: Trace) -> None:
+        """Takes what a trace, or a part of one, has."""
+        for _, row in trace.rows():
+            action = row.action
+            key = action.device, action.stage, action.kind, row.samples
+            if action.kind in COMPUTE:
+                self._seconds.setdefault(key, array.array("d")).append(row.end_s - row.start_s)
+            elif action.kind in _TENSORS:
+                self._bytes.setdefault(key, array.array("d")).append(row.nbytes)
+            elif action.kind in _WEIGHTS and row.nbytes:
+                self._weights[action.device, action.kind] = float(row.nbytes)
+
+    def seconds(self, summary: Summary = statistics.median) -> Seconds:
+        """Returns the seconds of each kind of computation.
+
+        Args:
+          summary: Makes one number of all the durations of a kind.
+        """
+        return _lookup(self._seconds, summary)
+
+    def wire_bytes(self, weight_bytes: Mapping[int, float]) -> Bytes:
+        """Returns the bytes of each kind of message.
+
+        Args:
+          weight_bytes: For each device the bytes of a message with weights or with its part, where
+            no trace tells.
+        """
+        tensors, weights = _lookup(self._bytes, statistics.median), dict(self._weights)
+
+        def wire_bytes(device: int, stage: int, kind: str, samples: int) -> float:
+            if kind in _TENSORS:
+                return tensors(device, stage, kind, samples)
+            # One message carries all the stages that a device holds.
+            known = weights.get((device, kind), weight_bytes.get(device, 0.0))
+            return 0.0 if stage else known
+
+        return wire_bytes
+
+    def costs(
+        self,
+        links: Mapping[tuple[str, str], LinkModel],
+        weight_bytes: Mapping[int, float],
+        window_bytes: float | None = None,
+    ) -> Costs:
+        """Returns costs with which a run's own trace is predicted.
+
+        Args:
+          links: What the links were shaped to.
+          weight_bytes: For each device the bytes of a message with its weights.
+          window_bytes: The links' credit.
+        """
+        return Costs(
+            self.seconds(), self.wire_bytes(weight_bytes), links, window_bytes=window_bytes
+        )
+
+
+def observed(trace: Trace) -> Observed:
+    """Returns what a whole trace has."""
+    found = Observed()
+    found.add(trace)
+    return found
+
+
+def links_from_shapes(
+    shapes: Mapping[int, tuple[LinkModel, LinkModel]], plan: Plan
+) -> dict[tuple[str, str], LinkModel]:
+    """Returns the directions of a two-host plan's links.
+
+    Args:
+      shapes: For each device its link up and down.
+      plan: The plan; a device's link shapes what it sends to any host, and what it gets.
+    """
+    links = {}
+    others = [host for host in plan.hosts() if host not in map(device_name, shapes)]
+    for device, (up, down) in shapes.items():
+        for other in others:
+            links[device_name(device), other] = up
+            links[other, device_name(device)] = down
+    return links
+
+
+def _lookup(values: Mapping[Key, array.array[float]], summary: Summary) -> Seconds:
+    """Returns a function that finds one number for all rows of a device, stage, kind and size."""
+    table = {key: summary(list(some)) for key, some in values.items()}
+
+    def find(device: int, stage: int, kind: str, samples: int) -> float:
+        found = table.get((device, stage, kind, samples))
+        if found is None:
+            if kind == AGGREGATE and device == ALL:
+                return 0.0  # a sequential round averages nothing
+            raise PlanError(
+                f"the trace has no {kind} of device {device}, stage {stage}, with {samples} "
+                "samples: it is of another plan or incomplete"
+            )
+        return found
+
+    return find

@@ -1,0 +1,89 @@
+"""The events of a run on disk: a row of ``metrics.jsonl`` each, written as they happen."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipar_jax.disk.files import refused
+from pipar_jax.disk.json_text import dumps
+from pipar_jax.errors import RunError
+
+
+class EventLog:
+    """Appends rows; a row is there as a whole or not at all.
+
+    Args:
+      path: The file, which must not be there yet: the rows of two runs do not mix.
+
+    Raises:
+      DiskError: The file cannot be made.
+      RunError: It is there already.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Makes the file."""
+        self.path = path
+        try:
+            with refused(path):
+                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        except RunError as error:
+            if not isinstance(error.__cause__, FileExistsError):
+                raise
+            raise RunError(
+                f"{path} belongs to another run: give this one another name (--config.name) or "
+                "folder (--config.run.dir)"
+            ) from error
+
+    def add(self, event: Mapping[str, Any]) -> None:
+        """Appends a row; the system has it when this returns.
+
+        Raises:
+          DiskError: It cannot be written; then nothing of it is.
+        """
+        row = dumps(event).encode() + b"\n"
+        with refused(self.path):
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                size = os.fstat(descriptor).st_size
+                try:
+                    while row:
+                        row = row[os.write(descriptor, row) :]
+                except OSError:
+                    with contextlib.suppress(OSError):  # not where it is a device
+                        os.ftruncate(descriptor, size)  # half a row would spoil the next one
+                    raise
+            finally:
+                os.close(descriptor)
+
+
+def read_events(path: Path) -> tuple[dict[str, Any], ...]:
+    """Returns the rows of a file; a last one that is cut short, as by a full disk, is left out.
+
+    Raises:
+      OSError: The file cannot be read.
+      RunError: Another line than the last is no row.
+    """
+    *lines, torn = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            rows.append(_row(line, f"{path}:{number}"))
+    if torn.strip():
+        with contextlib.suppress(RunError):
+            rows.append(_row(torn, str(path)))
+    return tuple(rows)
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise RunError(f"{where} is not a row of events: {error}") from error
+    if not isinstance(found, dict) or "event" not in found:
+        raise RunError(f"{where} is not a row of events: it has no field 'event'")
+    return found

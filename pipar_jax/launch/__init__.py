@@ -1,0 +1,1 @@
+"""Starting runs: the library's front door, processes, flags and certificates."""

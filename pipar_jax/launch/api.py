@@ -1,0 +1,293 @@
+"""The library's front door: train from a configuration, load what a run left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+import stages
+from pipar_jax import config as configuration
+from pipar_jax import data as datasets
+from pipar_jax.config import Config
+from pipar_jax.data import Dataset, make_queries, normalise
+from pipar_jax.disk.event_log import read_events
+from pipar_jax.errors import PeerError, ProtocolError, RunError
+from pipar_jax.methods.resolution import check_plan, resolve
+from pipar_jax.roles.run_folder import CONFIG, METRICS, TRACE
+from pipar_jax.roles.server import run_server
+from pipar_jax.roles.worker import run_device, run_node
+from pipar_jax.schedule.plan import COORDINATOR, device_name
+from pipar_jax.schedule.trace import Trace
+from pipar_jax.training import checkpoint
+from stages import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run, as its folder tells it.
+
+    Attributes:
+      folder: Where it is.
+      config: Its resolved configuration.
+      model: The whole model.
+      params: For each unit its weights by path.
+      state: For each unit its batch statistics by path.
+      metrics: Every event of the run, in order.
+      facts: What is known of the model and its data: classes, normalisation.
+    """
+
+    folder: Path
+    config: Config
+    model: Model
+    params: dict[str, Any]
+    state: dict[str, Any]
+    metrics: tuple[dict[str, Any], ...]
+    facts: dict[str, Any]
+
+    @property
+    def accuracy(self) -> float:
+        """Test accuracy after the last round, in [0, 1]."""
+        return float(self._last("evaluated")["accuracy"])
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The event ``run_finished``: seconds, idle shares, bytes."""
+        return self._last("run_finished")
+
+    def trace(self) -> Trace:
+        """Returns the timed actions of the run.
+
+        Raises:
+          RunError: The run kept none (``run.trace=none``).
+        """
+        return Trace.load(self.folder / TRACE)
+
+    def logits(self, images: Any) -> np.ndarray[Any, Any]:
+        """Returns the model's logits [batch, classes] for raw images.
+
+        Args:
+          images: [batch, height, width, channels] as they are stored, of the type that the run was
+            trained on: uint8, or floats scaled as the training data were.
+
+        Raises:
+          DataError: There is no image, or shape, type or a number does not fit.
+        """
+        mean, std = (np.asarray(self.facts[name], np.float32) for name in ("mean", "std"))
+        checked = make_queries(images, self.facts["input_shape"], self.facts["images"])
+        x = normalise(checked, mean, std)
+        return np.asarray(stages.predict(self.model, self.params, self.state, jnp.asarray(x)))
+
+    def predict(self, images: Any) -> np.ndarray[Any, Any]:
+        """Returns the most likely class [batch] of raw images; see ``logits``.
+
+        Raises:
+          DataError: There is no image, or shape, type or a number does not fit.
+        """
+        found: np.ndarray[Any, Any] = np.argmax(self.logits(images), axis=-1)
+        return found
+
+    def _last(self, event: str) -> dict[str, Any]:
+        for row in reversed(self.metrics):
+            if row["event"] == event:
+                return dict(row)
+        raise RunError(f"{self.folder} has no {event!r} in {METRICS}: the run did not finish")
+
+
+def load(folder: str | Path, model: Model | None = None) -> Run:
+    """Reads a finished run.
+
+    Args:
+      folder: The run's folder, such as ``runs/digits``.
+      model: The model, if it was not one that ``stages.build`` made.
+
+    Raises:
+      RunError: A file is missing or belongs to another model, or the run's model was the user's own
+        and is not given.
+    """
+    path = Path(folder)
+    try:
+        config = configuration.from_json((path / CONFIG).read_text(encoding="utf-8"))
+        metrics = read_events(path / METRICS)
+    except OSError as error:
+        raise RunError(f"{path} is not the folder of a run: {error}") from error
+    facts = checkpoint.facts(path / checkpoint.WEIGHTS)
+    if model is None:
+        if facts["recipe"] is None:
+            raise RunError(
+                f"{path} was trained with a model of your own, {facts['model']!r}, which only you "
+                "can make again: load(folder, model)"
+            )
+        model = stages.build(**facts["recipe"])
+    _check_model(model, facts, path)
+    params, state = checkpoint.load(path / checkpoint.WEIGHTS, model)
+    return Run(path, config, model, params, state, metrics, facts)
+
+
+def _check_model(model: Model, facts: Mapping[str, Any], path: Path) -> None:
+    """Checks that a model takes and says what the one did that was trained; weights come later."""
+    ours = list(model.input_shape), model.classes
+    trained = list(facts["input_shape"]), facts["classes"]
+    if ours != trained:
+        raise RunError(
+            f"{path} was trained with model {facts['model']!r} of samples {trained[0]} and "
+            f"{trained[1]} classes, and {model.name!r} has {ours[0]} and {ours[1]}: load it with "
+            "the model that it was trained with"
+        )
+
+
+def train(
+    config: Config,
+    model: Model | None = None,
+    data: Sequence[Dataset] | None = None,
+    *,
+    on_event: Callable[[dict[str, Any]], None] | None = None,
+) -> Run:
+    """Trains with all hosts on this machine and returns the finished run.
+
+    A configured model on configured data runs in processes of their own, one per host. With a
+    model or data of your own all hosts are threads of this process, since neither can be handed to
+    another process; they still talk over TCP on the loopback interface.
+
+    Args:
+      config: What to train and how; resolved here.
+      model: A model of your own.
+      data: Data of your own: a dataset per device (its training split counts), the last one, after
+        those of the devices, with the test split.
+      on_event: Takes every event as it happens.
+
+    Raises:
+      ConfigError: The configuration cannot work.
+      DataError: Data or model are wrong or do not fit each other; nothing was started then.
+      PiparError: The run failed.
+    """
+    if model is not None and not isinstance(model, Model):
+        raise RunError(
+            f"train() got a {type(model).__name__} as model: make a stages.Model of it with "
+            "Model.from_module or Model.from_units"
+        )
+    names = () if model is None else (config.model.name,)
+    resolved = resolve(config, models=names)
+    if model is not None:
+        check_plan(resolved, model.unit_names)
+    tell = on_event or (lambda event: None)
+    if model is None and data is None:
+        from pipar_jax.launch.launcher import launch
+
+        return load(launch(resolved, on_event=tell)["folder"])
+    return load(run_here(resolved, model, data, on_event=tell), model)
+
+
+def run_here(
+    config: Config,
+    model: Model | None = None,
+    data: Sequence[Dataset] | None = None,
+    *,
+    on_event: Callable[[dict[str, Any]], None],
+) -> Path:
+    """Runs server and devices as threads of this process; returns the run's folder.
+
+    The folder is a new one: a name that is taken gets a number, as on the command line. Emulated
+    links and slowness work as ever; pinning to cores does not.
+
+    Args:
+      config: Resolved configuration.
+      model: The model, if not the configured one.
+      data: See ``train``.
+      on_event: Takes every event as it happens.
+
+    Raises:
+      DataError: Data or model are wrong or do not fit each other; nothing was started then.
+      PiparError: The run failed; of several hosts' errors, the first that is not about a peer.
+    """
+    own = _admit(config, model, data)
+    count = config.devices.count
+    from pipar_jax.launch.launcher import create_folder
+
+    # A copy: its name becomes that of the folder, and a model goes by its own.
+    of_model = config.model if model is None else dataclasses.replace(config.model, name=model.name)
+    config = dataclasses.replace(config, model=of_model)
+    folder = create_folder(config)
+    listening: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
+    stop = threading.Event()
+    errors: list[BaseException] = []
+
+    def tell(event: dict[str, Any]) -> None:
+        if event["event"] == "listening":
+            listening.put((event["host"], event["port"]))
+        on_event(event)
+
+    def guarded(role: Callable[[], Any]) -> None:
+        try:
+            role()
+        except BaseException as error:  # raised below, where the threads are joined
+            errors.append(error)
+            stop.set()
+            listening.put(None)
+
+    threads: list[threading.Thread] = []
+
+    def start(name: str, function: Callable[..., Any], *args: Any, **values: Any) -> None:
+        role = functools.partial(function, config, *args, model=model, stop=stop, **values)
+        threads.append(threading.Thread(target=guarded, args=(role,), name=f"pipar-{name}"))
+        threads[-1].start()
+
+    start("server", run_server, on_event=tell, data=own[-1])
+    address = listening.get()
+    if address is not None:
+        for name in configuration.nodes(config):
+            start(name, run_node, int(name[1:]), address)
+        for index in range(count):
+            start(device_name(index), run_device, index, address, data=own[index])
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        raise
+    if errors:  # who was sent what may not be knows more than who was told to stop
+        raise min(errors, key=_rank)
+    return folder
+
+
+def _rank(error: BaseException) -> int:
+    """Returns the place of an error among several: those of lost peers only follow from others."""
+    if isinstance(error, ProtocolError):
+        return 0
+    return 2 if isinstance(error, PeerError) else 1
+
+
+def _admit(
+    config: Config, model: Model | None, data: Sequence[Dataset] | None
+) -> Sequence[Dataset]:
+    """Returns every device's dataset and, last, the server's, all looked at beside the model."""
+    hosts = [*(device_name(index) for index in range(config.devices.count)), COORDINATOR]
+    if data is None:
+        loaded = [datasets.load_device(config, index) for index in range(config.devices.count)]
+        own = [*loaded, datasets.load_server(config)]
+    elif isinstance(data, Dataset) or len(data) != len(hosts):
+        got = "one dataset" if isinstance(data, Dataset) else f"{len(data)} datasets"
+        raise RunError(
+            f"train() got {got} for {config.devices.count} devices: give one per device and the "
+            "one with the test split last"
+        )
+    else:
+        own = [
+            datasets.admit(one, "test" if host == COORDINATOR else "train", host)
+            for host, one in zip(hosts, data, strict=True)
+        ]
+    if model is None:
+        datasets.check_alike(zip(reversed(hosts), reversed(own), strict=True))
+    else:
+        for host, one in zip(hosts, own, strict=True):
+            datasets.check_fits(one, model.classes, model.input_shape, host)
+    return own

@@ -1,0 +1,393 @@
+"""The command line of binaries with a configuration: a preset, and its fields as flags.
+
+Every argument is checked against the schema before absl and ml_collections see it, because left
+alone they answer an unknown field with a KeyError and list one flag under ``--help``. Binaries
+without a configuration are in ``plain_flags``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import pathlib
+import re
+import shutil
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
+
+from absl import app
+from absl import flags as absl_flags
+from ml_collections import config_flags
+
+from pipar_jax import __version__
+from pipar_jax.config import Config, DeviceConfig, NodeConfig, paths, plugins, schema
+from pipar_jax.config.schema import Option, option
+from pipar_jax.errors import ConfigError
+from pipar_jax.launch.process import INTERRUPTED, WRONG_USE, leave, open_streams, perform
+from pipar_jax.methods.resolution import resolve
+
+E = TypeVar("E")
+
+_HOST = re.compile(r"(devices|nodes)\.(\d+)\.(\w+)")
+_HOSTS = {"devices": DeviceConfig, "nodes": NodeConfig}
+#: Types that ml_collections' flags can set; the others (unions, none, devices) are set here.
+_PLAIN = ((bool,), (int,), (float,), (str,))
+
+
+@dataclasses.dataclass
+class NoFlags:
+    """A binary without flags of its own."""
+
+
+@dataclasses.dataclass
+class Common:
+    """Flags that every binary has."""
+
+    config: str = option(
+        "", "preset to start from: a name listed above, or a file of your own, such as ./mine.py"
+    )
+    flagfile: str = option("", "file with further flags, one in a line")
+    debug: bool = option(False, "show tracebacks (short for --config.debug)")
+    version: bool = option(False, "print the version and end")
+    help: bool = option(False, "print this and end")
+
+
+class Parsed(NamedTuple, Generic[E]):
+    """What a command line says.
+
+    Attributes:
+      config: The preset with its overrides, not resolved yet; the defaults if only a text is
+        wanted.
+      extra: The binary's own flags.
+      text: What is to be printed and nothing else done, for --help and --version; else empty.
+    """
+
+    config: Config
+    extra: E
+    text: str
+
+
+def run(
+    main: Callable[[Config, E], None],
+    extra: type[E],
+    *,
+    doc: str,
+    name: str,
+    presets: pathlib.Path,
+    preset: str = "",
+) -> NoReturn:
+    """Parses the command line, runs a binary's main under absl and ends the process.
+
+    The exit code is 0, 1 after an error (one line on standard error), 2 for a wrong command line
+    or configuration, and 130 after Ctrl-C.
+
+    Args:
+      main: Takes the resolved configuration and the binary's own flags.
+      extra: Dataclass of ``option`` fields: the binary's own flags.
+      doc: What the binary does; its help begins with it.
+      name: Name that follows ``pipar``, for the help.
+      presets: Folder of the presets that can be named without a path.
+      preset: The preset where the command line names none; empty: it has to.
+    """
+    open_streams()
+    debug = False
+    try:
+        arguments = read_flagfiles(sys.argv[1:])
+        debug = any(one.lstrip("-") in ("debug", "config.debug") for one in arguments)
+        if preset:  # one that the user names comes later and wins
+            arguments.insert(0, f"--config={preset}")
+        parsed = parse(arguments, extra, doc=doc, name=name, presets=presets)
+        if parsed.text:
+            print(parsed.text, flush=True)
+            leave(0)
+        config = resolve(parsed.config)
+    except ConfigError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        leave(WRONG_USE)
+    except KeyboardInterrupt:
+        leave(INTERRUPTED)
+    except BrokenPipeError:  # somebody read the head of the help
+        leave(0)
+
+    def tell(event: dict[str, Any]) -> None:
+        print(f"error: {event['error']}", file=sys.stderr)
+
+    def body(_: list[str]) -> None:
+        code = perform(lambda: main(config, parsed.extra), tell, debug=config.debug)
+        if code == INTERRUPTED:
+            print("interrupted", file=sys.stderr)
+        leave(code)
+
+    app.run(body, argv=sys.argv[:1])
+
+
+def read_flagfiles(arguments: list[str]) -> list[str]:
+    """Returns a command line with the flags of every ``--flagfile`` in its place.
+
+    Raises:
+      ConfigError: A file cannot be read.
+    """
+    try:
+        # Always as GNU's tools do: what is no flag may stand between flags.
+        values = absl_flags.FlagValues()  # type: ignore[no-untyped-call]
+        found: list[str] = values.read_flags_from_files(arguments, force_gnu=True)  # type: ignore[no-untyped-call]
+    except (absl_flags.Error, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--flagfile cannot be read: {' '.join(str(error).split())}") from error
+    return found
+
+
+def parse(
+    arguments: list[str], extra: type[E], *, doc: str, name: str, presets: pathlib.Path
+) -> Parsed[E]:
+    """Reads a command line.
+
+    Args:
+      arguments: What follows the program's name.
+      extra: Dataclass of the binary's own flags.
+      doc: What the binary does.
+      name: Name that follows ``pipar``.
+      presets: Folder of the presets that can be named without a path.
+
+    Raises:
+      ConfigError: A flag is unknown (the nearest is named), lacks a value or has a wrong one, or
+        the preset cannot be loaded.
+    """
+    own = {one.path: one for kind in (Common, extra) for one in schema.options(kind)}
+    fields = {f"config.{one.path}": one for one in schema.options(Config)}
+    values: dict[str, Any] = {}
+    changes: dict[str, tuple[Option, str]] = {}
+    for flag, text in _pairs(arguments, {**own, **fields}):
+        if flag in own:
+            one = own[flag]._replace(path=f"--{flag}")
+            values[flag] = paths.expand(one, schema.parse(one, text))
+        else:
+            one = fields.get(flag) or _find_host(flag)
+            schema.parse(one._replace(path=f"--{flag}"), text)
+            changes[one.path] = (one, text)
+    if values.pop("debug", False):
+        changes["debug"] = (fields["config.debug"], "true")
+    preset, wants_help = values.pop("config", ""), values.pop("help", False)
+    if values.pop("version", False):
+        return Parsed(Config(), extra(**values), f"pipar {__version__}")
+    if not preset and not wants_help:
+        known = ", ".join(_preset_names(presets))
+        raise ConfigError(f"--config is missing: name a preset ({known}) or a file of your own")
+    config = load_preset(preset, presets) if preset else Config()
+    config = _apply(config, changes)
+    text = make_help(config, extra, doc=doc, name=name, presets=presets) if wants_help else ""
+    return Parsed(config, extra(**values), text)
+
+
+def parse_address(text: str, flag: str) -> tuple[str, int]:
+    """Returns host and port of a flag such as ``--server=192.0.2.7:7000``.
+
+    Raises:
+      ConfigError: The text is no address.
+    """
+    found = re.fullmatch(r"\[?(.+?)\]?:(\d{1,5})", text)
+    if found is None or not 0 < int(found[2]) < 65536:
+        raise ConfigError(f"--{flag}={text!r} does not fit: write --{flag}=HOST:PORT")
+    return found[1], int(found[2])
+
+
+def load_preset(name: str, presets: pathlib.Path) -> Config:
+    """Returns what a preset's ``get_config`` makes.
+
+    Args:
+      name: The name of a preset in ``presets``, or a file: what has a folder or ``.py`` in it is
+        looked for as a file first.
+      presets: Folder of the presets that can be named without a path.
+
+    Raises:
+      ConfigError: There is no such file, or it does not make a configuration.
+    """
+    path = _find_preset(name, presets)
+    if path is None:
+        known = _preset_names(presets)
+        near = schema.did_you_mean(pathlib.Path(name).stem, known)
+        raise ConfigError(
+            f"--config={name} is not a preset{near} (known: {', '.join(known)}, or a file)"
+        )
+    spec = importlib.util.spec_from_file_location(f"_pipar_preset_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--config={name} must be a Python file with a function get_config()")
+    loaded = importlib.util.module_from_spec(spec)
+    with plugins.guarded(f"--config={name} fails", ConfigError):
+        spec.loader.exec_module(loaded)
+        config = loaded.get_config()
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"--config={name}: get_config() must return a pipar_jax.config.Config, got "
+            f"{type(config).__name__}"
+        )
+    return config
+
+
+def make_help(
+    config: Config, extra: type[Any], *, doc: str, name: str, presets: pathlib.Path
+) -> str:
+    """Returns the whole help: usage, the binary's flags, and every field with its value.
+
+    Args:
+      config: Whose values are shown as the present ones.
+      extra: Dataclass of the binary's own flags.
+      doc: What the binary does.
+      name: Name that follows ``pipar``.
+      presets: Folder of the presets.
+    """
+    width = terminal_width()
+    parts = [
+        doc.strip(),
+        f"usage: pipar {name} --config=PRESET [--config.FIELD=VALUE ...]",
+        f"presets: {', '.join(_preset_names(presets))}",
+    ]
+    own = [*schema.options(extra), *schema.options(Common)]
+    rows = [(f"--{one.path}", one.text) for one in own]
+    parts.append("\n".join(["flags:", *two_columns(rows, width)]))
+    kinds = {field.name: type(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for one in schema.options(Config):
+        group, _, _ = one.path.rpartition(".")
+        value: Any = config
+        for field in one.path.split("."):
+            value = getattr(value, field)
+        if one.path == "network.token" and value is not None:
+            value = "(hidden)"
+        takes = "" if one.expects == "a text" else f"; {one.expects}"
+        row = (f"--config.{one.path}={_as_text(value)}", f"{one.text}{takes}")
+        groups.setdefault(group, []).append(row)
+    for group, rows in groups.items():
+        kind = _HOSTS.get(group.removesuffix(".defaults")) or kinds.get(group, Config)
+        about = (kind.__doc__ or "").strip().splitlines()[0]
+        parts.append("\n".join([f"{group or 'run'}: {about}", *two_columns(rows, width)]))
+    parts.append(
+        "one device or node:\n"
+        + "\n".join(
+            textwrap.wrap(
+                "--config.devices.1.link=4g changes a field of device 1 only; any field of "
+                "devices.defaults can be changed so. Nodes likewise: --config.nodes.1.slowdown=4.",
+                width,
+                initial_indent="  ",
+                subsequent_indent="  ",
+            )
+        )
+    )
+    return "\n\n".join(parts)
+
+
+def _pairs(arguments: list[str], known: dict[str, Option]) -> Iterable[tuple[str, str]]:
+    """Yields the flags as (name, text), whichever of absl's spellings they have."""
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        found = re.fullmatch(r"--?([A-Za-z][\w.-]*)(?:=(.*))?", argument, re.DOTALL)
+        if found is None:
+            raise ConfigError(f"{argument!r} is not a flag: flags look like --config.epochs=3")
+        name, text = found[1], found[2]
+        if name in ("h", "helpfull", "helpshort"):
+            name = "help"
+        negated = known.get(name.removeprefix("no")) if name not in known else None
+        if text is None and negated is not None and negated.types == (bool,):
+            name, text = name.removeprefix("no"), "false"
+        one = known.get(name)
+        if one is None and not _HOST.fullmatch(name.removeprefix("config.")):
+            near = schema.did_you_mean(f"--{name}", [f"--{path}" for path in known])
+            raise ConfigError(f"--{name} is not a flag{near} (all of them: --help)")
+        if text is None:
+            if one is not None and one.types == (bool,):
+                text = "true"
+            elif rest and not rest[0].startswith("--"):
+                text = rest.pop(0)
+            else:
+                raise ConfigError(f"--{name} lacks its value: write --{name}=VALUE")
+        yield name, text
+
+
+def _find_host(name: str) -> Option:
+    """Returns the option that ``config.devices.1.link`` or ``config.nodes.1.link`` names."""
+    path = name.removeprefix("config.")
+    found = _HOST.fullmatch(path)
+    assert found is not None, name
+    own = {one.path: one for one in schema.options(_HOSTS[found[1]])}
+    if found[3] not in own:
+        near = schema.did_you_mean(found[3], own)
+        raise ConfigError(
+            f"--{name} is not a flag of a {found[1].removesuffix('s')}{near} (all of them: --help)"
+        )
+    return own[found[3]]._replace(path=path)
+
+
+def _apply(config: Config, changes: dict[str, tuple[Option, str]]) -> Config:
+    plain = []
+    for path, (one, text) in changes.items():
+        if (found := _HOST.fullmatch(path)) is not None:
+            fields = getattr(config, found[1]).overrides.setdefault(int(found[2]), {})
+            fields[found[3]] = schema.parse(one, text)
+        elif one.types in _PLAIN:
+            plain.append(f"--config.{path}={_as_text(schema.parse(one, text))}")
+        else:
+            holder: Any = config
+            *groups, name = path.split(".")
+            for group in groups:
+                holder = getattr(holder, group)
+            setattr(holder, name, schema.parse(one, text))
+    # Flags of its own for each call: nothing is left in absl's global ones.
+    values = absl_flags.FlagValues()  # type: ignore[no-untyped-call]
+    flag = config_flags.DEFINE_config_dataclass(
+        "config", config, flag_values=values, sys_argv=["", *plain]
+    )
+    values(["", *plain])
+    made: Config = flag.value
+    return made
+
+
+def terminal_width() -> int:
+    """Returns how many characters wide help is printed."""
+    return min(shutil.get_terminal_size((100, 24)).columns, 110)
+
+
+def _find_preset(name: str, presets: pathlib.Path) -> pathlib.Path | None:
+    """Returns the file that a preset's name or path means, or None."""
+    try:
+        path = pathlib.Path(name).expanduser()
+    except RuntimeError:  # ~somebody, whom this system does not know
+        return None
+    listed = presets / f"{path.stem}.py"
+    bare = path.parent == pathlib.Path() and not name.startswith(".")
+    # A file of the user's that happens to be called as a preset is does not hide it.
+    places = [path]
+    if bare:
+        places = [path, listed] if path.suffix else [listed, path]
+    return next((place for place in places if place.is_file()), None)
+
+
+def _preset_names(presets: pathlib.Path) -> list[str]:
+    return sorted(path.stem for path in presets.glob("*.py") if not path.stem.startswith("_"))
+
+
+def _as_text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+
+
+def two_columns(rows: list[tuple[str, str]], width: int) -> list[str]:
+    """Returns lines with names at the left and their texts, wrapped, at the right.
+
+    Args:
+      rows: (name, text).
+      width: Characters of the longest line.
+    """
+    left = min(max(len(name) for name, _ in rows) + 4, 44)
+    lines: list[str] = []
+    for name, text in rows:
+        wrapped = textwrap.wrap(text, width - left) or [""]
+        if len(name) + 4 > left:  # too long to stand beside its text
+            lines.append(f"  {name}")
+        else:
+            lines.append(f"  {name}".ljust(left) + wrapped.pop(0))
+        lines += [" " * left + line for line in wrapped]
+    return lines

@@ -1,0 +1,312 @@
+"""Runs a whole experiment on this machine: a server process, a process per device, no orphan.
+
+Each child is a ``pipar_jax.launch.process`` with three connections: its standard input, on which a device
+gets the server's address and whose end means that the parent is gone; a pipe of its own, on which
+it tells events; and a log file below the run's folder, which keeps everything it prints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from pipar_jax import data, errors
+from pipar_jax.config import Config, nodes, to_json
+from pipar_jax.disk.files import describe_os_error, write_text
+from pipar_jax.errors import DiskError, PiparError, RunError
+from pipar_jax.launch import machine
+from pipar_jax.launch.process import TOKEN_VARIABLE
+from pipar_jax.methods.resolution import resolve
+from pipar_jax.report import environment
+from pipar_jax.schedule.plan import COORDINATOR, device_name
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+#: After the first failure the others get so long to say what they saw.
+GRACE_S = 2.0
+_POLL_S = 0.1
+_NOTE_CHARACTERS = 20_000
+_FOLLOW_UPS = ("PeerError", "JoinError", "PeerLost")
+
+
+def launch(
+    config: Config,
+    *,
+    on_event: OnEvent | None = None,
+    process_module: str = "pipar_jax.launch.process",
+) -> dict[str, Any]:
+    """Trains on this machine, in a process per host, and returns when all have ended.
+
+    Args:
+      config: The configuration; ``devices.count`` devices are started.
+      on_event: Takes the server's events as they happen, in this thread.
+      process_module: The module that is run as a host.
+
+    Returns:
+      The server's ``run_finished`` event, with the run's folder.
+
+    Raises:
+      PiparError: The first real error of any host, not what its peers saw of it.
+      KeyboardInterrupt: Ctrl-C; all processes are ended then.
+    """
+    config = resolve(config)
+    machine.check(config, machine.all_hosts(config))
+    data.prepare(config)
+    folder = create_folder(config)
+    with _Hosts(config, folder, on_event or (lambda event: None), process_module) as hosts:
+        return hosts.follow()
+
+
+def create_folder(config: Config) -> pathlib.Path:
+    """Makes the run's folder, with config.json and environment.json in it, and returns it.
+
+    A taken name gets a number: ``runs/digits``, ``runs/digits-2``. ``config.name`` is set to the
+    one found, so that ``run.dir/name`` is the folder on every host.
+
+    Raises:
+      DiskError: The folder cannot be made or written.
+    """
+    base, wanted = pathlib.Path(config.run.dir), config.name
+    number = 1
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        while True:
+            config.name = wanted if number == 1 else f"{wanted}-{number}"
+            try:
+                (base / config.name).mkdir()
+                break
+            except FileExistsError:
+                number += 1
+        folder = base / config.name
+        (folder / "logs").mkdir()
+        write_text(folder / "config.json", to_json(config))
+        environment.write(folder, config.network.token)
+    except DiskError as error:
+        raise DiskError(f"the run's folder cannot be made: {error}") from error
+    except OSError as error:
+        error.filename = error.filename or str(base / config.name)
+        raise DiskError(f"the run's folder cannot be made: {describe_os_error(error)}") from error
+    return folder
+
+
+class _Child:
+    """A host's process, with what it said so far."""
+
+    def __init__(self, name: str, command: list[str], folder: pathlib.Path, token: str | None):
+        self.name = name
+        self.log = folder / "logs" / f"{name}.log"
+        self.failure: dict[str, Any] | None = None
+        self.ended_s: float | None = None
+        self.open = True
+        self._text = b""
+        self.events, events = os.pipe()
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+        # A child finds the packages where its parent found them, installed or not.
+        home = str(pathlib.Path(__file__).resolve().parents[1])
+        paths = [home, os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        if token is not None:
+            environment[TOKEN_VARIABLE] = token
+        try:
+            with open(self.log, "wb") as output:
+                self.process = subprocess.Popen(
+                    [*command, f"--events={events}", f"--log={self.log}"],
+                    stdin=subprocess.PIPE,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=(events,),
+                    env=environment,
+                    # Ctrl-C reaches the parent only, which ends them all.
+                    start_new_session=True,
+                )
+        except OSError as error:
+            os.close(self.events)
+            text = describe_os_error(error)
+            raise RunError(f"the process of {name} cannot be started: {text}") from error
+        finally:
+            os.close(events)
+
+    def send(self, line: str) -> None:
+        """Writes a line to the child, which may be gone."""
+        stdin = self.process.stdin
+        assert stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # if it ended, its exit code tells why
+            stdin.write(line.encode() + b"\n")
+            stdin.flush()
+
+    def read(self) -> list[dict[str, Any]]:
+        """Returns the events that came since the last call; notes the end of the pipe."""
+        some = os.read(self.events, 1 << 16)
+        if not some:
+            self.open = False
+        *lines, self._text = (self._text + some).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def close(self) -> None:
+        """Ends the process, if it is there, and gives back its pipes."""
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it holds what nobody will read any more
+            self.process.stdin.close()
+        os.close(self.events)
+
+    def note_end(self) -> None:
+        """Notes when the process ended, once everything it told is read."""
+        if self.ended_s is None and not self.open and self.process.poll() is not None:
+            self.ended_s = time.monotonic()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the process told of an error, or ended otherwise than well."""
+        return self.failure is not None or (
+            self.ended_s is not None and self.process.returncode != 0
+        )
+
+    def error(self) -> PiparError:
+        """Returns the error with which the child ended, with its output as a note."""
+        printed = self.log.read_text(encoding="utf-8", errors="replace").strip()
+        error = self._error(printed.rpartition("\n")[2][:300])
+        if printed:
+            error.add_note(f"{self.log}:\n{printed[-_NOTE_CHARACTERS:]}")
+        return error
+
+    def _error(self, last_line: str) -> PiparError:
+        if self.failure is not None:
+            kind = getattr(errors, str(self.failure.get("kind", "")), RunError)
+            made: PiparError = kind(f"{self.name}: {self.failure['error']}")
+            return made
+        code = self.process.returncode
+        rest = f"; it last said: {last_line}" if last_line else ""
+        if code is not None and code < 0:
+            name = signal.Signals(-code).name
+            hint = " (killed by hand, or the machine ran out of memory)" if code == -9 else ""
+            return RunError(
+                f"the process of {self.name} was ended by {name}{hint}; log: {self.log}{rest}"
+            )
+        return RunError(
+            f"the process of {self.name} ended with code {code} and no error of its own; log: "
+            f"{self.log}{rest}"
+        )
+
+
+class _Hosts:
+    """All processes of a run, from the start of the first to the end of the last."""
+
+    def __init__(self, config: Config, folder: pathlib.Path, on_event: OnEvent, module: str):
+        self._config = config
+        self._folder = folder
+        self._on_event = on_event
+        self._module = module
+        self._children: list[_Child] = []
+        self._selector = selectors.DefaultSelector()
+        self._listening = False
+        self._summary: dict[str, Any] | None = None
+
+    def __enter__(self) -> _Hosts:
+        try:
+            self._start(COORDINATOR)
+            for name in nodes(self._config):
+                self._start(name)
+            for index in range(self._config.devices.count):
+                self._start(device_name(index))
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def follow(self) -> dict[str, Any]:
+        """Passes on events until all processes have ended; returns the run's last.
+
+        Raises:
+          PiparError: A host failed.
+        """
+        server = self._children[0]
+        started_s = time.monotonic()
+        patience_s: float | None = None
+        while any(child.ended_s is None for child in self._children):
+            for key, _ in self._selector.select(_POLL_S):
+                self._take(key.data)
+            for child in self._children:
+                child.note_end()
+            now_s = time.monotonic()
+            failed = any(child.has_failed for child in self._children)
+            if patience_s is None and (failed or server.ended_s is not None):
+                patience_s = now_s + (GRACE_S if failed else self._config.network.deadline_s)
+            if patience_s is not None and now_s > patience_s:
+                break
+            limit_s = self._config.network.join_timeout_s
+            if not (self._listening or failed) and now_s - started_s > limit_s:
+                raise RunError(
+                    f"the server did not listen within network.join_timeout_s={limit_s:g} s; log: "
+                    f"{server.log}"
+                )
+        self._raise_first()
+        if self._summary is None:
+            raise RunError(f"the server ended without finishing the run; log: {server.log}")
+        return {**self._summary, "folder": str(self._folder)}
+
+    def _start(self, name: str) -> None:
+        # -P: a package in the present folder must not hide one of ours by its name.
+        command = [sys.executable, "-P", "-m", self._module, f"--name={name}"]
+        command.append(f"--config={self._folder / 'config.json'}")
+        child = _Child(name, command, self._folder, self._config.network.token)
+        self._children.append(child)
+        self._selector.register(child.events, selectors.EVENT_READ, child)
+
+    def _take(self, child: _Child) -> None:
+        for event in child.read():
+            kind = event.get("event")
+            if kind == "process_failed":
+                child.failure = event
+            elif kind == "listening":
+                self._listening = True
+                for other in self._children[1:]:
+                    other.send(f"{event['host']}:{event['port']}")
+                self._on_event(event)
+            else:
+                if kind == "run_finished":
+                    self._summary = event
+                self._on_event(event)
+        if not child.open:
+            self._selector.unregister(child.events)
+
+    def _raise_first(self) -> None:
+        failed = [child for child in self._children if child.has_failed]
+        if failed:
+            # Who died without a word comes before who said why, and both before those who only
+            # saw a peer go; among equals the first.
+            raise min(failed, key=_rank).error()
+        late = [child for child in self._children if child.ended_s is None]
+        if late:
+            raise RunError(
+                f"{', '.join(child.name for child in late)} did not end within "
+                f"network.deadline_s={self._config.network.deadline_s:g} s after the server did; "
+                f"log: {late[0].log}"
+            )
+
+    def _end(self) -> None:
+        for child in self._children:
+            child.process.kill()
+        for child in self._children:
+            child.close()
+        self._selector.close()
+
+
+def _rank(child: _Child) -> tuple[int, float]:
+    order = 0
+    if child.failure is not None:
+        order = 2 if child.failure.get("kind") in _FOLLOW_UPS else 1
+    return order, child.ended_s if child.ended_s is not None else float("inf")

@@ -1,0 +1,134 @@
+"""A profile of a run's hosts made on this machine, before there is a run.
+
+Each distinct host (its cores and its platform) is measured in a process of its own, set up as a
+run's would be, or with tuner.times=predicted times the reference layers there; emulated slowness
+multiplies its times. Links are as they are shaped, with the cost of a message and of waking up for
+it measured over loopback.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+from comms.emulation.shaping import LinkShape, parse_link
+from pipar_jax import config as configuration
+from pipar_jax import data as datasets
+from pipar_jax.config import Config
+from pipar_jax.cost_model.costs import LinkModel
+from pipar_jax.cost_model.profile import DeviceProfile, HostProfile, NodeProfile, Profile
+from pipar_jax.launch.pinning import run_pinned
+from pipar_jax.launch.process import claim_platform, set_environment
+from pipar_jax.profiling.link_delay import measure_delay_s
+from pipar_jax.schedule.plan import COORDINATOR, device_name
+
+#: Bytes of the messages by which wake-ups are timed.
+PROBE_BYTES = 4096
+#: Seconds between two lines about how far a host is.
+SAID_S = 5.0
+
+
+def profile_here(config: Config) -> Profile:
+    """Returns the profile of a configuration's hosts, all of them emulated on this machine.
+
+    Args:
+      config: Resolved configuration.
+
+    Raises:
+      DataError: The data, whose shape and amount count, cannot be read.
+      RunError: A measuring process failed.
+    """
+    from pipar_jax.profiling.rehearsal import measure_message_s
+    from pipar_jax.profiling.unit_times import Measured, as_configured, measure_codecs, weight_ratio
+
+    test = datasets.load_server(config)
+    known: dict[tuple[str, str], Measured] = {}
+
+    def measured(name: str) -> Measured:
+        host = configuration.host(config, name)
+        key = host.cpus, host.platform
+        if key not in known:
+            _say(f"measuring {name}")
+            values = run_pinned(
+                _measure, configuration.to_dict(config), name, tuple(test.input_shape), test.classes
+            )
+            known[key] = Measured.from_dict(values)
+        return known[key]
+
+    def slowed(name: str) -> HostProfile:
+        return as_configured(measured(name).host, configuration.host(config, name))
+
+    def links(text: str) -> tuple[LinkModel, LinkModel]:
+        up, down = (
+            LinkModel.of(dataclasses.replace(shape, delay_s=shape.delay_s + wake_s), message_s)
+            for shape in parse_link(text)
+        )
+        return up, down
+
+    wake_s = measure_delay_s(LinkShape(), PROBE_BYTES)
+    message_s = measure_message_s()
+    devices = [
+        DeviceProfile(
+            slowed(device_name(index)),
+            _samples(config, index),
+            *links(configuration.device(config, index).link),
+        )
+        for index in range(config.devices.count)
+    ]
+    nodes = [
+        NodeProfile(slowed(name), *links(configuration.node(config, int(name[1:])).link))
+        for name in configuration.nodes(config)
+    ]
+    codecs = measure_codecs(config)
+    return Profile(
+        model=config.model.name,
+        batch_size=config.data.batch_size,
+        units=measured(COORDINATOR).units,
+        server=slowed(COORDINATOR),
+        devices=tuple(devices),
+        nodes=tuple(nodes),
+        codecs=codecs,
+        window_bytes=config.pipeline.window_mb * 1e6,
+        weight_ratio=weight_ratio(config, codecs),
+    )
+
+
+def _samples(config: Config, index: int) -> int:
+    """Returns the samples that a device trains on in an epoch."""
+    samples = len(datasets.load_device(config, index).train)
+    batch = config.data.batch_size
+    return samples // batch * batch if config.data.drop_last else samples
+
+
+def _measure(
+    values: dict[str, Any], name: str, input_shape: tuple[int, ...], classes: int
+) -> dict[str, Any]:
+    """Runs in a process of its own, which has not loaded jax before."""
+    config = configuration.from_dict(values)
+    set_environment(config, name)
+    claim_platform(config, name)
+    from pipar_jax.profiling.unit_times import (
+        measure_host,
+        measure_reference,
+        predicted_host,
+        sizes_of,
+    )
+    from pipar_jax.runtime.setup import build_model, set_precision
+    from pipar_jax.training.compile import now_and_then
+
+    set_precision(config)
+    model = build_model(config, input_shape, classes)
+    sizes = sizes_of(config)
+    if config.tuner.times == "predicted":
+        return predicted_host(config, model, sizes, measure_reference(config)).to_dict()
+
+    def told(done: int, of: int) -> None:
+        _say(f"measuring {name}: {done} of {of} units")
+
+    return measure_host(config, model, sizes, told=now_and_then(told, SAID_S)).to_dict()
+
+
+def _say(line: str) -> None:
+    """Prints a line about what goes on, beside what the binaries print."""
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,301 @@
+"""One host as a process: ``python -m pipar_jax.launch.process --name=server|d0|n1 …``.
+
+The launcher starts these. A process pins itself and sets jax's environment before jax is loaded,
+tells what happens as JSON lines on a pipe, leaves one clear line about an error, and never
+outlives the process that started it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import hashlib
+import os
+import pathlib
+import platform
+import queue
+import re
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import pipar_jax
+import stages
+from comms.errors import explain
+from pipar_jax import config as configuration
+from pipar_jax.config import HIDDEN_TOKEN, Config, from_json
+from pipar_jax.data.cache import user_cache
+from pipar_jax.disk.files import describe_os_error
+from pipar_jax.disk.json_text import dumps
+from pipar_jax.errors import ConfigError, PiparError
+from pipar_jax.launch import machine
+from pipar_jax.report import logs
+from pipar_jax.schedule.plan import COORDINATOR, is_node
+
+#: Hands the shared secret to child processes: neither files nor command lines show it.
+TOKEN_VARIABLE = "PIPAR_TOKEN"
+WRONG_USE = 2
+INTERRUPTED = 130
+
+Tell = Callable[[dict[str, Any]], None]
+#: What a server does, given its configuration and where events go.
+Serve = Callable[[Config, Tell], None]
+
+
+def set_environment(config: Config, name: str) -> None:
+    """Pins this process and sets what jax reads when it is loaded, which must not be yet.
+
+    The C library is told to keep freed memory: otherwise every step faults its pages in again.
+
+    Args:
+      config: Resolved configuration.
+      name: The host's name, such as ``server``, ``d0`` or ``n1``.
+
+    Raises:
+      ConfigError: The cores asked for do not exist, or this system cannot pin.
+    """
+    stages.retain_memory()
+    host = configuration.host(config, name)
+    if cores := machine.find_cores(config, name):
+        os.sched_setaffinity(0, cores)
+    if host.platform != "auto":
+        os.environ["JAX_PLATFORMS"] = host.platform
+    else:
+        logs.leave_out_tpu()
+    if host.platform != "cpu":
+        # Several hosts may share one accelerator: none takes all of its memory at the start.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if config.model.dtype == "float64":
+        os.environ["JAX_ENABLE_X64"] = "true"
+    if config.run.compile_cache:
+        _keep_compiled_programs()
+
+
+def claim_platform(config: Config, name: str) -> None:
+    """Loads jax in the environment that was set, and the platform that a host asks for.
+
+    Raises:
+      ConfigError: jax finds no device of the platform.
+    """
+    wanted = configuration.host(config, name).platform
+    if wanted in ("auto", "cpu"):  # always there; whoever needs jax loads it
+        return
+    import jax
+
+    try:
+        jax.devices()
+    except RuntimeError as error:  # jax has no narrower one
+        field = machine.field_of(config, name, "platform")
+        raise machine.no_device(wanted, field, _first_line(error)) from error
+
+
+def _keep_compiled_programs() -> None:
+    """Makes jax keep every compiled program, unless the user set that up already.
+
+    A program suits one kind of processor, and on a CPU it is cut for a number of cores, which jax
+    leaves out of its keys: both are in the folder's name.
+    """
+    kind = platform.processor()
+    with contextlib.suppress(OSError):  # only Linux has this file, and it says more
+        text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        kind = "".join(re.findall(r"^(?:model name|flags|Features)\s*:.*$", text, re.M)[:2])
+    mark = hashlib.sha256(kind.encode()).hexdigest()[:12]
+    folder = user_cache() / "compiled" / f"{platform.machine()}-{mark}-{count_cores()}"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    # Stages are many small programs: the default keeps only those that take a second to compile.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def count_cores() -> int:
+    """Returns how many cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def perform(task: Callable[[], object], tell: Tell, *, debug: bool, log: str = "") -> int:
+    """Runs a host's whole work and returns the exit code of its process.
+
+    This is the boundary of a process: whatever ends the work is told in one line here.
+
+    Args:
+      task: The work.
+      tell: Takes ``{"event": "process_failed", "kind": …, "error": …}``.
+      debug: Whether to print the traceback of an error.
+      log: Where tracebacks go, for the message; empty if that is the terminal.
+
+    Returns:
+      0 when done, 1 after an error, 2 if it is one of the configuration or command line, 130 after
+      an interruption.
+    """
+    from comms.errors import ChannelError
+    from stages.errors import StageError
+
+    try:
+        task()
+        return 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:  # all of them end here: foreseen ones in a line, faults with more
+        known = isinstance(error, PiparError | ChannelError | StageError)
+        foreseen = known and not (isinstance(error, PiparError) and error.of_user)
+        if known:
+            kind, text = type(error).__name__, " ".join(str(error).split())
+        elif isinstance(error, OSError):
+            kind, text = "RunError", describe_os_error(error)
+        else:
+            kind, text = "RunError", f"unexpected {type(error).__name__}: {_first_line(error)}"
+        if not foreseen and not isinstance(error, OSError):
+            text += f" (traceback in {log})" if log else " (see the traceback with --debug)"
+        if debug or (log and not foreseen):  # in a log it disturbs nobody, and is not lost
+            traceback.print_exc()
+        tell({"event": "process_failed", "kind": kind, "error": text})
+        return WRONG_USE if isinstance(error, ConfigError) else 1
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process now, whatever its threads do.
+
+    A failed engine may leave threads that wait for a peer; nobody else is served by waiting too.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a full disk or a closed terminal
+            stream.flush()
+    os._exit(code)
+
+
+def open_streams() -> None:
+    """Opens /dev/null in place of standard streams that were closed when the process began.
+
+    The next file or socket that is opened would otherwise get the number of a standard stream, and
+    whatever is printed would end up in it. Python has None for such a stream, which nothing that
+    prints expects.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            assert opened == number
+            os.set_inheritable(number, True)
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
+def event_writer(descriptor: int) -> Tell:
+    """Returns a function that writes events as JSON lines; any thread may call it."""
+    lock = threading.Lock()
+
+    def tell(event: dict[str, Any]) -> None:
+        line = dumps(event).encode() + b"\n"
+        with lock:
+            while line:
+                line = line[os.write(descriptor, line) :]
+
+    return tell
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]
+
+
+def _die_with_parent() -> queue.SimpleQueue[str]:
+    """Ends this process when its parent is gone; returns the lines that the parent sends.
+
+    The parent holds the other end of standard input, so its death, even by SIGKILL, is an end of
+    file here. On Linux the kernel kills this process as well, should Python be held up.
+    """
+    if sys.platform.startswith("linux"):
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def watch() -> None:
+        for line in sys.stdin:
+            lines.put(line.strip())
+        os._exit(1)
+
+    threading.Thread(target=watch, name="pipar-parent", daemon=True).start()
+    return lines
+
+
+def _load_config(path: pathlib.Path) -> Config:
+    try:
+        config = from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {explain(error)}") from error
+    if config.network.token == HIDDEN_TOKEN:
+        config.network.token = os.environ.get(TOKEN_VARIABLE)
+    return config
+
+
+def _run_server(config: Config, tell: Tell) -> None:
+    from pipar_jax.roles.server import run_server
+
+    def note(event: dict[str, Any]) -> None:
+        logs.note_event(event)
+        tell(event)
+
+    run_server(config, on_event=note)
+
+
+def _run_worker(config: Config, name: str, lines: queue.SimpleQueue[str]) -> None:
+    from pipar_jax.roles import worker  # before the address is known: loading takes seconds
+
+    host, _, port = lines.get().rpartition(":")
+    run = worker.run_node if is_node(name) else worker.run_device
+    run(config, int(name[1:]), (host, int(port)))
+
+
+def main(arguments: list[str] | None = None, serve: Serve = _run_server) -> NoReturn:
+    """Runs the role that the command line names, and ends the process.
+
+    Args:
+      arguments: The command line; the process's own unless given.
+      serve: What the server does.
+    """
+    open_streams()
+    parser = argparse.ArgumentParser(prog="python -m pipar_jax.launch.process", description=__doc__)
+    parser.add_argument("--name", required=True, help="which host: server, d0, n1, …")
+    parser.add_argument("--config", type=pathlib.Path, required=True, help="saved configuration")
+    parser.add_argument("--events", type=int, required=True, help="descriptor to write events to")
+    parser.add_argument("--log", default="", help="name of the file that holds the output")
+    given = parser.parse_args(arguments)
+    # A folder of the user's may hold modules of theirs, but must not hide a package of ours.
+    with contextlib.suppress(OSError):  # the folder is gone
+        sys.path.append(os.getcwd())
+    logs.begin()
+    logs.LOG.info("%s of pipar_jax %s, process %d", given.name, pipar_jax.__version__, os.getpid())
+    stages.retain_memory()  # before there is a second thread, which gets an arena of its own
+    lines = _die_with_parent()
+    tell = event_writer(given.events)
+    debug = False
+
+    def task() -> None:
+        nonlocal debug
+        config = _load_config(given.config)
+        debug = config.debug
+        set_environment(config, given.name)
+        claim_platform(config, given.name)
+        if given.name == COORDINATOR:
+            serve(config, tell)
+        else:
+            _run_worker(config, given.name, lines)
+
+    def tell_failure(event: dict[str, Any]) -> None:
+        logs.LOG.error("%s", event["error"])
+        tell(event)
+
+    code = perform(task, tell_failure, debug=debug, log=given.log)
+    logs.LOG.info("ends with code %d", code)
+    leave(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Methods as values: each maps a configuration to a plan."""

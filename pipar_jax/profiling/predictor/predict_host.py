@@ -1,0 +1,111 @@
+"""Predicted times of a model's units, as the profile of a host that the tuner takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import optax
+
+from pipar_jax.cost_model.profile import HostProfile, UnitFacts
+from pipar_jax.profiling.predictor.device_fit import BACKWARD_HEAD, FORWARD_HEAD, Device, fit
+from pipar_jax.profiling.predictor.latency_model import Weights, load
+from pipar_jax.profiling.predictor.operators import Array, Tables
+from pipar_jax.profiling.predictor.reference import ReferenceTimes
+from stages import Model, residual_bytes
+
+
+def predict_host(
+    model: Model,
+    sizes: Sequence[int],
+    reference: ReferenceTimes,
+    *,
+    device: Device | None = None,
+    weights: Weights | None = None,
+    tables: Tables | None = None,
+) -> HostProfile:
+    """Returns what each unit of a model costs on a device that timed the reference layers.
+
+    Args:
+      model: The model.
+      sizes: Micro-batch sizes, rising.
+      reference: The device's times of the reference layers.
+      device: What is known of the device by now; None is what these times say.
+      weights: The shared network; None is the shipped one.
+      tables: The model's operators, if they are known already.
+    """
+    if device is None:
+        device = fit(weights or load(), reference.observations())
+    tables = tables or Tables(model)
+    forward = np.stack([device.units_s(tables.at(size), FORWARD_HEAD) for size in sizes], 1)
+    backward = np.stack([device.units_s(tables.at(size), BACKWARD_HEAD) for size in sizes], 1)
+    # The last unit is one call: forward, loss and backward.
+    backward[-1] = np.maximum(forward[-1] + backward[-1] - reference.call_s, backward[-1])
+    forward[-1] = 0.0
+    return HostProfile(
+        tuple(sizes),
+        tuple(map(tuple, forward.tolist())),
+        tuple(map(tuple, backward.tolist())),
+        _updates(model, reference),
+        reference.call_s,
+        reference.average_s_per_byte,
+        handling=reference.handling,
+    )
+
+
+def facts_of(
+    model: Model, transformation: optax.GradientTransformation, batch: int
+) -> tuple[UnitFacts, ...]:
+    """Returns what a model's units take on any host, found without running anything.
+
+    Args:
+      model: The model.
+      transformation: The optimiser of a replica.
+      batch: Samples that residuals are weighed with.
+    """
+    kept = residual_bytes(model, batch)
+    shapes = model.shapes(1)
+    found = []
+    for index, unit in enumerate(model.units):
+        output = _bytes(shapes[index + 1])
+        last = index == len(model.units) - 1
+        found.append(
+            UnitFacts(
+                unit.name, _bytes(unit.params), _bytes(unit.state),
+                _bytes(jax.eval_shape(transformation.init, unit.params)), output,
+                _bytes(shapes[index]) + output if last else kept[index] / batch,
+            )
+        )  # fmt: skip
+    return tuple(found)
+
+
+def _updates(model: Model, reference: ReferenceTimes) -> tuple[float, ...]:
+    """Returns the seconds of each unit's optimiser step: a call, and so much per byte."""
+    sizes, seconds = np.asarray(reference.parameter_bytes), np.asarray(reference.update_s)
+    wanted = np.asarray([_bytes(unit.params) for unit in model.units])
+    # Between the reference layers' own, beyond the largest at its rate.
+    order = np.argsort(sizes)
+    knots, values = sizes[order], np.maximum.accumulate(seconds[order])
+    found = np.interp(wanted, knots, values) * np.maximum(wanted / knots[-1], 1.0)
+    return tuple(found.tolist())
+
+
+def _bytes(tree: object) -> float:
+    """Returns the bytes of all arrays of a tree, abstract ones too."""
+    return float(
+        sum(
+            int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+            for leaf in jax.tree.leaves(tree)
+            if getattr(leaf, "shape", None)
+        )
+    )
+
+
+def one_call(tables: Sequence[Array]) -> list[Array]:
+    """Returns the operators of a stage's units with one call in all, the first unit's.
+
+    Args:
+      tables: Each unit's operators, [operators, WIDTH], its call first.
+    """
+    return [tables[0], *(table[1:] for table in tables[1:])]

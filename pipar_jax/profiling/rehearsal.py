@@ -1,0 +1,206 @@
+"""What a run adds to each computation of a host: threads that wake up, a message in and one out.
+
+It is the same whatever is computed, and what small micro-batches pay for; and bytes are copied from
+and to sockets. The real host with a real link over loopback rehearses the last stage of a tiny
+model, with few and with many samples, in the process that will train; what its peer's thread does
+there does not count.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import time
+from typing import Any
+
+import numpy as np
+
+import stages
+from comms import Endpoint, Link, Message, Role, Tag
+from pipar_jax.config import Config
+from pipar_jax.cost_model.profile import Handling
+from pipar_jax.errors import RunError
+from pipar_jax.methods.registry import plan_for
+from pipar_jax.methods.resolution import resolve
+from pipar_jax.protocol import messages
+from pipar_jax.runtime.host import Host
+from pipar_jax.schedule.actions import Span
+from pipar_jax.schedule.plan import COORDINATOR, device_name
+from pipar_jax.training import optimizer
+from pipar_jax.training.compile import run_all
+from pipar_jax.training.replica import Replica
+
+#: Micro-batches of the rehearsal, of which the first warm up, and how many are under way at a time.
+ITEMS, WARM, UNDER_WAY = 120, 20, 3
+#: Micro-batches of a stretch; the one that took least counts.
+STRETCH = 20
+#: Messages sent one behind the other to find what each costs a link.
+MESSAGES = 64
+#: Samples of a micro-batch: so few that bytes do not count, and so many that they do.
+FEW, MANY = 1, 2048
+_INPUT_SHAPE, _CLASSES = (8, 8, 1), 10
+
+
+def measure_handling(timeout_s: float = 60.0) -> Handling:
+    """Rehearses a run on this host.
+
+    Threads may run beside a computation where there are several cores; then it is an upper bound.
+
+    Args:
+      timeout_s: How long each rehearsal may take, compiling included.
+
+    Raises:
+      ChannelError: This machine's loopback cannot be used.
+      RunError: A rehearsal failed.
+    """
+    model = stages.build("mlp", input_shape=_INPUT_SHAPE, classes=_CLASSES)
+    few_s, many_s = (_rehearse(model, samples, timeout_s) for samples in (FEW, MANY))
+    cut = model.shapes(MANY - FEW)[len(model.units) - 1]
+    nbytes = 2 * int(np.prod(cut.shape)) * cut.dtype.itemsize  # an activation and its cotangent
+    return Handling(few_s, max(0.0, many_s - few_s) / nbytes)
+
+
+def measure_message_s(timeout_s: float = 10.0) -> float:
+    """Returns what a message holds a link for beyond its bytes: small ones over loopback.
+
+    Raises:
+      ChannelError: This machine's loopback cannot be used.
+    """
+    arrived: list[float] = []
+    array = np.zeros(64, np.float32)
+
+    def take(message: Message) -> None:
+        arrived.append(message.received_s)
+        message.release()
+
+    def accept(link: Link) -> None:
+        link.admit()
+        link.start(take, _ignore, _ignore)
+
+    with Endpoint("tuner-server") as server, Endpoint("tuner-device") as device:
+        host, port = server.listen("127.0.0.1", 0, accept)
+        link = device.connect(host, port, name_of_peer="tuner-server", timeout_s=timeout_s)
+        link.start(_ignore, _ignore, _ignore)
+        for step in range(MESSAGES):
+            link.send(Tag(role=Role.ACTIVATION, step=step), array)
+        link.drain(timeout_s)
+        deadline_s = time.monotonic() + timeout_s
+        while len(arrived) < MESSAGES and time.monotonic() < deadline_s:
+            time.sleep(0.002)
+    return (max(arrived) - min(arrived)) / max(len(arrived) - 1, 1)
+
+
+def _rehearse(model: stages.Model, samples: int, timeout_s: float) -> float:
+    """Returns the seconds that a computation costs beside the function, for a micro-batch."""
+    config = resolve(Config(method="pipar"))
+    config.model.name, config.devices.count, config.run.trace = "mlp", 1, "none"
+    config.data.batch_size, config.pipeline.micro_batches = ITEMS * samples, ITEMS
+    config.pipeline.cut = len(model.units) - 1
+    with Endpoint("tuner-server") as server, Endpoint("tuner-device") as device:
+        rehearsal = _Rehearsal(config, model, samples)
+        try:
+            rehearsal.connect(server, device, timeout_s)
+            total_s = rehearsal.run(timeout_s)
+        finally:
+            rehearsal.close()
+    return max(0.0, total_s - _alone_s(config, model, samples))
+
+
+def _alone_s(config: Config, model: stages.Model, samples: int) -> float:
+    """Returns the seconds of the rehearsed function itself."""
+    params, state = model.init(0)
+    last = stages.split(model, (int(config.pipeline.cut),))[1]
+    replica = Replica(
+        last, params, state, optimizer.compiled(config.optimizer, steps=1, proximal_mu=0.0)
+    )
+    times = run_all(model, [replica], (samples,), repeats=20)
+    return next(seconds for shape, seconds in times.items() if shape.samples)
+
+
+class _Rehearsal:
+    """One step of a server, whose device is synthetic."""
+
+    def __init__(self, config: Config, model: stages.Model, samples: int) -> None:
+        self._plan, self._samples = plan_for(config, model.unit_names), samples
+        self._cut = model.shapes(samples)[int(config.pipeline.cut)]
+        self._told: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        #: The process's seconds without the peer's thread, when each answer arrived.
+        self._spent_s: list[float] = []
+        self._host = Host(COORDINATOR, model, config, reply=self._reply, failed=self._told.put)
+
+    def connect(self, server: Endpoint, device: Endpoint, timeout_s: float) -> None:
+        """Links the host with its peer."""
+
+        def accept(link: Link) -> None:
+            link.admit()
+            link.start(self._host.on_message, self._host.wake, self._told.put)
+            self._told.put(link)
+
+        address = server.listen("127.0.0.1", 0, accept)
+        self._link = device.connect(*address, name_of_peer="tuner-server", timeout_s=timeout_s)
+        self._link.start(self._take, _ignore, self._told.put)
+        self._host.wiring.control[device_name(0)] = self._get(timeout_s)
+
+    def run(self, timeout_s: float) -> float:
+        """Returns the seconds of a micro-batch, of the stretch that took least."""
+        self._host.prepare(self._plan, (ITEMS * self._samples,), (1,))
+        self._get(timeout_s)
+        self._host.release(0, [Span(0, 0, 1)], None, [1.0])
+        for micro_batch in range(UNDER_WAY):
+            self._send(micro_batch)
+        self._get(timeout_s)
+        marks = self._spent_s[WARM - 1 :: STRETCH]
+        return min(after - before for before, after in itertools.pairwise(marks)) / STRETCH
+
+    def close(self) -> None:
+        """Ends the host's threads."""
+        self._host.close()
+
+    def _reply(self, message: Any, arrays: dict[str, Any]) -> None:
+        if isinstance(message, messages.Prepared):
+            self._told.put(message)
+
+    def _get(self, timeout_s: float) -> Any:
+        """Returns what comes next: a link, that the host is prepared, that all was answered.
+
+        Raises:
+          RunError: The host or the link failed, or nothing came.
+        """
+        try:
+            found = self._told.get(timeout=timeout_s)
+        except queue.Empty:
+            raise RunError(
+                f"the rehearsal that tells what a message costs this host did not end within "
+                f"{timeout_s:g} s: is its processor overloaded?"
+            ) from None
+        if isinstance(found, BaseException):
+            raise RunError(f"the rehearsal that tells what a message costs failed: {found}")
+        return found
+
+    def _send(self, micro_batch: int) -> None:
+        """Sends a micro-batch as a device does: a label, and the activation behind it."""
+        count = self._samples
+        for role, array in (
+            (Role.LABEL, np.zeros(count, np.int32)),
+            (Role.ACTIVATION, np.ones(self._cut.shape, self._cut.dtype)),
+        ):
+            tag = Tag(
+                role=role, device=0, stage=1, step=0, micro_batch=micro_batch, micro_batches=ITEMS,
+                samples_before=micro_batch * count, samples=count, batch_samples=ITEMS * count,
+            )  # fmt: skip
+            self._link.send(tag, array)
+
+    def _take(self, message: Message) -> None:
+        """Takes a cotangent; on the peer's I/O thread, whose time does not count."""
+        message.release()
+        self._spent_s.append(time.process_time() - time.thread_time())
+        answered = len(self._spent_s)
+        # The first are sent by another thread, perhaps at this moment: they share no counter.
+        if answered + UNDER_WAY <= ITEMS:
+            self._send(answered + UNDER_WAY - 1)
+        if answered == ITEMS:
+            self._told.put(None)
+
+
+def _ignore(*_: object) -> None:
+    """Takes what does not matter here."""

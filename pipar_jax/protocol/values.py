@@ -1,0 +1,211 @@
+"""What several messages speak of: plans, boundaries, seconds, and the rows that hosts tell."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, NamedTuple, get_args
+
+from comms import CodecError, parse_codec
+from pipar_jax.cost_model.profile import Handling, HostProfile, UnitFacts
+from pipar_jax.errors import PlanError
+from pipar_jax.protocol.wire_fields import (
+    Choice,
+    Many,
+    Maybe,
+    Prose,
+    Real,
+    Row,
+    Struct,
+    Text,
+    Whole,
+)
+from pipar_jax.schedule.actions import BACKWARD, FORWARD, LAST, UPDATE
+from pipar_jax.schedule.plan import (
+    Boundary,
+    Codecs,
+    DevicePlan,
+    Dispatch,
+    HandOn,
+    Order,
+    Plan,
+    Weights,
+)
+
+#: The most hosts, units, stages and spans that a message may speak of.
+MOST_HOSTS, MOST_UNITS, MOST_STAGES, MOST_SPANS = 100_000, 10_000, 1_000, 1_000_000
+#: The most samples of a mini-batch, and bytes of anything.
+MOST_BATCH, MOST_BYTES = 2**24, 2**53
+#: The most seconds of anything.
+MOST_S = 1e9
+
+
+def _known_codec(name: str) -> None:
+    try:
+        parse_codec(name)
+    except CodecError as error:
+        raise ValueError(str(error)) from error
+
+
+HOST = Text(16, r"server|[dn](0|[1-9]\d{0,6})")
+CODEC = Text(40, r"[a-z0-9_:.,=+-]+", _known_codec)
+CODECS = Struct(Codecs, {"activation": CODEC, "cotangent": CODEC})
+DEVICE_PLAN = Struct(
+    DevicePlan,
+    {
+        "cuts": Many(Whole(1, MOST_UNITS), MOST_STAGES),
+        "hosts": Many(Text(16, r"device|server|[dn](0|[1-9]\d{0,6})"), MOST_STAGES, 1),
+        "micro_batches": Whole(1, MOST_BATCH),
+        "codecs": Many(CODECS, MOST_STAGES),
+    },
+    (PlanError,),
+)
+PLAN = Struct(
+    Plan,
+    {
+        "devices": Many(DEVICE_PLAN, MOST_HOSTS, 1),
+        "order": Choice(get_args(Order)),
+        "weights": Choice(get_args(Weights)),
+        "in_flight": Whole(),
+        "dispatch": Choice(get_args(Dispatch)),
+        "aggregate_every": Whole(),
+        "hand_on": Choice(get_args(HandOn)),
+    },
+    (PlanError,),
+)
+BOUNDARY = Row(Boundary, (HOST, HOST, Whole(0, MOST_STAGES)))
+ADDRESS = Row(lambda host, port: (host, port), (Text(255, r"[\x21-\x7e]+"), Whole(1, 65535)))
+SECONDS, BYTES = Real(0.0, MOST_S), Whole(0, MOST_BYTES)
+SHAPE = Many(Whole(1, 2**24), 16, 1)
+FACTS = Struct(
+    UnitFacts,
+    {"name": Text(256)} | {
+        name: Real() for name in ("parameter_bytes", "state_bytes", "optimizer_bytes",
+                                  "output_bytes", "residual_bytes")
+    },
+)  # fmt: skip
+HANDLING = Struct(Handling, {"call_s": SECONDS, "byte_s": SECONDS})
+TIMES = Many(Many(SECONDS, 1000, 1), MOST_UNITS, 1)
+HOST_PROFILE = Struct(
+    HostProfile,
+    {
+        "sizes": Many(Whole(1, MOST_BATCH), 1000, 1),
+        "forward_s": TIMES,
+        "backward_s": TIMES,
+        "update_s": Many(SECONDS, MOST_UNITS, 1),
+        "call_s": SECONDS,
+        "average_s_per_byte": SECONDS,
+        "memory_bytes": Maybe(Real()),
+        "handling": HANDLING,
+    },
+    (PlanError,),
+)
+
+Count = Annotated[int, Whole()]
+Bytes = Annotated[int, BYTES]
+Seconds = Annotated[float, SECONDS]
+Name = Annotated[str, HOST]
+Words = Annotated[str, Prose()]
+Planned = Annotated[Plan, PLAN]
+PerDevice = Annotated[tuple[int, ...], Many(Whole(), MOST_HOSTS, 1)]
+Address = Annotated[tuple[str, int], ADDRESS]
+Shape = Annotated[tuple[int, ...], SHAPE]
+Place = Annotated[Boundary, BOUNDARY]
+PerLayer = Annotated[tuple[float, ...], Many(Real(), MOST_UNITS, 1)]
+
+
+class Seen(NamedTuple):
+    """One kind of computation, as often as it was seen.
+
+    Attributes:
+      device: Whose data it worked on.
+      stage: Its stage under the plan of that time.
+      kind: F, B, L or U.
+      samples: Samples in its micro-batch; 0 for U.
+      times: How often it was seen.
+      median_s: The median of its seconds.
+    """
+
+    device: int
+    stage: int
+    kind: str
+    samples: int
+    times: int
+    median_s: float
+
+
+class Timing(NamedTuple):
+    """What a link brought back to back so far.
+
+    Attributes:
+      nbytes: Bytes.
+      seconds: What they took.
+    """
+
+    nbytes: int
+    seconds: float
+
+
+class DirectTiming(NamedTuple):
+    """The same of a link between neighbours.
+
+    Attributes:
+      boundary: What it carries.
+      timed: What it brought.
+    """
+
+    boundary: Boundary
+    timed: Timing
+
+
+SEEN = Row(
+    Seen,
+    (Whole(-1), Whole(0, MOST_STAGES), Choice((FORWARD, BACKWARD, LAST, UPDATE)),
+     Whole(0, MOST_BATCH), Whole(1), SECONDS),
+)  # fmt: skip
+TIMING = Row(Timing, (BYTES, SECONDS))
+DIRECT = Row(DirectTiming, (BOUNDARY, TIMING))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Waits:
+    """What sending over a link waited for in a round; ``comms.LinkStats`` says what each counts."""
+
+    queue_s: Seconds = 0.0
+    credit_wait_s: Seconds = 0.0
+    blocked_s: Seconds = 0.0
+    encode_s: Seconds = 0.0
+    repeated_frames: Bytes = 0
+    repeated_bytes: Bytes = 0
+    queued_peak_bytes: Bytes = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LinkRow:
+    """What one host sent another in a round; ``traffic.Traffic.rows`` says what each counts."""
+
+    source: Name
+    target: Name
+    bytes: Bytes
+    raw_bytes: Bytes
+    payload_bytes: Bytes
+    messages: Bytes
+    frames: Bytes
+    queue_s: Seconds
+    credit_wait_s: Seconds
+    blocked_s: Seconds
+    encode_s: Seconds
+    repeated_frames: Bytes
+    repeated_bytes: Bytes
+    queued_peak_bytes: Bytes
+    reconnects: Count
+    rtt_s: Annotated[float | None, Maybe(SECONDS)]
+    rate_mbps: Annotated[float | None, Maybe(Real())]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Memory:
+    """What a host held at most, in bytes, as ``runtime.memory.Used``."""
+
+    arrays: Bytes
+    temporary: Bytes
+    resident: Bytes

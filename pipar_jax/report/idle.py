@@ -1,0 +1,229 @@
+"""Idle time by cause: what a host waited for, read from a trace.
+
+Busy is the union of a host's computations, idle is the rest of the round (ARCHITECTURE's one
+definition). Each idle stretch ends when a computation starts, or with the round. What it waited for
+is found by walking the critical path backwards from there: the input that came last, the message
+that brought it, the computation that made it, what that one waited for, and so on until the
+stretch's beginning. Each part of that path is ascribed to one cause, so the causes add up to the
+idle time.
+"""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from pipar_jax.schedule.actions import (
+    AGGREGATE,
+    BACKWARD,
+    COMPUTE,
+    FORWARD,
+    LAST,
+    RECEIVE_BACKWARD,
+    RECEIVE_FORWARD,
+    Action,
+)
+from pipar_jax.schedule.plan import COORDINATOR
+from pipar_jax.schedule.trace import Interval, Timed, Trace
+
+#: The next mini-batch was not there.
+DATA = "data"
+#: A device computed.
+DEVICE = "device"
+#: The server, or another compute host, computed.
+SERVER = "server"
+#: A message was under way, or there was no credit for one.
+NETWORK = "network"
+#: All steps were over, and weights were collected, averaged and returned.
+AGGREGATION = "aggregation"
+#: Dispatch, and what the trace does not tell.
+OTHER = "other"
+CAUSES = (DATA, DEVICE, SERVER, NETWORK, AGGREGATION, OTHER)
+
+_DEVICE = re.compile(r"d\d+")
+
+
+class _Placed(NamedTuple):
+    """A timed action and where it happened."""
+
+    host: str
+    row: Timed
+    position: int
+
+
+def idle_causes(trace: Trace, interval: Interval) -> dict[str, dict[str, float]]:
+    """Returns, for each host, the seconds of a round that it idled, by cause.
+
+    The coordinator is among the hosts even if it computed nothing.
+
+    Args:
+      trace: A run's trace or a predicted one.
+      interval: The round.
+    """
+    paths = _Paths(trace, interval)
+    return {host: paths.causes(host) for host in paths.hosts}
+
+
+class _Paths:
+    """The computations and messages of one round, ready to be walked backwards."""
+
+    def __init__(self, trace: Trace, interval: Interval) -> None:
+        self._interval = interval
+        self._sequential = trace.meta.get("plan", {}).get("order") == "sequential"
+        self.hosts = tuple(dict.fromkeys((*trace.hosts, COORDINATOR)))
+        self._rows: dict[str, list[Timed]] = {}
+        self._starts: dict[str, list[float]] = {}
+        self._made: dict[Action, _Placed] = {}
+        self._received: dict[tuple[str, Action], Timed] = {}
+        for host in self.hosts:
+            inside = [r for r in trace.hosts.get(host, ()) if _overlaps(r, interval)]
+            rows = sorted(
+                (r for r in inside if r.action.kind in COMPUTE), key=lambda r: (r.start_s, r.end_s)
+            )
+            self._rows[host] = rows
+            self._starts[host] = [row.start_s for row in rows]
+            self._made.update((r.action, _Placed(host, r, i)) for i, r in enumerate(rows))
+            for row in inside:
+                if row.action.kind in (RECEIVE_FORWARD, RECEIVE_BACKWARD):
+                    self._received[host, row.action] = row
+        trained = [p for p in self._made.values() if p.row.action.kind != AGGREGATE]
+        self._last = max(trained, key=lambda placed: placed.row.end_s, default=None)
+
+    def causes(self, host: str) -> dict[str, float]:
+        """Returns a host's idle seconds by cause."""
+        found = dict.fromkeys(CAUSES, 0.0)
+        reached = self._interval.start_s
+        for position, row in enumerate(self._rows[host]):
+            if row.start_s > reached:
+                stretch = _Stretch(found, reached, row.start_s)
+                if row.action.kind == AGGREGATE:
+                    self._explain_end(stretch)
+                else:
+                    self._walk(_Placed(host, row, position), stretch)
+                stretch.back_to(reached, OTHER)
+            reached = max(reached, row.end_s)
+        if self._interval.end_s > reached:
+            self._explain_end(_Stretch(found, reached, self._interval.end_s))
+        return found
+
+    def _explain_end(self, stretch: _Stretch) -> None:
+        """Explains a wait at the round's end: for the last one to train, then for the weights."""
+        last = self._last
+        if last is not None and last.row.end_s > stretch.start_s:
+            stretch.back_to(last.row.end_s, AGGREGATION)
+            stretch.back_to(last.row.start_s, _role(last.host))
+            self._walk(last, stretch)
+            stretch.back_to(stretch.start_s, OTHER)
+        stretch.back_to(stretch.start_s, AGGREGATION)
+
+    def _walk(self, placed: _Placed, stretch: _Stretch) -> None:
+        """Explains the time before a computation, as far back as the stretch goes."""
+        while placed.row.start_s > stretch.start_s:
+            host, row, position = placed
+            previous = self._rows[host][position - 1] if position else None
+            input_row = self._input(host, row.action)
+            if input_row is not None and (previous is None or input_row.end_s > previous.end_s):
+                maker = self._maker(input_row.action)
+                stretch.back_to(input_row.end_s, OTHER)
+                if maker is None:
+                    stretch.back_to(stretch.start_s, NETWORK)
+                    return
+                stretch.back_to(maker.row.end_s, NETWORK)
+            else:
+                maker = self._before(placed)
+                begin_s = stretch.start_s if maker is None else maker.row.end_s
+                stretch.back_to(begin_s, self._delay(placed, maker))
+                if maker is None:
+                    return
+            stretch.back_to(maker.row.start_s, _role(maker.host))
+            if maker.row.start_s >= row.start_s:
+                return  # clocks that disagree must not lead in circles
+            placed = maker
+
+    def _before(self, placed: _Placed) -> _Placed | None:
+        """Returns what a computation without a late input had to wait for."""
+        host, row, position = placed
+        previous = None
+        if position:
+            previous = _Placed(host, self._rows[host][position - 1], position - 1)
+        if not self._sequential or row.action.stage or row.action.kind not in (FORWARD, LAST):
+            return previous
+        if previous is not None and row.action.step - previous.row.action.step <= 1:
+            return previous
+        # The device's turn began when another's ended, whose part it was handed.
+        others = [self._latest(other, row.start_s) for other in self.hosts if other != host]
+        candidates = [one for one in (*others, previous) if one is not None]
+        return max(candidates, key=lambda one: one.row.end_s, default=None)
+
+    def _latest(self, host: str, before_s: float) -> _Placed | None:
+        """Returns a device's last computation that was over at a time."""
+        if _role(host) != DEVICE:
+            return None
+        position = bisect.bisect_left(self._starts[host], before_s) - 1
+        if position < 0 or self._rows[host][position].end_s > before_s:
+            return None
+        return _Placed(host, self._rows[host][position], position)
+
+    def _delay(self, placed: _Placed, before: _Placed | None) -> str:
+        """Returns the cause of a delay that no late input explains."""
+        action = placed.row.action
+        if action.stage or action.kind not in (FORWARD, LAST):
+            return OTHER
+        if before is not None and before.host != placed.host:
+            return NETWORK  # the device part was handed on
+        # Within a mini-batch the data is there: only credit can have been missing.
+        return NETWORK if action.micro_batch else DATA
+
+    def _input(self, host: str, action: Action) -> Timed | None:
+        """Returns the arrival of a computation's input, if it came over a link."""
+        if action.kind == BACKWARD:
+            return self._received.get((host, action._replace(kind=RECEIVE_BACKWARD)))
+        if action.kind in (FORWARD, LAST):
+            return self._received.get((host, action._replace(kind=RECEIVE_FORWARD)))
+        return None
+
+    def _maker(self, received: Action) -> _Placed | None:
+        """Returns the computation whose result a message carried."""
+        if received.kind == RECEIVE_FORWARD:
+            return self._made.get(received._replace(stage=received.stage - 1, kind=FORWARD))
+        above = received._replace(stage=received.stage + 1, kind=BACKWARD)
+        return self._made.get(above) or self._made.get(above._replace(kind=LAST))
+
+
+def total_causes(found: Iterable[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Returns the sums over several rounds of what ``idle_causes`` returned for each."""
+    total: dict[str, dict[str, float]] = {}
+    for one in found:
+        for host, causes in one.items():
+            mine = total.setdefault(host, dict.fromkeys(CAUSES, 0.0))
+            for cause, seconds in causes.items():
+                mine[cause] += seconds
+    return total
+
+
+class _Stretch:
+    """An idle stretch that is explained from its end backwards, no moment twice."""
+
+    def __init__(self, found: dict[str, float], start_s: float, end_s: float) -> None:
+        self.start_s = start_s
+        self._found = found
+        self._open_s = end_s
+
+    def back_to(self, moment_s: float, cause: str) -> None:
+        """Ascribes what is unexplained after a moment to a cause."""
+        moment_s = max(moment_s, self.start_s)
+        if moment_s < self._open_s:
+            self._found[cause] += self._open_s - moment_s
+            self._open_s = moment_s
+
+
+def _overlaps(row: Timed, interval: Interval) -> bool:
+    """Says whether an action lies at least partly in an interval."""
+    return row.end_s > interval.start_s and row.start_s < interval.end_s
+
+
+def _role(host: str) -> str:
+    """Returns the cause that a host's computing is to those that wait for it."""
+    return DEVICE if _DEVICE.fullmatch(host) else SERVER

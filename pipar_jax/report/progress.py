@@ -1,0 +1,288 @@
+"""Progress of a run on the screen, from the events that it reports.
+
+A ``Progress`` is called with each event (see ``pipar_jax.launch.launcher``). On a terminal it keeps a few
+lines up to date in place; elsewhere it prints one plain line for what is worth a line in a log.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+Event = Mapping[str, Any]
+
+REFRESHES_PER_SECOND = 4
+# Where there is no terminal, steps within a round are reported at most this often.
+PLAIN_PROGRESS_S = 10.0
+BAR_WIDTH = 24
+
+
+class RunState:
+    """What is known of a run from the events so far."""
+
+    def __init__(self) -> None:
+        self.phase = "starting"
+        self.method = ""
+        self.plan = ""
+        self.devices = 0
+        self.epochs = 0
+        self.rounds = 0
+        self.rounds_done = 0
+        self.steps: list[int] = []
+        self.steps_done: list[int] = []
+        self.loss: float | None = None
+        self.accuracy: float | None = None
+        self.test_accuracy: float | None = None
+        self.samples_per_s: float | None = None
+        self.up_mbps: float | None = None
+        self.down_mbps: float | None = None
+        self.idle: dict[str, float] = {}
+        self.round_s: list[float] = []
+        self.began_s: float | None = None
+        self.ended = False
+
+    def follow(self, event: Event, now_s: float) -> None:
+        """Takes in ``event``, seen at ``now_s`` on the local monotonic clock."""
+        kind = event["event"]
+        if kind == "waiting":
+            self.phase = "waiting for " + ", ".join(map(str, event["missing"]))
+        elif kind == "device_joined":
+            self.phase = f"device {event['device']} joined with {event['samples']:,} samples"
+        elif kind == "node_joined":
+            self.phase = f"compute node {event['node']} joined"
+        elif kind == "tuned":
+            self.phase = f"tuned to {event['plan']}: {event['epoch_s']:.2f} s per epoch predicted"
+        elif kind == "working":
+            self.phase = _work(event)
+        elif kind == "saving":
+            self.phase = f"saving {event['file']}"
+        elif kind == "prepared":
+            self.phase = "compiled and calibrated"
+        elif kind == "run_started":
+            self._start(event, now_s)
+        elif kind == "progress":
+            self.steps_done[event["device"]] = event["step"] + 1
+            self._learn(event)
+        elif kind == "round_finished":
+            self._finish_round(event)
+        elif kind == "evaluated":
+            self.test_accuracy = event["accuracy"]
+        elif kind == "run_finished":
+            self.phase, self.ended = "finished", True
+            self.test_accuracy = event.get("accuracy", self.test_accuracy)
+            self.idle = dict(event.get("idle") or self.idle)
+        elif kind == "failed":
+            self.phase, self.ended = "failed", True
+
+    @property
+    def fraction(self) -> float:
+        """The share of the run that is done, by steps and rounds, between 0 and 1."""
+        if self.ended and self.phase == "finished":
+            return 1.0
+        if not self.rounds:
+            return 0.0
+        by_steps = sum(self.steps_done) / max(sum(self.steps), 1)
+        return min(max(by_steps, self.rounds_done / self.rounds), 1.0)
+
+    def left_s(self, now_s: float) -> float | None:
+        """Returns the expected seconds to the end, or None before there is anything to go by."""
+        if self.ended:
+            return 0.0
+        if self.began_s is None or self.fraction < 0.02:
+            return None
+        return (now_s - self.began_s) * (1.0 / self.fraction - 1.0)
+
+    def _start(self, event: Event, now_s: float) -> None:
+        self.phase = "training"
+        self.method, self.plan = event["method"], event["plan"]
+        self.devices = event["devices"]
+        self.steps = list(event["steps"])
+        self.steps_done = [0] * len(self.steps)
+        self.rounds, self.epochs = event["rounds"], event["epochs"]
+        self.began_s = now_s
+
+    def _finish_round(self, event: Event) -> None:
+        self.phase = "training"
+        self.rounds_done = event["round"] + 1
+        self.rounds = event["rounds"]
+        seconds = event["seconds"]
+        self.round_s.append(seconds)
+        self._learn(event)
+        if seconds > 0:
+            self.samples_per_s = event["samples"] / seconds
+            self.up_mbps = event["bytes_up"] * 8e-6 / seconds
+            self.down_mbps = event["bytes_down"] * 8e-6 / seconds
+        self.idle = dict(event["idle"])
+
+    def _learn(self, event: Event) -> None:
+        if "loss" in event:  # None: not finite
+            self.loss = event["loss"]
+        if event.get("accuracy") is not None:
+            self.accuracy = event["accuracy"]
+
+
+class Progress:
+    """Shows a run while it goes on; give it to ``launch`` as ``on_event``.
+
+    Args:
+        title: What stands at the head of a line; the method's name unless given.
+        console: Where to show it; standard error unless given.
+
+    Example:
+        with Progress() as progress:
+            summary = launch(config, on_event=progress)
+    """
+
+    def __init__(self, title: str = "", *, console: Console | None = None) -> None:
+        self.state = RunState()
+        self._title = title
+        self._console = console or Console(stderr=True, highlight=False)
+        self._printed_s = time.monotonic()
+        self._live: Live | None = None
+        self._closed = False
+
+    def __call__(self, event: Event) -> None:
+        """Takes in one event and shows it."""
+        now_s = time.monotonic()
+        self.state.follow(event, now_s)
+        if not self._console.is_terminal:
+            self._print(event, now_s)
+        elif self._live is None and not self._closed:
+            self._live = Live(
+                get_renderable=lambda: render(self.state, time.monotonic(), self._title),
+                console=self._console,
+                refresh_per_second=REFRESHES_PER_SECOND,
+                transient=True,
+            )
+            self._live.start()
+
+    def close(self) -> None:
+        """Gives the terminal back as it was. Idempotent, and due however the run ended."""
+        self._closed = True
+        if self._live is not None:
+            live, self._live = self._live, None
+            live.stop()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _print(self, event: Event, now_s: float) -> None:
+        often = event["event"] in ("progress", "working")
+        if often and now_s - self._printed_s < PLAIN_PROGRESS_S:
+            return
+        line = describe(event, self.state)
+        if line is not None:
+            self._printed_s = now_s
+            name = self._title or self.state.method
+            stamp = f"{event.get('time_s', 0.0):7.1f} s"
+            self._console.print(
+                f"{stamp}  {name + ': ' if name else ''}{line}", markup=False, soft_wrap=True
+            )
+
+
+def render(state: RunState, now_s: float, title: str = "") -> RenderableType:
+    """Returns the few lines that a terminal shows of ``state``."""
+    name = Text(title or state.method, style="bold")
+    if state.phase != "training":
+        return Text.assemble(name, "  " if name else "", (state.phase, "dim"), no_wrap=True)
+    bar = Table.grid(padding=(0, 1))
+    now = f"round {min(state.rounds_done + 1, state.rounds)}/{state.rounds}"
+    now += f" · step {sum(state.steps_done)}/{sum(state.steps)}"
+    left_s = state.left_s(now_s)
+    if left_s is not None:
+        now += f" · about {_clock(left_s)} left"
+    bar.add_row(name, ProgressBar(total=1.0, completed=state.fraction, width=BAR_WIDTH), Text(now))
+    lines: list[RenderableType] = [bar]
+    if facts := [*_learning(state), *_traffic(state)]:
+        lines.append(Text("  " + " · ".join(facts), no_wrap=True, overflow="ellipsis"))
+    if state.idle:
+        text = "  busy: " + _busy(state.idle)
+        lines.append(Text(text, style="dim", no_wrap=True, overflow="ellipsis"))
+    return Group(*lines)
+
+
+def describe(event: Event, state: RunState) -> str | None:
+    """Returns one plain line about ``event``, already in ``state``; None if it deserves none."""
+    kind = event["event"]
+    if kind in ("waiting", "device_joined", "node_joined", "tuned"):
+        return state.phase
+    if kind == "run_started":
+        return f"{state.devices} devices, {state.epochs} epochs, plan {state.plan}"
+    if kind == "progress":
+        done = f"step {sum(state.steps_done)} of {sum(state.steps)} of all devices"
+        return ", ".join([done, *_learning(state)])
+    if kind == "round_finished":
+        facts = [f"round {state.rounds_done} of {state.rounds} took {event['seconds']:.2f} s"]
+        facts += [*_learning(state), *_traffic(state)]
+        return ", ".join(facts) + f"; busy: {_busy(state.idle)}"
+    if kind == "evaluated":
+        return f"test accuracy {event['accuracy']:.1%} after epoch {event['epoch']:g}"
+    if kind == "run_finished":
+        return f"finished in {event['seconds']:.1f} s, test accuracy {event['accuracy']:.1%}"
+    if kind in ("saving", "working"):
+        return state.phase
+    if kind == "nonfinite":
+        whose = "all devices" if event["device"] is None else f"device {event['device']}"
+        where = f"{whose}, round {event['round']}, step {event['step']}"
+        return f"not finite: {event['what']} of {where}"
+    if kind == "not_kept":
+        return f"the run goes on, but not all of what it tells is kept: {event['reason']}"
+    if kind == "failed":
+        return f"failed: {event['error']}"
+    return None
+
+
+def loss_text(event: Event) -> str:
+    """Returns an event's loss as it is printed; one that is not finite is None in it."""
+    return "not finite" if event["loss"] is None else f"{event['loss']:.4f}"
+
+
+def _work(event: Event) -> str:
+    """Returns what a host is busy with, and how far it is."""
+    done = f": {event['done']} of {event['of']}" if event["of"] else ""
+    return f"{event['host']} is {event['what']}{done}"
+
+
+def _learning(state: RunState) -> list[str]:
+    facts = []
+    if state.loss is not None:
+        facts.append(f"loss {state.loss:.3f}")
+    if state.accuracy is not None:
+        facts.append(f"accuracy {state.accuracy:.1%}")
+    if state.test_accuracy is not None:
+        facts.append(f"test {state.test_accuracy:.1%}")
+    return facts
+
+
+def _traffic(state: RunState) -> list[str]:
+    if state.samples_per_s is None or state.up_mbps is None or state.down_mbps is None:
+        return []
+    return [
+        f"{state.samples_per_s:,.0f} samples/s",
+        f"links {state.up_mbps:.1f} Mbit/s up, {state.down_mbps:.1f} down",
+    ]
+
+
+def _busy(idle: Mapping[str, float]) -> str:
+    return ", ".join(f"{host} {1 - share:.0%}" for host, share in idle.items())
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}" if minutes else f"{rest} s"

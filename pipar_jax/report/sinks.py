@@ -1,0 +1,188 @@
+"""Where the events of a run go beside metrics.jsonl: TensorBoard, or a function of your own.
+
+``run.sinks`` names them, with commas between: ``tensorboard``, or ``MODULE:FUNCTION``. The function
+is called once, on the server, with the run's folder, and returns an object with the methods of
+``Sink``::
+
+    class Printer:
+        def write(self, event):
+            if event["event"] == "evaluated":
+                print(event["epoch"], event["accuracy"])
+
+        def close(self): ...
+
+    def make(folder):
+        return Printer()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from pipar_jax.config import plugins
+from pipar_jax.config.sink_names import TENSORBOARD, sink_names
+from pipar_jax.errors import ConfigError, RunError
+
+_LINK_SCALARS = ("bytes", "queue_s", "credit_wait_s")
+
+
+class Sink(Protocol):
+    """Takes a run's events; called on several threads, one at a time."""
+
+    def write(self, event: Mapping[str, Any]) -> None:
+        """Takes an event, as metrics.jsonl has it."""
+
+    def close(self) -> None:
+        """Ends the sink, however the run ended."""
+
+
+class TensorBoard:
+    """Writes event files for TensorBoard into ``tensorboard/`` in the run's folder.
+
+    A round is a step. There are scalars for training, test, seconds, idle shares and links.
+
+    Args:
+      folder: The run's folder.
+
+    Raises:
+      ConfigError: tensorboardX is not installed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Opens the file."""
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(
+                "run.sinks='tensorboard' needs tensorboardX, which is not installed: "
+                "pip install 'pipar-jax[tensorboard]'"
+            ) from error
+        self._writer = SummaryWriter(logdir=str(folder / TENSORBOARD), flush_secs=10)
+
+    def write(self, event: Mapping[str, Any]) -> None:
+        """Takes an event."""
+        for name, value in scalars(event).items():
+            self._writer.add_scalar(name, value, event["round"] + 1)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._writer.close()
+
+
+def scalars(event: Mapping[str, Any]) -> dict[str, float]:
+    """Returns what an event says in numbers, by a name such as ``idle/server``."""
+    if event["event"] == "evaluated":
+        found = {"test/accuracy": event["accuracy"], "test/loss": event["loss"]}
+    elif event["event"] == "round_finished":
+        found = _round_scalars(event)
+    else:
+        return {}
+    return {name: value for name, value in found.items() if value is not None}  # not finite
+
+
+def _round_scalars(event: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a round's numbers."""
+    seconds = event["seconds"]
+    found = {
+        "train/loss": event["loss"],
+        "train/accuracy": event["accuracy"],
+        "round/seconds": seconds,
+        "round/samples_per_s": event["samples"] / seconds,
+        "round/epoch": event["epoch"],
+    }
+    found.update({f"idle/{host}": share for host, share in event["idle"].items()})
+    for row in event["links"]:
+        way = f"{row['source']}-{row['target']}"
+        found.update({f"{key}/{way}": row[key] for key in _LINK_SCALARS})
+    return found
+
+
+class Sinks:
+    """All sinks of a run as one; a context manager that closes them.
+
+    Args:
+      text: The field ``run.sinks``.
+      folder: The run's folder.
+
+    Raises:
+      ConfigError: A sink is unknown or cannot be made.
+    """
+
+    def __init__(self, text: str, folder: Path) -> None:
+        """Makes each."""
+        self._sinks: list[tuple[str, Sink]] = []
+        try:
+            for name in sink_names(text):
+                self._sinks.append((name, _make(name, folder)))
+        except BaseException as error:
+            self._close_after(error)
+            raise
+
+    def write(self, event: Mapping[str, Any]) -> None:
+        """Hands an event to each sink.
+
+        Raises:
+          RunError: A sink failed.
+        """
+        for name, sink in self._sinks:
+            with plugins.guarded(f"{_what(name)} failed", RunError):
+                sink.write(event)
+
+    def close(self) -> None:
+        """Closes all, also those that come after one that fails.
+
+        Raises:
+          RunError: A sink failed: the first of them.
+        """
+        errors = []
+        for name, sink in self._sinks:
+            try:
+                with plugins.guarded(f"{_what(name)} failed", RunError):
+                    sink.close()
+            except RunError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def _close_after(self, error: BaseException) -> None:
+        """Closes all; what goes wrong is a note to the error that came first."""
+        try:
+            self.close()
+        except RunError as late:
+            error.add_note(str(late))
+
+    def __enter__(self) -> Sinks:
+        """Returns itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Closes all."""
+        if error is None:
+            self.close()
+        else:
+            self._close_after(error)
+
+
+def _what(name: str) -> str:
+    return f"the sink {name} of run.sinks"
+
+
+def _make(name: str, folder: Path) -> Sink:
+    """Returns a sink."""
+    if name == TENSORBOARD:
+        return TensorBoard(folder)
+    made: Sink = plugins.find(name, _what(name), ConfigError)(folder)
+    if not all(callable(getattr(made, method, None)) for method in ("write", "close")):
+        raise ConfigError(
+            f"{_what(name)} must be an object with write(event) and close(), got "
+            f"{type(made).__name__}"
+        )
+    return made

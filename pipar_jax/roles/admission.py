@@ -1,0 +1,215 @@
+"""Who a device or compute node is when it joins, and whether the coordinator may take it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pipar_jax
+from comms import Message
+from pipar_jax import config as configuration
+from pipar_jax.config import PUBLIC_SOURCES, Config, difference, from_dict, to_json
+from pipar_jax.data import Loader
+from pipar_jax.errors import ConfigError, ProtocolError
+from pipar_jax.protocol import messages, registry
+from pipar_jax.protocol.messages import JoinDevice, JoinNode
+from pipar_jax.protocol.wire_fields import MOST_WHOLE, shown
+from pipar_jax.schedule.plan import device_name, is_node
+from stages import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """What a device or a compute node says of itself.
+
+    Attributes:
+      name: Its name, such as ``d0`` or ``n1``.
+      samples: Samples that it trains on in an epoch; 0 for a node.
+      steps: Steps in its epoch; 0 for a node.
+      address: Host and port at which a node's neighbours reach it.
+    """
+
+    name: str
+    samples: int = 0
+    steps: int = 0
+    address: tuple[str, int] | None = None
+
+    @property
+    def index(self) -> int:
+        """Its index among the devices or nodes."""
+        return int(self.name[1:])
+
+
+def device_join(config: Config, name: str, loader: Loader, model: Model) -> JoinDevice:
+    """Returns the first message of a device.
+
+    Args:
+      config: Its configuration.
+      name: Its name.
+      loader: Its samples.
+      model: Its model.
+    """
+    return JoinDevice(
+        messages.VERSION,
+        pipar_jax.__version__,
+        name,
+        json.loads(to_json(config)),
+        loader.samples_per_epoch,
+        loader.steps_per_epoch,
+        tuple(model.input_shape),
+        model.classes,
+        describe(model),
+    )
+
+
+def node_join(config: Config, name: str, address: tuple[str, int]) -> JoinNode:
+    """Returns the first message of a compute node.
+
+    Args:
+      config: Its configuration.
+      name: Its name.
+      address: Where its neighbours reach it.
+    """
+    version = pipar_jax.__version__
+    return JoinNode(messages.VERSION, version, name, json.loads(to_json(config)), address)
+
+
+def describe(model: Model) -> dict[str, Any]:
+    """Returns every unit's variables with shape and dtype, to compare models by."""
+    return {
+        unit.name: {
+            path: f"{one.dtype}{list(one.shape)}"
+            for path, one in sorted({**unit.params, **unit.state}.items())
+        }
+        for unit in model.units
+    }
+
+
+def read(
+    message: Message, config: Config, model: Model
+) -> tuple[JoinDevice | JoinNode | None, str | None]:
+    """Returns what a stranger's first message asks for, and why it cannot have it, or None.
+
+    Args:
+      message: What came over its link.
+      config: The coordinator's configuration.
+      model: The coordinator's model.
+    """
+    version = message.body.get("control_version")
+    if version is not None and version != messages.VERSION:  # its fields may be others too
+        return None, (
+            f"it runs version {shown(message.body.get('version'))} (control messages "
+            f"{shown(version)}), the coordinator {pipar_jax.__version__} ({messages.VERSION}): "
+            "install the same version on both"
+        )
+    try:
+        asked = registry.decode(message, registry.Sender.HOST, "it")
+    except ProtocolError as error:
+        return None, str(error)
+    if not isinstance(asked, JoinDevice | JoinNode):
+        return None, f"its first message is {registry.kind_of(type(asked)).name!r}, expected a join"
+    return asked, objection(asked, config, model)
+
+
+def objection(asked: JoinDevice | JoinNode, config: Config, model: Model) -> str | None:
+    """Returns why a host cannot take part, or None.
+
+    Args:
+      asked: Its first message.
+      config: The coordinator's configuration.
+      model: The coordinator's model.
+    """
+    if (reason := _unknown_name(asked.name, config)) is not None:
+        return reason
+    if is_node(asked.name) != isinstance(asked, JoinNode):
+        return f"it says it is {asked.name!r}, and joins as another kind of host"
+    try:
+        theirs = from_dict(asked.config)
+        ours, count = config.devices.count, theirs.devices.count
+        if ours != count:  # before anything is done for each of them
+            differing = [f"devices.count ({ours!r} here, {shown(count)} there)"]
+        else:
+            differing = difference(config, theirs)
+    except (ConfigError, TypeError, ValueError, AttributeError, KeyError) as error:
+        return f"its configuration cannot be read: {_short(str(error))}"
+    if differing:
+        return (
+            f"its configuration differs from the coordinator's in {_short(', '.join(differing))}: "
+            "start both with the same preset and flags"
+        )
+    if isinstance(asked, JoinNode):
+        return None
+    return _odd_model(asked, model) or _odd_counts(asked, config)
+
+
+def _odd_model(asked: JoinDevice, model: Model) -> str | None:
+    """Returns why a device's model does not fit, or None."""
+    ours, theirs = describe(model), asked.units
+    if theirs != ours:
+        unit = next((u for u in [*ours, *theirs] if ours.get(u) != theirs.get(u)), "order")
+        return (
+            f"its model differs: unit {shown(unit)} is {shown(ours.get(unit))} here and "
+            f"{shown(theirs.get(unit))} there (inputs {list(model.input_shape)} and "
+            f"{list(asked.input_shape)}, classes {model.classes} and {asked.classes})"
+        )
+    if (asked.input_shape, asked.classes) != (tuple(model.input_shape), model.classes):
+        return (
+            f"its samples differ: {list(asked.input_shape)} of {asked.classes} classes, expected "
+            f"{list(model.input_shape)} of {model.classes}"
+        )
+    return None
+
+
+def _odd_counts(asked: JoinDevice, config: Config) -> str | None:
+    """Returns why a device's samples and steps contradict the configuration, or None."""
+    samples, steps, data = asked.samples, asked.steps, config.data
+    if not (samples and steps):
+        return f"it has no data to train on: {samples} samples, {steps} steps"
+    most = data.max_samples
+    if data.source in PUBLIC_SOURCES and data.train_samples:
+        most = min(most, data.train_samples)
+    if samples > most:
+        return (
+            f"it says it has {samples} samples, at most {most} are believed: raise "
+            "data.max_samples if it has so many"
+        )
+    whole = samples % data.batch_size == 0
+    expected = -(-samples // data.batch_size)
+    if steps != expected or (data.drop_last and not whole):
+        rest = ", and none left over" if data.drop_last else ""
+        return (
+            f"it says it takes {steps} steps for {samples} samples in mini-batches of "
+            f"{data.batch_size}, expected {expected}{rest}"
+        )
+    if steps * config.epochs > MOST_WHOLE:
+        return (
+            f"its {steps} steps an epoch come to {steps * config.epochs} in {config.epochs} "
+            f"epochs, at most {MOST_WHOLE} can be counted: lower epochs"
+        )
+    return None
+
+
+def _short(text: str) -> str:
+    """Returns a text that a peer had a part in, cut where it is long."""
+    return text if len(text) <= 400 else f"{text[:400]}…"
+
+
+def _unknown_name(name: str, config: Config) -> str | None:
+    """Returns why a host of this name is not expected, or None."""
+    devices = [device_name(i) for i in range(config.devices.count)]
+    nodes = list(configuration.nodes(config))
+    if name in devices or name in nodes:
+        return None
+    kind, known, field = "device", devices, f"devices.count={config.devices.count}"
+    if is_node(name):
+        kind, known, field = "node", nodes, f"nodes.count={config.nodes.count}"
+    there = f"{known[0][1:]} to {known[-1][1:]}" if known else "there are none"
+    return f"it says it is {shown(name)}, but {field}: start it with an index of a {kind} ({there})"
+
+
+def identity(asked: JoinDevice | JoinNode) -> Identity:
+    """Returns what an accepted device or node says of itself."""
+    if isinstance(asked, JoinNode):
+        return Identity(asked.name, address=asked.address)
+    return Identity(asked.name, asked.samples, asked.steps)

@@ -1,0 +1,71 @@
+"""Which plan a run had best change to: the tuner's, of those that every host would take."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+from pipar_jax.config import CHAINS, Config
+from pipar_jax.config.texts import split_list
+from pipar_jax.cost_model.profile import Profile
+from pipar_jax.errors import PlanError
+from pipar_jax.runtime import memory, moves
+from pipar_jax.schedule.plan import Plan
+from pipar_jax.tuner.chains import tune_chain
+from pipar_jax.tuner.search import search
+from stages import Model
+
+
+class Candidates:
+    """Finds the plan to change to.
+
+    Args:
+      config: Resolved configuration; without compute nodes, the tuner's methods but for sl.
+      model: The whole model.
+      samples: Samples that each device trains on in an epoch.
+    """
+
+    def __init__(self, config: Config, model: Model, samples: Sequence[int]) -> None:
+        """See the class."""
+        self._config, self._model, self._samples = _parallel_only(config), model, tuple(samples)
+        self._memory: dict[Plan, str | None] = {}
+
+    def refuse(self, plan: Plan, reason: str) -> None:
+        """Takes note of a plan that a compute node refused once it had compiled it."""
+        self._memory[plan] = reason
+
+    def refused(self, plan: Plan) -> bool:
+        """Says whether a compute node is known to refuse a plan."""
+        return self._memory.get(plan) is not None
+
+    def best(self, profile: Profile, present: Plan) -> Plan:
+        """Returns the best plan that may follow the present one; that one if there is no other.
+
+        Args:
+          profile: What hosts and links are like.
+          present: The plan in force.
+        """
+        if self._config.method not in CHAINS:
+            return search(profile, self._config).plans[0].plan
+
+        def objection(plan: Plan) -> str | None:
+            reason = moves.objection(present, plan, len(self._model.units))
+            return reason or self._memory_objection(plan)
+
+        try:
+            return tune_chain(profile, self._config, objection).plan
+        except PlanError:  # nothing else may follow it
+            return present
+
+    def _memory_objection(self, plan: Plan) -> str | None:
+        """Returns why a node would refuse a plan; worked out once for each."""
+        if plan not in self._memory:
+            self._memory[plan] = memory.objection(self._model, plan, self._config, self._samples)
+        return self._memory[plan]
+
+
+def _parallel_only(config: Config) -> Config:
+    """Returns the configuration without sl among the methods to choose from."""
+    made = copy.deepcopy(config)
+    made.tuner.methods = ",".join(one for one in split_list(config.tuner.methods) if one != "sl")
+    return made

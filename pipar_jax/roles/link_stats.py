@@ -1,0 +1,143 @@
+"""What the links of a run carried and waited for in a round, from their counters.
+
+What was carried is read where it arrives or leaves, at the coordinator; what sending waited for is
+known to the sender alone, so devices tell theirs when a round is over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from comms import Link, LinkStats
+from pipar_jax.protocol.values import LinkRow, Waits
+from pipar_jax.roles.members import Members
+from pipar_jax.runtime.link_table import Wiring
+from pipar_jax.schedule.plan import COORDINATOR
+
+#: Counters that only the sending side of a link knows.
+_COUNTERS = ("queue_s", "credit_wait_s", "blocked_s", "encode_s", "repeated_frames",
+             "repeated_bytes")  # fmt: skip
+
+
+def difference(now: LinkStats, before: LinkStats) -> Waits:
+    """Returns what sending waited for between two looks at a link's counters."""
+    found = {name: getattr(now, name) - getattr(before, name) for name in _COUNTERS}
+    return Waits(**found, queued_peak_bytes=now.queued_peak_bytes)
+
+
+class OwnWaits:
+    """What a device's sending waited for, from one round's end to the next.
+
+    A message that is handed on after a device has told of a round counts in the next one.
+
+    Args:
+      link: The device's link to the coordinator.
+    """
+
+    def __init__(self, link: Link) -> None:
+        """Begins to count."""
+        self._link, self._before = link, link.stats()
+
+    def take(self) -> Waits:
+        """Returns the waits since the last call, as ``Traffic.rows`` takes them."""
+        now, before = self._link.stats(), self._before
+        self._before = now
+        return difference(now, before)
+
+
+class DirectTraffic:
+    """What a host sent to its neighbours over direct links, from one round's end to the next.
+
+    Args:
+      name: The host's name.
+      wiring: Its links.
+    """
+
+    def __init__(self, name: str, wiring: Wiring) -> None:
+        """Begins to count."""
+        self._name, self._links = name, wiring.direct()
+        self._before = [link.stats() for _, link in self._links]
+
+    def take(self) -> tuple[LinkRow, ...]:
+        """Returns a row per link since the last call, as ``Traffic.rows`` makes them."""
+        stats = [link.stats() for _, link in self._links]
+        found = tuple(
+            _sent(self._name, boundary.peer(self._name), now, before)
+            for (boundary, _), now, before in zip(self._links, stats, self._before, strict=True)
+        )
+        self._before = stats
+        return found
+
+
+class Traffic:
+    """Turns counters of the devices' links into one row for each direction and round.
+
+    Args:
+      members: Whose links.
+    """
+
+    def __init__(self, members: Members) -> None:
+        """See the class."""
+        self._members = members
+        self._before: dict[str, LinkStats] = {}
+
+    def start(self) -> None:
+        """Notes the counters before a round."""
+        self._before = self._stats()
+
+    def rows(self, told: Mapping[str, Waits], traced: Mapping[str, int]) -> list[LinkRow]:
+        """Returns a round's rows, the way up before the way down of each link.
+
+        Args:
+          told: For each device what sending over its link waited for.
+          traced: For each device the bytes of its trace, which arrived since and are left out.
+
+        Returns:
+          Rows with ``source`` and ``target``; ``bytes`` on the wire with headers and heartbeats;
+          ``raw_bytes`` and ``payload_bytes`` of messages before and after the codec; ``messages``
+          and ``frames``; the seconds ``queue_s``, ``credit_wait_s``, ``blocked_s`` and ``encode_s``
+          that sending waited; ``repeated_frames`` and ``repeated_bytes`` after cut connections;
+          ``queued_peak_bytes``, ``reconnects``, ``rtt_s`` and ``rate_mbps`` of the run so far.
+          ``comms.LinkStats`` says what each counts.
+        """
+        found = []
+        for name, now in self._stats().items():
+            before, trace = self._before[name], traced.get(name, 0)
+            found.append(
+                LinkRow(
+                    source=name,
+                    target=COORDINATOR,
+                    bytes=now.bytes_in - before.bytes_in - trace,
+                    raw_bytes=now.raw_in_bytes - before.raw_in_bytes - trace,
+                    payload_bytes=now.payload_in_bytes - before.payload_in_bytes - trace,
+                    messages=now.messages_in - before.messages_in - (trace > 0),
+                    frames=now.frames_in - before.frames_in,
+                    **dataclasses.asdict(told[name]),
+                    reconnects=now.reconnects,
+                    rtt_s=now.rtt_s,
+                    rate_mbps=now.rate_in_mbps,
+                )
+            )
+            found.append(_sent(COORDINATOR, name, now, before))
+        return found
+
+    def _stats(self) -> dict[str, LinkStats]:
+        return {name: member.link.stats() for name, member in self._members.by_name.items()}
+
+
+def _sent(source: str, target: str, now: LinkStats, before: LinkStats) -> LinkRow:
+    """Returns the row of a direction, as its sender knows it."""
+    return LinkRow(
+        source=source,
+        target=target,
+        bytes=now.bytes_out - before.bytes_out,
+        raw_bytes=now.raw_out_bytes - before.raw_out_bytes,
+        payload_bytes=now.payload_out_bytes - before.payload_out_bytes,
+        messages=now.messages_out - before.messages_out,
+        frames=now.frames_out - before.frames_out,
+        **dataclasses.asdict(difference(now, before)),
+        reconnects=now.reconnects,
+        rtt_s=now.rtt_s,
+        rate_mbps=now.rate_out_mbps,
+    )

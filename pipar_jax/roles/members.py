@@ -1,0 +1,562 @@
+"""Devices and compute nodes of a run as the coordinator knows them: who joined, what they say."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+
+import comms
+from comms import ChannelError, Endpoint, Link, Message, PeerClosed
+from pipar_jax import config as configuration
+from pipar_jax.config import Config
+from pipar_jax.errors import JoinError, PeerError, ProtocolError, RunError
+from pipar_jax.protocol import messages, registry
+from pipar_jax.protocol.registry import Form, Sender, kind_of
+from pipar_jax.roles import admission
+from pipar_jax.roles.acceptance import Acceptance
+from pipar_jax.roles.admission import Identity
+from pipar_jax.roles.holdings import SURVEYED
+from pipar_jax.roles.patience import Moving, Patience, pulse_s
+from pipar_jax.roles.refusals import Refusals
+from pipar_jax.roles.replies import Owed, Reply, answers
+from pipar_jax.runtime import finite
+from pipar_jax.schedule.plan import COORDINATOR, device_name, is_node, long_name
+from stages import Model
+
+#: How often a waiting coordinator looks at the clock and whether it was told to stop.
+LOOK_S = 0.1
+#: How long the mail about a link that a send found gone may take to be read.
+LAST_WORDS_S = 1.0
+#: How long a link may be there without asking to join.
+JOIN_S = 30.0
+#: Messages and bytes of one host that may wait to be read; from the first number on, those that
+#: only say that it goes on are left out.
+MANY, MOST_WAITING, MOST_WAITING_BYTES = 64, 4096, 64 << 20
+_PASSING = {kind_of(one) for one in (messages.Progress, messages.Pulse)}
+
+
+class Mail(NamedTuple):
+    """Something a host said.
+
+    Attributes:
+      source: The host's name.
+      said: The message.
+      arrays: Arrays that came with it, from the host in this process.
+      time_s: When it was said here or had arrived, on the monotonic clock.
+      message: What came over the link, from a device or node.
+    """
+
+    source: str
+    said: Any
+    arrays: dict[str, Any]
+    time_s: float
+    message: Message | None = None
+
+    @property
+    def has_tensors(self) -> bool:
+        """Whether it came as a bundle."""
+        return self.message is not None and self.message.kind == "bundle"
+
+
+@dataclasses.dataclass
+class Member:
+    """A device or node that takes part.
+
+    Attributes:
+      link: Its link.
+      identity: What it said of itself.
+      owed: What it was asked for.
+      steps: For each device whose last stage it runs, the last step that it told of.
+      broken: What it told of that is not finite: kind, device, step.
+    """
+
+    link: Link
+    identity: Identity
+    owed: Owed = dataclasses.field(default_factory=Owed)
+    steps: dict[int, int] = dataclasses.field(default_factory=dict)
+    broken: set[tuple[str, int | None, int]] = dataclasses.field(default_factory=set)
+
+
+class _Waiting:
+    """What of one link waits to be read, and until when it has to have joined."""
+
+    def __init__(self) -> None:
+        self.messages = self.nbytes = 0
+        self.until_s = time.monotonic() + JOIN_S
+        self.ended = False
+
+
+class Members:
+    """Admits devices and nodes and collects what hosts say, that of this process included.
+
+    What comes over a link is believed in three steps: a link may only ask to join; a member may
+    only say what it was asked for (``replies``), in the form that ``protocol`` gives it; and what
+    it says has to fit the plan, which whoever asked for it checks. A stranger who does not keep to
+    this is refused and counted, and the run goes on; a member's connection ends, and the run with
+    an error that names it.
+
+    Attributes:
+      by_name: Those who have joined.
+      listeners: Take mail of a kind as it comes, instead of ``collect``; on the owner's thread.
+      acceptance: Which tensors may come; none without.
+      patience: The progress deadline.
+      actions: Says how many actions are over on the host in this process.
+
+    Args:
+      config: Resolved configuration.
+      model: The whole model.
+      endpoint: Where devices connect.
+      tensors: Takes the tensors that arrive from devices; runs on the I/O thread.
+      wake: Called when a link has credit again; runs on the I/O thread.
+      tell: Takes events.
+      stop: Ends waiting when set.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: Model,
+        endpoint: Endpoint,
+        *,
+        tensors: Callable[[Message], None],
+        wake: Callable[[], None],
+        tell: Callable[[dict[str, Any]], None],
+        stop: threading.Event,
+    ) -> None:
+        """See the class."""
+        self._config, self._model, self._endpoint = config, model, endpoint
+        self._tensors, self._wake, self._tell, self._stop = tensors, wake, tell, stop
+        self._inbox: queue.SimpleQueue[tuple[str, Link | None, Any]] = queue.SimpleQueue()
+        self._links: dict[Link, _Waiting] = {}
+        self._names: dict[Link, str] = {}
+        self._early: list[Mail] = []
+        self._refusals = Refusals(tell)
+        self._moving: dict[str, Moving] = {}
+        self._pulse_s, self._pulsed_s, self._pulses = pulse_s(config), time.monotonic(), 0
+        self.listeners: dict[type, Callable[[Mail], None]] = {}
+        self.by_name: dict[str, Member] = {}
+        self.acceptance: Acceptance | None = None
+        self.patience = Patience(config)
+        self.actions: Callable[[], int] = lambda: 0
+
+    # --- from other threads -------------------------------------------------------------------
+
+    def on_link(self, link: Link) -> None:
+        """Takes a new connection; runs on the I/O thread."""
+        strangers = [one for one in self._links if one not in self._names]
+        if len(strangers) >= 64 + 2 * (self._config.devices.count + self._config.nodes.count):
+            self._end(strangers[0], "too many links have not joined")
+            self._links.pop(strangers[0], None)
+        self._links[link] = _Waiting()
+        link.start(
+            lambda message: self._route(link, message),
+            self._wake,
+            lambda error: self._inbox.put(("lost", link, error)),
+        )
+
+    def local_reply(self, said: Any, arrays: dict[str, Any]) -> None:
+        """Takes a reply of the host in this process; runs on its threads."""
+        self._inbox.put(("mail", None, Mail(COORDINATOR, said, arrays, time.monotonic())))
+
+    def local_failure(self, error: BaseException) -> None:
+        """Takes the failure of the host in this process; runs on its threads."""
+        self._inbox.put(("failed", None, error))
+
+    def ask(self, name: str, command: Any) -> None:
+        """Sends a command to a member whose loss is told elsewhere; any thread may call it."""
+        member = self.by_name[name]
+        member.owed.add(answers(command))
+        self._try(member.link, command)
+
+    # --- what the coordinator's thread calls --------------------------------------------------
+
+    def admit(self) -> None:
+        """Waits until every device and every compute node has joined.
+
+        Raises:
+          JoinError: Some have not within ``network.join_timeout_s``.
+        """
+        wanted = [
+            *configuration.nodes(self._config),
+            *(device_name(i) for i in range(self._config.devices.count)),
+        ]
+        deadline = time.monotonic() + self._config.network.join_timeout_s
+        told: list[str] = []
+        while missing := [name for name in wanted if name not in self.by_name]:
+            if missing != told:
+                told = missing
+                self._tell({"event": "waiting", "missing": missing})
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise JoinError(
+                    f"{', '.join(missing)} of {len(wanted)} hosts did not join within "
+                    f"{self._config.network.join_timeout_s:g} s: start them, or raise "
+                    "network.join_timeout_s"
+                )
+            self._take(min(left, LOOK_S))
+
+    def collect(self, kind: type, sources: Sequence[str]) -> dict[str, Mail]:
+        """Waits until every source has said something of a kind.
+
+        What arrives meanwhile of other kinds is kept for a later call; progress is told at once.
+
+        Args:
+          kind: Class of the message.
+          sources: Names of hosts.
+
+        Raises:
+          PeerError: A host was lost, failed, said what it may not, or shows no progress.
+        """
+        found: dict[str, Mail] = {}
+        self.patience.begin()
+        while True:
+            for mail in [one for one in self._early if isinstance(one.said, kind)]:
+                if mail.source in sources and mail.source not in found:
+                    self._early.remove(mail)
+                    found[mail.source] = mail
+            missing = [name for name in sources if name not in found]
+            if not missing:
+                return {name: found[name] for name in sources}
+            self._take(LOOK_S)
+            self.patience.check(missing, kind_of(kind).name)
+
+    def look(self) -> None:
+        """Handles what mail there is without waiting for any.
+
+        Raises:
+          PeerError: A device was lost or failed.
+          RunError: The run was told to stop.
+        """
+        self._take(0.0)
+
+    def tell(self, event: dict[str, Any]) -> None:
+        """Tells an event."""
+        self._tell(event)
+
+    def send(self, name: str, command: Any, *replies: Reply) -> None:
+        """Sends a command to a member.
+
+        Args:
+          name: The member's.
+          command: A message of ``protocol``.
+          replies: What it is answered by, where that depends on the plan.
+
+        Raises:
+          PeerError: The member is lost.
+        """
+        member = self.by_name[name]
+        member.owed.add(replies or answers(command))
+        try:
+            registry.send(member.link, command)
+        except ChannelError as error:
+            self._mourn(error)
+
+    def send_bundle(
+        self,
+        name: str,
+        command: Any,
+        tensors: Mapping[str, np.ndarray[Any, Any]],
+        *replies: Reply,
+        codec: str = "raw",
+    ) -> None:
+        """Sends a command with named tensors to a member.
+
+        Raises:
+          PeerError: The member is lost.
+        """
+        member = self.by_name[name]
+        member.owed.add(replies or answers(command))
+        try:
+            registry.send_bundle(member.link, command, tensors, codec=codec)
+        except ChannelError as error:
+            self._mourn(error)
+
+    def broadcast(self, command: Any) -> None:
+        """Sends a command to every member.
+
+        Raises:
+          PeerError: A member is lost.
+        """
+        for name in self.by_name:
+            self.send(name, command)
+
+    def working(self, what: str) -> None:
+        """Tells every member that this thread is busy, so that its silence means nothing."""
+        for member in self.by_name.values():
+            self._try(member.link, messages.Working(what, 0, 0))
+
+    def blame(self, name: str, reason: str) -> NoReturn:
+        """Ends the connection of a member that said what does not fit, and the run.
+
+        Raises:
+          ProtocolError: Always; it names the member and what it said.
+        """
+        self._end(self.by_name[name].link, reason)
+        raise ProtocolError(f"{long_name(name)} sent {reason}")
+
+    @contextlib.contextmanager
+    def reading(self, name: str) -> Iterator[None]:
+        """Ends the connection of a member whose bundle turns out not to be what it may be."""
+        try:
+            yield
+        except ProtocolError as error:
+            if name in self.by_name:
+                self._end(self.by_name[name].link, str(error))
+            raise
+
+    def abort(self, reason: str) -> None:
+        """Tells every device that the run has ended, as far as they can still be told."""
+        for member in self.by_name.values():
+            self._try(member.link, messages.Abort(reason))
+        for member in self.by_name.values():
+            try:
+                member.link.drain(0.5)
+            except ChannelError:
+                continue
+
+    def close(self) -> None:
+        """Tells what was refused in all."""
+        self._refusals.close()
+
+    # --- mail ---------------------------------------------------------------------------------
+
+    def _route(self, link: Link, message: Message) -> None:
+        """Sorts what arrives; runs on the I/O thread."""
+        waiting = self._links.get(link)
+        if waiting is None or waiting.ended:
+            message.release()
+            return
+        name = self._names.get(link)
+        reason = self._objection(waiting, name, message)
+        if reason is not None:
+            message.release()
+            self._end(link, reason)
+            self._inbox.put(("wrong", link, reason))
+        elif message.kind == "tensor":
+            self._tensors(message)
+        elif waiting.messages < MANY or registry.peek(message) not in _PASSING:
+            waiting.messages += 1
+            waiting.nbytes += message.nbytes
+            self._inbox.put(("message", link, message))
+
+    def _objection(self, waiting: _Waiting, name: str | None, message: Message) -> str | None:
+        """Returns why a message is not even read, or None; runs on the I/O thread."""
+        if name is None:
+            asked = message.kind == "control" and not waiting.messages
+            return None if asked else f"{_what(message)} before it was admitted, expected a join"
+        if message.kind == "tensor":
+            if self.acceptance is None:
+                return f"{_what(message)} before there is a plan"
+            return self.acceptance.objection(name, message)
+        if waiting.messages >= MOST_WAITING or waiting.nbytes > MOST_WAITING_BYTES:
+            return f"{waiting.messages} messages of {waiting.nbytes} bytes that nobody has read yet"
+        known = registry.peek(message)
+        if message.kind != "bundle" or known is None or known.form is Form.CONTROL:
+            return None
+        # Looked at before it is read: bundles are large.
+        asked = self.by_name[name].owed.expects(known.made)
+        return None if asked else f"{known.name!r}, which nobody asked it for"
+
+    def _end(self, link: Link, reason: str) -> None:
+        """Ends one link; nothing of it is taken any more. Any thread may call it."""
+        waiting = self._links.get(link)
+        if waiting is not None:
+            waiting.ended = True
+        link.refuse(reason)
+
+    def _try(self, link: Link, message: Any) -> None:
+        """Says something to a link that may be gone."""
+        try:
+            registry.send(link, message)
+        except ChannelError:
+            return  # its loss is told where it is waited for
+
+    def _take(self, timeout_s: float) -> None:
+        """Handles one item of mail, if any comes in time."""
+        if self._stop.is_set():
+            raise RunError("the run was told to stop")
+        self._beat()
+        try:
+            what, link, item = self._inbox.get(timeout=timeout_s)
+        except queue.Empty:
+            return
+        if what == "failed":
+            if isinstance(item, ChannelError):
+                self._mourn(item)
+            raise item
+        if what == "mail":
+            self._sort(item)
+            return
+        assert link is not None
+        name = self._names.get(link)
+        if what == "lost":
+            self._links.pop(link, None)
+            if name is not None:
+                raise registry.end_of(item, long_name(name), f"{long_name(name)} was lost")
+            if not isinstance(item, PeerClosed):
+                self._refusals.add(None, link.address, str(item))
+        elif what == "wrong":
+            self._links.pop(link, None)
+            if name is not None:
+                raise ProtocolError(f"{long_name(name)} sent {item}")
+            self._refusals.add(None, link.address, f"it sent {item}")
+        elif name is None:
+            self._admit(link, item)
+        else:
+            self._read(name, link, item)
+
+    def _read(self, name: str, link: Link, message: Message) -> None:
+        """Reads what a member said."""
+        if (waiting := self._links.get(link)) is not None:
+            waiting.messages -= 1
+            waiting.nbytes -= message.nbytes
+        try:
+            said = registry.decode(message, Sender.HOST, long_name(name))
+        except ProtocolError as error:
+            self._end(link, str(error))
+            raise
+        owed = self.by_name[name].owed
+        reason = owed.objection(said, bundle=message.kind == "bundle")
+        if reason is not None:
+            self.blame(name, reason)
+        self._sort(Mail(name, said, {}, message.received_s, message))
+
+    def _mourn(self, error: ChannelError) -> NoReturn:
+        """Raises PeerError for a link that is gone, with the device's own words if it sent any.
+
+        A send can notice the end of a link before the mail about it was read.
+        """
+        deadline = time.monotonic() + LAST_WORDS_S
+        while (left := deadline - time.monotonic()) > 0:
+            self._take(min(left, LOOK_S))
+        raise PeerError(f"a device was lost: {error}") from error
+
+    def _sort(self, mail: Mail) -> None:
+        said = mail.said
+        if isinstance(said, messages.Failed):
+            raise PeerError(f"{long_name(mail.source)} failed: {said.error}")
+        if isinstance(said, messages.Pulse):
+            self.patience.pulse(mail.source, said.actions)
+        elif isinstance(said, messages.Working):
+            self.patience.working(mail.source, said.what)
+            self.tell_working(mail.source, said.what, said.done, said.of)
+        elif isinstance(said, messages.Progress):
+            self._note_progress(mail.source, said)
+        elif isinstance(said, messages.NonFinite):
+            self._note_broken(mail.source, said)
+        elif (listener := self.listeners.get(type(said))) is not None:
+            listener(mail)
+        else:
+            self.patience.answered(mail.source)
+            if isinstance(said, messages.Bye) and mail.message is not None:
+                del self._names[mail.message.link]  # its end is no loss any more
+            self._early.append(mail)
+
+    def tell_working(self, host: str, what: str, done: int, of: int) -> None:
+        """Tells what a host is busy with, and how far it is."""
+        self._tell({"event": "working", "host": host, "what": what, "done": done, "of": of})
+
+    def _note_progress(self, source: str, said: messages.Progress) -> None:
+        """Tells of a step that is over; steps of a device rise."""
+        if source != COORDINATOR:
+            steps, plan = self.by_name[source].steps, self.acceptance
+            own = plan is not None and plan.tells_of(source, said.device, said.step)
+            if not own or said.step <= steps.get(said.device, -1):
+                self.blame(source, f"'progress' of device {said.device}, step {said.step}, "
+                           "which is none of its own or was told before")  # fmt: skip
+            steps[said.device] = said.step
+        self._tell({"event": "progress", **dataclasses.asdict(said)})
+
+    def _note_broken(self, source: str, said: messages.NonFinite) -> None:
+        """Tells of what is not finite on a host, once for each device, step and kind."""
+        if source != COORDINATOR:
+            told, key = self.by_name[source].broken, (said.what, said.device, said.step)
+            plan = self.acceptance
+            own = plan is not None and plan.trains(source, said.device, said.step)
+            of_loss = said.what == "loss"
+            own &= of_loss != bool(said.units) and not (of_loss and said.device is None)
+            own &= set(said.units) <= set(self._model.unit_names)
+            if not own or key in told:
+                self.blame(source, f"'nonfinite' of device {said.device}, step {said.step}, "
+                           "which is none of its own or was told before")  # fmt: skip
+            told.add(key)
+        self.end_broken(said)
+
+    def end_broken(self, found: messages.NonFinite) -> None:
+        """Tells of what is not finite.
+
+        Raises:
+          RunError: That ends the run (``run.nonfinite=end``).
+        """
+        self._tell(finite.event(found))
+        if self._config.run.nonfinite == "end":
+            raise RunError(finite.line(found))
+
+    def _beat(self) -> None:
+        """Now and then tells members that this thread goes on, and looks who else does."""
+        now = time.monotonic()
+        if now - self._pulsed_s < self._pulse_s:
+            return
+        self._pulsed_s = now
+        self._pulses += 1
+        self.patience.pulse(COORDINATOR, self.actions())
+        for name, member in self.by_name.items():
+            self._try(member.link, messages.Pulse(self._pulses))
+            if name not in self._moving:
+                self._moving[name] = Moving(member.link)
+            elif self._moving[name].look():
+                self.patience.progress(name)
+        for link, waiting in list(self._links.items()):
+            late = link not in self._names and not waiting.ended and now > waiting.until_s
+            if late:
+                self._refuse(link, None, f"it did not ask to join within {JOIN_S:g} s")
+
+    # --- joining ------------------------------------------------------------------------------
+
+    def _admit(self, link: Link, message: Message) -> None:
+        """Takes a device or node in, or tells it and the user why not."""
+        asked, reason = admission.read(message, self._config, self._model)
+        name = getattr(asked, "name", None)
+        if reason is None and name != link.peer:  # whose certificate and token were looked at
+            reason = f"it joins as {name!r}, but its link is that of {link.peer!r}"
+        if reason is None and name in self.by_name:
+            reason = f"{long_name(str(name))} has joined already: start it with another index"
+        if reason is not None or asked is None:
+            self._refuse(link, name, reason or "it did not ask to join")
+            return
+        who = admission.identity(asked)
+        waiting = self._links[link]
+        waiting.messages, waiting.nbytes, waiting.until_s = 0, 0, float("inf")
+        link.admit(SURVEYED)
+        self.by_name[who.name] = Member(link, who)
+        self._names[link] = who.name
+        if is_node(who.name):
+            shape = tuple(self._model.input_shape)
+            self._try(link, messages.ModelFacts(shape, self._model.classes))
+            self._tell({"event": "node_joined", "node": who.index})
+            return
+        _, down = comms.parse_link(configuration.device(self._config, who.index).link)
+        link.set_shape(down)
+        self._tell({"event": "device_joined", "device": who.index, "samples": who.samples})
+
+    def _refuse(self, link: Link, name: str | None, reason: str) -> None:
+        """Tells a stranger and the user why it is not taken, and ends its link."""
+        self._refusals.add(name, link.address, reason)
+        self._try(link, messages.Refused(reason))
+        if (waiting := self._links.pop(link, None)) is not None:
+            waiting.ended = True
+        link.close(reason)
+
+
+def _what(message: Message) -> str:
+    """Returns what somebody sent, in a few words."""
+    if message.kind == "tensor":
+        return f"a tensor ({message.tag})"
+    return f"a {message.kind} message"

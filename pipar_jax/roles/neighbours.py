@@ -1,0 +1,281 @@
+"""A worker's neighbours in the chains: who opens which link, and how it is recognised."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+import comms
+from comms import Allowance, ChannelError, Endpoint, Link, LinkShape, Message, PeerClosed
+from pipar_jax import config as configuration
+from pipar_jax.config import Config
+from pipar_jax.errors import JoinError, ProtocolError, RunError
+from pipar_jax.protocol import messages, registry
+from pipar_jax.protocol.registry import Sender
+from pipar_jax.roles.course import hosts
+from pipar_jax.runtime.link_table import Wiring, dialler
+from pipar_jax.schedule.plan import COORDINATOR, Boundary, is_node, long_name
+
+#: What a neighbour may send before there is a plan.
+_NOTHING = Allowance(tensor_bytes=0, bundle_bytes=0, bundle_tensors=0)
+
+
+class Neighbours:
+    """Opens and takes the direct links of one host.
+
+    Args:
+      config: Resolved configuration.
+      name: The host's name.
+      endpoint: Where its links live.
+      tensors: Takes the tensors that arrive, with the peer's name and what its link is for, or
+        says what is wrong with one and ends that link; runs on the I/O thread.
+      wake: Called when a link has credit again; runs on the I/O thread.
+      lost: Takes the error of a link that ended before the run did; runs on the I/O thread.
+      met: Called once every link that ``meet`` asked for is there; on any thread.
+
+    Attributes:
+      wiring: The links.
+      refused: How many strangers were refused.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        name: str,
+        endpoint: Endpoint,
+        *,
+        tensors: Callable[[str, Message, Boundary | None], str | None],
+        wake: Callable[[], None],
+        lost: Callable[[BaseException], None],
+        met: Callable[[], None],
+    ) -> None:
+        """See the class."""
+        self._config, self._name, self._endpoint = config, name, endpoint
+        self._tensors, self._wake, self._lost, self._met = tensors, wake, lost, met
+        self.wiring = Wiring(name)
+        self.refused = 0
+        self._lock = threading.Lock()
+        self._expected: tuple[Boundary, ...] = ()
+        self._early: list[tuple[Boundary, Link]] = []
+        # Links that share an emulated line, by the device whose radio it is, or by their boundary.
+        self._lines: dict[str | Boundary, list[Link]] = {}
+        self._began_s: float | None = None
+        self._parting = False
+        self._of: dict[Link, Boundary] = {}  # links that were taken
+
+    def listen(self) -> tuple[str, int]:
+        """Begins to listen where the configuration says; returns host and port.
+
+        Raises:
+          RunError: The address cannot be listened on.
+        """
+        own = configuration.node(self._config, int(self._name[1:]))
+        try:
+            hosts = self._config.devices.count + self._config.nodes.count
+            return self._endpoint.listen(
+                own.host, own.port, self._on_link, expected_peers=2 * hosts
+            )
+        except ChannelError as error:
+            raise RunError(
+                f"{long_name(self._name)} cannot listen on {own.host}:{own.port}: {error}"
+            ) from error
+
+    def meet(
+        self, boundaries: tuple[Boundary, ...], addresses: Mapping[str, tuple[str, int]]
+    ) -> None:
+        """Opens this host's links and waits for those that others open; ``met`` follows.
+
+        A later plan may need more: links that are there already stay as they are.
+
+        Args:
+          boundaries: All of a plan's boundaries that need a link of their own.
+          addresses: Host and port of every node.
+
+        Raises:
+          JoinError: A neighbour cannot be reached.
+        """
+        mine = tuple(one for one in boundaries if self._name in one[:2])
+        if not mine:
+            self._met()
+            return
+        for boundary in self.wiring.missing(mine):
+            if dialler(boundary) == self._name:
+                self._dial(boundary, addresses)
+        with self._lock:
+            self._expected = mine
+            early, self._early = self._early, []
+        for boundary, link in early:
+            self._take(boundary, link)
+        self._look()
+
+    def allow(self, tensor_bytes: Callable[[str], int]) -> None:
+        """Lets neighbours send what a plan has for them, and nothing larger.
+
+        Args:
+          tensor_bytes: For a peer the bytes of the largest tensor that it may send.
+        """
+        for boundary, link in self.wiring.direct():
+            nbytes = tensor_bytes(boundary.peer(self._name))
+            link.admit(Allowance(tensor_bytes=nbytes, bundle_bytes=0, bundle_tensors=0))
+
+    def begin(self) -> None:
+        """Lets the rates of emulated links change from now on, where they do."""
+        with self._lock:
+            self._began_s = time.monotonic()
+            for line, links in self._lines.items():
+                if line != self._name and not self._shape_of(line).schedule:
+                    continue
+                if line != self._name:
+                    links[0].set_shape(self._shape_of(line))
+                for link in links:
+                    self._share(line, link)
+
+    def part(self) -> None:
+        """Notes that the run is over, so that the end of a link is no loss any more."""
+        self._parting = True
+
+    def _dial(self, boundary: Boundary, addresses: Mapping[str, tuple[str, int]]) -> None:
+        peer = boundary.upper if boundary.lower == self._name else boundary.lower
+        try:
+            link = self._endpoint.connect(
+                *addresses[peer],
+                name_of_peer=peer,
+                timeout_s=self._config.network.join_timeout_s,
+                expected=peer,
+            )
+            self._shape(boundary, link)
+            self._of[link] = boundary
+            link.admit(_NOTHING)
+            self._begin(link)
+            registry.send(link, messages.Neighbour(boundary))
+        except ChannelError as error:
+            raise JoinError(
+                f"{long_name(self._name)} cannot reach its neighbour {peer}: {error}"
+            ) from error
+        self.wiring.add(boundary, link)
+
+    def _on_link(self, link: Link) -> None:
+        """Takes a connection whose first message will say what it is for; on the I/O thread."""
+        self._begin(link)
+
+    def _begin(self, link: Link) -> None:
+        link.start(
+            lambda message: self._on_message(link, message),
+            self._wake,
+            lambda error: self._on_lost(link, error),
+        )
+
+    def _on_message(self, link: Link, message: Message) -> None:
+        """Routes what arrives from neighbours; runs on the I/O thread."""
+        taken = self._of.get(link)
+        if taken is not None:
+            self._on_neighbour(link, taken, message)
+            return
+        try:
+            said = registry.decode(message, Sender.NEIGHBOUR, "a neighbour")
+        except ProtocolError as error:
+            self._refuse(link, str(error))
+            return
+        boundary = said.boundary
+        if (reason := self._strange(boundary, link)) is not None:
+            self._refuse(link, reason)
+            return
+        with self._lock:
+            if not self._expected:  # it met the others before this host was asked to
+                self._early.append((boundary, link))
+                return
+        self._take(boundary, link)
+        self._look()
+
+    def _strange(self, boundary: Boundary, link: Link) -> str | None:
+        """Returns why a link is none of a neighbour's under any plan, or None."""
+        known = self._name in boundary[:2] and link.peer == boundary.peer(self._name)
+        if not known or link.peer not in hosts(self._config) or link.peer == COORDINATOR:
+            return f"{link.peer} asked to be a neighbour for {tuple(boundary)}"
+        with self._lock:
+            if any(one == boundary for one, _ in self._early):
+                return f"{link.peer} asked twice to be a neighbour for {tuple(boundary)}"
+        return None
+
+    def _on_neighbour(self, link: Link, boundary: Boundary, message: Message) -> None:
+        """Takes what a neighbour sends that has been met: tensors alone."""
+        peer = boundary.peer(self._name)
+        if message.kind == "tensor":
+            reason = self._tensors(peer, message, boundary)
+        else:
+            reason = f"a {message.kind} message, expected tensors"
+            link.refuse(reason)
+        if reason is not None:
+            self._lost(ProtocolError(f"{long_name(peer)} sent {long_name(self._name)} {reason}"))
+
+    def _refuse(self, link: Link, reason: str) -> None:
+        """Ends the link of a stranger; the run goes on."""
+        self.refused += 1
+        link.refuse(reason)
+
+    def _take(self, boundary: Boundary, link: Link) -> None:
+        """Takes a link that a neighbour opened, if it is one that is expected."""
+        missing = self.wiring.missing(self._expected)
+        if boundary not in missing or link.peer != boundary.peer(self._name):
+            self._refuse(
+                link,
+                f"{long_name(self._name)} was not to meet {link.peer} for {tuple(boundary)}: "
+                "do all hosts belong to this run?",
+            )
+            return
+        self._of[link] = boundary
+        link.admit(_NOTHING)
+        self._shape(boundary, link)
+        self.wiring.add(boundary, link)
+
+    def _look(self) -> None:
+        """Tells once when nothing is missing any more."""
+        with self._lock:
+            if not self._expected or self.wiring.missing(self._expected):
+                return
+            self._expected = ()
+        self._met()
+
+    def _shape(self, boundary: Boundary, link: Link) -> None:
+        """Shapes what this host sends over a link: a device's links share its one radio."""
+        line = next((one for one in boundary[:2] if not is_node(one)), boundary)
+        with self._lock:
+            links = self._lines.setdefault(line, [])
+            links.append(link)
+            if line != self._name and len(links) == 1:
+                shape = self._shape_of(line)
+                began_s = self._began_s
+                link.set_shape(
+                    shape.opening if began_s is None else shape.after(time.monotonic() - began_s)
+                )
+            else:
+                self._share(line, link)
+
+    def _share(self, line: str | Boundary, link: Link) -> None:
+        """Puts a link on the line of another one: a device's first is that to the coordinator."""
+        first = self.wiring.control[COORDINATOR] if line == self._name else self._lines[line][0]
+        if link is not first:
+            link.share_shape(first)
+
+    def _shape_of(self, line: str | Boundary) -> LinkShape:
+        """Returns the shape of what this node sends to a device, or over a boundary of nodes."""
+        if isinstance(line, Boundary):
+            lower = configuration.node(self._config, int(line.lower[1:]))
+            up, down = comms.parse_link(lower.link)
+            return up if line.lower == self._name else down
+        _, down = comms.parse_link(configuration.device(self._config, int(line[1:])).link)
+        return down
+
+    def _on_lost(self, link: Link, error: ChannelError) -> None:
+        """Tells of a link that ended; runs on the I/O thread."""
+        boundary = self._of.get(link)
+        if boundary is None:  # a stranger
+            with self._lock:
+                self._early = [one for one in self._early if one[1] is not link]
+            return
+        # Who says goodbye has finished, or has told the coordinator why not.
+        if not (self._parting or isinstance(error, PeerClosed)):
+            peer = boundary.peer(self._name)
+            words = f"{long_name(self._name)} lost {peer}"
+            self._lost(registry.end_of(error, long_name(peer), words))

@@ -1,0 +1,126 @@
+"""What a run leaves behind: ``runs/<name>/`` with metrics, trace, plan and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipar_jax import config
+from pipar_jax.config import Config
+from pipar_jax.disk.event_log import EventLog
+from pipar_jax.disk.files import make_folder, write_text
+from pipar_jax.disk.json_text import dumps
+from pipar_jax.errors import DiskError
+from pipar_jax.training import checkpoint
+
+CONFIG, METRICS, TRACE, PLAN = "config.json", "metrics.jsonl", "trace.json.gz", "plan.json"
+
+
+class RunFolder:
+    """Writes a run's files.
+
+    Args:
+      path: The folder; made if it does not exist.
+
+    Raises:
+      DiskError: It cannot be written.
+      RunError: It has another run in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """See the class."""
+        self.path = make_folder(path)
+        self._events = EventLog(path / METRICS)
+
+    def save_config(self, resolved: Config) -> None:
+        """Writes the resolved configuration.
+
+        Raises:
+          DiskError: It cannot be written.
+        """
+        write_text(self.path / CONFIG, config.to_json(resolved))
+
+    def save_plan(self, plan: Mapping[str, Any]) -> None:
+        """Writes the plan that the run executes.
+
+        Raises:
+          DiskError: It cannot be written.
+        """
+        write_text(self.path / PLAN, dumps(plan, indent=2) + "\n")
+
+    def add_event(self, event: Mapping[str, Any]) -> None:
+        """Appends a row to metrics.jsonl.
+
+        Raises:
+          DiskError: It cannot be written.
+        """
+        self._events.add(event)
+
+    def save_weights(
+        self, params: Mapping[str, Any], state: Mapping[str, Any], meta: Mapping[str, Any]
+    ) -> None:
+        """Writes the weights and batch statistics of the whole model.
+
+        Raises:
+          DiskError: They cannot be written.
+        """
+        checkpoint.save(self.path / checkpoint.WEIGHTS, params, state, meta)
+
+
+class Record:
+    """Keeps what a run tells of itself, and lets the run go on where it cannot.
+
+    Before training begins a disk that takes nothing ends the run. Later the weights are worth more
+    than their history: what is not kept is told once, and at the run's end.
+
+    Args:
+      folder: Where events go.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        """See the class."""
+        self._folder = folder
+        self._training = False
+        self._left_out = 0
+        self._first: DiskError | None = None
+
+    def add(self, event: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Keeps an event.
+
+        Returns:
+          The event that says that something is not kept from now on, the first time; else None.
+
+        Raises:
+          DiskError: It cannot be kept and training has not begun.
+        """
+        self._training = self._training or event["event"] == "run_started"
+        try:
+            self._folder.add_event(event)
+        except DiskError as error:
+            if not self._training:
+                raise
+            self._left_out += 1
+            return self.note(error)
+        return None
+
+    def note(self, error: DiskError) -> dict[str, Any] | None:
+        """Notes that something could not be kept; returns what to tell of it, the first time."""
+        if self._first is not None:
+            return None
+        self._first = error
+        return {"event": "not_kept", "reason": str(error)}
+
+    def check(self) -> None:
+        """Says, once the weights are saved, that something was not kept.
+
+        Raises:
+          DiskError: Something was not.
+        """
+        if self._first is None:
+            return
+        rows = f"{self._left_out} rows of {METRICS}" if self._left_out else "the trace"
+        raise DiskError(
+            f"the run is over and {self._folder.path / checkpoint.WEIGHTS} is saved, but "
+            f"{rows} could not be kept: {self._first}"
+        ) from self._first

@@ -1,0 +1,250 @@
+"""What a run's rounds come to: events, metrics, idle shares, bytes and the trace."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from pipar_jax.config import Config
+from pipar_jax.errors import DiskError
+from pipar_jax.protocol.values import LinkRow, Memory, Waits
+from pipar_jax.roles.link_stats import Traffic
+from pipar_jax.roles.members import Members
+from pipar_jax.roles.run_folder import TRACE, Record, RunFolder
+from pipar_jax.roles.trace_log import TraceLog
+from pipar_jax.runtime.metrics import Totals
+from pipar_jax.schedule.actions import Span
+from pipar_jax.schedule.plan import Plan, device_name
+from pipar_jax.schedule.trace import Interval, Timed
+from pipar_jax.tuner.replanning import Offer
+
+
+class Fetched(NamedTuple):
+    """What the parts of a model that live on compute nodes took to be fetched for evaluation.
+
+    Attributes:
+      nbytes: Bytes on the wire.
+      seconds: From the question to the last answer.
+    """
+
+    nbytes: int
+    seconds: float
+
+
+class Round(NamedTuple):
+    """What a round came to.
+
+    Attributes:
+      number: Which.
+      interval: From the release to the last weights stored.
+      totals: Loss and accuracy sums over its samples.
+      busy: For each host the seconds it computed.
+      overruns: Computations that lasted longer than the slowness emulated for their host.
+      told: For each device what its sending waited for.
+      traced: For each device the bytes of the trace that it sent after the round.
+      direct: What neighbours sent each other, rows of ``traffic.DirectTraffic``.
+      memory: For each host what it held at most.
+    """
+
+    number: int
+    interval: Interval
+    totals: Totals
+    busy: Mapping[str, float]
+    overruns: int
+    told: Mapping[str, Waits]
+    traced: Mapping[str, int]
+    direct: Sequence[LinkRow]
+    memory: Mapping[str, Memory]
+
+
+class Tally:
+    """Turns what hosts report into events, rows of metrics.jsonl and the run's summary.
+
+    Args:
+      config: Resolved configuration.
+      members: Whose links count.
+      folder: Where the trace goes.
+      record: Learns of it if the trace cannot be kept.
+      tell: Takes events.
+      parameters: How many parameters the model has.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        members: Members,
+        folder: RunFolder,
+        record: Record,
+        tell: Callable[[dict[str, Any]], None],
+        parameters: int,
+    ) -> None:
+        """See the class."""
+        self._config, self._folder, self._tell = config, folder, tell
+        self._record = record
+        self._parameters = parameters
+        self._traffic = Traffic(members)
+        self._trace = TraceLog(folder.path / TRACE, config.run.trace, self._lose_trace)
+        self._rounds = 0
+        self._totals = (0, 0)
+        self._seconds: list[float] = []
+        self._moved_s: dict[int, float] = {}
+        self._busy: dict[str, float] = {}
+        self._score: dict[str, float] = {}
+        self._origin_s = time.monotonic()
+
+    def prepared(
+        self, compile_s: float, calibration_s: float, memory_bytes: Mapping[str, int]
+    ) -> None:
+        """Tells how long compiling and timing alone took; neither is part of any round.
+
+        Args:
+          compile_s: Seconds until all hosts had compiled.
+          calibration_s: Seconds for which slow hosts timed themselves.
+          memory_bytes: For each host what it is predicted to hold at most.
+        """
+        self._tell(
+            {
+                "event": "prepared",
+                "compile_s": compile_s,
+                "calibration_s": calibration_s,
+                "memory_bytes": dict(memory_bytes),
+            }
+        )
+
+    def begin(
+        self, plan: Plan, rounds: Sequence[Sequence[Span]], steps_per_epoch: Sequence[int]
+    ) -> None:
+        """Tells that training begins."""
+        self._rounds = len(rounds)
+        self._origin_s = time.monotonic()
+        meta = {"method": self._config.method, "plan": plan.to_dict()}
+        self._trace.begin(meta, len(rounds), self._origin_s)
+        self._folder.save_plan(plan.to_dict())
+        self._tell(
+            {
+                "event": "run_started",
+                "method": self._config.method,
+                "plan": str(plan),
+                "devices": len(plan.devices),
+                "rounds": len(rounds),
+                "epochs": self._config.epochs,
+                "steps": [one * self._config.epochs for one in steps_per_epoch],
+                "model": self._config.model.name,
+                "parameters": self._parameters,
+                "folder": str(self._folder.path),
+            }
+        )
+
+    def start_round(self) -> None:
+        """Notes what the links have carried before a round."""
+        self._traffic.start()
+
+    def add_trace(self, host: str, rows: Sequence[Timed], offset_s: float) -> None:
+        """Adds a host's timed actions, on the coordinator's clock once the offset is added."""
+        self._trace.add(host, rows, offset_s)
+
+    def end_round(self, one: Round) -> None:
+        """Tells of a round that is over."""
+        rows = (*self._traffic.rows(one.told, one.traced), *one.direct)
+        links = [dataclasses.asdict(row) for row in rows]
+        devices = {device_name(i) for i in range(self._config.devices.count)}
+        up = sum(row["bytes"] for row in links if row["source"] in devices)
+        down = sum(row["bytes"] for row in links if row["target"] in devices)
+        self._totals = (self._totals[0] + up, self._totals[1] + down)
+        self._seconds.append(one.interval.seconds)
+        for host, seconds in one.busy.items():
+            self._busy[host] = self._busy.get(host, 0.0) + seconds
+        self._trace.end_round(one.interval)
+        self._tell(
+            {
+                "event": "round_finished",
+                "round": one.number,
+                "rounds": self._rounds,
+                "epoch": self._epoch(one.number),
+                "seconds": one.interval.seconds,
+                "loss": one.totals.loss / max(one.totals.samples, 1),
+                "accuracy": one.totals.correct / max(one.totals.samples, 1),
+                "samples": one.totals.samples,
+                "busy": dict(one.busy),
+                "idle": {host: 1.0 - s / one.interval.seconds for host, s in one.busy.items()},
+                "bytes_up": up,
+                "bytes_down": down,
+                "overruns": one.overruns,
+                "links": links,
+                "memory": {host: dataclasses.asdict(used) for host, used in one.memory.items()},
+            }
+        )
+
+    def replanned(
+        self, index: int, plan: Plan, seconds: float, offers: tuple[Offer, Offer] | None
+    ) -> None:
+        """Tells of a change of plan.
+
+        Args:
+          index: The first round under the new plan.
+          plan: The new plan.
+          seconds: How long all hosts waited for it; they count as seconds of the run.
+          offers: What the old and the new plan were predicted to take.
+        """
+        self._moved_s[index] = seconds
+        predicted = {}
+        if offers is not None:
+            predicted = {"from_epoch_s": offers[0].epoch_s, "to_epoch_s": offers[1].epoch_s}
+        self._tell(
+            {"event": "replanned", "round": index, "plan": str(plan), "to": plan.to_dict(),
+             "seconds": seconds, **predicted}
+        )  # fmt: skip
+
+    def evaluated(
+        self, index: int, accuracy: float, loss: float, seconds: float, fetched: Fetched
+    ) -> None:
+        """Tells of an evaluation of the global weights after a round."""
+        self._score = {"accuracy": accuracy, "loss": loss}
+        self._tell(
+            {
+                "event": "evaluated",
+                "round": index,
+                "epoch": self._epoch(index),
+                **self._score,
+                "seconds": seconds,
+                "fetched_bytes": fetched.nbytes,
+                "fetch_s": fetched.seconds,
+            }
+        )
+
+    def finish(self) -> dict[str, Any]:
+        """Ends the trace, tells that the run is over, and returns that event."""
+        self._trace.close()
+        epochs: dict[int, float] = {}
+        for index, seconds in enumerate(self._seconds):
+            epoch = index * self._config.epochs // self._rounds
+            epochs[epoch] = epochs.get(epoch, 0.0) + seconds + self._moved_s.get(index, 0.0)
+        whole = sum(self._seconds) + sum(self._moved_s.values())
+        summary = {
+            "event": "run_finished",
+            "seconds": whole,
+            "epoch_seconds": statistics.median(epochs.values()),
+            **self._score,
+            "idle": {host: 1.0 - s / whole for host, s in self._busy.items()},
+            "bytes_up": self._totals[0],
+            "bytes_down": self._totals[1],
+            "folder": str(self._folder.path),
+        }
+        self._tell(summary)
+        return summary
+
+    def close(self) -> None:
+        """Ends the trace, however the run ended."""
+        self._trace.close()
+
+    def _lose_trace(self, error: DiskError) -> None:
+        """Tells that the trace ends here."""
+        if (told := self._record.note(error)) is not None:
+            self._tell(told)
+
+    def _epoch(self, index: int) -> float:
+        """Returns how many epochs are over after a round."""
+        return (index + 1) * self._config.epochs / self._rounds

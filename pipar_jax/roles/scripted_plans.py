@@ -1,0 +1,69 @@
+"""Plans given in advance, a round each: how a measurement tries many of them in one run."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from pipar_jax.errors import RunError
+from pipar_jax.protocol import messages
+from pipar_jax.roles.members import Members
+from pipar_jax.runtime.host import Host
+from pipar_jax.runtime.moves import check_follows
+from pipar_jax.schedule.plan import COORDINATOR, Plan
+from pipar_jax.tuner.replanning import Offer
+
+
+class Script:
+    """Stands in for ``Adaptation``: each round has a plan of its own.
+
+    Each plan is compiled between the rounds, while nothing else runs, so that all rounds are alike.
+
+    Args:
+      plans: The plan of the first round, of the second, and so on; the last one's stays.
+      members: The devices and compute nodes.
+      host: The host in this process.
+      units: How many units the model has.
+
+    Raises:
+      PlanError: A plan is one that cannot follow the one before.
+    """
+
+    def __init__(self, plans: Sequence[Plan], members: Members, host: Host, units: int) -> None:
+        """See the class."""
+        for before, after in itertools.pairwise(plans):
+            check_follows(before, after, units)
+        self._plans, self._members, self._host = plans, members, host
+        self._index = 0
+        self.offers: tuple[Offer, Offer] | None = None
+
+    def begin(self) -> None:
+        """Looks at nothing."""
+
+    def start_round(self, index: int) -> None:
+        """Takes note of the round that begins."""
+        self._index = index
+
+    def ready(self) -> Plan | None:
+        """Returns the next round's plan once every host has compiled it.
+
+        Raises:
+          PeerError: A device or node was lost or failed.
+          RunError: A node refuses the plan.
+        """
+        if self._index + 1 >= len(self._plans):
+            return None
+        plan = self._plans[self._index + 1]
+        self._members.broadcast(messages.Ahead(self._index, plan))
+        self._host.prepare_ahead(self._index, plan)
+        answers = self._members.collect(messages.Compiled, (COORDINATOR, *self._members.by_name))
+        for mail in answers.values():
+            if mail.said.refused is not None:
+                raise RunError(mail.said.refused)
+        return plan
+
+    def changed(self, index: int) -> None:
+        """Takes note that the plan is in force."""
+
+    def close(self) -> None:
+        """Has nothing to end."""

@@ -1,0 +1,174 @@
+"""The server as a role: the coordinator and the server host, in one process."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import stages
+from comms import ChannelError, Endpoint
+from pipar_jax import data as datasets
+from pipar_jax.config import Config
+from pipar_jax.config.slowdown import slowness_of
+from pipar_jax.data import Dataset
+from pipar_jax.disk.json_text import plain
+from pipar_jax.errors import PiparError, RunError
+from pipar_jax.report.environment import add_platform
+from pipar_jax.report.sinks import Sinks
+from pipar_jax.roles.coordinator import Coordinator
+from pipar_jax.roles.evaluation import Evaluator
+from pipar_jax.roles.members import Members
+from pipar_jax.roles.run_folder import Record, RunFolder
+from pipar_jax.roles.run_log import Tally
+from pipar_jax.runtime.host import Host
+from pipar_jax.runtime.setup import build_model, channel_options, set_precision
+from pipar_jax.schedule.plan import COORDINATOR, Plan
+from pipar_jax.training.checkpoint import WEIGHTS
+from stages import Model
+
+
+def run_server(
+    config: Config,
+    *,
+    on_event: Callable[[dict[str, Any]], None],
+    model: Model | None = None,
+    data: Dataset | None = None,
+    stop: threading.Event | None = None,
+    script: Sequence[Plan] = (),
+) -> dict[str, Any]:
+    """Conducts a run: waits for its devices, trains with them, leaves the run's folder.
+
+    Args:
+      config: Resolved configuration; the folder is ``config.run.dir / config.name``.
+      on_event: Takes every event; called on several threads, one at a time.
+      model: The model, if not the configured one.
+      data: The test set (a test split), if not the configured one.
+      stop: Ends the run when set.
+      script: Plans of the rounds, from the first on; empty: as configured.
+
+    Returns:
+      The event ``run_finished``.
+
+    Raises:
+      ConfigError: A sink of ``run.sinks`` cannot be made.
+      DataError: The test set cannot be read, is wrong, or does not fit the model.
+      DiskError: The run's files cannot be written; weights are, if there is any way.
+      JoinError: Devices are missing.
+      PeerError: A device was lost or failed.
+      RunError: This process failed.
+    """
+    set_precision(config)
+    began = time.monotonic()
+    # Before there is a folder: what is refused here leaves nothing behind.
+    dataset = (
+        datasets.load_server(config) if data is None else datasets.admit(data, "test", COORDINATOR)
+    )
+    network = model or build_model(config, dataset.input_shape, dataset.classes)
+    datasets.check_fits(dataset, network.classes, network.input_shape, COORDINATOR)
+    folder = RunFolder(Path(config.run.dir) / config.name)
+    folder.save_config(config)
+    add_platform(folder.path)
+    record = Record(folder)
+    lock = threading.Lock()
+    with Sinks(config.run.sinks, folder.path) as sinks:
+
+        def tell(event: dict[str, Any]) -> None:
+            with lock:
+                event = plain({**event, "time_s": time.monotonic() - began})
+                if event["event"] not in ("progress", "working"):  # what happens often
+                    told = record.add(event)
+                    sinks.write(event)
+                    if told is not None:
+                        on_event({**told, "time_s": event["time_s"]})
+                on_event(event)
+
+        return _serve(
+            config, network, dataset, folder, record, tell, stop or threading.Event(), script
+        )
+
+
+def _serve(
+    config: Config,
+    model: Model,
+    dataset: Dataset,
+    folder: RunFolder,
+    record: Record,
+    tell: Callable[[dict[str, Any]], None],
+    stop: threading.Event,
+    script: Sequence[Plan],
+) -> dict[str, Any]:
+    """Opens the endpoint and the host, runs the coordinator, and closes both whatever happens."""
+    endpoint = Endpoint(COORDINATOR, options=channel_options(config))
+    host: Host | None = None
+    members = Members(
+        config,
+        model,
+        endpoint,
+        tensors=lambda message: host.on_message(message) if host else None,
+        wake=lambda: host.wake() if host else None,
+        tell=tell,
+        stop=stop,
+    )
+    try:
+        host = Host(
+            COORDINATOR,
+            model,
+            config,
+            reply=members.local_reply,
+            failed=members.local_failure,
+            slowness=slowness_of(config.server),
+            rematerialise=config.server.rematerialise,
+        )
+        try:
+            address = endpoint.listen(
+                config.server.host,
+                config.server.port,
+                members.on_link,
+                expected_peers=config.devices.count + config.nodes.count,
+            )
+        except ChannelError as error:
+            raise RunError(
+                f"the server cannot listen on {config.server.host}:{config.server.port}: {error}"
+            ) from error
+        tell({"event": "listening", "host": address[0], "port": address[1]})
+        members.admit()
+        members.actions = lambda: host.actions
+        host.wiring.control.update({name: one.link for name, one in members.by_name.items()})
+        evaluator = Evaluator(model, dataset, config.model.dtype)
+
+        def save(params: dict[str, Any], state: dict[str, Any]) -> None:
+            tell({"event": "saving", "file": WEIGHTS})
+            folder.save_weights(params, state, _facts(model, dataset))
+
+        parameters = stages.parameter_count(model)
+        with contextlib.closing(Tally(config, members, folder, record, tell, parameters)) as tally:
+            coordinator = Coordinator(config, model, host, members, evaluator, tally, save, script)
+            summary = coordinator.run()
+        record.check()
+        return summary
+    except BaseException as error:
+        reason = str(error) if isinstance(error, PiparError) else f"the server failed: {error!r}"
+        members.abort(reason)
+        raise
+    finally:
+        if host is not None:
+            host.close()
+        members.close()
+        endpoint.close()
+
+
+def _facts(model: Model, dataset: Dataset) -> dict[str, Any]:
+    """Returns what a saved model needs beside its weights in order to predict."""
+    return {
+        "model": model.name,
+        "recipe": model.recipe,
+        "input_shape": list(model.input_shape),
+        "classes": model.classes,
+        "mean": dataset.mean.tolist(),
+        "std": dataset.std.tolist(),
+        "images": dataset.test.images.dtype.name,
+    }

@@ -1,0 +1,315 @@
+"""Asks the hosts of a run what they can do, for the tuner: units are timed, and links.
+
+The coordinator asks one host after another, so that hosts that share a machine do not disturb each
+other; what a host was asked before, it knows. With tuner.times=predicted a device times reference
+layers alone, and the coordinator predicts its units from them. A link's rate is what the second of
+two bundles takes after the first has arrived; its delay is half of the shortest of a few round
+trips.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+import comms
+from comms import Link, Message
+from pipar_jax import config as configuration
+from pipar_jax.config import AUTO, CHAINS, Config
+from pipar_jax.cost_model.costs import LinkModel
+from pipar_jax.cost_model.profile import DeviceProfile, HostProfile, NodeProfile, Profile
+from pipar_jax.errors import PlanError
+from pipar_jax.methods.registry import plan_for
+from pipar_jax.profiling.predictor.reference import ReferenceTimes
+from pipar_jax.profiling.rehearsal import measure_message_s
+from pipar_jax.profiling.unit_times import (
+    as_configured,
+    emulated,
+    limit_bytes,
+    measure_codecs,
+    measure_host,
+    measure_reference,
+    predicted_host,
+    sizes_of,
+    weight_ratio,
+)
+from pipar_jax.protocol import messages, registry
+from pipar_jax.roles.members import Members
+from pipar_jax.roles.replies import reply
+from pipar_jax.runtime import memory
+from pipar_jax.schedule.plan import COORDINATOR, Plan, device_name
+from pipar_jax.simulator.predict import Stages, judge
+from pipar_jax.training.compile import TOLD_S, now_and_then
+from pipar_jax.tuner.chains import tune_chain
+from pipar_jax.tuner.search import tune
+from stages import Model
+
+T = TypeVar("T")
+
+#: Control messages that are sent and answered to find a link's delay.
+ECHOES = 5
+#: A transfer that is shorter than this is repeated with more bytes, up to so many.
+ENOUGH_S, MOST_BYTES = 0.1, 32 << 20
+_FIRST_BYTES = 64 << 10
+
+
+class Surveyed(NamedTuple):
+    """What the hosts of a run can do.
+
+    Attributes:
+      profile: Hosts and links.
+      references: Of each host whose times were predicted, those of the reference layers, emulated
+        slowness included.
+    """
+
+    profile: Profile
+    references: Mapping[str, ReferenceTimes]
+
+
+def choose_plan(
+    config: Config, model: Model, members: Members, samples: Sequence[int]
+) -> tuple[Plan, Surveyed | None]:
+    """Returns the plan of the configured method, with method=auto the tuner's, and the survey.
+
+    Hosts are asked for a profile only where it is needed: to choose by, or to adapt.
+
+    Args:
+      config: Resolved configuration.
+      model: The whole model.
+      members: The devices, all admitted.
+      samples: Samples that each trains on in an epoch.
+
+    Raises:
+      PeerError: A device was lost or failed while it was asked.
+      PlanError: No plan fits into the hosts' memory.
+    """
+    chained = config.method in CHAINS and not config.pipeline.cuts
+    if not chained and config.method != AUTO:
+        plan = plan_for(config, model.unit_names)
+        return plan, survey(config, model, members, samples) if config.tuner.adapt else None
+    began_s = time.monotonic()
+    surveyed = survey(config, model, members, samples)
+    members.working("tuning")
+    profile, surveyed_s = surveyed.profile, time.monotonic() - began_s
+    if chained:
+        plan = tune_chain(
+            profile, config, lambda one: memory.objection(model, one, config, samples)
+        ).plan
+    else:
+        plan = tune(profile, config)
+    members.tell(
+        {
+            "event": "tuned",
+            "plan": str(plan),
+            "epoch_s": judge(Stages(profile), plan).epoch_s,
+            "survey_s": surveyed_s,
+            "search_s": time.monotonic() - began_s - surveyed_s,
+            "profile": profile.to_dict(),
+        }
+    )
+    return plan, surveyed
+
+
+def survey(config: Config, model: Model, members: Members, samples: Sequence[int]) -> Surveyed:
+    """Returns what a run's hosts and links are like now.
+
+    Args:
+      config: Resolved configuration.
+      model: The whole model.
+      members: The devices, all admitted.
+      samples: Samples that each trains on in an epoch.
+
+    Raises:
+      PeerError: A device was lost or failed.
+    """
+    sizes, references = sizes_of(config), {}
+    members.working("tuning")
+    if config.tuner.times == "predicted":
+        reference = measure_reference(config, members.look)
+        server = predicted_host(config, model, sizes, reference)
+        references[COORDINATOR] = emulated(reference, config.server)
+    else:
+        members.tell_working(COORDINATOR, "timing", 0, 0)
+        told = functools.partial(members.tell_working, COORDINATOR, "timing")
+        server = measure_host(config, model, sizes, members.look, now_and_then(told, TOLD_S))
+    message_s = measure_message_s()
+    devices = []
+    for index, count in enumerate(samples):
+        name = device_name(index)
+        host = _ask_host(config, model, members, name, references)
+        delay_s = min(_echo_s(members, name) for _ in range(ECHOES)) / 2
+        up_bytes_s = _rate(functools.partial(_up_s, members, name))
+        down_bytes_s = _rate(functools.partial(_down_s, members, name))
+        devices.append(
+            DeviceProfile(
+                host, count,
+                LinkModel(up_bytes_s, delay_s, message_s),
+                LinkModel(down_bytes_s, delay_s, message_s),
+            )
+        )  # fmt: skip
+    nodes = []
+    for name in configuration.nodes(config):
+        host = _ask_host(config, model, members, name, references)
+        up, down = (
+            LinkModel.of(shape, message_s)
+            for shape in comms.parse_link(configuration.node(config, int(name[1:])).link)
+        )
+        nodes.append(NodeProfile(host, up, down))
+    codecs = measure_codecs(config)
+    profile = Profile(
+        model=model.name,
+        batch_size=config.data.batch_size,
+        units=server.units,
+        server=as_configured(server.host, config.server),
+        devices=tuple(devices),
+        nodes=tuple(nodes),
+        codecs=codecs,
+        window_bytes=config.pipeline.window_mb * 1e6,
+        weight_ratio=weight_ratio(config, codecs),
+    )
+    return Surveyed(profile, references)
+
+
+def _ask_host(
+    config: Config,
+    model: Model,
+    members: Members,
+    name: str,
+    references: dict[str, ReferenceTimes],
+) -> HostProfile:
+    """Returns what units cost on a device or node: as it measured, or predicted from a glance.
+
+    What it is predicted from is put into ``references``.
+    """
+    sizes = sizes_of(config)
+    if config.tuner.times == "predicted":
+        told = _ask(members, name, messages.SurveyReference(), messages.Referenced)
+        values = dataclasses.asdict(told)
+        memory_bytes = values.pop("memory_bytes")
+        try:
+            reference = ReferenceTimes.from_dict(values)
+        except PlanError as error:
+            members.blame(name, f"'referenced' with times that do not fit: {error}")
+        references[name] = reference
+        host = predicted_host(config, model, sizes, reference).host
+        return dataclasses.replace(host, memory_bytes=memory_bytes)
+    profiled = _ask(members, name, messages.SurveyProfile(sizes), messages.Profiled)
+    host, names = profiled.host, tuple(unit.name for unit in profiled.units)
+    if host.sizes != sizes or len(host.update_s) != len(names) or names != model.unit_names:
+        members.blame(
+            name,
+            f"'profiled' of {len(names)} units at sizes {host.sizes}, expected the "
+            f"{len(model.units)} units of {model.name} at {sizes}",
+        )
+    return host
+
+
+class Respondent:
+    """A device's or node's side: does what it is asked and says what came of it.
+
+    Args:
+      config: The device's resolved configuration: its slowness and its limits count.
+      name: The host's name.
+      model: The whole model.
+      between: Called between measurements, to notice that nobody wants them any more.
+    """
+
+    def __init__(
+        self, config: Config, name: str, model: Model, between: Callable[[], None]
+    ) -> None:
+        """See the class."""
+        self._config, self._model, self._between = config, model, between
+        self._own = configuration.host(config, name)
+        self._first_s: float | None = None
+
+    def profile(self, question: messages.SurveyProfile, link: Link) -> None:
+        """Answers with units' times."""
+        registry.send(link, messages.Working("timing", 0, 0))
+        told = now_and_then(
+            lambda done, of: registry.send(link, messages.Working("timing", done, of)), TOLD_S
+        )
+        found = measure_host(self._config, self._model, question.sizes, self._between, told)
+        host = as_configured(found.host, self._own)
+        registry.send(link, messages.Profiled(host, found.units, found.seconds))
+
+    def reference(self, link: Link) -> None:
+        """Answers with the times of reference layers."""
+        registry.send(link, messages.Working("timing", 0, 0))
+        times = emulated(measure_reference(self._config, self._between), self._own)
+        fields = {one.name: getattr(times, one.name) for one in dataclasses.fields(times)}
+        registry.send(link, messages.Referenced(**fields, memory_bytes=limit_bytes(self._own)))
+
+    def echo(self, link: Link) -> None:
+        """Answers at once."""
+        registry.send(link, messages.Echoed())
+
+    def send(self, question: messages.SurveySend, link: Link) -> None:
+        """Answers with bytes."""
+        for tensors in _two(question.nbytes):
+            registry.send_bundle(link, messages.SurveyBytes(), tensors)
+
+    def take(self, message: Message) -> None:
+        """Takes one of two bundles; answers after the second with the time since the first."""
+        message.release()
+        if self._first_s is None:
+            self._first_s = message.received_s
+            return
+        seconds, self._first_s = message.received_s - self._first_s, None
+        registry.send(message.link, messages.Took(max(seconds, 0.0)))
+
+
+def _ask(members: Members, name: str, question: Any, answer: type[T]) -> T:
+    """Asks a device or node and waits for its answer."""
+    members.send(name, question)
+    said: T = members.collect(answer, (name,))[name].said
+    return said
+
+
+def _echo_s(members: Members, name: str) -> float:
+    """Returns the seconds of a round trip to a device's thread and back."""
+    began_s = time.monotonic()
+    _ask(members, name, messages.SurveyEcho(), messages.Echoed)
+    return time.monotonic() - began_s
+
+
+def _rate(transfer_s: Callable[[int], float]) -> float:
+    """Returns the bytes per second of a direction, by a transfer long enough to tell."""
+    nbytes = _FIRST_BYTES
+    while True:
+        seconds = transfer_s(nbytes)
+        if seconds >= ENOUGH_S or nbytes >= MOST_BYTES:
+            return nbytes / max(seconds, 1e-9)
+        nbytes *= 8
+
+
+def _up_s(members: Members, name: str, nbytes: int) -> float:
+    """Returns the seconds that so many bytes take from a device."""
+    members.send(name, messages.SurveySend(nbytes))
+    times = []
+    for expected in _two(nbytes):
+        message = members.collect(messages.SurveyBytes, (name,))[name].message
+        assert message is not None
+        sizes = {one: array.nbytes for one, array in message.tensors.items()}
+        if sizes != {one: array.nbytes for one, array in expected.items()}:
+            members.blame(name, f"'survey_bytes' other than the {nbytes} bytes asked for")
+        times.append(message.received_s)
+        message.release()
+    return times[1] - times[0]
+
+
+def _down_s(members: Members, name: str, nbytes: int) -> float:
+    """Returns the seconds that so many bytes take to a device."""
+    small, large = _two(nbytes)
+    members.send_bundle(name, messages.SurveyBytes(), small)
+    members.send_bundle(name, messages.SurveyBytes(), large, reply(messages.Took))
+    return float(members.collect(messages.Took, (name,))[name].said.seconds)
+
+
+def _two(nbytes: int) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, np.ndarray[Any, Any]]]:
+    """Returns a small bundle and one of so many bytes, to be sent right behind it."""
+    return {"bytes": np.zeros(1024, np.uint8)}, {"bytes": np.zeros(nbytes, np.uint8)}

@@ -1,0 +1,87 @@
+"""The trace of a run as it grows: written round by round, the rounds that are wanted."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipar_jax.errors import DiskError
+from pipar_jax.schedule.trace import Interval, Timed, TraceWriter
+
+#: How many rounds ``run.trace=ends`` keeps at each end.
+ENDS = 3
+
+
+class TraceLog:
+    """Writes what hosts report to a file; where the disk takes no more, the run goes on without.
+
+    Args:
+      path: The file.
+      wanted: ``run.trace``: rounds that are kept.
+      lost: Takes the error that ended the file, once.
+    """
+
+    def __init__(self, path: Path, wanted: str, lost: Callable[[DiskError], None]) -> None:
+        """See the class."""
+        self._path, self._wanted, self._lost = path, wanted, lost
+        self._file: TraceWriter | None = None
+        self._round, self._rounds, self._origin_s = 0, 0, 0.0
+
+    def begin(self, meta: Mapping[str, Any], rounds: int, origin_s: float) -> None:
+        """Begins the file, if any round is wanted.
+
+        Args:
+          meta: What the run is.
+          rounds: How many rounds it has.
+          origin_s: The coordinator's time that is zero in the trace.
+        """
+        self._rounds, self._origin_s = rounds, origin_s
+        if self._wanted != "none":
+            with self._giving_up():
+                self._file = TraceWriter(self._path, meta)
+
+    def add(self, host: str, rows: Sequence[Timed], offset_s: float) -> None:
+        """Adds a host's actions of this round, on the coordinator's clock with the offset."""
+        if self._file is None or not self._kept:
+            return
+        shift_s = offset_s - self._origin_s
+        with self._giving_up():
+            self._file.add(
+                host,
+                [
+                    row._replace(start_s=row.start_s + shift_s, end_s=row.end_s + shift_s)
+                    for row in rows
+                ],
+            )
+
+    def end_round(self, interval: Interval) -> None:
+        """Ends this round, given on the coordinator's clock; its actions are on disk then."""
+        if self._file is not None and self._kept:
+            with self._giving_up():
+                self._file.end_round(Interval(*(moment - self._origin_s for moment in interval)))
+        self._round += 1
+
+    def close(self) -> None:
+        """Ends the file, however the run ended."""
+        if self._file is not None:
+            with self._giving_up():
+                self._file.close()
+            self._file = None
+
+    @property
+    def _kept(self) -> bool:
+        """Whether this round is wanted; what comes after the last one belongs to it."""
+        near = min(self._round, max(self._rounds - 1 - self._round, 0)) < ENDS
+        return self._wanted == "all" or near
+
+    @contextlib.contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        try:
+            yield
+        except DiskError as error:
+            file, self._file = self._file, None
+            if file is not None:
+                file.give_up()
+            self._lost(error)

@@ -1,0 +1,599 @@
+"""A device or compute node as a role: it joins a coordinator and executes its share of the plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import comms
+from comms import ChannelError, Endpoint, Link, Message
+from pipar_jax import config as configuration
+from pipar_jax import data as datasets
+from pipar_jax.config import Config
+from pipar_jax.config.slowdown import slowness_of
+from pipar_jax.data import Dataset, Loader, Prefetcher
+from pipar_jax.errors import JoinError, PeerError, ProtocolError
+from pipar_jax.protocol import messages, registry
+from pipar_jax.protocol.messages import JoinDevice, JoinNode
+from pipar_jax.protocol.registry import Sender
+from pipar_jax.protocol.values import Timing
+from pipar_jax.report.logs import LOG
+from pipar_jax.roles.acceptance import Acceptance
+from pipar_jax.roles.admission import device_join, node_join
+from pipar_jax.roles.course import Course
+from pipar_jax.roles.holdings import SURVEYED, Holdings, Wanted
+from pipar_jax.roles.link_stats import DirectTraffic, OwnWaits
+from pipar_jax.roles.neighbours import Neighbours
+from pipar_jax.roles.patience import Moving, Patience, pulse_s
+from pipar_jax.roles.survey import Respondent
+from pipar_jax.runtime import weight_bundle
+from pipar_jax.runtime.host import Host
+from pipar_jax.runtime.setup import build_model, channel_options, set_precision
+from pipar_jax.schedule.actions import HAND_ON, RECEIVE_PART, RECEIVE_WEIGHTS, SEND_WEIGHTS, Action
+from pipar_jax.schedule.plan import (
+    COORDINATOR,
+    Boundary,
+    Plan,
+    device_name,
+    is_node,
+    long_name,
+    node_name,
+)
+from pipar_jax.schedule.trace import Timed
+from stages import Model
+
+#: How often a waiting role looks whether it was told to stop.
+LOOK_S = 0.1
+#: Control messages and bundles of the coordinator that may wait to be read.
+MOST_WAITING, MOST_BUNDLES = 4096, 4
+
+
+def run_device(
+    config: Config,
+    index: int,
+    address: tuple[str, int],
+    *,
+    model: Model | None = None,
+    data: Dataset | None = None,
+    stop: threading.Event | None = None,
+) -> None:
+    """Takes part in a run as a device, until the coordinator ends it.
+
+    Args:
+      config: Resolved configuration.
+      index: The device's index.
+      address: The coordinator's host and port.
+      model: The model, if not the configured one.
+      data: The device's samples (its training split), if not the configured ones.
+      stop: Ends the role when set.
+
+    Raises:
+      DataError: The device's data cannot be read, are wrong, or do not fit the model.
+      JoinError: The coordinator cannot be reached or refuses this device.
+      PeerError: The coordinator was lost or ended the run because of another host.
+      RunError: This device failed.
+    """
+    set_precision(config)
+    name = device_name(index)
+    dataset = (
+        datasets.load_device(config, index) if data is None else datasets.admit(data, "train", name)
+    )
+    network = model or build_model(config, dataset.input_shape, dataset.classes)
+    datasets.check_fits(dataset, network.classes, network.input_shape, name)
+    loader = Loader(
+        dataset.train,
+        None,
+        config.data.batch_size,
+        seed=config.seed,
+        device=index,
+        augment=config.data.augment,
+        mean=dataset.mean,
+        std=dataset.std,
+        drop_last=config.data.drop_last,
+    )
+    worker = Worker(config, name, network, loader, stop)
+    try:
+        worker.run(address, device_join(config, worker.name, loader, network))
+    finally:
+        worker.close()
+
+
+def run_node(
+    config: Config,
+    index: int,
+    address: tuple[str, int],
+    *,
+    model: Model | None = None,
+    stop: threading.Event | None = None,
+) -> None:
+    """Takes part in a run as a compute node, until the coordinator ends it.
+
+    A node has no data; it learns from the coordinator what the samples look like. It listens at
+    ``nodes.host`` for its neighbours in the chains.
+
+    Args:
+      config: Resolved configuration.
+      index: The node's index, from 1.
+      address: The coordinator's host and port.
+      model: The model, if not the configured one.
+      stop: Ends the role when set.
+
+    Raises:
+      JoinError: The coordinator or a neighbour cannot be reached or refuses this node.
+      PeerError: The coordinator or a neighbour was lost, or the run ended because of another host.
+      RunError: This node failed, cannot listen, or the plan needs more memory than it may take.
+    """
+    set_precision(config)
+    worker = Worker(config, node_name(index), model, None, stop)
+    try:
+        worker.run(address, node_join(config, worker.name, worker.listen()))
+    finally:
+        worker.close()
+
+
+class Worker:
+    """One host's side of a run: its links to the coordinator and to neighbours, and its host.
+
+    Attributes:
+      name: The host's name.
+
+    Args:
+      config: Resolved configuration.
+      name: The host's name.
+      model: The whole model; None if the coordinator is to say what the samples look like.
+      loader: A device's mini-batches; None on a compute node.
+      stop: Ends the role when set.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        name: str,
+        model: Model | None,
+        loader: Loader | None,
+        stop: threading.Event | None = None,
+    ) -> None:
+        """See the class."""
+        self._config, self.name, self._model = config, name, model
+        self._own = configuration.host(config, name)
+        self._stop = stop or threading.Event()
+        self._inbox: queue.SimpleQueue[Message | BaseException] = queue.SimpleQueue()
+        self._step = 0
+        self._told_so = False  # whether the coordinator itself has ended this host's part
+        self._link: Link | None = None
+        self._waits: OwnWaits | None = None
+        self._direct: DirectTraffic | None = None
+        self._prefetcher = None if loader is None else Prefetcher(loader)
+        self._endpoint = Endpoint(name, options=channel_options(config))
+        self._host: Host | None = None
+        self._survey: Respondent | None = None
+        self._patience = Patience(config)
+        self._moving: Moving | None = None
+        self._pulse_s, self._pulsed_s, self._pulsed = pulse_s(config), time.monotonic(), 0
+        self._waiting = [0, 0]  # control messages and bundles that nobody has read yet
+        self._acceptance: Acceptance | None = None
+        self._holdings: Holdings | None = None
+        self._course = Course(config, name, None if model is None else len(model.units))
+        self._neighbours = Neighbours(
+            config, name, self._endpoint,
+            tensors=self._on_tensor, wake=self._wake, lost=self._inbox.put,
+            met=lambda: self._reply(messages.Met(), {}),
+        )  # fmt: skip
+        self._commands: dict[type, Callable[[Any], None]] = {
+            messages.Refused: self._end_refused,
+            messages.Abort: self._end_aborted,
+            messages.Pulse: _ignore,
+            messages.Working: _ignore,
+            messages.ModelFacts: self._take_model,
+            messages.SurveyProfile: lambda said: self._respondent.profile(said, self._coordinator),
+            messages.SurveyReference: lambda _: self._respondent.reference(self._coordinator),
+            messages.SurveyEcho: lambda _: self._respondent.echo(self._coordinator),
+            messages.SurveySend: lambda said: self._respondent.send(said, self._coordinator),
+            messages.Meet: self._meet,
+            messages.Prepare: self._prepare,
+            messages.Calibrate: lambda _: self._running.calibrate(),
+            messages.Release: self._release,
+            messages.Fetch: self._fetch,
+            messages.Look: self._tell_seen,
+            messages.Ahead: lambda said: self._running.prepare_ahead(said.number, said.plan),
+            messages.Give: self._give,
+        }
+        self._bundles: dict[type, Callable[[Any, Message], None]] = {
+            messages.SurveyBytes: lambda _, message: self._respondent.take(message),
+            messages.Store: self._store,
+            messages.TakePart: self._take_part,
+            messages.Adopt: self._adopt,
+        }
+        if model is not None:
+            self._start(model)
+
+    def listen(self) -> tuple[str, int]:
+        """Begins to listen for neighbours; returns the address.
+
+        Raises:
+          RunError: The configured address cannot be listened on.
+        """
+        return self._neighbours.listen()
+
+    def run(self, address: tuple[str, int], join: JoinDevice | JoinNode) -> None:
+        """Joins, and follows the coordinator's commands until it says that the run is over.
+
+        Args:
+          address: The coordinator's host and port.
+          join: What it has to know of this host.
+
+        Raises:
+          PiparError: See ``run_device`` and ``run_node``.
+        """
+        LOG.info("%s: joins %s:%d", self.name, *address)
+        self._link = link = self._connect(address)
+        link.start(self._on_message, self._wake, self._inbox.put)
+        try:
+            registry.send(link, join)
+            self._follow()
+        except ChannelError as error:  # a send noticed it before the mail about it was read
+            lost = self._lost(error)
+            self._confess(lost)
+            raise lost from error
+        except Exception as error:
+            self._confess(error)
+            raise
+
+    def _follow(self) -> None:
+        """Does what the coordinator says until the run is over."""
+        while True:
+            item = self._next()
+            if isinstance(item, ChannelError):
+                raise self._lost(item) from item
+            if isinstance(item, BaseException):
+                raise item
+            said = registry.decode(item, Sender.COORDINATOR, long_name(COORDINATOR))
+            self._note(said)
+            if isinstance(said, messages.Working):
+                self._patience.working(COORDINATOR, said.what)
+            else:
+                self._patience.answered(COORDINATOR)
+            if (reason := self._course.objection(said)) is not None:
+                raise ProtocolError(
+                    f"{long_name(COORDINATOR)} sent {self._long} "
+                    f"{registry.kind_of(type(said)).name!r} {reason}"
+                )
+            if isinstance(said, messages.Finish):
+                self._say_goodbye()
+                return
+            if item.kind == "bundle":
+                self._bundles[type(said)](said, item)
+            else:
+                self._commands[type(said)](said)
+
+    def _note(self, said: object) -> None:
+        """Writes into the log what the coordinator wants; of its pulse and its work, nothing."""
+        if not isinstance(said, messages.Pulse | messages.Working):
+            number = f" {said.round}" if isinstance(said, messages.Release) else ""
+            LOG.info("%s: %s%s", self.name, registry.kind_of(type(said)).name, number)
+
+    def close(self) -> None:
+        """Ends all threads of this role."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+        if self._host is not None:
+            self._host.close()
+        self._endpoint.close()
+
+    def _start(self, model: Model) -> None:
+        """Makes the host, once the model is known."""
+        self._model = model
+        self._host = Host(
+            self.name,
+            model,
+            self._config,
+            reply=self._reply,
+            failed=self._inbox.put,
+            wiring=self._neighbours.wiring,
+            batches=self._prefetcher,
+            slowness=slowness_of(self._own),
+            rematerialise=self._own.rematerialise,
+        )
+        self._survey = Respondent(self._config, self.name, model, self._check_wanted)
+        self._holdings = Holdings(model, self._config)
+
+    @property
+    def _running(self) -> Host:
+        if self._host is None:
+            raise ProtocolError(f"the server gave {self._long} work before it told of the model")
+        return self._host
+
+    @property
+    def _respondent(self) -> Respondent:
+        if self._survey is None:
+            raise ProtocolError(f"the server asked {self._long} before it told of the model")
+        return self._survey
+
+    @property
+    def _coordinator(self) -> Link:
+        assert self._link is not None
+        return self._link
+
+    def _lost(self, error: ChannelError) -> PeerError:
+        """Returns what the end of a link means, the coordinator's or a neighbour's."""
+        if self._link is not None and self._link.error is not None:
+            return registry.end_of(error, "the server", f"{self._long} lost the coordinator")
+        return PeerError(f"{self._long} lost a neighbour: {error}")
+
+    @property
+    def _long(self) -> str:
+        return long_name(self.name)
+
+    # --- mail ---------------------------------------------------------------------------------
+
+    def _connect(self, address: tuple[str, int]) -> Link:
+        shape = comms.LinkShape()
+        if isinstance(self._own, configuration.DeviceConfig):
+            shape, _ = comms.parse_link(self._own.link)
+        try:
+            link = self._endpoint.connect(
+                *address,
+                name_of_peer=COORDINATOR,
+                timeout_s=self._config.network.join_timeout_s,
+                shape=shape.opening,
+                expected=COORDINATOR,
+            )
+        except ChannelError as error:
+            raise JoinError(f"{self._long} cannot join: {error}") from error
+        link.admit(SURVEYED)
+        self._moving = Moving(link)
+        self._neighbours.wiring.control[COORDINATOR] = link
+        return link
+
+    def _next(self) -> Message | BaseException:
+        """Waits for mail, looking now and then whether to stop, and who goes on.
+
+        Raises:
+          PeerError: It was told to stop, or the coordinator shows no progress.
+        """
+        self._patience.begin()
+        while not self._stop.is_set():
+            self._pulse()
+            try:
+                item = self._inbox.get(timeout=LOOK_S)
+            except queue.Empty:
+                self._patience.check((COORDINATOR,), "a word")
+                continue
+            if isinstance(item, Message):
+                self._waiting[item.kind == "bundle"] -= 1
+            return item
+        raise PeerError(f"{self._long} was told to stop")
+
+    def _pulse(self) -> None:
+        """Tells the coordinator now and then how many actions are over here, if some are."""
+        now = time.monotonic()
+        if self._host is None or now - self._pulsed_s < self._pulse_s:
+            return
+        self._pulsed_s = now
+        if self._host.actions != self._pulsed:
+            self._pulsed = self._host.actions
+            registry.send(self._coordinator, messages.Pulse(self._pulsed))
+        if self._moving is not None and self._moving.look():
+            self._patience.progress(COORDINATOR)
+
+    def _on_message(self, message: Message) -> None:
+        """Routes what arrives from the coordinator; runs on the I/O thread."""
+        if message.kind != "tensor":
+            large = message.kind == "bundle"
+            self._waiting[large] += 1
+            if self._waiting[large] > (MOST_BUNDLES if large else MOST_WAITING):
+                message.release()
+                message.link.refuse("too much waits to be read")
+                self._inbox.put(
+                    ProtocolError(f"{long_name(COORDINATOR)} sent {self._long} more than it reads")
+                )
+                return
+            self._inbox.put(message)
+        elif (reason := self._on_tensor(COORDINATOR, message, None)) is not None:
+            self._inbox.put(ProtocolError(f"{long_name(COORDINATOR)} sent {reason}"))
+
+    def _on_tensor(self, peer: str, message: Message, boundary: Boundary | None) -> str | None:
+        """Hands a tensor to the host, or returns why not; runs on the I/O thread."""
+        if self._acceptance is None or self._host is None:
+            reason: str | None = f"a tensor ({message.tag}) before there is a plan"
+        else:
+            reason = self._acceptance.objection(peer, message, boundary)
+        if reason is None and self._host is not None:
+            self._host.on_message(message)
+            return None
+        message.release()
+        message.link.refuse(reason or "")
+        return reason
+
+    def _wake(self) -> None:
+        """Tells the host that a link has credit; runs on the I/O thread."""
+        if self._host is not None:
+            self._host.wake()
+
+    def _confess(self, error: Exception) -> None:
+        """Tells the coordinator why this host ends, so that it need not guess."""
+        assert self._link is not None
+        if self._told_so:
+            return
+        try:
+            registry.send(self._link, messages.Failed(str(error)))
+            self._link.drain(1.0)
+        except ChannelError:
+            return  # the coordinator is gone too; the error itself is raised by the caller
+
+    # --- commands -----------------------------------------------------------------------------
+
+    def _end_refused(self, said: messages.Refused) -> None:
+        self._told_so = True
+        raise JoinError(f"the coordinator refuses {self._long}: {said.reason}")
+
+    def _end_aborted(self, said: messages.Abort) -> None:
+        self._told_so = True
+        raise PeerError(f"the coordinator ended the run: {said.reason}")
+
+    def _take_model(self, said: messages.ModelFacts) -> None:
+        try:
+            model = self._model or build_model(self._config, said.input_shape, said.classes)
+        except Exception as error:
+            raise ProtocolError(
+                f"{long_name(COORDINATOR)} sent 'model' with samples {list(said.input_shape)} of "
+                f"{said.classes} classes, for which {self._config.model.name} cannot be made: "
+                f"{error}"
+            ) from error
+        if self._host is None:
+            self._start(model)
+        self._course.knows_model(len(model.units))
+
+    def _meet(self, said: messages.Meet) -> None:
+        self._neighbours.meet(said.boundaries, said.addresses)
+
+    def _fetch(self, _: messages.Fetch) -> None:
+        params, state = self._running.shared_variables()
+        tensors = weight_bundle.pack({"part": {"params": params, "state": state}})
+        registry.send_bundle(self._coordinator, messages.Fetched(), tensors)
+
+    def _prepare(self, said: messages.Prepare) -> None:
+        self._waits = OwnWaits(self._coordinator)
+        self._direct = DirectTraffic(self.name, self._neighbours.wiring)
+        self._accept()
+        self._running.prepare(said.plan, said.samples, said.steps)
+
+    def _accept(self) -> None:
+        """Takes from other hosts what the plan in force has for them, from the next step on."""
+        course, model = self._course, self._model
+        assert course.plan is not None and model is not None
+        self._acceptance = Acceptance(
+            model, course.plan, self.name, samples=course.samples,
+            batch_size=self._config.data.batch_size, steps=course.steps, first=course.next,
+        )  # fmt: skip
+        self._neighbours.allow(self._acceptance.tensor_bytes)
+        self._allow(course.plan)
+
+    def _allow(self, plan: Plan, coming: Plan | None = None) -> None:
+        """Lets the coordinator send what a plan has for this host, and nothing larger."""
+        assert self._holdings is not None and self._acceptance is not None
+        bundles = [self._holdings.stored(plan, self.name)]
+        if plan.order == "sequential" and not is_node(self.name):
+            bundles.append(self._holdings.part(plan, int(self.name[1:])))
+        if coming is not None:
+            bundles.append(self._holdings.adopted(plan, coming, self.name))
+        tensor_bytes = self._acceptance.tensor_bytes(COORDINATOR)
+        self._coordinator.admit(self._holdings.room(bundles, tensor_bytes))
+
+    def _give(self, said: messages.Give) -> None:
+        assert self._course.plan is not None
+        self._allow(self._course.plan, said.plan)
+        self._running.give(said.plan)
+
+    def _groups(self, message: Message, wanted: Wanted) -> dict[str, Any]:
+        """Returns the arrays of a bundle, which are those that the plan has for this host."""
+        assert self._holdings is not None
+        return self._holdings.read(message, wanted, long_name(COORDINATOR))
+
+    def _release(self, said: messages.Release) -> None:
+        mine = [span for span in said.spans if device_name(span.device) == self.name]
+        if mine:
+            self._step = mine[-1].stop - 1
+        if said.round == 0:
+            self._begin_schedule()
+        self._running.release(said.round, said.spans, said.holder, said.demand)
+
+    def _begin_schedule(self) -> None:
+        """Lets the rates of an emulated link change from now on, if they do."""
+        if isinstance(self._own, configuration.DeviceConfig):
+            up, _ = comms.parse_link(self._own.link)
+            if up.schedule and self._link is not None:
+                self._link.set_shape(up)
+        self._neighbours.begin()
+
+    def _tell_seen(self, said: messages.Look) -> None:
+        """Answers a look: what computations lasted here, and what the links brought."""
+        stats = self._coordinator.stats()
+        rows = tuple(self._running.observer.take())
+        timed = Timing(stats.timed_in_bytes, stats.timed_in_s)
+        direct = self._neighbours.wiring.timed()
+        registry.send(self._coordinator, messages.LookSeen(said.look, rows, timed, direct))
+
+    def _check_wanted(self) -> None:
+        """Ends a measurement that nobody waits for any more."""
+        if self._stop.is_set():
+            raise PeerError(f"{self._long} was told to stop")
+        if self._link is not None and self._link.error is not None:
+            raise self._lost(self._link.error)
+
+    def _store(self, _: messages.Store, message: Message) -> None:
+        assert self._holdings is not None and self._course.plan is not None
+        groups = self._groups(message, self._holdings.stored(self._course.plan, self.name))
+        self._note_arrival(RECEIVE_WEIGHTS, self._step, message)
+        whole = weight_bundle.part_of(groups, "whole")
+        self._running.store(whole["params"], whole["state"])
+
+    def _take_part(self, said: messages.TakePart, message: Message) -> None:
+        assert self._holdings is not None and self._course.plan is not None
+        wanted = self._holdings.part(self._course.plan, int(self.name[1:]))
+        groups = self._groups(message, wanted)
+        self._note_arrival(RECEIVE_PART, said.step, message)
+        self._running.take_part(weight_bundle.part_of(groups, "part"), said.step)
+
+    def _adopt(self, said: messages.Adopt, message: Message) -> None:
+        assert self._holdings is not None
+        old, new = self._course.plans
+        groups = self._groups(message, self._holdings.adopted(old, new, self.name))
+        self._accept()
+        self._direct = DirectTraffic(self.name, self._neighbours.wiring)  # there may be more
+        self._running.adopt(said.plan, groups)
+
+    def _note_arrival(self, kind: str, step: int, message: Message) -> None:
+        arrived = Action(0, kind, int(self.name[1:]), step)
+        timed = Timed(arrived, message.first_byte_s, message.received_s, message.nbytes)
+        self._running.recorder.add(timed)
+
+    def _say_goodbye(self) -> None:
+        """Sends the rest of the trace, the last this device says, and waits until it has left."""
+        self._neighbours.part()
+        rows, _ = self._running.recorder.take()
+        registry.send_bundle(self._coordinator, messages.Bye(), weight_bundle.pack_rows(rows))
+        self._coordinator.drain(self._config.network.deadline_s)
+
+    # --- replies; called on the host's threads ------------------------------------------------
+
+    def _reply(self, said: Any, arrays: dict[str, Any]) -> None:
+        link = self._coordinator
+        self._course.replied(said)
+        if isinstance(said, messages.Stored):
+            self._patience.action(said.longest_s)
+        if isinstance(said, messages.Stored):
+            rows, busy_s = self._running.recorder.take()
+            assert self._waits is not None and self._direct is not None
+            waits, direct = self._waits.take(), self._direct.take()
+            registry.send(link, dataclasses.replace(said, busy_s=busy_s, link=waits, direct=direct))
+            if self._config.run.trace != "none":  # outside the round that it belongs to
+                registry.send_bundle(link, messages.TraceRows(), weight_bundle.pack_rows(rows))
+        elif arrays and isinstance(said, messages.Given):
+            registry.send_bundle(link, said, weight_bundle.pack(arrays))
+        elif arrays:
+            averaged = isinstance(said, messages.Trained)  # what is handed on must stay as it is
+            kind = SEND_WEIGHTS if averaged else HAND_ON
+            step = said.step if isinstance(said, messages.Part) else self._step
+            sent = Action(0, kind, int(self.name[1:]), step)
+            registry.send_bundle(
+                link,
+                said,
+                weight_bundle.pack(arrays),
+                on_sent=functools.partial(self._record, sent),
+                codec=self._config.aggregation.codec if averaged else "raw",
+            )
+        else:
+            registry.send(link, said)
+
+    def _record(self, action: Action, start_s: float, end_s: float, nbytes: int) -> None:
+        self._running.recorder.add(Timed(action, start_s, end_s, nbytes))
+
+
+def _ignore(_: Any) -> None:
+    """Takes what says only that the coordinator goes on."""

@@ -1,0 +1,77 @@
+"""Which link carries what: the one to the coordinator, and direct ones between neighbours."""
+
+from __future__ import annotations
+
+from comms import Link
+from pipar_jax.errors import RunError
+from pipar_jax.protocol.values import DirectTiming, Timing
+from pipar_jax.schedule.plan import COORDINATOR, Boundary
+
+
+class Wiring:
+    """A host's links.
+
+    What crosses a boundary to or from the coordinator's host uses the link that every host has to
+    it; every other boundary has a link of its own between the two neighbours.
+
+    Attributes:
+      control: For each peer the link over which one of the two coordinates the other.
+
+    Args:
+      host: The host's name.
+    """
+
+    def __init__(self, host: str) -> None:
+        """See the class."""
+        self._host = host
+        self.control: dict[str, Link] = {}
+        self._direct: dict[Boundary, Link] = {}
+
+    def add(self, boundary: Boundary, link: Link) -> None:
+        """Takes a link to a neighbour for what crosses a boundary."""
+        self._direct[boundary] = link
+
+    def missing(self, boundaries: tuple[Boundary, ...]) -> list[Boundary]:
+        """Returns those of this host's boundaries that have no link yet."""
+        return [one for one in boundaries if self._host in one[:2] and one not in self._direct]
+
+    def direct(self) -> list[tuple[Boundary, Link]]:
+        """Returns every direct link with its boundary, under earlier plans too."""
+        return list(self._direct.items())  # at once: another thread may add one
+
+    def timed(self) -> tuple[DirectTiming, ...]:
+        """Returns, for each direct link, its boundary and what it brought back to back so far."""
+        stats = [(boundary, link.stats()) for boundary, link in self.direct()]
+        return tuple(
+            DirectTiming(boundary, Timing(one.timed_in_bytes, one.timed_in_s))
+            for boundary, one in stats
+        )
+
+    def of(self, boundary: Boundary) -> Link:
+        """Returns the link that carries what crosses a boundary.
+
+        Raises:
+          RunError: There is none.
+        """
+        found = self._direct.get(boundary)
+        peer = boundary.peer(self._host)
+        if found is None and COORDINATOR in (peer, self._host):
+            found = self.control.get(peer)
+        if found is None:
+            raise RunError(
+                f"{self._host} has no link to {peer} for what leaves stage {boundary.below}"
+            )
+        return found
+
+
+def direct(boundaries: tuple[Boundary, ...]) -> list[Boundary]:
+    """Returns the boundaries that need a link of their own: neither side is the coordinator's."""
+    return [one for one in boundaries if COORDINATOR not in (one.lower, one.upper)]
+
+
+def dialler(boundary: Boundary) -> str:
+    """Returns which side opens the link: the host below, or a device that is above.
+
+    A device may be where nobody can reach it.
+    """
+    return boundary.upper if boundary.upper[:1] == "d" else boundary.lower

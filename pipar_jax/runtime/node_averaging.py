@@ -1,0 +1,151 @@
+"""Averages the devices' copies of stages that live together on a compute node, where they are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pipar_jax.aggregation.aggregator import Aggregator
+from pipar_jax.aggregation.aggregator import Replica as Brought
+from pipar_jax.config import Config
+from pipar_jax.runtime.migration import put_rule
+from pipar_jax.runtime.share import Share
+from pipar_jax.schedule.actions import AGGREGATE, ALL, Action, RoundSchedule, Span
+from pipar_jax.schedule.plan import Plan
+from pipar_jax.schedule.trace import Timed
+from pipar_jax.training.replica import Replica
+
+
+class Averaging:
+    """A node's part of an aggregation: no weights travel for it.
+
+    Attributes:
+      stages: The stages whose weights live together on the host.
+
+    Args:
+      config: Resolved configuration.
+      plan: The run's plan.
+      host: The host's name.
+      share: The host's share of the plan.
+      replicas: The host's replicas by slot.
+      params: The global weights to begin with, by unit.
+      state: Their batch statistics.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        plan: Plan,
+        host: str,
+        share: Share,
+        replicas: Mapping[tuple[int, int], Replica],
+        params: Mapping[str, Any],
+        state: Mapping[str, Any],
+    ) -> None:
+        """See the class."""
+        self._config, self._share, self._replicas = config, share, replicas
+        self.stages = plan.local_stages(host)
+        self._aggregators: dict[int, Aggregator] = {}
+        if plan.weights == "copy":  # of shared weights there is one copy, and nothing to average
+            for stage in self.stages:
+                names = replicas[share.slot(0, stage)].stage.unit_names
+                self._aggregators[stage] = Aggregator(
+                    config.aggregation,
+                    {name: params[name] for name in names},
+                    {name: state[name] for name in names},
+                )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it keeps between rounds, the replicas' left out."""
+        return sum(one.nbytes for one in self._aggregators.values())
+
+    @classmethod
+    def after(
+        cls,
+        config: Config,
+        plan: Plan,
+        host: str,
+        share: Share,
+        replicas: Mapping[tuple[int, int], Replica],
+        before: Mapping[str, Aggregator],
+        arrived: Mapping[str, Any],
+    ) -> Averaging:
+        """Returns the averaging under a new plan, between two rounds, when all copies are equal.
+
+        Args:
+          config: Resolved configuration.
+          plan: The new plan.
+          host: The host's name.
+          share: The host's share of the plan.
+          replicas: The host's replicas by slot, under the new plan.
+          before: For each unit that was averaged here what averaged it.
+          arrived: For each other unit the rule's state, as it came over a link.
+
+        Raises:
+          RunError: A state that arrived does not fit.
+        """
+        params: dict[str, Any] = {}
+        state: dict[str, Any] = {}
+        if plan.weights == "copy":
+            for stage in plan.local_stages(host):
+                replica = replicas[share.slot(0, stage)]  # updates donate its own arrays
+                params |= jax.tree.map(jnp.array, replica.params)
+                state |= jax.tree.map(jnp.array, replica.state)
+        made = cls(config, plan, host, share, replicas, params, state)
+        for unit, aggregator in made.units():
+            if unit in before:
+                aggregator.rule_state[unit] = before[unit].rule_state[unit]
+            else:
+                put_rule(aggregator, {unit: arrived.get(unit, {})}, host)
+        return made
+
+    def units(self) -> Iterator[tuple[str, Aggregator]]:
+        """Yields every unit that is averaged here, with what averages it."""
+        for aggregator in self._aggregators.values():
+            for unit in aggregator.params:
+                yield unit, aggregator
+
+    def compile(self, devices: int) -> None:
+        """Compiles the average over so many devices before the first round."""
+        for aggregator in self._aggregators.values():
+            aggregator.compile(dict.fromkeys(aggregator.params, devices))
+
+    def run(self, schedule: RoundSchedule, slowdown: float) -> Timed:
+        """Averages, begins the next round's weights, and returns the timed action.
+
+        Args:
+          schedule: The round that is over.
+          slowdown: Emulated slowness of this host.
+        """
+        start_s = time.monotonic()
+        for stage in self.stages:
+            slots = {self._share.slot(span.device, stage): span for span in schedule.spans}
+            average = self._aggregators.get(stage)
+            if average is not None:
+                average.aggregate(
+                    [
+                        Brought(one.params, one.state, self._weight(schedule, span))
+                        for slot, span in slots.items()
+                        if span.stop > span.first
+                        for one in [self._replicas[slot]]
+                    ]
+                )
+            for slot in slots:
+                if average is not None:
+                    self._replicas[slot].load(average.params, average.state)
+                self._replicas[slot].renew_anchor()
+        jax.block_until_ready(  # type: ignore[no-untyped-call]
+            [(replica.params, replica.state) for replica in self._replicas.values()]
+        )
+        spent_s = time.monotonic() - start_s
+        time.sleep(spent_s * (slowdown - 1.0))
+        action = Action(self.stages[0], AGGREGATE, ALL, schedule.spans[0].stop - 1)
+        return Timed(action, start_s, time.monotonic())
+
+    def _weight(self, schedule: RoundSchedule, span: Span) -> float:
+        return float(schedule.trained_samples(span)) if self._config.aggregation.weighted else 1.0

@@ -1,0 +1,120 @@
+"""Compiling what a coming plan needs, on a thread of its own, while the present one trains."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+from collections.abc import Callable, Collection, Sequence
+
+from pipar_jax import config as configuration
+from pipar_jax.aggregation.aggregator import Aggregator
+from pipar_jax.config import Config
+from pipar_jax.runtime import memory, migration
+from pipar_jax.schedule.plan import Plan, is_node
+from pipar_jax.training.compile import run_all
+from pipar_jax.training.optimizer import Compiled
+from stages import Model
+
+#: Added to the thread's niceness where the system has such per thread: training goes first.
+NICENESS = 10
+
+
+class Ahead:
+    """A thread that compiles one plan after another; it starts with the first.
+
+    Args:
+      name: Host's name, for the thread's.
+      compile: Compiles a plan's stages and returns why the host refuses it, or None; runs on the
+        thread.
+      done: Told of each plan's number, and what ``compile`` returned.
+      failed: Given what went wrong.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        compile: Callable[[Plan], str | None],
+        done: Callable[[int, str | None], None],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        """See the class."""
+        self._name, self._compile, self._done, self._failed = name, compile, done, failed
+        self._queue: queue.SimpleQueue[tuple[int, Plan] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def put(self, number: int, plan: Plan) -> None:
+        """Asks for a plan; the caller's thread does not wait."""
+        if self._thread is None:
+            name = f"pipar-ahead-{self._name}"
+            self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+            self._thread.start()
+        self._queue.put((number, plan))
+
+    def close(self) -> None:
+        """Ends the thread; a compilation that is under way is waited for."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+
+    def _run(self) -> None:
+        lower_priority()
+        try:
+            while (item := self._queue.get()) is not None:
+                number, plan = item
+                self._done(number, self._compile(plan))
+        except BaseException as error:  # handed to whoever joins the host
+            self._failed(error)
+
+
+def compile_plan(
+    model: Model,
+    plan: Plan,
+    host: str,
+    config: Config,
+    samples: Sequence[int],
+    sizes: Collection[int],
+    compiled: Compiled,
+    *,
+    rematerialise: bool,
+    between: Callable[[], None],
+) -> str | None:
+    """Compiles a host's stages under a plan, and the averages of those that are averaged there.
+
+    Args:
+      model: The whole model.
+      plan: The plan.
+      host: The host's name.
+      config: Resolved configuration.
+      samples: Samples that each device trains on in an epoch.
+      sizes: Sizes of the host's micro-batches under the plan.
+      compiled: The optimiser.
+      rematerialise: Whether the host's stages compute forward passes again.
+      between: Called between stages, to notice that nobody wants them any more.
+
+    Returns:
+      Why the host refuses the plan, if it is a node that may not take as much memory.
+    """
+    limit_mb = configuration.host(config, host).memory_mb if is_node(host) else 0.0
+    local = {model.unit_names[unit] for unit in plan.local_units(host, len(model.units))}
+    devices = sum(1 for count in samples if count)
+    temporary = 0
+    for replica in migration.samples_of(model, plan, host, compiled, rematerialise=rematerialise):
+        run_all(model, [replica], sizes, between=between)
+        if plan.weights == "copy" and local.issuperset(replica.params):
+            average = Aggregator(config.aggregation, replica.params, replica.state)
+            average.compile(dict.fromkeys(replica.params, devices))
+        if limit_mb:
+            temporary = max(temporary, memory.temporary_bytes(model, [replica], sizes))
+    if not limit_mb:
+        return None
+    need = memory.predict(model, plan, host, config, samples)
+    return memory.excess(need, temporary, limit_mb, host, plan)
+
+
+def lower_priority() -> None:
+    """Makes the calling thread give way to others, where the system can do that to a thread."""
+    if hasattr(os, "setpriority"):
+        with contextlib.suppress(OSError):  # it is an advantage, not a need
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

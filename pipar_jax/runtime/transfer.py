@@ -1,0 +1,71 @@
+"""An array on its way between a computation and a link: coded where it was computed.
+
+Encoding is dispatched right behind the computation and before the copy to the host, so that fewer
+bytes cross the bus of an accelerator; decoding is dispatched before the computation that consumes
+the array. What a CPU codes faster without a kernel is encoded by the link's codec worker, and
+decoded where it is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+
+from comms import Encoded, Message
+from pipar_jax.codec_kernels import kernels
+from pipar_jax.codec_kernels.kernels import Coded
+
+RAW = "raw"
+
+
+class Parcel:
+    """An array that will be sent.
+
+    Attributes:
+      codec: Name of the codec, for ``Link.send`` beside the contents.
+      ready: Becomes ready when the contents can be copied to the host.
+      array_bytes: Bytes of the array itself.
+    """
+
+    def __init__(self, array: jax.Array, codec: str) -> None:
+        """Dispatches the encoding and the copy to the host; returns at once.
+
+        Args:
+          array: What was just computed.
+          codec: Name of the codec.
+        """
+        self.codec, self._dtype, self._shape = codec, np.dtype(array.dtype), array.shape
+        self.array_bytes = array.nbytes
+        self._as_it_is = codec == RAW or kernels.on_host(codec)
+        self.ready = Coded(array) if self._as_it_is else kernels.encoder(codec)(array)
+        # How much of a payload is worth copying is only known with its length.
+        known = self.ready.payload if self.ready.length is None else self.ready.length
+        known.copy_to_host_async()
+
+    def contents(self) -> np.ndarray | Encoded:  # type: ignore[type-arg]
+        """Returns what ``Link.send`` takes; waits until it is ready."""
+        data = kernels.to_host(self.ready)
+        return data if self._as_it_is else Encoded(self.codec, data, self._dtype, self._shape)
+
+
+def open_parcel(message: Message) -> jax.Array:
+    """Returns the array that arrived, on its way to the device; decoded there if it was coded.
+
+    Raises:
+      CodecError: What arrived is not what its codec makes.
+    """
+    name = message.payload.codec.name
+    if name == RAW or kernels.on_host(name):
+        placed: jax.Array = jax.device_put(message.array)
+        return placed
+    return kernels.decode_from_link(message.payload)
+
+
+def compile_codecs(codecs: Iterable[str], shapes: Iterable[jax.ShapeDtypeStruct]) -> None:
+    """Compiles what coding arrays of some shapes needs, before the first of them is sent."""
+    shapes = list(shapes)
+    for codec in set(codecs) - {RAW}:
+        for shape in shapes if not kernels.on_host(codec) else ():
+            kernels.compile_for(codec, shape)

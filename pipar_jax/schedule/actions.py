@@ -1,0 +1,400 @@
+"""A schedule is a partial order of actions, held as data.
+
+An action is the atom of everything that is executed, simulated, traced or drawn. Its text, such as
+``d1.2F0@17`` (device 1, stage 2, forward of micro-batch 0 in step 17), parses back. The actions of
+one device's step are produced here, with what each has to wait for; which of a host's ready actions
+runs next is the policy's business (``policy.py``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from pipar_jax.errors import PlanError
+from pipar_jax.schedule.plan import COORDINATOR, OWNER, Plan
+
+FORWARD = "F"
+BACKWARD = "B"
+#: Fused last stage: forward, loss and backward in one computation.
+LAST = "L"
+UPDATE = "U"
+AGGREGATE = "A"
+HAND_ON = "H"
+EVALUATE = "E"
+#: Sends and receives name the computation whose result they carry: an activation or a cotangent.
+SEND_FORWARD, RECEIVE_FORWARD = "SF", "RF"
+SEND_BACKWARD, RECEIVE_BACKWARD = "SB", "RB"
+#: The device part with its optimiser state arrives (sequential order).
+RECEIVE_PART = "RH"
+#: Weights leave a host for aggregation, and come back to it.
+SEND_WEIGHTS, RECEIVE_WEIGHTS = "SA", "RA"
+
+#: Kinds that occupy a host's processor.
+COMPUTE = frozenset((FORWARD, BACKWARD, LAST, UPDATE, AGGREGATE))
+#: Kinds that a host waits for instead of performing.
+RECEIVES = frozenset((RECEIVE_FORWARD, RECEIVE_BACKWARD, RECEIVE_PART, RECEIVE_WEIGHTS))
+#: Kinds that belong to one micro-batch.
+MICRO = frozenset((FORWARD, BACKWARD, LAST, SEND_FORWARD, RECEIVE_FORWARD, SEND_BACKWARD,
+                   RECEIVE_BACKWARD))  # fmt: skip
+KINDS = COMPUTE | RECEIVES | MICRO | {HAND_ON, EVALUATE, SEND_WEIGHTS}
+
+#: Device number of an action that serves all devices at once.
+ALL = -1
+
+_TEXT = re.compile(r"d(\d+|\*)\.(\d+)([A-Z]{1,2})(\d*)@(\d+)")
+
+
+class Action(NamedTuple):
+    """One atom of a schedule.
+
+    Attributes:
+      stage: Index of the stage in the device's chain.
+      kind: One of ``KINDS``.
+      device: Whose data it works on; ``ALL`` for every device's.
+      step: Which of the device's steps, counted over the whole run.
+      micro_batch: Index in the mini-batch; 0 for kinds that belong to none.
+    """
+
+    stage: int
+    kind: str
+    device: int
+    step: int
+    micro_batch: int = 0
+
+    def __str__(self) -> str:
+        """Returns the text that ``parse`` reads."""
+        device = "*" if self.device == ALL else self.device
+        micro_batch = self.micro_batch if self.kind in MICRO else ""
+        return f"d{device}.{self.stage}{self.kind}{micro_batch}@{self.step}"
+
+
+def parse(text: str) -> Action:
+    """Returns the action that a text such as ``d1.2F0@17`` stands for.
+
+    Raises:
+      PlanError: The text is not an action's.
+    """
+    match = _TEXT.fullmatch(text)
+    if match is None or match[3] not in KINDS or (match[3] in MICRO) != bool(match[4]):
+        raise PlanError(
+            f"{text!r} is not an action: expected d<device>.<stage><kind><micro-batch>@<step> "
+            f"such as d1.2F0@17, with a kind of {sorted(KINDS)}"
+        )
+    device = ALL if match[1] == "*" else int(match[1])
+    return Action(int(match[2]), match[3], device, int(match[5]), int(match[4] or 0))
+
+
+#: An action and the actions that must be over before it starts.
+Step = tuple[tuple[Action, tuple[Action, ...]], ...]
+
+
+class Span(NamedTuple):
+    """Consecutive steps ``[first, stop)`` of one device within a round."""
+
+    device: int
+    first: int
+    stop: int
+
+
+def micro_batch_sizes(samples: int, micro_batches: int) -> tuple[int, ...]:
+    """Returns the sizes of a mini-batch's micro-batches, which differ by at most one.
+
+    Args:
+      samples: Samples in the mini-batch.
+      micro_batches: How many parts are wanted; a part has at least one sample.
+    """
+    parts = max(1, min(micro_batches, samples))
+    size, larger = divmod(samples, parts)
+    return (size + 1,) * larger + (size,) * (parts - larger)
+
+
+def batch_samples(samples: int, batch_size: int, step: int) -> int:
+    """Returns the samples in a device's mini-batch: ragged at the end of each epoch.
+
+    Args:
+      samples: Samples in the device's shard.
+      batch_size: Samples in a full mini-batch.
+      step: The device's step, counted over the whole run.
+    """
+    full, rest = divmod(samples, batch_size)
+    in_epoch = step % (full + (rest > 0))
+    return batch_size if in_epoch < full else rest
+
+
+def rounds(plan: Plan, steps_per_epoch: Sequence[int], epochs: int) -> tuple[tuple[Span, ...], ...]:
+    """Returns the spans of every round of a run.
+
+    In parallel order a round has one span per device that still has steps to do. In sequential
+    order its spans are executed one after another, with the device part handed on between them.
+
+    Args:
+      plan: The plan, which says when weights are averaged or handed on.
+      steps_per_epoch: Steps in an epoch of each device.
+      epochs: Epochs to train; with averaging every few steps an epoch is that of the device with
+        the most data, and an exhausted shard reshuffles.
+
+    Raises:
+      PlanError: Gradients are to be summed over devices whose epochs have different lengths.
+    """
+    if plan.sums_gradients and not plan.aggregate_every and len(set(steps_per_epoch)) > 1:
+        raise PlanError(
+            "weights shared by devices in parallel take one step for all of them, but the devices' "
+            f"epochs have {', '.join(map(str, steps_per_epoch))} steps: give the devices equal "
+            "shards, or set --config.aggregation.every='10 steps', with which a device that has "
+            "seen all its samples begins anew"
+        )
+    devices = range(len(plan.devices))
+    if plan.order == "sequential" and plan.hand_on == "step":
+        return tuple(
+            tuple(
+                Span(d, epoch * steps_per_epoch[d] + i, epoch * steps_per_epoch[d] + i + 1)
+                for i in range(max(steps_per_epoch))
+                for d in devices
+                if i < steps_per_epoch[d]
+            )
+            for epoch in range(epochs)
+        )
+    if plan.order == "sequential" or plan.aggregate_every == 0:
+        return tuple(
+            tuple(Span(d, e * steps_per_epoch[d], (e + 1) * steps_per_epoch[d]) for d in devices)
+            for e in range(epochs)
+        )
+    total = max(steps_per_epoch) * epochs
+    starts = range(0, total, plan.aggregate_every)
+    return tuple(
+        tuple(Span(d, start, min(start + plan.aggregate_every, total)) for d in devices)
+        for start in starts
+    )
+
+
+def update_of(plan: Plan, device: int, stage: int, step: int) -> Action:
+    """Returns the update that ends a step of a stage: one for all devices if they share weights."""
+    shared = plan.sums_gradients and plan.is_local(stage)
+    return Action(stage, UPDATE, ALL if shared else device, step)
+
+
+class _Row(NamedTuple):
+    """An action of a step template: its deps are indices of rows; ``waits`` marks weight deps."""
+
+    stage: int
+    kind: str
+    micro_batch: int
+    deps: tuple[int, ...]
+    waits: bool
+
+
+@functools.lru_cache(maxsize=1024)
+def _template(hosts: tuple[str, ...], micro_batches: int) -> tuple[_Row, ...]:
+    """Returns the actions of one step of one device, in an order in which they could run."""
+    rows: list[_Row] = []
+    index: dict[tuple[int, str, int], int] = {}
+    last = len(hosts) - 1
+
+    def add(stage: int, kind: str, m: int, *deps: tuple[int, str, int]) -> None:
+        known = tuple(index[key] for key in deps if key[2] >= 0)
+        first = m == 0 and kind in (FORWARD, LAST)
+        index[stage, kind, m] = len(rows)
+        rows.append(_Row(stage, kind, m, known, first))
+
+    # Forwards (or the fused last stage) follow one another in index order: running statistics and
+    # accumulated gradients are then summed in the same order whatever arrives first.
+    for m in range(micro_batches):
+        for s, host in enumerate(hosts):
+            kind = LAST if s == last else FORWARD
+            source: tuple[tuple[int, str, int], ...] = ()
+            if s and host == hosts[s - 1]:
+                source = ((s - 1, FORWARD, m),)
+            elif s:
+                add(s - 1, SEND_FORWARD, m, (s - 1, FORWARD, m))
+                add(s, RECEIVE_FORWARD, m, (s - 1, SEND_FORWARD, m))
+                source = ((s, RECEIVE_FORWARD, m),)
+            add(s, kind, m, *source, (s, kind, m - 1))
+        for s in range(last - 1, -1, -1):
+            above = (s + 1, LAST if s + 1 == last else BACKWARD, m)
+            if hosts[s] != hosts[s + 1]:
+                add(s + 1, SEND_BACKWARD, m, above)
+                add(s, RECEIVE_BACKWARD, m, (s + 1, SEND_BACKWARD, m))
+                above = (s, RECEIVE_BACKWARD, m)
+            add(s, BACKWARD, m, above, (s, FORWARD, m), (s, BACKWARD, m - 1))
+    for s in range(last + 1):
+        add(s, UPDATE, 0, (s, LAST if s == last else BACKWARD, micro_batches - 1))
+    return tuple(rows)
+
+
+def step_actions(
+    plan: Plan, device: int, step: int, micro_batches: int, after: Mapping[int, Action]
+) -> Step:
+    """Returns the actions of one device's step on all hosts, each with what it waits for.
+
+    Args:
+      plan: The plan.
+      device: Whose step.
+      step: Which step, counted over the whole run.
+      micro_batches: Micro-batches of this step's mini-batch.
+      after: For a stage, the action that leaves it the weights this step starts from: the update
+        of the step before, or the arrival of the device part. A stage that is not named has its
+        weights already.
+    """
+    rows = _template(tuple(plan.host(device, s) for s in range(plan.devices[device].stages)),
+                     micro_batches)  # fmt: skip
+    actions = [
+        update_of(plan, device, row.stage, step)
+        if row.kind == UPDATE
+        else Action(row.stage, row.kind, device, step, row.micro_batch)
+        for row in rows
+    ]
+    return tuple(
+        (
+            action,
+            tuple(actions[i] for i in row.deps)
+            + ((after[row.stage],) if row.waits and row.stage in after else ()),
+        )
+        for action, row in zip(actions, rows, strict=True)
+    )
+
+
+def _opens(spans: Sequence[Span], position: int, holder: int | None) -> bool:
+    """Says whether a span of a sequential round opens with the arrival of the device part."""
+    device = spans[position].device
+    return device != (spans[position - 1].device if position else holder)
+
+
+def predecessors(
+    plan: Plan, spans: Sequence[Span], position: int, step: int, holder: int | None = None
+) -> dict[int, Action]:
+    """Returns, per stage, what leaves the weights that a step of a round starts from.
+
+    Args:
+      plan: The plan.
+      spans: The round's spans.
+      position: Index of the step's span among them.
+      step: The step, inside that span.
+      holder: In sequential order, the device that has the device part when the round begins.
+    """
+    span = spans[position]
+    stages = range(plan.devices[span.device].stages)
+    if step > span.first:
+        return {s: update_of(plan, span.device, s, step - 1) for s in stages}
+    if plan.order == "parallel":
+        return {}
+    after: dict[int, Action] = {}
+    before = spans[position - 1] if position else None
+    if _opens(spans, position, holder):
+        part = Action(0, RECEIVE_PART, span.device, step)
+        after = {s: part for s in stages if plan.devices[span.device].hosts[s] == OWNER}
+    if before is not None:
+        for s in stages:
+            after.setdefault(s, update_of(plan, before.device, s, before.stop - 1))
+    return after
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundSchedule:
+    """All the actions of a round, made a step at a time so that a long round costs no memory.
+
+    Attributes:
+      plan: The plan.
+      spans: The round's spans.
+      samples: Samples in each device's shard.
+      batch_size: Samples in a full mini-batch.
+      holder: In sequential order, the device that has the device part when the round begins, and
+        so need not receive it if the first turn is its own; None: the coordinator has it.
+    """
+
+    plan: Plan
+    spans: tuple[Span, ...]
+    samples: tuple[int, ...]
+    batch_size: int
+    holder: int | None = None
+
+    def sizes(self, device: int, step: int) -> tuple[int, ...]:
+        """Returns the micro-batch sizes of a device's step."""
+        return micro_batch_sizes(
+            batch_samples(self.samples[device], self.batch_size, step),
+            self.plan.devices[device].micro_batches,
+        )
+
+    def batch_of_all(self, step: int) -> int:
+        """Returns the samples in all devices' mini-batches of a step together."""
+        return sum(
+            batch_samples(self.samples[span.device], self.batch_size, step)
+            for span in self.spans
+            if span.first <= step < span.stop
+        )
+
+    def trained_samples(self, span: Span) -> int:
+        """Returns how many samples a device trains on in a span of its steps."""
+        samples = self.samples[span.device]
+        return sum(
+            batch_samples(samples, self.batch_size, step) for step in range(span.first, span.stop)
+        )
+
+    def step(self, position: int, step: int) -> Step:
+        """Returns the actions of one step of the span at ``position``.
+
+        In sequential order a span opens with the arrival of the device part and closes with
+        handing it on, unless its neighbour is the same device's, or it has the part already.
+        """
+        span = self.spans[position]
+        device = span.device
+        micro_batches = len(self.sizes(device, step))
+        after = predecessors(self.plan, self.spans, position, step, self.holder)
+        rows = step_actions(self.plan, device, step, micro_batches, after)
+        if self.plan.order == "parallel":
+            return rows
+        before = self.spans[position - 1] if position else None
+        if step == span.first and _opens(self.spans, position, self.holder):
+            source = (Action(0, HAND_ON, before.device, before.stop - 1),) if before else ()
+            rows = ((Action(0, RECEIVE_PART, device, step), source), *rows)
+        last = position + 1 == len(self.spans) or self.spans[position + 1].device != device
+        if step == span.stop - 1 and last:
+            hosts = self.plan.devices[device].hosts
+            owned = tuple(s for s, host in enumerate(hosts) if host == OWNER)
+            updates = tuple(update_of(self.plan, device, s, step) for s in owned)
+            rows = (*rows, (Action(0, HAND_ON, device, step), updates))
+        return rows
+
+    def closing(self) -> Step:
+        """Returns the aggregation that ends the round: weights in, average, weights out.
+
+        Stages whose replicas live together are averaged where they are, without traffic; the
+        rest at the coordinator. In sequential order there is one copy and nothing to average.
+        """
+        if self.plan.order == "sequential":
+            return ()
+        rows: list[tuple[Action, tuple[Action, ...]]] = []
+        sources: dict[Action, list[Action]] = {}
+        returns: list[tuple[Action, tuple[Action, ...]]] = []
+        for span in self.spans:
+            device, step = span.device, span.stop - 1
+            for s in range(self.plan.devices[device].stages):
+                update = update_of(self.plan, device, s, step)
+                host = self.plan.host(device, s)
+                local = self.plan.is_local(s) and host != COORDINATOR
+                average = Action(s if local else 0, AGGREGATE, ALL, self.spans[0].stop - 1)
+                if local or host == COORDINATOR:
+                    sources.setdefault(average, []).append(update)
+                    continue
+                sent = Action(s, SEND_WEIGHTS, device, step)
+                rows.append((sent, (update,)))
+                sources.setdefault(average, []).append(sent)
+                returns.append((Action(s, RECEIVE_WEIGHTS, device, step), (average,)))
+        rows.extend((average, tuple(before)) for average, before in sources.items())
+        return (*rows, *returns)
+
+    def steps(self) -> Iterator[Step]:
+        """Yields every step of the round, span by span."""
+        for position, span in enumerate(self.spans):
+            for step in range(span.first, span.stop):
+                yield self.step(position, step)
+
+
+def host_of(plan: Plan, action: Action) -> str:
+    """Returns the host that performs (or, for a receive, awaits) an action."""
+    if action.kind == EVALUATE or (action.kind == AGGREGATE and action.stage == 0):
+        return COORDINATOR
+    return plan.host(0 if action.device == ALL else action.device, action.stage)

@@ -1,0 +1,58 @@
+"""Which plans the runtime can carry out, and which may change during a run."""
+
+from __future__ import annotations
+
+from pipar_jax.errors import PlanError
+from pipar_jax.schedule.plan import COORDINATOR, Plan, device_name, is_node
+
+
+def check_adaptable(plan: Plan) -> None:
+    """Refuses plans that cannot change during a run.
+
+    Raises:
+      PlanError: Devices take turns, or share weights on the coordinator's host.
+    """
+    shared = plan.weights == "shared" and not any(map(plan.local_stages, plan.hosts()))
+    if plan.order != "parallel" or shared:
+        raise PlanError(
+            f"tuner.adapt changes plans of devices in parallel, with weights copied, or shared on "
+            f"compute nodes; this one is {plan}: set tuner.adapt=false"
+        )
+
+
+def check_executable(plan: Plan) -> None:
+    """Refuses plans that no host of this runtime could carry out.
+
+    Raises:
+      PlanError: A stage lies on a host that nobody runs, a device would have to be reached by
+        another one, a chain meets the coordinator's host twice, or devices share weights that do
+        not live together.
+    """
+    for device, one in enumerate(plan.devices):
+        chain = [plan.host(device, stage) for stage in range(one.stages)]
+        others = sorted(
+            {h for h in chain if h not in (COORDINATOR, device_name(device)) and not is_node(h)}
+        )
+        if others:
+            raise PlanError(
+                f"device {device} has stages on {', '.join(others)}: a stage runs on the device "
+                f"itself, on a compute node (n1, n2, …) or on {COORDINATOR}"
+            )
+        if chain[0] != device_name(device):
+            raise PlanError(
+                f"device {device}'s chain begins on {chain[0]}: its samples are on the device, so "
+                f"the first stage must be there too"
+            )
+    met = [tuple(sorted(one[:2])) for one in plan.boundaries() if COORDINATOR in one[:2]]
+    if len(met) > len(set(met)):
+        raise PlanError(
+            f"the plan {plan} meets {COORDINATOR} twice in a chain: put the middle stages of a "
+            "U-shape on compute nodes"
+        )
+    if plan.sums_gradients and not any(
+        plan.is_local(stage) for stage in range(plan.devices[0].stages)
+    ):
+        raise PlanError(
+            f"the plan {plan} shares weights, but no stage serves all devices on one host with "
+            "the same cuts: use weights='copy'"
+        )

@@ -1,0 +1,304 @@
+"""A plan's time from a profile: stage times, costs, and the simulator as the judge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from comms.wire.frame import HEADER_BYTES
+from pipar_jax.cost_model.profile import CodecProfile, HostProfile, Profile, interpolate
+from pipar_jax.schedule.actions import (
+    AGGREGATE,
+    ALL,
+    BACKWARD,
+    FORWARD,
+    HAND_ON,
+    LAST,
+    RECEIVE_BACKWARD,
+    SEND_BACKWARD,
+    SEND_FORWARD,
+    UPDATE,
+    RoundSchedule,
+    rounds,
+)
+from pipar_jax.schedule.plan import COORDINATOR, Plan, device_name, is_node, node_name
+from pipar_jax.schedule.trace import Trace
+from pipar_jax.simulator import Costs, LinkModel, Prediction
+from pipar_jax.simulator import simulate as simulate_round
+
+#: Bytes of a label on the wire.
+LABEL_BYTES = 4
+_RAW = CodecProfile()
+
+
+class HostTimes:
+    """The seconds of any run of units on one host, by prefix sums that are made once per size.
+
+    Attributes:
+      handling: What a run adds to its computations.
+
+    Args:
+      host: The host's profile.
+    """
+
+    def __init__(self, host: HostProfile) -> None:
+        """See the class."""
+        self._host = host
+        self.handling = host.handling
+        self._sums: dict[tuple[str, int], list[float]] = {}
+
+    def time_s(self, kind: str, first: int, stop: int, samples: int) -> float:
+        """Returns the seconds of a stage's computation in a run.
+
+        Args:
+          kind: F, B, L (forward and backward in one) or U.
+          first: The stage's first unit.
+          stop: One past its last.
+          samples: Samples in the micro-batch; 0 for an update.
+        """
+        if kind == LAST:
+            sums_s = self._sum(FORWARD, first, stop, samples)
+            sums_s += self._sum(BACKWARD, first, stop, samples)
+            calls = 2 * (stop - first) - 1  # the last unit is one call, all others two
+        else:
+            sums_s, calls = self._sum(kind, first, stop, samples), stop - first
+        # Each unit was called by itself when it was measured; the stage is called once.
+        alone_s = max(sums_s - (calls - 1) * self._host.call_s, 0.1 * sums_s)
+        return alone_s if kind == UPDATE else alone_s + self.handling.call_s
+
+    def _sum(self, kind: str, first: int, stop: int, samples: int) -> float:
+        sums = self._sums.get((kind, samples))
+        if sums is None:
+            host = self._host
+            if kind == UPDATE:
+                values = list(host.update_s)
+            else:
+                table = host.forward_s if kind == FORWARD else host.backward_s
+                values = [interpolate(host.sizes, row, samples) for row in table]
+            sums = [0.0]
+            for value in values:
+                sums.append(sums[-1] + value)
+            self._sums[kind, samples] = sums
+        return sums[stop] - sums[first]
+
+
+class Stages:
+    """The times and bytes of every stage that a plan over a profile can have.
+
+    Attributes:
+      profile: The profile.
+      server: Times on the server.
+      devices: Times on each device; equal devices share one object.
+      nodes: Times on each compute node, by name.
+
+    Args:
+      profile: The profile.
+    """
+
+    def __init__(self, profile: Profile) -> None:
+        """See the class."""
+        self.profile = profile
+        known: dict[HostProfile, HostTimes] = {}
+        self.server = HostTimes(profile.server)
+        self.devices = [known.setdefault(one.host, HostTimes(one.host)) for one in profile.devices]
+        self.nodes = {
+            node_name(i + 1): known.setdefault(one.host, HostTimes(one.host))
+            for i, one in enumerate(profile.nodes)
+        }
+        self._weights = [0.0]
+        self._optimizer = [0.0]
+        for unit in profile.units:
+            self._weights.append(self._weights[-1] + unit.parameter_bytes + unit.state_bytes)
+            self._optimizer.append(self._optimizer[-1] + unit.optimizer_bytes)
+
+    def weight_bytes(self, first: int, stop: int) -> float:
+        """Returns the bytes of a stage's weights and batch statistics."""
+        return self._weights[stop] - self._weights[first]
+
+    def averaged_bytes(self, first: int, stop: int) -> float:
+        """Returns the same as they travel to be averaged, and back."""
+        return self.weight_bytes(first, stop) * self.profile.weight_ratio
+
+    def part_bytes(self, first: int, stop: int) -> float:
+        """Returns the same with the optimiser state, as a device part is handed on."""
+        return self.weight_bytes(first, stop) + self._optimizer[stop] - self._optimizer[first]
+
+    def average_s(self) -> float:
+        """Returns the seconds in which the coordinator averages the devices' weights."""
+        per_byte = self.profile.server.average_s_per_byte
+        return per_byte * self._weights[-1] * len(self.profile.devices)
+
+    def cut_bytes(self, cut: int, samples: int) -> float:
+        """Returns the bytes of the activation, and of the cotangent, at a cut, before a codec."""
+        return self.profile.units[cut - 1].output_bytes * samples
+
+    def up_bytes(self, cut: int, samples: int, codec: str) -> float:
+        """Returns the bytes of a micro-batch's activation and labels on the wire."""
+        payload = self.cut_bytes(cut, samples) * self.codec(codec).ratio
+        return payload + LABEL_BYTES * samples + 2 * HEADER_BYTES
+
+    def down_bytes(self, cut: int, samples: int, codec: str) -> float:
+        """Returns the bytes of a micro-batch's cotangent on the wire."""
+        return self.cut_bytes(cut, samples) * self.codec(codec).ratio + HEADER_BYTES
+
+    def codec(self, name: str) -> CodecProfile:
+        """Returns what is known of a codec; ``raw`` costs nothing."""
+        return self.profile.codecs.get(name, _RAW)
+
+    def costs(self, plan: Plan) -> Costs:
+        """Returns what the simulator asks for."""
+        count = len(self.profile.units)
+        bounds = [(0, *one.cuts, count) for one in plan.devices]
+
+        def compute_s(device: int, stage: int, kind: str, samples: int) -> float:
+            device = 0 if device == ALL else device
+            name = plan.host(device, stage)
+            first, stop = bounds[device][stage : stage + 2]
+            if kind == AGGREGATE:
+                if not is_node(name):
+                    return self.average_s()
+                per_byte = self.profile.nodes[int(name[1:]) - 1].host.average_s_per_byte
+                return per_byte * self.weight_bytes(first, stop) * len(plan.devices)
+            times = self.times(name, device)
+            seconds = times.time_s(kind, first, stop, samples)
+            if kind == UPDATE or not times.handling.byte_s:
+                return seconds
+            # What crosses the cuts on both sides; the last stage takes and gives at one.
+            around = (stage - 1, stage - 1 if kind == LAST else stage)
+            crossed = [
+                plan.devices[device].cuts[below]
+                for below in around
+                if 0 <= below < len(plan.devices[device].cuts)
+                and plan.host(device, below) != plan.host(device, below + 1)
+            ]
+            nbytes = sum(self.cut_bytes(cut, samples) for cut in crossed)
+            return seconds + times.handling.byte_s * nbytes
+
+        def wire_bytes(device: int, stage: int, kind: str, samples: int) -> float:
+            chain = plan.devices[device]
+            if kind == SEND_FORWARD:
+                codec = chain.codecs[stage].activation
+                return self.up_bytes(chain.cuts[stage], samples, codec)
+            if kind == SEND_BACKWARD:
+                codec = chain.codecs[stage - 1].cotangent
+                return self.down_bytes(chain.cuts[stage - 1], samples, codec)
+            first, stop = bounds[device][stage : stage + 2]
+            if kind == HAND_ON:
+                return self.part_bytes(first, stop)
+            return self.averaged_bytes(first, stop)
+
+        def codec_s(device: int, stage: int, kind: str, samples: int) -> float:
+            # A send names the sending stage, a receive the receiving one.
+            back = kind in (SEND_BACKWARD, RECEIVE_BACKWARD)
+            boundary = stage if kind in (SEND_FORWARD, RECEIVE_BACKWARD) else stage - 1
+            pair = plan.devices[device].codecs[boundary]
+            one = self.codec(pair.cotangent if back else pair.activation)
+            sends = kind in (SEND_FORWARD, SEND_BACKWARD)
+            per_byte = one.encode_s_per_byte if sends else one.decode_s_per_byte
+            return per_byte * self.cut_bytes(plan.devices[device].cuts[boundary], samples)
+
+        coded = any(pair.activation != "raw" or pair.cotangent != "raw"
+                    for one in plan.devices for pair in one.codecs)  # fmt: skip
+        return Costs(compute_s, wire_bytes, self.links(plan),
+                     window_bytes=self.profile.window_bytes,
+                     codec_s=codec_s if coded else None)  # fmt: skip
+
+    def times(self, host: str, device: int) -> HostTimes:
+        """Returns the times of a host in a device's chain."""
+        if host == COORDINATOR:
+            return self.server
+        return self.nodes[host] if is_node(host) else self.devices[device]
+
+    def links(self, plan: Plan) -> dict[tuple[str, str], LinkModel]:
+        """Returns the model of every direction of every link that a plan uses."""
+        links = {}
+        for index, one in enumerate(self.profile.devices):
+            name = device_name(index)
+            links[name, COORDINATOR], links[COORDINATOR, name] = one.up, one.down
+        for lower, upper, _ in plan.boundaries():
+            if is_node(lower) and is_node(upper):
+                node = self.profile.nodes[int(lower[1:]) - 1]
+                links[lower, upper], links[upper, lower] = node.up, node.down
+            elif is_node(lower) or is_node(upper):
+                device, node_host = (upper, lower) if is_node(lower) else (lower, upper)
+                if device != COORDINATOR:
+                    own = self.profile.devices[int(device[1:])]
+                    links[device, node_host], links[node_host, device] = own.up, own.down
+        return links
+
+
+class Judged(NamedTuple):
+    """A plan with its predicted times.
+
+    Attributes:
+      plan: The plan.
+      epoch_s: Predicted seconds of an epoch: rounds, aggregation included.
+      round: The prediction of one round.
+    """
+
+    plan: Plan
+    epoch_s: float
+    round: Prediction
+
+
+def round_of(profile: Profile, plan: Plan) -> RoundSchedule:
+    """Returns the first round of a plan on a profile's devices.
+
+    In sequential order the last device has the device part, as when a later round begins.
+    """
+    samples = tuple(one.samples for one in profile.devices)
+    steps = [profile.steps(device) for device in range(len(samples))]
+    holder = len(samples) - 1 if plan.order == "sequential" else None
+    return RoundSchedule(plan, rounds(plan, steps, 1)[0], samples, profile.batch_size, holder)
+
+
+def rounds_per_epoch(profile: Profile, plan: Plan) -> float:
+    """Returns how many rounds, each as long as the first, an epoch has."""
+    if plan.order == "sequential" or not plan.aggregate_every:
+        return 1.0
+    return max(1.0, max(map(profile.steps, range(len(profile.devices)))) / plan.aggregate_every)
+
+
+def judge(stages: Stages, plan: Plan) -> Judged:
+    """Predicts a plan's epoch by simulating a round of it.
+
+    Args:
+      stages: Times and bytes.
+      plan: The plan.
+
+    Raises:
+      ScheduleError: The plan deadlocks.
+    """
+    found = simulate_round(round_of(stages.profile, plan), stages.costs(plan), collect=False)
+    return Judged(plan, found.seconds * rounds_per_epoch(stages.profile, plan), found)
+
+
+def simulate(plan: Plan, profile: Profile) -> Trace:
+    """Returns the trace of a plan's first round as it is predicted on a profile's hosts.
+
+    Args:
+      plan: The plan.
+      profile: What the hosts and links are like.
+
+    Raises:
+      ScheduleError: The plan deadlocks.
+    """
+    costs = Stages(profile).costs(plan)
+    return simulate_round(round_of(profile, plan), costs).trace
+
+
+def loads(stages: Stages, judged: Judged) -> Mapping[str, float]:
+    """Returns how busy the busiest device, uplink, downlink and the server are, in [0, 1]."""
+    found, busiest = judged.round, {"device": 0.0, "uplink": 0.0, "downlink": 0.0}
+    for index, one in enumerate(stages.profile.devices):
+        name = device_name(index)
+        busiest["device"] = max(busiest["device"], found.busy_s[name])
+        for way, ends, link in (
+            ("uplink", (name, COORDINATOR), one.up),
+            ("downlink", (COORDINATOR, name), one.down),
+        ):
+            carried = found.carried_bytes.get(ends, 0.0)
+            if carried and link.rate_bytes_s:
+                busiest[way] = max(busiest[way], carried / link.rate_bytes_s)
+    busiest["server"] = found.busy_s[COORDINATOR]
+    return {name: min(seconds / found.seconds, 1.0) for name, seconds in busiest.items()}

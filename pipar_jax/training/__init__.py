@@ -1,0 +1,1 @@
+"""Replicas of stages, their optimiser, their compilation and their weights on disk."""

@@ -1,0 +1,112 @@
+"""Weights on disk: safetensors with keys ``unit/path``, which do not depend on the cut."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from pipar_jax.disk.files import write_tensors
+from pipar_jax.disk.json_text import dumps
+from pipar_jax.errors import RunError
+from stages import Model
+
+#: Name of the file in a run's folder.
+WEIGHTS = "weights.safetensors"
+
+
+def save(
+    path: Path, params: Mapping[str, Any], state: Mapping[str, Any], meta: Mapping[str, Any]
+) -> None:
+    """Writes weights and batch statistics.
+
+    Args:
+      path: The file.
+      params: For each unit its weights by path.
+      state: For each unit its batch statistics by path.
+      meta: JSON-ready facts kept in the file's header.
+
+    Raises:
+      DiskError: The file cannot be written.
+    """
+    tensors = {
+        f"{unit}/{name}": np.asarray(array, order="C")  # unlike ascontiguousarray, also [ ]
+        for variables in (params, state)
+        for unit, arrays in variables.items()
+        for name, array in arrays.items()
+    }
+    write_tensors(path, tensors, {"pipar_jax": dumps(dict(meta))})
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """Returns the facts that ``save`` put into the file's header.
+
+    Raises:
+      RunError: The file is missing or has no such header.
+    """
+    with _reading(path), safe_open(path, framework="numpy") as file:
+        found: dict[str, Any] = json.loads((file.metadata() or {})["pipar_jax"])
+        return found
+
+
+def load(path: Path, model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads what ``save`` wrote.
+
+    Args:
+      path: The file.
+      model: The model that the weights belong to.
+
+    Returns:
+      Weights and batch statistics, each by unit and path.
+
+    Raises:
+      RunError: The file is missing, is no safetensors file, or belongs to another model.
+    """
+    with _reading(path), safe_open(path, framework="numpy") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    params: dict[str, Any] = {}
+    state: dict[str, Any] = {}
+    expected: set[str] = set()
+    for unit in model.units:
+        for variables, wanted in ((params, unit.params), (state, unit.state)):
+            variables[unit.name] = {}
+            for name, one in wanted.items():
+                key = f"{unit.name}/{name}"
+                expected.add(key)
+                array = tensors.get(key)
+                if array is None or not _fits(array, one):
+                    found = "is missing" if array is None else f"is {array.dtype}{[*array.shape]}"
+                    raise RunError(
+                        f"{path}: {key} {found}, but model {model.name!r} expects "
+                        f"{one.dtype}{list(one.shape)}: load it with the model that it was trained "
+                        "with"
+                    )
+                variables[unit.name][name] = array
+    unknown = sorted(tensors.keys() - expected)
+    if unknown:
+        raise RunError(
+            f"{path} has {len(unknown)} tensors that model {model.name!r} does not know, such as "
+            f"{unknown[0]}: load it with the model that it was trained with"
+        )
+    return params, state
+
+
+def _fits(array: np.ndarray[Any, Any], expected: Any) -> bool:
+    """Whether an array is what a model expects; 64 bits may be more than jax is set to here."""
+    dtypes = array.dtype, jax.dtypes.canonicalize_dtype(array.dtype)
+    return array.shape == expected.shape and expected.dtype in dtypes
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what reading a file may raise into one error."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise RunError(f"{path} cannot be read as weights of a run: {error}") from error

@@ -1,0 +1,244 @@
+"""Compiling every shape of a plan before the first round, and timing each function alone."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pipar_jax.schedule.actions import BACKWARD, FORWARD, LAST, UPDATE
+from pipar_jax.training.replica import Replica
+from stages import Model, make_draw
+
+#: Runs of each function at least, when it is timed alone.
+REPEATS = 5
+#: Seconds that a function is timed for at least: a hiccup of the scheduler lasts milliseconds, and
+#: a short function's time must not be made of one.
+LEAST_S = 0.1
+#: A run does not count in which the process was given at least so many pages by the kernel: while
+#: its memory still grows a function may take several times as long as ever again.
+PAGES = 64
+#: Runs and seconds of a function that are left out at most; there are processes that always fault.
+LEFT_OUT, LEFT_OUT_S = 30, 0.5
+
+
+#: Seconds between two words about how far work is that may take long.
+TOLD_S = 1.0
+#: Takes how many parts of some work are done, and how many there are.
+Told = Callable[[int, int], None]
+
+
+def now_and_then(tell: Told, every_s: float) -> Told:
+    """Returns what passes on a word only if the last one was so many seconds ago."""
+    last_s = time.monotonic()
+
+    def told(done: int, of: int) -> None:
+        nonlocal last_s
+        if time.monotonic() - last_s >= every_s:
+            last_s = time.monotonic()
+            tell(done, of)
+
+    return told
+
+
+def _silent(done: int, of: int) -> None:
+    """Tells nobody."""
+
+
+class Shape(NamedTuple):
+    """One compiled case of a stage.
+
+    Attributes:
+      units: First and last unit of the stage.
+      kind: F, B, L or U.
+      samples: Samples in the micro-batch; 0 for an update.
+    """
+
+    units: tuple[str, str]
+    kind: str
+    samples: int
+
+
+def units_of(replica: Replica) -> tuple[str, str]:
+    """Returns the first and the last unit of a replica's stage."""
+    names = replica.stage.unit_names
+    return names[0], names[-1]
+
+
+def run_all(
+    model: Model,
+    replicas: Iterable[Replica],
+    sizes: Iterable[int],
+    *,
+    between: Callable[[], None] = lambda: None,
+    told: Told = _silent,
+    repeats: int = 1,
+    least_s: float = 0.0,
+    summary: Callable[[list[float]], float] = statistics.median,
+) -> Mapping[Shape, float]:
+    """Runs every function of every distinct stage at every micro-batch size.
+
+    The replicas are as before in the end. The first call compiles; later ones time the functions
+    as they run in training: dispatched, waited for, nothing else running.
+
+    Args:
+      model: The whole model.
+      replicas: The host's replicas; equal stages are run once.
+      sizes: Micro-batch sizes.
+      between: Called between two stages, to notice that the run was given up.
+      told: Learns how many functions are over, and of how many.
+      repeats: How often each function runs at least.
+      least_s: Seconds that each function runs for at least.
+      summary: Makes one number of a function's seconds.
+
+    Returns:
+      The seconds of each function: the median, or what ``summary`` makes of them.
+    """
+    found: dict[Shape, float] = {}
+    distinct = {units_of(one): one for one in replicas}.values()
+    wanted = sorted(set(sizes), reverse=True)
+    count = _count(distinct, wanted)
+    for replica in distinct:
+        for samples in wanted:
+            between()
+            for kind, run in _functions(model, replica, samples).items():
+                found[Shape(units_of(replica), kind, samples)] = summary(
+                    _times(run, repeats, least_s)
+                )
+                told(len(found), count)
+        replica.clear()
+        found[Shape(units_of(replica), UPDATE, 0)] = summary(
+            _times(_update(replica), repeats, least_s)
+        )
+        told(len(found), count)
+    return found
+
+
+#: Runs a function once and returns its seconds.
+_Run = Callable[[], float]
+
+
+def _times(run: _Run, repeats: int, least_s: float) -> list[float]:
+    """Returns the seconds of enough runs; those in which memory grew are left out if it ends."""
+    times: list[float] = []
+    left_out: list[float] = []
+    while len(times) < repeats or sum(times) < least_s:
+        before = _pages()
+        seconds = run()
+        grew = repeats > 1 and _pages() - before >= PAGES
+        if grew and len(left_out) < LEFT_OUT and sum(left_out) < LEFT_OUT_S:
+            left_out.append(seconds)
+        else:
+            times.append(seconds)
+    return times
+
+
+def _pages() -> int:
+    """Returns how many pages the kernel has given this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def _timed(function: Callable[..., Any], *args: Any) -> tuple[float, Any]:
+    """Returns the seconds until a function's results are ready, and the results."""
+    began = time.perf_counter()
+    results = jax.block_until_ready(function(*args))  # type: ignore[no-untyped-call]
+    return time.perf_counter() - began, results
+
+
+def compile_all(
+    model: Model,
+    replicas: Iterable[Replica],
+    sizes: Iterable[int],
+    *,
+    between: Callable[[], None] = lambda: None,
+    told: Told = _silent,
+) -> None:
+    """Compiles every function of every distinct stage at every micro-batch size.
+
+    Each runs once, but for the optimiser's step: it gives away all that it takes, and copies of
+    that might be more than the host has room for.
+
+    Args:
+      model: The whole model.
+      replicas: The host's replicas.
+      sizes: Micro-batch sizes.
+      between: Called between two stages, to notice that the run was given up.
+      told: Learns how many functions are compiled, and of how many.
+    """
+    distinct = {units_of(one): one for one in replicas}.values()
+    wanted = sorted(set(sizes), reverse=True)
+    done, count = 0, _count(distinct, wanted)
+    for replica in distinct:
+        for samples in wanted:
+            between()
+            for run in _functions(model, replica, samples).values():
+                run()
+                done += 1
+                told(done, count)
+        replica.clear()
+        replica.lower_update().compile()
+        done += 1
+        told(done, count)
+
+
+def _count(replicas: Collection[Replica], sizes: Collection[int]) -> int:
+    """Returns how many functions the stages have: of each size, and the optimiser's steps."""
+    return sum((1 if one.stage.is_last else 2) * len(sizes) + 1 for one in replicas)
+
+
+def _functions(model: Model, replica: Replica, samples: int) -> Mapping[str, _Run]:
+    """Returns forward and backward, or the fused last stage, on ones instead of data."""
+    stage, (first, last) = replica.stage, units_of(replica)
+    shapes = model.shapes(samples)
+    x = _ones(shapes[model.unit_names.index(first)])
+    above = shapes[model.unit_names.index(last) + 1]
+    dtype = above.dtype if jnp.issubdtype(above.dtype, jnp.floating) else jnp.float32
+    draw = make_draw(samples)._replace(inverse_batch=np.dtype(dtype).type(1.0 / samples))
+    # Each run hands its accumulator to the next, which donates it: the replica's own, which is
+    # zero between steps and is made zero again in the end.
+    held: dict[str, Any] = {}
+
+    def run_last() -> float:
+        labels = jnp.zeros(above.shape[:-1], jnp.int32)
+        seconds, results = _timed(
+            stage.loss, replica.params, replica.state, x, labels, draw, replica.accumulated
+        )
+        replica.accumulated = results[2]
+        return seconds
+
+    def run_forward() -> float:
+        seconds, results = _timed(stage.forward, replica.params, replica.state, x, draw)
+        held["residuals"] = results[1]
+        return seconds
+
+    def run_backward() -> float:
+        cotangent = _ones(above)
+        seconds, results = _timed(
+            stage.backward, replica.params, held["residuals"], cotangent, replica.accumulated
+        )
+        replica.accumulated = results[1]
+        return seconds
+
+    if stage.is_last:
+        return {LAST: run_last}
+    return {FORWARD: run_forward, BACKWARD: run_backward}
+
+
+def _update(replica: Replica) -> _Run:
+    """Returns the optimiser's step, on copies, which it donates."""
+    copy = Replica.__new__(Replica)
+    copy.__dict__.update(replica.__dict__)
+    for name in ("params", "opt_state", "accumulated"):
+        setattr(copy, name, jax.tree.map(jnp.array, getattr(replica, name)))
+    return lambda: _timed(copy.update)[0]
+
+
+def _ones(shape: Any) -> jax.Array:
+    """Returns ones: with zeros a processor may be faster than it is with data."""
+    return jax.block_until_ready(jnp.ones(shape.shape, shape.dtype))  # type: ignore

@@ -1,0 +1,222 @@
+"""What one device can be told to do, what that costs at least, and how much memory it takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pipar_jax.cost_model.costs import LinkModel
+from pipar_jax.schedule.actions import (
+    BACKWARD,
+    FORWARD,
+    LAST,
+    UPDATE,
+    Span,
+    batch_samples,
+    micro_batch_sizes,
+)
+from pipar_jax.schedule.plan import COORDINATOR, OWNER, Codecs, DevicePlan, Plan, device_name
+from pipar_jax.simulator.predict import Stages
+
+
+class Option(NamedTuple):
+    """One device's way of training.
+
+    Attributes:
+      cut: Units on the device; 0 for all of them (FL).
+      micro_batches: N.
+      codecs: What activations and cotangents are coded with.
+    """
+
+    cut: int
+    micro_batches: int = 1
+    codecs: Codecs = Codecs()
+
+    def device_plan(self) -> DevicePlan:
+        """Returns it as a device's plan."""
+        if not self.cut:
+            return DevicePlan((), (OWNER,))
+        return DevicePlan((self.cut,), (OWNER, COORDINATOR), self.micro_batches, (self.codecs,))
+
+
+class Least(NamedTuple):
+    """What a device's span of steps takes at least, whatever the other devices do.
+
+    Attributes:
+      alone_s: Seconds of its steps with the server to itself.
+      server_s: Seconds that it keeps the server computing.
+      opening_s: Seconds from the round's release to its first activation at the server.
+      closing_s: Seconds from its last update to the coordinator's knowing that the averaged
+        weights are stored.
+      tail_s: Seconds from its last micro-batch's end on the server to its last update.
+    """
+
+    alone_s: float
+    server_s: float
+    opening_s: float
+    closing_s: float
+    tail_s: float
+
+    @property
+    def round_s(self) -> float:
+        """Seconds of the round at least, for this device's sake."""
+        return self.alone_s + self.closing_s
+
+
+def least(stages: Stages, device: int, option: Option, span: Span) -> Least:
+    """Returns what an option takes at least.
+
+    A step takes at least PiPar's recurrence with the micro-batches' own times and the link's delay:
+    all forwards first is the best order for a device that has the server to itself, since it brings
+    every cotangent back as early as can be, and what is left then is work that any order has.
+
+    Args:
+      stages: Times and bytes.
+      device: Which device.
+      option: What it does.
+      span: Its steps in the round.
+    """
+    profile = stages.profile
+    one, count = profile.devices[device], len(profile.units)
+    mine, times = option.cut or count, stages.devices[device]
+    sizes: dict[int, int] = {}
+    for step in range(span.first, span.stop):
+        samples = batch_samples(one.samples, profile.batch_size, step)
+        sizes[samples] = sizes.get(samples, 0) + 1
+    update_s = times.time_s(UPDATE, 0, mine, 0)
+    alone_s = _transfer_s(one.down, 0.0)
+    server_s, opening_s, tail_s = 0.0, math.inf, math.inf
+    for samples, steps in sizes.items():
+        if not option.cut:
+            alone_s += steps * (times.time_s(LAST, 0, count, samples) + update_s)
+            continue
+        parts = micro_batch_sizes(samples, option.micro_batches)
+        alone = _step(stages, device, option, parts)
+        alone_s += steps * (alone.seconds + update_s)
+        server_s += steps * (alone.server_s + stages.server.time_s(UPDATE, mine, count, 0))
+        opening_s = min(opening_s, alone.opening_s)
+        tail_s = min(tail_s, alone.tail_s + update_s)
+    weights = stages.averaged_bytes(0, mine)
+    closing_s = _transfer_s(one.up, weights) + stages.average_s()
+    closing_s += _transfer_s(one.down, weights) + _transfer_s(one.up, 0.0)
+    if not option.cut:
+        opening_s = tail_s = 0.0
+    return Least(alone_s, server_s, opening_s + _transfer_s(one.down, 0.0), closing_s, tail_s)
+
+
+def round_bound_s(stages: Stages, all_least: Sequence[Least]) -> float:
+    """Returns what a parallel round takes at least: for each device alone, and for the server."""
+    alone_s = max(one.round_s for one in all_least)
+    using = [one for one in all_least if one.server_s]
+    if not using:
+        return alone_s
+    # Its last micro-batch's update may come after the cotangent that the device waits for.
+    update_s = stages.server.time_s(UPDATE, 0, len(stages.profile.units), 0)
+    after_s = max(0.0, min(one.tail_s + one.closing_s for one in using) - update_s)
+    shared_s = min(one.opening_s for one in using) + sum(one.server_s for one in using)
+    return max(alone_s, shared_s + after_s)
+
+
+def sequential_bound_s(stages: Stages, all_least: Sequence[Least], cut: int) -> float:
+    """Returns what a sequential epoch takes at least: steps one after another, the part between."""
+    part, total_s = stages.part_bytes(0, cut), sum(one.alone_s for one in all_least)
+    for one in stages.profile.devices if len(all_least) > 1 else ():
+        total_s += _transfer_s(one.up, part) + _transfer_s(one.down, part)
+        total_s -= _transfer_s(one.down, 0.0)  # the release, once for all
+    return total_s
+
+
+def memory_bytes(stages: Stages, plan: Plan) -> dict[str, float]:
+    """Returns the memory that each host needs, from above: whatever order things happen in.
+
+    Weights, gradients, optimiser state and statistics of every replica; on a device the residuals
+    of a whole mini-batch; on the server those of the micro-batch it works on and what its links may
+    hold unread. Residuals that two neighbouring units share are counted twice.
+    """
+    profile, count = stages.profile, len(stages.profile.units)
+    units, batch = profile.units, profile.batch_size
+    held = {COORDINATOR: stages.weight_bytes(0, count)}
+    largest, unread = 0.0, 0.0
+    for index, one in enumerate(plan.devices):
+        cut = one.cuts[0] if one.cuts else count
+        kept = sum(unit.residual_bytes for unit in units[:cut])
+        held[device_name(index)] = (
+            sum(_static_bytes(stages, i) for i in range(cut))
+            + batch * (kept + 2 * units[cut - 1].output_bytes)
+        )  # fmt: skip
+        if not one.cuts:
+            continue
+        if plan.weights == "copy" or index == 0:
+            held[COORDINATOR] += sum(_static_bytes(stages, i) for i in range(cut, count))
+        size = -(-batch // one.micro_batches)
+        kept = sum(unit.residual_bytes for unit in units[cut:])
+        largest = max(largest, size * (kept + 2 * units[cut - 1].output_bytes))
+        sent = batch * units[cut - 1].output_bytes
+        sent = min(sent, profile.window_bytes or sent)
+        unread = max(unread, sent) if plan.order == "sequential" else unread + sent
+    held[COORDINATOR] += largest + unread
+    return held
+
+
+def excess(stages: Stages, plan: Plan) -> str | None:
+    """Returns the first host whose memory a plan exceeds, in words; None if all have enough."""
+    profile = stages.profile
+    limits = {COORDINATOR: profile.server.memory_bytes}
+    limits |= {device_name(i): one.host.memory_bytes for i, one in enumerate(profile.devices)}
+    if not any(limits.values()):
+        return None
+    for name, needed in memory_bytes(stages, plan).items():
+        limit = limits[name]
+        if limit is not None and needed > limit:
+            return f"{name} needs {needed / 1e6:.0f} MB of {limit / 1e6:.0f}"
+    return None
+
+
+class _Step(NamedTuple):
+    """One step of one device that has the server to itself, without the updates."""
+
+    seconds: float
+    server_s: float
+    opening_s: float
+    tail_s: float
+
+
+def _step(stages: Stages, device: int, option: Option, parts: Sequence[int]) -> _Step:
+    """Returns the recurrence with each micro-batch's own times and the links' delays."""
+    one, count, cut = stages.profile.devices[device], len(stages.profile.units), option.cut
+    times, costs = stages.devices[device], {}
+    for size in set(parts):
+        costs[size] = (
+            times.time_s(FORWARD, 0, cut, size),
+            one.up.occupied_s(stages.up_bytes(cut, size, option.codecs.activation)),
+            stages.server.time_s(LAST, cut, count, size),
+            one.down.occupied_s(stages.down_bytes(cut, size, option.codecs.cotangent)),
+            times.time_s(BACKWARD, 0, cut, size),
+        )
+    all_forwards_s = sum(costs[size][0] for size in parts)
+    forward_s = up_s = server_s = down_s = backward_s = 0.0
+    for size in parts:
+        cf, u, s, d, cb = costs[size]
+        forward_s += cf
+        up_s = max(forward_s, up_s) + u
+        server_s = max(up_s + one.up.delay_s, server_s) + s
+        down_s = max(server_s, down_s) + d
+        backward_s = max(down_s + one.down.delay_s, backward_s, all_forwards_s) + cb
+    first, last = costs[parts[0]], costs[parts[-1]]
+    return _Step(
+        backward_s,
+        sum(costs[size][2] for size in parts),
+        first[0] + first[1] + one.up.delay_s,
+        last[3] + one.down.delay_s + last[4],
+    )
+
+
+def _static_bytes(stages: Stages, unit: int) -> float:
+    """Returns what a replica of a unit takes: weights, gradients, optimiser state, statistics."""
+    facts = stages.profile.units[unit]
+    return 2 * facts.parameter_bytes + facts.optimizer_bytes + facts.state_bytes
+
+
+def _transfer_s(link: LinkModel, nbytes: float) -> float:
+    return link.transfer_s(nbytes)

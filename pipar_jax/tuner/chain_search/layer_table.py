@@ -1,0 +1,54 @@
+"""Profile tables: what each layer of a model costs on each device."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from pipar_jax.errors import DataError
+from pipar_jax.tuner.chain_search.problem import Layer
+
+#: Tables give sizes in units of 1024 bytes.
+KIB = 1024.0
+
+
+def read_profile(path: Path, device: str) -> tuple[Layer, ...]:
+    """Reads one device's layers from a profile table.
+
+    The columns are device, layer, forward_ms, backward_ms, update_ms, activation_kb and weight_kb.
+    A zero time is a missing measurement and counts as nothing.
+
+    Args:
+      path: The table, a CSV file.
+      device: Which device's rows to read.
+
+    Raises:
+      DataError: The file is not such a table, does not have the device, or misses a layer.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        mine = {int(row["layer"]): row for row in rows if row["device"] == device}
+        layers = tuple(
+            Layer(
+                float(row["forward_ms"]) / 1e3,
+                (float(row["backward_ms"]) + float(row["update_ms"])) / 1e3,
+                float(row["activation_kb"]) * KIB,
+                float(row["weight_kb"]) * KIB,
+            )
+            for _, row in sorted(mine.items())
+        )
+        known = sorted({row["device"] for row in rows})
+    except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
+        raise DataError(
+            f"{path} is not a profile table: {error!r}; expected columns device, layer, "
+            "forward_ms, backward_ms, update_ms, activation_kb, weight_kb"
+        ) from error
+    if not layers:
+        raise DataError(f"{path} has no device {device!r}: it has {', '.join(known)}")
+    if sorted(mine) != list(range(len(mine))):
+        raise DataError(
+            f"{path}: the layers of device {device!r} are {sorted(mine)}; they must be numbered "
+            "from 0 without a gap"
+        )
+    return layers

@@ -1,0 +1,179 @@
+"""What a profile holds and what a search found, as tables."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from pipar_jax.config import Config, codec_candidates
+from pipar_jax.cost_model.costs import LinkModel
+from pipar_jax.cost_model.profile import HostProfile, Profile
+from pipar_jax.schedule.plan import COORDINATOR, device_name
+from pipar_jax.simulator.predict import Judged, Stages, loads
+from pipar_jax.tuner import codec_choice
+from pipar_jax.tuner.bounds import memory_bytes
+from pipar_jax.tuner.search import Found, labels
+
+#: How many of the fastest plans are shown.
+BEST = 6
+
+
+def plans_table(profile: Profile, found: Found) -> Table:
+    """Returns the best plans with their seconds, what binds them, and their memory."""
+    stages = Stages(profile)
+    table = Table(title="plans, best first", title_justify="left")
+    for name, justify in (
+        ("plan", "left"), ("cut", "right"), ("N", "right"), ("dispatch", "left"),
+        ("codecs", "left"), ("s/epoch", "right"), ("binds", "left"), ("busy", "right"),
+        ("device MB", "right"), ("server MB", "right"),
+    ):  # fmt: skip
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    told = list(found.plans[:BEST])
+    for judged in found.plans[BEST:]:  # of the others, the best of each further method
+        if labels(judged.plan)["method"] not in {labels(one.plan)["method"] for one in told}:
+            told.append(judged)
+    for judged in told:
+        table.add_row(*_row(stages, judged))
+    if found.paper is not None:
+        table.add_section()
+        method, *rest = _row(stages, found.paper)
+        table.add_row(f"paper's {method}", *rest)
+    return table
+
+
+def verdict(found: Found) -> str:
+    """Returns in a sentence how sure the first plan is."""
+    looked = f"{found.judged} of {found.candidates} candidates simulated"
+    if found.exact:
+        return f"{looked}; the others are proven to be no faster"
+    return (
+        f"{looked}; no plan takes less than {found.bound_s:.4g} s per epoch, so that at most "
+        f"{found.gap:.1%} may be left"
+    )
+
+
+def codecs_table(profile: Profile, judged: Judged, config: Config) -> Table | None:
+    """Returns why each link's tensors are coded or not; None where there was no choice.
+
+    Args:
+      profile: What hosts and links are like.
+      judged: The plan that was chosen.
+      config: Resolved configuration.
+    """
+    why = codec_choice.reasons(Stages(profile), config, judged)
+    if not why:
+        return None
+    title = "codecs of the best plan, times per full mini-batch"
+    if config.tuner.codecs == codec_candidates.AUTO:
+        title += f"; as many bits as cost no more than {codec_choice.SLACK:.0%} of the epoch"
+    table = Table(title=title, title_justify="left")
+    for name, justify in (
+        ("link", "left"), ("cut", "right"), ("tensor", "left"), ("raw kB", "right"),
+        ("codec", "left"), ("against", "left"), ("saves ms", "right"), ("coding ms", "right"),
+        ("why", "left"),
+    ):  # fmt: skip
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for one in why:
+        plan, slot = judged.plan, one.slot
+        ends = zip(*(slot.ends(plan, device) for device in slot.devices), strict=True)
+        sender, receiver = (_names(list(dict.fromkeys(hosts))) for hosts in ends)
+        table.add_row(
+            f"{sender} → {receiver}", str(plan.devices[slot.devices[0]].cuts[slot.boundary]),
+            slot.role, f"{one.raw_bytes / 1e3:,.0f}", one.chosen, one.other,
+            f"{one.saved_s * 1e3:,.1f}", f"{one.coding_s * 1e3:,.1f}", one.words(),
+        )  # fmt: skip
+    return table
+
+
+def binds(stages: Stages, judged: Judged) -> tuple[str, float]:
+    """Returns what is busiest in a round, and for which share of it.
+
+    Where nothing is busy for half of the round, its hosts wait for each other: ``waiting``.
+    """
+    busy = loads(stages, judged)
+    name = max(busy, key=lambda one: busy[one])
+    return (name if busy[name] >= 0.5 else "waiting"), busy[name]
+
+
+def units_tables(profile: Profile) -> list[Table]:
+    """Returns what the units take anywhere, and their milliseconds on each distinct host."""
+    facts = Table(
+        title=f"{profile.model}: units, per sample where it says so", title_justify="left"
+    )
+    facts.add_column("unit")
+    for name in ("weights kB", "optimiser kB", "out kB/sample", "kept kB/sample"):
+        facts.add_column(name, justify="right")
+    for unit in profile.units:
+        sizes = (
+            unit.parameter_bytes, unit.optimizer_bytes, unit.output_bytes, unit.residual_bytes,
+        )  # fmt: skip
+        facts.add_row(unit.name, *(f"{nbytes / 1e3:,.2f}" for nbytes in sizes))
+    return [facts, *(_times(profile, host, names) for host, names in _distinct(profile).items())]
+
+
+def _times(profile: Profile, host: HostProfile, names: str) -> Table:
+    """Returns a host's milliseconds; the last unit's backward includes its forward."""
+    added = (
+        f"; in a run each computation takes {1e3 * host.handling.call_s:.3g} more, and "
+        f"{1e9 * host.handling.byte_s:.3g} per MB of its messages"
+    )
+    table = Table(
+        title=f"{names}: milliseconds by samples{added if host.handling.call_s else ''}",
+        title_justify="left",
+    )
+    table.add_column("unit")
+    for kind in ("forward", "backward"):
+        for size in host.sizes:
+            table.add_column(f"{kind} {size}", justify="right")
+    table.add_column("update", justify="right")
+    for i, unit in enumerate(profile.units):
+        times = (*host.forward_s[i], *host.backward_s[i], host.update_s[i])
+        table.add_row(unit.name, *(f"{seconds * 1e3:,.3f}" for seconds in times))
+    return table
+
+
+def links_table(profile: Profile) -> Table:
+    """Returns each distinct link's rate, delay and cost per message in both directions."""
+    table = Table(title="links", title_justify="left")
+    table.add_column("devices")
+    for way in ("up", "down"):
+        for name in ("Mbit/s", "delay ms", "message ms"):
+            table.add_column(f"{way} {name}", justify="right")
+    links: dict[tuple[LinkModel, LinkModel], list[str]] = {}
+    for index, one in enumerate(profile.devices):
+        links.setdefault((one.up, one.down), []).append(device_name(index))
+    for (up, down), names in links.items():
+        table.add_row(_names(names), *_link(up), *_link(down))
+    return table
+
+
+def _row(stages: Stages, judged: Judged) -> list[str]:
+    """Returns a plan's cells."""
+    what = labels(judged.plan)
+    memory = memory_bytes(stages, judged.plan)
+    server = memory.pop(COORDINATOR)
+    pairs = {
+        f"{pair.activation}/{pair.cotangent}" for one in judged.plan.devices for pair in one.codecs
+    }
+    name, share = binds(stages, judged)
+    return [
+        what["method"], what["cut"], what["N"], judged.plan.dispatch, ", ".join(sorted(pairs)),
+        f"{judged.epoch_s:.4g}", name, f"{share:.0%}",
+        f"{max(memory.values()) / 1e6:,.1f}", f"{server / 1e6:,.1f}",
+    ]  # fmt: skip
+
+
+def _distinct(profile: Profile) -> dict[HostProfile, str]:
+    """Returns each distinct host with the names of those that are like it."""
+    found: dict[HostProfile, list[str]] = {profile.server: [COORDINATOR]}
+    for index, one in enumerate(profile.devices):
+        found.setdefault(one.host, []).append(device_name(index))
+    return {host: _names(names) for host, names in found.items()}
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(names) if len(names) < 4 else f"{names[0]}, {names[1]} … {names[-1]}"
+
+
+def _link(link: LinkModel) -> tuple[str, str, str]:
+    rate = "unlimited" if link.rate_bytes_s is None else f"{link.rate_bytes_s * 8 / 1e6:.1f}"
+    return rate, f"{link.delay_s * 1e3:.2f}", f"{link.message_s * 1e3:.3f}"

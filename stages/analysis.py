@@ -1,0 +1,148 @@
+"""What each unit and stage of a model needs, found without running anything.
+
+Shapes come from abstract evaluation, floating-point operations from XLA's analysis of the
+programs before they are compiled. A residual is counted once, also where it is held by
+reference (the input that a stage keeps for its backward pass).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from stages.micro_batch_context import make_draw
+from stages.model import Model
+from stages.residuals import Residuals, attach
+from stages.stage import Stage, split
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a run of units needs for one batch.
+
+    Attributes:
+      units: names of the units.
+      parameters: number of trainable parameters.
+      parameter_bytes: bytes of the parameters.
+      state_bytes: bytes of the batch statistics.
+      output_shape: shape of what the units return.
+      output_bytes: bytes of what they return: what crosses a cut behind them, each way.
+      residual_bytes: bytes that their forward pass keeps for their backward pass.
+      forward_flops: floating-point operations of the forward pass.
+      backward_flops: floating-point operations of the backward pass.
+    """
+
+    units: tuple[str, ...]
+    parameters: int
+    parameter_bytes: int
+    state_bytes: int
+    output_shape: tuple[int, ...]
+    output_bytes: int
+    residual_bytes: int
+    forward_flops: float
+    backward_flops: float
+
+
+def unit_facts(model: Model, batch: int) -> tuple[Facts, ...]:
+    """Returns the facts of every unit of a model.
+
+    Args:
+      model: the model.
+      batch: samples in the batch.
+    """
+    return stage_facts(model, tuple(range(1, len(model.units))), batch)
+
+
+def stage_facts(
+    model: Model,
+    cuts: Sequence[int],
+    batch: int,
+    *,
+    rematerialise: bool | Sequence[bool] = False,
+) -> tuple[Facts, ...]:
+    """Returns the facts of every stage of a model that is cut.
+
+    Args:
+      model: the model.
+      cuts: the cuts, as for `split`.
+      batch: samples in the batch.
+      rematerialise: which stages compute their forward pass again, as for `split`.
+    """
+    bounds = (0, *cuts, len(model.units))
+    shapes = model.shapes(batch)
+    parts = split(model, cuts, rematerialise=rematerialise)
+    return tuple(
+        _facts(model, part, bounds[i], bounds[i + 1], shapes[bounds[i]])
+        for i, part in enumerate(parts)
+    )
+
+
+def residual_bytes(model: Model, batch: int) -> tuple[int, ...]:
+    """Returns what the forward pass of each unit keeps for its backward pass, without running it.
+
+    Args:
+      model: the model.
+      batch: samples in the batch.
+    """
+    shapes = model.shapes(batch)
+    parts = split(model, tuple(range(1, len(model.units))))
+    return tuple(
+        _kept_bytes(_kept(model, part, i, i + 1, shapes[i])[1]) for i, part in enumerate(parts)
+    )
+
+
+def _kept(model: Model, stage: Stage, start: int, stop: int, x: Any) -> tuple[Any, Residuals]:
+    """Returns the abstract output of a stage and what its forward pass keeps."""
+    units = model.units[start:stop]
+    params = {unit.name: unit.params for unit in units}
+    state = {unit.name: unit.state for unit in units}
+    forward = stage.programs.forward
+    draw = make_draw(x.shape[0])
+    y, _, residuals = jax.eval_shape(forward, params, state, x, draw)
+    rest, differentiated = ((state, x, draw), None) if stage.is_first else ((state, draw), x)
+    return y, attach(residuals, y, rest, differentiated)
+
+
+def _facts(model: Model, stage: Stage, start: int, stop: int, x: Any) -> Facts:
+    """Traces the forward and the backward pass of one stage."""
+    units = model.units[start:stop]
+    params = {unit.name: unit.params for unit in units}
+    state = {unit.name: unit.state for unit in units}
+    forward, backward = stage.programs.forward, stage.programs.backward
+    draw = make_draw(x.shape[0])
+    y, kept = _kept(model, stage, start, stop, x)
+    params_of = [leaf for unit in units for leaf in unit.params.values()]
+    return Facts(
+        units=stage.unit_names,
+        parameters=sum(leaf.size for leaf in params_of),
+        parameter_bytes=_bytes(params_of),
+        state_bytes=_bytes(state),
+        output_shape=tuple(y.shape),
+        output_bytes=_bytes(y),
+        residual_bytes=_kept_bytes(kept),
+        forward_flops=_flops(forward.lower(params, state, x, draw)),
+        backward_flops=_flops(backward.lower(params, kept, y, params)),
+    )
+
+
+def _bytes(tree: Any) -> int:
+    """Bytes of all arrays of a tree, abstract or not."""
+    leaves = jax.tree.leaves(tree)
+    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
+
+
+def _kept_bytes(kept: Residuals) -> int:
+    """Bytes of what a forward pass keeps, without scalars: those of a draw are not arrays."""
+    return _bytes([leaf for leaf in jax.tree.leaves(kept) if getattr(leaf, "shape", None)])
+
+
+def _flops(lowered: Any) -> float:
+    """Floating-point operations by XLA's analysis; 0 where the platform offers none."""
+    analysis = lowered.cost_analysis() or {}
+    if isinstance(analysis, list):
+        analysis = analysis[0] if analysis else {}
+    return float(analysis.get("flops", 0.0))

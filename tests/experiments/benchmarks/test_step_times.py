@@ -1,0 +1,49 @@
+"""What `experiments.bench_stages` times: our steps, and PyTorch's networks beside them."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+import stages
+from experiments.benchmarks import step_times
+
+TORCH = importlib.util.find_spec("torch") is not None
+NETWORKS = (
+    "vgg5",
+    "vgg16",
+    "resnet18",
+    "resnet50",
+    "resnet101",
+    "mobilenetv3_small",
+    "mobilenetv3_large",
+)
+
+
+@pytest.mark.skipif(not TORCH, reason="torch is not installed (extra `peers`)")
+@pytest.mark.parametrize("stem", stages.STEMS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_torch_networks_have_the_same_number_of_parameters(name, stem):
+    count = step_times.prepare_torch(name, 2, 1, channels_last=False, stem=stem)
+    ours = stages.build(name, input_shape=(32, 32, 3), classes=10, stem=stem)
+    assert count == stages.parameter_count(ours)
+
+
+@pytest.mark.parametrize("rematerialise", [False, True])
+def test_a_cut_step_is_prepared_and_timed(monkeypatch, rematerialise):
+    # Allocator settings are for a process of its own.
+    monkeypatch.setattr(step_times, "retain_memory", lambda: True)
+    prepared = step_times.prepare_jax("vgg5", 2, (3,), rematerialise)
+    assert prepared["compile_s"] > 0
+    kept = prepared["residual_bytes"]
+    images = 2 * 32 * 32 * 3 * 4
+    assert (kept == images) if rematerialise else (kept > 5 * images)
+    assert 0 < step_times.run_step(2) < prepared["compile_s"]
+
+
+def test_operations_rate_and_memory_are_plausible():
+    # Three passes of about 17 million multiplications and additions per sample.
+    assert 60e6 < step_times.count_flops("vgg5", 2) < 200e6
+    assert step_times.measure_rate() > 1e8
+    assert step_times.peak_bytes() > 50e6

@@ -1,0 +1,122 @@
+"""The family of averages on the pseudo-gradient, against formulas written out in numpy."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pipar_jax.aggregation.aggregator import Aggregator, Replica
+from pipar_jax.config import RULES, AggregationConfig, OptimizerConfig
+from pipar_jax.training import optimizer
+
+
+def variables(seed: int) -> tuple[dict, dict]:
+    rng = np.random.default_rng(seed)
+    params = {"a": {"kernel": rng.normal(size=(3, 2))}, "b": {"bias": rng.normal(size=4)}}
+    state = {"a": {"mean": rng.normal(size=3)}, "b": {}}
+    cast = lambda tree: {  # noqa: E731
+        u: {k: jnp.asarray(v, jnp.float32) for k, v in arrays.items()} for u, arrays in tree.items()
+    }
+    return cast(params), cast(state)
+
+
+def rounds_of(config: AggregationConfig, count: int):
+    """Runs the aggregator for some rounds; yields (old, mean, new) of one weight as float64."""
+    params, state = variables(0)
+    made = Aggregator(config, params, state)
+    for index in range(count):
+        old = np.asarray(made.params["a"]["kernel"], np.float64)
+        replicas = [Replica(*variables(10 * index + d + 1), weight=w) for d, w in ((0, 3), (1, 1))]
+        mean = sum(
+            w * np.asarray(one.params["a"]["kernel"], np.float64)
+            for one, w in zip(replicas, (0.75, 0.25), strict=True)
+        )
+        made.aggregate(replicas)
+        yield old, mean, np.asarray(made.params["a"]["kernel"], np.float64)
+
+
+def expected(config: AggregationConfig, history):
+    """The rules as their papers write them."""
+    m = v = None
+    for old, mean, new in history:
+        delta = mean - old
+        b1, b2, tau, rate = config.momentum, config.beta2, config.epsilon, config.learning_rate
+        if config.rule == "fedavg":
+            step = delta
+        elif config.rule == "fedavgm":
+            m = delta if m is None else b1 * m + delta
+            step = m
+        else:
+            m = (1 - b1) * delta if m is None else b1 * m + (1 - b1) * delta
+            v = np.full_like(delta, tau**2) if v is None else v
+            if config.rule == "fedadagrad":
+                v = v + delta**2
+            elif config.rule == "fedadam":
+                v = b2 * v + (1 - b2) * delta**2
+            else:
+                v = v - (1 - b2) * delta**2 * np.sign(v - delta**2)
+            step = m / (np.sqrt(v) + tau)
+        yield old + rate * step, new
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_is_its_papers_formula(rule):
+    config = AggregationConfig(rule=rule, learning_rate=1.0 if rule == "fedavg" else 0.1)
+    for wanted, new in expected(config, rounds_of(config, 4)):
+        np.testing.assert_allclose(new, wanted, rtol=2e-5, atol=1e-6)
+
+
+def test_batch_statistics_take_the_weighted_mean_under_every_rule():
+    for rule in RULES:
+        params, state = variables(0)
+        made = Aggregator(AggregationConfig(rule=rule), params, state)
+        one, other = variables(1), variables(2)
+        made.aggregate([Replica(*one, weight=1.0), Replica(*other, weight=4.0)])
+        wanted = 0.2 * one[1]["a"]["mean"] + 0.8 * other[1]["a"]["mean"]
+        np.testing.assert_allclose(made.state["a"]["mean"], wanted, rtol=1e-6)
+
+
+def test_a_unit_is_averaged_over_whoever_holds_it():
+    params, state = variables(0)
+    made = Aggregator(AggregationConfig(), params, state)
+    first, second = variables(1), variables(2)
+    only_b = Replica({"b": second[0]["b"]}, {"b": {}}, weight=1.0)
+    made.aggregate([Replica(*first, weight=1.0), only_b])
+    np.testing.assert_allclose(made.params["a"]["kernel"], first[0]["a"]["kernel"], rtol=1e-6)
+    wanted = (first[0]["b"]["bias"] + second[0]["b"]["bias"]) / 2
+    np.testing.assert_allclose(made.params["b"]["bias"], wanted, rtol=1e-6)
+
+
+def test_compiling_ahead_changes_nothing():
+    params, state = variables(0)
+    made = Aggregator(AggregationConfig(rule="fedadam"), params, state)
+    made.compile({"a": 2, "b": 2})
+    np.testing.assert_array_equal(made.params["a"]["kernel"], variables(0)[0]["a"]["kernel"])
+
+
+def test_fedprox_pulls_towards_the_rounds_weights():
+    tx = optimizer.build(OptimizerConfig(learning_rate=0.1, momentum=0.0), steps=1, proximal_mu=2.0)
+    start = {"w": jnp.array([1.0, -1.0])}
+    state = {"unit": tx.init(start)}
+    moved = {"w": jnp.array([2.0, 0.0])}
+    zero = {"w": jnp.zeros(2)}
+    updates, _ = tx.update(zero, state["unit"], moved)
+    np.testing.assert_allclose(updates["w"], -0.1 * 2.0 * np.array([1.0, 1.0]), rtol=1e-6)
+    renewed = optimizer.anchor(state, {"unit": moved})
+    updates, _ = tx.update(zero, renewed["unit"], moved)
+    np.testing.assert_allclose(updates["w"], [0.0, 0.0])
+
+
+def test_without_fedprox_a_new_round_leaves_the_optimiser_alone():
+    tx = optimizer.build(OptimizerConfig(), steps=1)
+    state = {"unit": tx.init({"w": jnp.ones(2)})}
+    assert optimizer.anchor(state, {"unit": {"w": jnp.zeros(2)}}) == state
+
+
+def test_the_step_size_warms_up_and_decays():
+    config = OptimizerConfig(learning_rate=1.0, decay="cosine", warmup_steps=3)
+    course = optimizer.learning_rate(config, 11)
+    assert [round(float(course(i)), 4) for i in (0, 1, 2, 3)] == [0.25, 0.5, 0.75, 1.0]
+    assert float(course(7)) == pytest.approx(0.5)
+    assert float(course(11)) == pytest.approx(0.0)

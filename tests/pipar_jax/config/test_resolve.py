@@ -1,0 +1,211 @@
+"""The configuration: defaults work, wrong values are named, copies and JSON are exact."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import pytest
+
+from pipar_jax import config as configuration
+from pipar_jax.config import Config, DeviceConfig, difference, schema
+from pipar_jax.errors import ConfigError
+from pipar_jax.methods.resolution import resolve
+
+
+def test_the_defaults_are_a_configuration() -> None:
+    config = Config()
+    made = resolve(config)
+    config.run.dir = str(pathlib.Path("runs").absolute())
+    assert made == config
+    assert made is not config and made.data is not config.data
+
+
+def test_every_option_has_help_and_a_default_that_fits() -> None:
+    for one in schema.options(Config):
+        assert one.text and one.expects
+        assert schema.fit(one, one.default) == one.default
+
+
+@pytest.mark.parametrize("one", list(schema.options(Config)), ids=lambda one: one.path)
+def test_every_option_refuses_a_value_of_another_type(one: schema.Option) -> None:
+    with pytest.raises(ConfigError, match=one.path):
+        schema.fit(one, [1, 2])
+
+
+WRONG = [
+    ("method", "piper", "did you mean 'pipar'"),
+    ("name", "a/b", "letters, digits"),
+    ("seed", -1, "≥ 0"),
+    ("epochs", 0, "≥ 1"),
+    ("epochs", 1.5, "whole number"),
+    ("epochs", True, "whole number"),
+    ("model.name", "resnet81", "did you mean 'resnet18'"),
+    ("model.norm", "layer", "batch, group"),
+    ("data.source", "cifar11", "did you mean 'cifar10'"),
+    ("data.source", "npz:", "npz:PATH"),
+    ("data.source", "module:numbers", "module:NAME:FUNCTION"),
+    ("data.test_source", "npz:x.npz", "leave it empty"),
+    ("data.classes", 5, "leave it 0"),
+    ("data.alpha", 0.0, "> 0"),
+    ("data.alpha", float("nan"), "a number"),
+    ("data.augment", "crop", "crop_flip"),
+    ("data.batch_size", "100", "whole number"),
+    ("data.train_samples", 1, "every device needs a sample"),
+    ("optimizer.momentum", 1.0, "< 1"),
+    ("optimizer.clip_norm", 0.0, "> 0"),
+    ("aggregation.every", "0 steps", "10 steps"),
+    ("aggregation.every", "sometimes", "10 steps"),
+    ("pipeline.cut", 0, "smallest cut is 1"),
+    ("pipeline.cut", "", "name of a unit"),
+    ("pipeline.dispatch", "fcsf", "did you mean 'fcfs'"),
+    ("devices.count", 0, "≥ 1"),
+    ("devices.defaults.link", "5g", "unknown link"),
+    ("devices.defaults.slowdown", 0.5, "≥ 1"),
+    ("devices.defaults.cpus", "0-", "1-3,5"),
+    ("devices.overrides", {2: {"link": "4g"}}, "devices.count=2"),
+    ("devices.overrides", {1: {"lnik": "4g"}}, "did you mean 'link'"),
+    ("devices.overrides", {1: {"slowdown": "fast"}}, "devices.1.slowdown"),
+    ("devices.overrides", {1: {"cut": 0}}, "devices.1.cut"),
+    ("devices.overrides", {1: {"data_source": "npz:x.npz"}}, "all bring their own"),
+    ("server.cpus", "b", "server.cpus"),
+    ("server.port", 70000, "≤ 65535"),
+    ("server.host", "0.0.0.0", "network.token"),
+    ("network.token", "", "empty"),
+    ("network.token", "env:PIPAR_NO_SUCH_VARIABLE", "not set"),
+    ("network.token", "file:/no/such/file", "cannot be read"),
+    ("network.deadline_s", 0, "> 0"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "says"), WRONG, ids=[f"{p}={v}" for p, v, _ in WRONG])
+def test_a_wrong_value_is_refused_with_field_value_and_remedy(
+    path: str, value: object, says: str
+) -> None:
+    config = Config()
+    _set(config, path, value)
+    with pytest.raises(ConfigError) as caught:
+        resolve(config)
+    message = str(caught.value)
+    assert says in message
+    assert path.rpartition(".")[2] in message or path == "devices.overrides"
+    assert "\n" not in message
+
+
+def test_a_whole_number_in_a_field_for_numbers_becomes_a_float() -> None:
+    config = Config()
+    config.devices.defaults.slowdown = 10
+    config.devices.overrides[1] = {"slowdown": 20}
+    made = resolve(config)
+    assert isinstance(made.devices.defaults.slowdown, float)
+    assert isinstance(configuration.device(made, 1).slowdown, float)
+
+
+def test_a_group_of_another_type_is_refused() -> None:
+    config = Config()
+    config.model = "vgg5"  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match="model must be a ModelConfig"):
+        resolve(config)
+
+
+def test_a_device_takes_the_defaults_then_its_overrides_and_nothing_stays_open() -> None:
+    config = Config()
+    config.pipeline.cut, config.pipeline.micro_batches = 2, 5
+    config.devices.defaults.link = "wifi"
+    config.devices.overrides[1] = {"link": "4g", "cut": "conv1", "slowdown": 3.0}
+    config = resolve(config)
+    assert configuration.device(config, 0) == DeviceConfig(
+        link="wifi", cut=2, micro_batches=5, data_source="digits"
+    )
+    assert configuration.device(config, 1) == DeviceConfig(
+        link="4g", slowdown=3.0, cut="conv1", micro_batches=5, data_source="digits"
+    )
+    with pytest.raises(ConfigError, match="there is no device 2"):
+        configuration.device(config, 2)
+
+
+def test_own_data_have_the_device_in_their_name() -> None:
+    config = Config()
+    config.data.source = "npz:shard-{device}.npz"
+    config.data.test_source = "npz:test.npz"
+    config = resolve(config)
+    assert configuration.device(config, 1).data_source == (
+        f"npz:{pathlib.Path('shard-1.npz').absolute()}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"), [("epoch", 0), ("1 step", 1), ("10 steps", 10), ("7", 7)]
+)
+def test_aggregate_steps(every: str, steps: int) -> None:
+    config = Config()
+    config.aggregation.every = every
+    assert configuration.aggregate_steps(resolve(config)) == steps
+
+
+def test_json_gives_the_same_configuration_back() -> None:
+    config = Config(name="x", seed=3)
+    config.optimizer.clip_norm = 1.5
+    config.devices.overrides = {0: {"link": "4g"}, 1: {"cut": 2}}
+    config = resolve(config)
+    assert configuration.from_json(configuration.to_json(config)) == config
+    assert configuration.from_dict(json.loads(json.dumps(configuration.to_dict(config)))) == config
+
+
+def test_json_with_an_unknown_field_is_refused() -> None:
+    values = configuration.to_dict(Config())
+    values["data"]["batchsize"] = 3
+    with pytest.raises(ConfigError, match=r"data.batchsize is not a field.*did you mean"):
+        configuration.from_dict(values)
+    with pytest.raises(ConfigError, match="no JSON"):
+        configuration.from_json("{")
+
+
+def test_a_token_is_read_and_never_shown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    monkeypatch.setenv("PIPAR_TEST_SECRET", "open sesame")
+    (tmp_path / "secret").write_text("open barley\n")
+    for reference, secret in (
+        ("env:PIPAR_TEST_SECRET", "open sesame"),
+        (f"file:{tmp_path / 'secret'}", "open barley"),
+        ("open wheat", "open wheat"),
+    ):
+        config = Config()
+        config.network.token = reference
+        config.server.host = "0.0.0.0"  # allowed with a token
+        made = resolve(config)
+        assert made.network.token == secret
+        assert secret not in configuration.to_json(made)
+        assert secret not in configuration.to_text(made)
+
+
+def test_difference_names_what_must_agree_and_only_that() -> None:
+    ours, theirs = Config(), Config()
+    theirs.name, theirs.debug, theirs.server.port = "other", True, 7
+    theirs.data.data_dir, theirs.run.dir = "elsewhere", "there"
+    theirs.devices.defaults.link = "4g"
+    assert difference(resolve(ours), resolve(theirs)) == []
+    theirs.model.name, theirs.seed = "resnet18", 1
+    theirs.devices.overrides[1] = {"micro_batches": 9}
+    assert difference(resolve(ours), resolve(theirs)) == [
+        "seed (0 here, 1 there)",
+        "model.name ('vgg5' here, 'resnet18' there)",
+        "devices.1.micro_batches (4 here, 9 there)",
+    ]
+
+
+def test_own_data_may_lie_anywhere_but_a_public_set_must_agree() -> None:
+    ours, theirs = Config(), Config()
+    ours.data.source, theirs.data.source = "npz:a.npz", "npz:b.npz"
+    assert difference(resolve(ours), resolve(theirs)) == []
+    theirs.data.source = "mnist"
+    assert len(difference(resolve(ours), resolve(theirs))) == 1
+
+
+def _set(config: Config, path: str, value: object) -> None:
+    *groups, name = path.split(".")
+    holder: object = config
+    for group in groups:
+        holder = getattr(holder, group)
+    setattr(holder, name, value)

@@ -1,0 +1,260 @@
+"""Whatever writes a file: it is there whole or not at all, and one line says why not."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import functools
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from experiments.benchmarks import harness, simulator_settings, trials
+from experiments.latency_data import timings
+from pipar_jax.config import Config
+from pipar_jax.disk import files
+from pipar_jax.errors import DiskError
+from pipar_jax.launch.launcher import create_folder
+from pipar_jax.methods.resolution import resolve
+from pipar_jax.profiling import unit_times
+from pipar_jax.profiling.predictor import latency_model, read_timings
+from pipar_jax.report import write_report
+from pipar_jax.roles.run_folder import RunFolder
+from pipar_jax.schedule.actions import Action
+from pipar_jax.schedule.trace import Timed, Trace
+from pipar_jax.training import checkpoint
+from tests.disks import file_limit, full_disk, leftovers, read_only_disk
+from tests.pipar_jax.report.test_page import PIPAR, write_run
+from tests.sources import ROOT, modules
+
+#: More than a page of the tiny disk, and nothing that can be packed.
+NOISE = np.random.default_rng(0).integers(0, 256, 200_000, np.uint8)
+TEXT = NOISE.tobytes().hex()
+
+
+def run_folder(path: Path) -> RunFolder:
+    """Returns the writer of a run's folder, whose metrics are elsewhere: they grow, row by row."""
+    made = RunFolder.__new__(RunFolder)
+    made.path = path.parent
+    return made
+
+
+def save_config(path: Path) -> None:
+    config = Config()
+    config.model.name = TEXT
+    run_folder(path).save_config(config)
+
+
+def save_trace(path: Path) -> None:
+    trace = Trace()
+    rng = np.random.default_rng(0)
+    rows = [
+        Timed(Action(0, "F", 0, step, 0), *map(float, rng.random(2)), 1, 1) for step in range(5000)
+    ]
+    trace.add("d0", rows)
+    trace.save(path)
+
+
+def save_benchmark(path: Path) -> None:
+    run = harness.Bench("title", json_path=path, console=Console(file=io.StringIO()))
+    run.row(TEXT, 1.0, "s")
+    run.finish()
+
+
+@functools.cache
+def shipped() -> tuple[latency_model.Weights, timings.Timings]:
+    """Returns what the package has of the predictor."""
+    return latency_model.load(), read_timings()
+
+
+#: Every kind of file that a run or a binary leaves: its name, and what writes it.
+WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "text": ("a.txt", lambda path: files.write_text(path, TEXT)),
+    "configuration": ("config.json", save_config),
+    "plan": ("plan.json", lambda path: run_folder(path).save_plan({"plan": TEXT})),
+    "trace": ("trace.json.gz", save_trace),
+    "weights": (
+        checkpoint.WEIGHTS,
+        lambda path: run_folder(path).save_weights({"u": {"p": NOISE}}, {"u": {}}, {"a": 1}),
+    ),
+    "report": ("report.html", lambda path: write_report([RUNS[0]], path)),
+    "benchmark": ("rows.json", save_benchmark),
+    "profile that is kept": ("p.json", lambda path: unit_times._write(path, TEXT)),
+    "trial that is kept": ("t.json", lambda path: trials.kept(path.parent, "t", lambda: TEXT)),
+    "images": ("data-600.npz", lambda path: simulator_settings.write_data(path.parent, 600)),
+    "network of the predictor": ("n.safetensors", lambda path: shipped()[0].save(path)),
+    "times of layers": ("t.npz", lambda path: shipped()[1].save(path)),
+}  # fmt: skip
+every_writer = pytest.mark.parametrize("writer", WRITERS)
+
+#: Files that are not written as a whole by their nature, and why.
+OTHERWISE = {
+    "pipar_jax/disk/files.py": "the one way",
+    "pipar_jax/disk/event_log.py": "grows row by row",
+    "pipar_jax/schedule/trace.py": "grows round by round",
+    "pipar_jax/launch/launcher.py": "the log that a child's output goes to",
+    "pipar_jax/launch/process.py": "standard streams that were closed",
+    "pipar_jax/data/download.py": "written aside while its checksum is made, then renamed",
+    "pipar_jax/data/cache.py": "a whole folder is written aside, and a lock has nothing in it",
+    "pipar_jax/launch/certificates.py": "a key is private before it has content",
+    "experiments/benchmarks/layer_formulations.py": "a module of the sources, for whoever works on them",
+}
+
+
+RUNS: list[Path] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def there(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Makes what the writers read, as long as files may grow."""
+    RUNS[:] = [write_run(tmp_path_factory.mktemp("runs") / "a-run", "pipar", PIPAR)]
+    shipped()
+
+
+@every_writer
+def test_a_file_is_complete_or_what_was_there_before(writer: str, tmp_path: Path) -> None:
+    name, write = WRITERS[writer]
+    folder = tmp_path
+    path = folder / name
+    with file_limit(4096), pytest.raises(DiskError) as caught:
+        write(path)
+    assert leftovers(folder) == []
+    assert str(path) in str(caught.value) and "ulimit -f" in str(caught.value)
+    write(path)
+    assert leftovers(folder) == [name]
+    whole = path.read_bytes()
+    if writer != "trial that is kept":  # it does not measure again what it has
+        with file_limit(4096), pytest.raises(DiskError):
+            write(path)
+        assert leftovers(folder) == [name] and path.read_bytes() == whole
+
+
+@every_writer
+def test_a_full_disk_is_one_line_with_file_and_remedy(writer: str, tmp_path: Path) -> None:
+    name, write = WRITERS[writer]
+    with full_disk(tmp_path, kilobytes=4) as disk:
+        with pytest.raises(DiskError) as caught:
+            write(disk / name)
+        assert leftovers(disk) == []
+    line = str(caught.value)
+    assert "no space left on the disk while writing" in line and str(disk / name) in line
+    assert "free some, or " in line and "--" in line and "\n" not in line
+
+
+@every_writer
+def test_a_disk_that_cannot_be_written_is_one_line(writer: str, tmp_path: Path) -> None:
+    name, write = WRITERS[writer]
+    with read_only_disk(tmp_path) as disk, pytest.raises(DiskError) as caught:
+        write(disk / name)
+    line = str(caught.value)
+    assert "Read-only file system" in line and str(disk / name) in line
+    assert "give this user the right to write there, or " in line and "\n" not in line
+
+
+def test_a_runs_folder_on_a_full_disk_and_on_one_that_cannot_be_written(tmp_path: Path) -> None:
+    config = resolve(Config())
+    with full_disk(tmp_path, kilobytes=4) as disk:
+        (disk / "x").write_bytes(b"x" * 4096)
+        config.run.dir = str(disk / "runs")
+        with pytest.raises(DiskError, match="the run's folder cannot be made: no space left"):
+            create_folder(config)
+    (tmp_path / "other").mkdir()
+    with read_only_disk(tmp_path / "other") as disk:
+        config.run.dir = str(disk / "runs")
+        with pytest.raises(DiskError, match=r"Read-only file system.*--config.run.dir"):
+            create_folder(config)
+
+
+def test_every_file_is_written_by_the_one_way() -> None:
+    """Over the sources: no other module opens a file for writing."""
+    found = {
+        f"{path}:{line}: {name}"
+        for path in modules().values()
+        if str(path) not in OTHERWISE
+        for line, name in writes(ROOT / path)
+    }
+    assert not found, "\n".join(sorted(found))
+    for path in OTHERWISE:
+        assert (ROOT / path).is_file(), f"{path} is gone: take it out of OTHERWISE"
+
+
+#: Calls that write files, by their last name.
+_WRITES = {"write_text", "write_bytes", "save_file", "savez", "savez_compressed", "save", "dump",
+           "NamedTemporaryFile", "touch"}  # fmt: skip
+#: What may be called by such a name: the one way, and methods that end in it.
+_OURS = {"files", "checkpoint", "trace", "weights", "made"}
+
+
+def writes(path: Path) -> list[tuple[int, str]]:
+    """Returns the calls of a module that write a file, other than inside ``replacing``."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.With) and any(_called(i.context_expr) == "replacing"
+                                              for i in node.items):  # fmt: skip
+            for inner in ast.walk(node):
+                inner._replaced = True  # type: ignore[attr-defined]
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or getattr(node, "_replaced", False):
+            continue
+        name = _called(node)
+        if name in ("open", "fdopen"):
+            modes = [*node.args, *(k.value for k in node.keywords if k.arg == "mode")]
+            texts = [m.value for m in modes if isinstance(m, ast.Constant)]
+            if any(isinstance(t, str) and len(t) < 4 and set(t) & set("wax+") for t in texts):
+                found.append((node.lineno, name))
+        elif name in _WRITES:
+            owner = node.func.value if isinstance(node.func, ast.Attribute) else None
+            own = isinstance(owner, ast.Name) and owner.id in _OURS
+            if not own and not (owner is None and name == "write_text"):
+                found.append((node.lineno, name))
+    return found
+
+
+def _called(node: ast.AST) -> str:
+    """Returns the last name of what is called."""
+    if not isinstance(node, ast.Call):
+        return ""
+    if isinstance(node.func, ast.Attribute):
+        return node.func.attr
+    return node.func.id if isinstance(node.func, ast.Name) else ""
+
+
+def test_the_search_for_writers_finds_them(tmp_path: Path) -> None:
+    source = tmp_path / "source.py"
+    source.write_text(
+        "path.write_text('x')\nopen(path, 'w')\npath.open(mode='ab')\nnp.savez(path, a=1)\n"
+        "open(path)\nopen(path, 'rb')\nfiles.write_text(path, 'x')\n"
+        "with replacing(path) as aside:\n    np.savez(aside)\n"
+    )
+    assert [line for line, _ in writes(source)] == [1, 2, 3, 4]
+
+
+def test_what_is_no_file_is_written_as_it_is(tmp_path: Path) -> None:
+    files.write_text(os.devnull, "x")
+    assert not Path(os.devnull).is_file()
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to("file")
+    files.write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "new"
+
+
+def test_a_failure_of_the_writer_itself_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), files.replacing(tmp_path / "file") as aside:
+        aside.write_text("half")
+        raise ZeroDivisionError
+    assert leftovers(tmp_path) == []
+
+
+def test_an_error_that_somebody_wrote_keeps_its_text() -> None:
+    assert files.describe_os_error(FileNotFoundError("put the CSV\n into …")) == (
+        "put the CSV into …")  # fmt: skip
+    quota = files.describe_os_error(OSError(errno.EDQUOT, "Quota", "/r/w"), "do this")
+    assert quota == "no space left on the disk while writing /r/w: free some, or do this"
+    assert json.dumps(quota)

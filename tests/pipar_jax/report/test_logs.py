@@ -1,0 +1,45 @@
+"""Logs: lines with time stamps, and none about hardware that nobody asked for."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from pipar_jax.report import logs
+
+STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3} [A-Z] [\w.]+: ")
+
+
+@pytest.fixture(autouse=True)
+def put_back() -> Iterator[None]:
+    root, jax = logging.getLogger(), logging.getLogger("jax._src.xla_bridge")
+    before = root.handlers[:], root.level, logs.LOG.level, jax.filters[:]
+    yield
+    root.handlers[:], root.level, logs.LOG.level, jax.filters[:] = before
+    root.setLevel(before[1])
+    logs.LOG.setLevel(before[2])
+
+
+def test_an_event_is_a_line_with_a_time_stamp(capfd: pytest.CaptureFixture[str]) -> None:
+    logs.begin()
+    logs.note_event({"event": "evaluated", "accuracy": 0.123456, "idle": {"d0": 1}, "epoch": 2})
+    logs.note_event({"event": "progress", "step": 1})
+    logging.getLogger("somebody").info("else")
+    logging.getLogger("somebody").warning("warns")
+    first, second = capfd.readouterr().err.splitlines()
+    assert STAMP.match(first) and first.endswith(" I pipar_jax: evaluated accuracy=0.1235 epoch=2")
+    assert STAMP.match(second) and second.endswith(" W somebody: warns")
+
+
+def test_a_missing_tpu_is_not_told_and_a_missing_gpu_is(capfd: pytest.CaptureFixture[str]) -> None:
+    logs.begin()
+    logs.leave_out_tpu()
+    jax = logging.getLogger("jax._src.xla_bridge")
+    jax.warning("Unable to initialize backend 'tpu': INTERNAL: no libtpu.so")
+    jax.warning("A Google TPU may be present on this machine, but …")
+    jax.warning("An NVIDIA GPU may be present on this machine, but …")
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "NVIDIA" in line

@@ -1,0 +1,320 @@
+"""The report: from runs' folders to one HTML file that needs nothing else, also in a browser."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from pipar_jax.config import Config, to_json
+from pipar_jax.cost_model.from_trace import links_from_shapes
+from pipar_jax.errors import RunError
+from pipar_jax.report import make_page, read_run, write_report
+from pipar_jax.report.gantt import median_step
+from pipar_jax.report.idle import CAUSES
+from pipar_jax.report.svg import Series, digits, line_chart, ticks
+from pipar_jax.schedule.actions import RoundSchedule, parse, rounds
+from pipar_jax.schedule.plan import DevicePlan, Plan
+from pipar_jax.schedule.trace import Interval, Timed, Trace
+from pipar_jax.simulator import Costs, LinkModel, simulate
+
+SAMPLES, BATCH = 60, 16
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def seconds_of(device: int, stage: int, kind: str, samples: int) -> float:
+    return {"F": 0.001, "L": 0.002, "B": 0.002, "U": 0.004, "A": 0.01}[kind] * (samples or 1)
+
+
+def bytes_of(device: int, stage: int, kind: str, samples: int) -> float:
+    return 500.0 * samples if samples else 20_000.0
+
+
+def link_row(source: str, target: str, nbytes: float) -> dict[str, object]:
+    return {"source": source, "target": target, "bytes": nbytes, "raw_bytes": 2 * nbytes,
+            "payload_bytes": nbytes, "messages": 10, "frames": 20, "queue_s": 0.5,
+            "credit_wait_s": 0.25, "blocked_s": 0.0, "encode_s": 0.0, "repeated_frames": 2,
+            "repeated_bytes": 300, "queued_peak_bytes": 7000, "reconnects": 1, "rtt_s": None,
+            "rate_mbps": 17.5}  # fmt: skip
+
+
+def write_run(folder: Path, method: str, plan: Plan, *, finish: bool = True) -> Path:
+    """Write the folder of a run whose rounds are simulated ones."""
+    folder.mkdir()
+    config = Config(name=folder.name, method=method, epochs=3)
+    config.data.batch_size = BATCH
+    config.devices.count = len(plan.devices)
+    config.devices.defaults.link = "20/40"
+    config.network.token = "secret-token"
+    (folder / "config.json").write_text(to_json(config))
+    up, down = LinkModel(20e6 / 8), LinkModel(40e6 / 8)
+    count = len(plan.devices)
+    links = links_from_shapes(dict.fromkeys(range(count), (up, down)), plan)
+    events: list[dict[str, object]] = [
+        {"event": "device_joined", "device": d, "samples": SAMPLES, "time_s": 0.1}
+        for d in range(count)
+    ]
+    steps = -(-SAMPLES // BATCH)
+    events.append({"event": "run_started", "method": method, "plan": str(plan), "devices": count,
+                   "rounds": 3, "epochs": 3, "steps": [3 * steps] * count, "model": "mlp",
+                   "parameters": 1234})  # fmt: skip
+    trace = Trace(meta={"method": method, "plan": plan.to_dict()})
+    now_s = 0.0
+    for index, spans in enumerate(rounds(plan, [steps] * count, 3)):
+        found = simulate(
+            RoundSchedule(plan, spans, (SAMPLES,) * count, BATCH),
+            Costs(seconds_of, bytes_of, links),
+        )
+        for host, rows in found.trace.hosts.items():
+            trace.add(host, rows, now_s)
+        trace.rounds.append(Interval(now_s, now_s + found.seconds))
+        now_s += found.seconds
+        carried = found.carried_bytes
+        events.append({
+            "event": "round_finished", "round": index, "rounds": 3, "epoch": index + 1.0,
+            "seconds": found.seconds, "loss": 2.0 / (index + 1), "accuracy": 0.5,
+            "samples": SAMPLES * count, "busy": found.busy_s,
+            "idle": {host: found.idle_share(host) for host in found.busy_s},
+            "bytes_up": sum(n for (_, to), n in carried.items() if to == "server"),
+            "bytes_down": sum(n for (of, _), n in carried.items() if of == "server"),
+            "links": [link_row(source, target, n) for (source, target), n in carried.items()],
+        })  # fmt: skip
+        events.append({"event": "evaluated", "round": index, "epoch": index + 1.0,
+                       "accuracy": 0.6 + index / 10, "loss": 1.0, "seconds": 0.1})  # fmt: skip
+    if finish:
+        events.append({"event": "run_finished", "seconds": now_s, "epoch_seconds": now_s / 3,
+                       "accuracy": 0.8, "loss": 1.0, "idle": {}, "bytes_up": 1, "bytes_down": 1,
+                       "folder": str(folder)})  # fmt: skip
+    lines = "".join(json.dumps(event) + "\n" for event in events)
+    (folder / "metrics.jsonl").write_text(lines)
+    trace.save(folder / "trace.json.gz")
+    return folder
+
+
+PIPAR = Plan((DevicePlan((1,), ("device", "server"), 4),) * 2)
+FL = Plan((DevicePlan((), ("device",)),) * 2)
+SL = Plan((DevicePlan((1,), ("device", "server"), 1),) * 2, order="sequential", weights="shared")
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    return [
+        write_run(tmp_path / "demo-fl", "fl", FL),
+        write_run(tmp_path / "demo-sl", "sl", SL),
+        write_run(tmp_path / "demo-pipar", "pipar", PIPAR),
+    ]
+
+
+class Checker(HTMLParser):
+    """Collects what a page refers to, and checks that its elements are closed in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.references: list[str] = []
+        self.seen: dict[str, int] = {}
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen[tag] = self.seen.get(tag, 0) + 1
+        self.references += [value or "" for key, value in attrs if key in ("src", "href")]
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_needs_nothing_else(folders: list[Path]) -> None:
+    page = make_page([read_run(folder) for folder in folders])
+    checker = Checker()
+    checker.feed(page)
+    checker.close()
+    assert not checker.open
+    assert not checker.references
+    assert "://" not in page and "@import" not in page and "url(" not in page
+    for title in ("Results", "Learning", "One step", "Idle time", "Links",
+                  "Predicted and measured", "Configuration"):  # fmt: skip
+        assert f"<h2>{title}</h2>" in page
+    # Curves, a step of each run as measured and as predicted, two charts of bars.
+    assert checker.seen["svg"] == 4 + 2 * 3 + 2
+    assert "secret-token" not in page
+
+
+def test_figures_of_the_runs_are_in_the_table(folders: list[Path]) -> None:
+    runs = [read_run(folder) for folder in folders]
+    page = make_page(runs)
+    fl, _, pipar = runs
+    assert f"{fl.epoch_s / pipar.epoch_s:.2f}×" in page
+    assert "device|1|server x4" in page
+    assert f"{pipar.idle_share('server'):.0%}" in page
+    assert "80.0%" in page
+    assert "d1.1L0@" in page
+    assert "PiPar, measured: step" in page and "PiPar, predicted: step" in page
+
+
+def test_a_prediction_from_a_runs_own_times_is_its_time(folders: list[Path]) -> None:
+    for folder in folders:
+        run = read_run(folder)
+        found = run.predict()
+        assert found is not None
+        measured = run.of("round_finished")[-1]["seconds"]
+        assert found.seconds == pytest.approx(measured, rel=1e-3)
+
+
+def test_what_the_tuner_predicted_stands_beside_the_epoch(folders: list[Path]) -> None:
+    run = read_run(folders[-1])
+    tuned = {"event": "tuned", "plan": "", "epoch_s": 1.5 * run.epoch_s}
+    page = make_page([dataclasses.replace(run, events=(tuned, *run.events))])
+    assert "<td>+50.0%</td>" in page
+    assert "<td>+50.0%</td>" not in make_page([run])
+
+
+def test_idle_causes_cover_the_idle_time(folders: list[Path]) -> None:
+    run = read_run(folders[-1])
+    whole = sum(row["seconds"] for row in run.of("round_finished"))
+    for host in ("server", "d0", "d1"):
+        share = run.idle_share(host)
+        assert share is not None
+        assert sum(run.causes[host].values()) == pytest.approx(share * whole)
+    assert set(run.causes["d0"]) == set(CAUSES)
+
+
+def test_bytes_add_up_to_what_the_rounds_reported(folders: list[Path]) -> None:
+    run = read_run(folders[-1])
+    up = sum(row["bytes_up"] for row in run.of("round_finished"))
+    tensors = sum(sum(n.values()) for ends, n in run.carried.items() if ends[1] == "server")
+    assert tensors == 2 * 3 * SAMPLES * 500
+    assert run.weight_bytes == pytest.approx((up - tensors) / 6) == 20_000
+
+
+def test_what_links_carried_and_waited_for_is_added_up(folders: list[Path]) -> None:
+    run = read_run(folders[-1])
+    up = run.traffic["d0", "server"]
+    assert (up["messages"], up["queue_s"], up["repeated_bytes"]) == (30, 1.5, 900)
+    assert (up["queued_peak_bytes"], up["reconnects"]) == (7000, 1)  # no sums
+    whole = sum(row["bytes_up"] + row["bytes_down"] for row in run.of("round_finished"))
+    assert sum(one["bytes"] for one in run.traffic.values()) == pytest.approx(whole)
+    page = make_page([run])
+    cells = ["PiPar d0 → server", digits(up["bytes"] / 1e6), "50%", "30", "50", "7", "0.75", "0.00",
+             "–", "17.5", "1 (0.9 kB)"]  # fmt: skip
+    assert "".join(f"<td{' class=words' * (not i)}>{c}</td>" for i, c in enumerate(cells)) in page
+
+
+def test_of_many_links_those_of_the_first_devices_are_shown(tmp_path: Path) -> None:
+    plan = Plan((DevicePlan((1,), ("device", "server"), 4),) * 12)
+    page = make_page([read_run(write_run(tmp_path / "many", "pipar", plan))])
+    assert "d7 → server" in page and "d8 → server" not in page
+    assert "PiPar: 8 more in metrics.jsonl" in page
+
+
+def test_runs_that_did_not_finish_or_kept_no_trace_are_shown(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "broken", "pipar", PIPAR, finish=False)
+    (folder / "trace.json.gz").unlink()
+    page = make_page([read_run(folder)])
+    assert "PiPar (did not finish)" in page
+    assert "<h2>One step</h2>" not in page
+    assert "<h2>Idle time</h2>" in page  # from the rounds' sums, without causes
+    (folder / "metrics.jsonl").write_text("")
+    assert "<h2>Configuration</h2>" in make_page([read_run(folder)])
+
+
+def test_methods_that_repeat_are_called_by_their_folders(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, "pipar", PIPAR) for name in ("one", "two")]
+    page = make_page([read_run(folder) for folder in folders])
+    assert "<h1>one, two: " in page
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, "pipar", PIPAR) for name in ("<b>x", "y")]
+    page = make_page([read_run(folder) for folder in folders])
+    assert "<b>x" not in page
+    assert "&lt;b&gt;x" in page
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"nothing is not the folder of a run"):
+        read_run(tmp_path / "nothing")
+    folder = write_run(tmp_path / "run", "fl", FL)
+    with pytest.raises(RunError, match="cannot be written"):
+        write_report([folder], tmp_path / "missing" / "report.html")
+    (folder / "metrics.jsonl").write_text('{"event": "half\n{"event": "whole"}\n')
+    with pytest.raises(RunError, match="is not the folder of a run"):
+        read_run(folder)
+
+
+def test_the_usual_step_is_neither_the_first_nor_the_last() -> None:
+    rows = [
+        Timed(parse(f"d0.0L0@{step}"), start, start + length)
+        for step, start, length in [(0, 0, 9), (1, 10, 3), (2, 20, 5), (3, 30, 4), (4, 40, 1)]
+    ]
+    trace = Trace({"d0": rows}, [Interval(0, 50)])
+    window = median_step(trace)
+    assert window is not None
+    assert (window.step, window.interval) == (3, Interval(30, 34))
+    assert median_step(Trace()) is None
+
+
+def test_axes_have_round_numbers() -> None:
+    assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert ticks(3.1, 17) == pytest.approx([5, 10, 15])
+    assert ticks(2, 2) == [2]
+    assert [digits(x) for x in (0, 1234567, 12.345, 0.00123, 100)] == [
+        "0", "1,234,567", "12.3", "0.00123", "100",
+    ]  # fmt: skip
+    assert line_chart("nothing", "x", []) == ""
+    chart = line_chart("one", "x", [Series("a", 0, [(1.0, 5.0)])])
+    assert chart.count("<circle") == 1
+    assert "<polyline" not in chart
+
+
+@pytest.mark.browser
+def test_a_browser_draws_the_page_without_complaint(folders: list[Path], tmp_path: Path) -> None:
+    browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip(f"none of {', '.join(BROWSERS)} is on this machine")
+    report = tmp_path / "report.html"
+    write_report(folders, report)
+    # What the page looks like once its script has run: a probe adds what it measures.
+    probe = """<script>
+      const errors = []; window.addEventListener("error", (e) => errors.push(e.message));
+      const bar = document.querySelector("svg [data-key]");
+      bar.dispatchEvent(new PointerEvent("pointerover", {bubbles: true}));
+      const boxes = [...document.querySelectorAll("svg")].map((s) => s.getBoundingClientRect());
+      const texts = [...document.querySelectorAll("svg")].every((s) => {
+        const frame = s.getBoundingClientRect();
+        return [...s.querySelectorAll("text")].every((t) => {
+          const box = t.getBoundingClientRect();
+          return box.left >= frame.left - 2 && box.right <= frame.right + 2; }); });
+      window.dispatchEvent(new Event("beforeprint"));
+      document.title = JSON.stringify({errors, texts,
+        drawn: boxes.filter((b) => b.width > 300 && b.height > 60).length,
+        picked: document.querySelectorAll("svg.picked").length,
+        same: document.querySelectorAll("svg.picked [data-key].picked").length,
+        folded: document.querySelectorAll("details:not([open])").length,
+        wide: document.documentElement.scrollWidth > window.innerWidth});
+    </script></body>"""
+    report.write_text(report.read_text().replace("</body>", probe))
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+               "--disable-background-networking", "--disable-sync", "--window-size=1100,900",
+               f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000",
+               "--dump-dom", report.as_uri()]  # fmt: skip
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    title = re.search(r"<title>(\{.*?\})</title>", shown)
+    assert title is not None, shown[:500]
+    found = json.loads(title[1].replace("&quot;", '"'))
+    assert found == {"errors": [], "texts": True, "drawn": 12, "picked": 1, "same": found["same"],
+                     "folded": 0, "wide": False}  # fmt: skip
+    assert found["same"] >= 1
+
+
+def test_a_run_without_a_full_round_has_no_prediction(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run", "pipar", PIPAR))
+    alone = dataclasses.replace(run, events=())
+    assert alone.predict() is None
+    assert alone.epoch_s == 0.0

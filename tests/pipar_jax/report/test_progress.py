@@ -1,0 +1,189 @@
+"""Progress: what it makes of a run's events, and what it leaves on the terminal."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from pipar_jax.report import progress as progress_module
+from pipar_jax.report.progress import Progress, RunState, describe, render
+
+STARTED = {
+    "event": "run_started",
+    "time_s": 2.0,
+    "method": "pipar",
+    "plan": "cut 1, N = 4",
+    "devices": 2,
+    "rounds": 4,
+    "epochs": 4,
+    "steps": [40, 40],
+    "model": "cnn",
+    "parameters": 1000,
+}
+LEARNT = {
+    "event": "progress",
+    "time_s": 3.0,
+    "device": 0,
+    "step": 4,
+    "loss": 0.5,
+    "accuracy": 0.75,
+}
+ROUND = {
+    "event": "round_finished",
+    "time_s": 4.0,
+    "round": 0,
+    "rounds": 4,
+    "epoch": 1,
+    "seconds": 2.0,
+    "loss": 0.25,
+    "accuracy": 0.875,
+    "samples": 1000,
+    "idle": {"server": 0.5, "d0": 0.25, "d1": 0.0},
+    "busy": {"server": 1.0, "d0": 1.5, "d1": 2.0},
+    "bytes_up": 1_000_000,
+    "bytes_down": 500_000,
+}
+EVALUATED = {"event": "evaluated", "time_s": 4.5, "round": 0, "epoch": 1.0, "accuracy": 0.9}
+FINISHED = {"event": "run_finished", "time_s": 9.0, "seconds": 7.0, "accuracy": 0.95, "idle": {}}
+EVENTS = [
+    {"event": "listening", "time_s": 0.0, "host": "127.0.0.1", "port": 1},
+    {"event": "waiting", "time_s": 0.5, "missing": ["d1"]},
+    {"event": "device_joined", "time_s": 1.0, "device": 1, "samples": 719},
+    {"event": "prepared", "time_s": 1.5, "compile_s": 1.0, "calibration_s": 0.1},
+    STARTED,
+    LEARNT,
+    ROUND,
+    EVALUATED,
+    FINISHED,
+]
+
+
+def _followed(*events: dict) -> RunState:
+    state = RunState()
+    for event in events:
+        state.follow(event, now_s=100.0 + event["time_s"])
+    return state
+
+
+def _text(state: RunState, now_s: float = 110.0) -> str:
+    console = Console(file=io.StringIO(), width=100)
+    console.print(render(state, now_s, "2/4 PiPar"))
+    return console.file.getvalue()
+
+
+def test_the_fraction_counts_rounds_and_the_steps_of_every_device() -> None:
+    assert _followed(STARTED).fraction == 0.0
+    assert _followed(STARTED, LEARNT).fraction == pytest.approx(5 / 80)
+    other = LEARNT | {"device": 1, "step": 2}
+    assert _followed(STARTED, LEARNT, other).fraction == pytest.approx(8 / 80)
+    assert _followed(STARTED, LEARNT, ROUND).fraction == 0.25
+    assert _followed(STARTED, LEARNT, ROUND, FINISHED).fraction == 1.0
+
+
+def test_the_expected_end_follows_from_the_fraction() -> None:
+    state = _followed(STARTED, ROUND)
+    # Begun at 102 s, a quarter done at 104 s: six seconds to go.
+    assert state.left_s(104.0) == pytest.approx(6.0)
+    assert _followed(STARTED).left_s(104.0) is None
+    assert _followed(STARTED, FINISHED).left_s(104.0) == 0.0
+
+
+def test_a_round_gives_throughput_link_use_and_busy_shares() -> None:
+    state = _followed(STARTED, ROUND, EVALUATED)
+    assert state.samples_per_s == 500.0
+    assert (state.up_mbps, state.down_mbps) == (4.0, 2.0)
+    text = _text(state)
+    for piece in (
+        "2/4 PiPar",
+        "round 2/4",
+        "loss 0.250",
+        "accuracy 87.5%",
+        "test 90.0%",
+        "500 samples/s",
+        "4.0 Mbit/s up, 2.0 down",
+        "busy: server 50%, d0 75%, d1 100%",
+    ):
+        assert piece in text, text
+
+
+def test_before_training_it_says_what_it_waits_for() -> None:
+    assert "waiting for d1" in _text(_followed(EVENTS[0], EVENTS[1]))
+    assert "719 samples" in _text(_followed(*EVENTS[:3]))
+
+
+def test_what_the_tuner_chose_is_said() -> None:
+    tuned = {"event": "tuned", "time_s": 1.2, "plan": "device|2|server x6", "epoch_s": 1.625}
+    state = _followed(*EVENTS[:3], tuned)
+    expected = "tuned to device|2|server x6: 1.62 s per epoch predicted"
+    assert expected in _text(state)
+    assert describe(tuned, state) == expected
+
+
+def test_a_failure_is_said() -> None:
+    state = _followed(STARTED, {"event": "failed", "time_s": 3.0, "error": "d1 is gone"})
+    assert state.phase == "failed"
+    assert describe({"event": "failed", "error": "d1 is gone"}, state) == "failed: d1 is gone"
+
+
+def test_away_from_a_terminal_it_prints_plain_lines() -> None:
+    out = io.StringIO()
+    with Progress("2/4 PiPar", console=Console(file=out, width=100, highlight=False)) as progress:
+        for event in EVENTS:
+            progress(event)
+    text = out.getvalue()
+    assert "\x1b" not in text and "\r" not in text
+    assert all(re.match(r" *\d+\.\d s  \S", line) for line in text.splitlines())
+    assert "2/4 PiPar: round 1 of 4 took 2.00 s, loss 0.250" in text
+    assert "test accuracy 90.0% after epoch 1" in text
+    assert "finished in 7.0 s, test accuracy 95.0%" in text
+    # Steps come too often for a log.
+    assert "step 5" not in text
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_terminal_is_given_back_however_the_run_ends(fails: bool) -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=100, force_terminal=True)
+
+    def follow() -> None:
+        with Progress(console=console) as progress:
+            for event in EVENTS[:6]:
+                progress(event)
+            if fails:
+                raise KeyboardInterrupt
+            progress.close()
+            progress(ROUND)  # a late event starts nothing again
+
+    if fails:
+        with pytest.raises(KeyboardInterrupt):
+            follow()
+    else:
+        follow()
+    text = out.getvalue()
+    hidden, shown = "\x1b[?25l", "\x1b[?25h"
+    assert text.count(hidden) == text.count(shown) == 1
+    assert text.rindex(shown) > text.rindex(hidden)
+
+
+def test_what_takes_long_is_said_with_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody sits before a silent screen while hosts compile: a line after some seconds."""
+    out, now = io.StringIO(), [0.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    shown = Progress("PiPar", console=Console(file=out, width=100, highlight=False))
+    working = {"event": "working", "host": "d0", "what": "compiling", "of": 40}
+    for second in range(31):
+        now[0] = float(second)
+        shown({**working, "done": second, "time_s": now[0]})
+    lines = out.getvalue().splitlines()
+    assert [line.split("PiPar: ")[1] for line in lines] == [
+        f"d0 is compiling: {done} of 40" for done in (10, 20, 30)
+    ]
+    shown({"event": "working", "host": "server", "what": "timing", "done": 0, "of": 0})
+    assert shown.state.phase == "server is timing"
+    shown({"event": "saving", "file": "weights.safetensors", "time_s": 1.0})
+    assert out.getvalue().endswith("saving weights.safetensors\n")
+    shown({"event": "not_kept", "reason": "no space left on the disk", "time_s": 1.0})
+    assert "not all of what it tells is kept: no space left on the disk" in out.getvalue()

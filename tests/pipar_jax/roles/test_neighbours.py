@@ -1,0 +1,86 @@
+"""Neighbours in chains may meet again under another plan, in any order of being asked to."""
+
+from __future__ import annotations
+
+import queue
+import time
+
+import pytest
+
+from comms import Endpoint
+from pipar_jax.methods.resolution import resolve
+from pipar_jax.roles.neighbours import Neighbours
+from pipar_jax.schedule.plan import Boundary
+from tests.pipar_jax.runtime import support
+
+PATIENCE_S = 20.0
+FIRST, SECOND = Boundary("n1", "n2", 1), Boundary("n2", "n1", 1)
+
+
+class Node:
+    """A node's side of meeting others."""
+
+    def __init__(self, config, name) -> None:
+        self.endpoint, self.met, self.lost = Endpoint(name), queue.SimpleQueue(), []
+        self.neighbours = Neighbours(
+            config, name, self.endpoint, tensors=lambda *tensor: None, wake=lambda: None,
+            lost=self.lost.append, met=lambda: self.met.put(name),
+        )  # fmt: skip
+        self.address = self.neighbours.listen()
+
+    def meet(self, boundaries, addresses) -> None:
+        self.neighbours.meet(tuple(boundaries), addresses)
+
+    def has_met(self) -> bool:
+        return self.met.get(timeout=PATIENCE_S) == self.neighbours.wiring._host
+
+
+@pytest.fixture
+def nodes(tmp_path):
+    made = support.config(tmp_path, (8,), method="accept")
+    made.nodes.count, made.nodes.defaults.link = 3, "80/40"
+    made.nodes.overrides = {2: {"link": "20/10"}}
+    config = resolve(made, models=(made.model.name,))
+    found = {name: Node(config, name) for name in ("n1", "n2", "n3")}
+    yield found
+    for node in found.values():
+        node.neighbours.part()
+    for node in found.values():
+        node.endpoint.close()
+
+
+def test_links_that_are_there_stay_and_others_are_added(nodes):
+    addresses = {name: node.address for name, node in nodes.items()}
+    for node in nodes.values():
+        node.meet([FIRST], addresses)
+    assert all(node.has_met() for node in nodes.values())
+    wirings = {name: node.neighbours.wiring for name, node in nodes.items()}
+    kept = {name: wirings[name].of(FIRST) for name in ("n1", "n2")}
+
+    # The other order of the same two, and n3 behind them; who opens a link is asked first.
+    later = [SECOND, Boundary("n1", "n3", 2)]
+    for name in ("n2", "n1", "n3"):
+        nodes[name].meet(later, addresses)
+        deadline_s = time.monotonic() + PATIENCE_S
+        while name == "n2" and not nodes["n1"].neighbours._early:  # it comes before n1 is asked
+            assert time.monotonic() < deadline_s
+            time.sleep(0.001)
+    assert all(node.has_met() for node in nodes.values())
+    assert {name: wirings[name].of(FIRST) for name in ("n1", "n2")} == kept
+    assert wirings["n1"].of(SECOND) is not kept["n1"]
+    assert [boundary for boundary, _ in wirings["n3"].direct()] == [later[1]]
+    assert not wirings["n1"].missing((FIRST, *later))
+
+    # Nothing is missing: all have met at once, and nobody dials again.
+    for node in nodes.values():
+        node.meet([FIRST, *later], addresses)
+    assert all(node.has_met() for node in nodes.values())
+    assert len(wirings["n1"].direct()) == 3
+    assert not any(node.lost for node in nodes.values())
+
+
+def test_the_line_between_two_nodes_is_the_lower_ones_in_either_order(nodes):
+    neighbours = nodes["n1"].neighbours
+    assert neighbours._shape_of(FIRST).rate_mbps == 80  # what n1 sends up to n2
+    assert neighbours._shape_of(SECOND).rate_mbps == 10  # what it sends down to n2
+    assert neighbours._shape_of("d0").unlimited

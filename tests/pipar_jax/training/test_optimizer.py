@@ -1,0 +1,139 @@
+"""Every option of the optimiser, unit by unit, against plain optax on the whole tree."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import stages
+from pipar_jax.config import OptimizerConfig
+from pipar_jax.training import optimizer
+
+STEPS = 3
+#: For each field the values that are tried, and what they need to make a difference. A field that
+#: is missing here fails: whoever adds an option says what it equals.
+VALUES = {
+    "name": [{"name": "sgd"}, {"name": "adam"}, {"name": "adamw"}],
+    "learning_rate": [{"learning_rate": 0.5}],
+    "momentum": [{"momentum": 0.0}, {"name": "adam", "momentum": 0.5}],
+    "nesterov": [{"nesterov": True}, {"name": "adam", "nesterov": True}],
+    "beta2": [{"name": "adam", "beta2": 0.5}],
+    "epsilon": [{"name": "adam", "epsilon": 0.1}],
+    "weight_decay": [
+        {"name": name, "weight_decay": 0.1} for name in ("sgd", "adam", "adamw")
+    ],
+    "clip_norm": [{"clip_norm": 0.5}, {"clip_norm": 1e6}],
+    "decay": [{"decay": "cosine"}, {"decay": "linear"}],
+    "warmup_steps": [{"warmup_steps": 2}, {"warmup_steps": 1, "decay": "linear"}],
+}  # fmt: skip
+CASES = [(field, values, mu) for field, some in VALUES.items() for values in some for mu in (0.0,)]
+# Everything again where units are coupled, and where the round's weights pull.
+CASES += [(field, {"clip_norm": 0.5, **values}, 0.3) for field, values, _ in CASES]
+
+
+def reference(config: OptimizerConfig, mu: float, start) -> optax.GradientTransformation:
+    """The same in optax's own words, on the whole tree."""
+    rate, rest = config.learning_rate, STEPS - config.warmup_steps
+    course = {
+        "constant": optax.constant_schedule(rate),
+        "cosine": optax.cosine_decay_schedule(rate, rest),
+        "linear": optax.linear_schedule(rate, 0.0, rest),
+    }[config.decay]
+    if config.warmup_steps:
+        ramp = [rate * (i + 1) / (config.warmup_steps + 1) for i in range(config.warmup_steps)]
+        later = course
+
+        def course(count):
+            return jnp.where(count < len(ramp), jnp.take(jnp.array(ramp), count, mode="clip"),
+                             later(count - len(ramp)))  # fmt: skip
+
+    adam = {"b1": config.momentum, "b2": config.beta2, "eps": config.epsilon,
+            "nesterov": config.nesterov}  # fmt: skip
+    rule = {
+        "sgd": lambda: optax.sgd(course, config.momentum, nesterov=config.nesterov),
+        "adam": lambda: optax.adam(course, **adam),
+        "adamw": lambda: optax.adamw(course, weight_decay=config.weight_decay, **adam),
+    }[config.name]()
+    pull = optax.stateless(lambda g, w: jax.tree.map(lambda g, w, a: g + mu * (w - a), g, w, start))
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    l2 = 0.0 if config.name == "adamw" else config.weight_decay
+    return optax.chain(pull, clip, optax.add_decayed_weights(l2), rule)
+
+
+def weights():
+    rng = np.random.default_rng(0)
+    shapes = {"one": {"w": (3, 4), "b": (4,)}, "none": {}, "two": {"w": (4, 2)}, "three": {"a": ()}}
+    return {
+        unit: {path: jnp.asarray(rng.normal(size=shape), jnp.float32)
+               for path, shape in arrays.items()}
+        for unit, arrays in shapes.items()
+    }  # fmt: skip
+
+
+def gradients(params, step):
+    return jax.tree.map(lambda w: jnp.cos(w * (step + 2)) * (step + 1), params)
+
+
+def trained(config: OptimizerConfig, mu: float):
+    """Trains unit by unit, as replicas do."""
+    made = optimizer.compiled(config, steps=STEPS, proximal_mu=mu)
+    params = weights()
+    states = {unit: made.transformation.init(arrays) for unit, arrays in params.items()}
+    for step in range(STEPS):
+        params, states, _ = made.update(params, states, gradients(params, step))
+    return params, states
+
+
+def close(ours, theirs) -> bool:
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    return all(np.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in pairs)
+
+
+def test_every_option_is_tried():
+    fields = dataclasses.fields(OptimizerConfig)
+    assert list(VALUES) == [field.name for field in fields]
+    for field in fields:
+        choices = set(field.metadata["choices"] or ()) - {field.default}
+        assert choices <= {one[field.name] for one in VALUES[field.name]}, field.name
+
+
+@pytest.mark.parametrize(("field", "values", "mu"), CASES)
+def test_units_together_equal_optax_on_the_whole_tree(field, values, mu):
+    config = OptimizerConfig(**{"learning_rate": 0.1, **values})
+    ours, states = trained(config, mu)
+    theirs = weights()
+    tx = reference(config, mu, theirs)
+    state = tx.init(theirs)
+    for step in range(STEPS):
+        updates, state = tx.update(gradients(theirs, step), state, theirs)
+        theirs = optax.apply_updates(theirs, updates)
+    assert close(ours, theirs)
+    for unit, arrays in weights().items():  # a unit moves with a state of its own
+        like = optimizer.build(config, steps=STEPS, proximal_mu=mu).init(arrays)
+        assert jax.tree.structure(states[unit]) == jax.tree.structure(like)
+    # An option that changed nothing would have been compared with nothing.
+    plain = {k: v for k, v in values.items() if k != field}
+    if values[field] not in (getattr(OptimizerConfig(), field), 1e6):
+        assert not close(ours, trained(OptimizerConfig(**{"learning_rate": 0.1, **plain}), mu)[0])
+
+
+def test_what_couples_units_is_marked_and_keeps_no_state():
+    """Whatever is not marked must give the same for a unit alone as among others."""
+    for _, values, mu in CASES:
+        parts = optimizer.parts(OptimizerConfig(**values), steps=STEPS, proximal_mu=mu)
+        params = weights()
+        for part in parts:
+            whole, _ = part.update(gradients(params, 0), part.init(params), params)
+            alone = {
+                unit: part.update(gradients(params, 0)[unit], part.init(own), own)[0]
+                for unit, own in params.items()
+            }
+            if isinstance(part, stages.Joint):
+                assert part.init(params) == optax.EmptyState()
+            else:
+                assert close(whole, alone)
