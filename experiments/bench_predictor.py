@@ -35,8 +35,7 @@ CHAINS, LENGTHS = 12, (2, 3, 4)
 def measure(run: harness.Bench) -> None:
     """Trains without what is tested, and tests."""
     from experiments.latency_data import evaluation, training
-    from experiments.latency_data.published_tables import FAMILY
-    from pipar_jax.profiling.predictor import read_timings
+    from experiments.latency_data.published_tables import FAMILY, read_timings
 
     timings = read_timings(
         pathlib.Path(_TIMINGS.value) if _TIMINGS.value else None,

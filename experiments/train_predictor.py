@@ -28,7 +28,7 @@ def main(_: list[str]) -> None:
       PiparError: The times cannot be read, or the network not be written.
     """
     from experiments.latency_data import training
-    from pipar_jax.profiling.predictor import read_timings
+    from experiments.latency_data.published_tables import read_timings
 
     began_s = time.monotonic()
     timings = read_timings(_TIMINGS.value, _TABLES.value)

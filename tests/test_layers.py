@@ -27,6 +27,21 @@ FORBIDDEN = {
 }
 # Never in any of the five: code that runs what a peer or a file sends.
 UNSAFE = {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
+# The rooms of a package, bottom up: a room uses only those on the floors below its own.
+FLOORS = {
+    "comms": ("errors", "options wire emulation", "codecs", "link"),
+    "pipar_jax": (
+        "errors version",
+        "schedule codec_kernels",
+        "config cost_model",
+        "data methods training aggregation simulator",
+        "runtime report tuner",
+        "profiling",
+        "roles",
+        "launch",
+    ),
+    "experiments": ("latency_data benchmarks",),
+}
 # What loads no jax: the launcher needs these before XLA_FLAGS and processor affinity are set.
 WITHOUT_JAX = (
     "pipar_jax",
@@ -65,14 +80,80 @@ def test_a_package_uses_only_the_libraries_meant_for_it(package: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_nobody_imports_an_experiment() -> None:
+def test_nobody_imports_a_binary() -> None:
+    shared = tuple(f"experiments.{room}" for room in _rooms("experiments"))
     wrong = [
         f"{modules()[name]}:{item.line} imports {item.module}"
         for name in modules()
         for item in imports(name)
-        if item.module.startswith("experiments.")
+        if item.module.startswith("experiments.") and not item.module.startswith(shared)
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def _rooms(package: str) -> dict[str, int]:
+    """Return each room of a package with the number of its floor."""
+    return {room: i for i, floor in enumerate(FLOORS[package]) for room in floor.split()}
+
+
+def _arrows(package: str) -> set[tuple[str, str, str, str]]:
+    """Return (room, room it imports, module, module it imports) within a package."""
+    found = set()
+    for name in modules():
+        if not name.startswith(f"{package}."):
+            continue
+        for item in imports(name):
+            if item.module.startswith(f"{package}."):
+                ends = name.split(".")[1], item.module.split(".")[1]
+                if ends[0] != ends[1]:
+                    found.add((*ends, name, item.module))
+    return found
+
+
+def _upward(arrows: set[tuple[str, str, str, str]], floors: dict[str, int]) -> list[str]:
+    """Return the arrows that do not point to a lower floor."""
+    return sorted(
+        f"{above} imports {below}: {user} imports {used}"
+        for above, below, user, used in arrows
+        if floors[below] >= floors[above]
+    )
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_every_room_has_a_floor_and_imports_only_from_lower_ones(package: str) -> None:
+    floors = _rooms(package)
+    rooms = {name.split(".")[1] for name in modules() if name.startswith(f"{package}.")}
+    if package == "experiments":  # the binaries are the roof
+        rooms = {room for room in rooms if modules()[f"{package}.{room}"].name == "__init__.py"}
+    assert rooms <= set(floors), f"{package}: no floor for {sorted(rooms - set(floors))}"
+    arrows = {arrow for arrow in _arrows(package) if arrow[0] in floors and arrow[1] in floors}
+    assert not (wrong := _upward(arrows, floors)), "\n".join(wrong)
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_an_arrow_that_is_turned_would_be_found(package: str) -> None:
+    floors = _rooms(package)
+    arrows = {arrow for arrow in _arrows(package) if arrow[0] in floors and arrow[1] in floors}
+    assert arrows or len(FLOORS[package]) == 1
+    for above, below, user, used in arrows:
+        assert _upward({(below, above, used, user)}, floors)
+
+
+def test_no_packages_import_each_other_in_a_circle() -> None:
+    def package(name: str) -> str:
+        """Return a module's package; one that lies loose in a top-level package is a room alone."""
+        is_package = modules()[name].name == "__init__.py"
+        return name if is_package or name.count(".") == 1 else name.rpartition(".")[0]
+
+    edges: dict[str, set[str]] = {}
+    for name in modules():
+        if modules()[name].name == "__init__.py":
+            continue  # a package's face names what is behind it
+        own = edges.setdefault(package(name), set())
+        own |= {package(item.module) for item in imports(name) if item.module in modules()}
+    for name in set().union(*edges.values()):
+        edges.setdefault(name, set())
+    assert not (circle := _circle(edges)), " imports ".join(circle)
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:

@@ -13,7 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.latency_data.timings import TimedDevice, TimedLayer, Timings, layer
+from experiments.latency_data.timings import (
+    SHIPPED_TIMINGS,
+    TimedDevice,
+    TimedLayer,
+    Timings,
+    layer,
+)
 from pipar_jax.errors import DataError
 from pipar_jax.profiling.predictor.operators import Operator, convolution
 from pipar_jax.tuner.chain_search import read_profile
@@ -68,6 +74,25 @@ def read_tables(folder: Path) -> Timings | None:
         )  # fmt: skip
         found = made if found is None else found.join(made)
     return found
+
+
+def read_timings(path: Path | None = None, tables: Path | None = None) -> Timings:
+    """Returns gathered times, together with those of profile tables.
+
+    Args:
+      path: What ``experiments.collect_latency`` wrote; None is what is kept here.
+      tables: A folder of profile tables; None is none.
+
+    Raises:
+      DataError: A file cannot be read, or there is no table in the folder.
+    """
+    timings = Timings.load(path or SHIPPED_TIMINGS)
+    if tables is None:
+        return timings
+    found = read_tables(tables)
+    if found is None:
+        raise DataError(f"{tables} holds none of {', '.join(TABLES)}")
+    return timings.join(found)
 
 
 def _norm(side: int, channels: int) -> tuple[Operator, ...]:

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.latency_data.published_tables import TABLES, read_tables
+from experiments.latency_data.published_tables import TABLES, read_tables, read_timings
 from experiments.latency_data.timings import Timings
 from pipar_jax.errors import DataError
-from pipar_jax.profiling.predictor import read_timings
 from tests.pipar_jax.profiling.predictor import synthetic
 
 SHARED = Path(__file__).parents[4] / "shared" / "data" / "profiles"
