@@ -2,9 +2,10 @@
 
   pipar train_predictor --timings=timings.npz --tables=FOLDER --out=FILE
 
-Times are those of experiments.collect_latency (the ones in the package unless given); tables are
-published profile tables of other devices (experiments/latency_data/published_tables.py), left out if not given.
-Takes about half a minute on a core and is the same on every run.
+Times are those of experiments.collect_latency (the ones kept in experiments/latency_data unless
+given); tables are published profile tables of other devices
+(experiments/latency_data/published_tables.py), left out if not given. Takes about half a minute on
+a core and is the same on every run.
 """
 
 import time

@@ -12,9 +12,9 @@ With t the largest magnitude of a block and q the largest code (127, 7, 448 or 5
 x is sent as round(x * (q / t)), ties to even, and read as code * scale with scale = t * (1 / q),
 all in float32. Blocks with t < 2**-100 are sent as zeros with scale 0. A block that holds an
 infinity or a NaN gets the scale NaN, so that it arrives as NaN and never as a plausible number.
-The jit kernels in pipar_jax.codec_kernels.kernels do the same operations in the same order and so give the
-same bytes; that is why scale is a product with 1 / q: compilers turn a division by a constant into
-just that.
+The jit kernels in pipar_jax.codec_kernels.kernels do the same operations in the same order and so
+give the same bytes; that is why scale is a product with 1 / q: compilers turn a division by a
+constant into just that.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Measurement code behind `experiments.bench_*`: harness, peers, settings and trials. Not in the wheel."""
+"""Measurement behind `experiments.bench_*`: harness, peers, settings, trials. Not in the wheel."""

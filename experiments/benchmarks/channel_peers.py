@@ -2,7 +2,8 @@
 
 Every peer has a receiving side, started once by `start_receivers` and answering on threads of its
 own, and a sending side that times itself: from the first byte offered until the receiver has said
-that the last tensor lies complete in a buffer of its own. Runs in processes of `pipar_jax.launch.pinning`.
+that the last tensor lies complete in a buffer of its own. Runs in processes of
+`pipar_jax.launch.pinning`.
 """
 
 from __future__ import annotations

@@ -24,9 +24,9 @@ targets were met or not::
 
 What is timed ends when its result is ready (``block_until_ready``), and the first calls, which
 compile, are left out. A case that times itself, such as a whole training in processes of its own,
-returns ``bench.Seconds``. Machines are noisy: cases take turns, their order reversed every other
-time, and a ratio is the median of the ratios of neighbouring runs. ``pipar_jax.launch.pinning`` runs a case
-on chosen cores. The harness itself needs no jax.
+returns ``harness.Seconds``. Machines are noisy: cases take turns, their order reversed every other
+time, and a ratio is the median of the ratios of neighbouring runs. ``pipar_jax.launch.pinning``
+runs a case on chosen cores. The harness itself needs no jax.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Runs a whole experiment on this machine: a server process, a process per device, no orphan.
 
-Each child is a ``pipar_jax.launch.process`` with three connections: its standard input, on which a device
-gets the server's address and whose end means that the parent is gone; a pipe of its own, on which
-it tells events; and a log file below the run's folder, which keeps everything it prints.
+Each child is a ``pipar_jax.launch.process`` with three connections: its standard input, on which a
+device gets the server's address and whose end means that the parent is gone; a pipe of its own, on
+which it tells events; and a log file below the run's folder, which keeps everything it prints.
 """
 
 from __future__ import annotations

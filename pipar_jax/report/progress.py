@@ -1,7 +1,8 @@
 """Progress of a run on the screen, from the events that it reports.
 
-A ``Progress`` is called with each event (see ``pipar_jax.launch.launcher``). On a terminal it keeps a few
-lines up to date in place; elsewhere it prints one plain line for what is worth a line in a log.
+A ``Progress`` is called with each event (see ``pipar_jax.launch.launcher``). On a terminal it keeps
+a few lines up to date in place; elsewhere it prints one plain line for what is worth a line in a
+log.
 """
 
 from __future__ import annotations

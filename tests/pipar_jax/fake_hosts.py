@@ -1,7 +1,8 @@
 """Hosts without an engine, for tests of the launcher: real processes that join over TCP and act.
 
-Run as ``python -m tests.pipar_jax.fake_hosts``, with the arguments of ``pipar_jax.launch.process``. What
-each host does is in the environment variable FAKE_HOSTS, as JSON: {"d1": "killed"}.
+Run as ``python -m tests.pipar_jax.fake_hosts``, with the arguments of
+``pipar_jax.launch.process``. What each host does is in the environment variable FAKE_HOSTS, as
+JSON: {"d1": "killed"}.
 """
 
 from __future__ import annotations
