@@ -27,7 +27,10 @@ FIRST = ("quickstart", "train", "server", "device", "node", "plan", "profile", "
 
 def commands() -> dict[str, str]:
     """Returns all commands: name to what it does, the most used first."""
-    found = {one.name for one in pkgutil.iter_modules([str(FOLDER)])} - {"command"}
+    modules = pkgutil.iter_modules([str(FOLDER)])
+    found = {one.name for one in modules if not one.ispkg} - {"command"}
+    if not (FOLDER / "benchmarks").is_dir():  # an installation has no measurement code
+        found = {name for name in found if not _measures(FOLDER / f"{name}.py")}
     order = [*(name for name in FIRST if name in found), *sorted(found - set(FIRST))]
     return {name: _about(FOLDER / f"{name}.py") for name in order}
 
@@ -87,6 +90,8 @@ def main() -> NoReturn:
     if wanted not in known:
         what = f"{name!r} is not a command of pipar" if name else "pipar needs a command"
         near = did_you_mean(wanted, known) if name else ""
+        if wanted and (FOLDER / f"{wanted}.py").is_file() and wanted != "command":
+            what, near = f"{name} measures, which takes a clone of the sources", ""
         print(f"error: {what}{near} (all of them: pipar --help)", file=sys.stderr)
         leave(WRONG_USE)
     put_in_order(sys.path)
@@ -98,6 +103,12 @@ def main() -> NoReturn:
     except KeyboardInterrupt:  # while it was loading: later it sees to that itself
         leave(INTERRUPTED)
     leave(0)
+
+
+def _measures(path: pathlib.Path) -> bool:
+    """Returns whether a binary needs measurement code, which a clone of the sources has."""
+    text = path.read_text(encoding="utf-8")
+    return "experiments.benchmarks" in text or "experiments.latency_data" in text
 
 
 def _about(path: pathlib.Path) -> str:

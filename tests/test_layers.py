@@ -32,9 +32,10 @@ FLOORS = {
     "comms": ("errors", "options wire emulation", "codecs", "link"),
     "pipar_jax": (
         "errors version",
+        "disk",
         "schedule codec_kernels",
         "config cost_model",
-        "data methods training aggregation simulator",
+        "data methods training aggregation simulator protocol",
         "runtime report tuner",
         "profiling",
         "roles",

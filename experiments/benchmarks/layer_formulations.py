@@ -1,8 +1,8 @@
 """Measures the formulations of layers on this machine and writes `stages/layers/measured.csv`.
 
-Run `taskset -c 0 python -m experiments.benchmarks.layer_formulations` on a quiet machine; it takes half an hour, most
-of it to compile. Times are processor time, least of several runs in which the formulations
-alternate, so other work on the machine disturbs them little.
+Run `taskset -c 0 python -m experiments.benchmarks.layer_formulations` on a quiet machine; it takes
+half an hour, most of it to compile. Times are processor time, least of several runs in which the
+formulations alternate, so other work on the machine disturbs them little.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The configuration of a run: its fields, its hosts, its checks and its text.
 
 A preset in ``configs/`` returns a ``Config``; the command line changes its fields
-(``--config.data.batch_size=50``, ``--config.devices.1.link=4g``); ``pipar_jax.methods.resolution.resolve`` checks it and returns
-the complete copy that is printed, saved with the run and handed to every host. Nothing here loads
-jax: launchers read configurations before the environment of jax is set.
+(``--config.data.batch_size=50``, ``--config.devices.1.link=4g``); ``resolve`` of
+``pipar_jax.methods.resolution`` checks it as a whole and returns the complete copy that is printed,
+saved with the run and handed to every host. Nothing here loads jax: launchers read configurations
+before the environment of jax is set.
 """
 
 from __future__ import annotations

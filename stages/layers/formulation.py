@@ -2,9 +2,9 @@
 
 On GPUs and TPUs it is always XLA's own operation. On CPUs it is the one that was fastest for this
 shape in `measured.csv`, a table of all shapes of the registered networks that
-`python -m experiments.benchmarks.layer_formulations` writes anew. For a shape that is not in it, it is the one that
-was fastest for the nearest shape of its kind, and never XLA's where that is a naive loop. The
-choice is a pure function of static shapes, so it is the same in every process.
+`python -m experiments.benchmarks.layer_formulations` writes anew. For a shape that is not in it, it
+is the one that was fastest for the nearest shape of its kind, and never XLA's where that is a naive
+loop. The choice is a pure function of static shapes, so it is the same in every process.
 """
 
 from __future__ import annotations

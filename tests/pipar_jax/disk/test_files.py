@@ -103,7 +103,7 @@ OTHERWISE = {
     "pipar_jax/data/download.py": "written aside while its checksum is made, then renamed",
     "pipar_jax/data/cache.py": "a whole folder is written aside, and a lock has nothing in it",
     "pipar_jax/launch/certificates.py": "a key is private before it has content",
-    "experiments/benchmarks/layer_formulations.py": "a module of the sources, for whoever works on them",
+    "experiments/benchmarks/layer_formulations.py": "a table of the sources, for their authors",
 }
 
 
