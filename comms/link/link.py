@@ -163,7 +163,7 @@ class Link(Stream):
         """Activation and cotangent bytes that the peer would take now."""
         return max(0, self._outbox.peer_window_bytes - self._used_bytes())
 
-    def can_send(self, nbytes: int) -> bool:
+    def can_send(self, nbytes: float) -> bool:
         """Whether a tensor of `nbytes` (before the codec) has credit; an empty window takes any."""
         used = self._used_bytes()
         return used == 0 or used + nbytes <= self._outbox.peer_window_bytes

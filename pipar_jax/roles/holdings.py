@@ -20,8 +20,9 @@ from pipar_jax.errors import ProtocolError, RunError
 from pipar_jax.protocol.messages import LookSeen
 from pipar_jax.protocol.registry import peek
 from pipar_jax.runtime import weight_bundle
-from pipar_jax.runtime.moves import copy_of, local_to, moves
+from pipar_jax.runtime.moves import local_to, moves
 from pipar_jax.schedule.actions import ALL, COMPUTE, EVALUATE, Span
+from pipar_jax.schedule.host_program import replica_key
 from pipar_jax.schedule.plan import OWNER, Plan, is_node
 from pipar_jax.training import optimizer
 from stages import Model
@@ -73,7 +74,7 @@ class Holdings:
             for stage in range(one.stages):
                 if plan.host(device, stage) != host or stage in local:
                     continue
-                parts = found.setdefault(str(copy_of(plan, device, stage)), {})
+                parts = found.setdefault(str(replica_key(plan, device, stage)[0]), {})
                 units = tuple(self.names[i] for i in plan.units(device, stage, len(self.names)))
                 for part in ("params", "state"):
                     merged = (*parts.get(part, ()), *units)

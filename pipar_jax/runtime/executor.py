@@ -29,7 +29,8 @@ from pipar_jax.schedule.actions import (
     Action,
     RoundSchedule,
 )
-from pipar_jax.schedule.plan import Plan
+from pipar_jax.schedule.host_program import HostProgram, Operation
+from pipar_jax.schedule.plan import Boundary
 from pipar_jax.schedule.trace import Timed
 from pipar_jax.training.replica import Replica
 from stages import Draw
@@ -64,8 +65,7 @@ class Executor:
     Owned by the host's dispatch thread, but for what it leaves to run on completion.
 
     Args:
-      host: The host's name.
-      plan: The run's plan.
+      program: What the run's plan means for the host.
       replicas: For (device, stage) its weights here; (ALL, stage) where devices share one copy.
       wiring: The host's links.
       batches: The data of the device that this host is, if it is one.
@@ -79,8 +79,7 @@ class Executor:
 
     def __init__(
         self,
-        host: str,
-        plan: Plan,
+        program: HostProgram,
         replicas: Mapping[tuple[int, int], Replica],
         wiring: Wiring,
         *,
@@ -93,7 +92,8 @@ class Executor:
         dtype: Any,
     ) -> None:
         """See the class."""
-        self._host, self._plan, self._replicas, self._wiring = host, plan, replicas, wiring
+        self._host, self._program = program.host, program
+        self._replicas, self._wiring = replicas, wiring
         self._batches, self._meter, self._record = batches, meter, record
         self._ledger = ledger
         self._duration_s, self._seed, self._dtype = duration_s, np.uint32(seed), np.dtype(dtype)
@@ -152,7 +152,7 @@ class Executor:
             self._record(
                 Timed(action, message.first_byte_s, message.received_s, message.nbytes, tag.samples)
             )
-        if kind == RECEIVE_FORWARD and self._label_travels(tag.device):
+        if kind == RECEIVE_FORWARD and self._program.labels_travel(tag.device):
             complete = action in self._arrived and (
                 (tag.device, tag.step, tag.micro_batch) in self._labels
             )
@@ -169,7 +169,8 @@ class Executor:
 
     def _forward(self, action: Action) -> Work:
         part = self.part(action)
-        x, release = self._input(action, part)
+        operation = self._operation(action)
+        x, release = self._input(action, operation, part)
         replica = self.replica(action.device, action.stage)
         y, residuals = replica.forward(x, self._draw(action, part))
         kept_bytes = array_bytes(residuals)
@@ -181,8 +182,7 @@ class Executor:
             x_bytes = 0
         y_bytes = 0 if residuals.output is not None else y.nbytes
         self._ledger.hold(kept_bytes + y_bytes)
-        above = self._plan.host(action.device, action.stage + 1)
-        if above == self._host:
+        if operation.target is None:
             self._values[action] = y
             self._ledger.hold(y.nbytes - y_bytes)
 
@@ -191,33 +191,34 @@ class Executor:
                 self._ledger.drop(x_bytes)
 
             return self._work(action, y, part.samples, passed)
-        codecs = self._plan.devices[action.device].codecs[action.stage]
-        parcel = Parcel(y, codecs.activation)
+        boundary = operation.target
+        parcel = Parcel(y, operation.codec)
         labels = None
-        if self._label_travels(action.device):
+        if self._program.labels_travel(action.device):
             labels = self._take_labels(action, part)
 
         def then() -> None:
             release()
             self._ledger.drop(x_bytes)
-            self._send_up(action, part, parcel, labels, y_bytes)
+            self._send_up(action, boundary, part, parcel, labels, y_bytes)
 
         return self._work(action, parcel.ready, part.samples, then)
 
     def _last(self, action: Action) -> Work:
         part = self.part(action)
-        x, release = self._input(action, part)
+        operation = self._operation(action)
+        x, release = self._input(action, operation, part)
         labels = self._take_labels(action, part)
         replica = self.replica(action.device, action.stage)
         metrics, cotangent = replica.loss(x, jax.device_put(labels), self._draw(action, part))
         x_bytes = x.nbytes
-        parcel = self._keep_cotangent(action, cotangent)
+        parcel = self._keep_cotangent(action, operation, cotangent)
 
         def then() -> None:
             release()
             self._ledger.drop(x_bytes)
             if parcel is not None:
-                self._send_down(action, part, parcel)
+                self._send_down(action, operation, part, parcel)
             loss, correct = float(metrics["loss"]), float(metrics["correct"])
             self._meter.add(action.device, action.step, loss, correct, part.samples)
 
@@ -226,18 +227,19 @@ class Executor:
 
     def _backward(self, action: Action) -> Work:
         part = self.part(action)
-        cotangent, release = self._cotangent(action)
+        operation = self._operation(action)
+        cotangent, release = self._cotangent(action, operation)
         replica = self.replica(action.device, action.stage)
         residuals, over_bytes = self._residuals.pop(_key(action))
         given = replica.backward(residuals, cotangent)
         over_bytes += cotangent.nbytes
-        parcel = self._keep_cotangent(action, given if action.stage else None)
+        parcel = self._keep_cotangent(action, operation, given if action.stage else None)
 
         def then() -> None:
             release()
             self._ledger.drop(over_bytes)
             if parcel is not None:
-                self._send_down(action, part, parcel)
+                self._send_down(action, operation, part, parcel)
 
         return self._work(action, given if parcel is None else parcel.ready, part.samples, then)
 
@@ -245,8 +247,9 @@ class Executor:
         replica = self.replica(action.device, action.stage)
         probe = replica.update(self._gradient_scale(action))
         self._mini_batches.pop((action.device, action.step - 1), None)
-        last = action.stage == self._plan.devices[max(action.device, 0)].stages - 1
-        served = range(len(self._plan.devices)) if action.device == ALL else (action.device,)
+        devices = self._program.plan.devices
+        last = action.stage == devices[max(action.device, 0)].stages - 1
+        served = range(len(devices)) if action.device == ALL else (action.device,)
 
         def then() -> None:
             if last:
@@ -257,25 +260,33 @@ class Executor:
 
     # --- inputs ------------------------------------------------------------------------------
 
-    def _input(self, action: Action, part: Part) -> tuple[jax.Array, Callable[[], None]]:
+    def _operation(self, action: Action) -> Operation:
+        """Returns what the plan says of an action."""
+        return self._program.operation(action.device, action.stage, action.kind)
+
+    def _input(
+        self, action: Action, operation: Operation, part: Part
+    ) -> tuple[jax.Array, Callable[[], None]]:
         """Returns a stage's input and what to call once it has been consumed."""
-        stage = action.stage
-        if stage == 0:
+        if action.stage == 0:
             whole, _ = self._mini_batch(action)
             x = jax.device_put(whole[part.before : part.before + part.samples])
             self._ledger.hold(x.nbytes)
             return x, _nothing
-        if self._plan.host(action.device, stage - 1) == self._host:
-            return self._values.pop(action._replace(stage=stage - 1, kind=FORWARD)), _nothing
-        return self._open(action._replace(kind=RECEIVE_FORWARD))
+        return self._taken(action, operation)
 
-    def _cotangent(self, action: Action) -> tuple[jax.Array, Callable[[], None]]:
+    def _cotangent(
+        self, action: Action, operation: Operation
+    ) -> tuple[jax.Array, Callable[[], None]]:
         """Returns the gradient in a stage's output and what to call once it has been consumed."""
-        above = action.stage + 1
-        if self._plan.host(action.device, above) == self._host:
-            kind = LAST if above == self._plan.devices[action.device].stages - 1 else BACKWARD
-            return self._values.pop(action._replace(stage=above, kind=kind)), _nothing
-        return self._open(action._replace(kind=RECEIVE_BACKWARD))
+        return self._taken(action, operation)
+
+    def _taken(self, action: Action, operation: Operation) -> tuple[jax.Array, Callable[[], None]]:
+        """Returns what another computation made, here or on another host."""
+        if operation.output_of is not None:
+            stage, kind = operation.output_of
+            return self._values.pop(action._replace(stage=stage, kind=kind)), _nothing
+        return self._open(action._replace(kind=operation.received))
 
     def _open(self, received: Action) -> tuple[jax.Array, Callable[[], None]]:
         """Returns a tensor that arrived and what to call once it has been consumed."""
@@ -295,16 +306,11 @@ class Executor:
 
     def _take_labels(self, action: Action, part: Part) -> np.ndarray[Any, Any]:
         """Returns a micro-batch's labels: the device's own, or those that travelled with it."""
-        if self._batches is not None and self._plan.host(action.device, 0) == self._host:
+        if self._batches is not None and self._program.is_first(action.device):
             _, labels = self._mini_batch(action)
             own: np.ndarray[Any, Any] = labels[part.before : part.before + part.samples]
             return own
         return self._labels.pop((action.device, action.step, action.micro_batch))
-
-    def _label_travels(self, device: int) -> bool:
-        """Says whether labels leave the device: the last stage is on another host."""
-        stages = self._plan.devices[device].stages
-        return self._plan.host(device, 0) != self._plan.host(device, stages - 1)
 
     def _draw(self, action: Action, part: Part) -> Draw:
         """Returns the scalars of a micro-batch, so that neither cut nor N changes what is drawn."""
@@ -322,7 +328,7 @@ class Executor:
         Where devices share weights the sum of their gradients then is that of the union of their
         mini-batches, and no cotangent has to be scaled on its way.
         """
-        if not self._plan.sums_gradients:
+        if not self._program.plan.sums_gradients:
             return part.batch_samples
         return self.schedule.batch_of_all(step)
 
@@ -332,7 +338,7 @@ class Executor:
         A stage of the device's own steps by its own mini-batch; averaged by samples, these steps
         are the union's too.
         """
-        if not self._plan.sums_gradients or action.device == ALL:
+        if not self._program.plan.sums_gradients or action.device == ALL:
             return 1.0
         own = sum(self.schedule.sizes(action.device, action.step))
         return self.schedule.batch_of_all(action.step) / own
@@ -350,20 +356,22 @@ class Executor:
 
     # --- results -----------------------------------------------------------------------------
 
-    def _keep_cotangent(self, action: Action, cotangent: jax.Array | None) -> Parcel | None:
+    def _keep_cotangent(
+        self, action: Action, operation: Operation, cotangent: jax.Array | None
+    ) -> Parcel | None:
         """Keeps a cotangent for the stage below on this host, or returns the parcel to send."""
         if cotangent is None:
             return None
         self._ledger.hold(cotangent.nbytes)
-        if self._plan.host(action.device, action.stage - 1) == self._host:
+        if operation.target is None:
             self._values[action] = cotangent
             return None
-        codecs = self._plan.devices[action.device].codecs[action.stage - 1]
-        return Parcel(cotangent, codecs.cotangent)
+        return Parcel(cotangent, operation.codec)
 
     def _send_up(
         self,
         action: Action,
+        boundary: Boundary,
         part: Part,
         parcel: Parcel,
         labels: np.ndarray[Any, Any] | None,
@@ -372,20 +380,25 @@ class Executor:
         """Sends an activation, behind its labels, to the host of the next stage."""
         above = action.stage + 1
         if labels is not None:
-            link = self._wiring.of(self._plan.boundary(action.device, action.stage))
+            link = self._wiring.of(boundary)
             link.send(_tag(Role.LABEL, action, above, part), np.ascontiguousarray(labels))
         tag = _tag(Role.ACTIVATION, action, above, part)
-        self._send(tag, action._replace(kind=SEND_FORWARD), parcel, over_bytes)
+        self._send(boundary, tag, action._replace(kind=SEND_FORWARD), parcel, over_bytes)
 
-    def _send_down(self, action: Action, part: Part, parcel: Parcel) -> None:
+    def _send_down(self, action: Action, operation: Operation, part: Part, parcel: Parcel) -> None:
         """Sends a cotangent to the host of the stage below."""
         tag = _tag(Role.COTANGENT, action, action.stage - 1, part)
-        self._send(tag, action._replace(kind=SEND_BACKWARD), parcel, parcel.array_bytes)
+        assert operation.target is not None
+        sent = action._replace(kind=SEND_BACKWARD)
+        self._send(operation.target, tag, sent, parcel, parcel.array_bytes)
 
-    def _send(self, tag: Tag, sent: Action, parcel: Parcel, over_bytes: int) -> None:
+    def _send(
+        self, boundary: Boundary, tag: Tag, sent: Action, parcel: Parcel, over_bytes: int
+    ) -> None:
         """Queues a tensor on the link to its stage's host and records when it left.
 
         Args:
+          boundary: What it crosses.
           tag: What its header says.
           sent: The action's name in the trace.
           parcel: The tensor.
@@ -396,7 +409,7 @@ class Executor:
             self._record(Timed(sent, start_s, end_s, nbytes, tag.samples))
             self._ledger.drop(over_bytes)
 
-        link = self._wiring.of(self._plan.boundary(tag.device, min(sent.stage, tag.stage)))
+        link = self._wiring.of(boundary)
         link.send(tag, parcel.contents(), codec=parcel.codec, on_sent=left)
 
     def _work(self, action: Action, probe: Any, samples: int, then: Callable[[], None]) -> Work:

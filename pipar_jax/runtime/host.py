@@ -27,7 +27,6 @@ from pipar_jax.errors import RunError
 from pipar_jax.protocol import messages
 from pipar_jax.protocol.values import Memory
 from pipar_jax.runtime import memory, migration
-from pipar_jax.runtime.agenda import Agenda
 from pipar_jax.runtime.completion import Completion, Work
 from pipar_jax.runtime.executor import Batches, Executor
 from pipar_jax.runtime.link_table import Wiring
@@ -36,22 +35,22 @@ from pipar_jax.runtime.node_averaging import Averaging
 from pipar_jax.runtime.observations import Observer
 from pipar_jax.runtime.precompile import Ahead, compile_plan
 from pipar_jax.runtime.recorder import Recorder
-from pipar_jax.runtime.share import Outlet, Share
 from pipar_jax.runtime.transfer import compile_codecs
 from pipar_jax.schedule.actions import (
     ALL,
-    BACKWARD,
-    FORWARD,
     HAND_ON,
-    MICRO,
     RECEIVE_PART,
     UPDATE,
     Action,
     RoundSchedule,
     Span,
 )
-from pipar_jax.schedule.dispatch import Dispatcher, GatedOutlet, policy
-from pipar_jax.schedule.plan import OWNER, Plan, is_node
+from pipar_jax.schedule.dispatch import CreditedLink, Demand, Dispatcher, InFlightLimit
+from pipar_jax.schedule.feasibility import check_executable
+from pipar_jax.schedule.host_program import HostProgram, Operation
+from pipar_jax.schedule.plan import OWNER, Boundary, Plan, is_node
+from pipar_jax.schedule.policies import policy
+from pipar_jax.schedule.step_feeder import StepFeeder
 from pipar_jax.training import optimizer
 from pipar_jax.training.compile import (  # fmt: skip
     LEAST_S,
@@ -125,6 +124,9 @@ class Host:
         self._demand: dict[int, float] = {}
         self._ledger = memory.Ledger()
         self._fixed_bytes = self._temporary_bytes = 0
+        self._cut_bytes = [
+            shape.dtype.itemsize * int(np.prod(shape.shape)) for shape in model.shapes(1)
+        ]
         self._in_flight = 0
         self._round = -1
         self._training = False
@@ -285,16 +287,11 @@ class Host:
             action = self._dispatcher.next()
             if action is None:
                 break
-            outlet = self._outlet(action)
-            if outlet is not None:
-                outlet[0].promised += outlet[1]
-            if action.kind == FORWARD and (gate := self._share.gate(action)) is not None:
-                gate.inside += 1
             work = self._hand_on(action) if action.kind == HAND_ON else self._perform(action)
             self._in_flight += 1
             self._completion.put(work)
-            self._agenda.over(action)
-        if self._agenda.finished and not self._in_flight:
+            self._feeder.dispatched(action)
+        if self._feeder.finished and not self._in_flight:
             self._finish_round()
 
     def _perform(self, action: Action) -> Work:
@@ -305,16 +302,12 @@ class Host:
 
     def _over(self, action: Action) -> None:
         self._in_flight -= 1
-        outlet = self._outlet(action)
-        if outlet is not None:
-            outlet[0].promised -= outlet[1]
-        if action.kind == BACKWARD and (gate := self._share.gate(action)) is not None:
-            gate.inside -= 1
+        self._dispatcher.finish(action)
 
     def _receive(self, message: Message) -> None:
         complete = self._executor.receive(message)
         if complete is not None:
-            self._agenda.over(complete)
+            self._dispatcher.complete(complete)
 
     # --- commands -----------------------------------------------------------------------------
 
@@ -326,7 +319,7 @@ class Host:
         need = memory.predict(self._model, plan, self.name, self._config, samples)
         limit_mb = configuration.host(self._config, self.name).memory_mb
         memory.check(need, None, limit_mb, self.name, plan)
-        self._share = self._share_of(plan)
+        self._program = _program(plan, self.name)
         # One replica takes the steps of all devices in turn, or each its own device's.
         taken = sum(steps) if plan.order == "sequential" else max(steps)
         self._optimizer = optimizer.compiled(
@@ -338,12 +331,10 @@ class Host:
         for device, one in enumerate(plan.devices):
             cut = stages.split(self._model, one.cuts, rematerialise=self._rematerialise)
             for index, stage in enumerate(cut):
-                slot = self._share.slot(device, index)
+                slot = self._program.replica_key(device, index)
                 if plan.host(device, index) == self.name and slot not in self._replicas:
                     self._replicas[slot] = Replica(stage, params, state, self._optimizer)
-        self._averaging = Averaging(
-            self._config, plan, self.name, self._share, self._replicas, params, state
-        )
+        self._averaging = Averaging(self._config, self._program, self._replicas, params, state)
         self._averaging.compile(sum(1 for count in steps if count))
         del params, state
         self._install(plan)
@@ -363,20 +354,15 @@ class Host:
         self._fixed_bytes = sum(one.nbytes for one in replicas) + self._averaging.nbytes
         self._temporary_bytes = memory.temporary_bytes(self._model, replicas, self._sizes())
 
-    def _share_of(self, plan: Plan) -> Share:
-        """Returns this host's share of a plan."""
-        cut_bytes = [
-            shape.dtype.itemsize * int(np.prod(shape.shape)) for shape in self._model.shapes(1)
-        ]
-        return Share(plan, self.name, self.wiring, cut_bytes)
-
     def _install(self, plan: Plan) -> None:
         """Makes all that follows from a plan and from the replicas, which fit it already."""
         self._plan = plan
-        self._dispatcher = Dispatcher(policy(plan.dispatch, self._demand), self._asked)
-        self._agenda = Agenda(self.name, plan, self._dispatcher, self._share.takes_part)
+        self._outgoing: dict[Boundary, CreditedLink] = {}
+        self._limits: dict[int, InFlightLimit] = {}
+        self._dispatcher = Dispatcher(policy(plan.dispatch, self._demand))
+        self._feeder = StepFeeder(self._program, self._dispatcher, self._demand_of)
         self._executor = Executor(
-            self.name, plan, self._replicas, self.wiring,
+            self._program, self._replicas, self.wiring,
             batches=self._batches, meter=self._meter, record=self.recorder.add,
             ledger=self._ledger, duration_s=self._duration_s,
             seed=self._config.seed, dtype=self._config.model.dtype,
@@ -396,7 +382,7 @@ class Host:
 
     def _compile_ahead(self, plan: Plan) -> str | None:
         """Compiles what a coming plan needs here; runs on a thread of its own."""
-        sizes = self._share_of(plan).sizes(self._samples, self._config.data.batch_size)
+        sizes = _program(plan, self.name).sizes(self._samples, self._config.data.batch_size)
         self._compile_codecs(plan, sizes)
         return compile_plan(
             self._model, plan, self.name, self._config, self._samples, sizes, self._optimizer,
@@ -412,14 +398,14 @@ class Host:
         self._reply(messages.Given(), given)
 
     def _adopt(self, plan: Plan, arrived: Mapping[str, Any]) -> None:
-        self._share = self._share_of(plan)
+        self._program = _program(plan, self.name)
         averages = dict(self._averaging.units())
         self._replicas = migration.assemble(
             self._model, plan, self.name, self._replicas, arrived, self._optimizer,
             rematerialise=self._rematerialise,
         )  # fmt: skip
         self._averaging = Averaging.after(
-            self._config, plan, self.name, self._share, self._replicas, averages,
+            self._config, self._program, self._replicas, averages,
             arrived.get(migration.WHOLE, {}).get("rule_state", {}),
         )  # fmt: skip
         self._install(plan)
@@ -469,7 +455,7 @@ class Host:
         self._round = index
         self._executor.start(schedule)
         self._training = True
-        self._agenda.start(schedule)
+        self._feeder.start(schedule)
 
     def _finish_round(self) -> None:
         """Tells that this host's steps are over, with the weights if they are to be averaged."""
@@ -567,7 +553,7 @@ class Host:
                 given = part["opt"].get(unit, {})
                 where = f"{self.name}: unit {unit!r}"
                 replica.opt_state[unit] = migration.fitted(given, own, where)
-        self._agenda.over(Action(0, RECEIVE_PART, int(self.name[1:]), step))
+        self._dispatcher.complete(Action(0, RECEIVE_PART, int(self.name[1:]), step))
 
     # --- small things -------------------------------------------------------------------------
 
@@ -577,17 +563,22 @@ class Host:
         return {names[unit] for unit in plan.held_units(self.name, len(names))}
 
     def _sizes(self) -> set[int]:
-        return self._share.sizes(self._samples, self._config.data.batch_size)
+        return self._program.sizes(self._samples, self._config.data.batch_size)
 
-    def _outlet(self, action: Action) -> tuple[Outlet, int] | None:
-        if action.kind not in MICRO:
+    def _demand_of(self, operation: Operation, samples: int) -> Demand | None:
+        """Returns the credit and the limit that an operation of a size needs."""
+        limit = link = None
+        nbytes = 0
+        if operation.limited:
+            most = self._plan.in_flight
+            limit = self._limits.setdefault(operation.stage, InFlightLimit(most))
+        if (boundary := operation.target) is not None:
+            if boundary not in self._outgoing:
+                self._outgoing[boundary] = CreditedLink(self.wiring.of(boundary))
+            link, nbytes = self._outgoing[boundary], self._cut_bytes[operation.cut] * samples
+        if limit is None and link is None:
             return None
-        return self._share.outlet(action, self._executor.part(action).samples)
-
-    def _asked(self, action: Action) -> tuple[Outlet | GatedOutlet, int] | None:
-        if action.kind not in MICRO:
-            return None
-        return self._share.asked(action, self._executor.part(action).samples)
+        return Demand(link, nbytes, limit)
 
     def _duration_s(self, action: Action, samples: int) -> float:
         """Returns the seconds an action has to last here; 0 where no slowness is emulated."""
@@ -611,6 +602,16 @@ class Host:
 
     def _answer(self, message: Any) -> None:
         self._reply(message, {})
+
+
+def _program(plan: Plan, host: str) -> HostProgram:
+    """Returns what a plan means for a host.
+
+    Raises:
+      PlanError: No host of this runtime could carry the plan out.
+    """
+    check_executable(plan)
+    return HostProgram(plan, host)
 
 
 def _nothing() -> None:

@@ -24,9 +24,9 @@ from pipar_jax import config as configuration
 from pipar_jax.aggregation import aggregator
 from pipar_jax.config import Config
 from pipar_jax.errors import RunError
-from pipar_jax.runtime.link_table import Wiring
-from pipar_jax.runtime.share import Share
 from pipar_jax.schedule.actions import ALL, batch_samples, micro_batch_sizes
+from pipar_jax.schedule.feasibility import check_executable
+from pipar_jax.schedule.host_program import replica_key
 from pipar_jax.schedule.plan import Plan, is_node, long_name
 from pipar_jax.training import optimizer
 from pipar_jax.training.replica import Replica
@@ -137,7 +137,7 @@ def predict(model: Model, plan: Plan, host: str, config: Config, samples: Sequen
         host keeps residuals.
       samples: Samples that each device trains on in an epoch.
     """
-    share = Share(plan, host, Wiring(host), ())
+    check_executable(plan)
     tx = optimizer.build(config.optimizer, steps=1, proximal_mu=config.aggregation.proximal_mu)
     rule = aggregator.rule(config.aggregation)
     window = int(config.pipeline.window_mb * 1e6)
@@ -155,7 +155,7 @@ def predict(model: Model, plan: Plan, host: str, config: Config, samples: Sequen
             units = [model.units[i] for i in plan.units(device, index, len(model.units))]
             params = {unit.name: unit.params for unit in units}
             state = {unit.name: unit.state for unit in units}
-            slot = share.slot(device, index)
+            slot = replica_key(plan, device, index)
             if slot not in slots:
                 opt_state = [jax.eval_shape(tx.init, unit.params) for unit in units]
                 slots[slot] = 2 * _bytes(params) + _bytes(state) + _bytes(opt_state)

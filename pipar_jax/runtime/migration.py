@@ -19,7 +19,8 @@ import stages
 from pipar_jax.aggregation.aggregator import Aggregator
 from pipar_jax.errors import RunError
 from pipar_jax.runtime import weight_bundle
-from pipar_jax.runtime.moves import copy_of, local_to, moves
+from pipar_jax.runtime.moves import local_to, moves
+from pipar_jax.schedule.host_program import replica_key
 from pipar_jax.schedule.plan import Plan
 from pipar_jax.training.optimizer import Compiled
 from pipar_jax.training.replica import Replica
@@ -131,7 +132,7 @@ def assemble(
     made: dict[tuple[int, int], Replica] = {}
     for device, one in enumerate(new.devices):
         for index, stage in enumerate(stages.split(model, one.cuts, rematerialise=rematerialise)):
-            copy = copy_of(new, device, index)
+            copy, _ = replica_key(new, device, index)
             if new.host(device, index) != host or (copy, index) in made:
                 continue
             own, came = held.get(copy, {}), weight_bundle.part_of(arrived, str(copy))

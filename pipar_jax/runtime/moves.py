@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from pipar_jax.cost_model.profile import Profile
 from pipar_jax.errors import PlanError
-from pipar_jax.schedule.actions import ALL
 from pipar_jax.schedule.feasibility import check_adaptable
+from pipar_jax.schedule.host_program import replica_key
 from pipar_jax.schedule.plan import COORDINATOR, Plan, is_node
 
 
@@ -115,15 +115,10 @@ def moving_s(profile: Profile, some: Sequence[Move]) -> float:
     )
 
 
-def copy_of(plan: Plan, device: int, stage: int) -> int:
-    """Returns whose copy a device's stage uses, as ``Share.slot`` does."""
-    return ALL if plan.is_shared(device, stage) else device
-
-
 def _holders(plan: Plan, units: int) -> dict[tuple[int, int], str]:
     """Returns the host of each copy of each unit, by (copy, unit)."""
     return {
-        (copy_of(plan, device, stage), unit): plan.host(device, stage)
+        (replica_key(plan, device, stage)[0], unit): plan.host(device, stage)
         for device, one in enumerate(plan.devices)
         for stage in range(one.stages)
         for unit in plan.units(device, stage, units)

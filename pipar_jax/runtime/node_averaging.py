@@ -13,9 +13,8 @@ from pipar_jax.aggregation.aggregator import Aggregator
 from pipar_jax.aggregation.aggregator import Replica as Brought
 from pipar_jax.config import Config
 from pipar_jax.runtime.migration import put_rule
-from pipar_jax.runtime.share import Share
 from pipar_jax.schedule.actions import AGGREGATE, ALL, Action, RoundSchedule, Span
-from pipar_jax.schedule.plan import Plan
+from pipar_jax.schedule.host_program import HostProgram
 from pipar_jax.schedule.trace import Timed
 from pipar_jax.training.replica import Replica
 
@@ -28,9 +27,7 @@ class Averaging:
 
     Args:
       config: Resolved configuration.
-      plan: The run's plan.
-      host: The host's name.
-      share: The host's share of the plan.
+      program: What the run's plan means for the host.
       replicas: The host's replicas by slot.
       params: The global weights to begin with, by unit.
       state: Their batch statistics.
@@ -39,20 +36,19 @@ class Averaging:
     def __init__(
         self,
         config: Config,
-        plan: Plan,
-        host: str,
-        share: Share,
+        program: HostProgram,
         replicas: Mapping[tuple[int, int], Replica],
         params: Mapping[str, Any],
         state: Mapping[str, Any],
     ) -> None:
         """See the class."""
-        self._config, self._share, self._replicas = config, share, replicas
-        self.stages = plan.local_stages(host)
+        self._config, self._program, self._replicas = config, program, replicas
+        plan = program.plan
+        self.stages = plan.local_stages(program.host)
         self._aggregators: dict[int, Aggregator] = {}
         if plan.weights == "copy":  # of shared weights there is one copy, and nothing to average
             for stage in self.stages:
-                names = replicas[share.slot(0, stage)].stage.unit_names
+                names = replicas[program.replica_key(0, stage)].stage.unit_names
                 self._aggregators[stage] = Aggregator(
                     config.aggregation,
                     {name: params[name] for name in names},
@@ -68,9 +64,7 @@ class Averaging:
     def after(
         cls,
         config: Config,
-        plan: Plan,
-        host: str,
-        share: Share,
+        program: HostProgram,
         replicas: Mapping[tuple[int, int], Replica],
         before: Mapping[str, Aggregator],
         arrived: Mapping[str, Any],
@@ -79,9 +73,7 @@ class Averaging:
 
         Args:
           config: Resolved configuration.
-          plan: The new plan.
-          host: The host's name.
-          share: The host's share of the plan.
+          program: What the new plan means for the host.
           replicas: The host's replicas by slot, under the new plan.
           before: For each unit that was averaged here what averaged it.
           arrived: For each other unit the rule's state, as it came over a link.
@@ -91,17 +83,17 @@ class Averaging:
         """
         params: dict[str, Any] = {}
         state: dict[str, Any] = {}
-        if plan.weights == "copy":
-            for stage in plan.local_stages(host):
-                replica = replicas[share.slot(0, stage)]  # updates donate its own arrays
+        if program.plan.weights == "copy":
+            for stage in program.plan.local_stages(program.host):
+                replica = replicas[program.replica_key(0, stage)]  # updates donate its own arrays
                 params |= jax.tree.map(jnp.array, replica.params)
                 state |= jax.tree.map(jnp.array, replica.state)
-        made = cls(config, plan, host, share, replicas, params, state)
+        made = cls(config, program, replicas, params, state)
         for unit, aggregator in made.units():
             if unit in before:
                 aggregator.rule_state[unit] = before[unit].rule_state[unit]
             else:
-                put_rule(aggregator, {unit: arrived.get(unit, {})}, host)
+                put_rule(aggregator, {unit: arrived.get(unit, {})}, program.host)
         return made
 
     def units(self) -> Iterator[tuple[str, Aggregator]]:
@@ -124,7 +116,7 @@ class Averaging:
         """
         start_s = time.monotonic()
         for stage in self.stages:
-            slots = {self._share.slot(span.device, stage): span for span in schedule.spans}
+            slots = {self._program.replica_key(span.device, stage): span for span in schedule.spans}
             average = self._aggregators.get(stage)
             if average is not None:
                 average.aggregate(

@@ -100,6 +100,7 @@ class Span(NamedTuple):
     stop: int
 
 
+@functools.lru_cache(maxsize=4096)
 def micro_batch_sizes(samples: int, micro_batches: int) -> tuple[int, ...]:
     """Returns the sizes of a mini-batch's micro-batches, which differ by at most one.
 
@@ -223,6 +224,45 @@ def _template(hosts: tuple[str, ...], micro_batches: int) -> tuple[_Row, ...]:
     for s in range(last + 1):
         add(s, UPDATE, 0, (s, LAST if s == last else BACKWARD, micro_batches - 1))
     return tuple(rows)
+
+
+class HostTemplate(NamedTuple):
+    """One host's part of a step, for any device whose chain lies on the same hosts.
+
+    Attributes:
+      actions: Stage, kind and micro-batch of its computations and of the receives they wait for.
+      rows: For each computation its index, those of what it waits for, and whether it waits for
+        its stage's weights as well.
+    """
+
+    actions: tuple[tuple[int, str, int], ...]
+    rows: tuple[tuple[int, tuple[int, ...], bool], ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def host_template(hosts: tuple[str, ...], micro_batches: int, host: str) -> HostTemplate:
+    """Returns one host's part of a step.
+
+    Args:
+      hosts: The host of each stage.
+      micro_batches: Micro-batches of the step.
+      host: Whose part.
+    """
+    rows = _template(hosts, micro_batches)
+    own = [
+        i
+        for i, row in enumerate(rows)
+        if hosts[row.stage] == host and (row.kind in COMPUTE or row.kind in RECEIVES)
+    ]
+    place = {i: k for k, i in enumerate(own)}
+    return HostTemplate(
+        tuple((rows[i].stage, rows[i].kind, rows[i].micro_batch) for i in own),
+        tuple(
+            (place[i], tuple(place[j] for j in rows[i].deps), rows[i].waits)
+            for i in own
+            if rows[i].kind in COMPUTE
+        ),
+    )
 
 
 def step_actions(

@@ -1,103 +1,97 @@
-"""Which of a host's ready actions runs next: the one policy with two drivers.
+"""Which of a host's ready actions runs next: the one dispatcher with two drivers.
 
 The runtime drives a ``Dispatcher`` with compiled stages and sockets, the simulator with durations.
-Both tell it what was added, what is over and what a link will take, and ask for the next action.
-An action is *ready* when everything before it is over and the link that its result leaves by has
-credit for it; the dispatch thread therefore never blocks on a link, and a slow link delays nobody
-but its own device.
+Both tell it what was added, what is complete and what has finished computing, and ask for the next
+action. An action is *ready* when everything before it is complete, the link that its result leaves
+by has credit for it, and its stage may hold one more micro-batch; the dispatch thread therefore
+never blocks on a link, and a slow link delays nobody but its own device. Credits that are reserved
+and micro-batches in flight are the dispatcher's state, so that a schedule that cannot deadlock in
+the simulator cannot in the runtime.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
 
-from pipar_jax.errors import PlanError
-from pipar_jax.schedule.actions import BACKWARD, COMPUTE, FORWARD, HAND_ON, LAST, UPDATE, Action
-from pipar_jax.schedule.plan import Dispatch
+from pipar_jax.schedule.actions import BACKWARD, COMPUTE, FORWARD, HAND_ON, Action
+from pipar_jax.schedule.policies import Key, Policy
 
 #: Kinds that the dispatcher hands out; sends follow from them and receives are reported to it.
 DISPATCHED = COMPUTE | {HAND_ON}
 
-#: A sort key; the smallest runs first. The second argument counts how many became ready before.
-Key = tuple[float, ...]
-Policy = Callable[[Action, int], Key]
+
+class Outgoing(Protocol):
+    """One direction of a link, as far as credit goes."""
+
+    @property
+    def available_bytes(self) -> float:
+        """Bytes that the link takes before it has to wait."""
+
+    def can_send(self, nbytes: float) -> bool:
+        """Returns whether the link takes a result of this size now."""
 
 
-class Outlet(Protocol):
-    """What a dispatcher knows of a link: how many more bytes it takes."""
+class CreditedLink:
+    """A link's credit, less what is reserved for results that are being computed.
 
-    def can_send(self, nbytes: int) -> bool:
-        """Says whether the link takes a result of this size now."""
-
-
-def policy(name: Dispatch, demand: Mapping[int, float] | None = None) -> Policy:
-    """Returns the policy of a name.
-
-    Args:
-      name: ``fcfs`` runs what became ready first. ``backward_first`` prefers updates and
-        backwards, which free residuals and let devices go on. ``slowest_first`` serves the device
-        with the longest demand first (the priority of PipeSFL). ``fixed`` runs a step's forwards
-        in micro-batch order, then its backwards, devices in order, whatever arrives first.
-      demand: For ``slowest_first``, seconds of work per step of each device.
-
-    Raises:
-      PlanError: There is no policy of this name.
+    Attributes:
+      link: The link.
+      reserved_bytes: Bytes of results that were dispatched and not handed to the link yet.
     """
-    if name == "fcfs":
-        return lambda action, ready: (ready,)
-    if name == "backward_first":
-        urgency = {UPDATE: 0, BACKWARD: 1, LAST: 1}
-        return lambda action, ready: (urgency.get(action.kind, 2), ready)
-    if name == "slowest_first":
-        times = {} if demand is None else demand  # looked up when used: it may change
-        return lambda action, ready: (-times.get(action.device, 0.0), ready)
-    if name == "fixed":
-        phase = {FORWARD: 0, LAST: 0, BACKWARD: 1}
-        return lambda action, ready: (
-            action.step, phase.get(action.kind, 2), action.micro_batch, action.device, ready,
-        )  # fmt: skip
-    raise PlanError(
-        f"there is no dispatch policy {name!r}: use fcfs, backward_first, slowest_first or fixed"
-    )
+
+    __slots__ = ("link", "reserved_bytes")
+
+    def __init__(self, link: Outgoing) -> None:
+        self.link = link
+        self.reserved_bytes: float = 0
+
+    def can_send(self, nbytes: float) -> bool:
+        """Returns whether the link takes a result of this size now."""
+        if not self.reserved_bytes:
+            return self.link.can_send(nbytes)
+        return self.link.available_bytes >= nbytes + self.reserved_bytes
 
 
-class Gate:
+class InFlightLimit:
     """How many micro-batches a stage with shared weights holds between forward and backward.
 
     Attributes:
-      inside: Micro-batches between their forward and their backward.
-      most: How many there may be.
+      in_flight: Micro-batches between their forward and their backward.
+      limit: How many there may be.
     """
 
-    __slots__ = ("inside", "most")
+    __slots__ = ("in_flight", "limit")
 
-    def __init__(self, most: int) -> None:
-        """See the class."""
-        self.inside = 0
-        self.most = most
+    def __init__(self, limit: int) -> None:
+        self.in_flight = 0
+        self.limit = limit
 
 
-class GatedOutlet:
-    """A gate and the link behind it: a forward needs room in both.
+class Demand(NamedTuple):
+    """What an action needs besides its predecessors before it may run.
 
-    Args:
-      gate: The gate.
-      beyond: The link that the forward's result leaves by, if it leaves.
+    Attributes:
+      link: The link that its result leaves by; None if it stays on the host.
+      nbytes: Bytes of its result; 0 if it stays.
+      limit: The limit of its stage, which a forward enters and a backward leaves; None without.
     """
 
-    __slots__ = ("_beyond", "_gate")
+    link: CreditedLink | None
+    nbytes: float
+    limit: InFlightLimit | None
 
-    def __init__(self, gate: Gate, beyond: Outlet | None) -> None:
-        """See the class."""
-        self._gate, self._beyond = gate, beyond
+    def is_met(self, action: Action) -> bool:
+        """Returns whether the action may run now."""
+        limit = self.limit
+        if limit is not None and action.kind == FORWARD and limit.in_flight >= limit.limit:
+            return False
+        return self.link is None or self.link.can_send(self.nbytes)
 
-    def can_send(self, nbytes: int) -> bool:
-        """Says whether the gate lets one more in and the link takes its result."""
-        return self._gate.inside < self._gate.most and (
-            self._beyond is None or self._beyond.can_send(nbytes)
-        )
+
+#: An action, what must be complete before it, and what else it needs.
+Row = tuple[Action, tuple[Action, ...], Demand | None]
 
 
 class Dispatcher:
@@ -107,72 +101,95 @@ class Dispatcher:
 
     Args:
       policy: Orders the ready actions.
-      outlet: For an action, the link that its result leaves by and the result's size in bytes, or
-        None if the result stays on the host.
     """
 
-    def __init__(
-        self, policy: Policy, outlet: Callable[[Action], tuple[Outlet, int] | None]
-    ) -> None:
-        """See the class."""
+    def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._outlet = outlet
         self._missing: dict[Action, int] = {}
         self._dependents: dict[Action, list[Action]] = {}
         self._ready: list[tuple[Key, Action]] = []
-        self._over: dict[tuple[int, int], set[Action]] = {}
+        self._complete: dict[tuple[int, int], set[Action]] = {}
+        self._demands: dict[Action, Demand] = {}
         self._readied = 0
 
-    def add(self, rows: Iterable[tuple[Action, tuple[Action, ...]]]) -> None:
-        """Adds this host's actions of a step, each with what must be over before it.
+    def add(self, rows: Iterable[Row]) -> None:
+        """Adds this host's actions of a step.
 
-        Only kinds in ``DISPATCHED`` are handed out later; the rest need no entry. What is waited
-        for may be over already, also before it was added (a peer may be ahead).
+        What is waited for may be complete already, also before it was added (a peer may be ahead).
+
+        Args:
+          rows: Actions of kinds in ``DISPATCHED``.
         """
-        for action, before in rows:
-            if action.kind not in DISPATCHED:
-                continue
+        for action, before, demand in rows:
             missing = 0
             for one in before:
-                if one not in self._over.get((one.device, one.step), ()):
+                if one not in self._complete.get((one.device, one.step), ()):
                     self._dependents.setdefault(one, []).append(action)
                     missing += 1
+            if demand is not None:
+                self._demands[action] = demand
             self._missing[action] = missing
             if not missing:
                 self._push(action)
 
-    def over(self, action: Action) -> None:
-        """Reports that an action is over (a computation dispatched, a receive complete)."""
-        self._over.setdefault((action.device, action.step), set()).add(action)
+    def complete(self, action: Action) -> None:
+        """Reports an action on which others may wait: a receive, or a dispatched computation."""
+        self._complete.setdefault((action.device, action.step), set()).add(action)
         for dependent in self._dependents.pop(action, ()):
             self._missing[dependent] -= 1
             if not self._missing[dependent]:
                 self._push(dependent)
 
-    def forget(self, device: int, step: int) -> None:
+    def drop_step(self, device: int, step: int) -> None:
         """Drops what is known of a device's finished step; nothing later may wait for it."""
-        self._over.pop((device, step), None)
+        self._complete.pop((device, step), None)
 
     def next(self) -> Action | None:
-        """Returns the ready action to run now, or None if none is ready and has credit."""
+        """Returns the ready action to run now, or None if none may run.
+
+        Its result's bytes are reserved on the link that it leaves by, and a forward counts as in
+        flight, until ``finish`` and the backward's.
+        """
         refused: list[tuple[Key, Action]] = []
-        chosen = None
+        chosen: Action | None = None
+        demand: Demand | None = None
+        demands = self._demands
         while self._ready:
             entry = heapq.heappop(self._ready)
-            outlet = self._outlet(entry[1])
-            if outlet is None or outlet[0].can_send(outlet[1]):
+            demand = demands.get(entry[1]) if demands else None
+            if demand is None or demand.is_met(entry[1]):
                 chosen = entry[1]
                 break
             refused.append(entry)
         for entry in refused:
             heapq.heappush(self._ready, entry)
-        if chosen is not None:
-            del self._missing[chosen]
+        if chosen is None:
+            return None
+        del self._missing[chosen]
+        if demand is not None:
+            if demand.link is not None:
+                demand.link.reserved_bytes += demand.nbytes
+            if demand.limit is not None and chosen.kind == FORWARD:
+                demand.limit.in_flight += 1
         return chosen
+
+    def finish(self, action: Action) -> None:
+        """Reports that a computation has ended and that its result was handed to its link."""
+        demand = self._demands.pop(action, None)
+        if demand is None:
+            return
+        if demand.link is not None:
+            demand.link.reserved_bytes -= demand.nbytes
+        if demand.limit is not None and action.kind == BACKWARD:
+            demand.limit.in_flight -= 1
 
     def waiting(self) -> dict[Action, int]:
         """Returns the actions that have not run, with how many others each still waits for."""
         return dict(self._missing)
+
+    def demand(self, action: Action) -> Demand | None:
+        """Returns what an action that has not finished needs besides its predecessors."""
+        return self._demands.get(action)
 
     def _push(self, action: Action) -> None:
         """Makes an action ready."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from pipar_jax.errors import ScheduleError
 from pipar_jax.schedule.actions import (
@@ -12,32 +12,29 @@ from pipar_jax.schedule.actions import (
     RECEIVES,
     Action,
 )
+from pipar_jax.schedule.dispatch import Demand
 from pipar_jax.schedule.plan import Plan
 from pipar_jax.simulator.network import Direction
 from pipar_jax.simulator.state import SimulatedHost
 
-#: Where an action's result leaves by: the link and the bytes.
-Outgoing = Callable[[Action], tuple[Direction | None, float]]
 
-
-def describe(
-    plan: Plan, hosts: Sequence[SimulatedHost], outgoing: Outgoing, actions: int
-) -> ScheduleError:
+def describe(plan: Plan, hosts: Sequence[SimulatedHost], actions: int) -> ScheduleError:
     """Returns the error that names the offending action and prints the grid.
 
     Args:
       plan: The plan.
       hosts: All hosts, with what they did last and what they still wait to do.
-      outgoing: For an action the link that its result leaves by and its bytes.
       actions: How many actions were performed.
     """
     blocked: dict[Action, list[Action]] = {}
     where: dict[Action, str] = {}
+    demands: dict[Action, Demand | None] = {}
     for host in hosts:
         for action, before in host.dispatcher.blocked().items():
             blocked[action] = before
             where[action] = host.name
-    cell, reason = _offender(plan, blocked, outgoing)
+            demands[action] = host.dispatcher.demand(action)
+    cell, reason = _offender(plan, blocked, demands)
     place = where.get(cell, "nowhere")
     return ScheduleError(
         f"the schedule deadlocks after {actions} actions: {place} cannot run {cell}, because "
@@ -75,12 +72,12 @@ def grid(
 
 
 def _offender(
-    plan: Plan, blocked: Mapping[Action, list[Action]], outgoing: Outgoing
+    plan: Plan, blocked: Mapping[Action, list[Action]], demands: Mapping[Action, Demand | None]
 ) -> tuple[Action, str]:
     """Follows what waits for what to a circle, a full link or an action that nobody performs."""
     for action, before in blocked.items():
         if not before:
-            return action, _no_credit(action, outgoing)
+            return action, _no_credit(demands[action])
     current = next(iter(blocked))
     path: list[Action] = []
     while current not in path:
@@ -94,14 +91,16 @@ def _offender(
     return current, f"it waits for itself: {circle}"
 
 
-def _no_credit(action: Action, outgoing: Outgoing) -> str:
-    """Says which link has no room for a ready action's result."""
-    link, nbytes = outgoing(action)
-    if link is None or link.can_send(int(nbytes)):
+def _no_credit(demand: Demand | None) -> str:
+    """Returns which link has no room for a ready action's result, or that its stage is full."""
+    link = None if demand is None else demand.link
+    if demand is None or link is None or link.can_send(demand.nbytes):
         return "too many micro-batches are between forward and backward on its stage"
+    assert isinstance(link.link, Direction)
     return (
-        f"the link {link} has no credit for {nbytes:.0f} bytes: {link.outstanding:.0f} bytes were "
-        "sent that the receiver has not consumed; widen the window"
+        f"the link {link.link} has no credit for {demand.nbytes:.0f} bytes: "
+        f"{link.link.outstanding + link.reserved_bytes:.0f} bytes were sent that the receiver has "
+        "not consumed; widen the window"
     )
 
 

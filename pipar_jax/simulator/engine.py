@@ -18,14 +18,18 @@ from pipar_jax.schedule.actions import (
     UPDATE,
     Action,
     RoundSchedule,
+    host_of,
 )
-from pipar_jax.schedule.dispatch import Gate, GatedOutlet, policy
+from pipar_jax.schedule.dispatch import Demand, InFlightLimit
+from pipar_jax.schedule.host_program import HostProgram, Operation
 from pipar_jax.schedule.plan import COORDINATOR, device_name
+from pipar_jax.schedule.policies import policy
+from pipar_jax.schedule.step_feeder import StepFeeder
 from pipar_jax.schedule.trace import Interval, Timed, Trace
 from pipar_jax.simulator import deadlock
-from pipar_jax.simulator.agenda import Agenda
 from pipar_jax.simulator.exchange import Exchange
 from pipar_jax.simulator.network import Direction, Network, Route
+from pipar_jax.simulator.round import SimulatedRound
 from pipar_jax.simulator.state import ComparableDispatcher, SimulatedHost
 from pipar_jax.simulator.steady import Steady
 
@@ -93,7 +97,7 @@ class Simulation:
       hosts: The hosts, in the plan's order.
       by_name: The same by name.
       network: Their links.
-      agenda: What they still have to do.
+      round: What they still have to do.
       exchange: What moves weights.
       events: What will happen: (time, order, handler, arguments), a heap.
       actions: How many actions are over or under way.
@@ -105,18 +109,21 @@ class Simulation:
         self._plan, self._costs, self._collect = plan, costs, collect
         self.network = Network(costs)
         self._routes: dict[tuple[int, int, str], Route] = {}
-        self._gates: dict[tuple[str, int], Gate] = {}
+        self._limits: dict[tuple[str, int], InFlightLimit] = {}
         self.now_s = 0.0
         self.actions = 0
         self.events: list[tuple[float, int, Handler, tuple[Any, ...]]] = []
         self._order = 0
-        rule = policy(plan.dispatch, self._demand(schedule))
-        self.hosts = [
-            SimulatedHost(name, i, ComparableDispatcher(rule, self._outlet))
-            for i, name in enumerate(plan.hosts())
-        ]
+        rule = policy(plan.dispatch, self._work_per_step(schedule))
+        self._programs = {name: HostProgram(plan, name) for name in plan.hosts()}
+        needy = costs.window_bytes is not None or bool(plan.in_flight)
+        self.hosts = []
+        for i, (name, program) in enumerate(self._programs.items()):
+            dispatcher = ComparableDispatcher(rule)
+            feeder = StepFeeder(program, dispatcher, self._demand if needy else None)
+            self.hosts.append(SimulatedHost(name, i, dispatcher, feeder))
         self.by_name = {host.name: host for host in self.hosts}
-        self.agenda = Agenda(schedule, {host.name: host.dispatcher for host in self.hosts})
+        self.round = SimulatedRound(schedule, {host.name: host.feeder for host in self.hosts})
         self._most_in_flight = 1 + costs.ahead
         self._follow_memory = costs.held_bytes is not None
         self._plain = costs.codec_s is None and not self._follow_memory and not collect
@@ -137,12 +144,12 @@ class Simulation:
             self.now_s, _, handler, arguments = heapq.heappop(events)
             handler(*arguments)
         if self._unfinished():
-            raise deadlock.describe(self._plan, self.hosts, self._outgoing, self.actions)
+            raise deadlock.describe(self._plan, self.hosts, self.actions)
         return self._predict()
 
     def _unfinished(self) -> bool:
         """Says whether something of the round can never happen."""
-        if not self.agenda.finished or any(host.dispatcher.waiting() for host in self.hosts):
+        if not self.round.finished or any(host.dispatcher.waiting() for host in self.hosts):
             return True
         return not self.exchange.finished
 
@@ -158,14 +165,14 @@ class Simulation:
         for host in self.hosts:
             at_s = self.network.control(COORDINATOR, 0.0, host.name)
             self.at(at_s, self._start, host)
-        if self._plan.order == "sequential" and self.agenda.schedule.spans:
-            span = self.agenda.schedule.spans[0]
-            if self.agenda.schedule.holder != span.device:
+        if self._plan.order == "sequential" and self.round.schedule.spans:
+            span = self.round.schedule.spans[0]
+            if self.round.schedule.holder != span.device:
                 self.exchange.give_part(span.device, span.first)
 
     def _start(self, host: SimulatedHost) -> None:
         """Begins the round on a host."""
-        self.agenda.start(host.name)
+        host.feeder.start(self.round.schedule)
         self._pump(host)
 
     # --- dispatch -----------------------------------------------------------------------------
@@ -180,15 +187,11 @@ class Simulation:
             route = self._routes.get((action.device, action.stage, kind)) or self._route(action)
             samples = 0
             if kind in MICRO:
-                samples = self.agenda.sizes(action.device, action.step)[action.micro_batch]
-            seconds, nbytes, _ = route.cost(samples)
+                samples = host.feeder.sizes(action.device, action.step)[action.micro_batch]
+            seconds = route.cost(samples)[0]
             start_s = host.free_s if host.free_s > self.now_s else self.now_s
             end_s = host.free_s = start_s + seconds
             host.busy_s += seconds
-            if route.out is not None:
-                route.out.outstanding += nbytes
-            if self._gates:
-                self._pass_gate(host, action, 1)
             host.in_flight += 1
             host.last.append(action)
             self.actions += 1
@@ -197,7 +200,7 @@ class Simulation:
                 self.events,
                 (end_s, self._order, self._computed, (host, action, route, samples, start_s)),
             )
-            self.agenda.over(host.name, action)
+            host.feeder.dispatched(action)
 
     def _computed(
         self, host: SimulatedHost, action: Action, route: Route, samples: int, start_s: float
@@ -206,8 +209,7 @@ class Simulation:
         host.in_flight -= 1
         if self._collect:
             host.rows.append(Timed(action, start_s, self.now_s, 0, samples))
-        if self._gates:
-            self._pass_gate(host, action, -1)
+        host.dispatcher.finish(action)
         if self._follow_memory:
             self._hold(host, action, route, samples, start_s)
         if route.source is not None:
@@ -223,31 +225,32 @@ class Simulation:
     def _updated(self, action: Action, route: Route) -> None:
         """Looks at an update: is it the last of the round, or the end of a repeated stretch?"""
         if self._plan.order == "parallel":
-            if action in self.agenda.last_updates:
+            if action in self.round.last_updates:
                 self.exchange.over(action)
         else:
-            self.exchange.stored(route.host)
+            self.exchange.stored(route.operation.host)
         if self._steady is not None and not action.stage:
             self._steady.observe(action)
 
     def _send(self, host: SimulatedHost, action: Action, route: Route, samples: int) -> None:
         """Sends a result; the receiver hears of it when the last byte is there and decoded."""
-        link = route.out
+        link, one = route.out, route.operation
         assert link is not None
         nbytes = route.cost(samples)[1]
+        link.outstanding += nbytes
         target = self.by_name[link.target]
         ready_s = self.now_s
         codec_s = self._costs.codec_s
         if codec_s is not None:
-            coding_s = codec_s(action.device, action.stage, route.sent, samples)
+            coding_s = codec_s(action.device, action.stage, one.sent, samples)
             host.codec_free_s = ready_s = max(ready_s, host.codec_free_s) + on_grid(coding_s)
         start_s, end_s = link.send(ready_s, nbytes)
         there_s = end_s + link.delay_s
         received = Action(
-            route.target_stage, route.received, action.device, action.step, action.micro_batch
+            one.target_stage, one.arrives_as, action.device, action.step, action.micro_batch
         )
         if not self._plain:
-            sent = action._replace(kind=route.sent)
+            sent = action._replace(kind=one.sent)
             if self._collect:
                 host.rows.append(Timed(sent, start_s, end_s, int(nbytes), samples))
                 target.rows.append(
@@ -257,21 +260,21 @@ class Simulation:
                 host.memory += [(self.now_s, nbytes), (end_s, -nbytes)]
                 target.memory.append((there_s, nbytes))
         self.actions += 2
-        self._order += 1
-        handler = self.arrive if codec_s is None else self._decode
-        heapq.heappush(self.events, (there_s, self._order, handler, (target, received)))
+        if codec_s is None:
+            self.at(there_s, self.arrive, target, received)
+        else:
+            self.at(there_s, self._decode, target, received, samples)
 
-    def _decode(self, host: SimulatedHost, received: Action) -> None:
+    def _decode(self, host: SimulatedHost, received: Action, samples: int) -> None:
         """Decodes what arrived."""
         assert self._costs.codec_s is not None
-        samples = self.agenda.sizes(received.device, received.step)[received.micro_batch]
         seconds = self._costs.codec_s(received.device, received.stage, received.kind, samples)
         host.codec_free_s = max(self.now_s, host.codec_free_s) + on_grid(seconds)
         self.at(host.codec_free_s, self.arrive, host, received)
 
     def arrive(self, host: SimulatedHost, received: Action) -> None:
         """Tells a host's dispatcher that an input is there."""
-        host.dispatcher.over(received)
+        host.dispatcher.complete(received)
         if host.in_flight < self._most_in_flight:
             self._pump(host)
 
@@ -289,7 +292,7 @@ class Simulation:
 
     # --- small things -------------------------------------------------------------------------
 
-    def _demand(self, schedule: RoundSchedule) -> dict[int, float]:
+    def _work_per_step(self, schedule: RoundSchedule) -> dict[int, float]:
         """Returns the seconds that each device computes itself in a step."""
         demand = {}
         for span in schedule.spans:
@@ -310,44 +313,28 @@ class Simulation:
     def _route(self, action: Action) -> Route:
         """Makes the route of a kind of action when it first occurs."""
         key = action.device, action.stage, action.kind
-        route = Route(self._plan, *key, self.network, self._costs)
-        self._routes[key] = route
+        host = host_of(self._plan, action)
+        route = self._routes[key] = Route(
+            self._programs[host].operation(*key), self.network, self._costs
+        )
         return route
 
-    def _outlet(self, action: Action) -> tuple[Any, int] | None:
-        """Returns what a dispatcher has to ask before it hands out an action."""
-        capped = None
-        if self._plan.in_flight and action.kind == FORWARD:
-            capped = self._gate(action)
-        if self._costs.window_bytes is None and not capped:
+    def _demand(self, operation: Operation, samples: int) -> Demand | None:
+        """Returns the credit and the limit that an operation of a size needs."""
+        limit = link = None
+        nbytes = 0.0
+        if operation.limited:
+            key = operation.host, operation.stage
+            limit = self._limits.setdefault(key, InFlightLimit(self._plan.in_flight))
+        if self._costs.window_bytes is not None and operation.target is not None:
+            key_ = operation.place, operation.stage, operation.kind
+            route = self._routes.get(key_) or Route(operation, self.network, self._costs)
+            self._routes[key_] = route
+            assert route.out is not None
+            link, nbytes = route.out.credited, route.cost(samples)[1]
+        if limit is None and link is None:
             return None
-        link, nbytes = self._outgoing(action)
-        if capped:
-            return GatedOutlet(capped, link), int(nbytes)
-        return None if link is None else (link, int(nbytes))
-
-    def _outgoing(self, action: Action) -> tuple[Direction | None, float]:
-        """Returns the link that an action's result leaves by, and the result's bytes."""
-        key = action.device, action.stage, action.kind
-        route = self._routes.get(key) or self._route(action)
-        if route.out is None:
-            return None, 0.0
-        samples = self.agenda.sizes(action.device, action.step)[action.micro_batch]
-        return route.out, route.cost(samples)[1]
-
-    def _gate(self, action: Action) -> Gate | None:
-        """Returns the gate of a stage whose weights devices share, if it is capped."""
-        if not (self._plan.sums_gradients and self._plan.is_local(action.stage)):
-            return None
-        host = self._plan.host(action.device, action.stage)
-        return self._gates.setdefault((host, action.stage), Gate(self._plan.in_flight))
-
-    def _pass_gate(self, host: SimulatedHost, action: Action, change: int) -> None:
-        """Counts a micro-batch in at its forward's dispatch and out at its backward's end."""
-        if (change > 0 and action.kind == FORWARD) or (change < 0 and action.kind == BACKWARD):
-            gate = self._gates.get((host.name, action.stage))
-            if gate is not None:
-                gate.inside += change
+        return Demand(link, nbytes, limit)
 
     def _hold(
         self, host: SimulatedHost, action: Action, route: Route, samples: int, start_s: float

@@ -59,7 +59,7 @@ class Exchange:
     def _close(self) -> None:
         """Prepares the round's closing actions; by now no step will be left out any more."""
         self._closing = {}
-        for action, before in self._simulation.agenda.schedule.closing():
+        for action, before in self._simulation.round.schedule.closing():
             self._left[action] = len(before)
             for one in before:
                 self._closing.setdefault(one, []).append(action)
@@ -133,7 +133,7 @@ class Exchange:
 
     def hand_on(self, action: Action) -> None:
         """Sends the device part to the coordinator, which gives it to the next device."""
-        spans = self._simulation.agenda.schedule.spans
+        spans = self._simulation.round.schedule.spans
         position = next(
             i for i, span in enumerate(spans)
             if span.device == action.device and span.stop - 1 == action.step

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from pipar_jax.cost_model.costs import FREE_LINK, Costs, on_grid
-from pipar_jax.schedule.actions import (
-    ALL,
-    BACKWARD,
-    FORWARD,
-    HAND_ON,
-    LAST,
-    RECEIVE_BACKWARD,
-    RECEIVE_FORWARD,
-    SEND_BACKWARD,
-    SEND_FORWARD,
-)
-from pipar_jax.schedule.plan import COORDINATOR, Plan, is_node
+from pipar_jax.schedule.actions import BACKWARD, HAND_ON, SEND_BACKWARD, SEND_FORWARD
+from pipar_jax.schedule.dispatch import CreditedLink
+from pipar_jax.schedule.host_program import Operation
+from pipar_jax.schedule.plan import COORDINATOR, is_node
 
 #: Stands for a stage's index where a link belongs to no boundary: the coordinator's to a host.
 CONTROL = -1
@@ -53,20 +47,19 @@ class Way:
 class Direction:
     """One direction of a link: a queue, and the bytes that wait to be consumed at its end.
 
-    It is the outlet that dispatchers see. What a dispatched computation will send is taken from
-    the credit at once, as the runtime does.
-
     Attributes:
       source: Name of the sending host.
       target: Name of the receiving host.
       below: Index of the stage below the boundary that it crosses; ``CONTROL`` if it serves all.
       line: What it sends by, perhaps with other directions.
-      outstanding: Bytes promised, queued or waiting to be consumed.
+      outstanding: Bytes queued or waiting to be consumed.
+      credited: What dispatchers see of it: what is being computed for it is reserved there.
       carried: Bytes sent so far.
       delay_s: One-way delay.
     """
 
-    __slots__ = ("_in", "_model", "_occupied_s", "_out", "_window", "below", "carried", "delay_s",
+    __slots__ = ("_in", "_model", "_occupied_s", "_out", "_window", "below", "carried", "credited",
+                 "delay_s",
                  "line", "outstanding", "source", "target")  # fmt: skip
 
     def __init__(
@@ -81,14 +74,16 @@ class Direction:
         self._out = out if out.rate_bytes_s is not None else None
         self._in = into if into.rate_bytes_s is not None else None
         self.outstanding = self.carried = 0.0
+        self.credited = CreditedLink(self)
+
+    @property
+    def available_bytes(self) -> float:
+        """Bytes that the link takes before it has to wait."""
+        return math.inf if self._window is None else self._window - self.outstanding
 
     def can_send(self, nbytes: float) -> bool:
-        """Says whether the link takes a message of this size now."""
-        return (
-            self._window is None
-            or not self.outstanding
-            or self.outstanding + nbytes <= self._window
-        )
+        """Returns whether the link takes a message of this size now."""
+        return not self.outstanding or nbytes <= self.available_bytes
 
     def send(self, now_s: float, nbytes: float) -> tuple[float, float]:
         """Queues a message; returns when its first and its last byte leave."""
@@ -186,59 +181,41 @@ def _line_of(source: str, target: str, below: int) -> tuple[str, str, int]:
 
 
 class Route:
-    """Where a computation's input comes from and its result goes to, with its cached costs.
+    """An operation with its links and its cached costs.
 
     Attributes:
-      host: Name of the host that computes it.
+      operation: What is computed.
       out: Link that the result leaves by; None if it stays.
-      sent: Kind of the send.
-      received: Kind of the receive at the other end.
-      target_stage: Stage that the result is for.
       source: Link that the input came by; None if it was there.
-      got: Kind of the receive of the input.
     """
 
-    __slots__ = ("_costs", "_known", "device", "got", "host", "kind", "out", "received", "sent",
-                 "source", "stage", "target_stage")  # fmt: skip
+    __slots__ = ("_costs", "_known", "operation", "out", "source")
 
-    def __init__(
-        self, plan: Plan, device: int, stage: int, kind: str, network: Network, costs: Costs
-    ) -> None:
-        self.device, self.stage, self.kind = device, stage, kind
-        chain = plan.devices[0 if device == ALL else device].stages
-        hosts = [plan.host(0 if device == ALL else device, s) for s in range(chain)]
-        self.host = hosts[stage]
-        self.out = self.source = None
-        self.sent = self.received = self.got = ""
-        self.target_stage = stage
+    def __init__(self, operation: Operation, network: Network, costs: Costs) -> None:
+        self.operation = operation
         self._costs = costs
         self._known: dict[int, tuple[float, float, float]] = {}
-        if kind in (BACKWARD, LAST) and stage:
-            self.sent, self.received, self.target_stage = SEND_BACKWARD, RECEIVE_BACKWARD, stage - 1
-        elif kind == FORWARD:
-            self.sent, self.received, self.target_stage = SEND_FORWARD, RECEIVE_FORWARD, stage + 1
-        if self.sent and hosts[self.target_stage] != self.host:
-            below = min(stage, self.target_stage)
-            self.out = network.direction(self.host, hosts[self.target_stage], below)
-        before = stage + 1 if kind == BACKWARD else stage - 1
-        if kind in (FORWARD, LAST, BACKWARD) and before >= 0 and hosts[before] != self.host:
-            self.source = network.direction(hosts[before], self.host, min(stage, before))
-            self.got = RECEIVE_BACKWARD if kind == BACKWARD else RECEIVE_FORWARD
+        self.out = self.source = None
+        if (target := operation.target) is not None:
+            self.out = network.direction(operation.host, target.peer(operation.host), target.below)
+        if (source := operation.source) is not None:
+            peer = source.peer(operation.host)
+            self.source = network.direction(peer, operation.host, source.below)
 
     def cost(self, samples: int) -> tuple[float, float, float]:
         """Returns the computation's seconds, its result's and its input's bytes on the wire."""
         known = self._known.get(samples)
         if known is None:
-            seconds = 0.0
-            if self.kind != HAND_ON:  # no computation, and the message is the coordinator's matter
-                seconds = self._costs.compute_s(self.device, self.stage, self.kind, samples)
+            one, seconds = self.operation, 0.0
+            if one.kind != HAND_ON:  # no computation, and the message is the coordinator's matter
+                seconds = self._costs.compute_s(one.place, one.stage, one.kind, samples)
             out = came = 0.0
             if self.out is not None:
-                out = self._costs.wire_bytes(self.device, self.stage, self.sent, samples)
+                out = self._costs.wire_bytes(one.place, one.stage, one.sent, samples)
             if self.source is not None:
-                back = self.kind == BACKWARD
+                back = one.kind == BACKWARD
                 came = self._costs.wire_bytes(
-                    self.device, self.stage + (1 if back else -1),
+                    one.place, one.stage + (1 if back else -1),
                     SEND_BACKWARD if back else SEND_FORWARD, samples,
                 )  # fmt: skip
             known = self._known[samples] = (on_grid(seconds), out, came)

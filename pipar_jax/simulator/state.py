@@ -7,6 +7,7 @@ from collections.abc import Hashable, Mapping
 
 from pipar_jax.schedule.actions import Action
 from pipar_jax.schedule.dispatch import Dispatcher
+from pipar_jax.schedule.step_feeder import StepFeeder
 from pipar_jax.schedule.trace import Timed
 
 #: How many of a host's last actions are kept for the grid of a deadlock.
@@ -33,7 +34,7 @@ class ComparableDispatcher(Dispatcher):
                 (moved(action), tuple(moved(one) for one in dependents))
                 for action, dependents in self._dependents.items()
             ),
-            frozenset(moved(action) for known in self._over.values() for action in known),
+            frozenset(moved(action) for known in self._complete.values() for action in known),
         )
 
     def blocked(self) -> dict[Action, list[Action]]:
@@ -52,6 +53,7 @@ class SimulatedHost:
       name: Its name.
       index: Its place among the hosts.
       dispatcher: Decides what it runs next.
+      feeder: Keeps the dispatcher supplied.
       in_flight: Computations dispatched and not over.
       free_s: When the computations dispatched so far are over.
       codec_free_s: When its codec worker is free.
@@ -61,11 +63,13 @@ class SimulatedHost:
       memory: Times and bytes of what it began and ceased to hold, if memory is followed.
     """
 
-    __slots__ = ("busy_s", "codec_free_s", "dispatcher", "free_s", "in_flight", "index", "last",
-                 "memory", "name", "rows")  # fmt: skip
+    __slots__ = ("busy_s", "codec_free_s", "dispatcher", "feeder", "free_s", "in_flight", "index",
+                 "last", "memory", "name", "rows")  # fmt: skip
 
-    def __init__(self, name: str, index: int, dispatcher: ComparableDispatcher) -> None:
-        self.name, self.index, self.dispatcher = name, index, dispatcher
+    def __init__(
+        self, name: str, index: int, dispatcher: ComparableDispatcher, feeder: StepFeeder
+    ) -> None:
+        self.name, self.index, self.dispatcher, self.feeder = name, index, dispatcher, feeder
         self.in_flight = 0
         self.free_s = self.codec_free_s = self.busy_s = 0.0
         self.last: collections.deque[Action] = collections.deque(maxlen=REMEMBERED)

@@ -66,7 +66,7 @@ class Steady:
         """Looks at the state at the end of a device's step."""
         if not self._watching:
             return
-        reached = self._simulation.agenda.reached()
+        reached = self._simulation.round.reached()
         if self._sequential:  # the others have nothing to do but wait for their part
             reached = {d: step for d, step in reached.items() if d == action.device}
         elif len(reached) != len(self._spans):
@@ -75,7 +75,7 @@ class Steady:
         if action.device not in (marker, ALL):
             return
         # The last step differs from the others, so it must be one that no host has begun.
-        ahead = self._simulation.agenda.alike_ahead(reached) - 1
+        ahead = self._simulation.round.alike_ahead(reached) - 1
         if ahead < 1:
             return
         state = self._state(reached, marker)
@@ -103,7 +103,7 @@ class Steady:
             return
         steps = times * period
         simulation = self._simulation
-        simulation.agenda.leave_out(steps, devices)
+        simulation.round.leave_out(steps, devices)
         self.left_out += steps
         self.offset_s += times * (now.time_s - before.time_s)
         for host, was, is_now in zip(simulation.hosts, before.busy_s, now.busy_s, strict=True):
@@ -131,9 +131,8 @@ class Steady:
         for way in simulation.network.times():
             times.append(max(way.free_s - now_s, 0.0))
         for link in simulation.network.directions.values():
-            structure.append(link.outstanding)
-        for name, device, step, left in simulation.agenda.begun():
-            sizes = simulation.agenda.sizes(device, step)
+            structure.append((link.outstanding, link.credited.reserved_bytes))
+        for name, device, step, left, sizes in simulation.round.begun():
             structure.append((name, device, step - base.get(device, 0), left, sizes))
         return tuple(structure), tuple(times)
 

@@ -11,25 +11,14 @@ from pipar_jax.schedule.actions import (
     ALL,
     KINDS,
     MICRO,
-    RECEIVES,
     Action,
-    RoundSchedule,
     Span,
     batch_samples,
-    host_of,
     micro_batch_sizes,
     parse,
     rounds,
 )
-from pipar_jax.schedule.dispatch import DISPATCHED, Dispatcher, policy
-from pipar_jax.schedule.plan import DevicePlan, Plan
-
-TWO = DevicePlan((1,), ("device", "server"), 3)
-U_SHAPE = DevicePlan((1, 3, 4), ("device", "n1", "n2", "device"), 2)
-
-
-def plan(device: DevicePlan = TWO, count: int = 2, **values: object) -> Plan:
-    return Plan((device,) * count, **values)  # type: ignore[arg-type]
+from tests.pipar_jax.schedule.rounds import PLANS, plan, schedule
 
 
 @given(
@@ -93,21 +82,6 @@ def test_sequential_rounds_hand_on_each_step_until_the_shards_are_exhausted():
     assert spans == (Span(0, 0, 1), Span(1, 0, 1), Span(1, 1, 2), Span(1, 2, 3))
 
 
-def schedule(one: Plan, steps=(2, 3), samples=(10, 15), batch=5, index=0) -> RoundSchedule:
-    return RoundSchedule(one, rounds(one, steps, 2)[index], samples, batch)
-
-
-PLANS = [
-    plan(DevicePlan((), ("device",))),
-    plan(),
-    plan(aggregate_every=1),
-    plan(U_SHAPE),
-    plan(order="sequential", weights="shared"),
-    plan(order="sequential", weights="shared", hand_on="step"),
-    Plan((TWO, DevicePlan((2,), ("device", "server"), 2))),
-]
-
-
 @pytest.mark.parametrize("one", PLANS, ids=str)
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_round_is_a_partial_order_in_which_every_action_occurs_once(one, index):
@@ -121,78 +95,3 @@ def test_a_round_is_a_partial_order_in_which_every_action_occurs_once(one, index
         # What a round waits for lies in it, or is the device part that an earlier one left.
         assert all(b in done for b in before if b in known), (action, before)
         done.add(action)
-
-
-@pytest.mark.parametrize("one", PLANS, ids=str)
-@pytest.mark.parametrize("name", ["fcfs", "backward_first", "slowest_first", "fixed"])
-def test_every_policy_finishes_every_schedule(one, name):
-    """Hosts take turns; a send is delivered at once. No order may wait for something for ever."""
-    made = schedule(one)
-    hosts = {h: Dispatcher(policy(name, {0: 2.0}), lambda action: None) for h in one.hosts()}
-    rows = [row for step in made.steps() for row in step]
-    waiting: dict[Action, list[Action]] = {}
-    for action, before in rows:
-        hosts[host_of(one, action)].add([(action, before)])
-        for b in before:
-            waiting.setdefault(b, []).append(action)
-    before_of = dict(rows)
-    over: set[Action] = set()
-
-    def finish(action: Action) -> None:
-        over.add(action)
-        for dispatcher in hosts.values():
-            dispatcher.over(action)
-        for after in waiting.get(action, ()):
-            if after.kind not in DISPATCHED and all(
-                b in over or b not in before_of for b in before_of[after]
-            ):
-                finish(after)
-
-    for action, before in rows:
-        if action.kind in RECEIVES and not before:
-            finish(action)
-    progress = True
-    while progress:
-        progress = False
-        for dispatcher in hosts.values():
-            action = dispatcher.next()
-            if action is not None:
-                progress = True
-                finish(action)
-    assert over >= {action for action, _ in rows}
-
-
-def test_an_action_without_credit_waits_and_does_not_hold_up_the_others():
-    class Shut:
-        free = False
-
-        def can_send(self, nbytes: int) -> bool:
-            return self.free
-
-    shut = Shut()
-    dispatcher = Dispatcher(policy("fcfs"), lambda a: (shut, 8) if a.device == 0 else None)
-    blocked, other = Action(0, "F", 0, 0, 0), Action(0, "F", 1, 0, 0)
-    dispatcher.add([(blocked, ()), (other, ())])
-    assert dispatcher.next() == other
-    assert dispatcher.next() is None
-    shut.free = True
-    assert dispatcher.next() == blocked
-    assert not dispatcher.waiting()
-
-
-def test_what_is_over_before_it_is_waited_for_counts():
-    dispatcher = Dispatcher(policy("fcfs"), lambda a: None)
-    arrived, wanted = Action(1, "RF", 0, 4, 0), Action(1, "L", 0, 4, 0)
-    dispatcher.over(arrived)
-    dispatcher.add([(wanted, (arrived,))])
-    assert dispatcher.next() == wanted
-
-
-def test_policies_order_as_they_say():
-    early, late = Action(0, "F", 0, 0, 1), Action(0, "B", 1, 0, 0)
-    for name, first in {"fcfs": early, "backward_first": late, "slowest_first": late}.items():
-        dispatcher = Dispatcher(policy(name, {0: 1.0, 1: 5.0}), lambda a: None)
-        dispatcher.add([(early, ()), (late, ())])
-        assert dispatcher.next() == first, name
-    with pytest.raises(PlanError, match="no dispatch policy"):
-        policy("random")  # type: ignore[arg-type]

@@ -17,10 +17,10 @@ from pipar_jax.schedule.actions import (
     Action,
     RoundSchedule,
     Span,
-    Step,
     parse,
     rounds,
 )
+from pipar_jax.schedule.host_program import Bare, HostProgram
 from pipar_jax.schedule.plan import DevicePlan, Plan
 from pipar_jax.simulator import Costs, LinkModel, Port, Prediction, simulate
 from pipar_jax.tuner.recurrence import MicroTimes, measured_step_s
@@ -335,19 +335,24 @@ def test_policies_order_what_is_ready() -> None:
 # --- what cannot finish --------------------------------------------------------------------------
 
 
-class Circular(RoundSchedule):
-    """A schedule in which the second forward waits for the first backward, and that for it."""
+def waiting_for(monkeypatch: pytest.MonkeyPatch, **waits: str) -> None:
+    """Let actions, named with _ for the dot and at for the @, wait for others as well."""
+    more = {parse(a.replace("_", ".").replace("at", "@")): parse(b) for a, b in waits.items()}
+    plain = HostProgram.step
 
-    def step(self, position: int, step: int) -> Step:
-        rows = dict(super().step(position, step))
-        rows[parse("d0.0F1@0")] += (parse("d0.0B0@0"),)
-        rows[parse("d0.0B0@0")] += (parse("d0.0F1@0"),)
-        return tuple(rows.items())
+    def step(self: HostProgram, schedule: RoundSchedule, position: int, step: int) -> list[Bare]:
+        return [
+            (action, (*before, more[action]) if action in more else before)
+            for action, before in plain(self, schedule, position, step)
+        ]
+
+    monkeypatch.setattr(HostProgram, "step", step)
 
 
-def test_a_circle_is_refused_with_the_grid_and_the_cell() -> None:
-    plan = pair_plan(1, 2)
-    schedule = Circular(plan, (Span(0, 0, 1),), (8,), 8)
+def test_a_circle_is_refused_with_the_grid_and_the_cell(monkeypatch) -> None:
+    # The second forward waits for the first backward, and that for it.
+    waiting_for(monkeypatch, d0_0F1at0="d0.0B0@0", d0_0B0at0="d0.0F1@0")
+    schedule = RoundSchedule(pair_plan(1, 2), (Span(0, 0, 1),), (8,), 8)
     with pytest.raises(ScheduleError) as caught:
         simulate(schedule, Costs(seconds_of))
     text = str(caught.value)
@@ -358,17 +363,9 @@ def test_a_circle_is_refused_with_the_grid_and_the_cell() -> None:
     assert "server | d0.1L0@0" in text
 
 
-class Orphaned(RoundSchedule):
-    """A schedule in which a forward waits for something that is in nobody's list."""
-
-    def step(self, position: int, step: int) -> Step:
-        rows = dict(super().step(position, step))
-        rows[parse("d0.0F1@0")] += (parse("d7.0U@3"),)
-        return tuple(rows.items())
-
-
-def test_waiting_for_what_nobody_does_is_refused() -> None:
-    schedule = Orphaned(pair_plan(1, 2), (Span(0, 0, 1),), (8,), 8)
+def test_waiting_for_what_nobody_does_is_refused(monkeypatch) -> None:
+    waiting_for(monkeypatch, d0_0F1at0="d7.0U@3")
+    schedule = RoundSchedule(pair_plan(1, 2), (Span(0, 0, 1),), (8,), 8)
     with pytest.raises(ScheduleError, match=r"cannot run d0.0F1@0.*d7.0U@3, which nobody"):
         simulate(schedule, Costs(seconds_of))
 

@@ -1,0 +1,269 @@
+"""What a plan means for one host, compiled once: the table that runtime and simulator follow.
+
+For every place of the cohort (the devices of a round in their fixed order), stage and kind of
+computation that a host performs there is an ``Operation``: where its input comes from, where its
+result goes, which weights it uses, what limits it. Which device holds a place is the round's
+business (``RoundSchedule.device``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from pipar_jax.schedule.actions import (
+    ALL,
+    BACKWARD,
+    FORWARD,
+    HAND_ON,
+    LAST,
+    RECEIVE_BACKWARD,
+    RECEIVE_FORWARD,
+    SEND_BACKWARD,
+    SEND_FORWARD,
+    UPDATE,
+    Action,
+    RoundSchedule,
+    batch_samples,
+    host_template,
+    micro_batch_sizes,
+    predecessors,
+)
+from pipar_jax.schedule.plan import Boundary, Plan
+
+#: An action and what must be complete before it.
+Bare = tuple[Action, tuple[Action, ...]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Operation:
+    """One kind of computation of a place's stage.
+
+    Attributes:
+      place: Whose data it works on: a place of the cohort, or ``ALL``.
+      stage: Its stage in that place's chain.
+      kind: F, L, B, U or H.
+      host: Who performs it.
+      replica_key: Key of the weights that it uses.
+      source: Boundary that its input arrives by; None if the input is on the host already.
+      received: Kind of the receive that brings the input; empty without a source.
+      output_of: Computation (stage, kind) of this host whose result is its input; None if it has a
+        source or begins a chain.
+      target: Boundary that its result leaves by; None if it stays.
+      sent: Kind of the send of its result; empty if there is no result.
+      arrives_as: Kind of the receive of its result at the other side; empty likewise.
+      target_stage: Stage that its result is for.
+      cut: Index of the cut between its stage and that one; -1 without a result.
+      codec: Codec of the result if it leaves.
+      limited: Whether ``Plan.in_flight`` limits its stage.
+    """
+
+    place: int
+    stage: int
+    kind: str
+    host: str
+    replica_key: tuple[int, int]
+    source: Boundary | None
+    received: str
+    output_of: tuple[int, str] | None
+    target: Boundary | None
+    sent: str
+    arrives_as: str
+    target_stage: int
+    cut: int
+    codec: str
+    limited: bool
+
+
+class HostProgram:
+    """A host's operations under a plan.
+
+    Attributes:
+      plan: The plan.
+      host: The host's name.
+      places: The places of the cohort whose chains the host takes part in, rising.
+
+    Args:
+      plan: The plan.
+      host: The host's name.
+    """
+
+    def __init__(self, plan: Plan, host: str) -> None:
+        self.plan, self.host = plan, host
+        self._operations: dict[tuple[int, int, str], Operation] = {}
+        places = []
+        for place, one in enumerate(plan.devices):
+            own = [stage for stage in range(one.stages) if plan.host(place, stage) == host]
+            if own:
+                places.append(place)
+            for stage in own:
+                last = stage == one.stages - 1
+                for kind in (LAST,) if last else (FORWARD, BACKWARD):
+                    self._add(_operation(plan, place, stage, kind))
+                shared = plan.sums_gradients and plan.is_local(stage)
+                self._add(_operation(plan, ALL if shared else place, stage, UPDATE))
+            if own and own[0] == 0 and plan.order == "sequential":
+                self._add(_operation(plan, place, 0, HAND_ON))
+        self.places = tuple(places)
+        self._hosts = [
+            tuple(plan.host(place, s) for s in range(one.stages))
+            for place, one in enumerate(plan.devices)
+        ]
+        self._stages = [
+            tuple(stage for stage, name in enumerate(hosts) if name == host)
+            for hosts in self._hosts
+        ]
+        self._shared = frozenset(
+            stage
+            for stage in range(plan.devices[0].stages)
+            if plan.sums_gradients and plan.is_local(stage)
+        )
+        self._takes_part = frozenset(places)
+
+    def takes_part(self, place: int) -> bool:
+        """Returns whether the host runs a stage of a place's chain."""
+        return place in self._takes_part
+
+    def operation(self, place: int, stage: int, kind: str) -> Operation:
+        """Returns the operation of a place's stage.
+
+        Raises:
+          KeyError: The host performs no such computation.
+        """
+        return self._operations[place, stage, kind]
+
+    def labels_travel(self, place: int) -> bool:
+        """Returns whether labels leave the device: the last stage is on another host."""
+        return self._hosts[place][0] != self._hosts[place][-1]
+
+    def is_first(self, place: int) -> bool:
+        """Returns whether the host runs the first stage of a place's chain: it has the samples."""
+        return self._hosts[place][0] == self.host
+
+    def has(self, place: int, stage: int, kind: str) -> bool:
+        """Returns whether the host performs such a computation."""
+        return (place, stage, kind) in self._operations
+
+    def operations(self) -> tuple[Operation, ...]:
+        """Returns all operations, place by place and stage by stage."""
+        return tuple(self._operations.values())
+
+    def replica_key(self, place: int, stage: int) -> tuple[int, int]:
+        """Returns the key of the weights that a place's stage uses."""
+        return replica_key(self.plan, place, stage)
+
+    def sizes(self, samples: Sequence[int], batch_size: int) -> set[int]:
+        """Returns every micro-batch size that the host meets in an epoch.
+
+        Args:
+          samples: Samples that each place's device trains on in an epoch.
+          batch_size: Samples in a full mini-batch.
+        """
+        found: set[int] = set()
+        for place in self.places:
+            last = -(-samples[place] // batch_size) - 1
+            for step in {0, last}:
+                size = batch_samples(samples[place], batch_size, step)
+                found.update(micro_batch_sizes(size, self.plan.devices[place].micro_batches))
+        return found
+
+    def step(self, schedule: RoundSchedule, position: int, step: int) -> list[Bare]:
+        """Returns the host's computations of a step of the span at ``position``.
+
+        In sequential order the last step of a span ends with handing the client-side model on,
+        unless the next span is the same device's.
+
+        Args:
+          schedule: The round.
+          position: Index of the span among the round's.
+          step: The step, inside that span.
+        """
+        span = schedule.spans[position]
+        place = span.device
+        hosts = self._hosts[place]
+        template = host_template(hosts, len(schedule.sizes(place, step)), self.host)
+        shared = self._shared
+        actions = [
+            Action(stage, kind, ALL if kind == UPDATE and stage in shared else place, step, m)
+            for stage, kind, m in template.actions
+        ]
+        if step > span.first:
+            after = {
+                stage: Action(stage, UPDATE, ALL if stage in shared else place, step - 1)
+                for stage in self._stages[place]
+            }
+        else:
+            after = predecessors(self.plan, schedule.spans, position, step, schedule.holder)
+        rows = [
+            (
+                actions[i],
+                tuple([actions[j] for j in deps])
+                + ((after[actions[i].stage],) if waits and actions[i].stage in after else ()),
+            )
+            for i, deps, waits in template.rows
+        ]
+        if self.plan.order == "sequential" and (place, 0, HAND_ON) in self._operations:
+            following = schedule.spans[position + 1 : position + 2]
+            if step == span.stop - 1 and not (following and following[0].device == place):
+                updates = tuple(one for one in actions if one.kind == UPDATE)
+                rows.append((Action(0, HAND_ON, place, step), updates))
+        return rows
+
+    def _add(self, operation: Operation) -> None:
+        key = operation.place, operation.stage, operation.kind
+        self._operations.setdefault(key, operation)
+
+
+def replica_key(plan: Plan, place: int, stage: int) -> tuple[int, int]:
+    """Returns the key of the weights that a place's stage uses: its own, or the shared copy."""
+    return (ALL if plan.is_shared(place, stage) else place), stage
+
+
+def _operation(plan: Plan, place: int, stage: int, kind: str) -> Operation:
+    """Returns the operation of a place's stage."""
+    known = 0 if place == ALL else place
+    one = plan.devices[known]
+    hosts = [plan.host(known, s) for s in range(one.stages)]
+    last = one.stages - 1
+    source = target = None
+    received = sent = arrives_as = ""
+    output_of = None
+    target_stage, cut, codec = stage, -1, "raw"
+    before = {FORWARD: stage - 1, LAST: stage - 1, BACKWARD: stage + 1}.get(kind, -1)
+    if before >= 0:
+        if hosts[before] == hosts[stage]:
+            kinds = (LAST if before == last else BACKWARD) if kind == BACKWARD else FORWARD
+            output_of = before, kinds
+        else:
+            source = plan.boundary(known, min(stage, before))
+            received = RECEIVE_BACKWARD if kind == BACKWARD else RECEIVE_FORWARD
+    if kind == FORWARD or (kind in (BACKWARD, LAST) and stage):
+        up = kind == FORWARD
+        target_stage = stage + 1 if up else stage - 1
+        below = min(stage, target_stage)
+        cut = one.cuts[below]
+        sent, arrives_as = (
+            (SEND_FORWARD, RECEIVE_FORWARD) if up else (SEND_BACKWARD, RECEIVE_BACKWARD)
+        )
+        if hosts[target_stage] != hosts[stage]:
+            target = plan.boundary(known, below)
+            pair = one.codecs[below]
+            codec = pair.activation if up else pair.cotangent
+    limited = bool(plan.in_flight and plan.sums_gradients and plan.is_local(stage))
+    return Operation(
+        place=place,
+        stage=stage,
+        kind=kind,
+        host=hosts[stage],
+        replica_key=(place, stage) if place == ALL else replica_key(plan, place, stage),
+        source=source,
+        received=received,
+        output_of=output_of,
+        target=target,
+        sent=sent,
+        arrives_as=arrives_as,
+        target_stage=target_stage,
+        cut=cut,
+        codec=codec,
+        limited=limited and kind in (FORWARD, BACKWARD),
+    )

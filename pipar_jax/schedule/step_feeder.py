@@ -1,0 +1,137 @@
+"""What a host has to do in a round, handed to its dispatcher a step at a time."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+
+from pipar_jax.schedule.actions import ALL, Action, RoundSchedule
+from pipar_jax.schedule.dispatch import Demand, Dispatcher, Row
+from pipar_jax.schedule.host_program import HostProgram, Operation
+
+#: Returns what an operation needs to run on so many samples, besides what precedes it.
+Demands = Callable[[Operation, int], Demand | None]
+
+
+class StepFeeder:
+    """Walks through a round's spans and keeps the dispatcher supplied with the next step.
+
+    Parallel spans advance side by side, each as soon as its step has been dispatched here;
+    sequential ones follow one another.
+
+    Attributes:
+      schedule: The round under way.
+
+    Args:
+      program: What the plan means for the host.
+      dispatcher: Given the host's actions.
+      demands: What operations need besides their predecessors; None if nothing ever does.
+    """
+
+    def __init__(
+        self, program: HostProgram, dispatcher: Dispatcher, demands: Demands | None = None
+    ) -> None:
+        self._program, self._dispatcher, self._demands = program, dispatcher, demands
+        self.schedule = RoundSchedule(program.plan, (), (), 1)
+        self._left: dict[tuple[int, int], int] = {}
+        self._position: dict[tuple[int, int], int] = {}
+        self._sizes: dict[tuple[int, int], tuple[int, ...]] = {}
+        self._queue: collections.deque[int] = collections.deque()
+        self._open = self._sharers = 0
+        # Updates of shared weights: what every device's step has named so far, and how many
+        # devices' steps are missing. They stay until they were dispatched.
+        self._joint: dict[Action, dict[Action, None]] = {}
+        self._joint_left: dict[Action, int] = {}
+        # What each kind of operation needs, by the size of its micro-batch.
+        self._needs: dict[tuple[int, int, str], dict[int, Demand | None]] = {}
+
+    def start(self, schedule: RoundSchedule) -> None:
+        """Begins a round."""
+        self.schedule = schedule
+        self._position.clear()
+        mine = [
+            position
+            for position, span in enumerate(schedule.spans)
+            if self._program.takes_part(span.device) and span.stop > span.first
+        ]
+        self._open = self._sharers = len(mine)
+        self._queue.clear()
+        if self._program.plan.order == "sequential":
+            self._queue.extend(mine[1:])
+            mine = mine[:1]
+        for position in mine:
+            self._add(position, schedule.spans[position].first)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every action of the round was dispatched on this host."""
+        return self._open == 0 and not self._joint_left
+
+    def sizes(self, device: int, step: int) -> tuple[int, ...]:
+        """Returns the micro-batch sizes of a device's step that is under way on this host."""
+        return self._sizes[device, step]
+
+    def under_way(self) -> dict[tuple[int, int], int]:
+        """Returns the actions left of every (device, step) that is under way."""
+        return self._left
+
+    def dispatched(self, action: Action) -> None:
+        """Reports an action that the dispatcher handed out."""
+        self._dispatcher.complete(action)
+        if action.device == ALL:
+            del self._joint_left[action]
+            self._dispatcher.drop_step(ALL, action.step - 2)
+            return
+        key = action.device, action.step
+        self._left[key] -= 1
+        if self._left[key]:
+            return
+        del self._left[key], self._sizes[key]
+        # Nothing waits for actions before this step's any more.
+        self._dispatcher.drop_step(action.device, action.step - 1)
+        self._advance(self._position.pop(key), action.step)
+
+    def _advance(self, position: int, step: int) -> None:
+        """Adds what comes after a finished step: the span's next, or the next span's first."""
+        if step + 1 < self.schedule.spans[position].stop:
+            self._add(position, step + 1)
+            return
+        self._open -= 1
+        if self._queue:
+            following = self._queue.popleft()
+            self._add(following, self.schedule.spans[following].first)
+
+    def _add(self, position: int, step: int) -> None:
+        """Hands this host's actions of a step to the dispatcher."""
+        place = self.schedule.spans[position].device
+        key = place, step
+        sizes = self._sizes[key] = self.schedule.sizes(place, step)
+        self._position[key] = position
+        rows: list[Row] = []
+        for action, before in self._program.step(self.schedule, position, step):
+            if action.device == ALL:
+                self._join(action, before)
+            elif self._demands is None:
+                rows.append((action, before, None))
+            else:
+                rows.append((action, before, self._need(action, sizes)))
+        self._left[key] = len(rows)
+        self._dispatcher.add(rows)
+
+    def _need(self, action: Action, sizes: tuple[int, ...]) -> Demand | None:
+        """Returns what an action needs besides its predecessors."""
+        key = action.device, action.stage, action.kind
+        known = self._needs.setdefault(key, {})
+        samples = sizes[action.micro_batch]
+        if samples not in known:
+            assert self._demands is not None
+            known[samples] = self._demands(self._program.operation(*key), samples)
+        return known[samples]
+
+    def _join(self, action: Action, before: tuple[Action, ...]) -> None:
+        """Adds an action that serves all devices once every device's step has named its part."""
+        parts = self._joint.setdefault(action, {})
+        parts.update(dict.fromkeys(before))
+        self._joint_left[action] = self._joint_left.get(action, self._sharers) - 1
+        if not self._joint_left[action]:
+            self._dispatcher.add([(action, tuple(self._joint.pop(action)), None)])

@@ -1,0 +1,110 @@
+"""A simulated round: the feeders of all hosts, and what they have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+
+from pipar_jax.schedule.actions import Action, RoundSchedule, update_of
+from pipar_jax.schedule.step_feeder import StepFeeder
+
+
+class SimulatedRound:
+    """All hosts' feeders of one round, which can be shortened while it runs.
+
+    Attributes:
+      schedule: The round; ``leave_out`` shortens it.
+      last_updates: The updates that end the devices' spans (parallel order).
+
+    Args:
+      schedule: The round.
+      feeders: For each host its feeder.
+    """
+
+    def __init__(self, schedule: RoundSchedule, feeders: Mapping[str, StepFeeder]) -> None:
+        self.schedule = schedule
+        self._feeders = feeders
+        self._left_out: dict[int, int] = {}
+        self.last_updates = _last_updates(schedule)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every action of every host was dispatched."""
+        return all(feeder.finished for feeder in self._feeders.values())
+
+    def reached(self) -> dict[int, int]:
+        """Returns for each device that still trains the furthest step that any host has begun."""
+        steps: dict[int, int] = {}
+        for feeder in self._feeders.values():
+            for device, step in feeder.under_way():
+                steps[device] = max(step, steps.get(device, step))
+        return steps
+
+    def begun(self) -> list[tuple[str, int, int, int, tuple[int, ...]]]:
+        """Returns host, device, step, actions left and sizes of every step that is under way."""
+        return sorted(
+            (host, *key, left, feeder.sizes(*key))
+            for host, feeder in self._feeders.items()
+            for key, left in feeder.under_way().items()
+        )
+
+    def alike_ahead(self, reached: Mapping[int, int]) -> int:
+        """Returns for how many further steps all mini-batches keep the sizes they have now.
+
+        Args:
+          reached: What ``reached`` returned.
+        """
+        least = 1 << 60
+        for span in self.schedule.spans:
+            step = reached.get(span.device)
+            if step is None:
+                continue
+            samples, batch_size = self.schedule.samples[span.device], self.schedule.batch_size
+            stop = span.stop
+            if samples % batch_size:  # an epoch ends in a smaller mini-batch
+                per_epoch = -(-samples // batch_size)
+                done = (step + self._left_out.get(span.device, 0)) % per_epoch
+                stop = min(stop, step + per_epoch - 1 - done)
+            least = min(least, stop - 1 - step)
+        return least
+
+    def leave_out(self, steps: int, devices: Collection[int]) -> None:
+        """Shortens some devices' spans by steps that would repeat what has been seen."""
+        for device in devices:
+            self._left_out[device] = self._left_out.get(device, 0) + steps
+        was = self.schedule
+        spans = tuple(
+            span._replace(stop=span.stop - steps) if span.device in devices else span
+            for span in was.spans
+        )
+        self.schedule = _Shortened(
+            was.plan, spans, was.samples, was.batch_size, was.holder, dict(self._left_out)
+        )
+        for feeder in self._feeders.values():
+            feeder.schedule = self.schedule
+        self.last_updates = _last_updates(self.schedule)
+
+
+def _last_updates(schedule: RoundSchedule) -> frozenset[Action]:
+    """Returns the update of every stage in the last step of every span."""
+    plan = schedule.plan
+    return frozenset(
+        update_of(plan, span.device, stage, span.stop - 1)
+        for span in schedule.spans
+        for stage in range(plan.devices[span.device].stages)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shortened(RoundSchedule):
+    """A round without some middle steps, whose later steps keep the sizes that they had.
+
+    Attributes:
+      left_out: For each device how many steps were left out before those still to come.
+    """
+
+    left_out: Mapping[int, int] = dataclasses.field(default_factory=dict)
+
+    def sizes(self, device: int, step: int) -> tuple[int, ...]:
+        """Returns the micro-batch sizes of a device's step."""
+        return super().sizes(device, step + self.left_out.get(device, 0))
