@@ -133,6 +133,21 @@ class Transport:
         self.socket.close()
 
 
+class _TlsSocket(ssl.SSLSocket):
+    """An SSLSocket that is closed if its peer has gone before TLS begins.
+
+    ``wrap_socket`` looks for early data then, and leaves the socket open when that raises.
+    """
+
+    def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
+        """Receives as a plain SSLSocket does; a connection that is gone is closed as well."""
+        try:
+            return super().recv(buflen, flags)
+        except ConnectionError:
+            self.close()
+            raise
+
+
 class TlsTransport(Transport):
     """A connected socket under TLS 1.3; `handshake` has to succeed before anything else."""
 
@@ -142,6 +157,7 @@ class TlsTransport(Transport):
         self, sock: socket.socket, context: ssl.SSLContext, server_name: str | None
     ) -> None:
         super().__init__(sock)
+        context.sslsocket_class = _TlsSocket
         self._tls = context.wrap_socket(
             sock,
             server_side=server_name is None,
