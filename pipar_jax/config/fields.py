@@ -166,7 +166,7 @@ class PipelineConfig:
     window_mb: float = option(
         32.0,
         "megabytes a link may hold unread before it waits",
-        at_least=0.001,
+        at_least=1e-6,
         at_most=1e6,
     )
 
