@@ -91,7 +91,6 @@ class Executor:
         seed: int,
         dtype: Any,
     ) -> None:
-        """See the class."""
         self._host, self._program = program.host, program
         self._replicas, self._wiring = replicas, wiring
         self._batches, self._meter, self._record = batches, meter, record

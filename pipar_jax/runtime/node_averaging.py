@@ -41,7 +41,6 @@ class Averaging:
         params: Mapping[str, Any],
         state: Mapping[str, Any],
     ) -> None:
-        """See the class."""
         self._config, self._program, self._replicas = config, program, replicas
         plan = program.plan
         self.stages = plan.local_stages(program.host)
