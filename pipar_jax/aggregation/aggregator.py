@@ -172,7 +172,6 @@ class Aggregator:
     """
 
     def __init__(self, config: AggregationConfig, params: Variables, state: Variables) -> None:
-        """See the class."""
         self.params = params
         self.state = state
         transformation, self._combine = _compiled(dataclasses.astuple(config))

@@ -32,7 +32,6 @@ class Mismatch(Exception):
     """
 
     def __init__(self, path: str, expected: str, actual: str) -> None:
-        """See the class."""
         super().__init__(f"{path.lstrip('.')}: expected {expected}, got {actual}")
         self.path, self.expected, self.actual = path.lstrip("."), expected, actual
 

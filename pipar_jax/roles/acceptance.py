@@ -74,7 +74,6 @@ class Acceptance:
         steps: Sequence[int],
         first: Mapping[int, int],
     ) -> None:
-        """See the class."""
         self._classes, self._plan = model.classes, plan
         self._stop = dict(enumerate(steps))
         self._samples, self._batch_size = samples, batch_size

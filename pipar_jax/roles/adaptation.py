@@ -85,7 +85,6 @@ class Adaptation:
         members: Members,
         host: Host,
     ) -> None:
-        """See the class."""
         check_adaptable(plan)
         self._config, self._host, self._rounds = config, host, rounds
         self._members = members

@@ -26,7 +26,6 @@ class Candidates:
     """
 
     def __init__(self, config: Config, model: Model, samples: Sequence[int]) -> None:
-        """See the class."""
         self._config, self._model, self._samples = _parallel_only(config), model, tuple(samples)
         self._memory: dict[Plan, str | None] = {}
 

@@ -65,7 +65,6 @@ class Coordinator:
         save: Callable[[dict[str, Any], dict[str, Any]], None],
         script: Sequence[Plan] = (),
     ) -> None:
-        """See the class."""
         self._config, self._model, self._host = config, model, host
         self._members, self._evaluator, self._tally = members, evaluator, tally
         self._save = save

@@ -64,7 +64,6 @@ class Course:
     """
 
     def __init__(self, config: Config, name: str, units: int | None) -> None:
-        """See the class."""
         self._config, self._name, self._units = config, name, units
         self.phase = Phase.JOINING if is_node(name) else Phase.ASKED
         self.plan: Plan | None = None

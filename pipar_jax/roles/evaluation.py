@@ -39,7 +39,6 @@ class Evaluator:
     """
 
     def __init__(self, model: Model, dataset: Dataset, dtype: Any) -> None:
-        """See the class."""
         self._dataset, self._dtype = dataset, np.dtype(dtype)
         (stage,) = stages.split(model)
         self._score = _scorer(stage)

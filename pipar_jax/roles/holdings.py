@@ -56,7 +56,6 @@ class Holdings:
     """
 
     def __init__(self, model: Model, config: Config) -> None:
-        """See the class."""
         self._model, self.names = model, model.unit_names
         self._tx = optimizer.build(
             config.optimizer, steps=1, proximal_mu=config.aggregation.proximal_mu

@@ -78,7 +78,6 @@ class Traffic:
     """
 
     def __init__(self, members: Members) -> None:
-        """See the class."""
         self._members = members
         self._before: dict[str, LinkStats] = {}
 

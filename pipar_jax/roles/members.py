@@ -130,7 +130,6 @@ class Members:
         tell: Callable[[dict[str, Any]], None],
         stop: threading.Event,
     ) -> None:
-        """See the class."""
         self._config, self._model, self._endpoint = config, model, endpoint
         self._tensors, self._wake, self._tell, self._stop = tensors, wake, tell, stop
         self._inbox: queue.SimpleQueue[tuple[str, Link | None, Any]] = queue.SimpleQueue()

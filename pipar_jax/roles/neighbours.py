@@ -50,7 +50,6 @@ class Neighbours:
         lost: Callable[[BaseException], None],
         met: Callable[[], None],
     ) -> None:
-        """See the class."""
         self._config, self._name, self._endpoint = config, name, endpoint
         self._tensors, self._wake, self._lost, self._met = tensors, wake, lost, met
         self.wiring = Wiring(name)

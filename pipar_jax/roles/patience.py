@@ -42,7 +42,6 @@ class Moving:
     """
 
     def __init__(self, link: Link, clock: Callable[[], float] = time.monotonic) -> None:
-        """See the class."""
         self._link, self._clock = link, clock
         self._mark = clock(), self._carried()
 
@@ -73,7 +72,6 @@ class Patience:
     """
 
     def __init__(self, config: Config, clock: Callable[[], float] = time.monotonic) -> None:
-        """See the class."""
         self._config, self._clock = config, clock
         self._longest_s = 0.0
         self._last_s: dict[str, float] = {}

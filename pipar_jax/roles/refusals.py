@@ -18,7 +18,6 @@ class Refusals:
     """
 
     def __init__(self, tell: Callable[[dict[str, Any]], None]) -> None:
-        """See the class."""
         self._tell = tell
         self._told_s = 0.0
         self._untold = 0

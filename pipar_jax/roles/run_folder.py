@@ -29,7 +29,6 @@ class RunFolder:
     """
 
     def __init__(self, path: Path) -> None:
-        """See the class."""
         self.path = make_folder(path)
         self._events = EventLog(path / METRICS)
 
@@ -79,7 +78,6 @@ class Record:
     """
 
     def __init__(self, folder: RunFolder) -> None:
-        """See the class."""
         self._folder = folder
         self._training = False
         self._left_out = 0

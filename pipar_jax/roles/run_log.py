@@ -81,7 +81,6 @@ class Tally:
         tell: Callable[[dict[str, Any]], None],
         parameters: int,
     ) -> None:
-        """See the class."""
         self._config, self._folder, self._tell = config, folder, tell
         self._record = record
         self._parameters = parameters

@@ -30,7 +30,6 @@ class Script:
     """
 
     def __init__(self, plans: Sequence[Plan], members: Members, host: Host, units: int) -> None:
-        """See the class."""
         for before, after in itertools.pairwise(plans):
             check_follows(before, after, units)
         self._plans, self._members, self._host = plans, members, host

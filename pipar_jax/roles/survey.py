@@ -222,7 +222,6 @@ class Respondent:
     def __init__(
         self, config: Config, name: str, model: Model, between: Callable[[], None]
     ) -> None:
-        """See the class."""
         self._config, self._model, self._between = config, model, between
         self._own = configuration.host(config, name)
         self._first_s: float | None = None

@@ -24,7 +24,6 @@ class TraceLog:
     """
 
     def __init__(self, path: Path, wanted: str, lost: Callable[[DiskError], None]) -> None:
-        """See the class."""
         self._path, self._wanted, self._lost = path, wanted, lost
         self._file: TraceWriter | None = None
         self._round, self._rounds, self._origin_s = 0, 0, 0.0

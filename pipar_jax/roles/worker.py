@@ -158,7 +158,6 @@ class Worker:
         loader: Loader | None,
         stop: threading.Event | None = None,
     ) -> None:
-        """See the class."""
         self._config, self.name, self._model = config, name, model
         self._own = configuration.host(config, name)
         self._stop = stop or threading.Event()

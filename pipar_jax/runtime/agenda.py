@@ -29,7 +29,6 @@ class Agenda:
         dispatcher: Dispatcher,
         takes_part: Callable[[int], bool],
     ) -> None:
-        """See the class."""
         self._takes_part = takes_part
         self._host = host
         self._plan = plan

@@ -57,7 +57,6 @@ class Completion:
         over: Callable[[Action], None],
         failed: Callable[[BaseException], None],
     ) -> None:
-        """See the class."""
         self._record, self._over, self._failed = record, over, failed
         self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._previous_end_s = 0.0

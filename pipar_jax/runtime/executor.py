@@ -92,7 +92,6 @@ class Executor:
         seed: int,
         dtype: Any,
     ) -> None:
-        """See the class."""
         self._host, self._plan, self._replicas, self._wiring = host, plan, replicas, wiring
         self._batches, self._meter, self._record = batches, meter, record
         self._ledger = ledger

@@ -110,7 +110,6 @@ class Host:
         slowness: Slowness = UNSLOWED,
         rematerialise: bool = False,
     ) -> None:
-        """See the class."""
         self.name = name
         self.wiring = wiring or Wiring(name)
         self.observer = Observer()

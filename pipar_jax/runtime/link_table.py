@@ -22,7 +22,6 @@ class Wiring:
     """
 
     def __init__(self, host: str) -> None:
-        """See the class."""
         self._host = host
         self.control: dict[str, Link] = {}
         self._direct: dict[Boundary, Link] = {}

@@ -44,7 +44,6 @@ class Meter:
         every_s: float,
         broken: Callable[[int, int], None],
     ) -> None:
-        """See the class."""
         self._tell, self._every_s, self._broken = tell, every_s, broken
         self._told_broken: set[int] = set()
         self._lock = threading.Lock()

@@ -46,7 +46,6 @@ class Averaging:
         params: Mapping[str, Any],
         state: Mapping[str, Any],
     ) -> None:
-        """See the class."""
         self._config, self._share, self._replicas = config, share, replicas
         self.stages = plan.local_stages(host)
         self._aggregators: dict[int, Aggregator] = {}

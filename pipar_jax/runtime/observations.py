@@ -17,7 +17,6 @@ class Observer:
     """Collects the times of one host's computations; any thread may call it."""
 
     def __init__(self) -> None:
-        """See the class."""
         self._lock = threading.Lock()
         self._times: dict[tuple[int, int, str, int], list[float]] = defaultdict(list)
 

@@ -39,7 +39,6 @@ class Ahead:
         done: Callable[[int, str | None], None],
         failed: Callable[[BaseException], None],
     ) -> None:
-        """See the class."""
         self._name, self._compile, self._done, self._failed = name, compile, done, failed
         self._queue: queue.SimpleQueue[tuple[int, Plan] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None

@@ -18,7 +18,6 @@ class Recorder:
     """
 
     def __init__(self, keep: bool, watch: Callable[[Timed], None] | None = None) -> None:
-        """See the class."""
         self._keep, self._watch = keep, watch
         self._lock = threading.Lock()
         self._rows: list[Timed] = []

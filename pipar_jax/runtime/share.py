@@ -28,7 +28,6 @@ class Outlet:
     """
 
     def __init__(self, link: Link) -> None:
-        """See the class."""
         self._link = link
         self.promised = 0
 
@@ -53,7 +52,6 @@ class Share:
     """
 
     def __init__(self, plan: Plan, host: str, wiring: Wiring, cut_bytes: Sequence[int]) -> None:
-        """See the class."""
         check_executable(plan)
         self._plan, self._host, self._wiring, self._cut_bytes = plan, host, wiring, cut_bytes
         self._outlets: dict[Boundary, Outlet] = {}

@@ -74,7 +74,6 @@ class Gate:
     __slots__ = ("inside", "most")
 
     def __init__(self, most: int) -> None:
-        """See the class."""
         self.inside = 0
         self.most = most
 
@@ -90,7 +89,6 @@ class GatedOutlet:
     __slots__ = ("_beyond", "_gate")
 
     def __init__(self, gate: Gate, beyond: Outlet | None) -> None:
-        """See the class."""
         self._gate, self._beyond = gate, beyond
 
     def can_send(self, nbytes: int) -> bool:
@@ -114,7 +112,6 @@ class Dispatcher:
     def __init__(
         self, policy: Policy, outlet: Callable[[Action], tuple[Outlet, int] | None]
     ) -> None:
-        """See the class."""
         self._policy = policy
         self._outlet = outlet
         self._missing: dict[Action, int] = {}

@@ -32,7 +32,6 @@ class Agenda:
     """
 
     def __init__(self, schedule: RoundSchedule, dispatchers: Mapping[str, Dispatcher]) -> None:
-        """See the class."""
         self.schedule = schedule
         self._dispatchers = dispatchers
         self._left_out: dict[int, int] = {}

@@ -37,7 +37,6 @@ class Exchange:
     """
 
     def __init__(self, simulation: Simulation, plan: Plan, costs: Costs, collect: bool) -> None:
-        """See the class."""
         self._simulation, self._plan, self._costs = simulation, plan, costs
         self._collect = collect
         self._closing: dict[Action, list[Action]] | None = None

@@ -124,7 +124,6 @@ class Network:
     """
 
     def __init__(self, costs: Costs) -> None:
-        """See the class."""
         self._costs = costs
         self._ways: dict[tuple[str, bool], Way] = {}
         self._lines: dict[tuple[str, str, int], Line] = {}

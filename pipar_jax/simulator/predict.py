@@ -42,7 +42,6 @@ class HostTimes:
     """
 
     def __init__(self, host: HostProfile) -> None:
-        """See the class."""
         self._host = host
         self.handling = host.handling
         self._sums: dict[tuple[str, int], list[float]] = {}
@@ -96,7 +95,6 @@ class Stages:
     """
 
     def __init__(self, profile: Profile) -> None:
-        """See the class."""
         self.profile = profile
         known: dict[HostProfile, HostTimes] = {}
         self.server = HostTimes(profile.server)

@@ -49,7 +49,6 @@ class Steady:
     """
 
     def __init__(self, simulation: Simulation, schedule: RoundSchedule) -> None:
-        """See the class."""
         self._simulation = simulation
         self._sequential = schedule.plan.order == "sequential"
         self._spans = [span for span in schedule.spans if span.stop > span.first]

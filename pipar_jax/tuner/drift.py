@@ -95,7 +95,6 @@ class Watch:
     """
 
     def __init__(self, profile: Profile, learners: Mapping[str, Learns] | None = None) -> None:
-        """See the class."""
         self._base = profile
         self._learners = learners or {}
         self._hosts = {COORDINATOR: profile.server}

@@ -37,7 +37,6 @@ class Choice:
     """
 
     def __init__(self, plan: Plan, gain: float) -> None:
-        """See the class."""
         self.plan, self._gain = plan, gain
         self.wanted: Plan | None = None
         self._wins, self._since = 0, 0

@@ -41,7 +41,6 @@ class Network(nnx.Module):
     """
 
     def __init__(self, rngs: nnx.Rngs) -> None:
-        """See the class."""
         self.first = nnx.Linear(FEATURES, HIDDEN, rngs=rngs)
         self.second = nnx.Linear(HIDDEN, HIDDEN, rngs=rngs)
         self.forward = nnx.Linear(HIDDEN, 1 + FACTORS, rngs=rngs)

@@ -65,7 +65,6 @@ class Learner:
         weights: Weights | None = None,
         tables: Tables | None = None,
     ) -> None:
-        """See the class."""
         self._model, self._reference = model, reference
         self._weights = load() if weights is None else weights
         self._first = reference.observations()

@@ -177,7 +177,6 @@ class Tables:
     """
 
     def __init__(self, model: Model) -> None:
-        """See the class."""
         self._traced = model_operators(model, None, TRACED)
         self._found: dict[int, list[Array]] = {}
 
