@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import shutil
@@ -240,12 +239,6 @@ def test_the_map_names_nothing_that_is_not_there() -> None:
 
 def test_the_map_stays_a_map() -> None:
     assert len(_text("WORKSPACE.md").splitlines()) <= 300
-
-
-def test_the_map_says_of_a_module_what_its_docstring_says() -> None:
-    for name, said in re.findall(r"^- `([\w/]+\.py)`: (.*)$", _text("WORKSPACE.md"), re.M):
-        about = (ast.get_docstring(ast.parse(_text(name))) or "").partition("\n\n")[0]
-        assert said == about.replace("\n", " ").replace("``", "`"), name
 
 
 def test_the_map_gives_a_reason_for_every_dependency() -> None:

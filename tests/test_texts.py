@@ -20,7 +20,7 @@ WORDS = "|".join((*PACKAGES, "tests"))
 #: A file with its folder, or by its name alone.
 FILE = re.compile(r"(?<![\w./<-])((?:[a-z_0-9]+/)*[a-z_0-9]+\.py)\b")
 FOLDER = re.compile(rf"`((?:{WORDS})(?:/\w+)*)/?`")
-NAME = re.compile(rf"(?<![\w./-])((?:{WORDS})(?!\.NAME)(?:\.[A-Za-z_]\w*)+)(?![\w*(/])")
+NAME = re.compile(rf"(?<![\w./-])((?:{WORDS})(?!\.(?:NAME|md)\b)(?:\.[A-Za-z_]\w*)+)(?![\w*(/])")
 COMMAND = re.compile(r"(?:`|\bbin/|^ +)pipar ([a-z_]+)\b|^pipar ([a-z_]+) -", re.M)
 MODULE = re.compile(r"python -m ([a-z_.]+)")
 FIELD = re.compile(r"--config\.([a-z_]+(?:\.\w+)*)")
