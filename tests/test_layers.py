@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -138,6 +139,16 @@ def test_an_arrow_that_is_turned_would_be_found(package: str) -> None:
     assert arrows or len(FLOORS[package]) == 1
     for above, below, user, used in arrows:
         assert _upward({(below, above, used, user)}, floors)
+
+
+def test_the_map_shows_the_floors() -> None:
+    text = (ROOT / "WORKSPACE.md").read_text(encoding="utf-8")
+    table = text.partition("| floor of `pipar_jax/`")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| (\d+) \| (`.*) \|$", table, re.M)
+    shown = {int(number): set(re.findall(r"`(\w+)`", rooms)) for number, rooms in rows}
+    there = {name.split(".")[1] for name in modules() if name.startswith("pipar_jax.")}
+    floors = [set(floor.split()) & there for floor in FLOORS["pipar_jax"]]
+    assert [shown.get(i) for i in range(1, len(floors) + 1)] == floors
 
 
 def test_no_packages_import_each_other_in_a_circle() -> None:

@@ -39,8 +39,8 @@ _MAX_DAMAGES = 3  # connections in a row that brought no frame whole
 class Stream:
     """What the I/O thread does for one link: connections, heartbeats, arrivals, the end.
 
-    `comms.link.Link` adds what other threads may call. Here, methods run on the I/O thread unless
-    they say otherwise.
+    `comms.link.link.Link` adds what other threads may call. Here, methods run on the I/O thread
+    unless they say otherwise.
 
     Attributes:
         peer: the name that the peer gave in the handshake.

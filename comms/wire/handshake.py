@@ -8,11 +8,11 @@ Each message is a 12-byte preface, then JSON of at most 4 KiB::
     7  1  zero
     8  4  length   bytes of JSON that follow
 
-What the JSON of each may hold is said in `comms.greeting`. The connecting side sends HELLO, the
-listener CHALLENGE, the connecting side PROOF, the listener WELCOME; either may send REFUSE instead
-and close. This preface never changes between versions, so that each side can tell the other which
-version it would need. With a token, both prove it: a proof is HMAC-SHA256 of the token over the
-side's name and every handshake byte before it, both sides' random numbers among them, so that
+What the JSON of each may hold is said in `comms.wire.greeting`. The connecting side sends HELLO,
+the listener CHALLENGE, the connecting side PROOF, the listener WELCOME; either may send REFUSE
+instead and close. This preface never changes between versions, so that each side can tell the other
+which version it would need. With a token, both prove it: a proof is HMAC-SHA256 of the token over
+the side's name and every handshake byte before it, both sides' random numbers among them, so that
 neither an old proof nor the other side's is worth anything. The connecting side proves itself
 first: who merely scans for listeners gets nothing to guess against.
 """

@@ -1,8 +1,8 @@
 """The bit-level codec of comms as pure functions under jit, which give the same bytes.
 
 What a payload takes depends on the array: `encode` returns as many bytes as it can take at most,
-and how many of them it did take. Layout and rounding are those of comms.bit_codec. Comparisons are
-made on the bits, since an accelerator takes the smallest numbers for zero and numpy does not.
+and how many of them it did take. Layout and rounding are those of comms.codecs.bits. Comparisons
+are made on the bits, since an accelerator takes the smallest numbers for zero and numpy does not.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def encode(array: jax.Array, setting: Setting) -> tuple[jax.Array, jax.Array]:
 def decode(
     payload: jax.Array, setting: Setting, dtype: np.dtype[Any], shape: tuple[int, ...]
 ) -> jax.Array:
-    """Decodes a payload that `comms.bit_codec.Parts` has checked.
+    """Decodes a payload that `comms.codecs.bits.Parts` has checked.
 
     Args:
         payload: [most] uint8, as `encode` returns it.
@@ -196,7 +196,7 @@ def _encode_fixed(
 
 
 def _draws(count: int, seed: jax.Array, like: jax.Array) -> jax.Array:
-    """Returns what `comms.bit_codec.draws` does for a whole array."""
+    """Returns what `comms.codecs.bits.draws` does for a whole array."""
     h = jnp.arange(count // 4, dtype=jnp.uint32) * np.uint32(0x9E3779B9)
     h += seed * np.uint32(0x85EBCA6B)
     h ^= h >> 16

@@ -3,8 +3,8 @@
 On an accelerator it pays to encode before the copy to the host and to decode after the copy back:
 a quarter of the bytes crosses the bus. `encode` and `decode` are pure functions of arrays with
 static sizes and run under any `jax.jit`; `encoder` and `decoder` return compiled ones by the
-codec's name. The operations and their order are those of comms.block_codec, comms.cast_codec and
-comms.bit_codec, which describe the layouts; only NaNs may differ in their payload bits.
+codec's name. The operations and their order are those of comms.codecs.block, comms.codecs.cast and
+comms.codecs.bits, which describe the layouts; only NaNs may differ in their payload bits.
 """
 
 from __future__ import annotations

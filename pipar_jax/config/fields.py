@@ -26,7 +26,7 @@ RULES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
 PLATFORMS = ("auto", "cpu", "cuda", "tpu")
 TRACED = ("all", "ends", "none")
 HIDDEN_TOKEN = "(hidden)"
-#: Systems wait for so many seconds at a time, and not for much longer.
+#: The longest time, in seconds, that operating systems reliably wait.
 LONGEST_S = 1e6
 SLOWEST = 1e6
 
@@ -35,62 +35,72 @@ SLOWEST = 1e6
 class ModelConfig:
     """Which network, and how it is built."""
 
-    name: str = option("vgg5", "network, a name known to stages.build")
+    name: str = option("vgg5", "network: a name that stages.build knows")
     norm: str = option("batch", "normalisation layers", choices=NORMS)
     stem: str = option("cifar", "first layers of a ResNet: 3x3, or 7x7 with pooling", choices=STEMS)
-    dtype: str = option("float32", "numbers computed with", choices=("float32", "float64"))
+    dtype: str = option(
+        "float32", "type of weights and activations", choices=("float32", "float64")
+    )
 
 
 @dataclasses.dataclass
 class DataConfig:
-    """Which samples, and how they are dealt to the devices."""
+    """Which samples, and how they are split among the devices."""
 
     source: str = option(
         "digits",
         f"data set: {', '.join(PUBLIC_SOURCES)}, or your own: npz:PATH or module:NAME:FUNCTION "
-        "({device} in it becomes the device's index)",
+        "({device} in it is replaced by the device's index)",
         path="npz:",
     )
     test_source: str = option(
         "",
-        "for own data: where the server reads the test set (npz:PATH, module:NAME:FUNCTION); "
-        "empty: as `source`",
+        "own data: where the server reads the test set (npz:PATH, module:NAME:FUNCTION); "
+        "empty: the same as `source`",
         path="npz:",
     )
     classes: int = option(
-        0, "for own data: number of classes; 0: as the data say, or highest label + 1", at_least=0
+        0, "own data: number of classes; 0: as the data say, or the highest label + 1", at_least=0
     )
     scale: float = option(
-        0.0, "for own data: what stored numbers are divided by, such as 255 for pixels; 0: as the "
+        0.0, "own data: stored numbers are divided by this, for instance 255 for pixels; 0: as the "
         "data say", at_least=0,
     )  # fmt: skip
     data_dir: str = option(
         "",
-        "folder of public sets, as published or as TFDS prepares them; empty: TFDS's own default, "
-        "and what was fetched",
+        "folder of public data sets, as published or as prepared by TFDS; empty: TFDS's default, "
+        "then the user's cache folder",
         path="",
     )
     download: bool = option(
-        True, "fetch a public set that is not there: into data_dir, or the user's cache folder"
+        True, "download a missing public data set into data_dir, or into the user's cache folder"
     )
     cache_dir: str = option(
         "", "folder for decoded arrays; empty: the user's cache folder", path=""
     )
-    partition: str = option("iid", "how a public set is dealt to the devices", choices=PARTITIONS)
-    alpha: float = option(
-        0.5, "dirichlet, quantity: concentration; smaller is more unequal", above=0
+    partition: str = option(
+        "iid", "how a public data set is split among the devices", choices=PARTITIONS
     )
-    shards_per_device: int = option(2, "labels: how many label shards a device gets", at_least=1)
-    train_samples: int = option(0, "use only so many training samples of all; 0: all", at_least=0)
-    test_samples: int = option(0, "use only so many test samples; 0: all", at_least=0)
+    alpha: float = option(
+        0.5, "dirichlet, quantity: concentration; smaller values are more unequal", above=0
+    )
+    shards_per_device: int = option(2, "labels: number of label shards per device", at_least=1)
+    train_samples: int = option(
+        0, "use only this many training samples in total; 0: all", at_least=0
+    )
+    test_samples: int = option(0, "use only this many test samples; 0: all", at_least=0)
     augment: str = option(
-        "none", "crop_flip: shift by up to 4 pixels and mirror", choices=("none", "crop_flip")
+        "none",
+        "augmentation; crop_flip: shift by up to 4 pixels and flip horizontally",
+        choices=("none", "crop_flip"),
     )
     max_samples: int = option(
-        10_000_000, "the most samples that the server believes a device to have", at_least=1
+        10_000_000,
+        "the largest number of samples that the server accepts a device to report",
+        at_least=1,
     )
-    batch_size: int = option(100, "samples of a mini-batch on one device", at_least=1)
-    drop_last: bool = option(False, "leave out the ragged last mini-batch of an epoch")
+    batch_size: int = option(100, "samples per mini-batch on one device", at_least=1)
+    drop_last: bool = option(False, "drop the incomplete last mini-batch of an epoch")
 
 
 @dataclasses.dataclass
@@ -98,46 +108,50 @@ class OptimizerConfig:
     """The optimiser of every replica."""
 
     name: str = option("sgd", "optimiser", choices=("sgd", "adam", "adamw"))
-    learning_rate: float = option(0.01, "step size (its peak, with a decay)", above=0)
+    learning_rate: float = option(0.01, "learning rate (with a schedule: its peak)", above=0)
     momentum: float = option(0.9, "sgd: momentum; adam: first beta", at_least=0, below=1)
-    nesterov: bool = option(False, "Nesterov's form of the momentum")
+    nesterov: bool = option(False, "use Nesterov momentum")
     beta2: float = option(0.999, "adam: second beta", at_least=0, below=1)
     epsilon: float = option(1e-8, "adam: added to the denominator", above=0)
     weight_decay: float = option(0.0, "L2 (sgd, adam) or decoupled (adamw) decay", at_least=0)
     clip_norm: float | None = option(
         None,
-        "clip each replica's gradient, over all its units, to this norm; under a cut each stage is "
-        "a replica of its own",
+        "clip each replica's gradient, over all its units, to this global norm; under a cut each "
+        "stage is a replica",
         above=0,
     )
     decay: str = option(
-        "constant", "course of the step size over the run", choices=("constant", "cosine", "linear")
+        "constant", "learning-rate schedule over the run", choices=("constant", "cosine", "linear")
     )
-    warmup_steps: int = option(0, "steps of linear growth at the beginning", at_least=0)
+    warmup_steps: int = option(0, "steps of linear warm-up", at_least=0)
 
 
 @dataclasses.dataclass
 class AggregationConfig:
     """How often weights are averaged, and by which rule."""
 
-    every: str = option("epoch", "when: epoch, or a number of steps such as '10 steps'")
-    rule: str = option("fedavg", "server's optimiser on the averaged change", choices=RULES)
-    learning_rate: float = option(1.0, "server's step size (fedadam and kin: try 0.01)", above=0)
-    momentum: float = option(0.9, "fedavgm: momentum; adaptive: first beta", at_least=0, below=1)
+    every: str = option(
+        "epoch", "aggregation interval: epoch, or a number of steps such as '10 steps'"
+    )
+    rule: str = option("fedavg", "server optimiser applied to the averaged update", choices=RULES)
+    learning_rate: float = option(1.0, "server learning rate (adaptive rules: try 0.01)", above=0)
+    momentum: float = option(
+        0.9, "fedavgm: momentum; adaptive rules: first beta", at_least=0, below=1
+    )
     beta2: float = option(0.99, "fedadam, fedyogi: second beta", at_least=0, below=1)
     epsilon: float = option(1e-3, "adaptive rules: added to the denominator", above=0)
-    proximal_mu: float = option(0.0, "FedProx: pull towards the round's weights", at_least=0)
-    codec: str = option("raw", "how averaged weights are coded on links")
-    weighted: bool = option(True, "average by samples; false: all devices count the same")
+    proximal_mu: float = option(0.0, "FedProx: weight of the proximal term", at_least=0)
+    codec: str = option("raw", "codec for averaged weights on links")
+    weighted: bool = option(True, "weight the average by samples; false: all devices count equally")
 
 
 @dataclasses.dataclass
 class PipelineConfig:
-    """Where the model is cut, and how mini-batches flow through the parts."""
+    """Where the model is cut, and how mini-batches flow through its stages."""
 
-    cut: int | str = option(1, "units on the device (1: the first), or the name of its last unit")
+    cut: int | str = option(1, "number of units on the device, or the name of its last unit")
     cuts: str = option(
-        "", "mpsl, accept: every cut of the chain, such as 2,5,9 (or names); empty: the planner's"
+        "", "mpsl, accept: all cuts of the chain, such as 2,5,9 (or names); empty: planned"
     )
     labels: str = option(
         "home",
@@ -145,27 +159,29 @@ class PipelineConfig:
         "to the last node",
         choices=get_args(Labels),
     )
-    micro_batches: int = option(
-        4, "pipar, mpsl, accept: parts of a mini-batch in flight", at_least=1
-    )
+    micro_batches: int = option(4, "pipar, mpsl, accept: micro-batches per mini-batch", at_least=1)
     weights: str = option(
         "copy",
-        "a stage that serves several devices: a copy for each, averaged; or shared, with gradients "
-        "summed over the devices",
+        "a stage that serves several devices: a copy for each device, averaged; or shared weights, "
+        "with gradients summed over the devices",
         choices=get_args(Weights),
     )
     in_flight: int = option(
-        0, "shared weights: micro-batches that a stage may hold at a time; 0: any", at_least=0
+        0,
+        "shared weights: limit on the micro-batches that a stage holds at a time; 0: no limit",
+        at_least=0,
     )
-    dispatch: str = option("fcfs", "which ready action goes first", choices=get_args(Dispatch))
-    hand_on: str = option("epoch", "sl: when the device part goes on", choices=get_args(HandOn))
+    dispatch: str = option("fcfs", "which ready action runs first", choices=get_args(Dispatch))
+    hand_on: str = option(
+        "epoch", "sl: when the device part is handed to the next device", choices=get_args(HandOn)
+    )
     activation_codec: str = option(
-        "raw", "how activations are coded on links: raw, bfloat16, float16, int8, int4, bits:6, …"
+        "raw", "codec for activations on links: raw, bfloat16, float16, int8, int4, bits:6, …"
     )
-    cotangent_codec: str = option("raw", "how cotangents are coded on links")
+    cotangent_codec: str = option("raw", "codec for cotangents on links")
     window_mb: float = option(
         32.0,
-        "megabytes a link may hold unread before it waits",
+        "megabytes sent but not yet consumed, beyond which the sender waits",
         at_least=1e-6,
         at_most=1e6,
     )
@@ -173,35 +189,41 @@ class PipelineConfig:
 
 @dataclasses.dataclass
 class DeviceConfig:
-    """One device, or what all devices have in common."""
+    """One device, or the defaults of all devices."""
 
     link: str = option(
         "none",
-        "4g, 4g+, wifi, lan, none, UP/DOWN[/DELAYms] in Mbit/s, or trace:FILE, a CSV of rates over "
-        "time (time_s,up_mbps,down_mbps)",
+        "4g, 4g+, wifi, lan, none, UP/DOWN[/DELAYms] in Mbit/s, or trace:FILE, a CSV file of rates "
+        "over time (time_s,up_mbps,down_mbps)",
         path="trace:",
     )
     slowdown: float = option(
-        1.0, "computations last so many times longer", at_least=1, at_most=SLOWEST
+        1.0, "multiply compute time by this factor", at_least=1, at_most=SLOWEST
     )
     slowdown_trace: str = option(
-        "", "CSV of further factors over time (time_s,slowdown); empty: none", path=""
+        "",
+        "CSV file of additional slowdown factors over time (time_s,slowdown); empty: none",
+        path="",
     )
-    cpus: str = option("", "cores to run on, such as 0 or 1-3,5; empty: any")
-    platform: str = option("cpu", "where jax computes", choices=PLATFORMS)
-    memory_mb: float = option(0.0, "auto: memory that a plan may take; 0: any", at_least=0)
-    rematerialise: bool = option(False, "compute forward passes twice instead of keeping residuals")
-    cut: int | str | None = option(None, "this device's cut; none: pipeline.cut")
-    micro_batches: int | None = option(None, "none: pipeline.micro_batches", at_least=1)
-    data_source: str | None = option(None, "this device's own data; none: data.source", path="npz:")
+    cpus: str = option("", "CPU cores to run on, such as 0 or 1-3,5; empty: any")
+    platform: str = option("cpu", "platform that jax computes on", choices=PLATFORMS)
+    memory_mb: float = option(
+        0.0, "auto: memory limit for plans, in megabytes; 0: no limit", at_least=0
+    )
+    rematerialise: bool = option(False, "recompute forward passes instead of keeping residuals")
+    cut: int | str | None = option(None, "cut of this device; none: pipeline.cut")
+    micro_batches: int | None = option(
+        None, "micro-batches of this device; none: pipeline.micro_batches", at_least=1
+    )
+    data_source: str | None = option(None, "data of this device; none: data.source", path="npz:")
 
 
 @dataclasses.dataclass
 class DevicesConfig:
-    """How many devices, what they have in common, and how single ones differ.
+    """How many devices, their defaults, and how single devices differ.
 
     Attributes:
-      overrides: Index to the fields in which that device differs: ``{1: {"link": "4g"}}``.
+      overrides: Maps a device's index to the fields that differ: ``{1: {"link": "4g"}}``.
     """
 
     count: int = option(2, "number of devices", at_least=1, at_most=10_000)
@@ -211,31 +233,32 @@ class DevicesConfig:
 
 @dataclasses.dataclass
 class NodeConfig:
-    """One compute node in the middle of chains, or what all nodes have in common."""
+    """One compute node in the middle of chains, or the defaults of all nodes."""
 
     host: str = option("127.0.0.1", "address at which its neighbours reach it")
-    port: int = option(0, "port to listen on; 0: any free one", at_least=0, at_most=65535)
+    port: int = option(0, "port to listen on; 0: any free port", at_least=0, at_most=65535)
     link: str = option(
-        "none", "its link to the next node, as a device's to its neighbours", path="trace:"
+        "none", "link to the next node; the same forms as for a device", path="trace:"
     )
     slowdown: float = option(
-        1.0, "computations last so many times longer", at_least=1, at_most=SLOWEST
+        1.0, "multiply compute time by this factor", at_least=1, at_most=SLOWEST
     )
-    cpus: str = option("", "cores to run on, such as 0 or 1-3,5; empty: any")
+    cpus: str = option("", "CPU cores to run on, such as 0 or 1-3,5; empty: any")
     memory_mb: float = option(
-        0.0, "memory for weights, activations and temporaries; a plan above it is refused; 0: any",
+        0.0, "memory limit for weights, activations and temporaries, in megabytes; plans above it "
+        "are refused; 0: no limit",
         at_least=0,
     )  # fmt: skip
-    platform: str = option("auto", "where jax computes", choices=PLATFORMS)
-    rematerialise: bool = option(False, "compute forward passes twice instead of keeping residuals")
+    platform: str = option("auto", "platform that jax computes on", choices=PLATFORMS)
+    rematerialise: bool = option(False, "recompute forward passes instead of keeping residuals")
 
 
 @dataclasses.dataclass
 class NodesConfig:
-    """Compute nodes, counted from 1: how many, what they share, and how single ones differ.
+    """Compute nodes, counted from 1: how many, their defaults, and how single nodes differ.
 
     Attributes:
-      overrides: Index to the fields in which that node differs: ``{2: {"slowdown": 4.0}}``.
+      overrides: Maps a node's index to the fields that differ: ``{2: {"slowdown": 4.0}}``.
     """
 
     count: int = option(
@@ -250,54 +273,58 @@ class ServerConfig:
     """The host that coordinates and computes the far end of the chain."""
 
     host: str = option("127.0.0.1", "address to listen on")
-    port: int = option(0, "port to listen on; 0: any free one", at_least=0, at_most=65535)
+    port: int = option(0, "port to listen on; 0: any free port", at_least=0, at_most=65535)
     slowdown: float = option(
-        1.0, "computations last so many times longer", at_least=1, at_most=SLOWEST
+        1.0, "multiply compute time by this factor", at_least=1, at_most=SLOWEST
     )
-    cpus: str = option("", "cores to run on, such as 0 or 1-3,5; empty: any")
-    memory_mb: float = option(0.0, "auto: memory that a plan may take; 0: any", at_least=0)
-    rematerialise: bool = option(False, "compute forward passes twice instead of keeping residuals")
-    platform: str = option("auto", "where jax computes", choices=PLATFORMS)
+    cpus: str = option("", "CPU cores to run on, such as 0 or 1-3,5; empty: any")
+    memory_mb: float = option(
+        0.0, "auto: memory limit for plans, in megabytes; 0: no limit", at_least=0
+    )
+    rematerialise: bool = option(False, "recompute forward passes instead of keeping residuals")
+    platform: str = option("auto", "platform that jax computes on", choices=PLATFORMS)
 
 
 @dataclasses.dataclass
 class NetworkConfig:
-    """How hosts find, trust and give up on each other."""
+    """How hosts find and trust each other, and when they give up on each other."""
 
     token: str | None = option(
         None,
-        "shared secret of 8 characters or more; env:NAME or file:PATH reads it from there",
+        "shared secret of at least 8 characters; env:NAME and file:PATH read it from there",
         path="file:",
     )
-    insecure: bool = option(False, "allow an address beyond this machine without a token")
+    insecure: bool = option(False, "allow listening beyond this machine without a token")
     authority: str = option(
-        "", "TLS: PEM file of the authority that signs the peer's certificate", path=""
+        "", "TLS: PEM file of the certificate authority that signed the peer's certificate", path=""
     )
     certificate: str = option(
         "", "TLS: PEM file of this host's certificate; the server needs one", path=""
     )
     key: str = option("", "TLS: PEM file of this host's private key", path="")
-    require_certificate: bool = option(False, "TLS: the server asks devices for one as well")
+    require_certificate: bool = option(
+        False, "TLS: the server requires a certificate from devices as well"
+    )
     checksum: str = option(
         "auto",
-        "a checksum with every payload: on, off, or auto: on without TLS, which has its own",
+        "send a checksum with every payload; auto: on without TLS, which has its own",
         choices=("auto", "on", "off"),
     )
     resume_s: float = option(
         0.0,
-        "seconds in which a cut link may come back and go on; 0: it is lost",
+        "seconds within which a broken link may reconnect and resume; 0: it is lost at once",
         at_least=0,
         at_most=LONGEST_S,
     )
     deadline_s: float = option(
-        10.0, "a silent peer is lost after so many seconds", above=0, at_most=LONGEST_S
+        10.0, "seconds of silence after which a peer is lost", above=0, at_most=LONGEST_S
     )
     join_timeout_s: float = option(
-        60.0, "seconds to wait for a host to appear", above=0, at_most=LONGEST_S
+        60.0, "seconds to wait for a host to join", above=0, at_most=LONGEST_S
     )
     progress_s: float = option(
         0.0,
-        "seconds without progress after which a run ends, though all peers answer; 0: 300, or 20 "
+        "seconds without progress after which a run ends even if all peers answer; 0: 300, or 20 "
         "times the longest action if that is longer",
         at_least=0,
         at_most=LONGEST_S,
@@ -309,11 +336,11 @@ class TunerConfig:
     """How method=auto and pipar plan choose: by hosts' times, for the shortest epoch."""
 
     select: str = option(
-        "search", "all plans, or the paper's own formulas", choices=("search", "paper")
+        "search", "search all plans, or use the paper's own formulas", choices=("search", "paper")
     )
     times: str = option(
         "profiled",
-        "hosts' times: every unit profiled, or predicted from a few reference layers",
+        "hosts' times: profile every unit, or predict them from a few reference layers",
         choices=("profiled", "predicted"),
     )
     methods: str = option("fl,sl,sfl,pipar", "methods to choose from")
@@ -322,55 +349,57 @@ class TunerConfig:
         "fcfs,fixed,backward_first,slowest_first", "dispatch policies to choose from"
     )
     codecs: str = option(
-        "", "codecs to choose from, such as raw,float16; auto: bits:K by need; empty: pipeline's"
+        "", "codecs to choose from, such as raw,float16; auto: bits:K as needed; empty: pipeline's"
     )
     activation_bits: int = option(
-        4, "least bits of an activation that may be chosen, sign included", at_least=2, at_most=24
+        4, "minimum bits per activation element, sign included", at_least=2, at_most=24
     )
     cotangent_bits: int = option(
-        8, "least bits of a cotangent that may be chosen, sign included", at_least=2, at_most=24
+        8, "minimum bits per cotangent element, sign included", at_least=2, at_most=24
     )
     actions: int = option(
-        120_000, "simulated actions after which the search ends and tells its gap", at_least=1
+        120_000, "simulated actions after which the search ends and reports its gap", at_least=1
     )
-    sizes: str = option("auto", "micro-batch sizes that hosts are timed at, such as 5,25,100")
-    cache: bool = option(True, "keep measured times in the user's cache folder")
+    sizes: str = option("auto", "micro-batch sizes at which hosts are timed, such as 5,25,100")
+    cache: bool = option(True, "cache measured times in the user's cache folder")
     adapt: bool = option(
         False,
-        "change the plan during a run when another one wins, with any method but sl: units move "
+        "change the plan during a run when another one is faster (any method but sl): units move "
         "between devices, server and compute nodes",
     )
     gain: float = option(
-        0.1, "adapt: share of the time that another plan must save", above=0, below=1
+        0.1, "adapt: fraction of the time that another plan must save", above=0, below=1
     )
     look_s: float = option(
-        2.0, "adapt: seconds between two looks at speeds and links", above=0, at_most=LONGEST_S
+        2.0, "adapt: seconds between two checks of speeds and links", above=0, at_most=LONGEST_S
     )
 
 
 @dataclasses.dataclass
 class RunConfig:
-    """What a run leaves behind and tells."""
+    """What a run writes and reports."""
 
-    dir: str = option("runs", "folder in which each run gets a folder of its own", path="")
+    dir: str = option("runs", "folder in which each run gets its own folder", path="")
     trace: str = option(
         "all",
-        "record every action's time: in all rounds, at both ends (the first and the last three), "
-        "or in none",
+        "record the time of every action: in all rounds, at both ends (the first and the last "
+        "three), or in none",
         choices=TRACED,
     )
     sinks: str = option(
-        "", "where events go beside metrics.jsonl: tensorboard, your own MODULE:FUNCTION"
+        "", "where events go besides metrics.jsonl: tensorboard, or your own MODULE:FUNCTION"
     )
-    compile_cache: bool = option(True, "keep compiled programs in the user's cache folder")
-    evaluate_every: int = option(1, "rounds between two evaluations; 0: only the last", at_least=0)
+    compile_cache: bool = option(True, "cache compiled programs in the user's cache folder")
+    evaluate_every: int = option(
+        1, "rounds between evaluations; 0: only after the last round", at_least=0
+    )
     nonfinite: str = option(
         "end",
-        "a loss or weights that are not finite: end the run, or ignore it but for an event",
+        "when a loss or weights are not finite: end the run, or ignore it except for an event",
         choices=("end", "ignore"),
     )
     progress_every_s: float = option(
-        0.5, "seconds between two progress events", at_least=0, at_most=LONGEST_S
+        0.5, "seconds between progress events", at_least=0, at_most=LONGEST_S
     )
 
 
@@ -378,12 +407,12 @@ class RunConfig:
 class Config:
     """All of a run."""
 
-    name: str = option("run", "name of the run, and of its folder")
-    seed: int = option(0, "root of all draws", at_least=0, below=2**32)
+    name: str = option("run", "name of the run and of its folder")
+    seed: int = option(0, "seed of all random numbers", at_least=0, below=2**32)
     method: str = option(
-        "pipar", "way of training; auto: as the tuner finds", choices=(*METHODS, AUTO)
+        "pipar", "training method; auto: the one that the tuner finds", choices=(*METHODS, AUTO)
     )
-    epochs: int = option(1, "passes of each device over its samples", at_least=1)
+    epochs: int = option(1, "number of passes of each device over its samples", at_least=1)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)

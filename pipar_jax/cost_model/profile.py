@@ -1,8 +1,8 @@
 """A profile: what each unit of a model costs on each host, and each link, as a value.
 
-Times are measured on the hosts themselves at several micro-batch sizes (``tuner/measure.py``), so
-that the cost of small micro-batches is known instead of assumed. A profile serialises, and answers
-for sizes between those measured.
+Times are measured on the hosts themselves at several micro-batch sizes
+(``profiling/unit_times.py``), so that the cost of small micro-batches is known instead of assumed.
+A profile serialises, and answers for sizes between those measured.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Measures a host: every unit forward, backward and update, alone, at several micro-batch sizes.
 
-Run in the process that will train, or in one like it (``local.py``): times belong to its cores and
-its environment. What was measured is kept per model, host and version, and believed again if one
-unit, timed anew, is still as fast: processors are shared, throttled and replaced.
+Run in the process that will train, or in one like it (``launch/local_profile.py``): times belong to
+its cores and its environment. What was measured is kept per model, host and version, and believed
+again if one unit, timed anew, is still as fast: processors are shared, throttled and replaced.
 """
 
 from __future__ import annotations

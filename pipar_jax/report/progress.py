@@ -2,11 +2,12 @@
 
 A ``Progress`` is called with each event (see ``pipar_jax.launch.launcher``). On a terminal it keeps
 a few lines up to date in place; elsewhere it prints one plain line for what is worth a line in a
-log.
+log, and whatever a run is at is told again where nothing else was for a while.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -21,7 +22,8 @@ from rich.text import Text
 Event = Mapping[str, Any]
 
 REFRESHES_PER_SECOND = 4
-# Where there is no terminal, steps within a round are reported at most this often.
+# Where there is no terminal, steps within a round are reported at most this often, and no silence
+# is longer.
 PLAIN_PROGRESS_S = 10.0
 BAR_WIDTH = 24
 
@@ -70,6 +72,7 @@ class RunState:
         elif kind == "run_started":
             self._start(event, now_s)
         elif kind == "progress":
+            self.phase = "training"  # whatever a host was busy with before, such as timing itself
             self.steps_done[event["device"]] = event["step"] + 1
             self._learn(event)
         elif kind == "round_finished":
@@ -146,17 +149,21 @@ class Progress:
         self.state = RunState()
         self._title = title
         self._console = console or Console(stderr=True, highlight=False)
-        self._printed_s = time.monotonic()
+        self._began_s = self._printed_s = time.monotonic()
         self._live: Live | None = None
-        self._closed = False
+        self._closed = threading.Event()
+        self._lock = threading.Lock()
+        self._ticker: threading.Thread | None = None
 
     def __call__(self, event: Event) -> None:
         """Takes in one event and shows it."""
         now_s = time.monotonic()
-        self.state.follow(event, now_s)
-        if not self._console.is_terminal:
-            self._print(event, now_s)
-        elif self._live is None and not self._closed:
+        with self._lock:
+            self.state.follow(event, now_s)
+            if not self._console.is_terminal:
+                self._print(event, now_s)
+                return
+        if self._live is None and not self._closed.is_set():
             self._live = Live(
                 get_renderable=lambda: render(self.state, time.monotonic(), self._title),
                 console=self._console,
@@ -167,12 +174,17 @@ class Progress:
 
     def close(self) -> None:
         """Gives the terminal back as it was. Idempotent, and due however the run ended."""
-        self._closed = True
+        self._closed.set()
+        if self._ticker is not None:
+            self._ticker.join()
         if self._live is not None:
             live, self._live = self._live, None
             live.stop()
 
     def __enter__(self) -> Progress:
+        if not self._console.is_terminal:
+            self._ticker = threading.Thread(target=self._tick, name="pipar-progress", daemon=True)
+            self._ticker.start()
         return self
 
     def __exit__(
@@ -183,18 +195,39 @@ class Progress:
     ) -> None:
         self.close()
 
+    def _tick(self) -> None:
+        """Says what the run is at whenever nothing was said for a while."""
+        wait_s = PLAIN_PROGRESS_S
+        while not self._closed.wait(wait_s):
+            with self._lock:
+                now_s = time.monotonic()
+                wait_s = self._printed_s + PLAIN_PROGRESS_S - now_s
+                if wait_s > 0.0:
+                    continue
+                wait_s = PLAIN_PROGRESS_S
+                if self.state.ended:
+                    return
+                try:
+                    self._print_line(_at(self.state), now_s)
+                except OSError:  # the same befalls the next event's line, where it is told
+                    return
+
     def _print(self, event: Event, now_s: float) -> None:
         often = event["event"] in ("progress", "working")
         if often and now_s - self._printed_s < PLAIN_PROGRESS_S:
             return
         line = describe(event, self.state)
         if line is not None:
-            self._printed_s = now_s
-            name = self._title or self.state.method
-            stamp = f"{event.get('time_s', 0.0):7.1f} s"
-            self._console.print(
-                f"{stamp}  {name + ': ' if name else ''}{line}", markup=False, soft_wrap=True
-            )
+            self._print_line(line, now_s)
+
+    def _print_line(self, line: str, now_s: float) -> None:
+        self._printed_s = now_s
+        name = self._title or self.state.method
+        self._console.print(
+            f"{now_s - self._began_s:7.1f} s  {name + ': ' if name else ''}{line}",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def render(state: RunState, now_s: float, title: str = "") -> RenderableType:
@@ -226,8 +259,7 @@ def describe(event: Event, state: RunState) -> str | None:
     if kind == "run_started":
         return f"{state.devices} devices, {state.epochs} epochs, plan {state.plan}"
     if kind == "progress":
-        done = f"step {sum(state.steps_done)} of {sum(state.steps)} of all devices"
-        return ", ".join([done, *_learning(state)])
+        return _at(state)
     if kind == "round_finished":
         facts = [f"round {state.rounds_done} of {state.rounds} took {event['seconds']:.2f} s"]
         facts += [*_learning(state), *_traffic(state)]
@@ -258,6 +290,14 @@ def _work(event: Event) -> str:
     """Returns what a host is busy with, and how far it is."""
     done = f": {event['done']} of {event['of']}" if event["of"] else ""
     return f"{event['host']} is {event['what']}{done}"
+
+
+def _at(state: RunState) -> str:
+    """Returns what a run is at, in a line."""
+    if state.phase != "training":
+        return state.phase
+    done = f"step {sum(state.steps_done)} of {sum(state.steps)} of all devices"
+    return ", ".join([done, *_learning(state)])
 
 
 def _learning(state: RunState) -> list[str]:

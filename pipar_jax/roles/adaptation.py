@@ -1,10 +1,10 @@
 """Adapting during a run: looks at hosts and links, searches again, has the next plan compiled.
 
 A thread of the coordinator asks every device and compute node now and then what its computations
-lasted and what its links brought it (``observer.py``), follows the profile (``tuner/watch.py``),
-searches again if something changed (``candidates.py``), and decides (``tuner/choice.py``). Hosts
-compile the stages of a plan that is wanted while they train; once all have, the coordinator changes
-to it at the end of the round.
+lasted and what its links brought it (``runtime/observations.py``), follows the profile
+(``tuner/drift.py``), searches again if something changed (``candidates.py``), and decides
+(``tuner/replanning.py``). Hosts compile the stages of a plan that is wanted while they train; once
+all have, the coordinator changes to it at the end of the round.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 An action is the atom of everything that is executed, simulated, traced or drawn. Its text, such as
 ``d1.2F0@17`` (device 1, stage 2, forward of micro-batch 0 in step 17), parses back. The actions of
 one device's step are produced here, with what each has to wait for; which of a host's ready actions
-runs next is the policy's business (``policy.py``).
+runs next is the policy's business (``dispatch.py``).
 """
 
 from __future__ import annotations

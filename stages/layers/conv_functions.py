@@ -140,7 +140,7 @@ convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def _key(x: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> Shape:
-    """The convolution's shape as `choice` wants it."""
+    """The convolution's shape as `formulation` wants it."""
     batch, height, width, features = x
     return Shape(batch, height, width, features, kernel[-1], *geometry)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import time
 
 import pytest
 from rich.console import Console
@@ -187,3 +188,36 @@ def test_what_takes_long_is_said_with_how_far_it_is(monkeypatch: pytest.MonkeyPa
     assert out.getvalue().endswith("saving weights.safetensors\n")
     shown({"event": "not_kept", "reason": "no space left on the disk", "time_s": 1.0})
     assert "not all of what it tells is kept: no space left on the disk" in out.getvalue()
+
+
+def test_no_phase_is_silent_however_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling one function may take a minute, in which no host has anything to tell."""
+    monkeypatch.setattr(progress_module, "PLAIN_PROGRESS_S", 0.02)
+    out = io.StringIO()
+
+    def wait_for(line: str) -> None:
+        deadline = time.monotonic() + 60.0
+        while out.getvalue().count(f"s  PiPar: {line}\n") < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert out.getvalue().count(f"s  PiPar: {line}\n") >= 2, out.getvalue()
+
+    with Progress("PiPar", console=Console(file=out, width=100, highlight=False)) as shown:
+        wait_for("starting")
+        shown({"event": "working", "host": "d0", "what": "compiling", "done": 0, "of": 0})
+        wait_for("d0 is compiling")
+        shown(STARTED)
+        wait_for(f"step 0 of {sum(STARTED['steps'])} of all devices")
+        shown(FINISHED)
+        told = out.getvalue()
+        time.sleep(0.1)
+        assert out.getvalue() == told  # what is over is not told again
+    stamps = [float(line.split()[0]) for line in told.splitlines()]
+    assert stamps == sorted(stamps)
+
+
+def test_after_a_host_was_busy_the_bar_comes_back() -> None:
+    busy = {"event": "working", "time_s": 1.0, "host": "d0", "what": "timing", "done": 1, "of": 2}
+    state = _followed(STARTED, busy)
+    assert state.phase == "d0 is timing: 1 of 2"
+    state.follow({"event": "progress", "device": 0, "step": 0, "loss": 1.0, "accuracy": 0.5}, 1.0)
+    assert state.phase == "training"

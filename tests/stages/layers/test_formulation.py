@@ -122,6 +122,9 @@ def test_naive_loops_are_where_the_window_has_more_pixels_than_the_map():
     assert is_naive("conv_forward", Shape(10, 1, 8, 64, 64, 3, 1, 1))
     assert not is_naive("conv_forward", Shape(10, 1, 1, 64, 64, 3, 1, 1))
     assert is_naive("conv_kernel", Shape(10, 4, 4, 64, 64, 2, 1, 1))
+    # There XLA's compiler ends the process.
+    assert is_naive("conv_input", Shape(42, 1, 6, 33, 3, 2, 2, 1))
+    assert is_naive("conv_input", Shape(42, 9, 1, 33, 3, 2, 2, 1))
     assert not is_naive("max_pool", Shape(10, 2, 2, 64, 64, 3, 1, 1))
 
 
@@ -228,7 +231,9 @@ def random_shapes(count):
         size, stride = int(random.choice((1, 2, 3, 3, 4, 5, 7))), int(random.choice((1, 1, 2, 3)))
         shape = Shape(batch, height, width, features, out, size, stride, size // 2)
         work = batch * shape.slid(height) * shape.slid(width) * size**2 * features * out
+        # XLA's compiler ends the process there: its formulation cannot be timed.
+        broken = size == stride == 2 and 1 in (height, width)
         # No formulation takes minutes, not even a naive loop.
-        if work < 5e8:
+        if work < 5e8 and not broken:
             found.append(shape)
     return found
