@@ -9,10 +9,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --require-hashes
 PACKAGES := comms stages pipar_jax configs experiments tests
-# What the tests are called with, for instance: make test ARGS="tests/comms -k frame"
+# Arguments for pytest, for instance: make test ARGS="tests/comms -k frame"
 ARGS ?=
 
-help:  ## list what can be made
+help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: $(VENV)/.base  ## train with FL, SL, SFL and PiPar on this machine and compare (three minutes)
@@ -21,7 +21,7 @@ demo: $(VENV)/.base  ## train with FL, SL, SFL and PiPar on this machine and com
 test: $(VENV)/.dev  ## run the tests, two files at a time (ARGS="-n 0": one)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-soak: $(VENV)/.dev  ## run the tests of full size, which take long
+soak: $(VENV)/.dev  ## run the full-size tests, which take long
 	@$(BIN)/python -m pytest -m soak $(ARGS)
 
 lint: $(VENV)/.dev  ## check style and types
@@ -29,11 +29,11 @@ lint: $(VENV)/.dev  ## check style and types
 	@$(BIN)/ruff check $(PACKAGES)
 	@$(BIN)/mypy
 
-format: $(VENV)/.dev  ## put the sources in the one style
+format: $(VENV)/.dev  ## format the sources
 	@$(BIN)/ruff check --fix --quiet $(PACKAGES) || true
 	@$(BIN)/ruff format $(PACKAGES)
 
-lock: $(VENV)/.dev  ## choose the locked versions anew from pyproject.toml
+lock: $(VENV)/.dev  ## update the lock files from pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@$(call compile,requirements.txt)
 	@$(call compile,requirements-dev.txt,--extra dev --constraint requirements.txt)
@@ -48,7 +48,7 @@ clean:  ## remove the environment, caches and build products; runs/ stays
 	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find $(PACKAGES) -type d -name __pycache__ -prune -exec rm -rf {} +
 
-# One stamp for each lock file, written last, so that a set-up that was interrupted starts again.
+# One stamp per lock file, written last, so that an interrupted set-up starts again.
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit( \
 		"pipar_jax needs Python 3.11 or later, and $(PYTHON) is %d.%d. Install a later one, or name it:" \
@@ -58,8 +58,8 @@ $(VENV)/.python:
 		echo "$(PYTHON) -m venv failed. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@touch $@
 
-# The project itself comes last, without dependencies: it is built by the locked setuptools, and what
-# is changed here is in effect at once. Its command is $(BIN)/pipar.
+# The project itself comes last, without dependencies: it is built by the locked setuptools, and
+# editable, so that changes take effect at once. Its command is $(BIN)/pipar.
 $(VENV)/.base: $(VENV)/.python requirements.txt pyproject.toml
 	@echo "Installing the locked requirements (a few minutes the first time)"
 	@$(PIP) -r requirements.txt

@@ -1,7 +1,7 @@
 """ResNet-18 on CIFAR-10 with the small stem; --config.model.stem=imagenet for the paper's.
 
 Command: pipar train --config=cifar10_resnet18 --config.data.data_dir=FOLDER
-where FOLDER holds CIFAR-10, as published or as TFDS prepares it; else it is fetched.
+where FOLDER holds CIFAR-10, as published or as prepared by TFDS; otherwise it is downloaded.
 The method is a field: --config.method=fl, sl, sfl.
 """
 

@@ -1,7 +1,7 @@
 """ResNet-18 on CIFAR-10 by AccEPT: one device's data on a chain of four unequal edge devices.
 
 Command: pipar train --config=cifar10_resnet18_accept --config.data.data_dir=FOLDER
-where FOLDER holds CIFAR-10, as published or as TFDS prepares it; else it is fetched.
+where FOLDER holds CIFAR-10, as published or as prepared by TFDS; otherwise it is downloaded.
 The device and three peers compute 1, 2, 4 and 8 times as long as a core of this machine; the
 planner balances the cuts over them and the links.
 """

@@ -1,7 +1,7 @@
 """ResNet-18 on CIFAR-10 by MP-SL: four devices, three compute nodes, labels stay home.
 
 Command: pipar train --config=cifar10_resnet18_mpsl --config.data.data_dir=FOLDER
-where FOLDER holds CIFAR-10, as published or as TFDS prepares it; else it is fetched.
+where FOLDER holds CIFAR-10, as published or as prepared by TFDS; otherwise it is downloaded.
 The planner finds the cuts; --config.pipeline.cuts names them instead,
 --config.pipeline.weights=shared keeps one copy of each middle stage for all devices, and
 --config.pipeline.labels=end sends the labels to the last node.

@@ -1,7 +1,7 @@
 """VGG-5 on CIFAR-10, the first network of the PiPar paper.
 
 Command: pipar train --config=cifar10_vgg5 --config.data.data_dir=FOLDER
-where FOLDER holds CIFAR-10, as published or as TFDS prepares it; else it is fetched.
+where FOLDER holds CIFAR-10, as published or as prepared by TFDS; otherwise it is downloaded.
 The method is a field: --config.method=fl, sl, sfl.
 
 Optimiser and batch are the defaults of the paper's public code: SGD 0.01, momentum 0.9, batch 100.

@@ -8,7 +8,7 @@ as published or prepared, or random images. --part=accuracy: VGG-5 for 10 epochs
 chain of two, raw and coded from the same seeds; it needs --data_dir. --results keeps what was
 measured in a folder: it is not measured again.
 
-pipar bench_accept --part=time --only="2 devices" --results=FOLDER
+python -m experiments.bench_accept --part=time --only="2 devices" --results=FOLDER
 """
 
 import statistics

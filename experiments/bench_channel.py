@@ -1,6 +1,6 @@
 """The tensor channel beside bare sockets, grpcio, emulated and real slow links, and a crowd.
 
-  pipar bench_channel [--quick] [--json=FILE]
+  python -m experiments.bench_channel [--quick] [--json=FILE]
 
 Two processes on this machine, the receiver on one core and the sender on the other. The baseline is
 a bare sendall/recv_into pair that delivers each tensor into a buffer of its own. grpcio takes part

@@ -1,6 +1,6 @@
 """What codecs do: speed, size and error on real tensors, and accuracy and seconds of a training.
 
-  pipar bench_codec [--data_dir=FOLDER] [--part=PART] [--quick] [--json=FILE]
+  python -m experiments.bench_codec [--data_dir=FOLDER] [--part=PART] [--quick] [--json=FILE]
 
 Tensors: activations and cotangents of three networks at two depths after 20 steps on CIFAR-10,
 coded on one core beside bfloat16, int8, int4, zstandard, blosc2 (extra `peers`) and memcpy.

@@ -7,7 +7,7 @@ shapes predict (XLA's temporaries, which need a compiler, are the same figure in
 Epochs are real runs in processes, every host slowed down, beside the simulator's prediction from
 times that hosts took alone.
 
-pipar bench_multihop --profiles=FOLDER_OF_PROFILE_TABLES
+python -m experiments.bench_multihop --profiles=FOLDER_OF_PROFILE_TABLES
 """
 
 import statistics

@@ -5,7 +5,7 @@ networks that partitions are judged with, the predictor knows none of the layers
 stand a profiled device's times multiplied by one ratio, a regression on FLOPs and bytes, and a
 look-up of the most similar layer. Times are those in the package unless --timings is given.
 
-  pipar bench_predictor [--tables=FOLDER]
+  python -m experiments.bench_predictor [--tables=FOLDER]
 """
 
 from __future__ import annotations

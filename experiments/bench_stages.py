@@ -5,7 +5,7 @@ A full step (forward, backward, SGD with momentum) on CIFAR shapes, one core and
 the roofline: the step's operations at the rate of a large matrix product on the same cores.
 Needs the extra `peers` for PyTorch; without it only our own times are shown.
 
-  pipar bench_stages [--networks=vgg5,resnet18] [--stem=imagenet] [--cores=1]
+  python -m experiments.bench_stages [--networks=vgg5,resnet18] [--stem=imagenet] [--cores=1]
 """
 
 import importlib.util

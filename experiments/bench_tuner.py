@@ -7,7 +7,7 @@ run whose plan changes from round to round; then the tuner's plan in turns with 
 20 times slower, a plan for each against the best that all have in common. --part=search: how long
 a search takes. --results keeps what was measured in a folder: it is not measured again.
 
-pipar bench_tuner --part=choices --only="vgg5 4g" --results=FOLDER
+python -m experiments.bench_tuner --part=choices --only="vgg5 4g" --results=FOLDER
 """
 
 import tempfile

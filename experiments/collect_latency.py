@@ -1,6 +1,6 @@
 """Times layers on the kinds of devices that this machine can be, for the latency predictor.
 
-  pipar collect_latency --out=timings.npz [--variants=core,cores]
+  python -m experiments.collect_latency --out=timings.npz [--variants=core,cores]
 
 Each variant is a process with its own cores and its own way to compile, timed under several
 conditions (stopped for a part of the time, moved to a single core). Run it once

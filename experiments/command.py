@@ -18,7 +18,7 @@ import experiments
 from pipar_jax import __version__
 from pipar_jax.config.schema import did_you_mean
 from pipar_jax.launch.flags import terminal_width, two_columns
-from pipar_jax.launch.process import INTERRUPTED, WRONG_USE, leave, open_streams
+from pipar_jax.launch.process import WRONG_USE, code_of, heed_termination, leave, open_streams
 
 FOLDER = pathlib.Path(experiments.__file__).parent
 #: What most people want, in the order in which they want it; the others follow by name.
@@ -75,6 +75,7 @@ def put_in_order(path: list[str]) -> None:
 def main() -> NoReturn:
     """Runs the command that the command line names, and ends the process."""
     open_streams()
+    heed_termination()
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     try:
         if name in ("-h", "--help", "help"):
@@ -100,8 +101,8 @@ def main() -> NoReturn:
     sys.argv[1:2] = []
     try:
         runpy.run_module(f"experiments.{wanted}", run_name="__main__", alter_sys=True)
-    except KeyboardInterrupt:  # while it was loading: later it sees to that itself
-        leave(INTERRUPTED)
+    except KeyboardInterrupt as error:  # while it was loading: later it sees to that itself
+        leave(code_of(error))
     leave(0)
 
 

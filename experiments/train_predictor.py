@@ -1,6 +1,6 @@
 """Trains the latency predictor on gathered times and writes the network that is shipped.
 
-  pipar train_predictor --timings=timings.npz --tables=FOLDER --out=FILE
+  python -m experiments.train_predictor --timings=timings.npz --tables=FOLDER --out=FILE
 
 Times are those of experiments.collect_latency (the ones kept in experiments/latency_data unless
 given); tables are published profile tables of other devices

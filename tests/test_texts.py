@@ -90,6 +90,27 @@ def test_a_file_that_is_named_is_there() -> None:
     assert not wrong
 
 
+def _anchors(text: str) -> set[str]:
+    """Return the anchors of a page's headings, as they are made where it is shown."""
+    heads = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def test_a_link_leads_to_a_page_and_a_heading_that_are_there() -> None:
+    wrong = []
+    for place, text in texts().items():
+        if not place.endswith(".md"):
+            continue
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            path, _, anchor = link.partition("#")
+            target = (ROOT / place).parent / path if path else ROOT / place
+            if "://" in link:
+                continue
+            if not target.exists() or (anchor and anchor not in _anchors(target.read_text())):
+                wrong.append((link, place))
+    assert not wrong
+
+
 def test_a_module_that_is_named_is_there() -> None:
     assert not [(name, place) for name, place in named(NAME) if not is_there(name)]
 

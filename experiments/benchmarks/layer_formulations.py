@@ -42,7 +42,7 @@ class Case(NamedTuple):
     """One operation as functions to be timed.
 
     Attributes:
-      operation: its name, as for `choice.choose`.
+      operation: its name, as for `formulation.choose`.
       shape: its shape.
       functions: the operation by formulation.
       arguments: what the functions are called with.

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from pipar_jax.errors import ConfigError
@@ -63,6 +64,10 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+#: Read from source text each time it is asked for: kept, since every join is held to all fields.
+_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
+
+
 class Option(NamedTuple):
     """One field of a configuration that holds a value, not further fields.
 
@@ -104,7 +109,7 @@ def options(root: Any, prefix: str = "") -> Iterator[Option]:
 
     A field whose type is a mapping (overrides by index) is left to whoever knows its keys.
     """
-    hints = typing.get_type_hints(root if isinstance(root, type) else type(root))
+    hints = _hints(root if isinstance(root, type) else type(root))
     for field in dataclasses.fields(root):
         kind = hints[field.name]
         path = f"{prefix}{field.name}"
@@ -129,7 +134,7 @@ def check(root: Any, prefix: str = "") -> None:
     Raises:
       ConfigError: A value does not fit; the message names the field, the value and what fits.
     """
-    hints = typing.get_type_hints(type(root))
+    hints = _hints(type(root))
     for field in dataclasses.fields(root):
         value, path = getattr(root, field.name), f"{prefix}{field.name}"
         kind = hints[field.name]
@@ -224,7 +229,7 @@ def from_dict(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     Raises:
       ConfigError: A field is unknown, or a group is not a mapping.
     """
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     known = {field.name: field for field in dataclasses.fields(typing.cast(Any, kind))}
     if not isinstance(values, Mapping):
         raise ConfigError(f"{prefix.rstrip('.') or 'configuration'} must be a group of fields")

@@ -26,7 +26,15 @@ from pipar_jax import __version__
 from pipar_jax.config import Config, DeviceConfig, NodeConfig, paths, plugins, schema
 from pipar_jax.config.schema import Option, option
 from pipar_jax.errors import ConfigError
-from pipar_jax.launch.process import INTERRUPTED, WRONG_USE, leave, open_streams, perform
+from pipar_jax.launch.process import (
+    ASKED_TO_END,
+    WRONG_USE,
+    code_of,
+    heed_termination,
+    leave,
+    open_streams,
+    perform,
+)
 from pipar_jax.methods.resolution import resolve
 
 E = TypeVar("E")
@@ -82,7 +90,7 @@ def run(
     """Parses the command line, runs a binary's main under absl and ends the process.
 
     The exit code is 0, 1 after an error (one line on standard error), 2 for a wrong command line
-    or configuration, and 130 after Ctrl-C.
+    or configuration, 130 after Ctrl-C and 143 after SIGTERM.
 
     Args:
       main: Takes the resolved configuration and the binary's own flags.
@@ -93,6 +101,7 @@ def run(
       preset: The preset where the command line names none; empty: it has to.
     """
     open_streams()
+    heed_termination()
     debug = False
     try:
         arguments = read_flagfiles(sys.argv[1:])
@@ -109,8 +118,8 @@ def run(
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         leave(WRONG_USE)
-    except KeyboardInterrupt:
-        leave(INTERRUPTED)
+    except KeyboardInterrupt as error:
+        leave(code_of(error))
     except BrokenPipeError:  # somebody read the head of the help
         leave(0)
 
@@ -119,8 +128,8 @@ def run(
 
     def body(_: list[str]) -> None:
         code = perform(lambda: main(config, parsed.extra), tell, debug=config.debug)
-        if code == INTERRUPTED:
-            print("interrupted", file=sys.stderr)
+        if code in ASKED_TO_END:
+            print(ASKED_TO_END[code], file=sys.stderr)
         leave(code)
 
     app.run(body, argv=sys.argv[:1])

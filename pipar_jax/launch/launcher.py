@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pipar_jax
 from pipar_jax import data, errors
 from pipar_jax.config import Config, nodes, to_json
 from pipar_jax.disk.files import describe_os_error, write_text
@@ -111,7 +112,7 @@ class _Child:
         self.events, events = os.pipe()
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
         # A child finds the packages where its parent found them, installed or not.
-        home = str(pathlib.Path(__file__).resolve().parents[1])
+        home = str(pathlib.Path(pipar_jax.__file__).resolve().parents[1])
         paths = [home, os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         if token is not None:

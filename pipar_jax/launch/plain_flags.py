@@ -17,7 +17,15 @@ from pipar_jax import __version__
 from pipar_jax.config.schema import did_you_mean
 from pipar_jax.errors import ConfigError
 from pipar_jax.launch.flags import read_flagfiles, terminal_width, two_columns
-from pipar_jax.launch.process import INTERRUPTED, WRONG_USE, leave, open_streams, perform
+from pipar_jax.launch.process import (
+    ASKED_TO_END,
+    WRONG_USE,
+    code_of,
+    heed_termination,
+    leave,
+    open_streams,
+    perform,
+)
 
 #: What absl itself and its logging define; the same for every program, and of no use here.
 _FOREIGN = ("absl.", "ml_collections.", "jax.", "tensorflow_datasets.")
@@ -58,13 +66,14 @@ def run(main: Callable[[list[str]], object], *, takes: str = "") -> NoReturn:
     """Parses the command line into absl's flags, runs a binary's main and ends the process.
 
     The exit code is 0, 1 after an error (one line on standard error), 2 for a wrong command line,
-    and 130 after Ctrl-C.
+    130 after Ctrl-C and 143 after SIGTERM.
 
     Args:
       main: Takes the arguments that are not flags.
       takes: What the arguments without a flag are, for the help; empty: there are none.
     """
     open_streams()
+    heed_termination()
     values = absl_flags.FLAGS
     if "debug" not in values:
         absl_flags.DEFINE_boolean("debug", False, "Show tracebacks.")
@@ -86,11 +95,13 @@ def run(main: Callable[[list[str]], object], *, takes: str = "") -> NoReturn:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         leave(WRONG_USE)
+    except KeyboardInterrupt as error:
+        leave(code_of(error))
     except BrokenPipeError:  # somebody read the head of the help
         leave(0)
     code = perform(lambda: main(rest), tell, debug=bool(values["debug"].value))
-    if code == INTERRUPTED:
-        print("interrupted", file=sys.stderr)
+    if code in ASKED_TO_END:
+        print(ASKED_TO_END[code], file=sys.stderr)
     leave(code)
 
 

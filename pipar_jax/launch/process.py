@@ -40,10 +40,26 @@ from pipar_jax.schedule.plan import COORDINATOR, is_node
 TOKEN_VARIABLE = "PIPAR_TOKEN"
 WRONG_USE = 2
 INTERRUPTED = 130
+TERMINATED = 143
+#: What a person reads of an end that somebody asked for.
+ASKED_TO_END = {INTERRUPTED: "interrupted", TERMINATED: "terminated"}
 
 Tell = Callable[[dict[str, Any]], None]
 #: What a server does, given its configuration and where events go.
 Serve = Callable[[Config, Tell], None]
+
+
+class Terminated(KeyboardInterrupt):
+    """This process was asked to end by SIGTERM, as a service manager or a container does it."""
+
+
+def heed_termination() -> None:
+    """Makes SIGTERM an interruption, so that peers are told and what is open is closed."""
+
+    def end(number: int, frame: object) -> NoReturn:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def set_environment(config: Config, name: str) -> None:
@@ -131,7 +147,7 @@ def perform(task: Callable[[], object], tell: Tell, *, debug: bool, log: str = "
 
     Returns:
       0 when done, 1 after an error, 2 if it is one of the configuration or command line, 130 after
-      an interruption.
+      an interruption, 143 after SIGTERM (where it is heeded).
     """
     from comms.errors import ChannelError
     from stages.errors import StageError
@@ -139,8 +155,8 @@ def perform(task: Callable[[], object], tell: Tell, *, debug: bool, log: str = "
     try:
         task()
         return 0
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    except KeyboardInterrupt as error:
+        return code_of(error)
     except Exception as error:  # all of them end here: foreseen ones in a line, faults with more
         known = isinstance(error, PiparError | ChannelError | StageError)
         foreseen = known and not (isinstance(error, PiparError) and error.of_user)
@@ -156,6 +172,11 @@ def perform(task: Callable[[], object], tell: Tell, *, debug: bool, log: str = "
             traceback.print_exc()
         tell({"event": "process_failed", "kind": kind, "error": text})
         return WRONG_USE if isinstance(error, ConfigError) else 1
+
+
+def code_of(error: KeyboardInterrupt) -> int:
+    """Returns the exit code of a process that was asked to end."""
+    return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
 
 
 def leave(code: int) -> NoReturn:

@@ -42,7 +42,7 @@ def write(folder: Path, secret: str | None) -> None:
     """
     found = {
         "pipar_jax": pipar_jax.__version__,
-        "commit": commit(Path(__file__).resolve().parents[1]),
+        "commit": commit(Path(pipar_jax.__file__).resolve().parents[1]),
         "python": platform.python_version(),
         "libraries": {name: _version(name) for name in LIBRARIES},
         "system": platform.platform(),

@@ -24,6 +24,7 @@ from pipar_jax.roles.acceptance import Acceptance, next_steps
 from pipar_jax.roles.adaptation import Adaptation
 from pipar_jax.roles.evaluation import Evaluator
 from pipar_jax.roles.holdings import Holdings, Wanted, read_rows
+from pipar_jax.roles.link_stats import odd_rows
 from pipar_jax.roles.members import Mail, Members
 from pipar_jax.roles.replies import Reply, reply
 from pipar_jax.roles.run_log import Fetched, Round, Tally
@@ -227,9 +228,8 @@ class Coordinator:
         said = {name: mail.said for name, mail in stored.items()}
         busy = {COORDINATOR: busy_s} | {name: said[name].busy_s for name in self._workers}
         for name in self._workers:
-            for row in said[name].direct:
-                if row.source != name or row.target not in self._workers:
-                    self._members.blame(name, f"'stored' with what {row.source} sent {row.target}")
+            if (odd := odd_rows(said[name].direct, name, self._met)) is not None:
+                self._members.blame(name, odd)
         for one in said.values():  # none is longer than the round, whatever is said of it
             self._members.patience.action(min(one.longest_s, interval.seconds))
         self._tally.end_round(

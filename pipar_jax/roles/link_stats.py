@@ -7,13 +7,13 @@ known to the sender alone, so devices tell theirs when a round is over.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from comms import Link, LinkStats
 from pipar_jax.protocol.values import LinkRow, Waits
 from pipar_jax.roles.members import Members
 from pipar_jax.runtime.link_table import Wiring
-from pipar_jax.schedule.plan import COORDINATOR
+from pipar_jax.schedule.plan import COORDINATOR, Boundary
 
 #: Counters that only the sending side of a link knows.
 _COUNTERS = ("queue_s", "credit_wait_s", "blocked_s", "encode_s", "repeated_frames",
@@ -68,6 +68,22 @@ class DirectTraffic:
         )
         self._before = stats
         return found
+
+
+def odd_rows(rows: Sequence[LinkRow], name: str, met: Iterable[Boundary]) -> str | None:
+    """Returns what a host says of links that it has not, or more often than once, or None.
+
+    Args:
+      rows: What it says it sent its neighbours.
+      name: The host.
+      met: All boundaries that have a link of their own.
+    """
+    peers = [one.peer(name) for one in met if name in one[:2]]
+    for row in rows:
+        if row.source != name or row.target not in peers:
+            return f"'stored' with what {row.source} sent {row.target}"
+        peers.remove(row.target)
+    return None
 
 
 class Traffic:

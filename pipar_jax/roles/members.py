@@ -149,7 +149,8 @@ class Members:
 
     def on_link(self, link: Link) -> None:
         """Takes a new connection; runs on the I/O thread."""
-        strangers = [one for one in self._links if one not in self._names]
+        # A copy: the owner's thread takes links out meanwhile.
+        strangers = [one for one in list(self._links) if one not in self._names]
         if len(strangers) >= 64 + 2 * (self._config.devices.count + self._config.nodes.count):
             self._end(strangers[0], "too many links have not joined")
             self._links.pop(strangers[0], None)

@@ -151,14 +151,20 @@ def _serve(
         record.check()
         return summary
     except BaseException as error:
-        reason = str(error) if isinstance(error, PiparError) else f"the server failed: {error!r}"
-        members.abort(reason)
+        members.abort(_reason(error))
         raise
     finally:
         if host is not None:
             host.close()
         members.close()
         endpoint.close()
+
+
+def _reason(error: BaseException) -> str:
+    """Returns what members are told of the end of a run."""
+    if isinstance(error, KeyboardInterrupt):
+        return "the server was interrupted"
+    return str(error) if isinstance(error, PiparError) else f"the server failed: {error!r}"
 
 
 def _facts(model: Model, dataset: Dataset) -> dict[str, Any]:

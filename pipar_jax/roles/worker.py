@@ -239,6 +239,9 @@ class Worker:
             lost = self._lost(error)
             self._confess(lost)
             raise lost from error
+        except KeyboardInterrupt:
+            self._confess(PeerError(f"{self._long} was interrupted"))
+            raise
         except Exception as error:
             self._confess(error)
             raise

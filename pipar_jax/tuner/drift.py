@@ -26,6 +26,9 @@ NOISE = 1.25
 #: What a computation may last longer in a run than alone, whatever its size: threads wake up and
 #: messages are handled meanwhile. Measured on a core that trained: 0.4 to 1.2 ms.
 OVERHEAD_S = 0.0015
+#: How many times slower or faster a host may become: beyond it what it tells is no measurement, and
+#: products of such numbers leave the range of floats.
+MOST_FACTOR = 1e6
 #: Runs of units whose times tell whether much was learned of a host.
 PARTS = 4
 
@@ -136,7 +139,8 @@ class Watch:
             actual_s += one.times * _without_overhead(one.median_s, believed_s)
             expected_s += one.times * alone_s
         if actual_s > 0 and expected_s > 0:
-            self._factors[host] = _follow(self._factors[host], actual_s / expected_s)
+            factor = min(max(actual_s / expected_s, 1 / MOST_FACTOR), MOST_FACTOR)
+            self._factors[host] = _follow(self._factors[host], factor)
         if learner is not None and learned:
             learner.learn()
             self._learned[host] = learner.profile(self._hosts[host].sizes)

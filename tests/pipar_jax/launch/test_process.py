@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,30 @@ def fail(error: BaseException) -> Any:
 def test_exit_codes() -> None:
     assert run(lambda: None) == (0, [])
     assert run(fail(KeyboardInterrupt())) == (130, [])
+    assert run(fail(process.Terminated())) == (143, [])
+
+
+def test_sigterm_is_an_interruption_with_a_code_of_its_own() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        process.heed_termination()
+        assert run(lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60)) == (143, [])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("binary", ["train", "server", "report"])
+def test_sigterm_ends_a_binary_in_one_line(binary: str, tmp_path: Path) -> None:
+    """Its handler is there before the command line is read: a flag file that is a pipe waits."""
+    pipe = tmp_path / "flags"
+    os.mkfifo(pipe)
+    command = [sys.executable, "-m", f"experiments.{binary}", f"--flagfile={pipe}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        writer = os.open(pipe, os.O_WRONLY)  # returns once the child has opened it to read
+        child.send_signal(signal.SIGTERM)
+        out, err = child.communicate(timeout=60)
+        os.close(writer)
+    assert (child.returncode, out, err) == (143, b"", b"")
 
 
 @pytest.mark.parametrize(
@@ -188,7 +214,7 @@ def test_processes_load_no_jax_before_their_environment_is_set() -> None:
 # Threads are given the arenas that there are in turn: one of two would show a second one.
 FAULTS = """
 import ctypes, resource, sys, threading
-from pipar_jax import process
+from pipar_jax.launch import process
 
 library = ctypes.CDLL(None)
 library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]

@@ -14,6 +14,7 @@ from pipar_jax.config import Config
 from pipar_jax.launch.launcher import create_folder
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.report import environment
+from tests.sources import ROOT
 
 SECRET = "a-long-secret"
 
@@ -58,6 +59,7 @@ def test_a_runs_folder_says_where_it_was_started(
     assert found["pipar_jax"] == pipar_jax.__version__ and found["libraries"]["jax"]
     assert found["host"] and found["date"].endswith("+00:00") and found["python"]
     assert found["server"]["platform"] == "cpu" and found["server"]["devices"]
+    assert found["commit"] == environment.commit(ROOT)
 
 
 def test_the_commit_of_sources(tmp_path: Path) -> None:

@@ -281,6 +281,7 @@ def test_what_members_and_strangers_send_ends_their_own_part_alone(method):
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("method", ["mpsl", "pipar", "sl"])
 def test_what_members_and_strangers_send_ends_their_own_part_alone_at_length(method):
     fuzz_coordinator(method, MANY // 3 + 1, 1)
@@ -386,6 +387,7 @@ def test_what_a_coordinator_sends_ends_by_an_error_that_names_it(alone, method, 
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("method", "name"), [("mpsl", "d0"), ("mpsl", "n1"), ("sl", "d0")])
 def test_what_a_coordinator_sends_ends_by_an_error_that_names_it_at_length(alone, method, name):
     fuzz_device(method, name, MANY // 3 + 1, 1)
@@ -456,5 +458,6 @@ def test_what_neighbours_send_ends_their_own_part_alone():
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 def test_what_neighbours_send_ends_their_own_part_alone_at_length():
     fuzz_neighbours(MANY, 1)

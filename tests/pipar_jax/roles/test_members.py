@@ -1,5 +1,6 @@
-"""What the coordinator makes of links that end while it sends."""
+"""What the coordinator makes of links that end while it sends, and what it tells of the end."""
 
+import dataclasses
 import threading
 
 import pytest
@@ -8,7 +9,12 @@ from comms import Endpoint, PeerClosed
 from pipar_jax.errors import PeerError
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.protocol import messages
+from pipar_jax.protocol.values import LinkRow
+from pipar_jax.roles import server
+from pipar_jax.roles.link_stats import odd_rows
 from pipar_jax.roles.members import Member, Members
+from pipar_jax.schedule.plan import Boundary
+from tests.pipar_jax.roles import fakes
 from tests.pipar_jax.runtime import support
 
 
@@ -63,3 +69,43 @@ def test_the_mail_about_the_end_says_more_than_the_send_that_noticed_it(members)
     members._inbox.put(("lost", link, PeerClosed("its data ended")))
     with pytest.raises(PeerError, match="device 0 was lost: its data ended"):
         members.broadcast(messages.Finish())
+
+
+def test_links_that_go_while_a_new_one_is_counted_do_no_harm(members):
+    """Links are taken out on the owner's thread while the I/O thread takes new ones in."""
+
+    class Names(dict):
+        def __contains__(self, link):
+            members._links.pop(link, None)
+            return super().__contains__(link)
+
+    members._names = Names(members._names)
+    for _ in range(5):
+        members.on_link(fakes.Link("d0"))
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (KeyboardInterrupt(), "the server was interrupted"),
+        (PeerError("d1 is gone"), "d1 is gone"),
+        (ValueError("oh"), "the server failed: ValueError('oh')"),
+    ],
+)
+def test_members_are_told_why_a_run_ends(error, reason):
+    assert server._reason(error) == reason
+
+
+def test_what_neighbours_sent_each_other_is_told_once_for_each_link():
+    """Each row is kept in metrics.jsonl: many of them would fill the disk."""
+    numbers = {one.name: 0 for one in dataclasses.fields(LinkRow)}
+
+    def row(source, target):
+        return LinkRow(**{**numbers, "source": source, "target": target})
+
+    met = {Boundary("d0", "n1", 0), Boundary("n1", "d0", 1), Boundary("n1", "d1", 0)}
+    twice = [row("d0", "n1"), row("d0", "n1")]
+    assert odd_rows(twice, "d0", met) is None
+    assert odd_rows([], "d1", met) is None
+    for rows in ([*twice, row("d0", "n1")], [row("n1", "d0")], [row("d0", "d1")]):
+        assert "'stored' with what" in odd_rows(rows, "d0", met)

@@ -16,6 +16,7 @@ from pipar_jax.roles import members as memberships
 from pipar_jax.roles import worker as workers
 from pipar_jax.roles.patience import Moving, Patience, limit_s, pulse_s
 from pipar_jax.roles.refusals import EVERY_S, FIRST, Refusals
+from pipar_jax.schedule.plan import COORDINATOR
 from tests.pipar_jax.roles import fakes
 from tests.pipar_jax.roles.test_fuzz import Coordinator, config, loader, network, plan
 
@@ -161,12 +162,27 @@ def test_a_worker_whose_coordinator_does_nothing_ends_too(alone, monkeypatch):
     monkeypatch.setattr(workers, "LOOK_S", 0.02)
     worker = workers.Worker(made, "d0", network(), loader(0))
     link = worker._link = fakes.Link("server")
-    worker._on_message(fakes.control(link, registry.encode(messages.Working("evaluating"))))
+    worker._on_message(fakes.control(link, registry.encode(messages.Working("evaluating", 0, 0))))
     worker._on_message(fakes.control(link, registry.encode(messages.SurveyEcho())))
     worker._host.actions = 3
     with pytest.raises(PeerError, match=r"no progress for 0\.3 s: 'a word' is missing from the"):
         worker._follow()
     assert [one["type"] for one in link.said] == ["echoed", "pulse"]
+
+
+def test_a_device_that_is_interrupted_says_so(alone, monkeypatch):
+    worker = workers.Worker(config("pipar"), "d0", network(), loader(0))
+    link = fakes.Link(COORDINATOR)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(worker, "_connect", lambda address: setattr(worker, "_link", link) or link)
+    monkeypatch.setattr(worker, "_follow", interrupted)
+    join = admission.device_join(config("pipar"), "d0", loader(0), network())
+    with pytest.raises(KeyboardInterrupt):
+        worker.run(("127.0.0.1", 1), join)
+    assert link.said[-1] == {"type": "failed", "error": "device 0 was interrupted"}
 
 
 def test_a_link_joins_under_its_own_name_alone():

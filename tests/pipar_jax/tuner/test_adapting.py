@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 
 from pipar_jax.protocol.values import Seen
 from pipar_jax.schedule.plan import Boundary, Plan
-from pipar_jax.simulator.predict import HostTimes
+from pipar_jax.simulator.predict import HostTimes, Stages, judge
 from pipar_jax.tuner.bounds import Option
 from pipar_jax.tuner.drift import OVERHEAD_S, Carried, Watch, differ
 from pipar_jax.tuner.replanning import LOOKS, REST, Choice, Offer
@@ -52,6 +53,20 @@ def test_a_host_that_became_slower_is_so_in_the_profile(factor):
     assert now.server == base.server
     watch.computed("server", chain, seen(base, chain, 1, base.server, factor))
     assert watch.profile().server.update_s[1] == pytest.approx(factor * base.server.update_s[1])
+
+
+@pytest.mark.parametrize("times", [1, 2**31 - 1])
+@pytest.mark.parametrize("median_s", [5e-324, 1e9])
+def test_what_no_host_can_have_measured_leaves_the_profile_finite(median_s, times):
+    base, chain = profiles.profile(profiles.device()), plan(2)
+    tiny = tuple(tuple(5e-324 for _ in row) for row in base.devices[0].host.backward_s)
+    for backward_s in (tiny, base.devices[0].host.backward_s):
+        host = dataclasses.replace(base.devices[0].host, backward_s=backward_s)
+        device = dataclasses.replace(base.devices[0], host=host)
+        watch = Watch(dataclasses.replace(base, devices=(device,)))
+        watch.computed("d0", chain, [Seen(0, 0, "B", 25, times, median_s)])
+        assert all(math.isfinite(one) for one in watch.state())
+        assert math.isfinite(judge(Stages(watch.profile()), chain).epoch_s)
 
 
 def test_what_a_run_adds_to_each_computation_slows_no_host_down():
