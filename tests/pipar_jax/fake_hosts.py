@@ -8,6 +8,7 @@ JSON: {"d1": "killed"}.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import pathlib
@@ -42,6 +43,11 @@ def act(name: str) -> None:
     acts[json.loads(os.environ.get("FAKE_HOSTS", "{}")).get(name, "")]()
 
 
+def _hash(token: str | None) -> str | None:
+    """Return what tells a token without showing it: events go into logs."""
+    return None if token is None else hashlib.sha256(token.encode()).hexdigest()
+
+
 def _raise(error: Exception) -> None:
     raise error
 
@@ -63,7 +69,7 @@ def run_server(config: Config, *, on_event: Callable[[dict[str, Any]], None]) ->
         links = [listener.accept()[0] for _ in names]
         on_event({"event": "run_started", "cpus": sorted(os.sched_getaffinity(0)),
                   "platforms": os.environ.get("JAX_PLATFORMS"),
-                  "token": config.network.token})  # fmt: skip
+                  "token_hash": _hash(config.network.token)})  # fmt: skip
         act("server")
         for link in links:
             with link:
@@ -86,9 +92,9 @@ def run_device(config: Config, index: int, address: tuple[str, int]) -> None:
 
 if __name__ == "__main__":
     for module, function in (("server", run_server), ("worker", run_device)):
-        fake = types.ModuleType(f"pipar_jax.{module}")
+        fake = types.ModuleType(f"pipar_jax.roles.{module}")
         setattr(fake, function.__name__, function)
-        sys.modules[f"pipar_jax.{module}"] = fake
+        sys.modules[f"pipar_jax.roles.{module}"] = fake
     from pipar_jax.launch import process
 
     process.main()

@@ -126,13 +126,13 @@ PROGRAM = '''"""A benchmark of nothing.
 
 More about it.
 """
-from pipar_jax import bench
+from experiments.benchmarks import harness
 
 def measure(run):
     run.row("quick", float(run.quick), "x", target=0.5)
 
 if __name__ == "__main__":
-    bench.run(measure)
+    harness.run(measure)
 '''
 
 
