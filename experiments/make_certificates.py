@@ -1,4 +1,4 @@
-"""Writes a small certificate authority and certificates for a trial with TLS.
+r"""Writes a small certificate authority and certificates for a trial with TLS.
 
   pipar make_certificates --folder=certificates \
       --host=server=192.0.2.7,server.example --host=n1=192.0.2.8 --host=d0 --host=d1

@@ -36,6 +36,11 @@ def main(config: Config, given: NodeFlags) -> None:
       PiparError: The flags do not fit the configuration, or the run failed.
     """
     address = flags.parse_address(given.server, "server")
+    if not config.nodes.count:
+        raise ConfigError(
+            f"--index={given.index} does not fit: this configuration has no compute nodes "
+            "(nodes.count=0); name one that has, such as --config=cifar10_resnet18_mpsl"
+        )
     if not 1 <= given.index <= config.nodes.count:
         raise ConfigError(
             f"--index={given.index} does not fit: nodes.count={config.nodes.count}, so a node's "

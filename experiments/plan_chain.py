@@ -1,4 +1,4 @@
-"""Plans a chain of compute nodes from a profile table: the order of the nodes and the cuts.
+r"""Plans a chain of compute nodes from a profile table: the order of the nodes and the cuts.
 
   pipar plan_chain --profile=CSV --device=VM --layers=2:36 --speeds=1,2,2 \
       --objective=mpsl

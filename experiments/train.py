@@ -1,6 +1,6 @@
 """Trains a preset on this machine: one server process and a process per device, over TCP.
 
-The method (fl, sl, sfl, pipar), the network, the data, the links and the speed of each device are
+The method, the network, the data, the links and the speed of each device are
 fields of the configuration; every one of them is a flag. A run leaves a folder below runs/.
 """
 

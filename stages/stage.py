@@ -56,7 +56,7 @@ class Stage:
     is_first: bool
     is_last: bool
     rematerialise: bool
-    programs: Programs
+    programs: Programs = dataclasses.field(repr=False)
 
     def forward(
         self, params: Variables, state: Variables, x: jax.Array, draw: Draw

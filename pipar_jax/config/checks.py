@@ -448,6 +448,10 @@ def _check_nodes(config: Config) -> None:
         _check_link(one.link, path["link"])
         parse_cpus(one.cpus, path["cpus"])
         _check_address(config.network, one.host, path["host"])
+    if not count:  # of no use here, but a slip all the same
+        _check_link(config.nodes.defaults.link, "nodes.defaults.link")
+        parse_cpus(config.nodes.defaults.cpus, "nodes.defaults.cpus")
+        _check_address(config.network, config.nodes.defaults.host, "nodes.defaults.host")
 
 
 def _check_link(link: str, field: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from pipar_jax.config.schema import option
 from pipar_jax.schedule.plan import Dispatch, HandOn, Weights
-from stages.names import NORMS, STEMS
+from stages.names import MODELS, NORMS, STEMS
 
 #: Methods that need no more hosts than devices and a server.
 SERVER_METHODS = ("fl", "sl", "sfl", "pipar")
@@ -35,7 +35,7 @@ SLOWEST = 1e6
 class ModelConfig:
     """Which network, and how it is built."""
 
-    name: str = option("vgg5", "network: a name that stages.build knows")
+    name: str = option("vgg5", f"network: {', '.join(MODELS)}")
     norm: str = option("batch", "normalisation layers", choices=NORMS)
     stem: str = option("cifar", "first layers of a ResNet: 3x3, or 7x7 with pooling", choices=STEMS)
     dtype: str = option(

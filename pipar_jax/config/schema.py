@@ -163,6 +163,11 @@ def fit(one: Option, value: Any) -> Any:
     limits = one.field.metadata
     if type(value) not in one.types or (isinstance(value, float) and not math.isfinite(value)):
         raise ConfigError(f"{one.path}={value!r} does not fit: it takes {one.expects}")
+    if isinstance(value, str) and not _is_utf8(value):
+        raise ConfigError(
+            f"{one.path}={value!r} is not a text in UTF-8, as all of a configuration is: write it "
+            "in UTF-8, and rename the file if it is a file's name"
+        )
     choices = limits["choices"]
     if choices and value not in choices:
         raise ConfigError(
@@ -249,6 +254,15 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
+
+
+def _is_utf8(text: str) -> bool:
+    """Returns whether a text can be written; bytes of a command line that are not UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_mapping(kind: Any) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from pipar_jax.data.types import Dataset, Split
+from pipar_jax.disk.files import describe_reading
 from pipar_jax.disk.json_text import dumps
 from pipar_jax.errors import DataError
 
@@ -65,8 +66,8 @@ def cached(folder: pathlib.Path, key: str, decode: Callable[[], Dataset]) -> Dat
         return _read(home)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"decoded data cannot be kept in {home}: {error}; free space there, remove that "
-            "folder, or choose another with --config.data.cache_dir"
+            f"decoded data cannot be kept in {home}: {describe_reading(error)}; free space "
+            "there, remove that folder, or choose another with --config.data.cache_dir"
         ) from error
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipar_jax.disk.files import describe_reading
 from pipar_jax.errors import DataError
 
 _SHAPE = (32, 32, 3)
@@ -35,7 +36,9 @@ def read_matlab(path: pathlib.Path, most: int) -> tuple[NDArray[np.uint8], NDArr
     try:
         values = loadmat(path, variable_names=("X", "y"))
     except Exception as error:  # a malformed file makes scipy raise almost anything
-        raise DataError(f"{path} cannot be read as a MATLAB file: {error}: get it anew") from error
+        raise DataError(
+            f"{path} cannot be read as a MATLAB file: {describe_reading(error)}: get it anew"
+        ) from error
     images, labels = (np.asarray(values.get(name)) for name in ("X", "y"))
     labels = labels.reshape(-1)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[:3] != _SHAPE:

@@ -18,6 +18,7 @@ from pipar_jax.data.cache import cache_folder, cached, locked
 from pipar_jax.data.download import fetch
 from pipar_jax.data.published import SETS
 from pipar_jax.data.types import Dataset, Split
+from pipar_jax.disk.files import describe_reading
 from pipar_jax.errors import DataError
 
 _READ_AT_ONCE = 1000
@@ -120,7 +121,8 @@ def _decode(source: str, home: pathlib.Path) -> Dataset:
         ]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"data set {source!r} in {home} cannot be read: {error}; prepare it again"
+            f"data set {source!r} in {home} cannot be read: {describe_reading(error)}; "
+            "prepare it again"
         ) from error
     finally:
         absl.setLevel(level)

@@ -149,6 +149,15 @@ def describe_os_error(error: OSError, remedy: str = RUN_REMEDY) -> str:
     return f"{explain(error)}{name}"
 
 
+def describe_reading(error: Exception) -> str:
+    """Returns one line about why a file could not be read: the system's word, or what is in it."""
+    if isinstance(error, OSError):
+        return explain(error) + (f": {error.filename}" if error.filename else "")
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _bring_to_disk(path: Path, flags: int) -> None:
     """Waits until a file or a folder is on the disk, where its file system can say so."""
     descriptor = os.open(path, flags)

@@ -19,6 +19,7 @@ from pipar_jax import data as datasets
 from pipar_jax.config import Config
 from pipar_jax.data import Dataset, make_queries, normalise
 from pipar_jax.disk.event_log import read_events
+from pipar_jax.disk.files import describe_reading
 from pipar_jax.errors import PeerError, ProtocolError, RunError
 from pipar_jax.methods.resolution import check_plan, resolve
 from pipar_jax.roles.run_folder import CONFIG, METRICS, TRACE
@@ -117,7 +118,7 @@ def load(folder: str | Path, model: Model | None = None) -> Run:
         config = configuration.from_json((path / CONFIG).read_text(encoding="utf-8"))
         metrics = read_events(path / METRICS)
     except OSError as error:
-        raise RunError(f"{path} is not the folder of a run: {error}") from error
+        raise RunError(f"{path} is not the folder of a run: {describe_reading(error)}") from error
     facts = checkpoint.facts(path / checkpoint.WEIGHTS)
     if model is None:
         if facts["recipe"] is None:

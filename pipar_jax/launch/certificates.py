@@ -170,7 +170,7 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
 def _alternative(address: str) -> x509.GeneralName:
     with contextlib.suppress(ValueError):
         return x509.IPAddress(ipaddress.ip_address(address))
-    if not re.fullmatch(r"[A-Za-z0-9._*-]+", address):
+    if not re.fullmatch(r"(?:\*\.)?(?:[\w-]{1,63}\.)*[\w-]{1,63}\.?", address, re.ASCII):
         raise PiparError(f"{address!r} is neither a host name nor an address")
     return x509.DNSName(address)
 

@@ -36,6 +36,7 @@ from pipar_jax.launch.process import (
     perform,
 )
 from pipar_jax.methods.resolution import resolve
+from pipar_jax.report import logs
 
 E = TypeVar("E")
 
@@ -102,6 +103,7 @@ def run(
     """
     open_streams()
     heed_termination()
+    logs.leave_out_tpu()
     debug = False
     try:
         arguments = read_flagfiles(sys.argv[1:])
@@ -253,7 +255,12 @@ def make_help(
     parts = [
         doc.strip(),
         f"usage: pipar {name} --config=PRESET [--config.FIELD=VALUE ...]",
-        f"presets: {', '.join(_preset_names(presets))}",
+        textwrap.fill(
+            f"presets: {', '.join(_preset_names(presets))}",
+            width,
+            subsequent_indent="  ",
+            break_on_hyphens=False,
+        ),
     ]
     own = [*schema.options(extra), *schema.options(Common)]
     rows = [(f"--{one.path}", one.text) for one in own]
@@ -273,7 +280,8 @@ def make_help(
     for group, rows in groups.items():
         kind = _HOSTS.get(group.removesuffix(".defaults")) or kinds.get(group, Config)
         about = (kind.__doc__ or "").strip().splitlines()[0]
-        parts.append("\n".join([f"{group or 'run'}: {about}", *two_columns(rows, width)]))
+        head = textwrap.wrap(f"{group or 'run'}: {about}", width)
+        parts.append("\n".join([*head, *two_columns(rows, width)]))
     parts.append(
         "one device or node:\n"
         + "\n".join(

@@ -7,6 +7,7 @@ They end as the others do: one line about an error, the same exit codes, the sam
 from __future__ import annotations
 
 import pathlib
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -26,6 +27,7 @@ from pipar_jax.launch.process import (
     open_streams,
     perform,
 )
+from pipar_jax.report import logs
 
 #: What absl itself and its logging define; the same for every program, and of no use here.
 _FOREIGN = ("absl.", "ml_collections.", "jax.", "tensorflow_datasets.")
@@ -74,6 +76,7 @@ def run(main: Callable[[list[str]], object], *, takes: str = "") -> NoReturn:
     """
     open_streams()
     heed_termination()
+    logs.leave_out_tpu()
     values = absl_flags.FLAGS
     if "debug" not in values:
         absl_flags.DEFINE_boolean("debug", False, "Show tracebacks.")
@@ -120,6 +123,11 @@ def _parse(arguments: list[str]) -> list[str]:
             f"--{error.flagname} is not a flag{near} (all of them: --help)"
         ) from error
     except absl_flags.Error as error:
+        if missing := re.findall(r"--(\w+) must have a value", str(error)):
+            flags = " and ".join(f"--{one}" for one in missing)
+            raise ConfigError(
+                f"{flags} {'is' if len(missing) == 1 else 'are'} missing (what to give: --help)"
+            ) from error
         raise ConfigError(" ".join(str(error).split())) from error
 
 

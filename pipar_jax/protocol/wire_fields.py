@@ -16,6 +16,8 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
+from comms.wire.bounded_json import one_line
+
 #: The largest whole number that a message carries, unless its field says less.
 MOST_WHOLE = 2**31 - 1
 #: Characters of a peer's value that an error shows.
@@ -175,6 +177,10 @@ class Prose(Text):
     """What a person reads: cut where it is too long, instead of refused by the other side."""
 
     most: int = 4000
+
+    def read(self, value: Any, path: str) -> str:
+        """Returns one printable line: it ends up in logs and terminals, which obey some letters."""
+        return one_line(" ".join(super().read(value, path).split()), self.most)
 
     def write(self, value: Any) -> str:
         """See ``Spec``."""

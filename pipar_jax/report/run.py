@@ -15,6 +15,7 @@ from comms.emulation.shaping import parse_link
 from pipar_jax.cost_model.costs import FREE_LINK
 from pipar_jax.cost_model.from_trace import links_from_shapes
 from pipar_jax.disk.event_log import read_events
+from pipar_jax.disk.files import describe_reading
 from pipar_jax.errors import RunError
 from pipar_jax.report.digest import Digest, digest
 from pipar_jax.schedule.actions import RoundSchedule, rounds
@@ -242,8 +243,8 @@ def read_run(folder: Path) -> Run:
         events = read_events(folder / "metrics.jsonl")
     except (OSError, ValueError, RunError) as error:
         raise RunError(
-            f"{folder} is not the folder of a run: {error}; name a folder below runs/ with "
-            "config.json and metrics.jsonl in it"
+            f"{folder} is not the folder of a run: {describe_reading(error)}; name a "
+            "folder below runs/ with config.json and metrics.jsonl in it"
         ) from error
     trace = folder / "trace.json.gz"
     return Run(folder.name, config, events, trace if trace.exists() else None)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pipar_jax
 from comms import Message
+from comms.wire.bounded_json import one_line
 from pipar_jax import config as configuration
 from pipar_jax.config import PUBLIC_SOURCES, Config, difference, from_dict, to_json
 from pipar_jax.data import Loader
@@ -191,8 +192,8 @@ def _odd_counts(asked: JoinDevice, config: Config) -> str | None:
 
 
 def _short(text: str) -> str:
-    """Returns a text that a peer had a part in, cut where it is long."""
-    return text if len(text) <= 400 else f"{text[:400]}…"
+    """Returns a text that a peer had a part in, cut where it is long, on one printable line."""
+    return one_line(text if len(text) <= 400 else f"{text[:400]}…")
 
 
 def _unknown_name(name: str, config: Config) -> str | None:

@@ -19,6 +19,7 @@ from pipar_jax.config import Config
 from pipar_jax.errors import ProtocolError, RunError
 from pipar_jax.protocol.messages import LookSeen
 from pipar_jax.protocol.registry import peek
+from pipar_jax.protocol.values import MOST_S
 from pipar_jax.runtime import weight_bundle
 from pipar_jax.runtime.moves import local_to, moves
 from pipar_jax.schedule.actions import ALL, COMPUTE, EVALUATE, Span
@@ -229,8 +230,9 @@ class Holdings:
         like = self._arrays(part, unit)
         if found.keys() != like.keys():
             raise ProtocolError(
-                f"{what}: arrays {sorted(found)[:5]}, expected {sorted(like)[:5]} ({len(found)} "
-                f"and {len(like)}): do both hosts use the same model and version?"
+                f"{what}: arrays {[one[:80] for one in sorted(found)[:5]]}, expected "
+                f"{sorted(like)[:5]} ({len(found)} and {len(like)}): do both hosts use the same "
+                "model and version?"
             )
         for path, array in found.items():
             one = like[path]
@@ -384,7 +386,8 @@ def _odd_row(
     fits = (stage >= 0) & (stage < stages) & (kind >= 0) & (kind < len(_KINDS))
     fits &= (device >= ALL) & (device < devices) & (step >= 0) & (step < max(steps))
     fits &= (micro >= 0) & (nbytes >= 0) & (samples >= 0) & (numbers < 2**53).all(axis=1)
-    fits &= np.isfinite(times).all(axis=1) & (times[:, 0] <= times[:, 1])
+    # Of clocks: what is beyond their seconds would leave the range of floats in a trace.
+    fits &= (np.abs(times) <= MOST_S).all(axis=1) & (times[:, 0] <= times[:, 1])
     if fits.all():
         # Weights and device parts are noted under stage 0 and the sender's own number.
         bound = np.isin(kind, [i for i, one in enumerate(_KINDS) if one in COMPUTE or

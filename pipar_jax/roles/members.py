@@ -25,7 +25,7 @@ from pipar_jax.roles.admission import Identity
 from pipar_jax.roles.holdings import SURVEYED
 from pipar_jax.roles.patience import Moving, Patience, pulse_s
 from pipar_jax.roles.refusals import Refusals
-from pipar_jax.roles.replies import Owed, Reply, answers
+from pipar_jax.roles.replies import TAKES_LONG, Owed, Reply, answers
 from pipar_jax.runtime import finite
 from pipar_jax.schedule.plan import COORDINATOR, device_name, is_node, long_name
 from stages import Model
@@ -445,7 +445,9 @@ class Members:
         if isinstance(said, messages.Pulse):
             self.patience.pulse(mail.source, said.actions)
         elif isinstance(said, messages.Working):
-            self.patience.working(mail.source, said.what)
+            # Of what is asked in the midst of a round, nothing takes so long: there the clock runs.
+            if mail.source == COORDINATOR or self.by_name[mail.source].owed.owes(TAKES_LONG):
+                self.patience.working(mail.source, said.what)
             self.tell_working(mail.source, said.what, said.done, said.of)
         elif isinstance(said, messages.Progress):
             self._note_progress(mail.source, said)

@@ -13,6 +13,8 @@ from pipar_jax.protocol.registry import kind_of
 #: What a host may say whenever it has joined.
 UNASKED = (messages.Failed, messages.NonFinite, messages.Progress, messages.Pulse,
            messages.Working)  # fmt: skip
+#: Before these a host compiles or times itself, which nobody can say the length of.
+TAKES_LONG = (messages.Prepared, messages.Profiled, messages.Referenced, messages.Calibrated)
 
 
 class Reply(NamedTuple):
@@ -71,6 +73,11 @@ class Owed:
         with self._lock:
             for one in replies:
                 self._owed.setdefault(one.kind, deque()).append(one)
+
+    def owes(self, kinds: Iterable[type]) -> bool:
+        """Returns whether an answer of one of some kinds is still to come."""
+        with self._lock:
+            return any(self._owed.get(kind) for kind in kinds)
 
     def expects(self, kind: type) -> bool:
         """Takes note that a bundle of a kind has arrived; returns whether it was asked for."""

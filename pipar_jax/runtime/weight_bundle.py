@@ -60,7 +60,9 @@ def unpack(tensors: Mapping[str, np.ndarray[Any, Any]], peer: str) -> dict[str, 
     for name, array in tensors.items():
         words = name.split("/", 3)
         if len(words) != 4:
-            raise RunError(f"{peer} sent a bundle with a tensor named {name!r}, which is no weight")
+            raise RunError(
+                f"{peer} sent a bundle with a tensor named {name[:80]!r}, which is no weight"
+            )
         group, part, unit, path = words
         groups.setdefault(group, {}).setdefault(part, {}).setdefault(unit, {})[path] = array
     return groups

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from pipar_jax.disk.files import refused, replacing
+from pipar_jax.disk.files import describe_reading, refused, replacing
 from pipar_jax.disk.json_text import dumps
 from pipar_jax.errors import PlanError, RunError
 from pipar_jax.schedule.actions import (
@@ -138,7 +138,7 @@ class Trace:
         ]
         for host, row in self.rows():
             parts[bisect.bisect_right(ends, row.start_s)][host].append(row)
-        with replacing(path) as aside, TraceWriter(aside, self.meta) as file:
+        with replacing(path) as aside, TraceWriter(aside, self.meta, path) as file:
             for part, interval in zip(parts, [*self.rounds, None], strict=True):
                 for host, rows in part.items():
                     file.add(host, rows)
@@ -172,20 +172,21 @@ class TraceWriter:
     Args:
       path: The file.
       meta: Anything else worth keeping: the plan, the method, who made it.
+      known_as: How errors name the file, where it is written aside.
 
     Raises:
       DiskError: The file cannot be written; of the methods too.
     """
 
-    def __init__(self, path: Path, meta: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, meta: Mapping[str, Any], known_as: Path | None = None) -> None:
         """Begins the file."""
-        self._path = path
+        self._path = known_as or path
         self._pids: dict[str, int] = {}
         self._tracks: dict[tuple[int, int | None, bool], int] = {}
         self._open: list[dict[Action, tuple[int, int, float]]] = [{}, {}]
         self._arrows = 0
         self._pack = zlib.compressobj(LEVEL, wbits=31)  # as gzip does, without name and time
-        with refused(path):
+        with refused(self._path):
             self._file = open(path, "wb")  # noqa: SIM115 - close and give_up end it
         head = dumps({"meta": meta})
         self._write([f'{{"otherData":{head},"traceEvents":['], "")
@@ -321,7 +322,7 @@ def read_rounds(path: Path) -> Iterator[Trace]:
                 yield part
                 part = Trace({host: [] for host in names.values()}, meta=meta)
     except (OSError, zlib.error, ValueError, KeyError, TypeError, PlanError) as error:
-        raise RunError(f"{path} is not a trace of pipar_jax: {error}") from error
+        raise RunError(f"{path} is not a trace of pipar_jax: {describe_reading(error)}") from error
     if first:
         raise RunError(f"{path} is not a trace of pipar_jax: there is nothing in it")
     if ended and any(part.hosts.values()):

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from pipar_jax.disk.files import write_tensors
+from pipar_jax.disk.files import describe_reading, write_tensors
 from pipar_jax.disk.json_text import dumps
 from pipar_jax.errors import RunError
 from stages import Model
@@ -109,4 +109,6 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise RunError(f"{path} cannot be read as weights of a run: {error}") from error
+        raise RunError(
+            f"{path} cannot be read as weights of a run: {describe_reading(error)}"
+        ) from error

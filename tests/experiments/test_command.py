@@ -38,6 +38,8 @@ def test_every_binary_is_a_command_with_one_line_about_it() -> None:
         # What parses the command line gives all of them the same codes, help and streams.
         assert calls & {"flags.run", "plain_flags.run", "harness.run"}, name
         assert not calls & {"app.run", "sys.exit"}, name
+        about = ast.get_docstring(tree) or ""
+        assert all(len(line) <= 100 for line in about.splitlines()), f"{name} --help is too wide"
     text = command.make_help()
     assert all(f"\n  {name} " in text for name in NAMES)
 
@@ -61,6 +63,8 @@ def test_the_users_folder_comes_last_and_ours_before_it(
         (["train", "--flagfile=/no/such/file"], "--flagfile cannot be read"),
         (["report", "--outptu=x"], "did you mean '--output'?"),
         (["make-certificates", "x"], "unexpected argument 'x'"),
+        (["plan_chain"], "--profile and --layers are missing (what to give: --help)"),
+        (["node", "--config=digits", "--index=1", "--server=a:1"], "has no compute nodes"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_code_2(arguments: list[str], says: str) -> None:
@@ -128,6 +132,7 @@ def test_closed_streams_are_opened_on_nothing(numbers: str, tmp_path: pathlib.Pa
 @pytest.mark.parametrize("name", NAMES)
 def test_every_command_has_help_and_a_version_and_needs_no_streams(name: str) -> None:
     shown = pipar(name, "--help")
+    assert all(len(line) <= 100 for line in shown.stdout.splitlines())
     assert shown.returncode == 0 and f"usage: pipar {name}" in shown.stdout, shown.stderr
     assert pipar(name, "--version").stdout.startswith("pipar ")
     for numbers in ("0", "1", "2", "012"):

@@ -47,7 +47,7 @@ def test_an_authority_that_cannot_be_read_is_named(tmp_path, damage):
         add_certificate(files, "d0", [])
 
 
-@pytest.mark.parametrize("address", ["a b", "é", "x/y", "1.2.3.4.5 "])
+@pytest.mark.parametrize("address", ["a b", "é", "x/y", "1.2.3.4.5 ", "a..b", ".", "a" * 64])
 def test_what_is_no_address_is_refused_and_leaves_no_file(tmp_path, address):
     files = make_authority(tmp_path)
     with pytest.raises(PiparError, match="neither a host name nor an address"):

@@ -75,6 +75,8 @@ def bad_values(one: Option) -> list[Any]:
         found += [limits["above"], limits["above"] - 1] if limits["above"] is not None else []
         found += [limits["at_most"] + 1] if limits["at_most"] is not None else []
         found += [limits["below"]] if limits["below"] is not None else []
+    if str in one.types:
+        found.append("x\udce9")  # a byte of a command line that is not UTF-8
     if str in one.types and limits["choices"]:
         found.append("no-such-choice")
     return found
@@ -141,6 +143,16 @@ def test_what_a_field_refuses_one_host_is_refused_too(group: str, kind: type) ->
                 config.method, config.nodes.count = "mpsl", 2
             getattr(config, group).overrides = {1: {one.path: value}}
             assert f"{group}.1.{one.path}" in refuse(config), (one.path, repr(value)[:80])
+
+
+def test_what_nodes_would_be_is_checked_where_there_are_none() -> None:
+    for path, values in TEXTS.items():
+        if path.startswith("nodes.defaults."):
+            for value in values:
+                config = Config()
+                setattr(config.nodes.defaults, path.rpartition(".")[2], value)
+                if "999" not in value:  # cores of this machine are looked for by whoever needs them
+                    assert path in refuse(config)
 
 
 def test_seconds_and_counts_end_where_systems_end() -> None:

@@ -21,7 +21,7 @@ from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from pipar_jax.disk.files import write_tensors
+from pipar_jax.disk.files import describe_reading, write_tensors
 from pipar_jax.errors import DataError
 from pipar_jax.profiling.predictor.operators import FEATURES, KINDS, SIZES, Array, features
 
@@ -171,7 +171,7 @@ def load(path: Path = SHIPPED) -> Weights:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         about = header.get("__metadata__", {}).get("about", "")
     except (OSError, SafetensorError, KeyError) as error:
-        raise DataError(f"{path} holds no latency predictor: {error}") from error
+        raise DataError(f"{path} holds no latency predictor: {describe_reading(error)}") from error
     return Weights(values, about=about, **plain)
 
 

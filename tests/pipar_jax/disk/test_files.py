@@ -15,19 +15,22 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import pipar_jax
 from experiments.benchmarks import harness, simulator_settings, trials
 from experiments.latency_data import timings
+from experiments.latency_data.published_tables import read_timings
 from pipar_jax.config import Config
 from pipar_jax.disk import files
-from pipar_jax.errors import DiskError
+from pipar_jax.errors import DiskError, PiparError
 from pipar_jax.launch.launcher import create_folder
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.profiling import unit_times
-from pipar_jax.profiling.predictor import latency_model, read_timings
+from pipar_jax.profiling.predictor import latency_model
 from pipar_jax.report import write_report
+from pipar_jax.report.run import read_run
 from pipar_jax.roles.run_folder import RunFolder
 from pipar_jax.schedule.actions import Action
-from pipar_jax.schedule.trace import Timed, Trace
+from pipar_jax.schedule.trace import Timed, Trace, read_rounds
 from pipar_jax.training import checkpoint
 from tests.disks import file_limit, full_disk, leftovers, read_only_disk
 from tests.pipar_jax.report.test_page import PIPAR, write_run
@@ -258,3 +261,28 @@ def test_an_error_that_somebody_wrote_keeps_its_text() -> None:
     quota = files.describe_os_error(OSError(errno.EDQUOT, "Quota", "/r/w"), "do this")
     assert quota == "no space left on the disk while writing /r/w: free some, or do this"
     assert json.dumps(quota)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (FileNotFoundError(errno.ENOENT, "x", "a/b.json"), "No such file or directory: a/b.json"),
+        (FileNotFoundError("put the CSV into data/"), "put the CSV into data/"),
+        (KeyError("conv1"), "it has no 'conv1'"),
+        (ValueError("two\nlines"), "two lines"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_why_a_file_cannot_be_read_is_one_line_without_numbers(error: Exception, says: str) -> None:
+    if isinstance(error, OSError) and error.errno:
+        error.strerror = os.strerror(error.errno)
+    assert files.describe_reading(error) == says
+
+
+def test_what_is_not_a_run_is_told_without_numbers(tmp_path: Path) -> None:
+    readers = (read_run, pipar_jax.load, lambda path: list(read_rounds(path)), checkpoint.facts)
+    for read in readers:
+        with pytest.raises(PiparError) as caught:
+            read(tmp_path / "nothing")
+        assert "No such file or directory" in str(caught.value)
+        assert "[Errno" not in str(caught.value) and "\n" not in str(caught.value)

@@ -169,6 +169,17 @@ def test_help_names_every_field_and_flag(presets: pathlib.Path, asked: str) -> N
     assert max(map(len, text.splitlines())) <= 110
 
 
+def test_help_is_as_wide_as_the_terminal(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(30):
+        (tmp_path / f"preset_{number}.py").touch()
+    monkeypatch.setenv("COLUMNS", "70")
+    doc = flags.make_help(Config(), flags.NoFlags, doc="x", name="train", presets=tmp_path)
+    long = [line for line in doc.splitlines() if len(line) > 70 and " " in line.strip()]
+    assert not [line for line in long if not line.lstrip().startswith("--config.")]
+
+
 def test_help_shows_the_values_of_the_preset_and_no_secret(presets: pathlib.Path) -> None:
     text = parse(presets, "--config=small", "--config.network.token=abc123", "--help").text
     assert "--config.epochs=3 " in text and "--config.optimizer.clip_norm=1.0 " in text

@@ -13,11 +13,13 @@ from pipar_jax.errors import PeerError, ProtocolError
 from pipar_jax.protocol import messages, registry
 from pipar_jax.protocol.registry import KINDS, Form, Sender
 from pipar_jax.protocol.values import Memory
-from pipar_jax.protocol.wire_fields import struct
+from pipar_jax.protocol.wire_fields import Prose, struct
 from tests.pipar_jax.roles import generate
 from tests.sources import ROOT, modules
 
 ALL = [KINDS[name] for name in sorted(KINDS)]
+#: Messages with texts that nobody is shown as they are.
+TEXTS = ("join_device", "join_node", "profiled", "nonfinite")
 
 
 def arrived(body, kind="control", name=""):
@@ -30,6 +32,42 @@ def decoded(kind, body):
     form, name = ("bundle", kind.name) if kind.form is Form.BUNDLE else ("control", "")
     sender = Sender.HOST if kind.sender is Sender.BOTH else kind.sender
     return registry.decode(arrived(body, form, name), sender, "device 3")
+
+
+def texts(value, path=()):
+    """Where in JSON there are texts, names of objects left out."""
+    if isinstance(value, str):
+        yield path
+    elif isinstance(value, dict | list):
+        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from texts(one, (*path, key))
+
+
+@pytest.mark.parametrize("kind", ALL, ids=[one.name for one in ALL])
+def test_what_a_peer_says_to_a_person_is_one_printable_line(kind):
+    """A terminal obeys some letters, and a log is read by lines."""
+    body = generate.body(kind, random.Random(kind.name))
+    for path in texts(body):
+        if path == ("type",) or path[0] == "config":  # which is held to the schema, not shown
+            continue
+        odd = json.loads(json.dumps(body))
+        *way, last = path
+        place = odd
+        for key in way:
+            place = place[key]
+        place[last] = "a\x1b[2J\r\n  b\0\u202e"
+        try:
+            said = decoded(kind, odd)
+        except ProtocolError as error:
+            assert str(error).isprintable(), path
+        else:
+            field = getattr(said, path[0])
+            assert field == "a?[2J b??" or kind.name in TEXTS, path
+
+
+def test_long_prose_is_cut_where_it_is_written():
+    spec = Prose()
+    assert spec.read(spec.write("x\n" * 5000), "").count("x") == 2000
 
 
 @pytest.mark.parametrize("kind", ALL, ids=[one.name for one in ALL])

@@ -120,3 +120,9 @@ def test_a_node_is_taken_by_its_name_and_address(config, network):
         assert found is not None and "'join_node' with address" in found
     _, found = read({**body, "name": "d0"}, config, network)
     assert found is not None and "joins as another kind of host" in found
+
+
+def test_a_reason_shows_what_a_stranger_sent_on_one_printable_line(body, config, network):
+    body["config"]["a\x1b[2J\nb"] = 1
+    _, reason = read(body, config, network)
+    assert reason is not None and reason.isprintable() and "a?[2J?b" in reason

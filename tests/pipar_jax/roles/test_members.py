@@ -6,14 +6,18 @@ import threading
 import pytest
 
 from comms import Endpoint, PeerClosed
-from pipar_jax.errors import PeerError
+from pipar_jax.errors import PeerError, ProtocolError
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.protocol import messages
 from pipar_jax.protocol.values import LinkRow
 from pipar_jax.roles import server
+from pipar_jax.roles.holdings import read_rows
 from pipar_jax.roles.link_stats import odd_rows
 from pipar_jax.roles.members import Member, Members
-from pipar_jax.schedule.plan import Boundary
+from pipar_jax.runtime import weight_bundle
+from pipar_jax.schedule.actions import FORWARD, Action
+from pipar_jax.schedule.plan import Boundary, DevicePlan, Plan
+from pipar_jax.schedule.trace import Timed
 from tests.pipar_jax.roles import fakes
 from tests.pipar_jax.runtime import support
 
@@ -109,3 +113,20 @@ def test_what_neighbours_sent_each_other_is_told_once_for_each_link():
     assert odd_rows([], "d1", met) is None
     for rows in ([*twice, row("d0", "n1")], [row("n1", "d0")], [row("d0", "d1")]):
         assert "'stored' with what" in odd_rows(rows, "d0", met)
+
+
+@pytest.mark.parametrize(
+    "times",
+    [(-1e308, 1e308), (1e300, 1e300), (0.0, float("inf")), (float("nan"), 1.0), (2.0, 1.0)],
+)
+def test_times_that_no_clock_shows_are_kept_out_of_the_trace(times):
+    """Their difference, or they in microseconds, is not finite: nobody could read the trace."""
+    plan, action = Plan((DevicePlan((1,), ("device", "server")),)), Action(0, FORWARD, 0, 0)
+    for start_s, end_s in ((1.0, 2.0), times):
+        rows = weight_bundle.pack_rows([Timed(action, start_s, end_s)])
+        message = fakes.bundle(fakes.Link("d0"), "trace", {"type": "trace"}, rows)
+        if (start_s, end_s) == (1.0, 2.0):
+            assert len(read_rows(message, [plan], "d0", [3], "device 0")) == 1
+        else:
+            with pytest.raises(ProtocolError, match="device 0 sent 'trace' with row 0"):
+                read_rows(message, [plan], "d0", [3], "device 0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from types import SimpleNamespace
 
@@ -16,8 +17,9 @@ from pipar_jax.roles import members as memberships
 from pipar_jax.roles import worker as workers
 from pipar_jax.roles.patience import Moving, Patience, limit_s, pulse_s
 from pipar_jax.roles.refusals import EVERY_S, FIRST, Refusals
+from pipar_jax.roles.replies import TAKES_LONG, Reply
 from pipar_jax.schedule.plan import COORDINATOR
-from tests.pipar_jax.roles import fakes
+from tests.pipar_jax.roles import fakes, generate
 from tests.pipar_jax.roles.test_fuzz import Coordinator, config, loader, network, plan
 
 
@@ -134,6 +136,30 @@ def test_a_device_that_does_nothing_ends_the_run(hasty, command, kind):
     assert f"'{name}' is missing from device 1 for" in str(error.value)
     pulses = [one for one in side.links["d0"].said if one["type"] == "pulse"]
     assert pulses  # devices hear that the coordinator goes on
+
+
+@pytest.mark.parametrize("what", ["compiling", "timing", "tuning", "evaluating"])
+def test_a_device_that_says_it_works_where_nothing_takes_long_ends_the_run_too(hasty, what):
+    side = Coordinator("pipar")
+    side.members.send("d1", messages.SurveyEcho())
+    working = registry.encode(messages.Working(what, 0, 0))
+    side.links["d1"].on_message(fakes.control(side.links["d1"], working))
+    with pytest.raises(PeerError, match="'echoed' is missing from device 1 for"):
+        side.members.collect(messages.Echoed, ("d1",))
+
+
+@pytest.mark.parametrize("kind", TAKES_LONG)
+def test_a_device_that_compiles_or_times_itself_is_waited_for(hasty, kind):
+    side = Coordinator("pipar")
+    side.members.by_name["d1"].owed.add([Reply(kind)])
+    working = registry.encode(messages.Working("compiling", 0, 0))
+    side.links["d1"].on_message(fakes.control(side.links["d1"], working))
+    rng, link = random.Random(0), side.links["d1"]
+    answer = fakes.control(link, generate.body(registry.kind_of(kind), rng))
+    timer = threading.Timer(1.0, lambda: link.on_message(answer))  # three times the deadline
+    timer.start()
+    side.members.collect(kind, ("d1",))
+    timer.join()
 
 
 def test_a_device_that_goes_on_is_waited_for(hasty):

@@ -29,7 +29,7 @@ from pipar_jax.tuner.chain_search import (
 )
 from pipar_jax.tuner.chain_search.costs import ChainCosts
 
-PROFILES = Path(__file__).parents[2].parent / "shared" / "data" / "profiles"
+PROFILES = Path(__file__).parents[5] / "shared" / "data" / "profiles"
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 
 SMALL = tuple(
