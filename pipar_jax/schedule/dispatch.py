@@ -120,11 +120,12 @@ class Dispatcher:
         Args:
           rows: Actions of kinds in ``DISPATCHED``.
         """
+        complete, dependents = self._complete, self._dependents
         for action, before, demand in rows:
             missing = 0
             for one in before:
-                if one not in self._complete.get((one.device, one.step), ()):
-                    self._dependents.setdefault(one, []).append(action)
+                if one not in complete.get((one.device, one.step), ()):
+                    dependents.setdefault(one, []).append(action)
                     missing += 1
             if demand is not None:
                 self._demands[action] = demand

@@ -23,6 +23,7 @@ from pipar_jax.schedule.actions import (
     SEND_FORWARD,
     UPDATE,
     Action,
+    HostTemplate,
     RoundSchedule,
     batch_samples,
     host_template,
@@ -109,10 +110,8 @@ class HostProgram:
             tuple(plan.host(place, s) for s in range(one.stages))
             for place, one in enumerate(plan.devices)
         ]
-        self._stages = [
-            tuple(stage for stage, name in enumerate(hosts) if name == host)
-            for hosts in self._hosts
-        ]
+        self._templates: dict[tuple[int, int], HostTemplate] = {}
+        self._hands_on = plan.order == "sequential"
         self._shared = frozenset(
             stage
             for stage in range(plan.devices[0].stages)
@@ -179,30 +178,33 @@ class HostProgram:
           step: The step, inside that span.
         """
         span = schedule.spans[position]
-        place = span.device
-        hosts = self._hosts[place]
-        template = host_template(hosts, len(schedule.sizes(place, step)), self.host)
-        shared = self._shared
+        place, shared = span.device, self._shared
+        micro_batches = len(schedule.sizes(place, step))
+        template = self._templates.get((place, micro_batches))
+        if template is None:
+            template = host_template(self._hosts[place], micro_batches, self.host)
+            self._templates[place, micro_batches] = template
         actions = [
-            Action(stage, kind, ALL if kind == UPDATE and stage in shared else place, step, m)
+            Action(stage, kind, ALL if stage in shared and kind == UPDATE else place, step, m)
             for stage, kind, m in template.actions
         ]
-        if step > span.first:
-            after = {
-                stage: Action(stage, UPDATE, ALL if stage in shared else place, step - 1)
-                for stage in self._stages[place]
-            }
-        else:
-            after = predecessors(self.plan, schedule.spans, position, step, schedule.holder)
-        rows = [
-            (
-                actions[i],
-                tuple([actions[j] for j in deps])
-                + ((after[actions[i].stage],) if waits and actions[i].stage in after else ()),
-            )
-            for i, deps, waits in template.rows
-        ]
-        if self.plan.order == "sequential" and (place, 0, HAND_ON) in self._operations:
+        within = step > span.first
+        after = {} if within else predecessors(
+            self.plan, schedule.spans, position, step, schedule.holder
+        )  # fmt: skip
+        rows: list[Bare] = []
+        for i, deps, waits in template.rows:
+            action = actions[i]
+            before = tuple([actions[k] for k in deps])
+            if waits:  # for the weights that the step before has left
+                stage = action.stage
+                if within:
+                    owner = ALL if stage in shared else place
+                    before += (Action(stage, UPDATE, owner, step - 1),)
+                elif stage in after:
+                    before += (after[stage],)
+            rows.append((action, before))
+        if self._hands_on and (place, 0, HAND_ON) in self._operations:
             following = schedule.spans[position + 1 : position + 2]
             if step == span.stop - 1 and not (following and following[0].device == place):
                 updates = tuple(one for one in actions if one.kind == UPDATE)
