@@ -55,11 +55,10 @@ def build_units(
     if illegal is not None:
         raise StageError(f"unit name {illegal!r} is empty or contains '/': choose another")
     repeated = sorted({n for n in names if names.count(n) > 1})
-    if not names or repeated:
-        raise StageError(
-            f"model {model!r} needs at least one unit and names without repetition, "
-            f"got {names or 'no units'}; rename {repeated or 'nothing'}"
-        )
+    if not names:
+        raise StageError(f"model {model!r} has no units: give at least one")
+    if repeated:
+        raise StageError(f"model {model!r}: names of units repeat among {names}; rename {repeated}")
     check_apart(model, dict(zip(names, modules, strict=True)))
     return [
         Built(_build_unit(*pair, module), _is_ours(module))

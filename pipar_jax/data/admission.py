@@ -273,7 +273,10 @@ def _per_channel(value: Any, channels: int, what: str) -> NDArray[np.float32]:
     except (ValueError, TypeError) as error:
         raise DataError(f"{what} must be numbers, got {value!r}") from error
     if made.size not in (1, channels) or not np.isfinite(made).all():
-        raise DataError(f"{what} must be one number, or one for each of {channels} channels")
+        raise DataError(
+            f"{what} must be one finite number, or one for each of {channels} channels, got "
+            f"{made.size} of which {np.count_nonzero(~np.isfinite(made))} are not finite"
+        )
     if what.endswith("std"):
         with np.errstate(divide="ignore", over="ignore"):
             if (made <= 0).any() or not np.isfinite(np.float32(1) / made).all():

@@ -105,6 +105,13 @@ def _read_npz(path: str, part: str) -> dict[str, Any]:
         raise DataError(f"own data npz:{path} cannot be read: there is no file {file}") from error
     except (OSError, ValueError, EOFError, MemoryError, zlib.error, zipfile.BadZipFile) as error:
         why = explain(error) if isinstance(error, OSError) else str(error) or type(error).__name__
+        # What numpy says then advises to unpickle, which could run anything.
+        if "pickle" in why:
+            why = (
+                "it holds Python objects, expected arrays of numbers"
+                if zipfile.is_zipfile(file)
+                else "it is not an .npz file: write it with numpy.savez"
+            )
         raise DataError(f"own data npz:{path} cannot be read: {why}") from error
 
 

@@ -26,6 +26,11 @@ def resolve(config: Config, *, models: tuple[str, ...] = ()) -> Config:
     Raises:
       ConfigError: A field cannot work; the message names it, its value and the remedy.
     """
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"expected a pipar_jax.Config, got {type(config).__name__} {config!r:.80}: make "
+            "one, or take a preset's get_config()"
+        )
     made = copy.deepcopy(config)
     schema.check(made)
     made.devices.overrides = checks.fit_overrides(made, "devices")

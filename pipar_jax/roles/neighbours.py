@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 import comms
 from comms import Allowance, ChannelError, Endpoint, Link, LinkShape, Message, PeerClosed
+from comms.wire.bounded_json import one_line
 from pipar_jax import config as configuration
 from pipar_jax.config import Config
 from pipar_jax.errors import JoinError, ProtocolError, RunError
@@ -56,6 +57,7 @@ class Neighbours:
         self.refused = 0
         self._lock = threading.Lock()
         self._expected: tuple[Boundary, ...] = ()
+        self._until_s, self._reason = 0.0, ""  # of waiting; of the last refusal
         self._early: list[tuple[Boundary, Link]] = []
         # Links that share an emulated line, by the device whose radio it is, or by their boundary.
         self._lines: dict[str | Boundary, list[Link]] = {}
@@ -103,10 +105,35 @@ class Neighbours:
                 self._dial(boundary, addresses)
         with self._lock:
             self._expected = mine
+            self._until_s = time.monotonic() + self._patience_s
             early, self._early = self._early, []
         for boundary, link in early:
             self._take(boundary, link)
         self._look()
+
+    def check(self) -> None:
+        """Ends a wait for neighbours that do not come, or are not taken.
+
+        Raises:
+          JoinError: Some have not come in time.
+        """
+        with self._lock:
+            if not self._expected or time.monotonic() <= self._until_s:
+                return
+            late = self.wiring.missing(self._expected)
+        if not late:  # the last is just being taken
+            return
+        names = ", ".join(sorted({long_name(one.peer(self._name)) for one in late}))
+        refused = f"; {self.refused} refused, the last: {self._reason}" if self.refused else ""
+        raise JoinError(
+            f"{names} did not connect to {long_name(self._name)} within {self._patience_s:g} s "
+            f"(network.join_timeout_s and deadline_s){refused}"
+        )
+
+    @property
+    def _patience_s(self) -> float:
+        """How long to wait for links that others open, who may try as long as for any other."""
+        return self._config.network.join_timeout_s + self._config.network.deadline_s
 
     def allow(self, tensor_bytes: Callable[[str], int]) -> None:
         """Lets neighbours send what a plan has for them, and nothing larger.
@@ -211,6 +238,7 @@ class Neighbours:
     def _refuse(self, link: Link, reason: str) -> None:
         """Ends the link of a stranger; the run goes on."""
         self.refused += 1
+        self._reason = one_line(reason, 300)
         link.refuse(reason)
 
     def _take(self, boundary: Boundary, link: Link) -> None:

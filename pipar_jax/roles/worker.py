@@ -356,6 +356,7 @@ class Worker:
         """Waits for mail, looking now and then whether to stop, and who goes on.
 
         Raises:
+          JoinError: A neighbour did not come.
           PeerError: It was told to stop, or the coordinator shows no progress.
         """
         self._patience.begin()
@@ -364,6 +365,7 @@ class Worker:
             try:
                 item = self._inbox.get(timeout=LOOK_S)
             except queue.Empty:
+                self._neighbours.check()
                 self._patience.check((COORDINATOR,), "a word")
                 continue
             if isinstance(item, Message):

@@ -117,8 +117,8 @@ class Skip(nnx.Module):
     [
         ([("a", _dense(4, 5)), ("b", _dense(4, 3))], "unit 'b': cannot take float32.2, 5."),
         ([("a", lambda rngs: Skip()), ("b", _dense(4, 3))], "unit 'a'.*skip connection"),
-        ([("a", _dense(4, 4)), ("a", _dense(4, 3))], "without repetition"),
-        ([], "at least one unit"),
+        ([("a", _dense(4, 4)), ("a", _dense(4, 3))], "names of units repeat"),
+        ([], "has no units: give at least one"),
         ([("a/b", _dense(4, 3))], "contains '/'"),
         ([("a", _dense(4, 4))], "logits"),
         ([("a", lambda rngs: nnx.Param(jnp.ones(3)))], "expected a callable"),

@@ -209,3 +209,9 @@ def _set(config: Config, path: str, value: object) -> None:
     for group in groups:
         holder = getattr(holder, group)
     setattr(holder, name, value)
+
+
+@pytest.mark.parametrize("value", [{"method": "fl"}, None, "digits", Config])
+def test_what_is_not_a_configuration_is_told_so(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"expected a pipar_jax\.Config, got "):
+        resolve(value)

@@ -14,6 +14,7 @@ import pytest
 from pipar_jax import data
 from pipar_jax.config import Config
 from pipar_jax.data import public
+from pipar_jax.data.own import load_own
 from pipar_jax.errors import DataError
 from pipar_jax.methods.resolution import resolve
 
@@ -302,3 +303,12 @@ def test_data_load_no_jax() -> None:
     code = "import sys, pipar_jax.data, pipar_jax.launch.launcher; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_nobody_is_advised_to_unpickle(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "text.npz").write_text("a,b\n1,2\n")
+    np.savez(tmp_path / "objects.npz", x_train=np.array([{}], object), y_train=[1])
+    for name, says in (("text", "not an .npz file"), ("objects", "holds Python objects")):
+        with pytest.raises(DataError, match=says) as caught:
+            load_own(f"npz:{tmp_path / name}.npz", 0, part="train")
+        assert "pickle" not in str(caught.value)

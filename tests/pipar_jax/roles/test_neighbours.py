@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import queue
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from comms import Endpoint
+from pipar_jax.errors import JoinError
 from pipar_jax.methods.resolution import resolve
+from pipar_jax.protocol import messages, registry
+from pipar_jax.roles import neighbours
 from pipar_jax.roles.neighbours import Neighbours
 from pipar_jax.schedule.plan import Boundary
+from tests.pipar_jax.roles import fakes, test_fuzz
 from tests.pipar_jax.runtime import support
 
 PATIENCE_S = 20.0
@@ -84,3 +89,28 @@ def test_the_line_between_two_nodes_is_the_lower_ones_in_either_order(nodes):
     assert neighbours._shape_of(FIRST).rate_mbps == 80  # what n1 sends up to n2
     assert neighbours._shape_of(SECOND).rate_mbps == 10  # what it sends down to n2
     assert neighbours._shape_of("d0").unlimited
+
+
+def test_a_neighbour_that_does_not_come_is_named_with_what_was_refused(monkeypatch):
+    """It may have sent what made it a stranger: nobody else can tell who is missing."""
+    now = [0.0]
+    monkeypatch.setattr(neighbours, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    node = test_fuzz.Node().neighbours  # has met device 0 and waits for device 1
+    link = fakes.Link("d1")
+    node._on_link(link)
+    link.on_message(fakes.control(link, {"type": "neighbour", "boundary": ["d1", "n12", 0]}))
+    assert link.ended is not None
+    network = test_fuzz.config().network
+    now[0] = network.join_timeout_s + network.deadline_s
+    node.check()
+    now[0] += 0.1
+    with pytest.raises(
+        JoinError, match=r"^device 1 did not connect to compute node 1 within"
+    ) as told:
+        node.check()
+    assert "1 refused, the last: d1 asked to be a neighbour for ('d1', 'n12', 0)" in str(told.value)
+    link = fakes.Link("d1")
+    node._on_link(link)
+    hello = registry.encode(messages.Neighbour(test_fuzz.ABOVE))
+    link.on_message(fakes.control(link, hello))
+    node.check()  # all are there
