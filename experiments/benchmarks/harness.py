@@ -1,15 +1,15 @@
 """The one benchmark harness: every ``experiments.bench_*`` measures and reports with it.
 
-A benchmark is a function that takes a ``Bench``; its module ends in ``bench.run``, which adds
+A benchmark is a function that takes a ``Bench``; its module ends in ``harness.run``, which adds
 ``--quick`` and ``--json=FILE``, prints the table and gives exit code 0 when it ran, whether its
 targets were met or not::
 
     \"\"\"How long a sort takes beside the same sort of a shuffled list.\"\"\"
 
-    from pipar_jax import bench
+    from experiments.benchmarks import harness
 
 
-    def measure(run: bench.Bench) -> None:
+    def measure(run: harness.Bench) -> None:
         size = 10_000 if run.quick else 1_000_000
         up, down = range(size), range(size, 0, -1)
         cases = {"sorted": lambda: sorted(up), "reversed": lambda: sorted(down)}
@@ -20,7 +20,7 @@ targets were met or not::
 
 
     if __name__ == "__main__":
-        bench.run(measure)
+        harness.run(measure)
 
 What is timed ends when its result is ready (``block_until_ready``), and the first calls, which
 compile, are left out. A case that times itself, such as a whole training in processes of its own,
