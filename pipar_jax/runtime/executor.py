@@ -227,7 +227,7 @@ class Executor:
     def _backward(self, action: Action) -> Work:
         part = self.part(action)
         operation = self._operation(action)
-        cotangent, release = self._cotangent(action, operation)
+        cotangent, release = self._taken(action, operation)
         replica = self.replica(action.device, action.stage)
         residuals, over_bytes = self._residuals.pop(_key(action))
         given = replica.backward(residuals, cotangent)
@@ -272,12 +272,6 @@ class Executor:
             x = jax.device_put(whole[part.before : part.before + part.samples])
             self._ledger.hold(x.nbytes)
             return x, _nothing
-        return self._taken(action, operation)
-
-    def _cotangent(
-        self, action: Action, operation: Operation
-    ) -> tuple[jax.Array, Callable[[], None]]:
-        """Returns the gradient in a stage's output and what to call once it has been consumed."""
         return self._taken(action, operation)
 
     def _taken(self, action: Action, operation: Operation) -> tuple[jax.Array, Callable[[], None]]:

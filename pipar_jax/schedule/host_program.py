@@ -139,10 +139,6 @@ class HostProgram:
         """Returns whether the host runs the first stage of a place's chain: it has the samples."""
         return self._hosts[place][0] == self.host
 
-    def has(self, place: int, stage: int, kind: str) -> bool:
-        """Returns whether the host performs such a computation."""
-        return (place, stage, kind) in self._operations
-
     def operations(self) -> tuple[Operation, ...]:
         """Returns all operations, place by place and stage by stage."""
         return tuple(self._operations.values())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
 from pipar_jax.errors import PlanError
@@ -14,6 +16,7 @@ from pipar_jax.schedule.dispatch import (
     InFlightLimit,
 )
 from pipar_jax.schedule.host_program import HostProgram
+from pipar_jax.schedule.plan import Dispatch
 from pipar_jax.schedule.policies import POLICIES, policy
 from tests.pipar_jax.schedule.rounds import PLANS, schedule
 
@@ -113,6 +116,10 @@ def test_what_is_over_before_it_is_waited_for_counts():
     dispatcher.complete(arrived)
     dispatcher.add([(wanted, (arrived,), None)])
     assert dispatcher.next() == wanted
+
+
+def test_plans_name_just_the_policies_that_are_registered():
+    assert set(get_args(Dispatch)) == set(POLICIES)
 
 
 def test_policies_order_as_they_say():
