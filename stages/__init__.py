@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.allocator import retain_memory
 from stages.errors import StageError
-from stages.micro_batch_context import Draw, make_draw
+from stages.micro_batch_context import MicroBatchContext, make_draw
 from stages.names import MODELS, NORMS, STEMS
 
 if TYPE_CHECKING:
@@ -51,10 +51,10 @@ __all__ = [
     "MODELS",
     "NORMS",
     "STEMS",
-    "Draw",
     "Facts",
     "Joint",
     "Metrics",
+    "MicroBatchContext",
     "Model",
     "OptState",
     "Program",

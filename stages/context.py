@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from stages.errors import StageError
-from stages.micro_batch_context import Draw, name_hash
+from stages.micro_batch_context import MicroBatchContext, name_hash
 
 
 @dataclasses.dataclass
@@ -35,7 +35,7 @@ class Context:
     train: bool
     unit: str
     samples: int
-    draw: Draw | None = None
+    draw: MicroBatchContext | None = None
     calls: int = 0
 
     @property

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Draw(NamedTuple):
+class MicroBatchContext(NamedTuple):
     """Scalars of one micro-batch, as numpy scalars so that a change of value compiles nothing.
 
     Attributes:
@@ -34,8 +34,8 @@ def make_draw(
     step: int = 0,
     position: int = 0,
     dtype: type[np.float32] | type[np.float64] = np.float32,
-) -> Draw:
-    """Builds the `Draw` of a micro-batch from plain integers.
+) -> MicroBatchContext:
+    """Builds the `MicroBatchContext` of a micro-batch from plain integers.
 
     Args:
       mini_batch: samples of the whole mini-batch.
@@ -45,7 +45,7 @@ def make_draw(
       position: samples of the mini-batch before this micro-batch.
       dtype: dtype of `inverse_batch`; that of the weights.
     """
-    return Draw(
+    return MicroBatchContext(
         dtype(1.0 / mini_batch),
         np.uint32(seed % 2**32),
         np.uint32(device),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from stages.errors import StageError
-from stages.micro_batch_context import Draw
+from stages.micro_batch_context import MicroBatchContext
 from stages.model import Model
 from stages.program import Program
 from stages.residuals import Residuals, attach, pull_back, run_forward
@@ -59,7 +59,7 @@ class Stage:
     programs: Programs = dataclasses.field(repr=False)
 
     def forward(
-        self, params: Variables, state: Variables, x: jax.Array, draw: Draw
+        self, params: Variables, state: Variables, x: jax.Array, draw: MicroBatchContext
     ) -> tuple[jax.Array, Residuals, Variables]:
         """Runs the units forward in training mode.
 
@@ -108,7 +108,7 @@ class Stage:
         state: Variables,
         x: jax.Array,
         labels: jax.Array,
-        draw: Draw,
+        draw: MicroBatchContext,
         accumulated: Variables,
     ) -> tuple[Metrics, jax.Array | None, Variables, Variables]:
         """Runs the last stage forward, the softmax cross entropy, and backward, in one call.
@@ -245,7 +245,7 @@ def _run(
     params: Variables,
     state: Variables,
     x: jax.Array,
-    draw: Draw | None,
+    draw: MicroBatchContext | None,
     train: bool,
 ) -> tuple[jax.Array, Variables]:
     """Chains units; returns the output and the new batch statistics."""
@@ -289,7 +289,7 @@ def _forward(
     params: Variables,
     state: Variables,
     x: Any,
-    draw: Draw,
+    draw: MicroBatchContext,
 ) -> tuple[jax.Array, Variables, Residuals]:
     """Traced body of `Stage.forward`."""
     if is_first:
@@ -324,7 +324,7 @@ def _loss(
     state: Variables,
     x: Any,
     labels: Any,
-    draw: Draw,
+    draw: MicroBatchContext,
     accumulated: Variables,
 ) -> tuple[Metrics, jax.Array | None, Variables, Variables]:
     """Traced body of `Stage.loss`."""

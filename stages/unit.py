@@ -11,7 +11,7 @@ from flax import nnx
 from stages import context
 from stages.errors import StageError
 from stages.foreign import describe
-from stages.micro_batch_context import Draw, make_draw
+from stages.micro_batch_context import MicroBatchContext, make_draw
 from stages.variables import Path, divide, draw_streams, nested, state_after
 
 Arrays: TypeAlias = dict[str, jax.Array]
@@ -45,7 +45,13 @@ class Unit(NamedTuple):
 
 
 def call_unit(
-    unit: Unit, params: Arrays, state: Arrays, x: jax.Array, *, draw: Draw | None, train: bool
+    unit: Unit,
+    params: Arrays,
+    state: Arrays,
+    x: jax.Array,
+    *,
+    draw: MicroBatchContext | None,
+    train: bool,
 ) -> tuple[jax.Array, Arrays]:
     """Calls one unit as a pure function.
 

@@ -23,7 +23,7 @@ from pipar_jax.methods.registry import plan_of_chain
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.report import read_run
 from pipar_jax.schedule.plan import OWNER, Plan, node_name
-from pipar_jax.simulator.predict import Stages, judge
+from pipar_jax.simulator.predict import StageCosts, estimate
 from pipar_jax.tuner.chains import tune_chain
 
 NETWORK, BATCH, STEPS, MICRO_BATCHES = "resnet18", 20, 4, 4
@@ -155,11 +155,11 @@ def compare(setting: Setting, folder: Path, results: Path, quick: bool = False) 
         }
 
     found = trials.kept(results, f"accept {setting.name}" + (" quick" if quick else ""), measure)
-    stages = Stages(Profile.from_dict(found["profile"]))
+    stages = StageCosts(Profile.from_dict(found["profile"]))
     plans = {name: Plan.from_dict(plan) for name, plan in found["plans"].items()}
     return Compared(
         found["seconds"],
-        {name: judge(stages, plan).epoch_s for name, plan in plans.items()},
+        {name: estimate(stages, plan).epoch_s for name, plan in plans.items()},
         {name: str(plan.devices[0]) for name, plan in plans.items()},
     )
 
@@ -273,14 +273,14 @@ def near_plans(config: Config, profile: Profile, most: int) -> list[Plan]:
       profile: Hosts and links.
       most: How many to return.
     """
-    stages, count = Stages(profile), len(profile.units)
+    stages, count = StageCosts(profile), len(profile.units)
     names = [node_name(i + 1) for i in range(len(profile.nodes))]
     found = {}
     for used in range(1, len(names) + 1):
         for nodes in itertools.permutations(names, used):
             for cuts in itertools.combinations(range(1, count), used):
                 plan = plan_of_chain(config, cuts, (OWNER, *nodes))
-                found[plan] = judge(stages, plan).epoch_s
+                found[plan] = estimate(stages, plan).epoch_s
     return sorted(found, key=found.__getitem__)[:most]
 
 

@@ -20,8 +20,8 @@ from pipar_jax.disk.files import write_text
 from pipar_jax.launch import launcher
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.schedule.plan import Plan
-from pipar_jax.simulator.predict import Stages, judge
-from pipar_jax.tuner.bounds import Option
+from pipar_jax.simulator.predict import StageCosts, estimate
+from pipar_jax.tuner.bounds import DeviceOption
 from pipar_jax.tuner.search import search
 
 #: Bandwidths of the phases, and how long each lasts.
@@ -114,14 +114,17 @@ def _fixed(
     profiles: dict[float, Profile], best: dict[float, Plan], rounds: int, phase_s: float
 ) -> list[Plan]:
     """Returns the fixed plans worth running: each phase's best, and the best compromise."""
-    stages = {mbps: Stages(profile) for mbps, profile in profiles.items()}
+    stages = {mbps: StageCosts(profile) for mbps, profile in profiles.items()}
     like = next(iter(best.values()))
     count = len(next(iter(profiles.values())).units)
-    options = [Option(0), *(Option(c, n) for c in range(1, count) for n in trials.NUMBERS)]
+    options = [
+        DeviceOption(0),
+        *(DeviceOption(c, n) for c in range(1, count) for n in trials.NUMBERS),
+    ]
 
-    def whole_s(option: Option) -> float:
+    def whole_s(option: DeviceOption) -> float:
         plan = trials.common_plan(option, like)
-        times = {mbps: judge(one, plan).epoch_s for mbps, one in stages.items()}
+        times = {mbps: estimate(one, plan).epoch_s for mbps, one in stages.items()}
         return through_s(times, rounds, phase_s)
 
     compromise = trials.common_plan(min(options, key=whole_s), like)

@@ -157,7 +157,7 @@ class _Drive:
                 theirs = arrived.get(timeout=_PATIENCE_S)
                 theirs.admit()
                 theirs.start(self._host.on_message, self._host.wake, self._fail)
-                self._host.wiring.add(boundary, theirs)
+                self._host.link_table.add(boundary, theirs)
 
     def run(self) -> Driven:
         """Drives the host through a step."""

@@ -24,8 +24,8 @@ from pipar_jax.launch.pinning import first_cores
 from pipar_jax.launch.process import Tell
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.schedule.plan import Plan
-from pipar_jax.simulator.predict import Stages, judge
-from pipar_jax.tuner.bounds import Option, excess
+from pipar_jax.simulator.predict import StageCosts, estimate
+from pipar_jax.tuner.bounds import DeviceOption, excess
 from pipar_jax.tuner.search import labels, search
 
 INPUT_SHAPE, CLASSES = (32, 32, 3), 10
@@ -102,14 +102,14 @@ def candidates(profile: Profile, config: Config, seed: int = 0) -> dict[str, lis
       config: Resolved configuration.
       seed: Of the draw of others.
     """
-    found, stages = search(profile, config), Stages(profile)
+    found, stages = search(profile, config), StageCosts(profile)
     best = found.plans[0].plan
     units, batch = len(profile.units), profile.batch_size
-    options = [Option(0)]
-    options += [Option(cut, n) for cut in range(1, units) for n in NUMBERS if n <= batch]
+    options = [DeviceOption(0)]
+    options += [DeviceOption(cut, n) for cut in range(1, units) for n in NUMBERS if n <= batch]
     plans = [common_plan(option, best) for option in options]
     plans = [plan for plan in plans if excess(stages, plan) is None]
-    seconds = {plan: judge(stages, plan).epoch_s for plan in plans}
+    seconds = {plan: estimate(stages, plan).epoch_s for plan in plans}
     limit_s = WITHIN * min(seconds.values())
     near = sorted((plan for plan in plans if seconds[plan] <= limit_s), key=seconds.__getitem__)
     rest = [plan for plan in plans if seconds[plan] > limit_s]
@@ -118,7 +118,7 @@ def candidates(profile: Profile, config: Config, seed: int = 0) -> dict[str, lis
     return {"tuner": [best], "paper": paper, "near": near, "others": others}
 
 
-def common_plan(option: Option, like: Plan) -> Plan:
+def common_plan(option: DeviceOption, like: Plan) -> Plan:
     """Returns a plan in which all devices do the same, in all else like another one."""
     devices = (option.device_plan(),) * len(like.devices)
     return Plan(devices, dispatch=like.dispatch, aggregate_every=like.aggregate_every)
@@ -137,10 +137,10 @@ def try_plans(config: Config, profile: Profile, plans: Sequence[Plan]) -> dict[P
     """
     events = _launch(resolve(config), len(plans) + 1, [plans[0], *plans])
     seconds = [event["seconds"] for event in events if event["event"] == "round_finished"][1:]
-    stages = Stages(profile)
+    stages = StageCosts(profile)
     found: dict[Plan, Tried] = {}
     for plan, round_s in zip(plans, seconds, strict=True):
-        one = found.setdefault(plan, Tried(plan, judge(stages, plan).epoch_s, []))
+        one = found.setdefault(plan, Tried(plan, estimate(stages, plan).epoch_s, []))
         one.seconds.append(round_s)
     return found
 

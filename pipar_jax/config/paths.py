@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from pipar_jax.config import schema
-from pipar_jax.config.schema import Option
+from pipar_jax.config.schema import ConfigField
 from pipar_jax.errors import ConfigError
 
 
-def is_path(one: Option) -> bool:
+def is_path(one: ConfigField) -> bool:
     """Returns whether an option's text is a path, or may hold one behind a prefix."""
     return one.field.metadata["path"] is not None
 
 
-def expand(one: Option, value: Any) -> Any:
+def expand(one: ConfigField, value: Any) -> Any:
     """Returns an option's value with its path absolute; other values as they are.
 
     Raises:

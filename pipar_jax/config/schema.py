@@ -68,7 +68,7 @@ def option(
 _hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
 
 
-class Option(NamedTuple):
+class ConfigField(NamedTuple):
     """One field of a configuration that holds a value, not further fields.
 
     Attributes:
@@ -104,7 +104,7 @@ class Option(NamedTuple):
         return " ".join([words, " and ".join(bounds)]).strip() + none
 
 
-def options(root: Any, prefix: str = "") -> Iterator[Option]:
+def options(root: Any, prefix: str = "") -> Iterator[ConfigField]:
     """Yields the options of a dataclass (a class or an instance), nested ones included.
 
     A field whose type is a mapping (overrides by index) is left to whoever knows its keys.
@@ -116,7 +116,7 @@ def options(root: Any, prefix: str = "") -> Iterator[Option]:
         if dataclasses.is_dataclass(kind):
             yield from options(kind, f"{path}.")
         elif "text" in field.metadata and not _is_mapping(kind):
-            yield Option(path, scalars(kind), _default(field), field)
+            yield ConfigField(path, scalars(kind), _default(field), field)
 
 
 def scalars(kind: Any) -> tuple[type, ...]:
@@ -146,11 +146,11 @@ def check(root: Any, prefix: str = "") -> None:
                 )
             check(value, f"{path}.")
         elif "text" in field.metadata and not _is_mapping(kind):
-            one = Option(path, scalars(kind), None, field)
+            one = ConfigField(path, scalars(kind), None, field)
             setattr(root, field.name, fit(one, value))
 
 
-def fit(one: Option, value: Any) -> Any:
+def fit(one: ConfigField, value: Any) -> Any:
     """Returns a value as the option holds it.
 
     Raises:
@@ -191,7 +191,7 @@ def fit(one: Option, value: Any) -> Any:
     return value
 
 
-def parse(one: Option, text: str) -> Any:
+def parse(one: ConfigField, text: str) -> Any:
     """Returns the value that a command line's text means for an option.
 
     Raises:

@@ -11,7 +11,7 @@ from pipar_jax.config.fields import DeviceConfig, NodeConfig, ServerConfig
 from pipar_jax.errors import ConfigError
 
 
-class Slowness(NamedTuple):
+class Slowdown(NamedTuple):
     """How many times longer computations last.
 
     Attributes:
@@ -42,10 +42,10 @@ class Slowness(NamedTuple):
 
 
 #: The slowness of a host that is as fast as it is.
-UNSLOWED = Slowness()
+UNSLOWED = Slowdown()
 
 
-def slowness(device: DeviceConfig, field: str = "slowdown_trace") -> Slowness:
+def slowness(device: DeviceConfig, field: str = "slowdown_trace") -> Slowdown:
     """Returns a device's slowness as configured.
 
     Args:
@@ -56,7 +56,7 @@ def slowness(device: DeviceConfig, field: str = "slowdown_trace") -> Slowness:
       ConfigError: The file of factors over time cannot be used.
     """
     if not device.slowdown_trace:
-        return Slowness(device.slowdown)
+        return Slowdown(device.slowdown)
     try:
         rows = read_timetable(device.slowdown_trace, ("slowdown",))
     except ChannelError as error:
@@ -67,13 +67,13 @@ def slowness(device: DeviceConfig, field: str = "slowdown_trace") -> Slowness:
                 f"{field}={device.slowdown_trace!r}: a factor must be at least 1, got {value:g} at "
                 f"{at_s:g} s"
             )
-    return Slowness(device.slowdown, tuple((at_s, value) for at_s, value in rows))
+    return Slowdown(device.slowdown, tuple((at_s, value) for at_s, value in rows))
 
 
-def slowness_of(host: DeviceConfig | NodeConfig | ServerConfig) -> Slowness:
+def slowdown_of(host: DeviceConfig | NodeConfig | ServerConfig) -> Slowdown:
     """Returns the slowness of any host as configured.
 
     Raises:
       ConfigError: The file of factors over time cannot be used.
     """
-    return slowness(host) if isinstance(host, DeviceConfig) else Slowness(host.slowdown)
+    return slowness(host) if isinstance(host, DeviceConfig) else Slowdown(host.slowdown)

@@ -12,9 +12,9 @@ from pipar_jax.schedule.actions import (
     AGGREGATE,
     ALL,
     COMPUTE,
-    HAND_ON,
     RECEIVE_WEIGHTS,
     SEND_BACKWARD,
+    SEND_CLIENT_MODEL,
     SEND_FORWARD,
     SEND_WEIGHTS,
 )
@@ -25,7 +25,7 @@ Key = tuple[int, int, str, int]
 Summary = Callable[[list[float]], float]
 
 _TENSORS = (SEND_FORWARD, SEND_BACKWARD)
-_WEIGHTS = (SEND_WEIGHTS, RECEIVE_WEIGHTS, HAND_ON)
+_WEIGHTS = (SEND_WEIGHTS, RECEIVE_WEIGHTS, SEND_CLIENT_MODEL)
 
 
 class Observed:

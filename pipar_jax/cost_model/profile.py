@@ -38,7 +38,7 @@ class UnitFacts:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Handling:
+class RuntimeOverhead:
     """What a run costs a host's processor beside the functions that it calls.
 
     Attributes:
@@ -50,7 +50,7 @@ class Handling:
     byte_s: float = 0.0
 
 
-NO_HANDLING = Handling()
+NO_HANDLING = RuntimeOverhead()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class HostProfile:
     call_s: float = 0.0
     average_s_per_byte: float = 0.0
     memory_bytes: float | None = None
-    handling: Handling = NO_HANDLING
+    handling: RuntimeOverhead = NO_HANDLING
 
     def __post_init__(self) -> None:
         """Checks that the tables fit together.
@@ -250,7 +250,7 @@ def host_from_dict(values: Mapping[str, Any]) -> HostProfile:
             name: tuple(tuple(row) for row in values[name]) for name in ("forward_s", "backward_s")
         }
         lists = {name: tuple(values[name]) for name in ("sizes", "update_s")}
-        handling = Handling(**values["handling"])
+        handling = RuntimeOverhead(**values["handling"])
         return HostProfile(**{**values, **tables, **lists, "handling": handling})
     except (KeyError, TypeError) as error:
         raise PlanError(f"this is not a host's profile: {error!r}") from error

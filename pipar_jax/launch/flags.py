@@ -24,7 +24,7 @@ from ml_collections import config_flags
 
 from pipar_jax import __version__
 from pipar_jax.config import Config, DeviceConfig, NodeConfig, paths, plugins, schema
-from pipar_jax.config.schema import Option, option
+from pipar_jax.config.schema import ConfigField, option
 from pipar_jax.errors import ConfigError
 from pipar_jax.launch.process import (
     ASKED_TO_END,
@@ -171,7 +171,7 @@ def parse(
     own = {one.path: one for kind in (Common, extra) for one in schema.options(kind)}
     fields = {f"config.{one.path}": one for one in schema.options(Config)}
     values: dict[str, Any] = {}
-    changes: dict[str, tuple[Option, str]] = {}
+    changes: dict[str, tuple[ConfigField, str]] = {}
     for flag, text in _pairs(arguments, {**own, **fields}):
         if flag in own:
             one = own[flag]._replace(path=f"--{flag}")
@@ -297,7 +297,7 @@ def make_help(
     return "\n\n".join(parts)
 
 
-def _pairs(arguments: list[str], known: dict[str, Option]) -> Iterable[tuple[str, str]]:
+def _pairs(arguments: list[str], known: dict[str, ConfigField]) -> Iterable[tuple[str, str]]:
     """Yields the flags as (name, text), whichever of absl's spellings they have."""
     rest = list(arguments)
     while rest:
@@ -325,7 +325,7 @@ def _pairs(arguments: list[str], known: dict[str, Option]) -> Iterable[tuple[str
         yield name, text
 
 
-def _find_host(name: str) -> Option:
+def _find_host(name: str) -> ConfigField:
     """Returns the option that ``config.devices.1.link`` or ``config.nodes.1.link`` names."""
     path = name.removeprefix("config.")
     found = _HOST.fullmatch(path)
@@ -339,7 +339,7 @@ def _find_host(name: str) -> Option:
     return own[found[3]]._replace(path=path)
 
 
-def _apply(config: Config, changes: dict[str, tuple[Option, str]]) -> Config:
+def _apply(config: Config, changes: dict[str, tuple[ConfigField, str]]) -> Config:
     plain = []
     for path, (one, text) in changes.items():
         if (found := _HOST.fullmatch(path)) is not None:

@@ -22,7 +22,7 @@ def federated(config: Config, units: Sequence[str]) -> Plan:
     return _plan(config, devices, weights="copy")
 
 
-def split(config: Config, units: Sequence[str]) -> Plan:
+def split_learning_plan(config: Config, units: Sequence[str]) -> Plan:
     """SL (Gupta and Raskar, arXiv 1810.06060): one device after another, the part handed on."""
     devices = _two_hosts(config, units, pipelined=False)
     return _plan(
@@ -40,7 +40,7 @@ def pipar(config: Config, units: Sequence[str]) -> Plan:
     return _plan(config, _two_hosts(config, units, pipelined=True))
 
 
-def multihop(config: Config, units: Sequence[str]) -> Plan:
+def mpsl_plan(config: Config, units: Sequence[str]) -> Plan:
     """MP-SL (Tirana et al., arXiv 2402.00208): chains of compute nodes, labels at home or not.
 
     Beyond the published system, micro-batches of all devices share the nodes.
@@ -48,18 +48,18 @@ def multihop(config: Config, units: Sequence[str]) -> Plan:
     return _plan(config, _chain(config, units))
 
 
-def chain_of_peers(config: Config, units: Sequence[str]) -> Plan:
+def accept_plan(config: Config, units: Sequence[str]) -> Plan:
     """AccEPT's chain (Chen et al., arXiv 2311.05827): one device's data, peers as stages."""
     return _plan(config, _chain(config, units))
 
 
 METHODS: Mapping[str, Callable[[Config, Sequence[str]], Plan]] = {
     "fl": federated,
-    "sl": split,
+    "sl": split_learning_plan,
     "sfl": split_federated,
     "pipar": pipar,
-    "mpsl": multihop,
-    "accept": chain_of_peers,
+    "mpsl": mpsl_plan,
+    "accept": accept_plan,
 }
 
 

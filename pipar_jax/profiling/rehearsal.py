@@ -18,7 +18,7 @@ import numpy as np
 import stages
 from comms import Endpoint, Link, Message, Role, Tag
 from pipar_jax.config import Config
-from pipar_jax.cost_model.profile import Handling
+from pipar_jax.cost_model.profile import RuntimeOverhead
 from pipar_jax.errors import RunError
 from pipar_jax.methods.registry import plan_for
 from pipar_jax.methods.resolution import resolve
@@ -41,7 +41,7 @@ FEW, MANY = 1, 2048
 _INPUT_SHAPE, _CLASSES = (8, 8, 1), 10
 
 
-def measure_handling(timeout_s: float = 60.0) -> Handling:
+def measure_handling(timeout_s: float = 60.0) -> RuntimeOverhead:
     """Rehearses a run on this host.
 
     Threads may run beside a computation where there are several cores; then it is an upper bound.
@@ -57,7 +57,7 @@ def measure_handling(timeout_s: float = 60.0) -> Handling:
     few_s, many_s = (_rehearse(model, samples, timeout_s) for samples in (FEW, MANY))
     cut = model.shapes(MANY - FEW)[len(model.units) - 1]
     nbytes = 2 * int(np.prod(cut.shape)) * cut.dtype.itemsize  # an activation and its cotangent
-    return Handling(few_s, max(0.0, many_s - few_s) / nbytes)
+    return RuntimeOverhead(few_s, max(0.0, many_s - few_s) / nbytes)
 
 
 def measure_message_s(timeout_s: float = 10.0) -> float:
@@ -139,7 +139,7 @@ class _Rehearsal:
         address = server.listen("127.0.0.1", 0, accept)
         self._link = device.connect(*address, name_of_peer="tuner-server", timeout_s=timeout_s)
         self._link.start(self._take, _ignore, self._told.put)
-        self._host.wiring.control[device_name(0)] = self._get(timeout_s)
+        self._host.link_table.control[device_name(0)] = self._get(timeout_s)
 
     def run(self, timeout_s: float) -> float:
         """Returns the seconds of a micro-batch, of the stretch that took least."""

@@ -28,7 +28,7 @@ import stages
 from comms.codecs.base import parse_codec
 from pipar_jax.aggregation import aggregator
 from pipar_jax.config import Config, DeviceConfig, NodeConfig, ServerConfig, codec_candidates
-from pipar_jax.config.slowdown import slowness_of
+from pipar_jax.config.slowdown import slowdown_of
 from pipar_jax.config.texts import whole_numbers
 from pipar_jax.cost_model.profile import (
     NO_HANDLING,
@@ -44,7 +44,7 @@ from pipar_jax.errors import PlanError
 from pipar_jax.profiling.predictor.predict_host import facts_of, predict_host
 from pipar_jax.profiling.predictor.reference import ReferenceTimes, reference_model, time_reference
 from pipar_jax.profiling.rehearsal import measure_handling
-from pipar_jax.schedule.actions import BACKWARD, FORWARD, LAST, UPDATE
+from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS, UPDATE
 from pipar_jax.training import optimizer
 from pipar_jax.training.compile import Told, run_all
 from pipar_jax.training.replica import Replica
@@ -210,7 +210,7 @@ def as_configured(
 
 def emulated(times: Times, host: DeviceConfig | NodeConfig | ServerConfig) -> Times:
     """Returns what a host says of itself with its emulated slowness, if it has any."""
-    slowness = slowness_of(host)
+    slowness = slowdown_of(host)
     if not slowness.emulated:
         return times
     return dataclasses.replace(times.slowed(slowness.at(0.0)), handling=NO_HANDLING)
@@ -338,7 +338,7 @@ def _times_of(
             model, [replica], sizes, between=between, repeats=REPEATS, least_s=LEAST_S
         ).items()
     }
-    kind = LAST if replica.stage.is_last else BACKWARD
+    kind = LOSS if replica.stage.is_last else BACKWARD
     return (
         tuple(times.get((FORWARD, size), 0.0) for size in sizes),
         tuple(times[kind, size] for size in sizes),

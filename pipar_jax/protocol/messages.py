@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pipar_jax.cost_model.profile import Handling, HostProfile, UnitFacts
+from pipar_jax.cost_model.profile import HostProfile, RuntimeOverhead, UnitFacts
 from pipar_jax.protocol.registry import Form, Sender, message
 from pipar_jax.protocol.values import (
     ADDRESS,
@@ -185,7 +185,7 @@ class Referenced:
     parameter_bytes: PerLayer
     call_s: Seconds
     average_s_per_byte: Seconds
-    handling: Annotated[Handling, HANDLING]
+    handling: Annotated[RuntimeOverhead, HANDLING]
     seconds: Seconds
     prepared_s: Seconds
     memory_bytes: Annotated[float | None, Maybe(Real())]
@@ -373,7 +373,7 @@ class Stored:
 
 
 @message("part", Sender.HOST, Form.BUNDLE)
-class Part:
+class ClientModel:
     """The device part after a device's turn (sequential order)."""
 
     device: Count
@@ -381,7 +381,7 @@ class Part:
 
 
 @message("take_part", Sender.COORDINATOR, Form.BUNDLE)
-class TakePart:
+class TakeClientModel:
     """The device part for the device whose turn it is, from a step on."""
 
     step: Count
@@ -423,7 +423,7 @@ class LookSeen:
 
 
 @message("ahead", Sender.COORDINATOR)
-class Ahead:
+class CompileAhead:
     """A plan that may follow is to be compiled beside training; answered by ``Compiled``."""
 
     number: Count

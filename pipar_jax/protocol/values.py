@@ -6,7 +6,7 @@ import dataclasses
 from typing import Annotated, NamedTuple, get_args
 
 from comms import CodecError, parse_codec
-from pipar_jax.cost_model.profile import Handling, HostProfile, UnitFacts
+from pipar_jax.cost_model.profile import HostProfile, RuntimeOverhead, UnitFacts
 from pipar_jax.errors import PlanError
 from pipar_jax.protocol.wire_fields import (
     Choice,
@@ -19,7 +19,7 @@ from pipar_jax.protocol.wire_fields import (
     Text,
     Whole,
 )
-from pipar_jax.schedule.actions import BACKWARD, FORWARD, LAST, UPDATE
+from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS, UPDATE
 from pipar_jax.schedule.plan import (
     Boundary,
     Codecs,
@@ -83,7 +83,7 @@ FACTS = Struct(
                                   "output_bytes", "residual_bytes")
     },
 )  # fmt: skip
-HANDLING = Struct(Handling, {"call_s": SECONDS, "byte_s": SECONDS})
+HANDLING = Struct(RuntimeOverhead, {"call_s": SECONDS, "byte_s": SECONDS})
 TIMES = Many(Many(SECONDS, 1000, 1), MOST_UNITS, 1)
 HOST_PROFILE = Struct(
     HostProfile,
@@ -159,7 +159,7 @@ class DirectTiming(NamedTuple):
 
 SEEN = Row(
     Seen,
-    (Whole(-1), Whole(0, MOST_STAGES), Choice((FORWARD, BACKWARD, LAST, UPDATE)),
+    (Whole(-1), Whole(0, MOST_STAGES), Choice((FORWARD, BACKWARD, LOSS, UPDATE)),
      Whole(0, MOST_BATCH), Whole(1), SECONDS),
 )  # fmt: skip
 TIMING = Row(Timing, (BYTES, SECONDS))

@@ -11,12 +11,12 @@ from typing import NamedTuple
 from pipar_jax.errors import PlanError
 from pipar_jax.report.run import MOST_DEVICES, Run, hosts_of
 from pipar_jax.report.svg import HUES, digits, drawing, element, text, ticks
-from pipar_jax.schedule.actions import BACKWARD, COMPUTE, FORWARD, LAST, SEND_BACKWARD, SEND_FORWARD
+from pipar_jax.schedule.actions import BACKWARD, COMPUTE, FORWARD, LOSS, SEND_BACKWARD, SEND_FORWARD
 from pipar_jax.schedule.trace import Interval, Timed, Trace
 
 WIDTH, LEFT, LANE, THIN, GAP = 900.0, 64.0, 20.0, 8.0, 10.0
 _NAMES = {
-    FORWARD: "forward", BACKWARD: "backward", LAST: "forward, loss and backward", "U": "update",
+    FORWARD: "forward", BACKWARD: "backward", LOSS: "forward, loss and backward", "U": "update",
     "A": "average", "H": "hand on", SEND_FORWARD: "activation sent",
     SEND_BACKWARD: "cotangent sent",
 }  # fmt: skip
@@ -128,7 +128,7 @@ def _bar(row: Timed, window: Window, top: float, scale: float) -> str:
     start = max(row.start_s, window.interval.start_s) - window.interval.start_s
     end = min(row.end_s, window.interval.end_s) - window.interval.start_s
     sent = action.kind in (SEND_FORWARD, SEND_BACKWARD)
-    micro = action.kind in (FORWARD, BACKWARD, LAST) or sent
+    micro = action.kind in (FORWARD, BACKWARD, LOSS) or sent
     classes = [f"hue{action.micro_batch % HUES}" if micro else "other"]
     classes.append("back" if action.kind in (BACKWARD, SEND_BACKWARD) else "fore")
     if action.step != window.step:

@@ -20,7 +20,7 @@ from pipar_jax.schedule.actions import (
     BACKWARD,
     COMPUTE,
     FORWARD,
-    LAST,
+    LOSS,
     RECEIVE_BACKWARD,
     RECEIVE_FORWARD,
     Action,
@@ -148,7 +148,7 @@ class _Paths:
         previous = None
         if position:
             previous = _Placed(host, self._rows[host][position - 1], position - 1)
-        if not self._sequential or row.action.stage or row.action.kind not in (FORWARD, LAST):
+        if not self._sequential or row.action.stage or row.action.kind not in (FORWARD, LOSS):
             return previous
         if previous is not None and row.action.step - previous.row.action.step <= 1:
             return previous
@@ -169,7 +169,7 @@ class _Paths:
     def _delay(self, placed: _Placed, before: _Placed | None) -> str:
         """Returns the cause of a delay that no late input explains."""
         action = placed.row.action
-        if action.stage or action.kind not in (FORWARD, LAST):
+        if action.stage or action.kind not in (FORWARD, LOSS):
             return OTHER
         if before is not None and before.host != placed.host:
             return NETWORK  # the device part was handed on
@@ -180,7 +180,7 @@ class _Paths:
         """Returns the arrival of a computation's input, if it came over a link."""
         if action.kind == BACKWARD:
             return self._received.get((host, action._replace(kind=RECEIVE_BACKWARD)))
-        if action.kind in (FORWARD, LAST):
+        if action.kind in (FORWARD, LOSS):
             return self._received.get((host, action._replace(kind=RECEIVE_FORWARD)))
         return None
 
@@ -189,7 +189,7 @@ class _Paths:
         if received.kind == RECEIVE_FORWARD:
             return self._made.get(received._replace(stage=received.stage - 1, kind=FORWARD))
         above = received._replace(stage=received.stage + 1, kind=BACKWARD)
-        return self._made.get(above) or self._made.get(above._replace(kind=LAST))
+        return self._made.get(above) or self._made.get(above._replace(kind=LOSS))
 
 
 def total_causes(found: Iterable[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:

@@ -23,15 +23,15 @@ from pipar_jax.protocol import messages
 from pipar_jax.protocol.values import Seen
 from pipar_jax.roles.candidates import Candidates
 from pipar_jax.roles.holdings import odd_seen
-from pipar_jax.roles.members import Mail, Members
+from pipar_jax.roles.membership import Mail, Membership
 from pipar_jax.roles.survey import Surveyed
 from pipar_jax.runtime import moves
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.precompile import lower_priority
 from pipar_jax.schedule.feasibility import check_adaptable
 from pipar_jax.schedule.plan import COORDINATOR, Boundary, Plan, is_node
-from pipar_jax.simulator.predict import Stages, judge, rounds_per_epoch
-from pipar_jax.tuner.drift import Carried, Watch, differ, lone
+from pipar_jax.simulator.predict import StageCosts, estimate, rounds_per_epoch
+from pipar_jax.tuner.drift import LinkThroughput, ProfileTracker, differ, lone
 from pipar_jax.tuner.replanning import Choice, Offer
 from stages import Model
 
@@ -82,7 +82,7 @@ class Adaptation:
         surveyed: Surveyed,
         plan: Plan,
         rounds: int,
-        members: Members,
+        members: Membership,
         host: Host,
     ) -> None:
         check_adaptable(plan)
@@ -90,7 +90,7 @@ class Adaptation:
         self._members = members
         self._links: Mapping[str, Link] = {n: one.link for n, one in members.by_name.items()}
         profile, self._units = surveyed.profile, len(model.units)
-        self._watch = Watch(profile, learners(model, surveyed))
+        self._watch = ProfileTracker(profile, learners(model, surveyed))
         self._choice = Choice(plan, config.tuner.gain)
         self._candidates = Candidates(config, model, [one.samples for one in profile.devices])
         self._lock = threading.Condition()
@@ -230,12 +230,12 @@ class Adaptation:
             self._watch.computed(name, look.plan, answer.rows)
             for boundary, carried in answer.direct:
                 if boundary in followed:
-                    self._watch.carried(boundary, name, Carried(*carried))
+                    self._watch.carried(boundary, name, LinkThroughput(*carried))
             if not is_node(name):
                 stats, boundary = link.stats(), Boundary(name, COORDINATOR, 0)
-                up = Carried(stats.timed_in_bytes, stats.timed_in_s)
+                up = LinkThroughput(stats.timed_in_bytes, stats.timed_in_s)
                 self._watch.carried(boundary, COORDINATOR, up)
-                self._watch.carried(boundary, name, Carried(*answer.timed))
+                self._watch.carried(boundary, name, LinkThroughput(*answer.timed))
 
     def _consider(self, look: int) -> None:
         """Searches if there is news, and decides; a plan that is wanted is told to all hosts."""
@@ -243,11 +243,11 @@ class Adaptation:
         if self._best is None or differ(state, self._searched, NEWS):
             self._best = self._candidates.best(profile, self._choice.plan)
             self._searched = state
-        stages = Stages(profile)
-        present = Offer(self._choice.plan, judge(stages, self._choice.plan).epoch_s)
-        best = Offer(self._best, judge(stages, self._best).epoch_s)
+        stages = StageCosts(profile)
+        present = Offer(self._choice.plan, estimate(stages, self._choice.plan).epoch_s)
+        best = Offer(self._best, estimate(stages, self._best).epoch_s)
         wanted = self._choice.wanted
-        wanted_s = None if wanted is None else judge(stages, wanted).epoch_s
+        wanted_s = None if wanted is None else estimate(stages, wanted).epoch_s
         moving = moves.moves(present.plan, best.plan, self._units)
         with self._lock:
             if self._look != look:
@@ -266,7 +266,7 @@ class Adaptation:
                 return
             self._numbers[wanted] = number = len(self._numbers)
         self._host.prepare_ahead(number, wanted)
-        self._tell(messages.Ahead(number, wanted))
+        self._tell(messages.CompileAhead(number, wanted))
 
 
 def learners(model: Model, surveyed: Surveyed) -> dict[str, Learner]:

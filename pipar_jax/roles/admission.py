@@ -110,10 +110,10 @@ def read(
         return None, str(error)
     if not isinstance(asked, JoinDevice | JoinNode):
         return None, f"its first message is {registry.kind_of(type(asked)).name!r}, expected a join"
-    return asked, objection(asked, config, model)
+    return asked, why_not_join(asked, config, model)
 
 
-def objection(asked: JoinDevice | JoinNode, config: Config, model: Model) -> str | None:
+def why_not_join(asked: JoinDevice | JoinNode, config: Config, model: Model) -> str | None:
     """Returns why a host cannot take part, or None.
 
     Args:

@@ -48,7 +48,7 @@ class Candidates:
             return search(profile, self._config).plans[0].plan
 
         def objection(plan: Plan) -> str | None:
-            reason = moves.objection(present, plan, len(self._model.units))
+            reason = moves.why_not_follow(present, plan, len(self._model.units))
             return reason or self._memory_objection(plan)
 
         try:
@@ -59,7 +59,7 @@ class Candidates:
     def _memory_objection(self, plan: Plan) -> str | None:
         """Returns why a node would refuse a plan; worked out once for each."""
         if plan not in self._memory:
-            self._memory[plan] = memory.objection(self._model, plan, self._config, self._samples)
+            self._memory[plan] = memory.why_not_fit(self._model, plan, self._config, self._samples)
         return self._memory[plan]
 
 

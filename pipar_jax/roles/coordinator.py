@@ -17,7 +17,7 @@ import comms
 from pipar_jax import config as configuration
 from pipar_jax.aggregation.aggregator import Aggregator, Replica
 from pipar_jax.config import Config
-from pipar_jax.config.slowdown import slowness_of
+from pipar_jax.config.slowdown import slowdown_of
 from pipar_jax.protocol import messages
 from pipar_jax.roles import replan
 from pipar_jax.roles.acceptance import Acceptance, next_steps
@@ -25,10 +25,10 @@ from pipar_jax.roles.adaptation import Adaptation
 from pipar_jax.roles.evaluation import Evaluator
 from pipar_jax.roles.holdings import Holdings, Wanted, read_rows
 from pipar_jax.roles.link_stats import odd_rows
-from pipar_jax.roles.members import Mail, Members
+from pipar_jax.roles.membership import Mail, Membership
 from pipar_jax.roles.replies import Reply, reply
-from pipar_jax.roles.run_log import Fetched, Round, Tally
-from pipar_jax.roles.scripted_plans import Script
+from pipar_jax.roles.run_log import FetchStats, Round, RunLog
+from pipar_jax.roles.scripted_plans import ScriptedPlans
 from pipar_jax.roles.survey import choose_plan
 from pipar_jax.runtime import weight_bundle
 from pipar_jax.runtime.host import Host
@@ -50,7 +50,7 @@ class Coordinator:
       host: The server host, in this process.
       members: The devices, all admitted.
       evaluator: Scores the global weights.
-      tally: Takes what each round reports, and tells of it.
+      run_log: Takes what each round reports, and tells of it.
       save: Takes the final weights and batch statistics by unit, as soon as they are known.
       script: Plans of the rounds, from the first on; empty: as configured.
     """
@@ -60,14 +60,14 @@ class Coordinator:
         config: Config,
         model: Model,
         host: Host,
-        members: Members,
+        members: Membership,
         evaluator: Evaluator,
-        tally: Tally,
+        run_log: RunLog,
         save: Callable[[dict[str, Any], dict[str, Any]], None],
         script: Sequence[Plan] = (),
     ) -> None:
         self._config, self._model, self._host = config, model, host
-        self._members, self._evaluator, self._tally = members, evaluator, tally
+        self._members, self._evaluator, self._run_log = members, evaluator, run_log
         self._save = save
         who = [members.by_name[device_name(i)].identity for i in range(config.devices.count)]
         self._samples = tuple(one.samples for one in who)
@@ -79,9 +79,9 @@ class Coordinator:
         self._devices = tuple(device_name(i) for i in range(config.devices.count))
         self._nodes = configuration.nodes(config)
         self._workers = (*self._nodes, *self._devices)
-        self._adaptation: Adaptation | Script | None = None
+        self._adaptation: Adaptation | ScriptedPlans | None = None
         if script:
-            self._adaptation = Script(script, members, host, len(model.units))
+            self._adaptation = ScriptedPlans(script, members, host, len(model.units))
         elif config.tuner.adapt and surveyed is not None:
             rounds = len(self._rounds)
             self._adaptation = Adaptation(config, model, surveyed, self.plan, rounds, members, host)
@@ -110,7 +110,7 @@ class Coordinator:
           RunError: This process failed.
         """
         self._prepare()
-        self._tally.begin(self.plan, self._rounds, self._steps)
+        self._run_log.begin(self.plan, self._rounds, self._steps)
         self._begin_schedules()
         try:
             if self._adaptation is not None:
@@ -126,7 +126,7 @@ class Coordinator:
                 self._adaptation.close()
         self._members.broadcast(messages.Finish())
         self._add_traces(self._members.collect(messages.Bye, self._workers))
-        return self._tally.finish()
+        return self._run_log.finish()
 
     # --- before the first round ---------------------------------------------------------------
 
@@ -149,7 +149,7 @@ class Coordinator:
         self._calibrate()
         seconds = time.monotonic() - began - compile_s
         needs = {name: mail.said.memory_bytes for name, mail in ready.items()}
-        self._tally.prepared(compile_s, seconds, needs)
+        self._run_log.prepared(compile_s, seconds, needs)
 
     def _expect(self, *plans: Plan) -> None:
         """Takes from members what the last of some plans has for them, and nothing larger.
@@ -185,7 +185,7 @@ class Coordinator:
             self._host.calibrate()
             self._members.collect(messages.Calibrated, (COORDINATOR,))
         for name in self._workers:
-            if slowness_of(configuration.host(self._config, name)).emulated:
+            if slowdown_of(configuration.host(self._config, name)).emulated:
                 self._members.send(name, messages.Calibrate())
                 self._members.collect(messages.Calibrated, (name,))
 
@@ -204,7 +204,7 @@ class Coordinator:
         if self._adaptation is not None:
             self._adaptation.start_round(index)
         hosts = (COORDINATOR, *self._workers)
-        self._tally.start_round()
+        self._run_log.start_round()
         assert self._members.acceptance is not None
         self._members.acceptance.open(spans)
         self._next = next_steps(self._next, spans)
@@ -224,7 +224,7 @@ class Coordinator:
             self._gather_sequential()
         traced = self._collect_traces()
         rows, busy_s = self._host.recorder.take()
-        self._tally.add_trace(COORDINATOR, rows, 0.0)
+        self._run_log.add_trace(COORDINATOR, rows, 0.0)
         said = {name: mail.said for name, mail in stored.items()}
         busy = {COORDINATOR: busy_s} | {name: said[name].busy_s for name in self._workers}
         for name in self._workers:
@@ -232,7 +232,7 @@ class Coordinator:
                 self._members.blame(name, odd)
         for one in said.values():  # none is longer than the round, whatever is said of it
             self._members.patience.action(min(one.longest_s, interval.seconds))
-        self._tally.end_round(
+        self._run_log.end_round(
             Round(
                 index,
                 interval,
@@ -259,7 +259,7 @@ class Coordinator:
             # Who gives weights to the average is over with the round when it has them back.
             return [trained] if self._gives(name) else [trained, *self._end_replies(index)]
         parts = [
-            reply(messages.Part, device=one.device, step=one.stop - 1)
+            reply(messages.ClientModel, device=one.device, step=one.stop - 1)
             for one, after in zip(spans, [*spans[1:], None], strict=True)
             if device_name(one.device) == name and (after is None or after.device != one.device)
         ]
@@ -337,7 +337,7 @@ class Coordinator:
             if after is not None and after.device == before.device:
                 continue
             giver = device_name(before.device)
-            mail = self._members.collect(messages.Part, (giver,))[giver]
+            mail = self._members.collect(messages.ClientModel, (giver,))[giver]
             wanted = self._holdings.part(self.plan, before.device)
             part = self._arrays(giver, mail, wanted)
             self._part, self._holder = weight_bundle.pack(part), before.device
@@ -346,7 +346,7 @@ class Coordinator:
 
     def _give_part(self, span: Span) -> None:
         """Sends the device part, with its optimiser state, to the device whose turn it is."""
-        command = messages.TakePart(span.first)
+        command = messages.TakeClientModel(span.first)
         self._members.send_bundle(device_name(span.device), command, self._part)
 
     def _gather_sequential(self) -> None:
@@ -377,7 +377,7 @@ class Coordinator:
             with self._members.reading(name):
                 rows = read_rows(mail.message, self._plans, name, self._total, long_name(name))
             # The offset is the peer's clock minus ours.
-            self._tally.add_trace(name, rows, -(mail.message.link.offset_s or 0.0))
+            self._run_log.add_trace(name, rows, -(mail.message.link.offset_s or 0.0))
             traced[name] = mail.message.nbytes
         return traced
 
@@ -394,7 +394,7 @@ class Coordinator:
         offers, self.plan, self._plans = self._adaptation.offers, plan, (self.plan, plan)
         self._calibrate()  # stages that an emulated slow host has not run before
         self._adaptation.changed(index)
-        self._tally.replanned(index, plan, moved_s, offers)
+        self._run_log.replanned(index, plan, moved_s, offers)
 
     def _is_evaluated(self, index: int) -> bool:
         every = self._config.run.evaluate_every
@@ -409,11 +409,11 @@ class Coordinator:
         self._members.working("evaluating")
         start_s = time.monotonic()
         score = self._evaluator.evaluate(*variables)
-        self._tally.evaluated(
+        self._run_log.evaluated(
             index, score.accuracy, score.loss, time.monotonic() - start_s, fetched
         )
 
-    def _fetch(self) -> Fetched:
+    def _fetch(self) -> FetchStats:
         """Takes the parts of the model that live on compute nodes, which only evaluation needs."""
         start_s = time.monotonic()
         holders = [name for name in self._nodes if self.plan.local_stages(name)]
@@ -427,4 +427,4 @@ class Coordinator:
             part = weight_bundle.part_of(self._arrays(name, mail, wanted), "part")
             self._aggregator.params.update(part["params"])
             self._aggregator.state.update(part["state"])
-        return Fetched(nbytes, time.monotonic() - start_s)
+        return FetchStats(nbytes, time.monotonic() - start_s)

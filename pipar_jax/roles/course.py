@@ -40,9 +40,10 @@ _MAY_COME: dict[Phase, tuple[type, ...]] = {
     Phase.ASKED: (*_SURVEY, messages.Meet, messages.Prepare),
     Phase.PREPARING: (),
     Phase.IDLE: (messages.Meet, messages.Calibrate, messages.Release, messages.Fetch,
-                 messages.Look, messages.Ahead, messages.Give, messages.Finish),
-    Phase.TRAINING: (messages.Store, messages.TakePart, messages.Look, messages.Ahead),
-    Phase.CHANGING: (messages.Adopt, messages.Look, messages.Ahead),
+                 messages.Look, messages.CompileAhead, messages.Give, messages.Finish),
+    Phase.TRAINING: (messages.Store, messages.TakeClientModel, messages.Look,
+                     messages.CompileAhead),
+    Phase.CHANGING: (messages.Adopt, messages.Look, messages.CompileAhead),
 }  # fmt: skip
 
 
@@ -171,19 +172,19 @@ class Course:
         self._may_store = False
         return None
 
-    def _take_part(self, said: messages.TakePart) -> str | None:
+    def _take_part(self, said: messages.TakeClientModel) -> str | None:
         if not self._turns or self._turns[0] != said.step:
             return f"for step {said.step}, expected {self._turns[:1] or 'none'}"
         self._turns.pop(0)
         return None
 
-    def _ahead(self, said: messages.Ahead) -> str | None:
+    def _ahead(self, said: messages.CompileAhead) -> str | None:
         return self._odd_plan(said.plan)
 
     def _give(self, said: messages.Give) -> str | None:
         assert self.plan is not None and self._units is not None
         reason = self._odd_plan(said.plan)
-        reason = reason or moves.objection(self.plan, said.plan, self._units)
+        reason = reason or moves.why_not_follow(self.plan, said.plan, self._units)
         if reason is None:
             self._coming = said.plan
         return reason

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from comms import Link, LinkStats
 from pipar_jax.protocol.values import LinkRow, Waits
-from pipar_jax.roles.members import Members
-from pipar_jax.runtime.link_table import Wiring
+from pipar_jax.roles.membership import Membership
+from pipar_jax.runtime.link_table import LinkTable
 from pipar_jax.schedule.plan import COORDINATOR, Boundary
 
 #: Counters that only the sending side of a link knows.
@@ -51,12 +51,12 @@ class DirectTraffic:
 
     Args:
       name: The host's name.
-      wiring: Its links.
+      link_table: Its links.
     """
 
-    def __init__(self, name: str, wiring: Wiring) -> None:
+    def __init__(self, name: str, link_table: LinkTable) -> None:
         """Begins to count."""
-        self._name, self._links = name, wiring.direct()
+        self._name, self._links = name, link_table.direct()
         self._before = [link.stats() for _, link in self._links]
 
     def take(self) -> tuple[LinkRow, ...]:
@@ -93,7 +93,7 @@ class Traffic:
       members: Whose links.
     """
 
-    def __init__(self, members: Members) -> None:
+    def __init__(self, members: Membership) -> None:
         self._members = members
         self._before: dict[str, LinkStats] = {}
 

@@ -7,14 +7,14 @@ from typing import Any
 from pipar_jax.aggregation.aggregator import Aggregator
 from pipar_jax.protocol import messages
 from pipar_jax.roles.holdings import Holdings
-from pipar_jax.roles.members import Members
+from pipar_jax.roles.membership import Membership
 from pipar_jax.runtime import migration, moves, weight_bundle
 from pipar_jax.runtime.host import Host
 from pipar_jax.schedule.plan import Plan, long_name
 
 
 def conduct(
-    members: Members,
+    members: Membership,
     host: Host,
     holdings: Holdings,
     old: Plan,

@@ -54,7 +54,7 @@ def answers(command: Any) -> list[Reply]:
     """Returns what a command is answered by."""
     if isinstance(command, messages.Look):
         return [reply(messages.LookSeen, look=command.look)]
-    if isinstance(command, messages.Ahead):
+    if isinstance(command, messages.CompileAhead):
         return [reply(messages.Compiled, number=command.number)]
     return [Reply(kind) for kind in _ANSWERS.get(type(command), ())]
 

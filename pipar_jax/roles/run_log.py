@@ -12,7 +12,7 @@ from pipar_jax.config import Config
 from pipar_jax.errors import DiskError
 from pipar_jax.protocol.values import LinkRow, Memory, Waits
 from pipar_jax.roles.link_stats import Traffic
-from pipar_jax.roles.members import Members
+from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.run_folder import TRACE, Record, RunFolder
 from pipar_jax.roles.trace_log import TraceLog
 from pipar_jax.runtime.metrics import Totals
@@ -22,7 +22,7 @@ from pipar_jax.schedule.trace import Interval, Timed
 from pipar_jax.tuner.replanning import Offer
 
 
-class Fetched(NamedTuple):
+class FetchStats(NamedTuple):
     """What the parts of a model that live on compute nodes took to be fetched for evaluation.
 
     Attributes:
@@ -60,7 +60,7 @@ class Round(NamedTuple):
     memory: Mapping[str, Memory]
 
 
-class Tally:
+class RunLog:
     """Turns what hosts report into events, rows of metrics.jsonl and the run's summary.
 
     Args:
@@ -75,7 +75,7 @@ class Tally:
     def __init__(
         self,
         config: Config,
-        members: Members,
+        members: Membership,
         folder: RunFolder,
         record: Record,
         tell: Callable[[dict[str, Any]], None],
@@ -198,7 +198,7 @@ class Tally:
         )  # fmt: skip
 
     def evaluated(
-        self, index: int, accuracy: float, loss: float, seconds: float, fetched: Fetched
+        self, index: int, accuracy: float, loss: float, seconds: float, fetched: FetchStats
     ) -> None:
         """Tells of an evaluation of the global weights after a round."""
         self._score = {"accuracy": accuracy, "loss": loss}

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 from pipar_jax.errors import RunError
 from pipar_jax.protocol import messages
-from pipar_jax.roles.members import Members
+from pipar_jax.roles.membership import Membership
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.moves import check_follows
 from pipar_jax.schedule.plan import COORDINATOR, Plan
 from pipar_jax.tuner.replanning import Offer
 
 
-class Script:
+class ScriptedPlans:
     """Stands in for ``Adaptation``: each round has a plan of its own.
 
     Each plan is compiled between the rounds, while nothing else runs, so that all rounds are alike.
@@ -29,7 +29,7 @@ class Script:
       PlanError: A plan is one that cannot follow the one before.
     """
 
-    def __init__(self, plans: Sequence[Plan], members: Members, host: Host, units: int) -> None:
+    def __init__(self, plans: Sequence[Plan], members: Membership, host: Host, units: int) -> None:
         for before, after in itertools.pairwise(plans):
             check_follows(before, after, units)
         self._plans, self._members, self._host = plans, members, host
@@ -53,7 +53,7 @@ class Script:
         if self._index + 1 >= len(self._plans):
             return None
         plan = self._plans[self._index + 1]
-        self._members.broadcast(messages.Ahead(self._index, plan))
+        self._members.broadcast(messages.CompileAhead(self._index, plan))
         self._host.prepare_ahead(self._index, plan)
         answers = self._members.collect(messages.Compiled, (COORDINATOR, *self._members.by_name))
         for mail in answers.values():

@@ -13,7 +13,7 @@ import stages
 from comms import ChannelError, Endpoint
 from pipar_jax import data as datasets
 from pipar_jax.config import Config
-from pipar_jax.config.slowdown import slowness_of
+from pipar_jax.config.slowdown import slowdown_of
 from pipar_jax.data import Dataset
 from pipar_jax.disk.json_text import plain
 from pipar_jax.errors import PiparError, RunError
@@ -21,9 +21,9 @@ from pipar_jax.report.environment import add_platform
 from pipar_jax.report.sinks import Sinks
 from pipar_jax.roles.coordinator import Coordinator
 from pipar_jax.roles.evaluation import Evaluator
-from pipar_jax.roles.members import Members
+from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.run_folder import Record, RunFolder
-from pipar_jax.roles.run_log import Tally
+from pipar_jax.roles.run_log import RunLog
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.setup import build_model, channel_options, set_precision
 from pipar_jax.schedule.plan import COORDINATOR, Plan
@@ -104,7 +104,7 @@ def _serve(
     """Opens the endpoint and the host, runs the coordinator, and closes both whatever happens."""
     endpoint = Endpoint(COORDINATOR, options=channel_options(config))
     host: Host | None = None
-    members = Members(
+    members = Membership(
         config,
         model,
         endpoint,
@@ -120,7 +120,7 @@ def _serve(
             config,
             reply=members.local_reply,
             failed=members.local_failure,
-            slowness=slowness_of(config.server),
+            slowness=slowdown_of(config.server),
             rematerialise=config.server.rematerialise,
         )
         try:
@@ -137,7 +137,7 @@ def _serve(
         tell({"event": "listening", "host": address[0], "port": address[1]})
         members.admit()
         members.actions = lambda: host.actions
-        host.wiring.control.update({name: one.link for name, one in members.by_name.items()})
+        host.link_table.control.update({name: one.link for name, one in members.by_name.items()})
         evaluator = Evaluator(model, dataset, config.model.dtype)
 
         def save(params: dict[str, Any], state: dict[str, Any]) -> None:
@@ -145,8 +145,12 @@ def _serve(
             folder.save_weights(params, state, _facts(model, dataset))
 
         parameters = stages.parameter_count(model)
-        with contextlib.closing(Tally(config, members, folder, record, tell, parameters)) as tally:
-            coordinator = Coordinator(config, model, host, members, evaluator, tally, save, script)
+        with contextlib.closing(
+            RunLog(config, members, folder, record, tell, parameters)
+        ) as run_log:
+            coordinator = Coordinator(
+                config, model, host, members, evaluator, run_log, save, script
+            )
             summary = coordinator.run()
         record.check()
         return summary

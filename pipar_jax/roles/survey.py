@@ -39,11 +39,11 @@ from pipar_jax.profiling.unit_times import (
     weight_ratio,
 )
 from pipar_jax.protocol import messages, registry
-from pipar_jax.roles.members import Members
+from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.replies import reply
 from pipar_jax.runtime import memory
 from pipar_jax.schedule.plan import COORDINATOR, Plan, device_name
-from pipar_jax.simulator.predict import Stages, judge
+from pipar_jax.simulator.predict import StageCosts, estimate
 from pipar_jax.training.compile import TOLD_S, now_and_then
 from pipar_jax.tuner.chains import tune_chain
 from pipar_jax.tuner.search import tune
@@ -72,7 +72,7 @@ class Surveyed(NamedTuple):
 
 
 def choose_plan(
-    config: Config, model: Model, members: Members, samples: Sequence[int]
+    config: Config, model: Model, members: Membership, samples: Sequence[int]
 ) -> tuple[Plan, Surveyed | None]:
     """Returns the plan of the configured method, with method=auto the tuner's, and the survey.
 
@@ -98,7 +98,7 @@ def choose_plan(
     profile, surveyed_s = surveyed.profile, time.monotonic() - began_s
     if chained:
         plan = tune_chain(
-            profile, config, lambda one: memory.objection(model, one, config, samples)
+            profile, config, lambda one: memory.why_not_fit(model, one, config, samples)
         ).plan
     else:
         plan = tune(profile, config)
@@ -106,7 +106,7 @@ def choose_plan(
         {
             "event": "tuned",
             "plan": str(plan),
-            "epoch_s": judge(Stages(profile), plan).epoch_s,
+            "epoch_s": estimate(StageCosts(profile), plan).epoch_s,
             "survey_s": surveyed_s,
             "search_s": time.monotonic() - began_s - surveyed_s,
             "profile": profile.to_dict(),
@@ -115,7 +115,7 @@ def choose_plan(
     return plan, surveyed
 
 
-def survey(config: Config, model: Model, members: Members, samples: Sequence[int]) -> Surveyed:
+def survey(config: Config, model: Model, members: Membership, samples: Sequence[int]) -> Surveyed:
     """Returns what a run's hosts and links are like now.
 
     Args:
@@ -130,13 +130,13 @@ def survey(config: Config, model: Model, members: Members, samples: Sequence[int
     sizes, references = sizes_of(config), {}
     members.working("tuning")
     if config.tuner.times == "predicted":
-        reference = measure_reference(config, members.look)
+        reference = measure_reference(config, members.poll)
         server = predicted_host(config, model, sizes, reference)
         references[COORDINATOR] = emulated(reference, config.server)
     else:
         members.tell_working(COORDINATOR, "timing", 0, 0)
         told = functools.partial(members.tell_working, COORDINATOR, "timing")
-        server = measure_host(config, model, sizes, members.look, now_and_then(told, TOLD_S))
+        server = measure_host(config, model, sizes, members.poll, now_and_then(told, TOLD_S))
     message_s = measure_message_s()
     devices = []
     for index, count in enumerate(samples):
@@ -178,7 +178,7 @@ def survey(config: Config, model: Model, members: Members, samples: Sequence[int
 def _ask_host(
     config: Config,
     model: Model,
-    members: Members,
+    members: Membership,
     name: str,
     references: dict[str, ReferenceTimes],
 ) -> HostProfile:
@@ -262,14 +262,14 @@ class Respondent:
         registry.send(message.link, messages.Took(max(seconds, 0.0)))
 
 
-def _ask(members: Members, name: str, question: Any, answer: type[T]) -> T:
+def _ask(members: Membership, name: str, question: Any, answer: type[T]) -> T:
     """Asks a device or node and waits for its answer."""
     members.send(name, question)
     said: T = members.collect(answer, (name,))[name].said
     return said
 
 
-def _echo_s(members: Members, name: str) -> float:
+def _echo_s(members: Membership, name: str) -> float:
     """Returns the seconds of a round trip to a device's thread and back."""
     began_s = time.monotonic()
     _ask(members, name, messages.SurveyEcho(), messages.Echoed)
@@ -286,7 +286,7 @@ def _rate(transfer_s: Callable[[int], float]) -> float:
         nbytes *= 8
 
 
-def _up_s(members: Members, name: str, nbytes: int) -> float:
+def _up_s(members: Membership, name: str, nbytes: int) -> float:
     """Returns the seconds that so many bytes take from a device."""
     members.send(name, messages.SurveySend(nbytes))
     times = []
@@ -301,7 +301,7 @@ def _up_s(members: Members, name: str, nbytes: int) -> float:
     return times[1] - times[0]
 
 
-def _down_s(members: Members, name: str, nbytes: int) -> float:
+def _down_s(members: Membership, name: str, nbytes: int) -> float:
     """Returns the seconds that so many bytes take to a device."""
     small, large = _two(nbytes)
     members.send_bundle(name, messages.SurveyBytes(), small)

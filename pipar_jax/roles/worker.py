@@ -15,7 +15,7 @@ from comms import ChannelError, Endpoint, Link, Message
 from pipar_jax import config as configuration
 from pipar_jax import data as datasets
 from pipar_jax.config import Config
-from pipar_jax.config.slowdown import slowness_of
+from pipar_jax.config.slowdown import slowdown_of
 from pipar_jax.data import Dataset, Loader, Prefetcher
 from pipar_jax.errors import JoinError, PeerError, ProtocolError
 from pipar_jax.protocol import messages, registry
@@ -28,13 +28,19 @@ from pipar_jax.roles.admission import device_join, node_join
 from pipar_jax.roles.course import Course
 from pipar_jax.roles.holdings import SURVEYED, Holdings, Wanted
 from pipar_jax.roles.link_stats import DirectTraffic, OwnWaits
-from pipar_jax.roles.neighbours import Neighbours
 from pipar_jax.roles.patience import Moving, Patience, pulse_s
+from pipar_jax.roles.peer_links import PeerLinks
 from pipar_jax.roles.survey import Respondent
 from pipar_jax.runtime import weight_bundle
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.setup import build_model, channel_options, set_precision
-from pipar_jax.schedule.actions import HAND_ON, RECEIVE_PART, RECEIVE_WEIGHTS, SEND_WEIGHTS, Action
+from pipar_jax.schedule.actions import (
+    RECEIVE_CLIENT_MODEL,
+    RECEIVE_WEIGHTS,
+    SEND_CLIENT_MODEL,
+    SEND_WEIGHTS,
+    Action,
+)
 from pipar_jax.schedule.plan import (
     COORDINATOR,
     Boundary,
@@ -178,7 +184,7 @@ class Worker:
         self._acceptance: Acceptance | None = None
         self._holdings: Holdings | None = None
         self._course = Course(config, name, None if model is None else len(model.units))
-        self._neighbours = Neighbours(
+        self._neighbours = PeerLinks(
             config, name, self._endpoint,
             tensors=self._on_tensor, wake=self._wake, lost=self._inbox.put,
             met=lambda: self._reply(messages.Met(), {}),
@@ -199,13 +205,13 @@ class Worker:
             messages.Release: self._release,
             messages.Fetch: self._fetch,
             messages.Look: self._tell_seen,
-            messages.Ahead: lambda said: self._running.prepare_ahead(said.number, said.plan),
+            messages.CompileAhead: lambda said: self._running.prepare_ahead(said.number, said.plan),
             messages.Give: self._give,
         }
         self._bundles: dict[type, Callable[[Any, Message], None]] = {
             messages.SurveyBytes: lambda _, message: self._respondent.take(message),
             messages.Store: self._store,
-            messages.TakePart: self._take_part,
+            messages.TakeClientModel: self._take_part,
             messages.Adopt: self._adopt,
         }
         if model is not None:
@@ -237,13 +243,13 @@ class Worker:
             self._follow()
         except ChannelError as error:  # a send noticed it before the mail about it was read
             lost = self._lost(error)
-            self._confess(lost)
+            self._report_failure(lost)
             raise lost from error
         except KeyboardInterrupt:
-            self._confess(PeerError(f"{self._long} was interrupted"))
+            self._report_failure(PeerError(f"{self._long} was interrupted"))
             raise
         except Exception as error:
-            self._confess(error)
+            self._report_failure(error)
             raise
 
     def _follow(self) -> None:
@@ -296,9 +302,9 @@ class Worker:
             self._config,
             reply=self._reply,
             failed=self._inbox.put,
-            wiring=self._neighbours.wiring,
+            link_table=self._neighbours.link_table,
             batches=self._prefetcher,
-            slowness=slowness_of(self._own),
+            slowness=slowdown_of(self._own),
             rematerialise=self._own.rematerialise,
         )
         self._survey = Respondent(self._config, self.name, model, self._check_wanted)
@@ -349,7 +355,7 @@ class Worker:
             raise JoinError(f"{self._long} cannot join: {error}") from error
         link.admit(SURVEYED)
         self._moving = Moving(link)
-        self._neighbours.wiring.control[COORDINATOR] = link
+        self._neighbours.link_table.control[COORDINATOR] = link
         return link
 
     def _next(self) -> Message | BaseException:
@@ -419,7 +425,7 @@ class Worker:
         if self._host is not None:
             self._host.wake()
 
-    def _confess(self, error: Exception) -> None:
+    def _report_failure(self, error: Exception) -> None:
         """Tells the coordinator why this host ends, so that it need not guess."""
         assert self._link is not None
         if self._told_so:
@@ -454,7 +460,7 @@ class Worker:
         self._course.knows_model(len(model.units))
 
     def _meet(self, said: messages.Meet) -> None:
-        self._neighbours.meet(said.boundaries, said.addresses)
+        self._neighbours.connect(said.boundaries, said.addresses)
 
     def _fetch(self, _: messages.Fetch) -> None:
         params, state = self._running.shared_variables()
@@ -463,7 +469,7 @@ class Worker:
 
     def _prepare(self, said: messages.Prepare) -> None:
         self._waits = OwnWaits(self._coordinator)
-        self._direct = DirectTraffic(self.name, self._neighbours.wiring)
+        self._direct = DirectTraffic(self.name, self._neighbours.link_table)
         self._accept()
         self._running.prepare(said.plan, said.samples, said.steps)
 
@@ -520,7 +526,7 @@ class Worker:
         stats = self._coordinator.stats()
         rows = tuple(self._running.observer.take())
         timed = Timing(stats.timed_in_bytes, stats.timed_in_s)
-        direct = self._neighbours.wiring.timed()
+        direct = self._neighbours.link_table.timed()
         registry.send(self._coordinator, messages.LookSeen(said.look, rows, timed, direct))
 
     def _check_wanted(self) -> None:
@@ -537,11 +543,11 @@ class Worker:
         whole = weight_bundle.part_of(groups, "whole")
         self._running.store(whole["params"], whole["state"])
 
-    def _take_part(self, said: messages.TakePart, message: Message) -> None:
+    def _take_part(self, said: messages.TakeClientModel, message: Message) -> None:
         assert self._holdings is not None and self._course.plan is not None
         wanted = self._holdings.part(self._course.plan, int(self.name[1:]))
         groups = self._groups(message, wanted)
-        self._note_arrival(RECEIVE_PART, said.step, message)
+        self._note_arrival(RECEIVE_CLIENT_MODEL, said.step, message)
         self._running.take_part(weight_bundle.part_of(groups, "part"), said.step)
 
     def _adopt(self, said: messages.Adopt, message: Message) -> None:
@@ -549,7 +555,7 @@ class Worker:
         old, new = self._course.plans
         groups = self._groups(message, self._holdings.adopted(old, new, self.name))
         self._accept()
-        self._direct = DirectTraffic(self.name, self._neighbours.wiring)  # there may be more
+        self._direct = DirectTraffic(self.name, self._neighbours.link_table)  # there may be more
         self._running.adopt(said.plan, groups)
 
     def _note_arrival(self, kind: str, step: int, message: Message) -> None:
@@ -559,7 +565,7 @@ class Worker:
 
     def _say_goodbye(self) -> None:
         """Sends the rest of the trace, the last this device says, and waits until it has left."""
-        self._neighbours.part()
+        self._neighbours.finish()
         rows, _ = self._running.recorder.take()
         registry.send_bundle(self._coordinator, messages.Bye(), weight_bundle.pack_rows(rows))
         self._coordinator.drain(self._config.network.deadline_s)
@@ -582,8 +588,8 @@ class Worker:
             registry.send_bundle(link, said, weight_bundle.pack(arrays))
         elif arrays:
             averaged = isinstance(said, messages.Trained)  # what is handed on must stay as it is
-            kind = SEND_WEIGHTS if averaged else HAND_ON
-            step = said.step if isinstance(said, messages.Part) else self._step
+            kind = SEND_WEIGHTS if averaged else SEND_CLIENT_MODEL
+            step = said.step if isinstance(said, messages.ClientModel) else self._step
             sent = Action(0, kind, int(self.name[1:]), step)
             registry.send_bundle(
                 link,

@@ -12,15 +12,15 @@ import numpy as np
 from comms import Message, Role, Tag
 from pipar_jax.errors import RunError
 from pipar_jax.runtime.completion import Work
-from pipar_jax.runtime.link_table import Wiring
+from pipar_jax.runtime.link_table import LinkTable
 from pipar_jax.runtime.memory import Ledger, array_bytes
 from pipar_jax.runtime.metrics import Meter
-from pipar_jax.runtime.transfer import Parcel, open_parcel
+from pipar_jax.runtime.transfer import OutgoingTensor, open_parcel
 from pipar_jax.schedule.actions import (
     ALL,
     BACKWARD,
     FORWARD,
-    LAST,
+    LOSS,
     RECEIVE_BACKWARD,
     RECEIVE_FORWARD,
     SEND_BACKWARD,
@@ -33,7 +33,7 @@ from pipar_jax.schedule.host_program import HostProgram, Operation
 from pipar_jax.schedule.plan import Boundary
 from pipar_jax.schedule.trace import Timed
 from pipar_jax.training.replica import Replica
-from stages import Draw
+from stages import MicroBatchContext
 
 
 class Batches(Protocol):
@@ -43,7 +43,7 @@ class Batches(Protocol):
         """Returns samples [batch, …] and labels [batch] int32 of a step."""
 
 
-class Part(NamedTuple):
+class MicroBatchSlice(NamedTuple):
     """One micro-batch's place in its mini-batch.
 
     Attributes:
@@ -67,7 +67,7 @@ class Executor:
     Args:
       program: What the run's plan means for the host.
       replicas: For (device, stage) its weights here; (ALL, stage) where devices share one copy.
-      wiring: The host's links.
+      link_table: The host's links.
       batches: The data of the device that this host is, if it is one.
       meter: Takes loss and accuracy.
       record: Takes timed sends and receives.
@@ -81,7 +81,7 @@ class Executor:
         self,
         program: HostProgram,
         replicas: Mapping[tuple[int, int], Replica],
-        wiring: Wiring,
+        link_table: LinkTable,
         *,
         batches: Batches | None,
         meter: Meter,
@@ -92,7 +92,7 @@ class Executor:
         dtype: Any,
     ) -> None:
         self._host, self._program = program.host, program
-        self._replicas, self._wiring = replicas, wiring
+        self._replicas, self._link_table = replicas, link_table
         self._batches, self._meter, self._record = batches, meter, record
         self._ledger = ledger
         self._duration_s, self._seed, self._dtype = duration_s, np.uint32(seed), np.dtype(dtype)
@@ -103,7 +103,7 @@ class Executor:
         self._residuals: dict[tuple[int, int, int, int], tuple[Any, int]] = {}
         self._mini_batches: dict[tuple[int, int], tuple[Any, Any]] = {}
         self._dispatched_s = 0.0
-        self._perform = {FORWARD: self._forward, LAST: self._last, BACKWARD: self._backward,
+        self._perform = {FORWARD: self._forward, LOSS: self._last, BACKWARD: self._backward,
                          UPDATE: self._update}  # fmt: skip
 
     def start(self, schedule: RoundSchedule) -> None:
@@ -158,11 +158,11 @@ class Executor:
             return action if complete else None
         return action
 
-    def part(self, action: Action) -> Part:
+    def part(self, action: Action) -> MicroBatchSlice:
         """Returns the place of an action's micro-batch in its mini-batch."""
         sizes = self.schedule.sizes(action.device, action.step)
         m = action.micro_batch
-        return Part(sum(sizes[:m]), sizes[m], len(sizes), sum(sizes))
+        return MicroBatchSlice(sum(sizes[:m]), sizes[m], len(sizes), sum(sizes))
 
     # --- the four computations ---------------------------------------------------------------
 
@@ -191,7 +191,7 @@ class Executor:
 
             return self._work(action, y, part.samples, passed)
         boundary = operation.target
-        parcel = Parcel(y, operation.codec)
+        parcel = OutgoingTensor(y, operation.codec)
         labels = None
         if self._program.labels_travel(action.device):
             labels = self._take_labels(action, part)
@@ -264,7 +264,7 @@ class Executor:
         return self._program.operation(action.device, action.stage, action.kind)
 
     def _input(
-        self, action: Action, operation: Operation, part: Part
+        self, action: Action, operation: Operation, part: MicroBatchSlice
     ) -> tuple[jax.Array, Callable[[], None]]:
         """Returns a stage's input and what to call once it has been consumed."""
         if action.stage == 0:
@@ -297,7 +297,7 @@ class Executor:
             self._mini_batches[key] = x.astype(self._dtype, copy=False), labels
         return self._mini_batches[key]
 
-    def _take_labels(self, action: Action, part: Part) -> np.ndarray[Any, Any]:
+    def _take_labels(self, action: Action, part: MicroBatchSlice) -> np.ndarray[Any, Any]:
         """Returns a micro-batch's labels: the device's own, or those that travelled with it."""
         if self._batches is not None and self._program.is_first(action.device):
             _, labels = self._mini_batch(action)
@@ -305,9 +305,9 @@ class Executor:
             return own
         return self._labels.pop((action.device, action.step, action.micro_batch))
 
-    def _draw(self, action: Action, part: Part) -> Draw:
+    def _draw(self, action: Action, part: MicroBatchSlice) -> MicroBatchContext:
         """Returns the scalars of a micro-batch, so that neither cut nor N changes what is drawn."""
-        return Draw(
+        return MicroBatchContext(
             inverse_batch=self._dtype.type(1.0 / self._loss_samples(action.step, part)),
             seed=self._seed,
             device=np.uint32(action.device),
@@ -315,7 +315,7 @@ class Executor:
             position=np.uint32(part.before),
         )
 
-    def _loss_samples(self, step: int, part: Part) -> int:
+    def _loss_samples(self, step: int, part: MicroBatchSlice) -> int:
         """Returns the samples that a loss is averaged over: all devices' if gradients are summed.
 
         Where devices share weights the sum of their gradients then is that of the union of their
@@ -351,7 +351,7 @@ class Executor:
 
     def _keep_cotangent(
         self, action: Action, operation: Operation, cotangent: jax.Array | None
-    ) -> Parcel | None:
+    ) -> OutgoingTensor | None:
         """Keeps a cotangent for the stage below on this host, or returns the parcel to send."""
         if cotangent is None:
             return None
@@ -359,26 +359,28 @@ class Executor:
         if operation.target is None:
             self._values[action] = cotangent
             return None
-        return Parcel(cotangent, operation.codec)
+        return OutgoingTensor(cotangent, operation.codec)
 
     def _send_up(
         self,
         action: Action,
         boundary: Boundary,
-        part: Part,
-        parcel: Parcel,
+        part: MicroBatchSlice,
+        parcel: OutgoingTensor,
         labels: np.ndarray[Any, Any] | None,
         over_bytes: int,
     ) -> None:
         """Sends an activation, behind its labels, to the host of the next stage."""
         above = action.stage + 1
         if labels is not None:
-            link = self._wiring.of(boundary)
+            link = self._link_table.link_for(boundary)
             link.send(_tag(Role.LABEL, action, above, part), np.ascontiguousarray(labels))
         tag = _tag(Role.ACTIVATION, action, above, part)
         self._send(boundary, tag, action._replace(kind=SEND_FORWARD), parcel, over_bytes)
 
-    def _send_down(self, action: Action, operation: Operation, part: Part, parcel: Parcel) -> None:
+    def _send_down(
+        self, action: Action, operation: Operation, part: MicroBatchSlice, parcel: OutgoingTensor
+    ) -> None:
         """Sends a cotangent to the host of the stage below."""
         tag = _tag(Role.COTANGENT, action, action.stage - 1, part)
         assert operation.target is not None
@@ -386,7 +388,7 @@ class Executor:
         self._send(operation.target, tag, sent, parcel, parcel.array_bytes)
 
     def _send(
-        self, boundary: Boundary, tag: Tag, sent: Action, parcel: Parcel, over_bytes: int
+        self, boundary: Boundary, tag: Tag, sent: Action, parcel: OutgoingTensor, over_bytes: int
     ) -> None:
         """Queues a tensor on the link to its stage's host and records when it left.
 
@@ -402,7 +404,7 @@ class Executor:
             self._record(Timed(sent, start_s, end_s, nbytes, tag.samples))
             self._ledger.drop(over_bytes)
 
-        link = self._wiring.of(boundary)
+        link = self._link_table.link_for(boundary)
         link.send(tag, parcel.contents(), codec=parcel.codec, on_sent=left)
 
     def _work(self, action: Action, probe: Any, samples: int, then: Callable[[], None]) -> Work:
@@ -420,7 +422,7 @@ def _nothing() -> None:
     """Releases an input that nobody waits for."""
 
 
-def _tag(role: Role, action: Action, stage: int, part: Part) -> Tag:
+def _tag(role: Role, action: Action, stage: int, part: MicroBatchSlice) -> Tag:
     """Returns what the header says of an action's tensor."""
     return Tag(
         role=role,

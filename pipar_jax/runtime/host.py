@@ -22,24 +22,24 @@ from comms import Message
 from pipar_jax import config as configuration
 from pipar_jax.aggregation import aggregator
 from pipar_jax.config import Config
-from pipar_jax.config.slowdown import UNSLOWED, Slowness
+from pipar_jax.config.slowdown import UNSLOWED, Slowdown
 from pipar_jax.errors import RunError
 from pipar_jax.protocol import messages
 from pipar_jax.protocol.values import Memory
 from pipar_jax.runtime import memory, migration
 from pipar_jax.runtime.completion import Completion, Work
 from pipar_jax.runtime.executor import Batches, Executor
-from pipar_jax.runtime.link_table import Wiring
+from pipar_jax.runtime.link_table import LinkTable
 from pipar_jax.runtime.metrics import Meter
 from pipar_jax.runtime.node_averaging import Averaging
 from pipar_jax.runtime.observations import Observer
-from pipar_jax.runtime.precompile import Ahead, compile_plan
+from pipar_jax.runtime.precompile import BackgroundCompiler, compile_plan
 from pipar_jax.runtime.recorder import Recorder
 from pipar_jax.runtime.transfer import compile_codecs
 from pipar_jax.schedule.actions import (
     ALL,
-    HAND_ON,
-    RECEIVE_PART,
+    RECEIVE_CLIENT_MODEL,
+    SEND_CLIENT_MODEL,
     UPDATE,
     Action,
     RoundSchedule,
@@ -84,14 +84,14 @@ class Host:
       config: The resolved configuration.
       reply: Takes replies; called on any of the host's threads, must only post.
       failed: Takes the error that ended a thread; called once, must only post.
-      wiring: The host's links, if they are made elsewhere.
+      link_table: The host's links, if they are made elsewhere.
       batches: The data, if this host is a device.
       slowness: Emulated slowness: computations last so many times their time alone.
       rematerialise: Computes forward passes again in backward passes instead of keeping residuals.
 
     Attributes:
       name: Its name.
-      wiring: Its links.
+      link_table: Its links.
       recorder: Takes what was done.
       observer: Takes what computations lasted, if the run adapts.
     """
@@ -104,13 +104,13 @@ class Host:
         *,
         reply: Reply,
         failed: Callable[[BaseException], None],
-        wiring: Wiring | None = None,
+        link_table: LinkTable | None = None,
         batches: Batches | None = None,
-        slowness: Slowness = UNSLOWED,
+        slowness: Slowdown = UNSLOWED,
         rematerialise: bool = False,
     ) -> None:
         self.name = name
-        self.wiring = wiring or Wiring(name)
+        self.link_table = link_table or LinkTable(name)
         self.observer = Observer()
         watch = self.observer.add if config.tuner.adapt else None
         self.recorder = Recorder(config.run.trace != "none", watch)
@@ -139,7 +139,7 @@ class Host:
             lambda device, step: self._tell_broken("loss", device, step),
         )  # fmt: skip
         self._completion = Completion(name, self.recorder.add, self._post_over, self._fail)
-        self._ahead = Ahead(name, self._compile_ahead, self._tell_ahead, self._fail)
+        self._ahead = BackgroundCompiler(name, self._compile_ahead, self._tell_ahead, self._fail)
         self._thread = threading.Thread(target=self._run, name=f"pipar-host-{name}", daemon=True)
         self._thread.start()
 
@@ -286,7 +286,9 @@ class Host:
             action = self._dispatcher.next()
             if action is None:
                 break
-            work = self._hand_on(action) if action.kind == HAND_ON else self._perform(action)
+            work = (
+                self._hand_on(action) if action.kind == SEND_CLIENT_MODEL else self._perform(action)
+            )
             self._in_flight += 1
             self._completion.put(work)
             self._feeder.dispatched(action)
@@ -361,7 +363,7 @@ class Host:
         self._dispatcher = Dispatcher(policy(plan.dispatch, self._demand))
         self._feeder = StepFeeder(self._program, self._dispatcher, self._demand_of)
         self._executor = Executor(
-            self._program, self._replicas, self.wiring,
+            self._program, self._replicas, self.link_table,
             batches=self._batches, meter=self._meter, record=self.recorder.add,
             ledger=self._ledger, duration_s=self._duration_s,
             seed=self._config.seed, dtype=self._config.model.dtype,
@@ -540,7 +542,7 @@ class Host:
             part["params"].update(replica.params)
             part["state"].update(replica.state)
             part["opt"].update(replica.opt_state)
-        said = messages.Part(action.device, action.step)
+        said = messages.ClientModel(action.device, action.step)
         return Work(
             action, part, time.monotonic(), 0, 0.0, lambda: self._reply(said, {"part": part})
         )
@@ -552,7 +554,7 @@ class Host:
                 given = part["opt"].get(unit, {})
                 where = f"{self.name}: unit {unit!r}"
                 replica.opt_state[unit] = migration.fitted(given, own, where)
-        self._dispatcher.complete(Action(0, RECEIVE_PART, int(self.name[1:]), step))
+        self._dispatcher.complete(Action(0, RECEIVE_CLIENT_MODEL, int(self.name[1:]), step))
 
     # --- small things -------------------------------------------------------------------------
 
@@ -573,7 +575,7 @@ class Host:
             limit = self._limits.setdefault(operation.stage, InFlightLimit(most))
         if (boundary := operation.target) is not None:
             if boundary not in self._outgoing:
-                self._outgoing[boundary] = CreditedLink(self.wiring.of(boundary))
+                self._outgoing[boundary] = CreditedLink(self.link_table.link_for(boundary))
             link, nbytes = self._outgoing[boundary], self._cut_bytes[operation.cut] * samples
         if limit is None and link is None:
             return None

@@ -8,7 +8,7 @@ from pipar_jax.protocol.values import DirectTiming, Timing
 from pipar_jax.schedule.plan import COORDINATOR, Boundary
 
 
-class Wiring:
+class LinkTable:
     """A host's links.
 
     What crosses a boundary to or from the coordinator's host uses the link that every host has to
@@ -46,7 +46,7 @@ class Wiring:
             for boundary, one in stats
         )
 
-    def of(self, boundary: Boundary) -> Link:
+    def link_for(self, boundary: Boundary) -> Link:
         """Returns the link that carries what crosses a boundary.
 
         Raises:

@@ -173,14 +173,14 @@ def predict(model: Model, plan: Plan, host: str, config: Config, samples: Sequen
                 group.append(_Passing(chain[index - 1], chain[(index + 1) % len(chain)], *sizes))
     worst: dict[int, tuple[int, int]] = {}
     for (index, _), found in passing.items():
-        capped = plan.in_flight if plan.sums_gradients and plan.is_local(index) else 0
+        capped = plan.in_flight if plan.sums_gradients and plan.is_colocated(index) else 0
         worst[index] = max(worst.get(index, (0, 0)), _worst(found, capped, window), key=sum)
     held, waiting = (sum(column) for column in zip((0, 0), *worst.values(), strict=True))
     copies = max((sum(1 for _, s in slots if s == index) for _, index in slots), default=0)
     return Need(sum(slots.values()), copies, average, held, waiting)
 
 
-def objection(model: Model, plan: Plan, config: Config, samples: Sequence[int]) -> str | None:
+def why_not_fit(model: Model, plan: Plan, config: Config, samples: Sequence[int]) -> str | None:
     """Returns why some compute node would refuse a plan before it has compiled anything, or None.
 
     Args:
@@ -193,22 +193,24 @@ def objection(model: Model, plan: Plan, config: Config, samples: Sequence[int]) 
         limit_mb = configuration.host(config, host).memory_mb
         if limit_mb and plan.held_units(host, len(model.units)):
             need = predict(model, plan, host, config, samples)
-            if (reason := excess(need, None, limit_mb, host, plan)) is not None:
+            if (reason := memory_excess(need, None, limit_mb, host, plan)) is not None:
                 return reason
     return None
 
 
 def check(need: Need, temporary: int | None, limit_mb: float, host: str, plan: Plan) -> None:
-    """Refuses a plan that needs more memory on a compute node than it may take; see ``excess``.
+    """Refuses a plan that exceeds a compute node's memory limit; see ``memory_excess``.
 
     Raises:
       RunError: It needs more.
     """
-    if (reason := excess(need, temporary, limit_mb, host, plan)) is not None:
+    if (reason := memory_excess(need, temporary, limit_mb, host, plan)) is not None:
         raise RunError(reason)
 
 
-def excess(need: Need, temporary: int | None, limit_mb: float, host: str, plan: Plan) -> str | None:
+def memory_excess(
+    need: Need, temporary: int | None, limit_mb: float, host: str, plan: Plan
+) -> str | None:
     """Returns why a compute node refuses a plan that needs more memory than it may take, or None.
 
     Args:

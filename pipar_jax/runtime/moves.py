@@ -36,11 +36,11 @@ def check_follows(old: Plan, new: Plan, units: int) -> None:
     """
     check_adaptable(old)
     check_adaptable(new)
-    if (reason := objection(old, new, units)) is not None:
+    if (reason := why_not_follow(old, new, units)) is not None:
         raise PlanError(f"the plan {old} cannot be changed to {new} during a run: {reason}")
 
 
-def objection(old: Plan, new: Plan, units: int) -> str | None:
+def why_not_follow(old: Plan, new: Plan, units: int) -> str | None:
     """Returns why one plan cannot follow another without changing what is trained, or None.
 
     Args:
@@ -67,7 +67,7 @@ def moves(old: Plan, new: Plan, units: int) -> list[Move]:
 
     Args:
       old: The plan so far.
-      new: The plan from now on, to which ``objection`` has none.
+      new: The plan from now on, to which ``why_not_follow`` has none.
       units: How many units the model has.
     """
     targets = _holders(new, units)

@@ -7,10 +7,10 @@ import threading
 from collections import defaultdict
 
 from pipar_jax.protocol.values import Seen
-from pipar_jax.schedule.actions import BACKWARD, FORWARD, LAST, UPDATE
+from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS, UPDATE
 from pipar_jax.schedule.trace import Timed
 
-_KINDS = (FORWARD, BACKWARD, LAST, UPDATE)
+_KINDS = (FORWARD, BACKWARD, LOSS, UPDATE)
 
 
 class Observer:

@@ -21,7 +21,7 @@ from stages import Model
 NICENESS = 10
 
 
-class Ahead:
+class BackgroundCompiler:
     """A thread that compiles one plan after another; it starts with the first.
 
     Args:
@@ -109,7 +109,7 @@ def compile_plan(
     if not limit_mb:
         return None
     need = memory.predict(model, plan, host, config, samples)
-    return memory.excess(need, temporary, limit_mb, host, plan)
+    return memory.memory_excess(need, temporary, limit_mb, host, plan)
 
 
 def lower_priority() -> None:

@@ -20,7 +20,7 @@ from pipar_jax.codec_kernels.kernels import Coded
 RAW = "raw"
 
 
-class Parcel:
+class OutgoingTensor:
     """An array that will be sent.
 
     Attributes:

@@ -20,27 +20,27 @@ from pipar_jax.schedule.plan import COORDINATOR, OWNER, Plan
 FORWARD = "F"
 BACKWARD = "B"
 #: Fused last stage: forward, loss and backward in one computation.
-LAST = "L"
+LOSS = "L"
 UPDATE = "U"
 AGGREGATE = "A"
-HAND_ON = "H"
+SEND_CLIENT_MODEL = "H"
 EVALUATE = "E"
 #: Sends and receives name the computation whose result they carry: an activation or a cotangent.
 SEND_FORWARD, RECEIVE_FORWARD = "SF", "RF"
 SEND_BACKWARD, RECEIVE_BACKWARD = "SB", "RB"
 #: The device part with its optimiser state arrives (sequential order).
-RECEIVE_PART = "RH"
+RECEIVE_CLIENT_MODEL = "RH"
 #: Weights leave a host for aggregation, and come back to it.
 SEND_WEIGHTS, RECEIVE_WEIGHTS = "SA", "RA"
 
 #: Kinds that occupy a host's processor.
-COMPUTE = frozenset((FORWARD, BACKWARD, LAST, UPDATE, AGGREGATE))
+COMPUTE = frozenset((FORWARD, BACKWARD, LOSS, UPDATE, AGGREGATE))
 #: Kinds that a host waits for instead of performing.
-RECEIVES = frozenset((RECEIVE_FORWARD, RECEIVE_BACKWARD, RECEIVE_PART, RECEIVE_WEIGHTS))
+RECEIVES = frozenset((RECEIVE_FORWARD, RECEIVE_BACKWARD, RECEIVE_CLIENT_MODEL, RECEIVE_WEIGHTS))
 #: Kinds that belong to one micro-batch.
-MICRO = frozenset((FORWARD, BACKWARD, LAST, SEND_FORWARD, RECEIVE_FORWARD, SEND_BACKWARD,
+MICRO = frozenset((FORWARD, BACKWARD, LOSS, SEND_FORWARD, RECEIVE_FORWARD, SEND_BACKWARD,
                    RECEIVE_BACKWARD))  # fmt: skip
-KINDS = COMPUTE | RECEIVES | MICRO | {HAND_ON, EVALUATE, SEND_WEIGHTS}
+KINDS = COMPUTE | RECEIVES | MICRO | {SEND_CLIENT_MODEL, EVALUATE, SEND_WEIGHTS}
 
 #: Device number of an action that serves all devices at once.
 ALL = -1
@@ -174,7 +174,7 @@ def rounds(plan: Plan, steps_per_epoch: Sequence[int], epochs: int) -> tuple[tup
 
 def update_of(plan: Plan, device: int, stage: int, step: int) -> Action:
     """Returns the update that ends a step of a stage: one for all devices if they share weights."""
-    shared = plan.sums_gradients and plan.is_local(stage)
+    shared = plan.sums_gradients and plan.is_colocated(stage)
     return Action(stage, UPDATE, ALL if shared else device, step)
 
 
@@ -197,7 +197,7 @@ def _template(hosts: tuple[str, ...], micro_batches: int) -> tuple[_Row, ...]:
 
     def add(stage: int, kind: str, m: int, *deps: tuple[int, str, int]) -> None:
         known = tuple(index[key] for key in deps if key[2] >= 0)
-        first = m == 0 and kind in (FORWARD, LAST)
+        first = m == 0 and kind in (FORWARD, LOSS)
         index[stage, kind, m] = len(rows)
         rows.append(_Row(stage, kind, m, known, first))
 
@@ -205,7 +205,7 @@ def _template(hosts: tuple[str, ...], micro_batches: int) -> tuple[_Row, ...]:
     # accumulated gradients are then summed in the same order whatever arrives first.
     for m in range(micro_batches):
         for s, host in enumerate(hosts):
-            kind = LAST if s == last else FORWARD
+            kind = LOSS if s == last else FORWARD
             source: tuple[tuple[int, str, int], ...] = ()
             if s and host == hosts[s - 1]:
                 source = ((s - 1, FORWARD, m),)
@@ -215,14 +215,14 @@ def _template(hosts: tuple[str, ...], micro_batches: int) -> tuple[_Row, ...]:
                 source = ((s, RECEIVE_FORWARD, m),)
             add(s, kind, m, *source, (s, kind, m - 1))
         for s in range(last - 1, -1, -1):
-            above = (s + 1, LAST if s + 1 == last else BACKWARD, m)
+            above = (s + 1, LOSS if s + 1 == last else BACKWARD, m)
             if hosts[s] != hosts[s + 1]:
                 add(s + 1, SEND_BACKWARD, m, above)
                 add(s, RECEIVE_BACKWARD, m, (s + 1, SEND_BACKWARD, m))
                 above = (s, RECEIVE_BACKWARD, m)
             add(s, BACKWARD, m, above, (s, FORWARD, m), (s, BACKWARD, m - 1))
     for s in range(last + 1):
-        add(s, UPDATE, 0, (s, LAST if s == last else BACKWARD, micro_batches - 1))
+        add(s, UPDATE, 0, (s, LOSS if s == last else BACKWARD, micro_batches - 1))
     return tuple(rows)
 
 
@@ -324,7 +324,7 @@ def predecessors(
     after: dict[int, Action] = {}
     before = spans[position - 1] if position else None
     if _opens(spans, position, holder):
-        part = Action(0, RECEIVE_PART, span.device, step)
+        part = Action(0, RECEIVE_CLIENT_MODEL, span.device, step)
         after = {s: part for s in stages if plan.devices[span.device].hosts[s] == OWNER}
     if before is not None:
         for s in stages:
@@ -388,14 +388,16 @@ class RoundSchedule:
             return rows
         before = self.spans[position - 1] if position else None
         if step == span.first and _opens(self.spans, position, self.holder):
-            source = (Action(0, HAND_ON, before.device, before.stop - 1),) if before else ()
-            rows = ((Action(0, RECEIVE_PART, device, step), source), *rows)
+            source = (
+                (Action(0, SEND_CLIENT_MODEL, before.device, before.stop - 1),) if before else ()
+            )
+            rows = ((Action(0, RECEIVE_CLIENT_MODEL, device, step), source), *rows)
         last = position + 1 == len(self.spans) or self.spans[position + 1].device != device
         if step == span.stop - 1 and last:
             hosts = self.plan.devices[device].hosts
             owned = tuple(s for s, host in enumerate(hosts) if host == OWNER)
             updates = tuple(update_of(self.plan, device, s, step) for s in owned)
-            rows = (*rows, (Action(0, HAND_ON, device, step), updates))
+            rows = (*rows, (Action(0, SEND_CLIENT_MODEL, device, step), updates))
         return rows
 
     def closing(self) -> Step:
@@ -414,7 +416,7 @@ class RoundSchedule:
             for s in range(self.plan.devices[device].stages):
                 update = update_of(self.plan, device, s, step)
                 host = self.plan.host(device, s)
-                local = self.plan.is_local(s) and host != COORDINATOR
+                local = self.plan.is_colocated(s) and host != COORDINATOR
                 average = Action(s if local else 0, AGGREGATE, ALL, self.spans[0].stop - 1)
                 if local or host == COORDINATOR:
                     sources.setdefault(average, []).append(update)

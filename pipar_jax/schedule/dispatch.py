@@ -15,11 +15,11 @@ import heapq
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
-from pipar_jax.schedule.actions import BACKWARD, COMPUTE, FORWARD, HAND_ON, Action
+from pipar_jax.schedule.actions import BACKWARD, COMPUTE, FORWARD, SEND_CLIENT_MODEL, Action
 from pipar_jax.schedule.policies import Key, Policy
 
 #: Kinds that the dispatcher hands out; sends follow from them and receives are reported to it.
-DISPATCHED = COMPUTE | {HAND_ON}
+DISPATCHED = COMPUTE | {SEND_CLIENT_MODEL}
 
 
 class Outgoing(Protocol):

@@ -50,7 +50,7 @@ def check_executable(plan: Plan) -> None:
             "U-shape on compute nodes"
         )
     if plan.sums_gradients and not any(
-        plan.is_local(stage) for stage in range(plan.devices[0].stages)
+        plan.is_colocated(stage) for stage in range(plan.devices[0].stages)
     ):
         raise PlanError(
             f"the plan {plan} shares weights, but no stage serves all devices on one host with "

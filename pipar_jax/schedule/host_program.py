@@ -15,11 +15,11 @@ from pipar_jax.schedule.actions import (
     ALL,
     BACKWARD,
     FORWARD,
-    HAND_ON,
-    LAST,
+    LOSS,
     RECEIVE_BACKWARD,
     RECEIVE_FORWARD,
     SEND_BACKWARD,
+    SEND_CLIENT_MODEL,
     SEND_FORWARD,
     UPDATE,
     Action,
@@ -99,12 +99,12 @@ class HostProgram:
                 places.append(place)
             for stage in own:
                 last = stage == one.stages - 1
-                for kind in (LAST,) if last else (FORWARD, BACKWARD):
+                for kind in (LOSS,) if last else (FORWARD, BACKWARD):
                     self._add(_operation(plan, place, stage, kind))
-                shared = plan.sums_gradients and plan.is_local(stage)
+                shared = plan.sums_gradients and plan.is_colocated(stage)
                 self._add(_operation(plan, ALL if shared else place, stage, UPDATE))
             if own and own[0] == 0 and plan.order == "sequential":
-                self._add(_operation(plan, place, 0, HAND_ON))
+                self._add(_operation(plan, place, 0, SEND_CLIENT_MODEL))
         self.places = tuple(places)
         self._hosts = [
             tuple(plan.host(place, s) for s in range(one.stages))
@@ -115,7 +115,7 @@ class HostProgram:
         self._shared = frozenset(
             stage
             for stage in range(plan.devices[0].stages)
-            if plan.sums_gradients and plan.is_local(stage)
+            if plan.sums_gradients and plan.is_colocated(stage)
         )
         self._takes_part = frozenset(places)
 
@@ -200,11 +200,11 @@ class HostProgram:
                 elif stage in after:
                     before += (after[stage],)
             rows.append((action, before))
-        if self._hands_on and (place, 0, HAND_ON) in self._operations:
+        if self._hands_on and (place, 0, SEND_CLIENT_MODEL) in self._operations:
             following = schedule.spans[position + 1 : position + 2]
             if step == span.stop - 1 and not (following and following[0].device == place):
                 updates = tuple(one for one in actions if one.kind == UPDATE)
-                rows.append((Action(0, HAND_ON, place, step), updates))
+                rows.append((Action(0, SEND_CLIENT_MODEL, place, step), updates))
         return rows
 
     def _add(self, operation: Operation) -> None:
@@ -227,15 +227,15 @@ def _operation(plan: Plan, place: int, stage: int, kind: str) -> Operation:
     received = sent = arrives_as = ""
     output_of = None
     target_stage, cut, codec = stage, -1, "raw"
-    before = {FORWARD: stage - 1, LAST: stage - 1, BACKWARD: stage + 1}.get(kind, -1)
+    before = {FORWARD: stage - 1, LOSS: stage - 1, BACKWARD: stage + 1}.get(kind, -1)
     if before >= 0:
         if hosts[before] == hosts[stage]:
-            kinds = (LAST if before == last else BACKWARD) if kind == BACKWARD else FORWARD
+            kinds = (LOSS if before == last else BACKWARD) if kind == BACKWARD else FORWARD
             output_of = before, kinds
         else:
             source = plan.boundary(known, min(stage, before))
             received = RECEIVE_BACKWARD if kind == BACKWARD else RECEIVE_FORWARD
-    if kind == FORWARD or (kind in (BACKWARD, LAST) and stage):
+    if kind == FORWARD or (kind in (BACKWARD, LOSS) and stage):
         up = kind == FORWARD
         target_stage = stage + 1 if up else stage - 1
         below = min(stage, target_stage)
@@ -247,7 +247,7 @@ def _operation(plan: Plan, place: int, stage: int, kind: str) -> Operation:
             target = plan.boundary(known, below)
             pair = one.codecs[below]
             codec = pair.activation if up else pair.cotangent
-    limited = bool(plan.in_flight and plan.sums_gradients and plan.is_local(stage))
+    limited = bool(plan.in_flight and plan.sums_gradients and plan.is_colocated(stage))
     return Operation(
         place=place,
         stage=stage,

@@ -189,7 +189,7 @@ class Plan:
         name = self.devices[device].hosts[stage]
         return device_name(device) if name == OWNER else name
 
-    def is_local(self, stage: int) -> bool:
+    def is_colocated(self, stage: int) -> bool:
         """Says whether all devices have the same units in this stage, on the same host.
 
         Its weights then live together: they are averaged, or shared, where they are, without
@@ -210,7 +210,7 @@ class Plan:
     def is_shared(self, device: int, stage: int) -> bool:
         """Says whether a device's stage uses the one copy that devices share, or one of its own."""
         return self.weights == "shared" and (
-            self.is_local(stage)
+            self.is_colocated(stage)
             or (self.order == "sequential" and self.devices[device].hosts[stage] != OWNER)
         )
 
@@ -222,7 +222,7 @@ class Plan:
         return tuple(
             stage
             for stage in range(self.devices[0].stages)
-            if host != COORDINATOR and self.is_local(stage) and self.host(0, stage) == host
+            if host != COORDINATOR and self.is_colocated(stage) and self.host(0, stage) == host
         )
 
     def local_units(self, host: str, count: int) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from pipar_jax.errors import PlanError
-from pipar_jax.schedule.actions import BACKWARD, FORWARD, LAST, UPDATE, Action
+from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS, UPDATE, Action
 
 #: A sort key; the smallest runs first.
 Key = tuple[float, ...]
@@ -22,7 +22,7 @@ def _fcfs(demand: Mapping[int, float]) -> Policy:
 def _backward_first(demand: Mapping[int, float]) -> Policy:
     """Prefers updates and backwards, which free residuals and let devices go on."""
     del demand
-    urgency = {UPDATE: 0, BACKWARD: 1, LAST: 1}
+    urgency = {UPDATE: 0, BACKWARD: 1, LOSS: 1}
     return lambda action, ready: (urgency.get(action.kind, 2), ready)
 
 
@@ -35,7 +35,7 @@ def _slowest_first(demand: Mapping[int, float]) -> Policy:
 def _fixed(demand: Mapping[int, float]) -> Policy:
     """Runs a step's forwards in micro-batch order, then its backwards, devices in order."""
     del demand
-    phase = {FORWARD: 0, LAST: 0, BACKWARD: 1}
+    phase = {FORWARD: 0, LOSS: 0, BACKWARD: 1}
     return lambda action, ready: (
         action.step, phase.get(action.kind, 2), action.micro_batch, action.device, ready,
     )  # fmt: skip

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pipar_jax.errors import ScheduleError
 from pipar_jax.schedule.actions import (
     RECEIVE_BACKWARD,
+    RECEIVE_CLIENT_MODEL,
     RECEIVE_FORWARD,
-    RECEIVE_PART,
     RECEIVES,
     Action,
 )
@@ -112,5 +112,5 @@ def _source(plan: Plan, receive: Action) -> Action:
         above = receive.stage + 1
         last = above == plan.devices[receive.device].stages - 1
         return receive._replace(stage=above, kind="L" if last else "B")
-    assert receive.kind in (RECEIVE_PART, *RECEIVES)
+    assert receive.kind in (RECEIVE_CLIENT_MODEL, *RECEIVES)
     return receive

@@ -12,9 +12,9 @@ from pipar_jax.cost_model.costs import Costs, on_grid
 from pipar_jax.schedule.actions import (
     BACKWARD,
     FORWARD,
-    HAND_ON,
-    LAST,
+    LOSS,
     MICRO,
+    SEND_CLIENT_MODEL,
     UPDATE,
     Action,
     RoundSchedule,
@@ -218,7 +218,7 @@ class Simulation:
             self._send(host, action, route, samples)
         if action.kind == UPDATE:
             self._updated(action, route)
-        elif action.kind == HAND_ON:
+        elif action.kind == SEND_CLIENT_MODEL:
             self.exchange.hand_on(action)
         self._pump(host)
 
@@ -302,7 +302,7 @@ class Simulation:
             for stage in range(chain.stages):
                 if schedule.plan.host(span.device, stage) != own:
                     continue
-                kinds = (LAST,) if stage == chain.stages - 1 else (FORWARD, BACKWARD)
+                kinds = (LOSS,) if stage == chain.stages - 1 else (FORWARD, BACKWARD)
                 for samples in schedule.sizes(span.device, span.first):
                     for kind in kinds:
                         seconds += self._costs.compute_s(span.device, stage, kind, samples)
@@ -347,7 +347,7 @@ class Simulation:
         elif action.kind == BACKWARD:
             held = held_bytes(action.device, action.stage, FORWARD, samples)
             host.memory.append((self.now_s, -held))
-        if action.kind in (LAST, BACKWARD):
+        if action.kind in (LOSS, BACKWARD):
             while_s = held_bytes(action.device, action.stage, action.kind, samples)
             host.memory += [(start_s, while_s), (self.now_s, -while_s)]
         if route.source is not None:

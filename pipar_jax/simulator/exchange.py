@@ -9,8 +9,8 @@ from pipar_jax.cost_model.costs import Costs, on_grid
 from pipar_jax.schedule.actions import (
     AGGREGATE,
     ALL,
-    HAND_ON,
-    RECEIVE_PART,
+    RECEIVE_CLIENT_MODEL,
+    SEND_CLIENT_MODEL,
     SEND_WEIGHTS,
     Action,
     host_of,
@@ -139,10 +139,10 @@ class Exchange:
         )  # fmt: skip
         after = spans[position + 1] if position + 1 < len(spans) else None
         if after is not None and after.device == action.device:
-            part = Action(0, RECEIVE_PART, after.device, after.first)
+            part = Action(0, RECEIVE_CLIENT_MODEL, after.device, after.first)
             self._simulation.arrive(self._simulation.by_name[device_name(after.device)], part)
             return
-        nbytes = self._costs.wire_bytes(action.device, 0, HAND_ON, 0)
+        nbytes = self._costs.wire_bytes(action.device, 0, SEND_CLIENT_MODEL, 0)
         ends = (device_name(action.device), COORDINATOR)
         if after is None:
             self._transfer(ends, nbytes, action, None, self._part_back)
@@ -151,9 +151,9 @@ class Exchange:
 
     def give_part(self, device: int, step: int) -> None:
         """Sends the device part from the coordinator to the device whose turn it is."""
-        nbytes = self._costs.wire_bytes(device, 0, HAND_ON, 0)
+        nbytes = self._costs.wire_bytes(device, 0, SEND_CLIENT_MODEL, 0)
         host = self._simulation.by_name[device_name(device)]
-        part = Action(0, RECEIVE_PART, device, step)
+        part = Action(0, RECEIVE_CLIENT_MODEL, device, step)
         self._transfer(
             (COORDINATOR, host.name), nbytes, None, part, self._simulation.arrive, host, part
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from pipar_jax.cost_model.costs import FREE_LINK, Costs, on_grid
-from pipar_jax.schedule.actions import BACKWARD, HAND_ON, SEND_BACKWARD, SEND_FORWARD
+from pipar_jax.schedule.actions import BACKWARD, SEND_BACKWARD, SEND_CLIENT_MODEL, SEND_FORWARD
 from pipar_jax.schedule.dispatch import CreditedLink
 from pipar_jax.schedule.host_program import Operation
 from pipar_jax.schedule.plan import COORDINATOR, is_node
@@ -109,7 +109,7 @@ class Direction:
 class Network:
     """All directions of all links, made when first used.
 
-    Links are those of the runtime (``runtime.wiring``, ``runtime.neighbours``): what crosses a
+    Links are those of the runtime (``runtime.link_table``, ``runtime.neighbours``): what crosses a
     boundary at the coordinator's host uses that host's one link to the coordinator, every other
     boundary has a link, and so a credit, of its own. What a device sends shares one line whatever
     link it takes, as do the links from one host to one device; two nodes have a line per boundary.
@@ -206,7 +206,9 @@ class Route:
         known = self._known.get(samples)
         if known is None:
             one, seconds = self.operation, 0.0
-            if one.kind != HAND_ON:  # no computation, and the message is the coordinator's matter
+            if (
+                one.kind != SEND_CLIENT_MODEL
+            ):  # no computation, and the message is the coordinator's matter
                 seconds = self._costs.compute_s(one.place, one.stage, one.kind, samples)
             out = came = 0.0
             if self.out is not None:

@@ -12,10 +12,10 @@ from pipar_jax.schedule.actions import (
     ALL,
     BACKWARD,
     FORWARD,
-    HAND_ON,
-    LAST,
+    LOSS,
     RECEIVE_BACKWARD,
     SEND_BACKWARD,
+    SEND_CLIENT_MODEL,
     SEND_FORWARD,
     UPDATE,
     RoundSchedule,
@@ -55,7 +55,7 @@ class HostTimes:
           stop: One past its last.
           samples: Samples in the micro-batch; 0 for an update.
         """
-        if kind == LAST:
+        if kind == LOSS:
             sums_s = self._sum(FORWARD, first, stop, samples)
             sums_s += self._sum(BACKWARD, first, stop, samples)
             calls = 2 * (stop - first) - 1  # the last unit is one call, all others two
@@ -81,7 +81,7 @@ class HostTimes:
         return sums[stop] - sums[first]
 
 
-class Stages:
+class StageCosts:
     """The times and bytes of every stage that a plan over a profile can have.
 
     Attributes:
@@ -162,7 +162,7 @@ class Stages:
             if kind == UPDATE or not times.handling.byte_s:
                 return seconds
             # What crosses the cuts on both sides; the last stage takes and gives at one.
-            around = (stage - 1, stage - 1 if kind == LAST else stage)
+            around = (stage - 1, stage - 1 if kind == LOSS else stage)
             crossed = [
                 plan.devices[device].cuts[below]
                 for below in around
@@ -181,7 +181,7 @@ class Stages:
                 codec = chain.codecs[stage - 1].cotangent
                 return self.down_bytes(chain.cuts[stage - 1], samples, codec)
             first, stop = bounds[device][stage : stage + 2]
-            if kind == HAND_ON:
+            if kind == SEND_CLIENT_MODEL:
                 return self.part_bytes(first, stop)
             return self.averaged_bytes(first, stop)
 
@@ -225,7 +225,7 @@ class Stages:
         return links
 
 
-class Judged(NamedTuple):
+class PlanEstimate(NamedTuple):
     """A plan with its predicted times.
 
     Attributes:
@@ -257,7 +257,7 @@ def rounds_per_epoch(profile: Profile, plan: Plan) -> float:
     return max(1.0, max(map(profile.steps, range(len(profile.devices)))) / plan.aggregate_every)
 
 
-def judge(stages: Stages, plan: Plan) -> Judged:
+def estimate(stages: StageCosts, plan: Plan) -> PlanEstimate:
     """Predicts a plan's epoch by simulating a round of it.
 
     Args:
@@ -268,7 +268,7 @@ def judge(stages: Stages, plan: Plan) -> Judged:
       ScheduleError: The plan deadlocks.
     """
     found = simulate_round(round_of(stages.profile, plan), stages.costs(plan), collect=False)
-    return Judged(plan, found.seconds * rounds_per_epoch(stages.profile, plan), found)
+    return PlanEstimate(plan, found.seconds * rounds_per_epoch(stages.profile, plan), found)
 
 
 def simulate(plan: Plan, profile: Profile) -> Trace:
@@ -281,11 +281,11 @@ def simulate(plan: Plan, profile: Profile) -> Trace:
     Raises:
       ScheduleError: The plan deadlocks.
     """
-    costs = Stages(profile).costs(plan)
+    costs = StageCosts(profile).costs(plan)
     return simulate_round(round_of(profile, plan), costs).trace
 
 
-def loads(stages: Stages, judged: Judged) -> Mapping[str, float]:
+def loads(stages: StageCosts, judged: PlanEstimate) -> Mapping[str, float]:
     """Returns how busy the busiest device, uplink, downlink and the server are, in [0, 1]."""
     found, busiest = judged.round, {"device": 0.0, "uplink": 0.0, "downlink": 0.0}
     for index, one in enumerate(stages.profile.devices):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pipar_jax.schedule.actions import BACKWARD, FORWARD, LAST, UPDATE
+from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS, UPDATE
 from pipar_jax.training.replica import Replica
 from stages import Model, make_draw
 
@@ -226,7 +226,7 @@ def _functions(model: Model, replica: Replica, samples: int) -> Mapping[str, _Ru
         return seconds
 
     if stage.is_last:
-        return {LAST: run_last}
+        return {LOSS: run_last}
     return {FORWARD: run_forward, BACKWARD: run_backward}
 
 

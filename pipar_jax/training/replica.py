@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from pipar_jax.errors import RunError
 from pipar_jax.training import optimizer
 from pipar_jax.training.optimizer import Compiled
-from stages import Draw, Stage
+from stages import MicroBatchContext, Stage
 
 Variables = dict[str, dict[str, jax.Array]]
 
@@ -85,7 +85,7 @@ class Replica:
         """Tells the optimiser that a round begins with the weights as they are (FedProx)."""
         self.opt_state = optimizer.anchor(self.opt_state, self.params)
 
-    def forward(self, x: jax.Array, draw: Draw) -> tuple[jax.Array, Any]:
+    def forward(self, x: jax.Array, draw: MicroBatchContext) -> tuple[jax.Array, Any]:
         """Returns the activation [micro-batch, …] and the residuals of a micro-batch."""
         y, residuals, self.state = self.stage.forward(self.params, self.state, x, draw)
         return y, residuals
@@ -101,7 +101,7 @@ class Replica:
         return given
 
     def loss(
-        self, x: jax.Array, labels: jax.Array, draw: Draw
+        self, x: jax.Array, labels: jax.Array, draw: MicroBatchContext
     ) -> tuple[dict[str, jax.Array], jax.Array | None]:
         """Runs the last stage on a micro-batch: metrics, and the input's cotangent if any."""
         metrics, cotangent, self.accumulated, self.state = self.stage.loss(

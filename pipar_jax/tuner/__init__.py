@@ -4,9 +4,18 @@
 plan, or the paper's own selection; ``measure`` makes the profile.
 """
 
-from pipar_jax.simulator.predict import Judged, Stages, loads, simulate
+from pipar_jax.simulator.predict import PlanEstimate, StageCosts, loads, simulate
 from pipar_jax.tuner.bounds import memory_bytes
-from pipar_jax.tuner.search import Found, labels, search, tune
+from pipar_jax.tuner.search import SearchResult, labels, search, tune
 
-__all__ = ["Found", "Judged", "Stages", "labels", "loads", "memory_bytes", "search", "simulate",
-           "tune"]  # fmt: skip
+__all__ = [
+           "PlanEstimate",
+           "SearchResult",
+           "StageCosts",
+           "labels",
+           "loads",
+           "memory_bytes",
+           "search",
+           "simulate",
+           "tune",
+]  # fmt: skip

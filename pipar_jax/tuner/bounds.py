@@ -10,17 +10,17 @@ from pipar_jax.cost_model.costs import LinkModel
 from pipar_jax.schedule.actions import (
     BACKWARD,
     FORWARD,
-    LAST,
+    LOSS,
     UPDATE,
     Span,
     batch_samples,
     micro_batch_sizes,
 )
 from pipar_jax.schedule.plan import COORDINATOR, OWNER, Codecs, DevicePlan, Plan, device_name
-from pipar_jax.simulator.predict import Stages
+from pipar_jax.simulator.predict import StageCosts
 
 
-class Option(NamedTuple):
+class DeviceOption(NamedTuple):
     """One device's way of training.
 
     Attributes:
@@ -40,7 +40,7 @@ class Option(NamedTuple):
         return DevicePlan((self.cut,), (OWNER, COORDINATOR), self.micro_batches, (self.codecs,))
 
 
-class Least(NamedTuple):
+class LowerBound(NamedTuple):
     """What a device's span of steps takes at least, whatever the other devices do.
 
     Attributes:
@@ -64,7 +64,7 @@ class Least(NamedTuple):
         return self.alone_s + self.closing_s
 
 
-def least(stages: Stages, device: int, option: Option, span: Span) -> Least:
+def least(stages: StageCosts, device: int, option: DeviceOption, span: Span) -> LowerBound:
     """Returns what an option takes at least.
 
     A step takes at least PiPar's recurrence with the micro-batches' own times and the link's delay:
@@ -89,7 +89,7 @@ def least(stages: Stages, device: int, option: Option, span: Span) -> Least:
     server_s, opening_s, tail_s = 0.0, math.inf, math.inf
     for samples, steps in sizes.items():
         if not option.cut:
-            alone_s += steps * (times.time_s(LAST, 0, count, samples) + update_s)
+            alone_s += steps * (times.time_s(LOSS, 0, count, samples) + update_s)
             continue
         parts = micro_batch_sizes(samples, option.micro_batches)
         alone = _step(stages, device, option, parts)
@@ -102,10 +102,10 @@ def least(stages: Stages, device: int, option: Option, span: Span) -> Least:
     closing_s += _transfer_s(one.down, weights) + _transfer_s(one.up, 0.0)
     if not option.cut:
         opening_s = tail_s = 0.0
-    return Least(alone_s, server_s, opening_s + _transfer_s(one.down, 0.0), closing_s, tail_s)
+    return LowerBound(alone_s, server_s, opening_s + _transfer_s(one.down, 0.0), closing_s, tail_s)
 
 
-def round_bound_s(stages: Stages, all_least: Sequence[Least]) -> float:
+def round_bound_s(stages: StageCosts, all_least: Sequence[LowerBound]) -> float:
     """Returns what a parallel round takes at least: for each device alone, and for the server."""
     alone_s = max(one.round_s for one in all_least)
     using = [one for one in all_least if one.server_s]
@@ -118,7 +118,7 @@ def round_bound_s(stages: Stages, all_least: Sequence[Least]) -> float:
     return max(alone_s, shared_s + after_s)
 
 
-def sequential_bound_s(stages: Stages, all_least: Sequence[Least], cut: int) -> float:
+def sequential_bound_s(stages: StageCosts, all_least: Sequence[LowerBound], cut: int) -> float:
     """Returns what a sequential epoch takes at least: steps one after another, the part between."""
     part, total_s = stages.part_bytes(0, cut), sum(one.alone_s for one in all_least)
     for one in stages.profile.devices if len(all_least) > 1 else ():
@@ -127,7 +127,7 @@ def sequential_bound_s(stages: Stages, all_least: Sequence[Least], cut: int) -> 
     return total_s
 
 
-def memory_bytes(stages: Stages, plan: Plan) -> dict[str, float]:
+def memory_bytes(stages: StageCosts, plan: Plan) -> dict[str, float]:
     """Returns the memory that each host needs, from above: whatever order things happen in.
 
     Weights, gradients, optimiser state and statistics of every replica; on a device the residuals
@@ -159,7 +159,7 @@ def memory_bytes(stages: Stages, plan: Plan) -> dict[str, float]:
     return held
 
 
-def excess(stages: Stages, plan: Plan) -> str | None:
+def excess(stages: StageCosts, plan: Plan) -> str | None:
     """Returns the first host whose memory a plan exceeds, in words; None if all have enough."""
     profile = stages.profile
     limits = {COORDINATOR: profile.server.memory_bytes}
@@ -182,7 +182,7 @@ class _Step(NamedTuple):
     tail_s: float
 
 
-def _step(stages: Stages, device: int, option: Option, parts: Sequence[int]) -> _Step:
+def _step(stages: StageCosts, device: int, option: DeviceOption, parts: Sequence[int]) -> _Step:
     """Returns the recurrence with each micro-batch's own times and the links' delays."""
     one, count, cut = stages.profile.devices[device], len(stages.profile.units), option.cut
     times, costs = stages.devices[device], {}
@@ -190,7 +190,7 @@ def _step(stages: Stages, device: int, option: Option, parts: Sequence[int]) -> 
         costs[size] = (
             times.time_s(FORWARD, 0, cut, size),
             one.up.occupied_s(stages.up_bytes(cut, size, option.codecs.activation)),
-            stages.server.time_s(LAST, cut, count, size),
+            stages.server.time_s(LOSS, cut, count, size),
             one.down.occupied_s(stages.down_bytes(cut, size, option.codecs.cotangent)),
             times.time_s(BACKWARD, 0, cut, size),
         )
@@ -212,7 +212,7 @@ def _step(stages: Stages, device: int, option: Option, parts: Sequence[int]) -> 
     )
 
 
-def _static_bytes(stages: Stages, unit: int) -> float:
+def _static_bytes(stages: StageCosts, unit: int) -> float:
     """Returns what a replica of a unit takes: weights, gradients, optimiser state, statistics."""
     facts = stages.profile.units[unit]
     return 2 * facts.parameter_bytes + facts.optimizer_bytes + facts.state_bytes

@@ -19,7 +19,7 @@ from pipar_jax.errors import PlanError
 from pipar_jax.methods.registry import plan_of_chain
 from pipar_jax.schedule.actions import micro_batch_sizes
 from pipar_jax.schedule.plan import OWNER, Codecs, Plan, node_name
-from pipar_jax.simulator.predict import Judged, Stages, judge
+from pipar_jax.simulator.predict import PlanEstimate, StageCosts, estimate
 from pipar_jax.tuner import codec_choice
 from pipar_jax.tuner.chain_search import (
     ChainPlan,
@@ -47,7 +47,7 @@ ROOM = (1.0, 0.8, 0.6, 0.4)
 
 def tune_chain(
     profile: Profile, config: Config, objection: Callable[[Plan], str | None] = lambda plan: None
-) -> Judged:
+) -> PlanEstimate:
     """Returns the best chain for ``method=mpsl`` or ``accept``, with its predicted times.
 
     The chain planner finds the optimum of each objective for each number of units that stay with
@@ -68,13 +68,15 @@ def tune_chain(
     if config.tuner.select == "paper":
         config = dataclasses.replace(config, tuner=dataclasses.replace(config.tuner, codecs=""))
     codec_choice.check_measured(config, profile)
-    stages = Stages(profile)
-    judged = {plan: judge(stages, plan) for plan in _proposals(profile, config, objection)}
+    stages = StageCosts(profile)
+    judged = {plan: estimate(stages, plan) for plan in _proposals(profile, config, objection)}
     fastest = min(judged.values(), key=lambda one: one.epoch_s)
     return with_codecs(stages, config, judged, fastest.plan) if config.tuner.codecs else fastest
 
 
-def with_codecs(stages: Stages, config: Config, judged: dict[Plan, Judged], plan: Plan) -> Judged:
+def with_codecs(
+    stages: StageCosts, config: Config, judged: dict[Plan, PlanEstimate], plan: Plan
+) -> PlanEstimate:
     """Returns a chain with the codecs that suit each of its boundaries.
 
     Args:
@@ -90,7 +92,7 @@ def with_codecs(stages: Stages, config: Config, judged: dict[Plan, Judged], plan
         if plan not in judged:
             if left <= 0:
                 return None
-            judged[plan] = judge(stages, plan)
+            judged[plan] = estimate(stages, plan)
             left -= judged[plan].round.simulated
         return judged[plan].epoch_s
 
@@ -106,7 +108,7 @@ def with_codecs(stages: Stages, config: Config, judged: dict[Plan, Judged], plan
     return judged[codec_choice.raise_precision(plan, slots, config, seconds)]
 
 
-def chain_table(profile: Profile, judged: Mapping[str, Judged]) -> Table:
+def chain_table(profile: Profile, judged: Mapping[str, PlanEstimate]) -> Table:
     """Returns chains with their predicted seconds and what each host does in them.
 
     Args:

@@ -18,7 +18,7 @@ from pipar_jax.cost_model.profile import DeviceProfile, Profile
 from pipar_jax.errors import ConfigError
 from pipar_jax.schedule.actions import micro_batch_sizes
 from pipar_jax.schedule.plan import OWNER, Plan
-from pipar_jax.simulator.predict import Judged, Stages, judge
+from pipar_jax.simulator.predict import PlanEstimate, StageCosts, estimate
 
 #: What may be lost of an epoch's seconds for the sake of more bits, as a share.
 SLACK = 0.01
@@ -207,7 +207,7 @@ class Reason(NamedTuple):
         return f"off: {why}; {chosen}, {other} with it"
 
 
-def reasons(stages: Stages, config: Config, judged: Judged) -> list[Reason]:
+def reasons(stages: StageCosts, config: Config, judged: PlanEstimate) -> list[Reason]:
     """Returns for each tensor and link why its codec is what it is; nothing where none is chosen.
 
     Args:
@@ -236,7 +236,7 @@ def reasons(stages: Stages, config: Config, judged: Judged) -> list[Reason]:
         )
         raw_bytes, costs = stages.cut_bytes(cut, sum(sizes)), stages.codec(coded)
         coding_s = (costs.encode_s_per_byte + costs.decode_s_per_byte) * raw_bytes
-        other_s = judge(stages, slot.with_codec(plan, other)).epoch_s
+        other_s = estimate(stages, slot.with_codec(plan, other)).epoch_s
         found.append(
             Reason(slot, chosen, other, raw_bytes, saved_s, coding_s, judged.epoch_s, other_s)
         )

@@ -77,7 +77,7 @@ class Learns(Protocol):
         """Returns the times of all units at some micro-batch sizes."""
 
 
-class Carried(NamedTuple):
+class LinkThroughput(NamedTuple):
     """What a direction of a link has carried without a gap, since the link began.
 
     Attributes:
@@ -89,7 +89,7 @@ class Carried(NamedTuple):
     seconds: float = 0.0
 
 
-class Watch:
+class ProfileTracker:
     """Follows a profile's hosts and links.
 
     Args:
@@ -114,7 +114,7 @@ class Watch:
         self._rates = {(name, way): link.rate_bytes_s
                        for name, up, down in lines
                        for way, link in ((True, up), (False, down))}  # fmt: skip
-        self._carried: dict[tuple[Boundary, str], Carried] = {}
+        self._carried: dict[tuple[Boundary, str], LinkThroughput] = {}
 
     def computed(self, host: str, plan: Plan, seen: Sequence[Computed]) -> None:
         """Takes what a host's computations lasted.
@@ -150,7 +150,7 @@ class Watch:
         device = 0 if one.device == ALL else one.device
         return plan.units(device, one.stage, len(self._base.units))
 
-    def carried(self, boundary: Boundary, target: str, total: Carried) -> None:
+    def carried(self, boundary: Boundary, target: str, total: LinkThroughput) -> None:
         """Takes what a link has carried to one of its ends so far.
 
         A device's links are one line, its own; that between two nodes is the one above the lower.

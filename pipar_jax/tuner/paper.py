@@ -10,16 +10,16 @@ from __future__ import annotations
 import dataclasses
 
 from pipar_jax.cost_model.costs import LinkModel
-from pipar_jax.schedule.actions import BACKWARD, FORWARD, LAST
+from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS
 from pipar_jax.schedule.plan import COORDINATOR, OWNER, Codecs, DevicePlan, Plan
-from pipar_jax.simulator.predict import Stages
+from pipar_jax.simulator.predict import StageCosts
 from pipar_jax.tuner.recurrence import Choice, StepTimes, paper_choice
 
 #: Tensors as they are: the paper has no codec.
 RAW = Codecs()
 
 
-def paper_plan(stages: Stages, frame: Plan, codecs: Codecs = RAW) -> Plan:
+def paper_plan(stages: StageCosts, frame: Plan, codecs: Codecs = RAW) -> Plan:
     """Returns the plan that the paper's selection makes, for each device by itself.
 
     Args:
@@ -38,7 +38,7 @@ def paper_plan(stages: Stages, frame: Plan, codecs: Codecs = RAW) -> Plan:
     return dataclasses.replace(frame, devices=tuple(chains), order="parallel", weights="copy")
 
 
-def choose(stages: Stages, device: int, codecs: Codecs = RAW) -> Choice:
+def choose(stages: StageCosts, device: int, codecs: Codecs = RAW) -> Choice:
     """Returns the paper's choice for one device.
 
     Args:
@@ -58,7 +58,7 @@ def choose(stages: Stages, device: int, codecs: Codecs = RAW) -> Choice:
         # The server fuses forward and backward; the formulas only ever add the two.
         candidates[cut] = StepTimes(
             times.time_s(FORWARD, 0, cut, batch), times.time_s(BACKWARD, 0, cut, batch),
-            0.0, stages.server.time_s(LAST, cut, count, batch),
+            0.0, stages.server.time_s(LOSS, cut, count, batch),
             _wire_s(one.up, nbytes * stages.codec(codecs.activation).ratio),
             _wire_s(one.down, nbytes * stages.codec(codecs.cotangent).ratio),
         )  # fmt: skip

@@ -20,16 +20,29 @@ from pipar_jax.config.texts import split_list, whole_numbers
 from pipar_jax.cost_model.profile import Profile
 from pipar_jax.errors import ConfigError, PlanError
 from pipar_jax.schedule.plan import Codecs, Plan
-from pipar_jax.simulator.predict import Judged, Stages, judge, round_of, rounds_per_epoch
+from pipar_jax.simulator.predict import (
+    PlanEstimate,
+    StageCosts,
+    estimate,
+    round_of,
+    rounds_per_epoch,
+)
 from pipar_jax.tuner import codec_choice
-from pipar_jax.tuner.bounds import Least, Option, excess, least, round_bound_s, sequential_bound_s
+from pipar_jax.tuner.bounds import (
+    DeviceOption,
+    LowerBound,
+    excess,
+    least,
+    round_bound_s,
+    sequential_bound_s,
+)
 from pipar_jax.tuner.paper import paper_plan
 
 #: Options of each unequal device that are tried in its place.
 ALTERNATIVES = 3
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
     """What a search found.
 
     Attributes:
@@ -42,12 +55,12 @@ class Found(NamedTuple):
       paper: What the paper's selection chooses, judged the same way; None without a cut.
     """
 
-    plans: tuple[Judged, ...]
+    plans: tuple[PlanEstimate, ...]
     bound_s: float
     exact: bool
     judged: int
     candidates: int
-    paper: Judged | None
+    paper: PlanEstimate | None
 
     @property
     def gap(self) -> float:
@@ -75,11 +88,11 @@ def tune(profile: Profile, config: Config) -> Plan:
       PlanError: No plan fits into the hosts' memory.
     """
     if config.tuner.select == "paper":
-        return paper_plan(Stages(profile), _frame(config), _codecs(config))
+        return paper_plan(StageCosts(profile), _frame(config), _codecs(config))
     return search(profile, config).plans[0].plan
 
 
-def search(profile: Profile, config: Config) -> Found:
+def search(profile: Profile, config: Config) -> SearchResult:
     """Returns the best plans over methods, cuts, N, codecs and dispatch policies.
 
     Args:
@@ -97,23 +110,23 @@ class _Search:
     """One search, with everything that it has judged."""
 
     def __init__(self, profile: Profile, config: Config) -> None:
-        self.stages, self.profile, self.config = Stages(profile), profile, config
+        self.stages, self.profile, self.config = StageCosts(profile), profile, config
         self.frame = _frame(config)
         self.methods = split_list(config.tuner.methods)
         self.equal = len({(one.host, one.samples, one.up, one.down) for one in profile.devices}) < 2
         self.spans = {
-            span.device: span for span in round_of(profile, self._plan([Option(0)])).spans
+            span.device: span for span in round_of(profile, self._plan([DeviceOption(0)])).spans
         }
         self.scale = rounds_per_epoch(profile, self.frame)
-        self.judged: dict[Plan, Judged] = {}
+        self.judged: dict[Plan, PlanEstimate] = {}
         self.actions = self.simulated = 0
-        self._least: dict[tuple[int, Option], Least] = {}
+        self._least: dict[tuple[int, DeviceOption], LowerBound] = {}
         self.known = [
             next(i for i, other in enumerate(profile.devices) if other == one)
             for one in profile.devices
         ]
 
-    def run(self) -> Found:
+    def run(self) -> SearchResult:
         options = self._options()
         candidates = sorted(self._common(options), key=lambda one: one.bound_s)
         if not candidates:
@@ -146,17 +159,17 @@ class _Search:
             plans = self._sharpened(plans)
         paper = None
         if len(self.profile.units) > 1:
-            paper = judge(self.stages, paper_plan(self.stages, self.frame, _codecs(self.config)))
-        return Found(tuple(plans), bound_s, exact, len(self.judged), len(candidates), paper)
+            paper = estimate(self.stages, paper_plan(self.stages, self.frame, _codecs(self.config)))
+        return SearchResult(tuple(plans), bound_s, exact, len(self.judged), len(candidates), paper)
 
-    def _distinct(self) -> list[Judged]:
+    def _distinct(self) -> list[PlanEstimate]:
         """Returns the plans judged, best first, each with its best dispatch policy only."""
-        found: dict[tuple[object, str], Judged] = {}
+        found: dict[tuple[object, str], PlanEstimate] = {}
         for one in sorted(self.judged.values(), key=lambda one: one.epoch_s):
             found.setdefault((one.plan.devices, one.plan.order), one)
         return list(found.values())
 
-    def _sharpened(self, plans: list[Judged]) -> list[Judged]:
+    def _sharpened(self, plans: list[PlanEstimate]) -> list[PlanEstimate]:
         """Returns the plans behind the best with as many bits as cost no time.
 
         The search's own limit counts actions that were extrapolated, too, of which a long round has
@@ -174,7 +187,7 @@ class _Search:
 
     # --- candidates ---------------------------------------------------------------------------
 
-    def _options(self) -> list[Option]:
+    def _options(self) -> list[DeviceOption]:
         """Returns everything that a device can be told to do."""
         count, batch = len(self.profile.units), self.profile.batch_size
         numbers = {1} if {"sfl", "sl"} & set(self.methods) else set()
@@ -182,19 +195,19 @@ class _Search:
             numbers |= {min(n, batch) for n in whole_numbers(self.config.tuner.micro_batches)}
         pairs = codec_candidates.pairs(self.config)
         codec_choice.check_measured(self.config, self.profile)
-        found = [Option(0)] if "fl" in self.methods else []
+        found = [DeviceOption(0)] if "fl" in self.methods else []
         for cut in range(1, count):
             for n in sorted(numbers):
-                found += [Option(cut, n, pair) for pair in pairs]
+                found += [DeviceOption(cut, n, pair) for pair in pairs]
         return found
 
-    def _parallel(self, option: Option) -> bool:
+    def _parallel(self, option: DeviceOption) -> bool:
         """Says whether an option belongs to a method in parallel order that is allowed."""
         if not option.cut:
             return True
         return ("sfl" if option.micro_batches == 1 else "pipar") in self.methods
 
-    def _common(self, options: Iterable[Option]) -> Iterator[_Candidate]:
+    def _common(self, options: Iterable[DeviceOption]) -> Iterator[_Candidate]:
         """Yields the plans in which all devices do the same, with their bounds."""
         for option in options:
             all_least = [self._at_least(d, option) for d in range(len(self.profile.devices))]
@@ -210,7 +223,7 @@ class _Search:
                 )  # fmt: skip
                 yield _Candidate(self._sequential_bound_s(option), plan)
 
-    def _sequential_bound_s(self, option: Option) -> float:
+    def _sequential_bound_s(self, option: DeviceOption) -> float:
         """Returns the bound of an epoch in which devices take turns."""
         one_epoch = [
             least(self.stages, d, option, self.spans[d]._replace(stop=self.profile.steps(d)))
@@ -218,7 +231,7 @@ class _Search:
         ]
         return sequential_bound_s(self.stages, one_epoch, option.cut)
 
-    def _dispatches(self, option: Option) -> Sequence[str]:
+    def _dispatches(self, option: DeviceOption) -> Sequence[str]:
         """Returns the policies worth trying."""
         wanted = split_list(self.config.tuner.dispatch)
         if not option.cut or (option.micro_batches == 1 and len(self.profile.devices) == 1):
@@ -229,7 +242,7 @@ class _Search:
             return [name for name in wanted if name != "slowest_first"] or wanted
         return wanted
 
-    def _plan(self, options: Sequence[Option], dispatch: str | None = None) -> Plan:
+    def _plan(self, options: Sequence[DeviceOption], dispatch: str | None = None) -> Plan:
         """Returns a plan in parallel order; one option stands for all devices."""
         chains = [option.device_plan() for option in options]
         many = len(self.profile.devices)
@@ -239,7 +252,7 @@ class _Search:
             aggregate_every=self.frame.aggregate_every,
         )
 
-    def _at_least(self, device: int, option: Option) -> Least:
+    def _at_least(self, device: int, option: DeviceOption) -> LowerBound:
         """Returns a device's bound, found once for equal devices."""
         key = self.known[device], option
         if key not in self._least:
@@ -251,7 +264,7 @@ class _Search:
     def _judge(self, plan: Plan) -> float:
         """Simulates a plan once; returns its seconds per epoch."""
         if plan not in self.judged:
-            self.judged[plan] = found = judge(self.stages, plan)
+            self.judged[plan] = found = estimate(self.stages, plan)
             self.actions += found.round.actions
             self.simulated += found.round.simulated
         return self.judged[plan].epoch_s
@@ -271,7 +284,7 @@ class _Search:
 
     # --- unequal devices ----------------------------------------------------------------------
 
-    def _improve(self, options: Sequence[Option]) -> float:
+    def _improve(self, options: Sequence[DeviceOption]) -> float:
         """Searches plans in which devices differ; returns their bound in seconds per epoch."""
         bound_s, start = self._bisect(options)
         dispatch = min(self.judged.values(), key=lambda one: one.epoch_s).plan.dispatch
@@ -282,7 +295,7 @@ class _Search:
         if best.order == "sequential":
             return bound_s
         chosen = [
-            Option(one.cuts[0] if one.cuts else 0, one.micro_batches, *one.codecs)
+            DeviceOption(one.cuts[0] if one.cuts else 0, one.micro_batches, *one.codecs)
             for one in best.devices
         ]
         best_s, improved = self.judged[best].epoch_s, True
@@ -301,8 +314,8 @@ class _Search:
         return bound_s
 
     def _alternatives(
-        self, device: int, options: Sequence[Option], deadline_s: float
-    ) -> list[Option]:
+        self, device: int, options: Sequence[DeviceOption], deadline_s: float
+    ) -> list[DeviceOption]:
         """Returns a device's options that could meet a deadline: fastest, and easiest on others."""
         able = [
             (self._at_least(device, one), one)
@@ -313,7 +326,7 @@ class _Search:
         light = sorted(able, key=lambda pair: pair[0].server_s)[:ALTERNATIVES]
         return list(dict.fromkeys(one for _, one in (*fast, *light)))
 
-    def _bisect(self, options: Sequence[Option]) -> tuple[float, list[Option]]:
+    def _bisect(self, options: Sequence[DeviceOption]) -> tuple[float, list[DeviceOption]]:
         """Returns the least deadline that each device and the server's sum allow, and its options.
 
         For a deadline each device takes, of the options that meet it alone, the one that loads the
@@ -325,7 +338,7 @@ class _Search:
             for d in devices
         ]
 
-        def lightest(deadline_s: float) -> list[tuple[Least, Option]] | None:
+        def lightest(deadline_s: float) -> list[tuple[LowerBound, DeviceOption]] | None:
             chosen = []
             for table in tables:
                 able = [pair for pair in table if pair[0].round_s <= deadline_s]
@@ -354,7 +367,7 @@ class _Search:
 def _frame(config: Config) -> Plan:
     """Returns a plan whose values beside its device plans are the configuration's."""
     return Plan(
-        (Option(0).device_plan(),) * config.devices.count,
+        (DeviceOption(0).device_plan(),) * config.devices.count,
         dispatch=config.pipeline.dispatch,  # type: ignore[arg-type]  # resolve() checked it
         aggregate_every=configuration.aggregate_steps(config),
         hand_on=config.pipeline.hand_on,  # type: ignore[arg-type]

@@ -8,18 +8,18 @@ from pipar_jax.config import Config, codec_candidates
 from pipar_jax.cost_model.costs import LinkModel
 from pipar_jax.cost_model.profile import HostProfile, Profile
 from pipar_jax.schedule.plan import COORDINATOR, device_name
-from pipar_jax.simulator.predict import Judged, Stages, loads
+from pipar_jax.simulator.predict import PlanEstimate, StageCosts, loads
 from pipar_jax.tuner import codec_choice
 from pipar_jax.tuner.bounds import memory_bytes
-from pipar_jax.tuner.search import Found, labels
+from pipar_jax.tuner.search import SearchResult, labels
 
 #: How many of the fastest plans are shown.
 BEST = 6
 
 
-def plans_table(profile: Profile, found: Found) -> Table:
+def plans_table(profile: Profile, found: SearchResult) -> Table:
     """Returns the best plans with their seconds, what binds them, and their memory."""
-    stages = Stages(profile)
+    stages = StageCosts(profile)
     table = Table(title="plans, best first", title_justify="left")
     for name, justify in (
         ("plan", "left"), ("cut", "right"), ("N", "right"), ("dispatch", "left"),
@@ -40,7 +40,7 @@ def plans_table(profile: Profile, found: Found) -> Table:
     return table
 
 
-def verdict(found: Found) -> str:
+def verdict(found: SearchResult) -> str:
     """Returns in a sentence how sure the first plan is."""
     looked = f"{found.judged} of {found.candidates} candidates simulated"
     if found.exact:
@@ -51,7 +51,7 @@ def verdict(found: Found) -> str:
     )
 
 
-def codecs_table(profile: Profile, judged: Judged, config: Config) -> Table | None:
+def codecs_table(profile: Profile, judged: PlanEstimate, config: Config) -> Table | None:
     """Returns why each link's tensors are coded or not; None where there was no choice.
 
     Args:
@@ -59,7 +59,7 @@ def codecs_table(profile: Profile, judged: Judged, config: Config) -> Table | No
       judged: The plan that was chosen.
       config: Resolved configuration.
     """
-    why = codec_choice.reasons(Stages(profile), config, judged)
+    why = codec_choice.reasons(StageCosts(profile), config, judged)
     if not why:
         return None
     title = "codecs of the best plan, times per full mini-batch"
@@ -84,7 +84,7 @@ def codecs_table(profile: Profile, judged: Judged, config: Config) -> Table | No
     return table
 
 
-def binds(stages: Stages, judged: Judged) -> tuple[str, float]:
+def binds(stages: StageCosts, judged: PlanEstimate) -> tuple[str, float]:
     """Returns what is busiest in a round, and for which share of it.
 
     Where nothing is busy for half of the round, its hosts wait for each other: ``waiting``.
@@ -146,7 +146,7 @@ def links_table(profile: Profile) -> Table:
     return table
 
 
-def _row(stages: Stages, judged: Judged) -> list[str]:
+def _row(stages: StageCosts, judged: PlanEstimate) -> list[str]:
     """Returns a plan's cells."""
     what = labels(judged.plan)
     memory = memory_bytes(stages, judged.plan)

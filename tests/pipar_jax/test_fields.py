@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pipar_jax.config import Config, DeviceConfig, NodeConfig, schema
-from pipar_jax.config.schema import Option
+from pipar_jax.config.schema import ConfigField
 from pipar_jax.errors import ConfigError
 from pipar_jax.launch import launcher, machine
 from pipar_jax.launch.certificates import make_authority
@@ -61,7 +61,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def bad_values(one: Option) -> list[Any]:
+def bad_values(one: ConfigField) -> list[Any]:
     """Returns values that a field must refuse: of another type, out of bounds, not a choice."""
     limits = one.field.metadata
     found: list[Any] = [object(), [1]]

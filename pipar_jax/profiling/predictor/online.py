@@ -27,7 +27,7 @@ from pipar_jax.profiling.predictor.latency_model import Weights, load
 from pipar_jax.profiling.predictor.operators import Array, Tables
 from pipar_jax.profiling.predictor.predict_host import one_call, predict_host
 from pipar_jax.profiling.predictor.reference import ReferenceTimes
-from pipar_jax.schedule.actions import BACKWARD, FORWARD, LAST
+from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS
 from pipar_jax.schedule.plan import Plan
 from pipar_jax.schedule.trace import Trace
 from stages import Model
@@ -97,7 +97,7 @@ class Learner:
         found: dict[Case, list[float]] = collections.defaultdict(list)
         for row in trace.hosts.get(host, ()):
             action = row.action
-            if action.kind not in (FORWARD, BACKWARD, LAST) or action.device < 0:
+            if action.kind not in (FORWARD, BACKWARD, LOSS) or action.device < 0:
                 continue
             bounds = (0, *plan.devices[action.device].cuts, len(self._model.units))
             first, stop = bounds[action.stage : action.stage + 2]
@@ -152,7 +152,7 @@ class Learner:
         heads = {
             FORWARD: [(FORWARD_HEAD, tables)],
             BACKWARD: [(BACKWARD_HEAD, tables)],
-            LAST: [(FORWARD_HEAD, tables), (BACKWARD_HEAD, [tables[0][1:], *tables[1:]])],
+            LOSS: [(FORWARD_HEAD, tables), (BACKWARD_HEAD, [tables[0][1:], *tables[1:]])],
         }[kind]
         return float(sum(self.device.units_s(some, head, first).sum() for head, some in heads))
 
@@ -182,7 +182,7 @@ class Learner:
         # A last stage's forward and backward are one call.
         forward = nothing if kind == BACKWARD else (table, units)
         backward = nothing if kind == FORWARD else (table, units)
-        if kind == LAST:
+        if kind == LOSS:
             backward = table[1:], units[1:]
         return Observation(
             forward[0], backward[0], seconds, weight, units=(forward[1], backward[1])

@@ -20,7 +20,7 @@ from flax import nnx
 
 import stages
 from pipar_jax.config import OptimizerConfig
-from pipar_jax.cost_model.profile import NO_HANDLING, Handling
+from pipar_jax.cost_model.profile import NO_HANDLING, RuntimeOverhead
 from pipar_jax.errors import PlanError
 from pipar_jax.profiling.predictor.device_fit import Observation
 from pipar_jax.profiling.predictor.operators import Array, model_operators, rows
@@ -118,7 +118,7 @@ class ReferenceTimes:
     parameter_bytes: tuple[float, ...]
     call_s: float = 0.0
     average_s_per_byte: float = 0.0
-    handling: Handling = NO_HANDLING
+    handling: RuntimeOverhead = NO_HANDLING
     seconds: float = 0.0
     prepared_s: float = 0.0
 
@@ -156,7 +156,9 @@ class ReferenceTimes:
         """
         lists = ("forward_s", "backward_s", "update_s", "parameter_bytes")
         try:
-            handling = Handling(**{key: float(one) for key, one in values["handling"].items()})
+            handling = RuntimeOverhead(
+                **{key: float(one) for key, one in values["handling"].items()}
+            )
             made = cls(handling=handling, **{
                 name: tuple(map(float, value)) if name in lists else float(value)
                 for name, value in values.items()

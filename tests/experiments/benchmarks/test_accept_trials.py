@@ -13,7 +13,7 @@ from pipar_jax.cost_model.profile import NodeProfile, Profile
 from pipar_jax.methods.registry import plan_of_chain
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.schedule.plan import OWNER, Codecs
-from pipar_jax.simulator.predict import Stages, judge
+from pipar_jax.simulator.predict import StageCosts, estimate
 from tests.pipar_jax.tuner import profiles
 
 
@@ -59,8 +59,8 @@ def test_each_variant_does_what_its_name_says(mbps: float) -> None:
     codecs = {name: set(plan.devices[0].codecs) for name, plan in plans.items()}
     assert codecs["even + raw"] == codecs["balanced + raw"] == {Codecs()}
     assert codecs["even + codec"] == {floor}
-    stages = Stages(profile)
-    seconds = {name: judge(stages, plan).epoch_s for name, plan in plans.items()}
+    stages = StageCosts(profile)
+    seconds = {name: estimate(stages, plan).epoch_s for name, plan in plans.items()}
     assert seconds["balanced + raw"] < seconds["even + raw"]
     assert seconds["balanced + codec"] <= seconds["balanced + raw"] * 1.02
     assert seconds["balanced + codec"] <= seconds["even + codec"] * 1.02
@@ -68,7 +68,7 @@ def test_each_variant_does_what_its_name_says(mbps: float) -> None:
         few = [
             p for p in accept_trials.near_plans(config, profile, 999) if p.devices[0].cuts[0] < 5
         ]
-        assert seconds["balanced + codec"] < 0.6 * judge(stages, few[0]).epoch_s
+        assert seconds["balanced + codec"] < 0.6 * estimate(stages, few[0]).epoch_s
         assert seconds["balanced + codec"] < 0.75 * seconds["balanced + raw"]
         assert seconds["balanced + codec"] < 0.2 * seconds["even + raw"]
         assert seconds["even + codec"] < 0.4 * seconds["even + raw"]
@@ -76,10 +76,10 @@ def test_each_variant_does_what_its_name_says(mbps: float) -> None:
 
 def test_a_device_keeps_as_many_units_as_suit_it() -> None:
     config, profile = chain(10 * 1.25e5)
-    one, stages = accept_trials.plans_of(config, profile)["balanced + raw"], Stages(profile)
+    one, stages = accept_trials.plans_of(config, profile)["balanced + raw"], StageCosts(profile)
     assert one.devices[0].cuts[0] > 4  # of eight: behind slow links slow peers are little help
     (best, *_) = accept_trials.near_plans(config, profile, 1)
-    assert judge(stages, one).epoch_s == judge(stages, best).epoch_s
+    assert estimate(stages, one).epoch_s == estimate(stages, best).epoch_s
 
 
 @pytest.mark.parametrize("mbps", [10, 50, 200])
@@ -95,14 +95,14 @@ def test_what_is_not_searched_for_would_not_be_chosen(
 
 def test_near_plans_are_the_fastest_partitions_first() -> None:
     config, profile = chain(6e6)
-    stages = Stages(profile)
+    stages = StageCosts(profile)
     near = accept_trials.near_plans(config, profile, 5)
-    seconds = [judge(stages, plan).epoch_s for plan in near]
+    seconds = [estimate(stages, plan).epoch_s for plan in near]
     assert seconds == sorted(seconds) and len(set(near)) == 5
     # That the planner and the simulator find the best of all is a matter of luck; that they come
     # close is not.
     best = accept_trials.plans_of(config, profile)["balanced + raw"]
-    assert seconds[0] <= judge(stages, best).epoch_s < 1.02 * seconds[0]
+    assert seconds[0] <= estimate(stages, best).epoch_s < 1.02 * seconds[0]
     orders = {plan.devices[0].hosts[1:] for plan in accept_trials.near_plans(config, profile, 999)}
     assert len(orders) == 3 + 6 + 6
 

@@ -11,13 +11,13 @@ from experiments.benchmarks import adapting_trials, trials, tuner_trials
 from pipar_jax.config import Config
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.schedule.plan import Plan
-from pipar_jax.tuner.bounds import Option
+from pipar_jax.tuner.bounds import DeviceOption
 from pipar_jax.tuner.search import search
 from tests.pipar_jax.tuner import profiles
 
 
 def plan(cut: int, n: int = 1) -> Plan:
-    return Plan((Option(cut, n).device_plan(),) * 2)
+    return Plan((DeviceOption(cut, n).device_plan(),) * 2)
 
 
 def test_every_plan_of_a_script_is_trained_for_a_round(tmp_path):

@@ -28,7 +28,7 @@ def test_every_option_has_help_and_a_default_that_fits() -> None:
 
 
 @pytest.mark.parametrize("one", list(schema.options(Config)), ids=lambda one: one.path)
-def test_every_option_refuses_a_value_of_another_type(one: schema.Option) -> None:
+def test_every_option_refuses_a_value_of_another_type(one: schema.ConfigField) -> None:
     with pytest.raises(ConfigError, match=one.path):
         schema.fit(one, [1, 2])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipar_jax.config import Config, DeviceConfig
-from pipar_jax.config.slowdown import UNSLOWED, Slowness, slowness
+from pipar_jax.config.slowdown import UNSLOWED, Slowdown, slowness
 from pipar_jax.errors import ConfigError
 from pipar_jax.methods.resolution import resolve
 
@@ -18,7 +18,7 @@ def test_a_file_multiplies_the_factor_over_time(tmp_path):
     assert made.since(None) == 2
     assert made.emulated
     assert not UNSLOWED.emulated
-    assert Slowness(3.0).emulated
+    assert Slowdown(3.0).emulated
     assert slowness(DeviceConfig()) == UNSLOWED
 
 

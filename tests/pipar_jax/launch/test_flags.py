@@ -106,7 +106,7 @@ def test_the_last_of_equal_flags_counts(presets: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("one", list(schema.options(Config)), ids=lambda one: one.path)
-def test_every_field_is_a_flag(presets: pathlib.Path, one: schema.Option) -> None:
+def test_every_field_is_a_flag(presets: pathlib.Path, one: schema.ConfigField) -> None:
     text = "7" if one.types[0] in (int, float) else str(one.default).lower()
     if one.types == (str,) and not one.field.metadata["choices"]:
         text = "some text"

@@ -10,7 +10,7 @@ from flax import nnx
 
 import stages
 from pipar_jax.config import Config, DeviceConfig
-from pipar_jax.cost_model.profile import NO_HANDLING, Handling
+from pipar_jax.cost_model.profile import NO_HANDLING, RuntimeOverhead
 from pipar_jax.errors import RunError
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.profiling import rehearsal, unit_times
@@ -18,7 +18,7 @@ from pipar_jax.profiling.predictor.predict_host import facts_of
 from pipar_jax.profiling.rehearsal import measure_handling, measure_message_s
 from pipar_jax.profiling.unit_times import as_configured
 from pipar_jax.schedule.plan import COORDINATOR, OWNER, DevicePlan, Plan
-from pipar_jax.simulator.predict import HostTimes, Stages
+from pipar_jax.simulator.predict import HostTimes, StageCosts
 from pipar_jax.training import optimizer
 from tests.pipar_jax.runtime import support
 from tests.pipar_jax.tuner import profiles
@@ -135,7 +135,7 @@ def test_a_rehearsal_sends_each_micro_batch_once_however_many_are_under_way(monk
 
 def test_a_computation_of_a_run_has_what_is_added_once_and_an_update_has_not():
     alone = profiles.host()
-    added = dataclasses.replace(alone, handling=Handling(call_s=0.01))
+    added = dataclasses.replace(alone, handling=RuntimeOverhead(call_s=0.01))
     for kind, first, stop in (("F", 0, 1), ("F", 0, 3), ("B", 1, 4), ("L", 2, 5)):
         grown = HostTimes(added).time_s(kind, first, stop, 25)
         assert grown == pytest.approx(HostTimes(alone).time_s(kind, first, stop, 25) + 0.01)
@@ -143,7 +143,7 @@ def test_a_computation_of_a_run_has_what_is_added_once_and_an_update_has_not():
 
 
 def test_an_emulated_slow_host_hides_it():
-    measured = dataclasses.replace(profiles.host(), handling=Handling(call_s=0.01))
+    measured = dataclasses.replace(profiles.host(), handling=RuntimeOverhead(call_s=0.01))
     assert as_configured(measured, DeviceConfig()).handling == measured.handling
     assert as_configured(measured, DeviceConfig(slowdown=5.0)).handling == NO_HANDLING
 
@@ -153,11 +153,11 @@ def test_bytes_count_where_they_cross_to_another_host():
     device = dataclasses.replace(profiles.device(), host=profiles.host())
     plan = Plan((DevicePlan((1, 3), (OWNER, OWNER, COORDINATOR), 4),))
     alone = profiles.profile(device)
-    counted = dataclasses.replace(profiles.host(), handling=Handling(byte_s=1e-9))
+    counted = dataclasses.replace(profiles.host(), handling=RuntimeOverhead(byte_s=1e-9))
     with_bytes = dataclasses.replace(
         alone, server=counted, devices=(dataclasses.replace(device, host=counted),)
     )
-    before, after = (Stages(one).costs(plan).compute_s for one in (alone, with_bytes))
+    before, after = (StageCosts(one).costs(plan).compute_s for one in (alone, with_bytes))
     crossing_s = 1e-9 * 25 * alone.units[2].output_bytes
     for stage, kind, times in ((0, "F", 0), (0, "B", 0), (1, "F", 1), (1, "B", 1), (2, "L", 2),
                                (2, "U", 0)):  # fmt: skip

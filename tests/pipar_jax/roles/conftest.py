@@ -4,7 +4,7 @@ import pytest
 
 from pipar_jax.errors import PeerError
 from pipar_jax.roles import worker as workers
-from pipar_jax.roles.neighbours import Neighbours
+from pipar_jax.roles.peer_links import PeerLinks
 from tests.pipar_jax.roles import fakes
 
 
@@ -16,7 +16,7 @@ def alone(monkeypatch):
     monkeypatch.setattr(workers, "Prefetcher", lambda loader: None)
     monkeypatch.setattr("pipar_jax.roles.survey.measure_host", _measured)
     monkeypatch.setattr("pipar_jax.roles.survey.measure_reference", _measured)
-    monkeypatch.setattr(Neighbours, "_dial", lambda *args: None)
+    monkeypatch.setattr(PeerLinks, "_dial", lambda *args: None)
 
 
 def _measured(*args):

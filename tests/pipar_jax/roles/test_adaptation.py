@@ -21,14 +21,14 @@ from pipar_jax.schedule.feasibility import check_adaptable
 from pipar_jax.schedule.plan import COORDINATOR, Plan
 from pipar_jax.schedule.trace import Timed
 from pipar_jax.training import optimizer
-from pipar_jax.tuner.bounds import Option
+from pipar_jax.tuner.bounds import DeviceOption
 from tests.pipar_jax.runtime import support
 from tests.pipar_jax.tuner import profiles
 
 RTOL = 1e-9
 #: Full mini-batches of 7 on both devices: momentum equals that of the union.
 EVEN, RAGGED = (35, 35), (17, 33)
-FL, SHORT, LONG = Option(0), Option(1, 3), Option(2, 4)
+FL, SHORT, LONG = DeviceOption(0), DeviceOption(1, 3), DeviceOption(2, 4)
 
 
 def plan_of(options, every: int = 1) -> Plan:
@@ -112,7 +112,7 @@ def test_momentum_that_belongs_to_a_device_moves_with_its_units(
 
 
 def test_moves_go_both_ways():
-    old, new = plan_of([Option(1, 2), FL, LONG]), plan_of([Option(3, 2), SHORT, LONG])
+    old, new = plan_of([DeviceOption(1, 2), FL, LONG]), plan_of([DeviceOption(3, 2), SHORT, LONG])
     assert moves.moves(old, new, 4) == [
         moves.Move(0, 1, "server", "d0"),
         moves.Move(0, 2, "server", "d0"),
@@ -195,7 +195,10 @@ def test_nothing_is_left_of_a_run_that_fails_while_it_adapts(
 def test_nothing_is_decided_between_ready_and_changed():
     """A look that ends while hosts change their plan must not take the wanted one away."""
     profile = profiles.profile(profiles.device(units=4), units=4)
-    now, wanted = Plan((Option(1, 4).device_plan(),)), Plan((Option(2, 4).device_plan(),))
+    now, wanted = (
+        Plan((DeviceOption(1, 4).device_plan(),)),
+        Plan((DeviceOption(2, 4).device_plan(),)),
+    )
     made = adaptation.Adaptation(
         profiles.config(), support.model(dtype="float32"), Surveyed(profile, {}), now, 9,
         SimpleNamespace(by_name={}, listeners={}), SimpleNamespace(observer=Observer()),

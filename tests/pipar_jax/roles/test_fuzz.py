@@ -27,8 +27,8 @@ from pipar_jax.roles import admission
 from pipar_jax.roles import worker as workers
 from pipar_jax.roles.acceptance import Acceptance
 from pipar_jax.roles.holdings import Holdings, read_rows
-from pipar_jax.roles.members import Members
-from pipar_jax.roles.neighbours import Neighbours
+from pipar_jax.roles.membership import Membership
+from pipar_jax.roles.peer_links import PeerLinks
 from pipar_jax.roles.replies import Reply
 from pipar_jax.runtime import weight_bundle
 from pipar_jax.schedule.actions import Span
@@ -162,7 +162,7 @@ class Coordinator:
     def __init__(self, method):
         self.method, self.events = method, []
         made = config(method)
-        self.members = Members(
+        self.members = Membership(
             made, network(), None, tensors=lambda message: None, wake=lambda: None,
             tell=self.events.append, stop=threading.Event(),
         )  # fmt: skip
@@ -173,7 +173,7 @@ class Coordinator:
         for join in joins:
             link = self.links[join.name] = self.stranger(join.name)
             link.on_message(fakes.control(link, registry.encode(join)))
-            self.members.look()
+            self.members.poll()
             assert join.name in self.members.by_name, self.events
         self.members.acceptance = acceptance(method, COORDINATOR)
 
@@ -187,7 +187,7 @@ class Coordinator:
         held, now = holdings(self.method), plan(self.method)
         kind, wanted = rng.choice(self.answers(name))
         body = {"type": kind_of(kind).name}
-        if kind is messages.Part:
+        if kind is messages.ClientModel:
             body |= {"device": 0, "step": 0}
         elif kind is messages.Trained:
             body |= {"round": 0}
@@ -202,7 +202,7 @@ class Coordinator:
 
     def answers(self, name):
         held = holdings(self.method)
-        part = (messages.Part, lambda now, name: held.part(now, int(name[1:])))
+        part = (messages.ClientModel, lambda now, name: held.part(now, int(name[1:])))
         return [
             (messages.Trained, held.trained),
             (messages.Fetched, held.fetched),
@@ -221,7 +221,7 @@ class Coordinator:
     def read(self):
         """Does with all that was said what the coordinator does."""
         while not self.members._inbox.empty():
-            self.members.look()
+            self.members.poll()
         for mail in self.members._early:
             if mail.message is None or mail.message.kind != "bundle":
                 continue
@@ -314,7 +314,7 @@ class Run:
         one = loader(0) if name == "d0" else None
         self.worker = Device(config(method), name, network(), one)
         self.link = self.worker._link = fakes.Link(COORDINATOR)
-        self.worker._neighbours.wiring.control[COORDINATOR] = self.link
+        self.worker._neighbours.link_table.control[COORDINATOR] = self.link
         self.link.start(self.worker._on_message, self.worker._wake, self.worker._inbox.put)
         spans = tuple(Span(device, 0, steps) for device, steps in enumerate(STEPS))
         sequential = plan(method).order == "sequential"
@@ -347,7 +347,7 @@ class Run:
         held, now = holdings(self.method), plan(self.method)
         said, wanted = rng.choice([
             (messages.Store(), held.stored(now, self.name)),
-            (messages.TakePart(0), held.part(now, 0)),
+            (messages.TakeClientModel(0), held.part(now, 0)),
             (messages.Adopt(now), held.adopted(now, now, self.name)),
             (messages.SurveyBytes(), {}),
         ])  # fmt: skip
@@ -413,11 +413,11 @@ class Node:
                 self.taken.append(message)
             return reason
 
-        self.neighbours = Neighbours(
+        self.neighbours = PeerLinks(
             config("mpsl"), "n1", None, tensors=tensors, wake=lambda: None,
             lost=self.lost.append, met=lambda: None,
         )  # fmt: skip
-        self.neighbours.meet((BELOW, ABOVE), {})
+        self.neighbours.connect((BELOW, ABOVE), {})
         self.link = self.stranger("d0")
         hello = registry.encode(messages.Neighbour(BELOW))
         self.link.on_message(fakes.control(self.link, hello))

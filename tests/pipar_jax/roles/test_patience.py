@@ -13,7 +13,7 @@ from pipar_jax.errors import PeerError, ProtocolError
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.protocol import messages, registry
 from pipar_jax.roles import admission
-from pipar_jax.roles import members as memberships
+from pipar_jax.roles import membership as memberships
 from pipar_jax.roles import worker as workers
 from pipar_jax.roles.patience import Moving, Patience, limit_s, pulse_s
 from pipar_jax.roles.refusals import EVERY_S, FIRST, Refusals
@@ -218,7 +218,7 @@ def test_a_link_joins_under_its_own_name_alone():
         link = side.stranger(peer)
         join = registry.encode(admission.device_join(config("pipar"), "d0", loader(0), network()))
         link.on_message(fakes.control(link, join))
-        side.members.look()
+        side.members.poll()
         assert why in link.said[-1]["reason"] and link.ended is not None
         assert why in side.events[-1]["reason"]
 
@@ -229,10 +229,10 @@ def test_what_was_not_asked_for_or_comes_twice_ends_the_member():
     prepared = registry.encode(messages.Prepared(0.1, 5))
     side.members.send("d0", messages.Prepare(plan("pipar"), (17, 14), (3, 2)))
     link.on_message(fakes.control(link, prepared))
-    side.members.look()
+    side.members.poll()
     link.on_message(fakes.control(link, prepared))
     with pytest.raises(ProtocolError, match="device 0 sent 'prepared', which nobody asked it for"):
-        side.members.look()
+        side.members.poll()
     assert link.ended is not None and side.links["d1"].ended is None
 
 

@@ -10,7 +10,7 @@ from pipar_jax.profiling.predictor.online import Learner
 from pipar_jax.roles import coordinator
 from pipar_jax.schedule.plan import Plan
 from pipar_jax.tuner import tune
-from pipar_jax.tuner.bounds import Option
+from pipar_jax.tuner.bounds import DeviceOption
 from tests.pipar_jax.runtime import support
 
 SAMPLES = (17, 33)
@@ -93,7 +93,9 @@ def test_a_plan_may_mix_devices_that_train_alone_with_devices_that_are_cut(tmp_p
     """What the tuner may choose for unequal devices, the engine trains as well."""
     network = support.model(dtype="float32")
     mixed = Plan(
-        (Option(0).device_plan(), Option(2, 3).device_plan()), dispatch="fixed", aggregate_every=1
+        (DeviceOption(0).device_plan(), DeviceOption(2, 3).device_plan()),
+        dispatch="fixed",
+        aggregate_every=1,
     )
     monkeypatch.setattr(coordinator, "choose_plan", lambda *_: (mixed, None))
     made = support.config(tmp_path / "mixed", SAMPLES, method="auto", dtype="float32")

@@ -17,7 +17,7 @@ from pipar_jax.config import CHAINS, Config
 from pipar_jax.launch.launcher import launch
 from pipar_jax.methods.registry import METHODS
 from pipar_jax.methods.resolution import resolve
-from pipar_jax.schedule.actions import RECEIVE_PART
+from pipar_jax.schedule.actions import RECEIVE_CLIENT_MODEL
 from pipar_jax.schedule.plan import Plan
 from pipar_jax.schedule.trace import Trace
 from tests.pipar_jax import precedence
@@ -84,7 +84,7 @@ def test_an_action_that_starts_too_early_is_found(tmp_path):
         return precedence.violations(bad, schedules)
 
     def late(row):  # as it was: the last device of a round began the next with its own old part
-        is_part = row.action.kind == RECEIVE_PART and row.action.step == 2
+        is_part = row.action.kind == RECEIVE_CLIENT_MODEL and row.action.step == 2
         return row._replace(end_s=row.end_s + 100.0) if is_part else row
 
     assert "d1.0F0@2 started before d1.0RH@2 was over" in planted("d1", late)

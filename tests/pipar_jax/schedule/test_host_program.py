@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipar_jax.errors import PlanError
-from pipar_jax.runtime.link_table import Wiring, dialler, direct
+from pipar_jax.runtime.link_table import LinkTable, dialler, direct
 from pipar_jax.schedule.actions import ALL
 from pipar_jax.schedule.feasibility import check_executable
 from pipar_jax.schedule.host_program import HostProgram
@@ -79,11 +79,11 @@ def test_a_plan_that_nobody_could_carry_out_is_refused(plan, message):
 
 def test_two_boundaries_between_two_hosts_have_links_of_their_own():
     """Activations that fill one link must not keep cotangents from the other."""
-    plan, wiring = Plan((U_SHAPE,)), Wiring("d0")
+    plan, link_table = Plan((U_SHAPE,)), LinkTable("d0")
     first, second = plan.boundaries()
     assert (first, second) == (Boundary("d0", "n1", 0), Boundary("n1", "d0", 1))
     assert [dialler(one) for one in direct(plan.boundaries())] == ["d0", "d0"]
-    assert wiring.missing(plan.boundaries()) == [first, second]
+    assert link_table.missing(plan.boundaries()) == [first, second]
     program = HostProgram(plan, "d0")
     assert program.operation(0, 0, "F").target == first
     assert program.operation(0, 2, "L").target == second

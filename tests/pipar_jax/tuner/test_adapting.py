@@ -9,15 +9,15 @@ import pytest
 
 from pipar_jax.protocol.values import Seen
 from pipar_jax.schedule.plan import Boundary, Plan
-from pipar_jax.simulator.predict import HostTimes, Stages, judge
-from pipar_jax.tuner.bounds import Option
-from pipar_jax.tuner.drift import OVERHEAD_S, Carried, Watch, differ
+from pipar_jax.simulator.predict import HostTimes, StageCosts, estimate
+from pipar_jax.tuner.bounds import DeviceOption
+from pipar_jax.tuner.drift import OVERHEAD_S, LinkThroughput, ProfileTracker, differ
 from pipar_jax.tuner.replanning import LOOKS, REST, Choice, Offer
 from tests.pipar_jax.tuner import profiles
 
 
 def plan(cut: int, n: int = 4) -> Plan:
-    return Plan((Option(cut, n).device_plan(),))
+    return Plan((DeviceOption(cut, n).device_plan(),))
 
 
 # --- watch ------------------------------------------------------------------------------------
@@ -44,7 +44,7 @@ def slow_profile():
 @pytest.mark.parametrize("factor", [0.4, 1.0, 3.0, 20.0])
 def test_a_host_that_became_slower_is_so_in_the_profile(factor):
     base, chain = slow_profile(), plan(2)
-    watch = Watch(base)
+    watch = ProfileTracker(base)
     watch.computed("d0", chain, seen(base, chain, 0, base.devices[0].host, factor))
     now = watch.profile()
     assert now.devices[0].host.forward_s[0][0] == pytest.approx(
@@ -63,16 +63,16 @@ def test_what_no_host_can_have_measured_leaves_the_profile_finite(median_s, time
     for backward_s in (tiny, base.devices[0].host.backward_s):
         host = dataclasses.replace(base.devices[0].host, backward_s=backward_s)
         device = dataclasses.replace(base.devices[0], host=host)
-        watch = Watch(dataclasses.replace(base, devices=(device,)))
+        watch = ProfileTracker(dataclasses.replace(base, devices=(device,)))
         watch.computed("d0", chain, [Seen(0, 0, "B", 25, times, median_s)])
         assert all(math.isfinite(one) for one in watch.state())
-        assert math.isfinite(judge(Stages(watch.profile()), chain).epoch_s)
+        assert math.isfinite(estimate(StageCosts(watch.profile()), chain).epoch_s)
 
 
 def test_what_a_run_adds_to_each_computation_slows_no_host_down():
     """A stage of 0.08 ms that takes 1.1 ms among threads says nothing of one of 20 ms."""
     base, chain = profiles.profile(profiles.device()), plan(4)
-    watch = Watch(base)
+    watch = ProfileTracker(base)
     alone_s = HostTimes(base.server).time_s("L", 4, 5, 25)
     watch.computed("server", chain, [Seen(0, 1, "L", 25, 16, alone_s + 0.001)])
     assert watch.profile() == base
@@ -85,7 +85,7 @@ def test_what_a_run_adds_to_each_computation_slows_no_host_down():
 
 def test_little_noise_is_averaged_and_nothing_seen_changes_nothing():
     base, chain = slow_profile(), plan(2)
-    watch = Watch(base)
+    watch = ProfileTracker(base)
     watch.computed("d0", chain, [])
     assert watch.profile() == base
     for factor, expected in ((1.2, 1.1), (1.0, 1.05)):
@@ -99,13 +99,15 @@ LINK = Boundary("d1", "server", 0)
 
 def test_a_rate_is_what_passed_between_two_looks():
     base = profiles.profile(profiles.device("50/50"), profiles.device("50/50"))
-    watch = Watch(base)
+    watch = ProfileTracker(base)
     state = watch.state()
-    watch.carried(LINK, "server", Carried(5e6, 0.8))  # the first only says where counting begins
+    watch.carried(
+        LINK, "server", LinkThroughput(5e6, 0.8)
+    )  # the first only says where counting begins
     assert watch.state() == state
-    watch.carried(LINK, "server", Carried(5e6 + 1000, 0.9))  # too little to tell
+    watch.carried(LINK, "server", LinkThroughput(5e6 + 1000, 0.9))  # too little to tell
     assert watch.state() == state
-    watch.carried(LINK, "server", Carried(5e6 + 2.5e6, 0.8 + 2.0))
+    watch.carried(LINK, "server", LinkThroughput(5e6 + 2.5e6, 0.8 + 2.0))
     now = watch.profile()
     assert now.devices[1].up.rate_bytes_s == pytest.approx(1.25e6)
     assert now.devices[1].up.delay_s == base.devices[1].up.delay_s

@@ -13,8 +13,8 @@ from pipar_jax.errors import ConfigError
 from pipar_jax.methods.registry import plan_of_chain
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.schedule.plan import OWNER, Codecs
-from pipar_jax.simulator.predict import judge
-from pipar_jax.tuner import Stages, chains, codec_choice
+from pipar_jax.simulator.predict import estimate
+from pipar_jax.tuner import StageCosts, chains, codec_choice
 from pipar_jax.tuner.chain_search import plan_chain
 from tests.pipar_jax.tuner.profiles import bit_codecs, device, node, profile
 from tests.pipar_jax.tuner.test_codec_choice import bits
@@ -40,7 +40,7 @@ def made_of(first: str, *links: str, devices: int = 1, slower: float = 8.0, unit
 
 def told(made, config, found):
     """For each boundary and role, whether the tensor is coded, and the reason."""
-    why = codec_choice.reasons(Stages(made), config, found)
+    why = codec_choice.reasons(StageCosts(made), config, found)
     return {(one.slot.boundary, one.slot.role): one.words() for one in why}
 
 
@@ -61,9 +61,9 @@ def test_only_the_slow_link_of_a_chain_is_coded(links, slow):
     """Three nodes in a fixed place each, so that none can be left out or moved."""
     made, config = made_of(*links, "none"), settings(nodes=3)
     cuts, hosts = (2, 4, 6), (OWNER, "n1", "n2", "n3")
-    stages, judged = Stages(made), {}
+    stages, judged = StageCosts(made), {}
     plan = plan_of_chain(config, cuts, hosts)
-    judged[plan] = judge(stages, plan)
+    judged[plan] = estimate(stages, plan)
     found = chains.with_codecs(stages, config, judged, plan)
     assert found.epoch_s < judged[plan].epoch_s
     words = told(made, config, found)
@@ -94,13 +94,13 @@ def test_devices_with_other_links_get_other_codecs_but_share_those_between_nodes
     nodes = (node("2/2", 4.0, units=UNITS), node("2/2", 4.0, units=UNITS))
     made = profile(slow, fast, slow, units=UNITS, codecs=bit_codecs(), nodes=nodes)
     config = settings(3, 2, "mpsl")
-    stages, plan = Stages(made), plan_of_chain(config, (2, 6, 9), (OWNER, "n1", "n2", OWNER))
+    stages, plan = StageCosts(made), plan_of_chain(config, (2, 6, 9), (OWNER, "n1", "n2", OWNER))
     slots = list(codec_choice.slots(plan, made))
     groups = {(slot.boundary, slot.devices) for slot in slots}
     assert groups == {(0, (0, 2)), (0, (1,)), (1, (0, 1, 2)), (2, (0, 2)), (2, (1,))}
     ends = {(slot.role, slot.ends(plan, 1)) for slot in slots if slot.boundary == 2}
     assert ends == {("activation", ("n2", "d1")), ("cotangent", ("d1", "n2"))}
-    found = chains.with_codecs(stages, config, {plan: judge(stages, plan)}, plan)
+    found = chains.with_codecs(stages, config, {plan: estimate(stages, plan)}, plan)
     first, second, third = found.plan.devices
     assert first == third != second
     assert "raw" not in (first.codecs[0].activation, first.codecs[0].cotangent)
@@ -111,23 +111,23 @@ def test_devices_with_other_links_get_other_codecs_but_share_those_between_nodes
 @pytest.mark.parametrize("links", [("4g", "wifi"), ("wifi", "4g"), ("lan", "lan")])
 def test_no_tensor_of_a_chain_could_have_more_bits_for_nothing(links):
     made, config = made_of(*links, "none"), settings()
-    stages = Stages(made)
+    stages = StageCosts(made)
     coarsest = Codecs(
         *(codec_candidates.bit_widths(config, role)[0] for role in codec_candidates.ROLES)
     )
     plan = plan_of_chain(config, (2, 6), (OWNER, "n1", "n2"), (coarsest,) * 2)
-    limit_s = judge(stages, plan).epoch_s * (1 + codec_choice.SLACK)
+    limit_s = estimate(stages, plan).epoch_s * (1 + codec_choice.SLACK)
     slots = list(codec_choice.slots(plan, made))
     sharp = codec_choice.raise_precision(
-        plan, slots, config, lambda one: judge(stages, one).epoch_s
+        plan, slots, config, lambda one: estimate(stages, one).epoch_s
     )
-    assert judge(stages, sharp).epoch_s <= limit_s
+    assert estimate(stages, sharp).epoch_s <= limit_s
     assert sharp != plan
     for slot in slots:
         rungs = codec_candidates.bit_widths(config, slot.role)
         at = rungs.index(slot.codec(sharp))
         if at + 1 < len(rungs):
-            assert judge(stages, slot.with_codec(sharp, rungs[at + 1])).epoch_s > limit_s
+            assert estimate(stages, slot.with_codec(sharp, rungs[at + 1])).epoch_s > limit_s
 
 
 @pytest.mark.parametrize(
@@ -136,10 +136,10 @@ def test_no_tensor_of_a_chain_could_have_more_bits_for_nothing(links):
 def test_no_chain_with_any_codecs_is_faster(links):
     """Every chain over two nodes, with each pair of codecs at each boundary, simulated."""
     made, config = made_of(*links, "none", units=5), settings()
-    stages, pairs = Stages(made), codec_candidates.pairs(config)
+    stages, pairs = StageCosts(made), codec_candidates.pairs(config)
     assert len(pairs) == 4
     best_s = min(
-        judge(stages, plan_of_chain(config, cuts, (OWNER, *nodes), codecs)).epoch_s
+        estimate(stages, plan_of_chain(config, cuts, (OWNER, *nodes), codecs)).epoch_s
         for count in (1, 2)
         for cuts in itertools.combinations(range(1, 5), count)
         for nodes in itertools.permutations(("n1", "n2"), count)

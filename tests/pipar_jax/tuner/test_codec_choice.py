@@ -9,8 +9,8 @@ from pipar_jax.config import codec_candidates
 from pipar_jax.cost_model.profile import CodecProfile
 from pipar_jax.errors import ConfigError
 from pipar_jax.profiling import unit_times
-from pipar_jax.simulator.predict import judge
-from pipar_jax.tuner import Stages, codec_choice, search
+from pipar_jax.simulator.predict import estimate
+from pipar_jax.tuner import StageCosts, codec_choice, search
 from tests.pipar_jax.tuner.profiles import bit_codecs, config, device, profile
 
 
@@ -46,7 +46,7 @@ def test_a_fast_link_goes_without_and_the_reason_is_told():
     settings = auto(1)
     found = search(made, settings)
     assert chosen(found) == [("raw", "raw")]
-    told = codec_choice.reasons(Stages(made), settings, found.plans[0])
+    told = codec_choice.reasons(StageCosts(made), settings, found.plans[0])
     assert [one.slot.role for one in told] == ["activation", "cotangent"]
     for one in told:
         assert one.coding_s > one.saved_s
@@ -58,7 +58,7 @@ def test_each_link_gets_its_own():
     slow, fast = chosen(search(made, auto(2)))
     assert "raw" not in slow and fast == ("raw", "raw")
     settings = auto(2)
-    told = codec_choice.reasons(Stages(made), settings, search(made, settings).plans[0])
+    told = codec_choice.reasons(StageCosts(made), settings, search(made, settings).plans[0])
     words = {one.slot: one.words().split(":")[0] for one in told}
     assert {(slot.devices, way) for slot, way in words.items()} == {((0,), "on"), ((1,), "off")}
     on = next(one for one in told if one.chosen != "raw")
@@ -69,7 +69,7 @@ def test_each_link_gets_its_own():
 def test_no_slot_could_have_more_bits_for_nothing_nor_needed_as_many(link):
     made, settings = profile(device(link, 3.0), codecs=bit_codecs()), auto(1)
     found = search(made, settings)
-    stages, plan = Stages(made), found.plans[0].plan
+    stages, plan = StageCosts(made), found.plans[0].plan
     fastest_s = min(one.epoch_s for one in found.plans)
     limit_s = fastest_s * (1 + codec_choice.SLACK)
     assert found.plans[0].epoch_s <= limit_s
@@ -77,7 +77,7 @@ def test_no_slot_could_have_more_bits_for_nothing_nor_needed_as_many(link):
         rungs = codec_candidates.bit_widths(settings, slot.role)
         at = rungs.index(slot.codec(plan))
         if at + 1 < len(rungs):
-            assert judge(stages, slot.with_codec(plan, rungs[at + 1])).epoch_s > limit_s
+            assert estimate(stages, slot.with_codec(plan, rungs[at + 1])).epoch_s > limit_s
 
 
 def test_a_list_is_kept_to_but_for_what_is_too_coarse():

@@ -20,12 +20,12 @@ from pipar_jax.profiling.predictor.predict_host import facts_of, one_call
 from pipar_jax.profiling.predictor.reference import reference_layers
 from pipar_jax.protocol.values import Seen
 from pipar_jax.roles.candidates import Candidates
-from pipar_jax.schedule.actions import BACKWARD, FORWARD, LAST, UPDATE
+from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS, UPDATE
 from pipar_jax.schedule.plan import Boundary, Plan
 from pipar_jax.simulator import LinkModel
-from pipar_jax.simulator.predict import HostTimes, Stages, judge
+from pipar_jax.simulator.predict import HostTimes, StageCosts, estimate
 from pipar_jax.tuner.chains import tune_chain
-from pipar_jax.tuner.drift import Carried, Watch, differ, lone
+from pipar_jax.tuner.drift import LinkThroughput, ProfileTracker, differ, lone
 from tests.pipar_jax.profiling.predictor import synthetic
 from tests.pipar_jax.runtime import support
 from tests.pipar_jax.tuner import profiles
@@ -58,13 +58,13 @@ def seen(times_s, plan: Plan, count: int, host: str) -> list[Seen]:
             continue
         units = plan.units(0, stage, count)
         last = stage == plan.devices[0].stages - 1
-        for kind in ((LAST,) if last else (FORWARD, BACKWARD)) + (UPDATE,):
+        for kind in ((LOSS,) if last else (FORWARD, BACKWARD)) + (UPDATE,):
             size = 0 if kind == UPDATE else BATCH // PARTS
             found.append(Seen(0, stage, kind, size, 9, times_s(host, kind, units, size)))
     return found
 
 
-def follow(watch: Watch, made: Config, times_s, count: int, looks: int) -> list[Plan]:
+def follow(watch: ProfileTracker, made: Config, times_s, count: int, looks: int) -> list[Plan]:
     """Changes to the best chain after each look; returns the plans."""
     plans = []
     for _ in range(looks):
@@ -78,7 +78,7 @@ def follow(watch: Watch, made: Config, times_s, count: int, looks: int) -> list[
 def slowdown(true: Profile, plan: Plan) -> float:
     """Returns by how much a plan is slower than the best, by true times."""
     best = tune_chain(true, config()).epoch_s
-    return judge(Stages(true), plan).epoch_s / best
+    return estimate(StageCosts(true), plan).epoch_s / best
 
 
 @pytest.mark.parametrize("wrong", [0.2, 3.0])
@@ -92,7 +92,7 @@ def test_a_node_that_is_unlike_its_profile_gets_the_units_that_it_should(wrong):
     def times_s(host, kind, units, size):
         return times[host].time_s(kind, units.start, units.stop, size)
 
-    plans = follow(Watch(believed), config(), times_s, 12, 2)
+    plans = follow(ProfileTracker(believed), config(), times_s, 12, 2)
     if wrong < 1:
         assert slowdown(true, plans[0]) > 1.2  # it was worth learning
     assert slowdown(true, plans[-1]) < 1.03
@@ -134,7 +134,7 @@ class World:
             np.concatenate(one_call(self.tables.at(size)[units.start : units.stop])),
         )
         ahead, back = law.forward_s(table), law.backward_s(table)
-        return {FORWARD: ahead, BACKWARD: back, LAST: ahead + back - law.call_s}[kind]
+        return {FORWARD: ahead, BACKWARD: back, LOSS: ahead + back - law.call_s}[kind]
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_predictions_that_mislead_are_learned_from_the_stages_of_the_run(world, 
     learners = {name: world.learner(name, wrong if name == host else 1.0) for name in world.laws}
     sizes = world.true.nodes[0].host.sizes
     believed = {name: learner.profile(sizes) for name, learner in learners.items()}
-    watch = Watch(chain_profile(believed, world.units), learners)
+    watch = ProfileTracker(chain_profile(believed, world.units), learners)
     state = watch.state()
     plans = follow(watch, config(), world.times_s, len(world.units), 3)
     assert slowdown(world.true, plans[0]) > 1.2  # it was worth learning
@@ -158,7 +158,7 @@ def test_predictions_that_mislead_are_learned_from_the_stages_of_the_run(world, 
 def test_only_what_was_predicted_is_learned_and_memory_stays(world):
     hosts = world.hosts | {"n1": dataclasses.replace(world.hosts["n1"], memory_bytes=1e9)}
     base = chain_profile(hosts, world.units)
-    watch = Watch(base, {"n1": world.learner("n1")})
+    watch = ProfileTracker(base, {"n1": world.learner("n1")})
     assert watch.profile() == base
     plan = tune_chain(base, config()).plan
     watch.computed("n1", plan, [Seen(0, 1, UPDATE, 0, 3, 1.0)])
@@ -177,9 +177,9 @@ def test_only_what_was_predicted_is_learned_and_memory_stays(world):
 
 
 def test_a_rate_between_nodes_is_that_of_the_lower_ones_line(world):
-    watch = Watch(world.true)
+    watch = ProfileTracker(world.true)
     there, back = Boundary("n2", "n1", 1), Boundary("d0", "n2", 0)
-    for total in (Carried(1e6, 1.0), Carried(3e6, 3.0)):
+    for total in (LinkThroughput(1e6, 1.0), LinkThroughput(3e6, 3.0)):
         watch.carried(there, "n1", total)
         watch.carried(back, "d0", total)
     now = watch.profile()

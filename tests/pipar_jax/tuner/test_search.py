@@ -11,9 +11,9 @@ import pipar_jax
 from pipar_jax.errors import ConfigError, PlanError
 from pipar_jax.schedule.plan import Codecs, Plan
 from pipar_jax.simulator import LinkModel
-from pipar_jax.simulator.predict import judge, round_of
-from pipar_jax.tuner import Stages, labels, loads, memory_bytes, search, tune
-from pipar_jax.tuner.bounds import Option, least, round_bound_s
+from pipar_jax.simulator.predict import estimate, round_of
+from pipar_jax.tuner import StageCosts, labels, loads, memory_bytes, search, tune
+from pipar_jax.tuner.bounds import DeviceOption, least, round_bound_s
 from pipar_jax.tuner.paper import choose
 from pipar_jax.tuner.recurrence import paper_choice
 from tests.pipar_jax.tuner.profiles import config, device, host, profile
@@ -24,13 +24,13 @@ LINKS = ("4g", "wifi", "lan", "none")
 
 def brute(made, count, dispatches) -> float:
     """The best epoch over everything, by simulating all of it."""
-    stages, best_s = Stages(made), float("inf")
+    stages, best_s = StageCosts(made), float("inf")
     for cut in range(len(made.units)):
         for n in NUMBERS if cut else (1,):
             for dispatch in dispatches:
-                chain = Option(cut, n).device_plan()
+                chain = DeviceOption(cut, n).device_plan()
                 plan = Plan((chain,) * count, dispatch=dispatch)
-                best_s = min(best_s, judge(stages, plan).epoch_s)
+                best_s = min(best_s, estimate(stages, plan).epoch_s)
     return best_s
 
 
@@ -49,19 +49,21 @@ def test_equal_devices_get_what_brute_force_finds(link, slower, count):
 
 @pytest.mark.parametrize("link", ["4g", "wifi", "none"])
 @pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("option", [Option(0), Option(1), Option(2, 5), Option(4, 10)])
+@pytest.mark.parametrize(
+    "option", [DeviceOption(0), DeviceOption(1), DeviceOption(2, 5), DeviceOption(4, 10)]
+)
 def test_no_plan_undercuts_its_bound(link, count, option):
     made = profile(*[device(link, 3.0, samples=250), device("4g", 1.0, 120),
                      device("wifi", 8.0, 330)][:count])  # fmt: skip
-    stages = Stages(made)
+    stages = StageCosts(made)
     plan = Plan((option.device_plan(),) * count, dispatch="fcfs")
     spans = {span.device: span for span in round_of(made, plan).spans}
     bound_s = round_bound_s(stages, [least(stages, d, option, spans[d]) for d in range(count)])
     for dispatch in ("fcfs", "fixed", "backward_first"):
-        seconds = judge(stages, dataclasses.replace(plan, dispatch=dispatch)).round.seconds
+        seconds = estimate(stages, dataclasses.replace(plan, dispatch=dispatch)).round.seconds
         assert seconds >= bound_s * (1 - 1e-9)
     if count == 1:  # all forwards first is the recurrence itself
-        fixed_s = judge(stages, dataclasses.replace(plan, dispatch="fixed")).round.seconds
+        fixed_s = estimate(stages, dataclasses.replace(plan, dispatch="fixed")).round.seconds
         assert fixed_s == pytest.approx(bound_s, rel=0.02)
 
 
@@ -91,7 +93,7 @@ def test_sl_is_chosen_where_the_server_has_no_room_for_copies():
     made = dataclasses.replace(made, server=dataclasses.replace(made.server, memory_bytes=17e6))
     best = tune(made, config(8, methods="sfl,pipar,sl"))
     assert labels(best)["method"] == "sl"
-    assert memory_bytes(Stages(made), best)["server"] <= 17e6
+    assert memory_bytes(StageCosts(made), best)["server"] <= 17e6
 
 
 def test_memory_that_no_plan_fits_into_is_an_error_that_says_so():
@@ -138,7 +140,7 @@ def test_a_codec_is_used_only_where_it_is_allowed_and_helps():
 def test_the_papers_selection_is_a_mode_and_stands_beside_the_search():
     made = profile(device("4g", 3.0))
     plan = tune(made, config(select="paper"))
-    choice = choose(Stages(made), 0)
+    choice = choose(StageCosts(made), 0)
     assert (plan.devices[0].cuts, plan.devices[0].micro_batches) == (
         (choice.cut,), choice.micro_batches,
     )  # fmt: skip
@@ -154,7 +156,7 @@ def test_averaging_every_few_steps_is_counted_for_the_whole_epoch():
     settings.aggregation.every = "2 steps"
     often = search(made, settings).plans[0]
     assert often.plan.aggregate_every == 2
-    weights_s = Stages(made).weight_bytes(0, 5) * 8 * (1 / 10e6 + 1 / 25e6)
+    weights_s = StageCosts(made).weight_bytes(0, 5) * 8 * (1 / 10e6 + 1 / 25e6)
     assert often.epoch_s - once.epoch_s == pytest.approx(4 * weights_s, rel=0.05)
 
 
@@ -168,8 +170,8 @@ def test_weights_that_are_coded_to_be_averaged_take_less_of_a_federated_round():
 
 def test_what_binds_is_the_busiest_resource():
     made = profile(device("4g", 1.0))
-    judged = judge(Stages(made), Plan((Option(1, 5).device_plan(),)))
-    busy = loads(Stages(made), judged)
+    judged = estimate(StageCosts(made), Plan((DeviceOption(1, 5).device_plan(),)))
+    busy = loads(StageCosts(made), judged)
     assert max(busy, key=busy.get) == "uplink"
     assert 0.8 < busy["uplink"] <= 1.0
 
@@ -178,7 +180,7 @@ def test_the_front_door_predicts_a_round_as_a_trace():
     made = profile(device("wifi", 2.0))
     plan = pipar_jax.tune(made, config())
     trace = pipar_jax.simulate(plan, made)
-    assert trace.rounds[0].seconds == pytest.approx(judge(Stages(made), plan).round.seconds)
+    assert trace.rounds[0].seconds == pytest.approx(estimate(StageCosts(made), plan).round.seconds)
 
 
 def test_twenty_devices_and_a_deep_network_take_seconds():

@@ -10,7 +10,7 @@ from pipar_jax.profiling.predictor import online
 from pipar_jax.profiling.predictor.online import Learner
 from pipar_jax.profiling.predictor.operators import model_operators, rows
 from pipar_jax.profiling.predictor.predict_host import one_call, predict_host
-from pipar_jax.schedule.actions import BACKWARD, FORWARD, LAST, Action
+from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS, Action
 from pipar_jax.schedule.plan import DevicePlan, Plan
 from pipar_jax.schedule.trace import Timed, Trace
 from pipar_jax.simulator.predict import HostTimes
@@ -38,7 +38,7 @@ class Course:
     def seconds(self, kind: str, first: int, stop: int) -> float:
         table = np.concatenate(one_call(self.units[first:stop]))
         ahead, back = self.law.forward_s(table), self.law.backward_s(table)
-        found = {FORWARD: ahead, BACKWARD: back, LAST: ahead + back - self.law.call_s}[kind]
+        found = {FORWARD: ahead, BACKWARD: back, LOSS: ahead + back - self.law.call_s}[kind]
         return found * self.factor
 
     def train(self, cut: int) -> None:
@@ -95,7 +95,7 @@ def test_a_trace_teaches_its_hosts_stages():
     plan = Plan((DevicePlan((3,), ("device", "server"), 2),))
     rows_of = {"d0": [], "server": []}
     for micro_batch in range(4):
-        for kind, host, stage in ((FORWARD, "d0", 0), (LAST, "server", 1), (BACKWARD, "d0", 0)):
+        for kind, host, stage in ((FORWARD, "d0", 0), (LOSS, "server", 1), (BACKWARD, "d0", 0)):
             bounds = (0, 3) if stage == 0 else (3, count)
             action = Action(stage, kind, 0, 0, micro_batch)
             seconds = course.seconds(kind, *bounds)
@@ -107,7 +107,7 @@ def test_a_trace_teaches_its_hosts_stages():
     server = Learner(course.model, synthetic.reference_times(course.law), synthetic.weights())
     assert server.observe_trace(trace, plan, "server") == 1
     server.learn()
-    case, seconds = (LAST, 3, count, BATCH), course.seconds(LAST, 3, count)
+    case, seconds = (LOSS, 3, count, BATCH), course.seconds(LOSS, 3, count)
     fresh = Learner(course.model, synthetic.reference_times(course.law), synthetic.weights())
     before = abs(fresh.predict_s(case) / seconds - 1)
     assert abs(server.predict_s(case) / seconds - 1) < before

@@ -93,7 +93,7 @@ class _Waiting:
         self.ended = False
 
 
-class Members:
+class Membership:
     """Admits devices and nodes and collects what hosts say, that of this process included.
 
     What comes over a link is believed in three steps: a link may only ask to join; a member may
@@ -227,7 +227,7 @@ class Members:
             self._take(LOOK_S)
             self.patience.check(missing, kind_of(kind).name)
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Handles what mail there is without waiting for any.
 
         Raises:
@@ -256,7 +256,7 @@ class Members:
         try:
             registry.send(member.link, command)
         except ChannelError as error:
-            self._mourn(error)
+            self._raise_lost(error)
 
     def send_bundle(
         self,
@@ -276,7 +276,7 @@ class Members:
         try:
             registry.send_bundle(member.link, command, tensors, codec=codec)
         except ChannelError as error:
-            self._mourn(error)
+            self._raise_lost(error)
 
     def broadcast(self, command: Any) -> None:
         """Sends a command to every member.
@@ -389,7 +389,7 @@ class Members:
             return
         if what == "failed":
             if isinstance(item, ChannelError):
-                self._mourn(item)
+                self._raise_lost(item)
             raise item
         if what == "mail":
             self._sort(item)
@@ -428,7 +428,7 @@ class Members:
             self.blame(name, reason)
         self._sort(Mail(name, said, {}, message.received_s, message))
 
-    def _mourn(self, error: ChannelError) -> NoReturn:
+    def _raise_lost(self, error: ChannelError) -> NoReturn:
         """Raises PeerError for a link that is gone, with the device's own words if it sent any.
 
         A send can notice the end of a link before the mail about it was read.

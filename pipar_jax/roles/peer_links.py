@@ -15,14 +15,14 @@ from pipar_jax.errors import JoinError, ProtocolError, RunError
 from pipar_jax.protocol import messages, registry
 from pipar_jax.protocol.registry import Sender
 from pipar_jax.roles.course import hosts
-from pipar_jax.runtime.link_table import Wiring, dialler
+from pipar_jax.runtime.link_table import LinkTable, dialler
 from pipar_jax.schedule.plan import COORDINATOR, Boundary, is_node, long_name
 
 #: What a neighbour may send before there is a plan.
 _NOTHING = Allowance(tensor_bytes=0, bundle_bytes=0, bundle_tensors=0)
 
 
-class Neighbours:
+class PeerLinks:
     """Opens and takes the direct links of one host.
 
     Args:
@@ -36,7 +36,7 @@ class Neighbours:
       met: Called once every link that ``meet`` asked for is there; on any thread.
 
     Attributes:
-      wiring: The links.
+      link_table: The links.
       refused: How many strangers were refused.
     """
 
@@ -53,7 +53,7 @@ class Neighbours:
     ) -> None:
         self._config, self._name, self._endpoint = config, name, endpoint
         self._tensors, self._wake, self._lost, self._met = tensors, wake, lost, met
-        self.wiring = Wiring(name)
+        self.link_table = LinkTable(name)
         self.refused = 0
         self._lock = threading.Lock()
         self._expected: tuple[Boundary, ...] = ()
@@ -82,7 +82,7 @@ class Neighbours:
                 f"{long_name(self._name)} cannot listen on {own.host}:{own.port}: {error}"
             ) from error
 
-    def meet(
+    def connect(
         self, boundaries: tuple[Boundary, ...], addresses: Mapping[str, tuple[str, int]]
     ) -> None:
         """Opens this host's links and waits for those that others open; ``met`` follows.
@@ -100,7 +100,7 @@ class Neighbours:
         if not mine:
             self._met()
             return
-        for boundary in self.wiring.missing(mine):
+        for boundary in self.link_table.missing(mine):
             if dialler(boundary) == self._name:
                 self._dial(boundary, addresses)
         with self._lock:
@@ -120,7 +120,7 @@ class Neighbours:
         with self._lock:
             if not self._expected or time.monotonic() <= self._until_s:
                 return
-            late = self.wiring.missing(self._expected)
+            late = self.link_table.missing(self._expected)
         if not late:  # the last is just being taken
             return
         names = ", ".join(sorted({long_name(one.peer(self._name)) for one in late}))
@@ -141,7 +141,7 @@ class Neighbours:
         Args:
           tensor_bytes: For a peer the bytes of the largest tensor that it may send.
         """
-        for boundary, link in self.wiring.direct():
+        for boundary, link in self.link_table.direct():
             nbytes = tensor_bytes(boundary.peer(self._name))
             link.admit(Allowance(tensor_bytes=nbytes, bundle_bytes=0, bundle_tensors=0))
 
@@ -157,7 +157,7 @@ class Neighbours:
                 for link in links:
                     self._share(line, link)
 
-    def part(self) -> None:
+    def finish(self) -> None:
         """Notes that the run is over, so that the end of a link is no loss any more."""
         self._parting = True
 
@@ -179,7 +179,7 @@ class Neighbours:
             raise JoinError(
                 f"{long_name(self._name)} cannot reach its neighbour {peer}: {error}"
             ) from error
-        self.wiring.add(boundary, link)
+        self.link_table.add(boundary, link)
 
     def _on_link(self, link: Link) -> None:
         """Takes a connection whose first message will say what it is for; on the I/O thread."""
@@ -243,7 +243,7 @@ class Neighbours:
 
     def _take(self, boundary: Boundary, link: Link) -> None:
         """Takes a link that a neighbour opened, if it is one that is expected."""
-        missing = self.wiring.missing(self._expected)
+        missing = self.link_table.missing(self._expected)
         if boundary not in missing or link.peer != boundary.peer(self._name):
             self._refuse(
                 link,
@@ -254,12 +254,12 @@ class Neighbours:
         self._of[link] = boundary
         link.admit(_NOTHING)
         self._shape(boundary, link)
-        self.wiring.add(boundary, link)
+        self.link_table.add(boundary, link)
 
     def _look(self) -> None:
         """Tells once when nothing is missing any more."""
         with self._lock:
-            if not self._expected or self.wiring.missing(self._expected):
+            if not self._expected or self.link_table.missing(self._expected):
                 return
             self._expected = ()
         self._met()
@@ -281,7 +281,7 @@ class Neighbours:
 
     def _share(self, line: str | Boundary, link: Link) -> None:
         """Puts a link on the line of another one: a device's first is that to the coordinator."""
-        first = self.wiring.control[COORDINATOR] if line == self._name else self._lines[line][0]
+        first = self.link_table.control[COORDINATOR] if line == self._name else self._lines[line][0]
         if link is not first:
             link.share_shape(first)
 

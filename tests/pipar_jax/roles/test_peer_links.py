@@ -12,8 +12,8 @@ from comms import Endpoint
 from pipar_jax.errors import JoinError
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.protocol import messages, registry
-from pipar_jax.roles import neighbours
-from pipar_jax.roles.neighbours import Neighbours
+from pipar_jax.roles import peer_links
+from pipar_jax.roles.peer_links import PeerLinks
 from pipar_jax.schedule.plan import Boundary
 from tests.pipar_jax.roles import fakes, test_fuzz
 from tests.pipar_jax.runtime import support
@@ -27,17 +27,17 @@ class Node:
 
     def __init__(self, config, name) -> None:
         self.endpoint, self.met, self.lost = Endpoint(name), queue.SimpleQueue(), []
-        self.neighbours = Neighbours(
+        self.neighbours = PeerLinks(
             config, name, self.endpoint, tensors=lambda *tensor: None, wake=lambda: None,
             lost=self.lost.append, met=lambda: self.met.put(name),
         )  # fmt: skip
         self.address = self.neighbours.listen()
 
     def meet(self, boundaries, addresses) -> None:
-        self.neighbours.meet(tuple(boundaries), addresses)
+        self.neighbours.connect(tuple(boundaries), addresses)
 
     def has_met(self) -> bool:
-        return self.met.get(timeout=PATIENCE_S) == self.neighbours.wiring._host
+        return self.met.get(timeout=PATIENCE_S) == self.neighbours.link_table._host
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def nodes(tmp_path):
     found = {name: Node(config, name) for name in ("n1", "n2", "n3")}
     yield found
     for node in found.values():
-        node.neighbours.part()
+        node.neighbours.finish()
     for node in found.values():
         node.endpoint.close()
 
@@ -59,7 +59,7 @@ def test_links_that_are_there_stay_and_others_are_added(nodes):
     for node in nodes.values():
         node.meet([FIRST], addresses)
     assert all(node.has_met() for node in nodes.values())
-    wirings = {name: node.neighbours.wiring for name, node in nodes.items()}
+    wirings = {name: node.neighbours.link_table for name, node in nodes.items()}
     kept = {name: wirings[name].of(FIRST) for name in ("n1", "n2")}
 
     # The other order of the same two, and n3 behind them; who opens a link is asked first.
@@ -94,7 +94,7 @@ def test_the_line_between_two_nodes_is_the_lower_ones_in_either_order(nodes):
 def test_a_neighbour_that_does_not_come_is_named_with_what_was_refused(monkeypatch):
     """It may have sent what made it a stranger: nobody else can tell who is missing."""
     now = [0.0]
-    monkeypatch.setattr(neighbours, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(peer_links, "time", SimpleNamespace(monotonic=lambda: now[0]))
     node = test_fuzz.Node().neighbours  # has met device 0 and waits for device 1
     link = fakes.Link("d1")
     node._on_link(link)

@@ -13,7 +13,7 @@ from pipar_jax.protocol.values import LinkRow
 from pipar_jax.roles import server
 from pipar_jax.roles.holdings import read_rows
 from pipar_jax.roles.link_stats import odd_rows
-from pipar_jax.roles.members import Member, Members
+from pipar_jax.roles.membership import Member, Membership
 from pipar_jax.runtime import weight_bundle
 from pipar_jax.schedule.actions import FORWARD, Action
 from pipar_jax.schedule.plan import Boundary, DevicePlan, Plan
@@ -34,10 +34,10 @@ class Gone:
 
 @pytest.fixture
 def members(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipar_jax.roles.members.LAST_WORDS_S", 0.05)  # there are none
+    monkeypatch.setattr("pipar_jax.roles.membership.LAST_WORDS_S", 0.05)  # there are none
     endpoint = Endpoint("server")
     network = support.model("mlp", "float32")
-    made = Members(
+    made = Membership(
         resolve(support.config(tmp_path, (17, 12))), network, endpoint,
         tensors=lambda message: None, wake=lambda: None, tell=lambda event: None,
         stop=threading.Event(),
@@ -65,7 +65,7 @@ def test_a_send_that_finds_the_link_gone_is_a_lost_peer(members, send):
 def test_a_host_thread_that_finds_the_link_gone_is_a_lost_peer_too(members):
     members.local_failure(PeerClosed("d0 closed the link"))
     with pytest.raises(PeerError, match="a device was lost: d0 closed the link"):
-        members.look()
+        members.poll()
 
 
 def test_the_mail_about_the_end_says_more_than_the_send_that_noticed_it(members):
