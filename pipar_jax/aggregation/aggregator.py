@@ -100,61 +100,81 @@ class Replica(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def _compiled(fields: tuple[Any, ...]) -> tuple[optax.GradientTransformation, Any]:
-    """Returns a rule and its compiled average, once per rule and process."""
+    """Returns a rule and its compiled step from a mean, once per rule and process."""
     transformation = rule(AggregationConfig(*fields))
 
-    def combine(
-        old: Any, opt_state: Any, replicas: Sequence[tuple[Any, Any]], weights: Any
-    ) -> tuple[Any, Any, Any]:
-        shares = weights / jnp.sum(weights)
-        # Devices are summed in their order, never in that of arrival: a run repeats exactly.
-        mean = jax.tree.map(lambda *some: _mean(shares, some), *(one[0] for one in replicas))
-        state = jax.tree.map(lambda *some: _mean(shares, some), *(one[1] for one in replicas))
+    @jax.jit
+    def step(old: Arrays, opt_state: Any, mean: Arrays) -> tuple[Any, Any]:
         pseudo_gradient = jax.tree.map(jnp.subtract, old, mean)
         updates, opt_state = transformation.update(pseudo_gradient, opt_state, old)
-        return optax.apply_updates(old, updates), opt_state, state
+        return optax.apply_updates(old, updates), opt_state
 
-    jitted = jax.jit(combine)
-
-    def run(old: Any, opt_state: Any, replicas: Any, weights: Any) -> tuple[Any, Any, Any]:
-        params, opt_state, state = jitted(old, opt_state, replicas, weights)
-        if state and len(replicas) > 1:
-            state = _unmixed(state, [own for _, own in replicas])
-        return params, opt_state, state
-
-    return transformation, run
+    return transformation, step
 
 
-def _mean(shares: jax.Array, leaves: Sequence[jax.Array]) -> jax.Array:
-    """Returns the weighted mean of arrays in their dtype, summed in at least float32.
+def _averaged(leaf: jax.Array) -> bool:
+    """Returns whether an array has a mean; integers and booleans have none."""
+    return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
-    Integers and booleans have none: the first array it is.
-    """
-    dtype = leaves[0].dtype
-    if not jnp.issubdtype(dtype, jnp.floating):
-        return leaves[0]
-    wide = jnp.promote_types(dtype, jnp.float32)
-    total: Any = sum(
-        s.astype(wide) * leaf.astype(wide) for s, leaf in zip(shares, leaves, strict=True)
-    )
-    mean: jax.Array = total.astype(dtype)
-    return mean
+
+def _wide(leaf: jax.Array) -> Any:
+    """Returns the dtype in which an array is summed: at least float32."""
+    return jnp.promote_types(leaf.dtype, jnp.float32)
 
 
 @jax.jit
-def _unmixed(mean: Arrays, replicas: Sequence[Arrays]) -> Arrays:
+def _begin(share: jax.Array, variables: Any) -> Any:
+    """Returns the sum of one replica: its arrays times its share."""
+
+    def scale(leaf: jax.Array) -> jax.Array:
+        wide = _wide(leaf)
+        return share.astype(wide) * leaf.astype(wide) if _averaged(leaf) else leaf
+
+    return jax.tree.map(scale, variables)
+
+
+@jax.jit
+def _fold(total: Any, share: jax.Array, variables: Any) -> Any:
+    """Returns a sum with one replica more: the step of the average, whatever their number."""
+
+    def add(total: jax.Array, leaf: jax.Array) -> jax.Array:
+        wide = _wide(leaf)
+        return total + share.astype(wide) * leaf.astype(wide) if _averaged(leaf) else total
+
+    return jax.tree.map(add, total, variables)
+
+
+@jax.jit
+def _mean(total: Any, first: Any) -> Any:
+    """Returns a sum in the dtype of its arrays; what has no mean is the first replica's."""
+    return jax.tree.map(
+        lambda total, leaf: total.astype(leaf.dtype) if _averaged(leaf) else leaf, total, first
+    )
+
+
+@jax.jit
+def _alike(alike: Arrays | None, first: Arrays, other: Arrays) -> Arrays:
+    """Returns where statistics of a replica, and of those before it, equal the first's."""
+    equal: Arrays = jax.tree.map(jnp.equal, first, other)
+    if alike is not None:
+        equal = jax.tree.map(jnp.logical_and, alike, equal)
+    return equal
+
+
+@jax.jit
+def _unmixed(alike: Arrays, first: Arrays, mean: Arrays) -> Arrays:
     """Returns statistics with the replicas' own values where these are equal: no rounding there.
 
-    A constant that a network keeps would otherwise drift with each round. It is a program of its
-    own since the mean would be rounded in another way if it were compiled with this.
+    A constant that a network keeps would otherwise drift with each round.
     """
-
-    def pick(mean: jax.Array, *leaves: jax.Array) -> jax.Array:
-        equal = functools.reduce(jnp.logical_and, (leaf == leaves[0] for leaf in leaves))
-        return jnp.where(equal, leaves[0], mean)
-
-    picked: Arrays = jax.tree.map(pick, mean, *replicas)
+    picked: Arrays = jax.tree.map(jnp.where, alike, first, mean)
     return picked
+
+
+def _shares(weights: Sequence[float], dtype: Any) -> np.ndarray[Any, Any]:
+    """Returns what part each replica has in the average, [replicas]."""
+    of = np.asarray(weights, dtype)
+    return np.asarray(of * (np.ones((), dtype) / np.sum(of)), dtype)
 
 
 class Aggregator:
@@ -174,7 +194,7 @@ class Aggregator:
     def __init__(self, config: AggregationConfig, params: Variables, state: Variables) -> None:
         self.params = params
         self.state = state
-        transformation, self._combine = _compiled(dataclasses.astuple(config))
+        transformation, self._step = _compiled(dataclasses.astuple(config))
         self.rule_state = {unit: transformation.init(w) for unit, w in params.items()}
 
     @property
@@ -183,16 +203,13 @@ class Aggregator:
         leaves = jax.tree.leaves((self.params, self.state, self.rule_state))
         return sum(leaf.nbytes for leaf in leaves)
 
-    def compile(self, holders: Mapping[str, int]) -> None:
-        """Compiles the average of every unit before the first round.
+    def compile(self) -> None:
+        """Compiles the average of every unit, for any number of replicas, before the first round.
 
-        Args:
-          holders: For each unit how many replicas of it there will be.
+        Nothing of the weights changes.
         """
-        for unit, count in holders.items():
-            own = self.params[unit], self.state[unit]
-            weights = jnp.ones(count, _share_dtype(own[0]))
-            self._combine(own[0], self.rule_state[unit], [own] * count, weights)
+        for unit in self.params:
+            self._combine(unit, [(self.params[unit], self.state[unit])] * 3, [1.0] * 3)
 
     def broken_units(self) -> tuple[str, ...]:
         """Returns the units whose global weights, statistics or rule's state are not finite."""
@@ -206,17 +223,37 @@ class Aggregator:
         """
         for unit in self.params:
             holders = [one for one in replicas if unit in one.params]
-            if not holders:
-                continue
-            dtype = _share_dtype(self.params[unit])
-            weights = jnp.asarray([one.weight for one in holders], dtype)
-            self.params[unit], self.rule_state[unit], self.state[unit] = self._combine(
-                self.params[unit],
-                self.rule_state[unit],
-                [(one.params[unit], one.state[unit]) for one in holders],
-                weights,
-            )
+            if holders:
+                self.params[unit], self.rule_state[unit], self.state[unit] = self._combine(
+                    unit,
+                    [(one.params[unit], one.state[unit]) for one in holders],
+                    [one.weight for one in holders],
+                )
         jax.block_until_ready((self.params, self.state))  # type: ignore[no-untyped-call]
+
+    def _combine(
+        self, unit: str, replicas: Sequence[tuple[Any, Any]], weights: Sequence[float]
+    ) -> tuple[Any, Any, Any]:
+        """Returns a unit's weights, its rule's state and its statistics after an average.
+
+        Replicas are summed in their order, never in that of arrival, so that a run repeats exactly;
+        only the first two change places. A compiled program contracts a product and a sum into one
+        rounding; this way the sum has the bits of one program over all replicas.
+        """
+        shares = _shares(weights, _share_dtype(self.params[unit]))
+        order = [1, 0, *range(2, len(replicas))] if len(replicas) > 1 else [0]
+        total = _begin(shares[order[0]], replicas[order[0]])
+        for i in order[1:]:
+            total = _fold(total, shares[i], replicas[i])
+        first = replicas[0]
+        mean, state = _mean(total, first)
+        if state and len(replicas) > 1:
+            alike = None
+            for _, other in replicas[1:]:
+                alike = _alike(alike, first[1], other)
+            state = _unmixed(alike, first[1], state)
+        params, rule_state = self._step(self.params[unit], self.rule_state[unit], mean)
+        return params, rule_state, state
 
 
 def _share_dtype(params: Mapping[str, jax.Array]) -> Any:

@@ -9,6 +9,7 @@ before the environment of jax is set.
 
 from __future__ import annotations
 
+from pipar_jax.config.cohorts import keeps_state, may_lose, places, quorum
 from pipar_jax.config.fields import (
     AUTO,
     CHAINS,
@@ -20,10 +21,12 @@ from pipar_jax.config.fields import (
     PLATFORMS,
     PUBLIC_SOURCES,
     RULES,
+    SELECTIONS,
     SERVER_METHODS,
     SLOWEST,
     TRACED,
     AggregationConfig,
+    CohortConfig,
     Config,
     DataConfig,
     DeviceConfig,
@@ -53,10 +56,12 @@ __all__ = [
     "PLATFORMS",
     "PUBLIC_SOURCES",
     "RULES",
+    "SELECTIONS",
     "SERVER_METHODS",
     "SLOWEST",
     "TRACED",
     "AggregationConfig",
+    "CohortConfig",
     "Config",
     "DataConfig",
     "DeviceConfig",
@@ -77,8 +82,12 @@ __all__ = [
     "from_json",
     "host",
     "host_field",
+    "keeps_state",
+    "may_lose",
     "node",
     "nodes",
+    "places",
+    "quorum",
     "to_dict",
     "to_json",
     "to_text",

@@ -9,6 +9,7 @@ import re
 from typing import Any, get_args
 
 from pipar_jax.config import paths, schema
+from pipar_jax.config.cohorts import check_cohort
 from pipar_jax.config.fields import (
     CHAINS,
     LONGEST_S,
@@ -59,6 +60,7 @@ def check_whole(config: Config, models: tuple[str, ...] = ()) -> None:
     sink_names(config.run.sinks)
     _check_cut(config.pipeline.cut, "pipeline.cut")
     _check_nodes(config)
+    check_cohort(config)
     parse_cpus(config.server.cpus, "server.cpus")
     for index in distinct_devices(config):
         _check_device(config, index)

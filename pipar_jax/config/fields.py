@@ -22,6 +22,8 @@ PARTITIONS = ("iid", "dirichlet", "labels", "quantity")
 PUBLIC_SOURCES = ("digits", "mnist", "cifar10", "cifar100", "svhn_cropped")
 OWN_SOURCES = ("npz:", "module:")
 Labels = Literal["home", "end"]
+#: Ways to choose a round's cohort; beside them one may give a function, module:NAME:FUNCTION.
+SELECTIONS = ("uniform", "by_samples")
 RULES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
 PLATFORMS = ("auto", "cpu", "cuda", "tpu")
 TRACED = ("all", "ends", "none")
@@ -269,6 +271,55 @@ class NodesConfig:
 
 
 @dataclasses.dataclass
+class CohortConfig:
+    """Which devices train in a round, when a round is over, and what becomes of lost devices."""
+
+    size: float = option(
+        0.0,
+        "devices in a round: a number, or below 1 a share of devices.count; 0: all that are there",
+        at_least=0,
+    )
+    select: str = option(
+        "uniform",
+        f"how they are chosen: {', '.join(SELECTIONS)}, or module:NAME:FUNCTION",
+    )
+    min_devices: int = option(0, "devices with which a run may begin; 0: all", at_least=0)
+    quorum: int = option(
+        0, "devices that have to finish a round; the rest may be lost or late; 0: all", at_least=0
+    )
+    deadline_s: float = option(
+        0.0,
+        "seconds after which a round goes on without those that are late; 0: no deadline",
+        at_least=0,
+        at_most=LONGEST_S,
+    )
+    first: int = option(
+        0, "end a round when so many devices have finished it; 0: wait for all", at_least=0
+    )
+    below: str = option(
+        "end",
+        "with fewer than the quorum: end the run; repeat the round when the quorum is there; or "
+        "wait for those that are late, then repeat",
+        choices=("end", "repeat", "wait"),
+    )
+    wait_s: float = option(
+        10.0,
+        "seconds to wait for more devices: at the start beyond min_devices, later for the quorum",
+        at_least=0,
+        at_most=LONGEST_S,
+    )
+    optimizer_state: str = option(
+        "auto",
+        "optimiser state of a device that is dropped from a round: keep that of the round's start, "
+        "which takes a second copy, or reset it; auto: keep, and reset where size samples devices",
+        choices=("auto", "keep", "reset"),
+    )
+    script: str = option(
+        "", "membership.jsonl of a run whose losses are replayed; empty: none", path=""
+    )
+
+
+@dataclasses.dataclass
 class ServerConfig:
     """The host that coordinates and computes the far end of the chain."""
 
@@ -326,6 +377,12 @@ class NetworkConfig:
         0.0,
         "seconds without progress after which a run ends even if all peers answer; 0: 300, or 20 "
         "times the longest action if that is longer",
+        at_least=0,
+        at_most=LONGEST_S,
+    )
+    rejoin_s: float = option(
+        0.0,
+        "seconds for which a device tries to come back after it lost the server; 0: it ends",
         at_least=0,
         at_most=LONGEST_S,
     )
@@ -393,10 +450,15 @@ class RunConfig:
     evaluate_every: int = option(
         1, "rounds between evaluations; 0: only after the last round", at_least=0
     )
+    rounds: int = option(
+        0, "rounds to train, instead of `epochs`; 0: as many as the epochs have", at_least=0,
+        at_most=10**6,
+    )  # fmt: skip
     nonfinite: str = option(
         "end",
-        "when a loss or weights are not finite: end the run, or ignore it except for an event",
-        choices=("end", "ignore"),
+        "when a loss or weights are not finite: end the run, ignore it except for an event, or "
+        "drop the device from the round",
+        choices=("end", "ignore", "drop"),
     )
     progress_every_s: float = option(
         0.5, "seconds between progress events", at_least=0, at_most=LONGEST_S
@@ -420,6 +482,7 @@ class Config:
     pipeline: PipelineConfig = dataclasses.field(default_factory=PipelineConfig)
     devices: DevicesConfig = dataclasses.field(default_factory=DevicesConfig)
     nodes: NodesConfig = dataclasses.field(default_factory=NodesConfig)
+    cohort: CohortConfig = dataclasses.field(default_factory=CohortConfig)
     server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
     network: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
     tuner: TunerConfig = dataclasses.field(default_factory=TunerConfig)

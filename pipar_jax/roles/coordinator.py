@@ -140,9 +140,7 @@ class Coordinator:
         self._members.broadcast(messages.Prepare(self.plan, self._samples, total))
         self._host.prepare(self.plan, self._samples, total)
         if self.plan.order == "parallel":
-            # A unit has one replica per device, wherever each is cut.
-            count = sum(1 for n in self._total if n)
-            self._aggregator.compile({unit: count for unit in self._model.unit_names})
+            self._aggregator.compile()
             self._aggregator.broken_units()  # compiles what finds them, too
         ready = self._members.collect(messages.Prepared, (COORDINATOR, *self._workers))
         compile_s = time.monotonic() - began

@@ -336,7 +336,7 @@ class Host:
                 if plan.host(device, index) == self.name and slot not in self._replicas:
                     self._replicas[slot] = Replica(stage, params, state, self._optimizer)
         self._averaging = Averaging(self._config, self._program, self._replicas, params, state)
-        self._averaging.compile(sum(1 for count in steps if count))
+        self._averaging.compile()
         del params, state
         self._install(plan)
         replicas, sizes = self._replicas.values(), self._sizes()

@@ -101,10 +101,10 @@ class Averaging:
             for unit in aggregator.params:
                 yield unit, aggregator
 
-    def compile(self, devices: int) -> None:
-        """Compiles the average over so many devices before the first round."""
+    def compile(self) -> None:
+        """Compiles the average before the first round."""
         for aggregator in self._aggregators.values():
-            aggregator.compile(dict.fromkeys(aggregator.params, devices))
+            aggregator.compile()
 
     def run(self, schedule: RoundSchedule, slowdown: float) -> Timed:
         """Averages, begins the next round's weights, and returns the timed action.

@@ -97,13 +97,12 @@ def compile_plan(
     """
     limit_mb = configuration.host(config, host).memory_mb if is_node(host) else 0.0
     local = {model.unit_names[unit] for unit in plan.local_units(host, len(model.units))}
-    devices = sum(1 for count in samples if count)
     temporary = 0
     for replica in migration.samples_of(model, plan, host, compiled, rematerialise=rematerialise):
         run_all(model, [replica], sizes, between=between)
         if plan.weights == "copy" and local.issuperset(replica.params):
             average = Aggregator(config.aggregation, replica.params, replica.state)
-            average.compile(dict.fromkeys(replica.params, devices))
+            average.compile()
         if limit_mb:
             temporary = max(temporary, memory.temporary_bytes(model, [replica], sizes))
     if not limit_mb:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pipar_jax.aggregation import aggregator
 from pipar_jax.aggregation.aggregator import Aggregator, Replica
 from pipar_jax.config import RULES, AggregationConfig, OptimizerConfig
 from pipar_jax.training import optimizer
@@ -91,8 +93,34 @@ def test_a_unit_is_averaged_over_whoever_holds_it():
 def test_compiling_ahead_changes_nothing():
     params, state = variables(0)
     made = Aggregator(AggregationConfig(rule="fedadam"), params, state)
-    made.compile({"a": 2, "b": 2})
+    made.compile()
     np.testing.assert_array_equal(made.params["a"]["kernel"], variables(0)[0]["a"]["kernel"])
+
+
+@jax.jit
+def one_program(old, replicas, weights):
+    """FedAvg of all replicas in one compiled program, as it would be written down."""
+    shares = weights / jnp.sum(weights)
+    mean = sum(share * one for share, one in zip(shares, replicas, strict=True))
+    return old + -1.0 * (old - mean)
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+def test_any_number_of_replicas_is_averaged_by_the_same_step_to_the_same_bits(count):
+    rng = np.random.default_rng(count)
+    old, *some = (rng.normal(size=(33, 7)).astype(np.float32) for _ in range(count + 1))
+    weights = rng.integers(1, 1000, count).astype(np.float32)
+    made = Aggregator(AggregationConfig(), {"a": {"w": jnp.asarray(old)}}, {"a": {}})
+    made.compile()
+    compiled = aggregator._fold._cache_size()
+    made.aggregate(
+        [
+            Replica({"a": {"w": jnp.asarray(one)}}, {"a": {}}, float(weight))
+            for one, weight in zip(some, weights, strict=True)
+        ]
+    )
+    np.testing.assert_array_equal(made.params["a"]["w"], one_program(old, some, weights))
+    assert aggregator._fold._cache_size() == compiled
 
 
 def test_fedprox_pulls_towards_the_rounds_weights():

@@ -21,6 +21,43 @@ def test_the_defaults_are_a_configuration() -> None:
     assert made is not config and made.data is not config.data
 
 
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"cohort.first": 1, "cohort.quorum": 2}, "less than cohort.quorum=2"),
+        ({"cohort.size": 0.5, "method": "auto"}, "does not go with method=auto"),
+        (
+            {"cohort.size": 1, "devices.overrides": {1: {"cut": 2}}},
+            r"devices\.1\.cut=2 .* cut alike",
+        ),
+        ({"cohort.quorum": 1, "tuner.adapt": True}, "may lose devices"),
+        ({"cohort.size": 1, "tuner.adapt": True}, "cohort.size=1"),
+        ({"cohort.first": 1, "method": "sl"}, "take turns"),
+        ({"cohort.deadline_s": 1, "pipeline.weights": "shared"}, "none is later"),
+        ({"cohort.first": 1, "pipeline.weights": "shared"}, "none is later"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_fields_of_the_cohort_that_do_not_go_together_are_told(fields: dict, says: str) -> None:
+    config = Config()
+    for path, value in fields.items():
+        holder, (*groups, name) = config, path.split(".")
+        for group in groups:
+            holder = getattr(holder, group)
+        setattr(holder, name, value)
+    with pytest.raises(ConfigError, match=says):
+        resolve(config)
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "expected"), [(0, 7, 7), (3, 7, 3), (0.5, 7, 4), (0.01, 7, 1), (1, 7, 1)]
+)
+def test_a_cohort_has_as_many_places_as_its_size_says(size, count, expected) -> None:
+    config = Config()
+    config.cohort.size, config.devices.count = size, count
+    assert configuration.places(resolve(config)) == expected
+
+
 def test_every_option_has_help_and_a_default_that_fits() -> None:
     for one in schema.options(Config):
         assert one.text and one.expects
@@ -56,6 +93,18 @@ WRONG = [
     ("optimizer.clip_norm", 0.0, "> 0"),
     ("aggregation.every", "0 steps", "10 steps"),
     ("aggregation.every", "sometimes", "10 steps"),
+    ("cohort.size", 2.5, "a share below 1"),
+    ("cohort.size", 3, "more than devices.count=2"),
+    ("cohort.size", -1, "≥ 0"),
+    ("cohort.select", "unifrom", "did you mean 'uniform'"),
+    ("cohort.select", "module:numbers", "module:NAME:FUNCTION"),
+    ("cohort.min_devices", 3, "more than devices.count=2"),
+    ("cohort.quorum", 3, "more than the cohort, which has 2 devices"),
+    ("cohort.first", 3, "more than the cohort, which has 2 devices"),
+    ("cohort.below", "stop", "end, repeat, wait"),
+    ("cohort.optimizer_state", "fresh", "auto, keep, reset"),
+    ("cohort.script", "no/such/membership.jsonl", "there is no such file"),
+    ("run.nonfinite", "drop", "set cohort.quorum"),
     ("pipeline.cut", 0, "smallest cut is 1"),
     ("pipeline.cut", "", "name of a unit"),
     ("pipeline.dispatch", "fcsf", "did you mean 'fcfs'"),

@@ -1,0 +1,119 @@
+"""What the fields of ``cohort`` mean for a run: places, quorum, and whether losses are allowed."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import re
+
+from pipar_jax.config import schema
+from pipar_jax.config.fields import AUTO, SELECTIONS, Config
+from pipar_jax.errors import ConfigError
+
+
+def places(config: Config) -> int:
+    """Returns how many places a round's cohort has."""
+    size, count = config.cohort.size, config.devices.count
+    if size == 0:
+        return count
+    return int(size) if size >= 1 else max(1, math.ceil(size * count))
+
+
+def quorum(config: Config) -> int:
+    """Returns how many devices have to finish a round."""
+    return config.cohort.quorum or places(config)
+
+
+def may_lose(config: Config) -> bool:
+    """Returns whether a run may go on after a device is lost, late, or not finite."""
+    cohort = config.cohort
+    return quorum(config) < places(config) or bool(cohort.first) or cohort.below != "end"
+
+
+def keeps_state(config: Config) -> bool:
+    """Returns whether a dropped device goes back to the optimiser state of the round's start."""
+    chosen = config.cohort.optimizer_state
+    return config.cohort.size == 0 if chosen == "auto" else chosen == "keep"
+
+
+def check_cohort(config: Config) -> None:
+    """Checks the fields of ``cohort`` against each other and against the method.
+
+    Raises:
+      ConfigError: They do not fit; the message names the field, its value and the remedy.
+    """
+    cohort, count = config.cohort, config.devices.count
+    if cohort.size > 1 and cohort.size != int(cohort.size):
+        raise ConfigError(
+            f"cohort.size={cohort.size:g} is neither a whole number nor a share below 1: write 50, "
+            "or 0.1"
+        )
+    most = places(config)
+    for field, value, limit, what in (
+        ("size", most, count, f"devices.count={count}"),
+        ("min_devices", cohort.min_devices, count, f"devices.count={count}"),
+        ("quorum", cohort.quorum, most, f"the cohort, which has {most} devices"),
+        ("first", cohort.first, most, f"the cohort, which has {most} devices"),
+    ):
+        if value > limit:
+            raise ConfigError(f"cohort.{field}={value} is more than {what}: lower it")
+    if cohort.first and cohort.first < cohort.quorum:
+        raise ConfigError(
+            f"cohort.first={cohort.first} is less than cohort.quorum={cohort.quorum}, so a round "
+            "would end before its quorum is there: raise one or lower the other"
+        )
+    _check_select(cohort.select)
+    if cohort.script and not pathlib.Path(cohort.script).is_file():
+        raise ConfigError(f"cohort.script={cohort.script!r}: there is no such file")
+    _check_method(config)
+    if config.run.nonfinite == "drop" and not may_lose(config):
+        raise ConfigError(
+            "run.nonfinite=drop leaves a device out of a round, and cohort.quorum=0 needs all of "
+            "them: set cohort.quorum"
+        )
+
+
+def _check_select(select: str) -> None:
+    """Checks that a text names a way to choose a cohort."""
+    if select in SELECTIONS or re.fullmatch(r"module:[\w.]+:\w+", select):
+        return
+    raise ConfigError(
+        f"cohort.select={select[:120]!r} is not a way to choose devices"
+        f"{schema.did_you_mean(select, SELECTIONS)} (known: {', '.join(SELECTIONS)}, "
+        "module:NAME:FUNCTION)"
+    )
+
+
+def _check_method(config: Config) -> None:
+    """Checks what a method cannot do with a cohort, or with losses."""
+    cohort, shared = config.cohort, config.pipeline.weights == "shared"
+    if cohort.size:
+        if config.method == AUTO:
+            raise ConfigError(
+                f"cohort.size={cohort.size:g} does not go with method=auto, which times every "
+                "device before the run: choose a method, or set cohort.size=0"
+            )
+        for index, fields in config.devices.overrides.items():
+            if odd := [one for one in ("cut", "micro_batches") if fields.get(one) is not None]:
+                raise ConfigError(
+                    f"devices.{index}.{odd[0]}={fields[odd[0]]!r} does not go with cohort.size="
+                    f"{cohort.size:g}: any device may take any place, so all are cut alike; leave "
+                    "it out, or set cohort.size=0"
+                )
+    if config.tuner.adapt and (cohort.size or may_lose(config)):
+        field = f"cohort.size={cohort.size:g}" if cohort.size else "a run that may lose devices"
+        raise ConfigError(
+            f"tuner.adapt=true does not go with {field}: its plans are made for the devices that "
+            "it knows; set tuner.adapt=false, or leave cohort.* as it is"
+        )
+    if cohort.first and config.method == "sl":
+        raise ConfigError(
+            f"cohort.first={cohort.first} does not go with method=sl, whose devices take turns: "
+            "leave it 0"
+        )
+    if shared and config.method not in ("fl", "sl") and (cohort.first or cohort.deadline_s):
+        field = f"first={cohort.first}" if cohort.first else f"deadline_s={cohort.deadline_s:g}"
+        raise ConfigError(
+            f"cohort.{field} does not go with pipeline.weights=shared, where each step waits for "
+            "all devices, so that none is later than the others: leave it 0"
+        )
