@@ -22,7 +22,18 @@ from pipar_jax.launch.process import WRONG_USE, code_of, heed_termination, leave
 
 FOLDER = pathlib.Path(experiments.__file__).parent
 #: What most people want, in the order in which they want it; the others follow by name.
-FIRST = ("quickstart", "train", "server", "device", "node", "plan", "profile", "report", "describe")
+FIRST = (
+    "quickstart",
+    "train",
+    "compare",
+    "server",
+    "device",
+    "node",
+    "plan",
+    "profile",
+    "report",
+    "describe",
+)
 
 
 def commands() -> dict[str, str]:

@@ -1,41 +1,34 @@
 """The demo: trains scikit-learn's digits by FL, SL, SFL and PiPar and compares them in a table.
 
 One server process and two device processes on this machine talk over TCP. Devices are slowed down
-and links shaped, so that the setting resembles edge devices behind 4G+; all methods see the same
-data and start from the same weights. Without flags it runs the preset quickstart, in less than
-three minutes on two cores; every field of it is a flag.
+and links shaped to resemble edge devices behind 4G+; all methods use the same data and start from
+the same weights. Without flags the preset quickstart runs, in less than three minutes on two
+cores; each of its fields is a flag. To compare methods on another preset: pipar compare.
 """
 
 import dataclasses
 import pathlib
-import sys
-import time
-
-from rich.console import Console
 
 import configs
 from comms.emulation.shaping import parse_link
 from pipar_jax.config import SERVER_METHODS, Config
-from pipar_jax.config.paths import shown
 from pipar_jax.config.schema import option
-from pipar_jax.launch import flags, launcher, machine
+from pipar_jax.launch import compare, flags
 from pipar_jax.launch.pinning import first_cores
-from pipar_jax.report import comparison, write_report
-from pipar_jax.report.comparison import Outcome
-from pipar_jax.report.progress import Progress
-
-PLAIN_WIDTH = 100
+from pipar_jax.report import comparison
 
 
 @dataclasses.dataclass
 class Extra:
-    """The demo's own flags."""
+    """Flags of this binary."""
 
-    methods: str = option(",".join(SERVER_METHODS), "methods to compare, in this order")
+    methods: str = option(
+        ",".join(SERVER_METHODS), "methods to compare, in this order, separated by commas"
+    )
 
 
 def describe(config: Config) -> str:
-    """Returns what is real and what is emulated in this setting, in plain words."""
+    """Returns a text that states what is real and what is emulated in this setting."""
     device = config.devices.defaults
     up, down = parse_link(device.link)
     rates = " and ".join(
@@ -44,49 +37,31 @@ def describe(config: Config) -> str:
     )
     return (
         f"Real: {config.data.source} images, the network {config.model.name}, training, and "
-        f"{config.devices.count + 1} processes that talk over TCP.\n"
-        f"Emulated, to resemble edge devices: each device computes {device.slowdown:g} times slower"
-        f" than a core of this machine, and its link is {device.link} ({rates})."
+        f"{config.devices.count + 1} processes that communicate over TCP.\n"
+        "Emulated, to resemble edge devices: the compute time of each device is that of a core of "
+        f"this machine multiplied by {device.slowdown:g}, and its link is {device.link} ({rates})."
     )
 
 
 def place(config: Config) -> None:
-    """Gives the server one core and the devices, which mostly wait, another, if nobody chose."""
+    """Pins the server to one core and the devices, which mostly wait, to another, by default."""
     cores = first_cores(2)
     if len(cores) == 2 and not config.server.cpus and not config.devices.defaults.cpus:
         config.server.cpus, config.devices.defaults.cpus = map(str, cores)
 
 
 def main(config: Config, extra: Extra) -> None:
-    """Trains by each method and prints the table.
+    """Trains by each method, prints the table and writes the report.
 
     Raises:
-      PiparError: A run failed.
+      PiparError: A method does not fit the setting, or a run failed.
     """
-    methods = comparison.parse_methods(extra.methods)
-    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
-    machine.check(config, machine.all_hosts(config))
+    methods = comparison.choose_methods(config, extra.methods)
     place(config)
+    compare.check(config, methods)
+    console = compare.make_console()
     console.print(f"{describe(config)}\n")
-    began_s = time.monotonic()
-    outcomes: list[Outcome] = []
-    for number, method in enumerate(methods, start=1):
-        head = f"{number}/{len(methods)} {comparison.title(method)}"
-        with Progress(head) as progress:
-            outcome = comparison.run_method(config, method, launcher.launch, progress)
-        outcomes.append(outcome)
-        console.print(
-            f"{head}: {outcome.epoch_s:.2f} s per epoch, test accuracy {outcome.accuracy:.1%}"
-        )
-    console.print()
-    console.print(comparison.make_table(outcomes))
-    console.print(comparison.conclude(outcomes))
-    report = pathlib.Path(config.run.dir) / f"{config.name}.html"
-    write_report([pathlib.Path(outcome.folder) for outcome in outcomes], report)
-    console.print(
-        f"Took {time.monotonic() - began_s:.0f} s. Look at {shown(report)} in a browser; the runs "
-        f"are in {', '.join(shown(outcome.folder) for outcome in outcomes)}."
-    )
+    compare.compare(config, methods, console)
 
 
 if __name__ == "__main__":

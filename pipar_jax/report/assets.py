@@ -1,4 +1,4 @@
-"""The page's style sheet and script: light, dark and print, and nothing from a network."""
+"""The page's style sheet (light, dark, print) and script. Neither loads anything."""
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f9f9f7; --card: #ffffff; --ink: #1a1a19;
@@ -22,7 +22,7 @@ th, td { padding: 5px 10px; text-align: right; border-bottom: 1px solid var(--ru
   vertical-align: top; }
 th { color: var(--soft); font-weight: 600; font-size: 13px; }
 th:first-child, td:first-child, td.words, th.words { text-align: left; }
-td.words { white-space: nowrap; }
+td { white-space: nowrap; }
 details td.words { white-space: normal; overflow-wrap: anywhere; }
 tr.best td { font-weight: 600; color: var(--strong); }
 tr.differs td { background: color-mix(in srgb, var(--h3) 14%, transparent); }
@@ -42,6 +42,12 @@ svg .inside { font-size: 10px; pointer-events: none; } svg .inside.deep { fill: 
   padding: 0; color: var(--soft); font-size: 13px; }
 .swatch { display: inline-block; width: 12px; height: 12px; border-radius: 3px;
   margin-right: 6px; vertical-align: -1px; background: var(--c); }
+.swatch.wide { width: 20px; height: 16px; vertical-align: -3px; color: var(--ink);
+  font-size: 10px; line-height: 16px; text-align: center; }
+.swatch.thin { width: 20px; height: 7px; vertical-align: 1px; }
+.swatch.fore { background: color-mix(in srgb, var(--c) 62%, var(--card)); }
+.swatch.back.wide { color: #fff; }
+.swatch.beside { background: color-mix(in srgb, var(--c) 22%, var(--card)); }
 .hue0, .network, .activations { --c: var(--h0); }
 .hue1, .device, .cotangents { --c: var(--h1); }
 .hue2, .aggregation { --c: var(--h2); } .hue3 { --c: var(--h3); }
@@ -56,7 +62,7 @@ footer { color: var(--soft); font-size: 13px; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
 
-#: Pointing at a micro-batch fades the others; printing opens what is folded.
+#: Hovering over a micro-batch fades the others; printing unfolds the details.
 SCRIPT = """
 for (const chart of document.querySelectorAll("svg")) {
   chart.addEventListener("pointerover", (event) => {

@@ -1,4 +1,4 @@
-"""Stacked horizontal bars: where the seconds of an epoch and the bytes of a run go."""
+"""Stacked horizontal bars: the seconds of an epoch by cause, the bytes of a run by kind."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 from pipar_jax.report.idle import CAUSES
 from pipar_jax.report.run import Run, hosts_of, links_of
-from pipar_jax.report.svg import digits, drawing, element, legend, text, ticks
+from pipar_jax.report.svg import digits, drawing, element, legend, text, tick_labels, ticks
 from pipar_jax.schedule.plan import COORDINATOR
 
 BUSY = "busy"
-#: How the causes are named on the page.
+#: The names of the causes on the page.
 CAUSE_NAMES = {
     BUSY: "computing", "data": "waiting for data", "device": "for a device",
     "server": "for the server", "network": "for the network", "aggregation": "for aggregation",
@@ -25,12 +25,12 @@ KIND_NAMES = ("activations", "cotangents", "weights, labels, control")
 
 
 class Bar(NamedTuple):
-    """A bar.
+    """One stacked bar.
 
     Attributes:
-      label: What it stands for.
-      parts: Pairs of a class of the style sheet and a value.
-      note: Written behind it.
+      label: The text in front of it.
+      parts: For each part a class of the style sheet and a value.
+      note: The text behind it.
       first: Whether it begins a group.
     """
 
@@ -44,10 +44,10 @@ def stacked_bars(title: str, unit: str, bars: Sequence[Bar], names: Callable[[st
     """Returns a chart of stacked bars.
 
     Args:
-      title: What it shows.
+      title: Title of the chart.
       unit: Unit of the values.
       bars: The bars, from top to bottom.
-      names: Gives the name of a part from its class.
+      names: Maps the class of a part to its name.
     """
     longest = max((sum(value for _, value in bar.parts) for bar in bars), default=0.0)
     if longest <= 0:
@@ -72,20 +72,21 @@ def stacked_bars(title: str, unit: str, bars: Sequence[Bar], names: Callable[[st
             x += value * scale
         content.append(text(x + 8, top + 12, bar.note, "tick"))
         top += height + 5
-    for value in ticks(0, longest, 6):
+    stations = ticks(0, longest, 6)
+    for value, label in zip(stations, tick_labels(stations), strict=True):
         x = left + value * scale
         marks.append(element("line", x1=x, x2=x, y1=26, y2=top, class_="grid"))
-        marks.append(text(x, top + 13, digits(value), "tick", "middle"))
+        marks.append(text(x, top + 13, label, "tick", "middle"))
     content.append(text(left + (width - left - right) / 2, top + 30, unit, "label", "middle"))
     return drawing(width, top + 38, "".join(marks + content), title)
 
 
 def idle_bars(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """Returns where an epoch's seconds go on the server and on the devices, by run.
+    """Returns the chart of an epoch's seconds on the server, nodes and devices of each run.
 
     Args:
       runs: The runs.
-      names: What each is called.
+      names: The label of each run.
     """
     bars = []
     for run, name in zip(runs, names, strict=True):
@@ -101,17 +102,17 @@ def idle_bars(runs: Sequence[Run], names: Sequence[str]) -> str:
             idle = sum(share for kind, share in parts if kind != BUSY)
             seconds = [(kind, share * run.epoch_s) for kind, share in parts]
             bars.append(Bar(f"{name} {label}", seconds, f"idle {idle:.0%}", not position))
-    chart = stacked_bars("Where an epoch goes", "seconds per epoch", bars, CAUSE_NAMES.__getitem__)
+    chart = stacked_bars("Time per epoch", "seconds per epoch", bars, CAUSE_NAMES.__getitem__)
     entries = [(kind, CAUSE_NAMES[kind]) for kind in (BUSY, *CAUSES)]
     return legend(entries) + chart if chart else ""
 
 
 def byte_bars(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """Returns what each direction of each link carried in all rounds.
+    """Returns the chart of the bytes that each direction of each link carried in all rounds.
 
     Args:
       runs: The runs.
-      names: What each is called.
+      names: The label of each run.
     """
     bars = []
     for run, name in zip(runs, names, strict=True):
@@ -124,20 +125,20 @@ def byte_bars(runs: Sequence[Run], names: Sequence[str]) -> str:
             label = f"{name} {ends[0]} → {ends[1]}"
             bars.append(Bar(label, parts, f"{digits(total)} MB", not position))
     named = dict(zip(KINDS, KIND_NAMES, strict=True))
-    chart = stacked_bars("What the links carried", "megabytes", bars, named.__getitem__)
+    chart = stacked_bars("Traffic by link", "megabytes", bars, named.__getitem__)
     return legend(list(named.items())) + chart if chart else ""
 
 
 def _shares(run: Run, hosts: Sequence[str]) -> list[tuple[str, float]] | None:
-    """Returns the shares of the run's rounds that hosts spent computing and waiting, averaged."""
-    found = [run.idle_share(host) for host in hosts]
-    idle = [share for share in found if share is not None]
+    """Returns the shares of the rounds spent computing and waiting, averaged over hosts."""
+    shares = [run.idle_share(host) for host in hosts]
+    idle = [share for share in shares if share is not None]
     if not idle:
         return None
     total = statistics.fmean(idle)
     parts = [(BUSY, 1.0 - total)]
     known = [run.causes[host] for host in hosts if host in run.causes]
-    sums = {cause: sum(one[cause] for one in known) for cause in CAUSES}
+    sums = {cause: sum(causes[cause] for causes in known) for cause in CAUSES}
     whole = sum(sums.values())
     if not whole:
         return [*parts, ("other", total)]

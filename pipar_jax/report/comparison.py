@@ -1,7 +1,7 @@
-"""Several methods on the same data from the same initial weights, and the table that compares them.
+"""Compares methods on the same data from the same initial weights.
 
-Only the method differs between the runs: seed, shards, model, links and emulated slowness are those
-of one configuration.
+Only the method differs between the runs: seed, shards, model, links and slowdowns come from one
+configuration.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 import dataclasses
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from pipar_jax.config import METHODS, Config
+from pipar_jax.config import METHODS, SERVER_METHODS, Config
 from pipar_jax.config.schema import did_you_mean
 from pipar_jax.errors import ConfigError
-from pipar_jax.schedule.plan import COORDINATOR
-
-TITLES: Mapping[str, str] = {"fl": "FL", "sl": "SL", "sfl": "SFL", "pipar": "PiPar"}
+from pipar_jax.methods.resolution import resolve
+from pipar_jax.report.run import TITLES
+from pipar_jax.schedule.plan import COORDINATOR, is_node
 
 OnEvent = Callable[[dict[str, Any]], None]
 Launch = Callable[..., dict[str, Any]]
@@ -29,18 +29,18 @@ Launch = Callable[..., dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What one method came to.
+    """The results of one method.
 
     Attributes:
-      method: Its name in the configuration.
+      method: Name of the method in the configuration.
       plan: The chain of its plan, in one short line.
       epoch_s: Median seconds of an epoch, without evaluation and compilation.
-      accuracy: Share of the test samples that the final weights classify correctly.
-      server_idle: Share of the rounds in which the server computed nothing.
-      device_idle: The same, the mean over the devices.
-      up_bytes: Sent from devices to the server in the whole run.
-      down_bytes: Sent from the server to devices in the whole run.
-      folder: Where the run left its files.
+      accuracy: Share of the test samples that the final weights classify correctly, in [0, 1].
+      server_idle: Share of the rounds in which the server computed nothing, in [0, 1].
+      device_idle: Mean over the devices of the same share.
+      up_bytes: Bytes sent from devices to the server in the whole run.
+      down_bytes: Bytes sent from the server to devices in the whole run.
+      folder: Folder of the run.
     """
 
     method: str
@@ -55,40 +55,72 @@ class Outcome:
 
     @property
     def title(self) -> str:
-        """The method's name as the field writes it."""
+        """The name of the method as it is written in the literature."""
         return title(self.method)
 
 
 def title(method: str) -> str:
-    """Returns the name of a method as the field writes it."""
+    """Returns the name of a method as it is written in the literature."""
     return TITLES.get(method, method)
+
+
+def choose_methods(config: Config, text: str) -> list[str]:
+    """Returns the methods to compare.
+
+    Args:
+      config: The setting.
+      text: Names of methods separated by commas. If it is empty, fl, sl, sfl, pipar and the
+        configuration's own are chosen, as far as they fit the configuration.
+
+    Raises:
+      ConfigError: A name is not a method, or no method fits.
+    """
+    if text.strip():
+        return parse_methods(text)
+    candidates = dict.fromkeys((*SERVER_METHODS, config.method))
+    fitting = [method for method in candidates if method in METHODS and _fits(config, method)]
+    if not fitting:
+        raise ConfigError(
+            "none of the methods that are compared by default fits this configuration: choose "
+            f"with --methods=NAME,NAME (known: {', '.join(METHODS)})"
+        )
+    return fitting
+
+
+def _fits(config: Config, method: str) -> bool:
+    """Returns whether the configuration is valid with a method."""
+    try:
+        resolve(dataclasses.replace(config, method=method))
+    except ConfigError:
+        return False
+    return True
 
 
 def parse_methods(text: str) -> list[str]:
     """Returns the methods named in ``text``, separated by commas, each once.
 
     Raises:
-      ConfigError: One is unknown, or none is named.
+      ConfigError: A name is not a method, or there is none.
     """
     known = f"known: {', '.join(METHODS)}"
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     for name in names:
         if name not in METHODS:
             near = did_you_mean(name, METHODS)
-            raise ConfigError(f"--methods={text}: {name!r} is no method{near} ({known})")
+            raise ConfigError(f"--methods={text}: {name!r} is not a method{near} ({known})")
     if not names:
         raise ConfigError(f"--methods={text!r} names no method ({known})")
     return names
 
 
 def run_method(config: Config, method: str, launch: Launch, on_event: OnEvent) -> Outcome:
-    """Trains by ``method``, everything else as in ``config``, and returns what it came to.
+    """Trains by ``method`` and returns the results.
 
     Args:
-      config: The setting; its own method does not count.
-      method: A name of ``METHODS``.
-      launch: ``launcher.launch``, or what behaves like it.
-      on_event: Takes the events of the run as they happen.
+      config: The setting, whose own method is replaced.
+      method: The method, one of ``METHODS``.
+      launch: ``launcher.launch``, or a function with its interface.
+      on_event: Called with each event of the run as it happens.
 
     Raises:
       PiparError: The run failed.
@@ -104,7 +136,7 @@ def run_method(config: Config, method: str, launch: Launch, on_event: OnEvent) -
     setting = dataclasses.replace(config, method=method, name=f"{config.name}-{method}")
     summary = launch(setting, on_event=follow)
     idle = summary["idle"]
-    devices = [share for host, share in idle.items() if host != COORDINATOR]
+    devices = [share for host, share in idle.items() if host != COORDINATOR and not is_node(host)]
     return Outcome(
         method=method,
         plan=_shorten(plan),
@@ -119,13 +151,13 @@ def run_method(config: Config, method: str, launch: Launch, on_event: OnEvent) -
 
 
 def _shorten(plan: str) -> str:
-    """Returns the chain of a plan's line; how many devices share it stands elsewhere."""
+    """Returns the chain in the text of a plan, without the number of devices."""
     chain, _, rest = plan.partition(";")
     return re.sub(r"^\d+ of ", "", chain) + (", in turn" if "sequential" in rest else "")
 
 
 def make_table(outcomes: Sequence[Outcome]) -> Table:
-    """Returns the table of ``outcomes``, the fastest in bold; see ``baseline`` for speed-ups."""
+    """Returns the table of results, the fastest method in bold; speed-ups are over ``baseline``."""
     base = baseline(outcomes)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("method", no_wrap=True)
@@ -140,33 +172,33 @@ def make_table(outcomes: Sequence[Outcome]) -> Table:
         "test\naccuracy",
     ):
         table.add_column(name, justify="right", no_wrap=True)
-    fastest = min(outcomes, key=lambda one: one.epoch_s)
-    for one in outcomes:
+    fastest = min(outcomes, key=lambda outcome: outcome.epoch_s)
+    for outcome in outcomes:
         table.add_row(
-            one.title,
-            Text(one.plan),
-            f"{one.epoch_s:.2f}",
-            f"{base.epoch_s / one.epoch_s:.2f}x",
-            f"{one.server_idle:.0%}",
-            f"{one.device_idle:.0%}",
-            f"{one.up_bytes / 1e6:.2f}",
-            f"{one.down_bytes / 1e6:.2f}",
-            f"{one.accuracy:.1%}",
-            style="bold" if one is fastest else None,
+            outcome.title,
+            Text(outcome.plan),
+            f"{outcome.epoch_s:.2f}",
+            f"{base.epoch_s / outcome.epoch_s:.2f}x",
+            f"{outcome.server_idle:.0%}",
+            f"{outcome.device_idle:.0%}",
+            f"{outcome.up_bytes / 1e6:.2f}",
+            f"{outcome.down_bytes / 1e6:.2f}",
+            f"{outcome.accuracy:.1%}",
+            style="bold" if outcome is fastest else None,
         )
     return table
 
 
 def baseline(outcomes: Sequence[Outcome]) -> Outcome:
-    """Returns the outcome that speed-ups refer to: FL's, or the first where FL was not run."""
-    return next((one for one in outcomes if one.method == "fl"), outcomes[0])
+    """Returns the outcome that speed-ups refer to: that of FL, or the first if FL did not run."""
+    return next((outcome for outcome in outcomes if outcome.method == "fl"), outcomes[0])
 
 
 def conclude(outcomes: Sequence[Outcome]) -> str:
-    """Returns one sentence about what the figures say, whichever way they fell."""
-    fastest = min(outcomes, key=lambda one: one.epoch_s)
+    """Returns one sentence that sums up the results."""
+    fastest = min(outcomes, key=lambda outcome: outcome.epoch_s)
     base = baseline(outcomes)
-    low, high = (pick(one.accuracy for one in outcomes) for pick in (min, max))
+    low, high = (pick(outcome.accuracy for outcome in outcomes) for pick in (min, max))
     if low == high:
         spread = f"all reach the same test accuracy, {high:.1%}"
     else:

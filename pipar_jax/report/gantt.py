@@ -1,4 +1,4 @@
-"""One step as a Gantt chart: what each host computes and sends, micro-batches in colours."""
+"""One step as a Gantt chart: the computations and sends of each host, coloured by micro-batch."""
 
 from __future__ import annotations
 
@@ -10,25 +10,46 @@ from typing import NamedTuple
 
 from pipar_jax.errors import PlanError
 from pipar_jax.report.run import MOST_DEVICES, Run, hosts_of
-from pipar_jax.report.svg import HUES, digits, drawing, element, text, ticks
-from pipar_jax.schedule.actions import BACKWARD, COMPUTE, FORWARD, LOSS, SEND_BACKWARD, SEND_FORWARD
+from pipar_jax.report.svg import HUES, digits, drawing, element, legend, text, tick_labels, ticks
+from pipar_jax.schedule.actions import (
+    AGGREGATE,
+    BACKWARD,
+    COMPUTE,
+    FORWARD,
+    KIND_NAMES,
+    LOSS,
+    MICRO,
+    SEND_BACKWARD,
+    SEND_CLIENT_MODEL,
+    SEND_FORWARD,
+    UPDATE,
+)
 from pipar_jax.schedule.trace import Interval, Timed, Trace
 
 WIDTH, LEFT, LANE, THIN, GAP = 900.0, 64.0, 20.0, 8.0, 10.0
-_NAMES = {
-    FORWARD: "forward", BACKWARD: "backward", LOSS: "forward, loss and backward", "U": "update",
-    "A": "average", "H": "hand on", SEND_FORWARD: "activation sent",
-    SEND_BACKWARD: "cotangent sent",
-}  # fmt: skip
+#: What is drawn, in the order of the legend.
+_DRAWN = (
+    FORWARD,
+    BACKWARD,
+    LOSS,
+    UPDATE,
+    AGGREGATE,
+    SEND_CLIENT_MODEL,
+    SEND_FORWARD,
+    SEND_BACKWARD,
+)
+_SENDS = (SEND_FORWARD, SEND_BACKWARD)
+#: Kinds in the darker shade of their micro-batch's colour.
+_DARK = (BACKWARD, SEND_BACKWARD)
 
 
 class Window(NamedTuple):
-    """The stretch of time that is drawn.
+    """The interval that a chart shows.
 
     Attributes:
-      device: Whose step.
-      step: Which.
-      interval: From its first action to its last.
+      device: The device whose step defines the interval.
+      step: The index of that step.
+      interval: From the first computation of the step to the last.
     """
 
     device: int
@@ -37,9 +58,9 @@ class Window(NamedTuple):
 
 
 def median_step(trace: Trace) -> Window | None:
-    """Returns the step of the first device that lasted as long as its steps usually do.
+    """Returns the step of median duration of the first device, in the last round.
 
-    Steps of the last round are looked at, but not its first one if there are others.
+    The first and the last step of the round are left out if there are others.
     """
     if not trace.rounds:
         return None
@@ -61,21 +82,40 @@ def median_step(trace: Trace) -> Window | None:
 
 
 def gantt_charts(run: Run) -> str:
-    """Returns the charts of a run's usual step, measured and predicted, in one scale.
+    """Returns the charts of a run's median step, measured and predicted, on one scale.
 
-    There is nothing to draw if the run kept no trace, and no prediction if its trace is incomplete.
+    Without a trace there is no chart; with an incomplete trace there is no predicted one.
     """
     traces = {"measured": run.digest.last}
     with contextlib.suppress(PlanError):  # the table of predictions says why
         if found := run.predict():
             traces["predicted"] = found.trace
     windows = {name: median_step(trace) for name, trace in traces.items()}
-    longest_s = max((one.interval.seconds for one in windows.values() if one), default=0.0)
+    longest_s = max((window.interval.seconds for window in windows.values() if window), default=0.0)
     return "".join(
         _chart(run, traces[name], window, name, longest_s)
         for name, window in windows.items()
         if window is not None
     )
+
+
+def actions_legend(runs: Sequence[Run]) -> str:
+    """Returns the legend of the charts: the kinds of action in the runs' last rounds.
+
+    Args:
+      runs: The runs whose charts it explains.
+    """
+    seen = {row.action.kind for run in runs for _, row in run.digest.last.rows()}
+    entries = [
+        (
+            f"{_classes(kind)} {'thin' if kind in _SENDS else 'wide'}",
+            KIND_NAMES[kind],
+            "" if kind in _SENDS else kind,
+        )
+        for kind in _DRAWN
+        if kind in seen
+    ]
+    return legend([*entries, ("hue0 wide beside", "another step", "")]) if entries else ""
 
 
 def _chart(run: Run, trace: Trace, window: Window, name: str, longest_s: float) -> str:
@@ -90,7 +130,7 @@ def _chart(run: Run, trace: Trace, window: Window, name: str, longest_s: float) 
     top = 22.0
     for host in shown:
         rows = _inside(trace.hosts.get(host, ()), interval)
-        sends = any(row.action.kind in (SEND_FORWARD, SEND_BACKWARD) for row in rows)
+        sends = any(row.action.kind in _SENDS for row in rows)
         height = LANE + (THIN + 3 if sends else 0)
         marks.append(text(LEFT - 8, top + LANE / 2 + 4, host, "label", "end"))
         marks.append(element("rect", x=LEFT, y=top, width=WIDTH - LEFT - 12, height=height,
@@ -98,57 +138,61 @@ def _chart(run: Run, trace: Trace, window: Window, name: str, longest_s: float) 
         parts.extend(_bar(row, window, top, scale) for row in rows)
         top += height + GAP
     bottom = top
-    for value in ticks(0, longest_s * 1e3, 8):
+    stations = ticks(0, longest_s * 1e3, 8)
+    for value, label in zip(stations, tick_labels(stations), strict=True):
         x = LEFT + value / 1e3 * scale
         marks.append(element("line", x1=x, x2=x, y1=16, y2=bottom - 4, class_="grid"))
-        marks.append(text(x, bottom + 10, digits(value), "tick", "middle"))
+        marks.append(text(x, bottom + 10, label, "tick", "middle"))
     marks.append(text(LEFT + (WIDTH - LEFT) / 2, bottom + 26, "milliseconds", "label", "middle"))
     hidden = sum(host.startswith("d") for host in hosts) - len(devices)
     title = f"{run.title}, {name}: step {window.step} of device {window.device}, {run.plan_text}"
     if hidden:
-        title += f" ({hidden} more devices not drawn)"
+        title += f" ({hidden} more device{'s' * (hidden > 1)} not shown)"
     marks.append(text(8, 14, title, "chart-title"))
     return drawing(WIDTH, bottom + 32, "".join(marks + parts), f"Gantt chart of {title}")
 
 
 def _inside(rows: Sequence[Timed], interval: Interval) -> list[Timed]:
-    """Returns what is drawn of a host: computations and sends that overlap an interval."""
+    """Returns the computations and sends of a host that overlap an interval."""
     return [
         row
         for row in rows
-        if row.action.kind in _NAMES
+        if row.action.kind in _DRAWN
         and row.end_s > interval.start_s
         and row.start_s < interval.end_s
     ]
 
 
 def _bar(row: Timed, window: Window, top: float, scale: float) -> str:
-    """Returns one action's bar, with its figures as a tooltip."""
+    """Returns the bar of one action, with its figures as a tooltip."""
     action = row.action
     start = max(row.start_s, window.interval.start_s) - window.interval.start_s
     end = min(row.end_s, window.interval.end_s) - window.interval.start_s
-    sent = action.kind in (SEND_FORWARD, SEND_BACKWARD)
-    micro = action.kind in (FORWARD, BACKWARD, LOSS) or sent
-    classes = [f"hue{action.micro_batch % HUES}" if micro else "other"]
-    classes.append("back" if action.kind in (BACKWARD, SEND_BACKWARD) else "fore")
-    if action.step != window.step:
-        classes.append("beside")
+    sent = action.kind in _SENDS
+    micro = action.kind in MICRO
+    faded = action.step != window.step
+    classes = f"bar {_classes(action.kind, action.micro_batch)}{' beside' if faded else ''}"
     width = max((end - start) * scale, 0.6)
     x, y = LEFT + start * scale, top + (LANE + 3 if sent else 0)
     height = THIN if sent else LANE
     size = f", {row.nbytes / 1e3:,.1f} kB" if sent else ""
     note = (
-        f"{action}: {_NAMES[action.kind]}, {digits((row.end_s - row.start_s) * 1e3)} ms"
+        f"{action}: {KIND_NAMES[action.kind]}, {digits((row.end_s - row.start_s) * 1e3)} ms"
         f"{f', {row.samples} samples' if row.samples else ''}{size}"
     )
     shape = element(
         "rect", element("title", html.escape(note)), x=x, y=y, width=width, height=height, rx=2,
-        class_=" ".join(["bar", *classes]),
+        class_=classes,
     )  # fmt: skip
     word = f"{action.kind}{action.micro_batch}" if micro else action.kind
     if not sent and width > 9.0 * len(word):
-        dark = "back" in classes and "beside" not in classes
-        tone = "inside deep" if dark else "inside"
+        tone = "inside deep" if action.kind in _DARK and not faded else "inside"
         shape += text(x + width / 2, y + LANE / 2 + 4, word, tone, "middle")
     key = f"{action.device}.{action.step}.{action.micro_batch}" if micro else ""
     return element("g", shape, data_key=key) if key else shape
+
+
+def _classes(kind: str, micro_batch: int = 0) -> str:
+    """Returns the classes of the style sheet that colour an action."""
+    hue = f"hue{micro_batch % HUES}" if kind in MICRO else "other"
+    return f"{hue} {'back' if kind in _DARK else 'fore'}"

@@ -1,11 +1,11 @@
-"""The page: sections of tables and charts over one or several runs."""
+"""The HTML page: sections with tables and charts of one or more runs."""
 
 from __future__ import annotations
 
 import collections
 import html
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,51 @@ from pipar_jax.disk.files import write_text
 from pipar_jax.errors import DiskError, PlanError
 from pipar_jax.report.assets import SCRIPT, STYLE
 from pipar_jax.report.bars import byte_bars, idle_bars
-from pipar_jax.report.gantt import gantt_charts
+from pipar_jax.report.gantt import actions_legend, gantt_charts
 from pipar_jax.report.run import Run, links_of, read_run
-from pipar_jax.report.svg import Series, digits, legend, line_chart
+from pipar_jax.report.svg import Series, aligned, digits, legend, line_chart
 from pipar_jax.schedule.plan import COORDINATOR
+
+#: A cell of a table: a text, or a number that is aligned with those above and below it.
+Cell = str | float | None
+
+
+#: What the sections show, by title.
+_ABOUT = {
+    "Results":
+        "Idle: the share of the rounds in which a host computes nothing. Compilation and "
+        "evaluation are not part of a round.",
+    "Learning":
+        "The curves over epochs compare what the methods learn from the same number of samples; "
+        "the curves over seconds of training also show their speed.",
+    "One step":
+        "Wide bars are computations, labelled with the letter of the action and the index of the "
+        "micro-batch; thin bars below them are messages being sent. Each micro-batch has a "
+        "colour: hover over one to follow it. Below the measured step is the one that the "
+        "simulator predicts from the run's median times, on the same scale.",
+    "Idle time":
+        "The time in which a host did not compute, by what it waited for along the critical path.",
+    "Links":
+        "Bytes on the wire in all rounds, including headers and heartbeats. The queueing time of a "
+        "message runs from the call that sends it until its first byte is written: it waits for "
+        "earlier messages, for credit from a receiver that lags behind, or for a full socket.",
+    "Predicted and measured":
+        "The simulator predicts a round from the median times of the run itself. The difference "
+        "is due to variation in these times, which the prediction leaves out. If the tuner chose "
+        "the plan, the error of its own prediction, made before the run, is given as well.",
+}  # fmt: skip
 
 
 def write_report(folders: Sequence[Path], target: Path) -> None:
-    """Reads runs and writes their report.
+    """Writes the report of one or more runs.
 
     Args:
-      folders: Folders of runs, at least one.
-      target: The file to write.
+      folders: Folders of the runs, at least one.
+      target: Path of the HTML file.
 
     Raises:
       DiskError: The file cannot be written.
-      RunError: A folder cannot be read.
+      RunError: A run cannot be read.
     """
     page = make_page([read_run(folder) for folder in folders])
     try:
@@ -38,65 +67,51 @@ def write_report(folders: Sequence[Path], target: Path) -> None:
 
 
 def make_page(runs: Sequence[Run]) -> str:
-    """Returns the page as one HTML document.
+    """Returns the report as one self-contained HTML document.
 
     Args:
-      runs: At least one run.
+      runs: The runs, at least one.
     """
     names = _names(runs)
     settings = {str(run.config["model"]["name"]) + " on " + str(run.config["data"]["source"])
                 for run in runs}  # fmt: skip
     heading = f"{', '.join(names)}: {', '.join(sorted(settings))}"
     sections = [
-        _section("Results", "Idle is the share of the rounds in which a host computed nothing; "
-                 "compilation and evaluation belong to no round.", _results(runs, names)),
-        _section("Learning", "Against epochs methods show whether they learn the same; against "
-                 "seconds of training, what their speed is worth.", _curves(runs, names)),
-        _section("One step", "Wide bars are computations, light forwards and dark backwards; thin "
-                 "bars below them are messages being sent. A colour is a micro-batch; point at one "
-                 "to follow it. Other steps are faded. Below what was measured stands what the "
-                 "simulator predicts from the run's median times, in the same scale.",
-                 "".join(map(gantt_charts, runs))),
-        _section("Idle time", "Each second that a host did not compute, by what it waited for "
-                 "along the critical path.", idle_bars(runs, names)),
-        _section("Links", "On the wire, headers and heartbeats included, in all rounds. A message "
-                 "waits from the moment it is sent until its first byte leaves: behind others, for "
-                 "credit of a receiver that is behind, or for a socket that takes nothing.",
-                 byte_bars(runs, names) + _links(runs, names)),
-        _section("Predicted and measured", "The simulator's prediction of a round from the "
-                 "medians of the run's own times, beside what was measured: the difference is what "
-                 "a schedule without disturbances would have saved. Where the tuner chose the "
-                 "plan, what it predicted of an epoch before the run is compared as well.",
-                 _predictions(runs, names)),
-        _section("Configuration", "", _configurations(runs, names)),
-    ]  # fmt: skip
+        _section("Results", _results(runs, names)),
+        _section("Learning", _curves(runs, names)),
+        _section("One step", _steps(runs)),
+        _section("Idle time", idle_bars(runs, names)),
+        _section("Links", byte_bars(runs, names) + _links(runs, names)),
+        _section("Predicted and measured", _predictions(runs, names)),
+        _section("Configuration", _configurations(runs, names)),
+    ]
     body = "".join(sections)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(heading)}</title><style>{STYLE}</style></head><body><main>"
         f"<h1>{html.escape(heading)}</h1><p>{html.escape(_facts(runs))}</p>{body}"
-        f"<footer>Written by pipar_jax from {html.escape(', '.join(run.name for run in runs))}."
+        f"<footer>Made by pipar_jax from {html.escape(', '.join(run.name for run in runs))}."
         f"</footer></main><script>{SCRIPT}</script></body></html>\n"
     )
 
 
-def _section(title: str, about: str, content: str) -> str:
+def _section(title: str, content: str) -> str:
     """Returns a section, or nothing if it would be empty."""
     if not content:
         return ""
-    words = f"<p>{html.escape(about)}</p>" if about else ""
-    return f"<section><h2>{html.escape(title)}</h2>{words}{content}</section>"
+    about = f"<p>{html.escape(_ABOUT[title])}</p>" if title in _ABOUT else ""
+    return f"<section><h2>{html.escape(title)}</h2>{about}{content}</section>"
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """Returns what each run is called: its method, or its folder where methods repeat."""
+    """Returns the label of each run: its method, or its folder if several have this method."""
     counts = collections.Counter(run.title for run in runs)
     return [run.title if counts[run.title] == 1 else run.name for run in runs]
 
 
 def _facts(runs: Sequence[Run]) -> str:
-    """Returns a line about the setting that the first run had."""
+    """Returns one line about the setting of the first run."""
     run = runs[0]
     started = run.last("run_started")
     devices = run.config["devices"]["defaults"]
@@ -104,7 +119,7 @@ def _facts(runs: Sequence[Run]) -> str:
     if devices.get("link", "none") != "none":
         parts.append(f"links {devices['link']}")
     if devices.get("slowdown", 1.0) != 1.0:
-        parts.append(f"devices {devices['slowdown']:g} times slower")
+        parts.append(f"devices slowed down by a factor of {devices['slowdown']:g}")
     if started:
         parts.append(f"{started['parameters']:,} parameters")
     if samples := run.samples_per_epoch():
@@ -113,8 +128,14 @@ def _facts(runs: Sequence[Run]) -> str:
     return ", ".join(parts) + "."
 
 
-def _table(head: Iterable[str], rows: Iterable[tuple[str, Sequence[str]]], words: int = 1) -> str:
-    """Returns a table; rows are pairs of a class and cells, the first ``words`` of them texts."""
+def _table(head: Iterable[str], rows: Sequence[tuple[str, Sequence[Cell]]], words: int = 1) -> str:
+    """Returns a table.
+
+    Args:
+      head: The heads of the columns.
+      rows: For each row a class of the style sheet, or an empty text, and the cells.
+      words: Number of columns with texts, which are left-aligned; the others hold figures.
+    """
 
     def cells(tag: str, values: Iterable[str]) -> str:
         return "".join(
@@ -122,14 +143,22 @@ def _table(head: Iterable[str], rows: Iterable[tuple[str, Sequence[str]]], words
             for i, value in enumerate(values)
         )
 
+    columns = [_column(column) for column in zip(*(values for _, values in rows), strict=True)]
     body = "".join(
-        f"<tr{f' class={kind}' if kind else ''}>{cells('td', values)}</tr>" for kind, values in rows
+        f"<tr{f' class={kind}' if kind else ''}>{cells('td', values)}</tr>"
+        for (kind, _), values in zip(rows, zip(*columns, strict=True), strict=True)
     )
     return f"<table><thead><tr>{cells('th', head)}</tr></thead><tbody>{body}</tbody></table>"
 
 
+def _column(cells: Sequence[Cell]) -> list[str]:
+    """Returns the texts of a column's cells, its numbers aligned at the decimal point."""
+    numbers = iter(aligned([cell for cell in cells if not isinstance(cell, str)]))
+    return [cell if isinstance(cell, str) else next(numbers) for cell in cells]
+
+
 def _results(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """Returns the table of the methods' results."""
+    """Returns the table of results, one row per run."""
     base = next((run for run in runs if run.title == "FL"), runs[0])
     base_name = names[runs.index(base)]
     fastest = min((run for run in runs if run.epoch_s), key=lambda run: run.epoch_s, default=None)
@@ -141,15 +170,15 @@ def _results(runs: Sequence[Run], names: Sequence[str]) -> str:
         idle_known = [share for share in idle if share is not None]
         server = run.idle_share(COORDINATOR)
         speed = base.epoch_s / run.epoch_s if run.epoch_s and base.epoch_s else None
-        cells = [
+        cells: list[Cell] = [
             name if run.finished else f"{name} (did not finish)",
             run.plan_text,
-            digits(run.epoch_s) if run.epoch_s else "–",
+            run.epoch_s or None,
             f"{speed:.2f}×" if speed else "–",
             f"{server:.0%}" if server is not None else "–",
             f"{statistics.fmean(idle_known):.0%}" if idle_known else "–",
-            digits(sum(row["bytes_up"] for row in done) / 1e6),
-            digits(sum(row["bytes_down"] for row in done) / 1e6),
+            sum(row["bytes_up"] for row in done) / 1e6,
+            sum(row["bytes_down"] for row in done) / 1e6,
             f"{(summary or score)['accuracy']:.1%}" if score else "–",
         ]
         rows.append(("best" if run is fastest and len(runs) > 1 else "", cells))
@@ -159,25 +188,21 @@ def _results(runs: Sequence[Run], names: Sequence[str]) -> str:
 
 
 def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """Returns the learning curves: accuracy and loss, against epochs and seconds."""
-
-    def percent(value: float) -> str:
-        return f"{value:.4g}%"
-
+    """Returns the learning curves: accuracy and loss over epochs and over seconds."""
     charts = []
-    kinds: list[tuple[str, str, str, float, Callable[[float], str]]] = [
-        ("Test accuracy", "evaluated", "accuracy", 100.0, percent),
-        ("Training loss", "round_finished", "loss", 1.0, digits),
+    kinds = [
+        ("Test accuracy", "evaluated", "accuracy", 100.0, "%"),
+        ("Training loss", "round_finished", "loss", 1.0, ""),
     ]
-    for title, event, field, factor, show in kinds:
+    for title, event, field, factor, unit in kinds:
         for axis in ("epochs", "seconds"):
             series = [
                 Series(name, hue, [(_x(run, row, axis), row[field] * factor)
                                    for row in run.of(event) if row[field] is not None])
                 for hue, (run, name) in enumerate(zip(runs, names, strict=True))
             ]  # fmt: skip
-            charts.append(line_chart(title, axis, [one for one in series if one.points],
-                                     show=show))  # fmt: skip
+            charts.append(line_chart(title, axis, [line for line in series if line.points],
+                                     unit=unit))  # fmt: skip
     if not any(charts):
         return ""
     named = legend([(f"hue{hue % 8}", name) for hue, name in enumerate(names)])
@@ -185,67 +210,74 @@ def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
 
 
 def _x(run: Run, row: Mapping[str, Any], axis: str) -> float:
-    """Returns how far training had come at a row, in epochs or in seconds of training."""
+    """Returns the abscissa of an event: epochs, or seconds of training."""
     return float(row["epoch"] if axis == "epochs" else run.elapsed.get(row["round"], 0.0))
+
+
+def _steps(runs: Sequence[Run]) -> str:
+    """Returns the Gantt charts of all runs under one legend."""
+    charts = "".join(map(gantt_charts, runs))
+    return actions_legend(runs) + charts if charts else ""
 
 
 def _predictions(runs: Sequence[Run], names: Sequence[str]) -> str:
     """Returns the table of predicted and measured rounds."""
-    rows = []
+    rows: list[tuple[str, Sequence[Cell]]] = []
     for run, name in zip(runs, names, strict=True):
         schedule = run.schedule()
         try:
-            found = run.predict()
+            prediction = run.predict()
         except PlanError as error:
             rows.append(("", [name, f"cannot be predicted: {error}", *[""] * 6]))
             continue
         done = run.of("round_finished")
-        if found is None or schedule is None or not done:
+        if prediction is None or schedule is None or not done:
             continue
         measured = statistics.median(row["seconds"] for row in done)
-        error_share = found.seconds / measured - 1.0
-        loads = dict(found.busy_s)
-        for ends, nbytes in found.carried_bytes.items():
+        error_share = prediction.seconds / measured - 1.0
+        loads = dict(prediction.busy_s)
+        for ends, nbytes in prediction.carried_bytes.items():
             loads[f"{ends[0]} → {ends[1]}"] = run.link_of(ends).occupied_s(nbytes)
-        binding = max(loads, key=lambda key: loads[key])
+        bottleneck = max(loads, key=lambda key: loads[key])
         server = run.idle_share(COORDINATOR)
         tuned = run.last("tuned").get("epoch_s")  # before the run, from the profile
         rows.append(
             ("", [
-                name, f"{binding}, busy {loads[binding] / found.seconds:.0%}",
-                digits(measured), digits(found.seconds), f"{error_share:+.1%}",
+                name, f"{bottleneck}, busy {loads[bottleneck] / prediction.seconds:.0%}",
+                measured, prediction.seconds, f"{error_share:+.1%}",
                 f"{tuned / run.epoch_s - 1:+.1%}" if tuned and run.epoch_s else "–",
                 f"{server:.0%}" if server is not None else "–",
-                f"{found.idle_share(COORDINATOR):.0%}",
+                f"{prediction.idle_share(COORDINATOR):.0%}",
             ])
         )  # fmt: skip
     if not rows:
         return ""
-    head = ("method", "what binds", "seconds per round", "predicted", "difference",
-            "tuner's, per epoch", "server idle", "predicted")  # fmt: skip
+    head = ("method", "bottleneck", "seconds per round", "predicted", "difference",
+            "tuner's error", "server idle", "predicted")  # fmt: skip
     return _table(head, rows, words=2)
 
 
 def _links(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """Returns the table of what each direction of each link carried and waited for."""
-    rows = []
+    """Returns the table of traffic and waiting times, one row per direction of a link."""
+    rows: list[tuple[str, Sequence[Cell]]] = []
     for run, name in zip(runs, names, strict=True):
         shown = links_of(run)
         for ends in shown:
-            one = run.traffic[ends]
-            cells = [
+            sums = run.traffic[ends]
+            raw, messages, reconnects = sums["raw_bytes"], sums["messages"], sums["reconnects"]
+            cells: list[Cell] = [
                 f"{name} {ends[0]} → {ends[1]}",
-                digits(one["bytes"] / 1e6),
-                f"{one['payload_bytes'] / one['raw_bytes']:.0%}" if one["raw_bytes"] else "–",
-                f"{one['messages']:,.0f}",
-                digits(one["queue_s"] / one["messages"] * 1e3) if one["messages"] else "–",
-                digits(one["queued_peak_bytes"] / 1e3),
-                f"{one['credit_wait_s']:.2f}",
-                f"{one['blocked_s']:.2f}",
-                digits(one["rtt_s"] * 1e3) if "rtt_s" in one else "–",
-                digits(one["rate_mbps"]) if "rate_mbps" in one else "–",
-                f"{one['reconnects']:.0f} ({digits(one['repeated_bytes'] / 1e3)} kB)"
-                if one["reconnects"]
+                sums["bytes"] / 1e6,
+                f"{sums['payload_bytes'] / raw:.0%}" if raw else "–",
+                f"{messages:,.0f}",
+                sums["queue_s"] / messages * 1e3 if messages else None,
+                sums["queued_peak_bytes"] / 1e3,
+                f"{sums['credit_wait_s']:.2f}",
+                f"{sums['blocked_s']:.2f}",
+                sums["rtt_s"] * 1e3 if "rtt_s" in sums else None,
+                sums.get("rate_mbps"),
+                f"{reconnects:.0f} ({digits(sums['repeated_bytes'] / 1e3)} kB)"
+                if reconnects
                 else "–",
             ]
             rows.append(("", cells))
@@ -253,19 +285,19 @@ def _links(runs: Sequence[Run], names: Sequence[str]) -> str:
             rows.append(("", [f"{name}: {left} more in metrics.jsonl", *[""] * 10]))
     if not rows:
         return ""
-    head = ("link", "MB", "size after codec", "messages", "mean wait, ms", "most queued, kB",
-            "no credit, s", "socket full, s", "round trip, ms", "Mbit/s measured",
-            "cut (repeated)")  # fmt: skip
+    head = ("link", "MB", "size after codec", "messages", "mean queueing, ms", "peak queue, kB",
+            "no credit, s", "socket full, s", "round trip, ms", "measured Mbit/s",
+            "reconnects (resent)")  # fmt: skip
     return _table(head, rows)
 
 
 def _configurations(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """Returns the configurations side by side, what differs first and marked."""
+    """Returns the configurations side by side; fields that differ come first and are marked."""
     flat = [_flatten(run.config) for run in runs]
-    fields = list(dict.fromkeys(field for one in flat for field in one))
-    rows = []
+    fields = list(dict.fromkeys(field for config in flat for field in config))
+    rows: list[tuple[str, Sequence[str]]] = []
     for field in fields:
-        values = [one.get(field, "–") for one in flat]
+        values = [config.get(field, "–") for config in flat]
         differs = len(set(values)) > 1
         shown = values if differs or len(runs) == 1 else [values[0], *[""] * (len(runs) - 1)]
         rows.append(("differs" if differs else "", [field, *shown]))
@@ -275,13 +307,13 @@ def _configurations(runs: Sequence[Run], names: Sequence[str]) -> str:
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Returns every field by its dotted name, as text; secrets are left out."""
-    found: dict[str, str] = {}
+    """Returns all fields as texts, keyed by their dotted names; secrets are hidden."""
+    fields: dict[str, str] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
-            found.update(_flatten(value, f"{prefix}{key}."))
+            fields.update(_flatten(value, f"{prefix}{key}."))
         elif key == "token":
-            found[f"{prefix}{key}"] = "–" if value is None else "(hidden)"
+            fields[f"{prefix}{key}"] = "–" if value is None else "(hidden)"
         else:
-            found[f"{prefix}{key}"] = str(value)
-    return found
+            fields[f"{prefix}{key}"] = str(value)
+    return fields

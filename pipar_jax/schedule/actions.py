@@ -41,6 +41,15 @@ RECEIVES = frozenset((RECEIVE_FORWARD, RECEIVE_BACKWARD, RECEIVE_CLIENT_MODEL, R
 MICRO = frozenset((FORWARD, BACKWARD, LOSS, SEND_FORWARD, RECEIVE_FORWARD, SEND_BACKWARD,
                    RECEIVE_BACKWARD))  # fmt: skip
 KINDS = COMPUTE | RECEIVES | MICRO | {SEND_CLIENT_MODEL, EVALUATE, SEND_WEIGHTS}
+#: What each kind is called in traces and reports.
+KIND_NAMES: Mapping[str, str] = {
+    FORWARD: "forward", BACKWARD: "backward", LOSS: "forward, loss, backward", UPDATE: "update",
+    AGGREGATE: "average", EVALUATE: "evaluate",
+    SEND_FORWARD: "send activation", RECEIVE_FORWARD: "receive activation",
+    SEND_BACKWARD: "send cotangent", RECEIVE_BACKWARD: "receive cotangent",
+    SEND_CLIENT_MODEL: "send client model", RECEIVE_CLIENT_MODEL: "receive client model",
+    SEND_WEIGHTS: "send weights", RECEIVE_WEIGHTS: "receive weights",
+}  # fmt: skip
 
 #: Device number of an action that serves all devices at once.
 ALL = -1

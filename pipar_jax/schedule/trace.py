@@ -17,12 +17,12 @@ from pipar_jax.disk.json_text import dumps
 from pipar_jax.errors import PlanError, RunError
 from pipar_jax.schedule.actions import (
     COMPUTE,
+    KIND_NAMES,
     RECEIVE_BACKWARD,
     RECEIVE_FORWARD,
     SEND_BACKWARD,
     SEND_FORWARD,
     Action,
-    parse,
 )
 
 COMPUTE_TRACK = "compute"
@@ -164,10 +164,12 @@ class Trace:
 class TraceWriter:
     """Writes a trace round by round, in the Chrome trace format, gzipped; Perfetto opens it.
 
-    Hosts are processes; computing, and sending and receiving for each device, are tracks; the
-    rounds are a process of their own. Each event is a line, and a round's last event says that the
-    round is whole: what was cut short is read up to there. Nothing is kept but what arrows between
-    sends and receives need, of two rounds at most.
+    Each host is a process with one track for computations and, for each device, one for sends and
+    one for receives; the rounds are a process of their own. A slice is named by its kind, such as
+    ``forward``, so that viewers group slices of a kind; its arguments hold the rest: device,
+    stage, step, micro-batch, bytes and samples. Each event is a line, and the last event of a round
+    marks it as complete: a truncated file is read up to the last complete round. Only the ends of
+    arrows between sends and receives are kept in memory, for at most two rounds.
 
     Args:
       path: The file.
@@ -204,9 +206,12 @@ class TraceWriter:
             action = row.action
             tid = self._track(pid, action, lines)
             lines.append(
-                f'{{"ph":"X","name":"{action}","cat":"{action.kind}","pid":{pid},"tid":{tid},'
-                f'"ts":{row.start_s * 1e6:.3f},"dur":{(row.end_s - row.start_s) * 1e6:.3f},'
-                f'"args":{{"bytes":{row.nbytes},"samples":{row.samples}}}}}'
+                f'{{"ph":"X","name":"{KIND_NAMES[action.kind]}","cat":"{action.kind}","pid":{pid},'
+                f'"tid":{tid},"ts":{row.start_s * 1e6:.3f},'
+                f'"dur":{(row.end_s - row.start_s) * 1e6:.3f},"args":{{'
+                f'"device":{action.device},"stage":{action.stage},"step":{action.step},'
+                f'"micro_batch":{action.micro_batch},'
+                f'"bytes":{row.nbytes},"samples":{row.samples}}}}}'
             )
             if action.kind in _CARRIED:
                 self._link(row, pid, tid, lines)
@@ -343,10 +348,17 @@ def _take(event: dict[str, Any], names: dict[int, str], part: Trace) -> bool:
     elif event["ph"] == "X":
         start, args = event["ts"] / 1e6, event["args"]
         part.hosts[names[event["pid"]]].append(
-            Timed(parse(event["name"]), start, start + event["dur"] / 1e6,
+            Timed(_action(event["cat"], args), start, start + event["dur"] / 1e6,
                   args["bytes"], args["samples"])
         )  # fmt: skip
     return False
+
+
+def _action(kind: str, args: Mapping[str, int]) -> Action:
+    """Returns the action of a slice."""
+    if kind not in KIND_NAMES:
+        raise PlanError(f"{kind!r} is not a kind of action")
+    return Action(args["stage"], kind, args["device"], args["step"], args["micro_batch"])
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -36,7 +36,7 @@ def _quickstart(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_each_method_runs_and_is_a_row_of_the_table(tmp_path: Path) -> None:
     result = _quickstart(*SMALL, "--methods=fl,pipar", f"--config.run.dir={tmp_path}")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "3 processes that talk over TCP" in result.stdout
+    assert "3 processes that communicate over TCP" in result.stdout
     assert "lan (1000 Mbit/s up and 1000 Mbit/s down)" in result.stdout
     table = result.stdout[result.stdout.index("over FL") :]
     # Seconds per epoch, speed-up, two idle shares, megabytes up and down, accuracy.

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import io
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from pipar_jax.config import Config
+from pipar_jax.config import METHODS, SERVER_METHODS, Config
 from pipar_jax.errors import ConfigError
+from pipar_jax.methods.resolution import resolve
 from pipar_jax.report.comparison import (
     Outcome,
     baseline,
+    choose_methods,
     conclude,
     make_table,
     parse_methods,
     run_method,
 )
+from tests.sources import ROOT
 
+PRESETS = sorted(path.stem for path in (ROOT / "configs").glob("[a-z]*.py"))
 PLAN = "2 of device|1|server x1; shared weights; fcfs; sequential, handed on each epoch"
 
 
@@ -46,7 +52,7 @@ def test_only_method_and_name_differ_between_the_runs() -> None:
         return {
             "epoch_seconds": 1.5,
             "accuracy": 0.98,
-            "idle": {"server": 0.8, "d0": 0.1, "d1": 0.3},
+            "idle": {"server": 0.8, "n1": 0.9, "d0": 0.1, "d1": 0.3},
             "bytes_up": 10,
             "bytes_down": 20,
             "folder": "runs/x",
@@ -101,6 +107,29 @@ def test_the_conclusion_follows_from_the_figures(outcomes: list[Outcome], senten
 
 def test_methods_are_read_once_each_in_the_order_given() -> None:
     assert parse_methods(" pipar,fl, pipar ") == ["pipar", "fl"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_by_default_every_preset_is_compared_by_the_methods_that_fit_it(preset: str) -> None:
+    config = importlib.import_module(f"configs.{preset}").get_config()
+    methods = choose_methods(config, "")
+    assert methods[:4] == list(SERVER_METHODS)
+    assert config.method in methods
+    for method in METHODS:
+        assert choose_methods(config, method) == [method]
+    for method in methods:
+        resolve(dataclasses.replace(config, method=method))
+
+
+def test_methods_that_do_not_fit_are_left_out_only_if_nobody_asked_for_them() -> None:
+    config = Config(method="pipar")
+    config.tuner.adapt = True  # not possible with weights that are handed on
+    fitting = choose_methods(config, "")
+    assert "pipar" in fitting and "sl" not in fitting
+    assert choose_methods(config, "sl") == ["sl"]
+    config.data.batch_size = 0
+    with pytest.raises(ConfigError, match="--methods="):
+        choose_methods(config, "")
 
 
 @pytest.mark.parametrize(

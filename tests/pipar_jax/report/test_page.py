@@ -18,8 +18,8 @@ from pipar_jax.errors import RunError
 from pipar_jax.report import make_page, read_run, write_report
 from pipar_jax.report.gantt import median_step
 from pipar_jax.report.idle import CAUSES
-from pipar_jax.report.svg import Series, digits, line_chart, ticks
-from pipar_jax.schedule.actions import RoundSchedule, parse, rounds
+from pipar_jax.report.svg import Series, aligned, digits, line_chart, tick_labels, ticks
+from pipar_jax.schedule.actions import KIND_NAMES, RoundSchedule, parse, rounds
 from pipar_jax.schedule.plan import DevicePlan, Plan
 from pipar_jax.schedule.trace import Interval, Timed, Trace
 from pipar_jax.simulator import Costs, LinkModel, simulate
@@ -201,9 +201,11 @@ def test_what_links_carried_and_waited_for_is_added_up(folders: list[Path]) -> N
     whole = sum(row["bytes_up"] + row["bytes_down"] for row in run.of("round_finished"))
     assert sum(one["bytes"] for one in run.traffic.values()) == pytest.approx(whole)
     page = make_page([run])
-    cells = ["PiPar d0 → server", digits(up["bytes"] / 1e6), "50%", "30", "50", "7", "0.75", "0.00",
-             "–", "17.5", "1 (0.9 kB)"]  # fmt: skip
-    assert "".join(f"<td{' class=words' * (not i)}>{c}</td>" for i, c in enumerate(cells)) in page
+    found = [cell.strip("\u2007\u2008") for cell in re.findall(r"<td[^>]*>([^<]*)</td>", page)]
+    cells = ["PiPar d0 → server", f"{up['bytes'] / 1e6:.3f}", "50%", "30", "50.0", "7.00", "0.75",
+             "0.00", "–", "17.5", "1 (0.9 kB)"]  # fmt: skip
+    first = found.index(cells[0])
+    assert found[first : first + len(cells)] == cells
 
 
 def test_of_many_links_those_of_the_first_devices_are_shown(tmp_path: Path) -> None:
@@ -271,6 +273,44 @@ def test_axes_have_round_numbers() -> None:
     chart = line_chart("one", "x", [Series("a", 0, [(1.0, 5.0)])])
     assert chart.count("<circle") == 1
     assert "<polyline" not in chart
+
+
+@pytest.mark.parametrize(("points", "markers"), [(2, 2), (40, 40), (41, 0), (500, 0)])
+def test_a_line_of_many_points_has_no_markers(points: int, markers: int) -> None:
+    line = Series("a", 0, [(float(x), float(x)) for x in range(points)])
+    chart = line_chart("one", "x", [line])
+    assert chart.count("<circle") == markers
+    assert chart.count("<polyline") == 1
+
+
+def test_numbers_of_a_column_have_their_points_in_line() -> None:
+    numbers = aligned([2.5, 2.7, 0.142, 1234.0, None, 0.0, 61.6])
+    assert [number.rstrip("\u2007\u2008") for number in numbers] == [
+        "2.50", "2.70", "0.142", "1,234", "–", "0", "61.6",
+    ]  # fmt: skip
+    # A figure space is as wide as a digit, a punctuation space as wide as the point.
+    widths = str.maketrans({"\u2007": "0", "\u2008": "."})
+    assert {len(n.translate(widths).partition(".")[2]) for n in numbers} == {3}
+    assert aligned([]) == []
+
+
+def test_labels_of_an_axis_have_the_decimals_of_its_step() -> None:
+    assert tick_labels(ticks(0.4, 2.1)) == ["0.5", "1.0", "1.5", "2.0"]
+    assert tick_labels(ticks(2.3012, 2.3019)) == ["2.3012", "2.3014", "2.3016", "2.3018"]
+    assert tick_labels([0, 500, 1000]) == ["0", "500", "1,000"]
+    assert tick_labels([2.0]) == ["2"]
+
+
+def test_the_legend_spells_out_every_action_that_is_drawn(folders: list[Path]) -> None:
+    page = make_page([read_run(folder) for folder in folders])
+    steps = page[page.index("<h2>One step</h2>") : page.index("<h2>Idle time</h2>")]
+    legend = steps[: steps.index("<svg")]
+    for kind in ("F", "B", "L", "U", "A"):
+        assert f">{kind}</span>{KIND_NAMES[kind]}</li>" in legend
+    for kind in ("SF", "SB"):
+        assert f"></span>{KIND_NAMES[kind]}</li>" in legend
+    letters = set(re.findall(r">([A-Z])\d*</text>", steps))
+    assert letters <= set(re.findall(r">([A-Z])</span>", legend))
 
 
 @pytest.mark.browser

@@ -9,7 +9,7 @@ import pytest
 
 from pipar_jax.errors import RunError
 from pipar_jax.roles.trace_log import TraceLog
-from pipar_jax.schedule.actions import Action
+from pipar_jax.schedule.actions import KIND_NAMES, KINDS, Action
 from pipar_jax.schedule.trace import Interval, Timed, Trace, TraceWriter, read_rounds, union_s
 from tests.disks import file_limit
 
@@ -56,9 +56,28 @@ def test_the_file_is_in_the_chrome_trace_format(tmp_path):
     with gzip.open(tmp_path / "t.json.gz", "rt") as file:
         events = json.load(file)["traceEvents"]
     (event,) = [e for e in events if e["ph"] == "X" and e["cat"] != "round"]
-    assert (event["name"], event["ts"], event["dur"]) == ("d0.0L0@0", 500000.0, 750000.0)
+    assert (event["ts"], event["dur"]) == (500000.0, 750000.0)
+    assert event["args"] == {"device": 0, "stage": 0, "step": 0, "micro_batch": 0,
+                             "bytes": 10, "samples": 5}  # fmt: skip
     names = [e["args"]["name"] for e in events if e["name"] == "process_name"]
     assert names == ["rounds", "server"]
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_slices_of_a_kind_share_its_name(kind, tmp_path):
+    trace = Trace()
+    trace.add("d0", [row(kind, 1, 2), Timed(Action(0, kind, 1, 7), 2, 3)])
+    trace.save(tmp_path / "t.json.gz")
+    with gzip.open(tmp_path / "t.json.gz", "rt") as file:
+        events = json.load(file)["traceEvents"]
+    slices = [event["name"] for event in events if event["ph"] == "X"]
+    assert slices == [KIND_NAMES[kind]] * 2
+    assert Trace.load(tmp_path / "t.json.gz") == trace
+
+
+def test_no_two_kinds_share_a_name():
+    assert set(KIND_NAMES) == KINDS
+    assert len(set(KIND_NAMES.values())) == len(KINDS)
 
 
 def test_every_link_has_tracks_of_its_own(tmp_path):
@@ -71,8 +90,8 @@ def test_every_link_has_tracks_of_its_own(tmp_path):
     names = dict(sorted((e["tid"], e["args"]["name"]) for e in events
                         if e["name"] == "thread_name"))  # fmt: skip
     assert list(names.values()) == ["compute", "receive d0", "send d0", "receive d1", "send d1"]
-    drawn = {e["name"]: names[e["tid"]] for e in events if e["ph"] == "X"}
-    assert drawn["d1.1SB0@0"] == "send d1" and drawn["d0.1L0@0"] == "compute"
+    drawn = {(e["args"]["device"], e["cat"]): names[e["tid"]] for e in events if e["ph"] == "X"}
+    assert drawn[1, "SB"] == "send d1" and drawn[0, "L"] == "compute"
 
 
 def test_an_arrow_leads_from_a_send_to_its_receive(tmp_path):
