@@ -30,7 +30,7 @@ FORBIDDEN = {
 UNSAFE = {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
 # The rooms of a package, bottom up: a room uses only those on the floors below its own.
 FLOORS = {
-    "comms": ("errors", "options wire emulation", "codecs", "link"),
+    "comms": ("errors arrays", "options wire emulation", "codecs", "link"),
     "pipar_jax": (
         "errors version",
         "disk",

@@ -10,15 +10,13 @@ the array, never on the I/O thread.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol
 
 import numpy as np
 
+from comms.arrays import Array, Bytes, DType
 from comms.errors import CodecError
 from comms.wire.frame import array_bytes
-
-Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
-Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class Codec(Protocol):
@@ -55,18 +53,16 @@ class Codec(Protocol):
         None where nothing is lost, or the loss has a bound that the caller chose.
         """
 
-    def check(self, dtype: np.dtype[Any], parameter: int) -> None:
+    def check(self, dtype: DType, parameter: int) -> None:
         """Raises CodecError unless the codec takes this type and parameter."""
 
     def encode(self, array: Array, parameter: int) -> Bytes:
         """Returns the payload [n] uint8 of a C-contiguous array."""
 
-    def decode(
-        self, payload: Bytes, dtype: np.dtype[Any], shape: tuple[int, ...], parameter: int
-    ) -> Array:
+    def decode(self, payload: Bytes, dtype: DType, shape: tuple[int, ...], parameter: int) -> Array:
         """Returns the array of this type and shape; the inverse of `encode` up to its loss."""
 
-    def encoded_bytes(self, dtype: np.dtype[Any], shape: tuple[int, ...], parameter: int) -> int:
+    def encoded_bytes(self, dtype: DType, shape: tuple[int, ...], parameter: int) -> int:
         """Returns the payload's size without encoding: exact if `exact_size`, else the most."""
 
     @property
@@ -87,7 +83,7 @@ class Encoded:
 
     codec: str
     data: Bytes
-    dtype: np.dtype[Any]
+    dtype: DType
     shape: tuple[int, ...]
 
 
@@ -107,7 +103,7 @@ class Raw:
         """Loses nothing."""
         return None
 
-    def check(self, dtype: np.dtype[Any], parameter: int) -> None:
+    def check(self, dtype: DType, parameter: int) -> None:
         """Takes every type the wire knows and no parameter."""
         if parameter != 0:
             raise CodecError(f"codec raw takes no parameter, got {parameter}")
@@ -116,9 +112,7 @@ class Raw:
         """Returns a view of the array's bytes."""
         return array.reshape(-1).view(np.uint8)
 
-    def decode(
-        self, payload: Bytes, dtype: np.dtype[Any], shape: tuple[int, ...], parameter: int
-    ) -> Array:
+    def decode(self, payload: Bytes, dtype: DType, shape: tuple[int, ...], parameter: int) -> Array:
         """Returns a view of the payload as the array.
 
         Raises:
@@ -128,7 +122,7 @@ class Raw:
             raise CodecError(f"a bool of value {payload.max()}, expected 0 or 1")
         return payload.view(dtype).reshape(shape)
 
-    def encoded_bytes(self, dtype: np.dtype[Any], shape: tuple[int, ...], parameter: int) -> int:
+    def encoded_bytes(self, dtype: DType, shape: tuple[int, ...], parameter: int) -> int:
         """Returns the array's own size."""
         return array_bytes(dtype, shape)
 

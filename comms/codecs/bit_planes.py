@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from comms.codecs.base import Array
+from comms.arrays import Array
 
 BLOCK = 64
 """Words in a block: those of one uint64 per plane."""

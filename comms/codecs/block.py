@@ -19,12 +19,11 @@ constant into just that.
 
 from __future__ import annotations
 
-from typing import Any
-
 import ml_dtypes
 import numpy as np
 
-from comms.codecs.base import Array, Bytes, no_such_parameter, register
+from comms.arrays import Array, Bytes, DType
+from comms.codecs.base import no_such_parameter, register
 from comms.codecs.cast import aligned_empty, check_float
 from comms.errors import CodecError
 from comms.wire.buffers import allocate_aligned
@@ -51,9 +50,7 @@ class BlockCodec:
     default_parameter = DEFAULT_BLOCK
     exact_size = True
 
-    def __init__(
-        self, name: str, code: int, *, top: float, bits: int, narrow: np.dtype[Any]
-    ) -> None:
+    def __init__(self, name: str, code: int, *, top: float, bits: int, narrow: DType) -> None:
         self.name = name
         self.code = code
         self.top = np.float32(top)
@@ -73,7 +70,7 @@ class BlockCodec:
             return self.bits
         return int(ml_dtypes.finfo(self.narrow).nmant) + 2  # type: ignore[no-untyped-call]
 
-    def check(self, dtype: np.dtype[Any], parameter: int) -> None:
+    def check(self, dtype: DType, parameter: int) -> None:
         """Takes floating-point types and a block size."""
         check_float(self.name, dtype)
         if not 8 <= parameter <= MAX_BLOCK or parameter % 8:
@@ -82,7 +79,7 @@ class BlockCodec:
                 f"got {parameter}"
             )
 
-    def encoded_bytes(self, dtype: np.dtype[Any], shape: tuple[int, ...], parameter: int) -> int:
+    def encoded_bytes(self, dtype: DType, shape: tuple[int, ...], parameter: int) -> int:
         """Returns the exact size."""
         count = array_bytes(np.dtype(np.uint8), shape)
         return 4 * -(-count // parameter) + -(-count * self.bits // 8)
@@ -129,9 +126,7 @@ class BlockCodec:
             codes = scaled.astype(self.narrow).view(np.uint8)
         return codes
 
-    def decode(
-        self, payload: Bytes, dtype: np.dtype[Any], shape: tuple[int, ...], parameter: int
-    ) -> Array:
+    def decode(self, payload: Bytes, dtype: DType, shape: tuple[int, ...], parameter: int) -> Array:
         """Returns code times scale for each element."""
         array = aligned_empty(dtype, shape)
         flat = array.reshape(-1)

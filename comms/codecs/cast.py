@@ -6,12 +6,11 @@ what is too large for float16 becomes infinite.
 
 from __future__ import annotations
 
-from typing import Any
-
 import ml_dtypes
 import numpy as np
 
-from comms.codecs.base import Array, Bytes, no_such_parameter, register
+from comms.arrays import Array, Bytes, DType
+from comms.codecs.base import no_such_parameter, register
 from comms.errors import CodecError
 from comms.wire.buffers import allocate_aligned
 from comms.wire.frame import array_bytes
@@ -34,7 +33,7 @@ class CastCodec:
     default_parameter = 0
     exact_size = True
 
-    def __init__(self, name: str, code: int, narrow: np.dtype[Any]) -> None:
+    def __init__(self, name: str, code: int, narrow: DType) -> None:
         self.name = name
         self.code = code
         self.narrow = narrow
@@ -47,7 +46,7 @@ class CastCodec:
         """Returns the bits of the significand and the sign."""
         return int(ml_dtypes.finfo(self.narrow).nmant) + 2  # type: ignore[no-untyped-call]
 
-    def check(self, dtype: np.dtype[Any], parameter: int) -> None:
+    def check(self, dtype: DType, parameter: int) -> None:
         """Takes floating-point types and no parameter."""
         check_float(self.name, dtype)
         if parameter != 0:
@@ -58,9 +57,7 @@ class CastCodec:
         with np.errstate(over="ignore", invalid="ignore"):
             return array.astype(self.narrow).reshape(-1).view(np.uint8)
 
-    def decode(
-        self, payload: Bytes, dtype: np.dtype[Any], shape: tuple[int, ...], parameter: int
-    ) -> Array:
+    def decode(self, payload: Bytes, dtype: DType, shape: tuple[int, ...], parameter: int) -> Array:
         """Returns the elements in their first type."""
         narrow = payload.view(self.narrow)
         array = aligned_empty(dtype, shape)
@@ -68,12 +65,12 @@ class CastCodec:
             array.reshape(-1)[...] = narrow
         return array
 
-    def encoded_bytes(self, dtype: np.dtype[Any], shape: tuple[int, ...], parameter: int) -> int:
+    def encoded_bytes(self, dtype: DType, shape: tuple[int, ...], parameter: int) -> int:
         """Returns the exact size."""
         return array_bytes(self.narrow, shape)
 
 
-def check_float(name: str, dtype: np.dtype[Any]) -> None:
+def check_float(name: str, dtype: DType) -> None:
     """Raises CodecError unless the element type is one that lossy codecs take."""
     if dtype not in FLOATS:
         raise CodecError(
@@ -81,7 +78,7 @@ def check_float(name: str, dtype: np.dtype[Any]) -> None:
         )
 
 
-def aligned_empty(dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+def aligned_empty(dtype: DType, shape: tuple[int, ...]) -> Array:
     """Returns an uninitialised array at a 64-byte boundary, so that jax need not copy it."""
     return allocate_aligned(array_bytes(dtype, shape)).view(dtype).reshape(shape)
 

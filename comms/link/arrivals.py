@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from comms.link.incoming import Assembly, Bundle
 from comms.link.message import Message
 from comms.link.meter import ClockMeter
+from comms.wire.bounded_json import JsonObject
 
 if TYPE_CHECKING:
     from comms.link.inbox import Inbox
@@ -22,13 +23,13 @@ class Arrivals:
     """Used by the I/O thread, but for the counters.
 
     Args:
-        link: the link that the messages came over.
         clock: how the peer's clock differs from ours.
         release: gives credit back; called from any thread.
         waiting_bytes: how much may wait for an owner that has not started the link yet.
 
     Attributes:
         inbox: where they arrive; set before the first does.
+        link: the link that the messages came over; set before the first does.
         messages: how many were delivered.
         payload_bytes: their payload, before decoding.
         raw_bytes: their size after decoding.
@@ -36,11 +37,11 @@ class Arrivals:
     """
 
     inbox: Inbox
+    link: Link
 
     def __init__(
-        self, link: Link, clock: ClockMeter, release: Callable[[int], None], waiting_bytes: int
+        self, clock: ClockMeter, release: Callable[[int], None], waiting_bytes: int
     ) -> None:
-        self._link = link
         self._clock = clock
         self._release = release
         self._waiting_bytes = waiting_bytes
@@ -83,7 +84,7 @@ class Arrivals:
         self.deliver(
             Message(
                 "tensor",
-                self._link,
+                self.link,
                 tag=assembly.tag,
                 payloads={"": assembly.payload()},
                 nbytes=assembly.header.total,
@@ -106,7 +107,7 @@ class Arrivals:
         self.deliver(
             Message(
                 "bundle",
-                self._link,
+                self.link,
                 tag=bundle.tag,
                 name=bundle.name,
                 body=bundle.body,
@@ -119,13 +120,13 @@ class Arrivals:
             )
         )
 
-    def control(self, body: dict[str, Any], assembly: Assembly) -> None:
+    def control(self, body: JsonObject, assembly: Assembly) -> None:
         """Takes a control message."""
         self.raw_bytes += assembly.raw_bytes
         self.deliver(
             Message(
                 "control",
-                self._link,
+                self.link,
                 body=body,
                 nbytes=assembly.header.total,
                 first_byte_s=assembly.first_byte_s,

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from comms.emulation.shaping import LinkShape
 from comms.errors import ChannelError, ConnectError, HandshakeError, explain
-from comms.link.link import Link
-from comms.link.pending_connection import CutShortError, Opening
+from comms.link.pending_connection import CutShortError, PendingConnection
 from comms.wire.event_loop import Guard, place_of
 from comms.wire.greeting import Terms
 from comms.wire.handshake import ClientHandshake
 
 if TYPE_CHECKING:
     from comms.link.endpoint import Endpoint
+    from comms.link.link import Link
+    from comms.link.stream import Stream
 
 Address: TypeAlias = tuple[int, Any]
 _FIRST_PAUSE_S = 0.05
@@ -35,27 +36,27 @@ class Dial:
         addresses: list[Address],
         host: str,
         where: str,
-        future: concurrent.futures.Future[Link] | None,
-        shape: LinkShape | None,
-        link: Link | None = None,
         *,
+        future: concurrent.futures.Future[Link] | None = None,
+        shape: LinkShape | None = None,
+        stream: Stream | None = None,
         expected: str | None = None,
     ) -> None:
         self.where = where
         self._endpoint = endpoint
         self._loop = Guard(endpoint.loop, self._failed_here)
-        self._expected = expected if link is None else link.peer
+        self._expected = expected if stream is None else stream.peer
         self._addresses = addresses
         self._host = host
         self._future = future
         self._shape = shape
-        self._link = link
-        self._session = secrets.token_hex(16) if link is None else link.session
+        self._stream = stream
+        self._session = secrets.token_hex(16) if stream is None else stream.session
         self._until_s = 0.0
         self._tries = 0
         self._cut_short = 0
         self._attempt = 0
-        self._opening: Opening | None = None
+        self._opening: PendingConnection | None = None
         self._last_error = "no answer"
 
     def begin(self, until_s: float) -> None:
@@ -65,18 +66,18 @@ class Dial:
         self._loop.run(self._try)
 
     def _over(self) -> bool:
-        if self._link is not None:
-            return self._link.error is not None
+        if self._stream is not None:
+            return self._stream.queue.error is not None
         return self._future is None or self._future.done()
 
     def _try(self) -> None:
         if self._over():
             self._endpoint.end_dial(self)
             return
-        endpoint, link = self._endpoint, self._link
-        if link is not None:
-            link.attempt += 1
-            self._attempt = link.attempt
+        endpoint, stream = self._endpoint, self._stream
+        if stream is not None:
+            stream.attempt += 1
+            self._attempt = stream.attempt
         else:
             self._attempt += 1
             if endpoint.options.resume_s == 0:
@@ -86,14 +87,14 @@ class Dial:
         family, address = self._addresses[self._tries % len(self._addresses)]
         self._tries += 1
         options = endpoint.options
-        received, partial_bytes = (0, 0) if link is None else link.received()
+        received, partial_bytes = (0, 0) if stream is None else stream.received()
         terms = Terms(
             name=endpoint.name,
             session=self._session,
             attempt=self._attempt,
             received=received,
             partial_bytes=partial_bytes,
-            resumed=link is not None,
+            resumed=stream is not None,
             window_bytes=options.window_bytes,
             resume_s=options.resume_s,
             checksum=options.wants_checksum,
@@ -108,7 +109,7 @@ class Dial:
         if tls is not None and options.tls is not None:
             name = options.tls.server_name or self._host
         rest_s = max(0.05, self._until_s - time.monotonic())
-        self._opening = Opening(
+        self._opening = PendingConnection(
             endpoint.loop,
             sock,
             ClientHandshake(terms, options.token, tls is not None, self._expected),
@@ -121,38 +122,39 @@ class Dial:
         )
         self._opening.begin(address)
 
-    def _done(self, opening: Opening) -> None:
+    def _done(self, opening: PendingConnection) -> None:
         self._endpoint.end_dial(self)
         terms = opening.handshake.terms
         assert terms is not None
         if self._over():
             opening.transport.close()
             return
-        link = self._link
-        if link is not None:
+        stream = self._stream
+        connection = opening.transport, opening.handshake.leftover, terms
+        if stream is not None:
             if not terms.resumed:
                 opening.transport.close()
-                link.refuse_resume(HandshakeError("the peer began the stream anew"))
+                stream.refuse_resume(HandshakeError("the peer began the stream anew"))
                 return
-            link.guard.run(link.attach, opening.transport, opening.handshake.leftover, terms)
+            stream.guard.run(stream.attach, *connection)
             return
-        link = Link(self._endpoint, terms, self.where.rpartition(" at ")[2], dialled=True,
-                    session=self._session)  # fmt: skip
-        link.attempt = self._attempt
+        address = self.where.rpartition(" at ")[2]
+        link = self._endpoint.make_link(terms, address, dialled=True, session=self._session)
+        link.stream.attempt = self._attempt
         if self._shape is not None:
-            link.reshape(self._shape)
+            link.stream.reshape(self._shape)
         self._endpoint.adopt(link, self._addresses, self._host)
-        link.guard.run(link.attach, opening.transport, opening.handshake.leftover, terms)
+        link.stream.guard.run(link.stream.attach, *connection)
         if self._future is not None:
             self._future.set_result(link)
 
-    def _failed(self, opening: Opening | None, error: ChannelError) -> None:
+    def _failed(self, opening: PendingConnection | None, error: ChannelError) -> None:
         self._last_error = str(error)
         self._cut_short += isinstance(error, CutShortError)
         # A cut during resumption is what resuming is for; a first handshake that is always cut
         # short means that the two sides are set up differently.
         final = isinstance(error, HandshakeError) or (
-            self._link is None and self._cut_short == _MAX_CUT_SHORT
+            self._stream is None and self._cut_short == _MAX_CUT_SHORT
         )
         now = time.monotonic()
         pause_s = min(_FIRST_PAUSE_S * 1.6 ** min(self._tries, 20), _MAX_PAUSE_S)
@@ -161,7 +163,7 @@ class Dial:
         if final:
             self.fail(error)
         elif left_s <= 0:
-            waited = "in time" if self._link is not None else f"after {self._tries} tries"
+            waited = "in time" if self._stream is not None else f"after {self._tries} tries"
             self.fail(
                 ConnectError(
                     f"cannot reach {self.where} {waited}: {self._last_error}; check that it runs, "
@@ -183,7 +185,7 @@ class Dial:
         self._endpoint.end_dial(self)
         if self._opening is not None:
             self._opening.abort()
-        if self._link is not None:
-            self._link.refuse_resume(error)
+        if self._stream is not None:
+            self._stream.refuse_resume(error)
         elif self._future is not None and not self._future.done():
             self._future.set_exception(error)

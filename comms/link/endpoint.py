@@ -18,12 +18,14 @@ from comms.errors import ChannelError, ConnectError, HandshakeError, PeerLost, e
 from comms.link.dial import Address, Dial
 from comms.link.doorstep import Doorstep
 from comms.link.link import Link
-from comms.link.pending_connection import Opening
+from comms.link.pending_connection import PendingConnection
+from comms.link.stream import Stream
 from comms.options import ChannelOptions
 from comms.wire.buffers import BufferPool
 from comms.wire.event_loop import READ, Loop, report
 from comms.wire.greeting import MAX_NAME, Terms, is_name
 from comms.wire.handshake import ServerHandshake
+from comms.wire.transport import for_transports
 
 _BACKLOG = 1024
 _CLOSE_GRACE_S = 0.25
@@ -52,15 +54,15 @@ class Endpoint:
         self._client_tls: ssl.SSLContext | None = None
         self._lock = threading.Lock()
         self._worker: concurrent.futures.ThreadPoolExecutor | None = None
-        self._links: dict[str, Link] = {}
+        self._links: dict[str, Link] = {}  # by session
         self._addresses: dict[str, tuple[list[Address], str]] = {}
         self.doorstep = Doorstep(self.options.limits)
-        self._openings: set[Opening] = set()
+        self._openings: set[PendingConnection] = set()
         self._listeners: list[socket.socket] = []
         self._dials: set[Dial] = set()
         self._closing = False
         if self.options.tls is not None:
-            self._client_tls = self.options.tls.client_context()
+            self._client_tls = for_transports(self.options.tls.client_context())
         self.loop.start()
 
     def __enter__(self) -> Self:
@@ -104,7 +106,8 @@ class Endpoint:
                 there is no token.
         """
         self._check_open()
-        tls = None if self.options.tls is None else self.options.tls.server_context()
+        files = self.options.tls
+        tls = None if files is None else for_transports(files.server_context())
         family, address = _resolve(host, port, passive=True)[0]
         loopback = ipaddress.ip_address(address[0].partition("%")[0]).is_loopback
         if not loopback and self.options.token is None and not self.options.listen_openly:
@@ -165,7 +168,7 @@ class Endpoint:
         addresses = _resolve(host, port, passive=False)
         future: concurrent.futures.Future[Link] = concurrent.futures.Future()
         where = f"{name_of_peer} at {host} port {port}"
-        dial = Dial(self, addresses, host, where, future, shape, expected=expected)
+        dial = Dial(self, addresses, host, where, future=future, shape=shape, expected=expected)
         self.loop.post(lambda: dial.begin(time.monotonic() + timeout_s))
         try:
             return future.result(timeout_s + self.options.deadline_s)
@@ -233,7 +236,7 @@ class Endpoint:
                 return
             where = f"{address[0]} port {address[1]}"
             handshake = ServerHandshake(self.name, self.options.token, tls is not None, self._admit)
-            opening = Opening(
+            opening = PendingConnection(
                 self.loop,
                 sock,
                 handshake,
@@ -251,7 +254,7 @@ class Endpoint:
             if opening in self._openings:
                 self.doorstep.enter(opening, address[0])
 
-    def _turned_away(self, opening: Opening, error: ChannelError) -> None:
+    def _turned_away(self, opening: PendingConnection, error: ChannelError) -> None:
         self._openings.discard(opening)
         self.doorstep.leave(opening)
         if error.__cause__ is not None and not isinstance(error.__cause__, OSError | ChannelError):
@@ -260,37 +263,40 @@ class Endpoint:
     def _admit(self, hello: Terms) -> Terms:
         """Decides whether a proven peer may open or resume its stream; gives our terms."""
         link = self._links.get(hello.session)
+        stream = None if link is None else link.stream
         if self._closing:
             raise HandshakeError("closing down")
-        if link is None:
+        if stream is None:
             if hello.resumed:
                 raise HandshakeError("that stream is not known here (was this side restarted?)")
         else:
-            if link.peer != hello.name or link.dialled:
+            if stream.peer != hello.name or stream.dialled:
                 raise HandshakeError("that stream belongs to someone else")
-            if hello.attempt <= link.attempt:
+            if hello.attempt <= stream.attempt:
                 raise HandshakeError("a later connection has resumed that stream already")
-            if link.resume_s == 0:
+            if stream.resume_s == 0:
                 raise HandshakeError("that stream ends with its connection (resume_s is 0)")
             # From here on nothing that the old connection still holds can be delivered.
-            link.attempt = hello.attempt
-            link.suspend()
-            if link.error is not None:
+            stream.attempt = hello.attempt
+            stream.suspend()
+            if stream.queue.error is not None:
                 raise HandshakeError("that stream has just ended here")
-        received, partial_bytes = (0, 0) if link is None else link.received()
+        received, partial_bytes = (0, 0) if stream is None else stream.received()
         return Terms(
             name=self.name,
             session=hello.session,
             attempt=hello.attempt,
             received=received,
             partial_bytes=partial_bytes,
-            resumed=link is not None,
+            resumed=stream is not None,
             window_bytes=self.options.window_bytes,
             resume_s=self.options.resume_s,
             checksum=self.options.wants_checksum,
         )
 
-    def _accepted(self, opening: Opening, *, host: str, where: str, on_link: OnLink) -> None:
+    def _accepted(
+        self, opening: PendingConnection, *, host: str, where: str, on_link: OnLink
+    ) -> None:
         self._openings.discard(opening)
         self.doorstep.leave(opening)
         terms = opening.handshake.terms
@@ -298,12 +304,18 @@ class Endpoint:
         link = self._links.get(terms.session)
         fresh = link is None
         if link is None:
-            link = Link(self, terms, where, dialled=False, session=terms.session)
+            link = self.make_link(terms, where, dialled=False, session=terms.session)
             self._links[terms.session] = link
-            self.doorstep.enter(link, host)
-        link.guard.run(link.attach, opening.transport, opening.handshake.leftover, terms)
+            self.doorstep.enter(link.stream, host)
+        stream = link.stream
+        stream.guard.run(stream.attach, opening.transport, opening.handshake.leftover, terms)
         if fresh:
-            link.guard.run(on_link, link)
+            stream.guard.run(on_link, link)
+
+    def make_link(self, terms: Terms, address: str, *, dialled: bool, session: str) -> Link:
+        """Returns a new link to a peer whose handshake has just been finished."""
+        stream = Stream(self, terms, address, dialled=dialled, session=session)
+        return Link(stream, self.encode, self.doorstep.leave)
 
     # -- I/O thread: connecting ----------------------------------------------------------------
 
@@ -317,21 +329,24 @@ class Endpoint:
 
     def adopt(self, link: Link, addresses: list[Address], host: str) -> None:
         """Remembers a new dialled link and how to reach its peer again."""
-        self._links[link.session] = link
-        self._addresses[link.session] = (addresses, host)
+        session = link.stream.session
+        self._links[session] = link
+        self._addresses[session] = (addresses, host)
 
-    def redial(self, link: Link) -> None:
-        """Tries to resume a cut link until its time is up."""
-        addresses, host = self._addresses[link.session]
-        dial = Dial(self, addresses, host, f"{link.peer} at {link.address}", None, None, link)
-        dial.begin(time.monotonic() + link.resume_s)
+    def redial(self, stream: Stream) -> None:
+        """Tries to resume a cut stream until its time is up."""
+        addresses, host = self._addresses[stream.session]
+        where = f"{stream.peer} at {stream.address}"
+        dial = Dial(self, addresses, host, where, stream=stream)
+        dial.begin(time.monotonic() + stream.resume_s)
 
-    def forget(self, link: Link) -> None:
-        """Drops a link that has ended."""
-        self.doorstep.leave(link)
-        if self._links.get(link.session) is link:
-            del self._links[link.session]
-            self._addresses.pop(link.session, None)
+    def forget(self, stream: Stream) -> None:
+        """Drops the link of a stream that has ended."""
+        self.doorstep.leave(stream)
+        link = self._links.get(stream.session)
+        if link is not None and link.stream is stream:
+            del self._links[stream.session]
+            self._addresses.pop(stream.session, None)
 
     @property
     def client_tls(self) -> ssl.SSLContext | None:
@@ -354,7 +369,7 @@ class Endpoint:
     def _abandon_all(self) -> None:
         self._stop_opening()
         for link in self.links:
-            link.abandon(PeerLost(f"the link to {link.peer} was closed on this side"))
+            link.stream.abandon(PeerLost(f"the link to {link.peer} was closed on this side"))
 
     def _thread_failed(self, error: BaseException) -> None:
         """Tells every owner of a link that the channel itself has failed."""
@@ -362,7 +377,7 @@ class Endpoint:
         for link in self.links:
             lost = PeerLost(f"lost {link.peer}: this side's channel failed: {error!r}")
             lost.__cause__ = error
-            link.abandon(lost)
+            link.stream.abandon(lost)
 
 
 def _resolve(host: str, port: int, *, passive: bool) -> list[Address]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from comms.link.allowance import Allowance
 from comms.link.incoming import Assembly, Bundle, credit_cost, read_json
 from comms.link.meter import RateMeter
 from comms.options import Limits
-from comms.wire.bounded_json import one_line
+from comms.wire.bounded_json import JsonObject, one_line
 from comms.wire.buffers import BufferPool
 from comms.wire.frame import (
     DTYPES,
@@ -67,7 +66,7 @@ class Inbox:
         *,
         on_tensor: Callable[[Assembly], None],
         on_bundle: Callable[[Bundle], None],
-        on_control: Callable[[dict[str, Any], Assembly], None],
+        on_control: Callable[[JsonObject, Assembly], None],
         on_signal: Callable[[Header, bytes], None],
     ) -> None:
         self._limits = limits
@@ -75,7 +74,7 @@ class Inbox:
         self._joined = False
         self._window_bytes = window_bytes
         self._pool = pool
-        self._checked = checked
+        self.checked = checked
         self._on_tensor = on_tensor
         self._on_bundle = on_bundle
         self._on_control = on_control
@@ -133,7 +132,7 @@ class Inbox:
 
     def _begin_frame(self, header: Header, shape: tuple[int, ...]) -> memoryview:
         """Checks a frame against the stream and the limits and returns where its payload goes."""
-        if self._checked and not header.flags & _CHECKED:
+        if self.checked and not header.flags & _CHECKED:
             raise FrameError("a frame without a checksum, which the two sides agreed on")
         if header.kind not in SEQUENCED:
             if header.length > 4096 or header.length != header.total:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-
-from comms.codecs.base import Bytes, Codec
+from comms.arrays import Bytes, DType
+from comms.codecs.base import Codec
 from comms.errors import FrameError
 from comms.link.message import Payload
 from comms.wire import bounded_json
+from comms.wire.bounded_json import JsonObject
 from comms.wire.buffers import Lease
 from comms.wire.frame import Header, Role, Tag
 
@@ -41,7 +39,7 @@ class Assembly:
         self.raw_bytes = header.total
         self.tag: Tag | None = None
         self.codec: Codec | None = None
-        self.dtype: np.dtype[Any] | None = None
+        self.dtype: DType | None = None
         self.buffer: Bytes
         self.lease: Lease | None = None
 
@@ -68,7 +66,7 @@ class Bundle:
         "tag",
     )  # fmt: skip
 
-    def __init__(self, name: str, names: list[str], body: dict[str, Any], head: Assembly) -> None:
+    def __init__(self, name: str, names: list[str], body: JsonObject, head: Assembly) -> None:
         self.name = name
         self.names = names
         self.body = body
@@ -86,7 +84,7 @@ SCHEMA = 1
 """Version of the JSON of control messages and manifests."""
 
 
-def pack_json(fields: dict[str, Any]) -> bytes:
+def pack_json(fields: JsonObject) -> bytes:
     """Returns the JSON of a control message (body) or manifest (name, tensors, body).
 
     Raises:
@@ -95,7 +93,7 @@ def pack_json(fields: dict[str, Any]) -> bytes:
     return bounded_json.encode({"schema": SCHEMA, **fields}, "a control message")
 
 
-def read_json(assembly: Assembly, what: str, *names: str) -> dict[str, Any]:
+def read_json(assembly: Assembly, what: str, *names: str) -> JsonObject:
     """Returns the JSON of a control message or manifest that is complete, without its schema.
 
     Args:

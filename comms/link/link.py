@@ -1,4 +1,4 @@
-"""A link: the stream of tensors and messages between this process and one peer."""
+"""A link as callers see it: tensors and messages to and from one peer, from any thread."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
-from comms.codecs.base import Array, Encoded
+from comms.arrays import Array
+from comms.codecs.base import Encoded
 from comms.emulation.shaping import LinkShape
 from comms.errors import ChannelError, PeerLost
 from comms.link.allowance import Allowance
@@ -17,25 +17,51 @@ from comms.link.meter import LinkStats, to_mbps
 from comms.link.outgoing import OnSent, Outgoing, Sending
 from comms.link.packing import Job, pack_bundle, pack_control, pack_tensor, set_payload
 from comms.link.stream import Stream
-from comms.wire.event_loop import READ
+from comms.wire.bounded_json import JsonObject
 from comms.wire.frame import Role, Tag
 
 
-class Link(Stream):
+class Link:
     """One peer's link; made by `Endpoint.connect` or handed to `on_link`.
 
     The public methods may be called from any thread and never wait, but for `drain`. Callbacks run
     on the I/O thread and must only post.
 
+    Args:
+        stream: the I/O thread's half.
+        encode: runs a job on the codec worker.
+        admitted: called on the I/O thread when the link's owner admits the peer.
+
     Attributes:
+        stream: the I/O thread's half; only that thread may call it.
         peer: the name that the peer gave in the handshake.
         address: the peer's address, as text.
-        attempt: how many connections this stream has had.
     """
+
+    def __init__(
+        self,
+        stream: Stream,
+        encode: Callable[[Callable[[], None]], None],
+        admitted: Callable[[Stream], None],
+    ) -> None:
+        self.stream = stream
+        self.peer = stream.peer
+        self.address = stream.address
+        self._queue = stream.queue
+        self._options = stream.options
+        self._encode_on_worker = encode
+        self._admitted = admitted
+        self._encode_s = 0.0
+        stream.belong_to(self)
+
+    @property
+    def attempt(self) -> int:
+        """How many connections this link has had."""
+        return self.stream.attempt
 
     def __repr__(self) -> str:
         """Names the peer and the state."""
-        state = "lost" if self._error else "up" if self._transport else "down"
+        state = "lost" if self.error else "up" if self.stream.transport else "down"
         return f"<link to {self.peer} at {self.address}, {state}>"
 
     def start(
@@ -52,20 +78,7 @@ class Link(Stream):
             on_lost: called once, with a PeerLost that says why, when the link has ended for good;
                 not called after this side's own `close`.
         """
-
-        def begin() -> None:
-            lost_before = self._error
-            self._on_credit, self._on_lost = on_credit, on_lost
-            self._arrivals.start(on_message)
-            if lost_before is not None:
-                if not self._closing:
-                    on_lost(lost_before)
-                return
-            self._set_interest()
-            self._read_again = True
-            self._run_ready(READ)
-
-        self._loop.post(begin)
+        self.stream.guard.post(lambda: self.stream.start(on_message, on_credit, on_lost))
 
     def admit(self, allowance: Allowance | None = None) -> None:
         """Says what the peer may send from now on; may be called again when that changes.
@@ -84,14 +97,14 @@ class Link(Stream):
         """
         limits = self._options.limits
         given = Allowance.of(limits) if allowance is None else allowance.within(limits)
-        if self._inbox.allowance is None:
-            self._loop.post(lambda: self._endpoint.doorstep.leave(self))
-        self._inbox.allowance = given
+        if self.stream.inbox.allowance is None:
+            self.stream.guard.post(lambda: self._admitted(self.stream))
+        self.stream.inbox.allowance = given
 
     @property
     def allowance(self) -> Allowance | None:
         """What the peer may send; None while it is not admitted."""
-        return self._inbox.allowance
+        return self.stream.inbox.allowance
 
     def send(
         self,
@@ -120,7 +133,7 @@ class Link(Stream):
         message, job = pack_tensor(tag, array, codec, sending, self._options.limits)
         self._submit([message], [] if job is None else [job])
 
-    def send_control(self, body: dict[str, Any]) -> None:
+    def send_control(self, body: JsonObject) -> None:
         """Sends a control message, which overtakes waiting tensors between two chunks.
 
         Raises:
@@ -134,7 +147,7 @@ class Link(Stream):
         self,
         name: str,
         tensors: Mapping[str, Array | Encoded],
-        body: dict[str, Any],
+        body: JsonObject,
         on_sent: OnSent | None = None,
         *,
         tag: Tag | None = None,
@@ -161,56 +174,54 @@ class Link(Stream):
     @property
     def available_bytes(self) -> int:
         """Activation and cotangent bytes that the peer would take now."""
-        return max(0, self._outbox.peer_window_bytes - self._used_bytes())
+        return max(0, self._queue.window_bytes - self._queue.used_bytes)
 
     def can_send(self, nbytes: float) -> bool:
         """Whether a tensor of `nbytes` (before the codec) has credit; an empty window takes any."""
-        used = self._used_bytes()
-        return used == 0 or used + nbytes <= self._outbox.peer_window_bytes
+        return self._queue.can_take(nbytes)
 
     def set_shape(self, shape: LinkShape) -> None:
         """Shapes what this side sends from now on; a schedule counts from now."""
-        self._change_shape(lambda: self.reshape(shape))
+        self._change_shape(lambda: self.stream.reshape(shape))
 
     def share_shape(self, other: Link) -> None:
         """Sends over the same emulated line as another link of this endpoint, in turns with it.
 
         Both then have one rate together, as links over one radio do. Set the other's shape first.
         """
-        self._change_shape(lambda: self.join_shape(other))
+        self._change_shape(lambda: self.stream.share_shape(other.stream))
 
     def _change_shape(self, change: Callable[[], None]) -> None:
         """Lets nothing leave until the change was made, so that what is sent next is under it."""
-        with self._lock:
-            self._outbox.shapes_due += 1
+        self._queue.hold()
 
         def apply() -> None:
-            with self._lock:
-                self._outbox.shapes_due -= 1
+            self._queue.unhold()
             change()
 
-        self._loop.post(apply)
+        self.stream.guard.post(apply)
 
     @property
     def rtt_s(self) -> float | None:
         """Shortest recent round trip of a heartbeat, emulated delay included."""
-        return self._clock.rtt_s
+        return self.stream.clock.rtt_s
 
     @property
     def offset_s(self) -> float | None:
         """The peer's monotonic clock minus ours."""
-        return self._clock.offset_s
+        return self.stream.clock.offset_s
 
     @property
     def error(self) -> PeerLost | None:
         """Why the link has ended, or None while it has not."""
-        return self._error
+        return self._queue.error
 
     def stats(self) -> LinkStats:
         """Returns the link's figures as of now."""
-        out, inbox, arrivals = self._outbox, self._inbox, self._arrivals
+        stream, queue = self.stream, self._queue
+        out, inbox, arrivals = stream.outbox, stream.inbox, stream.arrivals
         return LinkStats(
-            bytes_out=out.bytes_out,
+            bytes_out=out.writer.bytes_out,
             bytes_in=inbox.bytes_in,
             payload_out_bytes=out.payload_out_bytes,
             payload_in_bytes=arrivals.payload_bytes,
@@ -218,24 +229,24 @@ class Link(Stream):
             raw_in_bytes=arrivals.raw_bytes,
             messages_out=out.messages_out,
             messages_in=arrivals.messages,
-            frames_out=out.frames_out,
+            frames_out=out.writer.frames_out,
             frames_in=inbox.frames_in,
-            queued_messages=len(out.control) + len(out.data),
-            queued_bytes=self._submitted_raw_bytes - out.departed_raw_bytes,
-            queued_peak_bytes=self._queued_peak_bytes,
+            queued_messages=len(queue.control) + len(queue.data),
+            queued_bytes=queue.waiting_bytes,
+            queued_peak_bytes=queue.peak_bytes,
             unacked_bytes=out.unacked_bytes,
-            credit_used_bytes=self._used_bytes(),
+            credit_used_bytes=queue.used_bytes,
             held_bytes=inbox.held_bytes,
-            blocked_s=out.blocked_s,
+            blocked_s=out.writer.blocked_s,
             credit_wait_s=out.credit_wait_s,
             queue_s=out.queue_s,
             encode_s=self._encode_s,
-            reconnects=max(0, self._reconnects),
+            reconnects=max(0, stream.reconnects),
             repeated_frames=out.repeated_frames,
             repeated_bytes=out.repeated_bytes,
-            rtt_s=self._clock.rtt_s,
-            offset_s=self._clock.offset_s,
-            rate_out_mbps=to_mbps(out.rate_bytes),
+            rtt_s=stream.clock.rtt_s,
+            offset_s=stream.clock.offset_s,
+            rate_out_mbps=to_mbps(out.pace.rate_bytes),
             rate_in_mbps=to_mbps(inbox.rate.bytes_per_s),
             timed_in_bytes=inbox.rate.timed_bytes,
             timed_in_s=inbox.rate.timed_s,
@@ -248,22 +259,17 @@ class Link(Stream):
             PeerLost: if the link ends before.
             ChannelError: if it takes longer than `timeout_s`.
         """
-        if self._loop.on_thread:
+        if self.stream.guard.on_thread:
             raise ChannelError("drain() would block the I/O thread: call it from another one")
         done = threading.Event()
-
-        def wait() -> None:
-            self._drainers.append(done)
-            self._check_drained()
-
-        self._loop.post(wait)
+        self.stream.guard.post(lambda: self.stream.drain(done))
         if not done.wait(timeout_s):
             raise ChannelError(
                 f"{self.peer} did not take what was sent within {timeout_s:g} s: "
-                f"{self._submitted_raw_bytes - self._outbox.departed_raw_bytes} bytes still wait"
+                f"{self._queue.waiting_bytes} bytes still wait"
             )
-        if self._error is not None and not self._outbox.empty:
-            raise self._error
+        if (error := self._queue.error) is not None and not self.stream.outbox.empty:
+            raise error
 
     def close(self, reason: str = "the run on that side is over") -> None:
         """Ends the link in good order: what waits is still sent, for a second at most.
@@ -271,7 +277,7 @@ class Link(Stream):
         Args:
             reason: what the peer is told, as the reason of its `PeerClosed`.
         """
-        self._loop.post(lambda: self.say_goodbye(reason))
+        self.stream.guard.post(lambda: self.stream.say_goodbye(reason))
 
     def refuse(self, reason: str) -> None:
         """Ends the link to a peer that is not wanted, or not any more.
@@ -283,14 +289,11 @@ class Link(Stream):
         Args:
             reason: what the peer is told, as the reason of its `PeerClosed`.
         """
-        self._loop.post(lambda: self.say_goodbye(reason, refuse=True))
+        self.stream.guard.post(lambda: self.stream.say_goodbye(reason, refuse=True))
 
     def wait_closed(self, timeout_s: float) -> bool:
         """Waits until the link has ended and returns whether it has."""
-        return self._closed.wait(timeout_s)
-
-    def _used_bytes(self) -> int:
-        return self._reserved_bytes - self._outbox.peer_released_bytes
+        return self._queue.ended.wait(timeout_s)
 
     def _encode(self, job: Job) -> None:
         """Runs on the codec worker."""
@@ -299,20 +302,13 @@ class Link(Stream):
             set_payload(job.message, job.codec.encode(job.array, job.parameter))
         except Exception as error:
             failure = error
-            self._endpoint.loop.post(lambda: self._failed_here(failure))
+            self.stream.guard.post(lambda: self.stream.fail(failure))
             return
         self._encode_s += time.monotonic() - began_s
-        self._post_flush()
+        self._queue.wake()
 
     def _submit(self, messages: list[Outgoing], jobs: list[Job], *, control: bool = False) -> None:
-        with self._lock:
-            if self._error is not None or self._closing:
-                raise self._error or self._closed_here()
-            self._reserved_bytes += sum(message.cost for message in messages)
-            self._submitted_raw_bytes += sum(message.raw_bytes for message in messages)
-            queued = self._submitted_raw_bytes - self._outbox.departed_raw_bytes
-            self._queued_peak_bytes = max(self._queued_peak_bytes, queued)
-            (self._outbox.control if control else self._outbox.data).extend(messages)
+        self._queue.put(messages, control=control, closed=self.stream.closed_here)
         for job in jobs:
-            self._endpoint.encode(functools.partial(self._encode, job))
-        self._post_flush()
+            self._encode_on_worker(functools.partial(self._encode, job))
+        self._queue.wake()

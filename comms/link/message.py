@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
-from comms.codecs.base import Array, Bytes, Codec
+from comms.arrays import Array, Bytes, DType
+from comms.codecs.base import Codec
 from comms.errors import ChannelError, CodecError
-from comms.wire.bounded_json import one_line
+from comms.wire.bounded_json import JsonObject, one_line
 from comms.wire.frame import Tag
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ class Payload:
         data: Bytes,
         codec: Codec,
         parameter: int,
-        dtype: np.dtype[Any],
+        dtype: DType,
         shape: tuple[int, ...],
     ) -> None:
         self.data = data
@@ -101,7 +100,7 @@ class Message:
         *,
         tag: Tag | None = None,
         name: str = "",
-        body: dict[str, Any] | None = None,
+        body: JsonObject | None = None,
         payloads: dict[str, Payload] | None = None,
         nbytes: int = 0,
         first_byte_s: float = 0.0,
@@ -113,7 +112,7 @@ class Message:
         self.link = link
         self.tag = tag
         self.name = name
-        self.body: dict[str, Any] = {} if body is None else body
+        self.body: JsonObject = {} if body is None else body
         self.nbytes = nbytes
         self.first_byte_s = first_byte_s
         self.received_s = received_s

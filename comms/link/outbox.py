@@ -7,23 +7,20 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from comms.emulation.shaping import LinkShape, Shaper, chunk_bytes
+from comms.emulation.shaping import LinkShape
 from comms.errors import FrameError
+from comms.link.frame_writer import FrameWriter
 from comms.link.outgoing import Frame, Outgoing, note_start, signal_frame
+from comms.link.pace import FIRST_FLIGHT_BYTES, Pace
+from comms.link.send_queue import SendQueue
 from comms.wire.frame import PING, PONG, Flag, Header, Kind, checksum_of, pack_header
-from comms.wire.transport import MAX_BUFFERS, ConnectionEnded, Transport
+from comms.wire.transport import ConnectionEnded, Transport
 
 # Plain numbers: the operators of IntFlag cost microseconds, and these are used for every frame.
 _CONTROL_LANE = int(Flag.CONTROL_LANE)
 _BACK_TO_BACK = int(Flag.BACK_TO_BACK)
 _CHECKED = int(Flag.CHECKED)
 _COALESCE_BYTES = 1 << 16
-_SLOW_BYTES_PER_S = 3e6
-_FIRST_CHUNK_BYTES = 1 << 14
-# Until the first measurement comes back, at most this much is under way, in small chunks: what TCP
-# lets through while it looks for the rate of a slow link would only be dropped in its queues.
-_FIRST_FLIGHT_BYTES = 1 << 16
-_FIRST_UNSENT_BYTES = 1 << 14
 _IDLE = float("inf")
 
 
@@ -35,113 +32,68 @@ class Outbox:
     it waits too, so that tensors never overtake each other.
 
     Args:
+        queue: what callers have sent.
         status: returns the payload of a STATUS frame.
         keep: whether frames are kept for replay until acknowledged.
         replay_bytes: bound of what is kept.
         checked: whether payloads are sent with their checksum.
+
+    Attributes:
+        queue: what callers have sent.
+        pace: how fast it leaves.
+        writer: what is about to be written.
+        committed_bytes: credit of all messages that have begun to leave.
+        sequence: number of the last frame cut.
+        checked: whether payloads are sent with their checksum.
     """
 
     def __init__(
-        self, status: Callable[[], bytes], keep: bool, replay_bytes: int, *, checked: bool = False
+        self,
+        queue: SendQueue,
+        status: Callable[[], bytes],
+        *,
+        keep: bool,
+        replay_bytes: int,
+        checked: bool = False,
     ) -> None:
-        self.control: deque[Outgoing] = deque()
-        self.data: deque[Outgoing] = deque()
+        self.pace = Pace()
+        self.writer = FrameWriter(self._frame_written)
         self.keep = keep
-        self.peer_window_bytes = 0
-        self.peer_released_bytes = 0
         self.committed_bytes = 0
         self.sequence = 0
-        self.bytes_out = 0
-        self.frames_out = 0
         self.messages_out = 0
         self.payload_out_bytes = 0
         self.raw_out_bytes = 0
-        self.blocked_s = 0.0
         self.credit_wait_s = 0.0
         self.queue_s = 0.0
         self.repeated_frames = 0
         self.repeated_bytes = 0
-        self.departed_raw_bytes = 0
         self.unacked_bytes = 0
-        self.last_progress_s = time.monotonic()
         self.status_due = False
         self.ping_due = False
         self.pongs: deque[tuple[float, float]] = deque(maxlen=8)
+        self.queue = queue
         self._status = status
-        self._checked = checked
+        self.checked = checked
         self._replay_bytes = replay_bytes
         self._unacked: deque[Frame] = deque()
         self._replay: deque[Frame] = deque()
         self._goodbye: bytes | None = None
-        self._shaper: Shaper | None = None
-        self.shapes_due = 0  # changes of shape that were asked for and not made yet
         self._waiting = False
         self._pipe: deque[tuple[float, Frame]] = deque()
-        self._wire: deque[memoryview] = deque()
-        self._frames: deque[Frame] = deque()
-        self._wire_bytes = 0
-        self._rate_bytes: float | None = None
-        self._chunk_bytes = _FIRST_CHUNK_BYTES
         self._first_flight_bytes = 0
-        self._blocked_since_s: float | None = None
         self._no_credit_since_s: float | None = None
         self._unheard_since_s: float | None = None
 
-    # -- settings ------------------------------------------------------------------------------
-
-    def share_shape(self, other: Outbox) -> None:
-        """Takes turns with another link on its emulated line, as links of one radio do."""
-        self._shaper = other._shaper
-
     def set_shape(self, shape: LinkShape, now_s: float) -> None:
         """Shapes what is sent from now on."""
-        self._shaper = None if shape.unlimited else Shaper(shape, now_s)
+        self.pace.set_shape(shape, now_s)
         self._waiting = False
-        self._resize_chunks(now_s)
 
-    def set_rate(self, bytes_per_s: float | None, now_s: float) -> None:
-        """Takes the peer's measurement of our sending, from which the chunks' size follows."""
-        self._rate_bytes = bytes_per_s
-        self._resize_chunks(now_s)
-
-    @property
-    def rate_bytes(self) -> float | None:
-        """What the peer measured of our sending, in bytes per second."""
-        return self._rate_bytes
-
-    def _resize_chunks(self, now_s: float) -> None:
-        if self._shaper is not None:
-            self._chunk_bytes = chunk_bytes(self._shaper.rate_bytes(now_s))
-        elif self._rate_bytes is not None:
-            # A link that shares the machine with a thousand others looks slow and is not: below
-            # this size the work per frame would make it so.
-            self._chunk_bytes = max(_FIRST_CHUNK_BYTES, chunk_bytes(self._rate_bytes))
-
-    @property
-    def unsent_limit_bytes(self) -> int:
-        """How much may lie unsent in the kernel: what the link takes in about 12 ms.
-
-        Nothing overtakes what lies there. On a fast link it is some megabytes, so that the kernel
-        does not run dry before this thread comes round again.
-        """
-        rate = self._rate_bytes
-        return (
-            _FIRST_UNSENT_BYTES
-            if rate is None
-            else int(max(_FIRST_UNSENT_BYTES, min(rate / 80, 1 << 22)))
-        )
-
-    def in_flight_limit_bytes(self, rtt_s: float | None) -> int | None:
-        """How much a slow link should hold on its way; None on a fast one.
-
-        TCP fills the queues before a slow link until they overflow, and a heartbeat then waits for
-        what was dropped to be sent again. Twice the bandwidth-delay product leaves the estimate
-        room to grow, 50 ms more keep the link busy.
-        """
-        rate = self._rate_bytes
-        if self._shaper is not None or rate is None or rtt_s is None or rate > _SLOW_BYTES_PER_S:
-            return None
-        return int(min(max(_FIRST_FLIGHT_BYTES, rate * (2 * rtt_s + 0.05)), 1 << 22))
+    def ask_for_heartbeat(self) -> None:
+        """Has a ping and a STATUS sent next, unless this side says goodbye."""
+        if not self.queue.closing:
+            self.ping_due = self.status_due = True
 
     # -- what the link does with it ------------------------------------------------------------
 
@@ -149,10 +101,10 @@ class Outbox:
     def empty(self) -> bool:
         """Whether everything that was sent has left (and is acknowledged, if frames are kept)."""
         return not (
-            self.control
-            or self.data
+            self.queue.control
+            or self.queue.data
             or self._pipe
-            or self._wire
+            or self.writer.waiting_bytes
             or self._replay
             or self._unacked
             or self._goodbye
@@ -161,11 +113,12 @@ class Outbox:
     @property
     def stalled_since_s(self) -> float | None:
         """Since when the peer has taken nothing although there is something to send."""
-        if self._rate_bytes is None and self._unheard_since_s is not None:
+        if self.pace.rate_bytes is None and self._unheard_since_s is not None:
             return self._unheard_since_s
-        if self._blocked_since_s is None:
+        writer = self.writer
+        if writer.blocked_since_s is None:
             return None
-        return max(self._blocked_since_s, self.last_progress_s)
+        return max(writer.blocked_since_s, writer.last_progress_s)
 
     def say_goodbye(self, reason: bytes) -> None:
         """Sends GOODBYE behind all that waits."""
@@ -173,8 +126,9 @@ class Outbox:
 
     def drop_waiting(self) -> None:
         """Forgets what is not on the wire yet, so that GOODBYE is next."""
-        for queue in (self.control, self.data, self._unacked, self._replay, self._pipe):
-            queue.clear()
+        queue = self.queue
+        for waiting in (queue.control, queue.data, self._unacked, self._replay, self._pipe):
+            waiting.clear()
         self.unacked_bytes = 0
 
     def restart(self, received: int, partial_bytes: int, now_s: float) -> None:
@@ -197,34 +151,33 @@ class Outbox:
         for frame in self._replay:
             frame.unwritten = frame.nbytes
         self.drop_connection()
-        self.last_progress_s = now_s
+        self.writer.last_progress_s = now_s
         self.status_due = True
 
     def drop_connection(self) -> None:
         """Forgets what was about to be written to a connection that has ended."""
         self._pipe.clear()
-        self._wire.clear()
-        self._frames.clear()
+        self.writer.clear()
         self.pongs.clear()
-        self._wire_bytes = 0
-        self._blocked_since_s = self._unheard_since_s = None
+        self._unheard_since_s = None
 
     def part_with(self, transport: Transport, reason: bytes) -> None:
         """Tries once to write a last GOODBYE, unless that would cut into another frame.
 
         The connection is to be closed next, so it does not matter if the socket takes nothing.
         """
-        if self._frames and self._frames[0].unwritten != self._frames[0].nbytes:
+        if self.writer.within_frame:
             return
-        frame = signal_frame(Kind.GOODBYE, reason, self._checked)
+        frame = signal_frame(Kind.GOODBYE, reason, self.checked)
         with contextlib.suppress(ConnectionEnded):
             transport.send([memoryview(frame.head)])
 
     def abandon(self) -> None:
         """Drops everything: the link has ended and no view of an array may stay behind."""
         self.drop_connection()
-        for queue in (self.control, self.data, self._unacked, self._replay):
-            queue.clear()
+        queue = self.queue
+        for waiting in (queue.control, queue.data, self._unacked, self._replay):
+            waiting.clear()
         self.unacked_bytes = 0
         self._goodbye = None
 
@@ -250,63 +203,23 @@ class Outbox:
         Raises:
             ConnectionEnded: if the connection is broken.
         """
+        writer = self.writer
         while True:
             now = time.monotonic()
             again_s = self._fill(now)
-            if not self._wire:
-                self._unblock(now)
+            if not writer.waiting_bytes:
+                writer.unblock(now)
                 return again_s
             if budget_bytes <= 0:
                 return 0.0
-            views = (
-                list(self._wire)
-                if len(self._wire) <= MAX_BUFFERS
-                else [self._wire[index] for index in range(MAX_BUFFERS)]
-            )
-            offered = sum(map(len, views))
-            taken = transport.send(views)
-            del views  # on_sent promises that no view is left
-            if taken is None:
-                if self._blocked_since_s is None:
-                    self._blocked_since_s = now
+            taken, full = writer.write(transport, now)
+            if full:
                 return None
             budget_bytes -= taken
-            self._written(taken, now)
-            if taken < offered:  # the kernel is full
-                self._blocked_since_s = time.monotonic()
-                return None
 
-    def _unblock(self, now_s: float) -> None:
-        if self._blocked_since_s is not None:
-            self.blocked_s += now_s - self._blocked_since_s
-            self._blocked_since_s = None
-
-    def _written(self, taken: int, now_s: float) -> None:
-        self._unblock(now_s)
-        self.last_progress_s = now_s
-        self.bytes_out += taken
-        self._wire_bytes -= taken
-        rest = taken
-        while rest:
-            view = self._wire[0]
-            if len(view) > rest:
-                self._wire[0] = view[rest:]
-                break
-            rest -= len(view)
-            self._wire.popleft()
-        while taken:
-            frame = self._frames[0]
-            count = min(taken, frame.unwritten)
-            frame.unwritten -= count
-            taken -= count
-            if frame.unwritten:
-                break
-            self._frames.popleft()
-            self.frames_out += 1
-            if frame.end_s is None:
-                frame.end_s = time.monotonic()
-            if not self.keep:
-                self._complete(frame)
+    def _frame_written(self, frame: Frame) -> None:
+        if not self.keep:
+            self._complete(frame)
 
     def _complete(self, frame: Frame) -> None:
         """Ends a message with its last frame; from here on the link holds no view of it."""
@@ -327,21 +240,21 @@ class Outbox:
 
     def _fill(self, now_s: float) -> float:
         """Moves frames to the wire; returns when there will be more to do."""
-        shaper = self._shaper
+        shaper, writer = self.pace.shaper, self.writer
         if shaper is None:
             # What an emulated link that was lifted since still holds has to leave first.
             self._drain_pipe(now_s)
             if self._pipe:
                 return self._pipe[0][0]
-            while self._wire_bytes < _COALESCE_BYTES:
+            while writer.waiting_bytes < _COALESCE_BYTES:
                 frame = self._pick(now_s)
                 self._waiting = frame is not None
                 if frame is None:
                     break
                 note_start(frame, now_s)
-                self._put_on_wire(frame)
+                writer.put(frame)
             return _IDLE
-        while shaper.next_free_s <= now_s and self._wire_bytes < _COALESCE_BYTES:
+        while shaper.next_free_s <= now_s and writer.waiting_bytes < _COALESCE_BYTES:
             frame = self._pick(now_s)
             if frame is None:
                 self._waiting = False
@@ -354,7 +267,7 @@ class Outbox:
             # A late thread makes up for lost rate, but no frame travels before it exists.
             self._pipe.append((max(end, now_s) + shaper.shape.delay_s, frame))
         else:
-            if self._wire_bytes >= _COALESCE_BYTES:
+            if writer.waiting_bytes >= _COALESCE_BYTES:
                 # The socket is slower than the emulated link: the virtual clock must not run on.
                 self._waiting = False
         self._drain_pipe(now_s)
@@ -367,8 +280,8 @@ class Outbox:
     def _has_frames(self) -> bool:
         """Whether something waits to be picked, with or without credit."""
         return bool(
-            self.control
-            or self.data
+            self.queue.control
+            or self.queue.data
             or self._replay
             or self.pongs
             or self.ping_due
@@ -378,28 +291,21 @@ class Outbox:
 
     def _drain_pipe(self, now_s: float) -> None:
         while self._pipe and self._pipe[0][0] <= now_s:
-            self._put_on_wire(self._pipe.popleft()[1])
-
-    def _put_on_wire(self, frame: Frame) -> None:
-        self._wire.append(memoryview(frame.head))
-        if frame.payload is not None and len(frame.payload):
-            self._wire.append(frame.payload)
-        self._wire_bytes += frame.nbytes
-        self._frames.append(frame)
+            self.writer.put(self._pipe.popleft()[1])
 
     # -- choosing ------------------------------------------------------------------------------
 
     def _pick(self, now_s: float) -> Frame | None:
         if self.ping_due:
             self.ping_due = False
-            return signal_frame(Kind.PING, PING.pack(now_s), self._checked)
+            return signal_frame(Kind.PING, PING.pack(now_s), self.checked)
         if self.pongs:
             asked_s, arrived_s = self.pongs.popleft()
             pong = PONG.pack(asked_s, arrived_s, now_s)
-            return signal_frame(Kind.PONG, pong, self._checked)
+            return signal_frame(Kind.PONG, pong, self.checked)
         if self.status_due:
             self.status_due = False
-            return signal_frame(Kind.STATUS, self._status(), self._checked)
+            return signal_frame(Kind.STATUS, self._status(), self.checked)
         if self._replay:
             frame = self._replay.popleft()
             self.repeated_frames += 1
@@ -407,20 +313,21 @@ class Outbox:
             return frame
         if self.unacked_bytes >= self._replay_bytes:
             return None
-        lane = self.control or self.data
+        queue = self.queue
+        lane = queue.control or queue.data
         if not lane:
             if self._goodbye is not None:
                 reason, self._goodbye = self._goodbye, None
-                return signal_frame(Kind.GOODBYE, reason, self._checked)
+                return signal_frame(Kind.GOODBYE, reason, self.checked)
             return None
         message = lane[0]
         # Looked at after the lane: whoever saw this message there sees the change before it, too.
-        if self.shapes_due:
+        if queue.shapes_due:
             return None
         if (
-            self._rate_bytes is None
-            and self._shaper is None
-            and self._first_flight_bytes >= _FIRST_FLIGHT_BYTES
+            self._first_flight_bytes >= FIRST_FLIGHT_BYTES
+            and self.pace.rate_bytes is None
+            and self.pace.shaper is None
         ):
             if self._unheard_since_s is None:
                 self._unheard_since_s = now_s
@@ -432,8 +339,8 @@ class Outbox:
     def _commit(self, message: Outgoing, now_s: float) -> bool:
         """Takes credit for a message, if there is any; an empty window takes one of any size."""
         if message.cost:
-            used = self.committed_bytes - self.peer_released_bytes
-            if used and used + message.cost > self.peer_window_bytes:
+            used = self.committed_bytes - self.queue.released_bytes
+            if used and used + message.cost > self.queue.window_bytes:
                 if self._no_credit_since_s is None:
                     self._no_credit_since_s = now_s
                 return False
@@ -447,13 +354,13 @@ class Outbox:
         """Cuts the next frame off a message."""
         assert message.payload is not None
         offset, total = message.offset, message.header.total
-        length = min(total - offset, self._chunk_bytes)
+        length = min(total - offset, self.pace.chunk_bytes)
         self.sequence += 1
         flags, checksum = message.header.flags, 0
         payload = message.payload[offset : offset + length]
         if self._waiting:
             flags |= _BACK_TO_BACK
-        if self._checked:
+        if self.checked:
             flags |= _CHECKED
             checksum = checksum_of(payload)
         if offset == 0:
@@ -483,7 +390,7 @@ class Outbox:
         if message.offset == total:
             frame.last = True
             lane.popleft()
-            self.departed_raw_bytes += message.raw_bytes
+            self.queue.departed_raw_bytes += message.raw_bytes
         self._first_flight_bytes += frame.nbytes
         if self.keep:
             self._unacked.append(frame)

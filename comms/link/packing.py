@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from comms.codecs.base import RAW, Array, Codec, Encoded, parse_codec
+from comms.arrays import Array, DType
+from comms.codecs.base import RAW, Codec, Encoded, parse_codec
 from comms.errors import ChannelError, CodecError
 from comms.link.incoming import credit_cost, pack_json
 from comms.link.outgoing import Outgoing, Sending
 from comms.options import Limits
+from comms.wire.bounded_json import JsonObject
 from comms.wire.frame import Flag, Header, Kind, Role, Tag, array_bytes, dtype_code, tag_fields
 
 _BUNDLE = int(Flag.BUNDLE)
@@ -26,7 +28,7 @@ class Job(NamedTuple):
     parameter: int
 
 
-def pack_control(body: dict[str, Any], limits: Limits) -> Outgoing:
+def pack_control(body: JsonObject, limits: Limits) -> Outgoing:
     """Returns a control message.
 
     Raises:
@@ -103,7 +105,7 @@ def pack_tensor(
 def pack_bundle(
     name: str,
     tensors: Mapping[str, Array | Encoded],
-    body: dict[str, Any],
+    body: JsonObject,
     sending: Sending,
     limits: Limits,
     *,
@@ -153,7 +155,7 @@ def set_payload(message: Outgoing, payload: Array) -> None:
     message.payload = flat.data
 
 
-def _json(what: str, fields: dict[str, Any], limits: Limits) -> memoryview:
+def _json(what: str, fields: JsonObject, limits: Limits) -> memoryview:
     payload = pack_json(fields)
     if len(payload) > limits.control_bytes:
         raise ChannelError(
@@ -170,7 +172,7 @@ def _contiguous(array: Array) -> Array:
     return array if array.flags.c_contiguous else array.copy(order="C")
 
 
-def _takes(codec: Codec, dtype: np.dtype[Any], parameter: int) -> bool:
+def _takes(codec: Codec, dtype: DType, parameter: int) -> bool:
     try:
         codec.check(dtype, parameter)
     except CodecError:

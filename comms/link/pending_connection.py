@@ -34,7 +34,7 @@ def _cut_short(error: ConnectionEnded) -> CutShortError:
     )
 
 
-class Opening:
+class PendingConnection:
     """Connects or takes an accepted socket, then does the TLS and the channel's handshake.
 
     Args:
@@ -59,8 +59,8 @@ class Opening:
         server_name: str | None,
         bind_names: bool,
         deadline_s: float,
-        on_done: Callable[[Opening], None],
-        on_failed: Callable[[Opening, ChannelError], None],
+        on_done: Callable[[PendingConnection], None],
+        on_failed: Callable[[PendingConnection, ChannelError], None],
     ) -> None:
         self.handshake = handshake
         self._loop = Guard(loop, self._failed_here)

@@ -12,11 +12,11 @@ from comms.options import ChannelOptions
 from comms.wire.event_loop import Guard, Timer
 from comms.wire.frame import MAX_RATE, STATUS
 
-_NEWS_S = 0.004
-_NEWS_BYTES = 1 << 15
+_REPORT_S = 0.004
+_REPORT_BYTES = 1 << 15
 
 
-class News:
+class StatusReports:
     """What the peer does not know yet; methods run on the I/O thread unless they say otherwise.
 
     Args:
@@ -42,7 +42,7 @@ class News:
         self._loop = loop
         self._window_bytes = options.window_bytes
         # What the peer may keep is its own setting; most runs give both sides the same.
-        self._most_bytes = max(_NEWS_BYTES, options.replay_bytes // 4)
+        self._most_bytes = max(_REPORT_BYTES, options.replay_bytes // 4)
         self._flush = flush
         self._post_flush = post_flush
         self._lock = threading.Lock()
@@ -97,21 +97,21 @@ class News:
         elif rate is None or self._outbox.keep:
             # The peer waits for this: before the first measurement it sends little at a time, and
             # what may have to be sent again is bounded.
-            enough = (rate or 0.0) * (_NEWS_S / 2)
-            if inbox.bytes_in - self._bytes_in >= max(_NEWS_BYTES, min(enough, self._most_bytes)):
+            enough = (rate or 0.0) * (_REPORT_S / 2)
+            if inbox.bytes_in - self._bytes_in >= max(_REPORT_BYTES, min(enough, self._most_bytes)):
                 self._outbox.status_due = True
             else:
                 self._tell_soon()
 
     def _after_release(self) -> None:
         self._tell_soon()
-        # While the news are due anyway, nobody else needs to wake this thread for them.
+        # While a report is due anyway, nobody else needs to wake this thread for one.
         self._posted = self._timer is not None
 
     def _tell_soon(self) -> None:
-        """Lets the peer have the news in a few milliseconds, for many small messages at once."""
+        """Sends a report in a few milliseconds, for many small messages at once."""
         if self._timer is None and self._connected:
-            self._timer = self._loop.at(time.monotonic() + _NEWS_S, self._tell_now)
+            self._timer = self._loop.at(time.monotonic() + _REPORT_S, self._tell_now)
 
     def _tell_now(self) -> None:
         self._timer = None

@@ -11,12 +11,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from comms.errors import ChannelError, FrameError
 
+JsonObject: TypeAlias = dict[str, Any]
+"""What a control message, a manifest or a greeting says."""
 MOST_DEPTH = 32
 """Lists and objects inside each other."""
 MOST_VALUES = 1 << 19
@@ -35,7 +37,7 @@ class _Refused(ValueError):
     """What the hooks raise; the argument says why."""
 
 
-def decode(data: bytes | bytearray | memoryview, what: str) -> dict[str, Any]:
+def decode(data: bytes | bytearray | memoryview, what: str) -> JsonObject:
     """Returns the JSON object that UTF-8 bytes hold.
 
     Args:
@@ -64,7 +66,7 @@ def decode(data: bytes | bytearray | memoryview, what: str) -> dict[str, Any]:
     return value
 
 
-def encode(value: dict[str, Any], what: str) -> bytes:
+def encode(value: JsonObject, what: str) -> bytes:
     """Returns the UTF-8 bytes of a JSON object that `decode` takes.
 
     Raises:
@@ -121,7 +123,7 @@ def _word(name: str) -> None:
     raise _Refused(f"the word {name}")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, Any]]) -> JsonObject:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise _Refused("a name twice in one object")

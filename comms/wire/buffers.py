@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import Any
 
 import numpy as np
+
+from comms.arrays import Bytes
 
 ALIGNMENT = 64
 _MIN_POOLED_BYTES = 1 << 14
 _SLACK = 4096
 
 
-def allocate_aligned(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def allocate_aligned(nbytes: int) -> Bytes:
     """Returns a fresh, uninitialised array [nbytes] uint8 that begins at a 64-byte boundary."""
     block = np.empty(nbytes + ALIGNMENT, dtype=np.uint8)
     shift = -block.ctypes.data % ALIGNMENT
@@ -39,7 +40,7 @@ class Lease:
 
     __slots__ = ("_block", "_dead", "_pool", "_released")
 
-    def __init__(self, pool: BufferPool, block: np.ndarray[Any, Any]) -> None:
+    def __init__(self, pool: BufferPool, block: Bytes) -> None:
         self._pool = pool
         self._block = block
         self._dead = False
@@ -69,7 +70,7 @@ class BufferPool:
         self._max_idle_bytes = max_idle_bytes
         # A finalizer may run inside any allocation, hence while this very lock is held.
         self.lock = threading.RLock()
-        self._idle: dict[int, list[np.ndarray[Any, Any]]] = {}
+        self._idle: dict[int, list[Bytes]] = {}
         self._idle_bytes = 0
         self.reused = 0
 
@@ -78,7 +79,7 @@ class BufferPool:
         """Bytes that wait for reuse."""
         return self._idle_bytes
 
-    def take(self, nbytes: int) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], Lease | None]:
+    def take(self, nbytes: int) -> tuple[Bytes, Lease | None]:
         """Returns an aligned array [nbytes] uint8, and the lease if it came from the pool."""
         if self._max_idle_bytes == 0 or nbytes < _MIN_POOLED_BYTES:
             return allocate_aligned(nbytes), None
@@ -98,7 +99,7 @@ class BufferPool:
         weakref.finalize(owner, lease.owner_died).atexit = False
         return owner, lease
 
-    def take_back(self, block: np.ndarray[Any, Any]) -> None:
+    def take_back(self, block: Bytes) -> None:
         """Keeps a block for reuse, or lets it go when enough are idle."""
         with self.lock:
             if self._idle_bytes + block.nbytes > self._max_idle_bytes:

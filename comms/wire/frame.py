@@ -47,12 +47,13 @@ import math
 import struct
 import zlib
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import ml_dtypes
 import numpy as np
 import xxhash
 
+from comms.arrays import DType
 from comms.errors import ChannelError, DamageError, FrameError
 
 MAGIC = b"PJXC"
@@ -119,7 +120,7 @@ PONG = struct.Struct("<ddd")
 """Payload of PONG: the ping's clock, then the replier's clock on arrival and on leaving."""
 
 
-def _dtype_table() -> dict[int, np.dtype[Any]]:
+def _dtype_table() -> dict[int, DType]:
     plain = {
         1: np.bool_, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64,
         6: np.uint8, 7: np.uint16, 8: np.uint32, 9: np.uint64,
@@ -131,11 +132,11 @@ def _dtype_table() -> dict[int, np.dtype[Any]]:
     return {code: np.dtype(kind) for code, kind in plain.items()}
 
 
-DTYPES: dict[int, np.dtype[Any]] = _dtype_table()
+DTYPES: dict[int, DType] = _dtype_table()
 _DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
-def dtype_code(dtype: np.dtype[Any]) -> int:
+def dtype_code(dtype: DType) -> int:
     """Returns the wire number of an element type.
 
     Raises:
@@ -301,6 +302,6 @@ def unpack_header(
     return header, struct.unpack_from(f"<{rank}Q", view, HEADER_BYTES)
 
 
-def array_bytes(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
+def array_bytes(dtype: DType, shape: tuple[int, ...]) -> int:
     """Returns the bytes of an array by exact integer arithmetic, whatever a peer declares."""
     return math.prod(shape) * dtype.itemsize

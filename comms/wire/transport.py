@@ -148,8 +148,20 @@ class _TlsSocket(ssl.SSLSocket):
             raise
 
 
+def for_transports(context: ssl.SSLContext) -> ssl.SSLContext:
+    """Prepares a context for `TlsTransport`, once for all its connections, and returns it."""
+    context.sslsocket_class = _TlsSocket
+    return context
+
+
 class TlsTransport(Transport):
-    """A connected socket under TLS 1.3; `handshake` has to succeed before anything else."""
+    """A connected socket under TLS 1.3; `handshake` has to succeed before anything else.
+
+    Args:
+        sock: a connected socket; owned from here on.
+        context: one that `for_transports` has prepared.
+        server_name: the name to verify in the listener's certificate; None on the listening side.
+    """
 
     secure = True
 
@@ -157,7 +169,6 @@ class TlsTransport(Transport):
         self, sock: socket.socket, context: ssl.SSLContext, server_name: str | None
     ) -> None:
         super().__init__(sock)
-        context.sslsocket_class = _TlsSocket
         self._tls = context.wrap_socket(
             sock,
             server_side=server_name is None,

@@ -18,7 +18,7 @@ import optax
 
 import stages
 from comms import parse_codec
-from comms.codecs.base import Array
+from comms.arrays import Array
 
 LEARNING_RATE, MOMENTUM = 0.01, 0.9
 

@@ -14,24 +14,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from comms.codecs.bit_planes import BLOCK
-from comms.codecs.bits import (
+from comms.codecs.bit_bounded import step_exponent
+from comms.codecs.bit_fixed import NAN_EXPONENT, TINY_EXPONENT
+from comms.codecs.bit_payload import (
     HEAD_BYTES,
     MOST_STEP,
     MOST_WIDTH,
-    NAN_EXPONENT,
     RAW,
     SIGNED,
     SPARSE,
-    TINY_EXPONENT,
-    Mode,
-    Setting,
     fixed_bytes,
-    largest_of,
     padded,
     sparse_bytes,
-    step_exponent,
 )
+from comms.codecs.bit_planes import BLOCK
+from comms.codecs.bit_settings import Mode, Setting
+from comms.codecs.bits import largest_of
 
 
 class _Blocks(NamedTuple):
@@ -196,7 +194,7 @@ def _encode_fixed(
 
 
 def _draws(count: int, seed: jax.Array, like: jax.Array) -> jax.Array:
-    """Returns what `comms.codecs.bits.draws` does for a whole array."""
+    """Returns what `comms.codecs.bit_fixed.draws` does for a whole array."""
     h = jnp.arange(count // 4, dtype=jnp.uint32) * np.uint32(0x9E3779B9)
     h += seed * np.uint32(0x85EBCA6B)
     h ^= h >> 16

@@ -19,7 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from comms import CodecError, Encoded, Payload, parse_codec
-from comms.codecs.bits import BitCodec, Parts, Setting
+from comms.codecs.bit_payload import Parts
+from comms.codecs.bit_settings import Setting
+from comms.codecs.bits import BitCodec
 from comms.codecs.block import TINY, BlockCodec
 from comms.codecs.cast import CastCodec
 from pipar_jax.codec_kernels import bit_kernels

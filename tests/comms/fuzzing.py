@@ -12,6 +12,7 @@ from comms import ChannelOptions
 from comms.link.doorstep import Doorstep
 from comms.link.incoming import pack_json
 from comms.link.link import Link
+from comms.link.stream import Stream
 from comms.wire.buffers import BufferPool
 from comms.wire.event_loop import READ, Timer
 from comms.wire.frame import (
@@ -250,13 +251,13 @@ class FakeTransport:
 
 
 class FakeEndpoint:
-    """What a link needs of its endpoint."""
+    """What a stream needs of its endpoint."""
 
     def __init__(self, options: ChannelOptions) -> None:
         self.options, self.loop = options, FakeLoop()
         self.pool, self.doorstep = BufferPool(0), Doorstep(options.limits)
 
-    def forget(self, link) -> None:
+    def forget(self, stream) -> None:
         pass
 
     redial = forget
@@ -276,16 +277,17 @@ def drive(options, data, *, dialled, checked, allowance, on_message, pieces=1 <<
     """
     endpoint = FakeEndpoint(options)
     terms = Terms(name="d0", session="a" * 32, window_bytes=1 << 20, checksum=checked)
-    link = Link(endpoint, terms, "there", dialled=dialled, session=terms.session)
+    stream = Stream(endpoint, terms, "there", dialled=dialled, session=terms.session)
+    link = Link(stream, lambda job: job(), endpoint.doorstep.leave)
     if allowance is not None:
         link.admit(allowance)
     link.start(on_message, lambda: None, lambda error: None)
     transport = FakeTransport(data, pieces)
-    link.guard.run(link.attach, transport, b"", terms)
+    stream.guard.run(stream.attach, transport, b"", terms)
     endpoint.loop.run()
     while link.error is None and transport.at < len(data):
         before = transport.at
-        link.guard.run(link._run_ready, READ)
+        stream.guard.run(stream.run_ready, READ)
         endpoint.loop.run()
         assert link.error is not None or transport.at > before, "it reads no further"
     assert (link.error is None) or transport.closed

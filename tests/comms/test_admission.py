@@ -275,8 +275,8 @@ def test_what_a_refused_peer_still_sends_is_not_delivered(workshop):
     done: queue.Queue = queue.Queue()
 
     def both() -> None:
-        down.say_goodbye("no", refuse=True)
-        down._arrivals.deliver(message)
+        down.stream.say_goodbye("no", refuse=True)
+        down.stream.arrivals.deliver(message)
         done.put(True)
 
     up.send_control({"n": 1})

@@ -12,7 +12,7 @@ from comms import ChannelOptions, PeerLost, Role, Tag
 from comms.wire.frame import HEADER_BYTES, checksum_of
 from tests.comms.conftest import tls
 from tests.comms.proxy import Proxy
-from tests.comms.test_frames import Outbox, Pipe, Received, outgoing, pump
+from tests.comms.test_frames import Pipe, Received, outbox_of, outgoing, pump
 
 ARRAY = np.arange(40_000, dtype=np.float32)
 
@@ -42,7 +42,7 @@ class Flipper:
 
 def spoil(link, flipper):
     """Has a link read through a flipper, on this and every later connection."""
-    attach = link.attach
+    attach = link.stream.attach
 
     def tap(transport):
         receive = transport.receive
@@ -59,8 +59,8 @@ def spoil(link, flipper):
         tap(transport)
         attach(transport, leftover, terms)
 
-    link.attach = attach_and_tap
-    tap(link._transport)
+    link.stream.attach = attach_and_tap
+    tap(link.stream.transport)
 
 
 def test_a_flipped_bit_is_mended_by_resuming(workshop):
@@ -95,20 +95,20 @@ def flip_everywhere(checked):
     """Flips one bit of a stream at each place in turn; returns where nothing noticed it."""
 
     def stream():
-        outbox = Outbox(lambda: bytes(24), keep=False, replay_bytes=1, checked=checked)
-        outbox._rate_bytes, outbox._chunk_bytes = 1e9, 40
+        outbox = outbox_of(lambda: bytes(24), keep=False, replay_bytes=1, checked=checked)
+        outbox.pace.rate_bytes, outbox.pace.chunk_bytes = 1e9, 40
         outbox.status_due = outbox.ping_due = True
         outbox.pongs.append((1.0, 2.0))
-        outbox.data.append(outgoing(np.arange(30, dtype=np.int32), Tag(role=Role.LABEL)))
+        outbox.queue.data.append(outgoing(np.arange(30, dtype=np.int32), Tag(role=Role.LABEL)))
         outbox.say_goodbye(b'{"reason": "over"}')
         pipe = Pipe([1 << 20])
         outbox.flush(pipe, 1 << 40)
-        return bytes(pipe.data), outbox.frames_out
+        return bytes(pipe.data), outbox.writer.frames_out
 
     (whole, frames), unnoticed = stream(), []
     for at in range(len(whole)):
         received = Received()
-        received.inbox._checked = checked
+        received.inbox.checked = checked
         pipe = Pipe(iter([1 << 20] * 10_000))
         pipe.data += whole
         pipe.data[at] ^= 16
@@ -129,12 +129,12 @@ def test_every_byte_of_every_kind_of_frame_is_covered():
 
 def test_what_a_cut_connection_brought_is_checked_with_the_rest():
     """Damage in the part before the cut: the whole frame is sent again."""
-    outbox = Outbox(lambda: b"", keep=True, replay_bytes=1 << 20, checked=True)
-    outbox._rate_bytes, outbox._chunk_bytes = 1e9, 4096
+    outbox = outbox_of(lambda: b"", keep=True, replay_bytes=1 << 20, checked=True)
+    outbox.pace.rate_bytes, outbox.pace.chunk_bytes = 1e9, 4096
     received = Received()
-    received.inbox._checked = True
+    received.inbox.checked = True
     array = np.arange(512, dtype=np.int32)
-    outbox.data.append(outgoing(array, Tag(role=Role.LABEL)))
+    outbox.queue.data.append(outgoing(array, Tag(role=Role.LABEL)))
     pieces = lambda: iter([1 << 20] * 1000)  # noqa: E731
     pipe = Pipe(pieces())
     outbox.flush(pipe, 1 << 40)
@@ -177,14 +177,15 @@ def test_either_side_may_ask_and_tls_needs_none(
         client_options=ChannelOptions(checksum=at_client, tls=tls(files).tls if secure else None),
     )
     for link in (pair.up, pair.down):
-        assert (link._outbox._checked, link._inbox._checked) == (expected, expected)
+        stream = link.stream
+        assert (stream.outbox.checked, stream.inbox.checked) == (expected, expected)
     pair.up.send(Tag(role=Role.ACTIVATION), ARRAY)
     np.testing.assert_array_equal(pair.at_server.take_array(), ARRAY)
 
 
 def test_a_frame_without_the_checksum_that_was_agreed_on_ends_the_link(workshop):
     pair = workshop.pair()
-    pair.client.loop.post(lambda: setattr(pair.up._outbox, "_checked", False))
+    pair.client.loop.post(lambda: setattr(pair.up.stream.outbox, "checked", False))
     pair.up.send(Tag(role=Role.ACTIVATION), ARRAY)
     assert "without a checksum" in str(pair.at_server.take_lost())
 

@@ -14,6 +14,7 @@ from comms.link.inbox import Inbox
 from comms.link.incoming import pack_json
 from comms.link.outbox import Outbox
 from comms.link.outgoing import Outgoing, Sending
+from comms.link.send_queue import SendQueue
 from comms.wire.buffers import BufferPool
 from comms.wire.frame import (
     DTYPES,
@@ -164,6 +165,10 @@ def outgoing(array, tag, part=None, sending=None):
     return Outgoing(header, array.shape, payload, sending or Sending(None), raw_bytes=array.nbytes)
 
 
+def outbox_of(status, **options):
+    return Outbox(SendQueue(1 << 30, lambda: None), status, **options)
+
+
 def pump(inbox, pipe):
     while pipe.data:
         inbox.pump(pipe, 1 << 30)
@@ -178,15 +183,15 @@ def pump(inbox, pipe):
 def test_messages_survive_any_cutting_into_chunks_and_reads(sizes, pieces, chunk):
     import itertools
 
-    outbox = Outbox(lambda: b"", keep=False, replay_bytes=1)
-    outbox._rate_bytes, outbox._chunk_bytes = 1e9, chunk
+    outbox = outbox_of(lambda: b"", keep=False, replay_bytes=1)
+    outbox.pace.rate_bytes, outbox.pace.chunk_bytes = 1e9, chunk
     pipe, received = Pipe(itertools.cycle(pieces)), Received()
     arrays = [np.arange(size, dtype=np.int32) for size in sizes]
     for step, array in enumerate(arrays):
-        outbox.data.append(outgoing(array, Tag(role=Role.LABEL, step=step)))
+        outbox.queue.data.append(outgoing(array, Tag(role=Role.LABEL, step=step)))
         body = pack_json({"body": {"step": step, "text": "x" * step}})
         header = Header(kind=Kind.CONTROL, flags=1, total=len(body))
-        outbox.control.append(
+        outbox.queue.control.append(
             Outgoing(header, (), memoryview(body), Sending(None), raw_bytes=len(body))
         )
     outbox.flush(pipe, 1 << 40)
@@ -205,13 +210,13 @@ def test_a_stream_cut_anywhere_any_number_of_times_loses_and_repeats_nothing(dat
     """Each connection brings some bytes across and loses the rest; resumption mends it."""
     import itertools
 
-    outbox = Outbox(lambda: b"", keep=True, replay_bytes=1 << 20)
-    outbox._rate_bytes, outbox._chunk_bytes = 1e9, 700
+    outbox = outbox_of(lambda: b"", keep=True, replay_bytes=1 << 20)
+    outbox.pace.rate_bytes, outbox.pace.chunk_bytes = 1e9, 700
     received = Received()
     arrays = [np.arange(size, dtype=np.int16) for size in data.draw(
         st.lists(st.integers(0, 3000), min_size=1, max_size=6))]  # fmt: skip
     for step, array in enumerate(arrays):
-        outbox.data.append(outgoing(array, Tag(role=Role.LABEL, step=step)))
+        outbox.queue.data.append(outgoing(array, Tag(role=Role.LABEL, step=step)))
     for cut in data.draw(st.lists(st.integers(0, 4000), max_size=8)):
         pipe = Pipe(itertools.repeat(997))
         outbox.flush(pipe, 1 << 40)

@@ -186,7 +186,7 @@ def test_the_fuzzer_covers_every_message_and_finds_what_it_looks_for(monkeypatch
         patch.setattr("comms.link.stream.MAX_RATE", float("inf"))
         patch.setattr("comms.link.stream.STATUS", struct.Struct("<QQQ"))
         patch.setattr(
-            "comms.link.outbox.Outbox.set_rate", lambda self, rate, now_s: struct.pack("<I", rate)
+            "comms.link.pace.Pace.set_rate", lambda self, rate, now_s: struct.pack("<I", rate)
         )
         with pytest.raises(AssertionError, match="case"):
             fuzz_frames("listening", QUICK)

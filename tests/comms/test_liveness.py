@@ -81,7 +81,7 @@ def test_a_dead_connection_is_heard_at_once(workshop):
     pair = workshop.pair()
     began = time.monotonic()
     # What the kernel does when a process is killed.
-    pair.client.loop.post(lambda: pair.up._transport.socket.shutdown(socket.SHUT_RDWR))
+    pair.client.loop.post(lambda: pair.up.stream.transport.socket.shutdown(socket.SHUT_RDWR))
     assert "d0" in str(pair.at_server.take_lost())
     assert "server" in str(pair.at_client.take_lost())
     assert time.monotonic() - began < BUSY_S

@@ -87,7 +87,7 @@ def test_names_are_bound_on_every_connection_of_a_stream(workshop, certificates)
     from comms.link.dial import Dial
 
     port = int(up.address.rpartition(" ")[2])
-    _, address = workshop.endpoints[1]._addresses[up.session][0][0]
+    _, address = workshop.endpoints[1]._addresses[up.stream.session][0][0]
     future: queue.Queue = queue.Queue()
 
     class Future:
@@ -95,8 +95,8 @@ def test_names_are_bound_on_every_connection_of_a_stream(workshop, certificates)
         set_exception = staticmethod(future.put)
         set_result = staticmethod(future.put)
 
-    dial = Dial(thief, [(2, address)], "127.0.0.1", f"server at port {port}", Future(), None)
-    dial._session, dial._attempt = up.session, 100
+    dial = Dial(thief, [(2, address)], "127.0.0.1", f"server at port {port}", future=Future())
+    dial._session, dial._attempt = up.stream.session, 100
     import time
 
     thief.loop.post(lambda: dial.begin(time.monotonic() + 10))

@@ -97,7 +97,9 @@ def test_a_thousand_rounds_of_all_faults(workshop, seed):
 def test_what_waits_for_replay_is_bounded_and_its_owner_is_told_late(workshop):
     pair = workshop.pair(RESUME)
     sent: queue.Queue = queue.Queue()
-    pair.server.loop.post(pair.down._transport.shut)  # the client's acknowledgements still arrive
+    pair.server.loop.post(
+        pair.down.stream.transport.shut
+    )  # the client's acknowledgements still arrive
     pair.up.send(Tag(role=Role.WEIGHT), np.zeros(8 << 20, np.uint8), on_sent=lambda *a: sent.put(a))
     highest = 0
     until = time.monotonic() + 10
@@ -112,11 +114,11 @@ def test_a_stream_that_is_not_resumed_in_time_is_lost(workshop):
     options = ChannelOptions(deadline_s=1.0, resume_s=0.6)
     pair = workshop.pair(options)
     began = time.monotonic()
-    pair.server.loop.post(lambda: [pair.server._stop_opening(), pair.down.detach()])
+    pair.server.loop.post(lambda: [pair.server._stop_opening(), pair.down.stream.detach()])
     error = pair.at_client.take_lost()
     assert "server" in str(error) and not isinstance(error, PeerClosed)
     assert 0.5 < time.monotonic() - began < 10
-    pair.server.loop.post(lambda: pair.down._connection_ended("a test cut it"))
+    pair.server.loop.post(lambda: pair.down.stream.connection_ended("a test cut it"))
     assert "did not come back within 0.6 s" in str(pair.at_server.take_lost())
 
 
@@ -124,7 +126,7 @@ def test_a_restarted_listener_does_not_resume_a_stream_it_never_knew(workshop):
     pair = workshop.pair(ChannelOptions(resume_s=5.0))
     port = pair.port
     pair.server.loop.post(lambda: pair.server._links.clear())
-    pair.server.loop.post(pair.down.detach)
+    pair.server.loop.post(pair.down.stream.detach)
     error = pair.at_client.take_lost()
     assert isinstance(error, PeerLost) and "restarted" in str(error)
     assert port == pair.port
@@ -134,7 +136,7 @@ def test_a_new_connection_that_is_never_completed_does_not_keep_a_stream_for_eve
     from comms.wire.greeting import Terms
 
     pair = workshop.pair(ChannelOptions(resume_s=0.5))
-    hello = Terms(name="d0", session=pair.down.session, attempt=99, resumed=True)
+    hello = Terms(name="d0", session=pair.down.stream.session, attempt=99, resumed=True)
     pair.server.loop.post(lambda: pair.server._admit(hello))
     # The client's own attempts are older than 99 and refused from now on.
     assert isinstance(pair.at_server.take_lost(), PeerLost)
@@ -143,6 +145,6 @@ def test_a_new_connection_that_is_never_completed_does_not_keep_a_stream_for_eve
 
 def test_the_smaller_resume_time_counts(workshop):
     pair = workshop.pair(ChannelOptions(resume_s=5.0), client_options=ChannelOptions())
-    assert pair.up.resume_s == pair.down.resume_s == 0.0
-    pair.server.loop.post(pair.down.detach)
+    assert pair.up.stream.resume_s == pair.down.stream.resume_s == 0.0
+    pair.server.loop.post(pair.down.stream.detach)
     assert isinstance(pair.at_client.take_lost(), PeerLost)

@@ -176,8 +176,8 @@ def test_tls_carries_tensors_and_is_version_1_3(workshop, certificates):
     files, _ = certificates
     exchange_one(workshop, tls(files, "server"), tls(files))
     server, client = workshop.endpoints
-    assert server.links[0]._transport.socket.version() == "TLSv1.3"
-    assert client.links[0]._transport.secure
+    assert server.links[0].stream.transport.socket.version() == "TLSv1.3"
+    assert client.links[0].stream.transport.secure
 
 
 def test_large_and_small_tensors_cross_tls_both_ways_at_once(workshop, certificates):

@@ -13,7 +13,8 @@ from hypothesis.extra import numpy as hnp
 
 from comms import CodecError, parse_codec
 from comms.codecs import bit_planes
-from comms.codecs.bits import RAW, SIGNED, SPARSE, Setting
+from comms.codecs.bit_payload import RAW, SIGNED, SPARSE
+from comms.codecs.bit_settings import Setting
 from comms.codecs.cast import FLOATS
 
 F32 = np.dtype(np.float32)

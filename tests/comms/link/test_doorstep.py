@@ -109,12 +109,12 @@ def test_who_is_turned_away_hears_the_cause(workshop):
 def test_a_device_that_is_turned_away_again_and_again_names_the_cause(workshop):
     """Its own tries never finish: the server's door is held shut by newcomers."""
     from comms.errors import BusyError
-    from comms.link.pending_connection import Opening
+    from comms.link.pending_connection import PendingConnection
 
     server = workshop.endpoint("server")
     _, port = server.listen("127.0.0.1", 0, lambda link: None)
     server._admit = None  # not to be reached
-    exchange = Opening._exchange
+    exchange = PendingConnection._exchange
 
     def turn_away(self, events):
         if self in server._openings:
@@ -124,7 +124,7 @@ def test_a_device_that_is_turned_away_again_and_again_names_the_cause(workshop):
 
     client = workshop.endpoint("d0")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Opening, "_exchange", turn_away)
+        patch.setattr(PendingConnection, "_exchange", turn_away)
         with pytest.raises(ConnectError, match=r"cannot take another connection now: .* more than"):
             client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=1.0)
 
@@ -175,7 +175,7 @@ def test_no_error_of_accepting_ends_the_thread(workshop):
 
 
 def test_a_reset_just_after_connecting_is_an_error_of_that_try_alone():
-    from comms.link.pending_connection import Opening
+    from comms.link.pending_connection import PendingConnection
     from tests.comms.fuzzing import FakeLoop
 
     class Reset:
@@ -191,7 +191,7 @@ def test_a_reset_just_after_connecting_is_an_error_of_that_try_alone():
             raise OSError(errno.ENOTCONN, "not connected")
 
     failed = []
-    opening = Opening(
+    opening = PendingConnection(
         FakeLoop(), Reset(), None, tls=None, server_name=None, bind_names=False, deadline_s=1.0,
         on_done=failed.append, on_failed=lambda _, error: failed.append(error),
     )  # fmt: skip

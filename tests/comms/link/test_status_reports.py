@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from comms.link.status_reports import News
+from comms.link.status_reports import StatusReports
 from comms.options import ChannelOptions
 from comms.wire.frame import STATUS
 
@@ -56,30 +56,30 @@ class Outbox:
 
 
 class Desk:
-    """News about a made-up inbox; `told` are the STATUS payloads that a flush would send."""
+    """Reports about a made-up inbox; `told` are the STATUS payloads that a flush would send."""
 
     def __init__(self, **options):
         self.loop, self.inbox, self.outbox, self.told = Loop(), Inbox(), Outbox(), []
         self.inbox.rate = Rate()
-        self.news = News(
+        self.reports = StatusReports(
             self.inbox, self.outbox, self.loop, ChannelOptions(**options),
             self.flush, lambda: self.loop.post(self.flush),
         )  # fmt: skip
-        self.news.connect()
+        self.reports.connect()
 
     def flush(self):
         if self.outbox.status_due:
             self.outbox.status_due = False
-            self.told.append(STATUS.unpack(self.news.pack()))
+            self.told.append(STATUS.unpack(self.reports.pack()))
 
 
 def test_many_releases_wake_the_thread_once_and_all_are_told():
     desk = Desk(window_bytes=1 << 20)
     for _ in range(5):
         for _ in range(100):
-            desk.news.release(64)
+            desk.reports.release(64)
         desk.loop.run()
-        desk.news.release(64)
+        desk.reports.release(64)
         assert not desk.loop.posted or not desk.loop.timers
     desk.loop.run()
     assert desk.told[-1][1] == desk.inbox.released_bytes == 5 * 101 * 64
@@ -88,36 +88,36 @@ def test_many_releases_wake_the_thread_once_and_all_are_told():
 
 def test_between_two_reports_only_the_first_release_posts():
     desk = Desk(window_bytes=1 << 20)
-    desk.news.release(64)
+    desk.reports.release(64)
     desk.loop.posted.pop()()
     for _ in range(50):
-        desk.news.release(64)
+        desk.reports.release(64)
     assert not desk.loop.posted and len(desk.loop.timers) == 1
     desk.loop.run()
     assert desk.told == [(0, 51 * 64, 0.0)]
-    desk.news.release(64)
+    desk.reports.release(64)
     assert len(desk.loop.posted) == 1
 
 
 def test_a_quarter_of_the_window_is_told_at_once():
     desk = Desk(window_bytes=1000)
-    desk.news.release(250)
+    desk.reports.release(250)
     desk.loop.posted.pop()()
     assert desk.told == [(0, 250, 0.0)]
 
 
 def test_releases_around_a_cut_are_told_on_the_next_connection():
     desk = Desk(window_bytes=1 << 20)
-    desk.news.release(64)
+    desk.reports.release(64)
     desk.loop.posted.pop()()
-    desk.news.disconnect()
-    desk.news.release(64)
+    desk.reports.disconnect()
+    desk.reports.release(64)
     desk.loop.run()
     assert desk.told == [], "there is nowhere to send it"
-    desk.news.connect()
+    desk.reports.connect()
     desk.outbox.status_due = True
     desk.flush()
-    desk.news.release(64)
+    desk.reports.release(64)
     desk.loop.run()
     assert [told[1] for told in desk.told] == [128, 192]
 
@@ -136,8 +136,8 @@ def test_releases_around_a_cut_are_told_on_the_next_connection():
 def test_arrivals_are_told_in_portions_that_grow_with_the_rate(rate, keep, arrived, at_once):
     desk = Desk(replay_bytes=10_000_000)
     desk.outbox.keep, desk.inbox.rate.bytes_per_s = keep, rate
-    desk.news.pack()
+    desk.reports.pack()
     desk.inbox.received, desk.inbox.bytes_in = 1, arrived
-    desk.news.note_arrivals()
+    desk.reports.note_arrivals()
     assert desk.outbox.status_due == at_once
     assert len(desk.loop.timers) == (not at_once)

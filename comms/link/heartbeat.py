@@ -1,0 +1,115 @@
+"""Heartbeats of a link: pings, the clocks that they compare, and when silence is an end."""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Callable
+
+from comms.errors import FrameError
+from comms.link.inbox import Inbox
+from comms.link.meter import ClockMeter
+from comms.link.outbox import Outbox
+from comms.options import ChannelOptions
+from comms.wire.event_loop import Guard, Timer
+from comms.wire.frame import MAX_CLOCK_S, PING, PONG, Header, Kind
+
+_FIRST_PINGS = 6
+_FIRST_PING_S = 0.02
+
+
+class Heartbeat:
+    """Beats while there is a connection; used by the I/O thread.
+
+    Args:
+        inbox: what arrives, whose silence is watched.
+        outbox: where pings and their answers are asked for.
+        clock: how the peer's clock differs from ours.
+        loop: the I/O thread.
+        options: how often, and after which silence the connection is given up.
+        paused: returns whether nothing is read at present, so that silence proves nothing.
+        flush: writes what is to be sent.
+        on_silence: gets what is wrong with a connection that shows no life.
+    """
+
+    def __init__(
+        self,
+        inbox: Inbox,
+        outbox: Outbox,
+        clock: ClockMeter,
+        loop: Guard,
+        options: ChannelOptions,
+        *,
+        paused: Callable[[], bool],
+        flush: Callable[[], None],
+        on_silence: Callable[[str], None],
+    ) -> None:
+        self._inbox = inbox
+        self._outbox = outbox
+        self._clock = clock
+        self._loop = loop
+        self._options = options
+        self._paused = paused
+        self._flush = flush
+        self._on_silence = on_silence
+        self._timer: Timer | None = None
+        self._pings_sent = 0
+        self._tick_s = 0.0
+
+    def start(self) -> None:
+        """Begins with a new connection."""
+        self._tick_s = time.monotonic()
+        self._pings_sent = 0
+        self._beat()
+
+    def stop(self) -> None:
+        """Ends with a connection."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+
+    def _beat(self) -> None:
+        """Asks for a ping and a status, or gives up a connection that shows no life."""
+        now = time.monotonic()
+        self._pings_sent += 1
+        pause_s = self._options.heartbeat_s
+        # If this very thread did not run (a suspended process), silence proves nothing yet.
+        slept, self._tick_s = now - self._tick_s > 2 * pause_s + 0.5, now
+        if self._pings_sent <= _FIRST_PINGS:
+            pause_s = min(_FIRST_PING_S, pause_s)
+        stalled_since_s = self._outbox.stalled_since_s
+        silent_s = 0.0 if self._paused() else now - self._inbox.last_read_s
+        stalled_s = 0.0 if stalled_since_s is None else now - stalled_since_s
+        if max(silent_s, stalled_s) > self._options.silence_s and not slept:
+            what = (
+                f"has sent nothing for {silent_s:.1f} s"
+                if silent_s > stalled_s
+                else f"has taken no bytes for {stalled_s:.1f} s"
+            )
+            self._on_silence(f"{what}, the deadline is {self._options.deadline_s:g} s")
+            return
+        self._outbox.ask_for_heartbeat()
+        self._timer = self._loop.at(now + pause_s, self._beat)
+        self._flush()
+
+    def take(self, header: Header, payload: bytes) -> bool:
+        """Takes a ping or its answer; returns whether the frame is one.
+
+        Raises:
+            FrameError: if its times are none that a clock shows.
+        """
+        if header.kind == Kind.PING and len(payload) == PING.size:
+            self._outbox.pongs.append((_clocks(PING, payload)[0], self._inbox.last_read_s))
+        elif header.kind == Kind.PONG and len(payload) == PONG.size:
+            asked_s, arrived_s, left_s = _clocks(PONG, payload)
+            self._clock.add(asked_s, arrived_s, left_s, self._inbox.last_read_s)
+        else:
+            return False
+        return True
+
+
+def _clocks(form: struct.Struct, payload: bytes) -> tuple[float, ...]:
+    times: tuple[float, ...] = form.unpack(payload)
+    if not all(abs(time_s) <= MAX_CLOCK_S for time_s in times):
+        raise FrameError(f"a heartbeat with the times {times}")
+    return times
