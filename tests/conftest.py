@@ -15,13 +15,22 @@ from typing import NamedTuple
 import psutil
 import pytest
 
-from pipar_jax.launch.process import count_cores
+from pipar_jax.launch.process import compiled_programs
 
 # Tests never need an accelerator, and must see the same devices wherever they run.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # What the processes of a test cache (data sets, compiled programs) stays with the checkout.
 CACHE = Path(__file__).resolve().parent.parent / ".pytest_cache" / "user"
 os.environ["XDG_CACHE_HOME"] = str(CACHE)
+# Most of a cold run is spent in XLA. Programs of tests are small and run a few times, so they are
+# compiled in a third of the time, without optimisation and without the code generator for fused
+# loops. What is compared is compiled alike. `make soak` leaves XLA as users have it.
+COMPILE_FAST = (
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
 
 # A shell starts what runs in its background deaf to Ctrl-C, and children would be deaf as well.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -33,11 +42,17 @@ GRACE_S = 10.0
 LIBRARY_THREADS = ("pydevd", "tqdm", "asyncio_", "orbax", "IPython", "pytest_timeout")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tells XLA, before anything has loaded it, here and in the processes that tests start."""
+    if not _soaks(config):
+        os.environ.setdefault("XLA_FLAGS", " ".join(COMPILE_FAST))
+
+
 def pytest_collection_finish() -> None:
-    """Lets this process keep what it compiles: most of the time of a second run is saved."""
+    """Keeps what this process compiles where processes of hosts do: each finds what others did."""
     if "jax" in sys.modules:
         jax = sys.modules["jax"]
-        jax.config.update("jax_compilation_cache_dir", str(CACHE / f"compiled-{count_cores()}"))
+        jax.config.update("jax_compilation_cache_dir", str(compiled_programs()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
@@ -112,3 +127,7 @@ def leaves_nothing_behind() -> Iterator[None]:
         left = Resources.held().beyond(before)
     if any(left):
         pytest.fail(f"left behind {GRACE_S:g} s after the test: {left}", pytrace=False)
+
+
+def _soaks(config: pytest.Config) -> bool:
+    return "soak" in config.option.markexpr.replace("not soak", "")

@@ -110,7 +110,15 @@ def claim_platform(config: Config, name: str) -> None:
 
 
 def _keep_compiled_programs() -> None:
-    """Makes jax keep every compiled program, unless the user set that up already.
+    """Makes jax keep every compiled program, unless the user set that up already."""
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled_programs()))
+    # Stages are many small programs: the default keeps only those that take a second to compile.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def compiled_programs() -> pathlib.Path:
+    """Returns the folder, below the user's cache, for what this process compiles.
 
     A program suits one kind of processor, and on a CPU it is cut for a number of cores, which jax
     leaves out of its keys: both are in the folder's name.
@@ -120,11 +128,7 @@ def _keep_compiled_programs() -> None:
         text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
         kind = "".join(re.findall(r"^(?:model name|flags|Features)\s*:.*$", text, re.M)[:2])
     mark = hashlib.sha256(kind.encode()).hexdigest()[:12]
-    folder = user_cache() / "compiled" / f"{platform.machine()}-{mark}-{count_cores()}"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
-    # Stages are many small programs: the default keeps only those that take a second to compile.
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    return user_cache() / "compiled" / f"{platform.machine()}-{mark}-{count_cores()}"
 
 
 def count_cores() -> int:
