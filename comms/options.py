@@ -14,11 +14,11 @@ class TlsOptions:
     """Certificates of one side, PEM files; TLS 1.3 only.
 
     Attributes:
-        authority: the certificates that the peer's must be signed by.
-        certificate: this side's certificate; a listener needs one.
-        key: the private key of `certificate`.
-        require_peer: whether a listener asks connecting peers for a certificate too.
-        server_name: the name to expect in the listener's certificate, if not the host connected to.
+      authority: The certificates that the peer's must be signed by.
+      certificate: This side's certificate; a listener needs one.
+      key: The private key of ``certificate``.
+      require_peer: Whether a listener asks connecting peers for a certificate too.
+      server_name: The name to expect in the listener's certificate, if not the host connected to.
     """
 
     authority: str | Path | None = None
@@ -31,7 +31,7 @@ class TlsOptions:
         """Returns the context for a listener.
 
         Raises:
-            ChannelError: if a file is missing or unreadable.
+          ChannelError: If a file is missing or unreadable.
         """
         if self.certificate is None:
             raise ChannelError("TLS on a listener needs a certificate and its key")
@@ -46,7 +46,7 @@ class TlsOptions:
         """Returns the context for a connecting side, which always verifies the listener.
 
         Raises:
-            ChannelError: if a file is missing or unreadable.
+          ChannelError: If a file is missing or unreadable.
         """
         return self._context(ssl.PROTOCOL_TLS_CLIENT)
 
@@ -74,17 +74,17 @@ class Limits:
     """What a peer may make this side hold; checked before anything is allocated.
 
     Attributes:
-        message_bytes: largest tensor payload, before and after the codec, and largest sum of a
-            bundle's tensors.
-        control_bytes: largest control message or bundle manifest.
-        join_bytes: largest control message of a peer that has not been admitted yet.
-        rank: largest number of dimensions.
-        bundle_tensors: most tensors in one bundle.
-        waiting_bytes: what may wait on a link that its owner has not started yet.
-        pending_handshakes: connections of a listener that have not finished their handshake, or
-            were not admitted since; from one address at most `address_handshakes`, or twice the
-            peers that `Endpoint.listen` was told to expect. Of too many the oldest loses.
-        address_handshakes: see there.
+      message_bytes: Largest tensor payload, before and after the codec, and largest sum of a
+        bundle's tensors.
+      control_bytes: Largest control message or bundle manifest.
+      join_bytes: Largest control message of a peer that has not been admitted yet.
+      rank: Largest number of dimensions.
+      bundle_tensors: Most tensors in one bundle.
+      waiting_bytes: What may wait on a link that its owner has not started yet.
+      pending_handshakes: Connections of a listener that have not finished their handshake, or
+        were not admitted since; from one address at most ``address_handshakes``, or twice the
+        peers that ``Endpoint.listen`` was told to expect. Of too many the oldest loses.
+      address_handshakes: See there.
     """
 
     message_bytes: int = 16 << 30
@@ -102,23 +102,23 @@ class ChannelOptions:
     """Settings of an Endpoint.
 
     Attributes:
-        deadline_s: a peer that is silent, or takes no bytes, for this long is lost. Heartbeats, the
-            handshake's time limit and the back-off of reconnects derive from it.
-        window_bytes: activation and cotangent bytes that this side lets a peer send before it
-            releases some; one tensor of any size always fits an empty window.
-        resume_s: how long a cut link may stay down while the connecting side reconnects and the
-            stream resumes; 0 ends a link when its connection ends. The smaller of the two sides'
-            values counts. Above 0, `on_sent` is called when the peer has acknowledged the tensor,
-            because the sender's array is the replay buffer until then.
-        replay_bytes: most bytes sent and not yet acknowledged, per link, when `resume_s` > 0.
-        token: shared secret that both sides must prove; None asks for no proof.
-        tls: certificates; None sends in the clear.
-        listen_openly: allows a listener without a token beyond the loopback interface.
-        limits: what a peer may make this side hold.
-        pool_bytes: most bytes of idle receive buffers kept for reuse; 0 allocates each afresh.
-        checksum: whether payloads travel with a checksum, which they do if either side says so;
-            None is yes without TLS, which has its own, and no under it. A payload that arrives
-            damaged is sent again where the stream can resume, and ends the link where it cannot.
+      deadline_s: A peer that is silent, or takes no bytes, for this long is lost. Heartbeats, the
+        handshake's time limit and the back-off of reconnects derive from it.
+      window_bytes: Activation and cotangent bytes that this side lets a peer send before it
+        releases some; one tensor of any size always fits an empty window.
+      resume_s: How long a cut link may stay down while the connecting side reconnects and the
+        stream resumes; 0 ends a link when its connection ends. The smaller of the two sides'
+        values counts. Above 0, ``on_sent`` is called when the peer has acknowledged the tensor,
+        because the sender's array is the replay buffer until then.
+      replay_bytes: Most bytes sent and not yet acknowledged, per link, when ``resume_s`` > 0.
+      token: Shared secret that both sides must prove; None asks for no proof.
+      tls: Certificates; None sends in the clear.
+      listen_openly: Allows a listener without a token beyond the loopback interface.
+      limits: What a peer may make this side hold.
+      pool_bytes: Most bytes of idle receive buffers kept for reuse; 0 allocates each afresh.
+      checksum: Whether payloads travel with a checksum, which they do if either side says so;
+        None is yes without TLS, which has its own, and no under it. A payload that arrives
+        damaged is sent again where the stream can resume, and ends the link where it cannot.
     """
 
     deadline_s: float = 10.0
@@ -136,7 +136,7 @@ class ChannelOptions:
         """Checks the values.
 
         Raises:
-            ChannelError: if one makes no sense.
+          ChannelError: If one makes no sense.
         """
         if not self.deadline_s > 0:
             raise ChannelError(f"deadline_s must be positive, got {self.deadline_s}")

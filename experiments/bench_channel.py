@@ -4,7 +4,7 @@
 
 Two processes on this machine, the receiver on one core and the sender on the other. The baseline is
 a bare sendall/recv_into pair that delivers each tensor into a buffer of its own. grpcio takes part
-where it is installed (extra `peers`), TLS, real shaped links (`tc` in
+where it is installed (extra ``peers``), TLS, real shaped links (``tc`` in
 network namespaces) where this runs as root on Linux. About four minutes, --quick under one.
 """
 

@@ -3,7 +3,7 @@
   python -m experiments.bench_codec [--data_dir=FOLDER] [--part=PART] [--quick] [--json=FILE]
 
 Tensors: activations and cotangents of three networks at two depths after 20 steps on CIFAR-10,
-coded on one core beside bfloat16, int8, int4, zstandard, blosc2 (extra `peers`) and memcpy.
+coded on one core beside bfloat16, int8, int4, zstandard, blosc2 (extra ``peers``) and memcpy.
 Training: PiPar, and MP-SL over a node with labels at home, on two devices behind 4G (10 Mbit/s up,
 25 down), from the same initial weights on the same shards; only the codecs differ. A pair names
 those of activations and cotangents, "weights" that of averaged weights. With --data_dir=FOLDER,

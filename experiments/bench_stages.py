@@ -3,7 +3,7 @@
 A full step (forward, backward, SGD with momentum) on CIFAR shapes, one core and two, batch 100 and
 25. Ours and PyTorch's run in processes of their own on the same cores and take turns. Beside each
 the roofline: the step's operations at the rate of a large matrix product on the same cores.
-Needs the extra `peers` for PyTorch; without it only our own times are shown.
+Needs the extra ``peers`` for PyTorch; without it only our own times are shown.
 
   python -m experiments.bench_stages [--networks=vgg5,resnet18] [--stem=imagenet] [--cores=1]
 """

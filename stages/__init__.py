@@ -1,6 +1,6 @@
 """Flax models as named units, and their stages as compiled functions. No sockets, no threads.
 
-Names are loaded on first use, so `import stages` and `stages.MODELS` load no jax.
+Names are loaded on first use, so ``import stages`` and ``stages.MODELS`` load no jax.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def __getattr__(name: str) -> Any:
     """Loads a public name from the module that defines it.
 
     Raises:
-      AttributeError: there is no such name.
+      AttributeError: There is no such name.
     """
     if name not in _HOMES:
         raise AttributeError(f"module 'stages' has no attribute {name!r}")

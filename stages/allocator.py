@@ -22,7 +22,7 @@ def retain_memory() -> bool:
     the first. There, blocks of more than 64 MB go back to the kernel whatever was said here.
 
     Returns:
-      whether the C library understood; elsewhere than on glibc nothing is changed.
+      Whether the C library understood; elsewhere than on glibc nothing is changed.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -25,13 +25,13 @@ class Facts:
     """What a run of units needs for one batch.
 
     Attributes:
-      units: names of the units.
-      parameters: number of trainable parameters.
-      parameter_bytes: bytes of the parameters.
-      state_bytes: bytes of the batch statistics.
-      output_shape: shape of what the units return.
-      output_bytes: bytes of what they return: what crosses a cut behind them, each way.
-      residual_bytes: bytes that their forward pass keeps for their backward pass.
+      units: Names of the units.
+      parameters: Number of trainable parameters.
+      parameter_bytes: Bytes of the parameters.
+      state_bytes: Bytes of the batch statistics.
+      output_shape: Shape of what the units return.
+      output_bytes: Bytes of what they return: what crosses a cut behind them, each way.
+      residual_bytes: Bytes that their forward pass keeps for their backward pass.
       forward_flops: floating-point operations of the forward pass.
       backward_flops: floating-point operations of the backward pass.
     """
@@ -51,8 +51,8 @@ def unit_facts(model: Model, batch: int) -> tuple[Facts, ...]:
     """Returns the facts of every unit of a model.
 
     Args:
-      model: the model.
-      batch: samples in the batch.
+      model: The model.
+      batch: Samples in the batch.
     """
     return stage_facts(model, tuple(range(1, len(model.units))), batch)
 
@@ -67,10 +67,10 @@ def stage_facts(
     """Returns the facts of every stage of a model that is cut.
 
     Args:
-      model: the model.
-      cuts: the cuts, as for `split`.
-      batch: samples in the batch.
-      rematerialise: which stages compute their forward pass again, as for `split`.
+      model: The model.
+      cuts: The cuts, as for ``split``.
+      batch: Samples in the batch.
+      rematerialise: Which stages compute their forward pass again, as for ``split``.
     """
     bounds = (0, *cuts, len(model.units))
     shapes = model.shapes(batch)
@@ -85,8 +85,8 @@ def residual_bytes(model: Model, batch: int) -> tuple[int, ...]:
     """Returns what the forward pass of each unit keeps for its backward pass, without running it.
 
     Args:
-      model: the model.
-      batch: samples in the batch.
+      model: The model.
+      batch: Samples in the batch.
     """
     shapes = model.shapes(batch)
     parts = split(model, tuple(range(1, len(model.units))))

@@ -21,8 +21,8 @@ class Built(NamedTuple):
     """A unit that was just built.
 
     Attributes:
-      unit: the unit.
-      ours: whether it is made of this package's layers alone, which need no check.
+      unit: The unit.
+      ours: Whether it is made of this package's layers alone, which need no check.
     """
 
     unit: Unit
@@ -42,12 +42,12 @@ def build_units(
     """Makes units of their modules, while these are traced.
 
     Args:
-      model: the model's name, for messages.
-      pairs: each unit's name and the factory of its module.
-      modules: the units' modules.
+      model: The model's name, for messages.
+      pairs: Each unit's name and the factory of its module.
+      modules: The units' modules.
 
     Raises:
-      StageError: a name is illegal, two units share a variable, or a module keeps something that
+      StageError: A name is illegal, two units share a variable, or a module keeps something that
         cannot be trained with; the message names the unit.
     """
     names = [unit for unit, _ in pairs]
@@ -70,12 +70,12 @@ def build_module(name: str, factory: Factory, *, is_unit: bool = True) -> Any:
     """Calls the factory of a module, while it is traced.
 
     Args:
-      name: the unit's name, or the model's, for messages.
-      factory: the factory.
-      is_unit: whether the module is a unit, rather than one that has units as attributes.
+      name: The unit's name, or the model's, for messages.
+      factory: The factory.
+      is_unit: Whether the module is a unit, rather than one that has units as attributes.
 
     Raises:
-      StageError: the factory fails, or returns no NNX module.
+      StageError: The factory fails, or returns no NNX module.
     """
     what = f"unit {name!r}" if is_unit else f"model {name!r}"
     try:
@@ -98,7 +98,7 @@ def check_module(unit: str, module: Any) -> Any:
     """Returns a unit's module if it is of the right kind.
 
     Raises:
-      StageError: it is no callable NNX module.
+      StageError: It is no callable NNX module.
     """
     if isinstance(module, linen.Module):
         raise StageError(
@@ -117,12 +117,12 @@ def _build_unit(name: str, factory: Factory, module: Any) -> Unit:
     """Finds a unit's static part and its variables' shapes.
 
     Args:
-      name: the unit's name.
-      factory: builds its module.
-      module: the module, which is being traced.
+      name: The unit's name.
+      factory: Builds its module.
+      module: The module, which is being traced.
 
     Raises:
-      StageError: the module keeps something that cannot be trained with; the message names it.
+      StageError: The module keeps something that cannot be trained with; the message names it.
     """
     for path, node in nnx.iter_graph(module):
         _check_node(f"unit {name!r}, {text_of(path) or type(node).__name__}", node)

@@ -2,7 +2,7 @@
 
 A unit is an ordinary NNX module called with one argument. What its layers need beside it
 (training or inference, the share of the mini-batch, the seed of dropout) would otherwise have
-to pass through every user's `__call__`, so it is kept here for the duration of a trace.
+to pass through every user's ``__call__``, so it is kept here for the duration of a trace.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Context:
     """The call that is being traced.
 
     Attributes:
-      train: whether batch statistics are taken from the batch and dropout is active.
-      unit: name of the unit being traced.
-      samples: samples in this micro-batch.
-      draw: scalars of the micro-batch (traced), None at inference.
-      calls: number of random layers met so far in this unit.
+      train: Whether batch statistics are taken from the batch and dropout is active.
+      unit: Name of the unit being traced.
+      samples: Samples in this micro-batch.
+      draw: Scalars of the micro-batch (traced), None at inference.
+      calls: Number of random layers met so far in this unit.
     """
 
     train: bool
@@ -64,7 +64,7 @@ def current() -> Context:
 
 @contextlib.contextmanager
 def entered(context: Context) -> Iterator[Context]:
-    """Makes `context` the current one inside a with statement."""
+    """Makes ``context`` the current one inside a with statement."""
     token = _current.set(context)
     try:
         yield context

@@ -13,10 +13,10 @@ class MicroBatchContext(NamedTuple):
 
     Attributes:
       inverse_batch: 1 / samples of the mini-batch, float32 (float64 under x64).
-      seed: root seed of the run, uint32.
-      device: index of the device that owns the samples, uint32.
-      step: number of the optimiser step on that device, uint32.
-      position: samples of the mini-batch that come before this micro-batch, uint32.
+      seed: Root seed of the run, uint32.
+      device: Index of the device that owns the samples, uint32.
+      step: Number of the optimiser step on that device, uint32.
+      position: Samples of the mini-batch that come before this micro-batch, uint32.
     """
 
     inverse_batch: np.float32 | np.float64
@@ -35,15 +35,15 @@ def make_draw(
     position: int = 0,
     dtype: type[np.float32] | type[np.float64] = np.float32,
 ) -> MicroBatchContext:
-    """Builds the `MicroBatchContext` of a micro-batch from plain integers.
+    """Builds the ``MicroBatchContext`` of a micro-batch from plain integers.
 
     Args:
-      mini_batch: samples of the whole mini-batch.
-      seed: root seed of the run; taken modulo 2**32.
-      device: index of the owning device.
-      step: optimiser step on that device.
-      position: samples of the mini-batch before this micro-batch.
-      dtype: dtype of `inverse_batch`; that of the weights.
+      mini_batch: Samples of the whole mini-batch.
+      seed: Root seed of the run; taken modulo 2**32.
+      device: Index of the owning device.
+      step: Optimiser step on that device.
+      position: Samples of the mini-batch before this micro-batch.
+      dtype: Dtype of ``inverse_batch``; that of the weights.
     """
     return MicroBatchContext(
         dtype(1.0 / mini_batch),

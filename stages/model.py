@@ -20,12 +20,13 @@ class Model:
     """An ordered tuple of named units, each a Flax NNX module that maps one array to one array.
 
     Attributes:
-      name: name of the model.
-      input_shape: shape of one sample, (height, width, channels) for images.
-      classes: number of classes.
-      units: the units in order.
-      input_dtype: dtype of a batch.
-      recipe: what `stages.build` was called with, to build it again; None for a model of one's own.
+      name: Name of the model.
+      input_shape: Shape of one sample, (height, width, channels) for images.
+      classes: Number of classes.
+      units: The units in order.
+      input_dtype: Dtype of a batch.
+      recipe: What ``stages.build`` was called with, to build it again; None for a model of one's
+        own.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Model:
         classes: int,
         input_dtype: Any = jnp.float32,
     ) -> None:
-        """See `Model.from_units`, which builds the units."""
+        """See ``Model.from_units``, which builds the units."""
         self.name = name
         self.units = tuple(units)
         self.input_shape = tuple(int(size) for size in input_shape)
@@ -58,15 +59,15 @@ class Model:
         """Makes a model of an ordered list of named NNX modules.
 
         Args:
-          name: name of the model.
-          units: pairs of a unit's name and a function from `nnx.Rngs` to its module. A module
+          name: Name of the model.
+          units: Pairs of a unit's name and a function from ``nnx.Rngs`` to its module. A module
             is called with one array [batch, …] and returns one array [batch, …].
-          input_shape: shape of one sample.
-          classes: number of classes.
-          input_dtype: dtype of a batch (int32 for tokens).
+          input_shape: Shape of one sample.
+          classes: Number of classes.
+          input_dtype: Dtype of a batch (int32 for tokens).
 
         Raises:
-          StageError: a unit's name, module or shape is illegal; the message names the unit.
+          StageError: A unit's name, module or shape is illegal; the message names the unit.
         """
         # Built together: what two units share is one object in both.
         built = abstractly(lambda: build_units(name, units, [build_module(*one) for one in units]))
@@ -86,18 +87,18 @@ class Model:
         """Makes a model of one NNX module by naming the attributes that are its units.
 
         The model's forward pass is the units one after another; what the module's own
-        `__call__` does beside that is not part of the model.
+        ``__call__`` does beside that is not part of the model.
 
         Args:
-          name: name of the model.
-          factory: a function from `nnx.Rngs` to the module.
-          units: paths of the attributes in order, "stem" or "blocks/0".
-          input_shape: shape of one sample.
-          classes: number of classes.
-          input_dtype: dtype of a batch (int32 for tokens).
+          name: Name of the model.
+          factory: A function from ``nnx.Rngs`` to the module.
+          units: Paths of the attributes in order, "stem" or "blocks/0".
+          input_shape: Shape of one sample.
+          classes: Number of classes.
+          input_dtype: Dtype of a batch (int32 for tokens).
 
         Raises:
-          StageError: an attribute does not exist, or as for `from_units`.
+          StageError: An attribute does not exist, or as for ``from_units``.
         """
 
         def pick(path: str) -> Factory:
@@ -139,11 +140,11 @@ class Model:
         """Draws fresh variables; they depend on the seed and the units' names alone.
 
         Args:
-          seed: root seed.
-          only: names of the units to draw; None for all.
+          seed: Root seed.
+          only: Names of the units to draw; None for all.
 
         Returns:
-          params and state, each {unit: {path: array}}.
+          Params and state, each {unit: {path: array}}.
         """
         params: Variables = {}
         state: Variables = {}
@@ -160,13 +161,13 @@ class Model:
         """Infers the input of every unit and the output of the last, without computing.
 
         Args:
-          batch: samples in the batch.
+          batch: Samples in the batch.
 
         Returns:
           len(units) + 1 abstract arrays; entry c is what crosses a cut at c.
 
         Raises:
-          StageError: a unit does not accept what the one before it returns, or does not
+          StageError: A unit does not accept what the one before it returns, or does not
             return one array.
         """
         x: Any = jax.ShapeDtypeStruct(  # type: ignore[no-untyped-call]

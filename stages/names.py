@@ -40,15 +40,15 @@ STEMS: tuple[str, ...] = ("cifar", "imagenet")
 
 
 def check(kind: str, name: str, known: tuple[str, ...]) -> str:
-    """Returns `name` if it is known.
+    """Returns ``name`` if it is known.
 
     Args:
-      kind: what is being named, for the message ("model", "norm", …).
-      name: the name to look up.
-      known: all legal names.
+      kind: What is being named, for the message ("model", "norm", …).
+      name: The name to look up.
+      known: All legal names.
 
     Raises:
-      StageError: the name is unknown; the message lists the nearest ones.
+      StageError: The name is unknown; the message lists the nearest ones.
     """
     if name in known:
         return name

@@ -27,7 +27,7 @@ def compiler_options() -> dict[str, str]:
     """Returns what XLA is told about the functions of stages on the default platform.
 
     Nothing, where that is no CPU, where this XLA does not know the option, and where the user has
-    set it (in `XLA_FLAGS`).
+    set it (in ``XLA_FLAGS``).
     """
     if jax.default_backend() != "cpu" or _LIBRARY in os.environ.get("XLA_FLAGS", ""):
         return {}
@@ -40,7 +40,7 @@ def compiler_options() -> dict[str, str]:
 
 
 class Program:
-    """A function under `jax.jit`, with `compiler_options`.
+    """A function under ``jax.jit``, with ``compiler_options``.
 
     Called while another function is traced it becomes a part of that one, compiled as that is:
     jax takes compiler options at the top level only.
@@ -65,5 +65,5 @@ class Program:
         return (self._whole if inside == _OUTSIDE else self._part)(*arguments)
 
     def lower(self, *arguments: Any) -> Any:
-        """Lowers the function for (abstract) arguments, as `jax.stages.Lowered`."""
+        """Lowers the function for (abstract) arguments, as ``jax.stages.Lowered``."""
         return self._whole.lower(*arguments)

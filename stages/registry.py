@@ -30,17 +30,17 @@ def build(
     """Builds a registered model.
 
     Args:
-      name: one of `stages.MODELS`.
+      name: One of ``stages.MODELS``.
       input_shape: (height, width, channels) of a sample; (tokens,) for a decoder.
-      classes: number of classes; the vocabulary of a decoder.
+      classes: Number of classes; the vocabulary of a decoder.
       norm: "batch" or "group"; perceptron and transformers have neither.
       stem: "cifar" or "imagenet", for the networks that have both.
-      dtype: dtype to compute in; weights of 16-bit models are kept in float32.
-      dropout: probability of dropping an activation, in hidden dense layers, before the last
+      dtype: Dtype to compute in; weights of 16-bit models are kept in float32.
+      dropout: Probability of dropping an activation, in hidden dense layers, before the last
         layer of residual networks, and in the blocks of transformers.
 
     Raises:
-      StageError: a name is unknown or the samples' shape does not suit the network.
+      StageError: A name is unknown or the samples' shape does not suit the network.
     """
     check("model", name, MODELS)
     check("norm", norm, NORMS)

@@ -1,6 +1,6 @@
 """Forward passes that keep residuals but no weights.
 
-`jax.vjp` inside a jit returns a closure whose arrays are the residuals of the forward pass.
+``jax.vjp`` inside a jit returns a closure whose arrays are the residuals of the forward pass.
 Left alone they contain every weight, and each weight would be copied out of the jit for every
 micro-batch; an input that is kept (the activation that came in) would be copied too. So the
 forward pass is traced to a jaxpr first and each residual is given the cheapest source:
@@ -31,10 +31,10 @@ class Recipe:
     """How the closure of a backward pass is put together again; static, compared by identity.
 
     Attributes:
-      closure: tree structure of the `jax.vjp` closure.
-      sources: for each leaf of the closure where it comes from, and the index there.
-      arguments: positions, among the flat non-weight arguments, of those held by reference.
-      weights_only: computes the leaves that depend on weights alone, from the flat weights.
+      closure: Tree structure of the ``jax.vjp`` closure.
+      sources: For each leaf of the closure where it comes from, and the index there.
+      arguments: Positions, among the flat non-weight arguments, of those held by reference.
+      weights_only: Computes the leaves that depend on weights alone, from the flat weights.
     """
 
     closure: Any
@@ -54,10 +54,10 @@ class Residuals:
     """What a forward pass keeps for its backward pass; a pytree without weights.
 
     Attributes:
-      saved: arrays that the forward pass computed for the backward pass alone.
-      borrowed: arguments of the forward pass, by reference.
-      output: the stage's output by reference, or None.
-      recipe: how to put the closure together.
+      saved: Arrays that the forward pass computed for the backward pass alone.
+      borrowed: Arguments of the forward pass, by reference.
+      output: The stage's output by reference, or None.
+      recipe: How to put the closure together.
     """
 
     saved: tuple[Any, ...]
@@ -71,7 +71,7 @@ class Residuals:
 
     @classmethod
     def tree_unflatten(cls, recipe: Recipe, children: tuple[Any, ...]) -> Residuals:
-        """Inverse of `tree_flatten`."""
+        """Inverse of ``tree_flatten``."""
         saved, borrowed, output = children
         return cls(saved, borrowed, output, recipe)
 
@@ -89,14 +89,14 @@ def run_forward(
     Args:
       function: (weights, rest, x) -> (output, auxiliary); differentiated in weights, and in x
         unless x is None.
-      weights: pytree of parameters.
-      rest: pytree of arguments that are not differentiated, x among them where the input
+      weights: Pytree of parameters.
+      rest: Pytree of arguments that are not differentiated, x among them where the input
         needs no gradient.
-      x: the input that is differentiated, or None.
+      x: The input that is differentiated, or None.
 
     Returns:
-      output, auxiliary and the residuals, whose references are still to be filled in by
-      `attach` outside the jit.
+      Output, auxiliary and the residuals, whose references are still to be filled in by
+      ``attach`` outside the jit.
     """
     box: list[Any] = []
 
@@ -124,7 +124,7 @@ def run_forward(
 
 
 def attach(residuals: Residuals, output: Any, rest: Any, x: Any) -> Residuals:
-    """Adds the references to residuals that came out of a jit (see `run_forward`)."""
+    """Adds the references to residuals that came out of a jit (see ``run_forward``)."""
     recipe = residuals.recipe
     if recipe.arguments:
         flat = jax.tree.leaves((rest, x))

@@ -18,11 +18,11 @@ def check_apart(model: str, modules: Mapping[str, Any]) -> None:
     unit, and so may be shared.
 
     Args:
-      model: the model's name, for messages.
-      modules: for each unit's name its module; what units share is the same object in both.
+      model: The model's name, for messages.
+      modules: For each unit's name its module; what units share is the same object in both.
 
     Raises:
-      StageError: two units share a variable; the message names both places.
+      StageError: Two units share a variable; the message names both places.
     """
     seen: dict[int, tuple[str, str]] = {}
     for unit, module in modules.items():

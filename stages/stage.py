@@ -39,16 +39,16 @@ class Stage:
 
     All functions take the variables of this stage's own units, {unit: {path: array}}, and
     compile once per batch shape. Nothing is computed twice: the backward pass starts from the
-    residuals of the forward pass (unless `rematerialise` asks for the opposite).
+    residuals of the forward pass (unless ``rematerialise`` asks for the opposite).
 
     Attributes:
-      index: position in the chain of stages.
-      unit_names: the units in order.
-      is_first: whether the stage takes the samples, whose cotangent nobody needs.
-      is_last: whether the stage computes the loss.
-      rematerialise: whether the backward pass computes the forward pass again instead of
+      index: Position in the chain of stages.
+      unit_names: The units in order.
+      is_first: Whether the stage takes the samples, whose cotangent nobody needs.
+      is_last: Whether the stage computes the loss.
+      rematerialise: Whether the backward pass computes the forward pass again instead of
         keeping residuals (less memory, about a third more time).
-      programs: the compiled functions.
+      programs: The compiled functions.
     """
 
     index: int
@@ -64,13 +64,13 @@ class Stage:
         """Runs the units forward in training mode.
 
         Args:
-          params: parameters of the stage's units.
-          state: batch statistics of the stage's units.
-          x: input [micro-batch, …]. It is kept by reference where the backward pass needs it.
-          draw: scalars of the micro-batch.
+          params: Parameters of the stage's units.
+          state: Batch statistics of the stage's units.
+          x: Input [micro-batch, …]. It is kept by reference where the backward pass needs it.
+          draw: Scalars of the micro-batch.
 
         Returns:
-          the activation [micro-batch, …], the residuals (no weights among them) and the new
+          The activation [micro-batch, …], the residuals (no weights among them) and the new
           batch statistics.
         """
         y, state_after, residuals = self.programs.forward(params, state, x, draw)
@@ -88,13 +88,13 @@ class Stage:
         """Runs the units backward.
 
         Args:
-          params: the parameters that the forward pass had.
-          residuals: what the forward pass kept.
-          cotangent: gradient of the loss in the activation, same shape and dtype.
-          accumulated: gradients accumulated so far; donated.
+          params: The parameters that the forward pass had.
+          residuals: What the forward pass kept.
+          cotangent: Gradient of the loss in the activation, same shape and dtype.
+          accumulated: Gradients accumulated so far; donated.
 
         Returns:
-          the input's cotangent [micro-batch, …] (for the first stage a scalar without meaning,
+          The input's cotangent [micro-batch, …] (for the first stage a scalar without meaning,
           ready when the gradients are) and the accumulated gradients.
         """
         result: tuple[jax.Array, Variables] = self.programs.backward(
@@ -114,15 +114,15 @@ class Stage:
         """Runs the last stage forward, the softmax cross entropy, and backward, in one call.
 
         Args:
-          params: parameters of the stage's units.
-          state: batch statistics of the stage's units.
-          x: input [micro-batch, …].
-          labels: classes [micro-batch, …] int32.
-          draw: scalars of the micro-batch; gradients are those of the mini-batch's mean loss.
-          accumulated: gradients accumulated so far; donated.
+          params: Parameters of the stage's units.
+          state: Batch statistics of the stage's units.
+          x: Input [micro-batch, …].
+          labels: Classes [micro-batch, …] int32.
+          draw: Scalars of the micro-batch; gradients are those of the mini-batch's mean loss.
+          accumulated: Gradients accumulated so far; donated.
 
         Returns:
-          metrics {"loss": sum of the samples' losses, "correct": number of samples whose
+          Metrics {"loss": sum of the samples' losses, "correct": number of samples whose
           largest logit is the label's} (float scalars), the input's cotangent (None where
           the stage is also the first), the accumulated gradients, the new batch statistics.
         """
@@ -148,10 +148,10 @@ def split(
     """Cuts a model into stages.
 
     Args:
-      model: the model.
-      cuts: positions between units, strictly increasing; a cut c lies between units[c - 1]
+      model: The model.
+      cuts: Positions between units, strictly increasing; a cut c lies between units[c - 1]
         and units[c].
-      rematerialise: whether backward passes compute their forward pass again; one value for
+      rematerialise: Whether backward passes compute their forward pass again; one value for
         all stages or one per stage.
 
     Returns:
@@ -159,7 +159,7 @@ def split(
       compiled functions.
 
     Raises:
-      StageError: a cut is out of range or out of order.
+      StageError: A cut is out of range or out of order.
     """
     cuts = tuple(cuts)
     count = len(model.units)
@@ -192,7 +192,7 @@ def join(parts: Sequence[Variables]) -> Variables:
     """Inverse of cutting variables: merges the stages' {unit: …} in order of the stages.
 
     Raises:
-      StageError: two parts hold the same unit.
+      StageError: Two parts hold the same unit.
     """
     whole: Variables = {}
     for part in parts:
@@ -207,7 +207,7 @@ def select(stage: Stage, variables: Variables) -> Variables:
     """Picks the variables of one stage's units out of a whole model's.
 
     Raises:
-      StageError: a unit of the stage is missing.
+      StageError: A unit of the stage is missing.
     """
     missing = [name for name in stage.unit_names if name not in variables]
     if missing:
@@ -230,7 +230,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, Metr
         mean.
 
     Returns:
-      the sum over samples of their losses, and the metrics of `Stage.loss`.
+      The sum over samples of their losses, and the metrics of ``Stage.loss``.
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -291,7 +291,7 @@ def _forward(
     x: Any,
     draw: MicroBatchContext,
 ) -> tuple[jax.Array, Variables, Residuals]:
-    """Traced body of `Stage.forward`."""
+    """Traced body of ``Stage.forward``."""
     if is_first:
         # The samples' cotangent is needed by nobody: they are not differentiated.
         return run_forward(
@@ -308,7 +308,7 @@ def _forward(
 def _backward(
     is_first: bool, params: Variables, residuals: Residuals, cotangent: Any, accumulated: Variables
 ) -> tuple[jax.Array, Variables]:
-    """Traced body of `Stage.backward`."""
+    """Traced body of ``Stage.backward``."""
     gradient, x_cotangent = pull_back(residuals, params, cotangent)
     if is_first:
         # Nobody needs the samples' cotangent, but somebody must be able to wait for this
@@ -327,7 +327,7 @@ def _loss(
     draw: MicroBatchContext,
     accumulated: Variables,
 ) -> tuple[Metrics, jax.Array | None, Variables, Variables]:
-    """Traced body of `Stage.loss`."""
+    """Traced body of ``Stage.loss``."""
 
     def mean_loss(params: Variables, x: Any) -> tuple[jax.Array, tuple[Metrics, Variables]]:
         logits, after = train(params, state, x, draw)

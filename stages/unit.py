@@ -26,13 +26,13 @@ class Unit(NamedTuple):
     """The smallest piece of a model that is never cut.
 
     Attributes:
-      name: unique name; parameters are stored as "name/path".
-      factory: builds the unit's NNX module (a callable of one array) from random streams.
-      graph: the module's static part (`nnx.GraphDef`).
-      params: abstract parameters by path.
-      state: abstract batch statistics, and what else the module keeps, by path.
-      streams: abstract keys and counters of the module's random streams by path.
-      paths: the path in the module of each path as text.
+      name: Unique name; parameters are stored as "name/path".
+      factory: Builds the unit's NNX module (a callable of one array) from random streams.
+      graph: The module's static part (``nnx.GraphDef``).
+      params: Abstract parameters by path.
+      state: Abstract batch statistics, and what else the module keeps, by path.
+      streams: Abstract keys and counters of the module's random streams by path.
+      paths: The path in the module of each path as text.
     """
 
     name: str
@@ -56,18 +56,18 @@ def call_unit(
     """Calls one unit as a pure function.
 
     Args:
-      unit: the unit.
-      params: its parameters by path.
-      state: its batch statistics by path.
-      x: input [batch, …].
-      draw: scalars of the micro-batch; None at inference.
-      train: training or inference.
+      unit: The unit.
+      params: Its parameters by path.
+      state: Its batch statistics by path.
+      x: Input [batch, …].
+      draw: Scalars of the micro-batch; None at inference.
+      train: Training or inference.
 
     Returns:
-      output [batch, …] and the new batch statistics.
+      Output [batch, …] and the new batch statistics.
 
     Raises:
-      StageError: the call changes variables that it may not (see `state_after`).
+      StageError: The call changes variables that it may not (see ``state_after``).
     """
     scope = context.Context(train=train, unit=unit.name, samples=int(x.shape[0]), draw=draw)
     parts = (params, draw_streams(unit.streams, scope), state)
@@ -85,12 +85,12 @@ def infer(model: str, unit: Unit, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStru
     """Infers a unit's output at inference, without computing.
 
     Args:
-      model: name of the model, for messages.
-      unit: the unit.
-      x: its input, abstract.
+      model: Name of the model, for messages.
+      unit: The unit.
+      x: Its input, abstract.
 
     Raises:
-      StageError: the unit does not accept the input, or does not return one array.
+      StageError: The unit does not accept the input, or does not return one array.
     """
     y = _trace(model, unit, x, train=False)
     if not hasattr(y, "shape") or not y.shape or y.shape[0] != x.shape[0]:
@@ -109,13 +109,13 @@ def check_training(
     """Traces a unit in training mode, so that what cannot be trained is refused at once.
 
     Args:
-      model: name of the model, for messages.
-      unit: the unit.
-      x: its input, abstract.
-      y: its output at inference, abstract.
+      model: Name of the model, for messages.
+      unit: The unit.
+      x: Its input, abstract.
+      y: Its output at inference, abstract.
 
     Raises:
-      StageError: the call fails, returns something else, or changes variables that it may not.
+      StageError: The call fails, returns something else, or changes variables that it may not.
     """
     trained = _trace(model, unit, x, train=True)
     if getattr(trained, "shape", None) != y.shape or trained.dtype != y.dtype:

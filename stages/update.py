@@ -41,7 +41,7 @@ def make_update(*parts: optax.GradientTransformation) -> Update:
     """Returns the compiled optimiser step of a mini-batch.
 
     Args:
-      *parts: optax transformations, applied one after another as ``optax.chain`` does. Each is
+      *parts: Optax transformations, applied one after another as ``optax.chain`` does. Each is
         applied to each unit by itself, and has to be elementwise, or to look at no more than a
         unit; but a ``Joint`` one is applied to all units at once.
 

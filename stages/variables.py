@@ -1,11 +1,13 @@
 """The variables that a unit's module keeps: what is trained, what is averaged, what is drawn anew.
 
-* **Weights** are `nnx.Param` and its subclasses. They have gradients and optimiser state.
-* **State** is everything else that holds an array: `nnx.BatchStat`, other types of `nnx.Variable`,
-  arrays that are plain attributes. What a call in training leaves in it is kept. Between devices
-  floating-point state takes the weighted mean, and integers and booleans that of the first device.
-* **Random streams** (`nnx.RngState`) are no state: each call begins them anew, see `draw_streams`.
-* **What is sown** (`nnx.Intermediate`, `nnx.Perturbation`) is forgotten after the call.
+* **Weights** are ``nnx.Param`` and its subclasses. They have gradients and optimiser state.
+* **State** is everything else that holds an array: ``nnx.BatchStat``, other types of
+  ``nnx.Variable``, arrays that are plain attributes. What a call in training leaves in it is kept.
+  Between devices floating-point state takes the weighted mean, and integers and booleans that of
+  the first device.
+* **Random streams** (``nnx.RngState``) are no state: each call begins them anew, see
+  ``draw_streams``.
+* **What is sown** (``nnx.Intermediate``, ``nnx.Perturbation``) is forgotten after the call.
 """
 
 from __future__ import annotations
@@ -33,10 +35,10 @@ class Parts(NamedTuple):
     """What a module is split into.
 
     Attributes:
-      graph: the static part (`nnx.GraphDef`).
-      params: weights by path.
-      streams: keys and counters of random streams by path.
-      state: all other variables by path.
+      graph: The static part (``nnx.GraphDef``).
+      params: Weights by path.
+      streams: Keys and counters of random streams by path.
+      state: All other variables by path.
     """
 
     graph: Any
@@ -46,7 +48,7 @@ class Parts(NamedTuple):
 
 
 def divide(module: Any) -> Parts:
-    """Splits a module; leaves are `nnx.Variable` or, where attributes are arrays, arrays."""
+    """Splits a module; leaves are ``nnx.Variable`` or, where attributes are arrays, arrays."""
     for _, node in nnx.iter_graph(module):
         if isinstance(node, nnx.Module):
             for name, value in list(vars(node).items()):
@@ -75,11 +77,11 @@ def abstract(unit: str, leaves: Mapping[Path, Any]) -> dict[str, jax.ShapeDtypeS
     """Returns shape and dtype of each variable by path, as text.
 
     Args:
-      unit: the unit's name, for messages.
-      leaves: one part of what `divide` returned.
+      unit: The unit's name, for messages.
+      leaves: One part of what ``divide`` returned.
 
     Raises:
-      StageError: a variable is of a type, shape or dtype that cannot be trained with.
+      StageError: A variable is of a type, shape or dtype that cannot be trained with.
     """
     found: dict[str, jax.ShapeDtypeStruct] = {}
     for path, leaf in leaves.items():
@@ -95,11 +97,11 @@ def abstract(unit: str, leaves: Mapping[Path, Any]) -> dict[str, jax.ShapeDtypeS
 
 
 def nested(arrays: Mapping[str, Any], paths: Mapping[str, Path]) -> dict[Any, Any]:
-    """Turns {path as text: array} into the nested dictionary that `nnx.merge` takes.
+    """Turns {path as text: array} into the nested dictionary that ``nnx.merge`` takes.
 
     Args:
-      arrays: arrays by path, as text.
-      paths: the path of each text.
+      arrays: Arrays by path, as text.
+      paths: The path of each text.
     """
     tree: dict[Any, Any] = {}
     for text, value in arrays.items():
@@ -119,11 +121,11 @@ def draw_streams(
     The key of a stream is the root seed folded with device, step, the unit's name, the stream's
     path and the position in the mini-batch of the micro-batch's first sample; at inference it
     is the same in every call. Counters begin at 0. So a run repeats, wherever it is cut, but
-    draws depend on the number of micro-batches (`stages.layers.Dropout` does not).
+    draws depend on the number of micro-batches (``stages.layers.Dropout`` does not).
 
     Args:
-      streams: abstract keys and counters by path.
-      scope: the call.
+      streams: Abstract keys and counters by path.
+      scope: The call.
     """
     drawn: dict[str, jax.Array] = {}
     for path, leaf in streams.items():
@@ -147,14 +149,14 @@ def state_after(
     """Returns the state that a call in training has left, in the shapes and dtypes it had.
 
     Args:
-      unit: the unit's name, for messages.
-      left: the module after the call.
-      params: the weights it had before by path.
-      state: the state it had before by path.
-      free: paths below which weights may be overwritten, since the next call begins with the old.
+      unit: The unit's name, for messages.
+      left: The module after the call.
+      params: The weights it had before by path.
+      state: The state it had before by path.
+      free: Paths below which weights may be overwritten, since the next call begins with the old.
 
     Raises:
-      StageError: the call made, lost or reshaped a variable, or wrote into a weight.
+      StageError: The call made, lost or reshaped a variable, or wrote into a weight.
     """
     for path, leaf in {**left.params, **left.state, **left.streams}.items():
         name, kind = text_of(path), type(leaf).__name__

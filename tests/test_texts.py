@@ -145,3 +145,44 @@ def test_a_name_that_is_gone_would_be_found(name: str) -> None:
     assert not is_there(name)
     assert is_there("pipar_jax.config.Config")
     assert importlib.import_module("pipar_jax.config").Config is Config
+
+
+SECTION = re.compile(r"^( *)(Args|Attributes|Raises|Returns|Yields):$")
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield ast.get_docstring(node) or ""
+
+
+def departures(docstring: str) -> list[str]:
+    """Return the lines of a docstring that are not in the project's dialect of Google style."""
+    found, indent = [], None
+    for line in docstring.splitlines():
+        if re.search(r"(?<!`)`[^`\s][^`]*`(?!`)", line):
+            found.append(line)  # code has two backticks
+        if (head := SECTION.match(line)) is not None:
+            indent = len(head[1]) + 2
+        elif indent is not None and line.strip():
+            depth = len(line) - len(line.lstrip())
+            if depth < indent:
+                indent = None
+            elif depth == indent + 1:
+                found.append(line)  # items are indented by two, their next lines by four
+            elif depth == indent and re.match(r"[\w*`.]+: [a-z]+[ ,.;]", line.strip()):
+                found.append(line)  # a description begins with a capital letter
+    return found
+
+
+def test_docstrings_are_in_one_dialect() -> None:
+    paths = [p for p in files() if p.suffix == ".py" and p.parts[0] in PACKAGES]
+    wrong = [(str(p), line) for p in paths for text in _docstrings(p) for line in departures(text)]
+    assert not wrong
+
+
+@pytest.mark.parametrize("line", ["x: a number.", "x: See `y`.", " x: Three spaces."])
+def test_another_dialect_would_be_found(line: str) -> None:
+    assert departures(f"Adds.\n\nArgs:\n  {line}\n")
+    assert not departures("Adds.\n\nArgs:\n  x: See ``y``,\n    and more.\n\nReturns:\n  It.\n")

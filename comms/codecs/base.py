@@ -1,4 +1,4 @@
-"""What a codec is, the registry, and `raw`.
+"""What a codec is, the registry, and ``raw``.
 
 A codec turns an array into bytes and back. Its number and its parameter travel in the header, so a
 receiver needs no agreement beforehand. The name picks it: ``int8``, or ``int8:256`` with a
@@ -23,9 +23,9 @@ class Codec(Protocol):
     """A named way to turn an array into bytes and back.
 
     Attributes:
-        name: what selects it, in lower case.
-        code: its number on the wire, 1 to 255 (0 is raw).
-        default_parameter: the parameter where none is given.
+      name: What selects it, in lower case.
+      code: Its number on the wire, 1 to 255 (0 is raw).
+      default_parameter: The parameter where none is given.
     """
 
     @property
@@ -44,7 +44,7 @@ class Codec(Protocol):
         """Returns the parameter that a text behind the colon means, if it is no plain number.
 
         Raises:
-            CodecError: if it means none.
+          CodecError: If it means none.
         """
 
     def precision_bits(self, parameter: int) -> int | None:
@@ -60,25 +60,25 @@ class Codec(Protocol):
         """Returns the payload [n] uint8 of a C-contiguous array."""
 
     def decode(self, payload: Bytes, dtype: DType, shape: tuple[int, ...], parameter: int) -> Array:
-        """Returns the array of this type and shape; the inverse of `encode` up to its loss."""
+        """Returns the array of this type and shape; the inverse of ``encode`` up to its loss."""
 
     def encoded_bytes(self, dtype: DType, shape: tuple[int, ...], parameter: int) -> int:
-        """Returns the payload's size without encoding: exact if `exact_size`, else the most."""
+        """Returns the payload's size without encoding: exact if ``exact_size``, else the most."""
 
     @property
     def exact_size(self) -> bool:
-        """Whether `encoded_bytes` is exact; else it is an upper bound."""
+        """Whether ``encoded_bytes`` is exact; else it is an upper bound."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """An array encoded elsewhere, by a kernel on the accelerator say; `Link.send` takes it.
+    """An array encoded elsewhere, by a kernel on the accelerator say; ``Link.send`` takes it.
 
     Attributes:
-        codec: name of the codec, with its parameter if that is not the default.
-        data: the payload, [n] uint8.
-        dtype: element type before encoding.
-        shape: shape before encoding.
+      codec: Name of the codec, with its parameter if that is not the default.
+      data: The payload, [n] uint8.
+      dtype: Element type before encoding.
+      shape: Shape before encoding.
     """
 
     codec: str
@@ -116,7 +116,7 @@ class Raw:
         """Returns a view of the payload as the array.
 
         Raises:
-            CodecError: if a bool is neither 0 nor 1: numpy and XLA would each make their own of it.
+          CodecError: If a bool is neither 0 nor 1: numpy and XLA would each make their own of it.
         """
         if dtype == np.bool_ and payload.size and payload.max() > 1:
             raise CodecError(f"a bool of value {payload.max()}, expected 0 or 1")
@@ -136,7 +136,7 @@ def register(codec: Codec) -> Codec:
     """Adds a codec under its name and number and returns it.
 
     Raises:
-        CodecError: if either is taken or the number does not fit its byte.
+      CodecError: If either is taken or the number does not fit its byte.
     """
     if codec.name in _BY_NAME or codec.code in _BY_CODE:
         raise CodecError(f"codec {codec.name} ({codec.code}) is registered already")
@@ -159,7 +159,7 @@ def parse_codec(text: str) -> tuple[Codec, int]:
     """Returns the codec and parameter that a text such as ``int8`` or ``int8:256`` names.
 
     Raises:
-        CodecError: if there is no such codec, or it has no such parameter.
+      CodecError: If there is no such codec, or it has no such parameter.
     """
     name, colon, parameter = text.partition(":")
     codec = _BY_NAME.get(name)
@@ -181,7 +181,7 @@ def codec_of(code: int) -> Codec:
     """Returns the codec of a wire number.
 
     Raises:
-        CodecError: if no codec of that number is registered here.
+      CodecError: If no codec of that number is registered here.
     """
     codec = _BY_CODE.get(code)
     if codec is None:

@@ -33,9 +33,9 @@ def step_exponent(setting: Setting, largest: float, dtype: DType) -> int:
     far again, since it is then rounded to a number no farther away than the element itself.
 
     Args:
-        setting: abs or rel.
-        largest: the array's largest magnitude, finite.
-        dtype: the array's type.
+      setting: Abs or rel.
+      largest: The array's largest magnitude, finite.
+      dtype: The array's type.
     """
     if setting.mode is Mode.ABSOLUTE:
         exponent = math.frexp(setting.bound)[1] - 1

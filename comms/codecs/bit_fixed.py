@@ -106,12 +106,12 @@ def draws(begin: int, count: int, seed: int) -> Array:
     """Returns what random rounding adds before it rounds down.
 
     Args:
-        begin: index of the first element in its array, a multiple of 64.
-        count: how many, a multiple of 64.
-        seed: of the array.
+      begin: Index of the first element in its array, a multiple of 64.
+      count: How many, a multiple of 64.
+      seed: Of the array.
 
     Returns:
-        [count] float32 in (0, 1): a byte of a hash of the index and the seed, and a half, / 256.
+      [count] float32 in (0, 1): a byte of a hash of the index and the seed, and a half, / 256.
     """
     at = np.arange(begin // 4, (begin + count) // 4, dtype=np.uint32)
     h = at * np.uint32(0x9E3779B9) + np.uint32(seed * 0x85EBCA6B & 0xFFFFFFFF)

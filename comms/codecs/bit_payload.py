@@ -28,14 +28,14 @@ class Parts(NamedTuple):
     """The sections of a payload, checked against each other.
 
     Attributes:
-        signed: the flag of that name.
-        step: the exponent of the step, with abs and rel.
-        raw: the array's bytes; nothing of what follows is there then.
-        present: which elements are not zero; None if all are in the blocks.
-        kept: elements in the blocks.
-        first: a byte for each block.
-        second: another one, without loss.
-        planes: uint64, of all blocks.
+      signed: The flag of that name.
+      step: The exponent of the step, with abs and rel.
+      raw: The array's bytes; nothing of what follows is there then.
+      present: Which elements are not zero; None if all are in the blocks.
+      kept: Elements in the blocks.
+      first: A byte for each block.
+      second: Another one, without loss.
+      planes: uint64, of all blocks.
     """
 
     signed: bool = False
@@ -52,7 +52,7 @@ class Parts(NamedTuple):
         """Returns the sections of a payload.
 
         Raises:
-            CodecError: if they do not fit the array or each other.
+          CodecError: If they do not fit the array or each other.
         """
         setting, size = Setting.of(parameter), array_bytes(np.dtype(np.uint8), shape)
         if payload.size < HEAD_BYTES:

@@ -20,11 +20,11 @@ def pack(words: Array, width: int) -> Array:
     """Returns the planes of blocks.
 
     Args:
-        words: [m * 64] of an unsigned type of 1, 2, 4 or 8 bytes; bits from `width` on are ignored.
-        width: bits of a word that are kept.
+      words: [m * 64] of an unsigned type of 1, 2, 4 or 8 bytes; bits from ``width`` on are ignored.
+      width: Bits of a word that are kept.
 
     Returns:
-        [m, width] uint64.
+      [m, width] uint64.
     """
     lanes = words.view(np.uint8).reshape(words.size, words.itemsize)
     planes = np.empty((words.size // BLOCK, width), np.uint64)
@@ -41,12 +41,12 @@ def unpack(planes: Array, bytes_each: int, shift: int = 0) -> Array:
     """Returns the words of blocks, shifted to the left.
 
     Args:
-        planes: [m, width] uint64.
-        bytes_each: 1, 2, 4 or 8: bytes of a word that is returned.
-        shift: bits that are put below the lowest plane.
+      planes: [m, width] uint64.
+      bytes_each: 1, 2, 4 or 8: bytes of a word that is returned.
+      shift: Bits that are put below the lowest plane.
 
     Returns:
-        [m * 64] unsigned.
+      [m * 64] unsigned.
     """
     blocks, width = planes.shape
     words = np.zeros((blocks * BLOCK, bytes_each), np.uint8)
@@ -68,11 +68,11 @@ def pack_varied(words: Array, widths: Array) -> Array:
     """Returns the planes of blocks, each of its own width.
 
     Args:
-        words: [m * 64] unsigned.
-        widths: [m], whole numbers.
+      words: [m * 64] unsigned.
+      widths: [m], whole numbers.
 
     Returns:
-        [sum of widths] uint64, block by block.
+      [sum of widths] uint64, block by block.
     """
     planes = pack(words, int(widths.max(initial=0)))
     packed: Array = planes[_present(widths, planes.shape[1])]
@@ -80,7 +80,7 @@ def pack_varied(words: Array, widths: Array) -> Array:
 
 
 def unpack_varied(packed: Array, widths: Array, bytes_each: int) -> Array:
-    """Returns the words of blocks, each of its own width: the inverse of `pack_varied`."""
+    """Returns the words of blocks, each of its own width: the inverse of ``pack_varied``."""
     planes = np.zeros((widths.size, int(widths.max(initial=0))), np.uint64)
     planes[_present(widths, planes.shape[1])] = packed
     return unpack(planes, bytes_each)

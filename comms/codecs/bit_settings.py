@@ -29,10 +29,10 @@ class Setting(NamedTuple):
     """What a parameter says.
 
     Attributes:
-        mode: what is kept.
-        bits: K; 0 with a bound and without loss.
-        seed: of random rounding.
-        bound: of abs and rel, a number of 8 significant bits.
+      mode: What is kept.
+      bits: K; 0 with a bound and without loss.
+      seed: Of random rounding.
+      bound: Of abs and rel, a number of 8 significant bits.
     """
 
     mode: Mode
@@ -59,7 +59,7 @@ class Setting(NamedTuple):
         """Returns what a parameter says.
 
         Raises:
-            CodecError: if it says nothing that the codec knows.
+          CodecError: If it says nothing that the codec knows.
         """
         bits, mode, upper = parameter & 255, parameter >> 8 & 255, parameter >> 16
         try:
@@ -90,7 +90,7 @@ class Setting(NamedTuple):
         """Returns what ``6s``, ``6s17``, ``abs1e-3``, ``rel1e-3`` or ``lossless`` means.
 
         Raises:
-            CodecError: if the text means nothing that the codec knows.
+          CodecError: If the text means nothing that the codec knows.
         """
         if text == "lossless":
             return cls(Mode.LOSSLESS)

@@ -70,7 +70,7 @@ class BitCodec:
         return setting.bits + 1 if setting.bits else None
 
     def check(self, dtype: DType, parameter: int) -> None:
-        """Takes floating-point types and the parameters that `Setting` knows."""
+        """Takes floating-point types and the parameters that ``Setting`` knows."""
         check_float(self.name, dtype)
         Setting.of(parameter)
 
@@ -96,7 +96,7 @@ class BitCodec:
         """Returns each element's multiple of its step.
 
         Raises:
-            CodecError: if the payload is none of this codec.
+          CodecError: If the payload is none of this codec.
         """
         setting, array = Setting.of(parameter), aligned_empty(dtype, shape)
         parts = Parts.of(payload, dtype, shape, parameter)

@@ -40,11 +40,11 @@ class BlockCodec:
     """Sends floating-point arrays as a scale per block and 8- or 4-bit elements.
 
     Args:
-        name: what selects the codec.
-        code: its number on the wire.
-        top: the largest code.
-        bits: 8 or 4.
-        narrow: the 8-bit type of an element, or int8 for four bits.
+      name: What selects the codec.
+      code: Its number on the wire.
+      top: The largest code.
+      bits: 8 or 4.
+      narrow: The 8-bit type of an element, or int8 for four bits.
     """
 
     default_parameter = DEFAULT_BLOCK

@@ -25,9 +25,9 @@ class CastCodec:
     """Sends floating-point arrays in a narrower type.
 
     Args:
-        name: what selects the codec.
-        code: its number on the wire.
-        narrow: the type that travels.
+      name: What selects the codec.
+      code: Its number on the wire.
+      narrow: The type that travels.
     """
 
     default_parameter = 0

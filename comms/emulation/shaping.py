@@ -35,10 +35,10 @@ class LinkShape:
     """What one direction of a link is shaped to.
 
     Attributes:
-        rate_mbps: rate in Mbit/s (10**6 bits); None is unlimited.
-        delay_s: one-way delay in seconds, added to every frame.
-        schedule: pairs (seconds since the shape was set, rate in Mbit/s), in rising order; each
-            replaces the rate from its time on.
+      rate_mbps: Rate in Mbit/s (10**6 bits); None is unlimited.
+      delay_s: one-way delay in seconds, added to every frame.
+      schedule: Pairs (seconds since the shape was set, rate in Mbit/s), in rising order; each
+        replaces the rate from its time on.
     """
 
     rate_mbps: float | None = None
@@ -49,7 +49,7 @@ class LinkShape:
         """Checks the values.
 
         Raises:
-            ChannelError: if a rate is not positive, a time is negative or out of order.
+          ChannelError: If a rate is not positive, a time is negative or out of order.
         """
         rates = [rate for _, rate in self.schedule]
         if self.rate_mbps is not None:
@@ -101,13 +101,13 @@ class Shaper:
         """Puts a frame on the virtual link.
 
         Args:
-            now_s: the monotonic clock.
-            nbytes: bytes of the frame, header included.
-            waiting: whether something was already waiting when the link became free.
-            queued_s: when this frame's message was sent: it leaves no earlier.
+          now_s: The monotonic clock.
+          nbytes: Bytes of the frame, header included.
+          waiting: Whether something was already waiting when the link became free.
+          queued_s: When this frame's message was sent: it leaves no earlier.
 
         Returns:
-            When its first byte and its last byte leave the sender, without the delay.
+          When its first byte and its last byte leave the sender, without the delay.
         """
         start = max(self.next_free_s, min(queued_s, now_s))
         if not waiting or start < now_s - _MAX_CATCH_UP_S:
@@ -117,7 +117,7 @@ class Shaper:
         return start, end
 
     def _end(self, start_s: float, nbytes: int) -> float:
-        """Integrates the scheduled rate from `start_s` until `nbytes` have passed."""
+        """Integrates the scheduled rate from ``start_s`` until ``nbytes`` have passed."""
         bits = nbytes * 8.0
         now = start_s
         for at_s, _ in self.shape.schedule:
@@ -158,16 +158,16 @@ def parse_link(text: str) -> tuple[LinkShape, LinkShape]:
     """Reads a link such as ``4g+``, ``20/40``, ``20/40/30ms``, ``wifi/5ms`` or ``trace:FILE``.
 
     Args:
-        text: a name of `PRESETS_MBPS` or "up/down" in Mbit/s, either with a round-trip delay
-            behind it, of which each direction gets half; or a CSV file of rates over time with
-            the columns ``time_s,up_mbps,down_mbps``, each row holding until the next.
+      text: A name of ``PRESETS_MBPS`` or "up/down" in Mbit/s, either with a round-trip delay
+        behind it, of which each direction gets half; or a CSV file of rates over time with
+        the columns ``time_s,up_mbps,down_mbps``, each row holding until the next.
 
     Returns:
-        The shapes of the way up (device to server) and down.
+      The shapes of the way up (device to server) and down.
 
     Raises:
-        ChannelError: if the text is neither; the message lists what is known. Or if the file
-            cannot be used.
+      ChannelError: If the text is neither; the message lists what is known. Or if the file
+        cannot be used.
     """
     word = text.strip().lower()
     if word.startswith(_TRACE):

@@ -18,15 +18,15 @@ def read_timetable(path: str | Path, columns: Sequence[str]) -> list[tuple[float
     Lines that begin with ``#`` are comments; the first other line names the columns.
 
     Args:
-        path: the file.
-        columns: names of the values' columns, beside ``time_s``.
+      path: The file.
+      columns: Names of the values' columns, beside ``time_s``.
 
     Returns:
-        (time, value, …) by rising time, the first at 0 s.
+      (time, value, …) by rising time, the first at 0 s.
 
     Raises:
-        ChannelError: the file cannot be read, a column is missing, a field is no number, or times
-            do not rise from 0; the message names file and line.
+      ChannelError: The file cannot be read, a column is missing, a field is no number, or times
+        do not rise from 0; the message names file and line.
     """
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()

@@ -13,17 +13,17 @@ _USUAL = Limits()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allowance:
-    """What a link's owner lets its peer send; never more than `Limits` say, whatever is asked.
+    """What a link's owner lets its peer send; never more than ``Limits`` say, whatever is asked.
 
     Sizes count the array before or after the codec, whichever is more, so that a small payload
     cannot declare a large array. While it runs, decoding takes at most six times that.
 
     Attributes:
-        tensor_bytes: largest tensor outside bundles (activation, cotangent, label); 0 allows none
-            that has elements.
-        bundle_bytes: largest sum of a bundle's tensors.
-        bundle_tensors: most tensors in a bundle; 0 allows only bundles without any.
-        control_bytes: largest control message or manifest of a bundle.
+      tensor_bytes: Largest tensor outside bundles (activation, cotangent, label); 0 allows none
+        that has elements.
+      bundle_bytes: Largest sum of a bundle's tensors.
+      bundle_tensors: Most tensors in a bundle; 0 allows only bundles without any.
+      control_bytes: Largest control message or manifest of a bundle.
     """
 
     tensor_bytes: int
@@ -35,7 +35,7 @@ class Allowance:
         """Checks the values.
 
         Raises:
-            ChannelError: if one is no count of bytes.
+          ChannelError: If one is no count of bytes.
         """
         for field in fields(self):
             value = getattr(self, field.name)

@@ -23,17 +23,17 @@ class Arrivals:
     """Used by the I/O thread, but for the counters.
 
     Args:
-        clock: how the peer's clock differs from ours.
-        release: gives credit back; called from any thread.
-        waiting_bytes: how much may wait for an owner that has not started the link yet.
+      clock: How the peer's clock differs from ours.
+      release: Gives credit back; called from any thread.
+      waiting_bytes: How much may wait for an owner that has not started the link yet.
 
     Attributes:
-        inbox: where they arrive; set before the first does.
-        link: the link that the messages came over; set before the first does.
-        messages: how many were delivered.
-        payload_bytes: their payload, before decoding.
-        raw_bytes: their size after decoding.
-        deaf: whether what arrives is dropped instead, since the peer was refused.
+      inbox: Where they arrive; set before the first does.
+      link: The link that the messages came over; set before the first does.
+      messages: How many were delivered.
+      payload_bytes: Their payload, before decoding.
+      raw_bytes: Their size after decoding.
+      deaf: Whether what arrives is dropped instead, since the peer was refused.
     """
 
     inbox: Inbox

@@ -175,7 +175,7 @@ class Dial:
             self._loop.at(now + min(pause_s, left_s), self._try)
 
     def _failed_here(self, error: Exception) -> None:
-        """Ends the effort over an exception that nothing expected; see `Guard`."""
+        """Ends the effort over an exception that nothing expected; see ``Guard``."""
         failure = HandshakeError(f"this side failed over {self.where}: {place_of(error)}")
         failure.__cause__ = error
         self.fail(failure)

@@ -24,10 +24,10 @@ class Doorstep:
     all. A peer that means it is done in a few round trips.
 
     Args:
-        limits: how many there may be.
+      limits: How many there may be.
 
     Attributes:
-        expected: peers that the listeners have been told to expect, at most.
+      expected: Peers that the listeners have been told to expect, at most.
     """
 
     def __init__(self, limits: Limits) -> None:

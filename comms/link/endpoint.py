@@ -37,11 +37,11 @@ class Endpoint:
     """Everything that a process sends and receives; a context manager.
 
     Args:
-        name: how this side introduces itself to its peers.
-        options: settings for all links.
+      name: How this side introduces itself to its peers.
+      options: Settings for all links.
 
     Raises:
-        ChannelError: if the name is empty or too long, or the TLS files cannot be read.
+      ChannelError: If the name is empty or too long, or the TLS files cannot be read.
     """
 
     def __init__(self, name: str, *, options: ChannelOptions | None = None) -> None:
@@ -91,19 +91,19 @@ class Endpoint:
         """Accepts peers.
 
         Args:
-            host: address to listen on.
-            port: port to listen on; 0 lets the system choose.
-            on_link: gets each new link, on the I/O thread; nothing is lost until `Link.start`, and
-                hardly anything is taken until `Link.admit`.
-            expected_peers: how many peers may connect at about the same time, all from one address
-                maybe; bounds the connections that are not finished, see `Limits`.
+          host: Address to listen on.
+          port: Port to listen on; 0 lets the system choose.
+          on_link: Gets each new link, on the I/O thread; nothing is lost until ``Link.start``, and
+            hardly anything is taken until ``Link.admit``.
+          expected_peers: How many peers may connect at about the same time, all from one address
+            maybe; bounds the connections that are not finished, see ``Limits``.
 
         Returns:
-            The address and port it listens on.
+          The address and port it listens on.
 
         Raises:
-            ChannelError: if the address cannot be had, or lies beyond the loopback interface and
-                there is no token.
+          ChannelError: If the address cannot be had, or lies beyond the loopback interface and
+            there is no token.
         """
         self._check_open()
         files = self.options.tls
@@ -151,16 +151,16 @@ class Endpoint:
         """Connects to a listener, which may start later: refused connections are tried again.
 
         Args:
-            host: the listener's address or name.
-            port: the listener's port.
-            name_of_peer: what error messages call it before it has introduced itself.
-            timeout_s: how long to try.
-            shape: what this side's sending is shaped to.
-            expected: the name that the listener has to go by; None takes any.
+          host: The listener's address or name.
+          port: The listener's port.
+          name_of_peer: What error messages call it before it has introduced itself.
+          timeout_s: How long to try.
+          shape: What this side's sending is shaped to.
+          expected: The name that the listener has to go by; None takes any.
 
         Raises:
-            ConnectError: if the listener cannot be reached within `timeout_s`.
-            HandshakeError: if it can, but the two do not agree (version, token, certificate).
+          ConnectError: If the listener cannot be reached within ``timeout_s``.
+          HandshakeError: If it can, but the two do not agree (version, token, certificate).
         """
         if self.loop.on_thread:
             raise ChannelError("connect() would block the I/O thread: call it from another one")
@@ -179,7 +179,7 @@ class Endpoint:
         """Says goodbye on all links, waits for what is still being sent, and ends the thread.
 
         Args:
-            timeout_s: how long to wait for what is still being sent.
+          timeout_s: How long to wait for what is still being sent.
         """
         if self.loop.on_thread:
             raise ChannelError("close() would wait for the I/O thread: call it from another one")

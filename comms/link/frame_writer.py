@@ -14,15 +14,15 @@ class FrameWriter:
     """Used by the I/O thread, but for the counters.
 
     Args:
-        on_written: gets each frame when its last byte has left.
+      on_written: Gets each frame when its last byte has left.
 
     Attributes:
-        waiting_bytes: bytes of frames that were put in and are not written.
-        bytes_out: bytes written in all.
-        frames_out: frames written in all.
-        blocked_s: how long the kernel took nothing although there was something to write.
-        blocked_since_s: since when it takes nothing; None while it does.
-        last_progress_s: when bytes were last taken, on the monotonic clock.
+      waiting_bytes: Bytes of frames that were put in and are not written.
+      bytes_out: Bytes written in all.
+      frames_out: Frames written in all.
+      blocked_s: How long the kernel took nothing although there was something to write.
+      blocked_since_s: Since when it takes nothing; None while it does.
+      last_progress_s: When bytes were last taken, on the monotonic clock.
     """
 
     def __init__(self, on_written: Callable[[Frame], None]) -> None:
@@ -60,7 +60,7 @@ class FrameWriter:
         """Writes from the front; returns the bytes taken and whether the kernel is full now.
 
         Raises:
-            ConnectionEnded: if the connection is broken.
+          ConnectionEnded: If the connection is broken.
         """
         views = (
             list(self._views)

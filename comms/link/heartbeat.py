@@ -22,14 +22,14 @@ class Heartbeat:
     """Beats while there is a connection; used by the I/O thread.
 
     Args:
-        inbox: what arrives, whose silence is watched.
-        outbox: where pings and their answers are asked for.
-        clock: how the peer's clock differs from ours.
-        loop: the I/O thread.
-        options: how often, and after which silence the connection is given up.
-        paused: returns whether nothing is read at present, so that silence proves nothing.
-        flush: writes what is to be sent.
-        on_silence: gets what is wrong with a connection that shows no life.
+      inbox: What arrives, whose silence is watched.
+      outbox: Where pings and their answers are asked for.
+      clock: How the peer's clock differs from ours.
+      loop: The I/O thread.
+      options: How often, and after which silence the connection is given up.
+      paused: Returns whether nothing is read at present, so that silence proves nothing.
+      flush: Writes what is to be sent.
+      on_silence: Gets what is wrong with a connection that shows no life.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Heartbeat:
         """Takes a ping or its answer; returns whether the frame is one.
 
         Raises:
-            FrameError: if its times are none that a clock shows.
+          FrameError: If its times are none that a clock shows.
         """
         if header.kind == Kind.PING and len(payload) == PING.size:
             self._outbox.pongs.append((_clocks(PING, payload)[0], self._inbox.last_read_s))

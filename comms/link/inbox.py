@@ -42,18 +42,18 @@ _WAKE_BYTES = 1 << 19
 
 
 class Inbox:
-    """Reads one stream; outlives its connections, of which `restart` announces each.
+    """Reads one stream; outlives its connections, of which ``restart`` announces each.
 
     Args:
-        limits: what any peer may make us hold.
-        allowance: what this one may send; None while its owner has not admitted it.
-        window_bytes: the credit given to the peer.
-        pool: where receive buffers come from.
-        checked: whether the peer has to send a checksum with every payload.
-        on_tensor: gets each complete tensor.
-        on_bundle: gets each complete bundle.
-        on_control: gets each control message and how it arrived.
-        on_signal: gets each frame that carries no message (status, ping, pong, goodbye).
+      limits: What any peer may make us hold.
+      allowance: What this one may send; None while its owner has not admitted it.
+      window_bytes: The credit given to the peer.
+      pool: Where receive buffers come from.
+      checked: Whether the peer has to send a checksum with every payload.
+      on_tensor: Gets each complete tensor.
+      on_bundle: Gets each complete bundle.
+      on_control: Gets each control message and how it arrived.
+      on_signal: Gets each frame that carries no message (status, ping, pong, goodbye).
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Inbox:
             self.partial_bytes += filled
 
     def restart(self, leftover: bytes) -> None:
-        """Begins a connection; the peer sends on behind `received` and `partial_bytes`."""
+        """Begins a connection; the peer sends on behind ``received`` and ``partial_bytes``."""
         self.settle()
         self.rate.restart()
         # However short-lived the connections, each has to bring the stream some bytes further.
@@ -125,7 +125,7 @@ class Inbox:
         self._reader.restart(leftover)
 
     def pump(self, transport: Transport, budget_bytes: int) -> bool:
-        """Reads as `FrameReader.pump` does and calls back with what is complete."""
+        """Reads as ``FrameReader.pump`` does and calls back with what is complete."""
         return self._reader.pump(transport, budget_bytes)
 
     # -- frames --------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ class Inbox:
 
     @property
     def _most(self) -> Allowance:
-        """What the peer may send; before it is admitted `_check_join` says more."""
+        """What the peer may send; before it is admitted ``_check_join`` says more."""
         return Allowance.of(self._limits) if self.allowance is None else self.allowance
 
     def _begin_message(self, header: Header, shape: tuple[int, ...]) -> Assembly:

@@ -88,7 +88,7 @@ def pack_json(fields: JsonObject) -> bytes:
     """Returns the JSON of a control message (body) or manifest (name, tensors, body).
 
     Raises:
-        ChannelError: if the fields hold what JSON has no form for.
+      ChannelError: If the fields hold what JSON has no form for.
     """
     return bounded_json.encode({"schema": SCHEMA, **fields}, "a control message")
 
@@ -97,12 +97,12 @@ def read_json(assembly: Assembly, what: str, *names: str) -> JsonObject:
     """Returns the JSON of a control message or manifest that is complete, without its schema.
 
     Args:
-        assembly: the message.
-        what: what it is, for the message.
-        names: the fields that it has beside the schema.
+      assembly: The message.
+      what: What it is, for the message.
+      names: The fields that it has beside the schema.
 
     Raises:
-        FrameError: if it is none.
+      FrameError: If it is none.
     """
     fields = bounded_json.decode(assembly.buffer.data, what)
     if fields.pop("schema", None) != SCHEMA:

@@ -22,20 +22,20 @@ from comms.wire.frame import Role, Tag
 
 
 class Link:
-    """One peer's link; made by `Endpoint.connect` or handed to `on_link`.
+    """One peer's link; made by ``Endpoint.connect`` or handed to ``on_link``.
 
-    The public methods may be called from any thread and never wait, but for `drain`. Callbacks run
-    on the I/O thread and must only post.
+    The public methods may be called from any thread and never wait, but for ``drain``. Callbacks
+    run on the I/O thread and must only post.
 
     Args:
-        stream: the I/O thread's half.
-        encode: runs a job on the codec worker.
-        admitted: called on the I/O thread when the link's owner admits the peer.
+      stream: The I/O thread's half.
+      encode: Runs a job on the codec worker.
+      admitted: Called on the I/O thread when the link's owner admits the peer.
 
     Attributes:
-        stream: the I/O thread's half; only that thread may call it.
-        peer: the name that the peer gave in the handshake.
-        address: the peer's address, as text.
+      stream: The I/O thread's half; only that thread may call it.
+      peer: The name that the peer gave in the handshake.
+      address: The peer's address, as text.
     """
 
     def __init__(
@@ -73,10 +73,10 @@ class Link:
         """Begins delivery; what arrived before is delivered first.
 
         Args:
-            on_message: gets every message.
-            on_credit: called when the peer has given credit back.
-            on_lost: called once, with a PeerLost that says why, when the link has ended for good;
-                not called after this side's own `close`.
+          on_message: Gets every message.
+          on_credit: Called when the peer has given credit back.
+          on_lost: Called once, with a PeerLost that says why, when the link has ended for good;
+            not called after this side's own ``close``.
         """
         self.stream.guard.post(lambda: self.stream.start(on_message, on_credit, on_lost))
 
@@ -84,16 +84,16 @@ class Link:
         """Says what the peer may send from now on; may be called again when that changes.
 
         A link that a listener accepted is not admitted at first: its peer may send one control
-        message of at most `Limits.join_bytes`, and nothing else until this is called. Whatever
+        message of at most ``Limits.join_bytes``, and nothing else until this is called. Whatever
         goes beyond, then or later, ends the link before anything is allocated for it. A link that
-        `Endpoint.connect` made begins with all that the limits allow, and can be narrowed.
+        ``Endpoint.connect`` made begins with all that the limits allow, and can be narrowed.
 
         It holds from the next message that begins to arrive, and before anything that is sent
         after this call can have reached the peer.
 
         Args:
-            allowance: what is taken, as far as the endpoint's `Limits` allow it; None is all that
-                they allow.
+          allowance: What is taken, as far as the endpoint's ``Limits`` allow it; None is all that
+            they allow.
         """
         limits = self._options.limits
         given = Allowance.of(limits) if allowance is None else allowance.within(limits)
@@ -117,17 +117,17 @@ class Link:
         """Sends a tensor; returns at once.
 
         Args:
-            tag: what the header says of it.
-            array: any shape; must not change until `on_sent`. An `Encoded` is sent as it is.
-            codec: name of the codec, such as "raw" or "int8:128".
-            on_sent: gets (start_s, end_s, wire_bytes): when the first and the last byte left this
-                process, the emulated link's time included, and the bytes with headers. From this
-                call on the link holds no view of the array. It is not called for what is still
-                unsent when the link is lost.
+          tag: What the header says of it.
+          array: Any shape; must not change until ``on_sent``. An ``Encoded`` is sent as it is.
+          codec: Name of the codec, such as "raw" or "int8:128".
+          on_sent: Gets (start_s, end_s, wire_bytes): when the first and the last byte left this
+            process, the emulated link's time included, and the bytes with headers. From this
+            call on the link holds no view of the array. It is not called for what is still
+            unsent when the link is lost.
 
         Raises:
-            PeerLost: if the link has ended.
-            ChannelError: if the array or the tag cannot be sent.
+          PeerLost: If the link has ended.
+          ChannelError: If the array or the tag cannot be sent.
         """
         sending = Sending(on_sent)
         message, job = pack_tensor(tag, array, codec, sending, self._options.limits)
@@ -137,8 +137,8 @@ class Link:
         """Sends a control message, which overtakes waiting tensors between two chunks.
 
         Raises:
-            PeerLost: if the link has ended.
-            ChannelError: if the body is no JSON or too large.
+          PeerLost: If the link has ended.
+          ChannelError: If the body is no JSON or too large.
         """
         message = pack_control(body, self._options.limits)
         self._submit([message], [], control=True)
@@ -156,16 +156,16 @@ class Link:
         """Sends named weights as one message: a manifest, then a frame per tensor.
 
         Args:
-            name: what the bundle is.
-            tensors: arrays by name, or `Encoded` ones; none may change until `on_sent`.
-            body: JSON values that travel with them.
-            on_sent: as in `send`, for the whole bundle.
-            tag: what the headers say; its role must be WEIGHT.
-            codec: the codec for every tensor that it takes; the others go raw.
+          name: What the bundle is.
+          tensors: Arrays by name, or ``Encoded`` ones; none may change until ``on_sent``.
+          body: JSON values that travel with them.
+          on_sent: As in ``send``, for the whole bundle.
+          tag: What the headers say; its role must be WEIGHT.
+          codec: The codec for every tensor that it takes; the others go raw.
 
         Raises:
-            PeerLost: if the link has ended.
-            ChannelError: if something cannot be sent.
+          PeerLost: If the link has ended.
+          ChannelError: If something cannot be sent.
         """
         tag = Tag(role=Role.WEIGHT) if tag is None else tag
         sending, limits = Sending(on_sent), self._options.limits
@@ -177,7 +177,7 @@ class Link:
         return max(0, self._queue.window_bytes - self._queue.used_bytes)
 
     def can_send(self, nbytes: float) -> bool:
-        """Whether a tensor of `nbytes` (before the codec) has credit; an empty window takes any."""
+        """Returns whether a tensor of ``nbytes`` (before the codec) has credit."""
         return self._queue.can_take(nbytes)
 
     def set_shape(self, shape: LinkShape) -> None:
@@ -256,8 +256,8 @@ class Link:
         """Waits until all that was sent has left (is acknowledged, if the stream can resume).
 
         Raises:
-            PeerLost: if the link ends before.
-            ChannelError: if it takes longer than `timeout_s`.
+          PeerLost: If the link ends before.
+          ChannelError: If it takes longer than ``timeout_s``.
         """
         if self.stream.guard.on_thread:
             raise ChannelError("drain() would block the I/O thread: call it from another one")
@@ -275,7 +275,7 @@ class Link:
         """Ends the link in good order: what waits is still sent, for a second at most.
 
         Args:
-            reason: what the peer is told, as the reason of its `PeerClosed`.
+          reason: What the peer is told, as the reason of its ``PeerClosed``.
         """
         self.stream.guard.post(lambda: self.stream.say_goodbye(reason))
 
@@ -283,11 +283,11 @@ class Link:
         """Ends the link to a peer that is not wanted, or not any more.
 
         What waits to be sent is dropped but for the reason, and nothing that still arrives is
-        delivered, except what the I/O thread is handing over at this moment. As after `close`,
-        `on_lost` is not called on this side.
+        delivered, except what the I/O thread is handing over at this moment. As after ``close``,
+        ``on_lost`` is not called on this side.
 
         Args:
-            reason: what the peer is told, as the reason of its `PeerClosed`.
+          reason: What the peer is told, as the reason of its ``PeerClosed``.
         """
         self.stream.guard.post(lambda: self.stream.say_goodbye(reason, refuse=True))
 

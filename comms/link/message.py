@@ -19,11 +19,11 @@ class Payload:
     """One received tensor: its bytes as sent, and the array, decoded when first asked for.
 
     Attributes:
-        data: the payload as it crossed the link, [n] uint8, 64-byte aligned.
-        codec: the codec that made it.
-        parameter: the codec's parameter.
-        dtype: element type before the codec.
-        shape: shape before the codec.
+      data: The payload as it crossed the link, [n] uint8, 64-byte aligned.
+      codec: The codec that made it.
+      parameter: The codec's parameter.
+      dtype: Element type before the codec.
+      shape: Shape before the codec.
     """
 
     __slots__ = ("_array", "codec", "data", "dtype", "parameter", "shape")
@@ -45,10 +45,10 @@ class Payload:
 
     @property
     def array(self) -> Array:
-        """The array; a view of `data` if the codec is raw, else decoded on first use.
+        """The array; a view of ``data`` if the codec is raw, else decoded on first use.
 
         Raises:
-            CodecError: if the payload is not what the codec makes.
+          CodecError: If the payload is not what the codec makes.
         """
         if self._array is None:
             try:
@@ -64,19 +64,19 @@ class Payload:
 
 
 class Message:
-    """What `on_message` gets.
+    """What ``on_message`` gets.
 
     Attributes:
-        kind: "tensor" (tag, array), "control" (body) or "bundle" (tag, name, body, tensors).
-        link: the link it came over.
-        tag: what the header says of the tensor; None for control.
-        name: name of the bundle.
-        body: the control message, or what the bundle carries beside its tensors.
-        nbytes: payload bytes on the wire.
-        first_byte_s: when its first byte was read, on the local monotonic clock.
-        received_s: when its last byte was read, on the same clock.
-        sent_s: when its first byte left the peer, translated to the local monotonic clock; None
-            while the offset of the clocks is unknown.
+      kind: "tensor" (tag, array), "control" (body) or "bundle" (tag, name, body, tensors).
+      link: The link it came over.
+      tag: What the header says of the tensor; None for control.
+      name: Name of the bundle.
+      body: The control message, or what the bundle carries beside its tensors.
+      nbytes: Payload bytes on the wire.
+      first_byte_s: When its first byte was read, on the local monotonic clock.
+      received_s: When its last byte was read, on the same clock.
+      sent_s: When its first byte left the peer, translated to the local monotonic clock; None
+        while the offset of the clocks is unknown.
     """
 
     __slots__ = (
@@ -126,7 +126,7 @@ class Message:
         """The tensors as they crossed the link, by name (a lone tensor's name is "").
 
         Raises:
-            ChannelError: if the message has none, or was released.
+          ChannelError: If the message has none, or was released.
         """
         if self._payloads is None:
             raise ChannelError(
@@ -145,8 +145,8 @@ class Message:
         """The array of a "tensor" message, 64-byte aligned where it is raw.
 
         Raises:
-            ChannelError: as for `payloads`.
-            CodecError: if the payload is not what the codec makes; it names peer and tensor.
+          ChannelError: As for ``payloads``.
+          CodecError: If the payload is not what the codec makes; it names peer and tensor.
         """
         return self._decode("", self.payload)
 
@@ -155,8 +155,8 @@ class Message:
         """The arrays of a "bundle" message by name, in the sender's order.
 
         Raises:
-            ChannelError: as for `payloads`.
-            CodecError: if a payload is not what its codec makes; it names peer and tensor.
+          ChannelError: As for ``payloads``.
+          CodecError: If a payload is not what its codec makes; it names peer and tensor.
         """
         return {name: self._decode(name, payload) for name, payload in self.payloads.items()}
 

@@ -12,37 +12,37 @@ class LinkStats:
     """A snapshot of a link's figures; "out" is what this side sent.
 
     Attributes:
-        bytes_out: bytes written to connections, headers and heartbeats included.
-        bytes_in: bytes read from connections.
-        payload_out_bytes: payload of messages sent in full, after the codec.
-        payload_in_bytes: payload of messages received in full, before decoding.
-        raw_out_bytes: the same messages' size before the codec.
-        raw_in_bytes: the same messages' size after decoding.
-        messages_out: messages sent in full.
-        messages_in: messages delivered.
-        frames_out: frames written.
-        frames_in: frames read.
-        queued_messages: messages that wait to be sent.
-        queued_bytes: their bytes before the codec.
-        queued_peak_bytes: the most that has ever been queued.
-        unacked_bytes: bytes kept for sending again after a cut.
-        credit_used_bytes: activation and cotangent bytes the peer has not released yet.
-        held_bytes: activation and cotangent bytes received here and not released yet.
-        blocked_s: time that bytes were ready while the socket took none.
-        credit_wait_s: time that a tensor at the head of the queue waited for credit.
-        queue_s: time from `send` to the first byte's leaving, summed over the messages (bundles as
-            one) that were sent in full; by its share of a time, how many waited on average.
-        encode_s: time spent encoding on the worker.
-        reconnects: connections that replaced a cut one.
-        repeated_frames: frames put on a new connection since the peer had not confirmed them.
-        repeated_bytes: their bytes, without what the peer had of them already.
-        rtt_s: smallest recent round trip of a heartbeat; None before the first.
-        offset_s: the peer's monotonic clock minus ours; None before the first heartbeat.
-        rate_out_mbps: what the peer measured of our sending; None until enough was sent.
-        rate_in_mbps: what we measured of the peer's sending; None until enough was received.
-        timed_in_bytes: bytes received back to back for long enough that a rate can be told.
-        timed_in_s: how long they took on the link; between two snapshots, bytes by seconds is the
-            rate of just that time.
+      bytes_out: Bytes written to connections, headers and heartbeats included.
+      bytes_in: Bytes read from connections.
+      payload_out_bytes: Payload of messages sent in full, after the codec.
+      payload_in_bytes: Payload of messages received in full, before decoding.
+      raw_out_bytes: The same messages' size before the codec.
+      raw_in_bytes: The same messages' size after decoding.
+      messages_out: Messages sent in full.
+      messages_in: Messages delivered.
+      frames_out: Frames written.
+      frames_in: Frames read.
+      queued_messages: Messages that wait to be sent.
+      queued_bytes: Their bytes before the codec.
+      queued_peak_bytes: The most that has ever been queued.
+      unacked_bytes: Bytes kept for sending again after a cut.
+      credit_used_bytes: Activation and cotangent bytes the peer has not released yet.
+      held_bytes: Activation and cotangent bytes received here and not released yet.
+      blocked_s: Time that bytes were ready while the socket took none.
+      credit_wait_s: Time that a tensor at the head of the queue waited for credit.
+      queue_s: Time from ``send`` to the first byte's leaving, summed over the messages (bundles as
+        one) that were sent in full; by its share of a time, how many waited on average.
+      encode_s: Time spent encoding on the worker.
+      reconnects: Connections that replaced a cut one.
+      repeated_frames: Frames put on a new connection since the peer had not confirmed them.
+      repeated_bytes: Their bytes, without what the peer had of them already.
+      rtt_s: Smallest recent round trip of a heartbeat; None before the first.
+      offset_s: The peer's monotonic clock minus ours; None before the first heartbeat.
+      rate_out_mbps: What the peer measured of our sending; None until enough was sent.
+      rate_in_mbps: What we measured of the peer's sending; None until enough was received.
+      timed_in_bytes: Bytes received back to back for long enough that a rate can be told.
+      timed_in_s: How long they took on the link; between two snapshots, bytes by seconds is the
+        rate of just that time.
     """
 
     bytes_out: int
@@ -126,8 +126,8 @@ class RateMeter:
     that error once, at its ends; so what compares a rate with another takes long runs alone.
 
     Attributes:
-        timed_bytes: bytes of all long runs so far.
-        timed_s: their seconds.
+      timed_bytes: Bytes of all long runs so far.
+      timed_s: Their seconds.
     """
 
     _MEMORY_S = 3.0
@@ -149,7 +149,7 @@ class RateMeter:
         self._last_s: float | None = None
 
     def add(self, nbytes: int, back_to_back: bool, now_s: float) -> None:
-        """Takes the end of a frame of `nbytes`."""
+        """Takes the end of a frame of ``nbytes``."""
         last, self._last_s = self._last_s, now_s
         if last is None or not back_to_back:
             self._run_bytes, self._run_s, self._counted = 0, 0.0, False

@@ -32,19 +32,19 @@ class Outbox:
     it waits too, so that tensors never overtake each other.
 
     Args:
-        queue: what callers have sent.
-        status: returns the payload of a STATUS frame.
-        keep: whether frames are kept for replay until acknowledged.
-        replay_bytes: bound of what is kept.
-        checked: whether payloads are sent with their checksum.
+      queue: What callers have sent.
+      status: Returns the payload of a STATUS frame.
+      keep: Whether frames are kept for replay until acknowledged.
+      replay_bytes: Bound of what is kept.
+      checked: Whether payloads are sent with their checksum.
 
     Attributes:
-        queue: what callers have sent.
-        pace: how fast it leaves.
-        writer: what is about to be written.
-        committed_bytes: credit of all messages that have begun to leave.
-        sequence: number of the last frame cut.
-        checked: whether payloads are sent with their checksum.
+      queue: What callers have sent.
+      pace: How fast it leaves.
+      writer: What is about to be written.
+      committed_bytes: Credit of all messages that have begun to leave.
+      sequence: Number of the last frame cut.
+      checked: Whether payloads are sent with their checksum.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Outbox:
         """Begins a connection: what the peer has is dropped, what it lacks is sent again.
 
         Raises:
-            FrameError: if the peer claims to have what was never sent.
+          FrameError: If the peer claims to have what was never sent.
         """
         if received > self.sequence:
             raise FrameError(f"the peer claims frame {received}, {self.sequence} was the last")
@@ -197,11 +197,11 @@ class Outbox:
         """Writes what may leave now.
 
         Returns:
-            When to call again: 0 at once (the budget is used up), a time of the monotonic clock,
-            infinity if there is nothing to do, None if the socket takes no more for now.
+          When to call again: 0 at once (the budget is used up), a time of the monotonic clock,
+          infinity if there is nothing to do, None if the socket takes no more for now.
 
         Raises:
-            ConnectionEnded: if the connection is broken.
+          ConnectionEnded: If the connection is broken.
         """
         writer = self.writer
         while True:

@@ -19,7 +19,7 @@ OnSent: TypeAlias = Callable[[float, float, int], None]
 class Sending:
     """When a message (or a whole bundle) was sent and left and what it took; shared by its parts.
 
-    It is made where the message is sent, so that `queued_s` is the time of that call.
+    It is made where the message is sent, so that ``queued_s`` is the time of that call.
     """
 
     __slots__ = ("end_s", "on_sent", "queued_s", "start_s", "wire_bytes")
@@ -35,7 +35,7 @@ class Sending:
 class Outgoing:
     """A message that waits or is being sent.
 
-    `payload` is None while the codec worker makes it.
+    ``payload`` is None while the codec worker makes it.
     """
 
     __slots__ = (
@@ -93,7 +93,7 @@ class Frame:
         """Leaves out the first payload bytes, counted from the frame's first version.
 
         Raises:
-            FrameError: if the frame has no more than that.
+          FrameError: If the frame has no more than that.
         """
         head, payload = self.first
         if nbytes:

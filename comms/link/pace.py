@@ -16,9 +16,9 @@ class Pace:
     """Used by the I/O thread.
 
     Attributes:
-        shaper: the emulated line; None sends as fast as the connection takes.
-        rate_bytes: what the peer measured of our sending, in bytes per second; None before.
-        chunk_bytes: the payload of a frame, at most.
+      shaper: The emulated line; None sends as fast as the connection takes.
+      rate_bytes: What the peer measured of our sending, in bytes per second; None before.
+      chunk_bytes: The payload of a frame, at most.
     """
 
     def __init__(self) -> None:

@@ -32,7 +32,7 @@ def pack_control(body: JsonObject, limits: Limits) -> Outgoing:
     """Returns a control message.
 
     Raises:
-        ChannelError: if the body is no JSON or too large.
+      ChannelError: If the body is no JSON or too large.
     """
     payload = _json("control message", {"body": body}, limits)
     header = Header(kind=Kind.CONTROL, flags=int(Flag.CONTROL_LANE), total=len(payload))
@@ -51,15 +51,15 @@ def pack_tensor(
     """Returns a tensor's message, and the job that fills in its payload if it has to be encoded.
 
     Args:
-        tag: what the header says of it.
-        array: any shape; not copied unless it is not contiguous or not little-endian.
-        codec: name of the codec; an `Encoded` brings its own.
-        sending: what is told of its leaving.
-        limits: what a peer takes at most.
-        part: its index in a bundle.
+      tag: What the header says of it.
+      array: Any shape; not copied unless it is not contiguous or not little-endian.
+      codec: Name of the codec; an ``Encoded`` brings its own.
+      sending: What is told of its leaving.
+      limits: What a peer takes at most.
+      part: Its index in a bundle.
 
     Raises:
-        ChannelError: if the array, the codec or the tag cannot be sent.
+      ChannelError: If the array, the codec or the tag cannot be sent.
     """
     chosen, parameter = parse_codec(array.codec if isinstance(array, Encoded) else codec)
     if not isinstance(array, Encoded):
@@ -115,7 +115,7 @@ def pack_bundle(
     """Returns a bundle's messages, the manifest first, and the jobs that encode its tensors.
 
     Raises:
-        ChannelError: if something cannot be sent.
+      ChannelError: If something cannot be sent.
     """
     if tag.role is not Role.WEIGHT:
         raise ChannelError(f"bundle {name}: only weights travel in bundles, not {tag}")

@@ -38,15 +38,15 @@ class PendingConnection:
     """Connects or takes an accepted socket, then does the TLS and the channel's handshake.
 
     Args:
-        loop: the I/O thread, on which everything here runs.
-        sock: a fresh or an accepted socket; owned from here on.
-        handshake: this side of the channel's handshake.
-        tls: context if the connection is to be encrypted.
-        server_name: the name to verify in the listener's certificate; None on the listening side.
-        bind_names: whether the peer may only go by a name that its certificate has.
-        deadline_s: how long the whole may take; a peer that dribbles bytes gets no longer.
-        on_done: called when the peers agree.
-        on_failed: called with a ConnectError if another try may help, a HandshakeError if not.
+      loop: The I/O thread, on which everything here runs.
+      sock: A fresh or an accepted socket; owned from here on.
+      handshake: This side of the channel's handshake.
+      tls: Context if the connection is to be encrypted.
+      server_name: The name to verify in the listener's certificate; None on the listening side.
+      bind_names: Whether the peer may only go by a name that its certificate has.
+      deadline_s: How long the whole may take; a peer that dribbles bytes gets no longer.
+      on_done: Called when the peers agree.
+      on_failed: Called with a ConnectError if another try may help, a HandshakeError if not.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class PendingConnection:
             self._fail(error)
 
     def _failed_here(self, error: Exception) -> None:
-        """Ends this connection alone over an exception that nothing expected; see `Guard`."""
+        """Ends this connection alone over an exception that nothing expected; see ``Guard``."""
         failure = HandshakeError(f"this side failed over the handshake: {place_of(error)}")
         failure.__cause__ = error
         if self._ended:

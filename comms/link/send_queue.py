@@ -14,21 +14,21 @@ class SendQueue:
     """Callers put messages in under the lock; the I/O thread takes them out, and never waits.
 
     Args:
-        window_bytes: credit that the peer gives.
-        wake: has the I/O thread look at what is to be sent; called from any thread.
+      window_bytes: Credit that the peer gives.
+      wake: Has the I/O thread look at what is to be sent; called from any thread.
 
     Attributes:
-        control: control messages in the order of sending.
-        data: tensors and bundles in the order of sending.
-        shapes_due: changes of shape that were asked for and not made yet; nothing leaves before.
-        window_bytes: credit that the peer gives.
-        reserved_bytes: credit that all messages ever put in take.
-        released_bytes: credit that the peer has given back, in all.
-        departed_raw_bytes: bytes before the codec of what the I/O thread has cut into frames.
-        peak_bytes: the most bytes before the codec that ever waited.
-        closing: whether this side has ended the link, and takes nothing more.
-        error: why the link has ended; None while it has not.
-        ended: set once the link has ended and holds no view of an array.
+      control: Control messages in the order of sending.
+      data: Tensors and bundles in the order of sending.
+      shapes_due: Changes of shape that were asked for and not made yet; nothing leaves before.
+      window_bytes: Credit that the peer gives.
+      reserved_bytes: Credit that all messages ever put in take.
+      released_bytes: Credit that the peer has given back, in all.
+      departed_raw_bytes: Bytes before the codec of what the I/O thread has cut into frames.
+      peak_bytes: The most bytes before the codec that ever waited.
+      closing: Whether this side has ended the link, and takes nothing more.
+      error: Why the link has ended; None while it has not.
+      ended: Set once the link has ended and holds no view of an array.
     """
 
     def __init__(self, window_bytes: int, wake: Callable[[], None]) -> None:
@@ -59,12 +59,12 @@ class SendQueue:
         """Adds messages behind those that wait.
 
         Args:
-            messages: what is sent, in order.
-            control: whether they overtake tensors.
-            closed: makes the error for a link that this side has closed.
+          messages: What is sent, in order.
+          control: Whether they overtake tensors.
+          closed: Makes the error for a link that this side has closed.
 
         Raises:
-            PeerLost: if the link has ended.
+          PeerLost: If the link has ended.
         """
         with self._lock:
             if self.error is not None or self.closing:
@@ -85,19 +85,19 @@ class SendQueue:
         return self.reserved_bytes - self.released_bytes
 
     def can_take(self, nbytes: float) -> bool:
-        """Returns whether a tensor of `nbytes` has credit; an empty window takes any."""
+        """Returns whether a tensor of ``nbytes`` has credit; an empty window takes any."""
         used = self.used_bytes
         return used == 0 or used + nbytes <= self.window_bytes
 
     def hold(self) -> None:
-        """Lets nothing that is put in from now on leave before `unhold`."""
+        """Lets nothing that is put in from now on leave before ``unhold``."""
         with self._lock:
             self.shapes_due += 1
 
     # -- the I/O thread ------------------------------------------------------------------------
 
     def unhold(self) -> None:
-        """Ends a `hold`."""
+        """Ends a ``hold``."""
         with self._lock:
             self.shapes_due -= 1
 

@@ -20,12 +20,12 @@ class StatusReports:
     """What the peer does not know yet; methods run on the I/O thread unless they say otherwise.
 
     Args:
-        inbox: what arrived.
-        outbox: where a STATUS is asked for.
-        loop: the I/O thread.
-        options: how much credit the peer has.
-        flush: writes what is to be sent; I/O thread only.
-        post_flush: has the I/O thread do so; from any thread.
+      inbox: What arrived.
+      outbox: Where a STATUS is asked for.
+      loop: The I/O thread.
+      options: How much credit the peer has.
+      flush: Writes what is to be sent; I/O thread only.
+      post_flush: Has the I/O thread do so; from any thread.
     """
 
     def __init__(

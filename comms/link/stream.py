@@ -63,29 +63,30 @@ class StreamOwner(Protocol):
 class Stream:
     """What the I/O thread does for one link; only it calls these methods.
 
-    `comms.link.link.Link` is what other threads call. The two share `queue`, and the link posts
-    calls to `guard`; the stream knows its link only to name it in the messages that it hands over.
+    ``comms.link.link.Link`` is what other threads call. The two share ``queue``, and the link posts
+    calls to ``guard``; the stream knows its link only to name it in the messages that it hands
+    over.
 
     Args:
-        owner: the endpoint.
-        terms: what the peer said in the handshake.
-        address: the peer's address, as text.
-        dialled: whether this side opened the connection, and so reopens it.
-        session: names the stream on both sides.
+      owner: The endpoint.
+      terms: What the peer said in the handshake.
+      address: The peer's address, as text.
+      dialled: Whether this side opened the connection, and so reopens it.
+      session: Names the stream on both sides.
 
     Attributes:
-        peer: the name that the peer gave in the handshake.
-        address: the peer's address, as text.
-        attempt: how many connections this stream has had.
-        session: names the stream on both sides.
-        dialled: whether this side opened the connection, and so reopens it.
-        resume_s: how long the stream outlives a connection.
-        options: the endpoint's settings.
-        queue: what callers have sent, and why the link has ended.
-        clock: how the peer's clock differs from ours.
-        guard: the I/O thread, as calls for this link reach it.
-        transport: the present connection, if there is one.
-        reconnects: how many connections took the place of an earlier one.
+      peer: The name that the peer gave in the handshake.
+      address: The peer's address, as text.
+      attempt: How many connections this stream has had.
+      session: Names the stream on both sides.
+      dialled: Whether this side opened the connection, and so reopens it.
+      resume_s: How long the stream outlives a connection.
+      options: The endpoint's settings.
+      queue: What callers have sent, and why the link has ended.
+      clock: How the peer's clock differs from ours.
+      guard: The I/O thread, as calls for this link reach it.
+      transport: The present connection, if there is one.
+      reconnects: How many connections took the place of an earlier one.
     """
 
     def __init__(
@@ -167,7 +168,7 @@ class Stream:
         on_credit: Callable[[], None],
         on_lost: Callable[[ChannelError], None],
     ) -> None:
-        """Begins delivery; see `Link.start`."""
+        """Begins delivery; see ``Link.start``."""
         lost_before = self.queue.error
         self._on_credit, self._on_lost = on_credit, on_lost
         self.arrivals.start(on_message)
@@ -180,7 +181,7 @@ class Stream:
         self.run_ready(READ)
 
     def drain(self, done: threading.Event) -> None:
-        """Sets `done` when all that was sent has left, or the link has ended."""
+        """Sets ``done`` when all that was sent has left, or the link has ended."""
         self._drainers.append(done)
         self._check_drained()
 
@@ -400,7 +401,7 @@ class Stream:
         self._lose(PeerLost(f"lost {self.peer} at {self.address}: {error}"))
 
     def fail(self, error: Exception) -> None:
-        """Ends this link alone over an exception that nothing expected; see `Guard`."""
+        """Ends this link alone over an exception that nothing expected; see ``Guard``."""
         if self.queue.error is not None:
             report(error)  # its owner has been told already
             return
@@ -446,9 +447,9 @@ class Stream:
         """Ends the link: the peer hears why, for a second at most.
 
         Args:
-            reason: what the peer is told.
-            refuse: whether what waits is dropped and what still arrives is too, instead of being
-                sent and delivered.
+          reason: What the peer is told.
+          refuse: Whether what waits is dropped and what still arrives is too, instead of being
+            sent and delivered.
         """
         if self.queue.error is not None or (self.queue.closing and not refuse):
             return

@@ -41,15 +41,15 @@ def decode(data: bytes | bytearray | memoryview, what: str) -> JsonObject:
     """Returns the JSON object that UTF-8 bytes hold.
 
     Args:
-        data: the bytes; their number is the caller's to bound.
-        what: what they are, for the message.
+      data: The bytes; their number is the caller's to bound.
+      what: What they are, for the message.
 
     Returns:
-        An object of texts that can be encoded, finite floats, whole numbers of 64 bits, booleans,
-        None, lists and further objects, of at most `MOST_DEPTH` levels and `MOST_VALUES` values.
+      An object of texts that can be encoded, finite floats, whole numbers of 64 bits, booleans,
+      None, lists and further objects, of at most ``MOST_DEPTH`` levels and ``MOST_VALUES`` values.
 
     Raises:
-        FrameError: if they are no such object.
+      FrameError: If they are no such object.
     """
     raw = bytes(data)
     try:
@@ -67,10 +67,10 @@ def decode(data: bytes | bytearray | memoryview, what: str) -> JsonObject:
 
 
 def encode(value: JsonObject, what: str) -> bytes:
-    """Returns the UTF-8 bytes of a JSON object that `decode` takes.
+    """Returns the UTF-8 bytes of a JSON object that ``decode`` takes.
 
     Raises:
-        ChannelError: if it holds what JSON has no form for, NaN and infinities among it.
+      ChannelError: If it holds what JSON has no form for, NaN and infinities among it.
     """
     try:
         return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()

@@ -2,7 +2,7 @@
 
 jax on a CPU does not copy a 64-byte aligned array: its device array *is* the receive buffer, and
 dispatch returns before the computation has read it. So a buffer is reused on proof only. What the
-channel hands out are views of an `owner` array; every view, memoryview and jax array made from
+channel hands out are views of an ``owner`` array; every view, memoryview and jax array made from
 them holds a reference to that owner, and jax drops its own when the last computation that reads
 the buffer is done. When the owner dies the memory behind it has no reader left, and only then,
 and only if the message was also released, does it go back to the pool.
@@ -94,7 +94,7 @@ class BufferPool:
             block = allocate_aligned(size)
         lease = Lease(self, block)
         # Made from a memoryview, the owner's base is no ndarray: numpy stops collapsing chains of
-        # bases here, so every later view refers to `owner` and keeps it alive.
+        # bases here, so every later view refers to ``owner`` and keeps it alive.
         owner = np.frombuffer(block.data, dtype=np.uint8, count=nbytes)
         weakref.finalize(owner, lease.owner_died).atexit = False
         return owner, lease

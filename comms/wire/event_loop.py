@@ -22,7 +22,7 @@ Ready: TypeAlias = Callable[[int], None]
 
 
 class Timer:
-    """A call at a time; `cancel` makes it do nothing."""
+    """A call at a time; ``cancel`` makes it do nothing."""
 
     __slots__ = ("call", "when_s")
 
@@ -38,10 +38,10 @@ class Timer:
 class Loop:
     """Runs ready sockets, due timers and posted calls on one thread.
 
-    Only `post`, `start`, `stop` and `join` may be called from other threads. What concerns one
-    connection is called through a `Guard`, which contains its exceptions. One that escapes any
-    other callback ends the loop: it is kept in `failure` and handed to `on_failure`, which has to
-    tell everyone who waits.
+    Only ``post``, ``start``, ``stop`` and ``join`` may be called from other threads. What concerns
+    one connection is called through a ``Guard``, which contains its exceptions. One that escapes
+    any other callback ends the loop: it is kept in ``failure`` and handed to ``on_failure``, which
+    has to tell everyone who waits.
     """
 
     def __init__(self, name: str, on_failure: Callable[[BaseException], None]) -> None:
@@ -83,7 +83,7 @@ class Loop:
         return threading.current_thread() is self._thread
 
     def post(self, call: Callable[[], None]) -> None:
-        """Runs `call` on the I/O thread soon; never blocks; from any thread.
+        """Runs ``call`` on the I/O thread soon; never blocks; from any thread.
 
         A call posted by the I/O thread itself needs no wake-up: it looks before it waits again.
         """
@@ -95,17 +95,17 @@ class Loop:
                 self._waker.send(b"\0")
 
     def soon(self, call: Callable[[], None]) -> None:
-        """Runs `call` after the other ready sockets have had their turn; I/O thread only."""
+        """Runs ``call`` after the other ready sockets have had their turn; I/O thread only."""
         self._soon.append(call)
 
     def at(self, when_s: float, call: Callable[[], None]) -> Timer:
-        """Runs `call` at a time of the monotonic clock; I/O thread only."""
+        """Runs ``call`` at a time of the monotonic clock; I/O thread only."""
         timer = Timer(when_s, call)
         heapq.heappush(self._timers, (when_s, next(self._order), timer))
         return timer
 
     def watch(self, sock: socket.socket, events: int, ready: Ready) -> None:
-        """Calls `ready(events)` whenever the socket is ready; replaces an earlier watch."""
+        """Calls ``ready(events)`` whenever the socket is ready; replaces an earlier watch."""
         try:
             self._selector.modify(sock, events, ready)
         except KeyError:
@@ -166,8 +166,8 @@ class Guard:
     user. It becomes the error of the connection that it happened on, with its place and its cause.
 
     Args:
-        loop: the I/O thread.
-        failed: gets the exception, on the I/O thread.
+      loop: The I/O thread.
+      failed: Gets the exception, on the I/O thread.
     """
 
     def __init__(self, loop: Loop, failed: Callable[[Exception], None]) -> None:
@@ -187,23 +187,23 @@ class Guard:
             self._failed(error)
 
     def post(self, call: Callable[[], None]) -> None:
-        """As `Loop.post`."""
+        """As ``Loop.post``."""
         self._loop.post(lambda: self.run(call))
 
     def soon(self, call: Callable[[], None]) -> None:
-        """As `Loop.soon`."""
+        """As ``Loop.soon``."""
         self._loop.soon(lambda: self.run(call))
 
     def at(self, when_s: float, call: Callable[[], None]) -> Timer:
-        """As `Loop.at`."""
+        """As ``Loop.at``."""
         return self._loop.at(when_s, lambda: self.run(call))
 
     def watch(self, sock: socket.socket, events: int, ready: Ready) -> None:
-        """As `Loop.watch`."""
+        """As ``Loop.watch``."""
         self._loop.watch(sock, events, lambda events: self.run(ready, events))
 
     def forget(self, sock: socket.socket) -> None:
-        """As `Loop.forget`."""
+        """As ``Loop.forget``."""
         self._loop.forget(sock)
 
 

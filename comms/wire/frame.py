@@ -6,13 +6,13 @@ Every frame begins with these 104 bytes, little-endian, without padding:
 offset width field              meaning
 ====== ===== ================== ==========================================================
 0      4     magic              the bytes ``PJXC``
-4      2     version            version of the protocol, `VERSION`
-6      1     kind               `Kind`: what the frame is
-7      1     role               `Role`: what a tensor is for (0 where there is no tensor)
+4      2     version            version of the protocol, ``VERSION``
+6      1     kind               ``Kind``: what the frame is
+7      1     role               ``Role``: what a tensor is for (0 where there is no tensor)
 8      1     codec              number of the codec that made the payload (0 = raw)
-9      1     dtype              number of the element type before the codec, `DTYPES`
-10     1     rank               number of dimensions, at most `MAX_RANK`; 0 in later chunks
-11     1     flags              bits of `Flag`
+9      1     dtype              number of the element type before the codec, ``DTYPES``
+10     1     rank               number of dimensions, at most ``MAX_RANK``; 0 in later chunks
+11     1     flags              bits of ``Flag``
 12     4     device             index of the device the tensor belongs to
 16     4     stage              destination stage
 20     4     step               optimiser step of that device
@@ -29,13 +29,13 @@ offset width field              meaning
 80     8     clock_s            the sender's monotonic clock when the frame left, float64 seconds
 88     4     codec_parameter    what else the codec needs to decode (block size, bits)
 92     8     checksum           XXH3 (64 bits) of the whole payload that this frame had when it was
-                                first sent, if `Flag.CHECKED`; else 0
+                                first sent, if ``Flag.CHECKED``; else 0
 100    4     crc                CRC-32 of bytes 0 to 99 and of the shape
 ====== ===== ================== ==========================================================
 
 The shape follows, ``rank`` unsigned 64-bit integers, then ``length`` bytes of payload. A payload
 that exceeds the chunk size of the link is cut: the first frame has the kind of the message, the
-rest are of kind `Kind.CHUNK` with offset, total and sequence, so that heartbeats and control
+rest are of kind ``Kind.CHUNK`` with offset, total and sequence, so that heartbeats and control
 messages overtake a large tensor between two chunks. Numbers in the payload are little-endian.
 There is no pickle anywhere: tensors are bytes, everything else is JSON or a fixed struct.
 """
@@ -140,7 +140,7 @@ def dtype_code(dtype: DType) -> int:
     """Returns the wire number of an element type.
 
     Raises:
-        ChannelError: if the type has none (objects, strings, dates, structures).
+      ChannelError: If the type has none (objects, strings, dates, structures).
     """
     code = _DTYPE_CODES.get(dtype.newbyteorder("=") if dtype.isbuiltin == 1 else dtype)
     if code is None:
@@ -207,7 +207,7 @@ class Header(NamedTuple):
         """Returns the tensor's tag.
 
         Raises:
-            FrameError: if the role is none of `Role`.
+          FrameError: If the role is none of ``Role``.
         """
         if self.role > Role.WEIGHT:
             raise FrameError(f"the frame names role {self.role}; known are 0 to {int(Role.WEIGHT)}")
@@ -228,7 +228,7 @@ def pack_header(header: Header, shape: tuple[int, ...] = ()) -> bytes:
     """Returns the bytes of a header and the shape behind it.
 
     Raises:
-        ChannelError: if a field does not fit its width.
+      ChannelError: If a field does not fit its width.
     """
     try:
         head = _HEADER.pack(MAGIC, VERSION, *header)
@@ -247,7 +247,7 @@ def tag_fields(tag: Tag | None) -> _TagFields:
     """Returns the tag's eight numbers in header order.
 
     Raises:
-        ChannelError: if one is negative or exceeds 32 bits.
+      ChannelError: If one is negative or exceeds 32 bits.
     """
     if tag is None:
         return _NO_TAG
@@ -264,14 +264,14 @@ def tag_fields(tag: Tag | None) -> _TagFields:
 def unpack_header(
     buffer: memoryview | bytes | bytearray,
 ) -> tuple[Header, tuple[int, ...]] | None:
-    """Reads a header of which at least `HEADER_BYTES` are there, and the shape behind it.
+    """Reads a header of which at least ``HEADER_BYTES`` are there, and the shape behind it.
 
     Returns:
-        The two, or None while the shape is not complete.
+      The two, or None while the shape is not complete.
 
     Raises:
-        DamageError: if the bytes are not what the peer sent.
-        FrameError: if they are no header of this protocol version.
+      DamageError: If the bytes are not what the peer sent.
+      FrameError: If they are no header of this protocol version.
     """
     view = memoryview(buffer)
     magic, rank = bytes(view[: len(MAGIC)]), view[_RANK_AT]

@@ -14,12 +14,12 @@ _STAGING_BYTES = 1 << 14
 class FrameReader:
     """Reads one stream; outlives its connections.
 
-    A payload is read straight into the memory that `begin_frame` returns, and the same call goes on
-    into a small staging area, where the next header is expected.
+    A payload is read straight into the memory that ``begin_frame`` returns, and the same call goes
+    on into a small staging area, where the next header is expected.
 
     Args:
-        begin_frame: gets each header and shape; returns where the payload goes.
-        end_frame: gets the header again when the payload is complete.
+      begin_frame: Gets each header and shape; returns where the payload goes.
+      end_frame: Gets the header again when the payload is complete.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class FrameReader:
         return rest
 
     def restart(self, leftover: bytes) -> None:
-        """Begins a connection, of which `leftover` was read already."""
+        """Begins a connection, of which ``leftover`` was read already."""
         self.last_read_s = time.monotonic()
         view = memoryview(leftover)
         while view:
@@ -61,12 +61,12 @@ class FrameReader:
             self._compact()
 
     def expect(self, head_bytes: int = _STAGING_BYTES, wake_bytes: int = 1) -> None:
-        """Says what to be ready for from here on; called by `begin_frame`.
+        """Says what to be ready for from here on; called by ``begin_frame``.
 
         Args:
-            head_bytes: how much to read beyond a payload: after a large one just the next head, so
-                that the payload behind it lands at the beginning of its aligned buffer, uncopied.
-            wake_bytes: how much of a payload may gather before this thread is woken for it.
+          head_bytes: How much to read beyond a payload: after a large one just the next head, so
+            that the payload behind it lands at the beginning of its aligned buffer, uncopied.
+          wake_bytes: How much of a payload may gather before this thread is woken for it.
         """
         self._ahead_bytes = head_bytes
         self._wake_bytes = wake_bytes
@@ -75,11 +75,11 @@ class FrameReader:
         """Reads until the connection would wait or the budget is used up.
 
         Returns:
-            Whether there may be more to read at once.
+          Whether there may be more to read at once.
 
         Raises:
-            ConnectionEnded: if the connection is over.
-            FrameError: if the peer sent what is no valid frame.
+          ConnectionEnded: If the connection is over.
+          FrameError: If the peer sent what is no valid frame.
         """
         while budget_bytes > 0:
             target = self._target

@@ -2,7 +2,7 @@
 
 Nothing that a peer writes is believed: a message has exactly these fields, each of its type and
 within its range. Numbers are whole and of at most 62 bits, or finite; texts are printable or
-hexadecimal digits, and bounded. What differs is one `HandshakeError` of one line.
+hexadecimal digits, and bounded. What differs is one ``HandshakeError`` of one line.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Rule:
     """What a field may hold.
 
     Attributes:
-        expected: what an error says of it.
-        takes: whether a JSON value is that.
-        made: makes the field's value.
+      expected: What an error says of it.
+      takes: Whether a JSON value is that.
+      made: Makes the field's value.
     """
 
     expected: str
@@ -110,7 +110,7 @@ class Greeting:
         """Returns the message that a JSON object stands for.
 
         Raises:
-            HandshakeError: if a field is missing, unknown, or holds what it may not.
+          HandshakeError: If a field is missing, unknown, or holds what it may not.
         """
         rules = {one.name: one.metadata["rule"] for one in fields(cls)}
         who = f"{body['name']}: " if is_name(body.get("name")) else ""
@@ -141,16 +141,16 @@ class Terms(Greeting):
     """What one side tells the other about itself and about the stream.
 
     Attributes:
-        name: name of this side.
-        session: 32 hexadecimal digits that name the stream, chosen by the connecting side.
-        attempt: how many connections the connecting side has tried for this stream, this one
-            included; an older one that arrives late is refused.
-        received: last sequence number received on this stream, 0 for a new one.
-        partial_bytes: payload bytes received of the frame after that.
-        resumed: in WELCOME, whether the listener knew the stream.
-        window_bytes: credit that this side gives.
-        resume_s: how long this side would keep a cut stream.
-        checksum: whether this side wants payloads with checksums; one side is enough.
+      name: Name of this side.
+      session: 32 hexadecimal digits that name the stream, chosen by the connecting side.
+      attempt: How many connections the connecting side has tried for this stream, this one
+        included; an older one that arrives late is refused.
+      received: Last sequence number received on this stream, 0 for a new one.
+      partial_bytes: Payload bytes received of the frame after that.
+      resumed: In WELCOME, whether the listener knew the stream.
+      window_bytes: Credit that this side gives.
+      resume_s: How long this side would keep a cut stream.
+      checksum: Whether this side wants payloads with checksums; one side is enough.
     """
 
     name: str = ruled(NAME)
@@ -173,8 +173,8 @@ class Hello(Terms):
     """The connecting side's opening.
 
     Attributes:
-        nonce: 32 random hexadecimal digits.
-        token: whether this side has a token.
+      nonce: 32 random hexadecimal digits.
+      token: Whether this side has a token.
     """
 
     step = Step.HELLO
@@ -187,9 +187,9 @@ class Challenge(Greeting):
     """The listener's answer to HELLO.
 
     Attributes:
-        name: name of the listener.
-        nonce: 32 random hexadecimal digits.
-        token: whether the listener has a token.
+      name: Name of the listener.
+      nonce: 32 random hexadecimal digits.
+      token: Whether the listener has a token.
     """
 
     step = Step.CHALLENGE
@@ -203,7 +203,7 @@ class Proof(Greeting):
     """The connecting side's answer to CHALLENGE.
 
     Attributes:
-        proof: 64 hexadecimal digits, or None without a token.
+      proof: 64 hexadecimal digits, or None without a token.
     """
 
     step = Step.PROOF
@@ -215,7 +215,7 @@ class Welcome(Terms):
     """The listener's answer to PROOF, its last word.
 
     Attributes:
-        proof: 64 hexadecimal digits, or None without a token.
+      proof: 64 hexadecimal digits, or None without a token.
     """
 
     step = Step.WELCOME
@@ -227,8 +227,8 @@ class Refuse(Greeting):
     """Either side's last word instead.
 
     Attributes:
-        code: "version", "token", "busy" or "handshake"; what else is said means the last.
-        reason: why, for a person; one line.
+      code: "version", "token", "busy" or "handshake"; what else is said means the last.
+      reason: Why, for a person; one line.
     """
 
     step = Step.REFUSE
@@ -245,7 +245,7 @@ def read_greeting(step: Step, data: bytes) -> Greeting:
     """Returns the message that the JSON of a handshake message holds.
 
     Raises:
-        HandshakeError: if it is none of that step.
+      HandshakeError: If it is none of that step.
     """
     try:
         body = bounded_json.decode(data, f"a handshake message ({step.name})")

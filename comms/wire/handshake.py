@@ -8,7 +8,7 @@ Each message is a 12-byte preface, then JSON of at most 4 KiB::
     7  1  zero
     8  4  length   bytes of JSON that follow
 
-What the JSON of each may hold is said in `comms.wire.greeting`. The connecting side sends HELLO,
+What the JSON of each may hold is said in ``comms.wire.greeting``. The connecting side sends HELLO,
 the listener CHALLENGE, the connecting side PROOF, the listener WELCOME; either may send REFUSE
 instead and close. This preface never changes between versions, so that each side can tell the other
 which version it would need. With a token, both prove it: a proof is HMAC-SHA256 of the token over
@@ -57,15 +57,15 @@ class Handshake:
     """The state machine of one side, without a socket: bytes in, bytes out.
 
     Args:
-        name: name of this side.
-        token: the shared token, or None.
-        secure: whether the connection is encrypted.
+      name: Name of this side.
+      token: The shared token, or None.
+      secure: Whether the connection is encrypted.
 
     Attributes:
-        terms: what the peer told, once it has.
-        done: whether the handshake has succeeded.
-        leftover: bytes behind the last handshake message; they are the first frames.
-        names: what the peer's certificate says it may be called; None if it showed none.
+      terms: What the peer told, once it has.
+      done: Whether the handshake has succeeded.
+      leftover: Bytes behind the last handshake message; they are the first frames.
+      names: What the peer's certificate says it may be called; None if it showed none.
     """
 
     def __init__(self, name: str, token: str | None, secure: bool) -> None:
@@ -83,8 +83,8 @@ class Handshake:
         """Takes bytes from the peer and returns what to send back.
 
         Raises:
-            HandshakeError: if the two do not agree; `refusal` says what to tell the peer.
-            BusyError: if the peer cannot take this side now.
+          HandshakeError: If the two do not agree; ``refusal`` says what to tell the peer.
+          BusyError: If the peer cannot take this side now.
         """
         self._buffer += data
         replies = b""
@@ -169,13 +169,13 @@ class Handshake:
 
 
 class ClientHandshake(Handshake):
-    """The connecting side; `opening` is what to send first.
+    """The connecting side; ``opening`` is what to send first.
 
     Args:
-        terms: this side's, its name among them.
-        token: the shared token, or None.
-        secure: whether the connection is encrypted.
-        expected: the name that the listener has to go by; None takes any.
+      terms: This side's, its name among them.
+      token: The shared token, or None.
+      secure: Whether the connection is encrypted.
+      expected: The name that the listener has to go by; None takes any.
     """
 
     def __init__(
@@ -217,10 +217,10 @@ class ServerHandshake(Handshake):
     """The listening side.
 
     Args:
-        name: name of this side.
-        token: the shared token, or None.
-        secure: whether the connection is encrypted.
-        admit: given what the peer told, returns this side's terms; raises HandshakeError to refuse.
+      name: Name of this side.
+      token: The shared token, or None.
+      secure: Whether the connection is encrypted.
+      admit: Given what the peer told, returns this side's terms; raises HandshakeError to refuse.
     """
 
     def __init__(

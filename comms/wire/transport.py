@@ -38,7 +38,7 @@ class CertificateRefused(ConnectionEnded):
 
 
 class Transport:
-    """A connected socket. `send` and `receive` return None where they would have to wait."""
+    """A connected socket. ``send`` and ``receive`` return None where they would have to wait."""
 
     secure = False
 
@@ -93,7 +93,7 @@ class Transport:
         Less than was offered is taken only if the kernel would not have more.
 
         Raises:
-            ConnectionEnded: if the connection is broken.
+          ConnectionEnded: If the connection is broken.
         """
         try:
             return self.socket.sendmsg(buffers)
@@ -103,12 +103,12 @@ class Transport:
             raise ConnectionEnded(f"sending failed: {explain(error)}") from error
 
     def receive(self, first: memoryview, then: memoryview | None = None) -> int | None:
-        """Reads into `first`, then into `then`; returns the bytes read, None if it would wait.
+        """Reads into ``first``, then into ``then``; returns the bytes read, None if it would wait.
 
         Less than there is room for means that no more was there.
 
         Raises:
-            ConnectionEnded: at the end of the stream or if the connection is broken.
+          ConnectionEnded: At the end of the stream or if the connection is broken.
         """
         try:
             if then is None:
@@ -149,18 +149,18 @@ class _TlsSocket(ssl.SSLSocket):
 
 
 def for_transports(context: ssl.SSLContext) -> ssl.SSLContext:
-    """Prepares a context for `TlsTransport`, once for all its connections, and returns it."""
+    """Prepares a context for ``TlsTransport``, once for all its connections, and returns it."""
     context.sslsocket_class = _TlsSocket
     return context
 
 
 class TlsTransport(Transport):
-    """A connected socket under TLS 1.3; `handshake` has to succeed before anything else.
+    """A connected socket under TLS 1.3; ``handshake`` has to succeed before anything else.
 
     Args:
-        sock: a connected socket; owned from here on.
-        context: one that `for_transports` has prepared.
-        server_name: the name to verify in the listener's certificate; None on the listening side.
+      sock: A connected socket; owned from here on.
+      context: One that ``for_transports`` has prepared.
+      server_name: The name to verify in the listener's certificate; None on the listening side.
     """
 
     secure = True
@@ -181,7 +181,7 @@ class TlsTransport(Transport):
         """Goes on with the handshake; returns None when done, else "read" or "write" to wait for.
 
         Raises:
-            ConnectionEnded: if the two sides do not agree.
+          ConnectionEnded: If the two sides do not agree.
         """
         try:
             self._tls.do_handshake()

@@ -1,1 +1,1 @@
-"""Measurement behind `experiments.bench_*`: harness, peers, settings, trials. Not in the wheel."""
+"""Measurement code behind ``experiments.bench_*``. Not in the wheel."""

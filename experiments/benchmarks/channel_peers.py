@@ -1,9 +1,9 @@
 """What the channel is measured against, and the channel itself, as two processes' worth of peers.
 
-Every peer has a receiving side, started once by `start_receivers` and answering on threads of its
+Every peer has a receiving side, started once by ``start_receivers`` and answering on threads of its
 own, and a sending side that times itself: from the first byte offered until the receiver has said
 that the last tensor lies complete in a buffer of its own. Runs in processes of
-`pipar_jax.launch.pinning`.
+``pipar_jax.launch.pinning``.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def _sender(kind: str, host: str, port: int, folder: str | None) -> Any:
 def send_tensors(
     kind: str, host: str, port: int, folder: str | None, nbytes: int, count: int
 ) -> float:
-    """Sends `count` float32 tensors of `nbytes` and returns the seconds until all are there."""
+    """Sends ``count`` float32 tensors of ``nbytes`` and returns the seconds until all are there."""
     sender = _sender(kind, host, port, folder)
     array = _tensor(nbytes)
     began_s = time.perf_counter()
@@ -279,11 +279,11 @@ def heartbeat_under_load(
     """Returns the longest round trip of a control message while a large tensor is in flight.
 
     Args:
-        host: where the channel's receiver is.
-        port: its port.
-        rate_mbps: emulated rate, or None for the network as it is.
-        nbytes: size of the tensor.
-        seconds: how long to look; the connection is then ended, the tensor with it.
+      host: Where the channel's receiver is.
+      port: Its port.
+      rate_mbps: Emulated rate, or None for the network as it is.
+      nbytes: Size of the tensor.
+      seconds: How long to look; the connection is then ended, the tensor with it.
     """
     channel = _Channel(host, port, None)
     if rate_mbps is not None:

@@ -27,9 +27,9 @@ class Coder(NamedTuple):
     """A way to make an array smaller.
 
     Attributes:
-        encode: from an array to bytes of any kind.
-        decode: back, given the array's type and shape.
-        lossy: whether something may be lost.
+      encode: From an array to bytes of any kind.
+      decode: Back, given the array's type and shape.
+      lossy: Whether something may be lost.
     """
 
     encode: Callable[[Array], Any]
@@ -75,14 +75,14 @@ def tensors_of(
     """Trains a network and returns what crosses its cuts in the last step.
 
     Args:
-        network: one of `stages.MODELS`.
-        images: [n, height, width, channels] float32, normalised; as many steps as it has batches.
-        labels: [n] integers.
-        cuts: where the network is cut, rising.
-        batch: samples per step.
+      network: One of ``stages.MODELS``.
+      images: [n, height, width, channels] float32, normalised; as many steps as it has batches.
+      labels: [n] integers.
+      cuts: Where the network is cut, rising.
+      batch: Samples per step.
 
     Returns:
-        [batch, …] float32 by "cut C activation" and "cut C cotangent".
+      [batch, …] float32 by "cut C activation" and "cut C cotangent".
     """
     model = stages.build(network, input_shape=images.shape[1:], classes=10)
     parts = stages.split(model, cuts)

@@ -110,13 +110,13 @@ class Bench:
     """One benchmark in progress: it runs cases, shows how far it is, and collects rows.
 
     Args:
-        title: What is measured, in one line.
-        quick: Keep the whole benchmark under a minute.
-        json_path: Where ``finish`` writes the rows, or None.
-        console: Where the report goes; standard output unless given.
+      title: What is measured, in one line.
+      quick: Keep the whole benchmark under a minute.
+      json_path: Where ``finish`` writes the rows, or None.
+      console: Where the report goes; standard output unless given.
 
     Raises:
-        ConfigError: The folder of ``json_path`` does not exist.
+      ConfigError: The folder of ``json_path`` does not exist.
     """
 
     def __init__(
@@ -155,9 +155,9 @@ class Bench:
         """Runs ``cases`` in turns and returns their seconds.
 
         Args:
-            cases: What to run, by name. A case that returns ``Seconds`` has timed itself.
-            repeats: Timed runs of each case; at most ``QUICK_REPEATS`` with ``--quick``.
-            warm_up: Runs of each case beforehand that are not timed: they compile.
+          cases: What to run, by name. A case that returns ``Seconds`` has timed itself.
+          repeats: Timed runs of each case; at most ``QUICK_REPEATS`` with ``--quick``.
+          warm_up: Runs of each case beforehand that are not timed: they compile.
         """
         repeats = min(repeats, QUICK_REPEATS) if self.quick else repeats
         seconds: dict[str, list[float]] = {name: [] for name in cases}
@@ -205,15 +205,15 @@ class Bench:
         """Adds a figure to the report, and whether it meets its ``target``, if it has one.
 
         Args:
-            name: What the figure is, unique in the report.
-            value: The figure, in ``unit``.
-            unit: Its unit: "s", "ms", "GB/s", "x" for a ratio, "%", …
-            target: What it has to reach.
-            better: Whether lower or higher figures are better.
-            spread: Distance between its quartiles as a share of its median, for the table alone.
+          name: What the figure is, unique in the report.
+          value: The figure, in ``unit``.
+          unit: Its unit: "s", "ms", "GB/s", "x" for a ratio, "%", …
+          target: What it has to reach.
+          better: Whether lower or higher figures are better.
+          spread: Distance between its quartiles as a share of its median, for the table alone.
 
         Raises:
-            RunError: A row of that name exists already.
+          RunError: A row of that name exists already.
         """
         if any(row.name == name for row in self.rows):
             raise RunError(f"the benchmark reports {name!r} twice; give each row its own name")
@@ -295,8 +295,8 @@ def run(measure: Callable[[Bench], None], title: str | None = None) -> None:
     """Runs a benchmark as a program with ``--quick`` and ``--json=FILE``, and exit.
 
     Args:
-        measure: Measures, and adds rows to the ``Bench`` it is given.
-        title: What is measured; the first line of the main module's docstring unless given.
+      measure: Measures, and adds rows to the ``Bench`` it is given.
+      title: What is measured; the first line of the main module's docstring unless given.
     """
     quick = flags.DEFINE_boolean("quick", False, "Take less than a minute, with coarser figures.")
     json_path = plain_flags.define_path("json", None, "Also write the rows to this file, as JSON.")

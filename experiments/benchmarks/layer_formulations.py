@@ -1,8 +1,8 @@
-"""Measures the formulations of layers on this machine and writes `stages/layers/measured.csv`.
+"""Measures the formulations of layers on this machine and writes ``stages/layers/measured.csv``.
 
-Run `taskset -c 0 python -m experiments.benchmarks.layer_formulations` on a quiet machine; it takes
-half an hour, most of it to compile. Times are processor time, least of several runs in which the
-formulations alternate, so other work on the machine disturbs them little.
+Run ``taskset -c 0 python -m experiments.benchmarks.layer_formulations`` on a quiet machine; it
+takes half an hour, most of it to compile. Times are processor time, least of several runs in which
+the formulations alternate, so other work on the machine disturbs them little.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Case(NamedTuple):
     """One operation as functions to be timed.
 
     Attributes:
-      operation: its name, as for `formulation.choose`.
-      shape: its shape.
-      functions: the operation by formulation.
-      arguments: what the functions are called with.
+      operation: Its name, as for ``formulation.choose``.
+      shape: Its shape.
+      functions: The operation by formulation.
+      arguments: What the functions are called with.
     """
 
     operation: str
@@ -55,12 +55,12 @@ class Case(NamedTuple):
 
 
 def registered_shapes(batch: int) -> list[tuple[str, Shape]]:
-    """Lists the layers that have formulations in all registered networks, for all `SAMPLES`.
+    """Lists the layers that have formulations in all registered networks, for all ``SAMPLES``.
 
     Networks are traced, nothing is computed.
 
     Returns:
-      pairs of "conv", "depthwise" or "max_pool" and the shape, each once, in order.
+      Pairs of "conv", "depthwise" or "max_pool" and the shape, each once, in order.
     """
     found: set[tuple[str, Shape]] = set()
     for name in MODELS:

@@ -1,4 +1,4 @@
-"""Real slow links on one machine: a network namespace behind a veth pair shaped by `tc`."""
+"""Real slow links on one machine: a network namespace behind a veth pair shaped by ``tc``."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class ShapedNamespace:
     """A namespace reached over a link of a given rate both ways; a context manager.
 
     Args:
-        rate_mbps: rate of either direction.
-        latency_ms: how long a packet may wait in the queue of `tbf` before it is dropped.
+      rate_mbps: Rate of either direction.
+      latency_ms: How long a packet may wait in the queue of ``tbf`` before it is dropped.
 
     Attributes:
-        name: the namespace's name.
-        near_address: address of this side of the link.
-        far_address: address inside the namespace.
+      name: The namespace's name.
+      near_address: Address of this side of the link.
+      far_address: Address inside the namespace.
     """
 
     def __init__(self, rate_mbps: float, *, latency_ms: float) -> None:
@@ -54,7 +54,7 @@ class ShapedNamespace:
         """Makes the namespace and the link.
 
         Raises:
-            RunError: if `ip` or `tc` fails; what was made is removed again.
+          RunError: If ``ip`` or ``tc`` fails; what was made is removed again.
         """
         inside = ("ip", "netns", "exec", self.name)
         shape = (

@@ -1,4 +1,4 @@
-"""Training steps of ours and of PyTorch's, to be timed in processes of `pipar_jax.launch.pinning`.
+"""Training steps of pipar_jax and PyTorch, timed in processes of ``pipar_jax.launch.pinning``.
 
 A step is forward, loss, backward and SGD with momentum on one batch of CIFAR shapes. Each process
 prepares one network and then runs it as often as it is asked to, so that two processes on the same
@@ -32,11 +32,11 @@ def prepare_jax(
     """Builds and compiles a network of ours.
 
     Args:
-      name: one of `stages.MODELS`.
-      batch: samples per step.
-      cuts: where to cut it; the stages then run one after another in this process.
-      rematerialise: whether stages compute their forward pass again.
-      stem: one of `stages.STEMS`.
+      name: One of ``stages.MODELS``.
+      batch: Samples per step.
+      cuts: Where to cut it; the stages then run one after another in this process.
+      rematerialise: Whether stages compute their forward pass again.
+      stem: One of ``stages.STEMS``.
 
     Returns:
       compile_s, and residual_bytes of all stages but the last.
@@ -108,14 +108,14 @@ def prepare_torch(
     """Builds a network in PyTorch.
 
     Args:
-      name: network, as for `experiments.benchmarks.torch_networks.build`.
-      batch: samples per step.
-      threads: number of threads that PyTorch may use.
-      channels_last: whether images and kernels are laid out channels last.
-      stem: one of `stages.STEMS`.
+      name: Network, as for ``experiments.benchmarks.torch_networks.build``.
+      batch: Samples per step.
+      threads: Number of threads that PyTorch may use.
+      channels_last: Whether images and kernels are laid out channels last.
+      stem: One of ``stages.STEMS``.
 
     Returns:
-      the number of parameters.
+      The number of parameters.
     """
     from experiments.benchmarks import torch_networks
 

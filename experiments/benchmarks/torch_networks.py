@@ -1,4 +1,4 @@
-"""The networks of `stages.models` as PyTorch writes them, to be timed beside ours.
+"""The networks of ``stages.models`` as PyTorch writes them, to be timed beside ours.
 
 The same layers in the same order with the same shapes and, so that nobody compares different
 work, the same number of parameters (tested where torch is installed). torch is an extra and is
@@ -20,17 +20,17 @@ from stages.models.vgg import read_blocks
 def build(
     name: str, channels: int = 3, classes: int = 10, height: int = 32, stem: str = "cifar"
 ) -> Any:
-    """Returns a `torch.nn.Module` for [batch, channels, height, height].
+    """Returns a ``torch.nn.Module`` for [batch, channels, height, height].
 
     Args:
-      name: a VGG, a residual network or a MobileNetV3 of `stages.MODELS`.
-      channels: channels of the images.
-      classes: number of classes.
-      height: height and width of the images.
+      name: A VGG, a residual network or a MobileNetV3 of ``stages.MODELS``.
+      channels: Channels of the images.
+      classes: Number of classes.
+      height: Height and width of the images.
       stem: "cifar" or "imagenet", for the networks that have both.
 
     Raises:
-      ModuleNotFoundError: torch is not installed.
+      ModuleNotFoundError: Torch is not installed.
     """
     nn = importlib.import_module("torch.nn")
     if name in VGGS:

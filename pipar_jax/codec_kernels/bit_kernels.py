@@ -1,6 +1,6 @@
 """The bit-level codec of comms as pure functions under jit, which give the same bytes.
 
-What a payload takes depends on the array: `encode` returns as many bytes as it can take at most,
+What a payload takes depends on the array: ``encode`` returns as many bytes as it can take at most,
 and how many of them it did take. Layout and rounding are those of comms.codecs.bits. Comparisons
 are made on the bits, since an accelerator takes the smallest numbers for zero and numpy does not.
 """
@@ -36,10 +36,10 @@ class _Blocks(NamedTuple):
     """What an array's blocks become: words, and the bytes that say how to read them.
 
     Attributes:
-        words: [m, 64] uint32.
-        widths: [m] int32, 0 for blocks behind the last element.
-        first: [m] uint8.
-        second: [m] uint8; None but without loss.
+      words: [m, 64] uint32.
+      widths: [m] int32, 0 for blocks behind the last element.
+      first: [m] uint8.
+      second: [m] uint8; None but without loss.
     """
 
     words: jax.Array
@@ -52,11 +52,11 @@ def encode(array: jax.Array, setting: Setting) -> tuple[jax.Array, jax.Array]:
     """Encodes an array.
 
     Args:
-        array: any shape, float32, float16 or bfloat16.
-        setting: what the codec's parameter says.
+      array: Any shape, float32, float16 or bfloat16.
+      setting: What the codec's parameter says.
 
     Returns:
-        The payload, [most] uint8, and its length, a scalar int32; what lies behind it is nothing.
+      The payload, [most] uint8, and its length, a scalar int32; what lies behind it is nothing.
     """
     flat, dtype = array.reshape(-1), np.dtype(array.dtype)
     raw = to_bytes(flat)
@@ -72,13 +72,13 @@ def encode(array: jax.Array, setting: Setting) -> tuple[jax.Array, jax.Array]:
 def decode(
     payload: jax.Array, setting: Setting, dtype: np.dtype[Any], shape: tuple[int, ...]
 ) -> jax.Array:
-    """Decodes a payload that `comms.codecs.bits.Parts` has checked.
+    """Decodes a payload that ``comms.codecs.bits.Parts`` has checked.
 
     Args:
-        payload: [most] uint8, as `encode` returns it.
-        setting: what the codec's parameter says.
-        dtype: element type before encoding.
-        shape: shape before encoding.
+      payload: [most] uint8, as ``encode`` returns it.
+      setting: What the codec's parameter says.
+      dtype: Element type before encoding.
+      shape: Shape before encoding.
     """
     size = math.prod(shape)
     if not size:
@@ -137,7 +137,7 @@ def to_bytes(array: jax.Array) -> jax.Array:
 
 
 def from_bytes(payload: jax.Array, dtype: np.dtype[Any]) -> jax.Array:
-    """Returns the array [n] whose bytes these are; the inverse of `to_bytes`."""
+    """Returns the array [n] whose bytes these are; the inverse of ``to_bytes``."""
     if dtype == np.bool_:
         return payload.astype(jnp.bool_)
     if dtype.itemsize == 1:
@@ -194,7 +194,7 @@ def _encode_fixed(
 
 
 def _draws(count: int, seed: jax.Array, like: jax.Array) -> jax.Array:
-    """Returns what `comms.codecs.bit_fixed.draws` does for a whole array."""
+    """Returns what ``comms.codecs.bit_fixed.draws`` does for a whole array."""
     h = jnp.arange(count // 4, dtype=jnp.uint32) * np.uint32(0x9E3779B9)
     h += seed * np.uint32(0x85EBCA6B)
     h ^= h >> 16
@@ -232,7 +232,7 @@ def _encode_bounded(
 
 
 def _marked(whole: jax.Array, count: jax.Array) -> _Blocks:
-    """Returns the blocks of whole numbers [n] int32, of which `count` are there."""
+    """Returns the blocks of whole numbers [n] int32, of which ``count`` are there."""
     blocks = _padded_blocks(whole)
     negative = jnp.min(blocks, axis=1) < 0
     width = 32 - jax.lax.clz(jnp.max(blocks ^ (blocks >> 31), axis=1)) + negative
@@ -270,11 +270,11 @@ def _choose(
     """Returns the smallest form of words whose blocks have widths of their own.
 
     Args:
-        raw: the array's bytes.
-        words: [n]; zeros may be left out.
-        make: makes `_Blocks` of words and their number.
-        is_raw: whether nothing but raw will do.
-        step: what the head says of it.
+      raw: The array's bytes.
+      words: [n]; zeros may be left out.
+      make: Makes ``_Blocks`` of words and their number.
+      is_raw: Whether nothing but raw will do.
+      step: What the head says of it.
     """
     size = words.size
     present = words != 0

@@ -1,8 +1,8 @@
 """The codecs of comms as jit kernels, which give the same bytes.
 
 On an accelerator it pays to encode before the copy to the host and to decode after the copy back:
-a quarter of the bytes crosses the bus. `encode` and `decode` are pure functions of arrays with
-static sizes and run under any `jax.jit`; `encoder` and `decoder` return compiled ones by the
+a quarter of the bytes crosses the bus. ``encode`` and ``decode`` are pure functions of arrays with
+static sizes and run under any ``jax.jit``; ``encoder`` and ``decoder`` return compiled ones by the
 codec's name. The operations and their order are those of comms.codecs.block, comms.codecs.cast and
 comms.codecs.bits, which describe the layouts; only NaNs may differ in their payload bits.
 """
@@ -32,8 +32,8 @@ class Coded(NamedTuple):
     """A payload on the device.
 
     Attributes:
-        payload: [n] uint8.
-        length: how many of them it is, a scalar; None if all.
+      payload: [n] uint8.
+      length: How many of them it is, a scalar; None if all.
     """
 
     payload: jax.Array
@@ -44,14 +44,14 @@ def encode(array: jax.Array, codec: str) -> Coded:
     """Encodes an array.
 
     Args:
-        array: any shape, float32, float16 or bfloat16 (any type for "raw").
-        codec: name of the codec, such as "int8" or "int8:256".
+      array: Any shape, float32, float16 or bfloat16 (any type for "raw").
+      codec: Name of the codec, such as "int8" or "int8:256".
 
     Returns:
-        The same bytes that comms makes.
+      The same bytes that comms makes.
 
     Raises:
-        CodecError: if there is no such codec or no kernel for it, or it does not take the type.
+      CodecError: If there is no such codec or no kernel for it, or it does not take the type.
     """
     chosen, parameter = parse_codec(codec)
     chosen.check(np.dtype(array.dtype), parameter)
@@ -72,16 +72,16 @@ def decode(
     """Decodes a payload.
 
     Args:
-        payload: [n] uint8; where sizes differ by array as many as it can be at most.
-        codec: name of the codec, with its parameter if that is not the default.
-        dtype: element type before encoding.
-        shape: shape before encoding.
+      payload: [n] uint8; where sizes differ by array as many as it can be at most.
+      codec: Name of the codec, with its parameter if that is not the default.
+      dtype: Element type before encoding.
+      shape: Shape before encoding.
 
     Returns:
-        The array, as comms decodes it.
+      The array, as comms decodes it.
 
     Raises:
-        CodecError: as in `encode`.
+      CodecError: As in ``encode``.
     """
     chosen, parameter = parse_codec(codec)
     chosen.check(dtype, parameter)
@@ -144,7 +144,7 @@ def to_device(data: np.ndarray[Any, np.dtype[np.uint8]], most: int) -> jax.Array
 
 
 def encode_for_link(array: jax.Array, codec: str) -> Encoded:
-    """Encodes on the array's device and copies the payload to the host for `Link.send`."""
+    """Encodes on the array's device and copies the payload to the host for ``Link.send``."""
     payload = to_host(encoder(codec)(array))
     return Encoded(codec, payload, np.dtype(array.dtype), array.shape)
 
@@ -153,7 +153,7 @@ def decode_from_link(payload: Payload) -> jax.Array:
     """Copies a received payload to the default device and decodes it there.
 
     Raises:
-        CodecError: if the payload is not what the codec makes.
+      CodecError: If the payload is not what the codec makes.
     """
     chosen, parameter, dtype, shape = (
         payload.codec, payload.parameter, payload.dtype, payload.shape,

@@ -36,7 +36,7 @@ class Certificates:
     """Where the files of one authority lie.
 
     Attributes:
-        folder: the folder of all files.
+      folder: The folder of all files.
     """
 
     folder: Path
@@ -64,11 +64,11 @@ def make_authority(folder: str | os.PathLike[str], *, days: int = 30) -> Certifi
     """Writes a new authority.
 
     Args:
-        folder: where to; made if it does not exist.
-        days: how long the authority is valid.
+      folder: Where to; made if it does not exist.
+      days: How long the authority is valid.
 
     Raises:
-        PiparError: if there is one already, or the folder cannot be written.
+      PiparError: If there is one already, or the folder cannot be written.
     """
     files = Certificates(Path(folder))
     if files.authority.exists() or files.authority_key.exists():
@@ -98,15 +98,15 @@ def add_certificate(
     """Writes key and certificate of one host, signed by the authority.
 
     Args:
-        files: the authority.
-        name: the host's: ``server``, ``d0`` for device 0, ``n1`` for compute node 1; names the
-            files too, and is the first subject alternative name.
-        addresses: host names and addresses under which others reach the host.
-        days: how long the certificate is valid.
+      files: The authority.
+      name: The host's: ``server``, ``d0`` for device 0, ``n1`` for compute node 1; names the
+        files too, and is the first subject alternative name.
+      addresses: Host names and addresses under which others reach the host.
+      days: How long the certificate is valid.
 
     Raises:
-        PiparError: if the name is no file name, the certificate exists, an address is none, or the
-            authority's files cannot be read or these not be written.
+      PiparError: If the name is no file name, the certificate exists, an address is none, or the
+        authority's files cannot be read or these not be written.
     """
     if not _NAME.fullmatch(name):
         raise PiparError(

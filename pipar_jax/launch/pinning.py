@@ -33,7 +33,7 @@ def pinned(cores: Iterable[int]) -> Iterator[None]:
     Where the system cannot pin (macOS) and for no cores at all, the block runs anywhere.
 
     Raises:
-        RunError: A core is not among those that this process may use.
+      RunError: A core is not among those that this process may use.
     """
     wanted = set(cores)
     if not wanted or not hasattr(os, "sched_setaffinity"):
@@ -106,9 +106,9 @@ class PinnedProcess:
         """Calls ``function`` in the process and returns its result.
 
         Raises:
-            PiparError: The function raised it: a foreseen error keeps its kind and its one line.
-            RunError: The function raised something else, and the message holds its traceback; or
-                the process ended.
+          PiparError: The function raised it: a foreseen error keeps its kind and its one line.
+          RunError: The function raised something else, and the message holds its traceback; or
+            the process ended.
         """
         self._pipe.send((function, args, kwargs))
         try:
@@ -159,7 +159,7 @@ def run_pinned(
     """Calls ``function`` in a fresh process on ``cores`` and returns its result.
 
     Raises:
-        PiparError: As ``PinnedProcess.call``.
+      PiparError: As ``PinnedProcess.call``.
     """
     with PinnedProcess(_name(function), cores=cores, variables=variables) as process:
         return process.call(function, *args, **kwargs)

@@ -95,7 +95,7 @@ def claim_platform(config: Config, name: str) -> None:
     """Loads jax in the environment that was set, and the platform that a host asks for.
 
     Raises:
-      ConfigError: jax finds no device of the platform.
+      ConfigError: Jax finds no device of the platform.
     """
     wanted = configuration.host(config, name).platform
     if wanted in ("auto", "cpu"):  # always there; whoever needs jax loads it

@@ -137,8 +137,8 @@ class Progress:
     """Shows a run while it goes on; give it to ``launch`` as ``on_event``.
 
     Args:
-        title: What stands at the head of a line; the method's name unless given.
-        console: Where to show it; standard error unless given.
+      title: What stands at the head of a line; the method's name unless given.
+      console: Where to show it; standard error unless given.
 
     Example:
         with Progress() as progress:

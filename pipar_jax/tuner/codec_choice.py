@@ -47,7 +47,7 @@ class Slot(NamedTuple):
     Attributes:
       devices: Those whose tensors have the same way: equal devices, or all that share two nodes.
       boundary: Which boundary of their chains it crosses, counted from 0.
-      role: activation or cotangent.
+      role: Activation or cotangent.
     """
 
     devices: tuple[int, ...]

@@ -35,14 +35,14 @@ class Conv(nnx.Module):
         """Draws the kernel.
 
         Args:
-          in_features: channels of the input.
-          out_features: channels of the output.
-          size: height and width of the kernel.
-          stride: step of the kernel in both directions.
-          groups: number of groups that the channels are divided into.
-          use_bias: whether to add a bias per channel.
-          dtype: dtype to compute in.
-          rngs: random streams.
+          in_features: Channels of the input.
+          out_features: Channels of the output.
+          size: Height and width of the kernel.
+          stride: Step of the kernel in both directions.
+          groups: Number of groups that the channels are divided into.
+          use_bias: Whether to add a bias per channel.
+          dtype: Dtype to compute in.
+          rngs: Random streams.
         """
         held = weight_dtype(dtype)
         shape = (size, size, in_features // groups, out_features)
@@ -66,7 +66,7 @@ class Conv(nnx.Module):
         return None if self.bias is None else self.bias[...]
 
     def linear(self, x: jax.Array) -> jax.Array:
-        """Convolves without adding the bias, for a normalisation that takes it as `offset`."""
+        """Convolves without adding the bias, for a normalisation that takes it as ``offset``."""
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
         geometry = Geometry(kernel.shape[0], self.stride, self.padding)
         if self.groups == 1:

@@ -2,7 +2,7 @@
 
 A convolution has three passes: forward, the cotangent of its input, the gradient of its
 kernel. Each can be XLA's own convolution or a matrix product over patches of the image, and
-which is faster depends on the shape and the platform; `stages.layers.formulation` decides.
+which is faster depends on the shape and the platform; ``stages.layers.formulation`` decides.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Geometry(NamedTuple):
     """Static description of a square convolution.
 
     Attributes:
-      size: height and width of the kernel.
-      stride: step in both directions.
-      padding: zeros added on each side.
+      size: Height and width of the kernel.
+      stride: Step in both directions.
+      padding: Zeros added on each side.
     """
 
     size: int
@@ -42,24 +42,24 @@ class Geometry(NamedTuple):
         return self.size == 1 and self.padding == 0
 
     def out(self, length: int) -> int:
-        """Length of the output along an axis of `length`."""
+        """Length of the output along an axis of ``length``."""
         return (length + 2 * self.padding - self.size) // self.stride + 1
 
     def reached(self, length: int) -> range:
-        """Rows of the kernel that meet any of `length` rows, all others meet padding alone."""
+        """Rows of the kernel that meet any of ``length`` rows, all others meet padding alone."""
         first = self.padding - (self.out(length) - 1) * self.stride
         return range(max(0, first), min(self.size, self.padding + length))
 
     def met(self, remainder: int, length: int, rows: int) -> list[tuple[int, int]]:
-        """What rows of the input meet, those whose index divided by the stride leaves `remainder`.
+        """Returns what the input rows of index ≡ ``remainder`` (mod stride) are multiplied with.
 
         Args:
-          remainder: see above.
-          length: number of these rows of the input.
-          rows: rows of the output.
+          remainder: See above.
+          length: Number of these rows of the input.
+          rows: Rows of the output.
 
         Returns:
-          pairs of a row of the output, counted from the row's index divided by the stride, and
+          Pairs of a row of the output, counted from the row's index divided by the stride, and
           the kernel's row between them, without those that meet no row of the output.
         """
         first, row = divmod(remainder + self.padding, self.stride)
@@ -73,7 +73,7 @@ class Geometry(NamedTuple):
 
         Args:
           cotangent: [batch, height', width', channels].
-          shape: shape of the convolution's input.
+          shape: Shape of the convolution's input.
         """
         edges = []
         for length, out in zip(shape[1:3], cotangent.shape[1:3], strict=True):
@@ -91,7 +91,7 @@ def convolve(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     Args:
       x: [batch, height, width, in].
       kernel: [size, size, in, out], dtype of x.
-      geometry: stride and padding.
+      geometry: Stride and padding.
 
     Returns:
       [batch, height', width', out], dtype of x.
@@ -103,7 +103,7 @@ def convolve(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
 
 
 def xla_convolve(x: jax.Array, kernel: jax.Array, geometry: Geometry, groups: int = 1) -> jax.Array:
-    """XLA's own convolution; arguments as for `convolve`."""
+    """XLA's own convolution; arguments as for ``convolve``."""
     y: jax.Array = lax.conv_general_dilated(
         x,
         kernel,
@@ -140,13 +140,13 @@ convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def _key(x: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> Shape:
-    """The convolution's shape as `formulation` wants it."""
+    """The convolution's shape as ``formulation`` wants it."""
     batch, height, width, features = x
     return Shape(batch, height, width, features, kernel[-1], *geometry)
 
 
 def pad_images(x: jax.Array, geometry: Geometry, axis: int) -> jax.Array:
-    """Pads the two axes from `axis` with the convolution's zeros."""
+    """Pads the two axes from ``axis`` with the convolution's zeros."""
     pads = [(0, 0)] * x.ndim
     pads[axis] = pads[axis + 1] = (geometry.padding, geometry.padding)
     return jnp.pad(x, pads) if geometry.padding else x
@@ -164,13 +164,13 @@ def shifted(
     """For each position in the kernel the pixels it meets: slices of padded images.
 
     Args:
-      x: images, whose rows are axis `axis` and whose columns the next.
-      geometry: the kernel's.
-      axis: see x.
-      rows: rows of the output.
-      columns: columns of the output.
-      tall: rows of the kernel; all, if left out.
-      wide: columns of the kernel; all, if left out.
+      x: Images, whose rows are axis ``axis`` and whose columns the next.
+      geometry: The kernel's.
+      axis: See x.
+      rows: Rows of the output.
+      columns: Columns of the output.
+      tall: Rows of the kernel; all, if left out.
+      wide: Columns of the kernel; all, if left out.
     """
     step, every = geometry.stride, range(geometry.size)
     found = []
@@ -186,8 +186,8 @@ def shifted(
 def _samples_together(batch: int, bytes_per_sample: int, result_bytes: int = 0) -> int:
     """How many samples' patches are made at a time, of a batch.
 
-    As many as fit `PATCH_BYTES`, or the result that every run is added to if that is larger; rather
-    some fewer that divide the batch than a rest that is compiled once more.
+    As many as fit ``PATCH_BYTES``, or the result that every run is added to if that is larger;
+    rather some fewer that divide the batch than a rest that is compiled once more.
     """
     fits = max(1, max(PATCH_BYTES, result_bytes) // bytes_per_sample)
     if fits >= batch:

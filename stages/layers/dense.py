@@ -28,12 +28,12 @@ class Dense(nnx.Module):
         """Draws the kernel.
 
         Args:
-          in_features: size of the last axis of the input.
-          out_features: size of the last axis of the output.
+          in_features: Size of the last axis of the input.
+          out_features: Size of the last axis of the output.
           gain: 2 before a ReLU (He), 1 before a softmax (LeCun).
-          use_bias: whether to add a bias.
-          dtype: dtype to compute in.
-          rngs: random streams.
+          use_bias: Whether to add a bias.
+          dtype: Dtype to compute in.
+          rngs: Random streams.
         """
         held = weight_dtype(dtype)
         deviation = (gain / in_features) ** 0.5

@@ -27,7 +27,7 @@ def depthwise(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     Args:
       x: [batch, height, width, channels].
       kernel: [size, size, 1, channels], dtype of x.
-      geometry: stride and padding.
+      geometry: Stride and padding.
 
     Returns:
       [batch, height', width', channels], dtype of x.

@@ -11,7 +11,7 @@ from stages.errors import StageError
 
 
 class Dropout(nnx.Module):
-    """Zeroes activations with probability `rate` in training and rescales the rest.
+    """Zeroes activations with probability ``rate`` in training and rescales the rest.
 
     The key of a sample's mask is the root seed folded with device, step, the unit's name, the
     layer's place in the unit and the sample's position in the mini-batch. So neither a cut
@@ -22,7 +22,7 @@ class Dropout(nnx.Module):
         """Sets the probability of zeroing, 0 <= rate < 1.
 
         Raises:
-          StageError: the rate is out of range.
+          StageError: The rate is out of range.
         """
         if not 0.0 <= rate < 1.0:
             raise StageError(f"dropout rate must be in [0, 1), got {rate}")

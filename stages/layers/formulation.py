@@ -1,10 +1,10 @@
 """Which formulation of a layer is used for a shape on a platform.
 
 On GPUs and TPUs it is always XLA's own operation. On CPUs it is the one that was fastest for this
-shape in `measured.csv`, a table of all shapes of the registered networks that
-`python -m experiments.benchmarks.layer_formulations` writes anew. For a shape that is not in it, it
-is the one that was fastest for the nearest shape of its kind, and never XLA's where that is a naive
-loop. The choice is a pure function of static shapes, so it is the same in every process.
+shape in ``measured.csv``, a table of all shapes of the registered networks that ``python -m
+experiments.benchmarks.layer_formulations`` writes anew. For a shape that is not in it, it is the
+one that was fastest for the nearest shape of its kind, and never XLA's where that is a naive loop.
+The choice is a pure function of static shapes, so it is the same in every process.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class Shape(NamedTuple):
     """Static shape of a square convolution or of pooling.
 
     Attributes:
-      batch: number of samples.
-      height: rows of the input.
-      width: columns of the input.
-      features: channels of the input.
-      out: channels of the output.
-      size: height and width of the window.
-      stride: step of the window in both directions.
-      padding: pixels added on each side.
+      batch: Number of samples.
+      height: Rows of the input.
+      width: Columns of the input.
+      features: Channels of the input.
+      out: Channels of the output.
+      size: Height and width of the window.
+      stride: Step of the window in both directions.
+      padding: Pixels added on each side.
     """
 
     batch: int
@@ -61,7 +61,7 @@ class Shape(NamedTuple):
     padding: int
 
     def slid(self, length: int) -> int:
-        """Places of the window along an axis of `length`."""
+        """Places of the window along an axis of ``length``."""
         return (length + 2 * self.padding - self.size) // self.stride + 1
 
 
@@ -101,7 +101,7 @@ def choose(operation: str, shape: Shape) -> Formulation:
 
     Args:
       operation: "conv_forward", "conv_input", "conv_kernel", "depthwise" or "max_pool".
-      shape: shape of the operation.
+      shape: Shape of the operation.
     """
     asked = _asked.get()
     if asked is not None:

@@ -18,10 +18,10 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], deviation: float, dtype: Any)
     trace (only shapes matter there) jax's generator is used.
 
     Args:
-      rngs: random streams; one key of `params` is used.
-      shape: shape of the weights.
-      deviation: standard deviation.
-      dtype: dtype of the weights.
+      rngs: Random streams; one key of ``params`` is used.
+      shape: Shape of the weights.
+      deviation: Standard deviation.
+      dtype: Dtype of the weights.
     """
     key = rngs.params()
     if isinstance(key, jax.core.Tracer):

@@ -29,9 +29,9 @@ class BatchNorm(nnx.Module):
         """Starts with scale 1, bias 0, running mean 0 and running variance 1.
 
         Args:
-          features: size of the last axis.
-          dtype: dtype of the output; statistics are computed in at least float32.
-          rngs: unused random streams, taken so that all norms are made alike.
+          features: Size of the last axis.
+          dtype: Dtype of the output; statistics are computed in at least float32.
+          rngs: Unused random streams, taken so that all norms are made alike.
         """
         del rngs
         held = weight_dtype(dtype)
@@ -75,9 +75,9 @@ class GroupNorm(nnx.Module):
         """Starts with scale 1 and bias 0.
 
         Args:
-          features: size of the last axis; the number of groups is `group_count(features)`.
-          dtype: dtype of the output; statistics are computed in at least float32.
-          rngs: unused random streams, taken so that all norms are made alike.
+          features: Size of the last axis; the number of groups is ``group_count(features)``.
+          dtype: Dtype of the output; statistics are computed in at least float32.
+          rngs: Unused random streams, taken so that all norms are made alike.
         """
         del rngs
         held = weight_dtype(dtype)
@@ -111,6 +111,6 @@ def group_count(features: int) -> int:
 def make_norm(
     kind: str, features: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs
 ) -> BatchNorm | GroupNorm:
-    """Makes the normalisation named `kind`, "batch" or "group"."""
+    """Makes the normalisation named ``kind``, "batch" or "group"."""
     chosen = BatchNorm if kind == "batch" else GroupNorm
     return chosen(features, dtype=dtype, rngs=rngs)

@@ -28,7 +28,7 @@ def batch_normalise(
       bias: [features].
 
     Returns:
-      the output, shape and dtype of x; the mean [features]; the biased variance [features].
+      The output, shape and dtype of x; the mean [features]; the biased variance [features].
       The statistics carry no gradient of their own.
     """
     y, mean, var = _batch_forward(x, scale, bias)[0]
@@ -76,7 +76,7 @@ def group_normalise(x: jax.Array, scale: jax.Array, bias: jax.Array, group: jax.
       group: [features, features], 1 / channels of a group where two channels share one, else 0.
 
     Returns:
-      the output, shape and dtype of x.
+      The output, shape and dtype of x.
     """
     y: jax.Array = _group_forward(x, scale, bias, group)[0]
     return y

@@ -18,11 +18,11 @@ class Options(NamedTuple):
 
     Attributes:
       input_shape: (height, width, channels) of a sample.
-      classes: number of classes.
+      classes: Number of classes.
       norm: "batch" or "group".
       stem: "cifar" (3x3) or "imagenet" (7x7 and pooling), where a network has both.
-      dtype: dtype to compute in.
-      dropout: probability of dropping an activation before a dense layer of the head.
+      dtype: Dtype to compute in.
+      dropout: Probability of dropping an activation before a dense layer of the head.
     """
 
     input_shape: tuple[int, int, int]

@@ -50,12 +50,12 @@ class Block(nnx.Module):
         """Makes the block's layers.
 
         Args:
-          channels: channels of the input.
-          width: channels of the 3x3 convolutions.
-          stride: stride of the first 3x3 convolution.
-          bottleneck: whether 1x1 convolutions narrow and widen; then 4 x width come out.
-          options: what all networks are built with.
-          rngs: random streams.
+          channels: Channels of the input.
+          width: Channels of the 3x3 convolutions.
+          stride: Stride of the first 3x3 convolution.
+          bottleneck: Whether 1x1 convolutions narrow and widen; then 4 x width come out.
+          options: What all networks are built with.
+          rngs: Random streams.
         """
         make: Any = partial(Conv, dtype=options.dtype, rngs=rngs)
         norm: Any = partial(make_norm, options.norm, dtype=options.dtype, rngs=rngs)

@@ -50,7 +50,7 @@ class Network(nnx.Module):
         """Maps normalised features [operators, FEATURES].
 
         Returns:
-          the heads' g and h, [2, operators, 1 + FACTORS], and the hidden features
+          The heads' g and h, [2, operators, 1 + FACTORS], and the hidden features
           [operators, HIDDEN].
         """
         hidden = nnx.gelu(self.second(nnx.gelu(self.first(x))))
@@ -61,8 +61,8 @@ class Basis(NamedTuple):
     """What the network says of some operators.
 
     Attributes:
-      base: g, [2, operators] float64.
-      factors: h, [2, operators, FACTORS].
+      base: G, [2, operators] float64.
+      factors: H, [2, operators, FACTORS].
       hidden: The last hidden layer, [operators, HIDDEN], of mean 0 and deviation 1.
     """
 
@@ -125,7 +125,7 @@ class Weights(NamedTuple):
           table: Operators as ``operators.rows`` makes them, [operators, WIDTH].
 
         Returns:
-          the features, [operators, FEATURES], and the logarithms of how many times longer each
+          The features, [operators, FEATURES], and the logarithms of how many times longer each
           operator lasts, [operators].
         """
         kinds, seen = table[:, 0].astype(int), features(table)
