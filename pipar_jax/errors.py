@@ -11,9 +11,13 @@ class PiparError(Exception):
     Attributes:
       of_user: Whether code that the user gave failed; its traceback is worth keeping then, and is
         that of the error's cause.
+      again: Whether joining again may help: the coordinator was lost, or will take the host later.
+      taken: Whether the coordinator had admitted the host before.
     """
 
     of_user: bool = False
+    again: bool = False
+    taken: bool = False
 
 
 class ConfigError(PiparError):

@@ -170,7 +170,8 @@ class Prefetcher:
         """
         self._loader = loader
         self._next = first_step
-        self._ready: queue.Queue[Batch | Exception] = queue.Queue(depth)
+        self._turn: int | None = None  # the step to go on with, if it is not the next one
+        self._ready: queue.Queue[tuple[int, Batch | Exception]] = queue.Queue(depth)
         self._closed = threading.Event()
         self._thread = threading.Thread(
             target=self._work, args=(first_step,), name="pipar-prefetch", daemon=True
@@ -178,21 +179,27 @@ class Prefetcher:
         self._thread.start()
 
     def get(self, step: int) -> Batch:
-        """Returns the mini-batch of a step; steps come one after another.
+        """Returns the mini-batch of a step.
+
+        Steps come one after another, so that they are ready; where a round was undone or missed,
+        any other step is made when it is asked for, and those behind it.
 
         Raises:
-          RunError: It is not the next step, or the prefetcher is closed.
+          RunError: The prefetcher is closed.
           DataError: A mini-batch could not be made; so do other errors of the loader.
         """
-        if self._closed.is_set() or step != self._next:
-            state = "closed" if self._closed.is_set() else f"at step {self._next}"
-            raise RunError(f"mini-batch of step {step} asked of a prefetcher that is {state}")
-        made = self._ready.get()
-        if isinstance(made, Exception):
-            self.close()
-            raise made
-        self._next += 1
-        return made
+        if step != self._next:
+            self._turn = step
+        while not self._closed.is_set():
+            of, made = self._ready.get()
+            if of != step:
+                continue  # made before the turn
+            if isinstance(made, Exception):
+                self.close()
+                raise made
+            self._next = step + 1
+            return made
+        raise RunError(f"mini-batch of step {step} asked of a prefetcher that is closed")
 
     def close(self) -> None:
         """Ends the thread. Idempotent."""
@@ -203,16 +210,16 @@ class Prefetcher:
             except queue.Empty:
                 self._thread.join(0.005)
         with contextlib.suppress(queue.Full):  # for a get that waits in another thread
-            self._ready.put_nowait(RunError("the prefetcher was closed"))
+            self._ready.put_nowait((-1, RunError("the prefetcher was closed")))
 
     def _work(self, step: int) -> None:
         while not self._closed.is_set():
+            if (turn := self._turn) is not None:
+                step, self._turn = turn, None
             made: Batch | Exception
             try:
                 made = self._loader.batch(step)
             except Exception as error:  # handed to whoever waits in get, and raised there
                 made = error
-            self._ready.put(made)
-            if isinstance(made, Exception):
-                return
+            self._ready.put((step, made))
             step += 1

@@ -56,6 +56,7 @@ from pipar_jax.protocol.wire_fields import (
     Row,
     Table,
     Text,
+    Truth,
     Whole,
     struct,
 )
@@ -118,9 +119,15 @@ class JoinNode:
 
 @message("refused", Sender.COORDINATOR)
 class Refused:
-    """The run goes on without the host that wanted to join, for a reason."""
+    """The run goes on without the host that wanted to join, for a reason.
+
+    Attributes:
+      reason: Why.
+      again: Whether it may be taken later.
+    """
 
     reason: Words
+    again: Annotated[bool, Truth()]
 
 
 @message("model", Sender.COORDINATOR)
@@ -477,9 +484,15 @@ class Bye:
 
 @message("abort", Sender.COORDINATOR)
 class Abort:
-    """The run has ended for a reason."""
+    """The run has ended for a reason.
+
+    Attributes:
+      reason: Why.
+      again: Whether the coordinator is expected to go on with it later.
+    """
 
     reason: Words
+    again: Annotated[bool, Truth()]
 
 
 @message("failed", Sender.HOST)
@@ -487,3 +500,10 @@ class Failed:
     """A host ends for a reason."""
 
     error: Words
+
+
+@message("leave", Sender.HOST)
+class Leave:
+    """A host was asked to end, and does not come back by itself."""
+
+    reason: Words

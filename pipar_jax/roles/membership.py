@@ -311,10 +311,15 @@ class Membership:
                 self._end(self.by_name[name].link, str(error))
             raise
 
-    def abort(self, reason: str) -> None:
-        """Tells every device that the run has ended, as far as they can still be told."""
+    def abort(self, reason: str, *, again: bool = False) -> None:
+        """Tells every device that the run has ended, as far as they can still be told.
+
+        Args:
+          reason: Why.
+          again: Whether this process is expected to be started again and to go on.
+        """
         for member in self.by_name.values():
-            self._try(member.link, messages.Abort(reason))
+            self._try(member.link, messages.Abort(reason, again))
         for member in self.by_name.values():
             try:
                 member.link.drain(0.5)

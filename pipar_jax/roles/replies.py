@@ -11,7 +11,7 @@ from pipar_jax.protocol import messages
 from pipar_jax.protocol.registry import kind_of
 
 #: What a host may say whenever it has joined.
-UNASKED = (messages.Failed, messages.NonFinite, messages.Progress, messages.Pulse,
+UNASKED = (messages.Failed, messages.Leave, messages.NonFinite, messages.Progress, messages.Pulse,
            messages.Working)  # fmt: skip
 #: Before these a host compiles or times itself, which nobody can say the length of.
 TAKES_LONG = (messages.Prepared, messages.Profiled, messages.Referenced, messages.Calibrated)

@@ -12,12 +12,13 @@ from typing import Any
 
 import comms
 from comms import ChannelError, Endpoint, Link, Message
+from comms.link.pending_connection import CutShortError
 from pipar_jax import config as configuration
 from pipar_jax import data as datasets
 from pipar_jax.config import Config
 from pipar_jax.config.slowdown import slowdown_of
 from pipar_jax.data import Dataset, Loader, Prefetcher
-from pipar_jax.errors import JoinError, PeerError, ProtocolError
+from pipar_jax.errors import JoinError, PeerError, PiparError, ProtocolError
 from pipar_jax.protocol import messages, registry
 from pipar_jax.protocol.messages import JoinDevice, JoinNode
 from pipar_jax.protocol.registry import Sender
@@ -30,6 +31,7 @@ from pipar_jax.roles.holdings import SURVEYED, Holdings, Wanted
 from pipar_jax.roles.link_stats import DirectTraffic, OwnWaits
 from pipar_jax.roles.patience import Moving, Patience, pulse_s
 from pipar_jax.roles.peer_links import PeerLinks
+from pipar_jax.roles.rejoin import persist
 from pipar_jax.roles.survey import Respondent
 from pipar_jax.runtime import weight_bundle
 from pipar_jax.runtime.host import Host
@@ -102,11 +104,23 @@ def run_device(
         std=dataset.std,
         drop_last=config.data.drop_last,
     )
-    worker = Worker(config, name, network, loader, stop)
-    try:
-        worker.run(address, device_join(config, worker.name, loader, network))
-    finally:
-        worker.close()
+
+    def take_part(timeout_s: float) -> None:
+        worker = Worker(config, name, network, loader, stop)
+        try:
+            worker.run(address, device_join(config, name, loader, network), timeout_s)
+        except PiparError as error:
+            error.taken = worker.admitted
+            raise
+        finally:
+            worker.close()
+
+    persist(
+        take_part,
+        join_timeout_s=config.network.join_timeout_s,
+        rejoin_s=config.network.rejoin_s,
+        stop=stop or threading.Event(),
+    )
 
 
 def run_node(
@@ -137,7 +151,8 @@ def run_node(
     set_precision(config)
     worker = Worker(config, node_name(index), model, None, stop)
     try:
-        worker.run(address, node_join(config, worker.name, worker.listen()))
+        join = node_join(config, worker.name, worker.listen())
+        worker.run(address, join, config.network.join_timeout_s)
     finally:
         worker.close()
 
@@ -147,6 +162,7 @@ class Worker:
 
     Attributes:
       name: The host's name.
+      admitted: Whether the coordinator has taken it.
 
     Args:
       config: Resolved configuration.
@@ -169,6 +185,7 @@ class Worker:
         self._stop = stop or threading.Event()
         self._inbox: queue.SimpleQueue[Message | BaseException] = queue.SimpleQueue()
         self._step = 0
+        self.admitted = False
         self._told_so = False  # whether the coordinator itself has ended this host's part
         self._link: Link | None = None
         self._waits: OwnWaits | None = None
@@ -225,18 +242,21 @@ class Worker:
         """
         return self._neighbours.listen()
 
-    def run(self, address: tuple[str, int], join: JoinDevice | JoinNode) -> None:
+    def run(
+        self, address: tuple[str, int], join: JoinDevice | JoinNode, timeout_s: float
+    ) -> None:
         """Joins, and follows the coordinator's commands until it says that the run is over.
 
         Args:
           address: The coordinator's host and port.
           join: What it has to know of this host.
+          timeout_s: Seconds within which it must be reached.
 
         Raises:
           PiparError: See ``run_device`` and ``run_node``.
         """
         LOG.info("%s: joins %s:%d", self.name, *address)
-        self._link = link = self._connect(address)
+        self._link = link = self._connect(address, timeout_s)
         link.start(self._on_message, self._wake, self._inbox.put)
         try:
             registry.send(link, join)
@@ -246,7 +266,7 @@ class Worker:
             self._report_failure(lost)
             raise lost from error
         except KeyboardInterrupt:
-            self._report_failure(PeerError(f"{self._long} was interrupted"))
+            self._say_last(messages.Leave(f"{self._long} was interrupted"))
             raise
         except Exception as error:
             self._report_failure(error)
@@ -261,6 +281,7 @@ class Worker:
             if isinstance(item, BaseException):
                 raise item
             said = registry.decode(item, Sender.COORDINATOR, long_name(COORDINATOR))
+            self.admitted = self.admitted or not isinstance(said, messages.Refused)
             self._note(said)
             if isinstance(said, messages.Working):
                 self._patience.working(COORDINATOR, said.what)
@@ -330,7 +351,9 @@ class Worker:
     def _lost(self, error: ChannelError) -> PeerError:
         """Returns what the end of a link means, the coordinator's or a neighbour's."""
         if self._link is not None and self._link.error is not None:
-            return registry.end_of(error, "the server", f"{self._long} lost the coordinator")
+            lost = registry.end_of(error, "the server", f"{self._long} lost the coordinator")
+            lost.again = not isinstance(lost, ProtocolError)
+            return lost
         return PeerError(f"{self._long} lost a neighbour: {error}")
 
     @property
@@ -339,7 +362,7 @@ class Worker:
 
     # --- mail ---------------------------------------------------------------------------------
 
-    def _connect(self, address: tuple[str, int]) -> Link:
+    def _connect(self, address: tuple[str, int], timeout_s: float) -> Link:
         shape = comms.LinkShape()
         if isinstance(self._own, configuration.DeviceConfig):
             shape, _ = comms.parse_link(self._own.link)
@@ -347,12 +370,15 @@ class Worker:
             link = self._endpoint.connect(
                 *address,
                 name_of_peer=COORDINATOR,
-                timeout_s=self._config.network.join_timeout_s,
+                timeout_s=timeout_s,
                 shape=shape.opening,
                 expected=COORDINATOR,
             )
         except ChannelError as error:
-            raise JoinError(f"{self._long} cannot join: {error}") from error
+            unreached = JoinError(f"{self._long} cannot join: {error}")
+            # A server that is being started again may cut handshakes short.
+            unreached.again = isinstance(error, CutShortError)
+            raise unreached from error
         link.admit(SURVEYED)
         self._moving = Moving(link)
         self._neighbours.link_table.control[COORDINATOR] = link
@@ -427,11 +453,14 @@ class Worker:
 
     def _report_failure(self, error: Exception) -> None:
         """Tells the coordinator why this host ends, so that it need not guess."""
-        assert self._link is not None
-        if self._told_so:
+        self._say_last(messages.Failed(str(error)))
+
+    def _say_last(self, said: messages.Failed | messages.Leave) -> None:
+        """Says the last that this host says, if it still can."""
+        if self._told_so or self._link is None:
             return
         try:
-            registry.send(self._link, messages.Failed(str(error)))
+            registry.send(self._link, said)
             self._link.drain(1.0)
         except ChannelError:
             return  # the coordinator is gone too; the error itself is raised by the caller
@@ -440,11 +469,15 @@ class Worker:
 
     def _end_refused(self, said: messages.Refused) -> None:
         self._told_so = True
-        raise JoinError(f"the coordinator refuses {self._long}: {said.reason}")
+        refused = JoinError(f"the coordinator refuses {self._long}: {said.reason}")
+        refused.again = said.again
+        raise refused
 
     def _end_aborted(self, said: messages.Abort) -> None:
         self._told_so = True
-        raise PeerError(f"the coordinator ended the run: {said.reason}")
+        ended = PeerError(f"the coordinator ended the run: {said.reason}")
+        ended.again = said.again
+        raise ended
 
     def _take_model(self, said: messages.ModelFacts) -> None:
         try:

@@ -203,12 +203,12 @@ def test_a_device_that_is_interrupted_says_so(alone, monkeypatch):
     def interrupted():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(worker, "_connect", lambda address: setattr(worker, "_link", link) or link)
+    monkeypatch.setattr(worker, "_connect", lambda *_: setattr(worker, "_link", link) or link)
     monkeypatch.setattr(worker, "_follow", interrupted)
     join = admission.device_join(config("pipar"), "d0", loader(0), network())
     with pytest.raises(KeyboardInterrupt):
-        worker.run(("127.0.0.1", 1), join)
-    assert link.said[-1] == {"type": "failed", "error": "device 0 was interrupted"}
+        worker.run(("127.0.0.1", 1), join, 1.0)
+    assert link.said[-1] == {"type": "leave", "reason": "device 0 was interrupted"}
 
 
 def test_a_link_joins_under_its_own_name_alone():
