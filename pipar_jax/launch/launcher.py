@@ -21,14 +21,14 @@ from typing import Any
 
 import pipar_jax
 from pipar_jax import data, errors
-from pipar_jax.config import Config, nodes, to_json
+from pipar_jax.config import Config, may_lose, nodes, to_json
 from pipar_jax.disk.files import describe_os_error, write_text
 from pipar_jax.errors import DiskError, PiparError, RunError
 from pipar_jax.launch import machine
 from pipar_jax.launch.process import TOKEN_VARIABLE
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.report import environment
-from pipar_jax.schedule.plan import COORDINATOR, device_name
+from pipar_jax.schedule.plan import COORDINATOR, device_name, is_device
 
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -56,7 +56,8 @@ def launch(
       The server's ``run_finished`` event, with the run's folder.
 
     Raises:
-      PiparError: The first real error of any host, not what its peers saw of it.
+      PiparError: The first real error of any host, not what its peers saw of it. Where the run may
+        lose devices (``cohort.*``), the end of a device is none while another one lives.
       KeyboardInterrupt: Ctrl-C; all processes are ended then.
     """
     config = resolve(config)
@@ -243,7 +244,7 @@ class _Hosts:
             for child in self._children:
                 child.note_end()
             now_s = time.monotonic()
-            failed = any(child.has_failed for child in self._children)
+            failed = bool(self._failed())
             if patience_s is None and (failed or server.ended_s is not None):
                 patience_s = now_s + (GRACE_S if failed else self._config.network.deadline_s)
             if patience_s is not None and now_s > patience_s:
@@ -284,13 +285,27 @@ class _Hosts:
         if not child.open:
             self._selector.unregister(child.events)
 
-    def _raise_first(self) -> None:
+    def _failed(self) -> list[_Child]:
+        """Returns the children whose end is that of the run.
+
+        A run that may lose devices (``cohort.*``) goes on while the server does; what the loss of a
+        device means the server decides and tells. If no device is left, they are the reason.
+        """
         failed = [child for child in self._children if child.has_failed]
+        devices = [child for child in self._children if is_device(child.name)]
+        if not may_lose(self._config) or all(one in failed for one in devices):
+            return failed
+        return [child for child in failed if child not in devices]
+
+    def _raise_first(self) -> None:
+        failed = self._failed()
         if failed:
             # Who died without a word comes before who said why, and both before those who only
             # saw a peer go; among equals the first.
             raise min(failed, key=_rank).error()
-        late = [child for child in self._children if child.ended_s is None]
+        # A device that the run has lost may still be trying to come back.
+        may_stay = is_device if may_lose(self._config) else lambda name: False
+        late = [one for one in self._children if one.ended_s is None and not may_stay(one.name)]
         if late:
             raise RunError(
                 f"{', '.join(child.name for child in late)} did not end within "

@@ -59,6 +59,10 @@ class RunState:
             self.phase = "waiting for " + ", ".join(map(str, event["missing"]))
         elif kind == "device_joined":
             self.phase = f"device {event['device']} joined with {event['samples']:,} samples"
+        elif kind == "device_returned":
+            self.phase = f"device {event['device']} is back after {event['away_s']:.1f} s"
+        elif kind in ("device_lost", "device_left"):
+            self.phase = f"device {event['device']} is out: {event['reason']}"
         elif kind == "node_joined":
             self.phase = f"compute node {event['node']} joined"
         elif kind == "tuned":
@@ -254,8 +258,14 @@ def render(state: RunState, now_s: float, title: str = "") -> RenderableType:
 def describe(event: Event, state: RunState) -> str | None:
     """Returns one plain line about ``event``, already in ``state``; None if it deserves none."""
     kind = event["event"]
-    if kind in ("waiting", "device_joined", "node_joined", "tuned"):
+    if kind in ("waiting", "device_joined", "device_returned", "node_joined", "tuned"):
         return state.phase
+    if kind in ("device_lost", "device_left"):
+        return f"device {event['device']} is out: {event['reason']}"
+    if kind == "device_dropped":
+        return f"device {event['device']} is left out of round {event['round']}: {event['reason']}"
+    if kind == "round_undone":
+        return f"round {event['round']} is undone and repeated: {event['reason']}"
     if kind == "run_started":
         return f"{state.devices} devices, {state.epochs} epochs, plan {state.plan}"
     if kind == "progress":

@@ -7,15 +7,15 @@ import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import comms
 from comms import ChannelError, Endpoint, Link, Message, PeerClosed
 from pipar_jax import config as configuration
-from pipar_jax.config import Config
+from pipar_jax.config import Config, may_lose
 from pipar_jax.errors import JoinError, PeerError, ProtocolError, RunError
 from pipar_jax.protocol import messages, registry
 from pipar_jax.protocol.registry import Form, Sender, kind_of
@@ -24,6 +24,7 @@ from pipar_jax.roles.acceptance import Acceptance
 from pipar_jax.roles.admission import Identity
 from pipar_jax.roles.holdings import SURVEYED
 from pipar_jax.roles.patience import Moving, Patience, pulse_s
+from pipar_jax.roles.population import Population, Presence
 from pipar_jax.roles.refusals import Refusals
 from pipar_jax.roles.replies import TAKES_LONG, Owed, Reply, answers
 from pipar_jax.runtime import finite
@@ -99,11 +100,16 @@ class Membership:
     What comes over a link is believed in three steps: a link may only ask to join; a member may
     only say what it was asked for (``replies``), in the form that ``protocol`` gives it; and what
     it says has to fit the plan, which whoever asked for it checks. A stranger who does not keep to
-    this is refused and counted, and the run goes on; a member's connection ends, and the run with
-    an error that names it.
+    this is refused and counted, and the run goes on. A member's connection ends. If it is a
+    device and the run may lose some (``cohort.*``) that is an event, and it may come back under its
+    name at any time; otherwise the run ends with an error that names the member.
 
     Attributes:
-      by_name: Those who have joined.
+      by_name: Those who are there.
+      population: The devices that have registered, there or not.
+      joined: Called with the name of a device that has joined; on the owner's thread.
+      lost: Called with the name of a device that is gone, and why; on the owner's thread.
+      broken: Called with what is not finite on a host, where a device may be dropped for it.
       listeners: Take mail of a kind as it comes, instead of ``collect``; on the owner's thread.
       acceptance: Which tensors may come; none without.
       patience: The progress deadline.
@@ -141,6 +147,11 @@ class Membership:
         self._pulse_s, self._pulsed_s, self._pulses = pulse_s(config), time.monotonic(), 0
         self.listeners: dict[type, Callable[[Mail], None]] = {}
         self.by_name: dict[str, Member] = {}
+        self.population = Population()
+        self.joined: Callable[[str], None] = lambda name: None
+        self.lost: Callable[[str, PeerError], None] = lambda name, error: None
+        self.broken: Callable[[messages.NonFinite, str], None] = lambda said, source: None
+        self._may_lose = may_lose(config)
         self.acceptance: Acceptance | None = None
         self.patience = Patience(config)
         self.actions: Callable[[], int] = lambda: 0
@@ -178,32 +189,42 @@ class Membership:
     # --- what the coordinator's thread calls --------------------------------------------------
 
     def admit(self) -> None:
-        """Waits until every device and every compute node has joined.
+        """Waits until every compute node has joined, and as many devices as a run begins with.
+
+        With ``cohort.min_devices`` of them it begins when nobody has joined for ``cohort.wait_s``.
 
         Raises:
-          JoinError: Some have not within ``network.join_timeout_s``.
+          JoinError: Too few have within ``network.join_timeout_s``.
         """
-        wanted = [
-            *configuration.nodes(self._config),
-            *(device_name(i) for i in range(self._config.devices.count)),
-        ]
-        deadline = time.monotonic() + self._config.network.join_timeout_s
+        nodes = configuration.nodes(self._config)
+        devices = [device_name(i) for i in range(self._config.devices.count)]
+        least = self._config.cohort.min_devices or len(devices)
+        began = changed = time.monotonic()
         told: list[str] = []
-        while missing := [name for name in wanted if name not in self.by_name]:
+        limit_s = self._config.network.join_timeout_s
+        while missing := [name for name in (*nodes, *devices) if name not in self.by_name]:
             if missing != told:
-                told = missing
+                told, changed = missing, time.monotonic()
                 self._tell({"event": "waiting", "missing": missing})
-            left = deadline - time.monotonic()
-            if left <= 0:
+            here = sum(name in self.by_name for name in devices)
+            enough = here >= least and all(name in self.by_name for name in nodes)
+            wait_s = self._config.cohort.wait_s
+            left_s = changed + wait_s if enough else began + limit_s
+            left_s -= time.monotonic()
+            if left_s <= 0 and enough:
+                return
+            if left_s <= 0:
+                most = 20
+                rest = f" and {len(missing) - most} more" if len(missing) > most else ""
                 raise JoinError(
-                    f"{', '.join(missing)} of {len(wanted)} hosts did not join within "
-                    f"{self._config.network.join_timeout_s:g} s: start them, or raise "
-                    "network.join_timeout_s"
+                    f"{', '.join(missing[:most])}{rest} of {len(nodes) + len(devices)} hosts did "
+                    f"not join within {limit_s:g} s, and {least} devices are needed: start them, "
+                    "lower cohort.min_devices, or raise network.join_timeout_s"
                 )
-            self._take(min(left, LOOK_S))
+            self._take(min(left_s, LOOK_S))
 
     def collect(self, kind: type, sources: Sequence[str]) -> dict[str, Mail]:
-        """Waits until every source has said something of a kind.
+        """Waits until every source has said something of a kind, or is lost.
 
         What arrives meanwhile of other kinds is kept for a later call; progress is told at once.
 
@@ -211,21 +232,54 @@ class Membership:
           kind: Class of the message.
           sources: Names of hosts.
 
+        Returns:
+          What they said, in their order; of those that the run may lose and has lost, nothing.
+
         Raises:
-          PeerError: A host was lost, failed, said what it may not, or shows no progress.
+          PeerError: A host was lost, failed, said what it may not, or shows no progress, and the
+            run cannot go on without it.
         """
         found: dict[str, Mail] = {}
         self.patience.begin()
         while True:
-            for mail in [one for one in self._early if isinstance(one.said, kind)]:
-                if mail.source in sources and mail.source not in found:
-                    self._early.remove(mail)
-                    found[mail.source] = mail
-            missing = [name for name in sources if name not in found]
+            found |= self.said(kind, [name for name in sources if name not in found])
+            missing = [name for name in self._there(sources) if name not in found]
             if not missing:
-                return {name: found[name] for name in sources}
-            self._take(LOOK_S)
-            self.patience.check(missing, kind_of(kind).name)
+                return {name: found[name] for name in sources if name in found}
+            self.wait(missing, kind_of(kind).name)
+
+    def said(self, kind: type, sources: Collection[str]) -> dict[str, Mail]:
+        """Returns what some hosts have said of a kind already, without waiting."""
+        found: dict[str, Mail] = {}
+        for mail in [one for one in self._early if isinstance(one.said, kind)]:
+            if mail.source in sources and mail.source not in found:
+                self._early.remove(mail)
+                found[mail.source] = mail
+        return found
+
+    def wait(self, missing: Sequence[str], what: str) -> None:
+        """Waits a moment for mail, and looks who shows no progress.
+
+        Args:
+          missing: The hosts that are waited for.
+          what: What they are to say.
+
+        Raises:
+          PeerError: See ``collect``.
+        """
+        self._take(LOOK_S)
+        try:
+            self.patience.check(self._there(missing), what)
+        except PeerError as error:
+            late = [name for name in self._there(missing) if self._tolerates(name)]
+            if not late:
+                raise
+            for name in late:
+                self.lose(name, error)
+
+    def _there(self, names: Sequence[str]) -> list[str]:
+        """Returns those hosts that are not lost."""
+        return [name for name in names if name == COORDINATOR or name in self.by_name]
 
     def poll(self) -> None:
         """Handles what mail there is without waiting for any.
@@ -241,7 +295,7 @@ class Membership:
         self._tell(event)
 
     def send(self, name: str, command: Any, *replies: Reply) -> None:
-        """Sends a command to a member.
+        """Sends a command to a member; nothing to one that the run has lost.
 
         Args:
           name: The member's.
@@ -249,14 +303,15 @@ class Membership:
           replies: What it is answered by, where that depends on the plan.
 
         Raises:
-          PeerError: The member is lost.
+          PeerError: The member is lost, and the run cannot go on without it.
         """
-        member = self.by_name[name]
+        if (member := self.by_name.get(name)) is None:
+            return  # its loss has been told
         member.owed.add(replies or answers(command))
         try:
             registry.send(member.link, command)
         except ChannelError as error:
-            self._raise_lost(error)
+            self._note_gone(name, error)
 
     def send_bundle(
         self,
@@ -266,50 +321,85 @@ class Membership:
         *replies: Reply,
         codec: str = "raw",
     ) -> None:
-        """Sends a command with named tensors to a member.
+        """Sends a command with named tensors to a member; nothing to one that the run has lost.
 
         Raises:
-          PeerError: The member is lost.
+          PeerError: The member is lost, and the run cannot go on without it.
         """
-        member = self.by_name[name]
+        if (member := self.by_name.get(name)) is None:
+            return
         member.owed.add(replies or answers(command))
         try:
             registry.send_bundle(member.link, command, tensors, codec=codec)
         except ChannelError as error:
-            self._raise_lost(error)
+            self._note_gone(name, error)
 
     def broadcast(self, command: Any) -> None:
         """Sends a command to every member.
 
         Raises:
-          PeerError: A member is lost.
+          PeerError: A member is lost, and the run cannot go on without it.
         """
-        for name in self.by_name:
+        for name in list(self.by_name):
             self.send(name, command)
 
     def working(self, what: str) -> None:
         """Tells every member that this thread is busy, so that its silence means nothing."""
-        for member in self.by_name.values():
+        for member in list(self.by_name.values()):
             self._try(member.link, messages.Working(what, 0, 0))
 
-    def blame(self, name: str, reason: str) -> NoReturn:
-        """Ends the connection of a member that said what does not fit, and the run.
+    def blame(self, name: str, reason: str) -> None:
+        """Ends the connection of a member that said what does not fit.
 
         Raises:
-          ProtocolError: Always; it names the member and what it said.
+          ProtocolError: The run cannot go on without it; names the member and what it said.
         """
-        self._end(self.by_name[name].link, reason)
-        raise ProtocolError(f"{long_name(name)} sent {reason}")
+        self.lose(name, ProtocolError(f"{long_name(name)} sent {reason}"), reason)
 
     @contextlib.contextmanager
     def reading(self, name: str) -> Iterator[None]:
-        """Ends the connection of a member whose bundle turns out not to be what it may be."""
+        """Ends the connection of a member whose bundle turns out not to be what it may be.
+
+        Raises:
+          ProtocolError: Always then; the run may go on without a device that is no member any more.
+        """
         try:
             yield
         except ProtocolError as error:
             if name in self.by_name:
-                self._end(self.by_name[name].link, str(error))
+                self.lose(name, error)
             raise
+
+    def lose(self, name: str, error: PeerError, reason: str = "", *, left: bool = False) -> None:
+        """Ends the connection of a member, which is no member any more.
+
+        Args:
+          name: The member's.
+          error: What it is lost for, and what ends the run if it cannot go on without it.
+          reason: What its link is ended with; the error's text unless given.
+          left: Whether it went of its own accord.
+
+        Raises:
+          PeerError: The run cannot go on without it: the error given.
+        """
+        self._end(self.by_name[name].link, reason or str(error))
+        if not self._tolerates(name):
+            raise error
+        member = self.by_name.pop(name)
+        self._links.pop(member.link, None)
+        self._names.pop(member.link, None)
+        self._early = [mail for mail in self._early if mail.source != name]
+        self._moving.pop(name, None)
+        self.patience.forget(name)
+        device = member.identity.index
+        presence = Presence.LEFT if left else Presence.LOST
+        self.population.go(device, presence, time.monotonic())
+        self._tell({"event": f"device_{presence.value}", "device": device, "reason": str(error)})
+        self.lost(name, error)
+
+    def _tolerates(self, name: str) -> bool:
+        """Returns whether the run may go on without a member."""
+        return self._may_lose and not is_node(name)
 
     def abort(self, reason: str, *, again: bool = False) -> None:
         """Tells every device that the run has ended, as far as they can still be told.
@@ -394,7 +484,8 @@ class Membership:
             return
         if what == "failed":
             if isinstance(item, ChannelError):
-                self._raise_lost(item)
+                self._wait_for_last_words()
+                raise PeerError(f"a device was lost: {item}") from item
             raise item
         if what == "mail":
             self._sort(item)
@@ -402,18 +493,21 @@ class Membership:
         assert link is not None
         name = self._names.get(link)
         if what == "lost":
-            self._links.pop(link, None)
+            known = self._links.pop(link, None) is not None
             if name is not None:
-                raise registry.end_of(item, long_name(name), f"{long_name(name)} was lost")
-            if not isinstance(item, PeerClosed):
+                lost = registry.end_of(item, long_name(name), f"{long_name(name)} was lost")
+                self.lose(name, lost)
+            elif known and not isinstance(item, PeerClosed):
                 self._refusals.add(None, link.address, str(item))
         elif what == "wrong":
             self._links.pop(link, None)
             if name is not None:
-                raise ProtocolError(f"{long_name(name)} sent {item}")
-            self._refusals.add(None, link.address, f"it sent {item}")
+                self.lose(name, ProtocolError(f"{long_name(name)} sent {item}"), item)
+            else:
+                self._refusals.add(None, link.address, f"it sent {item}")
         elif name is None:
-            self._admit(link, item)
+            if link in self._links:  # otherwise it was lost while this waited to be read
+                self._admit(link, item)
         else:
             self._read(name, link, item)
 
@@ -425,29 +519,45 @@ class Membership:
         try:
             said = registry.decode(message, Sender.HOST, long_name(name))
         except ProtocolError as error:
-            self._end(link, str(error))
-            raise
+            self.lose(name, error)
+            return
         owed = self.by_name[name].owed
         reason = owed.objection(said, bundle=message.kind == "bundle")
         if reason is not None:
             self.blame(name, reason)
+            return
         self._sort(Mail(name, said, {}, message.received_s, message))
 
-    def _raise_lost(self, error: ChannelError) -> NoReturn:
-        """Raises PeerError for a link that is gone, with the device's own words if it sent any.
+    def _note_gone(self, name: str, error: ChannelError) -> None:
+        """Loses a member whose link a send found gone, with its own words if it sent any.
 
         A send can notice the end of a link before the mail about it was read.
         """
+        self._wait_for_last_words(name)
+        if name in self.by_name:
+            gone = PeerError(f"a device was lost: {error}")
+            gone.__cause__ = error
+            self.lose(name, gone)
+
+    def _wait_for_last_words(self, name: str | None = None) -> None:
+        """Reads mail for a moment, until a member that is gone has been told of.
+
+        Raises:
+          PeerError: The run cannot go on without the member that the mail tells of.
+        """
         deadline = time.monotonic() + LAST_WORDS_S
-        while (left := deadline - time.monotonic()) > 0:
+        while (left := deadline - time.monotonic()) > 0 and (name is None or name in self.by_name):
             self._take(min(left, LOOK_S))
-        raise PeerError(f"a device was lost: {error}") from error
 
     def _sort(self, mail: Mail) -> None:
         said = mail.said
         if isinstance(said, messages.Failed):
-            raise PeerError(f"{long_name(mail.source)} failed: {said.error}")
-        if isinstance(said, messages.Pulse):
+            self.lose(mail.source, PeerError(f"{long_name(mail.source)} failed: {said.error}"))
+        elif isinstance(said, messages.Leave):
+            self.lose(
+                mail.source, PeerError(f"{long_name(mail.source)} left: {said.reason}"), left=True
+            )
+        elif isinstance(said, messages.Pulse):
             self.patience.pulse(mail.source, said.actions)
         elif isinstance(said, messages.Working):
             # Of what is asked in the midst of a round, nothing takes so long: there the clock runs.
@@ -478,6 +588,7 @@ class Membership:
             if not own or said.step <= steps.get(said.device, -1):
                 self.blame(source, f"'progress' of device {said.device}, step {said.step}, "
                            "which is none of its own or was told before")  # fmt: skip
+                return
             steps[said.device] = said.step
         self._tell({"event": "progress", **dataclasses.asdict(said)})
 
@@ -493,18 +604,23 @@ class Membership:
             if not own or key in told:
                 self.blame(source, f"'nonfinite' of device {said.device}, step {said.step}, "
                            "which is none of its own or was told before")  # fmt: skip
+                return
             told.add(key)
-        self.end_broken(said)
+        self.end_broken(said, source)
 
-    def end_broken(self, found: messages.NonFinite) -> None:
+    def end_broken(self, found: messages.NonFinite, source: str = COORDINATOR) -> None:
         """Tells of what is not finite.
 
         Raises:
-          RunError: That ends the run (``run.nonfinite=end``).
+          RunError: That ends the run (``run.nonfinite=end``; with ``drop``, where it is not one
+            device's).
         """
         self._tell(finite.event(found))
-        if self._config.run.nonfinite == "end":
+        wanted = self._config.run.nonfinite
+        if wanted == "end" or (wanted == "drop" and found.device is None):
             raise RunError(finite.line(found))
+        if wanted == "drop":
+            self.broken(found, source)
 
     def _beat(self) -> None:
         """Now and then tells members that this thread goes on, and looks who else does."""
@@ -514,7 +630,7 @@ class Membership:
         self._pulsed_s = now
         self._pulses += 1
         self.patience.pulse(COORDINATOR, self.actions())
-        for name, member in self.by_name.items():
+        for name, member in list(self.by_name.items()):
             self._try(member.link, messages.Pulse(self._pulses))
             if name not in self._moving:
                 self._moving[name] = Moving(member.link)
@@ -533,10 +649,11 @@ class Membership:
         name = getattr(asked, "name", None)
         if reason is None and name != link.peer:  # whose certificate and token were looked at
             reason = f"it joins as {name!r}, but its link is that of {link.peer!r}"
-        if reason is None and name in self.by_name:
+        taken = reason is None and name in self.by_name
+        if taken:  # or it is back before its loss was noticed
             reason = f"{long_name(str(name))} has joined already: start it with another index"
         if reason is not None or asked is None:
-            self._refuse(link, name, reason or "it did not ask to join")
+            self._refuse(link, name, reason or "it did not ask to join", again=taken)
             return
         who = admission.identity(asked)
         waiting = self._links[link]
@@ -551,12 +668,17 @@ class Membership:
             return
         _, down = comms.parse_link(configuration.device(self._config, who.index).link)
         link.set_shape(down)
-        self._tell({"event": "device_joined", "device": who.index, "samples": who.samples})
+        away_s = self.population.join(who, time.monotonic())
+        joined = {"event": "device_joined", "device": who.index, "samples": who.samples}
+        if away_s is not None:
+            joined |= {"event": "device_returned", "away_s": away_s}
+        self._tell(joined)
+        self.joined(who.name)
 
-    def _refuse(self, link: Link, name: str | None, reason: str) -> None:
+    def _refuse(self, link: Link, name: str | None, reason: str, *, again: bool = False) -> None:
         """Tells a stranger and the user why it is not taken, and ends its link."""
         self._refusals.add(name, link.address, reason)
-        self._try(link, messages.Refused(reason))
+        self._try(link, messages.Refused(reason, again))
         if (waiting := self._links.pop(link, None)) is not None:
             waiting.ended = True
         link.close(reason)

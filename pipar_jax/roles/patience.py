@@ -107,6 +107,11 @@ class Patience:
         self._working[host] = what
         self.progress(host)
 
+    def forget(self, host: str) -> None:
+        """Forgets a host that is gone."""
+        for noted in (self._last_s, self._working, self._actions):
+            noted.pop(host, None)  # type: ignore[attr-defined]
+
     def check(self, missing: Iterable[str], what: str) -> None:
         """Ends the wait if nobody has shown progress for too long.
 

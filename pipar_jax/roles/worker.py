@@ -242,9 +242,7 @@ class Worker:
         """
         return self._neighbours.listen()
 
-    def run(
-        self, address: tuple[str, int], join: JoinDevice | JoinNode, timeout_s: float
-    ) -> None:
+    def run(self, address: tuple[str, int], join: JoinDevice | JoinNode, timeout_s: float) -> None:
         """Joins, and follows the coordinator's commands until it says that the run is over.
 
         Args:

@@ -47,6 +47,11 @@ def is_node(host: str) -> bool:
     return host[:1] == "n" and host[1:].isdecimal()
 
 
+def is_device(host: str) -> bool:
+    """Returns whether a host's name is a device's."""
+    return host[:1] == "d" and host[1:].isdecimal()
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Codecs:
     """Names of the codecs on one boundary between two stages.

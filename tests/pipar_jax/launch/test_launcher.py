@@ -127,6 +127,31 @@ def test_the_first_real_error_is_raised_in_one_line_and_in_time(
     assert not alive(pathlib.Path(config.run.dir))
 
 
+def test_a_run_that_may_lose_devices_goes_on_without_one(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.devices.count, config.cohort.quorum = 3, 2
+    events = launch(config, monkeypatch, d1_at_the_end="killed", d2_at_the_end="fault")
+    assert events[-1]["event"] == "run_finished"
+    assert not alive(pathlib.Path(config.run.dir))
+
+
+@pytest.mark.parametrize(
+    ("acts", "says"),
+    [
+        ({"d0": "killed", "d1": "killed"}, "d[01] was ended by SIGKILL"),
+        ({"d0_at_the_end": "killed", "server_at_the_end": "killed"}, "server was ended by SIGKILL"),
+    ],
+)
+def test_it_ends_with_its_server_or_its_last_device(
+    config: Config, monkeypatch: pytest.MonkeyPatch, acts: dict[str, str], says: str
+) -> None:
+    config.cohort.quorum = 1
+    with pytest.raises(RunError, match=says):
+        launch(config, monkeypatch, **acts)
+    assert not alive(pathlib.Path(config.run.dir))
+
+
 def test_what_a_host_printed_stays_in_its_log_and_in_the_note(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

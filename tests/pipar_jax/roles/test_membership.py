@@ -31,6 +31,9 @@ class Gone:
     def send_bundle(self, *args, **kwargs):
         raise PeerClosed("d0 closed the link")
 
+    def refuse(self, reason):
+        """It is gone already."""
+
 
 @pytest.fixture
 def members(tmp_path, monkeypatch):
