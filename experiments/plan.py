@@ -44,7 +44,7 @@ def main(config: Config, own: PlanFlags) -> None:
     from pipar_jax.tuner import search, tables, tune
 
     if not own.profile:
-        machine.check(config, machine.all_hosts(config))
+        machine.check(config)
     began_s = time.monotonic()
     profile = read(own.profile) if own.profile else local_profile.profile_here(config)
     if len(profile.devices) != config.devices.count:

@@ -37,7 +37,7 @@ def main(config: Config, own: ProfileFlags) -> None:
     from pipar_jax.launch import local_profile
     from pipar_jax.tuner import tables
 
-    machine.check(config, machine.all_hosts(config))
+    machine.check(config)
     began_s = time.monotonic()
     profile = local_profile.profile_here(config)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)

@@ -20,7 +20,7 @@ def main(config: Config, _: flags.NoFlags) -> None:
     Raises:
       PiparError: A host failed.
     """
-    machine.check(config, machine.all_hosts(config))
+    machine.check(config)
     print(to_text(config), flush=True)
     if table := data.table(config):
         print(f"\n{table}\n", flush=True)

@@ -18,7 +18,7 @@ import numpy as np
 
 from comms import Endpoint, Link, Message, Role, Tag
 from pipar_jax import config as configuration
-from pipar_jax.config import Config
+from pipar_jax.config import Config, Hosts
 from pipar_jax.errors import PlanError, RunError
 from pipar_jax.launch.pinning import run_pinned
 from pipar_jax.protocol import messages
@@ -142,7 +142,7 @@ class _Drive:
         self._host = Host(
             node, model, config,
             reply=lambda message, arrays: self._replies.put(message), failed=self._fail,
-            rematerialise=configuration.host(config, node).rematerialise,
+            rematerialise=Hosts(config)[node].rematerialise,
         )  # fmt: skip
 
     def connect(self, own: Endpoint, others: Endpoint) -> None:

@@ -41,7 +41,7 @@ from pipar_jax.config.fields import (
     ServerConfig,
     TunerConfig,
 )
-from pipar_jax.config.hosts import device, host, host_field, node, nodes
+from pipar_jax.config.hosts import Hosts, HostSpec, field_path
 from pipar_jax.config.intervals import aggregate_steps
 from pipar_jax.config.saved import difference, from_dict, from_json, to_dict, to_json, to_text
 
@@ -66,6 +66,8 @@ __all__ = [
     "DataConfig",
     "DeviceConfig",
     "DevicesConfig",
+    "HostSpec",
+    "Hosts",
     "ModelConfig",
     "NetworkConfig",
     "NodeConfig",
@@ -76,16 +78,12 @@ __all__ = [
     "ServerConfig",
     "TunerConfig",
     "aggregate_steps",
-    "device",
     "difference",
+    "field_path",
     "from_dict",
     "from_json",
-    "host",
-    "host_field",
     "keeps_state",
     "may_lose",
-    "node",
-    "nodes",
     "places",
     "quorum",
     "to_dict",

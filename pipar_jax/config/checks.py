@@ -12,7 +12,6 @@ from pipar_jax.config import paths, schema
 from pipar_jax.config.cohorts import check_cohort
 from pipar_jax.config.fields import (
     CHAINS,
-    LONGEST_S,
     OWN_SOURCES,
     PUBLIC_SOURCES,
     SERVER_METHODS,
@@ -21,11 +20,11 @@ from pipar_jax.config.fields import (
     NetworkConfig,
     NodesConfig,
 )
-from pipar_jax.config.hosts import device, node
+from pipar_jax.config.hosts import Hosts, HostSpec, field_path
 from pipar_jax.config.intervals import aggregate_steps
 from pipar_jax.config.sink_names import sink_names
 from pipar_jax.errors import ConfigError
-from pipar_jax.schedule.plan import Dispatch
+from pipar_jax.schedule.plan import COORDINATOR, Dispatch, device_name, node_name
 from stages.names import UNITS
 
 #: Methods that cut mini-batches into micro-batches.
@@ -59,17 +58,18 @@ def check_whole(config: Config, models: tuple[str, ...] = ()) -> None:
     _check_tuner(config)
     sink_names(config.run.sinks)
     _check_cut(config.pipeline.cut, "pipeline.cut")
-    _check_nodes(config)
+    hosts = Hosts(config)
+    _check_nodes(config, hosts)
     check_cohort(config)
-    parse_cpus(config.server.cpus, "server.cpus")
+    hosts.parse(COORDINATOR)
     for index in distinct_devices(config):
-        _check_device(config, index)
+        _check_device(config, hosts.device(index))
     for field in ("pipeline.activation_codec", "pipeline.cotangent_codec", "aggregation.codec"):
         _check_codec(config, field)
     _check_tls(config.network)
     _check_address(config.network, config.server.host, "server.host")
-    _check_ports(config)
-    _check_micro_batches(config)
+    _check_ports(config, hosts)
+    _check_micro_batches(config, hosts)
 
 
 def distinct_devices(config: Config) -> list[int]:
@@ -80,37 +80,32 @@ def distinct_devices(config: Config) -> list[int]:
     return sorted([*own, *([] if plain is None else [plain])])
 
 
-def _check_micro_batches(config: Config) -> None:
+def _check_micro_batches(config: Config, hosts: Hosts) -> None:
     """Checks that a mini-batch has a sample for each of its micro-batches."""
     if config.method not in PIPELINED:
         return
     for index in distinct_devices(config):
-        number = device(config, index).micro_batches or 1
+        number = hosts.device(index).micro_batches
         if number > config.data.batch_size:
-            if "micro_batches" in config.devices.overrides.get(index, {}):
-                field = f"devices.{index}.micro_batches"
-            elif config.devices.defaults.micro_batches is not None:
-                field = "devices.defaults.micro_batches"
-            else:
-                field = "pipeline.micro_batches"
+            field = field_path(config, device_name(index), "micro_batches")
             raise ConfigError(
                 f"{field}={number} is more than data.batch_size={config.data.batch_size}, and a "
                 "micro-batch needs a sample: lower it, or raise data.batch_size"
             )
 
 
-def _check_ports(config: Config) -> None:
+def _check_ports(config: Config, hosts: Hosts) -> None:
     """Checks that no two hosts are to listen at the same place."""
     taken = {(config.server.host, config.server.port): "server.port"}
     for index in range(1, config.nodes.count + 1):
-        one = node(config, index)
+        address = hosts.parse(node_name(index)).address
         field = f"nodes.{index}.port"
-        if one.port and (other := taken.get((one.host, one.port))) is not None:
+        if address[1] and (other := taken.get(address)) is not None:
             raise ConfigError(
-                f"{field}={one.port} at {one.host} is that of {other} too: give each host that "
+                f"{field}={address[1]} at {address[0]} is that of {other} too: give each host that "
                 "listens there a port of its own, or 0 for any free one"
             )
-        taken[one.host, one.port] = field
+        taken[address] = field
 
 
 def _check_codec(config: Config, field: str) -> None:
@@ -240,23 +235,6 @@ def read_token(token: str | None) -> str | None:
             "random ones; so that it is not seen, give it as env:NAME or file:PATH"
         )
     return token
-
-
-def parse_cpus(text: str, field: str = "cpus") -> frozenset[int]:
-    """Returns the cores that a text such as ``0`` or ``1-3,5`` names; none for an empty text.
-
-    Raises:
-      ConfigError: The text is no list of cores.
-    """
-    cores: set[int] = set()
-    for part in filter(None, text.replace(" ", "").split(",")):
-        found = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part, re.ASCII)
-        if found is None or int(found[2] or found[1]) < int(found[1]):
-            raise ConfigError(
-                f"{field}={text[:120]!r} does not fit: it takes cores such as 0 or 1-3,5"
-            )
-        cores.update(range(int(found[1]), int(found[2] or found[1]) + 1))
-    return frozenset(cores)
 
 
 def is_loopback(host: str) -> bool:
@@ -390,30 +368,24 @@ def _check_tuner_numbers(config: Config) -> None:
         )
 
 
-def _check_device(config: Config, index: int) -> None:
-    from pipar_jax.config.slowdown import slowness
-
-    one = device(config, index)
-    over = config.devices.overrides.get(index, {})
+def _check_device(config: Config, device: HostSpec) -> None:
+    """Checks what a device has of its own against what the run has."""
 
     def field(name: str) -> str:
-        return f"devices.{index}.{name}" if name in over else f"devices.defaults.{name}"
+        return field_path(config, device.name, name)
 
-    _check_link(one.link, field("link"))
-    slowness(one, field("slowdown_trace"))
-    parse_cpus(one.cpus, field("cpus"))
-    if one.cut != config.pipeline.cut:
-        _check_cut(one.cut, field("cut"))
-    if one.data_source != config.data.source:
-        check_source(one.data_source or "", field("data_source"))
-        if (one.data_source in PUBLIC_SOURCES) != (config.data.source in PUBLIC_SOURCES):
+    if device.cut != config.pipeline.cut:
+        _check_cut(device.cut, field("cut"))
+    if device.data_source != config.data.source:
+        check_source(device.data_source, field("data_source"))
+        if (device.data_source in PUBLIC_SOURCES) != (config.data.source in PUBLIC_SOURCES):
             raise ConfigError(
-                f"{field('data_source')}={one.data_source!r} does not go with data.source="
+                f"{field('data_source')}={device.data_source!r} does not go with data.source="
                 f"{config.data.source!r}: all devices share one public set, or all bring their own"
             )
 
 
-def _check_nodes(config: Config) -> None:
+def _check_nodes(config: Config, hosts: Hosts) -> None:
     """Checks that the method and its compute nodes fit together."""
     count, pipeline = config.nodes.count, config.pipeline
     if config.method in CHAINS and not count:
@@ -440,37 +412,10 @@ def _check_nodes(config: Config) -> None:
             f"method={config.method} cuts all devices' models alike: use pipeline.cuts instead of "
             "a device's cut"
         )
-    for index in range(1, count + 1):
-        one = node(config, index)
-        given = config.nodes.overrides.get(index, {})
-        path = {
-            name: f"nodes.{index}.{name}" if name in given else f"nodes.defaults.{name}"
-            for name in ("link", "cpus", "host")
-        }
-        _check_link(one.link, path["link"])
-        parse_cpus(one.cpus, path["cpus"])
-        _check_address(config.network, one.host, path["host"])
-    if not count:  # of no use here, but a slip all the same
-        _check_link(config.nodes.defaults.link, "nodes.defaults.link")
-        parse_cpus(config.nodes.defaults.cpus, "nodes.defaults.cpus")
-        _check_address(config.network, config.nodes.defaults.host, "nodes.defaults.host")
-
-
-def _check_link(link: str, field: str) -> None:
-    from comms.emulation.shaping import parse_link
-    from comms.errors import ChannelError
-
-    try:
-        shapes = parse_link(link)
-    except (ChannelError, ValueError) as error:
-        raise ConfigError(f"{field}={link[:120]!r}: {error}") from error
-    for shape in shapes:
-        rates = [rate for rate in (shape.rate_mbps, *(r for _, r in shape.schedule)) if rate]
-        if shape.delay_s > LONGEST_S or any(not 1e-6 <= rate <= 1e9 for rate in rates):
-            raise ConfigError(
-                f"{field}={link[:120]!r}: rates lie between 1e-6 and 1e9 Mbit/s, and a delay is at "
-                f"most {LONGEST_S:g} s"
-            )
+    # Where no node takes part their defaults are of no use, but a slip in them is one all the same.
+    for name in map(node_name, range(1, max(count, 1) + 1)):
+        address, _ = hosts.parse(name).address
+        _check_address(config.network, address, field_path(config, name, "host"))
 
 
 def _check_address(network: NetworkConfig, host: str, field: str) -> None:
@@ -488,7 +433,7 @@ def _check_address(network: NetworkConfig, host: str, field: str) -> None:
         )
 
 
-def _check_cut(cut: int | str | None, field: str) -> None:
+def _check_cut(cut: int | str, field: str) -> None:
     if isinstance(cut, int) and cut < 1:
         raise ConfigError(f"{field}={cut} leaves the device no unit: the smallest cut is 1")
     if isinstance(cut, str) and not cut:

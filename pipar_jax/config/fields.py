@@ -190,7 +190,22 @@ class PipelineConfig:
 
 
 @dataclasses.dataclass
-class DeviceConfig:
+class HostConfig:
+    """What every kind of host has."""
+
+    slowdown: float = option(
+        1.0, "multiply compute time by this factor", at_least=1, at_most=SLOWEST
+    )
+    cpus: str = option("", "CPU cores to run on, such as 0 or 1-3,5; empty: any")
+    memory_mb: float = option(
+        0.0, "auto: memory limit for plans, in megabytes; 0: no limit", at_least=0
+    )
+    platform: str = option("auto", "platform that jax computes on", choices=PLATFORMS)
+    rematerialise: bool = option(False, "recompute forward passes instead of keeping residuals")
+
+
+@dataclasses.dataclass
+class DeviceConfig(HostConfig):
     """One device, or the defaults of all devices."""
 
     link: str = option(
@@ -199,20 +214,12 @@ class DeviceConfig:
         "over time (time_s,up_mbps,down_mbps)",
         path="trace:",
     )
-    slowdown: float = option(
-        1.0, "multiply compute time by this factor", at_least=1, at_most=SLOWEST
-    )
     slowdown_trace: str = option(
         "",
         "CSV file of additional slowdown factors over time (time_s,slowdown); empty: none",
         path="",
     )
-    cpus: str = option("", "CPU cores to run on, such as 0 or 1-3,5; empty: any")
     platform: str = option("cpu", "platform that jax computes on", choices=PLATFORMS)
-    memory_mb: float = option(
-        0.0, "auto: memory limit for plans, in megabytes; 0: no limit", at_least=0
-    )
-    rematerialise: bool = option(False, "recompute forward passes instead of keeping residuals")
     cut: int | str | None = option(None, "cut of this device; none: pipeline.cut")
     micro_batches: int | None = option(
         None, "micro-batches of this device; none: pipeline.micro_batches", at_least=1
@@ -234,7 +241,7 @@ class DevicesConfig:
 
 
 @dataclasses.dataclass
-class NodeConfig:
+class NodeConfig(HostConfig):
     """One compute node in the middle of chains, or the defaults of all nodes."""
 
     host: str = option("127.0.0.1", "address at which its neighbours reach it")
@@ -242,17 +249,11 @@ class NodeConfig:
     link: str = option(
         "none", "link to the next node; the same forms as for a device", path="trace:"
     )
-    slowdown: float = option(
-        1.0, "multiply compute time by this factor", at_least=1, at_most=SLOWEST
-    )
-    cpus: str = option("", "CPU cores to run on, such as 0 or 1-3,5; empty: any")
     memory_mb: float = option(
         0.0, "memory limit for weights, activations and temporaries, in megabytes; plans above it "
         "are refused; 0: no limit",
         at_least=0,
     )  # fmt: skip
-    platform: str = option("auto", "platform that jax computes on", choices=PLATFORMS)
-    rematerialise: bool = option(False, "recompute forward passes instead of keeping residuals")
 
 
 @dataclasses.dataclass
@@ -320,20 +321,11 @@ class CohortConfig:
 
 
 @dataclasses.dataclass
-class ServerConfig:
+class ServerConfig(HostConfig):
     """The host that coordinates and computes the far end of the chain."""
 
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(0, "port to listen on; 0: any free port", at_least=0, at_most=65535)
-    slowdown: float = option(
-        1.0, "multiply compute time by this factor", at_least=1, at_most=SLOWEST
-    )
-    cpus: str = option("", "CPU cores to run on, such as 0 or 1-3,5; empty: any")
-    memory_mb: float = option(
-        0.0, "auto: memory limit for plans, in megabytes; 0: no limit", at_least=0
-    )
-    rematerialise: bool = option(False, "recompute forward passes instead of keeping residuals")
-    platform: str = option("auto", "platform that jax computes on", choices=PLATFORMS)
 
 
 @dataclasses.dataclass

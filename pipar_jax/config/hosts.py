@@ -1,66 +1,248 @@
-"""Each host's own configuration: what all hosts of its kind share, and its overrides."""
+"""The hosts of a run as values, parsed from what all hosts of a kind share and from overrides."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-from pipar_jax.config.fields import CHAINS, Config, DeviceConfig, NodeConfig, ServerConfig
+from pipar_jax.config.fields import (
+    CHAINS,
+    LONGEST_S,
+    Config,
+    DeviceConfig,
+    NodeConfig,
+    ServerConfig,
+)
+from pipar_jax.config.slowdown import UNSLOWED, Slowdown, read_slowdown
 from pipar_jax.errors import ConfigError
-from pipar_jax.schedule.plan import is_node, node_name
+from pipar_jax.schedule.plan import (
+    COORDINATOR,
+    HostKind,
+    device_name,
+    host_index,
+    host_kind,
+    node_name,
+)
+
+if TYPE_CHECKING:  # the channel's modules load numpy
+    from comms.emulation.shaping import LinkShape
+
+_NAME = re.compile(r"([dn])(0|[1-9]\d{0,8})", re.ASCII)
+#: Where a device's field comes from if neither the device nor the defaults of all have it.
+_INHERITED = {
+    "cut": "pipeline.cut", "micro_batches": "pipeline.micro_batches", "data_source": "data.source",
+}  # fmt: skip
 
 
-def device(config: Config, index: int) -> DeviceConfig:
-    """Returns one device's complete configuration: defaults, its overrides, nothing left open.
+@dataclasses.dataclass(frozen=True, slots=True)
+class HostSpec:
+    """One host of a run: its configuration, complete and parsed.
 
-    ``cut``, ``micro_batches`` and ``data_source`` are never None in it, and ``{device}`` in the
-    source is replaced.
-
-    Raises:
-      ConfigError: There is no device of this index.
+    Attributes:
+      name: Its name, such as ``d0``, ``n1`` or ``server``.
+      kind: What it is.
+      index: Its number among the hosts of its kind: devices from 0, nodes from 1.
+      up: What its link is shaped to: a device's towards the server, a node's towards the next node.
+      down: The other direction of that link.
+      slowdown: How slow it is emulated to be.
+      cores: The CPU cores that it runs on; none if it may run on any.
+      platform: The platform that jax computes on.
+      memory_mb: Limit of its memory in megabytes; 0 for none.
+      rematerialise: Whether it computes forward passes again instead of keeping residuals.
+      address: Where a node or the server listens: host and port.
+      cut: A device's cut, if the method takes one.
+      micro_batches: A device's micro-batches in each mini-batch.
+      data_source: Where a device's samples come from.
     """
-    if not 0 <= index < config.devices.count:
-        raise ConfigError(
-            f"there is no device {index}: devices.count={config.devices.count}, so the last is "
-            f"{config.devices.count - 1}"
-        )
-    made = dataclasses.replace(config.devices.defaults, **config.devices.overrides.get(index, {}))
-    if made.cut is None:
-        made.cut = config.pipeline.cut
-    if made.micro_batches is None:
-        made.micro_batches = config.pipeline.micro_batches
-    source = config.data.source if made.data_source is None else made.data_source
-    made.data_source = source.replace("{device}", str(index))
+
+    name: str
+    kind: HostKind
+    index: int
+    up: LinkShape
+    down: LinkShape
+    slowdown: Slowdown = UNSLOWED
+    cores: frozenset[int] = frozenset()
+    platform: str = "auto"
+    memory_mb: float = 0.0
+    rematerialise: bool = False
+    address: tuple[str, int] = ("", 0)
+    cut: int | str = 1
+    micro_batches: int = 1
+    data_source: str = ""
+
+    @property
+    def memory_bytes(self) -> float | None:
+        """Limit of its memory; None for none."""
+        return self.memory_mb * 1e6 if self.memory_mb else None
+
+
+class Hosts:
+    """All hosts of a run by name: the coordinator, the compute nodes, the devices.
+
+    A host is parsed when it is first asked for, and what is equal is parsed once: a run may have
+    thousands of devices, and most of its processes ask for one host.
+
+    Args:
+      config: The configuration, whose fields fit one by one.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._nodes = config.nodes.count if config.method in CHAINS else 0
+        self._specs: dict[str, HostSpec] = {}
+        self._links: dict[str, tuple[LinkShape, LinkShape]] = {}
+        self._slowdowns: dict[tuple[float, str], Slowdown] = {}
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Names of the devices."""
+        return tuple(map(device_name, range(self._config.devices.count)))
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Names of the compute nodes that take part; none with methods that use none."""
+        return tuple(map(node_name, range(1, self._nodes + 1)))
+
+    def __iter__(self) -> Iterator[str]:
+        """Yields the hosts' names: the coordinator's, those of nodes, those of devices."""
+        return iter((COORDINATOR, *self.nodes, *self.devices))
+
+    def __len__(self) -> int:
+        """Returns how many hosts take part."""
+        return 1 + self._nodes + self._config.devices.count
+
+    def __contains__(self, name: str) -> bool:
+        """Returns whether a host of this name, which may be any text, takes part."""
+        if (found := _NAME.fullmatch(name)) is None:
+            return name == COORDINATOR
+        index = int(found[2])
+        return index < self._config.devices.count if found[1] == "d" else 0 < index <= self._nodes
+
+    def __getitem__(self, name: str) -> HostSpec:
+        """Returns a host.
+
+        Raises:
+          ConfigError: No host of this name takes part, or one of its fields cannot be used.
+        """
+        if name not in self._specs:
+            if name not in self:
+                raise ConfigError(
+                    f"there is no host {name!r}: devices.count={self._config.devices.count}, "
+                    f"counted from 0, and {self._nodes} compute nodes take part, counted from 1"
+                )
+            self._specs[name] = self.parse(name)
+        return self._specs[name]
+
+    def device(self, index: int) -> HostSpec:
+        """Returns the device of an index.
+
+        Raises:
+          ConfigError: There is none, or one of its fields cannot be used.
+        """
+        return self[device_name(index)]
+
+    def parse(self, name: str) -> HostSpec:
+        """Returns a configured host, whether it takes part or not.
+
+        Raises:
+          ConfigError: One of its fields cannot be used; the message names field and value.
+        """
+        config, kind = self._config, host_kind(name)
+        index = 0 if kind is HostKind.SERVER else host_index(name)
+        fields = fields_of(config, name)
+
+        def path(field: str) -> str:
+            return field_path(config, name, field)
+
+        own: dict[str, Any] = {}
+        link = "none" if isinstance(fields, ServerConfig) else fields.link
+        if link not in self._links:
+            self._links[link] = _parse_link(link, path("link"))
+        up, down = self._links[link]
+        trace = fields.slowdown_trace if isinstance(fields, DeviceConfig) else ""
+        slow = fields.slowdown, trace
+        if slow not in self._slowdowns:
+            self._slowdowns[slow] = read_slowdown(*slow, path("slowdown_trace"))
+        if isinstance(fields, DeviceConfig):
+            own = inherited(config, index)
+            own["data_source"] = own["data_source"].replace("{device}", str(index))
+        else:
+            own["address"] = fields.host, fields.port
+        return HostSpec(
+            name, kind, index, up, down,
+            slowdown=self._slowdowns[slow],
+            cores=_parse_cores(fields.cpus, path("cpus")),
+            platform=fields.platform,
+            memory_mb=fields.memory_mb,
+            rematerialise=fields.rematerialise,
+            **own,
+        )  # fmt: skip
+
+
+def inherited(config: Config, device: int) -> dict[str, Any]:
+    """Returns the fields of a device that it, all devices or the whole run may have."""
+    fields = fields_of(config, device_name(device))
+    found = {}
+    for field, where in _INHERITED.items():
+        group, _, above = where.partition(".")
+        value = getattr(fields, field)
+        found[field] = getattr(getattr(config, group), above) if value is None else value
+    return found
+
+
+def fields_of(config: Config, name: str) -> DeviceConfig | NodeConfig | ServerConfig:
+    """Returns the fields of a host as they are configured: the defaults of its kind, overridden."""
+    kind = host_kind(name)
+    if kind is HostKind.SERVER:
+        return config.server
+    group = config.devices if kind is HostKind.DEVICE else config.nodes
+    own = group.overrides.get(host_index(name), {})
+    made: DeviceConfig | NodeConfig = dataclasses.replace(group.defaults, **own)
     return made
 
 
-def node(config: Config, index: int) -> NodeConfig:
-    """Returns one compute node's complete configuration: defaults and its overrides.
-
-    Raises:
-      ConfigError: There is no node of this index.
-    """
-    if not 1 <= index <= config.nodes.count:
-        raise ConfigError(
-            f"there is no node {index}: nodes.count={config.nodes.count}, and the first is 1"
-        )
-    return dataclasses.replace(config.nodes.defaults, **config.nodes.overrides.get(index, {}))
-
-
-def nodes(config: Config) -> tuple[str, ...]:
-    """Returns the names of the compute nodes that take part; none with methods that use none."""
-    count = config.nodes.count if config.method in CHAINS else 0
-    return tuple(node_name(index) for index in range(1, count + 1))
+def field_path(config: Config, name: str, field: str) -> str:
+    """Returns the path of a host's field, where it was set: ``devices.1.cpus``, ``server.cpus``."""
+    kind = host_kind(name)
+    if kind is HostKind.SERVER:
+        return f"server.{field}"
+    group = config.devices if kind is HostKind.DEVICE else config.nodes
+    if group.overrides.get(host_index(name), {}).get(field) is not None:
+        return f"{kind}s.{host_index(name)}.{field}"
+    if field in _INHERITED and getattr(group.defaults, field) is None:
+        return _INHERITED[field]
+    return f"{kind}s.defaults.{field}"
 
 
-def host(config: Config, name: str) -> DeviceConfig | NodeConfig | ServerConfig:
-    """Returns the configuration of the host of a name, such as ``d0``, ``n1`` or ``server``."""
-    if name[:1] == "d":
-        return device(config, int(name[1:]))
-    return node(config, int(name[1:])) if is_node(name) else config.server
+def _parse_link(text: str, field: str) -> tuple[LinkShape, LinkShape]:
+    """Returns what a link is shaped to, up and down."""
+    from comms.emulation.shaping import parse_link
+    from comms.errors import ChannelError
+
+    try:
+        shapes = parse_link(text)
+    except (ChannelError, ValueError) as error:
+        raise ConfigError(f"{field}={text[:120]!r}: {error}") from error
+    for shape in shapes:
+        rates = [rate for rate in (shape.rate_mbps, *(r for _, r in shape.schedule)) if rate]
+        if shape.delay_s > LONGEST_S or any(not 1e-6 <= rate <= 1e9 for rate in rates):
+            raise ConfigError(
+                f"{field}={text[:120]!r}: rates lie between 1e-6 and 1e9 Mbit/s, and a delay is at "
+                f"most {LONGEST_S:g} s"
+            )
+    return shapes
 
 
-def host_field(name: str) -> str:
-    """Returns the path of a host's fields, such as ``devices.0``."""
-    if name[:1] == "d":
-        return f"devices.{name[1:]}"
-    return f"nodes.{name[1:]}" if is_node(name) else "server"
+def _parse_cores(text: str, field: str) -> frozenset[int]:
+    """Returns the cores that a text such as ``0`` or ``1-3,5`` names; none for an empty text."""
+    cores: set[int] = set()
+    for part in filter(None, text.replace(" ", "").split(",")):
+        found = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part, re.ASCII)
+        if found is None or int(found[2] or found[1]) < int(found[1]):
+            raise ConfigError(
+                f"{field}={text[:120]!r} does not fit: it takes cores such as 0 or 1-3,5"
+            )
+        cores.update(range(int(found[1]), int(found[2] or found[1]) + 1))
+    return frozenset(cores)

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipar_jax.config import schema
 from pipar_jax.config.fields import HIDDEN_TOKEN, PUBLIC_SOURCES, Config
-from pipar_jax.config.hosts import device
+from pipar_jax.config.hosts import inherited
 from pipar_jax.disk.json_text import dumps
 from pipar_jax.errors import ConfigError
 
@@ -119,6 +119,7 @@ def _shared(config: Config) -> dict[str, Any]:
     public = config.data.source if config.data.source in PUBLIC_SOURCES else "the devices' own"
     values["data.source"] = public
     for index in range(config.devices.count):
+        own = inherited(config, index)
         for name in ("cut", "micro_batches"):
-            values[f"devices.{index}.{name}"] = getattr(device(config, index), name)
+            values[f"devices.{index}.{name}"] = own[name]
     return values

@@ -5,9 +5,6 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
-from comms.emulation.timetable import read_timetable
-from comms.errors import ChannelError
-from pipar_jax.config.fields import DeviceConfig, NodeConfig, ServerConfig
 from pipar_jax.errors import ConfigError
 
 
@@ -45,35 +42,29 @@ class Slowdown(NamedTuple):
 UNSLOWED = Slowdown()
 
 
-def slowness(device: DeviceConfig, field: str = "slowdown_trace") -> Slowdown:
-    """Returns a device's slowness as configured.
+def read_slowdown(factor: float, trace: str, field: str) -> Slowdown:
+    """Returns how slow a host is configured to be.
 
     Args:
-      device: The device's complete configuration.
-      field: The name of the field that holds the file, for the message.
+      factor: Throughout the run.
+      trace: The file of further factors over time; empty for none.
+      field: The name of the field that holds the file, for messages.
 
     Raises:
-      ConfigError: The file of factors over time cannot be used.
+      ConfigError: The file cannot be used.
     """
-    if not device.slowdown_trace:
-        return Slowdown(device.slowdown)
+    if not trace:
+        return Slowdown(factor)
+    from comms.emulation.timetable import read_timetable
+    from comms.errors import ChannelError
+
     try:
-        rows = read_timetable(device.slowdown_trace, ("slowdown",))
+        rows = read_timetable(trace, ("slowdown",))
     except ChannelError as error:
-        raise ConfigError(f"{field}={device.slowdown_trace!r}: {error}") from error
+        raise ConfigError(f"{field}={trace!r}: {error}") from error
     for at_s, value in rows:
         if value < 1:
             raise ConfigError(
-                f"{field}={device.slowdown_trace!r}: a factor must be at least 1, got {value:g} at "
-                f"{at_s:g} s"
+                f"{field}={trace!r}: a factor must be at least 1, got {value:g} at {at_s:g} s"
             )
-    return Slowdown(device.slowdown, tuple((at_s, value) for at_s, value in rows))
-
-
-def slowdown_of(host: DeviceConfig | NodeConfig | ServerConfig) -> Slowdown:
-    """Returns the slowness of any host as configured.
-
-    Raises:
-      ConfigError: The file of factors over time cannot be used.
-    """
-    return slowness(host) if isinstance(host, DeviceConfig) else Slowdown(host.slowdown)
+    return Slowdown(factor, tuple((at_s, value) for at_s, value in rows))

@@ -14,6 +14,7 @@ from typing import Any
 
 from pipar_jax.cost_model.costs import FREE_LINK, LinkModel
 from pipar_jax.errors import PlanError
+from pipar_jax.schedule.plan import host_index, is_node
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -195,6 +196,11 @@ class Profile:
                     f"the profile of {self.model} has {len(self.units)} units, but a host's tables "
                     f"have {len(host.update_s)}: measure all hosts with the same model"
                 )
+
+    def of(self, host: str) -> DeviceProfile | NodeProfile:
+        """Returns the device or compute node of a name."""
+        index = host_index(host)
+        return self.nodes[index - 1] if is_node(host) else self.devices[index]
 
     def steps(self, device: int) -> int:
         """Returns the steps in a device's epoch."""

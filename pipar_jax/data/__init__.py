@@ -12,8 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from pipar_jax.config import PUBLIC_SOURCES, Config, DataConfig
-from pipar_jax.config import device as device_config
+from pipar_jax.config import PUBLIC_SOURCES, Config, DataConfig, Hosts
 from pipar_jax.data.admission import admit, check_alike, check_fits, make_queries
 from pipar_jax.data.loader import Loader, Prefetcher, steps_per_epoch
 from pipar_jax.data.own import load_own
@@ -21,7 +20,6 @@ from pipar_jax.data.partition import partition, partition_table, spread
 from pipar_jax.data.public import load_public
 from pipar_jax.data.types import Dataset, Split, empty_split, normalise
 from pipar_jax.errors import DataError
-from pipar_jax.schedule.plan import device_name
 
 __all__ = [
     "Dataset",
@@ -75,7 +73,7 @@ def load_device(config: Config, index: int) -> Dataset:
     Raises:
       DataError: The data cannot be read or dealt.
     """
-    source = device_config(config, index).data_source or ""
+    source = Hosts(config).device(index).data_source
     if source not in PUBLIC_SOURCES:
         return load_own(
             source, index, part="train", classes=config.data.classes, scale=config.data.scale
@@ -131,9 +129,10 @@ def _files(config: Config) -> Iterator[tuple[str, Dataset]]:
     """Yields the hosts whose own data are files, with these data, the server's first."""
     if (config.data.test_source or config.data.source).startswith("npz:"):
         yield "server", load_server(config)
-    for index in range(config.devices.count):
-        if (device_config(config, index).data_source or "").startswith("npz:"):
-            yield device_name(index), load_device(config, index)
+    hosts = Hosts(config)
+    for name in hosts.devices:
+        if hosts[name].data_source.startswith("npz:"):
+            yield name, load_device(config, hosts[name].index)
 
 
 def _deal(whole: Dataset, config: Config) -> list[NDArray[np.intp]]:

@@ -16,7 +16,7 @@ import numpy as np
 import stages
 from pipar_jax import config as configuration
 from pipar_jax import data as datasets
-from pipar_jax.config import Config
+from pipar_jax.config import Config, Hosts
 from pipar_jax.data import Dataset, make_queries, normalise
 from pipar_jax.disk.event_log import read_events
 from pipar_jax.disk.files import describe_reading
@@ -25,7 +25,7 @@ from pipar_jax.methods.resolution import check_plan, resolve
 from pipar_jax.roles.run_folder import CONFIG, METRICS, TRACE
 from pipar_jax.roles.server import run_server
 from pipar_jax.roles.worker import run_device, run_node
-from pipar_jax.schedule.plan import COORDINATOR, device_name
+from pipar_jax.schedule.plan import COORDINATOR, device_name, host_index
 from pipar_jax.schedule.trace import Trace
 from pipar_jax.training import checkpoint
 from stages import Model
@@ -243,8 +243,8 @@ def run_here(
     start("server", run_server, on_event=tell, data=own[-1])
     address = listening.get()
     if address is not None:
-        for name in configuration.nodes(config):
-            start(name, run_node, int(name[1:]), address)
+        for name in Hosts(config).nodes:
+            start(name, run_node, host_index(name), address)
         for index in range(count):
             start(device_name(index), run_device, index, address, data=own[index])
     try:

@@ -21,7 +21,7 @@ from typing import Any
 
 import pipar_jax
 from pipar_jax import data, errors
-from pipar_jax.config import Config, may_lose, nodes, to_json
+from pipar_jax.config import Config, Hosts, may_lose, to_json
 from pipar_jax.disk.files import describe_os_error, write_text
 from pipar_jax.errors import DiskError, PiparError, RunError
 from pipar_jax.launch import machine
@@ -61,7 +61,7 @@ def launch(
       KeyboardInterrupt: Ctrl-C; all processes are ended then.
     """
     config = resolve(config)
-    machine.check(config, machine.all_hosts(config))
+    machine.check(config)
     data.prepare(config)
     folder = create_folder(config)
     with _Hosts(config, folder, on_event or (lambda event: None), process_module) as hosts:
@@ -217,7 +217,7 @@ class _Hosts:
     def __enter__(self) -> _Hosts:
         try:
             self._start(COORDINATOR)
-            for name in nodes(self._config):
+            for name in Hosts(self._config).nodes:
                 self._start(name)
             for index in range(self._config.devices.count):
                 self._start(device_name(index))

@@ -12,16 +12,16 @@ import dataclasses
 import sys
 from typing import Any
 
-from comms.emulation.shaping import LinkShape, parse_link
+from comms.emulation.shaping import LinkShape
 from pipar_jax import config as configuration
 from pipar_jax import data as datasets
-from pipar_jax.config import Config
+from pipar_jax.config import Config, Hosts, HostSpec
 from pipar_jax.cost_model.costs import LinkModel
 from pipar_jax.cost_model.profile import DeviceProfile, HostProfile, NodeProfile, Profile
 from pipar_jax.launch.pinning import run_pinned
 from pipar_jax.launch.process import claim_platform, set_environment
 from pipar_jax.profiling.link_delay import measure_delay_s
-from pipar_jax.schedule.plan import COORDINATOR, device_name
+from pipar_jax.schedule.plan import COORDINATOR
 
 #: Bytes of the messages by which wake-ups are timed.
 PROBE_BYTES = 4096
@@ -43,11 +43,11 @@ def profile_here(config: Config) -> Profile:
     from pipar_jax.profiling.unit_times import Measured, as_configured, measure_codecs, weight_ratio
 
     test = datasets.load_server(config)
-    known: dict[tuple[str, str], Measured] = {}
+    known: dict[tuple[frozenset[int], str], Measured] = {}
+    hosts = Hosts(config)
 
     def measured(name: str) -> Measured:
-        host = configuration.host(config, name)
-        key = host.cpus, host.platform
+        key = hosts[name].cores, hosts[name].platform
         if key not in known:
             _say(f"measuring {name}")
             values = run_pinned(
@@ -57,29 +57,22 @@ def profile_here(config: Config) -> Profile:
         return known[key]
 
     def slowed(name: str) -> HostProfile:
-        return as_configured(measured(name).host, configuration.host(config, name))
+        return as_configured(measured(name).host, hosts[name])
 
-    def links(text: str) -> tuple[LinkModel, LinkModel]:
+    def links(host: HostSpec) -> tuple[LinkModel, LinkModel]:
         up, down = (
             LinkModel.of(dataclasses.replace(shape, delay_s=shape.delay_s + wake_s), message_s)
-            for shape in parse_link(text)
+            for shape in (host.up, host.down)
         )
         return up, down
 
     wake_s = measure_delay_s(LinkShape(), PROBE_BYTES)
     message_s = measure_message_s()
     devices = [
-        DeviceProfile(
-            slowed(device_name(index)),
-            _samples(config, index),
-            *links(configuration.device(config, index).link),
-        )
-        for index in range(config.devices.count)
+        DeviceProfile(slowed(name), _samples(config, hosts[name].index), *links(hosts[name]))
+        for name in hosts.devices
     ]
-    nodes = [
-        NodeProfile(slowed(name), *links(configuration.node(config, int(name[1:])).link))
-        for name in configuration.nodes(config)
-    ]
+    nodes = [NodeProfile(slowed(name), *links(hosts[name])) for name in hosts.nodes]
     codecs = measure_codecs(config)
     return Profile(
         model=config.model.name,

@@ -16,12 +16,11 @@ from importlib import metadata
 from pathlib import Path
 
 from comms.errors import ChannelError
-from pipar_jax import config as configuration
-from pipar_jax.config import Config
-from pipar_jax.config.checks import parse_cpus
+from pipar_jax.config import Config, Hosts, HostSpec, field_path
+from pipar_jax.config.hosts import fields_of
 from pipar_jax.config.sink_names import TENSORBOARD, sink_names
 from pipar_jax.errors import ConfigError
-from pipar_jax.schedule.plan import COORDINATOR, device_name, is_node
+from pipar_jax.schedule.plan import HostKind
 
 #: What jax needs for a platform: plug-ins by the start of their names, or a module.
 _PLUGINS = {"cuda": ("cuda", "xla_cuda"), "tpu": ("tpu", "libtpu")}
@@ -31,77 +30,50 @@ _REMEDIES = {
 }
 
 
-def all_hosts(config: Config) -> tuple[str, ...]:
-    """Returns the names of all hosts of a run, the coordinator's first."""
-    devices = map(device_name, range(config.devices.count))
-    return (COORDINATOR, *configuration.nodes(config), *devices)
-
-
-def check(config: Config, names: Iterable[str]) -> None:
+def check(config: Config, names: Iterable[str] | None = None) -> None:
     """Checks that this machine can be home to hosts of a run.
 
     Args:
       config: Resolved configuration.
-      names: The hosts, such as ``server``, ``d0``, ``n1``.
+      names: The hosts, such as ``server``, ``d0``, ``n1``; None for all of the run.
 
     Raises:
       ConfigError: Something is missing; the message names field, value and remedy.
     """
-    hosts = tuple(names)
-    _check_folders(config, hosts)
-    _check_tls(config, hosts)
+    hosts = Hosts(config)
+    wanted = [hosts[name] for name in (hosts if names is None else names)]
+    _check_folders(config, wanted)
+    _check_tls(config, wanted)
     # Most hosts are alike: what is equal is looked for once.
-    seen: set[tuple[str, str]] = set()
-    for name in hosts:
-        host = configuration.host(config, name)
-        if (host.cpus, host.platform) not in seen:
-            seen.add((host.cpus, host.platform))
-            find_cores(config, name)
-            check_platform(host.platform, field_of(config, name, "platform"))
-    if COORDINATOR in hosts:
+    for host in {(one.cores, one.platform): one for one in reversed(wanted)}.values():
+        find_cores(config, host)
+        check_platform(host.platform, field_path(config, host.name, "platform"))
+    if any(host.kind is HostKind.SERVER for host in wanted):
         _check_sinks(config.run.sinks)
         check_module(config.data.test_source, "data.test_source")
-    own = config.devices.overrides
-    devices = [name for name in hosts if name[0] == "d"]
-    plain = [name for name in devices if int(name[1:]) not in own][:1]
-    for name in [*plain, *(name for name in devices if int(name[1:]) in own)]:
-        source = configuration.device(config, int(name[1:])).data_source or ""
-        given = config.devices.defaults.data_source is not None or "data_source" in own.get(
-            int(name[1:]), {}
-        )
-        check_module(source, field_of(config, name, "data_source") if given else "data.source")
+    devices = [host for host in wanted if host.kind is HostKind.DEVICE]
+    for host in {_module(one.data_source): one for one in reversed(devices)}.values():
+        check_module(host.data_source, field_path(config, host.name, "data_source"))
 
 
-def field_of(config: Config, name: str, field: str) -> str:
-    """Returns the path of a host's field, where it was set: ``devices.1.cpus``, ``server.cpus``."""
-    if name == COORDINATOR:
-        return f"server.{field}"
-    group = "nodes" if is_node(name) else "devices"
-    own = getattr(config, group).overrides.get(int(name[1:]), {})
-    return f"{group}.{name[1:] if field in own else 'defaults'}.{field}"
-
-
-def find_cores(config: Config, name: str) -> frozenset[int]:
+def find_cores(config: Config, host: HostSpec) -> frozenset[int]:
     """Returns the cores that a host is to run on; none if it may run on any.
 
     Raises:
       ConfigError: The cores asked for do not exist, or this system cannot pin.
     """
-    text, field = configuration.host(config, name).cpus, field_of(config, name, "cpus")
-    cores = parse_cpus(text, field)
-    if not cores:
-        return cores
+    if not host.cores:
+        return host.cores
+    asked = f"{field_path(config, host.name, 'cpus')}={fields_of(config, host.name).cpus!r}"
     if not hasattr(os, "sched_setaffinity"):
-        raise ConfigError(
-            f"{field}={text!r}: this system cannot pin a process to cores; leave it empty"
-        )
+        raise ConfigError(f"{asked}: this system cannot pin a process to cores; leave it empty")
     free = os.sched_getaffinity(0)
-    if not cores <= free:
+    if not host.cores <= free:
         raise ConfigError(
-            f"{field}={text!r} names cores that this process may not use: it has "
+            f"{asked} names cores that this process may not use: it has "
             f"{', '.join(map(str, sorted(free)))}"
         )
-    return cores
+    return host.cores
 
 
 def check_platform(platform: str, field: str) -> None:
@@ -133,32 +105,36 @@ def check_module(source: str, field: str) -> None:
     Raises:
       ConfigError: No such module can be found.
     """
-    kind, _, rest = source.partition(":")
-    name = rest.partition(":")[0]
-    if kind == "module" and not _is_importable(name):
+    if (name := _module(source)) is not None and not _is_importable(name):
         raise ConfigError(
             f"{field}={source!r}: there is no module {name!r} in the present folder, and none is "
             "installed"
         )
 
 
-def _check_folders(config: Config, hosts: tuple[str, ...]) -> None:
+def _module(source: str) -> str | None:
+    """Returns the module of ``module:NAME:FUNCTION``; None of another text."""
+    kind, _, rest = source.partition(":")
+    return rest.partition(":")[0] if kind == "module" else None
+
+
+def _check_folders(config: Config, hosts: Iterable[HostSpec]) -> None:
     fields = {"data.data_dir": config.data.data_dir, "data.cache_dir": config.data.cache_dir}
-    if COORDINATOR in hosts:
+    if any(host.kind is HostKind.SERVER for host in hosts):
         fields["run.dir"] = config.run.dir
     for field, path in fields.items():
         if path and Path(path).exists() and not Path(path).is_dir():
             raise ConfigError(f"{field}={path!r} is a file: name a folder")
 
 
-def _check_tls(config: Config, hosts: tuple[str, ...]) -> None:
+def _check_tls(config: Config, hosts: Iterable[HostSpec]) -> None:
     """Checks that the files of TLS can be read and suffice for what the hosts do."""
     from pipar_jax.runtime.setup import channel_options
 
     tls = channel_options(config).tls
     if tls is None:
         return
-    if not config.network.certificate and any(name[0] != "d" for name in hosts):
+    if not config.network.certificate and any(host.kind is not HostKind.DEVICE for host in hosts):
         raise ConfigError(
             "network.certificate is empty, but network.authority is set: a host that listens "
             "(server, compute nodes) needs a certificate of its own, and network.key"

@@ -26,15 +26,14 @@ from typing import Any, NoReturn
 import pipar_jax
 import stages
 from comms.errors import explain
-from pipar_jax import config as configuration
-from pipar_jax.config import HIDDEN_TOKEN, Config, from_json
+from pipar_jax.config import HIDDEN_TOKEN, Config, Hosts, field_path, from_json
 from pipar_jax.data.cache import user_cache
 from pipar_jax.disk.files import describe_os_error
 from pipar_jax.disk.json_text import dumps
 from pipar_jax.errors import ConfigError, PiparError
 from pipar_jax.launch import machine
 from pipar_jax.report import logs
-from pipar_jax.schedule.plan import COORDINATOR, is_node
+from pipar_jax.schedule.plan import COORDINATOR, host_index, is_node
 
 #: Hands the shared secret to child processes: neither files nor command lines show it.
 TOKEN_VARIABLE = "PIPAR_TOKEN"
@@ -75,8 +74,8 @@ def set_environment(config: Config, name: str) -> None:
       ConfigError: The cores asked for do not exist, or this system cannot pin.
     """
     stages.retain_memory()
-    host = configuration.host(config, name)
-    if cores := machine.find_cores(config, name):
+    host = Hosts(config)[name]
+    if cores := machine.find_cores(config, host):
         os.sched_setaffinity(0, cores)
     if host.platform != "auto":
         os.environ["JAX_PLATFORMS"] = host.platform
@@ -97,7 +96,7 @@ def claim_platform(config: Config, name: str) -> None:
     Raises:
       ConfigError: Jax finds no device of the platform.
     """
-    wanted = configuration.host(config, name).platform
+    wanted = Hosts(config)[name].platform
     if wanted in ("auto", "cpu"):  # always there; whoever needs jax loads it
         return
     import jax
@@ -105,7 +104,7 @@ def claim_platform(config: Config, name: str) -> None:
     try:
         jax.devices()
     except RuntimeError as error:  # jax has no narrower one
-        field = machine.field_of(config, name, "platform")
+        field = field_path(config, name, "platform")
         raise machine.no_device(wanted, field, _first_line(error)) from error
 
 
@@ -275,7 +274,7 @@ def _run_worker(config: Config, name: str, lines: queue.SimpleQueue[str]) -> Non
 
     host, _, port = lines.get().rpartition(":")
     run = worker.run_node if is_node(name) else worker.run_device
-    run(config, int(name[1:]), (host, int(port)))
+    run(config, host_index(name), (host, int(port)))
 
 
 def main(arguments: list[str] | None = None, serve: Serve = _run_server) -> NoReturn:

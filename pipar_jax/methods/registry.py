@@ -8,8 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from pipar_jax import config as configuration
-from pipar_jax.config import Config
+from pipar_jax.config import AUTO, Config, Hosts, aggregate_steps, field_path
 from pipar_jax.config.schema import did_you_mean
 from pipar_jax.errors import ConfigError
 from pipar_jax.schedule.plan import COORDINATOR, OWNER, Codecs, DevicePlan, Plan
@@ -73,7 +72,7 @@ def plan_for(config: Config, units: Sequence[str]) -> Plan:
     Raises:
       ConfigError: A cut is not a position in this model, or the plan is the tuner's to find.
     """
-    if config.method == configuration.AUTO:
+    if config.method == AUTO:
         raise ConfigError(
             "method=auto has no plan before its hosts were measured: ask the tuner, or choose one "
             f"of {', '.join(METHODS)}"
@@ -113,16 +112,11 @@ def _two_hosts(config: Config, units: Sequence[str], *, pipelined: bool) -> tupl
     """Returns device plans of a chain of two: the device, then the server."""
     plans = []
     codecs = Codecs(config.pipeline.activation_codec, config.pipeline.cotangent_codec)
-    for index in range(config.devices.count):
-        one = configuration.device(config, index)
-        own = "cut" in config.devices.overrides.get(index, {})
-        shared = (
-            "devices.defaults.cut" if config.devices.defaults.cut is not None else "pipeline.cut"
-        )
-        field = f"devices.{index}.cut" if own else shared
-        assert one.cut is not None and one.micro_batches is not None  # device() fills them in
-        cut = cut_position(one.cut, units, field)
-        micro_batches = one.micro_batches if pipelined else 1
+    hosts = Hosts(config)
+    for name in hosts.devices:
+        device = hosts[name]
+        cut = cut_position(device.cut, units, field_path(config, name, "cut"))
+        micro_batches = device.micro_batches if pipelined else 1
         plans.append(DevicePlan((cut,), (OWNER, COORDINATOR), micro_batches, (codecs,)))
     if config.method == "sl" and len({one.cuts for one in plans}) > 1:
         raise ConfigError(
@@ -134,9 +128,8 @@ def _two_hosts(config: Config, units: Sequence[str], *, pipelined: bool) -> tupl
 
 def chain_hosts(config: Config) -> tuple[str, ...]:
     """Returns the hosts of a chain: the device, all nodes, and the device if labels stay home."""
-    nodes = configuration.nodes(config)
     home = config.method == "mpsl" and config.pipeline.labels == "home"
-    return (OWNER, *nodes, *((OWNER,) if home else ()))
+    return (OWNER, *Hosts(config).nodes, *((OWNER,) if home else ()))
 
 
 def _chain(config: Config, units: Sequence[str]) -> tuple[DevicePlan, ...]:
@@ -174,10 +167,10 @@ def _alike(
 ) -> tuple[DevicePlan, ...]:
     """Returns the device plans of one chain for all devices."""
     configured = Codecs(config.pipeline.activation_codec, config.pipeline.cotangent_codec)
+    specs = Hosts(config)
     return tuple(
-        DevicePlan(cuts, hosts, micro_batches, codecs or (configured,) * len(cuts))
-        for index in range(config.devices.count)
-        for micro_batches in [configuration.device(config, index).micro_batches or 1]
+        DevicePlan(cuts, hosts, specs[name].micro_batches, codecs or (configured,) * len(cuts))
+        for name in specs.devices
     )
 
 
@@ -188,6 +181,6 @@ def _plan(config: Config, devices: tuple[DevicePlan, ...], **values: str) -> Pla
         devices=devices,
         in_flight=config.pipeline.in_flight,
         dispatch=config.pipeline.dispatch,  # type: ignore[arg-type]  # resolve() checked it
-        aggregate_every=configuration.aggregate_steps(config),
+        aggregate_every=aggregate_steps(config),
         **values,  # type: ignore[arg-type]
     )

@@ -27,8 +27,8 @@ import pipar_jax
 import stages
 from comms.codecs.base import parse_codec
 from pipar_jax.aggregation import aggregator
-from pipar_jax.config import Config, DeviceConfig, NodeConfig, ServerConfig, codec_candidates
-from pipar_jax.config.slowdown import slowdown_of
+from pipar_jax.config import Config, HostSpec, codec_candidates
+from pipar_jax.config.slowdown import Slowdown
 from pipar_jax.config.texts import whole_numbers
 from pipar_jax.cost_model.profile import (
     NO_HANDLING,
@@ -201,24 +201,17 @@ def measure_codecs(config: Config) -> dict[str, CodecProfile]:
     return found
 
 
-def as_configured(
-    measured: HostProfile, host: DeviceConfig | NodeConfig | ServerConfig
-) -> HostProfile:
+def as_configured(measured: HostProfile, host: HostSpec) -> HostProfile:
     """Returns a host's profile with its emulated slowness and its limit of memory."""
-    return dataclasses.replace(emulated(measured, host), memory_bytes=limit_bytes(host))
+    made = emulated(measured, host.slowdown)
+    return dataclasses.replace(made, memory_bytes=host.memory_bytes)
 
 
-def emulated(times: Times, host: DeviceConfig | NodeConfig | ServerConfig) -> Times:
+def emulated(times: Times, slowdown: Slowdown) -> Times:
     """Returns what a host says of itself with its emulated slowness, if it has any."""
-    slowness = slowdown_of(host)
-    if not slowness.emulated:
+    if not slowdown.emulated:
         return times
-    return dataclasses.replace(times.slowed(slowness.at(0.0)), handling=NO_HANDLING)
-
-
-def limit_bytes(host: DeviceConfig | NodeConfig | ServerConfig) -> float | None:
-    """Returns the memory that a plan may take on a configured host; None where any."""
-    return host.memory_mb * 1e6 if host.memory_mb else None
+    return dataclasses.replace(times.slowed(slowdown.at(0.0)), handling=NO_HANDLING)
 
 
 def weight_ratio(config: Config, codecs: Mapping[str, CodecProfile]) -> float:

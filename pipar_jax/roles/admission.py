@@ -9,14 +9,13 @@ from typing import Any
 import pipar_jax
 from comms import Message
 from comms.wire.bounded_json import one_line
-from pipar_jax import config as configuration
-from pipar_jax.config import PUBLIC_SOURCES, Config, difference, from_dict, to_json
+from pipar_jax.config import PUBLIC_SOURCES, Config, Hosts, difference, from_dict, to_json
 from pipar_jax.data import Loader
 from pipar_jax.errors import ConfigError, ProtocolError
 from pipar_jax.protocol import messages, registry
 from pipar_jax.protocol.messages import JoinDevice, JoinNode
 from pipar_jax.protocol.wire_fields import MOST_WHOLE, shown
-from pipar_jax.schedule.plan import device_name, is_node
+from pipar_jax.schedule.plan import COORDINATOR, host_index, is_node
 from stages import Model
 
 
@@ -39,7 +38,7 @@ class Identity:
     @property
     def index(self) -> int:
         """Its index among the devices or nodes."""
-        return int(self.name[1:])
+        return host_index(self.name)
 
 
 def device_join(config: Config, name: str, loader: Loader, model: Model) -> JoinDevice:
@@ -198,13 +197,12 @@ def _short(text: str) -> str:
 
 def _unknown_name(name: str, config: Config) -> str | None:
     """Returns why a host of this name is not expected, or None."""
-    devices = [device_name(i) for i in range(config.devices.count)]
-    nodes = list(configuration.nodes(config))
-    if name in devices or name in nodes:
+    hosts = Hosts(config)
+    if name in hosts and name != COORDINATOR:
         return None
-    kind, known, field = "device", devices, f"devices.count={config.devices.count}"
+    kind, known, field = "device", hosts.devices, f"devices.count={config.devices.count}"
     if is_node(name):
-        kind, known, field = "node", nodes, f"nodes.count={config.nodes.count}"
+        kind, known, field = "node", hosts.nodes, f"nodes.count={config.nodes.count}"
     there = f"{known[0][1:]} to {known[-1][1:]}" if known else "there are none"
     return f"it says it is {shown(name)}, but {field}: start it with an index of a {kind} ({there})"
 

@@ -13,11 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-import comms
-from pipar_jax import config as configuration
 from pipar_jax.aggregation.aggregator import Aggregator, Replica
 from pipar_jax.config import Config
-from pipar_jax.config.slowdown import slowdown_of
 from pipar_jax.protocol import messages
 from pipar_jax.roles import replan
 from pipar_jax.roles.acceptance import Acceptance, next_steps
@@ -76,8 +73,8 @@ class Coordinator:
             (script[0], None) if script else choose_plan(config, model, members, self._samples)
         )
         self._rounds = actions.rounds(self.plan, self._steps, config.epochs)
-        self._devices = tuple(device_name(i) for i in range(config.devices.count))
-        self._nodes = configuration.nodes(config)
+        self._devices = members.hosts.devices
+        self._nodes = members.hosts.nodes
         self._workers = (*self._nodes, *self._devices)
         self._adaptation: Adaptation | ScriptedPlans | None = None
         if script:
@@ -183,14 +180,14 @@ class Coordinator:
             self._host.calibrate()
             self._members.collect(messages.Calibrated, (COORDINATOR,))
         for name in self._workers:
-            if slowdown_of(configuration.host(self._config, name)).emulated:
+            if self._members.hosts[name].slowdown.emulated:
                 self._members.send(name, messages.Calibrate())
                 self._members.collect(messages.Calibrated, (name,))
 
     def _begin_schedules(self) -> None:
         """Lets the rates of emulated links change from now on, where they do."""
-        for index, name in enumerate(self._devices):
-            _, down = comms.parse_link(configuration.device(self._config, index).link)
+        for name in self._devices:
+            down = self._members.hosts[name].down
             if down.schedule:
                 self._members.by_name[name].link.set_shape(down)
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Sequence
 from typing import Any
 
-from pipar_jax import config as configuration
-from pipar_jax.config import Config
+from pipar_jax.config import Hosts
 from pipar_jax.errors import PlanError
 from pipar_jax.protocol import messages
 from pipar_jax.protocol.registry import kind_of
 from pipar_jax.roles.acceptance import next_steps, own_spans
 from pipar_jax.runtime import moves
 from pipar_jax.schedule.feasibility import check_executable
-from pipar_jax.schedule.plan import COORDINATOR, OWNER, Plan, device_name, is_node
+from pipar_jax.schedule.plan import COORDINATOR, OWNER, Plan, is_node
 
 #: The most numbers of a sample that a node believes.
 MOST_NUMBERS = 2**28
@@ -59,13 +57,13 @@ class Course:
       next: For each device the step that comes next, once the round under way is over.
 
     Args:
-      config: Resolved configuration.
+      hosts: The hosts of the run.
       name: The host's name.
       units: How many units the model has; None on a node, which is told of the model.
     """
 
-    def __init__(self, config: Config, name: str, units: int | None) -> None:
-        self._config, self._name, self._units = config, name, units
+    def __init__(self, hosts: Hosts, name: str, units: int | None) -> None:
+        self._hosts, self._name, self._units = hosts, name, units
         self.phase = Phase.JOINING if is_node(name) else Phase.ASKED
         self.plan: Plan | None = None
         self.plans: tuple[Plan, ...] = ()
@@ -127,7 +125,7 @@ class Course:
     def _plan(self, said: messages.Prepare) -> str | None:
         if (reason := self._odd_plan(said.plan)) is not None:
             return reason
-        count = self._config.devices.count
+        count = len(self._hosts.devices)
         if not len(said.samples) == len(said.steps) == count or 0 in (*said.samples, *said.steps):
             return (
                 f"with samples {said.samples[:5]} and steps {said.steps[:5]}, expected a number "
@@ -200,31 +198,24 @@ class Course:
     def _odd_plan(self, plan: Plan) -> str | None:
         """Returns why no host of this run could follow a plan, or None."""
         assert self._units is not None
-        return odd_plan(plan, self._config, self._units)
+        return odd_plan(plan, self._hosts, self._units)
 
     def _is_host(self, name: str) -> bool:
-        return name in hosts(self._config)
+        return name in self._hosts
 
 
-def hosts(config: Config) -> Sequence[str]:
-    """Returns the names of all hosts of a run."""
-    devices = (device_name(i) for i in range(config.devices.count))
-    return (COORDINATOR, *devices, *configuration.nodes(config))
-
-
-def odd_plan(plan: Plan, config: Config, units: int) -> str | None:
+def odd_plan(plan: Plan, hosts: Hosts, units: int) -> str | None:
     """Returns why no host of a run could follow a plan, or None.
 
     Args:
       plan: The plan.
-      config: Resolved configuration.
+      hosts: The hosts of the run.
       units: How many units the model has.
     """
-    if len(plan.devices) != config.devices.count:
-        return f"for {len(plan.devices)} devices, expected {config.devices.count}"
-    known = {*hosts(config), OWNER}
+    if len(plan.devices) != (count := len(hosts.devices)):
+        return f"for {len(plan.devices)} devices, expected {count}"
     for one in plan.devices:
-        if strange := [host for host in one.hosts if host not in known]:
+        if strange := [host for host in one.hosts if not (host == OWNER or host in hosts)]:
             return f"with stages on {strange[0]}, which is no host of this run"
         if one.cuts and one.cuts[-1] >= units:
             return f"with a cut at {one.cuts[-1]}, expected 1 to {units - 1}"

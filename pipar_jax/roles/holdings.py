@@ -24,7 +24,7 @@ from pipar_jax.runtime import weight_bundle
 from pipar_jax.runtime.moves import local_to, moves
 from pipar_jax.schedule.actions import ALL, COMPUTE, EVALUATE, Span
 from pipar_jax.schedule.host_program import replica_key
-from pipar_jax.schedule.plan import OWNER, Plan, is_node
+from pipar_jax.schedule.plan import OWNER, Plan, host_index, is_node
 from pipar_jax.training import optimizer
 from stages import Model
 
@@ -152,7 +152,7 @@ class Holdings:
         plan = plans[-1]
         bundles = [self.trained(plan, host), self.fetched(plan, host)]
         if plan.order == "sequential" and not is_node(host):
-            bundles.append(self.part(plan, int(host[1:])))
+            bundles.append(self.part(plan, host_index(host)))
         if len(plans) > 1:
             bundles.append(self.given(plans[0], plan, host))
         rows = 2 * max(_rows(one, host, spans) for one in plans for spans in rounds) + 1024

@@ -12,10 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import comms
 from comms import ChannelError, Endpoint, Link, Message, PeerClosed
-from pipar_jax import config as configuration
-from pipar_jax.config import Config, may_lose
+from pipar_jax.config import Config, Hosts, may_lose
 from pipar_jax.errors import JoinError, PeerError, ProtocolError, RunError
 from pipar_jax.protocol import messages, registry
 from pipar_jax.protocol.registry import Form, Sender, kind_of
@@ -28,7 +26,7 @@ from pipar_jax.roles.population import Population, Presence
 from pipar_jax.roles.refusals import Refusals
 from pipar_jax.roles.replies import TAKES_LONG, Owed, Reply, answers
 from pipar_jax.runtime import finite
-from pipar_jax.schedule.plan import COORDINATOR, device_name, is_node, long_name
+from pipar_jax.schedule.plan import COORDINATOR, is_node, long_name
 from stages import Model
 
 #: How often a waiting coordinator looks at the clock and whether it was told to stop.
@@ -154,6 +152,7 @@ class Membership:
         self._may_lose = may_lose(config)
         self.acceptance: Acceptance | None = None
         self.patience = Patience(config)
+        self.hosts = Hosts(config)
         self.actions: Callable[[], int] = lambda: 0
 
     # --- from other threads -------------------------------------------------------------------
@@ -196,8 +195,7 @@ class Membership:
         Raises:
           JoinError: Too few have within ``network.join_timeout_s``.
         """
-        nodes = configuration.nodes(self._config)
-        devices = [device_name(i) for i in range(self._config.devices.count)]
+        nodes, devices = self.hosts.nodes, self.hosts.devices
         least = self._config.cohort.min_devices or len(devices)
         began = changed = time.monotonic()
         told: list[str] = []
@@ -666,8 +664,7 @@ class Membership:
             self._try(link, messages.ModelFacts(shape, self._model.classes))
             self._tell({"event": "node_joined", "node": who.index})
             return
-        _, down = comms.parse_link(configuration.device(self._config, who.index).link)
-        link.set_shape(down)
+        link.set_shape(self.hosts[who.name].down)
         away_s = self.population.join(who, time.monotonic())
         joined = {"event": "device_joined", "device": who.index, "samples": who.samples}
         if away_s is not None:

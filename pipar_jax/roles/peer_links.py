@@ -6,15 +6,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-import comms
 from comms import Allowance, ChannelError, Endpoint, Link, LinkShape, Message, PeerClosed
 from comms.wire.bounded_json import one_line
-from pipar_jax import config as configuration
-from pipar_jax.config import Config
+from pipar_jax.config import Hosts, NetworkConfig
 from pipar_jax.errors import JoinError, ProtocolError, RunError
 from pipar_jax.protocol import messages, registry
 from pipar_jax.protocol.registry import Sender
-from pipar_jax.roles.course import hosts
 from pipar_jax.runtime.link_table import LinkTable, dialler
 from pipar_jax.schedule.plan import COORDINATOR, Boundary, is_node, long_name
 
@@ -26,7 +23,8 @@ class PeerLinks:
     """Opens and takes the direct links of one host.
 
     Args:
-      config: Resolved configuration.
+      hosts: The hosts of the run.
+      network: How long to wait for whom.
       name: The host's name.
       endpoint: Where its links live.
       tensors: Takes the tensors that arrive, with the peer's name and what its link is for, or
@@ -42,7 +40,8 @@ class PeerLinks:
 
     def __init__(
         self,
-        config: Config,
+        hosts: Hosts,
+        network: NetworkConfig,
         name: str,
         endpoint: Endpoint,
         *,
@@ -51,7 +50,7 @@ class PeerLinks:
         lost: Callable[[BaseException], None],
         met: Callable[[], None],
     ) -> None:
-        self._config, self._name, self._endpoint = config, name, endpoint
+        self._hosts, self._network, self._name, self._endpoint = hosts, network, name, endpoint
         self._tensors, self._wake, self._lost, self._met = tensors, wake, lost, met
         self.link_table = LinkTable(name)
         self.refused = 0
@@ -71,15 +70,14 @@ class PeerLinks:
         Raises:
           RunError: The address cannot be listened on.
         """
-        own = configuration.node(self._config, int(self._name[1:]))
+        host, port = self._hosts[self._name].address
         try:
-            hosts = self._config.devices.count + self._config.nodes.count
             return self._endpoint.listen(
-                own.host, own.port, self._on_link, expected_peers=2 * hosts
+                host, port, self._on_link, expected_peers=2 * len(self._hosts)
             )
         except ChannelError as error:
             raise RunError(
-                f"{long_name(self._name)} cannot listen on {own.host}:{own.port}: {error}"
+                f"{long_name(self._name)} cannot listen on {host}:{port}: {error}"
             ) from error
 
     def connect(
@@ -133,7 +131,7 @@ class PeerLinks:
     @property
     def _patience_s(self) -> float:
         """How long to wait for links that others open, who may try as long as for any other."""
-        return self._config.network.join_timeout_s + self._config.network.deadline_s
+        return self._network.join_timeout_s + self._network.deadline_s
 
     def allow(self, tensor_bytes: Callable[[str], int]) -> None:
         """Lets neighbours send what a plan has for them, and nothing larger.
@@ -167,7 +165,7 @@ class PeerLinks:
             link = self._endpoint.connect(
                 *addresses[peer],
                 name_of_peer=peer,
-                timeout_s=self._config.network.join_timeout_s,
+                timeout_s=self._network.join_timeout_s,
                 expected=peer,
             )
             self._shape(boundary, link)
@@ -217,7 +215,7 @@ class PeerLinks:
     def _strange(self, boundary: Boundary, link: Link) -> str | None:
         """Returns why a link is none of a neighbour's under any plan, or None."""
         known = self._name in boundary[:2] and link.peer == boundary.peer(self._name)
-        if not known or link.peer not in hosts(self._config) or link.peer == COORDINATOR:
+        if not known or link.peer not in self._hosts or link.peer == COORDINATOR:
             return f"{link.peer} asked to be a neighbour for {tuple(boundary)}"
         with self._lock:
             if any(one == boundary for one, _ in self._early):
@@ -288,11 +286,9 @@ class PeerLinks:
     def _shape_of(self, line: str | Boundary) -> LinkShape:
         """Returns the shape of what this node sends to a device, or over a boundary of nodes."""
         if isinstance(line, Boundary):
-            lower = configuration.node(self._config, int(line.lower[1:]))
-            up, down = comms.parse_link(lower.link)
-            return up if line.lower == self._name else down
-        _, down = comms.parse_link(configuration.device(self._config, int(line[1:])).link)
-        return down
+            lower = self._hosts[line.lower]
+            return lower.up if line.lower == self._name else lower.down
+        return self._hosts[line].down
 
     def _on_lost(self, link: Link, error: ChannelError) -> None:
         """Tells of a link that ended; runs on the I/O thread."""

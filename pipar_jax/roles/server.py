@@ -13,7 +13,6 @@ import stages
 from comms import ChannelError, Endpoint
 from pipar_jax import data as datasets
 from pipar_jax.config import Config
-from pipar_jax.config.slowdown import slowdown_of
 from pipar_jax.data import Dataset
 from pipar_jax.disk.json_text import plain
 from pipar_jax.errors import PiparError, RunError
@@ -120,7 +119,7 @@ def _serve(
             config,
             reply=members.local_reply,
             failed=members.local_failure,
-            slowness=slowdown_of(config.server),
+            slowness=members.hosts[COORDINATOR].slowdown,
             rematerialise=config.server.rematerialise,
         )
         try:

@@ -17,10 +17,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-import comms
 from comms import Link, Message
-from pipar_jax import config as configuration
-from pipar_jax.config import AUTO, CHAINS, Config
+from pipar_jax.config import AUTO, CHAINS, Config, HostSpec
 from pipar_jax.cost_model.costs import LinkModel
 from pipar_jax.cost_model.profile import DeviceProfile, HostProfile, NodeProfile, Profile
 from pipar_jax.errors import PlanError
@@ -30,7 +28,6 @@ from pipar_jax.profiling.rehearsal import measure_message_s
 from pipar_jax.profiling.unit_times import (
     as_configured,
     emulated,
-    limit_bytes,
     measure_codecs,
     measure_host,
     measure_reference,
@@ -132,7 +129,7 @@ def survey(config: Config, model: Model, members: Membership, samples: Sequence[
     if config.tuner.times == "predicted":
         reference = measure_reference(config, members.poll)
         server = predicted_host(config, model, sizes, reference)
-        references[COORDINATOR] = emulated(reference, config.server)
+        references[COORDINATOR] = emulated(reference, members.hosts[COORDINATOR].slowdown)
     else:
         members.tell_working(COORDINATOR, "timing", 0, 0)
         told = functools.partial(members.tell_working, COORDINATOR, "timing")
@@ -153,19 +150,17 @@ def survey(config: Config, model: Model, members: Membership, samples: Sequence[
             )
         )  # fmt: skip
     nodes = []
-    for name in configuration.nodes(config):
+    for name in members.hosts.nodes:
         host = _ask_host(config, model, members, name, references)
-        up, down = (
-            LinkModel.of(shape, message_s)
-            for shape in comms.parse_link(configuration.node(config, int(name[1:])).link)
-        )
+        spec = members.hosts[name]
+        up, down = (LinkModel.of(shape, message_s) for shape in (spec.up, spec.down))
         nodes.append(NodeProfile(host, up, down))
     codecs = measure_codecs(config)
     profile = Profile(
         model=model.name,
         batch_size=config.data.batch_size,
         units=server.units,
-        server=as_configured(server.host, config.server),
+        server=as_configured(server.host, members.hosts[COORDINATOR]),
         devices=tuple(devices),
         nodes=tuple(nodes),
         codecs=codecs,
@@ -213,17 +208,17 @@ class Respondent:
     """A device's or node's side: does what it is asked and says what came of it.
 
     Args:
-      config: The device's resolved configuration: its slowness and its limits count.
-      name: The host's name.
+      config: The host's resolved configuration.
+      own: The host.
       model: The whole model.
       between: Called between measurements, to notice that nobody wants them any more.
     """
 
     def __init__(
-        self, config: Config, name: str, model: Model, between: Callable[[], None]
+        self, config: Config, own: HostSpec, model: Model, between: Callable[[], None]
     ) -> None:
         self._config, self._model, self._between = config, model, between
-        self._own = configuration.host(config, name)
+        self._own = own
         self._first_s: float | None = None
 
     def profile(self, question: messages.SurveyProfile, link: Link) -> None:
@@ -239,9 +234,9 @@ class Respondent:
     def reference(self, link: Link) -> None:
         """Answers with the times of reference layers."""
         registry.send(link, messages.Working("timing", 0, 0))
-        times = emulated(measure_reference(self._config, self._between), self._own)
+        times = emulated(measure_reference(self._config, self._between), self._own.slowdown)
         fields = {one.name: getattr(times, one.name) for one in dataclasses.fields(times)}
-        registry.send(link, messages.Referenced(**fields, memory_bytes=limit_bytes(self._own)))
+        registry.send(link, messages.Referenced(**fields, memory_bytes=self._own.memory_bytes))
 
     def echo(self, link: Link) -> None:
         """Answers at once."""

@@ -13,10 +13,8 @@ from typing import Any
 import comms
 from comms import ChannelError, Endpoint, Link, Message
 from comms.link.pending_connection import CutShortError
-from pipar_jax import config as configuration
 from pipar_jax import data as datasets
-from pipar_jax.config import Config
-from pipar_jax.config.slowdown import slowdown_of
+from pipar_jax.config import Config, Hosts
 from pipar_jax.data import Dataset, Loader, Prefetcher
 from pipar_jax.errors import JoinError, PeerError, PiparError, ProtocolError
 from pipar_jax.protocol import messages, registry
@@ -46,6 +44,7 @@ from pipar_jax.schedule.actions import (
 from pipar_jax.schedule.plan import (
     COORDINATOR,
     Boundary,
+    HostKind,
     Plan,
     device_name,
     is_node,
@@ -181,7 +180,8 @@ class Worker:
         stop: threading.Event | None = None,
     ) -> None:
         self._config, self.name, self._model = config, name, model
-        self._own = configuration.host(config, name)
+        hosts = Hosts(config)
+        self._own = hosts[name]
         self._stop = stop or threading.Event()
         self._inbox: queue.SimpleQueue[Message | BaseException] = queue.SimpleQueue()
         self._step = 0
@@ -200,9 +200,9 @@ class Worker:
         self._waiting = [0, 0]  # control messages and bundles that nobody has read yet
         self._acceptance: Acceptance | None = None
         self._holdings: Holdings | None = None
-        self._course = Course(config, name, None if model is None else len(model.units))
+        self._course = Course(hosts, name, None if model is None else len(model.units))
         self._neighbours = PeerLinks(
-            config, name, self._endpoint,
+            hosts, config.network, name, self._endpoint,
             tensors=self._on_tensor, wake=self._wake, lost=self._inbox.put,
             met=lambda: self._reply(messages.Met(), {}),
         )  # fmt: skip
@@ -323,10 +323,10 @@ class Worker:
             failed=self._inbox.put,
             link_table=self._neighbours.link_table,
             batches=self._prefetcher,
-            slowness=slowdown_of(self._own),
+            slowness=self._own.slowdown,
             rematerialise=self._own.rematerialise,
         )
-        self._survey = Respondent(self._config, self.name, model, self._check_wanted)
+        self._survey = Respondent(self._config, self._own, model, self._check_wanted)
         self._holdings = Holdings(model, self._config)
 
     @property
@@ -361,9 +361,8 @@ class Worker:
     # --- mail ---------------------------------------------------------------------------------
 
     def _connect(self, address: tuple[str, int], timeout_s: float) -> Link:
-        shape = comms.LinkShape()
-        if isinstance(self._own, configuration.DeviceConfig):
-            shape, _ = comms.parse_link(self._own.link)
+        own = self._own
+        shape = own.up if own.kind is HostKind.DEVICE else comms.LinkShape()
         try:
             link = self._endpoint.connect(
                 *address,
@@ -520,7 +519,7 @@ class Worker:
         assert self._holdings is not None and self._acceptance is not None
         bundles = [self._holdings.stored(plan, self.name)]
         if plan.order == "sequential" and not is_node(self.name):
-            bundles.append(self._holdings.part(plan, int(self.name[1:])))
+            bundles.append(self._holdings.part(plan, self._own.index))
         if coming is not None:
             bundles.append(self._holdings.adopted(plan, coming, self.name))
         tensor_bytes = self._acceptance.tensor_bytes(COORDINATOR)
@@ -546,10 +545,9 @@ class Worker:
 
     def _begin_schedule(self) -> None:
         """Lets the rates of an emulated link change from now on, if they do."""
-        if isinstance(self._own, configuration.DeviceConfig):
-            up, _ = comms.parse_link(self._own.link)
-            if up.schedule and self._link is not None:
-                self._link.set_shape(up)
+        up = self._own.up
+        if self._own.kind is HostKind.DEVICE and up.schedule and self._link is not None:
+            self._link.set_shape(up)
         self._neighbours.begin()
 
     def _tell_seen(self, said: messages.Look) -> None:
@@ -576,7 +574,7 @@ class Worker:
 
     def _take_part(self, said: messages.TakeClientModel, message: Message) -> None:
         assert self._holdings is not None and self._course.plan is not None
-        wanted = self._holdings.part(self._course.plan, int(self.name[1:]))
+        wanted = self._holdings.part(self._course.plan, self._own.index)
         groups = self._groups(message, wanted)
         self._note_arrival(RECEIVE_CLIENT_MODEL, said.step, message)
         self._running.take_part(weight_bundle.part_of(groups, "part"), said.step)
@@ -590,7 +588,7 @@ class Worker:
         self._running.adopt(said.plan, groups)
 
     def _note_arrival(self, kind: str, step: int, message: Message) -> None:
-        arrived = Action(0, kind, int(self.name[1:]), step)
+        arrived = Action(0, kind, self._own.index, step)
         timed = Timed(arrived, message.first_byte_s, message.received_s, message.nbytes)
         self._running.recorder.add(timed)
 
@@ -621,7 +619,7 @@ class Worker:
             averaged = isinstance(said, messages.Trained)  # what is handed on must stay as it is
             kind = SEND_WEIGHTS if averaged else SEND_CLIENT_MODEL
             step = said.step if isinstance(said, messages.ClientModel) else self._step
-            sent = Action(0, kind, int(self.name[1:]), step)
+            sent = Action(0, kind, self._own.index, step)
             registry.send_bundle(
                 link,
                 said,

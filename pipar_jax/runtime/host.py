@@ -19,9 +19,8 @@ import numpy as np
 
 import stages
 from comms import Message
-from pipar_jax import config as configuration
 from pipar_jax.aggregation import aggregator
-from pipar_jax.config import Config
+from pipar_jax.config import Config, Hosts
 from pipar_jax.config.slowdown import UNSLOWED, Slowdown
 from pipar_jax.errors import RunError
 from pipar_jax.protocol import messages
@@ -48,7 +47,7 @@ from pipar_jax.schedule.actions import (
 from pipar_jax.schedule.dispatch import CreditedLink, Demand, Dispatcher, InFlightLimit
 from pipar_jax.schedule.feasibility import check_executable
 from pipar_jax.schedule.host_program import HostProgram, Operation
-from pipar_jax.schedule.plan import OWNER, Boundary, Plan, is_node
+from pipar_jax.schedule.plan import OWNER, Boundary, Plan, host_index, is_node
 from pipar_jax.schedule.policies import policy
 from pipar_jax.schedule.step_feeder import StepFeeder
 from pipar_jax.training import optimizer
@@ -318,7 +317,7 @@ class Host:
         told = self._working("compiling")
         self._samples = samples
         need = memory.predict(self._model, plan, self.name, self._config, samples)
-        limit_mb = configuration.host(self._config, self.name).memory_mb
+        limit_mb = Hosts(self._config)[self.name].memory_mb
         memory.check(need, None, limit_mb, self.name, plan)
         self._program = _program(plan, self.name)
         # One replica takes the steps of all devices in turn, or each its own device's.
@@ -531,7 +530,7 @@ class Host:
 
     def _owned(self) -> list[Replica]:
         """Returns the replicas of the stages that the device itself runs, in order."""
-        device = int(self.name[1:])
+        device = host_index(self.name)
         hosts = self._plan.devices[device].hosts
         return [self._replicas[device, s] for s, host in enumerate(hosts) if host == OWNER]
 
@@ -554,7 +553,7 @@ class Host:
                 given = part["opt"].get(unit, {})
                 where = f"{self.name}: unit {unit!r}"
                 replica.opt_state[unit] = migration.fitted(given, own, where)
-        self._dispatcher.complete(Action(0, RECEIVE_CLIENT_MODEL, int(self.name[1:]), step))
+        self._dispatcher.complete(Action(0, RECEIVE_CLIENT_MODEL, host_index(self.name), step))
 
     # --- small things -------------------------------------------------------------------------
 

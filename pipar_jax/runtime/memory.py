@@ -20,9 +20,8 @@ import jax
 import numpy as np
 
 import stages
-from pipar_jax import config as configuration
 from pipar_jax.aggregation import aggregator
-from pipar_jax.config import Config
+from pipar_jax.config import Config, Hosts
 from pipar_jax.errors import RunError
 from pipar_jax.schedule.actions import ALL, batch_samples, micro_batch_sizes
 from pipar_jax.schedule.feasibility import check_executable
@@ -141,7 +140,7 @@ def predict(model: Model, plan: Plan, host: str, config: Config, samples: Sequen
     tx = optimizer.build(config.optimizer, steps=1, proximal_mu=config.aggregation.proximal_mu)
     rule = aggregator.rule(config.aggregation)
     window = int(config.pipeline.window_mb * 1e6)
-    rematerialise = configuration.host(config, host).rematerialise
+    rematerialise = Hosts(config)[host].rematerialise
     slots: dict[tuple[int, int], int] = {}
     # Where devices take turns, each one's micro-batches are there without the others'.
     passing: dict[tuple[int, int], list[_Passing]] = {}
@@ -189,8 +188,9 @@ def why_not_fit(model: Model, plan: Plan, config: Config, samples: Sequence[int]
       config: Resolved configuration.
       samples: Samples that each device trains on in an epoch.
     """
-    for host in configuration.nodes(config):
-        limit_mb = configuration.host(config, host).memory_mb
+    hosts = Hosts(config)
+    for host in hosts.nodes:
+        limit_mb = hosts[host].memory_mb
         if limit_mb and plan.held_units(host, len(model.units)):
             need = predict(model, plan, host, config, samples)
             if (reason := memory_excess(need, None, limit_mb, host, plan)) is not None:

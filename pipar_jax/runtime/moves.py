@@ -129,6 +129,5 @@ def _line_s(profile: Profile, host: str, up: bool, nbytes: float) -> float:
     """Returns about how long a host's line to the coordinator takes for some bytes."""
     if host == COORDINATOR:
         return 0.0
-    index = int(host[1:])
-    one = profile.nodes[index - 1] if is_node(host) else profile.devices[index]
+    one = profile.of(host)
     return (one.up if up else one.down).occupied_s(nbytes)

@@ -8,6 +8,7 @@ them; none of the three sees a method's name.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import itertools
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
@@ -33,6 +34,26 @@ def device_name(device: int) -> str:
 def node_name(index: int) -> str:
     """Returns the host name of a compute node, such as ``n1``; nodes are counted from 1."""
     return f"n{index}"
+
+
+class HostKind(enum.StrEnum):
+    """What a host is."""
+
+    DEVICE = "device"
+    NODE = "node"
+    SERVER = "server"
+
+
+def host_kind(host: str) -> HostKind:
+    """Returns what the host of a name is."""
+    if host == COORDINATOR:
+        return HostKind.SERVER
+    return HostKind.NODE if is_node(host) else HostKind.DEVICE
+
+
+def host_index(host: str) -> int:
+    """Returns the number in a device's or compute node's name."""
+    return int(host[1:])
 
 
 def long_name(host: str) -> str:

@@ -155,7 +155,7 @@ class StageCosts:
             if kind == AGGREGATE:
                 if not is_node(name):
                     return self.average_s()
-                per_byte = self.profile.nodes[int(name[1:]) - 1].host.average_s_per_byte
+                per_byte = self.profile.of(name).host.average_s_per_byte
                 return per_byte * self.weight_bytes(first, stop) * len(plan.devices)
             times = self.times(name, device)
             seconds = times.time_s(kind, first, stop, samples)
@@ -215,12 +215,12 @@ class StageCosts:
             links[name, COORDINATOR], links[COORDINATOR, name] = one.up, one.down
         for lower, upper, _ in plan.boundaries():
             if is_node(lower) and is_node(upper):
-                node = self.profile.nodes[int(lower[1:]) - 1]
+                node = self.profile.of(lower)
                 links[lower, upper], links[upper, lower] = node.up, node.down
             elif is_node(lower) or is_node(upper):
                 device, node_host = (upper, lower) if is_node(lower) else (lower, upper)
                 if device != COORDINATOR:
-                    own = self.profile.devices[int(device[1:])]
+                    own = self.profile.of(device)
                     links[device, node_host], links[node_host, device] = own.up, own.down
         return links
 

@@ -98,7 +98,7 @@ def refuse(config: Config, within_s: float = 20.0) -> str:
     began_s = time.monotonic()
     with pytest.raises(ConfigError) as caught:
         resolved = resolve(config)
-        machine.check(resolved, machine.all_hosts(resolved))
+        machine.check(resolved)
     assert time.monotonic() - began_s < within_s
     text = str(caught.value)
     assert "\n" not in text and len(text) < 2000
@@ -127,7 +127,7 @@ def test_no_text_is_answered_by_anything_but_a_sentence() -> None:
             put(config, path, value)
             try:
                 resolved = resolve(config)
-                machine.check(resolved, machine.all_hosts(resolved))
+                machine.check(resolved)
             except ConfigError as error:
                 assert "\n" not in str(error)
 
@@ -227,7 +227,7 @@ def test_rules_hold_only_where_they_matter() -> None:
         changed(method="fl", pipeline__weights="shared"),
     ):
         resolved = resolve(config)
-        machine.check(resolved, machine.all_hosts(resolved))
+        machine.check(resolved)
 
 
 def test_a_command_line_that_cannot_work_ends_with_2_and_starts_nothing(

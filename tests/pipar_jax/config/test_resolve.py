@@ -7,10 +7,13 @@ import pathlib
 
 import pytest
 
+from comms import parse_link
 from pipar_jax import config as configuration
-from pipar_jax.config import Config, DeviceConfig, difference, schema
+from pipar_jax.config import Config, Hosts, HostSpec, difference, schema
+from pipar_jax.config.slowdown import Slowdown
 from pipar_jax.errors import ConfigError
 from pipar_jax.methods.resolution import resolve
+from pipar_jax.schedule.plan import HostKind
 
 
 def test_the_defaults_are_a_configuration() -> None:
@@ -147,7 +150,7 @@ def test_a_whole_number_in_a_field_for_numbers_becomes_a_float() -> None:
     config.devices.overrides[1] = {"slowdown": 20}
     made = resolve(config)
     assert isinstance(made.devices.defaults.slowdown, float)
-    assert isinstance(configuration.device(made, 1).slowdown, float)
+    assert isinstance(Hosts(made).device(1).slowdown.factor, float)
 
 
 def test_a_group_of_another_type_is_refused() -> None:
@@ -163,14 +166,36 @@ def test_a_device_takes_the_defaults_then_its_overrides_and_nothing_stays_open()
     config.devices.defaults.link = "wifi"
     config.devices.overrides[1] = {"link": "4g", "cut": "conv1", "slowdown": 3.0}
     config = resolve(config)
-    assert configuration.device(config, 0) == DeviceConfig(
-        link="wifi", cut=2, micro_batches=5, data_source="digits"
-    )
-    assert configuration.device(config, 1) == DeviceConfig(
-        link="4g", slowdown=3.0, cut="conv1", micro_batches=5, data_source="digits"
-    )
-    with pytest.raises(ConfigError, match="there is no device 2"):
-        configuration.device(config, 2)
+    hosts = Hosts(config)
+    assert hosts.device(0) == HostSpec(
+        "d0", HostKind.DEVICE, 0, *parse_link("wifi"),
+        platform="cpu", cut=2, micro_batches=5, data_source="digits",
+    )  # fmt: skip
+    assert hosts.device(1) == HostSpec(
+        "d1", HostKind.DEVICE, 1, *parse_link("4g"), Slowdown(3.0),
+        platform="cpu", cut="conv1", micro_batches=5, data_source="digits",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="there is no host 'd2'"):
+        hosts.device(2)
+
+
+def test_hosts_are_found_by_their_names_and_no_others() -> None:
+    config = Config(method="mpsl")
+    config.nodes.count, config.pipeline.cuts = 2, "1,2,3"
+    config.nodes.overrides[2] = {"memory_mb": 3.0, "port": 4711, "cpus": "0,2-3"}
+    hosts = Hosts(resolve(config))
+    assert tuple(hosts) == ("server", "n1", "n2", "d0", "d1")
+    assert len(hosts) == 5
+    assert all(name in hosts and hosts[name].name == name for name in hosts)
+    assert [hosts[name].index for name in hosts] == [0, 1, 2, 0, 1]
+    assert hosts["n2"].address == ("127.0.0.1", 4711)
+    assert (hosts["n1"].memory_bytes, hosts["n2"].memory_bytes) == (None, 3e6)
+    assert hosts["n2"].cores == {0, 2, 3}
+    for name in ("d2", "n0", "n3", "d01", "d-1", "d\u0661", "D0", "d", "", "device"):
+        assert name not in hosts
+        with pytest.raises(ConfigError, match="there is no host"):
+            hosts[name]
+    assert Hosts(Config()).nodes == ()
 
 
 def test_own_data_have_the_device_in_their_name() -> None:
@@ -178,9 +203,7 @@ def test_own_data_have_the_device_in_their_name() -> None:
     config.data.source = "npz:shard-{device}.npz"
     config.data.test_source = "npz:test.npz"
     config = resolve(config)
-    assert configuration.device(config, 1).data_source == (
-        f"npz:{pathlib.Path('shard-1.npz').absolute()}"
-    )
+    assert Hosts(config).device(1).data_source == (f"npz:{pathlib.Path('shard-1.npz').absolute()}")
 
 
 @pytest.mark.parametrize(

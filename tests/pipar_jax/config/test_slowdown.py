@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipar_jax.config import Config, DeviceConfig
-from pipar_jax.config.slowdown import UNSLOWED, Slowdown, slowness
+from pipar_jax.config import Config
+from pipar_jax.config.slowdown import UNSLOWED, Slowdown, read_slowdown
 from pipar_jax.errors import ConfigError
 from pipar_jax.methods.resolution import resolve
 
@@ -13,13 +13,13 @@ from pipar_jax.methods.resolution import resolve
 def test_a_file_multiplies_the_factor_over_time(tmp_path):
     file = tmp_path / "slow.csv"
     file.write_text("time_s,slowdown\n0,1\n10,4\n20,1.5\n")
-    made = slowness(DeviceConfig(slowdown=2.0, slowdown_trace=str(file)))
+    made = read_slowdown(2.0, str(file), "slowdown_trace")
     assert [made.at(t) for t in (0, 9.9, 10, 19, 20, 1000)] == [2, 2, 8, 8, 3, 3]
     assert made.since(None) == 2
     assert made.emulated
     assert not UNSLOWED.emulated
     assert Slowdown(3.0).emulated
-    assert slowness(DeviceConfig()) == UNSLOWED
+    assert read_slowdown(1.0, "", "slowdown_trace") == UNSLOWED
 
 
 @pytest.mark.parametrize(

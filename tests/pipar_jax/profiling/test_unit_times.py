@@ -9,14 +9,15 @@ import pytest
 from flax import nnx
 
 import stages
-from pipar_jax.config import Config, DeviceConfig
+from pipar_jax.config import Config
+from pipar_jax.config.slowdown import UNSLOWED, Slowdown
 from pipar_jax.cost_model.profile import NO_HANDLING, RuntimeOverhead
 from pipar_jax.errors import RunError
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.profiling import rehearsal, unit_times
 from pipar_jax.profiling.predictor.predict_host import facts_of
 from pipar_jax.profiling.rehearsal import measure_handling, measure_message_s
-from pipar_jax.profiling.unit_times import as_configured
+from pipar_jax.profiling.unit_times import emulated
 from pipar_jax.schedule.plan import COORDINATOR, OWNER, DevicePlan, Plan
 from pipar_jax.simulator.predict import HostTimes, StageCosts
 from pipar_jax.training import optimizer
@@ -144,8 +145,8 @@ def test_a_computation_of_a_run_has_what_is_added_once_and_an_update_has_not():
 
 def test_an_emulated_slow_host_hides_it():
     measured = dataclasses.replace(profiles.host(), handling=RuntimeOverhead(call_s=0.01))
-    assert as_configured(measured, DeviceConfig()).handling == measured.handling
-    assert as_configured(measured, DeviceConfig(slowdown=5.0)).handling == NO_HANDLING
+    assert emulated(measured, UNSLOWED).handling == measured.handling
+    assert emulated(measured, Slowdown(5.0)).handling == NO_HANDLING
 
 
 def test_bytes_count_where_they_cross_to_another_host():

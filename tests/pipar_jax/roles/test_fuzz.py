@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from comms import Role, Tag
+from pipar_jax.config import Hosts
 from pipar_jax.data import Loader
 from pipar_jax.errors import JoinError, PeerError, ProtocolError
 from pipar_jax.methods.registry import plan_for
@@ -413,8 +414,9 @@ class Node:
                 self.taken.append(message)
             return reason
 
+        setup = config("mpsl")
         self.neighbours = PeerLinks(
-            config("mpsl"), "n1", None, tensors=tensors, wake=lambda: None,
+            Hosts(setup), setup.network, "n1", None, tensors=tensors, wake=lambda: None,
             lost=self.lost.append, met=lambda: None,
         )  # fmt: skip
         self.neighbours.connect((BELOW, ABOVE), {})

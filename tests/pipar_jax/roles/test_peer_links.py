@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from comms import Endpoint
+from pipar_jax.config import Hosts
 from pipar_jax.errors import JoinError
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.protocol import messages, registry
@@ -28,8 +29,9 @@ class Node:
     def __init__(self, config, name) -> None:
         self.endpoint, self.met, self.lost = Endpoint(name), queue.SimpleQueue(), []
         self.neighbours = PeerLinks(
-            config, name, self.endpoint, tensors=lambda *tensor: None, wake=lambda: None,
-            lost=self.lost.append, met=lambda: self.met.put(name),
+            Hosts(config), config.network, name, self.endpoint,
+            tensors=lambda *tensor: None, wake=lambda: None, lost=self.lost.append,
+            met=lambda: self.met.put(name),
         )  # fmt: skip
         self.address = self.neighbours.listen()
 
