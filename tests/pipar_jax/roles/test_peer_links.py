@@ -62,7 +62,7 @@ def test_links_that_are_there_stay_and_others_are_added(nodes):
         node.meet([FIRST], addresses)
     assert all(node.has_met() for node in nodes.values())
     wirings = {name: node.neighbours.link_table for name, node in nodes.items()}
-    kept = {name: wirings[name].of(FIRST) for name in ("n1", "n2")}
+    kept = {name: wirings[name].link_for(FIRST) for name in ("n1", "n2")}
 
     # The other order of the same two, and n3 behind them; who opens a link is asked first.
     later = [SECOND, Boundary("n1", "n3", 2)]
@@ -73,8 +73,8 @@ def test_links_that_are_there_stay_and_others_are_added(nodes):
             assert time.monotonic() < deadline_s
             time.sleep(0.001)
     assert all(node.has_met() for node in nodes.values())
-    assert {name: wirings[name].of(FIRST) for name in ("n1", "n2")} == kept
-    assert wirings["n1"].of(SECOND) is not kept["n1"]
+    assert {name: wirings[name].link_for(FIRST) for name in ("n1", "n2")} == kept
+    assert wirings["n1"].link_for(SECOND) is not kept["n1"]
     assert [boundary for boundary, _ in wirings["n3"].direct()] == [later[1]]
     assert not wirings["n1"].missing((FIRST, *later))
 
