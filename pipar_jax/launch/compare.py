@@ -39,7 +39,7 @@ def check(config: Config, methods: Sequence[str]) -> None:
     """
     for method in methods:
         setting = resolve(dataclasses.replace(config, method=method))
-        machine.check(setting, machine.all_hosts(setting))
+        machine.check(setting)
 
 
 def compare(config: Config, methods: Sequence[str], console: Console) -> list[Outcome]:
