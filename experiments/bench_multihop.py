@@ -22,7 +22,7 @@ from experiments.benchmarks import chain_equality, harness, simulator_settings
 from experiments.benchmarks import chain_settings as chains
 from experiments.benchmarks.chain_settings import Setting
 from pipar_jax.launch import launcher
-from pipar_jax.report import Run, read_run
+from pipar_jax.report import RecordedRun, read_run
 from pipar_jax.runtime.setup import build_model
 from pipar_jax.tuner.chain_search import ChainProblem, Node, plan_chain, read_profile
 
@@ -95,7 +95,7 @@ def measure_equality(run: harness.Bench) -> None:
     run.row(f"largest difference from SGD on the union, {len(cases)} chains", worst, "", 1e-9)
 
 
-def train(setting: Setting, folder: Path) -> tuple[Run, float]:
+def train(setting: Setting, folder: Path) -> tuple[RecordedRun, float]:
     """Trains a setting for real; returns its run and the median seconds of a round."""
     summary = launcher.launch(setting.config(folder))
     found = read_run(Path(summary["folder"]))

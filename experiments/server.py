@@ -16,7 +16,7 @@ from pipar_jax import data
 from pipar_jax.config import Config, to_text
 from pipar_jax.config.paths import shown
 from pipar_jax.launch import flags, launcher, machine, process
-from pipar_jax.report.progress import Progress, loss_text
+from pipar_jax.report.progress import ProgressDisplay, loss_text
 
 
 def main(config: Config, _: flags.NoFlags) -> None:
@@ -34,7 +34,7 @@ def main(config: Config, _: flags.NoFlags) -> None:
         print(f"\n{table}\n", flush=True)
     from pipar_jax.roles.server import run_server  # loads jax, whose environment is set now
 
-    with Progress() as progress:
+    with ProgressDisplay() as progress:
 
         def tell(event: dict[str, Any]) -> None:
             if event["event"] == "listening":

@@ -11,7 +11,7 @@ from pipar_jax import data
 from pipar_jax.config import Config, to_text
 from pipar_jax.config.paths import shown
 from pipar_jax.launch import flags, launcher, machine
-from pipar_jax.report.progress import Progress, loss_text
+from pipar_jax.report.progress import ProgressDisplay, loss_text
 
 
 def main(config: Config, _: flags.NoFlags) -> None:
@@ -24,7 +24,7 @@ def main(config: Config, _: flags.NoFlags) -> None:
     print(to_text(config), flush=True)
     if table := data.table(config):
         print(f"\n{table}\n", flush=True)
-    with Progress() as progress:
+    with ProgressDisplay() as progress:
         summary = launcher.launch(config, on_event=progress)
     print(
         f"{config.method}: {summary['epoch_seconds']:.2f} s per epoch, test accuracy "

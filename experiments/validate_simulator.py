@@ -19,7 +19,7 @@ from experiments.benchmarks import harness, simulator_settings
 from experiments.benchmarks.simulator_settings import Setting
 from experiments.benchmarks.time_alone import Alone
 from pipar_jax.launch import launcher
-from pipar_jax.report import Run, read_run
+from pipar_jax.report import RecordedRun, read_run
 from pipar_jax.schedule.actions import COMPUTE, RoundSchedule, Span
 from pipar_jax.schedule.plan import COORDINATOR, DevicePlan, Plan
 from pipar_jax.simulator import Costs, LinkModel, simulate
@@ -30,7 +30,7 @@ ONLY = flags.DEFINE_string("only", "", "Measure only settings whose name contain
 def judge(
     run: harness.Bench,
     setting: Setting,
-    one: Run,
+    one: RecordedRun,
     alone: dict[str, Alone],
     errors: dict[str, list[float]],
 ) -> None:
@@ -45,7 +45,7 @@ def judge(
         run.row(f"{setting.name}: error {kind}", signed, "%")
 
 
-def demand(run: Run) -> float:
+def demand(run: RecordedRun) -> float:
     """Returns the share of a core that the devices really compute, summed."""
     assert run.trace is not None
     last = run.trace.rounds[-1]

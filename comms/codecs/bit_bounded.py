@@ -13,7 +13,7 @@ from comms.codecs.bit_payload import (
     MOST_WIDTH,
     RAW,
     SPARSE,
-    Parts,
+    PayloadParts,
     bitmap_of,
     in_blocks,
     pack_payload,
@@ -88,7 +88,7 @@ def _widths(whole: Array) -> Bytes:
     return marks
 
 
-def decode_bounded(parts: Parts, dtype: DType) -> Array:
+def decode_bounded(parts: PayloadParts, dtype: DType) -> Array:
     """Returns the values of all blocks, [64 m] float32 or float64."""
     widths, signed = parts.first & 127, parts.first > 127
     words = unpack_slabs(parts.planes, widths, 4).view(np.int32).reshape(-1, BLOCK)

@@ -12,7 +12,7 @@ from comms.codecs.bit_payload import (
     SIGNED,
     SLAB,
     SPARSE,
-    Parts,
+    PayloadParts,
     bitmap_of,
     fixed_bytes,
     in_blocks,
@@ -127,7 +127,7 @@ def draws(begin: int, count: int, seed: int) -> Array:
     return drawn
 
 
-def decode_fixed(parts: Parts, k: int) -> Array:
+def decode_fixed(parts: PayloadParts, k: int) -> Array:
     """Returns the values of all blocks, [64 m] float32."""
     width = k + parts.signed
     bytes_each = 1 if width <= 8 else 2 if width <= 16 else 4

@@ -9,7 +9,7 @@ from comms.codecs import bit_planes
 from comms.codecs.bit_payload import (
     RAW,
     SPARSE,
-    Parts,
+    PayloadParts,
     bitmap_of,
     pack_payload,
     pack_slabs,
@@ -57,7 +57,7 @@ def _leading(words: Array) -> tuple[Bytes, Bytes, Array]:
     return leading.astype(np.uint8), bit_planes.bit_length(rests.max(axis=1)), rests.reshape(-1)
 
 
-def decode_lossless(parts: Parts, dtype: DType) -> Array:
+def decode_lossless(parts: PayloadParts, dtype: DType) -> Array:
     """Returns the values of all blocks, [64 m] of the type."""
     size = dtype.itemsize
     words = unpack_slabs(parts.planes, parts.second, size).reshape(-1, BLOCK)

@@ -24,7 +24,7 @@ SLAB = 1 << 16
 """Elements coded at a time; what is made of them stays in the second-level cache."""
 
 
-class Parts(NamedTuple):
+class PayloadParts(NamedTuple):
     """The sections of a payload, checked against each other.
 
     Attributes:
@@ -48,7 +48,9 @@ class Parts(NamedTuple):
     planes: Array = np.empty(0, np.uint64)
 
     @classmethod
-    def of(cls, payload: Bytes, dtype: DType, shape: tuple[int, ...], parameter: int) -> Parts:
+    def of(
+        cls, payload: Bytes, dtype: DType, shape: tuple[int, ...], parameter: int
+    ) -> PayloadParts:
         """Returns the sections of a payload.
 
         Raises:

@@ -46,7 +46,7 @@ from comms.codecs.base import register
 from comms.codecs.bit_bounded import decode_bounded, encode_bounded
 from comms.codecs.bit_fixed import decode_fixed, encode_fixed
 from comms.codecs.bit_lossless import decode_lossless, encode_lossless
-from comms.codecs.bit_payload import HEAD_BYTES, SLAB, Parts, fixed_bytes
+from comms.codecs.bit_payload import HEAD_BYTES, SLAB, PayloadParts, fixed_bytes
 from comms.codecs.bit_settings import Mode, Setting
 from comms.codecs.cast import aligned_empty, check_float
 from comms.wire.frame import array_bytes
@@ -99,7 +99,7 @@ class BitCodec:
           CodecError: If the payload is none of this codec.
         """
         setting, array = Setting.of(parameter), aligned_empty(dtype, shape)
-        parts = Parts.of(payload, dtype, shape, parameter)
+        parts = PayloadParts.of(payload, dtype, shape, parameter)
         if parts.raw is not None:
             array.reshape(-1).view(np.uint8)[...] = parts.raw
             return array

@@ -21,7 +21,7 @@ from pipar_jax.cost_model.from_trace import observed
 from pipar_jax.launch.pinning import first_cores
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.profiling.link_delay import measure_delay_s
-from pipar_jax.report import Run
+from pipar_jax.report import RecordedRun
 from pipar_jax.schedule.actions import AGGREGATE, SEND_FORWARD
 from pipar_jax.schedule.plan import OWNER, DevicePlan, Plan, device_name, is_node, node_name
 from pipar_jax.simulator import Costs, LinkModel, simulate
@@ -204,7 +204,7 @@ OURS = tuple(Setting("resnet18", "", (1.0, 2.0, 2.0), 4, link=link) for link in 
 PAPERS = tuple(dataclasses.replace(one, select="paper") for one in OURS)
 
 
-def predict(run: Run) -> float:
+def predict(run: RecordedRun) -> float:
     """Returns the predicted seconds of a round.
 
     Of the run it takes what no clock has a part in: the bytes of its messages, the short averages,
@@ -227,7 +227,7 @@ def predict(run: Run) -> float:
     return simulate(schedule, costs, collect=False).seconds
 
 
-def _links(run: Run, plan: Plan) -> dict[tuple[str, str], LinkModel]:
+def _links(run: RecordedRun, plan: Plan) -> dict[tuple[str, str], LinkModel]:
     """Returns the links as they are shaped, with the delay that messages have there alone."""
     assert run.trace is not None
     nbytes = max(row.nbytes for _, row in run.trace.rows() if row.action.kind == SEND_FORWARD)

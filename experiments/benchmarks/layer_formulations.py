@@ -21,7 +21,7 @@ from stages.allocator import retain_memory
 from stages.errors import StageError
 from stages.layers.conv_functions import Geometry, convolve
 from stages.layers.depthwise import depthwise
-from stages.layers.formulation import TABLE, Formulation, Shape, Times, forced, recorded
+from stages.layers.formulation import TABLE, Formulation, LayerShape, Times, forced, recorded
 from stages.layers.pool import max_pool
 from stages.names import MODELS, STEMS
 from stages.program import Program
@@ -49,12 +49,12 @@ class Case(NamedTuple):
     """
 
     operation: str
-    shape: Shape
+    shape: LayerShape
     functions: dict[str, Callable[..., Any]]
     arguments: tuple[jax.Array, ...]
 
 
-def registered_shapes(batch: int) -> list[tuple[str, Shape]]:
+def registered_shapes(batch: int) -> list[tuple[str, LayerShape]]:
     """Lists the layers that have formulations in all registered networks, for all ``SAMPLES``.
 
     Networks are traced, nothing is computed.
@@ -62,7 +62,7 @@ def registered_shapes(batch: int) -> list[tuple[str, Shape]]:
     Returns:
       Pairs of "conv", "depthwise" or "max_pool" and the shape, each once, in order.
     """
-    found: set[tuple[str, Shape]] = set()
+    found: set[tuple[str, LayerShape]] = set()
     for name in MODELS:
         for sample in SAMPLES:
             for stem in STEMS:
@@ -79,7 +79,7 @@ def registered_shapes(batch: int) -> list[tuple[str, Shape]]:
     return sorted((operation, shape._replace(batch=batch)) for operation, shape in layers)
 
 
-def cases(layer: str, shape: Shape) -> Iterator[Case]:
+def cases(layer: str, shape: LayerShape) -> Iterator[Case]:
     """Yields what is timed of a layer: a convolution's passes, of others both passes together."""
     geometry = Geometry(shape.size, shape.stride, shape.padding)
     x = _normal(*shape[:4])
@@ -101,7 +101,7 @@ def cases(layer: str, shape: Shape) -> Iterator[Case]:
 
 
 def _convolution(
-    shape: Shape, geometry: Geometry, arguments: tuple[jax.Array, ...]
+    shape: LayerShape, geometry: Geometry, arguments: tuple[jax.Array, ...]
 ) -> Iterator[Case]:
     def pull(which: int) -> Callable[..., jax.Array]:
         def run(x: jax.Array, kernel: jax.Array, cotangent: jax.Array) -> jax.Array:
@@ -161,7 +161,7 @@ def time_ms(functions: dict[str, Callable[..., Any]], *arguments: jax.Array) -> 
     return least
 
 
-def measure(layers: Iterable[tuple[str, Shape]]) -> Iterator[tuple[str, Shape, Times]]:
+def measure(layers: Iterable[tuple[str, LayerShape]]) -> Iterator[tuple[str, LayerShape, Times]]:
     """Times every pass of layers; yields operation, shape and times, and prints them."""
     for layer, shape in layers:
         for case in cases(layer, shape):
@@ -170,12 +170,12 @@ def measure(layers: Iterable[tuple[str, Shape]]) -> Iterator[tuple[str, Shape, T
             yield case.operation, shape, times
 
 
-def write(rows: Iterable[tuple[str, Shape, Times]], path: Path) -> None:
+def write(rows: Iterable[tuple[str, LayerShape, Times]], path: Path) -> None:
     """Writes the table: a row for each operation and shape, milliseconds on one core."""
     names = [formulation.value for formulation in Formulation]
     with path.open("w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(["operation", *Shape._fields, *names])
+        table.writerow(["operation", *LayerShape._fields, *names])
         for operation, shape, times in sorted(rows, key=lambda row: row[:2]):
             found = [f"{times[name]:.3g}" if name in times else "" for name in names]
             table.writerow([operation, *shape, *found])

@@ -23,7 +23,7 @@ from pipar_jax.launch.pinning import first_cores
 from pipar_jax.methods.registry import plan_for
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.profiling.link_delay import measure_delay_s
-from pipar_jax.report import Run
+from pipar_jax.report import RecordedRun
 from pipar_jax.schedule import actions
 from pipar_jax.schedule.actions import AGGREGATE, SEND_FORWARD
 from pipar_jax.schedule.plan import COORDINATOR
@@ -129,7 +129,7 @@ def unit_names(config: Config) -> tuple[str, ...]:
     return build_model(config, INPUT_SHAPE, CLASSES).unit_names
 
 
-def time_links(setting: Setting, run: Run) -> dict[tuple[str, str], LinkModel]:
+def time_links(setting: Setting, run: RecordedRun) -> dict[tuple[str, str], LinkModel]:
     """Returns the links as they are shaped, with the delay that messages have there alone."""
     assert run.trace is not None
     nbytes = max(row.nbytes for _, row in run.trace.rows() if row.action.kind == SEND_FORWARD)
@@ -140,7 +140,7 @@ def time_links(setting: Setting, run: Run) -> dict[tuple[str, str], LinkModel]:
     return {ends: up if ends[1] == COORDINATOR else down for ends in run.links}
 
 
-def predict(setting: Setting, run: Run, alone: dict[str, Alone]) -> tuple[float, float]:
+def predict(setting: Setting, run: RecordedRun, alone: dict[str, Alone]) -> tuple[float, float]:
     """Returns the predicted seconds of a round: from times alone, and from the run's own medians.
 
     Of the run itself the first takes what no clock has a part in, the bytes of its messages, the

@@ -163,8 +163,8 @@ def random_chain(seed: int) -> Any:
     """Returns a model of blocks of random kinds and widths."""
     from stages import Model
     from stages.models.blocks import ConvBlock, DenseBlock, Options
-    from stages.models.mobilenet import ConvNorm, InvertedResidual, Row
-    from stages.models.resnet import Block
+    from stages.models.mobilenet import BlockRow, ConvNorm, InvertedResidual
+    from stages.models.resnet import ResidualBlock
 
     rng = np.random.default_rng(seed)
     pick: Callable[..., int] = lambda *values: int(rng.choice(values))  # noqa: E731
@@ -181,12 +181,12 @@ def random_chain(seed: int) -> Any:
         if kind == 0:
             made = partial(ConvBlock, channels, out, stride == 2, options)
         elif kind == 1:
-            made = partial(Block, channels, out, stride, False, options)
+            made = partial(ResidualBlock, channels, out, stride, False, options)
         elif kind == 2:
             width = max(8, out // 4)
-            made, out = partial(Block, channels, width, stride, True, options), 4 * width
+            made, out = partial(ResidualBlock, channels, width, stride, True, options), 4 * width
         elif kind == 3:
-            row = Row(pick(3, 5), min(channels * pick(2, 3, 6), 640), min(out, 160),
+            row = BlockRow(pick(3, 5), min(channels * pick(2, 3, 6), 640), min(out, 160),
                       bool(rng.integers(2)), bool(rng.integers(2)), stride)  # fmt: skip
             made, out = partial(InvertedResidual, channels, row, options), row.out
         elif kind == 4:

@@ -84,7 +84,7 @@ def rule(config: AggregationConfig) -> optax.GradientTransformation:
     return optax.chain(scale_adaptively(moments[config.rule], b1, epsilon), scale)
 
 
-class Replica(NamedTuple):
+class Contribution(NamedTuple):
     """What one device brings to the average, for the units it (or its server part) holds.
 
     Attributes:
@@ -215,7 +215,7 @@ class Aggregator:
         """Returns the units whose global weights, statistics or rule's state are not finite."""
         return broken_units(self.params, self.params, self.state, self.rule_state)
 
-    def aggregate(self, replicas: Sequence[Replica]) -> None:
+    def aggregate(self, replicas: Sequence[Contribution]) -> None:
         """Averages replicas, in the order given, into the global weights.
 
         Args:

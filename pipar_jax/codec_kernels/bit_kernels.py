@@ -72,7 +72,7 @@ def encode(array: jax.Array, setting: Setting) -> tuple[jax.Array, jax.Array]:
 def decode(
     payload: jax.Array, setting: Setting, dtype: np.dtype[Any], shape: tuple[int, ...]
 ) -> jax.Array:
-    """Decodes a payload that ``comms.codecs.bits.Parts`` has checked.
+    """Decodes a payload that ``comms.codecs.bit_payload.PayloadParts`` has checked.
 
     Args:
       payload: [most] uint8, as ``encode`` returns it.

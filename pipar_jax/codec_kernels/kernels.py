@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from comms import CodecError, Encoded, Payload, parse_codec
-from comms.codecs.bit_payload import Parts
+from comms.codecs.bit_payload import PayloadParts
 from comms.codecs.bit_settings import Setting
 from comms.codecs.bits import BitCodec
 from comms.codecs.block import TINY, BlockCodec
@@ -162,7 +162,7 @@ def decode_from_link(payload: Payload) -> jax.Array:
     if chosen.exact_size:
         data = jnp.asarray(payload.data)
     else:
-        Parts.of(payload.data, dtype, shape, parameter)
+        PayloadParts.of(payload.data, dtype, shape, parameter)
         data = to_device(payload.data, chosen.encoded_bytes(dtype, shape, parameter))
     return decoder(codec, dtype, shape)(data)
 

@@ -16,7 +16,7 @@ from pipar_jax.launch import launcher, machine
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.report import comparison, write_report
 from pipar_jax.report.comparison import Outcome
-from pipar_jax.report.progress import Progress
+from pipar_jax.report.progress import ProgressDisplay
 
 #: Width of what is printed where there is no terminal, in characters.
 PLAIN_WIDTH = 100
@@ -62,7 +62,7 @@ def compare(config: Config, methods: Sequence[str], console: Console) -> list[Ou
     outcomes: list[Outcome] = []
     for number, method in enumerate(methods, start=1):
         head = f"{number}/{len(methods)} {comparison.title(method)}"
-        with Progress(head) as progress:
+        with ProgressDisplay(head) as progress:
             outcome = comparison.run_method(config, method, launcher.launch, progress)
         outcomes.append(outcome)
         console.print(

@@ -291,7 +291,7 @@ def _still_holds(
     return abs(now_s - totals[index]) <= max(AGED * totals[index], AGED_S)
 
 
-def _compiled(config: Config) -> optimizer.Compiled:
+def _compiled(config: Config) -> optimizer.CompiledOptimizer:
     """Returns the optimiser as hosts use it."""
     return optimizer.compiled(config.optimizer, steps=1, proximal_mu=config.aggregation.proximal_mu)
 
@@ -358,7 +358,7 @@ def _facts(model: Model, index: int, replica: Replica, samples: int) -> UnitFact
 def _average_s_per_byte(config: Config, params: Any, state: Any) -> float:
     """Returns the seconds of averaging two replicas, per byte of both."""
     made = aggregator.Aggregator(config.aggregation, dict(params), dict(state))
-    replicas = [aggregator.Replica(params, state, 1.0)] * 2
+    replicas = [aggregator.Contribution(params, state, 1.0)] * 2
     made.aggregate(replicas)  # compiles
     return _least_s(lambda: made.aggregate(replicas)) / (2 * _bytes((params, state)))
 

@@ -46,17 +46,17 @@ from pipar_jax.protocol.values import (
     Words,
 )
 from pipar_jax.protocol.wire_fields import (
-    Choice,
     Figure,
     Free,
     Many,
     Maybe,
+    OneOf,
     Prose,
     Real,
-    Row,
     Table,
     Text,
     Truth,
+    TupleOf,
     Whole,
     struct,
 )
@@ -255,7 +255,7 @@ class Working:
       of: How many there are; 0 if nobody knows.
     """
 
-    what: Annotated[str, Choice(("compiling", "timing", "tuning", "evaluating"))]
+    what: Annotated[str, OneOf(("compiling", "timing", "tuning", "evaluating"))]
     done: Count
     of: Count
 
@@ -295,7 +295,9 @@ class Release:
     """
 
     round: Count
-    spans: Annotated[tuple[Span, ...], Many(Row(Span, (Whole(), Whole(), Whole())), MOST_SPANS, 1)]
+    spans: Annotated[
+        tuple[Span, ...], Many(TupleOf(Span, (Whole(), Whole(), Whole())), MOST_SPANS, 1)
+    ]
     holder: Annotated[int | None, Maybe(Whole())]
     demand: Annotated[tuple[float, ...], Many(SECONDS, MOST_HOSTS, 1)]
 
@@ -324,7 +326,7 @@ class NonFinite:
       units: The units whose weights it is about.
     """
 
-    what: Annotated[str, Choice(("loss", "weights", "average"))]
+    what: Annotated[str, OneOf(("loss", "weights", "average"))]
     device: Annotated[int | None, Maybe(Whole())]
     round: Count
     step: Count

@@ -40,7 +40,7 @@ class Form(enum.Enum):
     EITHER = "either"
 
 
-class Kind(NamedTuple):
+class MessageKind(NamedTuple):
     """What is registered of a message.
 
     Attributes:
@@ -57,8 +57,8 @@ class Kind(NamedTuple):
 
 
 #: Every message by its name.
-KINDS: dict[str, Kind] = {}
-_BY_CLASS: dict[type, Kind] = {}
+KINDS: dict[str, MessageKind] = {}
+_BY_CLASS: dict[type, MessageKind] = {}
 
 
 @dataclass_transform(frozen_default=True)
@@ -67,13 +67,13 @@ def message(name: str, sender: Sender, form: Form = Form.CONTROL) -> Callable[[t
 
     def register(made: type[T]) -> type[T]:
         frozen = dataclasses.dataclass(frozen=True, slots=True)(made)
-        KINDS[name] = _BY_CLASS[frozen] = Kind(name, frozen, sender, form)
+        KINDS[name] = _BY_CLASS[frozen] = MessageKind(name, frozen, sender, form)
         return frozen
 
     return register
 
 
-def kind_of(made: type) -> Kind:
+def kind_of(made: type) -> MessageKind:
     """Returns what is registered of a message's class."""
     return _BY_CLASS[made]
 
@@ -124,7 +124,7 @@ def end_of(link_error: ChannelError, peer: str, words: str) -> PeerError:
     return PeerError(f"{words}: {link_error}")
 
 
-def peek(arrived: Arrived) -> Kind | None:
+def peek(arrived: Arrived) -> MessageKind | None:
     """Returns which message has arrived, before it is read; None if there is no such."""
     name = arrived.body.get("type")
     return KINDS.get(name) if isinstance(name, str) else None

@@ -9,14 +9,14 @@ from comms import CodecError, parse_codec
 from pipar_jax.cost_model.profile import HostProfile, RuntimeOverhead, UnitFacts
 from pipar_jax.errors import PlanError
 from pipar_jax.protocol.wire_fields import (
-    Choice,
     Many,
     Maybe,
+    OneOf,
     Prose,
     Real,
-    Row,
     Struct,
     Text,
+    TupleOf,
     Whole,
 )
 from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS, UPDATE
@@ -63,17 +63,17 @@ PLAN = Struct(
     Plan,
     {
         "devices": Many(DEVICE_PLAN, MOST_HOSTS, 1),
-        "order": Choice(get_args(Order)),
-        "weights": Choice(get_args(Weights)),
+        "order": OneOf(get_args(Order)),
+        "weights": OneOf(get_args(Weights)),
         "in_flight": Whole(),
-        "dispatch": Choice(get_args(Dispatch)),
+        "dispatch": OneOf(get_args(Dispatch)),
         "aggregate_every": Whole(),
-        "hand_on": Choice(get_args(HandOn)),
+        "hand_on": OneOf(get_args(HandOn)),
     },
     (PlanError,),
 )
-BOUNDARY = Row(Boundary, (HOST, HOST, Whole(0, MOST_STAGES)))
-ADDRESS = Row(lambda host, port: (host, port), (Text(255, r"[\x21-\x7e]+"), Whole(1, 65535)))
+BOUNDARY = TupleOf(Boundary, (HOST, HOST, Whole(0, MOST_STAGES)))
+ADDRESS = TupleOf(lambda host, port: (host, port), (Text(255, r"[\x21-\x7e]+"), Whole(1, 65535)))
 SECONDS, BYTES = Real(0.0, MOST_S), Whole(0, MOST_BYTES)
 SHAPE = Many(Whole(1, 2**24), 16, 1)
 FACTS = Struct(
@@ -157,13 +157,13 @@ class DirectTiming(NamedTuple):
     timed: Timing
 
 
-SEEN = Row(
+SEEN = TupleOf(
     Seen,
-    (Whole(-1), Whole(0, MOST_STAGES), Choice((FORWARD, BACKWARD, LOSS, UPDATE)),
+    (Whole(-1), Whole(0, MOST_STAGES), OneOf((FORWARD, BACKWARD, LOSS, UPDATE)),
      Whole(0, MOST_BATCH), Whole(1), SECONDS),
 )  # fmt: skip
-TIMING = Row(Timing, (BYTES, SECONDS))
-DIRECT = Row(DirectTiming, (BOUNDARY, TIMING))
+TIMING = TupleOf(Timing, (BYTES, SECONDS))
+DIRECT = TupleOf(DirectTiming, (BOUNDARY, TIMING))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -189,7 +189,7 @@ class Prose(Text):
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice(Spec):
+class OneOf(Spec):
     """One of some texts."""
 
     of: tuple[str, ...]
@@ -242,7 +242,7 @@ class Many(Spec):
 
 
 @dataclasses.dataclass(frozen=True)
-class Row(Spec):
+class TupleOf(Spec):
     """A list of a fixed length, each place with its own meaning: a tuple or a named one.
 
     Attributes:

@@ -1,6 +1,6 @@
 """A run, or several beside each other, as one HTML file that needs nothing else."""
 
 from pipar_jax.report.page import make_page, write_report
-from pipar_jax.report.run import Run, read_run
+from pipar_jax.report.run import RecordedRun, read_run
 
-__all__ = ["Run", "make_page", "read_run", "write_report"]
+__all__ = ["RecordedRun", "make_page", "read_run", "write_report"]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from pipar_jax.report.idle import CAUSES
-from pipar_jax.report.run import Run, hosts_of, links_of
+from pipar_jax.report.run import RecordedRun, hosts_of, links_of
 from pipar_jax.report.svg import digits, drawing, element, legend, text, tick_labels, ticks
 from pipar_jax.schedule.plan import COORDINATOR
 
@@ -81,7 +81,7 @@ def stacked_bars(title: str, unit: str, bars: Sequence[Bar], names: Callable[[st
     return drawing(width, top + 38, "".join(marks + content), title)
 
 
-def idle_bars(runs: Sequence[Run], names: Sequence[str]) -> str:
+def idle_bars(runs: Sequence[RecordedRun], names: Sequence[str]) -> str:
     """Returns the chart of an epoch's seconds on the server, nodes and devices of each run.
 
     Args:
@@ -107,7 +107,7 @@ def idle_bars(runs: Sequence[Run], names: Sequence[str]) -> str:
     return legend(entries) + chart if chart else ""
 
 
-def byte_bars(runs: Sequence[Run], names: Sequence[str]) -> str:
+def byte_bars(runs: Sequence[RecordedRun], names: Sequence[str]) -> str:
     """Returns the chart of the bytes that each direction of each link carried in all rounds.
 
     Args:
@@ -129,7 +129,7 @@ def byte_bars(runs: Sequence[Run], names: Sequence[str]) -> str:
     return legend(list(named.items())) + chart if chart else ""
 
 
-def _shares(run: Run, hosts: Sequence[str]) -> list[tuple[str, float]] | None:
+def _shares(run: RecordedRun, hosts: Sequence[str]) -> list[tuple[str, float]] | None:
     """Returns the shares of the rounds spent computing and waiting, averaged over hosts."""
     shares = [run.idle_share(host) for host in hosts]
     idle = [share for share in shares if share is not None]

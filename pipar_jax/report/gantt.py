@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from pipar_jax.errors import PlanError
-from pipar_jax.report.run import MOST_DEVICES, Run, hosts_of
+from pipar_jax.report.run import MOST_DEVICES, RecordedRun, hosts_of
 from pipar_jax.report.svg import HUES, digits, drawing, element, legend, text, tick_labels, ticks
 from pipar_jax.schedule.actions import (
     AGGREGATE,
@@ -81,7 +81,7 @@ def median_step(trace: Trace) -> Window | None:
     return Window(0, step, Interval(*spans[step]))
 
 
-def gantt_charts(run: Run) -> str:
+def gantt_charts(run: RecordedRun) -> str:
     """Returns the charts of a run's median step, measured and predicted, on one scale.
 
     Without a trace there is no chart; with an incomplete trace there is no predicted one.
@@ -99,7 +99,7 @@ def gantt_charts(run: Run) -> str:
     )
 
 
-def actions_legend(runs: Sequence[Run]) -> str:
+def actions_legend(runs: Sequence[RecordedRun]) -> str:
     """Returns the legend of the charts: the kinds of action in the runs' last rounds.
 
     Args:
@@ -118,7 +118,7 @@ def actions_legend(runs: Sequence[Run]) -> str:
     return legend([*entries, ("hue0 wide beside", "another step", "")]) if entries else ""
 
 
-def _chart(run: Run, trace: Trace, window: Window, name: str, longest_s: float) -> str:
+def _chart(run: RecordedRun, trace: Trace, window: Window, name: str, longest_s: float) -> str:
     """Returns one chart, whose width stands for ``longest_s``."""
     hosts = hosts_of(run)
     devices = [host for host in hosts if host.startswith("d")][:MOST_DEVICES]

@@ -14,7 +14,7 @@ from pipar_jax.errors import DiskError, PlanError
 from pipar_jax.report.assets import SCRIPT, STYLE
 from pipar_jax.report.bars import byte_bars, idle_bars
 from pipar_jax.report.gantt import actions_legend, gantt_charts
-from pipar_jax.report.run import Run, links_of, read_run
+from pipar_jax.report.run import RecordedRun, links_of, read_run
 from pipar_jax.report.svg import Series, aligned, digits, legend, line_chart
 from pipar_jax.schedule.plan import COORDINATOR
 
@@ -66,7 +66,7 @@ def write_report(folders: Sequence[Path], target: Path) -> None:
         raise DiskError(f"the report cannot be written: {error}") from error
 
 
-def make_page(runs: Sequence[Run]) -> str:
+def make_page(runs: Sequence[RecordedRun]) -> str:
     """Returns the report as one self-contained HTML document.
 
     Args:
@@ -104,13 +104,13 @@ def _section(title: str, content: str) -> str:
     return f"<section><h2>{html.escape(title)}</h2>{about}{content}</section>"
 
 
-def _names(runs: Sequence[Run]) -> list[str]:
+def _names(runs: Sequence[RecordedRun]) -> list[str]:
     """Returns the label of each run: its method, or its folder if several have this method."""
     counts = collections.Counter(run.title for run in runs)
     return [run.title if counts[run.title] == 1 else run.name for run in runs]
 
 
-def _facts(runs: Sequence[Run]) -> str:
+def _facts(runs: Sequence[RecordedRun]) -> str:
     """Returns one line about the setting of the first run."""
     run = runs[0]
     started = run.last("run_started")
@@ -157,7 +157,7 @@ def _column(cells: Sequence[Cell]) -> list[str]:
     return [cell if isinstance(cell, str) else next(numbers) for cell in cells]
 
 
-def _results(runs: Sequence[Run], names: Sequence[str]) -> str:
+def _results(runs: Sequence[RecordedRun], names: Sequence[str]) -> str:
     """Returns the table of results, one row per run."""
     base = next((run for run in runs if run.title == "FL"), runs[0])
     base_name = names[runs.index(base)]
@@ -187,7 +187,7 @@ def _results(runs: Sequence[Run], names: Sequence[str]) -> str:
     return _table(head, rows, words=2)
 
 
-def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
+def _curves(runs: Sequence[RecordedRun], names: Sequence[str]) -> str:
     """Returns the learning curves: accuracy and loss over epochs and over seconds."""
     charts = []
     kinds = [
@@ -209,18 +209,18 @@ def _curves(runs: Sequence[Run], names: Sequence[str]) -> str:
     return f'{named}<div class="pair">{"".join(charts)}</div>'
 
 
-def _x(run: Run, row: Mapping[str, Any], axis: str) -> float:
+def _x(run: RecordedRun, row: Mapping[str, Any], axis: str) -> float:
     """Returns the abscissa of an event: epochs, or seconds of training."""
     return float(row["epoch"] if axis == "epochs" else run.elapsed.get(row["round"], 0.0))
 
 
-def _steps(runs: Sequence[Run]) -> str:
+def _steps(runs: Sequence[RecordedRun]) -> str:
     """Returns the Gantt charts of all runs under one legend."""
     charts = "".join(map(gantt_charts, runs))
     return actions_legend(runs) + charts if charts else ""
 
 
-def _predictions(runs: Sequence[Run], names: Sequence[str]) -> str:
+def _predictions(runs: Sequence[RecordedRun], names: Sequence[str]) -> str:
     """Returns the table of predicted and measured rounds."""
     rows: list[tuple[str, Sequence[Cell]]] = []
     for run, name in zip(runs, names, strict=True):
@@ -257,7 +257,7 @@ def _predictions(runs: Sequence[Run], names: Sequence[str]) -> str:
     return _table(head, rows, words=2)
 
 
-def _links(runs: Sequence[Run], names: Sequence[str]) -> str:
+def _links(runs: Sequence[RecordedRun], names: Sequence[str]) -> str:
     """Returns the table of traffic and waiting times, one row per direction of a link."""
     rows: list[tuple[str, Sequence[Cell]]] = []
     for run, name in zip(runs, names, strict=True):
@@ -291,7 +291,7 @@ def _links(runs: Sequence[Run], names: Sequence[str]) -> str:
     return _table(head, rows)
 
 
-def _configurations(runs: Sequence[Run], names: Sequence[str]) -> str:
+def _configurations(runs: Sequence[RecordedRun], names: Sequence[str]) -> str:
     """Returns the configurations side by side; fields that differ come first and are marked."""
     flat = [_flatten(run.config) for run in runs]
     fields = list(dict.fromkeys(field for config in flat for field in config))

@@ -137,7 +137,7 @@ class RunState:
             self.accuracy = event["accuracy"]
 
 
-class Progress:
+class ProgressDisplay:
     """Shows a run while it goes on; give it to ``launch`` as ``on_event``.
 
     Args:
@@ -145,7 +145,7 @@ class Progress:
       console: Where to show it; standard error unless given.
 
     Example:
-        with Progress() as progress:
+        with ProgressDisplay() as progress:
             summary = launch(config, on_event=progress)
     """
 
@@ -185,7 +185,7 @@ class Progress:
             live, self._live = self._live, None
             live.stop()
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressDisplay:
         if not self._console.is_terminal:
             self._ticker = threading.Thread(target=self._tick, name="pipar-progress", daemon=True)
             self._ticker.start()

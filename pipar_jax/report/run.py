@@ -34,7 +34,7 @@ _GAUGES = ("queued_peak_bytes", "reconnects", "rtt_s", "rate_mbps")
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """A run that has left a folder.
 
     Attributes:
@@ -232,7 +232,7 @@ class Run:
         return own.get(field, devices["defaults"][field])
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RecordedRun:
     """Reads a run's folder.
 
     Raises:
@@ -247,10 +247,10 @@ def read_run(folder: Path) -> Run:
             "folder below runs/ with config.json and metrics.jsonl in it"
         ) from error
     trace = folder / "trace.json.gz"
-    return Run(folder.name, config, events, trace if trace.exists() else None)
+    return RecordedRun(folder.name, config, events, trace if trace.exists() else None)
 
 
-def hosts_of(run: Run) -> list[str]:
+def hosts_of(run: RecordedRun) -> list[str]:
     """Returns a run's hosts as they are drawn: devices first, the server last."""
     count = len(run.plan.devices) if run.plan else len(run.devices)
     devices = [device_name(index) for index in range(count)]
@@ -259,7 +259,7 @@ def hosts_of(run: Run) -> list[str]:
     return [*devices, *nodes, COORDINATOR]
 
 
-def links_of(run: Run) -> list[tuple[str, str]]:
+def links_of(run: RecordedRun) -> list[tuple[str, str]]:
     """Returns the directions of links that are shown: those of the first devices, in order."""
     hosts = hosts_of(run)
     shown = [host for host in hosts if not _DEVICE.fullmatch(host)]

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pipar_jax.aggregation.aggregator import Aggregator, Replica
+from pipar_jax.aggregation.aggregator import Aggregator, Contribution
 from pipar_jax.config import Config
 from pipar_jax.protocol import messages
 from pipar_jax.roles import replan
@@ -289,7 +289,7 @@ class Coordinator:
             if span.stop > span.first and span.device in parts:
                 one = parts[span.device]
                 weight = round_.trained_samples(span) if self._config.aggregation.weighted else 1
-                replicas.append(Replica(one["params"], one["state"], float(weight)))
+                replicas.append(Contribution(one["params"], one["state"], float(weight)))
         start_s = time.monotonic()
         self._aggregator.aggregate(replicas)
         if broken := self._aggregator.broken_units():

@@ -22,7 +22,7 @@ from pipar_jax.runtime import weight_bundle
 from pipar_jax.runtime.moves import local_to, moves
 from pipar_jax.schedule.host_program import replica_key
 from pipar_jax.schedule.plan import Plan
-from pipar_jax.training.optimizer import Compiled
+from pipar_jax.training.optimizer import CompiledOptimizer
 from pipar_jax.training.replica import Replica
 from stages import Model
 
@@ -108,7 +108,7 @@ def assemble(
     host: str,
     replicas: Mapping[tuple[int, int], Replica],
     arrived: Mapping[str, Any],
-    compiled: Compiled,
+    compiled: CompiledOptimizer,
     *,
     rematerialise: bool = False,
 ) -> dict[tuple[int, int], Replica]:
@@ -157,7 +157,7 @@ def assemble(
 
 
 def samples_of(
-    model: Model, new: Plan, host: str, compiled: Compiled, *, rematerialise: bool = False
+    model: Model, new: Plan, host: str, compiled: CompiledOptimizer, *, rematerialise: bool = False
 ) -> Iterator[Replica]:
     """Yields a replica of zeros for each distinct stage of a host, to compile it with."""
     known: set[tuple[str, ...]] = set()

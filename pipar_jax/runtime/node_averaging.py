@@ -9,8 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pipar_jax.aggregation.aggregator import Aggregator
-from pipar_jax.aggregation.aggregator import Replica as Brought
+from pipar_jax.aggregation.aggregator import Aggregator, Contribution
 from pipar_jax.config import Config
 from pipar_jax.runtime.migration import put_rule
 from pipar_jax.schedule.actions import AGGREGATE, ALL, Action, RoundSchedule, Span
@@ -120,7 +119,7 @@ class Averaging:
             if average is not None:
                 average.aggregate(
                     [
-                        Brought(one.params, one.state, self._weight(schedule, span))
+                        Contribution(one.params, one.state, self._weight(schedule, span))
                         for slot, span in slots.items()
                         if span.stop > span.first
                         for one in [self._replicas[slot]]

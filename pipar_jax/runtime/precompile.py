@@ -13,7 +13,7 @@ from pipar_jax.config import Config, Hosts
 from pipar_jax.runtime import memory, migration
 from pipar_jax.schedule.plan import Plan, is_node
 from pipar_jax.training.compile import run_all
-from pipar_jax.training.optimizer import Compiled
+from pipar_jax.training.optimizer import CompiledOptimizer
 from stages import Model
 
 #: Added to the thread's niceness where the system has such per thread: training goes first.
@@ -73,7 +73,7 @@ def compile_plan(
     config: Config,
     samples: Sequence[int],
     sizes: Collection[int],
-    compiled: Compiled,
+    compiled: CompiledOptimizer,
     *,
     rematerialise: bool,
     between: Callable[[], None],

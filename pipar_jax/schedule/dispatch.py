@@ -22,7 +22,7 @@ from pipar_jax.schedule.policies import Key, Policy
 DISPATCHED = COMPUTE | {SEND_CLIENT_MODEL}
 
 
-class Outgoing(Protocol):
+class OutgoingLink(Protocol):
     """One direction of a link, as far as credit goes."""
 
     @property
@@ -43,7 +43,7 @@ class CreditedLink:
 
     __slots__ = ("link", "reserved_bytes")
 
-    def __init__(self, link: Outgoing) -> None:
+    def __init__(self, link: OutgoingLink) -> None:
         self.link = link
         self.reserved_bytes: float = 0
 

@@ -90,7 +90,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.ScalarOrSchedule
     return optax.join_schedules([ramp, course], [warmup])
 
 
-class Compiled(NamedTuple):
+class CompiledOptimizer(NamedTuple):
     """A transformation with the compiled step of a replica.
 
     Attributes:
@@ -102,7 +102,7 @@ class Compiled(NamedTuple):
     update: stages.Update
 
 
-def compiled(config: OptimizerConfig, *, steps: int, proximal_mu: float = 0.0) -> Compiled:
+def compiled(config: OptimizerConfig, *, steps: int, proximal_mu: float = 0.0) -> CompiledOptimizer:
     """Returns the transformation of a replica and its compiled step; see ``build``.
 
     Hosts of one process with the same optimiser share it, and so compile it once.
@@ -113,9 +113,9 @@ def compiled(config: OptimizerConfig, *, steps: int, proximal_mu: float = 0.0) -
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled(fields: tuple[Any, ...], steps: int, proximal_mu: float) -> Compiled:
+def _compiled(fields: tuple[Any, ...], steps: int, proximal_mu: float) -> CompiledOptimizer:
     made = parts(OptimizerConfig(*fields), steps=steps, proximal_mu=proximal_mu)
-    return Compiled(optax.chain(*made), stages.make_update(*made))
+    return CompiledOptimizer(optax.chain(*made), stages.make_update(*made))
 
 
 def build(

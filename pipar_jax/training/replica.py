@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pipar_jax.errors import RunError
 from pipar_jax.training import optimizer
-from pipar_jax.training.optimizer import Compiled
+from pipar_jax.training.optimizer import CompiledOptimizer
 from stages import MicroBatchContext, Stage
 
 Variables = dict[str, dict[str, jax.Array]]
@@ -35,7 +35,7 @@ class Replica:
         stage: Stage,
         params: Mapping[str, Any],
         state: Mapping[str, Any],
-        compiled: Compiled,
+        compiled: CompiledOptimizer,
     ) -> None:
         """Copies the variables of the stage's units: updates donate what they change.
 

@@ -13,7 +13,7 @@ from pipar_jax.cost_model.costs import LinkModel
 from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS
 from pipar_jax.schedule.plan import COORDINATOR, OWNER, Codecs, DevicePlan, Plan
 from pipar_jax.simulator.predict import StageCosts
-from pipar_jax.tuner.recurrence import Choice, StepTimes, paper_choice
+from pipar_jax.tuner.recurrence import PaperChoice, StepTimes, paper_choice
 
 #: Tensors as they are: the paper has no codec.
 RAW = Codecs()
@@ -38,7 +38,7 @@ def paper_plan(stages: StageCosts, frame: Plan, codecs: Codecs = RAW) -> Plan:
     return dataclasses.replace(frame, devices=tuple(chains), order="parallel", weights="copy")
 
 
-def choose(stages: StageCosts, device: int, codecs: Codecs = RAW) -> Choice:
+def choose(stages: StageCosts, device: int, codecs: Codecs = RAW) -> PaperChoice:
     """Returns the paper's choice for one device.
 
     Args:

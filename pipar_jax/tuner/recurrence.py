@@ -57,7 +57,7 @@ class MicroTimes(NamedTuple):
     server_update_s: float = 0.0
 
 
-class Choice(NamedTuple):
+class PaperChoice(NamedTuple):
     """What the paper's selection picks.
 
     Attributes:
@@ -156,7 +156,7 @@ def measured_step_s(times: MicroTimes) -> float:
     return max(backward_s + times.device_update_s, server_s + times.server_update_s)
 
 
-def paper_choice(candidates: Mapping[int, StepTimes], batch_size: int) -> Choice:
+def paper_choice(candidates: Mapping[int, StepTimes], batch_size: int) -> PaperChoice:
     """Returns the paper's selection: for each cut its one N, then the cut with the fastest step.
 
     Equal cuts go to the smaller one, which leaves less to the device.
@@ -173,5 +173,5 @@ def paper_choice(candidates: Mapping[int, StepTimes], batch_size: int) -> Choice
     choices = []
     for cut, times in sorted(candidates.items()):
         micro_batches = paper_micro_batches(times, batch_size)
-        choices.append(Choice(cut, micro_batches, paper_step_s(times, micro_batches)))
+        choices.append(PaperChoice(cut, micro_batches, paper_step_s(times, micro_batches)))
     return min(choices, key=lambda choice: choice.step_s)

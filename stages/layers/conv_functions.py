@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from stages.layers.formulation import Formulation, Shape, choose
+from stages.layers.formulation import Formulation, LayerShape, choose
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 # Patches are made for as many samples at a time as fit here (about a core's second cache): they
@@ -73,7 +73,7 @@ class Geometry(NamedTuple):
 
         Args:
           cotangent: [batch, height', width', channels].
-          shape: Shape of the convolution's input.
+          shape: LayerShape of the convolution's input.
         """
         edges = []
         for length, out in zip(shape[1:3], cotangent.shape[1:3], strict=True):
@@ -139,10 +139,10 @@ def _convolve_backward(geometry: Geometry, kept: Any, cotangent: jax.Array) -> A
 convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
-def _key(x: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> Shape:
+def _key(x: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> LayerShape:
     """The convolution's shape as ``formulation`` wants it."""
     batch, height, width, features = x
-    return Shape(batch, height, width, features, kernel[-1], *geometry)
+    return LayerShape(batch, height, width, features, kernel[-1], *geometry)
 
 
 def pad_images(x: jax.Array, geometry: Geometry, axis: int) -> jax.Array:

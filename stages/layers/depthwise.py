@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from stages.layers.conv_functions import Geometry, pad_images, shifted, xla_convolve
-from stages.layers.formulation import Formulation, Shape, choose
+from stages.layers.formulation import Formulation, LayerShape, choose
 
 # Rows summed inside one elementwise loop by the kernel's gradient: enough that what is written
 # is small beside what is read, few enough that the loop's code stays short.
@@ -33,7 +33,7 @@ def depthwise(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
       [batch, height', width', channels], dtype of x.
     """
     batch, height, width, channels = x.shape
-    key = Shape(batch, height, width, channels, channels, *geometry)
+    key = LayerShape(batch, height, width, channels, channels, *geometry)
     if choose("depthwise", key) is Formulation.DIRECT:
         return _direct(x, kernel, geometry)
     return xla_convolve(x, kernel, geometry, groups=x.shape[-1])

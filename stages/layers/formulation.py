@@ -37,7 +37,7 @@ class Formulation(enum.Enum):
     PATCHES = "patches"
 
 
-class Shape(NamedTuple):
+class LayerShape(NamedTuple):
     """Static shape of a square convolution or of pooling.
 
     Attributes:
@@ -71,7 +71,7 @@ Times: TypeAlias = dict[str, float]
 Rows: TypeAlias = dict[tuple[int, ...], dict[int, Times]]
 
 _forced: contextvars.ContextVar[Formulation | None] = contextvars.ContextVar("forced", default=None)
-_asked: contextvars.ContextVar[set[tuple[str, Shape]] | None]
+_asked: contextvars.ContextVar[set[tuple[str, LayerShape]] | None]
 _asked = contextvars.ContextVar("asked", default=None)
 
 
@@ -86,9 +86,9 @@ def forced(formulation: Formulation | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[set[tuple[str, Shape]]]:
+def recorded() -> Iterator[set[tuple[str, LayerShape]]]:
     """Yields a set that the operations and shapes traced inside the block are added to."""
-    asked: set[tuple[str, Shape]] = set()
+    asked: set[tuple[str, LayerShape]] = set()
     token = _asked.set(asked)
     try:
         yield asked
@@ -96,7 +96,7 @@ def recorded() -> Iterator[set[tuple[str, Shape]]]:
         _asked.reset(token)
 
 
-def choose(operation: str, shape: Shape) -> Formulation:
+def choose(operation: str, shape: LayerShape) -> Formulation:
     """Picks the formulation of an operation on the current platform.
 
     Args:
@@ -115,7 +115,7 @@ def choose(operation: str, shape: Shape) -> Formulation:
 
 
 @functools.cache
-def fastest(operation: str, shape: Shape) -> Formulation:
+def fastest(operation: str, shape: LayerShape) -> Formulation:
     """Looks up what was fastest on a CPU for this shape, or else for the nearest that was measured.
 
     The nearest batch decides between those that a shape was measured with.
@@ -125,14 +125,14 @@ def fastest(operation: str, shape: Shape) -> Formulation:
     if row not in rows:
         if is_naive(operation, shape):
             return Formulation.PATCHES
-        known = [row for row in rows if not is_naive(operation, Shape(1, *row))]
-        row = min(known, key=lambda row: _distance(Shape(1, *row), shape))
+        known = [row for row in rows if not is_naive(operation, LayerShape(1, *row))]
+        row = min(known, key=lambda row: _distance(LayerShape(1, *row), shape))
     batches = rows[row]
     times = batches[min(batches, key=lambda batch: abs(math.log2(batch / shape.batch)))]
     return Formulation(min(times, key=times.__getitem__))
 
 
-def is_naive(operation: str, shape: Shape) -> bool:
+def is_naive(operation: str, shape: LayerShape) -> bool:
     """Whether XLA computes a pass of a convolution in a naive loop, up to a hundred times slower.
 
     XLA lets kernel and image change places where the kernel has more pixels than the image, which
@@ -159,14 +159,14 @@ def table() -> dict[str, Rows]:
     names = [formulation.value for formulation in Formulation]
     with TABLE.open(newline="") as file:
         for row in csv.DictReader(file):
-            shape = Shape(*(int(row[field]) for field in Shape._fields))
+            shape = LayerShape(*(int(row[field]) for field in LayerShape._fields))
             times = {name: float(row[name]) for name in names if row[name]}
             batches = found.setdefault(row["operation"], {}).setdefault(shape[1:], {})
             batches[shape.batch] = times
     return found
 
 
-def _distance(known: Shape, asked: Shape) -> tuple[int, float]:
+def _distance(known: LayerShape, asked: LayerShape) -> tuple[int, float]:
     """How far a shape is from a measured one: by kind, then by size."""
     kinds = zip(_kind(known), _kind(asked), strict=True)
     # Neither the batch, of which a shape has several, nor the padding, which the window sets.
@@ -174,6 +174,6 @@ def _distance(known: Shape, asked: Shape) -> tuple[int, float]:
     return sum(a != b for a, b in kinds), sum(abs(math.log2(a / b)) for a, b in pairs)
 
 
-def _kind(shape: Shape) -> tuple[bool, ...]:
+def _kind(shape: LayerShape) -> tuple[bool, ...]:
     """What changes how an operation is computed at all, and not just how much of it."""
     return shape.height * shape.width == 1, shape.size == 1, shape.stride == 1

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from stages.layers.formulation import Formulation, Shape, choose
+from stages.layers.formulation import Formulation, LayerShape, choose
 
 
 def max_pool(
@@ -22,7 +22,7 @@ def max_pool(
     """
     step = stride or window
     batch, height, width, channels = x.shape
-    key = Shape(batch, height, width, channels, channels, window, step, padding)
+    key = LayerShape(batch, height, width, channels, channels, window, step, padding)
     if choose("max_pool", key) is Formulation.XLA:
         return _window_max(x, window, step, padding)
     if step == window and padding == 0:

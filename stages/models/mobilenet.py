@@ -19,7 +19,7 @@ from stages.models.blocks import HEAD_GAIN, Options
 from stages.unit import Factory
 
 
-class Row(NamedTuple):
+class BlockRow(NamedTuple):
     """A row of the paper's tables: kernel, expanded and output channels, flags and stride."""
 
     size: int
@@ -30,13 +30,15 @@ class Row(NamedTuple):
     stride: int
 
 
-def _rows(text: str) -> tuple[Row, ...]:
+def _rows(text: str) -> tuple[BlockRow, ...]:
     """Reads "3 16 16 S R 2; …": S or - for squeeze and excitation, H or R for the activation."""
     rows = []
     for line in text.split(";"):
         size, expanded, out, squeeze, activation, stride = line.split()
         rows.append(
-            Row(int(size), int(expanded), int(out), squeeze == "S", activation == "H", int(stride))
+            BlockRow(
+                int(size), int(expanded), int(out), squeeze == "S", activation == "H", int(stride)
+            )
         )
     return tuple(rows)
 
@@ -51,7 +53,7 @@ LARGE = _rows(
     "3 672 112 S H 1; 5 672 160 S H 2; 5 960 160 S H 1; 5 960 160 S H 1"
 )
 # Rows, channels of the last convolution, width of the hidden dense layer.
-PLANS: dict[str, tuple[tuple[Row, ...], int, int]] = {
+PLANS: dict[str, tuple[tuple[BlockRow, ...], int, int]] = {
     "mobilenetv3_small": (SMALL, 576, 1024),
     "mobilenetv3_large": (LARGE, 960, 1280),
 }
@@ -107,7 +109,7 @@ class Squeeze(nnx.Module):
 class InvertedResidual(nnx.Module):
     """Expansion, depthwise convolution, perhaps squeeze and excitation, projection, skip."""
 
-    def __init__(self, channels: int, row: Row, options: Options, rngs: nnx.Rngs) -> None:
+    def __init__(self, channels: int, row: BlockRow, options: Options, rngs: nnx.Rngs) -> None:
         """Makes the block's layers."""
         activation = "swish" if row.swish else "relu"
         make: Any = partial(ConvNorm, options=options, rngs=rngs)
@@ -139,7 +141,7 @@ class Tail(nnx.Module):
         return global_average_pool(self.conv(x))
 
 
-class Head(nnx.Module):
+class MobileNetHead(nnx.Module):
     """Two dense layers with hard-swish and dropout between."""
 
     def __init__(self, features: int, hidden: int, options: Options, rngs: nnx.Rngs) -> None:
@@ -166,7 +168,7 @@ def mobilenet_units(name: str, options: Options) -> list[tuple[str, Factory]]:
         units.append((f"block{index}", partial(InvertedResidual, channels, row, options)))
         channels = row.out
     units.append(("tail", partial(Tail, channels, last, options)))
-    units.append(("head", partial(Head, last, hidden, options)))
+    units.append(("head", partial(MobileNetHead, last, hidden, options)))
     return units
 
 

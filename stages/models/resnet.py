@@ -35,7 +35,7 @@ class Stem(nnx.Module):
         return max_pool(x, 3, stride=2, padding=1) if self.wide else x
 
 
-class Block(nnx.Module):
+class ResidualBlock(nnx.Module):
     """A residual block: two 3x3 convolutions (basic), or 1x1, 3x3, 1x1 (bottleneck)."""
 
     def __init__(
@@ -81,7 +81,7 @@ class Block(nnx.Module):
         return jax.nn.relu(y + skip)
 
 
-class Head(nnx.Module):
+class ResNetHead(nnx.Module):
     """Global average pooling, dropout and a dense layer."""
 
     def __init__(self, features: int, options: Options, rngs: nnx.Rngs) -> None:
@@ -119,8 +119,8 @@ def resnet_units(name: str, options: Options) -> list[tuple[str, Factory]]:
     for group, (depth, width) in enumerate(zip(depths, WIDTHS, strict=True)):
         for place in range(depth):
             stride = 2 if group > 0 and place == 0 else 1
-            block = partial(Block, channels, width, stride, bottleneck, options)
+            block = partial(ResidualBlock, channels, width, stride, bottleneck, options)
             units.append((f"block{len(units)}", block))
             channels = width * expansion(bottleneck)
-    units.append(("head", partial(Head, channels, options)))
+    units.append(("head", partial(ResNetHead, channels, options)))
     return units

@@ -74,7 +74,7 @@ class Attention(nnx.Module):
         return y
 
 
-class Block(nnx.Module):
+class TransformerBlock(nnx.Module):
     """Attention and feed-forward layer, each with a skip connection and dropout."""
 
     def __init__(self, size: Size, causal: bool, options: Options, rngs: nnx.Rngs) -> None:
@@ -130,7 +130,7 @@ class TokenEmbedding(nnx.Module):
         return y.astype(self.dtype)
 
 
-class Head(nnx.Module):
+class TransformerHead(nnx.Module):
     """Normalisation, perhaps the mean over tokens, and the logits."""
 
     def __init__(self, size: Size, classes: int, pooled: bool, dtype: Any, rngs: nnx.Rngs) -> None:
@@ -159,8 +159,8 @@ def vit_units(name: str, options: Options) -> list[tuple[str, Factory]]:
         )
     units: list[tuple[str, Factory]] = [("embed", partial(PatchEmbedding, size, options))]
     for index in range(1, size.depth + 1):
-        units.append((f"block{index}", partial(Block, size, False, options)))
-    head = partial(Head, size, options.classes, True, options.dtype)
+        units.append((f"block{index}", partial(TransformerBlock, size, False, options)))
+    head = partial(TransformerHead, size, options.classes, True, options.dtype)
     return [*units, ("head", head)]
 
 
@@ -170,8 +170,8 @@ def decoder_units(name: str, length: int, options: Options) -> list[tuple[str, F
     embed = partial(TokenEmbedding, size, length, options.classes, options.dtype)
     units: list[tuple[str, Factory]] = [("embed", embed)]
     for index in range(1, size.depth + 1):
-        units.append((f"block{index}", partial(Block, size, True, options)))
-    head = partial(Head, size, options.classes, False, options.dtype)
+        units.append((f"block{index}", partial(TransformerBlock, size, True, options)))
+    head = partial(TransformerHead, size, options.classes, False, options.dtype)
     return [*units, ("head", head)]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 import stages
 from stages.models.blocks import Options
-from stages.models.resnet import Block, Head, Stem
+from stages.models.resnet import ResidualBlock, ResNetHead, Stem
 
 
 def small_resnet(dtype=jnp.float32, norm="group") -> stages.Model:
@@ -19,9 +19,9 @@ def small_resnet(dtype=jnp.float32, norm="group") -> stages.Model:
     options = Options((8, 8, 3), 5, norm, "cifar", jnp.dtype(dtype))
     units = [
         ("stem", partial(Stem, 3, 8, options)),
-        ("block1", partial(Block, 8, 8, 1, False, options)),
-        ("block2", partial(Block, 8, 16, 2, False, options)),
-        ("head", partial(Head, 16, options)),
+        ("block1", partial(ResidualBlock, 8, 8, 1, False, options)),
+        ("block2", partial(ResidualBlock, 8, 16, 2, False, options)),
+        ("head", partial(ResNetHead, 16, options)),
     ]
     return stages.Model.from_units("small", units, (8, 8, 3), 5)
 

@@ -33,7 +33,7 @@ SHIPPED = Path(__file__).with_name("network.safetensors")
 _LEAST_ROWS = 64
 
 
-class Network(nnx.Module):
+class LatencyNetwork(nnx.Module):
     """Two hidden layers and two heads.
 
     Args:
@@ -175,12 +175,12 @@ def load(path: Path = SHIPPED) -> Weights:
     return Weights(values, about=about, **plain)
 
 
-def fresh(seed: int) -> Network:
+def fresh(seed: int) -> LatencyNetwork:
     """Returns an untrained network."""
-    return Network(nnx.Rngs(seed))
+    return LatencyNetwork(nnx.Rngs(seed))
 
 
-def flatten(network: Network) -> dict[str, Any]:
+def flatten(network: LatencyNetwork) -> dict[str, Any]:
     """Returns a network's parameters by path."""
     return {
         "/".join(map(str, path)): leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf

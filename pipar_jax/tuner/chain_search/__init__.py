@@ -21,26 +21,26 @@ from pipar_jax.tuner.chain_search.layer_table import read_profile
 from pipar_jax.tuner.chain_search.problem import (
     ChainPlan,
     ChainProblem,
+    ChainStage,
     Coding,
     Layer,
     Node,
     Objective,
     Owner,
     Pair,
-    Stage,
 )
 from pipar_jax.tuner.chain_search.search import evaluate, plan_chain
 
 __all__ = [
     "ChainPlan",
     "ChainProblem",
+    "ChainStage",
     "Coding",
     "Layer",
     "Node",
     "Objective",
     "Owner",
     "Pair",
-    "Stage",
     "evaluate",
     "plan_chain",
     "read_profile",

@@ -168,7 +168,7 @@ class ChainProblem:
         return self.owners * (3 * weight_bytes + activation_bytes)
 
 
-class Stage(NamedTuple):
+class ChainStage(NamedTuple):
     """A node's part of a chain plan.
 
     Attributes:
@@ -202,7 +202,7 @@ class ChainPlan(NamedTuple):
 
     objective: Objective
     cost_s: float
-    stages: tuple[Stage, ...]
+    stages: tuple[ChainStage, ...]
     cycle_s: float
     pairs: tuple[Pair, ...]
 

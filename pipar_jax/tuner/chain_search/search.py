@@ -20,8 +20,8 @@ from pipar_jax.tuner.chain_search.costs import ChainCosts, Hop, Value, front
 from pipar_jax.tuner.chain_search.problem import (
     ChainPlan,
     ChainProblem,
+    ChainStage,
     Objective,
-    Stage,
     check_name,
 )
 
@@ -95,7 +95,7 @@ def evaluate(
         forward_s, backward_s = costs.compute(node, first, stop)
         ways = _crossed(costs, ways, costs.hops(last, node, first), forward_s, backward_s)
         stages.append(
-            Stage(problem.nodes[node].name, first, stop, forward_s, backward_s,
+            ChainStage(problem.nodes[node].name, first, stop, forward_s, backward_s,
                   costs.memory(node, first, stop))
         )  # fmt: skip
         last = node

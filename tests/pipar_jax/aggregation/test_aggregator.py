@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipar_jax.aggregation import aggregator
-from pipar_jax.aggregation.aggregator import Aggregator, Replica
+from pipar_jax.aggregation.aggregator import Aggregator, Contribution
 from pipar_jax.config import RULES, AggregationConfig, OptimizerConfig
 from pipar_jax.training import optimizer
 
@@ -29,7 +29,9 @@ def rounds_of(config: AggregationConfig, count: int):
     made = Aggregator(config, params, state)
     for index in range(count):
         old = np.asarray(made.params["a"]["kernel"], np.float64)
-        replicas = [Replica(*variables(10 * index + d + 1), weight=w) for d, w in ((0, 3), (1, 1))]
+        replicas = [
+            Contribution(*variables(10 * index + d + 1), weight=w) for d, w in ((0, 3), (1, 1))
+        ]
         mean = sum(
             w * np.asarray(one.params["a"]["kernel"], np.float64)
             for one, w in zip(replicas, (0.75, 0.25), strict=True)
@@ -74,7 +76,7 @@ def test_batch_statistics_take_the_weighted_mean_under_every_rule():
         params, state = variables(0)
         made = Aggregator(AggregationConfig(rule=rule), params, state)
         one, other = variables(1), variables(2)
-        made.aggregate([Replica(*one, weight=1.0), Replica(*other, weight=4.0)])
+        made.aggregate([Contribution(*one, weight=1.0), Contribution(*other, weight=4.0)])
         wanted = 0.2 * one[1]["a"]["mean"] + 0.8 * other[1]["a"]["mean"]
         np.testing.assert_allclose(made.state["a"]["mean"], wanted, rtol=1e-6)
 
@@ -83,8 +85,8 @@ def test_a_unit_is_averaged_over_whoever_holds_it():
     params, state = variables(0)
     made = Aggregator(AggregationConfig(), params, state)
     first, second = variables(1), variables(2)
-    only_b = Replica({"b": second[0]["b"]}, {"b": {}}, weight=1.0)
-    made.aggregate([Replica(*first, weight=1.0), only_b])
+    only_b = Contribution({"b": second[0]["b"]}, {"b": {}}, weight=1.0)
+    made.aggregate([Contribution(*first, weight=1.0), only_b])
     np.testing.assert_allclose(made.params["a"]["kernel"], first[0]["a"]["kernel"], rtol=1e-6)
     wanted = (first[0]["b"]["bias"] + second[0]["b"]["bias"]) / 2
     np.testing.assert_allclose(made.params["b"]["bias"], wanted, rtol=1e-6)
@@ -115,7 +117,7 @@ def test_any_number_of_replicas_is_averaged_by_the_same_step_to_the_same_bits(co
     compiled = aggregator._fold._cache_size()
     made.aggregate(
         [
-            Replica({"a": {"w": jnp.asarray(one)}}, {"a": {}}, float(weight))
+            Contribution({"a": {"w": jnp.asarray(one)}}, {"a": {}}, float(weight))
             for one, weight in zip(some, weights, strict=True)
         ]
     )

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from pipar_jax.report import progress as progress_module
-from pipar_jax.report.progress import Progress, RunState, describe, render
+from pipar_jax.report.progress import ProgressDisplay, RunState, describe, render
 
 STARTED = {
     "event": "run_started",
@@ -131,7 +131,9 @@ def test_a_failure_is_said() -> None:
 
 def test_away_from_a_terminal_it_prints_plain_lines() -> None:
     out = io.StringIO()
-    with Progress("2/4 PiPar", console=Console(file=out, width=100, highlight=False)) as progress:
+    with ProgressDisplay(
+        "2/4 PiPar", console=Console(file=out, width=100, highlight=False)
+    ) as progress:
         for event in EVENTS:
             progress(event)
     text = out.getvalue()
@@ -150,7 +152,7 @@ def test_the_terminal_is_given_back_however_the_run_ends(fails: bool) -> None:
     console = Console(file=out, width=100, force_terminal=True)
 
     def follow() -> None:
-        with Progress(console=console) as progress:
+        with ProgressDisplay(console=console) as progress:
             for event in EVENTS[:6]:
                 progress(event)
             if fails:
@@ -173,7 +175,7 @@ def test_what_takes_long_is_said_with_how_far_it_is(monkeypatch: pytest.MonkeyPa
     """Nobody sits before a silent screen while hosts compile: a line after some seconds."""
     out, now = io.StringIO(), [0.0]
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
-    shown = Progress("PiPar", console=Console(file=out, width=100, highlight=False))
+    shown = ProgressDisplay("PiPar", console=Console(file=out, width=100, highlight=False))
     working = {"event": "working", "host": "d0", "what": "compiling", "of": 40}
     for second in range(31):
         now[0] = float(second)
@@ -201,7 +203,7 @@ def test_no_phase_is_silent_however_long_it_takes(monkeypatch: pytest.MonkeyPatc
             time.sleep(0.01)
         assert out.getvalue().count(f"s  PiPar: {line}\n") >= 2, out.getvalue()
 
-    with Progress("PiPar", console=Console(file=out, width=100, highlight=False)) as shown:
+    with ProgressDisplay("PiPar", console=Console(file=out, width=100, highlight=False)) as shown:
         wait_for("starting")
         shown({"event": "working", "host": "d0", "what": "compiling", "done": 0, "of": 0})
         wait_for("d0 is compiling")

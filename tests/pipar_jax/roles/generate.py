@@ -9,18 +9,18 @@ from typing import Any
 from pipar_jax.cost_model.profile import HostProfile
 from pipar_jax.protocol import registry
 from pipar_jax.protocol.wire_fields import (
-    Choice,
     Figure,
     Free,
     Many,
     Maybe,
+    OneOf,
     Real,
-    Row,
     Spec,
     Struct,
     Table,
     Text,
     Truth,
+    TupleOf,
     Whole,
     struct,
 )
@@ -44,14 +44,14 @@ def valid(spec: Spec, rng: random.Random) -> Any:
         return rng.choice((0.5, -1e30, 3, "nan", "inf", "-inf"))
     if isinstance(spec, Truth):
         return rng.random() < 0.5
-    if isinstance(spec, Choice):
+    if isinstance(spec, OneOf):
         return rng.choice(spec.of)
     if isinstance(spec, Text):
         return _text(spec, rng)
     if isinstance(spec, Many):
         count = rng.randint(spec.least, min(spec.least + 2, spec.most))
         return [valid(spec.of, rng) for _ in range(count)]
-    if isinstance(spec, Row):
+    if isinstance(spec, TupleOf):
         return [valid(one, rng) for one in spec.of]
     if isinstance(spec, Table):
         names = {_text(spec.key, rng) for _ in range(min(2, spec.most))}
@@ -100,7 +100,7 @@ def wrong(spec: Spec) -> list[Any]:
         return [one for one in common if one == one] + ["Infinity", float("nan")]
     if isinstance(spec, Truth):
         return [one for one in common if one is not True] + [0, 1, "true"]
-    if isinstance(spec, Choice):
+    if isinstance(spec, OneOf):
         return [*common, 1, "none of them"]
     if isinstance(spec, Text):
         found = [one for one in common if one != "\0"] + [1, "x" * (spec.most + 1)]
@@ -112,7 +112,7 @@ def wrong(spec: Spec) -> list[Any]:
         if spec.most <= 10_000:
             found.append([valid(spec.of, rng)] * (spec.most + 1))
         return found
-    if isinstance(spec, Row):
+    if isinstance(spec, TupleOf):
         rng = random.Random(0)
         good = valid(spec, rng)
         bad = [[*good[:i], wrong(one)[1], *good[i + 1 :]] for i, one in enumerate(spec.of)]
@@ -138,7 +138,7 @@ def wrong(spec: Spec) -> list[Any]:
     return found
 
 
-def body(kind: registry.Kind, rng: random.Random) -> dict[str, Any]:
+def body(kind: registry.MessageKind, rng: random.Random) -> dict[str, Any]:
     """Returns a whole message as JSON."""
     return {"type": kind.name, **valid(struct(kind.made), rng)}
 

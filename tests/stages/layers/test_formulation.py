@@ -15,7 +15,7 @@ from experiments.benchmarks import layer_formulations
 from stages.layers import Conv, formulation, max_pool
 from stages.layers.formulation import (
     Formulation,
-    Shape,
+    LayerShape,
     choose,
     fastest,
     forced,
@@ -23,7 +23,7 @@ from stages.layers.formulation import (
     recorded,
 )
 
-NARROW = Shape(25, 2, 2, 512, 512, 3, 1, 1)
+NARROW = LayerShape(25, 2, 2, 512, 512, 3, 1, 1)
 PASSES = {
     "conv": {"conv_forward", "conv_input", "conv_kernel"},
     "depthwise": {"depthwise"},
@@ -32,7 +32,7 @@ PASSES = {
 # No registered network has so many channels.
 WINDOWS = [(size, stride, size // 2) for size in (2, 3, 4, 5, 7) for stride in (1, 2, 3)]
 UNKNOWN = [
-    Shape(30, height, width, 44, 52, *window)
+    LayerShape(30, height, width, 44, 52, *window)
     for height, width in itertools.product((1, 2, 3, 4, 6, 11), repeat=2)
     for window in [*WINDOWS, (3, 1, 0), (3, 1, 2), (1, 1, 0), (1, 2, 0)]
     if min(height, width) + 2 * window[2] >= window[0]
@@ -59,7 +59,7 @@ def test_every_layer_of_every_registered_network_has_a_row_of_its_own():
     layers = layer_formulations.registered_shapes(1)
     assert {layer for layer, _ in layers} == set(PASSES)
     # The convolution whose nearest measured neighbour was on the other side of a border.
-    assert ("conv", Shape(1, 2, 2, 256, 512, 3, 2, 1)) in layers
+    assert ("conv", LayerShape(1, 2, 2, 256, 512, 3, 2, 1)) in layers
     table = formulation.table()
     wanted = {(operation, shape[1:]) for layer, shape in layers for operation in PASSES[layer]}
     known = {(operation, row) for operation, rows in table.items() for row in rows}
@@ -90,9 +90,9 @@ def test_layers_tell_their_shapes():
         jax.eval_shape(grouped, jnp.ones((2, 9, 7, 8)))
         jax.eval_shape(lambda x: max_pool(x, 3, stride=2, padding=1), jnp.ones((2, 9, 7, 8)))
     assert asked == {
-        ("conv_forward", Shape(2, 9, 7, 3, 8, 5, 2, 2)),
-        ("depthwise", Shape(2, 9, 7, 8, 8, 3, 1, 1)),
-        ("max_pool", Shape(2, 9, 7, 8, 8, 3, 2, 1)),
+        ("conv_forward", LayerShape(2, 9, 7, 3, 8, 5, 2, 2)),
+        ("depthwise", LayerShape(2, 9, 7, 8, 8, 3, 1, 1)),
+        ("max_pool", LayerShape(2, 9, 7, 8, 8, 3, 2, 1)),
     }
 
 
@@ -100,7 +100,7 @@ def test_layers_tell_their_shapes():
 def test_every_measured_shape_gets_what_was_fastest_for_it(operation):
     for row, batches in formulation.table()[operation].items():
         for batch, times in batches.items():
-            assert times[fastest(operation, Shape(batch, *row)).value] == min(times.values())
+            assert times[fastest(operation, LayerShape(batch, *row)).value] == min(times.values())
 
 
 @pytest.mark.parametrize("operation", sorted(PASSES["conv"]))
@@ -111,38 +111,38 @@ def test_an_unknown_shape_never_gets_a_naive_loop(operation):
 
 
 def test_naive_loops_are_where_the_window_has_more_pixels_than_the_map():
-    down = Shape(100, 2, 2, 256, 512, 3, 2, 1)
+    down = LayerShape(100, 2, 2, 256, 512, 3, 2, 1)
     assert is_naive("conv_forward", down) and is_naive("conv_input", down)
     assert not is_naive("conv_kernel", down)
-    larger = Shape(100, 4, 4, 256, 512, 3, 2, 1)
+    larger = LayerShape(100, 4, 4, 256, 512, 3, 2, 1)
     assert not is_naive("conv_forward", larger) and is_naive("conv_input", larger)
-    assert not any(is_naive(name, Shape(100, 8, 8, 8, 8, 3, 2, 1)) for name in PASSES["conv"])
+    assert not any(is_naive(name, LayerShape(100, 8, 8, 8, 8, 3, 2, 1)) for name in PASSES["conv"])
     # By area, not by side; a single pixel is a matrix product; a kernel of even size pads more.
-    assert not is_naive("conv_forward", Shape(10, 2, 8, 64, 64, 3, 1, 1))
-    assert is_naive("conv_forward", Shape(10, 1, 8, 64, 64, 3, 1, 1))
-    assert not is_naive("conv_forward", Shape(10, 1, 1, 64, 64, 3, 1, 1))
-    assert is_naive("conv_kernel", Shape(10, 4, 4, 64, 64, 2, 1, 1))
+    assert not is_naive("conv_forward", LayerShape(10, 2, 8, 64, 64, 3, 1, 1))
+    assert is_naive("conv_forward", LayerShape(10, 1, 8, 64, 64, 3, 1, 1))
+    assert not is_naive("conv_forward", LayerShape(10, 1, 1, 64, 64, 3, 1, 1))
+    assert is_naive("conv_kernel", LayerShape(10, 4, 4, 64, 64, 2, 1, 1))
     # There XLA's compiler ends the process.
-    assert is_naive("conv_input", Shape(42, 1, 6, 33, 3, 2, 2, 1))
-    assert is_naive("conv_input", Shape(42, 9, 1, 33, 3, 2, 2, 1))
-    assert not is_naive("max_pool", Shape(10, 2, 2, 64, 64, 3, 1, 1))
+    assert is_naive("conv_input", LayerShape(42, 1, 6, 33, 3, 2, 2, 1))
+    assert is_naive("conv_input", LayerShape(42, 9, 1, 33, 3, 2, 2, 1))
+    assert not is_naive("max_pool", LayerShape(10, 2, 2, 64, 64, 3, 1, 1))
 
 
 def test_the_nearest_shape_of_the_kind_and_the_nearest_batch_decide(_measured):
     xla, patches = {"xla": 1.0, "patches": 2.0}, {"xla": 2.0, "patches": 1.0}
     rows = [
-        (Shape(10, 8, 8, 64, 64, 3, 1, 1), xla),
-        (Shape(100, 8, 8, 64, 64, 3, 1, 1), patches),
-        (Shape(10, 8, 8, 64, 64, 3, 2, 1), patches),
-        (Shape(10, 8, 8, 64, 64, 1, 1, 0), patches),
-        (Shape(10, 1, 1, 64, 64, 3, 1, 1), patches),
+        (LayerShape(10, 8, 8, 64, 64, 3, 1, 1), xla),
+        (LayerShape(100, 8, 8, 64, 64, 3, 1, 1), patches),
+        (LayerShape(10, 8, 8, 64, 64, 3, 2, 1), patches),
+        (LayerShape(10, 8, 8, 64, 64, 1, 1, 0), patches),
+        (LayerShape(10, 1, 1, 64, 64, 3, 1, 1), patches),
         # What a naive loop took says nothing about shapes of other kinds.
-        (Shape(10, 2, 2, 64, 64, 3, 1, 1), patches),
+        (LayerShape(10, 2, 2, 64, 64, 3, 1, 1), patches),
     ]
     _measured([("conv_forward", shape, times) for shape, times in rows])
     for batch, expected in ((1, "xla"), (30, "xla"), (33, "patches"), (500, "patches")):
-        assert fastest("conv_forward", Shape(batch, 8, 8, 64, 64, 3, 1, 1)).value == expected
-    near = Shape(10, 3, 3, 32, 100, 3, 1, 1)
+        assert fastest("conv_forward", LayerShape(batch, 8, 8, 64, 64, 3, 1, 1)).value == expected
+    near = LayerShape(10, 3, 3, 32, 100, 3, 1, 1)
     assert fastest("conv_forward", near) is Formulation.XLA
     assert fastest("conv_forward", near._replace(stride=2)) is Formulation.PATCHES
     assert fastest("conv_forward", near._replace(size=1, padding=0)) is Formulation.PATCHES
@@ -167,9 +167,9 @@ def test_a_choice_can_be_forced_and_is_restored():
 
 def test_measuring_writes_a_table_that_can_be_read_back(_measured):
     layers = [
-        ("conv", Shape(2, 4, 4, 3, 2, 3, 2, 1)),
-        ("depthwise", Shape(2, 4, 4, 3, 3, 3, 1, 1)),
-        ("max_pool", Shape(2, 4, 4, 3, 3, 2, 2, 0)),
+        ("conv", LayerShape(2, 4, 4, 3, 2, 3, 2, 1)),
+        ("depthwise", LayerShape(2, 4, 4, 3, 3, 3, 1, 1)),
+        ("max_pool", LayerShape(2, 4, 4, 3, 3, 2, 2, 0)),
     ]
     _measured(layer_formulations.measure(layers))
     table = formulation.table()
@@ -229,7 +229,7 @@ def random_shapes(count):
         )
         width = height if random.random() < 0.7 else int(2 ** random.uniform(0, 5.5))
         size, stride = int(random.choice((1, 2, 3, 3, 4, 5, 7))), int(random.choice((1, 1, 2, 3)))
-        shape = Shape(batch, height, width, features, out, size, stride, size // 2)
+        shape = LayerShape(batch, height, width, features, out, size, stride, size // 2)
         work = batch * shape.slid(height) * shape.slid(width) * size**2 * features * out
         # XLA's compiler ends the process there: its formulation cannot be timed.
         broken = size == stride == 2 and 1 in (height, width)
