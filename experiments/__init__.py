@@ -1,1 +1,1 @@
-"""Binaries, started with ``pipar NAME`` or ``python -m experiments.NAME``. Nobody imports them."""
+"""Binaries, started by ``pipar NAME`` or ``python -m experiments.NAME``; never imported."""

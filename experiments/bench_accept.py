@@ -1,12 +1,12 @@
-"""AccEPT's parts on chains of unequal devices: balanced cuts and the codec, apart and together.
+"""AccEPT on chains of unequal devices: balanced cuts and the codec, separately and combined.
 
---part=time: ResNet-18 over chains of 2, 3 and 4 devices, 1, 2, 4 and 8 times slower than a core,
-behind 10, 50 and 200 Mbit/s, for even and balanced cuts, raw float32 and coded. All plans of a
-setting are trained in one run, in turns. --part=learning: a chain of four begins with predicted
-times, adapts, and is held against the best partition. Both train CIFAR-10 from --data_dir=FOLDER,
-as published or prepared, or random images. --part=accuracy: VGG-5 for 10 epochs on a
-chain of two, raw and coded from the same seeds; it needs --data_dir. --results keeps what was
-measured in a folder: it is not measured again.
+--part=time: ResNet-18 on chains of 2, 3 and 4 devices with slowdowns of 1, 2, 4 and 8 and links of
+10, 50 and 200 Mbit/s, for even and balanced cuts, raw float32 and coded. All plans of a setting are
+trained alternately in one run. --part=learning: a chain of four starts from predicted times,
+adapts, and is compared with the best partition. Both train on CIFAR-10 in --data_dir=FOLDER, as
+published or prepared, or on random images. --part=accuracy: VGG-5 for 10 epochs on a chain of two,
+raw and coded from the same seeds; it needs --data_dir. With --results=FOLDER measurements are saved
+and not repeated.
 
 python -m experiments.bench_accept --part=time --only="2 devices" --results=FOLDER
 """
@@ -26,16 +26,18 @@ PARTS = ("time", "accuracy", "learning")
 PART = flags.DEFINE_multi_enum("part", PARTS, PARTS, "What to measure; may be repeated.")
 ONLY = flags.DEFINE_string("only", "", "Time: only settings whose name contains this.")
 DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder with CIFAR-10.")
-RESULTS = flags.DEFINE_string("results", "", "Folder that keeps measurements; empty: none is kept.")
+RESULTS = flags.DEFINE_string(
+    "results", "", "Folder in which measurements are saved and reused; empty: none."
+)
 SEEDS = (0, 1, 2)
-#: Below this rate a link is what holds even cuts of raw tensors up; the paper's factor.
+#: Below this rate the link limits even cuts of raw tensors; the paper's factor.
 SLOW_MBPS, FACTOR = 10, 3.0
-#: Points of accuracy that the codec may cost.
+#: Tolerated loss of accuracy due to the codec, in percentage points.
 POINTS = 0.5
 
 
 def times(run: harness.Bench, folder: Path, results: Path) -> None:
-    """Adds each setting's epochs, and what each part and both shorten them by."""
+    """Adds the epoch of each setting and its reduction by each part and by both."""
     first, balanced, coded, both = accept_trials.VARIANTS
     settings = [
         one for one in accept_trials.settings(run.quick, DATA_DIR.value) if ONLY.value in one.name
@@ -86,7 +88,7 @@ def _config(seed: int, folder: Path) -> Config:
 
 
 def learning(run: harness.Bench, folder: Path, results: Path) -> None:
-    """Adds where a chain without a profile ends."""
+    """Adds the partition to which a chain without a profile adapts."""
     setting = accept_trials.Setting(max(accept_trials.LENGTHS), 50, DATA_DIR.value)
     run.progress(f"learning, {setting.name}")
     found = accept_trials.learn(setting, folder, results, run.quick)
@@ -96,11 +98,11 @@ def learning(run: harness.Bench, folder: Path, results: Path) -> None:
     run.row("last / best", found.ratio, "x", 1.03)
     words = zip(("first", "last", "best"), found.plans, strict=True)
     run.note("; ".join(f"{name} {plan}" for name, plan in words))
-    run.note(f"{found.changes} changes; best of {found.tried} partitions that were trained")
+    run.note(f"{found.changes} changes; best of {found.tried} trained partitions")
 
 
 def measure(run: harness.Bench) -> None:
-    """Measures the parts that were asked for."""
+    """Measures the selected parts."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         results = make_folder(RESULTS.value or name, "choose another folder with --results")

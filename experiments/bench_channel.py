@@ -1,11 +1,11 @@
-"""The tensor channel beside bare sockets, grpcio, emulated and real slow links, and a crowd.
+"""The tensor channel against bare sockets and grpcio, on slow links, and with many devices.
 
   python -m experiments.bench_channel [--quick] [--json=FILE]
 
 Two processes on this machine, the receiver on one core and the sender on the other. The baseline is
-a bare sendall/recv_into pair that delivers each tensor into a buffer of its own. grpcio takes part
-where it is installed (extra ``peers``), TLS, real shaped links (``tc`` in
-network namespaces) where this runs as root on Linux. About four minutes, --quick under one.
+a bare sendall/recv_into pair that receives each tensor into its own buffer. grpcio is measured if
+it is installed (extra ``peers``), and real shaped links (``tc`` in network namespaces) when run as
+root on Linux. Takes about four minutes, with --quick less than one.
 """
 
 import contextlib
@@ -105,7 +105,7 @@ def _emulated(run: harness.Bench, sender: PinnedProcess, ports: dict[str, int]) 
         goodput = sender.call(peers.paced_goodput, HOST, port, rate, seconds)
         run.row(f"goodput / rate, emulated {rate:g} Mbit/s", goodput, "x", 0.98, "higher")
         beat = sender.call(peers.heartbeat_under_load, HOST, port, rate, 64 * MB, seconds)
-        run.row(f"heartbeat beside 64 MB, emulated {rate:g} Mbit/s", beat * 1e3, "ms", 200.0)
+        run.row(f"heartbeat during 64 MB, emulated {rate:g} Mbit/s", beat * 1e3, "ms", 200.0)
 
 
 def _sent_s(sender: PinnedProcess, kind: str, host: str, port: int, nbytes: int) -> harness.Seconds:
@@ -136,7 +136,7 @@ def _real_links(run: harness.Bench) -> None:
             beat = sender.call(
                 peers.heartbeat_under_load, host, ports["channel"], None, 64 * MB, 3.0
             )
-            run.row(f"heartbeat beside 64 MB, tc {rate:g} Mbit/s", beat * 1e3, "ms", 300.0)
+            run.row(f"heartbeat during 64 MB, tc {rate:g} Mbit/s", beat * 1e3, "ms", 300.0)
 
 
 def _crowd(run: harness.Bench, cores: list[int]) -> None:

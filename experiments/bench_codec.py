@@ -1,14 +1,14 @@
-"""What codecs do: speed, size and error on real tensors, and accuracy and seconds of a training.
+"""Codecs: speed, size and error on real tensors, accuracy and time of training.
 
   python -m experiments.bench_codec [--data_dir=FOLDER] [--part=PART] [--quick] [--json=FILE]
 
 Tensors: activations and cotangents of three networks at two depths after 20 steps on CIFAR-10,
-coded on one core beside bfloat16, int8, int4, zstandard, blosc2 (extra ``peers``) and memcpy.
-Training: PiPar, and MP-SL over a node with labels at home, on two devices behind 4G (10 Mbit/s up,
-25 down), from the same initial weights on the same shards; only the codecs differ. A pair names
-those of activations and cotangents, "weights" that of averaged weights. With --data_dir=FOLDER,
-which holds CIFAR-10, VGG-5 learns 4,000 of its images, about 15 minutes;
-without, both parts take scikit-learn's digits.
+coded on one core, compared with bfloat16, int8, int4, zstandard, blosc2 (extra ``peers``) and
+memcpy. Training: PiPar, and MP-SL over a node with labels at home, on two devices behind 4G (10
+Mbit/s up, 25 down), from the same initial weights on the same shards; only the codecs differ. A
+pair names the codecs of activations and cotangents, "weights" that of averaged weights. With
+CIFAR-10 in --data_dir=FOLDER, VGG-5 trains on 4,000 images for about 15 minutes; without it, both
+parts use scikit-learn's digits.
 """
 
 import functools
@@ -29,9 +29,7 @@ from pipar_jax.launch.pinning import first_cores, pinned
 
 DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder with CIFAR-10.")
 PART = flags.DEFINE_enum("part", "both", ["both", "tensors", "training"], "What to measure.")
-METHOD = flags.DEFINE_enum(
-    "method", "both", ["both", "pipar", "mpsl"], "Trainings by which method."
-)
+METHOD = flags.DEFINE_enum("method", "both", ["both", "pipar", "mpsl"], "Methods to train by.")
 NETWORKS = {"vgg5": (1, 2), "resnet18": (2, 6), "mobilenetv3_small": (2, 6)}
 CODERS = ("bfloat16", "int8", "int4", "bits:3", "bits:5", "bits:7", "bits:7s", "bits:11",
           "bits:rel1e-3", "bits:lossless")  # fmt: skip
@@ -47,9 +45,9 @@ CASES = {
     "bits:3 / bits:7, weights bits:11": ("bits:3", "bits:7", "bits:11"),
 }
 QUICK = ("raw", "bits:3 / bits:7")
-#: What each method is trained with: every case, or those that say what the codec is worth.
+#: The codecs that each method is trained with: all, or the most informative ones.
 METHODS = {"pipar": tuple(CASES), "mpsl": QUICK}
-# Losing more than this many points of accuracy against raw is not a codec's right.
+# Tolerated loss of accuracy against raw, in percentage points.
 POINTS = 1.0
 
 
@@ -62,7 +60,7 @@ def _decode(coder: Any, coded: Iterable[Any], tensors: Iterable[Any]) -> list[An
 
 
 def tensors(run: harness.Bench) -> None:
-    """Codes real tensors: sizes and errors of each, speeds over all."""
+    """Codes real tensors: size and error of each, speed over all."""
     data = DataConfig(source="cifar10" if DATA_DIR.value else "digits", data_dir=DATA_DIR.value)
     split = load_public(data.source, data).train
     batch, steps = 100, 3 if run.quick else 20
@@ -107,7 +105,7 @@ def training(run: harness.Bench) -> None:
 
 def train(run: harness.Bench, method: str, names: Sequence[str]) -> None:
     """Trains by a method with some codecs, raw first."""
-    # Trainings that take minutes are paired by their seed alone; the digits afford two.
+    # Training that takes minutes uses one seed; on the digits there is time for two.
     seeds = (0,) if run.quick or DATA_DIR.value else (0, 1)
     raw: tuple[float, float] | None = None
     for index, name in enumerate(names):
@@ -145,7 +143,7 @@ def _config(method: str, case: str, seed: int, quick: bool, folder: str) -> Conf
 
 
 def measure(run: harness.Bench) -> None:
-    """Measures the parts that were asked for."""
+    """Measures the selected parts."""
     for name, part in (("tensors", tensors), ("training", training)):
         if PART.value in (name, "both"):
             part(run)

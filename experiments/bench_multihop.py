@@ -1,11 +1,11 @@
-"""Chains over compute nodes: memory, epoch time, one hop and many, plans, golden values, equality.
+"""Chains over compute nodes: memory, epoch time, number of hops, plans, golden values, equality.
 
-Memory is that of a chain's largest node, the real host with real links, driven alone by the tensors
-of all its devices at once: the most bytes of its arrays plus XLA's largest temporary, beside what
-shapes predict (XLA's temporaries, which need a compiler, are the same figure in both). Mini-batch
-16, CIFAR-10's shapes, the first and the last unit on the devices, cuts with the least 3W + A.
-Epochs are real runs in processes, every host slowed down, beside the simulator's prediction from
-times that hosts took alone.
+Memory is that of a chain's largest node: a real host with real links receives the tensors of all
+its devices at once. The peak size of its arrays plus XLA's largest temporary is compared with the
+prediction from shapes (XLA's temporaries, which only a compiler knows, are the same figure in
+both). Mini-batch 16, CIFAR-10's shapes, the first and the last unit on the devices, cuts with the
+least 3W + A. Epochs are real runs in processes with every host slowed down, compared with the
+simulator's prediction from times measured separately on each host.
 
 python -m experiments.bench_multihop --profiles=FOLDER_OF_PROFILE_TABLES
 """
@@ -96,7 +96,7 @@ def measure_equality(run: harness.Bench) -> None:
 
 
 def train(setting: Setting, folder: Path) -> tuple[RecordedRun, float]:
-    """Trains a setting for real; returns its run and the median seconds of a round."""
+    """Trains a setting; returns its run and the median seconds of a round."""
     summary = launcher.launch(setting.config(folder))
     found = read_run(Path(summary["folder"]))
     return found, statistics.median(row["seconds"] for row in found.of("round_finished")[1:])
@@ -117,7 +117,7 @@ def measure_time(run: harness.Bench, folder: Path) -> None:
 
 
 def compare_two(run: harness.Bench, folder: Path, title: str, one: Setting, other: Setting) -> None:
-    """Adds the epochs of two settings, which take turns, and their ratio."""
+    """Adds the epochs of two settings, which alternate, and their ratio."""
     seconds: dict[Setting, list[float]] = {one: [], other: []}
     for setting in (one, other, other, one):
         run.progress(setting.name)

@@ -1,4 +1,4 @@
-"""One device's pipeline: epoch seconds beside the link's floor, the recurrence and the authors'.
+"""One device's pipeline: epoch time against the link's limit, the recurrence and the authors' code.
 
 VGG-5 on CIFAR-10, 2,000 samples, batch 100, 50/50 Mbit/s, the server on one core and the device
 on another; cut after unit 1 and after unit 2; N = 1, 4, 10, 20. Epochs are timed after a warm-up
@@ -35,19 +35,19 @@ from pipar_jax.tuner.recurrence import MicroTimes, measured_step_s
 DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder of public data sets.")
 
 SAMPLES, BATCH, RATE_MBPS = 2000, 100, 50.0
-#: Seconds that the authors' public code needs, by (cut, N), on a machine like this.
+#: Seconds of the authors' public code by (cut, N), on a similar machine.
 AUTHORS_S = {(1, 1): 25.3, (1, 4): 18.3, (1, 10): 15.8, (2, 4): 8.8}
 TARGET = 1.05
 
 
 @dataclasses.dataclass
 class Measured:
-    """What the runs of one setting showed.
+    """Measurements of one setting.
 
     Attributes:
       epochs_s: Seconds of each epoch after the warm-up.
-      link_s: Seconds that the busier direction of the link needs for an epoch's bytes.
-      in_run: For (host, kind, samples) the seconds of the action, from the trace.
+      link_s: Seconds of the busier direction of the link for the bytes of an epoch.
+      in_run: Seconds of each action in the trace, by (host, kind, samples).
     """
 
     epochs_s: list[float]
@@ -71,7 +71,7 @@ def setting(cut: int, micro_batches: int, samples: int, folder: str) -> Config:
 
 
 def measure_run(config: Config) -> Measured:
-    """Trains for real, in processes, and reads what the run left behind."""
+    """Trains in processes and reads the run."""
     rounds: list[dict[str, Any]] = []
     summary = launcher.launch(
         config, on_event=lambda e: rounds.append(e) if e["event"] == "round_finished" else None
@@ -91,7 +91,7 @@ def measure_run(config: Config) -> Measured:
 
 
 def predict(sizes: tuple[int, ...], device: Alone, server: Alone, bytes_per_sample: int) -> float:
-    """Returns the recurrence's seconds of a step, from times measured alone."""
+    """Returns the recurrence's prediction of a step from separately measured times."""
     by_kind = {(kind, n): s for found in (device, server) for (*_, kind, n), s in found.items()}
     updates = [found[key] for found in (device, server) for key in found if key[2] == "U"]
     transfer = [n * bytes_per_sample * 8 / (RATE_MBPS * 1e6) for n in sizes]
@@ -109,7 +109,7 @@ def predict(sizes: tuple[int, ...], device: Alone, server: Alone, bytes_per_samp
 
 
 def predict_in_run(sizes: tuple[int, ...], found: Measured) -> float:
-    """Returns the recurrence's seconds of a step, from what the actions took in the run."""
+    """Returns the recurrence's prediction of a step from the times of actions in the run."""
     times = found.in_run
 
     def parts(host: str, kind: str) -> list[float]:
@@ -125,7 +125,7 @@ def predict_in_run(sizes: tuple[int, ...], found: Measured) -> float:
 
 
 def alone(config: Config, plan: Plan, host: str, sizes: tuple[int, ...]) -> Alone:
-    """Times a host's functions alone, on the core that it has in the run."""
+    """Times the functions of a host separately, on its core in the run."""
     core = config.server.cpus if host == COORDINATOR else config.devices.defaults.cpus
     return time_alone(
         config, plan, host, sizes, input_shape=(32, 32, 3), classes=10, cores=[int(core)]
@@ -134,14 +134,14 @@ def alone(config: Config, plan: Plan, host: str, sizes: tuple[int, ...]) -> Alon
 
 def report(run: harness.Bench, cut: int, micro_batches: int, samples: int, folder: str) -> None:
     """Measures one setting and adds its rows."""
-    import stages  # here, so that --help and wrong flags need not wait for jax
+    import stages  # here, so that --help and wrong flags do not load jax
 
     config = setting(cut, micro_batches, samples, folder)
     model = stages.build("vgg5", input_shape=(32, 32, 3), classes=10, norm=config.model.norm)
     plan = plan_for(config, model.unit_names)
     sizes = actions.micro_batch_sizes(BATCH, micro_batches)
     name = f"cut {cut}, N={micro_batches}"
-    # Before and after the run: a machine that changes its speed changes it for both.
+    # Before and after the run, in case the machine's speed changes.
     before = [alone(config, plan, host, sizes) for host in ("d0", COORDINATOR)]
     found = measure_run(config)
     after = [alone(config, plan, host, sizes) for host in ("d0", COORDINATOR)]
@@ -175,8 +175,8 @@ def measure(run: harness.Bench) -> None:
                 report(run, cut, micro_batches, samples, folder)
                 done += 1
     run.note(
-        "epoch: the median of three after a warm-up epoch. Targets in seconds: what the authors' "
-        "public code needs on a machine like this."
+        "epoch: the median of three after a warm-up epoch. Targets: the seconds of the authors' "
+        "public code on a similar machine."
     )
 
 

@@ -1,9 +1,9 @@
-"""The latency predictor's errors on new layers and new devices, and the partitions it leads to.
+"""Errors of the latency predictor on new layers and devices, and the partitions it leads to.
 
-Devices are held out by family, so that none that resembles a tested one was trained on; of the
-networks that partitions are judged with, the predictor knows none of the layers, or all. Beside it
-stand a profiled device's times multiplied by one ratio, a regression on FLOPs and bytes, and a
-look-up of the most similar layer. Times are those in the package unless --timings is given.
+Devices are held out by family, so that no similar device is in the training set; the layers of the
+networks for which partitions are evaluated are either all unknown to the predictor or all known.
+Baselines are the times of a profiled device multiplied by a ratio, a regression on FLOPs and bytes,
+and a look-up of the most similar layer. Times are those in the package unless --timings is given.
 
   python -m experiments.bench_predictor [--tables=FOLDER]
 """
@@ -33,7 +33,7 @@ CHAINS, LENGTHS = 12, (2, 3, 4)
 
 
 def measure(run: harness.Bench) -> None:
-    """Trains without what is tested, and tests."""
+    """Trains on the rest of the data and tests on what was held out."""
     from experiments.latency_data import evaluation, training
     from experiments.latency_data.published_tables import FAMILY, read_timings
 
@@ -85,7 +85,7 @@ def tell(run: harness.Bench, name: str, scores: Mapping[str, Score]) -> None:
 
 
 def speed(run: harness.Bench, timings: Timings, weights: Weights) -> None:
-    """Adds how long it takes to learn a device from its reference layers, and to predict."""
+    """Adds the time of fitting a device to its reference layers, and of a prediction."""
     from pipar_jax.profiling.predictor import device_fit
 
     reference = timings.reference()
@@ -109,13 +109,13 @@ def speed(run: harness.Bench, timings: Timings, weights: Weights) -> None:
 
 
 def regret(run: harness.Bench, timings: Timings, about: str, folds: Mapping[str, Weights]) -> None:
-    """Adds what partitions by predictions cost on chains of devices, each new to the predictor.
+    """Adds the regret of predicted partitions on chains of devices unknown to the predictor.
 
     Args:
-      run: Takes the figures.
-      timings: What was measured.
-      about: Whose partitions they are.
-      folds: For each family the predictor that was trained without it.
+      run: The results are added to it.
+      timings: The measured times.
+      about: Describes the partitions.
+      folds: For each family, the predictor trained without it.
     """
     import numpy as np
 

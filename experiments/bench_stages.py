@@ -1,9 +1,9 @@
-"""Training steps on CPUs: ours beside PyTorch's, split beside whole, memory, compilation.
+"""Training steps on CPUs against PyTorch, split against whole models, memory, compilation.
 
 A full step (forward, backward, SGD with momentum) on CIFAR shapes, one core and two, batch 100 and
-25. Ours and PyTorch's run in processes of their own on the same cores and take turns. Beside each
-the roofline: the step's operations at the rate of a large matrix product on the same cores.
-Needs the extra ``peers`` for PyTorch; without it only our own times are shown.
+25. Ours and PyTorch's run alternately in separate processes on the same cores. For comparison, the
+  roofline: the step's operations at the rate of a large matrix product on the same cores. PyTorch
+  needs the extra ``peers``; without it only our times are measured.
 
   python -m experiments.bench_stages [--networks=vgg5,resnet18] [--stem=imagenet] [--cores=1]
 """
@@ -23,7 +23,7 @@ NETWORKS = flags.DEFINE_list(
     "Networks to time.",
 )
 LAYOUT = flags.DEFINE_enum(
-    "torch_layout", "default", ["default", "channels_last"], "How PyTorch lays images out."
+    "torch_layout", "default", ["default", "channels_last"], "Memory layout of images in PyTorch."
 )
 STEM = flags.DEFINE_enum(
     "stem", "cifar", stages.STEMS, "First layers of ResNets and MobileNets; imagenet: the papers'."
@@ -31,12 +31,12 @@ STEM = flags.DEFINE_enum(
 CORES = flags.DEFINE_list("cores", ["1", "2"], "Numbers of cores to use.")
 BATCHES = flags.DEFINE_list("batches", ["100", "25"], "Batch sizes.")
 CUT_NETWORK = "vgg5"
-#: A step that takes longer than this is run less often.
+#: Steps that take longer than this are repeated less often.
 SLOW_S = 4.0
 
 
 def target_of(network: str) -> float:
-    """Returns the ratio to PyTorch's time that a network has to reach."""
+    """Returns the target ratio to PyTorch's time for a network."""
     return 1.5 if network.startswith("mobilenet") else 1.2
 
 
@@ -49,7 +49,7 @@ def compare_networks(run: harness.Bench, cores: int, batch: int, with_torch: boo
         with PinnedProcess("ours", cores=used) as ours, PinnedProcess("torch", cores=used) as peer:
             run.progress(f"{cell}: compiling")
             prepared = ours.call(step_times.prepare_jax, name, batch, stem=stem)
-            # A deep network's step takes half a minute: one at a time then, and fewer of them.
+            # A step of a deep network takes half a minute: fewer steps, one at a time.
             slow = ours.call(step_times.run_step, 1) > SLOW_S
             steps, repeats = (1, 3) if slow else (2, 5)
             cases = {
@@ -63,7 +63,7 @@ def compare_networks(run: harness.Bench, cores: int, batch: int, with_torch: boo
                 cases["torch"] = lambda peer=peer, steps=steps: harness.Seconds(
                     peer.call(step_times.run_step, steps)
                 )
-            # The C library needs some steps until it has the memory that later ones take.
+            # The C library's heap reaches its final size after some steps.
             samples = run.compare(cases, repeats=repeats, warm_up=0 if slow else 4)
             floor = ours.call(step_times.count_flops, name, batch, stem)
             floor /= ours.call(step_times.measure_rate)
@@ -81,7 +81,7 @@ def compare_networks(run: harness.Bench, cores: int, batch: int, with_torch: boo
 
 
 def compare_cuts(run: harness.Bench, batch: int) -> None:
-    """Times VGG-5 in two stages at each cut beside the whole, and rematerialised."""
+    """Times VGG-5 in two stages at each cut against the whole model, and rematerialised."""
     used = first_cores(1)
     cuts = (2,) if run.quick else (1, 2, 3, 4)
     settings = {f"cut {cut}": ((cut,), False) for cut in cuts}

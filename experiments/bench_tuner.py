@@ -1,11 +1,11 @@
-"""The tuner's choices against real runs of the other plans, and adapting against fixed plans.
+"""The tuner's choices against real runs of other plans, and adaptation against fixed plans.
 
---part=choices: for each setting, every (cut, N) predicted within 1.5x of the best and five others
-at random are trained for real, three steps and an average a round, twice (the others once), in one
-run whose plan changes from round to round; then the tuner's plan in turns with the best of them.
---part=adapt: bandwidth falls from 50 to 10 Mbit/s and rises again. --part=unequal: devices 1, 5 and
-20 times slower, a plan for each against the best that all have in common. --part=search: how long
-a search takes. --results keeps what was measured in a folder: it is not measured again.
+--part=choices: for each setting, every (cut, N) predicted within 1.5x of the best (twice) and five
+random others (once) are trained for a round of three steps and an average, in one run whose plan
+changes from round to round; then the tuner's plan alternates with the best of them. --part=adapt:
+bandwidth falls from 50 to 10 Mbit/s and rises again. --part=unequal: devices with slowdowns of 1, 5
+and 20, a plan for each against the best common plan. --part=search: the time of a search. With
+--results=FOLDER measurements are saved and not repeated.
 
 python -m experiments.bench_tuner --part=choices --only="vgg5 4g" --results=FOLDER
 """
@@ -24,11 +24,13 @@ from pipar_jax.methods.resolution import resolve
 PARTS = ("choices", "adapt", "unequal", "search")
 PART = flags.DEFINE_multi_enum("part", PARTS, PARTS, "What to measure; may be repeated.")
 ONLY = flags.DEFINE_string("only", "", "Choices: only settings whose name contains this.")
-RESULTS = flags.DEFINE_string("results", "", "Folder that keeps measurements; empty: none is kept.")
+RESULTS = flags.DEFINE_string(
+    "results", "", "Folder in which measurements are saved and reused; empty: none."
+)
 
 
 def choices(run: harness.Bench, folder: Path, results: Path) -> None:
-    """Adds a row for each setting: the tuner's plan by the best that was measured."""
+    """Adds a row for each setting: the tuner's plan relative to the best measured one."""
     settings = [one for one in tuner_trials.settings(run.quick) if ONLY.value in one.name]
     for done, setting in enumerate(settings):
         run.progress(setting.name, done, len(settings))
@@ -69,15 +71,15 @@ def unequal(run: harness.Bench, folder: Path, results: Path) -> None:
 
 
 def search(run: harness.Bench, folder: Path, results: Path) -> None:
-    """Adds how long a search takes for 20 devices and ResNet-101."""
+    """Adds the time of a search for 20 devices and ResNet-101."""
     from pipar_jax.tuner.search import search as search_plans
 
-    del folder, results  # it takes seconds, and writes nothing
+    del folder, results  # takes seconds and writes nothing
     for name, differ in (("equal", False), ("unequal", True)):
         profile = tuner_trials.many_devices(unequal=differ)
         config = Config(method="auto")
         config.devices.count = len(profile.devices)
-        # One thread's processor time: what it would take on a machine that does nothing else.
+        # Processor time of one thread: the time on an otherwise idle machine.
         began_s = time.thread_time()
         found = search_plans(profile, resolve(config))
         run.row(f"search, 20 {name} devices, ResNet-101", time.thread_time() - began_s, "s", 2.0)
@@ -88,7 +90,7 @@ def search(run: harness.Bench, folder: Path, results: Path) -> None:
 
 
 def measure(run: harness.Bench) -> None:
-    """Measures the parts that were asked for."""
+    """Measures the selected parts."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         results = make_folder(RESULTS.value or name, "choose another folder with --results")

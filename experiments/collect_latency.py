@@ -1,12 +1,11 @@
-"""Times layers on the kinds of devices that this machine can be, for the latency predictor.
+"""Times layers in the variants of a device that this machine supports, for the latency predictor.
 
   python -m experiments.collect_latency --out=timings.npz [--variants=core,cores]
 
-Each variant is a process with its own cores and its own way to compile, timed under several
-conditions (stopped for a part of the time, moved to a single core). Run it once
-with --compile, which fills the cache of compiled programs and may share the machine, then on a
-quiet machine without. What --out holds already is kept, so that variants and networks may be
-gathered one by one.
+Each variant is a process with its own cores and compiler options, timed under several conditions
+(stopped for part of the time, moved to a single core). Run it first with --compile, which fills the
+compilation cache and may run on a busy machine, then without it on an idle one. Existing data in
+--out are kept, so that variants and networks can be collected one by one.
 """
 
 from __future__ import annotations
@@ -27,15 +26,17 @@ if TYPE_CHECKING:
     from experiments.latency_data.timings import TimedLayer
 
 _OUT = plain_flags.define_path("out", None, "File for the times (.npz).", required=True)
-_VARIANTS = flags.DEFINE_list("variants", [], "Only these; empty: all that this machine can be.")
-_NETWORKS = flags.DEFINE_list("networks", [], "Only layers of these networks; empty: of all.")
-_COMPILE = flags.DEFINE_boolean("compile", False, "Only compile, write nothing.")
+_VARIANTS = flags.DEFINE_list(
+    "variants", [], "Variants to time; empty: all that this machine supports."
+)
+_NETWORKS = flags.DEFINE_list("networks", [], "Networks whose layers are timed; empty: all.")
+_COMPILE = flags.DEFINE_boolean("compile", False, "Only compile; write nothing.")
 _QUICK = flags.DEFINE_boolean("quick", False, "Only a few layers.")
 _GPU = flags.DEFINE_boolean("gpu", False, "Time the GPU that jax finds here as well.")
 
 
 def main(_: list[str]) -> None:
-    """Gathers and writes.
+    """Collects and writes the times.
 
     Raises:
       PiparError: As ``gather_all``.
@@ -44,7 +45,7 @@ def main(_: list[str]) -> None:
 
 
 def gather_all(path: pathlib.Path) -> None:
-    """Gathers the wanted variants and adds them to a file.
+    """Times the selected variants and adds them to a file.
 
     Raises:
       ConfigError: A variant is unknown here.
@@ -57,7 +58,7 @@ def gather_all(path: pathlib.Path) -> None:
     known = {one.name: one for one in collect.variants(_GPU.value)}
     names = _VARIANTS.value or list(known)
     if wrong := [name for name in names if name not in known]:
-        raise ConfigError(f"--variants={wrong[0]}: this machine can be {', '.join(known)}")
+        raise ConfigError(f"--variants={wrong[0]}: this machine supports {', '.join(known)}")
     wanted, timed_layers = run_pinned(_layers, _QUICK.value, variables={"JAX_PLATFORMS": "cpu"})
     chosen = [
         i for i, one in enumerate(wanted) if one.network in (_NETWORKS.value or [one.network])
@@ -65,7 +66,7 @@ def gather_all(path: pathlib.Path) -> None:
     wanted = [wanted[i] for i in chosen]
     timed_layers = tuple(timed_layers[i] for i in chosen)
     if not wanted:
-        raise ConfigError(f"--networks={_NETWORKS.value}: there is no layer of these")
+        raise ConfigError(f"--networks={_NETWORKS.value}: no layer belongs to these networks")
     for name in names:
         began_s = time.monotonic()
 

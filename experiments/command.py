@@ -1,7 +1,7 @@
-"""The command ``pipar``: every binary of the project by its name.
+"""The command ``pipar``, which runs the binaries of the project by name.
 
-``pipar train …`` does what ``python -m experiments.train …`` does, from any folder: the user's own
-modules are found there, but none of them hides a package of the project by its name.
+``pipar train …`` is ``python -m experiments.train …`` from any directory: the user's own modules
+are found there, but do not shadow packages of the project.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipar_jax.launch.flags import terminal_width, two_columns
 from pipar_jax.launch.process import WRONG_USE, code_of, heed_termination, leave, open_streams
 
 FOLDER = pathlib.Path(experiments.__file__).parent
-#: What most people want, in the order in which they want it; the others follow by name.
+#: The commands at the top of the help, in this order; the others follow alphabetically.
 FIRST = (
     "quickstart",
     "train",
@@ -37,7 +37,7 @@ FIRST = (
 
 
 def commands() -> dict[str, str]:
-    """Returns all commands: name to what it does, the most used first."""
+    """Returns the descriptions of all commands by name, the most used first."""
     modules = pkgutil.iter_modules([str(FOLDER)])
     found = {one.name for one in modules if not one.ispkg} - {"command"}
     if not (FOLDER / "benchmarks").is_dir():  # an installation has no measurement code
@@ -65,18 +65,18 @@ def make_help() -> str:
 
 
 def put_in_order(path: list[str]) -> None:
-    """Puts the project's packages on the path of modules, and the present folder behind all.
+    """Puts the project's packages on the module path, and the working directory at its end.
 
     Args:
-      path: Where modules are looked for, such as ``sys.path``; changed.
+      path: The module path, such as ``sys.path``; modified in place.
     """
-    # An editable installation finds them by other means, after the path: they are named here.
+    # An editable installation finds them through a hook after the path: add them here.
     home = str(FOLDER.parent)
     if home not in path:
         path.append(home)
     try:
         here = os.getcwd()
-    except OSError:  # the folder is gone
+    except OSError:  # the folder was deleted
         return
     path[:] = [one for one in path if one not in ("", here) or one == home]
     if here not in path:
@@ -84,7 +84,7 @@ def put_in_order(path: list[str]) -> None:
 
 
 def main() -> NoReturn:
-    """Runs the command that the command line names, and ends the process."""
+    """Runs the command that the command line names and ends the process."""
     open_streams()
     heed_termination()
     name = sys.argv[1] if len(sys.argv) > 1 else ""
@@ -95,7 +95,7 @@ def main() -> NoReturn:
         if name == "--version":
             print(f"pipar {__version__}", flush=True)
             leave(0)
-    except BrokenPipeError:  # somebody read the head of the help
+    except BrokenPipeError:  # the reader of the help ended, as head does
         leave(0)
     known = commands()
     wanted = name.replace("-", "_")
@@ -103,22 +103,22 @@ def main() -> NoReturn:
         what = f"{name!r} is not a command of pipar" if name else "pipar needs a command"
         near = did_you_mean(wanted, known) if name else ""
         if wanted and (FOLDER / f"{wanted}.py").is_file() and wanted != "command":
-            what, near = f"{name} measures, which takes a clone of the sources", ""
+            what, near = f"{name} is a measurement binary and needs a clone of the sources", ""
         print(f"error: {what}{near} (all of them: pipar --help)", file=sys.stderr)
         leave(WRONG_USE)
     put_in_order(sys.path)
-    # For processes that this one starts: the present folder comes last there, too.
+    # For child processes: the working directory comes last there as well.
     os.environ["PYTHONSAFEPATH"] = "1"
     sys.argv[1:2] = []
     try:
         runpy.run_module(f"experiments.{wanted}", run_name="__main__", alter_sys=True)
-    except KeyboardInterrupt as error:  # while it was loading: later it sees to that itself
+    except KeyboardInterrupt as error:  # while loading; later the binary handles it
         leave(code_of(error))
     leave(0)
 
 
 def _measures(path: pathlib.Path) -> bool:
-    """Returns whether a binary needs measurement code, which a clone of the sources has."""
+    """Returns whether a binary needs measurement code, which only a clone contains."""
     text = path.read_text(encoding="utf-8")
     return "experiments.benchmarks" in text or "experiments.latency_data" in text
 

@@ -1,9 +1,9 @@
-"""Prints a model's units and stages: shapes, parameters, bytes, operations. Nothing is run.
+"""Prints the units and stages of a model: shapes, parameters, bytes, operations.
 
   pipar describe --config=cifar10_vgg5 --config.pipeline.cut=2
 
-Bytes are for one micro-batch of the configuration: what crosses a cut each way (activation,
-and as many bytes of cotangent), and what a stage keeps between its forward and backward pass.
+Nothing is computed. Bytes are for one micro-batch of the configuration: the activation that crosses
+a cut (its cotangent has the same size), and the residuals that a stage keeps for its backward pass.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from pipar_jax.config.schema import option
 from pipar_jax.errors import ConfigError
 from pipar_jax.launch import flags
 
-# Shapes and classes of the public data sets, so that nothing has to be downloaded to describe.
+# Shapes and classes of the public data sets, so that nothing has to be downloaded.
 SHAPES = {
     "digits": ((8, 8, 1), 10),
     "mnist": ((28, 28, 1), 10),
@@ -32,16 +32,16 @@ SHAPES = {
 
 @dataclasses.dataclass
 class DescribeFlags:
-    """The binary's own flags."""
+    """Flags of this binary."""
 
-    stages: str = option("", "cuts to describe, such as 2,5; empty: the one of the configuration")
+    stages: str = option("", "cuts to describe, such as 2,5; empty: that of the configuration")
 
 
 def resolve_cuts(model: stages.Model, wanted: str, configured: int | str) -> tuple[int, ...]:
     """Reads cuts from the flag or the configuration.
 
     Raises:
-      ConfigError: A cut is no number, no name of a unit, or not between two units.
+      ConfigError: A cut is neither a position between two units nor the name of a unit.
     """
     try:
         texts = wanted.split(",") if wanted else [str(configured)]
@@ -57,7 +57,7 @@ def resolve_cuts(model: stages.Model, wanted: str, configured: int | str) -> tup
 
 
 def make_table(title: str, rows: tuple[stages.Facts, ...], cuts: tuple[int, ...]) -> Table:
-    """Lays facts out as a table, with a rule where the model is cut."""
+    """Returns a table of units or stages, with a rule at each cut."""
     table = Table(title=title, title_justify="left")
     table.add_column("units")
     for name in ("parameters", "output", "cut, KB", "kept, KB", "forward, MFLOP", "backward"):

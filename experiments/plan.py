@@ -1,9 +1,9 @@
 """Predicts and prints the best plans of a configuration, without training.
 
 Hosts and links are measured on this machine (or read from --profile), then the tuner searches
-method, cut, number of micro-batches N, codecs and dispatch policy for the shortest epoch. What
-binds a plan is its busiest resource; the paper's own choice stands below, judged the same way. With
---config.tuner.codecs=auto it also says for each link why its tensors are coded, or are not.
+method, cut, number of micro-batches N, codecs and dispatch policy for the shortest epoch. The
+bottleneck of a plan is its busiest resource. The paper's own choice is listed below, evaluated in
+the same way. With --config.tuner.codecs=auto a table explains the codec of each link.
 """
 
 import dataclasses
@@ -25,11 +25,9 @@ from pipar_jax.launch import flags, machine
 
 @dataclasses.dataclass
 class PlanFlags:
-    """The binary's own flags."""
+    """Flags of this binary."""
 
-    profile: str = option(
-        "", "read the profile from this file, as pipar profile writes it", path=""
-    )
+    profile: str = option("", "file with the profile, as written by pipar profile", path="")
 
 
 def main(config: Config, own: PlanFlags) -> None:
@@ -37,9 +35,9 @@ def main(config: Config, own: PlanFlags) -> None:
 
     Raises:
       DataError: The profile's file cannot be read.
-      PlanError: The profile is of another setting.
+      PlanError: The profile does not match the configuration.
     """
-    # Here, so that --help and wrong flags need not wait.
+    # Here, so that --help and wrong flags do not load jax.
     from pipar_jax.launch import local_profile
     from pipar_jax.tuner import search, tables, tune
 
@@ -72,10 +70,10 @@ def main(config: Config, own: PlanFlags) -> None:
 
 
 def print_chains(config: Config, profile: Profile, measured_s: float) -> None:
-    """Prints the best chain over the compute nodes, and that of the published objective.
+    """Prints the best chain over the compute nodes, and the best by the published objective.
 
     Raises:
-      PlanError: No chain fits, or the profile has other nodes.
+      PlanError: There is no feasible chain, or the profile has other nodes.
     """
     from pipar_jax.tuner.chains import chain_table, tune_chain
     from pipar_jax.tuner.tables import codecs_table
@@ -105,7 +103,7 @@ def read(path: str) -> Profile:
     """Reads a profile.
 
     Raises:
-      DataError: The file cannot be read, or holds something else.
+      DataError: The file cannot be read or is not a profile.
     """
     try:
         return Profile.from_dict(json.loads(pathlib.Path(path).read_text(encoding="utf-8")))

@@ -3,11 +3,11 @@ r"""Plans a chain of compute nodes from a profile table: the order of the nodes 
   pipar plan_chain --profile=CSV --device=VM --layers=2:36 --speeds=1,2,2 \
       --objective=mpsl
 
-Layers count from 0, --layers=FIRST:STOP leaves those before FIRST and from STOP on with the
-devices that own the data, and a cut c separates layers < c from the rest. Objectives: mpsl is the
-published one (longest forward plus longest backward of any node, links free), steady is the time
-per batch of a full pipeline (node, link, or owner's cycle), accept the longest stage or transfer,
-step the time per batch of a step of --micro_batches, from an empty pipeline to an empty one.
+Layers are counted from 0. --layers=FIRST:STOP leaves the layers before FIRST and from STOP on the
+devices that own the data; a cut c separates layers < c from the rest. Objectives: mpsl, the
+published one (longest forward plus longest backward of any node, without links); steady, the time
+per batch of a full pipeline (node, link, or owner's cycle); accept, the longest stage or transfer;
+step, the time per batch of a step of --micro_batches that starts and ends with an empty pipeline.
 """
 
 import math
@@ -35,27 +35,33 @@ from pipar_jax.tuner.chain_search import (
 )
 
 _PROFILE = plain_flags.define_path("profile", None, "Profile table (CSV).", required=True)
-_DEVICE = flags.DEFINE_string("device", "VM", "Whose rows of the table the nodes' times are.")
+_DEVICE = flags.DEFINE_string("device", "VM", "Device in the table whose times the nodes have.")
 _LAYERS = flags.DEFINE_string("layers", None, "FIRST:STOP, the layers on nodes.", required=True)
 _SPEEDS = flags.DEFINE_list("speeds", ["1"], "Speed of each node; 2 halves the table's times.")
 _MEMORY = flags.DEFINE_list("memory_mb", [], "Memory of each node in MB; empty: no limit.")
-_OBJECTIVE = flags.DEFINE_enum("objective", "steady", get_args(Objective), "What counts.")
+_OBJECTIVE = flags.DEFINE_enum("objective", "steady", get_args(Objective), "Objective to minimise.")
 _OWNERS = flags.DEFINE_integer("owners", 1, "Devices that share the chain.", lower_bound=1)
-_MICRO = flags.DEFINE_integer("micro_batches", 1, "step: parts of a batch.", lower_bound=1)
-_OWNER = flags.DEFINE_string("owner", None, "Whose rows are the owners' times; none: no cycle.")
+_MICRO = flags.DEFINE_integer("micro_batches", 1, "step: micro-batches per batch.", lower_bound=1)
+_OWNER = flags.DEFINE_string(
+    "owner", None, "Device in the table whose times the owners have; none: no cycle."
+)
 _OWNER_LINK = flags.DEFINE_string("owner_link", None, "An owner's link, UP/DOWN in Mbit/s.")
-_NODE_LINK = flags.DEFINE_float("node_mbps", None, "Rate between nodes in Mbit/s; none: free.")
-_WEIGHTS = flags.DEFINE_enum("weights", "copy", ["copy", "shared"], "Weights on a node.")
-_IN_FLIGHT = flags.DEFINE_integer("in_flight", 0, "Shared: batches held at a time; 0: all owners'.")
+_NODE_LINK = flags.DEFINE_float(
+    "node_mbps", None, "Rate between nodes in Mbit/s; none: no transfer time."
+)
+_WEIGHTS = flags.DEFINE_enum(
+    "weights", "copy", ["copy", "shared"], "Weights of a node: a copy per owner, or shared."
+)
+_IN_FLIGHT = flags.DEFINE_integer("in_flight", 0, "shared: batches in flight; 0: one per owner.")
 _RATIO = flags.DEFINE_float("codec_ratio", 1.0, "Bytes on the wire per byte of a tensor.")
-_ANY_ORDER = flags.DEFINE_boolean("any_order", True, "Whether nodes may change places.")
+_ANY_ORDER = flags.DEFINE_boolean("any_order", True, "Whether the order of the nodes may change.")
 
 
 def main(_: list[str]) -> None:
     """Prints the cheapest chain.
 
     Raises:
-      PiparError: The flags or the table do not fit, or there is no chain.
+      PiparError: The flags or the table are not valid, or there is no feasible chain.
     """
     layers = read_profile(_PROFILE.value, _DEVICE.value)
     problem = _problem(layers)
@@ -75,11 +81,13 @@ def _problem(layers: tuple[Layer, ...]) -> ChainProblem:
         up, down = [LinkModel(rate * 1e6 / 8) for rate in rates] or [LinkModel(), LinkModel()]
         owner = Owner(read_profile(_PROFILE.value, _OWNER.value), up, down)
     elif _OWNER_LINK.value:
-        raise ConfigError("--owner_link says nothing without --owner, whose layers it connects")
+        raise ConfigError("--owner_link has no effect without --owner")
     if _IN_FLIGHT.value and _WEIGHTS.value == "copy":
-        raise ConfigError("--in_flight needs --weights=shared: a copy per owner holds one batch")
+        raise ConfigError(
+            "--in_flight needs --weights=shared: with copies each owner has one batch in flight"
+        )
     if _MICRO.value > 1 and _OBJECTIVE.value != "step":
-        raise ConfigError("--micro_batches counts in --objective=step alone")
+        raise ConfigError("--micro_batches is only for --objective=step")
     coding = Coding(f"ratio {_RATIO.value:g}", _RATIO.value)
     return ChainProblem(
         nodes=tuple(
@@ -103,7 +111,7 @@ def _numbers(flag: str, texts: Sequence[str], count: int | None = None) -> list[
     """Reads a flag's numbers.
 
     Raises:
-      ConfigError: One is no number, or there are more or fewer than needed.
+      ConfigError: A part is not a number, or their count is not as needed.
     """
     try:
         numbers = [float(text) for text in texts]
@@ -115,7 +123,7 @@ def _numbers(flag: str, texts: Sequence[str], count: int | None = None) -> list[
 
 
 def _print(plan: ChainPlan, problem: ChainProblem) -> None:
-    """Prints the plan: cost and cuts, then what each node gets."""
+    """Prints the plan: cost and cuts, then the stage of each node."""
     forward_s = max(stage.forward_s for stage in plan.stages)
     backward_s = max(stage.backward_s for stage in plan.stages)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)

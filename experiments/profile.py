@@ -1,8 +1,8 @@
-"""Measures what every unit costs on every host, and every link, and prints it as tables.
+"""Measures every unit on every host, and every link, and prints the figures as tables.
 
-Nothing is trained. Hosts are measured on this machine, with the cores, the emulated slowness and
-the links of the configuration; what was measured is kept per model, host and version
-(--config.tuner.cache=false measures anew).
+Nothing is trained. Hosts are measured on this machine, with the cores, the emulated slowdowns and
+the links of the configuration. Measurements are cached by model, host and version
+(--config.tuner.cache=false repeats them).
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ from pipar_jax.launch import flags, machine
 
 @dataclasses.dataclass
 class ProfileFlags:
-    """The binary's own flags."""
+    """Flags of this binary."""
 
-    json: str = option("", "also write the profile to this file, which pipar plan reads", path="")
+    json: str = option("", "also write the profile to this file, for pipar plan", path="")
 
 
 def main(config: Config, own: ProfileFlags) -> None:
@@ -33,7 +33,7 @@ def main(config: Config, own: ProfileFlags) -> None:
     Raises:
       DiskError: The file cannot be written.
     """
-    # Here, so that --help and wrong flags need not wait.
+    # Here, so that --help and wrong flags do not load jax.
     from pipar_jax.launch import local_profile
     from pipar_jax.tuner import tables
 

@@ -1,8 +1,8 @@
 """The demo: trains scikit-learn's digits by FL, SL, SFL and PiPar and compares them in a table.
 
-One server process and two device processes on this machine talk over TCP. Devices are slowed down
-and links shaped to resemble edge devices behind 4G+; all methods use the same data and start from
-the same weights. Without flags the preset quickstart runs, in less than three minutes on two
+One server process and two device processes on this machine communicate over TCP. Devices are slowed
+down and links shaped to resemble edge devices behind 4G+; all methods use the same data and start
+from the same weights. Without flags the preset quickstart runs, in less than three minutes on two
 cores; each of its fields is a flag. To compare methods on another preset: pipar compare.
 """
 

@@ -1,9 +1,9 @@
-"""Writes one self-contained HTML file about a run, or about several beside each other.
+"""Writes a report of one or more runs as one self-contained HTML file.
 
   pipar report runs/quickstart-fl runs/quickstart-pipar --output=report.html
 
-It shows the results, learning curves against epochs and seconds, one step as a Gantt chart, idle
-time by cause, bytes per link, predicted beside measured times, and the configurations.
+It shows results, learning curves over epochs and seconds, one step as a Gantt chart, idle time by
+cause, traffic by link, predicted and measured times, and the configurations.
 """
 
 import pathlib
@@ -13,7 +13,7 @@ from pipar_jax.launch import plain_flags
 from pipar_jax.report import write_report
 
 _OUTPUT = plain_flags.define_path(
-    "output", None, "The file to write; by default report.html in the first run's folder."
+    "output", None, "File to write; by default report.html in the first run's folder."
 )
 
 
@@ -22,7 +22,7 @@ def main(names: list[str]) -> None:
 
     Raises:
       ConfigError: No run is named.
-      PiparError: A run cannot be read, or the report not be written.
+      PiparError: A run cannot be read, or the report cannot be written.
     """
     folders = [pathlib.Path(name).expanduser() for name in names]
     if not folders:

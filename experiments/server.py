@@ -1,11 +1,11 @@
-r"""Runs the server of an experiment by hand, for devices on other machines.
+r"""Runs the server of a run on this machine, for devices on other machines.
 
-Start it with the same preset and overrides as the devices, listening where they can reach it:
+Start it with the same preset and overrides as the devices, on an address that they can reach:
 
   pipar server --config=cifar10_vgg5 --config.server.host=0.0.0.0 \
       --config.server.port=7000 --config.network.token=env:PIPAR_SECRET
 
-It waits for the devices, trains, and leaves the run's folder here.
+It waits for the devices, trains, and writes the run's folder on this machine.
 """
 
 import pathlib
@@ -20,7 +20,7 @@ from pipar_jax.report.progress import ProgressDisplay, loss_text
 
 
 def main(config: Config, _: flags.NoFlags) -> None:
-    """Runs the server's role in this process.
+    """Runs the server in this process.
 
     Raises:
       PiparError: The run failed.

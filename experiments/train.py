@@ -1,7 +1,7 @@
 """Trains a preset on this machine: one server process and a process per device, over TCP.
 
-The method, the network, the data, the links and the speed of each device are
-fields of the configuration; every one of them is a flag. A run leaves a folder below runs/.
+Method, network, data, links and slowdowns are fields of the configuration, and every field is a
+flag. Each run has a folder in runs/.
 """
 
 import pathlib

@@ -1,11 +1,10 @@
-"""Trains the latency predictor on gathered times and writes the network that is shipped.
+"""Trains the latency predictor on collected times and writes the network of the package.
 
   python -m experiments.train_predictor --timings=timings.npz --tables=FOLDER --out=FILE
 
-Times are those of experiments.collect_latency (the ones kept in experiments/latency_data unless
-given); tables are published profile tables of other devices
-(experiments/latency_data/published_tables.py), left out if not given. Takes about half a minute on
-a core and is the same on every run.
+Times are those of experiments.collect_latency (by default those in experiments/latency_data);
+tables are published profile tables of other devices (experiments/latency_data/published_tables.py),
+by default none. Training takes about half a minute on a core and is deterministic.
 """
 
 import time
@@ -19,14 +18,14 @@ _TIMINGS = plain_flags.define_path(
 )
 _TABLES = plain_flags.define_path("tables", None, "Folder of profile tables; by default none.")
 _OUT = plain_flags.define_path("out", None, "File for the network (.safetensors).", required=True)
-_STEPS = flags.DEFINE_integer("steps", 0, "Updates; 0: as many as usual.", lower_bound=0)
+_STEPS = flags.DEFINE_integer("steps", 0, "Number of updates; 0: the default.", lower_bound=0)
 
 
 def main(_: list[str]) -> None:
     """Trains and writes.
 
     Raises:
-      PiparError: The times cannot be read, or the network not be written.
+      PiparError: The times cannot be read, or the network cannot be written.
     """
     from experiments.latency_data import training
     from experiments.latency_data.published_tables import read_timings

@@ -1,10 +1,10 @@
-"""Predicted against real: the simulator's error over two networks, three links, N and devices.
+"""The simulator's error against real runs, over networks, links, N and numbers of devices.
 
-Each setting trains PiPar for real, in processes: the server on one core, the devices on another;
-four devices are ten times slower, so that the demand stays under the two cores. The prediction
-takes stage times measured alone on those cores, before and after the settings of a network (of a
-slowed device, those it took itself at its start, which its emulation multiplies), the tensors'
-bytes, and the links' rates. Random images stand for data: times do not depend on what is learned.
+Each setting trains PiPar in processes: the server on one core, the devices on another; four devices
+have a slowdown of ten, so that two cores suffice. The prediction uses stage times measured
+separately on those cores, before and after the settings of a network (for a slowed device, those
+that it measured itself at its start and that its emulation multiplies), the sizes of tensors, and
+the rates of links. Data are random images, since times do not depend on what is learned.
 """
 
 import statistics
@@ -34,7 +34,7 @@ def judge(
     alone: dict[str, Alone],
     errors: dict[str, list[float]],
 ) -> None:
-    """Adds a setting's rows, and its errors to the lists by kind of prediction."""
+    """Adds the rows of a setting, and its errors to the lists by kind of prediction."""
     rows = [row["seconds"] for row in one.of("round_finished")[1:]]
     real_s = statistics.median(rows)
     spread = (max(rows) - min(rows)) / real_s
@@ -46,7 +46,7 @@ def judge(
 
 
 def demand(run: RecordedRun) -> float:
-    """Returns the share of a core that the devices really compute, summed."""
+    """Returns the sum of the shares of a core in which the devices compute."""
     assert run.trace is not None
     last = run.trace.rounds[-1]
     busy = sum(run.trace.busy_s(host, last) for host in run.devices) / last.seconds
@@ -66,7 +66,7 @@ def measure_speed(run: harness.Bench) -> None:
         lambda device, stage, kind, samples: 1e4, links,
     )  # fmt: skip
     whole = RoundSchedule(plan, tuple(Span(d, 0, 10) for d in range(count)), (800,) * count, 80)
-    # One thread's processor time: what it would take on a machine that does nothing else.
+    # Processor time of one thread: the time on an otherwise idle machine.
     began_s = time.thread_time()
     found = simulate(whole, costs, collect=False)
     elapsed_s = time.thread_time() - began_s
@@ -75,7 +75,7 @@ def measure_speed(run: harness.Bench) -> None:
 
 
 def measure(run: harness.Bench) -> None:
-    """Runs every setting for real beside its prediction; ``--quick`` has one."""
+    """Runs every setting and predicts it; with ``--quick`` one setting."""
     measure_speed(run)
     most = 0.0
     wanted = [one for one in simulator_settings.settings(run.quick) if ONLY.value in one.name]
@@ -96,7 +96,7 @@ def measure(run: harness.Bench) -> None:
                 runs.append(read_run(Path(summary["folder"])))
                 done += 1
             times.append(simulator_settings.time_network(some, folder))
-            # Before and after: a machine that changes its speed changes it for both.
+            # Before and after, in case the machine's speed changes.
             alone = {
                 host: {key: (s + times[1][host][key]) / 2 for key, s in found.items()}
                 for host, found in times[0].items()
@@ -110,8 +110,8 @@ def measure(run: harness.Bench) -> None:
             run.row(f"worst error {kind}", max(sizes), "%", 8.0)
     if wanted:
         run.note(
-            "alone: from stage times measured alone. in run: from the medians of the run's own "
-            "times, which shows the simulator's part of the error."
+            "alone: from separately measured stage times. in run: from the median times of the "
+            "run itself, which isolates the simulator's part of the error."
         )
         run.note(f"Devices computed at most {most:.0%} of their core, all together.")
 

@@ -1,7 +1,7 @@
-"""Collaborative training on edge devices that does not wait: FL, SL, SFL, PiPar and their kin.
+"""Pipelined collaborative training on edge devices: FL, SL, SFL, PiPar and related methods.
 
-The names below are loaded when they are first used, so that importing the package, reading a
-configuration or launching processes never loads jax.
+The names below are loaded on first use, so that importing the package, reading a configuration or
+launching processes does not load jax.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The errors that pipar_jax raises, under one root.
 
-Every message is one complete line: what went wrong, where (host, stage, micro-batch, field), what
-was expected, what was found and what to do. Binaries print it and leave the traceback out.
+A message is one complete line: what happened, where (host, stage, micro-batch, field), the expected
+and the actual value, and a remedy. Binaries print it without a traceback.
 """
 
 
@@ -9,8 +9,8 @@ class PiparError(Exception):
     """Root of the errors that pipar_jax raises.
 
     Attributes:
-      of_user: Whether code that the user gave failed; its traceback is worth keeping then, and is
-        that of the error's cause.
+      of_user: Whether the user's own code failed; the traceback of the error's cause is then
+        logged.
       again: Whether joining again may help: the coordinator was lost, or will take the host later.
       taken: Whether the coordinator had admitted the host before.
     """
@@ -21,11 +21,11 @@ class PiparError(Exception):
 
 
 class ConfigError(PiparError):
-    """A field of the configuration has a value that cannot work."""
+    """A field of the configuration is not valid."""
 
 
 class DataError(PiparError):
-    """A data set or a shard cannot be read or does not fit the model."""
+    """A data set or a shard cannot be read or does not match the model."""
 
 
 class PlanError(PiparError):
@@ -33,24 +33,24 @@ class PlanError(PiparError):
 
 
 class ScheduleError(PlanError):
-    """A schedule cannot finish: it deadlocks or waits for an action that nobody performs."""
+    """A schedule cannot finish: it deadlocks or waits for an action that no host performs."""
 
 
 class JoinError(PiparError):
-    """A host could not join a run: unreachable, refused, or different from the coordinator."""
+    """A host could not join a run: unreachable, refused, or with a different configuration."""
 
 
 class PeerError(PiparError):
-    """A peer was lost, missed its deadline or reported a failure of its own."""
+    """A peer was lost, missed its deadline or reported a failure."""
 
 
 class ProtocolError(PeerError):
-    """A peer sent what the protocol, the plan or its place in the run does not allow."""
+    """A peer violated the protocol or sent data that the plan does not allow."""
 
 
 class RunError(PiparError):
-    """A run failed on this host for a reason that is not a peer's."""
+    """A run failed on this host, not because of a peer."""
 
 
 class DiskError(RunError):
-    """A file or a folder cannot be written: a full disk, a quota, a missing right."""
+    """A file or folder cannot be written: a full disk, a quota, a missing permission."""

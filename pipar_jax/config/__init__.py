@@ -3,8 +3,8 @@
 A preset in ``configs/`` returns a ``Config``; the command line changes its fields
 (``--config.data.batch_size=50``, ``--config.devices.1.link=4g``); ``resolve`` of
 ``pipar_jax.methods.resolution`` checks it as a whole and returns the complete copy that is printed,
-saved with the run and handed to every host. Nothing here loads jax: launchers read configurations
-before the environment of jax is set.
+saved with the run and passed to every host. Nothing here loads jax: launchers read configurations
+before they set jax's environment.
 """
 
 from __future__ import annotations

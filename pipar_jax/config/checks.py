@@ -1,4 +1,4 @@
-"""Checks of a configuration that take several fields, or the word of another module."""
+"""Checks over several fields of a configuration, and checks that other modules define."""
 
 from __future__ import annotations
 
@@ -36,22 +36,23 @@ TOKEN_CHARACTERS = 8
 
 
 def check_whole(config: Config, models: tuple[str, ...] = ()) -> None:
-    """Checks what the types and bounds of single fields cannot say.
+    """Checks what types and bounds of single fields cannot express.
 
     Args:
       config: A configuration whose fields fit one by one.
       models: Names of models beyond those that ``stages`` registers.
 
     Raises:
-      ConfigError: The first field that cannot work, with value and remedy.
+      ConfigError: A field is not valid; the message names the first such field, its value and a
+        remedy.
     """
     if not re.fullmatch(r"[\w.+-]{1,100}", config.name) or config.name.strip(".") == "":
         raise ConfigError(
             f"name={config.name[:120]!r} names the run's folder: use letters, digits and . _ + - "
-            "only, 100 at most"
+            "only, at most 100"
         )
     if not config.run.dir:
-        raise ConfigError("run.dir is empty: name a folder, or . for the present one")
+        raise ConfigError("run.dir is empty: name a folder, or . for the current one")
     _check_model(config, models)
     _check_data(config)
     aggregate_steps(config)
@@ -73,10 +74,10 @@ def check_whole(config: Config, models: tuple[str, ...] = ()) -> None:
 
 
 def distinct_devices(config: Config) -> list[int]:
-    """Returns devices that stand for all: those with overrides, and one without, if there is."""
+    """Returns representatives of all devices: those with overrides, and one without."""
     own = config.devices.overrides
     plain = next((index for index in range(config.devices.count) if index not in own), None)
-    # Sources have the index in them, but their form is the same for all.
+    # Sources contain the device's index, but have the same form for all.
     return sorted([*own, *([] if plain is None else [plain])])
 
 
@@ -89,13 +90,13 @@ def _check_micro_batches(config: Config, hosts: Hosts) -> None:
         if number > config.data.batch_size:
             field = field_path(config, device_name(index), "micro_batches")
             raise ConfigError(
-                f"{field}={number} is more than data.batch_size={config.data.batch_size}, and a "
+                f"{field}={number} exceeds data.batch_size={config.data.batch_size}, and every "
                 "micro-batch needs a sample: lower it, or raise data.batch_size"
             )
 
 
 def _check_ports(config: Config, hosts: Hosts) -> None:
-    """Checks that no two hosts are to listen at the same place."""
+    """Checks that no two hosts listen on the same address and port."""
     taken = {(config.server.host, config.server.port): "server.port"}
     for index in range(1, config.nodes.count + 1):
         address = hosts.parse(node_name(index)).address
@@ -115,10 +116,10 @@ def _check_codec(config: Config, field: str) -> None:
 
 
 def check_codec(text: str, field: str, dtype: str) -> None:
-    """Checks that a text names a codec of the channel that takes numbers of a type.
+    """Checks that a text names a codec of the channel that supports a dtype.
 
     Raises:
-      ConfigError: It does not.
+      ConfigError: The text names none, or the codec does not support the dtype.
     """
     import numpy as np
 
@@ -129,11 +130,11 @@ def check_codec(text: str, field: str, dtype: str) -> None:
         codec.check(np.dtype(dtype), parameter)
         codec.encoded_bytes(np.dtype(dtype), (1,), parameter)
     except (CodecError, ValueError, OverflowError) as error:
-        raise ConfigError(f"{field}={text[:120]!r} does not fit: {error}") from error
+        raise ConfigError(f"{field}={text[:120]!r} is not valid: {error}") from error
 
 
 def _check_tls(network: NetworkConfig) -> None:
-    """Checks that the files of TLS are there and complete."""
+    """Checks that the TLS files exist and are complete."""
     for field in ("authority", "certificate", "key"):
         path = getattr(network, field)
         if path and not pathlib.Path(path).is_file():
@@ -144,13 +145,13 @@ def _check_tls(network: NetworkConfig) -> None:
         )
     if network.require_certificate and not network.authority:
         raise ConfigError(
-            "network.require_certificate needs network.authority, which the certificates are "
-            "checked against"
+            "network.require_certificate needs network.authority, against which certificates are "
+            "checked"
         )
 
 
 def check_source(source: str, field: str) -> None:
-    """Checks that a text names a public data set or somebody's own data.
+    """Checks that a text names a public data set or the user's own data.
 
     Raises:
       ConfigError: It names neither.
@@ -164,23 +165,23 @@ def check_source(source: str, field: str) -> None:
         return
     if source.startswith(OWN_SOURCES):
         raise ConfigError(
-            f"{field}={source!r} does not fit: write npz:PATH or module:NAME:FUNCTION"
+            f"{field}={source!r} is not valid: write npz:PATH or module:NAME:FUNCTION"
         )
     raise ConfigError(
-        f"{field}={source!r} is no data set{schema.did_you_mean(source, PUBLIC_SOURCES)} (it takes "
-        f"{', '.join(PUBLIC_SOURCES)}, npz:PATH, module:NAME:FUNCTION)"
+        f"{field}={source!r} is not a data set{schema.did_you_mean(source, PUBLIC_SOURCES)} "
+        f"(known: {', '.join(PUBLIC_SOURCES)}, npz:PATH, module:NAME:FUNCTION)"
     )
 
 
 def fit_overrides(config: Config, group: str) -> dict[int, dict[str, Any]]:
-    """Returns the overrides of single devices or nodes as their fields hold them, paths absolute.
+    """Returns the overrides of single devices or nodes, converted and with absolute paths.
 
     Args:
       config: The configuration.
       group: ``devices`` (counted from 0) or ``nodes`` (counted from 1).
 
     Raises:
-      ConfigError: An index is beyond the hosts, a field unknown or its value wrong.
+      ConfigError: An index is out of range, a field unknown, or a value not valid.
     """
     hosts: DevicesConfig | NodesConfig = getattr(config, group)
     first = 0 if group == "devices" else 1
@@ -204,10 +205,10 @@ def fit_overrides(config: Config, group: str) -> dict[int, dict[str, Any]]:
 
 
 def read_token(token: str | None) -> str | None:
-    """Returns the secret, read from where ``env:NAME`` or ``file:PATH`` say that it is.
+    """Returns the secret, resolving ``env:NAME`` and ``file:PATH``.
 
     Raises:
-      ConfigError: It is not there, or empty.
+      ConfigError: The secret is missing, empty or too short.
     """
     from comms.errors import explain
 
@@ -228,11 +229,11 @@ def read_token(token: str | None) -> str | None:
         except UnicodeDecodeError as error:
             raise ConfigError(f"network.token={token!r} cannot be read: not a text file") from error
     if token == "":
-        raise ConfigError("network.token is empty: give a secret, or none to go without")
+        raise ConfigError("network.token is empty: give a secret, or none for no token")
     if token is not None and len(token) < TOKEN_CHARACTERS:
         raise ConfigError(
-            f"network.token has {len(token)} characters and needs {TOKEN_CHARACTERS} or more, best "
-            "random ones; so that it is not seen, give it as env:NAME or file:PATH"
+            f"network.token has {len(token)} characters and needs at least {TOKEN_CHARACTERS}, "
+            "preferably random; to keep it out of the command line, use env:NAME or file:PATH"
         )
     return token
 
@@ -249,8 +250,8 @@ def _check_model(config: Config, models: tuple[str, ...]) -> None:
     known = (*UNITS, *models)
     if config.model.name not in known:
         raise ConfigError(
-            f"model.name={config.model.name!r} is no network"
-            f"{schema.did_you_mean(config.model.name, known)} (it takes {', '.join(known)})"
+            f"model.name={config.model.name!r} is not a "
+            f"network{schema.did_you_mean(config.model.name, known)} (known: {', '.join(known)})"
         )
     name = config.model.name
     if name in TOKEN_MODELS and name not in models and config.data.source in PUBLIC_SOURCES:
@@ -265,23 +266,23 @@ def _check_data(config: Config) -> None:
     check_source(data.source, "data.source")
     if data.classes and data.source in PUBLIC_SOURCES:
         raise ConfigError(
-            f"data.classes={data.classes} is for own data, and data.source={data.source!r} knows "
-            "its classes: leave it 0"
+            f"data.classes={data.classes} is for your own data; data.source={data.source!r} "
+            "defines its classes: leave it 0"
         )
     if data.scale and data.source in PUBLIC_SOURCES:
         raise ConfigError(
-            f"data.scale={data.scale:g} is for own data, and data.source={data.source!r} is "
-            "normalised as it is: leave it 0"
+            f"data.scale={data.scale:g} is for your own data; data.source={data.source!r} has its "
+            "own scale: leave it 0"
         )
     if data.test_source:
         if data.source in PUBLIC_SOURCES:
             raise ConfigError(
-                f"data.test_source={data.test_source!r} is for own data, and data.source="
-                f"{data.source!r} brings its own test set: leave it empty"
+                f"data.test_source={data.test_source!r} is for your own data; "
+                f"data.source={data.source!r} has its own test set: leave it empty"
             )
         if not data.test_source.startswith(OWN_SOURCES):
             raise ConfigError(
-                f"data.test_source={data.test_source!r} does not fit: write npz:PATH or "
+                f"data.test_source={data.test_source!r} is not valid: write npz:PATH or "
                 "module:NAME:FUNCTION"
             )
         check_source(data.test_source, "data.test_source")
@@ -293,10 +294,10 @@ def _check_data(config: Config) -> None:
 
 
 def _check_tuner(config: Config) -> None:
-    """Checks the tuner's lists, names that are known and whole numbers, and what may adapt."""
+    """Checks the tuner's lists, and whether the run can adapt."""
     if config.tuner.times == "predicted" and config.model.dtype != "float32":
         raise ConfigError(
-            f"tuner.times=predicted knows float32 alone, and model.dtype={config.model.dtype}: "
+            f"tuner.times=predicted supports float32 only, and model.dtype={config.model.dtype}: "
             "profile the hosts (tuner.times=profiled), or compute in float32"
         )
     known = {
@@ -307,7 +308,7 @@ def _check_tuner(config: Config) -> None:
         field, text = f"tuner.{name}", getattr(config.tuner, name)
         parts = _words(text)
         if not parts and name != "codecs":
-            raise ConfigError(f"{field} is empty: name at least one, several with commas between")
+            raise ConfigError(f"{field} is empty: name at least one; separate several by commas")
         for part in parts:
             if name in known and part not in known[name]:
                 raise ConfigError(
@@ -330,22 +331,24 @@ def _check_tuner(config: Config) -> None:
     if config.tuner.adapt and config.method not in CHAINS:
         if config.pipeline.weights == "shared":
             raise ConfigError(
-                f"tuner.adapt=true does not go with method={config.method} and pipeline.weights="
-                "shared: units move where every device has its copy on the server, or between "
-                "compute nodes; set pipeline.weights=copy, or tuner.adapt=false"
+                f"tuner.adapt=true cannot be combined with method={config.method} and "
+                "pipeline.weights=shared: units can move only where every device has its own "
+                "copy on the server, or between compute nodes; set pipeline.weights=copy, or "
+                "tuner.adapt=false"
             )
         methods = {one.strip() for one in config.tuner.methods.split(",")}
         if config.method == "sl" or methods <= {"sl"}:
             raise ConfigError(
-                f"tuner.adapt=true does not go with method={config.method!r} and tuner.methods="
-                f"{config.tuner.methods!r}: a plan can change where devices train in parallel, and "
-                "sl hands one part on; choose others, or set tuner.adapt=false"
+                f"tuner.adapt=true cannot be combined with method={config.method!r} and "
+                f"tuner.methods={config.tuner.methods!r}: a plan can change only where devices "
+                "train in parallel, and in sl they take turns; choose other methods, or set "
+                "tuner.adapt=false"
             )
         if config.nodes.count:
             raise ConfigError(
-                f"tuner.adapt=true does not go with nodes.count={config.nodes.count} and method="
-                f"{config.method}, whose plans change between device and server only; use method="
-                f"{' or '.join(CHAINS)}, set nodes.count=0, or tuner.adapt=false"
+                f"tuner.adapt=true cannot be combined with nodes.count={config.nodes.count} and "
+                f"method={config.method}, whose plans change between device and server only; use "
+                f"method={' or '.join(CHAINS)}, set nodes.count=0, or tuner.adapt=false"
             )
 
 
@@ -354,17 +357,17 @@ def _words(text: str) -> list[str]:
 
 
 def _check_tuner_numbers(config: Config) -> None:
-    """Checks the tuner's lists of numbers against the mini-batch that they are parts of."""
+    """Checks the tuner's lists of numbers against the size of a mini-batch."""
     tuner, batch = config.tuner, config.data.batch_size
     if min(map(int, _words(tuner.micro_batches))) > batch:
         raise ConfigError(
-            f"tuner.micro_batches={tuner.micro_batches!r}: each is more than data.batch_size="
-            f"{batch}, and a micro-batch needs a sample: name smaller ones"
+            f"tuner.micro_batches={tuner.micro_batches!r}: all exceed data.batch_size={batch}, "
+            "and every micro-batch needs a sample: name smaller numbers"
         )
     if tuner.sizes != "auto" and (most := max(map(int, _words(tuner.sizes)))) > batch:
         raise ConfigError(
             f"tuner.sizes={tuner.sizes!r}: no host computes {most} samples at a time, since "
-            f"data.batch_size={batch}: name sizes up to it"
+            f"data.batch_size={batch}: name sizes up to {batch}"
         )
 
 
@@ -380,8 +383,9 @@ def _check_device(config: Config, device: HostSpec) -> None:
         check_source(device.data_source, field("data_source"))
         if (device.data_source in PUBLIC_SOURCES) != (config.data.source in PUBLIC_SOURCES):
             raise ConfigError(
-                f"{field('data_source')}={device.data_source!r} does not go with data.source="
-                f"{config.data.source!r}: all devices share one public set, or all bring their own"
+                f"{field('data_source')}={device.data_source!r} cannot be combined with "
+                f"data.source={config.data.source!r}: either all devices share a public data set, "
+                "or each has its own data"
             )
 
 
@@ -400,8 +404,8 @@ def _check_nodes(config: Config, hosts: Hosts) -> None:
         )
     if pipeline.in_flight and pipeline.weights != "shared":
         raise ConfigError(
-            f"pipeline.in_flight={pipeline.in_flight} caps what a stage with shared weights holds, "
-            "but pipeline.weights='copy': set pipeline.weights=shared, or in_flight=0"
+            f"pipeline.in_flight={pipeline.in_flight} limits a stage with shared weights, but "
+            "pipeline.weights='copy': set pipeline.weights=shared, or in_flight=0"
         )
     if config.method not in CHAINS and pipeline.cuts:
         raise ConfigError(
@@ -409,8 +413,8 @@ def _check_nodes(config: Config, hosts: Hosts) -> None:
         )
     if config.method in CHAINS and any("cut" in one for one in config.devices.overrides.values()):
         raise ConfigError(
-            f"method={config.method} cuts all devices' models alike: use pipeline.cuts instead of "
-            "a device's cut"
+            f"method={config.method} has the same cuts on all devices: use pipeline.cuts instead "
+            "of a device's cut"
         )
     # Where no node takes part their defaults are of no use, but a slip in them is one all the same.
     for name in map(node_name, range(1, max(count, 1) + 1)):
@@ -419,22 +423,22 @@ def _check_nodes(config: Config, hosts: Hosts) -> None:
 
 
 def _check_address(network: NetworkConfig, host: str, field: str) -> None:
-    """Checks that what other machines can reach is protected, or allowed in so many words."""
+    """Checks that ports reachable from other machines are protected, or explicitly open."""
     if not re.fullmatch(r"[\w.:%-]{1,253}", host):
         raise ConfigError(
-            f"{field}={host[:120]!r} is not an address: give an IP address or a host's name, and "
-            "the port as a field of its own"
+            f"{field}={host[:120]!r} is not an address: give an IP address or a host name, and "
+            "the port in its own field"
         )
     if not (is_loopback(host) or network.token or network.insecure):
         raise ConfigError(
-            f"{field}={host!r} can be reached from other machines, and "
-            "network.token is not set: give every host the same secret "
-            "(--config.network.token=env:NAME), or allow it with --config.network.insecure=true"
+            f"{field}={host!r} is reachable from other machines, and network.token is not set: "
+            "give every host the same secret (--config.network.token=env:NAME), or allow it with "
+            "--config.network.insecure=true"
         )
 
 
 def _check_cut(cut: int | str, field: str) -> None:
     if isinstance(cut, int) and cut < 1:
-        raise ConfigError(f"{field}={cut} leaves the device no unit: the smallest cut is 1")
+        raise ConfigError(f"{field}={cut} leaves no unit on the device: the smallest cut is 1")
     if isinstance(cut, str) and not cut:
         raise ConfigError(f"{field} is empty: give a position (1, 2, …) or the name of a unit")

@@ -1,4 +1,4 @@
-"""The codecs that a configuration lets a plan choose from."""
+"""The candidate codecs of a configuration."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from pipar_jax.errors import ConfigError
 from pipar_jax.schedule.plan import Codecs
 
 AUTO, RAW = "auto", "raw"
-#: What K may be.
+#: The candidates for K.
 BITS = (1, 2, 3, 4, 5, 6, 7, 9, 11, 15, 23)
 ROLES = ("activation", "cotangent")
 
 
 def bit_widths(config: Config, role: str) -> tuple[str, ...]:
-    """Returns the codecs that auto knows for a role, from the fewest bits allowed up to raw."""
+    """Returns the candidates of ``auto`` for a role, from the fewest bits allowed up to raw."""
     floor = getattr(config.tuner, f"{role}_bits")
     return (*(f"bits:{bits}" for bits in BITS if bits + 1 >= floor), RAW)
 
 
 def names(config: Config) -> list[str]:
-    """Returns the codecs that a plan may come to have by the tuner's choice."""
+    """Returns all codecs that the tuner may choose."""
     if config.tuner.codecs == AUTO:
         return list(dict.fromkeys(name for role in ROLES for name in bit_widths(config, role)))
     return list(split_list(config.tuner.codecs))
 
 
 def allowed(config: Config, role: str) -> list[str]:
-    """Returns the codecs to search for a role: of those allowed, or the one that is configured.
+    """Returns the codecs to search for a role: the candidates, or the configured codec.
 
     Raises:
-      ConfigError: The role is left without a codec that keeps to its floor.
+      ConfigError: No candidate has the minimum number of bits of the role.
     """
     if not config.tuner.codecs:
         return [getattr(config.pipeline, f"{role}_codec")]
@@ -42,17 +42,17 @@ def allowed(config: Config, role: str) -> list[str]:
     if not found:
         kept = ", ".join(f"{name}: {_bits(name)}" for name in listed)
         raise ConfigError(
-            f"tuner.codecs={config.tuner.codecs!r} has nothing for {role}s, which need "
+            f"tuner.codecs={config.tuner.codecs!r} has no codec for {role}s, which need at least "
             f"{floor} bits ({kept}): allow raw, or lower --config.tuner.{role}_bits"
         )
     return found
 
 
 def pairs(config: Config) -> list[Codecs]:
-    """Returns the pairs to search.
+    """Returns the pairs of codecs to search.
 
     Raises:
-      ConfigError: A role is left without a codec that keeps to its floor.
+      ConfigError: No candidate has the minimum number of bits of a role.
     """
     activations, cotangents = (allowed(config, role) for role in ROLES)
     return [Codecs(a, c) for a in activations for c in cotangents]

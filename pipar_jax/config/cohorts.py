@@ -45,8 +45,8 @@ def check_cohort(config: Config) -> None:
     cohort, count = config.cohort, config.devices.count
     if cohort.size > 1 and cohort.size != int(cohort.size):
         raise ConfigError(
-            f"cohort.size={cohort.size:g} is neither a whole number nor a share below 1: write 50, "
-            "or 0.1"
+            f"cohort.size={cohort.size:g} is neither a whole number nor a fraction below 1: write "
+            "50, or 0.1"
         )
     most = places(config)
     for field, value, limit, what in (
@@ -90,30 +90,30 @@ def _check_method(config: Config) -> None:
     if cohort.size:
         if config.method == AUTO:
             raise ConfigError(
-                f"cohort.size={cohort.size:g} does not go with method=auto, which times every "
-                "device before the run: choose a method, or set cohort.size=0"
+                f"cohort.size={cohort.size:g} cannot be combined with method=auto, which times "
+                "every device before the run: choose a method, or set cohort.size=0"
             )
         for index, fields in config.devices.overrides.items():
             if odd := [one for one in ("cut", "micro_batches") if fields.get(one) is not None]:
                 raise ConfigError(
-                    f"devices.{index}.{odd[0]}={fields[odd[0]]!r} does not go with cohort.size="
-                    f"{cohort.size:g}: any device may take any place, so all are cut alike; leave "
-                    "it out, or set cohort.size=0"
+                    f"devices.{index}.{odd[0]}={fields[odd[0]]!r} cannot be combined with "
+                    f"cohort.size={cohort.size:g}: any device may take any place, so all are cut "
+                    "alike; leave it out, or set cohort.size=0"
                 )
     if config.tuner.adapt and (cohort.size or may_lose(config)):
         field = f"cohort.size={cohort.size:g}" if cohort.size else "a run that may lose devices"
         raise ConfigError(
-            f"tuner.adapt=true does not go with {field}: its plans are made for the devices that "
-            "it knows; set tuner.adapt=false, or leave cohort.* as it is"
+            f"tuner.adapt=true cannot be combined with {field}: its plans are made for the "
+            "devices that it knows; set tuner.adapt=false, or leave cohort.* as it is"
         )
     if cohort.first and config.method == "sl":
         raise ConfigError(
-            f"cohort.first={cohort.first} does not go with method=sl, whose devices take turns: "
-            "leave it 0"
+            f"cohort.first={cohort.first} cannot be combined with method=sl, whose devices take "
+            "turns: leave it 0"
         )
     if shared and config.method not in ("fl", "sl") and (cohort.first or cohort.deadline_s):
         field = f"first={cohort.first}" if cohort.first else f"deadline_s={cohort.deadline_s:g}"
         raise ConfigError(
-            f"cohort.{field} does not go with pipeline.weights=shared, where each step waits for "
-            "all devices, so that none is later than the others: leave it 0"
+            f"cohort.{field} cannot be combined with pipeline.weights=shared, where each step "
+            "waits for all devices, so that none is later than the others: leave it 0"
         )

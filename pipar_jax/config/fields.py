@@ -1,4 +1,4 @@
-"""The fields of a run's configuration: plain dataclasses, which a preset fills.
+"""The fields of a run's configuration, as plain dataclasses that a preset fills in.
 
 Annotations are real objects (no ``from __future__ import annotations``): ml_collections reads the
 types of the fields it overrides.
@@ -16,26 +16,26 @@ SERVER_METHODS = ("fl", "sl", "sfl", "pipar")
 #: Methods whose middle stages run on compute nodes.
 CHAINS = ("mpsl", "accept")
 METHODS = (*SERVER_METHODS, *CHAINS)
-#: Stands for the method and plan that the tuner finds.
+#: Value of ``method`` with which the tuner chooses method and plan.
 AUTO = "auto"
 PARTITIONS = ("iid", "dirichlet", "labels", "quantity")
 PUBLIC_SOURCES = ("digits", "mnist", "cifar10", "cifar100", "svhn_cropped")
 OWN_SOURCES = ("npz:", "module:")
 Labels = Literal["home", "end"]
-#: Ways to choose a round's cohort; beside them one may give a function, module:NAME:FUNCTION.
+#: Ways to choose a round's cohort, in addition to a function of the user's (module:NAME:FUNCTION).
 SELECTIONS = ("uniform", "by_samples")
 RULES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
 PLATFORMS = ("auto", "cpu", "cuda", "tpu")
 TRACED = ("all", "ends", "none")
 HIDDEN_TOKEN = "(hidden)"
-#: The longest time, in seconds, that operating systems reliably wait.
+#: Upper bound of all times in seconds; operating systems support waits of this length reliably.
 LONGEST_S = 1e6
 SLOWEST = 1e6
 
 
 @dataclasses.dataclass
 class ModelConfig:
-    """Which network, and how it is built."""
+    """The network and its construction."""
 
     name: str = option("vgg5", f"network: {', '.join(MODELS)}")
     norm: str = option("batch", "normalisation layers", choices=NORMS)
@@ -47,7 +47,7 @@ class ModelConfig:
 
 @dataclasses.dataclass
 class DataConfig:
-    """Which samples, and how they are split among the devices."""
+    """The samples and their partition among the devices."""
 
     source: str = option(
         "digits",
@@ -62,12 +62,15 @@ class DataConfig:
         path="npz:",
     )
     classes: int = option(
-        0, "own data: number of classes; 0: as the data say, or the highest label + 1", at_least=0
+        0,
+        "own data: number of classes; 0: as given by the data, or the highest label + 1",
+        at_least=0,
     )
     scale: float = option(
-        0.0, "own data: stored numbers are divided by this, for instance 255 for pixels; 0: as the "
-        "data say", at_least=0,
-    )  # fmt: skip
+        0.0,
+        "own data: divisor of stored numbers, for instance 255 for pixels; 0: as given by the data",
+        at_least=0,
+    )
     data_dir: str = option(
         "",
         "folder of public data sets, as published or as prepared by TFDS; empty: TFDS's default, "
@@ -81,7 +84,7 @@ class DataConfig:
         "", "folder for decoded arrays; empty: the user's cache folder", path=""
     )
     partition: str = option(
-        "iid", "how a public data set is split among the devices", choices=PARTITIONS
+        "iid", "partition of a public data set among the devices", choices=PARTITIONS
     )
     alpha: float = option(
         0.5, "dirichlet, quantity: concentration; smaller values are more unequal", above=0
@@ -98,7 +101,7 @@ class DataConfig:
     )
     max_samples: int = option(
         10_000_000,
-        "the largest number of samples that the server accepts a device to report",
+        "largest number of samples that the server accepts from one device",
         at_least=1,
     )
     batch_size: int = option(100, "samples per mini-batch on one device", at_least=1)
@@ -130,7 +133,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass
 class AggregationConfig:
-    """How often weights are averaged, and by which rule."""
+    """The interval and the rule by which weights are averaged."""
 
     every: str = option(
         "epoch", "aggregation interval: epoch, or a number of steps such as '10 steps'"
@@ -149,7 +152,7 @@ class AggregationConfig:
 
 @dataclasses.dataclass
 class PipelineConfig:
-    """Where the model is cut, and how mini-batches flow through its stages."""
+    """The cuts of the model and the flow of mini-batches through its stages."""
 
     cut: int | str = option(1, "number of units on the device, or the name of its last unit")
     cuts: str = option(
@@ -164,18 +167,22 @@ class PipelineConfig:
     micro_batches: int = option(4, "pipar, mpsl, accept: micro-batches per mini-batch", at_least=1)
     weights: str = option(
         "copy",
-        "a stage that serves several devices: a copy for each device, averaged; or shared weights, "
-        "with gradients summed over the devices",
+        "weights of a stage that serves several devices: copy (one per device, averaged) or "
+        "shared (one for all, with gradients summed over the devices)",
         choices=get_args(Weights),
     )
     in_flight: int = option(
         0,
-        "shared weights: limit on the micro-batches that a stage holds at a time; 0: no limit",
+        "shared weights: maximum number of micro-batches in flight in a stage; 0: no limit",
         at_least=0,
     )
-    dispatch: str = option("fcfs", "which ready action runs first", choices=get_args(Dispatch))
+    dispatch: str = option(
+        "fcfs", "policy that chooses among ready actions", choices=get_args(Dispatch)
+    )
     hand_on: str = option(
-        "epoch", "sl: when the device part is handed to the next device", choices=get_args(HandOn)
+        "epoch",
+        "sl: when the client-side model passes to the next device",
+        choices=get_args(HandOn),
     )
     activation_codec: str = option(
         "raw", "codec for activations on links: raw, bfloat16, float16, int8, int4, bits:6, …"
@@ -183,7 +190,7 @@ class PipelineConfig:
     cotangent_codec: str = option("raw", "codec for cotangents on links")
     window_mb: float = option(
         32.0,
-        "megabytes sent but not yet consumed, beyond which the sender waits",
+        "credit of a link: megabytes that may be sent and not yet consumed",
         at_least=1e-6,
         at_most=1e6,
     )
@@ -206,7 +213,7 @@ class HostConfig:
 
 @dataclasses.dataclass
 class DeviceConfig(HostConfig):
-    """One device, or the defaults of all devices."""
+    """A device, or the defaults of all devices."""
 
     link: str = option(
         "none",
@@ -229,10 +236,10 @@ class DeviceConfig(HostConfig):
 
 @dataclasses.dataclass
 class DevicesConfig:
-    """How many devices, their defaults, and how single devices differ.
+    """The number of devices, their defaults, and overrides of single devices.
 
     Attributes:
-      overrides: Maps a device's index to the fields that differ: ``{1: {"link": "4g"}}``.
+      overrides: Maps a device's index to the overridden fields: ``{1: {"link": "4g"}}``.
     """
 
     count: int = option(2, "number of devices", at_least=1, at_most=10_000)
@@ -242,7 +249,7 @@ class DevicesConfig:
 
 @dataclasses.dataclass
 class NodeConfig(HostConfig):
-    """One compute node in the middle of chains, or the defaults of all nodes."""
+    """A compute node in the middle of chains, or the defaults of all nodes."""
 
     host: str = option("127.0.0.1", "address at which its neighbours reach it")
     port: int = option(0, "port to listen on; 0: any free port", at_least=0, at_most=65535)
@@ -258,10 +265,10 @@ class NodeConfig(HostConfig):
 
 @dataclasses.dataclass
 class NodesConfig:
-    """Compute nodes, counted from 1: how many, their defaults, and how single nodes differ.
+    """The number of compute nodes, counted from 1, their defaults, and overrides of single nodes.
 
     Attributes:
-      overrides: Maps a node's index to the fields that differ: ``{2: {"slowdown": 4.0}}``.
+      overrides: Maps a node's index to the overridden fields: ``{2: {"slowdown": 4.0}}``.
     """
 
     count: int = option(
@@ -322,7 +329,7 @@ class CohortConfig:
 
 @dataclasses.dataclass
 class ServerConfig(HostConfig):
-    """The host that coordinates and computes the far end of the chain."""
+    """The host that coordinates the run and computes the far end of two-host chains."""
 
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(0, "port to listen on; 0: any free port", at_least=0, at_most=65535)
@@ -330,7 +337,7 @@ class ServerConfig(HostConfig):
 
 @dataclasses.dataclass
 class NetworkConfig:
-    """How hosts find and trust each other, and when they give up on each other."""
+    """Authentication, encryption, and time limits between hosts."""
 
     token: str | None = option(
         None,
@@ -355,7 +362,7 @@ class NetworkConfig:
     )
     resume_s: float = option(
         0.0,
-        "seconds within which a broken link may reconnect and resume; 0: it is lost at once",
+        "seconds within which a broken link may reconnect and resume; 0: a broken link is lost",
         at_least=0,
         at_most=LONGEST_S,
     )
@@ -382,14 +389,14 @@ class NetworkConfig:
 
 @dataclasses.dataclass
 class TunerConfig:
-    """How method=auto and pipar plan choose: by hosts' times, for the shortest epoch."""
+    """How method=auto and pipar plan search for the plan with the shortest epoch."""
 
     select: str = option(
         "search", "search all plans, or use the paper's own formulas", choices=("search", "paper")
     )
     times: str = option(
         "profiled",
-        "hosts' times: profile every unit, or predict them from a few reference layers",
+        "compute times of hosts: profile every unit, or predict them from a few reference layers",
         choices=("profiled", "predicted"),
     )
     methods: str = option("fl,sl,sfl,pipar", "methods to choose from")
@@ -398,7 +405,8 @@ class TunerConfig:
         "fcfs,fixed,backward_first,slowest_first", "dispatch policies to choose from"
     )
     codecs: str = option(
-        "", "codecs to choose from, such as raw,float16; auto: bits:K as needed; empty: pipeline's"
+        "",
+        "codecs to choose from, such as raw,float16; auto: bits:K as needed; empty: see pipeline",
     )
     activation_bits: int = option(
         4, "minimum bits per activation element, sign included", at_least=2, at_most=24
@@ -407,14 +415,16 @@ class TunerConfig:
         8, "minimum bits per cotangent element, sign included", at_least=2, at_most=24
     )
     actions: int = option(
-        120_000, "simulated actions after which the search ends and reports its gap", at_least=1
+        120_000,
+        "limit on simulated actions, at which the search ends and reports its gap",
+        at_least=1,
     )
     sizes: str = option("auto", "micro-batch sizes at which hosts are timed, such as 5,25,100")
     cache: bool = option(True, "cache measured times in the user's cache folder")
     adapt: bool = option(
         False,
-        "change the plan during a run when another one is faster (any method but sl): units move "
-        "between devices, server and compute nodes",
+        "change the plan during a run when another one is faster (all methods but sl): units "
+        "move between devices, server and compute nodes",
     )
     gain: float = option(
         0.1, "adapt: fraction of the time that another plan must save", above=0, below=1
@@ -426,17 +436,20 @@ class TunerConfig:
 
 @dataclasses.dataclass
 class RunConfig:
-    """What a run writes and reports."""
+    """Files and events of a run."""
 
-    dir: str = option("runs", "folder in which each run gets its own folder", path="")
+    dir: str = option(
+        "runs", "parent folder of all runs; each run has a folder of its own", path=""
+    )
     trace: str = option(
         "all",
-        "record the time of every action: in all rounds, at both ends (the first and the last "
-        "three), or in none",
+        "record the time of every action: in all rounds, at both ends of the run (the first and "
+        "the last three rounds), or not at all",
         choices=TRACED,
     )
     sinks: str = option(
-        "", "where events go besides metrics.jsonl: tensorboard, or your own MODULE:FUNCTION"
+        "",
+        "further destinations of events: tensorboard, or your own MODULE:FUNCTION",
     )
     compile_cache: bool = option(True, "cache compiled programs in the user's cache folder")
     evaluate_every: int = option(
@@ -459,12 +472,12 @@ class RunConfig:
 
 @dataclasses.dataclass
 class Config:
-    """All of a run."""
+    """The configuration of a run."""
 
     name: str = option("run", "name of the run and of its folder")
     seed: int = option(0, "seed of all random numbers", at_least=0, below=2**32)
     method: str = option(
-        "pipar", "training method; auto: the one that the tuner finds", choices=(*METHODS, AUTO)
+        "pipar", "training method; auto: chosen by the tuner", choices=(*METHODS, AUTO)
     )
     epochs: int = option(1, "number of passes of each device over its samples", at_least=1)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)

@@ -242,7 +242,7 @@ def _parse_cores(text: str, field: str) -> frozenset[int]:
         found = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part, re.ASCII)
         if found is None or int(found[2] or found[1]) < int(found[1]):
             raise ConfigError(
-                f"{field}={text[:120]!r} does not fit: it takes cores such as 0 or 1-3,5"
+                f"{field}={text[:120]!r} is not valid: expected cores such as 0 or 1-3,5"
             )
         cores.update(range(int(found[1]), int(found[2] or found[1]) + 1))
     return frozenset(cores)

@@ -1,4 +1,4 @@
-"""How often weights are averaged."""
+"""The aggregation interval."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipar_jax.errors import ConfigError
 
 
 def aggregate_steps(config: Config) -> int:
-    """Returns the steps between two aggregations; 0 means once per epoch.
+    """Returns the number of steps between two aggregations; 0 means once per epoch.
 
     Raises:
       ConfigError: ``aggregation.every`` is neither ``epoch`` nor a number of steps.
@@ -20,7 +20,7 @@ def aggregate_steps(config: Config) -> int:
     found = re.fullmatch(r"(\d{1,9})( steps?)?", every, re.ASCII)
     if found is None or int(found[1]) < 1:
         raise ConfigError(
-            f"aggregation.every={config.aggregation.every[:99]!r} does not fit: it takes epoch, or "
-            "a number of steps such as '10 steps'"
+            f"aggregation.every={config.aggregation.every[:99]!r} is not valid: expected epoch, "
+            "or a number of steps such as '10 steps'"
         )
     return int(found[1])

@@ -1,8 +1,8 @@
-"""Fields that name files and folders: made absolute once, in one place, for all processes of a run.
+"""Fields that name files and folders; they are made absolute once, for all processes of a run.
 
-Which fields these are the schema says (``option(..., path=...)``). A relative path counts from the
-folder in which the command was given, and ``~`` is the user's home; whoever reads a resolved
-configuration, in whatever folder, finds the same file.
+The schema marks these fields (``option(..., path=...)``). A relative path is relative to the
+working directory of the command, and ``~`` is the user's home, so that a resolved configuration
+names the same files in any directory.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from pipar_jax.errors import ConfigError
 
 
 def is_path(one: ConfigField) -> bool:
-    """Returns whether an option's text is a path, or may hold one behind a prefix."""
+    """Returns whether an option's text is a path, or may contain one after a prefix."""
     return one.field.metadata["path"] is not None
 
 
 def expand(one: ConfigField, value: Any) -> Any:
-    """Returns an option's value with its path absolute; other values as they are.
+    """Returns an option's value with its path made absolute; other values are unchanged.
 
     Raises:
-      ConfigError: It cannot be a path: a home that is not there, or a character no path has.
+      ConfigError: The value cannot be a path: its home directory is unknown, or it contains a
+        character that paths cannot contain.
     """
     prefix = one.field.metadata["path"]
     if prefix is None or not isinstance(value, str) or not value.lower().startswith(prefix):
@@ -35,29 +36,29 @@ def expand(one: ConfigField, value: Any) -> Any:
     if not text:
         return value
     if "\0" in text:
-        raise ConfigError(f"{one.path}={value!r} is not a path: take out the character \\0")
+        raise ConfigError(f"{one.path}={value!r} is not a path: remove the character \\0")
     try:
         found = Path(text).expanduser().absolute()
     except (RuntimeError, OSError) as error:
         raise ConfigError(
-            f"{one.path}={value!r} cannot be made absolute ({error}): write the whole path"
+            f"{one.path}={value!r} cannot be made absolute ({error}): write the absolute path"
         ) from error
     try:
         os.lstat(found)
-    except OSError as error:  # that it is not there is no fault: it may be made
+    except OSError as error:  # a missing file is not an error: it may be created
         if error.errno == errno.ENAMETOOLONG:
             raise ConfigError(
-                f"{one.path}={value[:80]!r}… is longer than a path may be: shorten it"
+                f"{one.path}={value[:80]!r}… is longer than a path can be: shorten it"
             ) from error
     return value[: len(prefix)] + str(found)
 
 
 def expand_all(root: Any, prefix: str = "") -> None:
-    """Makes every path of a dataclass of options absolute, in place.
+    """Makes all paths in a dataclass of options absolute, in place.
 
     Args:
-      root: An instance, such as a configuration, whose fields fit their types.
-      prefix: What stands before the fields' names in messages.
+      root: An instance, such as a configuration, whose fields have valid types.
+      prefix: Precedes the fields' names in messages.
 
     Raises:
       ConfigError: A text cannot be a path.
@@ -72,7 +73,7 @@ def expand_all(root: Any, prefix: str = "") -> None:
 
 
 def shown(path: str | Path) -> str:
-    """Returns a path as it is told to the user: from the present folder on, if it is below it."""
+    """Returns a path as shown to the user: relative to the working directory if it is below."""
     try:
         return str(Path(path).relative_to(Path.cwd()))
     except (ValueError, OSError):

@@ -1,8 +1,8 @@
-"""Functions that the user gives, ``MODULE:FUNCTION``: found, called, and their errors told well.
+"""Functions of the user, ``MODULE:FUNCTION``: finds and calls them and reports their errors.
 
-What such a function raises is told in one line: whose it is, the error with its own message, and
-the user's line that raised it. The error keeps the user's as its cause, and ``of_user`` is set, so
-that a process leaves the traceback in its log.
+An exception in such a function is reported in one line: the function, the exception with its
+message, and the line of the user's code that raised it. The exception is the cause of the error,
+and ``of_user`` is set, so that a process writes the traceback to its log.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from stages.foreign import describe
 
 
 def find(path: str, what: str, kind: type[PiparError]) -> Callable[..., Any]:
-    """Returns a user's function; a call of it raises errors as ``guarded`` makes them.
+    """Returns a user's function, wrapped so that it raises errors as ``guarded`` does.
 
     Args:
       path: ``MODULE:FUNCTION``.
-      what: What it is, to begin messages with: ``own data module:mine:load``.
+      what: Begins the messages, such as ``own data module:mine:load``.
       kind: The error to raise.
 
     Raises:
@@ -35,8 +35,8 @@ def find(path: str, what: str, kind: type[PiparError]) -> Callable[..., Any]:
         cause = error.__cause__
         if isinstance(cause, ModuleNotFoundError) and cause.name in _parents(name):
             raise kind(
-                f"{what} cannot be imported: {cause}: it must be in the folder in which the "
-                "command runs, or installed"
+                f"{what} cannot be imported: {cause}: it must be in the working directory of the "
+                "command, or installed"
             ) from cause
         raise
     made = getattr(module, function, None)
@@ -55,14 +55,14 @@ def find(path: str, what: str, kind: type[PiparError]) -> Callable[..., Any]:
 
 @contextmanager
 def guarded(what: str, kind: type[PiparError]) -> Iterator[None]:
-    """Turns whatever a user's code raises inside into one error that names it and its line.
+    """Turns any exception of a user's code into an error that names the code and its line.
 
     Args:
-      what: What failed, to begin the message with: ``own data module:mine:load failed``.
+      what: Begins the message, such as ``own data module:mine:load failed``.
       kind: The error to raise.
 
     Raises:
-      PiparError: The user's code failed; an attempt to end the process counts too.
+      PiparError: The user's code raised an exception, or tried to end the process.
     """
     try:
         yield
@@ -73,6 +73,6 @@ def guarded(what: str, kind: type[PiparError]) -> Iterator[None]:
 
 
 def _parents(name: str) -> set[str]:
-    """Returns the names of a module and of the packages that it is in."""
+    """Returns the names of a module and of its parent packages."""
     parts = name.split(".")
     return {".".join(parts[:count]) for count in range(1, len(parts) + 1)}

@@ -1,4 +1,4 @@
-"""Configurations as text: saved with a run, printed, read again, and compared between hosts."""
+"""Configurations as text: saved with a run, printed, read, and compared between hosts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipar_jax.errors import ConfigError
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Returns the configuration as nested JSON-ready values, the token included."""
+    """Returns the configuration as nested values for JSON, including the token."""
     made = dataclasses.asdict(config)
     for group in (config.devices, config.nodes):
         made["devices" if group is config.devices else "nodes"]["overrides"] = {
@@ -28,20 +28,20 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     """Returns the configuration that ``to_dict`` wrote.
 
     Raises:
-      ConfigError: A field is unknown or an index of an override is no number.
+      ConfigError: A field is unknown, or the index of an override is not a number.
     """
     made = schema.from_dict(Config, values)
     for group in (made.devices, made.nodes):
         if not all(str(index).isdigit() for index in group.overrides):
             raise ConfigError(
-                f"overrides={group.overrides!r} must go from a device's or node's index to fields"
+                f"overrides={group.overrides!r} must map the index of a device or node to fields"
             )
         group.overrides = {int(index): dict(some) for index, some in group.overrides.items()}
     return made
 
 
 def to_json(config: Config) -> str:
-    """Returns the text that is saved and printed: it never shows the token."""
+    """Returns the text that is saved with a run; the token is hidden."""
     values = to_dict(config)
     if values["network"]["token"] is not None:
         values["network"]["token"] = HIDDEN_TOKEN
@@ -49,7 +49,7 @@ def to_json(config: Config) -> str:
 
 
 def to_text(config: Config) -> str:
-    """Returns a line per group of fields, as printed when a run begins."""
+    """Returns one line per group of fields, as printed at the start of a run."""
     values = json.loads(to_json(config))
     top = {name: value for name, value in values.items() if not isinstance(value, dict)}
     devices, nodes = values.pop("devices"), values.pop("nodes")
@@ -74,19 +74,19 @@ def from_json(text: str) -> Config:
     """Returns the configuration of a text that ``to_json`` wrote.
 
     Raises:
-      ConfigError: It is no JSON, or no configuration.
+      ConfigError: The text is not JSON, or not a configuration.
     """
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"the saved configuration is no JSON: {error}") from error
+        raise ConfigError(f"the saved configuration is not valid JSON: {error}") from error
     return from_dict(values)
 
 
 def difference(ours: Config, theirs: Config) -> list[str]:
-    """Lists the fields in which two hosts of one run must agree but do not.
+    """Returns the fields that must be equal on two hosts of a run but differ.
 
-    Addresses, folders, links, emulated slowness and data that stays home may differ.
+    Addresses, folders, links, emulated slowdowns and the devices' own data may differ.
 
     Args:
       ours: This host's configuration, resolved.
@@ -110,7 +110,7 @@ _LOCAL = ("name", "debug", "run.", "tuner.", "server.", "network.", "devices.def
 def _shared(config: Config) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for one in schema.options(Config):
-        is_path = one.field.metadata["path"] is not None  # each machine has files of its own
+        is_path = one.field.metadata["path"] is not None  # each machine has its own files
         if not (is_path or one.path.startswith(_LOCAL)):
             value: Any = config
             for name in one.path.split("."):

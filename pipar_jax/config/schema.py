@@ -1,8 +1,8 @@
-"""What a configuration's fields may hold: read from dataclasses, checked, parsed and explained.
+"""The schema of a configuration: reads, checks, parses and documents its fields.
 
-The dataclasses of ``pipar_jax.config`` are the only truth. Help texts, command-line flags, checks
-and JSON all come from the annotations and from what ``option`` attaches to each field. Nothing
-here knows a particular field.
+The dataclasses of ``pipar_jax.config`` are the single source of truth. Help texts, flags, checks
+and JSON all derive from their annotations and from what ``option`` attaches to each field. Nothing
+here depends on a particular field.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipar_jax.errors import ConfigError
 T = TypeVar("T")
 
 _SCALARS = (bool, int, float, str)
-#: Counts travel in 32 bits between hosts, and are 32-bit numbers in compiled programs.
+#: Counts have 32 bits in messages between hosts and in compiled programs.
 _COUNTS = 2**32
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
@@ -40,15 +40,15 @@ def option(
     """Returns a dataclass field with its default, its help text and its limits.
 
     Args:
-      default: The value without an override; a class stands for a fresh instance of it.
+      default: The default value; for a class, a new instance of it.
       text: One line of help.
-      choices: The values allowed, for texts.
-      at_least: Smallest value allowed, for numbers.
-      above: Bound that a number must exceed.
-      at_most: Largest value allowed.
-      below: Bound that a number must stay under.
-      path: For texts that name a file or folder: empty if the whole text does, else the prefix
-        behind which it does, such as ``npz:``. ``pipar_jax.config.paths`` makes them absolute.
+      choices: The allowed values, for texts.
+      at_least: Smallest allowed value, for numbers.
+      above: Exclusive lower bound.
+      at_most: Largest allowed value.
+      below: Exclusive upper bound.
+      path: For texts that name a file or folder: the prefix before the path, such as ``npz:``, or
+        an empty text if the whole text is a path. ``pipar_jax.config.paths`` makes them absolute.
     """
     metadata = {
         "text": text,
@@ -64,18 +64,17 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-#: Read from source text each time it is asked for: kept, since every join is held to all fields.
+#: Reading them from the source is slow, and every join is checked against all fields: cached.
 _hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
 
 
 class ConfigField(NamedTuple):
-    """One field of a configuration that holds a value, not further fields.
+    """A leaf field of a configuration.
 
     Attributes:
       path: Dotted path below the root, such as ``data.batch_size``.
-      types: Scalar types that the field takes, ``NoneType`` among them if it may be empty.
-      default: The value without an override.
-      field: The dataclass field, with what ``option`` attached to it.
+      types: Scalar types of the field, including ``NoneType`` if it is optional.
+      default: The default value. field: The dataclass field, with what ``option`` attached to it.
     """
 
     path: str
@@ -90,7 +89,7 @@ class ConfigField(NamedTuple):
 
     @property
     def expects(self) -> str:
-        """What the field takes, in words: choices, or types and bounds."""
+        """Describes the valid values: choices, or types and bounds."""
         limits = self.field.metadata
         if limits["choices"]:
             return ", ".join(limits["choices"])
@@ -105,9 +104,9 @@ class ConfigField(NamedTuple):
 
 
 def options(root: Any, prefix: str = "") -> Iterator[ConfigField]:
-    """Yields the options of a dataclass (a class or an instance), nested ones included.
+    """Yields the options of a dataclass (a class or an instance), including nested ones.
 
-    A field whose type is a mapping (overrides by index) is left to whoever knows its keys.
+    Fields whose type is a mapping (overrides by index) are skipped.
     """
     hints = _hints(root if isinstance(root, type) else type(root))
     for field in dataclasses.fields(root):
@@ -127,12 +126,12 @@ def scalars(kind: Any) -> tuple[type, ...]:
 
 
 def check(root: Any, prefix: str = "") -> None:
-    """Checks types, choices and bounds of every field, nested ones included.
+    """Checks types, choices and bounds of all fields, including nested ones.
 
-    Whole numbers in fields for numbers become floats, so that equal configurations print equal.
+    Whole numbers in float fields become floats, so that equal configurations have equal texts.
 
     Raises:
-      ConfigError: A value does not fit; the message names the field, the value and what fits.
+      ConfigError: A value is not valid; the message names the field, the value and what is valid.
     """
     hints = _hints(type(root))
     for field in dataclasses.fields(root):
@@ -151,10 +150,10 @@ def check(root: Any, prefix: str = "") -> None:
 
 
 def fit(one: ConfigField, value: Any) -> Any:
-    """Returns a value as the option holds it.
+    """Returns a value converted to the type of an option.
 
     Raises:
-      ConfigError: The type is another one, or the value is not a choice or out of bounds.
+      ConfigError: The value has another type, is not a choice, or is out of bounds.
     """
     if value is None and type(None) in one.types:
         return None
@@ -162,17 +161,17 @@ def fit(one: ConfigField, value: Any) -> Any:
         value = float(value)
     limits = one.field.metadata
     if type(value) not in one.types or (isinstance(value, float) and not math.isfinite(value)):
-        raise ConfigError(f"{one.path}={value!r} does not fit: it takes {one.expects}")
+        raise ConfigError(f"{one.path}={value!r} is not valid: expected {one.expects}")
     if isinstance(value, str) and not _is_utf8(value):
         raise ConfigError(
-            f"{one.path}={value!r} is not a text in UTF-8, as all of a configuration is: write it "
-            "in UTF-8, and rename the file if it is a file's name"
+            f"{one.path}={value!r} is not valid UTF-8: write it in UTF-8; if it names a file, "
+            "rename the file"
         )
     choices = limits["choices"]
     if choices and value not in choices:
         raise ConfigError(
-            f"{one.path}={value!r} is not known{did_you_mean(value, choices)} "
-            f"(it takes {one.expects})"
+            f"{one.path}={value!r} is not known{did_you_mean(value, choices)} (known: "
+            f"{one.expects})"
         )
     if isinstance(value, int | float) and not isinstance(value, bool):
         good = (
@@ -182,20 +181,20 @@ def fit(one: ConfigField, value: Any) -> Any:
             and (limits["below"] is None or value < limits["below"])
         )
         if not good:
-            raise ConfigError(f"{one.path}={value!r} is out of range: it takes {one.expects}")
+            raise ConfigError(f"{one.path}={value!r} is out of range: expected {one.expects}")
         if isinstance(value, int) and abs(value) >= _COUNTS:
             raise ConfigError(
-                f"{one.path} is out of range: whole numbers end at {_COUNTS - 1}, got one of "
-                f"{value.bit_length()} bits"
+                f"{one.path} is out of range: the largest whole number is {_COUNTS - 1}, got one "
+                f"of {value.bit_length()} bits"
             )
     return value
 
 
 def parse(one: ConfigField, text: str) -> Any:
-    """Returns the value that a command line's text means for an option.
+    """Parses the text of a flag as the value of an option.
 
     Raises:
-      ConfigError: The text is nothing that the option takes.
+      ConfigError: The text is not a valid value of the option.
     """
     if type(None) in one.types and text.lower() in ("none", "null"):
         return None
@@ -210,18 +209,18 @@ def parse(one: ConfigField, text: str) -> Any:
             return fit(one, kind(text))
         except ValueError:
             continue
-    raise ConfigError(f"{one.path}={text!r} does not fit: it takes {one.expects}")
+    raise ConfigError(f"{one.path}={text!r} is not valid: expected {one.expects}")
 
 
 def did_you_mean(name: Any, known: Iterable[str]) -> str:
     """Returns ``": did you mean 'x'?"`` for the nearest known name, or an empty text."""
     known = list(known)
     word = str(name)
-    if len(word) > 100:  # resembles none, and comparing takes long
+    if len(word) > 100:  # too long to resemble a name, and slow to compare
         return ""
     found = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if not found:
-        # A field is often right and only its group is missing or wrong: data.epochs, batch_size.
+        # Often only the group is missing or wrong: data.epochs, batch_size.
         leaf = word.rpartition(".")[2]
         leaves = {one.rpartition(".")[2]: one for one in known}
         found = [leaves[near] for near in difflib.get_close_matches(leaf, leaves, 1, 0.6)]
@@ -229,7 +228,7 @@ def did_you_mean(name: Any, known: Iterable[str]) -> str:
 
 
 def from_dict(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
-    """Returns an instance of a dataclass from nested mappings; missing fields keep their default.
+    """Returns an instance of a dataclass from nested mappings; missing fields keep their defaults.
 
     Raises:
       ConfigError: A field is unknown, or a group is not a mapping.
@@ -257,7 +256,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _is_utf8(text: str) -> bool:
-    """Returns whether a text can be written; bytes of a command line that are not UTF-8 cannot."""
+    """Returns whether a text can be encoded; invalid UTF-8 from a command line cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -12,16 +12,16 @@ TENSORBOARD = "tensorboard"
 
 
 def sink_names(text: str) -> Sequence[str]:
-    """Returns the sinks that a text lists.
+    """Parses a list of sinks.
 
     Raises:
-      ConfigError: One is neither known nor of the form MODULE:FUNCTION.
+      ConfigError: A name is neither known nor of the form MODULE:FUNCTION.
     """
     found = split_list(text)
     for name in found:
         if name != TENSORBOARD and not re.fullmatch(r"[\w.]+:\w+", name):
             raise ConfigError(
-                f"run.sinks={text!r} does not fit: {name!r} is neither {TENSORBOARD} nor a "
-                "function of yours, MODULE:FUNCTION"
+                f"run.sinks={text!r} is not valid: {name!r} is neither {TENSORBOARD} nor a "
+                "function MODULE:FUNCTION"
             )
     return found

@@ -1,4 +1,4 @@
-"""How slow an emulated host is: a factor, and another one that changes over a run."""
+"""Emulated slowdown of a host: a constant factor, and one that changes during a run."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pipar_jax.errors import ConfigError
 
 
 class Slowdown(NamedTuple):
-    """How many times longer computations last.
+    """The factors by which compute times are multiplied.
 
     Attributes:
-      factor: Throughout.
-      steps: (seconds since the first round began, further factor), in rising order from 0 s.
+      factor: The constant factor.
+      steps: (seconds since the first round began, additional factor), in increasing order from 0 s.
     """
 
     factor: float = 1.0
@@ -21,11 +21,11 @@ class Slowdown(NamedTuple):
 
     @property
     def emulated(self) -> bool:
-        """Whether computations are stretched at all."""
+        """Whether any factor differs from 1."""
         return self.factor != 1.0 or bool(self.steps)
 
     def at(self, elapsed_s: float) -> float:
-        """Returns the whole factor at a time since the first round began."""
+        """Returns the product of the factors at a time since the start of the first round."""
         further = 1.0
         for at_s, value in self.steps:
             if elapsed_s < at_s:
@@ -34,11 +34,11 @@ class Slowdown(NamedTuple):
         return self.factor * further
 
     def since(self, began_s: float | None) -> float:
-        """Returns the whole factor now, if the first round began then; None: it has not."""
+        """Returns the product of the factors now, or at the start for None."""
         return self.at(0.0 if began_s is None else time.monotonic() - began_s)
 
 
-#: The slowness of a host that is as fast as it is.
+#: No slowdown.
 UNSLOWED = Slowdown()
 
 

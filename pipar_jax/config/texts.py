@@ -1,4 +1,4 @@
-"""Lists in texts, such as ``fl, pipar`` and ``2,4,8``."""
+"""Lists as texts, such as ``fl, pipar`` and ``2,4,8``."""
 
 from __future__ import annotations
 

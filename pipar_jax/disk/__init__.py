@@ -1,1 +1,1 @@
-"""Files that are whole or not there, JSON without NaN, and the log of events."""
+"""Atomic files, JSON without NaN, and the log of events."""

@@ -1,4 +1,4 @@
-"""The events of a run on disk: a row of ``metrics.jsonl`` each, written as they happen."""
+"""The event log of a run: ``metrics.jsonl``, with one row per event."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from pipar_jax.errors import RunError
 
 
 class EventLog:
-    """Appends rows; a row is there as a whole or not at all.
+    """Appends rows atomically.
 
     Args:
-      path: The file, which must not be there yet: the rows of two runs do not mix.
+      path: The file, which must not exist, so that rows of two runs do not mix.
 
     Raises:
-      DiskError: The file cannot be made.
-      RunError: It is there already.
+      DiskError: The file cannot be created.
+      RunError: The file exists.
     """
 
     def __init__(self, path: Path) -> None:
-        """Makes the file."""
+        """Creates the file."""
         self.path = path
         try:
             with refused(path):
@@ -40,10 +40,10 @@ class EventLog:
             ) from error
 
     def add(self, event: Mapping[str, Any]) -> None:
-        """Appends a row; the system has it when this returns.
+        """Appends a row and flushes it to the operating system.
 
         Raises:
-          DiskError: It cannot be written; then nothing of it is.
+          DiskError: The row cannot be written; no part of it is written then.
         """
         row = dumps(event).encode() + b"\n"
         with refused(self.path):
@@ -54,19 +54,19 @@ class EventLog:
                     while row:
                         row = row[os.write(descriptor, row) :]
                 except OSError:
-                    with contextlib.suppress(OSError):  # not where it is a device
-                        os.ftruncate(descriptor, size)  # half a row would spoil the next one
+                    with contextlib.suppress(OSError):  # not for a device file
+                        os.ftruncate(descriptor, size)  # a partial row would corrupt the next one
                     raise
             finally:
                 os.close(descriptor)
 
 
 def read_events(path: Path) -> tuple[dict[str, Any], ...]:
-    """Returns the rows of a file; a last one that is cut short, as by a full disk, is left out.
+    """Returns the rows of a file, without a truncated last one.
 
     Raises:
       OSError: The file cannot be read.
-      RunError: Another line than the last is no row.
+      RunError: A line other than the last is not a row.
     """
     *lines, torn = path.read_bytes().split(b"\n")
     rows = []

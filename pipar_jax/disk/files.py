@@ -1,9 +1,9 @@
-"""Files that are whole or not there: everything that a run or a binary leaves goes through here.
+"""Atomic files: all files of runs and binaries are written by this module.
 
-A file is written aside, in the folder where it will be, brought to the disk, and then renamed to
-its name: whoever looks sees what was there before or all of what is new, whatever ends this process
-or the machine. What the system refuses (a full disk, a quota, a folder that cannot be written) is
-one ``DiskError`` that names the file and what to do.
+A file is written under a temporary name in its folder, synced to disk, and renamed: readers see
+either the old or the complete new contents, even if the process or the machine fails. Errors of the
+system (a full disk, a quota, a missing permission) become a ``DiskError`` that names the file and a
+remedy.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from typing import Any
 from comms.errors import explain
 from pipar_jax.errors import DiskError
 
-#: What to do where a run's own files cannot be written.
+#: Remedy if files of a run cannot be written.
 RUN_REMEDY = "choose another folder with --config.run.dir"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-#: How the Rust parts of safetensors tell the number of an error of the system.
+#: The errno in error messages of safetensors' Rust code.
 _RUST_ERRNO = re.compile(r"\(os error (\d+)\)")
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path, remedy: str = RUN_REMEDY) -> Iterator[Path]:
-    """Yields a name to write a file under; on a good end the file is at ``path``, whole.
+    """Yields a temporary name for a file, which is renamed to ``path`` if the block succeeds.
 
-    Where ``path`` is no regular file, such as /dev/stdout, it is written as it is. A link stays:
-    what it leads to is replaced.
+    If ``path`` is not a regular file, such as /dev/stdout, it is written directly. The target of a
+    symbolic link is replaced, not the link.
 
     Args:
-      path: Where the file goes.
-      remedy: What the user can do if it cannot be written, for the message.
+      path: Path of the file.
+      remedy: Remedy in the message if the file cannot be written.
 
     Raises:
-      DiskError: It cannot be written; nothing is left of it, and what was at ``path`` still is.
+      DiskError: The file cannot be written; ``path`` is unchanged and no temporary file remains.
     """
     with refused(path, remedy):
         target = Path(os.path.realpath(path))
@@ -53,27 +53,27 @@ def replacing(path: str | Path, remedy: str = RUN_REMEDY) -> Iterator[Path]:
             _bring_to_disk(aside, os.O_RDWR)
             os.replace(aside, target)
         except BaseException:
-            with contextlib.suppress(OSError):  # it may not be there; the first error is told
+            with contextlib.suppress(OSError):  # it may not exist; the first error is reported
                 aside.unlink()
             raise
         _bring_to_disk(target.parent, os.O_RDONLY)
 
 
 def write_bytes(path: str | Path, content: bytes, remedy: str = RUN_REMEDY) -> None:
-    """Writes a file at once or not at all, see ``replacing``.
+    """Writes a file atomically, see ``replacing``.
 
     Raises:
-      DiskError: It cannot be written.
+      DiskError: The file cannot be written.
     """
     with replacing(path, remedy) as aside:
         aside.write_bytes(content)
 
 
 def write_text(path: str | Path, text: str, remedy: str = RUN_REMEDY) -> None:
-    """Writes a text as UTF-8 at once or not at all, see ``replacing``.
+    """Writes a text as UTF-8 atomically, see ``replacing``.
 
     Raises:
-      DiskError: It cannot be written.
+      DiskError: The file cannot be written.
     """
     write_bytes(path, text.encode(), remedy)
 
@@ -84,12 +84,12 @@ def write_tensors(
     metadata: Mapping[str, str],
     remedy: str = RUN_REMEDY,
 ) -> None:
-    """Writes arrays as a safetensors file at once or not at all, see ``replacing``.
+    """Writes arrays as a safetensors file atomically, see ``replacing``.
 
     Args:
-      path: Where the file goes.
-      tensors: Arrays of numpy, in C order, by name.
-      metadata: Texts kept in the file's header.
+      path: Path of the file.
+      tensors: numpy arrays by name, in C order.
+      metadata: Texts for the file's header.
       remedy: What the user can do if it cannot be written.
 
     Raises:
@@ -103,16 +103,16 @@ def write_tensors(
             save_file(dict(tensors), aside, dict(metadata))
         except SafetensorError as error:
             found = _RUST_ERRNO.search(str(error))
-            if found is None:  # not the disk: tensors that it cannot write
+            if found is None:  # not an error of the disk, but tensors that cannot be written
                 raise
             raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
 
 
 def make_folder(path: str | Path, remedy: str = RUN_REMEDY) -> Path:
-    """Makes a folder and those above it, where they are not there yet, and returns it.
+    """Creates a folder and its missing parents, and returns its path.
 
     Raises:
-      DiskError: It cannot be made.
+      DiskError: The folder cannot be created.
     """
     with refused(path, remedy):
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -121,10 +121,10 @@ def make_folder(path: str | Path, remedy: str = RUN_REMEDY) -> Path:
 
 @contextlib.contextmanager
 def refused(path: str | Path, remedy: str = RUN_REMEDY) -> Iterator[None]:
-    """Turns what the system refuses while a file is written into an error that names the file.
+    """Turns errors of the system while a file is written into an error that names the file.
 
     Raises:
-      DiskError: The system refused.
+      DiskError: The system reported an error.
     """
     try:
         yield
@@ -134,7 +134,7 @@ def refused(path: str | Path, remedy: str = RUN_REMEDY) -> Iterator[None]:
 
 
 def describe_os_error(error: OSError, remedy: str = RUN_REMEDY) -> str:
-    """Returns one line about a failed call of the system: what, which file, what to do."""
+    """Returns one line about a failed system call: the error, the file and a remedy."""
     name = f": {error.filename}" if error.filename else ""
     where = f" while writing {error.filename}" if error.filename else ""
     if error.errno in _FULL:
@@ -143,14 +143,14 @@ def describe_os_error(error: OSError, remedy: str = RUN_REMEDY) -> str:
         return f"a file larger than this process may write{where}: raise ulimit -f, or {remedy}"
     if error.errno in _FORBIDDEN:
         return (
-            f"{explain(error)}: {error.filename or 'a file'}: give this user the right to write "
-            f"there, or {remedy}"
+            f"{explain(error)}: {error.filename or 'a file'}: give this user write permission, or "
+            f"{remedy}"
         )
     return f"{explain(error)}{name}"
 
 
 def describe_reading(error: Exception) -> str:
-    """Returns one line about why a file could not be read: the system's word, or what is in it."""
+    """Returns one line that explains why a file could not be read."""
     if isinstance(error, OSError):
         return explain(error) + (f": {error.filename}" if error.filename else "")
     if isinstance(error, KeyError):
@@ -159,7 +159,7 @@ def describe_reading(error: Exception) -> str:
 
 
 def _bring_to_disk(path: Path, flags: int) -> None:
-    """Waits until a file or a folder is on the disk, where its file system can say so."""
+    """Syncs a file or folder to disk, if its file system supports it."""
     descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)

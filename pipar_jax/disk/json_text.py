@@ -1,4 +1,4 @@
-"""JSON as everything here is written: never a bare NaN or Infinity, which no other reader takes."""
+"""JSON without NaN and Infinity, which other readers reject."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 def dumps(
     value: Any, *, indent: int | None = None, sort_keys: bool = False, ensure_ascii: bool = True
 ) -> str:
-    """Returns a value's JSON text; a number that is not finite is written as null.
+    """Returns a value as JSON; numbers that are not finite become null.
 
     Args:
-      value: Mappings, sequences, texts and numbers, also numpy's; anything else as its text.
-      indent: Spaces by which each level is set in; None: all on one line.
+      value: Mappings, sequences, texts and numbers, including numpy's; other values become texts.
+      indent: Spaces per level; None: all on one line.
       sort_keys: Whether keys are sorted.
-      ensure_ascii: Whether other characters are escaped.
+      ensure_ascii: Whether non-ASCII characters are escaped.
     """
 
     def text(value: Any) -> str:
@@ -28,12 +28,12 @@ def dumps(
 
     try:
         return text(value)
-    except ValueError:  # rare: looking at every number first would take longer than writing it
+    except ValueError:  # rare: checking every number first would take longer than writing it
         return text(plain(value))
 
 
 def plain(value: Any) -> Any:
-    """Returns a value as a reader of its JSON gets it: None for numbers that are not finite."""
+    """Returns a value as read from its JSON: None for numbers that are not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -46,6 +46,6 @@ def plain(value: Any) -> Any:
 
 
 def _default(value: Any) -> Any:
-    if hasattr(value, "tolist"):  # numpy's numbers and arrays, and jax's
+    if hasattr(value, "tolist"):  # numbers and arrays of numpy and jax
         return value.tolist()
     return str(value)

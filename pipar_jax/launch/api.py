@@ -1,4 +1,4 @@
-"""The library's front door: train from a configuration, load what a run left behind."""
+"""The public API: trains from a configuration and loads finished runs."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from stages import Model
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A finished run, as its folder tells it.
+    """A finished run, as read from its folder.
 
     Attributes:
-      folder: Where it is.
+      folder: The run's folder.
       config: Its resolved configuration.
       model: The whole model.
-      params: For each unit its weights by path.
-      state: For each unit its batch statistics by path.
+      params: Weights by unit and path.
+      state: Batch statistics by unit and path.
       metrics: Every event of the run, in order.
-      facts: What is known of the model and its data: classes, normalisation.
+      facts: Facts about the model and its data, such as classes and normalisation.
     """
 
     folder: Path
@@ -67,7 +67,7 @@ class Run:
         """Returns the timed actions of the run.
 
         Raises:
-          RunError: The run kept none (``run.trace=none``).
+          RunError: The run has no trace (``run.trace=none``).
         """
         return Trace.load(self.folder / TRACE)
 
@@ -75,11 +75,11 @@ class Run:
         """Returns the model's logits [batch, classes] for raw images.
 
         Args:
-          images: [batch, height, width, channels] as they are stored, of the type that the run was
-            trained on: uint8, or floats scaled as the training data were.
+          images: [batch, height, width, channels] as stored, of the dtype that the run was trained
+            on: uint8, or floats scaled like the training data.
 
         Raises:
-          DataError: There is no image, or shape, type or a number does not fit.
+          DataError: There is no image, or shape, dtype or a value is not valid.
         """
         mean, std = (np.asarray(self.facts[name], np.float32) for name in ("mean", "std"))
         checked = make_queries(images, self.facts["input_shape"], self.facts["images"])
@@ -90,7 +90,7 @@ class Run:
         """Returns the most likely class [batch] of raw images; see ``logits``.
 
         Raises:
-          DataError: There is no image, or shape, type or a number does not fit.
+          DataError: There is no image, or shape, dtype or a value is not valid.
         """
         found: np.ndarray[Any, Any] = np.argmax(self.logits(images), axis=-1)
         return found
@@ -107,7 +107,7 @@ def load(folder: str | Path, model: Model | None = None) -> Run:
 
     Args:
       folder: The run's folder, such as ``runs/digits``.
-      model: The model, if it was not one that ``stages.build`` made.
+      model: The model, if the run was trained with one of the user's own.
 
     Raises:
       RunError: A file is missing or belongs to another model, or the run's model was the user's own
@@ -123,8 +123,8 @@ def load(folder: str | Path, model: Model | None = None) -> Run:
     if model is None:
         if facts["recipe"] is None:
             raise RunError(
-                f"{path} was trained with a model of your own, {facts['model']!r}, which only you "
-                "can make again: load(folder, model)"
+                f"{path} was trained with your own model {facts['model']!r}: pass it, as "
+                "load(folder, model)"
             )
         model = stages.build(**facts["recipe"])
     _check_model(model, facts, path)
@@ -133,7 +133,7 @@ def load(folder: str | Path, model: Model | None = None) -> Run:
 
 
 def _check_model(model: Model, facts: Mapping[str, Any], path: Path) -> None:
-    """Checks that a model takes and says what the one did that was trained; weights come later."""
+    """Checks that a model has the input shape and classes of the trained one."""
     ours = list(model.input_shape), model.classes
     trained = list(facts["input_shape"]), facts["classes"]
     if ours != trained:
@@ -153,25 +153,25 @@ def train(
 ) -> Run:
     """Trains with all hosts on this machine and returns the finished run.
 
-    A configured model on configured data runs in processes of their own, one per host. With a
-    model or data of your own all hosts are threads of this process, since neither can be handed to
-    another process; they still talk over TCP on the loopback interface.
+    With a configured model and configured data each host is a process. With your own model or data
+    all hosts are threads of this process, since neither can be passed to another process; they
+    still communicate over TCP on the loopback interface.
 
     Args:
-      config: What to train and how; resolved here.
-      model: A model of your own.
-      data: Data of your own: a dataset per device (its training split counts), the last one, after
-        those of the devices, with the test split.
-      on_event: Takes every event as it happens.
+      config: The configuration, which is resolved here.
+      model: Your own model.
+      data: Your own data: one dataset per device, of which the training split is used, then one
+        whose test split is used.
+      on_event: Called with each event as it happens.
 
     Raises:
-      ConfigError: The configuration cannot work.
-      DataError: Data or model are wrong or do not fit each other; nothing was started then.
+      ConfigError: The configuration is not valid.
+      DataError: Data or model are not valid or do not match; nothing was started.
       PiparError: The run failed.
     """
     if model is not None and not isinstance(model, Model):
         raise RunError(
-            f"train() got a {type(model).__name__} as model: make a stages.Model of it with "
+            f"train() got a {type(model).__name__} as model: convert it to a stages.Model with "
             "Model.from_module or Model.from_units"
         )
     names = () if model is None else (config.model.name,)
@@ -195,24 +195,24 @@ def run_here(
 ) -> Path:
     """Runs server and devices as threads of this process; returns the run's folder.
 
-    The folder is a new one: a name that is taken gets a number, as on the command line. Emulated
-    links and slowness work as ever; pinning to cores does not.
+    The folder is new: if the name is taken, a number is appended, as on the command line. Links and
+    slowdowns are emulated; processes are not pinned to cores.
 
     Args:
       config: Resolved configuration.
       model: The model, if not the configured one.
       data: See ``train``.
-      on_event: Takes every event as it happens.
+      on_event: Called with each event as it happens.
 
     Raises:
-      DataError: Data or model are wrong or do not fit each other; nothing was started then.
+      DataError: Data or model are not valid or do not match; nothing was started.
       PiparError: The run failed; of several hosts' errors, the first that is not about a peer.
     """
     own = _admit(config, model, data)
     count = config.devices.count
     from pipar_jax.launch.launcher import create_folder
 
-    # A copy: its name becomes that of the folder, and a model goes by its own.
+    # A copy: its name becomes that of the folder, and that of the model the model's own.
     of_model = config.model if model is None else dataclasses.replace(config.model, name=model.name)
     config = dataclasses.replace(config, model=of_model)
     folder = create_folder(config)
@@ -228,7 +228,7 @@ def run_here(
     def guarded(role: Callable[[], Any]) -> None:
         try:
             role()
-        except BaseException as error:  # raised below, where the threads are joined
+        except BaseException as error:  # raised below, after the threads are joined
             errors.append(error)
             stop.set()
             listening.put(None)
@@ -255,13 +255,13 @@ def run_here(
         for thread in threads:
             thread.join()
         raise
-    if errors:  # who was sent what may not be knows more than who was told to stop
+    if errors:  # a host that received an invalid message knows more than one that was told to stop
         raise min(errors, key=_rank)
     return folder
 
 
 def _rank(error: BaseException) -> int:
-    """Returns the place of an error among several: those of lost peers only follow from others."""
+    """Returns the rank of an error among several: lost peers are consequences of other errors."""
     if isinstance(error, ProtocolError):
         return 0
     return 2 if isinstance(error, PeerError) else 1
@@ -270,7 +270,7 @@ def _rank(error: BaseException) -> int:
 def _admit(
     config: Config, model: Model | None, data: Sequence[Dataset] | None
 ) -> Sequence[Dataset]:
-    """Returns every device's dataset and, last, the server's, all looked at beside the model."""
+    """Returns the dataset of every device and, last, of the server, checked against the model."""
     hosts = [*(device_name(index) for index in range(config.devices.count)), COORDINATOR]
     if data is None:
         loaded = [datasets.load_device(config, index) for index in range(config.devices.count)]

@@ -1,9 +1,10 @@
-"""A small certificate authority for a trial, made with the library cryptography.
+"""A small certificate authority for trials, based on the library cryptography.
 
 One authority, one certificate for each host, all on elliptic curves. A certificate names its host
-(``server``, ``d0``, ``n1``) as a subject alternative name, beside the addresses at which others
-reach it: with mutual TLS a host is taken only under a name that its certificate has. It is meant
-for a trial among machines of one owner: whoever holds ``authority.key`` can admit peers.
+(``server``, ``d0``, ``n1``) as a subject alternative name, in addition to the addresses at which
+others reach it: with mutual TLS a host is accepted only under a name in its certificate. The
+authority is meant for trials on machines of one owner: anybody with ``authority.key`` can admit
+peers.
 """
 
 from __future__ import annotations
@@ -27,28 +28,28 @@ from pipar_jax.errors import PiparError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _AUTHORITY = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "pipar_jax trial authority")])
-#: How far other machines' clocks may be behind this one's.
+#: Maximum by which clocks of other machines may lag behind this one's.
 _SKEW = datetime.timedelta(minutes=5)
 
 
 @dataclass(frozen=True)
 class Certificates:
-    """Where the files of one authority lie.
+    """The paths of an authority's files.
 
     Attributes:
-      folder: The folder of all files.
+      folder: The folder that contains them all.
     """
 
     folder: Path
 
     @property
     def authority(self) -> Path:
-        """The authority's certificate: every machine needs it."""
+        """The authority's certificate, which every machine needs."""
         return self.folder / "authority.pem"
 
     @property
     def authority_key(self) -> Path:
-        """The authority's private key: it stays where it was made."""
+        """The authority's private key, which should not leave its machine."""
         return self.folder / "authority.key"
 
     def certificate(self, name: str) -> Path:
@@ -56,7 +57,7 @@ class Certificates:
         return self.folder / f"{name}.pem"
 
     def key(self, name: str) -> Path:
-        """The private key of a host: only that host needs it."""
+        """The private key of a host, which only that host needs."""
         return self.folder / f"{name}.key"
 
 
@@ -64,17 +65,17 @@ def make_authority(folder: str | os.PathLike[str], *, days: int = 30) -> Certifi
     """Writes a new authority.
 
     Args:
-      folder: Where to; made if it does not exist.
-      days: How long the authority is valid.
+      folder: Target folder; created if missing.
+      days: Validity of the authority, in days.
 
     Raises:
-      PiparError: If there is one already, or the folder cannot be written.
+      PiparError: The folder already contains an authority, or cannot be written.
     """
     files = Certificates(Path(folder))
     if files.authority.exists() or files.authority_key.exists():
         raise PiparError(
-            f"{files.folder} holds an authority already; name another folder, or delete that one "
-            "if none of its certificates is in use"
+            f"{files.folder} already contains an authority; name another folder, or delete this "
+            "one if none of its certificates is in use"
         )
     key = ec.generate_private_key(ec.SECP256R1())
     identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
@@ -99,21 +100,21 @@ def add_certificate(
 
     Args:
       files: The authority.
-      name: The host's: ``server``, ``d0`` for device 0, ``n1`` for compute node 1; names the
-        files too, and is the first subject alternative name.
+      name: Name of the host: ``server``, ``d0`` for device 0, ``n1`` for compute node 1; also the
+        name of the files and the first subject alternative name.
       addresses: Host names and addresses under which others reach the host.
-      days: How long the certificate is valid.
+      days: Validity of the certificate, in days.
 
     Raises:
-      PiparError: If the name is no file name, the certificate exists, an address is none, or the
-        authority's files cannot be read or these not be written.
+      PiparError: The name is not a valid file name, the certificate exists, an address is not
+        valid, or a file cannot be read or written.
     """
     if not _NAME.fullmatch(name):
         raise PiparError(
             f"{name!r} is not a valid name for a certificate: use letters, digits, . _ and -"
         )
     if files.certificate(name).exists():
-        raise PiparError(f"{files.certificate(name)} exists already; choose another name")
+        raise PiparError(f"{files.certificate(name)} already exists; choose another name")
     names = [_alternative(address) for address in dict.fromkeys((name, *addresses))]
     authority_key = _read_authority(files)
     key = ec.generate_private_key(ec.SECP256R1())
@@ -140,7 +141,7 @@ def add_certificate(
 def _builder(
     subject: x509.Name, key: ec.EllipticCurvePrivateKey, days: int
 ) -> x509.CertificateBuilder:
-    """Returns a certificate of the authority's that has no extensions yet."""
+    """Returns a certificate of the authority without extensions."""
     now = datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()
@@ -181,16 +182,18 @@ def _read_authority(files: Certificates) -> ec.EllipticCurvePrivateKey:
             key = serialization.load_pem_private_key(files.authority_key.read_bytes(), None)
         except (ValueError, TypeError) as error:
             raise PiparError(
-                f"{files.authority_key} is not a valid key: {error}; make another authority in "
+                f"{files.authority_key} is not a valid key: {error}; create another authority in "
                 "another folder"
             ) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise PiparError(f"{files.authority_key} is no key of an elliptic curve; make another one")
+        raise PiparError(
+            f"{files.authority_key} is not an elliptic-curve key; create another authority"
+        )
     return key
 
 
 def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
-    # Made private first, so that the key is never readable by others, not even briefly.
+    # Private from the start, so that others cannot read the key even briefly.
     text = key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
@@ -202,7 +205,7 @@ def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
 
 @contextlib.contextmanager
 def _told(folder: Path) -> Iterator[None]:
-    """Turns what a file system refuses into one line."""
+    """Turns errors of the file system into one-line errors."""
     try:
         yield
     except OSError as error:

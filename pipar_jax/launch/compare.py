@@ -18,7 +18,7 @@ from pipar_jax.report import comparison, write_report
 from pipar_jax.report.comparison import Outcome
 from pipar_jax.report.progress import ProgressDisplay
 
-#: Width of what is printed where there is no terminal, in characters.
+#: Width of the output without a terminal, in characters.
 PLAIN_WIDTH = 100
 
 

@@ -1,8 +1,8 @@
 """The command line of binaries with a configuration: a preset, and its fields as flags.
 
-Every argument is checked against the schema before absl and ml_collections see it, because left
-alone they answer an unknown field with a KeyError and list one flag under ``--help``. Binaries
-without a configuration are in ``plain_flags``.
+Every argument is checked against the schema before absl and ml_collections see it, because they
+report an unknown field by a KeyError and list a single flag under ``--help``. Binaries without a
+configuration are in ``plain_flags``.
 """
 
 from __future__ import annotations
@@ -42,36 +42,36 @@ E = TypeVar("E")
 
 _HOST = re.compile(r"(devices|nodes)\.(\d+)\.(\w+)")
 _HOSTS = {"devices": DeviceConfig, "nodes": NodeConfig}
-#: Types that ml_collections' flags can set; the others (unions, none, devices) are set here.
+#: Types that ml_collections' flags can set; other types (unions, None) are set here.
 _PLAIN = ((bool,), (int,), (float,), (str,))
 
 
 @dataclasses.dataclass
 class NoFlags:
-    """A binary without flags of its own."""
+    """No flags in addition to the common ones."""
 
 
 @dataclasses.dataclass
 class Common:
-    """Flags that every binary has."""
+    """The common flags of all binaries."""
 
     config: str = option(
-        "", "preset to start from: a name listed above, or a file of your own, such as ./mine.py"
+        "", "preset to start from: a name listed above, or your own file, such as ./mine.py"
     )
-    flagfile: str = option("", "file with further flags, one in a line")
+    flagfile: str = option("", "file with further flags, one per line")
     debug: bool = option(False, "show tracebacks (short for --config.debug)")
-    version: bool = option(False, "print the version and end")
-    help: bool = option(False, "print this and end")
+    version: bool = option(False, "print the version and exit")
+    help: bool = option(False, "print this help and exit")
 
 
 class Parsed(NamedTuple, Generic[E]):
-    """What a command line says.
+    """A parsed command line.
 
     Attributes:
-      config: The preset with its overrides, not resolved yet; the defaults if only a text is
-        wanted.
+      config: The preset with its overrides, not yet resolved; the defaults with --help or
+        --version.
       extra: The binary's own flags.
-      text: What is to be printed and nothing else done, for --help and --version; else empty.
+      text: The output of --help or --version; otherwise empty.
     """
 
     config: Config
@@ -94,12 +94,12 @@ def run(
     or configuration, 130 after Ctrl-C and 143 after SIGTERM.
 
     Args:
-      main: Takes the resolved configuration and the binary's own flags.
+      main: Called with the resolved configuration and the binary's own flags.
       extra: Dataclass of ``option`` fields: the binary's own flags.
-      doc: What the binary does; its help begins with it.
-      name: Name that follows ``pipar``, for the help.
-      presets: Folder of the presets that can be named without a path.
-      preset: The preset where the command line names none; empty: it has to.
+      doc: Description of the binary, with which its help begins.
+      name: The command after ``pipar``, for the help.
+      presets: Folder of the presets that are known by name.
+      preset: The default preset; empty: the command line has to name one.
     """
     open_streams()
     heed_termination()
@@ -108,7 +108,7 @@ def run(
     try:
         arguments = read_flagfiles(sys.argv[1:])
         debug = any(one.lstrip("-") in ("debug", "config.debug") for one in arguments)
-        if preset:  # one that the user names comes later and wins
+        if preset:  # a later --config takes precedence
             arguments.insert(0, f"--config={preset}")
         parsed = parse(arguments, extra, doc=doc, name=name, presets=presets)
         if parsed.text:
@@ -122,7 +122,7 @@ def run(
         leave(WRONG_USE)
     except KeyboardInterrupt as error:
         leave(code_of(error))
-    except BrokenPipeError:  # somebody read the head of the help
+    except BrokenPipeError:  # the reader of the help ended, as head does
         leave(0)
 
     def tell(event: dict[str, Any]) -> None:
@@ -144,7 +144,7 @@ def read_flagfiles(arguments: list[str]) -> list[str]:
       ConfigError: A file cannot be read.
     """
     try:
-        # Always as GNU's tools do: what is no flag may stand between flags.
+        # As in GNU tools, flags may follow other arguments.
         values = absl_flags.FlagValues()  # type: ignore[no-untyped-call]
         found: list[str] = values.read_flags_from_files(arguments, force_gnu=True)  # type: ignore[no-untyped-call]
     except (absl_flags.Error, OSError, UnicodeDecodeError) as error:
@@ -158,15 +158,15 @@ def parse(
     """Reads a command line.
 
     Args:
-      arguments: What follows the program's name.
+      arguments: The command line without the program's name.
       extra: Dataclass of the binary's own flags.
-      doc: What the binary does.
-      name: Name that follows ``pipar``.
-      presets: Folder of the presets that can be named without a path.
+      doc: Description of the binary.
+      name: The command after ``pipar``.
+      presets: Folder of the presets that are known by name.
 
     Raises:
-      ConfigError: A flag is unknown (the nearest is named), lacks a value or has a wrong one, or
-        the preset cannot be loaded.
+      ConfigError: A flag is unknown (the message suggests the nearest), lacks a value or has an
+        invalid one, or the preset cannot be loaded.
     """
     own = {one.path: one for kind in (Common, extra) for one in schema.options(kind)}
     fields = {f"config.{one.path}": one for one in schema.options(Config)}
@@ -187,7 +187,7 @@ def parse(
         return Parsed(Config(), extra(**values), f"pipar {__version__}")
     if not preset and not wants_help:
         known = ", ".join(_preset_names(presets))
-        raise ConfigError(f"--config is missing: name a preset ({known}) or a file of your own")
+        raise ConfigError(f"--config is missing: name a preset ({known}) or your own file")
     config = load_preset(preset, presets) if preset else Config()
     config = _apply(config, changes)
     text = make_help(config, extra, doc=doc, name=name, presets=presets) if wants_help else ""
@@ -198,24 +198,24 @@ def parse_address(text: str, flag: str) -> tuple[str, int]:
     """Returns host and port of a flag such as ``--server=192.0.2.7:7000``.
 
     Raises:
-      ConfigError: The text is no address.
+      ConfigError: The text is not an address.
     """
     found = re.fullmatch(r"\[?(.+?)\]?:(\d{1,5})", text)
     if found is None or not 0 < int(found[2]) < 65536:
-        raise ConfigError(f"--{flag}={text!r} does not fit: write --{flag}=HOST:PORT")
+        raise ConfigError(f"--{flag}={text!r} is not valid: write --{flag}=HOST:PORT")
     return found[1], int(found[2])
 
 
 def load_preset(name: str, presets: pathlib.Path) -> Config:
-    """Returns what a preset's ``get_config`` makes.
+    """Returns the configuration of a preset.
 
     Args:
-      name: The name of a preset in ``presets``, or a file: what has a folder or ``.py`` in it is
-        looked for as a file first.
-      presets: Folder of the presets that can be named without a path.
+      name: The name of a preset in ``presets``, or a file. A name with a folder or ``.py`` is
+        looked up as a file first.
+      presets: Folder of the presets that are known by name.
 
     Raises:
-      ConfigError: There is no such file, or it does not make a configuration.
+      ConfigError: There is no such file, or it does not return a configuration.
     """
     path = _find_preset(name, presets)
     if path is None:
@@ -242,13 +242,13 @@ def load_preset(name: str, presets: pathlib.Path) -> Config:
 def make_help(
     config: Config, extra: type[Any], *, doc: str, name: str, presets: pathlib.Path
 ) -> str:
-    """Returns the whole help: usage, the binary's flags, and every field with its value.
+    """Returns the complete help: usage, flags, and every field with its value.
 
     Args:
-      config: Whose values are shown as the present ones.
+      config: The configuration whose values are shown.
       extra: Dataclass of the binary's own flags.
-      doc: What the binary does.
-      name: Name that follows ``pipar``.
+      doc: Description of the binary.
+      name: The command after ``pipar``.
       presets: Folder of the presets.
     """
     width = terminal_width()

@@ -69,13 +69,13 @@ def launch(
 
 
 def create_folder(config: Config) -> pathlib.Path:
-    """Makes the run's folder, with config.json and environment.json in it, and returns it.
+    """Creates the run's folder with config.json and environment.json and returns its path.
 
-    A taken name gets a number: ``runs/digits``, ``runs/digits-2``. ``config.name`` is set to the
-    one found, so that ``run.dir/name`` is the folder on every host.
+    If the name is taken, a number is appended: ``runs/digits``, ``runs/digits-2``. ``config.name``
+    is set to this name, so that ``run.dir/name`` is the folder on every host.
 
     Raises:
-      DiskError: The folder cannot be made or written.
+      DiskError: The folder cannot be created or written.
     """
     base, wanted = pathlib.Path(config.run.dir), config.name
     number = 1
@@ -93,15 +93,17 @@ def create_folder(config: Config) -> pathlib.Path:
         write_text(folder / "config.json", to_json(config))
         environment.write(folder, config.network.token)
     except DiskError as error:
-        raise DiskError(f"the run's folder cannot be made: {error}") from error
+        raise DiskError(f"the run's folder cannot be created: {error}") from error
     except OSError as error:
         error.filename = error.filename or str(base / config.name)
-        raise DiskError(f"the run's folder cannot be made: {describe_os_error(error)}") from error
+        raise DiskError(
+            f"the run's folder cannot be created: {describe_os_error(error)}"
+        ) from error
     return folder
 
 
 class _Child:
-    """A host's process, with what it said so far."""
+    """The process of a host and its events so far."""
 
     def __init__(self, name: str, command: list[str], folder: pathlib.Path, token: str | None):
         self.name = name
@@ -112,7 +114,7 @@ class _Child:
         self._text = b""
         self.events, events = os.pipe()
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
-        # A child finds the packages where its parent found them, installed or not.
+        # A child finds the packages where its parent does, installed or not.
         home = str(pathlib.Path(pipar_jax.__file__).resolve().parents[1])
         paths = [home, os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -127,7 +129,7 @@ class _Child:
                     stderr=subprocess.STDOUT,
                     pass_fds=(events,),
                     env=environment,
-                    # Ctrl-C reaches the parent only, which ends them all.
+                    # Ctrl-C reaches only the parent, which ends all children.
                     start_new_session=True,
                 )
         except OSError as error:
@@ -138,15 +140,15 @@ class _Child:
             os.close(events)
 
     def send(self, line: str) -> None:
-        """Writes a line to the child, which may be gone."""
+        """Writes a line to the child, which may have ended."""
         stdin = self.process.stdin
         assert stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # if it ended, its exit code tells why
+        with contextlib.suppress(BrokenPipeError):  # if it has ended, its exit code tells why
             stdin.write(line.encode() + b"\n")
             stdin.flush()
 
     def read(self) -> list[dict[str, Any]]:
-        """Returns the events that came since the last call; notes the end of the pipe."""
+        """Returns the events since the last call and records the end of the pipe."""
         some = os.read(self.events, 1 << 16)
         if not some:
             self.open = False
@@ -154,28 +156,28 @@ class _Child:
         return [json.loads(line) for line in lines]
 
     def close(self) -> None:
-        """Ends the process, if it is there, and gives back its pipes."""
+        """Ends the process, if it runs, and closes its pipes."""
         self.process.kill()
         self.process.wait()
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it holds what nobody will read any more
+        with contextlib.suppress(BrokenPipeError):  # it holds data that is not read any more
             self.process.stdin.close()
         os.close(self.events)
 
     def note_end(self) -> None:
-        """Notes when the process ended, once everything it told is read."""
+        """Records when the process ended, once all of its events are read."""
         if self.ended_s is None and not self.open and self.process.poll() is not None:
             self.ended_s = time.monotonic()
 
     @property
     def has_failed(self) -> bool:
-        """Whether the process told of an error, or ended otherwise than well."""
+        """Whether the process reported an error or ended abnormally."""
         return self.failure is not None or (
             self.ended_s is not None and self.process.returncode != 0
         )
 
     def error(self) -> PiparError:
-        """Returns the error with which the child ended, with its output as a note."""
+        """Returns the error of the child, with its output as a note."""
         printed = self.log.read_text(encoding="utf-8", errors="replace").strip()
         error = self._error(printed.rpartition("\n")[2][:300])
         if printed:
@@ -188,15 +190,15 @@ class _Child:
             made: PiparError = kind(f"{self.name}: {self.failure['error']}")
             return made
         code = self.process.returncode
-        rest = f"; it last said: {last_line}" if last_line else ""
+        rest = f"; its last line: {last_line}" if last_line else ""
         if code is not None and code < 0:
             name = signal.Signals(-code).name
-            hint = " (killed by hand, or the machine ran out of memory)" if code == -9 else ""
+            hint = " (killed by a user, or the machine ran out of memory)" if code == -9 else ""
             return RunError(
                 f"the process of {self.name} was ended by {name}{hint}; log: {self.log}{rest}"
             )
         return RunError(
-            f"the process of {self.name} ended with code {code} and no error of its own; log: "
+            f"the process of {self.name} ended with code {code} without reporting an error; log: "
             f"{self.log}{rest}"
         )
 
@@ -230,7 +232,7 @@ class _Hosts:
         self._end()
 
     def follow(self) -> dict[str, Any]:
-        """Passes on events until all processes have ended; returns the run's last.
+        """Forwards events until all processes have ended; returns the run's last event.
 
         Raises:
           PiparError: A host failed.
@@ -261,7 +263,7 @@ class _Hosts:
         return {**self._summary, "folder": str(self._folder)}
 
     def _start(self, name: str) -> None:
-        # -P: a package in the present folder must not hide one of ours by its name.
+        # -P: a package in the working directory must not shadow one of ours.
         command = [sys.executable, "-P", "-m", self._module, f"--name={name}"]
         command.append(f"--config={self._folder / 'config.json'}")
         child = _Child(name, command, self._folder, self._config.network.token)
@@ -300,8 +302,8 @@ class _Hosts:
     def _raise_first(self) -> None:
         failed = self._failed()
         if failed:
-            # Who died without a word comes before who said why, and both before those who only
-            # saw a peer go; among equals the first.
+            # A process that died without a message comes before one that reported an error, and
+            # both before those that only lost a peer; among equals the first.
             raise min(failed, key=_rank).error()
         # A device that the run has lost may still be trying to come back.
         may_stay = is_device if may_lose(self._config) else lambda name: False

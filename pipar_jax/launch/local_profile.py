@@ -1,9 +1,9 @@
-"""A profile of a run's hosts made on this machine, before there is a run.
+"""Profiles the hosts of a run on this machine, before the run.
 
-Each distinct host (its cores and its platform) is measured in a process of its own, set up as a
-run's would be, or with tuner.times=predicted times the reference layers there; emulated slowness
-multiplies its times. Links are as they are shaped, with the cost of a message and of waking up for
-it measured over loopback.
+Each distinct host (cores and platform) is measured in its own process, set up as in a run; with
+tuner.times=predicted it only times the reference layers. Times are multiplied by emulated
+slowdowns. Links have their emulated rates; the cost of a message and of waking up for it is
+measured over loopback.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from pipar_jax.launch.process import claim_platform, set_environment
 from pipar_jax.profiling.link_delay import measure_delay_s
 from pipar_jax.schedule.plan import COORDINATOR
 
-#: Bytes of the messages by which wake-ups are timed.
+#: Size of the messages with which wake-ups are timed.
 PROBE_BYTES = 4096
-#: Seconds between two lines about how far a host is.
+#: Seconds between two lines of progress.
 SAID_S = 5.0
 
 
 def profile_here(config: Config) -> Profile:
-    """Returns the profile of a configuration's hosts, all of them emulated on this machine.
+    """Returns the profile of a configuration's hosts, all emulated on this machine.
 
     Args:
       config: Resolved configuration.
 
     Raises:
-      DataError: The data, whose shape and amount count, cannot be read.
+      DataError: The data cannot be read.
       RunError: A measuring process failed.
     """
     from pipar_jax.profiling.rehearsal import measure_message_s
@@ -97,7 +97,7 @@ def _samples(config: Config, index: int) -> int:
 def _measure(
     values: dict[str, Any], name: str, input_shape: tuple[int, ...], classes: int
 ) -> dict[str, Any]:
-    """Runs in a process of its own, which has not loaded jax before."""
+    """Measures a host; runs in its own process, which has not loaded jax before."""
     config = configuration.from_dict(values)
     set_environment(config, name)
     claim_platform(config, name)
@@ -123,5 +123,5 @@ def _measure(
 
 
 def _say(line: str) -> None:
-    """Prints a line about what goes on, beside what the binaries print."""
+    """Prints a line of progress on standard error."""
     print(line, file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
-"""What this machine must have for the hosts that run on it, looked for before any is started.
+"""Checks, before any host starts, that this machine has what the hosts need.
 
-``resolve`` says whether a configuration can work at all; here it is held against cores, folders,
-certificates, installed packages. Nothing here loads jax or runs a module of the user's.
+``resolve`` checks a configuration itself; here it is checked against cores, folders, certificates
+and installed packages. Nothing here loads jax or runs the user's modules.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipar_jax.config.sink_names import TENSORBOARD, sink_names
 from pipar_jax.errors import ConfigError
 from pipar_jax.schedule.plan import HostKind
 
-#: What jax needs for a platform: plug-ins by the start of their names, or a module.
+#: What jax needs for a platform: plug-ins with a prefix, or a module.
 _PLUGINS = {"cuda": ("cuda", "xla_cuda"), "tpu": ("tpu", "libtpu")}
 _REMEDIES = {
     "cuda": "install pipar-jax[cuda12] on a machine with an NVIDIA GPU",
@@ -31,7 +31,7 @@ _REMEDIES = {
 
 
 def check(config: Config, names: Iterable[str] | None = None) -> None:
-    """Checks that this machine can be home to hosts of a run.
+    """Checks that this machine can run hosts of a run.
 
     Args:
       config: Resolved configuration.
@@ -44,7 +44,7 @@ def check(config: Config, names: Iterable[str] | None = None) -> None:
     wanted = [hosts[name] for name in (hosts if names is None else names)]
     _check_folders(config, wanted)
     _check_tls(config, wanted)
-    # Most hosts are alike: what is equal is looked for once.
+    # Most hosts are alike: equal requirements are checked once.
     for host in {(one.cores, one.platform): one for one in reversed(wanted)}.values():
         find_cores(config, host)
         check_platform(host.platform, field_path(config, host.name, "platform"))
@@ -57,10 +57,10 @@ def check(config: Config, names: Iterable[str] | None = None) -> None:
 
 
 def find_cores(config: Config, host: HostSpec) -> frozenset[int]:
-    """Returns the cores that a host is to run on; none if it may run on any.
+    """Returns the cores that a host is pinned to; empty for any core.
 
     Raises:
-      ConfigError: The cores asked for do not exist, or this system cannot pin.
+      ConfigError: A core is not available, or this system cannot pin.
     """
     if not host.cores:
         return host.cores
@@ -70,45 +70,45 @@ def find_cores(config: Config, host: HostSpec) -> frozenset[int]:
     free = os.sched_getaffinity(0)
     if not host.cores <= free:
         raise ConfigError(
-            f"{asked} names cores that this process may not use: it has "
+            f"{asked} includes cores that this process may not use; available: "
             f"{', '.join(map(str, sorted(free)))}"
         )
     return host.cores
 
 
 def check_platform(platform: str, field: str) -> None:
-    """Checks that what jax needs for a platform is installed; whether there is a chip it says.
+    """Checks that jax's plug-in for a platform is installed; jax itself finds the accelerator.
 
     Raises:
-      ConfigError: It is not.
+      ConfigError: The plug-in is not installed.
     """
     starts = _PLUGINS.get(platform)
     if starts is None or _has_plugin(starts):
         return
     raise ConfigError(
-        f"{field}={platform!r}, but no jax for it is installed: {_REMEDIES[platform]}, or set "
+        f"{field}={platform!r}, but jax is not installed for it: {_REMEDIES[platform]}, or set "
         f"--config.{field}=cpu"
     )
 
 
 def no_device(platform: str, field: str, reason: str) -> ConfigError:
-    """Returns what to raise where jax finds no device of a platform."""
+    """Returns the error for a platform of which jax finds no accelerator."""
     return ConfigError(
-        f"{field}={platform!r}, but jax finds no such device here ({reason}): "
-        f"{_REMEDIES.get(platform, 'look at its installation')}, or set --config.{field}=cpu"
+        f"{field}={platform!r}, but jax finds no such accelerator here ({reason}): "
+        f"{_REMEDIES.get(platform, 'check its installation')}, or set --config.{field}=cpu"
     )
 
 
 def check_module(source: str, field: str) -> None:
-    """Checks that the module of ``module:NAME:FUNCTION`` is there; other texts pass.
+    """Checks that the module of ``module:NAME:FUNCTION`` exists; other texts pass.
 
     Raises:
-      ConfigError: No such module can be found.
+      ConfigError: The module is not found.
     """
     if (name := _module(source)) is not None and not _is_importable(name):
         raise ConfigError(
-            f"{field}={source!r}: there is no module {name!r} in the present folder, and none is "
-            "installed"
+            f"{field}={source!r}: there is no module {name!r} in the working directory, and none "
+            "is installed"
         )
 
 
@@ -128,7 +128,7 @@ def _check_folders(config: Config, hosts: Iterable[HostSpec]) -> None:
 
 
 def _check_tls(config: Config, hosts: Iterable[HostSpec]) -> None:
-    """Checks that the files of TLS can be read and suffice for what the hosts do."""
+    """Checks that the TLS files can be read and suffice for the hosts."""
     from pipar_jax.runtime.setup import channel_options
 
     tls = channel_options(config).tls
@@ -137,7 +137,7 @@ def _check_tls(config: Config, hosts: Iterable[HostSpec]) -> None:
     if not config.network.certificate and any(host.kind is not HostKind.DEVICE for host in hosts):
         raise ConfigError(
             "network.certificate is empty, but network.authority is set: a host that listens "
-            "(server, compute nodes) needs a certificate of its own, and network.key"
+            "(server, compute nodes) needs its own certificate, and network.key"
         )
     try:
         tls.client_context()
@@ -160,13 +160,13 @@ def _check_sinks(text: str) -> None:
                 )
         elif not _is_importable(module):
             raise ConfigError(
-                f"run.sinks={text!r}: there is no module {module!r} in the present folder, and "
+                f"run.sinks={text!r}: there is no module {module!r} in the working directory, and "
                 "none is installed"
             )
 
 
 def _is_importable(name: str) -> bool:
-    """Returns whether a module can be found; none is imported, packages on the way neither."""
+    """Returns whether a module can be found, without importing it or its parent packages."""
     where: list[str] | None = None
     parts = name.split(".")
     for count in range(1, len(parts) + 1):
@@ -177,7 +177,7 @@ def _is_importable(name: str) -> bool:
                 if count == 1
                 else importlib.machinery.PathFinder.find_spec(full, where)
             )
-        except (ValueError, ImportError):  # a module without a spec, which is loaded already
+        except (ValueError, ImportError):  # a module without a spec that is already loaded
             return True
         if found is None:
             return False
@@ -189,7 +189,7 @@ def _is_importable(name: str) -> bool:
 
 
 def _has_plugin(starts: tuple[str, ...]) -> bool:
-    """Returns whether a plug-in of jax whose name begins so is installed."""
+    """Returns whether a plug-in of jax with a prefix is installed."""
     if any(importlib.util.find_spec(name) for name in starts):
         return True
     names = [one.name for one in metadata.entry_points(group="jax_plugins")]

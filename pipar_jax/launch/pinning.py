@@ -1,8 +1,8 @@
-"""Work on chosen processors: this thread for a while, or a process of its own.
+"""Runs work on chosen cores: in this thread for a while, or in a separate process.
 
-Figures depend on which cores the work runs on, and jax reads its environment when it is first
-imported. So a measured piece runs in a fresh process, pinned and with its environment set before
-that process imports anything.
+Measurements depend on the cores that the work runs on, and jax reads its environment when it is
+first imported. A measurement therefore runs in a new process, which is pinned and has its
+environment set before it imports anything.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from pipar_jax.errors import PiparError, RunError
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# How long a process that was asked to end may take before it is killed.
+# Seconds that a process may take to end before it is killed.
 END_S = 5.0
 
 
 @contextmanager
 def pinned(cores: Iterable[int]) -> Iterator[None]:
-    """Runs the block on ``cores`` alone, as will the threads and processes that it starts.
+    """Runs the block, and the threads and processes that it starts, on ``cores`` only.
 
-    Where the system cannot pin (macOS) and for no cores at all, the block runs anywhere.
+    If the system cannot pin (macOS) or ``cores`` is empty, the block runs on any core.
 
     Raises:
-      RunError: A core is not among those that this process may use.
+      RunError: This process may not use one of the cores.
     """
     wanted = set(cores)
     if not wanted or not hasattr(os, "sched_setaffinity"):
@@ -54,7 +54,7 @@ def pinned(cores: Iterable[int]) -> Iterator[None]:
 
 @contextmanager
 def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Sets ``variables`` of the environment for the block, and puts back what was there before."""
+    """Sets environment variables for the block and restores their previous values after it."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -68,9 +68,9 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def first_cores(count: int) -> list[int]:
-    """Returns ``count`` of the cores this process may use, fewer where there are fewer.
+    """Returns up to ``count`` of the cores that this process may use.
 
-    Where the system cannot say, the list is empty, which ``pinned`` takes as anywhere.
+    If the system cannot report them, the list is empty, with which ``pinned`` does not pin.
     """
     if not hasattr(os, "sched_getaffinity"):
         return []
@@ -78,10 +78,10 @@ def first_cores(count: int) -> list[int]:
 
 
 class PinnedProcess:
-    """A fresh process on chosen cores that calls functions, one after another, until closed.
+    """A new process on chosen cores that calls functions, one after another, until closed.
 
-    It is spawned, not forked, so that nothing of this process is in it; what it has compiled stays
-    warm between calls, so that two of them can take turns. Functions must be importable by name,
+    It is spawned, not forked, so that it shares no state with this process; compiled programs are
+    kept between calls, so that two processes can take turns. Functions must be importable by name;
     arguments and results must be plain values.
 
     Example:
@@ -94,7 +94,7 @@ class PinnedProcess:
     ) -> None:
         self.name = name
         context = multiprocessing.get_context("spawn")
-        # A package in the present folder must not hide one of ours by its name.
+        # A package in the working directory must not shadow one of ours.
         variables = {"PYTHONSAFEPATH": "1", **(variables or {})}
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs,), name=name, daemon=True)
@@ -106,9 +106,9 @@ class PinnedProcess:
         """Calls ``function`` in the process and returns its result.
 
         Raises:
-          PiparError: The function raised it: a foreseen error keeps its kind and its one line.
-          RunError: The function raised something else, and the message holds its traceback; or
-            the process ended.
+          PiparError: The function raised it.
+          RunError: The function raised another exception, whose traceback is in the message, or the
+            process ended.
         """
         self._pipe.send((function, args, kwargs))
         try:
@@ -145,7 +145,7 @@ class PinnedProcess:
         trace: TracebackType | None,
     ) -> None:
         if kind is not None and self._process.is_alive():
-            self._process.kill()  # nobody waits for a result any more
+            self._process.kill()  # nothing waits for a result any more
         self.close()
 
 
@@ -156,7 +156,7 @@ def run_pinned(
     variables: Mapping[str, str] | None = None,
     **kwargs: Any,
 ) -> R:
-    """Calls ``function`` in a fresh process on ``cores`` and returns its result.
+    """Calls ``function`` in a new process on ``cores`` and returns its result.
 
     Raises:
       PiparError: As ``PinnedProcess.call``.
@@ -170,7 +170,7 @@ def _name(function: Callable[..., object]) -> str:
 
 
 def _serve(pipe: Connection) -> None:
-    """Answers calls until the other end of the pipe is closed or its process is gone."""
+    """Serves calls until the other end of the pipe is closed or its process has ended."""
     while True:
         try:
             function, args, kwargs = pipe.recv()
@@ -183,6 +183,6 @@ def _serve(pipe: Connection) -> None:
             return
         except PiparError as error:
             foreseen = type(error).__name__, str(error)
-        except Exception:  # whatever it is, it is handed over whole, and call() raises it
+        except Exception:  # passed to the caller, where call() raises it
             failure = traceback.format_exc()
         pipe.send((result, foreseen, failure))

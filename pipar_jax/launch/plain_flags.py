@@ -1,7 +1,7 @@
-"""The command line of binaries without a configuration, whose few flags are absl's own.
+"""The command line of binaries without a configuration, based on absl's flags.
 
-They end as the others do: one line about an error, the same exit codes, the same ``--help``,
-``--version``, ``--flagfile`` and ``--debug``.
+Errors, exit codes, ``--help``, ``--version``, ``--flagfile`` and ``--debug`` are the same as in
+binaries with a configuration.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from pipar_jax.launch.process import (
 )
 from pipar_jax.report import logs
 
-#: What absl itself and its logging define; the same for every program, and of no use here.
+#: Flags that absl and its logging define; they are not shown.
 _FOREIGN = ("absl.", "ml_collections.", "jax.", "tensorflow_datasets.")
 _HELP = ("-h", "--help", "-help", "--helpfull", "--helpshort")
 
 
-absl_flags.disclaim_key_flags()  # a path that define_path makes belongs to whoever calls it
+absl_flags.disclaim_key_flags()  # attribute a flag of define_path to its caller
 
 
 class _Path(absl_flags.ArgumentParser[pathlib.Path]):
@@ -53,10 +53,10 @@ def define_path(
     """Defines a flag whose value is a ``pathlib.Path``, or None.
 
     Args:
-      name: Its name.
-      default: Its value where it is not given.
-      text: Its help.
-      required: Whether the binary needs it.
+      name: Name of the flag.
+      default: Default value.
+      text: Help text.
+      required: Whether the flag must be given.
     """
     made: absl_flags.FlagHolder[Any] = absl_flags.DEFINE(
         _Path(), name, default, text, required=required
@@ -71,8 +71,8 @@ def run(main: Callable[[list[str]], object], *, takes: str = "") -> NoReturn:
     130 after Ctrl-C and 143 after SIGTERM.
 
     Args:
-      main: Takes the arguments that are not flags.
-      takes: What the arguments without a flag are, for the help; empty: there are none.
+      main: Called with the arguments that are not flags.
+      takes: Names the arguments that are not flags, for the help; empty: none are accepted.
     """
     open_streams()
     heed_termination()
@@ -100,7 +100,7 @@ def run(main: Callable[[list[str]], object], *, takes: str = "") -> NoReturn:
         leave(WRONG_USE)
     except KeyboardInterrupt as error:
         leave(code_of(error))
-    except BrokenPipeError:  # somebody read the head of the help
+    except BrokenPipeError:  # the reader of the help ended, as head does
         leave(0)
     code = perform(lambda: main(rest), tell, debug=bool(values["debug"].value))
     if code in ASKED_TO_END:
@@ -109,10 +109,10 @@ def run(main: Callable[[list[str]], object], *, takes: str = "") -> NoReturn:
 
 
 def _parse(arguments: list[str]) -> list[str]:
-    """Sets absl's flags and returns the arguments that are none.
+    """Sets absl's flags and returns the other arguments.
 
     Raises:
-      ConfigError: A flag is unknown or its value wrong.
+      ConfigError: A flag is unknown or its value not valid.
     """
     values = absl_flags.FLAGS
     try:
@@ -132,7 +132,7 @@ def _parse(arguments: list[str]) -> list[str]:
 
 
 def _own_flags() -> dict[str, str]:
-    """Returns the flags that the binary and the project define: name to help."""
+    """Returns the help texts of the flags that the binary and the project define, by name."""
     by_module = absl_flags.FLAGS.flags_by_module_dict()
     return {
         one.name: one.help or ""
@@ -143,13 +143,13 @@ def _own_flags() -> dict[str, str]:
 
 
 def _make_help(takes: str) -> str:
-    """Returns what the main module's docstring says, the usage, and every flag."""
+    """Returns the help: the main module's docstring, usage, and all flags."""
     name, doc = pathlib.Path(sys.argv[0]).stem, sys.modules["__main__"].__doc__ or ""
     own = {
         **_own_flags(),
-        "flagfile": "File with further flags, one in a line.",
-        "version": "Print the version and end.",
-        "help": "Print this and end.",
+        "flagfile": "File with further flags, one per line.",
+        "version": "Print the version and exit.",
+        "help": "Print this help and exit.",
     }
     rows = [(f"--{flag}", text) for flag, text in own.items()]
     usage = " ".join(filter(None, [f"usage: pipar {name}", takes, "[--FLAG=VALUE ...]"]))

@@ -1,8 +1,8 @@
 """One host as a process: ``python -m pipar_jax.launch.process --name=server|d0|n1 …``.
 
-The launcher starts these. A process pins itself and sets jax's environment before jax is loaded,
-tells what happens as JSON lines on a pipe, leaves one clear line about an error, and never
-outlives the process that started it.
+The launcher starts these processes. A process pins itself and sets jax's environment before it
+loads jax, reports events as JSON lines on a pipe, reports an error in one line, and never outlives
+its parent.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ from pipar_jax.launch import machine
 from pipar_jax.report import logs
 from pipar_jax.schedule.plan import COORDINATOR, host_index, is_node
 
-#: Hands the shared secret to child processes: neither files nor command lines show it.
+#: Passes the shared secret to child processes, so that neither files nor command lines contain it.
 TOKEN_VARIABLE = "PIPAR_TOKEN"
 WRONG_USE = 2
 INTERRUPTED = 130
 TERMINATED = 143
-#: What a person reads of an end that somebody asked for.
+#: Messages for requested ends, by exit code.
 ASKED_TO_END = {INTERRUPTED: "interrupted", TERMINATED: "terminated"}
 
 Tell = Callable[[dict[str, Any]], None]
-#: What a server does, given its configuration and where events go.
+#: Runs a server, given its configuration and a function for its events.
 Serve = Callable[[Config, Tell], None]
 
 
 class Terminated(KeyboardInterrupt):
-    """This process was asked to end by SIGTERM, as a service manager or a container does it."""
+    """SIGTERM, with which service managers and container runtimes end a process."""
 
 
 def heed_termination() -> None:
-    """Makes SIGTERM an interruption, so that peers are told and what is open is closed."""
+    """Turns SIGTERM into an exception, so that peers are notified and resources released."""
 
     def end(number: int, frame: object) -> NoReturn:
         raise Terminated
@@ -62,16 +62,16 @@ def heed_termination() -> None:
 
 
 def set_environment(config: Config, name: str) -> None:
-    """Pins this process and sets what jax reads when it is loaded, which must not be yet.
+    """Pins this process and sets jax's environment, before jax is loaded.
 
-    The C library is told to keep freed memory: otherwise every step faults its pages in again.
+    The C library is set to keep freed memory; otherwise every step causes page faults again.
 
     Args:
       config: Resolved configuration.
       name: The host's name, such as ``server``, ``d0`` or ``n1``.
 
     Raises:
-      ConfigError: The cores asked for do not exist, or this system cannot pin.
+      ConfigError: A core is not available, or this system cannot pin.
     """
     stages.retain_memory()
     host = Hosts(config)[name]
@@ -82,7 +82,7 @@ def set_environment(config: Config, name: str) -> None:
     else:
         logs.leave_out_tpu()
     if host.platform != "cpu":
-        # Several hosts may share one accelerator: none takes all of its memory at the start.
+        # Several hosts may share an accelerator: none may preallocate all of its memory.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if config.model.dtype == "float64":
         os.environ["JAX_ENABLE_X64"] = "true"
@@ -91,39 +91,39 @@ def set_environment(config: Config, name: str) -> None:
 
 
 def claim_platform(config: Config, name: str) -> None:
-    """Loads jax in the environment that was set, and the platform that a host asks for.
+    """Loads jax and initialises the platform of a host.
 
     Raises:
-      ConfigError: Jax finds no device of the platform.
+      ConfigError: Jax finds no accelerator of the platform.
     """
     wanted = Hosts(config)[name].platform
-    if wanted in ("auto", "cpu"):  # always there; whoever needs jax loads it
+    if wanted in ("auto", "cpu"):  # always available; jax is loaded where it is needed
         return
     import jax
 
     try:
         jax.devices()
-    except RuntimeError as error:  # jax has no narrower one
+    except RuntimeError as error:  # jax raises no narrower type
         field = field_path(config, name, "platform")
         raise machine.no_device(wanted, field, _first_line(error)) from error
 
 
 def _keep_compiled_programs() -> None:
-    """Makes jax keep every compiled program, unless the user set that up already."""
+    """Enables jax's compilation cache, unless the user has configured one."""
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled_programs()))
-    # Stages are many small programs: the default keeps only those that take a second to compile.
+    # Stages are many small programs; the default caches only those that compile for a second.
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
 def compiled_programs() -> pathlib.Path:
-    """Returns the folder, below the user's cache, for what this process compiles.
+    """Returns the folder in the user's cache for programs that this process compiles.
 
-    A program suits one kind of processor, and on a CPU it is cut for a number of cores, which jax
-    leaves out of its keys: both are in the folder's name.
+    Programs depend on the kind of processor and, on a CPU, on the number of cores, which jax does
+    not include in its keys: the name of the folder includes both.
     """
     kind = platform.processor()
-    with contextlib.suppress(OSError):  # only Linux has this file, and it says more
+    with contextlib.suppress(OSError):  # Linux only, and more detailed
         text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
         kind = "".join(re.findall(r"^(?:model name|flags|Features)\s*:.*$", text, re.M)[:2])
     mark = hashlib.sha256(kind.encode()).hexdigest()[:12]
@@ -131,26 +131,26 @@ def compiled_programs() -> pathlib.Path:
 
 
 def count_cores() -> int:
-    """Returns how many cores this process may run on."""
+    """Returns the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def perform(task: Callable[[], object], tell: Tell, *, debug: bool, log: str = "") -> int:
-    """Runs a host's whole work and returns the exit code of its process.
+    """Runs the work of a process and returns its exit code.
 
-    This is the boundary of a process: whatever ends the work is told in one line here.
+    This is the outermost handler of a process: it reports any error in one line.
 
     Args:
       task: The work.
-      tell: Takes ``{"event": "process_failed", "kind": …, "error": …}``.
+      tell: Called with ``{"event": "process_failed", "kind": …, "error": …}``.
       debug: Whether to print the traceback of an error.
-      log: Where tracebacks go, for the message; empty if that is the terminal.
+      log: The log to which tracebacks are written, for the message; empty for the terminal.
 
     Returns:
-      0 when done, 1 after an error, 2 if it is one of the configuration or command line, 130 after
-      an interruption, 143 after SIGTERM (where it is heeded).
+      0 on success, 1 after an error, 2 after an error in the configuration or command line, 130
+      after Ctrl-C, 143 after SIGTERM (if handled).
     """
     from comms.errors import ChannelError
     from stages.errors import StageError
@@ -160,7 +160,7 @@ def perform(task: Callable[[], object], tell: Tell, *, debug: bool, log: str = "
         return 0
     except KeyboardInterrupt as error:
         return code_of(error)
-    except Exception as error:  # all of them end here: foreseen ones in a line, faults with more
+    except Exception as error:  # expected errors become one line, unexpected ones have a traceback
         known = isinstance(error, PiparError | ChannelError | StageError)
         foreseen = known and not (isinstance(error, PiparError) and error.of_user)
         if known:
@@ -171,21 +171,21 @@ def perform(task: Callable[[], object], tell: Tell, *, debug: bool, log: str = "
             kind, text = "RunError", f"unexpected {type(error).__name__}: {_first_line(error)}"
         if not foreseen and not isinstance(error, OSError):
             text += f" (traceback in {log})" if log else " (see the traceback with --debug)"
-        if debug or (log and not foreseen):  # in a log it disturbs nobody, and is not lost
+        if debug or (log and not foreseen):  # always written to a log
             traceback.print_exc()
         tell({"event": "process_failed", "kind": kind, "error": text})
         return WRONG_USE if isinstance(error, ConfigError) else 1
 
 
 def code_of(error: KeyboardInterrupt) -> int:
-    """Returns the exit code of a process that was asked to end."""
+    """Returns the exit code for an interruption."""
     return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process now, whatever its threads do.
+    """Ends this process immediately, without joining its threads.
 
-    A failed engine may leave threads that wait for a peer; nobody else is served by waiting too.
+    After a failure threads may still wait for a peer.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # a full disk or a closed terminal
@@ -194,17 +194,17 @@ def leave(code: int) -> NoReturn:
 
 
 def open_streams() -> None:
-    """Opens /dev/null in place of standard streams that were closed when the process began.
+    """Opens /dev/null in place of standard streams that were closed at the start of the process.
 
-    The next file or socket that is opened would otherwise get the number of a standard stream, and
-    whatever is printed would end up in it. Python has None for such a stream, which nothing that
-    prints expects.
+    Otherwise the next file or socket would get the descriptor of a standard stream and receive
+    everything that is printed. Python represents such a stream by None, which code that prints does
+    not expect.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            opened = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            opened = os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor: this one
             assert opened == number
             os.set_inheritable(number, True)
     sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
@@ -230,10 +230,10 @@ def _first_line(error: BaseException) -> str:
 
 
 def _die_with_parent() -> queue.SimpleQueue[str]:
-    """Ends this process when its parent is gone; returns the lines that the parent sends.
+    """Ends this process when its parent ends; returns the lines that the parent sends.
 
-    The parent holds the other end of standard input, so its death, even by SIGKILL, is an end of
-    file here. On Linux the kernel kills this process as well, should Python be held up.
+    The parent holds the other end of standard input, so that its end, even by SIGKILL, is an end of
+    file here. On Linux the kernel also kills this process, in case Python is blocked.
     """
     if sys.platform.startswith("linux"):
         pr_set_pdeathsig = 1
@@ -270,7 +270,7 @@ def _run_server(config: Config, tell: Tell) -> None:
 
 
 def _run_worker(config: Config, name: str, lines: queue.SimpleQueue[str]) -> None:
-    from pipar_jax.roles import worker  # before the address is known: loading takes seconds
+    from pipar_jax.roles import worker  # while the address is unknown: loading takes seconds
 
     host, _, port = lines.get().rpartition(":")
     run = worker.run_node if is_node(name) else worker.run_device
@@ -278,25 +278,27 @@ def _run_worker(config: Config, name: str, lines: queue.SimpleQueue[str]) -> Non
 
 
 def main(arguments: list[str] | None = None, serve: Serve = _run_server) -> NoReturn:
-    """Runs the role that the command line names, and ends the process.
+    """Runs the role that the command line names and ends the process.
 
     Args:
       arguments: The command line; the process's own unless given.
-      serve: What the server does.
+      serve: Runs the server.
     """
     open_streams()
     parser = argparse.ArgumentParser(prog="python -m pipar_jax.launch.process", description=__doc__)
-    parser.add_argument("--name", required=True, help="which host: server, d0, n1, …")
+    parser.add_argument("--name", required=True, help="host to run: server, d0, n1, …")
     parser.add_argument("--config", type=pathlib.Path, required=True, help="saved configuration")
-    parser.add_argument("--events", type=int, required=True, help="descriptor to write events to")
-    parser.add_argument("--log", default="", help="name of the file that holds the output")
+    parser.add_argument(
+        "--events", type=int, required=True, help="file descriptor to which events are written"
+    )
+    parser.add_argument("--log", default="", help="name of the file that contains the output")
     given = parser.parse_args(arguments)
-    # A folder of the user's may hold modules of theirs, but must not hide a package of ours.
-    with contextlib.suppress(OSError):  # the folder is gone
+    # The working directory may contain the user's modules but must not shadow our packages.
+    with contextlib.suppress(OSError):  # the folder was deleted
         sys.path.append(os.getcwd())
     logs.begin()
     logs.LOG.info("%s of pipar_jax %s, process %d", given.name, pipar_jax.__version__, os.getpid())
-    stages.retain_memory()  # before there is a second thread, which gets an arena of its own
+    stages.retain_memory()  # before there is a second thread, which has its own arena
     lines = _die_with_parent()
     tell = event_writer(given.events)
     debug = False

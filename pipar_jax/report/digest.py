@@ -1,4 +1,4 @@
-"""What a report needs of a trace, read round by round, so that a long run's need not be held."""
+"""Sums over a trace for the report, read round by round so that long traces fit into memory."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from pipar_jax.schedule.trace import Trace, read_rounds
 
 @dataclasses.dataclass
 class Digest:
-    """A trace in sums.
+    """Sums over a trace.
 
     Attributes:
-      meta: The trace's own.
-      hosts: The hosts in it.
-      rounds: How many rounds it has; not all of the run's with ``run.trace=ends``.
-      causes: For each host the idle seconds of its rounds by cause.
-      carried: Bytes of activations and cotangents by sender, device and the stage they are for.
-      observed: What computations lasted and messages had.
-      last: Its last round, in full.
+      meta: Metadata of the trace.
+      hosts: The hosts of the trace.
+      rounds: Number of rounds in the trace; fewer than in the run with ``run.trace=ends``.
+      causes: Idle seconds of all rounds, by host and cause.
+      carried: Bytes of activations and cotangents by sender, device and destination stage.
+      observed: Durations of computations and sizes of messages.
+      last: The complete last round.
     """
 
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -36,7 +36,7 @@ class Digest:
     last: Trace = dataclasses.field(default_factory=Trace)
 
     def add(self, part: Trace) -> None:
-        """Takes a round of the trace, or what follows the last."""
+        """Adds a round of the trace, or the actions after the last round."""
         self.meta, self.hosts = part.meta, tuple(dict.fromkeys((*self.hosts, *part.hosts)))
         self.observed.add(part)
         for host, row in part.rows():
@@ -53,7 +53,7 @@ class Digest:
 
 
 def digest(path: Path) -> Digest:
-    """Reads a trace, one round after another.
+    """Reads a trace round by round.
 
     Raises:
       RunError: The file is not a trace.

@@ -1,4 +1,4 @@
-"""Where and how a run was started: ``environment.json`` in its folder, without any secret."""
+"""The environment of a run, in ``environment.json`` in its folder, without secrets."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from pipar_jax.disk import json_text
 from pipar_jax.disk.files import write_text
 
 ENVIRONMENT = "environment.json"
-#: Whose versions may matter to what comes out of a run.
+#: Libraries whose versions may affect the results of a run.
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "ml_dtypes", "safetensors")
 _SECRET = re.compile(r"-{1,2}(?:no)?[\w.\-]*(?:token|secret|password|passphrase)[\w.\-]*", re.I)
-#: Values that say where a secret is, and not what it is.
+#: Prefixes of values that refer to a secret without containing it.
 _ELSEWHERE = ("env:", "file:")
 _GIT_S = 5.0
 
 
 def write(folder: Path, secret: str | None) -> None:
-    """Writes what is known before jax is loaded.
+    """Writes the facts that are known before jax is loaded.
 
     Args:
       folder: The run's folder.
-      secret: The run's token, which is hidden wherever it stands.
+      secret: The run's token, which is hidden wherever it occurs.
 
     Raises:
-      DiskError: It cannot be written.
+      DiskError: The file cannot be written.
     """
     found = {
         "pipar_jax": pipar_jax.__version__,
@@ -55,10 +55,10 @@ def write(folder: Path, secret: str | None) -> None:
 
 
 def add_platform(folder: Path) -> None:
-    """Adds where the server's jax computes; what was known before stays.
+    """Adds the accelerators of the server's jax to the file.
 
     Raises:
-      DiskError: It cannot be written.
+      DiskError: The file cannot be written.
     """
     import jax
 
@@ -74,11 +74,11 @@ def add_platform(folder: Path) -> None:
 
 
 def hide(arguments: Sequence[str], secret: str | None) -> list[str]:
-    """Returns a command line without what nobody may read.
+    """Returns a command line with its secrets hidden.
 
     Args:
       arguments: The command line.
-      secret: A text that is hidden wherever it stands.
+      secret: A text that is hidden wherever it occurs.
     """
     found: list[str] = []
     value_follows = False
@@ -95,7 +95,7 @@ def hide(arguments: Sequence[str], secret: str | None) -> list[str]:
 
 
 def commit(root: Path) -> str | None:
-    """Returns the commit that the sources are of, with ``-dirty`` if they were changed since.
+    """Returns the commit of the sources, with ``-dirty`` if they have changes.
 
     Args:
       root: Folder of the sources; installed ones have no commit.

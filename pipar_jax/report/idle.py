@@ -1,11 +1,10 @@
-"""Idle time by cause: what a host waited for, read from a trace.
+"""Idle time by cause, from a trace.
 
-Busy is the union of a host's computations, idle is the rest of the round (ARCHITECTURE's one
-definition). Each idle stretch ends when a computation starts, or with the round. What it waited for
-is found by walking the critical path backwards from there: the input that came last, the message
-that brought it, the computation that made it, what that one waited for, and so on until the
-stretch's beginning. Each part of that path is ascribed to one cause, so the causes add up to the
-idle time.
+Busy is the union of a host's computations, idle the rest of the round. Each idle interval ends when
+a computation starts or with the round. Its causes are found by following the critical path
+backwards from there: the last input, the message that carried it, the computation that produced it,
+the input of that one, and so on until the interval's start. Each part of that path is attributed to
+one cause, so that the causes add up to the idle time.
 """
 
 from __future__ import annotations
@@ -28,17 +27,17 @@ from pipar_jax.schedule.actions import (
 from pipar_jax.schedule.plan import COORDINATOR
 from pipar_jax.schedule.trace import Interval, Timed, Trace
 
-#: The next mini-batch was not there.
+#: The next mini-batch was not ready.
 DATA = "data"
 #: A device computed.
 DEVICE = "device"
 #: The server, or another compute host, computed.
 SERVER = "server"
-#: A message was under way, or there was no credit for one.
+#: A message was in transit, or waited for credit.
 NETWORK = "network"
-#: All steps were over, and weights were collected, averaged and returned.
+#: All steps were finished, and weights were collected, averaged and returned.
 AGGREGATION = "aggregation"
-#: Dispatch, and what the trace does not tell.
+#: Dispatch, and time that the trace does not explain.
 OTHER = "other"
 CAUSES = (DATA, DEVICE, SERVER, NETWORK, AGGREGATION, OTHER)
 
@@ -46,7 +45,7 @@ _DEVICE = re.compile(r"d\d+")
 
 
 class _Placed(NamedTuple):
-    """A timed action and where it happened."""
+    """A timed action with its host and position."""
 
     host: str
     row: Timed
@@ -54,9 +53,9 @@ class _Placed(NamedTuple):
 
 
 def idle_causes(trace: Trace, interval: Interval) -> dict[str, dict[str, float]]:
-    """Returns, for each host, the seconds of a round that it idled, by cause.
+    """Returns the idle seconds of each host in a round, by cause.
 
-    The coordinator is among the hosts even if it computed nothing.
+    The coordinator is included even if it computed nothing.
 
     Args:
       trace: A run's trace or a predicted one.
@@ -67,7 +66,7 @@ def idle_causes(trace: Trace, interval: Interval) -> dict[str, dict[str, float]]
 
 
 class _Paths:
-    """The computations and messages of one round, ready to be walked backwards."""
+    """The computations and messages of one round, indexed for the walk backwards."""
 
     def __init__(self, trace: Trace, interval: Interval) -> None:
         self._interval = interval
@@ -109,7 +108,7 @@ class _Paths:
         return found
 
     def _explain_end(self, stretch: _Stretch) -> None:
-        """Explains a wait at the round's end: for the last one to train, then for the weights."""
+        """Attributes the wait at a round's end to the last host that trained, then to weights."""
         last = self._last
         if last is not None and last.row.end_s > stretch.start_s:
             stretch.back_to(last.row.end_s, AGGREGATION)
@@ -119,7 +118,7 @@ class _Paths:
         stretch.back_to(stretch.start_s, AGGREGATION)
 
     def _walk(self, placed: _Placed, stretch: _Stretch) -> None:
-        """Explains the time before a computation, as far back as the stretch goes."""
+        """Attributes the time before a computation, back to the start of the stretch."""
         while placed.row.start_s > stretch.start_s:
             host, row, position = placed
             previous = self._rows[host][position - 1] if position else None
@@ -139,11 +138,11 @@ class _Paths:
                     return
             stretch.back_to(maker.row.start_s, _role(maker.host))
             if maker.row.start_s >= row.start_s:
-                return  # clocks that disagree must not lead in circles
+                return  # clocks that disagree must not cause an endless loop
             placed = maker
 
     def _before(self, placed: _Placed) -> _Placed | None:
-        """Returns what a computation without a late input had to wait for."""
+        """Returns the computation that one without a late input waited for."""
         host, row, position = placed
         previous = None
         if position:
@@ -152,13 +151,13 @@ class _Paths:
             return previous
         if previous is not None and row.action.step - previous.row.action.step <= 1:
             return previous
-        # The device's turn began when another's ended, whose part it was handed.
+        # The device's turn began when that of the device before it ended.
         others = [self._latest(other, row.start_s) for other in self.hosts if other != host]
         candidates = [one for one in (*others, previous) if one is not None]
         return max(candidates, key=lambda one: one.row.end_s, default=None)
 
     def _latest(self, host: str, before_s: float) -> _Placed | None:
-        """Returns a device's last computation that was over at a time."""
+        """Returns the last computation of a device that had ended at a time."""
         if _role(host) != DEVICE:
             return None
         position = bisect.bisect_left(self._starts[host], before_s) - 1
@@ -172,12 +171,12 @@ class _Paths:
         if action.stage or action.kind not in (FORWARD, LOSS):
             return OTHER
         if before is not None and before.host != placed.host:
-            return NETWORK  # the device part was handed on
-        # Within a mini-batch the data is there: only credit can have been missing.
+            return NETWORK  # the client-side model was handed on
+        # Within a mini-batch the data are ready: it must have waited for credit.
         return NETWORK if action.micro_batch else DATA
 
     def _input(self, host: str, action: Action) -> Timed | None:
-        """Returns the arrival of a computation's input, if it came over a link."""
+        """Returns the arrival of a computation's input, if it was received over a link."""
         if action.kind == BACKWARD:
             return self._received.get((host, action._replace(kind=RECEIVE_BACKWARD)))
         if action.kind in (FORWARD, LOSS):
@@ -193,7 +192,7 @@ class _Paths:
 
 
 def total_causes(found: Iterable[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Returns the sums over several rounds of what ``idle_causes`` returned for each."""
+    """Returns the sums over several rounds of the results of ``idle_causes``."""
     total: dict[str, dict[str, float]] = {}
     for one in found:
         for host, causes in one.items():
@@ -204,7 +203,7 @@ def total_causes(found: Iterable[dict[str, dict[str, float]]]) -> dict[str, dict
 
 
 class _Stretch:
-    """An idle stretch that is explained from its end backwards, no moment twice."""
+    """An idle interval that is attributed from its end backwards, each moment once."""
 
     def __init__(self, found: dict[str, float], start_s: float, end_s: float) -> None:
         self.start_s = start_s
@@ -212,7 +211,7 @@ class _Stretch:
         self._open_s = end_s
 
     def back_to(self, moment_s: float, cause: str) -> None:
-        """Ascribes what is unexplained after a moment to a cause."""
+        """Attributes the unattributed time after a moment to a cause."""
         moment_s = max(moment_s, self.start_s)
         if moment_s < self._open_s:
             self._found[cause] += self._open_s - moment_s
@@ -220,10 +219,10 @@ class _Stretch:
 
 
 def _overlaps(row: Timed, interval: Interval) -> bool:
-    """Says whether an action lies at least partly in an interval."""
+    """Returns whether an action overlaps an interval."""
     return row.end_s > interval.start_s and row.start_s < interval.end_s
 
 
 def _role(host: str) -> str:
-    """Returns the cause that a host's computing is to those that wait for it."""
+    """Returns the cause of waiting for a computation of a host."""
     return DEVICE if _DEVICE.fullmatch(host) else SERVER

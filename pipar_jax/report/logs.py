@@ -1,4 +1,4 @@
-"""What a host's process writes into its log: one line with a time stamp for whatever happens."""
+"""The log of a host's process: one line with a time stamp per event."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-#: All of this project's loggers are below it.
+#: Parent of all loggers of this project.
 LOG = logging.getLogger("pipar_jax")
 _FORMAT = "%(asctime)s.%(msecs)03d %(levelname).1s %(name)s: %(message)s"
 _DATE = "%Y-%m-%dT%H:%M:%S"
-#: Happens several times a second.
+#: Events that are too frequent for a log.
 _OFTEN = ("progress", "working")
 
 
 def begin() -> None:
-    """Sends the lines of this process to its standard error, which is its log."""
+    """Sends log records to standard error, which is redirected to the process's log file."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter(_FORMAT, _DATE))
     root = logging.getLogger()
@@ -26,7 +26,7 @@ def begin() -> None:
 
 
 def note_event(event: Mapping[str, Any]) -> None:
-    """Writes an event as a line: its name and all of it that is a number or a short text."""
+    """Logs an event: its name and all fields that are numbers or texts."""
     kind = event["event"]
     if kind in _OFTEN:
         return
@@ -39,15 +39,15 @@ def note_event(event: Mapping[str, Any]) -> None:
 
 
 class WithoutTpu(logging.Filter):
-    """Leaves out what jax says of a TPU that nobody asked for: there is hardly ever one."""
+    """Filters jax's messages about a missing TPU that was not requested."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Says whether a line is written."""
+        """Returns whether a record is logged."""
         return "tpu" not in record.getMessage().lower()
 
 
 def leave_out_tpu() -> None:
-    """Lets jax look for accelerators without a word of the one that is missing."""
+    """Suppresses jax's messages about missing TPUs when it looks for accelerators."""
     logger = logging.getLogger("jax._src.xla_bridge")
     if not any(isinstance(one, WithoutTpu) for one in logger.filters):
         logger.addFilter(WithoutTpu())

@@ -1,8 +1,8 @@
-"""Progress of a run on the screen, from the events that it reports.
+"""Progress of a run on the terminal, from its events.
 
-A ``Progress`` is called with each event (see ``pipar_jax.launch.launcher``). On a terminal it keeps
-a few lines up to date in place; elsewhere it prints one plain line for what is worth a line in a
-log, and whatever a run is at is told again where nothing else was for a while.
+A ``Progress`` is called with each event (see ``pipar_jax.launch.launcher``). On a terminal it
+updates a few lines in place; elsewhere it prints a plain line for each important event, and repeats
+the state of the run after a while without one.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from rich.text import Text
 Event = Mapping[str, Any]
 
 REFRESHES_PER_SECOND = 4
-# Where there is no terminal, steps within a round are reported at most this often, and no silence
-# is longer.
+# Without a terminal: shortest interval between reports of steps, and longest interval without
+# output.
 PLAIN_PROGRESS_S = 10.0
 BAR_WIDTH = 24
 
 
 class RunState:
-    """What is known of a run from the events so far."""
+    """The state of a run according to its events so far."""
 
     def __init__(self) -> None:
         self.phase = "starting"
@@ -53,7 +53,7 @@ class RunState:
         self.ended = False
 
     def follow(self, event: Event, now_s: float) -> None:
-        """Takes in ``event``, seen at ``now_s`` on the local monotonic clock."""
+        """Updates the state by an event received at ``now_s`` on the local monotonic clock."""
         kind = event["event"]
         if kind == "waiting":
             self.phase = "waiting for " + ", ".join(map(str, event["missing"]))
@@ -76,7 +76,7 @@ class RunState:
         elif kind == "run_started":
             self._start(event, now_s)
         elif kind == "progress":
-            self.phase = "training"  # whatever a host was busy with before, such as timing itself
+            self.phase = "training"  # replaces an earlier phase, such as profiling
             self.steps_done[event["device"]] = event["step"] + 1
             self._learn(event)
         elif kind == "round_finished":
@@ -92,7 +92,7 @@ class RunState:
 
     @property
     def fraction(self) -> float:
-        """The share of the run that is done, by steps and rounds, between 0 and 1."""
+        """The completed share of the run, by steps and rounds, in [0, 1]."""
         if self.ended and self.phase == "finished":
             return 1.0
         if not self.rounds:
@@ -101,7 +101,7 @@ class RunState:
         return min(max(by_steps, self.rounds_done / self.rounds), 1.0)
 
     def left_s(self, now_s: float) -> float | None:
-        """Returns the expected seconds to the end, or None before there is anything to go by."""
+        """Returns the expected seconds to the end, or None if they cannot be estimated yet."""
         if self.ended:
             return 0.0
         if self.began_s is None or self.fraction < 0.02:
@@ -138,7 +138,7 @@ class RunState:
 
 
 class ProgressDisplay:
-    """Shows a run while it goes on; give it to ``launch`` as ``on_event``.
+    """Shows the progress of a run; pass it to ``launch`` as ``on_event``.
 
     Args:
       title: What stands at the head of a line; the method's name unless given.
@@ -160,7 +160,7 @@ class ProgressDisplay:
         self._ticker: threading.Thread | None = None
 
     def __call__(self, event: Event) -> None:
-        """Takes in one event and shows it."""
+        """Updates and shows the state by one event."""
         now_s = time.monotonic()
         with self._lock:
             self.state.follow(event, now_s)
@@ -177,7 +177,7 @@ class ProgressDisplay:
             self._live.start()
 
     def close(self) -> None:
-        """Gives the terminal back as it was. Idempotent, and due however the run ended."""
+        """Restores the terminal; has to be called however the run ended. Idempotent."""
         self._closed.set()
         if self._ticker is not None:
             self._ticker.join()
@@ -200,7 +200,7 @@ class ProgressDisplay:
         self.close()
 
     def _tick(self) -> None:
-        """Says what the run is at whenever nothing was said for a while."""
+        """Repeats the state of the run after ``PLAIN_PROGRESS_S`` without output."""
         wait_s = PLAIN_PROGRESS_S
         while not self._closed.wait(wait_s):
             with self._lock:
@@ -213,7 +213,7 @@ class ProgressDisplay:
                     return
                 try:
                     self._print_line(_at(self.state), now_s)
-                except OSError:  # the same befalls the next event's line, where it is told
+                except OSError:  # reported when the next event is printed
                     return
 
     def _print(self, event: Event, now_s: float) -> None:
@@ -235,7 +235,7 @@ class ProgressDisplay:
 
 
 def render(state: RunState, now_s: float, title: str = "") -> RenderableType:
-    """Returns the few lines that a terminal shows of ``state``."""
+    """Returns the lines that a terminal shows for a state."""
     name = Text(title or state.method, style="bold")
     if state.phase != "training":
         return Text.assemble(name, "  " if name else "", (state.phase, "dim"), no_wrap=True)
@@ -256,7 +256,7 @@ def render(state: RunState, now_s: float, title: str = "") -> RenderableType:
 
 
 def describe(event: Event, state: RunState) -> str | None:
-    """Returns one plain line about ``event``, already in ``state``; None if it deserves none."""
+    """Returns one plain line about an event that is part of ``state``, or None."""
     kind = event["event"]
     if kind in ("waiting", "device_joined", "device_returned", "node_joined", "tuned"):
         return state.phase
@@ -285,25 +285,25 @@ def describe(event: Event, state: RunState) -> str | None:
         where = f"{whose}, round {event['round']}, step {event['step']}"
         return f"not finite: {event['what']} of {where}"
     if kind == "not_kept":
-        return f"the run goes on, but not all of what it tells is kept: {event['reason']}"
+        return f"the run continues, but some of its output is not saved: {event['reason']}"
     if kind == "failed":
         return f"failed: {event['error']}"
     return None
 
 
 def loss_text(event: Event) -> str:
-    """Returns an event's loss as it is printed; one that is not finite is None in it."""
+    """Returns the loss of an event as text; None in the event means not finite."""
     return "not finite" if event["loss"] is None else f"{event['loss']:.4f}"
 
 
 def _work(event: Event) -> str:
-    """Returns what a host is busy with, and how far it is."""
+    """Returns the current work of a host and its progress."""
     done = f": {event['done']} of {event['of']}" if event["of"] else ""
     return f"{event['host']} is {event['what']}{done}"
 
 
 def _at(state: RunState) -> str:
-    """Returns what a run is at, in a line."""
+    """Returns the state of a run in one line."""
     if state.phase != "training":
         return state.phase
     done = f"step {sum(state.steps_done)} of {sum(state.steps)} of all devices"

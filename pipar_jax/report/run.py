@@ -1,4 +1,4 @@
-"""What a run's folder tells: configuration, events and trace."""
+"""A run as read from its folder: configuration, events and trace."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from pipar_jax.simulator import LinkModel, Prediction, simulate
 TITLES = {"fl": "FL", "sl": "SL", "sfl": "SFL", "pipar": "PiPar", "mpsl": "MP-SL",
           "accept": "AccEPT"}  # fmt: skip
 
-#: More devices than this are not drawn; a line says so.
+#: Maximum number of devices that are drawn.
 MOST_DEVICES = 8
 _DEVICE = re.compile(r"d\d+")
-#: Figures of a link that say how it is, and not what a round added.
+#: Figures of a link that are states, not sums over rounds.
 _GAUGES = ("queued_peak_bytes", "reconnects", "rtt_s", "rate_mbps")
 
 
 @dataclasses.dataclass(frozen=True)
 class RecordedRun:
-    """A run that has left a folder.
+    """A run with a folder.
 
     Attributes:
       name: Name of the folder.
-      config: The resolved configuration, as JSON gives it.
+      config: The resolved configuration, decoded from JSON.
       events: Rows of metrics.jsonl, in order.
-      trace_path: The timed actions; None if the run kept none.
+      trace_path: The file with timed actions; None if the run has no trace.
     """
 
     name: str
@@ -51,13 +51,13 @@ class RecordedRun:
 
     @property
     def title(self) -> str:
-        """The method's name as the field writes it."""
+        """The name of the method as it is written in the literature."""
         method = str(self.config.get("method", self.name))
         return TITLES.get(method, method)
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end."""
+        """Whether the run finished."""
         return bool(self.of("run_finished"))
 
     def of(self, event: str) -> list[Mapping[str, Any]]:
@@ -70,12 +70,12 @@ class RecordedRun:
 
     @functools.cached_property
     def trace(self) -> Trace | None:
-        """All timed actions at once, which a long run has many of; None if it kept none."""
+        """All timed actions, which may be many; None if the run has no trace."""
         return None if self.trace_path is None else Trace.load(self.trace_path)
 
     @functools.cached_property
     def digest(self) -> Digest:
-        """The timed actions in sums; empty if the run kept none."""
+        """Sums over the timed actions; empty if the run has no trace."""
         return Digest() if self.trace_path is None else digest(self.trace_path)
 
     @functools.cached_property
@@ -94,7 +94,7 @@ class RecordedRun:
 
     @property
     def epoch_s(self) -> float:
-        """Median seconds of an epoch; of those done, if the run did not finish."""
+        """Median seconds of an epoch; the mean so far if the run did not finish."""
         summary = self.last("run_finished")
         if summary:
             return float(summary["epoch_seconds"])
@@ -103,7 +103,7 @@ class RecordedRun:
 
     @functools.cached_property
     def elapsed(self) -> dict[int, float]:
-        """For each round the training seconds until its end, without evaluation."""
+        """Training seconds until the end of each round, without evaluation."""
         done = self.of("round_finished")
         sums = itertools.accumulate(row["seconds"] for row in done)
         return {row["round"]: total for row, total in zip(done, sums, strict=True)}
@@ -118,20 +118,20 @@ class RecordedRun:
 
     @property
     def devices(self) -> list[str]:
-        """Names of the devices, as far as a round reported them."""
+        """Names of the devices in the last round."""
         busy = self.last("round_finished").get("busy", {})
         return sorted((h for h in busy if _DEVICE.fullmatch(h)), key=lambda h: int(h[1:]))
 
     @property
     def causes(self) -> dict[str, dict[str, float]]:
-        """For each host the idle seconds of all traced rounds by cause; empty without a trace."""
+        """Idle seconds of all traced rounds by host and cause; empty without a trace."""
         return self.digest.causes
 
     @functools.cached_property
     def carried(self) -> dict[tuple[str, str], dict[str, float]]:
         """Bytes of activations and cotangents by direction of a link; empty without a trace.
 
-        Where only some rounds are traced, the others are taken to have carried as much.
+        If only some rounds are traced, the result is scaled to all rounds.
         """
         found: dict[tuple[str, str], dict[str, float]] = {}
         if self.plan is None or not self.digest.rounds:
@@ -146,10 +146,10 @@ class RecordedRun:
 
     @functools.cached_property
     def traffic(self) -> dict[tuple[str, str], dict[str, float]]:
-        """What each direction of a link carried and waited for in all rounds together.
+        """Traffic and waiting times of each direction of a link in all rounds.
 
-        The names are those of ``pipar_jax.roles.link_stats``; what is no sum is as of the last
-        round, and left out where it was never measured.
+        The names are those of ``pipar_jax.roles.link_stats``; figures that are not sums are those
+        of the last round, and missing if they were never measured.
         """
         found: dict[tuple[str, str], dict[str, float]] = {}
         for event in self.of("round_finished"):
@@ -164,9 +164,9 @@ class RecordedRun:
 
     @functools.cached_property
     def weight_bytes(self) -> float:
-        """Bytes of one message with a device's weights or part: what is no tensor, evenly shared.
+        """Mean size of a message with a device's weights: all bytes but activations and cotangents.
 
-        Labels and small messages are in it too.
+        Labels and small messages are included.
         """
         done = self.of("round_finished")
         rest = sum(row["bytes_up"] for row in done)
@@ -196,7 +196,7 @@ class RecordedRun:
 
     @functools.cached_property
     def links(self) -> dict[tuple[str, str], LinkModel]:
-        """What each direction of each link was shaped to; empty without a plan."""
+        """The emulated link of each direction; empty without a plan."""
         if self.plan is None:
             return {}
         shapes = {}
@@ -206,11 +206,11 @@ class RecordedRun:
         return links_from_shapes(shapes, self.plan)
 
     def link_of(self, ends: tuple[str, str]) -> LinkModel:
-        """Returns what one direction of a link was shaped to."""
+        """Returns the emulated link of one direction."""
         return self.links.get(ends, FREE_LINK)
 
     def schedule(self) -> RoundSchedule | None:
-        """Returns the schedule of the run's first round, if known; only the last may differ."""
+        """Returns the schedule of the first round, if known; only the last round may differ."""
         started, joined = self.last("run_started"), self.of("device_joined")
         if self.plan is None or not started or len(joined) != len(self.plan.devices):
             return None
@@ -251,7 +251,7 @@ def read_run(folder: Path) -> RecordedRun:
 
 
 def hosts_of(run: RecordedRun) -> list[str]:
-    """Returns a run's hosts as they are drawn: devices first, the server last."""
+    """Returns the hosts of a run in the order in which they are drawn: the server last."""
     count = len(run.plan.devices) if run.plan else len(run.devices)
     devices = [device_name(index) for index in range(count)]
     others = [host for host in run.digest.hosts if host not in devices]
@@ -260,7 +260,7 @@ def hosts_of(run: RecordedRun) -> list[str]:
 
 
 def links_of(run: RecordedRun) -> list[tuple[str, str]]:
-    """Returns the directions of links that are shown: those of the first devices, in order."""
+    """Returns the directions of links that are shown, those of the first devices, in order."""
     hosts = hosts_of(run)
     shown = [host for host in hosts if not _DEVICE.fullmatch(host)]
     shown += [host for host in hosts if _DEVICE.fullmatch(host)][:MOST_DEVICES]

@@ -1,6 +1,6 @@
-"""Where the events of a run go beside metrics.jsonl: TensorBoard, or a function of your own.
+"""Destinations of a run's events in addition to metrics.jsonl: TensorBoard, or your own function.
 
-``run.sinks`` names them, with commas between: ``tensorboard``, or ``MODULE:FUNCTION``. The function
+``run.sinks`` lists them, separated by commas: ``tensorboard`` or ``MODULE:FUNCTION``. The function
 is called once, on the server, with the run's folder, and returns an object with the methods of
 ``Sink``::
 
@@ -30,19 +30,19 @@ _LINK_SCALARS = ("bytes", "queue_s", "credit_wait_s")
 
 
 class Sink(Protocol):
-    """Takes a run's events; called on several threads, one at a time."""
+    """Receives the events of a run; called from several threads, one at a time."""
 
     def write(self, event: Mapping[str, Any]) -> None:
-        """Takes an event, as metrics.jsonl has it."""
+        """Receives an event, in the form of metrics.jsonl."""
 
     def close(self) -> None:
-        """Ends the sink, however the run ended."""
+        """Closes the sink; called however the run ended."""
 
 
 class TensorBoard:
     """Writes event files for TensorBoard into ``tensorboard/`` in the run's folder.
 
-    A round is a step. There are scalars for training, test, seconds, idle shares and links.
+    A step of TensorBoard is a round. Scalars are loss and accuracy, seconds, idle shares and links.
 
     Args:
       folder: The run's folder.
@@ -52,7 +52,7 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Opens the file."""
+        """Opens the event file."""
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
@@ -63,7 +63,7 @@ class TensorBoard:
         self._writer = SummaryWriter(logdir=str(folder / TENSORBOARD), flush_secs=10)
 
     def write(self, event: Mapping[str, Any]) -> None:
-        """Takes an event."""
+        """Writes the scalars of an event."""
         for name, value in scalars(event).items():
             self._writer.add_scalar(name, value, event["round"] + 1)
 
@@ -73,7 +73,7 @@ class TensorBoard:
 
 
 def scalars(event: Mapping[str, Any]) -> dict[str, float]:
-    """Returns what an event says in numbers, by a name such as ``idle/server``."""
+    """Returns the scalars of an event by names such as ``idle/server``."""
     if event["event"] == "evaluated":
         found = {"test/accuracy": event["accuracy"], "test/loss": event["loss"]}
     elif event["event"] == "round_finished":
@@ -84,7 +84,7 @@ def scalars(event: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _round_scalars(event: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a round's numbers."""
+    """Returns the scalars of a round."""
     seconds = event["seconds"]
     found = {
         "train/loss": event["loss"],
@@ -101,18 +101,18 @@ def _round_scalars(event: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Sinks:
-    """All sinks of a run as one; a context manager that closes them.
+    """All sinks of a run; a context manager that closes them.
 
     Args:
       text: The field ``run.sinks``.
       folder: The run's folder.
 
     Raises:
-      ConfigError: A sink is unknown or cannot be made.
+      ConfigError: A sink is unknown or cannot be created.
     """
 
     def __init__(self, text: str, folder: Path) -> None:
-        """Makes each."""
+        """Creates the sinks."""
         self._sinks: list[tuple[str, Sink]] = []
         try:
             for name in sink_names(text):
@@ -122,7 +122,7 @@ class Sinks:
             raise
 
     def write(self, event: Mapping[str, Any]) -> None:
-        """Hands an event to each sink.
+        """Passes an event to each sink.
 
         Raises:
           RunError: A sink failed.
@@ -132,10 +132,10 @@ class Sinks:
                 sink.write(event)
 
     def close(self) -> None:
-        """Closes all, also those that come after one that fails.
+        """Closes all sinks, even if one of them fails.
 
         Raises:
-          RunError: A sink failed: the first of them.
+          RunError: A sink failed; the error is that of the first.
         """
         errors = []
         for name, sink in self._sinks:
@@ -148,7 +148,7 @@ class Sinks:
             raise errors[0]
 
     def _close_after(self, error: BaseException) -> None:
-        """Closes all; what goes wrong is a note to the error that came first."""
+        """Closes all sinks; a failure becomes a note of the original error."""
         try:
             self.close()
         except RunError as late:
@@ -164,7 +164,7 @@ class Sinks:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Closes all."""
+        """Closes the sinks."""
         if error is None:
             self.close()
         else:
@@ -176,7 +176,7 @@ def _what(name: str) -> str:
 
 
 def _make(name: str, folder: Path) -> Sink:
-    """Returns a sink."""
+    """Creates a sink."""
     if name == TENSORBOARD:
         return TensorBoard(folder)
     made: Sink = plugins.find(name, _what(name), ConfigError)(folder)

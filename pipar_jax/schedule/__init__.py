@@ -1,1 +1,1 @@
-"""What is to be done, as data: plans, actions, dispatch and traces. No jax."""
+"""Schedules as data: plans, actions, dispatch and traces. No jax."""

@@ -1,9 +1,9 @@
-"""A schedule is a partial order of actions, held as data.
+"""Schedules: partial orders of actions, as data.
 
-An action is the atom of everything that is executed, simulated, traced or drawn. Its text, such as
-``d1.2F0@17`` (device 1, stage 2, forward of micro-batch 0 in step 17), parses back. The actions of
-one device's step are produced here, with what each has to wait for; which of a host's ready actions
-runs next is the policy's business (``dispatch.py``).
+An action is the unit of everything that is executed, simulated, traced or drawn. Its text, such as
+``d1.2F0@17`` (device 1, stage 2, forward of micro-batch 0 in step 17), can be parsed. This module
+generates the actions of a device's step with their predecessors; the policy chooses which of a
+host's ready actions runs next (``dispatch.py``).
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ UPDATE = "U"
 AGGREGATE = "A"
 SEND_CLIENT_MODEL = "H"
 EVALUATE = "E"
-#: Sends and receives name the computation whose result they carry: an activation or a cotangent.
+#: Sends and receives are named after the computation whose result they transfer.
 SEND_FORWARD, RECEIVE_FORWARD = "SF", "RF"
 SEND_BACKWARD, RECEIVE_BACKWARD = "SB", "RB"
-#: The device part with its optimiser state arrives (sequential order).
+#: The client-side model with its optimiser state arrives (sequential order).
 RECEIVE_CLIENT_MODEL = "RH"
-#: Weights leave a host for aggregation, and come back to it.
+#: Weights leave a host for aggregation, and return to it.
 SEND_WEIGHTS, RECEIVE_WEIGHTS = "SA", "RA"
 
 #: Kinds that occupy a host's processor.
 COMPUTE = frozenset((FORWARD, BACKWARD, LOSS, UPDATE, AGGREGATE))
-#: Kinds that a host waits for instead of performing.
+#: Kinds that a host awaits instead of performing.
 RECEIVES = frozenset((RECEIVE_FORWARD, RECEIVE_BACKWARD, RECEIVE_CLIENT_MODEL, RECEIVE_WEIGHTS))
 #: Kinds that belong to one micro-batch.
 MICRO = frozenset((FORWARD, BACKWARD, LOSS, SEND_FORWARD, RECEIVE_FORWARD, SEND_BACKWARD,
                    RECEIVE_BACKWARD))  # fmt: skip
 KINDS = COMPUTE | RECEIVES | MICRO | {SEND_CLIENT_MODEL, EVALUATE, SEND_WEIGHTS}
-#: What each kind is called in traces and reports.
+#: Names of the kinds in traces and reports.
 KIND_NAMES: Mapping[str, str] = {
     FORWARD: "forward", BACKWARD: "backward", LOSS: "forward, loss, backward", UPDATE: "update",
     AGGREGATE: "average", EVALUATE: "evaluate",
@@ -58,14 +58,14 @@ _TEXT = re.compile(r"d(\d+|\*)\.(\d+)([A-Z]{1,2})(\d*)@(\d+)")
 
 
 class Action(NamedTuple):
-    """One atom of a schedule.
+    """One action of a schedule.
 
     Attributes:
       stage: Index of the stage in the device's chain.
       kind: One of ``KINDS``.
-      device: Whose data it works on; ``ALL`` for every device's.
-      step: Which of the device's steps, counted over the whole run.
-      micro_batch: Index in the mini-batch; 0 for kinds that belong to none.
+      device: Device whose data it processes; ``ALL`` for all devices.
+      step: Step of the device, counted over the whole run.
+      micro_batch: Index in the mini-batch; 0 for kinds without one.
     """
 
     stage: int
@@ -82,10 +82,10 @@ class Action(NamedTuple):
 
 
 def parse(text: str) -> Action:
-    """Returns the action that a text such as ``d1.2F0@17`` stands for.
+    """Parses the text of an action, such as ``d1.2F0@17``.
 
     Raises:
-      PlanError: The text is not an action's.
+      PlanError: The text is not that of an action.
     """
     match = _TEXT.fullmatch(text)
     if match is None or match[3] not in KINDS or (match[3] in MICRO) != bool(match[4]):
@@ -97,7 +97,7 @@ def parse(text: str) -> Action:
     return Action(int(match[2]), match[3], device, int(match[5]), int(match[4] or 0))
 
 
-#: An action and the actions that must be over before it starts.
+#: Actions with the actions that must have finished before they start.
 Step = tuple[tuple[Action, tuple[Action, ...]], ...]
 
 
@@ -111,11 +111,11 @@ class Span(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def micro_batch_sizes(samples: int, micro_batches: int) -> tuple[int, ...]:
-    """Returns the sizes of a mini-batch's micro-batches, which differ by at most one.
+    """Returns the sizes of the micro-batches of a mini-batch, which differ by at most one.
 
     Args:
       samples: Samples in the mini-batch.
-      micro_batches: How many parts are wanted; a part has at least one sample.
+      micro_batches: Maximum number of micro-batches; each has at least one sample.
     """
     parts = max(1, min(micro_batches, samples))
     size, larger = divmod(samples, parts)
@@ -123,7 +123,7 @@ def micro_batch_sizes(samples: int, micro_batches: int) -> tuple[int, ...]:
 
 
 def batch_samples(samples: int, batch_size: int, step: int) -> int:
-    """Returns the samples in a device's mini-batch: ragged at the end of each epoch.
+    """Returns the number of samples in a device's mini-batch; the last of an epoch may be smaller.
 
     Args:
       samples: Samples in the device's shard.
@@ -138,12 +138,12 @@ def batch_samples(samples: int, batch_size: int, step: int) -> int:
 def rounds(plan: Plan, steps_per_epoch: Sequence[int], epochs: int) -> tuple[tuple[Span, ...], ...]:
     """Returns the spans of every round of a run.
 
-    In parallel order a round has one span per device that still has steps to do. In sequential
-    order its spans are executed one after another, with the device part handed on between them.
+    In parallel order a round has one span per device that has steps left. In sequential order its
+    spans are executed one after another, with the client-side model handed on between them.
 
     Args:
-      plan: The plan, which says when weights are averaged or handed on.
-      steps_per_epoch: Steps in an epoch of each device.
+      plan: The plan, which defines when weights are averaged or handed on.
+      steps_per_epoch: Number of steps per epoch of each device.
       epochs: Epochs to train; with averaging every few steps an epoch is that of the device with
         the most data, and an exhausted shard reshuffles.
 
@@ -153,9 +153,9 @@ def rounds(plan: Plan, steps_per_epoch: Sequence[int], epochs: int) -> tuple[tup
     if plan.sums_gradients and not plan.aggregate_every and len(set(steps_per_epoch)) > 1:
         raise PlanError(
             "weights shared by devices in parallel take one step for all of them, but the devices' "
-            f"epochs have {', '.join(map(str, steps_per_epoch))} steps: give the devices equal "
+            "epochs have {', '.join(map(str, steps_per_epoch))} steps: give the devices equal "
             "shards, or set --config.aggregation.every='10 steps', with which a device that has "
-            "seen all its samples begins anew"
+            "used all its samples starts over"
         )
     devices = range(len(plan.devices))
     if plan.order == "sequential" and plan.hand_on == "step":
@@ -182,7 +182,7 @@ def rounds(plan: Plan, steps_per_epoch: Sequence[int], epochs: int) -> tuple[tup
 
 
 def update_of(plan: Plan, device: int, stage: int, step: int) -> Action:
-    """Returns the update that ends a step of a stage: one for all devices if they share weights."""
+    """Returns the update of a stage in a step: one for all devices if they share weights."""
     shared = plan.sums_gradients and plan.is_colocated(stage)
     return Action(stage, UPDATE, ALL if shared else device, step)
 
@@ -199,7 +199,7 @@ class _Row(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def _template(hosts: tuple[str, ...], micro_batches: int) -> tuple[_Row, ...]:
-    """Returns the actions of one step of one device, in an order in which they could run."""
+    """Returns the actions of one step of one device, in a valid order."""
     rows: list[_Row] = []
     index: dict[tuple[int, str, int], int] = {}
     last = len(hosts) - 1
@@ -210,8 +210,8 @@ def _template(hosts: tuple[str, ...], micro_batches: int) -> tuple[_Row, ...]:
         index[stage, kind, m] = len(rows)
         rows.append(_Row(stage, kind, m, known, first))
 
-    # Forwards (or the fused last stage) follow one another in index order: running statistics and
-    # accumulated gradients are then summed in the same order whatever arrives first.
+    # Forwards (or the fused last stage) run in index order, so that running statistics and
+    # accumulated gradients are summed in the same order, whichever input arrives first.
     for m in range(micro_batches):
         for s, host in enumerate(hosts):
             kind = LOSS if s == last else FORWARD
@@ -236,12 +236,12 @@ def _template(hosts: tuple[str, ...], micro_batches: int) -> tuple[_Row, ...]:
 
 
 class HostTemplate(NamedTuple):
-    """One host's part of a step, for any device whose chain lies on the same hosts.
+    """The part of a step on one host, for any device whose chain is on the same hosts.
 
     Attributes:
-      actions: Stage, kind and micro-batch of its computations and of the receives they wait for.
-      rows: For each computation its index, those of what it waits for, and whether it waits for
-        its stage's weights as well.
+      actions: Stage, kind and micro-batch of its computations and of their receives.
+      rows: For each computation its index, the indices of its predecessors, and whether it also
+        waits for its stage's weights.
     """
 
     actions: tuple[tuple[int, str, int], ...]
@@ -250,12 +250,12 @@ class HostTemplate(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def host_template(hosts: tuple[str, ...], micro_batches: int, host: str) -> HostTemplate:
-    """Returns one host's part of a step.
+    """Returns the part of a step on one host.
 
     Args:
       hosts: The host of each stage.
       micro_batches: Micro-batches of the step.
-      host: Whose part.
+      host: Name of the host.
     """
     rows = _template(hosts, micro_batches)
     own = [
@@ -277,15 +277,15 @@ def host_template(hosts: tuple[str, ...], micro_batches: int, host: str) -> Host
 def step_actions(
     plan: Plan, device: int, step: int, micro_batches: int, after: Mapping[int, Action]
 ) -> Step:
-    """Returns the actions of one device's step on all hosts, each with what it waits for.
+    """Returns the actions of one device's step on all hosts, with their predecessors.
 
     Args:
       plan: The plan.
-      device: Whose step.
-      step: Which step, counted over the whole run.
+      device: Index of the device.
+      step: Step of the device, counted over the whole run.
       micro_batches: Micro-batches of this step's mini-batch.
-      after: For a stage, the action that leaves it the weights this step starts from: the update
-        of the step before, or the arrival of the device part. A stage that is not named has its
+      after: For each stage, the action that provides the weights of this step: the update of the
+        step before, or the arrival of the client-side model. A stage that is missing has its
         weights already.
     """
     rows = _template(tuple(plan.host(device, s) for s in range(plan.devices[device].stages)),
@@ -307,7 +307,7 @@ def step_actions(
 
 
 def _opens(spans: Sequence[Span], position: int, holder: int | None) -> bool:
-    """Says whether a span of a sequential round opens with the arrival of the device part."""
+    """Returns whether a span of a sequential round starts by receiving the client-side model."""
     device = spans[position].device
     return device != (spans[position - 1].device if position else holder)
 
@@ -315,14 +315,15 @@ def _opens(spans: Sequence[Span], position: int, holder: int | None) -> bool:
 def predecessors(
     plan: Plan, spans: Sequence[Span], position: int, step: int, holder: int | None = None
 ) -> dict[int, Action]:
-    """Returns, per stage, what leaves the weights that a step of a round starts from.
+    """Returns, for each stage, the action that provides the weights of a step.
 
     Args:
       plan: The plan.
       spans: The round's spans.
       position: Index of the step's span among them.
       step: The step, inside that span.
-      holder: In sequential order, the device that has the device part when the round begins.
+      holder: In sequential order, the device that has the client-side model at the start of the
+        round.
     """
     span = spans[position]
     stages = range(plan.devices[span.device].stages)
@@ -343,15 +344,15 @@ def predecessors(
 
 @dataclasses.dataclass(frozen=True)
 class RoundSchedule:
-    """All the actions of a round, made a step at a time so that a long round costs no memory.
+    """All actions of a round, generated step by step, so that long rounds take no memory.
 
     Attributes:
       plan: The plan.
       spans: The round's spans.
       samples: Samples in each device's shard.
       batch_size: Samples in a full mini-batch.
-      holder: In sequential order, the device that has the device part when the round begins, and
-        so need not receive it if the first turn is its own; None: the coordinator has it.
+      holder: In sequential order, the device that has the client-side model at the start of the
+        round and need not receive it if it is the first; None: the coordinator has it.
     """
 
     plan: Plan
@@ -368,7 +369,7 @@ class RoundSchedule:
         )
 
     def batch_of_all(self, step: int) -> int:
-        """Returns the samples in all devices' mini-batches of a step together."""
+        """Returns the total number of samples in a step over all devices."""
         return sum(
             batch_samples(self.samples[span.device], self.batch_size, step)
             for span in self.spans
@@ -376,7 +377,7 @@ class RoundSchedule:
         )
 
     def trained_samples(self, span: Span) -> int:
-        """Returns how many samples a device trains on in a span of its steps."""
+        """Returns the number of samples that a device trains on in a span."""
         samples = self.samples[span.device]
         return sum(
             batch_samples(samples, self.batch_size, step) for step in range(span.first, span.stop)
@@ -385,8 +386,8 @@ class RoundSchedule:
     def step(self, position: int, step: int) -> Step:
         """Returns the actions of one step of the span at ``position``.
 
-        In sequential order a span opens with the arrival of the device part and closes with
-        handing it on, unless its neighbour is the same device's, or it has the part already.
+        In sequential order a span starts by receiving the client-side model and ends by handing it
+        on, unless the neighbouring span belongs to the same device or the device already has it.
         """
         span = self.spans[position]
         device = span.device
@@ -412,8 +413,8 @@ class RoundSchedule:
     def closing(self) -> Step:
         """Returns the aggregation that ends the round: weights in, average, weights out.
 
-        Stages whose replicas live together are averaged where they are, without traffic; the
-        rest at the coordinator. In sequential order there is one copy and nothing to average.
+        Stages whose replicas are on one host are averaged there, without traffic; all others at the
+        coordinator. In sequential order there is one copy and nothing to average.
         """
         if self.plan.order == "sequential":
             return ()

@@ -1,12 +1,12 @@
-"""Which of a host's ready actions runs next: the one dispatcher with two drivers.
+"""The dispatcher, which chooses the next of a host's ready actions; it has two drivers.
 
 The runtime drives a ``Dispatcher`` with compiled stages and sockets, the simulator with durations.
-Both tell it what was added, what is complete and what has finished computing, and ask for the next
-action. An action is *ready* when everything before it is complete, the link that its result leaves
-by has credit for it, and its stage may hold one more micro-batch; the dispatch thread therefore
-never blocks on a link, and a slow link delays nobody but its own device. Credits that are reserved
-and micro-batches in flight are the dispatcher's state, so that a schedule that cannot deadlock in
-the simulator cannot in the runtime.
+Both report added actions, completed actions and finished computations to it, and ask for the next
+action. An action is *ready* when its predecessors are complete, the link for its result has credit,
+and its stage may have one more micro-batch in flight. The dispatch thread therefore never blocks on
+a link, and a slow link delays only its own device. Reserved credit and micro-batches in flight are
+part of the dispatcher's state, so that a schedule that cannot deadlock in the simulator cannot
+deadlock in the runtime.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from typing import NamedTuple, Protocol
 from pipar_jax.schedule.actions import BACKWARD, COMPUTE, FORWARD, SEND_CLIENT_MODEL, Action
 from pipar_jax.schedule.policies import Key, Policy
 
-#: Kinds that the dispatcher hands out; sends follow from them and receives are reported to it.
+#: Kinds that are dispatched; sends follow from them, and receives are reported.
 DISPATCHED = COMPUTE | {SEND_CLIENT_MODEL}
 
 
 class OutgoingLink(Protocol):
-    """One direction of a link, as far as credit goes."""
+    """The credit of one direction of a link."""
 
     @property
     def available_bytes(self) -> float:
-        """Bytes that the link takes before it has to wait."""
+        """Bytes that the link accepts before it has to wait."""
 
     def can_send(self, nbytes: float) -> bool:
-        """Returns whether the link takes a result of this size now."""
+        """Returns whether the link accepts a result of this size now."""
 
 
 class CreditedLink:
-    """A link's credit, less what is reserved for results that are being computed.
+    """The credit of a link, less the reservations of results that are being computed.
 
     Attributes:
       link: The link.
-      reserved_bytes: Bytes of results that were dispatched and not handed to the link yet.
+      reserved_bytes: Bytes of results that were dispatched but not yet passed to the link.
     """
 
     __slots__ = ("link", "reserved_bytes")
@@ -48,18 +48,18 @@ class CreditedLink:
         self.reserved_bytes: float = 0
 
     def can_send(self, nbytes: float) -> bool:
-        """Returns whether the link takes a result of this size now."""
+        """Returns whether the link accepts a result of this size now."""
         if not self.reserved_bytes:
             return self.link.can_send(nbytes)
         return self.link.available_bytes >= nbytes + self.reserved_bytes
 
 
 class InFlightLimit:
-    """How many micro-batches a stage with shared weights holds between forward and backward.
+    """The limit on micro-batches in flight in a stage with shared weights.
 
     Attributes:
       in_flight: Micro-batches between their forward and their backward.
-      limit: How many there may be.
+      limit: Maximum of ``in_flight``.
     """
 
     __slots__ = ("in_flight", "limit")
@@ -70,10 +70,10 @@ class InFlightLimit:
 
 
 class Demand(NamedTuple):
-    """What an action needs besides its predecessors before it may run.
+    """The conditions of an action in addition to its predecessors.
 
     Attributes:
-      link: The link that its result leaves by; None if it stays on the host.
+      link: The link for its result; None if the result stays on the host.
       nbytes: Bytes of its result; 0 if it stays.
       limit: The limit of its stage, which a forward enters and a backward leaves; None without.
     """
@@ -90,12 +90,12 @@ class Demand(NamedTuple):
         return self.link is None or self.link.can_send(self.nbytes)
 
 
-#: An action, what must be complete before it, and what else it needs.
+#: An action, its predecessors, and its other conditions.
 Row = tuple[Action, tuple[Action, ...], Demand | None]
 
 
 class Dispatcher:
-    """The state of one host's schedule: what waits, what is ready, what comes next.
+    """The schedule of one host: actions that wait, and actions that are ready.
 
     Not thread-safe: a host's dispatch thread owns it.
 
@@ -115,7 +115,7 @@ class Dispatcher:
     def add(self, rows: Iterable[Row]) -> None:
         """Adds this host's actions of a step.
 
-        What is waited for may be complete already, also before it was added (a peer may be ahead).
+        A predecessor may already be complete, even before it was added (a peer may be ahead).
 
         Args:
           rows: Actions of kinds in ``DISPATCHED``.
@@ -134,7 +134,7 @@ class Dispatcher:
                 self._push(action)
 
     def complete(self, action: Action) -> None:
-        """Reports an action on which others may wait: a receive, or a dispatched computation."""
+        """Reports a completed action: a receive, or a dispatched computation."""
         self._complete.setdefault((action.device, action.step), set()).add(action)
         for dependent in self._dependents.pop(action, ()):
             self._missing[dependent] -= 1
@@ -142,14 +142,14 @@ class Dispatcher:
                 self._push(dependent)
 
     def drop_step(self, device: int, step: int) -> None:
-        """Drops what is known of a device's finished step; nothing later may wait for it."""
+        """Forgets a finished step of a device; no later action may wait for it."""
         self._complete.pop((device, step), None)
 
     def next(self) -> Action | None:
         """Returns the ready action to run now, or None if none may run.
 
-        Its result's bytes are reserved on the link that it leaves by, and a forward counts as in
-        flight, until ``finish`` and the backward's.
+        Credit for its result is reserved on its link until ``finish``; a forward counts as in
+        flight until the ``finish`` of its backward.
         """
         refused: list[tuple[Key, Action]] = []
         chosen: Action | None = None
@@ -175,7 +175,7 @@ class Dispatcher:
         return chosen
 
     def finish(self, action: Action) -> None:
-        """Reports that a computation has ended and that its result was handed to its link."""
+        """Reports that a computation has ended and its result was passed to its link."""
         demand = self._demands.pop(action, None)
         if demand is None:
             return
@@ -185,11 +185,11 @@ class Dispatcher:
             demand.limit.in_flight -= 1
 
     def waiting(self) -> dict[Action, int]:
-        """Returns the actions that have not run, with how many others each still waits for."""
+        """Returns the actions that have not run, with their numbers of incomplete predecessors."""
         return dict(self._missing)
 
     def demand(self, action: Action) -> Demand | None:
-        """Returns what an action that has not finished needs besides its predecessors."""
+        """Returns the other conditions of an action that has not finished."""
         return self._demands.get(action)
 
     def _push(self, action: Action) -> None:

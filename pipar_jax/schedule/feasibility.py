@@ -1,4 +1,4 @@
-"""Which plans the runtime can carry out, and which may change during a run."""
+"""Checks of plans: whether the runtime can execute them, and change them during a run."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from pipar_jax.schedule.plan import COORDINATOR, Plan, device_name, is_node
 
 
 def check_adaptable(plan: Plan) -> None:
-    """Refuses plans that cannot change during a run.
+    """Rejects plans that cannot change during a run.
 
     Raises:
-      PlanError: Devices take turns, or share weights on the coordinator's host.
+      PlanError: Devices train in turn, or share weights on the coordinator's host.
     """
     shared = plan.weights == "shared" and not any(map(plan.local_stages, plan.hosts()))
     if plan.order != "parallel" or shared:
         raise PlanError(
-            f"tuner.adapt changes plans of devices in parallel, with weights copied, or shared on "
-            f"compute nodes; this one is {plan}: set tuner.adapt=false"
+            "tuner.adapt needs devices in parallel, with weights copied, or shared on compute "
+            f"nodes; the plan is {plan}: set tuner.adapt=false"
         )
 
 
 def check_executable(plan: Plan) -> None:
-    """Refuses plans that no host of this runtime could carry out.
+    """Rejects plans that this runtime cannot execute.
 
     Raises:
-      PlanError: A stage lies on a host that nobody runs, a device would have to be reached by
-        another one, a chain meets the coordinator's host twice, or devices share weights that do
-        not live together.
+      PlanError: A stage is on an unknown host, a device would have to be reached by another device,
+        a chain visits the coordinator's host twice, or devices share weights that are not on one
+        host.
     """
     for device, one in enumerate(plan.devices):
         chain = [plan.host(device, stage) for stage in range(one.stages)]
@@ -46,7 +46,7 @@ def check_executable(plan: Plan) -> None:
     met = [tuple(sorted(one[:2])) for one in plan.boundaries() if COORDINATOR in one[:2]]
     if len(met) > len(set(met)):
         raise PlanError(
-            f"the plan {plan} meets {COORDINATOR} twice in a chain: put the middle stages of a "
+            f"the plan {plan} visits {COORDINATOR} twice in a chain: put the middle stages of a "
             "U-shape on compute nodes"
         )
     if plan.sums_gradients and not any(

@@ -1,9 +1,9 @@
-"""What a plan means for one host, compiled once: the table that runtime and simulator follow.
+"""The plan compiled for one host: a table that runtime and simulator follow.
 
 For every place of the cohort (the devices of a round in their fixed order), stage and kind of
-computation that a host performs there is an ``Operation``: where its input comes from, where its
-result goes, which weights it uses, what limits it. Which device holds a place is the round's
-business (``RoundSchedule.device``).
+computation that a host performs there is an ``Operation``: the source of its input, the target of
+its result, its weights and its limits. The round defines which device holds a place
+(``RoundSchedule.device``).
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ class Operation:
     """One kind of computation of a place's stage.
 
     Attributes:
-      place: Whose data it works on: a place of the cohort, or ``ALL``.
+      place: Place of the cohort whose data it processes, or ``ALL``.
       stage: Its stage in that place's chain.
       kind: F, L, B, U or H.
-      host: Who performs it.
+      host: The host that performs it.
       replica_key: Key of the weights that it uses.
-      source: Boundary that its input arrives by; None if the input is on the host already.
+      source: Boundary over which its input arrives; None if the input is on the host already.
       received: Kind of the receive that brings the input; empty without a source.
       output_of: Computation (stage, kind) of this host whose result is its input; None if it has a
         source or begins a chain.
-      target: Boundary that its result leaves by; None if it stays.
+      target: Boundary over which its result leaves; None if it stays.
       sent: Kind of the send of its result; empty if there is no result.
       arrives_as: Kind of the receive of its result at the other side; empty likewise.
-      target_stage: Stage that its result is for.
-      cut: Index of the cut between its stage and that one; -1 without a result.
+      target_stage: Stage that receives its result.
+      cut: Index of the cut between the two stages; -1 without a result.
       codec: Codec of the result if it leaves.
       limited: Whether ``Plan.in_flight`` limits its stage.
     """
@@ -148,7 +148,7 @@ class HostProgram:
         return replica_key(self.plan, place, stage)
 
     def sizes(self, samples: Sequence[int], batch_size: int) -> set[int]:
-        """Returns every micro-batch size that the host meets in an epoch.
+        """Returns all micro-batch sizes of an epoch on this host.
 
         Args:
           samples: Samples that each place's device trains on in an epoch.
@@ -192,7 +192,7 @@ class HostProgram:
         for i, deps, waits in template.rows:
             action = actions[i]
             before = tuple([actions[k] for k in deps])
-            if waits:  # for the weights that the step before has left
+            if waits:  # wait for the weights of the step before
                 stage = action.stage
                 if within:
                     owner = ALL if stage in shared else place

@@ -1,8 +1,8 @@
-"""A plan says who computes what: cuts, hosts, micro-batches, codecs, order and weights.
+"""Plans: cuts, hosts, micro-batches, codecs, order and weights.
 
-Federated, split, split-federated, pipelined and multihop learning are all plans (ARCHITECTURE's
-table). Methods and the tuner return plans, the runtime executes them and the simulator predicts
-them; none of the three sees a method's name.
+Federated, split, split-federated, pipelined and multi-hop learning are all plans. Methods and the
+tuner return plans, the runtime executes them and the simulator predicts them; neither of them sees
+the name of a method.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Weights = Literal["copy", "shared"]
 Dispatch = Literal["fcfs", "backward_first", "slowest_first", "fixed"]
 HandOn = Literal["epoch", "step"]
 
-#: Stands in ``DevicePlan.hosts`` for the device that owns the data, whatever its index.
+#: The device that owns the data, in ``DevicePlan.hosts``.
 OWNER = "device"
-#: The host that takes the coordinator's role in every plan.
+#: The host with the role of the coordinator, in every plan.
 COORDINATOR = "server"
 
 
@@ -64,7 +64,7 @@ def long_name(host: str) -> str:
 
 
 def is_node(host: str) -> bool:
-    """Says whether a host's name is a compute node's."""
+    """Returns whether a host is a compute node."""
     return host[:1] == "n" and host[1:].isdecimal()
 
 
@@ -78,8 +78,8 @@ class Codecs:
     """Names of the codecs on one boundary between two stages.
 
     Attributes:
-      activation: Codec of what travels forward.
-      cotangent: Codec of what travels back.
+      activation: Codec of activations.
+      cotangent: Codec of cotangents.
     """
 
     activation: str = "raw"
@@ -88,12 +88,12 @@ class Codecs:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DevicePlan:
-    """The way of one device's micro-batches through its chain.
+    """The chain of one device and the micro-batches in it.
 
     Attributes:
       cuts: Positions between units, strictly increasing; ``len(hosts) - 1`` of them.
       hosts: Host of each stage, ``"device"`` for the device itself.
-      micro_batches: How many micro-batches a mini-batch is cut into (at most one per sample).
+      micro_batches: Number of micro-batches of a mini-batch (at most one per sample).
       codecs: One pair per cut.
     """
 
@@ -103,11 +103,11 @@ class DevicePlan:
     codecs: tuple[Codecs, ...] = ()
 
     def __post_init__(self) -> None:
-        """Checks that the parts fit together.
+        """Checks that the fields are consistent.
 
         Raises:
-          PlanError: The number of hosts, cuts and codecs disagree, cuts do not increase, or there
-            is no micro-batch.
+          PlanError: The numbers of hosts, cuts and codecs do not match, cuts do not increase, or
+            there is no micro-batch.
         """
         if not self.codecs and self.cuts:
             object.__setattr__(self, "codecs", tuple(Codecs() for _ in self.cuts))
@@ -130,7 +130,7 @@ class DevicePlan:
 
     @property
     def stages(self) -> int:
-        """How many stages the model is cut into."""
+        """Number of stages."""
         return len(self.hosts)
 
     def __str__(self) -> str:
@@ -147,10 +147,10 @@ class DevicePlan:
 
 
 class Boundary(NamedTuple):
-    """A place where chains go from one host to the next: what crosses it has a link of its own.
+    """A transition of chains from one host to the next, which has its own link.
 
-    Where two hosts meet twice, as in a U-shape of one node, activations and cotangents would
-    otherwise share a direction's credit and could wait for each other.
+    If two hosts are neighbours twice, as in a U-shape with one node, activations and cotangents
+    would otherwise share the credit of a direction and could wait for each other.
 
     Attributes:
       lower: Host of the stage below.
@@ -169,18 +169,19 @@ class Boundary(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
-    """What all hosts of a run do, as a value: it prints, compares and serialises.
+    """The plan of all hosts of a run, as a value that prints, compares and serialises.
 
     Attributes:
       devices: One plan per device, in device order.
-      order: ``parallel``, or ``sequential``: one device after another, the device part handed on.
+      order: ``parallel``, or ``sequential``: one device after another, with the client-side model
+        handed on.
       weights: ``copy`` (a stage that serves several devices keeps a copy for each, averaged) or
         ``shared`` (one copy; in parallel order its gradients are summed over the devices).
-      in_flight: With shared weights, how many micro-batches may be between a stage's forward and
-        its backward at a time; 0 means any number.
-      dispatch: Policy that picks the next of a host's ready actions.
+      in_flight: With shared weights, the maximum number of micro-batches between forward and
+        backward of a stage; 0 means no limit.
+      dispatch: Policy that chooses the next of a host's ready actions.
       aggregate_every: Steps between two aggregations; 0 means once per epoch of each device.
-      hand_on: In sequential order, when the device part is handed on.
+      hand_on: In sequential order, when the client-side model is handed on.
     """
 
     devices: tuple[DevicePlan, ...]
@@ -192,10 +193,10 @@ class Plan:
     hand_on: HandOn = "epoch"
 
     def __post_init__(self) -> None:
-        """Checks the values that are not types.
+        """Checks the values of the fields.
 
         Raises:
-          PlanError: A value is not one of those allowed, or no device is planned.
+          PlanError: A value is not allowed, or the plan has no device.
         """
         if not self.devices:
             raise PlanError("a plan needs at least one device")
@@ -216,10 +217,10 @@ class Plan:
         return device_name(device) if name == OWNER else name
 
     def is_colocated(self, stage: int) -> bool:
-        """Says whether all devices have the same units in this stage, on the same host.
+        """Returns whether all devices have the same units in this stage, on the same host.
 
-        Its weights then live together: they are averaged, or shared, where they are, without
-        traffic. A stage that runs on the devices themselves never is.
+        Its weights are then averaged, or shared, on that host without traffic. Stages on the
+        devices themselves are never colocated.
         """
         first = self.devices[0]
         if stage >= first.stages or first.hosts[stage] == OWNER:
@@ -234,16 +235,16 @@ class Plan:
         )
 
     def is_shared(self, device: int, stage: int) -> bool:
-        """Says whether a device's stage uses the one copy that devices share, or one of its own."""
+        """Returns whether a device's stage uses the weights that all devices share."""
         return self.weights == "shared" and (
             self.is_colocated(stage)
             or (self.order == "sequential" and self.devices[device].hosts[stage] != OWNER)
         )
 
     def local_stages(self, host: str) -> tuple[int, ...]:
-        """Returns the stages whose weights live together on a host, which is a compute node.
+        """Returns the stages whose weights are colocated on a compute node.
 
-        They are averaged or shared there; the coordinator's copy of them is an old one.
+        They are averaged or shared there; the coordinator's copy of them is outdated.
         """
         return tuple(
             stage
@@ -252,11 +253,11 @@ class Plan:
         )
 
     def local_units(self, host: str, count: int) -> tuple[int, ...]:
-        """Returns the indices of those stages' units in a model of ``count`` units."""
+        """Returns the indices of the units in these stages, in a model of ``count`` units."""
         return tuple(i for stage in self.local_stages(host) for i in self.units(0, stage, count))
 
     def held_units(self, host: str, count: int) -> tuple[int, ...]:
-        """Returns the indices of all units that a host has weights of, rising."""
+        """Returns the indices of all units of which a host has weights, in increasing order."""
         held = {
             unit
             for device, one in enumerate(self.devices)
@@ -268,11 +269,11 @@ class Plan:
 
     @property
     def sums_gradients(self) -> bool:
-        """Whether devices in parallel share weights, whose gradients are summed over them."""
+        """Whether devices in parallel share weights, so that gradients are summed over devices."""
         return self.weights == "shared" and self.order == "parallel"
 
     def hosts(self) -> tuple[str, ...]:
-        """Returns every host that the plan names, coordinator first, in order of appearance."""
+        """Returns all hosts of the plan, coordinator first, then in order of appearance."""
         names = dict.fromkeys([COORDINATOR])
         for device in range(len(self.devices)):
             names[device_name(device)] = None
@@ -281,7 +282,7 @@ class Plan:
         return tuple(names)
 
     def links(self) -> tuple[tuple[str, str], ...]:
-        """Returns each pair of neighbours in some chain once, the earlier in the chain first."""
+        """Returns each pair of neighbours in a chain once, the earlier in the chain first."""
         pairs: dict[frozenset[str], tuple[str, str]] = {}
         for device, plan in enumerate(self.devices):
             chain = [self.host(device, s) for s in range(plan.stages)]
@@ -291,11 +292,11 @@ class Plan:
         return tuple(pairs.values())
 
     def boundary(self, device: int, below: int) -> Boundary:
-        """Returns the place between a device's stage and the next, which may be on one host."""
+        """Returns the boundary between a device's stage and the next, which may be on one host."""
         return Boundary(self.host(device, below), self.host(device, below + 1), below)
 
     def boundaries(self) -> tuple[Boundary, ...]:
-        """Returns every place where some chain goes from one host to another, each once."""
+        """Returns all boundaries between different hosts, each once."""
         found: dict[Boundary, None] = {}
         for device, plan in enumerate(self.devices):
             for below in range(plan.stages - 1):
@@ -310,7 +311,7 @@ class Plan:
         return range(bounds[stage], bounds[stage + 1])
 
     def __str__(self) -> str:
-        """Returns one line; equal device plans are printed once."""
+        """Returns the plan in one line; equal device plans are printed once."""
         texts = [str(plan) for plan in self.devices]
         if len(set(texts)) == 1:
             chain = f"{len(texts)} of {texts[0]}" if len(texts) > 1 else texts[0]
@@ -332,7 +333,7 @@ class Plan:
         """Returns the plan that ``to_dict`` wrote.
 
         Raises:
-          PlanError: A field is missing, unknown or has an impossible value.
+          PlanError: A field is missing, unknown or not valid.
         """
         try:
             devices = tuple(

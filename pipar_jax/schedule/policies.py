@@ -1,4 +1,4 @@
-"""Dispatch policies: in which order a host runs its ready actions; registered by name."""
+"""Dispatch policies: the order in which a host runs its ready actions, registered by name."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS, UPDATE, Action
 
 #: A sort key; the smallest runs first.
 Key = tuple[float, ...]
-#: Takes an action and how many became ready before it.
+#: Maps an action, and the number of actions that became ready before it, to a sort key.
 Policy = Callable[[Action, int], Key]
 
 
 def _fcfs(demand: Mapping[int, float]) -> Policy:
-    """Runs what became ready first."""
+    """Runs the action that became ready first."""
     del demand
     return lambda action, ready: (ready,)
 
 
 def _backward_first(demand: Mapping[int, float]) -> Policy:
-    """Prefers updates and backwards, which free residuals and let devices go on."""
+    """Prefers updates and backwards, which free residuals and let devices continue."""
     del demand
     urgency = {UPDATE: 0, BACKWARD: 1, LOSS: 1}
     return lambda action, ready: (urgency.get(action.kind, 2), ready)
 
 
 def _slowest_first(demand: Mapping[int, float]) -> Policy:
-    """Serves the device with the longest demand first (the priority of PipeSFL)."""
+    """Prefers the device with the longest demand (the priority of PipeSFL)."""
     # Looked up when an action becomes ready: the demand changes from round to round.
     return lambda action, ready: (-demand.get(action.device, 0.0), ready)
 
@@ -41,7 +41,7 @@ def _fixed(demand: Mapping[int, float]) -> Policy:
     )  # fmt: skip
 
 
-#: Every policy: what makes it from each device's seconds of work per step.
+#: Constructors of all policies, from each device's seconds of work per step.
 POLICIES: dict[str, Callable[[Mapping[int, float]], Policy]] = {
     "fcfs": _fcfs,
     "backward_first": _backward_first,
@@ -55,10 +55,10 @@ def policy(name: str, demand: Mapping[int, float] | None = None) -> Policy:
 
     Args:
       name: One of ``POLICIES``.
-      demand: Seconds of work per step of each device; the policy reads it whenever it is used.
+      demand: Seconds of work per step of each device; read at each use of the policy.
 
     Raises:
-      PlanError: There is no policy of this name.
+      PlanError: There is no policy with this name.
     """
     if name not in POLICIES:
         raise PlanError(f"{name!r} is not a dispatch policy (known: {', '.join(POLICIES)})")

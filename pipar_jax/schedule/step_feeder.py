@@ -1,4 +1,4 @@
-"""What a host has to do in a round, handed to its dispatcher a step at a time."""
+"""Passes the actions of a round to a host's dispatcher, step by step."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from pipar_jax.schedule.actions import ALL, Action, RoundSchedule
 from pipar_jax.schedule.dispatch import Demand, Dispatcher, Row
 from pipar_jax.schedule.host_program import HostProgram, Operation
 
-#: Returns what an operation needs to run on so many samples, besides what precedes it.
+#: Returns the conditions of an operation on a number of samples, in addition to predecessors.
 Demands = Callable[[Operation, int], Demand | None]
 
 
 class StepFeeder:
-    """Walks through a round's spans and keeps the dispatcher supplied with the next step.
+    """Iterates over the spans of a round and supplies the dispatcher with the next step.
 
-    Parallel spans advance side by side, each as soon as its step has been dispatched here;
-    sequential ones follow one another.
+    Parallel spans advance independently, each as soon as its step has been dispatched on this host;
+    sequential spans follow one another.
 
     Attributes:
-      schedule: The round under way.
+      schedule: The current round.
 
     Args:
-      program: What the plan means for the host.
-      dispatcher: Given the host's actions.
-      demands: What operations need besides their predecessors; None if nothing ever does.
+      program: The plan compiled for the host.
+      dispatcher: Receives the host's actions.
+      demands: Conditions of operations in addition to their predecessors; None if there are none.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class StepFeeder:
         self._sizes: dict[tuple[int, int], tuple[int, ...]] = {}
         self._queue: collections.deque[int] = collections.deque()
         self._open = self._sharers = 0
-        # Updates of shared weights: what every device's step has named so far, and how many
-        # devices' steps are missing. They stay until they were dispatched.
+        # Updates of shared weights: the predecessors named so far, and the number of devices whose
+        # step is missing. They are kept until they are dispatched.
         self._joint: dict[Action, dict[Action, None]] = {}
         self._joint_left: dict[Action, int] = {}
-        # What each kind of operation needs, by the size of its micro-batch.
+        # The conditions of each operation, by the size of its micro-batch.
         self._needs: dict[tuple[int, int, str], dict[int, Demand | None]] = {}
 
     def start(self, schedule: RoundSchedule) -> None:
@@ -64,19 +64,19 @@ class StepFeeder:
 
     @property
     def finished(self) -> bool:
-        """Whether every action of the round was dispatched on this host."""
+        """Whether all actions of the round were dispatched on this host."""
         return self._open == 0 and not self._joint_left
 
     def sizes(self, device: int, step: int) -> tuple[int, ...]:
-        """Returns the micro-batch sizes of a device's step that is under way on this host."""
+        """Returns the micro-batch sizes of a device's current step on this host."""
         return self._sizes[device, step]
 
     def under_way(self) -> dict[tuple[int, int], int]:
-        """Returns the actions left of every (device, step) that is under way."""
+        """Returns the remaining actions of every current (device, step)."""
         return self._left
 
     def dispatched(self, action: Action) -> None:
-        """Reports an action that the dispatcher handed out."""
+        """Reports a dispatched action."""
         self._dispatcher.complete(action)
         if action.device == ALL:
             del self._joint_left[action]
@@ -87,12 +87,12 @@ class StepFeeder:
         if self._left[key]:
             return
         del self._left[key], self._sizes[key]
-        # Nothing waits for actions before this step's any more.
+        # No action waits for earlier steps any more.
         self._dispatcher.drop_step(action.device, action.step - 1)
         self._advance(self._position.pop(key), action.step)
 
     def _advance(self, position: int, step: int) -> None:
-        """Adds what comes after a finished step: the span's next, or the next span's first."""
+        """Adds the step after a finished one: the span's next, or the next span's first."""
         if step + 1 < self.schedule.spans[position].stop:
             self._add(position, step + 1)
             return
@@ -102,7 +102,7 @@ class StepFeeder:
             self._add(following, self.schedule.spans[following].first)
 
     def _add(self, position: int, step: int) -> None:
-        """Hands this host's actions of a step to the dispatcher."""
+        """Passes this host's actions of a step to the dispatcher."""
         place = self.schedule.spans[position].device
         key = place, step
         sizes = self._sizes[key] = self.schedule.sizes(place, step)
@@ -119,7 +119,7 @@ class StepFeeder:
         self._dispatcher.add(rows)
 
     def _need(self, action: Action, sizes: tuple[int, ...]) -> Demand | None:
-        """Returns what an action needs besides its predecessors."""
+        """Returns the conditions of an action in addition to its predecessors."""
         key = action.device, action.stage, action.kind
         known = self._needs.setdefault(key, {})
         samples = sizes[action.micro_batch]
@@ -129,7 +129,7 @@ class StepFeeder:
         return known[samples]
 
     def _join(self, action: Action, before: tuple[Action, ...]) -> None:
-        """Adds an action that serves all devices once every device's step has named its part."""
+        """Adds an action that serves all devices once every device's step has been added."""
         parts = self._joint.setdefault(action, {})
         parts.update(dict.fromkeys(before))
         self._joint_left[action] = self._joint_left.get(action, self._sharers) - 1

@@ -1,4 +1,4 @@
-"""Timed actions: what a real run records and what the simulator predicts, as one type."""
+"""Traces: timed actions, recorded by runs and predicted by the simulator."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from pipar_jax.schedule.actions import (
 )
 
 COMPUTE_TRACK = "compute"
-#: How hard traces are packed; level 4 makes a tenth less of them.
+#: Compression level; files are a tenth smaller at level 4.
 LEVEL = 1
-#: The process that shows the rounds, and each of them.
+#: Names of the process that shows the rounds, and of its slices.
 ROUNDS, ROUND = "rounds", "round"
 _ROUNDS_PID = 0
 _CARRIED = (SEND_FORWARD, SEND_BACKWARD, RECEIVE_FORWARD, RECEIVE_BACKWARD)
 
 
 class Timed(NamedTuple):
-    """One action with its time on its host's clock, or on the coordinator's once aligned.
+    """One action with its time on the host's clock, or on the coordinator's after alignment.
 
     Attributes:
-      action: What was done.
-      start_s: When it began, in seconds.
-      end_s: When it was over.
+      action: The action.
+      start_s: Start in seconds.
+      end_s: End in seconds.
       nbytes: Bytes on the wire, for sends and receives.
-      samples: Samples in the micro-batch, where it has one.
+      samples: Samples in the micro-batch, for actions with one.
     """
 
     action: Action
@@ -53,23 +53,23 @@ class Timed(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """A stretch of time; for a round, from the release to the last weights stored."""
+    """A time interval; for a round, from its release until the last weights are stored."""
 
     start_s: float
     end_s: float
 
     @property
     def seconds(self) -> float:
-        """How long it is."""
+        """Length of the interval."""
         return self.end_s - self.start_s
 
 
 def union_s(intervals: Iterable[tuple[float, float]], within: Interval | None = None) -> float:
-    """Returns the seconds that intervals cover together, each moment counted once.
+    """Returns the length of the union of intervals.
 
     Args:
       intervals: Pairs of start and end, in any order, overlapping or not.
-      within: Counts only what lies in this interval.
+      within: Restricts the union to this interval.
     """
     covered = 0.0
     reached = float("-inf") if within is None else within.start_s
@@ -85,12 +85,12 @@ def union_s(intervals: Iterable[tuple[float, float]], within: Interval | None = 
 
 @dataclasses.dataclass
 class Trace:
-    """The timed actions of a run or of a prediction.
+    """The timed actions of a run or a prediction.
 
     Attributes:
-      hosts: For each host, its timed actions; times are on one clock for all.
+      hosts: Timed actions by host, all on one clock.
       rounds: The interval of each round, on the same clock.
-      meta: Anything else worth keeping: the plan, the method, who made it.
+      meta: Further facts, such as the plan and the method.
     """
 
     hosts: dict[str, list[Timed]] = dataclasses.field(default_factory=dict)
@@ -98,19 +98,19 @@ class Trace:
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def add(self, host: str, rows: Iterable[Timed], offset_s: float = 0.0) -> None:
-        """Adds a host's actions.
+        """Adds actions of a host.
 
         Args:
           host: The host's name.
           rows: Its timed actions, on its own clock.
-          offset_s: Added to its times to bring them to the trace's clock.
+          offset_s: Added to the times to convert them to the trace's clock.
         """
         self.hosts.setdefault(host, []).extend(
             row._replace(start_s=row.start_s + offset_s, end_s=row.end_s + offset_s) for row in rows
         )
 
     def busy_s(self, host: str, interval: Interval) -> float:
-        """Returns the seconds a host computed within an interval (F, B, L, U and A)."""
+        """Returns the seconds in which a host computed within an interval (F, B, L, U and A)."""
         return union_s(
             ((r.start_s, r.end_s) for r in self.hosts.get(host, ()) if r.action.kind in COMPUTE),
             interval,
@@ -127,10 +127,10 @@ class Trace:
                 yield host, row
 
     def save(self, path: Path) -> None:
-        """Writes the trace as ``TraceWriter`` does, at once or not at all.
+        """Writes the trace atomically, in the format of ``TraceWriter``.
 
         Raises:
-          DiskError: It cannot be written.
+          DiskError: The file cannot be written.
         """
         ends = [interval.end_s for interval in self.rounds]
         parts: list[dict[str, list[Timed]]] = [
@@ -147,10 +147,10 @@ class Trace:
 
     @classmethod
     def load(cls, path: Path) -> Trace:
-        """Reads a whole trace; of one that was cut short, its whole rounds.
+        """Reads a whole trace; of a truncated one, the complete rounds.
 
         Raises:
-          RunError: The file is missing or is not such a trace.
+          RunError: The file is missing or not a trace.
         """
         whole = cls()
         for part in read_rounds(path):
@@ -162,7 +162,7 @@ class Trace:
 
 
 class TraceWriter:
-    """Writes a trace round by round, in the Chrome trace format, gzipped; Perfetto opens it.
+    """Writes a trace round by round, as gzipped Chrome trace, which Perfetto opens.
 
     Each host is a process with one track for computations and, for each device, one for sends and
     one for receives; the rounds are a process of their own. A slice is named by its kind, such as
@@ -173,21 +173,21 @@ class TraceWriter:
 
     Args:
       path: The file.
-      meta: Anything else worth keeping: the plan, the method, who made it.
-      known_as: How errors name the file, where it is written aside.
+      meta: Further facts, such as the plan and the method.
+      known_as: Path in error messages, if the file is written under a temporary name.
 
     Raises:
-      DiskError: The file cannot be written; of the methods too.
+      DiskError: The file cannot be written; raised by the methods as well.
     """
 
     def __init__(self, path: Path, meta: Mapping[str, Any], known_as: Path | None = None) -> None:
-        """Begins the file."""
+        """Creates the file."""
         self._path = known_as or path
         self._pids: dict[str, int] = {}
         self._tracks: dict[tuple[int, int | None, bool], int] = {}
         self._open: list[dict[Action, tuple[int, int, float]]] = [{}, {}]
         self._arrows = 0
-        self._pack = zlib.compressobj(LEVEL, wbits=31)  # as gzip does, without name and time
+        self._pack = zlib.compressobj(LEVEL, wbits=31)  # gzip format, without name and time
         with refused(self._path):
             self._file = open(path, "wb")  # noqa: SIM115 - close and give_up end it
         head = dumps({"meta": meta})
@@ -196,7 +196,7 @@ class TraceWriter:
         self._bring_out()
 
     def add(self, host: str, rows: Iterable[Timed]) -> None:
-        """Adds timed actions of a host, on the trace's clock."""
+        """Writes timed actions of a host, with times on the trace's clock."""
         lines: list[str] = []
         if host not in self._pids:
             self._pids[host] = _ROUNDS_PID + 1 + len(self._pids)
@@ -218,7 +218,7 @@ class TraceWriter:
         self._write(lines)
 
     def end_round(self, interval: Interval) -> None:
-        """Says that all actions of a round are added; they are on the disk then."""
+        """Marks a round as complete and flushes it to disk."""
         start, seconds = interval.start_s * 1e6, interval.seconds * 1e6
         self._write(
             [f'{{"ph":"X","name":"{ROUND}","cat":"{ROUND}","pid":{_ROUNDS_PID},"tid":0,'
@@ -228,14 +228,14 @@ class TraceWriter:
         self._open = [self._open[1], {}]
 
     def close(self) -> None:
-        """Ends the file; what was added after the last round belongs to it then."""
+        """Completes the file, including actions after the last round."""
         if not self._file.closed:
             with refused(self._path), self._file:
                 self._file.write(self._pack.compress(b"]}\n") + self._pack.flush())
 
     def give_up(self) -> None:
-        """Ends writing where it is; what is on the disk by now can be read."""
-        with contextlib.suppress(OSError):  # what is in the file's buffer, which is closed then
+        """Abandons the file; the rounds on disk remain readable."""
+        with contextlib.suppress(OSError):  # from flushing the buffer on close
             self._file.close()
 
     def __enter__(self) -> TraceWriter:
@@ -248,7 +248,7 @@ class TraceWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Ends the file, or gives it up if writing it failed."""
+        """Completes the file, or abandons it after an error."""
         if error is None:
             self.close()
         else:
@@ -262,26 +262,26 @@ class TraceWriter:
                 self._file.write(packed)
 
     def _bring_out(self) -> None:
-        """Hands all that was written to the system, in a form that can be read up to here."""
+        """Flushes to the operating system, so that the file can be read up to here."""
         with refused(self._path):
             self._file.write(self._pack.flush(zlib.Z_SYNC_FLUSH))
             self._file.flush()
 
     def _track(self, pid: int, action: Action, lines: list[str]) -> int:
-        """Returns the number of an action's track, which it names if it is new."""
+        """Returns the number of an action's track and names a new track."""
         compute = action.kind in COMPUTE
         receives = action.kind.startswith("R")
         key = (pid, None, False) if compute else (pid, action.device, receives)
         tid = self._tracks.get(key)
         if tid is None:
-            # Computing stands first, then for each device receiving and sending.
+            # The compute track comes first, then receives and sends of each device.
             tid = 0 if compute else 2 * (action.device + 1) + 1 + (not receives)
             self._tracks[key] = tid
             lines.append(_named("thread_name", pid, tid, _track_name(action)))
         return tid
 
     def _link(self, row: Timed, pid: int, tid: int, lines: list[str]) -> None:
-        """Writes the arrow from a send to its receive, once both are there."""
+        """Writes the arrow from a send to its receive, once both are known."""
         arrives = _arrival(row.action)
         key = row.action if arrives is None else arrives
         here = pid, tid, (row.end_s if arrives is None else row.start_s) * 1e6
@@ -299,16 +299,16 @@ class TraceWriter:
 
 
 def read_rounds(path: Path) -> Iterator[Trace]:
-    """Yields a trace for each round of a file, one after another, so that none is kept.
+    """Yields the rounds of a file one by one, each as a trace.
 
-    What a file that was ended well has after its last round comes last, without a round. Of one
-    that was cut short what follows the last whole round is left out.
+    Actions after the last round of a complete file come last, as a trace without a round. In a
+    truncated file, everything after the last complete round is skipped.
 
     Args:
-      path: What ``TraceWriter`` wrote.
+      path: File written by ``TraceWriter``.
 
     Raises:
-      RunError: The file is missing or is not such a trace.
+      RunError: The file is missing or not a trace.
     """
     names: dict[int, str] = {}
     meta: dict[str, Any] = {}
@@ -329,7 +329,7 @@ def read_rounds(path: Path) -> Iterator[Trace]:
     except (OSError, zlib.error, ValueError, KeyError, TypeError, PlanError) as error:
         raise RunError(f"{path} is not a trace of pipar_jax: {describe_reading(error)}") from error
     if first:
-        raise RunError(f"{path} is not a trace of pipar_jax: there is nothing in it")
+        raise RunError(f"{path} is not a trace of pipar_jax: it is empty")
     if ended and any(part.hosts.values()):
         yield part
     elif not whole:
@@ -337,7 +337,7 @@ def read_rounds(path: Path) -> Iterator[Trace]:
 
 
 def _take(event: dict[str, Any], names: dict[int, str], part: Trace) -> bool:
-    """Adds an event of a file to a trace; says whether it ends a round."""
+    """Adds an event of a file to a trace; returns whether it ends a round."""
     if event["ph"] == "M":
         if event["name"] == "process_name" and event["pid"] != _ROUNDS_PID:
             names[event["pid"]] = event["args"]["name"]
@@ -362,7 +362,7 @@ def _action(kind: str, args: Mapping[str, int]) -> Action:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Yields the whole lines of a gzipped file."""
+    """Yields the complete lines of a gzipped file."""
     unpack = zlib.decompressobj(wbits=31)
     torn = b""
     with path.open("rb") as file:
@@ -373,12 +373,12 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _named(what: str, pid: int, tid: int, name: str) -> str:
-    """Returns the event that names a process or a track."""
+    """Returns an event that names a process or a track."""
     return dumps({"ph": "M", "name": what, "pid": pid, "tid": tid, "args": {"name": name}})
 
 
 def _arrival(action: Action) -> Action | None:
-    """Returns the receive that a send ends in, or None for any other action."""
+    """Returns the receive of a send, or None for other actions."""
     if action.kind == SEND_FORWARD:
         return action._replace(kind=RECEIVE_FORWARD, stage=action.stage + 1)
     if action.kind == SEND_BACKWARD:
@@ -387,7 +387,7 @@ def _arrival(action: Action) -> Action | None:
 
 
 def _track_name(action: Action) -> str:
-    """Returns the name of the track that an action is drawn on."""
+    """Returns the name of an action's track."""
     if action.kind in COMPUTE:
         return COMPUTE_TRACK
     return f"{'receive' if action.kind.startswith('R') else 'send'} d{action.device}"

@@ -109,10 +109,10 @@ def test_who_loses_its_peer_says_so_in_time(
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--index=0"], "--server='' does not fit: write --server=HOST:PORT"),
-        (["--index=0", "--server=here"], "--server='here' does not fit"),
-        (["--server=127.0.0.1:7000"], "--index=-1 does not fit"),
-        (["--server=127.0.0.1:7000", "--index=2"], "index is 0 to 1"),
+        (["--index=0"], "--server='' is not valid: write --server=HOST:PORT"),
+        (["--index=0", "--server=here"], "--server='here' is not valid"),
+        (["--server=127.0.0.1:7000"], "--index=-1 is not valid"),
+        (["--server=127.0.0.1:7000", "--index=2"], "index must be 0 to 1"),
     ],
 )
 def test_wrong_flags_of_a_device_are_one_clear_line(flags: list[str], says: str) -> None:

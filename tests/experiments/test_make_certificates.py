@@ -30,7 +30,7 @@ def test_it_writes_signed_names_and_never_overwrites(tmp_path):
         assert (folder / f"{name}.key").stat().st_mode & 0o077 == 0
 
     again = run(f"--folder={folder}", "--host=d1")
-    assert again.returncode == 1 and "holds an authority already" in again.stderr
+    assert again.returncode == 1 and "already contains an authority" in again.stderr
     assert "Traceback" not in again.stderr
     assert run(f"--folder={folder}", "--add", "--host=d1").returncode == 0
     twice = run(f"--folder={folder}", "--add", "--host=d1")

@@ -74,9 +74,9 @@ def test_mistakes_end_with_one_line(table: Path) -> None:
     for arguments, message in (
         (["--layers=1"], "--layers needs 2 numbers, got 1"),
         (["--layers=1:6", "--speeds=1,fast"], "--speeds: could not convert"),
-        (["--layers=1:6", "--owner_link=8/8"], "--owner_link says nothing without --owner"),
+        (["--layers=1:6", "--owner_link=8/8"], "--owner_link has no effect without --owner"),
         (["--layers=1:6", "--in_flight=2"], "--in_flight needs --weights=shared"),
-        (["--layers=1:6", "--micro_batches=2"], "--micro_batches counts in --objective=step"),
+        (["--layers=1:6", "--micro_batches=2"], "--micro_batches is only for --objective=step"),
         (["--layers=1:6", "--device=tablet"], "no device 'tablet': it has box, phone"),
     ):
         result = run(table, *(["--device=box", *arguments]))

@@ -220,7 +220,7 @@ def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path: pathlib.Pat
     (tmp_path / "file").write_text("")
     with started("train", *short(tmp_path / "file" / "below")) as train:
         assert train.wait() == 1
-        assert train.lines[-1].startswith("error: the run's folder cannot be made")
+        assert train.lines[-1].startswith("error: the run's folder cannot be created")
 
 
 @pytest.mark.parametrize(

@@ -239,5 +239,5 @@ def test_a_command_line_that_cannot_work_ends_with_2_and_starts_nothing(
         capture_output=True, text=True, timeout=120, cwd=pathlib.Path(__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: devices.1.cpus='99999' names cores")
+    assert done.stderr.startswith("error: devices.1.cpus='99999' includes cores")
     assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())

@@ -194,7 +194,7 @@ def test_a_module_that_cannot_be_imported_says_why(
 
 def test_a_module_that_is_not_there_says_where_it_must_be() -> None:
     for path in ("users_gone:f", "users_gone.deeper:f"):
-        with pytest.raises(DataError, match="must be in the folder in which the command runs"):
+        with pytest.raises(DataError, match="must be in the working directory"):
             plugins.find(path, "own data", DataError)
 
 

@@ -28,7 +28,7 @@ def test_the_defaults_are_a_configuration() -> None:
     ("fields", "says"),
     [
         ({"cohort.first": 1, "cohort.quorum": 2}, "less than cohort.quorum=2"),
-        ({"cohort.size": 0.5, "method": "auto"}, "does not go with method=auto"),
+        ({"cohort.size": 0.5, "method": "auto"}, "cannot be combined with method=auto"),
         (
             {"cohort.size": 1, "devices.overrides": {1: {"cut": 2}}},
             r"devices\.1\.cut=2 .* cut alike",
@@ -96,7 +96,7 @@ WRONG = [
     ("optimizer.clip_norm", 0.0, "> 0"),
     ("aggregation.every", "0 steps", "10 steps"),
     ("aggregation.every", "sometimes", "10 steps"),
-    ("cohort.size", 2.5, "a share below 1"),
+    ("cohort.size", 2.5, "a fraction below 1"),
     ("cohort.size", 3, "more than devices.count=2"),
     ("cohort.size", -1, "≥ 0"),
     ("cohort.select", "unifrom", "did you mean 'uniform'"),
@@ -119,7 +119,7 @@ WRONG = [
     ("devices.overrides", {1: {"lnik": "4g"}}, "did you mean 'link'"),
     ("devices.overrides", {1: {"slowdown": "fast"}}, "devices.1.slowdown"),
     ("devices.overrides", {1: {"cut": 0}}, "devices.1.cut"),
-    ("devices.overrides", {1: {"data_source": "npz:x.npz"}}, "all bring their own"),
+    ("devices.overrides", {1: {"data_source": "npz:x.npz"}}, "each has its own data"),
     ("server.cpus", "b", "server.cpus"),
     ("server.port", 70000, "≤ 65535"),
     ("server.host", "0.0.0.0", "network.token"),
@@ -229,7 +229,7 @@ def test_json_with_an_unknown_field_is_refused() -> None:
     values["data"]["batchsize"] = 3
     with pytest.raises(ConfigError, match=r"data.batchsize is not a field.*did you mean"):
         configuration.from_dict(values)
-    with pytest.raises(ConfigError, match="no JSON"):
+    with pytest.raises(ConfigError, match="not valid JSON"):
         configuration.from_json("{")
 
 

@@ -349,5 +349,5 @@ def test_floats_are_taken_as_they_are(tmp_path: pathlib.Path) -> None:
 def test_a_scale_is_for_own_data() -> None:
     config = Config()
     config.data.scale = 255.0
-    with pytest.raises(ConfigError, match=r"data\.scale=255 is for own data"):
+    with pytest.raises(ConfigError, match=r"data\.scale=255 is for your own data"):
         resolve(config)

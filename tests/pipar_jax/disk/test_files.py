@@ -157,7 +157,7 @@ def test_a_disk_that_cannot_be_written_is_one_line(writer: str, tmp_path: Path) 
         write(disk / name)
     line = str(caught.value)
     assert "Read-only file system" in line and str(disk / name) in line
-    assert "give this user the right to write there, or " in line and "\n" not in line
+    assert "give this user write permission, or " in line and "\n" not in line
 
 
 def test_a_runs_folder_on_a_full_disk_and_on_one_that_cannot_be_written(tmp_path: Path) -> None:

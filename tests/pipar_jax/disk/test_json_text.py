@@ -49,5 +49,5 @@ def test_nothing_is_written_by_another_writer():
 def test_a_configuration_holds_finite_numbers(value):
     config = Config()
     config.optimizer.learning_rate = value
-    with pytest.raises(ConfigError, match=r"optimizer\.learning_rate=(nan|inf) does not fit"):
+    with pytest.raises(ConfigError, match=r"optimizer\.learning_rate=(nan|inf) is not valid"):
         check(config)

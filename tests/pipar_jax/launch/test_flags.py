@@ -132,7 +132,7 @@ WRONG = [
     (["--config=small", "--config.model.batch_size=3"], "did you mean '--config.data.batch_size'"),
     (["--config=small", "--config.devices.1.lnk=4g"], "did you mean 'link'"),
     (["--config=small", "--indx=3"], "did you mean '--index'"),
-    (["--config=small", "--config.epochs=three"], "--config.epochs='three' does not fit"),
+    (["--config=small", "--config.epochs=three"], "--config.epochs='three' is not valid"),
     (["--config=small", "--config.epochs=0"], "a whole number ≥ 1"),
     (["--config=small", "--config.run.compile_cache=maybe"], "true or false"),
     (["--config=small", "--config.method=pipr"], "did you mean 'pipar'"),

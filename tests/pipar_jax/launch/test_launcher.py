@@ -175,7 +175,7 @@ def test_cores_that_are_not_there_are_named(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config.devices.overrides[1] = {"cpus": "4000"}
-    with pytest.raises(ConfigError, match=r"devices\.1\.cpus='4000' names cores"):
+    with pytest.raises(ConfigError, match=r"devices\.1\.cpus='4000' includes cores"):
         launch(config, monkeypatch)
 
 
@@ -194,7 +194,7 @@ def test_a_folder_that_cannot_be_made_is_explained(
 ) -> None:
     (tmp_path / "file").write_text("")
     config.run.dir = str(tmp_path / "file" / "runs")
-    with pytest.raises(RunError, match=r"folder cannot be made: .*file/runs"):
+    with pytest.raises(RunError, match=r"folder cannot be created: .*file/runs"):
         launch(config, monkeypatch)
 
 

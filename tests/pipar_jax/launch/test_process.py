@@ -182,7 +182,7 @@ def test_a_fault_leaves_its_traceback_in_the_log(capsys: pytest.CaptureFixture[s
     [
         (errno.ENOSPC, "free some, or choose another folder with --config.run.dir"),
         (errno.EDQUOT, "free some"),
-        (errno.EROFS, "right to write"),
+        (errno.EROFS, "write permission"),
         (errno.EIO, "r/metrics.jsonl"),
     ],
 )

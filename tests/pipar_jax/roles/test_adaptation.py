@@ -149,7 +149,7 @@ def test_a_run_behind_a_slow_link_changes_its_plan_by_itself(double, network, tm
 def test_turns_cannot_change_their_plan(tmp_path, method, methods):
     made = setting(tmp_path, EVEN, method)
     made.tuner.methods = methods
-    with pytest.raises(ConfigError, match=r"tuner.adapt=true does not go with method="):
+    with pytest.raises(ConfigError, match=r"tuner.adapt=true cannot be combined with method="):
         support.trained(made, EVEN)
     with pytest.raises(PlanError, match="devices in parallel"):
         check_adaptable(dataclasses.replace(plan_of([SHORT]), order="sequential"))
@@ -158,7 +158,7 @@ def test_turns_cannot_change_their_plan(tmp_path, method, methods):
 def test_nodes_that_a_method_has_no_use_for_do_not_adapt(tmp_path):
     made = setting(tmp_path, EVEN)
     made.nodes.count = 1
-    with pytest.raises(ConfigError, match=r"does not go with nodes.count=1"):
+    with pytest.raises(ConfigError, match=r"cannot be combined with nodes.count=1"):
         support.trained(made, EVEN)
 
 

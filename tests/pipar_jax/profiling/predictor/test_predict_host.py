@@ -92,6 +92,6 @@ def test_the_shipped_network_is_small_and_says_how_it_was_made():
 def test_only_what_the_network_was_trained_on_is_predicted():
     made = Config()
     made.tuner.times, made.model.dtype = "predicted", "float64"
-    with pytest.raises(ConfigError, match="knows float32 alone"):
+    with pytest.raises(ConfigError, match="supports float32 only"):
         resolve(made)
     assert dataclasses.replace(Config().tuner).times == "profiled"
