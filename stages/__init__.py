@@ -15,11 +15,12 @@ from stages.names import MODELS, NORMS, STEMS
 
 if TYPE_CHECKING:
     from stages.analysis import Facts, residual_bytes, stage_facts, unit_facts
-    from stages.model import Model, parameter_count
+    from stages.model import Model, Obstacle, parameter_count
     from stages.program import Program
     from stages.registry import build
     from stages.residuals import Residuals
     from stages.stage import Metrics, Stage, cross_entropy, join, predict, select, split
+    from stages.tracing import trace
     from stages.unit import Variables
     from stages.update import Joint, OptState, init_opt_state, make_update
 
@@ -30,6 +31,7 @@ _HOMES = {
     "residual_bytes": "stages.analysis",
     "unit_facts": "stages.analysis",
     "Model": "stages.model",
+    "Obstacle": "stages.model",
     "Variables": "stages.unit",
     "parameter_count": "stages.model",
     "Program": "stages.program",
@@ -41,6 +43,7 @@ _HOMES = {
     "predict": "stages.stage",
     "select": "stages.stage",
     "split": "stages.stage",
+    "trace": "stages.tracing",
     "OptState": "stages.update",
     "Joint": "stages.update",
     "init_opt_state": "stages.update",
@@ -56,6 +59,7 @@ __all__ = [
     "Metrics",
     "MicroBatchContext",
     "Model",
+    "Obstacle",
     "OptState",
     "Program",
     "Residuals",
@@ -75,6 +79,7 @@ __all__ = [
     "select",
     "split",
     "stage_facts",
+    "trace",
     "unit_facts",
 ]
 

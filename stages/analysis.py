@@ -32,8 +32,8 @@ class Facts:
       output_shape: Shape of what the units return.
       output_bytes: Bytes of what they return: what crosses a cut behind them, each way.
       residual_bytes: Bytes that their forward pass keeps for their backward pass.
-      forward_flops: floating-point operations of the forward pass.
-      backward_flops: floating-point operations of the backward pass.
+      forward_flops: Floating-point operations of the forward pass.
+      backward_flops: Floating-point operations of the backward pass.
     """
 
     units: tuple[str, ...]
@@ -76,7 +76,7 @@ def stage_facts(
     shapes = model.shapes(batch)
     parts = split(model, cuts, rematerialise=rematerialise)
     return tuple(
-        _facts(model, part, bounds[i], bounds[i + 1], shapes[bounds[i]])
+        _facts(model, part, bounds[i], bounds[i + 1], shapes[bounds[i]], batch)
         for i, part in enumerate(parts)
     )
 
@@ -91,30 +91,41 @@ def residual_bytes(model: Model, batch: int) -> tuple[int, ...]:
     shapes = model.shapes(batch)
     parts = split(model, tuple(range(1, len(model.units))))
     return tuple(
-        _kept_bytes(_kept(model, part, i, i + 1, shapes[i])[1]) for i, part in enumerate(parts)
+        _kept_bytes(_kept(model, part, i, i + 1, shapes[i], batch)[1])
+        for i, part in enumerate(parts)
     )
 
 
-def _kept(model: Model, stage: Stage, start: int, stop: int, x: Any) -> tuple[Any, Residuals]:
+def _kept(
+    model: Model, stage: Stage, start: int, stop: int, x: Any, batch: int
+) -> tuple[Any, Residuals]:
     """Returns the abstract output of a stage and what its forward pass keeps."""
     units = model.units[start:stop]
     params = {unit.name: unit.params for unit in units}
     state = {unit.name: unit.state for unit in units}
     forward = stage.programs.forward
-    draw = make_draw(x.shape[0])
-    y, _, residuals = jax.eval_shape(forward, params, state, x, draw)
-    rest, differentiated = ((state, x, draw), None) if stage.is_first else ((state, draw), x)
+    draw, side = make_draw(batch), _side(model, stage, batch)
+    y, _, residuals = jax.eval_shape(forward, params, state, x, draw, side)
+    rest, differentiated = (
+        ((state, x, draw, side), None) if stage.is_first else ((state, draw, side), x)
+    )
     return y, attach(residuals, y, rest, differentiated)
 
 
-def _facts(model: Model, stage: Stage, start: int, stop: int, x: Any) -> Facts:
+def _side(model: Model, stage: Stage, batch: int) -> dict[str, Any]:
+    """Returns the abstract side inputs of a stage."""
+    shapes = model.side_shapes(batch)
+    return {name: shapes[name] for name in stage.sides}
+
+
+def _facts(model: Model, stage: Stage, start: int, stop: int, x: Any, batch: int) -> Facts:
     """Traces the forward and the backward pass of one stage."""
     units = model.units[start:stop]
     params = {unit.name: unit.params for unit in units}
     state = {unit.name: unit.state for unit in units}
     forward, backward = stage.programs.forward, stage.programs.backward
-    draw = make_draw(x.shape[0])
-    y, kept = _kept(model, stage, start, stop, x)
+    draw, side = make_draw(batch), _side(model, stage, batch)
+    y, kept = _kept(model, stage, start, stop, x, batch)
     params_of = [leaf for unit in units for leaf in unit.params.values()]
     return Facts(
         units=stage.unit_names,
@@ -124,7 +135,7 @@ def _facts(model: Model, stage: Stage, start: int, stop: int, x: Any) -> Facts:
         output_shape=tuple(y.shape),
         output_bytes=_bytes(y),
         residual_bytes=_kept_bytes(kept),
-        forward_flops=_flops(forward.lower(params, state, x, draw)),
+        forward_flops=_flops(forward.lower(params, state, x, draw, side)),
         backward_flops=_flops(backward.lower(params, kept, y, params)),
     )
 

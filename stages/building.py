@@ -11,7 +11,7 @@ from flax import linen, nnx
 from stages.errors import StageError
 from stages.foreign import describe
 from stages.sharing import check_apart
-from stages.unit import Factory, Unit
+from stages.unit import Factory, ModuleUnit
 from stages.variables import Path, abstract, divide, text_of
 
 T = TypeVar("T")
@@ -25,7 +25,7 @@ class Built(NamedTuple):
       ours: Whether it is made of this package's layers alone, which need no check.
     """
 
-    unit: Unit
+    unit: ModuleUnit
     ours: bool
 
 
@@ -113,7 +113,7 @@ def check_module(unit: str, module: Any) -> Any:
     return module
 
 
-def _build_unit(name: str, factory: Factory, module: Any) -> Unit:
+def _build_unit(name: str, factory: Factory, module: Any) -> ModuleUnit:
     """Finds a unit's static part and its variables' shapes.
 
     Args:
@@ -135,7 +135,7 @@ def _build_unit(name: str, factory: Factory, module: Any) -> Unit:
     if len(paths) < sum(map(len, groups)):
         twice = sorted((params.keys() & state.keys()) | (streams.keys() & {*params, *state}))
         raise StageError(f"unit {name!r}: two variables have the name {twice[0]!r}: rename one")
-    return Unit(name, factory, parts.graph, params, state, streams, paths)
+    return ModuleUnit(name, parts.graph, params, state, factory, streams, paths)
 
 
 def _check_node(where: str, node: Any) -> None:

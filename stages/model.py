@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from stages.building import Built, abstractly, build_module, build_units, check_module
 from stages.errors import StageError
-from stages.micro_batch_context import name_hash
-from stages.unit import Factory, Unit, Variables, check_training, infer
-from stages.variables import Path, divide, text_of, value_of
+from stages.unit import Factory, Unit, Variables, check_training
 
 
 class Model:
@@ -25,6 +22,8 @@ class Model:
       classes: Number of classes.
       units: The units in order.
       input_dtype: Dtype of a batch.
+      sides: For each side input (mask, lengths) shape and dtype of one sample.
+      obstacles: For each position that is no cut, why; where the cuts were found by tracing.
       recipe: What ``stages.build`` was called with, to build it again; None for a model of one's
         own.
     """
@@ -43,6 +42,8 @@ class Model:
         self.input_shape = tuple(int(size) for size in input_shape)
         self.classes = int(classes)
         self.input_dtype = jnp.dtype(input_dtype)
+        self.sides: dict[str, jax.ShapeDtypeStruct] = {}
+        self.obstacles: tuple[Obstacle, ...] = ()
         self.programs: dict[Any, Any] = {}
         self.recipe: dict[str, Any] | None = None
 
@@ -148,13 +149,10 @@ class Model:
         """
         params: Variables = {}
         state: Variables = {}
+        drawn: dict[Any, Any] = {}
         for unit in self.units:
-            if only is not None and unit.name not in only:
-                continue
-            key = jax.random.fold_in(jax.random.key(seed % 2**32), name_hash(unit.name))
-            parts = divide(unit.factory(nnx.Rngs(key)))
-            params[unit.name] = _arrays(unit, unit.params, parts.params)
-            state[unit.name] = _arrays(unit, unit.state, parts.state)
+            if only is None or unit.name in only:
+                params[unit.name], state[unit.name] = unit.draw(seed, drawn)
         return params, state
 
     def shapes(self, batch: int) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -173,9 +171,9 @@ class Model:
         x: Any = jax.ShapeDtypeStruct(  # type: ignore[no-untyped-call]
             (batch, *self.input_shape), self.input_dtype
         )
-        found = [x]
+        found, side = [x], self.side_shapes(batch)
         for unit in self.units:
-            x = infer(self.name, unit, x)
+            x = unit.infer(self.name, x, side)
             found.append(x)
         if len(x.shape) < 2 or x.shape[-1] != self.classes:
             raise StageError(
@@ -183,6 +181,25 @@ class Model:
                 f"logits [batch, …, {self.classes}], got {x.shape}; check `classes`"
             )
         return tuple(found)
+
+    def side_shapes(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the abstract side inputs of a batch by name."""
+        return {
+            name: jax.ShapeDtypeStruct((batch, *one.shape), one.dtype)  # type: ignore
+            for name, one in self.sides.items()
+        }
+
+
+class Obstacle(NamedTuple):
+    """A position in a network at which it cannot be cut.
+
+    Attributes:
+      after: Where it is: the module that was used last, and what follows.
+      reason: Why there is no cut.
+    """
+
+    after: str
+    reason: str
 
 
 def parameter_count(model: Model) -> int:
@@ -201,17 +218,3 @@ def _attribute(model: str, module: Any, path: str) -> Any:
                 "of the module, list entries as 'blocks/0'"
             ) from error
     return module
-
-
-def _arrays(
-    unit: Unit, wanted: Mapping[str, Any], leaves: Mapping[Path, Any]
-) -> dict[str, jax.Array]:
-    """Returns freshly drawn variables by path as text; what was sown meanwhile is left out."""
-    found = {text_of(path): value_of(leaf) for path, leaf in leaves.items()}
-    missing = sorted(wanted.keys() - found.keys())
-    if missing:
-        raise StageError(
-            f"unit {unit.name!r}: its factory made no variable {missing[0]!r} this time: let it "
-            "make the same module whenever it is called"
-        )
-    return {path: jnp.asarray(found[path], one.dtype) for path, one in wanted.items()}

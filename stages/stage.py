@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, TypeAlias
@@ -17,9 +17,12 @@ from stages.micro_batch_context import MicroBatchContext
 from stages.model import Model
 from stages.program import Program
 from stages.residuals import Residuals, attach, pull_back, run_forward
-from stages.unit import Unit, Variables, call_unit
+from stages.unit import Unit, Variables
 
 Metrics: TypeAlias = dict[str, jax.Array]
+#: Side inputs of a micro-batch by name: they have no cotangent.
+Side: TypeAlias = Mapping[str, jax.Array]
+_NO_SIDE: Side = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Stage:
       is_last: Whether the stage computes the loss.
       rematerialise: Whether the backward pass computes the forward pass again instead of
         keeping residuals (less memory, about a third more time).
+      sides: Names of the side inputs that the stage's units take.
       programs: The compiled functions.
     """
 
@@ -56,10 +60,16 @@ class Stage:
     is_first: bool
     is_last: bool
     rematerialise: bool
+    sides: tuple[str, ...]
     programs: Programs = dataclasses.field(repr=False)
 
     def forward(
-        self, params: Variables, state: Variables, x: jax.Array, draw: MicroBatchContext
+        self,
+        params: Variables,
+        state: Variables,
+        x: jax.Array,
+        draw: MicroBatchContext,
+        side: Side = _NO_SIDE,
     ) -> tuple[jax.Array, Residuals, Variables]:
         """Runs the units forward in training mode.
 
@@ -68,15 +78,17 @@ class Stage:
           state: Batch statistics of the stage's units.
           x: Input [micro-batch, …]. It is kept by reference where the backward pass needs it.
           draw: Scalars of the micro-batch.
+          side: Side inputs by name, those of ``sides`` at least.
 
         Returns:
           The activation [micro-batch, …], the residuals (no weights among them) and the new
           batch statistics.
         """
-        y, state_after, residuals = self.programs.forward(params, state, x, draw)
+        side = self._taken(side)
+        y, state_after, residuals = self.programs.forward(params, state, x, draw, side)
         if self.is_first:
-            return y, attach(residuals, y, (state, x, draw), None), state_after
-        return y, attach(residuals, y, (state, draw), x), state_after
+            return y, attach(residuals, y, (state, x, draw, side), None), state_after
+        return y, attach(residuals, y, (state, draw, side), x), state_after
 
     def backward(
         self,
@@ -110,6 +122,7 @@ class Stage:
         labels: jax.Array,
         draw: MicroBatchContext,
         accumulated: Variables,
+        side: Side = _NO_SIDE,
     ) -> tuple[Metrics, jax.Array | None, Variables, Variables]:
         """Runs the last stage forward, the softmax cross entropy, and backward, in one call.
 
@@ -120,6 +133,7 @@ class Stage:
           labels: Classes [micro-batch, …] int32.
           draw: Scalars of the micro-batch; gradients are those of the mini-batch's mean loss.
           accumulated: Gradients accumulated so far; donated.
+          side: Side inputs by name, those of ``sides`` at least.
 
         Returns:
           Metrics {"loss": sum of the samples' losses, "correct": number of samples whose
@@ -127,19 +141,34 @@ class Stage:
           the stage is also the first), the accumulated gradients, the new batch statistics.
         """
         result: tuple[Metrics, jax.Array | None, Variables, Variables] = self.programs.loss(
-            params, state, x, labels, draw, accumulated
+            params, state, x, labels, draw, accumulated, self._taken(side)
         )
         return result
 
-    def predict(self, params: Variables, state: Variables, x: jax.Array) -> jax.Array:
+    def predict(
+        self, params: Variables, state: Variables, x: jax.Array, side: Side = _NO_SIDE
+    ) -> jax.Array:
         """Runs the units at inference: running statistics, no dropout."""
-        y: jax.Array = self.programs.predict(params, state, x)
+        y: jax.Array = self.programs.predict(params, state, x, self._taken(side))
         return y
 
     def zeros(self, params: Variables) -> Variables:
         """Returns a fresh accumulator of gradients, all zero."""
         accumulated: Variables = self.programs.zeros(params)
         return accumulated
+
+    def _taken(self, side: Side) -> dict[str, jax.Array]:
+        """Returns the side inputs that the stage's units take.
+
+        Raises:
+          StageError: One is missing.
+        """
+        missing = [name for name in self.sides if name not in side]
+        if missing:
+            raise StageError(
+                f"stage {self.index}: side inputs {missing} are missing; got {sorted(side)}"
+            )
+        return {name: side[name] for name in self.sides}
 
 
 def split(
@@ -182,6 +211,7 @@ def split(
             is_first=start == 0,
             is_last=stop == count,
             rematerialise=flags[index],
+            sides=tuple(sorted({s for unit in model.units[start:stop] for s in unit.sides})),
             programs=_programs(model, start, stop, flags[index]),
         )
         for index, (start, stop) in enumerate(pairwise(bounds))
@@ -215,10 +245,12 @@ def select(stage: Stage, variables: Variables) -> Variables:
     return {name: variables[name] for name in stage.unit_names}
 
 
-def predict(model: Model, params: Variables, state: Variables, x: jax.Array) -> jax.Array:
+def predict(
+    model: Model, params: Variables, state: Variables, x: jax.Array, side: Side = _NO_SIDE
+) -> jax.Array:
     """Returns the whole model's logits [batch, classes] at inference."""
     (stage,) = split(model)
-    return stage.predict(params, state, x)
+    return stage.predict(params, state, x, side)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, Metrics]:
@@ -246,13 +278,14 @@ def _run(
     state: Variables,
     x: jax.Array,
     draw: MicroBatchContext | None,
+    side: Side,
     train: bool,
 ) -> tuple[jax.Array, Variables]:
     """Chains units; returns the output and the new batch statistics."""
     after: Variables = {}
     for unit in units:
-        x, after[unit.name] = call_unit(
-            unit, params[unit.name], state[unit.name], x, draw=draw, train=train
+        x, after[unit.name] = unit.call(
+            params[unit.name], state[unit.name], x, side, draw=draw, train=train
         )
     return x, after
 
@@ -276,11 +309,18 @@ def _programs(model: Model, start: int, stop: int, rematerialise: bool) -> Progr
         forward=Program(partial(_forward, train, start == 0)),
         backward=Program(partial(_backward, start == 0), donate_argnums=(3,)),
         loss=Program(partial(_loss, train, start == 0), donate_argnums=(5,)),
-        predict=Program(lambda params, state, x: _run(units, params, state, x, None, False)[0]),
+        predict=Program(partial(_predict, units)),
         zeros=Program(lambda params: jax.tree.map(jnp.zeros_like, params)),
     )
     model.programs[start, stop, rematerialise] = programs
     return programs
+
+
+def _predict(
+    units: Sequence[Unit], params: Variables, state: Variables, x: Any, side: Side = _NO_SIDE
+) -> jax.Array:
+    """Traced body of ``Stage.predict``."""
+    return _run(units, params, state, x, None, side, False)[0]
 
 
 def _forward(
@@ -290,18 +330,16 @@ def _forward(
     state: Variables,
     x: Any,
     draw: MicroBatchContext,
+    side: Side = _NO_SIDE,
 ) -> tuple[jax.Array, Variables, Residuals]:
     """Traced body of ``Stage.forward``."""
     if is_first:
         # The samples' cotangent is needed by nobody: they are not differentiated.
         return run_forward(
-            lambda params, rest, _: train(params, rest[0], rest[1], rest[2]),
-            params,
-            (state, x, draw),
-            None,
+            lambda params, rest, _: train(params, *rest), params, (state, x, draw, side), None
         )
     return run_forward(
-        lambda params, rest, x: train(params, rest[0], x, rest[1]), params, (state, draw), x
+        lambda params, rest, x: train(params, rest[0], x, *rest[1:]), params, (state, draw, side), x
     )
 
 
@@ -326,11 +364,12 @@ def _loss(
     labels: Any,
     draw: MicroBatchContext,
     accumulated: Variables,
+    side: Side = _NO_SIDE,
 ) -> tuple[Metrics, jax.Array | None, Variables, Variables]:
     """Traced body of ``Stage.loss``."""
 
     def mean_loss(params: Variables, x: Any) -> tuple[jax.Array, tuple[Metrics, Variables]]:
-        logits, after = train(params, state, x, draw)
+        logits, after = train(params, state, x, draw, side)
         total, metrics = cross_entropy(logits, labels)
         return total * draw.inverse_batch, (metrics, after)
 

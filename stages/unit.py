@@ -1,18 +1,29 @@
-"""Units: Flax NNX modules that map one array to one array, as pure functions."""
+"""Units: pieces of a model that map one array to one array, as pure functions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from stages import context
 from stages.errors import StageError
 from stages.foreign import describe
-from stages.micro_batch_context import MicroBatchContext, make_draw
-from stages.variables import Path, divide, draw_streams, nested, state_after
+from stages.micro_batch_context import MicroBatchContext, make_draw, name_hash
+from stages.variables import (
+    Path,
+    divide,
+    draw_streams,
+    nested,
+    state_after,
+    text_of,
+    value_of,
+)
 
 Arrays: TypeAlias = dict[str, jax.Array]
 Variables: TypeAlias = dict[str, Arrays]
@@ -22,89 +33,186 @@ Factory: TypeAlias = Callable[[nnx.Rngs], Any]
 _NORMALISING = (nnx.WeightNorm, nnx.SpectralNorm)
 
 
-class Unit(NamedTuple):
-    """The smallest piece of a model that is never cut.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Unit(abc.ABC):
+    """The smallest piece of a model that is never cut: a pure function with variables.
 
     Attributes:
       name: Unique name; parameters are stored as "name/path".
-      factory: Builds the unit's NNX module (a callable of one array) from random streams.
-      graph: The module's static part (``nnx.GraphDef``).
+      graph: The static part, hashable; units with equal graphs, and variables and inputs of equal
+        shapes, compute the same.
       params: Abstract parameters by path.
-      state: Abstract batch statistics, and what else the module keeps, by path.
+      state: Abstract batch statistics, and what else the unit keeps, by path.
+      sides: Names of the side inputs (masks, lengths) that it takes.
+    """
+
+    name: str
+    graph: Any
+    params: dict[str, jax.ShapeDtypeStruct]
+    state: dict[str, jax.ShapeDtypeStruct]
+    sides: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
+
+    @abc.abstractmethod
+    def draw(self, seed: int, drawn: dict[Any, Any]) -> tuple[Arrays, Arrays]:
+        """Draws fresh variables.
+
+        Args:
+          seed: Root seed.
+          drawn: What units of the same model that draw together have drawn so far.
+
+        Returns:
+          Parameters and state by path.
+
+        Raises:
+          StageError: The variables are not those that the unit has.
+        """
+
+    @abc.abstractmethod
+    def call(
+        self,
+        params: Arrays,
+        state: Arrays,
+        x: jax.Array,
+        side: Mapping[str, jax.Array],
+        *,
+        draw: MicroBatchContext | None,
+        train: bool,
+    ) -> tuple[jax.Array, Arrays]:
+        """Calls the unit as a pure function.
+
+        Args:
+          params: Its parameters by path.
+          state: Its batch statistics by path.
+          x: Input [batch, …].
+          side: Side inputs by name, those of ``sides`` at least.
+          draw: Scalars of the micro-batch; None at inference.
+          train: Training or inference.
+
+        Returns:
+          Output [batch, …] and the new batch statistics.
+
+        Raises:
+          StageError: The call changes variables that it may not (see ``state_after``).
+        """
+
+    @abc.abstractmethod
+    def infer(
+        self, model: str, x: jax.ShapeDtypeStruct, side: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> jax.ShapeDtypeStruct:
+        """Infers the output at inference, without computing.
+
+        Args:
+          model: Name of the model, for messages.
+          x: The input, abstract.
+          side: Side inputs by name, abstract.
+
+        Raises:
+          StageError: The unit does not accept the input, or does not return one array.
+        """
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModuleUnit(Unit):
+    """A unit that is an NNX module.
+
+    Attributes:
+      factory: Builds the module (a callable of one array, and of side inputs by name) from random
+        streams.
       streams: Abstract keys and counters of the module's random streams by path.
       paths: The path in the module of each path as text.
     """
 
-    name: str
     factory: Factory
-    graph: Any
-    params: dict[str, jax.ShapeDtypeStruct]
-    state: dict[str, jax.ShapeDtypeStruct]
     streams: dict[str, jax.ShapeDtypeStruct]
     paths: dict[str, Path]
 
+    def draw(self, seed: int, drawn: dict[Any, Any]) -> tuple[Arrays, Arrays]:
+        """Calls the factory; what it draws depends on the seed and the unit's name alone."""
+        key = jax.random.fold_in(jax.random.key(seed % 2**32), name_hash(self.name))
+        parts = divide(self.factory(nnx.Rngs(key)))
+        return self._arrays(self.params, parts.params), self._arrays(self.state, parts.state)
 
-def call_unit(
-    unit: Unit,
-    params: Arrays,
-    state: Arrays,
-    x: jax.Array,
-    *,
-    draw: MicroBatchContext | None,
-    train: bool,
-) -> tuple[jax.Array, Arrays]:
-    """Calls one unit as a pure function.
+    def _arrays(self, wanted: Mapping[str, Any], leaves: Mapping[Path, Any]) -> Arrays:
+        """Returns drawn variables by path as text; what was sown meanwhile is left out."""
+        found = {text_of(path): value_of(leaf) for path, leaf in leaves.items()}
+        missing = sorted(wanted.keys() - found.keys())
+        if missing:
+            raise StageError(
+                f"unit {self.name!r}: its factory made no variable {missing[0]!r} this time: let "
+                "it make the same module whenever it is called"
+            )
+        return {path: jnp.asarray(found[path], one.dtype) for path, one in wanted.items()}
 
-    Args:
-      unit: The unit.
-      params: Its parameters by path.
-      state: Its batch statistics by path.
-      x: Input [batch, …].
-      draw: Scalars of the micro-batch; None at inference.
-      train: Training or inference.
+    def call(
+        self,
+        params: Arrays,
+        state: Arrays,
+        x: jax.Array,
+        side: Mapping[str, jax.Array],
+        *,
+        draw: MicroBatchContext | None,
+        train: bool,
+    ) -> tuple[jax.Array, Arrays]:
+        """Calls the module with one array; see ``Unit.call``."""
+        named = {name: side[name] for name in self.sides}
+        return self.run(params, state, (x,), named, samples=int(x.shape[0]), draw=draw, train=train)
 
-    Returns:
-      Output [batch, …] and the new batch statistics.
+    def run(
+        self,
+        params: Arrays,
+        state: Arrays,
+        args: Sequence[jax.Array],
+        named: Mapping[str, Any],
+        *,
+        samples: int,
+        draw: MicroBatchContext | None,
+        train: bool,
+    ) -> tuple[Any, Arrays]:
+        """Puts the module together and calls it, with whatever arguments it takes.
 
-    Raises:
-      StageError: The call changes variables that it may not (see ``state_after``).
-    """
-    scope = context.Context(train=train, unit=unit.name, samples=int(x.shape[0]), draw=draw)
-    parts = (params, draw_streams(unit.streams, scope), state)
-    module = nnx.merge(unit.graph, *(nested(part, unit.paths) for part in parts), copy=True)
-    with context.entered(scope):
-        _set_mode(module, scope)
-        y = module(x)
-        if not train:
-            return y, state
-        free = tuple(p for p, node in nnx.iter_graph(module) if isinstance(node, _NORMALISING))
-        return y, state_after(unit.name, divide(module), params, state, free)
+        Args:
+          params: Its parameters by path.
+          state: Its batch statistics by path.
+          args: Arguments by position.
+          named: Arguments by name.
+          samples: Samples of the batch.
+          draw: Scalars of the micro-batch; None at inference.
+          train: Training or inference.
 
+        Returns:
+          What the module returns, and the new batch statistics.
 
-def infer(model: str, unit: Unit, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Infers a unit's output at inference, without computing.
+        Raises:
+          StageError: As for ``call``.
+        """
+        scope = context.Context(train=train, unit=self.name, samples=samples, draw=draw)
+        parts = (params, draw_streams(self.streams, scope), state)
+        module = nnx.merge(self.graph, *(nested(part, self.paths) for part in parts), copy=True)
+        with context.entered(scope):
+            _set_mode(module, scope)
+            y = module(*args, **named)
+            if not train:
+                return y, state
+            free = tuple(p for p, node in nnx.iter_graph(module) if isinstance(node, _NORMALISING))
+            return y, state_after(self.name, divide(module), params, state, free)
 
-    Args:
-      model: Name of the model, for messages.
-      unit: The unit.
-      x: Its input, abstract.
-
-    Raises:
-      StageError: The unit does not accept the input, or does not return one array.
-    """
-    y = _trace(model, unit, x, train=False)
-    if not hasattr(y, "shape") or not y.shape or y.shape[0] != x.shape[0]:
-        raise StageError(
-            f"model {model!r}, unit {unit.name!r}: returned {jax.tree.map(lambda a: a.shape, y)}, "
-            f"expected one array [{x.shape[0]}, …]; a skip connection must not cross a cut, so "
-            "put both of its ends into one unit"
-        )
-    checked: jax.ShapeDtypeStruct = y
-    return checked
+    def infer(
+        self, model: str, x: jax.ShapeDtypeStruct, side: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> jax.ShapeDtypeStruct:
+        """Traces a call; see ``Unit.infer``."""
+        y = _trace(model, self, x, side, train=False)
+        if not hasattr(y, "shape") or not y.shape or y.shape[0] != x.shape[0]:
+            raise StageError(
+                f"model {model!r}, unit {self.name!r}: returned "
+                f"{jax.tree.map(lambda a: a.shape, y)}, expected one array [{x.shape[0]}, …]; a "
+                "skip connection must not cross a cut, so put both of its ends into one unit"
+            )
+        checked: jax.ShapeDtypeStruct = y
+        return checked
 
 
 def check_training(
-    model: str, unit: Unit, x: jax.ShapeDtypeStruct, y: jax.ShapeDtypeStruct
+    model: str, unit: ModuleUnit, x: jax.ShapeDtypeStruct, y: jax.ShapeDtypeStruct
 ) -> None:
     """Traces a unit in training mode, so that what cannot be trained is refused at once.
 
@@ -117,7 +225,7 @@ def check_training(
     Raises:
       StageError: The call fails, returns something else, or changes variables that it may not.
     """
-    trained = _trace(model, unit, x, train=True)
+    trained = _trace(model, unit, x, {}, train=True)
     if getattr(trained, "shape", None) != y.shape or trained.dtype != y.dtype:
         raise StageError(
             f"model {model!r}, unit {unit.name!r}: returns {trained} in training, but {y} at "
@@ -125,15 +233,23 @@ def check_training(
         )
 
 
-def _trace(model: str, unit: Unit, x: jax.ShapeDtypeStruct, *, train: bool) -> Any:
+def _trace(
+    model: str,
+    unit: ModuleUnit,
+    x: jax.ShapeDtypeStruct,
+    side: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    train: bool,
+) -> Any:
     """Traces a call; errors name the model, the unit and the shape that came in."""
     draw = make_draw(x.shape[0]) if train else None
     try:
         return jax.eval_shape(
-            lambda params, state, x: call_unit(unit, params, state, x, draw=draw, train=train)[0],
+            lambda *arrays: unit.call(*arrays, draw=draw, train=train)[0],
             unit.params,
             unit.state,
             x,
+            dict(side),
         )
     except StageError as error:
         raise StageError(f"model {model!r}, {error}") from error

@@ -11,7 +11,6 @@ import optax
 import pytest
 
 import stages
-from stages.unit import call_unit
 from tests.stages.support import assert_close, batch, small_resnet, step
 
 
@@ -51,9 +50,7 @@ def test_float64_whole_gradient_equals_jax_grad_of_the_mean_loss(norm):
         def mean_loss(params):
             h = x
             for unit in model.units:
-                h, _ = call_unit(
-                    unit, params[unit.name], state[unit.name], h, draw=draw, train=True
-                )
+                h, _ = unit.call(params[unit.name], state[unit.name], h, {}, draw=draw, train=True)
             losses = optax.softmax_cross_entropy_with_integer_labels(h, y)
             return losses.mean()
 

@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 
 import stages
-from stages.unit import call_unit
 
 
 class Mean(nnx.Variable):
@@ -39,7 +38,7 @@ def trained(made, state, **draw):
     """State after a call in training."""
     params, _ = made.init(0)
     x, scalars = jnp.ones((2, 3)), stages.make_draw(2, **draw)
-    return call_unit(made.units[0], params["a"], state["a"], x, draw=scalars, train=True)[1]
+    return made.units[0].call(params["a"], state["a"], x, {}, draw=scalars, train=True)[1]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -133,7 +132,7 @@ def test_random_streams_belong_to_device_step_and_position():
     def drawn(unit=0, **draw):
         one, x = made.units[unit], jnp.ones((2, 3))
         scalars = stages.make_draw(4, **draw)
-        _, after = call_unit(one, params[one.name], state[one.name], x, draw=scalars, train=True)
+        _, after = one.call(params[one.name], state[one.name], x, {}, draw=scalars, train=True)
         return tuple(np.asarray(after["drawn"]).tolist())
 
     base = drawn()

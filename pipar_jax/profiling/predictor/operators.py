@@ -19,7 +19,6 @@ from jax.extend import core as jex_core
 
 from stages import Model, make_draw
 from stages.layers.formulation import Formulation, forced
-from stages.unit import call_unit
 
 Array = npt.NDArray[np.float64]
 
@@ -203,7 +202,7 @@ def _trace(model: Model, index: int, shape: Any) -> tuple[Operator, ...]:
     draw = make_draw(TRACED)
 
     def run(params: Any, state: Any, x: Any) -> Any:
-        return call_unit(unit, params, state, x, draw=draw, train=True)[0]
+        return unit.call(params, state, x, {}, draw=draw, train=True)[0]
 
     with forced(Formulation.XLA):
         closed = jax.make_jaxpr(run)(unit.params, unit.state, shape)

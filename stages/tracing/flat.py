@@ -1,0 +1,168 @@
+"""A network's call as one flat list of equations.
+
+Calls of jitted functions are replaced by what they compute, since a cut may lie inside. Functions
+with derivatives of their own are left whole (the gradient of ReLU at 0 would change from 0 to 1/2),
+and so are loops, whose equations run more than once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex_core
+
+from stages.errors import StageError
+from stages.foreign import describe
+from stages.micro_batch_context import MicroBatchContext
+from stages.tracing.networks import Network, Shapes
+
+_CALLS = ("jit", "pjit", "closed_call", "core_call")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Flat:
+    """One call of a network, traced for a number of samples.
+
+    Attributes:
+      jaxpr: The equations.
+      consts: Values of its constants.
+      params: For each weight's path its variable in the jaxpr.
+      state: For each state's path its variable.
+      draw: Variables of the micro-batch's scalars; none at inference.
+      inputs: For each input's name its variable; the first is the one that is cut.
+      output: The network's output.
+      state_after: For each state's path what the call leaves in it.
+    """
+
+    jaxpr: Any
+    consts: tuple[Any, ...]
+    params: dict[str, Any]
+    state: dict[str, Any]
+    draw: tuple[Any, ...]
+    inputs: dict[str, Any]
+    output: Any
+    state_after: dict[str, Any]
+
+
+def flatten(
+    network: Network, inputs: Shapes, train: bool, inverse_dtype: Any = jnp.float32
+) -> Flat:
+    """Traces a call.
+
+    Args:
+      network: The network.
+      inputs: Abstract batches by name.
+      train: Training or inference.
+      inverse_dtype: Dtype of ``MicroBatchContext.inverse_batch``.
+
+    Raises:
+      StageError: The network cannot be called so, or does not return one array.
+    """
+
+    def run(params: Any, state: Any, draw: Any, inputs: Any) -> Any:
+        y, after = network.call(
+            params, state, inputs, draw=MicroBatchContext(*draw) if train else None, train=train
+        )
+        outputs = jax.tree.leaves(y)
+        if len(outputs) != 1 or outputs[0] is not y:
+            raise StageError(
+                f"model {network.name!r}: returned {_kind(y)}, expected one array: return what the "
+                "loss is computed from, and sow the rest"
+            )
+        return y, {path: after[path] for path in network.state}
+
+    scalar = jax.ShapeDtypeStruct((), jnp.uint32)  # type: ignore[no-untyped-call]
+    inverse = jax.ShapeDtypeStruct((), inverse_dtype)  # type: ignore[no-untyped-call]
+    draw = (inverse, *[scalar] * (len(MicroBatchContext._fields) - 1)) if train else ()
+    given = (network.params, network.state, draw, inputs)
+    try:
+        closed = _inlined(jax.make_jaxpr(run)(*given))
+    except StageError:
+        raise
+    except Exception as error:  # somebody's own code: whatever it raises is told with its line
+        said = ", ".join(f"{n} {one.dtype}{list(one.shape)}".strip() for n, one in inputs.items())
+        raise StageError(
+            f"model {network.name!r}: cannot be traced in {'training' if train else 'inference'} "
+            f"with {said}: {describe(error)}{_hint(error)}"
+        ) from error
+    params, state, scalars, batches = jax.tree.unflatten(
+        jax.tree.structure(given), closed.jaxpr.invars
+    )
+    output, *after = closed.jaxpr.outvars
+    return Flat(
+        closed.jaxpr, tuple(closed.consts), params, state, tuple(scalars),
+        {name: batches[name] for name in inputs}, output,
+        dict(zip(sorted(network.state), after, strict=True)),
+    )  # fmt: skip
+
+
+def _inlined(closed: Any) -> Any:
+    """Traces a jaxpr again, with calls replaced by what they compute."""
+
+    def run(*arguments: Any) -> list[Any]:
+        return _evaluate(closed.jaxpr, closed.consts, arguments)
+
+    return jax.make_jaxpr(run)(*closed.in_avals)
+
+
+def _evaluate(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+    """Evaluates equation by equation, and steps into calls."""
+    values: dict[Any, Any] = {}
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, jex_core.Literal) else values[atom]
+
+    values.update(zip(jaxpr.constvars, consts, strict=True))
+    values.update(zip(jaxpr.invars, arguments, strict=True))
+    for equation in jaxpr.eqns:
+        taken = [read(atom) for atom in equation.invars]
+        inner = _called(equation)
+        if inner is not None:
+            made = _evaluate(inner.jaxpr, inner.consts, taken)
+        else:
+            # A jaxpr of one equation: how a primitive is bound differs from version to version.
+            single = jaxpr.replace(
+                constvars=[], invars=_distinct(equation.invars), outvars=list(equation.outvars),
+                eqns=[equation], effects=equation.effects,
+            )  # fmt: skip
+            known = dict(zip(map(id, equation.invars), taken, strict=True))
+            function = jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(single, []))
+            made = function(*(known[id(atom)] for atom in single.invars))
+        values.update(zip(equation.outvars, made, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _called(equation: Any) -> Any:
+    """Returns what an equation calls, if it is nothing but a call."""
+    if equation.primitive.name not in _CALLS:
+        return None
+    inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+    return inner if isinstance(inner, jex_core.ClosedJaxpr) else None
+
+
+def _distinct(atoms: Sequence[Any]) -> list[Any]:
+    """Returns the variables among atoms, each once."""
+    found = {id(atom): atom for atom in atoms if not isinstance(atom, jex_core.Literal)}
+    return list(found.values())
+
+
+def _kind(y: Any) -> str:
+    if isinstance(y, (tuple, list, dict)):
+        return f"a {type(y).__name__} of {len(y)}"
+    return f"a {type(y).__name__}"
+
+
+def _hint(error: BaseException) -> str:
+    """Returns what to do about errors of tracing that are frequent."""
+    if isinstance(
+        error, jax.errors.ConcretizationTypeError | jax.errors.TracerArrayConversionError
+    ):
+        return (
+            "; it computes with values while it is traced: use jnp and jax.lax instead of numpy, "
+            "if and float()"
+        )
+    return ""

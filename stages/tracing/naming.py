@@ -1,0 +1,55 @@
+"""Names of traced units, from the paths of their variables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def name_units(units: Sequence[Sequence[str]]) -> list[tuple[str, dict[str, str]]]:
+    """Names units by the module that all of their variables are in.
+
+    Where there is none they are named by the first and the last module, and where units share it by
+    their first module in it.
+
+    Args:
+      units: For each unit the paths of its variables, "block/conv/kernel", in order of use.
+
+    Returns:
+      For each unit its name, in which "_" stands for "/", and {path in the unit: path in the
+      network}.
+    """
+    found: list[tuple[str, dict[str, str]]] = []
+    commons = [_common(paths) for paths in units]
+    taken: set[str] = set()
+    for paths, common in zip(units, commons, strict=True):
+        children = list(dict.fromkeys("_".join(_child(path, common)) for path in paths))
+        name = "_".join(common)
+        if not name:
+            name = "_".join(dict.fromkeys((children[0], children[-1])))
+        elif commons.count(common) > 1:
+            name = children[0]
+        if name.isdigit():
+            name = f"unit_{name}"  # a number names a position
+        number, plain = 2, name
+        while name in taken:
+            name, number = f"{plain}_{number}", number + 1
+        taken.add(name)
+        found.append((name, {path.split("/", len(common))[-1]: path for path in paths}))
+    return found
+
+
+def _common(paths: Sequence[str]) -> tuple[str, ...]:
+    """Returns the longest path that all variables' modules begin with."""
+    modules = [path.split("/")[:-1] for path in paths]
+    common = []
+    for parts in zip(*modules, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return tuple(common)
+
+
+def _child(path: str, common: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the module one below a common one that a variable is in."""
+    parts = path.split("/")
+    return tuple(parts[: max(1, min(len(common) + 1, len(parts) - 1))])

@@ -1,0 +1,71 @@
+"""Which unit of a traced network owns which variable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from stages.tracing.cutting import Cut
+from stages.tracing.flow import Flow
+from stages.tracing.networks import Network
+
+
+class Owner(NamedTuple):
+    """A unit's variables.
+
+    Attributes:
+      params: Paths of its weights, sorted.
+      state: Paths of its state, sorted.
+      ordered: All of them in the order in which the network uses them.
+    """
+
+    params: tuple[str, ...]
+    state: tuple[str, ...]
+    ordered: tuple[str, ...]
+
+
+def assign(
+    network: Network,
+    train: Flow,
+    inference: Flow,
+    cuts: Sequence[Cut],
+    positions: Sequence[int | None],
+) -> list[Owner]:
+    """Gives each variable to the unit that uses it; one that nobody uses to a unit of its module.
+
+    Args:
+      network: The network.
+      train: Its call in training.
+      inference: Its call at inference.
+      cuts: The cuts.
+      positions: Their positions at inference.
+    """
+    home: dict[str, int] = {}
+    for path in train.used:
+        home[path] = sum(path not in cut.left for cut in cuts)
+    for step in inference.steps:
+        for path in step.variables:
+            bounds = [one for one in positions if one is not None]
+            home.setdefault(path, sum(step.level > one for one in bounds))
+    order = [
+        path for flow in (train, inference) for one in flow.steps for path in sorted(one.variables)
+    ]
+    for path in sorted({*network.params, *network.state} - home.keys()):
+        near = max(home, key=lambda one: _shared(one, path), default=path)
+        home[path] = home.get(near, 0)
+        order.append(path)
+    order = list(dict.fromkeys([*order, *sorted(home)]))
+    return [
+        Owner(
+            tuple(sorted(one for one in network.params if home[one] == unit)),
+            tuple(sorted(one for one in network.state if home[one] == unit)),
+            tuple(one for one in order if home[one] == unit),
+        )
+        for unit in range(len(cuts) + 1)
+    ]
+
+
+def _shared(one: str, other: str) -> int:
+    """Returns how many parts two paths begin with alike."""
+    pairs = enumerate(zip(one.split("/"), other.split("/"), strict=False))
+    return next((index for index, (a, b) in pairs if a != b), 0)

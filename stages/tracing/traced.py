@@ -1,0 +1,248 @@
+"""Units of a traced network: pieces of its equations."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex_core
+
+from stages.errors import StageError
+from stages.micro_batch_context import MicroBatchContext
+from stages.tracing.cutting import Boundary, Cut, place
+from stages.tracing.flat import Flat, flatten
+from stages.tracing.flow import Flow
+from stages.tracing.networks import Network
+from stages.unit import Arrays, Unit
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Piece:
+    """A unit's equations for a number of samples.
+
+    Attributes:
+      jaxpr: (weights, state, scalars of the draw, side inputs, samples or boundary) to (output,
+        new state), all flat, by path in order.
+      consts: Its constants.
+      sides: Names of the side inputs.
+    """
+
+    jaxpr: Any
+    consts: tuple[Any, ...]
+    sides: tuple[str, ...]
+
+
+class Traced:
+    """A network with its cuts, traced once for each number of samples.
+
+    Attributes:
+      network: The network.
+      inputs: For each input its abstract sample; the first is what is cut.
+      cuts: The cuts.
+      owners: For each unit the paths of its weights and its state.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        inputs: Mapping[str, jax.ShapeDtypeStruct],
+        cuts: Sequence[Cut],
+        owners: Sequence[tuple[tuple[str, ...], tuple[str, ...]]],
+    ) -> None:
+        self.network, self.inputs = network, dict(inputs)
+        self.cuts, self.owners = tuple(cuts), tuple(owners)
+        main, *_ = inputs.values()
+        first = Boundary((1, *main.shape), 0, main.dtype)
+        self.boundaries = (first, *(cut.boundary for cut in cuts))
+        self._pieces: dict[Any, tuple[Piece, ...]] = {}
+
+    def pieces(self, samples: int, train: bool, inverse_dtype: Any = None) -> tuple[Piece, ...]:
+        """Returns every unit's equations for a number of samples.
+
+        Args:
+          samples: The number of samples.
+          train: Training or inference.
+          inverse_dtype: Dtype of ``MicroBatchContext.inverse_batch``.
+
+        Raises:
+          StageError: The network has another structure with this number of samples.
+        """
+        dtype = jnp.dtype(inverse_dtype or jnp.float32)
+        key = samples, train, dtype if train else None, jnp.result_type(float)
+        if key not in self._pieces:
+            batch = batched(self.inputs, samples)
+            self._pieces[key] = self._cut(
+                Flow(flatten(self.network, batch, train, dtype)), samples, train
+            )
+        return self._pieces[key]
+
+    def _cut(self, flow: Flow, samples: int, train: bool) -> tuple[Piece, ...]:
+        positions = place(flow, self.cuts, samples, self.network.name)
+        known = [one for one in positions if one is not None]
+        if known != sorted(known) or len(known) < len(positions):
+            index = positions.index(None) if None in positions else 0
+            raise StageError(
+                f"model {self.network.name!r}: with {samples} samples in "
+                f"{'training' if train else 'inference'} it cannot be cut behind "
+                f"{sorted(self.cuts[index].left)[-1]}, where it can with other "
+                "numbers: let it compute the same for every number of samples"
+            )
+        bounds = [0, *known, flow.length + 1]
+        return tuple(
+            _piece(flow, start, stop, *own)
+            for (start, stop), own in zip(itertools.pairwise(bounds), self.owners, strict=True)
+        )
+
+
+class TracedUnit(Unit):
+    """A unit that is a piece of a traced network.
+
+    Attributes:
+      traced: The network.
+      index: The unit's place among its units.
+      names: The path in the network of each of the unit's weights and of its state, by path.
+    """
+
+    traced: Traced
+    index: int
+    names: dict[str, str]
+
+    def __init__(
+        self,
+        name: str,
+        traced: Traced,
+        index: int,
+        names: Mapping[str, str],
+        sides: Sequence[str],
+        graph: Any,
+    ) -> None:
+        network = traced.network
+        own = {path: names[path] for path in names}
+        super().__init__(
+            name,
+            graph,
+            {path: network.params[full] for path, full in own.items() if full in network.params},
+            {path: network.state[full] for path, full in own.items() if full in network.state},
+            sides=tuple(sides),
+        )
+        for field, value in (("traced", traced), ("index", index), ("names", own)):
+            object.__setattr__(self, field, value)
+
+    def draw(self, seed: int, drawn: dict[Any, Any]) -> tuple[Arrays, Arrays]:
+        """Draws the whole network once for all of its units; see ``Unit.draw``."""
+        if self.traced not in drawn:
+            drawn[self.traced] = self.traced.network.draw(seed)
+        params, state = drawn[self.traced]
+        return (
+            {path: params[self.names[path]] for path in self.params},
+            {path: state[self.names[path]] for path in self.state},
+        )
+
+    def call(
+        self,
+        params: Arrays,
+        state: Arrays,
+        x: jax.Array,
+        side: Mapping[str, jax.Array],
+        *,
+        draw: MicroBatchContext | None,
+        train: bool,
+    ) -> tuple[jax.Array, Arrays]:
+        """Evaluates the unit's equations; see ``Unit.call``."""
+        boundary = self.traced.boundaries[self.index]
+        samples = boundary.samples(x.shape)
+        if x.shape != boundary.at(samples).shape:
+            raise StageError(
+                f"unit {self.name!r}: got an array {list(x.shape)}, expected "
+                f"{list(boundary.at(samples).shape)}"
+            )
+        scalars = draw if train else None
+        inverse = None if scalars is None else jnp.result_type(scalars.inverse_batch)
+        piece = self.traced.pieces(samples, train, inverse)[self.index]
+        function = jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(piece.jaxpr, piece.consts))
+        weights, statistics = self.traced.owners[self.index]
+        params = {self.names[path]: array for path, array in params.items()}
+        held = {self.names[path]: array for path, array in state.items()}
+        y, *after = function(
+            *(params[path] for path in weights),
+            *(held[path] for path in statistics),
+            *(scalars or ()),
+            *(side[name] for name in piece.sides),
+            jnp.asarray(x, boundary.dtype),
+        )
+        if not train:
+            return y, state
+        left = dict(zip(statistics, after, strict=True))
+        return y, {path: left[self.names[path]] for path in state}
+
+    def infer(
+        self, model: str, x: jax.ShapeDtypeStruct, side: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> jax.ShapeDtypeStruct:
+        """Reads the shape from the trace; see ``Unit.infer``."""
+        samples = self.traced.boundaries[self.index].samples(x.shape)
+        aval = self.traced.pieces(samples, train=False)[self.index].jaxpr.outvars[0].aval
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype)  # type: ignore[no-untyped-call]
+
+
+def batched(
+    inputs: Mapping[str, jax.ShapeDtypeStruct], samples: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns abstract batches of abstract samples."""
+    return {
+        name: jax.ShapeDtypeStruct((samples, *one.shape), one.dtype)  # type: ignore
+        for name, one in inputs.items()
+    }
+
+
+def _piece(
+    flow: Flow, start: int, stop: int, weights: Sequence[str], statistics: Sequence[str]
+) -> Piece:
+    """Picks the equations of a unit between two positions."""
+    flat = flow.flat
+    main, *others = flat.inputs.items()
+    source = main[1] if start == 0 else flow.live(start)[0]
+    target = flat.output if stop > flow.length else flow.live(stop)[0]
+    states = [flat.state_after[path] for path in statistics] if flat.draw else []
+    outputs = [target, *states]
+    own = [*(flat.params[path] for path in weights), *(flat.state[path] for path in statistics)]
+    given = {*own, *flat.draw, *(var for _, var in others), source, *flat.jaxpr.constvars}
+    equations = []
+    needed = {var for var in outputs if not isinstance(var, jex_core.Literal)}
+    inside = {one.index for one in flow.steps if start < max(one.level, 1) <= stop}
+    for index in reversed(range(len(flat.jaxpr.eqns))):
+        equation = flat.jaxpr.eqns[index]
+        if (equation.effects and index in inside) or any(
+            var in needed and var not in given for var in equation.outvars
+        ):
+            equations.append(equation)
+            needed.update(v for v in equation.invars if not isinstance(v, jex_core.Literal))
+    made = {var for one in equations for var in one.outvars}
+    foreign = needed - made - given
+    if foreign:
+        raise StageError(_foreign(flat, foreign))
+    sides = [(name, var) for name, var in others if var in needed]
+    consts = [
+        (var, value)
+        for var, value in zip(flat.jaxpr.constvars, flat.consts, strict=True)
+        if var in needed
+    ]
+    invars = [*own, *flat.draw, *(var for _, var in sides), source]
+    jaxpr = flat.jaxpr.replace(
+        constvars=[var for var, _ in consts], invars=invars, outvars=outputs,
+        eqns=equations[::-1],
+    )  # fmt: skip
+    return Piece(jaxpr, tuple(value for _, value in consts), tuple(name for name, _ in sides))
+
+
+def _foreign(flat: Flat, foreign: set[Any]) -> str:
+    """Says which variable a unit uses that is another's."""
+    paths = {var: path for path, var in {**flat.params, **flat.state}.items()}
+    names = sorted(paths[var] for var in foreign if var in paths)
+    return (
+        f"variable {names[0] if names else '?'} is used in training on one side of a cut and at "
+        "inference on the other: let both use it in the same place"
+    )
