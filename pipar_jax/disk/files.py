@@ -88,7 +88,7 @@ def write_tensors(
 
     Args:
       path: Path of the file.
-      tensors: numpy arrays by name, in C order.
+      tensors: Arrays of numpy by name, in C order.
       metadata: Texts for the file's header.
       remedy: What the user can do if it cannot be written.
 
