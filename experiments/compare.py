@@ -12,6 +12,7 @@ from pipar_jax import data
 from pipar_jax.config import Config, to_text
 from pipar_jax.config.schema import option
 from pipar_jax.launch import compare, flags
+from pipar_jax.methods.registry import title
 from pipar_jax.report import comparison
 
 
@@ -38,7 +39,7 @@ def main(config: Config, extra: Extra) -> None:
     if table := data.table(config):
         print(f"\n{table}", flush=True)
     console = compare.make_console()
-    console.print(f"\nMethods: {', '.join(map(comparison.title, methods))}\n")
+    console.print(f"\nMethods: {', '.join(map(title, methods))}\n")
     compare.compare(config, methods, console)
 
 

@@ -19,6 +19,7 @@ from pipar_jax.config import Config
 from pipar_jax.config.schema import option
 from pipar_jax.errors import ConfigError
 from pipar_jax.launch import flags
+from pipar_jax.methods.registry import METHODS
 
 # Shapes and classes of the public data sets, so that nothing has to be downloaded.
 SHAPES = {
@@ -93,7 +94,7 @@ def main(config: Config, own: DescribeFlags) -> None:
         dtype="float32",
     )
     cuts = resolve_cuts(model, own.stages, config.pipeline.cut)
-    parts = config.pipeline.micro_batches if config.method == "pipar" else 1
+    parts = config.pipeline.micro_batches if METHODS[config.method].pipelined else 1
     batch = -(-config.data.batch_size // parts)
     console = Console(width=110)
     title = f"{model.name}, {stages.parameter_count(model):,} parameters, micro-batch {batch}"

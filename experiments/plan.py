@@ -16,11 +16,12 @@ from rich.console import Console
 
 import configs
 from comms.errors import explain
-from pipar_jax.config import CHAINS, Config
+from pipar_jax.config import Config
 from pipar_jax.config.schema import option
 from pipar_jax.cost_model.profile import Profile
 from pipar_jax.errors import DataError, PlanError
 from pipar_jax.launch import flags, machine
+from pipar_jax.methods.registry import uses_nodes
 
 
 @dataclasses.dataclass
@@ -51,7 +52,7 @@ def main(config: Config, own: PlanFlags) -> None:
             f"{config.devices.count}: set --config.devices.count={len(profile.devices)}"
         )
     measured_s = time.monotonic() - began_s
-    if config.method in CHAINS:
+    if uses_nodes(config):
         print_chains(config, profile, measured_s)
         return
     found = search(profile, config)

@@ -11,10 +11,11 @@ import pathlib
 
 import configs
 from comms.emulation.shaping import parse_link
-from pipar_jax.config import SERVER_METHODS, Config
+from pipar_jax.config import Config
 from pipar_jax.config.schema import option
 from pipar_jax.launch import compare, flags
 from pipar_jax.launch.pinning import first_cores
+from pipar_jax.methods.registry import server_methods
 from pipar_jax.report import comparison
 
 
@@ -23,7 +24,7 @@ class Extra:
     """Flags of this binary."""
 
     methods: str = option(
-        ",".join(SERVER_METHODS), "methods to compare, in this order, separated by commas"
+        ",".join(server_methods()), "methods to compare, in this order, separated by commas"
     )
 
 

@@ -19,7 +19,7 @@ from pipar_jax.config import Config
 from pipar_jax.config.codec_candidates import AUTO, bit_widths
 from pipar_jax.cost_model.profile import Profile
 from pipar_jax.launch import launcher
-from pipar_jax.methods.registry import plan_of_chain
+from pipar_jax.methods.plans import plan_of_chain
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.report import read_run
 from pipar_jax.schedule.plan import OWNER, Plan, node_name

@@ -18,9 +18,10 @@ import numpy as np
 
 from comms import Endpoint, Link, Message, Role, Tag
 from pipar_jax import config as configuration
-from pipar_jax.config import Config, Hosts
+from pipar_jax.config import Config
 from pipar_jax.errors import PlanError, RunError
 from pipar_jax.launch.pinning import run_pinned
+from pipar_jax.methods.registry import hosts_of
 from pipar_jax.protocol import messages
 from pipar_jax.schedule.actions import Span, micro_batch_sizes
 from pipar_jax.schedule.plan import Boundary, Plan
@@ -142,7 +143,7 @@ class _Drive:
         self._host = Host(
             node, model, config,
             reply=lambda message, arrays: self._replies.put(message), failed=self._fail,
-            rematerialise=Hosts(config)[node].rematerialise,
+            rematerialise=hosts_of(config)[node].rematerialise,
         )  # fmt: skip
 
     def connect(self, own: Endpoint, others: Endpoint) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,69 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from pipar_jax.aggregation.rules import rule
 from pipar_jax.config import AggregationConfig
 
 Arrays = dict[str, jax.Array]
 Variables = dict[str, Arrays]
-
-
-class AdaptiveState(NamedTuple):
-    """First and second moment of the pseudo-gradient."""
-
-    mean: optax.Updates
-    square: optax.Updates
-
-
-def scale_adaptively(
-    second_moment: Callable[[Any, Any], Any], b1: float, epsilon: float
-) -> optax.GradientTransformation:
-    """Returns the adaptive step of arXiv 2003.00295, algorithm 2: m / (sqrt(v) + epsilon).
-
-    Unlike Adam of optax it corrects no bias; v starts at epsilon squared, as the paper advises.
-
-    Args:
-      second_moment: From v and the squared pseudo-gradient to the new v.
-      b1: Decay of the first moment.
-      epsilon: The paper's tau, its degree of adaptivity.
-    """
-
-    def init(params: optax.Params) -> AdaptiveState:
-        return AdaptiveState(
-            jax.tree.map(jnp.zeros_like, params),
-            jax.tree.map(lambda w: jnp.full_like(w, epsilon**2), params),
-        )
-
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
-        del params
-        assert isinstance(state, AdaptiveState)
-        mean = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mean, updates)
-        square = jax.tree.map(lambda v, g: second_moment(v, g * g), state.square, updates)
-        step = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + epsilon), mean, square)
-        return step, AdaptiveState(mean, square)
-
-    return optax.GradientTransformation(init, update)
-
-
-def rule(config: AggregationConfig) -> optax.GradientTransformation:
-    """Returns the server's optimiser on the pseudo-gradient.
-
-    Args:
-      config: Its name and constants. FedAvgM is Hsu et al., arXiv 1909.06335.
-    """
-    b1, b2, epsilon = config.momentum, config.beta2, config.epsilon
-    scale = optax.scale(-config.learning_rate)
-    if config.rule == "fedavg":
-        return scale
-    if config.rule == "fedavgm":
-        return optax.chain(optax.trace(b1), scale)
-    moments: Mapping[str, Callable[[Any, Any], Any]] = {
-        "fedadagrad": lambda v, g2: v + g2,
-        "fedadam": lambda v, g2: b2 * v + (1 - b2) * g2,
-        "fedyogi": lambda v, g2: v - (1 - b2) * g2 * jnp.sign(v - g2),
-    }
-    return optax.chain(scale_adaptively(moments[config.rule], b1, epsilon), scale)
 
 
 class Contribution(NamedTuple):

@@ -6,15 +6,11 @@ import ipaddress
 import os
 import pathlib
 import re
-from typing import Any, get_args
+from typing import Any
 
 from pipar_jax.config import paths, schema
 from pipar_jax.config.cohorts import check_cohort
 from pipar_jax.config.fields import (
-    CHAINS,
-    OWN_SOURCES,
-    PUBLIC_SOURCES,
-    SERVER_METHODS,
     Config,
     DevicesConfig,
     NetworkConfig,
@@ -24,23 +20,19 @@ from pipar_jax.config.hosts import Hosts, HostSpec, field_path
 from pipar_jax.config.intervals import aggregate_steps
 from pipar_jax.config.sink_names import sink_names
 from pipar_jax.errors import ConfigError
-from pipar_jax.schedule.plan import COORDINATOR, Dispatch, device_name, node_name
-from stages.names import UNITS
+from pipar_jax.schedule.plan import COORDINATOR, node_name
 
-#: Methods that cut mini-batches into micro-batches.
-PIPELINED = ("pipar", *CHAINS)
-#: Networks whose samples are rows of tokens, not images.
-TOKEN_MODELS = tuple(name for name in UNITS if name.startswith("decoder"))
 #: The channel takes no shorter secret.
 TOKEN_CHARACTERS = 8
 
 
-def check_whole(config: Config, models: tuple[str, ...] = ()) -> None:
+def check_whole(config: Config) -> None:
     """Checks what types and bounds of single fields cannot express.
+
+    What depends on the method, network or data set is checked in ``pipar_jax.methods.checks``.
 
     Args:
       config: A configuration whose fields fit one by one.
-      models: Names of models beyond those that ``stages`` registers.
 
     Raises:
       ConfigError: A field is not valid; the message names the first such field, its value and a
@@ -53,46 +45,37 @@ def check_whole(config: Config, models: tuple[str, ...] = ()) -> None:
         )
     if not config.run.dir:
         raise ConfigError("run.dir is empty: name a folder, or . for the current one")
-    _check_model(config, models)
-    _check_data(config)
     aggregate_steps(config)
-    _check_tuner(config)
     sink_names(config.run.sinks)
-    _check_cut(config.pipeline.cut, "pipeline.cut")
-    hosts = Hosts(config)
-    _check_nodes(config, hosts)
+    pipeline = config.pipeline
+    _check_cut(pipeline.cut, "pipeline.cut")
+    if pipeline.in_flight and pipeline.weights != "shared":
+        raise ConfigError(
+            f"pipeline.in_flight={pipeline.in_flight} limits a stage with shared weights, but "
+            "pipeline.weights='copy': set pipeline.weights=shared, or in_flight=0"
+        )
     check_cohort(config)
-    hosts.parse(COORDINATOR)
-    for index in distinct_devices(config):
-        _check_device(config, hosts.device(index))
+    hosts = Hosts(config, nodes=config.nodes.count)
+    # Without nodes their defaults have no effect, but a slip in them is one all the same.
+    for name in map(node_name, range(1, max(config.nodes.count, 1) + 1)):
+        address, _ = hosts.parse(name).address
+        _check_address(config.network, address, field_path(config, name, "host"))
+    for device in distinct_devices(config, hosts):
+        if device.cut != pipeline.cut:
+            _check_cut(device.cut, field_path(config, device.name, "cut"))
     for field in ("pipeline.activation_codec", "pipeline.cotangent_codec", "aggregation.codec"):
         _check_codec(config, field)
     _check_tls(config.network)
-    _check_address(config.network, config.server.host, "server.host")
+    _check_address(config.network, hosts[COORDINATOR].address[0], "server.host")
     _check_ports(config, hosts)
-    _check_micro_batches(config, hosts)
 
 
-def distinct_devices(config: Config) -> list[int]:
+def distinct_devices(config: Config, hosts: Hosts) -> list[HostSpec]:
     """Returns representatives of all devices: those with overrides, and one without."""
     own = config.devices.overrides
     plain = next((index for index in range(config.devices.count) if index not in own), None)
     # Sources contain the device's index, but have the same form for all.
-    return sorted([*own, *([] if plain is None else [plain])])
-
-
-def _check_micro_batches(config: Config, hosts: Hosts) -> None:
-    """Checks that a mini-batch has a sample for each of its micro-batches."""
-    if config.method not in PIPELINED:
-        return
-    for index in distinct_devices(config):
-        number = hosts.device(index).micro_batches
-        if number > config.data.batch_size:
-            field = field_path(config, device_name(index), "micro_batches")
-            raise ConfigError(
-                f"{field}={number} exceeds data.batch_size={config.data.batch_size}, and every "
-                "micro-batch needs a sample: lower it, or raise data.batch_size"
-            )
+    return [hosts.device(index) for index in sorted([*own, *([] if plain is None else [plain])])]
 
 
 def _check_ports(config: Config, hosts: Hosts) -> None:
@@ -148,29 +131,6 @@ def _check_tls(network: NetworkConfig) -> None:
             "network.require_certificate needs network.authority, against which certificates are "
             "checked"
         )
-
-
-def check_source(source: str, field: str) -> None:
-    """Checks that a text names a public data set or the user's own data.
-
-    Raises:
-      ConfigError: It names neither.
-    """
-    if source in PUBLIC_SOURCES:
-        return
-    kind, _, rest = source.partition(":")
-    if kind == "npz" and rest:
-        return
-    if kind == "module" and re.fullmatch(r"[\w.]+:\w+", rest):
-        return
-    if source.startswith(OWN_SOURCES):
-        raise ConfigError(
-            f"{field}={source!r} is not valid: write npz:PATH or module:NAME:FUNCTION"
-        )
-    raise ConfigError(
-        f"{field}={source!r} is not a data set{schema.did_you_mean(source, PUBLIC_SOURCES)} "
-        f"(known: {', '.join(PUBLIC_SOURCES)}, npz:PATH, module:NAME:FUNCTION)"
-    )
 
 
 def fit_overrides(config: Config, group: str) -> dict[int, dict[str, Any]]:
@@ -244,182 +204,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _check_model(config: Config, models: tuple[str, ...]) -> None:
-    known = (*UNITS, *models)
-    if config.model.name not in known:
-        raise ConfigError(
-            f"model.name={config.model.name!r} is not a "
-            f"network{schema.did_you_mean(config.model.name, known)} (known: {', '.join(known)})"
-        )
-    name = config.model.name
-    if name in TOKEN_MODELS and name not in models and config.data.source in PUBLIC_SOURCES:
-        raise ConfigError(
-            f"model.name={name!r} takes rows of tokens, and data.source={config.data.source!r} has "
-            "images: choose another network, or tokens of your own (npz:PATH, module:NAME:FUNCTION)"
-        )
-
-
-def _check_data(config: Config) -> None:
-    data = config.data
-    check_source(data.source, "data.source")
-    if data.classes and data.source in PUBLIC_SOURCES:
-        raise ConfigError(
-            f"data.classes={data.classes} is for your own data; data.source={data.source!r} "
-            "defines its classes: leave it 0"
-        )
-    if data.scale and data.source in PUBLIC_SOURCES:
-        raise ConfigError(
-            f"data.scale={data.scale:g} is for your own data; data.source={data.source!r} has its "
-            "own scale: leave it 0"
-        )
-    if data.test_source:
-        if data.source in PUBLIC_SOURCES:
-            raise ConfigError(
-                f"data.test_source={data.test_source!r} is for your own data; "
-                f"data.source={data.source!r} has its own test set: leave it empty"
-            )
-        if not data.test_source.startswith(OWN_SOURCES):
-            raise ConfigError(
-                f"data.test_source={data.test_source!r} is not valid: write npz:PATH or "
-                "module:NAME:FUNCTION"
-            )
-        check_source(data.test_source, "data.test_source")
-    if data.train_samples and data.train_samples < config.devices.count:
-        raise ConfigError(
-            f"data.train_samples={data.train_samples} is fewer than devices.count="
-            f"{config.devices.count}: every device needs a sample"
-        )
-
-
-def _check_tuner(config: Config) -> None:
-    """Checks the tuner's lists, and whether the run can adapt."""
-    if config.tuner.times == "predicted" and config.model.dtype != "float32":
-        raise ConfigError(
-            f"tuner.times=predicted supports float32 only, and model.dtype={config.model.dtype}: "
-            "profile the hosts (tuner.times=profiled), or compute in float32"
-        )
-    known = {
-        "methods": SERVER_METHODS,
-        "dispatch": get_args(Dispatch),
-    }
-    for name in ("methods", "dispatch", "codecs", "micro_batches", "sizes"):
-        field, text = f"tuner.{name}", getattr(config.tuner, name)
-        parts = _words(text)
-        if not parts and name != "codecs":
-            raise ConfigError(f"{field} is empty: name at least one; separate several by commas")
-        for part in parts:
-            if name in known and part not in known[name]:
-                raise ConfigError(
-                    f"{field}={text!r}: {part!r} is unknown"
-                    f"{schema.did_you_mean(part, known[name])} (known: {', '.join(known[name])})"
-                )
-            if name == "codecs" and text != "auto":
-                check_codec(part, field, config.model.dtype)
-            numbers = name == "micro_batches" or (name == "sizes" and text != "auto")
-            if numbers and not re.fullmatch(r"0*[1-9]\d{0,8}", part, re.ASCII):
-                raise ConfigError(
-                    f"{field}={text[:120]!r}: {part[:20]!r} is not a positive whole number below "
-                    "10^9; write 2,4,8"
-                )
-    _check_tuner_numbers(config)
-    if config.tuner.codecs:
-        from pipar_jax.config import codec_candidates
-
-        codec_candidates.pairs(config)
-    if config.tuner.adapt and config.method not in CHAINS:
-        if config.pipeline.weights == "shared":
-            raise ConfigError(
-                f"tuner.adapt=true cannot be combined with method={config.method} and "
-                "pipeline.weights=shared: units can move only where every device has its own "
-                "copy on the server, or between compute nodes; set pipeline.weights=copy, or "
-                "tuner.adapt=false"
-            )
-        methods = {one.strip() for one in config.tuner.methods.split(",")}
-        if config.method == "sl" or methods <= {"sl"}:
-            raise ConfigError(
-                f"tuner.adapt=true cannot be combined with method={config.method!r} and "
-                f"tuner.methods={config.tuner.methods!r}: a plan can change only where devices "
-                "train in parallel, and in sl they take turns; choose other methods, or set "
-                "tuner.adapt=false"
-            )
-        if config.nodes.count:
-            raise ConfigError(
-                f"tuner.adapt=true cannot be combined with nodes.count={config.nodes.count} and "
-                f"method={config.method}, whose plans change between device and server only; use "
-                f"method={' or '.join(CHAINS)}, set nodes.count=0, or tuner.adapt=false"
-            )
-
-
-def _words(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _check_tuner_numbers(config: Config) -> None:
-    """Checks the tuner's lists of numbers against the size of a mini-batch."""
-    tuner, batch = config.tuner, config.data.batch_size
-    if min(map(int, _words(tuner.micro_batches))) > batch:
-        raise ConfigError(
-            f"tuner.micro_batches={tuner.micro_batches!r}: all exceed data.batch_size={batch}, "
-            "and every micro-batch needs a sample: name smaller numbers"
-        )
-    if tuner.sizes != "auto" and (most := max(map(int, _words(tuner.sizes)))) > batch:
-        raise ConfigError(
-            f"tuner.sizes={tuner.sizes!r}: no host computes {most} samples at a time, since "
-            f"data.batch_size={batch}: name sizes up to {batch}"
-        )
-
-
-def _check_device(config: Config, device: HostSpec) -> None:
-    """Checks what a device has of its own against what the run has."""
-
-    def field(name: str) -> str:
-        return field_path(config, device.name, name)
-
-    if device.cut != config.pipeline.cut:
-        _check_cut(device.cut, field("cut"))
-    if device.data_source != config.data.source:
-        check_source(device.data_source, field("data_source"))
-        if (device.data_source in PUBLIC_SOURCES) != (config.data.source in PUBLIC_SOURCES):
-            raise ConfigError(
-                f"{field('data_source')}={device.data_source!r} cannot be combined with "
-                f"data.source={config.data.source!r}: either all devices share a public data set, "
-                "or each has its own data"
-            )
-
-
-def _check_nodes(config: Config, hosts: Hosts) -> None:
-    """Checks that the method and its compute nodes fit together."""
-    count, pipeline = config.nodes.count, config.pipeline
-    if config.method in CHAINS and not count:
-        raise ConfigError(
-            f"method={config.method} runs its middle stages on compute nodes, and nodes.count=0: "
-            "set --config.nodes.count"
-        )
-    if config.method == "accept" and config.devices.count != 1:
-        raise ConfigError(
-            f"devices.count={config.devices.count}, but method=accept trains the data of one "
-            "device on a chain of peers: set devices.count=1, the peers are nodes"
-        )
-    if pipeline.in_flight and pipeline.weights != "shared":
-        raise ConfigError(
-            f"pipeline.in_flight={pipeline.in_flight} limits a stage with shared weights, but "
-            "pipeline.weights='copy': set pipeline.weights=shared, or in_flight=0"
-        )
-    if config.method not in CHAINS and pipeline.cuts:
-        raise ConfigError(
-            f"pipeline.cuts={pipeline.cuts!r} is for method={' or '.join(CHAINS)}: use pipeline.cut"
-        )
-    if config.method in CHAINS and any("cut" in one for one in config.devices.overrides.values()):
-        raise ConfigError(
-            f"method={config.method} has the same cuts on all devices: use pipeline.cuts instead "
-            "of a device's cut"
-        )
-    # Where no node takes part their defaults are of no use, but a slip in them is one all the same.
-    for name in map(node_name, range(1, max(count, 1) + 1)):
-        address, _ = hosts.parse(name).address
-        _check_address(config.network, address, field_path(config, name, "host"))
 
 
 def _check_address(network: NetworkConfig, host: str, field: str) -> None:

@@ -7,7 +7,7 @@ import pathlib
 import re
 
 from pipar_jax.config import schema
-from pipar_jax.config.fields import AUTO, SELECTIONS, Config
+from pipar_jax.config.fields import SELECTIONS, Config
 from pipar_jax.errors import ConfigError
 
 
@@ -37,7 +37,7 @@ def keeps_state(config: Config) -> bool:
 
 
 def check_cohort(config: Config) -> None:
-    """Checks the fields of ``cohort`` against each other and against the method.
+    """Checks the fields of ``cohort`` against each other.
 
     Raises:
       ConfigError: They do not fit; the message names the field, its value and the remedy.
@@ -65,7 +65,6 @@ def check_cohort(config: Config) -> None:
     _check_select(cohort.select)
     if cohort.script and not pathlib.Path(cohort.script).is_file():
         raise ConfigError(f"cohort.script={cohort.script!r}: there is no such file")
-    _check_method(config)
     if config.run.nonfinite == "drop" and not may_lose(config):
         raise ConfigError(
             "run.nonfinite=drop leaves a device out of a round, and cohort.quorum=0 needs all of "
@@ -82,38 +81,3 @@ def _check_select(select: str) -> None:
         f"{schema.did_you_mean(select, SELECTIONS)} (known: {', '.join(SELECTIONS)}, "
         "module:NAME:FUNCTION)"
     )
-
-
-def _check_method(config: Config) -> None:
-    """Checks what a method cannot do with a cohort, or with losses."""
-    cohort, shared = config.cohort, config.pipeline.weights == "shared"
-    if cohort.size:
-        if config.method == AUTO:
-            raise ConfigError(
-                f"cohort.size={cohort.size:g} cannot be combined with method=auto, which times "
-                "every device before the run: choose a method, or set cohort.size=0"
-            )
-        for index, fields in config.devices.overrides.items():
-            if odd := [one for one in ("cut", "micro_batches") if fields.get(one) is not None]:
-                raise ConfigError(
-                    f"devices.{index}.{odd[0]}={fields[odd[0]]!r} cannot be combined with "
-                    f"cohort.size={cohort.size:g}: any device may take any place, so all are cut "
-                    "alike; leave it out, or set cohort.size=0"
-                )
-    if config.tuner.adapt and (cohort.size or may_lose(config)):
-        field = f"cohort.size={cohort.size:g}" if cohort.size else "a run that may lose devices"
-        raise ConfigError(
-            f"tuner.adapt=true cannot be combined with {field}: its plans are made for the "
-            "devices that it knows; set tuner.adapt=false, or leave cohort.* as it is"
-        )
-    if cohort.first and config.method == "sl":
-        raise ConfigError(
-            f"cohort.first={cohort.first} cannot be combined with method=sl, whose devices take "
-            "turns: leave it 0"
-        )
-    if shared and config.method not in ("fl", "sl") and (cohort.first or cohort.deadline_s):
-        field = f"first={cohort.first}" if cohort.first else f"deadline_s={cohort.deadline_s:g}"
-        raise ConfigError(
-            f"cohort.{field} cannot be combined with pipeline.weights=shared, where each step "
-            "waits for all devices, so that none is later than the others: leave it 0"
-        )

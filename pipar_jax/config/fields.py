@@ -7,24 +7,17 @@ types of the fields it overrides.
 import dataclasses
 from typing import Any, Literal, get_args
 
-from pipar_jax.config.schema import option
+from pipar_jax.config.schema import REGISTERED, option
 from pipar_jax.schedule.plan import Dispatch, HandOn, Weights
 from stages.names import MODELS, NORMS, STEMS
 
-#: Methods that need no more hosts than devices and a server.
-SERVER_METHODS = ("fl", "sl", "sfl", "pipar")
-#: Methods whose middle stages run on compute nodes.
-CHAINS = ("mpsl", "accept")
-METHODS = (*SERVER_METHODS, *CHAINS)
 #: Value of ``method`` with which the tuner chooses method and plan.
 AUTO = "auto"
-PARTITIONS = ("iid", "dirichlet", "labels", "quantity")
-PUBLIC_SOURCES = ("digits", "mnist", "cifar10", "cifar100", "svhn_cropped")
+#: Prefixes of the user's own data.
 OWN_SOURCES = ("npz:", "module:")
 Labels = Literal["home", "end"]
 #: Ways to choose a round's cohort, in addition to a function of the user's (module:NAME:FUNCTION).
 SELECTIONS = ("uniform", "by_samples")
-RULES = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
 PLATFORMS = ("auto", "cpu", "cuda", "tpu")
 TRACED = ("all", "ends", "none")
 HIDDEN_TOKEN = "(hidden)"
@@ -51,7 +44,7 @@ class DataConfig:
 
     source: str = option(
         "digits",
-        f"data set: {', '.join(PUBLIC_SOURCES)}, or your own: npz:PATH or module:NAME:FUNCTION "
+        "data set: {names}, or your own: npz:PATH or module:NAME:FUNCTION "
         "({device} in it is replaced by the device's index)",
         path="npz:",
     )
@@ -84,7 +77,7 @@ class DataConfig:
         "", "folder for decoded arrays; empty: the user's cache folder", path=""
     )
     partition: str = option(
-        "iid", "partition of a public data set among the devices", choices=PARTITIONS
+        "iid", "partition of a public data set among the devices", choices=REGISTERED
     )
     alpha: float = option(
         0.5, "dirichlet, quantity: concentration; smaller values are more unequal", above=0
@@ -138,7 +131,9 @@ class AggregationConfig:
     every: str = option(
         "epoch", "aggregation interval: epoch, or a number of steps such as '10 steps'"
     )
-    rule: str = option("fedavg", "server optimiser applied to the averaged update", choices=RULES)
+    rule: str = option(
+        "fedavg", "server optimiser applied to the averaged update", choices=REGISTERED
+    )
     learning_rate: float = option(1.0, "server learning rate (adaptive rules: try 0.01)", above=0)
     momentum: float = option(
         0.9, "fedavgm: momentum; adaptive rules: first beta", at_least=0, below=1
@@ -156,15 +151,16 @@ class PipelineConfig:
 
     cut: int | str = option(1, "number of units on the device, or the name of its last unit")
     cuts: str = option(
-        "", "mpsl, accept: all cuts of the chain, such as 2,5,9 (or names); empty: planned"
+        "", "chains of compute nodes: all cuts, such as 2,5,9 (or names); empty: planned"
     )
     labels: str = option(
         "home",
-        "mpsl: home keeps the last stage, and so the labels, on the device; end sends the labels "
+        "chains of compute nodes that can: home keeps the last stage, and so the labels, on the "
+        "device; end sends the labels "
         "to the last node",
         choices=get_args(Labels),
     )
-    micro_batches: int = option(4, "pipar, mpsl, accept: micro-batches per mini-batch", at_least=1)
+    micro_batches: int = option(4, "pipelined methods: micro-batches per mini-batch", at_least=1)
     weights: str = option(
         "copy",
         "weights of a stage that serves several devices: copy (one per device, averaged) or "
@@ -181,7 +177,7 @@ class PipelineConfig:
     )
     hand_on: str = option(
         "epoch",
-        "sl: when the client-side model passes to the next device",
+        "devices in turns: when the client-side model passes to the next device",
         choices=get_args(HandOn),
     )
     activation_codec: str = option(
@@ -271,9 +267,7 @@ class NodesConfig:
       overrides: Maps a node's index to the overridden fields: ``{2: {"slowdown": 4.0}}``.
     """
 
-    count: int = option(
-        0, "number of compute nodes in a chain (mpsl, accept)", at_least=0, at_most=1000
-    )
+    count: int = option(0, "number of compute nodes in a chain", at_least=0, at_most=1000)
     defaults: NodeConfig = dataclasses.field(default_factory=NodeConfig)
     overrides: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
@@ -423,8 +417,8 @@ class TunerConfig:
     cache: bool = option(True, "cache measured times in the user's cache folder")
     adapt: bool = option(
         False,
-        "change the plan during a run when another one is faster (all methods but sl): units "
-        "move between devices, server and compute nodes",
+        "change the plan during a run when another one is faster, if devices train in parallel: "
+        "units move between devices, server and compute nodes",
     )
     gain: float = option(
         0.1, "adapt: fraction of the time that another plan must save", above=0, below=1
@@ -476,9 +470,7 @@ class Config:
 
     name: str = option("run", "name of the run and of its folder")
     seed: int = option(0, "seed of all random numbers", at_least=0, below=2**32)
-    method: str = option(
-        "pipar", "training method; auto: chosen by the tuner", choices=(*METHODS, AUTO)
-    )
+    method: str = option("pipar", "training method; auto: chosen by the tuner", choices=REGISTERED)
     epochs: int = option(1, "number of passes of each device over its samples", at_least=1)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)

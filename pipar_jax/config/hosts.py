@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pipar_jax.config.fields import (
-    CHAINS,
     LONGEST_S,
     Config,
     DeviceConfig,
@@ -86,11 +85,11 @@ class Hosts:
 
     Args:
       config: The configuration, whose fields fit one by one.
+      nodes: How many compute nodes take part: all that are configured, or with most methods none.
     """
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
-        self._nodes = config.nodes.count if config.method in CHAINS else 0
+    def __init__(self, config: Config, nodes: int) -> None:
+        self._config, self._nodes = config, nodes
         self._specs: dict[str, HostSpec] = {}
         self._links: dict[str, tuple[LinkShape, LinkShape]] = {}
         self._slowdowns: dict[tuple[float, str], Slowdown] = {}
@@ -102,7 +101,7 @@ class Hosts:
 
     @property
     def nodes(self) -> tuple[str, ...]:
-        """Names of the compute nodes that take part; none with methods that use none."""
+        """Names of the compute nodes that take part."""
         return tuple(map(node_name, range(1, self._nodes + 1)))
 
     def __iter__(self) -> Iterator[str]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipar_jax.config import schema
-from pipar_jax.config.fields import HIDDEN_TOKEN, PUBLIC_SOURCES, Config
+from pipar_jax.config.fields import HIDDEN_TOKEN, OWN_SOURCES, Config
 from pipar_jax.config.hosts import inherited
 from pipar_jax.disk.json_text import dumps
 from pipar_jax.errors import ConfigError
@@ -116,8 +116,8 @@ def _shared(config: Config) -> dict[str, Any]:
             for name in one.path.split("."):
                 value = getattr(value, name)
             values[one.path] = value
-    public = config.data.source if config.data.source in PUBLIC_SOURCES else "the devices' own"
-    values["data.source"] = public
+    is_own = config.data.source.startswith(OWN_SOURCES)
+    values["data.source"] = "the devices' own" if is_own else config.data.source
     for index in range(config.devices.count):
         own = inherited(config, index)
         for name in ("cut", "micro_batches"):

@@ -20,6 +20,12 @@ from pipar_jax.errors import ConfigError
 
 T = TypeVar("T")
 
+#: Choices that are registered elsewhere, by the module that defines what the field names.
+REGISTERED = ("",)
+#: Maps the path of each field that names something registered to the names.
+Names = Mapping[str, tuple[str, ...]]
+NONE: Names = {}
+
 _SCALARS = (bool, int, float, str)
 #: Counts have 32 bits in messages between hosts and in compiled programs.
 _COUNTS = 2**32
@@ -42,7 +48,7 @@ def option(
     Args:
       default: The default value; for a class, a new instance of it.
       text: One line of help.
-      choices: The allowed values, for texts.
+      choices: The allowed values, for texts; ``REGISTERED`` for names that ``check`` is given.
       at_least: Smallest allowed value, for numbers.
       above: Exclusive lower bound.
       at_most: Largest allowed value.
@@ -74,25 +80,34 @@ class ConfigField(NamedTuple):
     Attributes:
       path: Dotted path below the root, such as ``data.batch_size``.
       types: Scalar types of the field, including ``NoneType`` if it is optional.
-      default: The default value. field: The dataclass field, with what ``option`` attached to it.
+      default: The default value.
+      field: The dataclass field, with what ``option`` attached to it.
+      names: What is registered for the field, if it names such things.
     """
 
     path: str
     types: tuple[type, ...]
     default: Any
     field: dataclasses.Field[Any]
+    names: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
         """The help text."""
-        return str(self.field.metadata["text"])
+        return str(self.field.metadata["text"]).replace("{names}", ", ".join(self.names))
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The allowed values, for texts; empty for any."""
+        found: tuple[str, ...] = self.field.metadata["choices"] or ()
+        return self.names if found is REGISTERED else found
 
     @property
     def expects(self) -> str:
         """Describes the valid values: choices, or types and bounds."""
         limits = self.field.metadata
-        if limits["choices"]:
-            return ", ".join(limits["choices"])
+        if self.choices:
+            return ", ".join(self.choices)
         words = " or ".join(_WORDS[kind] for kind in self.types if kind in _WORDS)
         bounds = [
             f"{sign} {limits[name]:.12g}"
@@ -103,19 +118,24 @@ class ConfigField(NamedTuple):
         return " ".join([words, " and ".join(bounds)]).strip() + none
 
 
-def options(root: Any, prefix: str = "") -> Iterator[ConfigField]:
+def options(root: Any, prefix: str = "", names: Names = NONE) -> Iterator[ConfigField]:
     """Yields the options of a dataclass (a class or an instance), including nested ones.
 
     Fields whose type is a mapping (overrides by index) are skipped.
+
+    Args:
+      root: The dataclass.
+      prefix: Prefix of the paths.
+      names: What is registered, for fields that name such things.
     """
     hints = _hints(root if isinstance(root, type) else type(root))
     for field in dataclasses.fields(root):
         kind = hints[field.name]
         path = f"{prefix}{field.name}"
         if dataclasses.is_dataclass(kind):
-            yield from options(kind, f"{path}.")
+            yield from options(kind, f"{path}.", names)
         elif "text" in field.metadata and not _is_mapping(kind):
-            yield ConfigField(path, scalars(kind), _default(field), field)
+            yield ConfigField(path, scalars(kind), _default(field), field, names.get(path, ()))
 
 
 def scalars(kind: Any) -> tuple[type, ...]:
@@ -125,10 +145,15 @@ def scalars(kind: Any) -> tuple[type, ...]:
     return (kind,)
 
 
-def check(root: Any, prefix: str = "") -> None:
+def check(root: Any, prefix: str = "", names: Names = NONE) -> None:
     """Checks types, choices and bounds of all fields, including nested ones.
 
     Whole numbers in float fields become floats, so that equal configurations have equal texts.
+
+    Args:
+      root: An instance of a dataclass of options; changed.
+      prefix: Prefix of the fields' names in messages.
+      names: What is registered, for fields that name such things.
 
     Raises:
       ConfigError: A value is not valid; the message names the field, the value and what is valid.
@@ -143,9 +168,9 @@ def check(root: Any, prefix: str = "") -> None:
                     f"{path} must be a {typing.cast(type, kind).__name__}, "
                     f"got {type(value).__name__} {value!r}"
                 )
-            check(value, f"{path}.")
+            check(value, f"{path}.", names)
         elif "text" in field.metadata and not _is_mapping(kind):
-            one = ConfigField(path, scalars(kind), None, field)
+            one = ConfigField(path, scalars(kind), None, field, names.get(path, ()))
             setattr(root, field.name, fit(one, value))
 
 
@@ -167,7 +192,7 @@ def fit(one: ConfigField, value: Any) -> Any:
             f"{one.path}={value!r} is not valid UTF-8: write it in UTF-8; if it names a file, "
             "rename the file"
         )
-    choices = limits["choices"]
+    choices = one.choices
     if choices and value not in choices:
         raise ConfigError(
             f"{one.path}={value!r} is not known{did_you_mean(value, choices)} (known: "

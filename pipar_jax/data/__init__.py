@@ -12,12 +12,13 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from pipar_jax.config import PUBLIC_SOURCES, Config, DataConfig, Hosts
+from pipar_jax.config import Config, DataConfig, Hosts
 from pipar_jax.data.admission import admit, check_alike, check_fits, make_queries
 from pipar_jax.data.loader import Loader, Prefetcher, steps_per_epoch
 from pipar_jax.data.own import load_own
 from pipar_jax.data.partition import partition, partition_table, spread
 from pipar_jax.data.public import load_public
+from pipar_jax.data.published import PUBLIC_SOURCES
 from pipar_jax.data.types import Dataset, Split, empty_split, normalise
 from pipar_jax.errors import DataError
 
@@ -73,7 +74,7 @@ def load_device(config: Config, index: int) -> Dataset:
     Raises:
       DataError: The data cannot be read or dealt.
     """
-    source = Hosts(config).device(index).data_source
+    source = Hosts(config, nodes=0).device(index).data_source
     if source not in PUBLIC_SOURCES:
         return load_own(
             source, index, part="train", classes=config.data.classes, scale=config.data.scale
@@ -129,7 +130,7 @@ def _files(config: Config) -> Iterator[tuple[str, Dataset]]:
     """Yields the hosts whose own data are files, with these data, the server's first."""
     if (config.data.test_source or config.data.source).startswith("npz:"):
         yield "server", load_server(config)
-    hosts = Hosts(config)
+    hosts = Hosts(config, nodes=0)
     for name in hosts.devices:
         if hosts[name].data_source.startswith("npz:"):
             yield name, load_device(config, hosts[name].index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,6 @@ _STREAM = 0x7061_7274
 
 def partition(labels: NDArray[Any], count: int, config: DataConfig, seed: int) -> list[Indices]:
     """Deals samples to devices, every sample to one device and at least one to each.
-
-    - ``iid``: a shuffle, cut into parts that differ by at most one sample.
-    - ``dirichlet``: each class is dealt by shares drawn from Dirichlet(alpha) (Hsu et al.,
-      arXiv 1909.06335).
-    - ``labels``: sorted by label, cut into ``count * shards_per_device`` shards, and those dealt
-      at random (McMahan et al., arXiv 1602.05629).
-    - ``quantity``: a shuffle, cut by shares drawn from Dirichlet(alpha).
 
     Args:
       labels: [samples] int.
@@ -45,15 +39,7 @@ def partition(labels: NDArray[Any], count: int, config: DataConfig, seed: int) -
             "raise data.train_samples"
         )
     draw = np.random.default_rng(np.random.SeedSequence((seed, _STREAM)))
-    if config.partition == "dirichlet":
-        parts = _by_class(labels, count, config.alpha, draw)
-    elif config.partition == "labels":
-        parts = _by_shard(labels, count, config.shards_per_device, draw)
-    elif config.partition == "quantity":
-        shares = draw.dirichlet(np.full(count, config.alpha))
-        parts = _by_share(draw.permutation(len(labels)), shares)
-    else:
-        parts = np.array_split(draw.permutation(len(labels)), count)
+    parts = PARTITIONS[config.partition](labels, count, config, draw)
     return [np.sort(part).astype(np.intp) for part in _none_empty(parts)]
 
 
@@ -88,33 +74,65 @@ def spread(total: int, wanted: int) -> Indices:
     return np.arange(wanted) * total // wanted
 
 
-def _by_class(
-    labels: NDArray[Any], count: int, alpha: float, draw: np.random.Generator
+def _equally(
+    labels: NDArray[Any], count: int, config: DataConfig, draw: np.random.Generator
 ) -> list[Indices]:
+    """A shuffle, cut into parts that differ by at most one sample."""
+    del config
+    return np.array_split(draw.permutation(len(labels)), count)
+
+
+def _by_class(
+    labels: NDArray[Any], count: int, config: DataConfig, draw: np.random.Generator
+) -> list[Indices]:
+    """Each class is dealt by shares drawn from Dirichlet(alpha) (Hsu et al., arXiv 1909.06335)."""
     dealt: list[list[Indices]] = [[] for _ in range(count)]
     for label in np.unique(labels):
         of_class = draw.permutation(np.flatnonzero(labels == label))
-        shares = _by_share(of_class, draw.dirichlet(np.full(count, alpha)))
+        shares = _by_share(of_class, draw.dirichlet(np.full(count, config.alpha)))
         for mine, some in zip(dealt, shares, strict=True):
             mine.append(some)
     return [np.concatenate(mine) for mine in dealt]
 
 
 def _by_shard(
-    labels: NDArray[Any], count: int, shards_per_device: int, draw: np.random.Generator
+    labels: NDArray[Any], count: int, config: DataConfig, draw: np.random.Generator
 ) -> list[Indices]:
-    shards = count * shards_per_device
+    """Sorted by label, cut into equal shards, and those dealt at random.
+
+    McMahan et al., arXiv 1602.05629; a device gets ``shards_per_device`` of them.
+    """
+    shards = count * config.shards_per_device
     if len(labels) < shards:
         raise DataError(
             f"{len(labels)} samples cannot be cut into {count} devices x "
-            f"{shards_per_device} label shards: lower data.shards_per_device"
+            f"{config.shards_per_device} label shards: lower data.shards_per_device"
         )
     # Shuffled before the stable sort, so that the samples of a label are dealt at random.
     shuffled = draw.permutation(len(labels))
     by_label = shuffled[np.argsort(labels[shuffled], kind="stable")]
     cut = np.array_split(by_label, shards)
-    order = draw.permutation(shards).reshape(count, shards_per_device)
+    order = draw.permutation(shards).reshape(count, config.shards_per_device)
     return [np.concatenate([cut[shard] for shard in mine]) for mine in order]
+
+
+def _by_quantity(
+    labels: NDArray[Any], count: int, config: DataConfig, draw: np.random.Generator
+) -> list[Indices]:
+    """A shuffle, cut by shares drawn from Dirichlet(alpha)."""
+    shares = draw.dirichlet(np.full(count, config.alpha))
+    return _by_share(draw.permutation(len(labels)), shares)
+
+
+#: Every partition by name.
+PARTITIONS: dict[
+    str, Callable[[NDArray[Any], int, DataConfig, np.random.Generator], list[Indices]]
+] = {
+    "iid": _equally,
+    "dirichlet": _by_class,
+    "labels": _by_shard,
+    "quantity": _by_quantity,
+}
 
 
 def _by_share(positions: Indices, shares: NDArray[np.float64]) -> list[Indices]:

@@ -16,7 +16,7 @@ from pipar_jax.config import DataConfig
 from pipar_jax.data.archives import find_originals, read_originals
 from pipar_jax.data.cache import cache_folder, cached, locked
 from pipar_jax.data.download import fetch
-from pipar_jax.data.published import SETS
+from pipar_jax.data.published import DIGITS, SETS
 from pipar_jax.data.types import Dataset, Split
 from pipar_jax.disk.files import describe_reading
 from pipar_jax.errors import DataError
@@ -31,14 +31,14 @@ def load_public(source: str, config: DataConfig) -> Dataset:
     were fetched to, and at last they are fetched. The samples and their order are the same.
 
     Args:
-      source: A name in ``pipar_jax.config.PUBLIC_SOURCES``.
+      source: A name in ``published.PUBLIC_SOURCES``.
       config: Where to look, whether to fetch, and where decoded arrays are kept.
 
     Raises:
       DataError: The set is nowhere and cannot be fetched, or its files cannot be read.
     """
     folder = cache_folder(config.cache_dir)
-    if source == "digits":
+    if source == DIGITS:
         return cached(folder, "digits-1", _decode_digits)
     home = pathlib.Path(
         config.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"

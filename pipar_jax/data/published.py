@@ -122,3 +122,8 @@ SETS: dict[str, Published] = {
         most=(73_257, 26_032),
     ),
 }  # fmt: skip
+
+#: Digits of scikit-learn, which come with it: nothing is published or fetched.
+DIGITS = "digits"
+#: Names of all public sets.
+PUBLIC_SOURCES = (DIGITS, *SETS)

@@ -16,11 +16,12 @@ import numpy as np
 import stages
 from pipar_jax import config as configuration
 from pipar_jax import data as datasets
-from pipar_jax.config import Config, Hosts
+from pipar_jax.config import Config
 from pipar_jax.data import Dataset, make_queries, normalise
 from pipar_jax.disk.event_log import read_events
 from pipar_jax.disk.files import describe_reading
 from pipar_jax.errors import PeerError, ProtocolError, RunError
+from pipar_jax.methods.registry import hosts_of
 from pipar_jax.methods.resolution import check_plan, resolve
 from pipar_jax.roles.run_folder import CONFIG, METRICS, TRACE
 from pipar_jax.roles.server import run_server
@@ -243,7 +244,7 @@ def run_here(
     start("server", run_server, on_event=tell, data=own[-1])
     address = listening.get()
     if address is not None:
-        for name in Hosts(config).nodes:
+        for name in hosts_of(config).nodes:
             start(name, run_node, host_index(name), address)
         for index in range(count):
             start(device_name(index), run_device, index, address, data=own[index])

@@ -13,6 +13,7 @@ from rich.console import Console
 from pipar_jax.config import Config
 from pipar_jax.config.paths import shown
 from pipar_jax.launch import launcher, machine
+from pipar_jax.methods.registry import title
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.report import comparison, write_report
 from pipar_jax.report.comparison import Outcome
@@ -61,7 +62,7 @@ def compare(config: Config, methods: Sequence[str], console: Console) -> list[Ou
     began_s = time.monotonic()
     outcomes: list[Outcome] = []
     for number, method in enumerate(methods, start=1):
-        head = f"{number}/{len(methods)} {comparison.title(method)}"
+        head = f"{number}/{len(methods)} {title(method)}"
         with ProgressDisplay(head) as progress:
             outcome = comparison.run_method(config, method, launcher.launch, progress)
         outcomes.append(outcome)

@@ -35,6 +35,7 @@ from pipar_jax.launch.process import (
     open_streams,
     perform,
 )
+from pipar_jax.methods.names import NAMES
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.report import logs
 
@@ -169,7 +170,7 @@ def parse(
         invalid one, or the preset cannot be loaded.
     """
     own = {one.path: one for kind in (Common, extra) for one in schema.options(kind)}
-    fields = {f"config.{one.path}": one for one in schema.options(Config)}
+    fields = {f"config.{one.path}": one for one in schema.options(Config, names=NAMES)}
     values: dict[str, Any] = {}
     changes: dict[str, tuple[ConfigField, str]] = {}
     for flag, text in _pairs(arguments, {**own, **fields}):
@@ -267,7 +268,7 @@ def make_help(
     parts.append("\n".join(["flags:", *two_columns(rows, width)]))
     kinds = {field.name: type(getattr(config, field.name)) for field in dataclasses.fields(config)}
     groups: dict[str, list[tuple[str, str]]] = {}
-    for one in schema.options(Config):
+    for one in schema.options(Config, names=NAMES):
         group, _, _ = one.path.rpartition(".")
         value: Any = config
         for field in one.path.split("."):

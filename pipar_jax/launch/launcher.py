@@ -21,11 +21,12 @@ from typing import Any
 
 import pipar_jax
 from pipar_jax import data, errors
-from pipar_jax.config import Config, Hosts, may_lose, to_json
+from pipar_jax.config import Config, may_lose, to_json
 from pipar_jax.disk.files import describe_os_error, write_text
 from pipar_jax.errors import DiskError, PiparError, RunError
 from pipar_jax.launch import machine
 from pipar_jax.launch.process import TOKEN_VARIABLE
+from pipar_jax.methods.registry import hosts_of
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.report import environment
 from pipar_jax.schedule.plan import COORDINATOR, device_name, is_device
@@ -219,7 +220,7 @@ class _Hosts:
     def __enter__(self) -> _Hosts:
         try:
             self._start(COORDINATOR)
-            for name in Hosts(self._config).nodes:
+            for name in hosts_of(self._config).nodes:
                 self._start(name)
             for index in range(self._config.devices.count):
                 self._start(device_name(index))

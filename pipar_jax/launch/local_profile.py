@@ -15,11 +15,12 @@ from typing import Any
 from comms.emulation.shaping import LinkShape
 from pipar_jax import config as configuration
 from pipar_jax import data as datasets
-from pipar_jax.config import Config, Hosts, HostSpec
+from pipar_jax.config import Config, HostSpec
 from pipar_jax.cost_model.costs import LinkModel
 from pipar_jax.cost_model.profile import DeviceProfile, HostProfile, NodeProfile, Profile
 from pipar_jax.launch.pinning import run_pinned
 from pipar_jax.launch.process import claim_platform, set_environment
+from pipar_jax.methods.registry import hosts_of
 from pipar_jax.profiling.link_delay import measure_delay_s
 from pipar_jax.schedule.plan import COORDINATOR
 
@@ -44,7 +45,7 @@ def profile_here(config: Config) -> Profile:
 
     test = datasets.load_server(config)
     known: dict[tuple[frozenset[int], str], Measured] = {}
-    hosts = Hosts(config)
+    hosts = hosts_of(config)
 
     def measured(name: str) -> Measured:
         key = hosts[name].cores, hosts[name].platform

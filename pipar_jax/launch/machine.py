@@ -16,10 +16,11 @@ from importlib import metadata
 from pathlib import Path
 
 from comms.errors import ChannelError
-from pipar_jax.config import Config, Hosts, HostSpec, field_path
+from pipar_jax.config import Config, HostSpec, field_path
 from pipar_jax.config.hosts import fields_of
 from pipar_jax.config.sink_names import TENSORBOARD, sink_names
 from pipar_jax.errors import ConfigError
+from pipar_jax.methods.registry import hosts_of
 from pipar_jax.schedule.plan import HostKind
 
 #: What jax needs for a platform: plug-ins with a prefix, or a module.
@@ -40,7 +41,7 @@ def check(config: Config, names: Iterable[str] | None = None) -> None:
     Raises:
       ConfigError: Something is missing; the message names field, value and remedy.
     """
-    hosts = Hosts(config)
+    hosts = hosts_of(config)
     wanted = [hosts[name] for name in (hosts if names is None else names)]
     _check_folders(config, wanted)
     _check_tls(config, wanted)

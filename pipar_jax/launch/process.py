@@ -26,12 +26,13 @@ from typing import Any, NoReturn
 import pipar_jax
 import stages
 from comms.errors import explain
-from pipar_jax.config import HIDDEN_TOKEN, Config, Hosts, field_path, from_json
+from pipar_jax.config import HIDDEN_TOKEN, Config, field_path, from_json
 from pipar_jax.data.cache import user_cache
 from pipar_jax.disk.files import describe_os_error
 from pipar_jax.disk.json_text import dumps
 from pipar_jax.errors import ConfigError, PiparError
 from pipar_jax.launch import machine
+from pipar_jax.methods.registry import hosts_of
 from pipar_jax.report import logs
 from pipar_jax.schedule.plan import COORDINATOR, host_index, is_node
 
@@ -74,7 +75,7 @@ def set_environment(config: Config, name: str) -> None:
       ConfigError: A core is not available, or this system cannot pin.
     """
     stages.retain_memory()
-    host = Hosts(config)[name]
+    host = hosts_of(config)[name]
     if cores := machine.find_cores(config, host):
         os.sched_setaffinity(0, cores)
     if host.platform != "auto":
@@ -96,7 +97,7 @@ def claim_platform(config: Config, name: str) -> None:
     Raises:
       ConfigError: Jax finds no accelerator of the platform.
     """
-    wanted = Hosts(config)[name].platform
+    wanted = hosts_of(config)[name].platform
     if wanted in ("auto", "cpu"):  # always available; jax is loaded where it is needed
         return
     import jax

@@ -1,65 +1,106 @@
-"""A method is a value: a name maps to a function from configuration to plan.
+"""Every method as a value: its name, its plan, and all else that is asked of it.
 
-The engine never sees the name. Add a method by adding a function here.
+The engine never sees a method, only the plan that it makes. A new method is a function from
+configuration to plan in ``plans`` and an entry here.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 
-from pipar_jax.config import AUTO, Config, Hosts, aggregate_steps, field_path
-from pipar_jax.config.schema import did_you_mean
+from pipar_jax.config import AUTO, Config, Hosts
 from pipar_jax.errors import ConfigError
-from pipar_jax.schedule.plan import COORDINATOR, OWNER, Codecs, DevicePlan, Plan
+from pipar_jax.methods import plans
+from pipar_jax.schedule.plan import Order, Plan
 
 
-def federated(config: Config, units: Sequence[str]) -> Plan:
-    """FL (FedAvg, McMahan et al., arXiv 1602.05629): no cut, all devices at once, averaged."""
-    del units
-    devices = tuple(DevicePlan((), (OWNER,)) for _ in range(config.devices.count))
-    return _plan(config, devices, weights="copy")
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to train.
 
-
-def split_learning_plan(config: Config, units: Sequence[str]) -> Plan:
-    """SL (Gupta and Raskar, arXiv 1810.06060): one device after another, the part handed on."""
-    devices = _two_hosts(config, units, pipelined=False)
-    return _plan(
-        config, devices, order="sequential", weights="shared", hand_on=config.pipeline.hand_on
-    )
-
-
-def split_federated(config: Config, units: Sequence[str]) -> Plan:
-    """SFL (SplitFed V1, Thapa et al., arXiv 2004.12088): SL in parallel, a server copy each."""
-    return _plan(config, _two_hosts(config, units, pipelined=False))
-
-
-def pipar(config: Config, units: Sequence[str]) -> Plan:
-    """PiPar (Zhang et al., arXiv 2302.12803): SFL with N micro-batches in flight."""
-    return _plan(config, _two_hosts(config, units, pipelined=True))
-
-
-def mpsl_plan(config: Config, units: Sequence[str]) -> Plan:
-    """MP-SL (Tirana et al., arXiv 2402.00208): chains of compute nodes, labels at home or not.
-
-    Beyond the published system, micro-batches of all devices share the nodes.
+    Attributes:
+      name: Its name in configurations.
+      title: Its name in the literature.
+      plan: From a resolved configuration and the names of the model's units to the plan.
+      cuts: Whether it cuts the model.
+      order: Whether devices train in parallel or one after another.
+      pipelined: Whether it cuts mini-batches into micro-batches.
+      uses_nodes: Whether stages run on compute nodes: all devices then share one chain of them.
+      one_device: Whether it trains on the data of one device, which is a host like the nodes.
+      labels_home: Whether the last stage, and so the labels, may stay on the device.
     """
-    return _plan(config, _chain(config, units))
+
+    name: str
+    title: str
+    plan: Callable[[Config, Sequence[str]], Plan]
+    cuts: bool = True
+    order: Order = "parallel"
+    pipelined: bool = False
+    uses_nodes: bool = False
+    one_device: bool = False
+    labels_home: bool = False
+
+    def makes(self, *, order: Order, cuts: bool, micro_batches: int) -> bool:
+        """Returns whether such plans between devices and server are this method's.
+
+        Args:
+          order: The plan's order.
+          cuts: Whether the model is cut.
+          micro_batches: Micro-batches in a mini-batch.
+        """
+        pipelined = cuts and micro_batches > 1
+        traits = (self.order, self.cuts, self.pipelined, self.uses_nodes)
+        return traits == (order, cuts, pipelined, False)
+
+    def keeps_labels(self, config: Config) -> bool:
+        """Returns whether the last stage stays on the device."""
+        return self.labels_home and config.pipeline.labels == "home"
 
 
-def accept_plan(config: Config, units: Sequence[str]) -> Plan:
-    """AccEPT's chain (Chen et al., arXiv 2311.05827): one device's data, peers as stages."""
-    return _plan(config, _chain(config, units))
-
-
-METHODS: Mapping[str, Callable[[Config, Sequence[str]], Plan]] = {
-    "fl": federated,
-    "sl": split_learning_plan,
-    "sfl": split_federated,
-    "pipar": pipar,
-    "mpsl": mpsl_plan,
-    "accept": accept_plan,
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("fl", "FL", plans.federated, cuts=False),
+        Method("sl", "SL", plans.split_learning_plan, order="sequential"),
+        Method("sfl", "SFL", plans.split_federated),
+        Method("pipar", "PiPar", plans.pipar, pipelined=True),
+        Method("mpsl", "MP-SL", plans.mpsl_plan, pipelined=True, uses_nodes=True, labels_home=True),
+        Method(
+            "accept", "AccEPT", plans.accept_plan, pipelined=True, uses_nodes=True, one_device=True
+        ),
+    )
 }
+
+
+def server_methods() -> tuple[str, ...]:
+    """Returns the names of the methods that need no more hosts than devices and a server."""
+    return tuple(name for name, method in METHODS.items() if not method.uses_nodes)
+
+
+def node_methods() -> tuple[str, ...]:
+    """Returns the names of the methods whose stages run on compute nodes."""
+    return tuple(name for name, method in METHODS.items() if method.uses_nodes)
+
+
+def title(name: str) -> str:
+    """Returns what the literature calls a method; of an unknown one its name."""
+    return METHODS[name].title if name in METHODS else name
+
+
+def uses_nodes(config: Config) -> bool:
+    """Returns whether compute nodes take part; with method=auto none do."""
+    return config.method in METHODS and METHODS[config.method].uses_nodes
+
+
+def hosts_of(config: Config) -> Hosts:
+    """Returns the hosts that take part in a run."""
+    return Hosts(config, nodes=config.nodes.count if uses_nodes(config) else 0)
+
+
+def is_planned(config: Config) -> bool:
+    """Returns whether the plan is the tuner's or the chain planner's to find."""
+    return config.method == AUTO or (uses_nodes(config) and not config.pipeline.cuts)
 
 
 def plan_for(config: Config, units: Sequence[str]) -> Plan:
@@ -77,110 +118,4 @@ def plan_for(config: Config, units: Sequence[str]) -> Plan:
             "method=auto has no plan before its hosts were measured: ask the tuner, or choose one "
             f"of {', '.join(METHODS)}"
         )
-    return METHODS[config.method](config, units)
-
-
-def cut_position(cut: int | str, units: Sequence[str], field: str = "pipeline.cut") -> int:
-    """Returns a cut's position between units: a number as it is, a name's after that unit.
-
-    Args:
-      cut: A position, or the name of the last unit before the cut.
-      units: Names of the model's units, in order.
-      field: The configuration's field, for the message.
-
-    Raises:
-      ConfigError: It is not a position between two units of this model.
-    """
-    listed = ", ".join(f"{i + 1} {name}" for i, name in enumerate(units[:-1]))
-    if isinstance(cut, str) and not re.fullmatch(r"\d{1,9}", cut, re.ASCII):
-        if cut not in units[:-1]:
-            near = did_you_mean(cut, units[:-1])
-            raise ConfigError(
-                f"{field}={cut[:120]!r} is not a unit to cut after{near} (cuts: {listed})"
-            )
-        return units.index(cut) + 1
-    position = int(cut)
-    if not 0 < position < len(units):
-        raise ConfigError(
-            f"{field}={position} is not a cut of this model of {len(units)} units: "
-            f"use 1 to {len(units) - 1} (cuts: {listed})"
-        )
-    return position
-
-
-def _two_hosts(config: Config, units: Sequence[str], *, pipelined: bool) -> tuple[DevicePlan, ...]:
-    """Returns device plans of a chain of two: the device, then the server."""
-    plans = []
-    codecs = Codecs(config.pipeline.activation_codec, config.pipeline.cotangent_codec)
-    hosts = Hosts(config)
-    for name in hosts.devices:
-        device = hosts[name]
-        cut = cut_position(device.cut, units, field_path(config, name, "cut"))
-        micro_batches = device.micro_batches if pipelined else 1
-        plans.append(DevicePlan((cut,), (OWNER, COORDINATOR), micro_batches, (codecs,)))
-    if config.method == "sl" and len({one.cuts for one in plans}) > 1:
-        raise ConfigError(
-            "devices.overrides gives devices cuts of their own, but in sl they share one device "
-            "part: use pipeline.cut alone, or another method"
-        )
-    return tuple(plans)
-
-
-def chain_hosts(config: Config) -> tuple[str, ...]:
-    """Returns the hosts of a chain: the device, all nodes, and the device if labels stay home."""
-    home = config.method == "mpsl" and config.pipeline.labels == "home"
-    return (OWNER, *Hosts(config).nodes, *((OWNER,) if home else ()))
-
-
-def _chain(config: Config, units: Sequence[str]) -> tuple[DevicePlan, ...]:
-    """Returns device plans of a chain over all compute nodes, the same for every device."""
-    hosts = chain_hosts(config)
-    texts = [text.strip() for text in config.pipeline.cuts.split(",") if text.strip()]
-    if len(texts) != len(hosts) - 1:
-        raise ConfigError(
-            f"pipeline.cuts={config.pipeline.cuts!r} has {len(texts)} cuts, but the chain "
-            f"{' | '.join(hosts)} of method={config.method} with nodes.count={config.nodes.count} "
-            f"needs {len(hosts) - 1}: name each, or leave it empty for the planner's"
-        )
-    cuts = tuple(cut_position(text, units, "pipeline.cuts") for text in texts)
-    if list(cuts) != sorted(set(cuts)):
-        raise ConfigError(f"pipeline.cuts={config.pipeline.cuts!r} must rise from cut to cut")
-    return _alike(config, cuts, hosts)
-
-
-def plan_of_chain(
-    config: Config, cuts: tuple[int, ...], hosts: tuple[str, ...], codecs: tuple[Codecs, ...] = ()
-) -> Plan:
-    """Returns the plan in which every device has the same chain.
-
-    Args:
-      config: A resolved configuration.
-      cuts: Positions between the stages.
-      hosts: Host of each stage, ``device`` for the device itself.
-      codecs: One pair per cut; empty: the configured one at each.
-    """
-    return _plan(config, _alike(config, cuts, hosts, codecs))
-
-
-def _alike(
-    config: Config, cuts: tuple[int, ...], hosts: tuple[str, ...], codecs: tuple[Codecs, ...] = ()
-) -> tuple[DevicePlan, ...]:
-    """Returns the device plans of one chain for all devices."""
-    configured = Codecs(config.pipeline.activation_codec, config.pipeline.cotangent_codec)
-    specs = Hosts(config)
-    return tuple(
-        DevicePlan(cuts, hosts, specs[name].micro_batches, codecs or (configured,) * len(cuts))
-        for name in specs.devices
-    )
-
-
-def _plan(config: Config, devices: tuple[DevicePlan, ...], **values: str) -> Plan:
-    """Returns a plan with what all methods take from the configuration."""
-    values.setdefault("weights", config.pipeline.weights)
-    return Plan(
-        devices=devices,
-        in_flight=config.pipeline.in_flight,
-        dispatch=config.pipeline.dispatch,  # type: ignore[arg-type]  # resolve() checked it
-        aggregate_every=aggregate_steps(config),
-        **values,  # type: ignore[arg-type]
-    )
+    return METHODS[config.method].plan(config, units)

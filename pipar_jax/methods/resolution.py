@@ -6,9 +6,11 @@ import copy
 from collections.abc import Sequence
 
 from pipar_jax.config import checks, paths, schema
-from pipar_jax.config.fields import AUTO, CHAINS, Config
+from pipar_jax.config.fields import Config
 from pipar_jax.errors import ConfigError, PlanError
-from pipar_jax.methods.registry import plan_for
+from pipar_jax.methods.checks import check_registered
+from pipar_jax.methods.names import NAMES
+from pipar_jax.methods.registry import is_planned, plan_for
 from pipar_jax.schedule.feasibility import check_adaptable, check_executable
 from stages.names import UNITS
 
@@ -32,12 +34,13 @@ def resolve(config: Config, *, models: tuple[str, ...] = ()) -> Config:
             "one, or take a preset's get_config()"
         )
     made = copy.deepcopy(config)
-    schema.check(made)
+    schema.check(made, names=NAMES)
     made.devices.overrides = checks.fit_overrides(made, "devices")
     made.nodes.overrides = checks.fit_overrides(made, "nodes")
     paths.expand_all(made)
     made.network.token = checks.read_token(made.network.token)
-    checks.check_whole(made, models)
+    checks.check_whole(made)
+    check_registered(made, models)
     if (units := UNITS.get(made.model.name)) is not None and made.model.name not in models:
         check_plan(made, units)
     return made
@@ -55,7 +58,7 @@ def check_plan(config: Config, units: Sequence[str]) -> None:
     Raises:
       ConfigError: A cut is not one of this model, or no host could carry the plan out.
     """
-    if config.method == AUTO or (config.method in CHAINS and not config.pipeline.cuts):
+    if is_planned(config):
         return
     plan = plan_for(config, units)
     try:

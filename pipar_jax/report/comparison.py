@@ -16,11 +16,11 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from pipar_jax.config import METHODS, SERVER_METHODS, Config
+from pipar_jax.config import Config
 from pipar_jax.config.schema import did_you_mean
 from pipar_jax.errors import ConfigError
+from pipar_jax.methods.registry import METHODS, server_methods, title
 from pipar_jax.methods.resolution import resolve
-from pipar_jax.report.run import TITLES
 from pipar_jax.schedule.plan import COORDINATOR, is_node
 
 OnEvent = Callable[[dict[str, Any]], None]
@@ -59,11 +59,6 @@ class Outcome:
         return title(self.method)
 
 
-def title(method: str) -> str:
-    """Returns the name of a method as it is written in the literature."""
-    return TITLES.get(method, method)
-
-
 def choose_methods(config: Config, text: str) -> list[str]:
     """Returns the methods to compare.
 
@@ -77,7 +72,7 @@ def choose_methods(config: Config, text: str) -> list[str]:
     """
     if text.strip():
         return parse_methods(text)
-    candidates = dict.fromkeys((*SERVER_METHODS, config.method))
+    candidates = dict.fromkeys((*server_methods(), config.method))
     fitting = [method for method in candidates if method in METHODS and _fits(config, method)]
     if not fitting:
         raise ConfigError(

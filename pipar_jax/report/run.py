@@ -17,14 +17,12 @@ from pipar_jax.cost_model.from_trace import links_from_shapes
 from pipar_jax.disk.event_log import read_events
 from pipar_jax.disk.files import describe_reading
 from pipar_jax.errors import RunError
+from pipar_jax.methods.registry import title
 from pipar_jax.report.digest import Digest, digest
 from pipar_jax.schedule.actions import RoundSchedule, rounds
 from pipar_jax.schedule.plan import COORDINATOR, Plan, device_name
 from pipar_jax.schedule.trace import Trace
 from pipar_jax.simulator import LinkModel, Prediction, simulate
-
-TITLES = {"fl": "FL", "sl": "SL", "sfl": "SFL", "pipar": "PiPar", "mpsl": "MP-SL",
-          "accept": "AccEPT"}  # fmt: skip
 
 #: Maximum number of devices that are drawn.
 MOST_DEVICES = 8
@@ -52,8 +50,7 @@ class RecordedRun:
     @property
     def title(self) -> str:
         """The name of the method as it is written in the literature."""
-        method = str(self.config.get("method", self.name))
-        return TITLES.get(method, method)
+        return title(str(self.config.get("method", self.name)))
 
     @property
     def finished(self) -> bool:

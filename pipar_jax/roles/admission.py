@@ -9,9 +9,11 @@ from typing import Any
 import pipar_jax
 from comms import Message
 from comms.wire.bounded_json import one_line
-from pipar_jax.config import PUBLIC_SOURCES, Config, Hosts, difference, from_dict, to_json
+from pipar_jax.config import Config, difference, from_dict, to_json
 from pipar_jax.data import Loader
+from pipar_jax.data.published import PUBLIC_SOURCES
 from pipar_jax.errors import ConfigError, ProtocolError
+from pipar_jax.methods.registry import hosts_of
 from pipar_jax.protocol import messages, registry
 from pipar_jax.protocol.messages import JoinDevice, JoinNode
 from pipar_jax.protocol.wire_fields import MOST_WHOLE, shown
@@ -197,7 +199,7 @@ def _short(text: str) -> str:
 
 def _unknown_name(name: str, config: Config) -> str | None:
     """Returns why a host of this name is not expected, or None."""
-    hosts = Hosts(config)
+    hosts = hosts_of(config)
     if name in hosts and name != COORDINATOR:
         return None
     kind, known, field = "device", hosts.devices, f"devices.count={config.devices.count}"

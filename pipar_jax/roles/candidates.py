@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
-from pipar_jax.config import CHAINS, Config
+from pipar_jax.config import Config
 from pipar_jax.config.texts import split_list
 from pipar_jax.cost_model.profile import Profile
 from pipar_jax.errors import PlanError
+from pipar_jax.methods.registry import METHODS, uses_nodes
 from pipar_jax.runtime import memory, moves
 from pipar_jax.schedule.plan import Plan
 from pipar_jax.tuner.chains import tune_chain
@@ -44,7 +45,7 @@ class Candidates:
           profile: What hosts and links are like.
           present: The plan in force.
         """
-        if self._config.method not in CHAINS:
+        if not uses_nodes(self._config):
             return search(profile, self._config).plans[0].plan
 
         def objection(plan: Plan) -> str | None:
@@ -64,7 +65,8 @@ class Candidates:
 
 
 def _parallel_only(config: Config) -> Config:
-    """Returns the configuration without sl among the methods to choose from."""
+    """Returns the configuration without methods in turns among those to choose from."""
     made = copy.deepcopy(config)
-    made.tuner.methods = ",".join(one for one in split_list(config.tuner.methods) if one != "sl")
+    names = split_list(config.tuner.methods)
+    made.tuner.methods = ",".join(one for one in names if METHODS[one].order == "parallel")
     return made

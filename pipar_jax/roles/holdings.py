@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from comms import Allowance, ChannelError, Message
-from pipar_jax.aggregation import aggregator
+from pipar_jax.aggregation.rules import rule
 from pipar_jax.config import Config
 from pipar_jax.errors import ProtocolError, RunError
 from pipar_jax.protocol.messages import LookSeen
@@ -62,7 +62,7 @@ class Holdings:
         self._tx = optimizer.build(
             config.optimizer, steps=1, proximal_mu=config.aggregation.proximal_mu
         )
-        self._rule = aggregator.rule(config.aggregation)
+        self._rule = rule(config.aggregation)
         self._units = {unit.name: unit for unit in model.units}
         self._known: dict[tuple[str, str], dict[str, _Like]] = {}
 

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from comms import ChannelError, Endpoint, Link, Message, PeerClosed
-from pipar_jax.config import Config, Hosts, may_lose
+from pipar_jax.config import Config, may_lose
 from pipar_jax.errors import JoinError, PeerError, ProtocolError, RunError
+from pipar_jax.methods.registry import hosts_of
 from pipar_jax.protocol import messages, registry
 from pipar_jax.protocol.registry import Form, Sender, kind_of
 from pipar_jax.roles import admission
@@ -152,7 +153,7 @@ class Membership:
         self._may_lose = may_lose(config)
         self.acceptance: Acceptance | None = None
         self.patience = Patience(config)
-        self.hosts = Hosts(config)
+        self.hosts = hosts_of(config)
         self.actions: Callable[[], int] = lambda: 0
 
     # --- from other threads -------------------------------------------------------------------

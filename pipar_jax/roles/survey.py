@@ -18,11 +18,11 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from comms import Link, Message
-from pipar_jax.config import AUTO, CHAINS, Config, HostSpec
+from pipar_jax.config import Config, HostSpec
 from pipar_jax.cost_model.costs import LinkModel
 from pipar_jax.cost_model.profile import DeviceProfile, HostProfile, NodeProfile, Profile
 from pipar_jax.errors import PlanError
-from pipar_jax.methods.registry import plan_for
+from pipar_jax.methods.registry import is_planned, plan_for, uses_nodes
 from pipar_jax.profiling.predictor.reference import ReferenceTimes
 from pipar_jax.profiling.rehearsal import measure_message_s
 from pipar_jax.profiling.unit_times import (
@@ -85,15 +85,14 @@ def choose_plan(
       PeerError: A device was lost or failed while it was asked.
       PlanError: No plan fits into the hosts' memory.
     """
-    chained = config.method in CHAINS and not config.pipeline.cuts
-    if not chained and config.method != AUTO:
+    if not is_planned(config):
         plan = plan_for(config, model.unit_names)
         return plan, survey(config, model, members, samples) if config.tuner.adapt else None
     began_s = time.monotonic()
     surveyed = survey(config, model, members, samples)
     members.working("tuning")
     profile, surveyed_s = surveyed.profile, time.monotonic() - began_s
-    if chained:
+    if uses_nodes(config):
         plan = tune_chain(
             profile, config, lambda one: memory.why_not_fit(model, one, config, samples)
         ).plan

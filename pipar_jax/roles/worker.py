@@ -14,9 +14,10 @@ import comms
 from comms import ChannelError, Endpoint, Link, Message
 from comms.link.pending_connection import CutShortError
 from pipar_jax import data as datasets
-from pipar_jax.config import Config, Hosts
+from pipar_jax.config import Config
 from pipar_jax.data import Dataset, Loader, Prefetcher
 from pipar_jax.errors import JoinError, PeerError, PiparError, ProtocolError
+from pipar_jax.methods.registry import hosts_of
 from pipar_jax.protocol import messages, registry
 from pipar_jax.protocol.messages import JoinDevice, JoinNode
 from pipar_jax.protocol.registry import Sender
@@ -180,7 +181,7 @@ class Worker:
         stop: threading.Event | None = None,
     ) -> None:
         self._config, self.name, self._model = config, name, model
-        hosts = Hosts(config)
+        hosts = hosts_of(config)
         self._own = hosts[name]
         self._stop = stop or threading.Event()
         self._inbox: queue.SimpleQueue[Message | BaseException] = queue.SimpleQueue()

@@ -20,9 +20,10 @@ import numpy as np
 import stages
 from comms import Message
 from pipar_jax.aggregation import aggregator
-from pipar_jax.config import Config, Hosts
+from pipar_jax.config import Config
 from pipar_jax.config.slowdown import UNSLOWED, Slowdown
 from pipar_jax.errors import RunError
+from pipar_jax.methods.registry import hosts_of
 from pipar_jax.protocol import messages
 from pipar_jax.protocol.values import Memory
 from pipar_jax.runtime import memory, migration
@@ -317,7 +318,7 @@ class Host:
         told = self._working("compiling")
         self._samples = samples
         need = memory.predict(self._model, plan, self.name, self._config, samples)
-        limit_mb = Hosts(self._config)[self.name].memory_mb
+        limit_mb = hosts_of(self._config)[self.name].memory_mb
         memory.check(need, None, limit_mb, self.name, plan)
         self._program = _program(plan, self.name)
         # One replica takes the steps of all devices in turn, or each its own device's.

@@ -20,9 +20,10 @@ import jax
 import numpy as np
 
 import stages
-from pipar_jax.aggregation import aggregator
-from pipar_jax.config import Config, Hosts
+from pipar_jax.aggregation import rules
+from pipar_jax.config import Config
 from pipar_jax.errors import RunError
+from pipar_jax.methods.registry import hosts_of
 from pipar_jax.schedule.actions import ALL, batch_samples, micro_batch_sizes
 from pipar_jax.schedule.feasibility import check_executable
 from pipar_jax.schedule.host_program import replica_key
@@ -138,9 +139,9 @@ def predict(model: Model, plan: Plan, host: str, config: Config, samples: Sequen
     """
     check_executable(plan)
     tx = optimizer.build(config.optimizer, steps=1, proximal_mu=config.aggregation.proximal_mu)
-    rule = aggregator.rule(config.aggregation)
+    rule = rules.rule(config.aggregation)
     window = int(config.pipeline.window_mb * 1e6)
-    rematerialise = Hosts(config)[host].rematerialise
+    rematerialise = hosts_of(config)[host].rematerialise
     slots: dict[tuple[int, int], int] = {}
     # Where devices take turns, each one's micro-batches are there without the others'.
     passing: dict[tuple[int, int], list[_Passing]] = {}
@@ -188,7 +189,7 @@ def why_not_fit(model: Model, plan: Plan, config: Config, samples: Sequence[int]
       config: Resolved configuration.
       samples: Samples that each device trains on in an epoch.
     """
-    hosts = Hosts(config)
+    hosts = hosts_of(config)
     for host in hosts.nodes:
         limit_mb = hosts[host].memory_mb
         if limit_mb and plan.held_units(host, len(model.units)):

@@ -9,7 +9,8 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 
 from pipar_jax.aggregation.aggregator import Aggregator
-from pipar_jax.config import Config, Hosts
+from pipar_jax.config import Config
+from pipar_jax.methods.registry import hosts_of
 from pipar_jax.runtime import memory, migration
 from pipar_jax.schedule.plan import Plan, is_node
 from pipar_jax.training.compile import run_all
@@ -94,7 +95,7 @@ def compile_plan(
     Returns:
       Why the host refuses the plan, if it is a node that may not take as much memory.
     """
-    limit_mb = Hosts(config)[host].memory_mb if is_node(host) else 0.0
+    limit_mb = hosts_of(config)[host].memory_mb if is_node(host) else 0.0
     local = {model.unit_names[unit] for unit in plan.local_units(host, len(model.units))}
     temporary = 0
     for replica in migration.samples_of(model, plan, host, compiled, rematerialise=rematerialise):

@@ -16,7 +16,8 @@ from rich.table import Table
 from pipar_jax.config import Config, codec_candidates
 from pipar_jax.cost_model.profile import CodecProfile, HostProfile, Profile, interpolate
 from pipar_jax.errors import PlanError
-from pipar_jax.methods.registry import plan_of_chain
+from pipar_jax.methods.plans import plan_of_chain
+from pipar_jax.methods.registry import METHODS
 from pipar_jax.schedule.actions import micro_batch_sizes
 from pipar_jax.schedule.plan import OWNER, Codecs, Plan, node_name
 from pipar_jax.simulator.predict import PlanEstimate, StageCosts, estimate
@@ -179,7 +180,8 @@ def _problems(profile: Profile, config: Config, share: float) -> Iterator[ChainP
     """
     size, parts = _micro_batch(profile, config)
     one, count = profile.devices[0], len(profile.units)
-    home = config.method == "mpsl" and config.pipeline.labels == "home"
+    method = METHODS[config.method]
+    home = method.keeps_labels(config)
     owner = Owner(_layers(profile, one.host, size, parts), one.up, one.down)
     nodes = tuple(
         Node(
@@ -196,7 +198,7 @@ def _problems(profile: Profile, config: Config, share: float) -> Iterator[ChainP
         tuple(_coding(profile, name) for name in codec_candidates.allowed(config, role))
         for role in codec_candidates.ROLES
     )
-    most = count - 1 if config.method == "accept" else min(KEPT, count - 1)
+    most = count - 1 if method.one_device else min(KEPT, count - 1)
     for first in range(1, most + 1):
         stops = range(max(first + 1, count - KEPT), count) if home else (count,)
         for stop in stops:

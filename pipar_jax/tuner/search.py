@@ -19,7 +19,8 @@ from pipar_jax.config import Config, codec_candidates
 from pipar_jax.config.texts import split_list, whole_numbers
 from pipar_jax.cost_model.profile import Profile
 from pipar_jax.errors import ConfigError, PlanError
-from pipar_jax.schedule.plan import Codecs, Plan
+from pipar_jax.methods.registry import METHODS
+from pipar_jax.schedule.plan import Codecs, Order, Plan
 from pipar_jax.simulator.predict import (
     PlanEstimate,
     StageCosts,
@@ -112,7 +113,7 @@ class _Search:
     def __init__(self, profile: Profile, config: Config) -> None:
         self.stages, self.profile, self.config = StageCosts(profile), profile, config
         self.frame = _frame(config)
-        self.methods = split_list(config.tuner.methods)
+        self.methods = [METHODS[name] for name in split_list(config.tuner.methods)]
         self.equal = len({(one.host, one.samples, one.up, one.down) for one in profile.devices}) < 2
         self.spans = {
             span.device: span for span in round_of(profile, self._plan([DeviceOption(0)])).spans
@@ -145,13 +146,13 @@ class _Search:
         left_s = self._judge_in_order(fitting, share * self.config.tuner.actions)
         best_s = min(one.epoch_s for one in self.judged.values())
         exact, bound_s = left_s >= best_s, min(left_s, best_s)
-        if not self.equal and set(self.methods) - {"sl"}:
+        if not self.equal and any(one.order == "parallel" for one in self.methods):
             bound_s = min(bound_s, self._improve([one for one in options if self._parallel(one)]))
             best_s = min(one.epoch_s for one in self.judged.values())
             exact = bound_s >= best_s
         for method in self.methods:  # what the best is better than
-            if not any(labels(one)["method"] == method for one in self.judged):
-                of_method = (one for one in fitting if labels(one.plan)["method"] == method)
+            if not any(labels(one)["method"] == method.name for one in self.judged):
+                of_method = (one for one in fitting if labels(one.plan)["method"] == method.name)
                 if (one := next(of_method, None)) is not None:
                     self._judge(one.plan)
         plans = self._distinct()
@@ -190,12 +191,13 @@ class _Search:
     def _options(self) -> list[DeviceOption]:
         """Returns everything that a device can be told to do."""
         count, batch = len(self.profile.units), self.profile.batch_size
-        numbers = {1} if {"sfl", "sl"} & set(self.methods) else set()
-        if "pipar" in self.methods:
+        cutting = [one for one in self.methods if one.cuts]
+        numbers = set() if all(one.pipelined for one in cutting) else {1}
+        if any(one.pipelined for one in cutting):
             numbers |= {min(n, batch) for n in whole_numbers(self.config.tuner.micro_batches)}
         pairs = codec_candidates.pairs(self.config)
         codec_choice.check_measured(self.config, self.profile)
-        found = [DeviceOption(0)] if "fl" in self.methods else []
+        found = [] if len(cutting) == len(self.methods) else [DeviceOption(0)]
         for cut in range(1, count):
             for n in sorted(numbers):
                 found += [DeviceOption(cut, n, pair) for pair in pairs]
@@ -203,9 +205,12 @@ class _Search:
 
     def _parallel(self, option: DeviceOption) -> bool:
         """Says whether an option belongs to a method in parallel order that is allowed."""
-        if not option.cut:
-            return True
-        return ("sfl" if option.micro_batches == 1 else "pipar") in self.methods
+        return self._allows("parallel", option)
+
+    def _allows(self, order: Order, option: DeviceOption) -> bool:
+        """Returns whether an option belongs to one of the methods in an order."""
+        cuts, number = bool(option.cut), option.micro_batches
+        return any(one.makes(order=order, cuts=cuts, micro_batches=number) for one in self.methods)
 
     def _common(self, options: Iterable[DeviceOption]) -> Iterator[_Candidate]:
         """Yields the plans in which all devices do the same, with their bounds."""
@@ -215,7 +220,7 @@ class _Search:
                 bound_s = round_bound_s(self.stages, all_least) * self.scale
                 for dispatch in self._dispatches(option):
                     yield _Candidate(bound_s, self._plan([option], dispatch))
-            if option.cut and option.micro_batches == 1 and "sl" in self.methods:
+            if self._allows("sequential", option):
                 plan = Plan(
                     self._plan([option]).devices, order="sequential", weights="shared",
                     dispatch=self.frame.dispatch, aggregate_every=self.frame.aggregate_every,
@@ -383,14 +388,22 @@ def labels(plan: Plan) -> Mapping[str, str]:
     """Returns what a plan is called: its method, its cuts and its micro-batches."""
     cuts = [one.cuts[0] if one.cuts else 0 for one in plan.devices]
     numbers = [one.micro_batches for one in plan.devices]
-    if plan.order == "sequential":
-        method = "sl"
-    elif not any(cuts):
-        method = "fl"
-    else:
-        method = "sfl" if max(numbers) == 1 else "pipar"
-        method += " + fl" if not all(cuts) else ""
-    return {"method": method, "cut": _range(cuts), "N": _range(numbers)}
+    names = [_method_of(plan.order, cuts=any(cuts), micro_batches=max(numbers))]
+    if any(cuts) and not all(cuts):  # some devices train the whole model
+        names.append(_method_of(plan.order, cuts=False, micro_batches=1))
+    return {"method": " + ".join(names), "cut": _range(cuts), "N": _range(numbers)}
+
+
+def _method_of(order: Order, *, cuts: bool, micro_batches: int) -> str:
+    """Returns the name of the method that makes such plans between devices and server."""
+    return next(
+        (
+            name
+            for name, method in METHODS.items()
+            if method.makes(order=order, cuts=cuts, micro_batches=micro_batches)
+        ),
+        order,
+    )
 
 
 def _range(values: Sequence[int]) -> str:

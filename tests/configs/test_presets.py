@@ -8,6 +8,7 @@ import pytest
 
 import configs
 from pipar_jax.launch.flags import load_preset
+from pipar_jax.methods.registry import server_methods
 from pipar_jax.methods.resolution import resolve
 
 FOLDER = pathlib.Path(configs.__file__).parent
@@ -35,7 +36,7 @@ def test_a_preset_resolves_and_says_how_to_run_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("method", ["fl", "sl", "sfl", "pipar"])
+@pytest.mark.parametrize("method", server_methods())
 def test_a_preset_takes_every_method(name: str, method: str) -> None:
     config = load_preset(name, FOLDER)
     config.method = method

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pipar_jax.methods.registry import server_methods
 from pipar_jax.methods.resolution import resolve
 from tests.sources import ROOT
 
@@ -57,7 +58,7 @@ def test_each_method_runs_and_is_a_row_of_the_table(tmp_path: Path) -> None:
 def test_every_method_that_is_compared_by_default_fits_the_preset() -> None:
     quickstart = importlib.import_module("experiments.quickstart")
     methods = quickstart.Extra().methods.split(",")
-    assert methods == ["fl", "sl", "sfl", "pipar"]
+    assert methods == list(server_methods())
     for method in methods:
         config = importlib.import_module("configs.quickstart").get_config()
         config.method = method
@@ -83,7 +84,7 @@ def test_the_demo_reaches_95_percent_by_every_method_and_pipar_is_ahead(tmp_path
     result = _quickstart(f"--config.run.dir={tmp_path}")
     assert result.returncode == 0, result.stdout + result.stderr
     summaries = {}
-    for method in ("fl", "sl", "sfl", "pipar"):
+    for method in server_methods():
         lines = (tmp_path / f"quickstart-{method}" / "metrics.jsonl").read_text().splitlines()
         summaries[method] = next(
             row for row in map(json.loads, lines) if row["event"] == "run_finished"

@@ -17,6 +17,7 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
+from pipar_jax.methods.registry import server_methods
 from tests.experiments.running import LONG, ROOT, all_gone, started
 
 #: Seconds within which a fault must have ended everything.
@@ -42,7 +43,7 @@ def long(tmp_path: pathlib.Path, *arguments: str) -> list[str]:
     return ["--config=digits", *LONG, f"--config.run.dir={tmp_path}", *arguments]
 
 
-@pytest.mark.parametrize("method", ["fl", "sl", "sfl", "pipar"])
+@pytest.mark.parametrize("method", server_methods())
 def test_a_short_run_ends_well_and_leaves_its_folder(tmp_path: pathlib.Path, method: str) -> None:
     with started("train", *short(tmp_path, f"--config.method={method}")) as train:
         assert train.wait() == 0, train.output
@@ -89,7 +90,7 @@ def test_devices_train_on_data_of_their_own(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.skipif(not PREPARED.is_dir(), reason="no prepared CIFAR-10 in ../shared/data/tfds")
 @pytest.mark.soak
-@pytest.mark.parametrize("method", ["fl", "sl", "sfl", "pipar"])
+@pytest.mark.parametrize("method", server_methods())
 def test_real_cifar10_is_learned(tmp_path: pathlib.Path, method: str) -> None:
     arguments = ["--config=cifar10_vgg5", f"--config.data.data_dir={PREPARED}"]
     arguments += ["--config.data.train_samples=8000", "--config.data.test_samples=2000"]

@@ -10,7 +10,7 @@ from experiments.benchmarks import accept_trials, trials
 from pipar_jax.config import Config
 from pipar_jax.cost_model.costs import LinkModel
 from pipar_jax.cost_model.profile import NodeProfile, Profile
-from pipar_jax.methods.registry import plan_of_chain
+from pipar_jax.methods.plans import plan_of_chain
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.schedule.plan import OWNER, Codecs
 from pipar_jax.simulator.predict import StageCosts, estimate

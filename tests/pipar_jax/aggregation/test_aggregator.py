@@ -9,7 +9,8 @@ import pytest
 
 from pipar_jax.aggregation import aggregator
 from pipar_jax.aggregation.aggregator import Aggregator, Contribution
-from pipar_jax.config import RULES, AggregationConfig, OptimizerConfig
+from pipar_jax.aggregation.rules import RULES
+from pipar_jax.config import AggregationConfig, OptimizerConfig
 from pipar_jax.training import optimizer
 
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipar_jax.config import PARTITIONS, DataConfig
+from pipar_jax.config import DataConfig
 from pipar_jax.data import partition, partition_table
-from pipar_jax.data.partition import spread
+from pipar_jax.data.partition import PARTITIONS, spread
 from pipar_jax.errors import DataError
 
 LABELS = np.random.default_rng(5).integers(0, 10, 5000)

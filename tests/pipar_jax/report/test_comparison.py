@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipar_jax.config import METHODS, SERVER_METHODS, Config
+from pipar_jax.config import Config
 from pipar_jax.errors import ConfigError
+from pipar_jax.methods.registry import METHODS, server_methods
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.report.comparison import (
     Outcome,
@@ -113,7 +114,7 @@ def test_methods_are_read_once_each_in_the_order_given() -> None:
 def test_by_default_every_preset_is_compared_by_the_methods_that_fit_it(preset: str) -> None:
     config = importlib.import_module(f"configs.{preset}").get_config()
     methods = choose_methods(config, "")
-    assert methods[:4] == list(SERVER_METHODS)
+    assert methods[:4] == list(server_methods())
     assert config.method in methods
     for method in METHODS:
         assert choose_methods(config, method) == [method]

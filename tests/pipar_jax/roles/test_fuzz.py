@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 
 from comms import Role, Tag
-from pipar_jax.config import Hosts
 from pipar_jax.data import Loader
 from pipar_jax.errors import JoinError, PeerError, ProtocolError
-from pipar_jax.methods.registry import plan_for
+from pipar_jax.methods.registry import hosts_of, plan_for
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.protocol import messages, registry
 from pipar_jax.protocol.registry import KINDS, Form, Sender, kind_of
@@ -416,7 +415,7 @@ class Node:
 
         setup = config("mpsl")
         self.neighbours = PeerLinks(
-            Hosts(setup), setup.network, "n1", None, tensors=tensors, wake=lambda: None,
+            hosts_of(setup), setup.network, "n1", None, tensors=tensors, wake=lambda: None,
             lost=self.lost.append, met=lambda: None,
         )  # fmt: skip
         self.neighbours.connect((BELOW, ABOVE), {})

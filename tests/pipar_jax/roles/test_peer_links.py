@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from comms import Endpoint
-from pipar_jax.config import Hosts
 from pipar_jax.errors import JoinError
+from pipar_jax.methods.registry import hosts_of
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.protocol import messages, registry
 from pipar_jax.roles import peer_links
@@ -29,7 +29,7 @@ class Node:
     def __init__(self, config, name) -> None:
         self.endpoint, self.met, self.lost = Endpoint(name), queue.SimpleQueue(), []
         self.neighbours = PeerLinks(
-            Hosts(config), config.network, name, self.endpoint,
+            hosts_of(config), config.network, name, self.endpoint,
             tensors=lambda *tensor: None, wake=lambda: None, lost=self.lost.append,
             met=lambda: self.met.put(name),
         )  # fmt: skip

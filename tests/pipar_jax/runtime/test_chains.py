@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import socket
 
@@ -11,8 +12,8 @@ import optax
 import pytest
 
 from pipar_jax.errors import ConfigError, JoinError, PlanError
-from pipar_jax.methods import registry
-from pipar_jax.methods.registry import plan_for
+from pipar_jax.methods.plans import plan_of_chain
+from pipar_jax.methods.registry import METHODS, plan_for
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.roles import survey
 from pipar_jax.roles.server import run_server
@@ -166,9 +167,10 @@ def test_each_boundary_has_codecs_of_its_own(double, network, tmp_path, monkeypa
 
     def run(pairs, name):
         monkeypatch.setitem(
-            registry.METHODS, "accept",
-            lambda config, units: registry.plan_of_chain(
-                config, (1, 2, 3), (OWNER, "n1", "n2", "n3"), pairs
+            METHODS, "accept", dataclasses.replace(
+                METHODS["accept"], plan=lambda config, units: plan_of_chain(
+                    config, (1, 2, 3), (OWNER, "n1", "n2", "n3"), pairs
+                ),
             ),
         )  # fmt: skip
         made = setting(tmp_path / name, (35,), 3, "end")

@@ -14,6 +14,7 @@ import pytest
 from flax import linen, nnx
 
 import stages
+from pipar_jax.methods.registry import METHODS, server_methods
 from tests.pipar_jax.runtime import support
 
 #: What goes from unit to unit: tokens of a sample, and features of a token.
@@ -276,12 +277,14 @@ def test_batch_normalisation_trains_by_every_method(tmp_path):
     units = [("first", First), ("norm", TRAINED["BatchNorm"]), ("last", Last)]
     model = stages.Model.from_units("norms", units, support.SHAPE, support.CLASSES)
     samples, runs = (14, 14), {}
-    for method in ("fl", "sl", "sfl", "pipar"):
+    for method in server_methods():
         made = support.config(tmp_path / method, samples, method=method, dtype="float32")
         made.pipeline.cut, made.pipeline.micro_batches = 2, 1
         runs[method] = support.trained(made, samples, model)
         assert np.all(runs[method].state["norm"]["var"] < 1.0)
-    for method in ("sfl", "pipar"):  # sl trains on one device after another
+    for method in runs:
+        if METHODS[method].order == "sequential":
+            continue
         for part in ("params", "state"):
             found, wanted = (getattr(runs[one], part) for one in (method, "fl"))
             assert support.largest_difference(found, wanted) < 1e-4

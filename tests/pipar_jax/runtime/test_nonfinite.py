@@ -14,7 +14,6 @@ import pytest
 from flax import nnx
 
 import stages
-from pipar_jax.config import CHAINS
 from pipar_jax.errors import RunError
 from pipar_jax.launch.api import load, run_here
 from pipar_jax.methods.registry import METHODS
@@ -33,11 +32,13 @@ TOO_FAST = 3e38
 
 
 def setting(method, folder, *, steps=1, weights="copy", **values):
-    samples = (BATCH * steps,) * (1 if method == "accept" else 2)
+    samples = (BATCH * steps,) * (1 if METHODS[method].one_device else 2)
     made = support.config(folder, samples, dtype="float32", method=method, batch=BATCH)
     made.pipeline.cut, made.pipeline.micro_batches, made.pipeline.weights = 1, 2, weights
-    if method in CHAINS:
-        made.nodes.count, made.pipeline.cuts = (2, "1,2") if method == "accept" else (1, "1,2")
+    if METHODS[method].uses_nodes:
+        made.nodes.count, made.pipeline.cuts = (
+            (1, "1,2") if METHODS[method].labels_home else (2, "1,2")
+        )
     for path, value in values.items():
         group, _, name = path.partition("__")
         setattr(getattr(made, group), name, value)

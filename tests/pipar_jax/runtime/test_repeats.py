@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from pipar_jax.config import CHAINS, Config
+from pipar_jax.config import Config
 from pipar_jax.launch.launcher import launch
 from pipar_jax.methods.registry import METHODS
 from pipar_jax.methods.resolution import resolve
@@ -33,14 +33,16 @@ def setting(method: str, folder: Path, samples: tuple[int, ...]) -> Config:
     made.model.norm, made.optimizer.momentum = "batch", 0.9
     made.pipeline.cut, made.pipeline.micro_batches, made.pipeline.weights = 2, 3, "copy"
     made.aggregation.every, made.epochs = "epoch", ROUNDS
-    if method in CHAINS:
-        made.nodes.count, made.pipeline.cuts = (2, "1,2") if method == "accept" else (1, "1,2")
+    if METHODS[method].uses_nodes:
+        made.nodes.count, made.pipeline.cuts = (
+            (1, "1,2") if METHODS[method].labels_home else (2, "1,2")
+        )
     return made
 
 
 def shards_of(method: str, shards: str) -> tuple[int, ...]:
     """AccEPT's chain trains one device."""
-    return SHARDS[shards][:1] if method == "accept" else SHARDS[shards]
+    return SHARDS[shards][:1] if METHODS[method].one_device else SHARDS[shards]
 
 
 def digest(folder: Path) -> str:

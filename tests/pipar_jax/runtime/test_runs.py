@@ -12,13 +12,14 @@ from safetensors.numpy import load_file
 
 import pipar_jax
 import stages
-from pipar_jax.config import RULES
+from pipar_jax.aggregation.rules import RULES
 from pipar_jax.errors import ConfigError, DataError, JoinError, PeerError, PiparError, RunError
 from pipar_jax.launch import certificates
 from pipar_jax.launch.api import load, run_here, train
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.roles.server import run_server
 from pipar_jax.roles.worker import run_device
+from pipar_jax.schedule.policies import POLICIES
 from tests.pipar_jax.runtime import support
 
 SAMPLES = (17, 33)
@@ -120,10 +121,7 @@ def weights(run):
 
 
 def test_neither_policy_nor_credit_nor_link_changes_the_weights(network, tmp_path):
-    settings = [
-        {"pipeline__dispatch": name}
-        for name in ("fcfs", "backward_first", "slowest_first", "fixed")
-    ]
+    settings = [{"pipeline__dispatch": name} for name in POLICIES]
     # Less credit than one activation needs: each goes alone.
     settings.append({"pipeline__window_mb": 0.0001})
     found = []

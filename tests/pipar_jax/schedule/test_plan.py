@@ -74,12 +74,6 @@ def test_a_method_is_a_plan(method, text):
     assert str(registry.plan_for(resolve(config, models=(config.model.name,)), UNITS)) == text
 
 
-def test_every_method_of_the_configuration_has_a_plan():
-    from pipar_jax.config import METHODS
-
-    assert set(METHODS) == set(registry.METHODS)
-
-
 @pytest.mark.parametrize("cut", [4, 9, "blok1"])
 def test_a_cut_that_does_not_exist_is_named_with_those_that_do(cut):
     config = Config()

@@ -10,7 +10,7 @@ import pytest
 
 from pipar_jax.config import Config, codec_candidates
 from pipar_jax.errors import ConfigError
-from pipar_jax.methods.registry import plan_of_chain
+from pipar_jax.methods.plans import plan_of_chain
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.schedule.plan import OWNER, Codecs
 from pipar_jax.simulator.predict import estimate

@@ -12,7 +12,7 @@ from experiments.latency_data import collect
 from pipar_jax.config import Config
 from pipar_jax.cost_model.profile import DeviceProfile, HostProfile, NodeProfile, Profile, UnitFacts
 from pipar_jax.errors import PlanError
-from pipar_jax.methods.registry import plan_of_chain
+from pipar_jax.methods.plans import plan_of_chain
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.profiling.predictor.online import Learner
 from pipar_jax.profiling.predictor.operators import Tables

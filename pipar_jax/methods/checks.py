@@ -1,0 +1,199 @@
+"""Checks of a configuration against what is registered: networks, data sets and methods."""
+
+from __future__ import annotations
+
+import re
+
+from pipar_jax.config import OWN_SOURCES, Config, Hosts, HostSpec, field_path, may_lose, schema
+from pipar_jax.config.checks import distinct_devices
+from pipar_jax.data.published import PUBLIC_SOURCES
+from pipar_jax.errors import ConfigError
+from pipar_jax.methods.registry import METHODS, Method, node_methods
+from pipar_jax.methods.tuner_checks import check_tuner
+from stages.names import UNITS
+
+#: Networks whose samples are rows of tokens, not images.
+TOKEN_MODELS = tuple(name for name in UNITS if name.startswith("decoder"))
+
+
+def check_registered(config: Config, models: tuple[str, ...] = ()) -> None:
+    """Checks what depends on the network, the data set and the method that are named.
+
+    Args:
+      config: A configuration that fits otherwise.
+      models: Names of models beyond those that ``stages`` registers.
+
+    Raises:
+      ConfigError: The first field that cannot work, with value and remedy.
+    """
+    hosts = Hosts(config, nodes=config.nodes.count)
+    _check_model(config, models)
+    _check_data(config)
+    for device in distinct_devices(config, hosts):
+        _check_device(config, device)
+    check_tuner(config)
+    method = METHODS.get(config.method)
+    if method is not None:
+        _check_nodes(config, method)
+        _check_micro_batches(config, method, hosts)
+    _check_cohort(config, method)
+
+
+def _check_model(config: Config, models: tuple[str, ...]) -> None:
+    """Checks that the network is known, and that the data suit it."""
+    known = (*UNITS, *models)
+    if config.model.name not in known:
+        raise ConfigError(
+            f"model.name={config.model.name!r} is not a "
+            f"network{schema.did_you_mean(config.model.name, known)} (known: {', '.join(known)})"
+        )
+    name = config.model.name
+    if name in TOKEN_MODELS and name not in models and config.data.source in PUBLIC_SOURCES:
+        raise ConfigError(
+            f"model.name={name!r} takes rows of tokens, and data.source={config.data.source!r} has "
+            "images: choose another network, or tokens of your own (npz:PATH, module:NAME:FUNCTION)"
+        )
+
+
+def _check_source(source: str, field: str) -> None:
+    """Checks that a text names a public data set or the user's own data.
+
+    Raises:
+      ConfigError: It names neither.
+    """
+    if source in PUBLIC_SOURCES:
+        return
+    kind, _, rest = source.partition(":")
+    if kind == "npz" and rest:
+        return
+    if kind == "module" and re.fullmatch(r"[\w.]+:\w+", rest):
+        return
+    if source.startswith(OWN_SOURCES):
+        raise ConfigError(
+            f"{field}={source!r} is not valid: write npz:PATH or module:NAME:FUNCTION"
+        )
+    raise ConfigError(
+        f"{field}={source!r} is not a data set{schema.did_you_mean(source, PUBLIC_SOURCES)} "
+        f"(known: {', '.join(PUBLIC_SOURCES)}, npz:PATH, module:NAME:FUNCTION)"
+    )
+
+
+def _check_data(config: Config) -> None:
+    """Checks the sources of data, and the fields that apply to some of them only."""
+    data = config.data
+    _check_source(data.source, "data.source")
+    if data.classes and data.source in PUBLIC_SOURCES:
+        raise ConfigError(
+            f"data.classes={data.classes} is for your own data; data.source={data.source!r} "
+            "defines its classes: leave it 0"
+        )
+    if data.scale and data.source in PUBLIC_SOURCES:
+        raise ConfigError(
+            f"data.scale={data.scale:g} is for your own data; data.source={data.source!r} has its "
+            "own scale: leave it 0"
+        )
+    if data.test_source:
+        if data.source in PUBLIC_SOURCES:
+            raise ConfigError(
+                f"data.test_source={data.test_source!r} is for your own data; "
+                f"data.source={data.source!r} has its own test set: leave it empty"
+            )
+        if not data.test_source.startswith(OWN_SOURCES):
+            raise ConfigError(
+                f"data.test_source={data.test_source!r} is not valid: write npz:PATH or "
+                "module:NAME:FUNCTION"
+            )
+        _check_source(data.test_source, "data.test_source")
+    if data.train_samples and data.train_samples < config.devices.count:
+        raise ConfigError(
+            f"data.train_samples={data.train_samples} is fewer than devices.count="
+            f"{config.devices.count}: every device needs a sample"
+        )
+
+
+def _check_device(config: Config, device: HostSpec) -> None:
+    """Checks a device's own source of data against that of the run."""
+    if device.data_source != config.data.source:
+        field = field_path(config, device.name, "data_source")
+        _check_source(device.data_source, field)
+        if (device.data_source in PUBLIC_SOURCES) != (config.data.source in PUBLIC_SOURCES):
+            raise ConfigError(
+                f"{field}={device.data_source!r} cannot be combined with "
+                f"data.source={config.data.source!r}: either all devices share a public data set, "
+                "or each has its own data"
+            )
+
+
+def _check_nodes(config: Config, method: Method) -> None:
+    """Checks that the method and its compute nodes fit together."""
+    count, pipeline = config.nodes.count, config.pipeline
+    if method.uses_nodes and not count:
+        raise ConfigError(
+            f"method={config.method} runs its middle stages on compute nodes, and nodes.count=0: "
+            "set --config.nodes.count"
+        )
+    if method.one_device and config.devices.count != 1:
+        raise ConfigError(
+            f"devices.count={config.devices.count}, but method={method.name} trains the data of "
+            "one device on a chain of peers: set devices.count=1, the peers are nodes"
+        )
+    if not method.uses_nodes and pipeline.cuts:
+        raise ConfigError(
+            f"pipeline.cuts={pipeline.cuts!r} is for method={' or '.join(node_methods())}: use "
+            "pipeline.cut"
+        )
+    if method.uses_nodes and any("cut" in one for one in config.devices.overrides.values()):
+        raise ConfigError(
+            f"method={config.method} has the same cuts on all devices: use pipeline.cuts instead "
+            "of a device's cut"
+        )
+
+
+def _check_micro_batches(config: Config, method: Method, hosts: Hosts) -> None:
+    """Checks that a mini-batch has a sample for each of its micro-batches."""
+    if not method.pipelined:
+        return
+    for device in distinct_devices(config, hosts):
+        number = device.micro_batches
+        if number > config.data.batch_size:
+            field = field_path(config, device.name, "micro_batches")
+            raise ConfigError(
+                f"{field}={number} exceeds data.batch_size={config.data.batch_size}, and every "
+                "micro-batch needs a sample: lower it, or raise data.batch_size"
+            )
+
+
+def _check_cohort(config: Config, method: Method | None) -> None:
+    """Checks what a method cannot do with a cohort, or with losses."""
+    cohort, shared = config.cohort, config.pipeline.weights == "shared"
+    if cohort.size:
+        if method is None:
+            raise ConfigError(
+                f"cohort.size={cohort.size:g} cannot be combined with method=auto, which times "
+                "every device before the run: choose a method, or set cohort.size=0"
+            )
+        for index, fields in config.devices.overrides.items():
+            if odd := [one for one in ("cut", "micro_batches") if fields.get(one) is not None]:
+                raise ConfigError(
+                    f"devices.{index}.{odd[0]}={fields[odd[0]]!r} cannot be combined with "
+                    f"cohort.size={cohort.size:g}: any device may take any place, so all are cut "
+                    "alike; leave it out, or set cohort.size=0"
+                )
+    if config.tuner.adapt and (cohort.size or may_lose(config)):
+        field = f"cohort.size={cohort.size:g}" if cohort.size else "a run that may lose devices"
+        raise ConfigError(
+            f"tuner.adapt=true cannot be combined with {field}: its plans are made for the "
+            "devices that it knows; set tuner.adapt=false, or leave cohort.* as it is"
+        )
+    if cohort.first and method is not None and method.order == "sequential":
+        raise ConfigError(
+            f"cohort.first={cohort.first} cannot be combined with method={method.name}, whose "
+            "devices take turns: leave it 0"
+        )
+    joint = method is None or (method.cuts and method.order == "parallel")
+    if shared and joint and (cohort.first or cohort.deadline_s):
+        field = f"first={cohort.first}" if cohort.first else f"deadline_s={cohort.deadline_s:g}"
+        raise ConfigError(
+            f"cohort.{field} cannot be combined with pipeline.weights=shared, where each step "
+            "waits for all devices, so that none is later than the others: leave it 0"
+        )
