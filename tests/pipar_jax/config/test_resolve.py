@@ -9,9 +9,10 @@ import pytest
 
 from comms import parse_link
 from pipar_jax import config as configuration
-from pipar_jax.config import Config, Hosts, HostSpec, difference, schema
+from pipar_jax.config import Config, HostSpec, difference, schema
 from pipar_jax.config.slowdown import Slowdown
 from pipar_jax.errors import ConfigError
+from pipar_jax.methods.registry import hosts_of
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.schedule.plan import HostKind
 
@@ -150,7 +151,7 @@ def test_a_whole_number_in_a_field_for_numbers_becomes_a_float() -> None:
     config.devices.overrides[1] = {"slowdown": 20}
     made = resolve(config)
     assert isinstance(made.devices.defaults.slowdown, float)
-    assert isinstance(Hosts(made).device(1).slowdown.factor, float)
+    assert isinstance(hosts_of(made).device(1).slowdown.factor, float)
 
 
 def test_a_group_of_another_type_is_refused() -> None:
@@ -166,7 +167,7 @@ def test_a_device_takes_the_defaults_then_its_overrides_and_nothing_stays_open()
     config.devices.defaults.link = "wifi"
     config.devices.overrides[1] = {"link": "4g", "cut": "conv1", "slowdown": 3.0}
     config = resolve(config)
-    hosts = Hosts(config)
+    hosts = hosts_of(config)
     assert hosts.device(0) == HostSpec(
         "d0", HostKind.DEVICE, 0, *parse_link("wifi"),
         platform="cpu", cut=2, micro_batches=5, data_source="digits",
@@ -183,7 +184,7 @@ def test_hosts_are_found_by_their_names_and_no_others() -> None:
     config = Config(method="mpsl")
     config.nodes.count, config.pipeline.cuts = 2, "1,2,3"
     config.nodes.overrides[2] = {"memory_mb": 3.0, "port": 4711, "cpus": "0,2-3"}
-    hosts = Hosts(resolve(config))
+    hosts = hosts_of(resolve(config))
     assert tuple(hosts) == ("server", "n1", "n2", "d0", "d1")
     assert len(hosts) == 5
     assert all(name in hosts and hosts[name].name == name for name in hosts)
@@ -195,7 +196,7 @@ def test_hosts_are_found_by_their_names_and_no_others() -> None:
         assert name not in hosts
         with pytest.raises(ConfigError, match="there is no host"):
             hosts[name]
-    assert Hosts(Config()).nodes == ()
+    assert hosts_of(Config()).nodes == ()
 
 
 def test_own_data_have_the_device_in_their_name() -> None:
@@ -203,7 +204,9 @@ def test_own_data_have_the_device_in_their_name() -> None:
     config.data.source = "npz:shard-{device}.npz"
     config.data.test_source = "npz:test.npz"
     config = resolve(config)
-    assert Hosts(config).device(1).data_source == (f"npz:{pathlib.Path('shard-1.npz').absolute()}")
+    assert hosts_of(config).device(1).data_source == (
+        f"npz:{pathlib.Path('shard-1.npz').absolute()}"
+    )
 
 
 @pytest.mark.parametrize(

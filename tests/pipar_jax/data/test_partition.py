@@ -17,7 +17,7 @@ LABELS = np.random.default_rng(5).integers(0, 10, 5000)
 
 @settings(deadline=None, max_examples=60)
 @given(
-    kind=st.sampled_from(PARTITIONS),
+    kind=st.sampled_from(tuple(PARTITIONS)),
     samples=st.integers(12, 400),
     count=st.integers(1, 6),
     alpha=st.sampled_from([0.01, 0.5, 100.0]),
