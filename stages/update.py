@@ -37,17 +37,19 @@ def init_opt_state(params: Variables, *parts: optax.GradientTransformation) -> O
     return {unit: init(arrays) for unit, arrays in params.items()}
 
 
-def make_update(*parts: optax.GradientTransformation) -> Update:
+def make_update(*parts: optax.GradientTransformation, keeps: bool = False) -> Update:
     """Returns the compiled optimiser step of a mini-batch.
 
     Args:
       *parts: Optax transformations, applied one after another as ``optax.chain`` does. Each is
         applied to each unit by itself, and has to be elementwise, or to look at no more than a
         unit; but a ``Joint`` one is applied to all units at once.
+      keeps: Whether weights and state from before the step stay usable.
 
     Returns:
       update(params, opt_state, accumulated) -> (params, opt_state, zeroed accumulator); all
-      three arguments are donated. The state of each unit is that of ``optax.chain(*parts)``.
+      three arguments are donated, or with ``keeps`` the last alone. The state of each unit is that
+      of ``optax.chain(*parts)``.
     """
 
     def update(
@@ -68,4 +70,4 @@ def make_update(*parts: optax.GradientTransformation) -> Update:
         new_state = {unit: tuple(some) for unit, some in states.items()}
         return new_params, new_state, jax.tree.map(jnp.zeros_like, accumulated)
 
-    return jax.jit(update, donate_argnums=(0, 1, 2))
+    return jax.jit(update, donate_argnums=(2,) if keeps else (0, 1, 2))

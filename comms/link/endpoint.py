@@ -78,6 +78,10 @@ class Endpoint:
         """Closes the endpoint."""
         self.close()
 
+    def post(self, call: Callable[[], None]) -> None:
+        """Runs a call on the I/O thread, behind what was posted before; it must not wait."""
+        self.loop.post(call)
+
     @property
     def links(self) -> list[Link]:
         """The links that have not ended."""

@@ -1,6 +1,6 @@
 """The wire format: one fixed header per frame, then the shape and the payload.
 
-Every frame begins with these 104 bytes, little-endian, without padding:
+Every frame begins with these 108 bytes, little-endian, without padding:
 
 ====== ===== ================== ==========================================================
 offset width field              meaning
@@ -21,16 +21,17 @@ offset width field              meaning
 32     4     samples_before     samples of the mini-batch that come before this micro-batch
 36     4     samples            samples in this micro-batch
 40     4     batch_samples      samples in the mini-batch
-44     4     part               index of a tensor within its bundle
-48     8     sequence           number of the frame in its direction, from 1; 0 = not numbered
-56     8     offset             where this frame's payload begins within the whole payload
-64     8     total              bytes of the whole payload (all chunks together)
-72     8     length             bytes of payload in this frame
-80     8     clock_s            the sender's monotonic clock when the frame left, float64 seconds
-88     4     codec_parameter    what else the codec needs to decode (block size, bits)
-92     8     checksum           XXH3 (64 bits) of the whole payload that this frame had when it was
+44     4     attempt            number of the attempt at a round the tensor belongs to
+48     4     part               index of a tensor within its bundle
+52     8     sequence           number of the frame in its direction, from 1; 0 = not numbered
+60     8     offset             where this frame's payload begins within the whole payload
+68     8     total              bytes of the whole payload (all chunks together)
+76     8     length             bytes of payload in this frame
+84     8     clock_s            the sender's monotonic clock when the frame left, float64 seconds
+92     4     codec_parameter    what else the codec needs to decode (block size, bits)
+96     8     checksum           XXH3 (64 bits) of the whole payload that this frame had when it was
                                 first sent, if ``Flag.CHECKED``; else 0
-100    4     crc                CRC-32 of bytes 0 to 99 and of the shape
+104    4     crc                CRC-32 of bytes 0 to 103 and of the shape
 ====== ===== ================== ==========================================================
 
 The shape follows, ``rank`` unsigned 64-bit integers, then ``length`` bytes of payload. A payload
@@ -57,14 +58,14 @@ from comms.arrays import DType
 from comms.errors import ChannelError, DamageError, FrameError
 
 MAGIC = b"PJXC"
-VERSION = 2
+VERSION = 3
 MAX_RANK = 16
 _U32 = 0xFFFFFFFF
 
-_HEADER = struct.Struct("<4sHBBBBBBIIIIIIIIIQQQQdIQ")
+_HEADER = struct.Struct("<4sHBBBBBBIIIIIIIIIIQQQQdIQ")
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size + _CRC.size
-assert HEADER_BYTES == 104
+assert HEADER_BYTES == 108
 _RANK_AT = 10
 
 
@@ -153,7 +154,12 @@ def dtype_code(dtype: DType) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tag:
-    """What the header says of a tensor besides its type, shape and codec."""
+    """What the header says of a tensor besides its type, shape and codec.
+
+    Attributes:
+        attempt: counts the attempts at rounds over a run, so that what belongs to one that was
+            given up can be told from what is expected.
+    """
 
     role: Role
     device: int = 0
@@ -164,6 +170,7 @@ class Tag:
     samples_before: int = 0
     samples: int = 0
     batch_samples: int = 0
+    attempt: int = 0
 
     def __str__(self) -> str:
         """Names the tensor as error messages do."""
@@ -173,8 +180,8 @@ class Tag:
         )
 
 
-_TagFields: TypeAlias = tuple[int, int, int, int, int, int, int, int]
-_NO_TAG: _TagFields = (0, 0, 0, 0, 0, 0, 0, 0)
+_TagFields: TypeAlias = tuple[int, int, int, int, int, int, int, int, int]
+_NO_TAG: _TagFields = (0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 class Header(NamedTuple):
@@ -194,6 +201,7 @@ class Header(NamedTuple):
     samples_before: int = 0
     samples: int = 0
     batch_samples: int = 0
+    attempt: int = 0
     part: int = 0
     sequence: int = 0
     offset: int = 0
@@ -221,6 +229,7 @@ class Header(NamedTuple):
             samples_before=self.samples_before,
             samples=self.samples,
             batch_samples=self.batch_samples,
+            attempt=self.attempt,
         )
 
 
@@ -244,7 +253,7 @@ def checksum_of(payload: memoryview | bytes | bytearray) -> int:
 
 
 def tag_fields(tag: Tag | None) -> _TagFields:
-    """Returns the tag's eight numbers in header order.
+    """Returns the tag's nine numbers in header order.
 
     Raises:
       ChannelError: If one is negative or exceeds 32 bits.
@@ -253,7 +262,7 @@ def tag_fields(tag: Tag | None) -> _TagFields:
         return _NO_TAG
     fields = (
         tag.device, tag.stage, tag.step, tag.micro_batch, tag.micro_batches,
-        tag.samples_before, tag.samples, tag.batch_samples,
+        tag.samples_before, tag.samples, tag.batch_samples, tag.attempt,
     )  # fmt: skip
     for value in fields:
         if not 0 <= value <= _U32:

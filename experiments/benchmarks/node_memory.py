@@ -168,7 +168,10 @@ class _Drive:
         self._host.prepare(self._plan, self._samples, [1] * len(self._samples))
         self._await(messages.Prepared, None)
         spans = [Span(device, 0, 1) for device in range(len(self._samples))]
-        self._host.release(0, spans, None, [1.0] * len(self._samples))
+        count = len(self._samples)
+        self._host.release(
+            messages.Release(0, 0, tuple(spans), tuple(range(count)), None, (1.0,) * count)
+        )
         parts = [
             Tag(
                 role=Role.ACTIVATION, device=device, stage=self._stage, micro_batch=micro,
@@ -190,6 +193,8 @@ class _Drive:
             inside.append(self._get(self._forwarded))
         for tag in inside:
             self._send(tag)
+        self._await(messages.Trained, _PATIENCE_S)
+        self._host.commit(range(count))
         used = self._await(messages.Stored, _PATIENCE_S).memory
         return Driven(used.arrays, used.temporary, used.resident, booked, live, need.arrays)
 

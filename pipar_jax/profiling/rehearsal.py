@@ -145,7 +145,7 @@ class _Rehearsal:
         """Returns the seconds of a micro-batch, of the stretch that took least."""
         self._host.prepare(self._plan, (ITEMS * self._samples,), (1,))
         self._get(timeout_s)
-        self._host.release(0, [Span(0, 0, 1)], None, [1.0])
+        self._host.release(messages.Release(0, 0, (Span(0, 0, 1),), (0,), None, (1.0,)))
         for micro_batch in range(UNDER_WAY):
             self._send(micro_batch)
         self._get(timeout_s)

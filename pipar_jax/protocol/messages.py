@@ -285,21 +285,115 @@ class Calibrated:
 
 @message("release", Sender.COORDINATOR)
 class Release:
-    """A round begins; answered by ``Trained`` where weights are averaged, and by ``Stored``.
+    """A round begins, or goes on after a ``Rewind``; answered by ``Trained``.
+
+    Spans, and whatever is said of steps and tensors, speak of places of the round's cohort.
 
     Attributes:
       round: Which.
+      attempt: Which attempt at a round, over the whole run; rises with each release, and tensors
+        carry it.
       spans: Its spans.
-      holder: In sequential order, the device that holds the device part already.
-      demand: Seconds per step that each device computed so far.
+      cohort: The device in each place.
+      holder: In sequential order, the place that holds the client-side model already.
+      demand: Seconds per step that each place's device computed so far.
     """
 
     round: Count
+    attempt: Count
     spans: Annotated[
         tuple[Span, ...], Many(TupleOf(Span, (Whole(), Whole(), Whole())), MOST_SPANS, 1)
     ]
+    cohort: Annotated[tuple[int, ...], Many(Whole(), MOST_HOSTS, 1)]
     holder: Annotated[int | None, Maybe(Whole())]
     demand: Annotated[tuple[float, ...], Many(SECONDS, MOST_HOSTS, 1)]
+
+
+@message("drop", Sender.COORDINATOR)
+class Drop:
+    """A place is out of the round from a step on; answered by its own device, by ``Dropped``.
+
+    Everyone else goes on without it. What of its steps from that one on is here is forgotten, and
+    what still arrives of them is discarded.
+
+    Attributes:
+      round: Which round.
+      place: Which place of its cohort.
+      step: With a copy of the weights for each device, and so for the whole of the round, the
+        round's first; in sequential order the first of the turn that is undone.
+    """
+
+    round: Count
+    place: Count
+    step: Count
+
+
+@message("dropped", Sender.HOST)
+class Dropped:
+    """A device has stopped for this round, and says nothing more of it."""
+
+    round: Count
+
+
+@message("halt", Sender.COORDINATOR)
+class Halt:
+    """Where gradients are summed: stop, a device has failed in mid-step; answered by ``Halted``.
+
+    Attributes:
+      round: Which round.
+      without: The places that are lost.
+    """
+
+    round: Count
+    without: Annotated[tuple[int, ...], Many(Whole(), MOST_HOSTS, 1)]
+
+
+@message("halted", Sender.HOST)
+class Halted:
+    """Nothing of the round is computed on the host any more.
+
+    Attributes:
+      round: Which round.
+      step: The first step of which some update is missing here.
+    """
+
+    round: Count
+    step: Count
+
+
+@message("rewind", Sender.COORDINATOR)
+class Rewind:
+    """After ``Halt``: forget everything from a step on; answered by ``Rewound``.
+
+    Weights, statistics and optimiser states are those after the step before. A ``Release`` of the
+    same round follows, from that step on and without those who are lost.
+    """
+
+    round: Count
+    step: Count
+
+
+@message("rewound", Sender.HOST)
+class Rewound:
+    """A host is back at the step that it was told."""
+
+    round: Count
+    step: Count
+
+
+@message("commit", Sender.COORDINATOR)
+class Commit:
+    """What these places have trained in a round counts, and nothing else; ``Stored`` follows.
+
+    Until then nobody averages, so that all hosts average the same.
+
+    Attributes:
+      round: Which round.
+      places: The places; with none of them the round was in vain and weights stay as they were.
+    """
+
+    round: Count
+    places: Annotated[tuple[int, ...], Many(Whole(), MOST_HOSTS)]
 
 
 @message("progress", Sender.HOST)
@@ -342,7 +436,10 @@ class Pulse:
 
 @message("trained", Sender.HOST, Form.EITHER)
 class Trained:
-    """A host's steps of a round are over; with the weights that are to be averaged, if any."""
+    """A host's steps of a round are over; with the weights that are to be averaged, if any.
+
+    ``Commit`` is awaited.
+    """
 
     round: Count
 

@@ -7,15 +7,16 @@ tensor that may come next, and a look at it costs a few comparisons. It runs on 
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from comms import Message, Role, Tag, parse_codec
 from pipar_jax.protocol.wire_fields import shown
-from pipar_jax.schedule.actions import Span, batch_samples, micro_batch_sizes
+from pipar_jax.schedule.actions import NO_ATTEMPT, Span, batch_samples, micro_batch_sizes
 from pipar_jax.schedule.plan import Boundary, Plan, device_name
 from stages import Model
 
@@ -37,11 +38,16 @@ class _Stream:
         dtype: np.dtype[Any],
         codec: str,
         labels: bool,
-        step: int,
     ) -> None:
         self.boundary, self.features, self.dtype, self.labels = boundary, features, dtype, labels
         self.codec, self.parameter = parse_codec(codec)
-        self.step, self.micro_batch, self.labelled = step, 0, False
+        self.step, self.micro_batch, self.labelled = 0, 0, False
+
+    def anew(self, step: int) -> _Stream:
+        """Returns the same stream before the first tensor of a step."""
+        made: _Stream = copy.copy(self)
+        made.step, made.micro_batch, made.labelled = step, 0, False
+        return made
 
     def nbytes(self, samples: int) -> int:
         """Returns the most bytes of a tensor, before or after its codec."""
@@ -53,14 +59,17 @@ class _Stream:
 class Acceptance:
     """The tensors that one host may be sent under one plan.
 
+    Nothing may come before ``open``. What belongs to an attempt at a round before the one that is
+    open, or to a place that was dropped from it, was on its way when that was decided: it
+    ``is_past``. A neighbour may know of the next attempt before this host does: what it sends
+    ``is_ahead``, and has to wait for ``open``.
+
     Args:
       model: The whole model.
       plan: The plan.
       host: The host's name.
       samples: Samples of each device's epoch.
       batch_size: Samples of a full mini-batch.
-      steps: Steps of each device in the whole run.
-      first: For each device the step that comes next.
     """
 
     def __init__(
@@ -71,11 +80,10 @@ class Acceptance:
         *,
         samples: Sequence[int],
         batch_size: int,
-        steps: Sequence[int],
-        first: Mapping[int, int],
     ) -> None:
         self._classes, self._plan = model.classes, plan
-        self._stop = dict(enumerate(steps))
+        self._stop = dict.fromkeys(range(len(plan.devices)), 0)
+        self._attempt, self._dropped = NO_ATTEMPT, frozenset[int]()
         self._samples, self._batch_size = samples, batch_size
         self._micro_batches = [one.micro_batches for one in plan.devices]
         self._places: dict[tuple[int, int], list[tuple[int, int]]] = {}
@@ -87,25 +95,49 @@ class Acceptance:
             for below, cut in enumerate(one.cuts):
                 if chain[below] == chain[below + 1] or host not in chain[below : below + 2]:
                     continue
-                boundary, step = plan.boundary(device, below), first.get(device, 0)
+                boundary = plan.boundary(device, below)
                 like = tuple(shapes[cut].shape[1:]), np.dtype(shapes[cut].dtype)
                 codecs = one.codecs[below]
                 if chain[below + 1] == host:
                     self._streams[_ACTIVATION, device, below + 1] = _Stream(
-                        boundary, *like, codecs.activation, travels, step
+                        boundary, *like, codecs.activation, travels
                     )
                 else:
                     self._streams[_COTANGENT, device, below] = _Stream(
-                        boundary, *like, codecs.cotangent, False, step
+                        boundary, *like, codecs.cotangent, False
                     )
         self._host = host
 
-    def open(self, spans: Sequence[Span]) -> None:
-        """Takes tensors of a round's steps and of none after it; on the coordinator's host."""
-        stop = dict.fromkeys(range(len(self._samples)), 0)
+    def open(self, spans: Sequence[Span], attempt: int) -> None:
+        """Takes the tensors of an attempt at a round, and none after it.
+
+        On the I/O thread, or before any host of the round knows of the attempt.
+        """
+        first: dict[int, int] = {}
+        stop = dict.fromkeys(range(len(self._plan.devices)), 0)
         for span in spans:
+            first.setdefault(span.device, span.first)
             stop[span.device] = max(stop[span.device], span.stop)
-        self._stop = stop
+        self._streams = {
+            key: stream.anew(first.get(key[1], 0)) for key, stream in self._streams.items()
+        }
+        self._stop, self._dropped, self._attempt = stop, frozenset(), attempt
+
+    def drop(self, place: int) -> None:
+        """Takes no tensor of a place any more in this attempt; any thread may call it."""
+        self._dropped |= {place}
+
+    def is_past(self, tag: Tag) -> bool:
+        """Returns whether a tensor is of what was given up, so that nothing is wrong with it."""
+        if tag.role == Role.WEIGHT:
+            return False
+        return tag.attempt < self._attempt or (
+            tag.attempt == self._attempt and tag.device in self._dropped
+        )
+
+    def is_ahead(self, tag: Tag) -> bool:
+        """Returns whether a tensor is of an attempt that this host does not know of yet."""
+        return tag.attempt > self._attempt
 
     def tells_of(self, host: str, device: int, step: int) -> bool:
         """Says whether a host is the one that a step of a device ends on, and may be over."""
@@ -146,6 +178,8 @@ class Acceptance:
         tag = message.tag
         assert tag is not None
         role = int(tag.role)
+        if tag.attempt != self._attempt or tag.device in self._dropped:
+            return f"a tensor ({tag}) of attempt {tag.attempt}, expected {self._attempt}"
         key = (_ACTIVATION if role == _LABEL else role), tag.device, tag.stage
         stream = self._streams.get(key)
         if stream is None or stream.boundary.peer(self._host) != peer:
@@ -226,14 +260,6 @@ def _odd(tag: Tag, payload: Any, expected: str) -> str:
         f"a tensor ({tag}) as {payload.dtype}{list(payload.shape)} in "
         f"{payload.codec.name}:{payload.parameter}, expected {expected}"
     )
-
-
-def next_steps(steps: Mapping[int, int], spans: Sequence[Span]) -> dict[int, int]:
-    """Returns the step that comes next on each device once a round is over."""
-    found = dict(steps)
-    for span in spans:
-        found[span.device] = max(found.get(span.device, 0), span.stop)
-    return found
 
 
 def own_spans(spans: Sequence[Span], host: str) -> list[Span]:

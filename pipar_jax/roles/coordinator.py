@@ -17,7 +17,7 @@ from pipar_jax.aggregation.aggregator import Aggregator, Contribution
 from pipar_jax.config import Config
 from pipar_jax.protocol import messages
 from pipar_jax.roles import replan
-from pipar_jax.roles.acceptance import Acceptance, next_steps
+from pipar_jax.roles.acceptance import Acceptance
 from pipar_jax.roles.adaptation import Adaptation
 from pipar_jax.roles.evaluation import Evaluator
 from pipar_jax.roles.holdings import Holdings, Wanted, read_rows
@@ -84,12 +84,11 @@ class Coordinator:
             self._adaptation = Adaptation(config, model, surveyed, self.plan, rounds, members, host)
         params, state = model.init(config.seed)
         self._aggregator = Aggregator(config.aggregation, params, state)
-        self._holder = 0
+        self._holder = self._attempt = 0
         self._part: dict[str, np.ndarray[Any, Any]] = {}
         self._demand = [1.0] * len(who)
         self._met: set[Boundary] = set()
         self._holdings = Holdings(model, config)
-        self._next = dict.fromkeys(range(len(who)), 0)
         self._plans: tuple[Plan, ...] = (self.plan,)
         self._total = [
             sum(span.stop - span.first for spans in self._rounds for span in spans
@@ -154,9 +153,8 @@ class Coordinator:
         """
         self._members.acceptance = Acceptance(
             self._model, plans[-1], COORDINATOR, samples=self._samples,
-            batch_size=self._config.data.batch_size, steps=self._total, first=self._next,
+            batch_size=self._config.data.batch_size,
         )  # fmt: skip
-        self._members.acceptance.open(())
         for name in self._workers:
             tensor_bytes = self._members.acceptance.tensor_bytes(name)
             self._members.by_name[name].link.admit(
@@ -200,19 +198,23 @@ class Coordinator:
             self._adaptation.start_round(index)
         hosts = (COORDINATOR, *self._workers)
         self._run_log.start_round()
-        assert self._members.acceptance is not None
-        self._members.acceptance.open(spans)
-        self._next = next_steps(self._next, spans)
         start_s = time.monotonic()
         holder = self._holder if sequential else None
-        self._host.release(index, spans, holder, self._demand)
-        release = messages.Release(index, tuple(spans), holder, tuple(self._demand))
+        self._attempt += 1
+        self._members.open(spans, self._attempt)
+        cohort = tuple(range(len(self.plan.devices)))
+        release = messages.Release(
+            index, self._attempt, tuple(spans), cohort, holder, tuple(self._demand)
+        )
+        self._host.release(release)
         for name in self._workers:
             self._members.send(name, release, *self._round_replies(name, index, spans))
         if sequential:
             self._pass_part_on(spans)
-        else:
-            self._average(index, spans, self._members.collect(messages.Trained, hosts))
+        trained = self._members.collect(messages.Trained, hosts)
+        self._commit(index, cohort)
+        if not sequential:
+            self._average(index, spans, trained)
         stored = self._members.collect(messages.Stored, hosts)
         interval = Interval(start_s, max(mail.time_s for mail in stored.values()))
         if sequential:
@@ -247,18 +249,26 @@ class Coordinator:
             if steps:
                 self._demand[span.device] = busy[device_name(span.device)] / steps
 
+    def _commit(self, index: int, places: tuple[int, ...]) -> None:
+        """Tells all hosts of a round which places of it count."""
+        commit = messages.Commit(index, places)
+        for name in self._workers:
+            # Who gives weights to the average is over with the round when it has them back.
+            self._members.send(
+                name, commit, *([] if self._gives(name) else self._end_replies(index))
+            )
+        self._host.commit(places)
+
     def _round_replies(self, name: str, index: int, spans: Sequence[Span]) -> list[Reply]:
         """Returns what a member owes once a round is released."""
-        if self.plan.order == "parallel":
-            trained = reply(messages.Trained, round=index)
-            # Who gives weights to the average is over with the round when it has them back.
-            return [trained] if self._gives(name) else [trained, *self._end_replies(index)]
-        parts = [
-            reply(messages.ClientModel, device=one.device, step=one.stop - 1)
-            for one, after in zip(spans, [*spans[1:], None], strict=True)
-            if device_name(one.device) == name and (after is None or after.device != one.device)
-        ]
-        return [*parts, *self._end_replies(index)]
+        parts = []
+        if self.plan.order == "sequential":
+            parts = [
+                reply(messages.ClientModel, device=one.device, step=one.stop - 1)
+                for one, after in zip(spans, [*spans[1:], None], strict=True)
+                if device_name(one.device) == name and (after is None or after.device != one.device)
+            ]
+        return [*parts, reply(messages.Trained, round=index)]
 
     def _end_replies(self, index: int) -> list[Reply]:
         """Returns what a member owes when a round ends."""
@@ -267,7 +277,7 @@ class Coordinator:
 
     def _gives(self, name: str) -> bool:
         """Says whether a host gives weights to the average, and so is given it."""
-        return bool(self._holdings.trained(self.plan, name))
+        return self.plan.order == "parallel" and bool(self._holdings.trained(self.plan, name))
 
     def _average(self, index: int, spans: Sequence[Span], trained: Mapping[str, Mail]) -> None:
         """Averages what the hosts trained and hands the result back to them."""

@@ -10,8 +10,9 @@ from pipar_jax.config import Hosts
 from pipar_jax.errors import PlanError
 from pipar_jax.protocol import messages
 from pipar_jax.protocol.registry import kind_of
-from pipar_jax.roles.acceptance import next_steps, own_spans
+from pipar_jax.roles.acceptance import own_spans
 from pipar_jax.runtime import moves
+from pipar_jax.schedule.actions import Span
 from pipar_jax.schedule.feasibility import check_executable
 from pipar_jax.schedule.plan import COORDINATOR, OWNER, Plan, is_node
 
@@ -39,7 +40,8 @@ _MAY_COME: dict[Phase, tuple[type, ...]] = {
     Phase.PREPARING: (),
     Phase.IDLE: (messages.Meet, messages.Calibrate, messages.Release, messages.Fetch,
                  messages.Look, messages.CompileAhead, messages.Give, messages.Finish),
-    Phase.TRAINING: (messages.Store, messages.TakeClientModel, messages.Look,
+    Phase.TRAINING: (messages.Drop, messages.Halt, messages.Rewind, messages.Release,
+                     messages.Commit, messages.Store, messages.TakeClientModel, messages.Look,
                      messages.CompileAhead),
     Phase.CHANGING: (messages.Adopt, messages.Look, messages.CompileAhead),
 }  # fmt: skip
@@ -54,7 +56,6 @@ class Course:
       plans: It and the one before.
       samples: Samples of each device's epoch.
       steps: Steps of each device in the whole run.
-      next: For each device the step that comes next, once the round under way is over.
 
     Args:
       hosts: The hosts of the run.
@@ -69,11 +70,13 @@ class Course:
         self.plans: tuple[Plan, ...] = ()
         self.samples: tuple[int, ...] = ()
         self.steps: tuple[int, ...] = ()
-        self.next: dict[int, int] = {}
         self._round = -1
         self._coming: Plan | None = None
         self._turns: list[int] = []
-        self._may_store = False
+        self._attempt = 0
+        self._spans: tuple[Span, ...] = ()
+        self._may_commit = self._may_store = self._may_rewind = False
+        self._rewound: int | None = None  # the step from which a round goes on
 
     def knows_model(self, units: int) -> None:
         """Takes note of the model."""
@@ -86,7 +89,13 @@ class Course:
         elif isinstance(said, messages.Given):
             self.phase = Phase.CHANGING
         elif isinstance(said, messages.Trained):
-            self._may_store = True
+            self._may_commit = True
+        elif isinstance(said, messages.Dropped):
+            self._may_commit, self.phase = False, Phase.IDLE
+        elif isinstance(said, messages.Halted):
+            self._may_commit, self._may_rewind = False, True
+        elif isinstance(said, messages.Rewound):
+            self._rewound = said.step
 
     def objection(self, said: Any) -> str | None:
         """Takes note of a command; returns why it may not come now, or does not fit, or None."""
@@ -133,40 +142,90 @@ class Course:
             )
         self.plan, self.plans = said.plan, (said.plan,)
         self.samples, self.steps = said.samples, said.steps
-        self.next = dict.fromkeys(range(count), 0)
         self.phase = Phase.PREPARING
         return None
 
     def _release(self, said: messages.Release) -> str | None:
         assert self.plan is not None
-        if said.round != self._round + 1:
-            return f"of round {said.round}, expected {self._round + 1}"
-        steps = dict(self.next)
-        for span in said.spans:
-            known = span.device in steps and span.first == steps[span.device]
-            if not known or not span.first <= span.stop <= self.steps[span.device]:
-                return f"with {tuple(span)}, expected spans that go on from {steps}"
-            steps[span.device] = span.stop
-        sequential = self.plan.order == "sequential"
-        holder = said.holder
-        if (
-            len(said.demand) != len(self.steps)
-            or (holder is not None) != sequential
-            or (holder is not None and holder >= len(self.steps))
-        ):
-            return f"with holder {holder} and demand of {len(said.demand)} devices"
-        self._round, self.next = said.round, next_steps(self.next, said.spans)
+        if (reason := self._odd_attempt(said) or self._odd_spans(said)) is not None:
+            return reason
+        self._round, self._attempt, self._spans = said.round, said.attempt, said.spans
         turns = [span for i, span in enumerate(said.spans)
                  if not i or said.spans[i - 1].device != span.device]  # fmt: skip
-        if turns and turns[0].device == holder:
+        if turns and turns[0].device == said.holder:
             turns = turns[1:]
+        sequential = self.plan.order == "sequential"
         self._turns = [span.first for span in own_spans(turns, self._name)] if sequential else []
-        self._may_store, self.phase = False, Phase.TRAINING
+        self._may_commit = self._may_store = self._may_rewind = False
+        self._rewound, self.phase = None, Phase.TRAINING
+        return None
+
+    def _odd_attempt(self, said: messages.Release) -> str | None:
+        """Returns why a release may not come now, or None."""
+        if said.attempt <= self._attempt:
+            return f"of attempt {said.attempt}, expected one after {self._attempt}"
+        if self.phase is Phase.TRAINING:  # the rest of a round of which a step failed
+            goes_on = self._rewound is not None and said.round == self._round
+            if not goes_on or any(span.first < (self._rewound or 0) for span in said.spans):
+                return f"of round {said.round} in the midst of round {self._round}"
+        elif said.round < self._round:
+            return f"of round {said.round} after round {self._round}"
+        return None
+
+    def _odd_spans(self, said: messages.Release) -> str | None:
+        """Returns what is wrong with a release's cohort and spans, or None."""
+        assert self.plan is not None
+        places, count = len(self.plan.devices), len(self._hosts.devices)
+        if len(said.cohort) != places or len(set(said.cohort)) < places:
+            return f"with a cohort of {said.cohort[:10]}, expected {places} devices"
+        if max(said.cohort) >= count:
+            return f"with device {max(said.cohort)} in its cohort, expected {count} devices"
+        sequential, stops = self.plan.order == "sequential", dict[int, int]()
+        for span in said.spans:
+            fits = span.device < places and span.first <= span.stop <= self.steps[span.device]
+            again = span.device in stops and span.first != stops[span.device]
+            if not fits or again or (sequential and span.first == span.stop):
+                return f"with {tuple(span)}, expected spans of {places} places, step after step"
+            stops[span.device] = span.stop
+        holder = said.holder
+        if (
+            len(said.demand) != places
+            or (holder is not None and (not sequential or holder >= places))
+        ):  # fmt: skip
+            return f"with holder {holder} and demand of {len(said.demand)} devices"
+        return None
+
+    def _drop(self, said: messages.Drop) -> str | None:
+        spans = [span for span in self._spans if span.device == said.place]
+        if said.round != self._round or not any(
+            span.first <= said.step <= span.stop for span in spans
+        ):
+            return f"of place {said.place} from step {said.step} of round {said.round} on"
+        return None
+
+    def _halt(self, said: messages.Halt) -> str | None:
+        assert self.plan is not None
+        if said.round != self._round or not self.plan.sums_gradients:
+            return f"of round {said.round}, where no step of several devices is under way"
+        return None
+
+    def _rewind(self, said: messages.Rewind) -> str | None:
+        if said.round != self._round or not self._may_rewind:
+            return f"of round {said.round}, which was not halted"
+        self._may_rewind = False
+        return None
+
+    def _commit(self, said: messages.Commit) -> str | None:
+        if not self._may_commit or said.round != self._round:
+            return f"of round {said.round} before its steps of round {self._round} are over"
+        if odd := [one for one in said.places if one >= len(self.steps)]:
+            return f"of place {odd[0]}, expected one of {len(self.steps)}"
+        self._may_commit, self._may_store = False, True
         return None
 
     def _store(self, _: messages.Store) -> str | None:
         if not self._may_store:
-            return "before its steps are over"
+            return "before its round was committed"
         self._may_store = False
         return None
 

@@ -27,6 +27,7 @@ from pipar_jax.roles.population import Population, Presence
 from pipar_jax.roles.refusals import Refusals
 from pipar_jax.roles.replies import TAKES_LONG, Owed, Reply, answers
 from pipar_jax.runtime import finite
+from pipar_jax.schedule.actions import Span
 from pipar_jax.schedule.plan import COORDINATOR, is_node, long_name
 from stages import Model
 
@@ -73,8 +74,8 @@ class Member:
       link: Its link.
       identity: What it said of itself.
       owed: What it was asked for.
-      steps: For each device whose last stage it runs, the last step that it told of.
-      broken: What it told of that is not finite: kind, device, step.
+      steps: For each device whose last stage it runs, the round's last step that it told of.
+      broken: What of the round it told of that is not finite: kind, device, step.
     """
 
     link: Link
@@ -431,6 +432,8 @@ class Membership:
         reason = self._objection(waiting, name, message)
         if reason is not None:
             message.release()
+            if name is not None and self._is_past(message):
+                return
             self._end(link, reason)
             self._inbox.put(("wrong", link, reason))
         elif message.kind == "tensor":
@@ -439,6 +442,20 @@ class Membership:
             waiting.messages += 1
             waiting.nbytes += message.nbytes
             self._inbox.put(("message", link, message))
+
+    def _is_past(self, message: Message) -> bool:
+        """Returns whether it is a tensor of what was given up while it was on its way."""
+        if message.kind != "tensor" or message.tag is None or self.acceptance is None:
+            return False
+        return self.acceptance.is_past(message.tag)
+
+    def open(self, spans: Sequence[Span], attempt: int) -> None:
+        """Takes from members the tensors of an attempt at a round, and that it goes on."""
+        assert self.acceptance is not None
+        self.acceptance.open(spans, attempt)
+        for member in self.by_name.values():
+            member.steps.clear()
+            member.broken.clear()
 
     def _objection(self, waiting: _Waiting, name: str | None, message: Message) -> str | None:
         """Returns why a message is not even read, or None; runs on the I/O thread."""

@@ -43,6 +43,8 @@ _ANSWERS: dict[type, tuple[type, ...]] = {
     messages.SurveySend: (messages.SurveyBytes, messages.SurveyBytes),
     messages.Prepare: (messages.Prepared,),
     messages.Calibrate: (messages.Calibrated,),
+    messages.Halt: (messages.Halted,),
+    messages.Rewind: (messages.Rewound,),
     messages.Fetch: (messages.Fetched,),
     messages.Give: (messages.Given,),
     messages.Adopt: (messages.Adopted,),

@@ -59,6 +59,8 @@ from stages import Model
 LOOK_S = 0.1
 #: Control messages and bundles of the coordinator that may wait to be read.
 MOST_WAITING, MOST_BUNDLES = 4096, 4
+#: Tensors of neighbours that may be ahead of this host.
+MOST_AHEAD = 4096
 
 
 def run_device(
@@ -200,6 +202,8 @@ class Worker:
         self._pulse_s, self._pulsed_s, self._pulsed = pulse_s(config), time.monotonic(), 0
         self._waiting = [0, 0]  # control messages and bundles that nobody has read yet
         self._acceptance: Acceptance | None = None
+        # Tensors of a round that this host has not heard of yet; the I/O thread's.
+        self._ahead: list[tuple[str, Message, Boundary | None]] = []
         self._holdings: Holdings | None = None
         self._course = Course(hosts, name, None if model is None else len(model.units))
         self._neighbours = PeerLinks(
@@ -221,6 +225,10 @@ class Worker:
             messages.Prepare: self._prepare,
             messages.Calibrate: lambda _: self._running.calibrate(),
             messages.Release: self._release,
+            messages.Drop: self._drop,
+            messages.Halt: lambda said: self._running.halt(said.without),
+            messages.Rewind: lambda said: self._running.rewind(said.step),
+            messages.Commit: lambda said: self._running.commit(said.places),
             messages.Fetch: self._fetch,
             messages.Look: self._tell_seen,
             messages.CompileAhead: lambda said: self._running.prepare_ahead(said.number, said.plan),
@@ -433,12 +441,17 @@ class Worker:
 
     def _on_tensor(self, peer: str, message: Message, boundary: Boundary | None) -> str | None:
         """Hands a tensor to the host, or returns why not; runs on the I/O thread."""
-        if self._acceptance is None or self._host is None:
+        acceptance, tag = self._acceptance, message.tag
+        if acceptance is None or self._host is None or tag is None:
             reason: str | None = f"a tensor ({message.tag}) before there is a plan"
-        else:
-            reason = self._acceptance.objection(peer, message, boundary)
-        if reason is None and self._host is not None:
+        elif (reason := acceptance.objection(peer, message, boundary)) is None:
             self._host.on_message(message)
+            return None
+        elif acceptance.is_past(tag):
+            message.release()
+            return None
+        elif acceptance.is_ahead(tag) and len(self._ahead) < MOST_AHEAD:
+            self._ahead.append((peer, message, boundary))
             return None
         message.release()
         message.link.refuse(reason or "")
@@ -510,7 +523,7 @@ class Worker:
         assert course.plan is not None and model is not None
         self._acceptance = Acceptance(
             model, course.plan, self.name, samples=course.samples,
-            batch_size=self._config.data.batch_size, steps=course.steps, first=course.next,
+            batch_size=self._config.data.batch_size,
         )  # fmt: skip
         self._neighbours.allow(self._acceptance.tensor_bytes)
         self._allow(course.plan)
@@ -542,7 +555,22 @@ class Worker:
             self._step = mine[-1].stop - 1
         if said.round == 0:
             self._begin_schedule()
-        self._running.release(said.round, said.spans, said.holder, said.demand)
+        self._running.release(said)
+        self._endpoint.post(lambda: self._open(said))
+
+    def _open(self, said: messages.Release) -> None:
+        """Takes a round's tensors, those first that came too early; runs on the I/O thread."""
+        assert self._acceptance is not None
+        self._acceptance.open(said.spans, said.attempt)
+        ahead, self._ahead = self._ahead, []
+        for peer, message, boundary in ahead:
+            if (reason := self._on_tensor(peer, message, boundary)) is not None:
+                self._inbox.put(ProtocolError(f"{long_name(peer)} sent {reason}"))
+
+    def _drop(self, said: messages.Drop) -> None:
+        assert self._acceptance is not None
+        self._acceptance.drop(said.place)
+        self._running.drop(said.place, said.step)
 
     def _begin_schedule(self) -> None:
         """Lets the rates of an emulated link change from now on, if they do."""

@@ -58,7 +58,7 @@ class Completion:
         failed: Callable[[BaseException], None],
     ) -> None:
         self._record, self._over, self._failed = record, over, failed
-        self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Work | Callable[[], None] | None] = queue.SimpleQueue()
         self._previous_end_s = 0.0
         self._overruns, self._longest_s = 0, 0.0
         self.actions = 0
@@ -77,6 +77,10 @@ class Completion:
         """Hands over a computation that was just dispatched."""
         self._queue.put(work)
 
+    def then(self, call: Callable[[], None]) -> None:
+        """Calls something on the completion thread once all that was put before is over."""
+        self._queue.put(call)
+
     def close(self) -> None:
         """Ends the thread: what was handed over is waited for, but neither stretched nor told."""
         self._closing.set()
@@ -88,7 +92,10 @@ class Completion:
         """The thread: waits for each computation in turn."""
         try:
             while (work := self._queue.get()) is not None:
-                self._finish(work)
+                if isinstance(work, Work):
+                    self._finish(work)
+                else:
+                    work()
                 del work  # it holds an array, and the next may be long in coming
         except BaseException as error:  # handed to whoever joins the host
             self._failed(error)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -9,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from comms import Message, Role, Tag
+from comms import Message, PeerLost, Role, Tag
 from pipar_jax.errors import RunError
 from pipar_jax.runtime.completion import Work
 from pipar_jax.runtime.link_table import LinkTable
@@ -97,18 +99,48 @@ class Executor:
         self._ledger = ledger
         self._duration_s, self._seed, self._dtype = duration_s, np.uint32(seed), np.dtype(dtype)
         self._schedule: RoundSchedule | None = None
+        self._attempt = 0
         self._arrived: dict[Action, Message] = {}
         self._labels: dict[tuple[int, int, int], np.ndarray[Any, Any]] = {}
         self._values: dict[Action, jax.Array] = {}
         self._residuals: dict[tuple[int, int, int, int], tuple[Any, int]] = {}
         self._mini_batches: dict[tuple[int, int], tuple[Any, Any]] = {}
+        # Bytes of what waits to leave, by the send: a link that is lost does not say that it has.
+        self._leaving: dict[Action, int] = {}
         self._dispatched_s = 0.0
         self._perform = {FORWARD: self._forward, LOSS: self._last, BACKWARD: self._backward,
                          UPDATE: self._update}  # fmt: skip
 
-    def start(self, schedule: RoundSchedule) -> None:
-        """Begins a round."""
-        self._schedule = schedule
+    def start(self, schedule: RoundSchedule, attempt: int) -> None:
+        """Begins a round; what it sends carries the number of the attempt."""
+        self._schedule, self._attempt = schedule, attempt
+
+    def forget(self, place: int) -> None:
+        """Lets go of all that is held for a place, or with ``ALL`` for any."""
+
+        def gone(of: int) -> bool:
+            return place in (ALL, of)
+
+        for action in [one for one in self._arrived if gone(one.device)]:
+            message = self._arrived.pop(action)
+            self._ledger.drop(message.nbytes)
+            message.release()
+        for action in [one for one in self._values if gone(one.device)]:
+            self._ledger.drop(self._values.pop(action).nbytes)
+        for key in [one for one in self._residuals if gone(one[1])]:
+            self._ledger.drop(self._residuals.pop(key)[1])
+        tables: tuple[dict[Any, Any], ...] = self._labels, self._mini_batches
+        for table in tables:
+            for at in [one for one in table if gone(one[0])]:
+                del table[at]
+        for action in [one for one in list(self._leaving) if gone(one.device)]:
+            self._ledger.drop(self._leaving.pop(action, 0))
+
+    @property
+    def holds(self) -> int:
+        """How many micro-batches' tensors, residuals and labels it holds."""
+        tables = (self._arrived, self._labels, self._values, self._residuals, self._leaving)
+        return sum(len(one) for one in tables)
 
     @property
     def schedule(self) -> RoundSchedule:
@@ -245,6 +277,7 @@ class Executor:
     def _update(self, action: Action) -> Work:
         replica = self.replica(action.device, action.stage)
         probe = replica.update(self._gradient_scale(action))
+        replica.step = action.step + 1
         self._mini_batches.pop((action.device, action.step - 1), None)
         devices = self._program.plan.devices
         last = action.stage == devices[max(action.device, 0)].stages - 1
@@ -372,17 +405,18 @@ class Executor:
     ) -> None:
         """Sends an activation, behind its labels, to the host of the next stage."""
         above = action.stage + 1
+        tag = self._tag(Role.ACTIVATION, action, above, part)
         if labels is not None:
             link = self._link_table.link_for(boundary)
-            link.send(_tag(Role.LABEL, action, above, part), np.ascontiguousarray(labels))
-        tag = _tag(Role.ACTIVATION, action, above, part)
+            with contextlib.suppress(PeerLost):  # see _send
+                link.send(dataclasses.replace(tag, role=Role.LABEL), np.ascontiguousarray(labels))
         self._send(boundary, tag, action._replace(kind=SEND_FORWARD), parcel, over_bytes)
 
     def _send_down(
         self, action: Action, operation: Operation, part: MicroBatchSlice, parcel: OutgoingTensor
     ) -> None:
         """Sends a cotangent to the host of the stage below."""
-        tag = _tag(Role.COTANGENT, action, action.stage - 1, part)
+        tag = self._tag(Role.COTANGENT, action, action.stage - 1, part)
         assert operation.target is not None
         sent = action._replace(kind=SEND_BACKWARD)
         self._send(operation.target, tag, sent, parcel, parcel.array_bytes)
@@ -402,10 +436,29 @@ class Executor:
 
         def left(start_s: float, end_s: float, nbytes: int) -> None:
             self._record(Timed(sent, start_s, end_s, nbytes, tag.samples))
-            self._ledger.drop(over_bytes)
+            self._ledger.drop(self._leaving.pop(sent, 0))
 
+        self._leaving[sent] = over_bytes
         link = self._link_table.link_for(boundary)
-        link.send(tag, parcel.contents(), codec=parcel.codec, on_sent=left)
+        # A link that has ended is told of where links are watched, and the coordinator then says
+        # who goes on without whom: until it does, this host goes on with what it has.
+        with contextlib.suppress(PeerLost):
+            link.send(tag, parcel.contents(), codec=parcel.codec, on_sent=left)
+
+    def _tag(self, role: Role, action: Action, stage: int, part: MicroBatchSlice) -> Tag:
+        """Returns what the header says of an action's tensor."""
+        return Tag(
+            role=role,
+            device=action.device,
+            stage=stage,
+            step=action.step,
+            micro_batch=action.micro_batch,
+            micro_batches=part.parts,
+            samples_before=part.before,
+            samples=part.samples,
+            batch_samples=part.batch_samples,
+            attempt=self._attempt,
+        )
 
     def _work(self, action: Action, probe: Any, samples: int, then: Callable[[], None]) -> Work:
         """Wraps a dispatched computation for the completion thread."""
@@ -420,18 +473,3 @@ def _key(action: Action) -> tuple[int, int, int, int]:
 
 def _nothing() -> None:
     """Releases an input that nobody waits for."""
-
-
-def _tag(role: Role, action: Action, stage: int, part: MicroBatchSlice) -> Tag:
-    """Returns what the header says of an action's tensor."""
-    return Tag(
-        role=role,
-        device=action.device,
-        stage=stage,
-        step=action.step,
-        micro_batch=action.micro_batch,
-        micro_batches=part.parts,
-        samples_before=part.before,
-        samples=part.samples,
-        batch_samples=part.batch_samples,
-    )

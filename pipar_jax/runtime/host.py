@@ -20,13 +20,13 @@ import numpy as np
 import stages
 from comms import Message
 from pipar_jax.aggregation import aggregator
-from pipar_jax.config import Config
+from pipar_jax.config import Config, may_lose
 from pipar_jax.config.slowdown import UNSLOWED, Slowdown
 from pipar_jax.errors import RunError
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.protocol import messages
 from pipar_jax.protocol.values import Memory
-from pipar_jax.runtime import memory, migration
+from pipar_jax.runtime import memory, migration, undo
 from pipar_jax.runtime.completion import Completion, Work
 from pipar_jax.runtime.executor import Batches, Executor
 from pipar_jax.runtime.link_table import LinkTable
@@ -38,17 +38,17 @@ from pipar_jax.runtime.recorder import Recorder
 from pipar_jax.runtime.transfer import compile_codecs
 from pipar_jax.schedule.actions import (
     ALL,
+    NO_ATTEMPT,
     RECEIVE_CLIENT_MODEL,
     SEND_CLIENT_MODEL,
     UPDATE,
     Action,
     RoundSchedule,
-    Span,
 )
 from pipar_jax.schedule.dispatch import CreditedLink, Demand, Dispatcher, InFlightLimit
 from pipar_jax.schedule.feasibility import check_executable
 from pipar_jax.schedule.host_program import HostProgram, Operation
-from pipar_jax.schedule.plan import OWNER, Boundary, Plan, host_index, is_node
+from pipar_jax.schedule.plan import OWNER, Boundary, Plan, device_name, host_index, is_node
 from pipar_jax.schedule.policies import policy
 from pipar_jax.schedule.step_feeder import StepFeeder
 from pipar_jax.training import optimizer
@@ -127,8 +127,10 @@ class Host:
             shape.dtype.itemsize * int(np.prod(shape.shape)) for shape in model.shapes(1)
         ]
         self._in_flight = 0
-        self._round = -1
-        self._training = False
+        self._round = self._attempt = NO_ATTEMPT
+        self._dropped: set[int] = set()
+        self._turn: tuple[int, int] | None = None
+        self._training = self._gives = self._whole = False
         self._stopping = threading.Event()
         self._failure: BaseException | None = None
         self._mailbox: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]]] = (
@@ -181,18 +183,41 @@ class Host:
         """Times compiled functions not timed yet, all else idle; answers ``calibrated``."""
         self._post(self._calibrate)
 
-    def release(
-        self, index: int, spans: Sequence[Span], holder: int | None, demand: Sequence[float]
-    ) -> None:
-        """Starts a round; answers ``trained`` with the weights when its steps are over.
+    def release(self, said: messages.Release) -> None:
+        """Starts a round; answers ``trained`` with the weights when its steps are over."""
+        self._post(self._release, said)
+
+    def drop(self, place: int, step: int) -> None:
+        """Goes on without a place, from a step on; a device whose own it is answers ``dropped``.
 
         Args:
-          index: Number of the round.
-          spans: The round's spans.
-          holder: In sequential order, the device that holds the current device part already.
-          demand: Seconds per step that each device computed so far, for ``slowest_first``.
+          place: The place.
+          step: Its first step that does not count.
         """
-        self._post(self._release, index, tuple(spans), holder, tuple(demand))
+        self._post(self._drop, place, step)
+
+    def halt(self, without: Collection[int]) -> None:
+        """Stops a round of summed gradients; answers ``halted`` once nothing is computed.
+
+        Args:
+          without: Places that are lost.
+        """
+        self._post(self._halt, frozenset(without))
+
+    def rewind(self, step: int) -> None:
+        """Goes back, after ``halt``, to the end of the step before one; answers ``rewound``."""
+        self._post(self._rewind, step)
+
+    def commit(self, places: Collection[int]) -> None:
+        """Lets what some places have trained count, and nothing else.
+
+        Averages what lives together on this host; answers ``stored`` if no weights of its own are
+        averaged elsewhere, whose mean would be awaited.
+
+        Args:
+          places: The places.
+        """
+        self._post(self._commit, frozenset(places))
 
     def store(self, params: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         """Replaces the weights of this host's units by averaged ones; answers ``stored``."""
@@ -224,6 +249,18 @@ class Host:
     def held_bytes(self) -> int:
         """Bytes of all arrays that it holds now."""
         return self._fixed_bytes + self._ledger.now_bytes
+
+    @property
+    def residue(self) -> dict[str, int]:
+        """What is left of work under way: none of it between two rounds."""
+        return {
+            "bytes": self._ledger.now_bytes,
+            "tensors": self._executor.holds,
+            "waiting actions": len(self._dispatcher.waiting()),
+            "steps": len(self._feeder.under_way()),
+            "reserved bytes": int(sum(one.reserved_bytes for one in self._outgoing.values())),
+            "in flight": self._in_flight + sum(one.in_flight for one in self._limits.values()),
+        }
 
     def used_memory(self) -> memory.Used:
         """Returns the most memory that it has held since it was last asked."""
@@ -286,6 +323,8 @@ class Host:
             action = self._dispatcher.next()
             if action is None:
                 break
+            if self._undoes_turns and self._feeder.turn != self._turn:
+                self._begin_turn()
             work = (
                 self._hand_on(action) if action.kind == SEND_CLIENT_MODEL else self._perform(action)
             )
@@ -306,6 +345,11 @@ class Host:
         self._dispatcher.finish(action)
 
     def _receive(self, message: Message) -> None:
+        tag = message.tag
+        assert tag is not None
+        if tag.attempt != self._attempt or tag.device in self._dropped:
+            message.release()  # of what was given up meanwhile
+            return
         complete = self._executor.receive(message)
         if complete is not None:
             self._dispatcher.complete(complete)
@@ -334,7 +378,8 @@ class Host:
             for index, stage in enumerate(cut):
                 slot = self._program.replica_key(device, index)
                 if plan.host(device, index) == self.name and slot not in self._replicas:
-                    self._replicas[slot] = Replica(stage, params, state, self._optimizer)
+                    keeps = undo.keep(self._config, plan, slot[0])
+                    self._replicas[slot] = Replica(stage, params, state, self._optimizer, keeps)
         self._averaging = Averaging(self._config, self._program, self._replicas, params, state)
         self._averaging.compile()
         del params, state
@@ -358,6 +403,7 @@ class Host:
     def _install(self, plan: Plan) -> None:
         """Makes all that follows from a plan and from the replicas, which fit it already."""
         self._plan = plan
+        self._undoes_turns = plan.order == "sequential" and may_lose(self._config)
         self._outgoing: dict[Boundary, CreditedLink] = {}
         self._limits: dict[int, InFlightLimit] = {}
         self._dispatcher = Dispatcher(policy(plan.dispatch, self._demand))
@@ -368,8 +414,9 @@ class Host:
             ledger=self._ledger, duration_s=self._duration_s,
             seed=self._config.seed, dtype=self._config.model.dtype,
         )  # fmt: skip
-        # A neighbour may be told to begin before this host is: what it sends is checked at once.
-        self._executor.start(RoundSchedule(plan, (), self._samples, self._config.data.batch_size))
+        self._executor.start(
+            RoundSchedule(plan, (), self._samples, self._config.data.batch_size), NO_ATTEMPT
+        )
 
     def _compile_codecs(self, plan: Plan, sizes: Collection[int]) -> None:
         """Compiles the codecs of every cut at which this host meets another."""
@@ -440,53 +487,100 @@ class Host:
         )
         self._answer(messages.Calibrated(time.monotonic() - began))
 
-    def _release(
-        self,
-        index: int,
-        spans: tuple[Span, ...],
-        holder: int | None,
-        demand: tuple[float, ...],
-    ) -> None:
-        self._demand.update(enumerate(demand))
+    def _release(self, said: messages.Release) -> None:
+        self._demand.update(enumerate(said.demand))
         if self._began_s is None:
             self._began_s = time.monotonic()
         schedule = RoundSchedule(
-            self._plan, spans, self._samples, self._config.data.batch_size, holder
+            self._plan, said.spans, self._samples, self._config.data.batch_size, said.holder
         )
-        self._round = index
-        self._executor.start(schedule)
+        anew, self._round, self._attempt = said.round != self._round, said.round, said.attempt
+        self._dropped.clear()
+        self._turn = None
+        undo.begin_round(self._replicas, schedule, anew=anew)
+        self._executor.start(schedule, said.attempt)
         self._training = True
         self._feeder.start(schedule)
 
     def _finish_round(self) -> None:
         """Tells that this host's steps are over, with the weights if they are to be averaged."""
         self._training = False
-        whole = self._tell_broken_weights(averaged=False)
-        if self._plan.order == "sequential":
-            self._report()
-            return
-        local = self._averaging.stages
-        if local:
-            self.recorder.add(
-                self._averaging.run(self._executor.schedule, self._slowness.since(self._began_s))
-            )
-            if whole:
-                self._tell_broken_weights(averaged=True)
+        self._whole = self._tell_broken_weights(averaged=False)
         arrays: dict[str, Any] = {}
-        for (device, stage), replica in self._replicas.items():
-            if stage in local:
-                continue
-            arrays.setdefault(str(device), {"params": {}, "state": {}})
-            arrays[str(device)]["params"].update(replica.params)
-            arrays[str(device)]["state"].update(replica.state)
+        if self._plan.order == "parallel":
+            for (device, stage), replica in self._replicas.items():
+                if stage in self._averaging.stages:
+                    continue
+                arrays.setdefault(str(device), {"params": {}, "state": {}})
+                arrays[str(device)]["params"].update(replica.params)
+                arrays[str(device)]["state"].update(replica.state)
+        # Whoever gives nothing is given no average either, but for the coordinator's own host.
+        self._gives = bool(arrays) or (self._plan.order == "parallel" and not is_node(self.name))
         self._reply(messages.Trained(self._round), arrays)
-        if is_node(self.name) and not arrays:  # nothing of it comes back averaged
+
+    def _begin_turn(self) -> None:
+        """Notes that a device's turn begins, which may have to be undone."""
+        self._turn = self._feeder.turn
+        undo.begin_turn(self._replicas)
+        # Behind what of the turn before is not over yet.
+        self._completion.then(self._meter.settle)
+
+    def _drop(self, place: int, step: int) -> None:
+        """Forgets what a place has here but what is being computed, and goes on without it."""
+        self._dropped.add(place)
+        self._dispatcher.forget(place)
+        self._feeder.drop(place, step)
+        if self._turn == (place, step):
+            undo.undo_turn(self._replicas)
+        self._in_flight += 1  # so that the round is not over here before _forget
+        self._completion.then(lambda: self._post(self._forget, place))
+
+    def _forget(self, place: int) -> None:
+        """Lets go of all that a dropped place has here, now that nothing of it is computed."""
+        self._in_flight -= 1
+        self._executor.forget(place)
+        self._meter.forget(place)
+        if self.name == device_name(place):
+            self._training = False
+            undo.leave_out(self._replicas, self._executor.schedule, ())
+            self._answer(messages.Dropped(self._round))
+
+    def _halt(self, without: frozenset[int]) -> None:
+        """Starts nothing more and takes nothing more; says so when all that was started is over."""
+        self._dropped.update(without)
+        self._training, self._attempt = False, NO_ATTEMPT
+        self._completion.then(lambda: self._post(self._halted))
+
+    def _halted(self) -> None:
+        step = undo.next_step(self._replicas, self._executor.schedule, self._dropped)
+        self._answer(messages.Halted(self._round, step))
+
+    def _rewind(self, step: int) -> None:
+        """Goes back to the end of a step, with nothing of later ones left."""
+        undo.rewind(self._replicas, self._executor.schedule, self._dropped, step)
+        self._meter.rewind(step)
+        self._executor.forget(ALL)
+        self._install(self._plan)
+        self._answer(messages.Rewound(self._round, step))
+
+    def _commit(self, places: frozenset[int]) -> None:
+        """Averages what lives together here over the places that count."""
+        undo.leave_out(self._replicas, self._executor.schedule, places)
+        if self._averaging.stages:
+            slowness = self._slowness.since(self._began_s)
+            self.recorder.add(self._averaging.run(self._executor.schedule, places, slowness))
+            if self._whole:
+                self._tell_broken_weights(averaged=True)
+        undo.end_round(self._replicas)
+        if not self._gives:
             self._report()
 
     def _broken(self) -> dict[int, tuple[str, ...]]:
         """Returns for each device the units here that are not finite; compiles what finds them."""
         found: dict[int, tuple[str, ...]] = {}
         for (device, _), one in self._replicas.items():
+            if device in self._dropped:
+                continue
             units = aggregator.broken_units(one.params, one.params, one.state, one.opt_state)
             if units:
                 found[device] = found.get(device, ()) + units

@@ -250,7 +250,7 @@ def temporary_bytes(model: Model, replicas: Iterable[Replica], sizes: Iterable[i
     for replica in {one.stage.unit_names: one for one in replicas}.values():
         stage = replica.stage
         params, state = _abstract(replica.params), _abstract(replica.state)
-        lowered: list[Any] = [replica.lower_update()]
+        lowered: list[Any] = replica.lower_updates()
         start = model.unit_names.index(stage.unit_names[0])
         for size in sizes:
             x, draw = model.shapes(size)[start], make_draw(size)

@@ -48,7 +48,11 @@ class Meter:
         self._told_broken: set[int] = set()
         self._lock = threading.Lock()
         self._steps: dict[tuple[int, int], Totals] = {}
+        # What the steps that are over measured: what cannot be undone, and of each device its
+        # turn's or round's so far without the last step, and that one.
         self._round = Totals()
+        self._over: dict[int, Totals] = {}
+        self._last: dict[int, tuple[int, Totals]] = {}
         self._told_s = 0.0
 
     def add(self, device: int, step: int, loss: float, correct: float, samples: int) -> None:
@@ -59,12 +63,14 @@ class Meter:
             self._broken(device, step)
         with self._lock:
             self._steps[device, step] = self._steps.get((device, step), Totals()).plus(one)
-            self._round = self._round.plus(one)
 
     def step_over(self, device: int, step: int) -> None:
         """Closes a device's step and tells of it if the last message is long ago."""
         with self._lock:
             totals = self._steps.pop((device, step), None)
+            if totals is not None:
+                self._close(device)
+                self._last[device] = step, totals
             now = time.monotonic()
             if totals is None or not totals.samples or now - self._told_s < self._every_s:
                 return
@@ -74,6 +80,42 @@ class Meter:
     def take_round(self) -> Totals:
         """Returns the round's sums and starts over."""
         with self._lock:
+            self._settle()
             totals, self._round = self._round, Totals()
             self._told_broken.clear()
         return totals
+
+    def settle(self) -> None:
+        """Notes that what is over so far is not undone any more."""
+        with self._lock:
+            self._settle()
+
+    def forget(self, device: int) -> None:
+        """Takes what a device did since ``settle`` or the round's start out of the round."""
+        with self._lock:
+            for key in [one for one in self._steps if one[0] == device]:
+                del self._steps[key]
+            self._last.pop(device, None)
+            self._over.pop(device, None)
+            self._told_broken.discard(device)
+
+    def rewind(self, step: int) -> None:
+        """Takes every device's steps from one on out of the round; it is the last that is over."""
+        with self._lock:
+            for key in [one for one in self._steps if one[1] >= step]:
+                del self._steps[key]
+            for device in [one for one, (last, _) in self._last.items() if last >= step]:
+                del self._last[device]
+
+    def _settle(self) -> None:
+        for device in sorted(self._last):
+            self._close(device)
+        for device in sorted(self._over):
+            self._round = self._round.plus(self._over[device])
+        self._over.clear()
+
+    def _close(self, device: int) -> None:
+        """Adds the device's last step that is over to those before it."""
+        if device in self._last:
+            _, totals = self._last.pop(device)
+            self._over[device] = self._over.get(device, Totals()).plus(totals)

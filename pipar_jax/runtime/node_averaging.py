@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -105,30 +105,31 @@ class Averaging:
         for aggregator in self._aggregators.values():
             aggregator.compile()
 
-    def run(self, schedule: RoundSchedule, slowdown: float) -> Timed:
+    def run(self, schedule: RoundSchedule, places: Collection[int], slowdown: float) -> Timed:
         """Averages, begins the next round's weights, and returns the timed action.
 
         Args:
           schedule: The round that is over.
+          places: Those whose copies count; the others get the average alone.
           slowdown: Emulated slowness of this host.
         """
         start_s = time.monotonic()
         for stage in self.stages:
-            slots = {self._program.replica_key(span.device, stage): span for span in schedule.spans}
             average = self._aggregators.get(stage)
             if average is not None:
                 average.aggregate(
                     [
                         Contribution(one.params, one.state, self._weight(schedule, span))
-                        for slot, span in slots.items()
-                        if span.stop > span.first
-                        for one in [self._replicas[slot]]
+                        for span in schedule.spans
+                        if span.stop > span.first and span.device in places
+                        for one in [self._replicas[span.device, stage]]
                     ]
                 )
-            for slot in slots:
-                if average is not None:
-                    self._replicas[slot].load(average.params, average.state)
-                self._replicas[slot].renew_anchor()
+            for (_, index), replica in self._replicas.items():
+                if index == stage:
+                    if average is not None:
+                        replica.load(average.params, average.state)
+                    replica.renew_anchor()
         jax.block_until_ready(  # type: ignore[no-untyped-call]
             [(replica.params, replica.state) for replica in self._replicas.values()]
         )

@@ -54,6 +54,9 @@ KIND_NAMES: Mapping[str, str] = {
 #: Device number of an action that serves all devices at once.
 ALL = -1
 
+#: Number of the attempt at a round while there is none; attempts are counted over a run.
+NO_ATTEMPT = -1
+
 _TEXT = re.compile(r"d(\d+|\*)\.(\d+)([A-Z]{1,2})(\d*)@(\d+)")
 
 
@@ -313,7 +316,13 @@ def _opens(spans: Sequence[Span], position: int, holder: int | None) -> bool:
 
 
 def predecessors(
-    plan: Plan, spans: Sequence[Span], position: int, step: int, holder: int | None = None
+    plan: Plan,
+    spans: Sequence[Span],
+    position: int,
+    step: int,
+    holder: int | None = None,
+    *,
+    alone: bool = False,
 ) -> dict[int, Action]:
     """Returns, for each stage, the action that provides the weights of a step.
 
@@ -324,6 +333,7 @@ def predecessors(
       step: The step, inside that span.
       holder: In sequential order, the device that has the client-side model at the start of the
         round.
+      alone: Whether the span before it was taken out of the round, so that it follows nothing.
     """
     span = spans[position]
     stages = range(plan.devices[span.device].stages)
@@ -332,7 +342,7 @@ def predecessors(
     if plan.order == "parallel":
         return {}
     after: dict[int, Action] = {}
-    before = spans[position - 1] if position else None
+    before = spans[position - 1] if position and not alone else None
     if _opens(spans, position, holder):
         part = Action(0, RECEIVE_CLIENT_MODEL, span.device, step)
         after = {s: part for s in stages if plan.devices[span.device].hosts[s] == OWNER}
@@ -381,6 +391,12 @@ class RoundSchedule:
         samples = self.samples[span.device]
         return sum(
             batch_samples(samples, self.batch_size, step) for step in range(span.first, span.stop)
+        )
+
+    def opens(self, position: int) -> bool:
+        """Returns whether a span of a sequential round begins a device's turn."""
+        return self.plan.order == "sequential" and (
+            not position or self.spans[position].device != self.spans[position - 1].device
         )
 
     def step(self, position: int, step: int) -> Step:

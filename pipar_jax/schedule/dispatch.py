@@ -145,6 +145,26 @@ class Dispatcher:
         """Forgets a finished step of a device; no later action may wait for it."""
         self._complete.pop((device, step), None)
 
+    def forget(self, place: int) -> None:
+        """Forgets a place's actions that were not handed out, and what is known of its others.
+
+        One that runs keeps the credit of its link until ``finish``. Nobody else's may wait for
+        them, and no limit may count them: of shared weights in parallel a whole step is done anew.
+        """
+        for action in [one for one in self._missing if one.device == place]:
+            del self._missing[action]
+            self._demands.pop(action, None)
+        self._ready = [entry for entry in self._ready if entry[1].device != place]
+        heapq.heapify(self._ready)
+        for awaited, waiting in list(self._dependents.items()):
+            left = [one for one in waiting if one.device != place]
+            if left:
+                self._dependents[awaited] = left
+            else:
+                del self._dependents[awaited]
+        for key in [one for one in self._complete if one[0] == place]:
+            del self._complete[key]
+
     def next(self) -> Action | None:
         """Returns the ready action to run now, or None if none may run.
 

@@ -162,7 +162,9 @@ class HostProgram:
                 found.update(micro_batch_sizes(size, self.plan.devices[place].micro_batches))
         return found
 
-    def step(self, schedule: RoundSchedule, position: int, step: int) -> list[Bare]:
+    def step(
+        self, schedule: RoundSchedule, position: int, step: int, *, alone: bool = False
+    ) -> list[Bare]:
         """Returns the host's computations of a step of the span at ``position``.
 
         In sequential order the last step of a span ends with handing the client-side model on,
@@ -172,6 +174,7 @@ class HostProgram:
           schedule: The round.
           position: Index of the span among the round's.
           step: The step, inside that span.
+          alone: Whether the span before it was taken out of the round.
         """
         span = schedule.spans[position]
         place, shared = span.device, self._shared
@@ -186,7 +189,7 @@ class HostProgram:
         ]
         within = step > span.first
         after = {} if within else predecessors(
-            self.plan, schedule.spans, position, step, schedule.holder
+            self.plan, schedule.spans, position, step, schedule.holder, alone=alone
         )  # fmt: skip
         rows: list[Bare] = []
         for i, deps, waits in template.rows:

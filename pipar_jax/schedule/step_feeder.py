@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable
 
-from pipar_jax.schedule.actions import ALL, Action, RoundSchedule
+from pipar_jax.schedule.actions import ALL, Action, RoundSchedule, Span
 from pipar_jax.schedule.dispatch import Demand, Dispatcher, Row
 from pipar_jax.schedule.host_program import HostProgram, Operation
 
@@ -21,6 +21,7 @@ class StepFeeder:
 
     Attributes:
       schedule: The current round.
+      turn: In sequential order, place and first step of the current turn.
 
     Args:
       program: The plan compiled for the host.
@@ -37,7 +38,10 @@ class StepFeeder:
         self._position: dict[tuple[int, int], int] = {}
         self._sizes: dict[tuple[int, int], tuple[int, ...]] = {}
         self._queue: collections.deque[int] = collections.deque()
-        self._open = self._sharers = 0
+        self._skipped: set[int] = set()
+        self.turn = (ALL, 0)
+        self._spans: list[Span] = []
+        self._open = 0
         # Updates of shared weights: the predecessors named so far, and the number of devices whose
         # step is missing. They are kept until they are dispatched.
         self._joint: dict[Action, dict[Action, None]] = {}
@@ -54,13 +58,34 @@ class StepFeeder:
             for position, span in enumerate(schedule.spans)
             if self._program.takes_part(span.device) and span.stop > span.first
         ]
-        self._open = self._sharers = len(mine)
+        self._open, self._spans = len(mine), [schedule.spans[position] for position in mine]
         self._queue.clear()
+        self._skipped.clear()
         if self._program.plan.order == "sequential":
             self._queue.extend(mine[1:])
             mine = mine[:1]
         for position in mine:
             self._add(position, schedule.spans[position].first)
+
+    def drop(self, place: int, step: int) -> None:
+        """Takes a place out of the round from a step on; the dispatcher has to forget it too.
+
+        Args:
+          place: The place, whose stages are no longer worked on.
+          step: Its first step that does not count.
+        """
+        spans = self.schedule.spans
+        for position in [one for one in self._queue if spans[one].device == place]:
+            if spans[position].first >= step:
+                self._queue.remove(position)
+                self._skipped.add(position)
+                self._open -= 1
+        for key in [one for one in self._left if one[0] == place and one[1] >= step]:
+            position = self._position.pop(key)
+            del self._left[key], self._sizes[key]
+            self._skipped.add(position)
+            self._open -= 1
+            self._follow()
 
     @property
     def finished(self) -> bool:
@@ -97,18 +122,25 @@ class StepFeeder:
             self._add(position, step + 1)
             return
         self._open -= 1
+        self._follow()
+
+    def _follow(self) -> None:
+        """Adds the first step of the next span, in sequential order, if there is one."""
         if self._queue:
             following = self._queue.popleft()
             self._add(following, self.schedule.spans[following].first)
 
     def _add(self, position: int, step: int) -> None:
         """Passes this host's actions of a step to the dispatcher."""
-        place = self.schedule.spans[position].device
+        span, rows = self.schedule.spans[position], list[Row]()
+        place = span.device
         key = place, step
         sizes = self._sizes[key] = self.schedule.sizes(place, step)
         self._position[key] = position
-        rows: list[Row] = []
-        for action, before in self._program.step(self.schedule, position, step):
+        if step == span.first and self.schedule.opens(position):
+            self.turn = place, step
+        alone = position - 1 in self._skipped
+        for action, before in self._program.step(self.schedule, position, step, alone=alone):
             if action.device == ALL:
                 self._join(action, before)
             elif self._demands is None:
@@ -132,6 +164,10 @@ class StepFeeder:
         """Adds an action that serves all devices once every device's step has been added."""
         parts = self._joint.setdefault(action, {})
         parts.update(dict.fromkeys(before))
-        self._joint_left[action] = self._joint_left.get(action, self._sharers) - 1
+        if action not in self._joint_left:
+            self._joint_left[action] = sum(
+                span.first <= action.step < span.stop for span in self._spans
+            )
+        self._joint_left[action] -= 1
         if not self._joint_left[action]:
             self._dispatcher.add([(action, tuple(self._joint.pop(action)), None)])

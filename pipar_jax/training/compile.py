@@ -182,7 +182,8 @@ def compile_all(
                 done += 1
                 told(done, count)
         replica.clear()
-        replica.lower_update().compile()
+        for lowered in replica.lower_updates():
+            lowered.compile()
         done += 1
         told(done, count)
 

@@ -96,10 +96,12 @@ class CompiledOptimizer(NamedTuple):
     Attributes:
       transformation: What ``build`` returned, whose ``init`` makes the state of a unit.
       update: What ``stages.make_update`` made of its parts.
+      keeping: The same step, which leaves weights and state from before it as they are.
     """
 
     transformation: optax.GradientTransformation
     update: stages.Update
+    keeping: stages.Update
 
 
 def compiled(config: OptimizerConfig, *, steps: int, proximal_mu: float = 0.0) -> CompiledOptimizer:
@@ -115,7 +117,9 @@ def compiled(config: OptimizerConfig, *, steps: int, proximal_mu: float = 0.0) -
 @functools.lru_cache(maxsize=32)
 def _compiled(fields: tuple[Any, ...], steps: int, proximal_mu: float) -> CompiledOptimizer:
     made = parts(OptimizerConfig(*fields), steps=steps, proximal_mu=proximal_mu)
-    return CompiledOptimizer(optax.chain(*made), stages.make_update(*made))
+    return CompiledOptimizer(
+        optax.chain(*made), stages.make_update(*made), stages.make_update(*made, keeps=True)
+    )
 
 
 def build(

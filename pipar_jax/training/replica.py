@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +18,18 @@ from stages import MicroBatchContext, Stage
 Variables = dict[str, dict[str, jax.Array]]
 
 
+class Keep(enum.Flag):
+    """What a replica keeps of an earlier moment, to go back to it when a device is lost."""
+
+    NOTHING = 0
+    #: The optimiser state of the round's start.
+    OPTIMIZER = enum.auto()
+    #: All of it, of the start of a device's turn.
+    TURN = enum.auto()
+    #: All of it, before the last step.
+    STEP = enum.auto()
+
+
 class Replica:
     """The variables, optimiser state and gradient accumulator of one stage.
 
@@ -28,6 +41,7 @@ class Replica:
       state: For each unit its batch statistics.
       opt_state: For each unit its optimiser state.
       accumulated: For each unit the gradient of the mini-batch so far.
+      step: With Keep.STEP, the step that comes next.
     """
 
     def __init__(
@@ -36,6 +50,7 @@ class Replica:
         params: Mapping[str, Any],
         state: Mapping[str, Any],
         compiled: CompiledOptimizer,
+        keeps: Keep = Keep.NOTHING,
     ) -> None:
         """Copies the variables of the stage's units: updates donate what they change.
 
@@ -44,15 +59,22 @@ class Replica:
           params: Weights of at least the stage's units.
           state: Batch statistics of at least the stage's units.
           compiled: The optimiser.
+          keeps: What it keeps of earlier moments.
         """
         self.stage = stage
+        self.step = 0
         self.params: Variables = {}
         self.state: Variables = {}
         self.load(params, state)
         init = compiled.transformation.init
         self.opt_state: dict[str, Any] = {unit: init(w) for unit, w in self.params.items()}
         self.accumulated = stage.zeros(self.params)
-        self._update = compiled.update
+        self._compiled, self._keeps = compiled, keeps
+        self._kept: tuple[Variables, Variables, dict[str, Any]] | None = None
+        self._start: dict[str, Any] | None = None  # the optimiser state of the round's start
+        self._settled = self.state  # as the last step has left them
+        # Whether the next step has to leave what it starts from as it is, since that is kept.
+        self._held = False
 
     def load(self, params: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         """Replaces weights and batch statistics by copies of those given.
@@ -79,7 +101,81 @@ class Replica:
     def nbytes(self) -> int:
         """Bytes of all its arrays."""
         held = self.params, self.state, self.opt_state, self.accumulated
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(held))
+        nbytes: int = sum(leaf.nbytes for leaf in jax.tree.leaves(held))
+        return nbytes + self.kept_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of what it keeps of an earlier moment, at most."""
+        tree: list[Any] = []
+        if Keep.OPTIMIZER in self._keeps:
+            tree.append(self.opt_state)
+        if self._keeps & (Keep.TURN | Keep.STEP):
+            tree += [self.params, self.state, self.opt_state]
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+    def begin_round(self, step: int, *, anew: bool = True) -> None:
+        """Notes what a round begins with.
+
+        Args:
+          step: Its first step.
+          anew: Whether it is the round's start, and not that of the rest after a rewind.
+        """
+        self.step, self._settled = step, dict(self.state)
+        if anew and Keep.OPTIMIZER in self._keeps:
+            self._start, self._held = dict(self.opt_state), True
+
+    def end_round(self) -> None:
+        """Keeps nothing any more of the round that is over."""
+        self._kept = self._start = None
+        self._held = False
+
+    def undo_round(self) -> None:
+        """Goes back to the optimiser state of the round's start, or without it begins a fresh one.
+
+        Weights and statistics stay as they are: the round's average replaces them.
+        """
+        if self._start is None:
+            init = self._compiled.transformation.init
+            self.opt_state = {unit: init(arrays) for unit, arrays in self.params.items()}
+        else:
+            self.opt_state, self._held = dict(self._start), True
+        self.clear()
+
+    def begin_turn(self) -> None:
+        """Keeps itself as it is now, for ``undo_turn``."""
+        self._kept = dict(self.params), dict(self.state), dict(self.opt_state)
+        self._held = True
+
+    def undo_turn(self) -> None:
+        """Goes back to what it was at ``begin_turn``."""
+        self._go_back()
+        self._held = True
+
+    def rewind(self, step: int) -> None:
+        """Goes back to the end of the step before one, with Keep.STEP; no more than one step.
+
+        Raises:
+          RunError: More than one step would have to be undone.
+        """
+        if not step <= self.step <= step + 1:
+            raise RunError(
+                f"a stage that comes to step {self.step} cannot go back to step {step}: one step "
+                "is kept"
+            )
+        if self.step > step:
+            self._go_back()
+            self.step = step
+        else:
+            self.state = dict(self._settled)
+            self.clear()
+
+    def _go_back(self) -> None:
+        assert self._kept is not None
+        params, state, opt_state = self._kept
+        self.params, self.state, self.opt_state = dict(params), dict(state), dict(opt_state)
+        self._settled = state
+        self.clear()
 
     def renew_anchor(self) -> None:
         """Tells the optimiser that a round begins with the weights as they are (FedProx)."""
@@ -117,7 +213,14 @@ class Replica:
         """
         if scale != 1.0:
             self.accumulated = _scaled(self.accumulated, scale)
-        self.params, self.opt_state, self.accumulated = self._update(
+        update = self._compiled.update
+        if self._held or Keep.STEP in self._keeps:
+            update = self._compiled.keeping
+            if Keep.STEP in self._keeps:
+                self._kept = self.params, self._settled, self.opt_state
+                self._settled = dict(self.state)
+            self._held = False
+        self.params, self.opt_state, self.accumulated = update(
             self.params, self.opt_state, self.accumulated
         )
         leaves: list[jax.Array] = jax.tree.leaves(self.params)
@@ -128,10 +231,15 @@ class Replica:
         del self.accumulated  # before there is another
         self.accumulated = self.stage.zeros(self.params)
 
-    def lower_update(self) -> Any:
-        """Returns the optimiser step, lowered: compiling it needs no second copy of the arrays."""
-        update: Any = self._update
-        return update.lower(*map(_shapes, (self.params, self.opt_state, self.accumulated)))
+    def lower_updates(self) -> list[Any]:
+        """Returns the optimiser's steps, lowered: compiling them needs no copies of the arrays."""
+        updates: list[Any] = []
+        if Keep.STEP not in self._keeps:
+            updates.append(self._compiled.update)
+        if self._keeps:
+            updates.append(self._compiled.keeping)
+        shapes = [_shapes(tree) for tree in (self.params, self.opt_state, self.accumulated)]
+        return [update.lower(*shapes) for update in updates]
 
 
 def _shapes(tree: Any) -> Any:

@@ -43,8 +43,8 @@ def headers(draw):
         dtype=draw(U8), rank=draw(st.integers(0, 16)), flags=draw(st.integers(0, 15)),
         device=draw(U32), stage=draw(U32), step=draw(U32), micro_batch=draw(U32),
         micro_batches=draw(U32), samples_before=draw(U32), samples=draw(U32),
-        batch_samples=draw(U32), part=draw(U32), sequence=draw(U64), offset=offset,
-        total=offset + length + draw(st.integers(0, 2**40)), length=length,
+        batch_samples=draw(U32), attempt=draw(U32), part=draw(U32), sequence=draw(U64),
+        offset=offset, total=offset + length + draw(st.integers(0, 2**40)), length=length,
         clock_s=draw(st.floats(-MAX_CLOCK_S, MAX_CLOCK_S)), codec_parameter=draw(U32),
         checksum=draw(U64),
     )  # fmt: skip
@@ -58,7 +58,7 @@ def test_a_header_and_its_shape_come_back(header, data):
     assert unpack_header(packed) == (header, shape)
     if header.rank:
         assert unpack_header(packed[:-1]) is None
-    assert tag_fields(header.tag()) == header[6:14]
+    assert tag_fields(header.tag()) == header[6:15]
 
 
 @given(header=headers(), at=st.integers(0, HEADER_BYTES + 8 * 16 - 1), flip=st.integers(1, 255))
@@ -85,18 +85,19 @@ def test_random_bytes_are_no_header(data):
 def test_the_layout_is_as_documented():
     header = Header(
         kind=1, role=2, codec=3, dtype=4, rank=1, flags=5, device=6, stage=7, step=8, micro_batch=9,
-        micro_batches=10, samples_before=11, samples=12, batch_samples=13, part=14, sequence=15,
+        micro_batches=10, samples_before=11, samples=12, batch_samples=13, attempt=21, part=14,
+        sequence=15,
         offset=0, total=17, length=16, clock_s=1.0, codec_parameter=18,
         checksum=20,
     )  # fmt: skip
     packed = pack_header(header, (19,))
     fields = {
-        (0, 4): MAGIC, (4, 2): 2, (6, 1): 1, (7, 1): 2, (8, 1): 3, (9, 1): 4, (10, 1): 1,
+        (0, 4): MAGIC, (4, 2): 3, (6, 1): 1, (7, 1): 2, (8, 1): 3, (9, 1): 4, (10, 1): 1,
         (11, 1): 5, (12, 4): 6, (16, 4): 7, (20, 4): 8, (24, 4): 9, (28, 4): 10,
         (32, 4): 11, (36, 4): 12,
-        (40, 4): 13, (44, 4): 14, (48, 8): 15, (56, 8): 0, (64, 8): 17, (72, 8): 16,
-        (80, 8): 0x3FF0000000000000, (88, 4): 18, (92, 8): 20,
-        (100, 4): zlib.crc32(packed[:100] + packed[104:]), (104, 8): 19,
+        (40, 4): 13, (44, 4): 21, (48, 4): 14, (52, 8): 15, (60, 8): 0, (68, 8): 17,
+        (76, 8): 16, (84, 8): 0x3FF0000000000000, (92, 4): 18, (96, 8): 20,
+        (104, 4): zlib.crc32(packed[:104] + packed[108:]), (108, 8): 19,
     }  # fmt: skip
     for (at, width), value in fields.items():
         expected = value if isinstance(value, bytes) else value.to_bytes(width, "little")

@@ -83,7 +83,8 @@ class Host:
     def _take(self, *args) -> None:
         """Takes any command."""
 
-    prepare = prepare_ahead = give = adopt = calibrate = release = store = take_part = _take
+    prepare = prepare_ahead = give = adopt = calibrate = store = take_part = _take
+    release = commit = _take
     close = wake
 
 

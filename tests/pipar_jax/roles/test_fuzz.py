@@ -11,6 +11,7 @@ import copy
 import functools
 import random
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,6 +39,7 @@ from tests.pipar_jax.runtime import support
 
 SAMPLES, BATCH = (17, 14), 7
 STEPS = (3, 2)
+ATTEMPT = 1
 CASES = 350
 MANY = 100_000
 
@@ -79,10 +81,9 @@ def holdings(method):
 
 
 def acceptance(method, host):
-    return Acceptance(
-        network(), plan(method), host, samples=SAMPLES, batch_size=BATCH, steps=STEPS,
-        first={0: 0, 1: 0},
-    )  # fmt: skip
+    made = Acceptance(network(), plan(method), host, samples=SAMPLES, batch_size=BATCH)
+    made.open([Span(device, 0, steps) for device, steps in enumerate(STEPS)], ATTEMPT)
+    return made
 
 
 def arrays_of(held, wanted, rng):
@@ -145,12 +146,12 @@ def micro_batches(method, host, peer):
             up = ends.upper == host
             role = Role.ACTIVATION if up else Role.COTANGENT
             place = {"device": device, "stage": below + up, "micro_batches": 3, "samples": 3,
-                     "batch_samples": 7}  # fmt: skip
+                     "batch_samples": 7, "attempt": ATTEMPT}  # fmt: skip
             array = np.zeros(shapes[cut].shape, shapes[cut].dtype)
             found.append((Tag(role=role, **place), array))
             found.append((Tag(role=Role.LABEL, **place), np.array([0, 9, 3], np.int32)))
             found.append((Tag(role=Role.LABEL, **place), np.array([0, 9, 10], np.int32)))
-    return found or [(Tag(role=Role.ACTIVATION), np.zeros((3, 64), np.float32))]
+    return found or [(Tag(role=Role.ACTIVATION, attempt=ATTEMPT), np.zeros((3, 64), np.float32))]
 
 
 # --- the coordinator's side -------------------------------------------------------------------
@@ -313,19 +314,22 @@ class Run:
         self.method, self.name = method, name
         one = loader(0) if name == "d0" else None
         self.worker = Device(config(method), name, network(), one)
+        self.worker._endpoint = SimpleNamespace(post=lambda call: call())
         self.link = self.worker._link = fakes.Link(COORDINATOR)
         self.worker._neighbours.link_table.control[COORDINATOR] = self.link
         self.link.start(self.worker._on_message, self.worker._wake, self.worker._inbox.put)
         spans = tuple(Span(device, 0, steps) for device, steps in enumerate(STEPS))
         sequential = plan(method).order == "sequential"
-        release = messages.Release(0, spans, 1 if sequential else None, (1.0, 1.0))
+        holder = 1 if sequential else None
+        release = messages.Release(0, ATTEMPT, spans, (0, 1), holder, (1.0, 1.0))
         course = [
             *([messages.ModelFacts((8, 8, 1), 10)] if name == "n1" else []),
             messages.SurveyEcho(),
             messages.Prepare(plan(method), SAMPLES, STEPS),
             messages.Prepared(0.0, 0),
             release,
-            *([] if sequential else [messages.Trained(0)]),
+            messages.Trained(0),
+            messages.Commit(0, (0, 1)),
             messages.Stored(0, 0, 0.0, Memory(1, 2, 3), 0.0, 0.0, 0),
             messages.Give(plan(method)),
             messages.Given(),

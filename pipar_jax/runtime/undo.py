@@ -1,0 +1,107 @@
+"""What a host can take back when a device is lost, and how far.
+
+With a copy of the weights for each device, a round in which a device is lost leaves nothing of it
+but an optimiser state, which goes back to the round's start; its weights are replaced by the next
+average. In sequential order a turn is undone. Where gradients are summed, the step in which a
+device fails is computed anew by the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from pipar_jax.config import Config, keeps_state, may_lose
+from pipar_jax.schedule.actions import ALL, RoundSchedule
+from pipar_jax.schedule.plan import Plan
+from pipar_jax.training.replica import Keep, Replica
+
+Replicas = Mapping[tuple[int, int], Replica]
+
+
+def keep(config: Config, plan: Plan, copy: int) -> Keep:
+    """Returns what a replica has to keep of an earlier moment.
+
+    Args:
+      config: Resolved configuration: whether devices may be lost, and what becomes of their state.
+      plan: The plan.
+      copy: Whose replica it is: a place's, or with ``ALL`` the one that devices share.
+    """
+    if not may_lose(config):
+        return Keep.NOTHING
+    if plan.order == "sequential":
+        return Keep.TURN if copy == ALL else Keep.NOTHING
+    own = copy != ALL and keeps_state(config)
+    kept = Keep.OPTIMIZER if own else Keep.NOTHING
+    return kept | Keep.STEP if plan.sums_gradients else kept
+
+
+def begin_round(replicas: Replicas, schedule: RoundSchedule, *, anew: bool) -> None:
+    """Notes what a round begins with, or after a rewind its rest."""
+    if schedule.plan.order == "parallel":
+        firsts = {span.device: span.first for span in schedule.spans if span.stop > span.first}
+        whole = min(firsts.values(), default=0)
+        for (copy, _), replica in replicas.items():
+            replica.begin_round(whole if copy == ALL else firsts.get(copy, 0), anew=anew)
+
+
+def begin_turn(replicas: Replicas) -> None:
+    """Keeps what devices share as it is at the start of a turn, in sequential order."""
+    for (copy, _), replica in replicas.items():
+        if copy == ALL:
+            replica.begin_turn()
+
+
+def undo_turn(replicas: Replicas) -> None:
+    """Undoes the turn that began last."""
+    for (copy, _), replica in replicas.items():
+        if copy == ALL:
+            replica.undo_turn()
+
+
+def next_step(replicas: Replicas, schedule: RoundSchedule, without: Collection[int]) -> int:
+    """Returns the first step of which some update is missing here.
+
+    Args:
+      replicas: The host's replicas.
+      schedule: The round under way.
+      without: Places that are lost, whose own weights do not count.
+    """
+    over = max((span.stop for span in schedule.spans), default=0)
+    taking = {ALL} | {span.device for span in schedule.spans if span.stop > span.first}
+    steps = (one.step for (copy, _), one in replicas.items() if copy in taking.difference(without))
+    return min(steps, default=over)
+
+
+def rewind(
+    replicas: Replicas, schedule: RoundSchedule, without: Collection[int], step: int
+) -> None:
+    """Goes back to the end of the step before one.
+
+    Raises:
+      RunError: More than one step would have to be undone.
+    """
+    taking = {ALL} | {span.device for span in schedule.spans if span.stop > span.first}
+    for (copy, _), replica in replicas.items():
+        lost = copy in without and not step <= replica.step <= step + 1
+        if copy in taking and not lost:
+            replica.rewind(step)
+
+
+def leave_out(replicas: Replicas, schedule: RoundSchedule, places: Collection[int]) -> None:
+    """Takes back what places that do not count have trained in a round.
+
+    Args:
+      replicas: The host's replicas.
+      schedule: The round that is over.
+      places: The places that count.
+    """
+    if schedule.plan.order == "parallel":
+        for (copy, _), replica in replicas.items():
+            if copy != ALL and copy not in places:
+                replica.undo_round()
+
+
+def end_round(replicas: Replicas) -> None:
+    """Keeps nothing of a round any more that is over."""
+    for replica in replicas.values():
+        replica.end_round()

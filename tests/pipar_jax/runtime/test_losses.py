@@ -1,0 +1,142 @@
+"""A device that is lost leaves what is left where it would be had it been away from that step on.
+
+Over every registered method, policy for weights and moment of a loss; the reference is a run in
+which the place's span ends where the loss took effect.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+
+from comms import Role
+from pipar_jax.config import CHAINS
+from pipar_jax.methods.registry import METHODS, plan_for
+from pipar_jax.methods.resolution import resolve
+from pipar_jax.schedule.actions import Span, rounds
+from tests.pipar_jax.runtime import support
+from tests.pipar_jax.runtime.losses import Conductor, Loss, World
+
+BATCH, STEPS, ROUNDS, MICRO = 6, 2, 3, 3
+#: Methods with their policy for weights, or how often a client-side model is handed on.
+WAYS = [
+    *((method, "copy") for method in METHODS if method != "sl"),
+    ("mpsl", "shared"),
+    ("sl", "epoch"),
+    ("sl", "step"),
+]
+ROUND, NOTHING = ([Span(place, 0, stop) for place in range(3)] for stop in (STEPS, 0))
+UP, DOWN = Role.ACTIVATION, Role.COTANGENT
+#: Before which tensor of a round a device is lost: its step in the round, micro-batch and role.
+MOMENTS = {
+    "before the first step": (0, 0, UP),
+    "mid-step, forward": (0, 1, UP),
+    "mid-step, backward": (0, 1, DOWN),
+    "between steps": (1, 0, UP),
+    "last step": (1, MICRO - 1, DOWN),
+    "averaging": None,
+}
+
+
+def setting(folder, method, way, state="keep"):
+    samples = (STEPS * BATCH,) * (1 if method == "accept" else 3)
+    made = support.config(folder, samples, name="cnn", dtype="float32", method=method, batch=BATCH)
+    made.model.norm, made.optimizer.momentum = "batch", 0.9
+    made.pipeline.cut, made.pipeline.micro_batches = 2, MICRO
+    made.aggregation.every, made.epochs = "epoch", ROUNDS
+    made.cohort.below, made.cohort.optimizer_state = "repeat", state
+    if method in CHAINS:
+        made.nodes.count, made.pipeline.cuts = (2, "1,2") if method == "accept" else (1, "1,2")
+        made.pipeline.weights = way
+    if way == "shared":
+        made.pipeline.dispatch = "fixed"
+    if method == "sl":
+        made.pipeline.hand_on = way
+    return resolve(made), samples
+
+
+def lost_at(moment, method, spans, place, late):
+    """A loss in round 1, for tests; the moment as a tensor's tag says it."""
+    if moment is None:
+        return Loss(place, 1, None, late)
+    step, micro, role = moment
+    first = next(span.first for span in spans if span.device == place)
+    whole = 1 if method in ("sl", "sfl") else MICRO  # micro-batches of a step
+
+    def is_now(tag):
+        at = tag.device, tag.step, tag.micro_batch, tag.role
+        return at == (place, first + step, min(micro, whole - 1), role)
+
+    return Loss(place, 1, is_now, late)
+
+
+@functools.cache
+def network():
+    return support.model("cnn", "float32", "batch")
+
+
+def run(made, samples, loss=None, script=None, left_out=()):
+    """Returns the variables after a run, what is left of its work, and its script."""
+    plan = plan_for(made, network().unit_names)
+    steps = [-(-n // BATCH) for n in samples]
+    with World(made, plan, network(), samples) as world:
+        conductor = Conductor(world)
+        away = ()
+        for index, spans in enumerate(script or rounds(plan, steps, ROUNDS)):
+            if loss is not None and index > loss.round and not loss.late:
+                away = (loss.place,)
+                spans = [span._replace(stop=span.first) if span.device in away else span
+                         for span in spans]  # fmt: skip
+            now = loss if loss is not None and loss.round == index else None
+            conductor.round(index, spans, now, away, left_out.get(index, ()) if left_out else ())
+        return conductor.variables(), conductor.residues(), conductor.script, world.held
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["lost", "late"])
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(("method", "way"), WAYS, ids=["-".join(one) for one in WAYS])
+def test_a_loss_leaves_what_a_run_without_the_device_leaves(method, way, moment, late, tmp_path):
+    if method == "fl" and MOMENTS[moment] is not None:
+        pytest.skip("no tensor leaves a device")
+    if method == "sl" and MOMENTS[moment] is None:
+        pytest.skip("whoever has handed the model on is not needed any more")
+    made, samples = setting(tmp_path, method, way)
+    plan = plan_for(made, network().unit_names)
+    spans = rounds(plan, [STEPS] * len(samples), ROUNDS)[1]
+    place = len(samples) // 2
+    loss = lost_at(MOMENTS[moment], method, spans, place, late)
+    found, residues, script, held = run(made, samples, loss)
+    assert all(not any(one.values()) for one in residues.values()), residues
+    assert not held
+    out = {index: (place,) for index in ((1,) if late else (1, 2))}
+    expected, _, _, _ = run(made, samples, script=script, left_out=out)
+    if not late and plan.order == "parallel":  # its own state is gone with it
+        expected = {name: array for name, array in expected.items() if f"d{place} " not in name}
+    assert_equal(found, expected)
+
+
+def test_without_the_optimiser_state_of_before_a_lost_device_begins_with_a_fresh_one(tmp_path):
+    made, samples = setting(tmp_path, "pipar", "copy", "reset")
+    loss = Loss(1, 2, None, late=True)
+    found, _, _, _ = run(made, samples, loss)
+    own = {name: array for name, array in found.items() if " 1 " in name and "opt" in name}
+    others = {name: array for name, array in found.items() if " 0 " in name and "opt" in name}
+    assert own and all(not array.any() for array in own.values())
+    assert any(array.any() for array in others.values())
+
+
+def test_a_round_in_which_nobody_counts_leaves_the_weights(tmp_path):
+    made, samples = setting(tmp_path, "pipar", "copy")
+    nobody = {0: (0, 1, 2)}
+    found, residues, _, _ = run(made, samples, script=[NOTHING], left_out=nobody)
+    assert not any(any(one.values()) for one in residues.values())
+    trained, _, _, _ = run(made, samples, script=[ROUND], left_out=nobody)
+    assert_equal(trained, found)
