@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from comms import Message, PeerLost, Tag
-from pipar_jax.aggregation.aggregator import Aggregator, Replica
+from pipar_jax.aggregation.aggregator import Aggregator, Contribution
 from pipar_jax.config import Config
 from pipar_jax.data.loader import Loader
 from pipar_jax.protocol import messages
@@ -361,7 +361,7 @@ class Conductor:
         )
         weights = {span.device: float(schedule.trained_samples(span)) for span in self._spans}
         self.average.aggregate(
-            [Replica(parts[place]["params"], parts[place]["state"], weights[place])
+            [Contribution(parts[place]["params"], parts[place]["state"], weights[place])
              for place in places if place in parts]
         )  # fmt: skip
         late = [device_name(self._loss.place)] if self._loss is not None and self._loss.late else []
