@@ -1,1 +1,1 @@
-"""What hosts and links cost: profiles, and the durations that the simulator and the tuner read."""
+"""Costs of hosts and links: profiles, and the durations that simulator and tuner use."""

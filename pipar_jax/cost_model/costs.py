@@ -1,4 +1,4 @@
-"""What things cost: the durations and bytes that drive the simulator and the planners."""
+"""Costs: the durations and bytes that drive the simulator and the planners."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 
 from comms.emulation.shaping import LinkShape
 
-#: Seconds of a computation: device (``ALL`` for one that serves all), stage, kind, samples.
+#: Seconds of a computation by device (``ALL`` for one that serves all), stage, kind, samples.
 Seconds = Callable[[int, int, str, int], float]
-#: Bytes of a result on the wire or in memory, by the same four.
+#: Bytes of a result on the wire or in memory, by the same keys.
 Bytes = Callable[[int, int, str, int], float]
 
 
@@ -20,7 +20,7 @@ class LinkModel:
     Attributes:
       rate_bytes_s: Bytes per second; None is unlimited.
       delay_s: One-way delay of every message.
-      message_s: Seconds that each message holds the link, whatever its size.
+      message_s: Seconds for which each message occupies the link in addition to its bytes.
     """
 
     rate_bytes_s: float | None = None
@@ -29,28 +29,28 @@ class LinkModel:
 
     @classmethod
     def of(cls, shape: LinkShape, message_s: float = 0.0) -> LinkModel:
-        """Returns the model of an emulated link, with the rate that it has at the start."""
+        """Returns the model of an emulated link, with its initial rate."""
         rate = shape.rate_at(0.0)
         return cls(None if rate is None else rate * 1e6 / 8, shape.delay_s, message_s)
 
     def occupied_s(self, nbytes: float) -> float:
-        """Returns the seconds for which a message holds the link, without the delay."""
+        """Returns the seconds for which a message occupies the link, without the delay."""
         return self.message_s + (nbytes / self.rate_bytes_s if self.rate_bytes_s else 0.0)
 
     def transfer_s(self, nbytes: float) -> float:
-        """Returns the seconds from a message's first byte leaving to its last one arriving."""
+        """Returns the seconds from the start of sending a message until its last byte arrives."""
         return self.occupied_s(nbytes) + self.delay_s
 
 
 _GRID = 2.0**38
 
-#: A link that costs nothing.
+#: A link without any cost.
 FREE_LINK = LinkModel()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Port:
-    """What a host's own network connection carries for all its links together.
+    """The network connection of a host, which all its links share.
 
     Attributes:
       out_bytes_s: Bytes per second out of the host; None is unlimited.
@@ -64,14 +64,14 @@ class Port:
 def on_grid(seconds: float) -> float:
     """Returns a duration as the nearest multiple of 2**-38 s (3.6 ps).
 
-    Sums of such numbers are exact up to nine hours. Times that ought to be equal then are equal,
-    and what is first does not depend on how additions round.
+    Sums of such numbers are exact up to nine hours, so that times that should be equal are equal,
+    and order does not depend on rounding.
     """
     return round(seconds * _GRID) / _GRID
 
 
 def no_cost(device: int, stage: int, kind: str, samples: int) -> float:
-    """Is nothing: no seconds, no bytes."""
+    """Returns zero: no seconds, no bytes."""
     del device, stage, kind, samples
     return 0.0
 
@@ -80,26 +80,26 @@ def no_cost(device: int, stage: int, kind: str, samples: int) -> float:
 class Costs:
     """The durations, bytes and links of a prediction.
 
-    Every function takes (device, stage, kind, samples); the host follows from the plan, and a
-    stage's units may differ between devices, so the device is part of the question. Kinds are
-    those of ``schedule``. For computations: F, B, L, U and A (samples 0 for U and A, device ``ALL``
-    for A and for updates of shared weights).
+    Every function takes (device, stage, kind, samples). The host follows from the plan; the device
+    is an argument because the units of a stage may differ between devices. Kinds are those of
+    ``schedule``. For computations: F, B, L, U and A (samples 0 for U and A, device ``ALL`` for A
+    and for updates of shared weights).
 
     Attributes:
       compute_s: Seconds of a computation on its host.
-      wire_bytes: Bytes of a message: SF and SB as they travel (coded, labels included), SA and RA
-        for the weights of a stage, H for the device part with its optimiser state.
-      links: Model of each direction (from, to); directions that are not named cost nothing. What a
-        device sends shares one line, to whomever it goes.
+      wire_bytes: Bytes of a message: SF and SB on the wire (coded, including labels), SA and RA for
+        the weights of a stage, H for the client-side model with its optimiser state.
+      links: Model of each direction (from, to); missing directions have no cost. All messages that
+        a device sends share one link, whatever their destination.
       ports: Hosts whose links share a network connection.
-      window_bytes: Bytes of activations and cotangents that a link direction takes before the
-        receiver has consumed some; None is unlimited. An empty window takes one of any size. Where
-        no side is the coordinator's, every boundary between two hosts has a link of its own.
+      window_bytes: Credit of a link direction for activations and cotangents, in bytes; None is
+        unlimited. An empty window accepts one of any size. Without the coordinator on either side,
+        every boundary between two hosts has its own link.
       codec_s: Seconds of encoding (SF, SB) or decoding (RF, RB) on the host's codec worker, which
         is not its processor.
-      held_bytes: Memory that a computation holds: F's until its B is over, L's while it runs.
-      static_bytes: Memory of a host that is held throughout: weights, optimiser states, gradients.
-      ahead: Computations that a host dispatches behind the running one.
+      held_bytes: Memory of a computation: for F until the end of its B, for L while it runs.
+      static_bytes: Permanent memory of a host: weights, optimiser states, gradients.
+      ahead: Number of computations that a host dispatches while one is running.
     """
 
     compute_s: Seconds

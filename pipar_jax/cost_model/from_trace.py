@@ -1,4 +1,4 @@
-"""Costs taken from a trace: what a run measured of itself, as the input of a prediction."""
+"""Costs from the trace of a run, as input of a prediction."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ _WEIGHTS = (SEND_WEIGHTS, RECEIVE_WEIGHTS, SEND_CLIENT_MODEL)
 
 
 class Observed:
-    """What computations lasted and messages had, collected from one trace or from several parts."""
+    """Durations of computations and sizes of messages in a trace or in several parts of one."""
 
     def __init__(self) -> None:
-        """Begins with nothing."""
+        """Creates an empty collection."""
         self._seconds: dict[Key, array.array[float]] = {}
         self._bytes: dict[Key, array.array[float]] = {}
         self._weights: dict[tuple[int, str], float] = {}
 
     def add(self, trace: Trace) -> None:
-        """Takes what a trace, or a part of one, has."""
+        """Adds a trace or a part of one."""
         for _, row in trace.rows():
             action = row.action
             key = action.device, action.stage, action.kind, row.samples
@@ -53,7 +53,7 @@ class Observed:
         """Returns the seconds of each kind of computation.
 
         Args:
-          summary: Makes one number of all the durations of a kind.
+          summary: Reduces the durations of a kind to one number.
         """
         return _lookup(self._seconds, summary)
 
@@ -61,15 +61,15 @@ class Observed:
         """Returns the bytes of each kind of message.
 
         Args:
-          weight_bytes: For each device the bytes of a message with weights or with its part, where
-            no trace tells.
+          weight_bytes: Bytes of a message with weights or the client-side model, by device, which
+            the trace does not contain.
         """
         tensors, weights = _lookup(self._bytes, statistics.median), dict(self._weights)
 
         def wire_bytes(device: int, stage: int, kind: str, samples: int) -> float:
             if kind in _TENSORS:
                 return tensors(device, stage, kind, samples)
-            # One message carries all the stages that a device holds.
+            # One message contains all stages of a device.
             known = weights.get((device, kind), weight_bytes.get(device, 0.0))
             return 0.0 if stage else known
 
@@ -81,11 +81,11 @@ class Observed:
         weight_bytes: Mapping[int, float],
         window_bytes: float | None = None,
     ) -> Costs:
-        """Returns costs with which a run's own trace is predicted.
+        """Returns the costs for predicting the run itself.
 
         Args:
-          links: What the links were shaped to.
-          weight_bytes: For each device the bytes of a message with its weights.
+          links: Model of each emulated link.
+          weight_bytes: Bytes of a message with weights, by device.
           window_bytes: The links' credit.
         """
         return Costs(
@@ -94,7 +94,7 @@ class Observed:
 
 
 def observed(trace: Trace) -> Observed:
-    """Returns what a whole trace has."""
+    """Returns the collection of a whole trace."""
     found = Observed()
     found.add(trace)
     return found
@@ -106,8 +106,8 @@ def links_from_shapes(
     """Returns the directions of a two-host plan's links.
 
     Args:
-      shapes: For each device its link up and down.
-      plan: The plan; a device's link shapes what it sends to any host, and what it gets.
+      shapes: The links up and down, by device.
+      plan: The plan; a device's link applies to all messages that it sends or receives.
     """
     links = {}
     others = [host for host in plan.hosts() if host not in map(device_name, shapes)]
@@ -119,17 +119,17 @@ def links_from_shapes(
 
 
 def _lookup(values: Mapping[Key, array.array[float]], summary: Summary) -> Seconds:
-    """Returns a function that finds one number for all rows of a device, stage, kind and size."""
+    """Returns a function from device, stage, kind and samples to one number."""
     table = {key: summary(list(some)) for key, some in values.items()}
 
     def find(device: int, stage: int, kind: str, samples: int) -> float:
         found = table.get((device, stage, kind, samples))
         if found is None:
             if kind == AGGREGATE and device == ALL:
-                return 0.0  # a sequential round averages nothing
+                return 0.0  # a sequential round has no average
             raise PlanError(
                 f"the trace has no {kind} of device {device}, stage {stage}, with {samples} "
-                "samples: it is of another plan or incomplete"
+                "samples: it belongs to another plan or is incomplete"
             )
         return found
 

@@ -1,8 +1,8 @@
-"""A profile: what each unit of a model costs on each host, and each link, as a value.
+"""Profiles: costs of each unit of a model on each host, and of each link.
 
 Times are measured on the hosts themselves at several micro-batch sizes
-(``profiling/unit_times.py``), so that the cost of small micro-batches is known instead of assumed.
-A profile serialises, and answers for sizes between those measured.
+(``profiling/unit_times.py``), so that the cost of small micro-batches is measured, not assumed.
+Profiles are serialisable and interpolate between the measured sizes.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from pipar_jax.schedule.plan import host_index, is_node
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class UnitFacts:
-    """What a unit takes wherever it runs.
+    """Sizes of a unit, which are the same on all hosts.
 
     Attributes:
-      name: Its name.
-      parameter_bytes: Its weights.
-      state_bytes: Its batch statistics.
-      optimizer_bytes: Its optimiser state.
-      output_bytes: What it returns, per sample; what crosses a cut behind it, each way.
-      residual_bytes: What its forward keeps for its backward, per sample.
+      name: Name of the unit.
+      parameter_bytes: Bytes of its weights.
+      state_bytes: Bytes of its batch statistics.
+      optimizer_bytes: Bytes of its optimiser state.
+      output_bytes: Bytes of its output per sample, which cross a cut after it in each direction.
+      residual_bytes: Bytes of its residuals per sample.
     """
 
     name: str
@@ -40,11 +40,11 @@ class UnitFacts:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RuntimeOverhead:
-    """What a run costs a host's processor beside the functions that it calls.
+    """Processor time of a host in a run, in addition to the functions that it calls.
 
     Attributes:
-      call_s: Seconds of each computation, whatever it is: threads, a message in and one out.
-      byte_s: Seconds of each byte that a computation takes from a link or gives to one.
+      call_s: Seconds per computation: threads, one message received and one sent.
+      byte_s: Seconds per byte that a computation receives from or sends to a link.
     """
 
     call_s: float = 0.0
@@ -56,20 +56,19 @@ NO_HANDLING = RuntimeOverhead()
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HostProfile:
-    """What each unit costs on one host, emulated slowness included.
+    """Times of each unit on one host, including its emulated slowdown.
 
     Attributes:
-      sizes: The micro-batch sizes measured, rising.
-      forward_s: For each unit its forward's seconds at each size; 0 for the last unit.
-      backward_s: The same for its backward; the last unit's is its forward, loss and backward in
-        one, as the server fuses them.
-      update_s: For each unit the seconds of its optimiser step.
-      call_s: Seconds of calling a compiled function that does nothing. A stage of several units is
-        called once.
-      average_s_per_byte: Seconds to average a byte of one device's weights; only for the server.
-      memory_bytes: What a plan may take on this host; None is no limit.
-      handling: What a run adds to computations; nothing where slowness is emulated: they then last
-        as long as they are told to.
+      sizes: The measured micro-batch sizes, increasing.
+      forward_s: Seconds of the forward by unit and size; 0 for the last unit.
+      backward_s: Seconds of the backward; for the last unit of the fused forward, loss and
+        backward.
+      update_s: Seconds of the optimiser step by unit.
+      call_s: Seconds of calling an empty compiled function. A stage of several units has one call.
+      average_s_per_byte: Seconds to average a byte of one device's weights; server only.
+      memory_bytes: Memory limit for plans on this host; None is no limit.
+      handling: Overhead of a run per computation; zero with an emulated slowdown, which includes
+        it.
     """
 
     sizes: tuple[int, ...]
@@ -82,13 +81,13 @@ class HostProfile:
     handling: RuntimeOverhead = NO_HANDLING
 
     def __post_init__(self) -> None:
-        """Checks that the tables fit together.
+        """Checks that the tables are consistent.
 
         Raises:
-          PlanError: Sizes do not rise, or a table has another length.
+          PlanError: Sizes do not increase, or a table has another length.
         """
         if not self.sizes or list(self.sizes) != sorted(set(self.sizes)) or self.sizes[0] < 1:
-            raise PlanError(f"a profile's sizes must be positive and rise, got {self.sizes}")
+            raise PlanError(f"a profile's sizes must be positive and increasing, got {self.sizes}")
         units = len(self.update_s)
         tables = (self.forward_s, self.backward_s)
         if any(len(t) != units or any(len(r) != len(self.sizes) for r in t) for t in tables):
@@ -97,7 +96,7 @@ class HostProfile:
             )
 
     def slowed(self, factor: float) -> HostProfile:
-        """Returns the profile of a host on which computations last so many times longer."""
+        """Returns the profile with compute times multiplied by a factor."""
         return dataclasses.replace(
             self,
             forward_s=tuple(tuple(s * factor for s in row) for row in self.forward_s),
@@ -113,8 +112,8 @@ class DeviceProfile:
     """A device, its link to the server, and its data.
 
     Attributes:
-      host: What units cost on it.
-      samples: Samples it trains on in an epoch.
+      host: Times of the units.
+      samples: Number of samples that it trains on in an epoch.
       up: Its link to the server.
       down: Its link from the server.
     """
@@ -130,7 +129,7 @@ class NodeProfile:
     """A compute node and its link to the next one.
 
     Attributes:
-      host: What units cost on it.
+      host: Times of the units.
       up: Its link to the next node.
       down: Its link from the next node.
     """
@@ -142,12 +141,12 @@ class NodeProfile:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CodecProfile:
-    """What a codec does on these hosts.
+    """Ratio and speed of a codec on these hosts.
 
     Attributes:
       ratio: Bytes on the wire per byte of a tensor.
       encode_s_per_byte: Seconds to encode a byte of a tensor.
-      decode_s_per_byte: Seconds to decode what was a byte of a tensor.
+      decode_s_per_byte: Seconds to decode a byte of a tensor.
     """
 
     ratio: float = 1.0
@@ -157,7 +156,7 @@ class CodecProfile:
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """All that a plan's time can be predicted from.
+    """All measurements from which the time of a plan is predicted.
 
     Attributes:
       model: Name of the model.
@@ -165,8 +164,8 @@ class Profile:
       units: The model's units, in order.
       server: The server host.
       devices: The devices, in order.
-      codecs: What is known of codecs besides ``raw``, by name.
-      window_bytes: Bytes a link takes before its receiver has consumed some; None is unlimited.
+      codecs: Ratio and speed of codecs other than ``raw``, by name.
+      window_bytes: Credit of a link in bytes; None is unlimited.
       weight_ratio: Bytes on the wire per byte of the weights that are averaged, by their codec.
       nodes: The compute nodes, n1 first.
     """
@@ -182,7 +181,7 @@ class Profile:
     nodes: tuple[NodeProfile, ...] = ()
 
     def __post_init__(self) -> None:
-        """Checks that all hosts were asked about the same units.
+        """Checks that all hosts have the same units.
 
         Raises:
           PlanError: A host's tables have another number of units, or there is no device.
@@ -198,16 +197,16 @@ class Profile:
                 )
 
     def of(self, host: str) -> DeviceProfile | NodeProfile:
-        """Returns the device or compute node of a name."""
+        """Returns a device or compute node by name."""
         index = host_index(host)
         return self.nodes[index - 1] if is_node(host) else self.devices[index]
 
     def steps(self, device: int) -> int:
-        """Returns the steps in a device's epoch."""
+        """Returns the number of steps in an epoch of a device."""
         return -(-self.devices[device].samples // self.batch_size)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the profile as JSON-ready values."""
+        """Returns the profile as values for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -215,7 +214,7 @@ class Profile:
         """Returns the profile that ``to_dict`` wrote.
 
         Raises:
-          PlanError: A field is missing, unknown or does not fit.
+          PlanError: A field is missing, unknown or not valid.
         """
         try:
             devices = tuple(
@@ -249,7 +248,7 @@ def host_from_dict(values: Mapping[str, Any]) -> HostProfile:
     """Returns a host's profile from JSON values.
 
     Raises:
-      PlanError: A field is missing, unknown or does not fit.
+      PlanError: A field is missing, unknown or not valid.
     """
     try:
         tables = {
@@ -265,13 +264,13 @@ def host_from_dict(values: Mapping[str, Any]) -> HostProfile:
 def interpolate(sizes: tuple[int, ...], times: tuple[float, ...], samples: int) -> float:
     """Returns the seconds of a micro-batch of any size.
 
-    Linear between the sizes measured and beyond them, but never cheaper per sample below the
-    smallest than at it, since small micro-batches are not: that would be an artefact of noise.
+    Linear between the measured sizes and beyond them. Below the smallest size the time per sample
+    is at least that of the smallest, since a lower one would be an artefact of noise.
 
     Args:
-      sizes: Sizes measured, rising.
-      times: Seconds at each.
-      samples: The size wanted.
+      sizes: The measured sizes, increasing.
+      times: Seconds at each size.
+      samples: Size of the micro-batch.
     """
     if len(sizes) == 1:
         return times[0] * samples / sizes[0]

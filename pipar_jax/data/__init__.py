@@ -1,7 +1,7 @@
 """Data sets, their parts, and the mini-batches that a device trains on. numpy only, no jax.
 
-A public set is decoded once per machine and memory-mapped; each device copies only its own part.
-Own data are read by the device that owns them and go nowhere else.
+A public set is decoded once per machine and memory-mapped; each device copies only its own part. A
+device's own data are read by that device and never leave it.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ __all__ = [
 
 
 def load(config: DataConfig) -> Dataset:
-    """Returns a public data set, both splits memory-mapped and cut to the samples asked for.
+    """Returns a public data set, both splits memory-mapped and cut to the configured samples.
 
     Raises:
-      DataError: The source is somebody's own data, or cannot be read.
+      DataError: The source is the user's own data, or cannot be read.
     """
     if config.source not in PUBLIC_SOURCES:
         raise DataError(
-            f"data.source={config.source!r} is not a public set: a device loads its own with "
-            "load_device, the server its test set with load_server"
+            f"data.source={config.source!r} is not a public data set: load the data of a device "
+            "with load_device, the test set with load_server"
         )
     whole = load_public(config.source, config)
     return dataclasses.replace(
@@ -63,9 +63,9 @@ def load(config: DataConfig) -> Dataset:
 
 
 def load_device(config: Config, index: int) -> Dataset:
-    """Returns what one device trains on: its part of a public set, or its own data.
+    """Returns the training data of a device: its part of a public set, or its own data.
 
-    Only the device's own samples are held in memory; the test split is empty.
+    Only the device's samples are in memory; the test split is empty.
 
     Args:
       config: Resolved configuration.
@@ -85,7 +85,7 @@ def load_device(config: Config, index: int) -> Dataset:
 
 
 def load_server(config: Config) -> Dataset:
-    """Returns the test set, with which the coordinator evaluates; its training split is empty.
+    """Returns the coordinator's test set; its training split is empty.
 
     Raises:
       DataError: The test set cannot be read.
@@ -101,7 +101,7 @@ def load_server(config: Config) -> Dataset:
 
 
 def table(config: Config) -> str:
-    """Returns the table of who holds how many samples of which class; empty for own data.
+    """Returns a table of the samples of each device by class; empty for own data.
 
     Raises:
       DataError: The data cannot be read or dealt.
@@ -115,10 +115,10 @@ def table(config: Config) -> str:
 def prepare(config: Config) -> None:
     """Decodes a public set, or reads the files of own data, before any process starts.
 
-    Functions (``module:``) are not called: that is for the processes of their hosts.
+    Functions (``module:``) are not called; the processes of their hosts call them.
 
     Raises:
-      DataError: What the hosts of this machine would miss or refuse is named here, once.
+      DataError: Data are missing or not valid; reported once for all hosts of this machine.
     """
     if config.data.source in PUBLIC_SOURCES:
         load_public(config.data.source, config.data)
@@ -127,7 +127,7 @@ def prepare(config: Config) -> None:
 
 
 def _files(config: Config) -> Iterator[tuple[str, Dataset]]:
-    """Yields the hosts whose own data are files, with these data, the server's first."""
+    """Yields the hosts whose own data are files, with their data, the server first."""
     if (config.data.test_source or config.data.source).startswith("npz:"):
         yield "server", load_server(config)
     hosts = Hosts(config, nodes=0)

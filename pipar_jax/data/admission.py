@@ -1,7 +1,7 @@
-"""What comes from outside, looked at before anything is done with it: the one way in for arrays.
+"""Validation of arrays from outside, before they are used.
 
-Arrays of an .npz file, of a function of the user's, of a ``Dataset`` that a program hands over, and
-images to predict are refused here, by the same code in the same words.
+Arrays of an .npz file, of the user's function, of a ``Dataset`` passed by a program, and images to
+predict are all checked here, with the same messages.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from pipar_jax.errors import DataError
 
 Part = Literal["train", "test"]
 
-#: Samples looked at together, so that a check takes little memory beside the data.
+#: Number of samples checked at a time, so that a check takes little memory.
 _AT_ONCE = 1024
 _PURPOSE = {"train": "train on", "test": "test with"}
 
 
 def admit(data: Any, part: Part, where: str) -> Dataset:
-    """Returns a dataset that a program hands over, checked and in the types that training takes.
+    """Returns a dataset passed by a program, checked and converted to the types of training.
 
     Args:
-      data: A ``Dataset``; only the split named by ``part`` is looked at.
+      data: A ``Dataset``; only the split named by ``part`` is checked.
       part: ``train`` on a device, ``test`` on the server.
-      where: Whose it is, for messages.
+      where: Owner of the data, for messages.
 
     Raises:
-      DataError: It is not a dataset, holds no sample, or its arrays, classes or normalisation do
-        not fit each other.
+      DataError: It is not a dataset, has no sample, or its arrays, classes and normalisation are
+        not consistent.
     """
     if not isinstance(data, Dataset):
         raise DataError(
@@ -48,7 +48,8 @@ def admit(data: Any, part: Part, where: str) -> Dataset:
     said = tuple(data.input_shape)
     if said not in (made.input_shape, np.shape(given.images)[1:]):
         raise DataError(
-            f"{where}: input_shape={said}, but its images are {made.input_shape}: say what they are"
+            f"{where}: input_shape={said}, but its images are {made.input_shape}: set input_shape "
+            "to that of the images"
         )
     return made
 
@@ -64,11 +65,11 @@ def assemble(
     std: Any,
     where: str,
 ) -> Dataset:
-    """Returns a dataset of somebody's arrays, the other split empty.
+    """Returns a dataset of the user's arrays, with the other split empty.
 
     Args:
-      source: What the dataset is called.
-      part: The split that the arrays are.
+      source: Name of the dataset.
+      part: The split of the arrays.
       images: See ``make_split``.
       labels: See ``make_split``.
       classes: Number of classes; 0: the highest label + 1.
@@ -77,7 +78,7 @@ def assemble(
       where: Name of the source, for messages.
 
     Raises:
-      DataError: There is no sample, or something does not fit.
+      DataError: There is no sample, or an argument is not valid.
     """
     split = make_split(images, labels, where)
     if not len(split):
@@ -96,7 +97,7 @@ def assemble(
 
 
 def make_split(images: Any, labels: Any, where: str) -> Split:
-    """Returns a split of somebody's arrays after looking at their shapes and numbers.
+    """Returns a split of the user's arrays after checking their shapes and values.
 
     Args:
       images: [samples, height, width] or [samples, height, width, channels], uint8 or float.
@@ -104,7 +105,7 @@ def make_split(images: Any, labels: Any, where: str) -> Split:
       where: Name of the source, for messages.
 
     Raises:
-      DataError: Shapes or types do not fit, a label is negative or an image is not finite.
+      DataError: Shapes or dtypes are not valid, a label is negative or an image is not finite.
     """
     images, labels = make_images(images, where), as_array(labels, f"{where}: labels")
     labels = np.squeeze(labels, axis=1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
@@ -114,21 +115,21 @@ def make_split(images: Any, labels: Any, where: str) -> Split:
             f"{labels.shape} of {labels.dtype}"
         )
     if len(labels) and int(labels.min()) < 0:
-        raise DataError(f"{where}: label {int(labels.min())} is negative: labels count from 0")
+        raise DataError(f"{where}: label {int(labels.min())} is negative: labels start at 0")
     if len(labels) and int(labels.max()) > np.iinfo(np.int32).max:
-        raise DataError(f"{where}: label {int(labels.max())} does not fit 32 bits")
+        raise DataError(f"{where}: label {int(labels.max())} exceeds 32 bits")
     return Split(images, labels.astype(np.int32, copy=False))
 
 
 def make_images(images: Any, where: str) -> NDArray[Any]:
-    """Returns somebody's images as [samples, height, width, channels], uint8 or finite float32.
+    """Returns the user's images as [samples, height, width, channels], uint8 or finite float32.
 
     Args:
       images: [samples, height, width] or [samples, height, width, channels]; numbers.
       where: Name of the source, for messages.
 
     Raises:
-      DataError: The shape or type does not fit, or a number is not finite.
+      DataError: The shape or dtype is not valid, or a number is not finite.
     """
     raw = as_array(images, f"{where}: images")
     if raw.ndim == 3:
@@ -142,50 +143,50 @@ def make_images(images: Any, where: str) -> NDArray[Any]:
         return raw
     if raw.dtype.kind not in "fiub":
         raise DataError(f"{where}: images must be uint8 or float, got {raw.dtype}")
-    with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite, and is refused
+    with np.errstate(over="ignore"):  # numbers beyond float32 become infinite and are rejected
         made: NDArray[np.float32] = raw.astype(np.float32, copy=False)
     for first in range(0, len(made), _AT_ONCE):
         if not np.isfinite(made[first : first + _AT_ONCE]).all():
-            raise DataError(f"{where}: an image holds a value that is not finite: clean the data")
+            raise DataError(f"{where}: an image has a value that is not finite: clean the data")
     return made
 
 
 def check_fits(dataset: Dataset, classes: int, input_shape: Sequence[int], host: str) -> None:
-    """Checks that a host's data suit the model that all hosts train.
+    """Checks that the data of a host match the model.
 
     Args:
       dataset: The host's data.
       classes: Classes of the model.
-      input_shape: Height, width and channels that the model takes.
+      input_shape: Height, width and channels of the model's input.
       host: The host's name, for the message.
 
     Raises:
-      DataError: The images have another shape, or the model knows fewer classes.
+      DataError: The images have another shape, or the model has fewer classes.
     """
     if tuple(dataset.input_shape) != tuple(input_shape):
         raise DataError(
-            f"{host}: images of {dataset.source!r} are {tuple(dataset.input_shape)}, but the model "
-            f"takes {tuple(input_shape)}: bring them to one shape on every host, or build the "
+            f"{host}: images of {dataset.source!r} are {tuple(dataset.input_shape)}, but the "
+            f"model expects {tuple(input_shape)}: use the same shape on every host, or build the "
             f"model with input_shape={tuple(dataset.input_shape)}"
         )
     highest = max(int(split.labels.max(initial=-1)) for split in (dataset.train, dataset.test))
     if highest >= classes or dataset.classes > classes:
         has = f"label {highest}" if highest >= classes else f"{dataset.classes} classes"
         raise DataError(
-            f"{host}: {dataset.source!r} has {has}, but the model knows classes 0 to "
-            f"{classes - 1}: build it with classes={max(dataset.classes, highest + 1)}; for own "
-            "data set data.classes, or give `classes` beside the arrays"
+            f"{host}: {dataset.source!r} has {has}, but the model has classes 0 to {classes - 1}: "
+            f"build it with classes={max(dataset.classes, highest + 1)}; for own data set "
+            "data.classes, or give `classes` with the arrays"
         )
 
 
 def check_alike(datasets: Iterable[tuple[str, Dataset]]) -> None:
-    """Checks that hosts whose model is built from their own data would all build the same one.
+    """Checks that hosts that build their model from their own data build the same model.
 
     Args:
-      datasets: Hosts' names with their data. One is held at a time, if the caller makes them so.
+      datasets: Names of hosts with their data; consumed one by one.
 
     Raises:
-      DataError: Two differ in the shape of an image or in the number of classes.
+      DataError: Two hosts differ in the shape of images or the number of classes.
     """
     first: tuple[str, str, tuple[int, ...], int] | None = None
     for host, one in datasets:
@@ -194,25 +195,25 @@ def check_alike(datasets: Iterable[tuple[str, Dataset]]) -> None:
         if here[2] != first[2]:
             raise DataError(
                 f"{host}: images of {one.source!r} are {here[2]}, but those of {first[1]!r} of "
-                f"{first[0]} are {first[2]}: bring them to one shape on every host"
+                f"{first[0]} are {first[2]}: use the same shape on every host"
             )
         if here[3] != first[3]:
             raise DataError(
                 f"{host}: {one.source!r} has {here[3]} classes, but {first[1]!r} of {first[0]} has "
-                f"{first[3]}: set data.classes, or give `classes` beside the arrays of every host"
+                f"{first[3]}: set data.classes, or give `classes` with the arrays of every host"
             )
 
 
 def make_queries(images: Any, input_shape: Sequence[int], stored: str) -> NDArray[Any]:
-    """Returns images to predict, [batch, height, width, channels], as those of the training were.
+    """Returns images to predict, [batch, height, width, channels], like the training data.
 
     Args:
       images: Raw images, not normalised: [batch, height, width(, channels)].
-      input_shape: Height, width and channels that the model takes.
-      stored: Type of the images that the run was tested with: ``uint8`` or ``float32``.
+      input_shape: Height, width and channels of the model's input.
+      stored: Dtype of the run's test images: ``uint8`` or ``float32``.
 
     Raises:
-      DataError: There is none, or their shape, type or range is another.
+      DataError: There is no image, or shape, dtype or range differs.
     """
     raw = as_array(images, "predict: images")
     given = raw.shape
@@ -229,23 +230,23 @@ def make_queries(images: Any, input_shape: Sequence[int], stored: str) -> NDArra
     if stored == "uint8":
         if raw.dtype.kind not in "iu" or made.min() < 0 or made.max() > 255:
             raise DataError(
-                "predict: the run was trained on uint8 images, 0 to 255, and got "
-                f"{raw.dtype} from {made.min():g} to {made.max():g}: give images as they are "
-                "stored; they are normalised here"
+                f"predict: the run was trained on uint8 images, 0 to 255, and got {raw.dtype} "
+                f"from {made.min():g} to {made.max():g}: pass images as stored; they are "
+                "normalised here"
             )
     elif raw.dtype == np.uint8:
         raise DataError(
-            "predict: the run was trained on floats, and got uint8: scale images as the training "
-            "data were, and give them as float32"
+            "predict: the run was trained on floats, and got uint8: scale images like the "
+            "training data, and pass them as float32"
         )
     return made
 
 
 def as_array(values: Any, what: str) -> NDArray[Any]:
-    """Returns somebody's values as an array.
+    """Returns the user's values as an array.
 
     Raises:
-      DataError: They are not one, such as rows of different lengths.
+      DataError: The values are not an array, such as rows of different lengths.
     """
     try:
         return np.asarray(values)
@@ -261,8 +262,8 @@ def _check_classes(classes: Any, highest: int, where: str) -> int:
     count = int(made.item()) or highest + 1
     if highest >= count:
         raise DataError(
-            f"{where}: label {highest} is beyond classes={count}, counted from 0: raise "
-            "data.classes, or `classes` beside the arrays"
+            f"{where}: label {highest} is out of range for classes={count}, counted from 0: raise "
+            "data.classes, or `classes` with the arrays"
         )
     return count
 

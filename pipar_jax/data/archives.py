@@ -1,11 +1,11 @@
-"""Public sets read from the files that their authors publish, without TensorFlow and unpickling.
+"""Reads public data sets from their published files, without TensorFlow and without unpickling.
 
 CIFAR-10 and CIFAR-100 are tar archives of fixed-size records, MNIST is idx files, SVHN is MATLAB
-files. Nothing is extracted: what is wanted is read, and what is more than the set can have, leads
-out of the archive, or does not add up is refused before it takes memory.
+files. Nothing is extracted to disk.
 
-Samples come in the order in which TFDS keeps them (a shuffle by the MD5 sum of their number), so
-that a run is the same whichever way its data came.
+Members that are larger than the data set, lead out of the archive or are inconsistent are rejected
+before they take memory. Samples are in the order of TFDS (shuffled by the MD5 sum of their number),
+so that a run does not depend on the source of its data.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from pipar_jax.errors import DataError
 Samples = tuple[NDArray[np.uint8], NDArray[np.int32]]
 
 _PIXELS = 32 * 32 * 3
-#: What an archive may hold beside the samples: names of classes, a page of text, headers.
+#: Bytes of an archive in addition to the samples: names of classes, a page of text, headers.
 _BESIDE_BYTES = 1 << 20
 
 
 def find_originals(source: str, folders: Sequence[pathlib.Path]) -> tuple[pathlib.Path, ...]:
-    """Returns the published files of a set in the first folder that has all of them, else none.
+    """Returns the published files of a set in the first folder with all of them, or none.
 
     Args:
       source: A name in ``published.SETS``.
-      folders: Where to look: for the archive (packed or as .tar), or for the files in it.
+      folders: Folders that may contain the archive (packed or .tar), or the files in it.
     """
     one = SETS[source]
     for folder in folders:
@@ -57,21 +57,21 @@ def find_originals(source: str, folders: Sequence[pathlib.Path]) -> tuple[pathli
 
 
 def _find_file(folder: pathlib.Path, name: str) -> pathlib.Path | None:
-    """Returns a file, packed or not; MNIST's are also known with a dot in their name."""
+    """Returns a file, packed or not; files of MNIST may have a dot in their names."""
     known = (name, name.replace("-idx", ".idx"))
     paths = (folder / f"{one}{end}" for one in known for end in ("", ".gz"))
     return next((path for path in paths if path.is_file()), None)
 
 
 def read_originals(source: str, paths: Sequence[pathlib.Path]) -> tuple[Split, Split]:
-    """Returns training and test split of a set, in TFDS's order.
+    """Returns the training and test split of a set, in TFDS's order.
 
     Args:
       source: A name in ``published.SETS``.
-      paths: What ``find_originals`` found.
+      paths: Files found by ``find_originals``.
 
     Raises:
-      DataError: A file cannot be read, is cut short, or holds something else or more.
+      DataError: A file cannot be read, is truncated, or has unexpected contents.
     """
     one = SETS[source]
     with _reading(source, paths):
@@ -108,7 +108,7 @@ def shuffle(samples: int, part: str) -> NDArray[np.intp]:
     TFDS sorts samples by the MD5 sum of the split's name and the sample's number.
 
     Args:
-      samples: How many there are.
+      samples: Number of samples.
       part: ``train`` or ``test``.
     """
     salted = hashlib.md5(part.encode(), usedforsecurity=False)
@@ -123,13 +123,13 @@ def shuffle(samples: int, part: str) -> NDArray[np.intp]:
 
 @contextmanager
 def _reading(source: str, paths: Sequence[pathlib.Path]) -> Iterator[None]:
-    """Turns what readers of files raise into one line that names them."""
+    """Turns errors of readers into one line that names the files."""
     try:
         yield
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         why = explain(error) if isinstance(error, OSError) else str(error)
         raise DataError(
-            f"data set {source!r} in {_names(paths)} cannot be read: {why}: get it anew"
+            f"data set {source!r} in {_names(paths)} cannot be read: {why}: download it again"
         ) from error
 
 
@@ -153,8 +153,9 @@ def _read_cifar(one: Published, paths: Sequence[pathlib.Path]) -> list[Samples]:
                 held[name] = _read_at_most(file, limit, path)
     if len(one.train) > 1 and len({len(held[name]) for name in limits}) > 1:
         raise DataError(
-            f"{_names(paths)}: files of one size were expected, got "
-            f"{', '.join(f'{name} of {len(held[name])}' for name in limits)} bytes: get it anew"
+            f"{_names(paths)}: expected files of equal size, got "
+            f"{', '.join(f'{name} of {len(held[name])}' for name in limits)} bytes: download it "
+            "again"
         )
     made = []
     for names in (one.train, one.test):
@@ -169,7 +170,7 @@ def _records(data: bytes, labels: int, name: str, paths: Sequence[pathlib.Path])
     if len(data) % size:
         raise DataError(
             f"{_names(paths)}: {name} has {len(data)} bytes, expected a multiple of {size}: it is "
-            "cut short or another format; get the binary version anew"
+            "truncated or has another format; download the binary version again"
         )
     table = np.frombuffer(data, np.uint8).reshape(-1, size)
     images = table[:, labels:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
@@ -177,27 +178,27 @@ def _records(data: bytes, labels: int, name: str, paths: Sequence[pathlib.Path])
 
 
 def _read_tar(path: pathlib.Path, folder: str, limits: dict[str, int]) -> dict[str, bytes]:
-    """Returns the wanted files of an archive by name, none of them extracted to the disk."""
+    """Returns the contents of files in an archive by name, without extracting them to disk."""
     held: dict[str, bytes] = {}
     with _unpacked(path) as file:
         bounded: Any = _Bounded(file, sum(limits.values()) + _BESIDE_BYTES, path)
         for member, archive in _members(bounded):
             parts = pathlib.PurePosixPath(member.name).parts
             if ".." in parts or member.name.startswith("/"):
-                raise DataError(f"{path}: it holds {member.name!r}, which leads out of the archive")
+                raise DataError(
+                    f"{path}: it contains {member.name!r}, which leads out of the archive"
+                )
             name = parts[-1] if parts[:-1] in ((folder,), ()) and parts else ""
             if name not in limits:
                 continue
             content = archive.extractfile(member) if member.isreg() else None
             if content is None or name in held:
-                raise DataError(f"{path}: {member.name!r} is not a file, or is there twice")
+                raise DataError(f"{path}: {member.name!r} is not a file, or occurs twice")
             held[name] = _read_at_most(content, limits[name], path)
         bounded.drain()  # gzip's checksum is at the end
     missing = [name for name in limits if name not in held]
     if missing:
-        raise DataError(
-            f"{path} has no {folder}/{missing[0]}: it is another archive, or was cut short"
-        )
+        raise DataError(f"{path} has no {folder}/{missing[0]}: it is another archive, or truncated")
     return held
 
 
@@ -208,7 +209,7 @@ def _members(file: Any) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
 
 
 class _Bounded:
-    """What tarfile reads: it gives no more in all than a set can have, nor more at a time."""
+    """A stream for tarfile that limits the total size, and the size of each read."""
 
     def __init__(self, file: IO[bytes], limit: int, path: pathlib.Path) -> None:
         self._file, self._limit, self._path = file, limit, path
@@ -227,7 +228,7 @@ class _Bounded:
         return self._file.tell()
 
     def drain(self) -> None:
-        """Reads to the end."""
+        """Reads up to the end."""
         while self._file.read(_BESIDE_BYTES):
             if self.tell() > self._limit:
                 self._refuse()
@@ -253,7 +254,7 @@ def _read_idx(images: pathlib.Path, labels: pathlib.Path, most: int) -> Samples:
 
 
 def _read_bytes(path: pathlib.Path, rank: int, most: int) -> NDArray[np.uint8]:
-    """Returns the array of an idx file of bytes, packed or not."""
+    """Returns the array in an idx file of bytes, packed or not."""
     with _unpacked(path) as file:
         header = file.read(4 + 4 * rank)
         if len(header) < 4 + 4 * rank or header[:4] != bytes((0, 0, 8, rank)):
@@ -263,18 +264,19 @@ def _read_bytes(path: pathlib.Path, rank: int, most: int) -> NDArray[np.uint8]:
             )
         shape = tuple(int(size) for size in np.frombuffer(header, ">u4", offset=4))
         if shape[0] > most or any(size > 28 for size in shape[1:]):
-            raise DataError(f"{path} says that it holds {shape}, more than the set has ({most})")
+            raise DataError(f"{path} declares the shape {shape}, more than the set has ({most})")
         size = int(np.prod(shape))
         data = _read_at_most(file, size, path)
         if len(data) != size:
             raise DataError(
-                f"{path} is cut short: {len(data)} of {size} bytes after the header; get it anew"
+                f"{path} is truncated: {len(data)} of {size} bytes after the header; download it "
+                "again"
             )
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 def _unpacked(path: pathlib.Path) -> Any:
-    """Opens a file, through gzip if it begins as such a file does."""
+    """Opens a file, and decompresses it if it is gzipped."""
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
     return gzip.open(path) if packed else open(path, "rb")
@@ -283,5 +285,5 @@ def _unpacked(path: pathlib.Path) -> Any:
 def _read_at_most(file: IO[bytes], limit: int, path: pathlib.Path) -> bytes:
     data = file.read(limit + 1)
     if len(data) > limit:
-        raise DataError(f"{path} holds more than the {limit} bytes expected: it is another file")
+        raise DataError(f"{path} contains more than the expected {limit} bytes: it is another file")
     return data

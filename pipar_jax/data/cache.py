@@ -24,34 +24,34 @@ from pipar_jax.errors import DataError
 
 try:
     import fcntl
-except ImportError:  # not POSIX: two processes may decode the same data, which is slow, not wrong
+except ImportError:  # not POSIX: two processes may decode the same data, which is slow but correct
     fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1
 
 
 def cache_folder(cache_dir: str) -> pathlib.Path:
-    """Returns the folder for decoded arrays: the one given, or the user's cache folder."""
+    """Returns the folder for decoded arrays: the given one, or the user's cache folder."""
     if cache_dir:
         return pathlib.Path(cache_dir).expanduser()
     return user_cache() / "data"
 
 
 def user_cache() -> pathlib.Path:
-    """Returns the project's part of the user's cache folder, which may not exist yet."""
+    """Returns the project's folder in the user's cache folder; it may not exist yet."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return pathlib.Path(base).expanduser() / "pipar_jax"
 
 
 def cached(folder: pathlib.Path, key: str, decode: Callable[[], Dataset]) -> Dataset:
-    """Returns a data set from its files, decoding and writing them if nobody did before.
+    """Returns a data set from the cache, after decoding it if it is missing.
 
-    Processes that ask at the same time wait for the first to decode. Arrays come memory-mapped.
+    Concurrent processes wait for the first to decode. Arrays are memory-mapped.
 
     Args:
-      folder: Where all decoded data sets live.
-      key: Names the data set and its version; a folder below ``folder``.
-      decode: Makes the data set.
+      folder: Folder of all decoded data sets.
+      key: Name of the data set and its version; a folder in ``folder``.
+      decode: Decodes the data set.
 
     Raises:
       DataError: The folder cannot be written, or the disk is full.
@@ -66,13 +66,13 @@ def cached(folder: pathlib.Path, key: str, decode: Callable[[], Dataset]) -> Dat
         return _read(home)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"decoded data cannot be kept in {home}: {describe_reading(error)}; free space "
-            "there, remove that folder, or choose another with --config.data.cache_dir"
+            f"decoded data cannot be saved in {home}: {describe_reading(error)}; free some space, "
+            "delete that folder, or choose another with --config.data.cache_dir"
         ) from error
 
 
 def _write(home: pathlib.Path, data: Dataset) -> None:
-    # Complete or absent: files are written aside, and the folder moves into place at the end.
+    # Atomic: files are written to a temporary folder, which is renamed at the end.
     aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{home.name}-", dir=home.parent))
     try:
         for name, split in (("train", data.train), ("test", data.test)):
@@ -113,10 +113,10 @@ def _read(home: pathlib.Path) -> Dataset:
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path) -> Iterator[None]:
-    """Keeps other processes of this machine out while its body runs.
+    """Holds a lock between processes of this machine while its body runs.
 
     Args:
-      path: The file that stands for what is locked; its folder is made if it does not exist.
+      path: The lock file; its folder is created if missing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:

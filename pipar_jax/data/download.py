@@ -1,4 +1,4 @@
-"""Published files fetched from where they are published: whole, and with the right checksum."""
+"""Downloads published files and verifies their checksums."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from comms.errors import explain
 from pipar_jax.data.published import File
 from pipar_jax.errors import DataError
 
-#: A server that says nothing for so long is given up.
+#: Timeout of a silent server.
 TIMEOUT_S = 30.0
 _AT_ONCE = 1 << 20
 
 
 def fetch(file: File, folder: pathlib.Path) -> pathlib.Path:
-    """Returns a published file in a folder, fetched unless it is there.
+    """Returns the path of a published file in a folder, after downloading it if it is missing.
 
-    It is written aside and renamed when it is whole and its checksum is right, so that there is
-    never a part of it under its name.
+    It is written under a temporary name and renamed when it is complete and its checksum is
+    correct.
 
     Args:
-      file: Which one.
-      folder: Where it goes; made if it does not exist.
+      file: The file.
+      folder: Target folder; created if missing.
 
     Raises:
-      DataError: It cannot be fetched or written, or is not the file that was published.
+      DataError: The file cannot be downloaded or written, or its checksum is wrong.
     """
     target = folder / file.name
     if target.is_file():
         return target
     logging.getLogger(__name__).warning(
-        "fetching %s (%.1f MB) into %s", file.url, file.nbytes / 1e6, folder
+        "downloading %s (%.1f MB) into %s", file.url, file.nbytes / 1e6, folder
     )
     part = None
     try:
         with urllib.request.urlopen(file.url, timeout=TIMEOUT_S) as answer:
-            # Not before: what cannot be fetched leaves no folder behind.
+            # Only now, so that a failed download leaves no folder behind.
             folder.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(prefix=f".{file.name}-", suffix=".part", dir=folder)
             part = pathlib.Path(name)
@@ -55,8 +55,8 @@ def fetch(file: File, folder: pathlib.Path) -> pathlib.Path:
         part.replace(target)
     except (OSError, http.client.HTTPException, ValueError) as error:
         if isinstance(error, urllib.error.HTTPError):
-            error.close()  # it is the answer too, and holds the connection
-        raise DataError(f"{file.url} cannot be fetched into {folder}: {_why(error)}") from error
+            error.close()  # the error is also the response, and holds the connection
+        raise DataError(f"{file.url} cannot be downloaded into {folder}: {_why(error)}") from error
     finally:
         if part is not None:
             part.unlink(missing_ok=True)
@@ -64,10 +64,10 @@ def fetch(file: File, folder: pathlib.Path) -> pathlib.Path:
 
 
 def _copy(file: File, answer: IO[bytes], output: IO[bytes]) -> None:
-    """Writes what the address gives, as long as it can be the file.
+    """Writes a response as long as it can be the file.
 
     Raises:
-      DataError: It is not.
+      DataError: It is not the file.
     """
     total, digest = 0, hashlib.sha256()
     while total <= file.nbytes and (some := answer.read(_AT_ONCE)):
@@ -77,19 +77,19 @@ def _copy(file: File, answer: IO[bytes], output: IO[bytes]) -> None:
     if total != file.nbytes:
         more = "more than" if total > file.nbytes else f"{total} of"
         raise DataError(
-            f"{file.url} gave {more} the {file.nbytes} bytes published: try again, or put the file "
-            "into data.data_dir"
+            f"{file.url} returned {more} the {file.nbytes} published bytes: try again, or put the "
+            "file into data.data_dir"
         )
     if digest.hexdigest() != file.sha256:
         raise DataError(
-            f"{file.url} gave a file with SHA-256 {digest.hexdigest()}, expected {file.sha256}: it "
-            "was changed on its way or at its place, and is not used"
+            f"{file.url} returned a file with SHA-256 {digest.hexdigest()}, expected "
+            f"{file.sha256}: it was modified in transit or at the source, and is not used"
         )
 
 
 def _why(error: Exception) -> str:
     if isinstance(error, urllib.error.HTTPError):
-        return f"the server says {error.code} {error.reason}"
+        return f"the server responded {error.code} {error.reason}"
     reason = getattr(error, "reason", None)
     if isinstance(error, urllib.error.URLError) and isinstance(reason, OSError):
         return explain(reason)

@@ -1,4 +1,4 @@
-"""Mini-batches of one device: shuffled, augmented and normalised, a function of the step alone."""
+"""Mini-batches of a device: shuffled, augmented, normalised; a function of the step only."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from pipar_jax.schedule import actions
 
 Batch = tuple[NDArray[np.float32], NDArray[np.int32]]
 
-#: Pixels by which crop_flip shifts an image at most, in each direction.
+#: Maximum shift of crop_flip in pixels, in each direction.
 PADDING = 4
-#: Keeps the draws of augmentation apart from those of the shuffle.
+#: Separates the draws of augmentation from those of the shuffle.
 _AUGMENT_STREAM = 1
 
 
 def steps_per_epoch(samples: int, batch_size: int, drop_last: bool) -> int:
-    """Returns how many mini-batches an epoch of a device has.
+    """Returns the number of mini-batches in an epoch of a device.
 
     Raises:
-      DataError: None, because the only mini-batch is ragged and left out.
+      DataError: There is none, because the only mini-batch is incomplete and dropped.
     """
     steps = samples // batch_size if drop_last else math.ceil(samples / batch_size)
     if not steps:
@@ -41,14 +41,15 @@ def steps_per_epoch(samples: int, batch_size: int, drop_last: bool) -> int:
 class Loader:
     """The mini-batches of one device, each a deterministic function of (seed, device, step).
 
-    An epoch's order comes from ``SeedSequence((seed, device, epoch))``; what augmentation does to
-    a sample comes from the sample's place in the shard, so neither micro-batches nor the order
-    in which batches are asked for change it.
+    The order of an epoch depends on ``SeedSequence((seed, device, epoch))``, augmentation of a
+    sample on its position in the shard; neither depends on micro-batches or on the order of
+    requests.
 
     Attributes:
-      samples: Samples of the shard.
-      samples_per_epoch: Samples of an epoch's mini-batches; fewer if a ragged one is left out.
-      steps_per_epoch: Mini-batches of an epoch.
+      samples: Number of samples in the shard.
+      samples_per_epoch: Number of samples in an epoch; fewer if an incomplete mini-batch is
+        dropped.
+      steps_per_epoch: Number of mini-batches in an epoch.
     """
 
     def __init__(
@@ -64,18 +65,18 @@ class Loader:
         std: NDArray[np.float32] | float = 1.0,
         drop_last: bool = False,
     ) -> None:
-        """Prepares the mini-batches of some samples.
+        """Creates the loader of a shard.
 
         Args:
           split: Images and labels.
           indices: [samples] positions of this device's samples in the split; None for all.
-          batch_size: Samples of a mini-batch.
+          batch_size: Samples per mini-batch.
           seed: The run's root seed.
           device: The device's index.
           augment: ``none`` or ``crop_flip``.
           mean: [channels] or a number, subtracted, in units of the stored images.
-          std: [channels] or a number, divided by.
-          drop_last: Whether the ragged last mini-batch of an epoch is left out.
+          std: [channels] or a number, the divisor.
+          drop_last: Whether an incomplete last mini-batch of an epoch is dropped.
 
         Raises:
           DataError: An epoch has no mini-batch.
@@ -96,17 +97,17 @@ class Loader:
         self.samples_per_epoch = whole if drop_last else self.samples
 
     def batch_samples(self, step: int) -> int:
-        """Returns the size of a step's mini-batch without making it."""
+        """Returns the size of a step's mini-batch without loading it."""
         return actions.batch_samples(self.samples_per_epoch, self._batch_size, step)
 
     def batch(self, step: int) -> Batch:
-        """Returns a step's mini-batch.
+        """Returns the mini-batch of a step.
 
         Args:
-          step: Step of this device since the run began.
+          step: Step of this device since the start of the run.
 
         Returns:
-          [samples, height, width, channels] float32 and [samples] int32, both fresh arrays.
+          [samples, height, width, channels] float32 and [samples] int32, both new arrays.
         """
         epoch, within = divmod(step, self.steps_per_epoch)
         first = within * self._batch_size
@@ -133,7 +134,7 @@ class Loader:
 
 
 def crop_flip(images: NDArray[Any], draws: NDArray[np.intp]) -> NDArray[Any]:
-    """Returns images shifted by up to PADDING pixels, zeros moving in, and perhaps mirrored.
+    """Returns images shifted by up to PADDING pixels, padded by zeros, and optionally mirrored.
 
     The augmentation of the PiPar paper's CIFAR runs: pad by four, crop at random, flip at random.
 
@@ -146,7 +147,7 @@ def crop_flip(images: NDArray[Any], draws: NDArray[np.intp]) -> NDArray[Any]:
     padded = np.zeros((count, height + 2 * PADDING, width + 2 * PADDING, channels), images.dtype)
     padded[:, PADDING : PADDING + height, PADDING : PADDING + width] = images
     made = np.empty_like(images)
-    # A loop over slices: three times as fast as one indexing by arrays of rows and columns.
+    # A loop over slices is three times as fast as indexing by arrays of rows and columns.
     for i, (top, left, mirror) in enumerate(draws.tolist()):
         crop = padded[i, top : top + height, left : left + width]
         made[i] = crop[:, ::-1] if mirror else crop
@@ -154,23 +155,23 @@ def crop_flip(images: NDArray[Any], draws: NDArray[np.intp]) -> NDArray[Any]:
 
 
 class Prefetcher:
-    """Makes the next mini-batches on a thread of its own while a step computes.
+    """Loads the next mini-batches on a thread of its own while a step computes.
 
-    It works ``depth`` mini-batches ahead and then sleeps, so that on a device pinned to one core
-    it takes only the time that its batches take.
+    It works ``depth`` mini-batches ahead and then sleeps, so that on a device pinned to one core it
+    takes only the time of its batches.
     """
 
     def __init__(self, loader: Loader, first_step: int = 0, depth: int = 2) -> None:
-        """Starts making mini-batches.
+        """Starts loading mini-batches.
 
         Args:
-          loader: Where they come from; nobody else may use it meanwhile.
-          first_step: Step of the first one.
-          depth: How many are kept ready.
+          loader: The loader, which must not be used elsewhere meanwhile.
+          first_step: Step of the first mini-batch.
+          depth: Number of mini-batches loaded ahead.
         """
         self._loader = loader
         self._next = first_step
-        self._turn: int | None = None  # the step to go on with, if it is not the next one
+        self._turn: int | None = None  # the step to continue with, if it is not the next one
         self._ready: queue.Queue[tuple[int, Batch | Exception]] = queue.Queue(depth)
         self._closed = threading.Event()
         self._thread = threading.Thread(
@@ -181,30 +182,31 @@ class Prefetcher:
     def get(self, step: int) -> Batch:
         """Returns the mini-batch of a step.
 
-        Steps come one after another, so that they are ready; where a round was undone or missed,
-        any other step is made when it is asked for, and those behind it.
+        Consecutive steps are loaded ahead. After a round that was undone or missed, any other step
+        is loaded on request, and its successors ahead.
 
         Raises:
           RunError: The prefetcher is closed.
-          DataError: A mini-batch could not be made; so do other errors of the loader.
+          DataError: A mini-batch could not be loaded; other errors of the loader are raised as
+            well.
         """
         if step != self._next:
             self._turn = step
         while not self._closed.is_set():
             of, made = self._ready.get()
             if of != step:
-                continue  # made before the turn
+                continue  # loaded before the change
             if isinstance(made, Exception):
                 self.close()
                 raise made
             self._next = step + 1
             return made
-        raise RunError(f"mini-batch of step {step} asked of a prefetcher that is closed")
+        raise RunError(f"mini-batch of step {step} requested from a closed prefetcher")
 
     def close(self) -> None:
         """Ends the thread. Idempotent."""
         self._closed.set()
-        while self._thread.is_alive():  # it may be waiting for room
+        while self._thread.is_alive():  # it may be waiting for space
             try:
                 self._ready.get_nowait()
             except queue.Empty:
@@ -219,7 +221,7 @@ class Prefetcher:
             made: Batch | Exception
             try:
                 made = self._loader.batch(step)
-            except Exception as error:  # handed to whoever waits in get, and raised there
+            except Exception as error:  # raised in get
                 made = error
             self._ready.put((step, made))
             step += 1

@@ -16,7 +16,7 @@ _SHAPE = (32, 32, 3)
 _HEADER_BYTES, _TAG_BYTES = 128, 8
 _COMPRESSED = 15
 _AT_ONCE = 1 << 20
-#: What variables take beside pixels and labels: names, sizes, tags.
+#: Bytes of variables in addition to pixels and labels: names, sizes, tags.
 _BESIDE_BYTES = 1 << 16
 
 
@@ -25,19 +25,19 @@ def read_matlab(path: pathlib.Path, most: int) -> tuple[NDArray[np.uint8], NDArr
 
     Args:
       path: The file.
-      most: Samples that it may hold.
+      most: Maximum number of samples.
 
     Raises:
-      DataError: It is not such a file, is cut short, or holds something else or more.
+      DataError: It is not such a file, is truncated, or has unexpected contents.
     """
     _check_size(path, most * (int(np.prod(_SHAPE)) + 8) + _BESIDE_BYTES)
     from scipy.io import loadmat
 
     try:
         values = loadmat(path, variable_names=("X", "y"))
-    except Exception as error:  # a malformed file makes scipy raise almost anything
+    except Exception as error:  # scipy raises almost any error for a malformed file
         raise DataError(
-            f"{path} cannot be read as a MATLAB file: {describe_reading(error)}: get it anew"
+            f"{path} cannot be read as a MATLAB file: {describe_reading(error)}: download it again"
         ) from error
     images, labels = (np.asarray(values.get(name)) for name in ("X", "y"))
     labels = labels.reshape(-1)
@@ -58,21 +58,21 @@ def read_matlab(path: pathlib.Path, most: int) -> tuple[NDArray[np.uint8], NDArr
 
 
 def _check_size(path: pathlib.Path, limit: int) -> None:
-    """Refuses a file whose variables would take more memory than the set, before any is taken."""
+    """Rejects a file whose variables would take more memory than the set, before reading them."""
     total, left = 0, path.stat().st_size
     with open(path, "rb") as file:
         header = file.read(_HEADER_BYTES)
         orders: dict[bytes, Any] = {b"IM": "little", b"MI": "big"}
         order = orders.get(header[126:128])
         if order is None or int.from_bytes(header[124:126], order) != 0x0100:
-            raise DataError(f"{path} is not a MATLAB file of version 5, as SVHN is published in")
+            raise DataError(f"{path} is not a MATLAB file of version 5, the format of SVHN")
         left -= _HEADER_BYTES
         while left > 0:
             tag = file.read(_TAG_BYTES)
             nbytes = int.from_bytes(tag[4:8], order)
             left -= _TAG_BYTES + nbytes
             if len(tag) < _TAG_BYTES or left < 0:
-                raise DataError(f"{path} is cut short: a variable of {nbytes} bytes is not whole")
+                raise DataError(f"{path} is truncated: a variable of {nbytes} bytes is incomplete")
             if int.from_bytes(tag[:4], order) == _COMPRESSED:
                 total += _unpacked_bytes(file.read(nbytes), limit - total)
             else:
@@ -86,9 +86,9 @@ def _check_size(path: pathlib.Path, limit: int) -> None:
 
 
 def _unpacked_bytes(packed: bytes, limit: int) -> int:
-    """Returns how many bytes some would unpack to, in a piece of memory; more than ``limit``: so.
+    """Returns the decompressed size of data, in bounded memory; stops beyond ``limit``.
 
-    What is broken is left for the reader to tell.
+    Corrupt data are reported by the reader later.
     """
     unpacking, total = zlib.decompressobj(), 0
     try:

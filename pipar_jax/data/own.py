@@ -1,4 +1,4 @@
-"""Data that stay home: each host reads its own from a file or from a function of its user's."""
+"""Own data, which never leave their host: read from a file or by the user's function."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from pipar_jax.errors import DataError
 def load_own(
     source: str, device: int | None, *, part: Part, classes: int = 0, scale: float = 0.0
 ) -> Dataset:
-    """Returns the data that a host brings itself.
+    """Returns the own data of a host.
 
-    A file ``npz:PATH`` or the mapping that ``module:NAME:FUNCTION`` returns holds ``x_train`` and
-    ``y_train`` (on a device) or ``x_test`` and ``y_test`` (on the server), and may hold
+    A file ``npz:PATH`` or the mapping that ``module:NAME:FUNCTION`` returns contains ``x_train``
+    and ``y_train`` (on a device) or ``x_test`` and ``y_test`` (on the server), and optionally
     ``classes`` (else the highest label + 1), ``scale``, and ``mean`` and ``std`` per channel. The
     function is called with the device's index, or None on the server.
 
-    The network sees ``(x / scale - mean) / std``. Without any of the three floats are taken as they
-    are; whole numbers are refused, since they may be pixels to be divided by 255 as well as codes
-    to be left alone, and their type does not tell: ``scale`` (or ``std``) has to.
+    The input of the network is ``(x / scale - mean) / std``. Without any of the three, floats are
+    used unchanged; whole numbers are rejected, since their dtype does not tell whether they are
+    pixels or codes: ``scale`` (or ``std``) is required.
 
     Args:
       source: ``npz:PATH`` or ``module:NAME:FUNCTION``.
       device: The device's index; None on the server.
       part: ``train`` or ``test``: the split that this host needs; the other stays empty.
-      classes: Number of classes if the configuration says it, else 0. A device may lack the
-        highest label, yet all hosts must build one model.
-      scale: What numbers are divided by if the configuration says it, else 0.
+      classes: Number of classes if configured, else 0. A device may lack the highest label, yet all
+        hosts must build the same model.
+      scale: Divisor of numbers if configured, else 0.
 
     Raises:
-      DataError: The source cannot be read, or does not hold what it must.
+      DataError: The source cannot be read, or an array is missing or not valid.
     """
     kind, _, rest = source.partition(":")
     values = _read_npz(rest, part) if kind == "npz" else _call(rest, device)
@@ -58,9 +58,9 @@ def load_own(
     )  # fmt: skip
     if images.dtype.kind in "iu" and not (scale or values.keys() & {"scale", "std"}):
         raise DataError(
-            f"{source!r}: the images are {images.dtype}, and nothing says how their numbers are "
-            "scaled: give `scale` beside the arrays or set data.scale (255 for pixels, 1 to take "
-            "them as they are), or give `mean` and `std`"
+            f"{source!r}: the images are {images.dtype}, and their scale is unknown: give `scale` "
+            "with the arrays or set data.scale (255 for pixels, 1 to use them unchanged), or "
+            "give `mean` and `std`"
         )
     return made
 
@@ -70,13 +70,13 @@ def _names(part: str) -> tuple[str, ...]:
 
 
 def _normalisation(values: Mapping[str, Any], scale: float, where: str) -> tuple[Any, Any]:
-    """Returns mean and standard deviation in units of the stored images, as the data say them."""
+    """Returns the mean and standard deviation given by the data, in units of the stored images."""
     said = {name: _number(values[name], f"{where}: {name}") for name in _names("")[3:]
             if name in values}  # fmt: skip
     if scale and "scale" in said and (said["scale"] != scale).any():
         raise DataError(
-            f"{where}: scale={said['scale'].tolist()} beside the arrays contradicts data.scale="
-            f"{scale:g}: leave one of them out"
+            f"{where}: scale={said['scale'].tolist()} with the arrays contradicts data.scale="
+            f"{scale:g}: omit one of them"
         )
     if scale:
         said["scale"] = np.asarray(scale)
@@ -99,16 +99,16 @@ def _read_npz(path: str, part: str) -> dict[str, Any]:
         with np.load(file, allow_pickle=False) as arrays:
             if not isinstance(arrays, np.lib.npyio.NpzFile):
                 raise DataError(f"{file} is not an .npz file: write it with numpy.savez")
-            # Arrays are decompressed when they are asked for: leave those of the other part.
+            # Arrays are decompressed on access: skip those of the other part.
             return {name: arrays[name] for name in arrays.files if name in _names(part)}
     except FileNotFoundError as error:
         raise DataError(f"own data npz:{path} cannot be read: there is no file {file}") from error
     except (OSError, ValueError, EOFError, MemoryError, zlib.error, zipfile.BadZipFile) as error:
         why = explain(error) if isinstance(error, OSError) else str(error) or type(error).__name__
-        # What numpy says then advises to unpickle, which could run anything.
+        # numpy's message recommends unpickling, which could execute arbitrary code.
         if "pickle" in why:
             why = (
-                "it holds Python objects, expected arrays of numbers"
+                "it contains Python objects, expected arrays of numbers"
                 if zipfile.is_zipfile(file)
                 else "it is not an .npz file: write it with numpy.savez"
             )

@@ -1,4 +1,4 @@
-"""How a public data set is dealt to the devices: equally, by class, by label shards, by size."""
+"""Partitions of a public data set among devices: iid, by class, by label shards, by size."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from pipar_jax.errors import DataError
 
 Indices = NDArray[np.intp]
 
-#: Keeps the draws of partitions apart from those of shuffles and augmentation under one seed.
+#: Separates the draws of partitions from those of shuffles and augmentation.
 _STREAM = 0x7061_7274
 
 
 def partition(labels: NDArray[Any], count: int, config: DataConfig, seed: int) -> list[Indices]:
-    """Deals samples to devices, every sample to one device and at least one to each.
+    """Assigns every sample to one device, and at least one sample to each device.
 
     Args:
       labels: [samples] int.
       count: Number of devices.
-      config: Which of them, with its numbers.
-      seed: Root of the draws; equal on all hosts, so each can compute its own part alone.
+      config: The partition and its parameters.
+      seed: Root seed, equal on all hosts, so that each computes its own part.
 
     Returns:
-      Per device, the positions of its samples, ascending.
+      The positions of the samples of each device, in ascending order.
 
     Raises:
-      DataError: There are fewer samples (or label shards) than it takes.
+      DataError: There are not enough samples or label shards.
     """
     labels = np.asarray(labels)
     if len(labels) < count:
         raise DataError(
-            f"{len(labels)} samples cannot be dealt to {count} devices: lower devices.count or "
-            "raise data.train_samples"
+            f"{len(labels)} samples cannot be divided among {count} devices: lower devices.count "
+            "or raise data.train_samples"
         )
     draw = np.random.default_rng(np.random.SeedSequence((seed, _STREAM)))
     parts = PARTITIONS[config.partition](labels, count, config, draw)
@@ -44,7 +44,7 @@ def partition(labels: NDArray[Any], count: int, config: DataConfig, seed: int) -
 
 
 def partition_table(labels: NDArray[Any], parts: list[Indices], classes: int) -> str:
-    """Returns a small table: samples of each device, by class where there are few of them."""
+    """Returns a table of the samples of each device, by class if there are few classes."""
     labels = np.asarray(labels)
     counts = np.stack([np.bincount(labels[part], minlength=classes) for part in parts])
     if classes <= 10:
@@ -67,7 +67,7 @@ def partition_table(labels: NDArray[Any], parts: list[Indices], classes: int) ->
 def spread(total: int, wanted: int) -> Indices:
     """Returns ``wanted`` positions spread evenly over ``total``; all of them if 0 or too many.
 
-    Free of draws, so that every seed and every host sees the same samples.
+    Deterministic, so that every seed and every host has the same samples.
     """
     if not 0 < wanted < total:
         return np.arange(total)
@@ -108,7 +108,7 @@ def _by_shard(
             f"{len(labels)} samples cannot be cut into {count} devices x "
             f"{config.shards_per_device} label shards: lower data.shards_per_device"
         )
-    # Shuffled before the stable sort, so that the samples of a label are dealt at random.
+    # Shuffled before the stable sort, so that the samples of a label are assigned at random.
     shuffled = draw.permutation(len(labels))
     by_label = shuffled[np.argsort(labels[shuffled], kind="stable")]
     cut = np.array_split(by_label, shards)
@@ -141,7 +141,7 @@ def _by_share(positions: Indices, shares: NDArray[np.float64]) -> list[Indices]:
 
 
 def _none_empty(parts: list[Indices]) -> list[Indices]:
-    # A device without a sample cannot take part, so the largest gives it one.
+    # A device without samples cannot participate: the largest one gives it a sample.
     for i, part in enumerate(parts):
         if not len(part):
             largest = max(range(len(parts)), key=lambda j: len(parts[j]))

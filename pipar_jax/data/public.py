@@ -1,4 +1,4 @@
-"""Public data sets without TensorFlow: digits, files as published, and what TFDS prepared."""
+"""Public data sets without TensorFlow: digits, published files, and files prepared by TFDS."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _READ_AT_ONCE = 1000
 
 
 def load_public(source: str, config: DataConfig) -> Dataset:
-    """Returns a public data set, whole, memory-mapped from the decoded files.
+    """Returns a complete public data set, memory-mapped from decoded files.
 
-    What TFDS prepared is taken first, then the files as published, from ``data_dir`` or where they
-    were fetched to, and at last they are fetched. The samples and their order are the same.
+    Sources are, in this order: files prepared by TFDS, published files in ``data_dir`` or the
+    cache, and a download. Samples and order are the same.
 
     Args:
       source: A name in ``published.PUBLIC_SOURCES``.
-      config: Where to look, whether to fetch, and where decoded arrays are kept.
+      config: Folders of data and of decoded arrays, and whether to download.
 
     Raises:
-      DataError: The set is nowhere and cannot be fetched, or its files cannot be read.
+      DataError: The set is missing and cannot be downloaded, or its files cannot be read.
     """
     folder = cache_folder(config.cache_dir)
     if source == DIGITS:
@@ -45,7 +45,7 @@ def load_public(source: str, config: DataConfig) -> Dataset:
     )
     home = home.expanduser().absolute()
     if config.data_dir and home.exists() and not home.is_dir():
-        raise DataError(f"data.data_dir={config.data_dir!r} is not a folder: give the one it is in")
+        raise DataError(f"data.data_dir={config.data_dir!r} is not a folder: give its folder")
     about = find_prepared(source, home)
     if about is not None:
         key = f"{source}-{about.parent.name}-{_mark([about])}"
@@ -59,7 +59,7 @@ def load_public(source: str, config: DataConfig) -> Dataset:
 
 
 def _mark(paths: Sequence[pathlib.Path]) -> str:
-    """Returns a text for some files: other files of a set are another entry of the cache."""
+    """Returns a key for files, so that other files of a set have another entry in the cache."""
     marks = [(path, path.stat()) for path in paths]
     text = " ".join(f"{path} {stat.st_mtime_ns} {stat.st_size}" for path, stat in marks)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -68,18 +68,20 @@ def _mark(paths: Sequence[pathlib.Path]) -> str:
 def _fetch(
     source: str, home: pathlib.Path, folder: pathlib.Path, config: DataConfig
 ) -> tuple[pathlib.Path, ...]:
-    """Fetches the published files of a set into a folder and returns what is to be read.
+    """Downloads the published files of a set into a folder and returns the files to read.
 
     Raises:
-      DataError: They cannot be fetched; says what to put where instead.
+      DataError: A download failed; the message says which files to put where.
     """
     one = SETS[source]
     names = ", ".join(file.name for file in one.files)
-    lacking = f"data set {source!r} is not prepared in {home} by TFDS, and not there as {names}"
+    lacking = (
+        f"data set {source!r} was not found in {home}, neither prepared by TFDS nor as {names}"
+    )
     if one.not_read and any((place / one.not_read).exists() for place in (home, home / source)):
-        lacking += f"; {one.not_read} there is a pickle, which is never read"
+        lacking += f"; {one.not_read} is a pickle, which is never read"
     remedy = (
-        f"get {names} from {one.files[0].url.rpartition('/')[0]}/ and name its folder with "
+        f"download {names} from {one.files[0].url.rpartition('/')[0]}/ and name its folder with "
         "--config.data.data_dir"
     )
     if not config.download:
@@ -95,7 +97,7 @@ def _fetch(
 
 
 def find_prepared(source: str, home: pathlib.Path) -> pathlib.Path | None:
-    """Returns the ``dataset_info.json`` of the newest prepared version that can be read here."""
+    """Returns the ``dataset_info.json`` of the newest readable prepared version."""
     found = [
         path
         for path in sorted(home.glob(f"{source}/*/dataset_info.json"))
@@ -111,7 +113,7 @@ def _version(name: str) -> tuple[int, ...]:
 def _decode(source: str, home: pathlib.Path) -> Dataset:
     import tensorflow_datasets as tfds
 
-    # Its advice to install OpenCV concerns whoever decodes in every epoch; here it happens once.
+    # Its advice to install OpenCV does not apply: images are decoded once, not in every epoch.
     absl, level = logging.getLogger("absl"), logging.getLogger("absl").level
     absl.setLevel(logging.ERROR)
     try:
@@ -148,7 +150,7 @@ def read_records(records: Any) -> Split:
 
     Args:
       records: A sequence of mappings with ``image`` [height, width, channels] uint8 and ``label``;
-        ``__getitems__`` is used to read many at a time where there is one.
+        ``__getitems__``, if available, is used to read many at a time.
     """
     total = len(records)
     labels = np.empty(total, np.int32)
@@ -160,7 +162,7 @@ def read_records(records: Any) -> Split:
             images[first + offset] = record["image"]
             labels[first + offset] = record["label"]
     if images is None:
-        raise DataError("a split of the data set holds no sample: prepare it again")
+        raise DataError("a split of the data set has no sample: prepare it again")
     return Split(images, labels)
 
 
@@ -174,13 +176,13 @@ def _in_runs(records: Any, total: int) -> Iterator[tuple[int, Sequence[Any]]]:
 
 
 def _decode_digits() -> Dataset:
-    """Returns the 1,797 handwritten digits that come with scikit-learn, a fifth as the test set."""
+    """Returns the 1,797 handwritten digits of scikit-learn, one fifth as the test set."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     images = bunch.images.astype(np.uint8)[..., None]
     labels = bunch.target.astype(np.int32)
-    # Writers follow one another in the file; a fixed shuffle puts all of them in both parts.
+    # The file is ordered by writer; a fixed shuffle distributes writers over both parts.
     order = np.random.default_rng(0).permutation(len(labels))
     test, train = order[: len(order) // 5], order[len(order) // 5 :]
     return Dataset(

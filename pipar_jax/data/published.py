@@ -1,6 +1,6 @@
-"""The public sets as they are published: files, addresses, checksums, and what is known of each.
+"""Published data sets: files, addresses, checksums and metadata.
 
-Sizes and SHA-256 sums are those that TensorFlow Datasets records for the same addresses; the sum of
+Sizes and SHA-256 sums are those of TensorFlow Datasets for the same addresses; the sum of
 CIFAR-10's archive agrees with the MD5 sum on its page.
 """
 
@@ -14,10 +14,10 @@ class File:
     """One published file.
 
     Attributes:
-      name: What it is called.
-      url: Where it is.
-      nbytes: Its size.
-      sha256: Its checksum, hexadecimal.
+      name: File name.
+      url: Address of the file.
+      nbytes: Size in bytes.
+      sha256: Checksum in hexadecimal.
     """
 
     name: str
@@ -28,18 +28,18 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A public set.
+    """A public data set.
 
     Attributes:
       classes: Number of classes.
-      mean: Per channel, of the training images scaled to [0, 1].
-      std: Per channel, of the training images scaled to [0, 1].
-      files: What is published, and read here.
+      mean: Mean per channel of the training images scaled to [0, 1].
+      std: Standard deviation per channel of the training images scaled to [0, 1].
+      files: The published files that are read.
       train: Files with training samples, in order; inside an archive or extracted.
       test: Files with test samples.
-      folder: Folder of these inside an archive; empty where there is none.
-      most: Samples that ``train`` and ``test`` hold at most, each file of them alike.
-      not_read: Another form of the set that is a pickle, and so is not read.
+      folder: Folder of these in an archive; empty without one.
+      most: Maximum numbers of samples in ``train`` and ``test``, divided equally among their files.
+      not_read: Another form of the set that is not read because it is a pickle.
     """
 
     classes: int

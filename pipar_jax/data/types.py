@@ -1,4 +1,4 @@
-"""What a data set is: two splits of images and labels, and how to normalise them."""
+"""Data sets: two splits of images and labels, and their normalisation."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Images and labels of one part of a data set.
+    """Images and labels of one split of a data set.
 
     Attributes:
-      images: [samples, height, width, channels] uint8 or float32, as they are stored (never
-        scaled), perhaps memory-mapped.
+      images: [samples, height, width, channels] uint8 or float32, as stored (never scaled),
+        possibly memory-mapped.
       labels: [samples] int32.
     """
 
@@ -27,24 +27,24 @@ class Split:
         return len(self.labels)
 
     def take(self, indices: NDArray[np.intp]) -> Split:
-        """Returns a copy of the samples at some positions, held in memory."""
-        # Taken from a plain view: a memmap's copies would still call themselves mapped.
+        """Returns a copy of the samples at given positions, in memory."""
+        # Indexing a plain view: copies of a memmap would still be of type memmap.
         return Split(np.asarray(self.images)[indices], self.labels[indices])
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A data set as one host sees it.
+    """The data set of one host.
 
     Attributes:
-      source: Where it came from, as ``data.source`` names it.
-      train: Training samples; those of one device, where a device loaded it.
+      source: Source of the data, as in ``data.source``.
+      train: Training samples; on a device, its own.
       test: Test samples; none on a device.
       classes: Number of classes.
       input_shape: Height, width and channels of an image.
       mean: [channels] float32, in units of the stored images.
-      std: [channels] float32, in units of the stored images. These two alone say how numbers are
-        scaled; nothing is read from the images' type.
+      std: [channels] float32, in units of the stored images. Only these two define the scale of
+        numbers, not the images' dtype.
     """
 
     source: str
@@ -56,15 +56,15 @@ class Dataset:
     std: NDArray[np.float32]
 
     def normalise(self, images: NDArray[Any]) -> NDArray[np.float32]:
-        """Returns (images - mean) / std as [samples, …] float32, a fresh array."""
+        """Returns (images - mean) / std as [samples, …] float32, a new array."""
         return normalise(images, self.mean, self.std)
 
 
 def normalise(
     images: NDArray[Any], mean: NDArray[np.float32], std: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Returns (images - mean) / std as [samples, …, channels] float32, a fresh array."""
-    # One multiplication and one addition in place: half the memory traffic of the formula as read.
+    """Returns (images - mean) / std as [samples, …, channels] float32, a new array."""
+    # One multiplication and one addition in place: half the memory traffic of the formula.
     made: NDArray[np.float32] = np.multiply(images, np.float32(1) / std, dtype=np.float32)
     made -= mean / std
     return made

@@ -111,11 +111,11 @@ def plan_for(config: Config, units: Sequence[str]) -> Plan:
       units: Names of the model's units, in order.
 
     Raises:
-      ConfigError: A cut is not a position in this model, or the plan is the tuner's to find.
+      ConfigError: A cut is not a position in this model, or the tuner has to choose the plan.
     """
     if config.method == AUTO:
         raise ConfigError(
-            "method=auto has no plan before its hosts were measured: ask the tuner, or choose one "
-            f"of {', '.join(METHODS)}"
+            "method=auto has no plan before its hosts are measured: use the tuner, or choose one "
+            "of {', '.join(METHODS)}"
         )
     return METHODS[config.method].plan(config, units)

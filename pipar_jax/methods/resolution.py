@@ -1,4 +1,4 @@
-"""A configuration checked as a whole, the plan that its method makes of it included."""
+"""Checks of a whole configuration, including the plan of its method."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from stages.names import UNITS
 def resolve(config: Config, *, models: tuple[str, ...] = ()) -> Config:
     """Checks a configuration as a whole and returns a complete copy.
 
-    Numbers become floats where the field is one, paths become absolute, a token kept elsewhere is
-    read, and overrides are checked device by device.
+    Numbers in float fields become floats, paths become absolute, a token in a file or the
+    environment is read, and overrides are checked.
 
     Args:
-      config: What a preset or a caller made; not changed.
+      config: The configuration, which is not modified.
       models: Names of models beyond those that ``stages`` registers.
 
     Raises:
-      ConfigError: A field cannot work; the message names it, its value and the remedy.
+      ConfigError: A field is not valid; the message names it, its value and a remedy.
     """
     if not isinstance(config, Config):
         raise ConfigError(
-            f"expected a pipar_jax.Config, got {type(config).__name__} {config!r:.80}: make "
-            "one, or take a preset's get_config()"
+            f"expected a pipar_jax.Config, got {type(config).__name__} {config!r:.80}: create "
+            "one, or use get_config() of a preset"
         )
     made = copy.deepcopy(config)
     schema.check(made, names=NAMES)
@@ -47,16 +47,16 @@ def resolve(config: Config, *, models: tuple[str, ...] = ()) -> Config:
 
 
 def check_plan(config: Config, units: Sequence[str]) -> None:
-    """Checks what depends on the model's units: every cut, and that hosts can do what follows.
+    """Checks all cuts against the model's units, and that the runtime can execute the plan.
 
-    Nothing is checked where the plan is the tuner's or the planner's to find.
+    Nothing is checked if the tuner or the planner has to choose the plan.
 
     Args:
-      config: A configuration whose fields fit one by one.
+      config: A configuration with valid fields.
       units: Names of the model's units, in order.
 
     Raises:
-      ConfigError: A cut is not one of this model, or no host could carry the plan out.
+      ConfigError: A cut is not valid for this model, or the runtime cannot execute the plan.
     """
     if is_planned(config):
         return
@@ -67,6 +67,6 @@ def check_plan(config: Config, units: Sequence[str]) -> None:
             check_adaptable(plan)
     except PlanError as error:
         raise ConfigError(
-            f"method={config.method} and pipeline.weights={config.pipeline.weights!r} do not go "
-            f"together here: {error}"
+            f"method={config.method} and pipeline.weights={config.pipeline.weights!r} cannot be "
+            f"combined here: {error}"
         ) from error

@@ -179,7 +179,7 @@ RULES: list[tuple[str, Config]] = [
     ("pipeline.cut=99", changed(pipeline__cut=99)),
     ("pipeline.cut='cnv2'", changed(pipeline__cut="cnv2")),
     ("devices.1.cut=5", changed(devices__overrides={1: {"cut": 5}})),
-    ("share one device part", changed(method="sl", devices__overrides={1: {"cut": 2}})),
+    ("share one client-side model", changed(method="sl", devices__overrides={1: {"cut": 2}})),
     ("pipeline.cuts", changed(**CHAIN, pipeline__cuts="1,2")),
     ("pipeline.cuts", changed(**CHAIN, pipeline__cuts="1,3,2")),
     ("pipeline.cuts", changed(**CHAIN, pipeline__cuts="1,2,conv9")),

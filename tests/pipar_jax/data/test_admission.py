@@ -55,7 +55,7 @@ def dataset(part: str, **changes: Any) -> Dataset:
 #: What is wrong, and the words that say so, at every entry.
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"y": np.array([0, 1, 2, 0, 1, -1])}, "label -1 is negative"),
-    ({"y": np.array([0, 1, 2, 0, 1, 3])}, "label 3 is beyond classes=3"),
+    ({"y": np.array([0, 1, 2, 0, 1, 3])}, "label 3 is out of range for classes=3"),
     ({"y": np.array([0, 1, 2, 0, 1, 2**32])}, "label 4294967296 does not fit"),
     ({"y": np.array([0, 1, 2])}, r"labels must be \[6\] whole numbers, one per image"),
     ({"y": np.full(6, 1.0)}, r"labels must be \[6\] whole numbers"),
@@ -72,7 +72,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"x": np.ones((0, *SHAPE)), "y": np.ones(0, int)},
         "there is no sample to (train on|test with)",
     ),
-    ({"classes": 2}, "beyond classes=2"),
+    ({"classes": 2}, "out of range for classes=2"),
     ({"classes": 2.5}, "classes must be a whole number"),
     ({"classes": -3}, "classes must be a whole number"),
     ({"mean": [1.0, 2.0]}, "one for each of 1 channels"),
@@ -243,7 +243,7 @@ def test_a_model_with_too_few_classes_is_refused_by_each_role(
     entry: Any, tmp_path: pathlib.Path
 ) -> None:
     config, model = _config(tmp_path), _model(2, SHAPE)
-    with pytest.raises(DataError, match="'mine' has label 2, but the model knows classes 0 to 1"):
+    with pytest.raises(DataError, match="'mine' has label 2, but the model has classes 0 to 1"):
         if entry is run_device:
             run_device(config, 0, ("127.0.0.1", 1), model=model, data=dataset("train"))
         else:
@@ -315,7 +315,7 @@ def test_whole_numbers_say_how_they_are_scaled_or_are_refused(
         return np.unique(made.normalise(made.train.images))
 
     for silent in ({}, {"mean": 3.0}):
-        with pytest.raises(DataError, match=r"nothing says how .* scaled: give `scale`"):
+        with pytest.raises(DataError, match=r"their scale is unknown: give `scale`"):
             scaled(**silent)
     assert scaled(scale=1.0) == [51] and scaled(1.0) == [51]  # a field, or a key, never the type
     np.testing.assert_allclose(scaled(255.0), [0.2], rtol=1e-6)

@@ -164,7 +164,7 @@ MALFORMED: dict[str, tuple[str, dict[str, bytes], str]] = {
     ),
     "file too short": (
         "cifar10", _cifar(lambda some: some.update({"data_batch_2.bin": _RECORD})),
-        "files of one size",
+        "files of equal size",
     ),
     "file missing": (
         "cifar10", _cifar(lambda some: some.pop("test_batch.bin") and None), "has no .*test_batch"
@@ -192,7 +192,7 @@ MALFORMED: dict[str, tuple[str, dict[str, bytes], str]] = {
     ),
     "idx cut short": (
         "mnist", _with("mnist", _IMAGES, gzip.compress(fakes.files("mnist")[_IMAGES[:-3]][:-1])),
-        "is cut short: 8623 of 8624",
+        "is truncated: 8623 of 8624",
     ),
     "gzip cut short": ("mnist", _cut("mnist", _IMAGES, 400), "cannot be read"),
     "idx of another type": (
@@ -217,7 +217,7 @@ MALFORMED: dict[str, tuple[str, dict[str, bytes], str]] = {
         _with("svhn_cropped", _SVHN, bytes(124) + b"\x00\x02IM" + b"\x89HDF\r\n"),
         "is not a MATLAB file of version 5",
     ),
-    "mat cut short": ("svhn_cropped", _cut("svhn_cropped", _SVHN, 3000), "is cut short"),
+    "mat cut short": ("svhn_cropped", _cut("svhn_cropped", _SVHN, 3000), "is truncated"),
     "mat broken": (
         "svhn_cropped",
         _with("svhn_cropped", _SVHN, fakes.published("svhn_cropped")[_SVHN][:136]
@@ -320,7 +320,7 @@ def test_pickles_are_not_read_and_told_of(
         monkeypatch.setattr(pickle, name, lambda *_, **__: pytest.fail("unpickled"))
     name = SETS["cifar10"].not_read
     fakes.put(tmp_path / "data", {name: fakes.packed({"cifar-10-batches-py/test_batch": b"\x80"})})
-    with pytest.raises(DataError, match=rf"{name} there is a pickle, which is never read"):
+    with pytest.raises(DataError, match=rf"{name} is a pickle, which is never read"):
         load("cifar10")
 
 
@@ -340,7 +340,7 @@ def test_a_file_as_data_dir_is_refused(
     tmp_path: pathlib.Path, load: Callable[..., Dataset]
 ) -> None:
     (tmp_path / "data").write_text("a file")
-    with pytest.raises(DataError, match="is not a folder: give the one it is in"):
+    with pytest.raises(DataError, match="is not a folder: give its folder"):
         load("mnist")
 
 
@@ -389,12 +389,12 @@ def _hangs_up(handler: Any) -> None:
 
 _WHOLE = fakes.published("cifar10")[_CIFAR]
 BROKEN: dict[str, tuple[Any, str]] = {
-    "changed": (_WHOLE[:-1] + bytes([_WHOLE[-1] ^ 1]), "gave a file with SHA-256"),
+    "changed": (_WHOLE[:-1] + bytes([_WHOLE[-1] ^ 1]), "returned a file with SHA-256"),
     "short": (_WHOLE[:-1], r"gave \d+ of the \d+ bytes published"),
     "long": (_WHOLE + b"x", r"gave more than the \d+ bytes"),
     "empty": (b"", "gave 0 of the"),
-    "not found": (404, "the server says 404"),
-    "out of order": (503, "the server says 503"),
+    "not found": (404, "the server responded 404"),
+    "out of order": (503, "the server responded 503"),
     "silent": (_stalls, "timed out"),
     "hung up": (_hangs_up, "IncompleteRead"),
 }
@@ -425,7 +425,7 @@ def test_without_a_network_one_line_says_what_to_do(
     site = fakes.Site()
     site._server.server_close()  # its port refuses now
     monkeypatch.setitem(SETS, "mnist", fakes.moved("mnist", site.url, fakes.published("mnist")))
-    with pytest.raises(DataError, match=r"cannot be fetched .* Connection refused; get train-"):
+    with pytest.raises(DataError, match=r"cannot be downloaded .* Connection refused; get train-"):
         load("mnist", download=True)
 
 
@@ -436,7 +436,7 @@ def test_a_folder_that_cannot_be_written_is_named(
     (tmp_path / "file").write_text("")
     site.content = dict(fakes.published("mnist"))
     monkeypatch.setitem(SETS, "mnist", fakes.moved("mnist", site.url, site.content))
-    with pytest.raises(DataError, match=r"cannot be fetched into .*file/data: Not a directory"):
+    with pytest.raises(DataError, match=r"cannot be downloaded into .*file/data: Not a directory"):
         load("mnist", download=True, data_dir=str(tmp_path / "file" / "data"))
 
 

@@ -71,7 +71,7 @@ def test_quantity_skews_sizes_and_leaves_classes_alone() -> None:
 
 
 def test_too_few_samples_are_refused() -> None:
-    with pytest.raises(DataError, match="3 samples cannot be dealt to 4 devices"):
+    with pytest.raises(DataError, match="3 samples cannot be divided among 4 devices"):
         partition(LABELS[:3], 4, DataConfig(), 0)
     with pytest.raises(DataError, match=r"shards_per_device"):
         partition(LABELS[:7], 4, DataConfig(partition="labels", shards_per_device=2), 0)

@@ -106,7 +106,7 @@ def test_a_cache_cut_short_is_explained(config: Config) -> None:
     data.load(config.data)
     [images] = pathlib.Path(config.data.cache_dir).glob("*/train_images.npy")
     images.write_bytes(images.read_bytes()[:1000])
-    with pytest.raises(DataError, match="remove that folder"):
+    with pytest.raises(DataError, match="delete that folder"):
         data.load(config.data)
 
 
@@ -256,7 +256,7 @@ WRONG = [
     ({"x_train": np.full((6, 4, 4), "a")}, "uint8 or float"),
     ({"y_train": np.full(6, 0.5)}, "whole numbers"),
     ({"y_train": np.full(6, -1)}, "negative"),
-    ({"classes": 2}, "beyond classes=2"),
+    ({"classes": 2}, "out of range for classes=2"),
     ({"mean": [1.0, 2.0]}, "one for each of 1 channels"),
     ({"std": 0.0}, "above 0"),
     ({"x_train": np.ones((0, 4, 4)), "y_train": np.ones(0, int)}, "no sample"),
@@ -308,7 +308,7 @@ def test_data_load_no_jax() -> None:
 def test_nobody_is_advised_to_unpickle(tmp_path: pathlib.Path) -> None:
     (tmp_path / "text.npz").write_text("a,b\n1,2\n")
     np.savez(tmp_path / "objects.npz", x_train=np.array([{}], object), y_train=[1])
-    for name, says in (("text", "not an .npz file"), ("objects", "holds Python objects")):
+    for name, says in (("text", "not an .npz file"), ("objects", "contains Python objects")):
         with pytest.raises(DataError, match=says) as caught:
             load_own(f"npz:{tmp_path / name}.npz", 0, part="train")
         assert "pickle" not in str(caught.value)

@@ -184,7 +184,7 @@ def test_missing_data_end_the_run_before_a_process_starts(
 ) -> None:
     config.data.source, config.data.data_dir = "mnist", config.run.dir
     config.data.download = False
-    with pytest.raises(DataError, match="not prepared"):
+    with pytest.raises(DataError, match="neither prepared by TFDS"):
         launch(config, monkeypatch)
     assert not pathlib.Path(config.run.dir).exists()
 
