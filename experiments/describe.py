@@ -20,6 +20,7 @@ from pipar_jax.config.schema import option
 from pipar_jax.errors import ConfigError
 from pipar_jax.launch import flags
 from pipar_jax.methods.registry import METHODS
+from pipar_jax.runtime.setup import build_model, set_precision
 
 # Shapes and classes of the public data sets, so that nothing has to be downloaded.
 SHAPES = {
@@ -78,6 +79,16 @@ def make_table(title: str, rows: tuple[stages.Facts, ...], cuts: tuple[int, ...]
     return table
 
 
+def make_obstacles(model: stages.Model) -> Table:
+    """Lays out where a traced model has no cut, and why."""
+    table = Table(title="no cut", title_justify="left")
+    table.add_column("behind")
+    table.add_column("because")
+    for obstacle in model.obstacles:
+        table.add_row(obstacle.after, obstacle.reason)
+    return table
+
+
 def main(config: Config, own: DescribeFlags) -> None:
     """Describes the configured model."""
     known = SHAPES.get(config.data.source)
@@ -85,20 +96,16 @@ def main(config: Config, own: DescribeFlags) -> None:
         dataset = data.load(config.data)
         known = dataset.input_shape, dataset.classes
     shape, classes = known
-    model = stages.build(
-        config.model.name,
-        input_shape=shape,
-        classes=classes,
-        norm=config.model.norm,
-        stem=config.model.stem,
-        dtype="float32",
-    )
+    set_precision(config)
+    model = build_model(config, shape, classes)
     cuts = resolve_cuts(model, own.stages, config.pipeline.cut)
     parts = config.pipeline.micro_batches if METHODS[config.method].pipelined else 1
     batch = -(-config.data.batch_size // parts)
     console = Console(width=110)
     title = f"{model.name}, {stages.parameter_count(model):,} parameters, micro-batch {batch}"
     console.print(make_table(title, stages.unit_facts(model, batch), cuts))
+    if model.obstacles:
+        console.print(make_obstacles(model))
     facts = stages.stage_facts(model, cuts, batch)
     console.print(make_table(f"stages of cuts {', '.join(map(str, cuts))}", facts, ()))
 

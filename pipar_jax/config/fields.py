@@ -30,7 +30,10 @@ SLOWEST = 1e6
 class ModelConfig:
     """The network and its construction."""
 
-    name: str = option("vgg5", f"network: {', '.join(MODELS)}")
+    name: str = option("vgg5", f"network: {', '.join(MODELS)}, or your own: module:NAME:FUNCTION")
+    args: str = option(
+        "", "your own network: arguments of its function, such as 'width=16 norm=group'"
+    )
     norm: str = option("batch", "normalisation layers", choices=NORMS)
     stem: str = option("cifar", "first layers of a ResNet: 3x3, or 7x7 with pooling", choices=STEMS)
     dtype: str = option(

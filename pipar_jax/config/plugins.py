@@ -7,6 +7,7 @@ and ``of_user`` is set, so that a process writes the traceback to its log.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,9 +47,10 @@ def find(path: str, what: str, kind: type[PiparError]) -> Callable[..., Any]:
             f"no function {function!r}"
         )
 
-    def call(*arguments: Any) -> Any:
+    @functools.wraps(made)
+    def call(*arguments: Any, **named: Any) -> Any:
         with guarded(f"{what} failed", kind):
-            return made(*arguments)
+            return made(*arguments, **named)
 
     return call
 

@@ -26,6 +26,8 @@ from pipar_jax.methods.resolution import check_plan, resolve
 from pipar_jax.roles.run_folder import CONFIG, METRICS, TRACE
 from pipar_jax.roles.server import run_server
 from pipar_jax.roles.worker import run_device, run_node
+from pipar_jax.runtime.own_model import OWN
+from pipar_jax.runtime.setup import build_model, check_carried
 from pipar_jax.schedule.plan import COORDINATOR, device_name, host_index
 from pipar_jax.schedule.trace import Trace
 from pipar_jax.training import checkpoint
@@ -178,13 +180,22 @@ def train(
     names = () if model is None else (config.model.name,)
     resolved = resolve(config, models=names)
     if model is not None:
-        check_plan(resolved, model.unit_names)
+        check_plan(resolved, check_carried(model).unit_names)
     tell = on_event or (lambda event: None)
     if model is None and data is None:
         from pipar_jax.launch.launcher import launch
 
-        return load(launch(resolved, on_event=tell)["folder"])
+        folder = Path(launch(resolved, on_event=tell)["folder"])
+        return load(folder, _own_model(resolved, folder))
     return load(run_here(resolved, model, data, on_event=tell), model)
+
+
+def _own_model(config: Config, folder: Path) -> Model | None:
+    """Returns the user's own network, if that is what a finished run's configuration names."""
+    if not config.model.name.startswith(OWN):
+        return None
+    facts = checkpoint.facts(folder / checkpoint.WEIGHTS)
+    return build_model(config, facts["input_shape"], facts["classes"])
 
 
 def run_here(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 
 from pipar_jax.config import OWN_SOURCES, Config, Hosts, HostSpec, field_path, may_lose, schema
 from pipar_jax.config.checks import distinct_devices
@@ -42,16 +43,36 @@ def check_registered(config: Config, models: tuple[str, ...] = ()) -> None:
 def _check_model(config: Config, models: tuple[str, ...]) -> None:
     """Checks that the network is known, and that the data suit it."""
     known = (*UNITS, *models)
-    if config.model.name not in known:
+    own = re.fullmatch(r"module:[\w.]+:\w+", config.model.name) is not None
+    _check_arguments(config.model.args, own)
+    if config.model.name not in known and not own:
         raise ConfigError(
             f"model.name={config.model.name!r} is not a "
-            f"network{schema.did_you_mean(config.model.name, known)} (known: {', '.join(known)})"
+            f"network{schema.did_you_mean(config.model.name, known)} (known: {', '.join(known)}, "
+            "module:NAME:FUNCTION)"
         )
     name = config.model.name
     if name in TOKEN_MODELS and name not in models and config.data.source in PUBLIC_SOURCES:
         raise ConfigError(
             f"model.name={name!r} takes rows of tokens, and data.source={config.data.source!r} has "
             "images: choose another network, or tokens of your own (npz:PATH, module:NAME:FUNCTION)"
+        )
+
+
+def _check_arguments(text: str, own: bool) -> None:
+    """Checks the arguments of the user's own network."""
+    if text and not own:
+        raise ConfigError(
+            f"model.args={text!r} is for a network of your own: set model.name=module:NAME:FUNCTION"
+        )
+    try:
+        pairs = shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"model.args={text!r} cannot be read: {error}") from error
+    wrong = [pair for pair in pairs if not re.match(r"[A-Za-z_]\w*=", pair)]
+    if wrong:
+        raise ConfigError(
+            f"model.args={text!r}: {wrong[0]!r} is not NAME=VALUE; write 'width=16 norm=group'"
         )
 
 

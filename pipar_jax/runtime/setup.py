@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import stages
 from comms import ChannelOptions, TlsOptions
 from pipar_jax.config import Config
+from pipar_jax.errors import RunError
+from pipar_jax.runtime.own_model import OWN, make_own
 
 if TYPE_CHECKING:
     from stages import Model
@@ -26,7 +28,14 @@ def set_precision(config: Config) -> None:
 
 
 def build_model(config: Config, input_shape: Sequence[int], classes: int) -> Model:
-    """Returns the configured model for samples of a shape and a number of classes."""
+    """Returns the configured model for samples of a shape and a number of classes.
+
+    Raises:
+      RunError: The user's own network cannot be made.
+      StageError: It cannot be trained or cut.
+    """
+    if config.model.name.startswith(OWN):
+        return check_carried(make_own(config, input_shape, classes))
     return stages.build(
         config.model.name,
         input_shape=tuple(input_shape),
@@ -35,6 +44,20 @@ def build_model(config: Config, input_shape: Sequence[int], classes: int) -> Mod
         stem=config.model.stem,
         dtype=config.model.dtype,
     )
+
+
+def check_carried(model: Model) -> Model:
+    """Returns a model if runs can feed it.
+
+    Raises:
+      RunError: It takes side inputs.
+    """
+    if model.sides:
+        raise RunError(
+            f"model {model.name!r} takes the side inputs {sorted(model.sides)}, and a run carries "
+            "one input: compute them in the network from its input, before the first cut"
+        )
+    return model
 
 
 def channel_options(config: Config) -> ChannelOptions:

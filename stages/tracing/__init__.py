@@ -78,7 +78,7 @@ def trace(
             unit, traced, index, paths,
             sorted({*train[index].sides, *inference[index].sides}), str(train[index].jaxpr),
         )
-        for index, (unit, paths) in enumerate(name_units([one.ordered for one in owners]))
+        for index, (unit, paths) in enumerate(name_units(owners))
     ]  # fmt: skip
     (_, main), *others = inputs.items()
     found = few.flat.output.aval.shape[-1] if classes is None else classes

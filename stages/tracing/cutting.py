@@ -185,8 +185,12 @@ def _look(
         return "there is nothing to train on one side", None
     if len(live) != 1:
         arrays = ", ".join(_text(var) for var in live)
-        whole = " (one of them is the input: pass it as a side input)" if source in live else ""
-        return f"{len(live)} arrays are needed behind it, and one may cross: {arrays}{whole}", None
+        hint = ""
+        if source in live:
+            hint = "; one of them is the input: pass what is needed of it as a side input"
+        elif not all(jnp.issubdtype(var.aval.dtype, jnp.floating) for var in live):
+            hint = "; integers (masks, lengths) can be side inputs"
+        return f"{len(live)} arrays are needed behind it, and one may cross: {arrays}{hint}", None
     (var,) = live
     if not jnp.issubdtype(var.aval.dtype, jnp.floating):
         return f"{_text(var)} crosses, which has no gradient", None

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from stages.tracing.owners import Owner
 
-def name_units(units: Sequence[Sequence[str]]) -> list[tuple[str, dict[str, str]]]:
+
+def name_units(units: Sequence[Owner]) -> list[tuple[str, dict[str, str]]]:
     """Names units by the module that all of their variables are in.
 
     Where there is none they are named by the first and the last module, and where units share it by
     their first module in it.
 
     Args:
-      units: For each unit the paths of its variables, "block/conv/kernel", in order of use.
+      units: The variables of each unit, with paths such as "block/conv/kernel".
 
     Returns:
       For each unit its name, in which "_" stands for "/", and {path in the unit: path in the
       network}.
     """
     found: list[tuple[str, dict[str, str]]] = []
-    commons = [_common(paths) for paths in units]
+    commons = [_common(unit.ordered) for unit in units]
     taken: set[str] = set()
-    for paths, common in zip(units, commons, strict=True):
-        children = list(dict.fromkeys("_".join(_child(path, common)) for path in paths))
+    for unit, common in zip(units, commons, strict=True):
+        children = list(dict.fromkeys("_".join(_child(path, common)) for path in unit.ordered))
         name = "_".join(common)
         if not name:
             name = "_".join(dict.fromkeys((children[0], children[-1])))
@@ -34,7 +36,9 @@ def name_units(units: Sequence[Sequence[str]]) -> list[tuple[str, dict[str, str]
         while name in taken:
             name, number = f"{plain}_{number}", number + 1
         taken.add(name)
-        found.append((name, {path.split("/", len(common))[-1]: path for path in paths}))
+        prefix = "".join(f"{part}/" for part in common)
+        own = sorted((*unit.params, *unit.state))
+        found.append((name, {path.removeprefix(prefix): path for path in own}))
     return found
 
 

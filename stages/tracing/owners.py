@@ -16,7 +16,7 @@ class Owner(NamedTuple):
     Attributes:
       params: Paths of its weights, sorted.
       state: Paths of its state, sorted.
-      ordered: All of them in the order in which the network uses them.
+      ordered: Those that the network uses, in the order of use; all of them if it uses none.
     """
 
     params: tuple[str, ...]
@@ -53,13 +53,11 @@ def assign(
     for path in sorted({*network.params, *network.state} - home.keys()):
         near = max(home, key=lambda one: _shared(one, path), default=path)
         home[path] = home.get(near, 0)
-        order.append(path)
-    order = list(dict.fromkeys([*order, *sorted(home)]))
     return [
         Owner(
             tuple(sorted(one for one in network.params if home[one] == unit)),
             tuple(sorted(one for one in network.state if home[one] == unit)),
-            tuple(one for one in order if home[one] == unit),
+            tuple(one for one in dict.fromkeys(order) if home[one] == unit) or tuple(sorted(home)),
         )
         for unit in range(len(cuts) + 1)
     ]
