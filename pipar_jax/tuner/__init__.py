@@ -1,7 +1,7 @@
-"""The tuner: from a profile of hosts and links to the plan that trains an epoch fastest.
+"""The tuner: finds the plan with the shortest epoch from a profile of hosts and links.
 
-``search`` looks jointly over method, cut, N, codec and dispatch policy; ``tune`` returns its best
-plan, or the paper's own selection; ``measure`` makes the profile.
+``search`` searches jointly over method, cut, N, codec and dispatch policy; ``tune`` returns its
+best plan, or the paper's own selection; ``measure`` makes the profile.
 """
 
 from pipar_jax.simulator.predict import PlanEstimate, StageCosts, loads, simulate

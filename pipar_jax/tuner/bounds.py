@@ -1,4 +1,4 @@
-"""What one device can be told to do, what that costs at least, and how much memory it takes."""
+"""Options of a device, their lower bounds, and the memory of plans."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from pipar_jax.simulator.predict import StageCosts
 
 
 class DeviceOption(NamedTuple):
-    """One device's way of training.
+    """An option for the training of one device.
 
     Attributes:
       cut: Units on the device; 0 for all of them (FL).
       micro_batches: N.
-      codecs: What activations and cotangents are coded with.
+      codecs: Codecs of activations and cotangents.
     """
 
     cut: int
@@ -34,21 +34,21 @@ class DeviceOption(NamedTuple):
     codecs: Codecs = Codecs()
 
     def device_plan(self) -> DevicePlan:
-        """Returns it as a device's plan."""
+        """Returns the option as a device plan."""
         if not self.cut:
             return DevicePlan((), (OWNER,))
         return DevicePlan((self.cut,), (OWNER, COORDINATOR), self.micro_batches, (self.codecs,))
 
 
 class LowerBound(NamedTuple):
-    """What a device's span of steps takes at least, whatever the other devices do.
+    """Lower bounds of the time of a device's steps in a round, whatever other devices do.
 
     Attributes:
-      alone_s: Seconds of its steps with the server to itself.
-      server_s: Seconds that it keeps the server computing.
+      alone_s: Seconds of its steps if no other device uses the server.
+      server_s: Seconds of the server's computations for it.
       opening_s: Seconds from the round's release to its first activation at the server.
-      closing_s: Seconds from its last update to the coordinator's knowing that the averaged
-        weights are stored.
+      closing_s: Seconds from its last update until the coordinator knows that it has stored the
+        average.
       tail_s: Seconds from its last micro-batch's end on the server to its last update.
     """
 
@@ -60,21 +60,21 @@ class LowerBound(NamedTuple):
 
     @property
     def round_s(self) -> float:
-        """Seconds of the round at least, for this device's sake."""
+        """Lower bound of the round, due to this device."""
         return self.alone_s + self.closing_s
 
 
 def least(stages: StageCosts, device: int, option: DeviceOption, span: Span) -> LowerBound:
-    """Returns what an option takes at least.
+    """Returns the lower bound of an option.
 
     A step takes at least PiPar's recurrence with the micro-batches' own times and the link's delay:
-    all forwards first is the best order for a device that has the server to itself, since it brings
-    every cotangent back as early as can be, and what is left then is work that any order has.
+    for a device that has the server to itself, all forwards first is the best order, since each
+    cotangent returns as early as possible and the remaining work is the same in any order.
 
     Args:
       stages: Times and bytes.
-      device: Which device.
-      option: What it does.
+      device: Index of the device.
+      option: The option.
       span: Its steps in the round.
     """
     profile = stages.profile
@@ -106,12 +106,12 @@ def least(stages: StageCosts, device: int, option: DeviceOption, span: Span) -> 
 
 
 def round_bound_s(stages: StageCosts, all_least: Sequence[LowerBound]) -> float:
-    """Returns what a parallel round takes at least: for each device alone, and for the server."""
+    """Returns the lower bound of a parallel round: of each device alone, and of the server."""
     alone_s = max(one.round_s for one in all_least)
     using = [one for one in all_least if one.server_s]
     if not using:
         return alone_s
-    # Its last micro-batch's update may come after the cotangent that the device waits for.
+    # The update after the last micro-batch may come after the cotangent that the device waits for.
     update_s = stages.server.time_s(UPDATE, 0, len(stages.profile.units), 0)
     after_s = max(0.0, min(one.tail_s + one.closing_s for one in using) - update_s)
     shared_s = min(one.opening_s for one in using) + sum(one.server_s for one in using)
@@ -119,20 +119,20 @@ def round_bound_s(stages: StageCosts, all_least: Sequence[LowerBound]) -> float:
 
 
 def sequential_bound_s(stages: StageCosts, all_least: Sequence[LowerBound], cut: int) -> float:
-    """Returns what a sequential epoch takes at least: steps one after another, the part between."""
+    """Returns the lower bound of a sequential epoch: steps in turn, with hand-overs between."""
     part, total_s = stages.part_bytes(0, cut), sum(one.alone_s for one in all_least)
     for one in stages.profile.devices if len(all_least) > 1 else ():
         total_s += _transfer_s(one.up, part) + _transfer_s(one.down, part)
-        total_s -= _transfer_s(one.down, 0.0)  # the release, once for all
+        total_s -= _transfer_s(one.down, 0.0)  # the release, once for all devices
     return total_s
 
 
 def memory_bytes(stages: StageCosts, plan: Plan) -> dict[str, float]:
-    """Returns the memory that each host needs, from above: whatever order things happen in.
+    """Returns an upper bound of the memory of each host, for any order of actions.
 
     Weights, gradients, optimiser state and statistics of every replica; on a device the residuals
-    of a whole mini-batch; on the server those of the micro-batch it works on and what its links may
-    hold unread. Residuals that two neighbouring units share are counted twice.
+    of a whole mini-batch; on the server those of the current micro-batch and the credit of its
+    links. Residuals that two neighbouring units share are counted twice.
     """
     profile, count = stages.profile, len(stages.profile.units)
     units, batch = profile.units, profile.batch_size
@@ -160,7 +160,7 @@ def memory_bytes(stages: StageCosts, plan: Plan) -> dict[str, float]:
 
 
 def excess(stages: StageCosts, plan: Plan) -> str | None:
-    """Returns the first host whose memory a plan exceeds, in words; None if all have enough."""
+    """Returns a message about the first host whose memory a plan exceeds, or None."""
     profile = stages.profile
     limits = {COORDINATOR: profile.server.memory_bytes}
     limits |= {device_name(i): one.host.memory_bytes for i, one in enumerate(profile.devices)}
@@ -174,7 +174,7 @@ def excess(stages: StageCosts, plan: Plan) -> str | None:
 
 
 class _Step(NamedTuple):
-    """One step of one device that has the server to itself, without the updates."""
+    """A step of a device that has the server to itself, without updates."""
 
     seconds: float
     server_s: float
@@ -213,7 +213,7 @@ def _step(stages: StageCosts, device: int, option: DeviceOption, parts: Sequence
 
 
 def _static_bytes(stages: StageCosts, unit: int) -> float:
-    """Returns what a replica of a unit takes: weights, gradients, optimiser state, statistics."""
+    """Returns the bytes of a unit's replica: weights, gradients, optimiser state, statistics."""
     facts = stages.profile.units[unit]
     return 2 * facts.parameter_bytes + facts.optimizer_bytes + facts.state_bytes
 

@@ -1,8 +1,9 @@
-"""The best chain over a profile's nodes: the chain planner proposes, the simulator judges.
+"""The best chain over a profile's nodes: the chain planner proposes, the simulator evaluates.
 
-The planner's optima are exact for its objectives, codecs included. What the simulator says of the
-best dozen of each decides; then that chain's codecs are changed one at a time while it gets faster.
-So the chain and its codecs are the best of those looked at, and no proof says that none is better.
+The planner's optima are exact for its objectives, including codecs. The simulator chooses among the
+best dozen chains of each objective; then codecs of the chosen chain are changed one at a time as
+long as it becomes faster. The result is the best of the evaluated chains; its optimality is not
+proven.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ from pipar_jax.tuner.chain_search import (
     plan_chain,
 )
 
-#: Objectives whose optima are judged; the published one alone with ``tuner.select=paper``.
+#: Objectives whose optima are evaluated; only the published one with ``tuner.select=paper``.
 OBJECTIVES: tuple[Objective, ...] = ("step", "steady", "accept", "mpsl")
-#: How many units at most stay on the devices at either end of the model, where nodes work for them
-#: (``mpsl``); a device that is a peer (``accept``) may keep as many as suit it.
+#: Maximum number of units on the devices at either end of the model with ``mpsl``; with ``accept``,
+#: where the device is a peer, there is no limit.
 KEPT = 4
-#: How many of the planner's proposals, the best by its own measure, the simulator judges, and how
-#: many times the cost of the best one they may have.
+#: Number of the planner's best proposals that the simulator evaluates, and their maximum cost
+#: relative to the best.
 JUDGED, NEAR = 12, 1.5
-#: Shares of the nodes' memory that the planner is told of, if all that it proposes for the share
-#: before needs more than there is: its own count knows weights and activations alone.
+#: Shares of the nodes' memory given to the planner, in turn, while all its proposals exceed the
+#: memory: the planner counts only weights and activations.
 ROOM = (1.0, 0.8, 0.6, 0.4)
 
 
@@ -51,20 +52,20 @@ def tune_chain(
 ) -> PlanEstimate:
     """Returns the best chain for ``method=mpsl`` or ``accept``, with its predicted times.
 
-    The chain planner finds the optimum of each objective for each number of units that stay with
-    the devices; the simulator, which knows micro-batches, credits and aggregation, has the last
-    word. Micro-batches and weights are the configuration's. So are codecs, unless ``tuner.codecs``
-    allows others: then each boundary has its own in each direction, of the fastest with as many
-    bits as cost no time. The published objective knows none.
+    The chain planner finds the optimum of each objective for each number of units on the devices;
+    the simulator, which models micro-batches, credits and aggregation, decides. Micro-batches and
+    weights are those of the configuration. So are codecs, unless ``tuner.codecs`` lists candidates:
+    then each boundary has its own codec in each direction, the fastest, with as many bits as cost
+    no time. The published objective ignores codecs.
 
     Args:
-      profile: What hosts and links are like.
+      profile: The profile of hosts and links.
       config: Resolved configuration.
-      objection: Says why a plan is out of the question, or None where it is not.
+      objection: Returns why a plan is not possible, or None.
 
     Raises:
-      ConfigError: The profile lacks a codec that may be used.
-      PlanError: No chain fits into the nodes' memory, or there is an objection to each.
+      ConfigError: The profile lacks a candidate codec.
+      PlanError: No chain fits into the nodes' memory, or none is possible.
     """
     if config.tuner.select == "paper":
         config = dataclasses.replace(config, tuner=dataclasses.replace(config.tuner, codecs=""))
@@ -78,12 +79,12 @@ def tune_chain(
 def with_codecs(
     stages: StageCosts, config: Config, judged: dict[Plan, PlanEstimate], plan: Plan
 ) -> PlanEstimate:
-    """Returns a chain with the codecs that suit each of its boundaries.
+    """Returns a chain with the best codecs for each of its boundaries.
 
     Args:
       stages: Times and bytes.
       config: Resolved configuration.
-      judged: Plans that were judged; grows.
+      judged: The evaluated plans; extended.
       plan: The chain, as the planner proposed it.
     """
     left = max(config.tuner.actions, sum(one.round.simulated for one in judged.values()))
@@ -100,7 +101,7 @@ def with_codecs(
     one = plan.devices[0]
     for pair in codec_candidates.pairs(
         config
-    ):  # where links wait for each other, one alone is no use
+    ):  # if links wait for each other, changing one alone has no effect
         seconds(plan_of_chain(config, one.cuts, one.hosts, (pair,) * len(one.cuts)))
     alike = (p for p in judged if (p.devices[0].cuts, p.devices[0].hosts) == (one.cuts, one.hosts))
     plan = min(alike, key=lambda plan: judged[plan].epoch_s)
@@ -110,11 +111,11 @@ def with_codecs(
 
 
 def chain_table(profile: Profile, judged: Mapping[str, PlanEstimate]) -> Table:
-    """Returns chains with their predicted seconds and what each host does in them.
+    """Returns a table of chains with their predicted seconds and each host's share.
 
     Args:
-      profile: What hosts and links are like.
-      judged: The chains, by what they are the best of.
+      profile: The profile of hosts and links.
+      judged: The chains, keyed by the criterion by which they are best.
     """
     table = Table(title="chains", title_justify="left")
     for name, justify in (("best by", "left"), ("plan", "left"), ("s/epoch", "right"),
@@ -137,10 +138,10 @@ def chain_table(profile: Profile, judged: Mapping[str, PlanEstimate]) -> Table:
 def _proposals(
     profile: Profile, config: Config, objection: Callable[[Plan], str | None]
 ) -> dict[Plan, None]:
-    """Returns the planner's best chains by each objective, without those objected to.
+    """Returns the planner's best possible chains by each objective.
 
     Raises:
-      PlanError: None is left.
+      PlanError: There is none.
     """
     reason = ""
     limited = any(node.host.memory_bytes for node in profile.nodes)
@@ -171,12 +172,12 @@ def _proposals(
 
 
 def _problems(profile: Profile, config: Config, share: float) -> Iterator[ChainProblem]:
-    """Yields the planner's problem for each choice of the units that stay with the devices.
+    """Yields the planner's problem for each choice of the units on the devices.
 
     Args:
-      profile: What hosts and links are like.
+      profile: The profile of hosts and links.
       config: Resolved configuration.
-      share: Share of the nodes' memory that there is.
+      share: Usable share of the nodes' memory.
     """
     size, parts = _micro_batch(profile, config)
     one, count = profile.devices[0], len(profile.units)
@@ -212,7 +213,7 @@ def _problems(profile: Profile, config: Config, share: float) -> Iterator[ChainP
 
 
 def _plan(profile: Profile, config: Config, problem: ChainProblem, chain: ChainPlan) -> Plan:
-    """Returns the plan of a chain that the planner found."""
+    """Returns the plan of a chain found by the planner."""
     home = problem.stop < len(profile.units)
     hosts = (OWNER, *(stage.node for stage in chain.stages), *((OWNER,) if home else ()))
     cuts = [stage.first for stage in chain.stages]
@@ -220,19 +221,19 @@ def _plan(profile: Profile, config: Config, problem: ChainProblem, chain: ChainP
         cuts.append(problem.stop)
     codecs = tuple(
         Codecs(pair.activation.codec, pair.cotangent.codec)
-        for pair in chain.pairs[: len(cuts)]  # with labels at the end nothing crosses the last
+        for pair in chain.pairs[: len(cuts)]  # labels at the end: none crosses the last
     )
     return plan_of_chain(config, tuple(cuts), hosts, codecs)
 
 
 def _coding(profile: Profile, name: str) -> Coding:
-    """Returns what a codec costs, as the planner is told."""
+    """Returns the cost of a codec for the planner."""
     codec = profile.codecs.get(name, CodecProfile())
     return Coding(name, codec.ratio, codec.encode_s_per_byte + codec.decode_s_per_byte)
 
 
 def _layers(profile: Profile, host: HostProfile, size: int, parts: int) -> tuple[Layer, ...]:
-    """Returns what each unit costs on a host for a mini-batch in micro-batches of a size."""
+    """Returns the cost of each unit on a host for a mini-batch in micro-batches of a size."""
     return tuple(
         Layer(
             parts * interpolate(host.sizes, forward, size),
@@ -247,6 +248,6 @@ def _layers(profile: Profile, host: HostProfile, size: int, parts: int) -> tuple
 
 
 def _micro_batch(profile: Profile, config: Config) -> tuple[int, int]:
-    """Returns the size of the largest micro-batch of a full mini-batch, and how many there are."""
+    """Returns the size of the largest micro-batch of a full mini-batch, and their number."""
     sizes = micro_batch_sizes(profile.batch_size, config.pipeline.micro_batches)
     return sizes[0], len(sizes)

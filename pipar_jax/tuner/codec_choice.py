@@ -1,9 +1,9 @@
-"""Which codecs the tuner may take for activations and cotangents, and how many bits it gives them.
+"""The tuner's choice of codecs for activations and cotangents, and of their bits.
 
-With ``tuner.codecs=auto`` a tensor goes raw or in ``bits:K``. The search takes the fewest bits that
-the floors allow, ``tuner.activation_bits`` and ``tuner.cotangent_bits``: more are never faster.
-Then each boundary's tensors get back, in each direction, as many bits as cost no time, up to all.
-Of a list of codecs, the search takes what is fastest, and what is as fast without goes raw.
+With ``tuner.codecs=auto`` a tensor is sent raw or by ``bits:K``. The search uses the fewest bits
+allowed by ``tuner.activation_bits`` and ``tuner.cotangent_bits``, since more bits are never faster.
+Then each direction of each boundary is given as many bits as cost no time, up to raw. From a list
+of codecs the search chooses the fastest, and raw where a codec gains nothing.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from pipar_jax.schedule.actions import micro_batch_sizes
 from pipar_jax.schedule.plan import OWNER, Plan
 from pipar_jax.simulator.predict import PlanEstimate, StageCosts, estimate
 
-#: What may be lost of an epoch's seconds for the sake of more bits, as a share.
+#: Share of an epoch that may be given up for more bits.
 SLACK = 0.01
 
 
 def check_measured(config: Config, profile: Profile) -> None:
-    """Checks that a profile has every codec that a plan may come to have.
+    """Checks that a profile has all candidate codecs.
 
     Raises:
-      ConfigError: It lacks one.
+      ConfigError: A codec is missing.
     """
     wanted = {name for role in ROLES for name in allowed(config, role)}
     if config.tuner.codecs == AUTO:
@@ -36,17 +36,17 @@ def check_measured(config: Config, profile: Profile) -> None:
     if unknown := sorted(wanted - {RAW} - set(profile.codecs)):
         raise ConfigError(
             f"{', '.join(unknown)} may be used (tuner.codecs, pipeline.activation_codec and "
-            "cotangent_codec), but the profile does not have it: it knows raw"
-            f"{''.join(f', {name}' for name in profile.codecs)}"
+            "cotangent_codec), but the profile does not have it: it has "
+            f"raw{''.join(f', {name}' for name in profile.codecs)}"
         )
 
 
 class Slot(NamedTuple):
-    """A tensor on its way over like links.
+    """A kind of tensor on equal links, whose codec can be chosen.
 
     Attributes:
-      devices: Those whose tensors have the same way: equal devices, or all that share two nodes.
-      boundary: Which boundary of their chains it crosses, counted from 0.
+      devices: Devices whose tensors take the same way: equal devices, or all that share two nodes.
+      boundary: Index of the boundary in their chains.
       role: Activation or cotangent.
     """
 
@@ -55,12 +55,12 @@ class Slot(NamedTuple):
     role: str
 
     def codec(self, plan: Plan) -> str:
-        """Returns its codec under a plan."""
+        """Returns the codec of the slot in a plan."""
         name: str = getattr(plan.devices[self.devices[0]].codecs[self.boundary], self.role)
         return name
 
     def with_codec(self, plan: Plan, name: str) -> Plan:
-        """Returns the plan with another codec for it."""
+        """Returns the plan with another codec in the slot."""
         chains = list(plan.devices)
         for device in self.devices:
             codecs = list(chains[device].codecs)
@@ -69,17 +69,17 @@ class Slot(NamedTuple):
         return dataclasses.replace(plan, devices=tuple(chains))
 
     def ends(self, plan: Plan, device: int) -> tuple[str, str]:
-        """Returns the hosts that send and receive it for one of its devices."""
+        """Returns the sender and the receiver for one of its devices."""
         below, above = (plan.host(device, self.boundary + i) for i in range(2))
         return (below, above) if self.role == "activation" else (above, below)
 
 
 def slots(plan: Plan, profile: Profile) -> Iterator[Slot]:
-    """Yields the tensors that go from one host to another, once for those with like links.
+    """Yields the slots of a plan, one for all tensors on equal links.
 
     Args:
       plan: The plan.
-      profile: What hosts and links are like.
+      profile: The profile of hosts and links.
     """
     equal: dict[DeviceProfile, int] = {}
     groups: dict[tuple[int, object], list[int]] = {}
@@ -98,18 +98,18 @@ def slots(plan: Plan, profile: Profile) -> Iterator[Slot]:
             yield Slot(tuple(devices), boundary, role)
 
 
-#: Returns a plan's seconds per epoch; None once no more are to be judged.
+#: Returns a plan's seconds per epoch; None once the limit of evaluations is reached.
 Seconds = Callable[[Plan], float | None]
 
 
 def speed_up(plan: Plan, all_slots: Sequence[Slot], config: Config, seconds: Seconds) -> Plan:
-    """Returns the plan with what codecs make it faster, changed one slot after another.
+    """Returns the plan with the codecs that make it faster, changed one slot after another.
 
     Args:
       plan: A plan.
-      all_slots: What may get another codec.
+      all_slots: The slots that may get another codec.
       config: Resolved configuration.
-      seconds: Judges a plan.
+      seconds: Evaluates a plan.
     """
     best_s = seconds(plan)
     if best_s is None:
@@ -133,9 +133,9 @@ def raise_precision(
 
     Args:
       plan: The best plan found.
-      all_slots: What may get other bits.
+      all_slots: The slots that may get more bits.
       config: Resolved configuration.
-      seconds: Judges a plan.
+      seconds: Evaluates a plan.
     """
     began_s = seconds(plan)
     if began_s is None:
@@ -144,7 +144,8 @@ def raise_precision(
     for slot in sorted(all_slots, key=lambda one: one.role, reverse=True):  # cotangents first
         rungs = _rungs(config, slot, plan)
         low, high = rungs.index(slot.codec(plan)), len(rungs)
-        # Time grows with the bits; raw, the last, needs no coding and may be faster than many.
+        # Time increases with the bits; raw, the last, needs no coding and may be faster than many
+        # bits.
         if low < high - 1:
             raw_s = seconds(slot.with_codec(plan, RAW))
             if raw_s is not None and raw_s <= deadline_s:
@@ -163,7 +164,7 @@ def raise_precision(
 
 
 def _rungs(config: Config, slot: Slot, plan: Plan) -> tuple[str, ...]:
-    """Returns what a slot may get, from the fewest bits to raw; a list has no order between."""
+    """Returns the candidates of a slot, from the fewest bits to raw; a list is not ordered."""
     if config.tuner.codecs == AUTO:
         return bit_widths(config, slot.role)
     present = slot.codec(plan)
@@ -172,17 +173,17 @@ def _rungs(config: Config, slot: Slot, plan: Plan) -> tuple[str, ...]:
 
 
 class Reason(NamedTuple):
-    """Why a tensor is coded on its way, or is not; all times of a full mini-batch.
+    """The reason for the codec of a slot; times are those of a full mini-batch.
 
     Attributes:
       slot: The tensor and its links.
       chosen: Its codec in the plan.
-      other: What it is compared with: raw, or the codec that would have been chosen.
-      raw_bytes: Its bytes before a codec.
-      saved_s: Seconds of transfer that the one that is not raw saves.
-      coding_s: Seconds of encoding and decoding that it costs.
+      other: The alternative: raw, or the codec that would have been chosen.
+      raw_bytes: Bytes before coding.
+      saved_s: Seconds of transfer saved by coding.
+      coding_s: Seconds of encoding and decoding.
       epoch_s: Predicted epoch.
-      other_s: Predicted epoch with the other one.
+      other_s: Predicted epoch with the alternative.
     """
 
     slot: Slot
@@ -195,7 +196,7 @@ class Reason(NamedTuple):
     other_s: float
 
     def words(self) -> str:
-        """Returns the reason in a sentence."""
+        """Returns the reason as a sentence."""
         chosen, other = f"{self.epoch_s:.4g} s per epoch", f"{self.other_s:.4g} s"
         if self.chosen != RAW:
             return f"on: {chosen}, {other} without"
@@ -203,17 +204,17 @@ class Reason(NamedTuple):
         if self.coding_s >= self.saved_s:
             why = "the link is faster than the codec"
         elif self.other_s > self.epoch_s:
-            why = "coding comes before each transfer, and that delays more than it saves"
+            why = "coding delays each transfer by more than it saves"
         return f"off: {why}; {chosen}, {other} with it"
 
 
 def reasons(stages: StageCosts, config: Config, judged: PlanEstimate) -> list[Reason]:
-    """Returns for each tensor and link why its codec is what it is; nothing where none is chosen.
+    """Returns the reason for the codec of each slot; empty if there is no choice.
 
     Args:
       stages: Times and bytes.
       config: Resolved configuration.
-      judged: The plan that was chosen.
+      judged: The chosen plan.
     """
     plan, found = judged.plan, []
     links = stages.links(plan)

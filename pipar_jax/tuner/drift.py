@@ -1,10 +1,10 @@
-"""A profile that follows what a run shows of its hosts' speed and its links' rates.
+"""A profile that tracks the speed of hosts and the rates of links during a run.
 
-A host's times are those of the profile, all times one factor: what its computations lasted, by what
-the profile says of the very same ones. A host whose times were predicted has a learner instead,
-which is fed by what its stages lasted; the factor is that of its optimiser steps. What threads and
-messages add to each computation in a run says nothing of the others, and is left out. A line's rate
-is bytes by the seconds that they took, of frames that followed one another without a gap.
+The times of a host are those of the profile multiplied by one factor: the measured durations of its
+computations relative to the profile's. A host with predicted times has a learner instead, which is
+fed with the durations of its stages; its factor is that of its optimiser steps. The overhead of
+threads and messages per computation is subtracted. The rate of a link is the number of bytes of
+consecutive frames divided by their duration.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from pipar_jax.schedule.actions import ALL, UPDATE
 from pipar_jax.schedule.plan import COORDINATOR, Boundary, Plan, device_name, is_node, node_name
 from pipar_jax.simulator.predict import HostTimes
 
-#: What a rate is told by at least: less is noise of timers.
+#: Minimum measurement of a rate; less is noise of timers.
 LEAST_BYTES, LEAST_S = 48 << 10, 0.05
-#: A change by less than this factor is taken for noise and averaged; a larger one is believed.
+#: Changes by less than this factor are averaged as noise; larger ones are adopted.
 NOISE = 1.25
-#: What a computation may last longer in a run than alone, whatever its size: threads wake up and
-#: messages are handled meanwhile. Measured on a core that trained: 0.4 to 1.2 ms.
+#: Maximum overhead per computation in a run: threads wake up and messages are handled meanwhile.
+#: Measured on a core that trained: 0.4 to 1.2 ms.
 OVERHEAD_S = 0.0015
-#: How many times slower or faster a host may become: beyond it what it tells is no measurement, and
-#: products of such numbers leave the range of floats.
+#: Bound of the factor by which a host may become slower or faster: larger reports are not
+#: plausible, and products of such numbers overflow.
 MOST_FACTOR = 1e6
-#: Runs of units whose times tell whether much was learned of a host.
+#: Runs of units whose times show whether a host's times have changed.
 PARTS = 4
 
 
 class Computed(Protocol):
-    """One kind of computation, as often as it was seen; ``runtime.observer.Seen`` is one."""
+    """Observations of one kind of computation."""
 
     @property
     def device(self) -> int:
-        """Whose data; ALL for an update that serves all devices."""
+        """The device; ALL for an update that serves all devices."""
 
     @property
     def stage(self) -> int:
-        """Which stage of the plan."""
+        """Index of the stage."""
 
     @property
     def kind(self) -> str:
@@ -54,35 +54,35 @@ class Computed(Protocol):
 
     @property
     def times(self) -> int:
-        """How often."""
+        """Number of computations."""
 
     @property
     def median_s(self) -> float:
-        """How long."""
+        """Total duration in seconds."""
 
 
 class Learns(Protocol):
-    """What is known of a host and becomes more; ``predictor.online.Learner`` is one."""
+    """Learns the times of a host; see ``predictor.online.Learner``."""
 
     def predict_s(self, case: tuple[str, int, int, int]) -> float:
-        """Returns how long a stage is believed to take; see ``observe``."""
+        """Returns the estimated duration of a stage; see ``observe``."""
 
     def observe(self, case: tuple[str, int, int, int], seconds: float) -> None:
-        """Notes how long a stage took: F, B or L, first unit, one past the last, samples."""
+        """Records the duration of a stage: F, B or L, first unit, one past the last, samples."""
 
     def learn(self) -> object:
-        """Makes use of what was noted."""
+        """Updates the estimates from the records."""
 
     def profile(self, sizes: Sequence[int]) -> HostProfile:
         """Returns the times of all units at some micro-batch sizes."""
 
 
 class LinkThroughput(NamedTuple):
-    """What a direction of a link has carried without a gap, since the link began.
+    """Consecutive frames in one direction of a link since its start.
 
     Attributes:
-      nbytes: Bytes.
-      seconds: What they took.
+      nbytes: Number of bytes.
+      seconds: Their duration.
     """
 
     nbytes: float = 0.0
@@ -90,11 +90,11 @@ class LinkThroughput(NamedTuple):
 
 
 class ProfileTracker:
-    """Follows a profile's hosts and links.
+    """Tracks the hosts and links of a profile.
 
     Args:
-      profile: How they were at the beginning.
-      learners: Of hosts whose times were predicted, what learns them.
+      profile: The initial profile.
+      learners: Learners of hosts with predicted times.
     """
 
     def __init__(self, profile: Profile, learners: Mapping[str, Learns] | None = None) -> None:
@@ -117,11 +117,11 @@ class ProfileTracker:
         self._carried: dict[tuple[Boundary, str], LinkThroughput] = {}
 
     def computed(self, host: str, plan: Plan, seen: Sequence[Computed]) -> None:
-        """Takes what a host's computations lasted.
+        """Adds durations of a host's computations.
 
         Args:
-          host: Its name.
-          plan: The plan that they belong to.
+          host: Name of the host.
+          plan: The plan of the computations.
           seen: The computations.
         """
         learner = self._learners.get(host)
@@ -151,14 +151,14 @@ class ProfileTracker:
         return plan.units(device, one.stage, len(self._base.units))
 
     def carried(self, boundary: Boundary, target: str, total: LinkThroughput) -> None:
-        """Takes what a link has carried to one of its ends so far.
+        """Adds the throughput of a link to one of its ends.
 
-        A device's links are one line, its own; that between two nodes is the one above the lower.
+        All links of a device share its line; the line between two nodes is that above the lower.
 
         Args:
-          boundary: Where the link is.
-          target: The end that it was carried to.
-          total: Since the link began.
+          boundary: The boundary of the link.
+          target: The receiving end.
+          total: Throughput since the start of the link.
         """
         before = self._carried.setdefault((boundary, target), total)
         nbytes, seconds = total.nbytes - before.nbytes, total.seconds - before.seconds
@@ -171,7 +171,7 @@ class ProfileTracker:
         self._rates[way] = _follow(self._rates[way] or nbytes / seconds, nbytes / seconds)
 
     def profile(self) -> Profile:
-        """Returns the profile as hosts and links are now."""
+        """Returns the current profile."""
         return dataclasses.replace(
             self._base,
             server=self._host(COORDINATOR),
@@ -196,7 +196,7 @@ class ProfileTracker:
         )
 
     def _host(self, name: str) -> HostProfile:
-        """Returns a host's profile as it is now."""
+        """Returns the current profile of a host."""
         slowed = self._hosts[name].slowed(self._factors[name])
         if name not in self._learners:
             return slowed
@@ -207,21 +207,21 @@ class ProfileTracker:
         )
 
     def _line(self, link: LinkModel, name: str, up: bool) -> LinkModel:
-        """Returns a direction of a host's line as it is now."""
+        """Returns the current model of one direction of a host's line."""
         return dataclasses.replace(link, rate_bytes_s=self._rates[name, up])
 
     def state(self) -> tuple[float, ...]:
-        """Returns all factors, rates and times learned, to tell whether much has changed."""
+        """Returns all factors, rates and learned times, for the detection of changes."""
         learned = (seconds for name in self._learners for seconds in _parts(self._host(name)))
         rates = (rate or 0.0 for rate in self._rates.values())
         return (*self._factors.values(), *rates, *learned)
 
 
 def lone(plan: Plan) -> tuple[Boundary, ...]:
-    """Returns a plan's boundaries whose link has its line to itself: there a rate can be told.
+    """Returns the boundaries whose link does not share its line, so that its rate is measurable.
 
-    Where a chain meets a device twice, its two links share the device's line, and each alone is
-    slower than that by as much as the other carries.
+    If a chain visits a device twice, its two links share the device's line, and each alone is
+    slower than the line.
     """
     met: dict[str, list[Boundary]] = {}
     found = []
@@ -235,7 +235,7 @@ def lone(plan: Plan) -> tuple[Boundary, ...]:
 
 
 def differ(one: Sequence[float], other: Sequence[float], share: float) -> bool:
-    """Says whether two states of a watch differ by more than a share anywhere."""
+    """Returns whether any value of two states differs by more than a share."""
     return any(abs(a - b) > share * max(a, b) for a, b in zip(one, other, strict=True))
 
 
@@ -250,10 +250,10 @@ def _parts(host: HostProfile) -> list[float]:
 
 
 def _without_overhead(seen_s: float, believed_s: float) -> float:
-    """Returns what a computation took by itself: what is believed, as far as that is possible."""
+    """Returns the duration of a computation without overhead, clipped to the plausible range."""
     return min(max(believed_s, seen_s - OVERHEAD_S), seen_s)
 
 
 def _follow(old: float, new: float) -> float:
-    """Averages a small change and believes a large one."""
+    """Averages a small change and adopts a large one."""
     return (old + new) / 2 if max(old, new) <= NOISE * min(old, new) else new

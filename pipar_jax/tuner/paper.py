@@ -1,8 +1,8 @@
 """The paper's own selection as a plan: its formula for N, its recurrence, the best cut.
 
 Zhang et al., arXiv 2302.12803. One N per cut, whole-batch times, no delay, no cost per message, no
-cost of small micro-batches, each device as if it had the server to itself, neither N = 1 nor FL
-among the candidates: the tuner's ablation.
+overhead of small micro-batches, each device as if it had the server to itself, neither N = 1 nor FL
+as a candidate: an ablation of the tuner.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from pipar_jax.schedule.plan import COORDINATOR, OWNER, Codecs, DevicePlan, Plan
 from pipar_jax.simulator.predict import StageCosts
 from pipar_jax.tuner.recurrence import PaperChoice, StepTimes, paper_choice
 
-#: Tensors as they are: the paper has no codec.
+#: No codecs, as in the paper.
 RAW = Codecs()
 
 
 def paper_plan(stages: StageCosts, frame: Plan, codecs: Codecs = RAW) -> Plan:
-    """Returns the plan that the paper's selection makes, for each device by itself.
+    """Returns the plan of the paper's selection, made for each device separately.
 
     Args:
       stages: Times and bytes.
-      frame: A plan whose dispatch policy and aggregation are kept.
-      codecs: What activations and cotangents are coded with.
+      frame: A plan with the dispatch policy and aggregation.
+      codecs: Codecs of activations and cotangents.
 
     Raises:
       PlanError: The model has one unit and cannot be split.
@@ -43,8 +43,8 @@ def choose(stages: StageCosts, device: int, codecs: Codecs = RAW) -> PaperChoice
 
     Args:
       stages: Times and bytes.
-      device: Which device.
-      codecs: What activations and cotangents are coded with.
+      device: Index of the device.
+      codecs: Codecs of activations and cotangents.
 
     Raises:
       PlanError: The model has one unit and cannot be split.

@@ -16,13 +16,13 @@ from pipar_jax.errors import PlanError
 
 
 class StepTimes(NamedTuple):
-    """Seconds that the parts of a whole mini-batch take.
+    """Seconds of the parts of a whole mini-batch.
 
     Attributes:
-      device_forward_s: ``cf``, forward of the device part.
-      device_backward_s: ``cb``, backward of the device part.
-      server_forward_s: ``sf``, forward of the server part.
-      server_backward_s: ``sb``, backward of the server part.
+      device_forward_s: ``cf``, forward of the client-side model.
+      device_backward_s: ``cb``, backward of the client-side model.
+      server_forward_s: ``sf``, forward of the server-side model.
+      server_backward_s: ``sb``, backward of the server-side model.
       up_s: ``u``, all activations on the uplink.
       down_s: ``d``, all cotangents on the downlink.
     """
@@ -39,13 +39,13 @@ class MicroTimes(NamedTuple):
     """Seconds of each micro-batch's parts, in index order, and of the two updates.
 
     Attributes:
-      device_forward_s: Forward of the device part, one value per micro-batch.
+      device_forward_s: Forward of the client-side model, one value per micro-batch.
       up_s: The activation on the uplink.
-      server_s: Forward, loss and backward of the server part, which our server fuses.
+      server_s: Forward, loss and backward of the server-side model, which our server fuses.
       down_s: The cotangent on the downlink.
-      device_backward_s: Backward of the device part.
+      device_backward_s: Backward of the client-side model.
       device_update_s: The device's optimiser step after the last backward.
-      server_update_s: The server's optimiser step after the last cotangent was handed on.
+      server_update_s: The server's optimiser step after the last cotangent was sent.
     """
 
     device_forward_s: Sequence[float]
@@ -58,7 +58,7 @@ class MicroTimes(NamedTuple):
 
 
 class PaperChoice(NamedTuple):
-    """What the paper's selection picks.
+    """The paper's selection.
 
     Attributes:
       cut: The cut, P.
@@ -74,8 +74,8 @@ class PaperChoice(NamedTuple):
 def paper_micro_batches(times: StepTimes, batch_size: int) -> int:
     """Returns the paper's number of micro-batches, clamped to the mini-batch.
 
-    ``N = ceil((u + sf + sb + d) / min(cf, cb)) + 1``: as many forwards as fit while the first
-    micro-batch is under way. The formula can exceed the batch (its mode clamps).
+    ``N = ceil((u + sf + sb + d) / min(cf, cb)) + 1``: as many forwards as fit into the round trip
+    of the first micro-batch. The formula can exceed the batch and is clamped.
 
     Args:
       times: Times of the whole mini-batch; only their ratios matter.
@@ -88,7 +88,7 @@ def paper_micro_batches(times: StepTimes, batch_size: int) -> int:
         raise PlanError(f"a mini-batch needs at least one sample, got batch_size={batch_size}")
     away_s = times.up_s + times.server_forward_s + times.server_backward_s + times.down_s
     least_s = min(times.device_forward_s, times.device_backward_s)
-    if away_s >= (batch_size - 1) * least_s:  # also where the device part costs nothing at all
+    if away_s >= (batch_size - 1) * least_s:  # also if the client-side model has zero cost
         return batch_size
     return min(batch_size, math.ceil(away_s / least_s) + 1)
 
@@ -157,9 +157,9 @@ def measured_step_s(times: MicroTimes) -> float:
 
 
 def paper_choice(candidates: Mapping[int, StepTimes], batch_size: int) -> PaperChoice:
-    """Returns the paper's selection: for each cut its one N, then the cut with the fastest step.
+    """Returns the paper's selection: one N for each cut, then the cut with the fastest step.
 
-    Equal cuts go to the smaller one, which leaves less to the device.
+    Among equal cuts the smallest is chosen, which leaves the least work to the device.
 
     Args:
       candidates: Times of the whole mini-batch for each possible cut.

@@ -1,4 +1,4 @@
-"""Whether to change the plan: what another one would save, and the patience not to flap."""
+"""The decision to change the plan during a run, with hysteresis."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from typing import NamedTuple
 
 from pipar_jax.schedule.plan import Plan
 
-#: Looks in a row in which another plan has to win, if it does not win by much.
+#: Number of consecutive checks that another plan has to win, unless it wins by a large margin.
 LOOKS = 2
-#: So many times the least gain is much: one look is enough.
+#: Multiple of the minimum gain for which one check is enough.
 MUCH = 3.0
-#: Rounds under a plan before it may change again.
+#: Minimum number of rounds between two changes of the plan.
 REST = 2
-#: A plan that was the best a moment ago is kept as the choice within this share of the best.
+#: The previous choice is kept if it is within this share of the best plan.
 CLOSE = 0.02
 
 
 class Offer(NamedTuple):
-    """A plan and what it is predicted to take.
+    """A plan and its predicted epoch.
 
     Attributes:
       plan: The plan.
@@ -29,7 +29,7 @@ class Offer(NamedTuple):
 
 
 class Choice:
-    """Follows the predictions of a run and says when to change.
+    """Tracks the predictions of a run and decides on changes of the plan.
 
     Args:
       plan: The plan at the start.
@@ -42,12 +42,12 @@ class Choice:
         self._wins, self._since = 0, 0
 
     def give_up(self, plan: Plan) -> None:
-        """Takes note that a plan cannot be had."""
+        """Excludes a plan that turned out to be impossible."""
         if plan == self.wanted:
             self._wins, self.wanted = 0, None
 
     def changed(self, index: int) -> None:
-        """Takes note that the wanted plan is in force from a round on."""
+        """Records that the chosen plan is in force from a round on."""
         assert self.wanted is not None
         self.plan, self.wanted = self.wanted, None
         self._wins, self._since = 0, index
@@ -62,14 +62,14 @@ class Choice:
         moving_s: float,
         epochs_left: float,
     ) -> Plan | None:
-        """Takes a look's predictions; returns the plan that is wanted from now on, if any.
+        """Adds the predictions of a check; returns the plan to change to, if any.
 
         Args:
-          index: The round that runs.
-          present: The plan in force.
-          best: The best plan found.
-          wanted_s: What the plan wanted at the last look would take, if one was.
-          moving_s: What the change to the best costs once.
+          index: The current round.
+          present: The current plan.
+          best: The best plan.
+          wanted_s: Predicted seconds of the plan chosen at the last check, if any.
+          moving_s: Seconds of the change to the best plan.
           epochs_left: Epochs after this round.
         """
         keeps = self.wanted is not None and wanted_s is not None
@@ -83,7 +83,7 @@ class Choice:
             return None
         self._wins += 1
         much = saved_s > MUCH * self._gain * present.epoch_s
-        # The change itself comes at the end of this round.
+        # The plan changes at the end of this round.
         rested = index + 1 - self._since >= REST or self._since == 0
         if (self._wins >= LOOKS or much) and rested:
             self.wanted = best.plan

@@ -1,11 +1,10 @@
-"""The search for the best plan: a cheap lower bound to order and prune, the simulator as judge.
+"""The search for the best plan: lower bounds to order and prune, the simulator to evaluate.
 
-Candidates are judged in the order of their lower bounds until the next bound is no better than the
-best prediction: what is left out is proven worse. For one device and for equal devices that is all
-there is, and exact. Unequal devices get plans of their own: the bisection on the deadline that
-gives their lower bound (each device takes the option that loads the server least and still meets
-the deadline) also gives the start, from which one device after another is improved, and the gap to
-the bound is told.
+Candidates are evaluated in the order of their lower bounds until the next bound is no better than
+the best prediction; the remaining ones are proven worse. For one device and for equal devices this
+is exact. Unequal devices get individual plans: a bisection on the deadline gives their lower bound
+(each device takes the option that loads the server least and still meets the deadline) and the
+starting point, from which devices are improved one after another; the gap to the bound is reported.
 """
 
 from __future__ import annotations
@@ -39,21 +38,21 @@ from pipar_jax.tuner.bounds import (
 )
 from pipar_jax.tuner.paper import paper_plan
 
-#: Options of each unequal device that are tried in its place.
+#: Number of options tried for each unequal device.
 ALTERNATIVES = 3
 
 
 class SearchResult(NamedTuple):
-    """What a search found.
+    """The result of a search.
 
     Attributes:
-      plans: The plans judged, best first, among them at least one of each method that fits. With
+      plans: The evaluated plans, best first, at least one of each feasible method. With
         ``tuner.codecs`` the first is the fastest with as many bits as cost no time.
-      bound_s: What no plan searched can undercut, in seconds per epoch.
-      exact: Whether the first is proven to be the best of all that were searched.
-      judged: How many plans were simulated.
-      candidates: How many there were.
-      paper: What the paper's selection chooses, judged the same way; None without a cut.
+      bound_s: Lower bound of all candidates, in seconds per epoch.
+      exact: Whether the first plan is proven to be the best of all candidates.
+      judged: Number of simulated plans.
+      candidates: Number of candidates.
+      paper: The plan of the paper's selection, evaluated in the same way; None without a cut.
     """
 
     plans: tuple[PlanEstimate, ...]
@@ -65,27 +64,27 @@ class SearchResult(NamedTuple):
 
     @property
     def gap(self) -> float:
-        """How much worse than the bound the best plan may be, as a share."""
+        """Upper bound of the relative difference between the best plan and the optimum."""
         best_s = self.plans[0].epoch_s
         return max(0.0, best_s / self.bound_s - 1.0) if self.bound_s else 0.0
 
 
 class _Candidate(NamedTuple):
-    """A plan to be judged, with its bound."""
+    """A candidate plan with its lower bound."""
 
     bound_s: float
     plan: Plan
 
 
 def tune(profile: Profile, config: Config) -> Plan:
-    """Returns the plan that trains an epoch fastest, or the paper's with tuner.select=paper.
+    """Returns the plan with the shortest epoch, or the paper's with tuner.select=paper.
 
     Args:
-      profile: What hosts and links are like.
-      config: Resolved configuration; ``tuner``, ``aggregation`` and ``pipeline`` count.
+      profile: The profile of hosts and links.
+      config: Resolved configuration; ``tuner``, ``aggregation`` and ``pipeline`` are used.
 
     Raises:
-      ConfigError: The configuration allows no plan at all.
+      ConfigError: The configuration allows no plan.
       PlanError: No plan fits into the hosts' memory.
     """
     if config.tuner.select == "paper":
@@ -97,18 +96,18 @@ def search(profile: Profile, config: Config) -> SearchResult:
     """Returns the best plans over methods, cuts, N, codecs and dispatch policies.
 
     Args:
-      profile: What hosts and links are like.
+      profile: The profile of hosts and links.
       config: Resolved configuration.
 
     Raises:
-      ConfigError: The configuration allows no plan at all.
+      ConfigError: The configuration allows no plan.
       PlanError: No plan fits into the hosts' memory.
     """
     return _Search(profile, config).run()
 
 
 class _Search:
-    """One search, with everything that it has judged."""
+    """A search and its evaluated plans."""
 
     def __init__(self, profile: Profile, config: Config) -> None:
         self.stages, self.profile, self.config = StageCosts(profile), profile, config
@@ -132,8 +131,8 @@ class _Search:
         candidates = sorted(self._common(options), key=lambda one: one.bound_s)
         if not candidates:
             raise ConfigError(
-                f"tuner.methods={self.config.tuner.methods!r} leaves nothing to choose from in a "
-                f"model of {len(self.profile.units)} units: allow fl, or cut a larger model"
+                f"tuner.methods={self.config.tuner.methods!r} allows no plan for a model of "
+                f"{len(self.profile.units)} units: allow fl, or use a larger model"
             )
         fitting = [one for one in candidates if excess(self.stages, one.plan) is None]
         if not fitting:
@@ -150,7 +149,7 @@ class _Search:
             bound_s = min(bound_s, self._improve([one for one in options if self._parallel(one)]))
             best_s = min(one.epoch_s for one in self.judged.values())
             exact = bound_s >= best_s
-        for method in self.methods:  # what the best is better than
+        for method in self.methods:  # reference for the best
             if not any(labels(one)["method"] == method.name for one in self.judged):
                 of_method = (one for one in fitting if labels(one.plan)["method"] == method.name)
                 if (one := next(of_method, None)) is not None:
@@ -164,17 +163,17 @@ class _Search:
         return SearchResult(tuple(plans), bound_s, exact, len(self.judged), len(candidates), paper)
 
     def _distinct(self) -> list[PlanEstimate]:
-        """Returns the plans judged, best first, each with its best dispatch policy only."""
+        """Returns the evaluated plans, best first, each with its best dispatch policy only."""
         found: dict[tuple[object, str], PlanEstimate] = {}
         for one in sorted(self.judged.values(), key=lambda one: one.epoch_s):
             found.setdefault((one.plan.devices, one.plan.order), one)
         return list(found.values())
 
     def _sharpened(self, plans: list[PlanEstimate]) -> list[PlanEstimate]:
-        """Returns the plans behind the best with as many bits as cost no time.
+        """Returns the plans, the best one with as many bits as cost no time.
 
-        The search's own limit counts actions that were extrapolated, too, of which a long round has
-        many more; here their work counts.
+        The limit of the search includes extrapolated actions, of which a long round has many; here
+        only simulated actions count.
         """
         most = self.simulated + 0.25 * self.config.tuner.actions
 
@@ -189,7 +188,7 @@ class _Search:
     # --- candidates ---------------------------------------------------------------------------
 
     def _options(self) -> list[DeviceOption]:
-        """Returns everything that a device can be told to do."""
+        """Returns all options of a device."""
         count, batch = len(self.profile.units), self.profile.batch_size
         cutting = [one for one in self.methods if one.cuts]
         numbers = set() if all(one.pipelined for one in cutting) else {1}
@@ -204,7 +203,7 @@ class _Search:
         return found
 
     def _parallel(self, option: DeviceOption) -> bool:
-        """Says whether an option belongs to a method in parallel order that is allowed."""
+        """Returns whether an option belongs to an allowed method in parallel order."""
         return self._allows("parallel", option)
 
     def _allows(self, order: Order, option: DeviceOption) -> bool:
@@ -213,7 +212,7 @@ class _Search:
         return any(one.makes(order=order, cuts=cuts, micro_batches=number) for one in self.methods)
 
     def _common(self, options: Iterable[DeviceOption]) -> Iterator[_Candidate]:
-        """Yields the plans in which all devices do the same, with their bounds."""
+        """Yields the plans in which all devices have the same option, with their bounds."""
         for option in options:
             all_least = [self._at_least(d, option) for d in range(len(self.profile.devices))]
             if self._parallel(option):
@@ -237,12 +236,12 @@ class _Search:
         return sequential_bound_s(self.stages, one_epoch, option.cut)
 
     def _dispatches(self, option: DeviceOption) -> Sequence[str]:
-        """Returns the policies worth trying."""
+        """Returns the dispatch policies worth trying."""
         wanted = split_list(self.config.tuner.dispatch)
         if not option.cut or (option.micro_batches == 1 and len(self.profile.devices) == 1):
-            return wanted[:1]  # there is never a choice to make
+            return wanted[:1]  # there is never more than one ready action
         if len(self.profile.devices) == 1 and "fixed" in wanted:
-            return ("fixed",)  # all forwards first: no other order is better, see ``least``
+            return ("fixed",)  # all forwards first is the best order, see ``least``
         if self.equal:
             return [name for name in wanted if name != "slowest_first"] or wanted
         return wanted
@@ -258,7 +257,7 @@ class _Search:
         )
 
     def _at_least(self, device: int, option: DeviceOption) -> LowerBound:
-        """Returns a device's bound, found once for equal devices."""
+        """Returns the bound of a device, computed once for equal devices."""
         key = self.known[device], option
         if key not in self._least:
             self._least[key] = least(self.stages, device, option, self.spans[device])
@@ -275,10 +274,10 @@ class _Search:
         return self.judged[plan].epoch_s
 
     def _judge_in_order(self, candidates: Sequence[_Candidate], actions: float) -> float:
-        """Judges candidates until the rest is proven worse, or enough actions were predicted.
+        """Evaluates candidates until the rest is proven worse, or the limit of actions is reached.
 
         Returns:
-          The bound of the first candidate that was not judged; infinite if there is none.
+          The bound of the first candidate that was not evaluated; infinite if there is none.
         """
         best_s = math.inf
         for one in candidates:
@@ -290,7 +289,7 @@ class _Search:
     # --- unequal devices ----------------------------------------------------------------------
 
     def _improve(self, options: Sequence[DeviceOption]) -> float:
-        """Searches plans in which devices differ; returns their bound in seconds per epoch."""
+        """Searches plans with individual options; returns their bound in seconds per epoch."""
         bound_s, start = self._bisect(options)
         dispatch = min(self.judged.values(), key=lambda one: one.epoch_s).plan.dispatch
         plan = self._plan(start, dispatch)
@@ -321,7 +320,7 @@ class _Search:
     def _alternatives(
         self, device: int, options: Sequence[DeviceOption], deadline_s: float
     ) -> list[DeviceOption]:
-        """Returns a device's options that could meet a deadline: fastest, and easiest on others."""
+        """Returns a device's options that may meet a deadline: the fastest, and the lightest."""
         able = [
             (self._at_least(device, one), one)
             for one in options
@@ -332,10 +331,10 @@ class _Search:
         return list(dict.fromkeys(one for _, one in (*fast, *light)))
 
     def _bisect(self, options: Sequence[DeviceOption]) -> tuple[float, list[DeviceOption]]:
-        """Returns the least deadline that each device and the server's sum allow, and its options.
+        """Returns the lowest deadline that is not proven impossible, and the options for it.
 
-        For a deadline each device takes, of the options that meet it alone, the one that loads the
-        server least; if even their sum exceeds the deadline, no plan meets it.
+        For a deadline each device takes the option that loads the server least among those that
+        meet it alone; if even the sum of these loads exceeds the deadline, no plan meets it.
         """
         devices = range(len(self.profile.devices))
         tables = [
@@ -365,12 +364,12 @@ class _Search:
                 else:
                     high_s = middle_s
             found = lightest(high_s)
-        assert found is not None  # at high_s every option is open
+        assert found is not None  # at high_s every option is possible
         return low_s * self.scale, [option for _, option in found]
 
 
 def _frame(config: Config) -> Plan:
-    """Returns a plan whose values beside its device plans are the configuration's."""
+    """Returns a plan with the given device plans and the other values of the configuration."""
     return Plan(
         (DeviceOption(0).device_plan(),) * config.devices.count,
         dispatch=config.pipeline.dispatch,  # type: ignore[arg-type]  # resolve() checked it
@@ -385,7 +384,7 @@ def _codecs(config: Config) -> Codecs:
 
 
 def labels(plan: Plan) -> Mapping[str, str]:
-    """Returns what a plan is called: its method, its cuts and its micro-batches."""
+    """Returns the label of a plan: its method, cuts and micro-batches."""
     cuts = [one.cuts[0] if one.cuts else 0 for one in plan.devices]
     numbers = [one.micro_batches for one in plan.devices]
     names = [_method_of(plan.order, cuts=any(cuts), micro_batches=max(numbers))]
@@ -395,7 +394,7 @@ def labels(plan: Plan) -> Mapping[str, str]:
 
 
 def _method_of(order: Order, *, cuts: bool, micro_batches: int) -> str:
-    """Returns the name of the method that makes such plans between devices and server."""
+    """Returns the name of the two-host method with such plans."""
     return next(
         (
             name

@@ -1,4 +1,4 @@
-"""What a profile holds and what a search found, as tables."""
+"""Profiles and results of a search as tables."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pipar_jax.tuner import codec_choice
 from pipar_jax.tuner.bounds import memory_bytes
 from pipar_jax.tuner.search import SearchResult, labels
 
-#: How many of the fastest plans are shown.
+#: Number of plans shown.
 BEST = 6
 
 
 def plans_table(profile: Profile, found: SearchResult) -> Table:
-    """Returns the best plans with their seconds, what binds them, and their memory."""
+    """Returns the best plans with their predicted seconds, bottleneck and memory."""
     stages = StageCosts(profile)
     table = Table(title="plans, best first", title_justify="left")
     for name, justify in (
@@ -28,7 +28,7 @@ def plans_table(profile: Profile, found: SearchResult) -> Table:
     ):  # fmt: skip
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     told = list(found.plans[:BEST])
-    for judged in found.plans[BEST:]:  # of the others, the best of each further method
+    for judged in found.plans[BEST:]:  # and the best plan of each other method
         if labels(judged.plan)["method"] not in {labels(one.plan)["method"] for one in told}:
             told.append(judged)
     for judged in told:
@@ -41,22 +41,22 @@ def plans_table(profile: Profile, found: SearchResult) -> Table:
 
 
 def verdict(found: SearchResult) -> str:
-    """Returns in a sentence how sure the first plan is."""
+    """Returns a sentence about the optimality of the first plan."""
     looked = f"{found.judged} of {found.candidates} candidates simulated"
     if found.exact:
         return f"{looked}; the others are proven to be no faster"
     return (
         f"{looked}; no plan takes less than {found.bound_s:.4g} s per epoch, so that at most "
-        f"{found.gap:.1%} may be left"
+        f"{found.gap:.1%} can be gained"
     )
 
 
 def codecs_table(profile: Profile, judged: PlanEstimate, config: Config) -> Table | None:
-    """Returns why each link's tensors are coded or not; None where there was no choice.
+    """Returns the reasons for the codecs of all links; None if there was no choice.
 
     Args:
-      profile: What hosts and links are like.
-      judged: The plan that was chosen.
+      profile: The profile of hosts and links.
+      judged: The chosen plan.
       config: Resolved configuration.
     """
     why = codec_choice.reasons(StageCosts(profile), config, judged)
@@ -85,9 +85,9 @@ def codecs_table(profile: Profile, judged: PlanEstimate, config: Config) -> Tabl
 
 
 def binds(stages: StageCosts, judged: PlanEstimate) -> tuple[str, float]:
-    """Returns what is busiest in a round, and for which share of it.
+    """Returns the busiest resource of a round, and its busy share.
 
-    Where nothing is busy for half of the round, its hosts wait for each other: ``waiting``.
+    If no resource is busy for half of the round, hosts wait for each other: ``waiting``.
     """
     busy = loads(stages, judged)
     name = max(busy, key=lambda one: busy[one])
@@ -95,10 +95,8 @@ def binds(stages: StageCosts, judged: PlanEstimate) -> tuple[str, float]:
 
 
 def units_tables(profile: Profile) -> list[Table]:
-    """Returns what the units take anywhere, and their milliseconds on each distinct host."""
-    facts = Table(
-        title=f"{profile.model}: units, per sample where it says so", title_justify="left"
-    )
+    """Returns the sizes of units, and their milliseconds on each distinct host."""
+    facts = Table(title=f"{profile.model}: units", title_justify="left")
     facts.add_column("unit")
     for name in ("weights kB", "optimiser kB", "out kB/sample", "kept kB/sample"):
         facts.add_column(name, justify="right")
@@ -147,7 +145,7 @@ def links_table(profile: Profile) -> Table:
 
 
 def _row(stages: StageCosts, judged: PlanEstimate) -> list[str]:
-    """Returns a plan's cells."""
+    """Returns the cells of a plan's row."""
     what = labels(judged.plan)
     memory = memory_bytes(stages, judged.plan)
     server = memory.pop(COORDINATOR)
@@ -163,7 +161,7 @@ def _row(stages: StageCosts, judged: PlanEstimate) -> list[str]:
 
 
 def _distinct(profile: Profile) -> dict[HostProfile, str]:
-    """Returns each distinct host with the names of those that are like it."""
+    """Returns each distinct host with the names of all equal hosts."""
     found: dict[HostProfile, list[str]] = {profile.server: [COORDINATOR]}
     for index, one in enumerate(profile.devices):
         found.setdefault(one.host, []).append(device_name(index))

@@ -1,4 +1,4 @@
-"""The objectives of chain planning over prefix sums, and a bound for what is not placed yet."""
+"""The objectives of chain planning on prefix sums, and bounds of incomplete chains."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from pipar_jax.tuner.chain_search.problem import ChainProblem, Coding, Layer, Ob
 
 _T = TypeVar("_T")
 
-#: The objective's two dimensions, so far.
+#: The two dimensions of the objective.
 Value = tuple[float, float]
 
 
 class Hop(NamedTuple):
-    """What a boundary between two hosts costs per batch.
+    """Costs of a boundary between two hosts per batch.
 
     Attributes:
-      load_s: Seconds for which it occupies its busier direction, coding and decoding included.
-      cycle_s: Seconds that the activation and, later, the cotangent take to cross it.
-      pair: How they cross it.
+      load_s: Seconds of its busier direction, including encoding and decoding.
+      cycle_s: Seconds of the activation and of the cotangent crossing it.
+      pair: Codings of both.
     """
 
     load_s: float
@@ -31,11 +31,12 @@ class Hop(NamedTuple):
 
 
 class ChainCosts:
-    """The objective's two dimensions over prefix sums.
+    """The two dimensions of the objective, computed from prefix sums.
 
     ``mpsl``: (longest forward, longest backward), added up at the end. Others: (the busiest
-    resource's load, the owner's cycle so far). ``steady`` takes the larger, the cycle shared by K;
-    ``accept`` the load alone; ``step`` the load of all but one of the parts and the cycle of one.
+    resource's load, the owner's cycle so far). ``steady`` is the larger of the load and the cycle
+    divided by K; ``accept`` the load; ``step`` the load of all but one of the parts plus the cycle
+    of one.
     """
 
     def __init__(self, problem: ChainProblem, objective: Objective) -> None:
@@ -55,7 +56,7 @@ class ChainCosts:
         self._cycle_counts = objective == "step" or (
             objective == "steady" and problem.owner is not None
         )
-        # An owner computes its own batches alone. What does not count is no dimension either.
+        # An owner computes only its own batches. Irrelevant costs are not part of a dimension.
         load_s = 0.0 if objective == "mpsl" else own_s / problem.owners
         self.start: Value = (load_s, own_s if self._cycle_counts else 0.0)
         relative = [
@@ -72,23 +73,23 @@ class ChainCosts:
         return forward[stop] - forward[first], backward[stop] - backward[first]
 
     def memory(self, node: int, first: int, stop: int) -> float:
-        """Returns the bytes that a run of layers takes on a node."""
+        """Returns the memory of a run of layers on a node."""
         _, _, weights, activations = self._sums[node]
         return self.problem.memory_bytes(
             weights[stop] - weights[first], activations[stop] - activations[first]
         )
 
     def hops(self, one: int | None, other: int | None, position: int) -> Sequence[Hop]:
-        """Returns what crossing a position costs, in every way that may be the best in the end.
+        """Returns the costs of crossing a position, for all codings that may be optimal.
 
-        A boundary's codecs concern no other boundary, so that its least load is best where loads
-        alone count. Where the cycle counts as well, the Pareto front of both is returned, the least
-        load first.
+        The codecs of a boundary do not affect other boundaries, so that its least load is best if
+        only loads count. If the cycle counts as well, the Pareto front of both is returned, the
+        least load first.
 
         Args:
           one: Index of the node below; None stands for the owner.
           other: Index of the node above; None stands for the owner.
-          position: The layer behind the boundary.
+          position: The layer after the boundary.
         """
         key = one, other, position
         if key not in self._hops:
@@ -96,9 +97,9 @@ class ChainCosts:
         return self._hops[key]
 
     def _all_hops(self, one: int | None, other: int | None, position: int) -> Sequence[Hop]:
-        """Returns what ``hops`` does, of a boundary that it was not asked about before."""
+        """Computes the result of ``hops`` for a new boundary."""
         problem = self.problem
-        # Where the last node has the model's end, and so the loss, nothing returns to the owner.
+        # If the last node has the end of the model, and so the loss, nothing returns to the owner.
         at_the_end = other is None and position == len(problem.nodes[0].layers)
         if at_the_end or ((one is None or other is None) and not problem.owner):
             pair = Pair(problem.activation_codings[0], problem.cotangent_codings[0])
@@ -123,7 +124,7 @@ class ChainCosts:
             ),
             lambda hop: (hop.load_s, hop.cycle_s),
         )
-        if self.objective == "mpsl":  # links are free, but tensors have to cross them somehow
+        if self.objective == "mpsl":  # links have no cost, but a coding has to be chosen
             return (Hop(0.0, 0.0, found[0].pair),)
         return found if self._cycle_counts else found[:1]
 
@@ -147,12 +148,12 @@ class ChainCosts:
         return load_s * (1 - 1 / self._parts) + cycle_s / self._parts
 
     def bound(self, value: Value, position: int, power: Sequence[float]) -> float:
-        """Returns what no completion can undercut.
+        """Returns a lower bound of all completions.
 
         Args:
           value: The chain so far.
           position: The first layer that is not placed yet.
-          power: What ``power`` returned for the nodes left.
+          power: Result of ``power`` for the remaining nodes.
         """
         last = self.problem.stop
         forward, backward, both = (sums[last] - sums[position] for sums in self._least)
@@ -165,8 +166,8 @@ class ChainCosts:
     def power(self, left: Iterable[int]) -> tuple[float, float, float]:
         """Returns the sum of some nodes' speeds, relative to the fastest node of each layer.
 
-        A node's relative speed is that of the layer that suits it best, so that
-        ``sum_l least_l / sum_i speed_i`` never exceeds the longest of these nodes.
+        A node's relative speed is that for its most suitable layer, so that ``sum_l least_l / sum_i
+        speed_i`` never exceeds the longest of these nodes.
         """
         chosen = list(left)
         forward, backward, both = (sum(speeds[i] for i in chosen) for speeds in self._speeds)
@@ -194,7 +195,7 @@ class ChainCosts:
 
 
 def front(items: Iterable[_T], value: Callable[[_T], Value]) -> list[_T]:
-    """Returns the Pareto front of some items, the least in the first dimension foremost."""
+    """Returns the Pareto front of items, ordered by the first dimension."""
     kept: list[_T] = []
     for one in sorted(items, key=value):
         if not kept or value(one)[1] < value(kept[-1])[1]:
@@ -206,10 +207,10 @@ def _way(coding: Coding, raw_bytes: float, link: LinkModel, share: int) -> Value
     """Returns load and cycle of one direction of a boundary.
 
     Args:
-      coding: How the tensor is sent.
-      raw_bytes: Its bytes before the codec.
-      link: The direction's link.
-      share: How many owners' batches go over links like it, each over its own.
+      coding: Coding of the tensor.
+      raw_bytes: Bytes before coding.
+      link: The link of the direction.
+      share: Number of owners whose batches use equal links, each its own.
     """
     nbytes, coding_s = raw_bytes * coding.ratio, raw_bytes * coding.s_per_byte
     return link.occupied_s(nbytes) / share + coding_s, link.transfer_s(nbytes) + coding_s

@@ -1,4 +1,4 @@
-"""Profile tables: what each layer of a model costs on each device."""
+"""Profile tables: costs of each layer of a model on each device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from pipar_jax.errors import DataError
 from pipar_jax.tuner.chain_search.problem import Layer
 
-#: Tables give sizes in units of 1024 bytes.
+#: Unit of sizes in tables.
 KIB = 1024.0
 
 
@@ -16,14 +16,14 @@ def read_profile(path: Path, device: str) -> tuple[Layer, ...]:
     """Reads one device's layers from a profile table.
 
     The columns are device, layer, forward_ms, backward_ms, update_ms, activation_kb and weight_kb.
-    A zero time is a missing measurement and counts as nothing.
+    A time of zero is a missing measurement and counts as zero.
 
     Args:
       path: The table, a CSV file.
-      device: Which device's rows to read.
+      device: Device whose rows are read.
 
     Raises:
-      DataError: The file is not such a table, does not have the device, or misses a layer.
+      DataError: The file is not a profile table, or lacks the device or a layer.
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""What a chain planner is asked and what it answers, as values."""
+"""Problems of the chain planner and their solutions, as values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Layer(NamedTuple):
 
     Attributes:
       forward_s: Seconds of a batch's forward.
-      backward_s: Seconds of its backward, the update included.
+      backward_s: Seconds of its backward, including the update.
       activation_bytes: Size of the layer's output for a batch.
       weight_bytes: Size of its weights.
     """
@@ -29,7 +29,7 @@ class Layer(NamedTuple):
 
 
 class Coding(NamedTuple):
-    """A way to send a tensor.
+    """The coding of a tensor on a link.
 
     Attributes:
       codec: Name of the codec.
@@ -43,11 +43,11 @@ class Coding(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """How both tensors cross a boundary.
+    """The codings of both tensors at a boundary.
 
     Attributes:
-      activation: The one that goes up the chain.
-      cotangent: The one that comes back.
+      activation: Coding of the activation.
+      cotangent: Coding of the cotangent.
     """
 
     activation: Coding
@@ -60,10 +60,10 @@ class Node:
 
     Attributes:
       name: The host's name.
-      layers: What each of the model's layers costs there at speed 1.
-      speed: Times are divided by this.
-      memory_bytes: What its layers may take together.
-      up: Its link to the next node of the chain, whichever that is; owners have links of their own.
+      layers: Costs of each of the model's layers at speed 1.
+      speed: Divisor of times.
+      memory_bytes: Memory limit of its layers.
+      up: Its link to the next node of the chain, whichever it is; owners have their own links.
       down: Its link from the next node.
     """
 
@@ -77,13 +77,13 @@ class Node:
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-    """The device at both ends of a U-shaped chain; all owners are taken to be alike.
+    """The device at both ends of a U-shaped chain; all owners are assumed to be equal.
 
     Attributes:
-      layers: What each of the model's layers costs on it.
+      layers: Costs of each of the model's layers.
       up: Its link to the nodes.
       down: Its link from the nodes.
-      speed: Times are divided by this.
+      speed: Divisor of times.
     """
 
     layers: tuple[Layer, ...]
@@ -94,20 +94,20 @@ class Owner:
 
 @dataclasses.dataclass(frozen=True)
 class ChainProblem:
-    """What is to be planned.
+    """A problem of the chain planner.
 
     Attributes:
       nodes: The nodes, in any order; a plan may leave some out.
       first: First layer on the nodes; those before it stay with the owner.
       stop: One past their last layer; those from it on stay with the owner, if there are any.
-      owners: K, how many owners share the chain.
-      micro_batches: How many parts of a batch follow one another; counts in ``step`` alone.
-      owner: What the owner's parts cost; None leaves the owner's cycle out.
+      owners: K, the number of owners that share the chain.
+      micro_batches: Number of parts of a batch; only for ``step``.
+      owner: Costs of the owner; None leaves the owner's cycle out.
       shared: Whether the owners share one copy of the weights on each node.
       in_flight: With shared weights, batches held at a time; 0 means all K.
-      activation_codings: Ways to send activations; every boundary takes the best for itself.
-      cotangent_codings: The same for cotangents.
-      any_order: Whether nodes may be put in another order than given.
+      activation_codings: Candidate codings of activations, chosen for each boundary.
+      cotangent_codings: Candidate codings of cotangents.
+      any_order: Whether the order of the nodes may change.
     """
 
     nodes: tuple[Node, ...]
@@ -123,11 +123,11 @@ class ChainProblem:
     any_order: bool = True
 
     def __post_init__(self) -> None:
-        """Checks that the parts fit together.
+        """Checks that the problem is consistent.
 
         Raises:
-          PlanError: There is no node, no layer to deal out or no way to send a tensor, tables
-            differ in length, or a number is impossible.
+          PlanError: There is no node, no layer or no coding, tables differ in length, or a number
+            is not valid.
         """
         if not self.nodes:
             raise PlanError("a chain needs at least one node")
@@ -137,7 +137,8 @@ class ChainProblem:
             raise PlanError(f"the hosts' profiles have different numbers of layers: {counts}")
         if not 0 <= self.first < self.stop <= counts[0]:
             raise PlanError(
-                f"layers {self.first}:{self.stop} are no range of this model's {counts[0]} layers"
+                f"layers {self.first}:{self.stop} are not a valid range of this model's "
+                f"{counts[0]} layers"
             )
         if self.owner is not None and self.first == 0:
             raise PlanError(
@@ -153,7 +154,7 @@ class ChainProblem:
         for name, codings in (("activation", self.activation_codings),
                               ("cotangent", self.cotangent_codings)):  # fmt: skip
             if not codings:
-                raise PlanError(f"{name}s need at least one way to be sent, such as raw")
+                raise PlanError(f"{name}s need at least one coding, such as raw")
             for one in codings:
                 if min(one.ratio, one.s_per_byte) < 0:
                     raise PlanError(
@@ -177,7 +178,7 @@ class ChainStage(NamedTuple):
       stop: One past its last layer.
       forward_s: Seconds of a batch's forward on it.
       backward_s: Seconds of its backward and update.
-      memory_bytes: What its layers take.
+      memory_bytes: Memory of its layers.
     """
 
     node: str
@@ -189,15 +190,15 @@ class ChainStage(NamedTuple):
 
 
 class ChainPlan(NamedTuple):
-    """A way to deal the layers out, with its cost.
+    """A solution: an assignment of layers with its cost.
 
     Attributes:
-      objective: What was minimised.
+      objective: The objective that was minimised.
       cost_s: Its value, in seconds per batch.
       stages: The nodes in chain order.
       cycle_s: Seconds from one owner's batch's start to its end, alone on the chain.
-      pairs: How tensors cross each boundary, from the owner's to the first node to that from the
-        last node to the owner (which nothing crosses if the model ends on the last node).
+      pairs: Codings at each boundary, from that between the owner and the first node to that
+        between the last node and the owner (unused if the model ends on the last node).
     """
 
     objective: Objective
@@ -213,10 +214,10 @@ class ChainPlan(NamedTuple):
 
 
 def check_name(objective: str) -> None:
-    """Checks that there is an objective of a name.
+    """Checks the name of an objective.
 
     Raises:
-      PlanError: There is none.
+      PlanError: There is no such objective.
     """
     if objective not in get_args(Objective):
         raise PlanError(

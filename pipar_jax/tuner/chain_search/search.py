@@ -1,11 +1,10 @@
 """The exact search for a chain: dynamic programming over Pareto fronts, within a widening bound.
 
 A state is (layers placed, nodes used, last node); it keeps the Pareto front of the objective's two
-dimensions, since either may decide in the end. Codecs are part of the search: a boundary is crossed
-in every way that is on the Pareto front of what crossing it costs. What a bound shows to exceed a
-limit is dropped; the limit starts close to the bound of the empty chain and widens until a chain
-lies within it. The first that does is the optimum, because nothing cheaper than the limit was
-dropped.
+dimensions, since either may be decisive. Codecs are part of the search: all codings on the Pareto
+front of a boundary's costs are tried. States whose bound exceeds a limit are dropped; the limit
+starts close to the bound of the empty chain and is raised until a chain lies within it. That chain
+is the optimum, because nothing cheaper than the limit was dropped.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from pipar_jax.tuner.chain_search.problem import (
     check_name,
 )
 
-#: The boundaries of a chain so far, as they are crossed, and the objective's dimensions for that.
+#: The codings of the boundaries so far, and the dimensions of the objective.
 _Way = tuple[Value, tuple[Hop, ...]]
 
 
@@ -35,13 +34,13 @@ def plan_chain(
     """Returns the cheapest chain.
 
     Args:
-      problem: What is to be planned.
-      objective: What to minimise.
-      most_s: Seconds above which a chain is of no interest, so that none is searched for.
+      problem: The problem.
+      objective: The objective to minimise.
+      most_s: Upper limit of the cost, in seconds.
 
     Raises:
-      PlanError: There is no such objective, no way to deal the layers out fits into memory, or none
-        that does costs as little as ``most_s``.
+      PlanError: There is no such objective, no assignment fits into memory, or all cost more than
+        ``most_s``.
     """
     check_name(objective)
     search = _Search(ChainCosts(problem, objective))
@@ -66,24 +65,24 @@ def plan_chain(
 def evaluate(
     problem: ChainProblem, objective: Objective, order: Sequence[int], cuts: Sequence[int]
 ) -> ChainPlan:
-    """Returns the cost of one way to deal the layers out, whether it fits into memory or not.
+    """Returns the cost of one assignment of layers, whether it fits into memory or not.
 
-    Every boundary has the codecs that are the best for this chain.
+    Every boundary has the best codecs for this chain.
 
     Args:
-      problem: What is planned.
-      objective: What to compute.
+      problem: The problem.
+      objective: The objective.
       order: Indices of the nodes used, in chain order.
       cuts: Positions between them.
 
     Raises:
-      PlanError: There is no such objective, or the cuts do not fit the order or the layers.
+      PlanError: There is no such objective, or the cuts do not match the order or the layers.
     """
     check_name(objective)
     bounds = (problem.first, *cuts, problem.stop)
     if len(bounds) != len(order) + 1 or list(bounds) != sorted(set(bounds)):
         raise PlanError(
-            f"cuts {tuple(cuts)} do not deal layers {problem.first} to {problem.stop - 1} to "
+            f"cuts {tuple(cuts)} do not divide layers {problem.first} to {problem.stop - 1} among "
             f"{len(order)} nodes: name increasing positions, one fewer than nodes"
         )
     costs = ChainCosts(problem, objective)
@@ -110,7 +109,7 @@ def evaluate(
 def _crossed(
     costs: ChainCosts, ways: list[_Way], hops: Sequence[Hop], forward_s: float, backward_s: float
 ) -> list[_Way]:
-    """Returns the ways worth keeping to come over one more boundary, with the node behind it."""
+    """Returns the useful codings of one more boundary, with the node after it."""
     return front(
         (
             (costs.extend(value, hop, forward_s, backward_s), (*crossed, hop))
@@ -122,13 +121,13 @@ def _crossed(
 
 
 class _Chain(NamedTuple):
-    """A chain under construction, linked to what it extends.
+    """A partial chain, linked to the chain that it extends.
 
     Attributes:
       value: The objective's two dimensions so far.
       before: The chain without its last node; None for the empty one.
       node: Index of its last node; -1 for none.
-      position: The first layer that it has not placed.
+      position: The first layer that is not assigned.
     """
 
     value: Value
@@ -137,7 +136,7 @@ class _Chain(NamedTuple):
     position: int
 
     def links(self) -> Iterator[_Chain]:
-        """Yields the chain and all that it extends but the empty one, longest first."""
+        """Yields the chain and its non-empty prefixes, longest first."""
         chain: _Chain | None = self
         while chain is not None and chain.before is not None:
             yield chain
@@ -155,14 +154,14 @@ class _Chain(NamedTuple):
 
 
 class _Search:
-    """The search for one problem; nodes that differ in nothing but the name are one kind."""
+    """The search for one problem; nodes that differ only in name are of one kind."""
 
     def __init__(self, costs: ChainCosts) -> None:
         self._costs = costs
         problem = costs.problem
         kinds: dict[object, list[int]] = {}
         for index, node in enumerate(problem.nodes):
-            # With a fixed order every node is a kind of its own.
+            # With a fixed order every node is its own kind.
             anonymous = dataclasses.replace(node, name="")
             key: object = anonymous if problem.any_order else index
             kinds.setdefault(key, []).append(index)
@@ -193,7 +192,7 @@ class _Search:
         return best
 
     def _next_kinds(self, used: tuple[int, ...], last: int) -> list[int]:
-        """Returns the kinds of which a node may come next."""
+        """Returns the kinds of the possible next nodes."""
         start = 0 if self._costs.problem.any_order else last + 1
         return [k for k in range(start, len(self._kinds)) if used[k] < len(self._kinds[k])]
 
@@ -206,7 +205,7 @@ class _Search:
         position: int,
         limit: float,
     ) -> None:
-        """Adds every run of layers from a position on that a node of a kind can take."""
+        """Adds every run of layers from a position that fits on a node of a kind."""
         costs = self._costs
         node = self._kinds[kind][used[kind]]
         memory_bytes = costs.problem.nodes[node].memory_bytes
@@ -234,7 +233,7 @@ class _Search:
                 del fronts[stop][now_used, kind]
 
     def _power(self, used: tuple[int, ...]) -> tuple[float, float, float]:
-        """Returns the speed of the nodes that are left."""
+        """Returns the speed of the remaining nodes."""
         power = self._powers.get(used)
         if power is None:
             kinds = zip(self._kinds, used, strict=True)
