@@ -45,6 +45,7 @@ class Model:
         self.sides: dict[str, jax.ShapeDtypeStruct] = {}
         self.obstacles: tuple[Obstacle, ...] = ()
         self.programs: dict[Any, Any] = {}
+        self._shapes: dict[tuple[int, bool], tuple[jax.ShapeDtypeStruct, ...]] = {}
         self.recipe: dict[str, Any] | None = None
 
     @classmethod
@@ -158,6 +159,8 @@ class Model:
     def shapes(self, batch: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Infers the input of every unit and the output of the last, without computing.
 
+        Every host asks, for every stage and size: what was traced once is remembered.
+
         Args:
           batch: Samples in the batch.
 
@@ -168,6 +171,9 @@ class Model:
           StageError: A unit does not accept what the one before it returns, or does not
             return one array.
         """
+        known = batch, bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
+        if known in self._shapes:
+            return self._shapes[known]
         x: Any = jax.ShapeDtypeStruct(  # type: ignore[no-untyped-call]
             (batch, *self.input_shape), self.input_dtype
         )
@@ -180,7 +186,8 @@ class Model:
                 f"model {self.name!r}, unit {self.units[-1].name!r}: the last unit must return "
                 f"logits [batch, …, {self.classes}], got {x.shape}; check `classes`"
             )
-        return tuple(found)
+        self._shapes[known] = tuple(found)
+        return self._shapes[known]
 
     def side_shapes(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns the abstract side inputs of a batch by name."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +47,14 @@ def pytest_configure(config: pytest.Config) -> None:
     """Tells XLA, before anything has loaded it, here and in the processes that tests start."""
     if not _soaks(config):
         os.environ.setdefault("XLA_FLAGS", " ".join(COMPILE_FAST))
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests that hold durations to limits: `make soak` runs them as well."""
+    for item in items:
+        if "quiet" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timed)
 
 
 def pytest_collection_finish() -> None:
@@ -131,3 +140,30 @@ def leaves_nothing_behind() -> Iterator[None]:
 
 def _soaks(config: pytest.Config) -> bool:
     return "soak" in config.option.markexpr.replace("not soak", "")
+
+
+@pytest.fixture
+def quiet(request: pytest.FixtureRequest) -> bool:
+    """Whether durations say something of what is tested, not of what else the machine does.
+
+    `make soak` has the machine to itself. `make test` runs two files of tests at a time, on
+    machines that may be busy: there no test may fail for what took long.
+    """
+    return _soaks(request.config)
+
+
+Within = Callable[..., contextlib.AbstractContextManager[None]]
+
+
+@pytest.fixture
+def within(quiet: bool) -> Within:
+    """Returns a block that must end in so many seconds (by a clock), where ``quiet`` is true."""
+
+    @contextlib.contextmanager
+    def block(limit_s: float, clock: Callable[[], float] = time.monotonic) -> Iterator[None]:
+        began_s = clock()
+        yield
+        took_s = clock() - began_s
+        assert not quiet or took_s < limit_s, f"took {took_s:.2f} s, not {limit_s:g} s"
+
+    return block

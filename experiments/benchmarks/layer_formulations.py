@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,18 +54,25 @@ class Case(NamedTuple):
     arguments: tuple[jax.Array, ...]
 
 
-def registered_shapes(batch: int) -> list[tuple[str, LayerShape]]:
-    """Lists the layers that have formulations in all registered networks, for all ``SAMPLES``.
+def registered_shapes(
+    batch: int, samples: Sequence[tuple[int, ...]] = SAMPLES, stems: Sequence[str] = STEMS
+) -> list[tuple[str, LayerShape]]:
+    """Lists the layers that have formulations in all registered networks.
 
     Networks are traced, nothing is computed.
+
+    Args:
+      batch: Samples in the batch of the shapes that are returned.
+      samples: Shapes of one sample.
+      stems: Stems of those networks that have a choice.
 
     Returns:
       Pairs of "conv", "depthwise" or "max_pool" and the shape, each once, in order.
     """
     found: set[tuple[str, LayerShape]] = set()
     for name in MODELS:
-        for sample in SAMPLES:
-            for stem in STEMS:
+        for sample in samples:
+            for stem in stems:
                 # The table need not exist yet.
                 with forced(Formulation.XLA), recorded() as asked:
                     try:

@@ -123,7 +123,6 @@ def measure_host(
       between: Called between measurements, to notice that nobody wants them any more.
       told: Learns how many units are measured, and of how many.
     """
-    model = _Shaped(model)
     path = _cache_path(config, model, sizes) if config.tuner.cache else None
     if path is not None and path.is_file():
         try:
@@ -218,20 +217,6 @@ def weight_ratio(config: Config, codecs: Mapping[str, CodecProfile]) -> float:
     """Returns the bytes on the wire per byte of averaged weights."""
     name = config.aggregation.codec
     return 1.0 if name == "raw" else codecs[name].ratio
-
-
-class _Shaped(Model):
-    """A model that infers its shapes once per batch size: it is asked about every unit."""
-
-    def __init__(self, model: Model) -> None:
-        self.__dict__.update(model.__dict__)  # what is compiled stays the model's own
-        self._found: dict[int, tuple[jax.ShapeDtypeStruct, ...]] = {}
-
-    def shapes(self, batch: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Infers the input of every unit and the output of the last."""
-        if batch not in self._found:
-            self._found[batch] = super().shapes(batch)
-        return self._found[batch]
 
 
 class _Row(NamedTuple):

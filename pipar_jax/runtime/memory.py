@@ -29,7 +29,7 @@ from pipar_jax.schedule.feasibility import check_executable
 from pipar_jax.schedule.host_program import replica_key
 from pipar_jax.schedule.plan import Plan, is_node, long_name
 from pipar_jax.training import optimizer
-from pipar_jax.training.replica import Replica
+from pipar_jax.training.replica import Replica, abstract
 from stages import Model, Stage, make_draw
 
 
@@ -249,7 +249,7 @@ def temporary_bytes(model: Model, replicas: Iterable[Replica], sizes: Iterable[i
     most, sizes = 0, set(sizes)
     for replica in {one.stage.unit_names: one for one in replicas}.values():
         stage = replica.stage
-        params, state = _abstract(replica.params), _abstract(replica.state)
+        params, state = abstract(replica.params), abstract(replica.state)
         lowered: list[Any] = replica.lower_updates()
         start = model.unit_names.index(stage.unit_names[0])
         for size in sizes:
@@ -313,11 +313,6 @@ def _sizes(stage: Stage, params: Any, state: Any, x: Any) -> tuple[int, int, int
     draw = make_draw(x.shape[0])
     y, residuals, _ = jax.eval_shape(stage.forward, params, state, x, draw)
     return (0 if stage.is_first else _bytes(x)), _bytes(residuals), _bytes(y)
-
-
-def _abstract(tree: Any) -> Any:
-    """Returns a tree of shapes."""
-    return jax.eval_shape(lambda same: same, tree)
 
 
 def _bytes(tree: Any) -> int:

@@ -238,13 +238,19 @@ class Replica:
             updates.append(self._compiled.update)
         if self._keeps:
             updates.append(self._compiled.keeping)
-        shapes = [_shapes(tree) for tree in (self.params, self.opt_state, self.accumulated)]
+        shapes = [abstract(tree) for tree in (self.params, self.opt_state, self.accumulated)]
         return [update.lower(*shapes) for update in updates]
 
 
-def _shapes(tree: Any) -> Any:
-    """Returns a tree of shapes."""
-    return jax.eval_shape(lambda same: same, tree)
+def abstract(tree: Any) -> Any:
+    """Returns a tree of arrays as a tree of `jax.ShapeDtypeStruct`; nothing is traced."""
+
+    def shape_of(leaf: jax.Array) -> Any:
+        return jax.ShapeDtypeStruct(  # type: ignore[no-untyped-call]
+            leaf.shape, leaf.dtype, weak_type=leaf.weak_type
+        )
+
+    return jax.tree.map(shape_of, tree)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -12,6 +12,7 @@ import pytest
 
 from comms import ChannelError, ChannelOptions, Endpoint, Link, LinkShape, Message, TlsOptions
 from pipar_jax.launch.certificates import Certificates, add_certificate, make_authority
+from tests.patience import PATIENCE_S
 
 
 class Collector:
@@ -25,17 +26,17 @@ class Collector:
         self.hold = hold
         link.start(self.messages.put, self.credit.set, self.lost.put)
 
-    def take(self, timeout_s: float = 20.0) -> Message:
+    def take(self, timeout_s: float = PATIENCE_S) -> Message:
         return self.messages.get(timeout=timeout_s)
 
-    def take_array(self, timeout_s: float = 20.0) -> np.ndarray:
+    def take_array(self, timeout_s: float = PATIENCE_S) -> np.ndarray:
         message = self.take(timeout_s)
         array = message.array
         if not self.hold:
             message.release()
         return array
 
-    def take_lost(self, timeout_s: float = 20.0) -> ChannelError:
+    def take_lost(self, timeout_s: float = PATIENCE_S) -> ChannelError:
         return self.lost.get(timeout=timeout_s)
 
 
@@ -88,8 +89,10 @@ class Workshop:
         links: queue.Queue[Link] = queue.Queue()
         _, port = server.listen("127.0.0.1", 0, admitting(links.put))
         reached = port if through is None else through(port)
-        up = client.connect("127.0.0.1", reached, name_of_peer="server", timeout_s=10, shape=shape)
-        down = links.get(timeout=10)
+        up = client.connect(
+            "127.0.0.1", reached, name_of_peer="server", timeout_s=PATIENCE_S, shape=shape
+        )
+        down = links.get(timeout=PATIENCE_S)
         return Pair(server, client, down, up, port, Collector(down, hold), Collector(up, hold))
 
 

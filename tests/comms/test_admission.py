@@ -31,6 +31,7 @@ from comms.wire.buffers import BufferPool
 from comms.wire.frame import HEADER_BYTES, SEQUENCED, Header, Kind, pack_header
 from tests.comms.conftest import Collector
 from tests.comms.test_frames import Pipe, frame, pump
+from tests.patience import PATIENCE_S
 
 LIMITS = Limits(join_bytes=2000)
 
@@ -40,8 +41,8 @@ def meet(workshop, options=None):
     server, client = workshop.endpoint("server", options), workshop.endpoint("device 0")
     links: queue.Queue = queue.Queue()
     _, port = server.listen("127.0.0.1", 0, links.put)
-    up = client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=10)
-    return links.get(timeout=10), up
+    up = client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=PATIENCE_S)
+    return links.get(timeout=PATIENCE_S), up
 
 
 def inbox(limits=LIMITS, allowance=None):
@@ -262,7 +263,7 @@ def test_a_peer_that_is_refused_hears_why_and_is_heard_no_more(workshop):
     down.refuse("device 0 sent labels beyond the classes")
     error = at_client.take_lost()
     assert isinstance(error, PeerClosed) and str(error).endswith("labels beyond the classes")
-    assert down.wait_closed(5) and isinstance(down.error, PeerLost)
+    assert down.wait_closed(PATIENCE_S) and isinstance(down.error, PeerLost)
     with pytest.raises(PeerLost, match="refused on this side"):
         down.send_control({})
     assert at_server.lost.empty() and at_server.messages.empty()
@@ -282,7 +283,7 @@ def test_what_a_refused_peer_still_sends_is_not_delivered(workshop):
     up.send_control({"n": 1})
     message = at_server.take()
     workshop.endpoints[0].loop.post(both)
-    done.get(timeout=5)
+    done.get(timeout=PATIENCE_S)
     assert at_server.messages.empty()
 
 

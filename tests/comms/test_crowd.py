@@ -13,6 +13,7 @@ from comms import ChannelOptions, Endpoint, Role, Tag
 from experiments.benchmarks import channel_peers
 from pipar_jax.launch.pinning import PinnedProcess
 from tests.comms.conftest import admitting
+from tests.patience import PATIENCE_S
 
 
 def test_devices_share_one_thread_and_get_equal_turns(workshop):
@@ -27,7 +28,7 @@ def test_devices_share_one_thread_and_get_equal_turns(workshop):
     threads = threading.active_count()
     devices, tensors = 40, 10
     links = [
-        client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=10)
+        client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=PATIENCE_S)
         for _ in range(devices)
     ]
     assert threading.active_count() == threads
@@ -37,7 +38,7 @@ def test_devices_share_one_thread_and_get_equal_turns(workshop):
             link.send(Tag(role=Role.ACTIVATION, device=device, step=step), array)
     steps = dict.fromkeys(range(devices), 0)
     for _ in range(devices * tensors):
-        message = arrived.get(timeout=20)
+        message = arrived.get(timeout=PATIENCE_S)
         tag = message.tag
         assert tag.step == steps[tag.device]
         assert (message.array == tag.device * 100 + tag.step).all()
@@ -59,14 +60,18 @@ def test_a_busy_link_does_not_starve_a_small_one(workshop):
         link.start(take, lambda: None, lambda error: None)
 
     _, port = server.listen("127.0.0.1", 0, admitting(on_link))
-    busy = workshop.endpoint("busy").connect("127.0.0.1", port, name_of_peer="s", timeout_s=5)
-    quiet = workshop.endpoint("quiet").connect("127.0.0.1", port, name_of_peer="s", timeout_s=5)
+    busy = workshop.endpoint("busy").connect(
+        "127.0.0.1", port, name_of_peer="s", timeout_s=PATIENCE_S
+    )
+    quiet = workshop.endpoint("quiet").connect(
+        "127.0.0.1", port, name_of_peer="s", timeout_s=PATIENCE_S
+    )
     large = np.zeros(64 << 20, np.uint8)
     for _ in range(40):
         busy.send(Tag(role=Role.ACTIVATION, device=0), large)
     for _ in range(5):
         quiet.send(Tag(role=Role.ACTIVATION, device=1), np.zeros(100))
-        small.get(timeout=20)
+        small.get(timeout=PATIENCE_S)
     assert busy.stats().queued_messages > 0, "the busy link was done too early to show anything"
     busy.close()
 
@@ -104,7 +109,7 @@ def test_a_tensor_of_more_than_two_gibibytes_crosses():
         _, port = server.listen(
             "127.0.0.1", 0, admitting(lambda link: link.start(messages.put, lambda: None, print))
         )
-        link = client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=5)
+        link = client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=PATIENCE_S)
         array = np.arange((1 << 29) + 1000, dtype=np.uint32)
         link.send(Tag(role=Role.ACTIVATION), array)
         message = messages.get(timeout=120)

@@ -19,6 +19,7 @@ from comms.wire.greeting import Terms
 from comms.wire.handshake import ClientHandshake
 from tests.comms.conftest import admitting
 from tests.comms.fuzzing import mutate, pack, valid_frames
+from tests.patience import PATIENCE_S
 
 LIMITS = Limits(message_bytes=1 << 20, control_bytes=1 << 14, bundle_tensors=8)
 OPTIONS = ChannelOptions(limits=LIMITS, deadline_s=5.0, window_bytes=1 << 20, checksum=False)
@@ -28,7 +29,7 @@ class RawPeer:
     """Knows the handshake, and then sends whatever it is told."""
 
     def __init__(self, port: int, session: str) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=10)
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S)
         handshake = ClientHandshake(
             Terms(name="fuzzer", session=session, window_bytes=1 << 20), None, False
         )
@@ -67,7 +68,7 @@ def fuzz(workshop, frames: int, seed: int) -> None:
 
     _, port = server.listen("127.0.0.1", 0, admitting(on_link))
     honest = workshop.endpoint("honest").connect(
-        "127.0.0.1", port, name_of_peer="server", timeout_s=5
+        "127.0.0.1", port, name_of_peer="server", timeout_s=PATIENCE_S
     )
     process = psutil.Process()
     gc.collect()
@@ -99,13 +100,13 @@ def fuzz(workshop, frames: int, seed: int) -> None:
         if connections % 50 == 0:
             array = np.full(1000, step, np.int32)
             honest.send(Tag(role=Role.ACTIVATION, step=step), array)
-            message = honest_messages.get(timeout=10)
+            message = honest_messages.get(timeout=PATIENCE_S)
             assert message.tag.step == step
             np.testing.assert_array_equal(message.array, array)
             message.release()
             step += 1
     assert server.loop.failure is None and honest.error is None and step > 0
-    until = time.monotonic() + 10
+    until = time.monotonic() + PATIENCE_S
     while len(server.links) > 1 and time.monotonic() < until:
         time.sleep(0.05)
     assert len(server.links) == 1, "links of dead peers are left"

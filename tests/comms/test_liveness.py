@@ -12,6 +12,7 @@ import pytest
 
 from comms import ChannelError, ChannelOptions, ConnectError, PeerClosed, PeerLost, Role, Tag
 from tests.comms.conftest import admitting
+from tests.patience import PATIENCE_S
 
 #: What a busy machine may add; well below the deadline that most of these tests leave as it is.
 BUSY_S = 5.0
@@ -23,12 +24,11 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def test_an_unreachable_listener_is_named_within_the_timeout(workshop):
+def test_an_unreachable_listener_is_named_within_the_timeout(workshop, within):
     client, port = workshop.endpoint("client"), free_port()
-    began = time.monotonic()
-    with pytest.raises(ConnectError, match=rf"cannot reach the server at 127\.0\.0\.1 port {port}"):
+    expected = rf"cannot reach the server at 127\.0\.0\.1 port {port}"
+    with within(0.5 + BUSY_S), pytest.raises(ConnectError, match=expected):
         client.connect("127.0.0.1", port, name_of_peer="the server", timeout_s=0.5)
-    assert time.monotonic() - began < 0.5 + BUSY_S
 
 
 def test_a_listener_may_start_late(workshop):
@@ -40,9 +40,9 @@ def test_a_listener_may_start_late(workshop):
 
     timer = threading.Timer(0.4, listen)
     timer.start()
-    link = client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=10)
+    link = client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=PATIENCE_S)
     timer.join()
-    assert link.peer == "server" and links.get(timeout=5).peer == "client"
+    assert link.peer == "server" and links.get(timeout=PATIENCE_S).peer == "client"
 
 
 def test_a_name_that_does_not_resolve_is_named(workshop):
@@ -56,13 +56,12 @@ def test_a_port_in_use_is_named(workshop):
         workshop.endpoint("other").listen("127.0.0.1", port, lambda link: None)
 
 
-def test_a_goodbye_is_heard_at_once(workshop):
+def test_a_goodbye_is_heard_at_once(workshop, within):
     pair = workshop.pair()
-    began = time.monotonic()
-    pair.client.close()
-    error = pair.at_server.take_lost()
+    with within(BUSY_S):
+        pair.client.close()
+        error = pair.at_server.take_lost()
     assert isinstance(error, PeerClosed) and "d0" in str(error)
-    assert time.monotonic() - began < BUSY_S
     with pytest.raises(PeerLost):
         pair.down.send(Tag(role=Role.ACTIVATION), np.zeros(1))
 
@@ -77,14 +76,13 @@ def test_what_was_sent_before_close_still_arrives(workshop):
     assert kinds == {"tensor", "control"}
 
 
-def test_a_dead_connection_is_heard_at_once(workshop):
+def test_a_dead_connection_is_heard_at_once(workshop, within):
     pair = workshop.pair()
-    began = time.monotonic()
-    # What the kernel does when a process is killed.
-    pair.client.loop.post(lambda: pair.up.stream.transport.socket.shutdown(socket.SHUT_RDWR))
-    assert "d0" in str(pair.at_server.take_lost())
-    assert "server" in str(pair.at_client.take_lost())
-    assert time.monotonic() - began < BUSY_S
+    with within(BUSY_S):
+        # What the kernel does when a process is killed.
+        pair.client.loop.post(lambda: pair.up.stream.transport.socket.shutdown(socket.SHUT_RDWR))
+        assert "d0" in str(pair.at_server.take_lost())
+        assert "server" in str(pair.at_client.take_lost())
 
 
 class DeafPeer:
@@ -102,7 +100,7 @@ class DeafPeer:
             self.socket.sendall(handshake.feed(self.socket.recv(4096)))
 
 
-def test_a_silent_peer_is_lost_within_the_deadline(workshop):
+def test_a_silent_peer_is_lost_within_the_deadline(workshop, within):
     server = workshop.endpoint("server", ChannelOptions(deadline_s=1.0, checksum=False))
     links: queue.Queue = queue.Queue()
     lost: queue.Queue = queue.Queue()
@@ -113,13 +111,13 @@ def test_a_silent_peer_is_lost_within_the_deadline(workshop):
 
     _, port = server.listen("127.0.0.1", 0, admitting(on_link))
     began = time.monotonic()
-    with DeafPeer(port).socket:
-        error = lost.get(timeout=1.0 + BUSY_S)
+    with DeafPeer(port).socket, within(1.0 + BUSY_S):
+        error = lost.get(timeout=PATIENCE_S)
     assert "has sent nothing for" in str(error) and "deadline is 1 s" in str(error)
     assert time.monotonic() - began > 0.5
 
 
-def test_a_peer_that_stops_reading_is_lost_within_the_deadline(workshop):
+def test_a_peer_that_stops_reading_is_lost_within_the_deadline(workshop, quiet):
     server = workshop.endpoint("server", ChannelOptions(deadline_s=1.0, checksum=False))
     links: queue.Queue = queue.Queue()
     lost: queue.Queue = queue.Queue()
@@ -132,9 +130,9 @@ def test_a_peer_that_stops_reading_is_lost_within_the_deadline(workshop):
     from comms.wire.frame import PING, Header, Kind, pack_header
 
     with DeafPeer(port).socket as sock:
-        links.get(timeout=5).send(Tag(role=Role.ACTIVATION), np.zeros(64 << 20, np.uint8))
+        links.get(timeout=PATIENCE_S).send(Tag(role=Role.ACTIVATION), np.zeros(64 << 20, np.uint8))
         began = time.monotonic()
-        while lost.empty() and time.monotonic() - began < 1.0 + BUSY_S:
+        while lost.empty() and time.monotonic() - began < PATIENCE_S:
             # It still sends heartbeats: only the bytes that it does not take give it away.
             ping = Header(kind=Kind.PING, length=PING.size, total=PING.size)
             try:
@@ -142,7 +140,8 @@ def test_a_peer_that_stops_reading_is_lost_within_the_deadline(workshop):
             except OSError:
                 break
             time.sleep(0.05)
-    assert "has taken no bytes for" in str(lost.get(timeout=5))
+        assert not quiet or time.monotonic() - began < 1.0 + BUSY_S
+    assert "has taken no bytes for" in str(lost.get(timeout=PATIENCE_S))
 
 
 def test_a_quiet_link_stays_up(workshop):
@@ -156,12 +155,12 @@ def test_a_quiet_link_stays_up(workshop):
 def test_drain_waits_for_what_was_sent_and_says_when_it_cannot(workshop):
     pair = workshop.pair(ChannelOptions(window_bytes=100), hold=True)
     pair.up.send(Tag(role=Role.ACTIVATION), np.zeros(1000, np.uint8))
-    pair.up.drain(5)
+    pair.up.drain(PATIENCE_S)
     pair.up.send(Tag(role=Role.ACTIVATION), np.zeros(1000, np.uint8))
     with pytest.raises(ChannelError, match="1000 bytes still wait"):
         pair.up.drain(0.2)
     pair.at_server.take().release()
-    pair.up.drain(5)
+    pair.up.drain(PATIENCE_S)
 
 
 def test_an_error_in_a_callback_ends_that_link_alone_and_is_told(workshop):
@@ -173,21 +172,21 @@ def test_an_error_in_a_callback_ends_that_link_alone_and_is_told(workshop):
         raise RuntimeError("a bug of the caller")
 
     _, port = server.listen("127.0.0.1", 0, admitting(links.put))
-    up = client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=5)
-    links.get(timeout=5).start(fail, lambda: None, lost.put)
+    up = client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=PATIENCE_S)
+    links.get(timeout=PATIENCE_S).start(fail, lambda: None, lost.put)
     up.send_control({})
-    error = lost.get(timeout=5)
+    error = lost.get(timeout=PATIENCE_S)
     assert "a bug of the caller" in str(error) and isinstance(error.__cause__, RuntimeError)
     assert "test_liveness.py:" in str(error) and "client" in str(error)
     # It is that link's alone: others go on, new ones come.
     assert server.loop.failure is None
     other = workshop.endpoint("other").connect(
-        "127.0.0.1", port, name_of_peer="server", timeout_s=5
+        "127.0.0.1", port, name_of_peer="server", timeout_s=PATIENCE_S
     )
     messages: queue.Queue = queue.Queue()
-    links.get(timeout=5).start(messages.put, lambda: None, lost.put)
+    links.get(timeout=PATIENCE_S).start(messages.put, lambda: None, lost.put)
     other.send_control({"still": "works"})
-    assert messages.get(timeout=5).body == {"still": "works"}
+    assert messages.get(timeout=PATIENCE_S).body == {"still": "works"}
 
 
 def test_connect_and_drain_refuse_the_io_thread(workshop):
@@ -205,5 +204,5 @@ def test_connect_and_drain_refuse_the_io_thread(workshop):
                 found.put(str(error))
 
     pair.client.loop.post(inside)
-    assert "would block the I/O thread" in found.get(timeout=5)
-    assert "would block the I/O thread" in found.get(timeout=5)
+    assert "would block the I/O thread" in found.get(timeout=PATIENCE_S)
+    assert "would block the I/O thread" in found.get(timeout=PATIENCE_S)

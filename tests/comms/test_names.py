@@ -9,6 +9,7 @@ import pytest
 
 from comms import AuthenticationError, ChannelOptions, HandshakeError
 from tests.comms.conftest import admitting, tls
+from tests.patience import PATIENCE_S
 
 HOSTS = ("server", "n1", "n2", "d0", "d1")
 LISTENERS = ("server", "n1", "n2")
@@ -25,8 +26,8 @@ def meet(workshop, listener, dialler, *, resume_s=0.0):
     )
     links: queue.Queue = queue.Queue()
     _, port = server.listen("127.0.0.1", 0, admitting(links.put))
-    up = client.connect("127.0.0.1", port, name_of_peer=name, timeout_s=20)
-    return links.get(timeout=10), up
+    up = client.connect("127.0.0.1", port, name_of_peer=name, timeout_s=PATIENCE_S)
+    return links.get(timeout=PATIENCE_S), up
 
 
 @pytest.mark.parametrize(
@@ -67,15 +68,20 @@ def test_who_shows_no_certificate_trusts_the_address_alone(workshop, certificate
     links: queue.Queue = queue.Queue()
     _, port = server.listen("127.0.0.1", 0, admitting(links.put))
     client = workshop.endpoint("d0", tls(files))
-    assert client.connect("127.0.0.1", port, name_of_peer="s", timeout_s=20).peer == "coordinator"
+    assert (
+        client.connect("127.0.0.1", port, name_of_peer="s", timeout_s=PATIENCE_S).peer
+        == "coordinator"
+    )
 
 
 def test_the_name_that_is_expected_is_the_one_that_is_met(workshop):
     server, client = workshop.endpoint("n2"), workshop.endpoint("d0")
     _, port = server.listen("127.0.0.1", 0, lambda link: None)
     with pytest.raises(HandshakeError, match="calls itself n2, expected n1"):
-        client.connect("127.0.0.1", port, name_of_peer="n1", timeout_s=20, expected="n1")
-    assert client.connect("127.0.0.1", port, name_of_peer="n2", timeout_s=20, expected="n2").peer
+        client.connect("127.0.0.1", port, name_of_peer="n1", timeout_s=PATIENCE_S, expected="n1")
+    assert client.connect(
+        "127.0.0.1", port, name_of_peer="n2", timeout_s=PATIENCE_S, expected="n2"
+    ).peer
 
 
 def test_names_are_bound_on_every_connection_of_a_stream(workshop, certificates):
@@ -99,6 +105,6 @@ def test_names_are_bound_on_every_connection_of_a_stream(workshop, certificates)
     dial._session, dial._attempt = up.stream.session, 100
     import time
 
-    thief.loop.post(lambda: dial.begin(time.monotonic() + 10))
-    assert "its certificate names d1" in str(future.get(timeout=10))
+    thief.loop.post(lambda: dial.begin(time.monotonic() + PATIENCE_S))
+    assert "its certificate names d1" in str(future.get(timeout=PATIENCE_S))
     assert down.error is None

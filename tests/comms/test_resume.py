@@ -11,6 +11,7 @@ import pytest
 
 from comms import ChannelOptions, PeerClosed, PeerLost, Role, Tag
 from tests.comms.proxy import Proxy
+from tests.patience import PATIENCE_S
 
 RESUME = ChannelOptions(deadline_s=1.0, resume_s=20.0, replay_bytes=1 << 20, window_bytes=1 << 22)
 
@@ -61,8 +62,8 @@ def exchange(workshop, faults, *, rounds: int, seed: int, options=RESUME, least=
             step += batch
             if len(proxy.committed) >= rounds:
                 break
-        pair.up.drain(10)
-        pair.down.drain(10)
+        pair.up.drain(PATIENCE_S)
+        pair.down.drain(PATIENCE_S)
         assert pair.at_server.messages.empty() and pair.at_client.messages.empty()
         assert pair.up.stats().unacked_bytes == 0
         # Faults that come before the first WELCOME cut no stream.
@@ -102,22 +103,23 @@ def test_what_waits_for_replay_is_bounded_and_its_owner_is_told_late(workshop):
     )  # the client's acknowledgements still arrive
     pair.up.send(Tag(role=Role.WEIGHT), np.zeros(8 << 20, np.uint8), on_sent=lambda *a: sent.put(a))
     highest = 0
-    until = time.monotonic() + 10
+    until = time.monotonic() + PATIENCE_S
     while sent.empty() and time.monotonic() < until:
         highest = max(highest, pair.up.stats().unacked_bytes)
-    start_s, end_s, wire_bytes = sent.get(timeout=10)
+    start_s, end_s, wire_bytes = sent.get(timeout=PATIENCE_S)
     assert wire_bytes > 8 << 20 and start_s <= end_s
     assert highest <= RESUME.replay_bytes + (1 << 20) + 200
 
 
-def test_a_stream_that_is_not_resumed_in_time_is_lost(workshop):
+def test_a_stream_that_is_not_resumed_in_time_is_lost(workshop, quiet):
     options = ChannelOptions(deadline_s=1.0, resume_s=0.6)
     pair = workshop.pair(options)
     began = time.monotonic()
     pair.server.loop.post(lambda: [pair.server._stop_opening(), pair.down.stream.detach()])
     error = pair.at_client.take_lost()
     assert "server" in str(error) and not isinstance(error, PeerClosed)
-    assert 0.5 < time.monotonic() - began < 10
+    took_s = time.monotonic() - began
+    assert took_s > 0.5 and (not quiet or took_s < 10)
     pair.server.loop.post(lambda: pair.down.stream.connection_ended("a test cut it"))
     assert "did not come back within 0.6 s" in str(pair.at_server.take_lost())
 

@@ -29,12 +29,13 @@ from comms.wire.frame import MAGIC, VERSION
 from comms.wire.greeting import Hello, Terms
 from comms.wire.handshake import ClientHandshake, ServerHandshake
 from tests.comms.conftest import admitting, tls
+from tests.patience import PATIENCE_S
 
 TOKEN = "correct horse battery staple"
 PREFACE = struct.Struct("<4sHBBI")
 
 
-def connect(workshop, port, options=None, timeout_s=3.0):
+def connect(workshop, port, options=None, timeout_s=PATIENCE_S):
     client = workshop.endpoint("client", options)
     return client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=timeout_s)
 
@@ -66,12 +67,12 @@ def test_the_same_token_on_both_sides_is_accepted(workshop):
         (None, TOKEN, "has none"),
     ],
 )
-def test_other_tokens_are_refused_and_no_link_appears(workshop, at_server, at_client, match):
+def test_other_tokens_are_refused_and_no_link_appears(
+    workshop, at_server, at_client, match, within
+):
     port, links = listen(workshop, ChannelOptions(token=at_server))
-    began = time.monotonic()
-    with pytest.raises(AuthenticationError, match=match):
-        connect(workshop, port, ChannelOptions(token=at_client), timeout_s=30)
-    assert time.monotonic() - began < 5
+    with within(5.0), pytest.raises(AuthenticationError, match=match):
+        connect(workshop, port, ChannelOptions(token=at_client), timeout_s=PATIENCE_S)
     assert links.empty()
 
 
@@ -151,7 +152,7 @@ def test_a_listener_of_another_version_is_told_clearly(workshop):
         thread = threading.Thread(target=answer)
         thread.start()
         with pytest.raises(VersionError, match="protocol version 9"):
-            connect(workshop, server.getsockname()[1], timeout_s=30)
+            connect(workshop, server.getsockname()[1], timeout_s=PATIENCE_S)
         thread.join()
 
 
@@ -219,32 +220,32 @@ def test_a_device_without_the_right_certificate_is_refused(workshop, certificate
     ("name", "match"),
     [("expired", "certificate has expired"), ("elsewhere", "certificate is not valid for")],
 )
-def test_a_listener_with_the_wrong_certificate_is_refused(workshop, certificates, name, match):
+def test_a_listener_with_the_wrong_certificate_is_refused(
+    workshop, certificates, name, match, within
+):
     files, _ = certificates
     port, links = listen(workshop, tls(files, name))
     if name == "expired":
         time.sleep(1.1)
-    began = time.monotonic()
-    with pytest.raises(AuthenticationError, match=match):
-        connect(workshop, port, tls(files), timeout_s=30)
-    assert time.monotonic() - began < 5 and links.empty()
+    with within(5.0), pytest.raises(AuthenticationError, match=match):
+        connect(workshop, port, tls(files), timeout_s=PATIENCE_S)
+    assert links.empty()
 
 
 def test_an_unknown_authority_is_refused(workshop, certificates):
     files, stranger = certificates
     port, _ = listen(workshop, tls(files, "server"))
     with pytest.raises(AuthenticationError, match="certificate"):
-        connect(workshop, port, tls(stranger), timeout_s=30)
+        connect(workshop, port, tls(stranger), timeout_s=PATIENCE_S)
 
 
-def test_plain_text_to_tls_and_tls_to_plain_text_end_quickly(workshop, certificates):
+def test_plain_text_to_tls_and_tls_to_plain_text_end_quickly(workshop, certificates, within):
     files, _ = certificates
     for server, client in ((tls(files, "server"), None), (None, tls(files))):
         port, links = listen(workshop, server)
-        began = time.monotonic()
-        with pytest.raises((ConnectError, HandshakeError), match="TLS"):
-            connect(workshop, port, client, timeout_s=30)
-        assert time.monotonic() - began < 5 and links.empty()
+        with within(5.0), pytest.raises((ConnectError, HandshakeError), match="TLS"):
+            connect(workshop, port, client, timeout_s=PATIENCE_S)
+        assert links.empty()
 
 
 def test_missing_files_are_named(tmp_path):
@@ -272,9 +273,9 @@ def serve_honestly(workshop, port, server_links):
     """A link works beside whatever strangers do."""
     link = connect(workshop, port)
     messages: queue.Queue = queue.Queue()
-    server_links.get(timeout=5).start(messages.put, lambda: None, lambda error: None)
+    server_links.get(timeout=PATIENCE_S).start(messages.put, lambda: None, lambda error: None)
     link.send(Tag(role=Role.ACTIVATION), np.arange(10))
-    message = messages.get(timeout=5)
+    message = messages.get(timeout=PATIENCE_S)
     assert message.array.tolist() == list(range(10))
     message.release()
 
@@ -300,7 +301,7 @@ def test_slow_loris_is_cut_off_and_harms_nobody(workshop):
                 sock.send(hello[index % len(hello) : index % len(hello) + 1])
             except OSError:
                 open_socks.remove(sock)
-        if not open_socks or time.monotonic() - began > 10:
+        if not open_socks or time.monotonic() - began > PATIENCE_S:
             break
         time.sleep(0.05)
     assert not open_socks

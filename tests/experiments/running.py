@@ -10,13 +10,22 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
+import pytest
+
+from tests.patience import PATIENCE_S
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 #: A run that is small, and long enough to be disturbed.
 LONG = ("--config.model.name=mlp", "--config.epochs=2000", "--config.run.trace=none")
+
+
+def soaked(*values: object) -> list[Any]:
+    """Returns parameters of a test that `make soak` alone runs: each run starts processes."""
+    return [pytest.param(value, marks=pytest.mark.soak) for value in values]
 
 
 class Binary:
@@ -45,7 +54,7 @@ class Binary:
     def output(self) -> str:
         return "\n".join(self.lines)
 
-    def wait_for(self, text: str, within_s: float = 90.0) -> str:
+    def wait_for(self, text: str, within_s: float = 300.0) -> str:
         """Returns the first line with a text."""
         patience_s = time.monotonic() + within_s
         while True:
@@ -56,7 +65,7 @@ class Binary:
             assert time.monotonic() < patience_s, f"no {text!r} within {within_s} s:\n{self.output}"
             time.sleep(0.02)
 
-    def wait(self, within_s: float = 120.0) -> int:
+    def wait(self, within_s: float = 300.0) -> int:
         """Returns the exit code."""
         code = self.process.wait(within_s)
         self._reader.join(5)
@@ -86,7 +95,7 @@ def started(module: str, *arguments: str) -> Iterator[Binary]:
         binary.close()
 
 
-def all_gone(processes: list[psutil.Process], within_s: float = 5.0) -> bool:
+def all_gone(processes: list[psutil.Process], within_s: float = PATIENCE_S) -> bool:
     """Returns whether processes end in time; dead ones that nobody waited for count as gone."""
     patience_s = time.monotonic() + within_s
     while any(_lives(one) for one in processes):

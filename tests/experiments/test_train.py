@@ -18,7 +18,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from pipar_jax.methods.registry import server_methods
-from tests.experiments.running import LONG, ROOT, all_gone, started
+from tests.conftest import Within
+from tests.experiments.running import LONG, ROOT, all_gone, soaked, started
+from tests.patience import PATIENCE_S
 
 #: Seconds within which a fault must have ended everything.
 BOUND_S = 10.0
@@ -43,7 +45,10 @@ def long(tmp_path: pathlib.Path, *arguments: str) -> list[str]:
     return ["--config=digits", *LONG, f"--config.run.dir={tmp_path}", *arguments]
 
 
-@pytest.mark.parametrize("method", server_methods())
+@pytest.mark.parametrize(
+    "method",
+    ["sl", "pipar", *soaked(*(name for name in server_methods() if name not in ("sl", "pipar")))],
+)
 def test_a_short_run_ends_well_and_leaves_its_folder(tmp_path: pathlib.Path, method: str) -> None:
     with started("train", *short(tmp_path, f"--config.method={method}")) as train:
         assert train.wait() == 0, train.output
@@ -105,24 +110,26 @@ def test_real_cifar10_is_learned(tmp_path: pathlib.Path, method: str) -> None:
     assert accuracies[-1] > max(0.3, accuracies[0])
 
 
-@pytest.mark.parametrize("when", ["starting", "training"])
-def test_ctrl_c_ends_all_processes_at_once(tmp_path: pathlib.Path, when: str) -> None:
+# The terminal's Ctrl-C, below, comes while it trains.
+@pytest.mark.parametrize("when", ["starting", *soaked("training")])
+def test_ctrl_c_ends_all_processes_at_once(
+    tmp_path: pathlib.Path, when: str, within: Within
+) -> None:
     with started("train", *long(tmp_path)) as train:
         if when == "training":
             train.wait_for("round 2 of")
         while len(train.children()) < 3:
             time.sleep(0.02)
         hosts = train.children()
-        began_s = time.monotonic()
-        train.process.send_signal(signal.SIGINT)
-        assert train.wait(BOUND_S) == 130
-        assert all_gone(hosts, 2.0)
-        assert time.monotonic() - began_s < 3
+        with within(3.0):
+            train.process.send_signal(signal.SIGINT)
+            assert train.wait() == 130
+            assert all_gone(hosts)
         assert train.lines[-1] == "interrupted"
         assert "Traceback" not in train.output
 
 
-def test_ctrl_c_on_a_terminal_ends_the_live_view_too(tmp_path: pathlib.Path) -> None:
+def test_ctrl_c_on_a_terminal_ends_the_live_view_too(tmp_path: pathlib.Path, quiet: bool) -> None:
     # A session of its own, whose terminal the pty becomes: ^C is a signal there. The child takes
     # the terminal itself, since code between fork and exec is not safe once jax has threads.
     take = (
@@ -150,9 +157,10 @@ def test_ctrl_c_on_a_terminal_ends_the_live_view_too(tmp_path: pathlib.Path) -> 
                 hosts = psutil.Process(process.pid).children(recursive=True)
                 os.write(main, b"\x03")
                 asked_s = time.monotonic()
-        assert process.wait(10) == 130
-        assert asked_s is not None and time.monotonic() - asked_s < 3
-        assert len(hosts) == 3 and all_gone(hosts, 2.0)
+        assert process.wait(PATIENCE_S) == 130
+        assert len(hosts) == 3 and all_gone(hosts)
+        assert asked_s is not None
+        assert not quiet or time.monotonic() - asked_s < 3
         text = shown.decode(errors="replace")
         assert text.rstrip().endswith("interrupted")
         assert "\x1b[?25h" in text  # the cursor is back
@@ -165,19 +173,20 @@ def test_ctrl_c_on_a_terminal_ends_the_live_view_too(tmp_path: pathlib.Path) -> 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pids are matched by /proc")
 @pytest.mark.parametrize(
-    ("victim", "name", "arguments"), [(0, "server", ()), (2, "d1", ()), (1, "n1", CHAIN)]
+    ("victim", "name", "arguments"),
+    [(0, "server", ()), (1, "n1", CHAIN), pytest.param(2, "d1", (), marks=pytest.mark.soak)],
 )
 def test_a_killed_host_ends_the_run_with_one_clear_line(
-    tmp_path: pathlib.Path, victim: int, name: str, arguments: tuple[str, ...]
+    tmp_path: pathlib.Path, victim: int, name: str, arguments: tuple[str, ...], within: Within
 ) -> None:
     with started("train", *long(tmp_path, *arguments)) as train:
         train.wait_for("round 2 of")
         hosts = train.children()
-        began_s = time.monotonic()
-        hosts[victim].kill()
-        assert train.wait(BOUND_S + 5) == 1
-        assert time.monotonic() - began_s < BOUND_S
-        assert all_gone(hosts, 1.0)
+        with within(BOUND_S):
+            hosts[victim].kill()
+            assert train.wait() == 1
+        with within(1.0):
+            assert all_gone(hosts)
         errors = [line for line in train.lines if line.startswith("error:")]
         assert len(errors) == 1 and train.lines[-1] == errors[0]
         assert f"the process of {name} was ended by SIGKILL" in errors[0]
@@ -185,20 +194,25 @@ def test_a_killed_host_ends_the_run_with_one_clear_line(
         assert "Traceback" not in train.output
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_no_host_outlives_a_killed_launcher(tmp_path: pathlib.Path, number: int) -> None:
+# With fake hosts, `tests/pipar_jax/launch` tries all signals.
+@pytest.mark.parametrize("number", [signal.SIGKILL, *soaked(signal.SIGTERM)])
+def test_no_host_outlives_a_killed_launcher(
+    tmp_path: pathlib.Path, number: int, within: Within
+) -> None:
     with started("train", *long(tmp_path)) as train:
         train.wait_for("round 2 of")
         hosts = train.children()
         assert len(hosts) == 3
-        train.process.send_signal(number)
-        assert train.wait(BOUND_S) != 0
-        assert all_gone(hosts, 3.0)
+        with within(BOUND_S):
+            train.process.send_signal(number)
+            assert train.wait() != 0
+        with within(3.0):
+            assert all_gone(hosts)
 
 
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_on_a_full_disk_the_weights_are_saved_and_one_clear_line_ends_it(
-    tmp_path: pathlib.Path,
+    tmp_path: pathlib.Path, within: Within
 ) -> None:
     with started("train", *long(tmp_path), "--config.epochs=8") as train:
         train.wait_for("round 2 of")
@@ -207,7 +221,8 @@ def test_on_a_full_disk_the_weights_are_saved_and_one_clear_line_ends_it(
         (tmp_path / "full").symlink_to("/dev/full")
         (tmp_path / "full").rename(metrics)
         assert train.wait() == 1
-        assert all_gone(hosts, 1.0)
+        with within(1.0):
+            assert all_gone(hosts)
         assert "error: server: the run is over and" in train.lines[-1]
         assert "weights.safetensors is saved, but" in train.lines[-1]
         assert "rows of metrics.jsonl could not be kept: no space left" in train.lines[-1]

@@ -17,6 +17,8 @@ IMAGES = tuple(
 )
 # Compiling these takes long.
 SLOW = ("vgg16", "vgg19", "resnet50", "resnet101", "mobilenetv3_large")
+# Of these families a smaller one is tested as well: `make soak` tests them too.
+LARGE = ("vgg16", "vgg19", "resnet101", "mobilenetv3_large")
 # A stage per unit proves every cut at once; the first, middle and last cut of the rest.
 EVERY = ("resnet18", "mobilenetv3_small")
 
@@ -40,7 +42,9 @@ def _check(model: stages.Model, cuts: tuple[int, ...]) -> None:
     assert_close(split, whole, 2e-3, 1e-5)
 
 
-@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.soak] * (n in LARGE)) for n in IMAGES]
+)
 def test_cut_networks_equal_the_whole(name):
     model = stages.build(name, input_shape=(8, 8, 3), classes=10, norm="group")
     _check(model, _cuts(model))

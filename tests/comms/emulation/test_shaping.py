@@ -11,6 +11,7 @@ import pytest
 
 from comms import ChannelError, LinkShape, Role, Tag, parse_link
 from comms.emulation.shaping import MAX_CHUNK_BYTES, Shaper, chunk_bytes
+from tests.patience import PATIENCE_S
 
 MIB = 1 << 20
 
@@ -84,7 +85,7 @@ def test_a_chunk_never_holds_the_link_for_long(rate):
 
 
 @pytest.mark.parametrize("rate_mbps", [10.0, 50.0])
-def test_goodput_comes_close_to_the_rate_and_control_overtakes(workshop, rate_mbps):
+def test_goodput_comes_close_to_the_rate_and_control_overtakes(workshop, rate_mbps, quiet):
     pair = workshop.pair(shape=LinkShape(rate_mbps))
     nbytes = int(rate_mbps * 1e6 / 8)
     left: queue.Queue = queue.Queue()
@@ -99,11 +100,13 @@ def test_goodput_comes_close_to_the_rate_and_control_overtakes(workshop, rate_mb
     # Never faster than the link. How much slower is the benchmark's to say, since the machine that
     # runs the tests may be busy.
     assert nbytes * 8 / 1e6 / (message.received_s - began) <= rate_mbps
-    start_s, end_s, wire_bytes = left.get(timeout=10)
-    assert 0.4 * rate_mbps < wire_bytes * 8 / 1e6 / (end_s - start_s) < 1.001 * rate_mbps
+    start_s, end_s, wire_bytes = left.get(timeout=PATIENCE_S)
+    paced_mbps = wire_bytes * 8 / 1e6 / (end_s - start_s)
+    assert paced_mbps < 1.001 * rate_mbps
+    assert not quiet or paced_mbps > 0.4 * rate_mbps
 
 
-def test_round_trip_and_bandwidth_are_estimated(workshop):
+def test_round_trip_and_bandwidth_are_estimated(workshop, quiet):
     pair = workshop.pair(shape=LinkShape(30.0, 0.03))
     pair.down.set_shape(LinkShape(60.0))  # no delay: the first heartbeats may be back already
     for _ in range(40):
@@ -112,23 +115,24 @@ def test_round_trip_and_bandwidth_are_estimated(workshop):
     for _ in range(40):
         pair.at_server.take_array()
         pair.at_client.take_array()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline and (
         pair.up.stats().rate_out_mbps is None or pair.down.stats().rate_out_mbps is None
     ):
         time.sleep(0.05)
     time.sleep(0.3)
-    assert pair.up.stats().rate_out_mbps == pytest.approx(30, rel=0.3)
-    assert pair.up.stats().rate_in_mbps == pytest.approx(60, rel=0.3)
+    rates = pair.up.stats().rate_out_mbps, pair.up.stats().rate_in_mbps
+    assert 0 < rates[0] < 30 * 1.3 and 0 < rates[1] < 60 * 1.3
+    assert not quiet or rates == pytest.approx((30, 60), rel=0.3)
     # Both ends read one clock here; unequal delays shift the estimate by half their difference,
     # and what a busy machine adds to a round trip by half of that at most.
     for link, offset_s in ((pair.up, 0.015), (pair.down, -0.015)):
-        assert 0.03 <= link.rtt_s < 0.5
+        assert link.rtt_s >= 0.03 and (not quiet or link.rtt_s < 0.5)
         assert abs(link.offset_s - offset_s) <= (link.rtt_s - 0.03) / 2 + 1e-3
 
 
 @pytest.mark.parametrize("rate_mbps", [10.0, 50.0])
-def test_a_thread_that_comes_late_does_not_stop_an_emulated_link(workshop, rate_mbps):
+def test_a_thread_that_comes_late_does_not_stop_an_emulated_link(workshop, rate_mbps, quiet):
     pair = workshop.pair(shape=LinkShape(rate_mbps))
     time.sleep(0.3)  # past the first, frequent heartbeats, which would start it again
     nbytes = int(rate_mbps * 1e6 / 8 * 0.4)
@@ -138,7 +142,8 @@ def test_a_thread_that_comes_late_does_not_stop_an_emulated_link(workshop, rate_
         time.sleep(0.05)
         pair.client.loop.post(lambda: time.sleep(0.08))
     message = pair.at_server.take()
-    assert message.received_s - began < 0.9
+    took_s = message.received_s - began
+    assert took_s >= 0.4 * 0.98 and (not quiet or took_s < 0.9)
 
 
 def test_lifting_a_shape_keeps_the_order_of_what_was_on_its_way(workshop):
@@ -162,10 +167,10 @@ def test_what_is_sent_after_a_change_of_shape_never_leaves_before_it(workshop):
     def hold(*_) -> None:
         """Keeps the I/O thread between two messages while the shape is set."""
         entered.set()
-        shaped.wait(10)
+        shaped.wait(PATIENCE_S)
 
     pair.up.send(Tag(role=Role.ACTIVATION), np.zeros(64, np.uint8), on_sent=hold)
-    assert entered.wait(10)
+    assert entered.wait(PATIENCE_S)
     began = time.monotonic()
     pair.up.set_shape(LinkShape(8.0))
     pair.up.send(Tag(role=Role.ACTIVATION), np.zeros(300_000, np.uint8))

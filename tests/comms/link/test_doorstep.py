@@ -13,8 +13,7 @@ import pytest
 from comms import ChannelOptions, ConnectError, Limits, PeerClosed, PeerLost
 from comms.link.doorstep import Doorstep
 from tests.comms.conftest import Collector, admitting, tls
-
-PATIENCE_S = 20.0
+from tests.patience import PATIENCE_S
 
 
 class Caller:

@@ -31,6 +31,7 @@ from comms.wire.greeting import (
 from comms.wire.handshake import ClientHandshake, ServerHandshake, refusal
 from tests.comms.conftest import tls
 from tests.comms.fuzzing import TOKENS
+from tests.patience import PATIENCE_S
 
 PREFACE = struct.Struct("<4sHBBI")
 TOKEN = "a token for tests only"
@@ -183,13 +184,16 @@ def test_a_listener_survives_a_peer_that_leaves_at_any_moment(workshop, certific
     if secure:
         opening = b"\x16\x03\x01\x00\xc4\x01\x00\x00\xc0\x03\x03" + bytes(200)
     for cut in range(0, len(opening) + 1, max(1, len(opening) // 24)):
-        sock = socket.create_connection(("127.0.0.1", port), timeout=20)
+        sock = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S)
         sock.sendall(opening[:cut])
         hang_up(sock, how)
     client = workshop.endpoint("d1", tls(files) if secure else None)
-    assert client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=20).peer == "server"
+    assert (
+        client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=PATIENCE_S).peer
+        == "server"
+    )
     assert server.loop.failure is None
-    until = time.monotonic() + 20
+    until = time.monotonic() + PATIENCE_S
     while server._openings and time.monotonic() < until:
         time.sleep(0.02)
     assert not server._openings

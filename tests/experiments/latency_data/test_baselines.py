@@ -9,7 +9,10 @@ from experiments.latency_data import baselines
 from experiments.latency_data.evaluation import score
 from tests.pipar_jax.profiling.predictor import synthetic
 
-LAYERS = [one.operators for one in synthetic.layers()[:30]]
+
+@pytest.fixture(scope="module")
+def layers():
+    return [one.operators for one in synthetic.layers()[:30]]
 
 
 def test_a_ratio_is_exact_for_devices_that_differ_by_one():
@@ -20,24 +23,24 @@ def test_a_ratio_is_exact_for_devices_that_differ_by_one():
     assert np.isnan(baselines.scalar_ratio(nothing, reference[:2], reference)).all()
 
 
-def test_a_regression_is_exact_where_time_is_linear():
-    times = np.array([1e-4 + 1e-10 * t[:, 1].sum() + 2e-9 * t[:, 2:5].sum() for t in LAYERS])
+def test_a_regression_is_exact_where_time_is_linear(layers):
+    times = np.array([1e-4 + 1e-10 * t[:, 1].sum() + 2e-9 * t[:, 2:5].sum() for t in layers])
     times[3] = np.nan
-    found = baselines.flops_regression(LAYERS, times, LAYERS[4:])
+    found = baselines.flops_regression(layers, times, layers[4:])
     assert found == pytest.approx(times[4:], rel=1e-6)
 
 
-def test_a_regression_predicts_no_negative_time():
-    times = np.array([1e-3] * len(LAYERS)) / np.arange(1, len(LAYERS) + 1)
-    assert (baselines.flops_regression(LAYERS, times, LAYERS) >= times.min()).all()
+def test_a_regression_predicts_no_negative_time(layers):
+    times = np.array([1e-3] * len(layers)) / np.arange(1, len(layers) + 1)
+    assert (baselines.flops_regression(layers, times, layers) >= times.min()).all()
 
 
-def test_a_look_up_knows_what_it_saw():
-    times = np.arange(1.0, len(LAYERS) + 1)
-    chosen = [i for i, table in enumerate(LAYERS) if len(table) > 1]
-    distinct = {LAYERS[i].tobytes(): i for i in chosen}
+def test_a_look_up_knows_what_it_saw(layers):
+    times = np.arange(1.0, len(layers) + 1)
+    chosen = [i for i, table in enumerate(layers) if len(table) > 1]
+    distinct = {layers[i].tobytes(): i for i in chosen}
     index = list(distinct.values())
-    found = baselines.look_up([LAYERS[i] for i in index], times[index], [LAYERS[i] for i in index])
+    found = baselines.look_up([layers[i] for i in index], times[index], [layers[i] for i in index])
     assert np.median(np.abs(found / times[index] - 1)) < 1e-9
 
 

@@ -21,6 +21,7 @@ from comms.codecs.block import BlockCodec
 from comms.codecs.cast import CastCodec
 from pipar_jax.codec_kernels import kernels
 from tests.comms.conftest import admitting
+from tests.patience import PATIENCE_S
 
 BIT_CODECS = ("bits:1", "bits:8", "bits:23", "bits:6s17", "bits:abs0.01", "bits:rel1e-3",
               "bits:lossless")  # fmt: skip
@@ -162,10 +163,10 @@ def test_a_tensor_coded_on_the_device_crosses_a_link_and_is_decoded_on_the_devic
     messages: queue.Queue = queue.Queue()
     with Endpoint("server", options=options) as server, Endpoint("device") as client:
         _, port = server.listen("127.0.0.1", 0, admitting(links.put))
-        up = client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=5)
-        links.get(timeout=5).start(messages.put, lambda: None, lambda error: None)
+        up = client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=PATIENCE_S)
+        links.get(timeout=PATIENCE_S).start(messages.put, lambda: None, lambda error: None)
         up.send(Tag(role=Role.ACTIVATION), kernels.encode_for_link(array, name))
-        message = messages.get(timeout=5)
+        message = messages.get(timeout=PATIENCE_S)
         received = kernels.decode_from_link(message.payload)
         np.testing.assert_array_equal(np.asarray(received), message.array)
         assert message.nbytes < array.nbytes / 3.7

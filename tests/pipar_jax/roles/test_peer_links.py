@@ -16,10 +16,10 @@ from pipar_jax.protocol import messages, registry
 from pipar_jax.roles import peer_links
 from pipar_jax.roles.peer_links import PeerLinks
 from pipar_jax.schedule.plan import Boundary
+from tests.patience import PATIENCE_S
 from tests.pipar_jax.roles import fakes, test_fuzz
 from tests.pipar_jax.runtime import support
 
-PATIENCE_S = 20.0
 FIRST, SECOND = Boundary("n1", "n2", 1), Boundary("n2", "n1", 1)
 
 

@@ -56,18 +56,22 @@ def union(made, samples):
 
 CASES = [
     (1, "home", "copy", 0),
-    (1, "home", "shared", 0),
     (1, "home", "shared", 1),
-    (2, "home", "copy", 0),
     (2, "home", "shared", 2),
-    (3, "home", "shared", 0),
     (4, "home", "copy", 0),
-    (4, "home", "shared", 3),
     (1, "end", "copy", 0),
+    (3, "end", "shared", 0),
+]
+MORE = [
+    (1, "home", "shared", 0),
+    (2, "home", "copy", 0),
+    (3, "home", "shared", 0),
+    (4, "home", "shared", 3),
     (2, "end", "shared", 1),
     (3, "end", "copy", 0),
     (4, "end", "shared", 0),
 ]
+CASES += [pytest.param(*one, marks=pytest.mark.soak) for one in MORE]
 
 
 @pytest.mark.parametrize(("nodes", "labels", "weights", "in_flight"), CASES)

@@ -31,6 +31,14 @@ def union(made, samples):
 
 PARALLEL = [("fl", 1, 1)] + [("sfl", cut, 1) for cut in CUTS]
 PARALLEL += [("pipar", cut, n) for cut in CUTS for n in (1, 3, 4)]
+#: Every method, every cut, every number of micro-batches; not each with each.
+SOME = {("fl", 1, 1), ("sfl", CUTS[-1], 1), ("pipar", 1, 4), *(("pipar", cut, 3) for cut in CUTS)}
+FEW = {("fl", 1, 1), ("sfl", 1, 1), ("pipar", CUTS[1], 4)}
+
+
+def chosen(some):
+    """The whole product, of which `make test` runs some."""
+    return [pytest.param(*one, marks=[pytest.mark.soak] * (one not in some)) for one in PARALLEL]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +50,7 @@ def network():
     jax.config.update("jax_enable_x64", False)
 
 
-@pytest.mark.parametrize(("method", "cut", "micro_batches"), PARALLEL)
+@pytest.mark.parametrize(("method", "cut", "micro_batches"), chosen(SOME))
 def test_averaged_each_step_equals_sgd_on_the_union(
     double, network, method, cut, micro_batches, tmp_path
 ):
@@ -52,7 +60,7 @@ def test_averaged_each_step_equals_sgd_on_the_union(
     assert support.largest_difference(run.params, expected) < RTOL
 
 
-@pytest.mark.parametrize(("method", "cut", "micro_batches"), PARALLEL)
+@pytest.mark.parametrize(("method", "cut", "micro_batches"), chosen(FEW))
 def test_so_it_does_with_momentum_and_decay_at_constant_shares(
     double, network, method, cut, micro_batches, tmp_path
 ):
@@ -63,8 +71,11 @@ def test_so_it_does_with_momentum_and_decay_at_constant_shares(
     assert support.largest_difference(run.params, expected) < RTOL
 
 
-IN_TURN = [(cut, "constant", samples, hand_on) for cut in CUTS
-           for samples, hand_on in (((14, 14), "epoch"), ((10, 16), "step"))]  # fmt: skip
+IN_TURN = [
+    pytest.param(cut, "constant", samples, hand_on, marks=[pytest.mark.soak] * (cut in CUTS[1:-1]))
+    for cut in CUTS
+    for samples, hand_on in (((14, 14), "epoch"), ((10, 16), "step"))
+]
 IN_TURN += [(1, "constant", (14, 14), "step"), (1, "cosine", (10, 16), "epoch")]
 
 

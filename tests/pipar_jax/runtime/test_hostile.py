@@ -16,10 +16,10 @@ from pipar_jax.protocol import messages, registry
 from pipar_jax.roles import admission
 from pipar_jax.roles.server import run_server
 from pipar_jax.schedule.plan import COORDINATOR
+from tests.patience import PATIENCE_S
 from tests.pipar_jax.runtime import support
 
 SAMPLES = (14, 14)
-PATIENCE_S = 60.0
 
 
 def garbage(link) -> None:

@@ -83,7 +83,14 @@ def test_weights_that_are_not_finite_end_the_run(method, weights, tmp_path):
     strictly(next(tmp_path.rglob("metrics.jsonl")).parent)
 
 
-@pytest.mark.parametrize(("method", "weights"), WAYS)
+#: A coordinator that averages, a part that is handed on, nodes that average among themselves.
+KINDS = [("pipar", "copy"), ("sl", "copy"), ("mpsl", "shared")]
+
+
+@pytest.mark.parametrize(
+    ("method", "weights"),
+    [pytest.param(*one, marks=[pytest.mark.soak] * (one not in KINDS)) for one in WAYS],
+)
 def test_a_run_may_go_on_and_tells_of_each_loss_average_and_weights(method, weights, tmp_path):
     made, samples = setting(
         method, tmp_path, steps=2, weights=weights, optimizer__learning_rate=TOO_FAST,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -367,12 +366,10 @@ def test_an_index_that_is_taken_or_does_not_exist_is_refused(network, tmp_path):
     assert "the coordinator ended the run: the run was told to stop" in str(errors[0])
 
 
-def test_a_server_that_is_not_there(network, tmp_path):
+def test_a_server_that_is_not_there(network, tmp_path, within):
     made = resolve(setting(tmp_path, network__join_timeout_s=0.5))
-    began = time.monotonic()
-    with pytest.raises(JoinError, match="device 0 cannot join"):
+    with within(10.0), pytest.raises(JoinError, match="device 0 cannot join"):
         run_device(made, 0, ("127.0.0.1", 9), model=network, data=support.dataset(17, 0))
-    assert time.monotonic() - began < 10
 
 
 def test_a_lost_device_ends_the_run_for_all(network, tmp_path):

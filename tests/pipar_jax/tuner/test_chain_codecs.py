@@ -172,7 +172,7 @@ def test_the_published_objective_knows_no_codecs_but_those_configured():
     assert set(found.plan.devices[0].codecs) == {Codecs("bits:5", "raw")}
 
 
-def test_planning_a_chain_with_codecs_takes_milliseconds(monkeypatch):
+def test_planning_a_chain_with_codecs_takes_milliseconds(monkeypatch, quiet):
     links, took = ("wifi", "4g", "lan", "none", "wifi", "4g+"), []
 
     def timed(*args):
@@ -185,4 +185,4 @@ def test_planning_a_chain_with_codecs_takes_milliseconds(monkeypatch):
     monkeypatch.setattr(chains, "plan_chain", timed)
     chains.tune_chain(made_of("4g", *links, devices=4), settings(4, 6, "mpsl"))
     assert len(took) >= 16 * len(chains.OBJECTIVES)
-    assert sum(took) / len(took) < 0.1  # processor time; the usual is 6 ms
+    assert not quiet or sum(took) / len(took) < 0.1  # processor time; the usual is 6 ms

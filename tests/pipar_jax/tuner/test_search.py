@@ -183,9 +183,8 @@ def test_the_front_door_predicts_a_round_as_a_trace():
     assert trace.rounds[0].seconds == pytest.approx(estimate(StageCosts(made), plan).round.seconds)
 
 
-def test_twenty_devices_and_a_deep_network_take_seconds():
+def test_twenty_devices_and_a_deep_network_take_seconds(within):
     made = profile(*[device("wifi", 10.0, 1000, units=36)] * 20, units=36)
-    began_s = time.process_time()
-    found = search(made, config(20))
-    assert time.process_time() - began_s < 5.0  # under 1 on a machine that does nothing else
+    with within(5.0, time.process_time):
+        found = search(made, config(20))
     assert found.gap < 0.1

@@ -28,6 +28,7 @@ from pipar_jax.tuner.chain_search import (
     read_profile,
 )
 from pipar_jax.tuner.chain_search.costs import ChainCosts
+from tests.conftest import Within
 
 PROFILES = Path(__file__).parents[5] / "shared" / "data" / "profiles"
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
@@ -211,15 +212,15 @@ def test_published_optima_are_reproduced(
     forward_ms: float,
     backward_ms: float,
     cuts: tuple[int, ...] | None,
+    within: Within,
 ) -> None:
     path = PROFILES / f"{table}_cifar.csv"
     if not path.exists():
         pytest.skip("the profile tables are not on this machine")
     profile = read_profile(path, "VM")
     problem = ChainProblem(tuple(Node(f"n{i}", profile) for i in range(count)), *layers)
-    began_s = time.process_time()
-    plan = plan_chain(problem, "mpsl")
-    assert time.process_time() - began_s < 0.1
+    with within(0.1, time.process_time):
+        plan = plan_chain(problem, "mpsl")
     # The published figures are rounded sums of rounded terms.
     assert plan.cost_s * 1e3 == pytest.approx(cost_ms, abs=0.0011)
     assert max(s.forward_s for s in plan.stages) * 1e3 == pytest.approx(forward_ms, abs=0.0011)
