@@ -156,7 +156,7 @@ def rounds(plan: Plan, steps_per_epoch: Sequence[int], epochs: int) -> tuple[tup
     if plan.sums_gradients and not plan.aggregate_every and len(set(steps_per_epoch)) > 1:
         raise PlanError(
             "weights shared by devices in parallel take one step for all of them, but the devices' "
-            "epochs have {', '.join(map(str, steps_per_epoch))} steps: give the devices equal "
+            f"epochs have {', '.join(map(str, steps_per_epoch))} steps: give the devices equal "
             "shards, or set --config.aggregation.every='10 steps', with which a device that has "
             "used all its samples starts over"
         )
