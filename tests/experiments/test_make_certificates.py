@@ -34,7 +34,7 @@ def test_it_writes_signed_names_and_never_overwrites(tmp_path):
     assert "Traceback" not in again.stderr
     assert run(f"--folder={folder}", "--add", "--host=d1").returncode == 0
     twice = run(f"--folder={folder}", "--add", "--host=d1")
-    assert twice.returncode == 1 and "exists already" in twice.stderr
+    assert twice.returncode == 1 and "already exists" in twice.stderr
     wrong = run(f"--folder={folder}", "--add", "--host=../evil")
     assert wrong.returncode == 1 and "not a valid name for a certificate" in wrong.stderr
 

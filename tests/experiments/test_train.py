@@ -227,7 +227,7 @@ def test_on_a_full_disk_the_weights_are_saved_and_one_clear_line_ends_it(
         assert "weights.safetensors is saved, but" in train.lines[-1]
         assert "rows of metrics.jsonl could not be kept: no space left" in train.lines[-1]
         assert "--config.run.dir" in train.lines[-1]
-        assert train.output.count("not all of what it tells is kept: no space left on the") == 1
+        assert train.output.count("some of its output is not saved: no space left on the") == 1
         assert load_file(tmp_path / "digits" / "weights.safetensors")
         assert "Traceback" not in train.output
 

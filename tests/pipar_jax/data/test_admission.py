@@ -209,7 +209,7 @@ def test_another_number_of_datasets_is_refused(given: Any, tmp_path: pathlib.Pat
 def test_what_is_no_dataset_or_no_model_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(DataError, match=r"d0: expected a pipar_jax\.data\.Dataset, got ndarray"):
         pipar_jax.train(_config(tmp_path), data=[np.ones(3), dataset("test")])  # type: ignore[list-item]
-    with pytest.raises(RunError, match=r"got a Net as model: make a stages\.Model of it"):
+    with pytest.raises(RunError, match=r"got a Net as model: convert it to a stages\.Model"):
         pipar_jax.train(_config(tmp_path), Net(nnx.Rngs(0)))  # type: ignore[arg-type]
 
 
@@ -230,7 +230,7 @@ def test_a_network_that_does_not_fit_digits_is_told_so_within_a_second(
     config = digits.get_config()
     config.run.dir, config.data.cache_dir = str(tmp_path / "runs"), str(tmp_path / "cache")
     data.load(config.data)  # decoded once per machine
-    says = r"images of 'digits' are \(8, 8, 1\), but the model takes"
+    says = r"images of 'digits' are \(8, 8, 1\), but the model expects"
     with within(1.0, time.process_time), pytest.raises(DataError, match=says):
         pipar_jax.train(config, model)
     with pytest.raises(DataError, match=r"classes 0 to 4: build it with classes=10"):

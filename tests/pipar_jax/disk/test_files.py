@@ -165,7 +165,7 @@ def test_a_runs_folder_on_a_full_disk_and_on_one_that_cannot_be_written(tmp_path
     with full_disk(tmp_path, kilobytes=4) as disk:
         (disk / "x").write_bytes(b"x" * 4096)
         config.run.dir = str(disk / "runs")
-        with pytest.raises(DiskError, match="the run's folder cannot be made: no space left"):
+        with pytest.raises(DiskError, match="the run's folder cannot be created: no space left"):
             create_folder(config)
     (tmp_path / "other").mkdir()
     with read_only_disk(tmp_path / "other") as disk:

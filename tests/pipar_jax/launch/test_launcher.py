@@ -103,13 +103,13 @@ def test_the_token_reaches_the_hosts_and_no_file(
 
 FAILURES = [
     # what the hosts do, the error that must be raised, and what it must say
-    ({"d1": "killed"}, RunError, r"d1 was ended by SIGKILL \(killed by hand.*d1\.log"),
+    ({"d1": "killed"}, RunError, r"d1 was ended by SIGKILL \(killed by a user.*d1\.log"),
     ({"server": "killed"}, RunError, r"server was ended by SIGKILL"),
     ({"d0": "config error"}, ConfigError, r"^d0: pipeline\.cut=7 is beyond the last unit"),
     ({"server_before_listening": "config error"}, ConfigError, r"^server: pipeline\.cut=7"),
     ({"server": "full disk"}, RunError, r"no space left on the disk while writing metrics\.jsonl"),
     ({"d0": "fault"}, RunError, r"^d0: unexpected ValueError: two \(traceback in .*d0\.log\)"),
-    ({"d1": "dies talking"}, RunError, r"d1 ended with code 7.*it last said: last words"),
+    ({"d1": "dies talking"}, RunError, r"d1 ended with code 7.*its last line: last words"),
     ({"server": "returns", "d0": "hangs"}, RunError, r"server ended|did not end"),
     ({"d1_at_the_end": "hangs"}, RunError, r"d1 did not end within network\.deadline_s=2 s"),
 ]

@@ -189,7 +189,7 @@ def test_what_takes_long_is_said_with_how_far_it_is(monkeypatch: pytest.MonkeyPa
     shown({"event": "saving", "file": "weights.safetensors", "time_s": 1.0})
     assert out.getvalue().endswith("saving weights.safetensors\n")
     shown({"event": "not_kept", "reason": "no space left on the disk", "time_s": 1.0})
-    assert "not all of what it tells is kept: no space left on the disk" in out.getvalue()
+    assert "some of its output is not saved: no space left on the disk" in out.getvalue()
 
 
 def test_no_phase_is_silent_however_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ def test_weights_are_the_devices_own_or_the_one_copy():
         (Plan((TWO, DevicePlan((1,), ("device", "server"))), weights="shared"), "no stage serves"),
         (Plan((DevicePlan((1,), ("device", "cloud")),)), "device 0 has stages on cloud"),
         (Plan((DevicePlan((1,), ("n1", "n2")),)), "the first stage must be there too"),
-        (Plan((DevicePlan((1, 2), ("device", "server", "device")),)), "meets server twice"),
+        (Plan((DevicePlan((1, 2), ("device", "server", "device")),)), "visits server twice"),
         (Plan((DevicePlan((1,), ("device", "d1")), TWO)), "device 0 has stages on d1"),
     ],
 )

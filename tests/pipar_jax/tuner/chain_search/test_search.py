@@ -287,7 +287,7 @@ def test_what_does_not_fit_is_refused_with_the_figures() -> None:
         ({"micro_batches": 0}, "micro_batches=0"),
         ({"nodes": (Node("a", SMALL, speed=0.0),)}, "speeds"),
         ({"activation_codings": (Coding("odd", -1.0),)}, "codec odd of activations: ratio -1"),
-        ({"cotangent_codings": ()}, "cotangents need at least one way"),
+        ({"cotangent_codings": ()}, "cotangents need at least one coding"),
     ],
 )
 def test_malformed_problems_are_refused(change: dict[str, object], message: str) -> None:
