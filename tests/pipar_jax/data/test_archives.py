@@ -391,7 +391,7 @@ _WHOLE = fakes.published("cifar10")[_CIFAR]
 BROKEN: dict[str, tuple[Any, str]] = {
     "changed": (_WHOLE[:-1] + bytes([_WHOLE[-1] ^ 1]), "returned a file with SHA-256"),
     "short": (_WHOLE[:-1], r"returned \d+ of the \d+ published bytes"),
-    "long": (_WHOLE + b"x", r"gave more than the \d+ bytes"),
+    "long": (_WHOLE + b"x", r"returned more than the \d+ bytes"),
     "empty": (b"", "gave 0 of the"),
     "not found": (404, "the server responded 404"),
     "out of order": (503, "the server responded 503"),
