@@ -1,1 +1,1 @@
-"""Measuring what hosts and links can do, and predicting it from a few reference layers."""
+"""Measures hosts and links, and predicts their times from a few reference layers."""

@@ -1,4 +1,4 @@
-"""What a message costs beyond its bytes, measured on a link of its own."""
+"""Measures the cost of a message in addition to its bytes, on a separate link."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _TIMEOUT_S = 10.0
 
 
 def measure_delay_s(shape: LinkShape, nbytes: int, repeats: int = 9) -> float:
-    """Returns the seconds from handing a tensor to the channel to its arrival, less bytes / rate.
+    """Returns the seconds from sending a tensor until its arrival, less bytes / rate.
 
-    Two endpoints in this process talk over loopback, nothing else being under way: what is left is
-    the shape's delay, the threads' wake-ups, and the copies.
+    Two endpoints in this process communicate over loopback without other traffic, so that the
+    result is the emulated delay, the wake-ups of threads, and copies.
 
     Args:
-      shape: What the link is shaped to.
+      shape: Shape of the link.
       nbytes: Bytes of the tensor.
-      repeats: Messages sent, one after another; the median counts.
+      repeats: Number of messages, sent one after another; the result is the median.
 
     Raises:
       PeerError: A message did not arrive.
@@ -60,4 +60,4 @@ def measure_delay_s(shape: LinkShape, nbytes: int, repeats: int = 9) -> float:
 
 
 def _ignore(*_: object) -> None:
-    """Takes what does not matter to a probe."""
+    """Ignores an event."""

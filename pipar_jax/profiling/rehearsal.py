@@ -1,9 +1,9 @@
-"""What a run adds to each computation of a host: threads that wake up, a message in and one out.
+"""Measures the overhead of a run per computation: wake-ups of threads, two messages.
 
-It is the same whatever is computed, and what small micro-batches pay for; and bytes are copied from
-and to sockets. The real host with a real link over loopback rehearses the last stage of a tiny
-model, with few and with many samples, in the process that will train; what its peer's thread does
-there does not count.
+The overhead does not depend on the computation and dominates small micro-batches; in addition bytes
+are copied from and to sockets. The real host with a real link over loopback runs the last stage of
+a tiny model, with few and with many samples, in the process that will train; the time of the peer's
+thread is not included.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from pipar_jax.training import optimizer
 from pipar_jax.training.compile import run_all
 from pipar_jax.training.replica import Replica
 
-#: Micro-batches of the rehearsal, of which the first warm up, and how many are under way at a time.
+#: Micro-batches of the rehearsal, of which the first warm up, and the number in flight.
 ITEMS, WARM, UNDER_WAY = 120, 20, 3
-#: Micro-batches of a stretch; the one that took least counts.
+#: Micro-batches per measurement; the shortest measurement counts.
 STRETCH = 20
-#: Messages sent one behind the other to find what each costs a link.
+#: Messages sent back to back to measure the cost of one on a link.
 MESSAGES = 64
-#: Samples of a micro-batch: so few that bytes do not count, and so many that they do.
+#: Samples of a micro-batch: so few that bytes are negligible, and so many that they dominate.
 FEW, MANY = 1, 2048
 _INPUT_SHAPE, _CLASSES = (8, 8, 1), 10
 
@@ -44,10 +44,11 @@ _INPUT_SHAPE, _CLASSES = (8, 8, 1), 10
 def measure_handling(timeout_s: float = 60.0) -> RuntimeOverhead:
     """Rehearses a run on this host.
 
-    Threads may run beside a computation where there are several cores; then it is an upper bound.
+    With several cores threads may run in parallel to a computation; the result is an upper bound
+    then.
 
     Args:
-      timeout_s: How long each rehearsal may take, compiling included.
+      timeout_s: Time limit of each rehearsal, including compilation.
 
     Raises:
       ChannelError: This machine's loopback cannot be used.
@@ -61,7 +62,7 @@ def measure_handling(timeout_s: float = 60.0) -> RuntimeOverhead:
 
 
 def measure_message_s(timeout_s: float = 10.0) -> float:
-    """Returns what a message holds a link for beyond its bytes: small ones over loopback.
+    """Returns the seconds for which a message occupies a link in addition to its bytes.
 
     Raises:
       ChannelError: This machine's loopback cannot be used.
@@ -91,7 +92,7 @@ def measure_message_s(timeout_s: float = 10.0) -> float:
 
 
 def _rehearse(model: stages.Model, samples: int, timeout_s: float) -> float:
-    """Returns the seconds that a computation costs beside the function, for a micro-batch."""
+    """Returns the overhead per computation in seconds, for a micro-batch."""
     config = resolve(Config(method="pipar"))
     config.model.name, config.devices.count, config.run.trace = "mlp", 1, "none"
     config.data.batch_size, config.pipeline.micro_batches = ITEMS * samples, ITEMS
@@ -107,7 +108,7 @@ def _rehearse(model: stages.Model, samples: int, timeout_s: float) -> float:
 
 
 def _alone_s(config: Config, model: stages.Model, samples: int) -> float:
-    """Returns the seconds of the rehearsed function itself."""
+    """Returns the seconds of the function itself."""
     params, state = model.init(0)
     last = stages.split(model, (int(config.pipeline.cut),))[1]
     replica = Replica(
@@ -124,7 +125,7 @@ class _Rehearsal:
         self._plan, self._samples = plan_for(config, model.unit_names), samples
         self._cut = model.shapes(samples)[int(config.pipeline.cut)]
         self._told: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        #: The process's seconds without the peer's thread, when each answer arrived.
+        #: Process time without the peer's thread at the arrival of each answer.
         self._spent_s: list[float] = []
         self._host = Host(COORDINATOR, model, config, reply=self._reply, failed=self._told.put)
 
@@ -142,7 +143,7 @@ class _Rehearsal:
         self._host.link_table.control[device_name(0)] = self._get(timeout_s)
 
     def run(self, timeout_s: float) -> float:
-        """Returns the seconds of a micro-batch, of the stretch that took least."""
+        """Returns the seconds per micro-batch in the shortest measurement."""
         self._host.prepare(self._plan, (ITEMS * self._samples,), (1,))
         self._get(timeout_s)
         self._host.release(messages.Release(0, 0, (Span(0, 0, 1),), (0,), None, (1.0,)))
@@ -161,24 +162,24 @@ class _Rehearsal:
             self._told.put(message)
 
     def _get(self, timeout_s: float) -> Any:
-        """Returns what comes next: a link, that the host is prepared, that all was answered.
+        """Returns the next report: a link, that the host is prepared, or that all is answered.
 
         Raises:
-          RunError: The host or the link failed, or nothing came.
+          RunError: The host or the link failed, or the time limit was exceeded.
         """
         try:
             found = self._told.get(timeout=timeout_s)
         except queue.Empty:
             raise RunError(
-                f"the rehearsal that tells what a message costs this host did not end within "
-                f"{timeout_s:g} s: is its processor overloaded?"
+                "the rehearsal that measures the overhead of messages did not end within "
+                f"{timeout_s:g} s: is the processor overloaded?"
             ) from None
         if isinstance(found, BaseException):
-            raise RunError(f"the rehearsal that tells what a message costs failed: {found}")
+            raise RunError(f"the rehearsal that measures the overhead of messages failed: {found}")
         return found
 
     def _send(self, micro_batch: int) -> None:
-        """Sends a micro-batch as a device does: a label, and the activation behind it."""
+        """Sends a micro-batch as a device does: labels, then the activation."""
         count = self._samples
         for role, array in (
             (Role.LABEL, np.zeros(count, np.int32)),
@@ -191,11 +192,11 @@ class _Rehearsal:
             self._link.send(tag, array)
 
     def _take(self, message: Message) -> None:
-        """Takes a cotangent; on the peer's I/O thread, whose time does not count."""
+        """Receives a cotangent on the peer's I/O thread, whose time is not included."""
         message.release()
         self._spent_s.append(time.process_time() - time.thread_time())
         answered = len(self._spent_s)
-        # The first are sent by another thread, perhaps at this moment: they share no counter.
+        # The first are sent by another thread, perhaps concurrently: no shared counter.
         if answered + UNDER_WAY <= ITEMS:
             self._send(answered + UNDER_WAY - 1)
         if answered == ITEMS:
@@ -203,4 +204,4 @@ class _Rehearsal:
 
 
 def _ignore(*_: object) -> None:
-    """Takes what does not matter here."""
+    """Ignores an event."""

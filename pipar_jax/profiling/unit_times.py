@@ -1,8 +1,8 @@
-"""Measures a host: every unit forward, backward and update, alone, at several micro-batch sizes.
+"""Measures forward, backward and update of every unit on a host, at several micro-batch sizes.
 
-Run in the process that will train, or in one like it (``launch/local_profile.py``): times belong to
-its cores and its environment. What was measured is kept per model, host and version, and believed
-again if one unit, timed anew, is still as fast: processors are shared, throttled and replaced.
+Runs in the process that will train, or in an equal one (``launch/local_profile.py``), since times
+depend on its cores and environment. Measurements are cached by model, host and version, and reused
+if one unit, measured again, has the same speed: processors are shared, throttled and replaced.
 """
 
 from __future__ import annotations
@@ -50,26 +50,26 @@ from pipar_jax.training.compile import Told, run_all
 from pipar_jax.training.replica import Replica
 from stages import Model, make_draw
 
-#: The parts of a batch that are measured.
+#: The measured fractions of a batch.
 PARTS = (1, 4, 5, 10, 20)
-#: Runs of each function, and the least seconds that they take together.
+#: Minimum number of runs of each function, and their minimum total duration in seconds.
 REPEATS, LEAST_S = 5, 0.02
-#: What is kept holds if a unit's time has changed by less than this share, or these seconds.
+#: Cached times are valid if a unit's time has changed by less than this share, or these seconds.
 AGED, AGED_S = 0.25, 1e-3
 _FORMAT = 4
 _CODEC_BYTES = 1 << 20
 
-#: What a host says of itself: of a model's units, or of the reference layers.
+#: Measurements of a host: of a model's units, or of the reference layers.
 Times = TypeVar("Times", HostProfile, ReferenceTimes)
 
 
 class Measured(NamedTuple):
-    """What a host says of a model.
+    """Measurements of a model on a host.
 
     Attributes:
-      host: Times, without emulated slowness.
-      units: What the units take anywhere.
-      seconds: How long it took to find out; 0 if it was known.
+      host: Times, without emulated slowdown.
+      units: Sizes of the units.
+      seconds: Duration of the measurement; 0 if it was cached.
     """
 
     host: HostProfile
@@ -77,7 +77,7 @@ class Measured(NamedTuple):
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns JSON-ready values."""
+        """Returns values for JSON."""
         units = [dataclasses.asdict(unit) for unit in self.units]
         return {"host": dataclasses.asdict(self.host), "units": units, "seconds": self.seconds}
 
@@ -86,7 +86,7 @@ class Measured(NamedTuple):
         """Returns what ``to_dict`` wrote.
 
         Raises:
-          PlanError: It is something else.
+          PlanError: The values are not measurements.
         """
         try:
             units = tuple(UnitFacts(**one) for one in values["units"])
@@ -96,10 +96,10 @@ class Measured(NamedTuple):
 
 
 def sizes_of(config: Config) -> tuple[int, ...]:
-    """Returns the micro-batch sizes to measure at: those given, or a batch and parts of it.
+    """Returns the micro-batch sizes to measure: the given ones, or a batch and fractions of it.
 
-    Compilers choose other loops for other sizes, so that times are not linear between a batch and
-    its 20th: 20 samples took a fifth less than a line from 5 to 25 says.
+    Compilers choose different loops for different sizes, so that times are not linear: 20 samples
+    took a fifth less time than the interpolation between 5 and 25.
     """
     if config.tuner.sizes != "auto":
         return tuple(sorted(set(whole_numbers(config.tuner.sizes))))
@@ -114,14 +114,14 @@ def measure_host(
     between: Callable[[], None] = lambda: None,
     told: Told = lambda done, of: None,
 ) -> Measured:
-    """Returns a host's times, from its cache if it was asked before.
+    """Returns the times of a host, from its cache if possible.
 
     Args:
-      config: Resolved configuration; model, optimiser, aggregation and ``tuner.cache`` count.
+      config: Resolved configuration; model, optimiser, aggregation and ``tuner.cache`` are used.
       model: The whole model.
-      sizes: Micro-batch sizes, rising.
-      between: Called between measurements, to notice that nobody wants them any more.
-      told: Learns how many units are measured, and of how many.
+      sizes: Micro-batch sizes, increasing.
+      between: Called between measurements; raises to abort them.
+      told: Called with the number of measured units and their total number.
     """
     path = _cache_path(config, model, sizes) if config.tuner.cache else None
     if path is not None and path.is_file():
@@ -130,7 +130,7 @@ def measure_host(
             if _still_holds(config, model, known.host, between):
                 return known._replace(seconds=0.0)
         except (PlanError, json.JSONDecodeError):
-            path.unlink(missing_ok=True)  # cut short or by hand: measured and written again
+            path.unlink(missing_ok=True)  # truncated or edited: measure and write again
     began_s = time.monotonic()
     found = _measure(config, model, tuple(sizes), between, told)
     found = found._replace(seconds=time.monotonic() - began_s)
@@ -140,11 +140,11 @@ def measure_host(
 
 
 def measure_reference(config: Config, between: Callable[[], None] = lambda: None) -> ReferenceTimes:
-    """Returns a host's times of the reference layers, from which a model's are predicted.
+    """Returns the times of the reference layers, from which those of a model are predicted.
 
     Args:
-      config: Resolved configuration; optimiser and aggregation count.
-      between: Called between measurements, to notice that nobody wants them any more.
+      config: Resolved configuration; optimiser and aggregation are used.
+      between: Called between measurements; raises to abort them.
     """
     found = time_reference(
         config.optimizer, proximal_mu=config.aggregation.proximal_mu, between=between
@@ -161,13 +161,13 @@ def measure_reference(config: Config, between: Callable[[], None] = lambda: None
 def predicted_host(
     config: Config, model: Model, sizes: Sequence[int], reference: ReferenceTimes
 ) -> Measured:
-    """Returns what a host is predicted to need for a model, in the form of what is measured.
+    """Returns the predicted times of a model on a host, in the form of measurements.
 
     Args:
-      config: Resolved configuration; the optimiser counts.
+      config: Resolved configuration; the optimiser is used.
       model: The whole model.
-      sizes: Micro-batch sizes, rising.
-      reference: What the host says of itself.
+      sizes: Micro-batch sizes, increasing.
+      reference: The host's times of the reference layers.
     """
     began_s = time.monotonic()
     host = predict_host(model, sizes, reference)
@@ -176,9 +176,9 @@ def predicted_host(
 
 
 def measure_codecs(config: Config) -> dict[str, CodecProfile]:
-    """Returns ratio and speed of the codecs that a run may use, on this host.
+    """Returns ratio and speed on this host of the codecs that a run may use.
 
-    Of numbers with signs and without zeros: the most that they take.
+    They are measured on signed numbers without zeros, the worst case.
     """
     rng = np.random.default_rng(0)
     array = rng.normal(size=(_CODEC_BYTES // 4,)).astype(np.float32)
@@ -201,13 +201,13 @@ def measure_codecs(config: Config) -> dict[str, CodecProfile]:
 
 
 def as_configured(measured: HostProfile, host: HostSpec) -> HostProfile:
-    """Returns a host's profile with its emulated slowness and its limit of memory."""
+    """Returns the profile of a host with its emulated slowdown and memory limit."""
     made = emulated(measured, host.slowdown)
     return dataclasses.replace(made, memory_bytes=host.memory_bytes)
 
 
 def emulated(times: Times, slowdown: Slowdown) -> Times:
-    """Returns what a host says of itself with its emulated slowness, if it has any."""
+    """Returns the measurements of a host with its emulated slowdown, if any."""
     if not slowdown.emulated:
         return times
     return dataclasses.replace(times.slowed(slowdown.at(0.0)), handling=NO_HANDLING)
@@ -219,8 +219,25 @@ def weight_ratio(config: Config, codecs: Mapping[str, CodecProfile]) -> float:
     return 1.0 if name == "raw" else codecs[name].ratio
 
 
+<<<<<<< HEAD
+=======
+class _Shaped(Model):
+    """A model that caches its shapes by batch size, since they are needed for every unit."""
+
+    def __init__(self, model: Model) -> None:
+        self.__dict__.update(model.__dict__)  # compiled programs belong to the original model
+        self._found: dict[int, tuple[jax.ShapeDtypeStruct, ...]] = {}
+
+    def shapes(self, batch: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Infers the input of every unit and the output of the last."""
+        if batch not in self._found:
+            self._found[batch] = super().shapes(batch)
+        return self._found[batch]
+
+
+>>>>>>> 3eb3848 (English of profiling: idiomatic, with defined terms)
 class _Row(NamedTuple):
-    """What was measured of one unit."""
+    """Measurements of one unit."""
 
     forward_s: tuple[float, ...]
     backward_s: tuple[float, ...]
@@ -231,7 +248,7 @@ class _Row(NamedTuple):
 def _measure(
     config: Config, model: Model, sizes: tuple[int, ...], between: Callable[[], None], told: Told
 ) -> Measured:
-    """Times every unit as a stage of its own, and units that compute the same only once."""
+    """Times every unit as a separate stage; equal units are timed only once."""
     params, state = model.init(config.seed)
     compiled = _compiled(config)
     known: dict[Any, _Row] = {}
@@ -260,7 +277,7 @@ def _measure(
 def _still_holds(
     config: Config, model: Model, known: HostProfile, between: Callable[[], None]
 ) -> bool:
-    """Times the longest unit once more, at the largest size, and compares."""
+    """Times the longest unit again, at the largest size, and compares."""
     if len(known.forward_s) != len(model.units):
         return False
     totals = [
@@ -277,15 +294,15 @@ def _still_holds(
 
 
 def _compiled(config: Config) -> optimizer.CompiledOptimizer:
-    """Returns the optimiser as hosts use it."""
+    """Returns the optimiser of a run."""
     return optimizer.compiled(config.optimizer, steps=1, proximal_mu=config.aggregation.proximal_mu)
 
 
 def _likeness(model: Model, index: int) -> Any:
-    """Returns what two units have in common that compute the same: a deep network repeats blocks.
+    """Returns a key that is equal for units with equal computations, such as repeated blocks.
 
-    The module's static part and the shapes of its input and its variables; the first and the last
-    unit of a model are called in their own ways.
+    The key consists of the module's static part and the shapes of its input and variables; the
+    first and the last unit of a model have their own keys, since they are called differently.
     """
     unit = model.units[index]
     variables = sorted((path, str(leaf)) for path, leaf in (*unit.params.items(),
@@ -301,7 +318,7 @@ def _time(
     sizes: tuple[int, ...],
     between: Callable[[], None],
 ) -> _Row:
-    """Times one unit, and finds its bytes."""
+    """Returns the times and sizes of one unit."""
     return _Row(*_times_of(model, replica, sizes, between), _facts(model, index, replica, sizes[0]))
 
 
@@ -325,7 +342,7 @@ def _times_of(
 
 
 def _facts(model: Model, index: int, replica: Replica, samples: int) -> UnitFacts:
-    """Returns a unit's bytes; what its forward keeps is weighed, not assumed."""
+    """Returns the sizes of a unit; those of residuals are measured."""
     output_bytes = _bytes(model.shapes(1)[index + 1])
     if replica.stage.is_last:
         kept = _bytes(model.shapes(1)[index]) + output_bytes
@@ -349,7 +366,7 @@ def _average_s_per_byte(config: Config, params: Any, state: Any) -> float:
 
 
 def _call_s() -> float:
-    """Returns the seconds of calling a compiled function that does nothing to speak of."""
+    """Returns the seconds of calling a trivial compiled function."""
     add, one = jax.jit(lambda x: x + 1), jnp.zeros(())
     add(one)
 
@@ -360,7 +377,7 @@ def _call_s() -> float:
 
 
 def _least_s(function: Callable[[], Any]) -> float:
-    """Returns the fewest seconds of a few runs."""
+    """Returns the minimum of the seconds of several runs."""
     return min(_seconds(function) for _ in range(REPEATS))
 
 
@@ -375,7 +392,7 @@ def _seconds(function: Callable[[], Any]) -> float:
 
 
 def _bytes(tree: Any) -> float:
-    """Returns the bytes of all arrays of a tree, abstract ones too."""
+    """Returns the bytes of all arrays of a tree, including abstract ones."""
     return float(
         sum(
             int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
@@ -386,7 +403,7 @@ def _bytes(tree: Any) -> float:
 
 
 def _cache_path(config: Config, model: Model, sizes: Sequence[int]) -> pathlib.Path:
-    """Returns the file for what is measured here, of this model, with these versions."""
+    """Returns the cache file of this host, model and version."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     device = jax.devices()[0]
     about = {
@@ -406,7 +423,7 @@ def _cache_path(config: Config, model: Model, sizes: Sequence[int]) -> pathlib.P
 
 
 def _write(path: pathlib.Path, text: str) -> None:
-    """Writes a file at once or not at all: several hosts of a machine may do so together."""
-    remedy = "measure without keeping it with --config.tuner.cache=false"
+    """Writes a file atomically, since several hosts of a machine may write it at once."""
+    remedy = "disable the cache with --config.tuner.cache=false"
     make_folder(path.parent, remedy)
     write_text(path, text, remedy)

@@ -1,12 +1,11 @@
-"""What is known of one device, and how it is learned: from reference layers, then from stages.
+"""The parameters of one device, fitted to reference layers and then to stages.
 
 A device is a scale s, an embedding z and, for each head, weights w of the network's last hidden
-features: an operator lasts ``exp(g + s + h·z + w·φ)`` seconds. In a training there are a pace r on
-top, since other work, or what a reference was taken with, makes all of it faster or slower, and a
-correction c for each unit of the model, for what the network does not know of it. Little is known
-at first, so all of them have a prior, that of s and z from the devices the network was trained on,
-and what is measured is weighed against it: Gauss-Newton on the logarithm of sums over operators,
-with Huber's weights, so that a hiccup of a machine is not believed.
+features: an operator takes ``exp(g + s + h·z + w·φ)`` seconds. Training adds a pace r, since other
+work on the machine makes all operators faster or slower, and a correction c for each unit of the
+model. All parameters have a prior, for s and z from the devices that the network was trained on.
+The fit is Gauss-Newton on the logarithm of sums over operators, with Huber's weights, which make it
+robust against outliers.
 """
 
 from __future__ import annotations
@@ -21,37 +20,38 @@ import numpy.typing as npt
 from pipar_jax.profiling.predictor.latency_model import FACTORS, HIDDEN, Weights
 from pipar_jax.profiling.predictor.operators import Array
 
-#: How far the network is off on a layer of a device that it knows, in logarithms; and how far one
-#: of two equal measurements is off the other.
+#: Standard deviation of the network's error on a layer of a known device, and of repeated
+#: measurements, both of the logarithm.
 DEVIATION = 0.12
-#: How much a device's own weights may add to an operator's logarithm, before anything is seen.
+#: Prior standard deviation of the contribution of a device's own weights to an operator's
+#: logarithm.
 OWN_DEVIATION = 0.35
-#: How far the pace of a training is from that of measurements alone, in logarithms.
+#: Prior standard deviation of the logarithm of the pace of training.
 PACE_DEVIATION = 0.7
-#: How far the network is off on a unit, on a device that it knows, in logarithms.
+#: Standard deviation of the network's error on a unit of a known device, of the logarithm.
 UNIT_DEVIATION = 0.4
-#: Beyond so many deviations a measurement counts less and less.
+#: Number of deviations beyond which the weight of a measurement decreases.
 HUBER = 1.5
 STEPS = 25
-#: Numbers that describe a device.
+#: Number of parameters of a device.
 SIZE = 1 + FACTORS + 2 * HIDDEN
 FORWARD_HEAD, BACKWARD_HEAD = 0, 1
 
 
-#: A model's unit for each of some operators, [operators].
+#: The model's unit of each operator, [operators].
 Units = npt.NDArray[np.int64]
 
 
 class Observation(NamedTuple):
-    """Seconds of some operators together.
+    """The total seconds of several operators.
 
     Attributes:
       forward: Operators whose forward was timed, [operators, WIDTH].
       backward: Operators whose backward was timed, [operators, WIDTH].
-      seconds: How long all of it took.
-      weight: How much it counts; 1 is a fresh measurement.
-      units: If it was seen in a training, the model's unit that each operator belongs to: those of
-        ``forward`` and those of ``backward``.
+      seconds: Total duration.
+      weight: Weight of the observation; 1 for a new measurement.
+      units: If observed during training, the model's unit of each operator in ``forward`` and in
+        ``backward``.
     """
 
     forward: Array
@@ -63,11 +63,11 @@ class Observation(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """One device, as far as it is known.
+    """The parameters of one device.
 
     Attributes:
       weights: The shared network.
-      values: The device's own numbers, [SIZE]: scale, embedding, forward's and backward's weights.
+      values: The device's parameters, [SIZE]: scale, embedding, weights of forward and backward.
       training: Logarithms of the pace in training and of each unit's correction, [1 + units].
     """
 
@@ -77,7 +77,7 @@ class Device:
 
     @property
     def pace(self) -> float:
-        """How many times longer computations last in a training than alone, as far as was seen."""
+        """Estimated ratio of compute times in training to those of separate measurements."""
         return float(np.exp(self.training[0]))
 
     def operator_s(self, table: Array, head: int) -> Array:
@@ -87,12 +87,12 @@ class Device:
         return seconds
 
     def units_s(self, tables: Sequence[Array], head: int, first: int = 0) -> Array:
-        """Returns the seconds of a model's units in training, as far as it was seen; [units].
+        """Returns the seconds of a model's units in training, [units].
 
         Args:
-          tables: Each unit's operators, [operators, WIDTH].
+          tables: Operators of each unit, [operators, WIDTH].
           head: FORWARD_HEAD or BACKWARD_HEAD.
-          first: The index of the first of them in the model.
+          first: Index of the first unit in the model.
         """
         corrections = self.training[1 + first : 1 + first + len(tables)]
         factors = np.exp(corrections) if len(corrections) else 1.0
@@ -117,7 +117,7 @@ class Device:
 
 
 def typical(weights: Weights) -> Device:
-    """Returns the device about which nothing is known."""
+    """Returns the prior of a device."""
     values = np.zeros(SIZE)
     values[: 1 + FACTORS] = weights.mean
     return Device(weights, values)
@@ -129,13 +129,13 @@ def fit(
     start: Device | None = None,
     units: int = 0,
 ) -> Device:
-    """Returns the device that explains what was measured.
+    """Returns the device fitted to observations.
 
     Args:
       weights: The shared network.
-      observations: What was measured; all of it, since nothing else is remembered.
-      start: Where to start looking; the result depends on it little, the effort more.
-      units: How many units the model in training has.
+      observations: All observations, including earlier ones.
+      start: Starting point, which mainly affects the effort.
+      units: Number of units of the model in training.
     """
     begin = typical(weights)
     if not observations:
@@ -170,7 +170,7 @@ def fit(
     values = prior.copy()
     if start is not None:
         values[:SIZE], values[SIZE : SIZE + len(start.training)] = start.values, start.training
-    else:  # at least the scale, so that few steps suffice
+    else:  # start from the scale, so that few steps suffice
         values[0] += np.median(wanted - _sums(terms, values, len(wanted))[0])
     for _ in range(STEPS):
         predicted, slope = _sums(terms, values, len(wanted))
@@ -192,10 +192,9 @@ class _Terms(NamedTuple):
     """Operators as terms of sums.
 
     Attributes:
-      base: What the network alone says, [terms].
-      design: By what each of a device's numbers is multiplied, [terms, SIZE], and those of a
-        training.
-      owner: The sum that each belongs to, [terms].
+      base: Output of the network alone, [terms].
+      design: Coefficients of the device's parameters, [terms, SIZE], and of those of training.
+      owner: The sum of each operator, [terms].
     """
 
     base: Array
@@ -204,7 +203,7 @@ class _Terms(NamedTuple):
 
 
 def _terms(weights: Weights, tables: Sequence[Array], head: int) -> _Terms:
-    """Returns all operators of all sums in one head."""
+    """Returns the operators of all sums in one head."""
     counts = [len(table) for table in tables]
     owner = np.repeat(np.arange(len(tables)), counts)
     if not sum(counts):
@@ -219,7 +218,7 @@ def _terms(weights: Weights, tables: Sequence[Array], head: int) -> _Terms:
 
 
 def _training(observations: Sequence[Observation], part: int, units: int) -> Array:
-    """Returns by what pace and corrections are multiplied in a head, [terms, 1 + units]."""
+    """Returns the coefficients of pace and corrections in a head, [terms, 1 + units]."""
     found = []
     for one in observations:
         rows = np.zeros((len((one.forward, one.backward)[part]), 1 + units))
@@ -231,7 +230,7 @@ def _training(observations: Sequence[Observation], part: int, units: int) -> Arr
 
 
 def _sums(terms: _Terms, values: Array, count: int) -> tuple[Array, Array]:
-    """Returns the logarithms of the sums, [count], and their slopes, [count, values]."""
+    """Returns the logarithms of the sums, [count], and their derivatives, [count, values]."""
     each = np.exp(terms.base + terms.design @ values)
     total = _grouped(terms.owner, each, count)
     share = each / total[terms.owner]

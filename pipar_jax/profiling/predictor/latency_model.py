@@ -1,9 +1,9 @@
-"""The network that all devices share: a small MLP from an operator to how its time depends on them.
+"""The network that all devices share: a small MLP on the features of an operator.
 
-For a head (forward, backward) and an operator with features x it gives g(x) and h(x); on a device
-with scale s and embedding z the operator lasts ``exp(g(x) + s + h(x)·z)`` seconds. A layer, and a
-stage, last as long as their operators together. The hidden features of the last layer carry what
-a device learns beyond its embedding (``device.py``).
+For a head (forward, backward) and an operator with features x it returns g(x) and h(x); on a device
+with scale s and embedding z the operator takes ``exp(g(x) + s + h(x)·z)`` seconds. The time of a
+layer or stage is the sum over its operators. The hidden features of the last layer are inputs of a
+device's own weights (``device_fit.py``).
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from pipar_jax.disk.files import describe_reading, write_tensors
 from pipar_jax.errors import DataError
 from pipar_jax.profiling.predictor.operators import FEATURES, KINDS, SIZES, Array, features
 
-#: Numbers in a device's embedding, and units in each hidden layer.
+#: Size of a device's embedding and of each hidden layer.
 FACTORS, HIDDEN = 6, 32
 HEADS = ("forward", "backward")
-#: The trained network that is shipped.
+#: The trained network of the package.
 SHIPPED = Path(__file__).with_name("network.safetensors")
 _LEAST_ROWS = 64
 
 
 class LatencyNetwork(nnx.Module):
-    """Two hidden layers and two heads.
+    """An MLP with two hidden layers and two heads.
 
     Args:
       rngs: Random streams.
@@ -58,11 +58,11 @@ class LatencyNetwork(nnx.Module):
 
 
 class Basis(NamedTuple):
-    """What the network says of some operators.
+    """Outputs of the network for operators.
 
     Attributes:
-      base: G, [2, operators] float64.
-      factors: H, [2, operators, FACTORS].
+      base: The outputs g, [2, operators] float64.
+      factors: The outputs h, [2, operators, FACTORS].
       hidden: The last hidden layer, [operators, HIDDEN], of mean 0 and deviation 1.
     """
 
@@ -76,16 +76,16 @@ class Weights(NamedTuple):
 
     Attributes:
       values: The network's parameters by path.
-      shift: What features are diminished by, [FEATURES].
-      scale: What they are divided by, [FEATURES].
-      hidden_shift: The same of hidden features, [HIDDEN].
-      hidden_scale: The same, [HIDDEN].
-      mean: Scale and embedding of the typical device, [1 + FACTORS].
-      precision: How sure one may be of that, [1 + FACTORS, 1 + FACTORS].
-      low: The least of each number among the features of each kind of operator that was trained on,
-        [KINDS, FEATURES - KINDS]; for a kind that was not, minus infinity.
-      high: The largest, or infinity.
-      about: How it was made, as text.
+      shift: Subtracted from features, [FEATURES].
+      scale: Divisor of features, [FEATURES].
+      hidden_shift: Subtracted from hidden features, [HIDDEN].
+      hidden_scale: Divisor of hidden features, [HIDDEN].
+      mean: Prior mean of scale and embedding, [1 + FACTORS].
+      precision: Prior precision, [1 + FACTORS, 1 + FACTORS].
+      low: Minimum of each feature in the training set by kind of operator, [KINDS, FEATURES -
+        KINDS]; minus infinity for a kind that is not in it.
+      high: Maximum, or infinity.
+      about: Description of the training.
     """
 
     values: Mapping[str, Any]
@@ -108,7 +108,7 @@ class Weights(NamedTuple):
         count = len(table)
         x, beyond = self._inside(table)
         x = (x - self.shift) / self.scale
-        # Padded to few sizes, each of which is compiled once.
+        # Padded to a few sizes, each of which is compiled once.
         padded = max(_LEAST_ROWS, 1 << max(count - 1, 0).bit_length())
         x = np.pad(x, ((0, padded - count), (0, 0))).astype(np.float32)
         heads, hidden = (np.asarray(one, np.float64) for one in _run(dict(self.values), x))
@@ -116,17 +116,17 @@ class Weights(NamedTuple):
         return Basis(heads[:, :count, 0] + beyond, heads[:, :count, 1:], hidden[:count])
 
     def _inside(self, table: Array) -> tuple[Array, Array]:
-        """Returns features as if no operator were larger than those that were trained on.
+        """Returns features clipped to the range of the training set.
 
-        A network says anything of what is far from all that it has seen. So such an operator is
-        taken for the largest that it knows, times the operations or bytes that it has more.
+        The network does not extrapolate. An operator outside the range is treated as the largest
+        one in the training set, multiplied by the ratio of operations or bytes.
 
         Args:
           table: Operators as ``operators.rows`` makes them, [operators, WIDTH].
 
         Returns:
-          The features, [operators, FEATURES], and the logarithms of how many times longer each
-          operator lasts, [operators].
+          The features, [operators, FEATURES], and the logarithms of the factors by which times are
+          multiplied, [operators].
         """
         kinds, seen = table[:, 0].astype(int), features(table)
         numbers = seen[:, len(KINDS) :]
@@ -138,7 +138,7 @@ class Weights(NamedTuple):
         """Writes the network in float16, its prior in float32.
 
         Raises:
-          DiskError: It cannot be written.
+          DiskError: The file cannot be written.
         """
         arrays = {f"network/{name}": np.asarray(v, np.float16) for name, v in self.values.items()}
         for name in _PLAIN:
@@ -154,7 +154,7 @@ def load(path: Path = SHIPPED) -> Weights:
     """Reads a trained network.
 
     Raises:
-      DataError: The file cannot be read, or holds something else.
+      DataError: The file cannot be read or is not such a network.
     """
     try:
         arrays = load_file(path)
@@ -166,12 +166,12 @@ def load(path: Path = SHIPPED) -> Weights:
         expected = {name: value.shape for name, value in flatten(fresh(0)).items()}
         found = {name: value.shape for name, value in values.items()}
         if found != expected:
-            raise DataError(f"{path} holds another network: expected {expected}, got {found}")
+            raise DataError(f"{path} contains another network: expected {expected}, got {found}")
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         about = header.get("__metadata__", {}).get("about", "")
     except (OSError, SafetensorError, KeyError) as error:
-        raise DataError(f"{path} holds no latency predictor: {describe_reading(error)}") from error
+        raise DataError(f"{path} is not a latency predictor: {describe_reading(error)}") from error
     return Weights(values, about=about, **plain)
 
 

@@ -1,10 +1,10 @@
-"""Learning a device while it trains: from sums over stages, with replay.
+"""Learns a device during training, from sums over stages, with replay.
 
-A training times stages, not units: what is seen is a sum over the units of whatever cut is in use.
-Each case (what of which units at which size) keeps its last few times; every update replays all
-cases, so that a new cut does not make the device forget an old one, and what was seen long ago
-counts less. A device that changes its pace (it gets hot, or busy) shows it in cases that it was
-timed in before: then everything remembered is brought to the new pace.
+Training times stages, not units: an observation is a sum over the units of the current cut. Each
+case (kind, units and size) keeps its last few times; every update replays all cases with decreasing
+weights, so that a new cut does not erase what was learned from an old one. A change of a device's
+pace (it becomes hot or busy) shows in cases that were timed before; all records are then rescaled
+to the new pace.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ from pipar_jax.schedule.plan import Plan
 from pipar_jax.schedule.trace import Trace
 from stages import Model
 
-#: Times that each case keeps, of which the median counts.
+#: Number of times kept per case; their median is used.
 KEPT = 5
-#: Cases that are remembered; beyond, the one seen longest ago is forgotten.
+#: Maximum number of cases; beyond it the least recent one is dropped.
 CASES = 256
-#: The change of pace, as a factor, from which on it is taken for one and not for noise.
+#: Factor from which a change of pace is not considered noise.
 PACE = 1.15
-#: Updates after which a case that was not seen again counts half.
+#: Number of updates after which the weight of a case without new times has halved.
 FADING = 8.0
 
-#: What was timed: F, B or L, first unit, one past the last, samples.
+#: A case: F, B or L, first unit, one past the last, samples.
 Case = tuple[str, int, int, int]
 
 
 class Learner:
-    """What is known of one device, and how it becomes more.
+    """Learns the parameters of one device.
 
     Attributes:
-      device: What is known by now.
+      device: The current estimate.
 
     Args:
       model: The model in training.
-      reference: The device's times of the reference layers, emulated slowness included.
-      weights: The shared network; None is the shipped one.
-      tables: The model's operators, if they are known already.
+      reference: The device's times of the reference layers, including its emulated slowdown.
+      weights: The shared network; None is that of the package.
+      tables: The model's operators, if known.
     """
 
     def __init__(
@@ -76,23 +76,23 @@ class Learner:
         self.device: Device = fit(self._weights, self._first)
 
     def observe(self, case: Case, seconds: float) -> None:
-        """Notes how long a stage took; ``learn`` makes use of it.
+        """Records the duration of a stage for ``learn``.
 
         Args:
           case: Kind (F, B, L), first unit, one past the last, samples.
-          seconds: How long it took.
+          seconds: Duration.
         """
         if seconds <= 0:
-            return  # the clock did not see it
+            return  # below the resolution of the clock
         self._fresh[case].append(seconds)
 
     def observe_trace(self, trace: Trace, plan: Plan, host: str) -> int:
-        """Notes all stage times of a host in a trace; returns how many cases it had.
+        """Records all stage times of a host in a trace; returns the number of cases.
 
         Args:
           trace: The trace of a run, or of a round.
-          plan: The plan that it was made under.
-          host: The host whose device this is.
+          plan: The plan of the trace.
+          host: The host of the device.
         """
         found: dict[Case, list[float]] = collections.defaultdict(list)
         for row in trace.hosts.get(host, ()):
@@ -107,7 +107,7 @@ class Learner:
         return len(found)
 
     def learn(self) -> Device:
-        """Replays what was noted and returns what the device is taken for now."""
+        """Replays all records and returns the new estimate."""
         self._updates += 1
         self._keep_pace()
         for case, times in self._fresh.items():
@@ -117,7 +117,7 @@ class Learner:
         self._fresh.clear()
         for case in sorted(self._seen, key=lambda one: self._seen[one])[:-CASES]:
             del self._times[case], self._seen[case]
-        # What it said of itself at first stays an anchor, since it is about single layers.
+        # The reference times remain an anchor, since they are those of single layers.
         anchor = max(0.25, self._faded(self._updates))
         observations = [one._replace(weight=anchor) for one in self._first]
         for case, kept in self._times.items():
@@ -130,7 +130,7 @@ class Learner:
         return self.device
 
     def _keep_pace(self) -> None:
-        """Brings what is remembered to the device's present pace."""
+        """Rescales all records to the device's current pace."""
         changes = [
             statistics.median(times) / statistics.median(self._times[case])
             for case, times in self._fresh.items()
@@ -146,7 +146,7 @@ class Learner:
                 kept[index] = seconds * factor
 
     def predict_s(self, case: Case) -> float:
-        """Returns how long a stage takes, as far as is known."""
+        """Returns the estimated duration of a stage."""
         kind, first, stop, samples = case
         tables = self._stage(first, stop, samples)
         heads = {
@@ -160,17 +160,17 @@ class Learner:
         """Returns the device's times of all units, for the tuner.
 
         Args:
-          sizes: Micro-batch sizes, rising.
+          sizes: Micro-batch sizes, increasing.
         """
         reference = self._reference.slowed(self.device.pace)
         return predict_host(self._model, sizes, reference, device=self.device, tables=self._tables)
 
     def _faded(self, age: int) -> float:
-        """Returns how much a time counts that is so many updates old."""
+        """Returns the weight of a time by its age in updates."""
         return float(0.5 ** (max(age - 1, 0) / FADING))
 
     def _stage(self, first: int, stop: int, samples: int) -> list[Array]:
-        """Returns the operators of a stage's units, with one call in all."""
+        """Returns the operators of a stage's units, with a single call."""
         return one_call(self._tables.at(samples)[first:stop])
 
     def _observation(self, case: Case, seconds: float, weight: float) -> Observation:

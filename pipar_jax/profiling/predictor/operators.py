@@ -1,9 +1,9 @@
-"""What a unit computes, operator by operator, read from shapes alone.
+"""The operators of a unit, derived from shapes alone.
 
-A unit's forward pass is traced abstractly, with XLA's own operations, so that what is found does
-not depend on the machine that looks. Convolutions, matrix products and pools stand for themselves;
-elementwise work, reductions and copies, which compilers fuse, are summed up over the unit; one
-``call`` stands for what it costs to call a compiled function at all.
+A unit's forward pass is traced abstractly, with XLA's own operations, so that the result does not
+depend on the machine. Convolutions, matrix products and pools are single operators; elementwise
+work, reductions and copies, which compilers fuse, are summed over the unit; one ``call`` represents
+the cost of calling a compiled function.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from stages.layers.formulation import Formulation, forced
 Array = npt.NDArray[np.float64]
 
 KINDS = ("call", "conv", "depthwise", "matmul", "pool", "elementwise", "reduce", "layout")
-#: Units are traced at this batch; what they do is linear in it.
+#: Batch size at which units are traced; their work is linear in it.
 TRACED = 8
 _CALLS = frozenset({
     "jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call",
@@ -45,15 +45,15 @@ class Operator(NamedTuple):
       kind: One of ``KINDS``.
       flops: Floating-point operations of its forward.
       weight_bytes: Bytes of its weights.
-      input_bytes: Bytes that go in.
-      output_bytes: Bytes that come out.
+      input_bytes: Bytes of its input.
+      output_bytes: Bytes of its output.
       batch: Samples.
       kernel: Height of the kernel or window.
-      stride: Its step.
-      inputs: Channels in.
-      outputs: Channels out.
+      stride: Stride of the window.
+      inputs: Number of input channels.
+      outputs: Number of output channels.
       pixels: Positions of the output per sample.
-      repeats: How many operations of the unit it stands for.
+      repeats: Number of equal operations in the unit.
       pulled: Whether its input needs a cotangent (1) or is data (0).
     """
 
@@ -84,7 +84,7 @@ class Operator(NamedTuple):
 
 #: Length of an operator's row.
 WIDTH = len(Operator._fields)
-#: How many of its numbers, the first after the kind, are operations and bytes.
+#: Number of fields after the kind that are operations and bytes.
 SIZES = 4
 #: Length of its features.
 FEATURES = len(KINDS) + WIDTH - 1
@@ -97,7 +97,7 @@ def rows(operators: Iterable[Operator]) -> Array:
 
 
 def features(table: Array) -> Array:
-    """Returns what the network sees of operators.
+    """Returns the features of operators for the network.
 
     Args:
       table: Operators as ``rows`` makes them, [operators, WIDTH].
@@ -134,7 +134,7 @@ def convolution(
 
 
 def unit_operators(model: Model, index: int, batch: int) -> tuple[Operator, ...]:
-    """Returns what a unit of a model does in a forward pass of a micro-batch.
+    """Returns the operators of a unit for a micro-batch.
 
     Args:
       model: The model.
@@ -147,7 +147,7 @@ def unit_operators(model: Model, index: int, batch: int) -> tuple[Operator, ...]
 def model_operators(
     model: Model, indices: Sequence[int] | None, batch: int
 ) -> list[tuple[Operator, ...]]:
-    """Returns the same for several units, tracing those that compute the same only once.
+    """Returns the operators of several units; equal units are traced only once.
 
     Args:
       model: The model.
@@ -169,7 +169,7 @@ def model_operators(
 
 
 class Tables:
-    """A model's operators as tables, traced once for all sizes and for all who ask.
+    """A model's operators as tables, traced once for all sizes.
 
     Args:
       model: The model.
@@ -180,14 +180,14 @@ class Tables:
         self._found: dict[int, list[Array]] = {}
 
     def at(self, batch: int) -> list[Array]:
-        """Returns each unit's operators for micro-batches of a size, [operators, WIDTH]."""
+        """Returns the operators of each unit for a micro-batch size, [operators, WIDTH]."""
         if batch not in self._found:
             self._found[batch] = [rows(o.at(batch) for o in unit) for unit in self._traced]
         return self._found[batch]
 
 
 class _Origin(NamedTuple):
-    """What a value is made of: samples or not, and whether it is differentiated."""
+    """The origin of a value: whether it depends on samples, and whether it is differentiated."""
 
     data: bool
     active: bool
@@ -214,14 +214,14 @@ def _trace(model: Model, index: int, shape: Any) -> tuple[Operator, ...]:
 
 
 class _Walk:
-    """Goes through a jaxpr and notes what it computes of samples."""
+    """Walks a jaxpr and records its operations on samples."""
 
     def __init__(self) -> None:
         self._single: list[Operator] = []
         self._sums: dict[str, Operator] = {}
 
     def operators(self) -> tuple[Operator, ...]:
-        """Returns what was found, the call first."""
+        """Returns the operators, the call first."""
         sums = (self._sums[kind] for kind in KINDS if kind in self._sums)
         return (Operator("call"), *self._single, *sums)
 
@@ -238,8 +238,8 @@ class _Walk:
             results = [whole] * len(eqn.outvars)
             inner = _inner(eqn) if eqn.primitive.name in _CALLS else None
             if inner is not None:
-                # Leading operands that the inner jaxpr does not have (a branch's index) are left
-                # out, leading constants that only it has come from nothing.
+                # Leading operands that the inner jaxpr lacks (the index of a branch) are dropped;
+                # leading constants that only it has have no origin.
                 missing = max(len(inner.invars) - len(given), 0)
                 last = given[max(len(given) - len(inner.invars), 0) :]
                 results = self.run(inner, [_NOTHING] * missing + last)
@@ -264,7 +264,7 @@ class _Walk:
             self._add(name, eqn)
 
     def _add(self, name: str, eqn: Any) -> None:
-        """Adds to the sums of what compilers fuse."""
+        """Adds to the sums of operations that compilers fuse."""
         kind = "elementwise"
         if name.startswith(("reduce", "arg", "cum")):
             kind = "reduce"
@@ -282,7 +282,7 @@ class _Walk:
 
 
 def _inner(eqn: Any) -> Any:
-    """Returns the jaxpr that an operation calls; of several branches the first."""
+    """Returns the jaxpr that an operation calls, the first of several branches."""
     for name in _INNER:
         found = eqn.params.get(name)
         found = found[0] if isinstance(found, tuple | list) and found else found

@@ -1,4 +1,4 @@
-"""Predicted times of a model's units, as the profile of a host that the tuner takes."""
+"""Predicts the times of a model's units, as the profile of a host for the tuner."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def predict_host(
     weights: Weights | None = None,
     tables: Tables | None = None,
 ) -> HostProfile:
-    """Returns what each unit of a model costs on a device that timed the reference layers.
+    """Returns the predicted times of a model's units on a device with reference times.
 
     Args:
       model: The model.
-      sizes: Micro-batch sizes, rising.
+      sizes: Micro-batch sizes, increasing.
       reference: The device's times of the reference layers.
-      device: What is known of the device by now; None is what these times say.
-      weights: The shared network; None is the shipped one.
-      tables: The model's operators, if they are known already.
+      device: The current estimate of the device; None: fitted to these times.
+      weights: The shared network; None is that of the package.
+      tables: The model's operators, if known.
     """
     if device is None:
         device = fit(weights or load(), reference.observations())
@@ -57,12 +57,12 @@ def predict_host(
 def facts_of(
     model: Model, transformation: optax.GradientTransformation, batch: int
 ) -> tuple[UnitFacts, ...]:
-    """Returns what a model's units take on any host, found without running anything.
+    """Returns the sizes of a model's units, without running anything.
 
     Args:
       model: The model.
       transformation: The optimiser of a replica.
-      batch: Samples that residuals are weighed with.
+      batch: Number of samples for the size of residuals.
     """
     kept = residual_bytes(model, batch)
     shapes = model.shapes(1)
@@ -81,10 +81,10 @@ def facts_of(
 
 
 def _updates(model: Model, reference: ReferenceTimes) -> tuple[float, ...]:
-    """Returns the seconds of each unit's optimiser step: a call, and so much per byte."""
+    """Returns the seconds of each unit's optimiser step: a call, plus a rate per byte."""
     sizes, seconds = np.asarray(reference.parameter_bytes), np.asarray(reference.update_s)
     wanted = np.asarray([_bytes(unit.params) for unit in model.units])
-    # Between the reference layers' own, beyond the largest at its rate.
+    # Interpolated between the reference layers, beyond the largest at its rate.
     order = np.argsort(sizes)
     knots, values = sizes[order], np.maximum.accumulate(seconds[order])
     found = np.interp(wanted, knots, values) * np.maximum(wanted / knots[-1], 1.0)
@@ -92,7 +92,7 @@ def _updates(model: Model, reference: ReferenceTimes) -> tuple[float, ...]:
 
 
 def _bytes(tree: object) -> float:
-    """Returns the bytes of all arrays of a tree, abstract ones too."""
+    """Returns the bytes of all arrays of a tree, including abstract ones."""
     return float(
         sum(
             int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
@@ -103,9 +103,9 @@ def _bytes(tree: object) -> float:
 
 
 def one_call(tables: Sequence[Array]) -> list[Array]:
-    """Returns the operators of a stage's units with one call in all, the first unit's.
+    """Returns the operators of a stage's units with a single call, that of the first unit.
 
     Args:
-      tables: Each unit's operators, [operators, WIDTH], its call first.
+      tables: Operators of each unit, [operators, WIDTH], its call first.
     """
     return [tables[0], *(table[1:] for table in tables[1:])]

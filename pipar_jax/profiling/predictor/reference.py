@@ -1,8 +1,8 @@
-"""The reference layers: a dozen small ones by whose times a device is known.
+"""The reference layers: a dozen small layers whose times characterise a device.
 
-They are the units of one chain, each of another kind or shape, so that what is fast and what is
-slow on a device shows: wide and narrow convolutions, a depthwise one, elementwise work on a large
-map, pools, matrix products bound by memory, and layers so small that only the call counts.
+They are the units of one chain, each of another kind or shape, to reveal what is fast and slow on a
+device: wide and narrow convolutions, a depthwise one, elementwise work on a large map, pools,
+matrix products bound by memory, and layers so small that only the call counts.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from pipar_jax.training.replica import Replica
 from stages import Model
 from stages.layers import Conv, Dense, Flatten, make_norm, max_pool
 
-#: Samples that the reference layers are timed with.
+#: Batch size of the reference layers.
 BATCH = 16
-#: Runs of each function at least, and the seconds that it runs for at least: together they stay
-#: under two seconds on a device twenty times slower than a core of a server.
+#: Minimum number of runs of each function, and their minimum duration: in total less than two
+#: seconds on a device with a twentieth of the speed of a server's core.
 REPEATS, LEAST_S = 3, 0.015
 
 
@@ -49,7 +49,7 @@ class _Normalise(nnx.Module):
 
 
 class _Pool(nnx.Module):
-    """Halves a map by maxima; the offset is there since a unit is something with weights."""
+    """Max-pools by two; the offset exists because a unit needs weights."""
 
     def __init__(self, features: int, rngs: nnx.Rngs) -> None:
         del rngs  # nothing is drawn
@@ -98,18 +98,18 @@ def reference_model() -> Model:
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceTimes:
-    """What a device says of itself.
+    """Measurements of a device.
 
     Attributes:
-      forward_s: Seconds of each reference layer's forward, the last unit left out.
-      backward_s: The same of their backward.
-      update_s: Seconds of the run's own optimiser on each.
+      forward_s: Seconds of the forward of each reference layer, without the last unit.
+      backward_s: Seconds of the backward of each.
+      update_s: Seconds of the run's optimiser step on each.
       parameter_bytes: Bytes of each layer's weights, by which updates are scaled.
-      call_s: Seconds of calling a compiled function that does nothing.
+      call_s: Seconds of calling an empty compiled function.
       average_s_per_byte: Seconds to average a byte of one device's weights.
-      handling: What a run adds to computations, as in ``HostProfile``.
-      seconds: How long the timing took, without compiling.
-      prepared_s: How long it took to compile.
+      handling: Overhead of a run per computation, as in ``HostProfile``.
+      seconds: Duration of the measurements, without compilation.
+      prepared_s: Duration of compilation.
     """
 
     forward_s: tuple[float, ...]
@@ -123,11 +123,11 @@ class ReferenceTimes:
     prepared_s: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns JSON-ready values."""
+        """Returns values for JSON."""
         return dataclasses.asdict(self)
 
     def slowed(self, factor: float) -> ReferenceTimes:
-        """Returns the times of a device on which computations last so many times longer."""
+        """Returns the times multiplied by a factor."""
         return dataclasses.replace(
             self,
             forward_s=tuple(seconds * factor for seconds in self.forward_s),
@@ -138,7 +138,7 @@ class ReferenceTimes:
         )
 
     def observations(self) -> list[Observation]:
-        """Returns the times as what a device is learned from."""
+        """Returns the times as observations for the fit."""
         found = []
         for table, forward_s, backward_s in zip(
             reference_layers(), self.forward_s, self.backward_s, strict=True
@@ -152,7 +152,7 @@ class ReferenceTimes:
         """Returns what ``to_dict`` wrote.
 
         Raises:
-          PlanError: It is something else.
+          PlanError: The values are not such times.
         """
         lists = ("forward_s", "backward_s", "update_s", "parameter_bytes")
         try:
@@ -169,8 +169,8 @@ class ReferenceTimes:
         count = len(reference_model().units) - 1
         if any(len(getattr(made, name)) != count for name in lists):
             raise PlanError(
-                f"a device must tell the times of {count} reference layers; it told of "
-                f"{len(made.forward_s)}: are both hosts of the same version?"
+                f"a device must report the times of {count} reference layers, got "
+                f"{len(made.forward_s)}: do both hosts have the same version?"
             )
         if not all(seconds > 0 for seconds in (*made.forward_s, *made.backward_s)):
             raise PlanError("the times of reference layers must be positive")
@@ -195,8 +195,8 @@ def time_reference(
 
     Args:
       config: The run's optimiser, whose steps are timed as well.
-      proximal_mu: FedProx's weight, which the optimiser's step takes part in.
-      between: Called between two layers, to notice that nobody wants them any more.
+      proximal_mu: FedProx's weight, which affects the optimiser's step.
+      between: Called between two layers; raises to abort the measurements.
     """
     model = reference_model()
     began_s = time.monotonic()

@@ -107,9 +107,9 @@ def test_a_network_survives_its_file_and_nothing_else_is_taken_for_one(tmp_path)
     before, after = made.basis(table), read.basis(table)
     assert np.allclose(before.base, after.base, atol=0.03)
     file.write_bytes(b"no network")
-    with pytest.raises(DataError, match="no latency predictor"):
+    with pytest.raises(DataError, match="not a latency predictor"):
         load(file)
-    with pytest.raises(DataError, match="no latency predictor"):
+    with pytest.raises(DataError, match="not a latency predictor"):
         load(tmp_path / "missing")
 
 

@@ -68,7 +68,7 @@ def test_times_of_reference_layers_survive_the_wire_and_nothing_else_does():
     made = reference()
     assert ReferenceTimes.from_dict(made.to_dict()) == made
     for change, message in (
-        ({"forward_s": made.forward_s[:-1]}, "reference layers; it told of"),
+        ({"forward_s": made.forward_s[:-1]}, "reference layers, got"),
         ({"backward_s": (0.0,) * len(made.backward_s)}, "must be positive"),
         ({"update_s": "often"}, "not the times"),
         ({"nonsense": 1.0}, "not the times"),
