@@ -86,8 +86,7 @@ class Measured(NamedTuple):
         """Returns what ``to_dict`` wrote.
 
         Raises:
-          PlanError: The values are not measurements.
-        """
+          PlanError: The values are not measurements."""
         try:
             units = tuple(UnitFacts(**one) for one in values["units"])
             return cls(host_from_dict(values["host"]), units, float(values["seconds"]))
@@ -219,23 +218,6 @@ def weight_ratio(config: Config, codecs: Mapping[str, CodecProfile]) -> float:
     return 1.0 if name == "raw" else codecs[name].ratio
 
 
-<<<<<<< HEAD
-=======
-class _Shaped(Model):
-    """A model that caches its shapes by batch size, since they are needed for every unit."""
-
-    def __init__(self, model: Model) -> None:
-        self.__dict__.update(model.__dict__)  # compiled programs belong to the original model
-        self._found: dict[int, tuple[jax.ShapeDtypeStruct, ...]] = {}
-
-    def shapes(self, batch: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """Infers the input of every unit and the output of the last."""
-        if batch not in self._found:
-            self._found[batch] = super().shapes(batch)
-        return self._found[batch]
-
-
->>>>>>> 3eb3848 (English of profiling: idiomatic, with defined terms)
 class _Row(NamedTuple):
     """Measurements of one unit."""
 
