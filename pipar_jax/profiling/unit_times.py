@@ -86,7 +86,8 @@ class Measured(NamedTuple):
         """Returns what ``to_dict`` wrote.
 
         Raises:
-          PlanError: The values are not measurements."""
+          PlanError: The values are not measurements.
+        """
         try:
             units = tuple(UnitFacts(**one) for one in values["units"])
             return cls(host_from_dict(values["host"]), units, float(values["seconds"]))
