@@ -1,10 +1,10 @@
-"""Every control message of a run, as a value: what is said, by whom, and what each field may hold.
+"""All control messages of a run, as values: sender, fields, and the valid values of each field.
 
-Coordinator, devices, compute nodes and neighbours say nothing but these. A message is a dataclass;
-its fields are annotated with what they may hold (``wire_fields``), and ``decode`` refuses all else
-at the boundary by an error that names the peer, the message, the field, what was expected and what
-was there. The host in the coordinator's own process answers with the same values. ``VERSION``
-covers all of them: hosts of another one are refused when they join.
+Coordinator, devices, compute nodes and neighbours send no other control messages. A message is a
+dataclass whose fields are annotated with their specifications (``wire_fields``); ``decode`` rejects
+everything else with an error that names the peer, the message, the field, and the expected and the
+actual value. The host in the coordinator's own process answers with the same values. ``VERSION``
+covers all messages: hosts of another version are refused when they join.
 """
 
 from __future__ import annotations
@@ -73,18 +73,18 @@ _VARIABLES = Table(Table(Text(64), 10_000, Text(1024)), MOST_UNITS)
 
 @message("join_device", Sender.HOST)
 class JoinDevice:
-    """A device wants to take part.
+    """A device asks to join.
 
     Attributes:
-      control_version: Of these messages.
-      version: Of the package.
-      name: Its name.
-      config: Its configuration, as ``config.to_json`` writes it.
-      samples: Samples of its epoch.
-      steps: Steps of its epoch.
+      control_version: Version of these messages.
+      version: Version of the package.
+      name: Name of the device.
+      config: Its configuration, as written by ``config.to_json``.
+      samples: Number of samples per epoch.
+      steps: Number of steps per epoch.
       input_shape: Shape of a sample.
-      classes: Classes of its labels.
-      units: For each unit its variables with dtype and shape.
+      classes: Number of classes.
+      units: Dtype and shape of the variables of each unit.
     """
 
     control_version: Count
@@ -100,14 +100,14 @@ class JoinDevice:
 
 @message("join_node", Sender.HOST)
 class JoinNode:
-    """A compute node wants to take part.
+    """A compute node asks to join.
 
     Attributes:
-      control_version: Of these messages.
-      version: Of the package.
-      name: Its name.
+      control_version: Version of these messages.
+      version: Version of the package.
+      name: Name of the node.
       config: Its configuration.
-      address: Where its neighbours reach it.
+      address: Address at which its neighbours reach it.
     """
 
     control_version: Count
@@ -119,11 +119,11 @@ class JoinNode:
 
 @message("refused", Sender.COORDINATOR)
 class Refused:
-    """The run goes on without the host that wanted to join, for a reason.
+    """A join is refused.
 
     Attributes:
-      reason: Why.
-      again: Whether it may be taken later.
+      reason: The reason.
+      again: Whether the host may be accepted later.
     """
 
     reason: Words
@@ -132,7 +132,7 @@ class Refused:
 
 @message("model", Sender.COORDINATOR)
 class ModelFacts:
-    """What samples look like, for a node, which has none."""
+    """Shape and classes of samples, for a node, which has none."""
 
     input_shape: Shape
     classes: Annotated[int, Whole(1)]
@@ -140,7 +140,7 @@ class ModelFacts:
 
 @message("meet", Sender.COORDINATOR)
 class Meet:
-    """Neighbours are to connect to each other; answered by ``Met``."""
+    """Asks neighbours to connect to each other; answered by ``Met``."""
 
     boundaries: Annotated[tuple[Boundary, ...], Many(BOUNDARY, MOST_HOSTS)]
     addresses: Annotated[dict[str, tuple[str, int]], Table(ADDRESS, MOST_HOSTS, HOST)]
@@ -148,12 +148,12 @@ class Meet:
 
 @message("met", Sender.HOST)
 class Met:
-    """All links that ``Meet`` asked for are there."""
+    """All links requested by ``Meet`` are open."""
 
 
 @message("neighbour", Sender.NEIGHBOUR)
 class Neighbour:
-    """The first message on a link between neighbours: what it is for."""
+    """The first message on a link between neighbours: its purpose."""
 
     boundary: Place
 
@@ -163,14 +163,14 @@ class Neighbour:
 
 @message("survey_profile", Sender.COORDINATOR)
 class SurveyProfile:
-    """Asks for units' times at some micro-batch sizes; answered by ``Profiled``."""
+    """Asks for the times of units at micro-batch sizes; answered by ``Profiled``."""
 
     sizes: Annotated[tuple[int, ...], Many(Whole(1, MOST_BATCH), 1000, 1)]
 
 
 @message("profiled", Sender.HOST)
 class Profiled:
-    """Units' times on a host, what they take anywhere, and how long it took to find out."""
+    """Times of units on a host, their sizes, and the duration of the measurement."""
 
     host: Annotated[HostProfile, HOST_PROFILE]
     units: Annotated[tuple[UnitFacts, ...], Many(FACTS, MOST_UNITS, 1)]
@@ -200,7 +200,7 @@ class Referenced:
 
 @message("survey_echo", Sender.COORDINATOR)
 class SurveyEcho:
-    """Asks for an ``Echoed`` at once, to find a delay."""
+    """Asks for an immediate ``Echoed``, to measure a delay."""
 
 
 @message("echoed", Sender.HOST)
@@ -210,19 +210,19 @@ class Echoed:
 
 @message("survey_send", Sender.COORDINATOR)
 class SurveySend:
-    """Asks for two ``SurveyBytes``, a small one and one of so many bytes."""
+    """Asks for two ``SurveyBytes``, a small one and one of the given size."""
 
     nbytes: Annotated[int, Whole(1, 1 << 30)]
 
 
 @message("survey_bytes", Sender.BOTH, Form.BUNDLE)
 class SurveyBytes:
-    """Bytes that stand for nothing; a host answers every second one by ``Took``."""
+    """Filler bytes; a host answers every second one by ``Took``."""
 
 
 @message("took", Sender.HOST)
 class Took:
-    """What the second of two ``SurveyBytes`` took after the first."""
+    """The time from the first to the second of two ``SurveyBytes``."""
 
     seconds: Seconds
 
@@ -232,7 +232,7 @@ class Took:
 
 @message("plan", Sender.COORDINATOR)
 class Prepare:
-    """The plan: a host builds and compiles its share; answered by ``Prepared``.
+    """The plan, of which a host builds and compiles its share; answered by ``Prepared``.
 
     Attributes:
       plan: The plan.
@@ -247,12 +247,12 @@ class Prepare:
 
 @message("working", Sender.BOTH)
 class Working:
-    """The sender is busy with what may take long: nobody counts its silence.
+    """The sender is busy with long work, which suspends the deadline.
 
     Attributes:
-      what: With what.
-      done: How many parts of it are over: programs, or units.
-      of: How many there are; 0 if nobody knows.
+      what: The work.
+      done: Number of finished parts, such as programs or units.
+      of: Total number of parts; 0 if unknown.
     """
 
     what: Annotated[str, OneOf(("compiling", "timing", "tuning", "evaluating"))]
@@ -270,7 +270,7 @@ class Prepared:
 
 @message("calibrate", Sender.COORDINATOR)
 class Calibrate:
-    """An emulated slow host times its functions, all else idle; answered by ``Calibrated``."""
+    """Asks a slowed host to time its functions while others idle; answered by ``Calibrated``."""
 
 
 @message("calibrated", Sender.HOST)
@@ -285,15 +285,15 @@ class Calibrated:
 
 @message("release", Sender.COORDINATOR)
 class Release:
-    """A round begins, or goes on after a ``Rewind``; answered by ``Trained``.
+    """Starts a round, or continues it after a ``Rewind``; answered by ``Trained``.
 
-    Spans, and whatever is said of steps and tensors, speak of places of the round's cohort.
+    Spans, steps and tensors refer to places of the round's cohort.
 
     Attributes:
-      round: Which.
-      attempt: Which attempt at a round, over the whole run; rises with each release, and tensors
-        carry it.
-      spans: Its spans.
+      round: Index of the round.
+      attempt: Attempt at a round, counted over the whole run; increases
+        with each release, and tensors carry it.
+      spans: Spans of the round.
       cohort: The device in each place.
       holder: In sequential order, the place that holds the client-side model already.
       demand: Seconds per step that each place's device computed so far.
@@ -330,7 +330,7 @@ class Drop:
 
 @message("dropped", Sender.HOST)
 class Dropped:
-    """A device has stopped for this round, and says nothing more of it."""
+    """A device has stopped for this round and sends nothing more about it."""
 
     round: Count
 
@@ -398,7 +398,7 @@ class Commit:
 
 @message("progress", Sender.HOST)
 class Progress:
-    """A device's step is over at its last stage; told now and then."""
+    """A device's step has finished at its last stage; sent occasionally."""
 
     device: Count
     step: Count
@@ -409,15 +409,15 @@ class Progress:
 
 @message("nonfinite", Sender.HOST)
 class NonFinite:
-    """Something is not finite on a host; told once for each device, step and kind.
+    """Numbers on a host are not finite; sent once for each device, step and kind.
 
     Attributes:
       what: The ``loss`` of a step; the ``weights`` after a round's steps, with their statistics
         and optimiser state; or the ``average`` of a round.
-      device: Whose it is; None for what serves all devices.
-      round: Number of the round, from 0.
+      device: The device; None for what serves all devices.
+      round: Index of the round.
       step: The device's step, from 0 over the whole run; of weights the last of the round.
-      units: The units whose weights it is about.
+      units: The affected units.
     """
 
     what: Annotated[str, OneOf(("loss", "weights", "average"))]
@@ -429,14 +429,14 @@ class NonFinite:
 
 @message("pulse", Sender.BOTH)
 class Pulse:
-    """The sender goes on: so many actions are over there, or so many waits."""
+    """The sender makes progress: its number of finished actions, or of waits."""
 
     actions: Annotated[int, Whole(0, 2**53)]
 
 
 @message("trained", Sender.HOST, Form.EITHER)
 class Trained:
-    """A host's steps of a round are over; with the weights that are to be averaged, if any.
+    """A host has finished its steps of a round; with the weights for the average, if any.
 
     ``Commit`` is awaited.
     """
@@ -451,19 +451,19 @@ class Store:
 
 @message("stored", Sender.HOST)
 class Stored:
-    """A round is over on a host.
+    """A round has finished on a host.
 
     Attributes:
-      round: Which.
-      overruns: Computations that lasted longer than the slowness emulated.
-      longest_s: The longest action of the round.
-      memory: What the host held at most.
+      round: Index of the round.
+      overruns: Computations that exceeded their emulated duration.
+      longest_s: Duration of the longest action.
+      memory: Peak memory of the host.
       loss: Sum of the losses of samples whose last stage ran here.
-      correct: Of them, those whose largest logit is the label's.
-      samples: How many they were.
-      busy_s: Seconds that it computed.
-      link: What its sending to the coordinator waited for.
-      direct: What it sent its neighbours.
+      correct: Number of correctly classified samples among them.
+      samples: Number of these samples.
+      busy_s: Seconds of computation.
+      link: Statistics of sending to the coordinator.
+      direct: Statistics of sending to its neighbours.
     """
 
     round: Count
@@ -480,7 +480,7 @@ class Stored:
 
 @message("part", Sender.HOST, Form.BUNDLE)
 class ClientModel:
-    """The device part after a device's turn (sequential order)."""
+    """The client-side model after a device's turn (sequential order)."""
 
     device: Count
     step: Count
@@ -488,7 +488,7 @@ class ClientModel:
 
 @message("take_part", Sender.COORDINATOR, Form.BUNDLE)
 class TakeClientModel:
-    """The device part for the device whose turn it is, from a step on."""
+    """The client-side model for the next device, from a step on."""
 
     step: Count
 
@@ -500,12 +500,12 @@ class TraceRows:
 
 @message("fetch", Sender.COORDINATOR)
 class Fetch:
-    """Asks a node for the weights that live on it; answered by ``Fetched``."""
+    """Asks a node for its weights; answered by ``Fetched``."""
 
 
 @message("fetched", Sender.HOST, Form.BUNDLE)
 class Fetched:
-    """Weights that live on a node."""
+    """The weights of a node."""
 
 
 # --- changes of plan --------------------------------------------------------------------------
@@ -513,14 +513,14 @@ class Fetched:
 
 @message("look", Sender.COORDINATOR)
 class Look:
-    """Asks what computations lasted and links brought; answered by ``LookSeen``."""
+    """Asks for durations of computations and throughput of links; answered by ``LookSeen``."""
 
     look: Count
 
 
 @message("seen", Sender.HOST)
 class LookSeen:
-    """What computations lasted since the last look, and what links brought so far."""
+    """Durations of computations since the last query, and throughput of links so far."""
 
     look: Count
     rows: Annotated[tuple[Seen, ...], Many(SEEN, 100_000)]
@@ -530,7 +530,7 @@ class LookSeen:
 
 @message("ahead", Sender.COORDINATOR)
 class CompileAhead:
-    """A plan that may follow is to be compiled beside training; answered by ``Compiled``."""
+    """Asks to compile a candidate plan during training; answered by ``Compiled``."""
 
     number: Count
     plan: Planned
@@ -538,7 +538,7 @@ class CompileAhead:
 
 @message("compiled", Sender.HOST)
 class Compiled:
-    """A host has compiled a plan that may follow, or says why it refuses it."""
+    """A host has compiled a candidate plan, or gives the reason why it refuses it."""
 
     number: Count
     refused: Annotated[str | None, Maybe(Prose())]
@@ -546,26 +546,26 @@ class Compiled:
 
 @message("give", Sender.COORDINATOR)
 class Give:
-    """Asks for what leaves a host under a new plan; answered by ``Given``."""
+    """Asks for the units that leave a host under a new plan; answered by ``Given``."""
 
     plan: Planned
 
 
 @message("given", Sender.HOST, Form.EITHER)
 class Given:
-    """What leaves a host under a new plan."""
+    """The units that leave a host under a new plan."""
 
 
 @message("adopt", Sender.COORDINATOR, Form.BUNDLE)
 class Adopt:
-    """The new plan holds, and what comes to the host under it; answered by ``Adopted``."""
+    """The new plan is in force; with the units that the host receives; answered by ``Adopted``."""
 
     plan: Planned
 
 
 @message("adopted", Sender.HOST)
 class Adopted:
-    """A host works by the new plan."""
+    """A host uses the new plan."""
 
 
 # --- the end ----------------------------------------------------------------------------------
@@ -573,21 +573,21 @@ class Adopted:
 
 @message("finish", Sender.COORDINATOR)
 class Finish:
-    """The run is over; answered by ``Bye``."""
+    """The run has finished; answered by ``Bye``."""
 
 
 @message("bye", Sender.HOST, Form.BUNDLE)
 class Bye:
-    """The last a host says, with the rest of its timed actions."""
+    """The last message of a host, with its remaining timed actions."""
 
 
 @message("abort", Sender.COORDINATOR)
 class Abort:
-    """The run has ended for a reason.
+    """The run has ended early.
 
     Attributes:
-      reason: Why.
-      again: Whether the coordinator is expected to go on with it later.
+      reason: The reason.
+      again: Whether the coordinator is expected to continue it later.
     """
 
     reason: Words
@@ -596,7 +596,7 @@ class Abort:
 
 @message("failed", Sender.HOST)
 class Failed:
-    """A host ends for a reason."""
+    """A host ends because of an error."""
 
     error: Words
 

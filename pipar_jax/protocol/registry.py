@@ -1,4 +1,4 @@
-"""Which messages there are, and the way of each to the wire and back.
+"""The registry of messages, and their encoding and decoding.
 
 On a link a message is the JSON object of its fields and ``type``, as a control message or as the
 body of a bundle of the same name.
@@ -24,7 +24,7 @@ Tensors = Mapping[str, np.ndarray[Any, Any]]
 
 
 class Sender(enum.Enum):
-    """Who says a message, and to whom."""
+    """Sender and receiver of a message."""
 
     HOST = "a device or compute node, or the server's own host, to the coordinator"
     COORDINATOR = "the coordinator to a device or compute node"
@@ -33,7 +33,7 @@ class Sender(enum.Enum):
 
 
 class Form(enum.Enum):
-    """How a message travels."""
+    """The form of a message on the wire."""
 
     CONTROL = "a control message"
     BUNDLE = "a bundle of tensors"
@@ -41,13 +41,13 @@ class Form(enum.Enum):
 
 
 class MessageKind(NamedTuple):
-    """What is registered of a message.
+    """The registration of a message.
 
     Attributes:
-      name: What its JSON says as ``type``.
+      name: Value of ``type`` in its JSON.
       made: Its dataclass.
-      sender: Who says it.
-      form: Whether tensors come with it.
+      sender: Its sender and receiver.
+      form: Whether it carries tensors.
     """
 
     name: str
@@ -56,14 +56,14 @@ class MessageKind(NamedTuple):
     form: Form
 
 
-#: Every message by its name.
+#: All messages by name.
 KINDS: dict[str, MessageKind] = {}
 _BY_CLASS: dict[type, MessageKind] = {}
 
 
 @dataclass_transform(frozen_default=True)
 def message(name: str, sender: Sender, form: Form = Form.CONTROL) -> Callable[[type[T]], type[T]]:
-    """Makes a class a message, under a name."""
+    """Registers a class as a message under a name."""
 
     def register(made: type[T]) -> type[T]:
         frozen = dataclasses.dataclass(frozen=True, slots=True)(made)
@@ -74,7 +74,7 @@ def message(name: str, sender: Sender, form: Form = Form.CONTROL) -> Callable[[t
 
 
 def kind_of(made: type) -> MessageKind:
-    """Returns what is registered of a message's class."""
+    """Returns the registration of a message's class."""
     return _BY_CLASS[made]
 
 
@@ -111,35 +111,35 @@ def send_bundle(
 
 
 def end_of(link_error: ChannelError, peer: str, words: str) -> PeerError:
-    """Returns what the end of a link means: the peer is lost, or sent what no peer may.
+    """Returns the error for the end of a link: a lost peer, or a violation of the protocol.
 
     Args:
       link_error: Why the link ended.
-      peer: The peer, in words.
-      words: What to say where it is lost.
+      peer: Name of the peer for the message.
+      words: Message for a lost peer.
     """
     cause = link_error.__cause__
     if isinstance(cause, FrameError | CodecError) and not isinstance(cause, DamageError):
-        return ProtocolError(f"{peer} sent what the channel does not take: {link_error}")
+        return ProtocolError(f"{peer} violated the channel's protocol: {link_error}")
     return PeerError(f"{words}: {link_error}")
 
 
 def peek(arrived: Arrived) -> MessageKind | None:
-    """Returns which message has arrived, before it is read; None if there is no such."""
+    """Returns the registration of a message before decoding; None if its name is unknown."""
     name = arrived.body.get("type")
     return KINDS.get(name) if isinstance(name, str) else None
 
 
 def decode(arrived: Arrived, sender: Sender, peer: str) -> Any:
-    """Returns the message that arrived as a control message or a bundle.
+    """Decodes a control message or the body of a bundle.
 
     Args:
-      arrived: What came over a link.
-      sender: What its other side may be.
-      peer: Who that is, for the error.
+      arrived: The message from a link.
+      sender: Allowed sender and receiver.
+      peer: Name of the peer, for the error.
 
     Raises:
-      ProtocolError: It is none that such a peer may send, or a field is not what it takes.
+      ProtocolError: The peer may not send this message, or a field is not valid.
     """
     body = dict(arrived.body)
     name = body.pop("type", None)

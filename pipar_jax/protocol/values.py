@@ -1,4 +1,4 @@
-"""What several messages speak of: plans, boundaries, seconds, and the rows that hosts tell."""
+"""Values in several messages: plans, boundaries, seconds, and rows of statistics."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from pipar_jax.schedule.plan import (
     Weights,
 )
 
-#: The most hosts, units, stages and spans that a message may speak of.
+#: Maximum number of hosts, units, stages and spans in a message.
 MOST_HOSTS, MOST_UNITS, MOST_STAGES, MOST_SPANS = 100_000, 10_000, 1_000, 1_000_000
-#: The most samples of a mini-batch, and bytes of anything.
+#: Maximum number of samples in a mini-batch, and of bytes.
 MOST_BATCH, MOST_BYTES = 2**24, 2**53
-#: The most seconds of anything.
+#: Maximum number of seconds.
 MOST_S = 1e9
 
 
@@ -114,15 +114,15 @@ PerLayer = Annotated[tuple[float, ...], Many(Real(), MOST_UNITS, 1)]
 
 
 class Seen(NamedTuple):
-    """One kind of computation, as often as it was seen.
+    """Observations of one kind of computation.
 
     Attributes:
-      device: Whose data it worked on.
+      device: Device whose data it processed.
       stage: Its stage under the plan of that time.
       kind: F, B, L or U.
       samples: Samples in its micro-batch; 0 for U.
-      times: How often it was seen.
-      median_s: The median of its seconds.
+      times: Number of observations.
+      median_s: Median of its seconds.
     """
 
     device: int
@@ -134,11 +134,11 @@ class Seen(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """What a link brought back to back so far.
+    """Throughput of consecutive frames of a link so far.
 
     Attributes:
-      nbytes: Bytes.
-      seconds: What they took.
+      nbytes: Number of bytes.
+      seconds: Their duration.
     """
 
     nbytes: int
@@ -146,11 +146,11 @@ class Timing(NamedTuple):
 
 
 class DirectTiming(NamedTuple):
-    """The same of a link between neighbours.
+    """Throughput of a link between neighbours.
 
     Attributes:
-      boundary: What it carries.
-      timed: What it brought.
+      boundary: The boundary of the link.
+      timed: Its throughput.
     """
 
     boundary: Boundary
@@ -168,7 +168,7 @@ DIRECT = TupleOf(DirectTiming, (BOUNDARY, TIMING))
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Waits:
-    """What sending over a link waited for in a round; ``comms.LinkStats`` says what each counts."""
+    """Waiting times of sending over a link in a round; see ``comms.LinkStats``."""
 
     queue_s: Seconds = 0.0
     credit_wait_s: Seconds = 0.0
@@ -181,7 +181,7 @@ class Waits:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LinkRow:
-    """What one host sent another in a round; ``traffic.Traffic.rows`` says what each counts."""
+    """Traffic from one host to another in a round; see ``pipar_jax.roles.link_stats``."""
 
     source: Name
     target: Name
@@ -204,7 +204,7 @@ class LinkRow:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Memory:
-    """What a host held at most, in bytes, as ``runtime.memory.Used``."""
+    """Peak memory of a host in bytes, as in ``runtime.memory.Used``."""
 
     arrays: Bytes
     temporary: Bytes

@@ -1,9 +1,9 @@
-"""Specifications of what a message may hold: type, range, length and depth of each field.
+"""Specifications of message fields: type, range, length and depth.
 
-A field of a message is annotated with one, ``round: Annotated[int, Whole()]``, and the same value
-checks what arrives, writes what is sent, and tells a test what to generate. JSON is all that
-travels, and nothing in it is believed: a bool is no number, a number is finite and in its range, a
-list or a text has a most, and fields are neither missing nor unknown.
+A field of a message is annotated with one, ``round: Annotated[int, Whole()]``, and the
+specification decodes and validates received values, encodes sent ones, and tells tests what to
+generate. Messages are JSON, which is fully validated: a bool is not a number, numbers are finite
+and in range, lists and texts are bounded, and fields are neither missing nor unknown.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from typing import Any, get_type_hints
 
 from comms.wire.bounded_json import one_line
 
-#: The largest whole number that a message carries, unless its field says less.
+#: Default upper bound of whole numbers.
 MOST_WHOLE = 2**31 - 1
-#: Characters of a peer's value that an error shows.
+#: Number of characters of a peer's value in an error.
 SHOWN = 80
 
 
 class Mismatch(Exception):
-    """A value is not what its field takes.
+    """A value is not valid for its field.
 
     Attributes:
       path: The field, such as ``.plan.devices[0].cuts``.
-      expected: What it takes.
-      actual: What was there.
+      expected: Description of valid values.
+      actual: The actual value.
     """
 
     def __init__(self, path: str, expected: str, actual: str) -> None:
@@ -39,7 +39,7 @@ class Mismatch(Exception):
 
 
 def shown(value: Any) -> str:
-    """Returns a peer's value for an error: one line, printable, short."""
+    """Returns a peer's value for an error: one short printable line."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
         return f"a whole number of {value.bit_length()} bits"
     if isinstance(value, str | bytes | list | tuple | dict) and len(value) > SHOWN:
@@ -51,18 +51,18 @@ def shown(value: Any) -> str:
 
 
 class Spec:
-    """What a value may be."""
+    """The specification of a value."""
 
     def read(self, value: Any, path: str) -> Any:
-        """Returns the value that JSON stands for.
+        """Decodes a JSON value.
 
         Raises:
-          Mismatch: It is not what this takes.
+          Mismatch: The value is not valid.
         """
         raise NotImplementedError
 
     def write(self, value: Any) -> Any:
-        """Returns the JSON of a value."""
+        """Encodes a value as JSON."""
         return value
 
 
@@ -86,7 +86,7 @@ class Whole(Spec):
         return value
 
     def write(self, value: Any) -> int:
-        """Returns a plain number, whatever numpy made of it."""
+        """Returns a Python int, also for numbers of numpy."""
         return int(value)
 
 
@@ -104,20 +104,20 @@ class Real(Spec):
 
     def read(self, value: Any, path: str) -> float:
         """See ``Spec``."""
-        # Compared as it is: a whole number of 400 digits is no float.
+        # Compared without conversion: a whole number of 400 digits is not a float.
         if type(value) not in (int, float) or not self.least <= value <= self.most:
             expected = f"a number from {self.least:g} to {self.most:g}"
             raise Mismatch(path, expected, shown(value))
         return float(value)
 
     def write(self, value: Any) -> float:
-        """Returns a plain number within the range: what is measured may be beyond it."""
+        """Returns a Python float clipped to the range, since measurements may exceed it."""
         return min(max(float(value), self.least), self.most)
 
 
 @dataclasses.dataclass(frozen=True)
 class Figure(Spec):
-    """Any number, not finite ones as words: training that diverges says so."""
+    """Any number; infinities and NaN, as of diverging training, are encoded as texts."""
 
     def read(self, value: Any, path: str) -> float:
         """See ``Spec``."""
@@ -149,9 +149,9 @@ class Text(Spec):
     """A text.
 
     Attributes:
-      most: The most characters.
-      pattern: What all of it must match, if not empty.
-      valid: Raises ValueError for a text that is none of those meant.
+      most: Maximum number of characters.
+      pattern: Pattern of the whole text, if not empty.
+      valid: Raises ValueError for an invalid text.
     """
 
     most: int = 64
@@ -174,12 +174,12 @@ class Text(Spec):
 
 @dataclasses.dataclass(frozen=True)
 class Prose(Text):
-    """What a person reads: cut where it is too long, instead of refused by the other side."""
+    """A text for people, which is truncated instead of being refused by the receiver."""
 
     most: int = 4000
 
     def read(self, value: Any, path: str) -> str:
-        """Returns one printable line: it ends up in logs and terminals, which obey some letters."""
+        """Returns one printable line, since logs and terminals interpret control characters."""
         return one_line(" ".join(super().read(value, path).split()), self.most)
 
     def write(self, value: Any) -> str:
@@ -190,7 +190,7 @@ class Prose(Text):
 
 @dataclasses.dataclass(frozen=True)
 class OneOf(Spec):
-    """One of some texts."""
+    """One of several texts."""
 
     of: tuple[str, ...]
 
@@ -218,12 +218,12 @@ class Maybe(Spec):
 
 @dataclasses.dataclass(frozen=True)
 class Many(Spec):
-    """A list of like values, as a tuple.
+    """A list of equal values, as a tuple.
 
     Attributes:
-      of: What each is.
-      most: The most of them.
-      least: The fewest.
+      of: Specification of the items.
+      most: Maximum length.
+      least: Minimum length.
     """
 
     of: Spec
@@ -243,11 +243,11 @@ class Many(Spec):
 
 @dataclasses.dataclass(frozen=True)
 class TupleOf(Spec):
-    """A list of a fixed length, each place with its own meaning: a tuple or a named one.
+    """A list of fixed length whose items have different meanings: a tuple or a named tuple.
 
     Attributes:
-      made: Makes the value of the places.
-      of: What each place is.
+      made: Constructs the value from the items.
+      of: Specifications of the items.
     """
 
     made: Callable[..., Any]
@@ -270,9 +270,9 @@ class Table(Spec):
     """Values by name.
 
     Attributes:
-      of: What each is.
-      most: The most of them.
-      key: What a name is.
+      of: Specification of the values.
+      most: Maximum number of values.
+      key: Specification of the names.
     """
 
     of: Spec
@@ -295,12 +295,12 @@ class Table(Spec):
 
 @dataclasses.dataclass(frozen=True)
 class Struct(Spec):
-    """An object of fixed fields, each with its own meaning: a dataclass.
+    """An object with fixed fields: a dataclass.
 
     Attributes:
-      made: Makes the value of the fields, by name; may raise what ``errors`` names.
-      of: What each field is.
-      errors: What ``made`` raises where fields do not fit together.
+      made: Constructs the value from its fields, by name; may raise ``errors``.
+      of: Specifications of the fields.
+      errors: Exceptions of ``made`` for inconsistent fields.
     """
 
     made: Callable[..., Any]
@@ -323,7 +323,7 @@ class Struct(Spec):
         try:
             return self.made(**fields)
         except self.errors as error:
-            raise Mismatch(path, "fields that fit together", str(error)) from error
+            raise Mismatch(path, "consistent fields", str(error)) from error
 
     def write(self, value: Any) -> dict[str, Any]:
         """See ``Spec``."""
@@ -332,12 +332,12 @@ class Struct(Spec):
 
 @dataclasses.dataclass(frozen=True)
 class Free(Spec):
-    """Any JSON, since its meaning is checked elsewhere; but not any amount of it.
+    """Any JSON of bounded size, whose meaning is checked elsewhere.
 
     Attributes:
-      depth: The most levels of lists and objects.
-      items: The most values in all.
-      text: The most characters of a text or name.
+      depth: Maximum depth of lists and objects.
+      items: Maximum total number of values.
+      text: Maximum number of characters of a text or name.
     """
 
     depth: int
@@ -372,7 +372,7 @@ class Free(Spec):
 
 @functools.cache
 def struct(made: type) -> Struct:
-    """Returns the specification of a dataclass whose fields are annotated with theirs."""
+    """Returns the specification of a dataclass from the annotations of its fields."""
     hints = get_type_hints(made, include_extras=True)
     found = {}
     for field in dataclasses.fields(made):

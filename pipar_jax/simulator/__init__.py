@@ -1,7 +1,7 @@
-"""Predicts a round: the schedule and the policy of the runtime, driven by durations.
+"""Predicts a round: the schedule and dispatchers of the runtime, driven by durations.
 
-``simulate(schedule, costs)`` runs the dispatchers that the runtime runs, with hosts, links, ports,
-codec workers and credits as queues, and returns the same ``Trace`` type that a run records.
+``simulate(schedule, costs)`` runs the dispatchers of the runtime, with hosts, links, ports, codec
+workers and credits as queues, and returns a ``Trace``, as recorded by a run.
 """
 
 from pipar_jax.cost_model.costs import Bytes, Costs, LinkModel, Port, Seconds, no_cost

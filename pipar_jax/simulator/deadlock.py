@@ -1,4 +1,4 @@
-"""Says why a schedule cannot go on: the offending action, what it waits for, and a grid."""
+"""Explains why a schedule deadlocks: the offending action, its predecessors, and a grid."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def describe(plan: Plan, hosts: Sequence[SimulatedHost], actions: int) -> Schedu
 
     Args:
       plan: The plan.
-      hosts: All hosts, with what they did last and what they still wait to do.
-      actions: How many actions were performed.
+      hosts: All hosts, with their last and their waiting actions.
+      actions: Number of performed actions.
     """
     blocked: dict[Action, list[Action]] = {}
     where: dict[Action, str] = {}
@@ -48,12 +48,12 @@ def grid(
     where: Mapping[Action, str],
     cell: Action,
 ) -> str:
-    """Returns one line per host: what it did last, then what it cannot do, the offender marked.
+    """Returns one line per host: its last actions, then its blocked ones, the offender marked.
 
     Args:
       hosts: All hosts.
-      blocked: What cannot run.
-      where: On which host.
+      blocked: The blocked actions.
+      where: Host of the offending action.
       cell: The offending action.
     """
     shown = [host for host in hosts if host.last or host.name in where.values()]
@@ -74,7 +74,7 @@ def grid(
 def _offender(
     plan: Plan, blocked: Mapping[Action, list[Action]], demands: Mapping[Action, Demand | None]
 ) -> tuple[Action, str]:
-    """Follows what waits for what to a circle, a full link or an action that nobody performs."""
+    """Follows predecessors to a cycle, a full link or an action that no host performs."""
     for action, before in blocked.items():
         if not before:
             return action, _no_credit(demands[action])
@@ -85,27 +85,27 @@ def _offender(
         waits_for = next((one for one in blocked[current] if one not in path), blocked[current][0])
         source = _source(plan, waits_for) if waits_for.kind in RECEIVES else waits_for
         if source not in blocked:
-            return current, f"it waits for {waits_for}, which nobody performs"
+            return current, f"it waits for {waits_for}, which no host performs"
         current = source
     circle = " waits for ".join(map(str, [*path[path.index(current) :], current]))
     return current, f"it waits for itself: {circle}"
 
 
 def _no_credit(demand: Demand | None) -> str:
-    """Returns which link has no room for a ready action's result, or that its stage is full."""
+    """Returns the link without credit for a ready action's result, or that its stage is full."""
     link = None if demand is None else demand.link
     if demand is None or link is None or link.can_send(demand.nbytes):
         return "too many micro-batches are between forward and backward on its stage"
     assert isinstance(link.link, Direction)
     return (
         f"the link {link.link} has no credit for {demand.nbytes:.0f} bytes: "
-        f"{link.link.outstanding + link.reserved_bytes:.0f} bytes were sent that the receiver has "
-        "not consumed; widen the window"
+        f"{link.link.outstanding + link.reserved_bytes:.0f} bytes were sent and not yet consumed "
+        "by the receiver; widen the window"
     )
 
 
 def _source(plan: Plan, receive: Action) -> Action:
-    """Returns the computation whose result a receive waits for, as its host knows it."""
+    """Returns the computation whose result a receive waits for, as named on its host."""
     if receive.kind == RECEIVE_FORWARD:
         return receive._replace(stage=receive.stage - 1, kind="F")
     if receive.kind == RECEIVE_BACKWARD:

@@ -38,16 +38,16 @@ Handler = Callable[..., None]
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What a round is predicted to take.
+    """The prediction of a round.
 
     Attributes:
-      seconds: From the coordinator's release to the last weights stored, as it learns of it.
-      busy_s: For each host the seconds it computes.
-      carried_bytes: For each direction (from, to) the bytes on the wire.
-      peak_bytes: For each host the most memory held at a time; empty if it was not asked for.
-      actions: How many actions the round has, those that were extrapolated included.
-      simulated: How many of them were simulated: the work that the prediction took.
-      left_out: Steps of each span that were extrapolated instead of simulated.
+      seconds: Time from the coordinator's release until it knows that the last weights are stored.
+      busy_s: Seconds of computation by host.
+      carried_bytes: Bytes on the wire by direction (from, to).
+      peak_bytes: Peak memory by host; empty if it was not requested.
+      actions: Number of actions in the round, including extrapolated ones.
+      simulated: Number of simulated actions: the work of the prediction.
+      left_out: Number of steps of each span that were extrapolated.
       trace: All timed actions; empty if they were not collected.
     """
 
@@ -70,16 +70,16 @@ def simulate(schedule: RoundSchedule, costs: Costs, *, collect: bool = True) -> 
 
     Args:
       schedule: The round's actions.
-      costs: What they take.
-      collect: Whether to return the trace. Without it, a steady state is noticed and the rest of
-        a long round extrapolated from it, which gives exactly the same times.
+      costs: Their durations and sizes.
+      collect: Whether to return the trace. Without it, steady states are detected and long rounds
+        extrapolated, with exactly the same times.
 
     Raises:
       ScheduleError: The schedule cannot finish: it deadlocks.
     """
     simulation = Simulation(schedule, costs, collect=collect)
-    # Actions are tuples by the hundred thousand and in no circle: looking for circles among them
-    # would take a third of the time.
+    # Actions are hundreds of thousands of tuples without reference cycles: garbage collection would
+    # take a third of the time.
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -90,17 +90,17 @@ def simulate(schedule: RoundSchedule, costs: Costs, *, collect: bool = True) -> 
 
 
 class Simulation:
-    """One round being simulated.
+    """The simulation of a round.
 
     Attributes:
-      now_s: The time, without what was extrapolated.
+      now_s: Current time, without extrapolated time.
       hosts: The hosts, in the plan's order.
-      by_name: The same by name.
+      by_name: The hosts by name.
       network: Their links.
-      round: What they still have to do.
-      exchange: What moves weights.
-      events: What will happen: (time, order, handler, arguments), a heap.
-      actions: How many actions are over or under way.
+      round: The feeders of the hosts.
+      exchange: The transfers of weights.
+      events: Future events: (time, order, handler, arguments), a heap.
+      actions: Number of started actions.
     """
 
     def __init__(self, schedule: RoundSchedule, costs: Costs, *, collect: bool) -> None:
@@ -148,20 +148,20 @@ class Simulation:
         return self._predict()
 
     def _unfinished(self) -> bool:
-        """Says whether something of the round can never happen."""
+        """Returns whether part of the round can never happen."""
         if not self.round.finished or any(host.dispatcher.waiting() for host in self.hosts):
             return True
         return not self.exchange.finished
 
     def at(self, time_s: float, handler: Handler, *arguments: Any) -> None:
-        """Lets something happen later."""
+        """Schedules an event."""
         self._order += 1
         heapq.heappush(self.events, (time_s, self._order, handler, arguments))
 
     # --- the round's beginning and end --------------------------------------------------------
 
     def _release(self) -> None:
-        """Releases all hosts, and gives the first device its part (sequential order)."""
+        """Releases all hosts; in sequential order the first device gets the client-side model."""
         for host in self.hosts:
             at_s = self.network.control(COORDINATOR, 0.0, host.name)
             self.at(at_s, self._start, host)
@@ -178,7 +178,7 @@ class Simulation:
     # --- dispatch -----------------------------------------------------------------------------
 
     def _pump(self, host: SimulatedHost) -> None:
-        """Dispatches ready actions while a host may have more in flight."""
+        """Dispatches ready actions while a host may dispatch ahead."""
         while host.in_flight < self._most_in_flight:
             action = host.dispatcher.next()
             if action is None:
@@ -205,7 +205,7 @@ class Simulation:
     def _computed(
         self, host: SimulatedHost, action: Action, route: Route, samples: int, start_s: float
     ) -> None:
-        """Ends a computation: its input is released and its result goes on its way."""
+        """Ends a computation: releases its input and sends its result."""
         host.in_flight -= 1
         if self._collect:
             host.rows.append(Timed(action, start_s, self.now_s, 0, samples))
@@ -223,7 +223,7 @@ class Simulation:
         self._pump(host)
 
     def _updated(self, action: Action, route: Route) -> None:
-        """Looks at an update: is it the last of the round, or the end of a repeated stretch?"""
+        """Checks whether an update ends the round or a repetition."""
         if self._plan.order == "parallel":
             if action in self.round.last_updates:
                 self.exchange.over(action)
@@ -233,7 +233,7 @@ class Simulation:
             self._steady.observe(action)
 
     def _send(self, host: SimulatedHost, action: Action, route: Route, samples: int) -> None:
-        """Sends a result; the receiver hears of it when the last byte is there and decoded."""
+        """Sends a result; it is available when its last byte has arrived and is decoded."""
         link, one = route.out, route.operation
         assert link is not None
         nbytes = route.cost(samples)[1]
@@ -266,20 +266,20 @@ class Simulation:
             self.at(there_s, self._decode, target, received, samples)
 
     def _decode(self, host: SimulatedHost, received: Action, samples: int) -> None:
-        """Decodes what arrived."""
+        """Decodes a tensor that has arrived."""
         assert self._costs.codec_s is not None
         seconds = self._costs.codec_s(received.device, received.stage, received.kind, samples)
         host.codec_free_s = max(self.now_s, host.codec_free_s) + on_grid(seconds)
         self.at(host.codec_free_s, self.arrive, host, received)
 
     def arrive(self, host: SimulatedHost, received: Action) -> None:
-        """Tells a host's dispatcher that an input is there."""
+        """Reports an input to a host's dispatcher."""
         host.dispatcher.complete(received)
         if host.in_flight < self._most_in_flight:
             self._pump(host)
 
     def _release_credit(self, link: Direction, nbytes: float) -> None:
-        """Gives credit back: the sender may have waited for it."""
+        """Returns credit, for which the sender may have waited."""
         if self._costs.window_bytes is None:
             link.outstanding -= nbytes
             return
@@ -293,7 +293,7 @@ class Simulation:
     # --- small things -------------------------------------------------------------------------
 
     def _work_per_step(self, schedule: RoundSchedule) -> dict[int, float]:
-        """Returns the seconds that each device computes itself in a step."""
+        """Returns the seconds of each device's own computations in a step."""
         demand = {}
         for span in schedule.spans:
             chain = schedule.plan.devices[span.device]
@@ -311,7 +311,7 @@ class Simulation:
         return demand
 
     def _route(self, action: Action) -> Route:
-        """Makes the route of a kind of action when it first occurs."""
+        """Creates the route of a kind of action on first use."""
         key = action.device, action.stage, action.kind
         host = host_of(self._plan, action)
         route = self._routes[key] = Route(
@@ -339,7 +339,7 @@ class Simulation:
     def _hold(
         self, host: SimulatedHost, action: Action, route: Route, samples: int, start_s: float
     ) -> None:
-        """Notes what a computation that is over held, holds on to, or ceases to hold."""
+        """Records the memory that a finished computation used, keeps, or releases."""
         held_bytes = self._costs.held_bytes
         assert held_bytes is not None
         if action.kind == FORWARD:
@@ -354,7 +354,7 @@ class Simulation:
             host.memory.append((self.now_s, -route.cost(samples)[2]))
 
     def _predict(self) -> Prediction:
-        """Sums up."""
+        """Returns the prediction."""
         offset_s, left_out, simulated = 0.0, 0, self.actions
         busy = {host.name: host.busy_s for host in self.hosts}
         carried = self.network.carried()

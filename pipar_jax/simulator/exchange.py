@@ -1,4 +1,4 @@
-"""Weights on the move: aggregation at a round's end, and the device part handed on."""
+"""Transfers of weights: aggregation at the end of a round, and the hand-over in SL."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 class Exchange:
-    """Sends weights to be averaged and back, and device parts from one device to the next.
+    """Sends weights to the average and back, and the client-side model from device to device.
 
     Attributes:
-      stored_s: When the coordinator knew of the last weights stored so far.
+      stored_s: Time at which the coordinator knew of the last stored weights.
 
     Args:
       simulation: The simulation.
@@ -45,18 +45,18 @@ class Exchange:
 
     @property
     def finished(self) -> bool:
-        """Whether all weights are where they belong."""
+        """Whether all transfers have finished."""
         if self._plan.order == "sequential":
             return True
         return self._closing is not None and not any(self._left.values())
 
     def stored(self, host: str) -> None:
-        """Notes that a host has stored weights; the coordinator hears of it a little later."""
+        """Records that a host has stored weights; the coordinator is notified after the delay."""
         simulation = self._simulation
         self.stored_s = max(self.stored_s, simulation.network.control(host, simulation.now_s))
 
     def _close(self) -> None:
-        """Prepares the round's closing actions; by now no step will be left out any more."""
+        """Prepares the closing actions of the round; no step is left out from here on."""
         self._closing = {}
         for action, before in self._simulation.round.schedule.closing():
             self._left[action] = len(before)
@@ -64,7 +64,7 @@ class Exchange:
                 self._closing.setdefault(one, []).append(action)
 
     def over(self, action: Action) -> None:
-        """Goes on with the closing actions that waited for this one."""
+        """Continues with the closing actions that waited for this one."""
         if self._closing is None:
             self._close()
         assert self._closing is not None
@@ -74,7 +74,7 @@ class Exchange:
                 self._perform_closing(dependent)
 
     def _perform_closing(self, action: Action) -> None:
-        """Sends weights, averages them, or sends them back."""
+        """Performs a closing action: sends weights, averages them, or sends them back."""
         host = self._simulation.by_name[host_of(self._plan, action)]
         if action.kind == AGGREGATE:
             seconds = on_grid(self._costs.compute_s(ALL, action.stage, AGGREGATE, 0))
@@ -99,7 +99,7 @@ class Exchange:
         self.over(action)
 
     def _weights_stored(self, action: Action) -> None:
-        """Ends the way back of averaged weights."""
+        """Ends the transfer of averaged weights."""
         self.stored(host_of(self._plan, action))
 
     def _transfer(
@@ -111,7 +111,7 @@ class Exchange:
         then: Callable[..., None],
         *arguments: Any,
     ) -> None:
-        """Sends weights or a device part; what it is called at either end goes into the trace."""
+        """Sends weights or a client-side model, and records its actions at both ends."""
         if ends[0] == ends[1]:
             then(*arguments)
             return
@@ -131,7 +131,7 @@ class Exchange:
         self._simulation.at(end_s + link.delay_s, then, *arguments)
 
     def hand_on(self, action: Action) -> None:
-        """Sends the device part to the coordinator, which gives it to the next device."""
+        """Sends the client-side model to the coordinator, which sends it to the next device."""
         spans = self._simulation.round.schedule.spans
         position = next(
             i for i, span in enumerate(spans)
@@ -150,7 +150,7 @@ class Exchange:
             self._transfer(ends, nbytes, action, None, self.give_part, after.device, after.first)
 
     def give_part(self, device: int, step: int) -> None:
-        """Sends the device part from the coordinator to the device whose turn it is."""
+        """Sends the client-side model from the coordinator to the next device."""
         nbytes = self._costs.wire_bytes(device, 0, SEND_CLIENT_MODEL, 0)
         host = self._simulation.by_name[device_name(device)]
         part = Action(0, RECEIVE_CLIENT_MODEL, device, step)

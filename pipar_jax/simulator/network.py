@@ -10,15 +10,15 @@ from pipar_jax.schedule.dispatch import CreditedLink
 from pipar_jax.schedule.host_program import Operation
 from pipar_jax.schedule.plan import COORDINATOR, is_node
 
-#: Stands for a stage's index where a link belongs to no boundary: the coordinator's to a host.
+#: Instead of a stage's index, for the coordinator's links to hosts, which belong to no boundary.
 CONTROL = -1
 
 
 class Line:
-    """What messages leave by one after another: a link, or links that share one shaper.
+    """A line: a link, or links that share one shaper.
 
     Attributes:
-      free_s: When everything queued so far has left.
+      free_s: Time at which all queued messages have left.
     """
 
     __slots__ = ("free_s",)
@@ -37,7 +37,7 @@ class Way:
         self.free_s = 0.0
 
     def pass_s(self, start_s: float, nbytes: float) -> float:
-        """Lets a message through; returns when its last byte has passed."""
+        """Transfers a message; returns when its last byte has passed."""
         if self.rate_bytes_s is None:
             return start_s
         self.free_s = max(self.free_s, start_s) + on_grid(nbytes / self.rate_bytes_s)
@@ -45,15 +45,15 @@ class Way:
 
 
 class Direction:
-    """One direction of a link: a queue, and the bytes that wait to be consumed at its end.
+    """One direction of a link: a queue, and the bytes that the receiver has not consumed.
 
     Attributes:
       source: Name of the sending host.
       target: Name of the receiving host.
       below: Index of the stage below the boundary that it crosses; ``CONTROL`` if it serves all.
-      line: What it sends by, perhaps with other directions.
-      outstanding: Bytes queued or waiting to be consumed.
-      credited: What dispatchers see of it: what is being computed for it is reserved there.
+      line: Its line, possibly shared with other directions.
+      outstanding: Bytes queued or not yet consumed.
+      credited: Its credit as seen by dispatchers, including reservations.
       carried: Bytes sent so far.
       delay_s: One-way delay.
     """
@@ -78,11 +78,11 @@ class Direction:
 
     @property
     def available_bytes(self) -> float:
-        """Bytes that the link takes before it has to wait."""
+        """Bytes that the link accepts before it has to wait."""
         return math.inf if self._window is None else self._window - self.outstanding
 
     def can_send(self, nbytes: float) -> bool:
-        """Returns whether the link takes a message of this size now."""
+        """Returns whether the link accepts a message of this size now."""
         return not self.outstanding or nbytes <= self.available_bytes
 
     def send(self, now_s: float, nbytes: float) -> tuple[float, float]:
@@ -107,12 +107,12 @@ class Direction:
 
 
 class Network:
-    """All directions of all links, made when first used.
+    """All directions of all links, created on first use.
 
-    Links are those of the runtime (``runtime.link_table``, ``runtime.neighbours``): what crosses a
-    boundary at the coordinator's host uses that host's one link to the coordinator, every other
-    boundary has a link, and so a credit, of its own. What a device sends shares one line whatever
-    link it takes, as do the links from one host to one device; two nodes have a line per boundary.
+    Links are those of the runtime: at the coordinator's host all boundaries of a peer share its
+    link to the coordinator; every other boundary has its own link and credit. All links from a
+    device share one line, as do the links from a host to a device; two nodes have a line per
+    boundary.
 
     Args:
       costs: Links, ports and windows.
@@ -130,7 +130,7 @@ class Network:
         Args:
           source: The sending host.
           target: The receiving host.
-          below: Index of the stage below the boundary that is crossed.
+          below: Index of the stage below the boundary.
         """
         if COORDINATOR in (source, target):
             below = CONTROL
@@ -143,21 +143,21 @@ class Network:
         return found
 
     def carried(self) -> dict[tuple[str, str], float]:
-        """Returns for each pair (from, to) the bytes sent so far, over all links between them."""
+        """Returns the bytes sent so far by direction (from, to), over all links of two hosts."""
         totals: dict[tuple[str, str], float] = {}
         for (source, target, _), one in self.directions.items():
             totals[source, target] = totals.get((source, target), 0.0) + one.carried
         return totals
 
     def control(self, source: str, now_s: float, target: str = COORDINATOR) -> float:
-        """Returns when a control message, which overtakes tensors, has arrived."""
+        """Returns the arrival time of a control message, which overtakes tensors."""
         if source == target:
             return now_s
         model = self._costs.links.get((source, target), FREE_LINK)
         return now_s + on_grid(model.message_s + model.delay_s)
 
     def times(self) -> list[Way | Line]:
-        """Returns everything that is busy until some time, in the order of first use."""
+        """Returns all lines and ports, in the order of first use."""
         return [*self._lines.values(), *self._ways.values()]
 
     def _way(self, host: str, out: bool) -> Way:
@@ -171,21 +171,21 @@ class Network:
 
 
 def _line_of(source: str, target: str, below: int) -> tuple[str, str, int]:
-    """Returns what a direction's line is called: directions of one line are called the same."""
+    """Returns the key of a direction's line, equal for all directions that share it."""
     if source != COORDINATOR and not is_node(source):
-        return source, "", CONTROL  # a device has one radio for all that it sends
+        return source, "", CONTROL  # a device has one radio for all messages that it sends
     if target != COORDINATOR and not is_node(target):
         return source, target, CONTROL
     return source, target, below
 
 
 class Route:
-    """An operation with its links and its cached costs.
+    """An operation with its links and cached costs.
 
     Attributes:
-      operation: What is computed.
-      out: Link that the result leaves by; None if it stays.
-      source: Link that the input came by; None if it was there.
+      operation: The operation.
+      out: Link of the result; None if it stays.
+      source: Link of the input; None if it is on the host already.
     """
 
     __slots__ = ("_costs", "_known", "operation", "out", "source")
@@ -202,13 +202,13 @@ class Route:
             self.source = network.direction(peer, operation.host, source.below)
 
     def cost(self, samples: int) -> tuple[float, float, float]:
-        """Returns the computation's seconds, its result's and its input's bytes on the wire."""
+        """Returns the seconds of the computation, and the bytes of its result and input."""
         known = self._known.get(samples)
         if known is None:
             one, seconds = self.operation, 0.0
             if (
                 one.kind != SEND_CLIENT_MODEL
-            ):  # no computation, and the message is the coordinator's matter
+            ):  # not a computation; its message belongs to the exchange
                 seconds = self._costs.compute_s(one.place, one.stage, one.kind, samples)
             out = came = 0.0
             if self.out is not None:

@@ -1,4 +1,4 @@
-"""A plan's time from a profile: stage times, costs, and the simulator as the judge."""
+"""Predicts the time of a plan from a profile: stage times, costs, simulation."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _RAW = CodecProfile()
 
 
 class HostTimes:
-    """The seconds of any run of units on one host, by prefix sums that are made once per size.
+    """The seconds of any run of units on one host, by prefix sums cached by size.
 
     Attributes:
-      handling: What a run adds to its computations.
+      handling: Overhead of a run per computation.
 
     Args:
       host: The host's profile.
@@ -61,7 +61,7 @@ class HostTimes:
             calls = 2 * (stop - first) - 1  # the last unit is one call, all others two
         else:
             sums_s, calls = self._sum(kind, first, stop, samples), stop - first
-        # Each unit was called by itself when it was measured; the stage is called once.
+        # Units were measured with one call each; the stage is called once.
         alone_s = max(sums_s - (calls - 1) * self._host.call_s, 0.1 * sums_s)
         return alone_s if kind == UPDATE else alone_s + self.handling.call_s
 
@@ -82,7 +82,7 @@ class HostTimes:
 
 
 class StageCosts:
-    """The times and bytes of every stage that a plan over a profile can have.
+    """The times and bytes of all possible stages of a profile.
 
     Attributes:
       profile: The profile.
@@ -114,11 +114,11 @@ class StageCosts:
         return self._weights[stop] - self._weights[first]
 
     def averaged_bytes(self, first: int, stop: int) -> float:
-        """Returns the same as they travel to be averaged, and back."""
+        """Returns the bytes of a stage's weights on the wire for aggregation."""
         return self.weight_bytes(first, stop) * self.profile.weight_ratio
 
     def part_bytes(self, first: int, stop: int) -> float:
-        """Returns the same with the optimiser state, as a device part is handed on."""
+        """Returns the bytes of a hand-over: weights, statistics and optimiser state of a stage."""
         return self.weight_bytes(first, stop) + self._optimizer[stop] - self._optimizer[first]
 
     def average_s(self) -> float:
@@ -127,7 +127,7 @@ class StageCosts:
         return per_byte * self._weights[-1] * len(self.profile.devices)
 
     def cut_bytes(self, cut: int, samples: int) -> float:
-        """Returns the bytes of the activation, and of the cotangent, at a cut, before a codec."""
+        """Returns the bytes of the activation, and of the cotangent, at a cut, before coding."""
         return self.profile.units[cut - 1].output_bytes * samples
 
     def up_bytes(self, cut: int, samples: int, codec: str) -> float:
@@ -140,11 +140,11 @@ class StageCosts:
         return self.cut_bytes(cut, samples) * self.codec(codec).ratio + HEADER_BYTES
 
     def codec(self, name: str) -> CodecProfile:
-        """Returns what is known of a codec; ``raw`` costs nothing."""
+        """Returns ratio and speed of a codec; ``raw`` has no cost."""
         return self.profile.codecs.get(name, _RAW)
 
     def costs(self, plan: Plan) -> Costs:
-        """Returns what the simulator asks for."""
+        """Returns the costs for the simulator."""
         count = len(self.profile.units)
         bounds = [(0, *one.cuts, count) for one in plan.devices]
 
@@ -161,7 +161,7 @@ class StageCosts:
             seconds = times.time_s(kind, first, stop, samples)
             if kind == UPDATE or not times.handling.byte_s:
                 return seconds
-            # What crosses the cuts on both sides; the last stage takes and gives at one.
+            # Bytes at the cuts on both sides; the last stage has one cut.
             around = (stage - 1, stage - 1 if kind == LOSS else stage)
             crossed = [
                 plan.devices[device].cuts[below]
@@ -242,7 +242,7 @@ class PlanEstimate(NamedTuple):
 def round_of(profile: Profile, plan: Plan) -> RoundSchedule:
     """Returns the first round of a plan on a profile's devices.
 
-    In sequential order the last device has the device part, as when a later round begins.
+    In sequential order the last device has the client-side model, as at the start of later rounds.
     """
     samples = tuple(one.samples for one in profile.devices)
     steps = [profile.steps(device) for device in range(len(samples))]
@@ -251,7 +251,7 @@ def round_of(profile: Profile, plan: Plan) -> RoundSchedule:
 
 
 def rounds_per_epoch(profile: Profile, plan: Plan) -> float:
-    """Returns how many rounds, each as long as the first, an epoch has."""
+    """Returns the number of rounds per epoch, each as long as the first."""
     if plan.order == "sequential" or not plan.aggregate_every:
         return 1.0
     return max(1.0, max(map(profile.steps, range(len(profile.devices)))) / plan.aggregate_every)
@@ -272,11 +272,11 @@ def estimate(stages: StageCosts, plan: Plan) -> PlanEstimate:
 
 
 def simulate(plan: Plan, profile: Profile) -> Trace:
-    """Returns the trace of a plan's first round as it is predicted on a profile's hosts.
+    """Returns the predicted trace of a plan's first round on a profile's hosts.
 
     Args:
       plan: The plan.
-      profile: What the hosts and links are like.
+      profile: The profile of hosts and links.
 
     Raises:
       ScheduleError: The plan deadlocks.
@@ -286,7 +286,7 @@ def simulate(plan: Plan, profile: Profile) -> Trace:
 
 
 def loads(stages: StageCosts, judged: PlanEstimate) -> Mapping[str, float]:
-    """Returns how busy the busiest device, uplink, downlink and the server are, in [0, 1]."""
+    """Returns the busy shares of the busiest device, uplink, downlink and the server, in [0, 1]."""
     found, busiest = judged.round, {"device": 0.0, "uplink": 0.0, "downlink": 0.0}
     for index, one in enumerate(stages.profile.devices):
         name = device_name(index)

@@ -1,4 +1,4 @@
-"""A simulated round: the feeders of all hosts, and what they have in common."""
+"""A simulated round: the feeders of all hosts, and their common state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipar_jax.schedule.step_feeder import StepFeeder
 
 
 class SimulatedRound:
-    """All hosts' feeders of one round, which can be shortened while it runs.
+    """The feeders of all hosts in one round, which can be shortened while it runs.
 
     Attributes:
       schedule: The round; ``leave_out`` shortens it.
@@ -18,7 +18,7 @@ class SimulatedRound:
 
     Args:
       schedule: The round.
-      feeders: For each host its feeder.
+      feeders: The feeders by host.
     """
 
     def __init__(self, schedule: RoundSchedule, feeders: Mapping[str, StepFeeder]) -> None:
@@ -29,11 +29,11 @@ class SimulatedRound:
 
     @property
     def finished(self) -> bool:
-        """Whether every action of every host was dispatched."""
+        """Whether all actions of all hosts were dispatched."""
         return all(feeder.finished for feeder in self._feeders.values())
 
     def reached(self) -> dict[int, int]:
-        """Returns for each device that still trains the furthest step that any host has begun."""
+        """Returns the latest started step on any host for each device that still trains."""
         steps: dict[int, int] = {}
         for feeder in self._feeders.values():
             for device, step in feeder.under_way():
@@ -41,7 +41,7 @@ class SimulatedRound:
         return steps
 
     def begun(self) -> list[tuple[str, int, int, int, tuple[int, ...]]]:
-        """Returns host, device, step, actions left and sizes of every step that is under way."""
+        """Returns host, device, step, remaining actions and sizes of every current step."""
         return sorted(
             (host, *key, left, feeder.sizes(*key))
             for host, feeder in self._feeders.items()
@@ -49,10 +49,10 @@ class SimulatedRound:
         )
 
     def alike_ahead(self, reached: Mapping[int, int]) -> int:
-        """Returns for how many further steps all mini-batches keep the sizes they have now.
+        """Returns the number of further steps in which all mini-batches keep their current sizes.
 
         Args:
-          reached: What ``reached`` returned.
+          reached: Result of ``reached``.
         """
         least = 1 << 60
         for span in self.schedule.spans:
@@ -61,7 +61,7 @@ class SimulatedRound:
                 continue
             samples, batch_size = self.schedule.samples[span.device], self.schedule.batch_size
             stop = span.stop
-            if samples % batch_size:  # an epoch ends in a smaller mini-batch
+            if samples % batch_size:  # an epoch ends with a smaller mini-batch
                 per_epoch = -(-samples // batch_size)
                 done = (step + self._left_out.get(span.device, 0)) % per_epoch
                 stop = min(stop, step + per_epoch - 1 - done)
@@ -69,7 +69,7 @@ class SimulatedRound:
         return least
 
     def leave_out(self, steps: int, devices: Collection[int]) -> None:
-        """Shortens some devices' spans by steps that would repeat what has been seen."""
+        """Shortens the spans of devices by repeated steps."""
         for device in devices:
             self._left_out[device] = self._left_out.get(device, 0) + steps
         was = self.schedule
@@ -97,10 +97,10 @@ def _last_updates(schedule: RoundSchedule) -> frozenset[Action]:
 
 @dataclasses.dataclass(frozen=True)
 class _Shortened(RoundSchedule):
-    """A round without some middle steps, whose later steps keep the sizes that they had.
+    """A round without some middle steps; later steps keep their sizes.
 
     Attributes:
-      left_out: For each device how many steps were left out before those still to come.
+      left_out: Number of steps left out by device.
     """
 
     left_out: Mapping[int, int] = dataclasses.field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The state of a simulated host, and how it is compared with an earlier one."""
+"""The state of a simulated host, which can be compared with an earlier one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipar_jax.schedule.dispatch import Dispatcher
 from pipar_jax.schedule.step_feeder import StepFeeder
 from pipar_jax.schedule.trace import Timed
 
-#: How many of a host's last actions are kept for the grid of a deadlock.
+#: Number of last actions of a host that are kept for the grid of a deadlock.
 REMEMBERED = 8
 
 
@@ -18,10 +18,10 @@ class ComparableDispatcher(Dispatcher):
     """The runtime's dispatcher, whose state can be compared between two points in time."""
 
     def state(self, base: Mapping[int, int]) -> Hashable:
-        """Returns everything that decides its future, with steps counted from a base.
+        """Returns the state that determines its future, with steps relative to a base.
 
         Args:
-          base: For each device the step to count from; the others' steps stay as they are.
+          base: Base step by device; steps of other devices are absolute.
         """
 
         def moved(action: Action) -> Action:
@@ -77,9 +77,9 @@ class SimulatedHost:
         self.memory: list[tuple[float, float]] = []
 
     def peak_bytes(self) -> float:
-        """Returns the most bytes held at a time beyond what is always held."""
+        """Returns the peak of memory in addition to permanent memory."""
         held = peak = 0.0
-        for _, change in sorted(self.memory):  # at equal times what is freed goes first
+        for _, change in sorted(self.memory):  # at equal times memory is released first
             held += change
             peak = max(peak, held)
         return peak

@@ -1,10 +1,10 @@
-"""Notices that a round repeats itself and leaves the repetitions out.
+"""Detects that a round is periodic and extrapolates the repetitions.
 
-A simulation's future depends on nothing but its state: what will happen and when, what waits, what
-is ready and in which order, and how far processors and links are booked. If the state at the end of
-one of a device's steps equals an earlier one, with times and steps counted from then, everything in
-between repeats as long as mini-batches keep their sizes. The repetitions are then left out, and
-their time, bytes and actions added at the end.
+The future of a simulation depends only on its state: future events, waiting and ready actions with
+their order, and the bookings of processors and links. If the state at the end of a device's step
+equals an earlier one, relative to the time and step, everything in between repeats as long as
+mini-batches keep their sizes. Repetitions are then left out, and their time, bytes and actions
+added at the end.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pipar_jax.schedule.actions import ALL, Action, RoundSchedule
 if TYPE_CHECKING:
     from pipar_jax.simulator.engine import Simulation
 
-#: Rounds with fewer steps than this are simulated in full: there is little to leave out.
+#: Rounds with fewer steps are simulated completely, since there is little to leave out.
 FEWEST_STEPS = 16
-#: States that are kept for comparison.
+#: Number of states kept for comparison.
 KEPT = 24
 
 
 class _Seen(NamedTuple):
-    """A state, and the totals when it was reached."""
+    """A state with the totals at its time."""
 
     time_s: float
     step: int
@@ -34,14 +34,14 @@ class _Seen(NamedTuple):
 
 
 class Steady:
-    """Watches a simulation for a state that it was in before.
+    """Watches a simulation for recurring states.
 
     Attributes:
-      offset_s: Seconds that were left out.
-      left_out: Steps of each span that were left out.
-      busy_s: For each host the computing seconds that were left out.
-      carried: For each direction of a link the bytes.
-      actions: How many actions.
+      offset_s: Seconds left out.
+      left_out: Steps left out by span.
+      busy_s: Seconds of computation left out by host.
+      carried: Bytes left out by direction of a link.
+      actions: Number of actions left out.
 
     Args:
       simulation: The simulation.
@@ -62,18 +62,18 @@ class Steady:
         self.actions = 0
 
     def observe(self, action: Action) -> None:
-        """Looks at the state at the end of a device's step."""
+        """Compares the state at the end of a device's step."""
         if not self._watching:
             return
         reached = self._simulation.round.reached()
-        if self._sequential:  # the others have nothing to do but wait for their part
+        if self._sequential:  # the others only wait for the client-side model
             reached = {d: step for d, step in reached.items() if d == action.device}
         elif len(reached) != len(self._spans):
             return  # a device has finished, and its last step must keep its name
         marker = min(reached, default=ALL)
         if action.device not in (marker, ALL):
             return
-        # The last step differs from the others, so it must be one that no host has begun.
+        # The last step differs from the others, so that no host may have started it.
         ahead = self._simulation.round.alike_ahead(reached) - 1
         if ahead < 1:
             return
@@ -95,7 +95,7 @@ class Steady:
         self._seen[state] = now
 
     def _leave_out(self, before: _Seen, now: _Seen, ahead: int, devices: list[int]) -> None:
-        """Leaves out as many repetitions as there is room for."""
+        """Leaves out as many repetitions as possible."""
         period = now.step - before.step
         times = ahead // period
         if not times:
@@ -113,7 +113,7 @@ class Steady:
         self.actions += times * (now.actions - before.actions)
 
     def _state(self, reached: dict[int, int], marker: int) -> Hashable:
-        """Returns the state, with times counted from now, which are exact (``on_grid``)."""
+        """Returns the state with times relative to now, which are exact (``on_grid``)."""
         simulation = self._simulation
         now_s = simulation.now_s
         base = {**reached, ALL: reached[marker]}
@@ -137,7 +137,7 @@ class Steady:
 
 
 def _relative(arguments: tuple[object, ...], base: dict[int, int]) -> Hashable:
-    """Returns an event's arguments with steps counted from a base, without absolute times."""
+    """Returns an event's arguments with steps relative to a base, without absolute times."""
     kept: list[Hashable] = []
     for value in arguments:
         if isinstance(value, Action):

@@ -28,9 +28,9 @@ def save(
 
     Args:
       path: The file.
-      params: For each unit its weights by path.
-      state: For each unit its batch statistics by path.
-      meta: JSON-ready facts kept in the file's header.
+      params: Weights by unit and path.
+      state: Batch statistics by unit and path.
+      meta: Facts for the file's header, as values for JSON.
 
     Raises:
       DiskError: The file cannot be written.
@@ -45,7 +45,7 @@ def save(
 
 
 def facts(path: Path) -> dict[str, Any]:
-    """Returns the facts that ``save`` put into the file's header.
+    """Returns the facts in the file's header.
 
     Raises:
       RunError: The file is missing or has no such header.
@@ -56,7 +56,7 @@ def facts(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path, model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads what ``save`` wrote.
+    """Reads a file written by ``save``.
 
     Args:
       path: The file.
@@ -66,7 +66,7 @@ def load(path: Path, model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
       Weights and batch statistics, each by unit and path.
 
     Raises:
-      RunError: The file is missing, is no safetensors file, or belongs to another model.
+      RunError: The file is missing, not a safetensors file, or belongs to another model.
     """
     with _reading(path), safe_open(path, framework="numpy") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -91,21 +91,21 @@ def load(path: Path, model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
     unknown = sorted(tensors.keys() - expected)
     if unknown:
         raise RunError(
-            f"{path} has {len(unknown)} tensors that model {model.name!r} does not know, such as "
+            f"{path} has {len(unknown)} tensors that model {model.name!r} does not have, such as "
             f"{unknown[0]}: load it with the model that it was trained with"
         )
     return params, state
 
 
 def _fits(array: np.ndarray[Any, Any], expected: Any) -> bool:
-    """Whether an array is what a model expects; 64 bits may be more than jax is set to here."""
+    """Returns whether an array has the expected dtype and shape; jax may be limited to 32 bits."""
     dtypes = array.dtype, jax.dtypes.canonicalize_dtype(array.dtype)
     return array.shape == expected.shape and expected.dtype in dtypes
 
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turns what reading a file may raise into one error."""
+    """Turns errors of reading a file into a ``RunError``."""
     try:
         yield
     except (OSError, SafetensorError, ValueError, KeyError) as error:

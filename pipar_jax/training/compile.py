@@ -1,4 +1,4 @@
-"""Compiling every shape of a plan before the first round, and timing each function alone."""
+"""Compiles all shapes of a plan before the first round, and times functions separately."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS, UPDATE
 from pipar_jax.training.replica import Replica
 from stages import Model, make_draw
 
-#: Runs of each function at least, when it is timed alone.
+#: Minimum number of runs of each timed function.
 REPEATS = 5
-#: Seconds that a function is timed for at least: a hiccup of the scheduler lasts milliseconds, and
-#: a short function's time must not be made of one.
+#: Minimum duration of timing a function, in seconds, long against interruptions by the scheduler,
+#: which last milliseconds.
 LEAST_S = 0.1
-#: A run does not count in which the process was given at least so many pages by the kernel: while
-#: its memory still grows a function may take several times as long as ever again.
+#: Runs with at least this many new pages are ignored: while its memory grows, a function may take a
+#: multiple of its usual time.
 PAGES = 64
-#: Runs and seconds of a function that are left out at most; there are processes that always fault.
+#: Maximum number and duration of ignored runs, since some processes fault permanently.
 LEFT_OUT, LEFT_OUT_S = 30, 0.5
 
 
-#: Seconds between two words about how far work is that may take long.
+#: Seconds between two reports of progress.
 TOLD_S = 1.0
-#: Takes how many parts of some work are done, and how many there are.
+#: Called with the number of finished parts and their total number.
 Told = Callable[[int, int], None]
 
 
 def now_and_then(tell: Told, every_s: float) -> Told:
-    """Returns what passes on a word only if the last one was so many seconds ago."""
+    """Returns a callback that forwards reports at most once per interval."""
     last_s = time.monotonic()
 
     def told(done: int, of: int) -> None:
@@ -48,7 +48,7 @@ def now_and_then(tell: Told, every_s: float) -> Told:
 
 
 def _silent(done: int, of: int) -> None:
-    """Tells nobody."""
+    """Ignores reports."""
 
 
 class Shape(NamedTuple):
@@ -84,21 +84,21 @@ def run_all(
 ) -> Mapping[Shape, float]:
     """Runs every function of every distinct stage at every micro-batch size.
 
-    The replicas are as before in the end. The first call compiles; later ones time the functions
-    as they run in training: dispatched, waited for, nothing else running.
+    The replicas are unchanged in the end. The first call compiles; later ones time the functions as
+    in training: dispatched and awaited, with nothing else running.
 
     Args:
       model: The whole model.
       replicas: The host's replicas; equal stages are run once.
       sizes: Micro-batch sizes.
-      between: Called between two stages, to notice that the run was given up.
-      told: Learns how many functions are over, and of how many.
-      repeats: How often each function runs at least.
-      least_s: Seconds that each function runs for at least.
-      summary: Makes one number of a function's seconds.
+      between: Called between two stages; raises to abort.
+      told: Called with the number of finished functions and their total number.
+      repeats: Minimum number of runs of each function.
+      least_s: Minimum duration of timing each function.
+      summary: Reduces the seconds of a function to one number.
 
     Returns:
-      The seconds of each function: the median, or what ``summary`` makes of them.
+      The seconds of each function: their median, or the result of ``summary``.
     """
     found: dict[Shape, float] = {}
     distinct = {units_of(one): one for one in replicas}.values()
@@ -125,7 +125,7 @@ _Run = Callable[[], float]
 
 
 def _times(run: _Run, repeats: int, least_s: float) -> list[float]:
-    """Returns the seconds of enough runs; those in which memory grew are left out if it ends."""
+    """Returns the seconds of runs, without those in which memory grew if the growth ends."""
     times: list[float] = []
     left_out: list[float] = []
     while len(times) < repeats or sum(times) < least_s:
@@ -140,7 +140,7 @@ def _times(run: _Run, repeats: int, least_s: float) -> list[float]:
 
 
 def _pages() -> int:
-    """Returns how many pages the kernel has given this process so far."""
+    """Returns the number of page faults of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
@@ -161,15 +161,15 @@ def compile_all(
 ) -> None:
     """Compiles every function of every distinct stage at every micro-batch size.
 
-    Each runs once, but for the optimiser's step: it gives away all that it takes, and copies of
-    that might be more than the host has room for.
+    Each runs once, except the optimiser's step, which donates all its arguments: copies of them may
+    exceed the host's memory.
 
     Args:
       model: The whole model.
       replicas: The host's replicas.
       sizes: Micro-batch sizes.
-      between: Called between two stages, to notice that the run was given up.
-      told: Learns how many functions are compiled, and of how many.
+      between: Called between two stages; raises to abort.
+      told: Called with the number of compiled functions and their total number.
     """
     distinct = {units_of(one): one for one in replicas}.values()
     wanted = sorted(set(sizes), reverse=True)
@@ -189,7 +189,7 @@ def compile_all(
 
 
 def _count(replicas: Collection[Replica], sizes: Collection[int]) -> int:
-    """Returns how many functions the stages have: of each size, and the optimiser's steps."""
+    """Returns the number of functions: those of each size, and the optimiser's steps."""
     return sum((1 if one.stage.is_last else 2) * len(sizes) + 1 for one in replicas)
 
 
@@ -201,8 +201,8 @@ def _functions(model: Model, replica: Replica, samples: int) -> Mapping[str, _Ru
     above = shapes[model.unit_names.index(last) + 1]
     dtype = above.dtype if jnp.issubdtype(above.dtype, jnp.floating) else jnp.float32
     draw = make_draw(samples)._replace(inverse_batch=np.dtype(dtype).type(1.0 / samples))
-    # Each run hands its accumulator to the next, which donates it: the replica's own, which is
-    # zero between steps and is made zero again in the end.
+    # Each run passes its accumulator to the next, which donates it: that of the replica, which is
+    # zero between steps and is zeroed again in the end.
     held: dict[str, Any] = {}
 
     def run_last() -> float:
@@ -232,7 +232,7 @@ def _functions(model: Model, replica: Replica, samples: int) -> Mapping[str, _Ru
 
 
 def _update(replica: Replica) -> _Run:
-    """Returns the optimiser's step, on copies, which it donates."""
+    """Returns the optimiser's step on copies, which it donates."""
     copy = Replica.__new__(Replica)
     copy.__dict__.update(replica.__dict__)
     for name in ("params", "opt_state", "accumulated"):
@@ -241,5 +241,5 @@ def _update(replica: Replica) -> _Run:
 
 
 def _ones(shape: Any) -> jax.Array:
-    """Returns ones: with zeros a processor may be faster than it is with data."""
+    """Returns ones, since processors may be faster with zeros than with data."""
     return jax.block_until_ready(jnp.ones(shape.shape, shape.dtype))  # type: ignore

@@ -1,8 +1,8 @@
-"""The optimiser of a replica, as optax transformations that are applied to each unit by itself.
+"""The optimiser of a replica, as optax transformations that are applied to each unit separately.
 
-Its state is kept per unit, so that a unit can move between hosts with its momentum. FedProx is one
-more gradient transformation: it acts on the replica, wherever its units live. What is not
-elementwise sees all units of the replica at once (``stages.Joint``).
+Its state is kept per unit, so that a unit can move between hosts with its momentum. FedProx is a
+gradient transformation on the replica, wherever its units are. Transformations that are not
+elementwise see all units of the replica at once (``stages.Joint``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipar_jax.config import OptimizerConfig
 
 
 class ProximalState(NamedTuple):
-    """The weights that a round started from; FedProx pulls towards them."""
+    """The weights at the start of a round, towards which FedProx pulls."""
 
     anchor: optax.Params
 
@@ -32,7 +32,7 @@ def add_proximal(mu: float) -> optax.GradientTransformation:
     Networks, arXiv 1812.06127, equation 2. ``anchor`` renews w_round after each aggregation.
 
     Args:
-      mu: Strength of the pull.
+      mu: Weight of the proximal term.
     """
 
     def init(params: optax.Params) -> ProximalState:
@@ -53,8 +53,8 @@ def anchor(opt_state: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
     """Returns the optimiser state with FedProx's anchor set to the weights of a new round.
 
     Args:
-      opt_state: For each unit its state; returned unchanged where it has no anchor.
-      params: For each unit its weights.
+      opt_state: State by unit; unchanged without an anchor.
+      params: Weights by unit.
     """
 
     def renew(node: Any, weights: Any) -> Any:
@@ -68,11 +68,11 @@ def anchor(opt_state: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.ScalarOrSchedule:
-    """Returns the step size, or its course over a run.
+    """Returns the learning rate, or its schedule over a run.
 
     Args:
       config: The optimiser's configuration.
-      steps: Steps that a replica takes in the run.
+      steps: Number of steps of a replica in the run.
     """
     rate, warmup = config.learning_rate, config.warmup_steps
     rest = max(1, steps - warmup)
@@ -94,8 +94,8 @@ class CompiledOptimizer(NamedTuple):
     """A transformation with the compiled step of a replica.
 
     Attributes:
-      transformation: What ``build`` returned, whose ``init`` makes the state of a unit.
-      update: What ``stages.make_update`` made of its parts.
+      transformation: Result of ``build``, whose ``init`` creates the state of a unit.
+      update: Result of ``stages.make_update`` for its parts.
       keeping: The same step, which leaves weights and state from before it as they are.
     """
 
@@ -107,9 +107,9 @@ class CompiledOptimizer(NamedTuple):
 def compiled(config: OptimizerConfig, *, steps: int, proximal_mu: float = 0.0) -> CompiledOptimizer:
     """Returns the transformation of a replica and its compiled step; see ``build``.
 
-    Hosts of one process with the same optimiser share it, and so compile it once.
+    Hosts of one process with the same optimiser share it, so that it is compiled once.
     """
-    # The length of the run matters to a step size that changes over it alone.
+    # The length of the run matters only for schedules.
     length = steps if config.decay != "constant" else 0
     return _compiled(dataclasses.astuple(config), length, proximal_mu)
 
@@ -132,16 +132,16 @@ def build(
 def parts(
     config: OptimizerConfig, *, steps: int, proximal_mu: float = 0.0
 ) -> tuple[optax.GradientTransformation, ...]:
-    """Returns what the transformation of a replica is chained of.
+    """Returns the parts of a replica's transformation, to be chained.
 
-    Clipping looks at the gradient of one replica, that is at one stage of one device, and Adam's
-    moments at one device: neither equals anything centralised once weights are averaged. Without a
+    Clipping depends on the gradient of one replica, that is one stage of one device, and Adam's
+    moments on one device: neither equals centralised training once weights are averaged. Without a
     cut a replica is the whole model.
 
     Args:
       config: The optimiser's configuration.
-      steps: Steps that a replica takes in the run, for the course of the step size.
-      proximal_mu: FedProx's strength; 0 leaves it out.
+      steps: Number of steps of a replica in the run, for the learning-rate schedule.
+      proximal_mu: Weight of FedProx's proximal term; 0 for none.
     """
     made: list[optax.GradientTransformation] = []
     if proximal_mu:

@@ -1,4 +1,4 @@
-"""A stage's weights on one host: for one device, or the one copy that devices share."""
+"""The weights of a stage on one host: a copy for one device, or shared by all devices."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class Keep(enum.Flag):
 class Replica:
     """The variables, optimiser state and gradient accumulator of one stage.
 
-    Every method dispatches one compiled function and returns at once; the results are ready later.
+    Every method dispatches one compiled function and returns immediately; results are ready later.
 
     Attributes:
       stage: The compiled stage.
-      params: For each unit its weights.
-      state: For each unit its batch statistics.
-      opt_state: For each unit its optimiser state.
-      accumulated: For each unit the gradient of the mini-batch so far.
+      params: Weights by unit.
+      state: Batch statistics by unit.
+      opt_state: Optimiser state by unit.
+      accumulated: Gradient of the mini-batch so far, by unit.
       step: With Keep.STEP, the step that comes next.
     """
 
@@ -52,7 +52,7 @@ class Replica:
         compiled: CompiledOptimizer,
         keeps: Keep = Keep.NOTHING,
     ) -> None:
-        """Copies the variables of the stage's units: updates donate what they change.
+        """Copies the variables of the stage's units, since updates donate them.
 
         Args:
           stage: The stage.
@@ -77,14 +77,14 @@ class Replica:
         self._held = False
 
     def load(self, params: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-        """Replaces weights and batch statistics by copies of those given.
+        """Replaces weights and batch statistics by copies of the given ones.
 
         A unit that is missing in ``state`` has no statistics, one missing in ``params`` no weights.
 
         Raises:
-          RunError: A unit that has weights or statistics comes without them, or with others.
+          RunError: Weights or statistics of a unit are missing or have other names.
         """
-        for unit in self.stage.unit_names:  # one by one, so that few are there twice
+        for unit in self.stage.unit_names:  # one by one, so that few are duplicated at a time
             for what, held, source in (
                 ("weights", self.params, params),
                 ("batch statistics", self.state, state),
@@ -92,14 +92,14 @@ class Replica:
                 given = dict(source.get(unit, {}))
                 if unit in held and given.keys() != held[unit].keys():
                     raise RunError(
-                        f"unit {unit!r} came with {what} {sorted(given)}, expected "
+                        f"unit {unit!r} has {what} {sorted(given)}, expected "
                         f"{sorted(held[unit])}: do both hosts use the same model and version?"
                     )
                 held[unit] = jax.tree.map(jnp.array, given)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all its arrays."""
+        """Bytes of all arrays."""
         held = self.params, self.state, self.opt_state, self.accumulated
         nbytes: int = sum(leaf.nbytes for leaf in jax.tree.leaves(held))
         return nbytes + self.kept_bytes
@@ -178,7 +178,7 @@ class Replica:
         self.clear()
 
     def renew_anchor(self) -> None:
-        """Tells the optimiser that a round begins with the weights as they are (FedProx)."""
+        """Sets the optimiser's anchor to the current weights at the start of a round (FedProx)."""
         self.opt_state = optimizer.anchor(self.opt_state, self.params)
 
     def forward(self, x: jax.Array, draw: MicroBatchContext) -> tuple[jax.Array, Any]:
@@ -189,7 +189,7 @@ class Replica:
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
         """Accumulates a micro-batch's gradient and returns the input's cotangent.
 
-        The first stage has none to give; its return value only tells when the gradient is ready.
+        For the first stage the result has no meaning except that it is ready when the gradient is.
         """
         given, self.accumulated = self.stage.backward(
             self.params, residuals, cotangent, self.accumulated
@@ -209,7 +209,7 @@ class Replica:
         """Takes one optimiser step; returns an array that is ready when the step is.
 
         Args:
-          scale: What the gradient is multiplied by first.
+          scale: Factor of the gradient.
         """
         if scale != 1.0:
             self.accumulated = _scaled(self.accumulated, scale)
@@ -224,11 +224,11 @@ class Replica:
             self.params, self.opt_state, self.accumulated
         )
         leaves: list[jax.Array] = jax.tree.leaves(self.params)
-        return leaves[0] if leaves else jnp.zeros(())  # a stage may have nothing to learn
+        return leaves[0] if leaves else jnp.zeros(())  # a stage may have no trainable weights
 
     def clear(self) -> None:
-        """Begins a mini-batch's gradient anew."""
-        del self.accumulated  # before there is another
+        """Resets the gradient of the mini-batch."""
+        del self.accumulated  # before another one is allocated
         self.accumulated = self.stage.zeros(self.params)
 
     def lower_updates(self) -> list[Any]:
@@ -255,6 +255,6 @@ def abstract(tree: Any) -> Any:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _scaled(gradient: Variables, scale: float) -> Variables:
-    """Returns a gradient times a number."""
+    """Returns a gradient multiplied by a number."""
     scaled: Variables = jax.tree.map(lambda g: g * jnp.asarray(scale, g.dtype), gradient)
     return scaled
