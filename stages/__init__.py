@@ -19,7 +19,16 @@ if TYPE_CHECKING:
     from stages.program import Program
     from stages.registry import build
     from stages.residuals import Residuals
-    from stages.stage import Metrics, Stage, cross_entropy, join, predict, select, split
+    from stages.stage import (
+        Metrics,
+        Stage,
+        cross_entropy,
+        join,
+        predict,
+        sample_losses,
+        select,
+        split,
+    )
     from stages.tracing import trace
     from stages.unit import Variables
     from stages.update import Joint, OptState, init_opt_state, make_update
@@ -39,6 +48,7 @@ _HOMES = {
     "Metrics": "stages.stage",
     "Stage": "stages.stage",
     "cross_entropy": "stages.stage",
+    "sample_losses": "stages.stage",
     "join": "stages.stage",
     "predict": "stages.stage",
     "select": "stages.stage",
@@ -76,6 +86,7 @@ __all__ = [
     "predict",
     "residual_bytes",
     "retain_memory",
+    "sample_losses",
     "select",
     "split",
     "stage_facts",

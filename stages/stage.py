@@ -257,19 +257,33 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, Metr
     """Sums the softmax cross entropies of a micro-batch.
 
     Args:
-      logits: [batch, …, classes]; 16-bit ones are widened to float32 first.
-      labels: [batch, …] int32. Where a sample has several labels (tokens) its loss is their
-        mean.
+      logits: [batch, …, classes].
+      labels: [batch, …] int32.
 
     Returns:
       The sum over samples of their losses, and the metrics of ``Stage.loss``.
+    """
+    losses, hits = sample_losses(logits, labels)
+    total = jnp.sum(losses)
+    return total, {"loss": total, "correct": jnp.sum(hits)}
+
+
+def sample_losses(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the softmax cross entropy of each sample, and whether it is classified correctly.
+
+    Args:
+      logits: [batch, …, classes]; 16-bit ones are widened to float32 first.
+      labels: [batch, …] int32. Where a sample has several labels (tokens) its loss is their
+        mean, and so is the share of them that is correct.
+
+    Returns:
+      [batch] losses and [batch] hits between 0 and 1, both float32 or wider.
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     hits = (jnp.argmax(logits, axis=-1) == labels).astype(logits.dtype)
     axes = tuple(range(1, losses.ndim))
-    total = jnp.sum(jnp.mean(losses, axis=axes))
-    return total, {"loss": total, "correct": jnp.sum(jnp.mean(hits, axis=axes))}
+    return jnp.mean(losses, axis=axes), jnp.mean(hits, axis=axes)
 
 
 def _run(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -71,11 +70,7 @@ def _scorer(stage: Stage) -> Any:
 
     def score(params: Any, state: Any, x: Any, labels: Any, real: Any) -> Any:
         logits = stage.predict(params, state, x)
-        axes = tuple(range(1, labels.ndim))
-        wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-        picked = jnp.take_along_axis(jax.nn.log_softmax(wide), labels[..., None], axis=-1)
-        loss = -jnp.mean(picked[..., 0], axis=axes)
-        hits = jnp.mean((jnp.argmax(logits, axis=-1) == labels).astype(wide.dtype), axis=axes)
-        return jnp.sum(jnp.where(real, loss, 0)), jnp.sum(jnp.where(real, hits, 0))
+        losses, hits = stages.sample_losses(logits, labels)
+        return jnp.sum(jnp.where(real, losses, 0)), jnp.sum(jnp.where(real, hits, 0))
 
     return stages.Program(score)

@@ -1,9 +1,6 @@
-"""Memory of a host: what its share of a plan needs, and what it really held at most.
+"""Memory of a host: what its share of a plan needs, by its model, and what it held at most.
 
-A node that serves K devices, with weights W (their optimiser state and gradients beside them) and
-what a mini-batch's forward keeps, A, needs K(3W + A) with a copy for each device, 3W + KA with
-shared weights, and 3W + cA with at most c micro-batches in flight (Tirana et al., arXiv
-2402.00208, and ours). To these come what averaging keeps, tensors that wait, and XLA's
+``cost_model/memory.py`` has the model; here are the bytes of stages, from their shapes, and XLA's
 temporaries. Weights in flight between hosts, what evaluation fetches, and what preparing and making
 a change of plan takes meanwhile are not counted.
 """
@@ -22,15 +19,14 @@ import numpy as np
 import stages
 from pipar_jax.aggregation import rules
 from pipar_jax.config import Config
+from pipar_jax.cost_model.memory import Need, StageSizes, find_need
 from pipar_jax.errors import RunError
 from pipar_jax.methods.registry import hosts_of
-from pipar_jax.schedule.actions import ALL, batch_samples, micro_batch_sizes
 from pipar_jax.schedule.feasibility import check_executable
-from pipar_jax.schedule.host_program import replica_key
 from pipar_jax.schedule.plan import Plan, is_node, long_name
 from pipar_jax.training import optimizer
 from pipar_jax.training.replica import Replica, abstract
-from stages import Model, Stage, make_draw
+from stages import Model, make_draw
 
 
 class Ledger:
@@ -63,29 +59,6 @@ class Ledger:
         return peak
 
 
-class Need(NamedTuple):
-    """What a host's share of a plan needs, in bytes, at its worst moment.
-
-    Attributes:
-      variables: Weights, batch statistics, optimiser states and gradients of all replicas.
-      copies: How many replicas its largest stage has.
-      average: What averaging on a compute node keeps between rounds.
-      held: What forwards keep for their backwards, of all micro-batches that may be between them.
-      waiting: Tensors that have arrived and wait, and results of what is being computed.
-    """
-
-    variables: int
-    copies: int
-    average: int
-    held: int
-    waiting: int
-
-    @property
-    def arrays(self) -> int:
-        """Bytes of all arrays, XLA's temporaries left out."""
-        return self.variables + self.average + self.held + self.waiting
-
-
 class Used(NamedTuple):
     """What a host really held, in bytes.
 
@@ -105,24 +78,6 @@ class Used(NamedTuple):
         return self.arrays + self.temporary
 
 
-class _Passing(NamedTuple):
-    """What one micro-batch of a stage occupies at its different moments, in bytes.
-
-    Attributes:
-      below: Host of the stage below.
-      above: Host of the stage above.
-      x: Its input, if it came from another stage, and the cotangent that goes back.
-      kept: What its forward keeps for its backward; nothing at a last stage.
-      y: Its result, and the cotangent that comes back; nothing at a last stage.
-    """
-
-    below: str
-    above: str
-    x: int
-    kept: int
-    y: int
-
-
 def predict(model: Model, plan: Plan, host: str, config: Config, samples: Sequence[int]) -> Need:
     """Returns what a host needs, from shapes alone: nothing is computed or compiled.
 
@@ -138,46 +93,55 @@ def predict(model: Model, plan: Plan, host: str, config: Config, samples: Sequen
       samples: Samples that each device trains on in an epoch.
     """
     check_executable(plan)
-    tx = optimizer.build(config.optimizer, steps=1, proximal_mu=config.aggregation.proximal_mu)
-    rule = rules.rule(config.aggregation)
+    sizes = _ModelSizes(model, config, rematerialise=hosts_of(config)[host].rematerialise)
     window = int(config.pipeline.window_mb * 1e6)
-    rematerialise = hosts_of(config)[host].rematerialise
-    slots: dict[tuple[int, int], int] = {}
-    # Where devices take turns, each one's micro-batches are there without the others'.
-    passing: dict[tuple[int, int], list[_Passing]] = {}
-    average = 0
-    for device, one in enumerate(plan.devices):
-        chain = [plan.host(device, stage) for stage in range(one.stages)]
-        cut = stages.split(model, one.cuts, rematerialise=rematerialise)
-        for index, stage in enumerate(cut):
-            if chain[index] != host:
-                continue
-            units = [model.units[i] for i in plan.units(device, index, len(model.units))]
-            params = {unit.name: unit.params for unit in units}
-            state = {unit.name: unit.state for unit in units}
-            slot = replica_key(plan, device, index)
-            if slot not in slots:
-                opt_state = [jax.eval_shape(tx.init, unit.params) for unit in units]
-                slots[slot] = 2 * _bytes(params) + _bytes(state) + _bytes(opt_state)
-                first = sum(1 for _, s in slots if s == index) == 1
-                if first and index in plan.local_stages(host) and plan.weights == "copy":
-                    rule_state = [jax.eval_shape(rule.init, unit.params) for unit in units]
-                    average += _bytes(params) + _bytes(state) + _bytes(rule_state)
-            if not samples[device]:
-                continue
-            group = passing.setdefault((index, device if plan.order == "sequential" else ALL), [])
-            size = batch_samples(samples[device], config.data.batch_size, 0)
-            for micro in micro_batch_sizes(size, one.micro_batches):
-                x = model.shapes(micro)[plan.units(device, index, len(model.units)).start]
-                sizes = _sizes(stage, params, state, x)
-                group.append(_Passing(chain[index - 1], chain[(index + 1) % len(chain)], *sizes))
-    worst: dict[int, tuple[int, int]] = {}
-    for (index, _), found in passing.items():
-        capped = plan.in_flight if plan.sums_gradients and plan.is_colocated(index) else 0
-        worst[index] = max(worst.get(index, (0, 0)), _worst(found, capped, window), key=sum)
-    held, waiting = (sum(column) for column in zip((0, 0), *worst.values(), strict=True))
-    copies = max((sum(1 for _, s in slots if s == index) for _, index in slots), default=0)
-    return Need(sum(slots.values()), copies, average, held, waiting)
+    return find_need(sizes, plan, host, samples, config.data.batch_size, window)
+
+
+class _ModelSizes:
+    """The bytes of a model's units, from shapes alone; see ``cost_model.memory.Sizes``."""
+
+    def __init__(self, model: Model, config: Config, *, rematerialise: bool) -> None:
+        self._model, self._rematerialise = model, rematerialise
+        proximal = config.aggregation.proximal_mu
+        self._tx = optimizer.build(config.optimizer, steps=1, proximal_mu=proximal)
+        self._rule = rules.rule(config.aggregation)
+        self._stages: dict[tuple[range, int], StageSizes] = {}
+        self.units = len(model.units)
+
+    def replica(self, units: range) -> int:
+        """Returns the bytes of weights, gradients, statistics and optimiser state."""
+        params, state = self._variables(units)
+        opt_state = [jax.eval_shape(self._tx.init, one) for one in params.values()]
+        return 2 * _bytes(params) + _bytes(state) + _bytes(opt_state)
+
+    def average(self, units: range) -> int:
+        """Returns the bytes of weights, statistics and the rule's state."""
+        params, state = self._variables(units)
+        rule_state = [jax.eval_shape(self._rule.init, one) for one in params.values()]
+        return _bytes(params) + _bytes(state) + _bytes(rule_state)
+
+    def stage(self, units: range, samples: int) -> StageSizes:
+        """Returns the bytes of a micro-batch; traced once for each stage and size."""
+        if (units, samples) not in self._stages:
+            self._stages[units, samples] = self._trace(units, samples)
+        return self._stages[units, samples]
+
+    def _trace(self, units: range, samples: int) -> StageSizes:
+        cuts = [cut for cut in (units.start, units.stop) if 0 < cut < self.units]
+        cut = stages.split(self._model, cuts, rematerialise=self._rematerialise)
+        stage = cut[1 if units.start else 0]
+        x = self._model.shapes(samples)[units.start]
+        entering = 0 if stage.is_first else _bytes(x)
+        if stage.is_last:  # XLA's temporaries have what it keeps
+            return StageSizes(entering, 0, 0)
+        draw = make_draw(samples)
+        y, residuals, _ = jax.eval_shape(stage.forward, *self._variables(units), x, draw)
+        return StageSizes(entering, _bytes(residuals), _bytes(y))
+
+    def _variables(self, units: range) -> tuple[dict[str, Any], dict[str, Any]]:
+        chosen = [self._model.units[i] for i in units]
+        return {one.name: one.params for one in chosen}, {one.name: one.state for one in chosen}
 
 
 def why_not_fit(model: Model, plan: Plan, config: Config, samples: Sequence[int]) -> str | None:
@@ -277,42 +241,6 @@ def resident_bytes() -> int:
 def array_bytes(tree: Any) -> int:
     """Returns the bytes of a tree's arrays."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
-
-
-def _worst(found: Sequence[_Passing], in_flight: int, window: int) -> tuple[int, int]:
-    """Returns the bytes held and waiting at a stage's worst moment.
-
-    Args:
-      found: Its micro-batches.
-      in_flight: How many may be between forward and backward; 0 for any.
-      window: Credit of a link.
-    """
-    ordered = sorted(found, key=lambda one: one.kept + one.y, reverse=True)
-    inside = [one for one in ordered if one.kept][: in_flight or None]
-    outside = [one for one in ordered if not one.kept] or ordered[len(inside) :]
-    held = sum(one.kept for one in inside)
-    # One that is inside has a result to send or a cotangent that waits, each within a credit.
-    waiting = _within(((one.above, one.y) for one in inside), 2 * window)
-    waiting += _within(((one.below, one.x) for one in outside), window)
-    # What the running computation and the one queued behind it give.
-    return held, waiting + sum(sorted((one.x for one in found), reverse=True)[:2])
-
-
-def _within(some: Iterable[tuple[str, int]], window: int) -> int:
-    """Returns the bytes of tensors that wait at the ends of links, as far as credits allow."""
-    by_link: dict[str, list[int]] = {}
-    for peer, nbytes in some:
-        by_link.setdefault(peer, []).append(nbytes)
-    return sum(min(sum(sizes), max(window, *sizes)) for sizes in by_link.values())
-
-
-def _sizes(stage: Stage, params: Any, state: Any, x: Any) -> tuple[int, int, int]:
-    """Returns ``_Passing``'s bytes of a micro-batch."""
-    if stage.is_last:
-        return (0 if stage.is_first else _bytes(x)), 0, 0
-    draw = make_draw(x.shape[0])
-    y, residuals, _ = jax.eval_shape(stage.forward, params, state, x, draw)
-    return (0 if stage.is_first else _bytes(x)), _bytes(residuals), _bytes(y)
 
 
 def _bytes(tree: Any) -> int:

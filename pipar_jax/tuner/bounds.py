@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from pipar_jax.cost_model.costs import LinkModel
+from pipar_jax.cost_model.memory import StageSizes, find_need
+from pipar_jax.cost_model.profile import UnitFacts
 from pipar_jax.schedule.actions import (
     BACKWARD,
     FORWARD,
@@ -16,7 +19,7 @@ from pipar_jax.schedule.actions import (
     batch_samples,
     micro_batch_sizes,
 )
-from pipar_jax.schedule.plan import COORDINATOR, OWNER, Codecs, DevicePlan, Plan, device_name
+from pipar_jax.schedule.plan import COORDINATOR, OWNER, Codecs, DevicePlan, Plan
 from pipar_jax.simulator.predict import StageCosts
 
 
@@ -127,43 +130,29 @@ def sequential_bound_s(stages: StageCosts, all_least: Sequence[LowerBound], cut:
     return total_s
 
 
-def memory_bytes(stages: StageCosts, plan: Plan) -> dict[str, float]:
-    """Returns an upper bound of the memory of each host, for any order of actions.
+def memory_bytes(stages: StageCosts, plan: Plan) -> dict[str, int]:
+    """Returns an upper bound of the memory of each host, by the profile of units.
 
-    Weights, gradients, optimiser state and statistics of every replica; on a device the residuals
-    of a whole mini-batch; on the server those of the current micro-batch and the credit of its
-    links. Residuals that two neighbouring units share are counted twice.
+    Residuals that two neighbouring units share are counted twice.
     """
-    profile, count = stages.profile, len(stages.profile.units)
-    units, batch = profile.units, profile.batch_size
-    held = {COORDINATOR: stages.weight_bytes(0, count)}
-    largest, unread = 0.0, 0.0
-    for index, one in enumerate(plan.devices):
-        cut = one.cuts[0] if one.cuts else count
-        kept = sum(unit.residual_bytes for unit in units[:cut])
-        held[device_name(index)] = (
-            sum(_static_bytes(stages, i) for i in range(cut))
-            + batch * (kept + 2 * units[cut - 1].output_bytes)
-        )  # fmt: skip
-        if not one.cuts:
-            continue
-        if plan.weights == "copy" or index == 0:
-            held[COORDINATOR] += sum(_static_bytes(stages, i) for i in range(cut, count))
-        size = -(-batch // one.micro_batches)
-        kept = sum(unit.residual_bytes for unit in units[cut:])
-        largest = max(largest, size * (kept + 2 * units[cut - 1].output_bytes))
-        sent = batch * units[cut - 1].output_bytes
-        sent = min(sent, profile.window_bytes or sent)
-        unread = max(unread, sent) if plan.order == "sequential" else unread + sent
-    held[COORDINATOR] += largest + unread
-    return held
+    profile = stages.profile
+    samples = [one.samples for one in profile.devices]
+    window = int(profile.window_bytes or sys.maxsize // 4)
+    return {
+        host: find_need(
+            _ProfileSizes(profile.units), plan, host, samples, profile.batch_size, window
+        ).total
+        for host in plan.hosts()
+    }
 
 
 def excess(stages: StageCosts, plan: Plan) -> str | None:
     """Returns a message about the first host whose memory a plan exceeds, or None."""
     profile = stages.profile
-    limits = {COORDINATOR: profile.server.memory_bytes}
-    limits |= {device_name(i): one.host.memory_bytes for i, one in enumerate(profile.devices)}
+    limits = {
+        host: (profile.server if host == COORDINATOR else profile.of(host).host).memory_bytes
+        for host in plan.hosts()
+    }
     if not any(limits.values()):
         return None
     for name, needed in memory_bytes(stages, plan).items():
@@ -171,6 +160,34 @@ def excess(stages: StageCosts, plan: Plan) -> str | None:
         if limit is not None and needed > limit:
             return f"{name} needs {needed / 1e6:.0f} MB of {limit / 1e6:.0f}"
     return None
+
+
+class _ProfileSizes:
+    """The bytes of a profile's units; see ``cost_model.memory.Sizes``."""
+
+    def __init__(self, facts: Sequence[UnitFacts]) -> None:
+        self._facts, self.units = facts, len(facts)
+
+    def replica(self, units: range) -> int:
+        """Returns the bytes of weights, gradients, statistics and optimiser state."""
+        some = [self._facts[unit] for unit in units]
+        return int(
+            sum(2 * one.parameter_bytes + one.optimizer_bytes + one.state_bytes for one in some)
+        )
+
+    def average(self, units: range) -> int:
+        """Returns the bytes of weights and statistics; rules of the average are not profiled."""
+        some = [self._facts[unit] for unit in units]
+        return int(sum(one.parameter_bytes + one.state_bytes for one in some))
+
+    def stage(self, units: range, samples: int) -> StageSizes:
+        """Returns the bytes of a micro-batch."""
+        x = samples * self._facts[units.start - 1].output_bytes if units.start else 0.0
+        y = samples * self._facts[units.stop - 1].output_bytes
+        kept = samples * sum(self._facts[unit].residual_bytes for unit in units)
+        if units.stop == self.units:
+            return StageSizes(int(x), 0, 0, int(kept))
+        return StageSizes(int(x), int(kept), int(y))
 
 
 class _Step(NamedTuple):
@@ -210,12 +227,6 @@ def _step(stages: StageCosts, device: int, option: DeviceOption, parts: Sequence
         first[0] + first[1] + one.up.delay_s,
         last[3] + one.down.delay_s + last[4],
     )
-
-
-def _static_bytes(stages: StageCosts, unit: int) -> float:
-    """Returns the bytes of a unit's replica: weights, gradients, optimiser state, statistics."""
-    facts = stages.profile.units[unit]
-    return 2 * facts.parameter_bytes + facts.optimizer_bytes + facts.state_bytes
 
 
 def _transfer_s(link: LinkModel, nbytes: float) -> float:

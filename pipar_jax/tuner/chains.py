@@ -9,6 +9,7 @@ proven.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 
@@ -23,6 +24,7 @@ from pipar_jax.schedule.actions import micro_batch_sizes
 from pipar_jax.schedule.plan import OWNER, Codecs, Plan, node_name
 from pipar_jax.simulator.predict import PlanEstimate, StageCosts, estimate
 from pipar_jax.tuner import codec_choice
+from pipar_jax.tuner.bounds import excess
 from pipar_jax.tuner.chain_search import (
     ChainPlan,
     ChainProblem,
@@ -48,7 +50,7 @@ ROOM = (1.0, 0.8, 0.6, 0.4)
 
 
 def tune_chain(
-    profile: Profile, config: Config, objection: Callable[[Plan], str | None] = lambda plan: None
+    profile: Profile, config: Config, objection: Callable[[Plan], str | None] | None = None
 ) -> PlanEstimate:
     """Returns the best chain for ``method=mpsl`` or ``accept``, with its predicted times.
 
@@ -61,7 +63,8 @@ def tune_chain(
     Args:
       profile: The profile of hosts and links.
       config: Resolved configuration.
-      objection: Returns why a plan is not possible, or None.
+      objection: Returns why a plan is not possible, or None; unless it is given, a plan is not
+        possible that exceeds a host's memory.
 
     Raises:
       ConfigError: The profile lacks a candidate codec.
@@ -71,6 +74,8 @@ def tune_chain(
         config = dataclasses.replace(config, tuner=dataclasses.replace(config.tuner, codecs=""))
     codec_choice.check_measured(config, profile)
     stages = StageCosts(profile)
+    if objection is None:
+        objection = functools.partial(excess, stages)
     judged = {plan: estimate(stages, plan) for plan in _proposals(profile, config, objection)}
     fastest = min(judged.values(), key=lambda one: one.epoch_s)
     return with_codecs(stages, config, judged, fastest.plan) if config.tuner.codecs else fastest

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 
 from experiments.benchmarks.node_memory import drive_alone
 from pipar_jax.errors import RunError
+from pipar_jax.methods.plans import plan_of_chain
 from pipar_jax.methods.registry import plan_for
 from pipar_jax.methods.resolution import resolve
+from pipar_jax.profiling.predictor.predict_host import facts_of
 from pipar_jax.runtime import memory
 from pipar_jax.runtime.memory import Ledger
+from pipar_jax.schedule.plan import OWNER
+from pipar_jax.training import optimizer
+from pipar_jax.tuner import StageCosts, memory_bytes
 from tests.pipar_jax.runtime import support
+from tests.pipar_jax.tuner import profiles
 
 DEVICES = (16, 16)
 
@@ -98,3 +105,23 @@ def test_a_plan_above_a_node_s_memory_is_refused_with_the_figures(tmp_path, shar
     text = str(caught.value)
     assert f"nodes.2.memory_mb={limit_mb:g}" in text and "pipeline.weights=shared" in text
     assert ("temporaries" in text) == (share > 1)
+
+
+@pytest.mark.parametrize("weights", ["copy", "shared"])
+def test_what_the_tuner_offers_by_a_profile_no_node_refuses(tmp_path, weights):
+    """One model of memory with the bytes of a profile's units, or of the stages themselves."""
+    made = setting(tmp_path, weights=weights)
+    config = resolve(made, models=(made.model.name,))
+    network = support.model("vgg5", "float32")
+    optimiser = optimizer.compiled(config.optimizer, steps=1)
+    units = facts_of(network, optimiser.transformation, made.data.batch_size)
+    count = len(units)
+    base = profiles.profile(*[profiles.device(samples=DEVICES[0], units=count)] * 2, units=count)
+    known = dataclasses.replace(base, units=units, batch_size=made.data.batch_size)
+    known = dataclasses.replace(known, nodes=(profiles.node(units=count),) * 2)
+    for cuts in itertools.combinations(range(1, count), 3):
+        plan = plan_of_chain(config, cuts, (OWNER, "n1", "n2", OWNER))
+        offered = memory_bytes(StageCosts(known), plan)
+        for node in ("n1", "n2"):
+            needed = memory.predict(network, plan, node, config, DEVICES).arrays
+            assert needed <= offered[node] <= 1.5 * needed
