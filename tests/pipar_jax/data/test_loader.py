@@ -11,6 +11,7 @@ import pytest
 from pipar_jax.data import Loader, Prefetcher, Split, steps_per_epoch
 from pipar_jax.data.loader import PADDING, crop_flip
 from pipar_jax.errors import DataError, RunError
+from tests.patience import PATIENCE_S
 
 RANDOM = np.random.default_rng(0)
 # Each image holds its own number in every pixel, so that a batch shows which samples it has.
@@ -184,5 +185,5 @@ def test_closing_wakes_whoever_waits() -> None:
     waiter.start()
     time.sleep(0.05)
     prefetcher.close()
-    waiter.join(5)
+    waiter.join(PATIENCE_S)
     assert not waiter.is_alive() and raised and "closed" in raised[0]

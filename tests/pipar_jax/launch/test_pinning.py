@@ -37,13 +37,18 @@ def test_a_block_is_pinned_and_the_cores_come_back() -> None:
 
 @can_pin
 def test_a_core_that_is_not_there_is_refused() -> None:
+    before = os.sched_getaffinity(0)
     with pytest.raises(RunError, match=r"cannot pin to cores \[99999\]"), pinned([99999]):
-        pass
+        pytest.fail("the block was run")
+    assert os.sched_getaffinity(0) == before
 
 
+@can_pin
 def test_no_cores_means_anywhere() -> None:
+    before = os.sched_getaffinity(0)
     with pinned([]):
-        pass
+        assert os.sched_getaffinity(0) == before
+    assert os.sched_getaffinity(0) == before
 
 
 def test_the_environment_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
