@@ -63,16 +63,16 @@ def _check_arguments(text: str, own: bool) -> None:
     """Checks the arguments of the user's own network."""
     if text and not own:
         raise ConfigError(
-            f"model.args={text!r} is for a network of your own: set model.name=module:NAME:FUNCTION"
+            f"model.args={text[:120]!r} is for a network of your own: set model.name=module:NAME:FUNCTION"
         )
     try:
         pairs = shlex.split(text)
     except ValueError as error:
-        raise ConfigError(f"model.args={text!r} cannot be read: {error}") from error
+        raise ConfigError(f"model.args={text[:120]!r} cannot be read: {error}") from error
     wrong = [pair for pair in pairs if not re.match(r"[A-Za-z_]\w*=", pair)]
     if wrong:
         raise ConfigError(
-            f"model.args={text!r}: {wrong[0]!r} is not NAME=VALUE; write 'width=16 norm=group'"
+            f"model.args={text[:120]!r}: {wrong[0][:120]!r} is not NAME=VALUE; write 'width=16 norm=group'"
         )
 
 

@@ -23,8 +23,8 @@ def split_learning_plan(config: Config, units: Sequence[str]) -> Plan:
     devices = _two_hosts(config, units, pipelined=False)
     if len({one.cuts for one in devices}) > 1:
         raise ConfigError(
-            "devices.overrides gives devices cuts of their own, but in sl they share one device "
-            "part: use pipeline.cut alone, or another method"
+            "devices.overrides gives devices cuts of their own, but in sl they share one "
+            "client-side model: use pipeline.cut alone, or another method"
         )
     return _plan(
         config, devices, order="sequential", weights="shared", hand_on=config.pipeline.hand_on

@@ -28,6 +28,9 @@ NASTY = ("9" * 5000, "²", "x" * 100_000, "~nobody-of-this-name/x", "a\0b")
 TEXTS: dict[str, tuple[str, ...]] = {
     "name": ("", "..", "a/b", "a" * 300),
     "model.name": ("vgg55", "decoder_small"),
+    "model.args": ("width=16", "'", "x" * 3000),
+    "cohort.select": ("", "unifrom", "module:x"),
+    "cohort.script": ("/no/such.jsonl", "a\0b", "~nobody-of-this-name"),
     "data.source": ("digit", "npz:", "module:x", "npz:~nobody-of-this-name/x", "npz:a\0b"),
     "data.test_source": ("digits", "npz:x.npz", "npz:a\0b"),
     "data.data_dir": ("~nobody-of-this-name", "a\0b", __file__),
