@@ -61,19 +61,18 @@ def _check_model(config: Config, models: tuple[str, ...]) -> None:
 
 def _check_arguments(text: str, own: bool) -> None:
     """Checks the arguments of the user's own network."""
+    said = f"model.args={text[:120]!r}"
     if text and not own:
         raise ConfigError(
-            f"model.args={text[:120]!r} is for a network of your own: set model.name=module:NAME:FUNCTION"
+            f"{said} is for a network of your own: set model.name=module:NAME:FUNCTION"
         )
     try:
         pairs = shlex.split(text)
     except ValueError as error:
-        raise ConfigError(f"model.args={text[:120]!r} cannot be read: {error}") from error
-    wrong = [pair for pair in pairs if not re.match(r"[A-Za-z_]\w*=", pair)]
+        raise ConfigError(f"{said} cannot be read: {error}") from error
+    wrong = [pair[:120] for pair in pairs if not re.match(r"[A-Za-z_]\w*=", pair)]
     if wrong:
-        raise ConfigError(
-            f"model.args={text[:120]!r}: {wrong[0][:120]!r} is not NAME=VALUE; write 'width=16 norm=group'"
-        )
+        raise ConfigError(f"{said}: {wrong[0]!r} is not NAME=VALUE; write 'width=16 norm=group'")
 
 
 def _check_source(source: str, field: str) -> None:

@@ -243,7 +243,7 @@ class Replica:
 
 
 def abstract(tree: Any) -> Any:
-    """Returns a tree of arrays as a tree of `jax.ShapeDtypeStruct`; nothing is traced."""
+    """Returns a tree of arrays as a tree of ``jax.ShapeDtypeStruct``; nothing is traced."""
 
     def shape_of(leaf: jax.Array) -> Any:
         return jax.ShapeDtypeStruct(  # type: ignore[no-untyped-call]
