@@ -23,7 +23,7 @@ from comms.errors import (
 from comms.link.allowance import Allowance
 from comms.link.endpoint import Endpoint
 from comms.link.link import Link
-from comms.link.message import Message, Payload
+from comms.link.message import Message, MessageKind, Payload
 from comms.link.meter import LinkStats
 from comms.options import ChannelOptions, Limits, TlsOptions
 from comms.wire.frame import VERSION, Role, Tag
@@ -47,6 +47,7 @@ __all__ = [
     "LinkShape",
     "LinkStats",
     "Message",
+    "MessageKind",
     "Payload",
     "PeerClosed",
     "PeerLost",

@@ -26,10 +26,10 @@ from pipar_jax.tuner.chain_search import (
     ChainPlan,
     ChainProblem,
     Coding,
+    DataOwner,
     Layer,
     Node,
     Objective,
-    Owner,
     plan_chain,
     read_profile,
 )
@@ -79,7 +79,7 @@ def _problem(layers: tuple[Layer, ...]) -> ChainProblem:
     if _OWNER.value:
         rates = _numbers("owner_link", _OWNER_LINK.value.split("/"), 2) if _OWNER_LINK.value else []
         up, down = [LinkModel(rate * 1e6 / 8) for rate in rates] or [LinkModel(), LinkModel()]
-        owner = Owner(read_profile(_PROFILE.value, _OWNER.value), up, down)
+        owner = DataOwner(read_profile(_PROFILE.value, _OWNER.value), up, down)
     elif _OWNER_LINK.value:
         raise ConfigError("--owner_link has no effect without --owner")
     if _IN_FLIGHT.value and _WEIGHTS.value == "copy":

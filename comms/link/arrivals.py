@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from comms.link.incoming import Assembly, Bundle
-from comms.link.message import Message
+from comms.link.message import Message, MessageKind
 from comms.link.meter import ClockMeter
 from comms.wire.bounded_json import JsonObject
 
@@ -83,7 +83,7 @@ class Arrivals:
         self.raw_bytes += assembly.raw_bytes
         self.deliver(
             Message(
-                "tensor",
+                MessageKind.TENSOR,
                 self.link,
                 tag=assembly.tag,
                 payloads={"": assembly.payload()},
@@ -106,7 +106,7 @@ class Arrivals:
         self.raw_bytes += bundle.raw_bytes
         self.deliver(
             Message(
-                "bundle",
+                MessageKind.BUNDLE,
                 self.link,
                 tag=bundle.tag,
                 name=bundle.name,
@@ -125,7 +125,7 @@ class Arrivals:
         self.raw_bytes += assembly.raw_bytes
         self.deliver(
             Message(
-                "control",
+                MessageKind.CONTROL,
                 self.link,
                 body=body,
                 nbytes=assembly.header.total,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from comms.arrays import Array, Bytes, DType
 from comms.codecs.base import Codec
@@ -63,11 +64,19 @@ class Payload:
         return self._array
 
 
+class MessageKind(enum.StrEnum):
+    """What a message is: a tensor (tag, array), control (body) or a bundle (all, tensors)."""
+
+    TENSOR = "tensor"
+    CONTROL = "control"
+    BUNDLE = "bundle"
+
+
 class Message:
     """What ``on_message`` gets.
 
     Attributes:
-      kind: "tensor" (tag, array), "control" (body) or "bundle" (tag, name, body, tensors).
+      kind: What it is, and so which of the others it has.
       link: The link it came over.
       tag: What the header says of the tensor; None for control.
       name: Name of the bundle.
@@ -95,7 +104,7 @@ class Message:
 
     def __init__(
         self,
-        kind: Literal["tensor", "control", "bundle"],
+        kind: MessageKind,
         link: Link,
         *,
         tag: Tag | None = None,

@@ -24,7 +24,7 @@ MAX_SECONDS = 1e9
 _T = TypeVar("_T")
 
 
-class Step(enum.IntEnum):
+class HandshakeStep(enum.IntEnum):
     """The kinds of handshake message."""
 
     HELLO = 1
@@ -103,7 +103,7 @@ def ruled(rule: Rule, default: _T | None = None) -> _T:
 class Greeting:
     """A message of the handshake."""
 
-    step: ClassVar[Step]
+    step: ClassVar[HandshakeStep]
 
     @classmethod
     def read(cls, body: JsonObject) -> Self:
@@ -177,7 +177,7 @@ class Hello(Terms):
       token: Whether this side has a token.
     """
 
-    step = Step.HELLO
+    step = HandshakeStep.HELLO
     nonce: str = ruled(NONCE)
     token: bool = ruled(TRUTH)
 
@@ -192,7 +192,7 @@ class Challenge(Greeting):
       token: Whether the listener has a token.
     """
 
-    step = Step.CHALLENGE
+    step = HandshakeStep.CHALLENGE
     name: str = ruled(NAME)
     nonce: str = ruled(NONCE)
     token: bool = ruled(TRUTH)
@@ -206,7 +206,7 @@ class Proof(Greeting):
       proof: 64 hexadecimal digits, or None without a token.
     """
 
-    step = Step.PROOF
+    step = HandshakeStep.PROOF
     proof: str | None = ruled(_optional(PROOF))
 
 
@@ -218,7 +218,7 @@ class Welcome(Terms):
       proof: 64 hexadecimal digits, or None without a token.
     """
 
-    step = Step.WELCOME
+    step = HandshakeStep.WELCOME
     proof: str | None = ruled(_optional(PROOF))
 
 
@@ -231,17 +231,17 @@ class Refuse(Greeting):
       reason: Why, for a person; one line.
     """
 
-    step = Step.REFUSE
+    step = HandshakeStep.REFUSE
     code: str = ruled(CODE)
     reason: str = ruled(REASON)
 
 
-GREETINGS: dict[Step, type[Greeting]] = {
+GREETINGS: dict[HandshakeStep, type[Greeting]] = {
     kind.step: kind for kind in (Hello, Challenge, Proof, Welcome, Refuse)
 }
 
 
-def read_greeting(step: Step, data: bytes) -> Greeting:
+def read_greeting(step: HandshakeStep, data: bytes) -> Greeting:
     """Returns the message that the JSON of a handshake message holds.
 
     Raises:

@@ -40,10 +40,10 @@ from comms.wire.frame import MAGIC, VERSION
 from comms.wire.greeting import (
     Challenge,
     Greeting,
+    HandshakeStep,
     Hello,
     Proof,
     Refuse,
-    Step,
     Terms,
     Welcome,
     read_greeting,
@@ -107,12 +107,12 @@ class Handshake:
         if len(self._buffer) < _PREFACE.size:
             return None
         _, version, kind, zero, length = _PREFACE.unpack_from(self._buffer)
-        if version != VERSION and kind != Step.REFUSE:
+        if version != VERSION and kind != HandshakeStep.REFUSE:
             raise VersionError(
                 f"the peer speaks protocol version {version}, this side ({self.name}) version "
                 f"{VERSION}; install the same version of the software on both sides"
             )
-        if kind not in Step.__members__.values() or zero:
+        if kind not in HandshakeStep.__members__.values() or zero:
             raise HandshakeError(f"the peer sent a handshake message of unknown kind {kind}")
         if length > _MAX_BODY_BYTES:
             raise HandshakeError(
@@ -128,7 +128,7 @@ class Handshake:
                 f"the peer refused (it speaks protocol version {version}): "
                 f"{_foreign_reason(message[_PREFACE.size :])}"
             )
-        greeting = read_greeting(Step(kind), message[_PREFACE.size :])
+        greeting = read_greeting(HandshakeStep(kind), message[_PREFACE.size :])
         if isinstance(greeting, Refuse):
             _refused(greeting)
         return greeting, message

@@ -22,7 +22,7 @@ from pipar_jax.launch.pinning import first_cores
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.profiling.link_delay import measure_delay_s
 from pipar_jax.report import RecordedRun
-from pipar_jax.schedule.actions import AGGREGATE, SEND_FORWARD
+from pipar_jax.schedule.actions import AGGREGATE, SEND_FORWARD, ActionKind
 from pipar_jax.schedule.plan import OWNER, DevicePlan, Plan, device_name, is_node, node_name
 from pipar_jax.simulator import Costs, LinkModel, simulate
 from stages import Facts, Model
@@ -216,7 +216,7 @@ def predict(run: RecordedRun) -> float:
     seen = observed(run.trace)
     emulated, in_run = seen.seconds(min), seen.seconds()
 
-    def compute_s(device: int, stage: int, kind: str, samples: int) -> float:
+    def compute_s(device: int, stage: int, kind: ActionKind, samples: int) -> float:
         return (in_run if kind == AGGREGATE else emulated)(device, stage, kind, samples)
 
     plan = schedule.plan

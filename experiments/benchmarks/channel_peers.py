@@ -23,7 +23,17 @@ from typing import Any
 
 import numpy as np
 
-from comms import ChannelOptions, Endpoint, Link, LinkShape, Message, Role, Tag, TlsOptions
+from comms import (
+    ChannelOptions,
+    Endpoint,
+    Link,
+    LinkShape,
+    Message,
+    MessageKind,
+    Role,
+    Tag,
+    TlsOptions,
+)
 
 _LENGTH = struct.Struct("<Q")
 _CLONE_NEWNET = 0x40000000
@@ -121,7 +131,7 @@ def _serve_channel(host: str, folder: Path | None, checksum: bool | None = None)
         """What a host does: takes messages from its mailbox on a thread of its own."""
         while True:
             message = mailbox.get()
-            if message.kind == "control":
+            if message.kind == MessageKind.CONTROL:
                 message.link.send_control(message.body)
                 continue
             if message.tag is not None and message.tag.micro_batch + 1 == (
@@ -132,7 +142,7 @@ def _serve_channel(host: str, folder: Path | None, checksum: bool | None = None)
 
     def take(message: Message) -> None:
         """Answers small tensors at once, so that a round trip is the channel's and no host's."""
-        if message.kind == "tensor" and message.nbytes == SMALL_BYTES:
+        if message.kind == MessageKind.TENSOR and message.nbytes == SMALL_BYTES:
             message.link.send(Tag(role=Role.COTANGENT), message.array)
             message.release()
         else:
@@ -294,7 +304,7 @@ def heartbeat_under_load(
         time.sleep(0.05)
         began_s = time.perf_counter()
         channel.link.send_control({"beat": 1})
-        if channel.replies.get().kind != "control":
+        if channel.replies.get().kind != MessageKind.CONTROL:
             raise RuntimeError(f"the tensor of {nbytes} bytes arrived before {seconds} s were over")
         longest_s = max(longest_s, time.perf_counter() - began_s)
     channel.endpoint.close(timeout_s=0.0)

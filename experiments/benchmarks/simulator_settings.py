@@ -25,7 +25,7 @@ from pipar_jax.methods.resolution import resolve
 from pipar_jax.profiling.link_delay import measure_delay_s
 from pipar_jax.report import RecordedRun
 from pipar_jax.schedule import actions
-from pipar_jax.schedule.actions import AGGREGATE, SEND_FORWARD
+from pipar_jax.schedule.actions import AGGREGATE, SEND_FORWARD, ActionKind
 from pipar_jax.schedule.plan import COORDINATOR
 from pipar_jax.simulator import Costs, LinkModel, simulate
 
@@ -156,7 +156,7 @@ def predict(setting: Setting, run: RecordedRun, alone: dict[str, Alone]) -> tupl
     seen = observed(run.trace)
     emulated, in_run = seen.seconds(min), seen.seconds()
 
-    def compute_s(device: int, stage: int, kind: str, samples: int) -> float:
+    def compute_s(device: int, stage: int, kind: ActionKind, samples: int) -> float:
         if kind == AGGREGATE:
             return in_run(device, stage, kind, samples)
         if stage:

@@ -20,7 +20,7 @@ from pipar_jax.config.hosts import Hosts, HostSpec, field_path
 from pipar_jax.config.intervals import aggregate_steps
 from pipar_jax.config.sink_names import sink_names
 from pipar_jax.errors import ConfigError
-from pipar_jax.schedule.plan import COORDINATOR, node_name
+from pipar_jax.schedule.plan import COORDINATOR, WeightPolicy, node_name
 
 #: The channel takes no shorter secret.
 TOKEN_CHARACTERS = 8
@@ -49,7 +49,7 @@ def check_whole(config: Config) -> None:
     sink_names(config.run.sinks)
     pipeline = config.pipeline
     _check_cut(pipeline.cut, "pipeline.cut")
-    if pipeline.in_flight and pipeline.weights != "shared":
+    if pipeline.in_flight and pipeline.weights != WeightPolicy.SHARED:
         raise ConfigError(
             f"pipeline.in_flight={pipeline.in_flight} limits a stage with shared weights, but "
             "pipeline.weights='copy': set pipeline.weights=shared, or in_flight=0"

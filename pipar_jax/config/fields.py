@@ -8,7 +8,7 @@ import dataclasses
 from typing import Any, Literal, get_args
 
 from pipar_jax.config.schema import REGISTERED, option
-from pipar_jax.schedule.plan import Dispatch, HandOn, Weights
+from pipar_jax.schedule.plan import Dispatch, HandOn, WeightPolicy
 from stages.names import MODELS, NORMS, STEMS
 
 #: Value of ``method`` with which the tuner chooses method and plan.
@@ -168,7 +168,7 @@ class PipelineConfig:
         "copy",
         "weights of a stage that serves several devices: copy (one per device, averaged) or "
         "shared (one for all, with gradients summed over the devices)",
-        choices=get_args(Weights),
+        choices=tuple(map(str, WeightPolicy)),
     )
     in_flight: int = option(
         0,
@@ -176,12 +176,12 @@ class PipelineConfig:
         at_least=0,
     )
     dispatch: str = option(
-        "fcfs", "policy that chooses among ready actions", choices=get_args(Dispatch)
+        "fcfs", "policy that chooses among ready actions", choices=tuple(map(str, Dispatch))
     )
     hand_on: str = option(
         "epoch",
         "devices in turns: when the client-side model passes to the next device",
-        choices=get_args(HandOn),
+        choices=tuple(map(str, HandOn)),
     )
     activation_codec: str = option(
         "raw", "codec for activations on links: raw, bfloat16, float16, int8, int4, bits:6, …"

@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from comms.emulation.shaping import LinkShape
+from pipar_jax.schedule.actions import ActionKind
 
 #: Seconds of a computation by device (``ALL`` for one that serves all), stage, kind, samples.
-Seconds = Callable[[int, int, str, int], float]
+Seconds = Callable[[int, int, ActionKind, int], float]
 #: Bytes of a result on the wire or in memory, by the same keys.
-Bytes = Callable[[int, int, str, int], float]
+Bytes = Callable[[int, int, ActionKind, int], float]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ def on_grid(seconds: float) -> float:
     return round(seconds * _GRID) / _GRID
 
 
-def no_cost(device: int, stage: int, kind: str, samples: int) -> float:
+def no_cost(device: int, stage: int, kind: ActionKind, samples: int) -> float:
     """Returns zero: no seconds, no bytes."""
     del device, stage, kind, samples
     return 0.0

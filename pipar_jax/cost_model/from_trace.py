@@ -17,6 +17,7 @@ from pipar_jax.schedule.actions import (
     SEND_CLIENT_MODEL,
     SEND_FORWARD,
     SEND_WEIGHTS,
+    ActionKind,
 )
 from pipar_jax.schedule.plan import Plan, device_name
 from pipar_jax.schedule.trace import Trace
@@ -66,7 +67,7 @@ class Observed:
         """
         tensors, weights = _lookup(self._bytes, statistics.median), dict(self._weights)
 
-        def wire_bytes(device: int, stage: int, kind: str, samples: int) -> float:
+        def wire_bytes(device: int, stage: int, kind: ActionKind, samples: int) -> float:
             if kind in _TENSORS:
                 return tensors(device, stage, kind, samples)
             # One message contains all stages of a device.
@@ -122,7 +123,7 @@ def _lookup(values: Mapping[Key, array.array[float]], summary: Summary) -> Secon
     """Returns a function from device, stage, kind and samples to one number."""
     table = {key: summary(list(some)) for key, some in values.items()}
 
-    def find(device: int, stage: int, kind: str, samples: int) -> float:
+    def find(device: int, stage: int, kind: ActionKind, samples: int) -> float:
         found = table.get((device, stage, kind, samples))
         if found is None:
             if kind == AGGREGATE and device == ALL:

@@ -11,6 +11,7 @@ from pipar_jax.data.published import PUBLIC_SOURCES
 from pipar_jax.errors import ConfigError
 from pipar_jax.methods.registry import METHODS, Method, node_methods
 from pipar_jax.methods.tuner_checks import check_tuner
+from pipar_jax.schedule.plan import Order, WeightPolicy
 from stages.names import UNITS
 
 #: Networks whose samples are rows of tokens, not images.
@@ -185,7 +186,7 @@ def _check_micro_batches(config: Config, method: Method, hosts: Hosts) -> None:
 
 def _check_cohort(config: Config, method: Method | None) -> None:
     """Checks what a method cannot do with a cohort, or with losses."""
-    cohort, shared = config.cohort, config.pipeline.weights == "shared"
+    cohort, shared = config.cohort, config.pipeline.weights == WeightPolicy.SHARED
     if cohort.size:
         if method is None:
             raise ConfigError(
@@ -205,12 +206,12 @@ def _check_cohort(config: Config, method: Method | None) -> None:
             f"tuner.adapt=true cannot be combined with {field}: its plans are made for the "
             "devices that it knows; set tuner.adapt=false, or leave cohort.* as it is"
         )
-    if cohort.first and method is not None and method.order == "sequential":
+    if cohort.first and method is not None and method.order == Order.SEQUENTIAL:
         raise ConfigError(
             f"cohort.first={cohort.first} cannot be combined with method={method.name}, whose "
             "devices take turns: leave it 0"
         )
-    joint = method is None or (method.cuts and method.order == "parallel")
+    joint = method is None or (method.cuts and method.order == Order.PARALLEL)
     if shared and joint and (cohort.first or cohort.deadline_s):
         field = f"first={cohort.first}" if cohort.first else f"deadline_s={cohort.deadline_s:g}"
         raise ConfigError(

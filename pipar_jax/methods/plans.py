@@ -8,14 +8,23 @@ from collections.abc import Sequence
 from pipar_jax.config import Config, Hosts, aggregate_steps, field_path
 from pipar_jax.config.schema import did_you_mean
 from pipar_jax.errors import ConfigError
-from pipar_jax.schedule.plan import COORDINATOR, OWNER, Codecs, DevicePlan, Plan, node_name
+from pipar_jax.schedule.plan import (
+    COORDINATOR,
+    OWNER,
+    Codecs,
+    DevicePlan,
+    Order,
+    Plan,
+    WeightPolicy,
+    node_name,
+)
 
 
 def federated(config: Config, units: Sequence[str]) -> Plan:
     """FL (FedAvg, McMahan et al., arXiv 1602.05629): no cut, all devices at once, averaged."""
     del units
     devices = tuple(DevicePlan((), (OWNER,)) for _ in range(config.devices.count))
-    return _plan(config, devices, weights="copy")
+    return _plan(config, devices, weights=WeightPolicy.COPY)
 
 
 def split_learning_plan(config: Config, units: Sequence[str]) -> Plan:
@@ -27,7 +36,11 @@ def split_learning_plan(config: Config, units: Sequence[str]) -> Plan:
             "client-side model: use pipeline.cut alone, or another method"
         )
     return _plan(
-        config, devices, order="sequential", weights="shared", hand_on=config.pipeline.hand_on
+        config,
+        devices,
+        order=Order.SEQUENTIAL,
+        weights=WeightPolicy.SHARED,
+        hand_on=config.pipeline.hand_on,
     )
 
 

@@ -35,7 +35,7 @@ class Method:
     title: str
     plan: Callable[[Config, Sequence[str]], Plan]
     cuts: bool = True
-    order: Order = "parallel"
+    order: Order = Order.PARALLEL
     pipelined: bool = False
     uses_nodes: bool = False
     one_device: bool = False
@@ -62,7 +62,7 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("fl", "FL", plans.federated, cuts=False),
-        Method("sl", "SL", plans.split_learning_plan, order="sequential"),
+        Method("sl", "SL", plans.split_learning_plan, order=Order.SEQUENTIAL),
         Method("sfl", "SFL", plans.split_federated),
         Method("pipar", "PiPar", plans.pipar, pipelined=True),
         Method("mpsl", "MP-SL", plans.mpsl_plan, pipelined=True, uses_nodes=True, labels_home=True),

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import get_args
 
 from pipar_jax.config import Config, codec_candidates, schema
 from pipar_jax.config.checks import check_codec
 from pipar_jax.config.texts import split_list
 from pipar_jax.errors import ConfigError
 from pipar_jax.methods.registry import METHODS, node_methods, server_methods, uses_nodes
-from pipar_jax.schedule.plan import Dispatch
+from pipar_jax.schedule.plan import Dispatch, Order, WeightPolicy
 
 
 def check_tuner(config: Config) -> None:
@@ -27,7 +26,7 @@ def check_tuner(config: Config) -> None:
         )
     known = {
         "methods": server_methods(),
-        "dispatch": get_args(Dispatch),
+        "dispatch": tuple(map(str, Dispatch)),
     }
     for name in ("methods", "dispatch", "codecs", "micro_batches", "sizes"):
         field, text = f"tuner.{name}", getattr(config.tuner, name)
@@ -72,7 +71,7 @@ def _check_tuner_numbers(config: Config) -> None:
 
 def _check_adaptation(config: Config) -> None:
     """Checks that a plan between devices and server may change during the run."""
-    if config.pipeline.weights == "shared":
+    if config.pipeline.weights == WeightPolicy.SHARED:
         raise ConfigError(
             f"tuner.adapt=true cannot be combined with method={config.method} and "
             "pipeline.weights=shared: units can move only where every device has its own "
@@ -96,4 +95,4 @@ def _check_adaptation(config: Config) -> None:
 
 def _in_turns(methods: Iterable[str]) -> bool:
     """Returns whether devices take turns in all of some methods."""
-    return all(name in METHODS and METHODS[name].order == "sequential" for name in methods)
+    return all(name in METHODS and METHODS[name].order == Order.SEQUENTIAL for name in methods)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 import numpy as np
 
-from comms import ChannelError, CodecError, FrameError, Link
+from comms import ChannelError, CodecError, FrameError, Link, MessageKind
 from comms import Message as Arrived
 from comms.errors import DamageError
 from pipar_jax.errors import PeerError, ProtocolError
@@ -40,7 +40,7 @@ class Form(enum.Enum):
     EITHER = "either"
 
 
-class MessageKind(NamedTuple):
+class MessageType(NamedTuple):
     """The registration of a message.
 
     Attributes:
@@ -57,8 +57,8 @@ class MessageKind(NamedTuple):
 
 
 #: All messages by name.
-KINDS: dict[str, MessageKind] = {}
-_BY_CLASS: dict[type, MessageKind] = {}
+KINDS: dict[str, MessageType] = {}
+_BY_CLASS: dict[type, MessageType] = {}
 
 
 @dataclass_transform(frozen_default=True)
@@ -67,13 +67,13 @@ def message(name: str, sender: Sender, form: Form = Form.CONTROL) -> Callable[[t
 
     def register(made: type[T]) -> type[T]:
         frozen = dataclasses.dataclass(frozen=True, slots=True)(made)
-        KINDS[name] = _BY_CLASS[frozen] = MessageKind(name, frozen, sender, form)
+        KINDS[name] = _BY_CLASS[frozen] = MessageType(name, frozen, sender, form)
         return frozen
 
     return register
 
 
-def kind_of(made: type) -> MessageKind:
+def kind_of(made: type) -> MessageType:
     """Returns the registration of a message's class."""
     return _BY_CLASS[made]
 
@@ -124,7 +124,7 @@ def end_of(link_error: ChannelError, peer: str, words: str) -> PeerError:
     return PeerError(f"{words}: {link_error}")
 
 
-def peek(arrived: Arrived) -> MessageKind | None:
+def peek(arrived: Arrived) -> MessageType | None:
     """Returns the registration of a message before decoding; None if its name is unknown."""
     name = arrived.body.get("type")
     return KINDS.get(name) if isinstance(name, str) else None
@@ -151,8 +151,8 @@ def decode(arrived: Arrived, sender: Sender, peer: str) -> Any:
             f"{peer} sent a {arrived.kind} message of type {shown(name)}, expected one of "
             f"{', '.join(theirs)}: do both hosts run the same version?"
         )
-    wrong = Form.CONTROL if arrived.kind == "bundle" else Form.BUNDLE
-    if known.form is wrong or (arrived.kind == "bundle" and arrived.name != name):
+    wrong = Form.CONTROL if arrived.kind == MessageKind.BUNDLE else Form.BUNDLE
+    if known.form is wrong or (arrived.kind == MessageKind.BUNDLE and arrived.name != name):
         raise ProtocolError(
             f"{peer} sent {name!r} as a {arrived.kind} message {shown(arrived.name)}, expected "
             f"{known.form.value}: do both hosts run the same version?"

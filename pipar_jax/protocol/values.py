@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, NamedTuple, get_args
+from typing import Annotated, NamedTuple
 
 from comms import CodecError, parse_codec
 from pipar_jax.cost_model.profile import HostProfile, RuntimeOverhead, UnitFacts
@@ -19,7 +19,7 @@ from pipar_jax.protocol.wire_fields import (
     TupleOf,
     Whole,
 )
-from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS, UPDATE
+from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS, UPDATE, ActionKind
 from pipar_jax.schedule.plan import (
     Boundary,
     Codecs,
@@ -28,7 +28,7 @@ from pipar_jax.schedule.plan import (
     HandOn,
     Order,
     Plan,
-    Weights,
+    WeightPolicy,
 )
 
 #: Maximum number of hosts, units, stages and spans in a message.
@@ -63,12 +63,12 @@ PLAN = Struct(
     Plan,
     {
         "devices": Many(DEVICE_PLAN, MOST_HOSTS, 1),
-        "order": OneOf(get_args(Order)),
-        "weights": OneOf(get_args(Weights)),
+        "order": OneOf(tuple(Order)),
+        "weights": OneOf(tuple(WeightPolicy)),
         "in_flight": Whole(),
-        "dispatch": OneOf(get_args(Dispatch)),
+        "dispatch": OneOf(tuple(Dispatch)),
         "aggregate_every": Whole(),
-        "hand_on": OneOf(get_args(HandOn)),
+        "hand_on": OneOf(tuple(HandOn)),
     },
     (PlanError,),
 )
@@ -127,7 +127,7 @@ class Seen(NamedTuple):
 
     device: int
     stage: int
-    kind: str
+    kind: ActionKind
     samples: int
     times: int
     median_s: float

@@ -196,9 +196,14 @@ class OneOf(Spec):
 
     def read(self, value: Any, path: str) -> str:
         """See ``Spec``."""
-        if type(value) is not str or value not in self.of:
-            raise Mismatch(path, f"one of {', '.join(self.of)}", shown(value))
-        return value
+        for one in self.of:
+            if one == value:
+                return one
+        raise Mismatch(path, f"one of {', '.join(self.of)}", shown(value))
+
+    def write(self, value: Any) -> Any:
+        """See ``Spec``."""
+        return str(value)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,6 +41,7 @@ from pipar_jax.schedule.actions import (
     SEND_CLIENT_MODEL,
     SEND_WEIGHTS,
     Action,
+    ActionKind,
 )
 from pipar_jax.schedule.plan import (
     COORDINATOR,
@@ -616,7 +617,7 @@ class Worker:
         self._direct = DirectTraffic(self.name, self._neighbours.link_table)  # there may be more
         self._running.adopt(said.plan, groups)
 
-    def _note_arrival(self, kind: str, step: int, message: Message) -> None:
+    def _note_arrival(self, kind: ActionKind, step: int, message: Message) -> None:
         arrived = Action(0, kind, self._own.index, step)
         timed = Timed(arrived, message.first_byte_s, message.received_s, message.nbytes)
         self._running.recorder.add(timed)

@@ -7,7 +7,7 @@ import threading
 from collections import defaultdict
 
 from pipar_jax.protocol.values import Seen
-from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS, UPDATE
+from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS, UPDATE, ActionKind
 from pipar_jax.schedule.trace import Timed
 
 _KINDS = (FORWARD, BACKWARD, LOSS, UPDATE)
@@ -18,7 +18,7 @@ class Observer:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._times: dict[tuple[int, int, str, int], list[float]] = defaultdict(list)
+        self._times: dict[tuple[int, int, ActionKind, int], list[float]] = defaultdict(list)
 
     def add(self, row: Timed) -> None:
         """Takes a timed action; those that are no computation do not count."""

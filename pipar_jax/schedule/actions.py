@@ -9,29 +9,49 @@ host's ready actions runs next (``dispatch.py``).
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from pipar_jax.errors import PlanError
-from pipar_jax.schedule.plan import COORDINATOR, OWNER, Plan
+from pipar_jax.schedule.plan import COORDINATOR, OWNER, HandOn, Order, Plan
 
-FORWARD = "F"
-BACKWARD = "B"
-#: Fused last stage: forward, loss and backward in one computation.
-LOSS = "L"
-UPDATE = "U"
-AGGREGATE = "A"
-SEND_CLIENT_MODEL = "H"
-EVALUATE = "E"
-#: Sends and receives are named after the computation whose result they transfer.
-SEND_FORWARD, RECEIVE_FORWARD = "SF", "RF"
-SEND_BACKWARD, RECEIVE_BACKWARD = "SB", "RB"
-#: The client-side model with its optimiser state arrives (sequential order).
-RECEIVE_CLIENT_MODEL = "RH"
-#: Weights leave a host for aggregation, and return to it.
-SEND_WEIGHTS, RECEIVE_WEIGHTS = "SA", "RA"
+
+class ActionKind(enum.StrEnum):
+    """What an action does; the value is its text in a schedule.
+
+    Sends and receives are named after the computation whose result they transfer.
+    """
+
+    FORWARD = "F"
+    BACKWARD = "B"
+    #: Fused last stage: forward, loss and backward in one computation.
+    LOSS = "L"
+    UPDATE = "U"
+    AGGREGATE = "A"
+    SEND_CLIENT_MODEL = "H"
+    EVALUATE = "E"
+    SEND_FORWARD = "SF"
+    RECEIVE_FORWARD = "RF"
+    SEND_BACKWARD = "SB"
+    RECEIVE_BACKWARD = "RB"
+    #: The client-side model with its optimiser state arrives (sequential order).
+    RECEIVE_CLIENT_MODEL = "RH"
+    #: Weights leave a host for aggregation, and return to it.
+    SEND_WEIGHTS = "SA"
+    RECEIVE_WEIGHTS = "RA"
+
+
+# Names of the module: an attribute of a class costs more to look up, and every action needs some.
+FORWARD, BACKWARD, LOSS = ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.LOSS
+UPDATE, AGGREGATE, EVALUATE = ActionKind.UPDATE, ActionKind.AGGREGATE, ActionKind.EVALUATE
+SEND_FORWARD, RECEIVE_FORWARD = ActionKind.SEND_FORWARD, ActionKind.RECEIVE_FORWARD
+SEND_BACKWARD, RECEIVE_BACKWARD = ActionKind.SEND_BACKWARD, ActionKind.RECEIVE_BACKWARD
+SEND_CLIENT_MODEL = ActionKind.SEND_CLIENT_MODEL
+RECEIVE_CLIENT_MODEL = ActionKind.RECEIVE_CLIENT_MODEL
+SEND_WEIGHTS, RECEIVE_WEIGHTS = ActionKind.SEND_WEIGHTS, ActionKind.RECEIVE_WEIGHTS
 
 #: Kinds that occupy a host's processor.
 COMPUTE = frozenset((FORWARD, BACKWARD, LOSS, UPDATE, AGGREGATE))
@@ -40,9 +60,9 @@ RECEIVES = frozenset((RECEIVE_FORWARD, RECEIVE_BACKWARD, RECEIVE_CLIENT_MODEL, R
 #: Kinds that belong to one micro-batch.
 MICRO = frozenset((FORWARD, BACKWARD, LOSS, SEND_FORWARD, RECEIVE_FORWARD, SEND_BACKWARD,
                    RECEIVE_BACKWARD))  # fmt: skip
-KINDS = COMPUTE | RECEIVES | MICRO | {SEND_CLIENT_MODEL, EVALUATE, SEND_WEIGHTS}
+KINDS = frozenset(ActionKind)
 #: Names of the kinds in traces and reports.
-KIND_NAMES: Mapping[str, str] = {
+KIND_NAMES: Mapping[ActionKind, str] = {
     FORWARD: "forward", BACKWARD: "backward", LOSS: "forward, loss, backward", UPDATE: "update",
     AGGREGATE: "average", EVALUATE: "evaluate",
     SEND_FORWARD: "send activation", RECEIVE_FORWARD: "receive activation",
@@ -72,7 +92,7 @@ class Action(NamedTuple):
     """
 
     stage: int
-    kind: str
+    kind: ActionKind
     device: int
     step: int
     micro_batch: int = 0
@@ -94,10 +114,10 @@ def parse(text: str) -> Action:
     if match is None or match[3] not in KINDS or (match[3] in MICRO) != bool(match[4]):
         raise PlanError(
             f"{text!r} is not an action: expected d<device>.<stage><kind><micro-batch>@<step> "
-            f"such as d1.2F0@17, with a kind of {sorted(KINDS)}"
+            f"such as d1.2F0@17, with a kind of {', '.join(sorted(KINDS))}"
         )
     device = ALL if match[1] == "*" else int(match[1])
-    return Action(int(match[2]), match[3], device, int(match[5]), int(match[4] or 0))
+    return Action(int(match[2]), ActionKind(match[3]), device, int(match[5]), int(match[4] or 0))
 
 
 #: Actions with the actions that must have finished before they start.
@@ -161,7 +181,7 @@ def rounds(plan: Plan, steps_per_epoch: Sequence[int], epochs: int) -> tuple[tup
             "used all its samples starts over"
         )
     devices = range(len(plan.devices))
-    if plan.order == "sequential" and plan.hand_on == "step":
+    if plan.order == Order.SEQUENTIAL and plan.hand_on == HandOn.STEP:
         return tuple(
             tuple(
                 Span(d, epoch * steps_per_epoch[d] + i, epoch * steps_per_epoch[d] + i + 1)
@@ -171,7 +191,7 @@ def rounds(plan: Plan, steps_per_epoch: Sequence[int], epochs: int) -> tuple[tup
             )
             for epoch in range(epochs)
         )
-    if plan.order == "sequential" or plan.aggregate_every == 0:
+    if plan.order == Order.SEQUENTIAL or plan.aggregate_every == 0:
         return tuple(
             tuple(Span(d, e * steps_per_epoch[d], (e + 1) * steps_per_epoch[d]) for d in devices)
             for e in range(epochs)
@@ -194,7 +214,7 @@ class _Row(NamedTuple):
     """An action of a step template: its deps are indices of rows; ``waits`` marks weight deps."""
 
     stage: int
-    kind: str
+    kind: ActionKind
     micro_batch: int
     deps: tuple[int, ...]
     waits: bool
@@ -204,10 +224,10 @@ class _Row(NamedTuple):
 def _template(hosts: tuple[str, ...], micro_batches: int) -> tuple[_Row, ...]:
     """Returns the actions of one step of one device, in a valid order."""
     rows: list[_Row] = []
-    index: dict[tuple[int, str, int], int] = {}
+    index: dict[tuple[int, ActionKind, int], int] = {}
     last = len(hosts) - 1
 
-    def add(stage: int, kind: str, m: int, *deps: tuple[int, str, int]) -> None:
+    def add(stage: int, kind: ActionKind, m: int, *deps: tuple[int, ActionKind, int]) -> None:
         known = tuple(index[key] for key in deps if key[2] >= 0)
         first = m == 0 and kind in (FORWARD, LOSS)
         index[stage, kind, m] = len(rows)
@@ -218,7 +238,7 @@ def _template(hosts: tuple[str, ...], micro_batches: int) -> tuple[_Row, ...]:
     for m in range(micro_batches):
         for s, host in enumerate(hosts):
             kind = LOSS if s == last else FORWARD
-            source: tuple[tuple[int, str, int], ...] = ()
+            source: tuple[tuple[int, ActionKind, int], ...] = ()
             if s and host == hosts[s - 1]:
                 source = ((s - 1, FORWARD, m),)
             elif s:
@@ -247,7 +267,7 @@ class HostTemplate(NamedTuple):
         waits for its stage's weights.
     """
 
-    actions: tuple[tuple[int, str, int], ...]
+    actions: tuple[tuple[int, ActionKind, int], ...]
     rows: tuple[tuple[int, tuple[int, ...], bool], ...]
 
 
@@ -339,7 +359,7 @@ def predecessors(
     stages = range(plan.devices[span.device].stages)
     if step > span.first:
         return {s: update_of(plan, span.device, s, step - 1) for s in stages}
-    if plan.order == "parallel":
+    if plan.order == Order.PARALLEL:
         return {}
     after: dict[int, Action] = {}
     before = spans[position - 1] if position and not alone else None
@@ -395,7 +415,7 @@ class RoundSchedule:
 
     def opens(self, position: int) -> bool:
         """Returns whether a span of a sequential round begins a device's turn."""
-        return self.plan.order == "sequential" and (
+        return self.plan.order == Order.SEQUENTIAL and (
             not position or self.spans[position].device != self.spans[position - 1].device
         )
 
@@ -410,7 +430,7 @@ class RoundSchedule:
         micro_batches = len(self.sizes(device, step))
         after = predecessors(self.plan, self.spans, position, step, self.holder)
         rows = step_actions(self.plan, device, step, micro_batches, after)
-        if self.plan.order == "parallel":
+        if self.plan.order == Order.PARALLEL:
             return rows
         before = self.spans[position - 1] if position else None
         if step == span.first and _opens(self.spans, position, self.holder):
@@ -432,7 +452,7 @@ class RoundSchedule:
         Stages whose replicas are on one host are averaged there, without traffic; all others at the
         coordinator. In sequential order there is one copy and nothing to average.
         """
-        if self.plan.order == "sequential":
+        if self.plan.order == Order.SEQUENTIAL:
             return ()
         rows: list[tuple[Action, tuple[Action, ...]]] = []
         sources: dict[Action, list[Action]] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipar_jax.errors import PlanError
-from pipar_jax.schedule.plan import COORDINATOR, Plan, device_name, is_node
+from pipar_jax.schedule.plan import COORDINATOR, Order, Plan, WeightPolicy, device_name, is_node
 
 
 def check_adaptable(plan: Plan) -> None:
@@ -12,8 +12,8 @@ def check_adaptable(plan: Plan) -> None:
     Raises:
       PlanError: Devices train in turn, or share weights on the coordinator's host.
     """
-    shared = plan.weights == "shared" and not any(map(plan.local_stages, plan.hosts()))
-    if plan.order != "parallel" or shared:
+    shared = plan.weights == WeightPolicy.SHARED and not any(map(plan.local_stages, plan.hosts()))
+    if plan.order != Order.PARALLEL or shared:
         raise PlanError(
             "tuner.adapt needs devices in parallel, with weights copied, or shared on compute "
             f"nodes; the plan is {plan}: set tuner.adapt=false"

@@ -23,6 +23,7 @@ from pipar_jax.schedule.actions import (
     SEND_FORWARD,
     UPDATE,
     Action,
+    ActionKind,
     HostTemplate,
     RoundSchedule,
     batch_samples,
@@ -30,7 +31,7 @@ from pipar_jax.schedule.actions import (
     micro_batch_sizes,
     predecessors,
 )
-from pipar_jax.schedule.plan import Boundary, Plan
+from pipar_jax.schedule.plan import Boundary, Order, Plan
 
 #: An action and what must be complete before it.
 Bare = tuple[Action, tuple[Action, ...]]
@@ -61,15 +62,15 @@ class Operation:
 
     place: int
     stage: int
-    kind: str
+    kind: ActionKind
     host: str
     replica_key: tuple[int, int]
     source: Boundary | None
-    received: str
-    output_of: tuple[int, str] | None
+    received: ActionKind
+    output_of: tuple[int, ActionKind] | None
     target: Boundary | None
-    sent: str
-    arrives_as: str
+    sent: ActionKind
+    arrives_as: ActionKind
     target_stage: int
     cut: int
     codec: str
@@ -103,7 +104,7 @@ class HostProgram:
                     self._add(_operation(plan, place, stage, kind))
                 shared = plan.sums_gradients and plan.is_colocated(stage)
                 self._add(_operation(plan, ALL if shared else place, stage, UPDATE))
-            if own and own[0] == 0 and plan.order == "sequential":
+            if own and own[0] == 0 and plan.order == Order.SEQUENTIAL:
                 self._add(_operation(plan, place, 0, SEND_CLIENT_MODEL))
         self.places = tuple(places)
         self._hosts = [
@@ -111,7 +112,7 @@ class HostProgram:
             for place, one in enumerate(plan.devices)
         ]
         self._templates: dict[tuple[int, int], HostTemplate] = {}
-        self._hands_on = plan.order == "sequential"
+        self._hands_on = plan.order == Order.SEQUENTIAL
         self._shared = frozenset(
             stage
             for stage in range(plan.devices[0].stages)
@@ -123,7 +124,7 @@ class HostProgram:
         """Returns whether the host runs a stage of a place's chain."""
         return place in self._takes_part
 
-    def operation(self, place: int, stage: int, kind: str) -> Operation:
+    def operation(self, place: int, stage: int, kind: ActionKind) -> Operation:
         """Returns the operation of a place's stage.
 
         Raises:
@@ -184,7 +185,7 @@ class HostProgram:
             template = host_template(self._hosts[place], micro_batches, self.host)
             self._templates[place, micro_batches] = template
         actions = [
-            Action(stage, kind, ALL if stage in shared and kind == UPDATE else place, step, m)
+            Action(stage, kind, ALL if stage in shared and kind is UPDATE else place, step, m)
             for stage, kind, m in template.actions
         ]
         within = step > span.first
@@ -206,7 +207,7 @@ class HostProgram:
         if self._hands_on and (place, 0, SEND_CLIENT_MODEL) in self._operations:
             following = schedule.spans[position + 1 : position + 2]
             if step == span.stop - 1 and not (following and following[0].device == place):
-                updates = tuple(one for one in actions if one.kind == UPDATE)
+                updates = tuple(one for one in actions if one.kind is UPDATE)
                 rows.append((Action(0, SEND_CLIENT_MODEL, place, step), updates))
         return rows
 
@@ -220,14 +221,16 @@ def replica_key(plan: Plan, place: int, stage: int) -> tuple[int, int]:
     return (ALL if plan.is_shared(place, stage) else place), stage
 
 
-def _operation(plan: Plan, place: int, stage: int, kind: str) -> Operation:
+def _operation(plan: Plan, place: int, stage: int, kind: ActionKind) -> Operation:
     """Returns the operation of a place's stage."""
     known = 0 if place == ALL else place
     one = plan.devices[known]
     hosts = [plan.host(known, s) for s in range(one.stages)]
     last = one.stages - 1
     source = target = None
-    received = sent = arrives_as = ""
+    received = RECEIVE_BACKWARD if kind == BACKWARD else RECEIVE_FORWARD
+    up = kind == FORWARD
+    sent, arrives_as = (SEND_FORWARD, RECEIVE_FORWARD) if up else (SEND_BACKWARD, RECEIVE_BACKWARD)
     output_of = None
     target_stage, cut, codec = stage, -1, "raw"
     before = {FORWARD: stage - 1, LOSS: stage - 1, BACKWARD: stage + 1}.get(kind, -1)
@@ -237,15 +240,10 @@ def _operation(plan: Plan, place: int, stage: int, kind: str) -> Operation:
             output_of = before, kinds
         else:
             source = plan.boundary(known, min(stage, before))
-            received = RECEIVE_BACKWARD if kind == BACKWARD else RECEIVE_FORWARD
-    if kind == FORWARD or (kind in (BACKWARD, LOSS) and stage):
-        up = kind == FORWARD
+    if up or (kind in (BACKWARD, LOSS) and stage):
         target_stage = stage + 1 if up else stage - 1
         below = min(stage, target_stage)
         cut = one.cuts[below]
-        sent, arrives_as = (
-            (SEND_FORWARD, RECEIVE_FORWARD) if up else (SEND_BACKWARD, RECEIVE_BACKWARD)
-        )
         if hosts[target_stage] != hosts[stage]:
             target = plan.boundary(known, below)
             pair = one.codecs[below]

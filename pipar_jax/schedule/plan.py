@@ -11,14 +11,40 @@ import dataclasses
 import enum
 import itertools
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from pipar_jax.errors import PlanError
 
-Order = Literal["parallel", "sequential"]
-Weights = Literal["copy", "shared"]
-Dispatch = Literal["fcfs", "backward_first", "slowest_first", "fixed"]
-HandOn = Literal["epoch", "step"]
+
+class Order(enum.StrEnum):
+    """In which order devices train."""
+
+    PARALLEL = "parallel"
+    SEQUENTIAL = "sequential"
+
+
+class WeightPolicy(enum.StrEnum):
+    """Whose the weights of a stage are that serves several devices."""
+
+    COPY = "copy"
+    SHARED = "shared"
+
+
+class Dispatch(enum.StrEnum):
+    """Which of a host's ready actions runs next; see ``policies.py``."""
+
+    FCFS = "fcfs"
+    BACKWARD_FIRST = "backward_first"
+    SLOWEST_FIRST = "slowest_first"
+    FIXED = "fixed"
+
+
+class HandOn(enum.StrEnum):
+    """When the device part is handed to the next device, in sequential order."""
+
+    EPOCH = "epoch"
+    STEP = "step"
+
 
 #: The device that owns the data, in ``DevicePlan.hosts``.
 OWNER = "device"
@@ -167,6 +193,12 @@ class Boundary(NamedTuple):
         return self.upper if self.lower == host else self.lower
 
 
+#: What the fields of a plan that are words may say.
+_CHOICES: Mapping[str, type[enum.StrEnum]] = {
+    "order": Order, "weights": WeightPolicy, "dispatch": Dispatch, "hand_on": HandOn,
+}  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
     """The plan of all hosts of a run, as a value that prints, compares and serialises.
@@ -185,12 +217,12 @@ class Plan:
     """
 
     devices: tuple[DevicePlan, ...]
-    order: Order = "parallel"
-    weights: Weights = "copy"
+    order: Order = Order.PARALLEL
+    weights: WeightPolicy = WeightPolicy.COPY
     in_flight: int = 0
-    dispatch: Dispatch = "fcfs"
+    dispatch: Dispatch = Dispatch.FCFS
     aggregate_every: int = 0
-    hand_on: HandOn = "epoch"
+    hand_on: HandOn = HandOn.EPOCH
 
     def __post_init__(self) -> None:
         """Checks the values of the fields.
@@ -200,14 +232,12 @@ class Plan:
         """
         if not self.devices:
             raise PlanError("a plan needs at least one device")
-        choices: Mapping[str, Any] = {
-            "order": Order, "weights": Weights, "dispatch": Dispatch, "hand_on": HandOn,
-        }  # fmt: skip
-        for name, allowed in choices.items():
-            if getattr(self, name) not in get_args(allowed):
-                raise PlanError(
-                    f"plan.{name}={getattr(self, name)!r} is not one of {get_args(allowed)}"
-                )
+        for name, kind in _CHOICES.items():
+            value = getattr(self, name)
+            try:
+                object.__setattr__(self, name, kind(value))
+            except ValueError:
+                raise PlanError(f"plan.{name}={value!r} is not one of {', '.join(kind)}") from None
         if self.aggregate_every < 0 or self.in_flight < 0:
             raise PlanError("plan.aggregate_every and plan.in_flight must not be negative")
 
@@ -236,9 +266,9 @@ class Plan:
 
     def is_shared(self, device: int, stage: int) -> bool:
         """Returns whether a device's stage uses the weights that all devices share."""
-        return self.weights == "shared" and (
+        return self.weights == WeightPolicy.SHARED and (
             self.is_colocated(stage)
-            or (self.order == "sequential" and self.devices[device].hosts[stage] != OWNER)
+            or (self.order == Order.SEQUENTIAL and self.devices[device].hosts[stage] != OWNER)
         )
 
     def local_stages(self, host: str) -> tuple[int, ...]:
@@ -270,7 +300,7 @@ class Plan:
     @property
     def sums_gradients(self) -> bool:
         """Whether devices in parallel share weights, so that gradients are summed over devices."""
-        return self.weights == "shared" and self.order == "parallel"
+        return self.weights == WeightPolicy.SHARED and self.order == Order.PARALLEL
 
     def hosts(self) -> tuple[str, ...]:
         """Returns all hosts of the plan, coordinator first, then in order of appearance."""
@@ -317,7 +347,7 @@ class Plan:
             chain = f"{len(texts)} of {texts[0]}" if len(texts) > 1 else texts[0]
         else:
             chain = ", ".join(f"d{i} {text}" for i, text in enumerate(texts))
-        if self.order == "sequential":
+        if self.order == Order.SEQUENTIAL:
             rest = f"sequential, handed on each {self.hand_on}"
         else:
             every = f"{self.aggregate_every} steps" if self.aggregate_every else "epoch"

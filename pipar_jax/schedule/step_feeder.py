@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pipar_jax.schedule.actions import ALL, Action, RoundSchedule, Span
 from pipar_jax.schedule.dispatch import Demand, Dispatcher, Row
 from pipar_jax.schedule.host_program import HostProgram, Operation
+from pipar_jax.schedule.plan import Order
 
 #: Returns the conditions of an operation on a number of samples, in addition to predecessors.
 Demands = Callable[[Operation, int], Demand | None]
@@ -61,7 +62,7 @@ class StepFeeder:
         self._open, self._spans = len(mine), [schedule.spans[position] for position in mine]
         self._queue.clear()
         self._skipped.clear()
-        if self._program.plan.order == "sequential":
+        if self._program.plan.order == Order.SEQUENTIAL:
             self._queue.extend(mine[1:])
             mine = mine[:1]
         for position in mine:

@@ -18,11 +18,13 @@ from pipar_jax.errors import PlanError, RunError
 from pipar_jax.schedule.actions import (
     COMPUTE,
     KIND_NAMES,
+    KINDS,
     RECEIVE_BACKWARD,
     RECEIVE_FORWARD,
     SEND_BACKWARD,
     SEND_FORWARD,
     Action,
+    ActionKind,
 )
 
 COMPUTE_TRACK = "compute"
@@ -356,9 +358,11 @@ def _take(event: dict[str, Any], names: dict[int, str], part: Trace) -> bool:
 
 def _action(kind: str, args: Mapping[str, int]) -> Action:
     """Returns the action of a slice."""
-    if kind not in KIND_NAMES:
+    if kind not in KINDS:
         raise PlanError(f"{kind!r} is not a kind of action")
-    return Action(args["stage"], kind, args["device"], args["step"], args["micro_batch"])
+    return Action(
+        args["stage"], ActionKind(kind), args["device"], args["step"], args["micro_batch"]
+    )
 
 
 def _lines(path: Path) -> Iterator[str]:

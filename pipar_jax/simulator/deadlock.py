@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from pipar_jax.errors import ScheduleError
 from pipar_jax.schedule.actions import (
+    BACKWARD,
+    FORWARD,
+    LOSS,
     RECEIVE_BACKWARD,
     RECEIVE_CLIENT_MODEL,
     RECEIVE_FORWARD,
@@ -107,10 +110,10 @@ def _no_credit(demand: Demand | None) -> str:
 def _source(plan: Plan, receive: Action) -> Action:
     """Returns the computation whose result a receive waits for, as named on its host."""
     if receive.kind == RECEIVE_FORWARD:
-        return receive._replace(stage=receive.stage - 1, kind="F")
+        return receive._replace(stage=receive.stage - 1, kind=FORWARD)
     if receive.kind == RECEIVE_BACKWARD:
         above = receive.stage + 1
         last = above == plan.devices[receive.device].stages - 1
-        return receive._replace(stage=above, kind="L" if last else "B")
+        return receive._replace(stage=above, kind=LOSS if last else BACKWARD)
     assert receive.kind in (RECEIVE_CLIENT_MODEL, *RECEIVES)
     return receive

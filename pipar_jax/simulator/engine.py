@@ -22,13 +22,13 @@ from pipar_jax.schedule.actions import (
 )
 from pipar_jax.schedule.dispatch import Demand, InFlightLimit
 from pipar_jax.schedule.host_program import HostProgram, Operation
-from pipar_jax.schedule.plan import COORDINATOR, device_name
+from pipar_jax.schedule.plan import COORDINATOR, Order, device_name
 from pipar_jax.schedule.policies import policy
 from pipar_jax.schedule.step_feeder import StepFeeder
 from pipar_jax.schedule.trace import Interval, Timed, Trace
 from pipar_jax.simulator import deadlock
 from pipar_jax.simulator.exchange import Exchange
-from pipar_jax.simulator.network import Direction, Network, Route
+from pipar_jax.simulator.network import Direction, Route, SimulatedNetwork
 from pipar_jax.simulator.round import SimulatedRound
 from pipar_jax.simulator.state import ComparableDispatcher, SimulatedHost
 from pipar_jax.simulator.steady import Steady
@@ -107,7 +107,7 @@ class Simulation:
         """See ``simulate``."""
         plan = schedule.plan
         self._plan, self._costs, self._collect = plan, costs, collect
-        self.network = Network(costs)
+        self.network = SimulatedNetwork(costs)
         self._routes: dict[tuple[int, int, str], Route] = {}
         self._limits: dict[tuple[str, int], InFlightLimit] = {}
         self.now_s = 0.0
@@ -165,7 +165,7 @@ class Simulation:
         for host in self.hosts:
             at_s = self.network.control(COORDINATOR, 0.0, host.name)
             self.at(at_s, self._start, host)
-        if self._plan.order == "sequential" and self.round.schedule.spans:
+        if self._plan.order == Order.SEQUENTIAL and self.round.schedule.spans:
             span = self.round.schedule.spans[0]
             if self.round.schedule.holder != span.device:
                 self.exchange.give_part(span.device, span.first)
@@ -216,15 +216,15 @@ class Simulation:
             self._release_credit(route.source, route.cost(samples)[2])
         if route.out is not None:
             self._send(host, action, route, samples)
-        if action.kind == UPDATE:
+        if action.kind is UPDATE:
             self._updated(action, route)
-        elif action.kind == SEND_CLIENT_MODEL:
+        elif action.kind is SEND_CLIENT_MODEL:
             self.exchange.hand_on(action)
         self._pump(host)
 
     def _updated(self, action: Action, route: Route) -> None:
         """Checks whether an update ends the round or a repetition."""
-        if self._plan.order == "parallel":
+        if self._plan.order == Order.PARALLEL:
             if action in self.round.last_updates:
                 self.exchange.over(action)
         else:
@@ -342,9 +342,9 @@ class Simulation:
         """Records the memory that a finished computation used, keeps, or releases."""
         held_bytes = self._costs.held_bytes
         assert held_bytes is not None
-        if action.kind == FORWARD:
+        if action.kind is FORWARD:
             host.memory.append((start_s, held_bytes(action.device, action.stage, FORWARD, samples)))
-        elif action.kind == BACKWARD:
+        elif action.kind is BACKWARD:
             held = held_bytes(action.device, action.stage, FORWARD, samples)
             host.memory.append((self.now_s, -held))
         if action.kind in (LOSS, BACKWARD):

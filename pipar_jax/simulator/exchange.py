@@ -15,7 +15,7 @@ from pipar_jax.schedule.actions import (
     Action,
     host_of,
 )
-from pipar_jax.schedule.plan import COORDINATOR, Plan, device_name
+from pipar_jax.schedule.plan import COORDINATOR, Order, Plan, device_name
 from pipar_jax.schedule.trace import Timed
 from pipar_jax.simulator.state import SimulatedHost
 
@@ -46,7 +46,7 @@ class Exchange:
     @property
     def finished(self) -> bool:
         """Whether all transfers have finished."""
-        if self._plan.order == "sequential":
+        if self._plan.order == Order.SEQUENTIAL:
             return True
         return self._closing is not None and not any(self._left.values())
 

@@ -106,7 +106,7 @@ class Direction:
         return f"{self.source} to {self.target}{behind}"
 
 
-class Network:
+class SimulatedNetwork:
     """All directions of all links, created on first use.
 
     Links are those of the runtime: at the coordinator's host all boundaries of a peer share its
@@ -190,7 +190,7 @@ class Route:
 
     __slots__ = ("_costs", "_known", "operation", "out", "source")
 
-    def __init__(self, operation: Operation, network: Network, costs: Costs) -> None:
+    def __init__(self, operation: Operation, network: SimulatedNetwork, costs: Costs) -> None:
         self.operation = operation
         self._costs = costs
         self._known: dict[int, tuple[float, float, float]] = {}

@@ -18,10 +18,11 @@ from pipar_jax.schedule.actions import (
     SEND_CLIENT_MODEL,
     SEND_FORWARD,
     UPDATE,
+    ActionKind,
     RoundSchedule,
     rounds,
 )
-from pipar_jax.schedule.plan import COORDINATOR, Plan, device_name, is_node, node_name
+from pipar_jax.schedule.plan import COORDINATOR, Order, Plan, device_name, is_node, node_name
 from pipar_jax.schedule.trace import Trace
 from pipar_jax.simulator import Costs, LinkModel, Prediction
 from pipar_jax.simulator import simulate as simulate_round
@@ -46,7 +47,7 @@ class HostTimes:
         self.handling = host.handling
         self._sums: dict[tuple[str, int], list[float]] = {}
 
-    def time_s(self, kind: str, first: int, stop: int, samples: int) -> float:
+    def time_s(self, kind: ActionKind, first: int, stop: int, samples: int) -> float:
         """Returns the seconds of a stage's computation in a run.
 
         Args:
@@ -65,7 +66,7 @@ class HostTimes:
         alone_s = max(sums_s - (calls - 1) * self._host.call_s, 0.1 * sums_s)
         return alone_s if kind == UPDATE else alone_s + self.handling.call_s
 
-    def _sum(self, kind: str, first: int, stop: int, samples: int) -> float:
+    def _sum(self, kind: ActionKind, first: int, stop: int, samples: int) -> float:
         sums = self._sums.get((kind, samples))
         if sums is None:
             host = self._host
@@ -148,7 +149,7 @@ class StageCosts:
         count = len(self.profile.units)
         bounds = [(0, *one.cuts, count) for one in plan.devices]
 
-        def compute_s(device: int, stage: int, kind: str, samples: int) -> float:
+        def compute_s(device: int, stage: int, kind: ActionKind, samples: int) -> float:
             device = 0 if device == ALL else device
             name = plan.host(device, stage)
             first, stop = bounds[device][stage : stage + 2]
@@ -172,7 +173,7 @@ class StageCosts:
             nbytes = sum(self.cut_bytes(cut, samples) for cut in crossed)
             return seconds + times.handling.byte_s * nbytes
 
-        def wire_bytes(device: int, stage: int, kind: str, samples: int) -> float:
+        def wire_bytes(device: int, stage: int, kind: ActionKind, samples: int) -> float:
             chain = plan.devices[device]
             if kind == SEND_FORWARD:
                 codec = chain.codecs[stage].activation
@@ -185,7 +186,7 @@ class StageCosts:
                 return self.part_bytes(first, stop)
             return self.averaged_bytes(first, stop)
 
-        def codec_s(device: int, stage: int, kind: str, samples: int) -> float:
+        def codec_s(device: int, stage: int, kind: ActionKind, samples: int) -> float:
             # A send names the sending stage, a receive the receiving one.
             back = kind in (SEND_BACKWARD, RECEIVE_BACKWARD)
             boundary = stage if kind in (SEND_FORWARD, RECEIVE_BACKWARD) else stage - 1
@@ -246,13 +247,13 @@ def round_of(profile: Profile, plan: Plan) -> RoundSchedule:
     """
     samples = tuple(one.samples for one in profile.devices)
     steps = [profile.steps(device) for device in range(len(samples))]
-    holder = len(samples) - 1 if plan.order == "sequential" else None
+    holder = len(samples) - 1 if plan.order == Order.SEQUENTIAL else None
     return RoundSchedule(plan, rounds(plan, steps, 1)[0], samples, profile.batch_size, holder)
 
 
 def rounds_per_epoch(profile: Profile, plan: Plan) -> float:
     """Returns the number of rounds per epoch, each as long as the first."""
-    if plan.order == "sequential" or not plan.aggregate_every:
+    if plan.order == Order.SEQUENTIAL or not plan.aggregate_every:
         return 1.0
     return max(1.0, max(map(profile.steps, range(len(profile.devices)))) / plan.aggregate_every)
 

@@ -13,6 +13,7 @@ from collections.abc import Hashable
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipar_jax.schedule.actions import ALL, Action, RoundSchedule
+from pipar_jax.schedule.plan import Order
 
 if TYPE_CHECKING:
     from pipar_jax.simulator.engine import Simulation
@@ -50,7 +51,7 @@ class Steady:
 
     def __init__(self, simulation: Simulation, schedule: RoundSchedule) -> None:
         self._simulation = simulation
-        self._sequential = schedule.plan.order == "sequential"
+        self._sequential = schedule.plan.order == Order.SEQUENTIAL
         self._spans = [span for span in schedule.spans if span.stop > span.first]
         longest = max((span.stop - span.first for span in self._spans), default=0)
         self._watching = longest >= FEWEST_STEPS

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS, UPDATE
+from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS, UPDATE, ActionKind
 from pipar_jax.training.replica import Replica
 from stages import Model, make_draw
 
@@ -61,7 +61,7 @@ class Shape(NamedTuple):
     """
 
     units: tuple[str, str]
-    kind: str
+    kind: ActionKind
     samples: int
 
 
@@ -193,7 +193,7 @@ def _count(replicas: Collection[Replica], sizes: Collection[int]) -> int:
     return sum((1 if one.stage.is_last else 2) * len(sizes) + 1 for one in replicas)
 
 
-def _functions(model: Model, replica: Replica, samples: int) -> Mapping[str, _Run]:
+def _functions(model: Model, replica: Replica, samples: int) -> Mapping[ActionKind, _Run]:
     """Returns forward and backward, or the fused last stage, on ones instead of data."""
     stage, (first, last) = replica.stage, units_of(replica)
     shapes = model.shapes(samples)

@@ -21,7 +21,7 @@ from pipar_jax.errors import PlanError
 from pipar_jax.methods.plans import plan_of_chain
 from pipar_jax.methods.registry import METHODS
 from pipar_jax.schedule.actions import micro_batch_sizes
-from pipar_jax.schedule.plan import OWNER, Codecs, Plan, node_name
+from pipar_jax.schedule.plan import OWNER, Codecs, Plan, WeightPolicy, node_name
 from pipar_jax.simulator.predict import PlanEstimate, StageCosts, estimate
 from pipar_jax.tuner import codec_choice
 from pipar_jax.tuner.bounds import excess
@@ -29,10 +29,10 @@ from pipar_jax.tuner.chain_search import (
     ChainPlan,
     ChainProblem,
     Coding,
+    DataOwner,
     Layer,
     Node,
     Objective,
-    Owner,
     plan_chain,
 )
 
@@ -188,7 +188,7 @@ def _problems(profile: Profile, config: Config, share: float) -> Iterator[ChainP
     one, count = profile.devices[0], len(profile.units)
     method = METHODS[config.method]
     home = method.keeps_labels(config)
-    owner = Owner(_layers(profile, one.host, size, parts), one.up, one.down)
+    owner = DataOwner(_layers(profile, one.host, size, parts), one.up, one.down)
     nodes = tuple(
         Node(
             node_name(i + 1),
@@ -211,7 +211,7 @@ def _problems(profile: Profile, config: Config, share: float) -> Iterator[ChainP
             if first < stop:
                 yield ChainProblem(
                     nodes, first, stop, len(profile.devices), owner,
-                    micro_batches=parts, shared=pipeline.weights == "shared",
+                    micro_batches=parts, shared=pipeline.weights == WeightPolicy.SHARED,
                     in_flight=-(-pipeline.in_flight // parts),
                     activation_codings=activation_codings, cotangent_codings=cotangent_codings,
                 )  # fmt: skip

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 from pipar_jax.cost_model.costs import LinkModel
 from pipar_jax.cost_model.profile import HostProfile, Profile
-from pipar_jax.schedule.actions import ALL, UPDATE
+from pipar_jax.schedule.actions import ALL, UPDATE, ActionKind
 from pipar_jax.schedule.plan import COORDINATOR, Boundary, Plan, device_name, is_node, node_name
 from pipar_jax.simulator.predict import HostTimes
 
@@ -45,7 +45,7 @@ class Computed(Protocol):
         """Index of the stage."""
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> ActionKind:
         """F, B, L or U."""
 
     @property
@@ -64,10 +64,10 @@ class Computed(Protocol):
 class Learns(Protocol):
     """Learns the times of a host; see ``predictor.online.Learner``."""
 
-    def predict_s(self, case: tuple[str, int, int, int]) -> float:
+    def predict_s(self, case: tuple[ActionKind, int, int, int]) -> float:
         """Returns the estimated duration of a stage; see ``observe``."""
 
-    def observe(self, case: tuple[str, int, int, int], seconds: float) -> None:
+    def observe(self, case: tuple[ActionKind, int, int, int], seconds: float) -> None:
         """Records the duration of a stage: F, B or L, first unit, one past the last, samples."""
 
     def learn(self) -> object:

@@ -11,7 +11,15 @@ import dataclasses
 
 from pipar_jax.cost_model.costs import LinkModel
 from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS
-from pipar_jax.schedule.plan import COORDINATOR, OWNER, Codecs, DevicePlan, Plan
+from pipar_jax.schedule.plan import (
+    COORDINATOR,
+    OWNER,
+    Codecs,
+    DevicePlan,
+    Order,
+    Plan,
+    WeightPolicy,
+)
 from pipar_jax.simulator.predict import StageCosts
 from pipar_jax.tuner.recurrence import PaperChoice, StepTimes, paper_choice
 
@@ -35,7 +43,9 @@ def paper_plan(stages: StageCosts, frame: Plan, codecs: Codecs = RAW) -> Plan:
         choice = choose(stages, device, codecs)
         hosts = OWNER, COORDINATOR
         chains.append(DevicePlan((choice.cut,), hosts, choice.micro_batches, (codecs,)))
-    return dataclasses.replace(frame, devices=tuple(chains), order="parallel", weights="copy")
+    return dataclasses.replace(
+        frame, devices=tuple(chains), order=Order.PARALLEL, weights=WeightPolicy.COPY
+    )
 
 
 def choose(stages: StageCosts, device: int, codecs: Codecs = RAW) -> PaperChoice:

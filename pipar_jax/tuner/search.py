@@ -19,7 +19,7 @@ from pipar_jax.config.texts import split_list, whole_numbers
 from pipar_jax.cost_model.profile import Profile
 from pipar_jax.errors import ConfigError, PlanError
 from pipar_jax.methods.registry import METHODS
-from pipar_jax.schedule.plan import Codecs, Order, Plan
+from pipar_jax.schedule.plan import Codecs, Order, Plan, WeightPolicy
 from pipar_jax.simulator.predict import (
     PlanEstimate,
     StageCosts,
@@ -145,7 +145,7 @@ class _Search:
         left_s = self._judge_in_order(fitting, share * self.config.tuner.actions)
         best_s = min(one.epoch_s for one in self.judged.values())
         exact, bound_s = left_s >= best_s, min(left_s, best_s)
-        if not self.equal and any(one.order == "parallel" for one in self.methods):
+        if not self.equal and any(one.order == Order.PARALLEL for one in self.methods):
             bound_s = min(bound_s, self._improve([one for one in options if self._parallel(one)]))
             best_s = min(one.epoch_s for one in self.judged.values())
             exact = bound_s >= best_s
@@ -204,7 +204,7 @@ class _Search:
 
     def _parallel(self, option: DeviceOption) -> bool:
         """Returns whether an option belongs to an allowed method in parallel order."""
-        return self._allows("parallel", option)
+        return self._allows(Order.PARALLEL, option)
 
     def _allows(self, order: Order, option: DeviceOption) -> bool:
         """Returns whether an option belongs to one of the methods in an order."""
@@ -219,9 +219,10 @@ class _Search:
                 bound_s = round_bound_s(self.stages, all_least) * self.scale
                 for dispatch in self._dispatches(option):
                     yield _Candidate(bound_s, self._plan([option], dispatch))
-            if self._allows("sequential", option):
+            if self._allows(Order.SEQUENTIAL, option):
                 plan = Plan(
-                    self._plan([option]).devices, order="sequential", weights="shared",
+                    self._plan([option]).devices,
+                    order=Order.SEQUENTIAL, weights=WeightPolicy.SHARED,
                     dispatch=self.frame.dispatch, aggregate_every=self.frame.aggregate_every,
                     hand_on=self.frame.hand_on,
                 )  # fmt: skip
@@ -296,7 +297,7 @@ class _Search:
         if excess(self.stages, plan) is None:
             self._judge(plan)
         best = min(self.judged.values(), key=lambda one: one.epoch_s).plan
-        if best.order == "sequential":
+        if best.order == Order.SEQUENTIAL:
             return bound_s
         chosen = [
             DeviceOption(one.cuts[0] if one.cuts else 0, one.micro_batches, *one.codecs)

@@ -26,7 +26,7 @@ FEW, MORE = 2, 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Boundary:
+class CutTensor:
     """The array that crosses a cut.
 
     Attributes:
@@ -67,7 +67,7 @@ class Cut:
 
     left: frozenset[str]
     right: frozenset[str]
-    boundary: Boundary
+    boundary: CutTensor
 
 
 def find_cuts(
@@ -173,7 +173,7 @@ def _look(
     left: frozenset[str],
     right: frozenset[str],
     weights: frozenset[str],
-) -> tuple[str, Boundary | None]:
+) -> tuple[str, CutTensor | None]:
     """Returns why a position is no cut, or what crosses it."""
     source = next(iter(flow.flat.inputs.values()))
     if left & right:
@@ -200,7 +200,7 @@ def _look(
     return "", boundary
 
 
-def _boundary(few: Any, more: Any) -> Boundary | None:
+def _boundary(few: Any, more: Any) -> CutTensor | None:
     """Finds the batch axis by comparing an array of ``FEW`` and of ``MORE`` samples."""
     if len(few.shape) != len(more.shape) or few.dtype != more.dtype:
         return None
@@ -213,10 +213,10 @@ def _boundary(few: Any, more: Any) -> Boundary | None:
     if a % FEW or a // FEW * MORE != b:
         return None
     shape = (*few.shape[:axis], a // FEW, *few.shape[axis + 1 :])
-    return Boundary(tuple(map(int, shape)), axis, few.dtype)
+    return CutTensor(tuple(map(int, shape)), axis, few.dtype)
 
 
-def _rank(boundary: Boundary, position: int) -> tuple[int, bool, int]:
+def _rank(boundary: CutTensor, position: int) -> tuple[int, bool, int]:
     """Orders positions with the same variables before them: the first is the cut."""
     plain = boundary.axis == 0 and boundary.shape[0] == 1
     return boundary.nbytes, not plain, -position

@@ -13,7 +13,7 @@ from jax.extend import core as jex_core
 
 from stages.errors import StageError
 from stages.micro_batch_context import MicroBatchContext
-from stages.tracing.cutting import Boundary, Cut, place
+from stages.tracing.cutting import Cut, CutTensor, place
 from stages.tracing.flat import Flat, flatten
 from stages.tracing.flow import Flow
 from stages.tracing.networks import Network
@@ -56,7 +56,7 @@ class Traced:
         self.network, self.inputs = network, dict(inputs)
         self.cuts, self.owners = tuple(cuts), tuple(owners)
         main, *_ = inputs.values()
-        first = Boundary((1, *main.shape), 0, main.dtype)
+        first = CutTensor((1, *main.shape), 0, main.dtype)
         self.boundaries = (first, *(cut.boundary for cut in cuts))
         self._pieces: dict[Any, tuple[Piece, ...]] = {}
 

@@ -15,7 +15,7 @@ import pytest
 from comms import Allowance, ChannelOptions, CodecError, Limits
 from comms.errors import BusyError, ChannelError, HandshakeError
 from comms.wire.frame import MAGIC, VERSION
-from comms.wire.greeting import GREETINGS, Step, Terms
+from comms.wire.greeting import GREETINGS, HandshakeStep, Terms
 from comms.wire.handshake import ClientHandshake, ServerHandshake, refusal
 from tests.comms.fuzzing import drive, mutate, pack, spoiled_json, valid_frames
 
@@ -53,7 +53,7 @@ def spoil(rng: random.Random, message: bytes) -> bytes:
         most = (1 << 16, 1 << 8, 1 << 8, 1 << 32)[at - 1]
         fields[at] = rng.choice((0, 1, 2, 5, 6, 4096, 4097, most - 1, rng.randrange(most))) % most
     elif way == 4:
-        fields[2] = rng.choice(list(Step))
+        fields[2] = rng.choice(list(HandshakeStep))
     else:
         data = bytearray(message)
         for _ in range(rng.randrange(1, 5)):

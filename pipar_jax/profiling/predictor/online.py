@@ -27,7 +27,7 @@ from pipar_jax.profiling.predictor.latency_model import Weights, load
 from pipar_jax.profiling.predictor.operators import Array, Tables
 from pipar_jax.profiling.predictor.predict_host import one_call, predict_host
 from pipar_jax.profiling.predictor.reference import ReferenceTimes
-from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS
+from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS, ActionKind
 from pipar_jax.schedule.plan import Plan
 from pipar_jax.schedule.trace import Trace
 from stages import Model
@@ -42,7 +42,7 @@ PACE = 1.15
 FADING = 8.0
 
 #: A case: F, B or L, first unit, one past the last, samples.
-Case = tuple[str, int, int, int]
+Case = tuple[ActionKind, int, int, int]
 
 
 class Learner:

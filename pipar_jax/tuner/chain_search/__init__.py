@@ -23,10 +23,10 @@ from pipar_jax.tuner.chain_search.problem import (
     ChainProblem,
     ChainStage,
     Coding,
+    DataOwner,
     Layer,
     Node,
     Objective,
-    Owner,
     Pair,
 )
 from pipar_jax.tuner.chain_search.search import evaluate, plan_chain
@@ -36,10 +36,10 @@ __all__ = [
     "ChainProblem",
     "ChainStage",
     "Coding",
+    "DataOwner",
     "Layer",
     "Node",
     "Objective",
-    "Owner",
     "Pair",
     "evaluate",
     "plan_chain",

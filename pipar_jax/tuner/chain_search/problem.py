@@ -76,7 +76,7 @@ class Node:
 
 
 @dataclasses.dataclass(frozen=True)
-class Owner:
+class DataOwner:
     """The device at both ends of a U-shaped chain; all owners are assumed to be equal.
 
     Attributes:
@@ -114,7 +114,7 @@ class ChainProblem:
     first: int
     stop: int
     owners: int = 1
-    owner: Owner | None = None
+    owner: DataOwner | None = None
     micro_batches: int = 1
     shared: bool = False
     in_flight: int = 0

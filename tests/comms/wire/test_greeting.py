@@ -23,8 +23,8 @@ from comms.wire.greeting import (
     SECONDS,
     SESSION,
     TRUTH,
+    HandshakeStep,
     Refuse,
-    Step,
     Terms,
     read_greeting,
 )
@@ -52,49 +52,49 @@ TAKEN = {
 }  # fmt: skip
 
 
-def body_of(step: Step) -> dict:
+def body_of(step: HandshakeStep) -> dict:
     """Returns the JSON of a message of a handshake that succeeds."""
     client = ClientHandshake(Terms(name="d0", session="0" * 32), TOKEN, False)
     server = ServerHandshake("server", TOKEN, False, lambda terms: terms)
     challenge = server.feed(client.opening)
     proof = client.feed(challenge)
     says = {
-        Step.HELLO: client.opening,
-        Step.CHALLENGE: challenge,
-        Step.PROOF: proof,
-        Step.WELCOME: server.feed(proof),
-        Step.REFUSE: refusal(HandshakeError("no"), "server"),
+        HandshakeStep.HELLO: client.opening,
+        HandshakeStep.CHALLENGE: challenge,
+        HandshakeStep.PROOF: proof,
+        HandshakeStep.WELCOME: server.feed(proof),
+        HandshakeStep.REFUSE: refusal(HandshakeError("no"), "server"),
     }
     return json.loads(says[step][PREFACE.size :])
 
 
-def deliver(step: Step, data: bytes) -> None:
+def deliver(step: HandshakeStep, data: bytes) -> None:
     """Feeds a message to the side that it is for, at the moment at which it is expected."""
     message = PREFACE.pack(MAGIC, VERSION, step, 0, len(data)) + data
     client = ClientHandshake(Terms(name="d0", session="0" * 32), TOKEN, False)
     server = ServerHandshake("server", TOKEN, False, lambda terms: terms)
-    if step in (Step.HELLO, Step.PROOF):
-        if step is Step.PROOF:
+    if step in (HandshakeStep.HELLO, HandshakeStep.PROOF):
+        if step is HandshakeStep.PROOF:
             server.feed(client.opening)
         server.feed(message)
     else:
-        if step is Step.WELCOME:
+        if step is HandshakeStep.WELCOME:
             client.feed(server.feed(client.opening))
         client.feed(message)
 
 
-def with_field(step: Step, name: str, token: str) -> bytes:
+def with_field(step: HandshakeStep, name: str, token: str) -> bytes:
     fields = {key: json.dumps(value) for key, value in body_of(step).items()} | {name: token}
     return ("{" + ",".join(f"{json.dumps(k)}:{v}" for k, v in fields.items()) + "}").encode()
 
 
 def test_every_step_has_its_message_and_every_field_its_rule():
-    assert set(GREETINGS) == set(Step)
+    assert set(GREETINGS) == set(HandshakeStep)
     for kind in GREETINGS.values():
         for one in dataclasses.fields(kind):
             assert one.metadata["rule"].expected, one
     assert all(set(body_of(step)) == {one.name for one in dataclasses.fields(GREETINGS[step])}
-               for step in Step)  # fmt: skip
+               for step in HandshakeStep)  # fmt: skip
 
 
 @pytest.mark.parametrize(("step", "name"), FIELDS, ids=lambda each: str(each))
@@ -131,7 +131,7 @@ def test_a_field_that_is_missing_is_named(step, name):
         read_greeting(step, json.dumps(body).encode())
 
 
-@pytest.mark.parametrize("step", list(Step))
+@pytest.mark.parametrize("step", list(HandshakeStep))
 def test_a_field_too_many_is_named(step):
     body = body_of(step) | {"extra\n": 1}
     with pytest.raises(HandshakeError, match=rf"{step.name} has a field 'extra\?', expected only"):
@@ -141,9 +141,9 @@ def test_a_field_too_many_is_named(step):
 def test_the_packet_that_ended_a_run_is_refused():
     """An OverflowError once, out of the I/O thread: seconds of 401 digits."""
     with pytest.raises(HandshakeError, match="401 digits"):
-        deliver(Step.HELLO, with_field(Step.HELLO, "resume_s", "1" + "0" * 400))
+        deliver(HandshakeStep.HELLO, with_field(HandshakeStep.HELLO, "resume_s", "1" + "0" * 400))
     with pytest.raises(HandshakeError, match="resume_s is 10000000000, expected seconds"):
-        deliver(Step.HELLO, with_field(Step.HELLO, "resume_s", str(10**10)))
+        deliver(HandshakeStep.HELLO, with_field(HandshakeStep.HELLO, "resume_s", str(10**10)))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_refusal_of_another_version_is_understood_as_far_as_it_goes(body):
     data = json.dumps(body).encode()
     client = ClientHandshake(Terms(name="d0", session="0" * 32), None, False)
     with pytest.raises(VersionError, match="version 77") as caught:
-        client.feed(PREFACE.pack(MAGIC, 77, Step.REFUSE, 0, len(data)) + data)
+        client.feed(PREFACE.pack(MAGIC, 77, HandshakeStep.REFUSE, 0, len(data)) + data)
     assert str(caught.value).isprintable()
 
 
@@ -162,7 +162,7 @@ def test_a_refusal_is_told_as_what_it_is(code):
     kinds = {"busy": BusyError, "version": VersionError}
     data = json.dumps(Refuse(code=code, reason="for a reason").write()).encode()
     with pytest.raises(kinds.get(code, HandshakeError), match="for a reason"):
-        deliver(Step.REFUSE, data)
+        deliver(HandshakeStep.REFUSE, data)
 
 
 # -- resets at each moment ---------------------------------------------------------------------

@@ -45,7 +45,7 @@ def valid(spec: Spec, rng: random.Random) -> Any:
     if isinstance(spec, Truth):
         return rng.random() < 0.5
     if isinstance(spec, OneOf):
-        return rng.choice(spec.of)
+        return str(rng.choice(spec.of))
     if isinstance(spec, Text):
         return _text(spec, rng)
     if isinstance(spec, Many):
@@ -138,7 +138,7 @@ def wrong(spec: Spec) -> list[Any]:
     return found
 
 
-def body(kind: registry.MessageKind, rng: random.Random) -> dict[str, Any]:
+def body(kind: registry.MessageType, rng: random.Random) -> dict[str, Any]:
     """Returns a whole message as JSON."""
     return {"type": kind.name, **valid(struct(kind.made), rng)}
 

@@ -19,10 +19,10 @@ from pipar_jax.tuner.chain_search import (
     ChainPlan,
     ChainProblem,
     Coding,
+    DataOwner,
     Layer,
     Node,
     Objective,
-    Owner,
     evaluate,
     plan_chain,
     read_profile,
@@ -74,7 +74,7 @@ def test_the_plan_is_the_best_of_all_chains(
         Node("b", SMALL, 2.5, 0.7e6, LinkModel(1e7, 0.002)),
         Node("c", tuple(layer._replace(forward_s=0.006) for layer in SMALL), 1.5, 1.4e6),
     )
-    owner = Owner(SMALL, LinkModel(1e6, 0.01), LinkModel(2e6, 0.01), 0.2)
+    owner = DataOwner(SMALL, LinkModel(1e6, 0.01), LinkModel(2e6, 0.01), 0.2)
     problem = ChainProblem(
         nodes, 1, 8, owners=3, owner=owner, micro_batches=4, shared=shared, in_flight=2,
         any_order=any_order,
@@ -129,7 +129,7 @@ def test_every_boundary_has_the_codecs_that_are_the_best_together(
         Node("b", SMALL, 2.5, up=LinkModel(2e8, 0.002)),
         Node("c", SMALL, 1.5, up=LinkModel(4e7, 0.004)),
     )
-    owner = Owner(SMALL, LinkModel(4e6, 0.01), LinkModel(1e8, 0.01), 0.2)
+    owner = DataOwner(SMALL, LinkModel(4e6, 0.01), LinkModel(1e8, 0.01), 0.2)
     problem = ChainProblem(
         nodes, 1, 8, owners, owner,
         activation_codings=(RAW, FEW, MANY), cotangent_codings=(RAW, MANY),
@@ -145,7 +145,7 @@ def test_every_boundary_has_the_codecs_that_are_the_best_together(
 
 def test_a_codec_is_used_where_its_link_is_slow() -> None:
     nodes = (Node("a", SMALL), Node("b", SMALL))
-    owner = Owner(SMALL, LinkModel(1e6), LinkModel(1e6))
+    owner = DataOwner(SMALL, LinkModel(1e6), LinkModel(1e6))
     both = (RAW, FEW)
     for objective in OBJECTIVES:
         problem = ChainProblem(nodes, 1, 8, 1, owner, activation_codings=both,
@@ -169,7 +169,7 @@ def problems(draw: st.DrawFn) -> ChainProblem:
         Node, st.just("n"), st.just(layers), st.sampled_from([1.0, 2.0, 3.7]), caps, ports, ports
     )
     nodes = tuple(draw(st.lists(node, min_size=1, max_size=3)))
-    owner = draw(st.one_of(st.none(), st.builds(Owner, st.just(layers), ports, ports)))
+    owner = draw(st.one_of(st.none(), st.builds(DataOwner, st.just(layers), ports, ports)))
     ways = st.sampled_from([(Coding(),), (Coding(), Coding("few", 0.2, 0.001))])
     stop = len(layers) - draw(st.integers(0, 1))  # the owner has the last layer, or has not
     return ChainProblem(nodes, 1, stop, owners=draw(st.integers(1, 4)), owner=owner,
@@ -231,7 +231,7 @@ def test_published_optima_are_reproduced(
 
 def test_the_owners_cycle_by_hand() -> None:
     layers = tuple(Layer(1.0, 2.0, 8.0, 0.0) for _ in range(4))
-    owner = Owner(layers, LinkModel(4.0, 0.5), LinkModel(2.0, 0.25), speed=0.5)
+    owner = DataOwner(layers, LinkModel(4.0, 0.5), LinkModel(2.0, 0.25), speed=0.5)
     problem = ChainProblem(
         (Node("a", layers, up=LinkModel(8.0), down=LinkModel(4.0)), Node("b", layers)), 1, 3,
         owners=2, owner=owner, micro_batches=5,
@@ -253,7 +253,7 @@ def test_the_owners_cycle_by_hand() -> None:
 
 def test_nothing_returns_from_a_chain_that_ends_the_model() -> None:
     nodes = (Node("a", SMALL), Node("b", SMALL))
-    owner = Owner(SMALL, LinkModel(1e5), LinkModel(2e5))
+    owner = DataOwner(SMALL, LinkModel(1e5), LinkModel(2e5))
     problem = ChainProblem(nodes, 1, len(SMALL), owner=owner)
     plan = evaluate(problem, "steady", (0, 1), (4,))
     # The owner's layer 4 + 9 ms; its activation up 0.64 s, the cotangent down 0.32 s.
@@ -281,7 +281,7 @@ def test_what_does_not_fit_is_refused_with_the_figures() -> None:
     [
         ({"nodes": ()}, "at least one node"),
         ({"stop": 12}, "1:12"),
-        ({"first": 0, "owner": Owner(SMALL)}, "at least the first layer"),
+        ({"first": 0, "owner": DataOwner(SMALL)}, "at least the first layer"),
         ({"nodes": (Node("a", SMALL), Node("b", SMALL[1:]))}, "different numbers"),
         ({"owners": 0}, "owners=0"),
         ({"micro_batches": 0}, "micro_batches=0"),
