@@ -85,7 +85,7 @@ class Demand(NamedTuple):
     def is_met(self, action: Action) -> bool:
         """Returns whether the action may run now."""
         limit = self.limit
-        if limit is not None and action.kind is FORWARD and limit.in_flight >= limit.limit:
+        if limit is not None and action.kind == FORWARD and limit.in_flight >= limit.limit:
             return False
         return self.link is None or self.link.can_send(self.nbytes)
 
@@ -190,7 +190,7 @@ class Dispatcher:
         if demand is not None:
             if demand.link is not None:
                 demand.link.reserved_bytes += demand.nbytes
-            if demand.limit is not None and chosen.kind is FORWARD:
+            if demand.limit is not None and chosen.kind == FORWARD:
                 demand.limit.in_flight += 1
         return chosen
 
@@ -201,7 +201,7 @@ class Dispatcher:
             return
         if demand.link is not None:
             demand.link.reserved_bytes -= demand.nbytes
-        if demand.limit is not None and action.kind is BACKWARD:
+        if demand.limit is not None and action.kind == BACKWARD:
             demand.limit.in_flight -= 1
 
     def waiting(self) -> dict[Action, int]:
