@@ -18,18 +18,18 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 def retain_memory() -> bool:
     """Tells glibc to keep freed memory; call it before jax is imported or threads start.
 
-    A thread that ran before has an arena of its own, which later threads are given in turns with
-    the first. There, blocks of more than 64 MB go back to the kernel whatever was said here.
+    A thread that already runs has its own arena, which later threads may share. In that arena
+    blocks of more than 64 MB are returned to the kernel regardless of this setting.
 
     Returns:
-      Whether the C library understood; elsewhere than on glibc nothing is changed.
+      Whether the C library supports the setting; only glibc does.
     """
     if not sys.platform.startswith("linux"):
         return False
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return False
-    # Never trim, no block of its own for large requests, and one arena: a block that one
-    # thread freed is then there for the next thread that asks.
+    # Never trim, no separate mapping for large requests, and one arena, so that a block freed by
+    # one thread is available to all.
     settings = ((_TRIM_THRESHOLD, -1), (_MMAP_MAX, 0), (_ARENA_MAX, 1))
     return all([library.mallopt(name, value) == 1 for name, value in settings])

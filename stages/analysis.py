@@ -1,8 +1,8 @@
-"""What each unit and stage of a model needs, found without running anything.
+"""Sizes and operations of each unit and stage of a model, found without running it.
 
-Shapes come from abstract evaluation, floating-point operations from XLA's analysis of the
-programs before they are compiled. A residual is counted once, also where it is held by
-reference (the input that a stage keeps for its backward pass).
+Shapes come from abstract evaluation, floating-point operations from XLA's analysis of the programs
+before they are compiled. A residual is counted once, even if it is held by reference (the input
+that a stage keeps for its backward pass).
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from stages.stage import Stage, split
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a run of units needs for one batch.
+    """Sizes and operations of a run of units for one batch.
 
     Attributes:
       units: Names of the units.
       parameters: Number of trainable parameters.
       parameter_bytes: Bytes of the parameters.
       state_bytes: Bytes of the batch statistics.
-      output_shape: Shape of what the units return.
-      output_bytes: Bytes of what they return: what crosses a cut behind them, each way.
-      residual_bytes: Bytes that their forward pass keeps for their backward pass.
+      output_shape: Shape of the output.
+      output_bytes: Bytes of the output, which cross a cut after the units in each direction.
+      residual_bytes: Bytes of the residuals.
       forward_flops: Floating-point operations of the forward pass.
       backward_flops: Floating-point operations of the backward pass.
     """
@@ -70,7 +70,7 @@ def stage_facts(
       model: The model.
       cuts: The cuts, as for ``split``.
       batch: Samples in the batch.
-      rematerialise: Which stages compute their forward pass again, as for ``split``.
+      rematerialise: Stages that recompute their forward pass, as for ``split``.
     """
     bounds = (0, *cuts, len(model.units))
     shapes = model.shapes(batch)
@@ -82,7 +82,7 @@ def stage_facts(
 
 
 def residual_bytes(model: Model, batch: int) -> tuple[int, ...]:
-    """Returns what the forward pass of each unit keeps for its backward pass, without running it.
+    """Returns the residuals of each unit, without running it.
 
     Args:
       model: The model.
@@ -99,7 +99,7 @@ def residual_bytes(model: Model, batch: int) -> tuple[int, ...]:
 def _kept(
     model: Model, stage: Stage, start: int, stop: int, x: Any, batch: int
 ) -> tuple[Any, Residuals]:
-    """Returns the abstract output of a stage and what its forward pass keeps."""
+    """Returns the abstract output of a stage and its residuals."""
     units = model.units[start:stop]
     params = {unit.name: unit.params for unit in units}
     state = {unit.name: unit.state for unit in units}
@@ -147,7 +147,7 @@ def _bytes(tree: Any) -> int:
 
 
 def _kept_bytes(kept: Residuals) -> int:
-    """Bytes of what a forward pass keeps, without scalars: those of a draw are not arrays."""
+    """Bytes of residuals, without the scalars of a micro-batch."""
     return _bytes([leaf for leaf in jax.tree.leaves(kept) if getattr(leaf, "shape", None)])
 
 

@@ -22,7 +22,7 @@ class Built(NamedTuple):
 
     Attributes:
       unit: The unit.
-      ours: Whether it is made of this package's layers alone, which need no check.
+      ours: Whether it consists of this package's layers only, which need no check.
     """
 
     unit: ModuleUnit
@@ -39,16 +39,16 @@ def abstractly(build: Callable[[], T]) -> T:
 def build_units(
     model: str, pairs: Sequence[tuple[str, Factory]], modules: Sequence[Any]
 ) -> list[Built]:
-    """Makes units of their modules, while these are traced.
+    """Creates units from their modules while these are traced.
 
     Args:
       model: The model's name, for messages.
-      pairs: Each unit's name and the factory of its module.
+      pairs: Name of each unit and factory of its module.
       modules: The units' modules.
 
     Raises:
-      StageError: A name is illegal, two units share a variable, or a module keeps something that
-        cannot be trained with; the message names the unit.
+      StageError: A name is not valid, two units share a variable, or a module has a variable that
+        cannot be trained; the message names the unit.
     """
     names = [unit for unit, _ in pairs]
     illegal = next((n for n in names if not n or "/" in n), None)
@@ -75,14 +75,14 @@ def build_module(name: str, factory: Factory, *, is_unit: bool = True) -> Any:
       is_unit: Whether the module is a unit, rather than one that has units as attributes.
 
     Raises:
-      StageError: The factory fails, or returns no NNX module.
+      StageError: The factory fails or does not return an NNX module.
     """
     what = f"unit {name!r}" if is_unit else f"model {name!r}"
     try:
         module = factory(nnx.Rngs(0))
     except StageError:
         raise
-    except Exception as error:  # somebody's own code: whatever it raises is told with its line
+    except Exception as error:  # the user's code: any exception is reported with its line
         raise StageError(f"{what}: its factory failed: {describe(error)}") from error
     if is_unit:
         return check_module(name, module)
@@ -95,10 +95,10 @@ def build_module(name: str, factory: Factory, *, is_unit: bool = True) -> Any:
 
 
 def check_module(unit: str, module: Any) -> Any:
-    """Returns a unit's module if it is of the right kind.
+    """Checks and returns a unit's module.
 
     Raises:
-      StageError: It is no callable NNX module.
+      StageError: It is not a callable NNX module.
     """
     if isinstance(module, linen.Module):
         raise StageError(
@@ -114,19 +114,19 @@ def check_module(unit: str, module: Any) -> Any:
 
 
 def _build_unit(name: str, factory: Factory, module: Any) -> ModuleUnit:
-    """Finds a unit's static part and its variables' shapes.
+    """Returns a unit's static part and the shapes of its variables.
 
     Args:
       name: The unit's name.
-      factory: Builds its module.
+      factory: Creates its module.
       module: The module, which is being traced.
 
     Raises:
-      StageError: The module keeps something that cannot be trained with; the message names it.
+      StageError: The module has a variable that cannot be trained; the message names it.
     """
     for path, node in nnx.iter_graph(module):
         _check_node(f"unit {name!r}, {text_of(path) or type(node).__name__}", node)
-    nnx.pop(module, (nnx.Intermediate, nnx.Perturbation))  # sown while it was built
+    nnx.pop(module, (nnx.Intermediate, nnx.Perturbation))  # sown during construction
     parts = divide(module)
     groups = parts.params, parts.state, parts.streams
     params, state, streams = (abstract(name, leaves) for leaves in groups)
@@ -139,7 +139,7 @@ def _build_unit(name: str, factory: Factory, module: Any) -> ModuleUnit:
 
 
 def _check_node(where: str, node: Any) -> None:
-    """Refuses modules that cannot be trained, or whose variables nobody would find."""
+    """Rejects modules that cannot be trained, or whose variables would not be found."""
     if isinstance(node, nnx.MultiHeadAttention) and node.decode:
         raise StageError(
             f"{where}: an attention with decode=True takes one token at a time, in which nothing "
@@ -155,7 +155,7 @@ def _check_node(where: str, node: Any) -> None:
 
 
 def _check_containers(unit: str, module: Any, known: Sequence[Path]) -> None:
-    """Refuses arrays in plain lists and dictionaries: Flax does not take them for data."""
+    """Rejects arrays in plain lists and dictionaries, which Flax does not treat as data."""
     for path, node in nnx.iter_graph(module):
         for name, value in vars(node).items() if isinstance(node, nnx.Module) else ():
             held = isinstance(value, (list, tuple, dict)) and jax.tree.leaves(value)
@@ -164,14 +164,14 @@ def _check_containers(unit: str, module: Any, known: Sequence[Path]) -> None:
                 continue
             if any(isinstance(leaf, jax.Array) for leaf in held):
                 raise StageError(
-                    f"unit {unit!r}: attribute {text_of(inside)!r} holds arrays in a "
-                    f"{type(value).__name__}, where Flax does not look for them: make it an "
-                    "nnx.List or nnx.Dict"
+                    f"unit {unit!r}: attribute {text_of(inside)!r} contains arrays in a "
+                    f"{type(value).__name__}, where Flax does not find them: use an nnx.List or "
+                    "nnx.Dict"
                 )
 
 
 def _is_ours(module: Any) -> bool:
-    """Whether a module is made of this package's layers alone."""
+    """Returns whether a module consists of this package's layers only."""
     return all(
         type(node).__module__.partition(".")[0] == "stages" or type(node) is nnx.List
         for _, node in nnx.iter_graph(module)

@@ -1,8 +1,8 @@
-"""What layers are told while a stage is being traced.
+"""The context of layers while a stage is traced.
 
-A unit is an ordinary NNX module called with one argument. What its layers need beside it
-(training or inference, the share of the mini-batch, the seed of dropout) would otherwise have
-to pass through every user's ``__call__``, so it is kept here for the duration of a trace.
+A unit is an ordinary NNX module called with one argument. Further inputs of its layers (training or
+inference, the share of the mini-batch, the seed of dropout) would otherwise have to pass through
+every user's ``__call__``; they are kept here during a trace.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from stages.micro_batch_context import MicroBatchContext, name_hash
 
 @dataclasses.dataclass
 class Context:
-    """The call that is being traced.
+    """The context of the call that is traced.
 
     Attributes:
       train: Whether batch statistics are taken from the batch and dropout is active.
       unit: Name of the unit being traced.
       samples: Samples in this micro-batch.
       draw: Scalars of the micro-batch (traced), None at inference.
-      calls: Number of random layers met so far in this unit.
+      calls: Number of random layers called so far in this unit.
     """
 
     train: bool
@@ -46,7 +46,7 @@ class Context:
         return self.samples * self.draw.inverse_batch
 
     def key(self) -> jax.Array:
-        """Returns the key of what is drawn in this unit: one for each device and step."""
+        """Returns the random key of this unit for a device and step."""
         given = (0, 0, 0) if self.draw is None else self.draw[1:4]
         key = jax.random.key(given[0])
         for value in (*given[1:], name_hash(self.unit)):
@@ -58,7 +58,7 @@ _current: contextvars.ContextVar[Context | None] = contextvars.ContextVar("stage
 
 
 def current() -> Context:
-    """Returns the context of the trace in progress; inference where there is none."""
+    """Returns the context of the current trace; inference if there is none."""
     return _current.get() or Context(train=False, unit="", samples=0)
 
 

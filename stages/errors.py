@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class StageError(Exception):
-    """A model, a unit or a cut is illegal; the message says what, where and what to do."""
+    """A model, unit or cut is not valid; the message says what, where and how to fix it."""

@@ -1,4 +1,4 @@
-"""What somebody else's code raised, told in one line with the line that raised it."""
+"""Exceptions of the user's code, in one line with the line that raised them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def describe(error: BaseException) -> str:
     """Returns an error's type and text in one line, and the user's line that raised it.
 
     Args:
-      error: What was caught; its traceback begins in the frame that caught it.
+      error: The exception, whose traceback begins in the frame that caught it.
     """
     text = " ".join(str(error).split())
     place = _place(error)

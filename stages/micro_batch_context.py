@@ -1,4 +1,4 @@
-"""What a stage must know of a micro-batch beside its arrays."""
+"""The scalar inputs of a stage for a micro-batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class MicroBatchContext(NamedTuple):
-    """Scalars of one micro-batch, as numpy scalars so that a change of value compiles nothing.
+    """Scalars of one micro-batch, as numpy scalars, so that new values do not cause compilation.
 
     Attributes:
       inverse_batch: 1 / samples of the mini-batch, float32 (float64 under x64).

@@ -24,8 +24,8 @@ class Model:
       input_dtype: Dtype of a batch.
       sides: For each side input (mask, lengths) shape and dtype of one sample.
       obstacles: For each position that is no cut, why; where the cuts were found by tracing.
-      recipe: What ``stages.build`` was called with, to build it again; None for a model of one's
-        own.
+      recipe: Arguments of ``stages.build``, to build the model again; None for the user's own
+        model.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Model:
         *,
         input_dtype: Any = jnp.float32,
     ) -> Model:
-        """Makes a model of an ordered list of named NNX modules.
+        """Creates a model from an ordered list of named NNX modules.
 
         Args:
           name: Name of the model.
@@ -69,7 +69,7 @@ class Model:
           input_dtype: Dtype of a batch (int32 for tokens).
 
         Raises:
-          StageError: A unit's name, module or shape is illegal; the message names the unit.
+          StageError: The name, module or shape of a unit is not valid; the message names the unit.
         """
         # Built together: what two units share is one object in both.
         built = abstractly(lambda: build_units(name, units, [build_module(*one) for one in units]))
@@ -86,10 +86,10 @@ class Model:
         *,
         input_dtype: Any = jnp.float32,
     ) -> Model:
-        """Makes a model of one NNX module by naming the attributes that are its units.
+        """Creates a model from one NNX module whose attributes are the units.
 
-        The model's forward pass is the units one after another; what the module's own
-        ``__call__`` does beside that is not part of the model.
+        The forward pass of the model is that of the units in order; the module's own ``__call__``
+        is not used.
 
         Args:
           name: Name of the model.
@@ -125,7 +125,7 @@ class Model:
         classes: int,
         input_dtype: Any,
     ) -> Model:
-        """Makes a model of its units, and checks that they fit each other and can be trained."""
+        """Creates a model from units, and checks that they match and can be trained."""
         model = cls(name, [one.unit for one in built], input_shape, classes, input_dtype)
         shapes = model.shapes(2)
         for i, one in enumerate(built):
@@ -139,7 +139,7 @@ class Model:
         return tuple(unit.name for unit in self.units)
 
     def init(self, seed: int, only: Collection[str] | None = None) -> tuple[Variables, Variables]:
-        """Draws fresh variables; they depend on the seed and the units' names alone.
+        """Draws new variables, which depend only on the seed and the units' names.
 
         Args:
           seed: Root seed.
@@ -159,7 +159,7 @@ class Model:
     def shapes(self, batch: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Infers the input of every unit and the output of the last, without computing.
 
-        Every host asks, for every stage and size: what was traced once is remembered.
+        Results are cached, since they are needed for every stage and size.
 
         Args:
           batch: Samples in the batch.

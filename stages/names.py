@@ -13,11 +13,11 @@ def _numbered(**kinds: int) -> tuple[str, ...]:
 
 
 def _framed(first: str, blocks: int, *last: str) -> tuple[str, ...]:
-    """Returns names of a first unit, so many blocks and the last units."""
+    """Returns the names of a first unit, numbered blocks and the last units."""
     return (first, *_numbered(block=blocks), *last)
 
 
-#: The units of each registered model, in order: a launcher checks cuts with it, without jax.
+#: The units of each registered model, in order, with which a launcher checks cuts without jax.
 UNITS: dict[str, tuple[str, ...]] = {
     "mlp": _numbered(fc=4),
     "cnn": _numbered(conv=3, fc=2),
@@ -43,9 +43,9 @@ def check(kind: str, name: str, known: tuple[str, ...]) -> str:
     """Returns ``name`` if it is known.
 
     Args:
-      kind: What is being named, for the message ("model", "norm", …).
+      kind: The kind of name, for the message ("model", "norm", …).
       name: The name to look up.
-      known: All legal names.
+      known: All valid names.
 
     Raises:
       StageError: The name is unknown; the message lists the nearest ones.

@@ -1,4 +1,4 @@
-"""Jitted functions, compiled with what makes XLA fast on the platform at hand."""
+"""Jitted functions, compiled with options that make XLA fast on the current platform."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ with ThreadPoolExecutor(1) as _pool:
 
 @functools.cache
 def compiler_options() -> dict[str, str]:
-    """Returns what XLA is told about the functions of stages on the default platform.
+    """Returns XLA's compiler options for stages on the default platform.
 
-    Nothing, where that is no CPU, where this XLA does not know the option, and where the user has
-    set it (in ``XLA_FLAGS``).
+    Empty if the platform is not a CPU, if this XLA does not have the option, or if the user has set
+    it in ``XLA_FLAGS``.
     """
     if jax.default_backend() != "cpu" or _LIBRARY in os.environ.get("XLA_FLAGS", ""):
         return {}
@@ -42,8 +42,8 @@ def compiler_options() -> dict[str, str]:
 class Program:
     """A function under ``jax.jit``, with ``compiler_options``.
 
-    Called while another function is traced it becomes a part of that one, compiled as that is:
-    jax takes compiler options at the top level only.
+    If it is called while another function is traced, it becomes part of that function: jax applies
+    compiler options only at the top level.
     """
 
     def __init__(self, function: Callable[..., Any], *, donate_argnums: tuple[int, ...] = ()):
@@ -53,14 +53,14 @@ class Program:
 
     @functools.cached_property
     def _whole(self) -> Any:
-        """Made when it is first called: to ask for the platform starts jax's backend."""
+        """The jitted function, created on first use: querying the platform starts jax's backend."""
         options = compiler_options()
         return jax.jit(
             self._function, donate_argnums=self._donated, compiler_options=options or None
         )
 
     def __call__(self, *arguments: Any) -> Any:
-        """Runs the function, or takes part in the one that is being traced."""
+        """Runs the function, or inlines it into a function that is traced."""
         inside: Any = get_opaque_trace_state()  # type: ignore[no-untyped-call]
         return (self._whole if inside == _OUTSIDE else self._part)(*arguments)
 

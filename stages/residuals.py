@@ -1,17 +1,17 @@
 """Forward passes that keep residuals but no weights.
 
-``jax.vjp`` inside a jit returns a closure whose arrays are the residuals of the forward pass.
-Left alone they contain every weight, and each weight would be copied out of the jit for every
-micro-batch; an input that is kept (the activation that came in) would be copied too. So the
-forward pass is traced to a jaxpr first and each residual is given the cheapest source:
+``jax.vjp`` inside a jit returns a closure whose arrays are the residuals of the forward pass. By
+default they include every weight, and each weight would be copied out of the jit for every
+micro-batch, as would the input. Therefore the forward pass is first traced to a jaxpr, and each
+residual gets the cheapest source:
 
-* it depends on nothing but weights (a weight, its cast, its transpose): computed again in the
-  backward pass from the live weights;
+* it depends only on weights (a weight, its cast, its transpose): recomputed in the backward pass
+  from the live weights;
 * it is an argument of the forward pass, or its output: held by reference;
 * otherwise: an output of the forward pass.
 
-This reads only the jaxpr and the closure's leaves, so it does not depend on how a version of
-jax arranges the closure inside.
+Only the jaxpr and the closure's leaves are used, so that this does not depend on the internal
+structure of the closure in a version of jax.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ Source = Literal["weights", "argument", "output", "saved"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recipe:
-    """How the closure of a backward pass is put together again; static, compared by identity.
+    """The recipe for the closure of a backward pass; static, compared by identity.
 
     Attributes:
       closure: Tree structure of the ``jax.vjp`` closure.
-      sources: For each leaf of the closure where it comes from, and the index there.
+      sources: Source of each leaf of the closure, and the index in it.
       arguments: Positions, among the flat non-weight arguments, of those held by reference.
-      weights_only: Computes the leaves that depend on weights alone, from the flat weights.
+      weights_only: Computes the leaves that depend only on weights, from the flat weights.
     """
 
     closure: Any
@@ -51,13 +51,13 @@ class Recipe:
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass
 class Residuals:
-    """What a forward pass keeps for its backward pass; a pytree without weights.
+    """The residuals of a forward pass; a pytree without weights.
 
     Attributes:
-      saved: Arrays that the forward pass computed for the backward pass alone.
+      saved: Arrays that the forward pass computed only for the backward pass.
       borrowed: Arguments of the forward pass, by reference.
       output: The stage's output by reference, or None.
-      recipe: How to put the closure together.
+      recipe: The recipe for the closure.
     """
 
     saved: tuple[Any, ...]
@@ -77,14 +77,14 @@ class Residuals:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays held, those by reference included."""
+        """Bytes of all arrays, including those held by reference."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
 
 def run_forward(
     function: Callable[..., tuple[jax.Array, Any]], weights: Any, rest: Any, x: Any
 ) -> tuple[jax.Array, Any, Residuals]:
-    """Runs a forward pass inside a jit and keeps what its backward pass needs.
+    """Runs a forward pass inside a jit and returns its residuals.
 
     Args:
       function: (weights, rest, x) -> (output, auxiliary); differentiated in weights, and in x
@@ -95,8 +95,7 @@ def run_forward(
       x: The input that is differentiated, or None.
 
     Returns:
-      Output, auxiliary and the residuals, whose references are still to be filled in by
-      ``attach`` outside the jit.
+      Output, auxiliary and the residuals, whose references ``attach`` fills in outside the jit.
     """
     box: list[Any] = []
 
@@ -188,7 +187,7 @@ def _sources(
 
 
 def _weights_only(closed: Any, count: int, outvars: list[Any]) -> Callable[..., list[Any]]:
-    """Returns a function from flat weights to the residuals that depend on nothing else."""
+    """Returns a function from flat weights to the residuals that depend only on them."""
     jaxpr = closed.jaxpr
     needed = {var for var in outvars if not isinstance(var, jex_core.Literal)}
     equations = []

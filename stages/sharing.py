@@ -12,14 +12,14 @@ from stages.variables import text_of
 
 
 def check_apart(model: str, modules: Mapping[str, Any]) -> None:
-    """Refuses units that share a variable: behind a cut it would be two.
+    """Rejects units that share a variable, which a cut would split into two.
 
-    What a unit shares with itself is one variable, as ever. Random streams are drawn anew for every
-    unit, and so may be shared.
+    A variable that is shared within a unit is allowed. Random streams are drawn separately for
+    every unit and may be shared.
 
     Args:
       model: The model's name, for messages.
-      modules: For each unit's name its module; what units share is the same object in both.
+      modules: Modules by name of the unit; shared variables are the same object in both.
 
     Raises:
       StageError: Two units share a variable; the message names both places.
@@ -37,15 +37,15 @@ def check_apart(model: str, modules: Mapping[str, Any]) -> None:
                 )
                 raise StageError(
                     f"model {model!r}: units {other!r} and {unit!r} share a {what} of type "
-                    f"{type(node).__name__}: {there} is {here}. A cut between them would make two "
-                    "of it: put all that use it into one unit, or give each unit its own"
+                    f"{type(node).__name__}: {there} is {here}. A cut between them would "
+                    "duplicate it: put all its users into one unit, or give each unit its own"
                 )
             own[id(node)] = unit, path
         seen |= own
 
 
 def _holders(module: Any) -> Iterator[tuple[str, Any]]:
-    """Yields variables and the modules that hold any, the outer ones first, with their paths."""
+    """Yields variables and the modules that contain them, outer ones first, with their paths."""
     nodes = list(nnx.iter_graph(module))
     held = [path for path, node in nodes if _is_variable(node)]
     for path, node in sorted(nodes, key=lambda one: len(one[0])):

@@ -40,18 +40,18 @@ class Programs:
 class Stage:
     """A run of consecutive units on one host.
 
-    All functions take the variables of this stage's own units, {unit: {path: array}}, and
-    compile once per batch shape. Nothing is computed twice: the backward pass starts from the
-    residuals of the forward pass (unless ``rematerialise`` asks for the opposite).
+    All functions take the variables of this stage's own units, {unit: {path: array}}, and compile
+    once per batch shape. Nothing is computed twice: the backward pass starts from the residuals of
+    the forward pass, unless ``rematerialise`` is set.
 
     Attributes:
       index: Position in the chain of stages.
       unit_names: The units in order.
-      is_first: Whether the stage takes the samples, whose cotangent nobody needs.
+      is_first: Whether the input of the stage are the samples, which need no cotangent.
       is_last: Whether the stage computes the loss.
       rematerialise: Whether the backward pass computes the forward pass again instead of
         keeping residuals (less memory, about a third more time).
-      sides: Names of the side inputs that the stage's units take.
+      sides: Names of the side inputs of the stage's units.
       programs: The compiled functions.
     """
 
@@ -153,15 +153,15 @@ class Stage:
         return y
 
     def zeros(self, params: Variables) -> Variables:
-        """Returns a fresh accumulator of gradients, all zero."""
+        """Returns a new accumulator of gradients, all zero."""
         accumulated: Variables = self.programs.zeros(params)
         return accumulated
 
     def _taken(self, side: Side) -> dict[str, jax.Array]:
-        """Returns the side inputs that the stage's units take.
+        """Returns the side inputs of the stage's units.
 
         Raises:
-          StageError: One is missing.
+          StageError: A side input is missing.
         """
         missing = [name for name in self.sides if name not in side]
         if missing:
@@ -180,8 +180,8 @@ def split(
       model: The model.
       cuts: Positions between units, strictly increasing; a cut c lies between units[c - 1]
         and units[c].
-      rematerialise: Whether backward passes compute their forward pass again; one value for
-        all stages or one per stage.
+      rematerialise: Whether backward passes recompute their forward pass; one value for all stages
+        or one per stage.
 
     Returns:
       len(cuts) + 1 stages. Stages over the same units of the same model share their
@@ -194,7 +194,7 @@ def split(
     count = len(model.units)
     if any(not 0 < cut < count for cut in cuts) or list(cuts) != sorted(set(cuts)):
         raise StageError(
-            f"model {model.name!r}: illegal cuts {list(cuts)}; cuts are strictly increasing "
+            f"model {model.name!r}: cuts {list(cuts)} are not valid; cuts are strictly increasing "
             f"positions between its units, from 1 to {count - 1}"
         )
     bounds = (0, *cuts, count)
@@ -234,7 +234,7 @@ def join(parts: Sequence[Variables]) -> Variables:
 
 
 def select(stage: Stage, variables: Variables) -> Variables:
-    """Picks the variables of one stage's units out of a whole model's.
+    """Selects the variables of one stage's units from those of a whole model.
 
     Raises:
       StageError: A unit of the stage is missing.
@@ -348,7 +348,7 @@ def _forward(
 ) -> tuple[jax.Array, Variables, Residuals]:
     """Traced body of ``Stage.forward``."""
     if is_first:
-        # The samples' cotangent is needed by nobody: they are not differentiated.
+        # The samples need no cotangent and are not differentiated.
         return run_forward(
             lambda params, rest, _: train(params, *rest), params, (state, x, draw, side), None
         )
@@ -363,8 +363,8 @@ def _backward(
     """Traced body of ``Stage.backward``."""
     gradient, x_cotangent = pull_back(residuals, params, cotangent)
     if is_first:
-        # Nobody needs the samples' cotangent, but somebody must be able to wait for this
-        # computation without holding the accumulator, which the next one donates.
+        # The samples need no cotangent, but a caller has to be able to wait for this computation
+        # without holding the accumulator, which the next computation donates.
         x_cotangent = jnp.zeros((), jnp.int32)
     return x_cotangent, _add(accumulated, gradient)
 

@@ -29,7 +29,7 @@ Arrays: TypeAlias = dict[str, jax.Array]
 Variables: TypeAlias = dict[str, Arrays]
 Factory: TypeAlias = Callable[[nnx.Rngs], Any]
 
-#: Wrappers that overwrite a layer's weights in every call, by what they compute from them.
+#: Wrappers that overwrite a layer's weights in every call by values computed from them.
 _NORMALISING = (nnx.WeightNorm, nnx.SpectralNorm)
 
 
@@ -39,11 +39,11 @@ class Unit(abc.ABC):
 
     Attributes:
       name: Unique name; parameters are stored as "name/path".
-      graph: The static part, hashable; units with equal graphs, and variables and inputs of equal
-        shapes, compute the same.
+      graph: The static part, hashable; units with equal graphs, and equal shapes of variables and
+        inputs, have equal computations.
       params: Abstract parameters by path.
-      state: Abstract batch statistics, and what else the unit keeps, by path.
-      sides: Names of the side inputs (masks, lengths) that it takes.
+      state: Abstract batch statistics and other variables of the unit, by path.
+      sides: Names of its side inputs (masks, lengths).
     """
 
     name: str
@@ -54,11 +54,11 @@ class Unit(abc.ABC):
 
     @abc.abstractmethod
     def draw(self, seed: int, drawn: dict[Any, Any]) -> tuple[Arrays, Arrays]:
-        """Draws fresh variables.
+        """Draws new variables.
 
         Args:
           seed: Root seed.
-          drawn: What units of the same model that draw together have drawn so far.
+          drawn: Variables drawn so far by units of the same model.
 
         Returns:
           Parameters and state by path.
@@ -92,7 +92,7 @@ class Unit(abc.ABC):
           Output [batch, …] and the new batch statistics.
 
         Raises:
-          StageError: The call changes variables that it may not (see ``state_after``).
+          StageError: The call changes variables that it must not change (see ``state_after``).
         """
 
     @abc.abstractmethod
@@ -127,7 +127,7 @@ class ModuleUnit(Unit):
     paths: dict[str, Path]
 
     def draw(self, seed: int, drawn: dict[Any, Any]) -> tuple[Arrays, Arrays]:
-        """Calls the factory; what it draws depends on the seed and the unit's name alone."""
+        """Calls the factory; variables depend only on the seed and the unit's name."""
         key = jax.random.fold_in(jax.random.key(seed % 2**32), name_hash(self.name))
         parts = divide(self.factory(nnx.Rngs(key)))
         return self._arrays(self.params, parts.params), self._arrays(self.state, parts.state)
@@ -138,8 +138,8 @@ class ModuleUnit(Unit):
         missing = sorted(wanted.keys() - found.keys())
         if missing:
             raise StageError(
-                f"unit {self.name!r}: its factory made no variable {missing[0]!r} this time: let "
-                "it make the same module whenever it is called"
+                f"unit {self.name!r}: its factory did not create the variable {missing[0]!r} this "
+                "time: it has to create the same module in every call"
             )
         return {path: jnp.asarray(found[path], one.dtype) for path, one in wanted.items()}
 
@@ -168,7 +168,7 @@ class ModuleUnit(Unit):
         draw: MicroBatchContext | None,
         train: bool,
     ) -> tuple[Any, Arrays]:
-        """Puts the module together and calls it, with whatever arguments it takes.
+        """Merges the module and calls it with any arguments.
 
         Args:
           params: Its parameters by path.
@@ -180,7 +180,7 @@ class ModuleUnit(Unit):
           train: Training or inference.
 
         Returns:
-          What the module returns, and the new batch statistics.
+          The result of the module, and the new batch statistics.
 
         Raises:
           StageError: As for ``call``.
@@ -214,7 +214,7 @@ class ModuleUnit(Unit):
 def check_training(
     model: str, unit: ModuleUnit, x: jax.ShapeDtypeStruct, y: jax.ShapeDtypeStruct
 ) -> None:
-    """Traces a unit in training mode, so that what cannot be trained is refused at once.
+    """Traces a unit in training mode, so that untrainable units are rejected immediately.
 
     Args:
       model: Name of the model, for messages.
@@ -223,13 +223,14 @@ def check_training(
       y: Its output at inference, abstract.
 
     Raises:
-      StageError: The call fails, returns something else, or changes variables that it may not.
+      StageError: The call fails, returns something else, or changes variables that it must not
+        change.
     """
     trained = _trace(model, unit, x, {}, train=True)
     if getattr(trained, "shape", None) != y.shape or trained.dtype != y.dtype:
         raise StageError(
             f"model {model!r}, unit {unit.name!r}: returns {trained} in training, but {y} at "
-            "inference: let it return the same shape and dtype"
+            "inference: it has to return the same shape and dtype"
         )
 
 
@@ -241,7 +242,7 @@ def _trace(
     *,
     train: bool,
 ) -> Any:
-    """Traces a call; errors name the model, the unit and the shape that came in."""
+    """Traces a call; errors name the model, the unit and the shape of the input."""
     draw = make_draw(x.shape[0]) if train else None
     try:
         return jax.eval_shape(
@@ -253,13 +254,13 @@ def _trace(
         )
     except StageError as error:
         raise StageError(f"model {model!r}, {error}") from error
-    except Exception as error:  # somebody's own code: whatever it raises is told with its line
+    except Exception as error:  # the user's code: any exception is reported with its line
         doing = "be trained on" if train else "take"
         hint = ""
         if "ToNNX" in str(unit.graph):
             hint = (
-                " (a module of flax.linen is not told what is training: keep dropout and batch "
-                "statistics out of it, and call lazy_init in the factory)"
+                " (a module of flax.linen does not know whether it is trained: use no dropout "
+                "and batch statistics in it, and call lazy_init in the factory)"
             )
         raise StageError(
             f"model {model!r}, unit {unit.name!r}: cannot {doing} {x.dtype}{list(x.shape)} from "

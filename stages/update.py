@@ -1,4 +1,4 @@
-"""Optimiser updates: states unit by unit, and what looks at all units together."""
+"""Optimiser updates: states by unit, and transformations over all units."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ Update: TypeAlias = Callable[
 class Joint(optax.GradientTransformation):  # type: ignore[misc]  # optax is untyped
     """A transformation that looks at the gradients of all units at once, such as a global norm.
 
-    It keeps no state (``optax.EmptyState``): a unit moves between hosts with its own state alone.
+    It has no state (``optax.EmptyState``), since a unit moves between hosts only with its own
+    state.
     """
 
     __slots__ = ()
@@ -30,8 +31,8 @@ def init_opt_state(params: Variables, *parts: optax.GradientTransformation) -> O
     """Returns {unit: optimiser state of the unit}, so that a unit can move with its own.
 
     Args:
-      params: For each unit its weights.
-      *parts: What ``make_update`` takes.
+      params: Weights by unit.
+      *parts: As for ``make_update``.
     """
     init = jax.jit(optax.chain(*parts).init)
     return {unit: init(arrays) for unit, arrays in params.items()}
@@ -42,8 +43,8 @@ def make_update(*parts: optax.GradientTransformation, keeps: bool = False) -> Up
 
     Args:
       *parts: Optax transformations, applied one after another as ``optax.chain`` does. Each is
-        applied to each unit by itself, and has to be elementwise, or to look at no more than a
-        unit; but a ``Joint`` one is applied to all units at once.
+        applied to each unit separately and must not depend on other units, except a ``Joint`` one,
+        which is applied to all units at once.
       keeps: Whether weights and state from before the step stay usable.
 
     Returns:

@@ -1,13 +1,13 @@
-"""The variables that a unit's module keeps: what is trained, what is averaged, what is drawn anew.
+"""The variables of a unit's module: weights, state, random streams.
 
 * **Weights** are ``nnx.Param`` and its subclasses. They have gradients and optimiser state.
 * **State** is everything else that holds an array: ``nnx.BatchStat``, other types of
-  ``nnx.Variable``, arrays that are plain attributes. What a call in training leaves in it is kept.
-  Between devices floating-point state takes the weighted mean, and integers and booleans that of
-  the first device.
-* **Random streams** (``nnx.RngState``) are no state: each call begins them anew, see
+  ``nnx.Variable``, arrays that are plain attributes. Its values after a call in training are kept.
+  Aggregation takes the weighted mean of floating-point state, and the first device's integers and
+  booleans.
+* **Random streams** (``nnx.RngState``) are not state: each call starts new ones, see
   ``draw_streams``.
-* **What is sown** (``nnx.Intermediate``, ``nnx.Perturbation``) is forgotten after the call.
+* **Sown values** (``nnx.Intermediate``, ``nnx.Perturbation``) are dropped after the call.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DTYPES = FLOATS | frozenset(map(jnp.dtype, _WHOLE))
 
 
 class Parts(NamedTuple):
-    """What a module is split into.
+    """The parts of a module.
 
     Attributes:
       graph: The static part (``nnx.GraphDef``).
@@ -52,7 +52,7 @@ def divide(module: Any) -> Parts:
     for _, node in nnx.iter_graph(module):
         if isinstance(node, nnx.Module):
             for name, value in list(vars(node).items()):
-                # Flax takes an array that is an attribute for data, but not while it is traced.
+                # Flax treats an array that is an attribute as data, but not while it is traced.
                 if isinstance(value, jax.Array) and not nnx.is_data(value):
                     setattr(node, name, nnx.data(value))
     graph, *parts = nnx.split(module, nnx.Param, nnx.RngState, ...)
@@ -61,7 +61,7 @@ def divide(module: Any) -> Parts:
 
 
 def value_of(leaf: Any) -> Any:
-    """Returns what a leaf holds; numbers and numpy's arrays as jax would take them."""
+    """Returns the value of a leaf; numbers and arrays of numpy as jax would convert them."""
     value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
     if isinstance(value, (bool, int, float, np.generic, np.ndarray)):
         return jnp.asarray(value)
@@ -78,10 +78,10 @@ def abstract(unit: str, leaves: Mapping[Path, Any]) -> dict[str, jax.ShapeDtypeS
 
     Args:
       unit: The unit's name, for messages.
-      leaves: One part of what ``divide`` returned.
+      leaves: One part of the result of ``divide``.
 
     Raises:
-      StageError: A variable is of a type, shape or dtype that cannot be trained with.
+      StageError: A variable has a type, shape or dtype that cannot be trained.
     """
     found: dict[str, jax.ShapeDtypeStruct] = {}
     for path, leaf in leaves.items():
@@ -97,7 +97,7 @@ def abstract(unit: str, leaves: Mapping[Path, Any]) -> dict[str, jax.ShapeDtypeS
 
 
 def nested(arrays: Mapping[str, Any], paths: Mapping[str, Path]) -> dict[Any, Any]:
-    """Turns {path as text: array} into the nested dictionary that ``nnx.merge`` takes.
+    """Turns {path as text: array} into the nested dictionary for ``nnx.merge``.
 
     Args:
       arrays: Arrays by path, as text.
@@ -116,12 +116,13 @@ def nested(arrays: Mapping[str, Any], paths: Mapping[str, Path]) -> dict[Any, An
 def draw_streams(
     streams: Mapping[str, jax.ShapeDtypeStruct], scope: Context
 ) -> dict[str, jax.Array]:
-    """Begins a unit's random streams for one call.
+    """Creates a unit's random streams for one call.
 
     The key of a stream is the root seed folded with device, step, the unit's name, the stream's
-    path and the position in the mini-batch of the micro-batch's first sample; at inference it
-    is the same in every call. Counters begin at 0. So a run repeats, wherever it is cut, but
-    draws depend on the number of micro-batches (``stages.layers.Dropout`` does not).
+    path and the position in the mini-batch of the micro-batch's first sample; at inference it is
+    the same in every call. Counters start at 0. A run is therefore reproducible and independent of
+    cuts, but draws depend on the number of micro-batches (those of ``stages.layers.Dropout`` do
+    not).
 
     Args:
       streams: Abstract keys and counters by path.
@@ -146,17 +147,18 @@ def state_after(
     state: Mapping[str, jax.Array],
     free: tuple[Path, ...],
 ) -> dict[str, jax.Array]:
-    """Returns the state that a call in training has left, in the shapes and dtypes it had.
+    """Returns the state after a call in training, with unchanged shapes and dtypes.
 
     Args:
       unit: The unit's name, for messages.
       left: The module after the call.
-      params: The weights it had before by path.
-      state: The state it had before by path.
-      free: Paths below which weights may be overwritten, since the next call begins with the old.
+      params: Weights before the call by path.
+      state: State before the call by path.
+      free: Paths below which weights may be overwritten, since the next call starts with the old
+        ones.
 
     Raises:
-      StageError: The call made, lost or reshaped a variable, or wrote into a weight.
+      StageError: The call created, removed or reshaped a variable, or wrote into a weight.
     """
     for path, leaf in {**left.params, **left.state, **left.streams}.items():
         name, kind = text_of(path), type(leaf).__name__
@@ -165,19 +167,19 @@ def state_after(
             if value_of(leaf) is not params[name] and not spared:
                 raise StageError(
                     f"unit {unit!r}: a call writes into the weight {name!r} ({kind}), which only "
-                    "the optimiser may: keep what it writes in an nnx.BatchStat"
+                    "the optimiser may do: store the value in an nnx.BatchStat"
                 )
         elif isinstance(leaf, nnx.Variable) and name not in state and not _is_passing(leaf):
             raise StageError(
-                f"unit {unit!r}: a call makes the variable {name!r} ({kind}), which nobody would "
-                "keep: make it in __init__, or sow it as nnx.Intermediate"
+                f"unit {unit!r}: a call creates the variable {name!r} ({kind}), which would be "
+                "lost: create it in __init__, or sow it as nnx.Intermediate"
             )
     found = {text_of(path): value_of(leaf) for path, leaf in left.state.items()}
     return {name: _fitted(unit, name, before, found) for name, before in state.items()}
 
 
 def _check_kind(where: str, leaf: Any, value: Any) -> None:
-    """Refuses variables that cannot be trained with."""
+    """Rejects variables that cannot be trained."""
     if isinstance(leaf, nnx.RngState):
         return
     if isinstance(leaf, nnx.Cache):
@@ -188,7 +190,9 @@ def _check_kind(where: str, leaf: Any, value: Any) -> None:
     if isinstance(leaf, nnx.OptState):
         raise StageError(f"{where} belongs to an optimiser: keep optimisers out of the network")
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
-        raise StageError(f"{where} holds a {type(value).__name__}, expected one array: split it up")
+        raise StageError(
+            f"{where} contains a {type(value).__name__}, expected one array: split it up"
+        )
     if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         raise StageError(f"{where} is a random key: keep it in nnx.Rngs, which draws anew per step")
     if isinstance(leaf, nnx.Param) and value.dtype not in FLOATS:
@@ -197,24 +201,26 @@ def _check_kind(where: str, leaf: Any, value: Any) -> None:
             f"{_names(FLOATS)}): make it an nnx.Variable if it is not trained"
         )
     if value.dtype not in DTYPES:
-        raise StageError(f"{where} has dtype {value.dtype}, which is not known: {_names(DTYPES)}")
+        raise StageError(
+            f"{where} has dtype {value.dtype}, which is not supported (known: {_names(DTYPES)})"
+        )
 
 
 def _is_passing(variable: nnx.Variable[Any]) -> bool:
-    """Whether a variable that a call made may be forgotten."""
+    """Returns whether a variable that a call created may be dropped."""
     return isinstance(variable, (nnx.Intermediate, nnx.Perturbation, nnx.RngState))
 
 
 def _fitted(unit: str, name: str, before: jax.Array, found: Mapping[str, Any]) -> jax.Array:
-    """Returns a variable as a call left it, with the dtype it had."""
+    """Returns a variable after a call, with its original dtype."""
     after = found.get(name)
     dtype = getattr(after, "dtype", None)
     same_kind = dtype == before.dtype or (dtype in FLOATS and before.dtype in FLOATS)
     if after is None or after.shape != before.shape or not same_kind:
         got = "nothing" if after is None else f"{dtype}{list(getattr(after, 'shape', ()))}"
         raise StageError(
-            f"unit {unit!r}: a call makes {got} of the variable {name!r}, expected "
-            f"{before.dtype}{list(before.shape)}: let it keep its shape and dtype"
+            f"unit {unit!r}: a call changes the variable {name!r} to {got}, expected "
+            f"{before.dtype}{list(before.shape)}: keep its shape and dtype"
         )
     return jnp.asarray(after, before.dtype)
 

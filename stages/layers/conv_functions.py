@@ -18,8 +18,8 @@ from jax import lax
 from stages.layers.formulation import Formulation, LayerShape, choose
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
-# Patches are made for as many samples at a time as fit here (about a core's second cache): they
-# stay in the cache, and the memory of a step does not grow ninefold.
+# Patches are made for as many samples at a time as fit into this (about a core's L2 cache), so that
+# they stay in the cache and the memory of a step does not grow ninefold.
 PATCH_BYTES = 2_500_000
 
 
@@ -38,7 +38,7 @@ class Geometry(NamedTuple):
 
     @property
     def pointwise(self) -> bool:
-        """Whether each output meets one pixel: patches are then the image itself."""
+        """Whether the kernel has one pixel: patches are then the image itself."""
         return self.size == 1 and self.padding == 0
 
     def out(self, length: int) -> int:
@@ -67,9 +67,9 @@ class Geometry(NamedTuple):
         return [pair for pair in pairs if -length < pair[0] < rows]
 
     def spread(self, cotangent: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """Lays an output's cotangent out so that a convolution without stride pulls it back.
+        """Dilates and pads an output's cotangent for a convolution without stride.
 
-        Zeros between the rows undo the stride; those around undo what padding took away.
+        Zeros between the rows undo the stride; those around undo the padding.
 
         Args:
           cotangent: [batch, height', width', channels].
@@ -184,10 +184,10 @@ def shifted(
 
 
 def _samples_together(batch: int, bytes_per_sample: int, result_bytes: int = 0) -> int:
-    """How many samples' patches are made at a time, of a batch.
+    """Returns the number of samples whose patches are made at a time.
 
-    As many as fit ``PATCH_BYTES``, or the result that every run is added to if that is larger;
-    rather some fewer that divide the batch than a rest that is compiled once more.
+    As many as fit into ``PATCH_BYTES``, or into the size of the result if that is larger;
+    preferably a divisor of the batch, since a remainder is compiled separately.
     """
     fits = max(1, max(PATCH_BYTES, result_bytes) // bytes_per_sample)
     if fits >= batch:
@@ -219,7 +219,7 @@ def _patches_forward(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax
 def _in_runs(
     product: Callable[[jax.Array], jax.Array], x: jax.Array, bytes_per_sample: int
 ) -> jax.Array:
-    """Applies a product of patches to [batch, ...], so many samples at a time as fit the cache."""
+    """Applies a product of patches to [batch, ...], as many samples at a time as fit the cache."""
     runs, rest = _cut_batch(x, _samples_together(x.shape[0], bytes_per_sample))
     y = lax.map(product, runs)
     y = y.reshape(-1, *y.shape[2:])

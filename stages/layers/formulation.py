@@ -65,8 +65,7 @@ class LayerShape(NamedTuple):
         return (length + 2 * self.padding - self.size) // self.stride + 1
 
 
-# What was measured of an operation: milliseconds by formulation, by batch, by the rest of the
-# shape.
+# Measurements of an operation: milliseconds by formulation, by batch, by the rest of the shape.
 Times: TypeAlias = dict[str, float]
 Rows: TypeAlias = dict[tuple[int, ...], dict[int, Times]]
 
@@ -77,7 +76,7 @@ _asked = contextvars.ContextVar("asked", default=None)
 
 @contextlib.contextmanager
 def forced(formulation: Formulation | None) -> Iterator[None]:
-    """Forces one formulation wherever a layer has it, for what is traced inside the block."""
+    """Forces a formulation for layers that have it and are traced inside the block."""
     token = _forced.set(formulation)
     try:
         yield
@@ -116,9 +115,9 @@ def choose(operation: str, shape: LayerShape) -> Formulation:
 
 @functools.cache
 def fastest(operation: str, shape: LayerShape) -> Formulation:
-    """Looks up what was fastest on a CPU for this shape, or else for the nearest that was measured.
+    """Returns the fastest formulation on a CPU for this shape, or for the nearest measured shape.
 
-    The nearest batch decides between those that a shape was measured with.
+    Among several batches of a shape the nearest is used.
     """
     rows = table()[operation]
     row: tuple[int, ...] = shape[1:]
@@ -154,7 +153,7 @@ def is_naive(operation: str, shape: LayerShape) -> bool:
 
 @functools.cache
 def table() -> dict[str, Rows]:
-    """Reads what was measured, by operation."""
+    """Reads the measurements by operation."""
     found: dict[str, Rows] = {}
     names = [formulation.value for formulation in Formulation]
     with TABLE.open(newline="") as file:
@@ -167,7 +166,7 @@ def table() -> dict[str, Rows]:
 
 
 def _distance(known: LayerShape, asked: LayerShape) -> tuple[int, float]:
-    """How far a shape is from a measured one: by kind, then by size."""
+    """Returns the distance of a shape from a measured one: by kind, then by size."""
     kinds = zip(_kind(known), _kind(asked), strict=True)
     # Neither the batch, of which a shape has several, nor the padding, which the window sets.
     pairs = zip(known[1:7], asked[1:7], strict=True)
@@ -175,5 +174,5 @@ def _distance(known: LayerShape, asked: LayerShape) -> tuple[int, float]:
 
 
 def _kind(shape: LayerShape) -> tuple[bool, ...]:
-    """What changes how an operation is computed at all, and not just how much of it."""
+    """Returns the properties of a shape that affect the algorithm, not only the amount of work."""
     return shape.height * shape.width == 1, shape.size == 1, shape.stride == 1

@@ -31,7 +31,7 @@ class BatchNorm(nnx.Module):
         Args:
           features: Size of the last axis.
           dtype: Dtype of the output; statistics are computed in at least float32.
-          rngs: Unused random streams, taken so that all norms are made alike.
+          rngs: Unused; all normalisations have the same arguments.
         """
         del rngs
         held = weight_dtype(dtype)
@@ -69,7 +69,7 @@ class BatchNorm(nnx.Module):
 
 
 class GroupNorm(nnx.Module):
-    """Group normalisation; it looks at one sample at a time, so micro-batches change nothing."""
+    """Group normalisation, which is independent of micro-batches."""
 
     def __init__(self, features: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs) -> None:
         """Starts with scale 1 and bias 0.
@@ -77,7 +77,7 @@ class GroupNorm(nnx.Module):
         Args:
           features: Size of the last axis; the number of groups is ``group_count(features)``.
           dtype: Dtype of the output; statistics are computed in at least float32.
-          rngs: Unused random streams, taken so that all norms are made alike.
+          rngs: Unused; all normalisations have the same arguments.
         """
         del rngs
         held = weight_dtype(dtype)

@@ -1,8 +1,8 @@
 """Normalisation with backward passes written out.
 
-Derived automatically, the backward pass of batch normalisation goes over the activations
-several times more than it must. Written out it is two sums and one elementwise pass, which XLA
-fuses well on every platform, so this formulation is used everywhere.
+The automatically derived backward pass of batch normalisation makes several unnecessary passes over
+the activations. Written out it is two sums and one elementwise pass, which XLA fuses well on every
+platform, so that this formulation is used everywhere.
 """
 
 from __future__ import annotations

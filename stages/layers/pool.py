@@ -17,8 +17,8 @@ def max_pool(
 ) -> jax.Array:
     """Takes maxima over square windows of [batch, height, width, channels].
 
-    Where several elements of a window are largest, the first of them, row by row, gets the
-    whole cotangent, whichever formulation is chosen.
+    If several elements of a window are equal to the maximum, the first of them, in row-major order,
+    gets the whole cotangent, in every formulation.
     """
     step = stride or window
     batch, height, width, channels = x.shape

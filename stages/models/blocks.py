@@ -14,7 +14,7 @@ HEAD_GAIN = 0.1
 
 
 class Options(NamedTuple):
-    """What all networks are built with.
+    """The options of all networks.
 
     Attributes:
       input_shape: (height, width, channels) of a sample.
@@ -34,7 +34,7 @@ class Options(NamedTuple):
 
 
 class ConvBlock(nnx.Module):
-    """3x3 convolution with bias, normalisation, ReLU and perhaps 2x2 max pooling."""
+    """3x3 convolution with bias, normalisation, ReLU and optional 2x2 max pooling."""
 
     def __init__(
         self, in_features: int, out_features: int, pool: bool, options: Options, rngs: nnx.Rngs
@@ -53,7 +53,7 @@ class ConvBlock(nnx.Module):
 
 
 class DenseBlock(nnx.Module):
-    """Flattening, a dense layer and perhaps a ReLU and dropout."""
+    """Flattening, a dense layer, and optionally a ReLU and dropout."""
 
     def __init__(
         self, in_features: int, out_features: int, relu: bool, options: Options, rngs: nnx.Rngs

@@ -107,7 +107,7 @@ class Squeeze(nnx.Module):
 
 
 class InvertedResidual(nnx.Module):
-    """Expansion, depthwise convolution, perhaps squeeze and excitation, projection, skip."""
+    """Expansion, depthwise convolution, optional squeeze and excitation, projection, skip."""
 
     def __init__(self, channels: int, row: BlockRow, options: Options, rngs: nnx.Rngs) -> None:
         """Makes the block's layers."""

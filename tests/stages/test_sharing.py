@@ -63,7 +63,7 @@ SCALE = nnx.Param(jnp.ones(3))
     ],
 )  # fmt: skip
 def test_what_two_attributes_share_is_refused(first, second, message):
-    with pytest.raises(stages.StageError, match=f"{message}.*put all that use it into one unit"):
+    with pytest.raises(stages.StageError, match=f"{message}.*put all its users into one unit"):
         stages.Model.from_module("tied", Tied, (first, second), (3,), 3)
 
 

@@ -158,13 +158,13 @@ REFUSED = {
     ),
     "linen.Dropout": (
         lambda rngs: nnx.bridge.ToNNX(linen.Dropout(0.5, deterministic=False), rngs=rngs),
-        "cannot take.*keep dropout and batch statistics out of it",
+        "cannot take.*use no dropout and batch statistics in it",
     ),
     "linen.BatchNorm": (
         lambda rngs: nnx.bridge.ToNNX(
             linen.BatchNorm(use_running_average=False), rngs=rngs
         ).lazy_init(jnp.zeros((1, TOKENS, FEATURES))),
-        "cannot take.*keep dropout and batch statistics out of it",
+        "cannot take.*use no dropout and batch statistics in it",
     ),
 }
 
