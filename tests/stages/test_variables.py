@@ -84,7 +84,7 @@ def _new(self):
     [
         ({"w": lambda: nnx.Param(jnp.ones(2, jnp.int32))}, None, "'w' of type Param has dtype int"),
         ({"v": lambda: Mean(jnp.ones(2, jnp.complex64))}, None, "'v' of type Mean has dtype compl"),
-        ({"v": lambda: Mean((jnp.ones(2), jnp.ones(1)))}, None, "'v' of type Mean contains a tuple"),
+        ({"v": lambda: Mean((jnp.ones(2), jnp.ones(1)))}, None, "type Mean contains a tuple"),
         ({"v": lambda: Mean(jax.random.key(0))}, None, "'v' of type Mean is a random key.*Rngs"),
         ({"v": lambda: nnx.Cache(jnp.ones(2))}, None, "'v' of type Cache.*decode=False"),
         ({"v": lambda: [jnp.ones(2)]}, None, "attribute 'v' contains arrays in a list.*nnx.List"),
