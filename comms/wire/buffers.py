@@ -71,13 +71,8 @@ class BufferPool:
         # A finalizer may run inside any allocation, hence while this very lock is held.
         self.lock = threading.RLock()
         self._idle: dict[int, list[Bytes]] = {}
-        self._idle_bytes = 0
+        self.idle_bytes = 0
         self.reused = 0
-
-    @property
-    def idle_bytes(self) -> int:
-        """Bytes that wait for reuse."""
-        return self._idle_bytes
 
     def take(self, nbytes: int) -> tuple[Bytes, Lease | None]:
         """Returns an aligned array [nbytes] uint8, and the lease if it came from the pool."""
@@ -88,7 +83,7 @@ class BufferPool:
             idle = self._idle.get(size)
             block = idle.pop() if idle else None
             if block is not None:
-                self._idle_bytes -= size
+                self.idle_bytes -= size
                 self.reused += 1
         if block is None:
             block = allocate_aligned(size)
@@ -102,7 +97,7 @@ class BufferPool:
     def take_back(self, block: Bytes) -> None:
         """Keeps a block for reuse, or lets it go when enough are idle."""
         with self.lock:
-            if self._idle_bytes + block.nbytes > self._max_idle_bytes:
+            if self.idle_bytes + block.nbytes > self._max_idle_bytes:
                 return
             self._idle.setdefault(block.nbytes, []).append(block)
-            self._idle_bytes += block.nbytes
+            self.idle_bytes += block.nbytes

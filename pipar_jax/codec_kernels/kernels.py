@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from comms import CodecError, Encoded, Payload, parse_codec
+from comms import CodecError, Payload, parse_codec
 from comms.codecs.bit_payload import PayloadParts
 from comms.codecs.bit_settings import Setting
 from comms.codecs.bits import BitCodec
@@ -141,12 +141,6 @@ def to_device(data: np.ndarray[Any, np.dtype[np.uint8]], most: int) -> jax.Array
     filled[: data.size] = data
     placed: jax.Array = _filled_up(jnp.asarray(filled), most)
     return placed
-
-
-def encode_for_link(array: jax.Array, codec: str) -> Encoded:
-    """Encodes on the array's device and copies the payload to the host for ``Link.send``."""
-    payload = to_host(encoder(codec)(array))
-    return Encoded(codec, payload, np.dtype(array.dtype), array.shape)
 
 
 def decode_from_link(payload: Payload) -> jax.Array:

@@ -26,7 +26,6 @@ REGISTERED = ("",)
 Names = Mapping[str, tuple[str, ...]]
 NONE: Names = {}
 
-_SCALARS = (bool, int, float, str)
 #: Counts have 32 bits in messages between hosts and in compiled programs.
 _COUNTS = 2**32
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}

@@ -10,7 +10,7 @@ from pipar_jax.schedule.actions import ActionKind
 
 #: Seconds of a computation by device (``ALL`` for one that serves all), stage, kind, samples.
 Seconds = Callable[[int, int, ActionKind, int], float]
-#: Bytes of a result on the wire or in memory, by the same keys.
+#: Bytes of a result on the wire, by the same keys.
 Bytes = Callable[[int, int, ActionKind, int], float]
 
 
@@ -49,19 +49,6 @@ _GRID = 2.0**38
 FREE_LINK = LinkModel()
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Port:
-    """The network connection of a host, which all its links share.
-
-    Attributes:
-      out_bytes_s: Bytes per second out of the host; None is unlimited.
-      in_bytes_s: Bytes per second into the host; None is unlimited.
-    """
-
-    out_bytes_s: float | None = None
-    in_bytes_s: float | None = None
-
-
 def on_grid(seconds: float) -> float:
     """Returns a duration as the nearest multiple of 2**-38 s (3.6 ps).
 
@@ -92,23 +79,17 @@ class Costs:
         the weights of a stage, H for the client-side model with its optimiser state.
       links: Model of each direction (from, to); missing directions have no cost. All messages that
         a device sends share one link, whatever their destination.
-      ports: Hosts whose links share a network connection.
       window_bytes: Credit of a link direction for activations and cotangents, in bytes; None is
         unlimited. An empty window accepts one of any size. Without the coordinator on either side,
         every boundary between two hosts has its own link.
       codec_s: Seconds of encoding (SF, SB) or decoding (RF, RB) on the host's codec worker, which
         is not its processor.
-      held_bytes: Memory of a computation: for F until the end of its B, for L while it runs.
-      static_bytes: Permanent memory of a host: weights, optimiser states, gradients.
       ahead: Number of computations that a host dispatches while one is running.
     """
 
     compute_s: Seconds
     wire_bytes: Bytes = no_cost
     links: Mapping[tuple[str, str], LinkModel] = dataclasses.field(default_factory=dict)
-    ports: Mapping[str, Port] = dataclasses.field(default_factory=dict)
     window_bytes: float | None = None
     codec_s: Seconds | None = None
-    held_bytes: Bytes | None = None
-    static_bytes: Mapping[str, float] = dataclasses.field(default_factory=dict)
     ahead: int = 1

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -310,16 +309,6 @@ class Plan:
         for device, plan in enumerate(self.devices):
             names.update(dict.fromkeys(self.host(device, s) for s in range(plan.stages)))
         return tuple(names)
-
-    def links(self) -> tuple[tuple[str, str], ...]:
-        """Returns each pair of neighbours in a chain once, the earlier in the chain first."""
-        pairs: dict[frozenset[str], tuple[str, str]] = {}
-        for device, plan in enumerate(self.devices):
-            chain = [self.host(device, s) for s in range(plan.stages)]
-            for one, other in itertools.pairwise(chain):
-                if one != other:
-                    pairs.setdefault(frozenset((one, other)), (one, other))
-        return tuple(pairs.values())
 
     def boundary(self, device: int, below: int) -> Boundary:
         """Returns the boundary between a device's stage and the next, which may be on one host."""

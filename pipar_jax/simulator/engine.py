@@ -44,7 +44,6 @@ class Prediction:
       seconds: Time from the coordinator's release until it knows that the last weights are stored.
       busy_s: Seconds of computation by host.
       carried_bytes: Bytes on the wire by direction (from, to).
-      peak_bytes: Peak memory by host; empty if it was not requested.
       actions: Number of actions in the round, including extrapolated ones.
       simulated: Number of simulated actions: the work of the prediction.
       left_out: Number of steps of each span that were extrapolated.
@@ -54,7 +53,6 @@ class Prediction:
     seconds: float
     busy_s: dict[str, float]
     carried_bytes: dict[tuple[str, str], float]
-    peak_bytes: dict[str, float]
     actions: int
     simulated: int
     left_out: int
@@ -125,8 +123,6 @@ class Simulation:
         self.by_name = {host.name: host for host in self.hosts}
         self.round = SimulatedRound(schedule, {host.name: host.feeder for host in self.hosts})
         self._most_in_flight = 1 + costs.ahead
-        self._follow_memory = costs.held_bytes is not None
-        self._plain = costs.codec_s is None and not self._follow_memory and not collect
         self.exchange = Exchange(self, plan, costs, collect)
         self._steady = None
         if not collect and type(schedule) is RoundSchedule:
@@ -210,8 +206,6 @@ class Simulation:
         if self._collect:
             host.rows.append(Timed(action, start_s, self.now_s, 0, samples))
         host.dispatcher.finish(action)
-        if self._follow_memory:
-            self._hold(host, action, route, samples, start_s)
         if route.source is not None:
             self._release_credit(route.source, route.cost(samples)[2])
         if route.out is not None:
@@ -249,16 +243,12 @@ class Simulation:
         received = Action(
             one.target_stage, one.arrives_as, action.device, action.step, action.micro_batch
         )
-        if not self._plain:
+        if self._collect:
             sent = action._replace(kind=one.sent)
-            if self._collect:
-                host.rows.append(Timed(sent, start_s, end_s, int(nbytes), samples))
-                target.rows.append(
-                    Timed(received, start_s + link.delay_s, there_s, int(nbytes), samples)
-                )
-            if self._follow_memory:
-                host.memory += [(self.now_s, nbytes), (end_s, -nbytes)]
-                target.memory.append((there_s, nbytes))
+            host.rows.append(Timed(sent, start_s, end_s, int(nbytes), samples))
+            target.rows.append(
+                Timed(received, start_s + link.delay_s, there_s, int(nbytes), samples)
+            )
         self.actions += 2
         if codec_s is None:
             self.at(there_s, self.arrive, target, received)
@@ -336,23 +326,6 @@ class Simulation:
             return None
         return Demand(link, nbytes, limit)
 
-    def _hold(
-        self, host: SimulatedHost, action: Action, route: Route, samples: int, start_s: float
-    ) -> None:
-        """Records the memory that a finished computation used, keeps, or releases."""
-        held_bytes = self._costs.held_bytes
-        assert held_bytes is not None
-        if action.kind is FORWARD:
-            host.memory.append((start_s, held_bytes(action.device, action.stage, FORWARD, samples)))
-        elif action.kind is BACKWARD:
-            held = held_bytes(action.device, action.stage, FORWARD, samples)
-            host.memory.append((self.now_s, -held))
-        if action.kind in (LOSS, BACKWARD):
-            while_s = held_bytes(action.device, action.stage, action.kind, samples)
-            host.memory += [(start_s, while_s), (self.now_s, -while_s)]
-        if route.source is not None:
-            host.memory.append((self.now_s, -route.cost(samples)[2]))
-
     def _predict(self) -> Prediction:
         """Returns the prediction."""
         offset_s, left_out, simulated = 0.0, 0, self.actions
@@ -372,10 +345,4 @@ class Simulation:
                 host.name: sorted(host.rows, key=lambda row: row.start_s) for host in self.hosts
             }
             trace = Trace(rows, [Interval(0.0, seconds)], {"plan": self._plan.to_dict()})
-        peak = {}
-        if self._follow_memory:
-            always = self._costs.static_bytes
-            peak = {
-                host.name: host.peak_bytes() + always.get(host.name, 0.0) for host in self.hosts
-            }
-        return Prediction(seconds, busy, carried, peak, self.actions, simulated, left_out, trace)
+        return Prediction(seconds, busy, carried, self.actions, simulated, left_out, trace)

@@ -1,4 +1,4 @@
-"""Links, ports and routes of a simulated round, with their state."""
+"""Links and routes of a simulated round, with their state."""
 
 from __future__ import annotations
 
@@ -27,23 +27,6 @@ class Line:
         self.free_s = 0.0
 
 
-class Way:
-    """One direction of a host's port, which its links share."""
-
-    __slots__ = ("free_s", "rate_bytes_s")
-
-    def __init__(self, rate_bytes_s: float | None) -> None:
-        self.rate_bytes_s = rate_bytes_s
-        self.free_s = 0.0
-
-    def pass_s(self, start_s: float, nbytes: float) -> float:
-        """Transfers a message; returns when its last byte has passed."""
-        if self.rate_bytes_s is None:
-            return start_s
-        self.free_s = max(self.free_s, start_s) + on_grid(nbytes / self.rate_bytes_s)
-        return self.free_s
-
-
 class Direction:
     """One direction of a link: a queue, and the bytes that the receiver has not consumed.
 
@@ -58,21 +41,16 @@ class Direction:
       delay_s: One-way delay.
     """
 
-    __slots__ = ("_in", "_model", "_occupied_s", "_out", "_window", "below", "carried", "credited",
-                 "delay_s",
+    __slots__ = ("_model", "_occupied_s", "_window", "below", "carried", "credited", "delay_s",
                  "line", "outstanding", "source", "target")  # fmt: skip
 
-    def __init__(
-        self, source: str, target: str, below: int, line: Line, costs: Costs, out: Way, into: Way
-    ) -> None:
+    def __init__(self, source: str, target: str, below: int, line: Line, costs: Costs) -> None:
         model = costs.links.get((source, target), FREE_LINK)
         self.source, self.target, self.below, self.line = source, target, below, line
         self._model = model
         self._occupied_s: dict[float, float] = {}
         self.delay_s = on_grid(model.delay_s)
         self._window = costs.window_bytes
-        self._out = out if out.rate_bytes_s is not None else None
-        self._in = into if into.rate_bytes_s is not None else None
         self.outstanding = self.carried = 0.0
         self.credited = CreditedLink(self)
 
@@ -93,10 +71,6 @@ class Direction:
         if occupied is None:
             occupied = self._occupied_s[nbytes] = on_grid(self._model.occupied_s(nbytes))
         end = start + occupied
-        if self._out is not None:
-            end = max(end, self._out.pass_s(start, nbytes))
-        if self._in is not None:
-            end = max(end, self._in.pass_s(start, nbytes))
         line.free_s = end
         self.carried += nbytes
         return start, end
@@ -115,12 +89,11 @@ class SimulatedNetwork:
     boundary.
 
     Args:
-      costs: Links, ports and windows.
+      costs: Links and windows.
     """
 
     def __init__(self, costs: Costs) -> None:
         self._costs = costs
-        self._ways: dict[tuple[str, bool], Way] = {}
         self._lines: dict[tuple[str, str, int], Line] = {}
         self.directions: dict[tuple[str, str, int], Direction] = {}
 
@@ -137,9 +110,8 @@ class SimulatedNetwork:
         key = source, target, below
         found = self.directions.get(key)
         if found is None:
-            out, into = self._way(source, True), self._way(target, False)
             line = self._lines.setdefault(_line_of(*key), Line())
-            found = self.directions[key] = Direction(*key, line, self._costs, out, into)
+            found = self.directions[key] = Direction(*key, line, self._costs)
         return found
 
     def carried(self) -> dict[tuple[str, str], float]:
@@ -156,18 +128,9 @@ class SimulatedNetwork:
         model = self._costs.links.get((source, target), FREE_LINK)
         return now_s + on_grid(model.message_s + model.delay_s)
 
-    def times(self) -> list[Way | Line]:
-        """Returns all lines and ports, in the order of first use."""
-        return [*self._lines.values(), *self._ways.values()]
-
-    def _way(self, host: str, out: bool) -> Way:
-        """Returns one direction of a host's port."""
-        key = host, out
-        if key not in self._ways:
-            port = self._costs.ports.get(host)
-            rate = None if port is None else port.out_bytes_s if out else port.in_bytes_s
-            self._ways[key] = Way(rate)
-        return self._ways[key]
+    def times(self) -> list[Line]:
+        """Returns all lines, in the order of first use."""
+        return list(self._lines.values())
 
 
 def _line_of(source: str, target: str, below: int) -> tuple[str, str, int]:

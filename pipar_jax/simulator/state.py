@@ -60,11 +60,10 @@ class SimulatedHost:
       busy_s: Seconds it computes, for what was dispatched so far.
       last: The last actions that it dispatched.
       rows: Its timed actions, if they are collected.
-      memory: Times and bytes of what it began and ceased to hold, if memory is followed.
     """
 
     __slots__ = ("busy_s", "codec_free_s", "dispatcher", "feeder", "free_s", "in_flight", "index",
-                 "last", "memory", "name", "rows")  # fmt: skip
+                 "last", "name", "rows")  # fmt: skip
 
     def __init__(
         self, name: str, index: int, dispatcher: ComparableDispatcher, feeder: StepFeeder
@@ -74,12 +73,3 @@ class SimulatedHost:
         self.free_s = self.codec_free_s = self.busy_s = 0.0
         self.last: collections.deque[Action] = collections.deque(maxlen=REMEMBERED)
         self.rows: list[Timed] = []
-        self.memory: list[tuple[float, float]] = []
-
-    def peak_bytes(self) -> float:
-        """Returns the peak of memory in addition to permanent memory."""
-        held = peak = 0.0
-        for _, change in sorted(self.memory):  # at equal times memory is released first
-            held += change
-            peak = max(peak, held)
-        return peak

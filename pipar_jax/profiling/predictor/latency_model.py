@@ -27,7 +27,6 @@ from pipar_jax.profiling.predictor.operators import FEATURES, KINDS, SIZES, Arra
 
 #: Size of a device's embedding and of each hidden layer.
 FACTORS, HIDDEN = 6, 32
-HEADS = ("forward", "backward")
 #: The trained network of the package.
 SHIPPED = Path(__file__).with_name("network.safetensors")
 _LEAST_ROWS = 64

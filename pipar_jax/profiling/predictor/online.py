@@ -28,8 +28,6 @@ from pipar_jax.profiling.predictor.operators import Array, Tables
 from pipar_jax.profiling.predictor.predict_host import one_call, predict_host
 from pipar_jax.profiling.predictor.reference import ReferenceTimes
 from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS, ActionKind
-from pipar_jax.schedule.plan import Plan
-from pipar_jax.schedule.trace import Trace
 from stages import Model
 
 #: Number of times kept per case; their median is used.
@@ -85,26 +83,6 @@ class Learner:
         if seconds <= 0:
             return  # below the resolution of the clock
         self._fresh[case].append(seconds)
-
-    def observe_trace(self, trace: Trace, plan: Plan, host: str) -> int:
-        """Records all stage times of a host in a trace; returns the number of cases.
-
-        Args:
-          trace: The trace of a run, or of a round.
-          plan: The plan of the trace.
-          host: The host of the device.
-        """
-        found: dict[Case, list[float]] = collections.defaultdict(list)
-        for row in trace.hosts.get(host, ()):
-            action = row.action
-            if action.kind not in (FORWARD, BACKWARD, LOSS) or action.device < 0:
-                continue
-            bounds = (0, *plan.devices[action.device].cuts, len(self._model.units))
-            first, stop = bounds[action.stage : action.stage + 2]
-            found[action.kind, first, stop, row.samples].append(row.end_s - row.start_s)
-        for case, seconds in found.items():
-            self.observe(case, statistics.median(seconds))
-        return len(found)
 
     def learn(self) -> Device:
         """Replays all records and returns the new estimate."""

@@ -133,17 +133,6 @@ def convolution(
     )  # fmt: skip
 
 
-def unit_operators(model: Model, index: int, batch: int) -> tuple[Operator, ...]:
-    """Returns the operators of a unit for a micro-batch.
-
-    Args:
-      model: The model.
-      index: The unit's position. The first unit's input is data: it needs no cotangent.
-      batch: Samples of the micro-batch.
-    """
-    return model_operators(model, (index,), batch)[0]
-
-
 def model_operators(
     model: Model, indices: Sequence[int] | None, batch: int
 ) -> list[tuple[Operator, ...]]:

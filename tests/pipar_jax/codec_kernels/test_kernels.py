@@ -10,6 +10,7 @@ import pytest
 from comms import (
     ChannelOptions,
     CodecError,
+    Encoded,
     Endpoint,
     Payload,
     Role,
@@ -165,7 +166,9 @@ def test_a_tensor_coded_on_the_device_crosses_a_link_and_is_decoded_on_the_devic
         _, port = server.listen("127.0.0.1", 0, admitting(links.put))
         up = client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=PATIENCE_S)
         links.get(timeout=PATIENCE_S).start(messages.put, lambda: None, lambda error: None)
-        up.send(Tag(role=Role.ACTIVATION), kernels.encode_for_link(array, name))
+        payload = kernels.to_host(kernels.encoder(name)(array))
+        coded = Encoded(name, payload, np.dtype(array.dtype), array.shape)
+        up.send(Tag(role=Role.ACTIVATION), coded)
         message = messages.get(timeout=PATIENCE_S)
         received = kernels.decode_from_link(message.payload)
         np.testing.assert_array_equal(np.asarray(received), message.array)

@@ -27,10 +27,9 @@ def test_a_plan_survives_json():
     assert Plan.from_dict(json.loads(json.dumps(one.to_dict()))) == one
 
 
-def test_a_plan_knows_its_hosts_links_and_units():
+def test_a_plan_knows_its_hosts_and_units():
     one = Plan((DevicePlan((1, 3), ("device", "n1", "device")),) * 2)
     assert one.hosts() == ("server", "d0", "d1", "n1")
-    assert one.links() == (("d0", "n1"), ("d1", "n1"))
     assert [list(one.units(0, s, 4)) for s in range(3)] == [[0], [1, 2], [3]]
 
 

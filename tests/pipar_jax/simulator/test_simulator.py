@@ -22,7 +22,7 @@ from pipar_jax.schedule.actions import (
 )
 from pipar_jax.schedule.host_program import Bare, HostProgram
 from pipar_jax.schedule.plan import DevicePlan, Plan
-from pipar_jax.simulator import Costs, LinkModel, Port, Prediction, simulate
+from pipar_jax.simulator import Costs, LinkModel, Prediction, simulate
 from pipar_jax.tuner.recurrence import MicroTimes, measured_step_s
 
 SECONDS = {"F": 0.002, "L": 0.003, "B": 0.004, "U": 0.01, "A": 0.05}
@@ -125,21 +125,6 @@ def test_a_sequential_round_hands_the_part_on_through_the_coordinator() -> None:
     assert without.seconds == pytest.approx(found.seconds + 0.5)  # the part had to be fetched
 
 
-def test_a_port_is_shared_by_its_links() -> None:
-    plan = pair_plan(4, 1)
-    links = links_of(plan, LinkModel(1e5), LinkModel(1e5))
-    alone = simulate(round_of(plan), Costs(seconds_of, bytes_of, links)).seconds
-    ports = {"server": Port(in_bytes_s=1e5)}
-    shared = simulate(round_of(plan), Costs(seconds_of, bytes_of, links, ports)).seconds
-    into_server = 4 * (4 * 16_000 + 50_000)
-    assert into_server / 1e5 < shared
-    assert alone < shared
-    wide = {"server": Port(in_bytes_s=4e5, out_bytes_s=4e5)}
-    assert simulate(round_of(plan), Costs(seconds_of, bytes_of, links, wide)).seconds == (
-        pytest.approx(alone, rel=0.02)
-    )
-
-
 def test_codecs_take_time_beside_the_processor() -> None:
     plan = pair_plan(1, 1, dispatch="fixed")
     links = links_of(plan, LinkModel(), LinkModel())
@@ -150,20 +135,6 @@ def test_codecs_take_time_beside_the_processor() -> None:
     one = round_of(plan, steps=1)
     assert simulate(one, coded).seconds - simulate(one, plain).seconds == pytest.approx(15.0)
     assert simulate(one, coded).busy_s == simulate(one, plain).busy_s
-
-
-def test_memory_follows_residuals_inputs_and_what_waits_to_be_sent() -> None:
-    plan = pair_plan(1, 4, dispatch="fixed")
-    held = {"F": 7.0, "L": 100.0, "B": 0.0}
-    costs = Costs(
-        seconds_of, lambda d, s, k, n: 10.0, links_of(plan, LinkModel(1.0), LinkModel(1.0)),
-        held_bytes=lambda d, s, kind, n: held[kind], static_bytes={"server": 1000.0},
-    )  # fmt: skip
-    peak = simulate(round_of(plan, steps=1), costs).peak_bytes
-    # The device holds four residuals, and four activations that wait for the slow uplink; the
-    # server one input, what it computes with, and a cotangent on its way.
-    assert peak["d0"] == 4 * 7 + 4 * 10
-    assert peak["server"] == 1000 + 100 + 10 + 10
 
 
 # --- the rules of every schedule -----------------------------------------------------------------

@@ -10,9 +10,7 @@ from pipar_jax.profiling.predictor import online
 from pipar_jax.profiling.predictor.online import Learner
 from pipar_jax.profiling.predictor.operators import model_operators, rows
 from pipar_jax.profiling.predictor.predict_host import one_call, predict_host
-from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS, Action
-from pipar_jax.schedule.plan import DevicePlan, Plan
-from pipar_jax.schedule.trace import Timed, Trace
+from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS
 from pipar_jax.simulator.predict import HostTimes
 from tests.pipar_jax.profiling.predictor import synthetic
 
@@ -90,28 +88,19 @@ def test_a_device_that_slows_down_is_noticed():
     assert ratio == pytest.approx(3.0, rel=0.1)
 
 
-def test_a_trace_teaches_its_hosts_stages():
+def test_observed_stages_teach_the_predictions_of_their_host():
     course, count = Course(), len(network().units)
-    plan = Plan((DevicePlan((3,), ("device", "server"), 2),))
-    rows_of = {"d0": [], "server": []}
-    for micro_batch in range(4):
-        for kind, host, stage in ((FORWARD, "d0", 0), (LOSS, "server", 1), (BACKWARD, "d0", 0)):
-            bounds = (0, 3) if stage == 0 else (3, count)
-            action = Action(stage, kind, 0, 0, micro_batch)
-            seconds = course.seconds(kind, *bounds)
-            rows_of[host].append(Timed(action, 1.0, 1.0 + seconds, samples=BATCH))
-    trace = Trace(hosts=rows_of)
-    assert course.learner.observe_trace(trace, plan, "d0") == 2
+    for kind in (FORWARD, BACKWARD):
+        course.learner.observe((kind, 0, 3, BATCH), course.seconds(kind, 0, 3))
     course.learner.learn()
     assert course.error(3) < 0.1
     server = Learner(course.model, synthetic.reference_times(course.law), synthetic.weights())
-    assert server.observe_trace(trace, plan, "server") == 1
+    server.observe((LOSS, 3, count, BATCH), course.seconds(LOSS, 3, count))
     server.learn()
     case, seconds = (LOSS, 3, count, BATCH), course.seconds(LOSS, 3, count)
     fresh = Learner(course.model, synthetic.reference_times(course.law), synthetic.weights())
     before = abs(fresh.predict_s(case) / seconds - 1)
     assert abs(server.predict_s(case) / seconds - 1) < before
-    assert course.learner.observe_trace(Trace(), plan, "d0") == 0
 
 
 def test_only_so_many_cases_are_remembered_and_no_time_is_no_time(monkeypatch):

@@ -17,7 +17,6 @@ from pipar_jax.profiling.predictor.operators import (
     features,
     model_operators,
     rows,
-    unit_operators,
 )
 from stages.layers import Conv, Dense, Flatten
 from stages.layers.formulation import Formulation, forced
@@ -41,7 +40,7 @@ def network() -> stages.Model:
 
 
 def test_a_convolution_is_what_the_formula_says():
-    call, conv = unit_operators(network(), 1, 10)
+    call, conv = model_operators(network(), (1,), 10)[0]
     assert call.kind == "call"
     (expected,) = convolution(10, 8, 4, 6, 3, 2)
     assert conv == expected
@@ -49,12 +48,12 @@ def test_a_convolution_is_what_the_formula_says():
 
 
 def test_samples_need_no_cotangent_and_activations_do():
-    first, second = (unit_operators(network(), i, 4)[1] for i in (0, 1))
+    first, second = (model_operators(network(), (i,), 4)[0][1] for i in (0, 1))
     assert (first.pulled, second.pulled) == (0.0, 1.0)
 
 
 def test_a_dense_layer_is_a_product_with_weights():
-    (product,) = (one for one in unit_operators(network(), 2, 3) if one.kind == "matmul")
+    (product,) = (one for one in model_operators(network(), (2,), 3)[0] if one.kind == "matmul")
     assert product.flops == 2 * 3 * 384 * 5
     assert product.weight_bytes == 4 * 384 * 5
     assert (product.inputs, product.outputs) == (384, 5)
@@ -62,7 +61,7 @@ def test_a_dense_layer_is_a_product_with_weights():
 
 def test_attention_multiplies_activations_which_are_no_weights():
     model = stages.build("vit_small", input_shape=(16, 16, 3), classes=4)
-    products = [one for one in unit_operators(model, 1, 2) if one.kind == "matmul"]
+    products = [one for one in model_operators(model, (1,), 2)[0] if one.kind == "matmul"]
     assert len(products) == 6
     assert sum(one.weight_bytes == 0 for one in products) == 2
 
@@ -84,7 +83,7 @@ def test_what_is_found_does_not_depend_on_how_this_machine_computes():
 
 
 def test_work_grows_with_the_batch_and_weights_do_not():
-    small, large = (unit_operators(network(), 1, batch)[1] for batch in (2, 20))
+    small, large = (model_operators(network(), (1,), batch)[0][1] for batch in (2, 20))
     assert large.flops == 10 * small.flops
     assert large.output_bytes == 10 * small.output_bytes
     assert large.weight_bytes == small.weight_bytes
@@ -102,7 +101,7 @@ def test_loops_calls_and_own_derivatives_are_looked_into():
             return jax.jit(jax.nn.relu)(x)
 
     model = stages.Model.from_units("odd", [("odd", Odd)], (4,), 4)
-    kinds = [one.kind for one in unit_operators(model, 0, 2)]
+    kinds = [one.kind for one in model_operators(model, (0,), 2)[0]]
     assert kinds[0] == "call" and "elementwise" in kinds and "matmul" in kinds
 
 
