@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ import optax
 from stages.unit import Variables
 
 OptState: TypeAlias = dict[str, Any]
+Keeps: TypeAlias = Literal["", "opt_state", "all"]
+_DONATED: dict[Keeps, tuple[int, ...]] = {"": (0, 1, 2), "opt_state": (0, 2), "all": (2,)}
 Update: TypeAlias = Callable[
     [Variables, OptState, Variables], tuple[Variables, OptState, Variables]
 ]
@@ -38,18 +40,18 @@ def init_opt_state(params: Variables, *parts: optax.GradientTransformation) -> O
     return {unit: init(arrays) for unit, arrays in params.items()}
 
 
-def make_update(*parts: optax.GradientTransformation, keeps: bool = False) -> Update:
+def make_update(*parts: optax.GradientTransformation, keeps: Keeps = "") -> Update:
     """Returns the compiled optimiser step of a mini-batch.
 
     Args:
       *parts: Optax transformations, applied one after another as ``optax.chain`` does. Each is
         applied to each unit separately and must not depend on other units, except a ``Joint`` one,
         which is applied to all units at once.
-      keeps: Whether weights and state from before the step stay usable.
+      keeps: What stays usable as it was before the step: the state, or the weights as well.
 
     Returns:
       update(params, opt_state, accumulated) -> (params, opt_state, zeroed accumulator); all
-      three arguments are donated, or with ``keeps`` the last alone. The state of each unit is that
+      three arguments are donated, but what ``keeps`` names. The state of each unit is that
       of ``optax.chain(*parts)``.
     """
 
@@ -71,4 +73,4 @@ def make_update(*parts: optax.GradientTransformation, keeps: bool = False) -> Up
         new_state = {unit: tuple(some) for unit, some in states.items()}
         return new_params, new_state, jax.tree.map(jnp.zeros_like, accumulated)
 
-    return jax.jit(update, donate_argnums=(2,) if keeps else (0, 1, 2))
+    return jax.jit(update, donate_argnums=_DONATED[keeps])

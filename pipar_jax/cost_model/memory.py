@@ -3,17 +3,19 @@
 A node that serves K devices, with weights W (in addition to them optimiser state and gradients) and
 what a mini-batch's forward keeps, A, needs K(3W + A) with a copy for each device, 3W + KA with
 shared weights, and 3W + cA with at most c micro-batches in flight (Tirana et al., arXiv
-2402.00208, and ours). To these come what averaging keeps and tensors that wait. Nodes refuse plans
+2402.00208, and ours). To these come what averaging keeps, tensors that wait, and
+where devices may be lost second copies to go back to. Nodes refuse plans
 by it, with the bytes of their compiled stages; the tuner searches by it, with those of a profile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from pipar_jax.schedule.actions import ALL, batch_samples, micro_batch_sizes
 from pipar_jax.schedule.host_program import replica_key
+from pipar_jax.schedule.keep import Keep
 from pipar_jax.schedule.plan import COORDINATOR, Plan
 
 
@@ -24,6 +26,7 @@ class Need(NamedTuple):
       variables: Weights, batch statistics, optimiser states and gradients of all replicas.
       copies: How many replicas its largest stage has.
       average: What averaging on a compute node keeps between rounds.
+      kept: Second copies, to go back to when a device is lost.
       held: What forwards keep for their backwards, of all micro-batches that may be between them.
       waiting: Tensors that have arrived and wait, and results of what is being computed.
       computing: What a last stage keeps within its one computation, if ``Sizes`` knows it.
@@ -32,6 +35,7 @@ class Need(NamedTuple):
     variables: int
     copies: int
     average: int
+    kept: int
     held: int
     waiting: int
     computing: int
@@ -39,7 +43,7 @@ class Need(NamedTuple):
     @property
     def arrays(self) -> int:
         """Bytes of all arrays, XLA's temporaries left out."""
-        return self.variables + self.average + self.held + self.waiting
+        return self.variables + self.average + self.kept + self.held + self.waiting
 
     @property
     def total(self) -> int:
@@ -73,6 +77,9 @@ class Sizes(Protocol):
     def replica(self, units: range) -> int:
         """Returns the bytes of a replica: weights, gradients, statistics and optimiser state."""
 
+    def kept(self, units: range, keeps: Keep) -> int:
+        """Returns the bytes of what a replica keeps of an earlier moment."""
+
     def average(self, units: range) -> int:
         """Returns the bytes that averaging keeps: weights, statistics and the rule's state."""
 
@@ -95,7 +102,13 @@ class _Passing(NamedTuple):
 
 
 def find_need(
-    sizes: Sizes, plan: Plan, host: str, samples: Sequence[int], batch: int, window: int
+    sizes: Sizes,
+    plan: Plan,
+    host: str,
+    samples: Sequence[int],
+    batch: int,
+    window: int,
+    keeps: Callable[[int], Keep],
 ) -> Need:
     """Returns what a host needs for its share of a plan.
 
@@ -109,10 +122,12 @@ def find_need(
       samples: Samples that each device trains on in an epoch.
       batch: Samples in a mini-batch.
       window: Credit of a link, in bytes.
+      keeps: What a copy keeps of an earlier moment.
     """
     slots: dict[tuple[int, int], int] = {}
     # Where devices take turns, each one's micro-batches are there without the others'.
     passing: dict[tuple[int, int], list[_Passing]] = {}
+    kept = 0
     average = sizes.average(range(sizes.units)) if host == COORDINATOR else 0
     for device, one in enumerate(plan.devices):
         chain = [plan.host(device, stage) for stage in range(one.stages)]
@@ -123,6 +138,7 @@ def find_need(
             slot = replica_key(plan, device, index)
             if slot not in slots:
                 slots[slot] = sizes.replica(units)
+                kept += sizes.kept(units, keeps(slot[0]))
                 first = sum(1 for _, s in slots if s == index) == 1
                 if first and index in plan.local_stages(host) and plan.weights == "copy":
                     average += sizes.average(units)
@@ -140,7 +156,7 @@ def find_need(
     held, waiting = (sum(column) for column in zip((0, 0), *worst.values(), strict=True))
     copies = max((sum(1 for _, s in slots if s == index) for _, index in slots), default=0)
     computing = max((p.sizes.computing for some in passing.values() for p in some), default=0)
-    return Need(sum(slots.values()), copies, average, held, waiting, computing)
+    return Need(sum(slots.values()), copies, average, kept, held, waiting, computing)
 
 
 def _worst(found: Sequence[_Passing], in_flight: int, window: int) -> tuple[int, int]:

@@ -366,7 +366,8 @@ class Rewind:
     """After ``Halt``: forget everything from a step on; answered by ``Rewound``.
 
     Weights, statistics and optimiser states are those after the step before. A ``Release`` of the
-    same round follows, from that step on and without those who are lost.
+    same round follows, from that step on and without those who are lost; its spans are empty if
+    all steps were over.
     """
 
     round: Count

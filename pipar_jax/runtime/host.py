@@ -378,7 +378,7 @@ class Host:
             for index, stage in enumerate(cut):
                 slot = self._program.replica_key(device, index)
                 if plan.host(device, index) == self.name and slot not in self._replicas:
-                    keeps = undo.keep(self._config, plan, slot[0])
+                    keeps = undo.find_keep(self._config, plan, slot[0])
                     self._replicas[slot] = Replica(stage, params, state, self._optimizer, keeps)
         self._averaging = Averaging(self._config, self._program, self._replicas, params, state)
         self._averaging.compile()

@@ -7,6 +7,7 @@ a change of plan takes meanwhile are not counted.
 
 from __future__ import annotations
 
+import functools
 import resource
 import sys
 import threading
@@ -22,7 +23,9 @@ from pipar_jax.config import Config
 from pipar_jax.cost_model.memory import Need, StageSizes, find_need
 from pipar_jax.errors import RunError
 from pipar_jax.methods.registry import hosts_of
+from pipar_jax.runtime import undo
 from pipar_jax.schedule.feasibility import check_executable
+from pipar_jax.schedule.keep import Keep
 from pipar_jax.schedule.plan import Plan, is_node, long_name
 from pipar_jax.training import optimizer
 from pipar_jax.training.replica import Replica, abstract
@@ -95,7 +98,8 @@ def predict(model: Model, plan: Plan, host: str, config: Config, samples: Sequen
     check_executable(plan)
     sizes = _ModelSizes(model, config, rematerialise=hosts_of(config)[host].rematerialise)
     window = int(config.pipeline.window_mb * 1e6)
-    return find_need(sizes, plan, host, samples, config.data.batch_size, window)
+    keeps = functools.partial(undo.find_keep, config, plan)
+    return find_need(sizes, plan, host, samples, config.data.batch_size, window, keeps)
 
 
 class _ModelSizes:
@@ -114,6 +118,15 @@ class _ModelSizes:
         params, state = self._variables(units)
         opt_state = [jax.eval_shape(self._tx.init, one) for one in params.values()]
         return 2 * _bytes(params) + _bytes(state) + _bytes(opt_state)
+
+    def kept(self, units: range, keeps: Keep) -> int:
+        """Returns the bytes of optimiser states, and of the rest where it is kept too."""
+        params, state = self._variables(units)
+        opt_state = _bytes([jax.eval_shape(self._tx.init, one) for one in params.values()])
+        whole = _bytes(params) + _bytes(state) + opt_state
+        return (opt_state if Keep.OPTIMIZER in keeps else 0) + (
+            whole if keeps & (Keep.TURN | Keep.STEP) else 0
+        )
 
     def average(self, units: range) -> int:
         """Returns the bytes of weights, statistics and the rule's state."""
@@ -193,7 +206,8 @@ def memory_excess(
     return (
         f"{long_name(host)} needs {total / 1e6:.1f} MB for the plan {plan}, but may take "
         f"nodes.{host[1:]}.memory_mb={limit_mb:g}: {mb['variables']} for weights, optimiser states "
-        f"and gradients (copies: {need.copies}), {mb['average']} for their average, {mb['held']} "
+        f"and gradients (copies: {need.copies}), {mb['average']} for their average, {mb['kept']} "
+        f"to go back to after a loss (cohort.*), {mb['held']} "
         f"kept between forward and backward, {mb['waiting']} for tensors that wait{temporaries}. "
         "Move pipeline.cuts or add nodes, set pipeline.weights=shared (and pipeline.in_flight), "
         "serve fewer devices, or raise the limit"

@@ -12,13 +12,14 @@ from collections.abc import Collection, Mapping
 
 from pipar_jax.config import Config, keeps_state, may_lose
 from pipar_jax.schedule.actions import ALL, RoundSchedule
+from pipar_jax.schedule.keep import Keep, keep
 from pipar_jax.schedule.plan import Plan
-from pipar_jax.training.replica import Keep, Replica
+from pipar_jax.training.replica import Replica
 
 Replicas = Mapping[tuple[int, int], Replica]
 
 
-def keep(config: Config, plan: Plan, copy: int) -> Keep:
+def find_keep(config: Config, plan: Plan, copy: int) -> Keep:
     """Returns what a replica has to keep of an earlier moment.
 
     Args:
@@ -28,11 +29,7 @@ def keep(config: Config, plan: Plan, copy: int) -> Keep:
     """
     if not may_lose(config):
         return Keep.NOTHING
-    if plan.order == "sequential":
-        return Keep.TURN if copy == ALL else Keep.NOTHING
-    own = copy != ALL and keeps_state(config)
-    kept = Keep.OPTIMIZER if own else Keep.NOTHING
-    return kept | Keep.STEP if plan.sums_gradients else kept
+    return keep(plan, copy, keeps_state=keeps_state(config))
 
 
 def begin_round(replicas: Replicas, schedule: RoundSchedule, *, anew: bool) -> None:

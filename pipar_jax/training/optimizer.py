@@ -96,12 +96,14 @@ class CompiledOptimizer(NamedTuple):
     Attributes:
       transformation: Result of ``build``, whose ``init`` creates the state of a unit.
       update: Result of ``stages.make_update`` for its parts.
-      keeping: The same step, which leaves weights and state from before it as they are.
+      keeping_state: The same step, which leaves the state from before it as it is.
+      keeping_all: The same step, which leaves the weights from before it as well.
     """
 
     transformation: optax.GradientTransformation
     update: stages.Update
-    keeping: stages.Update
+    keeping_state: stages.Update
+    keeping_all: stages.Update
 
 
 def compiled(config: OptimizerConfig, *, steps: int, proximal_mu: float = 0.0) -> CompiledOptimizer:
@@ -118,7 +120,10 @@ def compiled(config: OptimizerConfig, *, steps: int, proximal_mu: float = 0.0) -
 def _compiled(fields: tuple[Any, ...], steps: int, proximal_mu: float) -> CompiledOptimizer:
     made = parts(OptimizerConfig(*fields), steps=steps, proximal_mu=proximal_mu)
     return CompiledOptimizer(
-        optax.chain(*made), stages.make_update(*made), stages.make_update(*made, keeps=True)
+        optax.chain(*made),
+        stages.make_update(*made),
+        stages.make_update(*made, keeps="opt_state"),
+        stages.make_update(*made, keeps="all"),
     )
 
 

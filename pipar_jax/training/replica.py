@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -11,23 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from pipar_jax.errors import RunError
+from pipar_jax.schedule.keep import Keep
 from pipar_jax.training import optimizer
 from pipar_jax.training.optimizer import CompiledOptimizer
 from stages import MicroBatchContext, Stage
 
 Variables = dict[str, dict[str, jax.Array]]
-
-
-class Keep(enum.Flag):
-    """What a replica keeps of an earlier moment, to go back to it when a device is lost."""
-
-    NOTHING = 0
-    #: The optimiser state of the round's start.
-    OPTIMIZER = enum.auto()
-    #: All of it, of the start of a device's turn.
-    TURN = enum.auto()
-    #: All of it, before the last step.
-    STEP = enum.auto()
 
 
 class Replica:
@@ -70,6 +58,9 @@ class Replica:
         self.opt_state: dict[str, Any] = {unit: init(w) for unit, w in self.params.items()}
         self.accumulated = stage.zeros(self.params)
         self._compiled, self._keeps = compiled, keeps
+        self._each_step = Keep.STEP in keeps
+        whole = keeps & (Keep.TURN | Keep.STEP)
+        self._keeping = compiled.keeping_all if whole else compiled.keeping_state
         self._kept: tuple[Variables, Variables, dict[str, Any]] | None = None
         self._start: dict[str, Any] | None = None  # the optimiser state of the round's start
         self._settled = self.state  # as the last step has left them
@@ -213,16 +204,20 @@ class Replica:
         """
         if scale != 1.0:
             self.accumulated = _scaled(self.accumulated, scale)
-        update = self._compiled.update
-        if self._held or Keep.STEP in self._keeps:
-            update = self._compiled.keeping
-            if Keep.STEP in self._keeps:
-                self._kept = self.params, self._settled, self.opt_state
-                self._settled = dict(self.state)
+        update, before = self._compiled.update, (self.params, self.opt_state)
+        if self._each_step:
+            update = self._compiled.keeping_all
+            self._kept = self.params, self._settled, self.opt_state
+            self._settled = dict(self.state)
+        elif self._held:
+            update = self._keeping
+        self.params, self.opt_state, self.accumulated = update(*before, self.accumulated)
+        if self._held:
             self._held = False
-        self.params, self.opt_state, self.accumulated = update(
-            self.params, self.opt_state, self.accumulated
-        )
+            # What the step has left as it was is no array of its own, and the next gives it away.
+            self.params, self.opt_state = jax.tree.map(
+                _apart, (self.params, self.opt_state), before
+            )
         leaves: list[jax.Array] = jax.tree.leaves(self.params)
         return leaves[0] if leaves else jnp.zeros(())  # a stage may have no trainable weights
 
@@ -234,10 +229,10 @@ class Replica:
     def lower_updates(self) -> list[Any]:
         """Returns the optimiser's steps, lowered: compiling them needs no copies of the arrays."""
         updates: list[Any] = []
-        if Keep.STEP not in self._keeps:
+        if not self._each_step:
             updates.append(self._compiled.update)
         if self._keeps:
-            updates.append(self._compiled.keeping)
+            updates.append(self._keeping)
         shapes = [abstract(tree) for tree in (self.params, self.opt_state, self.accumulated)]
         return [update.lower(*shapes) for update in updates]
 
@@ -251,6 +246,11 @@ def abstract(tree: Any) -> Any:
         )
 
     return jax.tree.map(shape_of, tree)
+
+
+def _apart(new: jax.Array, old: jax.Array) -> jax.Array:
+    """Returns an array that is another one than it was."""
+    return jnp.array(new) if new is old else new
 
 
 @functools.partial(jax.jit, donate_argnums=0)

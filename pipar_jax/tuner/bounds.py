@@ -19,6 +19,7 @@ from pipar_jax.schedule.actions import (
     batch_samples,
     micro_batch_sizes,
 )
+from pipar_jax.schedule.keep import Keep
 from pipar_jax.schedule.plan import COORDINATOR, OWNER, Codecs, DevicePlan, Plan
 from pipar_jax.simulator.predict import StageCosts
 
@@ -138,10 +139,14 @@ def memory_bytes(stages: StageCosts, plan: Plan) -> dict[str, int]:
     profile = stages.profile
     samples = [one.samples for one in profile.devices]
     window = int(profile.window_bytes or sys.maxsize // 4)
+    sizes = _ProfileSizes(profile.units)
+
+    def keeps(copy: int) -> Keep:
+        """Returns nothing: a profile does not say whether devices may be lost."""
+        return Keep.NOTHING
+
     return {
-        host: find_need(
-            _ProfileSizes(profile.units), plan, host, samples, profile.batch_size, window
-        ).total
+        host: find_need(sizes, plan, host, samples, profile.batch_size, window, keeps).total
         for host in plan.hosts()
     }
 
@@ -174,6 +179,14 @@ class _ProfileSizes:
         return int(
             sum(2 * one.parameter_bytes + one.optimizer_bytes + one.state_bytes for one in some)
         )
+
+    def kept(self, units: range, keeps: Keep) -> int:
+        """Returns the bytes of optimiser states, and of the rest where it is kept too."""
+        some = [self._facts[unit] for unit in units]
+        opt_state = sum(one.optimizer_bytes for one in some)
+        whole = sum(one.parameter_bytes + one.state_bytes for one in some) + opt_state
+        times = int(Keep.OPTIMIZER in keeps), int(bool(keeps & (Keep.TURN | Keep.STEP)))
+        return int(times[0] * opt_state + times[1] * whole)
 
     def average(self, units: range) -> int:
         """Returns the bytes of weights and statistics; rules of the average are not profiled."""

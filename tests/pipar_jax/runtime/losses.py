@@ -19,6 +19,7 @@ from pipar_jax.aggregation.aggregator import Aggregator, Contribution
 from pipar_jax.config import Config
 from pipar_jax.data.loader import Loader
 from pipar_jax.protocol import messages
+from pipar_jax.runtime import memory
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.link_table import direct
 from pipar_jax.schedule.actions import ALL, RoundSchedule, Span
@@ -178,6 +179,9 @@ class Conductor:
         for host in world.hosts.values():
             host.prepare(self.plan, world.samples, steps)
         self._collect(messages.Prepared, world.hosts)
+        for name, host in world.hosts.items():
+            need = memory.predict(world.network, self.plan, name, world.config, world.samples)
+            assert need.kept == sum(one.kept_bytes for one in host._replicas.values())
 
     def round(
         self,
@@ -210,6 +214,8 @@ class Conductor:
             if not loss.late:
                 world.gone.add(device_name(loss.place))
             self._lose(loss.place)
+            if self.plan.sums_gradients:
+                trained = self._await_trained()
         places = [
             place
             for place in range(len(self.plan.devices))
@@ -311,8 +317,9 @@ class Conductor:
         self._spans = tuple(
             span._replace(stop=step) if span.device == place else span for span in self._spans
         )
+        # With nothing left to do the spans are empty.
         self._release(tuple(
-            span._replace(first=step) for span in self._spans if span.stop > step
+            span._replace(first=step) for span in self._spans if span.device not in self._lost
         ))  # fmt: skip
 
     def _relay(self) -> None:
