@@ -30,8 +30,8 @@ if TYPE_CHECKING:
         split,
     )
     from stages.tracing import trace
-    from stages.unit import Variables
-    from stages.update import Joint, OptState, init_opt_state, make_update
+    from stages.trees import OptState, Variables
+    from stages.update import Joint, init_opt_state, make_update
 
 _HOMES = {
     "build": "stages.registry",
@@ -41,7 +41,7 @@ _HOMES = {
     "unit_facts": "stages.analysis",
     "Model": "stages.model",
     "Obstacle": "stages.model",
-    "Variables": "stages.unit",
+    "Variables": "stages.trees",
     "parameter_count": "stages.model",
     "Program": "stages.program",
     "Residuals": "stages.residuals",
@@ -54,7 +54,7 @@ _HOMES = {
     "select": "stages.stage",
     "split": "stages.stage",
     "trace": "stages.tracing",
-    "OptState": "stages.update",
+    "OptState": "stages.trees",
     "Joint": "stages.update",
     "init_opt_state": "stages.update",
     "make_update": "stages.update",

@@ -18,6 +18,7 @@ from stages.micro_batch_context import make_draw
 from stages.model import Model
 from stages.residuals import Residuals, attach
 from stages.stage import Stage, split
+from stages.trees import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +98,8 @@ def residual_bytes(model: Model, batch: int) -> tuple[int, ...]:
 
 
 def _kept(
-    model: Model, stage: Stage, start: int, stop: int, x: Any, batch: int
-) -> tuple[Any, Residuals]:
+    model: Model, stage: Stage, start: int, stop: int, x: PyTree, batch: int
+) -> tuple[PyTree, Residuals]:
     """Returns the abstract output of a stage and its residuals."""
     units = model.units[start:stop]
     params = {unit.name: unit.params for unit in units}
@@ -112,13 +113,13 @@ def _kept(
     return y, attach(residuals, y, rest, differentiated)
 
 
-def _side(model: Model, stage: Stage, batch: int) -> dict[str, Any]:
+def _side(model: Model, stage: Stage, batch: int) -> dict[str, PyTree]:
     """Returns the abstract side inputs of a stage."""
     shapes = model.side_shapes(batch)
     return {name: shapes[name] for name in stage.sides}
 
 
-def _facts(model: Model, stage: Stage, start: int, stop: int, x: Any, batch: int) -> Facts:
+def _facts(model: Model, stage: Stage, start: int, stop: int, x: PyTree, batch: int) -> Facts:
     """Traces the forward and the backward pass of one stage."""
     units = model.units[start:stop]
     params = {unit.name: unit.params for unit in units}
@@ -140,7 +141,7 @@ def _facts(model: Model, stage: Stage, start: int, stop: int, x: Any, batch: int
     )
 
 
-def _bytes(tree: Any) -> int:
+def _bytes(tree: PyTree) -> int:
     """Bytes of all arrays of a tree, abstract or not."""
     leaves = jax.tree.leaves(tree)
     return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)

@@ -11,8 +11,9 @@ from flax import linen, nnx
 from stages.errors import StageError
 from stages.foreign import describe
 from stages.sharing import check_apart
+from stages.trees import Path, PyTree
 from stages.unit import Factory, ModuleUnit
-from stages.variables import Path, abstract, divide, text_of
+from stages.variables import abstract, divide, text_of
 
 T = TypeVar("T")
 
@@ -138,7 +139,7 @@ def _build_unit(name: str, factory: Factory, module: Any) -> ModuleUnit:
     return ModuleUnit(name, parts.graph, params, state, factory, streams, paths)
 
 
-def _check_node(where: str, node: Any) -> None:
+def _check_node(where: str, node: PyTree) -> None:
     """Rejects modules that cannot be trained, or whose variables would not be found."""
     if isinstance(node, nnx.MultiHeadAttention) and node.decode:
         raise StageError(

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from stages.building import Built, abstractly, build_module, build_units, check_module
 from stages.errors import StageError
-from stages.unit import Factory, Unit, Variables, check_training
+from stages.trees import Variables
+from stages.unit import Factory, Unit, check_training
 
 
 class Model:
@@ -34,7 +36,7 @@ class Model:
         units: Sequence[Unit],
         input_shape: Sequence[int],
         classes: int,
-        input_dtype: Any = jnp.float32,
+        input_dtype: DTypeLike = jnp.float32,
     ) -> None:
         """See ``Model.from_units``, which builds the units."""
         self.name = name
@@ -56,7 +58,7 @@ class Model:
         input_shape: Sequence[int],
         classes: int,
         *,
-        input_dtype: Any = jnp.float32,
+        input_dtype: DTypeLike = jnp.float32,
     ) -> Model:
         """Creates a model from an ordered list of named NNX modules.
 
@@ -84,7 +86,7 @@ class Model:
         input_shape: Sequence[int],
         classes: int,
         *,
-        input_dtype: Any = jnp.float32,
+        input_dtype: DTypeLike = jnp.float32,
     ) -> Model:
         """Creates a model from one NNX module whose attributes are the units.
 
@@ -123,7 +125,7 @@ class Model:
         built: Sequence[Built],
         input_shape: Sequence[int],
         classes: int,
-        input_dtype: Any,
+        input_dtype: DTypeLike,
     ) -> Model:
         """Creates a model from units, and checks that they match and can be trained."""
         model = cls(name, [one.unit for one in built], input_shape, classes, input_dtype)

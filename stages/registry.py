@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from stages.errors import StageError
 from stages.model import Model
@@ -24,7 +24,7 @@ def build(
     classes: int,
     norm: str = "batch",
     stem: str = "cifar",
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     dropout: float = 0.0,
 ) -> Model:
     """Builds a registered model.

@@ -17,11 +17,13 @@ structure of the closure in a version of jax.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 from jax.extend import core as jex_core
+
+from stages.trees import Atom, Jaxpr, PyTree
 
 Source = Literal["weights", "argument", "output", "saved"]
 
@@ -37,10 +39,10 @@ class Recipe:
       weights_only: Computes the leaves that depend only on weights, from the flat weights.
     """
 
-    closure: Any
+    closure: PyTree
     sources: tuple[tuple[Source, int], ...]
     arguments: tuple[int, ...]
-    weights_only: Any
+    weights_only: Callable[..., list[jax.Array]]
 
     @property
     def keeps_output(self) -> bool:
@@ -60,17 +62,17 @@ class Residuals:
       recipe: The recipe for the closure.
     """
 
-    saved: tuple[Any, ...]
-    borrowed: tuple[Any, ...]
-    output: Any
+    saved: tuple[jax.Array, ...]
+    borrowed: tuple[jax.Array, ...]
+    output: PyTree
     recipe: Recipe
 
-    def tree_flatten(self) -> tuple[tuple[Any, ...], Recipe]:
+    def tree_flatten(self) -> tuple[tuple[PyTree, ...], Recipe]:
         """Splits into arrays and the static recipe."""
         return (self.saved, self.borrowed, self.output), self.recipe
 
     @classmethod
-    def tree_unflatten(cls, recipe: Recipe, children: tuple[Any, ...]) -> Residuals:
+    def tree_unflatten(cls, recipe: Recipe, children: tuple[PyTree, ...]) -> Residuals:
         """Inverse of ``tree_flatten``."""
         saved, borrowed, output = children
         return cls(saved, borrowed, output, recipe)
@@ -82,8 +84,8 @@ class Residuals:
 
 
 def run_forward(
-    function: Callable[..., tuple[jax.Array, Any]], weights: Any, rest: Any, x: Any
-) -> tuple[jax.Array, Any, Residuals]:
+    function: Callable[..., tuple[jax.Array, PyTree]], weights: PyTree, rest: PyTree, x: PyTree
+) -> tuple[jax.Array, PyTree, Residuals]:
     """Runs a forward pass inside a jit and returns its residuals.
 
     Args:
@@ -97,9 +99,9 @@ def run_forward(
     Returns:
       Output, auxiliary and the residuals, whose references ``attach`` fills in outside the jit.
     """
-    box: list[Any] = []
+    box: list[Jaxpr] = []
 
-    def run(weights: Any, rest: Any, x: Any) -> Any:
+    def run(weights: PyTree, rest: PyTree, x: PyTree) -> PyTree:
         output, pullback, auxiliary = jax.vjp(
             lambda weights, x: function(weights, rest, x), weights, x, has_aux=True
         )
@@ -109,7 +111,7 @@ def run_forward(
 
     closed, shapes = jax.make_jaxpr(run, return_shape=True)(weights, rest, x)
     jaxpr, count = closed.jaxpr, len(jax.tree.leaves(weights))
-    auxiliary_tree: Any = jax.tree.structure(shapes[1])
+    auxiliary_tree: jax.tree_util.PyTreeDef = jax.tree.structure(shapes[1])
     first = 1 + auxiliary_tree.num_leaves
     outvars = list(jaxpr.outvars)
     sources, saved, recomputed, arguments = _sources(jaxpr, count, outvars[first:], outvars[0])
@@ -122,7 +124,7 @@ def run_forward(
     return values[0], auxiliary, Residuals(kept, (), None, recipe)
 
 
-def attach(residuals: Residuals, output: Any, rest: Any, x: Any) -> Residuals:
+def attach(residuals: Residuals, output: PyTree, rest: PyTree, x: PyTree) -> Residuals:
     """Adds the references to residuals that came out of a jit (see ``run_forward``)."""
     recipe = residuals.recipe
     if recipe.arguments:
@@ -133,10 +135,10 @@ def attach(residuals: Residuals, output: Any, rest: Any, x: Any) -> Residuals:
     return residuals
 
 
-def pull_back(residuals: Residuals, weights: Any, cotangent: jax.Array) -> tuple[Any, Any]:
+def pull_back(residuals: Residuals, weights: PyTree, cotangent: jax.Array) -> tuple[PyTree, PyTree]:
     """Runs the backward pass inside a jit: (gradient of the weights, cotangent of the input)."""
     recipe = residuals.recipe
-    pools: dict[str, Any] = {
+    pools: dict[str, Sequence[jax.Array]] = {
         "weights": recipe.weights_only(*jax.tree.leaves(weights)),
         "argument": residuals.borrowed,
         "output": (residuals.output,),
@@ -148,8 +150,8 @@ def pull_back(residuals: Residuals, weights: Any, cotangent: jax.Array) -> tuple
 
 
 def _sources(
-    jaxpr: Any, count: int, leaves: list[Any], output: Any
-) -> tuple[list[tuple[Source, int]], list[int], list[Any], list[int]]:
+    jaxpr: Jaxpr, count: int, leaves: list[jax.Array], output: PyTree
+) -> tuple[list[tuple[Source, int]], list[int], list[Atom], list[int]]:
     """Finds the cheapest source of each residual; see the module's docstring."""
     arguments_of = {var: i for i, var in enumerate(jaxpr.invars[count:])}
     varying = set(arguments_of)
@@ -160,9 +162,9 @@ def _sources(
             varying.update(equation.outvars)
     sources: list[tuple[Source, int]] = []
     saved: list[int] = []
-    recomputed: list[Any] = []
+    recomputed: list[Atom] = []
     arguments: list[int] = []
-    seen: dict[Any, tuple[Source, int]] = {}
+    seen: dict[Atom, tuple[Source, int]] = {}
     for index, var in enumerate(leaves):
         literal = isinstance(var, jex_core.Literal)
         if not literal and var in seen:
@@ -186,7 +188,7 @@ def _sources(
     return sources, saved, recomputed, arguments
 
 
-def _weights_only(closed: Any, count: int, outvars: list[Any]) -> Callable[..., list[Any]]:
+def _weights_only(closed: Jaxpr, count: int, outvars: list[Atom]) -> Callable[..., list[jax.Array]]:
     """Returns a function from flat weights to the residuals that depend only on them."""
     jaxpr = closed.jaxpr
     needed = {var for var in outvars if not isinstance(var, jex_core.Literal)}
@@ -198,7 +200,7 @@ def _weights_only(closed: Any, count: int, outvars: list[Any]) -> Callable[..., 
     equations.reverse()
 
     part = jaxpr.replace(invars=jaxpr.invars[:count], outvars=outvars, eqns=equations)
-    compute: Callable[..., list[Any]] = jex_core.jaxpr_as_fun(
+    compute: Callable[..., list[jax.Array]] = jex_core.jaxpr_as_fun(
         jex_core.ClosedJaxpr(part, closed.consts)
     )
     return compute

@@ -8,6 +8,7 @@ from typing import Any
 from flax import nnx
 
 from stages.errors import StageError
+from stages.trees import PyTree
 from stages.variables import text_of
 
 
@@ -54,6 +55,6 @@ def _holders(module: Any) -> Iterator[tuple[str, Any]]:
             yield text_of(path), node
 
 
-def _is_variable(node: Any) -> bool:
+def _is_variable(node: PyTree) -> bool:
     """Whether a node is a variable that is not random."""
     return isinstance(node, nnx.Variable) and not isinstance(node, nnx.RngState)

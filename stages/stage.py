@@ -17,7 +17,8 @@ from stages.micro_batch_context import MicroBatchContext
 from stages.model import Model
 from stages.program import Program
 from stages.residuals import Residuals, attach, pull_back, run_forward
-from stages.unit import Unit, Variables
+from stages.trees import PyTree, Variables
+from stages.unit import Unit
 
 Metrics: TypeAlias = dict[str, jax.Array]
 #: Side inputs of a micro-batch by name: they have no cotangent.
@@ -331,7 +332,7 @@ def _programs(model: Model, start: int, stop: int, rematerialise: bool) -> Progr
 
 
 def _predict(
-    units: Sequence[Unit], params: Variables, state: Variables, x: Any, side: Side = _NO_SIDE
+    units: Sequence[Unit], params: Variables, state: Variables, x: PyTree, side: Side = _NO_SIDE
 ) -> jax.Array:
     """Traced body of ``Stage.predict``."""
     return _run(units, params, state, x, None, side, False)[0]
@@ -342,7 +343,7 @@ def _forward(
     is_first: bool,
     params: Variables,
     state: Variables,
-    x: Any,
+    x: PyTree,
     draw: MicroBatchContext,
     side: Side = _NO_SIDE,
 ) -> tuple[jax.Array, Variables, Residuals]:
@@ -358,7 +359,11 @@ def _forward(
 
 
 def _backward(
-    is_first: bool, params: Variables, residuals: Residuals, cotangent: Any, accumulated: Variables
+    is_first: bool,
+    params: Variables,
+    residuals: Residuals,
+    cotangent: PyTree,
+    accumulated: Variables,
 ) -> tuple[jax.Array, Variables]:
     """Traced body of ``Stage.backward``."""
     gradient, x_cotangent = pull_back(residuals, params, cotangent)
@@ -374,15 +379,15 @@ def _loss(
     is_first: bool,
     params: Variables,
     state: Variables,
-    x: Any,
-    labels: Any,
+    x: PyTree,
+    labels: PyTree,
     draw: MicroBatchContext,
     accumulated: Variables,
     side: Side = _NO_SIDE,
 ) -> tuple[Metrics, jax.Array | None, Variables, Variables]:
     """Traced body of ``Stage.loss``."""
 
-    def mean_loss(params: Variables, x: Any) -> tuple[jax.Array, tuple[Metrics, Variables]]:
+    def mean_loss(params: Variables, x: PyTree) -> tuple[jax.Array, tuple[Metrics, Variables]]:
         logits, after = train(params, state, x, draw, side)
         total, metrics = cross_entropy(logits, labels)
         return total * draw.inverse_batch, (metrics, after)

@@ -15,18 +15,9 @@ from stages import context
 from stages.errors import StageError
 from stages.foreign import describe
 from stages.micro_batch_context import MicroBatchContext, make_draw, name_hash
-from stages.variables import (
-    Path,
-    divide,
-    draw_streams,
-    nested,
-    state_after,
-    text_of,
-    value_of,
-)
+from stages.trees import Arrays, Path, PyTree
+from stages.variables import divide, draw_streams, nested, state_after, text_of, value_of
 
-Arrays: TypeAlias = dict[str, jax.Array]
-Variables: TypeAlias = dict[str, Arrays]
 Factory: TypeAlias = Callable[[nnx.Rngs], Any]
 
 #: Wrappers that overwrite a layer's weights in every call by values computed from them.
@@ -167,7 +158,7 @@ class ModuleUnit(Unit):
         samples: int,
         draw: MicroBatchContext | None,
         train: bool,
-    ) -> tuple[Any, Arrays]:
+    ) -> tuple[PyTree, Arrays]:
         """Merges the module and calls it with any arguments.
 
         Args:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from stages.unit import Variables
+from stages.trees import OptState, PyTree, Variables
 
-OptState: TypeAlias = dict[str, Any]
 Keeps: TypeAlias = Literal["", "opt_state", "all"]
 _DONATED: dict[Keeps, tuple[int, ...]] = {"": (0, 1, 2), "opt_state": (0, 2), "all": (2,)}
 Update: TypeAlias = Callable[
@@ -58,8 +57,8 @@ def make_update(*parts: optax.GradientTransformation, keeps: Keeps = "") -> Upda
     def update(
         params: Variables, opt_state: OptState, accumulated: Variables
     ) -> tuple[Variables, OptState, Variables]:
-        updates: dict[str, Any] = dict(accumulated)
-        states: dict[str, list[Any]] = {unit: list(opt_state[unit]) for unit in params}
+        updates: Variables = dict(accumulated)
+        states: dict[str, list[PyTree]] = {unit: list(opt_state[unit]) for unit in params}
         for i, part in enumerate(parts):
             if isinstance(part, Joint):
                 updates, _ = part.update(updates, optax.EmptyState(), params)

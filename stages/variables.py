@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,7 @@ from flax import nnx
 from stages.context import Context
 from stages.errors import StageError
 from stages.micro_batch_context import name_hash
-
-Path: TypeAlias = tuple[Any, ...]
+from stages.trees import Path, PyTree
 
 FLOATS = frozenset(map(jnp.dtype, ("float16", "bfloat16", "float32", "float64")))
 _WHOLE = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
@@ -42,9 +41,9 @@ class Parts(NamedTuple):
     """
 
     graph: Any
-    params: dict[Path, Any]
-    streams: dict[Path, Any]
-    state: dict[Path, Any]
+    params: dict[Path, PyTree]
+    streams: dict[Path, PyTree]
+    state: dict[Path, PyTree]
 
 
 def divide(module: Any) -> Parts:
@@ -73,7 +72,7 @@ def text_of(path: Path) -> str:
     return "/".join(text_of(part) if isinstance(part, tuple) else str(part) for part in path)
 
 
-def abstract(unit: str, leaves: Mapping[Path, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract(unit: str, leaves: Mapping[Path, PyTree]) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shape and dtype of each variable by path, as text.
 
     Args:

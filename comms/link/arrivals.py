@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from comms.link.incoming import Assembly, Bundle
 from comms.link.message import Message, MessageKind
 from comms.link.meter import ClockMeter
-from comms.wire.bounded_json import JsonObject
+from comms.wire.bounded_json import JsonBody
 
 if TYPE_CHECKING:
     from comms.link.inbox import Inbox
@@ -120,7 +120,7 @@ class Arrivals:
             )
         )
 
-    def control(self, body: JsonObject, assembly: Assembly) -> None:
+    def control(self, body: JsonBody, assembly: Assembly) -> None:
         """Takes a control message."""
         self.raw_bytes += assembly.raw_bytes
         self.deliver(

@@ -13,7 +13,7 @@ from comms.link.allowance import Allowance
 from comms.link.incoming import Assembly, Bundle, credit_cost, read_json
 from comms.link.meter import RateMeter
 from comms.options import Limits
-from comms.wire.bounded_json import JsonObject, one_line
+from comms.wire.bounded_json import JsonBody, one_line
 from comms.wire.buffers import BufferPool
 from comms.wire.frame import (
     DTYPES,
@@ -66,7 +66,7 @@ class Inbox:
         *,
         on_tensor: Callable[[Assembly], None],
         on_bundle: Callable[[Bundle], None],
-        on_control: Callable[[JsonObject, Assembly], None],
+        on_control: Callable[[JsonBody, Assembly], None],
         on_signal: Callable[[Header, bytes], None],
     ) -> None:
         self._limits = limits

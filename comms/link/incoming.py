@@ -7,7 +7,7 @@ from comms.codecs.base import Codec
 from comms.errors import FrameError
 from comms.link.message import Payload
 from comms.wire import bounded_json
-from comms.wire.bounded_json import JsonObject
+from comms.wire.bounded_json import JsonBody
 from comms.wire.buffers import Lease
 from comms.wire.frame import Header, Role, Tag
 
@@ -66,7 +66,7 @@ class Bundle:
         "tag",
     )  # fmt: skip
 
-    def __init__(self, name: str, names: list[str], body: JsonObject, head: Assembly) -> None:
+    def __init__(self, name: str, names: list[str], body: JsonBody, head: Assembly) -> None:
         self.name = name
         self.names = names
         self.body = body
@@ -84,7 +84,7 @@ SCHEMA = 1
 """Version of the JSON of control messages and manifests."""
 
 
-def pack_json(fields: JsonObject) -> bytes:
+def pack_json(fields: JsonBody) -> bytes:
     """Returns the JSON of a control message (body) or manifest (name, tensors, body).
 
     Raises:
@@ -93,7 +93,7 @@ def pack_json(fields: JsonObject) -> bytes:
     return bounded_json.encode({"schema": SCHEMA, **fields}, "a control message")
 
 
-def read_json(assembly: Assembly, what: str, *names: str) -> JsonObject:
+def read_json(assembly: Assembly, what: str, *names: str) -> JsonBody:
     """Returns the JSON of a control message or manifest that is complete, without its schema.
 
     Args:

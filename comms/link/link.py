@@ -17,7 +17,7 @@ from comms.link.meter import LinkStats, to_mbps
 from comms.link.outgoing import OnSent, Outgoing, Sending
 from comms.link.packing import Job, pack_bundle, pack_control, pack_tensor, set_payload
 from comms.link.stream import Stream
-from comms.wire.bounded_json import JsonObject
+from comms.wire.bounded_json import JsonBody
 from comms.wire.frame import Role, Tag
 
 
@@ -133,7 +133,7 @@ class Link:
         message, job = pack_tensor(tag, array, codec, sending, self._options.limits)
         self._submit([message], [] if job is None else [job])
 
-    def send_control(self, body: JsonObject) -> None:
+    def send_control(self, body: JsonBody) -> None:
         """Sends a control message, which overtakes waiting tensors between two chunks.
 
         Raises:
@@ -147,7 +147,7 @@ class Link:
         self,
         name: str,
         tensors: Mapping[str, Array | Encoded],
-        body: JsonObject,
+        body: JsonBody,
         on_sent: OnSent | None = None,
         *,
         tag: Tag | None = None,

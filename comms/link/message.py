@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from comms.arrays import Array, Bytes, DType
 from comms.codecs.base import Codec
 from comms.errors import ChannelError, CodecError
-from comms.wire.bounded_json import JsonObject, one_line
+from comms.wire.bounded_json import JsonBody, one_line
 from comms.wire.frame import Tag
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Message:
         *,
         tag: Tag | None = None,
         name: str = "",
-        body: JsonObject | None = None,
+        body: JsonBody | None = None,
         payloads: dict[str, Payload] | None = None,
         nbytes: int = 0,
         first_byte_s: float = 0.0,
@@ -121,7 +121,7 @@ class Message:
         self.link = link
         self.tag = tag
         self.name = name
-        self.body: JsonObject = {} if body is None else body
+        self.body: JsonBody = {} if body is None else body
         self.nbytes = nbytes
         self.first_byte_s = first_byte_s
         self.received_s = received_s

@@ -13,7 +13,7 @@ from comms.errors import ChannelError, CodecError
 from comms.link.incoming import credit_cost, pack_json
 from comms.link.outgoing import Outgoing, Sending
 from comms.options import Limits
-from comms.wire.bounded_json import JsonObject
+from comms.wire.bounded_json import JsonBody
 from comms.wire.frame import Flag, Header, Kind, Role, Tag, array_bytes, dtype_code, tag_fields
 
 _BUNDLE = int(Flag.BUNDLE)
@@ -28,7 +28,7 @@ class Job(NamedTuple):
     parameter: int
 
 
-def pack_control(body: JsonObject, limits: Limits) -> Outgoing:
+def pack_control(body: JsonBody, limits: Limits) -> Outgoing:
     """Returns a control message.
 
     Raises:
@@ -105,7 +105,7 @@ def pack_tensor(
 def pack_bundle(
     name: str,
     tensors: Mapping[str, Array | Encoded],
-    body: JsonObject,
+    body: JsonBody,
     sending: Sending,
     limits: Limits,
     *,
@@ -155,7 +155,7 @@ def set_payload(message: Outgoing, payload: Array) -> None:
     message.payload = flat.data
 
 
-def _json(what: str, fields: JsonObject, limits: Limits) -> memoryview:
+def _json(what: str, fields: JsonBody, limits: Limits) -> memoryview:
     payload = pack_json(fields)
     if len(payload) > limits.control_bytes:
         raise ChannelError(

@@ -17,7 +17,7 @@ import numpy as np
 
 from comms.errors import ChannelError, FrameError
 
-JsonObject: TypeAlias = dict[str, Any]
+JsonBody: TypeAlias = dict[str, Any]
 """What a control message, a manifest or a greeting says."""
 MOST_DEPTH = 32
 """Lists and objects inside each other."""
@@ -37,7 +37,7 @@ class _Refused(ValueError):
     """What the hooks raise; the argument says why."""
 
 
-def decode(data: bytes | bytearray | memoryview, what: str) -> JsonObject:
+def decode(data: bytes | bytearray | memoryview, what: str) -> JsonBody:
     """Returns the JSON object that UTF-8 bytes hold.
 
     Args:
@@ -66,7 +66,7 @@ def decode(data: bytes | bytearray | memoryview, what: str) -> JsonObject:
     return value
 
 
-def encode(value: JsonObject, what: str) -> bytes:
+def encode(value: JsonBody, what: str) -> bytes:
     """Returns the UTF-8 bytes of a JSON object that ``decode`` takes.
 
     Raises:
@@ -123,7 +123,7 @@ def _word(name: str) -> None:
     raise _Refused(f"the word {name}")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> JsonObject:
+def _object(pairs: list[tuple[str, Any]]) -> JsonBody:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise _Refused("a name twice in one object")

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from comms.errors import FrameError, HandshakeError
 from comms.wire import bounded_json
-from comms.wire.bounded_json import JsonObject, one_line
+from comms.wire.bounded_json import JsonBody, one_line
 
 MAX_NAME = 200
 MAX_REASON = 1000
@@ -106,7 +106,7 @@ class Greeting:
     step: ClassVar[HandshakeStep]
 
     @classmethod
-    def read(cls, body: JsonObject) -> Self:
+    def read(cls, body: JsonBody) -> Self:
         """Returns the message that a JSON object stands for.
 
         Raises:
@@ -131,7 +131,7 @@ class Greeting:
             values[name] = rule.made(body[name])
         return cls(**values)
 
-    def write(self) -> JsonObject:
+    def write(self) -> JsonBody:
         """Returns the message as a JSON object."""
         return {one.name: getattr(self, one.name) for one in fields(self)}
 
@@ -163,7 +163,7 @@ class Terms(Greeting):
     resume_s: float = ruled(SECONDS, 0.0)
     checksum: bool = ruled(TRUTH, False)
 
-    def own(self) -> JsonObject:
+    def own(self) -> JsonBody:
         """Returns these fields alone, for another message that has them as well."""
         return {one.name: getattr(self, one.name) for one in fields(Terms)}
 

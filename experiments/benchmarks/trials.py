@@ -17,11 +17,11 @@ import numpy as np
 
 from pipar_jax.config import AUTO, Config
 from pipar_jax.cost_model.profile import Profile
+from pipar_jax.disk.event_log import OnEvent
 from pipar_jax.disk.files import replacing, write_text
 from pipar_jax.disk.json_text import dumps
 from pipar_jax.launch import launcher, process
 from pipar_jax.launch.pinning import first_cores
-from pipar_jax.launch.process import Tell
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.schedule.plan import Plan
 from pipar_jax.simulator.predict import StageCosts, estimate
@@ -199,7 +199,7 @@ def _write_data(path: Path, batch: int, steps: int) -> None:
         np.savez(aside, classes=np.array(CLASSES), scale=np.array(255), **arrays)
 
 
-def _serve(config: Config, tell: Tell) -> None:
+def _serve(config: Config, tell: OnEvent) -> None:
     """Is the server of a run of trials."""
     from pipar_jax.roles.server import run_server  # after the environment of jax is set
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ class AdaptiveState(NamedTuple):
 
 
 def scale_adaptively(
-    second_moment: Callable[[Any, Any], Any], b1: float, epsilon: float
+    second_moment: Callable[[jax.Array, jax.Array], jax.Array], b1: float, epsilon: float
 ) -> optax.GradientTransformation:
     """Returns the adaptive step of arXiv 2003.00295, algorithm 2: m / (sqrt(v) + epsilon).
 

@@ -19,8 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from comms.arrays import Array
 from pipar_jax.aggregation.rules import rule
 from pipar_jax.config import AggregationConfig
+from stages.trees import PyTree
 
 Arrays = dict[str, jax.Array]
 Variables = dict[str, Arrays]
@@ -46,7 +48,7 @@ def _compiled(fields: tuple[Any, ...]) -> tuple[optax.GradientTransformation, An
     transformation = rule(AggregationConfig(*fields))
 
     @jax.jit
-    def step(old: Arrays, opt_state: Any, mean: Arrays) -> tuple[Any, Any]:
+    def step(old: Arrays, opt_state: PyTree, mean: Arrays) -> tuple[PyTree, PyTree]:
         pseudo_gradient = jax.tree.map(jnp.subtract, old, mean)
         updates, opt_state = transformation.update(pseudo_gradient, opt_state, old)
         return optax.apply_updates(old, updates), opt_state
@@ -59,13 +61,13 @@ def _averaged(leaf: jax.Array) -> bool:
     return bool(jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
-def _wide(leaf: jax.Array) -> Any:
+def _wide(leaf: jax.Array) -> PyTree:
     """Returns the dtype in which an array is summed: at least float32."""
     return jnp.promote_types(leaf.dtype, jnp.float32)
 
 
 @jax.jit
-def _begin(share: jax.Array, variables: Any) -> Any:
+def _begin(share: jax.Array, variables: PyTree) -> PyTree:
     """Returns the sum of one replica: its arrays times its share."""
 
     def scale(leaf: jax.Array) -> jax.Array:
@@ -76,7 +78,7 @@ def _begin(share: jax.Array, variables: Any) -> Any:
 
 
 @jax.jit
-def _fold(total: Any, share: jax.Array, variables: Any) -> Any:
+def _fold(total: PyTree, share: jax.Array, variables: PyTree) -> PyTree:
     """Returns a sum with one replica more: the step of the average, whatever their number."""
 
     def add(total: jax.Array, leaf: jax.Array) -> jax.Array:
@@ -87,7 +89,7 @@ def _fold(total: Any, share: jax.Array, variables: Any) -> Any:
 
 
 @jax.jit
-def _mean(total: Any, first: Any) -> Any:
+def _mean(total: PyTree, first: PyTree) -> PyTree:
     """Returns a sum in the dtype of its arrays; what has no mean is the first replica's."""
     return jax.tree.map(
         lambda total, leaf: total.astype(leaf.dtype) if _averaged(leaf) else leaf, total, first
@@ -113,7 +115,7 @@ def _unmixed(alike: Arrays, first: Arrays, mean: Arrays) -> Arrays:
     return picked
 
 
-def _shares(weights: Sequence[float], dtype: Any) -> np.ndarray[Any, Any]:
+def _shares(weights: Sequence[float], dtype: Any) -> Array:
     """Returns what part each replica has in the average, [replicas]."""
     of = np.asarray(weights, dtype)
     return np.asarray(of * (np.ones((), dtype) / np.sum(of)), dtype)
@@ -174,8 +176,8 @@ class Aggregator:
         jax.block_until_ready((self.params, self.state))  # type: ignore[no-untyped-call]
 
     def _combine(
-        self, unit: str, replicas: Sequence[tuple[Any, Any]], weights: Sequence[float]
-    ) -> tuple[Any, Any, Any]:
+        self, unit: str, replicas: Sequence[tuple[PyTree, PyTree]], weights: Sequence[float]
+    ) -> tuple[PyTree, PyTree, PyTree]:
         """Returns a unit's weights, its rule's state and its statistics after an average.
 
         Replicas are summed in their order, never in that of arrival, so that a run repeats exactly;
@@ -198,12 +200,12 @@ class Aggregator:
         return params, rule_state, state
 
 
-def _share_dtype(params: Mapping[str, jax.Array]) -> Any:
+def _share_dtype(params: Mapping[str, jax.Array]) -> PyTree:
     """Returns the dtype of the devices' shares: at least float32, as wide as the weights."""
     return jnp.result_type(*jax.tree.leaves(params), jnp.float32)
 
 
-def broken_units(units: Iterable[str], *parts: Mapping[str, Any]) -> tuple[str, ...]:
+def broken_units(units: Iterable[str], *parts: Mapping[str, PyTree]) -> tuple[str, ...]:
     """Returns the names of the units of which a number is not finite.
 
     Args:
@@ -217,7 +219,7 @@ def broken_units(units: Iterable[str], *parts: Mapping[str, Any]) -> tuple[str, 
 
 
 @jax.jit
-def _finite(units: Sequence[Any]) -> jax.Array:
+def _finite(units: Sequence[PyTree]) -> jax.Array:
     """Returns for each of some trees whether all its numbers are finite, [units] bool."""
     return jnp.array([
         jnp.all(jnp.array([

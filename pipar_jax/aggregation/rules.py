@@ -7,9 +7,10 @@ here loads jax before a rule is made: launchers ask for the names alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import jax
     import optax
 
     from pipar_jax.config import AggregationConfig
@@ -72,7 +73,7 @@ def _scale(config: AggregationConfig) -> optax.GradientTransformation:
 
 
 def _adaptive(
-    config: AggregationConfig, second_moment: Callable[[Any, Any], Any]
+    config: AggregationConfig, second_moment: Callable[[jax.Array, jax.Array], jax.Array]
 ) -> optax.GradientTransformation:
     """Returns an adaptive rule; see ``adaptive.scale_adaptively``."""
     import optax

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from comms.arrays import DType
 from comms.codecs.bit_bounded import step_exponent
 from comms.codecs.bit_fixed import NAN_EXPONENT, TINY_EXPONENT
 from comms.codecs.bit_payload import (
@@ -69,9 +70,7 @@ def encode(array: jax.Array, setting: Setting) -> tuple[jax.Array, jax.Array]:
     return _encode_bounded(flat.astype(jnp.float32), raw, setting, dtype)
 
 
-def decode(
-    payload: jax.Array, setting: Setting, dtype: np.dtype[Any], shape: tuple[int, ...]
-) -> jax.Array:
+def decode(payload: jax.Array, setting: Setting, dtype: DType, shape: tuple[int, ...]) -> jax.Array:
     """Decodes a payload that ``comms.codecs.bit_payload.PayloadParts`` has checked.
 
     Args:
@@ -136,7 +135,7 @@ def to_bytes(array: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(flat, jnp.uint8).reshape(-1)
 
 
-def from_bytes(payload: jax.Array, dtype: np.dtype[Any]) -> jax.Array:
+def from_bytes(payload: jax.Array, dtype: DType) -> jax.Array:
     """Returns the array [n] whose bytes these are; the inverse of ``to_bytes``."""
     if dtype == np.bool_:
         return payload.astype(jnp.bool_)
@@ -210,7 +209,7 @@ def _draws(count: int, seed: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _encode_bounded(
-    values: jax.Array, raw: jax.Array, setting: Setting, dtype: np.dtype[Any]
+    values: jax.Array, raw: jax.Array, setting: Setting, dtype: DType
 ) -> tuple[jax.Array, jax.Array]:
     bits = jax.lax.bitcast_convert_type(values, jnp.int32)
     top = jnp.max(bits & 0x7FFFFFFF)
@@ -247,7 +246,7 @@ def _turned(flat: jax.Array) -> jax.Array:
     return ((words << 1) | (words >> (bits - 1))).astype(jnp.uint32)
 
 
-def _leading(words: jax.Array, count: jax.Array, dtype: np.dtype[Any]) -> _Blocks:
+def _leading(words: jax.Array, count: jax.Array, dtype: DType) -> _Blocks:
     """Returns the blocks of words, less each block's least leading byte."""
     shift = 8 * dtype.itemsize - 8
     at = jnp.arange(-(-words.size // BLOCK) * BLOCK).reshape(-1, BLOCK)
@@ -396,7 +395,7 @@ def _multiplied(
     return ((whole ^ sign) - sign).astype(jnp.float32) * scale[:, None]
 
 
-def _most_width(setting: Setting, dtype: np.dtype[Any]) -> int:
+def _most_width(setting: Setting, dtype: DType) -> int:
     if setting.mode is Mode.LOSSLESS:
         return 8 * dtype.itemsize
     return setting.bits + 1 if setting.bits else MOST_WIDTH

@@ -12,13 +12,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from comms import CodecError, Payload, parse_codec
+from comms.arrays import Bytes, DType
 from comms.codecs.bit_payload import PayloadParts
 from comms.codecs.bit_settings import Setting
 from comms.codecs.bits import BitCodec
@@ -66,9 +67,7 @@ def encode(array: jax.Array, codec: str) -> Coded:
     raise CodecError(f"codec {chosen.name} has no jit kernel; encode it with comms")
 
 
-def decode(
-    payload: jax.Array, codec: str, dtype: np.dtype[Any], shape: tuple[int, ...]
-) -> jax.Array:
+def decode(payload: jax.Array, codec: str, dtype: DType, shape: tuple[int, ...]) -> jax.Array:
     """Decodes a payload.
 
     Args:
@@ -103,9 +102,7 @@ def encoder(codec: str) -> Callable[[jax.Array], Coded]:
 
 
 @functools.cache
-def decoder(
-    codec: str, dtype: np.dtype[Any], shape: tuple[int, ...]
-) -> Callable[[jax.Array], jax.Array]:
+def decoder(codec: str, dtype: DType, shape: tuple[int, ...]) -> Callable[[jax.Array], jax.Array]:
     """Returns the compiled decoder of a codec for one type and shape."""
     return jax.jit(functools.partial(decode, codec=codec, dtype=dtype, shape=shape))
 
@@ -119,7 +116,7 @@ def on_host(codec: str) -> bool:
     return isinstance(parse_codec(codec)[0], BitCodec) and jax.default_backend() == "cpu"
 
 
-def to_host(coded: Coded) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def to_host(coded: Coded) -> Bytes:
     """Copies a payload to the host; waits for it.
 
     Of a payload whose length depends on the array a part crosses the bus that is only up to a 16th
@@ -134,7 +131,7 @@ def to_host(coded: Coded) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.asarray(_front(coded.payload, nbytes))[:length]
 
 
-def to_device(data: np.ndarray[Any, np.dtype[np.uint8]], most: int) -> jax.Array:
+def to_device(data: Bytes, most: int) -> jax.Array:
     """Copies a payload to the default device and fills it up to its most there."""
     nbytes = _rounded(data.size, most)
     filled = np.zeros(nbytes, np.uint8)
@@ -220,7 +217,7 @@ def _decode_blocks(
     payload: jax.Array,
     codec: BlockCodec,
     size: int,
-    dtype: np.dtype[Any],
+    dtype: DType,
     shape: tuple[int, ...],
 ) -> jax.Array:
     count = math.prod(shape)

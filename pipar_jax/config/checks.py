@@ -6,7 +6,6 @@ import ipaddress
 import os
 import pathlib
 import re
-from typing import Any
 
 from pipar_jax.config import paths, schema
 from pipar_jax.config.cohorts import check_cohort
@@ -19,6 +18,7 @@ from pipar_jax.config.fields import (
 from pipar_jax.config.hosts import Hosts, HostSpec, field_path
 from pipar_jax.config.intervals import aggregate_steps
 from pipar_jax.config.sink_names import sink_names
+from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import ConfigError
 from pipar_jax.schedule.plan import COORDINATOR, WeightPolicy, node_name
 
@@ -133,7 +133,7 @@ def _check_tls(network: NetworkConfig) -> None:
         )
 
 
-def fit_overrides(config: Config, group: str) -> dict[int, dict[str, Any]]:
+def fit_overrides(config: Config, group: str) -> dict[int, JsonObject]:
     """Returns the overrides of single devices or nodes, converted and with absolute paths.
 
     Args:
@@ -146,7 +146,7 @@ def fit_overrides(config: Config, group: str) -> dict[int, dict[str, Any]]:
     hosts: DevicesConfig | NodesConfig = getattr(config, group)
     first = 0 if group == "devices" else 1
     known = {one.path: one for one in schema.options(type(hosts.defaults))}
-    made: dict[int, dict[str, Any]] = {}
+    made: dict[int, JsonObject] = {}
     for index, fields in sorted(hosts.overrides.items()):
         if type(index) is not int or not first <= index < first + hosts.count:
             raise ConfigError(

@@ -5,9 +5,10 @@ types of the fields it overrides.
 """
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from pipar_jax.config.schema import REGISTERED, option
+from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.schedule.plan import Dispatch, HandOn, WeightPolicy
 from stages.names import MODELS, NORMS, STEMS
 
@@ -243,7 +244,7 @@ class DevicesConfig:
 
     count: int = option(2, "number of devices", at_least=1, at_most=10_000)
     defaults: DeviceConfig = dataclasses.field(default_factory=DeviceConfig)
-    overrides: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    overrides: dict[int, JsonObject] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -272,7 +273,7 @@ class NodesConfig:
 
     count: int = option(0, "number of compute nodes in a chain", at_least=0, at_most=1000)
     defaults: NodeConfig = dataclasses.field(default_factory=NodeConfig)
-    overrides: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    overrides: dict[int, JsonObject] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass

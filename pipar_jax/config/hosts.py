@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipar_jax.config.fields import (
     LONGEST_S,
@@ -15,6 +15,7 @@ from pipar_jax.config.fields import (
     ServerConfig,
 )
 from pipar_jax.config.slowdown import UNSLOWED, Slowdown, read_slowdown
+from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import ConfigError
 from pipar_jax.schedule.plan import (
     COORDINATOR,
@@ -155,7 +156,7 @@ class Hosts:
         def path(field: str) -> str:
             return field_path(config, name, field)
 
-        own: dict[str, Any] = {}
+        own: JsonObject = {}
         link = "none" if isinstance(fields, ServerConfig) else fields.link
         if link not in self._links:
             self._links[link] = _parse_link(link, path("link"))
@@ -180,7 +181,7 @@ class Hosts:
         )  # fmt: skip
 
 
-def inherited(config: Config, device: int) -> dict[str, Any]:
+def inherited(config: Config, device: int) -> JsonObject:
     """Returns the fields of a device that it, all devices or the whole run may have."""
     fields = fields_of(config, device_name(device))
     found = {}

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from pipar_jax.config import schema
 from pipar_jax.config.fields import HIDDEN_TOKEN, OWN_SOURCES, Config
 from pipar_jax.config.hosts import inherited
-from pipar_jax.disk.json_text import dumps
+from pipar_jax.disk.json_text import JsonMapping, JsonObject, dumps
 from pipar_jax.errors import ConfigError
 
 
-def to_dict(config: Config) -> dict[str, Any]:
+def to_dict(config: Config) -> JsonObject:
     """Returns the configuration as nested values for JSON, including the token."""
     made = dataclasses.asdict(config)
     for group in (config.devices, config.nodes):
@@ -24,7 +23,7 @@ def to_dict(config: Config) -> dict[str, Any]:
     return made
 
 
-def from_dict(values: Mapping[str, Any]) -> Config:
+def from_dict(values: JsonMapping) -> Config:
     """Returns the configuration that ``to_dict`` wrote.
 
     Raises:
@@ -107,8 +106,8 @@ _LOCAL = ("name", "debug", "run.", "tuner.", "server.", "network.", "devices.def
           "nodes.defaults.", "data.download")  # fmt: skip
 
 
-def _shared(config: Config) -> dict[str, Any]:
-    values: dict[str, Any] = {}
+def _shared(config: Config) -> JsonObject:
+    values: JsonObject = {}
     for one in schema.options(Config):
         is_path = one.field.metadata["path"] is not None  # each machine has its own files
         if not (is_path or one.path.startswith(_LOCAL)):

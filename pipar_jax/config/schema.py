@@ -16,6 +16,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
+from pipar_jax.disk.json_text import JsonMapping, JsonObject
 from pipar_jax.errors import ConfigError
 
 T = TypeVar("T")
@@ -70,7 +71,7 @@ def option(
 
 
 #: Reading them from the source is slow, and every join is checked against all fields: cached.
-_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
+_hints: Callable[[Any], JsonObject] = functools.cache(typing.get_type_hints)
 
 
 class ConfigField(NamedTuple):
@@ -251,7 +252,7 @@ def did_you_mean(name: Any, known: Iterable[str]) -> str:
     return f": did you mean {found[0]!r}?" if found else ""
 
 
-def from_dict(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
+def from_dict(kind: type[T], values: JsonMapping, prefix: str = "") -> T:
     """Returns an instance of a dataclass from nested mappings; missing fields keep their defaults.
 
     Raises:
@@ -261,7 +262,7 @@ def from_dict(kind: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     known = {field.name: field for field in dataclasses.fields(typing.cast(Any, kind))}
     if not isinstance(values, Mapping):
         raise ConfigError(f"{prefix.rstrip('.') or 'configuration'} must be a group of fields")
-    made: dict[str, Any] = {}
+    made: JsonObject = {}
     for name, value in values.items():
         if name not in known:
             near = did_you_mean(name, known)

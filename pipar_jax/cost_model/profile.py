@@ -10,9 +10,9 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from pipar_jax.cost_model.costs import FREE_LINK, LinkModel
+from pipar_jax.disk.json_text import JsonMapping, JsonObject
 from pipar_jax.errors import PlanError
 from pipar_jax.schedule.plan import host_index, is_node
 
@@ -205,12 +205,12 @@ class Profile:
         """Returns the number of steps in an epoch of a device."""
         return -(-self.devices[device].samples // self.batch_size)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Returns the profile as values for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Profile:
+    def from_dict(cls, values: JsonMapping) -> Profile:
         """Returns the profile that ``to_dict`` wrote.
 
         Raises:
@@ -244,7 +244,7 @@ class Profile:
             raise PlanError(f"this is not a profile: {error!r}") from error
 
 
-def host_from_dict(values: Mapping[str, Any]) -> HostProfile:
+def host_from_dict(values: JsonMapping) -> HostProfile:
     """Returns a host's profile from JSON values.
 
     Raises:

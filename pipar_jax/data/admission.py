@@ -7,11 +7,12 @@ predict are all checked here, with the same messages.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from comms.arrays import Array
 from pipar_jax.data.types import Dataset, Split, empty_split
 from pipar_jax.errors import DataError
 
@@ -22,7 +23,7 @@ _AT_ONCE = 1024
 _PURPOSE = {"train": "train on", "test": "test with"}
 
 
-def admit(data: Any, part: Part, where: str) -> Dataset:
+def admit(data: object, part: Part, where: str) -> Dataset:
     """Returns a dataset passed by a program, checked and converted to the types of training.
 
     Args:
@@ -57,12 +58,12 @@ def admit(data: Any, part: Part, where: str) -> Dataset:
 def assemble(
     source: str,
     part: Part,
-    images: Any,
-    labels: Any,
+    images: object,
+    labels: object,
     *,
-    classes: Any,
-    mean: Any,
-    std: Any,
+    classes: object,
+    mean: object,
+    std: object,
     where: str,
 ) -> Dataset:
     """Returns a dataset of the user's arrays, with the other split empty.
@@ -96,7 +97,7 @@ def assemble(
     )
 
 
-def make_split(images: Any, labels: Any, where: str) -> Split:
+def make_split(images: object, labels: object, where: str) -> Split:
     """Returns a split of the user's arrays after checking their shapes and values.
 
     Args:
@@ -121,7 +122,7 @@ def make_split(images: Any, labels: Any, where: str) -> Split:
     return Split(images, labels.astype(np.int32, copy=False))
 
 
-def make_images(images: Any, where: str) -> NDArray[Any]:
+def make_images(images: object, where: str) -> Array:
     """Returns the user's images as [samples, height, width, channels], uint8 or finite float32.
 
     Args:
@@ -204,7 +205,7 @@ def check_alike(datasets: Iterable[tuple[str, Dataset]]) -> None:
             )
 
 
-def make_queries(images: Any, input_shape: Sequence[int], stored: str) -> NDArray[Any]:
+def make_queries(images: object, input_shape: Sequence[int], stored: str) -> Array:
     """Returns images to predict, [batch, height, width, channels], like the training data.
 
     Args:
@@ -242,7 +243,7 @@ def make_queries(images: Any, input_shape: Sequence[int], stored: str) -> NDArra
     return made
 
 
-def as_array(values: Any, what: str) -> NDArray[Any]:
+def as_array(values: object, what: str) -> Array:
     """Returns the user's values as an array.
 
     Raises:
@@ -254,7 +255,7 @@ def as_array(values: Any, what: str) -> NDArray[Any]:
         raise DataError(f"{what} are not an array: {error}") from error
 
 
-def _check_classes(classes: Any, highest: int, where: str) -> int:
+def _check_classes(classes: object, highest: int, where: str) -> int:
     """Returns the number of classes; 0 stands for the highest label + 1."""
     made = as_array(classes, f"{where}: classes")
     if made.size != 1 or made.dtype.kind not in "iu" or int(made.item()) < 0:
@@ -268,7 +269,7 @@ def _check_classes(classes: Any, highest: int, where: str) -> int:
     return count
 
 
-def _per_channel(value: Any, channels: int, what: str) -> NDArray[np.float32]:
+def _per_channel(value: object, channels: int, what: str) -> NDArray[np.float32]:
     try:
         made = np.asarray(value, np.float32).reshape(-1)
     except (ValueError, TypeError) as error:

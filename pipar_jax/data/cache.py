@@ -13,13 +13,12 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 
 from pipar_jax.data.types import Dataset, Split
 from pipar_jax.disk.files import describe_reading
-from pipar_jax.disk.json_text import dumps
+from pipar_jax.disk.json_text import JsonObject, dumps
 from pipar_jax.errors import DataError
 
 try:
@@ -92,7 +91,7 @@ def _write(home: pathlib.Path, data: Dataset) -> None:
 
 
 def _read(home: pathlib.Path) -> Dataset:
-    about: dict[str, Any] = json.loads((home / "about.json").read_text())
+    about: JsonObject = json.loads((home / "about.json").read_text())
 
     def split(name: str) -> Split:
         images = np.load(home / f"{name}_images.npy", mmap_mode="r", allow_pickle=False)

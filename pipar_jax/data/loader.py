@@ -6,11 +6,11 @@ import contextlib
 import math
 import queue
 import threading
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from comms.arrays import Array
 from pipar_jax.data.types import Split, normalise
 from pipar_jax.errors import DataError, RunError
 from pipar_jax.schedule import actions
@@ -133,7 +133,7 @@ class Loader:
         return self._draws[1]
 
 
-def crop_flip(images: NDArray[Any], draws: NDArray[np.intp]) -> NDArray[Any]:
+def crop_flip(images: Array, draws: NDArray[np.intp]) -> Array:
     """Returns images shifted by up to PADDING pixels, padded by zeros, and optionally mirrored.
 
     The augmentation of the PiPar paper's CIFAR runs: pad by four, crop at random, flip at random.

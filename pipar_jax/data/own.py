@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from comms.arrays import Array
 from comms.errors import explain
 from pipar_jax.config import plugins
 from pipar_jax.data.admission import Part, as_array, assemble
@@ -86,7 +87,7 @@ def _normalisation(values: Mapping[str, Any], scale: float, where: str) -> tuple
     return said.get("mean", np.zeros(())) * factor, said.get("std", np.ones(())) * factor
 
 
-def _number(value: Any, what: str) -> np.ndarray[Any, Any]:
+def _number(value: object, what: str) -> Array:
     try:
         return np.asarray(value, np.float64)
     except (ValueError, TypeError) as error:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from comms.arrays import Array
 from pipar_jax.config import DataConfig
 from pipar_jax.errors import DataError
 
@@ -17,7 +17,7 @@ Indices = NDArray[np.intp]
 _STREAM = 0x7061_7274
 
 
-def partition(labels: NDArray[Any], count: int, config: DataConfig, seed: int) -> list[Indices]:
+def partition(labels: Array, count: int, config: DataConfig, seed: int) -> list[Indices]:
     """Assigns every sample to one device, and at least one sample to each device.
 
     Args:
@@ -43,7 +43,7 @@ def partition(labels: NDArray[Any], count: int, config: DataConfig, seed: int) -
     return [np.sort(part).astype(np.intp) for part in _none_empty(parts)]
 
 
-def partition_table(labels: NDArray[Any], parts: list[Indices], classes: int) -> str:
+def partition_table(labels: Array, parts: list[Indices], classes: int) -> str:
     """Returns a table of the samples of each device, by class if there are few classes."""
     labels = np.asarray(labels)
     counts = np.stack([np.bincount(labels[part], minlength=classes) for part in parts])
@@ -75,7 +75,7 @@ def spread(total: int, wanted: int) -> Indices:
 
 
 def _equally(
-    labels: NDArray[Any], count: int, config: DataConfig, draw: np.random.Generator
+    labels: Array, count: int, config: DataConfig, draw: np.random.Generator
 ) -> list[Indices]:
     """A shuffle, cut into parts that differ by at most one sample."""
     del config
@@ -83,7 +83,7 @@ def _equally(
 
 
 def _by_class(
-    labels: NDArray[Any], count: int, config: DataConfig, draw: np.random.Generator
+    labels: Array, count: int, config: DataConfig, draw: np.random.Generator
 ) -> list[Indices]:
     """Each class is dealt by shares drawn from Dirichlet(alpha) (Hsu et al., arXiv 1909.06335)."""
     dealt: list[list[Indices]] = [[] for _ in range(count)]
@@ -96,7 +96,7 @@ def _by_class(
 
 
 def _by_shard(
-    labels: NDArray[Any], count: int, config: DataConfig, draw: np.random.Generator
+    labels: Array, count: int, config: DataConfig, draw: np.random.Generator
 ) -> list[Indices]:
     """Sorted by label, cut into equal shards, and those dealt at random.
 
@@ -117,7 +117,7 @@ def _by_shard(
 
 
 def _by_quantity(
-    labels: NDArray[Any], count: int, config: DataConfig, draw: np.random.Generator
+    labels: Array, count: int, config: DataConfig, draw: np.random.Generator
 ) -> list[Indices]:
     """A shuffle, cut by shares drawn from Dirichlet(alpha)."""
     shares = draw.dirichlet(np.full(count, config.alpha))
@@ -125,9 +125,7 @@ def _by_quantity(
 
 
 #: Every partition by name.
-PARTITIONS: dict[
-    str, Callable[[NDArray[Any], int, DataConfig, np.random.Generator], list[Indices]]
-] = {
+PARTITIONS: dict[str, Callable[[Array, int, DataConfig, np.random.Generator], list[Indices]]] = {
     "iid": _equally,
     "dirichlet": _by_class,
     "labels": _by_shard,

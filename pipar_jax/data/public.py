@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from comms.arrays import Bytes
 from comms.errors import explain
 from pipar_jax.config import DataConfig
 from pipar_jax.data.archives import find_originals, read_originals
@@ -154,7 +155,7 @@ def read_records(records: Any) -> Split:
     """
     total = len(records)
     labels = np.empty(total, np.int32)
-    images: np.ndarray[Any, np.dtype[np.uint8]] | None = None
+    images: Bytes | None = None
     for first, some in _in_runs(records, total):
         if images is None:
             images = np.empty((total, *some[0]["image"].shape), np.uint8)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from comms.arrays import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Split:
       labels: [samples] int32.
     """
 
-    images: NDArray[Any]
+    images: Array
     labels: NDArray[np.int32]
 
     def __len__(self) -> int:
@@ -55,13 +56,13 @@ class Dataset:
     mean: NDArray[np.float32]
     std: NDArray[np.float32]
 
-    def normalise(self, images: NDArray[Any]) -> NDArray[np.float32]:
+    def normalise(self, images: Array) -> NDArray[np.float32]:
         """Returns (images - mean) / std as [samples, …] float32, a new array."""
         return normalise(images, self.mean, self.std)
 
 
 def normalise(
-    images: NDArray[Any], mean: NDArray[np.float32], std: NDArray[np.float32]
+    images: Array, mean: NDArray[np.float32], std: NDArray[np.float32]
 ) -> NDArray[np.float32]:
     """Returns (images - mean) / std as [samples, …, channels] float32, a new array."""
     # One multiplication and one addition in place: half the memory traffic of the formula.

@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 from pipar_jax.disk.files import refused
-from pipar_jax.disk.json_text import dumps
+from pipar_jax.disk.json_text import JsonMapping, JsonObject, dumps
 from pipar_jax.errors import RunError
+
+Event: TypeAlias = JsonMapping
+"""What a run reports: its kind under ``event``, and what else that kind has."""
+OnEvent: TypeAlias = Callable[[JsonObject], None]
+"""Takes each event of a run as it happens."""
 
 
 class EventLog:
@@ -39,7 +44,7 @@ class EventLog:
                 "folder (--config.run.dir)"
             ) from error
 
-    def add(self, event: Mapping[str, Any]) -> None:
+    def add(self, event: Event) -> None:
         """Appends a row and flushes it to the operating system.
 
         Raises:
@@ -61,7 +66,7 @@ class EventLog:
                 os.close(descriptor)
 
 
-def read_events(path: Path) -> tuple[dict[str, Any], ...]:
+def read_events(path: Path) -> tuple[JsonObject, ...]:
     """Returns the rows of a file, without a truncated last one.
 
     Raises:
@@ -79,7 +84,7 @@ def read_events(path: Path) -> tuple[dict[str, Any], ...]:
     return tuple(rows)
 
 
-def _row(line: bytes, where: str) -> dict[str, Any]:
+def _row(line: bytes, where: str) -> JsonObject:
     try:
         found = json.loads(line)
     except ValueError as error:

@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
+
+Json: TypeAlias = Any
+"""A value of JSON, as it was read or can be written: a text, number, list or object, or None."""
+JsonObject: TypeAlias = dict[str, Json]
+"""A JSON object: a configuration, a profile or an event, for instance."""
+JsonMapping: TypeAlias = Mapping[str, Json]
+"""A ``JsonObject`` that is only read."""
 
 
 def dumps(
-    value: Any, *, indent: int | None = None, sort_keys: bool = False, ensure_ascii: bool = True
+    value: object, *, indent: int | None = None, sort_keys: bool = False, ensure_ascii: bool = True
 ) -> str:
     """Returns a value as JSON; numbers that are not finite become null.
 
@@ -20,7 +27,7 @@ def dumps(
       ensure_ascii: Whether non-ASCII characters are escaped.
     """
 
-    def text(value: Any) -> str:
+    def text(value: object) -> str:
         return json.dumps(
             value, indent=indent, sort_keys=sort_keys, ensure_ascii=ensure_ascii,
             allow_nan=False, default=_default,
@@ -32,7 +39,7 @@ def dumps(
         return text(plain(value))
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Json:
     """Returns a value as read from its JSON: None for numbers that are not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -45,7 +52,7 @@ def plain(value: Any) -> Any:
     return plain(_default(value))
 
 
-def _default(value: Any) -> Any:
+def _default(value: object) -> Json:
     if hasattr(value, "tolist"):  # numbers and arrays of numpy and jax
         return value.tolist()
     return str(value)

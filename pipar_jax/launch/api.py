@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import stages
+from comms.arrays import Array
 from pipar_jax import config as configuration
 from pipar_jax import data as datasets
 from pipar_jax.config import Config
 from pipar_jax.data import Dataset, make_queries, normalise
-from pipar_jax.disk.event_log import read_events
+from pipar_jax.disk.event_log import OnEvent, read_events
 from pipar_jax.disk.files import describe_reading
+from pipar_jax.disk.json_text import JsonMapping, JsonObject
 from pipar_jax.errors import PeerError, ProtocolError, RunError
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.methods.resolution import check_plan, resolve
@@ -32,6 +34,7 @@ from pipar_jax.schedule.plan import COORDINATOR, device_name, host_index
 from pipar_jax.schedule.trace import Trace
 from pipar_jax.training import checkpoint
 from stages import Model
+from stages.trees import Variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +54,10 @@ class Run:
     folder: Path
     config: Config
     model: Model
-    params: dict[str, Any]
-    state: dict[str, Any]
-    metrics: tuple[dict[str, Any], ...]
-    facts: dict[str, Any]
+    params: Variables
+    state: Variables
+    metrics: tuple[JsonObject, ...]
+    facts: JsonObject
 
     @property
     def accuracy(self) -> float:
@@ -62,7 +65,7 @@ class Run:
         return float(self._last("evaluated")["accuracy"])
 
     @property
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> JsonObject:
         """The event ``run_finished``: seconds, idle shares, bytes."""
         return self._last("run_finished")
 
@@ -74,7 +77,7 @@ class Run:
         """
         return Trace.load(self.folder / TRACE)
 
-    def logits(self, images: Any) -> np.ndarray[Any, Any]:
+    def logits(self, images: Any) -> Array:
         """Returns the model's logits [batch, classes] for raw images.
 
         Args:
@@ -89,16 +92,16 @@ class Run:
         x = normalise(checked, mean, std)
         return np.asarray(stages.predict(self.model, self.params, self.state, jnp.asarray(x)))
 
-    def predict(self, images: Any) -> np.ndarray[Any, Any]:
+    def predict(self, images: Any) -> Array:
         """Returns the most likely class [batch] of raw images; see ``logits``.
 
         Raises:
           DataError: There is no image, or shape, dtype or a value is not valid.
         """
-        found: np.ndarray[Any, Any] = np.argmax(self.logits(images), axis=-1)
+        found: Array = np.argmax(self.logits(images), axis=-1)
         return found
 
-    def _last(self, event: str) -> dict[str, Any]:
+    def _last(self, event: str) -> JsonObject:
         for row in reversed(self.metrics):
             if row["event"] == event:
                 return dict(row)
@@ -135,7 +138,7 @@ def load(folder: str | Path, model: Model | None = None) -> Run:
     return Run(path, config, model, params, state, metrics, facts)
 
 
-def _check_model(model: Model, facts: Mapping[str, Any], path: Path) -> None:
+def _check_model(model: Model, facts: JsonMapping, path: Path) -> None:
     """Checks that a model has the input shape and classes of the trained one."""
     ours = list(model.input_shape), model.classes
     trained = list(facts["input_shape"]), facts["classes"]
@@ -152,7 +155,7 @@ def train(
     model: Model | None = None,
     data: Sequence[Dataset] | None = None,
     *,
-    on_event: Callable[[dict[str, Any]], None] | None = None,
+    on_event: OnEvent | None = None,
 ) -> Run:
     """Trains with all hosts on this machine and returns the finished run.
 
@@ -203,7 +206,7 @@ def run_here(
     model: Model | None = None,
     data: Sequence[Dataset] | None = None,
     *,
-    on_event: Callable[[dict[str, Any]], None],
+    on_event: OnEvent,
 ) -> Path:
     """Runs server and devices as threads of this process; returns the run's folder.
 
@@ -232,7 +235,7 @@ def run_here(
     stop = threading.Event()
     errors: list[BaseException] = []
 
-    def tell(event: dict[str, Any]) -> None:
+    def tell(event: JsonObject) -> None:
         if event["event"] == "listening":
             listening.put((event["host"], event["port"]))
         on_event(event)

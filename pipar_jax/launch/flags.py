@@ -25,6 +25,7 @@ from ml_collections import config_flags
 from pipar_jax import __version__
 from pipar_jax.config import Config, DeviceConfig, NodeConfig, paths, plugins, schema
 from pipar_jax.config.schema import ConfigField, option
+from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import ConfigError
 from pipar_jax.launch.process import (
     ASKED_TO_END,
@@ -126,7 +127,7 @@ def run(
     except BrokenPipeError:  # the reader of the help ended, as head does
         leave(0)
 
-    def tell(event: dict[str, Any]) -> None:
+    def tell(event: JsonObject) -> None:
         print(f"error: {event['error']}", file=sys.stderr)
 
     def body(_: list[str]) -> None:
@@ -171,7 +172,7 @@ def parse(
     """
     own = {one.path: one for kind in (Common, extra) for one in schema.options(kind)}
     fields = {f"config.{one.path}": one for one in schema.options(Config, names=NAMES)}
-    values: dict[str, Any] = {}
+    values: JsonObject = {}
     changes: dict[str, tuple[ConfigField, str]] = {}
     for flag, text in _pairs(arguments, {**own, **fields}):
         if flag in own:

@@ -16,13 +16,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
 
 import pipar_jax
 from pipar_jax import data, errors
 from pipar_jax.config import Config, may_lose, to_json
+from pipar_jax.disk.event_log import OnEvent
 from pipar_jax.disk.files import describe_os_error, write_text
+from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import DiskError, PiparError, RunError
 from pipar_jax.launch import machine
 from pipar_jax.launch.process import TOKEN_VARIABLE
@@ -30,8 +30,6 @@ from pipar_jax.methods.registry import hosts_of
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.report import environment
 from pipar_jax.schedule.plan import COORDINATOR, device_name, is_device
-
-OnEvent = Callable[[dict[str, Any]], None]
 
 #: After the first failure the others get so long to say what they saw.
 GRACE_S = 2.0
@@ -45,7 +43,7 @@ def launch(
     *,
     on_event: OnEvent | None = None,
     process_module: str = "pipar_jax.launch.process",
-) -> dict[str, Any]:
+) -> JsonObject:
     """Trains on this machine, in a process per host, and returns when all have ended.
 
     Args:
@@ -109,7 +107,7 @@ class _Child:
     def __init__(self, name: str, command: list[str], folder: pathlib.Path, token: str | None):
         self.name = name
         self.log = folder / "logs" / f"{name}.log"
-        self.failure: dict[str, Any] | None = None
+        self.failure: JsonObject | None = None
         self.ended_s: float | None = None
         self.open = True
         self._text = b""
@@ -148,7 +146,7 @@ class _Child:
             stdin.write(line.encode() + b"\n")
             stdin.flush()
 
-    def read(self) -> list[dict[str, Any]]:
+    def read(self) -> list[JsonObject]:
         """Returns the events since the last call and records the end of the pipe."""
         some = os.read(self.events, 1 << 16)
         if not some:
@@ -215,7 +213,7 @@ class _Hosts:
         self._children: list[_Child] = []
         self._selector = selectors.DefaultSelector()
         self._listening = False
-        self._summary: dict[str, Any] | None = None
+        self._summary: JsonObject | None = None
 
     def __enter__(self) -> _Hosts:
         try:
@@ -232,7 +230,7 @@ class _Hosts:
     def __exit__(self, *_: object) -> None:
         self._end()
 
-    def follow(self) -> dict[str, Any]:
+    def follow(self) -> JsonObject:
         """Forwards events until all processes have ended; returns the run's last event.
 
         Raises:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Any
 
 from comms.emulation.shaping import LinkShape
 from pipar_jax import config as configuration
@@ -18,6 +17,7 @@ from pipar_jax import data as datasets
 from pipar_jax.config import Config, HostSpec
 from pipar_jax.cost_model.costs import LinkModel
 from pipar_jax.cost_model.profile import DeviceProfile, HostProfile, NodeProfile, Profile
+from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.launch.pinning import run_pinned
 from pipar_jax.launch.process import claim_platform, set_environment
 from pipar_jax.methods.registry import hosts_of
@@ -96,8 +96,8 @@ def _samples(config: Config, index: int) -> int:
 
 
 def _measure(
-    values: dict[str, Any], name: str, input_shape: tuple[int, ...], classes: int
-) -> dict[str, Any]:
+    values: JsonObject, name: str, input_shape: tuple[int, ...], classes: int
+) -> JsonObject:
     """Measures a host; runs in its own process, which has not loaded jax before."""
     config = configuration.from_dict(values)
     set_environment(config, name)

@@ -16,6 +16,7 @@ from absl import flags as absl_flags
 
 from pipar_jax import __version__
 from pipar_jax.config.schema import did_you_mean
+from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import ConfigError
 from pipar_jax.launch.flags import read_flagfiles, terminal_width, two_columns
 from pipar_jax.launch.process import (
@@ -81,7 +82,7 @@ def run(main: Callable[[list[str]], object], *, takes: str = "") -> NoReturn:
     if "debug" not in values:
         absl_flags.DEFINE_boolean("debug", False, "Show tracebacks.")
 
-    def tell(event: dict[str, Any]) -> None:
+    def tell(event: JsonObject) -> None:
         print(f"error: {event['error']}", file=sys.stderr)
 
     try:

@@ -21,15 +21,16 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import pipar_jax
 import stages
 from comms.errors import explain
 from pipar_jax.config import HIDDEN_TOKEN, Config, field_path, from_json
 from pipar_jax.data.cache import user_cache
+from pipar_jax.disk.event_log import OnEvent
 from pipar_jax.disk.files import describe_os_error
-from pipar_jax.disk.json_text import dumps
+from pipar_jax.disk.json_text import JsonObject, dumps
 from pipar_jax.errors import ConfigError, PiparError
 from pipar_jax.launch import machine
 from pipar_jax.methods.registry import hosts_of
@@ -44,9 +45,8 @@ TERMINATED = 143
 #: Messages for requested ends, by exit code.
 ASKED_TO_END = {INTERRUPTED: "interrupted", TERMINATED: "terminated"}
 
-Tell = Callable[[dict[str, Any]], None]
 #: Runs a server, given its configuration and a function for its events.
-Serve = Callable[[Config, Tell], None]
+Serve = Callable[[Config, OnEvent], None]
 
 
 class Terminated(KeyboardInterrupt):
@@ -138,7 +138,7 @@ def count_cores() -> int:
     return os.cpu_count() or 1
 
 
-def perform(task: Callable[[], object], tell: Tell, *, debug: bool, log: str = "") -> int:
+def perform(task: Callable[[], object], tell: OnEvent, *, debug: bool, log: str = "") -> int:
     """Runs the work of a process and returns its exit code.
 
     This is the outermost handler of a process: it reports any error in one line.
@@ -213,11 +213,11 @@ def open_streams() -> None:
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
-def event_writer(descriptor: int) -> Tell:
+def event_writer(descriptor: int) -> OnEvent:
     """Returns a function that writes events as JSON lines; any thread may call it."""
     lock = threading.Lock()
 
-    def tell(event: dict[str, Any]) -> None:
+    def tell(event: JsonObject) -> None:
         line = dumps(event).encode() + b"\n"
         with lock:
             while line:
@@ -260,10 +260,10 @@ def _load_config(path: pathlib.Path) -> Config:
     return config
 
 
-def _run_server(config: Config, tell: Tell) -> None:
+def _run_server(config: Config, tell: OnEvent) -> None:
     from pipar_jax.roles.server import run_server
 
-    def note(event: dict[str, Any]) -> None:
+    def note(event: JsonObject) -> None:
         logs.note_event(event)
         tell(event)
 
@@ -315,7 +315,7 @@ def main(arguments: list[str] | None = None, serve: Serve = _run_server) -> NoRe
         else:
             _run_worker(config, given.name, lines)
 
-    def tell_failure(event: dict[str, Any]) -> None:
+    def tell_failure(event: JsonObject) -> None:
         logs.LOG.error("%s", event["error"])
         tell(event)
 

@@ -39,7 +39,7 @@ from pipar_jax.cost_model.profile import (
 )
 from pipar_jax.data.cache import user_cache
 from pipar_jax.disk.files import make_folder, write_text
-from pipar_jax.disk.json_text import dumps
+from pipar_jax.disk.json_text import JsonObject, dumps
 from pipar_jax.errors import PlanError
 from pipar_jax.profiling.predictor.predict_host import facts_of, predict_host
 from pipar_jax.profiling.predictor.reference import ReferenceTimes, reference_model, time_reference
@@ -49,6 +49,7 @@ from pipar_jax.training import optimizer
 from pipar_jax.training.compile import Told, run_all
 from pipar_jax.training.replica import Replica
 from stages import Model, make_draw
+from stages.trees import PyTree, Variables
 
 #: The measured fractions of a batch.
 PARTS = (1, 4, 5, 10, 20)
@@ -76,13 +77,13 @@ class Measured(NamedTuple):
     units: tuple[UnitFacts, ...]
     seconds: float
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Returns values for JSON."""
         units = [dataclasses.asdict(unit) for unit in self.units]
         return {"host": dataclasses.asdict(self.host), "units": units, "seconds": self.seconds}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Measured:
+    def from_dict(cls, values: JsonObject) -> Measured:
         """Returns what ``to_dict`` wrote.
 
         Raises:
@@ -340,7 +341,7 @@ def _facts(model: Model, index: int, replica: Replica, samples: int) -> UnitFact
     )  # fmt: skip
 
 
-def _average_s_per_byte(config: Config, params: Any, state: Any) -> float:
+def _average_s_per_byte(config: Config, params: Variables, state: Variables) -> float:
     """Returns the seconds of averaging two replicas, per byte of both."""
     made = aggregator.Aggregator(config.aggregation, dict(params), dict(state))
     replicas = [aggregator.Contribution(params, state, 1.0)] * 2
@@ -359,22 +360,22 @@ def _call_s() -> float:
     return _median_s(call, 100)
 
 
-def _least_s(function: Callable[[], Any]) -> float:
+def _least_s(function: Callable[[], object]) -> float:
     """Returns the minimum of the seconds of several runs."""
     return min(_seconds(function) for _ in range(REPEATS))
 
 
-def _median_s(function: Callable[[], Any], repeats: int) -> float:
+def _median_s(function: Callable[[], object], repeats: int) -> float:
     return statistics.median(_seconds(function) for _ in range(repeats))
 
 
-def _seconds(function: Callable[[], Any]) -> float:
+def _seconds(function: Callable[[], object]) -> float:
     began = time.perf_counter()
     function()
     return time.perf_counter() - began
 
 
-def _bytes(tree: Any) -> float:
+def _bytes(tree: PyTree) -> float:
     """Returns the bytes of all arrays of a tree, including abstract ones."""
     return float(
         sum(

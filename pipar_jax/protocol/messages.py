@@ -9,9 +9,10 @@ covers all messages: hosts of another version are refused when they join.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pipar_jax.cost_model.profile import HostProfile, RuntimeOverhead, UnitFacts
+from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.protocol.registry import Form, Sender, message
 from pipar_jax.protocol.values import (
     ADDRESS,
@@ -90,7 +91,7 @@ class JoinDevice:
     control_version: Count
     version: Annotated[str, Text(64)]
     name: Annotated[str, Text(64)]
-    config: Annotated[dict[str, Any], Free(8, 50_000, 4096)]
+    config: Annotated[JsonObject, Free(8, 50_000, 4096)]
     samples: Annotated[int, Whole(0, 2**53)]
     steps: Annotated[int, Whole(0, 2**53)]
     input_shape: Shape
@@ -113,7 +114,7 @@ class JoinNode:
     control_version: Count
     version: Annotated[str, Text(64)]
     name: Annotated[str, Text(64)]
-    config: Annotated[dict[str, Any], Free(8, 50_000, 4096)]
+    config: Annotated[JsonObject, Free(8, 50_000, 4096)]
     address: Address
 
 

@@ -11,16 +11,16 @@ import enum
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
-import numpy as np
-
 from comms import ChannelError, CodecError, FrameError, Link, MessageKind
 from comms import Message as Arrived
+from comms.arrays import Array
 from comms.errors import DamageError
+from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import PeerError, ProtocolError
 from pipar_jax.protocol.wire_fields import Mismatch, shown, struct
 
 T = TypeVar("T")
-Tensors = Mapping[str, np.ndarray[Any, Any]]
+Tensors = Mapping[str, Array]
 
 
 class Sender(enum.Enum):
@@ -78,7 +78,7 @@ def kind_of(made: type) -> MessageType:
     return _BY_CLASS[made]
 
 
-def encode(message: Any) -> dict[str, Any]:
+def encode(message: Any) -> JsonObject:
     """Returns the JSON of a message."""
     made: type = type(message)
     return {"type": _BY_CLASS[made].name, **struct(made).write(message)}

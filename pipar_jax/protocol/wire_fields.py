@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
 from comms.wire.bounded_json import one_line
+from pipar_jax.disk.json_text import JsonObject
 
 #: Default upper bound of whole numbers.
 MOST_WHOLE = 2**31 - 1
@@ -284,7 +285,7 @@ class Table(Spec):
     most: int
     key: Text = Text(256)
 
-    def read(self, value: Any, path: str) -> dict[str, Any]:
+    def read(self, value: Any, path: str) -> JsonObject:
         """See ``Spec``."""
         if type(value) is not dict or len(value) > self.most:
             raise Mismatch(path, f"an object of at most {self.most} names", shown(value))
@@ -293,7 +294,7 @@ class Table(Spec):
             for name, one in value.items()
         }
 
-    def write(self, value: Any) -> dict[str, Any]:
+    def write(self, value: Any) -> JsonObject:
         """See ``Spec``."""
         return {name: self.of.write(one) for name, one in value.items()}
 
@@ -330,7 +331,7 @@ class Struct(Spec):
         except self.errors as error:
             raise Mismatch(path, "consistent fields", str(error)) from error
 
-    def write(self, value: Any) -> dict[str, Any]:
+    def write(self, value: Any) -> JsonObject:
         """See ``Spec``."""
         return {name: spec.write(getattr(value, name)) for name, spec in self.of.items()}
 

@@ -10,7 +10,6 @@ import dataclasses
 import re
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -18,13 +17,14 @@ from rich.text import Text
 
 from pipar_jax.config import Config
 from pipar_jax.config.schema import did_you_mean
+from pipar_jax.disk.event_log import OnEvent
+from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import ConfigError
 from pipar_jax.methods.registry import METHODS, server_methods, title
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.schedule.plan import COORDINATOR, is_node
 
-OnEvent = Callable[[dict[str, Any]], None]
-Launch = Callable[..., dict[str, Any]]
+Launch = Callable[..., JsonObject]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,7 @@ def run_method(config: Config, method: str, launch: Launch, on_event: OnEvent) -
     """
     plan = ""
 
-    def follow(event: dict[str, Any]) -> None:
+    def follow(event: JsonObject) -> None:
         nonlocal plan
         if event["event"] == "run_started":
             plan = event["plan"]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pipar_jax.cost_model.from_trace import Observed
+from pipar_jax.disk.json_text import JsonMapping
 from pipar_jax.report.idle import idle_causes, total_causes
 from pipar_jax.schedule.actions import SEND_BACKWARD, SEND_FORWARD
 from pipar_jax.schedule.trace import Trace, read_rounds
@@ -27,7 +26,7 @@ class Digest:
       last: The complete last round.
     """
 
-    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    meta: JsonMapping = dataclasses.field(default_factory=dict)
     hosts: tuple[str, ...] = ()
     rounds: int = 0
     causes: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)

@@ -12,14 +12,14 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pipar_jax
 from pipar_jax.config import HIDDEN_TOKEN
 from pipar_jax.disk import json_text
 from pipar_jax.disk.files import write_text
+from pipar_jax.disk.json_text import JsonMapping, JsonObject
 
 ENVIRONMENT = "environment.json"
 #: Libraries whose versions may affect the results of a run.
@@ -62,7 +62,7 @@ def add_platform(folder: Path) -> None:
     """
     import jax
 
-    found: dict[str, Any] = {}
+    found: JsonObject = {}
     with contextlib.suppress(OSError, ValueError):  # a server that was started without a folder
         found = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
     devices = jax.devices()
@@ -120,5 +120,5 @@ def _version(library: str) -> str | None:
     return None
 
 
-def _write(folder: Path, found: Mapping[str, Any]) -> None:
+def _write(folder: Path, found: JsonMapping) -> None:
     write_text(folder / ENVIRONMENT, json_text.dumps(found, indent=2) + "\n")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
-from typing import Any
+
+from pipar_jax.disk.event_log import Event
 
 #: Parent of all loggers of this project.
 LOG = logging.getLogger("pipar_jax")
@@ -25,7 +25,7 @@ def begin() -> None:
     LOG.setLevel(logging.INFO)
 
 
-def note_event(event: Mapping[str, Any]) -> None:
+def note_event(event: Event) -> None:
     """Logs an event: its name and all fields that are numbers or texts."""
     kind = event["event"]
     if kind in _OFTEN:

@@ -7,9 +7,9 @@ import html
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from pipar_jax.disk.files import write_text
+from pipar_jax.disk.json_text import JsonMapping
 from pipar_jax.errors import DiskError, PlanError
 from pipar_jax.report.assets import SCRIPT, STYLE
 from pipar_jax.report.bars import byte_bars, idle_bars
@@ -209,7 +209,7 @@ def _curves(runs: Sequence[RecordedRun], names: Sequence[str]) -> str:
     return f'{named}<div class="pair">{"".join(charts)}</div>'
 
 
-def _x(run: RecordedRun, row: Mapping[str, Any], axis: str) -> float:
+def _x(run: RecordedRun, row: JsonMapping, axis: str) -> float:
     """Returns the abscissa of an event: epochs, or seconds of training."""
     return float(row["epoch"] if axis == "epochs" else run.elapsed.get(row["round"], 0.0))
 
@@ -306,7 +306,7 @@ def _configurations(runs: Sequence[RecordedRun], names: Sequence[str]) -> str:
     return f"<details><summary>{len(rows)} fields</summary>{table}</details>"
 
 
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def _flatten(config: JsonMapping, prefix: str = "") -> dict[str, str]:
     """Returns all fields as texts, keyed by their dotted names; secrets are hidden."""
     fields: dict[str, str] = {}
     for key, value in config.items():

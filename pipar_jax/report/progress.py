@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -19,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-Event = Mapping[str, Any]
+from pipar_jax.disk.event_log import Event
 
 REFRESHES_PER_SECOND = 4
 # Without a terminal: shortest interval between reports of steps, and longest interval without

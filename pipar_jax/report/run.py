@@ -7,7 +7,6 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from pipar_jax.cost_model.costs import FREE_LINK
 from pipar_jax.cost_model.from_trace import links_from_shapes
 from pipar_jax.disk.event_log import read_events
 from pipar_jax.disk.files import describe_reading
+from pipar_jax.disk.json_text import JsonMapping
 from pipar_jax.errors import RunError
 from pipar_jax.methods.registry import title
 from pipar_jax.report.digest import Digest, digest
@@ -43,8 +43,8 @@ class RecordedRun:
     """
 
     name: str
-    config: Mapping[str, Any]
-    events: tuple[Mapping[str, Any], ...]
+    config: JsonMapping
+    events: tuple[JsonMapping, ...]
     trace_path: Path | None = None
 
     @property
@@ -57,11 +57,11 @@ class RecordedRun:
         """Whether the run finished."""
         return bool(self.of("run_finished"))
 
-    def of(self, event: str) -> list[Mapping[str, Any]]:
+    def of(self, event: str) -> list[JsonMapping]:
         """Returns the rows of one kind of event."""
         return [row for row in self.events if row["event"] == event]
 
-    def last(self, event: str) -> Mapping[str, Any]:
+    def last(self, event: str) -> JsonMapping:
         """Returns the last row of one kind of event, or an empty one."""
         return (self.of(event) or [{}])[-1]
 

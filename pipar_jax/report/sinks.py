@@ -17,13 +17,14 @@ is called once, on the server, with the run's folder, and returns an object with
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 from pipar_jax.config import plugins
 from pipar_jax.config.sink_names import TENSORBOARD, sink_names
+from pipar_jax.disk.event_log import Event
+from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import ConfigError, RunError
 
 _LINK_SCALARS = ("bytes", "queue_s", "credit_wait_s")
@@ -32,7 +33,7 @@ _LINK_SCALARS = ("bytes", "queue_s", "credit_wait_s")
 class Sink(Protocol):
     """Receives the events of a run; called from several threads, one at a time."""
 
-    def write(self, event: Mapping[str, Any]) -> None:
+    def write(self, event: Event) -> None:
         """Receives an event, in the form of metrics.jsonl."""
 
     def close(self) -> None:
@@ -62,7 +63,7 @@ class TensorBoard:
             ) from error
         self._writer = SummaryWriter(logdir=str(folder / TENSORBOARD), flush_secs=10)
 
-    def write(self, event: Mapping[str, Any]) -> None:
+    def write(self, event: Event) -> None:
         """Writes the scalars of an event."""
         for name, value in scalars(event).items():
             self._writer.add_scalar(name, value, event["round"] + 1)
@@ -72,7 +73,7 @@ class TensorBoard:
         self._writer.close()
 
 
-def scalars(event: Mapping[str, Any]) -> dict[str, float]:
+def scalars(event: Event) -> dict[str, float]:
     """Returns the scalars of an event by names such as ``idle/server``."""
     if event["event"] == "evaluated":
         found = {"test/accuracy": event["accuracy"], "test/loss": event["loss"]}
@@ -83,7 +84,7 @@ def scalars(event: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}  # not finite
 
 
-def _round_scalars(event: Mapping[str, Any]) -> dict[str, Any]:
+def _round_scalars(event: Event) -> JsonObject:
     """Returns the scalars of a round."""
     seconds = event["seconds"]
     found = {
@@ -121,7 +122,7 @@ class Sinks:
             self._close_after(error)
             raise
 
-    def write(self, event: Mapping[str, Any]) -> None:
+    def write(self, event: Event) -> None:
         """Passes an event to each sink.
 
         Raises:

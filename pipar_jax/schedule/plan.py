@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from pipar_jax.disk.json_text import JsonMapping, JsonObject
 from pipar_jax.errors import PlanError
 
 
@@ -343,12 +344,12 @@ class Plan:
             rest = f"averaged each {every}"
         return f"{chain}; {self.weights} weights; {self.dispatch}; {rest}"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Returns the plan as JSON-ready values."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+    def from_dict(cls, values: JsonMapping) -> Plan:
         """Returns the plan that ``to_dict`` wrote.
 
         Raises:

@@ -10,10 +10,10 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pipar_jax.disk.files import describe_reading, refused, replacing
-from pipar_jax.disk.json_text import dumps
+from pipar_jax.disk.json_text import JsonMapping, JsonObject, dumps
 from pipar_jax.errors import PlanError, RunError
 from pipar_jax.schedule.actions import (
     COMPUTE,
@@ -97,7 +97,7 @@ class Trace:
 
     hosts: dict[str, list[Timed]] = dataclasses.field(default_factory=dict)
     rounds: list[Interval] = dataclasses.field(default_factory=list)
-    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+    meta: JsonObject = dataclasses.field(default_factory=dict)
 
     def add(self, host: str, rows: Iterable[Timed], offset_s: float = 0.0) -> None:
         """Adds actions of a host.
@@ -182,7 +182,7 @@ class TraceWriter:
       DiskError: The file cannot be written; raised by the methods as well.
     """
 
-    def __init__(self, path: Path, meta: Mapping[str, Any], known_as: Path | None = None) -> None:
+    def __init__(self, path: Path, meta: JsonMapping, known_as: Path | None = None) -> None:
         """Creates the file."""
         self._path = known_as or path
         self._pids: dict[str, int] = {}
@@ -313,7 +313,7 @@ def read_rounds(path: Path) -> Iterator[Trace]:
       RunError: The file is missing or not a trace.
     """
     names: dict[int, str] = {}
-    meta: dict[str, Any] = {}
+    meta: JsonObject = {}
     part = Trace()
     first, ended, whole = True, False, 0
     try:
@@ -338,7 +338,7 @@ def read_rounds(path: Path) -> Iterator[Trace]:
         yield Trace(meta=meta)
 
 
-def _take(event: dict[str, Any], names: dict[int, str], part: Trace) -> bool:
+def _take(event: JsonObject, names: dict[int, str], part: Trace) -> bool:
     """Adds an event of a file to a trace; returns whether it ends a round."""
     if event["ph"] == "M":
         if event["name"] == "process_name" and event["pid"] != _ROUNDS_PID:

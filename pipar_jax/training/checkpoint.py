@@ -12,17 +12,19 @@ import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from comms.arrays import Array
 from pipar_jax.disk.files import describe_reading, write_tensors
-from pipar_jax.disk.json_text import dumps
+from pipar_jax.disk.json_text import JsonMapping, JsonObject, dumps
 from pipar_jax.errors import RunError
 from stages import Model
+from stages.trees import Arrays, Variables
 
 #: Name of the file in a run's folder.
 WEIGHTS = "weights.safetensors"
 
 
 def save(
-    path: Path, params: Mapping[str, Any], state: Mapping[str, Any], meta: Mapping[str, Any]
+    path: Path, params: Mapping[str, Arrays], state: Mapping[str, Arrays], meta: JsonMapping
 ) -> None:
     """Writes weights and batch statistics.
 
@@ -44,18 +46,18 @@ def save(
     write_tensors(path, tensors, {"pipar_jax": dumps(dict(meta))})
 
 
-def facts(path: Path) -> dict[str, Any]:
+def facts(path: Path) -> JsonObject:
     """Returns the facts in the file's header.
 
     Raises:
       RunError: The file is missing or has no such header.
     """
     with _reading(path), safe_open(path, framework="numpy") as file:
-        found: dict[str, Any] = json.loads((file.metadata() or {})["pipar_jax"])
+        found: JsonObject = json.loads((file.metadata() or {})["pipar_jax"])
         return found
 
 
-def load(path: Path, model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
+def load(path: Path, model: Model) -> tuple[Variables, Variables]:
     """Reads a file written by ``save``.
 
     Args:
@@ -70,8 +72,8 @@ def load(path: Path, model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     with _reading(path), safe_open(path, framework="numpy") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    params: dict[str, Any] = {}
-    state: dict[str, Any] = {}
+    params: Variables = {}
+    state: Variables = {}
     expected: set[str] = set()
     for unit in model.units:
         for variables, wanted in ((params, unit.params), (state, unit.state)):
@@ -97,7 +99,7 @@ def load(path: Path, model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
     return params, state
 
 
-def _fits(array: np.ndarray[Any, Any], expected: Any) -> bool:
+def _fits(array: Array, expected: Any) -> bool:
     """Returns whether an array has the expected dtype and shape; jax may be limited to 32 bits."""
     dtypes = array.dtype, jax.dtypes.canonicalize_dtype(array.dtype)
     return array.shape == expected.shape and expected.dtype in dtypes

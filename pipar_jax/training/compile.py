@@ -15,6 +15,7 @@ import numpy as np
 from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS, UPDATE, ActionKind
 from pipar_jax.training.replica import Replica
 from stages import Model, make_draw
+from stages.trees import PyTree
 
 #: Minimum number of runs of each timed function.
 REPEATS = 5
@@ -203,7 +204,7 @@ def _functions(model: Model, replica: Replica, samples: int) -> Mapping[ActionKi
     draw = make_draw(samples)._replace(inverse_batch=np.dtype(dtype).type(1.0 / samples))
     # Each run passes its accumulator to the next, which donates it: that of the replica, which is
     # zero between steps and is zeroed again in the end.
-    held: dict[str, Any] = {}
+    held: dict[str, PyTree] = {}
 
     def run_last() -> float:
         labels = jnp.zeros(above.shape[:-1], jnp.int32)

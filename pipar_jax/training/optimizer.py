@@ -17,6 +17,7 @@ import optax
 
 import stages
 from pipar_jax.config import OptimizerConfig
+from stages.trees import OptState, PyTree, Variables
 
 
 class ProximalState(NamedTuple):
@@ -49,7 +50,7 @@ def add_proximal(mu: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def anchor(opt_state: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
+def anchor(opt_state: OptState, params: Variables) -> dict[str, PyTree]:
     """Returns the optimiser state with FedProx's anchor set to the weights of a new round.
 
     Args:
@@ -57,7 +58,7 @@ def anchor(opt_state: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
       params: Weights by unit.
     """
 
-    def renew(node: Any, weights: Any) -> Any:
+    def renew(node: PyTree, weights: PyTree) -> PyTree:
         if isinstance(node, ProximalState):
             return ProximalState(jax.tree.map(jnp.copy, weights))
         if isinstance(node, tuple) and not hasattr(node, "_fields"):

@@ -14,6 +14,7 @@ from pipar_jax.schedule.keep import Keep
 from pipar_jax.training import optimizer
 from pipar_jax.training.optimizer import CompiledOptimizer
 from stages import MicroBatchContext, Stage
+from stages.trees import Arrays, OptState, PyTree
 
 Variables = dict[str, dict[str, jax.Array]]
 
@@ -35,8 +36,8 @@ class Replica:
     def __init__(
         self,
         stage: Stage,
-        params: Mapping[str, Any],
-        state: Mapping[str, Any],
+        params: Mapping[str, Arrays],
+        state: Mapping[str, Arrays],
         compiled: CompiledOptimizer,
         keeps: Keep = Keep.NOTHING,
     ) -> None:
@@ -55,19 +56,19 @@ class Replica:
         self.state: Variables = {}
         self.load(params, state)
         init = compiled.transformation.init
-        self.opt_state: dict[str, Any] = {unit: init(w) for unit, w in self.params.items()}
+        self.opt_state: OptState = {unit: init(w) for unit, w in self.params.items()}
         self.accumulated = stage.zeros(self.params)
         self._compiled, self._keeps = compiled, keeps
         self._each_step = Keep.STEP in keeps
         whole = keeps & (Keep.TURN | Keep.STEP)
         self._keeping = compiled.keeping_all if whole else compiled.keeping_state
-        self._kept: tuple[Variables, Variables, dict[str, Any]] | None = None
-        self._start: dict[str, Any] | None = None  # the optimiser state of the round's start
+        self._kept: tuple[Variables, Variables, OptState] | None = None
+        self._start: OptState | None = None  # the optimiser state of the round's start
         self._settled = self.state  # as the last step has left them
         # Whether the next step has to leave what it starts from as it is, since that is kept.
         self._held = False
 
-    def load(self, params: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    def load(self, params: Mapping[str, Arrays], state: Mapping[str, Arrays]) -> None:
         """Replaces weights and batch statistics by copies of the given ones.
 
         A unit that is missing in ``state`` has no statistics, one missing in ``params`` no weights.
@@ -172,12 +173,12 @@ class Replica:
         """Sets the optimiser's anchor to the current weights at the start of a round (FedProx)."""
         self.opt_state = optimizer.anchor(self.opt_state, self.params)
 
-    def forward(self, x: jax.Array, draw: MicroBatchContext) -> tuple[jax.Array, Any]:
+    def forward(self, x: jax.Array, draw: MicroBatchContext) -> tuple[jax.Array, PyTree]:
         """Returns the activation [micro-batch, …] and the residuals of a micro-batch."""
         y, residuals, self.state = self.stage.forward(self.params, self.state, x, draw)
         return y, residuals
 
-    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+    def backward(self, residuals: PyTree, cotangent: jax.Array) -> jax.Array:
         """Accumulates a micro-batch's gradient and returns the input's cotangent.
 
         For the first stage the result has no meaning except that it is ready when the gradient is.
@@ -237,10 +238,10 @@ class Replica:
         return [update.lower(*shapes) for update in updates]
 
 
-def abstract(tree: Any) -> Any:
+def abstract(tree: PyTree) -> PyTree:
     """Returns a tree of arrays as a tree of ``jax.ShapeDtypeStruct``; nothing is traced."""
 
-    def shape_of(leaf: jax.Array) -> Any:
+    def shape_of(leaf: jax.Array) -> PyTree:
         return jax.ShapeDtypeStruct(  # type: ignore[no-untyped-call]
             leaf.shape, leaf.dtype, weak_type=leaf.weak_type
         )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from stages.layers.conv_functions import Geometry, convolve, xla_convolve
 from stages.layers.depthwise import depthwise
@@ -29,7 +28,7 @@ class Conv(nnx.Module):
         stride: int = 1,
         groups: int = 1,
         use_bias: bool = False,
-        dtype: Any = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
         """Draws the kernel.

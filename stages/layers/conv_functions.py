@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from stages.layers.formulation import Formulation, LayerShape, choose
+from stages.trees import PyTree
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 # Patches are made for as many samples at a time as fit into this (about a core's L2 cache), so that
@@ -119,7 +120,7 @@ def _convolve_forward(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> An
     return convolve(x, kernel, geometry), (x, kernel)
 
 
-def _convolve_backward(geometry: Geometry, kept: Any, cotangent: jax.Array) -> Any:
+def _convolve_backward(geometry: Geometry, kept: PyTree, cotangent: jax.Array) -> Any:
     x, kernel = kept
     x, cotangent = _written_out(x), _written_out(cotangent)
     key = _key(x.shape, kernel.shape, geometry)

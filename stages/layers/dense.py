@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from stages.layers.dtypes import weight_dtype
 from stages.layers.initializers import normal
@@ -22,7 +21,7 @@ class Dense(nnx.Module):
         *,
         gain: float = 1.0,
         use_bias: bool = True,
-        dtype: Any = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
         """Draws the kernel.

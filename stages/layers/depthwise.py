@@ -15,6 +15,7 @@ from jax import lax
 
 from stages.layers.conv_functions import Geometry, pad_images, shifted, xla_convolve
 from stages.layers.formulation import Formulation, LayerShape, choose
+from stages.trees import PyTree
 
 # Rows summed inside one elementwise loop by the kernel's gradient: enough that what is written
 # is small beside what is read, few enough that the loop's code stays short.
@@ -50,7 +51,7 @@ def _direct_forward(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> Any:
     return _direct(x, kernel, geometry), (x, kernel)
 
 
-def _direct_backward(geometry: Geometry, kept: Any, cotangent: jax.Array) -> Any:
+def _direct_backward(geometry: Geometry, kept: PyTree, cotangent: jax.Array) -> Any:
     x, kernel = kept
     gradient = _kernel_gradient(x, geometry, cotangent)
     spread = geometry.spread(cotangent, x.shape)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 
-def weight_dtype(dtype: Any) -> Any:
+def weight_dtype(dtype: DTypeLike) -> Any:
     """Weights of 16-bit layers stay float32; otherwise they have the layer's own dtype."""
     return jnp.promote_types(dtype, jnp.float32)

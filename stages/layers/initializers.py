@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], deviation: float, dtype: Any) -> jax.Array:
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], deviation: float, dtype: DTypeLike) -> jax.Array:
     """Draws weights from a normal distribution of mean zero.
 
     They are drawn on the host, by numpy's Philox from the next key of the stream: jax's own

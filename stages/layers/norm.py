@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 
 from stages import context
 from stages.layers.dtypes import weight_dtype
@@ -25,7 +24,7 @@ class BatchNorm(nnx.Module):
     equally however many micro-batches it had. The running variance is the biased one.
     """
 
-    def __init__(self, features: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs) -> None:
+    def __init__(self, features: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         """Starts with scale 1, bias 0, running mean 0 and running variance 1.
 
         Args:
@@ -71,7 +70,7 @@ class BatchNorm(nnx.Module):
 class GroupNorm(nnx.Module):
     """Group normalisation, which is independent of micro-batches."""
 
-    def __init__(self, features: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs) -> None:
+    def __init__(self, features: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         """Starts with scale 1 and bias 0.
 
         Args:
@@ -109,7 +108,7 @@ def group_count(features: int) -> int:
 
 
 def make_norm(
-    kind: str, features: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs
+    kind: str, features: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
 ) -> BatchNorm | GroupNorm:
     """Makes the normalisation named ``kind``, "batch" or "group"."""
     chosen = BatchNorm if kind == "batch" else GroupNorm

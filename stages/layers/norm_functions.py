@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from stages.trees import PyTree
+
 EPSILON = 1e-5
 
 
@@ -46,7 +48,7 @@ def _batch_forward(x: jax.Array, scale: jax.Array, bias: jax.Array) -> Any:
     return (y, mean, var), (x, scale, mean, inverse)
 
 
-def _batch_backward(kept: Any, cotangents: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _batch_backward(kept: PyTree, cotangents: PyTree) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, scale, mean, inverse = kept
     axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
     cotangent = cotangents[0].astype(scale.dtype)
@@ -90,7 +92,7 @@ def _group_forward(x: jax.Array, scale: jax.Array, bias: jax.Array, group: jax.A
     return y, (x, scale, group, mean, inverse)
 
 
-def _group_backward(kept: Any, cotangent: jax.Array) -> tuple[jax.Array, ...]:
+def _group_backward(kept: PyTree, cotangent: jax.Array) -> tuple[jax.Array, ...]:
     x, scale, group, mean, inverse = kept
     axes, count = tuple(range(1, x.ndim - 1)), x[0].size // x.shape[-1]
     cotangent = cotangent.astype(scale.dtype)

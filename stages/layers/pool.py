@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from stages.layers.formulation import Formulation, LayerShape, choose
+from stages.trees import PyTree
 
 
 def max_pool(
@@ -99,12 +99,12 @@ def _slice_max(x: jax.Array, window: int, step: int) -> jax.Array:
     return _slice_forward(x, window, step)[0]
 
 
-def _slice_forward(x: jax.Array, window: int, step: int) -> tuple[jax.Array, Any]:
+def _slice_forward(x: jax.Array, window: int, step: int) -> tuple[jax.Array, PyTree]:
     pooled, index = _first_largest([x[place] for place in _places(x.shape, window, step)])
     return pooled, (index, x.shape[1:3])
 
 
-def _slice_backward(window: int, step: int, kept: Any, cotangent: jax.Array) -> tuple[jax.Array]:
+def _slice_backward(window: int, step: int, kept: PyTree, cotangent: jax.Array) -> tuple[jax.Array]:
     index, (height, width) = kept
     rows, columns = ((size - 1) * step + 1 for size in cotangent.shape[1:3])
     zero = jnp.zeros((), cotangent.dtype)

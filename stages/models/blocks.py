@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from flax import nnx
+from jax.typing import DTypeLike
 
 from stages.layers import Conv, Dense, Dropout, Flatten, make_norm, max_pool
 
@@ -29,7 +30,7 @@ class Options(NamedTuple):
     classes: int
     norm: str
     stem: str
-    dtype: Any
+    dtype: DTypeLike
     dropout: float = 0.0
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from stages.errors import StageError
 from stages.layers import Dense, Dropout
@@ -37,7 +38,7 @@ PATCH = 4
 class LayerNorm(nnx.Module):
     """Normalises the last axis (Ba et al. 2016); statistics in at least float32."""
 
-    def __init__(self, features: int, dtype: Any) -> None:
+    def __init__(self, features: int, dtype: DTypeLike) -> None:
         """Starts with scale 1 and bias 0."""
         held = weight_dtype(dtype)
         self.scale = nnx.Param(jnp.ones((features,), held))
@@ -56,7 +57,7 @@ class LayerNorm(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head self-attention (Vaswani et al. 2017)."""
 
-    def __init__(self, size: Size, causal: bool, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, size: Size, causal: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         """Makes the projections."""
         self.inward = Dense(size.width, 3 * size.width, dtype=dtype, rngs=rngs)
         self.outward = Dense(size.width, size.width, dtype=dtype, rngs=rngs)
@@ -117,7 +118,7 @@ class TokenEmbedding(nnx.Module):
     """Looks tokens up and adds learned positions."""
 
     def __init__(
-        self, size: Size, length: int, vocabulary: int, dtype: Any, rngs: nnx.Rngs
+        self, size: Size, length: int, vocabulary: int, dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
         """Draws both tables."""
         self.tokens = _embedding(vocabulary, size.width, dtype, rngs)
@@ -133,7 +134,9 @@ class TokenEmbedding(nnx.Module):
 class TransformerHead(nnx.Module):
     """Normalisation, perhaps the mean over tokens, and the logits."""
 
-    def __init__(self, size: Size, classes: int, pooled: bool, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, size: Size, classes: int, pooled: bool, dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
         """Makes the last layers."""
         self.norm = LayerNorm(size.width, dtype)
         self.dense = Dense(size.width, classes, gain=HEAD_GAIN, dtype=dtype, rngs=rngs)
@@ -175,6 +178,6 @@ def decoder_units(name: str, length: int, options: Options) -> list[tuple[str, F
     return [*units, ("head", head)]
 
 
-def _embedding(rows: int, width: int, dtype: Any, rngs: nnx.Rngs) -> Any:
+def _embedding(rows: int, width: int, dtype: DTypeLike, rngs: nnx.Rngs) -> Any:
     """Draws a table of embeddings."""
     return nnx.Param(normal(rngs, (rows, width), 0.02, weight_dtype(dtype)))

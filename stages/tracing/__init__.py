@@ -18,15 +18,16 @@ from stages.tracing.naming import name_units
 from stages.tracing.networks import FunctionNetwork, LinenNetwork, Network, NnxNetwork
 from stages.tracing.owners import assign
 from stages.tracing.traced import Traced, TracedUnit, batched
+from stages.trees import PyTree
 
 __all__ = ["trace"]
 
 
 def trace(
     network: Any,
-    example: Any,
+    example: PyTree,
     *,
-    params: Any = None,
+    params: PyTree = None,
     name: str | None = None,
     classes: int | None = None,
     whole: bool = False,
@@ -88,7 +89,7 @@ def trace(
     return model
 
 
-def _inputs(example: Any) -> dict[str, jax.ShapeDtypeStruct]:
+def _inputs(example: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the abstract samples of a batch, by parameter.
 
     Raises:
@@ -111,7 +112,7 @@ def _inputs(example: Any) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def _adapt(network: Any, params: Any, name: str, batch: Mapping[str, Any]) -> Network:
+def _adapt(network: Any, params: PyTree, name: str, batch: Mapping[str, Any]) -> Network:
     """Takes a network by what it is.
 
     Raises:

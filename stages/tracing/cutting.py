@@ -16,10 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from stages.errors import StageError
 from stages.model import Obstacle
 from stages.tracing.flow import Flow
+from stages.trees import Atom
 
 #: Samples of the two traces that are compared to find the batch axis.
 FEW, MORE = 2, 3
@@ -37,7 +39,7 @@ class CutTensor:
 
     shape: tuple[int, ...]
     axis: int
-    dtype: Any
+    dtype: DTypeLike
 
     def at(self, samples: int) -> jax.ShapeDtypeStruct:
         """Returns the array for a number of samples."""
@@ -168,8 +170,8 @@ def place(flow: Flow, cuts: Sequence[Cut], samples: int, name: str) -> list[int 
 
 def _look(
     flow: Flow,
-    live: Sequence[Any],
-    grown: Sequence[Any] | None,
+    live: Sequence[Atom],
+    grown: Sequence[Atom] | None,
     left: frozenset[str],
     right: frozenset[str],
     weights: frozenset[str],
@@ -200,7 +202,7 @@ def _look(
     return "", boundary
 
 
-def _boundary(few: Any, more: Any) -> CutTensor | None:
+def _boundary(few: Atom, more: Atom) -> CutTensor | None:
     """Finds the batch axis by comparing an array of ``FEW`` and of ``MORE`` samples."""
     if len(few.shape) != len(more.shape) or few.dtype != more.dtype:
         return None
@@ -236,5 +238,5 @@ def _place(new: frozenset[str]) -> str:
     return " and ".join(sorted(_modules(new)))
 
 
-def _text(var: Any) -> str:
+def _text(var: Atom) -> str:
     return f"{var.aval.dtype}{list(var.aval.shape)}"

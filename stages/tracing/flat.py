@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core as jex_core
+from jax.typing import DTypeLike
 
 from stages.errors import StageError
 from stages.foreign import describe
 from stages.micro_batch_context import MicroBatchContext
 from stages.tracing.networks import Network, Shapes
+from stages.trees import Atom, Equation, Jaxpr, PyTree
 
 _CALLS = ("jit", "pjit", "closed_call", "core_call")
 
@@ -38,18 +39,18 @@ class Flat:
       state_after: For each state's path what the call leaves in it.
     """
 
-    jaxpr: Any
-    consts: tuple[Any, ...]
-    params: dict[str, Any]
-    state: dict[str, Any]
-    draw: tuple[Any, ...]
-    inputs: dict[str, Any]
-    output: Any
-    state_after: dict[str, Any]
+    jaxpr: Jaxpr
+    consts: tuple[jax.Array, ...]
+    params: dict[str, Atom]
+    state: dict[str, Atom]
+    draw: tuple[Atom, ...]
+    inputs: dict[str, Atom]
+    output: Atom
+    state_after: dict[str, Atom]
 
 
 def flatten(
-    network: Network, inputs: Shapes, train: bool, inverse_dtype: Any = jnp.float32
+    network: Network, inputs: Shapes, train: bool, inverse_dtype: DTypeLike = jnp.float32
 ) -> Flat:
     """Traces a call.
 
@@ -63,7 +64,7 @@ def flatten(
       StageError: The network cannot be called so, or does not return one array.
     """
 
-    def run(params: Any, state: Any, draw: Any, inputs: Any) -> Any:
+    def run(params: PyTree, state: PyTree, draw: PyTree, inputs: PyTree) -> PyTree:
         y, after = network.call(
             params, state, inputs, draw=MicroBatchContext(*draw) if train else None, train=train
         )
@@ -100,20 +101,20 @@ def flatten(
     )  # fmt: skip
 
 
-def _inlined(closed: Any) -> Any:
+def _inlined(closed: Jaxpr) -> PyTree:
     """Traces a jaxpr again, with calls replaced by what they compute."""
 
-    def run(*arguments: Any) -> list[Any]:
+    def run(*arguments: PyTree) -> list[PyTree]:
         return _evaluate(closed.jaxpr, closed.consts, arguments)
 
     return jax.make_jaxpr(run)(*closed.in_avals)
 
 
-def _evaluate(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
+def _evaluate(jaxpr: Jaxpr, consts: Sequence[PyTree], arguments: Sequence[PyTree]) -> list[PyTree]:
     """Evaluates equation by equation, and steps into calls."""
-    values: dict[Any, Any] = {}
+    values: dict[Atom, PyTree] = {}
 
-    def read(atom: Any) -> Any:
+    def read(atom: Atom) -> PyTree:
         return atom.val if isinstance(atom, jex_core.Literal) else values[atom]
 
     values.update(zip(jaxpr.constvars, consts, strict=True))
@@ -136,7 +137,7 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> li
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _called(equation: Any) -> Any:
+def _called(equation: Equation) -> PyTree:
     """Returns what an equation calls, if it is nothing but a call."""
     if equation.primitive.name not in _CALLS:
         return None
@@ -144,13 +145,13 @@ def _called(equation: Any) -> Any:
     return inner if isinstance(inner, jex_core.ClosedJaxpr) else None
 
 
-def _distinct(atoms: Sequence[Any]) -> list[Any]:
+def _distinct(atoms: Sequence[Atom]) -> list[Atom]:
     """Returns the variables among atoms, each once."""
     found = {id(atom): atom for atom in atoms if not isinstance(atom, jex_core.Literal)}
     return list(found.values())
 
 
-def _kind(y: Any) -> str:
+def _kind(y: PyTree) -> str:
     if isinstance(y, (tuple, list, dict)):
         return f"a {type(y).__name__} of {len(y)}"
     return f"a {type(y).__name__}"

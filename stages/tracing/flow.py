@@ -8,11 +8,12 @@ What only leads to a new state (running statistics) is computed as soon as it ca
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
 
 from jax.extend import core as jex_core
 
 from stages.tracing.flat import Flat
+from stages.trees import Atom, Jaxpr, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Step:
     index: int
     level: int
     variables: frozenset[str]
-    inputs: tuple[Any, ...]
+    inputs: tuple[Atom, ...]
 
 
 class Flow:
@@ -50,7 +51,7 @@ class Flow:
         self._paths = {var: path for path, var in {**flat.params, **flat.state}.items()}
         source = next(iter(flat.inputs.values()))
         self._data = {source}
-        self._deps: dict[Any, frozenset[str]] = {
+        self._deps: dict[Atom, frozenset[str]] = {
             var: frozenset((path,)) for var, path in self._paths.items()
         }
         for equation in jaxpr.eqns:
@@ -60,7 +61,7 @@ class Flow:
             else:
                 needs = frozenset[str]().union(*(self._deps.get(var, ()) for var in taken))
                 self._deps.update(dict.fromkeys(equation.outvars, needs))
-        becomes: dict[Any, set[str]] = {}
+        becomes: dict[Atom, set[str]] = {}
         for path, var in flat.state_after.items():
             if not isinstance(var, jex_core.Literal) and var is not flat.state[path]:
                 becomes.setdefault(var, set()).add(path)
@@ -68,7 +69,7 @@ class Flow:
         wanted = spine | _leading_to(jaxpr, list(becomes))
         wanted |= {i for i, one in enumerate(jaxpr.eqns) if one.effects}
         self.first = frozenset(becomes.get(source, ()))
-        self._available: dict[Any, int] = {source: 0}
+        self._available: dict[Atom, int] = {source: 0}
         self.length = 0
         steps = []
         for index, equation in enumerate(jaxpr.eqns):
@@ -87,7 +88,7 @@ class Flow:
             steps.append(Step(index, level, needs, inputs))
         self.steps = tuple(sorted(steps, key=lambda one: one.level))
         self.used = frozenset[str]().union(self.first, *(one.variables for one in steps))
-        self._last: dict[Any, int] = {}
+        self._last: dict[Atom, int] = {}
         for step in self.steps:
             for var in step.inputs:
                 self._last[var] = max(self._last.get(var, 0), step.level)
@@ -99,17 +100,17 @@ class Flow:
         """Whether the output depends on the samples at all."""
         return self.flat.output in self._data
 
-    def is_data(self, var: Any) -> bool:
+    def is_data(self, var: Atom) -> bool:
         """Reports whether a variable depends on the samples."""
         return var in self._data
 
-    def live(self, cut: int) -> list[Any]:
+    def live(self, cut: int) -> list[Atom]:
         """Returns what is computed before a cut from the samples, and needed behind it."""
         return [var for var, last in self._last.items() if self._available[var] <= cut < last]
 
-    def live_everywhere(self) -> list[list[Any]]:
+    def live_everywhere(self) -> list[list[Atom]]:
         """Returns ``live`` for every position from 0 to ``length``."""
-        found: list[list[Any]] = [[] for _ in range(self.length + 1)]
+        found: list[list[Atom]] = [[] for _ in range(self.length + 1)]
         for var, last in self._last.items():
             for cut in range(self._available[var], min(last, self.length + 1)):
                 found[cut].append(var)
@@ -123,7 +124,7 @@ class Flow:
         """Returns for every position the variables that are used behind it."""
         return self._running(range(self.length + 1), lambda one, cut: one.level > cut)
 
-    def _running(self, cuts: range, holds: Any) -> list[frozenset[str]]:
+    def _running(self, cuts: range, holds: PyTree) -> list[frozenset[str]]:
         by_level: dict[int, frozenset[str]] = {}
         for step in self.steps:
             by_level[step.level] = by_level.get(step.level, frozenset()) | step.variables
@@ -135,11 +136,11 @@ class Flow:
         ]
 
 
-def _variables(atoms: Any) -> list[Any]:
+def _variables(atoms: Sequence[Atom]) -> list[Atom]:
     return [atom for atom in atoms if not isinstance(atom, jex_core.Literal)]
 
 
-def _leading_to(jaxpr: Any, ends: list[Any]) -> set[int]:
+def _leading_to(jaxpr: Jaxpr, ends: list[Atom]) -> set[int]:
     """Returns the equations that variables are computed by."""
     needed = set(ends)
     found = set()

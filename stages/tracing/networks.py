@@ -17,7 +17,8 @@ from stages.building import abstractly, build_module, build_units
 from stages.errors import StageError
 from stages.foreign import describe
 from stages.micro_batch_context import MicroBatchContext, name_hash
-from stages.unit import Arrays, ModuleUnit
+from stages.trees import Arrays, Path, PyTree
+from stages.unit import ModuleUnit
 from stages.variables import FLOATS, divide, draw_streams, text_of, value_of
 
 Shapes: TypeAlias = dict[str, jax.ShapeDtypeStruct]
@@ -57,7 +58,7 @@ class Network(abc.ABC):
         *,
         draw: MicroBatchContext | None,
         train: bool,
-    ) -> tuple[Any, Arrays]:
+    ) -> tuple[PyTree, Arrays]:
         """Returns the output and the new state.
 
         Args:
@@ -73,7 +74,7 @@ class Network(abc.ABC):
 class NnxNetwork(Network):
     """An NNX module: a factory draws it anew for each seed, an instance keeps its weights."""
 
-    def __init__(self, name: str, given: Any) -> None:
+    def __init__(self, name: str, given: PyTree) -> None:
         """Takes a module, or a function from ``nnx.Rngs`` to one.
 
         Raises:
@@ -107,7 +108,7 @@ class NnxNetwork(Network):
         *,
         draw: MicroBatchContext | None,
         train: bool,
-    ) -> tuple[Any, Arrays]:
+    ) -> tuple[PyTree, Arrays]:
         """Calls the module in training or evaluation mode."""
         given, named = _arguments(inputs, self._modes, train)
         return self._unit.run(
@@ -159,9 +160,9 @@ class LinenNetwork(Network):
         *,
         draw: MicroBatchContext | None,
         train: bool,
-    ) -> tuple[Any, Arrays]:
+    ) -> tuple[PyTree, Arrays]:
         """Applies the module; state may change in training."""
-        variables: dict[str, dict[str, Any]] = {"params": dict(params)}
+        variables: dict[str, dict[str, PyTree]] = {"params": dict(params)}
         for here, (collection, path) in self._homes.items():
             variables.setdefault(collection, {})[path] = state[here]
         nested = {
@@ -187,7 +188,7 @@ class LinenNetwork(Network):
             here: left[home].get(path, state[here]) for here, (home, path) in self._homes.items()
         }
 
-    def _init(self, key: jax.Array) -> Any:
+    def _init(self, key: jax.Array) -> PyTree:
         """Draws all collections for one batch, what is sown left out."""
         batch = {n: jnp.ones(one.shape, one.dtype) for n, one in self._inputs.items()}
         given, named = _arguments(batch, self._modes, train=False)
@@ -199,7 +200,7 @@ class LinenNetwork(Network):
 class FunctionNetwork(Network):
     """A plain function of a pytree of parameters and a batch; floating leaves are weights."""
 
-    def __init__(self, name: str, function: Callable[..., Any], params: Any) -> None:
+    def __init__(self, name: str, function: Callable[..., Any], params: PyTree) -> None:
         """Takes the function and its parameters, or a function from a key to these.
 
         Raises:
@@ -237,7 +238,7 @@ class FunctionNetwork(Network):
         *,
         draw: MicroBatchContext | None,
         train: bool,
-    ) -> tuple[Any, Arrays]:
+    ) -> tuple[PyTree, Arrays]:
         """Calls the function; its parameters that are no floats stay as they are."""
         held = {**params, **state}
         tree = jax.tree.unflatten(self._tree, [held[path] for path in self._paths])
@@ -248,18 +249,18 @@ class FunctionNetwork(Network):
             y = self._function(tree, *given, **named, **draw_streams(streams, scope))
         return y, state
 
-    def _draw(self, key: jax.Array) -> Any:
+    def _draw(self, key: jax.Array) -> PyTree:
         made = self._given(key) if callable(self._given) else self._given
         return jax.tree.map(jnp.asarray, made)
 
 
-def _values(leaves: Mapping[Any, Any], wanted: Shapes) -> Arrays:
+def _values(leaves: Mapping[Path, PyTree], wanted: Shapes) -> Arrays:
     """Returns a module's variables by path as text; copies, since whoever gets them may donate."""
     found = {text_of(path): value_of(leaf) for path, leaf in leaves.items()}
     return {path: jnp.array(found[path]) for path in wanted}
 
 
-def _flat(tree: Any) -> dict[str, Any]:
+def _flat(tree: PyTree) -> dict[str, PyTree]:
     """Returns a nested dictionary by path as text."""
     return dict(traverse_util.flatten_dict(tree, sep="/"))  # type: ignore[no-untyped-call]
 
@@ -277,7 +278,7 @@ def _modes(function: Any) -> dict[str, bool]:
 
 
 def _arguments(
-    inputs: Mapping[str, Any], modes: Mapping[str, bool], train: bool
+    inputs: Mapping[str, PyTree], modes: Mapping[str, bool], train: bool
 ) -> tuple[list[Any], dict[str, Any]]:
     """Returns what a network is called with, by position and by name."""
     named = {name: one for name, one in inputs.items() if name}
@@ -285,7 +286,7 @@ def _arguments(
     return [inputs[name] for name in inputs if not name], {**named, **said}
 
 
-def _samples(inputs: Mapping[str, Any]) -> int:
+def _samples(inputs: Mapping[str, PyTree]) -> int:
     return int(next(iter(inputs.values())).shape[0])
 
 
@@ -296,7 +297,7 @@ def _shown(inputs: Shapes) -> str:
 def _slowed(scope: context.Context) -> Callable[..., Any]:
     """Returns an interceptor that lets running averages decay by a micro-batch's share."""
 
-    def intercept(call: Any, args: Any, kwargs: Any, at: Any) -> Any:
+    def intercept(call: Any, args: Any, kwargs: Any, at: Any) -> PyTree:
         module = at.module
         if (
             not scope.train

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend import core as jex_core
+from jax.typing import DTypeLike
 
 from stages.errors import StageError
 from stages.micro_batch_context import MicroBatchContext
@@ -17,7 +18,8 @@ from stages.tracing.cutting import Cut, CutTensor, place
 from stages.tracing.flat import Flat, flatten
 from stages.tracing.flow import Flow
 from stages.tracing.networks import Network
-from stages.unit import Arrays, Unit
+from stages.trees import Arrays, Atom, Jaxpr
+from stages.unit import Unit
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,8 +33,8 @@ class Piece:
       sides: Names of the side inputs.
     """
 
-    jaxpr: Any
-    consts: tuple[Any, ...]
+    jaxpr: Jaxpr
+    consts: tuple[jax.Array, ...]
     sides: tuple[str, ...]
 
 
@@ -60,7 +62,9 @@ class Traced:
         self.boundaries = (first, *(cut.boundary for cut in cuts))
         self._pieces: dict[Any, tuple[Piece, ...]] = {}
 
-    def pieces(self, samples: int, train: bool, inverse_dtype: Any = None) -> tuple[Piece, ...]:
+    def pieces(
+        self, samples: int, train: bool, inverse_dtype: DTypeLike | None = None
+    ) -> tuple[Piece, ...]:
         """Returns every unit's equations for a number of samples.
 
         Args:
@@ -238,7 +242,7 @@ def _piece(
     return Piece(jaxpr, tuple(value for _, value in consts), tuple(name for name, _ in sides))
 
 
-def _foreign(flat: Flat, foreign: set[Any]) -> str:
+def _foreign(flat: Flat, foreign: set[Atom]) -> str:
     """Says which variable a unit uses that is another's."""
     paths = {var: path for path, var in {**flat.params, **flat.state}.items()}
     names = sorted(paths[var] for var in foreign if var in paths)

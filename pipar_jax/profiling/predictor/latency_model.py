@@ -12,18 +12,20 @@ import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from pipar_jax.disk.files import describe_reading, write_tensors
 from pipar_jax.errors import DataError
 from pipar_jax.profiling.predictor.operators import FEATURES, KINDS, SIZES, Array, features
+from stages.trees import Arrays
 
 #: Size of a device's embedding and of each hidden layer.
 FACTORS, HIDDEN = 6, 32
@@ -87,7 +89,7 @@ class Weights(NamedTuple):
       about: Description of the training.
     """
 
-    values: Mapping[str, Any]
+    values: Mapping[str, ArrayLike]
     shift: Array
     scale: Array
     hidden_shift: Array
@@ -179,7 +181,7 @@ def fresh(seed: int) -> LatencyNetwork:
     return LatencyNetwork(nnx.Rngs(seed))
 
 
-def flatten(network: LatencyNetwork) -> dict[str, Any]:
+def flatten(network: LatencyNetwork) -> Arrays:
     """Returns a network's parameters by path."""
     return {
         "/".join(map(str, path)): leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
@@ -187,9 +189,9 @@ def flatten(network: LatencyNetwork) -> dict[str, Any]:
     }
 
 
-def apply(values: Mapping[str, Any], x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Runs a network given by its parameters; pure, for tracing. As ``Network.__call__``."""
-    tree: dict[str, dict[str, Any]] = {}
+def apply(values: Mapping[str, ArrayLike], x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Runs a network given by its parameters; pure, for tracing. As ``LatencyNetwork.__call__``."""
+    tree: dict[str, dict[str, ArrayLike]] = {}
     for path, value in values.items():
         layer, name = path.split("/")
         tree.setdefault(layer, {})[name] = value

@@ -19,6 +19,7 @@ from jax.extend import core as jex_core
 
 from stages import Model, make_draw
 from stages.layers.formulation import Formulation, forced
+from stages.trees import Atom, Equation, Jaxpr, PyTree
 
 Array = npt.NDArray[np.float64]
 
@@ -185,12 +186,12 @@ class _Origin(NamedTuple):
 _NOTHING = _Origin(False, False)
 
 
-def _trace(model: Model, index: int, shape: Any) -> tuple[Operator, ...]:
+def _trace(model: Model, index: int, shape: PyTree) -> tuple[Operator, ...]:
     """Traces one unit at ``TRACED`` samples."""
     unit = model.units[index]
     draw = make_draw(TRACED)
 
-    def run(params: Any, state: Any, x: Any) -> Any:
+    def run(params: PyTree, state: PyTree, x: PyTree) -> PyTree:
         return unit.call(params, state, x, {}, draw=draw, train=True)[0]
 
     with forced(Formulation.XLA):
@@ -214,11 +215,11 @@ class _Walk:
         sums = (self._sums[kind] for kind in KINDS if kind in self._sums)
         return (Operator("call"), *self._single, *sums)
 
-    def run(self, jaxpr: Any, origins: Sequence[_Origin]) -> list[_Origin]:
+    def run(self, jaxpr: Jaxpr, origins: Sequence[_Origin]) -> list[_Origin]:
         """Walks one jaxpr; returns the origins of its results."""
-        known: dict[Any, _Origin] = dict(zip(jaxpr.invars, origins, strict=True))
+        known: dict[Atom, _Origin] = dict(zip(jaxpr.invars, origins, strict=True))
 
-        def origin(value: Any) -> _Origin:
+        def origin(value: Atom) -> _Origin:
             return _NOTHING if isinstance(value, jex_core.Literal) else known.get(value, _NOTHING)
 
         for eqn in jaxpr.eqns:
@@ -238,7 +239,7 @@ class _Walk:
             known.update(zip(eqn.outvars, results, strict=True))
         return [origin(value) for value in jaxpr.outvars]
 
-    def _note(self, eqn: Any, given: Sequence[_Origin]) -> None:
+    def _note(self, eqn: Equation, given: Sequence[_Origin]) -> None:
         """Adds one operation on samples."""
         name, out = eqn.primitive.name, eqn.outvars[0].aval
         if name in _FREE or not getattr(out, "shape", None):
@@ -252,7 +253,7 @@ class _Walk:
         else:
             self._add(name, eqn)
 
-    def _add(self, name: str, eqn: Any) -> None:
+    def _add(self, name: str, eqn: Equation) -> None:
         """Adds to the sums of operations that compilers fuse."""
         kind = "elementwise"
         if name.startswith(("reduce", "arg", "cum")):
@@ -270,7 +271,7 @@ class _Walk:
         )
 
 
-def _inner(eqn: Any) -> Any:
+def _inner(eqn: Equation) -> Jaxpr:
     """Returns the jaxpr that an operation calls, the first of several branches."""
     for name in _INNER:
         found = eqn.params.get(name)
@@ -281,7 +282,7 @@ def _inner(eqn: Any) -> Any:
     return None
 
 
-def _convolution(eqn: Any, given: Sequence[_Origin]) -> Operator:
+def _convolution(eqn: Equation, given: Sequence[_Origin]) -> Operator:
     x, kernel = (v.aval for v in eqn.invars[:2])
     out = eqn.outvars[0].aval
     numbers = eqn.params["dimension_numbers"]
@@ -298,7 +299,7 @@ def _convolution(eqn: Any, given: Sequence[_Origin]) -> Operator:
     )  # fmt: skip
 
 
-def _product(eqn: Any, given: Sequence[_Origin]) -> Operator:
+def _product(eqn: Equation, given: Sequence[_Origin]) -> Operator:
     x, y = (v.aval for v in eqn.invars[:2])
     out = eqn.outvars[0].aval
     (contracted, _), _ = eqn.params["dimension_numbers"]
@@ -314,7 +315,7 @@ def _product(eqn: Any, given: Sequence[_Origin]) -> Operator:
     )  # fmt: skip
 
 
-def _pool(eqn: Any, given: Sequence[_Origin]) -> Operator:
+def _pool(eqn: Equation, given: Sequence[_Origin]) -> Operator:
     x, out = eqn.invars[0].aval, eqn.outvars[0].aval
     window = eqn.params.get("window_dimensions", (1,))
     strides = eqn.params.get("window_strides", (1,))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from flax import nnx
 import stages
 from pipar_jax.config import OptimizerConfig
 from pipar_jax.cost_model.profile import NO_HANDLING, RuntimeOverhead
+from pipar_jax.disk.json_text import JsonMapping, JsonObject
 from pipar_jax.errors import PlanError
 from pipar_jax.profiling.predictor.device_fit import Observation
 from pipar_jax.profiling.predictor.operators import Array, model_operators, rows
@@ -73,13 +74,13 @@ class _FlatDense(nnx.Module):
 def reference_model() -> Model:
     """Returns the chain whose units, but for the last, are the reference layers."""
 
-    def conv(inputs: int, outputs: int, size: int, **more: Any) -> Callable[[nnx.Rngs], Any]:
+    def conv(inputs: int, outputs: int, size: int, **more: Any) -> Callable[[nnx.Rngs], nnx.Module]:
         return lambda rngs: Conv(inputs, outputs, size, rngs=rngs, **more)
 
-    def dense(inputs: int, outputs: int) -> Callable[[nnx.Rngs], Any]:
+    def dense(inputs: int, outputs: int) -> Callable[[nnx.Rngs], nnx.Module]:
         return lambda rngs: _FlatDense(inputs, outputs, rngs)
 
-    units: list[tuple[str, Callable[[nnx.Rngs], Any]]] = [
+    units: list[tuple[str, Callable[[nnx.Rngs], nnx.Module]]] = [
         ("image", conv(3, 32, 3)),
         ("norm", functools.partial(_Normalise, 32)),
         ("pool", functools.partial(_Pool, 32)),
@@ -122,7 +123,7 @@ class ReferenceTimes:
     seconds: float = 0.0
     prepared_s: float = 0.0
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Returns values for JSON."""
         return dataclasses.asdict(self)
 
@@ -148,7 +149,7 @@ class ReferenceTimes:
         return found
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ReferenceTimes:
+    def from_dict(cls, values: JsonMapping) -> ReferenceTimes:
         """Returns what ``to_dict`` wrote.
 
         Raises:
