@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from tests.patience import PROCESS_S
 from tests.sources import PACKAGES, ROOT, imports, modules
 
 # For each package, which of the five it may import besides itself.
@@ -212,6 +213,6 @@ def test_what_the_launcher_needs_loads_no_jax() -> None:
         f"    assert not loaded, f'importing {{name}} loads {{loaded}}'\n"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PROCESS_S
     )
     assert result.returncode == 0, result.stderr

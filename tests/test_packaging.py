@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PROCESS_S
 from tests.sources import PACKAGES, ROOT, files, imports, modules
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -48,7 +49,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", folder, source],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PROCESS_S,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     (made,) = folder.glob("*.whl")
@@ -107,7 +108,7 @@ def test_an_installed_pipar_trains_among_packages_of_the_same_names(
         [sys.executable, "-m", "pip", "--python", binaries / "python", "install", *options, wheel],
         check=True,
         capture_output=True,
-        timeout=240,
+        timeout=PROCESS_S,
     )
     folder = tmp_path / "project"
     for name in PACKAGES:
@@ -125,7 +126,7 @@ def test_an_installed_pipar_trains_among_packages_of_the_same_names(
             env=own,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=PROCESS_S,
         )
 
     small = ("--config.model.name=mlp", "--config.data.train_samples=64", "--config.epochs=1")
@@ -199,7 +200,10 @@ def test_no_file_names_an_index_host_or_a_place_on_this_machine() -> None:
     # Written in pieces, or this file would find itself.
     hosts = {"pypi" + ".org", "pythonhosted" + ".org", "pypi-" + "mirror"}
     settings = subprocess.run(
-        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "pip", "config", "list"],
+        capture_output=True,
+        text=True,
+        timeout=PROCESS_S,
     ).stdout
     hosts |= set(re.findall(r"https?://(?:[^/\s@']*@)?([^/\s:']+)", settings)) - {"localhost"}
     shared = {"/", "/home", "/opt", "/srv", "/tmp", "/usr", "/var"}

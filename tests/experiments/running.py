@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, PROCESS_S
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -54,7 +54,7 @@ class Binary:
     def output(self) -> str:
         return "\n".join(self.lines)
 
-    def wait_for(self, text: str, within_s: float = 300.0) -> str:
+    def wait_for(self, text: str, within_s: float = PROCESS_S) -> str:
         """Returns the first line with a text."""
         patience_s = time.monotonic() + within_s
         while True:
@@ -65,7 +65,7 @@ class Binary:
             assert time.monotonic() < patience_s, f"no {text!r} within {within_s} s:\n{self.output}"
             time.sleep(0.02)
 
-    def wait(self, within_s: float = 300.0) -> int:
+    def wait(self, within_s: float = PROCESS_S) -> int:
         """Returns the exit code."""
         code = self.process.wait(within_s)
         self._reader.join(5)

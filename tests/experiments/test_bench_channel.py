@@ -11,6 +11,7 @@ from experiments.benchmarks import channel_peers as peers
 from experiments.benchmarks.namespaces import ShapedNamespace, namespaces_work
 from pipar_jax.launch.certificates import add_certificate, make_authority
 from pipar_jax.launch.pinning import PinnedProcess
+from tests.patience import PROCESS_S
 
 HOST = "127.0.0.1"
 
@@ -51,7 +52,7 @@ def test_a_heartbeat_passes_on_a_real_slow_link():
 @pytest.mark.parametrize("binary", ["bench_channel", "bench_codec"])
 def test_the_binaries_say_what_they_do_and_refuse_what_they_do_not_know(binary):
     command = [sys.executable, "-m", f"experiments.{binary}"]
-    done = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=PROCESS_S)
     assert "--quick" in done.stdout and "--json=FILE" in done.stdout
-    wrong = subprocess.run([*command, "--quack"], capture_output=True, text=True, timeout=60)
+    wrong = subprocess.run([*command, "--quack"], capture_output=True, text=True, timeout=PROCESS_S)
     assert wrong.returncode != 0 and "quack" in wrong.stderr

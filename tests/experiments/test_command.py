@@ -12,6 +12,7 @@ import pytest
 
 from experiments import command
 from pipar_jax.config import Config, schema
+from tests.patience import PROCESS_S
 from tests.sources import ROOT, modules
 
 NAMES = sorted(
@@ -24,7 +25,7 @@ PIPAR = [sys.executable, "-m", "experiments.command"]
 
 def pipar(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*PIPAR, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=240, **options
+        [*PIPAR, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=PROCESS_S, **options
     )  # type: ignore[call-overload]
 
 
@@ -98,7 +99,7 @@ def with_closed(numbers: str, *arguments: str) -> int:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=240,
+        timeout=PROCESS_S,
     ).returncode
 
 

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.patience import PROCESS_S
+
 ROOT = Path(__file__).parents[2]
 
 
 def _describe(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "experiments.describe", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PROCESS_S)
 
 
 def test_units_and_stages_are_printed_without_data():

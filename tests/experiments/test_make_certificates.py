@@ -10,11 +10,12 @@ from cryptography import x509
 
 from pipar_jax.errors import PiparError
 from pipar_jax.launch.certificates import add_certificate, make_authority
+from tests.patience import PROCESS_S
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "experiments.make_certificates", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PROCESS_S, check=False)
 
 
 def test_it_writes_signed_names_and_never_overwrites(tmp_path):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from pipar_jax.cost_model.profile import Profile
+from tests.patience import PROCESS_S
 from tests.pipar_jax.tuner.profiles import bit_codecs, device, node, profile
 
 ROOT = Path(__file__).parents[2]
@@ -16,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 def run(binary: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", f"experiments.{binary}", "--config=quickstart", *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=150,
+        cwd=ROOT, capture_output=True, text=True, timeout=PROCESS_S,
     )  # fmt: skip
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PROCESS_S
+
 ROOT = Path(__file__).parents[2]
 TABLE = """device,layer,forward_ms,backward_ms,update_ms,activation_kb,weight_kb
 box,0,1,1,0,100,1
@@ -37,7 +39,7 @@ def table(tmp_path: Path) -> Path:
 def run(table: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "experiments.plan_chain", f"--profile={table}"]
     return subprocess.run(
-        [*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=PROCESS_S
     )
 
 

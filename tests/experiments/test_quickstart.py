@@ -13,6 +13,7 @@ import pytest
 
 from pipar_jax.methods.registry import server_methods
 from pipar_jax.methods.resolution import resolve
+from tests.patience import PROCESS_S
 from tests.sources import ROOT
 
 SMALL = (
@@ -30,7 +31,7 @@ def _quickstart(*arguments: str) -> subprocess.CompletedProcess[str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PROCESS_S,
     )
 
 

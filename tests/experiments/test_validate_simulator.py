@@ -12,6 +12,7 @@ import pytest
 
 from experiments.benchmarks import simulator_settings
 from pipar_jax.data.own import load_own
+from tests.patience import PROCESS_S
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,7 +44,7 @@ def test_every_setting_resolves_and_has_its_data(tmp_path: Path) -> None:
 def test_one_setting_is_predicted(tmp_path: Path) -> None:
     rows = tmp_path / "rows.json"
     command = [sys.executable, "-m", "experiments.validate_simulator", "--quick", f"--json={rows}"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=250)
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=PROCESS_S)
     found = {row["name"]: row["value"] for row in json.loads(rows.read_text())}
     assert found["vgg5 wifi N=4 devices=1: round"] > 0
     # Far from the benchmark's target: a test machine may be busy with anything.

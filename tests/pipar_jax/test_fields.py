@@ -20,6 +20,7 @@ from pipar_jax.launch import launcher, machine
 from pipar_jax.launch.certificates import make_authority
 from pipar_jax.methods.resolution import resolve
 from tests.conftest import Within
+from tests.patience import PROCESS_S
 
 FIELDS = {one.path: one for one in schema.options(Config)}
 #: Values that no field survives: whatever takes them, it takes them as a text and looks closer.
@@ -243,7 +244,7 @@ def test_a_command_line_that_cannot_work_ends_with_2_and_starts_nothing(
     done = subprocess.run(
         [sys.executable, "-m", "experiments.train", "--config=digits",
          "--config.devices.1.cpus=99999", f"--config.run.dir={tmp_path}"],
-        capture_output=True, text=True, timeout=120, cwd=pathlib.Path(__file__).parents[2],
+        capture_output=True, text=True, timeout=PROCESS_S, cwd=pathlib.Path(__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: devices.1.cpus='99999' includes cores")

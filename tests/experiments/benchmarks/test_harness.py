@@ -13,6 +13,7 @@ from rich.console import Console
 
 from experiments.benchmarks import harness
 from pipar_jax.errors import ConfigError, RunError
+from tests.patience import PROCESS_S
 from tests.sources import ROOT
 
 
@@ -146,7 +147,7 @@ def _program(
         env={"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PROCESS_S,
     )
 
 
@@ -183,7 +184,7 @@ def test_the_example_in_the_docstring_runs(tmp_path: Path) -> None:
         env={"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PROCESS_S,
     )
     assert result.returncode == 0, result.stderr
     assert "reversed / sorted" in result.stdout

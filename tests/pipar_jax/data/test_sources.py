@@ -17,6 +17,7 @@ from pipar_jax.data import public
 from pipar_jax.data.own import load_own
 from pipar_jax.errors import DataError
 from pipar_jax.methods.resolution import resolve
+from tests.patience import PROCESS_S
 
 PREPARED = pathlib.Path(__file__).parents[4] / "shared" / "data" / "tfds"
 needs_prepared = pytest.mark.skipif(
@@ -84,7 +85,7 @@ def test_processes_that_start_together_decode_once_and_agree(tmp_path: pathlib.P
     ]
     for worker in workers:
         worker.start()
-    sums = {queue.get(timeout=60) for _ in workers}
+    sums = {queue.get(timeout=PROCESS_S) for _ in workers}
     for worker in workers:
         worker.join()
     queue.close()
@@ -111,6 +112,7 @@ def test_a_cache_cut_short_is_explained(config: Config) -> None:
 
 
 @needs_prepared
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("source", "shape", "samples"), [("mnist", (28, 28, 1), 60000), ("cifar10", (32, 32, 3), 50000)]
 )

@@ -20,6 +20,7 @@ from pipar_jax.errors import ConfigError, PeerError
 from pipar_jax.launch import process
 from pipar_jax.methods.resolution import resolve
 from stages.errors import StageError
+from tests.patience import PROCESS_S
 
 VARIABLES = (
     "JAX_PLATFORMS",
@@ -140,7 +141,7 @@ def test_sigterm_ends_a_binary_in_one_line(binary: str, tmp_path: Path) -> None:
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         writer = os.open(pipe, os.O_WRONLY)  # returns once the child has opened it to read
         child.send_signal(signal.SIGTERM)
-        out, err = child.communicate(timeout=60)
+        out, err = child.communicate(timeout=PROCESS_S)
         os.close(writer)
     assert (child.returncode, out, err) == (143, b"", b"")
 

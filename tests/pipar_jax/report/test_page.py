@@ -23,6 +23,7 @@ from pipar_jax.schedule.actions import KIND_NAMES, RoundSchedule, parse, rounds
 from pipar_jax.schedule.plan import DevicePlan, Plan
 from pipar_jax.schedule.trace import Interval, Timed, Trace
 from pipar_jax.simulator import Costs, LinkModel, simulate
+from tests.patience import PROCESS_S
 
 SAMPLES, BATCH = 60, 16
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -344,7 +345,9 @@ def test_a_browser_draws_the_page_without_complaint(folders: list[Path], tmp_pat
                "--disable-background-networking", "--disable-sync", "--window-size=1100,900",
                f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000",
                "--dump-dom", report.as_uri()]  # fmt: skip
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    shown = subprocess.run(
+        command, capture_output=True, text=True, timeout=PROCESS_S, check=True
+    ).stdout
     title = re.search(r"<title>(\{.*?\})</title>", shown)
     assert title is not None, shown[:500]
     found = json.loads(title[1].replace("&quot;", '"'))
