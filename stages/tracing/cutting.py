@@ -31,9 +31,12 @@ FEW, MORE = 2, 3
 class CutTensor:
     """The array that crosses a cut.
 
+    In the network the axis that grows with the batch need not be the first, and may hold several
+    rows of a sample. Outside of units the first axis is the batch.
+
     Attributes:
-      shape: Its shape for one sample, with the batch axis.
-      axis: The axis that grows with the batch; it need not be the first.
+      shape: Its shape in the network for one sample, with the batch axis.
+      axis: The axis that grows with the batch.
       dtype: Its dtype.
     """
 
@@ -41,15 +44,31 @@ class CutTensor:
     axis: int
     dtype: DTypeLike
 
-    def at(self, samples: int) -> jax.ShapeDtypeStruct:
-        """Returns the array for a number of samples."""
+    def inside(self, samples: int) -> jax.ShapeDtypeStruct:
+        """Returns the array for a number of samples as the network has it."""
         shape = list(self.shape)
         shape[self.axis] *= samples
         return jax.ShapeDtypeStruct(tuple(shape), self.dtype)  # type: ignore[no-untyped-call]
 
-    def samples(self, shape: Sequence[int]) -> int:
-        """Returns how many samples an array of this shape holds."""
-        return int(shape[self.axis]) // self.shape[self.axis]
+    def outside(self, samples: int) -> jax.ShapeDtypeStruct:
+        """Returns the array for a number of samples as units return it: [samples, …]."""
+        rows, rest = self.shape[self.axis], self._rest
+        shape = (samples, *rest) if rows == 1 else (samples, rows, *rest)
+        return jax.ShapeDtypeStruct(shape, self.dtype)  # type: ignore[no-untyped-call]
+
+    def enter(self, x: jax.Array) -> jax.Array:
+        """Turns an array as units return it into one as the network has it."""
+        rows = x.shape[0] * self.shape[self.axis]
+        return jnp.moveaxis(x.reshape(rows, *self._rest), 0, self.axis).astype(self.dtype)
+
+    def leave(self, x: jax.Array) -> jax.Array:
+        """Turns an array as the network has it into one as units return it."""
+        samples = x.shape[self.axis] // self.shape[self.axis]
+        return jnp.moveaxis(x, self.axis, 0).reshape(self.outside(samples).shape)
+
+    @property
+    def _rest(self) -> tuple[int, ...]:
+        return self.shape[: self.axis] + self.shape[self.axis + 1 :]
 
     @property
     def nbytes(self) -> int:
@@ -154,7 +173,7 @@ def place(flow: Flow, cuts: Sequence[Cut], samples: int, name: str) -> list[int 
     live, left, right = flow.live_everywhere(), flow.left(), flow.right()
     found: list[int | None] = []
     for cut in cuts:
-        wanted = cut.boundary.at(samples)
+        wanted = cut.boundary.inside(samples)
         fits = [
             position
             for position in range(flow.length + 1)

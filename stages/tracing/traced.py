@@ -158,11 +158,11 @@ class TracedUnit(Unit):
     ) -> tuple[jax.Array, Arrays]:
         """Evaluates the unit's equations; see ``Unit.call``."""
         boundary = self.traced.boundaries[self.index]
-        samples = boundary.samples(x.shape)
-        if x.shape != boundary.at(samples).shape:
+        samples = int(x.shape[0])
+        if x.shape != boundary.outside(samples).shape:
             raise StageError(
                 f"unit {self.name!r}: got an array {list(x.shape)}, expected "
-                f"{list(boundary.at(samples).shape)}"
+                f"{list(boundary.outside(samples).shape)}"
             )
         scalars = draw if train else None
         inverse = None if scalars is None else jnp.result_type(scalars.inverse_batch)
@@ -176,8 +176,10 @@ class TracedUnit(Unit):
             *(held[path] for path in statistics),
             *(scalars or ()),
             *(side[name] for name in piece.sides),
-            jnp.asarray(x, boundary.dtype),
+            boundary.enter(x),
         )
+        if self.index < len(self.traced.cuts):
+            y = self.traced.boundaries[self.index + 1].leave(y)
         if not train:
             return y, state
         left = dict(zip(statistics, after, strict=True))
@@ -187,7 +189,9 @@ class TracedUnit(Unit):
         self, model: str, x: jax.ShapeDtypeStruct, side: Mapping[str, jax.ShapeDtypeStruct]
     ) -> jax.ShapeDtypeStruct:
         """Reads the shape from the trace; see ``Unit.infer``."""
-        samples = self.traced.boundaries[self.index].samples(x.shape)
+        samples = int(x.shape[0])
+        if self.index < len(self.traced.cuts):
+            return self.traced.boundaries[self.index + 1].outside(samples)
         aval = self.traced.pieces(samples, train=False)[self.index].jaxpr.outvars[0].aval
         return jax.ShapeDtypeStruct(aval.shape, aval.dtype)  # type: ignore[no-untyped-call]
 

@@ -31,9 +31,23 @@ def test_units_are_named_by_their_modules_and_positions_that_are_no_cut_explaine
     assert facts[0].output_bytes == 4 * 8 * 8 * 2 * 4 and facts[1].forward_flops > 0
 
 
-def test_a_boundary_need_not_begin_with_the_batch():
+def test_what_crosses_begins_with_the_batch_even_where_the_network_is_time_major():
     model = stages.trace(networks.Lstm, jnp.ones((1, 5), jnp.int32))
-    assert [one.shape for one in model.shapes(6)] == [(6, 5), (6, 5, 3), (5, 6, 4), (6, 4), (6, 3)]
+    assert [one.shape for one in model.shapes(6)] == [(6, 5), (6, 5, 3), (6, 5, 4), (6, 4), (6, 3)]
+    assert model.units[0].traced.boundaries[2].inside(6).shape == (5, 6, 4)
+
+
+def test_an_axis_may_hold_several_rows_of_a_sample():
+    def rows(params, x):
+        x = jnp.tanh(x.reshape(-1, 2) @ params[0]["w"])  # [2 * batch, 3]
+        return (x @ params[1]["w"]).reshape(-1, 6)
+
+    params = [{"w": jnp.ones((2, 3))}, {"w": jnp.ones((3, 3))}]
+    model = stages.trace(rows, ROW, params=params)
+    assert [one.shape for one in model.shapes(5)] == [(5, 4), (5, 2, 3), (5, 6)]
+    held, state = model.init(0)
+    x = jnp.arange(12.0).reshape(3, 4) / 10
+    np.testing.assert_array_equal(stages.predict(model, held, state, x), rows(params, x))
 
 
 def test_tied_weights_are_never_separated():
