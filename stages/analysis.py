@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from stages.micro_batch_context import make_draw
 from stages.model import Model
-from stages.residuals import Residuals, attach
+from stages.residuals import Residuals
 from stages.stage import Stage, split
 from stages.trees import PyTree
 
@@ -104,13 +104,8 @@ def _kept(
     units = model.units[start:stop]
     params = {unit.name: unit.params for unit in units}
     state = {unit.name: unit.state for unit in units}
-    forward = stage.programs.forward
-    draw, side = make_draw(batch), _side(model, stage, batch)
-    y, _, residuals = jax.eval_shape(forward, params, state, x, draw, side)
-    rest, differentiated = (
-        ((state, x, draw, side), None) if stage.is_first else ((state, draw, side), x)
-    )
-    return y, attach(residuals, y, rest, differentiated)
+    side = _side(model, stage, batch)
+    return stage.forward_shapes(params, state, x, make_draw(batch), side)
 
 
 def _side(model: Model, stage: Stage, batch: int) -> dict[str, PyTree]:
@@ -119,13 +114,18 @@ def _side(model: Model, stage: Stage, batch: int) -> dict[str, PyTree]:
     return {name: shapes[name] for name in stage.sides}
 
 
+def _fixed(model: Model, stage: Stage) -> PyTree:
+    """Returns the abstract frozen weights of a stage."""
+    return model.frozen.shapes(stage.unit_names)
+
+
 def _facts(model: Model, stage: Stage, start: int, stop: int, x: PyTree, batch: int) -> Facts:
     """Traces the forward and the backward pass of one stage."""
     units = model.units[start:stop]
     params = {unit.name: unit.params for unit in units}
     state = {unit.name: unit.state for unit in units}
     forward, backward = stage.programs.forward, stage.programs.backward
-    draw, side = make_draw(batch), _side(model, stage, batch)
+    draw, side, fixed = make_draw(batch), _side(model, stage, batch), _fixed(model, stage)
     y, kept = _kept(model, stage, start, stop, x, batch)
     params_of = [leaf for unit in units for leaf in unit.params.values()]
     return Facts(
@@ -136,8 +136,8 @@ def _facts(model: Model, stage: Stage, start: int, stop: int, x: PyTree, batch: 
         output_shape=tuple(y.shape),
         output_bytes=_bytes(y),
         residual_bytes=_kept_bytes(kept),
-        forward_flops=_flops(forward.lower(params, state, x, draw, side)),
-        backward_flops=_flops(backward.lower(params, kept, y, params)),
+        forward_flops=_flops(forward.lower(params, state, x, draw, side, fixed)),
+        backward_flops=_flops(backward.lower(params, kept, y, params, fixed)),
     )
 
 

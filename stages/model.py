@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import copy
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +13,7 @@ from jax.typing import DTypeLike
 
 from stages.building import Built, abstractly, build_module, build_units, check_module
 from stages.errors import StageError
+from stages.frozen import Frozen
 from stages.trees import Variables
 from stages.unit import Factory, Unit, check_training
 
@@ -26,6 +29,7 @@ class Model:
       input_dtype: Dtype of a batch.
       sides: For each side input (mask, lengths) shape and dtype of one sample.
       obstacles: For each position that is no cut, why; where the cuts were found by tracing.
+      frozen: Weights that are not trained.
       recipe: Arguments of ``stages.build``, to build the model again; None for the user's own
         model.
     """
@@ -46,6 +50,7 @@ class Model:
         self.input_dtype = jnp.dtype(input_dtype)
         self.sides: dict[str, jax.ShapeDtypeStruct] = {}
         self.obstacles: tuple[Obstacle, ...] = ()
+        self.frozen = Frozen(self.units, 0)
         self.programs: dict[Any, Any] = {}
         self._shapes: dict[tuple[int, bool], tuple[jax.ShapeDtypeStruct, ...]] = {}
         self.recipe: dict[str, Any] | None = None
@@ -148,15 +153,66 @@ class Model:
           only: Names of the units to draw; None for all.
 
         Returns:
-          Params and state, each {unit: {path: array}}.
+          The weights that are trained, and the state, each {unit: {path: array}}.
         """
         params: Variables = {}
         state: Variables = {}
         drawn: dict[Any, Any] = {}
         for unit in self.units:
             if only is None or unit.name in only:
-                params[unit.name], state[unit.name] = unit.draw(seed, drawn)
+                weights, state[unit.name] = unit.draw(seed, drawn)
+                params[unit.name] = {path: weights[path] for path in unit.params}
         return params, state
+
+    def training(self, chosen: Any, seed: int = 0) -> Model:
+        """Returns the model with some of its weights trained and all others frozen.
+
+        Frozen weights have no gradient and no optimiser state, are not averaged, and are drawn by
+        each host itself. Statistics of frozen layers change as ever.
+
+        Args:
+          chosen: A regular expression that is searched for in the names ``unit/path``, such as
+            "lora|head"; or a filter of Flax, such as ``nnx.LoRAParam``.
+          seed: Root seed, from which frozen weights are drawn.
+
+        Raises:
+          StageError: No weight matches, or the expression is not valid.
+        """
+        if isinstance(chosen, str):
+            try:
+                pattern = re.compile(chosen)
+            except re.error as error:
+                raise StageError(f"{chosen!r} is not a regular expression: {error}") from error
+            paths = {
+                unit.name: [one for one in unit.weights if pattern.search(f"{unit.name}/{one}")]
+                for unit in self.units
+            }
+        else:
+            paths = {unit.name: sorted(unit.matching(chosen)) for unit in self.units}
+        if not any(paths.values()):
+            names = [f"{unit.name}/{path}" for unit in self.units for path in unit.weights]
+            raise StageError(
+                f"model {self.name!r}: no weight matches {chosen!r}, so nothing would be trained; "
+                f"its weights are {', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
+            )
+        return self._with([unit.training(paths[unit.name]) for unit in self.units], seed)
+
+    def completed(self, params: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Returns the weights of units with their frozen ones, as the unfrozen model has them."""
+        frozen = self.frozen.of(tuple(params))
+        return {unit: {**arrays, **frozen.get(unit, {})} for unit, arrays in params.items()}
+
+    @property
+    def unfrozen(self) -> Model:
+        """The model with all weights trained."""
+        if not any(unit.frozen for unit in self.units):
+            return self
+        return self._with([unit.training(unit.weights) for unit in self.units], 0)
+
+    def _with(self, units: Sequence[Unit], seed: int) -> Model:
+        made = copy.copy(self)
+        made.units, made.frozen, made.programs = tuple(units), Frozen(units, seed), {}
+        return made
 
     def shapes(self, batch: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Infers the input of every unit and the output of the last, without computing.

@@ -84,14 +84,19 @@ class Residuals:
 
 
 def run_forward(
-    function: Callable[..., tuple[jax.Array, PyTree]], weights: PyTree, rest: PyTree, x: PyTree
+    function: Callable[..., tuple[jax.Array, PyTree]],
+    weights: PyTree,
+    fixed: PyTree,
+    rest: PyTree,
+    x: PyTree,
 ) -> tuple[jax.Array, PyTree, Residuals]:
     """Runs a forward pass inside a jit and returns its residuals.
 
     Args:
-      function: (weights, rest, x) -> (output, auxiliary); differentiated in weights, and in x
-        unless x is None.
+      function: (weights, fixed, rest, x) -> (output, auxiliary); differentiated in weights, and in
+        x unless x is None.
       weights: Pytree of parameters.
+      fixed: Pytree of parameters that are not differentiated.
       rest: Pytree of arguments that are not differentiated, x among them where the input
         needs no gradient.
       x: The input that is differentiated, or None.
@@ -101,16 +106,16 @@ def run_forward(
     """
     box: list[Jaxpr] = []
 
-    def run(weights: PyTree, rest: PyTree, x: PyTree) -> PyTree:
+    def run(weights: PyTree, fixed: PyTree, rest: PyTree, x: PyTree) -> PyTree:
         output, pullback, auxiliary = jax.vjp(
-            lambda weights, x: function(weights, rest, x), weights, x, has_aux=True
+            lambda weights, x: function(weights, fixed, rest, x), weights, x, has_aux=True
         )
         leaves, closure = jax.tree.flatten(pullback)
         box.append(closure)
         return output, auxiliary, leaves
 
-    closed, shapes = jax.make_jaxpr(run, return_shape=True)(weights, rest, x)
-    jaxpr, count = closed.jaxpr, len(jax.tree.leaves(weights))
+    closed, shapes = jax.make_jaxpr(run, return_shape=True)(weights, fixed, rest, x)
+    jaxpr, count = closed.jaxpr, len(jax.tree.leaves((weights, fixed)))
     auxiliary_tree: jax.tree_util.PyTreeDef = jax.tree.structure(shapes[1])
     first = 1 + auxiliary_tree.num_leaves
     outvars = list(jaxpr.outvars)
@@ -118,7 +123,7 @@ def run_forward(
     recipe = Recipe(
         box[0], tuple(sources), tuple(arguments), _weights_only(closed, count, recomputed)
     )
-    values = jex_core.jaxpr_as_fun(closed)(*jax.tree.leaves((weights, rest, x)))
+    values = jex_core.jaxpr_as_fun(closed)(*jax.tree.leaves((weights, fixed, rest, x)))
     auxiliary = jax.tree.unflatten(auxiliary_tree, values[1:first])
     kept = tuple(values[first + i] for i in saved)
     return values[0], auxiliary, Residuals(kept, (), None, recipe)
@@ -135,11 +140,13 @@ def attach(residuals: Residuals, output: PyTree, rest: PyTree, x: PyTree) -> Res
     return residuals
 
 
-def pull_back(residuals: Residuals, weights: PyTree, cotangent: jax.Array) -> tuple[PyTree, PyTree]:
+def pull_back(
+    residuals: Residuals, weights: PyTree, fixed: PyTree, cotangent: jax.Array
+) -> tuple[PyTree, PyTree]:
     """Runs the backward pass inside a jit: (gradient of the weights, cotangent of the input)."""
     recipe = residuals.recipe
     pools: dict[str, Sequence[jax.Array]] = {
-        "weights": recipe.weights_only(*jax.tree.leaves(weights)),
+        "weights": recipe.weights_only(*jax.tree.leaves((weights, fixed))),
         "argument": residuals.borrowed,
         "output": (residuals.output,),
         "saved": residuals.saved,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from stages.errors import StageError
+from stages.frozen import Frozen
 from stages.micro_batch_context import MicroBatchContext
 from stages.model import Model
 from stages.program import Program
@@ -24,6 +25,7 @@ Metrics: TypeAlias = dict[str, jax.Array]
 #: Side inputs of a micro-batch by name: they have no cotangent.
 Side: TypeAlias = Mapping[str, jax.Array]
 _NO_SIDE: Side = {}
+_NOTHING: Variables = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Stage:
       rematerialise: Whether the backward pass computes the forward pass again instead of
         keeping residuals (less memory, about a third more time).
       sides: Names of the side inputs of the stage's units.
+      frozen: Weights that are not trained.
       programs: The compiled functions.
     """
 
@@ -62,6 +65,7 @@ class Stage:
     is_last: bool
     rematerialise: bool
     sides: tuple[str, ...]
+    frozen: Frozen = dataclasses.field(repr=False)
     programs: Programs = dataclasses.field(repr=False)
 
     def forward(
@@ -86,7 +90,7 @@ class Stage:
           batch statistics.
         """
         side = self._taken(side)
-        y, state_after, residuals = self.programs.forward(params, state, x, draw, side)
+        y, state_after, residuals = self.programs.forward(params, state, x, draw, side, self.fixed)
         if self.is_first:
             return y, attach(residuals, y, (state, x, draw, side), None), state_after
         return y, attach(residuals, y, (state, draw, side), x), state_after
@@ -111,7 +115,7 @@ class Stage:
           ready when the gradients are) and the accumulated gradients.
         """
         result: tuple[jax.Array, Variables] = self.programs.backward(
-            params, residuals, cotangent, accumulated
+            params, residuals, cotangent, accumulated, self.fixed
         )
         return result
 
@@ -142,7 +146,7 @@ class Stage:
           the stage is also the first), the accumulated gradients, the new batch statistics.
         """
         result: tuple[Metrics, jax.Array | None, Variables, Variables] = self.programs.loss(
-            params, state, x, labels, draw, accumulated, self._taken(side)
+            params, state, x, labels, draw, accumulated, self._taken(side), self.fixed
         )
         return result
 
@@ -150,13 +154,37 @@ class Stage:
         self, params: Variables, state: Variables, x: jax.Array, side: Side = _NO_SIDE
     ) -> jax.Array:
         """Runs the units at inference: running statistics, no dropout."""
-        y: jax.Array = self.programs.predict(params, state, x, self._taken(side))
+        y: jax.Array = self.programs.predict(params, state, x, self._taken(side), self.fixed)
         return y
 
     def zeros(self, params: Variables) -> Variables:
         """Returns a new accumulator of gradients, all zero."""
         accumulated: Variables = self.programs.zeros(params)
         return accumulated
+
+    def forward_shapes(
+        self, params: Any, state: Any, x: Any, draw: MicroBatchContext, side: Side = _NO_SIDE
+    ) -> tuple[Any, Residuals]:
+        """Returns the shapes of the activation and of the residuals, without computing.
+
+        Args:
+          params: Abstract parameters of the stage's units.
+          state: Their abstract batch statistics.
+          x: Abstract input.
+          draw: Scalars of the micro-batch.
+          side: Abstract side inputs.
+        """
+        fixed = self.frozen.shapes(self.unit_names)
+        forward = self.programs.forward
+        y, _, residuals = jax.eval_shape(forward, params, state, x, draw, side, fixed)
+        if self.is_first:
+            return y, attach(residuals, y, (state, x, draw, side), None)
+        return y, attach(residuals, y, (state, draw, side), x)
+
+    @property
+    def fixed(self) -> Variables:
+        """The frozen weights of the stage's units; drawn when they are first asked for."""
+        return self.frozen.of(self.unit_names)
 
     def _taken(self, side: Side) -> dict[str, jax.Array]:
         """Returns the side inputs of the stage's units.
@@ -213,6 +241,7 @@ def split(
             is_last=stop == count,
             rematerialise=flags[index],
             sides=tuple(sorted({s for unit in model.units[start:stop] for s in unit.sides})),
+            frozen=model.frozen,
             programs=_programs(model, start, stop, flags[index]),
         )
         for index, (start, stop) in enumerate(pairwise(bounds))
@@ -290,6 +319,7 @@ def sample_losses(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.
 def _run(
     units: Sequence[Unit],
     params: Variables,
+    fixed: Variables,
     state: Variables,
     x: jax.Array,
     draw: MicroBatchContext | None,
@@ -300,7 +330,12 @@ def _run(
     after: Variables = {}
     for unit in units:
         x, after[unit.name] = unit.call(
-            params[unit.name], state[unit.name], x, side, draw=draw, train=train
+            {**params[unit.name], **fixed.get(unit.name, {})},
+            state[unit.name],
+            x,
+            side,
+            draw=draw,
+            train=train,
         )
     return x, after
 
@@ -332,10 +367,15 @@ def _programs(model: Model, start: int, stop: int, rematerialise: bool) -> Progr
 
 
 def _predict(
-    units: Sequence[Unit], params: Variables, state: Variables, x: PyTree, side: Side = _NO_SIDE
+    units: Sequence[Unit],
+    params: Variables,
+    state: Variables,
+    x: PyTree,
+    side: Side = _NO_SIDE,
+    fixed: Variables = _NOTHING,
 ) -> jax.Array:
     """Traced body of ``Stage.predict``."""
-    return _run(units, params, state, x, None, side, False)[0]
+    return _run(units, params, fixed, state, x, None, side, False)[0]
 
 
 def _forward(
@@ -346,15 +386,24 @@ def _forward(
     x: PyTree,
     draw: MicroBatchContext,
     side: Side = _NO_SIDE,
+    fixed: Variables = _NOTHING,
 ) -> tuple[jax.Array, Variables, Residuals]:
     """Traced body of ``Stage.forward``."""
     if is_first:
         # The samples need no cotangent and are not differentiated.
         return run_forward(
-            lambda params, rest, _: train(params, *rest), params, (state, x, draw, side), None
+            lambda params, fixed, rest, _: train(params, fixed, *rest),
+            params,
+            fixed,
+            (state, x, draw, side),
+            None,
         )
     return run_forward(
-        lambda params, rest, x: train(params, rest[0], x, *rest[1:]), params, (state, draw, side), x
+        lambda params, fixed, rest, x: train(params, fixed, rest[0], x, *rest[1:]),
+        params,
+        fixed,
+        (state, draw, side),
+        x,
     )
 
 
@@ -364,9 +413,10 @@ def _backward(
     residuals: Residuals,
     cotangent: PyTree,
     accumulated: Variables,
+    fixed: Variables = _NOTHING,
 ) -> tuple[jax.Array, Variables]:
     """Traced body of ``Stage.backward``."""
-    gradient, x_cotangent = pull_back(residuals, params, cotangent)
+    gradient, x_cotangent = pull_back(residuals, params, fixed, cotangent)
     if is_first:
         # The samples need no cotangent, but a caller has to be able to wait for this computation
         # without holding the accumulator, which the next computation donates.
@@ -384,11 +434,12 @@ def _loss(
     draw: MicroBatchContext,
     accumulated: Variables,
     side: Side = _NO_SIDE,
+    fixed: Variables = _NOTHING,
 ) -> tuple[Metrics, jax.Array | None, Variables, Variables]:
     """Traced body of ``Stage.loss``."""
 
     def mean_loss(params: Variables, x: PyTree) -> tuple[jax.Array, tuple[Metrics, Variables]]:
-        logits, after = train(params, state, x, draw, side)
+        logits, after = train(params, fixed, state, x, draw, side)
         total, metrics = cross_entropy(logits, labels)
         return total * draw.inverse_batch, (metrics, after)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import abc
+import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,7 @@ class Unit(abc.ABC):
       params: Abstract parameters by path.
       state: Abstract batch statistics and other variables of the unit, by path.
       sides: Names of its side inputs (masks, lengths).
+      frozen: Abstract weights that are not trained, by path; they are not among ``params``.
     """
 
     name: str
@@ -42,6 +44,31 @@ class Unit(abc.ABC):
     params: dict[str, jax.ShapeDtypeStruct]
     state: dict[str, jax.ShapeDtypeStruct]
     sides: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
+    frozen: dict[str, jax.ShapeDtypeStruct] = dataclasses.field(default_factory=dict, kw_only=True)
+
+    @property
+    def weights(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """All abstract weights, trained and frozen."""
+        return {**self.params, **self.frozen}
+
+    def training(self, paths: Collection[str]) -> Self:
+        """Returns the unit with no other weights trained than those of some paths."""
+        made = copy.copy(self)
+        weights = self.weights
+        object.__setattr__(made, "params", {n: one for n, one in weights.items() if n in paths})
+        object.__setattr__(made, "frozen", {n: one for n, one in weights.items() if n not in paths})
+        return made
+
+    @abc.abstractmethod
+    def matching(self, chosen: Any) -> frozenset[str]:
+        """Returns the paths of the weights that a filter of Flax picks.
+
+        Args:
+          chosen: The filter, such as ``nnx.LoRAParam``.
+
+        Raises:
+          StageError: The unit's variables are not those of NNX.
+        """
 
     @abc.abstractmethod
     def draw(self, seed: int, drawn: dict[Any, Any]) -> tuple[Arrays, Arrays]:
@@ -52,7 +79,7 @@ class Unit(abc.ABC):
           drawn: Variables drawn so far by units of the same model.
 
         Returns:
-          Parameters and state by path.
+          All weights and the state by path.
 
         Raises:
           StageError: The variables are not those that the unit has.
@@ -72,7 +99,7 @@ class Unit(abc.ABC):
         """Calls the unit as a pure function.
 
         Args:
-          params: Its parameters by path.
+          params: Its weights by path, trained and frozen.
           state: Its batch statistics by path.
           x: Input [batch, …].
           side: Side inputs by name, those of ``sides`` at least.
@@ -121,7 +148,18 @@ class ModuleUnit(Unit):
         """Calls the factory; variables depend only on the seed and the unit's name."""
         key = jax.random.fold_in(jax.random.key(seed % 2**32), name_hash(self.name))
         parts = divide(self.factory(nnx.Rngs(key)))
-        return self._arrays(self.params, parts.params), self._arrays(self.state, parts.state)
+        return self._arrays(self.weights, parts.params), self._arrays(self.state, parts.state)
+
+    def matching(self, chosen: Any) -> frozenset[str]:
+        """Asks Flax; see ``Unit.matching``."""
+        found: list[Any] = []
+
+        def ask() -> None:
+            module = self.factory(nnx.Rngs(0))
+            found.extend(path for path, _ in nnx.to_flat_state(nnx.state(module, chosen)))
+
+        jax.eval_shape(ask)
+        return frozenset(map(text_of, found)) & self.weights.keys()
 
     def _arrays(self, wanted: Mapping[str, Any], leaves: Mapping[Path, Any]) -> Arrays:
         """Returns drawn variables by path as text; what was sown meanwhile is left out."""
@@ -238,7 +276,7 @@ def _trace(
     try:
         return jax.eval_shape(
             lambda *arrays: unit.call(*arrays, draw=draw, train=train)[0],
-            unit.params,
+            unit.weights,
             unit.state,
             x,
             dict(side),

@@ -37,6 +37,11 @@ class ModelConfig:
     )
     norm: str = option("batch", "normalisation layers", choices=NORMS)
     stem: str = option("cifar", "first layers of a ResNet: 3x3, or 7x7 with pooling", choices=STEMS)
+    trainable: str = option(
+        "",
+        "train only the weights whose names (unit/path) match this regular expression, such as "
+        "'lora|head'; the others stay as they are and never travel; empty: all",
+    )
     dtype: str = option(
         "float32", "type of weights and activations", choices=("float32", "float64")
     )

@@ -29,7 +29,7 @@ from pipar_jax.roles.run_folder import CONFIG, METRICS, TRACE
 from pipar_jax.roles.server import run_server
 from pipar_jax.roles.worker import run_device, run_node
 from pipar_jax.runtime.own_model import OWN
-from pipar_jax.runtime.setup import build_model, check_carried
+from pipar_jax.runtime.setup import as_trained, build_model
 from pipar_jax.schedule.plan import COORDINATOR, device_name, host_index
 from pipar_jax.schedule.trace import Trace
 from pipar_jax.training import checkpoint
@@ -133,6 +133,7 @@ def load(folder: str | Path, model: Model | None = None) -> Run:
                 "load(folder, model)"
             )
         model = stages.build(**facts["recipe"])
+    model = model.unfrozen  # the file holds all weights
     _check_model(model, facts, path)
     params, state = checkpoint.load(path / checkpoint.WEIGHTS, model)
     return Run(path, config, model, params, state, metrics, facts)
@@ -183,7 +184,8 @@ def train(
     names = () if model is None else (config.model.name,)
     resolved = resolve(config, models=names)
     if model is not None:
-        check_plan(resolved, check_carried(model).unit_names)
+        model = as_trained(resolved, model)
+        check_plan(resolved, model.unit_names)
     tell = on_event or (lambda event: None)
     if model is None and data is None:
         from pipar_jax.launch.launcher import launch

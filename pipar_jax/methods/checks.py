@@ -46,6 +46,12 @@ def _check_model(config: Config, models: tuple[str, ...]) -> None:
     known = (*UNITS, *models)
     own = re.fullmatch(r"module:[\w.]+:\w+", config.model.name) is not None
     _check_arguments(config.model.args, own)
+    try:
+        re.compile(config.model.trainable)
+    except re.error as error:
+        raise ConfigError(
+            f"model.trainable={config.model.trainable!r} is not a regular expression: {error}"
+        ) from error
     if config.model.name not in known and not own:
         raise ConfigError(
             f"model.name={config.model.name!r} is not a "

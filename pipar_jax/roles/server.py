@@ -141,7 +141,7 @@ def _serve(
 
         def save(params: dict[str, Any], state: dict[str, Any]) -> None:
             tell({"event": "saving", "file": WEIGHTS})
-            folder.save_weights(params, state, _facts(model, dataset))
+            folder.save_weights(model.completed(params), state, _facts(model, dataset))
 
         parameters = stages.parameter_count(model)
         with contextlib.closing(

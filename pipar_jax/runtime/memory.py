@@ -99,7 +99,9 @@ def predict(model: Model, plan: Plan, host: str, config: Config, samples: Sequen
     sizes = _ModelSizes(model, config, rematerialise=hosts_of(config)[host].rematerialise)
     window = int(config.pipeline.window_mb * 1e6)
     keeps = functools.partial(undo.find_keep, config, plan)
-    return find_need(sizes, plan, host, samples, config.data.batch_size, window, keeps)
+    need = find_need(sizes, plan, host, samples, config.data.batch_size, window, keeps)
+    held = [model.units[index].frozen for index in plan.held_units(host, len(model.units))]
+    return need._replace(variables=need.variables + _bytes(held))  # frozen weights: one copy
 
 
 class _ModelSizes:
@@ -149,7 +151,7 @@ class _ModelSizes:
         if stage.is_last:  # XLA's temporaries have what it keeps
             return StageSizes(entering, 0, 0)
         draw = make_draw(samples)
-        y, residuals, _ = jax.eval_shape(stage.forward, *self._variables(units), x, draw)
+        y, residuals = stage.forward_shapes(*self._variables(units), x, draw)
         return StageSizes(entering, _bytes(residuals), _bytes(y))
 
     def _variables(self, units: range) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -228,6 +230,7 @@ def temporary_bytes(model: Model, replicas: Iterable[Replica], sizes: Iterable[i
     for replica in {one.stage.unit_names: one for one in replicas}.values():
         stage = replica.stage
         params, state = abstract(replica.params), abstract(replica.state)
+        fixed = stage.frozen.shapes(stage.unit_names)
         lowered: list[Any] = replica.lower_updates()
         start = model.unit_names.index(stage.unit_names[0])
         for size in sizes:
@@ -235,11 +238,13 @@ def temporary_bytes(model: Model, replicas: Iterable[Replica], sizes: Iterable[i
             if stage.is_last:
                 y = model.shapes(size)[-1]
                 labels = jax.ShapeDtypeStruct(y.shape[:-1], np.dtype(np.int32))  # type: ignore
-                lowered.append(stage.programs.loss.lower(params, state, x, labels, draw, params))
+                lowered.append(
+                    stage.programs.loss.lower(params, state, x, labels, draw, params, {}, fixed)
+                )
                 continue
-            y, residuals, _ = jax.eval_shape(stage.forward, params, state, x, draw)
-            lowered.append(stage.programs.forward.lower(params, state, x, draw))
-            lowered.append(stage.programs.backward.lower(params, residuals, y, params))
+            y, residuals = stage.forward_shapes(params, state, x, draw)
+            lowered.append(stage.programs.forward.lower(params, state, x, draw, {}, fixed))
+            lowered.append(stage.programs.backward.lower(params, residuals, y, params, fixed))
         for one in lowered:
             analysis = one.compile().memory_analysis()
             most = max(most, getattr(analysis, "temp_size_in_bytes", 0))

@@ -35,8 +35,8 @@ def build_model(config: Config, input_shape: Sequence[int], classes: int) -> Mod
       StageError: It cannot be trained or cut.
     """
     if config.model.name.startswith(OWN):
-        return check_carried(make_own(config, input_shape, classes))
-    return stages.build(
+        return as_trained(config, make_own(config, input_shape, classes))
+    model = stages.build(
         config.model.name,
         input_shape=tuple(input_shape),
         classes=classes,
@@ -44,20 +44,24 @@ def build_model(config: Config, input_shape: Sequence[int], classes: int) -> Mod
         stem=config.model.stem,
         dtype=config.model.dtype,
     )
+    return as_trained(config, model)
 
 
-def check_carried(model: Model) -> Model:
-    """Returns a model if runs can feed it.
+def as_trained(config: Config, model: Model) -> Model:
+    """Returns a model with the weights frozen that are not to be trained.
 
     Raises:
-      RunError: It takes side inputs.
+      RunError: It takes side inputs, which runs do not carry.
+      StageError: No weight matches ``model.trainable``.
     """
     if model.sides:
         raise RunError(
             f"model {model.name!r} takes the side inputs {sorted(model.sides)}, and a run carries "
             "one input: compute them in the network from its input, before the first cut"
         )
-    return model
+    if not config.model.trainable:
+        return model
+    return model.training(config.model.trainable, config.seed)
 
 
 def channel_options(config: Config) -> ChannelOptions:

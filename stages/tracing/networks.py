@@ -49,6 +49,13 @@ class Network(abc.ABC):
     def draw(self, seed: int) -> tuple[Arrays, Arrays]:
         """Returns fresh weights and state by path."""
 
+    def matching(self, chosen: Any) -> frozenset[str]:
+        """Returns the paths of the weights that a filter of Flax picks; see ``Unit.matching``."""
+        raise StageError(
+            f"model {self.name!r}: the filter {chosen!r} is for NNX modules; give a pattern of the "
+            "weights' names, such as 'lora|head'"
+        )
+
     @abc.abstractmethod
     def call(
         self,
@@ -90,6 +97,7 @@ class NnxNetwork(Network):
 
         self._unit = build() if self._held else abstractly(build)
         self.params, self.state = self._unit.params, self._unit.state
+        self.matching = self._unit.matching  # type: ignore[method-assign]
         self._modes = {} if self._held is None else _modes(given.__call__)
         if self._held is None:
             abstractly(lambda: self._modes.update(_modes(factory(nnx.Rngs(0)).__call__)))

@@ -142,9 +142,14 @@ class TracedUnit(Unit):
             drawn[self.traced] = self.traced.network.draw(seed)
         params, state = drawn[self.traced]
         return (
-            {path: params[self.names[path]] for path in self.params},
+            {path: params[self.names[path]] for path in self.weights},
             {path: state[self.names[path]] for path in self.state},
         )
+
+    def matching(self, chosen: Any) -> frozenset[str]:
+        """Asks the whole network; see ``Unit.matching``."""
+        found = self.traced.network.matching(chosen)
+        return frozenset(path for path in self.weights if self.names[path] in found)
 
     def call(
         self,

@@ -195,9 +195,9 @@ def _trace(model: Model, index: int, shape: PyTree) -> tuple[Operator, ...]:
         return unit.call(params, state, x, {}, draw=draw, train=True)[0]
 
     with forced(Formulation.XLA):
-        closed = jax.make_jaxpr(run)(unit.params, unit.state, shape)
+        closed = jax.make_jaxpr(run)(unit.weights, unit.state, shape)
     walk = _Walk()
-    params, state = len(jax.tree.leaves(unit.params)), len(jax.tree.leaves(unit.state))
+    params, state = len(jax.tree.leaves(unit.weights)), len(jax.tree.leaves(unit.state))
     origins = [_Origin(False, True)] * params + [_NOTHING] * state + [_Origin(True, index > 0)]
     walk.run(closed.jaxpr, origins)
     return walk.operators()

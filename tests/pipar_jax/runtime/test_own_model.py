@@ -7,6 +7,7 @@ import textwrap
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -167,3 +168,42 @@ def test_a_traced_network_trains_as_plain_sgd_does(double, method, tmp_path):
     groups = [[loader.batch(step) for loader in loaders] for step in range(steps)]
     expected = support.centralised(made, network, groups)
     assert support.largest_difference(run.params, expected) < 1e-9
+
+
+@pytest.mark.parametrize("method", ["pipar", "fl"])
+def test_frozen_weights_stay_and_the_others_are_trained(double, method, tmp_path):
+    """As plain SGD on the trained ones; what is saved is the whole network."""
+    samples, steps = (17, 33), 5
+    network = stages.trace(Skips, jnp.ones((1, *support.SHAPE)))
+    made = support.config(tmp_path, samples, method=method)
+    made.pipeline.cut, made.model.trainable = 1, "wide|leave/bias"
+    made.pipeline.micro_batches = 3 if method == "pipar" else 1
+    run = support.trained(made, samples, network.training(made.model.trainable, made.seed))
+    loaders = support.batches(made, samples)
+    groups = [[loader.batch(step) for loader in loaders] for step in range(steps)]
+    mask = {
+        unit.name: {path: "wide" in path or f"{unit.name}/{path}" == "leave/bias"
+                    for path in unit.params}
+        for unit in network.units
+    }  # fmt: skip
+    rest = {unit: {path: not one for path, one in paths.items()} for unit, paths in mask.items()}
+    tx = optax.chain(optax.sgd(0.05), optax.masked(optax.set_to_zero(), rest))
+    expected = support.centralised(made, network, groups, tx)
+    for unit, arrays in expected.items():
+        for path, array in arrays.items():
+            np.testing.assert_allclose(run.params[unit][path], array, rtol=1e-9, atol=1e-12)
+    before, _ = network.init(made.seed)
+    np.testing.assert_array_equal(run.params["enter"]["kernel"], before["enter"]["kernel"])
+    assert not np.array_equal(
+        run.params["wide_narrow"]["wide/kernel"], before["wide_narrow"]["wide/kernel"]
+    )
+
+
+def test_a_pattern_that_matches_nothing_is_refused(tmp_path):
+    made = configured(tmp_path, "factory", dtype="float32")
+    made.model.trainable = "lora"
+    with pytest.raises(stages.StageError, match="no weight matches 'lora'"):
+        build_model(made, support.SHAPE, support.CLASSES)
+    made.model.trainable = "("
+    with pytest.raises(ConfigError, match=r"model\.trainable='\(' is not a regular expression"):
+        resolve(made)
