@@ -176,7 +176,7 @@ def test_frozen_weights_stay_and_the_others_are_trained(double, method, tmp_path
     samples, steps = (17, 33), 5
     network = stages.trace(Skips, jnp.ones((1, *support.SHAPE)))
     made = support.config(tmp_path, samples, method=method)
-    made.pipeline.cut, made.model.trainable = 1, "wide|leave/bias"
+    made.pipeline.cut, made.model.trainable = 1, "/wide/|leave/bias"
     made.pipeline.micro_batches = 3 if method == "pipar" else 1
     run = support.trained(made, samples, network.training(made.model.trainable, made.seed))
     loaders = support.batches(made, samples)
