@@ -1,7 +1,7 @@
-"""The gRPC-free TCP tensor channel: numpy arrays between processes, bounded and resumable.
+"""The TCP tensor channel without gRPC: numpy arrays between processes, bounded and resumable.
 
 Start with ``Endpoint``: one per process. ``listen`` and ``connect`` give a ``Link`` per peer, which
-sends tensors, bundles of weights and control messages and hands over each ``Message`` that arrives.
+sends tensors, bundles of weights and control messages, and delivers each ``Message`` that arrives.
 """
 
 from comms.codecs import bits, block, cast  # noqa: F401 - imported to register codecs

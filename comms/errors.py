@@ -1,4 +1,4 @@
-"""The errors of the tensor channel: one root, so that a caller can catch them all by one name."""
+"""The errors of the tensor channel, with one root by which a caller can catch them all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ssl
 
 
 class ChannelError(Exception):
-    """Anything the channel refuses or loses; the message says what, where and what to do."""
+    """Root of the channel's errors; the message says what happened, where, and what to do."""
 
 
 class ConnectError(ChannelError):
@@ -14,15 +14,15 @@ class ConnectError(ChannelError):
 
 
 class BusyError(ConnectError):
-    """The listener has too many unfinished connections; another try may find it free."""
+    """The listener has too many unfinished connections; another attempt may succeed."""
 
 
 class HandshakeError(ChannelError):
-    """The peer answered, but the two do not agree to talk."""
+    """The peer answered, but the handshake failed."""
 
 
 class VersionError(HandshakeError):
-    """The peer speaks another version of the protocol."""
+    """The peer uses another version of the protocol."""
 
 
 class AuthenticationError(HandshakeError):
@@ -30,19 +30,19 @@ class AuthenticationError(HandshakeError):
 
 
 class FrameError(ChannelError):
-    """The peer sent bytes that are no valid frame."""
+    """The peer sent bytes that are not a valid frame."""
 
 
 class DamageError(FrameError):
-    """Bytes were changed on their way: a checksum does not match."""
+    """Bytes were damaged in transit: a checksum does not match."""
 
 
 class LimitError(FrameError):
-    """A frame declares more than this side is willing to take; nothing was allocated for it."""
+    """A frame declares more than this side accepts; nothing was allocated for it."""
 
 
 class CodecError(ChannelError):
-    """A codec is unknown, or cannot represent what it was given."""
+    """A codec is unknown, or cannot represent an array."""
 
 
 class PeerLost(ChannelError):
@@ -50,14 +50,14 @@ class PeerLost(ChannelError):
 
 
 class PeerClosed(PeerLost):
-    """The peer said goodbye and closed its end of the link in good order."""
+    """The peer closed its end of the link regularly."""
 
 
 def explain(error: OSError) -> str:
-    """Returns in one line what an error of the system says, or what it was raised with.
+    """Returns one line about an error of the system, or the text that it was raised with.
 
-    Only errors of the system itself have a number with words to it; ``strerror`` of any other,
-    such as ``FileNotFoundError("put the file into data/")``, is None. Its own text counts then.
+    Only errors of the system itself have an errno and ``strerror``; others, such as
+    ``FileNotFoundError("put the file into data/")``, have their own text.
     """
     reason = getattr(error, "reason", None) if isinstance(error, ssl.SSLError) else None
     if reason:  # without the position in OpenSSL's source

@@ -1,4 +1,4 @@
-"""What can be set on a channel, with the few numbers that everything else derives from."""
+"""The settings of a channel, from which all other numbers derive."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class TlsOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a peer may make this side hold; checked before anything is allocated.
+    """Limits on memory that a peer can occupy on this side; checked before allocation.
 
     Attributes:
       message_bytes: Largest tensor payload, before and after the codec, and largest sum of a
@@ -80,11 +80,11 @@ class Limits:
       join_bytes: Largest control message of a peer that has not been admitted yet.
       rank: Largest number of dimensions.
       bundle_tensors: Most tensors in one bundle.
-      waiting_bytes: What may wait on a link that its owner has not started yet.
-      pending_handshakes: Connections of a listener that have not finished their handshake, or
-        were not admitted since; from one address at most ``address_handshakes``, or twice the
-        peers that ``Endpoint.listen`` was told to expect. Of too many the oldest loses.
-      address_handshakes: See there.
+      waiting_bytes: Maximum size of messages that wait on a link before its owner starts it.
+      pending_handshakes: Maximum number of connections of a listener that have not finished their
+        handshake or are not admitted; beyond it the oldest is closed.
+      address_handshakes: The same for one address; at least twice the peers that
+        ``Endpoint.listen`` expects.
     """
 
     message_bytes: int = 16 << 30
@@ -102,23 +102,24 @@ class ChannelOptions:
     """Settings of an Endpoint.
 
     Attributes:
-      deadline_s: A peer that is silent, or takes no bytes, for this long is lost. Heartbeats, the
-        handshake's time limit and the back-off of reconnects derive from it.
-      window_bytes: Activation and cotangent bytes that this side lets a peer send before it
-        releases some; one tensor of any size always fits an empty window.
-      resume_s: How long a cut link may stay down while the connecting side reconnects and the
-        stream resumes; 0 ends a link when its connection ends. The smaller of the two sides'
-        values counts. Above 0, ``on_sent`` is called when the peer has acknowledged the tensor,
-        because the sender's array is the replay buffer until then.
-      replay_bytes: Most bytes sent and not yet acknowledged, per link, when ``resume_s`` > 0.
-      token: Shared secret that both sides must prove; None asks for no proof.
-      tls: Certificates; None sends in the clear.
+      deadline_s: Seconds after which a peer that sends nothing, or accepts no bytes, is lost. The
+        intervals of heartbeats, the time limit of handshakes and the back-off of reconnects derive
+        from it.
+      window_bytes: Credit for activations and cotangents that this side grants a peer; an empty
+        window accepts one tensor of any size.
+      resume_s: Seconds for which a broken link may be down while the connecting side reconnects and
+        the stream resumes; 0 ends a link with its connection. The smaller of both sides' values
+        applies. Above 0, ``on_sent`` is called when the peer has acknowledged the tensor, because
+        the sender's array is the replay buffer until then.
+      replay_bytes: Maximum number of unacknowledged bytes per link when ``resume_s`` > 0.
+      token: Shared secret that both sides must prove; None requires no proof.
+      tls: Certificates; None sends unencrypted.
       listen_openly: Allows a listener without a token beyond the loopback interface.
-      limits: What a peer may make this side hold.
-      pool_bytes: Most bytes of idle receive buffers kept for reuse; 0 allocates each afresh.
-      checksum: Whether payloads travel with a checksum, which they do if either side says so;
-        None is yes without TLS, which has its own, and no under it. A payload that arrives
-        damaged is sent again where the stream can resume, and ends the link where it cannot.
+      limits: Limits on memory that a peer can occupy.
+      pool_bytes: Maximum size of idle receive buffers kept for reuse; 0 disables reuse.
+      checksum: Whether payloads have a checksum, which they do if either side requests it; None
+        means yes without TLS, which has its own, and no with TLS. A damaged payload is sent again
+        if the stream can resume, and otherwise ends the link.
     """
 
     deadline_s: float = 10.0
@@ -136,7 +137,7 @@ class ChannelOptions:
         """Checks the values.
 
         Raises:
-          ChannelError: If one makes no sense.
+          ChannelError: If a value is not valid.
         """
         if not self.deadline_s > 0:
             raise ChannelError(f"deadline_s must be positive, got {self.deadline_s}")
@@ -149,12 +150,12 @@ class ChannelOptions:
             raise ChannelError(f"pool_bytes must be 0 or more, got {self.pool_bytes}")
         if self.token is not None and len(self.token) < 8:
             raise ChannelError(
-                "the token is too short: use at least 8 characters, best random ones"
+                "the token is too short: use at least 8 characters, preferably random"
             )
 
     @property
     def wants_checksum(self) -> bool:
-        """Whether this side asks for checksums."""
+        """Whether this side requests checksums."""
         return self.tls is None if self.checksum is None else self.checksum
 
     @property
@@ -164,5 +165,5 @@ class ChannelOptions:
 
     @property
     def silence_s(self) -> float:
-        """Seconds of silence after which a peer is lost, so that the news is out in time."""
+        """Seconds of silence after which a peer is lost, so that its loss is reported in time."""
         return 0.8 * self.deadline_s

@@ -32,12 +32,12 @@ _MAX_CATCH_UP_S = 1.0
 
 @dataclass(frozen=True)
 class LinkShape:
-    """What one direction of a link is shaped to.
+    """The shape of one direction of a link.
 
     Attributes:
       rate_mbps: Rate in Mbit/s (10**6 bits); None is unlimited.
       delay_s: one-way delay in seconds, added to every frame.
-      schedule: Pairs (seconds since the shape was set, rate in Mbit/s), in rising order; each
+      schedule: Pairs (seconds since the shape was set, rate in Mbit/s), in increasing order; each
         replaces the rate from its time on.
     """
 
@@ -64,16 +64,16 @@ class LinkShape:
 
     @property
     def unlimited(self) -> bool:
-        """Whether frames pass without rate and delay."""
+        """Whether the link has neither rate nor delay."""
         return self.rate_mbps is None and self.delay_s == 0 and not self.schedule
 
     @property
     def opening(self) -> LinkShape:
-        """This shape without its schedule, as it is at the start: until a run begins."""
+        """This shape without its schedule, as before the start of a run."""
         return LinkShape(self.rate_at(0.0), self.delay_s)
 
     def after(self, elapsed_s: float) -> LinkShape:
-        """Returns this shape as it goes on so many seconds after it was set."""
+        """Returns the rest of this shape after a number of seconds."""
         left = tuple((at - elapsed_s, rate) for at, rate in self.schedule if at > elapsed_s)
         return LinkShape(self.rate_at(elapsed_s), self.delay_s, left)
 
@@ -98,16 +98,16 @@ class Shaper:
     def admit(
         self, now_s: float, nbytes: int, waiting: bool, queued_s: float = 0.0
     ) -> tuple[float, float]:
-        """Puts a frame on the virtual link.
+        """Schedules a frame on the virtual link.
 
         Args:
           now_s: The monotonic clock.
           nbytes: Bytes of the frame, header included.
-          waiting: Whether something was already waiting when the link became free.
-          queued_s: When this frame's message was sent: it leaves no earlier.
+          waiting: Whether a frame was already waiting when the link became free.
+          queued_s: When this frame's message was sent; it does not leave earlier.
 
         Returns:
-          When its first byte and its last byte leave the sender, without the delay.
+          The times at which its first and its last byte leave the sender, without the delay.
         """
         start = max(self.next_free_s, min(queued_s, now_s))
         if not waiting or start < now_s - _MAX_CATCH_UP_S:
@@ -136,13 +136,13 @@ class Shaper:
         return now if rate is None else now + bits / (rate * 1e6)
 
     def rate_bytes(self, now_s: float) -> float | None:
-        """Returns the present rate in bytes per second; None is unlimited."""
+        """Returns the current rate in bytes per second; None is unlimited."""
         rate = self.shape.rate_at(now_s - self._origin_s)
         return None if rate is None else rate * 1e6 / 8
 
 
 def chunk_bytes(rate_bytes: float | None) -> int:
-    """Returns how large a chunk may be so that it holds the link for 25 ms at most."""
+    """Returns the size of a chunk that occupies the link for at most 25 ms."""
     if rate_bytes is None:
         return MAX_CHUNK_BYTES
     return int(min(MAX_CHUNK_BYTES, max(MIN_CHUNK_BYTES, rate_bytes * CHUNK_TIME_S)))
@@ -155,19 +155,18 @@ _NAMED = re.compile(rf"^([a-z0-9+]+)(?:/{_NUMBER}(ms|s))?$")
 
 
 def parse_link(text: str) -> tuple[LinkShape, LinkShape]:
-    """Reads a link such as ``4g+``, ``20/40``, ``20/40/30ms``, ``wifi/5ms`` or ``trace:FILE``.
+    """Parses a link such as ``4g+``, ``20/40``, ``20/40/30ms``, ``wifi/5ms`` or ``trace:FILE``.
 
     Args:
-      text: A name of ``PRESETS_MBPS`` or "up/down" in Mbit/s, either with a round-trip delay
-        behind it, of which each direction gets half; or a CSV file of rates over time with
-        the columns ``time_s,up_mbps,down_mbps``, each row holding until the next.
+      text: A name of ``PRESETS_MBPS`` or "up/down" in Mbit/s, optionally followed by a round-trip
+        delay, of which each direction gets half; or a CSV file of rates over time with the columns
+        ``time_s,up_mbps,down_mbps``, each row valid until the next.
 
     Returns:
-      The shapes of the way up (device to server) and down.
+      The shapes up (device to server) and down.
 
     Raises:
-      ChannelError: If the text is neither; the message lists what is known. Or if the file
-        cannot be used.
+      ChannelError: If the text is not valid, with the known names, or if the file cannot be used.
     """
     word = text.strip().lower()
     if word.startswith(_TRACE):

@@ -1,4 +1,4 @@
-"""A timetable: a CSV file whose rows hold from their time on, such as the rates of a drive."""
+"""Timetables: CSV files whose rows are valid from their time on, such as rates over a drive."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ TIME = "time_s"
 
 
 def read_timetable(path: str | Path, columns: Sequence[str]) -> list[tuple[float, ...]]:
-    """Reads rows of a time and some values, each of which holds until the next.
+    """Reads rows of a time and values, each valid until the next.
 
     Lines that begin with ``#`` are comments; the first other line names the columns.
 
     Args:
       path: The file.
-      columns: Names of the values' columns, beside ``time_s``.
+      columns: Names of the columns after ``time_s``.
 
     Returns:
-      (time, value, …) by rising time, the first at 0 s.
+      Rows (time, value, …) in increasing order of time, the first at 0 s.
 
     Raises:
-      ChannelError: The file cannot be read, a column is missing, a field is no number, or times
-        do not rise from 0; the message names file and line.
+      ChannelError: The file cannot be read, a column is missing, a field is not a number, or times
+        do not increase from 0; the message names file and line.
     """
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
@@ -53,12 +53,12 @@ def read_timetable(path: str | Path, columns: Sequence[str]) -> list[tuple[float
             )
         rows.append(row)
     if not rows:
-        raise ChannelError(f"{path} has no row below its header: give at least time 0")
+        raise ChannelError(f"{path} has no rows: give at least time 0")
     return rows
 
 
 def _row(where: str, names: Sequence[str], wanted: Sequence[str], line: str) -> tuple[float, ...]:
-    """Returns a line's numbers in the wanted order."""
+    """Returns the numbers of a line in the requested order."""
     fields = next(csv.reader([line]))
     if len(fields) != len(names):
         raise ChannelError(f"{where}: expected {len(names)} fields, got {len(fields)}")

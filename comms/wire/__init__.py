@@ -1,1 +1,1 @@
-"""Bytes on a connection: frames, the handshake, transports, buffers and the I/O thread's loop."""
+"""Bytes on a connection: frames, handshake, transports, buffers and the event loop."""

@@ -1,9 +1,9 @@
-"""JSON from a peer, bounded: what it may hold is checked before and while it is read.
+"""Bounded decoding of JSON from a peer, checked before and while it is decoded.
 
-The standard decoder takes numbers of any length (and raises one of four errors for some), words
-that are no JSON (NaN, Infinity), a key twice, halves of surrogate pairs that no file or terminal
-takes, four encodings, and any depth up to the recursion limit. Two bytes can become a list of 56.
-Here each is refused by one kind of error, whose text is one short line.
+The standard decoder accepts numbers of any length (and raises one of four errors for some), NaN and
+Infinity, duplicate keys, unpaired surrogates, four encodings, and any depth up to the recursion
+limit; two bytes can become a list of 56. Here all of these are rejected by one error with a short
+message.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from comms.errors import ChannelError, FrameError
 JsonBody: TypeAlias = dict[str, Any]
 """What a control message, a manifest or a greeting says."""
 MOST_DEPTH = 32
-"""Lists and objects inside each other."""
+"""Maximum depth of lists and objects."""
 MOST_VALUES = 1 << 19
-"""Texts, numbers, words, lists and objects in all, but for the names in objects."""
+"""Maximum number of values, without the names in objects."""
 MOST_WHOLE = (1 << 63) - 1
 """Largest magnitude of a whole number."""
 _MOST_DIGITS = 64
 
-# Possessive, so that a text of megabytes takes no memory to be skipped.
+# Possessive, so that skipping a text of megabytes takes no memory.
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _NOT_STRUCTURE = bytes(set(range(256)) - set(b"[]{},"))
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class _Refused(ValueError):
-    """What the hooks raise; the argument says why."""
+    """Raised by the hooks, with the reason."""
 
 
 def decode(data: bytes | bytearray | memoryview, what: str) -> JsonBody:
-    """Returns the JSON object that UTF-8 bytes hold.
+    """Decodes a JSON object from UTF-8.
 
     Args:
-      data: The bytes; their number is the caller's to bound.
-      what: What they are, for the message.
+      data: The bytes, whose number the caller limits.
+      what: Names the bytes in messages.
 
     Returns:
-      An object of texts that can be encoded, finite floats, whole numbers of 64 bits, booleans,
-      None, lists and further objects, of at most ``MOST_DEPTH`` levels and ``MOST_VALUES`` values.
+      An object of encodable texts, finite floats, 64-bit whole numbers, booleans, None, lists and
+      objects, with at most ``MOST_DEPTH`` levels and ``MOST_VALUES`` values.
 
     Raises:
-      FrameError: If they are no such object.
+      FrameError: If the bytes are not such an object.
     """
     raw = bytes(data)
     try:
@@ -58,19 +58,19 @@ def decode(data: bytes | bytearray | memoryview, what: str) -> JsonBody:
         if _SURROGATE.search(raw):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        raise FrameError(f"{what} is no JSON that is taken: half a surrogate pair") from None
+        raise FrameError(f"{what} is not acceptable JSON: an unpaired surrogate") from None
     except (ValueError, RecursionError) as error:
-        raise FrameError(f"{what} is no JSON that is taken: {one_line(error, 200)}") from None
+        raise FrameError(f"{what} is not acceptable JSON: {one_line(error, 200)}") from None
     if not isinstance(value, dict):
-        raise FrameError(f"{what} is no JSON that is taken: expected an object")
+        raise FrameError(f"{what} is not acceptable JSON: expected an object")
     return value
 
 
 def encode(value: JsonBody, what: str) -> bytes:
-    """Returns the UTF-8 bytes of a JSON object that ``decode`` takes.
+    """Encodes a JSON object as UTF-8 that ``decode`` accepts.
 
     Raises:
-      ChannelError: If it holds what JSON has no form for, NaN and infinities among it.
+      ChannelError: If it has a value that JSON cannot represent, such as NaN.
     """
     try:
         return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
@@ -79,54 +79,54 @@ def encode(value: JsonBody, what: str) -> bytes:
 
 
 def one_line(text: object, most: int = 1000) -> str:
-    """Returns what a peer said so that a log or a terminal can show it: printable and bounded."""
+    """Returns a peer's text in printable form and of bounded length, for logs and terminals."""
     said = str(text)[:most]
     return said if said.isprintable() else "".join(c if c.isprintable() else "?" for c in said)
 
 
 def reason_text(reason: object) -> str:
-    """Returns why something ends, for a peer: short enough that its JSON fits into 4 KiB."""
+    """Returns a reason for a peer, short enough for 4 KiB of JSON."""
     text = one_line(reason)
-    return text if text.isascii() else text[:300]  # an escape takes up to 12 bytes
+    return text if text.isascii() else text[:300]  # an escape has up to 12 bytes
 
 
 def _check_structure(raw: bytes) -> None:
-    """Bounds depth and values before anything is made of them."""
+    """Checks depth and number of values before they are decoded."""
     if len(raw) <= MOST_VALUES and raw.count(b"[") + raw.count(b"{") <= MOST_DEPTH:
-        return  # as most messages
+        return  # the usual case
     structure = _TEXT.sub(b"", raw).translate(None, _NOT_STRUCTURE)
     marks = np.frombuffer(structure, np.uint8)
     opens, closes = (marks == 91) | (marks == 123), (marks == 93) | (marks == 125)
     values = int(np.count_nonzero(~closes)) + 1
     if values > MOST_VALUES:
-        raise _Refused(f"about {values} values, at most {MOST_VALUES} are taken")
+        raise _Refused(f"about {values} values, at most {MOST_VALUES} are accepted")
     levels = np.cumsum(opens.astype(np.int8) - closes.astype(np.int8), dtype=np.int32)
     if (depth := int(levels.max(initial=0))) > MOST_DEPTH:
-        raise _Refused(f"{depth} levels, at most {MOST_DEPTH} are taken")
+        raise _Refused(f"{depth} levels, at most {MOST_DEPTH} are accepted")
 
 
 def _whole(digits: str) -> int:
     if len(digits) > 20 or abs(number := int(digits)) > MOST_WHOLE:
-        raise _Refused(f"a whole number of {len(digits)} digits, at most 64 bits are taken")
+        raise _Refused(f"a whole number of {len(digits)} digits, at most 64 bits are accepted")
     return number
 
 
 def _real(digits: str) -> float:
     if len(digits) > _MOST_DIGITS:
-        raise _Refused(f"a number of {len(digits)} characters, at most {_MOST_DIGITS} are taken")
+        raise _Refused(f"a number of {len(digits)} characters, at most {_MOST_DIGITS} are accepted")
     if not math.isfinite(number := float(digits)):
         raise _Refused(f"the number {digits}, which is beyond float64")
     return number
 
 
 def _word(name: str) -> None:
-    raise _Refused(f"the word {name}")
+    raise _Refused(f"the constant {name}")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> JsonBody:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise _Refused("a name twice in one object")
+        raise _Refused("a duplicate name in an object")
     return found
 
 

@@ -1,11 +1,11 @@
-"""Aligned receive buffers, and a pool that reuses one only when nothing can see it any more.
+"""Aligned receive buffers, and a pool that reuses a buffer only when nothing refers to it.
 
 jax on a CPU does not copy a 64-byte aligned array: its device array *is* the receive buffer, and
-dispatch returns before the computation has read it. So a buffer is reused on proof only. What the
-channel hands out are views of an ``owner`` array; every view, memoryview and jax array made from
-them holds a reference to that owner, and jax drops its own when the last computation that reads
-the buffer is done. When the owner dies the memory behind it has no reader left, and only then,
-and only if the message was also released, does it go back to the pool.
+dispatch returns before the computation has read it. The channel delivers views of an ``owner``
+array; every view, memoryview and jax array made from them refers to that owner, and jax drops its
+reference when the last computation that reads the buffer has finished. The memory returns to the
+pool only when the owner has been collected, so that it has no readers left, and the message was
+released.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ _SLACK = 4096
 
 
 def allocate_aligned(nbytes: int) -> Bytes:
-    """Returns a fresh, uninitialised array [nbytes] uint8 that begins at a 64-byte boundary."""
+    """Returns a new, uninitialised array [nbytes] uint8 that is aligned to 64 bytes."""
     block = np.empty(nbytes + ALIGNMENT, dtype=np.uint8)
     shift = -block.ctypes.data % ALIGNMENT
     return block[shift : shift + nbytes]
 
 
 def _size_class(nbytes: int) -> int:
-    """Rounds up to a page and an eighth of a power of two, so that near sizes share buffers."""
+    """Rounds up to pages and eighths of a power of two, so that similar sizes share buffers."""
     step = max(_SLACK, 1 << max(0, nbytes.bit_length() - 4))
     return -(-nbytes // step) * step
 
 
 class Lease:
-    """One pooled buffer in use: it returns when its owner array is dead *and* it was released."""
+    """A pooled buffer in use; it returns when its owner array is dead *and* it was released."""
 
     __slots__ = ("_block", "_dead", "_pool", "_released")
 
@@ -47,11 +47,11 @@ class Lease:
         self._released = False
 
     def release(self) -> None:
-        """Says that the receiver is done with the message."""
+        """Reports that the receiver has released the message."""
         self._settle(released=True)
 
     def owner_died(self) -> None:
-        """Says that no view of the buffer is left; called by the garbage collector."""
+        """Reports that no view of the buffer is left; called by the garbage collector."""
         self._settle(dead=True)
 
     def _settle(self, *, dead: bool = False, released: bool = False) -> None:
@@ -64,11 +64,11 @@ class Lease:
 
 
 class BufferPool:
-    """Reuses receive buffers up to a bound of idle bytes; 0 switches reuse off. Thread-safe."""
+    """Reuses receive buffers up to a limit of idle bytes; 0 disables reuse. Thread-safe."""
 
     def __init__(self, max_idle_bytes: int) -> None:
         self._max_idle_bytes = max_idle_bytes
-        # A finalizer may run inside any allocation, hence while this very lock is held.
+        # A finalizer may run inside any allocation, and thus while this lock is held.
         self.lock = threading.RLock()
         self._idle: dict[int, list[Bytes]] = {}
         self.idle_bytes = 0
@@ -95,7 +95,7 @@ class BufferPool:
         return owner, lease
 
     def take_back(self, block: Bytes) -> None:
-        """Keeps a block for reuse, or lets it go when enough are idle."""
+        """Keeps a block for reuse, or frees it if enough are idle."""
         with self.lock:
             if self.idle_bytes + block.nbytes > self._max_idle_bytes:
                 return

@@ -22,7 +22,7 @@ Ready: TypeAlias = Callable[[int], None]
 
 
 class Timer:
-    """A call at a time; ``cancel`` makes it do nothing."""
+    """A scheduled call, which ``cancel`` cancels."""
 
     __slots__ = ("call", "when_s")
 
@@ -31,17 +31,17 @@ class Timer:
         self.call: Callable[[], None] | None = call
 
     def cancel(self) -> None:
-        """Drops the call."""
+        """Cancels the call."""
         self.call = None
 
 
 class Loop:
     """Runs ready sockets, due timers and posted calls on one thread.
 
-    Only ``post``, ``start``, ``stop`` and ``join`` may be called from other threads. What concerns
-    one connection is called through a ``Guard``, which contains its exceptions. One that escapes
-    any other callback ends the loop: it is kept in ``failure`` and handed to ``on_failure``, which
-    has to tell everyone who waits.
+    Only ``post``, ``start``, ``stop`` and ``join`` may be called from other threads. Callbacks of a
+    connection are called through a ``Guard``, which contains their exceptions. An exception in any
+    other callback ends the loop: it is stored in ``failure`` and passed to ``on_failure``, which
+    has to notify all waiting threads.
     """
 
     def __init__(self, name: str, on_failure: Callable[[BaseException], None]) -> None:
@@ -65,7 +65,7 @@ class Loop:
         self._thread.start()
 
     def stop(self) -> None:
-        """Makes the thread end after what it is doing now."""
+        """Makes the thread end after its current callback."""
 
         def end() -> None:
             self._running = False
@@ -85,17 +85,18 @@ class Loop:
     def post(self, call: Callable[[], None]) -> None:
         """Runs ``call`` on the I/O thread soon; never blocks; from any thread.
 
-        A call posted by the I/O thread itself needs no wake-up: it looks before it waits again.
+        A call posted by the I/O thread itself needs no wake-up: the queue is checked before each
+        wait.
         """
         self._posted.append(call)
         if not self._awake and threading.get_ident() != self._thread.ident:
             self._awake = True
-            # Full means that a wake-up is on its way; closed means that the loop has ended.
+            # Full means that a wake-up is pending; closed means that the loop has ended.
             with contextlib.suppress(BlockingIOError, OSError):
                 self._waker.send(b"\0")
 
     def soon(self, call: Callable[[], None]) -> None:
-        """Runs ``call`` after the other ready sockets have had their turn; I/O thread only."""
+        """Runs ``call`` after the other ready sockets; I/O thread only."""
         self._soon.append(call)
 
     def at(self, when_s: float, call: Callable[[], None]) -> Timer:
@@ -120,7 +121,8 @@ class Loop:
         try:
             while self._running:
                 self._turn()
-        # The one place where anything is caught: every thread that waits for this one must hear.
+        # The only place that catches everything: all threads that wait for this one must be
+        # notified.
         except BaseException as error:
             self.failure = error
             self._on_failure(error)
@@ -137,7 +139,7 @@ class Loop:
                         pass
             else:
                 key.data(events)
-        # Cleared before the queue is read: a post from here on wakes the next turn.
+        # Cleared before the queue is read, so that later posts wake the next iteration.
         self._awake = False
         for queue in (self._posted, self._soon):
             for _ in range(len(queue)):
@@ -159,15 +161,15 @@ class Loop:
 
 
 class Guard:
-    """The loop as one connection sees it: an exception of its callbacks ends that connection alone.
+    """The loop for one connection: an exception in its callbacks ends only that connection.
 
-    This is the last line of defence. What a peer can cause has errors of its own, which are told
-    and handled where they arise; what comes here is a bug, in the channel or in a callback of its
-    user. It becomes the error of the connection that it happened on, with its place and its cause.
+    This is the last line of defence. Errors that a peer can cause have their own types and are
+    handled where they arise; an exception here is a bug in the channel or in a callback of its
+    user. It becomes the error of its connection, with its place and cause.
 
     Args:
       loop: The I/O thread.
-      failed: Gets the exception, on the I/O thread.
+      failed: Called with the exception, on the I/O thread.
     """
 
     def __init__(self, loop: Loop, failed: Callable[[Exception], None]) -> None:
@@ -180,7 +182,7 @@ class Guard:
         return self._loop.on_thread
 
     def run(self, call: Callable[..., object], *args: object) -> None:
-        """Runs a call now; I/O thread only."""
+        """Runs a call immediately; I/O thread only."""
         try:
             call(*args)
         except Exception as error:
@@ -208,7 +210,7 @@ class Guard:
 
 
 def report(error: BaseException) -> None:
-    """Shows an exception of which no caller is left to hear, as Python does for threads."""
+    """Reports an exception without a caller, as Python does for threads."""
     threading.excepthook(
         threading.ExceptHookArgs(
             (type(error), error, error.__traceback__, threading.current_thread())
@@ -217,7 +219,7 @@ def report(error: BaseException) -> None:
 
 
 def place_of(error: BaseException) -> str:
-    """Returns an exception and where it was raised, in one line."""
+    """Returns an exception and the place that raised it, in one line."""
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next

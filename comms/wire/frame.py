@@ -70,7 +70,7 @@ _RANK_AT = 10
 
 
 class Role(enum.IntEnum):
-    """What a tensor is for; it decides about credit and picks the codec."""
+    """The role of a tensor, which determines its credit and codec."""
 
     CONTROL = 0
     ACTIVATION = 1
@@ -80,7 +80,7 @@ class Role(enum.IntEnum):
 
 
 class Kind(enum.IntEnum):
-    """What a frame is."""
+    """The kind of a frame."""
 
     TENSOR = 1
     CONTROL = 2
@@ -97,22 +97,22 @@ class Flag(enum.IntFlag):
 
     NONE = 0
     CONTROL_LANE = 1
-    """The frame belongs to a control message (tells the chunks of the two lanes apart)."""
+    """The frame belongs to a control message (distinguishes the chunks of the two lanes)."""
     BUNDLE = 2
-    """The tensor is part of the bundle whose manifest came last."""
+    """The tensor is part of the bundle with the last manifest."""
     BACK_TO_BACK = 4
-    """The sender had this frame waiting when the one before it left: its transfer time is pure."""
+    """The frame was waiting when the one before it left, so that its transfer time is exact."""
     CHECKED = 8
     """The header has a checksum of the payload."""
 
 
 SEQUENCED = frozenset((Kind.TENSOR, Kind.CONTROL, Kind.MANIFEST, Kind.CHUNK))
-"""Kinds that are numbered, acknowledged and sent again after a cut link."""
+"""Kinds that are numbered, acknowledged and sent again after a broken connection."""
 
 STATUS = struct.Struct("<QQd")
 """Payload of STATUS: last sequence received, credit bytes given back so far, bytes/s received."""
 MAX_RATE = 1e12
-"""The most that a STATUS reports, in bytes per second."""
+"""Maximum rate in a STATUS, in bytes per second."""
 MAX_CLOCK_S = 1e12
 """The largest magnitude of a clock, in seconds."""
 PING = struct.Struct("<d")
@@ -173,7 +173,7 @@ class Tag:
     attempt: int = 0
 
     def __str__(self) -> str:
-        """Names the tensor as error messages do."""
+        """Returns the name of the tensor for error messages."""
         return (
             f"{self.role.name.lower()} of device {self.device}, stage {self.stage}, "
             f"step {self.step}, micro-batch {self.micro_batch} of {self.micro_batches}"
@@ -215,10 +215,10 @@ class Header(NamedTuple):
         """Returns the tensor's tag.
 
         Raises:
-          FrameError: If the role is none of ``Role``.
+          FrameError: If the role is not one of ``Role``.
         """
         if self.role > Role.WEIGHT:
-            raise FrameError(f"the frame names role {self.role}; known are 0 to {int(Role.WEIGHT)}")
+            raise FrameError(f"the frame has role {self.role}; known are 0 to {int(Role.WEIGHT)}")
         return Tag(
             role=Role(self.role),
             device=self.device,
@@ -273,31 +273,31 @@ def tag_fields(tag: Tag | None) -> _TagFields:
 def unpack_header(
     buffer: memoryview | bytes | bytearray,
 ) -> tuple[Header, tuple[int, ...]] | None:
-    """Reads a header of which at least ``HEADER_BYTES`` are there, and the shape behind it.
+    """Reads a header, of which at least ``HEADER_BYTES`` are available, and the shape after it.
 
     Returns:
-      The two, or None while the shape is not complete.
+      Header and shape, or None while the shape is incomplete.
 
     Raises:
-      DamageError: If the bytes are not what the peer sent.
-      FrameError: If they are no header of this protocol version.
+      DamageError: If the bytes were damaged.
+      FrameError: If they are not a header of this protocol version.
     """
     view = memoryview(buffer)
     magic, rank = bytes(view[: len(MAGIC)]), view[_RANK_AT]
     if magic != MAGIC:
         raise DamageError(f"the frame begins with {magic!r}, expected {MAGIC!r}")
     if rank > MAX_RANK:
-        raise DamageError(f"the frame declares rank {rank}, at most {MAX_RANK} is taken")
+        raise DamageError(f"the frame declares rank {rank}, at most {MAX_RANK} is accepted")
     end = HEADER_BYTES + 8 * rank
     if len(view) < end:
         return None
     (crc,) = _CRC.unpack_from(view, _HEADER.size)
     actual = zlib.crc32(view[HEADER_BYTES:end], zlib.crc32(view[: _HEADER.size]))
     if crc != actual:
-        raise DamageError(f"the header's CRC-32 is {actual:08x}, it says {crc:08x}")
+        raise DamageError(f"the header's CRC-32 is {actual:08x}, expected {crc:08x}")
     _, version, *fields = _HEADER.unpack_from(view)
     if version != VERSION:
-        raise FrameError(f"the frame is of protocol version {version}, this side speaks {VERSION}")
+        raise FrameError(f"the frame is of protocol version {version}, this side uses {VERSION}")
     header = Header._make(fields)
     if not Kind.TENSOR <= header.kind <= Kind.GOODBYE:
         raise FrameError(f"unknown kind of frame: {header.kind}")
@@ -312,5 +312,5 @@ def unpack_header(
 
 
 def array_bytes(dtype: DType, shape: tuple[int, ...]) -> int:
-    """Returns the bytes of an array by exact integer arithmetic, whatever a peer declares."""
+    """Returns the size of an array in bytes, in exact integer arithmetic for any declared shape."""
     return math.prod(shape) * dtype.itemsize

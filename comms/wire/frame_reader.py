@@ -1,4 +1,4 @@
-"""Bytes to frames: reads a connection, finds the headers, puts payloads where they belong."""
+"""Reads frames from a connection: parses headers and reads payloads into their buffers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _STAGING_BYTES = 1 << 14
 class FrameReader:
     """Reads one stream; outlives its connections.
 
-    A payload is read straight into the memory that ``begin_frame`` returns, and the same call goes
-    on into a small staging area, where the next header is expected.
+    A payload is read directly into the memory that ``begin_frame`` returns; the same system call
+    reads the next header into a small staging area.
 
     Args:
-      begin_frame: Gets each header and shape; returns where the payload goes.
-      end_frame: Gets the header again when the payload is complete.
+      begin_frame: Called with each header and shape; returns the buffer of the payload.
+      end_frame: Called with the header when the payload is complete.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class FrameReader:
         self._filled = 0
 
     def settle(self) -> tuple[Header, int] | None:
-        """Ends a connection; returns what was read of an unfinished frame, if there is one."""
+        """Ends a connection; returns the part of an incomplete frame that was read, if any."""
         rest = None if self._header is None else (self._header, self._filled)
         self._start = self._end = 0
         self._header = self._target = None
@@ -49,7 +49,7 @@ class FrameReader:
         return rest
 
     def restart(self, leftover: bytes) -> None:
-        """Begins a connection, of which ``leftover`` was read already."""
+        """Starts a connection of which ``leftover`` has already been read."""
         self.last_read_s = time.monotonic()
         view = memoryview(leftover)
         while view:
@@ -61,25 +61,25 @@ class FrameReader:
             self._compact()
 
     def expect(self, head_bytes: int = _STAGING_BYTES, wake_bytes: int = 1) -> None:
-        """Says what to be ready for from here on; called by ``begin_frame``.
+        """Sets the read sizes; called by ``begin_frame``.
 
         Args:
-          head_bytes: How much to read beyond a payload: after a large one just the next head, so
-            that the payload behind it lands at the beginning of its aligned buffer, uncopied.
-          wake_bytes: How much of a payload may gather before this thread is woken for it.
+          head_bytes: Number of bytes to read after a payload: after a large one only the next head,
+            so that the next payload starts in its aligned buffer without a copy.
+          wake_bytes: Bytes of a payload that accumulate before this thread is woken.
         """
         self._ahead_bytes = head_bytes
         self._wake_bytes = wake_bytes
 
     def pump(self, transport: Transport, budget_bytes: int) -> bool:
-        """Reads until the connection would wait or the budget is used up.
+        """Reads until the connection would block or the budget is used up.
 
         Returns:
-          Whether there may be more to read at once.
+          Whether more data may be available.
 
         Raises:
-          ConnectionEnded: If the connection is over.
-          FrameError: If the peer sent what is no valid frame.
+          ConnectionEnded: If the connection has ended.
+          FrameError: If the peer sent an invalid frame.
         """
         while budget_bytes > 0:
             target = self._target
@@ -104,7 +104,7 @@ class FrameReader:
                 budget_bytes -= count
                 self.last_read_s = time.monotonic()
                 self._parse()
-            # A short read emptied the kernel's buffer; asking again would only be told to wait.
+            # A short read emptied the kernel's buffer; another read would only block.
             if count is None or count < offered:
                 unread = 0 if self._target is None else len(self._target) - self._filled
                 transport.wake_at(max(1, min(unread, self._wake_bytes)))
@@ -118,7 +118,7 @@ class FrameReader:
             self._start, self._end = 0, rest
 
     def _parse(self) -> None:
-        """Goes through what was read, frame by frame."""
+        """Processes the data, frame by frame."""
         while True:
             target = self._target
             if target is not None:

@@ -1,8 +1,8 @@
-"""The messages of the handshake as values, and what each of their fields may hold.
+"""The messages of the handshake as values, and the valid values of their fields.
 
-Nothing that a peer writes is believed: a message has exactly these fields, each of its type and
-within its range. Numbers are whole and of at most 62 bits, or finite; texts are printable or
-hexadecimal digits, and bounded. What differs is one ``HandshakeError`` of one line.
+Everything from a peer is validated: a message has exactly these fields, each with its type and
+range. Numbers are whole with at most 62 bits, or finite; texts are printable or hexadecimal, and
+bounded. Any violation is a ``HandshakeError`` of one line.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class HandshakeStep(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What a field may hold.
+    """The rule for a field.
 
     Attributes:
-      expected: What an error says of it.
-      takes: Whether a JSON value is that.
-      made: Makes the field's value.
+      expected: Description of valid values for errors.
+      takes: Whether a JSON value is valid.
+      made: Constructs the field's value.
     """
 
     expected: str
@@ -50,7 +50,7 @@ class Rule:
 
 
 def is_name(value: object) -> bool:
-    """Whether something is the name of an endpoint."""
+    """Returns whether a value is a valid name of an endpoint."""
     return isinstance(value, str) and 1 <= len(value) <= MAX_NAME and value.isprintable()
 
 
@@ -81,7 +81,7 @@ SECONDS = Rule(
 TRUTH = Rule("true or false", lambda value: type(value) is bool)
 SESSION, NONCE, PROOF = _hexadecimal(32), _hexadecimal(32), _hexadecimal(64)
 CODE = Rule(
-    "a word of 1 to 32 small letters",
+    "a word of 1 to 32 lower-case letters",
     lambda value: isinstance(value, str) and re.fullmatch("[a-z]{1,32}", value) is not None,
 )
 REASON = Rule(
@@ -92,7 +92,7 @@ REASON = Rule(
 
 
 def ruled(rule: Rule, default: _T | None = None) -> _T:
-    """Returns a field of a message; without a default it has to be given."""
+    """Returns a field of a message; without a default it is required."""
     metadata = {"rule": rule}
     if default is None:
         return field(metadata=metadata)  # type: ignore[no-any-return]
@@ -107,10 +107,10 @@ class Greeting:
 
     @classmethod
     def read(cls, body: JsonBody) -> Self:
-        """Returns the message that a JSON object stands for.
+        """Decodes a message from a JSON object.
 
         Raises:
-          HandshakeError: If a field is missing, unknown, or holds what it may not.
+          HandshakeError: If a field is missing, unknown, or not valid.
         """
         rules = {one.name: one.metadata["rule"] for one in fields(cls)}
         who = f"{body['name']}: " if is_name(body.get("name")) else ""
@@ -138,19 +138,19 @@ class Greeting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms(Greeting):
-    """What one side tells the other about itself and about the stream.
+    """The terms of one side: facts about itself and the stream.
 
     Attributes:
       name: Name of this side.
       session: 32 hexadecimal digits that name the stream, chosen by the connecting side.
-      attempt: How many connections the connecting side has tried for this stream, this one
-        included; an older one that arrives late is refused.
+      attempt: Number of connections that the connecting side has tried for this stream, including
+        this one; an older one that arrives late is refused.
       received: Last sequence number received on this stream, 0 for a new one.
       partial_bytes: Payload bytes received of the frame after that.
       resumed: In WELCOME, whether the listener knew the stream.
-      window_bytes: Credit that this side gives.
-      resume_s: How long this side would keep a cut stream.
-      checksum: Whether this side wants payloads with checksums; one side is enough.
+      window_bytes: Credit that this side grants.
+      resume_s: Seconds for which this side would keep a broken stream.
+      checksum: Whether this side requests checksums of payloads; one side is enough.
     """
 
     name: str = ruled(NAME)
@@ -164,13 +164,13 @@ class Terms(Greeting):
     checksum: bool = ruled(TRUTH, False)
 
     def own(self) -> JsonBody:
-        """Returns these fields alone, for another message that has them as well."""
+        """Returns only these fields, for another message that includes them."""
         return {one.name: getattr(self, one.name) for one in fields(Terms)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello(Terms):
-    """The connecting side's opening.
+    """The first message of the connecting side.
 
     Attributes:
       nonce: 32 random hexadecimal digits.
@@ -212,7 +212,7 @@ class Proof(Greeting):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Welcome(Terms):
-    """The listener's answer to PROOF, its last word.
+    """The listener's answer to PROOF, its last message.
 
     Attributes:
       proof: 64 hexadecimal digits, or None without a token.
@@ -224,11 +224,11 @@ class Welcome(Terms):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refuse(Greeting):
-    """Either side's last word instead.
+    """The last message of a side that refuses.
 
     Attributes:
-      code: "version", "token", "busy" or "handshake"; what else is said means the last.
-      reason: Why, for a person; one line.
+      code: "version", "token", "busy" or "handshake"; other codes mean the last.
+      reason: The reason for people; one line.
     """
 
     step = HandshakeStep.REFUSE
@@ -242,10 +242,10 @@ GREETINGS: dict[HandshakeStep, type[Greeting]] = {
 
 
 def read_greeting(step: HandshakeStep, data: bytes) -> Greeting:
-    """Returns the message that the JSON of a handshake message holds.
+    """Decodes the message of a step from JSON.
 
     Raises:
-      HandshakeError: If it is none of that step.
+      HandshakeError: If it is not a valid message of that step.
     """
     try:
         body = bounded_json.decode(data, f"a handshake message ({step.name})")
@@ -255,6 +255,6 @@ def read_greeting(step: HandshakeStep, data: bytes) -> Greeting:
 
 
 def _shown(value: object) -> str:
-    """Returns a peer's value for an error: one line, printable, short."""
+    """Returns a peer's value for an error: one short printable line."""
     text = ascii(value)
     return text if len(text) <= 80 else f"{text[:80]}…"

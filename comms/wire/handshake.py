@@ -1,4 +1,4 @@
-"""The handshake: who is there, which protocol, is the token known, is this a new stream or an old.
+"""The handshake: identity, protocol version, token, and whether a stream is new or resumed.
 
 Each message is a 12-byte preface, then JSON of at most 4 KiB::
 
@@ -8,13 +8,13 @@ Each message is a 12-byte preface, then JSON of at most 4 KiB::
     7  1  zero
     8  4  length   bytes of JSON that follow
 
-What the JSON of each may hold is said in ``comms.wire.greeting``. The connecting side sends HELLO,
-the listener CHALLENGE, the connecting side PROOF, the listener WELCOME; either may send REFUSE
-instead and close. This preface never changes between versions, so that each side can tell the other
-which version it would need. With a token, both prove it: a proof is HMAC-SHA256 of the token over
-the side's name and every handshake byte before it, both sides' random numbers among them, so that
-neither an old proof nor the other side's is worth anything. The connecting side proves itself
-first: who merely scans for listeners gets nothing to guess against.
+The JSON of each message is defined in ``comms.wire.greeting``. The connecting side sends HELLO, the
+listener CHALLENGE, the connecting side PROOF, the listener WELCOME; either may send REFUSE instead
+and close. This preface is the same in all versions, so that each side can tell the other which
+version it needs. With a token, both sides prove it: a proof is HMAC-SHA256 of the token over the
+side's name and every handshake byte before it, both sides' random numbers among them, so that
+neither an old proof nor that of the other side can be reused. The connecting side proves itself
+first, so that a scanner gets nothing against which it could test guesses.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ class Handshake:
       secure: Whether the connection is encrypted.
 
     Attributes:
-      terms: What the peer told, once it has.
+      terms: Terms of the peer, once known.
       done: Whether the handshake has succeeded.
-      leftover: Bytes behind the last handshake message; they are the first frames.
-      names: What the peer's certificate says it may be called; None if it showed none.
+      leftover: Bytes after the last handshake message, the first frames.
+      names: Names in the peer's certificate; None if it has shown none.
     """
 
     def __init__(self, name: str, token: str | None, secure: bool) -> None:
@@ -80,11 +80,11 @@ class Handshake:
         self._transcript = hashlib.sha256()
 
     def feed(self, data: bytes) -> bytes:
-        """Takes bytes from the peer and returns what to send back.
+        """Processes bytes from the peer and returns the answer.
 
         Raises:
-          HandshakeError: If the two do not agree; ``refusal`` says what to tell the peer.
-          BusyError: If the peer cannot take this side now.
+          HandshakeError: If the handshake failed; ``refusal`` returns the message for the peer.
+          BusyError: If the peer cannot accept this side now.
         """
         self._buffer += data
         replies = b""
@@ -95,28 +95,28 @@ class Handshake:
         return replies
 
     def _take(self) -> tuple[Greeting, bytes] | None:
-        """Cuts the next message off the buffer; None while it is incomplete."""
+        """Takes the next message from the buffer; None while it is incomplete."""
         start = bytes(self._buffer[: len(MAGIC)])
         if start != MAGIC[: len(start)]:
             hint = ""
             if start[:1] in (b"\x15", b"\x16"):
-                hint = "; it speaks TLS and this side does not: give both sides certificates"
+                hint = "; it uses TLS and this side does not: give both sides certificates"
             raise HandshakeError(
-                f"the peer does not speak this protocol (first bytes {start!r}){hint}"
+                f"the peer does not use this protocol (first bytes {start!r}){hint}"
             )
         if len(self._buffer) < _PREFACE.size:
             return None
         _, version, kind, zero, length = _PREFACE.unpack_from(self._buffer)
         if version != VERSION and kind != HandshakeStep.REFUSE:
             raise VersionError(
-                f"the peer speaks protocol version {version}, this side ({self.name}) version "
+                f"the peer uses protocol version {version}, this side ({self.name}) version "
                 f"{VERSION}; install the same version of the software on both sides"
             )
         if kind not in HandshakeStep.__members__.values() or zero:
             raise HandshakeError(f"the peer sent a handshake message of unknown kind {kind}")
         if length > _MAX_BODY_BYTES:
             raise HandshakeError(
-                f"a handshake message of {length} bytes; {_MAX_BODY_BYTES} is most"
+                f"a handshake message of {length} bytes; at most {_MAX_BODY_BYTES} are accepted"
             )
         end = _PREFACE.size + length
         if len(self._buffer) < end:
@@ -125,7 +125,7 @@ class Handshake:
         del self._buffer[:end]
         if version != VERSION:
             raise VersionError(
-                f"the peer refused (it speaks protocol version {version}): "
+                f"the peer refused (it uses protocol version {version}): "
                 f"{_foreign_reason(message[_PREFACE.size :])}"
             )
         greeting = read_greeting(HandshakeStep(kind), message[_PREFACE.size :])
@@ -142,7 +142,7 @@ class Handshake:
         return message
 
     def _proof(self, side: str) -> str | None:
-        """Returns the proof of a side over all that was said so far; None without a token."""
+        """Returns the proof of a side over all messages so far; None without a token."""
         if self._token is None:
             return None
         signed = side.encode() + b"\0" + self._transcript.digest()
@@ -156,26 +156,26 @@ class Handshake:
             )
 
     def _check_name(self, name: str) -> None:
-        """Sees to it that a peer with a certificate goes by a name that is in it."""
+        """Checks that a peer with a certificate uses a name in it."""
         if self.names is not None and name not in self.names:
             known = ", ".join(one_line(one, 100) for one in self.names[:8]) or "no host"
             raise AuthenticationError(
-                f"the peer calls itself {name}, and its certificate names {known}; give each host "
-                "a certificate whose subject alternative names include the host's name"
+                f"the peer's name is {name}, but its certificate names {known}; give each host a "
+                "certificate whose subject alternative names include the host's name"
             )
 
     def _unexpected(self, greeting: Greeting) -> NoReturn:
-        raise HandshakeError(f"the peer sent {greeting.step.name} out of turn")
+        raise HandshakeError(f"the peer sent {greeting.step.name} out of order")
 
 
 class ClientHandshake(Handshake):
-    """The connecting side; ``opening`` is what to send first.
+    """The connecting side; ``opening`` is its first message.
 
     Args:
-      terms: This side's, its name among them.
+      terms: Terms of this side, including its name.
       token: The shared token, or None.
       secure: Whether the connection is encrypted.
-      expected: The name that the listener has to go by; None takes any.
+      expected: The required name of the listener; None accepts any.
     """
 
     def __init__(
@@ -191,9 +191,9 @@ class ClientHandshake(Handshake):
         if isinstance(greeting, Challenge) and not self._challenged:
             if greeting.token is not (self._token is not None):
                 raise AuthenticationError(
-                    "the peer asks for a token and this side has none"
+                    "the peer requires a token and this side has none"
                     if self._token is None
-                    else "this side has a token and the peer has none; it may not be the right peer"
+                    else "this side has a token and the peer has none; it may be the wrong peer"
                 )
             self._check_name(greeting.name)
             self._transcript.update(message)
@@ -205,7 +205,7 @@ class ClientHandshake(Handshake):
         self._check_name(greeting.name)
         if self._expected is not None and greeting.name != self._expected:
             raise HandshakeError(
-                f"the listener calls itself {greeting.name}, expected {self._expected}; check the "
+                f"the listener's name is {greeting.name}, expected {self._expected}; check the "
                 "address"
             )
         self.terms = greeting
@@ -220,7 +220,7 @@ class ServerHandshake(Handshake):
       name: Name of this side.
       token: The shared token, or None.
       secure: Whether the connection is encrypted.
-      admit: Given what the peer told, returns this side's terms; raises HandshakeError to refuse.
+      admit: Returns this side's terms for those of the peer; raises HandshakeError to refuse.
     """
 
     def __init__(
@@ -236,7 +236,7 @@ class ServerHandshake(Handshake):
                 self._unexpected(greeting)
             if greeting.token is not (self._token is not None):
                 raise AuthenticationError(
-                    f"{greeting.name} has no token and {self.name} asks for one"
+                    f"{greeting.name} has no token and {self.name} requires one"
                     if self._token is not None
                     else f"{greeting.name} has a token and {self.name} has none"
                 )
@@ -260,18 +260,18 @@ class ServerHandshake(Handshake):
 
 
 def _refused(refuse: Refuse) -> NoReturn:
-    """Raises what a refusal of this protocol version means."""
+    """Raises the error for a refusal of this protocol version."""
     if refuse.code == "version":
         raise VersionError(f"the peer refused: {refuse.reason}")
     if refuse.code == "token":
         raise AuthenticationError(f"the peer refused: {refuse.reason}")
     if refuse.code == "busy":
-        raise BusyError(f"the peer cannot take another connection now: {refuse.reason}")
+        raise BusyError(f"the peer cannot accept another connection now: {refuse.reason}")
     raise HandshakeError(f"the peer refused: {refuse.reason}")
 
 
 def _foreign_reason(data: bytes) -> str:
-    """Returns why a peer of another protocol version refuses, if that can be read."""
+    """Returns the reason of a peer of another protocol version, if it can be read."""
     try:
         reason = bounded_json.decode(data, "a refusal").get("reason")
     except FrameError:
@@ -285,7 +285,7 @@ def _pack(greeting: Greeting) -> bytes:
 
 
 def refusal(error: ChannelError, name: str) -> bytes:
-    """Returns the REFUSE message that tells the peer why; it names no secret."""
+    """Returns a REFUSE message with the reason, which contains no secret."""
     codes = {VersionError: "version", AuthenticationError: "token", BusyError: "busy"}
     code = codes.get(type(error), "handshake")
     return _pack(Refuse(code=code, reason=reason_text(f"{name} says: {error}")))

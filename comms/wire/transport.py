@@ -1,12 +1,11 @@
-"""A non-blocking connection, plain or TLS, that moves views of memory and says when it would wait.
+"""Non-blocking connections, plain or TLS, that transfer views of memory.
 
-TCP options: NODELAY, since frames are whole when they are written and nobody should wait to fill a
-segment; NOTSENT_LOWAT where the system has it, so that little lies unsent in the kernel where a
-heartbeat cannot overtake it. Buffer sizes are left to the system's tuning, which finds the
-bandwidth-delay product that a fixed size would guess; only where the measured rate is low does
-SO_SNDBUF bound what is in flight, since TCP would fill the queues before the slow link until they
-overflow. RCVLOWAT on Linux while the rest of a large frame is awaited on a fast link: to wake the
-receiver for every few segments costs the sender a quarter of its time.
+TCP options: NODELAY, since frames are written completely and should not wait for a full segment;
+NOTSENT_LOWAT if available, so that little unsent data is in the kernel, where heartbeats cannot
+overtake it. Buffer sizes are left to the system's tuning, which finds the bandwidth-delay product;
+only if the measured rate is low, SO_SNDBUF limits the data in flight, since TCP would fill the
+queues before the slow link until they overflow. RCVLOWAT on Linux for the rest of a large frame on
+a fast link: waking the receiver for every few segments costs the sender a quarter of its time.
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ MAX_BUFFERS = 64
 
 
 class ConnectionEnded(Exception):
-    """The connection is at its end; the argument says how."""
+    """The connection has ended; the argument says how."""
 
 
 class CertificateRefused(ConnectionEnded):
-    """One side's certificate was not accepted; trying again would not help."""
+    """A certificate was not accepted; another attempt would not help."""
 
 
 class Transport:
-    """A connected socket. ``send`` and ``receive`` return None where they would have to wait."""
+    """A connected socket; ``send`` and ``receive`` return None if they would block."""
 
     secure = False
 
@@ -52,7 +51,7 @@ class Transport:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def limit_unsent(self, nbytes: int) -> None:
-        """Bounds what lies unsent in the kernel, where the system can; ignores small changes."""
+        """Limits unsent data in the kernel, if the system supports it; ignores small changes."""
         if _NOTSENT_LOWAT is None or self._lowat // 2 < nbytes < self._lowat * 2:
             return
         self._lowat = nbytes
@@ -60,9 +59,10 @@ class Transport:
             self.socket.setsockopt(socket.IPPROTO_TCP, _NOTSENT_LOWAT, nbytes)
 
     def limit_in_flight(self, nbytes: int | None) -> None:
-        """Bounds what the kernel holds unsent and unacknowledged; None lifts an earlier bound.
+        """Limits unsent and unacknowledged data in the kernel; None lifts an earlier limit.
 
-        Never called on a link that was always fast: setting the size ends the system's own tuning.
+        Not called on a link that was always fast, since setting the size disables the system's
+        tuning.
         """
         if nbytes is None:
             if self._in_flight == 0:
@@ -72,15 +72,15 @@ class Transport:
             return
         self._in_flight = nbytes
         with contextlib.suppress(OSError):  # already closed
-            # Linux doubles the value for its own records, which take about a fifth.
+            # Linux doubles the value for its bookkeeping, which takes about a fifth.
             value = nbytes * 5 // 8 if _LINUX else nbytes
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, value)
 
     def wake_at(self, nbytes: int) -> None:
-        """Makes the selector report the socket only when so many bytes (or the end) are there.
+        """Makes the selector report the socket only when this many bytes (or the end) have arrived.
 
-        Whoever asks for more than 1 must know that so many are on their way. Does nothing but on
-        Linux, which also looks at what has arrived already when the bound is lowered.
+        A caller that sets more than 1 must know that these bytes will be sent. Has an effect only
+        on Linux, which also checks data that have already arrived when the bound is lowered.
         """
         if _LINUX and nbytes != self._wake:
             self._wake = nbytes
@@ -88,9 +88,9 @@ class Transport:
                 self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
 
     def send(self, buffers: Sequence[memoryview]) -> int | None:
-        """Writes from the front of the buffers; returns the bytes taken, None if it would wait.
+        """Writes from the front of the buffers; returns their number, None if it would block.
 
-        Less than was offered is taken only if the kernel would not have more.
+        Fewer bytes are written only if the kernel accepts no more.
 
         Raises:
           ConnectionEnded: If the connection is broken.
@@ -103,9 +103,9 @@ class Transport:
             raise ConnectionEnded(f"sending failed: {explain(error)}") from error
 
     def receive(self, first: memoryview, then: memoryview | None = None) -> int | None:
-        """Reads into ``first``, then into ``then``; returns the bytes read, None if it would wait.
+        """Reads into ``first``, then into ``then``; returns their number, None if it would block.
 
-        Less than there is room for means that no more was there.
+        Fewer bytes than there is space for mean that no more were available.
 
         Raises:
           ConnectionEnded: At the end of the stream or if the connection is broken.
@@ -124,8 +124,8 @@ class Transport:
         return count
 
     def shut(self) -> None:
-        """Ends this side's sending; what was written still arrives."""
-        with contextlib.suppress(OSError):  # broken already
+        """Shuts down sending; data that were written still arrive."""
+        with contextlib.suppress(OSError):  # already broken
             self.socket.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
@@ -134,13 +134,13 @@ class Transport:
 
 
 class _TlsSocket(ssl.SSLSocket):
-    """An SSLSocket that is closed if its peer has gone before TLS begins.
+    """An SSLSocket that is closed if its peer ends before TLS starts.
 
-    ``wrap_socket`` looks for early data then, and leaves the socket open when that raises.
+    ``wrap_socket`` looks for early data then, and leaves the socket open if that raises.
     """
 
     def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
-        """Receives as a plain SSLSocket does; a connection that is gone is closed as well."""
+        """Receives like a plain SSLSocket, and closes a broken connection."""
         try:
             return super().recv(buflen, flags)
         except ConnectionError:
@@ -178,10 +178,10 @@ class TlsTransport(Transport):
         self.socket = self._tls
 
     def handshake(self) -> str | None:
-        """Goes on with the handshake; returns None when done, else "read" or "write" to wait for.
+        """Continues the handshake; returns None when done, else "read" or "write" to wait for.
 
         Raises:
-          ConnectionEnded: If the two sides do not agree.
+          ConnectionEnded: If the handshake failed.
         """
         try:
             self._tls.do_handshake()
@@ -206,11 +206,11 @@ class TlsTransport(Transport):
         return tuple(str(name) for kind, name in names if kind == "DNS")
 
     def wake_at(self, nbytes: int) -> None:
-        """As for a plain socket, but for what of a record the library may have read already."""
+        """As for a plain socket, except for parts of a record that the library has already read."""
         super().wake_at(max(1, nbytes - 2 * _TLS_RECORD_BYTES))
 
     def send(self, buffers: Sequence[memoryview]) -> int | None:
-        """Writes from the front; a retry after less than all must begin with the same bytes."""
+        """Writes from the front; a retry after a partial write must start with the same bytes."""
         sent = index = offset = 0
         while index < len(buffers):
             piece: memoryview | bytes = buffers[index][offset : offset + _TLS_WRITE_BYTES]
@@ -230,7 +230,7 @@ class TlsTransport(Transport):
         return sent
 
     def receive(self, first: memoryview, then: memoryview | None = None) -> int | None:
-        """Reads record after record, since the selector does not see what is decrypted already."""
+        """Reads record by record, since the selector does not see decrypted data."""
         got = 0
         for view in (first,) if then is None else (first, then):
             while view:
@@ -240,7 +240,7 @@ class TlsTransport(Transport):
                     return got or None
                 except (ssl.SSLError, OSError) as error:
                     if got:
-                        return got  # a broken connection says so again
+                        return got  # a broken connection raises again
                     raise ConnectionEnded(f"receiving failed: {explain(error)}") from error
                 if count == 0:
                     if got:
@@ -252,7 +252,7 @@ class TlsTransport(Transport):
 
 
 def _one_record(buffers: Sequence[memoryview], index: int, offset: int) -> bytes:
-    """Joins what fills a record: one for each header would cost a system call and a MAC."""
+    """Joins buffers up to a record: a record per header would cost a system call and a MAC."""
     parts: list[memoryview] = []
     room = _TLS_RECORD_BYTES
     for buffer in itertools.islice(buffers, index, None):

@@ -77,7 +77,7 @@ def test_who_shows_no_certificate_trusts_the_address_alone(workshop, certificate
 def test_the_name_that_is_expected_is_the_one_that_is_met(workshop):
     server, client = workshop.endpoint("n2"), workshop.endpoint("d0")
     _, port = server.listen("127.0.0.1", 0, lambda link: None)
-    with pytest.raises(HandshakeError, match="calls itself n2, expected n1"):
+    with pytest.raises(HandshakeError, match="name is n2, expected n1"):
         client.connect("127.0.0.1", port, name_of_peer="n1", timeout_s=PATIENCE_S, expected="n1")
     assert client.connect(
         "127.0.0.1", port, name_of_peer="n2", timeout_s=PATIENCE_S, expected="n2"

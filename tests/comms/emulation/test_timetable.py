@@ -35,7 +35,7 @@ def test_columns_may_stand_in_any_order(tmp_path):
     [
         ("", "is empty: its first line must be time_s,up_mbps,down_mbps"),
         ("time_s,up_mbps\n0,1\n", r"line 1: the columns must be time_s,up_mbps,down_mbps"),
-        ("time_s,up_mbps,down_mbps\n", "no row below its header"),
+        ("time_s,up_mbps,down_mbps\n", "has no rows"),
         ("time_s,up_mbps,down_mbps\n1,5,5\n", "line 2: the first time must be 0, got 1"),
         ("time_s,up_mbps,down_mbps\n0,5,5\n3,5,5\n3,6,6\n", "line 4: times must rise, got 3"),
         ("time_s,up_mbps,down_mbps\n0,5,fast\n", "line 2: down_mbps is 'fast', expected a number"),

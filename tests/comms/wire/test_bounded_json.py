@@ -60,11 +60,11 @@ def nested(levels, opened="[", closed="]"):
         ('{"a":-' + "1" * 30 + "}", "31 digits"),
         (f'{{"a":{MOST_WHOLE + 1}}}', "19 digits, at most 64 bits"),
         ('{"a":' + "1." + "1" * 100 + "}", "102 characters"),
-        ('{"a":NaN}', "the word NaN"),
-        ('{"a":Infinity}', "the word Infinity"),
-        ('{"a":-Infinity}', "the word -Infinity"),
-        ('{"a":1,"a":2}', "a name twice"),
-        ('{"b":{"a":1,"a":2}}', "a name twice"),
+        ('{"a":NaN}', "the constant NaN"),
+        ('{"a":Infinity}', "the constant Infinity"),
+        ('{"a":-Infinity}', "the constant -Infinity"),
+        ('{"a":1,"a":2}', "a duplicate name"),
+        ('{"b":{"a":1,"a":2}}', "a duplicate name"),
         ('{"a":"\\ud800"}', "surrogate"),
         ('{"\\uDFFF":1}', "surrogate"),
         (nested(MOST_DEPTH + 1), f"{MOST_DEPTH + 1} levels"),
@@ -78,7 +78,7 @@ def nested(levels, opened="[", closed="]"):
         ("{", "Expecting property name"),
         ('{"a":"b', "Unterminated string"),
         ('{"a":1} {}', "Extra data"),
-        ("\ufeff{}", "no JSON"),
+        ("\ufeff{}", "not acceptable JSON"),
     ],
 )
 def test_what_is_refused_says_why(text, match):
@@ -88,7 +88,7 @@ def test_what_is_refused_says_why(text, match):
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-16-le"])
 def test_only_utf_8_is_taken(encoding):
-    with pytest.raises(FrameError, match="no JSON that is taken"):
+    with pytest.raises(FrameError, match="not acceptable JSON"):
         decode('{"a":1}'.encode(encoding), "a test")
 
 
