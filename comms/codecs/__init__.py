@@ -1,1 +1,1 @@
-"""Codecs: how tensors become bytes on a link; each is registered under a name and a number."""
+"""Codecs of tensors on links, each registered under a name and a number."""

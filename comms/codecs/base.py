@@ -1,10 +1,10 @@
-"""What a codec is, the registry, and ``raw``.
+"""The protocol of codecs, their registry, and ``raw``.
 
-A codec turns an array into bytes and back. Its number and its parameter travel in the header, so a
-receiver needs no agreement beforehand. The name picks it: ``int8``, or ``int8:256`` with a
-parameter, which some codecs also know by words: ``bits:lossless``. Encoding and decoding are plain
-functions of numpy arrays, vectorised, and run on the codec worker or on the thread that asks for
-the array, never on the I/O thread.
+A codec converts an array to bytes and back. Its number and parameter are in the header, so that
+sender and receiver need no prior agreement. It is selected by name: ``int8``, or ``int8:256`` with
+a parameter, which may also be a word: ``bits:lossless``. Encoding and decoding are plain functions
+of numpy arrays, vectorised, and run on the codec worker or on the thread that asks for the array,
+never on the I/O thread.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from comms.wire.frame import array_bytes
 
 
 class Codec(Protocol):
-    """A named way to turn an array into bytes and back.
+    """A named conversion of arrays to bytes and back.
 
     Attributes:
-      name: What selects it, in lower case.
+      name: Name by which it is selected, in lower case.
       code: Its number on the wire, 1 to 255 (0 is raw).
       default_parameter: The parameter where none is given.
     """
 
     @property
     def name(self) -> str:
-        """What selects it."""
+        """Name by which it is selected."""
 
     @property
     def code(self) -> int:
@@ -41,20 +41,20 @@ class Codec(Protocol):
         """The parameter where none is given."""
 
     def parameter_of(self, text: str) -> int:
-        """Returns the parameter that a text behind the colon means, if it is no plain number.
+        """Returns the parameter for a text after the colon that is not a number.
 
         Raises:
-          CodecError: If it means none.
+          CodecError: If the text is not a parameter.
         """
 
     def precision_bits(self, parameter: int) -> int | None:
-        """Returns how many bits, sign included, an element keeps beside the largest near it.
+        """Returns the bits of an element, including the sign, relative to the largest nearby.
 
-        None where nothing is lost, or the loss has a bound that the caller chose.
+        None if the codec is lossless, or its loss has a bound chosen by the caller.
         """
 
     def check(self, dtype: DType, parameter: int) -> None:
-        """Raises CodecError unless the codec takes this type and parameter."""
+        """Raises CodecError unless the codec supports this dtype and parameter."""
 
     def encode(self, array: Array, parameter: int) -> Bytes:
         """Returns the payload [n] uint8 of a C-contiguous array."""
@@ -63,7 +63,7 @@ class Codec(Protocol):
         """Returns the array of this type and shape; the inverse of ``encode`` up to its loss."""
 
     def encoded_bytes(self, dtype: DType, shape: tuple[int, ...], parameter: int) -> int:
-        """Returns the payload's size without encoding: exact if ``exact_size``, else the most."""
+        """Returns the payload's size without encoding: exact if ``exact_size``, else a maximum."""
 
     @property
     def exact_size(self) -> bool:
@@ -72,7 +72,7 @@ class Codec(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """An array encoded elsewhere, by a kernel on the accelerator say; ``Link.send`` takes it.
+    """An array encoded elsewhere, such as by a kernel on the accelerator, for ``Link.send``.
 
     Attributes:
       codec: Name of the codec, with its parameter if that is not the default.
@@ -88,7 +88,7 @@ class Encoded:
 
 
 class Raw:
-    """The bytes as they are, in native little-endian order."""
+    """The unchanged bytes, in little-endian order."""
 
     name = "raw"
     code = 0
@@ -96,15 +96,15 @@ class Raw:
     exact_size = True
 
     def parameter_of(self, text: str) -> int:
-        """Knows no words."""
+        """Accepts no words."""
         raise no_such_parameter(self.name, text)
 
     def precision_bits(self, parameter: int) -> int | None:
-        """Loses nothing."""
+        """Lossless."""
         return None
 
     def check(self, dtype: DType, parameter: int) -> None:
-        """Takes every type the wire knows and no parameter."""
+        """Accepts all dtypes of the wire format and no parameter."""
         if parameter != 0:
             raise CodecError(f"codec raw takes no parameter, got {parameter}")
 
@@ -116,7 +116,7 @@ class Raw:
         """Returns a view of the payload as the array.
 
         Raises:
-          CodecError: If a bool is neither 0 nor 1: numpy and XLA would each make their own of it.
+          CodecError: If a bool is neither 0 nor 1, which numpy and XLA interpret differently.
         """
         if dtype == np.bool_ and payload.size and payload.max() > 1:
             raise CodecError(f"a bool of value {payload.max()}, expected 0 or 1")
@@ -136,12 +136,12 @@ def register(codec: Codec) -> Codec:
     """Adds a codec under its name and number and returns it.
 
     Raises:
-      CodecError: If either is taken or the number does not fit its byte.
+      CodecError: If either is taken or the number exceeds a byte.
     """
     if codec.name in _BY_NAME or codec.code in _BY_CODE:
-        raise CodecError(f"codec {codec.name} ({codec.code}) is registered already")
+        raise CodecError(f"codec {codec.name} ({codec.code}) is already registered")
     if not 0 <= codec.code <= 255:
-        raise CodecError(f"codec {codec.name}: its number {codec.code} does not fit one byte")
+        raise CodecError(f"codec {codec.name}: its number {codec.code} exceeds one byte")
     _BY_NAME[codec.name] = codec
     _BY_CODE[codec.code] = codec
     return codec
@@ -173,15 +173,15 @@ def parse_codec(text: str) -> tuple[Codec, int]:
 
 
 def no_such_parameter(name: str, text: str) -> CodecError:
-    """Returns what to raise where a codec's parameter can only be a number."""
-    return CodecError(f"codec '{name}:{text}': the parameter behind the colon must be a number")
+    """Returns the error for a parameter that has to be a number."""
+    return CodecError(f"codec '{name}:{text}': the parameter after the colon must be a number")
 
 
 def codec_of(code: int) -> Codec:
     """Returns the codec of a wire number.
 
     Raises:
-      CodecError: If no codec of that number is registered here.
+      CodecError: If no codec with that number is registered.
     """
     codec = _BY_CODE.get(code)
     if codec is None:

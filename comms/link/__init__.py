@@ -1,1 +1,1 @@
-"""Links between two hosts: what is sent, received, credited, resumed and measured on them."""
+"""Links between two hosts: sending, receiving, credit, resumption and measurement."""

@@ -1,4 +1,4 @@
-"""What a peer may send: until its owner has admitted it, and from then on."""
+"""Limits on what a peer may send, before and after its admission."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _USUAL = Limits()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allowance:
-    """What a link's owner lets its peer send; never more than ``Limits`` say, whatever is asked.
+    """What a link's owner permits its peer to send, within the endpoint's ``Limits``.
 
-    Sizes count the array before or after the codec, whichever is more, so that a small payload
-    cannot declare a large array. While it runs, decoding takes at most six times that.
+    Sizes are those of the array before or after the codec, whichever is larger, so that a small
+    payload cannot declare a large array. Decoding temporarily takes up to six times that.
 
     Attributes:
       tensor_bytes: Largest tensor outside bundles (activation, cotangent, label); 0 allows none
         that has elements.
       bundle_bytes: Largest sum of a bundle's tensors.
-      bundle_tensors: Most tensors in a bundle; 0 allows only bundles without any.
+      bundle_tensors: Maximum number of tensors in a bundle; 0 allows only empty bundles.
       control_bytes: Largest control message or manifest of a bundle.
     """
 
@@ -35,7 +35,7 @@ class Allowance:
         """Checks the values.
 
         Raises:
-          ChannelError: If one is no count of bytes.
+          ChannelError: If a value is not a whole number from 0.
         """
         for field in fields(self):
             value = getattr(self, field.name)
@@ -46,7 +46,7 @@ class Allowance:
 
     @classmethod
     def of(cls, limits: Limits) -> Self:
-        """Returns all that the endpoint's limits let any peer send."""
+        """Returns the largest allowance within the endpoint's limits."""
         return cls(
             tensor_bytes=limits.message_bytes,
             bundle_bytes=limits.message_bytes,
@@ -55,7 +55,7 @@ class Allowance:
         )
 
     def within(self, limits: Limits) -> Self:
-        """Returns the smaller of this and the endpoint's limits, field by field."""
+        """Returns the minimum of this and the endpoint's limits, field by field."""
         most = self.of(limits)
         names = [field.name for field in fields(self)]
         return type(self)(**{name: min(getattr(self, name), getattr(most, name)) for name in names})

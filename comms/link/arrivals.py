@@ -1,4 +1,4 @@
-"""What has arrived in full on a link: made into messages and handed over in order."""
+"""Complete messages of a link, delivered in order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from comms.link.link import Link
 
 _MESSAGE_BYTES = 1024
-"""What a waiting message takes beside its payload, about."""
+"""Approximate memory of a waiting message in addition to its payload."""
 
 
 class Arrivals:
@@ -24,16 +24,16 @@ class Arrivals:
 
     Args:
       clock: How the peer's clock differs from ours.
-      release: Gives credit back; called from any thread.
-      waiting_bytes: How much may wait for an owner that has not started the link yet.
+      release: Returns credit; called from any thread.
+      waiting_bytes: Maximum size of messages that wait for an owner that has not started the link.
 
     Attributes:
-      inbox: Where they arrive; set before the first does.
-      link: The link that the messages came over; set before the first does.
-      messages: How many were delivered.
+      inbox: Source of messages; set before the first arrives.
+      link: The link of the messages; set before the first arrives.
+      messages: Number of delivered messages.
       payload_bytes: Their payload, before decoding.
       raw_bytes: Their size after decoding.
-      deaf: Whether what arrives is dropped instead, since the peer was refused.
+      deaf: Whether messages are dropped, since the peer was refused.
     """
 
     inbox: Inbox
@@ -55,23 +55,23 @@ class Arrivals:
 
     @property
     def paused(self) -> bool:
-        """Whether too much waits for an owner to be read on."""
+        """Whether so much waits for the owner that reading pauses."""
         return self._on_message is None and self._early_bytes >= self._waiting_bytes
 
     def start(self, on_message: Callable[[Message], None]) -> None:
-        """Begins delivery, with what has waited."""
+        """Starts delivery, beginning with waiting messages."""
         self._on_message = on_message
         while self._early:
             on_message(self._early.popleft())
         self._early_bytes = 0
 
     def close(self) -> None:
-        """Drops what waits and what is still to come."""
+        """Drops waiting and later messages."""
         self.deaf = True
         self._early.clear()
 
     def tensor(self, assembly: Assembly) -> None:
-        """Takes a complete tensor."""
+        """Delivers a complete tensor."""
         cost, lease = assembly.cost, assembly.lease
 
         def release() -> None:
@@ -96,7 +96,7 @@ class Arrivals:
         )
 
     def bundle(self, bundle: Bundle) -> None:
-        """Takes a complete bundle."""
+        """Delivers a complete bundle."""
         leases = bundle.leases
 
         def release() -> None:
@@ -121,7 +121,7 @@ class Arrivals:
         )
 
     def control(self, body: JsonBody, assembly: Assembly) -> None:
-        """Takes a control message."""
+        """Delivers a control message."""
         self.raw_bytes += assembly.raw_bytes
         self.deliver(
             Message(
@@ -136,7 +136,7 @@ class Arrivals:
         )
 
     def deliver(self, message: Message) -> None:
-        """Hands a message over, or keeps it until there is somebody to take it."""
+        """Delivers a message, or keeps it until the owner starts the link."""
         if self.deaf:
             message.release()
             return

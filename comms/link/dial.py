@@ -1,4 +1,4 @@
-"""An effort to reach a listener: once at the start, and again whenever a stream is cut."""
+"""Connection attempts to a listener: at the start, and whenever a stream is interrupted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MAX_CUT_SHORT = 5
 
 
 class Dial:
-    """One effort to connect: tries all addresses, with back-off and jitter, until a time."""
+    """Attempts to connect to any address, with back-off and jitter, until a deadline."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Dial:
         self._last_error = "no answer"
 
     def begin(self, until_s: float) -> None:
-        """Starts trying."""
+        """Starts the first attempt."""
         self._until_s = until_s
         self._endpoint.add_dial(self)
         self._loop.run(self._try)
@@ -81,8 +81,8 @@ class Dial:
         else:
             self._attempt += 1
             if endpoint.options.resume_s == 0:
-                # A try that was cut short may have left a stream of this name behind over there,
-                # which ends with its connection and cannot be taken up.
+                # An interrupted attempt may have left a stream with this name at the listener,
+                # which ends with its connection and cannot be resumed.
                 self._session = secrets.token_hex(16)
         family, address = self._addresses[self._tries % len(self._addresses)]
         self._tries += 1
@@ -134,7 +134,7 @@ class Dial:
         if stream is not None:
             if not terms.resumed:
                 opening.transport.close()
-                stream.refuse_resume(HandshakeError("the peer began the stream anew"))
+                stream.refuse_resume(HandshakeError("the peer started a new stream"))
                 return
             stream.guard.run(stream.attach, *connection)
             return
@@ -151,14 +151,14 @@ class Dial:
     def _failed(self, opening: PendingConnection | None, error: ChannelError) -> None:
         self._last_error = str(error)
         self._cut_short += isinstance(error, CutShortError)
-        # A cut during resumption is what resuming is for; a first handshake that is always cut
-        # short means that the two sides are set up differently.
+        # Interruptions during resumption are expected; a first handshake that is always interrupted
+        # means that the two sides are configured differently.
         final = isinstance(error, HandshakeError) or (
             self._stream is None and self._cut_short == _MAX_CUT_SHORT
         )
         now = time.monotonic()
         pause_s = min(_FIRST_PAUSE_S * 1.6 ** min(self._tries, 20), _MAX_PAUSE_S)
-        pause_s *= random.uniform(0.5, 1.0)  # jitter: a thousand devices do not return at once
+        pause_s *= random.uniform(0.5, 1.0)  # a thousand devices must not return at once
         left_s = self._until_s - now
         if final:
             self.fail(error)
@@ -167,21 +167,23 @@ class Dial:
             self.fail(
                 ConnectError(
                     f"cannot reach {self.where} {waited}: {self._last_error}; check that it runs, "
-                    "and the address, port and firewall"
+                    "and check address, port and firewall"
                 )
             )
         else:
-            # The last try comes at the very end: giving up at the last pause would be early.
+            # The last attempt is at the deadline; giving up at the last pause would be too early.
             self._loop.at(now + min(pause_s, left_s), self._try)
 
     def _failed_here(self, error: Exception) -> None:
-        """Ends the effort over an exception that nothing expected; see ``Guard``."""
-        failure = HandshakeError(f"this side failed over {self.where}: {place_of(error)}")
+        """Ends the attempts because of an unexpected exception; see ``Guard``."""
+        failure = HandshakeError(
+            f"this side failed while connecting to {self.where}: {place_of(error)}"
+        )
         failure.__cause__ = error
         self.fail(failure)
 
     def fail(self, error: ChannelError) -> None:
-        """Ends the effort."""
+        """Ends the attempts."""
         self._endpoint.end_dial(self)
         if self._opening is not None:
             self._opening.abort()

@@ -1,4 +1,4 @@
-"""Who stands at a listener's door: connections that are not finished, bounded by their address."""
+"""Unfinished connections of listeners, limited in total and per address."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from comms.options import Limits
 
 
 class Unfinished(Protocol):
-    """A connection whose handshake is under way, or a link that nobody has admitted yet."""
+    """A connection during its handshake, or a link that is not admitted yet."""
 
     def turn_away(self, error: BusyError) -> None:
-        """Ends it and tells the peer why, as far as that can be done at once."""
+        """Ends the connection and sends the reason if that is possible without waiting."""
 
 
 class Doorstep:
     """The unfinished connections of an endpoint's listeners; used by the I/O thread.
 
-    Who opens many and finishes none only ever ends its own: the oldest from the same address loses
-    when one too many stands there, and of the address that has most when there are too many in
-    all. A peer that means it is done in a few round trips.
+    A peer that opens many connections without finishing them only affects itself: beyond the limit
+    per address the oldest of this address is closed, and beyond the total limit the oldest of the
+    address with most. A regular peer finishes within a few round trips.
 
     Args:
-      limits: How many there may be.
+      limits: Their maximum numbers.
 
     Attributes:
-      expected: Peers that the listeners have been told to expect, at most.
+      expected: Maximum number of peers that the listeners expect.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -37,16 +37,16 @@ class Doorstep:
         self._address: dict[Unfinished, str] = {}
 
     def __len__(self) -> int:
-        """Returns how many there are."""
+        """Returns the number of unfinished connections."""
         return len(self._address)
 
     @property
     def most_of_address(self) -> int:
-        """How many of one address there may be."""
+        """Maximum number of one address."""
         return max(self._limits.address_handshakes, 2 * self.expected)
 
     def enter(self, one: Unfinished, address: str) -> None:
-        """Takes in a connection and turns away the oldest if there are too many."""
+        """Adds a connection and closes the oldest if there are too many."""
         here = self._by_address.setdefault(address, OrderedDict())
         here[one] = None
         self._address[one] = address

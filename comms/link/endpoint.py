@@ -34,10 +34,10 @@ OnLink: TypeAlias = Callable[[Link], None]
 
 
 class Endpoint:
-    """Everything that a process sends and receives; a context manager.
+    """The endpoint of all links of a process; a context manager.
 
     Args:
-      name: How this side introduces itself to its peers.
+      name: Name of this side in handshakes.
       options: Settings for all links.
 
     Raises:
@@ -79,7 +79,7 @@ class Endpoint:
         self.close()
 
     def post(self, call: Callable[[], None]) -> None:
-        """Runs a call on the I/O thread, behind what was posted before; it must not wait."""
+        """Runs a call on the I/O thread, after earlier ones; it must not block."""
         self.loop.post(call)
 
     @property
@@ -97,17 +97,17 @@ class Endpoint:
         Args:
           host: Address to listen on.
           port: Port to listen on; 0 lets the system choose.
-          on_link: Gets each new link, on the I/O thread; nothing is lost until ``Link.start``, and
-            hardly anything is taken until ``Link.admit``.
-          expected_peers: How many peers may connect at about the same time, all from one address
-            maybe; bounds the connections that are not finished, see ``Limits``.
+          on_link: Called with each new link, on the I/O thread; messages wait until ``Link.start``,
+            and only a join is accepted until ``Link.admit``.
+          expected_peers: Number of peers that may connect at about the same time, possibly all from
+            one address; raises the limit of unfinished connections, see ``Limits``.
 
         Returns:
           The address and port it listens on.
 
         Raises:
-          ChannelError: If the address cannot be had, or lies beyond the loopback interface and
-            there is no token.
+          ChannelError: If the address cannot be used, or is beyond the loopback interface and there
+            is no token.
         """
         self._check_open()
         files = self.options.tls
@@ -117,8 +117,8 @@ class Endpoint:
         if not loopback and self.options.token is None and not self.options.listen_openly:
             raise ChannelError(
                 f"refusing to listen on {host}, which other machines may reach, without a token: "
-                "set ChannelOptions.token on both sides, or listen on 127.0.0.1, or say "
-                "listen_openly=True if everyone who can reach that address may take part"
+                "set ChannelOptions.token on both sides, listen on 127.0.0.1, or set "
+                "listen_openly=True if everybody who can reach that address may connect"
             )
         sock = socket.socket(family, socket.SOCK_STREAM)
         try:
@@ -152,22 +152,22 @@ class Endpoint:
         shape: LinkShape | None = None,
         expected: str | None = None,
     ) -> Link:
-        """Connects to a listener, which may start later: refused connections are tried again.
+        """Connects to a listener, which may start later: refused connections are retried.
 
         Args:
           host: The listener's address or name.
           port: The listener's port.
-          name_of_peer: What error messages call it before it has introduced itself.
-          timeout_s: How long to try.
-          shape: What this side's sending is shaped to.
-          expected: The name that the listener has to go by; None takes any.
+          name_of_peer: Its name in error messages before the handshake.
+          timeout_s: Time limit.
+          shape: Emulated shape of this side's sending.
+          expected: The required name of the listener; None accepts any.
 
         Raises:
           ConnectError: If the listener cannot be reached within ``timeout_s``.
-          HandshakeError: If it can, but the two do not agree (version, token, certificate).
+          HandshakeError: If the handshake failed (version, token, certificate).
         """
         if self.loop.on_thread:
-            raise ChannelError("connect() would block the I/O thread: call it from another one")
+            raise ChannelError("connect() would block the I/O thread: call it from another thread")
         self._check_open()
         addresses = _resolve(host, port, passive=False)
         future: concurrent.futures.Future[Link] = concurrent.futures.Future()
@@ -180,13 +180,13 @@ class Endpoint:
             raise ConnectError(f"cannot reach {dial.where}: no answer") from error
 
     def close(self, timeout_s: float = 2.0) -> None:
-        """Says goodbye on all links, waits for what is still being sent, and ends the thread.
+        """Closes all links, waits for messages that are still being sent, and ends the thread.
 
         Args:
-          timeout_s: How long to wait for what is still being sent.
+          timeout_s: Time limit of the wait.
         """
         if self.loop.on_thread:
-            raise ChannelError("close() would wait for the I/O thread: call it from another one")
+            raise ChannelError("close() would block the I/O thread: call it from another thread")
         with self._lock:
             if self._closing:
                 return
@@ -233,8 +233,8 @@ class Endpoint:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError:
-                # Out of descriptors, or an error of the newcomer's own, of which systems have many:
-                # what is open goes on, newcomers wait in the backlog.
+                # Out of descriptors, or an error of the new connection: open connections continue,
+                # new ones wait in the backlog.
                 self.loop.forget(listener)
                 self.loop.at(time.monotonic() + 0.5, lambda: self._invite(listener, tls, on_link))
                 return
@@ -262,25 +262,25 @@ class Endpoint:
         self._openings.discard(opening)
         self.doorstep.leave(opening)
         if error.__cause__ is not None and not isinstance(error.__cause__, OSError | ChannelError):
-            report(error)  # a bug of this side, and nobody else to tell
+            report(error)  # a bug on this side, without a caller
 
     def _admit(self, hello: Terms) -> Terms:
-        """Decides whether a proven peer may open or resume its stream; gives our terms."""
+        """Checks whether an authenticated peer may open or resume its stream; returns our terms."""
         link = self._links.get(hello.session)
         stream = None if link is None else link.stream
         if self._closing:
             raise HandshakeError("closing down")
         if stream is None:
             if hello.resumed:
-                raise HandshakeError("that stream is not known here (was this side restarted?)")
+                raise HandshakeError("that stream is unknown here (was this side restarted?)")
         else:
             if stream.peer != hello.name or stream.dialled:
-                raise HandshakeError("that stream belongs to someone else")
+                raise HandshakeError("that stream belongs to another peer")
             if hello.attempt <= stream.attempt:
                 raise HandshakeError("a later connection has resumed that stream already")
             if stream.resume_s == 0:
                 raise HandshakeError("that stream ends with its connection (resume_s is 0)")
-            # From here on nothing that the old connection still holds can be delivered.
+            # From here on no data of the old connection can be delivered.
             stream.attempt = hello.attempt
             stream.suspend()
             if stream.queue.error is not None:
@@ -317,28 +317,28 @@ class Endpoint:
             stream.guard.run(on_link, link)
 
     def make_link(self, terms: Terms, address: str, *, dialled: bool, session: str) -> Link:
-        """Returns a new link to a peer whose handshake has just been finished."""
+        """Returns a new link to a peer whose handshake has finished."""
         stream = Stream(self, terms, address, dialled=dialled, session=session)
         return Link(stream, self.encode, self.doorstep.leave)
 
     # -- I/O thread: connecting ----------------------------------------------------------------
 
     def add_dial(self, dial: Dial) -> None:
-        """Remembers a dial under way, so that closing ends it."""
+        """Registers a dial, so that closing ends it."""
         self._dials.add(dial)
 
     def end_dial(self, dial: Dial) -> None:
-        """Forgets a dial that has ended."""
+        """Unregisters a dial that has ended."""
         self._dials.discard(dial)
 
     def adopt(self, link: Link, addresses: list[Address], host: str) -> None:
-        """Remembers a new dialled link and how to reach its peer again."""
+        """Registers a new dialled link with the address for reconnects."""
         session = link.stream.session
         self._links[session] = link
         self._addresses[session] = (addresses, host)
 
     def redial(self, stream: Stream) -> None:
-        """Tries to resume a cut stream until its time is up."""
+        """Attempts to resume an interrupted stream until its deadline."""
         addresses, host = self._addresses[stream.session]
         where = f"{stream.peer} at {stream.address}"
         dial = Dial(self, addresses, host, where, stream=stream)
@@ -376,7 +376,7 @@ class Endpoint:
             link.stream.abandon(PeerLost(f"the link to {link.peer} was closed on this side"))
 
     def _thread_failed(self, error: BaseException) -> None:
-        """Tells every owner of a link that the channel itself has failed."""
+        """Notifies all owners of links that the channel has failed."""
         self._stop_opening(f"the channel failed: {error!r}")
         for link in self.links:
             lost = PeerLost(f"lost {link.peer}: this side's channel failed: {error!r}")

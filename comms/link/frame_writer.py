@@ -1,4 +1,4 @@
-"""Frames on their way into the socket: gathered, written as far as it takes them, counted."""
+"""Gathers frames, writes them to the socket, and counts them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class FrameWriter:
     """Used by the I/O thread, but for the counters.
 
     Args:
-      on_written: Gets each frame when its last byte has left.
+      on_written: Called with each frame when its last byte has left.
 
     Attributes:
-      waiting_bytes: Bytes of frames that were put in and are not written.
-      bytes_out: Bytes written in all.
-      frames_out: Frames written in all.
-      blocked_s: How long the kernel took nothing although there was something to write.
-      blocked_since_s: Since when it takes nothing; None while it does.
-      last_progress_s: When bytes were last taken, on the monotonic clock.
+      waiting_bytes: Bytes of frames that are not written yet.
+      bytes_out: Total bytes written.
+      frames_out: Total frames written.
+      blocked_s: Time during which the kernel accepted no bytes although there were some.
+      blocked_since_s: Start of the current such time; None if there is none.
+      last_progress_s: Time of the last accepted bytes, on the monotonic clock.
     """
 
     def __init__(self, on_written: Callable[[Frame], None]) -> None:
@@ -42,7 +42,7 @@ class FrameWriter:
         return bool(self._frames) and self._frames[0].unwritten != self._frames[0].nbytes
 
     def put(self, frame: Frame) -> None:
-        """Adds a frame behind those that wait."""
+        """Appends a frame."""
         self._views.append(memoryview(frame.head))
         if frame.payload is not None and len(frame.payload):
             self._views.append(frame.payload)
@@ -50,14 +50,14 @@ class FrameWriter:
         self._frames.append(frame)
 
     def clear(self) -> None:
-        """Forgets what waits: its connection has ended."""
+        """Drops waiting frames, since their connection has ended."""
         self._views.clear()
         self._frames.clear()
         self.waiting_bytes = 0
         self.blocked_since_s = None
 
     def write(self, transport: Transport, now_s: float) -> tuple[int, bool]:
-        """Writes from the front; returns the bytes taken and whether the kernel is full now.
+        """Writes from the front; returns the number of bytes, and whether the kernel is full.
 
         Raises:
           ConnectionEnded: If the connection is broken.
@@ -69,7 +69,7 @@ class FrameWriter:
         )
         offered = sum(map(len, views))
         taken = transport.send(views)
-        del views  # on_sent promises that no view is left
+        del views  # on_sent guarantees that no view is left
         if taken is None:
             if self.blocked_since_s is None:
                 self.blocked_since_s = now_s
@@ -81,7 +81,7 @@ class FrameWriter:
         return taken, False
 
     def unblock(self, now_s: float) -> None:
-        """Counts the time for which the kernel took nothing."""
+        """Counts the time during which the kernel accepted no bytes."""
         if self.blocked_since_s is not None:
             self.blocked_s += now_s - self.blocked_since_s
             self.blocked_since_s = None

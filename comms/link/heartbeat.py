@@ -1,4 +1,4 @@
-"""Heartbeats of a link: pings, the clocks that they compare, and when silence is an end."""
+"""Heartbeats of a link: pings, comparison of clocks, and detection of lost peers."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _FIRST_PING_S = 0.02
 
 
 class Heartbeat:
-    """Beats while there is a connection; used by the I/O thread.
+    """Sends heartbeats while there is a connection; used by the I/O thread.
 
     Args:
-      inbox: What arrives, whose silence is watched.
-      outbox: Where pings and their answers are asked for.
+      inbox: The receiving half, whose silence is monitored.
+      outbox: The sending half, for pings and answers.
       clock: How the peer's clock differs from ours.
       loop: The I/O thread.
-      options: How often, and after which silence the connection is given up.
-      paused: Returns whether nothing is read at present, so that silence proves nothing.
-      flush: Writes what is to be sent.
-      on_silence: Gets what is wrong with a connection that shows no life.
+      options: Interval and deadline.
+      paused: Returns whether reading is paused, so that silence has no meaning.
+      flush: Writes pending frames.
+      on_silence: Called with the reason when the connection is dead.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class Heartbeat:
         self._timer = None
 
     def _beat(self) -> None:
-        """Asks for a ping and a status, or gives up a connection that shows no life."""
+        """Sends a ping and a status, or gives up a dead connection."""
         now = time.monotonic()
         self._pings_sent += 1
         pause_s = self._options.heartbeat_s
-        # If this very thread did not run (a suspended process), silence proves nothing yet.
+        # If this thread did not run (a suspended process), silence has no meaning yet.
         slept, self._tick_s = now - self._tick_s > 2 * pause_s + 0.5, now
         if self._pings_sent <= _FIRST_PINGS:
             pause_s = min(_FIRST_PING_S, pause_s)
@@ -84,7 +84,7 @@ class Heartbeat:
             what = (
                 f"has sent nothing for {silent_s:.1f} s"
                 if silent_s > stalled_s
-                else f"has taken no bytes for {stalled_s:.1f} s"
+                else f"has accepted no bytes for {stalled_s:.1f} s"
             )
             self._on_silence(f"{what}, the deadline is {self._options.deadline_s:g} s")
             return
@@ -93,10 +93,10 @@ class Heartbeat:
         self._flush()
 
     def take(self, header: Header, payload: bytes) -> bool:
-        """Takes a ping or its answer; returns whether the frame is one.
+        """Handles a ping or its answer; returns whether the frame is one.
 
         Raises:
-          FrameError: If its times are none that a clock shows.
+          FrameError: If its times are not valid.
         """
         if header.kind == Kind.PING and len(payload) == PING.size:
             self._outbox.pongs.append((_clocks(PING, payload)[0], self._inbox.last_read_s))

@@ -35,8 +35,8 @@ _BUNDLE = int(Flag.BUNDLE)
 _BACK_TO_BACK = int(Flag.BACK_TO_BACK)
 _CHECKED = int(Flag.CHECKED)
 _LARGE_BYTES = 1 << 16
-# Half a millisecond's bytes are waited for at once, from 64 KiB (on links of more than 1 Gbit/s):
-# half a megabyte fits the second-level cache of the core that copies it.
+# Up to half a millisecond of bytes is read at once, from 64 KiB (on links of more than 1 Gbit/s):
+# half a megabyte fits into the L2 cache of the copying core.
 _WAKE_S = 0.0005
 _WAKE_BYTES = 1 << 19
 
@@ -45,15 +45,15 @@ class Inbox:
     """Reads one stream; outlives its connections, of which ``restart`` announces each.
 
     Args:
-      limits: What any peer may make us hold.
-      allowance: What this one may send; None while its owner has not admitted it.
+      limits: Limits on memory for any peer.
+      allowance: Limits for this peer; None before its admission.
       window_bytes: The credit given to the peer.
-      pool: Where receive buffers come from.
-      checked: Whether the peer has to send a checksum with every payload.
-      on_tensor: Gets each complete tensor.
-      on_bundle: Gets each complete bundle.
-      on_control: Gets each control message and how it arrived.
-      on_signal: Gets each frame that carries no message (status, ping, pong, goodbye).
+      pool: Pool of receive buffers.
+      checked: Whether every payload of the peer must have a checksum.
+      on_tensor: Called with each complete tensor.
+      on_bundle: Called with each complete bundle.
+      on_control: Called with each control message and its assembly.
+      on_signal: Called with each frame without a message (status, ping, pong, goodbye).
     """
 
     def __init__(
@@ -103,11 +103,11 @@ class Inbox:
 
     @property
     def last_read_s(self) -> float:
-        """When something was read last, on the monotonic clock."""
+        """Time of the last read, on the monotonic clock."""
         return self._reader.last_read_s
 
     def settle(self) -> None:
-        """Ends a connection: what was read of an unfinished frame is kept and counted."""
+        """Ends a connection: keeps and counts the part of an incomplete frame that was read."""
         rest = self._reader.settle()
         if rest is not None and rest[1] and rest[0].kind in SEQUENCED:
             header, filled = rest
@@ -117,15 +117,15 @@ class Inbox:
             self.partial_bytes += filled
 
     def restart(self, leftover: bytes) -> None:
-        """Begins a connection; the peer sends on behind ``received`` and ``partial_bytes``."""
+        """Starts a connection; the peer continues after ``received`` and ``partial_bytes``."""
         self.settle()
         self.rate.restart()
-        # However short-lived the connections, each has to bring the stream some bytes further.
+        # Each connection must make progress, however short it is.
         self.proven = False
         self._reader.restart(leftover)
 
     def pump(self, transport: Transport, budget_bytes: int) -> bool:
-        """Reads as ``FrameReader.pump`` does and calls back with what is complete."""
+        """Reads as ``FrameReader.pump`` does and calls back for complete messages."""
         return self._reader.pump(transport, budget_bytes)
 
     # -- frames --------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ class Inbox:
         return assembly.buffer.data[header.offset : header.offset + header.length]
 
     def _look_ahead(self, header: Header, assembly: Assembly) -> None:
-        """Behind a large frame expects another one of its kind, if only one chunk of many."""
+        """Expects another large frame after one, such as the next chunk."""
         if header.length < _LARGE_BYTES:
             self._reader.expect()
             return
@@ -180,27 +180,27 @@ class Inbox:
         )
 
     def _check_join(self, header: Header) -> None:
-        """Lets a peer that nobody has admitted send one small control message and no more."""
+        """Allows a peer before its admission to send only one small control message."""
         what = f"a {Kind(header.kind).name.lower()} message"
         if header.kind != Kind.CONTROL or self._joined:
             second = "a second message" if self._joined else what
             raise FrameError(
                 f"{second} arrived before this link was admitted: until then one control message "
-                "is taken"
+                "is accepted"
             )
         if header.total > self._limits.join_bytes:
             raise LimitError(
                 f"{what} of {header.total} bytes before this link was admitted; at most "
-                f"{self._limits.join_bytes} are taken until then (Limits.join_bytes)"
+                f"{self._limits.join_bytes} are accepted until then (Limits.join_bytes)"
             )
 
     @property
     def _most(self) -> Allowance:
-        """What the peer may send; before it is admitted ``_check_join`` says more."""
+        """What the peer may send; before its admission ``_check_join`` restricts it further."""
         return Allowance.of(self._limits) if self.allowance is None else self.allowance
 
     def _begin_message(self, header: Header, shape: tuple[int, ...]) -> Assembly:
-        """Checks what a message declares; only then allocates its buffer."""
+        """Checks the declarations of a message, then allocates its buffer."""
         assembly = Assembly(header, shape, self._reader.last_read_s)
         if header.kind == Kind.TENSOR:
             self._check_tensor(assembly)
@@ -210,7 +210,7 @@ class Inbox:
         if header.total > most_bytes or header.rank:
             raise LimitError(
                 f"a {Kind(header.kind).name.lower()} message of {header.total} bytes and rank "
-                f"{header.rank}; at most {most_bytes} bytes of rank 0 are taken "
+                f"{header.rank}; at most {most_bytes} bytes of rank 0 are accepted "
                 "(Limits.control_bytes, Allowance.control_bytes)"
             )
         if header.kind == Kind.MANIFEST and self._bundle is not None:
@@ -233,10 +233,10 @@ class Inbox:
             which = "bundle_bytes" if header.flags & _BUNDLE else "tensor_bytes"
             raise LimitError(
                 f"{tag}: rank {header.rank} and {held_bytes} bytes declared; at most "
-                f"{limits.rank} and {most_bytes} are taken (Limits.rank, Limits.message_bytes, "
+                f"{limits.rank} and {most_bytes} are accepted (Limits.rank, Limits.message_bytes, "
                 f"Allowance.{which})"
             )
-        # A shape such as (2**60, 0) has no bytes, and yet is none that numpy can hold.
+        # A shape such as (2**60, 0) has no bytes, yet numpy cannot represent it.
         if math.prod(size or 1 for size in assembly.shape) * dtype.itemsize > 1 << 60:
             raise LimitError(f"{tag}: shape {assembly.shape} is too large")
         expected = codec.encoded_bytes(dtype, assembly.shape, header.codec_parameter)
@@ -254,7 +254,7 @@ class Inbox:
         bundle = self._bundle
         if header.flags & _BUNDLE:
             if bundle is None or header.part != len(bundle.payloads):
-                raise FrameError(f"{tag}: tensor {header.part} of a bundle arrived out of turn")
+                raise FrameError(f"{tag}: tensor {header.part} of a bundle arrived out of order")
             if header.role != Role.WEIGHT:
                 raise FrameError(f"{tag}: only weights travel in bundles")
             if bundle.held_bytes + held_bytes > most_bytes:
@@ -276,7 +276,7 @@ class Inbox:
         lane = 1 if header.flags & _CONTROL_LANE else 0
         assembly = self._lanes[lane]
         assert assembly is not None
-        # What earlier connections brought of this frame is checked with the rest of it.
+        # Parts of this frame from earlier connections are checked with the rest.
         begin, self.partial_bytes = header.offset - self.partial_bytes, 0
         try:
             _check(header, assembly.buffer.data[begin : header.offset + header.length])
@@ -331,16 +331,16 @@ class Inbox:
         most = self._most.bundle_tensors
         if len(names) > most:
             raise LimitError(
-                f"bundle {name} declares {len(names)} tensors; at most {most} are taken "
+                f"bundle {name} declares {len(names)} tensors; at most {most} are accepted "
                 "(Limits.bundle_tensors, Allowance.bundle_tensors)"
             )
         if not all(isinstance(key, str) for key in names) or len(set(names)) != len(names):
-            raise FrameError(f"bundle {name}: the names of its tensors are no distinct texts")
+            raise FrameError(f"bundle {name}: the names of its tensors are not distinct texts")
         return Bundle(name, names, body, assembly)
 
 
 def _check(header: Header, payload: memoryview) -> None:
-    """Compares a payload with the checksum that came with it, if one did."""
+    """Compares a payload with its checksum, if it has one."""
     if header.flags & _CHECKED and checksum_of(payload) != header.checksum:
         raise DamageError(
             f"a {Kind(header.kind).name} frame's payload of {len(payload)} bytes does not match "

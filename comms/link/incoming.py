@@ -1,4 +1,4 @@
-"""Messages that are arriving: tensors chunk by chunk, bundles tensor by tensor."""
+"""Incomplete messages: tensors chunk by chunk, bundles tensor by tensor."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from comms.wire.frame import Header, Role, Tag
 
 _SMALL_BYTES = 64
 CREDITED = frozenset((Role.ACTIVATION, Role.COTANGENT))
-"""Roles whose tensors consume credit; labels ride with their activation."""
+"""Roles whose tensors consume credit; labels are covered by that of their activation."""
 
 
 def credit_cost(role: int, raw_bytes: int) -> int:
-    """Returns the credit that a tensor takes: its size before the codec, at least 64 bytes."""
+    """Returns the credit of a tensor: its size before the codec, at least 64 bytes."""
     return max(raw_bytes, _SMALL_BYTES) if role in CREDITED else 0
 
 
@@ -50,7 +50,7 @@ class Assembly:
 
 
 class Bundle:
-    """A manifest and the tensors that arrived for it so far."""
+    """A manifest and its tensors that have arrived so far."""
 
     __slots__ = (
         "body",
@@ -88,21 +88,21 @@ def pack_json(fields: JsonBody) -> bytes:
     """Returns the JSON of a control message (body) or manifest (name, tensors, body).
 
     Raises:
-      ChannelError: If the fields hold what JSON has no form for.
+      ChannelError: If JSON cannot represent a field.
     """
     return bounded_json.encode({"schema": SCHEMA, **fields}, "a control message")
 
 
 def read_json(assembly: Assembly, what: str, *names: str) -> JsonBody:
-    """Returns the JSON of a control message or manifest that is complete, without its schema.
+    """Returns the JSON of a complete control message or manifest, without its schema version.
 
     Args:
       assembly: The message.
-      what: What it is, for the message.
-      names: The fields that it has beside the schema.
+      what: Its name in error messages.
+      names: Its fields in addition to the schema version.
 
     Raises:
-      FrameError: If it is none.
+      FrameError: If it is not valid.
     """
     fields = bounded_json.decode(assembly.buffer.data, what)
     if fields.pop("schema", None) != SCHEMA:

@@ -22,9 +22,9 @@ from comms.wire.frame import Role, Tag
 
 
 class Link:
-    """One peer's link; made by ``Endpoint.connect`` or handed to ``on_link``.
+    """The link to one peer, created by ``Endpoint.connect`` or passed to ``on_link``.
 
-    The public methods may be called from any thread and never wait, but for ``drain``. Callbacks
+    The public methods may be called from any thread and never block, except ``drain``. Callbacks
     run on the I/O thread and must only post.
 
     Args:
@@ -34,7 +34,7 @@ class Link:
 
     Attributes:
       stream: The I/O thread's half; only that thread may call it.
-      peer: The name that the peer gave in the handshake.
+      peer: Name of the peer in the handshake.
       address: The peer's address, as text.
     """
 
@@ -56,11 +56,11 @@ class Link:
 
     @property
     def attempt(self) -> int:
-        """How many connections this link has had."""
+        """Number of connections of this link so far."""
         return self.stream.attempt
 
     def __repr__(self) -> str:
-        """Names the peer and the state."""
+        """Returns peer and state."""
         state = "lost" if self.error else "up" if self.stream.transport else "down"
         return f"<link to {self.peer} at {self.address}, {state}>"
 
@@ -70,30 +70,28 @@ class Link:
         on_credit: Callable[[], None],
         on_lost: Callable[[ChannelError], None],
     ) -> None:
-        """Begins delivery; what arrived before is delivered first.
+        """Starts delivery; messages that have arrived before are delivered first.
 
         Args:
-          on_message: Gets every message.
-          on_credit: Called when the peer has given credit back.
-          on_lost: Called once, with a PeerLost that says why, when the link has ended for good;
-            not called after this side's own ``close``.
+          on_message: Called with every message.
+          on_credit: Called when the peer has returned credit.
+          on_lost: Called once, with a PeerLost with the reason, when the link has ended
+            permanently; not called after this side's own ``close``.
         """
         self.stream.guard.post(lambda: self.stream.start(on_message, on_credit, on_lost))
 
     def admit(self, allowance: Allowance | None = None) -> None:
-        """Says what the peer may send from now on; may be called again when that changes.
+        """Sets what the peer may send from now on; may be called repeatedly.
 
-        A link that a listener accepted is not admitted at first: its peer may send one control
-        message of at most ``Limits.join_bytes``, and nothing else until this is called. Whatever
-        goes beyond, then or later, ends the link before anything is allocated for it. A link that
-        ``Endpoint.connect`` made begins with all that the limits allow, and can be narrowed.
-
-        It holds from the next message that begins to arrive, and before anything that is sent
-        after this call can have reached the peer.
+        A link of a listener is not admitted at first: its peer may send one control message of at
+        most ``Limits.join_bytes``, and nothing else until this call. Any violation, then or later,
+        ends the link before memory is allocated. A link of ``Endpoint.connect`` starts with the
+        full limits, which this call can restrict. The allowance applies to the next message that
+        starts to arrive, and before any message that is sent after this call can have reached the
+        peer.
 
         Args:
-          allowance: What is taken, as far as the endpoint's ``Limits`` allow it; None is all that
-            they allow.
+          allowance: The allowance, within the endpoint's ``Limits``; None is all that they allow.
         """
         limits = self._options.limits
         given = Allowance.of(limits) if allowance is None else allowance.within(limits)
@@ -103,7 +101,7 @@ class Link:
 
     @property
     def allowance(self) -> Allowance | None:
-        """What the peer may send; None while it is not admitted."""
+        """What the peer may send; None before its admission."""
         return self.stream.inbox.allowance
 
     def send(
@@ -114,16 +112,16 @@ class Link:
         codec: str = "raw",
         on_sent: OnSent | None = None,
     ) -> None:
-        """Sends a tensor; returns at once.
+        """Sends a tensor; returns immediately.
 
         Args:
-          tag: What the header says of it.
-          array: Any shape; must not change until ``on_sent``. An ``Encoded`` is sent as it is.
+          tag: Fields of the tensor for the header.
+          array: Any shape; must not change until ``on_sent``. An ``Encoded`` is sent unchanged.
           codec: Name of the codec, such as "raw" or "int8:128".
-          on_sent: Gets (start_s, end_s, wire_bytes): when the first and the last byte left this
-            process, the emulated link's time included, and the bytes with headers. From this
-            call on the link holds no view of the array. It is not called for what is still
-            unsent when the link is lost.
+          on_sent: Called with (start_s, end_s, wire_bytes): the times at which the first and the
+            last byte left this process, including the emulated link, and the bytes with headers.
+            From this call on the link has no view of the array. Not called for unsent tensors of a
+            lost link.
 
         Raises:
           PeerLost: If the link has ended.
@@ -138,7 +136,7 @@ class Link:
 
         Raises:
           PeerLost: If the link has ended.
-          ChannelError: If the body is no JSON or too large.
+          ChannelError: If the body cannot be represented in JSON or is too large.
         """
         message = pack_control(body, self._options.limits)
         self._submit([message], [], control=True)
@@ -156,16 +154,16 @@ class Link:
         """Sends named weights as one message: a manifest, then a frame per tensor.
 
         Args:
-          name: What the bundle is.
+          name: Name of the bundle.
           tensors: Arrays by name, or ``Encoded`` ones; none may change until ``on_sent``.
-          body: JSON values that travel with them.
+          body: Additional JSON values.
           on_sent: As in ``send``, for the whole bundle.
-          tag: What the headers say; its role must be WEIGHT.
-          codec: The codec for every tensor that it takes; the others go raw.
+          tag: Fields for the headers; its role must be WEIGHT.
+          codec: The codec for all tensors that it supports; others are sent raw.
 
         Raises:
           PeerLost: If the link has ended.
-          ChannelError: If something cannot be sent.
+          ChannelError: If a tensor or the body cannot be sent.
         """
         tag = Tag(role=Role.WEIGHT) if tag is None else tag
         sending, limits = Sending(on_sent), self._options.limits
@@ -173,7 +171,7 @@ class Link:
 
     @property
     def available_bytes(self) -> int:
-        """Activation and cotangent bytes that the peer would take now."""
+        """Credit for activations and cotangents, in bytes."""
         return max(0, self._queue.window_bytes - self._queue.used_bytes)
 
     def can_send(self, nbytes: float) -> bool:
@@ -181,18 +179,18 @@ class Link:
         return self._queue.can_take(nbytes)
 
     def set_shape(self, shape: LinkShape) -> None:
-        """Shapes what this side sends from now on; a schedule counts from now."""
+        """Sets the emulated shape of this side's sending; a schedule starts now."""
         self._change_shape(lambda: self.stream.reshape(shape))
 
     def share_shape(self, other: Link) -> None:
-        """Sends over the same emulated line as another link of this endpoint, in turns with it.
+        """Shares the emulated line of another link of this endpoint.
 
-        Both then have one rate together, as links over one radio do. Set the other's shape first.
+        Both then share one rate, as links over one radio do. Set the other's shape first.
         """
         self._change_shape(lambda: self.stream.share_shape(other.stream))
 
     def _change_shape(self, change: Callable[[], None]) -> None:
-        """Lets nothing leave until the change was made, so that what is sent next is under it."""
+        """Holds messages until the change is applied, so that it affects all later ones."""
         self._queue.hold()
 
         def apply() -> None:
@@ -203,7 +201,7 @@ class Link:
 
     @property
     def rtt_s(self) -> float | None:
-        """Shortest recent round trip of a heartbeat, emulated delay included."""
+        """Shortest recent round trip of a heartbeat, including the emulated delay."""
         return self.stream.clock.rtt_s
 
     @property
@@ -213,11 +211,11 @@ class Link:
 
     @property
     def error(self) -> PeerLost | None:
-        """Why the link has ended, or None while it has not."""
+        """The reason why the link has ended, or None."""
         return self._queue.error
 
     def stats(self) -> LinkStats:
-        """Returns the link's figures as of now."""
+        """Returns the current statistics of the link."""
         stream, queue = self.stream, self._queue
         out, inbox, arrivals = stream.outbox, stream.inbox, stream.arrivals
         return LinkStats(
@@ -253,41 +251,41 @@ class Link:
         )
 
     def drain(self, timeout_s: float) -> None:
-        """Waits until all that was sent has left (is acknowledged, if the stream can resume).
+        """Waits until all messages have left (are acknowledged, if the stream can resume).
 
         Raises:
           PeerLost: If the link ends before.
-          ChannelError: If it takes longer than ``timeout_s``.
+          ChannelError: If the time limit is exceeded.
         """
         if self.stream.guard.on_thread:
-            raise ChannelError("drain() would block the I/O thread: call it from another one")
+            raise ChannelError("drain() would block the I/O thread: call it from another thread")
         done = threading.Event()
         self.stream.guard.post(lambda: self.stream.drain(done))
         if not done.wait(timeout_s):
             raise ChannelError(
-                f"{self.peer} did not take what was sent within {timeout_s:g} s: "
-                f"{self._queue.waiting_bytes} bytes still wait"
+                f"{self.peer} did not accept all messages within {timeout_s:g} s: "
+                f"{self._queue.waiting_bytes} bytes are waiting"
             )
         if (error := self._queue.error) is not None and not self.stream.outbox.empty:
             raise error
 
     def close(self, reason: str = "the run on that side is over") -> None:
-        """Ends the link in good order: what waits is still sent, for a second at most.
+        """Closes the link; waiting messages are still sent, for at most a second.
 
         Args:
-          reason: What the peer is told, as the reason of its ``PeerClosed``.
+          reason: Sent to the peer, as the reason of its ``PeerClosed``.
         """
         self.stream.guard.post(lambda: self.stream.say_goodbye(reason))
 
     def refuse(self, reason: str) -> None:
-        """Ends the link to a peer that is not wanted, or not any more.
+        """Ends the link to an unwanted peer.
 
-        What waits to be sent is dropped but for the reason, and nothing that still arrives is
-        delivered, except what the I/O thread is handing over at this moment. As after ``close``,
-        ``on_lost`` is not called on this side.
+        Waiting messages except the reason are dropped, and no further message is delivered, except
+        one that the I/O thread is delivering at this moment. As after ``close``, ``on_lost`` is not
+        called on this side.
 
         Args:
-          reason: What the peer is told, as the reason of its ``PeerClosed``.
+          reason: Sent to the peer, as the reason of its ``PeerClosed``.
         """
         self.stream.guard.post(lambda: self.stream.say_goodbye(reason, refuse=True))
 

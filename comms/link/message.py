@@ -1,4 +1,4 @@
-"""What arrives on a link: a tensor, a control message or a bundle of weights."""
+"""Messages of a link: tensors, control messages and bundles of weights."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class Payload:
-    """One received tensor: its bytes as sent, and the array, decoded when first asked for.
+    """A received tensor: its payload, and the array, decoded on first use.
 
     Attributes:
-      data: The payload as it crossed the link, [n] uint8, 64-byte aligned.
-      codec: The codec that made it.
+      data: The payload, [n] uint8, 64-byte aligned.
+      codec: Its codec.
       parameter: The codec's parameter.
       dtype: Element type before the codec.
       shape: Shape before the codec.
@@ -49,14 +49,14 @@ class Payload:
         """The array; a view of ``data`` if the codec is raw, else decoded on first use.
 
         Raises:
-          CodecError: If the payload is not what the codec makes.
+          CodecError: If the payload is not valid for the codec.
         """
         if self._array is None:
             try:
                 self._array = self.codec.decode(self.data, self.dtype, self.shape, self.parameter)
             except CodecError:
                 raise
-            except Exception as error:  # whatever bytes do to numpy, they are no bytes of the codec
+            except Exception as error:  # whatever numpy raises, the bytes are invalid
                 raise CodecError(
                     f"{self.data.size} bytes cannot be decoded by codec {self.codec.name} as "
                     f"{self.dtype}{list(self.shape)}: {type(error).__name__}: {error}"
@@ -73,19 +73,19 @@ class MessageKind(enum.StrEnum):
 
 
 class Message:
-    """What ``on_message`` gets.
+    """A received message.
 
     Attributes:
       kind: What it is, and so which of the others it has.
       link: The link it came over.
-      tag: What the header says of the tensor; None for control.
+      tag: Fields of the tensor in the header; None for control.
       name: Name of the bundle.
-      body: The control message, or what the bundle carries beside its tensors.
+      body: The control message, or the additional values of the bundle.
       nbytes: Payload bytes on the wire.
-      first_byte_s: When its first byte was read, on the local monotonic clock.
-      received_s: When its last byte was read, on the same clock.
-      sent_s: When its first byte left the peer, translated to the local monotonic clock; None
-        while the offset of the clocks is unknown.
+      first_byte_s: Time at which its first byte was read, on the local monotonic clock.
+      received_s: Time at which its last byte was read.
+      sent_s: Time at which its first byte left the peer, converted to the local monotonic clock;
+        None while the offset of the clocks is unknown.
     """
 
     __slots__ = (
@@ -127,12 +127,12 @@ class Message:
         self.received_s = received_s
         self.sent_s = sent_s
         self._payloads = payloads
-        # A list, since taking its one item is atomic whichever threads release at once.
+        # A list, since popping its only item is atomic if several threads release at once.
         self._release = [] if release is None else [release]
 
     @property
     def payloads(self) -> dict[str, Payload]:
-        """The tensors as they crossed the link, by name (a lone tensor's name is "").
+        """The received tensors by name (that of a single tensor is "").
 
         Raises:
           ChannelError: If the message has none, or was released.
@@ -146,7 +146,7 @@ class Message:
 
     @property
     def payload(self) -> Payload:
-        """The tensor of a "tensor" message as it crossed the link, for decoding elsewhere."""
+        """The payload of a "tensor" message, for decoding elsewhere."""
         return self.payloads[""]
 
     @property
@@ -177,10 +177,10 @@ class Message:
             raise CodecError(f"{self.link.peer} sent {what}: {error}") from error
 
     def release(self) -> None:
-        """Gives the credit back to the peer and drops the buffers; may be called from any thread.
+        """Returns the credit to the peer and drops the buffers; may be called from any thread.
 
-        Arrays taken from the message before stay valid: their memory is reused only when they and
-        everything made from them without a copy are gone. Calling it again does nothing.
+        Arrays of the message remain valid: their memory is reused only when they and all views of
+        them are gone. Idempotent.
         """
         self._payloads = None
         try:
@@ -190,6 +190,6 @@ class Message:
         release()
 
     def __repr__(self) -> str:
-        """Says what it is and where it came from."""
+        """Returns the kind and the sender."""
         what = self.tag if self.tag is not None else self.body
         return f"<{self.kind} {self.name} {what} from {self.link.peer}, {self.nbytes} bytes>"

@@ -1,4 +1,4 @@
-"""Figures of a link: counters, clock offset, round trip and bandwidth from the transfers."""
+"""Statistics of a link: counters, clock offset, round trip and bandwidth."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkStats:
-    """A snapshot of a link's figures; "out" is what this side sent.
+    """A snapshot of a link's statistics; "out" refers to this side's sending.
 
     Attributes:
-      bytes_out: Bytes written to connections, headers and heartbeats included.
+      bytes_out: Bytes written to connections, including headers and heartbeats.
       bytes_in: Bytes read from connections.
       payload_out_bytes: Payload of messages sent in full, after the codec.
       payload_in_bytes: Payload of messages received in full, before decoding.
@@ -24,25 +24,25 @@ class LinkStats:
       frames_in: Frames read.
       queued_messages: Messages that wait to be sent.
       queued_bytes: Their bytes before the codec.
-      queued_peak_bytes: The most that has ever been queued.
-      unacked_bytes: Bytes kept for sending again after a cut.
+      queued_peak_bytes: Maximum of ``queued_bytes`` so far.
+      unacked_bytes: Bytes kept for replay after an interruption.
       credit_used_bytes: Activation and cotangent bytes the peer has not released yet.
       held_bytes: Activation and cotangent bytes received here and not released yet.
-      blocked_s: Time that bytes were ready while the socket took none.
-      credit_wait_s: Time that a tensor at the head of the queue waited for credit.
-      queue_s: Time from ``send`` to the first byte's leaving, summed over the messages (bundles as
-        one) that were sent in full; by its share of a time, how many waited on average.
+      blocked_s: Time during which bytes were ready and the socket accepted none.
+      credit_wait_s: Time during which a tensor at the head of the queue waited for credit.
+      queue_s: Time from ``send`` until the first byte left, summed over completely sent messages
+        (bundles as one); divided by a time span, the mean number of waiting messages.
       encode_s: Time spent encoding on the worker.
-      reconnects: Connections that replaced a cut one.
-      repeated_frames: Frames put on a new connection since the peer had not confirmed them.
-      repeated_bytes: Their bytes, without what the peer had of them already.
+      reconnects: Connections that replaced an interrupted one.
+      repeated_frames: Frames sent again because the peer had not confirmed them.
+      repeated_bytes: Their bytes, without parts that the peer already had.
       rtt_s: Smallest recent round trip of a heartbeat; None before the first.
       offset_s: The peer's monotonic clock minus ours; None before the first heartbeat.
-      rate_out_mbps: What the peer measured of our sending; None until enough was sent.
-      rate_in_mbps: What we measured of the peer's sending; None until enough was received.
-      timed_in_bytes: Bytes received back to back for long enough that a rate can be told.
-      timed_in_s: How long they took on the link; between two snapshots, bytes by seconds is the
-        rate of just that time.
+      rate_out_mbps: Rate of our sending measured by the peer; None until enough was sent.
+      rate_in_mbps: Measured rate of the peer's sending; None until enough was received.
+      timed_in_bytes: Bytes received in long runs of consecutive frames.
+      timed_in_s: Their duration; the quotient of differences between two snapshots is the rate in
+        that time.
     """
 
     bytes_out: int
@@ -81,7 +81,7 @@ class ClockMeter:
 
     With a ping sent at t0, received at t1, answered at t2 and the answer received at t3, the round
     trip is (t3 - t0) - (t2 - t1) and the offset of the peer's clock ((t1 - t0) + (t2 - t3)) / 2.
-    Queues only ever lengthen a round trip, so the sample with the shortest one is believed.
+    Queues only lengthen round trips, so that the sample with the shortest is used.
     """
 
     _SAMPLES = 32
@@ -91,7 +91,7 @@ class ClockMeter:
         self._best: tuple[float, float] | None = None
 
     def add(self, t0: float, t1: float, t2: float, t3: float) -> None:
-        """Takes the four times of one heartbeat, in seconds."""
+        """Adds the four times of one heartbeat, in seconds."""
         round_trip = (t3 - t0) - (t2 - t1)
         offset = ((t1 - t0) + (t2 - t3)) / 2
         if not (math.isfinite(round_trip) and math.isfinite(offset)) or round_trip < 0:
@@ -101,7 +101,7 @@ class ClockMeter:
 
     @property
     def samples(self) -> int:
-        """How many heartbeats are remembered."""
+        """Number of heartbeats kept."""
         return len(self._samples)
 
     @property
@@ -111,19 +111,18 @@ class ClockMeter:
 
     @property
     def offset_s(self) -> float | None:
-        """The peer's clock minus ours, from that same heartbeat."""
+        """The peer's clock minus ours, from the same heartbeat."""
         return None if self._best is None else self._best[1]
 
 
 class RateMeter:
-    """Bandwidth of one direction from the frames themselves.
+    """Bandwidth of one direction, measured from frames.
 
-    Only frames that were waiting when their predecessor left count (the sender marks them): the
-    time between the ends of two such frames is what the second took on the link. Sums of bytes and
-    seconds with exponential forgetting smooth over timers and bursts.
-
-    Where a processor is busy, threads wake up milliseconds late. A run of frames without a gap has
-    that error once, at its ends; so what compares a rate with another takes long runs alone.
+    Only frames that were waiting when their predecessor left are used (the sender marks them): the
+    time between the ends of two such frames is the duration of the second. Sums of bytes and
+    seconds with exponential decay smooth over timers and bursts. On a busy processor threads wake
+    up milliseconds late. A run of consecutive frames has that error only at its ends; comparisons
+    of rates therefore use only long runs.
 
     Attributes:
       timed_bytes: Bytes of all long runs so far.
@@ -132,9 +131,9 @@ class RateMeter:
 
     _MEMORY_S = 3.0
     _ENOUGH_BYTES = 48 << 10
-    # A smaller frame's time is that of this program, not of the link.
+    # The time of a smaller frame is dominated by this program, not by the link.
     _SMALLEST_BYTES = 1 << 12
-    # A run is long from here on.
+    # Minimum duration of a long run.
     _LONG_BYTES, _LONG_S = 1 << 20, 0.05
 
     def __init__(self) -> None:
@@ -149,7 +148,7 @@ class RateMeter:
         self._last_s: float | None = None
 
     def add(self, nbytes: int, back_to_back: bool, now_s: float) -> None:
-        """Takes the end of a frame of ``nbytes``."""
+        """Adds the end of a frame of ``nbytes``."""
         last, self._last_s = self._last_s, now_s
         if last is None or not back_to_back:
             self._run_bytes, self._run_s, self._counted = 0, 0.0, False
@@ -164,7 +163,7 @@ class RateMeter:
         self._seen_bytes += nbytes
 
     def _count(self, nbytes: int, seconds: float) -> None:
-        """Adds a frame to its run, and the run to what was timed once it is long."""
+        """Adds a frame to its run, and a long run to the totals."""
         self._run_bytes += nbytes
         self._run_s += seconds
         if self._counted or self._run_bytes >= self._LONG_BYTES or self._run_s >= self._LONG_S:
@@ -173,7 +172,7 @@ class RateMeter:
             self._run_bytes, self._run_s, self._counted = 0, 0.0, True
 
     def restart(self) -> None:
-        """Forgets the last frame's end: a new connection begins."""
+        """Resets the end of the last frame for a new connection."""
         self._last_s = None
 
     @property

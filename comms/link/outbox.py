@@ -25,24 +25,24 @@ _IDLE = float("inf")
 
 
 class Outbox:
-    """Decides what leaves next and writes it; used by the I/O thread, but for the counters.
+    """Chooses the next frame and writes it; used by the I/O thread, except the counters.
 
-    The order: heartbeats and status, frames to repeat after a cut, control messages, then tensors
-    and bundles in the order they were sent. A tensor that has no credit waits, and what is behind
-    it waits too, so that tensors never overtake each other.
+    The order is: heartbeats and status, frames to repeat after an interruption, control messages,
+    then tensors and bundles in the order of sending. A tensor without credit waits, and so do all
+    later ones, so that tensors never overtake each other.
 
     Args:
-      queue: What callers have sent.
+      queue: Messages of callers.
       status: Returns the payload of a STATUS frame.
       keep: Whether frames are kept for replay until acknowledged.
-      replay_bytes: Bound of what is kept.
+      replay_bytes: Limit of kept frames.
       checked: Whether payloads are sent with their checksum.
 
     Attributes:
-      queue: What callers have sent.
-      pace: How fast it leaves.
-      writer: What is about to be written.
-      committed_bytes: Credit of all messages that have begun to leave.
+      queue: Messages of callers.
+      pace: Rate of sending.
+      writer: Frames being written.
+      committed_bytes: Credit of all messages that have started to leave.
       sequence: Number of the last frame cut.
       checked: Whether payloads are sent with their checksum.
     """
@@ -86,12 +86,12 @@ class Outbox:
         self._unheard_since_s: float | None = None
 
     def set_shape(self, shape: LinkShape, now_s: float) -> None:
-        """Shapes what is sent from now on."""
+        """Sets the emulated shape."""
         self.pace.set_shape(shape, now_s)
         self._waiting = False
 
     def ask_for_heartbeat(self) -> None:
-        """Has a ping and a STATUS sent next, unless this side says goodbye."""
+        """Sends a ping and a STATUS next, unless this side is closing."""
         if not self.queue.closing:
             self.ping_due = self.status_due = True
 
@@ -99,7 +99,7 @@ class Outbox:
 
     @property
     def empty(self) -> bool:
-        """Whether everything that was sent has left (and is acknowledged, if frames are kept)."""
+        """Whether all messages have left (and are acknowledged, if frames are kept)."""
         return not (
             self.queue.control
             or self.queue.data
@@ -112,7 +112,7 @@ class Outbox:
 
     @property
     def stalled_since_s(self) -> float | None:
-        """Since when the peer has taken nothing although there is something to send."""
+        """Time since which the peer has accepted no bytes although there are some."""
         if self.pace.rate_bytes is None and self._unheard_since_s is not None:
             return self._unheard_since_s
         writer = self.writer
@@ -121,21 +121,21 @@ class Outbox:
         return max(writer.blocked_since_s, writer.last_progress_s)
 
     def say_goodbye(self, reason: bytes) -> None:
-        """Sends GOODBYE behind all that waits."""
+        """Sends GOODBYE after all waiting messages."""
         self._goodbye = reason
 
     def drop_waiting(self) -> None:
-        """Forgets what is not on the wire yet, so that GOODBYE is next."""
+        """Drops everything that is not on the wire yet, so that GOODBYE is next."""
         queue = self.queue
         for waiting in (queue.control, queue.data, self._unacked, self._replay, self._pipe):
             waiting.clear()
         self.unacked_bytes = 0
 
     def restart(self, received: int, partial_bytes: int, now_s: float) -> None:
-        """Begins a connection: what the peer has is dropped, what it lacks is sent again.
+        """Starts a connection: drops frames that the peer has, repeats those that it lacks.
 
         Raises:
-          FrameError: If the peer claims to have what was never sent.
+          FrameError: If the peer claims frames that were never sent.
         """
         if received > self.sequence:
             raise FrameError(f"the peer claims frame {received}, {self.sequence} was the last")
@@ -144,7 +144,7 @@ class Outbox:
         if partial_bytes:
             if not self._replay:
                 raise FrameError(f"the peer claims a part of frame {received + 1}, never sent")
-            # However short-lived the connections, each brings the stream some bytes further.
+            # Each connection makes progress, however short it is.
             self._replay[0].skip(partial_bytes)
         elif self._replay:
             self._replay[0].skip(0)
@@ -155,16 +155,16 @@ class Outbox:
         self.status_due = True
 
     def drop_connection(self) -> None:
-        """Forgets what was about to be written to a connection that has ended."""
+        """Drops frames for a connection that has ended."""
         self._pipe.clear()
         self.writer.clear()
         self.pongs.clear()
         self._unheard_since_s = None
 
     def part_with(self, transport: Transport, reason: bytes) -> None:
-        """Tries once to write a last GOODBYE, unless that would cut into another frame.
+        """Attempts once to write a last GOODBYE, unless that would interrupt another frame.
 
-        The connection is to be closed next, so it does not matter if the socket takes nothing.
+        The connection is closed next, so that it does not matter if the socket accepts nothing.
         """
         if self.writer.within_frame:
             return
@@ -173,7 +173,7 @@ class Outbox:
             transport.send([memoryview(frame.head)])
 
     def abandon(self) -> None:
-        """Drops everything: the link has ended and no view of an array may stay behind."""
+        """Drops everything: the link has ended, and no view of an array may remain."""
         self.drop_connection()
         queue = self.queue
         for waiting in (queue.control, queue.data, self._unacked, self._replay):
@@ -194,11 +194,11 @@ class Outbox:
     # -- writing -------------------------------------------------------------------------------
 
     def flush(self, transport: Transport, budget_bytes: int) -> float | None:
-        """Writes what may leave now.
+        """Writes frames that may leave now.
 
         Returns:
-          When to call again: 0 at once (the budget is used up), a time of the monotonic clock,
-          infinity if there is nothing to do, None if the socket takes no more for now.
+          The time of the next call: 0 for immediately (the budget is used up), a time of the
+            monotonic clock, infinity if there is nothing to do, None if the socket is full.
 
         Raises:
           ConnectionEnded: If the connection is broken.
@@ -222,7 +222,7 @@ class Outbox:
             self._complete(frame)
 
     def _complete(self, frame: Frame) -> None:
-        """Ends a message with its last frame; from here on the link holds no view of it."""
+        """Ends a message with its last frame; from here on the link has no view of it."""
         message = frame.message
         if message is None or not frame.last:
             return
@@ -239,10 +239,10 @@ class Outbox:
                 sending.on_sent(sending.start_s, sending.end_s, sending.wire_bytes)
 
     def _fill(self, now_s: float) -> float:
-        """Moves frames to the wire; returns when there will be more to do."""
+        """Moves frames to the writer; returns the time of the next frame."""
         shaper, writer = self.pace.shaper, self.writer
         if shaper is None:
-            # What an emulated link that was lifted since still holds has to leave first.
+            # Frames on a former emulated link have to leave first.
             self._drain_pipe(now_s)
             if self._pipe:
                 return self._pipe[0][0]
@@ -264,21 +264,21 @@ class Outbox:
             self._waiting = True
             frame.end_s = end
             note_start(frame, start)
-            # A late thread makes up for lost rate, but no frame travels before it exists.
+            # A late thread catches up on the rate, but no frame is sent before it exists.
             self._pipe.append((max(end, now_s) + shaper.shape.delay_s, frame))
         else:
             if writer.waiting_bytes >= _COALESCE_BYTES:
-                # The socket is slower than the emulated link: the virtual clock must not run on.
+                # The socket is slower than the emulated link: the virtual clock must not advance.
                 self._waiting = False
         self._drain_pipe(now_s)
         again_s = self._pipe[0][0] if self._pipe else _IDLE
-        # If the link is free and nothing was picked, only an event can change that: no timer.
+        # If the link is free and no frame was chosen, only an event can change that: no timer.
         if shaper.next_free_s > now_s and (self._waiting or self._has_frames()):
             again_s = min(again_s, shaper.next_free_s)
         return again_s
 
     def _has_frames(self) -> bool:
-        """Whether something waits to be picked, with or without credit."""
+        """Whether a message waits, with or without credit."""
         return bool(
             self.queue.control
             or self.queue.data
@@ -321,7 +321,7 @@ class Outbox:
                 return signal_frame(Kind.GOODBYE, reason, self.checked)
             return None
         message = lane[0]
-        # Looked at after the lane: whoever saw this message there sees the change before it, too.
+        # Checked after the lane, so that a change that precedes this message is seen.
         if queue.shapes_due:
             return None
         if (
@@ -337,7 +337,7 @@ class Outbox:
         return self._cut(message, lane, now_s)
 
     def _commit(self, message: Outgoing, now_s: float) -> bool:
-        """Takes credit for a message, if there is any; an empty window takes one of any size."""
+        """Reserves credit for a message, if available; an empty window accepts any size."""
         if message.cost:
             used = self.committed_bytes - self.queue.released_bytes
             if used and used + message.cost > self.queue.window_bytes:

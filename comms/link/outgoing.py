@@ -1,4 +1,4 @@
-"""Messages that wait to be sent, and the frames they are cut into."""
+"""Outgoing messages and their frames."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from comms.wire.frame import Flag, Header, Kind, checksum_of, pack_header
 _CHECKED = int(Flag.CHECKED)
 _KEPT = int(Flag.CONTROL_LANE | Flag.CHECKED)
 OnSent: TypeAlias = Callable[[float, float, int], None]
-"""Gets when the first and the last byte left, and the bytes with headers."""
+"""Called with the times of the first and the last byte, and the bytes with headers."""
 
 
 class Sending:
-    """When a message (or a whole bundle) was sent and left and what it took; shared by its parts.
+    """Times and bytes of a message or a whole bundle; shared by its parts.
 
-    It is made where the message is sent, so that ``queued_s`` is the time of that call.
+    Created in the call that sends the message, so that ``queued_s`` is the time of that call.
     """
 
     __slots__ = ("end_s", "on_sent", "queued_s", "start_s", "wire_bytes")
@@ -35,7 +35,7 @@ class Sending:
 class Outgoing:
     """A message that waits or is being sent.
 
-    ``payload`` is None while the codec worker makes it.
+    ``payload`` is None while the codec worker encodes it.
     """
 
     __slots__ = (
@@ -64,7 +64,7 @@ class Outgoing:
 
 
 class Frame:
-    """A frame on its way; kept until acknowledged if the stream can resume."""
+    """A sent frame; kept until acknowledged if the stream can resume."""
 
     __slots__ = (
         "end_s", "first", "head", "header", "kept_bytes", "last", "message", "nbytes", "payload",
@@ -90,10 +90,10 @@ class Frame:
         self.end_s: float | None = None
 
     def skip(self, nbytes: int) -> None:
-        """Leaves out the first payload bytes, counted from the frame's first version.
+        """Drops the first payload bytes, counted from the original frame.
 
         Raises:
-          FrameError: If the frame has no more than that.
+          FrameError: If the frame is not longer than that.
         """
         head, payload = self.first
         if nbytes:
@@ -101,7 +101,7 @@ class Frame:
             assert header is not None and payload is not None
             if not nbytes < header.length:
                 raise FrameError(f"the peer claims {nbytes} bytes of frame {header.sequence}")
-            # The checksum stays that of the whole: what came before may have been damaged.
+            # The checksum remains that of the whole payload: earlier parts may have been damaged.
             head = pack_header(
                 Header(
                     kind=Kind.CHUNK,
@@ -125,13 +125,13 @@ class Frame:
 
 
 def note_start(frame: Frame, start_s: float) -> None:
-    """Remembers when a message began to leave, with its first frame."""
+    """Records the start of a message, with its first frame."""
     if frame.message is not None and frame.message.sending.start_s < 0:
         frame.message.sending.start_s = start_s
 
 
 def signal_frame(kind: Kind, payload: bytes, checked: bool) -> Frame:
-    """Returns a frame that carries no message: status, ping, pong or goodbye."""
+    """Returns a frame without a message: status, ping, pong or goodbye."""
     header = Header(kind=kind, total=len(payload), length=len(payload))
     if checked:
         header = header._replace(flags=_CHECKED, checksum=checksum_of(payload))

@@ -1,4 +1,4 @@
-"""How fast a link sends: its emulated shape, the rate that the peer measures, and what follows."""
+"""The rate of a link's sending: emulated shape, measured rate, and derived sizes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ _SLOW_BYTES_PER_S = 3e6
 _FIRST_CHUNK_BYTES = 1 << 14
 _FIRST_UNSENT_BYTES = 1 << 14
 FIRST_FLIGHT_BYTES = 1 << 16
-"""Until the first measurement comes back, at most this much is under way, in small chunks: what TCP
-lets through while it looks for the rate of a slow link would only be dropped in its queues."""
+"""Limit of data in flight, in small chunks, before the first measurement: TCP's probing for the
+rate of a slow link would only overflow its queues."""
 
 
 class Pace:
@@ -17,8 +17,8 @@ class Pace:
 
     Attributes:
       shaper: The emulated line; None sends as fast as the connection takes.
-      rate_bytes: What the peer measured of our sending, in bytes per second; None before.
-      chunk_bytes: The payload of a frame, at most.
+      rate_bytes: Rate of our sending measured by the peer, in bytes per second; None before.
+      chunk_bytes: Maximum payload of a frame.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Pace:
         self.chunk_bytes = _FIRST_CHUNK_BYTES
 
     def share_shape(self, other: Pace) -> None:
-        """Takes turns with another link on its emulated line, as links of one radio do."""
+        """Shares the emulated line of another link, as links of one radio do."""
         self.shaper = other.shaper
 
     def set_shape(self, shape: LinkShape, now_s: float) -> None:
@@ -36,7 +36,7 @@ class Pace:
         self._resize_chunks(now_s)
 
     def set_rate(self, bytes_per_s: float, now_s: float) -> None:
-        """Takes the peer's measurement of our sending, from which the chunks' size follows."""
+        """Sets the rate measured by the peer, and the chunk size that follows from it."""
         self.rate_bytes = bytes_per_s
         self._resize_chunks(now_s)
 
@@ -44,16 +44,16 @@ class Pace:
         if self.shaper is not None:
             self.chunk_bytes = chunk_bytes(self.shaper.rate_bytes(now_s))
         elif self.rate_bytes is not None:
-            # A link that shares the machine with a thousand others looks slow and is not: below
-            # this size the work per frame would make it so.
+            # A link that shares the machine with a thousand others appears slow: with smaller
+            # chunks the work per frame would make it slow.
             self.chunk_bytes = max(_FIRST_CHUNK_BYTES, chunk_bytes(self.rate_bytes))
 
     @property
     def unsent_limit_bytes(self) -> int:
-        """How much may lie unsent in the kernel: what the link takes in about 12 ms.
+        """Limit of unsent data in the kernel: about 12 ms of the link.
 
-        Nothing overtakes what lies there. On a fast link it is some megabytes, so that the kernel
-        does not run dry before this thread comes round again.
+        Nothing overtakes these data. On a fast link the limit is several megabytes, so that the
+        kernel does not run out of data before this thread runs again.
         """
         rate = self.rate_bytes
         return (
@@ -63,11 +63,11 @@ class Pace:
         )
 
     def in_flight_limit_bytes(self, rtt_s: float | None) -> int | None:
-        """Returns how much a slow link should hold on its way; None on a fast one.
+        """Returns the limit of data in flight on a slow link; None on a fast one.
 
-        TCP fills the queues before a slow link until they overflow, and a heartbeat then waits for
-        what was dropped to be sent again. Twice the bandwidth-delay product leaves the estimate
-        room to grow, 50 ms more keep the link busy.
+        TCP fills the queues before a slow link until they overflow, and heartbeats then wait for
+        retransmissions. Twice the bandwidth-delay product lets the estimate grow; 50 ms more keep
+        the link busy.
         """
         rate = self.rate_bytes
         if self.shaper is not None or rate is None or rtt_s is None or rate > _SLOW_BYTES_PER_S:

@@ -1,4 +1,4 @@
-"""Arrays and JSON made into outgoing messages, checked before anything is queued."""
+"""Converts arrays and JSON to outgoing messages, and checks them before they are queued."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BUNDLE = int(Flag.BUNDLE)
 
 
 class Job(NamedTuple):
-    """What the codec worker has to encode before a message can leave."""
+    """A job of the codec worker, which encodes a message before it can leave."""
 
     message: Outgoing
     codec: Codec
@@ -48,15 +48,15 @@ def pack_tensor(
     *,
     part: int | None = None,
 ) -> tuple[Outgoing, Job | None]:
-    """Returns a tensor's message, and the job that fills in its payload if it has to be encoded.
+    """Returns a tensor's message, and the job that encodes its payload if necessary.
 
     Args:
-      tag: What the header says of it.
+      tag: Fields of the tensor for the header.
       array: Any shape; not copied unless it is not contiguous or not little-endian.
-      codec: Name of the codec; an ``Encoded`` brings its own.
-      sending: What is told of its leaving.
-      limits: What a peer takes at most.
-      part: Its index in a bundle.
+      codec: Name of the codec; an ``Encoded`` has its own.
+      sending: Record of times and bytes.
+      limits: Limits of the peer.
+      part: Index in a bundle.
 
     Raises:
       ChannelError: If the array, the codec or the tag cannot be sent.
@@ -72,7 +72,7 @@ def pack_tensor(
     if max(raw_bytes, total) > limits.message_bytes or len(shape) > limits.rank:
         raise ChannelError(
             f"{tag}: {raw_bytes} bytes of rank {len(shape)}; at most {limits.message_bytes} and "
-            f"{limits.rank} are taken (Limits.message_bytes, Limits.rank)"
+            f"{limits.rank} are accepted (Limits.message_bytes, Limits.rank)"
         )
     header = Header(
         Kind.TENSOR,
@@ -92,7 +92,8 @@ def pack_tensor(
         size = array.data.nbytes
         if size > total or (chosen.exact_size and size != total):
             raise CodecError(
-                f"{tag}: {size} bytes are no {chosen.name} of {dtype} {shape}, which takes {total}"
+                f"{tag}: {size} bytes are not a valid {chosen.name} of {dtype} {shape}, which has "
+                f"{total}"
             )
         set_payload(message, array.data)
     elif chosen is RAW:
@@ -121,8 +122,8 @@ def pack_bundle(
         raise ChannelError(f"bundle {name}: only weights travel in bundles, not {tag}")
     if len(tensors) > limits.bundle_tensors:
         raise ChannelError(
-            f"bundle {name} has {len(tensors)} tensors; at most {limits.bundle_tensors} are taken "
-            "(Limits.bundle_tensors)"
+            f"bundle {name} has {len(tensors)} tensors; at most {limits.bundle_tensors} are "
+            "accepted (Limits.bundle_tensors)"
         )
     fields = {"name": name, "tensors": list(tensors), "body": body}
     payload = _json(f"manifest of bundle {name}", fields, limits)
@@ -148,7 +149,7 @@ def pack_bundle(
 
 
 def set_payload(message: Outgoing, payload: Array) -> None:
-    """Puts a payload into a message and corrects its size."""
+    """Sets the payload of a message and its size."""
     flat = payload.reshape(-1).view(np.uint8)
     if message.header.total != flat.nbytes:
         message.header = message.header._replace(total=flat.nbytes)
@@ -159,14 +160,14 @@ def _json(what: str, fields: JsonBody, limits: Limits) -> memoryview:
     payload = pack_json(fields)
     if len(payload) > limits.control_bytes:
         raise ChannelError(
-            f"the {what} has {len(payload)} bytes, at most {limits.control_bytes} are taken "
+            f"the {what} has {len(payload)} bytes, at most {limits.control_bytes} are accepted "
             "(Limits.control_bytes)"
         )
     return memoryview(payload)
 
 
 def _contiguous(array: Array) -> Array:
-    """Returns the array C-contiguous and in little-endian order, without a copy where it is."""
+    """Returns the array in C order and little-endian, copied only if necessary."""
     if array.dtype.byteorder == ">":
         array = array.astype(array.dtype.newbyteorder("<"))
     return array if array.flags.c_contiguous else array.copy(order="C")

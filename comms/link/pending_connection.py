@@ -1,4 +1,4 @@
-"""A connection on its way from a bare socket to a finished handshake, without blocking."""
+"""A connection from its socket to the finished handshake, without blocking."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ class CutShortError(ConnectError):
 
 def _cut_short(error: ConnectionEnded) -> CutShortError:
     return CutShortError(
-        f"the handshake was cut short: {error} (does one side ask for TLS and the other not, or "
-        "for a certificate, or has the listener too many unfinished connections?)"
+        f"the handshake was interrupted: {error} (does only one side use TLS, or require a "
+        "certificate, or does the listener have too many unfinished connections?)"
     )
 
 
 class PendingConnection:
-    """Connects or takes an accepted socket, then does the TLS and the channel's handshake.
+    """Connects, or takes over an accepted socket, then performs both handshakes.
 
     Args:
       loop: The I/O thread, on which everything here runs.
-      sock: A fresh or an accepted socket; owned from here on.
+      sock: A new or an accepted socket; owned from here on.
       handshake: This side of the channel's handshake.
       tls: Context if the connection is to be encrypted.
       server_name: The name to verify in the listener's certificate; None on the listening side.
-      bind_names: Whether the peer may only go by a name that its certificate has.
-      deadline_s: How long the whole may take; a peer that dribbles bytes gets no longer.
-      on_done: Called when the peers agree.
-      on_failed: Called with a ConnectError if another try may help, a HandshakeError if not.
+      bind_names: Whether the peer's name has to be in its certificate.
+      deadline_s: Time limit of the whole handshake, also for slow peers.
+      on_done: Called after success.
+      on_failed: Called with a ConnectError if another attempt may succeed, a HandshakeError if not.
     """
 
     def __init__(
@@ -107,10 +107,10 @@ class PendingConnection:
             return
         try:
             code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            # A port of this machine without a listener may be connected to itself.
+            # Connecting to a local port without a listener may connect the socket to itself.
             if not code and self._sock.getsockname() == self._sock.getpeername():
                 code = errno.ECONNREFUSED
-        except OSError as error:  # reset since
+        except OSError as error:  # reset in the meantime
             code = error.errno or errno.ECONNRESET
         if code:
             self._fail(ConnectError(os.strerror(code)))
@@ -126,7 +126,7 @@ class PendingConnection:
                 self._transport = TlsTransport(self._sock, self._tls, self._server_name)
                 self._sock = self._transport.socket
         except (OSError, ValueError) as error:
-            self._fail(ConnectError(f"the connection ended at once: {error}"))
+            self._fail(ConnectError(f"the connection ended immediately: {error}"))
             return
         if isinstance(self.handshake, ClientHandshake):
             self._to_write = self.handshake.opening
@@ -156,7 +156,7 @@ class PendingConnection:
             self._loop.watch(self._sock, events, lambda _: self._shake_hands(transport))
 
     def _exchange(self, events: int) -> None:
-        """Writes and reads handshake messages as far as it goes."""
+        """Writes and reads handshake messages until it would block."""
         try:
             while not self._ended:
                 if self._to_write:
@@ -180,17 +180,17 @@ class PendingConnection:
             self._fail(_cut_short(error))
 
     def _refuse(self, error: ChannelError) -> None:
-        # If the peer has gone already, the error that matters is the one in hand.
+        # If the peer has already ended, the current error is the relevant one.
         with contextlib.suppress(ConnectionEnded):
             self.transport.send([memoryview(refusal(error, self.handshake.name))])
             self.transport.shut()
-            for _ in range(4):  # closed with something unread, TCP would take the reason back
+            for _ in range(4):  # unread data would make close discard the reason
                 if not self.transport.receive(self._buffer):
                     break
         self._fail(error)
 
     def turn_away(self, error: BusyError) -> None:
-        """Ends an accepted connection for want of room, and says so if anything can be said yet."""
+        """Ends an accepted connection beyond the limit, and sends the reason if possible."""
         self._loop.run(self._turn_away, error)
 
     def _turn_away(self, error: BusyError) -> None:
@@ -201,8 +201,8 @@ class PendingConnection:
             self._fail(error)
 
     def _failed_here(self, error: Exception) -> None:
-        """Ends this connection alone over an exception that nothing expected; see ``Guard``."""
-        failure = HandshakeError(f"this side failed over the handshake: {place_of(error)}")
+        """Ends only this connection because of an unexpected exception; see ``Guard``."""
+        failure = HandshakeError(f"this side failed during the handshake: {place_of(error)}")
         failure.__cause__ = error
         if self._ended:
             report(error)
@@ -225,7 +225,7 @@ class PendingConnection:
             self._on_failed(self, error)
 
     def abort(self) -> None:
-        """Closes the socket and calls nobody."""
+        """Closes the socket without a callback."""
         if self._ended:
             return
         self._ended = True

@@ -1,4 +1,4 @@
-"""What the two halves of a link share: messages to be sent, their credit, and why it ended."""
+"""The shared state of a link's two halves: outgoing messages, credit, and its end."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from comms.link.outgoing import Outgoing
 
 
 class SendQueue:
-    """Callers put messages in under the lock; the I/O thread takes them out, and never waits.
+    """Callers add messages under the lock; the I/O thread takes them without waiting.
 
     Args:
-      window_bytes: Credit that the peer gives.
-      wake: Has the I/O thread look at what is to be sent; called from any thread.
+      window_bytes: Credit granted by the peer.
+      wake: Wakes the I/O thread for new messages; called from any thread.
 
     Attributes:
       control: Control messages in the order of sending.
       data: Tensors and bundles in the order of sending.
-      shapes_due: Changes of shape that were asked for and not made yet; nothing leaves before.
-      window_bytes: Credit that the peer gives.
-      reserved_bytes: Credit that all messages ever put in take.
-      released_bytes: Credit that the peer has given back, in all.
-      departed_raw_bytes: Bytes before the codec of what the I/O thread has cut into frames.
-      peak_bytes: The most bytes before the codec that ever waited.
-      closing: Whether this side has ended the link, and takes nothing more.
-      error: Why the link has ended; None while it has not.
-      ended: Set once the link has ended and holds no view of an array.
+      shapes_due: Pending changes of shape, which hold all messages.
+      window_bytes: Credit granted by the peer.
+      reserved_bytes: Credit of all messages so far.
+      released_bytes: Total credit returned by the peer.
+      departed_raw_bytes: Bytes before the codec of messages that have been cut into frames.
+      peak_bytes: Maximum of waiting bytes before the codec.
+      closing: Whether this side has closed the link.
+      error: The reason why the link has ended; None before.
+      ended: Set once the link has ended and has no view of an array.
     """
 
     def __init__(self, window_bytes: int, wake: Callable[[], None]) -> None:
@@ -56,12 +56,12 @@ class SendQueue:
         control: bool = False,
         closed: Callable[[], PeerLost],
     ) -> None:
-        """Adds messages behind those that wait.
+        """Appends messages.
 
         Args:
-          messages: What is sent, in order.
+          messages: The messages, in order.
           control: Whether they overtake tensors.
-          closed: Makes the error for a link that this side has closed.
+          closed: Returns the error for a link that this side has closed.
 
         Raises:
           PeerLost: If the link has ended.
@@ -76,21 +76,21 @@ class SendQueue:
 
     @property
     def waiting_bytes(self) -> int:
-        """Bytes before the codec of what the I/O thread has not cut into frames yet."""
+        """Bytes before the codec of messages that have not been cut into frames yet."""
         return self._submitted_raw_bytes - self.departed_raw_bytes
 
     @property
     def used_bytes(self) -> int:
-        """Credit that is taken, by what waits here too."""
+        """Credit in use, including waiting messages."""
         return self.reserved_bytes - self.released_bytes
 
     def can_take(self, nbytes: float) -> bool:
-        """Returns whether a tensor of ``nbytes`` has credit; an empty window takes any."""
+        """Returns whether a tensor of ``nbytes`` has credit; an empty window accepts any."""
         used = self.used_bytes
         return used == 0 or used + nbytes <= self.window_bytes
 
     def hold(self) -> None:
-        """Lets nothing that is put in from now on leave before ``unhold``."""
+        """Holds all messages that are added from now on until ``unhold``."""
         with self._lock:
             self.shapes_due += 1
 
@@ -102,16 +102,16 @@ class SendQueue:
             self.shapes_due -= 1
 
     def release(self, released_bytes: int) -> None:
-        """Records how much credit the peer has given back, in all."""
+        """Records the total credit returned by the peer."""
         with self._lock:
             self.released_bytes = released_bytes
 
     def close(self) -> None:
-        """Takes nothing more."""
+        """Rejects further messages."""
         with self._lock:
             self.closing = True
 
     def end(self, error: PeerLost) -> None:
-        """Records why the link has ended, for everyone who still asks or waits."""
+        """Records the reason why the link has ended, and wakes all waiting threads."""
         with self._lock:
             self.error = error

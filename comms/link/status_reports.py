@@ -1,4 +1,4 @@
-"""When the peer hears what arrived, what was released and how fast it sends, in STATUS frames."""
+"""STATUS frames, which report arrivals, released credit and the measured rate to the peer."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _REPORT_BYTES = 1 << 15
 
 
 class StatusReports:
-    """What the peer does not know yet; methods run on the I/O thread unless they say otherwise.
+    """Decides when a report is due; methods run on the I/O thread unless stated otherwise.
 
     Args:
-      inbox: What arrived.
-      outbox: Where a STATUS is asked for.
+      inbox: The receiving half.
+      outbox: The sending half.
       loop: The I/O thread.
-      options: How much credit the peer has.
-      flush: Writes what is to be sent; I/O thread only.
-      post_flush: Has the I/O thread do so; from any thread.
+      options: Settings, such as the peer's credit.
+      flush: Writes pending frames; I/O thread only.
+      post_flush: Makes the I/O thread do so; from any thread.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class StatusReports:
         self._outbox = outbox
         self._loop = loop
         self._window_bytes = options.window_bytes
-        # What the peer may keep is its own setting; most runs give both sides the same.
+        # The peer's replay limit is its own setting; in most runs both sides have the same.
         self._most_bytes = max(_REPORT_BYTES, options.replay_bytes // 4)
         self._flush = flush
         self._post_flush = post_flush
@@ -55,11 +55,11 @@ class StatusReports:
         self._rate: float | None = None
 
     def connect(self) -> None:
-        """Says that there is a connection to send on."""
+        """Reports that a connection is available."""
         self._connected = True
 
     def disconnect(self) -> None:
-        """Says that there is none; the next one begins with a STATUS anyway."""
+        """Reports that no connection is available; the next one starts with a STATUS."""
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None
@@ -75,7 +75,7 @@ class StatusReports:
         return STATUS.pack(self._received, self._released_bytes, rate)
 
     def release(self, cost: int) -> None:
-        """Gives credit back; from any thread."""
+        """Returns credit; from any thread."""
         with self._lock:
             self._inbox.released_bytes += cost
             untold = self._inbox.released_bytes - self._released_bytes
@@ -87,7 +87,7 @@ class StatusReports:
             self._loop.post(self._after_release)
 
     def note_arrivals(self) -> None:
-        """Called after reading, before a flush: sees to it that the peer hears of it in time."""
+        """Schedules a report if necessary; called after reading, before a flush."""
         inbox = self._inbox
         if inbox.received == self._received:
             return
@@ -95,8 +95,8 @@ class StatusReports:
         if rate is not None and (known is None or not 0.7 < rate / known < 1.4):
             self._outbox.status_due = True
         elif rate is None or self._outbox.keep:
-            # The peer waits for this: before the first measurement it sends little at a time, and
-            # what may have to be sent again is bounded.
+            # The peer waits for reports: before the first measurement it sends little at a time,
+            # and its replay buffer is limited.
             enough = (rate or 0.0) * (_REPORT_S / 2)
             if inbox.bytes_in - self._bytes_in >= max(_REPORT_BYTES, min(enough, self._most_bytes)):
                 self._outbox.status_due = True
@@ -105,11 +105,11 @@ class StatusReports:
 
     def _after_release(self) -> None:
         self._tell_soon()
-        # While a report is due anyway, nobody else needs to wake this thread for one.
+        # While a report is scheduled, no other thread has to wake this one.
         self._posted = self._timer is not None
 
     def _tell_soon(self) -> None:
-        """Sends a report in a few milliseconds, for many small messages at once."""
+        """Sends a report in a few milliseconds, for many small messages together."""
         if self._timer is None and self._connected:
             self._timer = self._loop.at(time.monotonic() + _REPORT_S, self._tell_now)
 

@@ -1,4 +1,4 @@
-"""The I/O thread's half of a link: its connections, what arrives on them, and the end."""
+"""The I/O thread's half of a link: its connections, arrivals, and end."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 _READ_BUDGET_BYTES = 4 << 20
 _WRITE_BUDGET_BYTES = 4 << 20
 _LINGER_S = 1.0
-_MAX_DAMAGES = 3  # connections in a row that brought no frame whole
+_MAX_DAMAGES = 3  # consecutive connections without a complete frame
 
 
 class StreamOwner(Protocol):
-    """What a stream asks of the endpoint that it belongs to."""
+    """The interface of a stream's endpoint."""
 
     @property
     def options(self) -> ChannelOptions:
@@ -51,42 +51,41 @@ class StreamOwner(Protocol):
 
     @property
     def pool(self) -> BufferPool:
-        """Where receive buffers come from."""
+        """Pool of receive buffers."""
 
     def redial(self, stream: Stream) -> None:
-        """Tries to resume a stream whose connection was cut."""
+        """Attempts to resume an interrupted stream."""
 
     def forget(self, stream: Stream) -> None:
         """Drops a stream that has ended."""
 
 
 class Stream:
-    """What the I/O thread does for one link; only it calls these methods.
+    """The stream of one link; only the I/O thread calls its methods.
 
-    ``comms.link.link.Link`` is what other threads call. The two share ``queue``, and the link posts
-    calls to ``guard``; the stream knows its link only to name it in the messages that it hands
-    over.
+    Other threads call ``comms.link.link.Link``. Both share ``queue``, and the link posts calls to
+    ``guard``; the stream refers to its link only in the messages that it delivers.
 
     Args:
       owner: The endpoint.
-      terms: What the peer said in the handshake.
+      terms: Terms of the peer in the handshake.
       address: The peer's address, as text.
       dialled: Whether this side opened the connection, and so reopens it.
       session: Names the stream on both sides.
 
     Attributes:
-      peer: The name that the peer gave in the handshake.
+      peer: Name of the peer in the handshake.
       address: The peer's address, as text.
-      attempt: How many connections this stream has had.
+      attempt: Number of connections of this stream so far.
       session: Names the stream on both sides.
       dialled: Whether this side opened the connection, and so reopens it.
-      resume_s: How long the stream outlives a connection.
+      resume_s: Seconds for which the stream outlives a connection.
       options: The endpoint's settings.
-      queue: What callers have sent, and why the link has ended.
+      queue: Messages of callers, and the end of the link.
       clock: How the peer's clock differs from ours.
-      guard: The I/O thread, as calls for this link reach it.
-      transport: The present connection, if there is one.
-      reconnects: How many connections took the place of an earlier one.
+      guard: The I/O thread for calls of this link.
+      transport: The current connection, if any.
+      reconnects: Number of connections that replaced an earlier one.
     """
 
     def __init__(
@@ -151,7 +150,7 @@ class Stream:
         self._damages = 0
 
     def _post_flush(self) -> None:
-        """From any thread: lets the I/O thread see what is to be sent."""
+        """Wakes the I/O thread for new messages; from any thread."""
         if not self._flush_posted:
             self._flush_posted = True
             self._loop.post(self._flush_now)
@@ -159,7 +158,7 @@ class Stream:
     # -- what the callers' half posts --------------------------------------------------------------
 
     def belong_to(self, link: Link) -> None:
-        """Names the link in the messages that arrive; called before the first can."""
+        """Sets the link of received messages; called before the first can arrive."""
         self.arrivals.link = link
 
     def start(
@@ -181,18 +180,18 @@ class Stream:
         self.run_ready(READ)
 
     def drain(self, done: threading.Event) -> None:
-        """Sets ``done`` when all that was sent has left, or the link has ended."""
+        """Sets ``done`` when all messages have left, or the link has ended."""
         self._drainers.append(done)
         self._check_drained()
 
     def share_shape(self, other: Stream) -> None:
-        """Sends over the same emulated line as another stream."""
+        """Shares the emulated line of another stream."""
         self.outbox.pace.share_shape(other.outbox.pace)
         self._limit_transport()
         self.run_ready()
 
     def reshape(self, shape: LinkShape) -> None:
-        """Shapes what this side sends from now on."""
+        """Sets the emulated shape of this side's sending."""
         self.outbox.set_shape(shape, time.monotonic())
         self._limit_transport()
         self.run_ready()
@@ -200,7 +199,7 @@ class Stream:
     # -- connections ---------------------------------------------------------------
 
     def attach(self, transport: Transport, leftover: bytes, terms: Terms) -> None:
-        """Takes a connection that has finished its handshake; resumes the stream on it."""
+        """Adopts a connection after its handshake; resumes the stream on it."""
         self.detach()
         try:
             self.outbox.restart(terms.received, terms.partial_bytes, time.monotonic())
@@ -227,16 +226,16 @@ class Stream:
             return
         self._heartbeat.start()
         if transport.secure:
-            # What TLS has decrypted already is invisible to the selector.
+            # The selector does not see data that TLS has already decrypted.
             self._read_again = True
             self._run_soon()
 
     def suspend(self) -> None:
-        """Ends the present connection because the peer is about to resume on another one."""
+        """Ends the current connection because the peer is about to resume on another one."""
         self.connection_ended("its new connection was never completed")
 
     def detach(self) -> None:
-        """Closes the present connection, if there is one; what it still holds is never read."""
+        """Closes the current connection, if any; its remaining data are never read."""
         transport, self.transport = self.transport, None
         if self._timer is not None:
             self._timer.cancel()
@@ -254,7 +253,7 @@ class Stream:
         return self.inbox.received, self.inbox.partial_bytes
 
     def run_ready(self, events: int = 0) -> None:
-        """Reads and writes as far as the connection lets it."""
+        """Reads and writes until the connection would block."""
         transport = self.transport
         if transport is None:
             return
@@ -275,7 +274,7 @@ class Stream:
             self._protocol_error(error)
 
     def _run_soon(self) -> None:
-        """Goes on after the other links have had their turn; once, however often it is asked."""
+        """Continues after other links have had their turn; several requests count once."""
         if not self._soon:
             self._soon = True
             self._loop.soon(self._run_again)
@@ -353,7 +352,7 @@ class Stream:
         outbox = self.outbox
         if received > outbox.sequence or released_bytes > outbox.committed_bytes:
             raise FrameError(
-                f"the peer acknowledges frame {received} of {outbox.sequence} and gives back "
+                f"the peer acknowledges frame {received} of {outbox.sequence} and returns "
                 f"{released_bytes} of {outbox.committed_bytes} bytes"
             )
         if not 0 <= rate <= MAX_RATE:
@@ -377,7 +376,7 @@ class Stream:
         self._lose(PeerClosed(f"{self.peer} at {self.address} closed the link: {reason}"))
 
     def _protocol_error(self, error: ChannelError) -> None:
-        """Tells the peer what it did wrong, if that can be done at once, and ends the link."""
+        """Sends the peer the error, if possible without waiting, and ends the link."""
         if self.transport is not None:
             self.outbox.part_with(self.transport, _goodbye(f"protocol error: {error}"))
         lost = PeerLost(f"{self.peer} at {self.address} broke the protocol: {error}")
@@ -385,37 +384,37 @@ class Stream:
         self._lose(lost)
 
     def _damaged(self, error: DamageError) -> None:
-        """Has a frame that was changed on its way sent again, if the stream can resume."""
+        """Requests a damaged frame again, if the stream can resume."""
         self._damages = 1 if self.inbox.proven else self._damages + 1
         if self.resume_s > 0 and self._damages <= _MAX_DAMAGES:
-            self.connection_ended(f"bytes were changed on their way: {error}")
+            self.connection_ended(f"bytes were damaged in transit: {error}")
             return
         advice = (
             f"{self._damages} times in a row"
             if self.resume_s > 0
-            else "resume_s above 0 would have it sent again"
+            else "with resume_s above 0 it would be sent again"
         )
-        error = DamageError(f"bytes were changed on their way: {error} ({advice})")
+        error = DamageError(f"bytes were damaged in transit: {error} ({advice})")
         if self.transport is not None:
             self.outbox.part_with(self.transport, _goodbye(str(error)))
         self._lose(PeerLost(f"lost {self.peer} at {self.address}: {error}"))
 
     def fail(self, error: Exception) -> None:
-        """Ends this link alone over an exception that nothing expected; see ``Guard``."""
+        """Ends only this link because of an unexpected exception; see ``Guard``."""
         if self.queue.error is not None:
-            report(error)  # its owner has been told already
+            report(error)  # its owner has already been notified
             return
         if self.transport is not None:
-            reason = f"that side failed over this link ({type(error).__name__})"
+            reason = f"that side failed on this link ({type(error).__name__})"
             self.outbox.part_with(self.transport, _goodbye(reason))
         lost = PeerLost(
-            f"lost {self.peer} at {self.address}: this side failed over it: {place_of(error)}"
+            f"lost {self.peer} at {self.address}: this side failed on this link: {place_of(error)}"
         )
         lost.__cause__ = error
         self._lose(lost)
 
     def connection_ended(self, how: str) -> None:
-        """Goes on without a connection if the stream may resume, else ends the link."""
+        """Continues without a connection if the stream can resume, else ends the link."""
         self.detach()
         if self.queue.error is not None:
             return
@@ -444,12 +443,12 @@ class Stream:
         self._lose(PeerLost(f"lost {self.peer} at {self.address}: {error}"))
 
     def say_goodbye(self, reason: str, *, refuse: bool = False) -> None:
-        """Ends the link: the peer hears why, for a second at most.
+        """Ends the link and sends the peer the reason, for at most a second.
 
         Args:
-          reason: What the peer is told.
-          refuse: Whether what waits is dropped and what still arrives is too, instead of being
-            sent and delivered.
+          reason: Reason for the peer.
+          refuse: Whether waiting and arriving messages are dropped instead of being sent and
+            delivered.
         """
         if self.queue.error is not None or (self.queue.closing and not refuse):
             return
@@ -471,7 +470,7 @@ class Stream:
         return PeerLost(f"the link to {self.peer} was {how} on this side")
 
     def turn_away(self, error: BusyError) -> None:
-        """Ends a link that nobody has admitted, for want of room; its owner hears it."""
+        """Ends a link that is not admitted beyond the limit, and notifies its owner."""
         self.guard.run(self._turn_away, error)
 
     def _turn_away(self, error: BusyError) -> None:
@@ -480,7 +479,7 @@ class Stream:
         self._lose(PeerLost(f"lost {self.peer} at {self.address}: {error}"))
 
     def abandon(self, error: PeerLost) -> None:
-        """Ends the link at once; used when the endpoint closes or its thread has failed."""
+        """Ends the link immediately; used when the endpoint closes or its thread has failed."""
         self._lose(error)
 
     def _lose(self, error: PeerLost) -> None:

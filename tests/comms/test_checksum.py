@@ -80,7 +80,7 @@ def test_a_flipped_bit_ends_a_link_that_cannot_resume_and_its_line_says_so(works
     for step in range(5):
         pair.up.send(Tag(role=Role.ACTIVATION, step=step), ARRAY)
     error = pair.at_server.take_lost()
-    assert isinstance(error, PeerLost) and "changed on their way" in str(error)
+    assert isinstance(error, PeerLost) and "damaged in transit" in str(error)
     assert "d0" in str(error) and "resume_s above 0" in str(error)
 
 
@@ -88,7 +88,7 @@ def test_a_link_that_only_damages_is_given_up(workshop):
     pair = workshop.pair(ChannelOptions(resume_s=20.0))
     spoil(pair.down, Flipper(after_bytes=1, times=1 << 30))
     pair.up.send(Tag(role=Role.ACTIVATION), ARRAY)
-    assert "changed on their way" in str(pair.at_server.take_lost())
+    assert "damaged in transit" in str(pair.at_server.take_lost())
 
 
 def flip_everywhere(checked):

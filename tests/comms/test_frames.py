@@ -260,7 +260,7 @@ SMALL = Limits(message_bytes=1 << 20, control_bytes=1 << 10, rank=4, bundle_tens
         (frame(TENSOR._replace(rank=5), b"\0" * 4, (1,) * 5), "rank 5"),
         (frame(TENSOR, b"", (0, )) and frame(TENSOR._replace(rank=2), b"", (1 << 60, 0)), "large"),
         (frame(TENSOR._replace(rank=2), b"", ((1 << 64) - 1, (1 << 64) - 1)), "at most"),
-        (frame(TENSOR._replace(flags=2), b"\0" * 4, (1,)), "out of turn"),
+        (frame(TENSOR._replace(flags=2), b"\0" * 4, (1,)), "out of order"),
         (frame(TENSOR._replace(offset=4, total=8), b"\0" * 4, (2,)), "with an offset"),
         (frame(TENSOR._replace(flags=1), b"\0" * 4, (1,)), "wrong lane"),
         (frame(TENSOR._replace(total=8), b"", (2,)), "empty chunk"),
