@@ -57,7 +57,7 @@ def dataset(part: str, **changes: Any) -> Dataset:
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"y": np.array([0, 1, 2, 0, 1, -1])}, "label -1 is negative"),
     ({"y": np.array([0, 1, 2, 0, 1, 3])}, "label 3 is out of range for classes=3"),
-    ({"y": np.array([0, 1, 2, 0, 1, 2**32])}, "label 4294967296 does not fit"),
+    ({"y": np.array([0, 1, 2, 0, 1, 2**32])}, "label 4294967296 exceeds 32 bits"),
     ({"y": np.array([0, 1, 2])}, r"labels must be \[6\] whole numbers, one per image"),
     ({"y": np.full(6, 1.0)}, r"labels must be \[6\] whole numbers"),
     ({"y": np.eye(6, dtype=int)}, r"labels must be \[6\] whole numbers"),

@@ -222,7 +222,7 @@ MALFORMED: dict[str, tuple[str, dict[str, bytes], str]] = {
         "svhn_cropped",
         _with("svhn_cropped", _SVHN, fakes.published("svhn_cropped")[_SVHN][:136]
               + bytes(len(fakes.published("svhn_cropped")[_SVHN]) - 136)),
-        "cannot be read|cut short|X must be",
+        "cannot be read|truncated|X must be",
     ),
     "mat without images": (
         "svhn_cropped", _with("svhn_cropped", _SVHN, fakes.mat(np.zeros(3), np.zeros(3))), "X must"
@@ -391,8 +391,8 @@ _WHOLE = fakes.published("cifar10")[_CIFAR]
 BROKEN: dict[str, tuple[Any, str]] = {
     "changed": (_WHOLE[:-1] + bytes([_WHOLE[-1] ^ 1]), "returned a file with SHA-256"),
     "short": (_WHOLE[:-1], r"returned \d+ of the \d+ published bytes"),
-    "long": (_WHOLE + b"x", r"returned more than the \d+ bytes"),
-    "empty": (b"", "gave 0 of the"),
+    "long": (_WHOLE + b"x", r"returned more than the \d+ published bytes"),
+    "empty": (b"", "returned 0 of the"),
     "not found": (404, "the server responded 404"),
     "out of order": (503, "the server responded 503"),
     "silent": (_stalls, "timed out"),
@@ -425,7 +425,9 @@ def test_without_a_network_one_line_says_what_to_do(
     site = fakes.Site()
     site._server.server_close()  # its port refuses now
     monkeypatch.setitem(SETS, "mnist", fakes.moved("mnist", site.url, fakes.published("mnist")))
-    with pytest.raises(DataError, match=r"cannot be downloaded .* Connection refused; get train-"):
+    with pytest.raises(
+        DataError, match=r"cannot be downloaded .* Connection refused; download train-"
+    ):
         load("mnist", download=True)
 
 

@@ -158,7 +158,7 @@ def test_of_a_list_a_chain_takes_what_is_fastest_and_raw_where_that_is_as_fast()
     codecs = chains.tune_chain(made, config).plan.devices[0].codecs
     assert codecs[0] == Codecs("bits:7", "bits:7")
     assert set(codecs[1:]) == {Codecs()}
-    with pytest.raises(ConfigError, match=r"int8 may be used .* it knows raw, bits:7, bits:15"):
+    with pytest.raises(ConfigError, match=r"int8 may be used .* it has raw, bits:7, bits:15"):
         chains.tune_chain(made, settings(codecs="raw, int8"))
 
 

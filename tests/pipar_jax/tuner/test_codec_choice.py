@@ -84,7 +84,7 @@ def test_a_list_is_kept_to_but_for_what_is_too_coarse():
     settings = config(1, codecs="raw, int4, int8")
     pairs = {(one.activation, one.cotangent) for one in codec_candidates.pairs(settings)}
     assert pairs == {(a, c) for a in ("raw", "int4", "int8") for c in ("raw", "int8")}
-    with pytest.raises(ConfigError, match=r"cotangents, which need 8 bits \(int4: 4\)"):
+    with pytest.raises(ConfigError, match=r"cotangents, which need at least 8 bits \(int4: 4\)"):
         codec_candidates.pairs(config(1, codecs="int4"))
     # What is configured is not the tuner's to judge, and a bound is the user's own.
     assert len(codec_candidates.pairs(config(1))) == 1
