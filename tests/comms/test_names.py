@@ -46,7 +46,7 @@ def test_each_host_may_meet_each_listener_under_its_own_name(
 )
 def test_no_certificate_joins_under_another_name(workshop, certificates, shown, claimed):
     files, _ = certificates
-    with pytest.raises(AuthenticationError, match=f"itself {claimed}, .* names {shown}"):
+    with pytest.raises(AuthenticationError, match=f"name is {claimed}, .* names {shown}"):
         meet(workshop, ("server", files, "server"), (claimed, files, shown))
     assert not workshop.endpoints[0].links
 
@@ -57,7 +57,7 @@ def test_no_certificate_joins_under_another_name(workshop, certificates, shown, 
 def test_no_listener_answers_under_another_name(workshop, certificates, shown, claimed):
     """Even at the right address, as of several hosts of one machine."""
     files, _ = certificates
-    with pytest.raises(AuthenticationError, match=f"itself {claimed}, .* names {shown}"):
+    with pytest.raises(AuthenticationError, match=f"name is {claimed}, .* names {shown}"):
         meet(workshop, (claimed, files, shown), ("d0", files, "d0"))
 
 

@@ -63,7 +63,7 @@ def test_the_same_token_on_both_sides_is_accepted(workshop):
     ("at_server", "at_client", "match"),
     [
         (TOKEN, "another token entirely", "does not know this side's token"),
-        (TOKEN, None, "asks for (a token|one)"),
+        (TOKEN, None, "requires (a token|one)"),
         (None, TOKEN, "has none"),
     ],
 )
