@@ -13,7 +13,7 @@ from typing import Annotated
 
 from pipar_jax.cost_model.profile import HostProfile, RuntimeOverhead, UnitFacts
 from pipar_jax.disk.json_text import JsonObject
-from pipar_jax.protocol.registry import Form, Sender, message
+from pipar_jax.protocol.registry import ControlMessage, Form, Sender, message
 from pipar_jax.protocol.values import (
     ADDRESS,
     BOUNDARY,
@@ -73,7 +73,7 @@ _VARIABLES = Table(Table(Text(64), 10_000, Text(1024)), MOST_UNITS)
 
 
 @message("join_device", Sender.HOST)
-class JoinDevice:
+class JoinDevice(ControlMessage):
     """A device asks to join.
 
     Attributes:
@@ -100,7 +100,7 @@ class JoinDevice:
 
 
 @message("join_node", Sender.HOST)
-class JoinNode:
+class JoinNode(ControlMessage):
     """A compute node asks to join.
 
     Attributes:
@@ -119,7 +119,7 @@ class JoinNode:
 
 
 @message("refused", Sender.COORDINATOR)
-class Refused:
+class Refused(ControlMessage):
     """A join is refused.
 
     Attributes:
@@ -132,7 +132,7 @@ class Refused:
 
 
 @message("model", Sender.COORDINATOR)
-class ModelFacts:
+class ModelFacts(ControlMessage):
     """Shape and classes of samples, for a node, which has none."""
 
     input_shape: Shape
@@ -140,7 +140,7 @@ class ModelFacts:
 
 
 @message("meet", Sender.COORDINATOR)
-class Meet:
+class Meet(ControlMessage):
     """Asks neighbours to connect to each other; answered by ``Met``."""
 
     boundaries: Annotated[tuple[Boundary, ...], Many(BOUNDARY, MOST_HOSTS)]
@@ -148,12 +148,12 @@ class Meet:
 
 
 @message("met", Sender.HOST)
-class Met:
+class Met(ControlMessage):
     """All links requested by ``Meet`` are open."""
 
 
 @message("neighbour", Sender.NEIGHBOUR)
-class Neighbour:
+class Neighbour(ControlMessage):
     """The first message on a link between neighbours: its purpose."""
 
     boundary: Place
@@ -163,14 +163,14 @@ class Neighbour:
 
 
 @message("survey_profile", Sender.COORDINATOR)
-class SurveyProfile:
+class SurveyProfile(ControlMessage):
     """Asks for the times of units at micro-batch sizes; answered by ``Profiled``."""
 
     sizes: Annotated[tuple[int, ...], Many(Whole(1, MOST_BATCH), 1000, 1)]
 
 
 @message("profiled", Sender.HOST)
-class Profiled:
+class Profiled(ControlMessage):
     """Times of units on a host, their sizes, and the duration of the measurement."""
 
     host: Annotated[HostProfile, HOST_PROFILE]
@@ -179,12 +179,12 @@ class Profiled:
 
 
 @message("survey_reference", Sender.COORDINATOR)
-class SurveyReference:
+class SurveyReference(ControlMessage):
     """Asks for the times of reference layers; answered by ``Referenced``."""
 
 
 @message("referenced", Sender.HOST)
-class Referenced:
+class Referenced(ControlMessage):
     """Times of reference layers on a host, as ``ReferenceTimes``, and the memory it may use."""
 
     forward_s: PerLayer
@@ -200,29 +200,29 @@ class Referenced:
 
 
 @message("survey_echo", Sender.COORDINATOR)
-class SurveyEcho:
+class SurveyEcho(ControlMessage):
     """Asks for an immediate ``Echoed``, to measure a delay."""
 
 
 @message("echoed", Sender.HOST)
-class Echoed:
+class Echoed(ControlMessage):
     """Answers ``SurveyEcho``."""
 
 
 @message("survey_send", Sender.COORDINATOR)
-class SurveySend:
+class SurveySend(ControlMessage):
     """Asks for two ``SurveyBytes``, a small one and one of the given size."""
 
     nbytes: Annotated[int, Whole(1, 1 << 30)]
 
 
 @message("survey_bytes", Sender.BOTH, Form.BUNDLE)
-class SurveyBytes:
+class SurveyBytes(ControlMessage):
     """Filler bytes; a host answers every second one by ``Took``."""
 
 
 @message("took", Sender.HOST)
-class Took:
+class Took(ControlMessage):
     """The time from the first to the second of two ``SurveyBytes``."""
 
     seconds: Seconds
@@ -232,7 +232,7 @@ class Took:
 
 
 @message("plan", Sender.COORDINATOR)
-class Prepare:
+class Prepare(ControlMessage):
     """The plan, of which a host builds and compiles its share; answered by ``Prepared``.
 
     Attributes:
@@ -247,7 +247,7 @@ class Prepare:
 
 
 @message("working", Sender.BOTH)
-class Working:
+class Working(ControlMessage):
     """The sender is busy with long work, which suspends the deadline.
 
     Attributes:
@@ -262,7 +262,7 @@ class Working:
 
 
 @message("prepared", Sender.HOST)
-class Prepared:
+class Prepared(ControlMessage):
     """A host has compiled its share of the plan."""
 
     compile_s: Seconds
@@ -270,12 +270,12 @@ class Prepared:
 
 
 @message("calibrate", Sender.COORDINATOR)
-class Calibrate:
+class Calibrate(ControlMessage):
     """Asks a slowed host to time its functions while others idle; answered by ``Calibrated``."""
 
 
 @message("calibrated", Sender.HOST)
-class Calibrated:
+class Calibrated(ControlMessage):
     """A host has timed its functions."""
 
     seconds: Seconds
@@ -285,7 +285,7 @@ class Calibrated:
 
 
 @message("release", Sender.COORDINATOR)
-class Release:
+class Release(ControlMessage):
     """Starts a round, or continues it after a ``Rewind``; answered by ``Trained``.
 
     Spans, steps and tensors refer to places of the round's cohort.
@@ -311,7 +311,7 @@ class Release:
 
 
 @message("drop", Sender.COORDINATOR)
-class Drop:
+class Drop(ControlMessage):
     """A place is out of the round from a step on; answered by its own device, by ``Dropped``.
 
     Everyone else goes on without it. What of its steps from that one on is here is forgotten, and
@@ -330,14 +330,14 @@ class Drop:
 
 
 @message("dropped", Sender.HOST)
-class Dropped:
+class Dropped(ControlMessage):
     """A device has stopped for this round and sends nothing more about it."""
 
     round: Count
 
 
 @message("halt", Sender.COORDINATOR)
-class Halt:
+class Halt(ControlMessage):
     """Where gradients are summed: stop, a device has failed in mid-step; answered by ``Halted``.
 
     Attributes:
@@ -350,7 +350,7 @@ class Halt:
 
 
 @message("halted", Sender.HOST)
-class Halted:
+class Halted(ControlMessage):
     """Nothing of the round is computed on the host any more.
 
     Attributes:
@@ -363,7 +363,7 @@ class Halted:
 
 
 @message("rewind", Sender.COORDINATOR)
-class Rewind:
+class Rewind(ControlMessage):
     """After ``Halt``: forget everything from a step on; answered by ``Rewound``.
 
     Weights, statistics and optimiser states are those after the step before. A ``Release`` of the
@@ -376,7 +376,7 @@ class Rewind:
 
 
 @message("rewound", Sender.HOST)
-class Rewound:
+class Rewound(ControlMessage):
     """A host is back at the step that it was told."""
 
     round: Count
@@ -384,7 +384,7 @@ class Rewound:
 
 
 @message("commit", Sender.COORDINATOR)
-class Commit:
+class Commit(ControlMessage):
     """What these places have trained in a round counts, and nothing else; ``Stored`` follows.
 
     Until then nobody averages, so that all hosts average the same.
@@ -399,7 +399,7 @@ class Commit:
 
 
 @message("progress", Sender.HOST)
-class Progress:
+class Progress(ControlMessage):
     """A device's step has finished at its last stage; sent occasionally."""
 
     device: Count
@@ -410,7 +410,7 @@ class Progress:
 
 
 @message("nonfinite", Sender.HOST)
-class NonFinite:
+class NonFinite(ControlMessage):
     """Numbers on a host are not finite; sent once for each device, step and kind.
 
     Attributes:
@@ -430,14 +430,14 @@ class NonFinite:
 
 
 @message("pulse", Sender.BOTH)
-class Pulse:
+class Pulse(ControlMessage):
     """The sender makes progress: its number of finished actions, or of waits."""
 
     actions: Annotated[int, Whole(0, 2**53)]
 
 
 @message("trained", Sender.HOST, Form.EITHER)
-class Trained:
+class Trained(ControlMessage):
     """A host has finished its steps of a round; with the weights for the average, if any.
 
     ``Commit`` is awaited.
@@ -447,12 +447,12 @@ class Trained:
 
 
 @message("store", Sender.COORDINATOR, Form.BUNDLE)
-class Store:
+class Store(ControlMessage):
     """The averaged weights; answered by ``Stored``."""
 
 
 @message("stored", Sender.HOST)
-class Stored:
+class Stored(ControlMessage):
     """A round has finished on a host.
 
     Attributes:
@@ -481,7 +481,7 @@ class Stored:
 
 
 @message("part", Sender.HOST, Form.BUNDLE)
-class ClientModel:
+class ClientModel(ControlMessage):
     """The client-side model after a device's turn (sequential order)."""
 
     device: Count
@@ -489,24 +489,24 @@ class ClientModel:
 
 
 @message("take_part", Sender.COORDINATOR, Form.BUNDLE)
-class TakeClientModel:
+class TakeClientModel(ControlMessage):
     """The client-side model for the next device, from a step on."""
 
     step: Count
 
 
 @message("trace", Sender.HOST, Form.BUNDLE)
-class TraceRows:
+class TraceRows(ControlMessage):
     """A host's timed actions of a round."""
 
 
 @message("fetch", Sender.COORDINATOR)
-class Fetch:
+class Fetch(ControlMessage):
     """Asks a node for its weights; answered by ``Fetched``."""
 
 
 @message("fetched", Sender.HOST, Form.BUNDLE)
-class Fetched:
+class Fetched(ControlMessage):
     """The weights of a node."""
 
 
@@ -514,14 +514,14 @@ class Fetched:
 
 
 @message("look", Sender.COORDINATOR)
-class Look:
+class Look(ControlMessage):
     """Asks for durations of computations and throughput of links; answered by ``LookSeen``."""
 
     look: Count
 
 
 @message("seen", Sender.HOST)
-class LookSeen:
+class LookSeen(ControlMessage):
     """Durations of computations since the last query, and throughput of links so far."""
 
     look: Count
@@ -531,7 +531,7 @@ class LookSeen:
 
 
 @message("ahead", Sender.COORDINATOR)
-class CompileAhead:
+class CompileAhead(ControlMessage):
     """Asks to compile a candidate plan during training; answered by ``Compiled``."""
 
     number: Count
@@ -539,7 +539,7 @@ class CompileAhead:
 
 
 @message("compiled", Sender.HOST)
-class Compiled:
+class Compiled(ControlMessage):
     """A host has compiled a candidate plan, or gives the reason why it refuses it."""
 
     number: Count
@@ -547,26 +547,26 @@ class Compiled:
 
 
 @message("give", Sender.COORDINATOR)
-class Give:
+class Give(ControlMessage):
     """Asks for the units that leave a host under a new plan; answered by ``Given``."""
 
     plan: Planned
 
 
 @message("given", Sender.HOST, Form.EITHER)
-class Given:
+class Given(ControlMessage):
     """The units that leave a host under a new plan."""
 
 
 @message("adopt", Sender.COORDINATOR, Form.BUNDLE)
-class Adopt:
+class Adopt(ControlMessage):
     """The new plan is in force; with the units that the host receives; answered by ``Adopted``."""
 
     plan: Planned
 
 
 @message("adopted", Sender.HOST)
-class Adopted:
+class Adopted(ControlMessage):
     """A host uses the new plan."""
 
 
@@ -574,17 +574,17 @@ class Adopted:
 
 
 @message("finish", Sender.COORDINATOR)
-class Finish:
+class Finish(ControlMessage):
     """The run has finished; answered by ``Bye``."""
 
 
 @message("bye", Sender.HOST, Form.BUNDLE)
-class Bye:
+class Bye(ControlMessage):
     """The last message of a host, with its remaining timed actions."""
 
 
 @message("abort", Sender.COORDINATOR)
-class Abort:
+class Abort(ControlMessage):
     """The run has ended early.
 
     Attributes:
@@ -597,14 +597,14 @@ class Abort:
 
 
 @message("failed", Sender.HOST)
-class Failed:
+class Failed(ControlMessage):
     """A host ends because of an error."""
 
     error: Words
 
 
 @message("leave", Sender.HOST)
-class Leave:
+class Leave(ControlMessage):
     """A host was asked to end, and does not come back by itself."""
 
     reason: Words

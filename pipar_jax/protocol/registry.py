@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar, dataclass_transform
+from typing import NamedTuple, TypeVar, dataclass_transform
 
 from comms import ChannelError, CodecError, FrameError, Link, MessageKind
 from comms import Message as Arrived
@@ -19,8 +19,14 @@ from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import PeerError, ProtocolError
 from pipar_jax.protocol.wire_fields import Mismatch, shown, struct
 
-T = TypeVar("T")
+T = TypeVar("T", bound="ControlMessage")
 Tensors = Mapping[str, Array]
+
+
+class ControlMessage:
+    """Base of every message; see ``messages``."""
+
+    __slots__ = ()
 
 
 class Sender(enum.Enum):
@@ -78,13 +84,13 @@ def kind_of(made: type) -> MessageType:
     return _BY_CLASS[made]
 
 
-def encode(message: Any) -> JsonObject:
+def encode(message: ControlMessage) -> JsonObject:
     """Returns the JSON of a message."""
     made: type = type(message)
     return {"type": _BY_CLASS[made].name, **struct(made).write(message)}
 
 
-def send(link: Link, message: Any) -> None:
+def send(link: Link, message: ControlMessage) -> None:
     """Sends a message without tensors.
 
     Raises:
@@ -95,7 +101,7 @@ def send(link: Link, message: Any) -> None:
 
 def send_bundle(
     link: Link,
-    message: Any,
+    message: ControlMessage,
     tensors: Tensors,
     *,
     on_sent: Callable[[float, float, int], None] | None = None,
@@ -130,7 +136,7 @@ def peek(arrived: Arrived) -> MessageType | None:
     return KINDS.get(name) if isinstance(name, str) else None
 
 
-def decode(arrived: Arrived, sender: Sender, peer: str) -> Any:
+def decode(arrived: Arrived, sender: Sender, peer: str) -> ControlMessage:
     """Decodes a control message or the body of a bundle.
 
     Args:
@@ -158,9 +164,10 @@ def decode(arrived: Arrived, sender: Sender, peer: str) -> Any:
             f"{known.form.value}: do both hosts run the same version?"
         )
     try:
-        return struct(known.made).read(body, "")
+        made: ControlMessage = struct(known.made).read(body, "")
     except Mismatch as error:
         raise ProtocolError(
             f"{peer} sent {name!r} with {error.path or 'fields'}={error.actual}, expected "
             f"{error.expected}: do both hosts run the same version?"
         ) from error
+    return made

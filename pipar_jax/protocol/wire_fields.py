@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
 from comms.wire.bounded_json import one_line
-from pipar_jax.disk.json_text import JsonObject
+from pipar_jax.disk.json_text import Json, JsonObject
 
 #: Default upper bound of whole numbers.
 MOST_WHOLE = 2**31 - 1
@@ -39,7 +39,7 @@ class Mismatch(Exception):
         self.path, self.expected, self.actual = path.lstrip("."), expected, actual
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Returns a peer's value for an error: one short printable line."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
         return f"a whole number of {value.bit_length()} bits"
@@ -54,7 +54,7 @@ def shown(value: Any) -> str:
 class Spec:
     """The specification of a value."""
 
-    def read(self, value: Any, path: str) -> Any:
+    def read(self, value: Json, path: str) -> Any:
         """Decodes a JSON value.
 
         Raises:
@@ -62,7 +62,7 @@ class Spec:
         """
         raise NotImplementedError
 
-    def write(self, value: Any) -> Any:
+    def write(self, value: Any) -> Json:
         """Encodes a value as JSON."""
         return value
 
@@ -79,7 +79,7 @@ class Whole(Spec):
     least: int = 0
     most: int = MOST_WHOLE
 
-    def read(self, value: Any, path: str) -> int:
+    def read(self, value: Json, path: str) -> int:
         """See ``Spec``."""
         if type(value) is not int or not self.least <= value <= self.most:
             expected = f"a whole number from {self.least} to {self.most}"
@@ -103,7 +103,7 @@ class Real(Spec):
     least: float = 0.0
     most: float = 1e18
 
-    def read(self, value: Any, path: str) -> float:
+    def read(self, value: Json, path: str) -> float:
         """See ``Spec``."""
         # Compared without conversion: a whole number of 400 digits is not a float.
         if type(value) not in (int, float) or not self.least <= value <= self.most:
@@ -120,7 +120,7 @@ class Real(Spec):
 class Figure(Spec):
     """Any number; infinities and NaN, as of diverging training, are encoded as texts."""
 
-    def read(self, value: Any, path: str) -> float:
+    def read(self, value: Json, path: str) -> float:
         """See ``Spec``."""
         if type(value) is str and value in ("nan", "inf", "-inf"):
             return float(value)
@@ -138,7 +138,7 @@ class Figure(Spec):
 class Truth(Spec):
     """True or false."""
 
-    def read(self, value: Any, path: str) -> bool:
+    def read(self, value: Json, path: str) -> bool:
         """See ``Spec``."""
         if type(value) is not bool:
             raise Mismatch(path, "true or false", shown(value))
@@ -159,7 +159,7 @@ class Text(Spec):
     pattern: str = ""
     valid: Callable[[str], object] | None = None
 
-    def read(self, value: Any, path: str) -> str:
+    def read(self, value: Json, path: str) -> str:
         """See ``Spec``."""
         fits = type(value) is str and len(value) <= self.most
         if not fits or (self.pattern and not re.fullmatch(self.pattern, value)):
@@ -179,7 +179,7 @@ class Prose(Text):
 
     most: int = 4000
 
-    def read(self, value: Any, path: str) -> str:
+    def read(self, value: Json, path: str) -> str:
         """Returns one printable line, since logs and terminals interpret control characters."""
         return one_line(" ".join(super().read(value, path).split()), self.most)
 
@@ -195,14 +195,14 @@ class OneOf(Spec):
 
     of: tuple[str, ...]
 
-    def read(self, value: Any, path: str) -> str:
+    def read(self, value: Json, path: str) -> str:
         """See ``Spec``."""
         for one in self.of:
             if one == value:
                 return one
         raise Mismatch(path, f"one of {', '.join(self.of)}", shown(value))
 
-    def write(self, value: Any) -> Any:
+    def write(self, value: Any) -> Json:
         """See ``Spec``."""
         return str(value)
 
@@ -213,11 +213,11 @@ class Maybe(Spec):
 
     of: Spec
 
-    def read(self, value: Any, path: str) -> Any:
+    def read(self, value: Json, path: str) -> Any:
         """See ``Spec``."""
         return None if value is None else self.of.read(value, path)
 
-    def write(self, value: Any) -> Any:
+    def write(self, value: Any) -> Json:
         """See ``Spec``."""
         return None if value is None else self.of.write(value)
 
@@ -236,13 +236,13 @@ class Many(Spec):
     most: int
     least: int = 0
 
-    def read(self, value: Any, path: str) -> tuple[Any, ...]:
+    def read(self, value: Json, path: str) -> tuple[Any, ...]:
         """See ``Spec``."""
         if type(value) is not list or not self.least <= len(value) <= self.most:
             raise Mismatch(path, f"a list of {self.least} to {self.most}", shown(value))
         return tuple(self.of.read(one, f"{path}[{i}]") for i, one in enumerate(value))
 
-    def write(self, value: Any) -> list[Any]:
+    def write(self, value: Any) -> list[Json]:
         """See ``Spec``."""
         return [self.of.write(one) for one in value]
 
@@ -259,14 +259,14 @@ class TupleOf(Spec):
     made: Callable[..., Any]
     of: tuple[Spec, ...]
 
-    def read(self, value: Any, path: str) -> Any:
+    def read(self, value: Json, path: str) -> Any:
         """See ``Spec``."""
         if type(value) is not list or len(value) != len(self.of):
             raise Mismatch(path, f"a list of {len(self.of)}", shown(value))
         pairs = zip(self.of, value, strict=True)
         return self.made(*(spec.read(one, f"{path}[{i}]") for i, (spec, one) in enumerate(pairs)))
 
-    def write(self, value: Any) -> list[Any]:
+    def write(self, value: Any) -> list[Json]:
         """See ``Spec``."""
         return [spec.write(one) for spec, one in zip(self.of, value, strict=True)]
 
@@ -285,7 +285,7 @@ class Table(Spec):
     most: int
     key: Text = Text(256)
 
-    def read(self, value: Any, path: str) -> JsonObject:
+    def read(self, value: Json, path: str) -> JsonObject:
         """See ``Spec``."""
         if type(value) is not dict or len(value) > self.most:
             raise Mismatch(path, f"an object of at most {self.most} names", shown(value))
@@ -313,7 +313,7 @@ class Struct(Spec):
     of: Mapping[str, Spec]
     errors: tuple[type[Exception], ...] = ()
 
-    def read(self, value: Any, path: str) -> Any:
+    def read(self, value: Json, path: str) -> Any:
         """See ``Spec``."""
         if type(value) is not dict:
             raise Mismatch(path, "an object", shown(value))
@@ -350,11 +350,11 @@ class Free(Spec):
     items: int
     text: int
 
-    def read(self, value: Any, path: str) -> Any:
+    def read(self, value: Json, path: str) -> Any:
         """See ``Spec``."""
         left = [self.items]
 
-        def look(one: Any, depth: int) -> None:
+        def look(one: Json, depth: int) -> None:
             left[0] -= 1
             if left[0] < 0 or depth > self.depth:
                 raise Mismatch(path, f"at most {self.items} values, {self.depth} deep", "more")

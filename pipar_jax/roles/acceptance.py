@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from comms import Message, Role, Tag, parse_codec
+from comms.arrays import DType
 from pipar_jax.protocol.wire_fields import shown
 from pipar_jax.schedule.actions import NO_ATTEMPT, Span, batch_samples, micro_batch_sizes
 from pipar_jax.schedule.plan import Boundary, Plan, device_name
@@ -35,7 +36,7 @@ class _Stream:
         self,
         boundary: Boundary,
         features: tuple[int, ...],
-        dtype: np.dtype[Any],
+        dtype: DType,
         codec: str,
         labels: bool,
     ) -> None:

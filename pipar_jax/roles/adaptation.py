@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from comms import Link
 from pipar_jax.config import Config
@@ -20,6 +20,7 @@ from pipar_jax.errors import RunError
 from pipar_jax.profiling.predictor.online import Learner
 from pipar_jax.profiling.predictor.operators import Tables
 from pipar_jax.protocol import messages
+from pipar_jax.protocol.registry import ControlMessage
 from pipar_jax.protocol.values import Seen
 from pipar_jax.roles.candidates import Candidates
 from pipar_jax.roles.holdings import odd_seen
@@ -162,7 +163,7 @@ class Adaptation:
 
     # --- mail; on the coordinator's thread ----------------------------------------------------
 
-    def _take_answer(self, mail: Mail) -> None:
+    def _take_answer(self, mail: Mail[messages.LookSeen]) -> None:
         """Takes a host's answer to a look."""
         with self._lock:
             if mail.said.look == self._look:
@@ -171,7 +172,7 @@ class Adaptation:
                 self._answers[mail.source] = mail.said
                 self._lock.notify_all()
 
-    def _take_compiled(self, mail: Mail) -> None:
+    def _take_compiled(self, mail: Mail[messages.Compiled]) -> None:
         """Takes note of a host that has compiled a plan, or refuses it."""
         number, refused = mail.said.number, mail.said.refused
         with self._lock:
@@ -196,7 +197,7 @@ class Adaptation:
             with self._lock:
                 self._error = error
 
-    def _tell(self, command: Any) -> None:
+    def _tell(self, command: ControlMessage) -> None:
         """Tells every host; the coordinator's thread learns by itself of a link that is lost."""
         for name in self._links:
             self._members.ask(name, command)

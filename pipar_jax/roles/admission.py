@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
 
 import pipar_jax
 from comms import Message
@@ -12,6 +11,7 @@ from comms.wire.bounded_json import one_line
 from pipar_jax.config import Config, difference, from_dict, to_json
 from pipar_jax.data import Loader
 from pipar_jax.data.published import PUBLIC_SOURCES
+from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import ConfigError, ProtocolError
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.protocol import messages, registry
@@ -77,7 +77,7 @@ def node_join(config: Config, name: str, address: tuple[str, int]) -> JoinNode:
     return JoinNode(messages.VERSION, version, name, json.loads(to_json(config)), address)
 
 
-def describe(model: Model) -> dict[str, Any]:
+def describe(model: Model) -> JsonObject:
     """Returns every unit's variables with shape and dtype, to compare models by."""
     return {
         unit.name: {

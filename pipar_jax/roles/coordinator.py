@@ -13,8 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from comms.arrays import Array
 from pipar_jax.aggregation.aggregator import Aggregator, Contribution
 from pipar_jax.config import Config
+from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.protocol import messages
 from pipar_jax.roles import replan
 from pipar_jax.roles.acceptance import Acceptance
@@ -36,6 +38,7 @@ from pipar_jax.schedule.actions import AGGREGATE, ALL, Action, RoundSchedule, Sp
 from pipar_jax.schedule.plan import COORDINATOR, Boundary, Plan, device_name, long_name
 from pipar_jax.schedule.trace import Interval, Timed
 from stages import Model
+from stages.trees import PyTree, Variables
 
 
 class Coordinator:
@@ -60,7 +63,7 @@ class Coordinator:
         members: Membership,
         evaluator: Evaluator,
         run_log: RunLog,
-        save: Callable[[dict[str, Any], dict[str, Any]], None],
+        save: Callable[[Variables, Variables], None],
         script: Sequence[Plan] = (),
     ) -> None:
         self._config, self._model, self._host = config, model, host
@@ -85,7 +88,7 @@ class Coordinator:
         params, state = model.init(config.seed)
         self._aggregator = Aggregator(config.aggregation, params, state)
         self._holder = self._attempt = 0
-        self._part: dict[str, np.ndarray[Any, Any]] = {}
+        self._part: dict[str, Array] = {}
         self._demand = [1.0] * len(who)
         self._met: set[Boundary] = set()
         self._holdings = Holdings(model, config)
@@ -96,7 +99,7 @@ class Coordinator:
             for device in range(len(who))
         ]  # fmt: skip
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> JsonObject:
         """Prepares all hosts, trains all rounds and says goodbye; returns the run's summary.
 
         The weights are saved before anything else that comes after the last round.
@@ -279,9 +282,11 @@ class Coordinator:
         """Says whether a host gives weights to the average, and so is given it."""
         return self.plan.order == "parallel" and bool(self._holdings.trained(self.plan, name))
 
-    def _average(self, index: int, spans: Sequence[Span], trained: Mapping[str, Mail]) -> None:
+    def _average(
+        self, index: int, spans: Sequence[Span], trained: Mapping[str, Mail[messages.Trained]]
+    ) -> None:
         """Averages what the hosts trained and hands the result back to them."""
-        parts: dict[int, dict[str, dict[str, Any]]] = {}
+        parts: dict[int, dict[str, dict[str, PyTree]]] = {}
         brought = [name for name in self._workers if self._gives(name)]
         for name, mail in trained.items():
             arrays = self._arrays(name, mail, self._holdings.trained(self.plan, name))
@@ -315,7 +320,7 @@ class Coordinator:
             self._members.send_bundle(name, messages.Store(), units, *owed, codec=codec)
         self._host.store(self._aggregator.params, self._aggregator.state)
 
-    def _arrays(self, name: str, mail: Mail, wanted: Wanted) -> dict[str, Any]:
+    def _arrays(self, name: str, mail: Mail[Any], wanted: Wanted) -> dict[str, PyTree]:
         """Returns the arrays that a host sent, which are those that it holds."""
         with self._members.reading(name):
             return self._holdings.arrays(mail.message, mail.arrays, wanted, long_name(name))
@@ -374,7 +379,7 @@ class Coordinator:
             return {}
         return self._add_traces(self._members.collect(messages.TraceRows, self._workers))
 
-    def _add_traces(self, mails: Mapping[str, Mail]) -> dict[str, int]:
+    def _add_traces(self, mails: Mapping[str, Mail[Any]]) -> dict[str, int]:
         """Adds the devices' timed actions to the run's, on this host's clock."""
         traced = {}
         for name, mail in mails.items():

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import enum
 import math
-from typing import Any
 
 from pipar_jax.config import Hosts
 from pipar_jax.errors import PlanError
 from pipar_jax.protocol import messages
-from pipar_jax.protocol.registry import kind_of
+from pipar_jax.protocol.registry import ControlMessage, kind_of
 from pipar_jax.roles.acceptance import own_spans
 from pipar_jax.runtime import moves
 from pipar_jax.schedule.actions import Span
@@ -82,7 +81,7 @@ class Course:
         """Takes note of the model."""
         self._units, self.phase = units, Phase.ASKED
 
-    def replied(self, said: Any) -> None:
+    def replied(self, said: ControlMessage) -> None:
         """Takes note of what this host says, before it is sent."""
         if isinstance(said, messages.Prepared | messages.Stored | messages.Adopted):
             self.phase = Phase.IDLE
@@ -97,7 +96,7 @@ class Course:
         elif isinstance(said, messages.Rewound):
             self._rewound = said.step
 
-    def objection(self, said: Any) -> str | None:
+    def objection(self, said: ControlMessage) -> str | None:
         """Takes note of a command; returns why it may not come now, or does not fit, or None."""
         kind = type(said)
         if kind in _ALWAYS:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 import stages
 from pipar_jax.data import Dataset
 from stages import Model, Stage
+from stages.trees import Variables
 
 #: Samples that are evaluated at a time.
 BATCH = 250
@@ -37,12 +40,12 @@ class Evaluator:
       dtype: What samples are computed in.
     """
 
-    def __init__(self, model: Model, dataset: Dataset, dtype: Any) -> None:
+    def __init__(self, model: Model, dataset: Dataset, dtype: DTypeLike) -> None:
         self._dataset, self._dtype = dataset, np.dtype(dtype)
         (stage,) = stages.split(model)
         self._score = _scorer(stage)
 
-    def evaluate(self, params: Any, state: Any) -> Score:
+    def evaluate(self, params: Variables, state: Variables) -> Score:
         """Returns loss and accuracy.
 
         Args:
@@ -68,7 +71,9 @@ class Evaluator:
 def _scorer(stage: Stage) -> Any:
     """Returns the compiled sums of losses and hits of a batch, once per model and process."""
 
-    def score(params: Any, state: Any, x: Any, labels: Any, real: Any) -> Any:
+    def score(
+        params: Variables, state: Variables, x: jax.Array, labels: jax.Array, real: jax.Array
+    ) -> Any:
         logits = stage.predict(params, state, x)
         losses, hits = stages.sample_losses(logits, labels)
         return jnp.sum(jnp.where(real, losses, 0)), jnp.sum(jnp.where(real, hits, 0))

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from comms import Allowance, ChannelError, Message
+from comms.arrays import Array
 from pipar_jax.aggregation.rules import rule
 from pipar_jax.config import Config
 from pipar_jax.errors import ProtocolError, RunError
@@ -27,6 +28,7 @@ from pipar_jax.schedule.host_program import replica_key
 from pipar_jax.schedule.plan import OWNER, Plan, host_index, is_node
 from pipar_jax.training import optimizer
 from stages import Model
+from stages.trees import PyTree
 
 #: For each group and part the units that a bundle holds of it.
 Wanted = dict[str, dict[str, tuple[str, ...]]]
@@ -179,8 +181,8 @@ class Holdings:
         )
 
     def arrays(
-        self, message: Message | None, local: dict[str, Any], wanted: Wanted, peer: str
-    ) -> dict[str, Any]:
+        self, message: Message | None, local: dict[str, PyTree], wanted: Wanted, peer: str
+    ) -> dict[str, PyTree]:
         """Returns a host's arrays: its own if it lives here, or those of a bundle.
 
         Raises:
@@ -198,7 +200,7 @@ class Holdings:
             )
         return {}
 
-    def read(self, message: Message, wanted: Wanted, peer: str) -> dict[str, Any]:
+    def read(self, message: Message, wanted: Wanted, peer: str) -> dict[str, PyTree]:
         """Returns a bundle's groups, parts and units.
 
         Args:
@@ -226,7 +228,7 @@ class Holdings:
                     self._check(found, part, unit, f"{what} with {group}/{part}/{unit}")
         return groups
 
-    def _check(self, found: Mapping[str, Any], part: str, unit: str, what: str) -> None:
+    def _check(self, found: Mapping[str, PyTree], part: str, unit: str, what: str) -> None:
         like = self._arrays(part, unit)
         if found.keys() != like.keys():
             raise ProtocolError(
@@ -248,7 +250,7 @@ class Holdings:
         if key not in self._known:
             one = self._units[unit]
             if part in ("params", "state"):
-                values: Mapping[str, Any] = one.params if part == "params" else one.state
+                values: Mapping[str, PyTree] = one.params if part == "params" else one.state
             else:
                 init = self._tx.init if part == "opt" else self._rule.init
                 tree = jax.eval_shape(init, dict(one.params))
@@ -313,7 +315,7 @@ def odd_seen(said: LookSeen, plan: Plan, host: str) -> str | None:
     return None
 
 
-def unpacked(message: Message, peer: str) -> dict[str, Any]:
+def unpacked(message: Message, peer: str) -> dict[str, PyTree]:
     """Returns a bundle's arrays by group, part and unit.
 
     Raises:
@@ -367,8 +369,8 @@ def read_rows(
 
 
 def _odd_row(
-    numbers: np.ndarray[Any, Any],
-    times: np.ndarray[Any, Any],
+    numbers: Array,
+    times: Array,
     plans: Sequence[Plan],
     host: str,
     steps: Sequence[int],

@@ -8,16 +8,17 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from comms import ChannelError, Endpoint, Link, Message, PeerClosed
+from comms.arrays import Array
 from pipar_jax.config import Config, may_lose
+from pipar_jax.disk.event_log import OnEvent
+from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import JoinError, PeerError, ProtocolError, RunError
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.protocol import messages, registry
-from pipar_jax.protocol.registry import Form, Sender, kind_of
+from pipar_jax.protocol.registry import ControlMessage, Form, Sender, kind_of
 from pipar_jax.roles import admission
 from pipar_jax.roles.acceptance import Acceptance
 from pipar_jax.roles.admission import Identity
@@ -30,6 +31,7 @@ from pipar_jax.runtime import finite
 from pipar_jax.schedule.actions import Span
 from pipar_jax.schedule.plan import COORDINATOR, is_node, long_name
 from stages import Model
+from stages.trees import PyTree
 
 #: How often a waiting coordinator looks at the clock and whether it was told to stop.
 LOOK_S = 0.1
@@ -42,8 +44,10 @@ JOIN_S = 30.0
 MANY, MOST_WAITING, MOST_WAITING_BYTES = 64, 4096, 64 << 20
 _PASSING = {kind_of(one) for one in (messages.Progress, messages.Pulse)}
 
+M = TypeVar("M", bound=ControlMessage)
 
-class Mail(NamedTuple):
+
+class Mail(NamedTuple, Generic[M]):
     """Something a host said.
 
     Attributes:
@@ -55,8 +59,8 @@ class Mail(NamedTuple):
     """
 
     source: str
-    said: Any
-    arrays: dict[str, Any]
+    said: M
+    arrays: dict[str, PyTree]
     time_s: float
     message: Message | None = None
 
@@ -133,7 +137,7 @@ class Membership:
         *,
         tensors: Callable[[Message], None],
         wake: Callable[[], None],
-        tell: Callable[[dict[str, Any]], None],
+        tell: OnEvent,
         stop: threading.Event,
     ) -> None:
         self._config, self._model, self._endpoint = config, model, endpoint
@@ -141,11 +145,11 @@ class Membership:
         self._inbox: queue.SimpleQueue[tuple[str, Link | None, Any]] = queue.SimpleQueue()
         self._links: dict[Link, _Waiting] = {}
         self._names: dict[Link, str] = {}
-        self._early: list[Mail] = []
+        self._early: list[Mail[ControlMessage]] = []
         self._refusals = Refusals(tell)
         self._moving: dict[str, Moving] = {}
         self._pulse_s, self._pulsed_s, self._pulses = pulse_s(config), time.monotonic(), 0
-        self.listeners: dict[type, Callable[[Mail], None]] = {}
+        self.listeners: dict[type, Callable[[Mail[Any]], None]] = {}
         self.by_name: dict[str, Member] = {}
         self.population = Population()
         self.joined: Callable[[str], None] = lambda name: None
@@ -173,7 +177,7 @@ class Membership:
             lambda error: self._inbox.put(("lost", link, error)),
         )
 
-    def local_reply(self, said: Any, arrays: dict[str, Any]) -> None:
+    def local_reply(self, said: ControlMessage, arrays: dict[str, PyTree]) -> None:
         """Takes a reply of the host in this process; runs on its threads."""
         self._inbox.put(("mail", None, Mail(COORDINATOR, said, arrays, time.monotonic())))
 
@@ -181,7 +185,7 @@ class Membership:
         """Takes the failure of the host in this process; runs on its threads."""
         self._inbox.put(("failed", None, error))
 
-    def ask(self, name: str, command: Any) -> None:
+    def ask(self, name: str, command: ControlMessage) -> None:
         """Sends a command to a member whose loss is told elsewhere; any thread may call it."""
         member = self.by_name[name]
         member.owed.add(answers(command))
@@ -223,7 +227,7 @@ class Membership:
                 )
             self._take(min(left_s, LOOK_S))
 
-    def collect(self, kind: type, sources: Sequence[str]) -> dict[str, Mail]:
+    def collect(self, kind: type[M], sources: Sequence[str]) -> dict[str, Mail[M]]:
         """Waits until every source has said something of a kind, or is lost.
 
         What arrives meanwhile of other kinds is kept for a later call; progress is told at once.
@@ -239,7 +243,7 @@ class Membership:
           PeerError: A host was lost, failed, said what it may not, or shows no progress, and the
             run cannot go on without it.
         """
-        found: dict[str, Mail] = {}
+        found: dict[str, Mail[M]] = {}
         self.patience.begin()
         while True:
             found |= self.said(kind, [name for name in sources if name not in found])
@@ -248,13 +252,13 @@ class Membership:
                 return {name: found[name] for name in sources if name in found}
             self.wait(missing, kind_of(kind).name)
 
-    def said(self, kind: type, sources: Collection[str]) -> dict[str, Mail]:
+    def said(self, kind: type[M], sources: Collection[str]) -> dict[str, Mail[M]]:
         """Returns what some hosts have said of a kind already, without waiting."""
-        found: dict[str, Mail] = {}
+        found: dict[str, Mail[M]] = {}
         for mail in [one for one in self._early if isinstance(one.said, kind)]:
             if mail.source in sources and mail.source not in found:
                 self._early.remove(mail)
-                found[mail.source] = mail
+                found[mail.source] = cast(Mail[M], mail)
         return found
 
     def wait(self, missing: Sequence[str], what: str) -> None:
@@ -290,11 +294,11 @@ class Membership:
         """
         self._take(0.0)
 
-    def tell(self, event: dict[str, Any]) -> None:
+    def tell(self, event: JsonObject) -> None:
         """Tells an event."""
         self._tell(event)
 
-    def send(self, name: str, command: Any, *replies: Reply) -> None:
+    def send(self, name: str, command: ControlMessage, *replies: Reply) -> None:
         """Sends a command to a member; nothing to one that the run has lost.
 
         Args:
@@ -316,8 +320,8 @@ class Membership:
     def send_bundle(
         self,
         name: str,
-        command: Any,
-        tensors: Mapping[str, np.ndarray[Any, Any]],
+        command: ControlMessage,
+        tensors: Mapping[str, Array],
         *replies: Reply,
         codec: str = "raw",
     ) -> None:
@@ -334,7 +338,7 @@ class Membership:
         except ChannelError as error:
             self._note_gone(name, error)
 
-    def broadcast(self, command: Any) -> None:
+    def broadcast(self, command: ControlMessage) -> None:
         """Sends a command to every member.
 
         Raises:
@@ -482,7 +486,7 @@ class Membership:
             waiting.ended = True
         link.refuse(reason)
 
-    def _try(self, link: Link, message: Any) -> None:
+    def _try(self, link: Link, message: ControlMessage) -> None:
         """Says something to a link that may be gone."""
         try:
             registry.send(link, message)
@@ -565,7 +569,7 @@ class Membership:
         while (left := deadline - time.monotonic()) > 0 and (name is None or name in self.by_name):
             self._take(min(left, LOOK_S))
 
-    def _sort(self, mail: Mail) -> None:
+    def _sort(self, mail: Mail[ControlMessage]) -> None:
         said = mail.said
         if isinstance(said, messages.Failed):
             self.lose(mail.source, PeerError(f"{long_name(mail.source)} failed: {said.error}"))

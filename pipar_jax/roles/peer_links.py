@@ -201,6 +201,7 @@ class PeerLinks:
         except ProtocolError as error:
             self._refuse(link, str(error))
             return
+        assert isinstance(said, messages.Neighbour)  # the one message between neighbours
         boundary = said.boundary
         if (reason := self._strange(boundary, link)) is not None:
             self._refuse(link, reason)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any
+
+from pipar_jax.disk.event_log import OnEvent
 
 #: Refusals that are told one by one, and the seconds between two that are told after them.
 FIRST, EVERY_S = 20, 30.0
@@ -17,7 +17,7 @@ class Refusals:
       tell: Takes events.
     """
 
-    def __init__(self, tell: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, tell: OnEvent) -> None:
         self._tell = tell
         self._told_s = 0.0
         self._untold = 0

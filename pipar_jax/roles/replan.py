@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pipar_jax.aggregation.aggregator import Aggregator
 from pipar_jax.protocol import messages
 from pipar_jax.roles.holdings import Holdings
@@ -11,6 +9,7 @@ from pipar_jax.roles.membership import Membership
 from pipar_jax.runtime import migration, moves, weight_bundle
 from pipar_jax.runtime.host import Host
 from pipar_jax.schedule.plan import Plan, long_name
+from stages.trees import PyTree
 
 
 def conduct(
@@ -38,7 +37,7 @@ def conduct(
     hosts = (host.name, *members.by_name)
     members.broadcast(messages.Give(new))
     host.give(new)
-    opt: dict[str, dict[str, Any]] = {}
+    opt: dict[str, dict[str, PyTree]] = {}
     for name, mail in members.collect(messages.Given, hosts).items():
         with members.reading(name):
             wanted = holdings.given(old, new, name)
@@ -48,7 +47,7 @@ def conduct(
                 migration.put(aggregator, parts, name)
             else:
                 opt.setdefault(group, {}).update(parts.get("opt", {}))
-    arrived: dict[str, dict[str, Any]] = {name: {} for name in hosts}
+    arrived: dict[str, dict[str, PyTree]] = {name: {} for name in hosts}
     for one in moves.moves(old, new, len(holdings.names)):
         unit, copy = holdings.names[one.unit], str(one.copy)
         parts = arrived[one.target].setdefault(copy, {"opt": {}})

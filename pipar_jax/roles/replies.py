@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from pipar_jax.protocol import messages
-from pipar_jax.protocol.registry import kind_of
+from pipar_jax.protocol.registry import ControlMessage, kind_of
 
 #: What a host may say whenever it has joined.
 UNASKED = (messages.Failed, messages.Leave, messages.NonFinite, messages.Progress, messages.Pulse,
@@ -52,7 +52,7 @@ _ANSWERS: dict[type, tuple[type, ...]] = {
 }
 
 
-def answers(command: Any) -> list[Reply]:
+def answers(command: ControlMessage) -> list[Reply]:
     """Returns what a command is answered by."""
     if isinstance(command, messages.Look):
         return [reply(messages.LookSeen, look=command.look)]
@@ -87,7 +87,7 @@ class Owed:
             self._arriving[kind] += 1
             return self._arriving[kind] <= len(self._owed.get(kind, ()))
 
-    def objection(self, message: Any, *, bundle: bool) -> str | None:
+    def objection(self, message: ControlMessage, *, bundle: bool) -> str | None:
         """Takes note of what a host has said; returns why it may not say it, or None."""
         kind = type(message)
         name = kind_of(kind).name

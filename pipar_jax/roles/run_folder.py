@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from pipar_jax import config
 from pipar_jax.config import Config
-from pipar_jax.disk.event_log import EventLog
+from pipar_jax.disk.event_log import Event, EventLog
 from pipar_jax.disk.files import make_folder, write_text
-from pipar_jax.disk.json_text import dumps
+from pipar_jax.disk.json_text import JsonMapping, JsonObject, dumps
 from pipar_jax.errors import DiskError
 from pipar_jax.training import checkpoint
+from stages.trees import Arrays
 
 CONFIG, METRICS, TRACE, PLAN = "config.json", "metrics.jsonl", "trace.json.gz", "plan.json"
 
@@ -40,7 +40,7 @@ class RunFolder:
         """
         write_text(self.path / CONFIG, config.to_json(resolved))
 
-    def save_plan(self, plan: Mapping[str, Any]) -> None:
+    def save_plan(self, plan: JsonMapping) -> None:
         """Writes the plan that the run executes.
 
         Raises:
@@ -48,7 +48,7 @@ class RunFolder:
         """
         write_text(self.path / PLAN, dumps(plan, indent=2) + "\n")
 
-    def add_event(self, event: Mapping[str, Any]) -> None:
+    def add_event(self, event: Event) -> None:
         """Appends a row to metrics.jsonl.
 
         Raises:
@@ -57,7 +57,7 @@ class RunFolder:
         self._events.add(event)
 
     def save_weights(
-        self, params: Mapping[str, Any], state: Mapping[str, Any], meta: Mapping[str, Any]
+        self, params: Mapping[str, Arrays], state: Mapping[str, Arrays], meta: JsonMapping
     ) -> None:
         """Writes the weights and batch statistics of the whole model.
 
@@ -83,7 +83,7 @@ class Record:
         self._left_out = 0
         self._first: DiskError | None = None
 
-    def add(self, event: Mapping[str, Any]) -> dict[str, Any] | None:
+    def add(self, event: Event) -> JsonObject | None:
         """Keeps an event.
 
         Returns:
@@ -102,7 +102,7 @@ class Record:
             return self.note(error)
         return None
 
-    def note(self, error: DiskError) -> dict[str, Any] | None:
+    def note(self, error: DiskError) -> JsonObject | None:
         """Notes that something could not be kept; returns what to tell of it, the first time."""
         if self._first is not None:
             return None

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from pipar_jax.config import Config
+from pipar_jax.disk.event_log import OnEvent
+from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import DiskError
 from pipar_jax.protocol.values import LinkRow, Memory, Waits
 from pipar_jax.roles.link_stats import Traffic
@@ -78,7 +80,7 @@ class RunLog:
         members: Membership,
         folder: RunFolder,
         record: Record,
-        tell: Callable[[dict[str, Any]], None],
+        tell: OnEvent,
         parameters: int,
     ) -> None:
         self._config, self._folder, self._tell = config, folder, tell
@@ -214,7 +216,7 @@ class RunLog:
             }
         )
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> JsonObject:
         """Ends the trace, tells that the run is over, and returns that event."""
         self._trace.close()
         epochs: dict[int, float] = {}

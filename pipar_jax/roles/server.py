@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import stages
 from comms import ChannelError, Endpoint
 from pipar_jax import data as datasets
 from pipar_jax.config import Config
 from pipar_jax.data import Dataset
-from pipar_jax.disk.json_text import plain
+from pipar_jax.disk.event_log import OnEvent
+from pipar_jax.disk.json_text import JsonObject, plain
 from pipar_jax.errors import PiparError, RunError
 from pipar_jax.report.environment import add_platform
 from pipar_jax.report.sinks import Sinks
@@ -28,17 +28,18 @@ from pipar_jax.runtime.setup import build_model, channel_options, set_precision
 from pipar_jax.schedule.plan import COORDINATOR, Plan
 from pipar_jax.training.checkpoint import WEIGHTS
 from stages import Model
+from stages.trees import Variables
 
 
 def run_server(
     config: Config,
     *,
-    on_event: Callable[[dict[str, Any]], None],
+    on_event: OnEvent,
     model: Model | None = None,
     data: Dataset | None = None,
     stop: threading.Event | None = None,
     script: Sequence[Plan] = (),
-) -> dict[str, Any]:
+) -> JsonObject:
     """Conducts a run: waits for its devices, trains with them, leaves the run's folder.
 
     Args:
@@ -75,7 +76,7 @@ def run_server(
     lock = threading.Lock()
     with Sinks(config.run.sinks, folder.path) as sinks:
 
-        def tell(event: dict[str, Any]) -> None:
+        def tell(event: JsonObject) -> None:
             with lock:
                 event = plain({**event, "time_s": time.monotonic() - began})
                 if event["event"] not in ("progress", "working"):  # what happens often
@@ -96,10 +97,10 @@ def _serve(
     dataset: Dataset,
     folder: RunFolder,
     record: Record,
-    tell: Callable[[dict[str, Any]], None],
+    tell: OnEvent,
     stop: threading.Event,
     script: Sequence[Plan],
-) -> dict[str, Any]:
+) -> JsonObject:
     """Opens the endpoint and the host, runs the coordinator, and closes both whatever happens."""
     endpoint = Endpoint(COORDINATOR, options=channel_options(config))
     host: Host | None = None
@@ -139,7 +140,7 @@ def _serve(
         host.link_table.control.update({name: one.link for name, one in members.by_name.items()})
         evaluator = Evaluator(model, dataset, config.model.dtype)
 
-        def save(params: dict[str, Any], state: dict[str, Any]) -> None:
+        def save(params: Variables, state: Variables) -> None:
             tell({"event": "saving", "file": WEIGHTS})
             folder.save_weights(model.completed(params), state, _facts(model, dataset))
 
@@ -170,7 +171,7 @@ def _reason(error: BaseException) -> str:
     return str(error) if isinstance(error, PiparError) else f"the server failed: {error!r}"
 
 
-def _facts(model: Model, dataset: Dataset) -> dict[str, Any]:
+def _facts(model: Model, dataset: Dataset) -> JsonObject:
     """Returns what a saved model needs beside its weights in order to predict."""
     return {
         "model": model.name,

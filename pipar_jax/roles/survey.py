@@ -13,11 +13,12 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
 from comms import Link, Message
+from comms.arrays import Array
 from pipar_jax.config import Config, HostSpec
 from pipar_jax.cost_model.costs import LinkModel
 from pipar_jax.cost_model.profile import DeviceProfile, HostProfile, NodeProfile, Profile
@@ -36,7 +37,8 @@ from pipar_jax.profiling.unit_times import (
     weight_ratio,
 )
 from pipar_jax.protocol import messages, registry
-from pipar_jax.roles.membership import Membership
+from pipar_jax.protocol.registry import ControlMessage
+from pipar_jax.roles.membership import M, Membership
 from pipar_jax.roles.replies import reply
 from pipar_jax.runtime import memory
 from pipar_jax.schedule.plan import COORDINATOR, Plan, device_name
@@ -45,8 +47,6 @@ from pipar_jax.training.compile import TOLD_S, now_and_then
 from pipar_jax.tuner.chains import tune_chain
 from pipar_jax.tuner.search import tune
 from stages import Model
-
-T = TypeVar("T")
 
 #: Control messages that are sent and answered to find a link's delay.
 ECHOES = 5
@@ -256,11 +256,10 @@ class Respondent:
         registry.send(message.link, messages.Took(max(seconds, 0.0)))
 
 
-def _ask(members: Membership, name: str, question: Any, answer: type[T]) -> T:
+def _ask(members: Membership, name: str, question: ControlMessage, answer: type[M]) -> M:
     """Asks a device or node and waits for its answer."""
     members.send(name, question)
-    said: T = members.collect(answer, (name,))[name].said
-    return said
+    return members.collect(answer, (name,))[name].said
 
 
 def _echo_s(members: Membership, name: str) -> float:
@@ -303,6 +302,6 @@ def _down_s(members: Membership, name: str, nbytes: int) -> float:
     return float(members.collect(messages.Took, (name,))[name].said.seconds)
 
 
-def _two(nbytes: int) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, np.ndarray[Any, Any]]]:
+def _two(nbytes: int) -> tuple[dict[str, Array], dict[str, Array]]:
     """Returns a small bundle and one of so many bytes, to be sent right behind it."""
     return {"bytes": np.zeros(1024, np.uint8)}, {"bytes": np.zeros(nbytes, np.uint8)}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+from pipar_jax.disk.json_text import JsonMapping
 from pipar_jax.errors import DiskError
 from pipar_jax.schedule.trace import Interval, Timed, TraceWriter
 
@@ -28,7 +28,7 @@ class TraceLog:
         self._file: TraceWriter | None = None
         self._round, self._rounds, self._origin_s = 0, 0, 0.0
 
-    def begin(self, meta: Mapping[str, Any], rounds: int, origin_s: float) -> None:
+    def begin(self, meta: JsonMapping, rounds: int, origin_s: float) -> None:
         """Begins the file, if any round is wanted.
 
         Args:

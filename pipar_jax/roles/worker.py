@@ -20,7 +20,7 @@ from pipar_jax.errors import JoinError, PeerError, PiparError, ProtocolError
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.protocol import messages, registry
 from pipar_jax.protocol.messages import JoinDevice, JoinNode
-from pipar_jax.protocol.registry import Sender
+from pipar_jax.protocol.registry import ControlMessage, Sender
 from pipar_jax.protocol.values import Timing
 from pipar_jax.report.logs import LOG
 from pipar_jax.roles.acceptance import Acceptance
@@ -55,6 +55,7 @@ from pipar_jax.schedule.plan import (
 )
 from pipar_jax.schedule.trace import Timed
 from stages import Model
+from stages.trees import PyTree
 
 #: How often a waiting role looks whether it was told to stop.
 LOOK_S = 0.1
@@ -545,7 +546,7 @@ class Worker:
         self._allow(self._course.plan, said.plan)
         self._running.give(said.plan)
 
-    def _groups(self, message: Message, wanted: Wanted) -> dict[str, Any]:
+    def _groups(self, message: Message, wanted: Wanted) -> dict[str, PyTree]:
         """Returns the arrays of a bundle, which are those that the plan has for this host."""
         assert self._holdings is not None
         return self._holdings.read(message, wanted, long_name(COORDINATOR))
@@ -631,7 +632,7 @@ class Worker:
 
     # --- replies; called on the host's threads ------------------------------------------------
 
-    def _reply(self, said: Any, arrays: dict[str, Any]) -> None:
+    def _reply(self, said: ControlMessage, arrays: dict[str, PyTree]) -> None:
         link = self._coordinator
         self._course.replied(said)
         if isinstance(said, messages.Stored):

@@ -6,12 +6,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from pipar_jax.schedule.actions import COMPUTE, Action
 from pipar_jax.schedule.trace import Timed
+from stages.trees import PyTree
 
 
 class Work(NamedTuple):
@@ -27,7 +28,7 @@ class Work(NamedTuple):
     """
 
     action: Action
-    probe: Any
+    probe: PyTree
     dispatched_s: float
     samples: int
     minimum_s: float

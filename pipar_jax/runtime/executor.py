@@ -10,8 +10,10 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from comms import Message, PeerLost, Role, Tag
+from comms.arrays import Array
 from pipar_jax.errors import RunError
 from pipar_jax.runtime.completion import Work
 from pipar_jax.runtime.link_table import LinkTable
@@ -36,12 +38,13 @@ from pipar_jax.schedule.plan import Boundary
 from pipar_jax.schedule.trace import Timed
 from pipar_jax.training.replica import Replica
 from stages import MicroBatchContext
+from stages.trees import PyTree
 
 
 class Batches(Protocol):
     """Where a device's mini-batches come from; ``pipar_jax.data.Prefetcher`` is one."""
 
-    def get(self, step: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    def get(self, step: int) -> tuple[Array, Array]:
         """Returns samples [batch, …] and labels [batch] int32 of a step."""
 
 
@@ -91,7 +94,7 @@ class Executor:
         ledger: Ledger,
         duration_s: Callable[[Action, int], float],
         seed: int,
-        dtype: Any,
+        dtype: DTypeLike,
     ) -> None:
         self._host, self._program = program.host, program
         self._replicas, self._link_table = replicas, link_table
@@ -101,10 +104,10 @@ class Executor:
         self._schedule: RoundSchedule | None = None
         self._attempt = 0
         self._arrived: dict[Action, Message] = {}
-        self._labels: dict[tuple[int, int, int], np.ndarray[Any, Any]] = {}
+        self._labels: dict[tuple[int, int, int], Array] = {}
         self._values: dict[Action, jax.Array] = {}
-        self._residuals: dict[tuple[int, int, int, int], tuple[Any, int]] = {}
-        self._mini_batches: dict[tuple[int, int], tuple[Any, Any]] = {}
+        self._residuals: dict[tuple[int, int, int, int], tuple[PyTree, int]] = {}
+        self._mini_batches: dict[tuple[int, int], tuple[Array, Array]] = {}
         # Bytes of what waits to leave, by the send: a link that is lost does not say that it has.
         self._leaving: dict[Action, int] = {}
         self._dispatched_s = 0.0
@@ -321,7 +324,7 @@ class Executor:
         self._ledger.hold(array.nbytes - message.nbytes)
         return array, message.release
 
-    def _mini_batch(self, action: Action) -> tuple[Any, Any]:
+    def _mini_batch(self, action: Action) -> tuple[Array, Array]:
         """Returns the device's samples and labels of a step."""
         key = action.device, action.step
         if key not in self._mini_batches:
@@ -330,11 +333,11 @@ class Executor:
             self._mini_batches[key] = x.astype(self._dtype, copy=False), labels
         return self._mini_batches[key]
 
-    def _take_labels(self, action: Action, part: MicroBatchSlice) -> np.ndarray[Any, Any]:
+    def _take_labels(self, action: Action, part: MicroBatchSlice) -> Array:
         """Returns a micro-batch's labels: the device's own, or those that travelled with it."""
         if self._batches is not None and self._program.is_first(action.device):
             _, labels = self._mini_batch(action)
-            own: np.ndarray[Any, Any] = labels[part.before : part.before + part.samples]
+            own: Array = labels[part.before : part.before + part.samples]
             return own
         return self._labels.pop((action.device, action.step, action.micro_batch))
 
@@ -400,7 +403,7 @@ class Executor:
         boundary: Boundary,
         part: MicroBatchSlice,
         parcel: OutgoingTensor,
-        labels: np.ndarray[Any, Any] | None,
+        labels: Array | None,
         over_bytes: int,
     ) -> None:
         """Sends an activation, behind its labels, to the host of the next stage."""
@@ -460,7 +463,7 @@ class Executor:
             attempt=self._attempt,
         )
 
-    def _work(self, action: Action, probe: Any, samples: int, then: Callable[[], None]) -> Work:
+    def _work(self, action: Action, probe: PyTree, samples: int, then: Callable[[], None]) -> Work:
         """Wraps a dispatched computation for the completion thread."""
         duration_s = self._duration_s(action, samples)
         return Work(action, probe, self._dispatched_s, samples, duration_s, then)

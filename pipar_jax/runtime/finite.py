@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
+from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.protocol.messages import NonFinite
 
 _MOST_UNITS = 3
@@ -25,6 +25,6 @@ def line(found: NonFinite) -> str:
     )
 
 
-def event(found: NonFinite) -> dict[str, Any]:
+def event(found: NonFinite) -> JsonObject:
     """Returns the event that tells of it; its device is None for what serves all devices."""
     return {"event": "nonfinite", **dataclasses.asdict(found), "units": list(found.units)}

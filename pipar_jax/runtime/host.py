@@ -25,6 +25,7 @@ from pipar_jax.config.slowdown import UNSLOWED, Slowdown
 from pipar_jax.errors import RunError
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.protocol import messages
+from pipar_jax.protocol.registry import ControlMessage
 from pipar_jax.protocol.values import Memory
 from pipar_jax.runtime import memory, migration, undo
 from pipar_jax.runtime.completion import Completion, Work
@@ -65,6 +66,7 @@ from pipar_jax.training.compile import (  # fmt: skip
 )
 from pipar_jax.training.replica import Replica
 from stages import Model
+from stages.trees import Arrays, PyTree, Variables
 
 #: Computations that may be dispatched and not over: the running one and one queued behind it.
 #: With more, asynchronous dispatch would take the choice away from the policy.
@@ -72,7 +74,7 @@ IN_FLIGHT = 2
 
 #: Takes a message of ``roles.protocol``, and the arrays that go with it by (device, part, unit,
 #: path).
-Reply = Callable[[Any, dict[str, Any]], None]
+Reply = Callable[[Any, dict[str, PyTree]], None]
 
 
 class Host:
@@ -170,7 +172,7 @@ class Host:
         """Answers ``given`` with the optimiser states of the units that leave under a new plan."""
         self._post(self._give, plan)
 
-    def adopt(self, plan: Plan, arrived: Mapping[str, Any]) -> None:
+    def adopt(self, plan: Plan, arrived: Mapping[str, PyTree]) -> None:
         """Changes the plan between two rounds; answers ``adopted``.
 
         Args:
@@ -219,11 +221,11 @@ class Host:
         """
         self._post(self._commit, frozenset(places))
 
-    def store(self, params: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    def store(self, params: Mapping[str, Arrays], state: Mapping[str, Arrays]) -> None:
         """Replaces the weights of this host's units by averaged ones; answers ``stored``."""
         self._post(self._store, params, state)
 
-    def take_part(self, part: Mapping[str, Any], step: int) -> None:
+    def take_part(self, part: Mapping[str, PyTree], step: int) -> None:
         """Takes the device part that was handed on (sequential order).
 
         Args:
@@ -232,13 +234,13 @@ class Host:
         """
         self._post(self._take_part, part, step)
 
-    def shared_variables(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def shared_variables(self) -> tuple[Variables, Variables]:
         """Returns weights and statistics of which this host has the only or an averaged copy.
 
         Between rounds only.
         """
-        params: dict[str, Any] = {}
-        state: dict[str, Any] = {}
+        params: Variables = {}
+        state: Variables = {}
         for (device, stage), replica in self._replicas.items():
             if device == ALL or stage in self._averaging.stages:
                 params.update(jax.tree.map(np.array, replica.params))
@@ -445,7 +447,7 @@ class Host:
         given = migration.give(self._plan, plan, self.name, self._replicas, averages, names)
         self._reply(messages.Given(), given)
 
-    def _adopt(self, plan: Plan, arrived: Mapping[str, Any]) -> None:
+    def _adopt(self, plan: Plan, arrived: Mapping[str, PyTree]) -> None:
         self._program = _program(plan, self.name)
         averages = dict(self._averaging.units())
         self._replicas = migration.assemble(
@@ -506,7 +508,7 @@ class Host:
         """Tells that this host's steps are over, with the weights if they are to be averaged."""
         self._training = False
         self._whole = self._tell_broken_weights(averaged=False)
-        arrays: dict[str, Any] = {}
+        arrays: dict[str, PyTree] = {}
         if self._plan.order == "parallel":
             for (device, stage), replica in self._replicas.items():
                 if stage in self._averaging.stages:
@@ -605,7 +607,7 @@ class Host:
         """Tells the coordinator of what is not finite; any thread may call it."""
         self._answer(messages.NonFinite(what, device, self._round, step, units))
 
-    def _store(self, params: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    def _store(self, params: Mapping[str, Arrays], state: Mapping[str, Arrays]) -> None:
         for replica in self._replicas.values():
             replica.load(params, state)
             replica.renew_anchor()
@@ -631,7 +633,7 @@ class Host:
 
     def _hand_on(self, action: Action) -> Work:
         """Gives the device part away: weights, batch statistics and optimiser state."""
-        part: dict[str, Any] = {"params": {}, "state": {}, "opt": {}}
+        part: dict[str, PyTree] = {"params": {}, "state": {}, "opt": {}}
         for replica in self._owned():
             part["params"].update(replica.params)
             part["state"].update(replica.state)
@@ -641,7 +643,7 @@ class Host:
             action, part, time.monotonic(), 0, 0.0, lambda: self._reply(said, {"part": part})
         )
 
-    def _take_part(self, part: Mapping[str, Any], step: int) -> None:
+    def _take_part(self, part: Mapping[str, PyTree], step: int) -> None:
         for replica in self._owned():
             replica.load(part["params"], part["state"])
             for unit, own in replica.opt_state.items():
@@ -695,7 +697,7 @@ class Host:
     def _tell(self, device: int, step: int, loss: float, accuracy: float) -> None:
         self._answer(messages.Progress(device, step, loss, accuracy, self._round))
 
-    def _answer(self, message: Any) -> None:
+    def _answer(self, message: ControlMessage) -> None:
         self._reply(message, {})
 
 

@@ -30,6 +30,7 @@ from pipar_jax.schedule.plan import Plan, is_node, long_name
 from pipar_jax.training import optimizer
 from pipar_jax.training.replica import Replica, abstract
 from stages import Model, make_draw
+from stages.trees import PyTree
 
 
 class Ledger:
@@ -154,7 +155,7 @@ class _ModelSizes:
         y, residuals = stage.forward_shapes(*self._variables(units), x, draw)
         return StageSizes(entering, _bytes(residuals), _bytes(y))
 
-    def _variables(self, units: range) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _variables(self, units: range) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
         chosen = [self._model.units[i] for i in units]
         return {one.name: one.params for one in chosen}, {one.name: one.state for one in chosen}
 
@@ -257,12 +258,12 @@ def resident_bytes() -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
-def array_bytes(tree: Any) -> int:
+def array_bytes(tree: PyTree) -> int:
     """Returns the bytes of a tree's arrays."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
 
 
-def _bytes(tree: Any) -> int:
+def _bytes(tree: PyTree) -> int:
     """Returns the bytes of a tree of shapes; scalars of a draw are no arrays."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if getattr(leaf, "shape", None) is not None]
     return sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in leaves)

@@ -25,6 +25,7 @@ from pipar_jax.schedule.plan import Plan
 from pipar_jax.training.optimizer import CompiledOptimizer
 from pipar_jax.training.replica import Replica
 from stages import Model
+from stages.trees import PyTree
 
 #: The group of arrays, beside those of each copy, that holds what all copies have in common.
 WHOLE = "whole"
@@ -37,7 +38,7 @@ def give(
     replicas: Mapping[tuple[int, int], Replica],
     averages: Mapping[str, Aggregator],
     names: Sequence[str],
-) -> dict[str, Any]:
+) -> dict[str, PyTree]:
     """Returns what leaves a host: optimiser states by copy, the rest under WHOLE.
 
     Args:
@@ -49,7 +50,7 @@ def give(
       names: The model's units in order.
     """
     held = _by_unit(replicas)
-    given: dict[str, Any] = {}
+    given: dict[str, PyTree] = {}
     for one in moves(plan, new, len(names)):
         if one.source == host:
             unit = names[one.unit]
@@ -65,7 +66,7 @@ def give(
     return given
 
 
-def put(aggregator: Aggregator, parts: Mapping[str, Any], peer: str) -> None:
+def put(aggregator: Aggregator, parts: Mapping[str, PyTree], peer: str) -> None:
     """Lets an aggregator take over what ``give`` returned under WHOLE.
 
     Args:
@@ -82,7 +83,7 @@ def put(aggregator: Aggregator, parts: Mapping[str, Any], peer: str) -> None:
     put_rule(aggregator, parts.get("rule_state", {}), peer)
 
 
-def put_rule(aggregator: Aggregator, states: Mapping[str, Any], where: str) -> None:
+def put_rule(aggregator: Aggregator, states: Mapping[str, PyTree], where: str) -> None:
     """Gives an aggregator the rule's state of units that were averaged elsewhere so far.
 
     Raises:
@@ -95,7 +96,7 @@ def put_rule(aggregator: Aggregator, states: Mapping[str, Any], where: str) -> N
         aggregator.rule_state[unit] = fitted(state, like, f"{where}: the average of {unit!r}")
 
 
-def take(aggregator: Aggregator, unit: str, *parts: str, into: dict[str, Any]) -> None:
+def take(aggregator: Aggregator, unit: str, *parts: str, into: dict[str, PyTree]) -> None:
     """Adds some of what the coordinator knows of a unit to what a host is handed."""
     for part in parts:
         whole = into.setdefault(WHOLE, {})
@@ -107,7 +108,7 @@ def assemble(
     new: Plan,
     host: str,
     replicas: Mapping[tuple[int, int], Replica],
-    arrived: Mapping[str, Any],
+    arrived: Mapping[str, PyTree],
     compiled: CompiledOptimizer,
     *,
     rematerialise: bool = False,
@@ -174,7 +175,7 @@ def samples_of(
                 )
 
 
-def fitted(given: Any, like: Any, where: str) -> Any:
+def fitted(given: PyTree, like: PyTree, where: str) -> Any:
     """Returns a state of the structure, shapes and dtypes that it has to have.
 
     Args:

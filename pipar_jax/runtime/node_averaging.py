@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from pipar_jax.schedule.actions import AGGREGATE, ALL, Action, RoundSchedule, Sp
 from pipar_jax.schedule.host_program import HostProgram
 from pipar_jax.schedule.trace import Timed
 from pipar_jax.training.replica import Replica
+from stages.trees import Arrays, PyTree, Variables
 
 
 class Averaging:
@@ -37,8 +37,8 @@ class Averaging:
         config: Config,
         program: HostProgram,
         replicas: Mapping[tuple[int, int], Replica],
-        params: Mapping[str, Any],
-        state: Mapping[str, Any],
+        params: Mapping[str, Arrays],
+        state: Mapping[str, Arrays],
     ) -> None:
         self._config, self._program, self._replicas = config, program, replicas
         plan = program.plan
@@ -65,7 +65,7 @@ class Averaging:
         program: HostProgram,
         replicas: Mapping[tuple[int, int], Replica],
         before: Mapping[str, Aggregator],
-        arrived: Mapping[str, Any],
+        arrived: Mapping[str, PyTree],
     ) -> Averaging:
         """Returns the averaging under a new plan, between two rounds, when all copies are equal.
 
@@ -79,8 +79,8 @@ class Averaging:
         Raises:
           RunError: A state that arrived does not fit.
         """
-        params: dict[str, Any] = {}
-        state: dict[str, Any] = {}
+        params: Variables = {}
+        state: Variables = {}
         if program.plan.weights == "copy":
             for stage in program.plan.local_stages(program.host):
                 replica = replicas[program.replica_key(0, stage)]  # updates donate its own arrays

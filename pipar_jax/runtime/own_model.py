@@ -6,9 +6,10 @@ import inspect
 import json
 import shlex
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipar_jax.config import Config, plugins
+from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import RunError
 
 if TYPE_CHECKING:
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
 OWN = "module:"
 
 
-def read_args(text: str) -> dict[str, Any]:
+def read_args(text: str) -> JsonObject:
     """Reads ``model.args``: "width=16 norm=group" gives {"width": 16, "norm": "group"}.
 
     Args:
       text: Pairs NAME=VALUE, separated by blanks; a value is JSON, and otherwise a text.
     """
-    found: dict[str, Any] = {}
+    found: JsonObject = {}
     for pair in shlex.split(text):
         name, _, value = pair.partition("=")
         try:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
+from comms.arrays import Array
 from pipar_jax.errors import RunError
 from pipar_jax.schedule.actions import (
     KINDS,
@@ -18,15 +18,16 @@ from pipar_jax.schedule.actions import (
     Action,
 )
 from pipar_jax.schedule.trace import Timed
+from stages.trees import PyTree
 
-Tensors = dict[str, np.ndarray[Any, Any]]
+Tensors = dict[str, Array]
 
 #: Kinds of actions by their number in a trace, and those that carry a tensor between stages.
 ROW_KINDS = sorted(KINDS)
 TENSOR_KINDS = frozenset((SEND_FORWARD, RECEIVE_FORWARD, SEND_BACKWARD, RECEIVE_BACKWARD))
 
 
-def pack(groups: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Tensors:
+def pack(groups: Mapping[str, Mapping[str, Mapping[str, PyTree]]]) -> Tensors:
     """Flattens arrays to names ``group/part/unit/path``.
 
     Args:
@@ -46,7 +47,7 @@ def pack(groups: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Tensors:
     return tensors
 
 
-def unpack(tensors: Mapping[str, np.ndarray[Any, Any]], peer: str) -> dict[str, Any]:
+def unpack(tensors: Mapping[str, Array], peer: str) -> dict[str, PyTree]:
     """Returns groups, parts and units again; numbered leaves become a dictionary in their order.
 
     Args:
@@ -56,7 +57,7 @@ def unpack(tensors: Mapping[str, np.ndarray[Any, Any]], peer: str) -> dict[str, 
     Raises:
       RunError: A name is not of the form that ``pack`` writes.
     """
-    groups: dict[str, Any] = {}
+    groups: dict[str, PyTree] = {}
     for name, array in tensors.items():
         words = name.split("/", 3)
         if len(words) != 4:
@@ -68,7 +69,7 @@ def unpack(tensors: Mapping[str, np.ndarray[Any, Any]], peer: str) -> dict[str, 
     return groups
 
 
-def part_of(groups: Mapping[str, Any], name: str) -> dict[str, Any]:
+def part_of(groups: Mapping[str, PyTree], name: str) -> dict[str, PyTree]:
     """Returns ``params``, ``state`` and ``opt`` of a part, each by unit.
 
     A part that has nothing of a kind sends no array of it, nor does a unit: a unit that came with
@@ -107,7 +108,7 @@ def pack_rows(rows: Sequence[Timed]) -> Tensors:
     return {"numbers": numbers, "times": times}
 
 
-def unpack_rows(tensors: Mapping[str, np.ndarray[Any, Any]], peer: str) -> list[Timed]:
+def unpack_rows(tensors: Mapping[str, Array], peer: str) -> list[Timed]:
     """Returns the timed actions that ``pack_rows`` wrote.
 
     Raises:
