@@ -65,7 +65,7 @@ from pipar_jax.schedule.actions import Span
 from pipar_jax.schedule.plan import Boundary
 
 #: Version of all these messages.
-VERSION = 2
+VERSION = 3
 
 # --- joining ----------------------------------------------------------------------------------
 
