@@ -25,12 +25,12 @@ from pipar_jax.methods.resolution import resolve
 from pipar_jax.protocol import messages
 from pipar_jax.protocol.registry import ControlMessage
 from pipar_jax.runtime.host import Host
+from pipar_jax.runtime.unit_state import States
 from pipar_jax.schedule.actions import Span
 from pipar_jax.schedule.plan import COORDINATOR, device_name
 from pipar_jax.training import optimizer
 from pipar_jax.training.compile import run_all
 from pipar_jax.training.replica import Replica
-from stages.trees import PyTree
 
 #: Micro-batches of the rehearsal, of which the first warm up, and the number in flight.
 ITEMS, WARM, UNDER_WAY = 120, 20, 3
@@ -159,7 +159,7 @@ class _Rehearsal:
         """Ends the host's threads."""
         self._host.close()
 
-    def _reply(self, message: ControlMessage, arrays: dict[str, PyTree]) -> None:
+    def _reply(self, message: ControlMessage, states: States) -> None:
         if isinstance(message, messages.Prepared):
             self._told.put(message)
 

@@ -25,9 +25,12 @@ from pipar_jax.protocol.values import (
     MOST_BATCH,
     MOST_HOSTS,
     MOST_SPANS,
+    MOST_STATES,
     MOST_UNITS,
+    PLAN,
     SECONDS,
     SEEN,
+    STATE_ROW,
     TIMING,
     Address,
     Bytes,
@@ -42,6 +45,7 @@ from pipar_jax.protocol.values import (
     Seconds,
     Seen,
     Shape,
+    StateRow,
     Timing,
     Waits,
     Words,
@@ -62,7 +66,7 @@ from pipar_jax.protocol.wire_fields import (
     struct,
 )
 from pipar_jax.schedule.actions import Span
-from pipar_jax.schedule.plan import Boundary
+from pipar_jax.schedule.plan import Boundary, Plan
 
 #: Version of all these messages.
 VERSION = 3
@@ -446,11 +450,6 @@ class Trained(ControlMessage):
     round: Count
 
 
-@message("store", Sender.COORDINATOR, Form.BUNDLE)
-class Store(ControlMessage):
-    """The averaged weights; answered by ``Stored``."""
-
-
 @message("stored", Sender.HOST)
 class Stored(ControlMessage):
     """A round has finished on a host.
@@ -488,26 +487,46 @@ class ClientModel(ControlMessage):
     step: Count
 
 
-@message("take_part", Sender.COORDINATOR, Form.BUNDLE)
-class TakeClientModel(ControlMessage):
-    """The client-side model for the next device, from a step on."""
-
-    step: Count
-
-
 @message("trace", Sender.HOST, Form.BUNDLE)
 class TraceRows(ControlMessage):
     """A host's timed actions of a round."""
 
 
-@message("fetch", Sender.COORDINATOR)
-class Fetch(ControlMessage):
-    """Asks a node for its weights; answered by ``Fetched``."""
+# --- states of units --------------------------------------------------------------------------
 
 
-@message("fetched", Sender.HOST, Form.BUNDLE)
-class Fetched(ControlMessage):
-    """The weights of a node."""
+@message("pull", Sender.COORDINATOR)
+class PullState(ControlMessage):
+    """Asks for what a host has of some units; answered by ``PulledState``."""
+
+    wanted: Annotated[tuple[StateRow, ...], Many(STATE_ROW, MOST_STATES)]
+
+
+@message("pulled", Sender.HOST, Form.EITHER)
+class PulledState(ControlMessage):
+    """What a host has of the units that it was asked for."""
+
+
+@message("push", Sender.COORDINATOR, Form.BUNDLE)
+class PushState(ControlMessage):
+    """What a host has of some units from now on; at most one of the fields says why.
+
+    Attributes:
+      round: It is the average of this round, which is over then: answered by ``Stored``.
+      step: In sequential order, the client-side model for the turn that opens with this step: not
+        answered.
+      plan: This plan holds from now on, and the states are of units that come to the host under
+        it: answered by ``PushedState``, as are states for no such reason.
+    """
+
+    round: Annotated[int | None, Maybe(Whole())] = None
+    step: Annotated[int | None, Maybe(Whole())] = None
+    plan: Annotated[Plan | None, Maybe(PLAN)] = None
+
+
+@message("pushed", Sender.HOST)
+class PushedState(ControlMessage):
+    """A host has taken what was pushed, and works by the plan that came with it."""
 
 
 # --- changes of plan --------------------------------------------------------------------------
@@ -544,30 +563,6 @@ class Compiled(ControlMessage):
 
     number: Count
     refused: Annotated[str | None, Maybe(Prose())]
-
-
-@message("give", Sender.COORDINATOR)
-class Give(ControlMessage):
-    """Asks for the units that leave a host under a new plan; answered by ``Given``."""
-
-    plan: Planned
-
-
-@message("given", Sender.HOST, Form.EITHER)
-class Given(ControlMessage):
-    """The units that leave a host under a new plan."""
-
-
-@message("adopt", Sender.COORDINATOR, Form.BUNDLE)
-class Adopt(ControlMessage):
-    """The new plan is in force; with the units that the host receives; answered by ``Adopted``."""
-
-    plan: Planned
-
-
-@message("adopted", Sender.HOST)
-class Adopted(ControlMessage):
-    """A host uses the new plan."""
 
 
 # --- the end ----------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args
 
 from comms import CodecError, parse_codec
 from pipar_jax.cost_model.profile import HostProfile, RuntimeOverhead, UnitFacts
@@ -33,7 +33,9 @@ from pipar_jax.schedule.plan import (
 
 #: Maximum number of hosts, units, stages and spans in a message.
 MOST_HOSTS, MOST_UNITS, MOST_STAGES, MOST_SPANS = 100_000, 10_000, 1_000, 1_000_000
-#: Maximum number of samples in a mini-batch, and of bytes.
+#: The most copies of units.
+MOST_STATES = 10_000_000
+#: The most samples of a mini-batch, and bytes of anything.
 MOST_BATCH, MOST_BYTES = 2**24, 2**53
 #: Maximum number of seconds.
 MOST_S = 1e9
@@ -111,6 +113,31 @@ Address = Annotated[tuple[str, int], ADDRESS]
 Shape = Annotated[tuple[int, ...], SHAPE]
 Place = Annotated[Boundary, BOUNDARY]
 PerLayer = Annotated[tuple[float, ...], Many(Real(), MOST_UNITS, 1)]
+
+
+#: What a unit's state is made of: weights, batch statistics, the state of its optimiser, and that
+#: of the rule that averages it.
+Part = Literal["params", "state", "opt", "rule"]
+PARTS: tuple[Part, ...] = get_args(Part)
+#: A copy's number where all copies of a unit are equal, or any will do.
+EVERY = -2
+
+
+class StateRow(NamedTuple):
+    """What is asked for of one copy of a unit.
+
+    Attributes:
+      copy: Whose: a place's number, ``ALL`` or ``EVERY``.
+      unit: The unit's name.
+      parts: The parts of its state.
+    """
+
+    copy: int
+    unit: str
+    parts: tuple[Part, ...]
+
+
+STATE_ROW = TupleOf(StateRow, (Whole(EVERY), Text(64), Many(OneOf(PARTS), len(PARTS), 1)))
 
 
 class Seen(NamedTuple):

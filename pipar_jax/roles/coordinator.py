@@ -10,10 +10,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-import numpy as np
-
-from comms.arrays import Array
 from pipar_jax.aggregation.aggregator import Aggregator, Contribution
 from pipar_jax.config import Config
 from pipar_jax.disk.json_text import JsonObject
@@ -22,23 +18,25 @@ from pipar_jax.roles import replan
 from pipar_jax.roles.acceptance import Acceptance
 from pipar_jax.roles.adaptation import Adaptation
 from pipar_jax.roles.evaluation import Evaluator
-from pipar_jax.roles.holdings import Holdings, Wanted, read_rows
+from pipar_jax.roles.holdings import Holdings, read_rows
 from pipar_jax.roles.link_stats import odd_rows
 from pipar_jax.roles.membership import Mail, Membership
 from pipar_jax.roles.replies import Reply, reply
 from pipar_jax.roles.run_log import FetchStats, Round, RunLog
 from pipar_jax.roles.scripted_plans import ScriptedPlans
+from pipar_jax.roles.state_exchange import StateExchange
 from pipar_jax.roles.survey import choose_plan
-from pipar_jax.runtime import weight_bundle
+from pipar_jax.runtime import exchanges, unit_state
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.link_table import direct
 from pipar_jax.runtime.metrics import Totals
+from pipar_jax.runtime.unit_state import States
 from pipar_jax.schedule import actions
 from pipar_jax.schedule.actions import AGGREGATE, ALL, Action, RoundSchedule, Span
 from pipar_jax.schedule.plan import COORDINATOR, Boundary, Plan, device_name, long_name
 from pipar_jax.schedule.trace import Interval, Timed
 from stages import Model
-from stages.trees import PyTree, Variables
+from stages.trees import Variables
 
 
 class Coordinator:
@@ -88,10 +86,11 @@ class Coordinator:
         params, state = model.init(config.seed)
         self._aggregator = Aggregator(config.aggregation, params, state)
         self._holder = self._attempt = 0
-        self._part: dict[str, Array] = {}
+        self._client_model: States = {}
         self._demand = [1.0] * len(who)
         self._met: set[Boundary] = set()
         self._holdings = Holdings(model, config)
+        self._states = StateExchange(members, host, self._holdings)
         self._plans: tuple[Plan, ...] = (self.plan,)
         self._total = [
             sum(span.stop - span.first for spans in self._rounds for span in spans
@@ -213,7 +212,7 @@ class Coordinator:
         for name in self._workers:
             self._members.send(name, release, *self._round_replies(name, index, spans))
         if sequential:
-            self._pass_part_on(spans)
+            self._relay(spans)
         trained = self._members.collect(messages.Trained, hosts)
         self._commit(index, cohort)
         if not sequential:
@@ -280,31 +279,29 @@ class Coordinator:
 
     def _gives(self, name: str) -> bool:
         """Says whether a host gives weights to the average, and so is given it."""
-        return self.plan.order == "parallel" and bool(self._holdings.trained(self.plan, name))
+        return bool(exchanges.trained(self.plan, name, self._model.unit_names))
 
     def _average(
         self, index: int, spans: Sequence[Span], trained: Mapping[str, Mail[messages.Trained]]
     ) -> None:
         """Averages what the hosts trained and hands the result back to them."""
-        parts: dict[int, dict[str, dict[str, PyTree]]] = {}
+        copies: dict[int, Contribution] = {}
         brought = [name for name in self._workers if self._gives(name)]
         for name, mail in trained.items():
-            arrays = self._arrays(name, mail, self._holdings.trained(self.plan, name))
-            for device in arrays:
-                own = parts.setdefault(int(device), {"params": {}, "state": {}})
-                for kind, units in weight_bundle.part_of(arrays, device).items():
-                    own.setdefault(kind, {}).update(units)
-        if ALL in parts:  # the one copy of what devices share on the server: nothing to average
-            self._aggregator.params.update(parts[ALL]["params"])
-            self._aggregator.state.update(parts[ALL]["state"])
+            wanted = exchanges.trained(self.plan, name, self._model.unit_names)
+            for (copy, unit), one in self._states.read(mail, wanted).items():
+                own = copies.setdefault(copy, Contribution({}, {}, 1.0))
+                own.params[unit], own.state[unit] = dict(one.params or {}), dict(one.state or {})
+        if ALL in copies:  # the one copy of what devices share on the server: nothing to average
+            self._aggregator.params.update(copies[ALL].params)
+            self._aggregator.state.update(copies[ALL].state)
         batch_size = self._config.data.batch_size
         round_ = RoundSchedule(self.plan, tuple(spans), self._samples, batch_size)
         replicas = []
         for span in spans:
-            if span.stop > span.first and span.device in parts:
-                one = parts[span.device]
+            if span.stop > span.first and span.device in copies:
                 weight = round_.trained_samples(span) if self._config.aggregation.weighted else 1
-                replicas.append(Contribution(one["params"], one["state"], float(weight)))
+                replicas.append(copies[span.device]._replace(weight=float(weight)))
         start_s = time.monotonic()
         self._aggregator.aggregate(replicas)
         if broken := self._aggregator.broken_units():
@@ -315,61 +312,37 @@ class Coordinator:
         action = Action(0, AGGREGATE, ALL, spans[0].stop - 1)
         self._host.recorder.add(Timed(action, start_s, time.monotonic()))
         codec, owed = self._config.aggregation.codec, self._end_replies(index)
-        for name in brought:
-            units = self._units_of(name)
-            self._members.send_bundle(name, messages.Store(), units, *owed, codec=codec)
-        self._host.store(self._aggregator.params, self._aggregator.state)
-
-    def _arrays(self, name: str, mail: Mail[Any], wanted: Wanted) -> dict[str, PyTree]:
-        """Returns the arrays that a host sent, which are those that it holds."""
-        with self._members.reading(name):
-            return self._holdings.arrays(mail.message, mail.arrays, wanted, long_name(name))
-
-    def _units_of(self, host: str) -> weight_bundle.Tensors:
-        """Returns the global weights of the units that a host gave to the average."""
-        count = len(self._model.units)
-        local = self.plan.local_units(host, count)
-        held = [unit for unit in self.plan.held_units(host, count) if unit not in local]
-        names = [self._model.unit_names[i] for i in held]
-        params, state = self._aggregator.params, self._aggregator.state
-        return weight_bundle.pack(
-            {"whole": {"params": {n: params[n] for n in names},
-                       "state": {n: state[n] for n in names}}}
-        )  # fmt: skip
+        for name in (*brought, COORDINATOR):
+            wanted = exchanges.averaged(self.plan, name, self._model.unit_names)
+            mean = unit_state.known(wanted, self._aggregator)
+            self._states.push(name, mean, messages.PushState(round=index), *owed, codec=codec)
 
     # --- sequential order ---------------------------------------------------------------------
 
-    def _pass_part_on(self, spans: Sequence[Span]) -> None:
-        """Relays the device part from each device to the next, until the last gives it back."""
+    def _relay(self, spans: Sequence[Span]) -> None:
+        """Relays the client-side model from device to device, until the last gives it back."""
         if spans[0].device != self._holder:
-            self._give_part(spans[0])
+            self._hand_over(spans[0])
         for before, after in zip(spans, [*spans[1:], None], strict=True):
             if after is not None and after.device == before.device:
                 continue
             giver = device_name(before.device)
             mail = self._members.collect(messages.ClientModel, (giver,))[giver]
-            wanted = self._holdings.part(self.plan, before.device)
-            part = self._arrays(giver, mail, wanted)
-            self._part, self._holder = weight_bundle.pack(part), before.device
+            wanted = exchanges.client_model(self.plan, before.device, self._model.unit_names)
+            self._client_model, self._holder = self._states.read(mail, wanted), before.device
             if after is not None:
-                self._give_part(after)
+                self._hand_over(after)
 
-    def _give_part(self, span: Span) -> None:
-        """Sends the device part, with its optimiser state, to the device whose turn it is."""
-        command = messages.TakeClientModel(span.first)
-        self._members.send_bundle(device_name(span.device), command, self._part)
+    def _hand_over(self, span: Span) -> None:
+        """Sends the client-side model, with its optimiser state, to the device whose turn it is."""
+        why = messages.PushState(step=span.first)
+        self._states.push(device_name(span.device), self._client_model, why)
 
     def _gather_sequential(self) -> None:
-        """Takes the one copy of every unit: the device part as handed back, the rest from here."""
-        part = weight_bundle.part_of(
-            weight_bundle.unpack(self._part, device_name(self._holder)), "part"
-        )
-        params, state = self._host.shared_variables()
-        own, stats = self._aggregator.params, self._aggregator.state
-        own.update(jax.tree.map(np.array, part["params"]))
-        stats.update(jax.tree.map(np.array, part["state"]))
-        own.update(params)
-        stats.update(state)
+        """Takes the one copy of every unit: the client-side model as handed back, the rest here."""
+        wanted = exchanges.kept(self.plan, COORDINATOR, self._model.unit_names)
+        own = self._states.pull({COORDINATOR: wanted}).states.get(COORDINATOR, {})
+        unit_state.take(self._aggregator, self._client_model | own, COORDINATOR)
 
     # --- between rounds -----------------------------------------------------------------------
 
@@ -399,7 +372,7 @@ class Coordinator:
         began = time.monotonic()
         self._introduce(plan)
         self._expect(self.plan, plan)
-        replan.conduct(self._members, self._host, self._holdings, self.plan, plan, self._aggregator)
+        replan.conduct(self._members, self._states, self.plan, plan, self._aggregator)
         moved_s = time.monotonic() - began
         offers, self.plan, self._plans = self._adaptation.offers, plan, (self.plan, plan)
         self._calibrate()  # stages that an emulated slow host has not run before
@@ -426,15 +399,9 @@ class Coordinator:
     def _fetch(self) -> FetchStats:
         """Takes the parts of the model that live on compute nodes, which only evaluation needs."""
         start_s = time.monotonic()
-        holders = [name for name in self._nodes if self.plan.local_stages(name)]
-        for name in holders:
-            self._members.send(name, messages.Fetch())
-        nbytes = 0
-        for name, mail in self._members.collect(messages.Fetched, holders).items():
-            assert mail.message is not None
-            nbytes += mail.message.nbytes
-            wanted = self._holdings.fetched(self.plan, name)
-            part = weight_bundle.part_of(self._arrays(name, mail, wanted), "part")
-            self._aggregator.params.update(part["params"])
-            self._aggregator.state.update(part["state"])
-        return FetchStats(nbytes, time.monotonic() - start_s)
+        names = self._model.unit_names
+        kept = {name: exchanges.kept(self.plan, name, names) for name in self._nodes}
+        pulled = self._states.pull(kept)
+        for name, states in pulled.states.items():
+            unit_state.take(self._aggregator, states, name)
+        return FetchStats(pulled.nbytes, time.monotonic() - start_s)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Sequence
 
 from pipar_jax.config import Hosts
 from pipar_jax.errors import PlanError
 from pipar_jax.protocol import messages
 from pipar_jax.protocol.registry import ControlMessage, kind_of
+from pipar_jax.protocol.values import EVERY
 from pipar_jax.roles.acceptance import own_spans
 from pipar_jax.runtime import moves
 from pipar_jax.schedule.actions import Span
@@ -27,7 +29,6 @@ class Phase(enum.Enum):
     PREPARING = "prepares the plan"
     IDLE = "waits for a round"
     TRAINING = "trains a round"
-    CHANGING = "changes its plan"
 
 
 _ALWAYS = (messages.Refused, messages.Abort, messages.Pulse, messages.Working)
@@ -37,12 +38,10 @@ _MAY_COME: dict[Phase, tuple[type, ...]] = {
     Phase.JOINING: (messages.ModelFacts,),
     Phase.ASKED: (*_SURVEY, messages.Meet, messages.Prepare),
     Phase.PREPARING: (),
-    Phase.IDLE: (messages.Meet, messages.Calibrate, messages.Release, messages.Fetch,
-                 messages.Look, messages.CompileAhead, messages.Give, messages.Finish),
+    Phase.IDLE: (messages.Meet, messages.Calibrate, messages.Release, messages.PullState,
+                 messages.PushState, messages.Look, messages.CompileAhead, messages.Finish),
     Phase.TRAINING: (messages.Drop, messages.Halt, messages.Rewind, messages.Release,
-                     messages.Commit, messages.Store, messages.TakeClientModel, messages.Look,
-                     messages.CompileAhead),
-    Phase.CHANGING: (messages.Adopt, messages.Look, messages.CompileAhead),
+                     messages.Commit, messages.PushState, messages.Look, messages.CompileAhead),
 }  # fmt: skip
 
 
@@ -53,16 +52,17 @@ class Course:
       phase: What the host is at.
       plan: The plan in force, once there is one.
       plans: It and the one before.
+      ahead: Plans that may follow, which this host was told to compile.
       samples: Samples of each device's epoch.
       steps: Steps of each device in the whole run.
 
     Args:
       hosts: The hosts of the run.
       name: The host's name.
-      units: How many units the model has; None on a node, which is told of the model.
+      units: The model's units in order; None on a node, which is told of the model.
     """
 
-    def __init__(self, hosts: Hosts, name: str, units: int | None) -> None:
+    def __init__(self, hosts: Hosts, name: str, units: Sequence[str] | None) -> None:
         self._hosts, self._name, self._units = hosts, name, units
         self.phase = Phase.JOINING if is_node(name) else Phase.ASKED
         self.plan: Plan | None = None
@@ -70,23 +70,21 @@ class Course:
         self.samples: tuple[int, ...] = ()
         self.steps: tuple[int, ...] = ()
         self._round = -1
-        self._coming: Plan | None = None
+        self.ahead: set[Plan] = set()
         self._turns: list[int] = []
         self._attempt = 0
         self._spans: tuple[Span, ...] = ()
         self._may_commit = self._may_store = self._may_rewind = False
         self._rewound: int | None = None  # the step from which a round goes on
 
-    def knows_model(self, units: int) -> None:
+    def knows_model(self, units: Sequence[str]) -> None:
         """Takes note of the model."""
         self._units, self.phase = units, Phase.ASKED
 
     def replied(self, said: ControlMessage) -> None:
         """Takes note of what this host says, before it is sent."""
-        if isinstance(said, messages.Prepared | messages.Stored | messages.Adopted):
+        if isinstance(said, messages.Prepared | messages.Stored | messages.PushedState):
             self.phase = Phase.IDLE
-        elif isinstance(said, messages.Given):
-            self.phase = Phase.CHANGING
         elif isinstance(said, messages.Trained):
             self._may_commit = True
         elif isinstance(said, messages.Dropped):
@@ -222,41 +220,55 @@ class Course:
         self._may_commit, self._may_store = False, True
         return None
 
-    def _store(self, _: messages.Store) -> str | None:
-        if not self._may_store:
-            return "before its round was committed"
-        self._may_store = False
+    def _pull(self, said: messages.PullState) -> str | None:
+        assert self.plan is not None and self._units is not None
+        count = len(self._units)
+        own = {
+            (copy, self._units[unit])
+            for (copy, unit), host in moves.holders(self.plan, count).items()
+            if host == self._name
+        }
+        own |= {(EVERY, unit) for _, unit in own}
+        local = {self._units[i] for i in self.plan.local_units(self._name, count)}
+        for copy, unit, parts in said.wanted:
+            ruled = copy == EVERY and unit in local and self.plan.weights == "copy"
+            if (copy, unit) not in own or ("rule" in parts and not ruled):
+                return f"for {', '.join(parts)} of copy {copy} of {unit!r}, which it has not"
         return None
 
-    def _take_part(self, said: messages.TakeClientModel) -> str | None:
-        if not self._turns or self._turns[0] != said.step:
-            return f"for step {said.step}, expected {self._turns[:1] or 'none'}"
-        self._turns.pop(0)
+    def _push(self, said: messages.PushState) -> str | None:
+        assert self.plan is not None and self._units is not None
+        training = self.phase is Phase.TRAINING
+        if said.plan is not None:
+            if training or said.plan not in self.ahead:
+                return "of a plan that it was not told to compile"
+            self.plans, self.plan = (self.plan, said.plan), said.plan
+        elif said.round is not None:
+            if not training or said.round != self._round or not self._may_store:
+                return f"of round {said.round} before it was committed"
+            self._may_store = False
+        elif said.step is not None:
+            if not training or self._turns[:1] != [said.step]:
+                return f"for step {said.step}, expected {self._turns[:1] or 'none'}"
+            self._turns.pop(0)
+        elif training:
+            return "in the midst of a round"
         return None
 
     def _ahead(self, said: messages.CompileAhead) -> str | None:
-        return self._odd_plan(said.plan)
-
-    def _give(self, said: messages.Give) -> str | None:
         assert self.plan is not None and self._units is not None
         reason = self._odd_plan(said.plan)
-        reason = reason or moves.why_not_follow(self.plan, said.plan, self._units)
+        reason = reason or moves.why_not_follow(self.plan, said.plan, len(self._units))
         if reason is None:
-            self._coming = said.plan
+            self.ahead.add(said.plan)
         return reason
-
-    def _adopt(self, said: messages.Adopt) -> str | None:
-        if said.plan != self._coming or self.plan is None:
-            return "of another plan than the one that was asked about"
-        self.plans, self.plan, self._coming = (self.plan, said.plan), said.plan, None
-        return None
 
     # --- small things ---------------------------------------------------------------------------
 
     def _odd_plan(self, plan: Plan) -> str | None:
         """Returns why no host of this run could follow a plan, or None."""
         assert self._units is not None
-        return odd_plan(plan, self._hosts, self._units)
+        return odd_plan(plan, self._hosts, len(self._units))
 
     def _is_host(self, name: str) -> bool:
         return name in self._hosts

@@ -7,6 +7,7 @@ write into what is another's.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,34 +18,28 @@ from comms import Allowance, ChannelError, Message
 from comms.arrays import Array
 from pipar_jax.aggregation.rules import rule
 from pipar_jax.config import Config
-from pipar_jax.errors import ProtocolError, RunError
+from pipar_jax.errors import ProtocolError
 from pipar_jax.protocol.messages import LookSeen
 from pipar_jax.protocol.registry import peek
-from pipar_jax.protocol.values import MOST_S
-from pipar_jax.runtime import weight_bundle
-from pipar_jax.runtime.moves import local_to, moves
+from pipar_jax.protocol.values import MOST_S, Part
+from pipar_jax.runtime import exchanges, trace_rows, unit_state
+from pipar_jax.runtime.unit_state import States, UnitState, Wanted
 from pipar_jax.schedule.actions import ALL, COMPUTE, EVALUATE, Span
-from pipar_jax.schedule.host_program import replica_key
-from pipar_jax.schedule.plan import OWNER, Plan, host_index, is_node
+from pipar_jax.schedule.plan import Plan, host_index, is_node
 from pipar_jax.training import optimizer
 from stages import Model
-from stages.trees import PyTree
 
-#: For each group and part the units that a bundle holds of it.
-Wanted = dict[str, dict[str, tuple[str, ...]]]
-#: The group of what all copies have in common, as ``migration.WHOLE``, and a lone part's.
-WHOLE, PART = "whole", "part"
-_KINDS = weight_bundle.ROW_KINDS
+_KINDS = trace_rows.ROW_KINDS
 #: What hosts may send each other before there is a plan: bytes that a link is timed with.
 SURVEYED = Allowance(tensor_bytes=0, bundle_bytes=33 << 20, bundle_tensors=1)
 _ROW_BYTES = 7 * 8 + 2 * 8
 
 
-class _Like(NamedTuple):
+class Like(NamedTuple):
     """What an array has to be."""
 
     shape: tuple[int, ...]
-    kind: str
+    dtype: np.dtype[Any]
     nbytes: int
 
 
@@ -60,81 +55,30 @@ class Holdings:
     """
 
     def __init__(self, model: Model, config: Config) -> None:
-        self._model, self.names = model, model.unit_names
+        self.names = model.unit_names
         self._tx = optimizer.build(
             config.optimizer, steps=1, proximal_mu=config.aggregation.proximal_mu
         )
         self._rule = rule(config.aggregation)
         self._units = {unit.name: unit for unit in model.units}
-        self._known: dict[tuple[str, str], dict[str, _Like]] = {}
+        self._likes: dict[tuple[str, str], dict[str, Like]] = {}
 
-    def trained(self, plan: Plan, host: str) -> Wanted:
-        """Returns what a host gives to the average."""
-        local = set(plan.local_stages(host))
-        found: Wanted = {}
-        for device, one in enumerate(plan.devices):
-            for stage in range(one.stages):
-                if plan.host(device, stage) != host or stage in local:
-                    continue
-                parts = found.setdefault(str(replica_key(plan, device, stage)[0]), {})
-                units = tuple(self.names[i] for i in plan.units(device, stage, len(self.names)))
-                for part in ("params", "state"):
-                    merged = (*parts.get(part, ()), *units)
-                    parts[part] = tuple(dict.fromkeys(merged))
-        return found
-
-    def stored(self, plan: Plan, host: str) -> Wanted:
-        """Returns what a host is given back of the average."""
-        count = len(self.names)
-        local = plan.local_units(host, count)
-        units = tuple(self.names[i] for i in plan.held_units(host, count) if i not in local)
-        return {WHOLE: {"params": units, "state": units}}
-
-    def part(self, plan: Plan, device: int) -> Wanted:
-        """Returns the device part, as it is handed on."""
-        one = plan.devices[device]
-        units = tuple(
-            self.names[unit]
-            for stage in range(one.stages)
-            if one.hosts[stage] == OWNER
-            for unit in plan.units(device, stage, len(self.names))
-        )
-        return {PART: {"params": units, "state": units, "opt": units}}
-
-    def fetched(self, plan: Plan, host: str) -> Wanted:
-        """Returns what lives together on a host."""
-        units = tuple(self.names[i] for i in plan.local_units(host, len(self.names)))
-        return {PART: {"params": units, "state": units}}
-
-    def given(self, old: Plan, new: Plan, host: str) -> Wanted:
-        """Returns what leaves a host when one plan follows another."""
-        found = self._moved(old, new, host, leaves=True)
-        count = len(self.names)
-        units = tuple(self.names[i] for i in local_to(host, old, besides=new, units=count))
-        if units:
-            rule = units if old.weights == "copy" else ()
-            found[WHOLE] = {"params": units, "state": units, "rule_state": rule}
-        return found
-
-    def adopted(self, old: Plan, new: Plan, host: str) -> Wanted:
-        """Returns what comes to a host when one plan follows another."""
-        found = self._moved(old, new, host, leaves=False)
-        count = len(self.names)
-        gained = [one.unit for one in moves(old, new, count) if one.target == host]
-        units = tuple(self.names[i] for i in dict.fromkeys(gained))
-        local = tuple(self.names[i] for i in local_to(host, new, besides=old, units=count))
-        found[WHOLE] = {"params": units, "state": units, "rule_state": local}
-        return found
+    def arrays(self, wanted: Wanted) -> dict[str, Like]:
+        """Returns what arrays are wanted, by their names in a bundle."""
+        return {
+            unit_state.tensor_name(key, part, path): like
+            for key, parts in wanted.items()
+            for part in parts
+            for path, like in self._like(part, key[1]).items()
+        }
 
     def nbytes(self, wanted: Wanted) -> int:
         """Returns the bytes of what a bundle has to hold."""
-        return sum(
-            one.nbytes
-            for parts in wanted.values()
-            for part, units in parts.items()
-            for unit in units
-            for one in self._arrays(part, unit).values()
-        )
+        return sum(one.nbytes for one in self.arrays(wanted).values())
+
+    def count(self, wanted: Wanted) -> int:
+        """Returns how many arrays a bundle has to hold."""
+        return len(self.arrays(wanted))
 
     def allowance(
         self,
@@ -152,11 +96,14 @@ class Holdings:
           tensor_bytes: Bytes of its largest tensor outside bundles.
         """
         plan = plans[-1]
-        bundles = [self.trained(plan, host), self.fetched(plan, host)]
+        bundles = [
+            exchanges.trained(plan, host, self.names),
+            exchanges.kept(plan, host, self.names),
+        ]
         if plan.order == "sequential" and not is_node(host):
-            bundles.append(self.part(plan, host_index(host)))
+            bundles.append(exchanges.client_model(plan, host_index(host), self.names))
         if len(plans) > 1:
-            bundles.append(self.given(plans[0], plan, host))
+            bundles.append(exchanges.leaving(plans[0], plan, host, self.names))
         rows = 2 * max(_rows(one, host, spans) for one in plans for spans in rounds) + 1024
         return self.room(bundles, tensor_bytes, rows * _ROW_BYTES)
 
@@ -171,37 +118,8 @@ class Holdings:
             bundle_tensors=max(tensors, 2),
         )
 
-    def count(self, wanted: Wanted) -> int:
-        """Returns how many arrays a bundle has to hold."""
-        return sum(
-            len(self._arrays(part, unit))
-            for parts in wanted.values()
-            for part, units in parts.items()
-            for unit in units
-        )
-
-    def arrays(
-        self, message: Message | None, local: dict[str, PyTree], wanted: Wanted, peer: str
-    ) -> dict[str, PyTree]:
-        """Returns a host's arrays: its own if it lives here, or those of a bundle.
-
-        Raises:
-          ProtocolError: The bundle is missing, or holds something else.
-        """
-        if message is None:
-            return local
-        if message.kind == "bundle":
-            return self.read(message, wanted, peer)
-        said = peek(message)
-        if count := self.count(wanted):
-            raise ProtocolError(
-                f"{peer} sent {said.name if said else ''!r} without its {count} arrays of "
-                f"{_summary(wanted)}"
-            )
-        return {}
-
-    def read(self, message: Message, wanted: Wanted, peer: str) -> dict[str, PyTree]:
-        """Returns a bundle's groups, parts and units.
+    def states(self, message: Message, wanted: Wanted, peer: str) -> States:
+        """Returns the states of units that came with a message, which are those wanted.
 
         Args:
           message: What arrived.
@@ -211,68 +129,58 @@ class Holdings:
         Raises:
           ProtocolError: It holds something else.
         """
-        what = f"{peer} sent {message.name!r}"
-        groups = unpacked(message, peer)
-        for group, parts in groups.items():
-            for part, units in parts.items():
-                odd = [unit for unit in units if unit not in wanted.get(group, {}).get(part, ())]
-                if odd:
-                    raise ProtocolError(
-                        f"{what} with {group[:40]!r}/{part[:40]!r}/{odd[0][:80]!r}, which the plan "
-                        f"has not for it (expected of it: {_summary(wanted)})"
-                    )
-        for group, needed in wanted.items():
-            for part, names in needed.items():
-                for unit in names:
-                    found = groups.get(group, {}).get(part, {}).get(unit, {})
-                    self._check(found, part, unit, f"{what} with {group}/{part}/{unit}")
-        return groups
-
-    def _check(self, found: Mapping[str, PyTree], part: str, unit: str, what: str) -> None:
-        like = self._arrays(part, unit)
-        if found.keys() != like.keys():
+        name = known.name if (known := peek(message)) else ""
+        needed = self.arrays(wanted)
+        if needed and message.kind != "bundle":
             raise ProtocolError(
-                f"{what}: arrays {[one[:80] for one in sorted(found)[:5]]}, expected "
-                f"{sorted(like)[:5]} ({len(found)} and {len(like)}): do both hosts use the same "
-                "model and version?"
+                f"{peer} sent {name!r} without its {len(needed)} arrays of {_summary(wanted)}"
             )
-        for path, array in found.items():
-            one = like[path]
-            if array.shape != one.shape or array.dtype.kind != one.kind:
+        tensors = unpacked(message, peer) if message.kind == "bundle" else {}
+        if odd := next((one for one in tensors if one not in needed), None):
+            raise ProtocolError(
+                f"{peer} sent {name!r} with {odd[:80]!r}, which the plan has not for it (expected "
+                f"of it: {_summary(wanted)})"
+            )
+        for path, like in needed.items():
+            array = tensors.get(path)
+            # Weights may have been coded; what optimisers and rules keep comes as it is.
+            fits = array is not None and array.shape == like.shape
+            if array is None or not fits or array.dtype.kind != like.dtype.kind:
+                what = "nothing" if array is None else f"{array.dtype}{list(array.shape)}"
                 raise ProtocolError(
-                    f"{what}/{path} as {array.dtype}{list(array.shape)}, expected {one.kind!r} "
-                    f"numbers {list(one.shape)}: do both hosts use the same model?"
+                    f"{peer} sent {name!r} with {what} as {path}, expected "
+                    f"{like.dtype.kind!r} numbers {list(like.shape)}: do both hosts use the same "
+                    "model and version?"
                 )
+        return {
+            key: UnitState(
+                **{
+                    part: {
+                        path: tensors[unit_state.tensor_name(key, part, path)]
+                        for path in self._like(part, key[1])
+                    }
+                    for part in parts
+                }
+            )
+            for key, parts in wanted.items()
+        }
 
-    def _arrays(self, part: str, unit: str) -> dict[str, _Like]:
+    def _like(self, part: Part, unit: str) -> dict[str, Like]:
         """Returns what arrays a unit has of a part, by path or by number."""
-        key = part, unit
-        if key not in self._known:
+        if (part, unit) not in self._likes:
             one = self._units[unit]
-            if part in ("params", "state"):
-                values: Mapping[str, PyTree] = one.params if part == "params" else one.state
-            else:
+            values: Any = one.params if part == "params" else one.state
+            if part in ("opt", "rule"):
                 init = self._tx.init if part == "opt" else self._rule.init
-                tree = jax.eval_shape(init, dict(one.params))
-                if not isinstance(tree, Mapping):
-                    tree = {f"{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
-                values = tree
-            self._known[key] = {
-                path: _Like(
-                    tuple(leaf.shape), np.dtype(leaf.dtype).kind,
+                values = jax.eval_shape(init, dict(one.params))
+            self._likes[part, unit] = {
+                path: Like(
+                    tuple(leaf.shape), np.dtype(leaf.dtype),
                     int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize,
                 )
-                for path, leaf in values.items()
+                for path, leaf in unit_state.leaves(part, values).items()
             }  # fmt: skip
-        return self._known[key]
-
-    def _moved(self, old: Plan, new: Plan, host: str, *, leaves: bool) -> Wanted:
-        """Returns the optimiser states that leave a host, or come to it."""
-        found: dict[str, list[str]] = {}
-        for one in moves(old, new, len(self.names)):
-            if (one.source if leaves else one.target) == host:
-                found.setdefault(str(one.copy), []).append(self.names[one.unit])
-        return {copy: {"opt": tuple(units)} for copy, units in found.items()}
+        return self._likes[part, unit]
 
 
 def _rows(plan: Plan, host: str, spans: Sequence[Span]) -> int:
@@ -288,12 +196,8 @@ def _rows(plan: Plan, host: str, spans: Sequence[Span]) -> int:
 
 def _summary(wanted: Wanted) -> str:
     """Returns what is wanted in a few words."""
-    text = ", ".join(
-        f"{group}/{part} of {len(units)} units"
-        for group, parts in wanted.items()
-        for part, units in parts.items()
-        if units
-    )
+    counts = Counter((copy, part) for (copy, _), parts in wanted.items() for part in parts)
+    text = ", ".join(f"{copy}/{part} of {n} units" for (copy, part), n in counts.items())
     return text[:300] or "nothing"
 
 
@@ -315,15 +219,15 @@ def odd_seen(said: LookSeen, plan: Plan, host: str) -> str | None:
     return None
 
 
-def unpacked(message: Message, peer: str) -> dict[str, PyTree]:
-    """Returns a bundle's arrays by group, part and unit.
+def unpacked(message: Message, peer: str) -> Mapping[str, np.ndarray[Any, Any]]:
+    """Returns a bundle's arrays.
 
     Raises:
-      ProtocolError: They are coded wrongly, or have other names.
+      ProtocolError: They are coded wrongly.
     """
     try:
-        return weight_bundle.unpack(message.tensors, peer)
-    except (ChannelError, RunError) as error:
+        return message.tensors
+    except ChannelError as error:
         raise ProtocolError(f"{peer} sent {message.name!r} that cannot be read: {error}") from error
 
 
@@ -343,10 +247,7 @@ def read_rows(
       ProtocolError: They are none, or another host's.
     """
     what = f"{peer} sent {message.name!r}"
-    try:
-        tensors = message.tensors
-    except ChannelError as error:
-        raise ProtocolError(f"{what} that cannot be read: {error}") from error
+    tensors = unpacked(message, peer)
     numbers, times = tensors.get("numbers"), tensors.get("times")
     shaped = (
         len(tensors) == 2 and numbers is not None and times is not None
@@ -365,7 +266,7 @@ def read_rows(
             f"{what} with row {odd}: {numbers[odd].tolist()}, {times[odd].tolist()}, which is no "
             "action of its own under the plan"
         )
-    return weight_bundle.unpack_rows(tensors, peer)
+    return trace_rows.unpack_rows(tensors, peer)
 
 
 def _odd_row(
@@ -393,7 +294,7 @@ def _odd_row(
     if fits.all():
         # Weights and device parts are noted under stage 0 and the sender's own number.
         bound = np.isin(kind, [i for i, one in enumerate(_KINDS) if one in COMPUTE or
-                               one in weight_bundle.TENSOR_KINDS])  # fmt: skip
+                               one in trace_rows.TENSOR_KINDS])  # fmt: skip
         fits &= ~bound | own[device, stage]
         fits &= kind != _KINDS.index(EVALUATE)
     return None if fits.all() else int(np.argmin(fits))

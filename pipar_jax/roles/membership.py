@@ -28,10 +28,10 @@ from pipar_jax.roles.population import Population, Presence
 from pipar_jax.roles.refusals import Refusals
 from pipar_jax.roles.replies import TAKES_LONG, Owed, Reply, answers
 from pipar_jax.runtime import finite
+from pipar_jax.runtime.unit_state import States
 from pipar_jax.schedule.actions import Span
 from pipar_jax.schedule.plan import COORDINATOR, is_node, long_name
 from stages import Model
-from stages.trees import PyTree
 
 #: How often a waiting coordinator looks at the clock and whether it was told to stop.
 LOOK_S = 0.1
@@ -53,21 +53,16 @@ class Mail(NamedTuple, Generic[M]):
     Attributes:
       source: The host's name.
       said: The message.
-      arrays: Arrays that came with it, from the host in this process.
+      states: States of units that came with it, from the host in this process.
       time_s: When it was said here or had arrived, on the monotonic clock.
       message: What came over the link, from a device or node.
     """
 
     source: str
     said: M
-    arrays: dict[str, PyTree]
+    states: States
     time_s: float
     message: Message | None = None
-
-    @property
-    def has_tensors(self) -> bool:
-        """Whether it came as a bundle."""
-        return self.message is not None and self.message.kind == "bundle"
 
 
 @dataclasses.dataclass
@@ -177,9 +172,9 @@ class Membership:
             lambda error: self._inbox.put(("lost", link, error)),
         )
 
-    def local_reply(self, said: ControlMessage, arrays: dict[str, PyTree]) -> None:
+    def local_reply(self, said: ControlMessage, states: States) -> None:
         """Takes a reply of the host in this process; runs on its threads."""
-        self._inbox.put(("mail", None, Mail(COORDINATOR, said, arrays, time.monotonic())))
+        self._inbox.put(("mail", None, Mail(COORDINATOR, said, states, time.monotonic())))
 
     def local_failure(self, error: BaseException) -> None:
         """Takes the failure of the host in this process; runs on its threads."""

@@ -43,11 +43,10 @@ _ANSWERS: dict[type, tuple[type, ...]] = {
     messages.SurveySend: (messages.SurveyBytes, messages.SurveyBytes),
     messages.Prepare: (messages.Prepared,),
     messages.Calibrate: (messages.Calibrated,),
+    messages.PullState: (messages.PulledState,),
+    messages.PushState: (messages.PushedState,),
     messages.Halt: (messages.Halted,),
     messages.Rewind: (messages.Rewound,),
-    messages.Fetch: (messages.Fetched,),
-    messages.Give: (messages.Given,),
-    messages.Adopt: (messages.Adopted,),
     messages.Finish: (messages.Bye,),
 }
 
@@ -56,6 +55,8 @@ def answers(command: ControlMessage) -> list[Reply]:
     """Returns what a command is answered by."""
     if isinstance(command, messages.Look):
         return [reply(messages.LookSeen, look=command.look)]
+    if isinstance(command, messages.PushState) and (command.round, command.step) != (None, None):
+        return []  # of a round's average whoever pushes it says what is owed
     if isinstance(command, messages.CompileAhead):
         return [reply(messages.Compiled, number=command.number)]
     return [Reply(kind) for kind in _ANSWERS.get(type(command), ())]
@@ -75,6 +76,12 @@ class Owed:
         with self._lock:
             for one in replies:
                 self._owed.setdefault(one.kind, deque()).append(one)
+
+    def settle(self, kinds: Iterable[type]) -> None:
+        """Forgets what is owed of some kinds."""
+        with self._lock:
+            for kind in kinds:
+                self._owed.pop(kind, None)
 
     def owes(self, kinds: Iterable[type]) -> bool:
         """Returns whether an answer of one of some kinds is still to come."""

@@ -26,15 +26,16 @@ from pipar_jax.report.logs import LOG
 from pipar_jax.roles.acceptance import Acceptance
 from pipar_jax.roles.admission import device_join, node_join
 from pipar_jax.roles.course import Course
-from pipar_jax.roles.holdings import SURVEYED, Holdings, Wanted
+from pipar_jax.roles.holdings import SURVEYED, Holdings
 from pipar_jax.roles.link_stats import DirectTraffic, OwnWaits
 from pipar_jax.roles.patience import Moving, Patience, pulse_s
 from pipar_jax.roles.peer_links import PeerLinks
 from pipar_jax.roles.rejoin import persist
 from pipar_jax.roles.survey import Respondent
-from pipar_jax.runtime import weight_bundle
+from pipar_jax.runtime import exchanges, trace_rows, unit_state
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.setup import build_model, channel_options, set_precision
+from pipar_jax.runtime.unit_state import States
 from pipar_jax.schedule.actions import (
     RECEIVE_CLIENT_MODEL,
     RECEIVE_WEIGHTS,
@@ -47,7 +48,6 @@ from pipar_jax.schedule.plan import (
     COORDINATOR,
     Boundary,
     HostKind,
-    Plan,
     device_name,
     is_node,
     long_name,
@@ -55,7 +55,6 @@ from pipar_jax.schedule.plan import (
 )
 from pipar_jax.schedule.trace import Timed
 from stages import Model
-from stages.trees import PyTree
 
 #: How often a waiting role looks whether it was told to stop.
 LOOK_S = 0.1
@@ -207,7 +206,7 @@ class Worker:
         # Tensors of a round that this host has not heard of yet; the I/O thread's.
         self._ahead: list[tuple[str, Message, Boundary | None]] = []
         self._holdings: Holdings | None = None
-        self._course = Course(hosts, name, None if model is None else len(model.units))
+        self._course = Course(hosts, name, None if model is None else model.unit_names)
         self._neighbours = PeerLinks(
             hosts, config.network, name, self._endpoint,
             tensors=self._on_tensor, wake=self._wake, lost=self._inbox.put,
@@ -231,16 +230,13 @@ class Worker:
             messages.Halt: lambda said: self._running.halt(said.without),
             messages.Rewind: lambda said: self._running.rewind(said.step),
             messages.Commit: lambda said: self._running.commit(said.places),
-            messages.Fetch: self._fetch,
+            messages.PullState: self._pull,
             messages.Look: self._tell_seen,
-            messages.CompileAhead: lambda said: self._running.prepare_ahead(said.number, said.plan),
-            messages.Give: self._give,
+            messages.CompileAhead: self._compile_ahead,
         }
         self._bundles: dict[type, Callable[[Any, Message], None]] = {
             messages.SurveyBytes: lambda _, message: self._respondent.take(message),
-            messages.Store: self._store,
-            messages.TakeClientModel: self._take_part,
-            messages.Adopt: self._adopt,
+            messages.PushState: self._push,
         }
         if model is not None:
             self._start(model)
@@ -351,6 +347,11 @@ class Worker:
         if self._survey is None:
             raise ProtocolError(f"the server asked {self._long} before it told of the model")
         return self._survey
+
+    @property
+    def _unit_names(self) -> tuple[str, ...]:
+        assert self._model is not None
+        return tuple(self._model.unit_names)
 
     @property
     def _coordinator(self) -> Link:
@@ -503,15 +504,10 @@ class Worker:
             ) from error
         if self._host is None:
             self._start(model)
-        self._course.knows_model(len(model.units))
+        self._course.knows_model(model.unit_names)
 
     def _meet(self, said: messages.Meet) -> None:
         self._neighbours.connect(said.boundaries, said.addresses)
-
-    def _fetch(self, _: messages.Fetch) -> None:
-        params, state = self._running.shared_variables()
-        tensors = weight_bundle.pack({"part": {"params": params, "state": state}})
-        registry.send_bundle(self._coordinator, messages.Fetched(), tensors)
 
     def _prepare(self, said: messages.Prepare) -> None:
         self._waits = OwnWaits(self._coordinator)
@@ -528,28 +524,25 @@ class Worker:
             batch_size=self._config.data.batch_size,
         )  # fmt: skip
         self._neighbours.allow(self._acceptance.tensor_bytes)
-        self._allow(course.plan)
+        self._allow()
 
-    def _allow(self, plan: Plan, coming: Plan | None = None) -> None:
-        """Lets the coordinator send what a plan has for this host, and nothing larger."""
-        assert self._holdings is not None and self._acceptance is not None
-        bundles = [self._holdings.stored(plan, self.name)]
+    def _allow(self) -> None:
+        """Lets the coordinator send what this host may get under its plans, and nothing larger."""
+        plan, names = self._course.plan, self._unit_names
+        assert self._holdings is not None and self._acceptance is not None and plan is not None
+        bundles = [exchanges.averaged(plan, self.name, names)]
         if plan.order == "sequential" and not is_node(self.name):
-            bundles.append(self._holdings.part(plan, self._own.index))
-        if coming is not None:
-            bundles.append(self._holdings.adopted(plan, coming, self.name))
+            bundles.append(exchanges.client_model(plan, self._own.index, names))
+        bundles += [exchanges.arriving(plan, one, self.name, names) for one in self._course.ahead]
         tensor_bytes = self._acceptance.tensor_bytes(COORDINATOR)
         self._coordinator.admit(self._holdings.room(bundles, tensor_bytes))
 
-    def _give(self, said: messages.Give) -> None:
-        assert self._course.plan is not None
-        self._allow(self._course.plan, said.plan)
-        self._running.give(said.plan)
+    def _compile_ahead(self, said: messages.CompileAhead) -> None:
+        self._allow()
+        self._running.prepare_ahead(said.number, said.plan)
 
-    def _groups(self, message: Message, wanted: Wanted) -> dict[str, PyTree]:
-        """Returns the arrays of a bundle, which are those that the plan has for this host."""
-        assert self._holdings is not None
-        return self._holdings.read(message, wanted, long_name(COORDINATOR))
+    def _pull(self, said: messages.PullState) -> None:
+        self._running.pull({(copy, unit): parts for copy, unit, parts in said.wanted})
 
     def _release(self, said: messages.Release) -> None:
         mine = [span for span in said.spans if device_name(span.device) == self.name]
@@ -596,27 +589,26 @@ class Worker:
         if self._link is not None and self._link.error is not None:
             raise self._lost(self._link.error)
 
-    def _store(self, _: messages.Store, message: Message) -> None:
-        assert self._holdings is not None and self._course.plan is not None
-        groups = self._groups(message, self._holdings.stored(self._course.plan, self.name))
-        self._note_arrival(RECEIVE_WEIGHTS, self._step, message)
-        whole = weight_bundle.part_of(groups, "whole")
-        self._running.store(whole["params"], whole["state"])
-
-    def _take_part(self, said: messages.TakeClientModel, message: Message) -> None:
-        assert self._holdings is not None and self._course.plan is not None
-        wanted = self._holdings.part(self._course.plan, self._own.index)
-        groups = self._groups(message, wanted)
-        self._note_arrival(RECEIVE_CLIENT_MODEL, said.step, message)
-        self._running.take_part(weight_bundle.part_of(groups, "part"), said.step)
-
-    def _adopt(self, said: messages.Adopt, message: Message) -> None:
-        assert self._holdings is not None
-        old, new = self._course.plans
-        groups = self._groups(message, self._holdings.adopted(old, new, self.name))
-        self._accept()
-        self._direct = DirectTraffic(self.name, self._neighbours.link_table)  # there may be more
-        self._running.adopt(said.plan, groups)
+    def _push(self, said: messages.PushState, message: Message) -> None:
+        plan, names = self._course.plan, self._unit_names
+        assert self._holdings is not None and plan is not None
+        if said.plan is not None:
+            old, new = self._course.plans
+            wanted = exchanges.arriving(old, new, self.name, names)
+        elif said.step is not None:
+            wanted = exchanges.client_model(plan, self._own.index, names)
+        else:
+            wanted = exchanges.averaged(plan, self.name, names)
+        states = self._holdings.states(message, wanted, long_name(COORDINATOR))
+        if said.plan is not None:
+            self._accept()
+            # There may be more links.
+            self._direct = DirectTraffic(self.name, self._neighbours.link_table)
+        elif said.step is not None:
+            self._note_arrival(RECEIVE_CLIENT_MODEL, said.step, message)
+        elif said.round is not None:
+            self._note_arrival(RECEIVE_WEIGHTS, self._step, message)
+        self._running.push(said, states)
 
     def _note_arrival(self, kind: ActionKind, step: int, message: Message) -> None:
         arrived = Action(0, kind, self._own.index, step)
@@ -627,39 +619,37 @@ class Worker:
         """Sends the rest of the trace, the last this device says, and waits until it has left."""
         self._neighbours.finish()
         rows, _ = self._running.recorder.take()
-        registry.send_bundle(self._coordinator, messages.Bye(), weight_bundle.pack_rows(rows))
+        registry.send_bundle(self._coordinator, messages.Bye(), trace_rows.pack_rows(rows))
         self._coordinator.drain(self._config.network.deadline_s)
 
     # --- replies; called on the host's threads ------------------------------------------------
 
-    def _reply(self, said: ControlMessage, arrays: dict[str, PyTree]) -> None:
+    def _reply(self, said: ControlMessage, states: States) -> None:
         link = self._coordinator
         self._course.replied(said)
         if isinstance(said, messages.Stored):
             self._patience.action(said.longest_s)
-        if isinstance(said, messages.Stored):
             rows, busy_s = self._running.recorder.take()
             assert self._waits is not None and self._direct is not None
             waits, direct = self._waits.take(), self._direct.take()
             registry.send(link, dataclasses.replace(said, busy_s=busy_s, link=waits, direct=direct))
             if self._config.run.trace != "none":  # outside the round that it belongs to
-                registry.send_bundle(link, messages.TraceRows(), weight_bundle.pack_rows(rows))
-        elif arrays and isinstance(said, messages.Given):
-            registry.send_bundle(link, said, weight_bundle.pack(arrays))
-        elif arrays:
-            averaged = isinstance(said, messages.Trained)  # what is handed on must stay as it is
-            kind = SEND_WEIGHTS if averaged else SEND_CLIENT_MODEL
-            step = said.step if isinstance(said, messages.ClientModel) else self._step
-            sent = Action(0, kind, self._own.index, step)
-            registry.send_bundle(
-                link,
-                said,
-                weight_bundle.pack(arrays),
-                on_sent=functools.partial(self._record, sent),
-                codec=self._config.aggregation.codec if averaged else "raw",
-            )
-        else:
+                registry.send_bundle(link, messages.TraceRows(), trace_rows.pack_rows(rows))
+        elif not states:
             registry.send(link, said)
+        else:
+            codec, on_sent = "raw", None
+            if isinstance(said, messages.Trained):  # what is not averaged must stay as it is
+                codec = self._config.aggregation.codec
+                on_sent = self._recorded(SEND_WEIGHTS, self._step)
+            elif isinstance(said, messages.ClientModel):
+                on_sent = self._recorded(SEND_CLIENT_MODEL, said.step)
+            arrays = unit_state.pack(states)
+            registry.send_bundle(link, said, arrays, on_sent=on_sent, codec=codec)
+
+    def _recorded(self, kind: str, step: int) -> Callable[[float, float, int], None]:
+        """Returns what adds a bundle to the trace once it has left."""
+        return functools.partial(self._record, Action(0, kind, self._own.index, step))
 
     def _record(self, action: Action, start_s: float, end_s: float, nbytes: int) -> None:
         self._running.recorder.add(Timed(action, start_s, end_s, nbytes))

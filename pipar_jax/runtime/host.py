@@ -27,7 +27,7 @@ from pipar_jax.methods.registry import hosts_of
 from pipar_jax.protocol import messages
 from pipar_jax.protocol.registry import ControlMessage
 from pipar_jax.protocol.values import Memory
-from pipar_jax.runtime import memory, migration, undo
+from pipar_jax.runtime import exchanges, memory, migration, undo, unit_state
 from pipar_jax.runtime.completion import Completion, Work
 from pipar_jax.runtime.executor import Batches, Executor
 from pipar_jax.runtime.link_table import LinkTable
@@ -37,6 +37,7 @@ from pipar_jax.runtime.observations import Observer
 from pipar_jax.runtime.precompile import BackgroundCompiler, compile_plan
 from pipar_jax.runtime.recorder import Recorder
 from pipar_jax.runtime.transfer import compile_codecs
+from pipar_jax.runtime.unit_state import Key, States, UnitState, Wanted
 from pipar_jax.schedule.actions import (
     ALL,
     NO_ATTEMPT,
@@ -49,7 +50,7 @@ from pipar_jax.schedule.actions import (
 from pipar_jax.schedule.dispatch import CreditedLink, Demand, Dispatcher, InFlightLimit
 from pipar_jax.schedule.feasibility import check_executable
 from pipar_jax.schedule.host_program import HostProgram, Operation
-from pipar_jax.schedule.plan import OWNER, Boundary, Plan, device_name, host_index, is_node
+from pipar_jax.schedule.plan import Boundary, Plan, device_name, host_index, is_node
 from pipar_jax.schedule.policies import policy
 from pipar_jax.schedule.step_feeder import StepFeeder
 from pipar_jax.training import optimizer
@@ -66,15 +67,13 @@ from pipar_jax.training.compile import (  # fmt: skip
 )
 from pipar_jax.training.replica import Replica
 from stages import Model
-from stages.trees import Arrays, PyTree, Variables
 
 #: Computations that may be dispatched and not over: the running one and one queued behind it.
 #: With more, asynchronous dispatch would take the choice away from the policy.
 IN_FLIGHT = 2
 
-#: Takes a message of ``roles.protocol``, and the arrays that go with it by (device, part, unit,
-#: path).
-Reply = Callable[[Any, dict[str, PyTree]], None]
+#: Takes a message of ``protocol``, and the states of units that go with it.
+Reply = Callable[[Any, States], None]
 
 
 class Host:
@@ -168,18 +167,22 @@ class Host:
         """
         self._ahead.put(number, plan)
 
-    def give(self, plan: Plan) -> None:
-        """Answers ``given`` with the optimiser states of the units that leave under a new plan."""
-        self._post(self._give, plan)
-
-    def adopt(self, plan: Plan, arrived: Mapping[str, PyTree]) -> None:
-        """Changes the plan between two rounds; answers ``adopted``.
+    def pull(self, wanted: Wanted) -> None:
+        """Answers ``PulledState`` with copies of what is wanted; between two rounds only.
 
         Args:
-          plan: The new plan.
-          arrived: What ``handover.conduct`` sends of the units that come to this host.
+          wanted: Copies of units that it holds, and parts of their states.
         """
-        self._post(self._adopt, plan, arrived)
+        self._post(self._pull, wanted)
+
+    def push(self, why: messages.PushState, states: Mapping[Key, UnitState]) -> None:
+        """Takes states of units from elsewhere; what it is answered by depends on why.
+
+        Args:
+          why: What they are for.
+          states: The states; ``exchanges`` says which these are.
+        """
+        self._post(self._push, why, states)
 
     def calibrate(self) -> None:
         """Times compiled functions not timed yet, all else idle; answers ``calibrated``."""
@@ -220,32 +223,6 @@ class Host:
           places: The places.
         """
         self._post(self._commit, frozenset(places))
-
-    def store(self, params: Mapping[str, Arrays], state: Mapping[str, Arrays]) -> None:
-        """Replaces the weights of this host's units by averaged ones; answers ``stored``."""
-        self._post(self._store, params, state)
-
-    def take_part(self, part: Mapping[str, PyTree], step: int) -> None:
-        """Takes the device part that was handed on (sequential order).
-
-        Args:
-          part: ``params``, ``state`` and ``opt`` as ``give_part`` made them.
-          step: This device's step that waits for it.
-        """
-        self._post(self._take_part, part, step)
-
-    def shared_variables(self) -> tuple[Variables, Variables]:
-        """Returns weights and statistics of which this host has the only or an averaged copy.
-
-        Between rounds only.
-        """
-        params: Variables = {}
-        state: Variables = {}
-        for (device, stage), replica in self._replicas.items():
-            if device == ALL or stage in self._averaging.stages:
-                params.update(jax.tree.map(np.array, replica.params))
-                state.update(jax.tree.map(np.array, replica.state))
-        return params, state
 
     @property
     def held_bytes(self) -> int:
@@ -442,12 +419,25 @@ class Host:
     def _tell_ahead(self, number: int, refused: str | None) -> None:
         self._answer(messages.Compiled(number, refused))
 
-    def _give(self, plan: Plan) -> None:
-        averages, names = dict(self._averaging.units()), self._model.unit_names
-        given = migration.give(self._plan, plan, self.name, self._replicas, averages, names)
-        self._reply(messages.Given(), given)
+    def _pull(self, wanted: Wanted) -> None:
+        states = unit_state.held(wanted, self._replicas, dict(self._averaging.units()))
+        self._reply(messages.PulledState(), unit_state.copied(states))
 
-    def _adopt(self, plan: Plan, arrived: Mapping[str, PyTree]) -> None:
+    def _push(self, why: messages.PushState, states: Mapping[Key, UnitState]) -> None:
+        if why.plan is not None:
+            self._adopt(why.plan, states)
+        else:
+            averages = dict(self._averaging.units())
+            unit_state.load(states, self._replicas, averages, self.name)
+        if why.step is not None:
+            arrived = Action(0, RECEIVE_CLIENT_MODEL, host_index(self.name), why.step)
+            self._dispatcher.complete(arrived)
+        elif why.round is not None:
+            self._begin_anew()
+        else:
+            self._answer(messages.PushedState())
+
+    def _adopt(self, plan: Plan, arrived: Mapping[Key, UnitState]) -> None:
         self._program = _program(plan, self.name)
         averages = dict(self._averaging.units())
         self._replicas = migration.assemble(
@@ -455,14 +445,12 @@ class Host:
             rematerialise=self._rematerialise,
         )  # fmt: skip
         self._averaging = Averaging.after(
-            self._config, self._program, self._replicas, averages,
-            arrived.get(migration.WHOLE, {}).get("rule_state", {}),
-        )  # fmt: skip
+            self._config, self._program, self._replicas, averages, arrived
+        )
         self._install(plan)
         self._broken()
         self._weigh()
         self.observer.take()  # what was seen so far belongs to the old plan
-        self._answer(messages.Adopted())
 
     def _calibrate(self) -> None:
         began = time.monotonic()
@@ -508,17 +496,10 @@ class Host:
         """Tells that this host's steps are over, with the weights if they are to be averaged."""
         self._training = False
         self._whole = self._tell_broken_weights(averaged=False)
-        arrays: dict[str, PyTree] = {}
-        if self._plan.order == "parallel":
-            for (device, stage), replica in self._replicas.items():
-                if stage in self._averaging.stages:
-                    continue
-                arrays.setdefault(str(device), {"params": {}, "state": {}})
-                arrays[str(device)]["params"].update(replica.params)
-                arrays[str(device)]["state"].update(replica.state)
+        wanted = exchanges.trained(self._plan, self.name, self._model.unit_names)
         # Whoever gives nothing is given no average either, but for the coordinator's own host.
-        self._gives = bool(arrays) or (self._plan.order == "parallel" and not is_node(self.name))
-        self._reply(messages.Trained(self._round), arrays)
+        self._gives = bool(wanted) or (self._plan.order == "parallel" and not is_node(self.name))
+        self._reply(messages.Trained(self._round), unit_state.held(wanted, self._replicas, {}))
 
     def _begin_turn(self) -> None:
         """Notes that a device's turn begins, which may have to be undone."""
@@ -607,9 +588,9 @@ class Host:
         """Tells the coordinator of what is not finite; any thread may call it."""
         self._answer(messages.NonFinite(what, device, self._round, step, units))
 
-    def _store(self, params: Mapping[str, Arrays], state: Mapping[str, Arrays]) -> None:
+    def _begin_anew(self) -> None:
+        """Lets the next round begin from the averaged weights, once they are there."""
         for replica in self._replicas.values():
-            replica.load(params, state)
             replica.renew_anchor()
         jax.block_until_ready(  # type: ignore[no-untyped-call]
             [(replica.params, replica.state) for replica in self._replicas.values()]
@@ -623,34 +604,12 @@ class Host:
         totals = self._meter.take_round()
         self._answer(messages.Stored(self._round, overruns, longest_s, memory_used, *totals))
 
-    # --- the device part in sequential order --------------------------------------------------
-
-    def _owned(self) -> list[Replica]:
-        """Returns the replicas of the stages that the device itself runs, in order."""
-        device = host_index(self.name)
-        hosts = self._plan.devices[device].hosts
-        return [self._replicas[device, s] for s, host in enumerate(hosts) if host == OWNER]
-
     def _hand_on(self, action: Action) -> Work:
-        """Gives the device part away: weights, batch statistics and optimiser state."""
-        part: dict[str, PyTree] = {"params": {}, "state": {}, "opt": {}}
-        for replica in self._owned():
-            part["params"].update(replica.params)
-            part["state"].update(replica.state)
-            part["opt"].update(replica.opt_state)
+        """Gives the client-side model away: weights, batch statistics and optimiser state."""
+        wanted = exchanges.client_model(self._plan, action.device, self._model.unit_names)
+        states = unit_state.held(wanted, self._replicas, {})
         said = messages.ClientModel(action.device, action.step)
-        return Work(
-            action, part, time.monotonic(), 0, 0.0, lambda: self._reply(said, {"part": part})
-        )
-
-    def _take_part(self, part: Mapping[str, PyTree], step: int) -> None:
-        for replica in self._owned():
-            replica.load(part["params"], part["state"])
-            for unit, own in replica.opt_state.items():
-                given = part["opt"].get(unit, {})
-                where = f"{self.name}: unit {unit!r}"
-                replica.opt_state[unit] = migration.fitted(given, own, where)
-        self._dispatcher.complete(Action(0, RECEIVE_CLIENT_MODEL, host_index(self.name), step))
+        return Work(action, states, time.monotonic(), 0, 0.0, lambda: self._reply(said, states))
 
     # --- small things -------------------------------------------------------------------------
 

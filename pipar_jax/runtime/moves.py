@@ -52,7 +52,7 @@ def why_not_follow(old: Plan, new: Plan, units: int) -> str | None:
         before, after = getattr(old, field), getattr(new, field)
         if before != after:
             return f"{field} would change from {before!r} to {after!r}"
-    differing = _holders(old, units).keys() ^ _holders(new, units).keys()
+    differing = holders(old, units).keys() ^ holders(new, units).keys()
     if differing:
         found = ", ".join(str(unit) for unit in sorted({unit for _, unit in differing}))
         return (
@@ -70,10 +70,10 @@ def moves(old: Plan, new: Plan, units: int) -> list[Move]:
       new: The plan from now on, to which ``why_not_follow`` has none.
       units: How many units the model has.
     """
-    targets = _holders(new, units)
+    targets = holders(new, units)
     return [
         Move(copy, unit, source, targets[copy, unit])
-        for (copy, unit), source in _holders(old, units).items()
+        for (copy, unit), source in holders(old, units).items()
         if source != targets[copy, unit]
     ]
 
@@ -115,7 +115,7 @@ def moving_s(profile: Profile, some: Sequence[Move]) -> float:
     )
 
 
-def _holders(plan: Plan, units: int) -> dict[tuple[int, int], str]:
+def holders(plan: Plan, units: int) -> dict[tuple[int, int], str]:
     """Returns the host of each copy of each unit, by (copy, unit)."""
     return {
         (replica_key(plan, device, stage)[0], unit): plan.host(device, stage)

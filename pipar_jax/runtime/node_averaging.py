@@ -10,12 +10,13 @@ import jax.numpy as jnp
 
 from pipar_jax.aggregation.aggregator import Aggregator, Contribution
 from pipar_jax.config import Config
-from pipar_jax.runtime.migration import put_rule
+from pipar_jax.protocol.values import EVERY
+from pipar_jax.runtime.unit_state import Key, UnitState, take
 from pipar_jax.schedule.actions import AGGREGATE, ALL, Action, RoundSchedule, Span
 from pipar_jax.schedule.host_program import HostProgram
 from pipar_jax.schedule.trace import Timed
 from pipar_jax.training.replica import Replica
-from stages.trees import Arrays, PyTree, Variables
+from stages.trees import Arrays, Variables
 
 
 class Averaging:
@@ -65,7 +66,7 @@ class Averaging:
         program: HostProgram,
         replicas: Mapping[tuple[int, int], Replica],
         before: Mapping[str, Aggregator],
-        arrived: Mapping[str, PyTree],
+        arrived: Mapping[Key, UnitState],
     ) -> Averaging:
         """Returns the averaging under a new plan, between two rounds, when all copies are equal.
 
@@ -74,7 +75,7 @@ class Averaging:
           program: What the new plan means for the host.
           replicas: The host's replicas by slot, under the new plan.
           before: For each unit that was averaged here what averaged it.
-          arrived: For each other unit the rule's state, as it came over a link.
+          arrived: Of each other unit the rule's state.
 
         Raises:
           RunError: A state that arrived does not fit.
@@ -91,7 +92,8 @@ class Averaging:
             if unit in before:
                 aggregator.rule_state[unit] = before[unit].rule_state[unit]
             else:
-                put_rule(aggregator, {unit: arrived.get(unit, {})}, program.host)
+                came = UnitState(rule=arrived[EVERY, unit].rule)
+                take(aggregator, {(EVERY, unit): came}, program.host)
         return made
 
     def units(self) -> Iterator[tuple[str, Aggregator]]:

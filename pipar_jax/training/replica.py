@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -68,15 +68,25 @@ class Replica:
         # Whether the next step has to leave what it starts from as it is, since that is kept.
         self._held = False
 
-    def load(self, params: Mapping[str, Arrays], state: Mapping[str, Arrays]) -> None:
-        """Replaces weights and batch statistics by copies of the given ones.
+    def load(
+        self,
+        params: Mapping[str, Any],
+        state: Mapping[str, Any],
+        units: Sequence[str] | None = None,
+    ) -> None:
+        """Replaces weights and batch statistics by copies of those given.
 
         A unit that is missing in ``state`` has no statistics, one missing in ``params`` no weights.
+
+        Args:
+          params: Weights by unit.
+          state: Batch statistics by unit.
+          units: Names of the units to load; None for all of the stage's.
 
         Raises:
           RunError: Weights or statistics of a unit are missing or have other names.
         """
-        for unit in self.stage.unit_names:  # one by one, so that few are duplicated at a time
+        for unit in self.stage.unit_names if units is None else units:  # few are there twice
             for what, held, source in (
                 ("weights", self.params, params),
                 ("batch statistics", self.state, state),

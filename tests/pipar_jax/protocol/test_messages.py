@@ -19,7 +19,7 @@ from tests.sources import ROOT, modules
 
 ALL = [KINDS[name] for name in sorted(KINDS)]
 #: Messages with texts that nobody is shown as they are.
-TEXTS = ("join_device", "join_node", "profiled", "nonfinite")
+TEXTS = ("join_device", "join_node", "profiled", "nonfinite", "pull")
 
 
 def arrived(body, kind="control", name=""):

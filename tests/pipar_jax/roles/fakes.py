@@ -74,17 +74,13 @@ class Host:
     def on_message(self, message: Message) -> None:
         self.tensors.append(message)
 
-    def shared_variables(self):
-        return {}, {}
-
     def wake(self) -> None:
         """Has nobody to wake."""
 
     def _take(self, *args) -> None:
         """Takes any command."""
 
-    prepare = prepare_ahead = give = adopt = calibrate = store = take_part = _take
-    release = commit = _take
+    prepare = prepare_ahead = pull = push = calibrate = release = commit = _take
     close = wake
 
 
@@ -107,7 +103,7 @@ def tensor(link: Link, tag: Tag, array: np.ndarray, codec: str = "raw") -> Messa
 
 def payload(array: np.ndarray, codec: str = "raw") -> Payload:
     """A tensor as it crossed a link."""
-    array = np.ascontiguousarray(array)
+    array = np.asarray(array, order="C")  # unlike ascontiguousarray, also [ ]
     chosen, parameter = parse_codec(codec)
     data = np.array(chosen.encode(array, parameter), copy=True)
     return Payload(data, chosen, parameter, array.dtype, array.shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,11 +12,13 @@ import pytest
 
 import stages
 from pipar_jax.errors import ConfigError, PlanError, RunError
-from pipar_jax.protocol.values import Seen
+from pipar_jax.protocol import messages
+from pipar_jax.protocol.values import EVERY, Seen
 from pipar_jax.roles import adaptation, coordinator
 from pipar_jax.roles.survey import Surveyed
-from pipar_jax.runtime import migration, moves, weight_bundle
+from pipar_jax.runtime import migration, moves
 from pipar_jax.runtime.observations import Observer
+from pipar_jax.runtime.unit_state import UnitState, fitted
 from pipar_jax.schedule.actions import AGGREGATE, FORWARD, Action
 from pipar_jax.schedule.feasibility import check_adaptable
 from pipar_jax.schedule.plan import COORDINATOR, Plan
@@ -54,8 +57,15 @@ def scripted(monkeypatch):
                 """Looks at nothing."""
 
             def ready(self):
-                self._choice.wanted = script.get(self._index + 1)
-                return self._choice.wanted
+                wanted = self._choice.wanted = script.get(self._index + 1)
+                if wanted is not None:  # no host takes up a plan that it was not told of
+                    self._host.prepare_ahead(self._index, wanted)
+                    self._tell(messages.CompileAhead(self._index, wanted))
+                    self._numbers[wanted] = self._index
+                    while self._compiled.get(self._index) != {COORDINATOR, *self._links}:
+                        self._members.poll()
+                        time.sleep(0.01)
+                return wanted
 
         monkeypatch.setattr(coordinator, "Adaptation", Scripted)
 
@@ -175,7 +185,7 @@ def test_what_computations_lasted_is_told_once():
 def test_an_optimiser_state_that_does_not_fit_is_refused():
     given, like = {"00000": np.zeros(2, np.float32)}, {"m": np.zeros(1, np.float32)}
     with pytest.raises(RunError, match=r"^d0: unit 'a' came with .*float32\[2\].*expected"):
-        migration.fitted(given, like, "d0: unit 'a'")
+        fitted(given, like, "d0: unit 'a'")
 
 
 def test_nothing_is_left_of_a_run_that_fails_while_it_adapts(
@@ -226,8 +236,7 @@ def test_a_unit_with_nothing_to_learn_needs_nothing_to_move(network, tmp_path):
     model = stages.Model.from_units("own", units, (2, 2), 3)
     made = setting(tmp_path, EVEN)
     compiled = optimizer.compiled(made.optimizer, steps=1, proximal_mu=0.0)
-    given = {migration.WHOLE: {"params": {"flatten": {}}}, "0": {"opt": {"flatten": {}}}}
-    arrived = weight_bundle.unpack(weight_bundle.pack(given), "server")
+    arrived = {(EVERY, "flatten"): UnitState({}, {}), (0, "flatten"): UnitState(opt={})}
     found = migration.assemble(model, plan_of([SHORT]), "d0", {}, arrived, compiled)
     assert found[0, 0].stage.unit_names == ("flatten",) and found[0, 0].params == {"flatten": {}}
     with pytest.raises(RunError, match="units \\['dense'\\] that did not arrive"):

@@ -31,7 +31,7 @@ from pipar_jax.roles.holdings import Holdings, read_rows
 from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.peer_links import PeerLinks
 from pipar_jax.roles.replies import Reply
-from pipar_jax.runtime import weight_bundle
+from pipar_jax.runtime import exchanges, trace_rows
 from pipar_jax.schedule.actions import Span
 from pipar_jax.schedule.plan import COORDINATOR, Boundary, long_name
 from tests.pipar_jax.roles import fakes, generate
@@ -89,12 +89,9 @@ def acceptance(method, host):
 def arrays_of(held, wanted, rng):
     """The arrays of an honest bundle, or nearly."""
     found = {}
-    for group, parts in wanted.items():
-        for part, units in parts.items():
-            for unit in units:
-                for path, like in held._arrays(part, unit).items():
-                    dtype = np.int32 if like.kind in "iu" else np.float32
-                    found[f"{group}/{part}/{unit}/{path}"] = np.zeros(like.shape, dtype)
+    for name, like in held.arrays(wanted).items():
+        dtype = np.int32 if like.dtype.kind in "iu" else np.float32
+        found[name] = np.zeros(like.shape, dtype)
     if found and rng.random() < 0.6:
         name = rng.choice(sorted(found))
         array = found.pop(name)
@@ -193,7 +190,7 @@ class Coordinator:
         elif kind is messages.Trained:
             body |= {"round": 0}
         if wanted is None:
-            rows = weight_bundle.pack_rows([])
+            rows = trace_rows.pack_rows([])
             rows["numbers"] = np.array([[rng.choice((0, 1, -1, 9, 2**40)) for _ in range(7)]])
             rows["times"] = np.array([[0.0, rng.choice((1.0, -1.0, np.nan))]])
             arrays = rows if rng.random() < 0.7 else fakes.any_arrays(rng)
@@ -202,12 +199,12 @@ class Coordinator:
         return fakes.bundle(link, body["type"], body, arrays)
 
     def answers(self, name):
-        held = holdings(self.method)
-        part = (messages.ClientModel, lambda now, name: held.part(now, int(name[1:])))
+        names = network().unit_names
+        part = (messages.ClientModel,
+                lambda now, name: exchanges.client_model(now, int(name[1:]), names))  # fmt: skip
         return [
-            (messages.Trained, held.trained),
-            (messages.Fetched, held.fetched),
-            (messages.Given, lambda now, name: held.given(now, now, name)),
+            (messages.Trained, lambda now, name: exchanges.trained(now, name, names)),
+            (messages.PulledState, lambda now, name: exchanges.kept(now, name, names)),
             (messages.TraceRows, None),
             (messages.Bye, None),
             *([part] if name != "n1" else []),
@@ -234,7 +231,7 @@ class Coordinator:
                 elif wanted:
                     held = holdings(self.method)
                     now = wanted(plan(self.method), mail.source)
-                    held.arrays(mail.message, {}, now, peer)
+                    held.states(mail.message, now, peer)
         self.members._early.clear()
 
 
@@ -331,8 +328,9 @@ class Run:
             messages.Trained(0),
             messages.Commit(0, (0, 1)),
             messages.Stored(0, 0, 0.0, Memory(1, 2, 3), 0.0, 0.0, 0),
-            messages.Give(plan(method)),
-            messages.Given(),
+            messages.CompileAhead(0, plan(method)),
+            messages.PullState(()),
+            messages.PulledState(),
         ]
         for said in course[: rng.randrange(len(course) + 1)]:
             if kind_of(type(said)).sender is Sender.HOST:
@@ -348,11 +346,11 @@ class Run:
             return
 
     def bundle_of(self, rng):
-        held, now = holdings(self.method), plan(self.method)
+        held, now, names = holdings(self.method), plan(self.method), network().unit_names
         said, wanted = rng.choice([
-            (messages.Store(), held.stored(now, self.name)),
-            (messages.TakeClientModel(0), held.part(now, 0)),
-            (messages.Adopt(now), held.adopted(now, now, self.name)),
+            (messages.PushState(round=0), exchanges.averaged(now, self.name, names)),
+            (messages.PushState(step=0), exchanges.client_model(now, 0, names)),
+            (messages.PushState(plan=now), exchanges.arriving(now, now, self.name, names)),
             (messages.SurveyBytes(), {}),
         ])  # fmt: skip
         name = kind_of(type(said)).name

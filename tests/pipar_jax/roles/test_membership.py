@@ -14,7 +14,7 @@ from pipar_jax.roles import server
 from pipar_jax.roles.holdings import read_rows
 from pipar_jax.roles.link_stats import odd_rows
 from pipar_jax.roles.membership import Member, Membership
-from pipar_jax.runtime import weight_bundle
+from pipar_jax.runtime import trace_rows
 from pipar_jax.schedule.actions import FORWARD, Action
 from pipar_jax.schedule.plan import Boundary, DevicePlan, Plan
 from pipar_jax.schedule.trace import Timed
@@ -56,7 +56,7 @@ def members(tmp_path, monkeypatch):
     [
         lambda members: members.broadcast(messages.Finish()),
         lambda members: members.send("d0", messages.Calibrate()),
-        lambda members: members.send_bundle("d0", messages.Store(), {}),
+        lambda members: members.send_bundle("d0", messages.PushState(round=0), {}),
     ],
     ids=["broadcast", "control", "bundle"],
 )
@@ -126,7 +126,7 @@ def test_times_that_no_clock_shows_are_kept_out_of_the_trace(times):
     """Their difference, or they in microseconds, is not finite: nobody could read the trace."""
     plan, action = Plan((DevicePlan((1,), ("device", "server")),)), Action(0, FORWARD, 0, 0)
     for start_s, end_s in ((1.0, 2.0), times):
-        rows = weight_bundle.pack_rows([Timed(action, start_s, end_s)])
+        rows = trace_rows.pack_rows([Timed(action, start_s, end_s)])
         message = fakes.bundle(fakes.Link("d0"), "trace", {"type": "trace"}, rows)
         if (start_s, end_s) == (1.0, 2.0):
             assert len(read_rows(message, [plan], "d0", [3], "device 0")) == 1

@@ -121,11 +121,11 @@ def hasty(monkeypatch):
     ("command", "kind"),
     [
         (messages.Calibrate(), messages.Calibrated),
-        (messages.Fetch(), messages.Fetched),
+        (messages.PullState(()), messages.PulledState),
         (messages.SurveyEcho(), messages.Echoed),
         (messages.Finish(), messages.Bye),
     ],
-    ids=["calibrated", "fetched", "echoed", "bye"],
+    ids=["calibrated", "pulled", "echoed", "bye"],
 )
 def test_a_device_that_does_nothing_ends_the_run(hasty, command, kind):
     side = Coordinator("pipar")

@@ -11,14 +11,16 @@ import pytest
 from flax import nnx
 
 import stages
-from pipar_jax.aggregation.aggregator import Aggregator, Replica
+from pipar_jax.aggregation.aggregator import Aggregator, Contribution
 from pipar_jax.config import AggregationConfig
 from pipar_jax.errors import RunError
 from pipar_jax.launch import api
-from pipar_jax.runtime import migration, weight_bundle
+from pipar_jax.roles.holdings import Holdings
+from pipar_jax.runtime.unit_state import UnitState, fitted, pack
 from pipar_jax.schedule.plan import OWNER, DevicePlan, Plan
 from pipar_jax.training import checkpoint
 from stages.variables import DTYPES, FLOATS
+from tests.pipar_jax.roles import fakes
 from tests.pipar_jax.runtime import support
 
 WEIGHTS = [(dtype, ()) for dtype in sorted(FLOATS, key=str)]
@@ -173,24 +175,26 @@ def test_weights_of_another_dtype_are_refused(double, tmp_path):
         checkpoint.load(path, model("float64"))
 
 
-def test_moved_as_a_bundle(double, network):
+def test_states_of_units_cross_a_link(double, network):
     """What one host gives is what another takes, and optimiser states of another kind are not."""
     params, state = network.init(0)
-    groups = weight_bundle.unpack(
-        weight_bundle.pack({"part": {"params": params, "state": state}}), "d0"
-    )
-    part = weight_bundle.part_of(groups, "part")
-    assert part["params"]["only"] == {} and part["state"]["out"] == {}
-    for kind, wanted in (("params", params), ("state", state)):
-        for unit, arrays in wanted.items():
-            for path, array in arrays.items():
-                got = part[kind][unit][path]
+    made = setting("nowhere", "pipar", cut=2)
+    given = {(3, unit): UnitState(params[unit], state[unit]) for unit in params}
+    wanted = {key: ("params", "state") for key in given}
+    arrived = fakes.bundle(None, "trained", {"type": "trained"}, pack(given))
+    found = Holdings(network, made).states(arrived, wanted, "d0")
+    assert found[3, "only"].params == {} and found[3, "out"].state == {}
+    for key, one in given.items():
+        for part in ("params", "state"):
+            for path, array in getattr(one, part).items():
+                got = getattr(found[key], part)[path]
                 assert (got.shape, got.dtype) == (array.shape, array.dtype)
+                np.testing.assert_array_equal(got, np.asarray(array))
     like = {"trace": jnp.zeros((), jnp.bfloat16)}
-    assert migration.fitted({"0": np.zeros((), jnp.bfloat16)}, like, "d0")["trace"].shape == ()
+    assert fitted({"0": np.zeros((), jnp.bfloat16)}, like, "d0")["trace"].shape == ()
     for wrong in (np.zeros(1, jnp.bfloat16), np.zeros((), np.float32)):
         with pytest.raises(RunError, match=r"expected \['bfloat16\[\]'\]"):
-            migration.fitted({"0": wrong}, like, "d0")
+            fitted({"0": wrong}, like, "d0")
 
 
 def test_an_average_keeps_what_is_equal_and_takes_the_first_of_what_has_no_mean():
@@ -202,7 +206,7 @@ def test_an_average_keeps_what_is_equal_and_takes_the_first_of_what_has_no_mean(
 
     weights = {"unit": {"w": jnp.ones((), jnp.float16)}}
     average = Aggregator(AggregationConfig(), dict(weights), state(0))
-    average.aggregate([Replica(weights, state(i), float(i)) for i in (3, 5, 9)])
+    average.aggregate([Contribution(weights, state(i), float(i)) for i in (3, 5, 9)])
     found = average.state["unit"]
     np.testing.assert_array_equal(found["table"], state(0)["unit"]["table"])
     assert int(found["count"]) == 3

@@ -1,0 +1,98 @@
+"""The coordinator's side of how states of units travel: asks hosts for them, and hands them out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from pipar_jax.protocol import messages
+from pipar_jax.roles.holdings import Holdings
+from pipar_jax.roles.membership import Mail, Membership
+from pipar_jax.roles.replies import Reply
+from pipar_jax.runtime import unit_state
+from pipar_jax.runtime.host import Host
+from pipar_jax.runtime.unit_state import Key, States, UnitState, Wanted
+from pipar_jax.schedule.plan import long_name
+
+
+class Pulled(NamedTuple):
+    """What hosts gave.
+
+    Attributes:
+      states: For each host its states.
+      nbytes: Bytes on the wire.
+    """
+
+    states: dict[str, States]
+    nbytes: int
+
+
+class StateExchange:
+    """Pulls states of units from hosts and pushes them there, over a link or in this process.
+
+    Args:
+      members: The devices and compute nodes.
+      host: The host in this process.
+      holdings: What bundles hold of the model.
+    """
+
+    def __init__(self, members: Membership, host: Host, holdings: Holdings) -> None:
+        self._members, self._host, self._holdings = members, host, holdings
+
+    def read(self, mail: Mail[Any], wanted: Wanted) -> States:
+        """Returns the states that came with what a host said.
+
+        Raises:
+          ProtocolError: They are others than those wanted.
+        """
+        if mail.message is None:
+            return mail.states
+        with self._members.reading(mail.source):
+            return self._holdings.states(mail.message, wanted, long_name(mail.source))
+
+    def pull(self, wanted: Mapping[str, Wanted]) -> Pulled:
+        """Returns what hosts have of some units; a host of which nothing is wanted is not asked.
+
+        Args:
+          wanted: For each host what is wanted of it.
+
+        Raises:
+          PeerError: A device or node was lost or failed.
+          RunError: This process failed.
+        """
+        asked = {name: some for name, some in wanted.items() if some}
+        for name, some in asked.items():
+            if name == self._host.name:
+                self._host.pull(some)
+            else:
+                self._members.send(name, messages.PullState(unit_state.rows(some)))
+        mails = self._members.collect(messages.PulledState, tuple(asked))
+        return Pulled(
+            {name: self.read(mail, asked[name]) for name, mail in mails.items()},
+            sum(mail.message.nbytes for mail in mails.values() if mail.message is not None),
+        )
+
+    def push(
+        self,
+        name: str,
+        states: Mapping[Key, UnitState],
+        why: messages.PushState,
+        *replies: Reply,
+        codec: str = "raw",
+    ) -> None:
+        """Gives a host what it has of some units from now on.
+
+        Args:
+          name: The host's.
+          states: The states.
+          why: What they are for.
+          *replies: What is owed for it, where that depends on the plan.
+          codec: What weights are coded with on their way.
+
+        Raises:
+          PeerError: The host is lost.
+        """
+        if name == self._host.name:
+            self._host.push(why, states)
+        else:
+            self._members.send_bundle(name, why, unit_state.pack(states), *replies, codec=codec)
