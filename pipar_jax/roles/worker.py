@@ -647,7 +647,7 @@ class Worker:
             arrays = unit_state.pack(states)
             registry.send_bundle(link, said, arrays, on_sent=on_sent, codec=codec)
 
-    def _recorded(self, kind: str, step: int) -> Callable[[float, float, int], None]:
+    def _recorded(self, kind: ActionKind, step: int) -> Callable[[float, float, int], None]:
         """Returns what adds a bundle to the trace once it has left."""
         return functools.partial(self._record, Action(0, kind, self._own.index, step))
 

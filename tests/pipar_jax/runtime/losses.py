@@ -19,9 +19,10 @@ from pipar_jax.aggregation.aggregator import Aggregator, Contribution
 from pipar_jax.config import Config
 from pipar_jax.data.loader import Loader
 from pipar_jax.protocol import messages
-from pipar_jax.runtime import memory
+from pipar_jax.runtime import exchanges, memory, unit_state
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.link_table import direct
+from pipar_jax.runtime.unit_state import States
 from pipar_jax.schedule.actions import ALL, RoundSchedule, Span
 from pipar_jax.schedule.plan import COORDINATOR, Plan, device_name
 from tests.pipar_jax.roles import fakes
@@ -172,7 +173,8 @@ class Conductor:
         self.sequential = world.plan.order == "sequential"
         params, state = world.network.init(world.config.seed)
         self.average = Aggregator(world.config.aggregation, params, state)
-        self.part: dict[str, Any] | None = None
+        self._names = tuple(params)
+        self.part: States | None = None
         self._attempt = 0
         self._early: list[Any] = []
         steps = [-(-n // world.config.data.batch_size) * world.config.epochs for n in world.samples]
@@ -237,17 +239,19 @@ class Conductor:
         for name, host in self.world.hosts.items():
             if name in self.world.gone:
                 continue
-            own, stats = host.shared_variables()
-            params |= own
-            state |= stats
+            host.pull(exchanges.kept(self.plan, name, self._names))
+            pulled = self._collect(messages.PulledState, [name])
+            assert pulled is not None
+            for (_, unit), one in pulled[name][1].items():
+                params[unit], state[unit] = one.params, one.state
             for (copy, stage), replica in host._replicas.items():
                 lost = not self.sequential and copy in self._lost and name[0] == "d"
                 if not lost and not (self.sequential and copy != ALL):
                     found[f"{name} {copy} {stage} opt"] = replica.opt_state
         if self.part is not None:
-            params |= self.part["params"]
-            state |= self.part["state"]
-            found["part opt"] = self.part["opt"]
+            for (_, unit), one in self.part.items():
+                params[unit], state[unit] = one.params, one.state
+                found[f"client model {unit} opt"] = one.opt
         found |= {"params": params, "state": state}
         leaves = jax.tree_util.tree_flatten_with_path(found)[0]
         return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
@@ -331,7 +335,7 @@ class Conductor:
             span = turns.pop(0)
             name = device_name(span.device)
             self._turn = span.first
-            self.world.hosts[name].take_part(self.part, span.first)
+            self.world.hosts[name].push(messages.PushState(step=span.first), self.part)
             found = self._collect(messages.ClientModel, [name])
             if found is None:
                 turns = [one for one in turns if one.device != span.device]
@@ -342,13 +346,14 @@ class Conductor:
                 for other in self._present():
                     self.world.hosts[other].drop(span.device, span.first)
             else:
-                self.part = jax.tree.map(np.array, found[name][1]["part"])
+                self.part = unit_state.copied(found[name][1])
 
-    def _initial_part(self) -> dict[str, Any]:
-        replica = self.world.hosts["d0"]._replicas[0, 0]
-        part = {"params": replica.params, "state": replica.state, "opt": replica.opt_state}
-        copied: dict[str, Any] = jax.tree.map(np.array, part)
-        return copied
+    def _initial_part(self) -> States:
+        self.world.hosts["d0"].pull(exchanges.client_model(self.plan, 0, self._names))
+        found = self._collect(messages.PulledState, ["d0"])
+        assert found is not None
+        states: States = found["d0"][1]
+        return states
 
     def _finish(
         self, trained: dict[str, Any], places: Sequence[int], present: Sequence[str]
@@ -357,24 +362,24 @@ class Conductor:
         if self.sequential:
             self._collect(messages.Stored, present)
             return
-        parts: dict[int, dict[str, dict[str, Any]]] = {}
-        for _, arrays in trained.values():
-            for copy, given in arrays.items():
-                own = parts.setdefault(int(copy), {"params": {}, "state": {}})
-                own["params"] |= given["params"]
-                own["state"] |= given["state"]
+        copies: dict[int, Contribution] = {}
+        for _, states in trained.values():
+            for (copy, unit), one in states.items():
+                own = copies.setdefault(copy, Contribution({}, {}, 1.0))
+                own.params[unit], own.state[unit] = one.params, one.state
         schedule = RoundSchedule(
             self.plan, self._spans, self.world.samples, self.world.config.data.batch_size
         )
         weights = {span.device: float(schedule.trained_samples(span)) for span in self._spans}
         self.average.aggregate(
-            [Contribution(parts[place]["params"], parts[place]["state"], weights[place])
-             for place in places if place in parts]
-        )  # fmt: skip
+            [copies[place]._replace(weight=weights[place]) for place in places if place in copies]
+        )
         late = [device_name(self._loss.place)] if self._loss is not None and self._loss.late else []
         give = [name for name in (*present, *late) if name[0] != "n"]
         for name in give:
-            self.world.hosts[name].store(self.average.params, self.average.state)
+            wanted = exchanges.averaged(self.plan, name, self._names)
+            mean = unit_state.known(wanted, self.average)
+            self.world.hosts[name].push(messages.PushState(round=self._index), mean)
         self._collect(messages.Stored, (*present, *late))
 
     def _collect(self, kind: type, names: Any) -> dict[str, Any] | None:
