@@ -1,7 +1,7 @@
-"""AccEPT's parts held against even cuts and raw tensors, on chains of unequal devices.
+"""AccEPT against even cuts and raw tensors, on chains of unequal devices.
 
-``experiments.bench_accept`` runs them. All plans of a setting are trained for real, their rounds in
-turns within one run; a round is an epoch of a few steps.
+``experiments.bench_accept`` runs these trials. All plans of a setting are trained alternately in
+one run; a round is an epoch of a few steps.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from pipar_jax.tuner.chains import tune_chain
 
 NETWORK, BATCH, STEPS, MICRO_BATCHES = "resnet18", 20, 4, 4
 LENGTHS, RATES_MBPS = (2, 3, 4), (10, 50, 200)
-#: How many times slower than a core of this machine the hosts of a chain are, the device first.
+#: Slowdowns of the hosts of a chain, the device first.
 SPEEDS = (1.0, 2.0, 4.0, 8.0)
-#: How often each plan has its turn.
+#: Number of rounds of each plan.
 TURNS = 3
 VARIANTS = ("even + raw", "balanced + raw", "even + codec", "balanced + codec")
-#: Epochs of the trainings whose accuracy counts.
+#: Number of epochs for the comparison of accuracies.
 ACCURACY_EPOCHS = 10
-#: Epochs of a run that begins with predicted times, and how often it looks at its hosts.
+#: Number of epochs of a run that starts from predicted times, and the interval of its checks.
 LEARNING_EPOCHS, LOOK_S = 12, 5.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One chain: how many hosts it has and what all its links carry, in each direction.
+    """One chain: its number of hosts and the rate of its links.
 
     Attributes:
-      length: The hosts, the device that holds the data among them.
-      mbps: Megabits per second of every link, each way.
+      length: Number of hosts, including the device with the data.
+      mbps: Rate of every link in each direction, in Mbit/s.
       data_dir: Folder with CIFAR-10 as TFDS prepares it; random images of its shape without.
     """
 
@@ -55,11 +55,11 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """What it is called in the table."""
+        """Name in the table."""
         return f"{self.length} devices, {self.mbps:g} Mbit/s"
 
     def config(self, folder: Path) -> Config:
-        """Returns its configuration, with runs and data below a folder."""
+        """Returns its configuration, with runs and data in a folder."""
         link = f"{self.mbps:g}/{self.mbps:g}"
         config = trials.base_config(folder, NETWORK, BATCH, 1, link, STEPS)
         if self.data_dir:
@@ -69,18 +69,18 @@ class Setting:
         config.devices.defaults.slowdown = SPEEDS[0]
         config.nodes.count, config.nodes.defaults.link = self.length - 1, link
         config.nodes.overrides = {i: {"slowdown": SPEEDS[i]} for i in range(1, self.length)}
-        # The device computes all the time on a core of its own, the others seven eighths of it.
+        # The device computes permanently on its own core, the others seven eighths of the time.
         config.nodes.defaults.cpus = config.server.cpus
         return config
 
 
 class Compared(NamedTuple):
-    """A setting's plans.
+    """The plans of a setting.
 
     Attributes:
-      seconds: Measured epochs of each variant, in the order of the turns.
+      seconds: Measured epochs of each variant, in the order of the rounds.
       predicted_s: The simulator's prediction of each.
-      plans: Each plan in words.
+      plans: Text of each plan.
     """
 
     seconds: dict[str, list[float]]
@@ -94,7 +94,7 @@ class Compared(NamedTuple):
 
 
 def settings(quick: bool = False, data_dir: str = "") -> list[Setting]:
-    """Returns what is measured, with data from a folder; with ``quick`` a single setting."""
+    """Returns the settings, with data from a folder; with ``quick`` a single setting."""
     made = [Setting(length, mbps, data_dir) for length in LENGTHS for mbps in RATES_MBPS]
     return [made[0]] if quick else made
 
@@ -104,7 +104,7 @@ def even_plan(config: Config, units: int) -> Plan:
 
     Args:
       config: Resolved configuration of method accept, whose codecs every link uses.
-      units: How many units the model has.
+      units: Number of units of the model.
     """
     length = config.nodes.count + 1
     cuts = tuple(round(units * i / length) for i in range(1, length))
@@ -139,7 +139,7 @@ def plans_of(config: Config, profile: Profile) -> dict[str, Plan]:
 
 
 def compare(setting: Setting, folder: Path, results: Path, quick: bool = False) -> Compared:
-    """Trains all variants of a setting in turns, or reads what was measured of them."""
+    """Trains all variants of a setting alternately, or reads earlier results."""
 
     def measure() -> dict[str, Any]:
         config = setting.config(folder)
@@ -165,16 +165,16 @@ def compare(setting: Setting, folder: Path, results: Path, quick: bool = False) 
 
 
 def accuracy(config: Config, coded: bool, results: Path, quick: bool = False) -> float:
-    """Returns the test accuracy, in [0, 1], of what a chain of two hosts trains.
+    """Returns the test accuracy, in [0, 1], after training on a chain of two hosts.
 
-    Links change no accuracy and are not shaped. Initial weights and the order of samples depend on
-    the seed alone, so that raw and coded trainings of one seed are a pair.
+    Links do not affect accuracy and are not shaped. Initial weights and the order of samples depend
+    only on the seed, so that raw and coded training with one seed are a pair.
 
     Args:
-      config: Model, data, optimiser and seed; it is changed.
-      coded: Whether tensors have the fewest bits that the tuner's floors allow, or all.
-      results: Where the accuracy is kept.
-      quick: Whether a part of the data and an epoch will do.
+      config: Model, data, optimiser and seed; modified in place.
+      coded: Whether tensors have the minimum number of bits of the tuner, or all.
+      results: Folder in which the accuracy is saved.
+      quick: Whether to use part of the data and one epoch.
     """
 
     def measure() -> float:
@@ -195,16 +195,16 @@ def accuracy(config: Config, coded: bool, results: Path, quick: bool = False) ->
 
 
 class Learned(NamedTuple):
-    """A run that began with predicted times, and where it ended.
+    """A run that started from predicted times, and its last partition.
 
     Attributes:
-      start_s: Measured epoch under the partition that it began with.
-      end_s: Under the one that it ended with.
-      best_s: Under the best of the partitions tried.
-      ratio: The one that it ended with by the best, from neighbouring epochs.
-      plans: The three in words.
-      changes: How often it changed its partition.
-      tried: How many partitions were trained.
+      start_s: Measured epoch of the first partition.
+      end_s: Measured epoch of the last partition.
+      best_s: Measured epoch of the best partition tried.
+      ratio: Ratio of the last to the best partition, from neighbouring epochs.
+      plans: Texts of the three.
+      changes: Number of changes of the partition.
+      tried: Number of trained partitions.
     """
 
     start_s: float
@@ -217,13 +217,13 @@ class Learned(NamedTuple):
 
 
 def learn(setting: Setting, folder: Path, results: Path, quick: bool = False) -> Learned:
-    """Trains a chain from predicted times on, adapting, then its last partition and others.
+    """Trains an adapting chain from predicted times, then its last partition and others.
 
     Args:
       setting: The chain.
-      folder: Where runs and data go.
-      results: Where measurements are kept.
-      quick: Whether few epochs and partitions will do.
+      folder: Folder of runs and data.
+      results: Folder of saved measurements.
+      quick: Whether to use few epochs and partitions.
     """
 
     def measure() -> dict[str, Any]:
@@ -264,9 +264,9 @@ def learn(setting: Setting, folder: Path, results: Path, quick: bool = False) ->
 
 
 def near_plans(config: Config, profile: Profile, most: int) -> list[Plan]:
-    """Returns the partitions that are predicted to be the fastest from profiled times.
+    """Returns the fastest partitions according to profiled times.
 
-    Every partition over any of the nodes in any order is judged.
+    All partitions over any nodes in any order are evaluated.
 
     Args:
       config: Resolved configuration of method accept.

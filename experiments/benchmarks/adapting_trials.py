@@ -1,4 +1,4 @@
-"""Adapting to changing bandwidth held against fixed plans, and against the best for each phase.
+"""Adaptation to changing bandwidth against fixed plans, and against the best plan per phase.
 
 ``experiments.bench_tuner`` runs it.
 """
@@ -24,20 +24,20 @@ from pipar_jax.simulator.predict import StageCosts, estimate
 from pipar_jax.tuner.bounds import DeviceOption
 from pipar_jax.tuner.search import search
 
-#: Bandwidths of the phases, and how long each lasts.
+#: Bandwidths of the phases, and their durations.
 PHASES_MBPS, PHASE_S = (50.0, 10.0, 50.0), 60.0
-#: Steps of a round, and how much slower than the server the two devices are.
+#: Steps per round, and the slowdown of the two devices.
 STEPS, SLOWDOWN = 10, 5.0
 
 
 class Adapting(NamedTuple):
-    """What adapting came to.
+    """Results of adaptation.
 
     Attributes:
       seconds: Seconds of each run, and of the best plan for each phase, by name.
-      to_oracle: Adapting by the best plan for each phase.
-      to_fixed: Adapting by the best fixed plan.
-      changes: What was changed, in words.
+      to_oracle: Ratio of adaptation to the best plan for each phase.
+      to_fixed: Ratio of adaptation to the best fixed plan.
+      changes: Texts of the changes.
     """
 
     seconds: dict[str, float]
@@ -50,8 +50,8 @@ def adapting(folder: Path, results: Path, quick: bool = False) -> Adapting:
     """Trains while bandwidth falls and rises: adapting, and under each fixed plan.
 
     Args:
-      folder: Where runs and data go.
-      results: Where measurements are kept.
+      folder: Folder of runs and data.
+      results: Folder of saved measurements.
       quick: Whether phases are short.
     """
     phase_s = 10.0 if quick else PHASE_S
@@ -64,7 +64,7 @@ def adapting(folder: Path, results: Path, quick: bool = False) -> Adapting:
         best[mbps] = search(profiles[mbps], resolve(config)).plans[0].plan
         measure = functools.partial(_alone, config, profiles[mbps], best[mbps])
         alone_s[mbps] = statistics.median(trials.kept(results, f"{mark} alone {mbps:g}", measure))
-    # As much work as the best plan for each phase does in its phases.
+    # The amount of work that the best plan of each phase does in its phases.
     rounds = round(sum(phase_s / alone_s[mbps] for mbps in PHASES_MBPS))
     seconds = {"best plan per phase": through_s(alone_s, rounds, phase_s)}
     config = _config(folder, _trace(folder, phase_s))
@@ -87,7 +87,7 @@ def adapting(folder: Path, results: Path, quick: bool = False) -> Adapting:
 
 
 def _config(folder: Path, link: str) -> Config:
-    """Returns the configuration of a run behind some link."""
+    """Returns the configuration of a run with a link."""
     config = trials.base_config(folder, "vgg5", 100, 2, link, STEPS)
     config.devices.defaults.slowdown = SLOWDOWN
     return config
@@ -106,14 +106,14 @@ def _survey(config: Config) -> dict[str, Any]:
 
 
 def _alone(config: Config, profile: Profile, plan: Plan) -> list[float]:
-    """Returns the seconds of rounds under a plan, the bandwidth being constant."""
+    """Returns the seconds of rounds under a plan at constant bandwidth."""
     return trials.try_plans(config, profile, [plan] * 3)[plan].seconds
 
 
 def _fixed(
     profiles: dict[float, Profile], best: dict[float, Plan], rounds: int, phase_s: float
 ) -> list[Plan]:
-    """Returns the fixed plans worth running: each phase's best, and the best compromise."""
+    """Returns the fixed plans to run: the best of each phase, and the best compromise."""
     stages = {mbps: StageCosts(profile) for mbps, profile in profiles.items()}
     like = next(iter(best.values()))
     count = len(next(iter(profiles.values())).units)
@@ -129,13 +129,13 @@ def _fixed(
 
     compromise = trials.common_plan(min(options, key=whole_s), like)
     chosen: dict[str, Plan] = {}
-    for plan in (*best.values(), compromise):  # the same but for dispatch is the same
+    for plan in (*best.values(), compromise):  # plans that differ only in dispatch count as equal
         chosen.setdefault(trials.words(plan), plan)
     return list(chosen.values())
 
 
 def through_s(round_s: dict[float, float], rounds: float, phase_s: float) -> float:
-    """Returns the seconds of so many rounds that last as long as their phase says."""
+    """Returns the seconds of a number of rounds with the durations of their phases."""
     passed_s = 0.0
     for mbps in PHASES_MBPS[:-1]:
         done = phase_s / round_s[mbps]
@@ -146,7 +146,7 @@ def through_s(round_s: dict[float, float], rounds: float, phase_s: float) -> flo
 
 
 def _under(config: Config, plan: Plan) -> Config:
-    """Returns the configuration of a run under a plan that all devices have in common."""
+    """Returns the configuration of a run under a common plan of all devices."""
     one = plan.devices[0]
     config.method, config.pipeline.dispatch = "pipar" if one.cuts else "fl", plan.dispatch
     if one.cuts:
@@ -155,7 +155,7 @@ def _under(config: Config, plan: Plan) -> Config:
 
 
 def _run(config: Config, rounds: int) -> list[dict[str, Any]]:
-    """Trains so many rounds; returns the events that count."""
+    """Trains a number of rounds; returns the relevant events."""
     config.epochs = rounds
     with tempfile.TemporaryDirectory() as folder:
         config.run.dir = folder
@@ -170,7 +170,7 @@ def _seconds(events: Sequence[dict[str, Any]]) -> float:
 
 
 def _changes(events: Sequence[dict[str, Any]]) -> list[str]:
-    """Returns what was changed when, in words."""
+    """Returns texts of the changes and their times."""
     passed_s = itertools.accumulate(
         event["seconds"] for event in events if event["event"] == "round_finished"
     )

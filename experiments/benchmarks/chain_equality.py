@@ -1,7 +1,7 @@
-"""How far training over chains of compute nodes is from centralised SGD on the devices' union.
+"""The difference of training over chains of compute nodes from centralised SGD.
 
-Averaged every step, weighted by samples, both are the same with group normalisation; what is left
-is rounding. ``experiments.bench_multihop`` prints the largest difference.
+With averaging every step, weighted by samples, and group normalisation, both are equal up to
+rounding. ``experiments.bench_multihop`` prints the largest difference.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Case(NamedTuple):
     """One chain.
 
     Attributes:
-      nodes: How many compute nodes it has.
+      nodes: Number of compute nodes.
       labels: ``home`` for a U-shape, ``end`` for a chain whose last node has the labels.
       weights: ``copy`` or ``shared``.
       in_flight: With shared weights the micro-batches in flight, 0 for any number.
@@ -45,11 +45,11 @@ CASES = (
 def largest_difference(cases: Sequence[Case], folder: Path) -> float:
     """Returns the largest difference of any weight, relative to the largest of its array.
 
-    In float64, which is a setting of the whole process: so it is one of its own.
+    Runs in float64, a setting of the whole process, and therefore in its own process.
 
     Args:
       cases: The chains.
-      folder: Where runs go.
+      folder: Folder of runs.
 
     Raises:
       RunError: A run failed.
@@ -59,7 +59,7 @@ def largest_difference(cases: Sequence[Case], folder: Path) -> float:
 
 
 def _largest(cases: list[tuple[Any, ...]], folder: str) -> float:
-    """Runs in a process of its own."""
+    """Runs in its own process."""
     from pipar_jax.runtime.setup import build_model, set_precision
 
     config = _config(Case(*cases[0]), folder)
@@ -85,7 +85,7 @@ def _config(case: Case, folder: str) -> Config:
 
 
 def _dataset(seed: int) -> Any:
-    """Returns random images and labels: equality needs numbers, not meaning."""
+    """Returns random images and labels, which suffice for equality."""
     import numpy as np
 
     from pipar_jax.data import Dataset, Split
@@ -98,7 +98,7 @@ def _dataset(seed: int) -> Any:
 
 
 def _centralised(config: Config, model: Any, data: Sequence[Any]) -> Any:
-    """Returns what plain optax makes of the union; it knows nothing of stages, cuts or hosts."""
+    """Returns the result of plain optax on the union, without stages, cuts or hosts."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -130,7 +130,7 @@ def _centralised(config: Config, model: Any, data: Sequence[Any]) -> Any:
 
 
 def _difference(config: Config, model: Any, data: Sequence[Any], expected: Any) -> float:
-    """Returns a run's largest difference from what is expected."""
+    """Returns the largest difference of a run from the expected weights."""
     import numpy as np
 
     from pipar_jax.launch.api import load, run_here

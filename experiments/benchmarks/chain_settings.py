@@ -1,8 +1,8 @@
-"""Settings in which chains over compute nodes are held against their predictions.
+"""Settings in which chains over compute nodes are compared with their predictions.
 
-Runs are real, in processes; every host is slowed down, so that all of them together leave the two
-cores they share some room, and times itself alone before it starts: these times, and not the run's,
-are what an epoch is predicted from. ``experiments.bench_multihop`` runs them.
+Runs use processes; every host is slowed down, so that all of them together do not saturate their
+two cores, and times itself separately before it starts. Epochs are predicted from these times, not
+from those of the run. ``experiments.bench_multihop`` runs them.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from stages import Facts, Model
 
 #: The mini-batch of the paper's measurements.
 BATCH = 16
-#: How much slower nodes and devices compute than a core does.
+#: Slowdowns of nodes and devices.
 NODE_SLOWDOWN, DEVICE_SLOWDOWN = 6.0, 12.0
-#: Mini-batches of the runs in time: steps that last long enough to be timed.
+#: Mini-batch size of timed runs, with steps that are long enough to be timed.
 BATCHES = {"vgg5": 64, "resnet18": 16}
 
 
@@ -48,7 +48,7 @@ class Network:
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """What devices do about weights that serve them all."""
+    """The policy for weights that serve all devices."""
 
     name: str
     weights: str
@@ -82,14 +82,14 @@ def best_cuts(facts: Sequence[Facts], first: int, stop: int, nodes: int) -> tupl
     """Returns the cuts whose largest node has the least 3W + A, and with K copies K(3W + A).
 
     Args:
-      facts: What each unit needs.
+      facts: Sizes of each unit.
       first: The first unit on the nodes.
       stop: One past their last unit.
       nodes: How many there are.
     """
     sizes = [3 * one.parameter_bytes + one.residual_bytes for one in facts]
     sums = list(itertools.accumulate(sizes, initial=0))
-    # For each number of nodes and position the least largest node so far, and its cuts.
+    # The minimal largest node so far by number of nodes and position, and its cuts.
     best: dict[int, tuple[int, tuple[int, ...]]] = {first: (0, (first,))}
     for left in range(nodes - 1, -1, -1):
         best = {
@@ -114,9 +114,9 @@ def model_bytes(facts: Sequence[Facts], cuts: Sequence[int]) -> list[float]:
 def drive_largest(
     network: Network, facts: Sequence[Facts], cuts: Sequence[int], devices: Sequence[int]
 ) -> dict[tuple[str, int], Driven]:
-    """Returns what the largest node of a chain held, by policy and number of devices.
+    """Returns the memory of the largest node of a chain, by policy and number of devices.
 
-    What would need more than 60 % of this machine's memory is left out.
+    Cases that need more than 60 % of this machine's memory are left out.
     """
     sizes = model_bytes(facts, cuts)
     node = node_name(sizes.index(max(sizes)) + 1)
@@ -136,14 +136,14 @@ def drive_largest(
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One real run.
+    """One run.
 
     Attributes:
       model: The network's name.
-      cuts: Where it is cut; empty for the planner's choice.
-      nodes: For each node how many times slower than ``NODE_SLOWDOWN`` it is.
-      devices: How many there are.
-      micro_batches: How many a mini-batch is cut into.
+      cuts: Its cuts; empty for the planner's choice.
+      nodes: Slowdown of each node relative to ``NODE_SLOWDOWN``.
+      devices: Number of devices.
+      micro_batches: Number of micro-batches per mini-batch.
       select: How the planner chooses.
       link: Of each node to the next; the devices are behind WiFi.
     """
@@ -158,14 +158,14 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """What it is called in the table."""
+        """Name in the table."""
         speeds = "+".join(f"{one:g}" for one in self.nodes)
         cuts = self.cuts or f"cuts by {self.select}"
         linked = "" if self.link == "none" else f" links {self.link}"
         return f"{self.model} {cuts} nodes {speeds} devices={self.devices}{linked}"
 
     def config(self, folder: Path) -> Config:
-        """Returns its configuration, with runs and data below a folder."""
+        """Returns its configuration, with runs and data in a folder."""
         name = "".join(one if one.isalnum() else "_" for one in self.name)
         config = Config(name=name, method="mpsl", epochs=ROUNDS)
         config.model.name, config.model.stem = self.model, "imagenet"
@@ -198,8 +198,8 @@ VALIDATED = (
 #: One node, and three of a third of its speed: the same cost.
 ONE_HOP = Setting("resnet18", "", (0.5,), 4)
 MULTIHOP = Setting("resnet18", "", (1.5, 1.5, 1.5), 4)
-#: Nodes of which two are half as fast, joined by free links and by slow ones: our plan, and that of
-#: the paper's objective, which knows no links.
+#: Nodes of which two have half the speed, with free links and with slow ones: our plan, and that of
+#: the paper's objective, which ignores links.
 OURS = tuple(Setting("resnet18", "", (1.0, 2.0, 2.0), 4, link=link) for link in ("none", "10/10"))
 PAPERS = tuple(dataclasses.replace(one, select="paper") for one in OURS)
 
@@ -207,8 +207,8 @@ PAPERS = tuple(dataclasses.replace(one, select="paper") for one in OURS)
 def predict(run: RecordedRun) -> float:
     """Returns the predicted seconds of a round.
 
-    Of the run it takes what no clock has a part in: the bytes of its messages, the short averages,
-    and how long each host emulates each computation, the least of its times.
+    From the run it uses the bytes of messages, the short averages, and the emulated duration of
+    each computation, the minimum of its times.
     """
     assert run.trace is not None
     schedule = run.schedule()
@@ -228,7 +228,7 @@ def predict(run: RecordedRun) -> float:
 
 
 def _links(run: RecordedRun, plan: Plan) -> dict[tuple[str, str], LinkModel]:
-    """Returns the links as they are shaped, with the delay that messages have there alone."""
+    """Returns the emulated links, with the separately measured delay of messages."""
     assert run.trace is not None
     nbytes = max(row.nbytes for _, row in run.trace.rows() if row.action.kind == SEND_FORWARD)
     shapes = dict(zip(("up", "down"), parse_link("wifi"), strict=True))

@@ -1,9 +1,8 @@
-"""What the channel is measured against, and the channel itself, as two processes' worth of peers.
+"""The channel and the software that it is compared with, as peers in two processes.
 
-Every peer has a receiving side, started once by ``start_receivers`` and answering on threads of its
-own, and a sending side that times itself: from the first byte offered until the receiver has said
-that the last tensor lies complete in a buffer of its own. Runs in processes of
-``pipar_jax.launch.pinning``.
+Every peer has a receiving side, started once by ``start_receivers`` with its own threads, and a
+sending side that times itself: from the first byte until the receiver has reported that the last
+tensor is complete in its own buffer. Runs in processes of ``pipar_jax.launch.pinning``.
 """
 
 from __future__ import annotations
@@ -89,7 +88,7 @@ def _serve_bare(host: str, context: ssl.SSLContext | None) -> int:
 
 
 def _answer_bare(sock: socket.socket) -> None:
-    """Receives tensors, each into a buffer of its own; answers a byte, or the small ones."""
+    """Receives tensors, each into its own buffer; answers with a byte, or with small tensors."""
     head = memoryview(bytearray(_LENGTH.size))
     while _receive_all(sock, head):
         (nbytes,) = _LENGTH.unpack(head)
@@ -128,7 +127,7 @@ def _serve_channel(host: str, folder: Path | None, checksum: bool | None = None)
     mailbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
 
     def consume() -> None:
-        """What a host does: takes messages from its mailbox on a thread of its own."""
+        """Takes messages from a mailbox on its own thread, as a host does."""
         while True:
             message = mailbox.get()
             if message.kind == MessageKind.CONTROL:
@@ -141,7 +140,7 @@ def _serve_channel(host: str, folder: Path | None, checksum: bool | None = None)
             message.release()
 
     def take(message: Message) -> None:
-        """Answers small tensors at once, so that a round trip is the channel's and no host's."""
+        """Answers small tensors immediately, so that a round trip does not include a host."""
         if message.kind == MessageKind.TENSOR and message.nbytes == SMALL_BYTES:
             message.link.send(Tag(role=Role.COTANGENT), message.array)
             message.release()
@@ -223,7 +222,7 @@ def _sender(kind: str, host: str, port: int, folder: str | None) -> Any:
 def send_tensors(
     kind: str, host: str, port: int, folder: str | None, nbytes: int, count: int
 ) -> float:
-    """Sends ``count`` float32 tensors of ``nbytes`` and returns the seconds until all are there."""
+    """Sends ``count`` float32 tensors of ``nbytes``; returns the seconds until all have arrived."""
     sender = _sender(kind, host, port, folder)
     array = _tensor(nbytes)
     began_s = time.perf_counter()
@@ -243,7 +242,7 @@ def send_tensors(
             sender.sendall(view)
         for _ in range(count):
             if not sender.recv(1):
-                raise ConnectionError("the bare receiver has gone")
+                raise ConnectionError("the bare receiver has ended")
     return time.perf_counter() - began_s
 
 
@@ -289,11 +288,11 @@ def heartbeat_under_load(
     """Returns the longest round trip of a control message while a large tensor is in flight.
 
     Args:
-      host: Where the channel's receiver is.
+      host: Address of the channel's receiver.
       port: Its port.
       rate_mbps: Emulated rate, or None for the network as it is.
       nbytes: Size of the tensor.
-      seconds: How long to look; the connection is then ended, the tensor with it.
+      seconds: Duration; the connection is closed after it, during the tensor.
     """
     channel = _Channel(host, port, None)
     if rate_mbps is not None:
@@ -315,7 +314,7 @@ def heartbeat_under_load(
 
 
 def start_crowd_server(window_bytes: int) -> int:
-    """Starts a server that counts what it gets; returns its port."""
+    """Starts a server that counts tensors; returns its port."""
     _raise_file_limit()
     endpoint = Endpoint("server", options=ChannelOptions(window_bytes=window_bytes))
     counts: dict[str, int] = {"messages": 0, "links": 0, "bytes": 0}
@@ -335,13 +334,13 @@ def start_crowd_server(window_bytes: int) -> int:
 
 
 def crowd_state() -> dict[str, float]:
-    """Returns what the crowd's server has got, and its memory and threads."""
+    """Returns the number of tensors of the crowd's server, and its memory and threads."""
     _, counts = _STATE["crowd"]
     return {**counts, "peak_bytes": _peak_bytes(), "threads": threading.active_count()}
 
 
 def send_from_crowd(port: int, devices: int, tensors: int, nbytes: int) -> float:
-    """Connects so many devices, each of which sends so many tensors; returns the seconds."""
+    """Connects devices that send tensors; returns the seconds."""
     _raise_file_limit()
     with Endpoint("devices") as endpoint:
         links = [
@@ -359,10 +358,10 @@ def send_from_crowd(port: int, devices: int, tensors: int, nbytes: int) -> float
 
 
 def _peak_bytes() -> int:
-    """Returns the largest memory this process has had."""
+    """Returns the peak memory of this process."""
     status = Path("/proc/self/status")
     if status.exists():
-        # Not ru_maxrss, which on Linux still counts the process that this one was started from.
+        # Not ru_maxrss, which on Linux includes the parent process.
         line = next(one for one in status.read_text().splitlines() if one.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,8 +1,7 @@
-"""What codecs are measured on and beside: tensors of real trainings, general compressors.
+"""Inputs and baselines of the codec benchmark: tensors of real training, general compressors.
 
-Tensors are the activations and cotangents at chosen cuts of a network that was trained for a few
-steps, since fresh weights give other numbers: ReLUs that are open half of the time, and cotangents
-without the spread that they get.
+Tensors are the activations and cotangents at chosen cuts of a network after a few steps of
+training, since those of initial weights have a different distribution.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ LEARNING_RATE, MOMENTUM = 0.01, 0.9
 
 
 class Coder(NamedTuple):
-    """A way to make an array smaller.
+    """A compressor of arrays.
 
     Attributes:
-      encode: From an array to bytes of any kind.
-      decode: Back, given the array's type and shape.
-      lossy: Whether something may be lost.
+      encode: Converts an array to bytes.
+      decode: Converts them back, given dtype and shape.
+      lossy: Whether it is lossy.
     """
 
     encode: Callable[[Array], Any]
@@ -38,7 +37,7 @@ class Coder(NamedTuple):
 
 
 def coders(names: Sequence[str]) -> dict[str, Coder]:
-    """Returns codecs of ours by name, and the general compressors that are installed."""
+    """Returns our codecs by name, and the installed general compressors."""
     found = {name: _ours(name) for name in names}
     if importlib.util.find_spec("zstandard") is not None:
         import zstandard
@@ -65,20 +64,20 @@ def coders(names: Sequence[str]) -> dict[str, Coder]:
 
 
 def nbytes(encoded: Any) -> int:
-    """Returns the size of what a coder made."""
+    """Returns the size of encoded data."""
     return encoded.nbytes if isinstance(encoded, np.ndarray) else len(encoded)
 
 
 def tensors_of(
     network: str, images: Array, labels: Array, cuts: tuple[int, ...], batch: int
 ) -> Mapping[str, Array]:
-    """Trains a network and returns what crosses its cuts in the last step.
+    """Trains a network and returns the tensors at its cuts in the last step.
 
     Args:
       network: One of ``stages.MODELS``.
       images: [n, height, width, channels] float32, normalised; as many steps as it has batches.
       labels: [n] integers.
-      cuts: Where the network is cut, rising.
+      cuts: Cuts of the network, increasing.
       batch: Samples per step.
 
     Returns:
@@ -106,7 +105,7 @@ def tensors_of(
         )
         for i in reversed(range(len(cuts))):
             found[f"cut {cuts[i]} cotangent"] = np.array(cotangent)
-            assert cotangent is not None  # only the first stage has none to hand on
+            assert cotangent is not None  # only the first stage has no cotangent
             cotangent, sums[i] = parts[i].backward(held[i], kept.pop(), cotangent, sums[i])
         for i in range(len(parts)):
             held[i], opts[i], sums[i] = update(held[i], opts[i], sums[i])

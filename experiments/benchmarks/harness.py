@@ -1,8 +1,8 @@
-"""The one benchmark harness: every ``experiments.bench_*`` measures and reports with it.
+"""The benchmark harness, with which every ``experiments.bench_*`` measures and reports.
 
 A benchmark is a function that takes a ``Bench``; its module ends in ``harness.run``, which adds
-``--quick`` and ``--json=FILE``, prints the table and gives exit code 0 when it ran, whether its
-targets were met or not::
+``--quick`` and ``--json=FILE``, prints the table and ends with exit code 0, whether targets were
+met or not::
 
     \"\"\"How long a sort takes beside the same sort of a shuffled list.\"\"\"
 
@@ -10,23 +10,21 @@ targets were met or not::
 
 
     def measure(run: harness.Bench) -> None:
-        size = 10_000 if run.quick else 1_000_000
-        up, down = range(size), range(size, 0, -1)
-        cases = {"sorted": lambda: sorted(up), "reversed": lambda: sorted(down)}
-        samples = run.compare(cases, repeats=9)
-        run.row("sorted", samples.median("sorted") * 1e3, "ms", spread=samples.spread("sorted"))
-        run.row("reversed / sorted", samples.ratio("reversed", "sorted"), "x", target=1.5)
-        run.note("Sorting what is sorted is not free either.")
+        size = 10_000 if run.quick else 1_000_000 up, down = range(size), range(size, 0, -1) cases =
+        {"sorted": lambda: sorted(up), "reversed": lambda: sorted(down)} samples =
+        run.compare(cases, repeats=9) run.row("sorted", samples.median("sorted") * 1e3, "ms",
+        spread=samples.spread("sorted")) run.row("reversed / sorted", samples.ratio("reversed",
+        "sorted"), "x", target=1.5) run.note("Sorting a sorted list is not free either.")
 
 
     if __name__ == "__main__":
         harness.run(measure)
 
-What is timed ends when its result is ready (``block_until_ready``), and the first calls, which
-compile, are left out. A case that times itself, such as a whole training in processes of its own,
-returns ``harness.Seconds``. Machines are noisy: cases take turns, their order reversed every other
-time, and a ratio is the median of the ratios of neighbouring runs. ``pipar_jax.launch.pinning``
-runs a case on chosen cores. The harness itself needs no jax.
+Timings end when the result is ready (``block_until_ready``) and exclude the first calls, which
+compile. A case that times itself, such as a whole training run in processes, returns
+``harness.Seconds``. Machines are noisy: cases alternate, their order reversed every other time, and
+a ratio is the median of the ratios of neighbouring runs. ``pipar_jax.launch.pinning`` runs a case
+on chosen cores. The harness itself needs no jax.
 """
 
 from __future__ import annotations
@@ -52,18 +50,18 @@ from pipar_jax.disk.json_text import dumps
 from pipar_jax.errors import ConfigError, RunError
 from pipar_jax.launch import plain_flags
 
-# With --quick, no comparison runs its cases more often than this.
+# Maximum number of runs of each case with --quick.
 QUICK_REPEATS = 3
-# Where there is no terminal, a progress line is printed at most this often.
+# Minimum interval of progress lines without a terminal.
 PLAIN_PROGRESS_S = 10.0
-# The width of a table that does not go to a terminal.
+# Width of a table without a terminal.
 PLAIN_WIDTH = 110
 
 Better = Literal["lower", "higher"]
 
 
 class Seconds(float):
-    """What a case returns that has timed itself."""
+    """The result of a case that times itself."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class Row:
 
 
 class Samples:
-    """The seconds of each case, in the order of the runs: the i-th runs of all are neighbours."""
+    """The seconds of each case, in the order of runs: the i-th runs of all are neighbours."""
 
     def __init__(self, seconds: Mapping[str, list[float]]) -> None:
         self.seconds = dict(seconds)
@@ -89,7 +87,7 @@ class Samples:
         return median(self.seconds[case])
 
     def minimum(self, case: str) -> float:
-        """Returns the least of the seconds of ``case``: what other work disturbs least."""
+        """Returns the minimum of the seconds of ``case``, which other work affects least."""
         return min(self.seconds[case])
 
     def spread(self, case: str) -> float:
@@ -107,13 +105,13 @@ class Samples:
 
 
 class Bench:
-    """One benchmark in progress: it runs cases, shows how far it is, and collects rows.
+    """A running benchmark: runs cases, shows progress, and collects rows.
 
     Args:
-      title: What is measured, in one line.
-      quick: Keep the whole benchmark under a minute.
-      json_path: Where ``finish`` writes the rows, or None.
-      console: Where the report goes; standard output unless given.
+      title: Title in one line.
+      quick: Whether to keep the whole benchmark under a minute.
+      json_path: File to which ``finish`` writes the rows, or None.
+      console: Console of the report; by default standard output.
 
     Raises:
       ConfigError: The folder of ``json_path`` does not exist.
@@ -133,7 +131,7 @@ class Bench:
         self._spreads: list[float | None] = []
         self._notes: list[str] = []
         self._json_path = Path(json_path) if json_path is not None else None
-        # Said at once, not after half an hour of measuring.
+        # Reported immediately, not after half an hour of measuring.
         if self._json_path is not None and not self._json_path.absolute().parent.is_dir():
             raise ConfigError(
                 f"--json={self._json_path}: the folder {self._json_path.absolute().parent} does "
@@ -152,12 +150,12 @@ class Bench:
         repeats: int = 7,
         warm_up: int = 1,
     ) -> Samples:
-        """Runs ``cases`` in turns and returns their seconds.
+        """Runs ``cases`` alternately and returns their seconds.
 
         Args:
-          cases: What to run, by name. A case that returns ``Seconds`` has timed itself.
-          repeats: Timed runs of each case; at most ``QUICK_REPEATS`` with ``--quick``.
-          warm_up: Runs of each case beforehand that are not timed: they compile.
+          cases: Functions by name. A case that returns ``Seconds`` times itself.
+          repeats: Number of timed runs of each case; at most ``QUICK_REPEATS`` with ``--quick``.
+          warm_up: Number of untimed runs of each case before, which compile.
         """
         repeats = min(repeats, QUICK_REPEATS) if self.quick else repeats
         seconds: dict[str, list[float]] = {name: [] for name in cases}
@@ -165,7 +163,7 @@ class Bench:
         done = 0
         began_s = time.monotonic()
         for turn in range(-warm_up, repeats):
-            # Forth and back, so that a machine that slows down or warms up favours neither end.
+            # Forth and back, so that a change of the machine's speed favours neither end.
             order = list(cases) if turn % 2 == 0 else list(cases)[::-1]
             for name in order:
                 left_s = (time.monotonic() - began_s) / done * (total - done) if done else None
@@ -184,7 +182,7 @@ class Bench:
         total: int | None = None,
         left_s: float | None = None,
     ) -> None:
-        """Shows what is being done, on one line: in place on a terminal, now and then elsewhere."""
+        """Shows progress on one line: in place on a terminal, occasionally elsewhere."""
         parts = [text]
         if done is not None and total is not None:
             parts.insert(0, f"{done}/{total}")
@@ -202,18 +200,18 @@ class Bench:
         *,
         spread: float | None = None,
     ) -> Row:
-        """Adds a figure to the report, and whether it meets its ``target``, if it has one.
+        """Adds a figure to the report, and whether it meets its ``target``, if any.
 
         Args:
-          name: What the figure is, unique in the report.
+          name: Unique name of the figure.
           value: The figure, in ``unit``.
           unit: Its unit: "s", "ms", "GB/s", "x" for a ratio, "%", …
-          target: What it has to reach.
+          target: Target value.
           better: Whether lower or higher figures are better.
-          spread: Distance between its quartiles as a share of its median, for the table alone.
+          spread: Distance between its quartiles as a share of its median, only for the table.
 
         Raises:
-          RunError: A row of that name exists already.
+          RunError: A row with that name already exists.
         """
         if any(row.name == name for row in self.rows):
             raise RunError(f"the benchmark reports {name!r} twice; give each row its own name")
@@ -241,7 +239,7 @@ class Bench:
         self._console.print(f"on {describe_machine()}", markup=False)
         if self._json_path is not None:
             rows = [asdict(row) for row in self.rows]
-            for row in rows:  # JSON knows no NaN and no infinity
+            for row in rows:  # JSON has neither NaN nor infinity
                 row["value"] = row["value"] if math.isfinite(row["value"]) else None
             text = dumps(rows, indent=1) + "\n"
             write_text(self._json_path, text, "choose another file with --json")
@@ -295,8 +293,8 @@ def run(measure: Callable[[Bench], None], title: str | None = None) -> None:
     """Runs a benchmark as a program with ``--quick`` and ``--json=FILE``, and exit.
 
     Args:
-      measure: Measures, and adds rows to the ``Bench`` it is given.
-      title: What is measured; the first line of the main module's docstring unless given.
+      measure: Measures, and adds rows to its ``Bench``.
+      title: Title; by default the first line of the main module's docstring.
     """
     quick = flags.DEFINE_boolean("quick", False, "Take less than a minute, with coarser figures.")
     json_path = plain_flags.define_path("json", None, "Also write the rows to this file, as JSON.")
@@ -308,9 +306,9 @@ def run(measure: Callable[[Bench], None], title: str | None = None) -> None:
         try:
             measure(bench)
         except BaseException:
-            # What was measured until now took its time: it is not thrown away.
+            # Measurements so far are expensive and not discarded.
             if bench.rows:
-                bench.note("Not complete: it was ended before all was measured.")
+                bench.note("Incomplete: interrupted before all was measured.")
                 bench.finish()
             raise
         bench.finish()
@@ -319,7 +317,7 @@ def run(measure: Callable[[Bench], None], title: str | None = None) -> None:
 
 
 def describe_machine(libraries: Iterable[str] = ("jax", "flax", "numpy")) -> str:
-    """Returns one line about this machine: system, cores that may be used, Python and libraries."""
+    """Returns one line about this machine: system, usable cores, Python and libraries."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in libraries)
     return (
@@ -329,7 +327,7 @@ def describe_machine(libraries: Iterable[str] = ("jax", "flax", "numpy")) -> str
 
 
 def _time_once(case: Callable[[], object]) -> float:
-    """Returns the seconds of one call, its result ready, or what the call measured itself."""
+    """Returns the seconds of one call until its result is ready, or its own measurement."""
     began_s = time.perf_counter()
     result = case()
     if isinstance(result, Seconds):
@@ -339,7 +337,7 @@ def _time_once(case: Callable[[], object]) -> float:
 
 
 def _wait(result: object) -> None:
-    """Waits for every array in a nest of tuples, lists and dicts: dispatch is asynchronous."""
+    """Waits for all arrays in nested tuples, lists and dicts, since dispatch is asynchronous."""
     if hasattr(result, "block_until_ready"):
         result.block_until_ready()
     elif isinstance(result, tuple | list):
@@ -351,5 +349,5 @@ def _wait(result: object) -> None:
 
 
 def _digits(value: float) -> str:
-    """Returns ``value`` with four significant digits, never in powers of ten up to a billion."""
+    """Returns ``value`` with four significant digits, without an exponent up to a billion."""
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"

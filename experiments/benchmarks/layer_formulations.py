@@ -1,8 +1,8 @@
 """Measures the formulations of layers on this machine and writes ``stages/layers/measured.csv``.
 
 Run ``taskset -c 0 python -m experiments.benchmarks.layer_formulations`` on a quiet machine; it
-takes half an hour, most of it to compile. Times are processor time, least of several runs in which
-the formulations alternate, so other work on the machine disturbs them little.
+takes half an hour, most of it to compile. Times are processor times, minima of several runs in
+which the formulations alternate, so that other work affects them little.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from stages.registry import build
 # Samples of the data sets that presets train on: CIFAR-10, MNIST, scikit-learn's digits.
 SAMPLES = ((32, 32, 3), (28, 28, 1), (8, 8, 1))
 BATCHES = (10, 25, 100)
-# Each formulation is run until it took so long in all, but not more and not less often than this.
+# Each formulation is run for this total time, within these limits of runs.
 TOTAL_MS = 100.0
 RUNS = (4, 12)
-# One that takes so much longer than another is not run until then: it is certain which is faster.
+# A formulation that is slower by this factor is not run for the full time.
 HOPELESS = 3.0
 HOPELESS_MS = 20.0
 
 
 class Case(NamedTuple):
-    """One operation as functions to be timed.
+    """One operation with its formulations as functions.
 
     Attributes:
       operation: Its name, as for ``formulation.choose``.
@@ -73,21 +73,21 @@ def registered_shapes(
     for name in MODELS:
         for sample in samples:
             for stem in stems:
-                # The table need not exist yet.
+                # The table may not exist yet.
                 with forced(Formulation.XLA), recorded() as asked:
                     try:
                         build(name, input_shape=sample, classes=10, stem=stem)
-                    except StageError:  # a network of tokens takes no images
+                    except StageError:  # a network of tokens does not accept images
                         continue
                 found |= asked
                 if not asked:
-                    break  # nor has it anything to measure with another stem
+                    break  # nor does it have another stem
     layers = {(operation.removesuffix("_forward"), shape) for operation, shape in found}
     return sorted((operation, shape._replace(batch=batch)) for operation, shape in layers)
 
 
 def cases(layer: str, shape: LayerShape) -> Iterator[Case]:
-    """Yields what is timed of a layer: a convolution's passes, of others both passes together."""
+    """Yields the timed cases of a layer: the passes of a convolution, both passes of others."""
     geometry = Geometry(shape.size, shape.stride, shape.padding)
     x = _normal(*shape[:4])
     if layer == "conv":
@@ -136,7 +136,7 @@ def _both_passes(function: Callable[..., jax.Array]) -> Callable[..., Any]:
 
 
 def alternatives(function: Callable[..., Any], own: Formulation) -> dict[str, Callable[..., Any]]:
-    """Returns the function as XLA's operation and in a formulation of ours, forced."""
+    """Returns the function as XLA's operation and in our formulation."""
 
     def force(formulation: Formulation) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
@@ -149,7 +149,7 @@ def alternatives(function: Callable[..., Any], own: Formulation) -> dict[str, Ca
 
 
 def time_ms(functions: dict[str, Callable[..., Any]], *arguments: jax.Array) -> Times:
-    """Times functions in turn; returns the least processor time of each in milliseconds."""
+    """Times functions alternately; returns the minimum processor time of each in milliseconds."""
     programs = {name: Program(function) for name, function in functions.items()}
     for program in programs.values():
         jax.block_until_ready(program(*arguments))  # type: ignore[no-untyped-call]

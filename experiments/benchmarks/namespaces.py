@@ -22,7 +22,7 @@ def namespaces_work() -> bool:
     try:
         with ShapedNamespace(100.0, latency_ms=50):
             return True
-    except RunError:  # root inside a container that grants no administration of networks
+    except RunError:  # root in a container without the right to administer networks
         return False
 
 
@@ -31,7 +31,7 @@ class ShapedNamespace:
 
     Args:
       rate_mbps: Rate of either direction.
-      latency_ms: How long a packet may wait in the queue of ``tbf`` before it is dropped.
+      latency_ms: Maximum time of a packet in the queue of ``tbf``.
 
     Attributes:
       name: The namespace's name.
@@ -42,7 +42,7 @@ class ShapedNamespace:
     def __init__(self, rate_mbps: float, *, latency_ms: float) -> None:
         tag = uuid.uuid4().hex[:6]
         self.name = f"pipar{tag}"
-        # One of the 64 Ki subnets of 10/8 by the random name, so that several runs do not collide.
+        # One of 65,536 subnets of 10/8 by the random name, so that several runs do not collide.
         self._prefix = f"10.{int(tag[0:2], 16)}.{int(tag[2:4], 16)}"
         self.near_address = f"{self._prefix}.1"
         self.far_address = f"{self._prefix}.2"
@@ -54,7 +54,7 @@ class ShapedNamespace:
         """Makes the namespace and the link.
 
         Raises:
-          RunError: If ``ip`` or ``tc`` fails; what was made is removed again.
+          RunError: If ``ip`` or ``tc`` fails; everything created is removed.
         """
         inside = ("ip", "netns", "exec", self.name)
         shape = (

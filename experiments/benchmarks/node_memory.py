@@ -1,8 +1,8 @@
-"""One compute node of a chain, driven alone: what memory it takes at its worst moment.
+"""The peak memory of one compute node of a chain, with synthetic neighbours.
 
-The node is the real host with real links over loopback; its neighbours are synthetic tensors, all
-devices' at once: every micro-batch goes forward before the first cotangent comes, as far as the
-plan allows. So a node that serves sixteen devices needs no sixteen processes.
+The node is the real host with real links over loopback; its neighbours send synthetic tensors of
+all devices at once: all micro-batches go forward before the first cotangent arrives, as far as the
+plan allows. A node that serves sixteen devices thus does not need sixteen processes.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from pipar_jax.schedule.plan import Boundary, Plan
 
 T = TypeVar("T")
 
-#: How long a node may take for one micro-batch, compilation aside.
+#: Time limit of a node for one micro-batch, without compilation.
 _PATIENCE_S = 120.0
-#: How long its books may lag behind the last tensor that left.
+#: Maximum delay of its accounting after the last tensor has left.
 _SETTLE_S = 10.0
 
 
 class Driven(NamedTuple):
-    """What a node held, in bytes.
+    """The memory of a node in bytes.
 
     Attributes:
-      arrays: The most bytes of arrays at a time, by the host's own books.
-      temporary: The largest of its functions' temporaries.
-      resident: The most memory that its process had in use.
-      booked: Bytes on the books when all forwards were over and no cotangent had come.
-      live: Bytes of all arrays that jax knew in the process at that moment.
-      predicted: The most bytes of arrays at a time, predicted from shapes.
+      arrays: Peak of its arrays according to the host's accounting.
+      temporary: Largest temporary of its functions.
+      resident: Peak of the process's resident memory.
+      booked: Accounted bytes after all forwards, before the first cotangent.
+      live: Bytes of all live arrays of jax in the process at that time.
+      predicted: Peak of arrays predicted from shapes.
     """
 
     arrays: int
@@ -63,18 +63,18 @@ def drive_alone(
     classes: int,
     cores: Sequence[int] = (),
 ) -> list[Driven]:
-    """Drives a node through one step of each of some plans, in a process of its own.
+    """Drives a node through one step of each plan, in its own process.
 
     Args:
       config: Resolved configuration: model, mini-batch, optimiser.
       plans: The plans; the node's units are compiled once if they are the same in all.
-      node: The node's name; it holds a middle part of the chain.
+      node: Name of the node, which has a middle part of the chain.
       input_shape: Shape of one sample.
       classes: Number of classes.
       cores: Cores to run on; none for any.
 
     Returns:
-      What it held, for each plan.
+      Its memory for each plan.
 
     Raises:
       RunError: The node failed, or did not answer.
@@ -108,7 +108,7 @@ def _drive_all(
     found = []
     for plan in map(Plan.from_dict, plans):
         found.append(tuple(_drive(config, plan, node, model)))
-        gc.collect()  # its arrays, before there are the next one's
+        gc.collect()  # release its arrays before the next one's
     return found
 
 
@@ -135,7 +135,9 @@ class _Drive:
         self._config, self._plan, self._node, self._model = config, plan, node, model
         self._stage = plan.devices[0].hosts.index(node)
         if not 0 < self._stage < plan.devices[0].stages - 1:
-            raise PlanError(f"{node} is no middle of the chain {plan}: only such are driven alone")
+            raise PlanError(
+                f"{node} is not in the middle of the chain {plan}: only middle nodes can be measured"
+            )
         self._samples = (config.data.batch_size,) * len(plan.devices)
         self._replies: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._forwarded: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -147,7 +149,7 @@ class _Drive:
         )  # fmt: skip
 
     def connect(self, own: Endpoint, others: Endpoint) -> None:
-        """Gives the host a link for each of its boundaries, and keeps the other ends."""
+        """Opens a link for each of the host's boundaries, and keeps the other ends."""
         arrived: queue.SimpleQueue[Link] = queue.SimpleQueue()
         address = own.listen("127.0.0.1", 0, arrived.put)
         for boundary in self._plan.boundaries():
@@ -186,9 +188,9 @@ class _Drive:
             self._send(tag)
         capped = self._plan.in_flight if self._plan.sums_gradients else 0
         inside = [self._get(self._forwarded) for _ in parts[: capped or None]]
-        # Where a cap lets inputs wait, their buffers are booked and no arrays yet.
+        # If a limit makes inputs wait, their buffers are accounted for, but not yet arrays.
         booked, live = self._settle(0.0 if capped else _SETTLE_S)
-        for _ in parts[len(inside) :]:  # one has to leave before another may come
+        for _ in parts[len(inside) :]:  # one has to leave before the next may enter
             self._send(inside.pop(0))
             inside.append(self._get(self._forwarded))
         for tag in inside:
@@ -203,7 +205,7 @@ class _Drive:
         self._host.close()
 
     def _send(self, tag: Tag) -> None:
-        """Sends what a neighbour would: ones of the right shape."""
+        """Sends ones of the right shape, in place of a neighbour."""
         down = tag.role == Role.COTANGENT
         below = self._stage if down else self._stage - 1
         shape = self._model.shapes(tag.samples)[self._plan.devices[tag.device].cuts[below]]
@@ -214,16 +216,16 @@ class _Drive:
         link.send(tag, np.ones(shape.shape, shape.dtype))
 
     def _take(self, message: Message) -> None:
-        """Takes a result; on the I/O thread. A forward's is answered by a cotangent later."""
+        """Receives a result on the I/O thread; cotangents answer those of forwards later."""
         tag = message.tag
         message.release()
         if tag is not None and tag.role == Role.ACTIVATION:
             self._forwarded.put(dataclasses.replace(tag, role=Role.COTANGENT, stage=self._stage))
 
     def _settle(self, patience_s: float) -> tuple[int, int]:
-        """Returns what is booked and what is alive, once what has left is off the books.
+        """Returns accounted and live bytes, once tensors that have left are released.
 
-        Threads that end may keep the host of the plan before, with its arrays, a little longer.
+        Threads that end may keep the host of the previous plan, with its arrays, a little longer.
         """
         import jax
 
@@ -244,7 +246,7 @@ class _Drive:
         return reply
 
     def _get(self, mail: queue.SimpleQueue[Any], timeout_s: float | None = _PATIENCE_S) -> Any:
-        """Returns the next item, or raises the error that is one."""
+        """Returns the next item, or raises it if it is an error."""
         try:
             item = mail.get(timeout=timeout_s)
         except queue.Empty:
@@ -254,10 +256,10 @@ class _Drive:
         return item
 
     def _fail(self, error: BaseException) -> None:
-        """Takes what ended the host or a link."""
+        """Receives the error that ended the host or a link."""
         self._replies.put(error)
         self._forwarded.put(error)
 
 
 def _nothing() -> None:
-    """Ignores that there is credit again: what is sent here waits on its own."""
+    """Ignores returned credit, since senders here wait on their own."""

@@ -1,8 +1,8 @@
-"""Settings in which the simulator is held against real runs, and its predictions for them.
+"""Settings in which the simulator is compared with real runs, and its predictions.
 
 Every setting trains PiPar in processes: the server on one core, the devices on another; several
-devices are slowed down, so that their demand stays under that core. Random images stand for data:
-times do not depend on what is learned. ``experiments.validate_simulator`` runs them.
+devices are slowed down, so that they do not saturate that core. Data are random images, since times
+do not depend on what is learned. ``experiments.validate_simulator`` runs them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pipar_jax.schedule.plan import COORDINATOR
 from pipar_jax.simulator import Costs, LinkModel, simulate
 
 LINKS, COUNTS, DEVICES = ("4g", "4g+", "wifi"), (1, 4, 10), (1, 4)
-#: How much slower devices compute where there are several: their demand stays under one core.
+#: Slowdown of several devices, with which they do not saturate one core.
 SLOWDOWN = 10.0
 INPUT_SHAPE, CLASSES = (32, 32, 3), 10
 #: Steps of a round, and rounds of a run, of which the first is a warm-up.
@@ -39,7 +39,7 @@ STEPS, ROUNDS = 4, 3
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A network, where it is cut, and its mini-batch."""
+    """A network, its cut, and its mini-batch."""
 
     name: str
     cut: int
@@ -60,12 +60,12 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """What it is called in the table."""
+        """Name in the table."""
         one = self.network
         return f"{one.name} {self.link} N={self.micro_batches} devices={self.devices}"
 
     def config(self, folder: Path) -> Config:
-        """Returns its configuration, with runs and data below a folder."""
+        """Returns its configuration, with runs and data in a folder."""
         config = Config(name=self.name.replace(" ", "_").replace("=", ""), method="pipar",
                         epochs=ROUNDS)  # fmt: skip
         config.model.name, config.model.stem = self.network.name, "imagenet"
@@ -83,7 +83,7 @@ class Setting:
 
 
 def settings(quick: bool = False) -> list[Setting]:
-    """Returns what is measured; with ``quick`` a single setting."""
+    """Returns the settings; with ``quick`` a single one."""
     networks, links = (NETWORKS[:1], LINKS[-1:]) if quick else (NETWORKS, LINKS)
     counts, devices = (COUNTS[1:2], DEVICES[:1]) if quick else (COUNTS, DEVICES)
     return [
@@ -104,7 +104,7 @@ def write_data(folder: Path, batch: int) -> None:
 
 
 def time_network(some: Sequence[Setting], folder: Path) -> dict[str, Alone]:
-    """Times the functions of server and device alone, at every micro-batch size that occurs."""
+    """Times the functions of server and device separately, at all micro-batch sizes."""
     config = some[0].config(folder)
     plan = plan_for(config, unit_names(config))
     sizes = {
@@ -123,14 +123,14 @@ def time_network(some: Sequence[Setting], folder: Path) -> dict[str, Alone]:
 
 def unit_names(config: Config) -> tuple[str, ...]:
     """Returns the names of a configured network's units."""
-    # Here, so that --help and wrong flags need not wait for jax.
+    # Here, so that --help and wrong flags do not load jax.
     from pipar_jax.runtime.setup import build_model
 
     return build_model(config, INPUT_SHAPE, CLASSES).unit_names
 
 
 def time_links(setting: Setting, run: RecordedRun) -> dict[tuple[str, str], LinkModel]:
-    """Returns the links as they are shaped, with the delay that messages have there alone."""
+    """Returns the emulated links, with the separately measured delay of messages."""
     assert run.trace is not None
     nbytes = max(row.nbytes for _, row in run.trace.rows() if row.action.kind == SEND_FORWARD)
     up, down = (
@@ -141,10 +141,10 @@ def time_links(setting: Setting, run: RecordedRun) -> dict[tuple[str, str], Link
 
 
 def predict(setting: Setting, run: RecordedRun, alone: dict[str, Alone]) -> tuple[float, float]:
-    """Returns the predicted seconds of a round: from times alone, and from the run's own medians.
+    """Returns two predictions of a round: from separate times, and from the run's own medians.
 
-    Of the run itself the first takes what no clock has a part in, the bytes of its messages, the
-    short average, and how long a slowed device emulates each computation: the least of its times.
+    From the run, the first uses the bytes of messages, the short average, and the emulated duration
+    of each computation of a slowed device, the minimum of its times.
     """
     assert run.trace is not None
     plan, round_schedule = run.plan, run.schedule()

@@ -1,8 +1,7 @@
 """Training steps of pipar_jax and PyTorch, timed in processes of ``pipar_jax.launch.pinning``.
 
 A step is forward, loss, backward and SGD with momentum on one batch of CIFAR shapes. Each process
-prepares one network and then runs it as often as it is asked to, so that two processes on the same
-cores can take turns.
+prepares one network and runs it on request, so that two processes on the same cores can alternate.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ def prepare_jax(
     Args:
       name: One of ``stages.MODELS``.
       batch: Samples per step.
-      cuts: Where to cut it; the stages then run one after another in this process.
-      rematerialise: Whether stages compute their forward pass again.
+      cuts: Its cuts; the stages run one after another in this process.
+      rematerialise: Whether stages recompute their forward pass.
       stem: One of ``stages.STEMS``.
 
     Returns:
@@ -67,7 +66,7 @@ def prepare_jax(
             held[-1], stats[-1], h, labels, draw, sums[-1]
         )
         for i in reversed(range(len(parts) - 1)):
-            assert cotangent is not None  # only the first stage has none to hand on
+            assert cotangent is not None  # only the first stage has no cotangent
             cotangent, sums[i] = parts[i].backward(held[i], kept.pop(), cotangent, sums[i])
         for i in range(len(parts)):
             held[i], opts[i], sums[i] = update(held[i], opts[i], sums[i])
@@ -85,7 +84,7 @@ def prepare_jax(
 
 
 def count_flops(name: str, batch: int, stem: str = "cifar") -> float:
-    """Floating-point operations of a step of ours, forward and backward."""
+    """Floating-point operations of our step, forward and backward."""
     model = stages.build(name, input_shape=(32, 32, 3), classes=10, stem=stem)
     return sum(
         row.forward_flops + row.backward_flops for row in stages.stage_facts(model, (), batch)
@@ -111,7 +110,7 @@ def prepare_torch(
       name: Network, as for ``experiments.benchmarks.torch_networks.build``.
       batch: Samples per step.
       threads: Number of threads that PyTorch may use.
-      channels_last: Whether images and kernels are laid out channels last.
+      channels_last: Whether images and kernels have the layout channels last.
       stem: One of ``stages.STEMS``.
 
     Returns:
@@ -140,17 +139,17 @@ def prepare_torch(
 
 
 def run_step(times: int) -> float:
-    """Runs the prepared step and returns the least seconds of several."""
+    """Runs the prepared step and returns the minimum of the seconds of several runs."""
     return _least(_STATE["step"], times)
 
 
 def peak_bytes() -> int:
-    """Most memory that this process has held so far."""
+    """Peak memory of this process so far."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _least(run: Callable[[], Any], times: int) -> float:
-    """Least seconds of several runs."""
+    """Minimum of the seconds of several runs."""
     least = float("inf")
     for _ in range(times):
         began = time.perf_counter()

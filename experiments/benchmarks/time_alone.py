@@ -1,7 +1,7 @@
-"""A host's compiled functions timed alone, in a process of its own on chosen cores.
+"""Times a host's compiled functions separately, in its own process on chosen cores.
 
-What a prediction needs before there is a run: each function at each micro-batch size, dispatched
-and waited for as in training, with nothing else on the core.
+These are the inputs of a prediction before a run: each function at each micro-batch size,
+dispatched and awaited as in training, with nothing else on the core.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def time_alone(
     """Returns the median seconds of every function that a host runs under a plan.
 
     Args:
-      config: Resolved configuration; model and optimiser count.
-      plan: The plan, which says what the host runs.
+      config: Resolved configuration; model and optimiser are used.
+      plan: The plan.
       host: The host's name.
       sizes: Micro-batch sizes.
       input_shape: Shape of one sample.

@@ -1,8 +1,7 @@
-"""The networks of ``stages.models`` as PyTorch writes them, to be timed beside ours.
+"""The networks of ``stages.models`` in PyTorch, for comparison.
 
-The same layers in the same order with the same shapes and, so that nobody compares different
-work, the same number of parameters (tested where torch is installed). torch is an extra and is
-imported on first use.
+They have the same layers in the same order with the same shapes and number of parameters (tested if
+torch is installed). torch is an extra and is imported on first use.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def _vgg(nn: Any, name: str, channels: int, classes: int, height: int) -> Any:
 
 
 def _residual(nn: Any, inner: Any, skip: Any, relu: bool) -> Any:
-    """Returns inner(x) + skip(x), with a ReLU behind it if asked for."""
+    """Returns inner(x) + skip(x), optionally followed by a ReLU."""
 
     class Residual(nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -132,7 +131,7 @@ def _mobilenet(nn: Any, name: str, channels: int, classes: int, stem: str) -> An
 
 
 def _squeeze(nn: Any, channels: int) -> Any:
-    """Squeeze and excitation as torchvision writes it, with 1x1 convolutions."""
+    """Squeeze and excitation as in torchvision, with 1x1 convolutions."""
     narrow = divisible(channels // 4)
 
     class Squeeze(nn.Module):  # type: ignore[misc]

@@ -1,8 +1,8 @@
-"""Real trials of plans: one run in processes, its rounds under plans that are given in advance.
+"""Trials of plans: one run in processes whose rounds have given plans.
 
-What a benchmark of the tuner needs: each plan trained for real, its compilation left out, without
-starting processes for every plan. As a program it is a host's process (see ``launcher.launch``)
-whose server reads the plans from a file beside the run's folder.
+For benchmarks of the tuner: each plan is trained, without its compilation and without starting
+processes for every plan. As a program it is a host's process (see ``launcher.launch``) whose server
+reads the plans from a file next to the run's folder.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from pipar_jax.tuner.search import labels, search
 INPUT_SHAPE, CLASSES = (32, 32, 3), 10
 #: Steps of a round.
 STEPS = 3
-#: Numbers of micro-batches that are tried for real.
+#: Numbers of micro-batches that are tried.
 NUMBERS = (1, 2, 4, 5, 10, 20)
 #: Plans are tried if they are predicted within this factor of the best.
 WITHIN = 1.5
-#: Other plans that are tried, drawn at random.
+#: Number of other plans that are tried, drawn at random.
 OTHERS = 5
 
 
 class Tried(NamedTuple):
-    """A plan that was trained.
+    """A trained plan.
 
     Attributes:
       plan: The plan.
@@ -61,15 +61,15 @@ class Tried(NamedTuple):
 def base_config(
     folder: Path, network: str, batch: int, devices: int, link: str, steps: int = STEPS
 ) -> Config:
-    """Returns a configuration of a few steps a round, on random images, with its data written.
+    """Returns a configuration with few steps per round, on random images, which it writes.
 
     Args:
-      folder: Where runs and data go.
+      folder: Folder of runs and data.
       network: Name of the network.
       batch: Samples in a mini-batch.
-      devices: How many devices.
+      devices: Number of devices.
       link: Their link.
-      steps: Steps of a device in a round.
+      steps: Steps of a device per round.
     """
     data = folder / f"data-{batch}-{steps}.npz"
     if not data.exists():
@@ -87,7 +87,7 @@ def base_config(
 
 
 def survey(config: Config) -> Profile:
-    """Returns the profile that a run with method=auto makes of its hosts and links."""
+    """Returns the profile of hosts and links that a run with method=auto measures."""
     config = resolve(config)
     events = _launch(config, 1)
     (tuned,) = [event for event in events if event["event"] == "tuned"]
@@ -95,12 +95,12 @@ def survey(config: Config) -> Profile:
 
 
 def candidates(profile: Profile, config: Config, seed: int = 0) -> dict[str, list[Plan]]:
-    """Returns the plans worth trying: ``tuner``'s, the ``paper``'s, ``near`` ones and ``others``.
+    """Returns the plans to try: ``tuner``'s, the ``paper``'s, ``near`` ones and ``others``.
 
     Args:
       profile: Hosts and links.
       config: Resolved configuration.
-      seed: Of the draw of others.
+      seed: Seed of the draw of others.
     """
     found, stages = search(profile, config), StageCosts(profile)
     best = found.plans[0].plan
@@ -119,17 +119,17 @@ def candidates(profile: Profile, config: Config, seed: int = 0) -> dict[str, lis
 
 
 def common_plan(option: DeviceOption, like: Plan) -> Plan:
-    """Returns a plan in which all devices do the same, in all else like another one."""
+    """Returns a plan with one option for all devices, otherwise equal to another plan."""
     devices = (option.device_plan(),) * len(like.devices)
     return Plan(devices, dispatch=like.dispatch, aggregate_every=like.aggregate_every)
 
 
 def try_plans(config: Config, profile: Profile, plans: Sequence[Plan]) -> dict[Plan, Tried]:
-    """Trains each plan for as many rounds as it is named, in the order given.
+    """Trains each plan for one round per occurrence, in the given order.
 
     Args:
-      config: The configuration; a round under the first plan is a warm-up before them.
-      profile: What predictions are made from.
+      config: The configuration; a round under the first plan precedes as a warm-up.
+      profile: The profile for predictions.
       plans: The plans.
 
     Raises:
@@ -146,7 +146,7 @@ def try_plans(config: Config, profile: Profile, plans: Sequence[Plan]) -> dict[P
 
 
 def words(plan: Plan) -> str:
-    """Returns a plan in a few words, such as ``pipar 2 x4``."""
+    """Returns a short text of a plan, such as ``pipar 2 x4``."""
     found = labels(plan)
     cuts = [f"{one.cuts[0] if one.cuts else 'fl'}x{one.micro_batches}" for one in plan.devices]
     if len(set(cuts)) > 1:
@@ -155,14 +155,14 @@ def words(plan: Plan) -> str:
 
 
 def kept(results: Path, name: str, measure: Callable[[], Any]) -> Any:
-    """Returns what was measured under a name, measuring it if it was not yet.
+    """Returns the saved measurement of a name, or measures and saves it.
 
-    What is kept was written as soon as it was measured: a long benchmark can be taken up again.
+    Measurements are saved immediately, so that a long benchmark can be continued.
 
     Args:
       results: The folder.
       name: The name.
-      measure: Measures, and returns JSON values.
+      measure: Measures, and returns values for JSON.
     """
     path = results / f"{name.replace(' ', '_').replace('/', '-')}.json"
     if not path.exists():
@@ -171,7 +171,7 @@ def kept(results: Path, name: str, measure: Callable[[], Any]) -> Any:
 
 
 def _launch(config: Config, rounds: int, plans: Sequence[Plan] = ()) -> list[dict[str, Any]]:
-    """Runs so many rounds; returns the run's events."""
+    """Runs a number of rounds; returns the run's events."""
     folder, number = Path(config.run.dir), 0
     while (folder / f"trial{number}").exists():
         number += 1
@@ -200,8 +200,8 @@ def _write_data(path: Path, batch: int, steps: int) -> None:
 
 
 def _serve(config: Config, tell: OnEvent) -> None:
-    """Is the server of a run of trials."""
-    from pipar_jax.roles.server import run_server  # after the environment of jax is set
+    """Runs the server of a run of trials."""
+    from pipar_jax.roles.server import run_server  # after jax's environment is set
 
     plans = json.loads(_script(config).read_text(encoding="utf-8"))
     run_server(config, on_event=tell, script=[Plan.from_dict(plan) for plan in plans])

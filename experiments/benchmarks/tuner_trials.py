@@ -1,4 +1,4 @@
-"""The tuner held against real runs: settings, what is trained in each, and what comes of it.
+"""The tuner against real runs: settings, trained plans, and results.
 
 ``experiments.bench_tuner`` runs them.
 """
@@ -20,23 +20,23 @@ from pipar_jax.methods.resolution import resolve
 from pipar_jax.schedule.plan import Plan
 
 LINKS, SLOWDOWNS = ("4g", "4g+", "wifi", "lan"), (1.0, 10.0)
-#: Networks, their mini-batches, and how many near plans are trained at most: large networks take
-#: long to compile for each cut.
+#: Networks, their mini-batches, and the maximum number of near plans: large networks compile slowly
+#: for each cut.
 NETWORKS = (("vgg5", 100, 99), ("resnet18", 20, 8), ("mobilenetv3_small", 20, 8))
-#: Rounds in which the tuner's plan and the best of the others take turns.
+#: Rounds in which the tuner's plan and the best of the others alternate.
 TURNS = 4
 
-#: How much slower unequal devices are; twice that of the issue's, since they share one core here.
+#: Slowdowns of unequal devices, doubled because they share one core here.
 UNEQUAL = (2.0, 10.0, 40.0)
-#: Their links: one kind for all, and the faster a device the slower its link.
+#: Their links: equal ones, and slower ones for faster devices.
 UNEQUAL_LINKS = {"4G+": ("4g+",) * 3, "4G, 4G+, WiFi": ("4g", "4g+", "wifi")}
-#: A host of ``many_devices``: its rates, and what calling a compiled function takes.
+#: A host of ``many_devices``: its rates, and the seconds of calling a compiled function.
 FLOPS, BYTES_S, CALL_S = 1e11, 1e10, 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One network, link and slowness; slow devices are two, so that they share the server."""
+    """One network, link and slowdown; there are two slow devices, which share the server."""
 
     network: str
     batch: int
@@ -46,11 +46,11 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """What it is called in the table."""
+        """Name in the table."""
         return f"{self.network} {self.link} {self.slowdown:g}x"
 
     def config(self, folder: Path) -> Config:
-        """Returns its configuration, with runs and data below a folder."""
+        """Returns its configuration, with runs and data in a folder."""
         devices = 1 if self.slowdown == 1.0 else 2
         config = trials.base_config(folder, self.network, self.batch, devices, self.link)
         config.devices.defaults.slowdown = self.slowdown
@@ -58,20 +58,21 @@ class Setting:
 
 
 class Choice(NamedTuple):
-    """How good the tuner's plan is among those that were trained.
+    """The tuner's plan compared with the trained plans.
 
     Attributes:
-      tuner_plan: What the tuner chose, in words.
-      best_plan: What was measured to be the fastest, in words.
-      paper_plan: What the paper's formulas choose, in words.
-      tuner_s: Seconds of a round under each, from the same turns.
-      best_s: Seconds of a round.
-      paper_s: Seconds of a round.
-      ratio: The tuner's plan by the best, from neighbouring rounds.
-      paper: The paper's choice by the best.
-      spread: Median difference between two rounds of the same plan, as a share.
+      tuner_plan: Text of the tuner's plan.
+      best_plan: Text of the fastest measured plan.
+      paper_plan: Text of the plan of the paper's formulas.
+      tuner_s: Seconds per round of the tuner's plan.
+      best_s: Seconds per round of the fastest plan.
+      paper_s: Seconds per round of the paper's plan.
+      ratio: Ratio of the tuner's plan to the best, from neighbouring rounds.
+      paper: Ratio of the paper's plan to the best.
+      spread: Median difference between two rounds of
+        the same plan, as a share.
       error: Median error of the predictions, as a share.
-      plans: How many plans were trained.
+      plans: Number of trained plans.
     """
 
     tuner_plan: str
@@ -88,7 +89,7 @@ class Choice(NamedTuple):
 
 
 def settings(quick: bool = False) -> list[Setting]:
-    """Returns what is measured; with ``quick`` a single setting."""
+    """Returns the settings; with ``quick`` a single one."""
     made = [
         Setting(*network, link, slowdown)
         for network in NETWORKS
@@ -99,7 +100,7 @@ def settings(quick: bool = False) -> list[Setting]:
 
 
 def choice(setting: Setting, folder: Path, results: Path) -> Choice:
-    """Measures a setting, or reads what was measured of it."""
+    """Measures a setting, or reads earlier results."""
 
     def measure() -> dict[str, Any]:
         config = setting.config(folder)
@@ -109,7 +110,7 @@ def choice(setting: Setting, folder: Path, results: Path) -> Choice:
         near = found["near"][: setting.most]
         twice = list(dict.fromkeys([tuner, *paper, *near]))
         once = [plan for plan in found["others"] if plan not in twice]
-        # Forth and back, so that a machine that changes its speed favours no plan.
+        # Forth and back, so that a change of the machine's speed favours no plan.
         tried = trials.try_plans(config, profile, [*twice, *once, *twice[::-1]])
         best = min(tried.values(), key=lambda one: one.mean_s).plan
         turns = trials.try_plans(config, profile, [tuner, best] * TURNS) if best != tuner else {}
@@ -126,7 +127,7 @@ def choice(setting: Setting, folder: Path, results: Path) -> Choice:
 
 
 def _judge(found: dict[str, Any]) -> Choice:
-    """Makes figures of a setting's measurements."""
+    """Computes the results of a setting from its measurements."""
     tuner, best, paper = (Plan.from_dict(found[name]) for name in ("tuner", "best", "paper"))
     tried = _tried(found["tried"])
     turns = _tried(found["turns"]) or {tuner: tried[tuner]}
@@ -144,7 +145,7 @@ def _judge(found: dict[str, Any]) -> Choice:
 
 
 class Unequal(NamedTuple):
-    """Plans of their own against a common one, in seconds of a round, and the plans in words."""
+    """Individual plans against a common one, in seconds per round, and the texts of the plans."""
 
     own_s: float
     common_s: float
@@ -153,13 +154,13 @@ class Unequal(NamedTuple):
 
 
 def unequal(folder: Path, results: Path, links: Sequence[str], quick: bool = False) -> Unequal:
-    """Trains unequal devices under the tuner's plan and under the best common ones in turns.
+    """Trains unequal devices alternately under the tuner's plan and the best common ones.
 
     Args:
-      folder: Where runs and data go.
-      results: Where measurements are kept.
-      links: Each device's.
-      quick: Whether few common plans will do.
+      folder: Folder of runs and data.
+      results: Folder of saved measurements.
+      links: Link of each device.
+      quick: Whether to try few common plans.
     """
 
     def measure() -> dict[str, Any]:
@@ -193,8 +194,8 @@ def many_devices(unequal: bool = False, devices: int = 20) -> Profile:
     """Returns a profile of many devices and ResNet-101, its times by floating-point operations.
 
     Args:
-      unequal: Whether devices and links are of three kinds, or all of one.
-      devices: How many there are.
+      unequal: Whether devices and links are of three kinds, or all equal.
+      devices: Number of devices.
     """
     batch, sizes = 100, (5, 25, 100)
     model = stages.build("resnet101", input_shape=trials.INPUT_SHAPE, classes=trials.CLASSES)

@@ -1,7 +1,7 @@
-"""What the predictor is compared with: three ways to guess a layer's time from little.
+"""Baselines of the predictor: three simple estimates of a layer's time.
 
-Each is given the same: times of some layers on a device and, for the ratio, times of all layers on
-one device that was profiled before.
+All have the same inputs: times of some layers on a device and, for the ratio, times of all layers
+on one profiled device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Table = npt.NDArray[np.float64]
 
 
 def scalar_ratio(seen_s: Table, seen_reference_s: Table, wanted_reference_s: Table) -> Table:
-    """Returns a profiled device's times, times the median ratio of the two devices.
+    """Returns a profiled device's times multiplied by the median ratio of the two devices.
 
     Args:
       seen_s: Seconds on the device, [layers seen].
@@ -33,7 +33,7 @@ def scalar_ratio(seen_s: Table, seen_reference_s: Table, wanted_reference_s: Tab
 
 
 def flops_regression(seen: Sequence[Array], seen_s: Table, wanted: Sequence[Array]) -> Table:
-    """Returns a + b·FLOPs + c·bytes, fitted to relative errors; never less than the least seen.
+    """Returns a + b·FLOPs + c·bytes, fitted to relative errors, at least the minimum seen.
 
     Args:
       seen: Operators of the layers seen, each [operators, WIDTH].
@@ -73,12 +73,12 @@ def _sizes(layers: Sequence[Array]) -> Table:
 
 
 def _summary(layers: Sequence[Array]) -> Table:
-    """Returns for each layer the features of its largest operator, [layers, FEATURES]."""
+    """Returns the features of each layer's largest operator, [layers, FEATURES]."""
     return np.stack([features(one[one[:, 1].argmax()][None])[0] for one in layers])
 
 
 def _non_negative(design: Table, wanted: Table) -> Table:
-    """Returns least-squares factors of which none is negative: those that would be are left out."""
+    """Returns non-negative least-squares factors: negative ones are left out."""
     left = list(range(design.shape[1]))
     while True:
         found = np.linalg.lstsq(design[:, left], wanted, rcond=None)[0]

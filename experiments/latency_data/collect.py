@@ -1,10 +1,10 @@
-"""Gathers times of layers on many kinds of devices, all of them made out of this machine.
+"""Collects times of layers on many kinds of devices, all emulated on this machine.
 
-A process for each way to compile and each set of cores keeps its programs and is timed under
-several conditions: stopped for a half of the time, moved to a single core. Devices that differ by
-more than a factor are made by how their programs are compiled: for narrower vectors, without XLA's
-optimisations, without the fast library for products, without the choice of formulations in
-``stages.layers``. Layers are those of the registered networks and of chains drawn at random.
+A process for each set of compiler options and cores keeps its programs and is timed under several
+conditions: stopped for half of the time, moved to a single core. Devices that differ by more than a
+factor are emulated by compiler options: narrower vectors, no XLA optimisations, no fast library for
+products, no choice of formulations in ``stages.layers``. Layers are those of the registered
+networks and of chains drawn at random.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ import numpy as np
 
 from pipar_jax.launch.pinning import PinnedProcess, first_cores
 
-#: Samples that layers of the registered networks are timed with.
+#: Batch sizes of layers of the registered networks.
 SIZES = (25,)
-#: Of these, two are drawn for each layer of a random chain.
+#: Batch sizes of which two are drawn for each layer of a random chain.
 DRAWN_SIZES = (2, 4, 8, 16, 32, 64, 100)
 NETWORKS = ("vgg5", "vgg11", "resnet18", "mobilenetv3_small", "cnn", "mlp", "vit_small")
 CHAINS = 6
-#: How long a process that is stopped and continued in turns takes for both together. Kernels look
-#: at a busy thread once in a tick (4 ms), so a shorter period would not stop long computations.
+#: Period of stopping and continuing a process. The kernel checks a busy thread once per tick (4
+#: ms), so that a shorter period would not stop long computations.
 PERIOD_S = 0.02
-#: Periods that a function is timed for at least, since it begins and ends anywhere in them.
+#: Minimum number of periods of timing a function, since it starts and ends anywhere in them.
 PERIODS = 20
 
 
@@ -52,13 +52,13 @@ class Layer(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """What a process is timed under.
+    """The condition under which a process is timed.
 
     Attributes:
-      name: Ends the device's name.
-      family: Devices of one family resemble each other; they are held out together.
-      duty: Share of the time for which the process may run.
-      core: Which of the machine's cores it is moved to; None leaves it.
+      name: Suffix of the device's name.
+      family: Family of similar devices, which are held out together.
+      duty: Share of the time for which the process runs.
+      core: Core to which it is moved; None leaves it.
     """
 
     name: str
@@ -68,15 +68,15 @@ class Condition(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """A process with programs of its own.
+    """A process with its own programs.
 
     Attributes:
-      name: Begins the devices' names.
-      cores: How many cores it starts on.
+      name: Prefix of the devices' names.
+      cores: Number of cores.
       flags: XLA's flags.
-      platform: Where jax computes.
-      stock: Whether layers are computed by XLA's own operations alone.
-      conditions: What it is timed under.
+      platform: Platform of jax.
+      stock: Whether layers use only XLA's own operations.
+      conditions: Conditions of timing.
     """
 
     name: str
@@ -88,7 +88,7 @@ class Variant(NamedTuple):
 
 
 def variants(gpu: bool = False) -> tuple[Variant, ...]:
-    """Returns the kinds of devices that this machine can be.
+    """Returns the variants that this machine supports.
 
     Args:
       gpu: Whether jax finds a GPU here.
@@ -107,8 +107,8 @@ def variants(gpu: bool = False) -> tuple[Variant, ...]:
         ),
         one("scalar", scalar), one("library", library), one("stock", "", stock=True),
     ]  # fmt: skip
-    if platform.machine() in ("x86_64", "AMD64"):  # other processors have one width
-        # Most of the time goes into the library for products, which has its own ways.
+    if platform.machine() in ("x86_64", "AMD64"):  # other processors have a single vector width
+        # Most of the time is spent in the library for products, which ignores these options.
         found.append(one("narrow", "--xla_cpu_max_isa=SSE4_2", "native"))
     if cores > 1:
         alone = Condition("one", "multicore", core=0)
@@ -122,10 +122,10 @@ def variants(gpu: bool = False) -> tuple[Variant, ...]:
 
 
 def layers(quick: bool = False) -> list[Layer]:
-    """Returns what is timed; layers that compute the same are named once.
+    """Returns the layers to time; equal layers occur once.
 
     Args:
-      quick: Only a few of them.
+      quick: Whether to return only a few.
     """
     from pipar_jax.profiling.predictor.reference import BATCH, reference_model
 
@@ -173,7 +173,7 @@ def random_chain(seed: int) -> Any:
     options = Options(shape, 10, "batch", "cifar", np.dtype(np.float32))
     units: list[tuple[str, Any]] = []
     while len(units) < 9 and (side > 2 or len(units) < 5):
-        # Wide maps stay narrow, as in real networks; 768 channels on 64x64 nobody has.
+        # Large maps have few channels, as in real networks.
         most = 32 if side > 32 else 96 if side > 16 else 256 if side > 6 else 512
         out = min(8 * max(1, round(2 ** rng.uniform(0, 6.2))), most)
         kind, stride = rng.integers(6), pick(1, 2) if side > 2 else 1
@@ -197,7 +197,7 @@ def random_chain(seed: int) -> Any:
             made = partial(_conv_norm, ConvNorm, channels, groups_out, pick(3, 5), options, stride,
                            groups=channels)  # fmt: skip
             out = groups_out
-            if channels < 8:  # a depthwise layer over an image's channels nobody has
+            if channels < 8:  # depthwise layers over the channels of an image are not realistic
                 continue
         units.append((f"u{len(units)}", made))
         pooled = kind == 0 and stride == 2
@@ -226,13 +226,13 @@ def _conv_norm(
 
 
 class Gathered(NamedTuple):
-    """What one process was asked for.
+    """The times of one process.
 
     Attributes:
       devices: Name and family of each condition.
-      forward_s: Seconds [devices, layers].
-      backward_s: The same.
-      update_s: The same.
+      forward_s: Seconds of forwards, [devices, layers].
+      backward_s: Seconds of backwards, [devices, layers].
+      update_s: Seconds of updates, [devices, layers].
     """
 
     devices: list[tuple[str, str]]
@@ -250,15 +250,15 @@ def gather(
     compile_only: bool = False,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> Gathered:
-    """Times layers in a process of its own under each of a variant's conditions.
+    """Times layers in a separate process under each of a variant's conditions.
 
     Args:
       variant: The process.
       wanted: The layers.
-      repeats: Runs of each function at least.
-      least_s: Seconds that each runs for at least.
-      compile_only: Fill the cache of compiled programs; the times are worth nothing.
-      tell: Called with layers done and layers in all.
+      repeats: Minimum number of runs of each function.
+      least_s: Minimum duration of each.
+      compile_only: Whether to fill only the compilation cache; times are meaningless then.
+      tell: Called with the number of finished layers and the total number.
     """
     conditions = (Condition("plain", ""),) if compile_only else variant.conditions
     shape = len(conditions), len(wanted)
@@ -336,8 +336,8 @@ def _time(repeats: int, least_s: float, mean: bool) -> tuple[float, float, float
     from pipar_jax.schedule.actions import BACKWARD, FORWARD, UPDATE
     from pipar_jax.training.compile import run_all
 
-    # Other work on the machine only adds to times, so the least of a few runs is the device's own.
-    # A process that is stopped now and then has no typical run; its mean is what training sees.
+    # Other work only increases times, so that the minimum of a few runs is the device's own. A
+    # process that is stopped periodically has no typical run; its mean is that of training.
     found = run_all(
         _STATE["model"], [_STATE["replica"]], (_STATE["batch"],), repeats=repeats, least_s=least_s,
         summary=statistics.fmean if mean else min,
@@ -355,7 +355,7 @@ def _move(pid: int, cores: set[int]) -> None:
 
 @contextlib.contextmanager
 def _stuttering(pid: int, duty: float) -> Iterator[None]:
-    """Lets a process run only for a share of each period."""
+    """Makes a process run only for a share of each period."""
     if duty >= 1:
         yield
         return

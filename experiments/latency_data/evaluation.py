@@ -1,4 +1,4 @@
-"""How good predictions are on new layers and devices, and what partitions they lead to."""
+"""Evaluates predictions on new layers and devices, and the resulting partitions."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pipar_jax.profiling.predictor.latency_model import Weights
 from pipar_jax.profiling.predictor.operators import Array
 from pipar_jax.tuner.chain_search import ChainProblem, Layer, Node, evaluate, plan_chain
 
-#: The devices whose profile the scalar ratio scales: the first that is not of the tested family.
+#: Candidates for the profiled device of the scalar ratio: the first one not of the tested family.
 PROFILED = ("core-plain", "cores-plain")
 METHODS = ("predictor", "scalar ratio", "FLOPs regression", "look-up")
-#: Rows of a table that stand for reference layers on devices that did not time those.
+#: Rows of a table in place of reference layers, on devices without times of those.
 TABLE_REFERENCE = 11
-#: Networks that are never trained on when partitions are judged.
+#: Networks that are held out when partitions are evaluated.
 PARTITIONED = ("vgg11", "resnet18", "mobilenetv3_small")
-#: Speeds of the devices of a chain, one to each, in a drawn order.
+#: Speeds of the devices of a chain, in random order.
 SPEEDS = (1.0, 2.0, 4.0, 8.0)
 
 
@@ -33,7 +33,7 @@ class Score(NamedTuple):
       mape: Mean of |predicted / true - 1|.
       within: Share of predictions within 10 % of the truth.
       median: Median of |predicted / true - 1|.
-      predictions: How many there were.
+      predictions: Number of predictions.
     """
 
     mape: float
@@ -58,14 +58,14 @@ def score(ratios: Sequence[float]) -> Score:
 def predictions(
     weights: Weights, timings: Timings, device: int, seen: Sequence[int], wanted: Sequence[int]
 ) -> Mapping[str, tuple[Array, Array]]:
-    """Returns each method's seconds for some layers of a device, from some others of it.
+    """Returns the predictions of each method for layers of a device, from other layers of it.
 
     Args:
       weights: The shared network.
       timings: What was measured.
       device: The device.
       seen: Layers whose times on the device are given.
-      wanted: Layers that are asked for.
+      wanted: Layers to predict.
 
     Returns:
       For each of ``METHODS`` forwards and backwards, [wanted] each.
@@ -106,8 +106,8 @@ def held_out_layers(
     Args:
       timings: What was measured.
       train: Makes a network.
-      folds: One in so many layers is held out.
-      fold: Which of them.
+      folds: Number of folds.
+      fold: Index of the held-out fold.
     """
     keys = [one[:2] for one in timings.layers]
     kinds = {key: i for i, key in enumerate(dict.fromkeys(keys))}
@@ -173,12 +173,12 @@ def references_of(timings: Timings, device: int) -> list[int]:
 
 
 class Regret(NamedTuple):
-    """What a partition by predictions costs.
+    """The cost of a partition based on predictions.
 
     Attributes:
-      regret: Its cost over that of the best partition, less one, both by true times.
-      even: The same of cutting into runs of equally many layers.
-      ratio: The same of the partition by scalar ratios.
+      regret: Its cost relative to the best partition, minus one, by true times.
+      even: The same for equal numbers of layers.
+      ratio: The same for the partition by scalar ratios.
     """
 
     regret: float
@@ -193,7 +193,7 @@ def partition_regret(
     units: Sequence[int],
     speeds: Sequence[float],
 ) -> Regret:
-    """Returns what predictions cost the chain planner.
+    """Returns the regret of the chain planner with predictions.
 
     Args:
       timings: What was measured.
@@ -230,7 +230,7 @@ def partition_regret(
 
 
 def chains(timings: Timings, count: int, length: int, seed: int = 0) -> list[tuple[int, ...]]:
-    """Returns chains of different devices, drawn; tables' devices are not in them."""
+    """Returns random chains of different devices, without those of tables."""
     able = [i for i, one in enumerate(timings.devices) if one.family != FAMILY]
     rng = np.random.default_rng(seed)
     return [tuple(map(int, rng.permutation(able)[:length])) for _ in range(count)]

@@ -1,8 +1,8 @@
-"""Published profile tables as further devices: what their rows compute, and how long it took.
+"""Published profile tables as further devices: the operators of their rows, and their times.
 
-Of a table's rows only sizes and times are known, so what each row computes is written down here,
-for the two networks that the tables of MP-SL (Tirana, Lalis and Chatzopoulos, arXiv 2402.00208)
-describe. A time of zero is a missing measurement.
+Tables contain only sizes and times; the operators of each row are defined here, for the two
+networks that the tables of MP-SL (Tirana, Lalis and Chatzopoulos, arXiv 2402.00208) describe. A
+time of zero is a missing measurement.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipar_jax.errors import DataError
 from pipar_jax.profiling.predictor.operators import Operator, convolution
 from pipar_jax.tuner.chain_search import read_profile
 
-#: Samples that the tables were measured with.
+#: Batch size of the tables.
 BATCH = 128
 #: Family of devices known from tables alone.
 FAMILY = "table"
@@ -39,13 +39,13 @@ def read_tables(folder: Path) -> Timings | None:
     """Returns all devices of the tables in a folder.
 
     Args:
-      folder: Holds files named like those of ``TABLES``; what is missing is left out.
+      folder: Folder of files named as in ``TABLES``; missing ones are skipped.
 
     Returns:
       The times; None if there is no table.
 
     Raises:
-      DataError: A table cannot be read, or has rows that are not known here.
+      DataError: A table cannot be read, or has unknown rows.
     """
     found: Timings | None = None
     for name, make in TABLES.items():
@@ -91,7 +91,7 @@ def read_timings(path: Path | None = None, tables: Path | None = None) -> Timing
         return timings
     found = read_tables(tables)
     if found is None:
-        raise DataError(f"{tables} holds none of {', '.join(TABLES)}")
+        raise DataError(f"{tables} contains none of {', '.join(TABLES)}")
     return timings.join(found)
 
 

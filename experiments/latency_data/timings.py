@@ -16,20 +16,20 @@ from pipar_jax.disk.json_text import dumps
 from pipar_jax.errors import DataError
 from pipar_jax.profiling.predictor.operators import WIDTH, Array, Operator, rows
 
-#: The times that the shipped network was trained on, tables left out.
+#: The times that the network of the package was trained on, without tables.
 SHIPPED_TIMINGS = Path(__file__).with_name("timings.npz")
-#: The network whose layers every device is known by.
+#: The network of the reference layers.
 REFERENCE = "reference"
 
 
 class TimedLayer(NamedTuple):
-    """A layer that was timed.
+    """A timed layer.
 
     Attributes:
-      network: What it belongs to.
-      unit: Its position there.
+      network: Its network.
+      unit: Its position in the network.
       batch: Samples.
-      operators: What it does, as ``operators.rows`` makes it, [operators, WIDTH].
+      operators: Its operators, as of ``operators.rows``, [operators, WIDTH].
     """
 
     network: str
@@ -39,11 +39,11 @@ class TimedLayer(NamedTuple):
 
 
 class TimedDevice(NamedTuple):
-    """A device that was timed.
+    """A timed device.
 
     Attributes:
       name: Its name.
-      family: Devices that resemble each other; they are held out together.
+      family: Family of similar devices, which are held out together.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Timings:
         )
 
     def join(self, other: Timings) -> Timings:
-        """Returns the times of both; where both have one of a device and a layer, the other's."""
+        """Returns the union of both; if both have a time of a device and layer, the other's."""
         devices = {one.name: one for one in (*self.devices, *other.devices)}
         layers = {one[:3]: one for one in (*self.layers, *other.layers)}
         rows_of = {name: i for i, name in enumerate(devices)}
@@ -121,10 +121,10 @@ class Timings:
 
     @classmethod
     def load(cls, path: Path) -> Timings:
-        """Reads what ``save`` wrote.
+        """Reads a file of ``save``.
 
         Raises:
-          DataError: The file cannot be read, or holds something else.
+          DataError: The file cannot be read, or is not such a file.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -141,11 +141,11 @@ class Timings:
             devices = tuple(TimedDevice(*map(str, one)) for one in about["devices"])
             tables = [arrays[name].astype(np.float64) for name in ("forward_s", "backward_s")]
             if any(table.shape != (len(devices), len(layers)) for table in tables):
-                raise ValueError("a table does not fit its devices and layers")
+                raise ValueError("a table does not match its devices and layers")
         except OSError as error:
             raise DataError(f"{path} cannot be read: {explain(error)}") from error
         except (KeyError, ValueError, TypeError) as error:
-            raise DataError(f"{path} holds no times of layers: {error}") from error
+            raise DataError(f"{path} does not contain times of layers: {error}") from error
         return cls(devices, layers, tables[0], tables[1])
 
 

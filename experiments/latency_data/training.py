@@ -1,8 +1,8 @@
-"""Trains the shared network on times of layers: all devices' embeddings along with it.
+"""Trains the shared network on times of layers, together with the devices' embeddings.
 
 The loss is Huber's on the logarithm of predicted over measured seconds of a whole layer, whose
-operators' times are summed; those of published tables count little. Embeddings are pulled towards
-zero; their spread over the devices then is the prior that new devices start from.
+operators' times are summed; those of published tables have a small weight. Embeddings are
+regularised towards zero; their distribution over the devices is the prior of new devices.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from pipar_jax.errors import DataError
 from pipar_jax.profiling.predictor.latency_model import FACTORS, Weights, apply, flatten, fresh
 from pipar_jax.profiling.predictor.operators import KINDS, Array, features
 
-#: Updates, the peak of their step size, and where Huber's loss turns linear.
+#: Number of updates, peak learning rate, and threshold of Huber's loss.
 STEPS, LEARNING_RATE, DELTA = 3000, 6e-3, 0.15
-#: What a time of a published table counts beside one of ours: another framework took it, and what
-#: it computed is known from the names of its rows alone.
+#: Weight of a published time relative to ours: it was measured with another framework, and its
+#: operators are known only from the names of rows.
 TABLE_WEIGHT = 0.1
-#: Pulls on embeddings and on weights.
+#: Regularisation of embeddings and weights.
 EMBEDDING_DECAY, WEIGHT_DECAY = 3e-3, 1e-4
-#: The prior's deviation of the scale: devices differ by orders of magnitude.
+#: Prior standard deviation of the scale: devices differ by orders of magnitude.
 SCALE_DEVIATION = 3.0
-#: Operations and bytes per second from which the network starts: it learns what is off.
+#: Initial operations and bytes per second, to which the network learns corrections.
 START_S = 20.0
 
 
@@ -38,10 +38,10 @@ def train(timings: Timings, *, seed: int = 0, steps: int = STEPS, about: str = "
     """Returns a network trained on all times of a data set.
 
     Args:
-      timings: What was measured.
-      seed: Of the first weights and embeddings.
-      steps: Updates; each sees everything.
-      about: Kept with the weights.
+      timings: The measured times.
+      seed: Seed of the initial weights and embeddings.
+      steps: Number of updates, each on all times.
+      about: Description, saved with the weights.
 
     Raises:
       DataError: There is no time to learn from.
@@ -51,14 +51,14 @@ def train(timings: Timings, *, seed: int = 0, steps: int = STEPS, about: str = "
     tables = np.stack([timings.forward_s[:, used], timings.backward_s[:, used]])
     known = np.isfinite(tables) & (tables > 0)
     if not known.any():
-        raise DataError("the data set holds no time of any layer: gather some first")
+        raise DataError("the data set has no times of layers: collect some first")
     seen = features(table)
     shift, scale = seen.mean(0), np.maximum(seen.std(0), 0.1)
     owner = np.repeat(np.arange(len(used)), [len(timings.layers[i].operators) for i in used])
     x = jnp.asarray((seen - shift) / scale, jnp.float32)
     wanted = jnp.asarray(np.log(np.where(known, tables, 1.0)), jnp.float32)
     mask = jnp.asarray(known, jnp.float32)
-    # Devices with few layers are not to be drowned by those with many.
+    # Devices with few layers have the same weight as those with many.
     per_device = known.sum((0, 2), keepdims=True)
     mask = mask / np.sqrt(np.maximum(per_device, 1.0))
     foreign = np.asarray([one.family == FAMILY for one in timings.devices])
@@ -121,12 +121,12 @@ def _ranges(kinds: Array, seen: Array) -> tuple[Array, Array]:
 def _finished(
     variables: Any, shift: Any, scale: Any, x: Any, low: Array, high: Array, about: str
 ) -> Weights:
-    """Returns the trained network with the prior that its devices' embeddings make."""
+    """Returns the trained network with the prior of its devices' embeddings."""
     values = {name: np.asarray(value) for name, value in variables["network"].items()}
     _, hidden = (np.asarray(one, np.float64) for one in apply(values, x))
     embedding = np.asarray(variables["embedding"], np.float64)
     scales = np.asarray(variables["scale"], np.float64)
-    # Few devices say little about their spread: it is shrunk towards its diagonal.
+    # The covariance of few devices is noisy: it is shrunk towards its diagonal.
     spread = np.cov(embedding.T) if len(embedding) > 1 else np.eye(FACTORS)
     diagonal = np.diag(np.diag(spread) + 1e-3)
     spread = 0.5 * spread + 0.5 * diagonal

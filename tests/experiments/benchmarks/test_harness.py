@@ -171,7 +171,7 @@ def test_what_was_measured_before_an_error_is_not_thrown_away(tmp_path: Path) ->
     result = _program(tmp_path, f"--json={tmp_path / 'rows.json'}", text=text)
     assert result.returncode == 1
     assert result.stderr.startswith("error: the benchmark reports 'quick' twice")
-    assert "Not complete" in result.stdout
+    assert "Incomplete" in result.stdout
     assert [row["name"] for row in json.loads((tmp_path / "rows.json").read_text())] == ["quick"]
 
 
