@@ -136,7 +136,7 @@ class _Drive:
         self._stage = plan.devices[0].hosts.index(node)
         if not 0 < self._stage < plan.devices[0].stages - 1:
             raise PlanError(
-                f"{node} is not in the middle of the chain {plan}: only middle nodes can be measured"
+                f"{node} is not in the middle of the chain {plan}: choose a middle node"
             )
         self._samples = (config.data.batch_size,) * len(plan.devices)
         self._replies: queue.SimpleQueue[Any] = queue.SimpleQueue()

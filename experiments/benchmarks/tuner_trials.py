@@ -69,8 +69,7 @@ class Choice(NamedTuple):
       paper_s: Seconds per round of the paper's plan.
       ratio: Ratio of the tuner's plan to the best, from neighbouring rounds.
       paper: Ratio of the paper's plan to the best.
-      spread: Median difference between two rounds of
-        the same plan, as a share.
+      spread: Median difference between two rounds of the same plan, as a share.
       error: Median error of the predictions, as a share.
       plans: Number of trained plans.
     """

@@ -296,8 +296,8 @@ class Release(ControlMessage):
 
     Attributes:
       round: Index of the round.
-      attempt: Attempt at a round, counted over the whole run; increases
-        with each release, and tensors carry it.
+      attempt: Attempt at a round, counted over the whole run; increases with
+        each release, and tensors carry it.
       spans: Spans of the round.
       cohort: The device in each place.
       holder: In sequential order, the place that holds the client-side model already.
