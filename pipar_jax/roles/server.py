@@ -16,6 +16,7 @@ from pipar_jax.data import Dataset
 from pipar_jax.disk.event_log import OnEvent
 from pipar_jax.disk.json_text import JsonObject, plain
 from pipar_jax.errors import PiparError, RunError
+from pipar_jax.methods.resolution import check_plan
 from pipar_jax.report.environment import add_platform
 from pipar_jax.report.sinks import Sinks
 from pipar_jax.roles.coordinator import Coordinator
@@ -69,6 +70,8 @@ def run_server(
     )
     network = model or build_model(config, dataset.input_shape, dataset.classes)
     datasets.check_fits(dataset, network.classes, network.input_shape, COORDINATOR)
+    if not script:
+        check_plan(config, network.unit_names)  # a network of the user is known only here
     folder = RunFolder(Path(config.run.dir) / config.name)
     folder.save_config(config)
     add_platform(folder.path)

@@ -23,7 +23,14 @@ def make(case: Case) -> stages.Model:
     return stages.trace(case.network, given.get("", given), params=case.params)
 
 
-@pytest.fixture(scope="module", params=CASES)
+#: Kinds that another one contains are left to `make soak`.
+KINDS = [
+    pytest.param(name, marks=pytest.mark.soak if name in ("lstm", "linen_encoder") else ())
+    for name in CASES
+]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def traced(request) -> tuple[Case, stages.Model]:
     return CASES[request.param], make(CASES[request.param])
 

@@ -1,0 +1,61 @@
+"""The code of the pages that newcomers copy runs, and says what the page says that it does."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.sources import ROOT
+
+PAGE = ROOT / "docs" / "bring-your-model.md"
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
+SAID = re.compile(r"^print\(.*\)  # (.*)$", re.M)
+
+
+def test_the_network_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    found = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    (block,) = [one for one in found if "stages.trace" in one]
+    exec(block, {"__name__": "readme"})
+    assert capsys.readouterr().out.splitlines() == SAID.findall(block)
+
+
+@pytest.fixture
+def blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    found = BLOCK.findall(PAGE.read_text(encoding="utf-8"))
+    (tmp_path / "mynet.py").write_text(found[0], encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    sys.modules.pop("mynet", None)
+    return found
+
+
+def test_the_page_runs_and_prints_what_it_says(
+    blocks: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len(blocks) == 6
+    exec("\n".join(blocks), {"__name__": "page"})
+    said = SAID.findall("\n".join(blocks))
+    printed = capsys.readouterr().out.splitlines()
+    assert len(said) == len(printed) == 4
+    for line, expected in zip(printed, said, strict=True):
+        assert line.startswith(expected.removesuffix("…"))
+
+
+def test_its_commands_work(blocks: list[str], tmp_path: Path) -> None:
+    """Describes; training by the same flags is a test of the launcher's and of own models."""
+    (command,) = re.findall(r"^pipar describe (.*)$", PAGE.read_text(encoding="utf-8"), re.M)
+    arguments = [one.replace("'", "") for one in command.split()]
+    done = subprocess.run(
+        [sys.executable, "-c", "from experiments.command import main; main()", "describe",
+         *arguments],
+        cwd=tmp_path, capture_output=True, text=True, timeout=240,
+        env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "network, 922 parameters" in done.stdout and "left_right" in done.stdout
+    assert "2 arrays are needed behind it" in done.stdout
