@@ -159,5 +159,5 @@ def test_coded_and_raw_tensors_keep_their_order(workshop):
 
 def test_bytes_that_are_not_of_the_codec_are_refused_by_the_sender(workshop):
     wrong = Encoded("int8", np.zeros(5, np.uint8), np.dtype(np.float32), (100,))
-    with pytest.raises(CodecError, match="5 bytes are no int8"):
+    with pytest.raises(CodecError, match="5 bytes are not a valid int8"):
         workshop.pair().up.send(Tag(role=Role.ACTIVATION), wrong)
