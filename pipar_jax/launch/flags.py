@@ -14,7 +14,6 @@ import re
 import shutil
 import sys
 import textwrap
-import traceback
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
@@ -27,18 +26,9 @@ from pipar_jax.config import Config, DeviceConfig, NodeConfig, paths, plugins, s
 from pipar_jax.config.schema import ConfigField, option
 from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import ConfigError
-from pipar_jax.launch.process import (
-    ASKED_TO_END,
-    WRONG_USE,
-    code_of,
-    heed_termination,
-    leave,
-    open_streams,
-    perform,
-)
+from pipar_jax.launch.binary import begin, finish, show
 from pipar_jax.methods.names import NAMES
 from pipar_jax.methods.resolution import resolve
-from pipar_jax.report import logs
 
 E = TypeVar("E")
 
@@ -103,55 +93,17 @@ def run(
       presets: Folder of the presets that are known by name.
       preset: The default preset; empty: the command line has to name one.
     """
-    open_streams()
-    heed_termination()
-    logs.leave_out_tpu()
-    debug = False
-    try:
-        arguments = read_flagfiles(sys.argv[1:])
-        debug = any(one.lstrip("-") in ("debug", "config.debug") for one in arguments)
+
+    def read(arguments: list[str]) -> tuple[Config, E]:
         if preset:  # a later --config takes precedence
             arguments.insert(0, f"--config={preset}")
         parsed = parse(arguments, extra, doc=doc, name=name, presets=presets)
         if parsed.text:
-            print(parsed.text, flush=True)
-            leave(0)
-        config = resolve(parsed.config)
-    except ConfigError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        leave(WRONG_USE)
-    except KeyboardInterrupt as error:
-        leave(code_of(error))
-    except BrokenPipeError:  # the reader of the help ended, as head does
-        leave(0)
+            show(parsed.text)
+        return resolve(parsed.config), parsed.extra
 
-    def tell(event: JsonObject) -> None:
-        print(f"error: {event['error']}", file=sys.stderr)
-
-    def body(_: list[str]) -> None:
-        code = perform(lambda: main(config, parsed.extra), tell, debug=config.debug)
-        if code in ASKED_TO_END:
-            print(ASKED_TO_END[code], file=sys.stderr)
-        leave(code)
-
-    app.run(body, argv=sys.argv[:1])
-
-
-def read_flagfiles(arguments: list[str]) -> list[str]:
-    """Returns a command line with the flags of every ``--flagfile`` in its place.
-
-    Raises:
-      ConfigError: A file cannot be read.
-    """
-    try:
-        # As in GNU tools, flags may follow other arguments.
-        values = absl_flags.FlagValues()  # type: ignore[no-untyped-call]
-        found: list[str] = values.read_flags_from_files(arguments, force_gnu=True)  # type: ignore[no-untyped-call]
-    except (absl_flags.Error, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--flagfile cannot be read: {' '.join(str(error).split())}") from error
-    return found
+    config, own = begin(read)
+    app.run(lambda _: finish(lambda: main(config, own), debug=config.debug), argv=sys.argv[:1])
 
 
 def parse(

@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 from pipar_jax import errors
@@ -138,12 +137,7 @@ class PinnedProcess:
     def __enter__(self) -> PinnedProcess:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         if kind is not None and self._process.is_alive():
             self._process.kill()  # nothing waits for a result any more
         self.close()

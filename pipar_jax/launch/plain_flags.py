@@ -16,19 +16,9 @@ from absl import flags as absl_flags
 
 from pipar_jax import __version__
 from pipar_jax.config.schema import did_you_mean
-from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import ConfigError
-from pipar_jax.launch.flags import read_flagfiles, terminal_width, two_columns
-from pipar_jax.launch.process import (
-    ASKED_TO_END,
-    WRONG_USE,
-    code_of,
-    heed_termination,
-    leave,
-    open_streams,
-    perform,
-)
-from pipar_jax.report import logs
+from pipar_jax.launch.binary import begin, finish, show
+from pipar_jax.launch.flags import terminal_width, two_columns
 
 #: Flags that absl and its logging define; they are not shown.
 _FOREIGN = ("absl.", "ml_collections.", "jax.", "tensorflow_datasets.")
@@ -75,38 +65,22 @@ def run(main: Callable[[list[str]], object], *, takes: str = "") -> NoReturn:
       main: Called with the arguments that are not flags.
       takes: Names the arguments that are not flags, for the help; empty: none are accepted.
     """
-    open_streams()
-    heed_termination()
-    logs.leave_out_tpu()
     values = absl_flags.FLAGS
     if "debug" not in values:
         absl_flags.DEFINE_boolean("debug", False, "Show tracebacks.")
 
-    def tell(event: JsonObject) -> None:
-        print(f"error: {event['error']}", file=sys.stderr)
-
-    try:
-        arguments = read_flagfiles(sys.argv[1:])
+    def read(arguments: list[str]) -> list[str]:
         if any(one in _HELP for one in arguments):
-            print(_make_help(takes), flush=True)
-            leave(0)
+            show(_make_help(takes))
         if "--version" in arguments:
-            print(f"pipar {__version__}", flush=True)
-            leave(0)
+            show(f"pipar {__version__}")
         rest = _parse(arguments)
         if rest and not takes:
             raise ConfigError(f"unexpected argument {rest[0]!r}: all options start with --")
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        leave(WRONG_USE)
-    except KeyboardInterrupt as error:
-        leave(code_of(error))
-    except BrokenPipeError:  # the reader of the help ended, as head does
-        leave(0)
-    code = perform(lambda: main(rest), tell, debug=bool(values["debug"].value))
-    if code in ASKED_TO_END:
-        print(ASKED_TO_END[code], file=sys.stderr)
-    leave(code)
+        return rest
+
+    rest = begin(read)
+    finish(lambda: main(rest), debug=bool(values["debug"].value))
 
 
 def _parse(arguments: list[str]) -> list[str]:

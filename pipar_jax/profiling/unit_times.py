@@ -44,12 +44,13 @@ from pipar_jax.errors import PlanError
 from pipar_jax.profiling.predictor.predict_host import facts_of, predict_host
 from pipar_jax.profiling.predictor.reference import ReferenceTimes, reference_model, time_reference
 from pipar_jax.profiling.rehearsal import measure_handling
+from pipar_jax.runtime.memory import tree_bytes
 from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS, UPDATE
 from pipar_jax.training import optimizer
 from pipar_jax.training.compile import Told, run_all
 from pipar_jax.training.replica import Replica
 from stages import Model, make_draw
-from stages.trees import PyTree, Variables
+from stages.trees import Variables
 
 #: The measured fractions of a batch.
 PARTS = (1, 4, 5, 10, 20)
@@ -327,17 +328,17 @@ def _times_of(
 
 def _facts(model: Model, index: int, replica: Replica, samples: int) -> UnitFacts:
     """Returns the sizes of a unit; those of residuals are measured."""
-    output_bytes = _bytes(model.shapes(1)[index + 1])
+    output_bytes = tree_bytes(model.shapes(1)[index + 1])
     if replica.stage.is_last:
-        kept = _bytes(model.shapes(1)[index]) + output_bytes
+        kept: float = tree_bytes(model.shapes(1)[index]) + output_bytes
     else:
         shape = model.shapes(samples)[index]
         draw = make_draw(samples)._replace(inverse_batch=np.float32(1.0 / samples))
         _, residuals = replica.forward(jnp.ones(shape.shape, shape.dtype), draw)
-        kept = _bytes(residuals) / samples
+        kept = tree_bytes(residuals) / samples
     return UnitFacts(
-        model.unit_names[index], _bytes(replica.params), _bytes(replica.state),
-        _bytes(replica.opt_state), output_bytes, kept,
+        model.unit_names[index], tree_bytes(replica.params), tree_bytes(replica.state),
+        tree_bytes(replica.opt_state), output_bytes, kept,
     )  # fmt: skip
 
 
@@ -346,7 +347,7 @@ def _average_s_per_byte(config: Config, params: Variables, state: Variables) -> 
     made = aggregator.Aggregator(config.aggregation, dict(params), dict(state))
     replicas = [aggregator.Contribution(params, state, 1.0)] * 2
     made.aggregate(replicas)  # compiles
-    return _least_s(lambda: made.aggregate(replicas)) / (2 * _bytes((params, state)))
+    return _least_s(lambda: made.aggregate(replicas)) / (2 * tree_bytes((params, state)))
 
 
 def _call_s() -> float:
@@ -373,17 +374,6 @@ def _seconds(function: Callable[[], object]) -> float:
     began = time.perf_counter()
     function()
     return time.perf_counter() - began
-
-
-def _bytes(tree: PyTree) -> float:
-    """Returns the bytes of all arrays of a tree, including abstract ones."""
-    return float(
-        sum(
-            int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
-            for leaf in jax.tree.leaves(tree)
-            if getattr(leaf, "shape", None)
-        )
-    )
 
 
 def _cache_path(config: Config, model: Model, sizes: Sequence[int]) -> pathlib.Path:

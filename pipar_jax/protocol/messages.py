@@ -9,6 +9,7 @@ covers all messages: hosts of another version are refused when they join.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated
 
 from pipar_jax.cost_model.profile import HostProfile, RuntimeOverhead, UnitFacts
@@ -76,15 +77,28 @@ VERSION = 3
 _VARIABLES = Table(Table(Text(64), 10_000, Text(1024)), MOST_UNITS)
 
 
-@message("join_device", Sender.HOST)
-class JoinDevice(ControlMessage):
-    """A device asks to join.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Join(ControlMessage):
+    """What every host says that asks to join.
 
     Attributes:
       control_version: Version of these messages.
       version: Version of the package.
-      name: Name of the device.
+      name: Name of the host.
       config: Its configuration, as written by ``config.to_json``.
+    """
+
+    control_version: Count
+    version: Annotated[str, Text(64)]
+    name: Annotated[str, Text(64)]
+    config: Annotated[JsonObject, Free(8, 50_000, 4096)]
+
+
+@message("join_device", Sender.HOST)
+class JoinDevice(Join):
+    """A device asks to join.
+
+    Attributes:
       samples: Number of samples per epoch.
       steps: Number of steps per epoch.
       input_shape: Shape of a sample.
@@ -92,10 +106,6 @@ class JoinDevice(ControlMessage):
       units: Dtype and shape of the variables of each unit.
     """
 
-    control_version: Count
-    version: Annotated[str, Text(64)]
-    name: Annotated[str, Text(64)]
-    config: Annotated[JsonObject, Free(8, 50_000, 4096)]
     samples: Annotated[int, Whole(0, 2**53)]
     steps: Annotated[int, Whole(0, 2**53)]
     input_shape: Shape
@@ -104,21 +114,13 @@ class JoinDevice(ControlMessage):
 
 
 @message("join_node", Sender.HOST)
-class JoinNode(ControlMessage):
+class JoinNode(Join):
     """A compute node asks to join.
 
     Attributes:
-      control_version: Version of these messages.
-      version: Version of the package.
-      name: Name of the node.
-      config: Its configuration.
       address: Address at which its neighbours reach it.
     """
 
-    control_version: Count
-    version: Annotated[str, Text(64)]
-    name: Annotated[str, Text(64)]
-    config: Annotated[JsonObject, Free(8, 50_000, 4096)]
     address: Address
 
 

@@ -18,7 +18,6 @@ is called once, on the server, with the run's folder, and returns an object with
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 from typing import Protocol
 
 from pipar_jax.config import plugins
@@ -159,12 +158,7 @@ class Sinks:
         """Returns itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Closes the sinks."""
         if error is None:
             self.close()

@@ -102,7 +102,7 @@ def predict(model: Model, plan: Plan, host: str, config: Config, samples: Sequen
     keeps = functools.partial(undo.find_keep, config, plan)
     need = find_need(sizes, plan, host, samples, config.data.batch_size, window, keeps)
     held = [model.units[index].frozen for index in plan.held_units(host, len(model.units))]
-    return need._replace(variables=need.variables + _bytes(held))  # frozen weights: one copy
+    return need._replace(variables=need.variables + tree_bytes(held))  # frozen weights: one copy
 
 
 class _ModelSizes:
@@ -120,13 +120,13 @@ class _ModelSizes:
         """Returns the bytes of weights, gradients, statistics and optimiser state."""
         params, state = self._variables(units)
         opt_state = [jax.eval_shape(self._tx.init, one) for one in params.values()]
-        return 2 * _bytes(params) + _bytes(state) + _bytes(opt_state)
+        return 2 * tree_bytes(params) + tree_bytes(state) + tree_bytes(opt_state)
 
     def kept(self, units: range, keeps: Keep) -> int:
         """Returns the bytes of optimiser states, and of the rest where it is kept too."""
         params, state = self._variables(units)
-        opt_state = _bytes([jax.eval_shape(self._tx.init, one) for one in params.values()])
-        whole = _bytes(params) + _bytes(state) + opt_state
+        opt_state = tree_bytes([jax.eval_shape(self._tx.init, one) for one in params.values()])
+        whole = tree_bytes(params) + tree_bytes(state) + opt_state
         return (opt_state if Keep.OPTIMIZER in keeps else 0) + (
             whole if keeps & (Keep.TURN | Keep.STEP) else 0
         )
@@ -135,7 +135,7 @@ class _ModelSizes:
         """Returns the bytes of weights, statistics and the rule's state."""
         params, state = self._variables(units)
         rule_state = [jax.eval_shape(self._rule.init, one) for one in params.values()]
-        return _bytes(params) + _bytes(state) + _bytes(rule_state)
+        return tree_bytes(params) + tree_bytes(state) + tree_bytes(rule_state)
 
     def stage(self, units: range, samples: int) -> StageSizes:
         """Returns the bytes of a micro-batch; traced once for each stage and size."""
@@ -148,12 +148,12 @@ class _ModelSizes:
         cut = stages.split(self._model, cuts, rematerialise=self._rematerialise)
         stage = cut[1 if units.start else 0]
         x = self._model.shapes(samples)[units.start]
-        entering = 0 if stage.is_first else _bytes(x)
+        entering = 0 if stage.is_first else tree_bytes(x)
         if stage.is_last:  # XLA's temporaries have what it keeps
             return StageSizes(entering, 0, 0)
         draw = make_draw(samples)
         y, residuals = stage.forward_shapes(*self._variables(units), x, draw)
-        return StageSizes(entering, _bytes(residuals), _bytes(y))
+        return StageSizes(entering, tree_bytes(residuals), tree_bytes(y))
 
     def _variables(self, units: range) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
         chosen = [self._model.units[i] for i in units]
@@ -263,7 +263,7 @@ def array_bytes(tree: PyTree) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
 
 
-def _bytes(tree: PyTree) -> int:
-    """Returns the bytes of a tree of shapes; scalars of a draw are no arrays."""
+def tree_bytes(tree: PyTree) -> int:
+    """Returns the bytes of a tree of arrays or shapes; Python's own numbers are no arrays."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if getattr(leaf, "shape", None) is not None]
     return sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in leaves)

@@ -13,6 +13,7 @@ from pipar_jax.profiling.predictor.device_fit import BACKWARD_HEAD, FORWARD_HEAD
 from pipar_jax.profiling.predictor.latency_model import Weights, load
 from pipar_jax.profiling.predictor.operators import Array, Tables
 from pipar_jax.profiling.predictor.reference import ReferenceTimes
+from pipar_jax.runtime.memory import tree_bytes
 from stages import Model, residual_bytes
 
 
@@ -68,13 +69,13 @@ def facts_of(
     shapes = model.shapes(1)
     found = []
     for index, unit in enumerate(model.units):
-        output = _bytes(shapes[index + 1])
+        output = tree_bytes(shapes[index + 1])
         last = index == len(model.units) - 1
         found.append(
             UnitFacts(
-                unit.name, _bytes(unit.params), _bytes(unit.state),
-                _bytes(jax.eval_shape(transformation.init, unit.params)), output,
-                _bytes(shapes[index]) + output if last else kept[index] / batch,
+                unit.name, tree_bytes(unit.params), tree_bytes(unit.state),
+                tree_bytes(jax.eval_shape(transformation.init, unit.params)), output,
+                tree_bytes(shapes[index]) + output if last else kept[index] / batch,
             )
         )  # fmt: skip
     return tuple(found)
@@ -83,23 +84,12 @@ def facts_of(
 def _updates(model: Model, reference: ReferenceTimes) -> tuple[float, ...]:
     """Returns the seconds of each unit's optimiser step: a call, plus a rate per byte."""
     sizes, seconds = np.asarray(reference.parameter_bytes), np.asarray(reference.update_s)
-    wanted = np.asarray([_bytes(unit.params) for unit in model.units])
+    wanted = np.asarray([tree_bytes(unit.params) for unit in model.units])
     # Interpolated between the reference layers, beyond the largest at its rate.
     order = np.argsort(sizes)
     knots, values = sizes[order], np.maximum.accumulate(seconds[order])
     found = np.interp(wanted, knots, values) * np.maximum(wanted / knots[-1], 1.0)
     return tuple(found.tolist())
-
-
-def _bytes(tree: object) -> float:
-    """Returns the bytes of all arrays of a tree, including abstract ones."""
-    return float(
-        sum(
-            int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
-            for leaf in jax.tree.leaves(tree)
-            if getattr(leaf, "shape", None)
-        )
-    )
 
 
 def one_call(tables: Sequence[Array]) -> list[Array]:

@@ -311,10 +311,10 @@ def waiting_for(monkeypatch: pytest.MonkeyPatch, **waits: str) -> None:
     more = {parse(a.replace("_", ".").replace("at", "@")): parse(b) for a, b in waits.items()}
     plain = HostProgram.step
 
-    def step(self: HostProgram, schedule: RoundSchedule, position: int, step: int) -> list[Bare]:
+    def step(self: HostProgram, *arguments: object, **values: object) -> list[Bare]:
         return [
             (action, (*before, more[action]) if action in more else before)
-            for action, before in plain(self, schedule, position, step)
+            for action, before in plain(self, *arguments, **values)
         ]
 
     monkeypatch.setattr(HostProgram, "step", step)
