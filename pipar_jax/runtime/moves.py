@@ -51,7 +51,8 @@ def why_not_follow(old: Plan, new: Plan, units: int) -> str | None:
     for field in ("order", "weights", "aggregate_every"):
         before, after = getattr(old, field), getattr(new, field)
         if before != after:
-            return f"{field} would change from {before!r} to {after!r}"
+            shown = [str(one) if isinstance(one, str) else one for one in (before, after)]
+            return f"{field} would change from {shown[0]!r} to {shown[1]!r}"
     differing = holders(old, units).keys() ^ holders(new, units).keys()
     if differing:
         found = ", ".join(str(unit) for unit in sorted({unit for _, unit in differing}))

@@ -48,7 +48,7 @@ def setting(folder, samples, plan: Plan, nodes: int):
     made = support.config(folder, samples, method="accept" if len(samples) == 1 else "mpsl")
     made.nodes.count, made.pipeline.micro_batches = nodes, 3
     made.pipeline.cuts = ",".join(map(str, plan.devices[0].cuts))
-    made.pipeline.weights, made.pipeline.in_flight = plan.weights, plan.in_flight
+    made.pipeline.weights, made.pipeline.in_flight = str(plan.weights), plan.in_flight
     made.pipeline.labels = "home" if plan.devices[0].hosts[-1] == OWNER else "end"
     made.aggregation.every = f"{plan.aggregate_every} steps"
     made.optimizer.momentum = 0.9
