@@ -248,7 +248,7 @@ def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path: pathlib.Pat
         (
             ["--config.data.source=svhn_cropped", "--config.data.data_dir=/no",
              "--config.data.download=false"],
-            "get train_32x32.mat, test_32x32.mat from",
+            "download train_32x32.mat, test_32x32.mat from",
         ),
     ],
 )  # fmt: skip
