@@ -103,6 +103,7 @@ class Executor:
         self._duration_s, self._seed, self._dtype = duration_s, np.uint32(seed), np.dtype(dtype)
         self._schedule: RoundSchedule | None = None
         self._attempt = 0
+        self._cohort: tuple[int, ...] = ()
         self._arrived: dict[Action, Message] = {}
         self._labels: dict[tuple[int, int, int], Array] = {}
         self._values: dict[Action, jax.Array] = {}
@@ -114,9 +115,15 @@ class Executor:
         self._perform = {FORWARD: self._forward, LOSS: self._last, BACKWARD: self._backward,
                          UPDATE: self._update}  # fmt: skip
 
-    def start(self, schedule: RoundSchedule, attempt: int) -> None:
-        """Begins a round; what it sends carries the number of the attempt."""
-        self._schedule, self._attempt = schedule, attempt
+    def start(self, schedule: RoundSchedule, attempt: int, cohort: tuple[int, ...]) -> None:
+        """Begins a round.
+
+        Args:
+          schedule: The round.
+          attempt: Number of the attempt, which tensors carry.
+          cohort: The device in each place: draws are the device's, whichever place it has.
+        """
+        self._schedule, self._attempt, self._cohort = schedule, attempt, cohort
 
     def forget(self, place: int) -> None:
         """Lets go of all that is held for a place, or with ``ALL`` for any."""
@@ -346,7 +353,7 @@ class Executor:
         return MicroBatchContext(
             inverse_batch=self._dtype.type(1.0 / self._loss_samples(action.step, part)),
             seed=self._seed,
-            device=np.uint32(action.device),
+            device=np.uint32(self._cohort[action.device]),
             step=np.uint32(action.step),
             position=np.uint32(part.before),
         )

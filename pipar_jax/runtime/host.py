@@ -394,7 +394,7 @@ class Host:
             seed=self._config.seed, dtype=self._config.model.dtype,
         )  # fmt: skip
         self._executor.start(
-            RoundSchedule(plan, (), self._samples, self._config.data.batch_size), NO_ATTEMPT
+            RoundSchedule(plan, (), self._samples, self._config.data.batch_size), NO_ATTEMPT, ()
         )
 
     def _compile_codecs(self, plan: Plan, sizes: Collection[int]) -> None:
@@ -488,7 +488,7 @@ class Host:
         self._dropped.clear()
         self._turn = None
         undo.begin_round(self._replicas, schedule, anew=anew)
-        self._executor.start(schedule, said.attempt)
+        self._executor.start(schedule, said.attempt, said.cohort)
         self._training = True
         self._feeder.start(schedule)
 

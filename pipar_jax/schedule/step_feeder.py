@@ -62,6 +62,7 @@ class StepFeeder:
         self._open, self._spans = len(mine), [schedule.spans[position] for position in mine]
         self._queue.clear()
         self._skipped.clear()
+        self._needs.clear()  # a device may have come back over another link
         if self._program.plan.order == Order.SEQUENTIAL:
             self._queue.extend(mine[1:])
             mine = mine[:1]
