@@ -24,7 +24,7 @@ from pipar_jax.schedule.actions import (
     RECEIVE_FORWARD,
     Action,
 )
-from pipar_jax.schedule.plan import COORDINATOR
+from pipar_jax.schedule.plan import COORDINATOR, Order
 from pipar_jax.schedule.trace import Interval, Timed, Trace
 
 #: The next mini-batch was not ready.
@@ -70,7 +70,7 @@ class _Paths:
 
     def __init__(self, trace: Trace, interval: Interval) -> None:
         self._interval = interval
-        self._sequential = trace.meta.get("plan", {}).get("order") == "sequential"
+        self._sequential = trace.meta.get("plan", {}).get("order") == Order.SEQUENTIAL
         self.hosts = tuple(dict.fromkeys((*trace.hosts, COORDINATOR)))
         self._rows: dict[str, list[Timed]] = {}
         self._starts: dict[str, list[float]] = {}

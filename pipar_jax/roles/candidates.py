@@ -11,7 +11,7 @@ from pipar_jax.cost_model.profile import Profile
 from pipar_jax.errors import PlanError
 from pipar_jax.methods.registry import METHODS, uses_nodes
 from pipar_jax.runtime import memory, moves
-from pipar_jax.schedule.plan import Plan
+from pipar_jax.schedule.plan import Order, Plan
 from pipar_jax.tuner.chains import tune_chain
 from pipar_jax.tuner.search import search
 from stages import Model
@@ -68,5 +68,5 @@ def _parallel_only(config: Config) -> Config:
     """Returns the configuration without methods in turns among those to choose from."""
     made = copy.deepcopy(config)
     names = split_list(config.tuner.methods)
-    made.tuner.methods = ",".join(one for one in names if METHODS[one].order == "parallel")
+    made.tuner.methods = ",".join(one for one in names if METHODS[one].order == Order.PARALLEL)
     return made

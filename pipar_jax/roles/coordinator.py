@@ -33,7 +33,7 @@ from pipar_jax.runtime.metrics import Totals
 from pipar_jax.runtime.unit_state import States
 from pipar_jax.schedule import actions
 from pipar_jax.schedule.actions import AGGREGATE, ALL, Action, RoundSchedule, Span
-from pipar_jax.schedule.plan import COORDINATOR, Boundary, Plan, device_name, long_name
+from pipar_jax.schedule.plan import COORDINATOR, Boundary, Order, Plan, device_name, long_name
 from pipar_jax.schedule.trace import Interval, Timed
 from stages import Model
 from stages.trees import Variables
@@ -137,7 +137,7 @@ class Coordinator:
         self._expect(self.plan)
         self._members.broadcast(messages.Prepare(self.plan, self._samples, total))
         self._host.prepare(self.plan, self._samples, total)
-        if self.plan.order == "parallel":
+        if self.plan.order == Order.PARALLEL:
             self._aggregator.compile()
             self._aggregator.broken_units()  # compiles what finds them, too
         ready = self._members.collect(messages.Prepared, (COORDINATOR, *self._workers))
@@ -195,7 +195,7 @@ class Coordinator:
 
     def _round(self, index: int, spans: Sequence[Span]) -> None:
         """Releases the hosts, follows the round to its last weights stored, and tells of it."""
-        sequential = self.plan.order == "sequential"
+        sequential = self.plan.order == Order.SEQUENTIAL
         if self._adaptation is not None:
             self._adaptation.start_round(index)
         hosts = (COORDINATOR, *self._workers)
@@ -264,7 +264,7 @@ class Coordinator:
     def _round_replies(self, name: str, index: int, spans: Sequence[Span]) -> list[Reply]:
         """Returns what a member owes once a round is released."""
         parts = []
-        if self.plan.order == "sequential":
+        if self.plan.order == Order.SEQUENTIAL:
             parts = [
                 reply(messages.ClientModel, device=one.device, step=one.stop - 1)
                 for one, after in zip(spans, [*spans[1:], None], strict=True)

@@ -15,7 +15,7 @@ from pipar_jax.roles.acceptance import own_spans
 from pipar_jax.runtime import moves
 from pipar_jax.schedule.actions import Span
 from pipar_jax.schedule.feasibility import check_executable
-from pipar_jax.schedule.plan import COORDINATOR, OWNER, Plan, is_node
+from pipar_jax.schedule.plan import COORDINATOR, OWNER, Order, Plan, WeightPolicy, is_node
 
 #: The most numbers of a sample that a node believes.
 MOST_NUMBERS = 2**28
@@ -151,7 +151,7 @@ class Course:
                  if not i or said.spans[i - 1].device != span.device]  # fmt: skip
         if turns and turns[0].device == said.holder:
             turns = turns[1:]
-        sequential = self.plan.order == "sequential"
+        sequential = self.plan.order == Order.SEQUENTIAL
         self._turns = [span.first for span in own_spans(turns, self._name)] if sequential else []
         self._may_commit = self._may_store = self._may_rewind = False
         self._rewound, self.phase = None, Phase.TRAINING
@@ -177,7 +177,7 @@ class Course:
             return f"with a cohort of {said.cohort[:10]}, expected {places} devices"
         if max(said.cohort) >= count:
             return f"with device {max(said.cohort)} in its cohort, expected {count} devices"
-        sequential, stops = self.plan.order == "sequential", dict[int, int]()
+        sequential, stops = self.plan.order == Order.SEQUENTIAL, dict[int, int]()
         for span in said.spans:
             fits = span.device < places and span.first <= span.stop <= self.steps[span.device]
             again = span.device in stops and span.first != stops[span.device]
@@ -231,7 +231,7 @@ class Course:
         own |= {(EVERY, unit) for _, unit in own}
         local = {self._units[i] for i in self.plan.local_units(self._name, count)}
         for copy, unit, parts in said.wanted:
-            ruled = copy == EVERY and unit in local and self.plan.weights == "copy"
+            ruled = copy == EVERY and unit in local and self.plan.weights == WeightPolicy.COPY
             if (copy, unit) not in own or ("rule" in parts and not ruled):
                 return f"for {', '.join(parts)} of copy {copy} of {unit!r}, which it has not"
         return None

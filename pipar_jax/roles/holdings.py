@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from comms import Allowance, ChannelError, Message
+from comms import Allowance, ChannelError, Message, MessageKind
 from comms.arrays import Array
 from pipar_jax.aggregation.rules import rule
 from pipar_jax.config import Config
@@ -25,7 +25,7 @@ from pipar_jax.protocol.values import MOST_S, Part
 from pipar_jax.runtime import exchanges, trace_rows, unit_state
 from pipar_jax.runtime.unit_state import States, UnitState, Wanted
 from pipar_jax.schedule.actions import ALL, COMPUTE, EVALUATE, Span
-from pipar_jax.schedule.plan import Plan, host_index, is_node
+from pipar_jax.schedule.plan import Order, Plan, host_index, is_node
 from pipar_jax.training import optimizer
 from stages import Model
 
@@ -100,7 +100,7 @@ class Holdings:
             exchanges.trained(plan, host, self.names),
             exchanges.kept(plan, host, self.names),
         ]
-        if plan.order == "sequential" and not is_node(host):
+        if plan.order == Order.SEQUENTIAL and not is_node(host):
             bundles.append(exchanges.client_model(plan, host_index(host), self.names))
         if len(plans) > 1:
             bundles.append(exchanges.leaving(plans[0], plan, host, self.names))
@@ -131,11 +131,11 @@ class Holdings:
         """
         name = known.name if (known := peek(message)) else ""
         needed = self.arrays(wanted)
-        if needed and message.kind != "bundle":
+        if needed and message.kind != MessageKind.BUNDLE:
             raise ProtocolError(
                 f"{peer} sent {name!r} without its {len(needed)} arrays of {_summary(wanted)}"
             )
-        tensors = unpacked(message, peer) if message.kind == "bundle" else {}
+        tensors = unpacked(message, peer) if message.kind == MessageKind.BUNDLE else {}
         if odd := next((one for one in tensors if one not in needed), None):
             raise ProtocolError(
                 f"{peer} sent {name!r} with {odd[:80]!r}, which the plan has not for it (expected "

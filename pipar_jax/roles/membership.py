@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import queue
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
-from comms import ChannelError, Endpoint, Link, Message, PeerClosed
+from comms import ChannelError, Endpoint, Link, Message, MessageKind, PeerClosed
 from comms.arrays import Array
 from pipar_jax.config import Config, may_lose
 from pipar_jax.disk.event_log import OnEvent
@@ -45,6 +46,16 @@ MANY, MOST_WAITING, MOST_WAITING_BYTES = 64, 4096, 64 << 20
 _PASSING = {kind_of(one) for one in (messages.Progress, messages.Pulse)}
 
 M = TypeVar("M", bound=ControlMessage)
+
+
+class Incoming(enum.Enum):
+    """What waits to be read by the coordinator's thread, and what comes with it."""
+
+    REPLY = "mail of the host in this process"
+    FAILED = "the exception that ended the host in this process, or the channel"
+    MESSAGE = "a message of a link"
+    WRONG = "why a link was ended: what its peer sent, in words"
+    LOST = "why a link has ended by itself"
 
 
 class Mail(NamedTuple, Generic[M]):
@@ -137,7 +148,7 @@ class Membership:
     ) -> None:
         self._config, self._model, self._endpoint = config, model, endpoint
         self._tensors, self._wake, self._tell, self._stop = tensors, wake, tell, stop
-        self._inbox: queue.SimpleQueue[tuple[str, Link | None, Any]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[Incoming, Link | None, Any]] = queue.SimpleQueue()
         self._links: dict[Link, _Waiting] = {}
         self._names: dict[Link, str] = {}
         self._early: list[Mail[ControlMessage]] = []
@@ -169,16 +180,16 @@ class Membership:
         link.start(
             lambda message: self._route(link, message),
             self._wake,
-            lambda error: self._inbox.put(("lost", link, error)),
+            lambda error: self._inbox.put((Incoming.LOST, link, error)),
         )
 
     def local_reply(self, said: ControlMessage, states: States) -> None:
         """Takes a reply of the host in this process; runs on its threads."""
-        self._inbox.put(("mail", None, Mail(COORDINATOR, said, states, time.monotonic())))
+        self._inbox.put((Incoming.REPLY, None, Mail(COORDINATOR, said, states, time.monotonic())))
 
     def local_failure(self, error: BaseException) -> None:
         """Takes the failure of the host in this process; runs on its threads."""
-        self._inbox.put(("failed", None, error))
+        self._inbox.put((Incoming.FAILED, None, error))
 
     def ask(self, name: str, command: ControlMessage) -> None:
         """Sends a command to a member whose loss is told elsewhere; any thread may call it."""
@@ -434,17 +445,17 @@ class Membership:
             if name is not None and self._is_past(message):
                 return
             self._end(link, reason)
-            self._inbox.put(("wrong", link, reason))
-        elif message.kind == "tensor":
+            self._inbox.put((Incoming.WRONG, link, reason))
+        elif message.kind == MessageKind.TENSOR:
             self._tensors(message)
         elif waiting.messages < MANY or registry.peek(message) not in _PASSING:
             waiting.messages += 1
             waiting.nbytes += message.nbytes
-            self._inbox.put(("message", link, message))
+            self._inbox.put((Incoming.MESSAGE, link, message))
 
     def _is_past(self, message: Message) -> bool:
         """Returns whether it is a tensor of what was given up while it was on its way."""
-        if message.kind != "tensor" or message.tag is None or self.acceptance is None:
+        if message.kind != MessageKind.TENSOR or message.tag is None or self.acceptance is None:
             return False
         return self.acceptance.is_past(message.tag)
 
@@ -459,16 +470,16 @@ class Membership:
     def _objection(self, waiting: _Waiting, name: str | None, message: Message) -> str | None:
         """Returns why a message is not even read, or None; runs on the I/O thread."""
         if name is None:
-            asked = message.kind == "control" and not waiting.messages
+            asked = message.kind == MessageKind.CONTROL and not waiting.messages
             return None if asked else f"{_what(message)} before it was admitted, expected a join"
-        if message.kind == "tensor":
+        if message.kind == MessageKind.TENSOR:
             if self.acceptance is None:
                 return f"{_what(message)} before there is a plan"
             return self.acceptance.objection(name, message)
         if waiting.messages >= MOST_WAITING or waiting.nbytes > MOST_WAITING_BYTES:
             return f"{waiting.messages} messages of {waiting.nbytes} bytes that nobody has read yet"
         known = registry.peek(message)
-        if message.kind != "bundle" or known is None or known.form is Form.CONTROL:
+        if message.kind != MessageKind.BUNDLE or known is None or known.form is Form.CONTROL:
             return None
         # Looked at before it is read: bundles are large.
         asked = self.by_name[name].owed.expects(known.made)
@@ -497,24 +508,24 @@ class Membership:
             what, link, item = self._inbox.get(timeout=timeout_s)
         except queue.Empty:
             return
-        if what == "failed":
+        if what is Incoming.FAILED:
             if isinstance(item, ChannelError):
                 self._wait_for_last_words()
                 raise PeerError(f"a device was lost: {item}") from item
             raise item
-        if what == "mail":
+        if what is Incoming.REPLY:
             self._sort(item)
             return
         assert link is not None
         name = self._names.get(link)
-        if what == "lost":
+        if what is Incoming.LOST:
             known = self._links.pop(link, None) is not None
             if name is not None:
                 lost = registry.end_of(item, long_name(name), f"{long_name(name)} was lost")
                 self.lose(name, lost)
             elif known and not isinstance(item, PeerClosed):
                 self._refusals.add(None, link.address, str(item))
-        elif what == "wrong":
+        elif what is Incoming.WRONG:
             self._links.pop(link, None)
             if name is not None:
                 self.lose(name, ProtocolError(f"{long_name(name)} sent {item}"), item)
@@ -537,7 +548,7 @@ class Membership:
             self.lose(name, error)
             return
         owed = self.by_name[name].owed
-        reason = owed.objection(said, bundle=message.kind == "bundle")
+        reason = owed.objection(said, bundle=message.kind == MessageKind.BUNDLE)
         if reason is not None:
             self.blame(name, reason)
             return
@@ -700,6 +711,6 @@ class Membership:
 
 def _what(message: Message) -> str:
     """Returns what somebody sent, in a few words."""
-    if message.kind == "tensor":
+    if message.kind == MessageKind.TENSOR:
         return f"a tensor ({message.tag})"
     return f"a {message.kind} message"

@@ -6,7 +6,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from comms import Allowance, ChannelError, Endpoint, Link, LinkShape, Message, PeerClosed
+from comms import (
+    Allowance,
+    ChannelError,
+    Endpoint,
+    Link,
+    LinkShape,
+    Message,
+    MessageKind,
+    PeerClosed,
+)
 from comms.wire.bounded_json import one_line
 from pipar_jax.config import Hosts, NetworkConfig
 from pipar_jax.errors import JoinError, ProtocolError, RunError
@@ -226,7 +235,7 @@ class PeerLinks:
     def _on_neighbour(self, link: Link, boundary: Boundary, message: Message) -> None:
         """Takes what a neighbour sends that has been met: tensors alone."""
         peer = boundary.peer(self._name)
-        if message.kind == "tensor":
+        if message.kind == MessageKind.TENSOR:
             reason = self._tensors(peer, message, boundary)
         else:
             reason = f"a {message.kind} message, expected tensors"

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import comms
-from comms import ChannelError, Endpoint, Link, Message
+from comms import ChannelError, Endpoint, Link, Message, MessageKind
 from comms.link.pending_connection import CutShortError
 from pipar_jax import data as datasets
 from pipar_jax.config import Config
@@ -48,6 +48,7 @@ from pipar_jax.schedule.plan import (
     COORDINATOR,
     Boundary,
     HostKind,
+    Order,
     device_name,
     is_node,
     long_name,
@@ -300,7 +301,7 @@ class Worker:
             if isinstance(said, messages.Finish):
                 self._say_goodbye()
                 return
-            if item.kind == "bundle":
+            if item.kind == MessageKind.BUNDLE:
                 self._bundles[type(said)](said, item)
             else:
                 self._commands[type(said)](said)
@@ -410,7 +411,7 @@ class Worker:
                 self._patience.check((COORDINATOR,), "a word")
                 continue
             if isinstance(item, Message):
-                self._waiting[item.kind == "bundle"] -= 1
+                self._waiting[item.kind == MessageKind.BUNDLE] -= 1
             return item
         raise PeerError(f"{self._long} was told to stop")
 
@@ -428,8 +429,8 @@ class Worker:
 
     def _on_message(self, message: Message) -> None:
         """Routes what arrives from the coordinator; runs on the I/O thread."""
-        if message.kind != "tensor":
-            large = message.kind == "bundle"
+        if message.kind != MessageKind.TENSOR:
+            large = message.kind == MessageKind.BUNDLE
             self._waiting[large] += 1
             if self._waiting[large] > (MOST_BUNDLES if large else MOST_WAITING):
                 message.release()
@@ -531,7 +532,7 @@ class Worker:
         plan, names = self._course.plan, self._unit_names
         assert self._holdings is not None and self._acceptance is not None and plan is not None
         bundles = [exchanges.averaged(plan, self.name, names)]
-        if plan.order == "sequential" and not is_node(self.name):
+        if plan.order == Order.SEQUENTIAL and not is_node(self.name):
             bundles.append(exchanges.client_model(plan, self._own.index, names))
         bundles += [exchanges.arriving(plan, one, self.name, names) for one in self._course.ahead]
         tensor_bytes = self._acceptance.tensor_bytes(COORDINATOR)

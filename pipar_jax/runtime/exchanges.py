@@ -9,7 +9,7 @@ from pipar_jax.runtime.moves import holders, local_to, moves
 from pipar_jax.runtime.unit_state import Wanted
 from pipar_jax.schedule.actions import ALL
 from pipar_jax.schedule.host_program import replica_key
-from pipar_jax.schedule.plan import OWNER, Plan
+from pipar_jax.schedule.plan import OWNER, Order, Plan, WeightPolicy
 
 _VARIABLES: tuple[Part, ...] = ("params", "state")
 
@@ -25,7 +25,7 @@ def trained(plan: Plan, host: str, names: Sequence[str]) -> Wanted:
       names: The model's units in order.
     """
     local = set(plan.local_stages(host))
-    if plan.order == "sequential":
+    if plan.order == Order.SEQUENTIAL:
         return {}
     return {
         (replica_key(plan, place, stage)[0], names[unit]): _VARIABLES
@@ -97,4 +97,4 @@ def arriving(old: Plan, new: Plan, host: str, names: Sequence[str]) -> Wanted:
 
 def _rule(plan: Plan) -> tuple[Part, ...]:
     """Returns the rule's part, unless there is one copy alone, and nothing to average."""
-    return ("rule",) if plan.weights == "copy" else ()
+    return ("rule",) if plan.weights == WeightPolicy.COPY else ()

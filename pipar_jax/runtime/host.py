@@ -50,7 +50,7 @@ from pipar_jax.schedule.actions import (
 from pipar_jax.schedule.dispatch import CreditedLink, Demand, Dispatcher, InFlightLimit
 from pipar_jax.schedule.feasibility import check_executable
 from pipar_jax.schedule.host_program import HostProgram, Operation
-from pipar_jax.schedule.plan import Boundary, Plan, device_name, host_index, is_node
+from pipar_jax.schedule.plan import Boundary, Order, Plan, device_name, host_index, is_node
 from pipar_jax.schedule.policies import policy
 from pipar_jax.schedule.step_feeder import StepFeeder
 from pipar_jax.training import optimizer
@@ -345,7 +345,7 @@ class Host:
         memory.check(need, None, limit_mb, self.name, plan)
         self._program = _program(plan, self.name)
         # One replica takes the steps of all devices in turn, or each its own device's.
-        taken = sum(steps) if plan.order == "sequential" else max(steps)
+        taken = sum(steps) if plan.order == Order.SEQUENTIAL else max(steps)
         self._optimizer = optimizer.compiled(
             self._config.optimizer,
             steps=taken,
@@ -382,7 +382,7 @@ class Host:
     def _install(self, plan: Plan) -> None:
         """Makes all that follows from a plan and from the replicas, which fit it already."""
         self._plan = plan
-        self._undoes_turns = plan.order == "sequential" and may_lose(self._config)
+        self._undoes_turns = plan.order == Order.SEQUENTIAL and may_lose(self._config)
         self._outgoing: dict[Boundary, CreditedLink] = {}
         self._limits: dict[int, InFlightLimit] = {}
         self._dispatcher = Dispatcher(policy(plan.dispatch, self._demand))
@@ -498,7 +498,9 @@ class Host:
         self._whole = self._tell_broken_weights(averaged=False)
         wanted = exchanges.trained(self._plan, self.name, self._model.unit_names)
         # Whoever gives nothing is given no average either, but for the coordinator's own host.
-        self._gives = bool(wanted) or (self._plan.order == "parallel" and not is_node(self.name))
+        self._gives = bool(wanted) or (
+            self._plan.order == Order.PARALLEL and not is_node(self.name)
+        )
         self._reply(messages.Trained(self._round), unit_state.held(wanted, self._replicas, {}))
 
     def _begin_turn(self) -> None:

@@ -14,6 +14,7 @@ from pipar_jax.protocol.values import EVERY
 from pipar_jax.runtime.unit_state import Key, UnitState, take
 from pipar_jax.schedule.actions import AGGREGATE, ALL, Action, RoundSchedule, Span
 from pipar_jax.schedule.host_program import HostProgram
+from pipar_jax.schedule.plan import WeightPolicy
 from pipar_jax.schedule.trace import Timed
 from pipar_jax.training.replica import Replica
 from stages.trees import Arrays, Variables
@@ -45,7 +46,9 @@ class Averaging:
         plan = program.plan
         self.stages = plan.local_stages(program.host)
         self._aggregators: dict[int, Aggregator] = {}
-        if plan.weights == "copy":  # of shared weights there is one copy, and nothing to average
+        if (
+            plan.weights == WeightPolicy.COPY
+        ):  # of shared weights there is one copy, and nothing to average
             for stage in self.stages:
                 names = replicas[program.replica_key(0, stage)].stage.unit_names
                 self._aggregators[stage] = Aggregator(
@@ -82,7 +85,7 @@ class Averaging:
         """
         params: Variables = {}
         state: Variables = {}
-        if program.plan.weights == "copy":
+        if program.plan.weights == WeightPolicy.COPY:
             for stage in program.plan.local_stages(program.host):
                 replica = replicas[program.replica_key(0, stage)]  # updates donate its own arrays
                 params |= jax.tree.map(jnp.array, replica.params)

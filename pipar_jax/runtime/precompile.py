@@ -12,7 +12,7 @@ from pipar_jax.aggregation.aggregator import Aggregator
 from pipar_jax.config import Config
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.runtime import memory, migration
-from pipar_jax.schedule.plan import Plan, is_node
+from pipar_jax.schedule.plan import Plan, WeightPolicy, is_node
 from pipar_jax.training.compile import run_all
 from pipar_jax.training.optimizer import CompiledOptimizer
 from stages import Model
@@ -100,7 +100,7 @@ def compile_plan(
     temporary = 0
     for replica in migration.samples_of(model, plan, host, compiled, rematerialise=rematerialise):
         run_all(model, [replica], sizes, between=between)
-        if plan.weights == "copy" and local.issuperset(replica.params):
+        if plan.weights == WeightPolicy.COPY and local.issuperset(replica.params):
             average = Aggregator(config.aggregation, replica.params, replica.state)
             average.compile()
         if limit_mb:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from pipar_jax.config import Config, keeps_state, may_lose
 from pipar_jax.schedule.actions import ALL, RoundSchedule
 from pipar_jax.schedule.keep import Keep, keep
-from pipar_jax.schedule.plan import Plan
+from pipar_jax.schedule.plan import Order, Plan
 from pipar_jax.training.replica import Replica
 
 Replicas = Mapping[tuple[int, int], Replica]
@@ -34,7 +34,7 @@ def find_keep(config: Config, plan: Plan, copy: int) -> Keep:
 
 def begin_round(replicas: Replicas, schedule: RoundSchedule, *, anew: bool) -> None:
     """Notes what a round begins with, or after a rewind its rest."""
-    if schedule.plan.order == "parallel":
+    if schedule.plan.order == Order.PARALLEL:
         firsts = {span.device: span.first for span in schedule.spans if span.stop > span.first}
         whole = min(firsts.values(), default=0)
         for (copy, _), replica in replicas.items():
@@ -92,7 +92,7 @@ def leave_out(replicas: Replicas, schedule: RoundSchedule, places: Collection[in
       schedule: The round that is over.
       places: The places that count.
     """
-    if schedule.plan.order == "parallel":
+    if schedule.plan.order == Order.PARALLEL:
         for (copy, _), replica in replicas.items():
             if copy != ALL and copy not in places:
                 replica.undo_round()

@@ -13,7 +13,7 @@ from pipar_jax.protocol.values import LinkRow
 from pipar_jax.roles import server
 from pipar_jax.roles.holdings import read_rows
 from pipar_jax.roles.link_stats import odd_rows
-from pipar_jax.roles.membership import Member, Membership
+from pipar_jax.roles.membership import Incoming, Member, Membership
 from pipar_jax.runtime import trace_rows
 from pipar_jax.schedule.actions import FORWARD, Action
 from pipar_jax.schedule.plan import Boundary, DevicePlan, Plan
@@ -73,7 +73,7 @@ def test_a_host_thread_that_finds_the_link_gone_is_a_lost_peer_too(members):
 
 def test_the_mail_about_the_end_says_more_than_the_send_that_noticed_it(members):
     link = members.by_name["d0"].link
-    members._inbox.put(("lost", link, PeerClosed("its data ended")))
+    members._inbox.put((Incoming.LOST, link, PeerClosed("its data ended")))
     with pytest.raises(PeerError, match="device 0 was lost: its data ended"):
         members.broadcast(messages.Finish())
 
