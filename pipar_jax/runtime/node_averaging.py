@@ -46,9 +46,8 @@ class Averaging:
         plan = program.plan
         self.stages = plan.local_stages(program.host)
         self._aggregators: dict[int, Aggregator] = {}
-        if (
-            plan.weights == WeightPolicy.COPY
-        ):  # of shared weights there is one copy, and nothing to average
+        # Of shared weights there is one copy, and nothing to average.
+        if plan.weights == WeightPolicy.COPY:
             for stage in self.stages:
                 names = replicas[program.replica_key(0, stage)].stage.unit_names
                 self._aggregators[stage] = Aggregator(
