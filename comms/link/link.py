@@ -239,7 +239,7 @@ class Link:
             credit_wait_s=out.credit_wait_s,
             queue_s=out.queue_s,
             encode_s=self._encode_s,
-            reconnects=max(0, stream.reconnects),
+            reconnects=max(0, stream.connection.opened - 1),
             repeated_frames=out.repeated_frames,
             repeated_bytes=out.repeated_bytes,
             rtt_s=stream.clock.rtt_s,

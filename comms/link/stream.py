@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
@@ -11,6 +10,7 @@ from comms.emulation.shaping import LinkShape
 from comms.errors import BusyError, ChannelError, DamageError, FrameError, PeerClosed, PeerLost
 from comms.link.allowance import Allowance
 from comms.link.arrivals import Arrivals
+from comms.link.connection import Connection
 from comms.link.heartbeat import Heartbeat
 from comms.link.inbox import Inbox
 from comms.link.message import Message
@@ -22,7 +22,7 @@ from comms.options import ChannelOptions
 from comms.wire import bounded_json
 from comms.wire.bounded_json import one_line, reason_text
 from comms.wire.buffers import BufferPool
-from comms.wire.event_loop import READ, WRITE, Guard, Loop, Timer, place_of, report
+from comms.wire.event_loop import READ, Guard, Loop, Timer, place_of, report
 from comms.wire.frame import MAX_RATE, STATUS, Header, Kind
 from comms.wire.greeting import Terms
 from comms.wire.transport import ConnectionEnded, Transport
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
     from comms.link.link import Link
 
-_READ_BUDGET_BYTES = 4 << 20
-_WRITE_BUDGET_BYTES = 4 << 20
 _LINGER_S = 1.0
 _MAX_DAMAGES = 3  # consecutive connections without a complete frame
 
@@ -84,8 +82,7 @@ class Stream:
       queue: Messages of callers, and the end of the link.
       clock: How the peer's clock differs from ours.
       guard: The I/O thread for calls of this link.
-      transport: The current connection, if any.
-      reconnects: Number of connections that replaced an earlier one.
+      connection: The current connection.
     """
 
     def __init__(
@@ -121,8 +118,23 @@ class Stream:
             on_control=self.arrivals.control,
             on_signal=self._on_signal,
         )
+        self.connection = Connection(
+            self.inbox,
+            self.outbox,
+            self.arrivals,
+            self.clock,
+            self._loop,
+            on_read=self._after_read,
+            on_written=self._after_write,
+            on_error=self._connection_failed,
+        )
         self._reports = StatusReports(
-            self.inbox, self.outbox, self._loop, options, self._flush_now, self._post_flush
+            self.inbox,
+            self.outbox,
+            self._loop,
+            options,
+            self.connection.flush_now,
+            self.connection.post_flush,
         )
         self._heartbeat = Heartbeat(
             self.inbox,
@@ -131,17 +143,10 @@ class Stream:
             self._loop,
             options,
             paused=lambda: self.arrivals.paused,
-            flush=self.run_ready,
+            flush=self.connection.run,
             on_silence=self.connection_ended,
         )
-        self.transport: Transport | None = None
-        self.reconnects = -1
         self._owner = owner
-        self._interest = 0
-        self._read_again = False
-        self._soon = False
-        self._flush_posted = False
-        self._timer: Timer | None = None
         self._resume_timer: Timer | None = None
         self._on_credit: Callable[[], None] | None = None
         self._on_lost: Callable[[ChannelError], None] | None = None
@@ -149,11 +154,13 @@ class Stream:
         self._drainers: list[threading.Event] = []
         self._damages = 0
 
+    @property
+    def transport(self) -> Transport | None:
+        """The current connection, if any."""
+        return self.connection.transport
+
     def _post_flush(self) -> None:
-        """Wakes the I/O thread for new messages; from any thread."""
-        if not self._flush_posted:
-            self._flush_posted = True
-            self._loop.post(self._flush_now)
+        self.connection.post_flush()
 
     # -- what the callers' half posts --------------------------------------------------------------
 
@@ -175,9 +182,9 @@ class Stream:
             if not self.queue.closing:
                 on_lost(lost_before)
             return
-        self._set_interest()
-        self._read_again = True
-        self.run_ready(READ)
+        self.connection.watch()
+        self.connection.read_soon()
+        self.connection.run(READ)
 
     def drain(self, done: threading.Event) -> None:
         """Sets ``done`` when all messages have left, or the link has ended."""
@@ -187,14 +194,14 @@ class Stream:
     def share_shape(self, other: Stream) -> None:
         """Shares the emulated line of another stream."""
         self.outbox.pace.share_shape(other.outbox.pace)
-        self._limit_transport()
-        self.run_ready()
+        self.connection.limit()
+        self.connection.run()
 
     def reshape(self, shape: LinkShape) -> None:
         """Sets the emulated shape of this side's sending."""
         self.outbox.set_shape(shape, time.monotonic())
-        self._limit_transport()
-        self.run_ready()
+        self.connection.limit()
+        self.connection.run()
 
     # -- connections ---------------------------------------------------------------
 
@@ -210,12 +217,8 @@ class Stream:
         if self._resume_timer is not None:
             self._resume_timer.cancel()
             self._resume_timer = None
-        self.transport = transport
         self._reports.connect()
-        self._interest = 0
-        self.reconnects += 1
-        self._limit_transport()
-        self._set_interest()
+        self.connection.open(transport)
         try:
             self.inbox.restart(leftover)
         except DamageError as error:
@@ -226,9 +229,7 @@ class Stream:
             return
         self._heartbeat.start()
         if transport.secure:
-            # The selector does not see data that TLS has already decrypted.
-            self._read_again = True
-            self._run_soon()
+            self.connection.read_soon()
 
     def suspend(self) -> None:
         """Ends the current connection because the peer is about to resume on another one."""
@@ -236,69 +237,28 @@ class Stream:
 
     def detach(self) -> None:
         """Closes the current connection, if any; its remaining data are never read."""
-        transport, self.transport = self.transport, None
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = None
         self._heartbeat.stop()
         self._reports.disconnect()
-        if transport is not None:
-            self._loop.forget(transport.socket)
-            transport.close()
-            self.outbox.drop_connection()
-            self.inbox.settle()
+        self.connection.close()
 
     def received(self) -> tuple[int, int]:
         """Returns the last sequence number received and the bytes of the frame after it."""
         return self.inbox.received, self.inbox.partial_bytes
 
-    def run_ready(self, events: int = 0) -> None:
-        """Reads and writes until the connection would block."""
-        transport = self.transport
-        if transport is None:
-            return
-        try:
-            if (events & READ or self._read_again) and not self.arrivals.paused:
-                self._read_again = self.inbox.pump(transport, _READ_BUDGET_BYTES)
-                if self._read_again:
-                    self._run_soon()
-                self._reports.note_arrivals()
-            if self.transport is transport:
-                self._flush(transport)
-        except ConnectionEnded as error:
-            if self.transport is transport:
-                self.connection_ended(str(error))
-        except DamageError as error:
-            self._damaged(error)
-        except ChannelError as error:
-            self._protocol_error(error)
+    def _after_read(self) -> None:
+        self._reports.note_arrivals()
 
-    def _run_soon(self) -> None:
-        """Continues after other links have had their turn; several requests count once."""
-        if not self._soon:
-            self._soon = True
-            self._loop.soon(self._run_again)
-
-    def _run_again(self) -> None:
-        self._soon = False
-        self.run_ready()
-
-    def _flush_now(self) -> None:
-        self._flush_posted = False
-        self.run_ready()
-
-    def _flush(self, transport: Transport) -> None:
-        again_s = self.outbox.flush(transport, _WRITE_BUDGET_BYTES)
-        self._set_interest(writing=again_s is None)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if again_s == 0:
-            self._run_soon()
-        elif again_s is not None and again_s != math.inf:
-            self._timer = self._loop.at(again_s, self.run_ready)
+    def _after_write(self) -> None:
         if self._drainers or self.queue.closing:
             self._check_drained()
+
+    def _connection_failed(self, error: ConnectionEnded | ChannelError) -> None:
+        if isinstance(error, ConnectionEnded):
+            self.connection_ended(str(error))
+        elif isinstance(error, DamageError):
+            self._damaged(error)
+        else:
+            self._protocol_error(error)
 
     def _check_drained(self) -> None:
         if self.outbox.empty or self.queue.error is not None:
@@ -309,25 +269,6 @@ class Stream:
             self._goodbye_sent = True
             if self.transport is not None:
                 self.transport.shut()
-
-    def _set_interest(self, writing: bool = False) -> None:
-        transport = self.transport
-        if transport is None:
-            return
-        interest = (0 if self.arrivals.paused else READ) | (WRITE if writing else 0)
-        if interest == self._interest:
-            return
-        self._interest = interest
-        if interest:
-            self._loop.watch(transport.socket, interest, self.run_ready)
-        else:
-            self._loop.forget(transport.socket)
-
-    def _limit_transport(self) -> None:
-        transport = self.transport
-        if transport is not None:
-            transport.limit_unsent(self.outbox.pace.unsent_limit_bytes)
-            transport.limit_in_flight(self.outbox.pace.in_flight_limit_bytes(self.clock.rtt_s))
 
     # -- what the peer says of the connection ------------------------------------------------------
 
@@ -360,7 +301,7 @@ class Stream:
         outbox.acknowledge(received)
         if rate:
             outbox.pace.set_rate(rate, time.monotonic())
-            self._limit_transport()
+            self.connection.limit()
         if released_bytes > self.queue.released_bytes:
             self.queue.release(released_bytes)
             if self._on_credit is not None:
@@ -462,7 +403,7 @@ class Stream:
         self.outbox.say_goodbye(_goodbye(reason))
         closed = self.closed_here()
         self._loop.at(time.monotonic() + _LINGER_S, lambda: self._lose(closed))
-        self.run_ready()
+        self.connection.run()
 
     def closed_here(self) -> PeerLost:
         """Returns the error of a link that this side has closed."""

@@ -287,7 +287,7 @@ def drive(options, data, *, dialled, checked, allowance, on_message, pieces=1 <<
     endpoint.loop.run()
     while link.error is None and transport.at < len(data):
         before = transport.at
-        stream.guard.run(stream.run_ready, READ)
+        stream.guard.run(stream.connection.run, READ)
         endpoint.loop.run()
         assert link.error is not None or transport.at > before, "it reads no further"
     assert (link.error is None) or transport.closed
