@@ -1,9 +1,9 @@
 """Whole numbers of few bits packed plane by plane, with masks and shifts only.
 
 A block is 64 words. Its plane j is the 64 bits at position j of its words, word i's at bit i of a
-little-endian uint64; a block of width w is its planes 0 to w - 1, one behind the other. Words of a
-width that differs by block need no bit ever to be moved across a byte, and a plane that is zero in
-all words of a block costs nothing.
+little-endian uint64; a block of width w consists of its planes 0 to w - 1 in order. With widths
+that differ by block no bit ever crosses a byte, and planes that are zero in all words of a block
+are not stored.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def pack(words: Array, width: int) -> Array:
     for at in range(0, width, 8):
         lane = np.ascontiguousarray(lanes[:, at // 8])
         for bit in range(min(8, width - at)):
-            # packbits takes whatever is not zero for a one, so the mask needs no shift behind it.
+            # packbits treats any non-zero byte as a one, so that the mask needs no shift.
             plane = np.packbits(lane & np.uint8(1 << bit), bitorder="little")
             planes[:, at + bit] = plane.view("<u8")
     return planes
@@ -87,7 +87,7 @@ def unpack_varied(packed: Array, widths: Array, bytes_each: int) -> Array:
 
 
 def bit_length(values: Array) -> Array:
-    """Returns how many bits each of some unsigned numbers takes, as uint8."""
+    """Returns the number of bits of each unsigned number, as uint8."""
     found = np.zeros(values.shape, np.uint8)
     for bit in range(8 * values.dtype.itemsize):
         found += (values >> values.dtype.type(bit)) != 0
@@ -95,6 +95,6 @@ def bit_length(values: Array) -> Array:
 
 
 def _present(widths: Array, most: int) -> Array:
-    """Says for each block and plane whether the block has that plane."""
+    """Returns whether each block has each plane."""
     present: Array = np.arange(most, dtype=np.uint8)[None, :] < widths[:, None]
     return present

@@ -1,4 +1,4 @@
-"""What the parameter of the bit-level codec says: the mode, bits, seed or bound."""
+"""The parameter of the bit-level codec: mode, bits, seed or bound."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WORDS = re.compile(r"(?P<bits>\d{1,2})s(?P<seed>\d{0,3})|(?P<kind>abs|rel)(?P<b
 
 
 class Mode(IntEnum):
-    """What is kept of an element."""
+    """How elements are coded."""
 
     NEAREST = 0
     STOCHASTIC = 1
@@ -26,13 +26,13 @@ class Mode(IntEnum):
 
 
 class Setting(NamedTuple):
-    """What a parameter says.
+    """A parsed parameter.
 
     Attributes:
-      mode: What is kept.
+      mode: The mode.
       bits: K; 0 with a bound and without loss.
-      seed: Of random rounding.
-      bound: Of abs and rel, a number of 8 significant bits.
+      seed: Seed of random rounding.
+      bound: Bound of abs and rel, a number with 8 significant bits.
     """
 
     mode: Mode
@@ -43,8 +43,8 @@ class Setting(NamedTuple):
     def parameter(self) -> int:
         """Returns it as a number: bits 0-7 K, 8-15 the mode, 16-31 the seed or the bound.
 
-        The bound is the upper half of a float32's bits, cut off and not rounded, so that what is
-        kept to is never more than was asked for.
+        The bound is the upper half of a float32's bits, truncated, so that it never exceeds the
+        requested one.
         """
         upper = self.seed
         if self.mode in (Mode.ABSOLUTE, Mode.RELATIVE):
@@ -56,10 +56,10 @@ class Setting(NamedTuple):
 
     @classmethod
     def of(cls, parameter: int) -> Setting:
-        """Returns what a parameter says.
+        """Decodes a parameter.
 
         Raises:
-          CodecError: If it says nothing that the codec knows.
+          CodecError: If it is not valid.
         """
         bits, mode, upper = parameter & 255, parameter >> 8 & 255, parameter >> 16
         try:
@@ -87,10 +87,10 @@ class Setting(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Setting:
-        """Returns what ``6s``, ``6s17``, ``abs1e-3``, ``rel1e-3`` or ``lossless`` means.
+        """Parses ``6s``, ``6s17``, ``abs1e-3``, ``rel1e-3`` or ``lossless``.
 
         Raises:
-          CodecError: If the text means nothing that the codec knows.
+          CodecError: If the text is not valid.
         """
         if text == "lossless":
             return cls(Mode.LOSSLESS)

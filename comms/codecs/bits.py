@@ -1,6 +1,6 @@
-"""The bit-level codec: as many bits per element as wanted, packed with shifts and masks alone.
+"""The bit-level codec: any number of bits per element, packed with shifts and masks only.
 
-The parameter picks what is kept. Elements are taken in blocks of 64, in C order:
+The parameter selects the mode. Elements are coded in blocks of 64, in C order:
 
 ===================== ==========================================================================
 ``bits:K``            an exponent E per block; of each element its sign and K bits (1 to 23), to
@@ -61,21 +61,21 @@ class BitCodec:
     exact_size = False
 
     def parameter_of(self, text: str) -> int:
-        """Returns what ``6s``, ``6s17``, ``abs1e-3``, ``rel1e-3`` or ``lossless`` means."""
+        """Parses ``6s``, ``6s17``, ``abs1e-3``, ``rel1e-3`` or ``lossless``."""
         return Setting.parse(text).parameter()
 
     def precision_bits(self, parameter: int) -> int | None:
-        """Returns K and the sign; a bound is the caller's own."""
+        """Returns K plus the sign; None for the other modes."""
         setting = Setting.of(parameter)
         return setting.bits + 1 if setting.bits else None
 
     def check(self, dtype: DType, parameter: int) -> None:
-        """Takes floating-point types and the parameters that ``Setting`` knows."""
+        """Accepts floating-point dtypes and the parameters of ``Setting``."""
         check_float(self.name, dtype)
         Setting.of(parameter)
 
     def encoded_bytes(self, dtype: DType, shape: tuple[int, ...], parameter: int) -> int:
-        """Returns the most that a payload takes."""
+        """Returns the maximum size of a payload."""
         setting = Setting.of(parameter)
         count = array_bytes(np.dtype(np.uint8), shape)
         most = count * dtype.itemsize
@@ -96,7 +96,7 @@ class BitCodec:
         """Returns each element's multiple of its step.
 
         Raises:
-          CodecError: If the payload is none of this codec.
+          CodecError: If the payload is not valid for this codec.
         """
         setting, array = Setting.of(parameter), aligned_empty(dtype, shape)
         parts = PayloadParts.of(payload, dtype, shape, parameter)
@@ -111,7 +111,7 @@ class BitCodec:
             else:
                 values = decode_bounded(parts, dtype)
             if dtype.itemsize == 2 or parts.step > 0:
-                # Rounded up, the largest numbers of a type may leave it; NaNs stay NaNs.
+                # Rounded up, the largest numbers of a dtype may overflow; NaNs remain NaNs.
                 largest = largest_of(dtype)
                 np.clip(values, -largest, largest, out=values)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -123,7 +123,7 @@ class BitCodec:
 
 
 def _spread(values: Array, present: Array, flat: Array) -> None:
-    """Puts values where something is present and zeros elsewhere, with little memory beside."""
+    """Puts values at the present positions and zeros elsewhere, with little extra memory."""
     flat[...] = 0
     at = 0
     for begin in range(0, flat.size, SLAB):

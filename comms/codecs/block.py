@@ -33,14 +33,14 @@ TINY = np.float32(2.0**-100)
 """Blocks whose largest magnitude is below this are sent as zeros."""
 MAX_BLOCK = 1 << 16
 DEFAULT_BLOCK = 128
-_SLAB_ELEMENTS = 1 << 15  # stays in the second-level cache through all passes
+_SLAB_ELEMENTS = 1 << 15  # stays in the L2 cache through all passes
 
 
 class BlockCodec:
     """Sends floating-point arrays as a scale per block and 8- or 4-bit elements.
 
     Args:
-      name: What selects the codec.
+      name: Name of the codec.
       code: Its number on the wire.
       top: The largest code.
       bits: 8 or 4.
@@ -61,7 +61,7 @@ class BlockCodec:
         self._values = np.arange(256, dtype=np.uint8).view(narrow).astype(np.float32)
 
     def parameter_of(self, text: str) -> int:
-        """Knows no words."""
+        """Accepts no words."""
         raise no_such_parameter(self.name, text)
 
     def precision_bits(self, parameter: int) -> int:
@@ -71,7 +71,7 @@ class BlockCodec:
         return int(ml_dtypes.finfo(self.narrow).nmant) + 2  # type: ignore[no-untyped-call]
 
     def check(self, dtype: DType, parameter: int) -> None:
-        """Takes floating-point types and a block size."""
+        """Accepts floating-point dtypes and a block size."""
         check_float(self.name, dtype)
         if not 8 <= parameter <= MAX_BLOCK or parameter % 8:
             raise CodecError(
@@ -156,7 +156,7 @@ class BlockCodec:
 
 
 def _slabs(size: int, block: int) -> list[tuple[int, int, int]]:
-    """Returns (begin, end, index of the first block) of runs of blocks that fit the cache."""
+    """Returns (begin, end, index of the first block) of runs of blocks that fit into the cache."""
     step = max(1, _SLAB_ELEMENTS // block) * block
     return [(at, min(at + step, size), at // block) for at in range(0, size, step)]
 

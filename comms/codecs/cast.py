@@ -1,7 +1,7 @@
 """Codecs that narrow each element on its own: bfloat16 and float16.
 
 Layout: n elements of 2 bytes, little-endian, in C order. Rounding is to the nearest, ties to even;
-what is too large for float16 becomes infinite.
+numbers beyond float16 become infinite.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from comms.wire.frame import array_bytes
 FLOATS = frozenset(
     np.dtype(kind) for kind in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
 )
-"""Element types that the lossy codecs take."""
+"""Element types that the lossy codecs support."""
 
 
 class CastCodec:
     """Sends floating-point arrays in a narrower type.
 
     Args:
-      name: What selects the codec.
+      name: Name of the codec.
       code: Its number on the wire.
-      narrow: The type that travels.
+      narrow: The dtype on the wire.
     """
 
     default_parameter = 0
@@ -39,7 +39,7 @@ class CastCodec:
         self.narrow = narrow
 
     def parameter_of(self, text: str) -> int:
-        """Knows no words."""
+        """Accepts no words."""
         raise no_such_parameter(self.name, text)
 
     def precision_bits(self, parameter: int) -> int:
@@ -47,7 +47,7 @@ class CastCodec:
         return int(ml_dtypes.finfo(self.narrow).nmant) + 2  # type: ignore[no-untyped-call]
 
     def check(self, dtype: DType, parameter: int) -> None:
-        """Takes floating-point types and no parameter."""
+        """Accepts floating-point dtypes and no parameter."""
         check_float(self.name, dtype)
         if parameter != 0:
             raise CodecError(f"codec {self.name} takes no parameter, got {parameter}")
@@ -58,7 +58,7 @@ class CastCodec:
             return array.astype(self.narrow).reshape(-1).view(np.uint8)
 
     def decode(self, payload: Bytes, dtype: DType, shape: tuple[int, ...], parameter: int) -> Array:
-        """Returns the elements in their first type."""
+        """Returns the elements in their original dtype."""
         narrow = payload.view(self.narrow)
         array = aligned_empty(dtype, shape)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -71,10 +71,11 @@ class CastCodec:
 
 
 def check_float(name: str, dtype: DType) -> None:
-    """Raises CodecError unless the element type is one that lossy codecs take."""
+    """Raises CodecError unless lossy codecs support the element type."""
     if dtype not in FLOATS:
         raise CodecError(
-            f"codec {name} takes float64, float32, float16 and bfloat16, not {dtype}; send it raw"
+            f"codec {name} supports float64, float32, float16 and bfloat16, not {dtype}; send it "
+            "raw"
         )
 
 

@@ -1,1 +1,1 @@
-"""The codecs of comms as jit kernels that give the same bytes."""
+"""The codecs of comms as jit kernels with identical bytes."""

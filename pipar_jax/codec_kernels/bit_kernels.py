@@ -1,8 +1,8 @@
-"""The bit-level codec of comms as pure functions under jit, which give the same bytes.
+"""The bit-level codec of comms as pure functions under jit, with identical bytes.
 
-What a payload takes depends on the array: ``encode`` returns as many bytes as it can take at most,
-and how many of them it did take. Layout and rounding are those of comms.codecs.bits. Comparisons
-are made on the bits, since an accelerator takes the smallest numbers for zero and numpy does not.
+The size of a payload depends on the array: ``encode`` returns the maximum number of bytes, and the
+actual size. Layout and rounding are those of comms.codecs.bits. Comparisons use the bits, since
+accelerators flush the smallest numbers to zero and numpy does not.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from comms.codecs.bits import largest_of
 
 
 class _Blocks(NamedTuple):
-    """What an array's blocks become: words, and the bytes that say how to read them.
+    """The blocks of an array: words, and the bytes that describe them.
 
     Attributes:
       words: [m, 64] uint32.
-      widths: [m] int32, 0 for blocks behind the last element.
+      widths: [m] int32, 0 for blocks after the last element.
       first: [m] uint8.
-      second: [m] uint8; None but without loss.
+      second: [m] uint8; only for lossless, else None.
     """
 
     words: jax.Array
@@ -54,10 +54,11 @@ def encode(array: jax.Array, setting: Setting) -> tuple[jax.Array, jax.Array]:
 
     Args:
       array: Any shape, float32, float16 or bfloat16.
-      setting: What the codec's parameter says.
+      setting: The parsed parameter of the codec.
 
     Returns:
-      The payload, [most] uint8, and its length, a scalar int32; what lies behind it is nothing.
+      The payload, [most] uint8, and its length, a scalar int32; bytes beyond the length have no
+      meaning.
     """
     flat, dtype = array.reshape(-1), np.dtype(array.dtype)
     raw = to_bytes(flat)
@@ -74,8 +75,8 @@ def decode(payload: jax.Array, setting: Setting, dtype: DType, shape: tuple[int,
     """Decodes a payload that ``comms.codecs.bit_payload.PayloadParts`` has checked.
 
     Args:
-      payload: [most] uint8, as ``encode`` returns it.
-      setting: What the codec's parameter says.
+      payload: [most] uint8, as returned by ``encode``.
+      setting: The parsed parameter of the codec.
       dtype: Element type before encoding.
       shape: Shape before encoding.
     """
@@ -85,7 +86,7 @@ def decode(payload: jax.Array, setting: Setting, dtype: DType, shape: tuple[int,
     lossless, blocks = setting.mode is Mode.LOSSLESS, -(-size // BLOCK)
     flags = from_bytes(payload[:4], np.dtype(np.uint32))[0]
     sparse = (flags & SPARSE) != 0
-    # Nothing is read from beyond the end: a section's most begins at or before its real end.
+    # Nothing is read beyond the end: the maximum of a section starts at or before its actual end.
     data = jnp.pad(payload, (0, sparse_bytes(size) + 3 * padded(blocks)))
     bitmap = data[HEAD_BYTES : HEAD_BYTES + -(-size // 8)]
     present = ((bitmap[:, None] >> jnp.arange(8, dtype=jnp.uint8)) & 1).reshape(-1)[:size] != 0
@@ -170,7 +171,7 @@ def _encode_fixed(
     factor = _power(k - 1 - (exponent - 127) + (k == 1))
     real = jax.lax.bitcast_convert_type(blocks, jnp.float32)
     if k == 1:
-        # A compiler that multiplied the factors first would get no normal number.
+        # Multiplying the factors first would not give a normal number.
         real = jax.lax.optimization_barrier(real * np.float32(0.5))  # type: ignore[no-untyped-call]
     scaled = jnp.where((unusable | infinite)[:, None], 0, real * factor[:, None])
     if setting.mode is Mode.STOCHASTIC:
@@ -193,7 +194,7 @@ def _encode_fixed(
 
 
 def _draws(count: int, seed: jax.Array, like: jax.Array) -> jax.Array:
-    """Returns what ``comms.codecs.bit_fixed.draws`` does for a whole array."""
+    """Returns the result of ``comms.codecs.bit_fixed.draws`` for a whole array."""
     h = jnp.arange(count // 4, dtype=jnp.uint32) * np.uint32(0x9E3779B9)
     h += seed * np.uint32(0x85EBCA6B)
     h ^= h >> 16
@@ -231,7 +232,7 @@ def _encode_bounded(
 
 
 def _marked(whole: jax.Array, count: jax.Array) -> _Blocks:
-    """Returns the blocks of whole numbers [n] int32, of which ``count`` are there."""
+    """Returns the blocks of whole numbers [n] int32, of which ``count`` are valid."""
     blocks = _padded_blocks(whole)
     negative = jnp.min(blocks, axis=1) < 0
     width = 32 - jax.lax.clz(jnp.max(blocks ^ (blocks >> 31), axis=1)) + negative
@@ -240,7 +241,7 @@ def _marked(whole: jax.Array, count: jax.Array) -> _Blocks:
 
 
 def _turned(flat: jax.Array) -> jax.Array:
-    """Returns an array's bits [n] uint32, turned to the left by one within their type."""
+    """Returns an array's bits [n] uint32, rotated left by one within their dtype."""
     bits = 8 * flat.dtype.itemsize
     words = jax.lax.bitcast_convert_type(flat, jnp.uint16 if bits == 16 else jnp.uint32)
     return ((words << 1) | (words >> (bits - 1))).astype(jnp.uint32)
@@ -251,7 +252,7 @@ def _leading(words: jax.Array, count: jax.Array, dtype: DType) -> _Blocks:
     shift = 8 * dtype.itemsize - 8
     at = jnp.arange(-(-words.size // BLOCK) * BLOCK).reshape(-1, BLOCK)
     blocks = _padded_blocks(words)
-    # The last block is filled up with what changes neither.
+    # The last block is padded with words that change neither.
     blocks = jnp.where(at < count, blocks, words[jnp.maximum(count - 1, 0)])
     leading = jnp.where(at[:, 0] < count, jnp.min(blocks, axis=1) >> shift, 0)
     rests = jnp.where((at[:, 0] < count)[:, None], blocks - (leading << shift)[:, None], 0)
@@ -266,14 +267,14 @@ def _choose(
     is_raw: jax.Array | bool = False,
     step: jax.Array | int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the smallest form of words whose blocks have widths of their own.
+    """Returns the smallest form of words whose blocks have individual widths.
 
     Args:
       raw: The array's bytes.
       words: [n]; zeros may be left out.
-      make: Makes ``_Blocks`` of words and their number.
-      is_raw: Whether nothing but raw will do.
-      step: What the head says of it.
+      make: Creates ``_Blocks`` from words and their number.
+      is_raw: Whether only raw is possible.
+      step: The step in the head.
     """
     size = words.size
     present = words != 0
@@ -308,10 +309,10 @@ def _assemble(
     most_width: int,
     most: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns head and sections, and how many bytes they are.
+    """Returns head and sections, and their size in bytes.
 
-    Sections are written in order, each at its most and over what the one before left behind its
-    real end.
+    Sections are written in order, each with its maximum size, over the unused rest of the one
+    before.
     """
     blocks, size = len(made.words), present.size
     is_sparse = (flags & SPARSE) != 0
@@ -344,7 +345,7 @@ def _head(flags: jax.Array | int, step: jax.Array | int) -> jax.Array:
 
 
 def _pack(words: jax.Array, widths: jax.Array, most: int) -> jax.Array:
-    """Returns the planes of blocks behind one another, [m * most * 8] uint8."""
+    """Returns the concatenated planes of blocks, [m * most * 8] uint8."""
     blocks = len(words)
     ones = words.reshape(blocks, 1, 8, 8) >> jnp.arange(most, dtype=jnp.uint32)[:, None, None]
     ones = (ones & 1) << jnp.arange(8, dtype=jnp.uint32)
@@ -356,9 +357,9 @@ def _pack(words: jax.Array, widths: jax.Array, most: int) -> jax.Array:
 
 
 def _unpack(data: jax.Array, at: jax.Array, widths: jax.Array, most: int) -> jax.Array:
-    """Returns the words [m, 64] uint32 of the planes that begin at a byte of a payload."""
+    """Returns the words [m, 64] uint32 of the planes from a byte of a payload."""
     rows, there = _rows(widths, most)
-    whole = data[: data.size // 8 * 8].reshape(-1, 8)  # sections begin at multiples of 8
+    whole = data[: data.size // 8 * 8].reshape(-1, 8)  # sections start at multiples of 8
     planes = jnp.where(there[..., None], whole[jnp.clip(at // 8 + rows, 0, len(whole) - 1)], 0)
     ones = (planes[..., None] >> jnp.arange(8, dtype=jnp.uint8)) & 1
     ones = ones.reshape(len(widths), most, BLOCK).astype(jnp.uint32)
@@ -366,7 +367,7 @@ def _unpack(data: jax.Array, at: jax.Array, widths: jax.Array, most: int) -> jax
 
 
 def _rows(widths: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
-    """Returns where each block's planes are, [m, most] in planes, and which of them are there."""
+    """Returns the positions of each block's planes, [m, most], and which of them exist."""
     ends = jnp.cumsum(widths)
     planes = jnp.arange(most)
     return (ends - widths)[:, None] + planes, planes[None, :] < widths[:, None]
@@ -402,13 +403,13 @@ def _most_width(setting: Setting, dtype: DType) -> int:
 
 
 def _power(exponent: jax.Array) -> jax.Array:
-    """Returns 2^exponent as float32, for exponents of normal numbers; others are the nearest."""
+    """Returns 2^exponent as float32, clipped to the exponents of normal numbers."""
     biased = jnp.clip(exponent + 127, 1, 254).astype(jnp.int32)
     return jax.lax.bitcast_convert_type(biased << 23, jnp.float32)
 
 
 def _compact(values: jax.Array, present: jax.Array) -> jax.Array:
-    """Returns the values that are present, in front, and zeros behind them."""
+    """Returns the present values, followed by zeros."""
     to = jnp.where(present, jnp.cumsum(present, dtype=jnp.int32) - 1, values.size)
     return jnp.zeros_like(values).at[to].set(values, mode="drop")
 

@@ -1,10 +1,10 @@
-"""The codecs of comms as jit kernels, which give the same bytes.
+"""The codecs of comms as jit kernels, with identical bytes.
 
-On an accelerator it pays to encode before the copy to the host and to decode after the copy back:
-a quarter of the bytes crosses the bus. ``encode`` and ``decode`` are pure functions of arrays with
-static sizes and run under any ``jax.jit``; ``encoder`` and ``decoder`` return compiled ones by the
-codec's name. The operations and their order are those of comms.codecs.block, comms.codecs.cast and
-comms.codecs.bits, which describe the layouts; only NaNs may differ in their payload bits.
+On an accelerator it is faster to encode before the copy to the host and to decode after the copy
+back: a quarter of the bytes crosses the bus. ``encode`` and ``decode`` are pure functions of arrays
+with static sizes and run under any ``jax.jit``; ``encoder`` and ``decoder`` return compiled ones by
+the codec's name. The operations and their order are those of comms.codecs.block, comms.codecs.cast
+and comms.codecs.bits, which describe the layouts; only NaNs may differ in their payload bits.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from pipar_jax.codec_kernels.bit_kernels import from_bytes, to_bytes
 
 
 class Coded(NamedTuple):
-    """A payload on the device.
+    """A payload on the accelerator.
 
     Attributes:
       payload: [n] uint8.
-      length: How many of them it is, a scalar; None if all.
+      length: Number of valid bytes, a scalar; None if all are valid.
     """
 
     payload: jax.Array
@@ -49,10 +49,10 @@ def encode(array: jax.Array, codec: str) -> Coded:
       codec: Name of the codec, such as "int8" or "int8:256".
 
     Returns:
-      The same bytes that comms makes.
+      The same bytes as comms.
 
     Raises:
-      CodecError: If there is no such codec or no kernel for it, or it does not take the type.
+      CodecError: If there is no such codec or no kernel for it, or it does not support the dtype.
     """
     chosen, parameter = parse_codec(codec)
     chosen.check(np.dtype(array.dtype), parameter)
@@ -71,7 +71,7 @@ def decode(payload: jax.Array, codec: str, dtype: DType, shape: tuple[int, ...])
     """Decodes a payload.
 
     Args:
-      payload: [n] uint8; where sizes differ by array as many as it can be at most.
+      payload: [n] uint8; of maximum size if the size depends on the array.
       codec: Name of the codec, with its parameter if that is not the default.
       dtype: Element type before encoding.
       shape: Shape before encoding.
@@ -108,10 +108,10 @@ def decoder(codec: str, dtype: DType, shape: tuple[int, ...]) -> Callable[[jax.A
 
 
 def on_host(codec: str) -> bool:
-    """Says whether comms codes faster than a kernel would: no bus is to be saved on a CPU.
+    """Returns whether comms codes faster than a kernel: on a CPU there is no bus to relieve.
 
-    There the kernels of the bit-level codec, whose sizes differ by array, take five to ten times
-    as long as numpy, and the processor that would compute meanwhile.
+    There the kernels of the bit-level codec, whose sizes depend on the array, take five to ten
+    times as long as numpy, and occupy the processor.
     """
     return isinstance(parse_codec(codec)[0], BitCodec) and jax.default_backend() == "cpu"
 
@@ -119,8 +119,8 @@ def on_host(codec: str) -> bool:
 def to_host(coded: Coded) -> Bytes:
     """Copies a payload to the host; waits for it.
 
-    Of a payload whose length depends on the array a part crosses the bus that is only up to a 16th
-    of its most longer: each size that is cut off is compiled.
+    If the length depends on the array, it is rounded up to a 16th of the maximum, since each size
+    that is copied is compiled.
     """
     if coded.length is None:
         return np.asarray(coded.payload)
@@ -132,7 +132,7 @@ def to_host(coded: Coded) -> Bytes:
 
 
 def to_device(data: Bytes, most: int) -> jax.Array:
-    """Copies a payload to the default device and fills it up to its most there."""
+    """Copies a payload to the default accelerator and pads it to its maximum size."""
     nbytes = _rounded(data.size, most)
     filled = np.zeros(nbytes, np.uint8)
     filled[: data.size] = data
@@ -141,10 +141,10 @@ def to_device(data: Bytes, most: int) -> jax.Array:
 
 
 def decode_from_link(payload: Payload) -> jax.Array:
-    """Copies a received payload to the default device and decodes it there.
+    """Copies a received payload to the default accelerator and decodes it there.
 
     Raises:
-      CodecError: If the payload is not what the codec makes.
+      CodecError: If the payload is not valid for the codec.
     """
     chosen, parameter, dtype, shape = (
         payload.codec, payload.parameter, payload.dtype, payload.shape,
@@ -159,7 +159,7 @@ def decode_from_link(payload: Payload) -> jax.Array:
 
 
 def compile_for(codec: str, shape: jax.ShapeDtypeStruct) -> None:
-    """Compiles all that coding arrays of a shape needs on this device."""
+    """Compiles all kernels for arrays of a shape on this accelerator."""
     coded = encoder(codec)(jnp.ones(shape.shape, shape.dtype))
     decode = decoder(codec, np.dtype(shape.dtype), shape.shape)
     decode(coded.payload).block_until_ready()
@@ -173,7 +173,7 @@ _PARTS = 16
 
 
 def _rounded(nbytes: int, most: int) -> int:
-    """Returns bytes rounded up to a 16th of the most that they can be."""
+    """Returns a size rounded up to a 16th of its maximum."""
     part = -(-most // _PARTS)
     return min(-(-nbytes // part) * part, most)
 
@@ -198,7 +198,7 @@ def _encode_blocks(array: jax.Array, codec: BlockCodec, size: int) -> jax.Array:
     block = jnp.pad(flat, (0, -count % size)).reshape(-1, size)
     top = jnp.max(jnp.abs(block), axis=1)
     usable = (top >= TINY) & (top < jnp.inf)
-    # A divisor of 1 where it is not used keeps infinities out of what is computed and dropped.
+    # A divisor of 1 where it is not used avoids infinities in discarded results.
     factor = jnp.where(usable, codec.top / jnp.where(usable, top, 1), 0)
     scale = jnp.where(usable, top * (np.float32(1) / codec.top), 0)
     scale = jnp.where(top < jnp.inf, scale, jnp.nan).astype(jnp.float32)
