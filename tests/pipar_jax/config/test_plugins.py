@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -25,6 +26,7 @@ from pipar_jax.launch.flags import load_preset
 from pipar_jax.launch.process import describe_os_error, perform
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.report.sinks import Sinks
+from pipar_jax.runtime.setup import build_model
 from tests import sources
 
 #: What somebody's function may do, by its name in the module below, and what is told of it.
@@ -137,6 +139,18 @@ def _unit(name: str, folder: pathlib.Path) -> None:
     stages.Model.from_units("own", [("first", lambda _: Unit())], (8,), 3)
 
 
+def _network(name: str, folder: pathlib.Path) -> None:
+    config = digits.get_config()
+    config.model.name = f"module:users_own:{name}"
+    build_model(resolve(config), (8, 8, 1), 10)
+
+
+def _traced(name: str, folder: pathlib.Path) -> None:
+    call = _users(name)
+    example, params = np.ones((1, 8), np.float32), {"w": np.ones(3, np.float32)}
+    stages.trace(lambda params, x: call(x), example, params=params, name="own")
+
+
 def _users(name: str) -> Any:
     return getattr(importlib.import_module("users_own"), name)
 
@@ -148,6 +162,12 @@ PLACES = {
     "sink written": (_write, RunError, r"the sink users_own:{name}_write of run\.sinks failed: "),
     "sink closed": (_close, RunError, r"the sink users_own:{name}_close of run\.sinks failed: "),
     "preset": (_preset, ConfigError, r"--config=\S+preset\.py fails: "),
+    "network made": (_network, RunError, "own network module:users_own:{name} failed: "),
+    "network traced": (
+        _traced,
+        stages.StageError,
+        r"model 'own': cannot be traced in training with float32\[2, 8\]: ",
+    ),
     "unit made": (_factory, stages.StageError, "unit 'first': its factory failed: "),
     "unit called": (_unit, stages.StageError, "model 'own', unit 'first': cannot take .*: "),
 }
