@@ -337,7 +337,9 @@ def test_a_circle_is_refused_with_the_grid_and_the_cell(monkeypatch) -> None:
 def test_waiting_for_what_nobody_does_is_refused(monkeypatch) -> None:
     waiting_for(monkeypatch, d0_0F1at0="d7.0U@3")
     schedule = RoundSchedule(pair_plan(1, 2), (Span(0, 0, 1),), (8,), 8)
-    with pytest.raises(ScheduleError, match=r"cannot run d0.0F1@0.*d7.0U@3, which nobody"):
+    with pytest.raises(
+        ScheduleError, match=r"cannot run d0.0F1@0.*d7.0U@3, which no host performs"
+    ):
         simulate(schedule, Costs(seconds_of))
 
 
