@@ -253,7 +253,7 @@ def _modules(paths: frozenset[str]) -> frozenset[str]:
 
 
 def _place(new: frozenset[str]) -> str:
-    """Says behind which modules a position is."""
+    """Returns the modules before a position, as text."""
     return " and ".join(sorted(_modules(new)))
 
 

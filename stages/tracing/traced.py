@@ -252,7 +252,7 @@ def _piece(
 
 
 def _foreign(flat: Flat, foreign: set[Atom]) -> str:
-    """Says which variable a unit uses that is another's."""
+    """Returns a message about variables of other units that a unit uses."""
     paths = {var: path for path, var in {**flat.params, **flat.state}.items()}
     names = sorted(paths[var] for var in foreign if var in paths)
     return (
