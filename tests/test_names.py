@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -41,6 +42,20 @@ def _defined() -> dict[str, list[str]]:
 def test_no_two_public_types_have_one_name() -> None:
     twice = {name: places for name, places in _defined().items() if len(places) > 1}
     assert not twice, "\n".join(f"{name}: {', '.join(places)}" for name, places in twice.items())
+
+
+def test_arrays_and_their_types_go_by_their_names() -> None:
+    """``comms.arrays`` names them: Array, Bytes and DType."""
+    spelled = re.compile(r"\b(ndarray|dtype|NDArray)\[Any\b")
+    found = [
+        f"{path}:{number}"
+        for module, path in modules().items()
+        if module.split(".")[0] in PRODUCT and module != "comms.arrays"
+        for number, line in enumerate((ROOT / path).read_text(encoding="utf-8").split("\n"), 1)
+        if spelled.search(line)
+    ]
+    assert not found, ", ".join(found)
+    assert spelled.search("x: np.ndarray[Any, Any]") and spelled.search("np.dtype[Any]")
 
 
 def test_classes_and_aliases_are_found() -> None:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from comms import Allowance, ChannelError, Message, MessageKind
-from comms.arrays import Array
+from comms.arrays import Array, DType
 from pipar_jax.aggregation.rules import rule
 from pipar_jax.config import Config
 from pipar_jax.errors import ProtocolError
@@ -39,7 +39,7 @@ class Like(NamedTuple):
     """What an array has to be."""
 
     shape: tuple[int, ...]
-    dtype: np.dtype[Any]
+    dtype: DType
     nbytes: int
 
 
@@ -219,7 +219,7 @@ def odd_seen(said: LookSeen, plan: Plan, host: str) -> str | None:
     return None
 
 
-def unpacked(message: Message, peer: str) -> Mapping[str, np.ndarray[Any, Any]]:
+def unpacked(message: Message, peer: str) -> Mapping[str, Array]:
     """Returns a bundle's arrays.
 
     Raises:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
+from comms.arrays import Array
 from pipar_jax.errors import RunError
 from pipar_jax.schedule.actions import (
     KINDS,
@@ -18,7 +18,7 @@ from pipar_jax.schedule.actions import (
 )
 from pipar_jax.schedule.trace import Timed
 
-Tensors = dict[str, np.ndarray[Any, Any]]
+Tensors = dict[str, Array]
 
 #: Kinds of actions by their number in a trace, and those that carry a tensor between stages.
 ROW_KINDS = sorted(KINDS)
@@ -46,7 +46,7 @@ def pack_rows(rows: Sequence[Timed]) -> Tensors:
     return {"numbers": numbers, "times": times}
 
 
-def unpack_rows(tensors: Mapping[str, np.ndarray[Any, Any]], peer: str) -> list[Timed]:
+def unpack_rows(tensors: Mapping[str, Array], peer: str) -> list[Timed]:
     """Returns the timed actions that ``pack_rows`` wrote.
 
     Raises:

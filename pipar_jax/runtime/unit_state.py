@@ -14,17 +14,19 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from comms.arrays import Array
 from pipar_jax.aggregation.aggregator import Aggregator
 from pipar_jax.errors import RunError
 from pipar_jax.protocol.values import EVERY, PARTS, Part, StateRow
 from pipar_jax.training.replica import Replica
+from stages.trees import PyTree
 
 #: A copy (a place's number, ``ALL`` or ``EVERY``) and the name of a unit.
 Key = tuple[int, str]
 #: Which parts of which units.
 Wanted = dict[Key, tuple[Part, ...]]
 #: Arrays by name, as a bundle carries them.
-Tensors = dict[str, np.ndarray[Any, Any]]
+Tensors = dict[str, Array]
 
 
 class UnitState(NamedTuple):
@@ -37,8 +39,8 @@ class UnitState(NamedTuple):
       rule: The state of the rule that averages it, a pytree.
     """
 
-    params: Mapping[str, Any] | None = None
-    state: Mapping[str, Any] | None = None
+    params: Mapping[str, PyTree] | None = None
+    state: Mapping[str, PyTree] | None = None
     opt: Any = None
     rule: Any = None
 
@@ -51,7 +53,7 @@ def rows(wanted: Mapping[Key, Collection[Part]]) -> tuple[StateRow, ...]:
     return tuple(StateRow(copy, unit, tuple(parts)) for (copy, unit), parts in wanted.items())
 
 
-def leaves(part: Part, values: Any) -> dict[str, Any]:
+def leaves(part: Part, values: PyTree) -> dict[str, PyTree]:
     """Returns a part's arrays by path, or numbered where it is an optimiser's or rule's tree."""
     if part in ("params", "state"):
         return dict(values)
@@ -91,7 +93,7 @@ def held(
     for (copy, unit), parts in wanted.items():
         among = copies.values() if copy == EVERY else (copies[copy],)
         replica = next((one[unit] for one in among if unit in one), None)
-        values: dict[str, Any] = {}
+        values: dict[str, PyTree] = {}
         for part in parts:
             if part == "rule":
                 values[part] = averages[unit].rule_state[unit]

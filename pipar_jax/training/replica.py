@@ -14,7 +14,7 @@ from pipar_jax.schedule.keep import Keep
 from pipar_jax.training import optimizer
 from pipar_jax.training.optimizer import CompiledOptimizer
 from stages import MicroBatchContext, Stage
-from stages.trees import Arrays, OptState, PyTree
+from stages.trees import OptState, PyTree
 
 Variables = dict[str, dict[str, jax.Array]]
 
@@ -36,8 +36,8 @@ class Replica:
     def __init__(
         self,
         stage: Stage,
-        params: Mapping[str, Arrays],
-        state: Mapping[str, Arrays],
+        params: Mapping[str, Mapping[str, PyTree]],
+        state: Mapping[str, Mapping[str, PyTree]],
         compiled: CompiledOptimizer,
         keeps: Keep = Keep.NOTHING,
     ) -> None:
@@ -70,8 +70,8 @@ class Replica:
 
     def load(
         self,
-        params: Mapping[str, Any],
-        state: Mapping[str, Any],
+        params: Mapping[str, Mapping[str, PyTree]],
+        state: Mapping[str, Mapping[str, PyTree]],
         units: Sequence[str] | None = None,
     ) -> None:
         """Replaces weights and batch statistics by copies of those given.

@@ -11,7 +11,7 @@ import pytest
 
 from pipar_jax.errors import PeerError, ProtocolError
 from pipar_jax.protocol import messages, registry
-from pipar_jax.protocol.registry import KINDS, Form, Sender
+from pipar_jax.protocol.registry import KINDS, ControlMessage, Form, Sender
 from pipar_jax.protocol.values import Memory
 from pipar_jax.protocol.wire_fields import Prose, struct
 from tests.pipar_jax.roles import generate
@@ -63,6 +63,10 @@ def test_what_a_peer_says_to_a_person_is_one_printable_line(kind):
         else:
             field = getattr(said, path[0])
             assert field == "a?[2J b??" or kind.name in TEXTS, path
+
+
+def test_every_message_has_the_base_that_the_registry_sends():
+    assert all(issubclass(kind.made, ControlMessage) for kind in ALL)
 
 
 def test_long_prose_is_cut_where_it_is_written():

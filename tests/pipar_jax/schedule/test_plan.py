@@ -10,7 +10,15 @@ from pipar_jax.config import Config
 from pipar_jax.errors import ConfigError, PlanError
 from pipar_jax.methods import registry
 from pipar_jax.methods.resolution import resolve
-from pipar_jax.schedule.plan import Codecs, DevicePlan, Plan
+from pipar_jax.schedule.plan import (
+    Codecs,
+    DevicePlan,
+    Dispatch,
+    HandOn,
+    Order,
+    Plan,
+    WeightPolicy,
+)
 
 UNITS = ("stem", "block1", "block2", "head")
 
@@ -25,6 +33,20 @@ def test_a_plan_survives_json():
         aggregate_every=3,
     )
     assert Plan.from_dict(json.loads(json.dumps(one.to_dict()))) == one
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [("order", Order), ("weights", WeightPolicy), ("dispatch", Dispatch), ("hand_on", HandOn)],
+)
+def test_the_words_of_a_plan_are_an_enumeration_and_read_as_before(field, words):
+    one = DevicePlan((), ("device",))
+    for word in words:
+        plan = Plan((one,), **{field: str(word)})
+        assert type(getattr(plan, field)) is words
+        text = json.dumps(plan.to_dict())
+        assert f'"{field}": "{word.value}"' in text and f"{word}" == word.value
+        assert type(getattr(Plan.from_dict(json.loads(text)), field)) is words
 
 
 def test_a_plan_knows_its_hosts_and_units():
