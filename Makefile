@@ -21,7 +21,7 @@ demo: $(VENV)/.base  ## train with FL, SL, SFL and PiPar on this machine and com
 test: $(VENV)/.dev  ## run the tests, two files at a time (ARGS="-n 0": one)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-soak: $(VENV)/.dev  ## run the full-size tests and limits of time, which takes long and a quiet machine
+soak: $(VENV)/.dev  ## run full-size tests and hold durations to limits: long, on a quiet machine
 	@$(BIN)/python -m pytest -m "soak or timed" $(ARGS)
 
 lint: $(VENV)/.dev  ## check style and types

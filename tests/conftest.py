@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import signal
@@ -139,7 +140,8 @@ def leaves_nothing_behind() -> Iterator[None]:
 
 
 def _soaks(config: pytest.Config) -> bool:
-    return "soak" in config.option.markexpr.replace("not soak", "")
+    chosen = config.option.markexpr.replace("not soak", "")
+    return "soak" in chosen or "timed" in chosen
 
 
 @pytest.fixture
@@ -157,13 +159,16 @@ Within = Callable[..., contextlib.AbstractContextManager[None]]
 
 @pytest.fixture
 def within(quiet: bool) -> Within:
-    """Returns a block that must end in so many seconds (by a clock), where ``quiet`` is true."""
+    """Returns ``held``: a block that must end in so many seconds, where ``quiet`` is true."""
+    return functools.partial(held, quiet)
 
-    @contextlib.contextmanager
-    def block(limit_s: float, clock: Callable[[], float] = time.monotonic) -> Iterator[None]:
-        began_s = clock()
-        yield
-        took_s = clock() - began_s
-        assert not quiet or took_s < limit_s, f"took {took_s:.2f} s, not {limit_s:g} s"
 
-    return block
+@contextlib.contextmanager
+def held(
+    quiet: bool, limit_s: float, clock: Callable[[], float] = time.monotonic
+) -> Iterator[None]:
+    """Asserts that the block ended within a time, by a clock, if durations say something."""
+    began_s = clock()
+    yield
+    took_s = clock() - began_s
+    assert not quiet or took_s < limit_s, f"took {took_s:.2f} s, not {limit_s:g} s"

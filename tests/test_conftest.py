@@ -7,7 +7,9 @@ import subprocess
 import sys
 import threading
 
-from tests.conftest import Resources
+import pytest
+
+from tests.conftest import Resources, held
 
 
 def test_a_thread_is_seen_until_it_ends() -> None:
@@ -39,3 +41,16 @@ def test_a_child_process_is_seen_until_it_is_waited_for() -> None:
     finally:
         child.communicate(b"\n")
     assert not any(Resources.held().beyond(before))
+
+
+def test_a_limit_of_time_is_held_where_durations_say_something() -> None:
+    def clock(*seconds: float):
+        return iter(seconds).__next__
+
+    with held(True, 3.0, clock(10.0, 12.9)):
+        pass
+    late = pytest.raises(AssertionError, match=r"took 5\.00 s, not 3 s")
+    with late, held(True, 3.0, clock(10.0, 15.0)):
+        pass
+    with held(False, 3.0, clock(10.0, 15.0)):
+        pass
