@@ -96,7 +96,7 @@ def main(config: Config, own: DescribeFlags) -> None:
         dataset = data.load(config.data)
         known = dataset.input_shape, dataset.classes
     shape, classes = known
-    set_precision(config)
+    set_precision(config.model)
     model = build_model(config, shape, classes)
     cuts = resolve_cuts(model, own.stages, config.pipeline.cut)
     parts = config.pipeline.micro_batches if METHODS[config.method].pipelined else 1

@@ -123,8 +123,8 @@ def plans_of(config: Config, profile: Profile) -> dict[str, Plan]:
     """
     units = len(profile.units)
     coded, auto = copy.deepcopy(config), copy.deepcopy(config)
-    coded.pipeline.activation_codec = bit_widths(config, "activation")[0]
-    coded.pipeline.cotangent_codec = bit_widths(config, "cotangent")[0]
+    coded.pipeline.activation_codec = bit_widths(config.tuner, "activation")[0]
+    coded.pipeline.cotangent_codec = bit_widths(config.tuner, "cotangent")[0]
     auto.tuner.codecs = AUTO
     return dict(
         zip(
@@ -185,8 +185,8 @@ def accuracy(config: Config, coded: bool, results: Path, quick: bool = False) ->
         config.nodes.count, config.pipeline.cuts = 1, "2"
         config.pipeline.micro_batches = MICRO_BATCHES
         if coded:
-            config.pipeline.activation_codec = bit_widths(config, "activation")[0]
-            config.pipeline.cotangent_codec = bit_widths(config, "cotangent")[0]
+            config.pipeline.activation_codec = bit_widths(config.tuner, "activation")[0]
+            config.pipeline.cotangent_codec = bit_widths(config.tuner, "cotangent")[0]
         config.run.evaluate_every, config.run.trace = 0, "none"
         return float(launcher.launch(config)["accuracy"])
 

@@ -63,7 +63,7 @@ def _largest(cases: list[tuple[Any, ...]], folder: str) -> float:
     from pipar_jax.runtime.setup import build_model, set_precision
 
     config = _config(Case(*cases[0]), folder)
-    set_precision(config)
+    set_precision(config.model)
     model = build_model(config, SHAPE, CLASSES)
     data = [_dataset(index) for index in range(DEVICES + 1)]
     expected = _centralised(config, model, data)

@@ -103,7 +103,7 @@ def _drive_all(
     from pipar_jax.runtime.setup import build_model, set_precision
 
     config = configuration.from_dict(values)
-    set_precision(config)
+    set_precision(config.model)
     model = build_model(config, input_shape, classes)
     found = []
     for plan in map(Plan.from_dict, plans):

@@ -78,7 +78,7 @@ def _measure(
     from pipar_jax.training.replica import Replica
 
     config = configuration.from_dict(values)
-    set_precision(config)
+    set_precision(config.model)
     plan = Plan.from_dict(plan_values)
     model = build_model(config, input_shape, classes)
     params, state = model.init(config.seed)

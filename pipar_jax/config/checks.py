@@ -45,7 +45,7 @@ def check_whole(config: Config) -> None:
         )
     if not config.run.dir:
         raise ConfigError("run.dir is empty: name a folder, or . for the current one")
-    aggregate_steps(config)
+    aggregate_steps(config.aggregation)
     sink_names(config.run.sinks)
     pipeline = config.pipeline
     _check_cut(pipeline.cut, "pipeline.cut")

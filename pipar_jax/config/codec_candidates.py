@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from comms import parse_codec
-from pipar_jax.config.fields import Config
+from pipar_jax.config.fields import Config, TunerConfig
 from pipar_jax.config.texts import split_list
 from pipar_jax.errors import ConfigError
 from pipar_jax.schedule.plan import Codecs
@@ -14,17 +14,17 @@ BITS = (1, 2, 3, 4, 5, 6, 7, 9, 11, 15, 23)
 ROLES = ("activation", "cotangent")
 
 
-def bit_widths(config: Config, role: str) -> tuple[str, ...]:
+def bit_widths(config: TunerConfig, role: str) -> tuple[str, ...]:
     """Returns the candidates of ``auto`` for a role, from the fewest bits allowed up to raw."""
-    floor = getattr(config.tuner, f"{role}_bits")
+    floor = getattr(config, f"{role}_bits")
     return (*(f"bits:{bits}" for bits in BITS if bits + 1 >= floor), RAW)
 
 
-def names(config: Config) -> list[str]:
+def names(config: TunerConfig) -> list[str]:
     """Returns all codecs that the tuner may choose."""
-    if config.tuner.codecs == AUTO:
+    if config.codecs == AUTO:
         return list(dict.fromkeys(name for role in ROLES for name in bit_widths(config, role)))
-    return list(split_list(config.tuner.codecs))
+    return list(split_list(config.codecs))
 
 
 def allowed(config: Config, role: str) -> list[str]:
@@ -36,7 +36,7 @@ def allowed(config: Config, role: str) -> list[str]:
     if not config.tuner.codecs:
         return [getattr(config.pipeline, f"{role}_codec")]
     if config.tuner.codecs == AUTO:
-        return [RAW, bit_widths(config, role)[0]]
+        return [RAW, bit_widths(config.tuner, role)[0]]
     floor, listed = getattr(config.tuner, f"{role}_bits"), split_list(config.tuner.codecs)
     found = [name for name in listed if (_bits(name) or floor) >= floor]
     if not found:

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import re
 
-from pipar_jax.config.fields import Config
+from pipar_jax.config.fields import AggregationConfig
 from pipar_jax.errors import ConfigError
 
 
-def aggregate_steps(config: Config) -> int:
+def aggregate_steps(config: AggregationConfig) -> int:
     """Returns the number of steps between two aggregations; 0 means once per epoch.
 
     Raises:
       ConfigError: ``aggregation.every`` is neither ``epoch`` nor a number of steps.
     """
-    every = config.aggregation.every.strip()
+    every = config.every.strip()
     if every == "epoch":
         return 0
     found = re.fullmatch(r"(\d{1,9})( steps?)?", every, re.ASCII)
     if found is None or int(found[1]) < 1:
         raise ConfigError(
-            f"aggregation.every={config.aggregation.every[:99]!r} is not valid: expected epoch, "
+            f"aggregation.every={config.every[:99]!r} is not valid: expected epoch, "
             "or a number of steps such as '10 steps'"
         )
     return int(found[1])

@@ -84,19 +84,17 @@ def load_device(config: Config, index: int) -> Dataset:
     return dataclasses.replace(whole, train=mine, test=empty_split(whole.input_shape))
 
 
-def load_server(config: Config) -> Dataset:
+def load_server(config: DataConfig) -> Dataset:
     """Returns the coordinator's test set; its training split is empty.
 
     Raises:
       DataError: The test set cannot be read.
     """
-    if config.data.source not in PUBLIC_SOURCES:
-        source = config.data.test_source or config.data.source
-        return load_own(
-            source, None, part="test", classes=config.data.classes, scale=config.data.scale
-        )
-    whole = load_public(config.data.source, config.data)
-    test = _cut(whole.test, config.data.test_samples)
+    if config.source not in PUBLIC_SOURCES:
+        source = config.test_source or config.source
+        return load_own(source, None, part="test", classes=config.classes, scale=config.scale)
+    whole = load_public(config.source, config)
+    test = _cut(whole.test, config.test_samples)
     return dataclasses.replace(whole, train=empty_split(whole.input_shape), test=test)
 
 
@@ -129,7 +127,7 @@ def prepare(config: Config) -> None:
 def _files(config: Config) -> Iterator[tuple[str, Dataset]]:
     """Yields the hosts whose own data are files, with their data, the server first."""
     if (config.data.test_source or config.data.source).startswith("npz:"):
-        yield "server", load_server(config)
+        yield "server", load_server(config.data)
     hosts = Hosts(config, nodes=0)
     for name in hosts.devices:
         if hosts[name].data_source.startswith("npz:"):

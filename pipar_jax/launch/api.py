@@ -291,7 +291,7 @@ def _admit(
     hosts = [*(device_name(index) for index in range(config.devices.count)), COORDINATOR]
     if data is None:
         loaded = [datasets.load_device(config, index) for index in range(config.devices.count)]
-        own = [*loaded, datasets.load_server(config)]
+        own = [*loaded, datasets.load_server(config.data)]
     elif isinstance(data, Dataset) or len(data) != len(hosts):
         got = "one dataset" if isinstance(data, Dataset) else f"{len(data)} datasets"
         raise RunError(

@@ -43,7 +43,7 @@ def profile_here(config: Config) -> Profile:
     from pipar_jax.profiling.rehearsal import measure_message_s
     from pipar_jax.profiling.unit_times import Measured, as_configured, measure_codecs, weight_ratio
 
-    test = datasets.load_server(config)
+    test = datasets.load_server(config.data)
     known: dict[tuple[frozenset[int], str], Measured] = {}
     hosts = hosts_of(config)
 
@@ -84,7 +84,7 @@ def profile_here(config: Config) -> Profile:
         nodes=tuple(nodes),
         codecs=codecs,
         window_bytes=config.pipeline.window_mb * 1e6,
-        weight_ratio=weight_ratio(config, codecs),
+        weight_ratio=weight_ratio(config.aggregation, codecs),
     )
 
 
@@ -111,7 +111,7 @@ def _measure(
     from pipar_jax.runtime.setup import build_model, set_precision
     from pipar_jax.training.compile import now_and_then
 
-    set_precision(config)
+    set_precision(config.model)
     model = build_model(config, input_shape, classes)
     sizes = sizes_of(config)
     if config.tuner.times == "predicted":

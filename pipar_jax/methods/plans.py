@@ -164,6 +164,6 @@ def _plan(config: Config, devices: tuple[DevicePlan, ...], **values: str) -> Pla
         devices=devices,
         in_flight=config.pipeline.in_flight,
         dispatch=config.pipeline.dispatch,  # type: ignore[arg-type]  # resolve() checked it
-        aggregate_every=aggregate_steps(config),
+        aggregate_every=aggregate_steps(config.aggregation),
         **values,  # type: ignore[arg-type]
     )

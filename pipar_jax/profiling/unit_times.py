@@ -27,7 +27,7 @@ import pipar_jax
 import stages
 from comms.codecs.base import parse_codec
 from pipar_jax.aggregation import aggregator
-from pipar_jax.config import Config, HostSpec, codec_candidates
+from pipar_jax.config import AggregationConfig, Config, HostSpec, codec_candidates
 from pipar_jax.config.slowdown import Slowdown
 from pipar_jax.config.texts import whole_numbers
 from pipar_jax.cost_model.profile import (
@@ -187,7 +187,7 @@ def measure_codecs(config: Config) -> dict[str, CodecProfile]:
     found = {}
     pipeline = config.pipeline
     configured = pipeline.activation_codec, pipeline.cotangent_codec, config.aggregation.codec
-    for name in dict.fromkeys([*codec_candidates.names(config), *configured]):
+    for name in dict.fromkeys([*codec_candidates.names(config.tuner), *configured]):
         if name == "raw":
             continue
         codec, parameter = parse_codec(name)
@@ -215,9 +215,9 @@ def emulated(times: Times, slowdown: Slowdown) -> Times:
     return dataclasses.replace(times.slowed(slowdown.at(0.0)), handling=NO_HANDLING)
 
 
-def weight_ratio(config: Config, codecs: Mapping[str, CodecProfile]) -> float:
+def weight_ratio(config: AggregationConfig, codecs: Mapping[str, CodecProfile]) -> float:
     """Returns the bytes on the wire per byte of averaged weights."""
-    name = config.aggregation.codec
+    name = config.codec
     return 1.0 if name == "raw" else codecs[name].ratio
 
 

@@ -62,11 +62,13 @@ def run_server(
       PeerError: A device was lost or failed.
       RunError: This process failed.
     """
-    set_precision(config)
+    set_precision(config.model)
     began = time.monotonic()
     # Before there is a folder: what is refused here leaves nothing behind.
     dataset = (
-        datasets.load_server(config) if data is None else datasets.admit(data, "test", COORDINATOR)
+        datasets.load_server(config.data)
+        if data is None
+        else datasets.admit(data, "test", COORDINATOR)
     )
     network = model or build_model(config, dataset.input_shape, dataset.classes)
     datasets.check_fits(dataset, network.classes, network.input_shape, COORDINATOR)

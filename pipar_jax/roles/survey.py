@@ -164,7 +164,7 @@ def survey(config: Config, model: Model, members: Membership, samples: Sequence[
         nodes=tuple(nodes),
         codecs=codecs,
         window_bytes=config.pipeline.window_mb * 1e6,
-        weight_ratio=weight_ratio(config, codecs),
+        weight_ratio=weight_ratio(config.aggregation, codecs),
     )
     return Surveyed(profile, references)
 

@@ -90,7 +90,7 @@ def run_device(
       PeerError: The coordinator was lost or ended the run because of another host.
       RunError: This device failed.
     """
-    set_precision(config)
+    set_precision(config.model)
     name = device_name(index)
     dataset = (
         datasets.load_device(config, index) if data is None else datasets.admit(data, "train", name)
@@ -152,7 +152,7 @@ def run_node(
       PeerError: The coordinator or a neighbour was lost, or the run ended because of another host.
       RunError: This node failed, cannot listen, or the plan needs more memory than it may take.
     """
-    set_precision(config)
+    set_precision(config.model)
     worker = Worker(config, node_name(index), model, None, stop)
     try:
         join = node_join(config, worker.name, worker.listen())

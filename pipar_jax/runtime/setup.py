@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import stages
 from comms import ChannelOptions, TlsOptions
-from pipar_jax.config import Config
+from pipar_jax.config import Config, ModelConfig
 from pipar_jax.errors import RunError
 from pipar_jax.runtime.own_model import OWN, make_own
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from stages import Model
 
 
-def set_precision(config: Config) -> None:
+def set_precision(config: ModelConfig) -> None:
     """Allows 64-bit numbers in this process if the model computes with them.
 
     The setting is global to the process; it is never taken back, since arrays made under it live
     on.
     """
-    if config.model.dtype == "float64":
+    if config.dtype == "float64":
         import jax  # here: launchers need the channel's settings, and no jax
 
         jax.config.update("jax_enable_x64", True)  # type: ignore[no-untyped-call]

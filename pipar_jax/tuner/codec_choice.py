@@ -32,7 +32,7 @@ def check_measured(config: Config, profile: Profile) -> None:
     """
     wanted = {name for role in ROLES for name in allowed(config, role)}
     if config.tuner.codecs == AUTO:
-        wanted |= set(names(config))
+        wanted |= set(names(config.tuner))
     if unknown := sorted(wanted - {RAW} - set(profile.codecs)):
         raise ConfigError(
             f"{', '.join(unknown)} may be used (tuner.codecs, pipeline.activation_codec and "
@@ -166,7 +166,7 @@ def raise_precision(
 def _rungs(config: Config, slot: Slot, plan: Plan) -> tuple[str, ...]:
     """Returns the candidates of a slot, from the fewest bits to raw; a list is not ordered."""
     if config.tuner.codecs == AUTO:
-        return bit_widths(config, slot.role)
+        return bit_widths(config.tuner, slot.role)
     present = slot.codec(plan)
     goes_raw = present != RAW and RAW in allowed(config, slot.role)
     return (present, RAW) if goes_raw else (present,)

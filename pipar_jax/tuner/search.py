@@ -374,7 +374,7 @@ def _frame(config: Config) -> Plan:
     return Plan(
         (DeviceOption(0).device_plan(),) * config.devices.count,
         dispatch=config.pipeline.dispatch,  # type: ignore[arg-type]  # resolve() checked it
-        aggregate_every=configuration.aggregate_steps(config),
+        aggregate_every=configuration.aggregate_steps(config.aggregation),
         hand_on=config.pipeline.hand_on,  # type: ignore[arg-type]
     )
 

@@ -215,7 +215,7 @@ def test_own_data_have_the_device_in_their_name() -> None:
 def test_aggregate_steps(every: str, steps: int) -> None:
     config = Config()
     config.aggregation.every = every
-    assert configuration.aggregate_steps(resolve(config)) == steps
+    assert configuration.aggregate_steps(resolve(config).aggregation) == steps
 
 
 def test_json_gives_the_same_configuration_back() -> None:

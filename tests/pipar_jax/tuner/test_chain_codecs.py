@@ -113,7 +113,7 @@ def test_no_tensor_of_a_chain_could_have_more_bits_for_nothing(links):
     made, config = made_of(*links, "none"), settings()
     stages = StageCosts(made)
     coarsest = Codecs(
-        *(codec_candidates.bit_widths(config, role)[0] for role in codec_candidates.ROLES)
+        *(codec_candidates.bit_widths(config.tuner, role)[0] for role in codec_candidates.ROLES)
     )
     plan = plan_of_chain(config, (2, 6), (OWNER, "n1", "n2"), (coarsest,) * 2)
     limit_s = estimate(stages, plan).epoch_s * (1 + codec_choice.SLACK)
@@ -124,7 +124,7 @@ def test_no_tensor_of_a_chain_could_have_more_bits_for_nothing(links):
     assert estimate(stages, sharp).epoch_s <= limit_s
     assert sharp != plan
     for slot in slots:
-        rungs = codec_candidates.bit_widths(config, slot.role)
+        rungs = codec_candidates.bit_widths(config.tuner, slot.role)
         at = rungs.index(slot.codec(sharp))
         if at + 1 < len(rungs):
             assert estimate(stages, slot.with_codec(sharp, rungs[at + 1])).epoch_s > limit_s

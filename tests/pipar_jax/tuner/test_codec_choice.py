@@ -74,7 +74,7 @@ def test_no_slot_could_have_more_bits_for_nothing_nor_needed_as_many(link):
     limit_s = fastest_s * (1 + codec_choice.SLACK)
     assert found.plans[0].epoch_s <= limit_s
     for slot in codec_choice.slots(plan, made):
-        rungs = codec_candidates.bit_widths(settings, slot.role)
+        rungs = codec_candidates.bit_widths(settings.tuner, slot.role)
         at = rungs.index(slot.codec(plan))
         if at + 1 < len(rungs):
             assert estimate(stages, slot.with_codec(plan, rungs[at + 1])).epoch_s > limit_s
