@@ -26,7 +26,7 @@ from comms.codecs.bits import BitCodec
 from comms.codecs.block import TINY, BlockCodec
 from comms.codecs.cast import CastCodec
 from pipar_jax.codec_kernels import bit_kernels
-from pipar_jax.codec_kernels.bit_kernels import from_bytes, to_bytes
+from pipar_jax.codec_kernels.bit_sections import from_bytes, to_bytes
 
 
 class Coded(NamedTuple):
