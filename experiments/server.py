@@ -16,7 +16,7 @@ from pipar_jax import data
 from pipar_jax.config import Config, to_text
 from pipar_jax.config.paths import shown
 from pipar_jax.launch import flags, launcher, machine, process
-from pipar_jax.report.progress import ProgressDisplay, loss_text
+from pipar_jax.report.progress import ProgressDisplay, loss_text, losses_text
 
 
 def main(config: Config, _: flags.NoFlags) -> None:
@@ -46,6 +46,8 @@ def main(config: Config, _: flags.NoFlags) -> None:
         f"{config.method}: {summary['epoch_seconds']:.2f} s per epoch, test accuracy "
         f"{summary['accuracy']:.2%}, loss {loss_text(summary)}; run in {shown(folder)}"
     )
+    if lost := losses_text(summary):
+        print(lost)
 
 
 if __name__ == "__main__":

@@ -172,7 +172,9 @@ class _Drive:
         spans = [Span(device, 0, 1) for device in range(len(self._samples))]
         count = len(self._samples)
         self._host.release(
-            messages.Release(0, 0, tuple(spans), tuple(range(count)), None, (1.0,) * count)
+            messages.Release(
+                0, 0, tuple(spans), tuple(range(count)), tuple(self._samples), None, (1.0,) * count
+            )
         )
         parts = [
             Tag(

@@ -8,6 +8,7 @@ import re
 
 from pipar_jax.config import schema
 from pipar_jax.config.fields import SELECTIONS, Config
+from pipar_jax.config.membership_script import read_script
 from pipar_jax.errors import ConfigError
 
 
@@ -63,8 +64,15 @@ def check_cohort(config: Config) -> None:
             "would end before its quorum is there: raise one or lower the other"
         )
     _check_select(cohort.select)
-    if cohort.script and not pathlib.Path(cohort.script).is_file():
-        raise ConfigError(f"cohort.script={cohort.script!r}: there is no such file")
+    if 0 < cohort.min_devices < max(cohort.quorum, cohort.first):
+        raise ConfigError(
+            f"cohort.min_devices={cohort.min_devices} is less than the "
+            f"{max(cohort.quorum, cohort.first)} that a round needs: raise it"
+        )
+    if cohort.script:
+        if not pathlib.Path(cohort.script).is_file():
+            raise ConfigError(f"cohort.script={cohort.script!r}: there is no such file")
+        read_script(cohort.script, count, most)
     if config.run.nonfinite == "drop" and not may_lose(config):
         raise ConfigError(
             "run.nonfinite=drop leaves a device out of a round, and cohort.quorum=0 needs all of "

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from pipar_jax.config.cohorts import may_lose, places
 from pipar_jax.config.fields import (
     LONGEST_S,
     Config,
@@ -99,6 +100,21 @@ class Hosts:
     def devices(self) -> tuple[str, ...]:
         """Names of the devices."""
         return tuple(map(device_name, range(self._config.devices.count)))
+
+    @property
+    def places(self) -> int:
+        """How many places a round's cohort has."""
+        return places(self._config)
+
+    @property
+    def sampled(self) -> bool:
+        """Whether a round's cohort is chosen from the devices that are there."""
+        return self._config.cohort.size > 0
+
+    @property
+    def may_lose(self) -> bool:
+        """Whether the run may go on without some of its devices."""
+        return may_lose(self._config)
 
     @property
     def nodes(self) -> tuple[str, ...]:

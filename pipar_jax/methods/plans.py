@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from pipar_jax.config import Config, Hosts, aggregate_steps, field_path
+from pipar_jax.config import Config, Hosts, aggregate_steps, field_path, places
 from pipar_jax.config.schema import did_you_mean
 from pipar_jax.errors import ConfigError
 from pipar_jax.schedule.plan import (
@@ -23,7 +23,7 @@ from pipar_jax.schedule.plan import (
 def federated(config: Config, units: Sequence[str]) -> Plan:
     """FL (FedAvg, McMahan et al., arXiv 1602.05629): no cut, all devices at once, averaged."""
     del units
-    devices = tuple(DevicePlan((), (OWNER,)) for _ in range(config.devices.count))
+    devices = tuple(DevicePlan((), (OWNER,)) for _ in range(places(config)))
     return _plan(config, devices, weights=WeightPolicy.COPY)
 
 
@@ -100,7 +100,7 @@ def _two_hosts(config: Config, units: Sequence[str], *, pipelined: bool) -> tupl
     plans = []
     codecs = Codecs(config.pipeline.activation_codec, config.pipeline.cotangent_codec)
     hosts = Hosts(config, nodes=0)
-    for name in hosts.devices:
+    for name in hosts.devices[: places(config)]:  # with fewer places than devices all are alike
         device = hosts[name]
         cut = cut_position(device.cut, units, field_path(config, name, "cut"))
         micro_batches = device.micro_batches if pipelined else 1

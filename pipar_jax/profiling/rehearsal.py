@@ -148,7 +148,8 @@ class _Rehearsal:
         """Returns the seconds per micro-batch in the shortest measurement."""
         self._host.prepare(self._plan, (ITEMS * self._samples,), (1,))
         self._get(timeout_s)
-        self._host.release(messages.Release(0, 0, (Span(0, 0, 1),), (0,), None, (1.0,)))
+        samples = (ITEMS * self._samples,)
+        self._host.release(messages.Release(0, 0, (Span(0, 0, 1),), (0,), samples, None, (1.0,)))
         for micro_batch in range(UNDER_WAY):
             self._send(micro_batch)
         self._get(timeout_s)

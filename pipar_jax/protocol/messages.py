@@ -302,6 +302,7 @@ class Release(ControlMessage):
         each release, and tensors carry it.
       spans: Spans of the round.
       cohort: The device in each place.
+      samples: Samples of an epoch of each place's device.
       holder: In sequential order, the place that holds the client-side model already.
       demand: Seconds per step that each place's device computed so far.
     """
@@ -312,6 +313,7 @@ class Release(ControlMessage):
         tuple[Span, ...], Many(TupleOf(Span, (Whole(), Whole(), Whole())), MOST_SPANS, 1)
     ]
     cohort: Annotated[tuple[int, ...], Many(Whole(), MOST_HOSTS, 1)]
+    samples: PerDevice
     holder: Annotated[int | None, Maybe(Whole())]
     demand: Annotated[tuple[float, ...], Many(SECONDS, MOST_HOSTS, 1)]
 

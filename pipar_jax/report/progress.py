@@ -256,9 +256,11 @@ def describe(event: Event, state: RunState) -> str | None:
     if kind in ("device_lost", "device_left"):
         return f"device {event['device']} is out: {event['reason']}"
     if kind == "device_dropped":
-        return f"device {event['device']} is left out of round {event['round']}: {event['reason']}"
+        return (
+            f"device {event['device']} is left out of round {event['round'] + 1}: {event['reason']}"
+        )
     if kind == "round_undone":
-        return f"round {event['round']} is undone and repeated: {event['reason']}"
+        return f"round {event['round'] + 1} is undone and repeated: {event['reason']}"
     if kind == "run_started":
         return f"{state.devices} devices, {state.epochs} epochs, plan {state.plan}"
     if kind == "progress":
@@ -270,7 +272,9 @@ def describe(event: Event, state: RunState) -> str | None:
     if kind == "evaluated":
         return f"test accuracy {event['accuracy']:.1%} after epoch {event['epoch']:g}"
     if kind == "run_finished":
-        return f"finished in {event['seconds']:.1f} s, test accuracy {event['accuracy']:.1%}"
+        lost = losses_text(event)
+        end = f"finished in {event['seconds']:.1f} s, test accuracy {event['accuracy']:.1%}"
+        return f"{end}; {lost}" if lost else end
     if kind in ("saving", "working"):
         return state.phase
     if kind == "nonfinite":
@@ -282,6 +286,23 @@ def describe(event: Event, state: RunState) -> str | None:
     if kind == "failed":
         return f"failed: {event['error']}"
     return None
+
+
+def losses_text(event: Event) -> str:
+    """Returns who was left out of which rounds of a run that is over; empty if nobody was."""
+    out: dict[int, list[int]] = {}
+    for loss in event.get("losses", ()):
+        out.setdefault(loss["device"], []).append(loss["round"] + 1)
+    if not out:
+        return ""
+    most = 10
+    names = [
+        f"device {device} of round{'s' if len(rounds) > 1 else ''} {', '.join(map(str, rounds))}"
+        for device, rounds in sorted(out.items())
+    ]
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    undone = f"; {event['undone']} rounds were repeated" if event.get("undone") else ""
+    return f"left out: {', '.join(names[:most])}{rest}{undone}"
 
 
 def loss_text(event: Event) -> str:

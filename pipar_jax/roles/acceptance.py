@@ -109,11 +109,17 @@ class Acceptance:
                     )
         self._host = host
 
-    def open(self, spans: Sequence[Span], attempt: int) -> None:
+    def open(self, spans: Sequence[Span], attempt: int, samples: Sequence[int]) -> None:
         """Takes the tensors of an attempt at a round, and none after it.
 
         On the I/O thread, or before any host of the round knows of the attempt.
+
+        Args:
+          spans: The round's spans.
+          attempt: Number of the attempt.
+          samples: Samples of an epoch of each place's device.
         """
+        self._samples = samples
         first: dict[int, int] = {}
         stop = dict.fromkeys(range(len(self._plan.devices)), 0)
         for span in spans:
@@ -127,6 +133,10 @@ class Acceptance:
     def drop(self, place: int) -> None:
         """Takes no tensor of a place any more in this attempt; any thread may call it."""
         self._dropped |= {place}
+
+    def is_dropped(self, place: int) -> bool:
+        """Returns whether a place was dropped from the attempt that is open."""
+        return place in self._dropped
 
     def is_past(self, tag: Tag) -> bool:
         """Returns whether a tensor is of what was given up, so that nothing is wrong with it."""

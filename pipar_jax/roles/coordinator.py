@@ -1,4 +1,4 @@
-"""The coordinator: plan, rounds, aggregation, evaluation. The server host takes the role.
+"""The coordinator: plan, cohorts, rounds, aggregation, evaluation. The server host takes the role.
 
 It is one thread that tells hosts what to do and waits for their answers. It never touches an
 activation: those go from host to host.
@@ -6,35 +6,48 @@ activation: those go from host to host.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pipar_jax.aggregation.aggregator import Aggregator, Contribution
-from pipar_jax.config import Config
+from pipar_jax.config import Config, places
 from pipar_jax.disk.json_text import JsonObject
+from pipar_jax.errors import PeerError
 from pipar_jax.protocol import messages
 from pipar_jax.roles import replan
 from pipar_jax.roles.acceptance import Acceptance
 from pipar_jax.roles.adaptation import Adaptation
+from pipar_jax.roles.conductor import Committed, Conductor
 from pipar_jax.roles.evaluation import Evaluator
+from pipar_jax.roles.gathering import Cohort, Gathering
 from pipar_jax.roles.holdings import Holdings, read_rows
 from pipar_jax.roles.link_stats import odd_rows
 from pipar_jax.roles.membership import Mail, Membership
-from pipar_jax.roles.replies import Reply, reply
 from pipar_jax.roles.run_log import FetchStats, Round, RunLog
 from pipar_jax.roles.scripted_plans import ScriptedPlans
 from pipar_jax.roles.state_exchange import StateExchange
 from pipar_jax.roles.survey import choose_plan
+from pipar_jax.roles.timetable import Timetable, Turn, next_steps
 from pipar_jax.runtime import exchanges, unit_state
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.link_table import direct
 from pipar_jax.runtime.metrics import Totals
-from pipar_jax.runtime.unit_state import States
+from pipar_jax.runtime.unit_state import States, UnitState
 from pipar_jax.schedule import actions
 from pipar_jax.schedule.actions import AGGREGATE, ALL, Action, RoundSchedule, Span
-from pipar_jax.schedule.plan import COORDINATOR, Boundary, Order, Plan, device_name, long_name
+from pipar_jax.schedule.plan import (
+    COORDINATOR,
+    Boundary,
+    Order,
+    Plan,
+    device_name,
+    is_device,
+    long_name,
+)
 from pipar_jax.schedule.trace import Interval, Timed
+from pipar_jax.training import optimizer
 from stages import Model
 from stages.trees import Variables
 
@@ -46,7 +59,7 @@ class Coordinator:
       config: Resolved configuration.
       model: The whole model.
       host: The server host, in this process.
-      members: The devices, all admitted.
+      members: The devices and compute nodes, admitted.
       evaluator: Scores the global weights.
       run_log: Takes what each round reports, and tells of it.
       save: Takes the final weights and batch statistics by unit, as soon as they are known.
@@ -67,36 +80,44 @@ class Coordinator:
         self._config, self._model, self._host = config, model, host
         self._members, self._evaluator, self._run_log = members, evaluator, run_log
         self._save = save
-        who = [members.by_name[device_name(i)].identity for i in range(config.devices.count)]
-        self._samples = tuple(one.samples for one in who)
-        self._steps = tuple(one.steps for one in who)
+        self._population = members.population
+        self._gathering = Gathering(config, members)
+        self._places, self._sampled = places(config), config.cohort.size > 0
+        self._samples = self._samples_by_place()
         self.plan, surveyed = (
             (script[0], None) if script else choose_plan(config, model, members, self._samples)
         )
-        self._rounds = actions.rounds(self.plan, self._steps, config.epochs)
-        self._devices = members.hosts.devices
+        self._table = Timetable(config, self.plan, [one.steps for one in self._population])
+        self._gathering.check_rounds(self._table.rounds)
+        if self.plan.sums_gradients:
+            self._check_equal_epochs()
         self._nodes = members.hosts.nodes
-        self._workers = (*self._nodes, *self._devices)
         self._adaptation: Adaptation | ScriptedPlans | None = None
         if script:
             self._adaptation = ScriptedPlans(script, members, host, len(model.units))
         elif config.tuner.adapt and surveyed is not None:
-            rounds = len(self._rounds)
-            self._adaptation = Adaptation(config, model, surveyed, self.plan, rounds, members, host)
+            self._adaptation = Adaptation(
+                config, model, surveyed, self.plan, self._table.rounds, members, host
+            )
         params, state = model.init(config.seed)
         self._aggregator = Aggregator(config.aggregation, params, state)
-        self._holder = self._attempt = 0
-        self._client_model: States = {}
-        self._demand = [1.0] * len(who)
+        self._demand = [1.0] * self._places
         self._met: set[Boundary] = set()
+        self._ever_met: set[Boundary] = set()
         self._holdings = Holdings(model, config)
         self._states = StateExchange(members, host, self._holdings)
         self._plans: tuple[Plan, ...] = (self.plan,)
-        self._total = [
-            sum(span.stop - span.first for spans in self._rounds for span in spans
-                if span.device == device)
-            for device in range(len(who))
-        ]  # fmt: skip
+        self._round = 0
+        self._conductor = Conductor(
+            config, model.unit_names, self.plan, host, members, self._states
+        )
+        self._conductor.client_model = self._initial_client_model()
+        members.lost = self._note_lost
+
+    @property
+    def _workers(self) -> tuple[str, ...]:
+        """The compute nodes and devices that are there."""
+        return (*self._nodes, *self._population.present())
 
     def run(self) -> JsonObject:
         """Prepares all hosts, trains all rounds and says goodbye; returns the run's summary.
@@ -104,20 +125,23 @@ class Coordinator:
         The weights are saved before anything else that comes after the last round.
 
         Raises:
-          PeerError: A device was lost or failed.
+          PeerError: A device was lost or failed, and the run cannot go on without it.
           RunError: This process failed.
         """
         self._prepare()
-        self._run_log.begin(self.plan, self._rounds, self._steps)
-        self._begin_schedules()
+        self._run_log.begin(self.plan, self._table.rounds, self._preparation().steps)
+        self._begin_schedules(self._workers)
         try:
             if self._adaptation is not None:
                 self._adaptation.begin()
-            for index, spans in enumerate(self._rounds):
-                self._round(index, spans)
+            for index in range(self._table.rounds):
+                self._round = index
+                attempt = 0
+                while not self._try_round(index, attempt):
+                    attempt += 1
                 if self._is_evaluated(index):
                     self._evaluate(index)
-                if index + 1 < len(self._rounds):
+                if index + 1 < self._table.rounds:
                     self._adapt(index + 1)
         finally:
             if self._adaptation is not None:
@@ -128,24 +152,63 @@ class Coordinator:
 
     # --- before the first round ---------------------------------------------------------------
 
+    def _samples_by_place(self) -> tuple[int, ...]:
+        """Returns the samples of an epoch in each place; of those not known, as many as any has."""
+        most = max(one.samples for one in self._population)
+        if self._sampled:
+            return (most,) * self._places
+        known = {one.index: one.samples for one in self._population}
+        return tuple(known.get(place, most) for place in range(self._places))
+
+    def _check_equal_epochs(self) -> None:
+        """Checks that devices whose gradients are summed step together.
+
+        Raises:
+          PlanError: Their epochs have different lengths.
+        """
+        actions.rounds(self.plan, [one.steps for one in self._population], 1)
+
     def _prepare(self) -> None:
         """Sends the plan, waits until all have compiled, and lets slow hosts time themselves."""
         self._introduce(self.plan)
         began = time.monotonic()
         self._members.working("compiling")
-        total = tuple(self._total)
         self._expect(self.plan)
-        self._members.broadcast(messages.Prepare(self.plan, self._samples, total))
-        self._host.prepare(self.plan, self._samples, total)
+        workers, prepare = self._workers, self._preparation()
+        for name in workers:
+            self._members.send(name, prepare)
+        self._members.joined = self._welcome
+        self._host.prepare(self.plan, prepare.samples, prepare.steps)
         if self.plan.order == Order.PARALLEL:
             self._aggregator.compile()
             self._aggregator.broken_units()  # compiles what finds them, too
-        ready = self._members.collect(messages.Prepared, (COORDINATOR, *self._workers))
+        ready = self._members.collect(messages.Prepared, (COORDINATOR, *workers))
         compile_s = time.monotonic() - began
-        self._calibrate()
+        self._calibrate((COORDINATOR, *workers))
         seconds = time.monotonic() - began - compile_s
         needs = {name: mail.said.memory_bytes for name, mail in ready.items()}
+        for name in ready:
+            if is_device(name):  # all begin with the weights of the seed
+                one = self._population[int(name[1:])]
+                one.ready = one.current = True
         self._run_log.prepared(compile_s, seconds, needs)
+
+    def _preparation(self) -> messages.Prepare:
+        """Returns what every host is told of the plan."""
+        most = max(one.steps for one in self._population)
+        known = {one.index: one.steps for one in self._population}
+        steps = [most if self._sampled else known.get(p, most) for p in range(self._places)]
+        return messages.Prepare(
+            self.plan, self._samples, tuple(self._table.steps(one) for one in steps)
+        )
+
+    def _welcome(self, name: str) -> None:
+        """Lets a device that has come in the midst of the run prepare its share of the plan."""
+        self._admit_bundles((self.plan,), name)
+        if not self._sampled:
+            self._samples = self._samples_by_place()
+        self._members.send(name, self._preparation())
+        self._gathering.prepares(name)
 
     def _expect(self, *plans: Plan) -> None:
         """Takes from members what the last of some plans has for them, and nothing larger.
@@ -158,209 +221,264 @@ class Coordinator:
             batch_size=self._config.data.batch_size,
         )  # fmt: skip
         for name in self._workers:
-            tensor_bytes = self._members.acceptance.tensor_bytes(name)
-            self._members.by_name[name].link.admit(
-                self._holdings.allowance(plans, name, self._rounds, tensor_bytes)
-            )
+            self._admit_bundles(plans, name)
+
+    def _admit_bundles(self, plans: Sequence[Plan], name: str) -> None:
+        """Lets a member send its largest bundle and tensor under some plans, and nothing larger."""
+        assert self._members.acceptance is not None
+        seat = device_name(0) if self._sampled and is_device(name) else name
+        tensor_bytes = self._members.acceptance.tensor_bytes(seat)
+        steps = max(one.steps for one in self._population)
+        widest = self._table.spans(0, [Turn(place, 0, steps) for place in range(self._places)])
+        self._members.by_name[name].link.admit(
+            self._holdings.allowance(plans, seat, [widest], tensor_bytes)
+        )
 
     def _introduce(self, plan: Plan) -> None:
         """Lets neighbours in chains connect to each other, where a plan needs it."""
-        boundaries = direct(plan.boundaries())
+        here = {COORDINATOR, *self._workers}
+        boundaries = [one for one in direct(plan.boundaries()) if here.issuperset(one[:2])]
         if self._met.issuperset(boundaries):
             return
         known = {name: self._members.by_name[name].identity.address for name in self._nodes}
         addresses = {name: address for name, address in known.items() if address is not None}
-        self._members.broadcast(messages.Meet(tuple(boundaries), addresses))
-        self._members.collect(messages.Met, self._workers)
+        workers = self._workers
+        for name in workers:
+            self._members.send(name, messages.Meet(tuple(boundaries), addresses))
+        self._members.collect(messages.Met, workers)
         self._met.update(boundaries)
+        self._ever_met.update(boundaries)
 
-    def _calibrate(self) -> None:
+    def _calibrate(self, names: Sequence[str]) -> None:
         """Lets each emulated slow host time its functions, one after another, all else idle."""
-        if self._config.server.slowdown != 1.0:
-            self._host.calibrate()
-            self._members.collect(messages.Calibrated, (COORDINATOR,))
-        for name in self._workers:
-            if self._members.hosts[name].slowdown.emulated:
+        for name in names:
+            if name == COORDINATOR and self._config.server.slowdown != 1.0:
+                self._host.calibrate()
+                self._members.collect(messages.Calibrated, (COORDINATOR,))
+            elif name != COORDINATOR and self._is_slowed(name):
                 self._members.send(name, messages.Calibrate())
                 self._members.collect(messages.Calibrated, (name,))
 
-    def _begin_schedules(self) -> None:
+    def _is_slowed(self, name: str) -> bool:
+        return self._members.hosts[name].slowdown.emulated
+
+    def _begin_schedules(self, names: Sequence[str]) -> None:
         """Lets the rates of emulated links change from now on, where they do."""
-        for name in self._devices:
-            down = self._members.hosts[name].down
-            if down.schedule:
-                self._members.by_name[name].link.set_shape(down)
+        for name in names:
+            if is_device(name) and name in self._members.by_name:
+                down = self._members.hosts[name].down
+                if down.schedule:
+                    self._members.by_name[name].link.set_shape(down)
 
     # --- a round ------------------------------------------------------------------------------
 
-    def _round(self, index: int, spans: Sequence[Span]) -> None:
-        """Releases the hosts, follows the round to its last weights stored, and tells of it."""
-        sequential = self.plan.order == Order.SEQUENTIAL
+    def _try_round(self, index: int, attempt: int) -> bool:
+        """Conducts an attempt at a round to its last weights stored; returns whether it counts."""
+        cohort = self._gather(index, attempt)
         if self._adaptation is not None:
             self._adaptation.start_round(index)
-        hosts = (COORDINATOR, *self._workers)
+        spans = self._spans(index, cohort)
+        self._seat(cohort)
+        fresh = self._bring_up_to_date(cohort)
         self._run_log.start_round()
+        done, said = self._conductor.conduct(cohort, index, spans, self._demand, self._samples)
+        self._average(done)
+        self._end_round(done)
+        self._run_log.add_attempt(dataclasses.replace(said, fresh=fresh))
+        self._count(done)
+        return bool(done.places)
+
+    def _gather(self, index: int, attempt: int) -> Cohort:
+        """Waits for the devices of a round; those that have just come are ready for it then."""
+        cohort = self._gathering.gather(index, attempt)
+        arrived = self._gathering.take_arrived()
+        if arrived:
+            self._introduce(self.plan)
+            self._calibrate(arrived)
+            self._begin_schedules(arrived)
+        return cohort
+
+    def _spans(self, index: int, cohort: Cohort) -> tuple[Span, ...]:
+        """Returns the steps of a round by place."""
+        if cohort.planned is not None:
+            return tuple(Span(*one) for one in cohort.planned.spans)
+        if self.plan.sums_gradients:  # all are at the same step, whoever was away
+            step = max(one.step for one in self._population)
+            for place in cohort.taking:
+                self._population[cohort.devices[place]].step = step
+        turns = []
+        for place in cohort.taking:
+            one = self._population[cohort.devices[place]]
+            turns.append(Turn(place, one.step, one.steps))
+        return self._table.spans(index, turns)
+
+    def _seat(self, cohort: Cohort) -> None:
+        """Gives each device of a round its place: its samples, and its link on this host."""
+        if self._sampled:
+            samples = list(self._samples)
+            for place in cohort.taking:
+                samples[place] = self._population[cohort.devices[place]].samples
+            self._samples = tuple(samples)
+        links = {device_name(place): device_name(cohort.devices[place]) for place in cohort.taking}
+        self._members.seats = {name: seat for seat, name in links.items()}
+        control = self._host.link_table.control
+        for seat, name in links.items():
+            if name in self._members.by_name:
+                control[seat] = self._members.by_name[name].link
+
+    def _bring_up_to_date(self, cohort: Cohort) -> tuple[int, ...]:
+        """Gives the weights of the moment to those that have others; returns who is fresh.
+
+        In sequential order the client-side model comes with a device's turn.
+        """
+        fresh = []
+        late = []
+        for place in cohort.taking:
+            one, name = self._population[cohort.devices[place]], device_name(cohort.devices[place])
+            if one.fresh and one.rounds:
+                fresh.append(place)
+            if one.current or self.plan.order == Order.SEQUENTIAL:
+                continue
+            wanted = exchanges.averaged(self.plan, device_name(place), self._model.unit_names)
+            self._states.push(
+                name, unit_state.known(wanted, self._aggregator), messages.PushState()
+            )
+            late.append(name)
+        self._members.collect(messages.PushedState, late)
+        return tuple(fresh)
+
+    def _average(self, done: Committed) -> None:
+        """Averages what the places of a round trained and hands the result back to the hosts."""
+        if self.plan.order == Order.SEQUENTIAL:
+            return
+        names = self._model.unit_names
+        copies: dict[int, Contribution] = {}
+        brought = [name for name in done.hosts[1:] if self._conductor.gives(done.seat(name))]
+        for states in done.trained.values():
+            for (copy, unit), one in states.items():
+                own = copies.setdefault(copy, Contribution({}, {}, 1.0))
+                own.params[unit], own.state[unit] = dict(one.params or {}), dict(one.state or {})
+        if ALL in copies and done.places:  # the one copy that devices share: nothing to average
+            self._aggregator.params.update(copies[ALL].params)
+            self._aggregator.state.update(copies[ALL].state)
+        batch_size = self._config.data.batch_size
+        round_ = RoundSchedule(self.plan, done.spans, self._samples, batch_size)
+        replicas = []
+        for span in done.spans:
+            if span.stop > span.first and span.device in copies and span.device in done.places:
+                weight = round_.trained_samples(span) if self._config.aggregation.weighted else 1
+                replicas.append(copies[span.device]._replace(weight=float(weight)))
         start_s = time.monotonic()
-        holder = self._holder if sequential else None
-        self._attempt += 1
-        self._members.open(spans, self._attempt)
-        cohort = tuple(range(len(self.plan.devices)))
-        release = messages.Release(
-            index, self._attempt, tuple(spans), cohort, holder, tuple(self._demand)
-        )
-        self._host.release(release)
-        for name in self._workers:
-            self._members.send(name, release, *self._round_replies(name, index, spans))
-        if sequential:
-            self._relay(spans)
-        trained = self._members.collect(messages.Trained, hosts)
-        self._commit(index, cohort)
-        if not sequential:
-            self._average(index, spans, trained)
-        stored = self._members.collect(messages.Stored, hosts)
-        interval = Interval(start_s, max(mail.time_s for mail in stored.values()))
-        if sequential:
+        self._aggregator.aggregate(replicas)
+        if broken := self._aggregator.broken_units():
+            last = max(span.stop for span in done.spans) - 1
+            self._members.end_broken(messages.NonFinite("average", None, done.index, last, broken))
+        spent_s = time.monotonic() - start_s
+        time.sleep(spent_s * (self._config.server.slowdown - 1.0))
+        if done.spans:
+            action = Action(0, AGGREGATE, ALL, done.spans[0].stop - 1)
+            self._host.recorder.add(Timed(action, start_s, time.monotonic()))
+        codec, owed = self._config.aggregation.codec, self._conductor.end_replies(done.index)
+        for name in (*brought, COORDINATOR):
+            wanted = exchanges.averaged(self.plan, done.seat(name), names)
+            mean = unit_state.known(wanted, self._aggregator)
+            self._states.push(name, mean, messages.PushState(round=done.index), *owed, codec=codec)
+
+    def _end_round(self, done: Committed) -> None:
+        """Waits until all hosts have stored what a round came to, and tells of it."""
+        stored = self._members.collect(messages.Stored, done.hosts)
+        interval = Interval(done.start_s, max(mail.time_s for mail in stored.values()))
+        if self.plan.order == Order.SEQUENTIAL:
             self._gather_sequential()
-        traced = self._collect_traces()
+        traced = self._collect_traces([name for name in stored if name != COORDINATOR])
         rows, busy_s = self._host.recorder.take()
         self._run_log.add_trace(COORDINATOR, rows, 0.0)
         said = {name: mail.said for name, mail in stored.items()}
-        busy = {COORDINATOR: busy_s} | {name: said[name].busy_s for name in self._workers}
-        for name in self._workers:
-            if (odd := odd_rows(said[name].direct, name, self._met)) is not None:
+        workers = [name for name in said if name != COORDINATOR]
+        busy = {COORDINATOR: busy_s} | {name: said[name].busy_s for name in workers}
+        for name in workers:
+            if (odd := odd_rows(said[name].direct, name, self._ever_met)) is not None:
                 self._members.blame(name, odd)
         for one in said.values():  # none is longer than the round, whatever is said of it
             self._members.patience.action(min(one.longest_s, interval.seconds))
         self._run_log.end_round(
             Round(
-                index,
+                done.index,
                 interval,
                 totals=Totals(
                     *(sum(getattr(one, key) for one in said.values()) for key in Totals._fields)
                 ),
                 busy=busy,
                 overruns=sum(one.overruns for one in said.values()),
-                told={name: said[name].link for name in self._workers},
+                told={name: said[name].link for name in workers},
                 traced=traced,
-                direct=[row for name in self._workers for row in said[name].direct],
+                direct=[row for name in workers for row in said[name].direct],
                 memory={name: one.memory for name, one in said.items()},
+                taking=len(done.taking),
+                committed=len(done.places),
             )
         )
-        for span in spans:
-            steps = sum(s.stop - s.first for s in spans if s.device == span.device)
-            if steps:
-                self._demand[span.device] = busy[device_name(span.device)] / steps
+        for place in done.places:
+            steps = sum(span.stop - span.first for span in done.spans if span.device == place)
+            if steps and (name := device_name(done.cohort[place])) in busy:
+                self._demand[place] = busy[name] / steps
 
-    def _commit(self, index: int, places: tuple[int, ...]) -> None:
-        """Tells all hosts of a round which places of it count."""
-        commit = messages.Commit(index, places)
-        for name in self._workers:
-            # Who gives weights to the average is over with the round when it has them back.
-            self._members.send(
-                name, commit, *([] if self._gives(name) else self._end_replies(index))
-            )
-        self._host.commit(places)
+    def _count(self, done: Committed) -> None:
+        """Notes what each device has trained that counts, and who has the weights of the moment."""
+        stops = next_steps(done.spans)
+        here = {int(name[1:]) for name in done.hosts if is_device(name)}
+        for place in done.places:
+            one = self._population[done.cohort[place]]
+            one.rounds, one.step = one.rounds + 1, stops[place]
+            one.fresh = one.fresh and one.index not in here
+        for one in self._population:
+            if one.index in here and device_name(one.index) in self._members.by_name:
+                one.current = True
+            elif done.places:
+                one.current = False
 
-    def _round_replies(self, name: str, index: int, spans: Sequence[Span]) -> list[Reply]:
-        """Returns what a member owes once a round is released."""
-        parts = []
-        if self.plan.order == Order.SEQUENTIAL:
-            parts = [
-                reply(messages.ClientModel, device=one.device, step=one.stop - 1)
-                for one, after in zip(spans, [*spans[1:], None], strict=True)
-                if device_name(one.device) == name and (after is None or after.device != one.device)
-            ]
-        return [*parts, reply(messages.Trained, round=index)]
+    def _note_lost(self, name: str, error: PeerError) -> None:
+        """Goes on without a device whose link is gone: its neighbours have to meet it anew."""
+        self._met = {boundary for boundary in self._met if name not in boundary[:2]}
+        self._conductor.note_lost(name)
 
-    def _end_replies(self, index: int) -> list[Reply]:
-        """Returns what a member owes when a round ends."""
-        traced = [reply(messages.TraceRows)] if self._config.run.trace != "none" else []
-        return [reply(messages.Stored, round=index), *traced]
+    # --- between rounds -----------------------------------------------------------------------
 
-    def _gives(self, name: str) -> bool:
-        """Says whether a host gives weights to the average, and so is given it."""
-        return bool(exchanges.trained(self.plan, name, self._model.unit_names))
-
-    def _average(
-        self, index: int, spans: Sequence[Span], trained: Mapping[str, Mail[messages.Trained]]
-    ) -> None:
-        """Averages what the hosts trained and hands the result back to them."""
-        copies: dict[int, Contribution] = {}
-        brought = [name for name in self._workers if self._gives(name)]
-        for name, mail in trained.items():
-            wanted = exchanges.trained(self.plan, name, self._model.unit_names)
-            for (copy, unit), one in self._states.read(mail, wanted).items():
-                own = copies.setdefault(copy, Contribution({}, {}, 1.0))
-                own.params[unit], own.state[unit] = dict(one.params or {}), dict(one.state or {})
-        if ALL in copies:  # the one copy of what devices share on the server: nothing to average
-            self._aggregator.params.update(copies[ALL].params)
-            self._aggregator.state.update(copies[ALL].state)
-        batch_size = self._config.data.batch_size
-        round_ = RoundSchedule(self.plan, tuple(spans), self._samples, batch_size)
-        replicas = []
-        for span in spans:
-            if span.stop > span.first and span.device in copies:
-                weight = round_.trained_samples(span) if self._config.aggregation.weighted else 1
-                replicas.append(copies[span.device]._replace(weight=float(weight)))
-        start_s = time.monotonic()
-        self._aggregator.aggregate(replicas)
-        if broken := self._aggregator.broken_units():
-            last = max(span.stop for span in spans) - 1
-            self._members.end_broken(messages.NonFinite("average", None, index, last, broken))
-        spent_s = time.monotonic() - start_s
-        time.sleep(spent_s * (self._config.server.slowdown - 1.0))
-        action = Action(0, AGGREGATE, ALL, spans[0].stop - 1)
-        self._host.recorder.add(Timed(action, start_s, time.monotonic()))
-        codec, owed = self._config.aggregation.codec, self._end_replies(index)
-        for name in (*brought, COORDINATOR):
-            wanted = exchanges.averaged(self.plan, name, self._model.unit_names)
-            mean = unit_state.known(wanted, self._aggregator)
-            self._states.push(name, mean, messages.PushState(round=index), *owed, codec=codec)
-
-    # --- sequential order ---------------------------------------------------------------------
-
-    def _relay(self, spans: Sequence[Span]) -> None:
-        """Relays the client-side model from device to device, until the last gives it back."""
-        if spans[0].device != self._holder:
-            self._hand_over(spans[0])
-        for before, after in zip(spans, [*spans[1:], None], strict=True):
-            if after is not None and after.device == before.device:
-                continue
-            giver = device_name(before.device)
-            mail = self._members.collect(messages.ClientModel, (giver,))[giver]
-            wanted = exchanges.client_model(self.plan, before.device, self._model.unit_names)
-            self._client_model, self._holder = self._states.read(mail, wanted), before.device
-            if after is not None:
-                self._hand_over(after)
-
-    def _hand_over(self, span: Span) -> None:
-        """Sends the client-side model, with its optimiser state, to the device whose turn it is."""
-        why = messages.PushState(step=span.first)
-        self._states.push(device_name(span.device), self._client_model, why)
+    def _initial_client_model(self) -> States:
+        """Returns the client-side model as every device makes it from the seed."""
+        tx = optimizer.build(
+            self._config.optimizer, steps=1, proximal_mu=self._config.aggregation.proximal_mu
+        )
+        wanted = exchanges.client_model(self.plan, 0, self._model.unit_names)
+        params, state = self._aggregator.params, self._aggregator.state
+        return {
+            (copy, unit): UnitState(params[unit], state[unit], tx.init(params[unit]))
+            for copy, unit in wanted
+        }
 
     def _gather_sequential(self) -> None:
         """Takes the one copy of every unit: the client-side model as handed back, the rest here."""
         wanted = exchanges.kept(self.plan, COORDINATOR, self._model.unit_names)
         own = self._states.pull({COORDINATOR: wanted}).states.get(COORDINATOR, {})
-        unit_state.take(self._aggregator, self._client_model | own, COORDINATOR)
+        unit_state.take(self._aggregator, self._conductor.client_model | own, COORDINATOR)
 
-    # --- between rounds -----------------------------------------------------------------------
-
-    def _collect_traces(self) -> dict[str, int]:
+    def _collect_traces(self, names: Sequence[str]) -> dict[str, int]:
         """Takes the hosts' timed actions, outside their round; returns what bytes they were."""
         if self._config.run.trace == "none":
             return {}
-        return self._add_traces(self._members.collect(messages.TraceRows, self._workers))
+        return self._add_traces(self._members.collect(messages.TraceRows, names))
 
     def _add_traces(self, mails: Mapping[str, Mail[Any]]) -> dict[str, int]:
         """Adds the devices' timed actions to the run's, on this host's clock."""
         traced = {}
+        steps = [max(self._table.steps(one.steps) for one in self._population)] * self._places
         for name, mail in mails.items():
             assert mail.message is not None
+            seat = self._members.seats.get(name, name)
             with self._members.reading(name):
-                rows = read_rows(mail.message, self._plans, name, self._total, long_name(name))
+                rows = read_rows(mail.message, self._plans, seat, steps, long_name(name))
             # The offset is the peer's clock minus ours.
-            self._run_log.add_trace(name, rows, -(mail.message.link.offset_s or 0.0))
+            self._run_log.add_trace(seat, rows, -(mail.message.link.offset_s or 0.0))
             traced[name] = mail.message.nbytes
         return traced
 
@@ -375,19 +493,21 @@ class Coordinator:
         replan.conduct(self._members, self._states, self.plan, plan, self._aggregator)
         moved_s = time.monotonic() - began
         offers, self.plan, self._plans = self._adaptation.offers, plan, (self.plan, plan)
-        self._calibrate()  # stages that an emulated slow host has not run before
+        self._conductor.plan = plan
+        # Stages that an emulated slow host has not run before.
+        self._calibrate((COORDINATOR, *self._workers))
         self._adaptation.changed(index)
         self._run_log.replanned(index, plan, moved_s, offers)
 
     def _is_evaluated(self, index: int) -> bool:
         every = self._config.run.evaluate_every
-        return index + 1 == len(self._rounds) or (every > 0 and (index + 1) % every == 0)
+        return index + 1 == self._table.rounds or (every > 0 and (index + 1) % every == 0)
 
     def _evaluate(self, index: int) -> None:
         """Scores the global weights, the last ones once they are saved; it belongs to no round."""
         fetched = self._fetch()
         variables = self._aggregator.params, self._aggregator.state
-        if index + 1 == len(self._rounds):
+        if index + 1 == self._table.rounds:
             self._save(*variables)
         self._members.working("evaluating")
         start_s = time.monotonic()

@@ -15,7 +15,17 @@ from pipar_jax.roles.acceptance import own_spans
 from pipar_jax.runtime import moves
 from pipar_jax.schedule.actions import Span
 from pipar_jax.schedule.feasibility import check_executable
-from pipar_jax.schedule.plan import COORDINATOR, OWNER, Order, Plan, WeightPolicy, is_node
+from pipar_jax.schedule.plan import (
+    COORDINATOR,
+    OWNER,
+    Order,
+    Plan,
+    WeightPolicy,
+    device_name,
+    host_index,
+    is_device,
+    is_node,
+)
 
 #: The most numbers of a sample that a node believes.
 MOST_NUMBERS = 2**28
@@ -55,6 +65,7 @@ class Course:
       ahead: Plans that may follow, which this host was told to compile.
       samples: Samples of each device's epoch.
       steps: Steps of each device in the whole run.
+      seat: What the plan calls the host: a device after its place in the cohort.
 
     Args:
       hosts: The hosts of the run.
@@ -64,6 +75,9 @@ class Course:
 
     def __init__(self, hosts: Hosts, name: str, units: Sequence[str] | None) -> None:
         self._hosts, self._name, self._units = hosts, name, units
+        # It may take any place where cohorts are sampled: all are alike.
+        self._sampled = is_device(name) and hosts.sampled
+        self.seat = device_name(0) if self._sampled else name
         self.phase = Phase.JOINING if is_node(name) else Phase.ASKED
         self.plan: Plan | None = None
         self.plans: tuple[Plan, ...] = ()
@@ -131,11 +145,11 @@ class Course:
     def _plan(self, said: messages.Prepare) -> str | None:
         if (reason := self._odd_plan(said.plan)) is not None:
             return reason
-        count = len(self._hosts.devices)
+        count = self._hosts.places
         if not len(said.samples) == len(said.steps) == count or 0 in (*said.samples, *said.steps):
             return (
                 f"with samples {said.samples[:5]} and steps {said.steps[:5]}, expected a number "
-                f"from 1 for each of {count} devices"
+                f"from 1 for each of {count} places"
             )
         self.plan, self.plans = said.plan, (said.plan,)
         self.samples, self.steps = said.samples, said.steps
@@ -147,12 +161,14 @@ class Course:
         if (reason := self._odd_attempt(said) or self._odd_spans(said)) is not None:
             return reason
         self._round, self._attempt, self._spans = said.round, said.attempt, said.spans
+        if self._sampled:
+            self.seat = device_name(said.cohort.index(host_index(self._name)))
         turns = [span for i, span in enumerate(said.spans)
                  if not i or said.spans[i - 1].device != span.device]  # fmt: skip
         if turns and turns[0].device == said.holder:
             turns = turns[1:]
         sequential = self.plan.order == Order.SEQUENTIAL
-        self._turns = [span.first for span in own_spans(turns, self._name)] if sequential else []
+        self._turns = [span.first for span in own_spans(turns, self.seat)] if sequential else []
         self._may_commit = self._may_store = self._may_rewind = False
         self._rewound, self.phase = None, Phase.TRAINING
         return None
@@ -175,6 +191,8 @@ class Course:
         places, count = len(self.plan.devices), len(self._hosts.devices)
         if len(said.cohort) != places or len(set(said.cohort)) < places:
             return f"with a cohort of {said.cohort[:10]}, expected {places} devices"
+        if self._sampled and host_index(self._name) not in said.cohort:
+            return f"with a cohort of {said.cohort[:10]}, in which it has no place"
         if max(said.cohort) >= count:
             return f"with device {max(said.cohort)} in its cohort, expected {count} devices"
         sequential, stops = self.plan.order == Order.SEQUENTIAL, dict[int, int]()
@@ -186,10 +204,14 @@ class Course:
             stops[span.device] = span.stop
         holder = said.holder
         if (
-            len(said.demand) != places
+            not len(said.demand) == len(said.samples) == places
+            or 0 in said.samples
             or (holder is not None and (not sequential or holder >= places))
         ):  # fmt: skip
-            return f"with holder {holder} and demand of {len(said.demand)} devices"
+            return (
+                f"with holder {holder}, demand of {len(said.demand)} and samples of "
+                f"{len(said.samples)} devices"
+            )
         return None
 
     def _drop(self, said: messages.Drop) -> str | None:
@@ -226,10 +248,10 @@ class Course:
         own = {
             (copy, self._units[unit])
             for (copy, unit), host in moves.holders(self.plan, count).items()
-            if host == self._name
+            if host == self.seat
         }
         own |= {(EVERY, unit) for _, unit in own}
-        local = {self._units[i] for i in self.plan.local_units(self._name, count)}
+        local = {self._units[i] for i in self.plan.local_units(self.seat, count)}
         for copy, unit, parts in said.wanted:
             ruled = copy == EVERY and unit in local and self.plan.weights == WeightPolicy.COPY
             if (copy, unit) not in own or ("rule" in parts and not ruled):
@@ -282,7 +304,7 @@ def odd_plan(plan: Plan, hosts: Hosts, units: int) -> str | None:
       hosts: The hosts of the run.
       units: How many units the model has.
     """
-    if len(plan.devices) != (count := len(hosts.devices)):
+    if len(plan.devices) != (count := hosts.places):
         return f"for {len(plan.devices)} devices, expected {count}"
     for one in plan.devices:
         if strange := [host for host in one.hosts if not (host == OWNER or host in hosts)]:

@@ -118,6 +118,8 @@ class Traffic:
         """
         found = []
         for name, now in self._stats().items():
+            if name not in self._before or name not in told:
+                continue  # it came, or went, in the midst of the round
             before, trace = self._before[name], traced.get(name, 0)
             found.append(
                 LinkRow(

@@ -116,6 +116,7 @@ class Membership:
 
     Attributes:
       by_name: Those who are there.
+      seats: For each device of a round what the plan calls it: its place in the cohort.
       population: The devices that have registered, there or not.
       joined: Called with the name of a device that has joined; on the owner's thread.
       lost: Called with the name of a device that is gone, and why; on the owner's thread.
@@ -157,11 +158,13 @@ class Membership:
         self._pulse_s, self._pulsed_s, self._pulses = pulse_s(config), time.monotonic(), 0
         self.listeners: dict[type, Callable[[Mail[Any]], None]] = {}
         self.by_name: dict[str, Member] = {}
+        self.seats: dict[str, str] = {}
         self.population = Population()
         self.joined: Callable[[str], None] = lambda name: None
         self.lost: Callable[[str, PeerError], None] = lambda name, error: None
         self.broken: Callable[[messages.NonFinite, str], None] = lambda said, source: None
         self._may_lose = may_lose(config)
+        self._round = 0
         self.acceptance: Acceptance | None = None
         self.patience = Patience(config)
         self.hosts = hosts_of(config)
@@ -266,6 +269,21 @@ class Membership:
                 self._early.remove(mail)
                 found[mail.source] = cast(Mail[M], mail)
         return found
+
+    def settle(self, name: str, *kinds: type) -> None:
+        """Lets a host owe answers of some kinds no more; those that have come are forgotten."""
+        if name in self.by_name:
+            self.by_name[name].owed.settle(kinds)
+        self._early = [
+            mail for mail in self._early
+            if mail.source != name or not isinstance(mail.said, kinds)
+        ]  # fmt: skip
+
+    def drop(self, *places: int) -> None:
+        """Takes no more tensors of some places in this attempt at a round."""
+        assert self.acceptance is not None
+        for place in places:
+            self.acceptance.drop(place)
 
     def wait(self, missing: Sequence[str], what: str) -> None:
         """Waits a moment for mail, and looks who shows no progress.
@@ -459,10 +477,11 @@ class Membership:
             return False
         return self.acceptance.is_past(message.tag)
 
-    def open(self, spans: Sequence[Span], attempt: int) -> None:
+    def open(self, index: int, spans: Sequence[Span], attempt: int, samples: Sequence[int]) -> None:
         """Takes from members the tensors of an attempt at a round, and that it goes on."""
         assert self.acceptance is not None
-        self.acceptance.open(spans, attempt)
+        self._round = index
+        self.acceptance.open(spans, attempt, samples)
         for member in self.by_name.values():
             member.steps.clear()
             member.broken.clear()
@@ -475,7 +494,7 @@ class Membership:
         if message.kind == MessageKind.TENSOR:
             if self.acceptance is None:
                 return f"{_what(message)} before there is a plan"
-            return self.acceptance.objection(name, message)
+            return self.acceptance.objection(self.seats.get(name, name), message)
         if waiting.messages >= MOST_WAITING or waiting.nbytes > MOST_WAITING_BYTES:
             return f"{waiting.messages} messages of {waiting.nbytes} bytes that nobody has read yet"
         known = registry.peek(message)
@@ -609,8 +628,11 @@ class Membership:
     def _note_progress(self, source: str, said: messages.Progress) -> None:
         """Tells of a step that is over; steps of a device rise."""
         if source != COORDINATOR:
+            if self._is_given_up(said.device, said.round):
+                return
+            seat = self.seats.get(source, source)
             steps, plan = self.by_name[source].steps, self.acceptance
-            own = plan is not None and plan.tells_of(source, said.device, said.step)
+            own = plan is not None and plan.tells_of(seat, said.device, said.step)
             if not own or said.step <= steps.get(said.device, -1):
                 self.blame(source, f"'progress' of device {said.device}, step {said.step}, "
                            "which is none of its own or was told before")  # fmt: skip
@@ -618,12 +640,21 @@ class Membership:
             steps[said.device] = said.step
         self._tell({"event": "progress", **dataclasses.asdict(said)})
 
+    def _is_given_up(self, place: int | None, round_: int) -> bool:
+        """Returns whether something is of a round that is over, or of a place that is out of it."""
+        if place is None or self.acceptance is None:
+            return round_ < self._round
+        return round_ < self._round or self.acceptance.is_dropped(place)
+
     def _note_broken(self, source: str, said: messages.NonFinite) -> None:
         """Tells of what is not finite on a host, once for each device, step and kind."""
         if source != COORDINATOR:
+            if self._is_given_up(said.device, said.round):
+                return
+            seat = self.seats.get(source, source)
             told, key = self.by_name[source].broken, (said.what, said.device, said.step)
             plan = self.acceptance
-            own = plan is not None and plan.trains(source, said.device, said.step)
+            own = plan is not None and plan.trains(seat, said.device, said.step)
             of_loss = said.what == "loss"
             own &= of_loss != bool(said.units) and not (of_loss and said.device is None)
             own &= set(said.units) <= set(self._model.unit_names)

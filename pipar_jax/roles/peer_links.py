@@ -22,7 +22,7 @@ from pipar_jax.errors import JoinError, ProtocolError, RunError
 from pipar_jax.protocol import messages, registry
 from pipar_jax.protocol.registry import Sender
 from pipar_jax.runtime.link_table import LinkTable, dialler
-from pipar_jax.schedule.plan import COORDINATOR, Boundary, is_node, long_name
+from pipar_jax.schedule.plan import COORDINATOR, Boundary, is_device, is_node, long_name
 
 #: What a neighbour may send before there is a plan.
 _NOTHING = Allowance(tensor_bytes=0, bundle_bytes=0, bundle_tensors=0)
@@ -306,6 +306,15 @@ class PeerLinks:
         if boundary is None:  # a stranger
             with self._lock:
                 self._early = [one for one in self._early if one[1] is not link]
+            return
+        if self._hosts.may_lose and is_device(boundary.peer(self._name)):
+            # The coordinator says who goes on without it; it may come back over another link.
+            del self._of[link]
+            self.link_table.remove(boundary, link)
+            with self._lock:
+                for links in self._lines.values():
+                    if link in links:
+                        links.remove(link)
             return
         # Who says goodbye has finished, or has told the coordinator why not.
         if not (self._parting or isinstance(error, PeerClosed)):

@@ -33,6 +33,8 @@ class Registered:
       steps: Steps in its epoch.
       presence: Where it is.
       ready: Whether it has prepared its share of the plan, and so may take part in a round.
+      current: Whether it has the weights of the moment.
+      fresh: Whether it begins its next round without an optimiser state of rounds before.
       rounds: Rounds that it took part in and that count.
       step: The step that comes next in its own data; rounds that do not count leave it as it is.
       since_s: When it came or went, on the monotonic clock.
@@ -44,6 +46,8 @@ class Registered:
     steps: int
     presence: Presence = Presence.PRESENT
     ready: bool = False
+    current: bool = False
+    fresh: bool = True
     rounds: int = 0
     step: int = 0
     since_s: float = 0.0
@@ -96,6 +100,7 @@ class Population:
         """Notes that a device is gone."""
         one = self._by_index[index]
         one.presence, one.ready, one.since_s = presence, False, now_s
+        one.current, one.fresh = False, True
         one.losses += presence is Presence.LOST
 
     def ready(self) -> list[Candidate]:

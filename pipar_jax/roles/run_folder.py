@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipar_jax import config
-from pipar_jax.config import Config
+from pipar_jax.config import Config, membership_script
 from pipar_jax.disk.event_log import Event, EventLog
 from pipar_jax.disk.files import make_folder, write_text
 from pipar_jax.disk.json_text import JsonMapping, JsonObject, dumps
@@ -31,6 +31,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = make_folder(path)
         self._events = EventLog(path / METRICS)
+        self._membership = EventLog(path / membership_script.FILE)
 
     def save_config(self, resolved: Config) -> None:
         """Writes the resolved configuration.
@@ -55,6 +56,14 @@ class RunFolder:
           DiskError: It cannot be written.
         """
         self._events.add(event)
+
+    def add_attempt(self, attempt: JsonMapping) -> None:
+        """Appends a row to membership.jsonl.
+
+        Raises:
+          DiskError: It cannot be written.
+        """
+        self._membership.add(attempt)
 
     def save_weights(
         self, params: Mapping[str, Arrays], state: Mapping[str, Arrays], meta: JsonMapping

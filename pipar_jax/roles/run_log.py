@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from pipar_jax.config import Config
+from pipar_jax.config.membership_script import Attempt
 from pipar_jax.disk.event_log import OnEvent
 from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import DiskError
@@ -18,8 +19,7 @@ from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.run_folder import TRACE, Record, RunFolder
 from pipar_jax.roles.trace_log import TraceLog
 from pipar_jax.runtime.metrics import Totals
-from pipar_jax.schedule.actions import Span
-from pipar_jax.schedule.plan import Plan, device_name
+from pipar_jax.schedule.plan import Plan, is_device
 from pipar_jax.schedule.trace import Interval, Timed
 from pipar_jax.tuner.replanning import Offer
 
@@ -49,6 +49,8 @@ class Round(NamedTuple):
       traced: For each device the bytes of the trace that it sent after the round.
       direct: What neighbours sent each other, rows of ``traffic.DirectTraffic``.
       memory: For each host what it held at most.
+      taking: How many devices began it.
+      committed: How many of them count; 0 if it was undone.
     """
 
     number: int
@@ -60,6 +62,8 @@ class Round(NamedTuple):
     traced: Mapping[str, int]
     direct: Sequence[LinkRow]
     memory: Mapping[str, Memory]
+    taking: int
+    committed: int
 
 
 class RunLog:
@@ -88,7 +92,8 @@ class RunLog:
         self._parameters = parameters
         self._traffic = Traffic(members)
         self._trace = TraceLog(folder.path / TRACE, config.run.trace, self._lose_trace)
-        self._rounds = 0
+        self._rounds = self._undone = 0
+        self._losses: list[JsonObject] = []
         self._totals = (0, 0)
         self._seconds: list[float] = []
         self._moved_s: dict[int, float] = {}
@@ -115,14 +120,18 @@ class RunLog:
             }
         )
 
-    def begin(
-        self, plan: Plan, rounds: Sequence[Sequence[Span]], steps_per_epoch: Sequence[int]
-    ) -> None:
-        """Tells that training begins."""
-        self._rounds = len(rounds)
+    def begin(self, plan: Plan, rounds: int, steps: Sequence[int]) -> None:
+        """Tells that training begins.
+
+        Args:
+          plan: The plan in force.
+          rounds: How many rounds there are.
+          steps: Steps in each place, if its device takes part in all of them.
+        """
+        self._rounds = rounds
         self._origin_s = time.monotonic()
         meta = {"method": self._config.method, "plan": plan.to_dict()}
-        self._trace.begin(meta, len(rounds), self._origin_s)
+        self._trace.begin(meta, rounds, self._origin_s)
         self._folder.save_plan(plan.to_dict())
         self._tell(
             {
@@ -130,14 +139,28 @@ class RunLog:
                 "method": self._config.method,
                 "plan": str(plan),
                 "devices": len(plan.devices),
-                "rounds": len(rounds),
+                "rounds": rounds,
                 "epochs": self._config.epochs,
-                "steps": [one * self._config.epochs for one in steps_per_epoch],
+                "steps": list(steps),
                 "model": self._config.model.name,
                 "parameters": self._parameters,
                 "folder": str(self._folder.path),
             }
         )
+
+    def add_attempt(self, attempt: Attempt) -> None:
+        """Adds an attempt at a round to the script that another run can replay."""
+        self._losses += [
+            {"device": attempt.cohort[out.place], "round": attempt.round, "step": out.step,
+             "why": out.why}
+            for out in attempt.out
+            if out.why != "undone"
+        ]  # fmt: skip
+        self._undone += not attempt.commit
+        try:
+            self._folder.add_attempt(attempt.to_dict())
+        except DiskError as error:
+            self._lose_trace(error)
 
     def start_round(self) -> None:
         """Notes what the links have carried before a round."""
@@ -151,9 +174,8 @@ class RunLog:
         """Tells of a round that is over."""
         rows = (*self._traffic.rows(one.told, one.traced), *one.direct)
         links = [dataclasses.asdict(row) for row in rows]
-        devices = {device_name(i) for i in range(self._config.devices.count)}
-        up = sum(row["bytes"] for row in links if row["source"] in devices)
-        down = sum(row["bytes"] for row in links if row["target"] in devices)
+        up = sum(row["bytes"] for row in links if is_device(row["source"]))
+        down = sum(row["bytes"] for row in links if is_device(row["target"]))
         self._totals = (self._totals[0] + up, self._totals[1] + down)
         self._seconds.append(one.interval.seconds)
         for host, seconds in one.busy.items():
@@ -169,6 +191,8 @@ class RunLog:
                 "loss": one.totals.loss / max(one.totals.samples, 1),
                 "accuracy": one.totals.correct / max(one.totals.samples, 1),
                 "samples": one.totals.samples,
+                "devices": one.taking,
+                "committed": one.committed,
                 "busy": dict(one.busy),
                 "idle": {host: 1.0 - s / one.interval.seconds for host, s in one.busy.items()},
                 "bytes_up": up,
@@ -232,6 +256,8 @@ class RunLog:
             "idle": {host: 1.0 - s / whole for host, s in self._busy.items()},
             "bytes_up": self._totals[0],
             "bytes_down": self._totals[1],
+            "losses": self._losses,
+            "undone": self._undone,
             "folder": str(self._folder.path),
         }
         self._tell(summary)

@@ -50,6 +50,7 @@ from pipar_jax.schedule.plan import (
     HostKind,
     Order,
     device_name,
+    host_index,
     is_node,
     long_name,
     node_name,
@@ -190,7 +191,8 @@ class Worker:
         self._stop = stop or threading.Event()
         self._inbox: queue.SimpleQueue[Message | BaseException] = queue.SimpleQueue()
         self._step = 0
-        self.admitted = False
+        self.admitted = self._began = False
+        self._seat = name
         self._told_so = False  # whether the coordinator itself has ended this host's part
         self._link: Link | None = None
         self._waits: OwnWaits | None = None
@@ -211,7 +213,7 @@ class Worker:
         self._neighbours = PeerLinks(
             hosts, config.network, name, self._endpoint,
             tensors=self._on_tensor, wake=self._wake, lost=self._inbox.put,
-            met=lambda: self._reply(messages.Met(), {}),
+            met=self._note_met,
         )  # fmt: skip
         self._commands: dict[type, Callable[[Any], None]] = {
             messages.Refused: self._end_refused,
@@ -516,12 +518,18 @@ class Worker:
         self._accept()
         self._running.prepare(said.plan, said.samples, said.steps)
 
+    def _note_met(self) -> None:
+        """Tells that all neighbours are there; under a plan they may send what it has for them."""
+        if self._acceptance is not None:
+            self._neighbours.allow(self._acceptance.tensor_bytes)
+        self._reply(messages.Met(), {})
+
     def _accept(self) -> None:
         """Takes from other hosts what the plan in force has for them, from the next step on."""
         course, model = self._course, self._model
         assert course.plan is not None and model is not None
         self._acceptance = Acceptance(
-            model, course.plan, self.name, samples=course.samples,
+            model, course.plan, course.seat, samples=course.samples,
             batch_size=self._config.data.batch_size,
         )  # fmt: skip
         self._neighbours.allow(self._acceptance.tensor_bytes)
@@ -531,10 +539,11 @@ class Worker:
         """Lets the coordinator send what this host may get under its plans, and nothing larger."""
         plan, names = self._course.plan, self._unit_names
         assert self._holdings is not None and self._acceptance is not None and plan is not None
-        bundles = [exchanges.averaged(plan, self.name, names)]
-        if plan.order == Order.SEQUENTIAL and not is_node(self.name):
-            bundles.append(exchanges.client_model(plan, self._own.index, names))
-        bundles += [exchanges.arriving(plan, one, self.name, names) for one in self._course.ahead]
+        seat = self._course.seat
+        bundles = [exchanges.averaged(plan, seat, names)]
+        if plan.order == Order.SEQUENTIAL and not is_node(seat):
+            bundles.append(exchanges.client_model(plan, host_index(seat), names))
+        bundles += [exchanges.arriving(plan, one, seat, names) for one in self._course.ahead]
         tensor_bytes = self._acceptance.tensor_bytes(COORDINATOR)
         self._coordinator.admit(self._holdings.room(bundles, tensor_bytes))
 
@@ -546,10 +555,14 @@ class Worker:
         self._running.pull({(copy, unit): parts for copy, unit, parts in said.wanted})
 
     def _release(self, said: messages.Release) -> None:
-        mine = [span for span in said.spans if device_name(span.device) == self.name]
+        if self._seat != self._course.seat:
+            self._seat = self._course.seat
+            self._accept()
+        mine = [span for span in said.spans if device_name(span.device) == self._seat]
         if mine:
             self._step = mine[-1].stop - 1
-        if said.round == 0:
+        if not self._began:
+            self._began = True
             self._begin_schedule()
         self._running.release(said)
         self._endpoint.post(lambda: self._open(said))
@@ -557,7 +570,7 @@ class Worker:
     def _open(self, said: messages.Release) -> None:
         """Takes a round's tensors, those first that came too early; runs on the I/O thread."""
         assert self._acceptance is not None
-        self._acceptance.open(said.spans, said.attempt)
+        self._acceptance.open(said.spans, said.attempt, said.samples)
         ahead, self._ahead = self._ahead, []
         for peer, message, boundary in ahead:
             if (reason := self._on_tensor(peer, message, boundary)) is not None:
@@ -595,11 +608,11 @@ class Worker:
         assert self._holdings is not None and plan is not None
         if said.plan is not None:
             old, new = self._course.plans
-            wanted = exchanges.arriving(old, new, self.name, names)
+            wanted = exchanges.arriving(old, new, self._course.seat, names)
         elif said.step is not None:
-            wanted = exchanges.client_model(plan, self._own.index, names)
+            wanted = exchanges.client_model(plan, host_index(self._course.seat), names)
         else:
-            wanted = exchanges.averaged(plan, self.name, names)
+            wanted = exchanges.averaged(plan, self._course.seat, names)
         states = self._holdings.states(message, wanted, long_name(COORDINATOR))
         if said.plan is not None:
             self._accept()
@@ -612,7 +625,7 @@ class Worker:
         self._running.push(said, states)
 
     def _note_arrival(self, kind: ActionKind, step: int, message: Message) -> None:
-        arrived = Action(0, kind, self._own.index, step)
+        arrived = Action(0, kind, host_index(self._course.seat), step)
         timed = Timed(arrived, message.first_byte_s, message.received_s, message.nbytes)
         self._running.recorder.add(timed)
 
@@ -650,7 +663,7 @@ class Worker:
 
     def _recorded(self, kind: ActionKind, step: int) -> Callable[[float, float, int], None]:
         """Returns what adds a bundle to the trace once it has left."""
-        return functools.partial(self._record, Action(0, kind, self._own.index, step))
+        return functools.partial(self._record, Action(0, kind, host_index(self._course.seat), step))
 
     def _record(self, action: Action, start_s: float, end_s: float, nbytes: int) -> None:
         self._running.recorder.add(Timed(action, start_s, end_s, nbytes))

@@ -50,7 +50,15 @@ from pipar_jax.schedule.actions import (
 from pipar_jax.schedule.dispatch import CreditedLink, Demand, Dispatcher, InFlightLimit
 from pipar_jax.schedule.feasibility import check_executable
 from pipar_jax.schedule.host_program import HostProgram, Operation
-from pipar_jax.schedule.plan import Boundary, Order, Plan, device_name, host_index, is_node
+from pipar_jax.schedule.plan import (
+    Boundary,
+    Order,
+    Plan,
+    device_name,
+    host_index,
+    is_device,
+    is_node,
+)
 from pipar_jax.schedule.policies import policy
 from pipar_jax.schedule.step_feeder import StepFeeder
 from pipar_jax.training import optimizer
@@ -111,7 +119,11 @@ class Host:
         rematerialise: bool = False,
     ) -> None:
         self.name = name
+        # What the plan calls it: a device after its place in the cohort.
+        self._seat = device_name(0) if config.cohort.size and is_device(name) else name
+        self._seated: tuple[int, tuple[int, ...]] = (NO_ATTEMPT - 1, ())
         self.link_table = link_table or LinkTable(name)
+        self.link_table.host = self._seat
         self.observer = Observer()
         watch = self.observer.add if config.tuner.adapt else None
         self.recorder = Recorder(config.run.trace != "none", watch)
@@ -340,10 +352,10 @@ class Host:
         began = time.monotonic()
         told = self._working("compiling")
         self._samples = samples
-        need = memory.predict(self._model, plan, self.name, self._config, samples)
+        need = memory.predict(self._model, plan, self._seat, self._config, samples)
         limit_mb = hosts_of(self._config)[self.name].memory_mb
         memory.check(need, None, limit_mb, self.name, plan)
-        self._program = _program(plan, self.name)
+        self._program = _program(plan, self._seat)
         # One replica takes the steps of all devices in turn, or each its own device's.
         taken = sum(steps) if plan.order == Order.SEQUENTIAL else max(steps)
         self._optimizer = optimizer.compiled(
@@ -356,7 +368,7 @@ class Host:
             cut = stages.split(self._model, one.cuts, rematerialise=self._rematerialise)
             for index, stage in enumerate(cut):
                 slot = self._program.replica_key(device, index)
-                if plan.host(device, index) == self.name and slot not in self._replicas:
+                if plan.host(device, index) == self._seat and slot not in self._replicas:
                     keeps = undo.find_keep(self._config, plan, slot[0])
                     self._replicas[slot] = Replica(stage, params, state, self._optimizer, keeps)
         self._averaging = Averaging(self._config, self._program, self._replicas, params, state)
@@ -402,17 +414,17 @@ class Host:
         for device, one in enumerate(plan.devices):
             for index, cut in enumerate(one.cuts):
                 ends = {plan.host(device, index), plan.host(device, index + 1)}
-                if self.name in ends and len(ends) == 2:
+                if self._seat in ends and len(ends) == 2:
                     shapes = [self._model.shapes(size)[cut] for size in sizes]
                     codecs = one.codecs[index]
                     compile_codecs((codecs.activation, codecs.cotangent), shapes)
 
     def _compile_ahead(self, plan: Plan) -> str | None:
         """Compiles what a coming plan needs here; runs on a thread of its own."""
-        sizes = _program(plan, self.name).sizes(self._samples, self._config.data.batch_size)
+        sizes = _program(plan, self._seat).sizes(self._samples, self._config.data.batch_size)
         self._compile_codecs(plan, sizes)
         return compile_plan(
-            self._model, plan, self.name, self._config, self._samples, sizes, self._optimizer,
+            self._model, plan, self._seat, self._config, self._samples, sizes, self._optimizer,
             rematerialise=self._rematerialise, between=self._check_stopped,
         )  # fmt: skip
 
@@ -430,7 +442,7 @@ class Host:
             averages = dict(self._averaging.units())
             unit_state.load(states, self._replicas, averages, self.name)
         if why.step is not None:
-            arrived = Action(0, RECEIVE_CLIENT_MODEL, host_index(self.name), why.step)
+            arrived = Action(0, RECEIVE_CLIENT_MODEL, host_index(self._seat), why.step)
             self._dispatcher.complete(arrived)
         elif why.round is not None:
             self._begin_anew()
@@ -438,10 +450,10 @@ class Host:
             self._answer(messages.PushedState())
 
     def _adopt(self, plan: Plan, arrived: Mapping[Key, UnitState]) -> None:
-        self._program = _program(plan, self.name)
+        self._program = _program(plan, self._seat)
         averages = dict(self._averaging.units())
         self._replicas = migration.assemble(
-            self._model, plan, self.name, self._replicas, arrived, self._optimizer,
+            self._model, plan, self._seat, self._replicas, arrived, self._optimizer,
             rematerialise=self._rematerialise,
         )  # fmt: skip
         self._averaging = Averaging.after(
@@ -477,12 +489,42 @@ class Host:
         )
         self._answer(messages.Calibrated(time.monotonic() - began))
 
+    def _take_seats(self, said: messages.Release) -> None:
+        """Lets a device take its place where a cohort is sampled.
+
+        Whoever has not had the same place in the attempt before begins with a fresh optimiser.
+        """
+        attempt, before = self._seated
+        before = before if attempt + 1 == said.attempt else ()
+        self._seated = said.attempt, said.cohort
+        if is_device(self.name):
+            self._sit(device_name(said.cohort.index(host_index(self.name))))
+        self._install(self._plan)  # another device may take the same steps in the same place
+        for (place, _), replica in self._replicas.items():
+            if place != ALL and before[place : place + 1] != said.cohort[place : place + 1]:
+                replica.renew()
+
+    def _sit(self, seat: str) -> None:
+        """Takes another place: all are alike but for their number."""
+        old, new = host_index(self._seat), host_index(seat)
+        if old == new:
+            return
+        self._seat = self.link_table.host = seat
+        for place, stage in list(self._replicas):
+            if place == old:
+                self._replicas[new, stage] = self._replicas.pop((place, stage))
+        self._program = _program(self._plan, seat)
+        self._averaging = Averaging(self._config, self._program, self._replicas, {}, {})
+
     def _release(self, said: messages.Release) -> None:
+        if self._config.cohort.size:
+            self._take_seats(said)
+        self._outgoing.clear()  # a device that came back has another link
         self._demand.update(enumerate(said.demand))
         if self._began_s is None:
             self._began_s = time.monotonic()
         schedule = RoundSchedule(
-            self._plan, said.spans, self._samples, self._config.data.batch_size, said.holder
+            self._plan, said.spans, said.samples, self._config.data.batch_size, said.holder
         )
         anew, self._round, self._attempt = said.round != self._round, said.round, said.attempt
         self._dropped.clear()
@@ -496,7 +538,7 @@ class Host:
         """Tells that this host's steps are over, with the weights if they are to be averaged."""
         self._training = False
         self._whole = self._tell_broken_weights(averaged=False)
-        wanted = exchanges.trained(self._plan, self.name, self._model.unit_names)
+        wanted = exchanges.trained(self._plan, self._seat, self._model.unit_names)
         # Whoever gives nothing is given no average either, but for the coordinator's own host.
         self._gives = bool(wanted) or (
             self._plan.order == Order.PARALLEL and not is_node(self.name)
@@ -525,7 +567,7 @@ class Host:
         self._in_flight -= 1
         self._executor.forget(place)
         self._meter.forget(place)
-        if self.name == device_name(place):
+        if self._seat == device_name(place):
             self._training = False
             undo.leave_out(self._replicas, self._executor.schedule, ())
             self._answer(messages.Dropped(self._round))
@@ -618,7 +660,7 @@ class Host:
     def _units(self, plan: Plan) -> set[str]:
         """Returns the names of the units that this host has weights of."""
         names = self._model.unit_names
-        return {names[unit] for unit in plan.held_units(self.name, len(names))}
+        return {names[unit] for unit in plan.held_units(self._seat, len(names))}
 
     def _sizes(self) -> set[int]:
         return self._program.sizes(self._samples, self._config.data.batch_size)

@@ -15,6 +15,7 @@ class LinkTable:
     it; every other boundary has a link of its own between the two neighbours.
 
     Attributes:
+      host: What the plan calls the host.
       control: For each peer the link over which one of the two coordinates the other.
 
     Args:
@@ -22,7 +23,7 @@ class LinkTable:
     """
 
     def __init__(self, host: str) -> None:
-        self._host = host
+        self.host = host
         self.control: dict[str, Link] = {}
         self._direct: dict[Boundary, Link] = {}
 
@@ -30,9 +31,14 @@ class LinkTable:
         """Takes a link to a neighbour for what crosses a boundary."""
         self._direct[boundary] = link
 
+    def remove(self, boundary: Boundary, link: Link) -> None:
+        """Forgets a link that has ended, unless another one has taken its place."""
+        if self._direct.get(boundary) is link:
+            del self._direct[boundary]
+
     def missing(self, boundaries: tuple[Boundary, ...]) -> list[Boundary]:
         """Returns those of this host's boundaries that have no link yet."""
-        return [one for one in boundaries if self._host in one[:2] and one not in self._direct]
+        return [one for one in boundaries if self.host in one[:2] and one not in self._direct]
 
     def direct(self) -> list[tuple[Boundary, Link]]:
         """Returns every direct link with its boundary, under earlier plans too."""
@@ -53,12 +59,12 @@ class LinkTable:
           RunError: There is none.
         """
         found = self._direct.get(boundary)
-        peer = boundary.peer(self._host)
-        if found is None and COORDINATOR in (peer, self._host):
+        peer = boundary.peer(self.host)
+        if found is None and COORDINATOR in (peer, self.host):
             found = self.control.get(peer)
         if found is None:
             raise RunError(
-                f"{self._host} has no link to {peer} for what leaves stage {boundary.below}"
+                f"{self.host} has no link to {peer} for what leaves stage {boundary.below}"
             )
         return found
 

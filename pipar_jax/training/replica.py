@@ -138,10 +138,15 @@ class Replica:
         Weights and statistics stay as they are: the round's average replaces them.
         """
         if self._start is None:
-            init = self._compiled.transformation.init
-            self.opt_state = {unit: init(arrays) for unit, arrays in self.params.items()}
-        else:
-            self.opt_state, self._held = dict(self._start), True
+            self.renew()
+            return
+        self.opt_state, self._held = dict(self._start), True
+        self.clear()
+
+    def renew(self) -> None:
+        """Begins with a fresh optimiser state."""
+        init = self._compiled.transformation.init
+        self.opt_state = {unit: init(arrays) for unit, arrays in self.params.items()}
         self.clear()
 
     def begin_turn(self) -> None:

@@ -26,6 +26,7 @@ from pipar_jax.launch.flags import load_preset
 from pipar_jax.launch.process import describe_os_error, perform
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.report.sinks import Sinks
+from pipar_jax.roles.selection import Candidate, CohortChooser
 from pipar_jax.runtime.setup import build_model
 from tests import sources
 
@@ -105,6 +106,13 @@ def _data(name: str, folder: pathlib.Path) -> None:
     data.load_device(resolve(config), 0)
 
 
+def _select(name: str, folder: pathlib.Path) -> None:
+    config = digits.get_config()
+    config.cohort.size, config.cohort.select = 1, f"module:users_own:{name}"
+    candidates = [Candidate(device, 10, 0) for device in range(2)]
+    CohortChooser(resolve(config)).choose(0, 0, candidates)
+
+
 def _make(name: str, folder: pathlib.Path) -> None:
     Sinks(f"users_own:{name}", folder)
 
@@ -158,6 +166,11 @@ def _users(name: str) -> Any:
 #: Every place where a function of the user's is called.
 PLACES = {
     "data": (_data, DataError, "own data module:users_own:{name} failed: "),
+    "selection": (
+        _select,
+        ConfigError,
+        r"the selection module:users_own:{name} of cohort\.select f",
+    ),
     "sink made": (_make, ConfigError, r"the sink users_own:{name} of run\.sinks failed: "),
     "sink written": (_write, RunError, r"the sink users_own:{name}_write of run\.sinks failed: "),
     "sink closed": (_close, RunError, r"the sink users_own:{name}_close of run\.sinks failed: "),

@@ -82,7 +82,7 @@ def holdings(method):
 
 def acceptance(method, host):
     made = Acceptance(network(), plan(method), host, samples=SAMPLES, batch_size=BATCH)
-    made.open([Span(device, 0, steps) for device, steps in enumerate(STEPS)], ATTEMPT)
+    made.open([Span(device, 0, steps) for device, steps in enumerate(STEPS)], ATTEMPT, SAMPLES)
     return made
 
 
@@ -318,7 +318,7 @@ class Run:
         spans = tuple(Span(device, 0, steps) for device, steps in enumerate(STEPS))
         sequential = plan(method).order == "sequential"
         holder = 1 if sequential else None
-        release = messages.Release(0, ATTEMPT, spans, (0, 1), holder, (1.0, 1.0))
+        release = messages.Release(0, ATTEMPT, spans, (0, 1), SAMPLES, holder, (1.0, 1.0))
         course = [
             *([messages.ModelFacts((8, 8, 1), 10)] if name == "n1" else []),
             messages.SurveyEcho(),

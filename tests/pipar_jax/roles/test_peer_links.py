@@ -39,7 +39,7 @@ class Node:
         self.neighbours.connect(tuple(boundaries), addresses)
 
     def has_met(self) -> bool:
-        return self.met.get(timeout=PATIENCE_S) == self.neighbours.link_table._host
+        return self.met.get(timeout=PATIENCE_S) == self.neighbours.link_table.host
 
 
 @pytest.fixture

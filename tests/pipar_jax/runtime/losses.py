@@ -274,7 +274,13 @@ class Conductor:
         if self.sequential:
             spans = tuple(span for span in spans if span.stop > span.first)
         said = messages.Release(
-            self._index, self._attempt, spans, places, None, (1.0,) * len(places)
+            self._index,
+            self._attempt,
+            spans,
+            places,
+            self.world.samples,
+            None,
+            (1.0,) * len(places),
         )
         for name in self._present():
             self.world.hosts[name].release(said)

@@ -1,0 +1,151 @@
+"""Who took part in each round of a run: the script that a run writes and another one replays.
+
+A line of ``membership.jsonl`` is an attempt at a round: its cohort, the spans of steps by place,
+who was out of it from which step on and why, and the places that counted. A run that replays it
+asks nobody else, waits for all and drops the same places, and so gives the same weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipar_jax.errors import ConfigError
+
+FILE = "membership.jsonl"
+#: A longer line is none of ours.
+_MOST_CHARACTERS = 16 << 20
+_WHYS = ("lost", "left", "late", "nonfinite", "undone")
+
+
+@dataclasses.dataclass(frozen=True)
+class Out:
+    """A place that is out of a round.
+
+    Attributes:
+      place: The place.
+      step: Its first step that does not count.
+      why: ``lost``, ``left``, ``late``, ``nonfinite``, or ``undone`` with the whole round.
+    """
+
+    place: int
+    step: int
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """An attempt at a round.
+
+    Attributes:
+      round: The round's number.
+      cohort: The device in each place.
+      spans: Place, first step and the step after the last, as the attempt began.
+      fresh: Places whose device began without an optimiser state.
+      out: Who was dropped.
+      commit: The places that counted; none if the round was undone.
+    """
+
+    round: int
+    cohort: tuple[int, ...]
+    spans: tuple[tuple[int, int, int], ...]
+    fresh: tuple[int, ...]
+    out: tuple[Out, ...]
+    commit: tuple[int, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what is written as a line."""
+        return dataclasses.asdict(self)
+
+
+def read_script(path: str | Path, devices: int, places: int) -> tuple[Attempt, ...]:
+    """Returns the attempts of a script, in order.
+
+    Args:
+      path: The file.
+      devices: How many devices the run has.
+      places: How many places a cohort has.
+
+    Raises:
+      ConfigError: It cannot be read, or does not fit the run.
+    """
+    what = f"cohort.script={str(path)!r}"
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{what} cannot be read: {error}") from error
+    found: list[Attempt] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            made = _attempt(json.loads(line[:_MOST_CHARACTERS]))
+            reason = _odd(made, found[-1] if found else None, devices, places)
+        except (KeyError, TypeError, ValueError) as error:
+            text = f"{type(error).__name__}: {error}"
+            raise ConfigError(
+                f"{what}, line {number}: not an attempt at a round ({text})"
+            ) from error
+        if reason is not None:
+            raise ConfigError(
+                f"{what}, line {number}: {reason}: it must be the {FILE} of a run with the same "
+                "devices and cohort.size"
+            )
+        found.append(made)
+    if not found or not found[-1].commit:
+        raise ConfigError(f"{what} does not end with a round that counts: its run did not finish")
+    return tuple(found)
+
+
+def _attempt(values: Any) -> Attempt:
+    """Returns what a line says.
+
+    Raises:
+      KeyError: A field is missing.
+      TypeError: Something is not what it should be.
+      ValueError: A number is none.
+    """
+    spans = tuple(_numbers(row) for row in values["spans"])
+    out = tuple(
+        Out(place, step, str(row["why"]))
+        for row in values["out"]
+        for place, step in [_numbers((row["place"], row["step"]))]
+    )
+    if any(len(row) != 3 for row in spans) or any(one.why not in _WHYS for one in out):
+        raise ValueError("a span is a place and two steps, and who is out is so for a reason")
+    return Attempt(
+        _numbers([values["round"]])[0], _numbers(values["cohort"]),
+        tuple((row[0], row[1], row[2]) for row in spans),
+        _numbers(values["fresh"]), out, _numbers(values["commit"]),
+    )  # fmt: skip
+
+
+def _numbers(values: Any) -> tuple[int, ...]:
+    """Returns whole numbers from 0.
+
+    Raises:
+      TypeError: Something else is among them.
+    """
+    for one in values:
+        if type(one) is not int or one < 0:
+            raise TypeError(f"{one!r:.40} is not a whole number from 0")
+    return tuple(values)
+
+
+def _odd(one: Attempt, before: Attempt | None, devices: int, places: int) -> str | None:
+    """Returns why an attempt cannot be replayed, or None."""
+    due = (0,) if before is None else (before.round + bool(before.commit),)
+    if one.round not in due:
+        return f"round {one.round}, expected {due[0]}"
+    if len(one.cohort) != places or len(set(one.cohort)) != places:
+        return f"a cohort of {len(one.cohort)} devices, expected {places}"
+    if (most := max(one.cohort)) >= devices:
+        return f"device {most}, expected 0 to {devices - 1}"
+    taking = {place for place, _, _ in one.spans}
+    named: Sequence[int] = [*one.commit, *one.fresh, *(lost.place for lost in one.out)]
+    if not one.spans or (strange := set(named) - taking):
+        return f"place {min(strange) if one.spans else 'none'}, which takes no step"
+    if any(first > stop for _, first, stop in one.spans) or max(taking) >= places:
+        return "a span that no place can have"
+    return None

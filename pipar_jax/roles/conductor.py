@@ -1,0 +1,511 @@
+"""Conducts rounds: who is released, who has finished, who is dropped, what is committed.
+
+A round in which nobody is lost is: release, ``Trained`` of all hosts, ``Commit``, the average, and
+``Stored``. Whoever is lost, late, or not finite before the commit is dropped from it:
+
+- With a copy of the weights for each device the others go on, and the average leaves it out.
+- Where gradients are summed all hosts halt, go back to the step in which it failed, and go on
+  without it.
+- In sequential order its turn is undone, and the client-side model goes to the next device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pipar_jax.config import Config
+from pipar_jax.config.membership_script import Attempt, Out
+from pipar_jax.errors import PeerError, ProtocolError, RunError
+from pipar_jax.protocol import messages
+from pipar_jax.roles.gathering import Cohort
+from pipar_jax.roles.membership import Membership
+from pipar_jax.roles.population import Presence
+from pipar_jax.roles.replies import Reply, reply
+from pipar_jax.roles.round_end import RoundEnd, Verdict
+from pipar_jax.roles.state_exchange import StateExchange
+from pipar_jax.runtime import exchanges
+from pipar_jax.runtime.host import Host
+from pipar_jax.runtime.unit_state import States, Wanted
+from pipar_jax.schedule.actions import Span
+from pipar_jax.schedule.plan import COORDINATOR, Order, Plan, device_name, host_index, is_device
+
+
+@dataclasses.dataclass(frozen=True)
+class Committed:
+    """An attempt at a round that is over.
+
+    Attributes:
+      index: The round's number.
+      cohort: The device in each place.
+      taking: The places that took part.
+      places: Those that count; none if the round was undone.
+      spans: Their steps.
+      hosts: The hosts that took part to the end, this process's first.
+      trained: What they gave when their steps were over.
+      start_s: When it began, on the monotonic clock.
+    """
+
+    index: int
+    cohort: tuple[int, ...]
+    taking: tuple[int, ...]
+    places: tuple[int, ...]
+    spans: tuple[Span, ...]
+    hosts: tuple[str, ...]
+    trained: Mapping[str, States]
+    start_s: float
+
+    def seat(self, name: str) -> str:
+        """Returns what the plan calls a host: a device after its place."""
+        return _seat(self.cohort, name)
+
+
+class _Round:
+    """An attempt at a round that is under way."""
+
+    def __init__(
+        self,
+        index: int,
+        cohort: tuple[int, ...],
+        spans: tuple[Span, ...],
+        end: RoundEnd,
+        demand: Sequence[float],
+        samples: Sequence[int],
+    ) -> None:
+        self.index, self.cohort, self.spans, self.end = index, cohort, spans, end
+        self.demand, self.samples = tuple(demand), tuple(samples)
+        self.begun = spans
+        self.out: dict[int, Out] = {}
+        self.releasing = False
+        self.gone: list[str] = []  # devices that went while the round was released
+        self.failed: list[int] = []  # places of summed gradients that the others go back for
+        self.trained: dict[str, States] = {}
+        self.start_s = time.monotonic()
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """The places that are not out."""
+        return tuple(dict.fromkeys(s.device for s in self.begun if s.device not in self.out))
+
+    def device(self, place: int) -> str:
+        """Returns the name of the device in a place."""
+        return device_name(self.cohort[place])
+
+    def place(self, name: str) -> int | None:
+        """Returns the place of a device that is in the round still."""
+        return next((one for one in self.places if self.device(one) == name), None)
+
+
+class Conductor:
+    """Conducts one round after another under one plan.
+
+    Attributes:
+      plan: The plan in force.
+      holder: In sequential order, the place that holds the client-side model already.
+      client_model: The client-side model as it was handed back last.
+
+    Args:
+      config: Resolved configuration.
+      names: The model's units in order.
+      plan: The plan in force.
+      host: The server host, in this process.
+      members: The devices and compute nodes.
+      states: How states travel.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        names: Sequence[str],
+        plan: Plan,
+        host: Host,
+        members: Membership,
+        states: StateExchange,
+    ) -> None:
+        self._config, self._names, self.plan = config, names, plan
+        self._host, self._members, self._states = host, members, states
+        self._nodes, self._tell = members.hosts.nodes, members.tell
+        self.holder: int | None = None
+        self.client_model: States = {}
+        self._attempt = 0
+        self._round: _Round | None = None
+        members.broken = self._note_broken
+
+    # --- the whole of a round -----------------------------------------------------------------
+
+    def conduct(
+        self,
+        cohort: Cohort,
+        index: int,
+        spans: tuple[Span, ...],
+        demand: Sequence[float],
+        samples: Sequence[int],
+    ) -> tuple[Committed, Attempt]:
+        """Conducts an attempt at a round up to its commit.
+
+        Args:
+          cohort: Its devices, and what a script says of it: whoever is out there is dropped here.
+          index: The round's number.
+          spans: The steps of those that take part.
+          demand: Seconds per step of each place.
+          samples: Samples of an epoch in each place.
+
+        Returns:
+          What it came to, and what the script says of it.
+
+        Raises:
+          PeerError: Too few are left, and the run ends then (``cohort.below=end``).
+          RunError: No device is left that could go on.
+        """
+        taking, planned = cohort.taking, cohort.planned
+        if planned is not None:
+            spans = self._without(spans, planned.out)
+        end = RoundEnd(self._config, taking, time.monotonic())
+        self._round = now = _Round(index, cohort.devices, spans, end, demand, samples)
+        now.gone = [device_name(one) for one in cohort.devices]  # it may have gone before
+        self._release(now, spans)
+        if self.plan.order == Order.SEQUENTIAL:
+            self._relay(now)
+        whole = self._await_trained(now, planned)
+        for out in () if planned is None else planned.out:
+            if out.place in now.places and self._copies:
+                self._drop(now, out.place, out.why)
+        hosts, left = self._present(now, now.places), now.places
+        places = left if whole else ()
+        for place in () if whole else left:
+            now.out[place] = Out(place, _first(now.begun, place), "undone")
+        self._round = None  # whoever is lost from now on has done its part
+        self._commit(now, places, hosts)
+        begun = tuple((span.device, span.first, span.stop) for span in now.begun)
+        said = Attempt(index, now.cohort, begun, (), tuple(now.out.values()), places)
+        if planned is not None:  # it goes on as planned, and who is out has ended there already
+            said = dataclasses.replace(planned, commit=places)
+        counted = tuple(span for span in now.spans if span.device in places)
+        return Committed(
+            index, now.cohort, taking, places, counted, hosts, now.trained, now.start_s
+        ), said
+
+    @property
+    def _copies(self) -> bool:
+        """Whether each device has its own copy of the weights, which are averaged."""
+        return self.plan.order == Order.PARALLEL and not self.plan.sums_gradients
+
+    def _without(self, spans: tuple[Span, ...], out: Sequence[Out]) -> tuple[Span, ...]:
+        """Returns spans that end where a script says that their place is out.
+
+        With copies the place trains to its end and is dropped then, so that what it leaves behind
+        is the same.
+        """
+        if self._copies:
+            return spans
+        ends = {one.place: one.step for one in out}
+        cut = (span._replace(stop=min(span.stop, ends.get(span.device, span.stop)))
+               for span in spans)  # fmt: skip
+        return tuple(span for span in cut if span.stop > span.first)
+
+    def _release(self, now: _Round, spans: tuple[Span, ...]) -> None:
+        """Lets the hosts of a round begin it, or the rest of it after a step that failed."""
+        self._attempt += 1
+        self._members.open(now.index, spans, self._attempt, now.samples)
+        release = messages.Release(
+            now.index, self._attempt, spans, now.cohort, now.samples, self._holder(now), now.demand
+        )
+        now.releasing = True
+        self._host.release(release)
+        for name in self._present(now, now.places)[1:]:
+            owed = [*self._turns_of(now, name, spans), reply(messages.Trained, round=now.index)]
+            self._members.send(name, release, *owed)
+        now.releasing = False
+        gone, now.gone = now.gone, []
+        for name in gone:
+            if name not in self._members.by_name:
+                self.note_lost(name)
+
+    def _holder(self, now: _Round) -> int | None:
+        """Returns the place that has the client-side model already, if it is the first to go on."""
+        if self.plan.order != Order.SEQUENTIAL or self.holder is None:
+            return None
+        return self.holder if now.spans[0].device == self.holder else None
+
+    def _turns_of(self, now: _Round, name: str, spans: Sequence[Span]) -> list[Reply]:
+        """Returns the parts that a device owes in sequential order, one for each of its turns."""
+        if self.plan.order != Order.SEQUENTIAL:
+            return []
+        return [
+            reply(messages.ClientModel, device=turn.device, step=turn.stop - 1)
+            for turn in _turns(spans)
+            if now.device(turn.device) == name
+        ]
+
+    def _present(self, now: _Round, places: Sequence[int]) -> tuple[str, ...]:
+        """Returns the hosts of a round, this process's first, with the devices in some places."""
+        here = self._members.by_name
+        devices = (now.device(place) for place in sorted(places))
+        return (COORDINATOR, *(one for one in (*self._nodes, *devices) if one in here))
+
+    # --- waiting ------------------------------------------------------------------------------
+
+    def _await_trained(self, now: _Round, planned: Attempt | None) -> bool:
+        """Waits until the round is over; returns whether it counts."""
+        self._members.patience.begin()
+        while True:
+            if now.failed:
+                self._go_back(now)
+            self._take_trained(now)
+            missing = self._missing(now)
+            now.end.done = {place for place in now.places if now.device(place) in now.trained}
+            now.end.lost = set(now.out)
+            verdict = now.end.verdict(time.monotonic()) if planned is None else _all(now)
+            if verdict is Verdict.BELOW:
+                return self._below(now)
+            if verdict is Verdict.COMMIT:
+                for place in now.places:
+                    if place not in now.end.done:
+                        self._drop(now, place, "late")
+                if not (missing := self._missing(now)) and not now.failed:
+                    return True
+            if not now.failed:
+                self._members.wait(missing, "trained")
+
+    def _missing(self, now: _Round) -> list[str]:
+        """Returns the hosts of a round whose steps are not over."""
+        return [name for name in self._present(now, now.places) if name not in now.trained]
+
+    def _take_trained(self, now: _Round) -> None:
+        """Takes what hosts give whose steps are over; whoever gives what does not fit is lost."""
+        for name, mail in self._members.said(messages.Trained, self._missing(now)).items():
+            wanted: Wanted = {}
+            if self.plan.order == Order.PARALLEL:
+                wanted = exchanges.trained(self.plan, _seat(now.cohort, name), self._names)
+            try:
+                now.trained[name] = self._states.read(mail, wanted)
+            except ProtocolError:
+                if name in self._members.by_name:
+                    raise
+
+    def _below(self, now: _Round) -> bool:
+        """Ends the run, or the attempt, since too few are left; returns whether the rest counts."""
+        short = (
+            f"round {now.index + 1} has {len(now.end.done)} finished of {len(now.end.remaining)} "
+            f"devices that are left of {len(now.end.cohort)}, and needs {now.end.needed}"
+        )
+        if self._config.cohort.below == "end":
+            raise PeerError(
+                f"{short}: lower cohort.quorum, raise cohort.deadline_s, or set cohort.below=repeat"
+            )
+        if not self._copies and now.places:
+            # Earlier steps and turns stay: those that are left finish the round.
+            self._wait_for_rest(now)
+            return bool(now.places)
+        if not self._copies:
+            raise RunError(f"{short}: nobody is left who could go on with it")
+        for place in now.places:
+            if now.device(place) not in now.trained:
+                self._drop(now, place, "undone")
+        self._wait_for_rest(now)
+        self._tell({"event": "round_undone", "round": now.index, "reason": short})
+        return False
+
+    def _wait_for_rest(self, now: _Round) -> None:
+        """Waits for all that are left."""
+        while missing := self._missing(now):
+            self._members.wait(missing, "trained")
+            self._take_trained(now)
+
+    # --- who is out ---------------------------------------------------------------------------
+
+    def note_lost(self, name: str) -> None:
+        """Goes on without a device whose link is gone; before the commit it does not count."""
+        now = self._round
+        if now is not None and now.releasing:
+            now.gone.append(name)  # others cannot go on without it before they have begun
+        elif now is not None and (place := now.place(name)) is not None:
+            left = self._members.population[now.cohort[place]].presence is Presence.LEFT
+            self._drop(now, place, "left" if left else "lost")
+
+    def _note_broken(self, found: messages.NonFinite, source: str) -> None:
+        """Goes on without a device of which a loss or weights are not finite."""
+        now, place = self._round, found.device
+        if now is not None and found.round == now.index and place in now.places:
+            assert place is not None
+            self._drop(now, place, "nonfinite")
+
+    def _drop(self, now: _Round, place: int, why: str) -> None:
+        """Takes a place out of the round."""
+        first = _first(now.begun, place)
+        step = self._undone_from(now, place) if self.plan.order == Order.SEQUENTIAL else first
+        now.out[place] = Out(place, step, why)
+        name = now.device(place)
+        now.trained.pop(name, None)
+        steps = sum(span.stop - span.first for span in now.begun if span.device == place)
+        self._tell(
+            {"event": "device_dropped", "device": now.cohort[place], "round": now.index,
+             "step": step, "steps": steps, "why": why, "reason": _REASONS[why]}
+        )  # fmt: skip
+        if self.plan.sums_gradients:
+            now.failed.append(place)
+            if name in self._members.by_name:
+                self._stop(now, place, first)
+            return
+        now.spans = tuple(span for span in now.spans if span.device != place or span.stop <= step)
+        self._members.drop(place)
+        self._host.drop(place, step)
+        for other in self._present(now, now.places)[1:]:
+            self._members.send(other, messages.Drop(now.index, place, step))
+        if name in self._members.by_name:
+            self._stop(now, place, step)
+
+    def _stop(self, now: _Round, place: int, step: int) -> None:
+        """Tells a device that lives that it is out; it may take part again once it has stopped."""
+        name = now.device(place)
+        self._members.population[now.cohort[place]].ready = False
+        dropped = reply(messages.Dropped, round=now.index)
+        self._members.send(name, messages.Drop(now.index, place, step), dropped)
+
+    def _go_back(self, now: _Round) -> None:
+        """Lets the others compute the step anew in which a device has failed (summed gradients)."""
+        lost, now.failed = tuple(now.failed), []
+        if not now.places:
+            return
+        hosts = self._present(now, now.places)
+        self._members.drop(*lost)
+        self._ask(hosts, messages.Halt(now.index, lost), lambda: self._host.halt(lost))
+        halted = self._members.collect(messages.Halted, hosts)
+        step = min(mail.said.step for mail in halted.values())
+        hosts = self._present(now, now.places)
+        self._ask(hosts, messages.Rewind(now.index, step), lambda: self._host.rewind(step))
+        self._members.collect(messages.Rewound, hosts)
+        now.trained.clear()
+        for name in hosts:
+            self._members.settle(name, messages.Trained)
+        for place in lost:
+            now.out[place] = dataclasses.replace(now.out[place], step=step)
+        now.spans = tuple(
+            span._replace(stop=min(span.stop, step)) if span.device in now.out else span
+            for span in now.spans
+        )
+        if not now.failed:
+            self._release(
+                now,
+                tuple(span._replace(first=max(span.first, step))
+                      for span in now.spans if span.stop > step),
+            )  # fmt: skip
+
+    def _ask(self, hosts: Sequence[str], command: Any, here: Callable[[], None]) -> None:
+        """Gives a command to some hosts, that of this process among them."""
+        here()
+        for name in hosts:
+            if name != COORDINATOR:
+                self._members.send(name, command)
+
+    # --- sequential order ---------------------------------------------------------------------
+
+    def _relay(self, now: _Round) -> None:
+        """Relays the client-side model from device to device, until the last gives it back."""
+        holder = self._holder(now)
+        self._done_turns: set[tuple[int, int]] = set()
+        self.holder = None
+        while turn := self._next_turn(now):
+            if turn.device != holder:
+                why = messages.PushState(step=turn.first)
+                self._states.push(now.device(turn.device), self.client_model, why)
+            holder = None
+            self._await_turn(now, turn)
+
+    def _next_turn(self, now: _Round) -> Span | None:
+        """Returns the first turn that is not over yet."""
+        return next((t for t in _turns(now.spans) if (t.device, t.first) not in self._done_turns),
+                    None)  # fmt: skip
+
+    def _await_turn(self, now: _Round, turn: Span) -> None:
+        """Waits until a device gives the client-side model back, or is out."""
+        giver = now.device(turn.device)
+        self._members.patience.begin()
+        self._turn: Span | None = turn
+        while turn.device not in now.out:
+            found = self._members.said(messages.ClientModel, (giver,))
+            if giver in found:
+                wanted = exchanges.client_model(self.plan, turn.device, self._names)
+                self.client_model = self._states.read(found[giver], wanted)
+                self.holder = turn.device
+                self._done_turns.add((turn.device, turn.first))
+                break
+            if self._late(now):
+                self._drop(now, turn.device, "late")
+                break
+            self._members.wait((giver,), "part")
+        self._turn = None
+
+    def _late(self, now: _Round) -> bool:
+        """Returns whether the round's time is over while a device has its turn."""
+        ends_s = now.end.ends_s()
+        return ends_s is not None and time.monotonic() >= ends_s
+
+    def _undone_from(self, now: _Round, place: int) -> int:
+        """Returns the first step of a place whose turn is not over."""
+        return next(
+            (turn.first for turn in _turns(now.spans)
+             if turn.device == place and (place, turn.first) not in self._done_turns),
+            max(span.stop for span in now.begun if span.device == place),
+        )  # fmt: skip
+
+    # --- the commit ---------------------------------------------------------------------------
+
+    def _commit(self, now: _Round, places: tuple[int, ...], hosts: Sequence[str]) -> None:
+        """Tells all hosts of a round which places of it count."""
+        commit = messages.Commit(now.index, places)
+        for name in hosts:
+            if name == COORDINATOR:
+                self._host.commit(places)
+            else:  # who gives weights to the average is over with the round when it has them back
+                seat = _seat(now.cohort, name)
+                owed = [] if self.gives(seat) else self.end_replies(now.index)
+                self._members.send(name, commit, *owed)
+
+    def gives(self, name: str) -> bool:
+        """Returns whether a host gives weights to the average, and so is given it."""
+        parallel = self.plan.order == Order.PARALLEL
+        return parallel and bool(exchanges.trained(self.plan, name, self._names))
+
+    def end_replies(self, index: int) -> list[Reply]:
+        """Returns what a member owes when a round ends."""
+        traced = [reply(messages.TraceRows)] if self._config.run.trace != "none" else []
+        return [reply(messages.Stored, round=index), *traced]
+
+
+#: Why a place is out, as it is told.
+_REASONS = {
+    "lost": "it was lost",
+    "left": "it left",
+    "late": "it was late",
+    "nonfinite": "its loss or weights are not finite",
+    "undone": "too few devices finished the round",
+}
+
+
+def _seat(cohort: Sequence[int], name: str) -> str:
+    """Returns what the plan calls a host: a device after its place in the cohort."""
+    return device_name(cohort.index(host_index(name))) if is_device(name) else name
+
+
+def _first(spans: Sequence[Span], place: int) -> int:
+    """Returns the first step of a place in a round."""
+    return min(span.first for span in spans if span.device == place)
+
+
+def _turns(spans: Sequence[Span]) -> list[Span]:
+    """Returns spans with those merged that follow each other on one device."""
+    found: list[Span] = []
+    for span in spans:
+        if found and found[-1].device == span.device:
+            found[-1] = found[-1]._replace(stop=span.stop)
+        else:
+            found.append(span)
+    return found
+
+
+def _all(now: _Round) -> Verdict:
+    """Returns what a script does with a round: it waits for all."""
+    return Verdict.COMMIT if now.end.done == set(now.places) else Verdict.WAIT

@@ -1,0 +1,163 @@
+"""Who takes part in the next round: devices that are there and ready, as chosen or as scripted."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any, NamedTuple
+
+from pipar_jax.config import Config, places
+from pipar_jax.config.membership_script import Attempt, read_script
+from pipar_jax.errors import PeerError, RunError
+from pipar_jax.protocol import messages
+from pipar_jax.roles.membership import Mail, Membership
+from pipar_jax.roles.selection import CohortChooser
+from pipar_jax.schedule.plan import device_name, host_index
+
+
+class Cohort(NamedTuple):
+    """The devices of a round.
+
+    Attributes:
+      devices: The device in each place.
+      taking: The places whose devices take part, in order.
+      planned: What a script says of the round, if one is replayed.
+    """
+
+    devices: tuple[int, ...]
+    taking: tuple[int, ...]
+    planned: Attempt | None
+
+
+class Gathering:
+    """Waits until enough devices are ready and chooses among them.
+
+    Args:
+      config: Resolved configuration.
+      members: The devices and compute nodes.
+
+    Raises:
+      ConfigError: The user's way to choose cannot be imported, or the script does not fit.
+    """
+
+    def __init__(self, config: Config, members: Membership) -> None:
+        self._config, self._members = config, members
+        self._places, self._sampled = places(config), config.cohort.size > 0
+        self._chooser = CohortChooser(config)
+        self._preparing: set[str] = set()
+        self._arrived: list[str] = []
+        self._script: deque[Attempt] | None = None
+        if config.cohort.script:
+            self._script = deque(
+                read_script(config.cohort.script, config.devices.count, self._places)
+            )
+        members.listeners[messages.Dropped] = self._note_stopped
+
+    def check_rounds(self, rounds: int) -> None:
+        """Checks that a script has as many rounds as the run.
+
+        Raises:
+          RunError: It has not.
+        """
+        if self._script is not None and (last := self._script[-1].round + 1) != rounds:
+            raise RunError(
+                f"cohort.script={self._config.cohort.script!r} has {last} rounds, and this run "
+                f"{rounds}: give the run the same epochs, run.rounds and data"
+            )
+
+    def prepares(self, name: str) -> None:
+        """Notes that a device has been sent its share of the plan."""
+        self._preparing.add(name)
+
+    def gather(self, index: int, attempt: int) -> Cohort:
+        """Returns the next round's cohort, once enough devices are ready.
+
+        Args:
+          index: The round's number.
+          attempt: How often it has been begun before.
+
+        Raises:
+          ConfigError: The user's way to choose failed.
+          PeerError: Too few devices are there, and none may be waited for any longer.
+        """
+        if self._script is not None:
+            return self._scripted(self._script.popleft())
+        self._wait_for(index)
+        ready = self._members.population.ready()
+        chosen = self._chooser.choose(index, attempt, ready)
+        if not self._sampled:
+            return Cohort(tuple(range(self._places)), chosen, None)
+        # Places that nobody takes are named after devices that are not in the round.
+        others = (one for one in range(self._config.devices.count) if one not in chosen)
+        rest = tuple(next(others) for _ in range(self._places - len(chosen)))
+        return Cohort((*chosen, *rest), tuple(range(len(chosen))), None)
+
+    def settle(self) -> None:
+        """Notes which devices have prepared their share of the plan."""
+        found = self._members.said(messages.Prepared, self._preparing)
+        self._preparing = {n for n in self._preparing if n in self._members.by_name and n not in
+                           found}  # fmt: skip
+        for name in found:
+            self._members.population[host_index(name)].ready = True
+        self._arrived += found
+
+    def take_arrived(self) -> list[str]:
+        """Returns the devices that have become ready since the last call and are there still."""
+        arrived, self._arrived = self._arrived, []
+        return [name for name in arrived if name in self._members.by_name]
+
+    @property
+    def needed(self) -> int:
+        """How many devices have to be ready before a round begins."""
+        cohort = self._config.cohort
+        least = cohort.quorum or cohort.first
+        if not least and cohort.below != "end":
+            least = min(cohort.min_devices or self._places, self._places)
+        return least or 1
+
+    def _wait_for(self, index: int) -> None:
+        """Waits for enough devices."""
+        self.settle()
+        limit_s, told = time.monotonic() + self._config.cohort.wait_s, False
+        while len(ready := self._members.population.ready()) < self.needed:
+            coming = bool(self._preparing) or self._config.cohort.below != "end"
+            if not coming or (time.monotonic() >= limit_s and not self._preparing):
+                raise PeerError(
+                    f"{len(ready)} devices are left for round {index + 1}, which needs "
+                    f"{self.needed} (waited {self._config.cohort.wait_s:g} s): lower "
+                    "cohort.quorum, raise cohort.wait_s, or let devices come back "
+                    "(network.rejoin_s)"
+                )
+            if not told:
+                told = True
+                here = {one.device for one in ready}
+                away = [device_name(one.index) for one in self._members.population
+                        if one.index not in here]  # fmt: skip
+                self._members.tell({"event": "waiting", "missing": away[:20]})
+            self._members.wait(tuple(self._preparing), "prepared")
+            self.settle()
+
+    def _scripted(self, planned: Attempt) -> Cohort:
+        """Waits for the devices that a script names."""
+        taking = tuple(dict.fromkeys(place for place, _, _ in planned.spans))
+        names = [device_name(planned.cohort[place]) for place in taking]
+        limit_s = time.monotonic() + self._config.network.join_timeout_s
+        while missing := [n for n in names if not self._is_ready(n)]:
+            if time.monotonic() >= limit_s and not self._preparing:
+                raise PeerError(
+                    f"{', '.join(missing[:20])} are not there, and cohort.script has them in round "
+                    f"{planned.round + 1}: start them, or raise network.join_timeout_s"
+                )
+            self._members.wait(tuple(self._preparing), "prepared")
+            self.settle()
+        return Cohort(planned.cohort, taking, planned)
+
+    def _is_ready(self, name: str) -> bool:
+        index = host_index(name)
+        return index in self._members.population and self._members.population[index].ready
+
+    def _note_stopped(self, mail: Mail[Any]) -> None:
+        """Lets a device that was dropped from a round take part in the next."""
+        self._members.settle(mail.source, messages.Trained, messages.ClientModel)
+        one = self._members.population[host_index(mail.source)]
+        one.ready, one.current = True, False

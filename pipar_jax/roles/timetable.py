@@ -1,0 +1,95 @@
+"""How many rounds a run has, and which steps each device takes in the next one.
+
+Steps are each device's own: a device that was away goes on where its last round that counts ended,
+so that its mini-batches depend on the rounds that it took part in alone. Where gradients are summed
+all devices are at the same step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from pipar_jax.config import Config
+from pipar_jax.schedule.actions import Span
+from pipar_jax.schedule.plan import HandOn, Order, Plan
+
+
+class Turn(NamedTuple):
+    """A device in a place of a round's cohort.
+
+    Attributes:
+      place: The place.
+      step: The step that comes next on the device.
+      steps: Steps in its epoch.
+    """
+
+    place: int
+    step: int
+    steps: int
+
+
+class Timetable:
+    """The rounds of a run under one way to aggregate.
+
+    Attributes:
+      rounds: How many there are.
+
+    Args:
+      config: Resolved configuration.
+      plan: The plan, which says when weights are averaged or handed on.
+      steps: Steps in an epoch of each device that was there when the run began.
+    """
+
+    def __init__(self, config: Config, plan: Plan, steps: Sequence[int]) -> None:
+        self._plan = plan
+        longest, every = max(steps), plan.aggregate_every
+        by_steps = plan.order == Order.PARALLEL and every > 0
+        per_epochs = math.ceil(longest * config.epochs / every) if by_steps else config.epochs
+        self.rounds = config.run.rounds or per_epochs
+        self._total = longest * config.epochs if by_steps and not config.run.rounds else 0
+        self._every = every if by_steps else 0
+
+    def steps(self, of_epoch: int) -> int:
+        """Returns the steps of a device in the whole run, if it takes part in all rounds.
+
+        Args:
+          of_epoch: Steps in its epoch.
+        """
+        return self._total or self.rounds * (self._every or of_epoch)
+
+    def length(self, index: int, of_epoch: int) -> int:
+        """Returns the steps of a device in a round."""
+        if not self._every:
+            return of_epoch
+        if self._total:
+            return min(self._every, self._total - index * self._every)
+        return self._every
+
+    def spans(self, index: int, turns: Sequence[Turn]) -> tuple[Span, ...]:
+        """Returns the spans of a round, in the order of places.
+
+        Args:
+          index: The round's number.
+          turns: Who takes part.
+        """
+        if self._plan.order == Order.SEQUENTIAL and self._plan.hand_on == HandOn.STEP:
+            longest = max(one.steps for one in turns)
+            return tuple(
+                Span(one.place, one.step + i, one.step + i + 1)
+                for i in range(longest)
+                for one in turns
+                if i < one.steps
+            )
+        first = max(one.step for one in turns) if self._plan.sums_gradients else None
+        return tuple(
+            Span(one.place, step, step + self.length(index, one.steps))
+            for one in turns
+            for step in [one.step if first is None else first]
+        )
+
+
+def next_steps(spans: Sequence[Span]) -> Mapping[int, int]:
+    """Returns the step that comes next in each place once a round is over."""
+    return {span.device: span.stop for span in spans}

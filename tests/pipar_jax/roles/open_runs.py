@@ -1,0 +1,142 @@
+"""Whole runs in one process whose devices come and go when a test says so."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from pipar_jax.errors import PiparError
+from pipar_jax.methods.resolution import resolve
+from pipar_jax.roles.server import run_server
+from pipar_jax.roles.worker import run_device, run_node
+from pipar_jax.training import checkpoint
+from tests.pipar_jax.runtime import support
+
+#: Samples of each device; mini-batches are of seven.
+SAMPLES = (14, 14, 14)
+
+
+class OpenRun:
+    """A server and its devices as threads; ``when`` is called with every event.
+
+    Attributes:
+      events: What was told.
+      error: What ended the server, or None.
+      folder: The run's folder.
+    """
+
+    def __init__(self, made: Any, samples=SAMPLES, when: Callable[..., None] | None = None) -> None:
+        self.config, self._when = resolve(made), when or (lambda run, event: None)
+        self.samples, self.data = samples, support.datasets(samples)
+        self.network = support.model(made.model.name, made.model.dtype)
+        self.events: list[dict[str, Any]] = []
+        self.error: BaseException | None = None
+        self.errors: dict[int, BaseException] = {}
+        self.folder = pathlib.Path(self.config.run.dir) / self.config.name
+        self._stops: dict[int, threading.Event] = {}
+        self._threads: list[threading.Thread] = []
+        self._address: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._where: Any = None
+        self._stop = threading.Event()
+
+    def run(self, devices) -> OpenRun:
+        """Runs to the end with these devices at the start."""
+        server = threading.Thread(target=self._serve)
+        server.start()
+        self._where = self._address.get()
+        for node in range(1, self.config.nodes.count + 1):
+            thread = threading.Thread(target=self._help, args=(node,))
+            self._threads.append(thread)
+            thread.start()
+        for index in devices:
+            self.start(index)
+        server.join(120)
+        hung = server.is_alive()
+        self._stop.set()
+        for stop in self._stops.values():
+            stop.set()
+        for thread in (server, *self._threads):
+            thread.join(60)
+        assert not hung, self.events[-5:]
+        return self
+
+    def start(self, index: int) -> None:
+        """Starts a device, or starts it again."""
+        stop = self._stops[index] = threading.Event()
+        thread = threading.Thread(target=self._take_part, args=(index, stop))
+        self._threads.append(thread)
+        thread.start()
+
+    def end(self, index: int) -> None:
+        """Ends a device in whatever it does."""
+        self._stops[index].set()
+
+    def kinds(self, *kinds: str) -> list[dict[str, Any]]:
+        """Returns the events of some kinds."""
+        return [event for event in self.events if event["event"] in kinds]
+
+    def script(self) -> list[dict[str, Any]]:
+        """Returns the run's script."""
+        text = (self.folder / "membership.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines()]
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """Returns the run's weights by name."""
+        assert self.error is None, self.error
+        found: dict[str, np.ndarray] = load_file(self.folder / checkpoint.WEIGHTS)
+        return found
+
+    def _serve(self) -> None:
+        try:
+            run_server(self.config, on_event=self._tell, model=self.network,
+                       data=self.data[-1], stop=self._stop)  # fmt: skip
+        except BaseException as error:
+            self.error = error
+            self._address.put(None)
+
+    def _take_part(self, index: int, stop: threading.Event) -> None:
+        try:
+            run_device(self.config, index, self._where, model=self.network,
+                       data=self.data[index], stop=stop)  # fmt: skip
+        except PiparError as error:
+            self.errors[index] = error
+
+    def _help(self, node: int) -> None:
+        try:
+            run_node(self.config, node, self._where, model=self.network, stop=self._stop)
+        except PiparError as error:
+            self.errors[-node] = error
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        if event["event"] == "listening":
+            self._address.put((event["host"], event["port"]))
+        self.events.append(event)
+        self._when(self, event)
+
+
+def config(folder, method="pipar", rounds=4, samples=SAMPLES, **cohort):
+    """The configuration of a run of some rounds of an epoch each."""
+    made = support.config(folder, samples, dtype="float32", method=method)
+    made.aggregation.every, made.epochs = "epoch", rounds
+    made.optimizer.momentum, made.network.deadline_s = 0.9, 30.0
+    made.pipeline.cut, made.pipeline.micro_batches = 1, 1 if method == "sl" else 2
+    made.run.progress_every_s = 0.0
+    if method == "mpsl":
+        made.nodes.count, made.pipeline.cuts = 1, "1,2"
+    for name, value in cohort.items():
+        setattr(made.cohort, name, value)
+    return made
+
+
+def equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
+    """Returns whether all arrays are the same bit for bit."""
+    return one.keys() == other.keys() and all(
+        np.array_equal(array, other[name]) for name, array in one.items()
+    )

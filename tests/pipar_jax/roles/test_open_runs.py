@@ -1,0 +1,178 @@
+"""Devices come and go in the midst of whole runs, which go on as the configuration says."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from pipar_jax.data import loader as loading
+from pipar_jax.errors import PeerError, RunError
+from tests.pipar_jax.roles.open_runs import SAMPLES, OpenRun, config, equal
+
+METHODS = ("fl", "sfl", "pipar", "sl", "mpsl")
+
+
+def after(round_, act):
+    """Does something once, when a round is over."""
+    done = []
+
+    def when(run, event):
+        if event["event"] == "round_finished" and event["round"] == round_ and not done:
+            done.append(True)
+            act(run)
+
+    return when
+
+
+def together(*some):
+    """Does several things, each when it is due."""
+
+    def when(run, event):
+        for one in some:
+            one(run, event)
+
+    return when
+
+
+def replayed(tmp_path, made, run):
+    """The weights of a run that replays another one's script with all devices there."""
+    made.name = "replay"
+    made.cohort.script = str(run.folder / "membership.jsonl")
+    again = OpenRun(made).run(range(len(SAMPLES)))
+    assert [row | {"fresh": []} for row in again.script()] == [
+        row | {"fresh": []} for row in run.script()
+    ]
+    return again.weights()
+
+
+@pytest.mark.parametrize("state", ["keep", "reset"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_lost_device_is_left_out_and_the_script_replays_the_run(tmp_path, method, state):
+    made = config(tmp_path, method, quorum=2, optimizer_state=state)
+    run = OpenRun(made, when=after(0, lambda run: run.end(1))).run(range(3))
+    assert run.error is None
+    assert [event["device"] for event in run.kinds("device_lost")] == [1]
+    script = run.script()
+    assert [row["round"] for row in script] == [0, 1, 2, 3]
+    assert script[0]["commit"] == [0, 1, 2] and script[-1]["commit"] == [0, 2]
+    assert run.kinds("run_finished")[0]["losses"] == [
+        {"device": 1, "round": row["round"], "step": row["out"][0]["step"], "why": "lost"}
+        for row in script if row["out"]
+    ]  # fmt: skip
+    assert equal(run.weights(), replayed(tmp_path, made, run))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_device_that_is_lost_comes_back_with_the_weights_of_the_moment(tmp_path, method):
+    made = config(tmp_path, method, rounds=12, quorum=1, wait_s=0.2)
+    when = together(after(0, lambda run: run.end(1)), after(2, lambda run: run.start(1)))
+    slowly = pause_between_rounds(0.3)
+    run = OpenRun(made, when=together(when, slowly)).run(range(3))
+    assert run.error is None
+    assert [event["device"] for event in run.kinds("device_returned")] == [1]
+    script = run.script()
+    back = next(row for row in script[3:] if any(span[0] == 1 for span in row["spans"]))
+    assert back["fresh"] == [1] and back["commit"] == [0, 1, 2]
+    first = next(span[1] for span in back["spans"] if span[0] == 1)
+    counted = sum(2 for row in script[: back["round"]] if 1 in row["commit"])
+    assert first == counted  # its own next step, whatever the others did meanwhile
+
+
+def pause_between_rounds(seconds):
+    def when(run, event):
+        if event["event"] == "evaluated" or event["event"] == "round_finished":
+            time.sleep(seconds)
+
+    return when
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_device_may_join_late(tmp_path, method):
+    made = config(tmp_path, method, rounds=12, min_devices=2, quorum=2, wait_s=0.1)
+    when = together(after(0, lambda run: run.start(2)), pause_between_rounds(0.3))
+    run = OpenRun(made, when=when).run(range(2))
+    assert run.error is None
+    script = run.script()
+    assert script[0]["commit"] == [0, 1] and script[-1]["commit"] == [0, 1, 2]
+    assert equal(run.weights(), replayed(tmp_path, made, run))
+
+
+def test_too_few_devices_end_the_run_in_one_line(tmp_path):
+    made = config(tmp_path, quorum=3)
+    run = OpenRun(made, when=after(0, lambda run: run.end(1))).run(range(3))
+    assert isinstance(run.error, PeerError) and "\n" not in str(run.error)
+    assert "cohort.below=repeat" in str(run.error) or "device 1" in str(run.error)
+
+
+def test_a_round_below_the_quorum_is_repeated_when_the_quorum_is_there(tmp_path):
+    made = config(tmp_path, quorum=3, below="repeat", wait_s=60.0)
+    when = together(
+        after(0, lambda run: run.end(1)),
+        lambda run, event: run.start(1) if event["event"] == "device_lost" else None,
+    )
+    run = OpenRun(made, when=when).run(range(3))
+    assert run.error is None
+    script = run.script()
+    assert [row["round"] for row in script if row["commit"]] == [0, 1, 2, 3]
+    assert all(row["commit"] in ([], [0, 1, 2]) for row in script)
+
+
+def slow_batches(monkeypatch, device, from_step, seconds):
+    """Lets one device's mini-batches take long from a step on, once."""
+    get, slept = loading.Prefetcher.get, []
+
+    def slowly(self, step):
+        if self._loader._seed[1] == device and step >= from_step and not slept:
+            slept.append(step)
+            time.sleep(seconds)
+        return get(self, step)
+
+    monkeypatch.setattr(loading.Prefetcher, "get", slowly)
+
+
+@pytest.mark.parametrize("method", ["fl", "pipar"])
+def test_a_late_device_is_left_out_of_the_round_and_takes_part_again(tmp_path, monkeypatch, method):
+    slow_batches(monkeypatch, 1, 2, 3.0)
+    made = config(tmp_path, method, rounds=8, quorum=2, deadline_s=1.0)
+    run = OpenRun(made, when=pause_between_rounds(0.4)).run(range(3))
+    assert run.error is None and not run.errors
+    outs = [out for row in run.script() for out in row["out"]]
+    assert any(out["place"] == 1 and out["why"] == "late" for out in outs)
+    assert run.script()[-1]["commit"] == [0, 1, 2]
+
+
+def test_the_first_to_finish_end_the_round(tmp_path):
+    run = OpenRun(config(tmp_path, "fl", first=2)).run(range(3))
+    assert run.error is None
+    assert all(len(row["commit"]) >= 2 for row in run.script())
+
+
+@pytest.mark.parametrize("nonfinite", ["drop", "end"])
+def test_a_device_of_which_something_is_not_finite_is_dropped(tmp_path, nonfinite):
+    made = config(tmp_path, "fl", rounds=2, quorum=2)
+    made.run.nonfinite = nonfinite
+    run = OpenRun(made)
+    run.data[1].train.images[:] = 1e30
+    run.run(range(3))
+    if nonfinite == "end":
+        assert isinstance(run.error, RunError)
+        return
+    assert run.error is None
+    assert all(row["commit"] == [0, 2] for row in run.script())
+    assert [out["why"] for out in run.script()[0]["out"]] == ["nonfinite"]
+    assert all(np.isfinite(array).all() for array in run.weights().values())
+
+
+@pytest.mark.parametrize("method", METHODS[:-1])
+def test_a_cohort_is_drawn_from_the_population(tmp_path, method):
+    samples = (14, 21, 7, 14, 9)
+    made = config(tmp_path, method, rounds=6, samples=samples, size=2)
+    run = OpenRun(made, samples).run(range(5))
+    assert run.error is None
+    script = run.script()
+    assert all(len(row["commit"]) == 2 for row in script)
+    assert len({device for row in script for device in row["cohort"]}) > 2
+    made.name = "again"
+    assert equal(run.weights(), OpenRun(made, samples).run(range(5)).weights())
