@@ -8,7 +8,7 @@ import re
 
 from pipar_jax.config import schema
 from pipar_jax.config.fields import SELECTIONS, Config
-from pipar_jax.config.membership_script import read_script
+from pipar_jax.config.membership_script import Attempt, read_script
 from pipar_jax.errors import ConfigError
 
 
@@ -35,6 +35,17 @@ def keeps_state(config: Config) -> bool:
     """Returns whether a dropped device goes back to the optimiser state of the round's start."""
     chosen = config.cohort.optimizer_state
     return config.cohort.size == 0 if chosen == "auto" else chosen == "keep"
+
+
+def planned(config: Config) -> tuple[Attempt, ...]:
+    """Returns the attempts of the script that a run replays; none without one.
+
+    Raises:
+      ConfigError: The script cannot be read, or does not fit the run.
+    """
+    if not config.cohort.script:
+        return ()
+    return read_script(config.cohort.script, config.devices.count, places(config))
 
 
 def check_cohort(config: Config) -> None:
@@ -69,10 +80,8 @@ def check_cohort(config: Config) -> None:
             f"cohort.min_devices={cohort.min_devices} is less than the "
             f"{max(cohort.quorum, cohort.first)} that a round needs: raise it"
         )
-    if cohort.script:
-        if not pathlib.Path(cohort.script).is_file():
-            raise ConfigError(f"cohort.script={cohort.script!r}: there is no such file")
-        read_script(cohort.script, count, most)
+    if cohort.script and not pathlib.Path(cohort.script).is_file():
+        raise ConfigError(f"cohort.script={cohort.script!r}: there is no such file")
     if config.run.nonfinite == "drop" and not may_lose(config):
         raise ConfigError(
             "run.nonfinite=drop leaves a device out of a round, and cohort.quorum=0 needs all of "

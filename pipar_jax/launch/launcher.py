@@ -20,6 +20,7 @@ import time
 import pipar_jax
 from pipar_jax import data, errors
 from pipar_jax.config import Config, may_lose, to_json
+from pipar_jax.config.cohorts import planned
 from pipar_jax.disk.event_log import OnEvent
 from pipar_jax.disk.files import describe_os_error, write_text
 from pipar_jax.disk.json_text import JsonObject
@@ -61,6 +62,7 @@ def launch(
     """
     config = resolve(config)
     machine.check(config)
+    planned(config)
     data.prepare(config)
     folder = create_folder(config)
     with _Hosts(config, folder, on_event or (lambda event: None), process_module) as hosts:

@@ -7,7 +7,8 @@ from collections import deque
 from typing import Any, NamedTuple
 
 from pipar_jax.config import Config, places
-from pipar_jax.config.membership_script import Attempt, read_script
+from pipar_jax.config.cohorts import planned
+from pipar_jax.config.membership_script import Attempt
 from pipar_jax.errors import PeerError, RunError
 from pipar_jax.protocol import messages
 from pipar_jax.roles.membership import Mail, Membership
@@ -48,9 +49,7 @@ class Gathering:
         self._arrived: list[str] = []
         self._script: deque[Attempt] | None = None
         if config.cohort.script:
-            self._script = deque(
-                read_script(config.cohort.script, config.devices.count, self._places)
-            )
+            self._script = deque(planned(config))
         members.listeners[messages.Dropped] = self._note_stopped
 
     def check_rounds(self, rounds: int) -> None:

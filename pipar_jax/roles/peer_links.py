@@ -310,7 +310,6 @@ class PeerLinks:
         if self._hosts.may_lose and is_device(boundary.peer(self._name)):
             # The coordinator says who goes on without it; it may come back over another link.
             del self._of[link]
-            self.link_table.remove(boundary, link)
             with self._lock:
                 for links in self._lines.values():
                     if link in links:

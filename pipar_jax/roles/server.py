@@ -12,6 +12,7 @@ import stages
 from comms import ChannelError, Endpoint
 from pipar_jax import data as datasets
 from pipar_jax.config import Config
+from pipar_jax.config.cohorts import planned
 from pipar_jax.data import Dataset
 from pipar_jax.disk.event_log import OnEvent
 from pipar_jax.disk.json_text import JsonObject, plain
@@ -65,6 +66,7 @@ def run_server(
     set_precision(config.model)
     began = time.monotonic()
     # Before there is a folder: what is refused here leaves nothing behind.
+    planned(config)
     dataset = (
         datasets.load_server(config.data)
         if data is None

@@ -31,14 +31,10 @@ class LinkTable:
         """Takes a link to a neighbour for what crosses a boundary."""
         self._direct[boundary] = link
 
-    def remove(self, boundary: Boundary, link: Link) -> None:
-        """Forgets a link that has ended, unless another one has taken its place."""
-        if self._direct.get(boundary) is link:
-            del self._direct[boundary]
-
     def missing(self, boundaries: tuple[Boundary, ...]) -> list[Boundary]:
-        """Returns those of this host's boundaries that have no link yet."""
-        return [one for one in boundaries if self.host in one[:2] and one not in self._direct]
+        """Returns those of this host's boundaries that have no link, or one that has ended."""
+        there = {one for one, link in self.direct() if link.error is None}
+        return [one for one in boundaries if self.host in one[:2] and one not in there]
 
     def direct(self) -> list[tuple[Boundary, Link]]:
         """Returns every direct link with its boundary, under earlier plans too."""

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from pipar_jax.config import Config
+from pipar_jax.config.cohorts import planned
 from pipar_jax.config.membership_script import Attempt, Out, read_script
 from pipar_jax.errors import ConfigError
 from pipar_jax.methods.resolution import resolve
@@ -63,4 +64,4 @@ def test_what_is_no_script_is_one_line(tmp_path, text):
     config = Config()
     config.cohort.script = str(path)
     with pytest.raises(ConfigError, match=r"cohort\.script=.*x\.jsonl"):
-        resolve(config)
+        planned(resolve(config))

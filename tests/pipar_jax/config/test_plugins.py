@@ -169,7 +169,7 @@ PLACES = {
     "selection": (
         _select,
         ConfigError,
-        r"the selection module:users_own:{name} of cohort\.select f",
+        r"the selection module:users_own:{name} of cohort\.select failed: ",
     ),
     "sink made": (_make, ConfigError, r"the sink users_own:{name} of run\.sinks failed: "),
     "sink written": (_write, RunError, r"the sink users_own:{name}_write of run\.sinks failed: "),
