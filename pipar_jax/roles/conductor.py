@@ -389,8 +389,9 @@ class Conductor:
         if not now.failed:
             self._release(
                 now,
+                # With nothing left to do the spans are empty: hosts have trained at once.
                 tuple(span._replace(first=max(span.first, step))
-                      for span in now.spans if span.stop > step),
+                      for span in now.spans if span.device not in now.out),
             )  # fmt: skip
 
     def _ask(self, hosts: Sequence[str], command: Any, here: Callable[[], None]) -> None:

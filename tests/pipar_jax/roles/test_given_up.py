@@ -37,7 +37,7 @@ def tensors(place, attempt, step=0):
 
 def server():
     made = Acceptance(network(), plan("pipar"), COORDINATOR, samples=SAMPLES, batch_size=BATCH)
-    made.open(SPANS, 4)
+    made.open(SPANS, 4, SAMPLES)
     return made
 
 
@@ -55,7 +55,7 @@ def test_a_step_may_be_sent_again_in_another_attempt():
     made = server()
     for message in tensors(0, 4):
         assert made.objection("d0", message) is None
-    made.open(SPANS, 5)
+    made.open(SPANS, 5, SAMPLES)
     for message in tensors(0, 4):
         assert made.objection("d0", message) is not None and made.is_past(message.tag)
     for message in tensors(0, 5):
@@ -90,7 +90,7 @@ def commanded(*some):
 
 def release(round_=0, attempt=1, first=0):
     spans = tuple(Span(place, first, 2) for place in range(2))
-    return messages.Release(round_, attempt, spans, (0, 1), None, (1.0, 1.0))
+    return messages.Release(round_, attempt, spans, (0, 1), SAMPLES, None, (1.0, 1.0))
 
 
 COMMIT = messages.Commit(0, (0, 1))
