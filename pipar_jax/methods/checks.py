@@ -48,9 +48,10 @@ def _check_model(config: Config, models: tuple[str, ...]) -> None:
     _check_arguments(config.model.args, own)
     try:
         re.compile(config.model.trainable)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:  # nested too deep; a count too large
         raise ConfigError(
-            f"model.trainable={config.model.trainable!r} is not a regular expression: {error}"
+            f"model.trainable={config.model.trainable[:120]!r} is not a regular expression: "
+            f"{str(error)[:120]}"
         ) from error
     if config.model.name not in known and not own:
         raise ConfigError(

@@ -30,6 +30,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "name": ("", "..", "a/b", "a" * 300),
     "model.name": ("vgg55", "decoder_small"),
     "model.args": ("width=16", "'", "x" * 3000),
+    "model.trainable": ("(", "*", "[z-a]", "a{2,1}", "a{" + "9" * 30 + "}", "(" * 5000),
     "cohort.select": ("", "unifrom", "module:x"),
     "cohort.script": ("/no/such.jsonl", "a\0b", "~nobody-of-this-name"),
     "data.source": ("digit", "npz:", "module:x", "npz:~nobody-of-this-name/x", "npz:a\0b"),

@@ -68,7 +68,7 @@ def test_a_second_run_under_a_name_gets_a_folder_of_its_own(tmp_path):
     # The model goes by its own name, and only its maker can make it again.
     assert first.config.model.name == "mine"
     assert [e["model"] for e in first.metrics if e["event"] == "run_started"] == ["mine"]
-    with pytest.raises(RunError, match=r"your own model, 'mine'.*load\(folder, model\)"):
+    with pytest.raises(RunError, match=r"your own model 'mine'.*load\(folder, model\)"):
         pipar_jax.load(first.folder)
     again = load(first.folder, own_model())
     np.testing.assert_array_equal(again.logits(data[-1].test.images),
