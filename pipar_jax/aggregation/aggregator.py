@@ -2,9 +2,9 @@
 
 The server's optimiser sees w - mean(w_d) as a gradient (Reddi et al., Adaptive Federated
 Optimization, arXiv 2003.00295, algorithm 2), so FedAvg is SGD with step size 1. Weights are
-averaged unit by unit over whoever holds the unit, so devices with different cuts aggregate
-naturally. Batch statistics take the weighted mean and never pass through the optimiser; what has
-no mean (counters, masks, keys: integers and booleans) is the first device's.
+averaged unit by unit over the holders of the unit, so devices with different cuts aggregate
+naturally. Batch statistics take the weighted mean and bypass the optimiser; arrays without a
+mean (counters, masks, keys: integers and booleans) are the first device's.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Variables = dict[str, Arrays]
 
 
 class Contribution(NamedTuple):
-    """What one device brings to the average, for the units it (or its server part) holds.
+    """A device's contribution to the average, for the units it (or its server part) holds.
 
     Attributes:
       params: For each unit its weights.
       state: For each unit its batch statistics.
-      weight: The share it has in the average, usually the samples it trained on.
+      weight: Its weight in the average, usually the number of samples it trained on.
     """
 
     params: Variables
@@ -68,7 +68,7 @@ def _wide(leaf: jax.Array) -> PyTree:
 
 @jax.jit
 def _begin(share: jax.Array, variables: PyTree) -> PyTree:
-    """Returns the sum of one replica: its arrays times its share."""
+    """Returns the sum over a single replica: its arrays times its share."""
 
     def scale(leaf: jax.Array) -> jax.Array:
         wide = _wide(leaf)
@@ -79,7 +79,7 @@ def _begin(share: jax.Array, variables: PyTree) -> PyTree:
 
 @jax.jit
 def _fold(total: PyTree, share: jax.Array, variables: PyTree) -> PyTree:
-    """Returns a sum with one replica more: the step of the average, whatever their number."""
+    """Returns a sum with a further replica: the step of the average, for any number of them."""
 
     def add(total: jax.Array, leaf: jax.Array) -> jax.Array:
         wide = _wide(leaf)
@@ -90,7 +90,7 @@ def _fold(total: PyTree, share: jax.Array, variables: PyTree) -> PyTree:
 
 @jax.jit
 def _mean(total: PyTree, first: PyTree) -> PyTree:
-    """Returns a sum in the dtype of its arrays; what has no mean is the first replica's."""
+    """Returns a sum in the dtype of its arrays; arrays without a mean are the first replica's."""
     return jax.tree.map(
         lambda total, leaf: total.astype(leaf.dtype) if _averaged(leaf) else leaf, total, first
     )
@@ -98,7 +98,7 @@ def _mean(total: PyTree, first: PyTree) -> PyTree:
 
 @jax.jit
 def _alike(alike: Arrays | None, first: Arrays, other: Arrays) -> Arrays:
-    """Returns where statistics of a replica, and of those before it, equal the first's."""
+    """Returns masks of where statistics of a replica, and of those before it, equal the first's."""
     equal: Arrays = jax.tree.map(jnp.equal, first, other)
     if alike is not None:
         equal = jax.tree.map(jnp.logical_and, alike, equal)
@@ -107,7 +107,7 @@ def _alike(alike: Arrays | None, first: Arrays, other: Arrays) -> Arrays:
 
 @jax.jit
 def _unmixed(alike: Arrays, first: Arrays, mean: Arrays) -> Arrays:
-    """Returns statistics with the replicas' own values where these are equal: no rounding there.
+    """Returns statistics with the replicas' own values, unrounded, where these are equal.
 
     A constant that a network keeps would otherwise drift with each round.
     """
@@ -116,7 +116,7 @@ def _unmixed(alike: Arrays, first: Arrays, mean: Arrays) -> Arrays:
 
 
 def _shares(weights: Sequence[float], dtype: Any) -> Array:
-    """Returns what part each replica has in the average, [replicas]."""
+    """Returns each replica's share of the average, [replicas]."""
     of = np.asarray(weights, dtype)
     return np.asarray(of * (np.ones((), dtype) / np.sum(of)), dtype)
 
@@ -150,7 +150,7 @@ class Aggregator:
     def compile(self) -> None:
         """Compiles the average of every unit, for any number of replicas, before the first round.
 
-        Nothing of the weights changes.
+        The weights do not change.
         """
         for unit in self.params:
             self._combine(unit, [(self.params[unit], self.state[unit])] * 3, [1.0] * 3)
@@ -163,7 +163,7 @@ class Aggregator:
         """Averages replicas, in the order given, into the global weights.
 
         Args:
-          replicas: What each device brings; a unit that no replica holds stays as it is.
+          replicas: The devices' contributions; a unit that no replica holds stays unchanged.
         """
         for unit in self.params:
             holders = [one for one in replicas if unit in one.params]
@@ -180,9 +180,9 @@ class Aggregator:
     ) -> tuple[PyTree, PyTree, PyTree]:
         """Returns a unit's weights, its rule's state and its statistics after an average.
 
-        Replicas are summed in their order, never in that of arrival, so that a run repeats exactly;
-        only the first two change places. A compiled program contracts a product and a sum into one
-        rounding; this way the sum has the bits of one program over all replicas.
+        Replicas are summed in their order, not in order of arrival, so that a run is reproducible;
+        only the first two are swapped. A compiled program contracts a product and a sum into one
+        rounding; this way the sum has the bits of a single program over all replicas.
         """
         shares = _shares(weights, _share_dtype(self.params[unit]))
         order = [1, 0, *range(2, len(replicas))] if len(replicas) > 1 else [0]
@@ -206,12 +206,12 @@ def _share_dtype(params: Mapping[str, jax.Array]) -> PyTree:
 
 
 def broken_units(units: Iterable[str], *parts: Mapping[str, PyTree]) -> tuple[str, ...]:
-    """Returns the names of the units of which a number is not finite.
+    """Returns the names of the units with a non-finite number.
 
     Args:
       units: Their names.
-      *parts: Weights, batch statistics, states of optimisers: each a tree for each unit, where a
-        unit that has none of a part may be missing.
+      *parts: Weights, batch statistics, optimiser states: each a tree per unit, where a
+        unit without the part may be missing.
     """
     names = list(units)
     flags = np.asarray(_finite([[part.get(unit) for part in parts] for unit in names]))
@@ -220,7 +220,7 @@ def broken_units(units: Iterable[str], *parts: Mapping[str, PyTree]) -> tuple[st
 
 @jax.jit
 def _finite(units: Sequence[PyTree]) -> jax.Array:
-    """Returns for each of some trees whether all its numbers are finite, [units] bool."""
+    """Returns for each tree whether all its numbers are finite, [units] bool."""
     return jnp.array([
         jnp.all(jnp.array([
             jnp.all(jnp.isfinite(leaf))

@@ -1,7 +1,7 @@
 """The rules of aggregation by name: the server's optimiser on the averaged update.
 
 A rule is a function from its constants to an optax transformation of the pseudo-gradient. Nothing
-here loads jax before a rule is made: launchers ask for the names alone.
+here loads jax before a rule is made: launchers only need the names.
 """
 
 from __future__ import annotations

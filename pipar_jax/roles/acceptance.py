@@ -1,8 +1,8 @@
-"""Which tensors a host takes: those that its plan has for their sender, in the plan's order.
+"""Which tensors a host accepts: those that its plan expects from a sender, in the plan's order.
 
 Between two hosts the micro-batches of a device's stage arrive in the order of their steps, each
 one's labels right before its activation; so for every sender, device and stage there is exactly one
-tensor that may come next, and a look at it costs a few comparisons. It runs on the I/O thread.
+tensor that may come next, and checking it costs a few comparisons. It runs on the I/O thread.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LABEL, _ACTIVATION, _COTANGENT = int(Role.LABEL), int(Role.ACTIVATION), int(Rol
 
 
 class _Stream:
-    """What comes to one stage of one device from one side, and what of it is next."""
+    """The tensors from one side to one stage of one device, and the position of the next."""
 
     __slots__ = (
         "boundary", "codec", "dtype", "features", "labelled", "labels", "micro_batch", "parameter",
@@ -110,7 +110,7 @@ class Acceptance:
         self._host = host
 
     def open(self, spans: Sequence[Span], attempt: int, samples: Sequence[int]) -> None:
-        """Takes the tensors of an attempt at a round, and none after it.
+        """Accepts the tensors of an attempt at a round, and none of a later attempt.
 
         On the I/O thread, or before any host of the round knows of the attempt.
 
@@ -131,7 +131,7 @@ class Acceptance:
         self._stop, self._dropped, self._attempt = stop, frozenset(), attempt
 
     def drop(self, place: int) -> None:
-        """Takes no tensor of a place any more in this attempt; any thread may call it."""
+        """Rejects further tensors of a place in this attempt; any thread may call it."""
         self._dropped |= {place}
 
     def is_dropped(self, place: int) -> bool:
@@ -139,7 +139,7 @@ class Acceptance:
         return place in self._dropped
 
     def is_past(self, tag: Tag) -> bool:
-        """Returns whether a tensor is of what was given up, so that nothing is wrong with it."""
+        """Returns whether a tensor belongs to abandoned work, which is not an error."""
         if tag.role == Role.WEIGHT:
             return False
         return tag.attempt < self._attempt or (
@@ -147,17 +147,17 @@ class Acceptance:
         )
 
     def is_ahead(self, tag: Tag) -> bool:
-        """Returns whether a tensor is of an attempt that this host does not know of yet."""
+        """Returns whether a tensor belongs to an attempt not yet known to this host."""
         return tag.attempt > self._attempt
 
     def tells_of(self, host: str, device: int, step: int) -> bool:
-        """Says whether a host is the one that a step of a device ends on, and may be over."""
+        """Returns whether a device's step ends on a host and may already be complete."""
         if device not in self._stop or step >= self._stop[device]:
             return False
         return self._plan.host(device, self._plan.devices[device].stages - 1) == host
 
     def trains(self, host: str, device: int | None, step: int) -> bool:
-        """Says whether a host runs a stage of a device (None: any) in a step that may be over."""
+        """Returns whether a host runs a device's stage (None: any) in a step that may be over."""
         devices = self._stop if device is None else {device} & self._stop.keys()
         return any(
             step < self._stop[one] and self._plan.host(one, stage) == host
@@ -179,12 +179,12 @@ class Acceptance:
     def objection(
         self, peer: str, message: Message, boundary: Boundary | None = None
     ) -> str | None:
-        """Takes note of a tensor that has arrived; returns what is wrong with it, or None.
+        """Records an arrived tensor; returns what is wrong with it, or None.
 
         Args:
           peer: Who sent it.
           message: The tensor.
-          boundary: What the link it came over is for, if it is for one.
+          boundary: The boundary that its link is reserved for, if any.
         """
         tag = message.tag
         assert tag is not None
@@ -194,7 +194,7 @@ class Acceptance:
         key = (_ACTIVATION if role == _LABEL else role), tag.device, tag.stage
         stream = self._streams.get(key)
         if stream is None or stream.boundary.peer(self._host) != peer:
-            return f"a tensor ({tag}) that the plan has not for it"
+            return f"a tensor ({tag}) that the plan does not assign to it"
         if boundary is not None and stream.boundary != boundary:
             return f"a tensor ({tag}) over the link for {tuple(boundary)}"
         expected = self._next(stream, tag.device)
@@ -217,7 +217,7 @@ class Acceptance:
         return reason
 
     def _next(self, stream: _Stream, device: int) -> tuple[int, int, int, int, int, int] | None:
-        """Returns what the header of a stream's next tensor says, or None if there is none yet."""
+        """Returns the header fields of a stream's next tensor, or None if there is none yet."""
         if stream.step >= self._stop[device]:
             return None
         batch = batch_samples(self._samples[device], self._batch_size, stream.step)
@@ -243,7 +243,7 @@ class Acceptance:
     def _odd_payload(
         self, stream: _Stream, message: Message, tag: Tag, *, labels: bool
     ) -> str | None:
-        """Returns what is wrong with a tensor itself, or None."""
+        """Returns what is wrong with a tensor's payload, or None."""
         payload = message.payload
         if labels:
             fits = payload.dtype == np.int32 and payload.shape == (tag.samples,)

@@ -1,7 +1,7 @@
-"""Adapting during a run: looks at hosts and links, searches again, has the next plan compiled.
+"""Adapting during a run: observes hosts and links, searches again, has the next plan compiled.
 
-A thread of the coordinator asks every device and compute node now and then what its computations
-lasted and what its links brought it (``runtime/observations.py``), follows the profile
+A thread of the coordinator periodically asks every device and compute node for the durations of
+its computations and the rates of its links (``runtime/observations.py``), updates the profile
 (``tuner/drift.py``), searches again if something changed (``candidates.py``), and decides
 (``tuner/replanning.py``). Hosts compile the stages of a plan that is wanted while they train; once
 all have, the coordinator changes to it at the end of the round.
@@ -36,20 +36,20 @@ from pipar_jax.tuner.drift import LinkThroughput, ProfileTracker, differ, lone
 from pipar_jax.tuner.replanning import Choice, Offer
 from stages import Model
 
-#: A factor or a rate that changed by less than this share is no reason to search again.
+#: A factor or a rate that changed by less than this share does not start a new search.
 NEWS = 0.05
-#: Seconds that an answer to a look may take.
+#: Time limit for the answers to a look, in seconds.
 ANSWER_S = 10.0
 
 
 class _Look(NamedTuple):
-    """What a look showed.
+    """The result of a look at all hosts.
 
     Attributes:
-      number: The look's.
+      number: The look's number.
       plan: The plan that was in force.
-      answers: What each other host answered.
-      own: What the computations of the host in this process lasted.
+      answers: The answer of each other host.
+      own: The durations of the computations of the host in this process.
     """
 
     number: int
@@ -59,21 +59,21 @@ class _Look(NamedTuple):
 
 
 class Adaptation:
-    """Watches one run and says to which plan to change.
+    """Observes a run and decides which plan to change to.
 
-    ``begin``, ``start_round``, ``ready``, ``changed`` and ``close`` are the coordinator's thread's.
+    The coordinator's thread calls ``begin``, ``start_round``, ``ready``, ``changed`` and ``close``.
 
     Args:
       config: Resolved configuration.
       model: The whole model.
-      surveyed: Hosts and links, as they were surveyed.
+      surveyed: The survey of hosts and links.
       plan: The plan that the run begins with.
       rounds: How many rounds the run has.
       members: The devices and compute nodes.
       host: The host in this process.
 
     Raises:
-      PlanError: The plan is one that cannot change during a run.
+      PlanError: The plan cannot change during a run.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Adaptation:
         self._thread.start()
 
     def start_round(self, index: int) -> None:
-        """Takes note of the round that begins."""
+        """Records that a round begins."""
         with self._lock:
             self._index = index
 
@@ -135,17 +135,17 @@ class Adaptation:
             if not compiled >= {COORDINATOR, *self._links}:
                 return None
             self._changing = True
-            self._look += 1  # a look that is under way decides nothing any more
+            self._look += 1  # the result of a look in progress is discarded
             return plan
 
     @property
     def offers(self) -> tuple[Offer, Offer] | None:
-        """What the plan in force and the one wanted were predicted to take at the last look."""
+        """The predictions for the plan in force and for the wanted plan at the last look."""
         with self._lock:
             return self._offers
 
     def changed(self, index: int) -> None:
-        """Takes note that the wanted plan is in force from a round on."""
+        """Records that the wanted plan is in force from a round on."""
         with self._lock:
             self._choice.changed(index)
             self._changing = False
@@ -164,7 +164,7 @@ class Adaptation:
     # --- mail; on the coordinator's thread ----------------------------------------------------
 
     def _take_answer(self, mail: Mail[messages.LookSeen]) -> None:
-        """Takes a host's answer to a look."""
+        """Records a host's answer to a look."""
         with self._lock:
             if mail.said.look == self._look:
                 if (reason := odd_seen(mail.said, self._choice.plan, mail.source)) is not None:
@@ -173,7 +173,7 @@ class Adaptation:
                 self._lock.notify_all()
 
     def _take_compiled(self, mail: Mail[messages.Compiled]) -> None:
-        """Takes note of a host that has compiled a plan, or refuses it."""
+        """Records that a host has compiled a plan, or refuses it."""
         number, refused = mail.said.number, mail.said.refused
         with self._lock:
             if refused is None:
@@ -198,12 +198,12 @@ class Adaptation:
                 self._error = error
 
     def _tell(self, command: ControlMessage) -> None:
-        """Tells every host; the coordinator's thread learns by itself of a link that is lost."""
+        """Sends every host a command; the coordinator's thread detects a lost link by itself."""
         for name in self._links:
             self._members.ask(name, command)
 
     def _ask(self) -> _Look | None:
-        """Asks all hosts and waits for their answers; returns None if some are late."""
+        """Asks all hosts and returns their answers, or None if some are late."""
         with self._lock:
             if self._changing:
                 return None
@@ -223,7 +223,7 @@ class Adaptation:
             return _Look(look, self._choice.plan, dict(self._answers), self._host.observer.take())
 
     def _learn(self, look: _Look) -> None:
-        """Updates the watch by what was answered."""
+        """Updates the profile with the answers."""
         followed = lone(look.plan)
         self._watch.computed(COORDINATOR, look.plan, look.own)
         for name, link in self._links.items():
@@ -239,7 +239,7 @@ class Adaptation:
                 self._watch.carried(boundary, name, LinkThroughput(*answer.timed))
 
     def _consider(self, look: int) -> None:
-        """Searches if there is news, and decides; a plan that is wanted is told to all hosts."""
+        """Searches again after a change, and decides; all hosts are told of a wanted plan."""
         profile, state = self._watch.profile(), self._watch.state()
         if self._best is None or differ(state, self._searched, NEWS):
             self._best = self._candidates.best(profile, self._choice.plan)
@@ -271,7 +271,7 @@ class Adaptation:
 
 
 def learners(model: Model, surveyed: Surveyed) -> dict[str, Learner]:
-    """Returns what learns each host whose times were predicted, by its name."""
+    """Returns the learner of each host whose times were predicted, by the host's name."""
     if not surveyed.references:
         return {}
     tables = Tables(model)

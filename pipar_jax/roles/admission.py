@@ -1,4 +1,4 @@
-"""Who a device or compute node is when it joins, and whether the coordinator may take it."""
+"""The identity of a device or compute node that joins, and whether it may be admitted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from stages import Model
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """What a device or a compute node says of itself.
+    """The identity that a device or a compute node reports.
 
     Attributes:
       name: Its name, such as ``d0`` or ``n1``.
@@ -91,10 +91,10 @@ def describe(model: Model) -> JsonObject:
 def read(
     message: Message, config: Config, model: Model
 ) -> tuple[JoinDevice | JoinNode | None, str | None]:
-    """Returns what a stranger's first message asks for, and why it cannot have it, or None.
+    """Returns the request in an unknown peer's first message, and why it is refused, or None.
 
     Args:
-      message: What came over its link.
+      message: The message received over its link.
       config: The coordinator's configuration.
       model: The coordinator's model.
     """
@@ -125,7 +125,7 @@ def why_not_join(asked: JoinDevice | JoinNode, config: Config, model: Model) -> 
     if (reason := _unknown_name(asked.name, config)) is not None:
         return reason
     if is_node(asked.name) != isinstance(asked, JoinNode):
-        return f"it says it is {asked.name!r}, and joins as another kind of host"
+        return f"its name is {asked.name!r}, but it joins as another kind of host"
     try:
         theirs = from_dict(asked.config)
         ours, count = config.devices.count, theirs.devices.count
@@ -173,15 +173,15 @@ def _odd_counts(asked: JoinDevice, config: Config) -> str | None:
         most = min(most, data.train_samples)
     if samples > most:
         return (
-            f"it says it has {samples} samples, at most {most} are believed: raise "
-            "data.max_samples if it has so many"
+            f"it reports {samples} samples, at most {most} are accepted: raise "
+            "data.max_samples if it has that many"
         )
     whole = samples % data.batch_size == 0
     expected = -(-samples // data.batch_size)
     if steps != expected or (data.drop_last and not whole):
         rest = ", and none left over" if data.drop_last else ""
         return (
-            f"it says it takes {steps} steps for {samples} samples in mini-batches of "
+            f"it reports {steps} steps for {samples} samples in mini-batches of "
             f"{data.batch_size}, expected {expected}{rest}"
         )
     if steps * config.epochs > MOST_WHOLE:
@@ -193,7 +193,7 @@ def _odd_counts(asked: JoinDevice, config: Config) -> str | None:
 
 
 def _short(text: str) -> str:
-    """Returns a text that a peer had a part in, cut where it is long, on one printable line."""
+    """Returns a text with a peer's words, shortened, on a single printable line."""
     return one_line(text if len(text) <= 400 else f"{text[:400]}…")
 
 
@@ -206,11 +206,11 @@ def _unknown_name(name: str, config: Config) -> str | None:
     if is_node(name):
         kind, known, field = "node", hosts.nodes, f"nodes.count={config.nodes.count}"
     there = f"{known[0][1:]} to {known[-1][1:]}" if known else "there are none"
-    return f"it says it is {shown(name)}, but {field}: start it with an index of a {kind} ({there})"
+    return f"its name is {shown(name)}, but {field}: start it with an index of a {kind} ({there})"
 
 
 def identity(asked: JoinDevice | JoinNode) -> Identity:
-    """Returns what an accepted device or node says of itself."""
+    """Returns the identity of an accepted device or node."""
     if isinstance(asked, JoinNode):
         return Identity(asked.name, address=asked.address)
     return Identity(asked.name, asked.samples, asked.steps)

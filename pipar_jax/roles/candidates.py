@@ -1,4 +1,4 @@
-"""Which plan a run had best change to: the tuner's, of those that every host would take."""
+"""The best plan that a run can change to: the tuner's choice among plans that all hosts accept."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ class Candidates:
         self._memory: dict[Plan, str | None] = {}
 
     def refuse(self, plan: Plan, reason: str) -> None:
-        """Takes note of a plan that a compute node refused once it had compiled it."""
+        """Records a plan that a compute node refused after compiling it."""
         self._memory[plan] = reason
 
     def refused(self, plan: Plan) -> bool:
-        """Says whether a compute node is known to refuse a plan."""
+        """Returns whether a compute node is known to refuse a plan."""
         return self._memory.get(plan) is not None
 
     def best(self, profile: Profile, present: Plan) -> Plan:
-        """Returns the best plan that may follow the present one; that one if there is no other.
+        """Returns the best plan that may follow the present plan, or the present plan itself.
 
         Args:
-          profile: What hosts and links are like.
+          profile: The profile of hosts and links.
           present: The plan in force.
         """
         if not uses_nodes(self._config):
@@ -58,14 +58,14 @@ class Candidates:
             return present
 
     def _memory_objection(self, plan: Plan) -> str | None:
-        """Returns why a node would refuse a plan; worked out once for each."""
+        """Returns why a node would refuse a plan, or None; computed once per plan."""
         if plan not in self._memory:
             self._memory[plan] = memory.why_not_fit(self._model, plan, self._config, self._samples)
         return self._memory[plan]
 
 
 def _parallel_only(config: Config) -> Config:
-    """Returns the configuration without methods in turns among those to choose from."""
+    """Returns the configuration with sequential methods removed from the tuner's choices."""
     made = copy.deepcopy(config)
     names = split_list(config.tuner.methods)
     made.tuner.methods = ",".join(one for one in names if METHODS[one].order == Order.PARALLEL)

@@ -20,7 +20,7 @@ BATCH = 250
 
 
 class Score(NamedTuple):
-    """What an evaluation finds.
+    """The result of an evaluation.
 
     Attributes:
       loss: Mean loss over the test set.
@@ -57,7 +57,7 @@ class Evaluator:
         loss = correct = 0.0
         for first in range(0, len(test), batch):
             images, labels = test.images[first : first + batch], test.labels[first : first + batch]
-            # The last batch is filled up, so that one shape is compiled and not two.
+            # The last batch is padded, so that only one shape is compiled.
             filled = np.arange(batch) % len(labels)
             x = self._dataset.normalise(images).astype(self._dtype, copy=False)[filled]
             real = np.arange(batch) < len(labels)

@@ -1,4 +1,4 @@
-"""Who takes part in the next round: devices that are there and ready, as chosen or as scripted."""
+"""Who takes part in the next round: present and ready devices, as chosen or as scripted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Cohort(NamedTuple):
     Attributes:
       devices: The device in each place.
       taking: The places whose devices take part, in order.
-      planned: What a script says of the round, if one is replayed.
+      planned: The script's entry for the round, if a script is replayed.
     """
 
     devices: tuple[int, ...]
@@ -38,7 +38,7 @@ class Gathering:
       members: The devices and compute nodes.
 
     Raises:
-      ConfigError: The user's way to choose cannot be imported, or the script does not fit.
+      ConfigError: The user's selection function cannot be imported, or the script does not fit.
     """
 
     def __init__(self, config: Config, members: Membership) -> None:
@@ -56,7 +56,7 @@ class Gathering:
         """Checks that a script has as many rounds as the run.
 
         Raises:
-          RunError: It has not.
+          RunError: The numbers differ.
         """
         if self._script is not None and (last := self._script[-1].round + 1) != rounds:
             raise RunError(
@@ -65,7 +65,7 @@ class Gathering:
             )
 
     def prepares(self, name: str) -> None:
-        """Notes that a device has been sent its share of the plan."""
+        """Records that a device has been sent its share of the plan."""
         self._preparing.add(name)
 
     def gather(self, index: int, attempt: int) -> Cohort:
@@ -76,8 +76,8 @@ class Gathering:
           attempt: How often it has been begun before.
 
         Raises:
-          ConfigError: The user's way to choose failed.
-          PeerError: Too few devices are there, and none may be waited for any longer.
+          ConfigError: The user's selection function failed.
+          PeerError: Too few devices are present, and the waiting time has elapsed.
         """
         if self._script is not None:
             return self._scripted(self._script.popleft())
@@ -86,13 +86,13 @@ class Gathering:
         chosen = self._chooser.choose(index, attempt, ready)
         if not self._sampled:
             return Cohort(tuple(range(self._places)), chosen, None)
-        # Places that nobody takes are named after devices that are not in the round.
+        # Unused places are named after devices that are not in the round.
         others = (one for one in range(self._config.devices.count) if one not in chosen)
         rest = tuple(next(others) for _ in range(self._places - len(chosen)))
         return Cohort((*chosen, *rest), tuple(range(len(chosen))), None)
 
     def settle(self) -> None:
-        """Notes which devices have prepared their share of the plan."""
+        """Records which devices have prepared their share of the plan."""
         found = self._members.said(messages.Prepared, self._preparing)
         self._preparing = {n for n in self._preparing if n in self._members.by_name and n not in
                            found}  # fmt: skip
@@ -101,13 +101,13 @@ class Gathering:
         self._arrived += found
 
     def take_arrived(self) -> list[str]:
-        """Returns the devices that have become ready since the last call and are there still."""
+        """Returns the devices that have become ready since the last call and are still present."""
         arrived, self._arrived = self._arrived, []
         return [name for name in arrived if name in self._members.by_name]
 
     @property
     def needed(self) -> int:
-        """How many devices have to be ready before a round begins."""
+        """The number of devices that must be ready before a round begins."""
         cohort = self._config.cohort
         least = cohort.quorum or cohort.first
         if not least and cohort.below != "end":
@@ -144,7 +144,7 @@ class Gathering:
         while missing := [n for n in names if not self._is_ready(n)]:
             if time.monotonic() >= limit_s and not self._preparing:
                 raise PeerError(
-                    f"{', '.join(missing[:20])} are not there, and cohort.script has them in round "
+                    f"{', '.join(missing[:20])} are absent, but cohort.script has them in round "
                     f"{planned.round + 1}: start them, or raise network.join_timeout_s"
                 )
             self._members.wait(tuple(self._preparing), "prepared")
@@ -156,7 +156,7 @@ class Gathering:
         return index in self._members.population and self._members.population[index].ready
 
     def _note_stopped(self, mail: Mail[Any]) -> None:
-        """Lets a device that was dropped from a round take part in the next."""
+        """Makes a device that was dropped from a round eligible for the next."""
         self._members.settle(mail.source, messages.Trained, messages.ClientModel)
         one = self._members.population[host_index(mail.source)]
         one.ready, one.current = True, False

@@ -1,8 +1,8 @@
-"""Which bundles fit: the weights, statistics and states of the units that their sender holds.
+"""Which bundles are valid: the weights, statistics and states of the units their sender holds.
 
-A bundle is a set of named arrays. What it must hold follows from the plan, the sender and what was
-asked: these groups, of these units, with these paths, shapes and kinds of numbers; a host cannot
-write into what is another's.
+A bundle is a set of named arrays. Its contents follow from the plan, the sender and what was
+requested: groups of arrays, of given units, with given paths, shapes and dtypes. A host cannot
+overwrite another host's state.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from pipar_jax.training import optimizer
 from stages import Model
 
 _KINDS = trace_rows.ROW_KINDS
-#: What hosts may send each other before there is a plan: bytes that a link is timed with.
+#: What hosts may send before there is a plan: the bytes that a link is timed with.
 SURVEYED = Allowance(tensor_bytes=0, bundle_bytes=33 << 20, bundle_tensors=1)
 _ROW_BYTES = 7 * 8 + 2 * 8
 
 
 class Like(NamedTuple):
-    """What an array has to be."""
+    """The required dtype and shape of an array."""
 
     shape: tuple[int, ...]
     dtype: DType
@@ -44,7 +44,7 @@ class Like(NamedTuple):
 
 
 class Holdings:
-    """What bundles hold of one model.
+    """The contents of bundles of a model's state.
 
     Attributes:
       names: The model's units in order.
@@ -64,7 +64,7 @@ class Holdings:
         self._likes: dict[tuple[str, str], dict[str, Like]] = {}
 
     def arrays(self, wanted: Wanted) -> dict[str, Like]:
-        """Returns what arrays are wanted, by their names in a bundle."""
+        """Returns the required arrays by their names in a bundle."""
         return {
             unit_state.tensor_name(key, part, path): like
             for key, parts in wanted.items()
@@ -73,11 +73,11 @@ class Holdings:
         }
 
     def nbytes(self, wanted: Wanted) -> int:
-        """Returns the bytes of what a bundle has to hold."""
+        """Returns the bytes of a bundle's required arrays."""
         return sum(one.nbytes for one in self.arrays(wanted).values())
 
     def count(self, wanted: Wanted) -> int:
-        """Returns how many arrays a bundle has to hold."""
+        """Returns the number of a bundle's required arrays."""
         return len(self.arrays(wanted))
 
     def allowance(
@@ -87,10 +87,10 @@ class Holdings:
         rounds: Sequence[Sequence[Span]],
         tensor_bytes: int,
     ) -> Allowance:
-        """Returns how much a host may send: as much as its largest bundle, and a little more.
+        """Returns how much a host may send: its largest bundle and a small margin.
 
         Args:
-          plans: The plan in force, and the one that is changed to.
+          plans: The plan in force, and the next plan during a change.
           host: The host's name.
           rounds: The run's rounds.
           tensor_bytes: Bytes of its largest tensor outside bundles.
@@ -108,7 +108,7 @@ class Holdings:
         return self.room(bundles, tensor_bytes, rows * _ROW_BYTES)
 
     def room(self, bundles: Sequence[Wanted], tensor_bytes: int, least_bytes: int = 0) -> Allowance:
-        """Returns how much lets some bundles pass, or others of so many bytes."""
+        """Returns the allowance for some bundles, of at least ``least_bytes``."""
         largest = max(self.nbytes(one) for one in bundles)
         tensors = max(self.count(one) for one in bundles)
         return Allowance(
@@ -119,15 +119,15 @@ class Holdings:
         )
 
     def states(self, message: Message, wanted: Wanted, peer: str) -> States:
-        """Returns the states of units that came with a message, which are those wanted.
+        """Returns the states of units in a message, which are exactly the requested states.
 
         Args:
-          message: What arrived.
-          wanted: What it has to hold.
-          peer: Who sent it, in words.
+          message: The received message.
+          wanted: The requested states.
+          peer: The sender, in words.
 
         Raises:
-          ProtocolError: It holds something else.
+          ProtocolError: The contents differ from the request.
         """
         name = known.name if (known := peek(message)) else ""
         needed = self.arrays(wanted)
@@ -166,7 +166,7 @@ class Holdings:
         }
 
     def _like(self, part: Part, unit: str) -> dict[str, Like]:
-        """Returns what arrays a unit has of a part, by path or by number."""
+        """Returns the arrays of a part of a unit, by path or by number."""
         if (part, unit) not in self._likes:
             one = self._units[unit]
             values: Any = one.params if part == "params" else one.state
@@ -184,7 +184,7 @@ class Holdings:
 
 
 def _rows(plan: Plan, host: str, spans: Sequence[Span]) -> int:
-    """Returns the most actions of a host in a round."""
+    """Returns the largest number of a host's actions in a round."""
     found = 0
     for span in spans:
         one = plan.devices[span.device]
@@ -195,14 +195,14 @@ def _rows(plan: Plan, host: str, spans: Sequence[Span]) -> int:
 
 
 def _summary(wanted: Wanted) -> str:
-    """Returns what is wanted in a few words."""
+    """Returns a short description of a request."""
     counts = Counter((copy, part) for (copy, _), parts in wanted.items() for part in parts)
     text = ", ".join(f"{copy}/{part} of {n} units" for (copy, part), n in counts.items())
     return text[:300] or "nothing"
 
 
 def odd_seen(said: LookSeen, plan: Plan, host: str) -> str | None:
-    """Returns what a host says it saw that is not its own under a plan, or None."""
+    """Returns an observation that a host reported but that is not its own, or None."""
     for row in said.rows:
         of = range(len(plan.devices)) if row.device == ALL else (row.device,)
         own = any(
@@ -212,10 +212,10 @@ def odd_seen(said: LookSeen, plan: Plan, host: str) -> str | None:
             for device in of
         )
         if not own:
-            return f"{tuple(row)}, which is no computation of its own under the plan"
+            return f"{tuple(row)}, which is not one of its computations under the plan"
     for boundary, _ in said.direct:
         if host not in boundary[:2]:
-            return f"the link for {tuple(boundary)}, which is none of its own"
+            return f"the link for {tuple(boundary)}, which is not one of its links"
     return None
 
 
@@ -223,7 +223,7 @@ def unpacked(message: Message, peer: str) -> Mapping[str, Array]:
     """Returns a bundle's arrays.
 
     Raises:
-      ProtocolError: They are coded wrongly.
+      ProtocolError: They cannot be decoded.
     """
     try:
         return message.tensors
@@ -234,7 +234,7 @@ def unpacked(message: Message, peer: str) -> Mapping[str, Array]:
 def read_rows(
     message: Message, plans: Sequence[Plan], host: str, steps: Sequence[int], peer: str
 ) -> list[Any]:
-    """Returns the timed actions of a bundle, which are all the sender's own.
+    """Returns the timed actions of a bundle, all of them the sender's own.
 
     Args:
       message: What arrived.
@@ -244,7 +244,7 @@ def read_rows(
       peer: The sender in words.
 
     Raises:
-      ProtocolError: They are none, or another host's.
+      ProtocolError: They are not valid actions, or another host's.
     """
     what = f"{peer} sent {message.name!r}"
     tensors = unpacked(message, peer)
@@ -263,8 +263,8 @@ def read_rows(
         )
     if len(numbers) and (odd := _odd_row(numbers, times, plans, host, steps)) is not None:
         raise ProtocolError(
-            f"{what} with row {odd}: {numbers[odd].tolist()}, {times[odd].tolist()}, which is no "
-            "action of its own under the plan"
+            f"{what} with row {odd}: {numbers[odd].tolist()}, {times[odd].tolist()}, which is not "
+            "one of its actions under the plan"
         )
     return trace_rows.unpack_rows(tensors, peer)
 
@@ -276,7 +276,7 @@ def _odd_row(
     host: str,
     steps: Sequence[int],
 ) -> int | None:
-    """Returns the first row that is no action of a host, or None."""
+    """Returns the first row that is not an action of a host, or None."""
     devices = len(steps)
     stages = max(one.stages for plan in plans for one in plan.devices)
     own = np.zeros((devices + 1, stages), bool)  # the last row is that of ALL

@@ -1,7 +1,7 @@
-"""What the links of a run carried and waited for in a round, from their counters.
+"""Traffic and waiting times of a run's links in a round, from their counters.
 
-What was carried is read where it arrives or leaves, at the coordinator; what sending waited for is
-known to the sender alone, so devices tell theirs when a round is over.
+Traffic is counted where it arrives or leaves, at the coordinator; waiting times of sending are
+known to the sender alone, so devices report theirs at the end of a round.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _COUNTERS = ("queue_s", "credit_wait_s", "blocked_s", "encode_s", "repeated_fram
 
 
 def difference(now: LinkStats, before: LinkStats) -> Waits:
-    """Returns what sending waited for between two looks at a link's counters."""
+    """Returns the waiting times of sending between two readings of a link's counters."""
     found = {name: getattr(now, name) - getattr(before, name) for name in _COUNTERS}
     return Waits(**found, queued_peak_bytes=now.queued_peak_bytes)
 
 
 class OwnWaits:
-    """What a device's sending waited for, from one round's end to the next.
+    """Waiting times of a device's sending, from one round's end to the next.
 
-    A message that is handed on after a device has told of a round counts in the next one.
+    A message that is sent after a device's report of a round counts in the next round.
 
     Args:
       link: The device's link to the coordinator.
@@ -40,14 +40,14 @@ class OwnWaits:
         self._link, self._before = link, link.stats()
 
     def take(self) -> Waits:
-        """Returns the waits since the last call, as ``Traffic.rows`` takes them."""
+        """Returns the waiting times since the last call, as ``Traffic.rows`` expects them."""
         now, before = self._link.stats(), self._before
         self._before = now
         return difference(now, before)
 
 
 class DirectTraffic:
-    """What a host sent to its neighbours over direct links, from one round's end to the next.
+    """Traffic from a host to its neighbours over direct links, from one round's end to the next.
 
     Args:
       name: The host's name.
@@ -71,10 +71,10 @@ class DirectTraffic:
 
 
 def odd_rows(rows: Sequence[LinkRow], name: str, met: Iterable[Boundary]) -> str | None:
-    """Returns what a host says of links that it has not, or more often than once, or None.
+    """Returns a reported row that is not of the host's links or is repeated, or None.
 
     Args:
-      rows: What it says it sent its neighbours.
+      rows: The traffic that it reports to its neighbours.
       name: The host.
       met: All boundaries that have a link of their own.
     """
@@ -98,28 +98,28 @@ class Traffic:
         self._before: dict[str, LinkStats] = {}
 
     def start(self) -> None:
-        """Notes the counters before a round."""
+        """Records the counters before a round."""
         self._before = self._stats()
 
     def rows(self, told: Mapping[str, Waits], traced: Mapping[str, int]) -> list[LinkRow]:
         """Returns a round's rows, the way up before the way down of each link.
 
         Args:
-          told: For each device what sending over its link waited for.
-          traced: For each device the bytes of its trace, which arrived since and are left out.
+          told: For each device the waiting times of sending over its link.
+          traced: For each device the bytes of its trace, which are excluded.
 
         Returns:
           Rows with ``source`` and ``target``; ``bytes`` on the wire with headers and heartbeats;
           ``raw_bytes`` and ``payload_bytes`` of messages before and after the codec; ``messages``
           and ``frames``; the seconds ``queue_s``, ``credit_wait_s``, ``blocked_s`` and ``encode_s``
-          that sending waited; ``repeated_frames`` and ``repeated_bytes`` after cut connections;
+          of sending; ``repeated_frames`` and ``repeated_bytes`` after cut connections;
           ``queued_peak_bytes``, ``reconnects``, ``rtt_s`` and ``rate_mbps`` of the run so far.
-          ``comms.LinkStats`` says what each counts.
+          ``comms.LinkStats`` defines each of them.
         """
         found = []
         for name, now in self._stats().items():
             if name not in self._before or name not in told:
-                continue  # it came, or went, in the midst of the round
+                continue  # it joined or left during the round
             before, trace = self._before[name], traced.get(name, 0)
             found.append(
                 LinkRow(
@@ -144,7 +144,7 @@ class Traffic:
 
 
 def _sent(source: str, target: str, now: LinkStats, before: LinkStats) -> LinkRow:
-    """Returns the row of a direction, as its sender knows it."""
+    """Returns the row of a direction, from its sender's counters."""
     return LinkRow(
         source=source,
         target=target,

@@ -1,4 +1,4 @@
-"""Devices and compute nodes of a run as the coordinator knows them: who joined, what they say."""
+"""The coordinator's view of a run's devices and compute nodes: who has joined, what they report."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from pipar_jax.schedule.actions import Span
 from pipar_jax.schedule.plan import COORDINATOR, is_node, long_name
 from stages import Model
 
-#: How often a waiting coordinator looks at the clock and whether it was told to stop.
+#: Seconds between two checks of the clock and of the stop request while waiting.
 LOOK_S = 0.1
-#: How long the mail about a link that a send found gone may take to be read.
+#: Seconds within which the mail about a link is read after a send has found it ended.
 LAST_WORDS_S = 1.0
-#: How long a link may be there without asking to join.
+#: Seconds within which a new link must ask to join.
 JOIN_S = 30.0
-#: Messages and bytes of one host that may wait to be read; from the first number on, those that
-#: only say that it goes on are left out.
+#: Limits of a host's unread messages and bytes; above the first limit, messages that only report
+#: progress are discarded.
 MANY, MOST_WAITING, MOST_WAITING_BYTES = 64, 4096, 64 << 20
 _PASSING = {kind_of(one) for one in (messages.Progress, messages.Pulse)}
 
@@ -49,7 +49,7 @@ M = TypeVar("M", bound=ControlMessage)
 
 
 class Incoming(enum.Enum):
-    """What waits to be read by the coordinator's thread, and what comes with it."""
+    """Kinds of unread mail of the coordinator's thread, with the content of each."""
 
     REPLY = "mail of the host in this process"
     FAILED = "the exception that ended the host in this process, or the channel"
@@ -59,14 +59,14 @@ class Incoming(enum.Enum):
 
 
 class Mail(NamedTuple, Generic[M]):
-    """Something a host said.
+    """A message of a host.
 
     Attributes:
       source: The host's name.
       said: The message.
-      states: States of units that came with it, from the host in this process.
-      time_s: When it was said here or had arrived, on the monotonic clock.
-      message: What came over the link, from a device or node.
+      states: States of units that came with it, if from the host in this process.
+      time_s: When it was sent in this process or arrived, on the monotonic clock.
+      message: The message as received over the link, if from a device or node.
     """
 
     source: str
@@ -78,14 +78,14 @@ class Mail(NamedTuple, Generic[M]):
 
 @dataclasses.dataclass
 class Member:
-    """A device or node that takes part.
+    """A device or node that takes part in the run.
 
     Attributes:
       link: Its link.
-      identity: What it said of itself.
-      owed: What it was asked for.
-      steps: For each device whose last stage it runs, the round's last step that it told of.
-      broken: What of the round it told of that is not finite: kind, device, step.
+      identity: Its reported identity.
+      owed: The replies that it owes.
+      steps: For each device whose last stage it runs, the last reported step of the round.
+      broken: Its reports of non-finite values in the round: kind, device, step.
     """
 
     link: Link
@@ -96,7 +96,7 @@ class Member:
 
 
 class _Waiting:
-    """What of one link waits to be read, and until when it has to have joined."""
+    """Unread mail of a link, and its deadline to join."""
 
     def __init__(self) -> None:
         self.messages = self.nbytes = 0
@@ -105,34 +105,34 @@ class _Waiting:
 
 
 class Membership:
-    """Admits devices and nodes and collects what hosts say, that of this process included.
+    """Admits devices and nodes and collects hosts' messages, including those of this process.
 
-    What comes over a link is believed in three steps: a link may only ask to join; a member may
-    only say what it was asked for (``replies``), in the form that ``protocol`` gives it; and what
-    it says has to fit the plan, which whoever asked for it checks. A stranger who does not keep to
-    this is refused and counted, and the run goes on. A member's connection ends. If it is a
-    device and the run may lose some (``cohort.*``) that is an event, and it may come back under its
-    name at any time; otherwise the run ends with an error that names the member.
+    Messages are checked in three steps: a new link is only allowed to ask to join; a member may
+    only send what it was asked for (``replies``), in the form that ``protocol`` defines; and its
+    contents must fit the plan, which the caller that asked for them checks. An unknown peer that
+    breaks a rule is refused and counted, and the run goes on. A member's connection ends. If the
+    member is a device and the run may lose some (``cohort.*``) this is an event, and it may rejoin
+    under its name at any time; otherwise the run ends with an error that names the member.
 
     Attributes:
-      by_name: Those who are there.
-      seats: For each device of a round what the plan calls it: its place in the cohort.
-      population: The devices that have registered, there or not.
+      by_name: The present members.
+      seats: For each device of a round its name in the plan: its place in the cohort.
+      population: The devices that have registered, present or not.
       joined: Called with the name of a device that has joined; on the owner's thread.
-      lost: Called with the name of a device that is gone, and why; on the owner's thread.
-      broken: Called with what is not finite on a host, where a device may be dropped for it.
-      listeners: Take mail of a kind as it comes, instead of ``collect``; on the owner's thread.
-      acceptance: Which tensors may come; none without.
+      lost: Called with the name of a lost device and the reason; on the owner's thread.
+      broken: Called with a report of non-finite values for which a device may be dropped.
+      listeners: Receive mail of a kind at once, instead of ``collect``; on the owner's thread.
+      acceptance: Which tensors may arrive; without it none.
       patience: The progress deadline.
-      actions: Says how many actions are over on the host in this process.
+      actions: Returns the number of completed actions on the host in this process.
 
     Args:
       config: Resolved configuration.
       model: The whole model.
       endpoint: Where devices connect.
-      tensors: Takes the tensors that arrive from devices; runs on the I/O thread.
+      tensors: Receives the tensors that arrive from devices; runs on the I/O thread.
       wake: Called when a link has credit again; runs on the I/O thread.
-      tell: Takes events.
+      tell: Receives events.
       stop: Ends waiting when set.
     """
 
@@ -173,8 +173,8 @@ class Membership:
     # --- from other threads -------------------------------------------------------------------
 
     def on_link(self, link: Link) -> None:
-        """Takes a new connection; runs on the I/O thread."""
-        # A copy: the owner's thread takes links out meanwhile.
+        """Registers a new connection; runs on the I/O thread."""
+        # A copy: the owner's thread removes links meanwhile.
         strangers = [one for one in list(self._links) if one not in self._names]
         if len(strangers) >= 64 + 2 * (self._config.devices.count + self._config.nodes.count):
             self._end(strangers[0], "too many links have not joined")
@@ -187,15 +187,15 @@ class Membership:
         )
 
     def local_reply(self, said: ControlMessage, states: States) -> None:
-        """Takes a reply of the host in this process; runs on its threads."""
+        """Queues a reply of the host in this process; runs on its threads."""
         self._inbox.put((Incoming.REPLY, None, Mail(COORDINATOR, said, states, time.monotonic())))
 
     def local_failure(self, error: BaseException) -> None:
-        """Takes the failure of the host in this process; runs on its threads."""
+        """Queues the failure of the host in this process; runs on its threads."""
         self._inbox.put((Incoming.FAILED, None, error))
 
     def ask(self, name: str, command: ControlMessage) -> None:
-        """Sends a command to a member whose loss is told elsewhere; any thread may call it."""
+        """Sends a command to a member whose loss is reported elsewhere; any thread may call it."""
         member = self.by_name[name]
         member.owed.add(answers(command))
         self._try(member.link, command)
@@ -203,12 +203,12 @@ class Membership:
     # --- what the coordinator's thread calls --------------------------------------------------
 
     def admit(self) -> None:
-        """Waits until every compute node has joined, and as many devices as a run begins with.
+        """Waits until every compute node and the number of devices to begin with have joined.
 
-        With ``cohort.min_devices`` of them it begins when nobody has joined for ``cohort.wait_s``.
+        With ``cohort.min_devices`` of them it begins when none has joined for ``cohort.wait_s``.
 
         Raises:
-          JoinError: Too few have within ``network.join_timeout_s``.
+          JoinError: Too few have joined within ``network.join_timeout_s``.
         """
         nodes, devices = self.hosts.nodes, self.hosts.devices
         least = self._config.cohort.min_devices or len(devices)
@@ -237,19 +237,19 @@ class Membership:
             self._take(min(left_s, LOOK_S))
 
     def collect(self, kind: type[M], sources: Sequence[str]) -> dict[str, Mail[M]]:
-        """Waits until every source has said something of a kind, or is lost.
+        """Waits until every source has sent a message of a kind, or is lost.
 
-        What arrives meanwhile of other kinds is kept for a later call; progress is told at once.
+        Mail of other kinds is kept for a later call; progress is reported at once.
 
         Args:
           kind: Class of the message.
           sources: Names of hosts.
 
         Returns:
-          What they said, in their order; of those that the run may lose and has lost, nothing.
+          Their messages, in the order of the sources; none of hosts that the run has lost.
 
         Raises:
-          PeerError: A host was lost, failed, said what it may not, or shows no progress, and the
+          PeerError: A host was lost, failed, broke the protocol, or makes no progress, and the
             run cannot go on without it.
         """
         found: dict[str, Mail[M]] = {}
@@ -262,7 +262,7 @@ class Membership:
             self.wait(missing, kind_of(kind).name)
 
     def said(self, kind: type[M], sources: Collection[str]) -> dict[str, Mail[M]]:
-        """Returns what some hosts have said of a kind already, without waiting."""
+        """Returns messages of a kind already received from some hosts, without waiting."""
         found: dict[str, Mail[M]] = {}
         for mail in [one for one in self._early if isinstance(one.said, kind)]:
             if mail.source in sources and mail.source not in found:
@@ -271,7 +271,7 @@ class Membership:
         return found
 
     def settle(self, name: str, *kinds: type) -> None:
-        """Lets a host owe answers of some kinds no more; those that have come are forgotten."""
+        """Cancels a host's owed replies of some kinds; replies already received are discarded."""
         if name in self.by_name:
             self.by_name[name].owed.settle(kinds)
         self._early = [
@@ -280,17 +280,17 @@ class Membership:
         ]  # fmt: skip
 
     def drop(self, *places: int) -> None:
-        """Takes no more tensors of some places in this attempt at a round."""
+        """Rejects further tensors of some places in this attempt at a round."""
         assert self.acceptance is not None
         for place in places:
             self.acceptance.drop(place)
 
     def wait(self, missing: Sequence[str], what: str) -> None:
-        """Waits a moment for mail, and looks who shows no progress.
+        """Waits briefly for mail, and checks that hosts make progress.
 
         Args:
           missing: The hosts that are waited for.
-          what: What they are to say.
+          what: The kind of message that is expected of them.
 
         Raises:
           PeerError: See ``collect``.
@@ -306,11 +306,11 @@ class Membership:
                 self.lose(name, error)
 
     def _there(self, names: Sequence[str]) -> list[str]:
-        """Returns those hosts that are not lost."""
+        """Returns the hosts that are not lost."""
         return [name for name in names if name == COORDINATOR or name in self.by_name]
 
     def poll(self) -> None:
-        """Handles what mail there is without waiting for any.
+        """Handles all waiting mail without waiting for more.
 
         Raises:
           PeerError: A device was lost or failed.
@@ -319,22 +319,22 @@ class Membership:
         self._take(0.0)
 
     def tell(self, event: JsonObject) -> None:
-        """Tells an event."""
+        """Reports an event."""
         self._tell(event)
 
     def send(self, name: str, command: ControlMessage, *replies: Reply) -> None:
-        """Sends a command to a member; nothing to one that the run has lost.
+        """Sends a command to a member; does nothing if the run has lost it.
 
         Args:
-          name: The member's.
+          name: The member's name.
           command: A message of ``protocol``.
-          replies: What it is answered by, where that depends on the plan.
+          replies: Its replies, where they depend on the plan.
 
         Raises:
           PeerError: The member is lost, and the run cannot go on without it.
         """
         if (member := self.by_name.get(name)) is None:
-            return  # its loss has been told
+            return  # its loss has been reported
         member.owed.add(replies or answers(command))
         try:
             registry.send(member.link, command)
@@ -349,7 +349,7 @@ class Membership:
         *replies: Reply,
         codec: str = "raw",
     ) -> None:
-        """Sends a command with named tensors to a member; nothing to one that the run has lost.
+        """Sends a command with named tensors to a member; does nothing if the run has lost it.
 
         Raises:
           PeerError: The member is lost, and the run cannot go on without it.
@@ -372,24 +372,24 @@ class Membership:
             self.send(name, command)
 
     def working(self, what: str) -> None:
-        """Tells every member that this thread is busy, so that its silence means nothing."""
+        """Tells every member that this thread is busy, so that its silence is not an error."""
         for member in list(self.by_name.values()):
             self._try(member.link, messages.Working(what, 0, 0))
 
     def blame(self, name: str, reason: str) -> None:
-        """Ends the connection of a member that said what does not fit.
+        """Ends the connection of a member that sent an invalid message.
 
         Raises:
-          ProtocolError: The run cannot go on without it; names the member and what it said.
+          ProtocolError: The run cannot go on without it; names the member and its message.
         """
         self.lose(name, ProtocolError(f"{long_name(name)} sent {reason}"), reason)
 
     @contextlib.contextmanager
     def reading(self, name: str) -> Iterator[None]:
-        """Ends the connection of a member whose bundle turns out not to be what it may be.
+        """Ends the connection of a member whose bundle proves to be invalid.
 
         Raises:
-          ProtocolError: Always then; the run may go on without a device that is no member any more.
+          ProtocolError: In any such case; the run may go on without a device that is lost by it.
         """
         try:
             yield
@@ -399,13 +399,13 @@ class Membership:
             raise
 
     def lose(self, name: str, error: PeerError, reason: str = "", *, left: bool = False) -> None:
-        """Ends the connection of a member, which is no member any more.
+        """Ends the connection of a member and removes it from the run.
 
         Args:
-          name: The member's.
-          error: What it is lost for, and what ends the run if it cannot go on without it.
-          reason: What its link is ended with; the error's text unless given.
-          left: Whether it went of its own accord.
+          name: The member's name.
+          error: The cause, which ends the run if it cannot go on without the member.
+          reason: The reason sent over its link; the error's text unless given.
+          left: Whether it left of its own accord.
 
         Raises:
           PeerError: The run cannot go on without it: the error given.
@@ -426,15 +426,15 @@ class Membership:
         self.lost(name, error)
 
     def _tolerates(self, name: str) -> bool:
-        """Returns whether the run may go on without a member."""
+        """Returns whether the run can go on without a member."""
         return self._may_lose and not is_node(name)
 
     def abort(self, reason: str, *, again: bool = False) -> None:
-        """Tells every device that the run has ended, as far as they can still be told.
+        """Tells every reachable device that the run has ended.
 
         Args:
           reason: Why.
-          again: Whether this process is expected to be started again and to go on.
+          again: Whether this process is expected to be restarted and to resume the run.
         """
         for member in self.by_name.values():
             self._try(member.link, messages.Abort(reason, again))
@@ -445,13 +445,13 @@ class Membership:
                 continue
 
     def close(self) -> None:
-        """Tells what was refused in all."""
+        """Reports the total of refusals."""
         self._refusals.close()
 
     # --- mail ---------------------------------------------------------------------------------
 
     def _route(self, link: Link, message: Message) -> None:
-        """Sorts what arrives; runs on the I/O thread."""
+        """Routes arriving messages; runs on the I/O thread."""
         waiting = self._links.get(link)
         if waiting is None or waiting.ended:
             message.release()
@@ -472,13 +472,13 @@ class Membership:
             self._inbox.put((Incoming.MESSAGE, link, message))
 
     def _is_past(self, message: Message) -> bool:
-        """Returns whether it is a tensor of what was given up while it was on its way."""
+        """Returns whether it is a tensor of work that was abandoned while it was in transit."""
         if message.kind != MessageKind.TENSOR or message.tag is None or self.acceptance is None:
             return False
         return self.acceptance.is_past(message.tag)
 
     def open(self, index: int, spans: Sequence[Span], attempt: int, samples: Sequence[int]) -> None:
-        """Takes from members the tensors of an attempt at a round, and that it goes on."""
+        """Accepts from members the tensors and progress of an attempt at a round."""
         assert self.acceptance is not None
         self._round = index
         self.acceptance.open(spans, attempt, samples)
@@ -487,7 +487,7 @@ class Membership:
             member.broken.clear()
 
     def _objection(self, waiting: _Waiting, name: str | None, message: Message) -> str | None:
-        """Returns why a message is not even read, or None; runs on the I/O thread."""
+        """Returns why a message is rejected unread, or None; runs on the I/O thread."""
         if name is None:
             asked = message.kind == MessageKind.CONTROL and not waiting.messages
             return None if asked else f"{_what(message)} before it was admitted, expected a join"
@@ -496,30 +496,30 @@ class Membership:
                 return f"{_what(message)} before there is a plan"
             return self.acceptance.objection(self.seats.get(name, name), message)
         if waiting.messages >= MOST_WAITING or waiting.nbytes > MOST_WAITING_BYTES:
-            return f"{waiting.messages} messages of {waiting.nbytes} bytes that nobody has read yet"
+            return f"{waiting.messages} messages of {waiting.nbytes} bytes that are still unread"
         known = registry.peek(message)
         if message.kind != MessageKind.BUNDLE or known is None or known.form is Form.CONTROL:
             return None
-        # Looked at before it is read: bundles are large.
+        # Checked before it is read: bundles are large.
         asked = self.by_name[name].owed.expects(known.made)
-        return None if asked else f"{known.name!r}, which nobody asked it for"
+        return None if asked else f"{known.name!r}, which was not requested"
 
     def _end(self, link: Link, reason: str) -> None:
-        """Ends one link; nothing of it is taken any more. Any thread may call it."""
+        """Ends a link and discards its unread mail; any thread may call it."""
         waiting = self._links.get(link)
         if waiting is not None:
             waiting.ended = True
         link.refuse(reason)
 
     def _try(self, link: Link, message: ControlMessage) -> None:
-        """Says something to a link that may be gone."""
+        """Sends a message over a link that may have ended."""
         try:
             registry.send(link, message)
         except ChannelError:
-            return  # its loss is told where it is waited for
+            return  # its loss is reported where it is waited for
 
     def _take(self, timeout_s: float) -> None:
-        """Handles one item of mail, if any comes in time."""
+        """Handles an item of mail, if any arrives in time."""
         if self._stop.is_set():
             raise RunError("the run was told to stop")
         self._beat()
@@ -551,13 +551,13 @@ class Membership:
             else:
                 self._refusals.add(None, link.address, f"it sent {item}")
         elif name is None:
-            if link in self._links:  # otherwise it was lost while this waited to be read
+            if link in self._links:  # otherwise it was lost before this was read
                 self._admit(link, item)
         else:
             self._read(name, link, item)
 
     def _read(self, name: str, link: Link, message: Message) -> None:
-        """Reads what a member said."""
+        """Reads a member's message."""
         if (waiting := self._links.get(link)) is not None:
             waiting.messages -= 1
             waiting.nbytes -= message.nbytes
@@ -574,7 +574,7 @@ class Membership:
         self._sort(Mail(name, said, {}, message.received_s, message))
 
     def _note_gone(self, name: str, error: ChannelError) -> None:
-        """Loses a member whose link a send found gone, with its own words if it sent any.
+        """Loses a member after a failed send, with its own reason if it sent a last message.
 
         A send can notice the end of a link before the mail about it was read.
         """
@@ -585,10 +585,10 @@ class Membership:
             self.lose(name, gone)
 
     def _wait_for_last_words(self, name: str | None = None) -> None:
-        """Reads mail for a moment, until a member that is gone has been told of.
+        """Reads mail briefly, until the loss of a member has been reported.
 
         Raises:
-          PeerError: The run cannot go on without the member that the mail tells of.
+          PeerError: The run cannot go on without the member whose loss the mail reports.
         """
         deadline = time.monotonic() + LAST_WORDS_S
         while (left := deadline - time.monotonic()) > 0 and (name is None or name in self.by_name):
@@ -605,7 +605,7 @@ class Membership:
         elif isinstance(said, messages.Pulse):
             self.patience.pulse(mail.source, said.actions)
         elif isinstance(said, messages.Working):
-            # Of what is asked in the midst of a round, nothing takes so long: there the clock runs.
+            # Nothing that is asked during a round takes so long: there the clock runs.
             if mail.source == COORDINATOR or self.by_name[mail.source].owed.owes(TAKES_LONG):
                 self.patience.working(mail.source, said.what)
             self.tell_working(mail.source, said.what, said.done, said.of)
@@ -618,15 +618,15 @@ class Membership:
         else:
             self.patience.answered(mail.source)
             if isinstance(said, messages.Bye) and mail.message is not None:
-                del self._names[mail.message.link]  # its end is no loss any more
+                del self._names[mail.message.link]  # its end is not a loss
             self._early.append(mail)
 
     def tell_working(self, host: str, what: str, done: int, of: int) -> None:
-        """Tells what a host is busy with, and how far it is."""
+        """Reports a host's work and how much of it is done."""
         self._tell({"event": "working", "host": host, "what": what, "done": done, "of": of})
 
     def _note_progress(self, source: str, said: messages.Progress) -> None:
-        """Tells of a step that is over; steps of a device rise."""
+        """Reports a completed step; the steps of a device must rise."""
         if source != COORDINATOR:
             if self._is_given_up(said.device, said.round):
                 return
@@ -635,19 +635,19 @@ class Membership:
             own = plan is not None and plan.tells_of(seat, said.device, said.step)
             if not own or said.step <= steps.get(said.device, -1):
                 self.blame(source, f"'progress' of device {said.device}, step {said.step}, "
-                           "which is none of its own or was told before")  # fmt: skip
+                           "which is not its own or was reported before")  # fmt: skip
                 return
             steps[said.device] = said.step
         self._tell({"event": "progress", **dataclasses.asdict(said)})
 
     def _is_given_up(self, place: int | None, round_: int) -> bool:
-        """Returns whether something is of a round that is over, or of a place that is out of it."""
+        """Returns whether a report is of a round that is over, or of a dropped place."""
         if place is None or self.acceptance is None:
             return round_ < self._round
         return round_ < self._round or self.acceptance.is_dropped(place)
 
     def _note_broken(self, source: str, said: messages.NonFinite) -> None:
-        """Tells of what is not finite on a host, once for each device, step and kind."""
+        """Reports non-finite values on a host, once for each device, step and kind."""
         if source != COORDINATOR:
             if self._is_given_up(said.device, said.round):
                 return
@@ -660,17 +660,17 @@ class Membership:
             own &= set(said.units) <= set(self._model.unit_names)
             if not own or key in told:
                 self.blame(source, f"'nonfinite' of device {said.device}, step {said.step}, "
-                           "which is none of its own or was told before")  # fmt: skip
+                           "which is not its own or was reported before")  # fmt: skip
                 return
             told.add(key)
         self.end_broken(said, source)
 
     def end_broken(self, found: messages.NonFinite, source: str = COORDINATOR) -> None:
-        """Tells of what is not finite.
+        """Reports non-finite values.
 
         Raises:
-          RunError: That ends the run (``run.nonfinite=end``; with ``drop``, where it is not one
-            device's).
+          RunError: They end the run (``run.nonfinite=end``; with ``drop``, where they do not belong
+            to a single device).
         """
         self._tell(finite.event(found))
         wanted = self._config.run.nonfinite
@@ -680,7 +680,7 @@ class Membership:
             self.broken(found, source)
 
     def _beat(self) -> None:
-        """Now and then tells members that this thread goes on, and looks who else does."""
+        """Periodically sends members a pulse, and checks which members make progress."""
         now = time.monotonic()
         if now - self._pulsed_s < self._pulse_s:
             return
@@ -701,13 +701,13 @@ class Membership:
     # --- joining ------------------------------------------------------------------------------
 
     def _admit(self, link: Link, message: Message) -> None:
-        """Takes a device or node in, or tells it and the user why not."""
+        """Admits a device or node, or reports to it and to the user why not."""
         asked, reason = admission.read(message, self._config, self._model)
         name = getattr(asked, "name", None)
-        if reason is None and name != link.peer:  # whose certificate and token were looked at
+        if reason is None and name != link.peer:  # whose certificate and token were checked
             reason = f"it joins as {name!r}, but its link is that of {link.peer!r}"
         taken = reason is None and name in self.by_name
-        if taken:  # or it is back before its loss was noticed
+        if taken:  # or it has returned before its loss was noticed
             reason = f"{long_name(str(name))} has joined already: start it with another index"
         if reason is not None or asked is None:
             self._refuse(link, name, reason or "it did not ask to join", again=taken)
@@ -732,7 +732,7 @@ class Membership:
         self.joined(who.name)
 
     def _refuse(self, link: Link, name: str | None, reason: str, *, again: bool = False) -> None:
-        """Tells a stranger and the user why it is not taken, and ends its link."""
+        """Reports to an unknown peer and to the user why it is refused, and ends its link."""
         self._refusals.add(name, link.address, reason)
         self._try(link, messages.Refused(reason, again))
         if (waiting := self._links.pop(link, None)) is not None:
@@ -741,7 +741,7 @@ class Membership:
 
 
 def _what(message: Message) -> str:
-    """Returns what somebody sent, in a few words."""
+    """Returns a short description of a message."""
     if message.kind == MessageKind.TENSOR:
         return f"a tensor ({message.tag})"
     return f"a {message.kind} message"

@@ -1,4 +1,4 @@
-"""How long a run waits for hosts that answer pings but do nothing: the progress deadline."""
+"""The progress deadline: how long a run waits for hosts that answer pings but do not progress."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipar_jax.config import Config
 from pipar_jax.errors import PeerError
 from pipar_jax.schedule.plan import long_name
 
-#: Seconds without progress that are always allowed, and actions' lengths that are.
+#: Time without progress that is always allowed: in seconds, and in lengths of an action.
 LEAST_S, ACTIONS = 300.0, 20
 #: Seconds between two pulses, at most, and their number within a deadline, at least.
 PULSE_S, PULSES = 5.0, 5
@@ -46,7 +46,7 @@ class Moving:
         self._mark = clock(), self._carried()
 
     def look(self) -> bool:
-        """Says whether it has carried something since it last did."""
+        """Returns whether it has carried more than heartbeats since the last call."""
         now_s, carried = self._clock(), self._carried()
         since_s, before = self._mark
         if carried - before < _BYTES + _BYTES_S * (now_s - since_s):
@@ -60,11 +60,11 @@ class Moving:
 
 
 class Patience:
-    """Ends a wait in which nobody shows progress.
+    """Ends a wait in which no host makes progress.
 
-    Progress is an answer, a pulse (a host tells now and then how many actions are over on it), and
+    Progress is an answer, a pulse (a host's periodic report of how many actions are over), and
     a transfer under way. The clock is one for all hosts, since most of them wait for each other; it
-    stands while a host that is waited for says that it compiles or times itself.
+    stops while a host that is waited for reports that it compiles or times itself.
 
     Args:
       config: Resolved configuration.
@@ -80,7 +80,7 @@ class Patience:
         self._actions: dict[str, int] = {}
 
     def action(self, seconds: float) -> None:
-        """Takes note of how long an action took."""
+        """Records the duration of an action."""
         self._longest_s = max(self._longest_s, seconds)
 
     def begin(self) -> None:
@@ -88,22 +88,22 @@ class Patience:
         self._began_s = self._shown_s = self._clock()
 
     def progress(self, host: str) -> None:
-        """Takes note of progress of a host."""
+        """Records progress of a host."""
         self._last_s[host] = self._shown_s = self._clock()
 
     def answered(self, host: str) -> None:
-        """Takes note of an answer of a host, which ends what it worked at."""
+        """Records an answer of a host, which ends its reported work."""
         self._working.pop(host, None)
         self.progress(host)
 
     def pulse(self, host: str, actions: int) -> None:
-        """Takes note of how many actions are over on a host; of no progress if none was."""
+        """Records how many actions are over on a host: progress if the number has grown."""
         if actions > self._actions.get(host, -1):
             self._actions[host] = actions
             self.progress(host)
 
     def working(self, host: str, what: str) -> None:
-        """Takes note that a host compiles or times itself until its next answer."""
+        """Records that a host compiles or times itself until its next answer."""
         self._working[host] = what
         self.progress(host)
 
@@ -113,14 +113,14 @@ class Patience:
             noted.pop(host, None)  # type: ignore[attr-defined]
 
     def check(self, missing: Iterable[str], what: str) -> None:
-        """Ends the wait if nobody has shown progress for too long.
+        """Ends the wait if no host has made progress within the limit.
 
         Args:
           missing: The hosts that are waited for.
-          what: What they are to say.
+          what: The kind of message that is expected of them.
 
         Raises:
-          PeerError: Nobody has.
+          PeerError: No host has.
         """
         now = self._clock()
         late = list(missing)
@@ -136,6 +136,6 @@ class Patience:
             for name in late
         )
         raise PeerError(
-            f"no progress for {limit:g} s: {what!r} is missing from {', '.join(since)}, though "
-            "the links are up: look at what these hosts do, or raise network.progress_s"
+            f"no progress for {limit:g} s: {what!r} is missing from {', '.join(since)}, although "
+            "the links are up: check what these hosts are doing, or raise network.progress_s"
         )

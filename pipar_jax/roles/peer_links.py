@@ -1,4 +1,4 @@
-"""A worker's neighbours in the chains: who opens which link, and how it is recognised."""
+"""A worker's links to its neighbours in the chains: who opens a link, and how it is identified."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ _NOTHING = Allowance(tensor_bytes=0, bundle_bytes=0, bundle_tensors=0)
 
 
 class PeerLinks:
-    """Opens and takes the direct links of one host.
+    """Opens and accepts the direct links of one host.
 
     Args:
       hosts: The hosts of the run.
-      network: How long to wait for whom.
+      network: The time limits.
       name: The host's name.
-      endpoint: Where its links live.
-      tensors: Takes the tensors that arrive, with the peer's name and what its link is for, or
-        says what is wrong with one and ends that link; runs on the I/O thread.
+      endpoint: The endpoint of its links.
+      tensors: Receives the tensors that arrive, with the peer's name and its link's boundary;
+        returns what is wrong with a tensor, which ends that link; runs on the I/O thread.
       wake: Called when a link has credit again; runs on the I/O thread.
-      lost: Takes the error of a link that ended before the run did; runs on the I/O thread.
-      met: Called once every link that ``meet`` asked for is there; on any thread.
+      lost: Receives the error of a link that ended before the run; runs on the I/O thread.
+      met: Called when every link that ``meet`` asked for is connected; on any thread.
 
     Attributes:
       link_table: The links.
-      refused: How many strangers were refused.
+      refused: Number of unknown peers that were refused.
     """
 
     def __init__(
@@ -67,14 +67,14 @@ class PeerLinks:
         self._expected: tuple[Boundary, ...] = ()
         self._until_s, self._reason = 0.0, ""  # of waiting; of the last refusal
         self._early: list[tuple[Boundary, Link]] = []
-        # Links that share an emulated line, by the device whose radio it is, or by their boundary.
+        # Links that share an emulated line, by the device that owns the radio, or by boundary.
         self._lines: dict[str | Boundary, list[Link]] = {}
         self._began_s: float | None = None
         self._parting = False
         self._of: dict[Link, Boundary] = {}  # links that were taken
 
     def listen(self) -> tuple[str, int]:
-        """Begins to listen where the configuration says; returns host and port.
+        """Begins to listen on the configured address; returns host and port.
 
         Raises:
           RunError: The address cannot be listened on.
@@ -92,9 +92,9 @@ class PeerLinks:
     def connect(
         self, boundaries: tuple[Boundary, ...], addresses: Mapping[str, tuple[str, int]]
     ) -> None:
-        """Opens this host's links and waits for those that others open; ``met`` follows.
+        """Opens this host's links and waits for those that others open; ``met`` is called then.
 
-        A later plan may need more: links that are there already stay as they are.
+        A later plan may need more links: existing links stay as they are.
 
         Args:
           boundaries: All of a plan's boundaries that need a link of their own.
@@ -119,10 +119,10 @@ class PeerLinks:
         self._look()
 
     def check(self) -> None:
-        """Ends a wait for neighbours that do not come, or are not taken.
+        """Ends a wait for neighbours that do not connect, or are refused.
 
         Raises:
-          JoinError: Some have not come in time.
+          JoinError: Some have not connected in time.
         """
         with self._lock:
             if not self._expected or time.monotonic() <= self._until_s:
@@ -139,21 +139,21 @@ class PeerLinks:
 
     @property
     def _patience_s(self) -> float:
-        """How long to wait for links that others open, who may try as long as for any other."""
+        """Seconds to wait for links that others open: as long as they may try to connect."""
         return self._network.join_timeout_s + self._network.deadline_s
 
     def allow(self, tensor_bytes: Callable[[str], int]) -> None:
-        """Lets neighbours send what a plan has for them, and nothing larger.
+        """Limits what neighbours may send to the largest tensors of a plan.
 
         Args:
-          tensor_bytes: For a peer the bytes of the largest tensor that it may send.
+          tensor_bytes: Returns the bytes of the largest tensor that a peer may send.
         """
         for boundary, link in self.link_table.direct():
             nbytes = tensor_bytes(boundary.peer(self._name))
             link.admit(Allowance(tensor_bytes=nbytes, bundle_bytes=0, bundle_tensors=0))
 
     def begin(self) -> None:
-        """Lets the rates of emulated links change from now on, where they do."""
+        """Starts the clocks of emulated links whose rates vary."""
         with self._lock:
             self._began_s = time.monotonic()
             for line, links in self._lines.items():
@@ -165,7 +165,7 @@ class PeerLinks:
                     self._share(line, link)
 
     def finish(self) -> None:
-        """Notes that the run is over, so that the end of a link is no loss any more."""
+        """Records that the run is over, so that the end of a link is not a loss."""
         self._parting = True
 
     def _dial(self, boundary: Boundary, addresses: Mapping[str, tuple[str, int]]) -> None:
@@ -189,7 +189,7 @@ class PeerLinks:
         self.link_table.add(boundary, link)
 
     def _on_link(self, link: Link) -> None:
-        """Takes a connection whose first message will say what it is for; on the I/O thread."""
+        """Accepts a connection, whose first message names its boundary; on the I/O thread."""
         self._begin(link)
 
     def _begin(self, link: Link) -> None:
@@ -223,7 +223,7 @@ class PeerLinks:
         self._look()
 
     def _strange(self, boundary: Boundary, link: Link) -> str | None:
-        """Returns why a link is none of a neighbour's under any plan, or None."""
+        """Returns why a link cannot be a neighbour's under any plan, or None."""
         known = self._name in boundary[:2] and link.peer == boundary.peer(self._name)
         if not known or link.peer not in self._hosts or link.peer == COORDINATOR:
             return f"{link.peer} asked to be a neighbour for {tuple(boundary)}"
@@ -233,7 +233,7 @@ class PeerLinks:
         return None
 
     def _on_neighbour(self, link: Link, boundary: Boundary, message: Message) -> None:
-        """Takes what a neighbour sends that has been met: tensors alone."""
+        """Receives what a connected neighbour sends: only tensors."""
         peer = boundary.peer(self._name)
         if message.kind == MessageKind.TENSOR:
             reason = self._tensors(peer, message, boundary)
@@ -244,18 +244,18 @@ class PeerLinks:
             self._lost(ProtocolError(f"{long_name(peer)} sent {long_name(self._name)} {reason}"))
 
     def _refuse(self, link: Link, reason: str) -> None:
-        """Ends the link of a stranger; the run goes on."""
+        """Ends the link of an unknown peer; the run goes on."""
         self.refused += 1
         self._reason = one_line(reason, 300)
         link.refuse(reason)
 
     def _take(self, boundary: Boundary, link: Link) -> None:
-        """Takes a link that a neighbour opened, if it is one that is expected."""
+        """Accepts a link that a neighbour opened, if it is expected."""
         missing = self.link_table.missing(self._expected)
         if boundary not in missing or link.peer != boundary.peer(self._name):
             self._refuse(
                 link,
-                f"{long_name(self._name)} was not to meet {link.peer} for {tuple(boundary)}: "
+                f"{long_name(self._name)} does not expect {link.peer} for {tuple(boundary)}: "
                 "do all hosts belong to this run?",
             )
             return
@@ -265,7 +265,7 @@ class PeerLinks:
         self.link_table.add(boundary, link)
 
     def _look(self) -> None:
-        """Tells once when nothing is missing any more."""
+        """Calls ``met`` once when no link is missing."""
         with self._lock:
             if not self._expected or self.link_table.missing(self._expected):
                 return
@@ -288,34 +288,34 @@ class PeerLinks:
                 self._share(line, link)
 
     def _share(self, line: str | Boundary, link: Link) -> None:
-        """Puts a link on the line of another one: a device's first is that to the coordinator."""
+        """Shares the line of an earlier link: a device's first is that to the coordinator."""
         first = self.link_table.control[COORDINATOR] if line == self._name else self._lines[line][0]
         if link is not first:
             link.share_shape(first)
 
     def _shape_of(self, line: str | Boundary) -> LinkShape:
-        """Returns the shape of what this node sends to a device, or over a boundary of nodes."""
+        """Returns the shape of this node's traffic to a device, or over a boundary of nodes."""
         if isinstance(line, Boundary):
             lower = self._hosts[line.lower]
             return lower.up if line.lower == self._name else lower.down
         return self._hosts[line].down
 
     def _on_lost(self, link: Link, error: ChannelError) -> None:
-        """Tells of a link that ended; runs on the I/O thread."""
+        """Reports a link that ended; runs on the I/O thread."""
         boundary = self._of.get(link)
-        if boundary is None:  # a stranger
+        if boundary is None:  # an unknown peer
             with self._lock:
                 self._early = [one for one in self._early if one[1] is not link]
             return
         if self._hosts.may_lose and is_device(boundary.peer(self._name)):
-            # The coordinator says who goes on without it; it may come back over another link.
+            # The coordinator decides who goes on without it; it may return over another link.
             del self._of[link]
             with self._lock:
                 for links in self._lines.values():
                     if link in links:
                         links.remove(link)
             return
-        # Who says goodbye has finished, or has told the coordinator why not.
+        # A peer that closes its link has finished, or has told the coordinator why not.
         if not (self._parting or isinstance(error, PeerClosed)):
             peer = boundary.peer(self._name)
             words = f"{long_name(self._name)} lost {peer}"

@@ -1,7 +1,7 @@
-"""The devices that have registered for a run, whether they are there or not.
+"""The devices that have registered for a run, present or not.
 
-What is kept of a device that is away is a few numbers: memory for weights, links and messages
-belongs to those that are there, and to the places of a round's cohort.
+An absent device costs a few numbers: memory for weights, links and messages is only held for
+present devices and for the places of a round's cohort.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pipar_jax.schedule.plan import device_name
 
 
 class Presence(enum.Enum):
-    """Where a registered device is."""
+    """Whether a registered device is present, and why not."""
 
     PRESENT = "present"
     LOST = "lost"
@@ -31,14 +31,14 @@ class Registered:
       index: Its index.
       samples: Samples that it trains on in an epoch.
       steps: Steps in its epoch.
-      presence: Where it is.
+      presence: Whether it is present.
       ready: Whether it has prepared its share of the plan, and so may take part in a round.
-      current: Whether it has the weights of the moment.
-      fresh: Whether it begins its next round without an optimiser state of rounds before.
-      rounds: Rounds that it took part in and that count.
-      step: The step that comes next in its own data; rounds that do not count leave it as it is.
-      since_s: When it came or went, on the monotonic clock.
-      losses: How often it was lost.
+      current: Whether it has the current weights.
+      fresh: Whether it begins its next round without an optimiser state from earlier rounds.
+      rounds: Number of counted rounds that it took part in.
+      step: The next step in its own data; rounds that do not count leave it unchanged.
+      since_s: When it joined or left, on the monotonic clock.
+      losses: Number of times that it was lost.
     """
 
     index: int
@@ -58,7 +58,7 @@ class Population:
     """All registered devices, by index."""
 
     def __init__(self) -> None:
-        """Begins with none."""
+        """Begins empty."""
         self._by_index: dict[int, Registered] = {}
 
     def __contains__(self, index: int) -> bool:
@@ -70,22 +70,22 @@ class Population:
         return self._by_index[index]
 
     def __iter__(self) -> Iterator[Registered]:
-        """Yields all that have ever joined, in the order of their indices."""
+        """Yields all devices that have ever joined, in the order of their indices."""
         return iter([self._by_index[index] for index in sorted(self._by_index)])
 
     def __len__(self) -> int:
-        """Returns how many have ever joined."""
+        """Returns the number of devices that have ever joined."""
         return len(self._by_index)
 
     def join(self, who: Identity, now_s: float) -> float | None:
-        """Notes that a device is there.
+        """Records that a device is present.
 
         Args:
-          who: What it says of itself. Samples and steps may have changed while it was away.
+          who: Its reported identity. Samples and steps may have changed while it was absent.
           now_s: The time, on the monotonic clock.
 
         Returns:
-          The seconds that it was away; None if it has never been there.
+          The seconds for which it was absent; None if it joins for the first time.
         """
         one = self._by_index.get(who.index)
         if one is None:
@@ -97,16 +97,16 @@ class Population:
         return away_s
 
     def go(self, index: int, presence: Presence, now_s: float) -> None:
-        """Notes that a device is gone."""
+        """Records that a device is gone."""
         one = self._by_index[index]
         one.presence, one.ready, one.since_s = presence, False, now_s
         one.current, one.fresh = False, True
         one.losses += presence is Presence.LOST
 
     def ready(self) -> list[Candidate]:
-        """Returns the devices that may take part in a round."""
+        """Returns the devices that are allowed to take part in a round."""
         return [Candidate(one.index, one.samples, one.rounds) for one in self if one.ready]
 
     def present(self) -> list[str]:
-        """Returns the names of the devices that are there."""
+        """Returns the names of the present devices."""
         return [device_name(one.index) for one in self if one.presence is Presence.PRESENT]

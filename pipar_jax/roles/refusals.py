@@ -1,4 +1,4 @@
-"""What was refused from strangers: told, but never so much that it fills a disk."""
+"""Refusals of unknown peers: reported, but never so many that they fill a disk."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import time
 
 from pipar_jax.disk.event_log import OnEvent
 
-#: Refusals that are told one by one, and the seconds between two that are told after them.
+#: Number of refusals that are all reported, and the seconds between two reports after them.
 FIRST, EVERY_S = 20, 30.0
 
 
 class Refusals:
-    """Counts refusals and tells of some of them.
+    """Counts refusals and reports some of them.
 
     Args:
-      tell: Takes events.
+      tell: Receives events.
     """
 
     def __init__(self, tell: OnEvent) -> None:
@@ -24,12 +24,12 @@ class Refusals:
         self.count = 0
 
     def add(self, host: str | None, address: str, reason: str) -> None:
-        """Takes note of one.
+        """Records a refusal.
 
         Args:
-          host: The name that it gave, if it is one of the run's.
-          address: Where it came from.
-          reason: Why it was refused; one line.
+          host: The name that the peer gave, if it is the name of a host of the run.
+          address: The peer's address.
+          reason: Why it was refused, on a single line.
         """
         self.count += 1
         now = time.monotonic()
@@ -43,7 +43,7 @@ class Refusals:
         )  # fmt: skip
 
     def close(self) -> None:
-        """Tells how many there were, if some were not told."""
+        """Reports the total, if some refusals were not reported."""
         if self._untold:
             self._tell({"event": "refusals", "count": self.count})
             self._untold = 0

@@ -1,4 +1,4 @@
-"""A device that lost its coordinator keeps trying to come back, for as long as it may."""
+"""A device that lost its coordinator keeps trying to rejoin within its time limit."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def persist(
     stop: threading.Event,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Takes part in a run; after a loss that may pass, joins again.
+    """Runs a device's part of a run; joins again after a loss that may be temporary.
 
-    Pauses rise and are drawn at random, so that many devices do not come back at once.
+    Pauses grow and are drawn at random, so that many devices do not return at once.
 
     Args:
-      take_part: Joins within so many seconds and takes part to the end. Its errors say with
+      take_part: Joins within the given seconds and takes part to the end. Its errors report with
         ``again`` whether another try makes sense, and with ``taken`` whether it was admitted.
       join_timeout_s: Seconds for the first try.
       rejoin_s: Seconds after a loss for which to try again; 0: not at all.
@@ -35,7 +35,7 @@ def persist(
       clock: The monotonic clock.
 
     Raises:
-      PiparError: The last try's error, when time is up or no other try makes sense.
+      PiparError: The last try's error, when the time is up or another try is useless.
     """
     until_s: float | None = None
     pause_s = FIRST_PAUSE_S
@@ -51,6 +51,6 @@ def persist(
                 until_s, pause_s = clock() + rejoin_s, FIRST_PAUSE_S
             if clock() + pause_s >= until_s or stop.is_set():
                 raise
-            LOG.warning("%s; tries to come back", error)
+            LOG.warning("%s; trying to rejoin", error)
         stop.wait(pause_s * random.uniform(0.5, 1.0))
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)

@@ -1,4 +1,4 @@
-"""Conducts a change of plan: asks hosts for what leaves them, and hands on what they gain."""
+"""Conducts a change of plan: pulls the states that leave hosts and pushes those they gain."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from pipar_jax.schedule.plan import COORDINATOR, Plan
 def conduct(
     members: Membership, states: StateExchange, old: Plan, new: Plan, aggregator: Aggregator
 ) -> None:
-    """Lets all hosts change their plan; runs on the coordinator, between two rounds.
+    """Changes the plan of all hosts; runs on the coordinator, between two rounds.
 
     Args:
       members: The devices and compute nodes.
       states: Moves states between the hosts.
       old: The plan so far.
-      new: The plan from now on; its neighbours have met, and all hosts have compiled it.
-      aggregator: The coordinator's, which takes over what compute nodes averaged so far.
+      new: The plan from now on; its neighbours are connected, and all hosts have compiled it.
+      aggregator: The coordinator's, which takes over the compute nodes' averages so far.
 
     Raises:
       PeerError: A device or node was lost or failed.
-      RunError: This process failed, or a host gave what does not fit the model.
+      RunError: This process failed, or a host sent states that do not fit the model.
     """
     hosts, names = (COORDINATOR, *members.by_name), tuple(aggregator.params)
     given = states.pull({name: exchanges.leaving(old, new, name, names) for name in hosts}).states

@@ -1,7 +1,7 @@
-"""When a round is over: all have finished, or as many as the configuration asks for.
+"""When a round is over: all devices have finished, or as many as the configuration requires.
 
-It is a value of times and sets, without links or threads: who asks says who has finished, who is
-lost and what time it is.
+It is a value of times and sets, without links or threads: the caller says who has finished, who is
+lost and what the time is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pipar_jax.config import Config
 
 
 class Verdict(enum.Enum):
-    """What is to be done with a round now."""
+    """The decision about a round."""
 
     WAIT = "wait"
     COMMIT = "commit"
@@ -44,7 +44,7 @@ class RoundEnd:
 
     @property
     def needed(self) -> int:
-        """How many devices have to finish."""
+        """Number of devices that must finish."""
         return needed(self._config.quorum or self._config.first, self.cohort)
 
     @property
@@ -53,14 +53,14 @@ class RoundEnd:
         return tuple(one for one in self.cohort if one not in self.lost)
 
     def ends_s(self) -> float | None:
-        """Returns when the verdict may change though nothing happens, or None."""
+        """Returns when the verdict may change without an event, or None."""
         if not self._config.deadline_s:
             return None
         deadline_s = self._began_s + self._config.deadline_s
         return deadline_s + (self._config.wait_s if self._config.below == "wait" else 0.0)
 
     def verdict(self, now_s: float) -> Verdict:
-        """Returns what is to be done now.
+        """Returns the decision at a time.
 
         Args:
           now_s: The time, on the monotonic clock.
@@ -80,5 +80,5 @@ class RoundEnd:
 
 
 def needed(quorum: int, cohort: Sequence[int]) -> int:
-    """Returns how many devices of a cohort have to finish; all of them where no quorum is set."""
+    """Returns how many devices of a cohort must finish: all of them without a quorum."""
     return quorum or max(1, len(cohort))

@@ -1,4 +1,4 @@
-"""Plans given in advance, a round each: how a measurement tries many of them in one run."""
+"""Plans given in advance, one per round: a measurement tries many of them in a single run."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from pipar_jax.tuner.replanning import Offer
 
 
 class ScriptedPlans:
-    """Stands in for ``Adaptation``: each round has a plan of its own.
+    """A replacement for ``Adaptation``: each round has its own plan.
 
     Each plan is compiled between the rounds, while nothing else runs, so that all rounds are alike.
 
     Args:
-      plans: The plan of the first round, of the second, and so on; the last one's stays.
+      plans: The plan of each round; the last plan stays in force.
       members: The devices and compute nodes.
       host: The host in this process.
-      units: How many units the model has.
+      units: Number of the model's units.
 
     Raises:
-      PlanError: A plan is one that cannot follow the one before.
+      PlanError: A plan cannot follow its predecessor.
     """
 
     def __init__(self, plans: Sequence[Plan], members: Membership, host: Host, units: int) -> None:
@@ -37,10 +37,10 @@ class ScriptedPlans:
         self.offers: tuple[Offer, Offer] | None = None
 
     def begin(self) -> None:
-        """Looks at nothing."""
+        """Does nothing: there is no thread to start."""
 
     def start_round(self, index: int) -> None:
-        """Takes note of the round that begins."""
+        """Records that a round begins."""
         self._index = index
 
     def ready(self) -> Plan | None:
@@ -62,7 +62,7 @@ class ScriptedPlans:
         return plan
 
     def changed(self, index: int) -> None:
-        """Takes note that the plan is in force."""
+        """Records that the plan is in force."""
 
     def close(self) -> None:
-        """Has nothing to end."""
+        """Does nothing: there is no thread to end."""

@@ -1,7 +1,7 @@
-"""Which devices form a round's cohort: registered ways to choose, and the user's own.
+"""Which devices form a round's cohort: registered selection functions, and the user's own.
 
-A way to choose is a function of the devices that are there, of how many are wanted, and of random
-numbers that belong to the seed and the round alone: the same devices give the same cohort.
+A selection is a function of the present devices, of the number wanted, and of random
+numbers that depend on the seed and the round alone: the same devices give the same cohort.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from pipar_jax.config import SELECTIONS, Config, places
 from pipar_jax.config.plugins import find
 from pipar_jax.errors import ConfigError, RunError
 
-#: Keeps the draws of cohorts apart from all others of a run's seed.
+#: Separates the draws of cohorts from all other draws of a run's seed.
 _STREAM = 0xC0
 
 
 class Candidate(NamedTuple):
-    """A device that may take part in a round.
+    """A device that is allowed to take part in a round.
 
     Attributes:
       device: Its index.
       samples: Samples that it trains on in an epoch.
-      rounds: Rounds it took part in so far.
+      rounds: Number of rounds that it has taken part in.
     """
 
     device: int
@@ -33,14 +33,14 @@ class Candidate(NamedTuple):
     rounds: int
 
 
-#: From candidates in order of their indices, their number wanted, and a generator to the devices.
+#: From candidates in index order, the number wanted and a generator to the chosen devices.
 Selection = Callable[[Sequence[Candidate], int, np.random.Generator], Sequence[int]]
 
 
 def uniform(
     candidates: Sequence[Candidate], count: int, draws: np.random.Generator
 ) -> Sequence[int]:
-    """Returns devices of which every subset is as likely as any other."""
+    """Returns a uniformly drawn subset of the devices."""
     chosen = draws.choice(len(candidates), count, replace=False)
     return [candidates[i].device for i in chosen]
 
@@ -48,7 +48,7 @@ def uniform(
 def by_samples(
     candidates: Sequence[Candidate], count: int, draws: np.random.Generator
 ) -> Sequence[int]:
-    """Returns devices drawn one by one without replacement, likelier the more samples they have."""
+    """Returns devices drawn without replacement, with probabilities by their samples."""
     weights = np.array([one.samples for one in candidates], np.float64)
     chosen = draws.choice(len(candidates), count, replace=False, p=weights / weights.sum())
     return [candidates[i].device for i in chosen]
@@ -86,24 +86,24 @@ class CohortChooser:
         Args:
           round_: The round's number.
           attempt: How often it has been begun before.
-          candidates: The devices that are there, in any order.
+          candidates: The present devices, in any order.
 
         Raises:
-          ConfigError: The user's function failed, named a device that is not there or one twice,
-            or another number of them than was wanted.
+          ConfigError: The user's function failed, named an absent device or a device twice,
+            or did not return the number wanted.
         """
         ordered = sorted(candidates)
         if self._all:
             return tuple(one.device for one in ordered)
         if not ordered:
-            raise RunError("a cohort was to be chosen, and no device is there")
+            raise RunError("cannot choose a cohort: no device is present")
         wanted = min(self._size, len(ordered))
         seed = np.random.SeedSequence((self._seed, _STREAM, round_, attempt))
         chosen = self._select(ordered, wanted, np.random.default_rng(seed))
         return self._checked(chosen, wanted, {one.device for one in ordered})
 
     def _checked(self, chosen: object, wanted: int, known: set[int]) -> tuple[int, ...]:
-        """Returns what was chosen, in order, if it is what was asked for."""
+        """Returns the chosen devices in order, after checking them."""
         try:
             devices = [int(one) for one in chosen]  # type: ignore[attr-defined]
             whole = all(a == b for a, b in zip(devices, chosen, strict=True))  # type: ignore[call-overload]

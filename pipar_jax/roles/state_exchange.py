@@ -1,4 +1,4 @@
-"""The coordinator's side of how states of units travel: asks hosts for them, and hands them out."""
+"""The coordinator's side of state transfer: pulls states of units from hosts and pushes them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pipar_jax.schedule.plan import long_name
 
 
 class Pulled(NamedTuple):
-    """What hosts gave.
+    """The states that hosts sent.
 
     Attributes:
-      states: For each host its states.
+      states: The states by host.
       nbytes: Bytes on the wire.
     """
 
@@ -33,17 +33,17 @@ class StateExchange:
     Args:
       members: The devices and compute nodes.
       host: The host in this process.
-      holdings: What bundles hold of the model.
+      holdings: The contents of bundles of the model.
     """
 
     def __init__(self, members: Membership, host: Host, holdings: Holdings) -> None:
         self._members, self._host, self._holdings = members, host, holdings
 
     def read(self, mail: Mail[Any], wanted: Wanted) -> States:
-        """Returns the states that came with what a host said.
+        """Returns the states that came with a host's message.
 
         Raises:
-          ProtocolError: They are others than those wanted.
+          ProtocolError: They are not the requested states.
         """
         if mail.message is None:
             return mail.states
@@ -51,10 +51,10 @@ class StateExchange:
             return self._holdings.states(mail.message, wanted, long_name(mail.source))
 
     def pull(self, wanted: Mapping[str, Wanted]) -> Pulled:
-        """Returns what hosts have of some units; a host of which nothing is wanted is not asked.
+        """Returns hosts' states of some units; a host without requested states is not asked.
 
         Args:
-          wanted: For each host what is wanted of it.
+          wanted: The requested states by host.
 
         Raises:
           PeerError: A device or node was lost or failed.
@@ -80,14 +80,14 @@ class StateExchange:
         *replies: Reply,
         codec: str = "raw",
     ) -> None:
-        """Gives a host what it has of some units from now on.
+        """Sends a host its states of some units from now on.
 
         Args:
-          name: The host's.
+          name: The host's name.
           states: The states.
-          why: What they are for.
-          *replies: What is owed for it, where that depends on the plan.
-          codec: What weights are coded with on their way.
+          why: The command, which names their purpose.
+          *replies: The replies, where they depend on the plan.
+          codec: The codec of weights in transit.
 
         Raises:
           PeerError: The host is lost.

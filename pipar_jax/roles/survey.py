@@ -1,7 +1,7 @@
-"""Asks the hosts of a run what they can do, for the tuner: units are timed, and links.
+"""Surveys the hosts of a run for the tuner: units and links are timed.
 
-The coordinator asks one host after another, so that hosts that share a machine do not disturb each
-other; what a host was asked before, it knows. With tuner.times=predicted a device times reference
+The coordinator asks hosts in sequence, so that hosts that share a machine do not disturb each
+other; a host remembers earlier answers. With tuner.times=predicted a device times reference
 layers alone, and the coordinator predicts its units from them. A link's rate is what the second of
 two bundles takes after the first has arrived; its delay is half of the shortest of a few round
 trips.
@@ -48,19 +48,19 @@ from pipar_jax.tuner.chains import tune_chain
 from pipar_jax.tuner.search import tune
 from stages import Model
 
-#: Control messages that are sent and answered to find a link's delay.
+#: Number of round trips of control messages to measure a link's delay.
 ECHOES = 5
-#: A transfer that is shorter than this is repeated with more bytes, up to so many.
+#: A transfer shorter than this many seconds is repeated with more bytes, up to a limit.
 ENOUGH_S, MOST_BYTES = 0.1, 32 << 20
 _FIRST_BYTES = 64 << 10
 
 
 class Surveyed(NamedTuple):
-    """What the hosts of a run can do.
+    """The survey of a run's hosts and links.
 
     Attributes:
       profile: Hosts and links.
-      references: Of each host whose times were predicted, those of the reference layers, emulated
+      references: For each host with predicted times, those of the reference layers, emulated
         slowness included.
     """
 
@@ -71,9 +71,9 @@ class Surveyed(NamedTuple):
 def choose_plan(
     config: Config, model: Model, members: Membership, samples: Sequence[int]
 ) -> tuple[Plan, Surveyed | None]:
-    """Returns the plan of the configured method, with method=auto the tuner's, and the survey.
+    """Returns the plan of the configured method (with method=auto the tuner's) and the survey.
 
-    Hosts are asked for a profile only where it is needed: to choose by, or to adapt.
+    Hosts are asked for a profile only where the tuner or adaptation needs it.
 
     Args:
       config: Resolved configuration.
@@ -112,7 +112,7 @@ def choose_plan(
 
 
 def survey(config: Config, model: Model, members: Membership, samples: Sequence[int]) -> Surveyed:
-    """Returns what a run's hosts and links are like now.
+    """Returns the present profile of a run's hosts and links.
 
     Args:
       config: Resolved configuration.
@@ -176,9 +176,9 @@ def _ask_host(
     name: str,
     references: dict[str, ReferenceTimes],
 ) -> HostProfile:
-    """Returns what units cost on a device or node: as it measured, or predicted from a glance.
+    """Returns the costs of units on a device or node, measured or predicted from references.
 
-    What it is predicted from is put into ``references``.
+    The reference times of a prediction are added to ``references``.
     """
     sizes = sizes_of(config)
     if config.tuner.times == "predicted":
@@ -188,7 +188,7 @@ def _ask_host(
         try:
             reference = ReferenceTimes.from_dict(values)
         except PlanError as error:
-            members.blame(name, f"'referenced' with times that do not fit: {error}")
+            members.blame(name, f"'referenced' with invalid times: {error}")
         references[name] = reference
         host = predicted_host(config, model, sizes, reference).host
         return dataclasses.replace(host, memory_bytes=memory_bytes)
@@ -204,13 +204,13 @@ def _ask_host(
 
 
 class Respondent:
-    """A device's or node's side: does what it is asked and says what came of it.
+    """A device's or node's side: performs the requests and reports the results.
 
     Args:
       config: The host's resolved configuration.
       own: The host.
       model: The whole model.
-      between: Called between measurements, to notice that nobody wants them any more.
+      between: Called between measurements, to detect that they are no longer wanted.
     """
 
     def __init__(
@@ -247,7 +247,7 @@ class Respondent:
             registry.send_bundle(link, messages.SurveyBytes(), tensors)
 
     def take(self, message: Message) -> None:
-        """Takes one of two bundles; answers after the second with the time since the first."""
+        """Receives a bundle of two; answers after the second with the time since the first."""
         message.release()
         if self._first_s is None:
             self._first_s = message.received_s
@@ -270,7 +270,7 @@ def _echo_s(members: Membership, name: str) -> float:
 
 
 def _rate(transfer_s: Callable[[int], float]) -> float:
-    """Returns the bytes per second of a direction, by a transfer long enough to tell."""
+    """Returns the bytes per second of a direction, from a transfer that is long enough."""
     nbytes = _FIRST_BYTES
     while True:
         seconds = transfer_s(nbytes)
@@ -280,7 +280,7 @@ def _rate(transfer_s: Callable[[int], float]) -> float:
 
 
 def _up_s(members: Membership, name: str, nbytes: int) -> float:
-    """Returns the seconds that so many bytes take from a device."""
+    """Returns the seconds of a transfer of some bytes from a device."""
     members.send(name, messages.SurveySend(nbytes))
     times = []
     for expected in _two(nbytes):
@@ -295,7 +295,7 @@ def _up_s(members: Membership, name: str, nbytes: int) -> float:
 
 
 def _down_s(members: Membership, name: str, nbytes: int) -> float:
-    """Returns the seconds that so many bytes take to a device."""
+    """Returns the seconds of a transfer of some bytes to a device."""
     small, large = _two(nbytes)
     members.send_bundle(name, messages.SurveyBytes(), small)
     members.send_bundle(name, messages.SurveyBytes(), large, reply(messages.Took))
@@ -303,5 +303,5 @@ def _down_s(members: Membership, name: str, nbytes: int) -> float:
 
 
 def _two(nbytes: int) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Returns a small bundle and one of so many bytes, to be sent right behind it."""
+    """Returns a small bundle and a bundle of some bytes, to be sent right behind it."""
     return {"bytes": np.zeros(1024, np.uint8)}, {"bytes": np.zeros(nbytes, np.uint8)}

@@ -1,7 +1,7 @@
-"""How many rounds a run has, and which steps each device takes in the next one.
+"""The number of rounds of a run, and the steps of each device in the next round.
 
-Steps are each device's own: a device that was away goes on where its last round that counts ended,
-so that its mini-batches depend on the rounds that it took part in alone. Where gradients are summed
+Each device has its own steps: a device that was absent resumes where its last counted round ended,
+so that its mini-batches depend only on the rounds that it took part in. Where gradients are summed
 all devices are at the same step.
 """
 
@@ -21,7 +21,7 @@ class Turn(NamedTuple):
 
     Attributes:
       place: The place.
-      step: The step that comes next on the device.
+      step: The device's next step.
       steps: Steps in its epoch.
     """
 
@@ -34,12 +34,12 @@ class Timetable:
     """The rounds of a run under one way to aggregate.
 
     Attributes:
-      rounds: How many there are.
+      rounds: Number of rounds.
 
     Args:
       config: Resolved configuration.
-      plan: The plan, which says when weights are averaged or handed on.
-      steps: Steps in an epoch of each device that was there when the run began.
+      plan: The plan, which defines when weights are averaged or handed on.
+      steps: Steps in an epoch of each device that was present when the run began.
     """
 
     def __init__(self, config: Config, plan: Plan, steps: Sequence[int]) -> None:
@@ -91,5 +91,5 @@ class Timetable:
 
 
 def next_steps(spans: Sequence[Span]) -> Mapping[int, int]:
-    """Returns the step that comes next in each place once a round is over."""
+    """Returns the next step in each place after a round."""
     return {span.device: span.stop for span in spans}

@@ -1,4 +1,4 @@
-"""The trace of a run as it grows: written round by round, the rounds that are wanted."""
+"""The growing trace of a run: the wanted rounds are written round by round."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pipar_jax.disk.json_text import JsonMapping
 from pipar_jax.errors import DiskError
 from pipar_jax.schedule.trace import Interval, Timed, TraceWriter
 
-#: How many rounds ``run.trace=ends`` keeps at each end.
+#: Number of rounds that ``run.trace=ends`` keeps at each end.
 ENDS = 3
 
 
 class TraceLog:
-    """Writes what hosts report to a file; where the disk takes no more, the run goes on without.
+    """Writes hosts' reports to a file; the run goes on without it if the disk fails.
 
     Args:
       path: The file.
-      wanted: ``run.trace``: rounds that are kept.
-      lost: Takes the error that ended the file, once.
+      wanted: ``run.trace``: which rounds are kept.
+      lost: Receives the error that ended the file, once.
     """
 
     def __init__(self, path: Path, wanted: str, lost: Callable[[DiskError], None]) -> None:
@@ -32,8 +32,8 @@ class TraceLog:
         """Begins the file, if any round is wanted.
 
         Args:
-          meta: What the run is.
-          rounds: How many rounds it has.
+          meta: Description of the run.
+          rounds: Number of rounds.
           origin_s: The coordinator's time that is zero in the trace.
         """
         self._rounds, self._origin_s = rounds, origin_s
@@ -56,7 +56,7 @@ class TraceLog:
             )
 
     def end_round(self, interval: Interval) -> None:
-        """Ends this round, given on the coordinator's clock; its actions are on disk then."""
+        """Ends this round, given on the coordinator's clock; writes its actions to disk."""
         if self._file is not None and self._kept:
             with self._giving_up():
                 self._file.end_round(Interval(*(moment - self._origin_s for moment in interval)))
@@ -71,7 +71,7 @@ class TraceLog:
 
     @property
     def _kept(self) -> bool:
-        """Whether this round is wanted; what comes after the last one belongs to it."""
+        """Whether this round is wanted; actions after the last round belong to it."""
         near = min(self._round, max(self._rounds - 1 - self._round, 0)) < ENDS
         return self._wanted == "all" or near
 

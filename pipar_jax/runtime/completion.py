@@ -1,4 +1,4 @@
-"""The thread that sees computations end, stamps them and stretches them on emulated slow hosts."""
+"""The thread that waits for computations, stamps them and stretches them on emulated slow hosts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Work(NamedTuple):
     """A dispatched computation.
 
     Attributes:
-      action: What it is.
-      probe: An array that is ready when the computation is, and that nobody donates meanwhile.
+      action: Its action.
+      probe: An array that is ready when the computation is, and that is not donated meanwhile.
       dispatched_s: When it was dispatched, on the monotonic clock.
       samples: Samples in its micro-batch.
-      minimum_s: Seconds that it has to last on this (emulated) host.
+      minimum_s: Least duration in seconds on this (emulated) host.
       then: Called on the completion thread once it is over, or None.
     """
 
@@ -39,16 +39,16 @@ class Completion:
     """Stamps each computation [max(dispatched, previous end), ready], in order of dispatch.
 
     Waiting here, and not where actions are dispatched, keeps the dispatch thread free to queue the
-    next computation behind the running one.
+    next computation behind the running computation.
 
     Attributes:
-      actions: Computations that are over.
+      actions: Number of completed computations.
 
     Args:
       name: Host's name, for the thread's.
-      record: Takes each timed action.
-      over: Told of each action that is over.
-      failed: Given whatever a computation or its ``then`` raised; nothing is stamped after it.
+      record: Receives each timed action.
+      over: Called with each completed action.
+      failed: Receives the exception of a computation or its ``then``; nothing is stamped after it.
     """
 
     def __init__(
@@ -70,39 +70,39 @@ class Completion:
         self._thread.start()
 
     def take(self) -> tuple[int, float]:
-        """Returns the round's overruns and the seconds of its longest action, and starts over."""
+        """Returns and resets the round's overruns and the seconds of its longest action."""
         found, (self._overruns, self._longest_s) = (self._overruns, self._longest_s), (0, 0.0)
         return found
 
     def put(self, work: Work) -> None:
-        """Hands over a computation that was just dispatched."""
+        """Queues a computation that was just dispatched."""
         self._queue.put(work)
 
     def then(self, call: Callable[[], None]) -> None:
-        """Calls something on the completion thread once all that was put before is over."""
+        """Calls a function on the completion thread after all queued computations."""
         self._queue.put(call)
 
     def close(self) -> None:
-        """Ends the thread: what was handed over is waited for, but neither stretched nor told."""
+        """Ends the thread; queued computations are waited for, but not stretched or reported."""
         self._closing.set()
         self._queue.put(None)
         if self._thread is not threading.current_thread():
             self._thread.join()
 
     def _run(self) -> None:
-        """The thread: waits for each computation in turn."""
+        """Runs the thread: waits for each computation in turn."""
         try:
             while (work := self._queue.get()) is not None:
                 if isinstance(work, Work):
                     self._finish(work)
                 else:
                     work()
-                del work  # it holds an array, and the next may be long in coming
+                del work  # it holds an array, and the next computation may be far off
         except BaseException as error:  # handed to whoever joins the host
             self._failed(error)
 
     def _finish(self, work: Work) -> None:
-        """Waits for one computation, stretches it, and tells that it is over."""
+        """Waits for a computation, stretches it, and reports that it is over."""
         jax.block_until_ready(work.probe)  # type: ignore[no-untyped-call]
         if self._closing.is_set():
             return
@@ -113,7 +113,7 @@ class Completion:
             if end > wanted:
                 self._overruns += 1
             # The next computation may run meanwhile on the real processor; its own stretch begins
-            # where this one ends, so emulated time stays that of one slow processor.
+            # where this stretch ends, so emulated time stays that of a single slow processor.
             while (left := wanted - time.monotonic()) > 0:
                 if self._closing.wait(left):
                     return

@@ -42,14 +42,14 @@ from stages.trees import PyTree
 
 
 class Batches(Protocol):
-    """Where a device's mini-batches come from; ``pipar_jax.data.Prefetcher`` is one."""
+    """A source of a device's mini-batches, such as ``pipar_jax.data.Prefetcher``."""
 
     def get(self, step: int) -> tuple[Array, Array]:
         """Returns samples [batch, …] and labels [batch] int32 of a step."""
 
 
 class MicroBatchSlice(NamedTuple):
-    """One micro-batch's place in its mini-batch.
+    """A micro-batch's position in its mini-batch.
 
     Attributes:
       before: Samples before it.
@@ -65,21 +65,21 @@ class MicroBatchSlice(NamedTuple):
 
 
 class Executor:
-    """The actions of one host, made real.
+    """Performs the actions of a host.
 
-    Owned by the host's dispatch thread, but for what it leaves to run on completion.
+    Owned by the host's dispatch thread, except for callbacks that run on completion.
 
     Args:
-      program: What the run's plan means for the host.
-      replicas: For (device, stage) its weights here; (ALL, stage) where devices share one copy.
+      program: The host's program under the run's plan.
+      replicas: The weights here by (device, stage); (ALL, stage) where devices share a copy.
       link_table: The host's links.
-      batches: The data of the device that this host is, if it is one.
-      meter: Takes loss and accuracy.
-      record: Takes timed sends and receives.
-      ledger: Follows what is held between actions, weights left out.
-      duration_s: For (action, samples) the seconds it has to last on this host, 0 for its own.
+      batches: The device's data, if this host is a device.
+      meter: Receives loss and accuracy.
+      record: Receives timed sends and receives.
+      ledger: Counts the bytes held between actions, without weights.
+      duration_s: Least seconds of (action, samples) on this host; 0 for its real duration.
       seed: Root seed of the run.
-      dtype: What samples and scalars are computed in.
+      dtype: The dtype of samples and scalars.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Executor:
         self._values: dict[Action, jax.Array] = {}
         self._residuals: dict[tuple[int, int, int, int], tuple[PyTree, int]] = {}
         self._mini_batches: dict[tuple[int, int], tuple[Array, Array]] = {}
-        # Bytes of what waits to leave, by the send: a link that is lost does not say that it has.
+        # Bytes of unsent tensors, by the send: a lost link does not report them as sent.
         self._leaving: dict[Action, int] = {}
         self._dispatched_s = 0.0
         self._perform = {FORWARD: self._forward, LOSS: self._last, BACKWARD: self._backward,
@@ -120,13 +120,13 @@ class Executor:
 
         Args:
           schedule: The round.
-          attempt: Number of the attempt, which tensors carry.
-          cohort: The device in each place: draws are the device's, whichever place it has.
+          attempt: Number of the attempt, which is in the tensors' headers.
+          cohort: The device in each place: draws depend on the device and not on its place.
         """
         self._schedule, self._attempt, self._cohort = schedule, attempt, cohort
 
     def forget(self, place: int) -> None:
-        """Lets go of all that is held for a place, or with ``ALL`` for any."""
+        """Releases everything held for a place, or with ``ALL`` for all places."""
 
         def gone(of: int) -> bool:
             return place in (ALL, of)
@@ -148,7 +148,7 @@ class Executor:
 
     @property
     def holds(self) -> int:
-        """How many micro-batches' tensors, residuals and labels it holds."""
+        """Number of held tensors, residuals and labels of micro-batches."""
         tables = (self._arrived, self._labels, self._values, self._residuals, self._leaving)
         return sum(len(one) for one in tables)
 
@@ -170,10 +170,10 @@ class Executor:
         return self._perform[action.kind](action)
 
     def receive(self, message: Message) -> Action | None:
-        """Takes a tensor that arrived.
+        """Stores an arrived tensor.
 
         Returns:
-          The receive that is now complete, or None while its labels or its activation miss.
+          The receive that is now complete, or None while its labels or its activation are missing.
 
         Raises:
           RunError: The tensor does not belong to this host's schedule.
@@ -184,7 +184,7 @@ class Executor:
         kind = RECEIVE_BACKWARD if tag.role == Role.COTANGENT else RECEIVE_FORWARD
         action = Action(tag.stage, kind, tag.device, tag.step, tag.micro_batch)
         if tag.role == Role.LABEL:
-            # A copy: labels are tiny and may wait longer than their buffer should.
+            # A copy: labels are tiny and may be needed longer than their buffer should live.
             self._labels[tag.device, tag.step, tag.micro_batch] = np.array(message.array)
             message.release()
         else:
@@ -201,7 +201,7 @@ class Executor:
         return action
 
     def part(self, action: Action) -> MicroBatchSlice:
-        """Returns the place of an action's micro-batch in its mini-batch."""
+        """Returns the position of an action's micro-batch in its mini-batch."""
         sizes = self.schedule.sizes(action.device, action.step)
         m = action.micro_batch
         return MicroBatchSlice(sum(sizes[:m]), sizes[m], len(sizes), sum(sizes))
@@ -216,7 +216,7 @@ class Executor:
         y, residuals = replica.forward(x, self._draw(action, part))
         kept_bytes = array_bytes(residuals)
         self._residuals[_key(action)] = residuals, kept_bytes
-        # The backward's now: the input, if it keeps it (else it is over with this), and the result.
+        # Now owned by the backward: the input, if kept (else it is released), and the result.
         x_bytes = x.nbytes
         if any(one is x for one in residuals.borrowed):
             self._ledger.drop(x_bytes)
@@ -303,13 +303,13 @@ class Executor:
     # --- inputs ------------------------------------------------------------------------------
 
     def _operation(self, action: Action) -> Operation:
-        """Returns what the plan says of an action."""
+        """Returns an action's operation in the plan."""
         return self._program.operation(action.device, action.stage, action.kind)
 
     def _input(
         self, action: Action, operation: Operation, part: MicroBatchSlice
     ) -> tuple[jax.Array, Callable[[], None]]:
-        """Returns a stage's input and what to call once it has been consumed."""
+        """Returns a stage's input and a callback for when it has been consumed."""
         if action.stage == 0:
             whole, _ = self._mini_batch(action)
             x = jax.device_put(whole[part.before : part.before + part.samples])
@@ -318,14 +318,14 @@ class Executor:
         return self._taken(action, operation)
 
     def _taken(self, action: Action, operation: Operation) -> tuple[jax.Array, Callable[[], None]]:
-        """Returns what another computation made, here or on another host."""
+        """Returns the result of another computation, here or on another host."""
         if operation.output_of is not None:
             stage, kind = operation.output_of
             return self._values.pop(action._replace(stage=stage, kind=kind)), _nothing
         return self._open(action._replace(kind=operation.received))
 
     def _open(self, received: Action) -> tuple[jax.Array, Callable[[], None]]:
-        """Returns a tensor that arrived and what to call once it has been consumed."""
+        """Returns an arrived tensor and a callback for when it has been consumed."""
         message = self._arrived.pop(received)
         array = open_parcel(message)
         self._ledger.hold(array.nbytes - message.nbytes)
@@ -341,7 +341,7 @@ class Executor:
         return self._mini_batches[key]
 
     def _take_labels(self, action: Action, part: MicroBatchSlice) -> Array:
-        """Returns a micro-batch's labels: the device's own, or those that travelled with it."""
+        """Returns a micro-batch's labels: the device's own, or those that arrived with it."""
         if self._batches is not None and self._program.is_first(action.device):
             _, labels = self._mini_batch(action)
             own: Array = labels[part.before : part.before + part.samples]
@@ -349,7 +349,7 @@ class Executor:
         return self._labels.pop((action.device, action.step, action.micro_batch))
 
     def _draw(self, action: Action, part: MicroBatchSlice) -> MicroBatchContext:
-        """Returns the scalars of a micro-batch, so that neither cut nor N changes what is drawn."""
+        """Returns the scalars of a micro-batch, so that draws depend neither on cuts nor on N."""
         return MicroBatchContext(
             inverse_batch=self._dtype.type(1.0 / self._loss_samples(action.step, part)),
             seed=self._seed,
@@ -359,7 +359,7 @@ class Executor:
         )
 
     def _loss_samples(self, step: int, part: MicroBatchSlice) -> int:
-        """Returns the samples that a loss is averaged over: all devices' if gradients are summed.
+        """Returns the number of samples in a loss's mean: all devices' if gradients are summed.
 
         Where devices share weights the sum of their gradients then is that of the union of their
         mini-batches, and no cotangent has to be scaled on its way.
@@ -369,7 +369,7 @@ class Executor:
         return self.schedule.batch_of_all(step)
 
     def _gradient_scale(self, action: Action) -> float:
-        """Returns what makes a gradient that of the mini-batch it is for: see _loss_samples.
+        """Returns the factor that makes a gradient that of its mini-batch; see ``_loss_samples``.
 
         A stage of the device's own steps by its own mini-batch; averaged by samples, these steps
         are the union's too.
@@ -380,7 +380,7 @@ class Executor:
         return self.schedule.batch_of_all(action.step) / own
 
     def _check(self, message: Message, tag: Tag) -> None:
-        """Raises RunError unless the tensor is one that this round can use."""
+        """Raises RunError unless this round can use the tensor."""
         sizes = self.schedule.sizes(tag.device, tag.step)
         m = tag.micro_batch
         if m >= len(sizes) or sizes[m] != tag.samples:
@@ -437,11 +437,11 @@ class Executor:
         """Queues a tensor on the link to its stage's host and records when it left.
 
         Args:
-          boundary: What it crosses.
-          tag: What its header says.
+          boundary: The boundary that it crosses.
+          tag: The contents of its header.
           sent: The action's name in the trace.
           parcel: The tensor.
-          over_bytes: Memory that nobody needs once it has left.
+          over_bytes: Bytes of memory that are released once it has left.
         """
 
         def left(start_s: float, end_s: float, nbytes: int) -> None:
@@ -450,13 +450,13 @@ class Executor:
 
         self._leaving[sent] = over_bytes
         link = self._link_table.link_for(boundary)
-        # A link that has ended is told of where links are watched, and the coordinator then says
-        # who goes on without whom: until it does, this host goes on with what it has.
+        # A link's end is reported where links are watched, and the coordinator then decides
+        # who goes on: until then this host continues with what it has.
         with contextlib.suppress(PeerLost):
             link.send(tag, parcel.contents(), codec=parcel.codec, on_sent=left)
 
     def _tag(self, role: Role, action: Action, stage: int, part: MicroBatchSlice) -> Tag:
-        """Returns what the header says of an action's tensor."""
+        """Returns the header of an action's tensor."""
         return Tag(
             role=role,
             device=action.device,
@@ -477,9 +477,9 @@ class Executor:
 
 
 def _key(action: Action) -> tuple[int, int, int, int]:
-    """Returns what identifies a micro-batch at a stage."""
+    """Returns the key of a micro-batch at a stage."""
     return action.stage, action.device, action.step, action.micro_batch
 
 
 def _nothing() -> None:
-    """Releases an input that nobody waits for."""
+    """Releases an input that needs no release."""

@@ -1,4 +1,4 @@
-"""What is said of numbers that are not finite: the event, and the line that ends a run."""
+"""Reports of non-finite numbers: the event, and the message that ends a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MOST_UNITS = 3
 
 
 def line(found: NonFinite) -> str:
-    """Returns the line that ends a run."""
+    """Returns the message that ends a run."""
     whose = "all devices" if found.device is None else f"device {found.device}"
     what = "the loss is"
     if found.units:
@@ -26,5 +26,5 @@ def line(found: NonFinite) -> str:
 
 
 def event(found: NonFinite) -> JsonObject:
-    """Returns the event that tells of it; its device is None for what serves all devices."""
+    """Returns the event; its device is None for what all devices share."""
     return {"event": "nonfinite", **dataclasses.asdict(found), "units": list(found.units)}

@@ -1,4 +1,4 @@
-"""Which link carries what: the one to the coordinator, and direct ones between neighbours."""
+"""The link of each boundary: that to the coordinator, or a direct link between neighbours."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pipar_jax.schedule.plan import COORDINATOR, Boundary
 class LinkTable:
     """A host's links.
 
-    What crosses a boundary to or from the coordinator's host uses the link that every host has to
+    Tensors to or from the coordinator's host use the link that every host has to
     it; every other boundary has a link of its own between the two neighbours.
 
     Attributes:
-      host: What the plan calls the host.
-      control: For each peer the link over which one of the two coordinates the other.
+      host: The host's name in the plan.
+      control: For each peer the link to or from the coordinator.
 
     Args:
       host: The host's name.
@@ -28,11 +28,11 @@ class LinkTable:
         self._direct: dict[Boundary, Link] = {}
 
     def add(self, boundary: Boundary, link: Link) -> None:
-        """Takes a link to a neighbour for what crosses a boundary."""
+        """Adds a link to a neighbour for the tensors of a boundary."""
         self._direct[boundary] = link
 
     def missing(self, boundaries: tuple[Boundary, ...]) -> list[Boundary]:
-        """Returns those of this host's boundaries that have no link, or one that has ended."""
+        """Returns this host's boundaries whose link is missing or has ended."""
         there = {one for one, link in self.direct() if link.error is None}
         return [one for one in boundaries if self.host in one[:2] and one not in there]
 
@@ -41,7 +41,7 @@ class LinkTable:
         return list(self._direct.items())  # at once: another thread may add one
 
     def timed(self) -> tuple[DirectTiming, ...]:
-        """Returns, for each direct link, its boundary and what it brought back to back so far."""
+        """Returns the boundary and the back-to-back timing so far of each direct link."""
         stats = [(boundary, link.stats()) for boundary, link in self.direct()]
         return tuple(
             DirectTiming(boundary, Timing(one.timed_in_bytes, one.timed_in_s))
@@ -49,7 +49,7 @@ class LinkTable:
         )
 
     def link_for(self, boundary: Boundary) -> Link:
-        """Returns the link that carries what crosses a boundary.
+        """Returns the link that carries the tensors of a boundary.
 
         Raises:
           RunError: There is none.
@@ -73,6 +73,6 @@ def direct(boundaries: tuple[Boundary, ...]) -> list[Boundary]:
 def dialler(boundary: Boundary) -> str:
     """Returns which side opens the link: the host below, or a device that is above.
 
-    A device may be where nobody can reach it.
+    A device may be unreachable from other hosts.
     """
     return boundary.upper if boundary.upper[:1] == "d" else boundary.lower

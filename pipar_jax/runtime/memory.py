@@ -1,8 +1,8 @@
-"""Memory of a host: what its share of a plan needs, by its model, and what it held at most.
+"""Memory of a host: the predicted need of its share of a plan, and the measured peak.
 
 ``cost_model/memory.py`` has the model; here are the bytes of stages, from their shapes, and XLA's
-temporaries. Weights in flight between hosts, what evaluation fetches, and what preparing and making
-a change of plan takes meanwhile are not counted.
+temporaries. Weights in flight between hosts, evaluation, and the preparation and execution of
+a change of plan are not counted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from stages.trees import PyTree
 
 
 class Ledger:
-    """Bytes of the arrays that come and go on a host, now and at most; any thread may book."""
+    """Present and peak bytes of a host's temporary arrays; any thread may call it."""
 
     def __init__(self) -> None:
         """Begins with nothing."""
@@ -64,12 +64,12 @@ class Ledger:
 
 
 class Used(NamedTuple):
-    """What a host really held, in bytes.
+    """The measured memory of a host, in bytes.
 
     Attributes:
-      arrays: The most bytes of arrays at a time.
-      temporary: The largest of its compiled functions' temporaries.
-      resident: The most memory that its process had in use so far, other hosts' in it included.
+      arrays: Peak bytes of arrays.
+      temporary: The largest temporary memory of its compiled functions.
+      resident: Peak memory of its process so far, including other hosts in it.
     """
 
     arrays: int
@@ -83,9 +83,9 @@ class Used(NamedTuple):
 
 
 def predict(model: Model, plan: Plan, host: str, config: Config, samples: Sequence[int]) -> Need:
-    """Returns what a host needs, from shapes alone: nothing is computed or compiled.
+    """Returns a host's need of memory, from shapes alone: nothing is computed or compiled.
 
-    The worst moment is taken: every micro-batch that may be between its forward and its backward
+    The worst case is assumed: every micro-batch that may be between its forward and its backward
     is, and the cotangents of as many as links let through have arrived.
 
     Args:
@@ -149,7 +149,7 @@ class _ModelSizes:
         stage = cut[1 if units.start else 0]
         x = self._model.shapes(samples)[units.start]
         entering = 0 if stage.is_first else tree_bytes(x)
-        if stage.is_last:  # XLA's temporaries have what it keeps
+        if stage.is_last:  # what it keeps is among XLA's temporaries
             return StageSizes(entering, 0, 0)
         draw = make_draw(samples)
         y, residuals = stage.forward_shapes(*self._variables(units), x, draw)
@@ -192,12 +192,12 @@ def check(need: Need, temporary: int | None, limit_mb: float, host: str, plan: P
 def memory_excess(
     need: Need, temporary: int | None, limit_mb: float, host: str, plan: Plan
 ) -> str | None:
-    """Returns why a compute node refuses a plan that needs more memory than it may take, or None.
+    """Returns why a compute node refuses a plan that exceeds its memory limit, or None.
 
     Args:
-      need: What it needs.
+      need: The predicted need.
       temporary: Bytes of XLA's temporaries; None before anything is compiled.
-      limit_mb: What it may take; 0 for any.
+      limit_mb: The limit in MB; 0 for none.
       host: The host's name.
       plan: The plan.
     """
@@ -207,7 +207,7 @@ def memory_excess(
     mb = {name: f"{nbytes / 1e6:.1f}" for name, nbytes in need._asdict().items()}
     temporaries = "" if temporary is None else f", {temporary / 1e6:.1f} for XLA's temporaries"
     return (
-        f"{long_name(host)} needs {total / 1e6:.1f} MB for the plan {plan}, but may take "
+        f"{long_name(host)} needs {total / 1e6:.1f} MB for the plan {plan}, but is limited to "
         f"nodes.{host[1:]}.memory_mb={limit_mb:g}: {mb['variables']} for weights, optimiser states "
         f"and gradients (copies: {need.copies}), {mb['average']} for their average, {mb['kept']} "
         f"to go back to after a loss (cohort.*), {mb['held']} "
@@ -218,9 +218,9 @@ def memory_excess(
 
 
 def temporary_bytes(model: Model, replicas: Iterable[Replica], sizes: Iterable[int]) -> int:
-    """Returns the largest temporary memory of a host's compiled functions, as XLA tells it.
+    """Returns the largest temporary memory of a host's compiled functions, as reported by XLA.
 
-    What ran before with the same shapes is not compiled again.
+    Functions that have run with the same shapes are not compiled again.
 
     Args:
       model: The whole model.
@@ -253,7 +253,7 @@ def temporary_bytes(model: Model, replicas: Iterable[Replica], sizes: Iterable[i
 
 
 def resident_bytes() -> int:
-    """Returns the most memory that this process has had in use, whatever for."""
+    """Returns the peak memory of this process, in bytes."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 
@@ -264,6 +264,6 @@ def array_bytes(tree: PyTree) -> int:
 
 
 def tree_bytes(tree: PyTree) -> int:
-    """Returns the bytes of a tree of arrays or shapes; Python's own numbers are no arrays."""
+    """Returns the bytes of a tree of arrays or shapes; Python's own numbers do not count."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if getattr(leaf, "shape", None) is not None]
     return sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in leaves)

@@ -15,7 +15,7 @@ class Totals(NamedTuple):
     Attributes:
       loss: Sum of the samples' losses.
       correct: Samples whose largest logit is the label's.
-      samples: How many there were.
+      samples: Number of samples.
     """
 
     loss: float = 0.0
@@ -30,12 +30,12 @@ class Totals(NamedTuple):
 
 
 class Meter:
-    """Collects what the last stage measures and tells of it now and then.
+    """Collects the measurements of the last stage and reports them periodically.
 
     Args:
-      tell: Takes device, step, mean loss and accuracy.
-      every_s: Seconds that must lie between two messages.
-      broken: Takes device and step of the first loss of each device in a round that is not finite.
+      tell: Receives device, step, mean loss and accuracy.
+      every_s: Least seconds between two reports.
+      broken: Receives device and step of each device's first non-finite loss in a round.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class Meter:
         self._told_broken: set[int] = set()
         self._lock = threading.Lock()
         self._steps: dict[tuple[int, int], Totals] = {}
-        # What the steps that are over measured: what cannot be undone, and of each device its
-        # turn's or round's so far without the last step, and that one.
+        # Measurements of completed steps: those that cannot be undone, and for each device its
+        # turn's or round's so far without the last step, and the last step's.
         self._round = Totals()
         self._over: dict[int, Totals] = {}
         self._last: dict[int, tuple[int, Totals]] = {}
@@ -65,7 +65,7 @@ class Meter:
             self._steps[device, step] = self._steps.get((device, step), Totals()).plus(one)
 
     def step_over(self, device: int, step: int) -> None:
-        """Closes a device's step and tells of it if the last message is long ago."""
+        """Closes a device's step and reports it if a report is due."""
         with self._lock:
             totals = self._steps.pop((device, step), None)
             if totals is not None:
@@ -78,7 +78,7 @@ class Meter:
         self._tell(device, step, totals.loss / totals.samples, totals.correct / totals.samples)
 
     def take_round(self) -> Totals:
-        """Returns the round's sums and starts over."""
+        """Returns and resets the round's sums."""
         with self._lock:
             self._settle()
             totals, self._round = self._round, Totals()
@@ -86,12 +86,12 @@ class Meter:
         return totals
 
     def settle(self) -> None:
-        """Notes that what is over so far is not undone any more."""
+        """Records that the steps so far cannot be undone."""
         with self._lock:
             self._settle()
 
     def forget(self, device: int) -> None:
-        """Takes what a device did since ``settle`` or the round's start out of the round."""
+        """Removes a device's steps since ``settle`` or the round's start from the round."""
         with self._lock:
             for key in [one for one in self._steps if one[0] == device]:
                 del self._steps[key]
@@ -100,7 +100,7 @@ class Meter:
             self._told_broken.discard(device)
 
     def rewind(self, step: int) -> None:
-        """Takes every device's steps from one on out of the round; it is the last that is over."""
+        """Removes every device's steps from ``step``, the last completed step, from the round."""
         with self._lock:
             for key in [one for one in self._steps if one[1] >= step]:
                 del self._steps[key]
@@ -115,7 +115,7 @@ class Meter:
         self._over.clear()
 
     def _close(self, device: int) -> None:
-        """Adds the device's last step that is over to those before it."""
+        """Adds the device's last completed step to the steps before it."""
         if device in self._last:
             _, totals = self._last.pop(device)
             self._over[device] = self._over.get(device, Totals()).plus(totals)

@@ -1,6 +1,6 @@
-"""A change of plan between two rounds: a host's replicas, made of old ones and what arrived.
+"""A change of plan between two rounds: a host's replicas from old replicas and arrived states.
 
-Nothing but the states of units moves: steps, the order of samples and draws belong to (device,
+Only the states of units move: steps, the order of samples and draws belong to (device,
 step).
 """
 
@@ -34,19 +34,19 @@ def assemble(
     *,
     rematerialise: bool = False,
 ) -> dict[tuple[int, int], Replica]:
-    """Returns a host's replicas under a new plan, made of the old ones and of what arrived.
+    """Returns a host's replicas under a new plan, from its old replicas and the arrived states.
 
     Args:
       model: The whole model.
       new: The new plan.
       host: The host.
       replicas: Its replicas under the old plan, by (copy, stage).
-      arrived: What ``exchanges.arriving`` has for it.
+      arrived: The states that ``exchanges.arriving`` lists for it.
       compiled: The optimiser.
       rematerialise: Whether its stages compute forward passes again.
 
     Raises:
-      RunError: A unit is neither here nor did it arrive, or its optimiser state does not fit.
+      RunError: A unit is neither here nor arrived, or its optimiser state does not fit.
     """
     held = unit_state.by_copy(replicas)
     made: dict[tuple[int, int], Replica] = {}
@@ -79,7 +79,7 @@ def assemble(
 def samples_of(
     model: Model, new: Plan, host: str, compiled: CompiledOptimizer, *, rematerialise: bool = False
 ) -> Iterator[Replica]:
-    """Yields a replica of zeros for each distinct stage of a host, to compile it with."""
+    """Yields a replica of zeros for each distinct stage of a host, for compilation."""
     known: set[tuple[str, ...]] = set()
     for device, one in enumerate(new.devices):
         for index, stage in enumerate(stages.split(model, one.cuts, rematerialise=rematerialise)):

@@ -1,4 +1,4 @@
-"""What may follow a plan, and which copies of units then move to which host: pure questions."""
+"""Which plans may follow a plan, and which copies of units then move to which host."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Move(NamedTuple):
     """A copy of a unit that changes its host.
 
     Attributes:
-      copy: Whose copy: a device's number, or ALL for the one that devices share.
+      copy: The owner of the copy: a device's number, or ALL for a copy that devices share.
       unit: The unit's index.
       source: The host that holds it under the old plan.
       target: The host that holds it under the new one.
@@ -29,10 +29,10 @@ class Move(NamedTuple):
 
 
 def check_follows(old: Plan, new: Plan, units: int) -> None:
-    """Refuses a plan that cannot follow another during a run.
+    """Checks that a plan can follow another during a run.
 
     Raises:
-      PlanError: One of the two cannot change at all, or the change would alter what is trained.
+      PlanError: A plan cannot change at all, or the change would alter what is trained.
     """
     check_adaptable(old)
     check_adaptable(new)
@@ -80,11 +80,11 @@ def moves(old: Plan, new: Plan, units: int) -> list[Move]:
 
 
 def local_to(host: str, plan: Plan, *, besides: Plan, units: int) -> list[int]:
-    """Returns the units that live together on a host under one plan, but not under another.
+    """Returns the units that live together on a host under a plan, but not under another.
 
     Args:
       host: The host's name.
-      plan: The one plan.
+      plan: The plan.
       besides: The other plan.
       units: How many units the model has.
     """
@@ -93,7 +93,7 @@ def local_to(host: str, plan: Plan, *, besides: Plan, units: int) -> list[int]:
 
 
 def moving_s(profile: Profile, some: Sequence[Move]) -> float:
-    """Returns about how long units take to move: first all hosts give, then all are given to."""
+    """Returns an estimate of the seconds to move units: all hosts send, then all receive."""
     given: dict[str, float] = {}
     gained: dict[str, float] = {}
     carried: set[tuple[str, int]] = set()
@@ -127,7 +127,7 @@ def holders(plan: Plan, units: int) -> dict[tuple[int, int], str]:
 
 
 def _line_s(profile: Profile, host: str, up: bool, nbytes: float) -> float:
-    """Returns about how long a host's line to the coordinator takes for some bytes."""
+    """Returns an estimate of the seconds of a transfer between a host and the coordinator."""
     if host == COORDINATOR:
         return 0.0
     one = profile.of(host)

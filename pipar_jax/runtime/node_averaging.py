@@ -1,4 +1,4 @@
-"""Averages the devices' copies of stages that live together on a compute node, where they are."""
+"""Averages devices' copies of stages in place where they live together on a compute node."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from stages.trees import Arrays, Variables
 
 
 class Averaging:
-    """A node's part of an aggregation: no weights travel for it.
+    """A node's part of an aggregation, for which no weights are sent.
 
     Attributes:
       stages: The stages whose weights live together on the host.
 
     Args:
       config: Resolved configuration.
-      program: What the run's plan means for the host.
+      program: The host's program under the run's plan.
       replicas: The host's replicas by slot.
       params: The global weights to begin with, by unit.
       state: Their batch statistics.
@@ -46,7 +46,7 @@ class Averaging:
         plan = program.plan
         self.stages = plan.local_stages(program.host)
         self._aggregators: dict[int, Aggregator] = {}
-        # Of shared weights there is one copy, and nothing to average.
+        # Shared weights have a single copy, and need no average.
         if plan.weights == WeightPolicy.COPY:
             for stage in self.stages:
                 names = replicas[program.replica_key(0, stage)].stage.unit_names
@@ -58,7 +58,7 @@ class Averaging:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it keeps between rounds, the replicas' left out."""
+        """Bytes that it keeps between rounds, without the replicas."""
         return sum(one.nbytes for one in self._aggregators.values())
 
     @classmethod
@@ -74,13 +74,13 @@ class Averaging:
 
         Args:
           config: Resolved configuration.
-          program: What the new plan means for the host.
+          program: The host's program under the new plan.
           replicas: The host's replicas by slot, under the new plan.
-          before: For each unit that was averaged here what averaged it.
-          arrived: Of each other unit the rule's state.
+          before: The previous aggregator of each unit that was averaged here.
+          arrived: The rule's states of the other units.
 
         Raises:
-          RunError: A state that arrived does not fit.
+          RunError: An arrived state does not fit.
         """
         params: Variables = {}
         state: Variables = {}
@@ -99,7 +99,7 @@ class Averaging:
         return made
 
     def units(self) -> Iterator[tuple[str, Aggregator]]:
-        """Yields every unit that is averaged here, with what averages it."""
+        """Yields every unit that is averaged here, with its aggregator."""
         for aggregator in self._aggregators.values():
             for unit in aggregator.params:
                 yield unit, aggregator
@@ -114,7 +114,7 @@ class Averaging:
 
         Args:
           schedule: The round that is over.
-          places: Those whose copies count; the others get the average alone.
+          places: The places whose copies count; the others only receive the average.
           slowdown: Emulated slowness of this host.
         """
         start_s = time.monotonic()

@@ -1,4 +1,4 @@
-"""What a host's computations lasted since somebody last asked."""
+"""Durations of a host's computations since the last query."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Observer:
         self._times: dict[tuple[int, int, ActionKind, int], list[float]] = defaultdict(list)
 
     def add(self, row: Timed) -> None:
-        """Takes a timed action; those that are no computation do not count."""
+        """Records a timed action; actions that are not computations are ignored."""
         one = row.action
         if one.kind in _KINDS:
             with self._lock:
@@ -29,7 +29,7 @@ class Observer:
                 self._times[key].append(row.end_s - row.start_s)
 
     def take(self) -> list[Seen]:
-        """Returns what was seen since the last call."""
+        """Returns the durations recorded since the last call."""
         with self._lock:
             times, self._times = self._times, defaultdict(list)
         return [

@@ -15,7 +15,7 @@ from pipar_jax.errors import RunError
 if TYPE_CHECKING:
     from stages import Model
 
-#: How the name of the user's own network begins.
+#: Prefix of the name of a user's own network.
 OWN = "module:"
 
 
@@ -23,7 +23,7 @@ def read_args(text: str) -> JsonObject:
     """Reads ``model.args``: "width=16 norm=group" gives {"width": 16, "norm": "group"}.
 
     Args:
-      text: Pairs NAME=VALUE, separated by blanks; a value is JSON, and otherwise a text.
+      text: Pairs NAME=VALUE, separated by blanks; a value that is not valid JSON is a string.
     """
     found: JsonObject = {}
     for pair in shlex.split(text):
@@ -36,7 +36,7 @@ def read_args(text: str) -> JsonObject:
 
 
 def make_own(config: Config, input_shape: Sequence[int], classes: int) -> Model:
-    """Calls the user's function, and traces what it returns unless that is a model.
+    """Calls the user's function, and traces its result unless that is a model.
 
     The function is called with ``model.args`` and, where it has parameters of these names, with
     ``input_shape`` and ``classes``. It returns a ``stages.Model``, or what ``stages.trace`` takes:
@@ -50,7 +50,7 @@ def make_own(config: Config, input_shape: Sequence[int], classes: int) -> Model:
 
     Raises:
       RunError: The function cannot be found, fails, or does not take these arguments.
-      StageError: What it returns cannot be traced or cut.
+      StageError: Its result cannot be traced or cut.
     """
     import jax  # here: launchers need the channel's settings, and no jax
 

@@ -1,4 +1,4 @@
-"""Compiling what a coming plan needs, on a thread of its own, while the present one trains."""
+"""Compilation for the next plan, on its own thread, while the present plan trains."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from pipar_jax.training.compile import run_all
 from pipar_jax.training.optimizer import CompiledOptimizer
 from stages import Model
 
-#: Added to the thread's niceness where the system has such per thread: training goes first.
+#: Added to the thread's niceness where the system has one per thread: training goes first.
 NICENESS = 10
 
 
 class BackgroundCompiler:
-    """A thread that compiles one plan after another; it starts with the first.
+    """A thread that compiles plans in sequence; it starts with the first plan.
 
     Args:
       name: Host's name, for the thread's.
       compile: Compiles a plan's stages and returns why the host refuses it, or None; runs on the
         thread.
-      done: Told of each plan's number, and what ``compile`` returned.
-      failed: Given what went wrong.
+      done: Called with each plan's number and the result of ``compile``.
+      failed: Called with an exception of the thread.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class BackgroundCompiler:
         self._thread: threading.Thread | None = None
 
     def put(self, number: int, plan: Plan) -> None:
-        """Asks for a plan; the caller's thread does not wait."""
+        """Queues a plan for compilation and returns at once."""
         if self._thread is None:
             name = f"pipar-ahead-{self._name}"
             self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -52,7 +52,7 @@ class BackgroundCompiler:
         self._queue.put((number, plan))
 
     def close(self) -> None:
-        """Ends the thread; a compilation that is under way is waited for."""
+        """Ends the thread; waits for a compilation in progress."""
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join()
@@ -79,7 +79,7 @@ def compile_plan(
     rematerialise: bool,
     between: Callable[[], None],
 ) -> str | None:
-    """Compiles a host's stages under a plan, and the averages of those that are averaged there.
+    """Compiles a host's stages under a plan, and the averages that it computes.
 
     Args:
       model: The whole model.
@@ -90,10 +90,10 @@ def compile_plan(
       sizes: Sizes of the host's micro-batches under the plan.
       compiled: The optimiser.
       rematerialise: Whether the host's stages compute forward passes again.
-      between: Called between stages, to notice that nobody wants them any more.
+      between: Called between stages, to detect that they are no longer wanted.
 
     Returns:
-      Why the host refuses the plan, if it is a node that may not take as much memory.
+      Why the host refuses the plan, if it is a node whose memory limit is exceeded; else None.
     """
     limit_mb = hosts_of(config)[host].memory_mb if is_node(host) else 0.0
     local = {model.unit_names[unit] for unit in plan.local_units(host, len(model.units))}
@@ -112,7 +112,7 @@ def compile_plan(
 
 
 def lower_priority() -> None:
-    """Makes the calling thread give way to others, where the system can do that to a thread."""
+    """Lowers the calling thread's priority, where the system supports it per thread."""
     if hasattr(os, "setpriority"):
-        with contextlib.suppress(OSError):  # it is an advantage, not a need
+        with contextlib.suppress(OSError):  # an optimisation, not a requirement
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

@@ -1,4 +1,4 @@
-"""Where a host's threads write what they did, cheaply."""
+"""A cheap record of the actions of a host's threads."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pipar_jax.schedule.trace import Timed, union_s
 
 
 class Recorder:
-    """Timed actions of one host on its own monotonic clock.
+    """Timed actions of a host on its own monotonic clock.
 
     Args:
-      keep: Whether to keep the actions; without, only computing time is summed up.
-      watch: Told of every action as well, or None.
+      keep: Whether to keep the actions; otherwise only computing time is summed.
+      watch: Called with every action as well, or None.
     """
 
     def __init__(self, keep: bool, watch: Callable[[Timed], None] | None = None) -> None:

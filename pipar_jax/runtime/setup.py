@@ -1,4 +1,4 @@
-"""What every role sets up from the configuration: precision, model, channel."""
+"""Set-up shared by all roles from the configuration: precision, model, channel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def set_precision(config: ModelConfig) -> None:
     """Allows 64-bit numbers in this process if the model computes with them.
 
-    The setting is global to the process; it is never taken back, since arrays made under it live
+    The setting is global to the process; it is never reverted, since arrays made under it live
     on.
     """
     if config.dtype == "float64":
@@ -48,16 +48,16 @@ def build_model(config: Config, input_shape: Sequence[int], classes: int) -> Mod
 
 
 def as_trained(config: Config, model: Model) -> Model:
-    """Returns a model with the weights frozen that are not to be trained.
+    """Returns a model whose weights that are not to be trained are frozen.
 
     Raises:
-      RunError: It takes side inputs, which runs do not carry.
+      RunError: It takes side inputs, which runs do not support.
       StageError: No weight matches ``model.trainable``.
     """
     if model.sides:
         raise RunError(
-            f"model {model.name!r} takes the side inputs {sorted(model.sides)}, and a run carries "
-            "one input: compute them in the network from its input, before the first cut"
+            f"model {model.name!r} takes the side inputs {sorted(model.sides)}, but a run supports "
+            "a single input: compute them in the network from its input, before the first cut"
         )
     if not config.model.trainable:
         return model
@@ -65,7 +65,7 @@ def as_trained(config: Config, model: Model) -> Model:
 
 
 def channel_options(config: Config) -> ChannelOptions:
-    """Returns the channel's settings; TLS is on as soon as one of its files is named."""
+    """Returns the channel's settings; TLS is on if any of its files is configured."""
     network = config.network
     tls = None
     if network.authority or network.certificate:

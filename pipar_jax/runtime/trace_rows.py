@@ -1,4 +1,4 @@
-"""Timed actions as two arrays, the way bundles carry them over a link."""
+"""Timed actions as two arrays, as in bundles over a link."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def unpack_rows(tensors: Mapping[str, Array], peer: str) -> list[Timed]:
     """Returns the timed actions that ``pack_rows`` wrote.
 
     Raises:
-      RunError: The arrays are not such.
+      RunError: The arrays are not valid.
     """
     try:
         numbers, times = tensors["numbers"], tensors["times"]

@@ -1,9 +1,9 @@
-"""An array on its way between a computation and a link: coded where it was computed.
+"""An array in transit between a computation and a link: coded where it was computed.
 
 Encoding is dispatched right behind the computation and before the copy to the host, so that fewer
 bytes cross the bus of an accelerator; decoding is dispatched before the computation that consumes
-the array. What a CPU codes faster without a kernel is encoded by the link's codec worker, and
-decoded where it is opened.
+the array. What a CPU encodes faster without a kernel is encoded by the link's codec worker, and
+decoded where the parcel is opened.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ RAW = "raw"
 
 
 class OutgoingTensor:
-    """An array that will be sent.
+    """An outgoing array.
 
     Attributes:
-      codec: Name of the codec, for ``Link.send`` beside the contents.
+      codec: Name of the codec, for ``Link.send`` in addition to the contents.
       ready: Becomes ready when the contents can be copied to the host.
       array_bytes: Bytes of the array itself.
     """
@@ -33,7 +33,7 @@ class OutgoingTensor:
         """Dispatches the encoding and the copy to the host; returns at once.
 
         Args:
-          array: What was just computed.
+          array: The computed array.
           codec: Name of the codec.
         """
         self.codec, self._dtype, self._shape = codec, np.dtype(array.dtype), array.shape
@@ -45,16 +45,16 @@ class OutgoingTensor:
         known.copy_to_host_async()
 
     def contents(self) -> np.ndarray | Encoded:  # type: ignore[type-arg]
-        """Returns what ``Link.send`` takes; waits until it is ready."""
+        """Returns the contents for ``Link.send``; waits until they are ready."""
         data = kernels.to_host(self.ready)
         return data if self._as_it_is else Encoded(self.codec, data, self._dtype, self._shape)
 
 
 def open_parcel(message: Message) -> jax.Array:
-    """Returns the array that arrived, on its way to the device; decoded there if it was coded.
+    """Returns the arrived array in transit to the device, where it is decoded if it was coded.
 
     Raises:
-      CodecError: What arrived is not what its codec makes.
+      CodecError: The payload is not valid for its codec.
     """
     name = message.payload.codec.name
     if name == RAW or kernels.on_host(name):
@@ -64,7 +64,7 @@ def open_parcel(message: Message) -> jax.Array:
 
 
 def compile_codecs(codecs: Iterable[str], shapes: Iterable[jax.ShapeDtypeStruct]) -> None:
-    """Compiles what coding arrays of some shapes needs, before the first of them is sent."""
+    """Compiles the codecs for arrays of some shapes, before the first of them is sent."""
     shapes = list(shapes)
     for codec in set(codecs) - {RAW}:
         for shape in shapes if not kernels.on_host(codec) else ():

@@ -1,9 +1,9 @@
-"""What a host can take back when a device is lost, and how far.
+"""Undoing training on a host when a device is lost.
 
-With a copy of the weights for each device, a round in which a device is lost leaves nothing of it
+With a copy of the weights per device, a round in which a device is lost leaves nothing of it
 but an optimiser state, which goes back to the round's start; its weights are replaced by the next
 average. In sequential order a turn is undone. Where gradients are summed, the step in which a
-device fails is computed anew by the others.
+device fails is recomputed by the others.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Replicas = Mapping[tuple[int, int], Replica]
 
 
 def find_keep(config: Config, plan: Plan, copy: int) -> Keep:
-    """Returns what a replica has to keep of an earlier moment.
+    """Returns what a replica must keep of an earlier state.
 
     Args:
-      config: Resolved configuration: whether devices may be lost, and what becomes of their state.
+      config: Resolved configuration: whether devices may be lost, and how their state is treated.
       plan: The plan.
-      copy: Whose replica it is: a place's, or with ``ALL`` the one that devices share.
+      copy: The replica's owner: a place, or ``ALL`` for a replica that devices share.
     """
     if not may_lose(config):
         return Keep.NOTHING
@@ -33,7 +33,7 @@ def find_keep(config: Config, plan: Plan, copy: int) -> Keep:
 
 
 def begin_round(replicas: Replicas, schedule: RoundSchedule, *, anew: bool) -> None:
-    """Notes what a round begins with, or after a rewind its rest."""
+    """Records the state at the start of a round, or of its rest after a rewind."""
     if schedule.plan.order == Order.PARALLEL:
         firsts = {span.device: span.first for span in schedule.spans if span.stop > span.first}
         whole = min(firsts.values(), default=0)
@@ -42,26 +42,26 @@ def begin_round(replicas: Replicas, schedule: RoundSchedule, *, anew: bool) -> N
 
 
 def begin_turn(replicas: Replicas) -> None:
-    """Keeps what devices share as it is at the start of a turn, in sequential order."""
+    """Keeps the state that devices share at the start of a turn, in sequential order."""
     for (copy, _), replica in replicas.items():
         if copy == ALL:
             replica.begin_turn()
 
 
 def undo_turn(replicas: Replicas) -> None:
-    """Undoes the turn that began last."""
+    """Undoes the last turn."""
     for (copy, _), replica in replicas.items():
         if copy == ALL:
             replica.undo_turn()
 
 
 def next_step(replicas: Replicas, schedule: RoundSchedule, without: Collection[int]) -> int:
-    """Returns the first step of which some update is missing here.
+    """Returns the first step with a missing update on this host.
 
     Args:
       replicas: The host's replicas.
       schedule: The round under way.
-      without: Places that are lost, whose own weights do not count.
+      without: Lost places, whose own weights do not count.
     """
     over = max((span.stop for span in schedule.spans), default=0)
     taking = {ALL} | {span.device for span in schedule.spans if span.stop > span.first}
@@ -72,7 +72,7 @@ def next_step(replicas: Replicas, schedule: RoundSchedule, without: Collection[i
 def rewind(
     replicas: Replicas, schedule: RoundSchedule, without: Collection[int], step: int
 ) -> None:
-    """Goes back to the end of the step before one.
+    """Restores the state at the end of the step before ``step``.
 
     Raises:
       RunError: More than one step would have to be undone.
@@ -85,7 +85,7 @@ def rewind(
 
 
 def leave_out(replicas: Replicas, schedule: RoundSchedule, places: Collection[int]) -> None:
-    """Takes back what places that do not count have trained in a round.
+    """Undoes the training of places that do not count in a round.
 
     Args:
       replicas: The host's replicas.
@@ -99,6 +99,6 @@ def leave_out(replicas: Replicas, schedule: RoundSchedule, places: Collection[in
 
 
 def end_round(replicas: Replicas) -> None:
-    """Keeps nothing of a round any more that is over."""
+    """Discards what was kept of a completed round."""
     for replica in replicas.values():
         replica.end_round()

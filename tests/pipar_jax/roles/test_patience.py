@@ -231,7 +231,7 @@ def test_what_was_not_asked_for_or_comes_twice_ends_the_member():
     link.on_message(fakes.control(link, prepared))
     side.members.poll()
     link.on_message(fakes.control(link, prepared))
-    with pytest.raises(ProtocolError, match="device 0 sent 'prepared', which nobody asked it for"):
+    with pytest.raises(ProtocolError, match="device 0 sent 'prepared', which was not requested"):
         side.members.poll()
     assert link.ended is not None and side.links["d1"].ended is None
 

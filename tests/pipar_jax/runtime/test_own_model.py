@@ -100,7 +100,7 @@ def test_a_function_returns_a_model_or_whatever_can_be_traced(function, tmp_path
         ("fails", "", r"own network module:brought:fails failed: ValueError: no such width \(.*:"),
         ("gone", "", "has no function 'gone'"),
         ("nothing", "", "model 'nothing' is a NoneType, expected an NNX or Linen module"),
-        ("sided", "", r"takes the side inputs \['mask'\], and a run carries one input"),
+        ("sided", "", r"takes the side inputs \['mask'\], but a run supports a single input"),
     ],
 )
 def test_what_cannot_be_built_is_told_in_one_line(function, args, says, tmp_path):

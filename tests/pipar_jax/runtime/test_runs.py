@@ -357,7 +357,7 @@ def test_an_index_that_is_taken_or_does_not_exist_is_refused(network, tmp_path):
         run_device(made, 0, address, model=network, data=support.dataset(17, 0))
     more = resolve(dataclasses.replace(
         made, devices=dataclasses.replace(made.devices, count=3)))  # fmt: skip
-    with pytest.raises(JoinError, match="it says it is 'd2'"):
+    with pytest.raises(JoinError, match="its name is 'd2'"):
         run_device(more, 2, address, model=network, data=support.dataset(17, 0))
     server.stop.set()
     server.join()
