@@ -98,6 +98,20 @@ def read_script(path: str | Path, devices: int, places: int) -> tuple[Attempt, .
     return tuple(found)
 
 
+def read_attempts(path: Path) -> tuple[Attempt, ...]:
+    """Returns the attempts that a run has written so far, without a truncated last line.
+
+    Raises:
+      OSError: The file cannot be read.
+      ValueError: A line is not an attempt.
+    """
+    *lines, _ = path.read_bytes().split(b"\n")
+    try:
+        return tuple(_attempt(json.loads(line)) for line in lines)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a script of rounds: {error!r}") from error
+
+
 def _attempt(values: Any) -> Attempt:
     """Returns what a line says.
 

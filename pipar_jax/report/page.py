@@ -14,6 +14,7 @@ from pipar_jax.errors import DiskError, PlanError
 from pipar_jax.report.assets import SCRIPT, STYLE
 from pipar_jax.report.bars import byte_bars, idle_bars
 from pipar_jax.report.gantt import actions_legend, gantt_charts
+from pipar_jax.report.membership import membership_rows, membership_text
 from pipar_jax.report.run import RecordedRun, links_of, read_run
 from pipar_jax.report.svg import Series, aligned, digits, legend, line_chart
 from pipar_jax.schedule.plan import COORDINATOR
@@ -30,6 +31,11 @@ _ABOUT = {
     "Learning":
         "The curves over epochs compare what the methods learn from the same number of samples; "
         "the curves over seconds of training also show their speed.",
+    "Membership":
+        "Rounds in or before which a device was lost, late, dropped, or came back. The difference "
+        "is that to the median round in which nothing happened: waiting for a deadline, and steps "
+        "that are computed anew; of a round that was undone, all of it. The time between two "
+        "rounds is not part of it.",
     "One step":
         "Wide bars are computations, labelled with the letter of the action and the index of the "
         "micro-batch; thin bars below them are messages being sent. Each micro-batch has a "
@@ -79,6 +85,7 @@ def make_page(runs: Sequence[RecordedRun]) -> str:
     sections = [
         _section("Results", _results(runs, names)),
         _section("Learning", _curves(runs, names)),
+        _section("Membership", _membership(runs, names)),
         _section("One step", _steps(runs)),
         _section("Idle time", idle_bars(runs, names)),
         _section("Links", byte_bars(runs, names) + _links(runs, names)),
@@ -212,6 +219,18 @@ def _curves(runs: Sequence[RecordedRun], names: Sequence[str]) -> str:
 def _x(run: RecordedRun, row: JsonMapping, axis: str) -> float:
     """Returns the abscissa of an event: epochs, or seconds of training."""
     return float(row["epoch"] if axis == "epochs" else run.elapsed.get(row["round"], 0.0))
+
+
+def _membership(runs: Sequence[RecordedRun], names: Sequence[str]) -> str:
+    """Returns the table of rounds in which devices came or went, for runs with such rounds."""
+    found = []
+    head = ("round", "devices that count", "out", "came", "seconds", "more than undisturbed")
+    for run, name in zip(runs, names, strict=True):
+        if rows := membership_rows(run):
+            text = html.escape(f"{name}: {membership_text(run)}")
+            table = _table(head, [("", row) for row in rows], words=4)
+            found.append(f"<p>{text}</p>{table}")
+    return "".join(found)
 
 
 def _steps(runs: Sequence[RecordedRun]) -> str:

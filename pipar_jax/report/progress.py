@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipar_jax.disk.event_log import Event
+from pipar_jax.schedule.plan import device_name
 
 REFRESHES_PER_SECOND = 4
 # Without a terminal: shortest interval between reports of steps, and longest interval without
@@ -34,6 +35,7 @@ class RunState:
         self.method = ""
         self.plan = ""
         self.devices = 0
+        self.gone: set[int] = set()  # devices that are lost or have left, and are not back
         self.epochs = 0
         self.rounds = 0
         self.rounds_done = 0
@@ -56,11 +58,14 @@ class RunState:
         if kind == "waiting":
             self.phase = "waiting for " + ", ".join(map(str, event["missing"]))
         elif kind == "device_joined":
+            self.gone.discard(event["device"])
             self.phase = f"device {event['device']} joined with {event['samples']:,} samples"
         elif kind == "device_returned":
+            self.gone.discard(event["device"])
             self.phase = f"device {event['device']} is back after {event['away_s']:.1f} s"
         elif kind in ("device_lost", "device_left"):
-            self.phase = f"device {event['device']} is out: {event['reason']}"
+            self.gone.add(event["device"])
+            self.phase = _gone(event)
         elif kind == "node_joined":
             self.phase = f"compute node {event['node']} joined"
         elif kind == "tuned":
@@ -235,6 +240,8 @@ def render(state: RunState, now_s: float, title: str = "") -> RenderableType:
     bar = Table.grid(padding=(0, 1))
     now = f"round {min(state.rounds_done + 1, state.rounds)}/{state.rounds}"
     now += f" · step {sum(state.steps_done)}/{sum(state.steps)}"
+    if state.gone:
+        now += f" · without {_some([device_name(one) for one in sorted(state.gone)], 4)}"
     left_s = state.left_s(now_s)
     if left_s is not None:
         now += f" · about {_clock(left_s)} left"
@@ -254,7 +261,7 @@ def describe(event: Event, state: RunState) -> str | None:
     if kind in ("waiting", "device_joined", "device_returned", "node_joined", "tuned"):
         return state.phase
     if kind in ("device_lost", "device_left"):
-        return f"device {event['device']} is out: {event['reason']}"
+        return _gone(event)
     if kind == "device_dropped":
         return (
             f"device {event['device']} is left out of round {event['round'] + 1}: {event['reason']}"
@@ -289,25 +296,42 @@ def describe(event: Event, state: RunState) -> str | None:
 
 
 def losses_text(event: Event) -> str:
-    """Returns who was left out of which rounds of a run that is over; empty if nobody was."""
+    """Returns who was left out of which rounds of a run that is over, and who came back.
+
+    Empty if nothing of this happened.
+    """
     out: dict[int, list[int]] = {}
     for loss in event.get("losses", ()):
         out.setdefault(loss["device"], []).append(loss["round"] + 1)
-    if not out:
-        return ""
-    most = 10
     names = [
-        f"device {device} of round{'s' if len(rounds) > 1 else ''} {', '.join(map(str, rounds))}"
+        f"device {device} of round{'s' if len(rounds) > 1 else ''} {_some(rounds)}"
         for device, rounds in sorted(out.items())
     ]
+    back = [f"device {device}" for device in sorted(set(event.get("returns", ())))]
+    undone = event.get("undone", 0)
+    parts = [
+        f"left out: {_some(names)}" if names else "",
+        f"came back: {_some(back)}" if back else "",
+        f"{undone} {'rounds were' if undone > 1 else 'round was'} repeated" if undone else "",
+    ]
+    return "; ".join(filter(None, parts))
+
+
+def _some(names: Sequence[object], most: int = 10) -> str:
+    """Returns the first of some names, and how many there are beside."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
-    undone = f"; {event['undone']} rounds were repeated" if event.get("undone") else ""
-    return f"left out: {', '.join(names[:most])}{rest}{undone}"
+    return ", ".join(map(str, names[:most])) + rest
 
 
 def loss_text(event: Event) -> str:
     """Returns the loss of an event as text; None in the event means not finite."""
     return "not finite" if event["loss"] is None else f"{event['loss']:.4f}"
+
+
+def _gone(event: Event) -> str:
+    """Returns that a device is gone and why; a reason may name it already."""
+    name, reason = f"device {event['device']}", str(event["reason"])
+    return reason if reason.startswith(f"{name} ") else f"{name} is out: {reason}"
 
 
 def _work(event: Event) -> str:

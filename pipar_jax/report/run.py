@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from comms.emulation.shaping import parse_link
+from pipar_jax.config.membership_script import FILE as SCRIPT
+from pipar_jax.config.membership_script import Attempt, read_attempts
 from pipar_jax.cost_model.costs import FREE_LINK
 from pipar_jax.cost_model.from_trace import links_from_shapes
 from pipar_jax.disk.event_log import read_events
@@ -40,12 +42,14 @@ class RecordedRun:
       config: The resolved configuration, decoded from JSON.
       events: Rows of metrics.jsonl, in order.
       trace_path: The file with timed actions; None if the run has no trace.
+      attempts: The attempts at its rounds, in order: who took part and who was out.
     """
 
     name: str
     config: JsonMapping
     events: tuple[JsonMapping, ...]
     trace_path: Path | None = None
+    attempts: tuple[Attempt, ...] = ()
 
     @property
     def title(self) -> str:
@@ -238,13 +242,15 @@ def read_run(folder: Path) -> RecordedRun:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         events = read_events(folder / "metrics.jsonl")
+        script = folder / SCRIPT
+        attempts = read_attempts(script) if script.exists() else ()
     except (OSError, ValueError, RunError) as error:
         raise RunError(
             f"{folder} is not the folder of a run: {describe_reading(error)}; name a "
             "folder below runs/ with config.json and metrics.jsonl in it"
         ) from error
     trace = folder / "trace.json.gz"
-    return RecordedRun(folder.name, config, events, trace if trace.exists() else None)
+    return RecordedRun(folder.name, config, events, trace if trace.exists() else None, attempts)
 
 
 def hosts_of(run: RecordedRun) -> list[str]:

@@ -39,6 +39,7 @@ class Registered:
       step: The next step in its own data; rounds that do not count leave it unchanged.
       since_s: When it joined or left, on the monotonic clock.
       losses: Number of times that it was lost.
+      returns: Number of times that it came back.
     """
 
     index: int
@@ -52,6 +53,7 @@ class Registered:
     step: int = 0
     since_s: float = 0.0
     losses: int = 0
+    returns: int = 0
 
 
 class Population:
@@ -94,6 +96,7 @@ class Population:
         away_s = now_s - one.since_s
         one.samples, one.steps = who.samples, who.steps
         one.presence, one.since_s = Presence.PRESENT, now_s
+        one.returns += 1
         return away_s
 
     def go(self, index: int, presence: Presence, now_s: float) -> None:

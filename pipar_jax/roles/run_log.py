@@ -91,6 +91,7 @@ class RunLog:
         self._record = record
         self._parameters = parameters
         self._traffic = Traffic(members)
+        self._population = members.population
         self._trace = TraceLog(folder.path / TRACE, config.run.trace, self._lose_trace)
         self._rounds = self._undone = 0
         self._losses: list[JsonObject] = []
@@ -258,6 +259,7 @@ class RunLog:
             "bytes_down": self._totals[1],
             "losses": self._losses,
             "undone": self._undone,
+            "returns": [one.index for one in self._population for _ in range(one.returns)],
             "folder": str(self._folder.path),
         }
         self._tell(summary)

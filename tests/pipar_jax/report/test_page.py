@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 
 from pipar_jax.config import Config, to_json
+from pipar_jax.config.membership_script import Attempt, Out
 from pipar_jax.cost_model.from_trace import links_from_shapes
 from pipar_jax.errors import RunError
 from pipar_jax.report import make_page, read_run, write_report
 from pipar_jax.report.gantt import median_step
 from pipar_jax.report.idle import CAUSES
+from pipar_jax.report.membership import membership_rows, membership_text
 from pipar_jax.report.svg import Series, aligned, digits, line_chart, tick_labels, ticks
 from pipar_jax.schedule.actions import KIND_NAMES, RoundSchedule, parse, rounds
 from pipar_jax.schedule.plan import DevicePlan, Plan
@@ -80,7 +82,7 @@ def write_run(folder: Path, method: str, plan: Plan, *, finish: bool = True) -> 
         events.append({
             "event": "round_finished", "round": index, "rounds": 3, "epoch": index + 1.0,
             "seconds": found.seconds, "loss": 2.0 / (index + 1), "accuracy": 0.5,
-            "samples": SAMPLES * count, "busy": found.busy_s,
+            "samples": SAMPLES * count, "devices": count, "committed": count, "busy": found.busy_s,
             "idle": {host: found.idle_share(host) for host in found.busy_s},
             "bytes_up": sum(n for (_, to), n in carried.items() if to == "server"),
             "bytes_down": sum(n for (of, _), n in carried.items() if of == "server"),
@@ -249,6 +251,85 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     (folder / "metrics.jsonl").write_text('{"event": "half\n{"event": "whole"}\n')
     with pytest.raises(RunError, match="is not the folder of a run"):
         read_run(folder)
+
+
+def disturb(folder: Path, script: list[Attempt], rows: dict[int, list[dict[str, object]]]) -> None:
+    """Add to a run's folder a script, and events before the end of some of its rounds."""
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    ends = [i for i, row in enumerate(events) if row["event"] == "round_finished"]
+    for index in sorted(rows, reverse=True):
+        events[ends[index] : ends[index]] = rows[index]
+    rounds_ = (row for row in events if row["event"] == "round_finished")
+    for row, one in zip(rounds_, script, strict=True):
+        taking = len({place for place, _, _ in one.spans})
+        row.update(round=one.round, devices=taking, committed=len(one.commit), seconds=2.0)
+        row["seconds"] += 5.0 if one.out else 0.0
+    lines = "".join(json.dumps(row) + "\n" for row in events)
+    (folder / "metrics.jsonl").write_text(lines)
+    text = "".join(json.dumps(one.to_dict()) + "\n" for one in script)
+    (folder / "membership.jsonl").write_text(text + '{"round": 1, "coh')
+
+
+def dropped(device: int, why: str) -> dict[str, object]:
+    return {"event": "device_dropped", "device": device, "round": 1, "step": 4, "steps": 4,
+            "why": why, "reason": ""}  # fmt: skip
+
+
+def test_who_was_out_and_who_came_back_is_shown_with_what_it_cost(tmp_path: Path) -> None:
+    """Three attempts: an undisturbed one, one with losses, one before which a device came back."""
+    run = write_run(tmp_path / "open", "pipar", PIPAR)
+    calm = Attempt(0, (0, 1), ((0, 0, 4), (1, 0, 4)), (), (), (0, 1))
+    lost = Attempt(1, (0, 1), ((0, 4, 8), (1, 4, 8)), (), (Out(1, 6, "lost"),), (0,))
+    disturb(
+        run, [calm, lost, dataclasses.replace(calm, round=2)],
+        {1: [{"event": "device_lost", "device": 1, "reason": "gone"}, dropped(1, "lost")],
+         2: [{"event": "device_returned", "device": 1, "samples": 60, "away_s": 12.34}]},
+    )  # fmt: skip
+    read = read_run(run)
+    assert membership_rows(read) == [
+        ["2", "1 of 2", "d1 lost from step 3 of 4", "", 7.0, 5.0],
+        ["3", "2 of 2", "", "d1 after 12.3 s", 2.0, 0.0],
+    ]
+    assert membership_text(read) == (
+        "devices left out of a round: 1; devices lost: 1; returns: 1; more seconds than in as many "
+        "undisturbed rounds: 5.0."
+    )
+    page = make_page([read])
+    assert page.count("<h2>Membership</h2>") == 1 and "d1 lost from step 3 of 4" in page
+
+
+def test_a_late_device_that_takes_part_again_is_shown(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "late", "pipar", PIPAR)
+    late = Attempt(0, (0, 1), ((0, 0, 4), (1, 0, 4)), (), (Out(1, 0, "late"),), (0,))
+    alone = Attempt(1, (0, 1), ((0, 4, 8),), (), (), (0,))
+    both = Attempt(2, (0, 1), ((0, 8, 12), (1, 0, 4)), (), (), (0, 1))
+    disturb(run, [late, alone, both], {0: [dropped(1, "late")]})
+    assert membership_rows(read_run(run)) == [
+        ["1", "1 of 2", "d1 late, no step counts", "", 7.0, 5.0],
+        ["3", "2 of 2", "", "d1 again, out since round 1", 2.0, 0.0],
+    ]
+
+
+def test_a_round_that_was_undone_costs_all_its_time(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "undone", "pipar", PIPAR)
+    calm = Attempt(0, (0, 1), ((0, 0, 4), (1, 0, 4)), (), (), (0, 1))
+    out = (Out(1, 4, "late"), Out(0, 4, "undone"))
+    undone = Attempt(1, (0, 1), ((0, 4, 8), (1, 4, 8)), (), out, ())
+    disturb(run, [calm, undone, dataclasses.replace(calm, round=1)], {1: [dropped(1, "late")]})
+    assert membership_rows(read_run(run)) == [
+        ["2, undone", "0 of 2", "d1 late, no step counts", "", 7.0, 7.0],
+    ]
+
+
+def test_a_run_in_which_nothing_happened_has_no_section_on_membership(folders: list[Path]) -> None:
+    assert "<h2>Membership</h2>" not in make_page([read_run(folder) for folder in folders])
+
+
+def test_a_script_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "odd", "pipar", PIPAR)
+    (run / "membership.jsonl").write_text('{"round": -1}\n')
+    with pytest.raises(RunError, match=r"membership\.jsonl is not a script of rounds"):
+        read_run(run)
 
 
 def test_the_usual_step_is_neither_the_first_nor_the_last() -> None:

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from pipar_jax.report import progress as progress_module
-from pipar_jax.report.progress import ProgressDisplay, RunState, describe, render
+from pipar_jax.report.progress import ProgressDisplay, RunState, describe, losses_text, render
 
 STARTED = {
     "event": "run_started",
@@ -223,3 +223,26 @@ def test_after_a_host_was_busy_the_bar_comes_back() -> None:
     assert state.phase == "d0 is timing: 1 of 2"
     state.follow({"event": "progress", "device": 0, "step": 0, "loss": 1.0, "accuracy": 0.5}, 1.0)
     assert state.phase == "training"
+
+
+def test_who_is_gone_is_shown_until_it_is_back() -> None:
+    lost = {"event": "device_lost", "device": 1, "reason": "device 1 was lost: it is silent",
+            "time_s": 3.0}  # fmt: skip
+    left = {"event": "device_left", "device": 0, "reason": "it was asked to", "time_s": 3.0}
+    back = {"event": "device_returned", "device": 1, "away_s": 2.0, "time_s": 5.0}
+    state = _followed(STARTED, lost, left)
+    assert describe(lost, state) == "device 1 was lost: it is silent"
+    assert describe(left, state) == "device 0 is out: it was asked to"
+    assert "without d0, d1" in _text(_followed(STARTED, lost, left, ROUND))
+    assert "without d0 " in _text(_followed(STARTED, lost, left, back, ROUND))
+
+
+def test_the_end_says_who_was_left_out_and_who_came_back() -> None:
+    assert losses_text(FINISHED) == ""
+    some = [{"device": 2, "round": 0, "step": 0, "why": "late"}]
+    many = [{"device": 0, "round": index, "step": 3, "why": "lost"} for index in range(12)]
+    text = losses_text({**FINISHED, "losses": some + many, "undone": 1, "returns": [0, 0]})
+    assert text == (
+        "left out: device 0 of rounds 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 2 more, device 2 of round "
+        "1; came back: device 0; 1 round was repeated"
+    )

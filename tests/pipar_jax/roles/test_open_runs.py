@@ -72,6 +72,7 @@ def test_a_device_that_is_lost_comes_back_with_the_weights_of_the_moment(tmp_pat
     run = OpenRun(made, when=together(when, slowly)).run(range(3))
     assert run.error is None
     assert [event["device"] for event in run.kinds("device_returned")] == [1]
+    assert run.kinds("run_finished")[0]["returns"] == [1]
     script = run.script()
     back = next(row for row in script[3:] if any(span[0] == 1 for span in row["spans"]))
     assert back["fresh"] == [1] and back["commit"] == [0, 1, 2]

@@ -1,0 +1,183 @@
+"""Who took part in the rounds of a run, who was out or came back, and what that cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+
+from pipar_jax.config.membership_script import Attempt
+from pipar_jax.disk.json_text import JsonMapping
+from pipar_jax.report.run import RecordedRun
+from pipar_jax.schedule.plan import device_name
+
+#: Most rounds that are shown, and most devices that are named in one cell.
+MOST_ROUNDS, MOST_NAMES = 200, 8
+#: Events that are counted for all of a run, and how they are called.
+_COUNTED = (
+    ("device_dropped", "devices left out of a round"),
+    ("device_lost", "devices lost"),
+    ("device_left", "devices that left"),
+    ("device_returned", "returns"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Disturbed:
+    """An attempt at a round in which, or before which, a device came or went.
+
+    Attributes:
+      round: Its number, from 0.
+      taking: How many devices began it.
+      counted: How many of them count; 0 if it was undone.
+      out: Who was lost, late or dropped, and from which step.
+      back: Who came back, or joined after the start, before it ended.
+      seconds: How long it took.
+      extra_s: By how much it was longer than the median of the run's undisturbed rounds, which is
+        what waiting for a deadline and steps computed anew cost; all of it if it was undone.
+        None if there is no undisturbed round.
+    """
+
+    round: int
+    taking: int
+    counted: int
+    out: tuple[str, ...]
+    back: tuple[str, ...]
+    seconds: float
+    extra_s: float | None
+
+
+def disturbed_rounds(run: RecordedRun) -> list[Disturbed]:
+    """Returns the attempts at rounds in or before which a device came or went, in order."""
+    found, away = list[Disturbed](), dict[int, int]()
+    for done, before, script in _attempts(run):
+        found.append(_read(done, before, script, away))
+    calm = [one.seconds for one in found if not (one.out or one.back) and one.counted]
+    usual_s = statistics.median(calm) if calm else None
+    return [
+        dataclasses.replace(one, extra_s=_extra(one, usual_s))
+        for one in found
+        if one.out or one.back or not one.counted
+    ]
+
+
+def membership_rows(run: RecordedRun) -> list[list[str | float | None]]:
+    """Returns the cells of a table, a row for each disturbed round; none if nothing happened."""
+    found = disturbed_rounds(run)
+    rows: list[list[str | float | None]] = [
+        [
+            f"{one.round + 1}" if one.counted else f"{one.round + 1}, undone",
+            f"{one.counted} of {one.taking}",
+            _some(one.out),
+            _some(one.back),
+            one.seconds,
+            one.extra_s,
+        ]
+        for one in found[:MOST_ROUNDS]
+    ]
+    if (left := len(found) - MOST_ROUNDS) > 0:
+        rows.append([f"{left} more in metrics.jsonl", *[""] * 5])
+    return rows
+
+
+def membership_text(run: RecordedRun) -> str:
+    """Returns one sentence about all of a run's losses, returns and repeated rounds."""
+    found = disturbed_rounds(run)
+    counts = [(len(run.of(event)), text) for event, text in _COUNTED]
+    counts.append((sum(not one.counted for one in found), "rounds undone and repeated"))
+    parts = [f"{text}: {count}" for count, text in counts if count]
+    extra_s = sum(one.extra_s or 0.0 for one in found)
+    if extra_s >= 0.05:
+        parts.append(f"more seconds than in as many undisturbed rounds: {extra_s:.1f}")
+    return "; ".join(parts) + "."
+
+
+def _attempts(
+    run: RecordedRun,
+) -> Iterator[tuple[JsonMapping, list[JsonMapping], Attempt | None]]:
+    """Yields each attempt's last event, those from the attempt before it on, and its script."""
+    begun, index = False, 0
+    before: list[JsonMapping] = []
+    for row in run.events:
+        if row["event"] == "run_started":
+            begun, before = True, []
+        elif begun and row["event"] == "round_finished":
+            script = run.attempts[index] if index < len(run.attempts) else None
+            yield row, before, script if script and script.round == row["round"] else None
+            before, index = [], index + 1
+        elif begun:
+            before.append(row)
+
+
+def _read(
+    done: JsonMapping,
+    before: Sequence[JsonMapping],
+    script: Attempt | None,
+    away: dict[int, int],
+) -> Disturbed:
+    """Returns what an attempt's events and script say.
+
+    Args:
+      done: The event at its end.
+      before: The events since the attempt before it.
+      script: What the run's script says of it.
+      away: For each device that was left out but not lost, in which round; brought up to date.
+    """
+    out: dict[int, str] = {}
+    for row in before:
+        if row["event"] in ("device_lost", "device_left"):
+            out[row["device"]] = row["event"].removeprefix("device_")
+    for row in before:
+        if row["event"] == "device_dropped":
+            out[row["device"]] = _dropped(row, script)
+    back = [
+        f"{device_name(row['device'])} after {row['away_s']:.1f} s"
+        if row["event"] == "device_returned"
+        else f"{device_name(row['device'])} joined"
+        for row in before
+        if row["event"] in ("device_returned", "device_joined")
+    ]
+    index = int(done["round"])
+    for one in () if script is None else sorted({script.cohort[p] for p, _, _ in script.spans}):
+        since = away.pop(one, index)
+        if index - since > 1:
+            back.append(f"{device_name(one)} again, out since round {since + 1}")
+    away |= {row["device"]: index for row in before if row["event"] == "device_dropped"}
+    for row in before:
+        if row["event"] in ("device_lost", "device_left"):
+            away.pop(row["device"], None)
+    return Disturbed(
+        index, int(done["devices"]), int(done["committed"]),
+        tuple(f"{device_name(one)} {how}" for one, how in sorted(out.items())),
+        tuple(back), float(done["seconds"]), None,
+    )  # fmt: skip
+
+
+def _dropped(row: JsonMapping, script: Attempt | None) -> str:
+    """Returns why a device was dropped and what of its steps counts.
+
+    Where gradients are summed, the step is known when all have gone back to it: the script has it.
+    """
+    why, steps = str(row["why"]).replace("nonfinite", "not finite"), int(row["steps"])
+    counted = 0
+    if script is not None:
+        place = script.cohort.index(row["device"]) if row["device"] in script.cohort else None
+        spans = [(first, stop) for one, first, stop in script.spans if one == place]
+        ends = [one.step for one in script.out if one.place == place]
+        if spans and ends:
+            counted = sum(max(min(stop, ends[0]) - first, 0) for first, stop in spans)
+    return f"{why} from step {counted + 1} of {steps}" if counted else f"{why}, no step counts"
+
+
+def _extra(one: Disturbed, usual_s: float | None) -> float | None:
+    """Returns what an attempt took beyond an undisturbed round."""
+    if not one.counted:
+        return one.seconds
+    return None if usual_s is None else one.seconds - usual_s
+
+
+def _some(names: Iterable[str]) -> str:
+    """Returns the first of some names, and how many there are beside."""
+    all_names = list(names)
+    rest = len(all_names) - MOST_NAMES
+    return "; ".join(all_names[:MOST_NAMES]) + (f"; and {rest} more" if rest > 0 else "")
