@@ -2,8 +2,8 @@
 
 Command: pipar train --config=cifar10_resnet18_accept --config.data.data_dir=FOLDER
 where FOLDER holds CIFAR-10, as published or as prepared by TFDS; otherwise it is downloaded.
-The device and three peers compute 1, 2, 4 and 8 times as long as a core of this machine; the
-planner balances the cuts over them and the links.
+The device and its three peers take 1, 2, 4 and 8 times the compute time of a core of this machine;
+the planner balances the cuts over them and the links.
 """
 
 from pipar_jax.config import Config

@@ -1,8 +1,8 @@
-"""ResNet-18 on CIFAR-10 by MP-SL: four devices, three compute nodes, labels stay home.
+"""ResNet-18 on CIFAR-10 by MP-SL: four devices, three compute nodes, labels stay on the devices.
 
 Command: pipar train --config=cifar10_resnet18_mpsl --config.data.data_dir=FOLDER
 where FOLDER holds CIFAR-10, as published or as prepared by TFDS; otherwise it is downloaded.
-The planner finds the cuts; --config.pipeline.cuts names them instead,
+The planner chooses the cuts; --config.pipeline.cuts sets them instead,
 --config.pipeline.weights=shared keeps one copy of each middle stage for all devices, and
 --config.pipeline.labels=end sends the labels to the last node.
 """

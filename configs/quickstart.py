@@ -1,4 +1,4 @@
-"""The demo's setting: digits on two slow devices behind 4G+ links.
+"""The demo's preset: digits on two slow devices behind 4G+ links.
 
 Command: make demo (pipar quickstart), which trains this preset by each method.
 Group normalisation, so that FL, SFL and PiPar compute the same and only their time differs.

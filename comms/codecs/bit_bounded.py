@@ -1,4 +1,4 @@
-"""The bit-level codec with a bound: multiples of one step, bits as each block needs."""
+"""The bit-level codec with a bound: multiples of a single step, with a width per block."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from comms.codecs.bit_settings import Mode, Setting
 def step_exponent(setting: Setting, largest: float, dtype: DType) -> int:
     """Returns j such that rounding to multiples of 2^j keeps the bound.
 
-    An element is off by half a step, and where the step's multiple does not fit a narrow type as
-    far again, since it is then rounded to a number no farther away than the element itself.
+    An element's error is half a step, and where the step's multiple does not fit a narrow type as
+    much again, since it is then rounded to a number no farther away than the element itself.
 
     Args:
-      setting: Abs or rel.
+      setting: A setting of mode abs or rel.
       largest: The array's largest magnitude, finite.
       dtype: The array's type.
     """
@@ -42,7 +42,7 @@ def step_exponent(setting: Setting, largest: float, dtype: DType) -> int:
     elif largest == 0:
         return 0
     else:
-        # Whole numbers: floor(log2(bound * largest)) without rounding on the way.
+        # Whole numbers: floor(log2(bound * largest)) without intermediate rounding.
         (bound, first), (most, second) = math.frexp(setting.bound), math.frexp(largest)
         product = int(bound * 2**53) * int(most * 2**53)
         exponent = first + second - (2 if product < 1 << 105 else 1)
@@ -50,7 +50,7 @@ def step_exponent(setting: Setting, largest: float, dtype: DType) -> int:
 
 
 def encode_bounded(flat: Array, setting: Setting) -> Bytes:
-    """Returns the payload of values [n] none of which is off by more than the bound."""
+    """Returns the payload of values [n], each within the bound."""
     kind = np.float64 if flat.dtype == np.float64 else np.float32
     values = flat.astype(kind, copy=False)
     largest = max(float(values.max(initial=0)), -float(values.min(initial=0)))
@@ -80,7 +80,7 @@ def encode_bounded(flat: Array, setting: Setting) -> Bytes:
 
 
 def _widths(whole: Array) -> Bytes:
-    """Returns for each block of whole numbers [n] int32 its width, plus 128 if one is negative."""
+    """Returns the width of each block of whole numbers [n] int32, plus 128 if any is negative."""
     blocks = in_blocks(whole)
     negative = blocks.min(axis=1) < 0
     top = (blocks ^ (blocks >> 31)).max(axis=1).view(np.uint32)
@@ -92,7 +92,7 @@ def decode_bounded(parts: PayloadParts, dtype: DType) -> Array:
     """Returns the values of all blocks, [64 m] float32 or float64."""
     widths, signed = parts.first & 127, parts.first > 127
     words = unpack_slabs(parts.planes, widths, 4).view(np.int32).reshape(-1, BLOCK)
-    # The highest bit of a block that has negative elements counts negative.
+    # The highest bit of a block with negative elements is a sign bit.
     sign = np.where(signed, np.int32(1) << (widths.astype(np.int32) - 1), 0)[:, None]
     words ^= sign
     words -= sign

@@ -29,7 +29,7 @@ NAN_EXPONENT = 255
 
 
 def encode_fixed(flat: Array, setting: Setting) -> Bytes:
-    """Returns the payload of values [n], each in K bits and a sign if one is negative."""
+    """Returns the payload of values [n], each in K bits, with a sign if any is negative."""
     with np.errstate(over="ignore", invalid="ignore"):
         values = flat.astype(np.float32, copy=False)
     count, bits = values.size, values.view(np.int32)
@@ -86,7 +86,7 @@ def _multiples(
     factor = np.ldexp(np.float32(1), k - 1 - (exponent - 127) + (k == 1))
     factor[lost] = 0
     with np.errstate(invalid="ignore", over="ignore"):
-        # With one bit the inverse of the largest step is no normal number; half of it twice is.
+        # With K = 1 the inverse of the largest step is not a normal number; twice its half is.
         scaled = (block * np.float32(0.5) if k == 1 else block) * factor[:, None]
         if infinite.any():
             scaled[infinite] = 0
@@ -103,12 +103,12 @@ def _multiples(
 
 
 def draws(begin: int, count: int, seed: int) -> Array:
-    """Returns what random rounding adds before it rounds down.
+    """Returns the offsets that random rounding adds before it rounds down.
 
     Args:
       begin: Index of the first element in its array, a multiple of 64.
-      count: How many, a multiple of 64.
-      seed: Of the array.
+      count: Number of offsets, a multiple of 64.
+      seed: Seed of the array.
 
     Returns:
       [count] float32 in (0, 1): a byte of a hash of the index and the seed, and a half, / 256.

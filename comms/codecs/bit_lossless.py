@@ -1,4 +1,4 @@
-"""The bit-level codec without loss: each block's leading byte, and what is left of its words."""
+"""The lossless bit-level codec: each block's leading byte, and the rest of its words."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from comms.codecs.bit_planes import BLOCK
 
 
 def encode_lossless(flat: Array) -> Bytes:
-    """Returns the payload of values [n] that loses nothing of them."""
+    """Returns the lossless payload of values [n]."""
     size = flat.dtype.itemsize
     bits = flat.view(f"<u{size}")
     one, rest = bits.dtype.type(1), bits.dtype.type(8 * size - 1)
@@ -46,7 +46,7 @@ def encode_lossless(flat: Array) -> Bytes:
 
 def _leading(words: Array) -> tuple[Bytes, Bytes, Array]:
     """Returns each block's least leading byte, its width without it, and the words without it."""
-    # The last block is filled up with what changes neither.
+    # The last block is padded with values that change neither.
     missing = -words.size % BLOCK
     if missing:
         words = np.concatenate([words, np.repeat(words[-1:], missing)])

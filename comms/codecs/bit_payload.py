@@ -21,21 +21,21 @@ MOST_WIDTH = 31
 LEAST_STEP, MOST_STEP = -125, 120
 """Exponents of the steps of abs and rel: they and their inverses are normal float32 numbers."""
 SLAB = 1 << 16
-"""Elements coded at a time; what is made of them stays in the second-level cache."""
+"""Elements coded at a time; intermediate arrays stay in the second-level cache."""
 
 
 class PayloadParts(NamedTuple):
     """The sections of a payload, checked against each other.
 
     Attributes:
-      signed: The flag of that name.
-      step: The exponent of the step, with abs and rel.
-      raw: The array's bytes; nothing of what follows is there then.
-      present: Which elements are not zero; None if all are in the blocks.
-      kept: Elements in the blocks.
+      signed: The flag "signed".
+      step: The exponent of the step, for abs and rel.
+      raw: The array's bytes; the following sections are absent then.
+      present: Mask of the non-zero elements; None if all elements are in the blocks.
+      kept: Number of elements in the blocks.
       first: A byte for each block.
-      second: Another one, without loss.
-      planes: uint64, of all blocks.
+      second: A second byte for each block, for lossless.
+      planes: Planes of all blocks, uint64.
     """
 
     signed: bool = False
@@ -104,28 +104,28 @@ class PayloadParts(NamedTuple):
 
 
 def padded(nbytes: int) -> int:
-    """Returns bytes filled up to a multiple of 8."""
+    """Returns a number of bytes rounded up to a multiple of 8."""
     return -(-nbytes // 8) * 8
 
 
 def fixed_bytes(count: int, width: int) -> int:
-    """Returns the bytes, behind the head, of so many elements of so many bits in dense blocks."""
+    """Returns the bytes behind the head of ``count`` elements of ``width`` bits in dense blocks."""
     blocks = -(-count // BLOCK)
     return padded(blocks) + 8 * blocks * width
 
 
 def sparse_bytes(count: int) -> int:
-    """Returns the bytes of the bitmap of so many elements."""
+    """Returns the bytes of the bitmap of ``count`` elements."""
     return padded(-(-count // 8))
 
 
 def broken(what: str) -> CodecError:
-    """Returns what to raise over a payload that is none of this codec."""
+    """Returns the error for an invalid payload of this codec."""
     return CodecError(f"a payload of codec bits that cannot be read: {what}")
 
 
 def pack_payload(flags: int, *sections: Array, step: int = 0) -> Bytes:
-    """Returns the head and the sections, each filled up to a multiple of 8 bytes."""
+    """Returns the head and the sections, each padded to a multiple of 8 bytes."""
     parts = [section.reshape(-1).view(np.uint8) for section in sections]
     sizes = [part.size if flags & RAW else padded(part.size) for part in parts]
     payload = allocate_aligned(HEAD_BYTES + sum(sizes))
@@ -139,7 +139,7 @@ def pack_payload(flags: int, *sections: Array, step: int = 0) -> Bytes:
 
 
 def in_blocks(values: Array) -> Array:
-    """Returns values [m, 64], the last block filled up with zeros."""
+    """Returns values [m, 64], the last block padded with zeros."""
     missing = -values.size % BLOCK
     if missing:
         values = np.concatenate([values, np.zeros(missing, values.dtype)])
@@ -152,7 +152,7 @@ def bitmap_of(present: Array) -> Array:
 
 
 def pack_slabs(words: Array, widths: Array) -> list[Array]:
-    """Returns the planes of words, made slab by slab."""
+    """Returns the planes of words, computed slab by slab."""
     step = SLAB // BLOCK
     return [
         bit_planes.pack_varied(words[at * BLOCK : (at + step) * BLOCK], widths[at : at + step])

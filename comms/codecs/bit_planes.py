@@ -21,7 +21,7 @@ def pack(words: Array, width: int) -> Array:
 
     Args:
       words: [m * 64] of an unsigned type of 1, 2, 4 or 8 bytes; bits from ``width`` on are ignored.
-      width: Bits of a word that are kept.
+      width: Number of bits of a word that are kept.
 
     Returns:
       [m, width] uint64.
@@ -31,7 +31,7 @@ def pack(words: Array, width: int) -> Array:
     for at in range(0, width, 8):
         lane = np.ascontiguousarray(lanes[:, at // 8])
         for bit in range(min(8, width - at)):
-            # packbits treats any non-zero byte as a one, so that the mask needs no shift.
+            # packbits treats any non-zero byte as 1, so that the mask needs no shift.
             plane = np.packbits(lane & np.uint8(1 << bit), bitorder="little")
             planes[:, at + bit] = plane.view("<u8")
     return planes
@@ -42,8 +42,8 @@ def unpack(planes: Array, bytes_each: int, shift: int = 0) -> Array:
 
     Args:
       planes: [m, width] uint64.
-      bytes_each: 1, 2, 4 or 8: bytes of a word that is returned.
-      shift: Bits that are put below the lowest plane.
+      bytes_each: Bytes of a returned word: 1, 2, 4 or 8.
+      shift: Number of zero bits below the lowest plane.
 
     Returns:
       [m * 64] unsigned.

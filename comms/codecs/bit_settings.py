@@ -30,7 +30,7 @@ class Setting(NamedTuple):
 
     Attributes:
       mode: The mode.
-      bits: K; 0 with a bound and without loss.
+      bits: K; 0 for abs, rel and lossless.
       seed: Seed of random rounding.
       bound: Bound of abs and rel, a number with 8 significant bits.
     """
@@ -41,7 +41,7 @@ class Setting(NamedTuple):
     bound: float = 0.0
 
     def parameter(self) -> int:
-        """Returns it as a number: bits 0-7 K, 8-15 the mode, 16-31 the seed or the bound.
+        """Returns the setting as a number: bits 0-7 K, 8-15 the mode, 16-31 the seed or the bound.
 
         The bound is the upper half of a float32's bits, truncated, so that it never exceeds the
         requested one.
@@ -71,10 +71,11 @@ class Setting(NamedTuple):
             if not 1 <= bits <= most:
                 raise CodecError(f"codec bits: an element has 1 to {most} bits, got {bits}")
             if upper > (255 if kind is Mode.STOCHASTIC else 0):
-                raise CodecError(f"codec bits: a seed is 0 to 255, and bits:Ks has one; {upper}")
+                raise CodecError(f"codec bits: a seed is 0 to 255, for bits:Ks alone, got {upper}")
             return cls(kind, bits, seed=upper)
         if bits or (kind is Mode.LOSSLESS and upper) or upper > 0xFFFF:
-            raise CodecError(f"codec bits: parameter {parameter} is none of {kind.name.lower()}")
+            what = kind.name.lower()
+            raise CodecError(f"codec bits: parameter {parameter} is not valid for {what}")
         if kind is Mode.LOSSLESS:
             return cls(kind)
         bound = float(np.uint32(upper << 16).view(np.float32))

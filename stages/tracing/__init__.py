@@ -32,7 +32,7 @@ def trace(
     classes: int | None = None,
     whole: bool = False,
 ) -> Model:
-    """Makes a model of a network by tracing it, and finds where it can be cut.
+    """Returns a model of a network by tracing it and finding where it can be cut.
 
     A cut is a position at which one floating array is all that the rest of the network needs of the
     samples, and where no module has variables on both sides. The units between cuts are named by
@@ -40,18 +40,18 @@ def trace(
 
     Args:
       network: An NNX module, or a function from ``nnx.Rngs`` to one (its weights then depend on the
-        seed); a Linen module; or, with ``params``, a function f(params, x) that returns one array.
+        seed); a Linen module; or, with ``params``, a function f(params, x) that returns an array.
         Parameters named train, training, deterministic, … are set by the engine, and so is a plain
         function's parameter ``key``.
-      example: A batch [batch, …], abstract or not; or a dictionary of them by parameter. Its first
-        entry is the input that is cut; the others are side inputs (masks, lengths) which every
-        stage is given that needs them.
+      example: A batch [batch, …], abstract or not; or a dictionary of batches by parameter. The
+        first entry is the input that is cut; the others are side inputs (masks, lengths), which
+        every stage that needs them receives.
       params: A plain function's parameters, a pytree of arrays, or a function from a random key to
-        one. Floating-point leaves are weights, all others stay as they are.
+        them. Floating-point leaves are weights, all others stay unchanged.
       name: The model's name; by default that of the module or function.
       classes: Number of classes; by default the size of the output's last axis.
-      whole: Whether a network without a cut is a model too, of one unit (it can be trained where it
-        is not cut: method=fl).
+      whole: Whether a network without a cut is also a model, of a single unit (which can be trained
+        where it is not cut: method=fl).
 
     Raises:
       StageError: The network cannot be traced or trained, or cannot be cut; the message says why
@@ -93,7 +93,7 @@ def _inputs(example: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the abstract samples of a batch, by parameter.
 
     Raises:
-      StageError: The example is no batch.
+      StageError: The example is not a batch.
     """
     given = dict(example) if isinstance(example, Mapping) else {"": example}
     for name, one in given.items():
@@ -113,16 +113,16 @@ def _inputs(example: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _adapt(network: Any, params: PyTree, name: str, batch: Mapping[str, Any]) -> Network:
-    """Takes a network by what it is.
+    """Wraps a network by its kind.
 
     Raises:
-      StageError: It is none of the three kinds.
+      StageError: It is not a network of a known kind.
     """
     if params is not None:
         if not callable(network) or isinstance(network, (nnx.Module, linen.Module)):
             raise StageError(
-                f"model {name!r}: params= goes with a plain function f(params, x), and the network "
-                f"is a {type(network).__name__}, which keeps its own: leave params out"
+                f"model {name!r}: params= requires a plain function f(params, x), but the network "
+                f"is a {type(network).__name__}, which holds its own: leave params out"
             )
         return FunctionNetwork(name, network, params)
     if isinstance(network, linen.Module):
@@ -141,7 +141,7 @@ def _name_of(network: Any) -> str:
 
 
 def _check_output(name: str, few: Flow, more: Flow, still: Flow) -> None:
-    """Checks that the output is one row for each sample, in training as at inference.
+    """Checks that the output has a row per sample, in training and at inference.
 
     Raises:
       StageError: It is not.
@@ -152,7 +152,7 @@ def _check_output(name: str, few: Flow, more: Flow, still: Flow) -> None:
     if not shapes[0].shape or [one.shape[:1] for one in shapes[:2]] != [(FEW,), (MORE,)]:
         raise StageError(
             f"model {name!r}: returns {shapes[0].dtype}{list(shapes[0].shape)} for {FEW} samples, "
-            f"expected [{FEW}, …]: return one row for each sample, and leave the loss to the task"
+            f"expected [{FEW}, …]: return a row per sample, and leave the loss to the task"
         )
     if not jnp.issubdtype(shapes[0].dtype, jnp.floating):
         raise StageError(
@@ -168,7 +168,7 @@ def _check_output(name: str, few: Flow, more: Flow, still: Flow) -> None:
 def _kept(
     still: Flow, cuts: tuple[Cut, ...], obstacles: tuple[Obstacle, ...], name: str
 ) -> tuple[tuple[Cut, ...], tuple[Obstacle, ...]]:
-    """Leaves out the cuts that inference does not have."""
+    """Returns the cuts that also exist at inference, and the obstacles."""
     found = place(still, cuts, FEW, name)
     missing = [cut for cut, position in zip(cuts, found, strict=True) if position is None]
     reasons = [

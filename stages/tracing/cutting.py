@@ -1,9 +1,9 @@
 """Where a traced network can be cut, and why it cannot elsewhere.
 
-A cut is a position at which one floating array alone is live (what depends on side inputs, weights
-or constants alone apart), where no module has variables on both sides, and where there is something
-to train on each side. Of several positions with the same variables before them, one is a cut: the
-one at which the fewest bytes cross.
+A cut is a position at which a single floating array is live (apart from values that depend only on
+side inputs, weights or constants), where no module has variables on both sides, and where there is
+something to train on each side. Of several positions with the same variables before them, the cut
+is that at which the fewest bytes cross.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ class CutTensor:
         return jax.ShapeDtypeStruct(shape, self.dtype)  # type: ignore[no-untyped-call]
 
     def enter(self, x: jax.Array) -> jax.Array:
-        """Turns an array as units return it into one as the network has it."""
+        """Converts an array from the units' layout to the network's."""
         rows = x.shape[0] * self.shape[self.axis]
         return jnp.moveaxis(x.reshape(rows, *self._rest), 0, self.axis).astype(self.dtype)
 
     def leave(self, x: jax.Array) -> jax.Array:
-        """Turns an array as the network has it into one as units return it."""
+        """Converts an array from the network's layout to the units'."""
         samples = x.shape[self.axis] // self.shape[self.axis]
         return jnp.moveaxis(x, self.axis, 0).reshape(self.outside(samples).shape)
 
@@ -82,8 +82,8 @@ class Cut:
 
     Attributes:
       left: Paths of the variables that are used before it.
-      right: Paths of those used behind it.
-      boundary: What crosses it.
+      right: Paths of the variables that are used behind it.
+      boundary: The array that crosses it.
     """
 
     left: frozenset[str]
@@ -102,7 +102,7 @@ def find_cuts(
       params: Paths of the weights.
 
     Returns:
-      The cuts in order, and of other positions where and why not.
+      The cuts in order, and the obstacles at other positions.
     """
     live, left, right = few.live_everywhere(), few.left(), few.right()
     grown = more.live_everywhere() if more.length == few.length else None
@@ -135,7 +135,7 @@ def find_cuts(
         elif (
             here & weights
             and (weights & few.used) - here
-            # Inside the module that has just begun nobody expects a cut.
+            # Inside the module that has just begun a cut is not expected.
             and not _modules(new) & _modules(few.used - here)
         ):
             _, reason = refused[here]
@@ -163,7 +163,7 @@ def place(flow: Flow, cuts: Sequence[Cut], samples: int, name: str) -> list[int 
       name: The model's name, for messages.
 
     Returns:
-      For each cut its position, None where there is none.
+      For each cut its position, None for a cut that does not exist in the trace.
 
     Raises:
       StageError: The output does not depend on the samples.
@@ -195,7 +195,7 @@ def _look(
     right: frozenset[str],
     weights: frozenset[str],
 ) -> tuple[str, CutTensor | None]:
-    """Returns why a position is no cut, or what crosses it."""
+    """Returns why a position is not a cut, or the array that crosses it."""
     source = next(iter(flow.flat.inputs.values()))
     if left & right:
         return f"{sorted(left & right)[0]} is used on both sides", None
@@ -211,7 +211,10 @@ def _look(
             hint = "; one of them is the input: pass what is needed of it as a side input"
         elif not all(jnp.issubdtype(var.aval.dtype, jnp.floating) for var in live):
             hint = "; integers (masks, lengths) can be side inputs"
-        return f"{len(live)} arrays are needed behind it, and one may cross: {arrays}{hint}", None
+        return (
+            f"{len(live)} arrays are needed behind it, and only 1 can cross: {arrays}{hint}",
+            None,
+        )
     (var,) = live
     if not jnp.issubdtype(var.aval.dtype, jnp.floating):
         return f"{_text(var)} crosses, which has no gradient", None
@@ -238,7 +241,7 @@ def _boundary(few: Atom, more: Atom) -> CutTensor | None:
 
 
 def _rank(boundary: CutTensor, position: int) -> tuple[int, bool, int]:
-    """Orders positions with the same variables before them: the first is the cut."""
+    """Returns the sort key of equivalent positions, those with the same variables before them."""
     plain = boundary.axis == 0 and boundary.shape[0] == 1
     return boundary.nbytes, not plain, -position
 

@@ -1,7 +1,7 @@
 """A network's call as one flat list of equations.
 
-Calls of jitted functions are replaced by what they compute, since a cut may lie inside. Functions
-with derivatives of their own are left whole (the gradient of ReLU at 0 would change from 0 to 1/2),
+Calls of jitted functions are inlined, since a cut may lie inside. Functions
+with custom derivatives are left whole (the gradient of ReLU at 0 would change from 0 to 1/2),
 and so are loops, whose equations run more than once.
 """
 
@@ -26,7 +26,7 @@ _CALLS = ("jit", "pjit", "closed_call", "core_call")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Flat:
-    """One call of a network, traced for a number of samples.
+    """A call of a network, traced for a number of samples.
 
     Attributes:
       jaxpr: The equations.
@@ -34,9 +34,9 @@ class Flat:
       params: For each weight's path its variable in the jaxpr.
       state: For each state's path its variable.
       draw: Variables of the micro-batch's scalars; none at inference.
-      inputs: For each input's name its variable; the first is the one that is cut.
+      inputs: For each input's name its variable; the first is the input that is cut.
       output: The network's output.
-      state_after: For each state's path what the call leaves in it.
+      state_after: For each state's path its value after the call.
     """
 
     jaxpr: Jaxpr
@@ -61,7 +61,7 @@ def flatten(
       inverse_dtype: Dtype of ``MicroBatchContext.inverse_batch``.
 
     Raises:
-      StageError: The network cannot be called so, or does not return one array.
+      StageError: The network cannot be called so, or does not return an array.
     """
 
     def run(params: PyTree, state: PyTree, draw: PyTree, inputs: PyTree) -> PyTree:
@@ -71,8 +71,8 @@ def flatten(
         outputs = jax.tree.leaves(y)
         if len(outputs) != 1 or outputs[0] is not y:
             raise StageError(
-                f"model {network.name!r}: returned {_kind(y)}, expected one array: return what the "
-                "loss is computed from, and sow the rest"
+                f"model {network.name!r}: returned {_kind(y)}, expected a single array: return "
+                "what the loss is computed from, and sow the rest"
             )
         return y, {path: after[path] for path in network.state}
 
@@ -84,7 +84,7 @@ def flatten(
         closed = _inlined(jax.make_jaxpr(run)(*given))
     except StageError:
         raise
-    except Exception as error:  # somebody's own code: whatever it raises is told with its line
+    except Exception as error:  # user code: whatever it raises is reported with its line
         said = ", ".join(f"{n} {one.dtype}{list(one.shape)}".strip() for n, one in inputs.items())
         raise StageError(
             f"model {network.name!r}: cannot be traced in {'training' if train else 'inference'} "
@@ -102,7 +102,7 @@ def flatten(
 
 
 def _inlined(closed: Jaxpr) -> PyTree:
-    """Traces a jaxpr again, with calls replaced by what they compute."""
+    """Traces a jaxpr again, with calls inlined."""
 
     def run(*arguments: PyTree) -> list[PyTree]:
         return _evaluate(closed.jaxpr, closed.consts, arguments)
@@ -125,7 +125,7 @@ def _evaluate(jaxpr: Jaxpr, consts: Sequence[PyTree], arguments: Sequence[PyTree
         if inner is not None:
             made = _evaluate(inner.jaxpr, inner.consts, taken)
         else:
-            # A jaxpr of one equation: how a primitive is bound differs from version to version.
+            # A jaxpr of a single equation: binding a primitive differs between versions.
             single = jaxpr.replace(
                 constvars=[], invars=_distinct(equation.invars), outvars=list(equation.outvars),
                 eqns=[equation], effects=equation.effects,
@@ -138,7 +138,7 @@ def _evaluate(jaxpr: Jaxpr, consts: Sequence[PyTree], arguments: Sequence[PyTree
 
 
 def _called(equation: Equation) -> PyTree:
-    """Returns what an equation calls, if it is nothing but a call."""
+    """Returns the function that an equation calls, if it is only a call."""
     if equation.primitive.name not in _CALLS:
         return None
     inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
@@ -158,7 +158,7 @@ def _kind(y: PyTree) -> str:
 
 
 def _hint(error: BaseException) -> str:
-    """Returns what to do about errors of tracing that are frequent."""
+    """Returns a hint for frequent errors of tracing."""
     if isinstance(
         error, jax.errors.ConcretizationTypeError | jax.errors.TracerArrayConversionError
     ):

@@ -1,7 +1,7 @@
-"""What flows through a flat network: which equations are the samples' way, and what they need.
+"""The data flow of a flat network: the equations on the samples' path, and what they need.
 
-The way of the samples is the chain of equations between the input and the output. What depends on
-weights, constants, side inputs or random keys alone is computed where it is needed, also twice.
+The samples' path is the chain of equations between the input and the output. What depends on
+weights, constants, side inputs or random keys alone is computed where needed, even twice.
 What only leads to a new state (running statistics) is computed as soon as it can be.
 """
 
@@ -18,14 +18,14 @@ from stages.trees import Atom, Jaxpr, PyTree
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One equation on the samples' way.
+    """An equation on the samples' path.
 
     Attributes:
-      index: Its place among the jaxpr's equations.
+      index: Its index among the jaxpr's equations.
       level: It lies before every cut k >= level, and behind all others.
-      variables: Paths of the weights and the state that it needs, directly or by what is computed
-        from them alone.
-      inputs: What it takes that depends on the samples.
+      variables: Paths of the weights and the state that it needs, directly or through values
+        computed from them alone.
+      inputs: Its inputs that depend on the samples.
     """
 
     index: int
@@ -35,17 +35,17 @@ class Step:
 
 
 class Flow:
-    """The samples' way through a network.
+    """The samples' path through a network.
 
     Attributes:
       flat: The equations.
       steps: All equations that depend on the samples and that something needs, by level.
-      length: Number of equations on the way to the output; a cut k lies behind the k-th of them.
+      length: Number of equations on the path to the output; a cut k lies behind the k-th of them.
       first: Paths of the state that becomes the samples themselves.
     """
 
     def __init__(self, flat: Flat) -> None:
-        """Finds what depends on what."""
+        """Finds the dependencies."""
         self.flat = flat
         jaxpr = flat.jaxpr
         self._paths = {var: path for path, var in {**flat.params, **flat.state}.items()}
@@ -101,11 +101,11 @@ class Flow:
         return self.flat.output in self._data
 
     def is_data(self, var: Atom) -> bool:
-        """Reports whether a variable depends on the samples."""
+        """Returns whether a variable depends on the samples."""
         return var in self._data
 
     def live(self, cut: int) -> list[Atom]:
-        """Returns what is computed before a cut from the samples, and needed behind it."""
+        """Returns the values computed from the samples before a cut and needed behind it."""
         return [var for var, last in self._last.items() if self._available[var] <= cut < last]
 
     def live_everywhere(self) -> list[list[Atom]]:
@@ -141,7 +141,7 @@ def _variables(atoms: Sequence[Atom]) -> list[Atom]:
 
 
 def _leading_to(jaxpr: Jaxpr, ends: list[Atom]) -> set[int]:
-    """Returns the equations that variables are computed by."""
+    """Returns the indices of the equations that compute some variables."""
     needed = set(ends)
     found = set()
     for index in reversed(range(len(jaxpr.eqns))):

@@ -8,9 +8,9 @@ from stages.tracing.owners import Owner
 
 
 def name_units(units: Sequence[Owner]) -> list[tuple[str, dict[str, str]]]:
-    """Names units by the module that all of their variables are in.
+    """Returns unit names, by the module that all variables of a unit are in.
 
-    Where there is none they are named by the first and the last module, and where units share it by
+    Without such a module a unit is named by its first and last module; units that share a module by
     their first module in it.
 
     Args:
@@ -54,6 +54,6 @@ def _common(paths: Sequence[str]) -> tuple[str, ...]:
 
 
 def _child(path: str, common: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the module one below a common one that a variable is in."""
+    """Returns the child of a common module that holds a variable."""
     parts = path.split("/")
     return tuple(parts[: max(1, min(len(common) + 1, len(parts) - 1))])

@@ -23,12 +23,12 @@ from stages.variables import FLOATS, divide, draw_streams, text_of, value_of
 
 Shapes: TypeAlias = dict[str, jax.ShapeDtypeStruct]
 
-#: Parameters by which a network is told what it is called for, and whether they mean training.
+#: Parameters that set a network's mode, and whether they mean training.
 _MODES = {
     "train": True, "training": True, "is_training": True,
     "deterministic": False, "inference": False, "use_running_average": False,
 }  # fmt: skip
-#: Parameters by which a plain function is given a random key.
+#: Parameters of a plain function that receive a random key.
 _KEYS = ("key", "rng")
 
 
@@ -38,7 +38,7 @@ class Network(abc.ABC):
     Attributes:
       name: The model's name.
       params: Abstract weights by path.
-      state: Abstract statistics, and what else it keeps, by path.
+      state: Abstract statistics and other kept values, by path.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Network(abc.ABC):
         """Returns fresh weights and state by path."""
 
     def matching(self, chosen: Any) -> frozenset[str]:
-        """Returns the paths of the weights that a filter of Flax picks; see ``Unit.matching``."""
+        """Returns the paths of the weights that match a filter of Flax; see ``Unit.matching``."""
         raise StageError(
             f"model {self.name!r}: the filter {chosen!r} is for NNX modules; give a pattern of the "
             "weights' names, such as 'lora|head'"
@@ -71,7 +71,7 @@ class Network(abc.ABC):
         Args:
           params: Weights by path.
           state: State by path.
-          inputs: Batches by the name of the parameter that takes them; one without a name, "",
+          inputs: Batches by the parameter that receives them; a batch without a name, "",
             is the first.
           draw: Scalars of the micro-batch; None at inference.
           train: Training or inference.
@@ -82,10 +82,10 @@ class NnxNetwork(Network):
     """An NNX module: a factory draws it anew for each seed, an instance keeps its weights."""
 
     def __init__(self, name: str, given: PyTree) -> None:
-        """Takes a module, or a function from ``nnx.Rngs`` to one.
+        """Wraps a module, or a function from ``nnx.Rngs`` to a module.
 
         Raises:
-          StageError: The factory fails, or the module keeps something that cannot be trained with.
+          StageError: The factory fails, or the module holds values that cannot be trained with.
         """
         self.name = name
         self._held = divide(given) if isinstance(given, nnx.Module) else None
@@ -103,7 +103,7 @@ class NnxNetwork(Network):
             abstractly(lambda: self._modes.update(_modes(factory(nnx.Rngs(0)).__call__)))
 
     def draw(self, seed: int) -> tuple[Arrays, Arrays]:
-        """Calls the factory, or returns what the module holds."""
+        """Returns fresh values of the factory, or the module's own values."""
         if self._held is None:
             return self._unit.draw(seed, {})
         return _values(self._held.params, self.params), _values(self._held.state, self.state)
@@ -126,7 +126,7 @@ class NnxNetwork(Network):
 
 
 class LinenNetwork(Network):
-    """A Linen module: ``params`` are weights, all other collections but what is sown are state."""
+    """A Linen module: ``params`` are weights, all other collections but sown values are state."""
 
     def __init__(self, name: str, module: linen.Module, inputs: Shapes) -> None:
         """Initialises the module abstractly.
@@ -138,7 +138,7 @@ class LinenNetwork(Network):
         self._modes = _modes(type(module).__call__)
         try:
             drawn = jax.eval_shape(self._init, jax.random.key(0))
-        except Exception as error:  # somebody's own code: whatever it raises is told with its line
+        except Exception as error:  # user code: whatever it raises is reported with its line
             raise StageError(
                 f"model {name!r}: {type(module).__name__} of flax.linen cannot be initialised with "
                 f"{_shown(inputs)}: {describe(error)}"
@@ -197,7 +197,7 @@ class LinenNetwork(Network):
         }
 
     def _init(self, key: jax.Array) -> PyTree:
-        """Draws all collections for one batch, what is sown left out."""
+        """Returns all freshly drawn collections for a batch, without sown values."""
         batch = {n: jnp.ones(one.shape, one.dtype) for n, one in self._inputs.items()}
         given, named = _arguments(batch, self._modes, train=False)
         drawn = self._module.init({"params": key, "dropout": key}, *given, **named)
@@ -209,18 +209,18 @@ class FunctionNetwork(Network):
     """A plain function of a pytree of parameters and a batch; floating leaves are weights."""
 
     def __init__(self, name: str, function: Callable[..., Any], params: PyTree) -> None:
-        """Takes the function and its parameters, or a function from a key to these.
+        """Wraps the function and its parameters, or a function from a key to parameters.
 
         Raises:
-          StageError: The parameters are no pytree of arrays.
+          StageError: The parameters are not a pytree of arrays.
         """
         self.name, self._function, self._given = name, function, params
         try:
             drawn = jax.eval_shape(self._draw, jax.random.key(0))
-        except Exception as error:  # somebody's own code: whatever it raises is told with its line
+        except Exception as error:  # user code: whatever it raises is reported with its line
             raise StageError(
-                f"model {name!r}: params is no pytree of arrays, nor a function from a key to one: "
-                f"{describe(error)}"
+                f"model {name!r}: params is neither a pytree of arrays nor a function from a key "
+                f"to such a pytree: {describe(error)}"
             ) from error
         leaves, self._tree = jax.tree_util.tree_flatten_with_path(drawn)
         self._paths = [
@@ -233,7 +233,7 @@ class FunctionNetwork(Network):
         self._keys = [n for n in _KEYS if n in _parameters(function)]
 
     def draw(self, seed: int) -> tuple[Arrays, Arrays]:
-        """Calls the function that draws them, or returns the parameters that were given."""
+        """Returns freshly drawn parameters, or those that were given."""
         key = jax.random.fold_in(jax.random.key(seed % 2**32), name_hash(self.name))
         found = dict(zip(self._paths, jax.tree.leaves(self._draw(key)), strict=True))
         return {n: found[n] for n in self.params}, {n: found[n] for n in self.state}
@@ -247,7 +247,7 @@ class FunctionNetwork(Network):
         draw: MicroBatchContext | None,
         train: bool,
     ) -> tuple[PyTree, Arrays]:
-        """Calls the function; its parameters that are no floats stay as they are."""
+        """Calls the function; parameters that are not floats stay unchanged."""
         held = {**params, **state}
         tree = jax.tree.unflatten(self._tree, [held[path] for path in self._paths])
         scope = context.Context(train=train, unit=self.name, samples=_samples(inputs), draw=draw)
@@ -263,7 +263,7 @@ class FunctionNetwork(Network):
 
 
 def _values(leaves: Mapping[Path, PyTree], wanted: Shapes) -> Arrays:
-    """Returns a module's variables by path as text; copies, since whoever gets them may donate."""
+    """Returns a module's variables by path as text; copies, since a caller may donate them."""
     found = {text_of(path): value_of(leaf) for path, leaf in leaves.items()}
     return {path: jnp.array(found[path]) for path in wanted}
 
@@ -281,14 +281,14 @@ def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
 
 
 def _modes(function: Any) -> dict[str, bool]:
-    """Returns the parameters by which a function is told that it trains, and what they then are."""
+    """Returns the mode parameters of a function, and their values in training."""
     return {name: _MODES[name] for name in _parameters(function) if name in _MODES}
 
 
 def _arguments(
     inputs: Mapping[str, PyTree], modes: Mapping[str, bool], train: bool
 ) -> tuple[list[Any], dict[str, Any]]:
-    """Returns what a network is called with, by position and by name."""
+    """Returns a network's arguments, by position and by name."""
     named = {name: one for name, one in inputs.items() if name}
     said = {name: value is train for name, value in modes.items()}
     return [inputs[name] for name in inputs if not name], {**named, **said}
@@ -303,7 +303,7 @@ def _shown(inputs: Shapes) -> str:
 
 
 def _slowed(scope: context.Context) -> Callable[..., Any]:
-    """Returns an interceptor that lets running averages decay by a micro-batch's share."""
+    """Returns an interceptor that makes running averages decay by a micro-batch's share."""
 
     def intercept(call: Any, args: Any, kwargs: Any, at: Any) -> PyTree:
         module = at.module

@@ -16,7 +16,7 @@ class Owner(NamedTuple):
     Attributes:
       params: Paths of its weights, sorted.
       state: Paths of its state, sorted.
-      ordered: Those that the network uses, in the order of use; all of them if it uses none.
+      ordered: The used variables, in the order of use; all variables if none is used.
     """
 
     params: tuple[str, ...]
@@ -31,7 +31,7 @@ def assign(
     cuts: Sequence[Cut],
     positions: Sequence[int | None],
 ) -> list[Owner]:
-    """Gives each variable to the unit that uses it; one that nobody uses to a unit of its module.
+    """Assigns each variable to the unit that uses it, and an unused one to a unit of its module.
 
     Args:
       network: The network.
@@ -64,6 +64,6 @@ def assign(
 
 
 def _shared(one: str, other: str) -> int:
-    """Returns how many parts two paths begin with alike."""
+    """Returns the number of leading parts that two paths share."""
     pairs = enumerate(zip(one.split("/"), other.split("/"), strict=False))
     return next((index for index, (a, b) in pairs if a != b), 0)

@@ -43,7 +43,7 @@ class Traced:
 
     Attributes:
       network: The network.
-      inputs: For each input its abstract sample; the first is what is cut.
+      inputs: For each input its abstract sample; the first is the input that is cut.
       cuts: The cuts.
       owners: For each unit the paths of its weights and its state.
     """
@@ -92,7 +92,7 @@ class Traced:
             raise StageError(
                 f"model {self.network.name!r}: with {samples} samples in "
                 f"{'training' if train else 'inference'} it cannot be cut behind "
-                f"{sorted(self.cuts[index].left)[-1]}, where it can with other "
+                f"{sorted(self.cuts[index].left)[-1]}, although it can with other "
                 "numbers: let it compute the same for every number of samples"
             )
         bounds = [0, *known, flow.length + 1]
@@ -107,7 +107,7 @@ class TracedUnit(Unit):
 
     Attributes:
       traced: The network.
-      index: The unit's place among its units.
+      index: The unit's index among its units.
       names: The path in the network of each of the unit's weights and of its state, by path.
     """
 
@@ -147,7 +147,7 @@ class TracedUnit(Unit):
         )
 
     def matching(self, chosen: Any) -> frozenset[str]:
-        """Asks the whole network; see ``Unit.matching``."""
+        """Returns the whole network's answer for this unit; see ``Unit.matching``."""
         found = self.traced.network.matching(chosen)
         return frozenset(path for path in self.weights if self.names[path] in found)
 
@@ -214,7 +214,7 @@ def batched(
 def _piece(
     flow: Flow, start: int, stop: int, weights: Sequence[str], statistics: Sequence[str]
 ) -> Piece:
-    """Picks the equations of a unit between two positions."""
+    """Returns the equations of a unit between two positions."""
     flat = flow.flat
     main, *others = flat.inputs.items()
     source = main[1] if start == 0 else flow.live(start)[0]

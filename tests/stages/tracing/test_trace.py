@@ -26,7 +26,9 @@ def test_units_are_named_by_their_modules_and_positions_that_are_no_cut_explaine
     assert [one.after for one in model.obstacles] == [
         "blocks/0/conv1 … blocks/0/conv2", "blocks/1/conv1 … blocks/1/conv2"
     ]  # fmt: skip
-    assert model.obstacles[0].reason.startswith("2 arrays are needed behind it, and one may cross")
+    assert model.obstacles[0].reason.startswith(
+        "2 arrays are needed behind it, and only 1 can cross"
+    )
     facts = stages.unit_facts(model, 4)
     assert facts[0].output_bytes == 4 * 8 * 8 * 2 * 4 and facts[1].forward_flops > 0
 
@@ -184,19 +186,19 @@ W = {"w": jnp.ones((4, 3))}
 @pytest.mark.parametrize(
     ("network", "example", "params", "says"),
     [
-        (_two, ROW, W, "returned a tuple of 2, expected one array: return what the loss is"),
+        (_two, ROW, W, "returned a tuple of 2, expected a single array: return what the loss is"),
         (_branch, ROW, W, "cannot be traced in training with .*test_trace.py:[0-9]+, in _branch"
          ".*use jnp and jax.lax instead of numpy, if and float"),
         (_mean, ROW, W, r"returns float32\[3\] for 2 samples, expected \[2, …\]"),
         (_whole_numbers, ROW, W, "returns int32, which has no gradient: return logits"),
         (_constant, ROW, W, "its output does not depend on its input"),
         (_wider, ROW, W, r"returns float32\[2, 8\] in training, but float32\[2, 4\] at inference"),
-        (networks.perceptron, ROW, {"w": "text"}, "params is no pytree of arrays"),
+        (networks.perceptron, ROW, {"w": "text"}, "params is neither a pytree of arrays nor"),
         (Bare(), ROW, None, "Bare of flax.linen cannot be initialised with .*missing"),
         (networks.Cnn, jnp.ones((1, 9, 9, 3)), None, "cannot be traced in training with float32"),
         (lambda rngs: 3, ROW, None, "its factory returned int|expected a callable NNX module"),
         (3, ROW, None, "is a int, expected an NNX or Linen module"),
-        (networks.Dropped(nnx.Rngs(0)), ROW, W, "keeps its own: leave params out"),
+        (networks.Dropped(nnx.Rngs(0)), ROW, W, "holds its own: leave params out"),
         (networks.Cnn, 3, None, "the example is a int, expected a batch"),
         (networks.Cnn, jnp.ones(()), None, "expected a batch"),
         (networks.Cnn, {}, None, "an empty dictionary: give at least one batch"),
