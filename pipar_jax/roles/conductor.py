@@ -206,7 +206,7 @@ class Conductor:
         return tuple(span for span in cut if span.stop > span.first)
 
     def _release(self, now: _Round, spans: tuple[Span, ...]) -> None:
-        """Lets the hosts of a round begin it, or the rest of it after a step that failed."""
+        """Starts a round on its hosts, or the rest of it after a failed step."""
         self._attempt += 1
         self._members.open(now.index, spans, self._attempt, now.samples)
         release = messages.Release(
@@ -333,7 +333,7 @@ class Conductor:
             self._drop(now, place, "nonfinite")
 
     def _drop(self, now: _Round, place: int, why: str) -> None:
-        """Takes a place out of the round."""
+        """Removes a place from the round."""
         first = _first(now.begun, place)
         step = self._undone_from(now, place) if self.plan.order == Order.SEQUENTIAL else first
         now.out[place] = Out(place, step, why)
@@ -358,14 +358,14 @@ class Conductor:
             self._stop(now, place, step)
 
     def _stop(self, now: _Round, place: int, step: int) -> None:
-        """Tells a device that lives that it is out; it may take part again once it has stopped."""
+        """Drops a live device from the round; it may take part again once it has stopped."""
         name = now.device(place)
         self._members.population[now.cohort[place]].ready = False
         dropped = reply(messages.Dropped, round=now.index)
         self._members.send(name, messages.Drop(now.index, place, step), dropped)
 
     def _go_back(self, now: _Round) -> None:
-        """Lets the others compute the step anew in which a device has failed (summed gradients)."""
+        """Restarts the others at the step in which a device has failed (summed gradients)."""
         lost, now.failed = tuple(now.failed), []
         if not now.places:
             return

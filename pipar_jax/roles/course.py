@@ -92,11 +92,11 @@ class Course:
         self._rewound: int | None = None  # the step from which a round goes on
 
     def knows_model(self, units: Sequence[str]) -> None:
-        """Takes note of the model."""
+        """Records the model."""
         self._units, self.phase = units, Phase.ASKED
 
     def replied(self, said: ControlMessage) -> None:
-        """Takes note of what this host says, before it is sent."""
+        """Records a message of this host, before it is sent."""
         if isinstance(said, messages.Prepared | messages.Stored | messages.PushedState):
             self.phase = Phase.IDLE
         elif isinstance(said, messages.Trained):
@@ -109,7 +109,7 @@ class Course:
             self._rewound = said.step
 
     def objection(self, said: ControlMessage) -> str | None:
-        """Takes note of a command; returns why it may not come now, or does not fit, or None."""
+        """Records a command; returns why it is not allowed now or does not fit, or None."""
         kind = type(said)
         if kind in _ALWAYS:
             return None

@@ -164,7 +164,7 @@ class RunLog:
             self._lose_trace(error)
 
     def start_round(self) -> None:
-        """Notes what the links have carried before a round."""
+        """Records the links' counters before a round."""
         self._traffic.start()
 
     def add_trace(self, host: str, rows: Sequence[Timed], offset_s: float) -> None:
@@ -172,7 +172,7 @@ class RunLog:
         self._trace.add(host, rows, offset_s)
 
     def end_round(self, one: Round) -> None:
-        """Tells of a round that is over."""
+        """Reports a completed round."""
         rows = (*self._traffic.rows(one.told, one.traced), *one.direct)
         links = [dataclasses.asdict(row) for row in rows]
         up = sum(row["bytes"] for row in links if is_device(row["source"]))
@@ -227,7 +227,7 @@ class RunLog:
     def evaluated(
         self, index: int, accuracy: float, loss: float, seconds: float, fetched: FetchStats
     ) -> None:
-        """Tells of an evaluation of the global weights after a round."""
+        """Reports an evaluation of the global weights after a round."""
         self._score = {"accuracy": accuracy, "loss": loss}
         self._tell(
             {
@@ -270,7 +270,7 @@ class RunLog:
         self._trace.close()
 
     def _lose_trace(self, error: DiskError) -> None:
-        """Tells that the trace ends here."""
+        """Reports that the trace ends here."""
         if (told := self._record.note(error)) is not None:
             self._tell(told)
 

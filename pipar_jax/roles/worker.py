@@ -418,7 +418,7 @@ class Worker:
         raise PeerError(f"{self._long} was told to stop")
 
     def _pulse(self) -> None:
-        """Tells the coordinator now and then how many actions are over here, if some are."""
+        """Periodically reports to the coordinator how many actions are over here, if any."""
         now = time.monotonic()
         if self._host is None or now - self._pulsed_s < self._pulse_s:
             return
@@ -473,7 +473,7 @@ class Worker:
         self._say_last(messages.Failed(str(error)))
 
     def _say_last(self, said: messages.Failed | messages.Leave) -> None:
-        """Says the last that this host says, if it still can."""
+        """Sends this host's last message, if it still can."""
         if self._told_so or self._link is None:
             return
         try:
@@ -519,7 +519,7 @@ class Worker:
         self._running.prepare(said.plan, said.samples, said.steps)
 
     def _note_met(self) -> None:
-        """Tells that all neighbours are there; under a plan they may send what it has for them."""
+        """Reports that all neighbours are connected; applies the plan's limits to them."""
         if self._acceptance is not None:
             self._neighbours.allow(self._acceptance.tensor_bytes)
         self._reply(messages.Met(), {})
@@ -582,7 +582,7 @@ class Worker:
         self._running.drop(said.place, said.step)
 
     def _begin_schedule(self) -> None:
-        """Lets the rates of an emulated link change from now on, if they do."""
+        """Starts the clock of an emulated link whose rate varies."""
         up = self._own.up
         if self._own.kind is HostKind.DEVICE and up.schedule and self._link is not None:
             self._link.set_shape(up)
@@ -670,4 +670,4 @@ class Worker:
 
 
 def _ignore(_: Any) -> None:
-    """Takes what says only that the coordinator goes on."""
+    """Accepts messages that only report that the coordinator goes on."""

@@ -264,7 +264,7 @@ class Host:
         return self._completion.actions
 
     def on_message(self, message: Message) -> None:
-        """Takes a tensor from a link; runs on the I/O thread."""
+        """Receives a tensor from a link; runs on the I/O thread."""
         self._post(self._receive, message)
 
     def wake(self) -> None:
@@ -386,7 +386,7 @@ class Host:
         self._answer(messages.Prepared(compile_s, predicted))
 
     def _weigh(self) -> None:
-        """Notes what the replicas take, which stays the same until the plan changes."""
+        """Records the replicas' memory, which is constant until the plan changes."""
         replicas = self._replicas.values()
         self._fixed_bytes = sum(one.nbytes for one in replicas) + self._averaging.nbytes
         self._temporary_bytes = memory.temporary_bytes(self._model, replicas, self._sizes())
@@ -505,7 +505,7 @@ class Host:
                 replica.renew()
 
     def _sit(self, seat: str) -> None:
-        """Takes another place: all are alike but for their number."""
+        """Moves to another place; places differ only in their number."""
         old, new = host_index(self._seat), host_index(seat)
         if old == new:
             return
@@ -535,7 +535,7 @@ class Host:
         self._feeder.start(schedule)
 
     def _finish_round(self) -> None:
-        """Tells that this host's steps are over, with the weights if they are to be averaged."""
+        """Reports that this host's steps are over, with the weights if they are to be averaged."""
         self._training = False
         self._whole = self._tell_broken_weights(averaged=False)
         wanted = exchanges.trained(self._plan, self._seat, self._model.unit_names)
@@ -546,7 +546,7 @@ class Host:
         self._reply(messages.Trained(self._round), unit_state.held(wanted, self._replicas, {}))
 
     def _begin_turn(self) -> None:
-        """Notes that a device's turn begins, which may have to be undone."""
+        """Records that a device's turn begins, which may have to be undone."""
         self._turn = self._feeder.turn
         undo.begin_turn(self._replicas)
         # Behind what of the turn before is not over yet.
@@ -563,7 +563,7 @@ class Host:
         self._completion.then(lambda: self._post(self._forget, place))
 
     def _forget(self, place: int) -> None:
-        """Lets go of all that a dropped place has here, now that nothing of it is computed."""
+        """Releases everything held for a dropped place, once none of its computations run."""
         self._in_flight -= 1
         self._executor.forget(place)
         self._meter.forget(place)
@@ -614,7 +614,7 @@ class Host:
         return found
 
     def _tell_broken_weights(self, *, averaged: bool) -> bool:
-        """Tells of weights here that are not finite after a round; returns whether all are."""
+        """Reports non-finite weights here after a round; returns whether all are finite."""
         broken = self._broken()
         ends = {span.device: span.stop - 1 for span in self._executor.schedule.spans}
         last = max(ends.values())
@@ -629,11 +629,11 @@ class Host:
     def _tell_broken(
         self, what: str, device: int | None, step: int, units: tuple[str, ...] = ()
     ) -> None:
-        """Tells the coordinator of what is not finite; any thread may call it."""
+        """Reports non-finite values to the coordinator; any thread may call it."""
         self._answer(messages.NonFinite(what, device, self._round, step, units))
 
     def _begin_anew(self) -> None:
-        """Lets the next round begin from the averaged weights, once they are there."""
+        """Starts the next round from the averaged weights, once they have arrived."""
         for replica in self._replicas.values():
             replica.renew_anchor()
         jax.block_until_ready(  # type: ignore[no-untyped-call]
