@@ -181,8 +181,10 @@ class Model:
         if isinstance(chosen, str):
             try:
                 pattern = re.compile(chosen)
-            except re.error as error:
-                raise StageError(f"{chosen!r} is not a regular expression: {error}") from error
+            except (re.error, RecursionError, OverflowError) as error:  # too deep; too large
+                raise StageError(
+                    f"{chosen[:120]!r} is not a regular expression: {str(error)[:120]}"
+                ) from error
             paths = {
                 unit.name: [one for one in unit.weights if pattern.search(f"{unit.name}/{one}")]
                 for unit in self.units

@@ -14,7 +14,7 @@ from jax.extend.core import get_opaque_trace_state
 # XLA on CPUs hands work to a library (YNNPACK), by kinds. Its matrix products and reductions are
 # fast, its convolutions not: with few output channels they use one core, and the gradients of
 # kernels over large images take more than twice as long as XLA's own.
-_LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
+LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
 _KINDS = ("DOT", "INDIVIDUAL_DOT", "REDUCE")
 # This module may be loaded while a function is traced (names of the package are, on first use); a
 # new thread is never inside one.
@@ -29,9 +29,9 @@ def compiler_options() -> dict[str, str]:
     Empty if the platform is not a CPU, if this XLA does not have the option, or if the user has set
     it in ``XLA_FLAGS``.
     """
-    if jax.default_backend() != "cpu" or _LIBRARY in os.environ.get("XLA_FLAGS", ""):
+    if jax.default_backend() != "cpu" or LIBRARY in os.environ.get("XLA_FLAGS", ""):
         return {}
-    options = {_LIBRARY: ",".join(f"LIBRARY_FUSION_TYPE_{kind}" for kind in _KINDS)}
+    options = {LIBRARY: ",".join(f"LIBRARY_FUSION_TYPE_{kind}" for kind in _KINDS)}
     try:
         jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
     except jax.errors.JaxRuntimeError:

@@ -41,6 +41,11 @@ class Doorstep:
         return len(self._address)
 
     @property
+    def addresses(self) -> int:
+        """Number of addresses that have unfinished connections."""
+        return len(self._by_address)
+
+    @property
     def most_of_address(self) -> int:
         """Maximum number of one address."""
         return max(self._limits.address_handshakes, 2 * self.expected)

@@ -87,6 +87,11 @@ class Endpoint:
         """The links that have not ended."""
         return list(self._links.values())
 
+    @property
+    def handshakes(self) -> int:
+        """Number of connections to this side's listeners whose handshake is not finished."""
+        return len(self._openings)
+
     # -- any thread ----------------------------------------------------------------------------
 
     def listen(

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from pipar_jax.disk.files import describe_reading
 from pipar_jax.errors import DataError
 
-_SHAPE = (32, 32, 3)
+#: Height, width and channels of an image.
+SHAPE = (32, 32, 3)
 _HEADER_BYTES, _TAG_BYTES = 128, 8
 _COMPRESSED = 15
 _AT_ONCE = 1 << 20
@@ -30,7 +31,7 @@ def read_matlab(path: pathlib.Path, most: int) -> tuple[NDArray[np.uint8], NDArr
     Raises:
       DataError: It is not such a file, is truncated, or has unexpected contents.
     """
-    _check_size(path, most * (int(np.prod(_SHAPE)) + 8) + _BESIDE_BYTES)
+    _check_size(path, most * (int(np.prod(SHAPE)) + 8) + _BESIDE_BYTES)
     from scipy.io import loadmat
 
     try:
@@ -41,7 +42,7 @@ def read_matlab(path: pathlib.Path, most: int) -> tuple[NDArray[np.uint8], NDArr
         ) from error
     images, labels = (np.asarray(values.get(name)) for name in ("X", "y"))
     labels = labels.reshape(-1)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[:3] != _SHAPE:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[:3] != SHAPE:
         raise DataError(
             f"{path}: X must be [32, 32, 3, samples] uint8, got {images.shape} {images.dtype}: get "
             "the cropped digits"

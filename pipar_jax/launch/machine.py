@@ -84,7 +84,7 @@ def check_platform(platform: str, field: str) -> None:
       ConfigError: The plug-in is not installed.
     """
     starts = _PLUGINS.get(platform)
-    if starts is None or _has_plugin(starts):
+    if starts is None or has_plugin(starts):
         return
     raise ConfigError(
         f"{field}={platform!r}, but jax is not installed for it: {_REMEDIES[platform]}, or set "
@@ -189,7 +189,7 @@ def _is_importable(name: str) -> bool:
     return True
 
 
-def _has_plugin(starts: tuple[str, ...]) -> bool:
+def has_plugin(starts: tuple[str, ...]) -> bool:
     """Returns whether a plug-in of jax with a prefix is installed."""
     if any(importlib.util.find_spec(name) for name in starts):
         return True

@@ -137,7 +137,7 @@ def measure_host(
     found = _measure(config, model, tuple(sizes), between, told)
     found = found._replace(seconds=time.monotonic() - began_s)
     if path is not None:
-        _write(path, dumps(found.to_dict()))
+        write_measured(path, dumps(found.to_dict()))
     return found
 
 
@@ -242,7 +242,7 @@ def _measure(
         likeness = _likeness(model, index)
         if likeness not in known:
             replica = Replica(stage, params, state, compiled)
-            known[likeness] = _time(model, index, replica, sizes, between)
+            known[likeness] = time_unit(model, index, replica, sizes, between)
         row = known[likeness]
         facts = dataclasses.replace(row.facts, name=model.unit_names[index])
         rows.append(row._replace(facts=facts))
@@ -296,7 +296,7 @@ def _likeness(model: Model, index: int) -> Any:
     return str(model.shapes(1)[index]), tuple(variables), unit.graph, place
 
 
-def _time(
+def time_unit(
     model: Model,
     index: int,
     replica: Replica,
@@ -396,7 +396,7 @@ def _cache_path(config: Config, model: Model, sizes: Sequence[int]) -> pathlib.P
     return user_cache() / "profiles" / f"{model.name}-{mark}.json"
 
 
-def _write(path: pathlib.Path, text: str) -> None:
+def write_measured(path: pathlib.Path, text: str) -> None:
     """Writes a file atomically, since several hosts of a machine may write it at once."""
     remedy = "disable the cache with --config.tuner.cache=false"
     make_folder(path.parent, remedy)

@@ -82,7 +82,7 @@ class PeerLinks:
         host, port = self._hosts[self._name].address
         try:
             return self._endpoint.listen(
-                host, port, self._on_link, expected_peers=2 * len(self._hosts)
+                host, port, self.on_link, expected_peers=2 * len(self._hosts)
             )
         except ChannelError as error:
             raise RunError(
@@ -157,10 +157,10 @@ class PeerLinks:
         with self._lock:
             self._began_s = time.monotonic()
             for line, links in self._lines.items():
-                if line != self._name and not self._shape_of(line).schedule:
+                if line != self._name and not self.shape_of(line).schedule:
                     continue
                 if line != self._name:
-                    links[0].set_shape(self._shape_of(line))
+                    links[0].set_shape(self.shape_of(line))
                 for link in links:
                     self._share(line, link)
 
@@ -188,7 +188,7 @@ class PeerLinks:
             ) from error
         self.link_table.add(boundary, link)
 
-    def _on_link(self, link: Link) -> None:
+    def on_link(self, link: Link) -> None:
         """Accepts a connection, whose first message names its boundary; on the I/O thread."""
         self._begin(link)
 
@@ -279,7 +279,7 @@ class PeerLinks:
             links = self._lines.setdefault(line, [])
             links.append(link)
             if line != self._name and len(links) == 1:
-                shape = self._shape_of(line)
+                shape = self.shape_of(line)
                 began_s = self._began_s
                 link.set_shape(
                     shape.opening if began_s is None else shape.after(time.monotonic() - began_s)
@@ -293,7 +293,7 @@ class PeerLinks:
         if link is not first:
             link.share_shape(first)
 
-    def _shape_of(self, line: str | Boundary) -> LinkShape:
+    def shape_of(self, line: str | Boundary) -> LinkShape:
         """Returns the shape of this node's traffic to a device, or over a boundary of nodes."""
         if isinstance(line, Boundary):
             lower = self._hosts[line.lower]

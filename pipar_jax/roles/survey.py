@@ -52,7 +52,7 @@ from stages import Model
 ECHOES = 5
 #: A transfer shorter than this many seconds is repeated with more bytes, up to a limit.
 ENOUGH_S, MOST_BYTES = 0.1, 32 << 20
-_FIRST_BYTES = 64 << 10
+FIRST_BYTES = 64 << 10
 
 
 class Surveyed(NamedTuple):
@@ -271,7 +271,7 @@ def _echo_s(members: Membership, name: str) -> float:
 
 def _rate(transfer_s: Callable[[int], float]) -> float:
     """Returns the bytes per second of a direction, from a transfer that is long enough."""
-    nbytes = _FIRST_BYTES
+    nbytes = FIRST_BYTES
     while True:
         seconds = transfer_s(nbytes)
         if seconds >= ENOUGH_S or nbytes >= MOST_BYTES:

@@ -228,6 +228,11 @@ class TraceWriter:
         self._bring_out()
         self._open = [self._open[1], {}]
 
+    @property
+    def unmatched(self) -> int:
+        """Number of sends and receives whose other end is still awaited."""
+        return sum(map(len, self._open))
+
     def close(self) -> None:
         """Completes the file, including actions after the last round."""
         if not self._file.closed:

@@ -110,12 +110,12 @@ def run_all(
             between()
             for kind, run in _functions(model, replica, samples).items():
                 found[Shape(units_of(replica), kind, samples)] = summary(
-                    _times(run, repeats, least_s)
+                    time_runs(run, repeats, least_s)
                 )
                 told(len(found), count)
         replica.clear()
         found[Shape(units_of(replica), UPDATE, 0)] = summary(
-            _times(_update(replica), repeats, least_s)
+            time_runs(_update(replica), repeats, least_s)
         )
         told(len(found), count)
     return found
@@ -125,14 +125,14 @@ def run_all(
 _Run = Callable[[], float]
 
 
-def _times(run: _Run, repeats: int, least_s: float) -> list[float]:
+def time_runs(run: _Run, repeats: int, least_s: float) -> list[float]:
     """Returns the seconds of runs, without those in which memory grew if the growth ends."""
     times: list[float] = []
     left_out: list[float] = []
     while len(times) < repeats or sum(times) < least_s:
-        before = _pages()
+        before = page_faults()
         seconds = run()
-        grew = repeats > 1 and _pages() - before >= PAGES
+        grew = repeats > 1 and page_faults() - before >= PAGES
         if grew and len(left_out) < LEFT_OUT and sum(left_out) < LEFT_OUT_S:
             left_out.append(seconds)
         else:
@@ -140,7 +140,7 @@ def _times(run: _Run, repeats: int, least_s: float) -> list[float]:
     return times
 
 
-def _pages() -> int:
+def page_faults() -> int:
     """Returns the number of page faults of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 

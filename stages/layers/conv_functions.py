@@ -122,15 +122,15 @@ def _convolve_forward(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> An
 
 def _convolve_backward(geometry: Geometry, kept: PyTree, cotangent: jax.Array) -> Any:
     x, kernel = kept
-    x, cotangent = _written_out(x), _written_out(cotangent)
+    x, cotangent = written_out(x), written_out(cotangent)
     key = _key(x.shape, kernel.shape, geometry)
     if choose("conv_input", key) is Formulation.PATCHES:
-        x_cotangent = _patches_input(x.shape, kernel, geometry, cotangent)
+        x_cotangent = patches_input(x.shape, kernel, geometry, cotangent)
     else:
         _, pull_input = jax.vjp(lambda x: xla_convolve(x, kernel, geometry), x)
         (x_cotangent,) = pull_input(cotangent)
     if choose("conv_kernel", key) is Formulation.PATCHES:
-        gradient = _patches_kernel(x, kernel.shape, geometry, cotangent)
+        gradient = patches_kernel(x, kernel.shape, geometry, cotangent)
     else:
         _, pull_kernel = jax.vjp(lambda kernel: xla_convolve(x, kernel, geometry), kernel)
         (gradient,) = pull_kernel(cotangent)
@@ -184,7 +184,7 @@ def shifted(
     return found
 
 
-def _samples_together(batch: int, bytes_per_sample: int, result_bytes: int = 0) -> int:
+def samples_together(batch: int, bytes_per_sample: int, result_bytes: int = 0) -> int:
     """Returns the number of samples whose patches are made at a time.
 
     As many as fit into ``PATCH_BYTES``, or into the size of the result if that is larger;
@@ -221,13 +221,13 @@ def _in_runs(
     product: Callable[[jax.Array], jax.Array], x: jax.Array, bytes_per_sample: int
 ) -> jax.Array:
     """Applies a product of patches to [batch, ...], as many samples at a time as fit the cache."""
-    runs, rest = _cut_batch(x, _samples_together(x.shape[0], bytes_per_sample))
+    runs, rest = cut_batch(x, samples_together(x.shape[0], bytes_per_sample))
     y = lax.map(product, runs)
     y = y.reshape(-1, *y.shape[2:])
     return jnp.concatenate((y, product(rest))) if len(rest) else y
 
 
-def _patches_input(
+def patches_input(
     shape: tuple[int, ...], kernel: jax.Array, geometry: Geometry, cotangent: jax.Array
 ) -> jax.Array:
     """Patches of the cotangent times the kernel, [batch, height, width, in].
@@ -290,7 +290,7 @@ def _patches_input(
     return _in_runs(product, cotangent, per_sample)
 
 
-def _written_out(x: jax.Array) -> jax.Array:
+def written_out(x: jax.Array) -> jax.Array:
     """Returns x, and on CPUs keeps XLA from computing what x comes from again in each of its uses.
 
     Cheap layers are otherwise fused into the slow transposes of kernel gradients, and computed
@@ -305,7 +305,7 @@ def _written_out(x: jax.Array) -> jax.Array:
     return held
 
 
-def _patches_kernel(
+def patches_kernel(
     x: jax.Array, shape: tuple[int, ...], geometry: Geometry, cotangent: jax.Array
 ) -> jax.Array:
     """Patches of the channels-first image times the cotangent, summed over runs of samples.
@@ -329,8 +329,8 @@ def _patches_kernel(
 
     per_sample = rows * columns * places * features * x.dtype.itemsize
     result_bytes = places * features * out * x.dtype.itemsize
-    together = _samples_together(x.shape[0], per_sample, result_bytes)
-    (images, last_images), (cotangents, last) = (_cut_batch(v, together) for v in (x, cotangent))
+    together = samples_together(x.shape[0], per_sample, result_bytes)
+    (images, last_images), (cotangents, last) = (cut_batch(v, together) for v in (x, cotangent))
     nothing = jnp.zeros((places * features, out), x.dtype)
     total = product(last_images, last) if len(last) else nothing
     runs = (images, cotangents)
@@ -345,7 +345,7 @@ def _met(x: jax.Array, geometry: Geometry) -> jax.Array:
     return x[:, :: geometry.stride, :: geometry.stride]
 
 
-def _cut_batch(x: jax.Array, together: int) -> tuple[jax.Array, jax.Array]:
+def cut_batch(x: jax.Array, together: int) -> tuple[jax.Array, jax.Array]:
     """Cuts a batch into runs of so many samples, [runs, together, ...], and the rest.
 
     They are worked through in a loop, not written out one after another: the loop uses the same

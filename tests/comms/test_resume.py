@@ -127,7 +127,7 @@ def test_a_stream_that_is_not_resumed_in_time_is_lost(workshop, quiet):
 def test_a_restarted_listener_does_not_resume_a_stream_it_never_knew(workshop):
     pair = workshop.pair(ChannelOptions(resume_s=5.0))
     port = pair.port
-    pair.server.loop.post(lambda: pair.server._links.clear())
+    pair.server.loop.post(lambda: pair.server.forget(pair.down.stream))
     pair.server.loop.post(pair.down.stream.detach)
     error = pair.at_client.take_lost()
     assert isinstance(error, PeerLost) and "restarted" in str(error)

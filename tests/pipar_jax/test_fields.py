@@ -217,7 +217,7 @@ def test_every_rule_between_fields_is_checked_before_a_process(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_authority(tmp_path)
-    monkeypatch.setattr(machine, "_has_plugin", lambda starts: False)
+    monkeypatch.setattr(machine, "has_plugin", lambda starts: False)
     monkeypatch.setattr(launcher, "create_folder", lambda config: pytest.fail("a folder was made"))
     for says, config in RULES:
         if config.network.authority:

@@ -119,6 +119,7 @@ def test_stages_with_nothing_to_train_hand_the_cotangent_on(model):
     [
         ("adapter", r"no weight matches 'adapter', so nothing would be trained; its weights are o"),
         ("(", r"'\(' is not a regular expression: "),
+        ("(" * 5000, "is not a regular expression: "),
         (nnx.Cache, "no weight matches"),
     ],
 )  # fmt: skip

@@ -79,7 +79,7 @@ def test_what_the_user_tells_xla_stands(afresh, monkeypatch):
 
 
 def test_a_version_that_does_not_know_the_option_does_without(afresh, monkeypatch):
-    monkeypatch.setattr(module, "_LIBRARY", "xla_cpu_of_another_version")
+    monkeypatch.setattr(module, "LIBRARY", "xla_cpu_of_another_version")
     assert compiler_options() == {}
     assert Program(lambda x: x + 1)(1) == 2
 

@@ -134,6 +134,11 @@ class Learner:
         }[kind]
         return float(sum(self.device.units_s(some, head, first).sum() for head, some in heads))
 
+    @property
+    def cases(self) -> tuple[Case, ...]:
+        """The stages whose durations are remembered, oldest first."""
+        return tuple(self._times)
+
     def profile(self, sizes: Sequence[int]) -> HostProfile:
         """Returns the device's times of all units, for the tuner.
 

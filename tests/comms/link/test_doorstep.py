@@ -61,7 +61,7 @@ def test_who_leaves_frees_the_place():
         step.enter(caller, "a")
         step.leave(caller)
         step.leave(caller)
-        assert caller.error is None and len(step) == 0 and not step._by_address
+        assert caller.error is None and len(step) == step.addresses == 0
 
 
 def open_many(port, count):

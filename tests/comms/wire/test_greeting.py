@@ -194,9 +194,9 @@ def test_a_listener_survives_a_peer_that_leaves_at_any_moment(workshop, certific
     )
     assert server.loop.failure is None
     until = time.monotonic() + PATIENCE_S
-    while server._openings and time.monotonic() < until:
+    while server.handshakes and time.monotonic() < until:
         time.sleep(0.02)
-    assert not server._openings
+    assert server.handshakes == 0
 
 
 @pytest.mark.parametrize("how", ["reset", "end"])

@@ -140,21 +140,21 @@ class Site:
         self.asked: list[str] = []
         self.released = threading.Event()
         handler = functools.partial(_Handler, site=self)
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[Site]:
         """Serves until its body ends."""
-        thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
+        thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
         thread.start()
         try:
             yield self
         finally:
             self.released.set()
-            self._server.shutdown()
+            self.server.shutdown()
             thread.join()
-            self._server.server_close()  # waits for the threads of requests
+            self.server.server_close()  # waits for the threads of requests
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

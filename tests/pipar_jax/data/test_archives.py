@@ -423,7 +423,7 @@ def test_without_a_network_one_line_says_what_to_do(
 ) -> None:
     monkeypatch.setenv("no_proxy", "*")
     site = fakes.Site()
-    site._server.server_close()  # its port refuses now
+    site.server.server_close()  # its port refuses now
     monkeypatch.setitem(SETS, "mnist", fakes.moved("mnist", site.url, fakes.published("mnist")))
     with pytest.raises(
         DataError, match=r"cannot be downloaded .* Connection refused; download train-"
@@ -448,4 +448,4 @@ def test_the_published_table_is_whole() -> None:
         for file in one.files:
             assert len(bytes.fromhex(file.sha256)) == 32 and file.nbytes > 0
             assert file.url.endswith(f"/{file.name}")
-    assert archives.SETS is SETS and matlab._SHAPE == (32, 32, 3)
+    assert archives.SETS is SETS and matlab.SHAPE == (32, 32, 3)

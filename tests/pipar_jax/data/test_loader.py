@@ -106,14 +106,27 @@ def test_crop_flip_shifts_with_zeros_and_mirrors() -> None:
 
 
 def test_crop_flip_draws_every_shift_and_both_sides() -> None:
+    side, count, reach = 3 * PADDING, 2000, set(range(-PADDING, PADDING + 1))
+    # Each pixel holds its own place, so that an image shows where its centre came from.
+    places = np.arange(1, side * side + 1, dtype=np.uint8).reshape(1, side, side, 1)
     loader = Loader(
-        Split(np.zeros((2000, 4, 4, 1), np.uint8), np.zeros(2000, np.int32)),
-        None, 100, seed=0, device=0, augment="crop_flip",
+        Split(np.repeat(places, count, axis=0), np.arange(count, dtype=np.int32)),
+        None, count, seed=0, device=0, augment="crop_flip",
     )  # fmt: skip
-    draws = loader._drawn(0)
-    assert set(draws[:, 0].tolist()) == set(draws[:, 1].tolist()) == set(range(2 * PADDING + 1))
-    assert 0.45 < draws[:, 2].mean() < 0.55
-    assert not np.array_equal(draws, loader._drawn(1))
+
+    def drawn(epoch: int) -> np.ndarray:
+        """Returns each sample's row and column of the pixel in the middle, and its mirroring."""
+        images, labels = loader.batch(epoch)
+        middle = images[np.argsort(labels), side // 2, side // 2 : side // 2 + 2, 0].astype(int) - 1
+        return np.stack([*np.divmod(middle[:, 0], side), middle[:, 0] > middle[:, 1]], axis=1)
+
+    draws = drawn(0)
+    mirrored = draws[:, 2] == 1
+    assert set((draws[:, 0] - side // 2).tolist()) == reach
+    assert set((draws[~mirrored, 1] - side // 2).tolist()) == reach
+    assert set((draws[mirrored, 1] - side // 2 + 1).tolist()) == reach
+    assert 0.45 < mirrored.mean() < 0.55
+    assert not np.array_equal(draws, drawn(1))
 
 
 def test_prefetching_gives_the_same_batches() -> None:

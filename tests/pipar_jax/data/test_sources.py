@@ -64,7 +64,7 @@ def test_the_second_time_nothing_is_decoded(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = data.load(config.data)
-    monkeypatch.setattr(public, "_decode_digits", lambda: pytest.fail("decoded again"))
+    monkeypatch.setattr("sklearn.datasets.load_digits", lambda: pytest.fail("decoded again"))
     second = data.load(config.data)
     assert isinstance(second.train.images, np.memmap)
     assert np.array_equal(first.train.images, second.train.images)

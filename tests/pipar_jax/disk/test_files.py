@@ -88,7 +88,7 @@ WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     ),
     "report": ("report.html", lambda path: write_report([RUNS[0]], path)),
     "benchmark": ("rows.json", save_benchmark),
-    "profile that is kept": ("p.json", lambda path: unit_times._write(path, TEXT)),
+    "profile that is kept": ("p.json", lambda path: unit_times.write_measured(path, TEXT)),
     "trial that is kept": ("t.json", lambda path: trials.kept(path.parent, "t", lambda: TEXT)),
     "images": ("data-600.npz", lambda path: simulator_settings.write_data(path.parent, 600)),
     "network of the predictor": ("n.safetensors", lambda path: shipped()[0].save(path)),
@@ -202,9 +202,9 @@ def writes(path: Path) -> list[tuple[int, str]]:
         if isinstance(node, ast.With) and any(_called(i.context_expr) == "replacing"
                                               for i in node.items):  # fmt: skip
             for inner in ast.walk(node):
-                inner._replaced = True  # type: ignore[attr-defined]
+                inner.replaced = True  # type: ignore[attr-defined]
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Call) or getattr(node, "_replaced", False):
+        if not isinstance(node, ast.Call) or getattr(node, "replaced", False):
             continue
         name = _called(node)
         if name in ("open", "fdopen"):

@@ -83,8 +83,10 @@ def test_a_host_that_has_become_faster_is_measured_anew(settings, tmp_path):
 
 def test_units_that_compute_the_same_are_measured_once(settings, monkeypatch):
     timed = []
-    real = unit_times._time
-    monkeypatch.setattr(unit_times, "_time", lambda *args: (timed.append(args[1]), real(*args))[1])
+    real = unit_times.time_unit
+    monkeypatch.setattr(
+        unit_times, "time_unit", lambda *args: (timed.append(args[1]), real(*args))[1]
+    )
 
     def unit(rngs: nnx.Rngs) -> nnx.Module:
         return nnx.Linear(8, 8, rngs=rngs)

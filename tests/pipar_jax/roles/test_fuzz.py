@@ -428,7 +428,7 @@ class Node:
 
     def stranger(self, peer):
         link = fakes.Link(peer)
-        self.neighbours._on_link(link)
+        self.neighbours.on_link(link)
         return link
 
 

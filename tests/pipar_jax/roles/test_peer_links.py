@@ -88,9 +88,9 @@ def test_links_that_are_there_stay_and_others_are_added(nodes):
 
 def test_the_line_between_two_nodes_is_the_lower_ones_in_either_order(nodes):
     neighbours = nodes["n1"].neighbours
-    assert neighbours._shape_of(FIRST).rate_mbps == 80  # what n1 sends up to n2
-    assert neighbours._shape_of(SECOND).rate_mbps == 10  # what it sends down to n2
-    assert neighbours._shape_of("d0").unlimited
+    assert neighbours.shape_of(FIRST).rate_mbps == 80  # what n1 sends up to n2
+    assert neighbours.shape_of(SECOND).rate_mbps == 10  # what it sends down to n2
+    assert neighbours.shape_of("d0").unlimited
 
 
 def test_a_neighbour_that_does_not_come_is_named_with_what_was_refused(monkeypatch):
@@ -99,7 +99,7 @@ def test_a_neighbour_that_does_not_come_is_named_with_what_was_refused(monkeypat
     monkeypatch.setattr(peer_links, "time", SimpleNamespace(monotonic=lambda: now[0]))
     node = test_fuzz.Node().neighbours  # has met device 0 and waits for device 1
     link = fakes.Link("d1")
-    node._on_link(link)
+    node.on_link(link)
     link.on_message(fakes.control(link, {"type": "neighbour", "boundary": ["d1", "n12", 0]}))
     assert link.ended is not None
     network = test_fuzz.config().network
@@ -112,7 +112,7 @@ def test_a_neighbour_that_does_not_come_is_named_with_what_was_refused(monkeypat
         node.check()
     assert "1 refused, the last: d1 asked to be a neighbour for ('d1', 'n12', 0)" in str(told.value)
     link = fakes.Link("d1")
-    node._on_link(link)
+    node.on_link(link)
     hello = registry.encode(messages.Neighbour(test_fuzz.ABOVE))
     link.on_message(fakes.control(link, hello))
     node.check()  # all are there

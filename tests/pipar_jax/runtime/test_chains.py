@@ -209,7 +209,7 @@ def distance(one, other):
 
 
 def test_the_planner_gives_a_slow_link_a_codec_and_a_fast_one_none(network, tmp_path, monkeypatch):
-    monkeypatch.setattr(survey, "_FIRST_BYTES", 4096)  # enough to time a link as slow as this
+    monkeypatch.setattr(survey, "FIRST_BYTES", 4096)  # enough to time a link as slow as this
     made = setting(tmp_path, (35,), 2, "end")
     made.method, made.pipeline.cuts, made.aggregation.every = "accept", "", "epoch"
     made.tuner.sizes, made.tuner.cache, made.tuner.codecs = "3,7", False, "auto"

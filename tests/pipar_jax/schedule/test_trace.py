@@ -146,11 +146,11 @@ def test_a_trace_that_is_cut_short_anywhere_is_read_up_to_its_last_whole_round(t
 def test_a_round_is_on_the_disk_when_it_has_ended_and_nothing_of_it_is_kept(tmp_path):
     writer = rounds_of(tmp_path, 3)
     assert [len(part.rounds) for part in read_rounds(tmp_path / "t.json.gz")] == [1, 1, 1]
-    assert not any(writer._open)  # every send has met its receive
+    assert writer.unmatched == 0  # every send has met its receive
     for index in range(50):  # sends that never arrive are forgotten
         writer.add("d0", [Timed(Action(0, "SF", 0, 1000 + index, 0), 9, 10)])
         writer.end_round(Interval(9, 10))
-    assert sum(map(len, writer._open)) <= 2
+    assert 0 < writer.unmatched <= 2
     writer.close()
 
 

@@ -21,7 +21,7 @@ def pages(monkeypatch):
         seconds = iter([0.01 + 0.001 * pages for pages in given])
         # What is asked before a run, and what after it.
         total = iter([sum(given[: (i + 1) // 2]) for i in range(2 * len(given))])
-        monkeypatch.setattr(compile, "_pages", lambda: next(total))
+        monkeypatch.setattr(compile, "page_faults", lambda: next(total))
         return lambda: next(seconds)
 
     return install
@@ -29,23 +29,23 @@ def pages(monkeypatch):
 
 def test_runs_in_which_memory_grew_do_not_count(pages):
     run = pages([200, 150, 10, 70, 0, 0, 0])
-    assert compile._times(run, 4, 0.0) == [0.02, 0.01, 0.01, 0.01]
+    assert compile.time_runs(run, 4, 0.0) == [0.02, 0.01, 0.01, 0.01]
 
 
 def test_a_process_that_always_faults_is_timed_all_the_same(pages):
     run = pages([100] * (compile.LEFT_OUT + 3))
-    assert len(compile._times(run, 3, 0.0)) == 3
+    assert len(compile.time_runs(run, 3, 0.0)) == 3
 
 
 def test_little_time_is_left_out(pages):
     run = pages(list(itertools.repeat(300, 10)))
-    found = compile._times(run, 2, 0.0)
+    found = compile.time_runs(run, 2, 0.0)
     assert len(found) == 2  # after two of 0.31 s
 
 
 def test_a_single_run_only_compiles(pages):
     run = pages([5000, 0])
-    assert compile._times(run, 1, 0.0) == [5.01]
+    assert compile.time_runs(run, 1, 0.0) == [5.01]
 
 
 def test_compiling_and_timing_tell_how_far_they_are():

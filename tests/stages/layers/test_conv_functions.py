@@ -70,7 +70,7 @@ def test_the_cotangent_of_an_input_is_exact_for_all_strides_and_paddings(height,
 
     def both(kernel, cotangent):
         _, pull = jax.vjp(lambda x: xla_convolve(x, kernel, geometry), jnp.zeros(shape))
-        return pull(cotangent)[0], module._patches_input(shape, kernel, geometry, cotangent)
+        return pull(cotangent)[0], module.patches_input(shape, kernel, geometry, cotangent)
 
     expected, actual = jax.jit(both)(kernel, cotangent)
     np.testing.assert_array_equal(actual, expected)
@@ -119,11 +119,11 @@ def test_output_length_is_that_of_the_sliding_window():
     ],
 )
 def test_runs_fit_the_cache(batch, bytes_per_sample, result_bytes, together):
-    assert module._samples_together(batch, bytes_per_sample, result_bytes) == together
+    assert module.samples_together(batch, bytes_per_sample, result_bytes) == together
 
 
 def test_a_batch_is_cut_into_runs_and_a_rest():
-    runs, rest = module._cut_batch(jnp.arange(14).reshape(7, 2), 3)
+    runs, rest = module.cut_batch(jnp.arange(14).reshape(7, 2), 3)
     np.testing.assert_array_equal(runs.reshape(6, 2), np.arange(12).reshape(6, 2))
     np.testing.assert_array_equal(rest, [[12, 13]])
     assert runs.shape == (2, 3, 2)
@@ -134,7 +134,7 @@ def test_patches_of_a_batch_take_no_more_memory_than_those_of_a_run():
 
     def temporary(batch):
         arrays = (jax.ShapeDtypeStruct((batch, *shape[1:]), jnp.float32),) * 2
-        gradient = partial(module._patches_kernel, shape=(3, 3, 32, 32), geometry=geometry)
+        gradient = partial(module.patches_kernel, shape=(3, 3, 32, 32), geometry=geometry)
         function = jax.jit(lambda x, cotangent: gradient(x, cotangent=cotangent))
         return function.lower(*arrays).compile().memory_analysis().temp_size_in_bytes
 
@@ -145,6 +145,6 @@ def test_patches_of_a_batch_take_no_more_memory_than_those_of_a_run():
 @pytest.mark.parametrize("value", [0.0, np.inf, -np.inf, np.nan])
 def test_what_is_written_out_is_unchanged_and_nothing_is_fused_across(value):
     x = jnp.full((2, 3, 3, 4), 2.0).at[0, 0].set(value)
-    function = jax.jit(lambda x: module._written_out(x * 3.0) + 1.0)
+    function = jax.jit(lambda x: module.written_out(x * 3.0) + 1.0)
     np.testing.assert_array_equal(function(x), x * 3.0 + 1.0)
     assert "conditional(" in function.lower(x).compile().as_text()

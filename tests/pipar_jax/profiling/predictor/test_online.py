@@ -110,7 +110,7 @@ def test_only_so_many_cases_are_remembered_and_no_time_is_no_time(monkeypatch):
     for samples in range(1, 8):
         course.learner.observe((FORWARD, 0, 1, samples), 1e-3)
     course.learner.learn()
-    assert len(course.learner._times) == 3
+    assert [case[3] for case in course.learner.cases] == [5, 6, 7]
 
 
 def test_a_profile_holds_what_is_known():
