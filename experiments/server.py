@@ -41,7 +41,8 @@ def main(config: Config, _: flags.NoFlags) -> None:
                 print(f"listening on {event['host']}:{event['port']}", flush=True)
             progress(event)
 
-        summary = run_server(config, on_event=tell)
+        with process.finishing(config) as finish:
+            summary = run_server(config, on_event=tell, finish=finish)
     print(
         f"{config.method}: {summary['epoch_seconds']:.2f} s per epoch, test accuracy "
         f"{summary['accuracy']:.2%}, loss {loss_text(summary)}; run in {shown(folder)}"

@@ -54,3 +54,7 @@ class RunError(PiparError):
 
 class DiskError(RunError):
     """A file or folder cannot be written: a full disk, a quota, a missing permission."""
+
+
+class Interrupted(PiparError):
+    """A run was asked to end, and ended after a round with a checkpoint: it can be resumed."""

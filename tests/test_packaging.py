@@ -25,6 +25,7 @@ IMPORTED_AS = {
     "absl-py": "absl",
     "grpcio": "grpc",
     "pillow": "PIL",
+    "orbax-checkpoint": "orbax",
     "scikit-learn": "sklearn",
     "tensorboardx": "tensorboardX",
 }

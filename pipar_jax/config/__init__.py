@@ -16,10 +16,12 @@ from pipar_jax.config.fields import (
     LONGEST_S,
     OWN_SOURCES,
     PLATFORMS,
+    SCORES,
     SELECTIONS,
     SLOWEST,
     TRACED,
     AggregationConfig,
+    CheckpointConfig,
     CohortConfig,
     Config,
     DataConfig,
@@ -33,11 +35,20 @@ from pipar_jax.config.fields import (
     PipelineConfig,
     RunConfig,
     ServerConfig,
+    StopConfig,
     TunerConfig,
 )
 from pipar_jax.config.hosts import Hosts, HostSpec, field_path
 from pipar_jax.config.intervals import aggregate_steps
-from pipar_jax.config.saved import difference, from_dict, from_json, to_dict, to_json, to_text
+from pipar_jax.config.saved import (
+    difference,
+    from_dict,
+    from_json,
+    resume_difference,
+    to_dict,
+    to_json,
+    to_text,
+)
 
 __all__ = [
     "AUTO",
@@ -45,10 +56,12 @@ __all__ = [
     "LONGEST_S",
     "OWN_SOURCES",
     "PLATFORMS",
+    "SCORES",
     "SELECTIONS",
     "SLOWEST",
     "TRACED",
     "AggregationConfig",
+    "CheckpointConfig",
     "CohortConfig",
     "Config",
     "DataConfig",
@@ -64,6 +77,7 @@ __all__ = [
     "PipelineConfig",
     "RunConfig",
     "ServerConfig",
+    "StopConfig",
     "TunerConfig",
     "aggregate_steps",
     "difference",
@@ -74,6 +88,7 @@ __all__ = [
     "may_lose",
     "places",
     "quorum",
+    "resume_difference",
     "to_dict",
     "to_json",
     "to_text",

@@ -47,6 +47,7 @@ def check_whole(config: Config) -> None:
         raise ConfigError("run.dir is empty: name a folder, or . for the current one")
     aggregate_steps(config.aggregation)
     sink_names(config.run.sinks)
+    _check_start(config)
     pipeline = config.pipeline
     _check_cut(pipeline.cut, "pipeline.cut")
     if pipeline.in_flight and pipeline.weights != WeightPolicy.SHARED:
@@ -68,6 +69,28 @@ def check_whole(config: Config) -> None:
     _check_tls(config.network)
     _check_address(config.network, hosts[COORDINATOR].address[0], "server.host")
     _check_ports(config, hosts)
+
+
+def _check_start(config: Config) -> None:
+    """Checks where a run starts from, and when it ends."""
+    weights, match = config.model.weights, config.model.weights_match
+    if match and not weights:
+        raise ConfigError(
+            f"model.weights_match={match!r} chooses among the weights of model.weights, which is "
+            "empty: name a run, a checkpoint or a file there"
+        )
+    if weights and config.run.resume:
+        raise ConfigError(
+            "model.weights and run.resume both say where the run starts from: leave one empty"
+        )
+    when = config.stop.when
+    if when and not re.fullmatch(r"[\w.]+:\w+", when):
+        raise ConfigError(f"stop.when={when!r} does not fit: write MODULE:FUNCTION")
+    if config.cohort.script and config.run.resume:
+        raise ConfigError(
+            "cohort.script replays a run from its start, and run.resume begins in its middle: "
+            "leave one empty"
+        )
 
 
 def distinct_devices(config: Config, hosts: Hosts) -> list[HostSpec]:

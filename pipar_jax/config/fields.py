@@ -20,6 +20,7 @@ Labels = Literal["home", "end"]
 #: Ways to choose a round's cohort, in addition to a function of the user's (module:NAME:FUNCTION).
 SELECTIONS = ("uniform", "by_samples")
 PLATFORMS = ("auto", "cpu", "cuda", "tpu")
+SCORES = ("accuracy", "loss")
 TRACED = ("all", "ends", "none")
 HIDDEN_TOKEN = "(hidden)"
 #: Upper bound of all times in seconds; operating systems support waits of this length reliably.
@@ -44,6 +45,14 @@ class ModelConfig:
     )
     dtype: str = option(
         "float32", "type of weights and activations", choices=("float32", "float64")
+    )
+    weights: str = option(
+        "",
+        "start from the weights of a run, a checkpoint or a safetensors file; empty: from the seed",
+        path="",
+    )
+    weights_match: str = option(
+        "", "names of the weights to take, such as conv*/kernel; empty: all of the model's"
     )
 
 
@@ -438,11 +447,55 @@ class TunerConfig:
 
 
 @dataclasses.dataclass
+class CheckpointConfig:
+    """What of a run is kept on disk, so that it can go on after a crash or an interruption."""
+
+    every_rounds: int = option(0, "rounds between checkpoints; 0: none by rounds", at_least=0)
+    every_s: float = option(
+        0.0, "seconds between checkpoints; 0: none by time", at_least=0, at_most=LONGEST_S
+    )
+    keep: int = option(3, "newest checkpoints to keep", at_least=1)
+    best: str = option(
+        "",
+        "keep the best checkpoint as well: with the highest accuracy or the lowest loss on the "
+        "test set; empty: none",
+        choices=("", *SCORES),
+    )
+    device_state: str = option(
+        "device",
+        "where optimiser states of devices and nodes are kept: on their own disks, or pulled to "
+        "the server",
+        choices=("device", "server"),
+    )
+
+
+@dataclasses.dataclass
+class StopConfig:
+    """When a run ends before its last round."""
+
+    metric: str = option("accuracy", "score on the test set that counts", choices=SCORES)
+    patience: int = option(
+        0, "evaluations without a better score after which the run ends; 0: never", at_least=0
+    )
+    target: float | None = option(None, "score at which the run ends; none: no target")
+    when: str = option(
+        "", "your own MODULE:FUNCTION, called with every event: the run ends once it returns true"
+    )
+
+
+@dataclasses.dataclass
 class RunConfig:
     """Files and events of a run."""
 
     dir: str = option(
         "runs", "parent folder of all runs; each run has a folder of its own", path=""
+    )
+    resume: str = option(
+        "",
+        "go on from a checkpoint: auto (the newest of this run's folder, if it has one), or the "
+        "folder of a run or of one of its checkpoints; empty: begin anew",
+        path="",
+        words=("auto",),
     )
     trace: str = option(
         "all",
@@ -492,5 +545,7 @@ class Config:
     server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
     network: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
     tuner: TunerConfig = dataclasses.field(default_factory=TunerConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    stop: StopConfig = dataclasses.field(default_factory=StopConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
     debug: bool = option(False, "show tracebacks")

@@ -32,6 +32,8 @@ def expand(one: ConfigField, value: Any) -> Any:
     prefix = one.field.metadata["path"]
     if prefix is None or not isinstance(value, str) or not value.lower().startswith(prefix):
         return value
+    if value in one.field.metadata["words"]:
+        return value
     text = value[len(prefix) :].strip()
     if not text:
         return value

@@ -102,8 +102,31 @@ def difference(ours: Config, theirs: Config) -> list[str]:
     ]
 
 
-_LOCAL = ("name", "debug", "run.", "tuner.", "server.", "network.", "devices.defaults.",
-          "nodes.defaults.", "data.download")  # fmt: skip
+_LOCAL = ("name", "debug", "run.", "checkpoint.", "stop.", "tuner.", "server.", "network.",
+          "devices.defaults.", "nodes.defaults.", "data.download")  # fmt: skip
+#: Beyond these a resumed run may differ from its checkpoint in how long it goes on, and in when a
+#: round is over; ``docs/checkpoints.md`` has the list.
+_FREE_ON_RESUME = ("epochs", "model.weights_match", "cohort.min_devices", "cohort.quorum",
+                   "cohort.deadline_s", "cohort.first", "cohort.below", "cohort.wait_s",
+                   "cohort.script")  # fmt: skip
+
+
+def resume_difference(config: Config, saved: Config) -> list[str]:
+    """Lists the fields in which a run must not differ from the checkpoint that it resumes.
+
+    Args:
+      config: The run's configuration, resolved.
+      saved: The configuration in the checkpoint, resolved.
+
+    Returns:
+      One text per field, such as ``seed (0, in the checkpoint 1)``.
+    """
+    here, there = _shared(config), _shared(saved)
+    return [
+        f"{path} ({here.get(path)!r}, in the checkpoint {there.get(path)!r})"
+        for path in dict.fromkeys([*here, *there])
+        if here.get(path) != there.get(path) and path not in _FREE_ON_RESUME
+    ]
 
 
 def _shared(config: Config) -> JsonObject:

@@ -42,6 +42,7 @@ def option(
     at_most: float | None = None,
     below: float | None = None,
     path: str | None = None,
+    words: tuple[str, ...] = (),
 ) -> Any:
     """Returns a dataclass field with its default, its help text and its limits.
 
@@ -55,6 +56,7 @@ def option(
       below: Exclusive upper bound.
       path: For texts that name a file or folder: the prefix before the path, such as ``npz:``, or
         an empty text if the whole text is a path. ``pipar_jax.config.paths`` makes them absolute.
+      words: Texts that stand for themselves in a field that names a file or folder.
     """
     metadata = {
         "text": text,
@@ -64,6 +66,7 @@ def option(
         "at_most": at_most,
         "below": below,
         "path": path,
+        "words": words,
     }
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)

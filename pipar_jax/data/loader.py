@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comms.arrays import Array
+from pipar_jax.data.fingerprint import fingerprint
 from pipar_jax.data.types import Split, normalise
 from pipar_jax.errors import DataError, RunError
 from pipar_jax.schedule import actions
@@ -95,6 +96,11 @@ class Loader:
         self.steps_per_epoch = steps_per_epoch(self.samples, batch_size, drop_last)
         whole = self.steps_per_epoch * batch_size
         self.samples_per_epoch = whole if drop_last else self.samples
+
+    def fingerprint(self) -> str:
+        """Returns what tells the shard's samples from others."""
+        whole = len(self._indices) == len(self._split)
+        return fingerprint(self._split if whole else self._split.take(self._indices))
 
     def batch_samples(self, step: int) -> int:
         """Returns the size of a step's mini-batch without loading it."""

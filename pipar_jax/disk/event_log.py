@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from pipar_jax.disk.files import refused
+from pipar_jax.disk.files import refused, write_text
 from pipar_jax.disk.json_text import JsonMapping, JsonObject, dumps
 from pipar_jax.errors import RunError
 
@@ -24,15 +24,19 @@ class EventLog:
 
     Args:
       path: The file, which must not exist, so that rows of two runs do not mix.
+      rows: Rows that it begins with, if a run is resumed: they replace the file.
 
     Raises:
       DiskError: The file cannot be created.
-      RunError: The file exists.
+      RunError: The file exists, and no rows are given.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, rows: Sequence[JsonMapping] | None = None) -> None:
         """Creates the file."""
         self.path = path
+        if rows is not None:
+            write_text(path, "".join(f"{dumps(row)}\n" for row in rows))
+            return
         try:
             with refused(path):
                 os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
@@ -66,8 +70,12 @@ class EventLog:
                 os.close(descriptor)
 
 
-def read_events(path: Path) -> tuple[JsonObject, ...]:
+def read_events(path: Path, field: str = "event") -> tuple[JsonObject, ...]:
     """Returns the rows of a file, without a truncated last one.
+
+    Args:
+      path: The file.
+      field: A field that every row has.
 
     Raises:
       OSError: The file cannot be read.
@@ -77,18 +85,18 @@ def read_events(path: Path) -> tuple[JsonObject, ...]:
     rows = []
     for number, line in enumerate(lines, 1):
         if line.strip():
-            rows.append(_row(line, f"{path}:{number}"))
+            rows.append(_row(line, f"{path}:{number}", field))
     if torn.strip():
         with contextlib.suppress(RunError):
-            rows.append(_row(torn, str(path)))
+            rows.append(_row(torn, str(path), field))
     return tuple(rows)
 
 
-def _row(line: bytes, where: str) -> JsonObject:
+def _row(line: bytes, where: str, field: str) -> JsonObject:
     try:
         found = json.loads(line)
     except ValueError as error:
         raise RunError(f"{where} is not a row of events: {error}") from error
-    if not isinstance(found, dict) or "event" not in found:
-        raise RunError(f"{where} is not a row of events: it has no field 'event'")
+    if not isinstance(found, dict) or field not in found:
+        raise RunError(f"{where} is not a row of events: it has no field {field!r}")
     return found

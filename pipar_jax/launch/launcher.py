@@ -15,18 +15,20 @@ import selectors
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pipar_jax
 from pipar_jax import data, errors
 from pipar_jax.config import Config, may_lose, to_json
+from pipar_jax.config.checkpoints import check_resume, resumed
 from pipar_jax.config.cohorts import planned
 from pipar_jax.disk.event_log import OnEvent
 from pipar_jax.disk.files import describe_os_error, write_text
 from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import DiskError, PiparError, RunError
 from pipar_jax.launch import machine
-from pipar_jax.launch.process import TOKEN_VARIABLE
+from pipar_jax.launch.process import FINISH, TOKEN_VARIABLE, finishing
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.report import environment
@@ -65,19 +67,28 @@ def launch(
     planned(config)
     data.prepare(config)
     folder = create_folder(config)
-    with _Hosts(config, folder, on_event or (lambda event: None), process_module) as hosts:
-        return hosts.follow()
+    with (
+        finishing(config) as finish,
+        _Hosts(config, folder, on_event or (lambda event: None), process_module) as hosts,
+    ):
+        return hosts.follow(finish)
 
 
 def create_folder(config: Config) -> pathlib.Path:
     """Creates the run's folder with config.json and environment.json and returns its path.
 
-    If the name is taken, a number is appended: ``runs/digits``, ``runs/digits-2``. ``config.name``
-    is set to this name, so that ``run.dir/name`` is the folder on every host.
+    If the name is taken, a number is appended: ``runs/digits``, ``runs/digits-2``. A run that is
+    resumed (``run.resume``) goes on in its own folder. ``config.run.dir`` and ``config.name`` are
+    set, so that ``run.dir/name`` is the folder on every host.
 
     Raises:
+      ConfigError: ``run.resume`` names what this configuration does not continue.
       DiskError: The folder cannot be created or written.
     """
+    check_resume(config)
+    past = resumed(config)
+    if past is not None:
+        config.run.dir, config.name = str(past.folder.parent), past.folder.name
     base, wanted = pathlib.Path(config.run.dir), config.name
     number = 1
     try:
@@ -85,12 +96,12 @@ def create_folder(config: Config) -> pathlib.Path:
         while True:
             config.name = wanted if number == 1 else f"{wanted}-{number}"
             try:
-                (base / config.name).mkdir()
+                (base / config.name).mkdir(exist_ok=past is not None)
                 break
             except FileExistsError:
                 number += 1
         folder = base / config.name
-        (folder / "logs").mkdir()
+        (folder / "logs").mkdir(exist_ok=past is not None)
         write_text(folder / "config.json", to_json(config))
         environment.write(folder, config.network.token)
     except DiskError as error:
@@ -232,7 +243,7 @@ class _Hosts:
     def __exit__(self, *_: object) -> None:
         self._end()
 
-    def follow(self) -> JsonObject:
+    def follow(self, finish: threading.Event) -> JsonObject:
         """Forwards events until all processes have ended; returns the run's last event.
 
         Raises:
@@ -241,7 +252,11 @@ class _Hosts:
         server = self._children[0]
         started_s = time.monotonic()
         patience_s: float | None = None
+        told = False
         while any(child.ended_s is None for child in self._children):
+            if finish.is_set() and not told:
+                told = True
+                server.send(FINISH)
             for key, _ in self._selector.select(_POLL_S):
                 self._take(key.data)
             for child in self._children:

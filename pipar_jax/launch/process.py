@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import pipar_jax
@@ -31,7 +31,7 @@ from pipar_jax.data.cache import user_cache
 from pipar_jax.disk.event_log import OnEvent
 from pipar_jax.disk.files import describe_os_error
 from pipar_jax.disk.json_text import JsonObject, dumps
-from pipar_jax.errors import ConfigError, PiparError
+from pipar_jax.errors import ConfigError, Interrupted, PiparError
 from pipar_jax.launch import machine
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.report import logs
@@ -49,6 +49,11 @@ ASKED_TO_END = {INTERRUPTED: "interrupted", TERMINATED: "terminated"}
 Serve = Callable[[Config, OnEvent], None]
 
 
+#: The line by which a parent lets its server end with a checkpoint.
+FINISH = "finish"
+_FINISH = threading.Event()
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, with which service managers and container runtimes end a process."""
 
@@ -60,6 +65,50 @@ def heed_termination() -> None:
         raise Terminated
 
     signal.signal(signal.SIGTERM, end)
+
+
+@contextlib.contextmanager
+def finishing(config: Config) -> Iterator[threading.Event]:
+    """Lets the first Ctrl-C or SIGTERM end a run with a checkpoint, and a second one at once.
+
+    A run without checkpoints ends at once.
+
+    Args:
+      config: Resolved configuration.
+
+    Yields:
+      An event that is set by the first signal.
+
+    Raises:
+      KeyboardInterrupt: The run has ended as it was asked to.
+    """
+    finish = threading.Event()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    if not (config.checkpoint.every_rounds or config.checkpoint.every_s):
+        yield finish
+        return
+    before = {number: signal.getsignal(number) for number in numbers}
+    came: list[int] = []
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: object) -> None:
+        came.append(number)
+        restore()
+        finish.set()
+        print("ends after this round, with a checkpoint; once more: at once", file=sys.stderr)
+
+    for number in numbers:
+        signal.signal(number, note)
+    try:
+        yield finish
+    except Interrupted as error:
+        asked = Terminated if came == [signal.SIGTERM] else KeyboardInterrupt
+        raise asked(str(error)) from error
+    finally:
+        restore()
 
 
 def set_environment(config: Config, name: str) -> None:
@@ -243,6 +292,8 @@ def _die_with_parent() -> queue.SimpleQueue[str]:
 
     def watch() -> None:
         for line in sys.stdin:
+            if line.strip() == FINISH:
+                _FINISH.set()
             lines.put(line.strip())
         os._exit(1)
 
@@ -267,7 +318,7 @@ def _run_server(config: Config, tell: OnEvent) -> None:
         logs.note_event(event)
         tell(event)
 
-    run_server(config, on_event=note)
+    run_server(config, on_event=note, finish=_FINISH)
 
 
 def _run_worker(config: Config, name: str, lines: queue.SimpleQueue[str]) -> None:

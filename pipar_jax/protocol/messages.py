@@ -43,6 +43,7 @@ from pipar_jax.protocol.values import (
     PerLayer,
     Place,
     Planned,
+    RunName,
     Seconds,
     Seen,
     Shape,
@@ -104,6 +105,7 @@ class JoinDevice(Join):
       input_shape: Shape of a sample.
       classes: Number of classes.
       units: Dtype and shape of the variables of each unit.
+      fingerprint: What tells its samples from others.
     """
 
     samples: Annotated[int, Whole(0, 2**53)]
@@ -111,6 +113,7 @@ class JoinDevice(Join):
     input_shape: Shape
     classes: Count
     units: Annotated[dict[str, dict[str, str]], _VARIABLES]
+    fingerprint: Annotated[str, Text(64)]
 
 
 @message("join_node", Sender.HOST)
@@ -520,17 +523,58 @@ class PushState(ControlMessage):
       step: In sequential order, the client-side model for the turn that opens with this step: not
         answered.
       plan: This plan holds from now on, and the states are of units that come to the host under
-        it: answered by ``PushedState``, as are states for no such reason.
+        it: answered by ``PushedState``.
+
+    Without a reason the host begins from a state of the run, answered by ``PushedState`` too:
+    ``optimizers`` says whether its optimiser states are with it, or stay as they are.
     """
 
     round: Annotated[int | None, Maybe(Whole())] = None
     step: Annotated[int | None, Maybe(Whole())] = None
     plan: Annotated[Plan | None, Maybe(PLAN)] = None
+    optimizers: Annotated[bool, Truth()] = False
 
 
 @message("pushed", Sender.HOST)
 class PushedState(ControlMessage):
     """A host has taken what was pushed, and works by the plan that came with it."""
+
+
+@message("keep", Sender.COORDINATOR)
+class KeepState(ControlMessage):
+    """A host writes its optimiser states to its own disk; answered by ``KeptState``.
+
+    Attributes:
+      run: The run's own name, which no other run has.
+      rounds: Rounds that are over.
+    """
+
+    run: RunName
+    rounds: Count
+
+
+@message("kept", Sender.HOST)
+class KeptState(ControlMessage):
+    """A host's optimiser states are on its disk, or why they are not."""
+
+    rounds: Count
+    reason: Annotated[str | None, Maybe(Prose())]
+
+
+@message("restore", Sender.COORDINATOR)
+class RestoreState(ControlMessage):
+    """A host goes back to its optimiser states on its own disk; answered by ``RestoredState``."""
+
+    run: RunName
+    rounds: Count
+
+
+@message("restored", Sender.HOST)
+class RestoredState(ControlMessage):
+    """A host has its optimiser states back, or why they begin fresh."""
+
+    rounds: Count
+    missing: Annotated[str | None, Maybe(Prose())]
 
 
 # --- changes of plan --------------------------------------------------------------------------

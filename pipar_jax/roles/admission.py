@@ -30,12 +30,14 @@ class Identity:
       samples: Samples that it trains on in an epoch; 0 for a node.
       steps: Steps in its epoch; 0 for a node.
       address: Host and port at which a node's neighbours reach it.
+      fingerprint: What tells its samples from others; empty for a node.
     """
 
     name: str
     samples: int = 0
     steps: int = 0
     address: tuple[str, int] | None = None
+    fingerprint: str = ""
 
     @property
     def index(self) -> int:
@@ -62,6 +64,7 @@ def device_join(config: Config, name: str, loader: Loader, model: Model) -> Join
         tuple(model.input_shape),
         model.classes,
         describe(model),
+        loader.fingerprint(),
     )
 
 
@@ -213,4 +216,4 @@ def identity(asked: JoinDevice | JoinNode) -> Identity:
     """Returns the identity of an accepted device or node."""
     if isinstance(asked, JoinNode):
         return Identity(asked.name, address=asked.address)
-    return Identity(asked.name, asked.samples, asked.steps)
+    return Identity(asked.name, asked.samples, asked.steps, fingerprint=asked.fingerprint)

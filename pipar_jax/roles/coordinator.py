@@ -7,27 +7,33 @@ activation: those go from host to host.
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from pipar_jax.aggregation.aggregator import Aggregator, Contribution
 from pipar_jax.config import Config, places
 from pipar_jax.disk.json_text import JsonObject
-from pipar_jax.errors import PeerError
+from pipar_jax.errors import Interrupted, PeerError
 from pipar_jax.protocol import messages
 from pipar_jax.roles import replan
 from pipar_jax.roles.acceptance import Acceptance
 from pipar_jax.roles.adaptation import Adaptation
+from pipar_jax.roles.checkpoints import Checkpoints, Moment
 from pipar_jax.roles.conductor import Committed, Conductor
 from pipar_jax.roles.evaluation import Evaluator
 from pipar_jax.roles.gathering import Cohort, Gathering
 from pipar_jax.roles.holdings import Holdings, read_rows
 from pipar_jax.roles.link_stats import odd_rows
 from pipar_jax.roles.membership import Mail, Membership
+from pipar_jax.roles.past import Past
 from pipar_jax.roles.run_log import FetchStats, Round, RunLog
 from pipar_jax.roles.scripted_plans import ScriptedPlans
+from pipar_jax.roles.start_weights import start_weights
 from pipar_jax.roles.state_exchange import StateExchange
+from pipar_jax.roles.stop_rule import StopRule
 from pipar_jax.roles.survey import choose_plan
 from pipar_jax.roles.timetable import Timetable, Turn, next_steps
 from pipar_jax.runtime import exchanges, unit_state
@@ -52,6 +58,20 @@ from stages import Model
 from stages.trees import Variables
 
 
+class Start(NamedTuple):
+    """What a run begins from, and what ends it before its last round.
+
+    Attributes:
+      past: What there was of it before this process; None for a new run.
+      stop_rule: Says when a score is good enough, or gets no better.
+      finish: Set when the run is to end after a checkpoint.
+    """
+
+    past: Past | None
+    stop_rule: StopRule
+    finish: threading.Event
+
+
 class Coordinator:
     """Conducts one run.
 
@@ -64,6 +84,8 @@ class Coordinator:
       run_log: Takes what each round reports, and tells of it.
       save: Takes the final weights and batch statistics by unit, as soon as they are known.
       script: Plans of the rounds, from the first on; empty: as configured.
+      checkpoints: Keeps the run on disk.
+      start: What it begins from, and what ends it early.
     """
 
     def __init__(
@@ -75,7 +97,9 @@ class Coordinator:
         evaluator: Evaluator,
         run_log: RunLog,
         save: Callable[[Variables, Variables], None],
-        script: Sequence[Plan] = (),
+        script: Sequence[Plan],
+        checkpoints: Checkpoints,
+        start: Start,
     ) -> None:
         self._config, self._model, self._host = config, model, host
         self._members, self._evaluator, self._run_log = members, evaluator, run_log
@@ -83,11 +107,23 @@ class Coordinator:
         self._population = members.population
         self._gathering = Gathering(config, members)
         self._places, self._sampled = places(config), config.cohort.size > 0
+        kept = None if start.past is None else start.past.kept
+        self._kept, self._checkpoints, self._start = kept, checkpoints, start
+        if kept is not None:
+            self._population.recall(kept.facts["population"], time.monotonic())
         self._samples = self._samples_by_place()
-        self.plan, surveyed = (
-            (script[0], None) if script else choose_plan(config, model, members, self._samples)
+        if kept is not None and not config.tuner.adapt:
+            self.plan, surveyed = Plan.from_dict(kept.facts["plan"]), None
+        elif script:
+            self.plan, surveyed = script[0], None
+        else:
+            self.plan, surveyed = choose_plan(config, model, members, self._samples)
+        if kept is not None:
+            self.plan = Plan.from_dict(kept.facts["plan"])
+        self._begun_with = (
+            [one.steps for one in self._population] if kept is None else kept.facts["steps"]
         )
-        self._table = Timetable(config, self.plan, [one.steps for one in self._population])
+        self._table = Timetable(config, self.plan, self._begun_with)
         self._gathering.check_rounds(self._table.rounds)
         if self.plan.sums_gradients:
             self._check_equal_epochs()
@@ -100,12 +136,20 @@ class Coordinator:
                 config, model, surveyed, self.plan, self._table.rounds, members, host
             )
         params, state = model.init(config.seed)
+        if config.model.weights:
+            params, state = start_weights(
+                Path(config.model.weights), config.model.weights_match, model, params, state
+            )
         self._aggregator = Aggregator(config.aggregation, params, state)
+        self._score: dict[str, float] = {}
         self._demand = [1.0] * self._places
         self._met: set[Boundary] = set()
         self._ever_met: set[Boundary] = set()
         self._holdings = Holdings(model, config)
         self._states = StateExchange(members, host, self._holdings)
+        self._first = 0
+        if kept is not None:
+            self._first, self._demand = kept.rounds, kept.facts["demand"]
         self._plans: tuple[Plan, ...] = (self.plan,)
         self._round = 0
         self._conductor = Conductor(
@@ -119,6 +163,11 @@ class Coordinator:
         """The compute nodes and devices that are there."""
         return (*self._nodes, *self._population.present())
 
+    @property
+    def _idle(self) -> tuple[str, ...]:
+        """The compute nodes and devices that have nothing to do between two rounds."""
+        return (*self._nodes, *(device_name(one.device) for one in self._population.ready()))
+
     def run(self) -> JsonObject:
         """Prepares all hosts, trains all rounds and says goodbye; returns the run's summary.
 
@@ -129,26 +178,63 @@ class Coordinator:
           RunError: This process failed.
         """
         self._prepare()
-        self._run_log.begin(self.plan, self._table.rounds, self._preparation().steps)
+        self._take_up()
+        self._run_log.begin(self.plan, self._table.rounds, self._preparation().steps, self._first)
         self._begin_schedules(self._workers)
         try:
             if self._adaptation is not None:
                 self._adaptation.begin()
-            for index in range(self._table.rounds):
+            for index in range(self._first, self._table.rounds):
                 self._round = index
                 attempt = 0
                 while not self._try_round(index, attempt):
                     attempt += 1
-                if self._is_evaluated(index):
-                    self._evaluate(index)
-                if index + 1 < self._table.rounds:
-                    self._adapt(index + 1)
+                if self._close_round(index):
+                    break
+                self._adapt(index + 1)
         finally:
             if self._adaptation is not None:
                 self._adaptation.close()
+        self._checkpoints.settle(self._members)
         self._members.broadcast(messages.Finish())
         self._add_traces(self._members.collect(messages.Bye, self._workers))
         return self._run_log.finish()
+
+    def _close_round(self, index: int) -> bool:
+        """Scores and keeps what a round came to; returns whether the run ends with it.
+
+        Raises:
+          Interrupted: The run was asked to end, and is kept.
+        """
+        finished = last = index + 1 == self._table.rounds
+        rule, checkpoints = self._start.stop_rule, self._checkpoints
+        self._score = {}
+        if rule.reason is not None or self._is_evaluated(index):
+            self._evaluate(index)
+        if rule.reason is not None:
+            last = True
+            self._members.tell({"event": "stopped", "round": index, "reason": rule.reason})
+            self._save(self._aggregator.params, self._aggregator.state)
+        finish = self._start.finish.is_set() and checkpoints.wanted and not last
+        if checkpoints.is_due(index + 1) or (checkpoints.wanted and (last or finish)):
+            facts = {
+                "demand": list(self._demand),
+                "steps": self._begun_with,
+                "population": self._population.records(),
+                "finished": finished,
+            }
+            sequential = self.plan.order == Order.SEQUENTIAL
+            handed_on = self._conductor.client_model if sequential else {}
+            moment = Moment(index + 1, self.plan, self._aggregator, handed_on, facts)
+            checkpoints.take(moment, self._idle, self._states, self._members, self._score)
+        if finish:
+            checkpoints.settle(self._members)
+            self._members.tell({"event": "interrupted", "rounds": index + 1})
+            raise Interrupted(
+                f"the run was asked to end, and has a checkpoint after {index + 1} rounds: go on "
+                "with --config.run.resume=auto"
+            )
+        return last
 
     # --- before the first round ---------------------------------------------------------------
 
@@ -204,11 +290,37 @@ class Coordinator:
 
     def _welcome(self, name: str) -> None:
         """Lets a device that has come in the midst of the run prepare its share of the plan."""
+        who = self._members.by_name[name].identity
+        if not self._checkpoints.knows_data(name, who.fingerprint):
+            self._members.blame(name, "a join with other samples than those it trained with before")
+            return
         self._admit_bundles((self.plan,), name)
         if not self._sampled:
             self._samples = self._samples_by_place()
         self._members.send(name, self._preparation())
         self._gathering.prepares(name)
+
+    def _take_up(self) -> None:
+        """Lets all hosts begin from a checkpoint, or from the weights of another run."""
+        names = self._model.unit_names
+        hosts = (COORDINATOR, *self._checkpoints.pulled_from(self._workers))
+        held = [exchanges.optimizer_states(self.plan, name, names) for name in hosts]
+        self._checkpoints.check_space(
+            self._aggregator.nbytes + sum(self._holdings.nbytes(one) for one in held)
+        )
+        if self._kept is not None:
+            restored = self._checkpoints.restore(
+                self._kept, self.plan, self._aggregator, self._workers, self._states, self._members
+            )
+            for name in restored.fresh:
+                if is_device(name):
+                    self._population[int(name[1:])].fresh = True
+            if restored.client_model:
+                self._conductor.client_model = restored.client_model
+        elif self._config.model.weights:
+            self._checkpoints.spread(
+                self.plan, self._aggregator, self._workers, self._states, self._members
+            )
 
     def _expect(self, *plans: Plan) -> None:
         """Takes from members what the last of some plans has for them, and nothing larger.
@@ -339,7 +451,9 @@ class Coordinator:
                 fresh.append(place)
             if one.current or self.plan.order == Order.SEQUENTIAL:
                 continue
-            wanted = exchanges.averaged(self.plan, device_name(place), self._model.unit_names)
+            wanted = exchanges.whole(
+                self.plan, device_name(place), self._model.unit_names, optimizers=False
+            )
             self._states.push(
                 name, unit_state.known(wanted, self._aggregator), messages.PushState()
             )
@@ -508,10 +622,11 @@ class Coordinator:
         fetched = self._fetch()
         variables = self._aggregator.params, self._aggregator.state
         if index + 1 == self._table.rounds:
-            self._save(*variables)
+            self._save(*variables)  # before anything else can go wrong
         self._members.working("evaluating")
         start_s = time.monotonic()
         score = self._evaluator.evaluate(*variables)
+        self._score = {"accuracy": score.accuracy, "loss": score.loss}
         self._run_log.evaluated(
             index, score.accuracy, score.loss, time.monotonic() - start_s, fetched
         )

@@ -59,6 +59,7 @@ class Holdings:
         self._tx = optimizer.build(
             config.optimizer, steps=1, proximal_mu=config.aggregation.proximal_mu
         )
+        self._pulls_optimizers = config.checkpoint.device_state == "server"
         self._rule = rule(config.aggregation)
         self._units = {unit.name: unit for unit in model.units}
         self._likes: dict[tuple[str, str], dict[str, Like]] = {}
@@ -96,10 +97,11 @@ class Holdings:
           tensor_bytes: Bytes of its largest tensor outside bundles.
         """
         plan = plans[-1]
-        bundles = [
-            exchanges.trained(plan, host, self.names),
-            exchanges.kept(plan, host, self.names),
-        ]
+        pulled = exchanges.kept(plan, host, self.names, rule=True)
+        if self._pulls_optimizers:
+            states = exchanges.optimizer_states(plan, host, self.names)
+            pulled = exchanges.joined(pulled, states)
+        bundles = [exchanges.trained(plan, host, self.names), pulled]
         if plan.order == Order.SEQUENTIAL and not is_node(host):
             bundles.append(exchanges.client_model(plan, host_index(host), self.names))
         if len(plans) > 1:

@@ -270,6 +270,10 @@ class Membership:
                 found[mail.source] = cast(Mail[M], mail)
         return found
 
+    def owes(self, name: str, kind: type) -> bool:
+        """Returns whether a host has still to answer with something of a kind."""
+        return name in self.by_name and self.by_name[name].owed.owes((kind,))
+
     def settle(self, name: str, *kinds: type) -> None:
         """Cancels a host's owed replies of some kinds; replies already received are discarded."""
         if name in self.by_name:

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.roles.admission import Identity
 from pipar_jax.roles.selection import Candidate
 from pipar_jax.schedule.plan import device_name
+
+#: What of a device a checkpoint holds.
+_KEPT = ("index", "samples", "steps", "fresh", "rounds", "step", "losses")
 
 
 class Presence(enum.Enum):
@@ -105,6 +110,28 @@ class Population:
         one.presence, one.ready, one.since_s = presence, False, now_s
         one.current, one.fresh = False, True
         one.losses += presence is Presence.LOST
+
+    def records(self) -> list[JsonObject]:
+        """Returns what a checkpoint holds of all that have ever joined."""
+        return [{key: getattr(one, key) for key in _KEPT} for one in self]
+
+    def recall(self, records: Sequence[Mapping[str, Any]], now_s: float) -> None:
+        """Takes up what a checkpoint holds; who has not joined again yet counts as lost.
+
+        Args:
+          records: What ``records`` returned.
+          now_s: The time, on the monotonic clock.
+        """
+        for row in records:
+            one = self._by_index.get(row["index"])
+            if one is None:
+                known = {key: row[key] for key in _KEPT}
+                self._by_index[row["index"]] = Registered(
+                    **{**known, "fresh": True}, presence=Presence.LOST, since_s=now_s
+                )
+                continue
+            one.rounds, one.step = row["rounds"], row["step"]
+            one.fresh, one.losses = row["fresh"], row["losses"]
 
     def ready(self) -> list[Candidate]:
         """Returns the devices that are allowed to take part in a round."""

@@ -57,6 +57,10 @@ def answers(command: ControlMessage) -> list[Reply]:
         return [reply(messages.LookSeen, look=command.look)]
     if isinstance(command, messages.PushState) and (command.round, command.step) != (None, None):
         return []  # whoever pushes a round's average names the replies
+    if isinstance(command, messages.KeepState):
+        return [reply(messages.KeptState, rounds=command.rounds)]
+    if isinstance(command, messages.RestoreState):
+        return [reply(messages.RestoredState, rounds=command.rounds)]
     if isinstance(command, messages.CompileAhead):
         return [reply(messages.Compiled, number=command.number)]
     return [Reply(kind) for kind in _ANSWERS.get(type(command), ())]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipar_jax import config
@@ -22,16 +22,23 @@ class RunFolder:
 
     Args:
       path: The folder; made if it does not exist.
+      rows: The events so far of a run that goes on; None for a new one.
+      script: Its attempts at rounds so far, likewise.
 
     Raises:
       DiskError: It cannot be written.
       RunError: It has another run in it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self,
+        path: Path,
+        rows: Sequence[JsonMapping] | None = None,
+        script: Sequence[JsonMapping] | None = None,
+    ) -> None:
         self.path = make_folder(path)
-        self._events = EventLog(path / METRICS)
-        self._membership = EventLog(path / membership_script.FILE)
+        self._events = EventLog(path / METRICS, rows)
+        self._membership = EventLog(path / membership_script.FILE, script)
 
     def save_config(self, resolved: Config) -> None:
         """Writes the resolved configuration.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from pipar_jax.config import Config
 from pipar_jax.config.membership_script import Attempt
 from pipar_jax.disk.event_log import OnEvent
-from pipar_jax.disk.json_text import JsonObject
+from pipar_jax.disk.json_text import JsonMapping, JsonObject
 from pipar_jax.errors import DiskError
 from pipar_jax.protocol.values import LinkRow, Memory, Waits
 from pipar_jax.roles.link_stats import Traffic
@@ -76,6 +76,7 @@ class RunLog:
       record: Learns of it if the trace cannot be kept.
       tell: Takes events.
       parameters: How many parameters the model has.
+      rows: The events so far of a run that is resumed.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class RunLog:
         record: Record,
         tell: OnEvent,
         parameters: int,
+        rows: Sequence[JsonMapping] = (),
     ) -> None:
         self._config, self._folder, self._tell = config, folder, tell
         self._record = record
@@ -101,6 +103,21 @@ class RunLog:
         self._busy: dict[str, float] = {}
         self._score: dict[str, float] = {}
         self._origin_s = time.monotonic()
+        for row in rows:
+            self._add_past(row)
+
+    def _add_past(self, row: JsonMapping) -> None:
+        """Counts what was told of a run before it was resumed."""
+        if row["event"] == "round_finished":
+            up, down = self._totals
+            self._totals = (up + row["bytes_up"], down + row["bytes_down"])
+            self._seconds.append(row["seconds"])
+            for host, seconds in row["busy"].items():
+                self._busy[host] = self._busy.get(host, 0.0) + seconds
+        elif row["event"] == "replanned":
+            self._moved_s[row["round"]] = row["seconds"]
+        elif row["event"] == "evaluated":
+            self._score = {"accuracy": row["accuracy"], "loss": row["loss"]}
 
     def prepared(
         self, compile_s: float, calibration_s: float, memory_bytes: Mapping[str, int]
@@ -121,18 +138,19 @@ class RunLog:
             }
         )
 
-    def begin(self, plan: Plan, rounds: int, steps: Sequence[int]) -> None:
+    def begin(self, plan: Plan, rounds: int, steps: Sequence[int], first: int = 0) -> None:
         """Tells that training begins.
 
         Args:
           plan: The plan in force.
           rounds: How many rounds there are.
           steps: Steps in each place, if its device takes part in all of them.
+          first: The first round that is trained; not 0 if the run is resumed.
         """
         self._rounds = rounds
         self._origin_s = time.monotonic()
         meta = {"method": self._config.method, "plan": plan.to_dict()}
-        self._trace.begin(meta, rounds, self._origin_s)
+        self._trace.begin(meta, rounds, self._origin_s, first)
         self._folder.save_plan(plan.to_dict())
         self._tell(
             {
@@ -141,6 +159,7 @@ class RunLog:
                 "plan": str(plan),
                 "devices": len(plan.devices),
                 "rounds": rounds,
+                "resumed": first,
                 "epochs": self._config.epochs,
                 "steps": list(steps),
                 "model": self._config.model.name,

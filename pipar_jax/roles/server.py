@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,23 +15,32 @@ from pipar_jax import data as datasets
 from pipar_jax.config import Config
 from pipar_jax.config.cohorts import planned
 from pipar_jax.data import Dataset
+from pipar_jax.data.fingerprint import fingerprint
 from pipar_jax.disk.event_log import OnEvent
 from pipar_jax.disk.json_text import JsonObject, plain
-from pipar_jax.errors import PiparError, RunError
+from pipar_jax.errors import Interrupted, PiparError, RunError
 from pipar_jax.methods.resolution import check_plan
 from pipar_jax.report.environment import add_platform
 from pipar_jax.report.sinks import Sinks
-from pipar_jax.roles.coordinator import Coordinator
+from pipar_jax.roles.admission import describe
+from pipar_jax.roles.checkpoint_store import CheckpointStore
+from pipar_jax.roles.checkpoints import Checkpoints
+from pipar_jax.roles.coordinator import Coordinator, Start
 from pipar_jax.roles.evaluation import Evaluator
 from pipar_jax.roles.membership import Membership
+from pipar_jax.roles.past import Past, check_data, read_past
 from pipar_jax.roles.run_folder import Record, RunFolder
 from pipar_jax.roles.run_log import RunLog
+from pipar_jax.roles.stop_rule import StopRule
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.setup import build_model, channel_options, set_precision
 from pipar_jax.schedule.plan import COORDINATOR, Plan
 from pipar_jax.training.checkpoint import WEIGHTS
 from stages import Model
 from stages.trees import Variables
+
+#: What a run that is resumed has told before.
+_KNOWN = ("listening", "waiting", "device_joined", "node_joined", "prepared", "run_started")
 
 
 def run_server(
@@ -41,6 +51,7 @@ def run_server(
     data: Dataset | None = None,
     stop: threading.Event | None = None,
     script: Sequence[Plan] = (),
+    finish: threading.Event | None = None,
 ) -> JsonObject:
     """Conducts a run: waits for its devices, trains with them, leaves the run's folder.
 
@@ -51,14 +62,17 @@ def run_server(
       data: The test set (a test split), if not the configured one.
       stop: Ends the run when set.
       script: Plans of the rounds, from the first on; empty: as configured.
+      finish: Ends the run when set, after the round under way and a checkpoint, if it keeps any.
 
     Returns:
       The event ``run_finished``.
 
     Raises:
-      ConfigError: A sink of ``run.sinks`` cannot be made.
+      ConfigError: A sink of ``run.sinks`` cannot be made, or this configuration, model or test set
+        is not that of the checkpoint that ``run.resume`` names.
       DataError: The test set cannot be read, is wrong, or does not fit the model.
       DiskError: The run's files cannot be written; weights are, if there is any way.
+      Interrupted: ``finish`` was set, and the run has a checkpoint.
       JoinError: Devices are missing.
       PeerError: A device was lost or failed.
       RunError: This process failed.
@@ -76,26 +90,41 @@ def run_server(
     datasets.check_fits(dataset, network.classes, network.input_shape, COORDINATOR)
     if not script:
         check_plan(config, network.unit_names)  # a network of the user is known only here
-    folder = RunFolder(Path(config.run.dir) / config.name)
+    early: list[JsonObject] = []
+    past = read_past(config, network, fingerprint(dataset.test), early.append)
+    stop_rule = StopRule(config.stop)
+    at = Path(config.run.dir) / config.name
+    folder = RunFolder(at) if past is None else RunFolder(at, past.rows, past.script)
     folder.save_config(config)
     add_platform(folder.path)
     record = Record(folder)
     lock = threading.Lock()
+    rows = () if past is None else past.rows
+    for row in rows:
+        stop_rule.add(row, past=True)
+    known = _KNOWN if rows else ()
+    began -= rows[-1]["time_s"] if rows else 0.0
     with Sinks(config.run.sinks, folder.path) as sinks:
 
         def tell(event: JsonObject) -> None:
             with lock:
                 event = plain({**event, "time_s": time.monotonic() - began})
-                if event["event"] not in ("progress", "working"):  # what happens often
+                stop_rule.add(event)
+                if event["event"] not in ("progress", "working", *known):  # the first happen often
                     told = record.add(event)
                     sinks.write(event)
                     if told is not None:
                         on_event({**told, "time_s": event["time_s"]})
                 on_event(event)
 
+        for event in early:
+            tell(event)
+        if past is not None:
+            tell({"event": "run_resumed", "rounds": past.rounds})
         return _serve(
-            config, network, dataset, folder, record, tell, stop or threading.Event(), script
-        )
+            config, network, dataset, folder, record, tell, stop or threading.Event(), script,
+            Start(past, stop_rule, finish or threading.Event()),
+        )  # fmt: skip
 
 
 def _serve(
@@ -107,6 +136,7 @@ def _serve(
     tell: OnEvent,
     stop: threading.Event,
     script: Sequence[Plan],
+    start: Start,
 ) -> JsonObject:
     """Opens the endpoint and the host, runs the coordinator, and closes both whatever happens."""
     endpoint = Endpoint(COORDINATOR, options=channel_options(config))
@@ -152,23 +182,54 @@ def _serve(
             folder.save_weights(model.completed(params), state, _facts(model, dataset))
 
         parameters = stages.parameter_count(model)
-        with contextlib.closing(
-            RunLog(config, members, folder, record, tell, parameters)
-        ) as run_log:
+        rows = () if start.past is None else start.past.rows
+        checkpoints = _checkpoints(config, model, dataset, folder, members, tell, start.past)
+        with (
+            contextlib.closing(checkpoints),
+            contextlib.closing(
+                RunLog(config, members, folder, record, tell, parameters, rows)
+            ) as run_log,
+        ):
             coordinator = Coordinator(
-                config, model, host, members, evaluator, run_log, save, script
+                config, model, host, members, evaluator, run_log, save, script, checkpoints, start
             )
             summary = coordinator.run()
         record.check()
         return summary
     except BaseException as error:
-        members.abort(_reason(error))
+        members.abort(_reason(error), again=isinstance(error, Interrupted))
         raise
     finally:
         if host is not None:
             host.close()
         members.close()
         endpoint.close()
+
+
+def _checkpoints(
+    config: Config,
+    model: Model,
+    dataset: Dataset,
+    folder: RunFolder,
+    members: Membership,
+    tell: OnEvent,
+    past: Past | None,
+) -> Checkpoints:
+    """Returns what keeps the run on disk; a device of other data than before is refused here."""
+    data = {COORDINATOR: fingerprint(dataset.test)}
+    data |= {
+        name: one.identity.fingerprint
+        for name, one in members.by_name.items()
+        if one.identity.fingerprint
+    }
+    run = uuid.uuid4().hex
+    if past is not None and past.kept is not None:
+        run = past.kept.facts["run"]
+        for name, found in data.items():
+            check_data(past.kept.facts["data"], name, found, folder.path)
+        data = {**past.kept.facts["data"], **data}
+    store = CheckpointStore(folder.path, config.checkpoint)
+    return Checkpoints(config, store, run, describe(model), data, tell)
 
 
 def _reason(error: BaseException) -> str:

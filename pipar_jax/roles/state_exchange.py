@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from pipar_jax.errors import ProtocolError
 from pipar_jax.protocol import messages
 from pipar_jax.roles.holdings import Holdings
 from pipar_jax.roles.membership import Mail, Membership
@@ -56,6 +57,9 @@ class StateExchange:
         Args:
           wanted: The requested states by host.
 
+        Returns:
+          What they gave; of those that the run may lose and has lost, nothing.
+
         Raises:
           PeerError: A device or node was lost or failed.
           RunError: This process failed.
@@ -67,8 +71,15 @@ class StateExchange:
             else:
                 self._members.send(name, messages.PullState(unit_state.rows(some)))
         mails = self._members.collect(messages.PulledState, tuple(asked))
+        states: dict[str, States] = {}
+        for name, mail in mails.items():
+            try:
+                states[name] = self.read(mail, asked[name])
+            except ProtocolError:
+                if name in self._members.by_name:
+                    raise
         return Pulled(
-            {name: self.read(mail, asked[name]) for name, mail in mails.items()},
+            states,
             sum(mail.message.nbytes for mail in mails.values() if mail.message is not None),
         )
 

@@ -6,9 +6,10 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from pipar_jax.disk.files import replacing
 from pipar_jax.disk.json_text import JsonMapping
-from pipar_jax.errors import DiskError
-from pipar_jax.schedule.trace import Interval, Timed, TraceWriter
+from pipar_jax.errors import DiskError, RunError
+from pipar_jax.schedule.trace import Interval, Timed, TraceWriter, read_rounds
 
 #: Number of rounds that ``run.trace=ends`` keeps at each end.
 ENDS = 3
@@ -28,18 +29,48 @@ class TraceLog:
         self._file: TraceWriter | None = None
         self._round, self._rounds, self._origin_s = 0, 0, 0.0
 
-    def begin(self, meta: JsonMapping, rounds: int, origin_s: float) -> None:
+    def begin(self, meta: JsonMapping, rounds: int, origin_s: float, first: int = 0) -> None:
         """Begins the file, if any round is wanted.
 
         Args:
           meta: Description of the run.
           rounds: Number of rounds.
           origin_s: The coordinator's time that is zero in the trace.
+          first: The first round; the file has those before it already, if the run is resumed.
         """
         self._rounds, self._origin_s = rounds, origin_s
-        if self._wanted != "none":
-            with self._giving_up():
+        if self._wanted == "none":
+            self._round = first
+            return
+        with self._giving_up():
+            if not (first and self._path.exists()):
+                self._round = first
                 self._file = TraceWriter(self._path, meta)
+                return
+            with replacing(self._path) as aside:
+                self._file = TraceWriter(aside, meta, self._path)
+                self._copy(first)
+
+    def _copy(self, first: int) -> None:
+        """Writes the rounds before the first one again, and lets time go on after them."""
+        assert self._file is not None
+        parts, ended_s = read_rounds(self._path), 0.0
+        while self._round < first:
+            if self._kept:
+                try:
+                    part = next(parts, None)
+                except RunError:  # it was cut short, and the rest of it is lost
+                    part = None
+                if part is None or not part.rounds:
+                    self._round = first
+                    break
+                for host, rows in part.hosts.items():
+                    self._file.add(host, rows)
+                (interval,) = part.rounds
+                self._file.end_round(interval)
+                ended_s = interval.end_s
+            self._round += 1
+        self._origin_s -= ended_s
 
     def add(self, host: str, rows: Sequence[Timed], offset_s: float) -> None:
         """Adds a host's actions of this round, on the coordinator's clock with the offset."""

@@ -35,6 +35,7 @@ from pipar_jax.roles.survey import Respondent
 from pipar_jax.runtime import exchanges, trace_rows, unit_state
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.setup import build_model, channel_options, set_precision
+from pipar_jax.runtime.state_files import StateTag
 from pipar_jax.runtime.unit_state import States
 from pipar_jax.schedule.actions import (
     RECEIVE_CLIENT_MODEL,
@@ -48,10 +49,8 @@ from pipar_jax.schedule.plan import (
     COORDINATOR,
     Boundary,
     HostKind,
-    Order,
     device_name,
     host_index,
-    is_node,
     long_name,
     node_name,
 )
@@ -234,6 +233,10 @@ class Worker:
             messages.Rewind: lambda said: self._running.rewind(said.step),
             messages.Commit: lambda said: self._running.commit(said.places),
             messages.PullState: self._pull,
+            messages.KeepState: lambda said: self._running.keep(StateTag(said.run, said.rounds)),
+            messages.RestoreState: lambda said: self._running.restore(
+                StateTag(said.run, said.rounds)
+            ),
             messages.Look: self._tell_seen,
             messages.CompileAhead: self._compile_ahead,
         }
@@ -540,9 +543,7 @@ class Worker:
         plan, names = self._course.plan, self._unit_names
         assert self._holdings is not None and self._acceptance is not None and plan is not None
         seat = self._course.seat
-        bundles = [exchanges.averaged(plan, seat, names)]
-        if plan.order == Order.SEQUENTIAL and not is_node(seat):
-            bundles.append(exchanges.client_model(plan, host_index(seat), names))
+        bundles = [exchanges.whole(plan, seat, names, optimizers=True)]
         bundles += [exchanges.arriving(plan, one, seat, names) for one in self._course.ahead]
         tensor_bytes = self._acceptance.tensor_bytes(COORDINATOR)
         self._coordinator.admit(self._holdings.room(bundles, tensor_bytes))
@@ -611,8 +612,11 @@ class Worker:
             wanted = exchanges.arriving(old, new, self._course.seat, names)
         elif said.step is not None:
             wanted = exchanges.client_model(plan, host_index(self._course.seat), names)
-        else:
+        elif said.round is not None:
             wanted = exchanges.averaged(plan, self._course.seat, names)
+        else:
+            seat, optimizers = self._course.seat, said.optimizers
+            wanted = exchanges.whole(plan, seat, names, optimizers=optimizers)
         states = self._holdings.states(message, wanted, long_name(COORDINATOR))
         if said.plan is not None:
             self._accept()

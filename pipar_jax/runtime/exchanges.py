@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pipar_jax.protocol.values import EVERY, Part
 from pipar_jax.runtime.moves import holders, local_to, moves
-from pipar_jax.runtime.unit_state import Wanted
+from pipar_jax.runtime.unit_state import Key, Wanted
 from pipar_jax.schedule.actions import ALL
 from pipar_jax.schedule.host_program import replica_key
-from pipar_jax.schedule.plan import OWNER, Order, Plan, WeightPolicy
+from pipar_jax.schedule.plan import OWNER, Order, Plan, WeightPolicy, is_device
 
-_VARIABLES: tuple[Part, ...] = ("params", "state")
+#: Parts of a unit.
+Parts = tuple[Part, ...]
+_VARIABLES: Parts = ("params", "state")
 
 
 def trained(plan: Plan, host: str, names: Sequence[str]) -> Wanted:
@@ -56,15 +58,64 @@ def client_model(plan: Plan, place: int, names: Sequence[str]) -> Wanted:
     }
 
 
-def kept(plan: Plan, host: str, names: Sequence[str]) -> Wanted:
-    """Returns what a host alone has the last weights of: what is shared or averaged there."""
+def kept(plan: Plan, host: str, names: Sequence[str], *, rule: bool = False) -> Wanted:
+    """Returns what a host alone has the last weights of: what is shared or averaged there.
+
+    Args:
+      plan: The plan.
+      host: The host's name.
+      names: The model's units in order.
+      rule: Whether the states of the rule that averages there are wanted as well.
+    """
     local = {names[unit] for unit in plan.local_units(host, len(names))}
     shared = {
         names[unit]
         for (copy, unit), holder in holders(plan, len(names)).items()
         if holder == host and copy == ALL
     }
-    return {(EVERY, name): _VARIABLES for name in names if name in local | shared}
+    found: Wanted = {(EVERY, name): _VARIABLES for name in names if name in local | shared}
+    if rule:
+        found |= {(EVERY, name): (*_VARIABLES, *_rule(plan)) for name in local}
+    return found
+
+
+def whole(plan: Plan, host: str, names: Sequence[str], *, optimizers: bool) -> Wanted:
+    """Returns what a host takes over when it begins from a state of the run.
+
+    Args:
+      plan: The plan.
+      host: The host's name.
+      names: The model's units in order.
+      optimizers: Whether the optimiser states of its copies come with it.
+    """
+    found: Wanted = {(EVERY, names[unit]): _VARIABLES for unit in plan.held_units(host, len(names))}
+    for unit in plan.local_units(host, len(names)):
+        found[EVERY, names[unit]] = (*_VARIABLES, *_rule(plan))
+    return joined(found, optimizer_states(plan, host, names) if optimizers else {})
+
+
+def optimizer_states(plan: Plan, host: str, names: Sequence[str]) -> Wanted:
+    """Returns the optimiser states of a host's copies; one that is handed on is of EVERY copy."""
+    handed_on = plan.order == Order.SEQUENTIAL and is_device(host)
+    return {
+        (EVERY if handed_on else copy, names[unit]): ("opt",)
+        for (copy, unit), holder in holders(plan, len(names)).items()
+        if holder == host
+    }
+
+
+def keeps_optimizer(plan: Plan, host: str) -> bool:
+    """Returns whether a host has optimiser states that nobody else has at a round's end."""
+    return not (plan.order == Order.SEQUENTIAL and is_device(host))
+
+
+def joined(*some: Mapping[Key, tuple[Part, ...]]) -> Wanted:
+    """Returns all that is wanted, each part of a unit once."""
+    found: Wanted = {}
+    for one in some:
+        for key, parts in one.items():
+            found[key] = tuple(dict.fromkeys((*found.get(key, ()), *parts)))
+    return found
 
 
 def leaving(old: Plan, new: Plan, host: str, names: Sequence[str]) -> Wanted:

@@ -21,6 +21,7 @@ import stages
 from comms import Message
 from pipar_jax.aggregation import aggregator
 from pipar_jax.config import Config, may_lose
+from pipar_jax.config.checkpoints import state_folders
 from pipar_jax.config.slowdown import UNSLOWED, Slowdown
 from pipar_jax.errors import RunError
 from pipar_jax.methods.registry import hosts_of
@@ -36,6 +37,7 @@ from pipar_jax.runtime.node_averaging import Averaging
 from pipar_jax.runtime.observations import Observer
 from pipar_jax.runtime.precompile import BackgroundCompiler, compile_plan
 from pipar_jax.runtime.recorder import Recorder
+from pipar_jax.runtime.state_files import StateFiles, StateTag
 from pipar_jax.runtime.transfer import compile_codecs
 from pipar_jax.runtime.unit_state import Key, States, UnitState, Wanted
 from pipar_jax.schedule.actions import (
@@ -154,6 +156,7 @@ class Host:
             lambda device, step: self._tell_broken("loss", device, step),
         )  # fmt: skip
         self._completion = Completion(name, self.recorder.add, self._post_over, self._fail)
+        self._files = StateFiles(name, state_folders(config, name), self._tell_kept)
         self._ahead = BackgroundCompiler(name, self._compile_ahead, self._tell_ahead, self._fail)
         self._thread = threading.Thread(target=self._run, name=f"pipar-host-{name}", daemon=True)
         self._thread.start()
@@ -195,6 +198,24 @@ class Host:
           states: The states; ``exchanges`` says which these are.
         """
         self._post(self._push, why, states)
+
+    def keep(self, tag: StateTag) -> None:
+        """Writes its optimiser states to its own disk; answers ``KeptState`` once they are there.
+
+        Between two rounds; the next one may begin at once.
+
+        Args:
+          tag: What they belong to.
+        """
+        self._post(self._keep, tag)
+
+    def restore(self, tag: StateTag) -> None:
+        """Goes back to optimiser states on its own disk; answers ``RestoredState``.
+
+        Args:
+          tag: What they belong to.
+        """
+        self._post(self._restore, tag)
 
     def calibrate(self) -> None:
         """Times compiled functions not timed yet, all else idle; answers ``calibrated``."""
@@ -277,6 +298,7 @@ class Host:
         self._post(_nothing)
         self._thread.join()
         self._ahead.close()
+        self._files.close()
         self._completion.close()
 
     # --- the thread ---------------------------------------------------------------------------
@@ -446,8 +468,33 @@ class Host:
             self._dispatcher.complete(arrived)
         elif why.round is not None:
             self._begin_anew()
+            self._report()
         else:
+            if why.plan is None:
+                self._begin_anew()
             self._answer(messages.PushedState())
+
+    def _keep(self, tag: StateTag) -> None:
+        wanted = exchanges.optimizer_states(self._plan, self._seat, self._model.unit_names)
+        states = unit_state.copied(unit_state.held(wanted, self._replicas, {}))
+        self._files.save(tag, unit_state.pack(states))
+
+    def _tell_kept(self, tag: StateTag, reason: str | None) -> None:
+        self._answer(messages.KeptState(tag.rounds, reason))
+
+    def _restore(self, tag: StateTag) -> None:
+        wanted = exchanges.optimizer_states(self._plan, self._seat, self._model.unit_names)
+        missing = None
+        try:
+            found = unit_state.unpack(self._files.load(tag), wanted)
+            states = {  # all fit, or all begin fresh
+                key: UnitState(opt=unit_state.fitted(found[key].opt, own.opt, self.name))
+                for key, own in unit_state.held(wanted, self._replicas, {}).items()
+            }
+            unit_state.load(states, self._replicas, {}, self.name)
+        except RunError as error:
+            missing = str(error)
+        self._answer(messages.RestoredState(tag.rounds, missing))
 
     def _adopt(self, plan: Plan, arrived: Mapping[Key, UnitState]) -> None:
         self._program = _program(plan, self._seat)
@@ -639,7 +686,6 @@ class Host:
         jax.block_until_ready(  # type: ignore[no-untyped-call]
             [(replica.params, replica.state) for replica in self._replicas.values()]
         )
-        self._report()
 
     def _report(self) -> None:
         """Ends the round on this host; its trace and figures go with the answer."""

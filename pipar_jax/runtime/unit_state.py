@@ -76,6 +76,18 @@ def pack(states: Mapping[Key, UnitState]) -> Tensors:
     }
 
 
+def unpack(tensors: Mapping[str, Array], wanted: Mapping[Key, Collection[Part]]) -> States:
+    """Returns the wanted states among arrays that ``pack`` named; what is not there is empty."""
+    groups: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for name, array in tensors.items():
+        copy, part, unit, path = name.split("/", 3)
+        groups.setdefault((copy, part, unit), {})[path] = array
+    return {
+        (copy, unit): UnitState(**{part: groups.get((str(copy), part, unit), {}) for part in parts})
+        for (copy, unit), parts in wanted.items()
+    }
+
+
 def held(
     wanted: Mapping[Key, Collection[Part]],
     replicas: Mapping[tuple[int, int], Replica],

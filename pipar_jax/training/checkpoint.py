@@ -70,8 +70,32 @@ def load(path: Path, model: Model) -> tuple[Variables, Variables]:
     Raises:
       RunError: The file is missing, not a safetensors file, or belongs to another model.
     """
+    return sort_tensors(read_tensors(path), model, path)
+
+
+def read_tensors(path: Path) -> dict[str, Array]:
+    """Returns the arrays of a safetensors file by name.
+
+    Raises:
+      RunError: The file is missing, or is no safetensors file.
+    """
     with _reading(path), safe_open(path, framework="numpy") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def sort_tensors(
+    tensors: Mapping[str, Array], model: Model, path: Path
+) -> tuple[Variables, Variables]:
+    """Returns weights and batch statistics of a model among arrays named ``unit/path``.
+
+    Args:
+      tensors: The arrays: those of the model, and no others.
+      model: The model.
+      path: Where they come from, for the message.
+
+    Raises:
+      RunError: They belong to another model.
+    """
     params: Variables = {}
     state: Variables = {}
     expected: set[str] = set()
@@ -89,7 +113,7 @@ def load(path: Path, model: Model) -> tuple[Variables, Variables]:
                         f"{one.dtype}{list(one.shape)}: load it with the model that it was trained "
                         "with"
                     )
-                variables[unit.name][name] = array
+                variables[unit.name][name] = array  # type: ignore[assignment]
     unknown = sorted(tensors.keys() - expected)
     if unknown:
         raise RunError(

@@ -15,6 +15,7 @@ import pathlib
 import signal
 import socket
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable
@@ -59,7 +60,9 @@ def _note_pid(config: Config, name: str) -> None:
     note.rename(note.with_suffix(".pid"))
 
 
-def run_server(config: Config, *, on_event: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def run_server(
+    config: Config, *, on_event: Callable[[dict[str, Any]], None], finish: threading.Event
+) -> dict[str, Any]:
     _note_pid(config, "server")
     act("server before listening")
     names = [f"d{i}" for i in range(config.devices.count)]

@@ -63,6 +63,10 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "tuner.codecs": ("int99", "bits:99", "int8:" + "9" * 5000),
     "tuner.sizes": ("", "0", "5,x", "1000", "9" * 5000),
     "run.dir": ("", "~nobody-of-this-name", "a\0b", __file__),
+    "model.weights": ("a\0b", "~nobody-of-this-name"),
+    "model.weights_match": ("conv*",),
+    "run.resume": ("a\0b", "~nobody-of-this-name"),
+    "stop.when": ("mine", "a:b:c"),
     "run.sinks": ("tensorbord", "no_such_module_here:f", "a:b:c"),
 }
 

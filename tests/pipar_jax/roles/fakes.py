@@ -80,7 +80,7 @@ class Host:
     def _take(self, *args) -> None:
         """Takes any command."""
 
-    prepare = prepare_ahead = pull = push = calibrate = release = commit = _take
+    prepare = prepare_ahead = pull = push = keep = restore = calibrate = release = commit = _take
     close = wake
 
 

@@ -48,7 +48,9 @@ def read(body, config, network):
 def test_a_device_that_fits_is_taken(body, config, network):
     asked, reason = read(body, config, network)
     assert reason is None
-    assert admission.identity(asked) == admission.Identity("d0", samples=17, steps=3)
+    fingerprint = body["fingerprint"]
+    who = admission.Identity("d0", samples=17, steps=3, fingerprint=fingerprint)
+    assert fingerprint and admission.identity(asked) == who
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,134 @@
+"""Where a run's checkpoints are, which of them can be read, and what a run may resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from pipar_jax.config.fields import Config
+from pipar_jax.config.saved import from_dict, resume_difference
+from pipar_jax.disk.files import describe_reading
+from pipar_jax.errors import ConfigError
+
+#: The folder of a run's checkpoints in the run's own, and that of hosts' optimiser states.
+CHECKPOINTS, HOST_STATES = "checkpoints", "hosts"
+#: The items of a checkpoint: arrays, and what is known beside them, as JSON.
+STATE, FACTS = "state", "facts"
+
+
+@dataclasses.dataclass(frozen=True)
+class Resumed:
+    """The folder of a run that goes on.
+
+    Attributes:
+      folder: The run's folder.
+      newest: The newest checkpoint that may be taken; None for any.
+      required: Whether there must be one.
+    """
+
+    folder: Path
+    newest: int | None
+    required: bool
+
+
+def resumed(config: Config) -> Resumed | None:
+    """Returns what ``run.resume`` names, or None for a run that begins anew."""
+    if not config.run.resume:
+        return None
+    if config.run.resume == "auto":
+        return Resumed(Path(config.run.dir) / config.name, None, required=False)
+    path = Path(config.run.resume)
+    if path.parent.name == CHECKPOINTS and path.name.isdigit():
+        return Resumed(path.parent.parent, int(path.name), required=True)
+    return Resumed(path.parent if path.name == CHECKPOINTS else path, None, required=True)
+
+
+def state_folders(config: Config, host: str) -> list[Path]:
+    """Returns where a host keeps its optimiser states, and then where it may find others."""
+    folders = [Path(config.run.dir) / config.name]
+    if (wanted := resumed(config)) is not None:
+        folders.append(wanted.folder)
+    return [one / HOST_STATES / host for one in dict.fromkeys(folders)]
+
+
+def rounds_kept(folder: Path) -> list[int]:
+    """Returns the rounds after which a run has checkpoints that were written to their end, rising.
+
+    Args:
+      folder: The run's folder.
+    """
+    found = (folder / CHECKPOINTS).glob("*/_CHECKPOINT_METADATA")
+    return sorted(int(one.parent.name) for one in found if one.parent.name.isdigit())
+
+
+def read_facts(folder: Path, rounds: int) -> dict[str, Any]:
+    """Returns what a checkpoint says beside its arrays.
+
+    Args:
+      folder: The run's folder.
+      rounds: How many rounds were over.
+
+    Raises:
+      ConfigError: It cannot be read.
+    """
+    path = folder / CHECKPOINTS / str(rounds) / FACTS / "metadata"
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {describe_reading(error)}") from error
+    if not isinstance(found, dict) or "config" not in found:
+        raise ConfigError(f"{path} cannot be read: it has no field 'config'")
+    return found
+
+
+def check_resume(config: Config) -> None:
+    """Refuses to resume what is not there, or what this configuration does not continue.
+
+    Args:
+      config: Resolved configuration.
+
+    Raises:
+      ConfigError: There is no checkpoint, or it differs in a field in which it must not.
+    """
+    wanted = resumed(config)
+    if wanted is None:
+        return
+    kept = [n for n in rounds_kept(wanted.folder) if n <= (wanted.newest or n)]
+    if not kept or wanted.newest not in (None, *kept):
+        if wanted.required:
+            raise ConfigError(
+                f"run.resume={config.run.resume!r}: there is no checkpoint of a run; name the "
+                "folder of a run that was trained with checkpoint.every_rounds or "
+                "checkpoint.every_s, or write run.resume=auto to begin anew where there is none"
+            )
+        return
+    for rounds in reversed(kept):
+        try:
+            facts = read_facts(wanted.folder, rounds)
+        except ConfigError:
+            continue  # the one before may do; whoever restores tells of it
+        check_continues(config, facts, f"{wanted.folder / CHECKPOINTS / str(rounds)}")
+        before = from_dict(facts["config"])
+        longer = config.epochs > before.epochs or config.run.rounds > before.run.rounds
+        if facts["finished"] and not longer:
+            raise ConfigError(
+                f"{wanted.folder} is finished: raise epochs={config.epochs} to go on with it, or "
+                "start another run from its weights with --config.model.weights"
+            )
+        return
+
+
+def check_continues(config: Config, facts: dict[str, Any], where: str) -> None:
+    """Refuses a checkpoint that a configuration does not continue.
+
+    Raises:
+      ConfigError: It names each field that differs and must not.
+    """
+    differing = resume_difference(config, from_dict(facts["config"]))
+    if differing:
+        raise ConfigError(
+            f"{where} cannot be resumed with another {', '.join(differing)}: give the same, begin "
+            "a new run, or start one from its weights with --config.model.weights"
+        )

@@ -1,0 +1,298 @@
+"""When a run is kept on disk, what is kept of it, and how it is taken up again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from pipar_jax.aggregation.aggregator import Aggregator
+from pipar_jax.config import Config, to_dict
+from pipar_jax.errors import DiskError
+from pipar_jax.protocol import messages
+from pipar_jax.protocol.values import EVERY
+from pipar_jax.roles.checkpoint_store import CheckpointStore, Kept
+from pipar_jax.roles.membership import Membership
+from pipar_jax.roles.state_exchange import StateExchange
+from pipar_jax.runtime import exchanges, unit_state
+from pipar_jax.runtime.unit_state import States, Wanted
+from pipar_jax.schedule.plan import COORDINATOR, Order, Plan, device_name, is_device
+
+
+class Moment(NamedTuple):
+    """A run between two rounds, as far as the coordinator's thread knows it.
+
+    Attributes:
+      rounds: How many rounds are over.
+      plan: The plan in force.
+      aggregator: The global weights and the state of the rule.
+      client_model: In sequential order, the client-side model as it was handed back.
+      facts: What else the coordinator takes up again, JSON-ready.
+    """
+
+    rounds: int
+    plan: Plan
+    aggregator: Aggregator
+    client_model: States
+    facts: dict[str, Any]
+
+
+class Restored(NamedTuple):
+    """What a run has taken up.
+
+    Attributes:
+      client_model: In sequential order, the client-side model; otherwise nothing.
+      fresh: Hosts that begin with fresh optimiser states.
+    """
+
+    client_model: States
+    fresh: tuple[str, ...]
+
+
+class Checkpoints:
+    """Keeps a run on disk, in the background.
+
+    Args:
+      config: Resolved configuration.
+      store: Where checkpoints go.
+      run: The run's own name, which no other run has.
+      model: What tells the model from others, JSON-ready.
+      data: What tells the data of each host from others.
+      tell: Takes events.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        store: CheckpointStore,
+        run: str,
+        model: Any,
+        data: Mapping[str, str],
+        tell: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self._config, self._store, self.run, self._tell = config, store, run, tell
+        self._data = dict(data)
+        self._facts = {"run": run, "config": _plain_config(config), "model": model}
+        self._sampled = config.cohort.size > 0
+        self._on_server = config.checkpoint.device_state == "server"
+        self._last_s = time.monotonic()
+        self._rounds = -1
+        self._owed: list[str] = []
+        self._sign = -1.0 if config.checkpoint.best == "loss" else 1.0
+
+    @property
+    def wanted(self) -> bool:
+        """Whether checkpoints are written at all."""
+        return bool(self._config.checkpoint.every_rounds or self._config.checkpoint.every_s)
+
+    def knows_data(self, name: str, fingerprint: str) -> bool:
+        """Takes note of a device's data; returns whether they are those that it had before."""
+        return self._data.setdefault(name, fingerprint) == fingerprint
+
+    def pulled_from(self, hosts: Sequence[str]) -> list[str]:
+        """Returns the hosts whose optimiser states are pulled to the server."""
+        return [name for name in hosts if self._on_server and not self._is_sampled(name)]
+
+    def _is_sampled(self, name: str) -> bool:
+        """Returns whether a host takes another place in every round, and begins fresh there."""
+        return self._sampled and is_device(name)
+
+    def check_space(self, nbytes: int) -> None:
+        """Refuses to begin where the disk cannot hold the checkpoints that are to be kept.
+
+        Args:
+          nbytes: Bytes of the arrays of one.
+
+        Raises:
+          DiskError: It cannot.
+        """
+        if self.wanted:
+            self._store.check_space(nbytes)
+
+    def is_due(self, rounds: int) -> bool:
+        """Returns whether a checkpoint is due after so many rounds."""
+        one = self._config.checkpoint
+        by_rounds = one.every_rounds and rounds % one.every_rounds == 0
+        by_time = one.every_s and time.monotonic() - self._last_s >= one.every_s
+        return bool(by_rounds or by_time)
+
+    def take(
+        self,
+        moment: Moment,
+        hosts: Sequence[str],
+        states: StateExchange,
+        members: Membership,
+        score: Mapping[str, float],
+    ) -> None:
+        """Writes a checkpoint; a disk that takes none is told, and the run goes on.
+
+        Args:
+          moment: The run as it is.
+          hosts: Devices and nodes that take part.
+          states: Asks hosts for what they alone have.
+          members: The devices and nodes.
+          score: Accuracy and loss of these weights, if they were evaluated.
+
+        Raises:
+          PeerError: A host was lost or failed.
+        """
+        if moment.rounds == self._rounds:
+            return
+        self.settle(members)
+        began, names = time.monotonic(), tuple(moment.aggregator.params)
+        keepers = [name for name in hosts if not self._is_sampled(name)]
+        pulled = states.pull(
+            {name: self._wanted(moment.plan, name, names) for name in (COORDINATOR, *keepers)}
+        )
+        for name, some in pulled.states.items():
+            whole = {key: one for key, one in some.items() if key[0] == EVERY}
+            unit_state.take(moment.aggregator, whole, name)
+        parts: exchanges.Parts = ("params", "state", "rule")
+        known = unit_state.known({(EVERY, name): parts for name in names}, moment.aggregator)
+        all_states = unit_state.merged([known, moment.client_model, *pulled.states.values()])
+        facts = {
+            **self._facts, **moment.facts, "data": self._data, "rounds": moment.rounds,
+            "plan": moment.plan.to_dict(),
+            "on_server": self._on_server,
+        }  # fmt: skip
+        best = score.get(self._config.checkpoint.best)
+        try:
+            self._store.save(
+                moment.rounds, unit_state.pack(all_states), facts,
+                None if best is None else self._sign * best,
+            )  # fmt: skip
+        except DiskError as error:
+            self._tell(
+                {"event": "checkpoint_failed", "rounds": moment.rounds, "reason": str(error)}
+            )
+            return
+        self._rounds, self._last_s = moment.rounds, time.monotonic()
+        if not self._on_server:
+            for name in keepers:
+                if exchanges.keeps_optimizer(moment.plan, name):
+                    members.send(name, messages.KeepState(self.run, moment.rounds))
+                    self._owed.append(name)
+        self._tell(
+            {
+                "event": "checkpoint",
+                "rounds": moment.rounds,
+                "seconds": time.monotonic() - began,
+                "pulled_bytes": pulled.nbytes,
+            }
+        )
+
+    def _wanted(self, plan: Plan, name: str, names: Sequence[str]) -> Wanted:
+        """Returns what is pulled of a host for a checkpoint."""
+        wanted = exchanges.kept(plan, name, names, rule=True)
+        here = name == COORDINATOR or self._on_server
+        if not here or not exchanges.keeps_optimizer(plan, name):
+            return wanted
+        return exchanges.joined(wanted, exchanges.optimizer_states(plan, name, names))
+
+    def restore(
+        self,
+        kept: Kept,
+        plan: Plan,
+        aggregator: Aggregator,
+        hosts: Sequence[str],
+        states: StateExchange,
+        members: Membership,
+    ) -> Restored:
+        """Brings all hosts back to a checkpoint.
+
+        Args:
+          kept: The checkpoint.
+          plan: The plan in force, which was in force then.
+          aggregator: Takes the global weights and the state of the rule.
+          hosts: Devices and nodes that take part.
+          states: Moves states between the hosts.
+          members: The devices and nodes.
+
+        Raises:
+          PeerError: A host was lost or failed.
+          RunError: A state does not fit the model.
+        """
+        names = tuple(aggregator.params)
+        parts: exchanges.Parts = ("params", "state", "rule")
+        whole = {(EVERY, name): parts for name in names}
+        unit_state.take(aggregator, unit_state.unpack(kept.tensors, whole), "the checkpoint")
+        own_disk, fresh = [], []
+        for name in (COORDINATOR, *hosts):
+            handed_on = not exchanges.keeps_optimizer(plan, name)
+            here = name == COORDINATOR or handed_on
+            if not self._is_sampled(name):
+                here = here or kept.facts["on_server"]
+            wanted = exchanges.whole(plan, self._seat(name), names, optimizers=here)
+            some = unit_state.unpack(kept.tensors, wanted)
+            states.push(name, some, messages.PushState(optimizers=here))
+            if self._is_sampled(name) and not handed_on:
+                fresh.append(name)
+            elif not here:
+                own_disk.append(name)
+        members.collect(messages.PushedState, (COORDINATOR, *hosts))
+        for name in own_disk:
+            members.send(name, messages.RestoreState(self.run, kept.rounds))
+        for name, mail in members.collect(messages.RestoredState, own_disk).items():
+            if mail.said.missing is not None:
+                fresh.append(name)
+                self._tell({"event": "state_lost", "host": name, "reason": mail.said.missing})
+        self._rounds = kept.rounds
+        if plan.order != Order.SEQUENTIAL:
+            return Restored({}, tuple(fresh))
+        wanted = exchanges.client_model(plan, 0, names)
+        return Restored(unit_state.unpack(kept.tensors, wanted), tuple(fresh))
+
+    def _seat(self, name: str) -> str:
+        """Returns what the plan calls a host before the first round."""
+        return device_name(0) if self._is_sampled(name) else name
+
+    def spread(
+        self,
+        plan: Plan,
+        aggregator: Aggregator,
+        hosts: Sequence[str],
+        states: StateExchange,
+        members: Membership,
+    ) -> None:
+        """Lets all hosts begin from the global weights; their optimiser states stay as they are.
+
+        Raises:
+          PeerError: A host was lost or failed.
+        """
+        names = tuple(aggregator.params)
+        for name in (COORDINATOR, *hosts):
+            wanted = exchanges.whole(plan, self._seat(name), names, optimizers=False)
+            states.push(name, unit_state.known(wanted, aggregator), messages.PushState())
+        members.collect(messages.PushedState, (COORDINATOR, *hosts))
+
+    def settle(self, members: Membership) -> None:
+        """Waits until hosts have kept their states, and tells of those that could not.
+
+        Raises:
+          PeerError: A host was lost or failed.
+        """
+        owed, self._owed = self._owed, []
+        found = members.said(messages.KeptState, owed)
+        # One that was lost meanwhile and has come back owes nothing.
+        owing = [name for name in owed if members.owes(name, messages.KeptState)]
+        found |= members.collect(messages.KeptState, owing)
+        for name, mail in found.items():
+            if mail.said.reason is not None:
+                self._tell(
+                    {"event": "state_not_kept", "host": name, "rounds": mail.said.rounds,
+                     "reason": mail.said.reason}
+                )  # fmt: skip
+
+    def close(self) -> None:
+        """Waits for what is being written; a disk that takes it not is told."""
+        try:
+            self._store.close()
+        except DiskError as error:
+            self._tell({"event": "checkpoint_failed", "rounds": self._rounds, "reason": str(error)})
+
+
+def _plain_config(config: Config) -> dict[str, Any]:
+    """Returns the configuration without its secret."""
+    values = to_dict(config)
+    values["network"]["token"] = None
+    return values

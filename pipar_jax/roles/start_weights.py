@@ -1,0 +1,91 @@
+"""The weights that a run starts from: those of another run, of a checkpoint, or of a file."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from comms.arrays import Array
+from pipar_jax.config.checkpoints import CHECKPOINTS, rounds_kept
+from pipar_jax.config.texts import split_list
+from pipar_jax.errors import ConfigError, RunError
+from pipar_jax.protocol.values import EVERY
+from pipar_jax.roles.checkpoint_store import read
+from pipar_jax.training.checkpoint import WEIGHTS, read_tensors, sort_tensors
+from stages import Model
+
+Variables = dict[str, dict[str, Any]]
+
+
+def start_weights(
+    path: Path, match: str, model: Model, params: Variables, state: Variables
+) -> tuple[Variables, Variables]:
+    """Returns weights and statistics to start from.
+
+    Args:
+      path: The folder of a run, one of its checkpoints, or a safetensors file with keys
+        ``unit/path``.
+      match: Patterns of names to take, separated by commas, such as ``conv*/kernel``; empty: all,
+        which must be there then.
+      model: The whole model.
+      params: Weights from the seed, by unit and path.
+      state: Batch statistics likewise.
+
+    Raises:
+      ConfigError: A pattern matches nothing.
+      RunError: There are no weights, or they belong to another model.
+    """
+    tensors = load_tensors(path)
+    if not match:
+        return sort_tensors(tensors, model, path)
+    own = {f"{unit}/{name}" for part in (params, state) for unit, arrays in part.items()
+           for name in arrays}  # fmt: skip
+    taken: set[str] = set()
+    for pattern in split_list(match):
+        found = {name for name in own if fnmatch.fnmatchcase(name, pattern)}
+        if not found or not found & tensors.keys():
+            where = "the model" if not found else str(path)
+            known = sorted(own if not found else tensors)[:5]
+            raise ConfigError(
+                f"model.weights_match={match!r}: {pattern!r} matches no weight of {where} (its "
+                f"first are {', '.join(known)})"
+            )
+        taken |= found & tensors.keys()
+    mixed = {
+        f"{unit}/{name}": np.asarray(array)
+        for part in (params, state)
+        for unit, arrays in part.items()
+        for name, array in arrays.items()
+    }
+    mixed |= {name: tensors[name] for name in taken}
+    return sort_tensors(mixed, model, path)
+
+
+def load_tensors(path: Path) -> Mapping[str, Array]:
+    """Returns the weights and statistics that a run, a checkpoint or a file has, by ``unit/path``.
+
+    Raises:
+      RunError: There are none, or they cannot be read.
+    """
+    if path.is_dir() and not (path / WEIGHTS).is_file():
+        folder, rounds = path, rounds_kept(path)
+        if path.parent.name == CHECKPOINTS and path.name.isdigit():
+            folder, rounds = path.parent.parent, [int(path.name)]
+        if not rounds:
+            raise RunError(
+                f"{path} has no weights to start from: name the folder of a run with "
+                f"{WEIGHTS} or a checkpoint in it, one of its checkpoints, or a safetensors file"
+            )
+        kept = read(folder, rounds[-1]).tensors
+        prefixes = f"{EVERY}/params/", f"{EVERY}/state/"
+        return {
+            name.removeprefix(prefix): array
+            for name, array in kept.items()
+            for prefix in prefixes
+            if name.startswith(prefix)
+        }
+    return read_tensors(path / WEIGHTS if path.is_dir() else path)

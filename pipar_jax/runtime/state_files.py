@@ -1,0 +1,125 @@
+"""A host's own optimiser states on its own disk, so that they need not travel to be kept."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from comms.arrays import Array
+from pipar_jax.disk.files import describe_reading, make_folder, write_tensors
+from pipar_jax.disk.json_text import dumps
+from pipar_jax.errors import RunError
+from pipar_jax.runtime.unit_state import Tensors
+
+#: How many of a run's are kept: the coordinator may have to go back by one checkpoint.
+KEPT = 2
+_NAME = re.compile(r"([0-9a-f]{1,32})-(\d{1,10})\.safetensors")
+
+
+class StateTag(NamedTuple):
+    """What states belong to.
+
+    Attributes:
+      run: The run's own name, which no other run has.
+      rounds: How many rounds were over.
+    """
+
+    run: str
+    rounds: int
+
+
+class StateFiles:
+    """Writes states on a thread of its own, and reads them.
+
+    Args:
+      name: The host's name.
+      folders: Where states are looked for; they are written into the first.
+      done: Takes each tag whose states were written, and why they could not be, or None.
+    """
+
+    def __init__(
+        self, name: str, folders: Sequence[Path], done: Callable[[StateTag, str | None], None]
+    ) -> None:
+        self._name, self._folders, self._done = name, tuple(folders), done
+        self._queue: queue.SimpleQueue[tuple[StateTag, Tensors] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def save(self, tag: StateTag, tensors: Tensors) -> None:
+        """Begins to write states; their arrays must not change any more."""
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=self._run, name=f"pipar-keep-{self._name}", daemon=True
+            )
+            self._thread.start()
+        self._queue.put((tag, tensors))
+
+    def load(self, tag: StateTag) -> Tensors:
+        """Returns the states of a tag.
+
+        Raises:
+          RunError: They are not there, or cannot be read.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        reason = "there is none"
+        for folder in self._folders:
+            path = folder / f"{tag.run}-{tag.rounds}.safetensors"
+            if not path.is_file():
+                continue
+            try:
+                with safe_open(path, framework="numpy") as file:
+                    said = json.loads((file.metadata() or {})["pipar_jax"])
+                    if said == {"host": self._name, **tag._asdict()}:
+                        return {one: file.get_tensor(one) for one in file.keys()}  # noqa: SIM118
+                    reason = f"{path} is of {said}"
+            except (OSError, SafetensorError, ValueError, KeyError) as error:
+                reason = f"{path} cannot be read: {describe_reading(error)}"
+        raise RunError(
+            f"no optimiser state of {self._name} after round {tag.rounds} in "
+            f"{self._folders[0]}: {reason}"
+        )
+
+    def close(self) -> None:
+        """Waits for what is being written, and ends the thread."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            tag, tensors = item
+            try:
+                self._write(tag, tensors)
+            except Exception as error:  # told to whoever asked: training goes on without
+                self._done(tag, " ".join(str(error).split()) or type(error).__name__)
+            else:
+                self._done(tag, None)
+
+    def _write(self, tag: StateTag, tensors: Mapping[str, Array]) -> None:
+        folder = make_folder(self._folders[0])
+        said = dumps({"host": self._name, **tag._asdict()})
+        path = folder / f"{tag.run}-{tag.rounds}.safetensors"
+        arrays = {name: np.asarray(one, order="C") for name, one in tensors.items()}
+        write_tensors(path, arrays, {"pipar_jax": said})
+        for old in _superseded(folder, tag):
+            with contextlib.suppress(OSError):  # it only takes room
+                old.unlink()
+
+
+def _superseded(folder: Path, tag: StateTag) -> list[Path]:
+    """Returns the states of a run that two newer ones have superseded, and of a run gone back."""
+    own: list[tuple[int, Path]] = []
+    for path in folder.iterdir():
+        found = _NAME.fullmatch(path.name)
+        if found is not None and found[1] == tag.run:
+            own.append((int(found[2]), path))
+    older = sorted(one for one in own if one[0] <= tag.rounds)
+    return [path for _, path in older[:-KEPT]]

@@ -1,0 +1,262 @@
+"""A run that goes on from a checkpoint ends with the bits of one that was never interrupted."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import subprocess
+import sys
+import threading
+
+import jax
+import numpy as np
+import pytest
+from flax import serialization
+
+from pipar_jax.config import CheckpointConfig, StopConfig, membership_script
+from pipar_jax.config.checkpoints import CHECKPOINTS, STATE, rounds_kept
+from pipar_jax.disk.event_log import read_events
+from pipar_jax.errors import ConfigError, DiskError, Interrupted, RunError
+from pipar_jax.launch import api
+from pipar_jax.methods.registry import METHODS
+from pipar_jax.roles.admission import Identity
+from pipar_jax.roles.checkpoint_store import CheckpointStore, read_newest
+from pipar_jax.roles.past import rows_until
+from pipar_jax.roles.population import Population, Presence
+from pipar_jax.roles.stop_rule import StopRule
+from tests.pipar_jax.runtime import support
+from tests.sources import ROOT
+
+SAMPLES = (14, 14)
+#: Methods whose middle is on a compute node.
+CHAINS = ("mpsl", "accept")
+
+
+def samples_of(method):
+    return SAMPLES[:1] if method == "accept" else SAMPLES
+
+
+def setting(folder, method, epochs=3, **checkpoint):
+    made = support.config(folder, samples_of(method), method=method)
+    made.epochs, made.optimizer.momentum, made.aggregation.every = epochs, 0.9, "epoch"
+    if method in CHAINS:
+        made.nodes.count = 2 if method == "accept" else 1
+        made.pipeline.cuts, made.pipeline.micro_batches = "1,2", 2
+    elif method != "fl":
+        made.pipeline.cut = 1
+    for name, value in checkpoint.items():
+        setattr(made.checkpoint, name, value)
+    return made
+
+
+def resumed(made, epochs):
+    made.epochs, made.run.resume = epochs, "auto"
+    return made
+
+
+def assert_equal(one, other):
+    for ours, theirs in ((one.params, other.params), (one.state, other.state)):
+        assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def rounds_of(run, event="round_finished"):
+    return [row["round"] for row in run.metrics if row["event"] == event]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(double, method, tmp_path):
+    whole = support.trained(setting(tmp_path / "whole", method), samples_of(method))
+    made = setting(tmp_path / "parts", method, epochs=1, every_rounds=1)
+    support.trained(made, samples_of(method))
+    events = []
+    parts = support.trained(resumed(made, 3), samples_of(method), None, events)
+    assert_equal(parts, whole)
+    assert rounds_of(parts) == [0, 1, 2]
+    assert len(parts.trace().rounds) == 3
+    script = [read_events(one.folder / membership_script.FILE, "round") for one in (parts, whole)]
+    assert script[0] == script[1]  # which rounds each device took part in, and its steps
+    assert [e["rounds"] for e in events if e["event"] == "run_resumed"] == [1]
+    assert not [e for e in events if e["event"] == "state_lost"]
+    times = [row["time_s"] for row in parts.metrics]
+    assert times == sorted(times)
+
+
+def test_a_run_of_sampled_cohorts_goes_on_with_fresh_optimiser_states(double, tmp_path):
+    made = setting(tmp_path, "pipar", epochs=2, every_rounds=1)
+    made.cohort.size = 1
+    first = support.trained(made, SAMPLES)
+    events = []
+    run = support.trained(resumed(made, 4), SAMPLES, None, events)
+    assert rounds_of(run) == [0, 1, 2, 3]
+    script = read_events(run.folder / membership_script.FILE, "round")
+    assert len(first.metrics) < len(run.metrics) and len(script) == 4
+    steps: dict[int, int] = {}
+    for row in script:  # a device goes on in its own data where its last round ended
+        (device,), ((_, begin, end),) = row["cohort"], row["spans"]
+        assert begin == steps.get(device, 0)
+        steps[device] = end
+    assert not [e for e in events if e["event"] == "state_lost"]
+
+
+def test_devices_that_a_checkpoint_knows_are_taken_up():
+    before, after = Population(), Population()
+    for index in range(2):
+        before.join(Identity(f"d{index}", 14, 2), 0.0)
+        before[index].rounds, before[index].step, before[index].fresh = 3, 6, False
+    after.join(Identity("d1", 14, 2), 5.0)
+    after.recall(before.records(), 5.0)
+    assert (after[0].presence, after[0].fresh, after[0].step) == (Presence.LOST, True, 6)
+    assert (after[1].presence, after[1].fresh, after[1].rounds) == (Presence.PRESENT, False, 3)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """The folder of a run of two rounds with checkpoints, optimiser states on the server."""
+    with jax.enable_x64(True):
+        made = setting(
+            tmp_path_factory.mktemp("kept"), "pipar", epochs=2, every_rounds=1,
+            device_state="server",
+        )  # fmt: skip
+        return support.trained(made, SAMPLES)
+
+
+def again(kept, tmp_path):
+    """A copy of it, and the configuration that goes on with it."""
+    shutil.copytree(kept.folder, tmp_path / "run")
+    made = setting(tmp_path, "pipar", device_state="server", every_rounds=1)
+    made.run.resume = "auto"
+    return made
+
+
+def test_a_run_that_is_asked_to_end_has_a_checkpoint(double, tmp_path, monkeypatch):
+    whole = support.trained(setting(tmp_path / "whole", "pipar"), SAMPLES)
+    made = setting(tmp_path, "pipar", every_rounds=100)
+    finish, serve = threading.Event(), api.run_server
+    monkeypatch.setattr(api, "run_server", functools.partial(serve, finish=finish))
+
+    def tell(event):
+        if event["event"] == "round_finished":
+            finish.set()
+
+    with pytest.raises(Interrupted, match="checkpoint after 1 rounds"):
+        api.run_here(api.resolve(made), data=support.datasets(SAMPLES), on_event=tell)
+    monkeypatch.setattr(api, "run_server", serve)
+    assert_equal(support.trained(resumed(made, 3), SAMPLES), whole)
+
+
+# What Orbax was reading when it failed it does not close.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_torn_checkpoint_gives_way_to_the_one_before(double, kept, tmp_path):
+    made = again(kept, tmp_path)
+    whole = support.trained(setting(tmp_path / "whole", "pipar"), SAMPLES)
+    for path in (tmp_path / "run" / CHECKPOINTS / "2" / STATE).rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(path.read_bytes()[:-9])
+    events = []
+    run = support.trained(made, SAMPLES, None, events)
+    assert [e["rounds"] for e in events if e["event"] == "checkpoint_skipped"] == [2]
+    assert [e["rounds"] for e in events if e["event"] == "run_resumed"] == [1]
+    assert rounds_of(run) == [0, 1, 2]
+    assert_equal(run, whole)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("seed", 7), ("optimizer.learning_rate", 0.5), ("data.batch_size", 5)]
+)
+def test_another_configuration_is_refused_by_its_field(kept, tmp_path, field, value):
+    made = again(kept, tmp_path)
+    group, _, name = field.rpartition(".")
+    setattr(getattr(made, group) if group else made, name, value)
+    with pytest.raises(ConfigError, match=f"cannot be resumed with another {field} "):
+        api.run_here(made, data=support.datasets(SAMPLES), on_event=lambda event: None)
+
+
+def test_other_data_are_refused(double, kept, tmp_path):
+    made = again(kept, tmp_path)
+    data = list(support.datasets(SAMPLES))
+    data[0], data[1] = data[1], data[0]
+    with pytest.raises(ConfigError, match=r"samples of d[01] .* fingerprint"):
+        api.run_here(api.resolve(made), data=data, on_event=lambda event: None)
+
+
+def test_a_finished_run_and_a_missing_one_are_refused(double, kept, tmp_path):
+    made = again(kept, tmp_path)
+    made.epochs = 2
+    with pytest.raises(ConfigError, match="is finished: raise epochs"):
+        support.trained(made, SAMPLES)
+    made.run.resume = str(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="there is no checkpoint of a run"):
+        support.trained(made, SAMPLES)
+
+
+def test_another_run_starts_from_the_weights_of_one(double, kept, tmp_path):
+    made = setting(tmp_path, "fl", epochs=1)
+    made.optimizer.learning_rate = 1e-12
+    made.model.weights = str(kept.folder / CHECKPOINTS / "2")
+    run = support.trained(made, SAMPLES)
+    assert support.largest_difference(run.params, kept.params) < 1e-9
+    made.model.weights, made.model.weights_match = str(kept.folder), "nothing*"
+    with pytest.raises(ConfigError, match="matches no weight"):
+        support.trained(made, SAMPLES)
+
+
+def test_weights_are_exported_for_flax(kept, tmp_path):
+    target = tmp_path / "weights.msgpack"
+    command = [sys.executable, "-m", "experiments.export", str(kept.folder), f"--output={target}"]
+    subprocess.run(command, check=True, timeout=120, cwd=ROOT)
+    tree = serialization.msgpack_restore(target.read_bytes())
+    for unit, arrays in kept.params.items():
+        for path, array in arrays.items():
+            found = tree[unit]
+            for name in path.split("/"):
+                found = found[name]
+            np.testing.assert_array_equal(found, array)
+
+
+def test_a_store_keeps_the_newest_and_the_best(tmp_path):
+    store = CheckpointStore(tmp_path, CheckpointConfig(keep=2, best="accuracy"))
+    for rounds, score in ((1, 0.9), (2, 0.5), (3, 0.6), (4, 0.7)):
+        arrays = {"-2/params/a/w": np.full(3, rounds), "-2/params/a/none": np.zeros((0, 2))}
+        store.save(rounds, arrays, {"config": {}, "n": rounds}, score)
+    store.close()
+    assert rounds_kept(tmp_path) == [1, 3, 4]
+    found = read_newest(tmp_path, 3, lambda rounds, reason: None)
+    assert (found.rounds, found.facts["n"]) == (3, 3)
+    np.testing.assert_array_equal(found.tensors["-2/params/a/w"], np.full(3, 3))
+    assert found.tensors["-2/params/a/none"].shape == (0, 2)
+    with pytest.raises(DiskError, match=r"cannot hold checkpoint\.keep=2"):
+        store.check_space(1 << 60)
+
+
+def test_events_after_the_checkpoint_are_left_out():
+    rows = [
+        {"event": "run_started"}, {"event": "round_finished", "round": 0},
+        {"event": "checkpoint", "rounds": 1}, {"event": "round_finished", "round": 1},
+        {"event": "evaluated", "round": 1}, {"event": "run_finished"},
+    ]  # fmt: skip
+    assert rows_until(rows, 1) == tuple(rows[:3])
+    assert rows_until(rows, 2) == tuple(rows[:5])
+
+
+@pytest.mark.parametrize(
+    ("config", "scores", "expected"),
+    [
+        (StopConfig(patience=2), (0.5, 0.4, 0.5, 0.3), 2),
+        (StopConfig(target=0.6), (0.5, 0.61), 1),
+        (StopConfig(metric="loss", target=0.2), (0.5, 0.3, 0.2), 2),
+        (StopConfig(when="json:dumps"), (0.5,), "returned"),
+    ],
+    ids=["patience", "target", "loss", "function"],
+)
+def test_a_run_stops_early(config, scores, expected):
+    rule = StopRule(config)
+    for index, score in enumerate(scores):
+        event = {"event": "evaluated", "round": index, "accuracy": score, "loss": score}
+        if expected == "returned":
+            with pytest.raises(RunError, match=r"stop.when returned"):
+                rule.add(event)
+            return
+        rule.add(event)
+        assert (rule.reason is not None) == (index >= expected)
