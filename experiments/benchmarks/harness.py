@@ -10,11 +10,13 @@ met or not::
 
 
     def measure(run: harness.Bench) -> None:
-        size = 10_000 if run.quick else 1_000_000 up, down = range(size), range(size, 0, -1) cases =
-        {"sorted": lambda: sorted(up), "reversed": lambda: sorted(down)} samples =
-        run.compare(cases, repeats=9) run.row("sorted", samples.median("sorted") * 1e3, "ms",
-        spread=samples.spread("sorted")) run.row("reversed / sorted", samples.ratio("reversed",
-        "sorted"), "x", target=1.5) run.note("Sorting a sorted list is not free either.")
+        size = 10_000 if run.quick else 1_000_000
+        up, down = range(size), range(size, 0, -1)
+        cases = {"sorted": lambda: sorted(up), "reversed": lambda: sorted(down)}
+        samples = run.compare(cases, repeats=9)
+        run.row("sorted", samples.median("sorted") * 1e3, "ms", spread=samples.spread("sorted"))
+        run.row("reversed / sorted", samples.ratio("reversed", "sorted"), "x", target=1.5)
+        run.note("Sorting a sorted list is not free either.")
 
 
     if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pipar_jax.config.membership_script import Attempt, Out
 from pipar_jax.errors import PeerError, ProtocolError, RunError
 from pipar_jax.protocol import messages
 from pipar_jax.roles.gathering import Cohort
-from pipar_jax.roles.membership import Membership
+from pipar_jax.roles.membership import Member, Membership
 from pipar_jax.roles.population import Presence
 from pipar_jax.roles.replies import Reply, reply
 from pipar_jax.roles.round_end import RoundEnd, Verdict
@@ -103,7 +103,8 @@ class Conductor:
 
     Attributes:
       plan: The plan in force.
-      holder: In sequential order, the place that holds the client-side model already.
+      holder: In sequential order, the member that gave the client-side model back last and still
+        has it; a member that was lost and came back is another.
       client_model: The client-side model as it was handed back last.
 
     Args:
@@ -127,7 +128,7 @@ class Conductor:
         self._config, self._names, self.plan = config, names, plan
         self._host, self._members, self._states = host, members, states
         self._nodes, self._tell = members.hosts.nodes, members.tell
-        self.holder: int | None = None
+        self.holder: Member | None = None
         self.client_model: States = {}
         self._attempt = 0
         self._round: _Round | None = None
@@ -227,7 +228,8 @@ class Conductor:
         """Returns the place that has the client-side model already, if it is the first to go on."""
         if self.plan.order != Order.SEQUENTIAL or self.holder is None:
             return None
-        return self.holder if now.spans[0].device == self.holder else None
+        first = now.spans[0].device
+        return first if self._members.by_name.get(now.device(first)) is self.holder else None
 
     def _turns_of(self, now: _Round, name: str, spans: Sequence[Span]) -> list[Reply]:
         """Returns the parts that a device owes in sequential order, one for each of its turns."""
@@ -430,7 +432,7 @@ class Conductor:
             if giver in found:
                 wanted = exchanges.client_model(self.plan, turn.device, self._names)
                 self.client_model = self._states.read(found[giver], wanted)
-                self.holder = turn.device
+                self.holder = self._members.by_name.get(giver)
                 self._done_turns.add((turn.device, turn.first))
                 break
             if self._late(now):

@@ -63,9 +63,9 @@ def violations(
 
 
 def schedules(plan: Plan, samples: Sequence[int], batch: int, epochs: int) -> list[RoundSchedule]:
-    """Returns the schedules of a run with one plan, in which device 0 has the device part first."""
+    """Returns the schedules of a run with one plan, at whose start nobody has the client model."""
     made: list[RoundSchedule] = []
-    holder: int | None = 0
+    holder: int | None = None
     for spans in rounds(plan, [-(-n // batch) for n in samples], epochs):
         made.append(RoundSchedule(plan, spans, tuple(samples), batch, holder))
         holder = spans[-1].device

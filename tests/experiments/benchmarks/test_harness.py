@@ -176,7 +176,7 @@ def test_what_was_measured_before_an_error_is_not_thrown_away(tmp_path: Path) ->
 
 
 def test_the_example_in_the_docstring_runs(tmp_path: Path) -> None:
-    lines = harness.__doc__.split("::\n", 1)[1].split("\nWhat is timed")[0].splitlines()
+    lines = harness.__doc__.split("::\n", 1)[1].split("\nTimings end")[0].splitlines()
     code = "\n".join(line[4:] for line in lines)
     (tmp_path / "bench_sort.py").write_text(code)
     result = subprocess.run(
