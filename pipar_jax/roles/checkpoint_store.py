@@ -9,6 +9,7 @@ rename, and its digest tells whether its bytes are those that were written.
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -89,7 +90,7 @@ class CheckpointStore:
         Raises:
           DiskError: This or the checkpoint before could not be written.
         """
-        import orbax.checkpoint as ocp
+        ocp = _orbax()
 
         empty = {
             name: [one.dtype.name, *one.shape] for name, one in tensors.items() if not one.size
@@ -132,7 +133,7 @@ class CheckpointStore:
 
     def _open(self) -> Any:
         if self._manager is None:
-            import orbax.checkpoint as ocp
+            ocp = _orbax()
             from orbax.checkpoint import checkpoint_managers as policies
 
             best = policies.BestN(
@@ -173,7 +174,7 @@ def read(folder: Path, rounds: int) -> Kept:
       ConfigError: It says nothing that can be read.
       RunError: Its arrays cannot be read, or are not those that were written.
     """
-    import orbax.checkpoint as ocp
+    ocp = _orbax()
 
     facts = read_facts(folder, rounds)
     path = folder / CHECKPOINTS / str(rounds)
@@ -196,6 +197,14 @@ def read(folder: Path, rounds: int) -> Kept:
     if not whole:
         raise RunError(f"{path} is damaged: its arrays are not those that were written")
     return Kept(rounds, tensors, facts)
+
+
+def _orbax() -> Any:
+    """Returns Orbax, whose log of every step on standard error is limited to warnings."""
+    import orbax.checkpoint
+
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    return orbax.checkpoint
 
 
 def _digest(tensors: Mapping[str, Array]) -> str:
