@@ -11,7 +11,7 @@ dictionary into the state of the module that the unit is.
 import pathlib
 from typing import Any
 
-from pipar_jax.disk.files import write_bytes
+from pipar_jax.disk import files
 from pipar_jax.errors import ConfigError
 from pipar_jax.launch import plain_flags
 
@@ -40,7 +40,7 @@ def main(names: list[str]) -> None:
         inner[last] = array
     target = _OUTPUT.value or pathlib.Path("weights.msgpack")
     packed: bytes = serialization.msgpack_serialize(tree)
-    write_bytes(target, packed, "choose another file with --output")
+    files.write_bytes(target, packed, "choose another file with --output")
     print(f"wrote {len(tree)} units to {target}")
 
 
