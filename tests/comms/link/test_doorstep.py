@@ -6,6 +6,7 @@ import errno
 import queue
 import socket
 import struct
+import threading
 import time
 
 import pytest
@@ -165,8 +166,11 @@ def test_no_error_of_accepting_ends_the_thread(workshop):
         for _ in range(len(ACCEPT_ERRORS) - 1):
             server._accept(listener, None, links.put)
         server._invite(listener, None, links.put)
+        replaced.set()
 
+    replaced = threading.Event()
     server.loop.post(replace)
+    assert replaced.wait(PATIENCE_S)  # else the old listener may take the newcomer first
     client = workshop.endpoint("d0")
     client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=PATIENCE_S)
     assert links.get(timeout=PATIENCE_S).peer == "d0"
