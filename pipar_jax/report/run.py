@@ -22,7 +22,7 @@ from pipar_jax.errors import RunError
 from pipar_jax.methods.registry import title
 from pipar_jax.report.digest import Digest, digest
 from pipar_jax.schedule.actions import RoundSchedule, rounds
-from pipar_jax.schedule.plan import COORDINATOR, Plan, device_name
+from pipar_jax.schedule.plan import COORDINATOR, Plan, device_name, host_index
 from pipar_jax.schedule.trace import Trace
 from pipar_jax.simulator import LinkModel, Prediction, simulate
 
@@ -121,7 +121,7 @@ class RecordedRun:
     def devices(self) -> list[str]:
         """Names of the devices in the last round."""
         busy = self.last("round_finished").get("busy", {})
-        return sorted((h for h in busy if _DEVICE.fullmatch(h)), key=lambda h: int(h[1:]))
+        return sorted((h for h in busy if _DEVICE.fullmatch(h)), key=host_index)
 
     @property
     def causes(self) -> dict[str, dict[str, float]]:

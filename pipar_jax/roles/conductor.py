@@ -426,7 +426,6 @@ class Conductor:
         """Waits until a device gives the client-side model back, or is out."""
         giver = now.device(turn.device)
         self._members.patience.begin()
-        self._turn: Span | None = turn
         while turn.device not in now.out:
             found = self._members.said(messages.ClientModel, (giver,))
             if giver in found:
@@ -439,7 +438,6 @@ class Conductor:
                 self._drop(now, turn.device, "late")
                 break
             self._members.wait((giver,), "part")
-        self._turn = None
 
     def _late(self, now: _Round) -> bool:
         """Returns whether the round's time is over while a device has its turn."""

@@ -49,6 +49,7 @@ from pipar_jax.schedule.plan import (
     Order,
     Plan,
     device_name,
+    host_index,
     is_device,
     long_name,
 )
@@ -112,14 +113,13 @@ class Coordinator:
         if kept is not None:
             self._population.recall(kept.facts["population"], time.monotonic())
         self._samples = self._samples_by_place()
-        if kept is not None and not config.tuner.adapt:
-            self.plan, surveyed = Plan.from_dict(kept.facts["plan"]), None
-        elif script:
-            self.plan, surveyed = script[0], None
-        else:
-            self.plan, surveyed = choose_plan(config, model, members, self._samples)
-        if kept is not None:
-            self.plan = Plan.from_dict(kept.facts["plan"])
+        plan, surveyed = None if kept is None else Plan.from_dict(kept.facts["plan"]), None
+        if script:
+            plan = plan or script[0]
+        elif plan is None or config.tuner.adapt:  # adapting starts from a survey, a resumed run too
+            chosen, surveyed = choose_plan(config, model, members, self._samples)
+            plan = plan or chosen
+        self.plan = plan
         self._begun_with = (
             [one.steps for one in self._population] if kept is None else kept.facts["steps"]
         )
@@ -151,7 +151,6 @@ class Coordinator:
         if kept is not None:
             self._first, self._demand = kept.rounds, kept.facts["demand"]
         self._plans: tuple[Plan, ...] = (self.plan,)
-        self._round = 0
         self._conductor = Conductor(
             config, model.unit_names, self.plan, host, members, self._states
         )
@@ -185,7 +184,6 @@ class Coordinator:
             if self._adaptation is not None:
                 self._adaptation.begin()
             for index in range(self._first, self._table.rounds):
-                self._round = index
                 attempt = 0
                 while not self._try_round(index, attempt):
                     attempt += 1
@@ -275,7 +273,7 @@ class Coordinator:
         needs = {name: mail.said.memory_bytes for name, mail in ready.items()}
         for name in ready:
             if is_device(name):  # all begin with the weights of the seed
-                one = self._population[int(name[1:])]
+                one = self._population[host_index(name)]
                 one.ready = one.current = True
         self._run_log.prepared(compile_s, seconds, needs)
 
@@ -314,7 +312,7 @@ class Coordinator:
             )
             for name in restored.fresh:
                 if is_device(name):
-                    self._population[int(name[1:])].fresh = True
+                    self._population[host_index(name)].fresh = True
             if restored.client_model:
                 self._conductor.client_model = restored.client_model
         elif self._config.model.weights:
@@ -540,7 +538,7 @@ class Coordinator:
     def _count(self, done: Committed) -> None:
         """Notes what each device has trained that counts, and who has the weights of the moment."""
         stops = next_steps(done.spans)
-        here = {int(name[1:]) for name in done.hosts if is_device(name)}
+        here = {host_index(name) for name in done.hosts if is_device(name)}
         for place in done.places:
             one = self._population[done.cohort[place]]
             one.rounds, one.step = one.rounds + 1, stops[place]
