@@ -18,7 +18,7 @@ from stages.micro_batch_context import MicroBatchContext
 from stages.model import Model
 from stages.program import Program
 from stages.residuals import Residuals, attach, pull_back, run_forward
-from stages.trees import PyTree, Variables
+from stages.trees import PyTree, Targets, Variables
 from stages.unit import Unit
 
 Metrics: TypeAlias = dict[str, jax.Array]
@@ -124,7 +124,7 @@ class Stage:
         params: Variables,
         state: Variables,
         x: jax.Array,
-        labels: jax.Array,
+        labels: Targets,
         draw: MicroBatchContext,
         accumulated: Variables,
         side: Side = _NO_SIDE,

@@ -13,6 +13,8 @@ Arrays: TypeAlias = dict[str, jax.Array]
 """Arrays by name: parameters or other variables of one unit."""
 Variables: TypeAlias = dict[str, Arrays]
 """Variables of a model or a stage: by unit, then by name."""
+Targets: TypeAlias = jax.Array | Arrays
+"""What a loss compares outputs with: an array [samples, …] of any dtype, or a dict of them."""
 OptState: TypeAlias = dict[str, PyTree]
 """Optimiser state by unit."""
 Path: TypeAlias = tuple[Any, ...]
