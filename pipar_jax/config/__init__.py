@@ -10,36 +10,30 @@ before they set jax's environment.
 from __future__ import annotations
 
 from pipar_jax.config.cohorts import keeps_state, may_lose, places, quorum
-from pipar_jax.config.fields import (
-    AUTO,
+from pipar_jax.config.data_fields import OWN_SOURCES, DataConfig
+from pipar_jax.config.fields import AUTO, Config
+from pipar_jax.config.host_fields import (
     HIDDEN_TOKEN,
-    LONGEST_S,
-    OWN_SOURCES,
     PLATFORMS,
-    SCORES,
-    SELECTIONS,
     SLOWEST,
-    TRACED,
-    AggregationConfig,
-    CheckpointConfig,
-    CohortConfig,
-    Config,
-    DataConfig,
     DeviceConfig,
     DevicesConfig,
-    ModelConfig,
     NetworkConfig,
     NodeConfig,
     NodesConfig,
-    OptimizerConfig,
-    PipelineConfig,
-    RunConfig,
     ServerConfig,
-    StopConfig,
-    TunerConfig,
 )
 from pipar_jax.config.hosts import Hosts, HostSpec, field_path
 from pipar_jax.config.intervals import aggregate_steps
+from pipar_jax.config.run_fields import (
+    SCORES,
+    SELECTIONS,
+    TRACED,
+    CheckpointConfig,
+    CohortConfig,
+    RunConfig,
+    StopConfig,
+)
 from pipar_jax.config.saved import (
     difference,
     from_dict,
@@ -49,6 +43,14 @@ from pipar_jax.config.saved import (
     to_json,
     to_text,
 )
+from pipar_jax.config.schema import LONGEST_S
+from pipar_jax.config.training_fields import (
+    AggregationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PipelineConfig,
+)
+from pipar_jax.config.tuner_fields import TunerConfig
 
 __all__ = [
     "AUTO",

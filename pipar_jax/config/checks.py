@@ -9,12 +9,8 @@ import re
 
 from pipar_jax.config import paths, schema
 from pipar_jax.config.cohorts import check_cohort
-from pipar_jax.config.fields import (
-    Config,
-    DevicesConfig,
-    NetworkConfig,
-    NodesConfig,
-)
+from pipar_jax.config.fields import Config
+from pipar_jax.config.host_fields import DevicesConfig, NetworkConfig, NodesConfig
 from pipar_jax.config.hosts import Hosts, HostSpec, field_path
 from pipar_jax.config.intervals import aggregate_steps
 from pipar_jax.config.sink_names import sink_names

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from comms import parse_codec
-from pipar_jax.config.fields import Config, TunerConfig
+from pipar_jax.config.fields import Config
 from pipar_jax.config.texts import split_list
+from pipar_jax.config.tuner_fields import TunerConfig
 from pipar_jax.errors import ConfigError
 from pipar_jax.schedule.plan import Codecs
 

@@ -7,8 +7,9 @@ import pathlib
 import re
 
 from pipar_jax.config import schema
-from pipar_jax.config.fields import SELECTIONS, Config
+from pipar_jax.config.fields import Config
 from pipar_jax.config.membership_script import Attempt, read_script
+from pipar_jax.config.run_fields import SELECTIONS
 from pipar_jax.errors import ConfigError
 
 

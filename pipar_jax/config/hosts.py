@@ -8,13 +8,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pipar_jax.config.cohorts import may_lose, places
-from pipar_jax.config.fields import (
-    LONGEST_S,
-    Config,
-    DeviceConfig,
-    NodeConfig,
-    ServerConfig,
-)
+from pipar_jax.config.fields import Config
+from pipar_jax.config.host_fields import DeviceConfig, NodeConfig, ServerConfig
+from pipar_jax.config.schema import LONGEST_S
 from pipar_jax.config.slowdown import UNSLOWED, Slowdown, read_slowdown
 from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import ConfigError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from pipar_jax.config.fields import AggregationConfig
+from pipar_jax.config.training_fields import AggregationConfig
 from pipar_jax.errors import ConfigError
 
 

@@ -7,7 +7,9 @@ import json
 from typing import Any
 
 from pipar_jax.config import schema
-from pipar_jax.config.fields import HIDDEN_TOKEN, OWN_SOURCES, Config
+from pipar_jax.config.data_fields import OWN_SOURCES
+from pipar_jax.config.fields import Config
+from pipar_jax.config.host_fields import HIDDEN_TOKEN
 from pipar_jax.config.hosts import inherited
 from pipar_jax.disk.json_text import JsonMapping, JsonObject, dumps
 from pipar_jax.errors import ConfigError

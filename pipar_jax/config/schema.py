@@ -26,6 +26,8 @@ REGISTERED = ("",)
 #: Maps the path of each field that names something registered to the names.
 Names = Mapping[str, tuple[str, ...]]
 NONE: Names = {}
+#: Upper bound of all times in seconds; operating systems support waits of this length reliably.
+LONGEST_S = 1e6
 
 #: Counts have 32 bits in messages between hosts and in compiled programs.
 _COUNTS = 2**32

@@ -7,7 +7,7 @@ import ast
 import pytest
 
 from pipar_jax.config import AUTO, Config, Hosts, schema
-from pipar_jax.config.fields import SELECTIONS
+from pipar_jax.config.run_fields import SELECTIONS
 from pipar_jax.errors import ConfigError
 from pipar_jax.methods.names import NAMES
 from pipar_jax.methods.registry import METHODS, hosts_of, plan_for, server_methods, title

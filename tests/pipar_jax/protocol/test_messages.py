@@ -69,6 +69,12 @@ def test_every_message_has_the_base_that_the_registry_sends():
     assert all(issubclass(kind.made, ControlMessage) for kind in ALL)
 
 
+def test_every_message_is_exported():
+    for kind in ALL:
+        assert kind.made.__name__ in messages.__all__
+        assert getattr(messages, kind.made.__name__) is kind.made
+
+
 def test_long_prose_is_cut_where_it_is_written():
     spec = Prose()
     assert spec.read(spec.write("x\n" * 5000), "").count("x") == 2000

@@ -1,0 +1,74 @@
+"""The samples.
+
+Annotations are real objects (no ``from __future__ import annotations``); see ``fields``.
+"""
+
+import dataclasses
+
+from pipar_jax.config.schema import REGISTERED, option
+
+#: Prefixes of the user's own data.
+OWN_SOURCES = ("npz:", "module:")
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """The samples and their partition among the devices."""
+
+    source: str = option(
+        "digits",
+        "data set: {names}, or your own: npz:PATH or module:NAME:FUNCTION "
+        "({device} in it is replaced by the device's index)",
+        path="npz:",
+    )
+    test_source: str = option(
+        "",
+        "own data: where the server reads the test set (npz:PATH, module:NAME:FUNCTION); "
+        "empty: the same as `source`",
+        path="npz:",
+    )
+    classes: int = option(
+        0,
+        "own data: number of classes; 0: as given by the data, or the highest label + 1",
+        at_least=0,
+    )
+    scale: float = option(
+        0.0,
+        "own data: divisor of stored numbers, for instance 255 for pixels; 0: as given by the data",
+        at_least=0,
+    )
+    data_dir: str = option(
+        "",
+        "folder of public data sets, as published or as prepared by TFDS; empty: TFDS's default, "
+        "then the user's cache folder",
+        path="",
+    )
+    download: bool = option(
+        True, "download a missing public data set into data_dir, or into the user's cache folder"
+    )
+    cache_dir: str = option(
+        "", "folder for decoded arrays; empty: the user's cache folder", path=""
+    )
+    partition: str = option(
+        "iid", "partition of a public data set among the devices", choices=REGISTERED
+    )
+    alpha: float = option(
+        0.5, "dirichlet, quantity: concentration; smaller values are more unequal", above=0
+    )
+    shards_per_device: int = option(2, "labels: number of label shards per device", at_least=1)
+    train_samples: int = option(
+        0, "use only this many training samples in total; 0: all", at_least=0
+    )
+    test_samples: int = option(0, "use only this many test samples; 0: all", at_least=0)
+    augment: str = option(
+        "none",
+        "augmentation; crop_flip: shift by up to 4 pixels and flip horizontally",
+        choices=("none", "crop_flip"),
+    )
+    max_samples: int = option(
+        10_000_000,
+        "largest number of samples that the server accepts from one device",
+        at_least=1,
+    )
+    batch_size: int = option(100, "samples per mini-batch on one device", at_least=1)
+    drop_last: bool = option(False, "drop the incomplete last mini-batch of an epoch")

@@ -1,0 +1,132 @@
+"""What is trained and how: the network, its optimiser, its averages, its pipeline.
+
+Annotations are real objects (no ``from __future__ import annotations``); see ``fields``.
+"""
+
+import dataclasses
+from typing import Literal, get_args
+
+from pipar_jax.config.schema import REGISTERED, option
+from pipar_jax.schedule.plan import Dispatch, HandOn, WeightPolicy
+from stages.names import MODELS, NORMS, STEMS
+
+Labels = Literal["home", "end"]
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """The network and its construction."""
+
+    name: str = option("vgg5", f"network: {', '.join(MODELS)}, or your own: module:NAME:FUNCTION")
+    args: str = option(
+        "", "your own network: arguments of its function, such as 'width=16 norm=group'"
+    )
+    norm: str = option("batch", "normalisation layers", choices=NORMS)
+    stem: str = option("cifar", "first layers of a ResNet: 3x3, or 7x7 with pooling", choices=STEMS)
+    trainable: str = option(
+        "",
+        "train only the weights whose names (unit/path) match this regular expression, such as "
+        "'lora|head'; the others stay as they are and never travel; empty: all",
+    )
+    dtype: str = option(
+        "float32", "type of weights and activations", choices=("float32", "float64")
+    )
+    weights: str = option(
+        "",
+        "start from the weights of a run, a checkpoint or a safetensors file; empty: from the seed",
+        path="",
+    )
+    weights_match: str = option(
+        "", "names of the weights to take, such as conv*/kernel; empty: all of the model's"
+    )
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+    """The optimiser of every replica."""
+
+    name: str = option("sgd", "optimiser", choices=("sgd", "adam", "adamw"))
+    learning_rate: float = option(0.01, "learning rate (with a schedule: its peak)", above=0)
+    momentum: float = option(0.9, "sgd: momentum; adam: first beta", at_least=0, below=1)
+    nesterov: bool = option(False, "use Nesterov momentum")
+    beta2: float = option(0.999, "adam: second beta", at_least=0, below=1)
+    epsilon: float = option(1e-8, "adam: added to the denominator", above=0)
+    weight_decay: float = option(0.0, "L2 (sgd, adam) or decoupled (adamw) decay", at_least=0)
+    clip_norm: float | None = option(
+        None,
+        "clip each replica's gradient, over all its units, to this global norm; under a cut each "
+        "stage is a replica",
+        above=0,
+    )
+    decay: str = option(
+        "constant", "learning-rate schedule over the run", choices=("constant", "cosine", "linear")
+    )
+    warmup_steps: int = option(0, "steps of linear warm-up", at_least=0)
+
+
+@dataclasses.dataclass
+class AggregationConfig:
+    """The interval and the rule by which weights are averaged."""
+
+    every: str = option(
+        "epoch", "aggregation interval: epoch, or a number of steps such as '10 steps'"
+    )
+    rule: str = option(
+        "fedavg", "server optimiser applied to the averaged update", choices=REGISTERED
+    )
+    learning_rate: float = option(1.0, "server learning rate (adaptive rules: try 0.01)", above=0)
+    momentum: float = option(
+        0.9, "fedavgm: momentum; adaptive rules: first beta", at_least=0, below=1
+    )
+    beta2: float = option(0.99, "fedadam, fedyogi: second beta", at_least=0, below=1)
+    epsilon: float = option(1e-3, "adaptive rules: added to the denominator", above=0)
+    proximal_mu: float = option(0.0, "FedProx: weight of the proximal term", at_least=0)
+    codec: str = option("raw", "codec for averaged weights on links")
+    weighted: bool = option(True, "weight the average by samples; false: all devices count equally")
+
+
+@dataclasses.dataclass
+class PipelineConfig:
+    """The cuts of the model and the flow of mini-batches through its stages."""
+
+    cut: int | str = option(1, "number of units on the device, or the name of its last unit")
+    cuts: str = option(
+        "", "chains of compute nodes: all cuts, such as 2,5,9 (or names); empty: planned"
+    )
+    labels: str = option(
+        "home",
+        "chains of compute nodes that can: home keeps the last stage, and so the labels, on the "
+        "device; end sends the labels "
+        "to the last node",
+        choices=get_args(Labels),
+    )
+    micro_batches: int = option(4, "pipelined methods: micro-batches per mini-batch", at_least=1)
+    weights: str = option(
+        "copy",
+        "weights of a stage that serves several devices: copy (one per device, averaged) or "
+        "shared (one for all, with gradients summed over the devices)",
+        choices=tuple(map(str, WeightPolicy)),
+    )
+    in_flight: int = option(
+        0,
+        "shared weights: maximum number of micro-batches in flight in a stage; 0: no limit",
+        at_least=0,
+    )
+    dispatch: str = option(
+        "fcfs", "policy that chooses among ready actions", choices=tuple(map(str, Dispatch))
+    )
+    hand_on: str = option(
+        "epoch",
+        "devices in turns: when the client-side model passes to the next device",
+        choices=tuple(map(str, HandOn)),
+    )
+    activation_codec: str = option(
+        "raw", "codec for activations on links: raw, bfloat16, float16, int8, int4, bits:6, …"
+    )
+    cotangent_codec: str = option("raw", "codec for cotangents on links")
+    window_mb: float = option(
+        32.0,
+        "credit of a link: megabytes that may be sent and not yet consumed",
+        at_least=1e-6,
+        at_most=1e6,
+    )

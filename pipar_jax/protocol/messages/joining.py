@@ -1,0 +1,115 @@
+"""Messages of joining: who asks, who is refused, and how neighbours meet."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+from pipar_jax.disk.json_text import JsonObject
+from pipar_jax.protocol.registry import ControlMessage, Sender, message
+from pipar_jax.protocol.values import (
+    ADDRESS,
+    BOUNDARY,
+    HOST,
+    MOST_HOSTS,
+    MOST_UNITS,
+    Address,
+    Count,
+    Place,
+    Shape,
+    Words,
+)
+from pipar_jax.protocol.wire_fields import Free, Many, Table, Text, Truth, Whole
+from pipar_jax.schedule.plan import Boundary
+
+_VARIABLES = Table(Table(Text(64), 10_000, Text(1024)), MOST_UNITS)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Join(ControlMessage):
+    """What every host says that asks to join.
+
+    Attributes:
+      control_version: Version of these messages.
+      version: Version of the package.
+      name: Name of the host.
+      config: Its configuration, as written by ``config.to_json``.
+    """
+
+    control_version: Count
+    version: Annotated[str, Text(64)]
+    name: Annotated[str, Text(64)]
+    config: Annotated[JsonObject, Free(8, 50_000, 4096)]
+
+
+@message("join_device", Sender.HOST)
+class JoinDevice(Join):
+    """A device asks to join.
+
+    Attributes:
+      samples: Number of samples per epoch.
+      steps: Number of steps per epoch.
+      input_shape: Shape of a sample.
+      classes: Number of classes.
+      units: Dtype and shape of the variables of each unit.
+      fingerprint: What tells its samples from others.
+    """
+
+    samples: Annotated[int, Whole(0, 2**53)]
+    steps: Annotated[int, Whole(0, 2**53)]
+    input_shape: Shape
+    classes: Count
+    units: Annotated[dict[str, dict[str, str]], _VARIABLES]
+    fingerprint: Annotated[str, Text(64)]
+
+
+@message("join_node", Sender.HOST)
+class JoinNode(Join):
+    """A compute node asks to join.
+
+    Attributes:
+      address: Address at which its neighbours reach it.
+    """
+
+    address: Address
+
+
+@message("refused", Sender.COORDINATOR)
+class Refused(ControlMessage):
+    """A join is refused.
+
+    Attributes:
+      reason: The reason.
+      again: Whether the host may be accepted later.
+    """
+
+    reason: Words
+    again: Annotated[bool, Truth()]
+
+
+@message("model", Sender.COORDINATOR)
+class ModelFacts(ControlMessage):
+    """Shape and classes of samples, for a node, which has none."""
+
+    input_shape: Shape
+    classes: Annotated[int, Whole(1)]
+
+
+@message("meet", Sender.COORDINATOR)
+class Meet(ControlMessage):
+    """Asks neighbours to connect to each other; answered by ``Met``."""
+
+    boundaries: Annotated[tuple[Boundary, ...], Many(BOUNDARY, MOST_HOSTS)]
+    addresses: Annotated[dict[str, tuple[str, int]], Table(ADDRESS, MOST_HOSTS, HOST)]
+
+
+@message("met", Sender.HOST)
+class Met(ControlMessage):
+    """All links requested by ``Meet`` are open."""
+
+
+@message("neighbour", Sender.NEIGHBOUR)
+class Neighbour(ControlMessage):
+    """The first message on a link between neighbours: its purpose."""
+
+    boundary: Place

@@ -1,0 +1,59 @@
+"""Messages before the first round: the plan, its compilation, calibration."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pipar_jax.protocol.registry import ControlMessage, Sender, message
+from pipar_jax.protocol.values import Bytes, Count, PerDevice, Planned, Seconds
+from pipar_jax.protocol.wire_fields import OneOf
+
+
+@message("plan", Sender.COORDINATOR)
+class Prepare(ControlMessage):
+    """The plan, of which a host builds and compiles its share; answered by ``Prepared``.
+
+    Attributes:
+      plan: The plan.
+      samples: Samples of each device's epoch.
+      steps: Steps of each device in the whole run.
+    """
+
+    plan: Planned
+    samples: PerDevice
+    steps: PerDevice
+
+
+@message("working", Sender.BOTH)
+class Working(ControlMessage):
+    """The sender is busy with long work, which suspends the deadline.
+
+    Attributes:
+      what: The work.
+      done: Number of finished parts, such as programs or units.
+      of: Total number of parts; 0 if unknown.
+    """
+
+    what: Annotated[str, OneOf(("compiling", "timing", "tuning", "evaluating"))]
+    done: Count
+    of: Count
+
+
+@message("prepared", Sender.HOST)
+class Prepared(ControlMessage):
+    """A host has compiled its share of the plan."""
+
+    compile_s: Seconds
+    memory_bytes: Bytes
+
+
+@message("calibrate", Sender.COORDINATOR)
+class Calibrate(ControlMessage):
+    """Asks a slowed host to time its functions while others idle; answered by ``Calibrated``."""
+
+
+@message("calibrated", Sender.HOST)
+class Calibrated(ControlMessage):
+    """A host has timed its functions."""
+
+    seconds: Seconds
