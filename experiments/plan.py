@@ -17,6 +17,7 @@ from rich.console import Console
 import configs
 from comms.errors import explain
 from pipar_jax.config import Config
+from pipar_jax.config.codec_candidates import CodecCandidates
 from pipar_jax.config.schema import option
 from pipar_jax.cost_model.profile import Profile
 from pipar_jax.errors import DataError, PlanError
@@ -64,7 +65,8 @@ def main(config: Config, own: PlanFlags) -> None:
     )
     console.print(tables.plans_table(profile, found))
     console.print(tables.verdict(found))
-    if (why := tables.codecs_table(profile, found.plans[0], config)) is not None:
+    candidates = CodecCandidates(config.tuner, config.pipeline)
+    if (why := tables.codecs_table(profile, found.plans[0], candidates)) is not None:
         console.print(why)
     chosen = found.plans[0].plan if config.tuner.select == "search" else tune(profile, config)
     console.print(f"--config.method=auto would run: {chosen}")
@@ -96,7 +98,8 @@ def print_chains(config: Config, profile: Profile, measured_s: float) -> None:
         f"planned in {time.monotonic() - began_s:.2f} s"
     )
     console.print(chain_table(profile, found))
-    if (why := codecs_table(profile, found["the simulator"], config)) is not None:
+    candidates = CodecCandidates(config.tuner, config.pipeline)
+    if (why := codecs_table(profile, found["the simulator"], candidates)) is not None:
         console.print(why)
 
 

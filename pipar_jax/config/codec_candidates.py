@@ -1,10 +1,12 @@
-"""The candidate codecs of a configuration."""
+"""The codecs that a run may use for activations and cotangents."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from comms import parse_codec
-from pipar_jax.config.fields import Config
 from pipar_jax.config.texts import split_list
+from pipar_jax.config.training_fields import PipelineConfig
 from pipar_jax.config.tuner_fields import TunerConfig
 from pipar_jax.errors import ConfigError
 from pipar_jax.schedule.plan import Codecs
@@ -21,42 +23,67 @@ def bit_widths(config: TunerConfig, role: str) -> tuple[str, ...]:
     return (*(f"bits:{bits}" for bits in BITS if bits + 1 >= floor), RAW)
 
 
-def names(config: TunerConfig) -> list[str]:
-    """Returns all codecs that the tuner may choose."""
-    if config.codecs == AUTO:
-        return list(dict.fromkeys(name for role in ROLES for name in bit_widths(config, role)))
-    return list(split_list(config.codecs))
+class CodecCandidates(NamedTuple):
+    """The codecs from which the tuner chooses, or the configured ones if it does not choose.
 
-
-def allowed(config: Config, role: str) -> list[str]:
-    """Returns the codecs to search for a role: the candidates, or the configured codec.
-
-    Raises:
-      ConfigError: No candidate has the minimum number of bits of the role.
+    Attributes:
+      tuner: The candidates, and the minimum bits of each role.
+      pipeline: The configured codecs.
     """
-    if not config.tuner.codecs:
-        return [getattr(config.pipeline, f"{role}_codec")]
-    if config.tuner.codecs == AUTO:
-        return [RAW, bit_widths(config.tuner, role)[0]]
-    floor, listed = getattr(config.tuner, f"{role}_bits"), split_list(config.tuner.codecs)
-    found = [name for name in listed if (_bits(name) or floor) >= floor]
-    if not found:
-        kept = ", ".join(f"{name}: {_bits(name)}" for name in listed)
-        raise ConfigError(
-            f"tuner.codecs={config.tuner.codecs!r} has no codec for {role}s, which need at least "
-            f"{floor} bits ({kept}): allow raw, or lower --config.tuner.{role}_bits"
-        )
-    return found
+
+    tuner: TunerConfig
+    pipeline: PipelineConfig
+
+    @property
+    def chosen(self) -> bool:
+        """Whether the tuner chooses codecs."""
+        return bool(self.tuner.codecs)
+
+    @property
+    def by_bits(self) -> bool:
+        """Whether the tuner chooses between raw and ``bits:K``, and the number of bits."""
+        return self.tuner.codecs == AUTO
+
+    def names(self) -> list[str]:
+        """Returns all codecs that the tuner may choose."""
+        if self.by_bits:
+            widths = (name for role in ROLES for name in bit_widths(self.tuner, role))
+            return list(dict.fromkeys(widths))
+        return list(split_list(self.tuner.codecs))
+
+    def allowed(self, role: str) -> list[str]:
+        """Returns the codecs to search for a role: the candidates, or the configured codec.
+
+        Raises:
+          ConfigError: No candidate has the minimum number of bits of the role.
+        """
+        if not self.chosen:
+            return [getattr(self.pipeline, f"{role}_codec")]
+        if self.by_bits:
+            return [RAW, bit_widths(self.tuner, role)[0]]
+        floor, listed = getattr(self.tuner, f"{role}_bits"), split_list(self.tuner.codecs)
+        able = [name for name in listed if (_bits(name) or floor) >= floor]
+        if not able:
+            kept = ", ".join(f"{name}: {_bits(name)}" for name in listed)
+            raise ConfigError(
+                f"tuner.codecs={self.tuner.codecs!r} has no codec for {role}s, which need at least "
+                f"{floor} bits ({kept}): allow raw, or lower --config.tuner.{role}_bits"
+            )
+        return able
+
+    def pairs(self) -> list[Codecs]:
+        """Returns the pairs of codecs to search.
+
+        Raises:
+          ConfigError: No candidate has the minimum number of bits of a role.
+        """
+        activations, cotangents = map(self.allowed, ROLES)
+        return [Codecs(a, c) for a in activations for c in cotangents]
 
 
-def pairs(config: Config) -> list[Codecs]:
-    """Returns the pairs of codecs to search.
-
-    Raises:
-      ConfigError: No candidate has the minimum number of bits of a role.
-    """
-    activations, cotangents = (allowed(config, role) for role in ROLES)
-    return [Codecs(a, c) for a in activations for c in cotangents]
+def configured(pipeline: PipelineConfig) -> Codecs:
+    """Returns the configured codecs of activations and cotangents."""
+    return Codecs(pipeline.activation_codec, pipeline.cotangent_codec)
 
 
 def _bits(name: str) -> int | None:

@@ -15,6 +15,7 @@ from comms.emulation.shaping import LinkShape
 from pipar_jax import config as configuration
 from pipar_jax import data as datasets
 from pipar_jax.config import Config, HostSpec
+from pipar_jax.config.codec_candidates import CodecCandidates
 from pipar_jax.cost_model.costs import LinkModel
 from pipar_jax.cost_model.profile import DeviceProfile, HostProfile, NodeProfile, Profile
 from pipar_jax.disk.json_text import JsonObject
@@ -40,8 +41,10 @@ def profile_here(config: Config) -> Profile:
       DataError: The data cannot be read.
       RunError: A measuring process failed.
     """
+    from pipar_jax.profiling.codec_times import measure_codecs, weight_ratio
+    from pipar_jax.profiling.kept_times import Measured
     from pipar_jax.profiling.rehearsal import measure_message_s
-    from pipar_jax.profiling.unit_times import Measured, as_configured, measure_codecs, weight_ratio
+    from pipar_jax.profiling.unit_times import as_configured
 
     test = datasets.load_server(config.data)
     known: dict[tuple[frozenset[int], str], Measured] = {}
@@ -74,7 +77,9 @@ def profile_here(config: Config) -> Profile:
         for name in hosts.devices
     ]
     nodes = [NodeProfile(slowed(name), *links(hosts[name])) for name in hosts.nodes]
-    codecs = measure_codecs(config)
+    codecs = measure_codecs(
+        CodecCandidates(config.tuner, config.pipeline), config.aggregation.codec
+    )
     return Profile(
         model=config.model.name,
         batch_size=config.data.batch_size,
@@ -84,7 +89,7 @@ def profile_here(config: Config) -> Profile:
         nodes=tuple(nodes),
         codecs=codecs,
         window_bytes=config.pipeline.window_mb * 1e6,
-        weight_ratio=weight_ratio(config.aggregation, codecs),
+        weight_ratio=weight_ratio(config.aggregation.codec, codecs),
     )
 
 
@@ -113,7 +118,7 @@ def _measure(
 
     set_precision(config.model)
     model = build_model(config, input_shape, classes)
-    sizes = sizes_of(config)
+    sizes = sizes_of(config.tuner.sizes, config.data.batch_size)
     if config.tuner.times == "predicted":
         return predicted_host(config, model, sizes, measure_reference(config)).to_dict()
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from pipar_jax.config import Config, Hosts, aggregate_steps, field_path, places
+from pipar_jax.config.codec_candidates import configured
 from pipar_jax.config.schema import did_you_mean
 from pipar_jax.errors import ConfigError
 from pipar_jax.schedule.plan import (
@@ -98,7 +99,7 @@ def cut_position(cut: int | str, units: Sequence[str], field: str = "pipeline.cu
 def _two_hosts(config: Config, units: Sequence[str], *, pipelined: bool) -> tuple[DevicePlan, ...]:
     """Returns device plans of a chain of two: the device, then the server."""
     plans = []
-    codecs = Codecs(config.pipeline.activation_codec, config.pipeline.cotangent_codec)
+    codecs = configured(config.pipeline)
     hosts = Hosts(config, nodes=0)
     for name in hosts.devices[: places(config)]:  # with fewer places than devices all are alike
         device = hosts[name]
@@ -149,11 +150,10 @@ def _alike(
     config: Config, cuts: tuple[int, ...], hosts: tuple[str, ...], codecs: tuple[Codecs, ...] = ()
 ) -> tuple[DevicePlan, ...]:
     """Returns the device plans of one chain for all devices."""
-    configured = Codecs(config.pipeline.activation_codec, config.pipeline.cotangent_codec)
+    everywhere = codecs or (configured(config.pipeline),) * len(cuts)
     specs = Hosts(config, nodes=0)
     return tuple(
-        DevicePlan(cuts, hosts, specs[name].micro_batches, codecs or (configured,) * len(cuts))
-        for name in specs.devices
+        DevicePlan(cuts, hosts, specs[name].micro_batches, everywhere) for name in specs.devices
     )
 
 

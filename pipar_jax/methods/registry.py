@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from pipar_jax.config import AUTO, Config, Hosts
+from pipar_jax.config import AUTO, Config, Hosts, PipelineConfig
 from pipar_jax.errors import ConfigError
 from pipar_jax.methods import plans
 from pipar_jax.schedule.plan import Order, Plan
@@ -53,9 +53,9 @@ class Method:
         traits = (self.order, self.cuts, self.pipelined, self.uses_nodes)
         return traits == (order, cuts, pipelined, False)
 
-    def keeps_labels(self, config: Config) -> bool:
+    def keeps_labels(self, pipeline: PipelineConfig) -> bool:
         """Returns whether the last stage stays on the device."""
-        return self.labels_home and config.pipeline.labels == "home"
+        return self.labels_home and pipeline.labels == "home"
 
 
 METHODS: dict[str, Method] = {
@@ -116,6 +116,6 @@ def plan_for(config: Config, units: Sequence[str]) -> Plan:
     if config.method == AUTO:
         raise ConfigError(
             "method=auto has no plan before its hosts are measured: use the tuner, or choose one "
-            "of {', '.join(METHODS)}"
+            f"of {', '.join(METHODS)}"
         )
     return METHODS[config.method].plan(config, units)

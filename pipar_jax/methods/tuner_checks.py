@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from pipar_jax.config import Config, codec_candidates, schema
+from pipar_jax.config import Config, TunerConfig, schema
 from pipar_jax.config.checks import check_codec
+from pipar_jax.config.codec_candidates import CodecCandidates
 from pipar_jax.config.texts import split_list
 from pipar_jax.errors import ConfigError
 from pipar_jax.methods.registry import METHODS, node_methods, server_methods, uses_nodes
@@ -47,16 +48,16 @@ def check_tuner(config: Config) -> None:
                     f"{field}={text[:120]!r}: {part[:20]!r} is not a positive whole number below "
                     "10^9; write 2,4,8"
                 )
-    _check_tuner_numbers(config)
-    if config.tuner.codecs:
-        codec_candidates.pairs(config)
+    _check_tuner_numbers(config.tuner, config.data.batch_size)
+    candidates = CodecCandidates(config.tuner, config.pipeline)
+    if candidates.chosen:
+        candidates.pairs()
     if config.tuner.adapt and not uses_nodes(config):
         _check_adaptation(config)
 
 
-def _check_tuner_numbers(config: Config) -> None:
+def _check_tuner_numbers(tuner: TunerConfig, batch: int) -> None:
     """Checks the tuner's lists of numbers against the size of a mini-batch."""
-    tuner, batch = config.tuner, config.data.batch_size
     if min(map(int, split_list(tuner.micro_batches))) > batch:
         raise ConfigError(
             f"tuner.micro_batches={tuner.micro_batches!r}: all exceed data.batch_size={batch}, "

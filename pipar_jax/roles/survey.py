@@ -20,21 +20,21 @@ import numpy as np
 from comms import Link, Message
 from comms.arrays import Array
 from pipar_jax.config import Config, HostSpec
+from pipar_jax.config.codec_candidates import CodecCandidates
 from pipar_jax.cost_model.costs import LinkModel
 from pipar_jax.cost_model.profile import DeviceProfile, HostProfile, NodeProfile, Profile
 from pipar_jax.errors import PlanError
 from pipar_jax.methods.registry import is_planned, plan_for, uses_nodes
+from pipar_jax.profiling.codec_times import measure_codecs, weight_ratio
 from pipar_jax.profiling.predictor.reference import ReferenceTimes
 from pipar_jax.profiling.rehearsal import measure_message_s
 from pipar_jax.profiling.unit_times import (
     as_configured,
     emulated,
-    measure_codecs,
     measure_host,
     measure_reference,
     predicted_host,
     sizes_of,
-    weight_ratio,
 )
 from pipar_jax.protocol import messages, registry
 from pipar_jax.protocol.registry import ControlMessage
@@ -123,7 +123,7 @@ def survey(config: Config, model: Model, members: Membership, samples: Sequence[
     Raises:
       PeerError: A device was lost or failed.
     """
-    sizes, references = sizes_of(config), {}
+    sizes, references = sizes_of(config.tuner.sizes, config.data.batch_size), {}
     members.working("tuning")
     if config.tuner.times == "predicted":
         reference = measure_reference(config, members.poll)
@@ -154,7 +154,9 @@ def survey(config: Config, model: Model, members: Membership, samples: Sequence[
         spec = members.hosts[name]
         up, down = (LinkModel.of(shape, message_s) for shape in (spec.up, spec.down))
         nodes.append(NodeProfile(host, up, down))
-    codecs = measure_codecs(config)
+    codecs = measure_codecs(
+        CodecCandidates(config.tuner, config.pipeline), config.aggregation.codec
+    )
     profile = Profile(
         model=model.name,
         batch_size=config.data.batch_size,
@@ -164,7 +166,7 @@ def survey(config: Config, model: Model, members: Membership, samples: Sequence[
         nodes=tuple(nodes),
         codecs=codecs,
         window_bytes=config.pipeline.window_mb * 1e6,
-        weight_ratio=weight_ratio(config.aggregation, codecs),
+        weight_ratio=weight_ratio(config.aggregation.codec, codecs),
     )
     return Surveyed(profile, references)
 
@@ -180,7 +182,7 @@ def _ask_host(
 
     The reference times of a prediction are added to ``references``.
     """
-    sizes = sizes_of(config)
+    sizes = sizes_of(config.tuner.sizes, config.data.batch_size)
     if config.tuner.times == "predicted":
         told = _ask(members, name, messages.SurveyReference(), messages.Referenced)
         values = dataclasses.asdict(told)

@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator, Mapping
 
 from rich.table import Table
 
-from pipar_jax.config import Config, codec_candidates
+from pipar_jax.config import Config
+from pipar_jax.config.codec_candidates import ROLES, CodecCandidates
 from pipar_jax.cost_model.profile import CodecProfile, HostProfile, Profile, interpolate
 from pipar_jax.errors import PlanError
 from pipar_jax.methods.plans import plan_of_chain
-from pipar_jax.methods.registry import METHODS
+from pipar_jax.methods.registry import METHODS, Method
 from pipar_jax.schedule.actions import micro_batch_sizes
 from pipar_jax.schedule.plan import OWNER, Codecs, Plan, WeightPolicy, node_name
 from pipar_jax.simulator.predict import PlanEstimate, StageCosts, estimate
@@ -72,7 +73,7 @@ def tune_chain(
     """
     if config.tuner.select == "paper":
         config = dataclasses.replace(config, tuner=dataclasses.replace(config.tuner, codecs=""))
-    codec_choice.check_measured(config, profile)
+    codec_choice.check_measured(CodecCandidates(config.tuner, config.pipeline), profile)
     stages = StageCosts(profile)
     if objection is None:
         objection = functools.partial(excess, stages)
@@ -103,16 +104,14 @@ def with_codecs(
             left -= judged[plan].round.simulated
         return judged[plan].epoch_s
 
-    one = plan.devices[0]
-    for pair in codec_candidates.pairs(
-        config
-    ):  # if links wait for each other, changing one alone has no effect
+    one, candidates = plan.devices[0], CodecCandidates(config.tuner, config.pipeline)
+    for pair in candidates.pairs():  # links may wait for each other: changing one has no effect
         seconds(plan_of_chain(config, one.cuts, one.hosts, (pair,) * len(one.cuts)))
     alike = (p for p in judged if (p.devices[0].cuts, p.devices[0].hosts) == (one.cuts, one.hosts))
     plan = min(alike, key=lambda plan: judged[plan].epoch_s)
     slots = list(codec_choice.slots(plan, stages.profile))
-    plan = codec_choice.speed_up(plan, slots, config, seconds)
-    return judged[codec_choice.raise_precision(plan, slots, config, seconds)]
+    plan = codec_choice.speed_up(plan, slots, candidates, seconds)
+    return judged[codec_choice.raise_precision(plan, slots, candidates, seconds)]
 
 
 def chain_table(profile: Profile, judged: Mapping[str, PlanEstimate]) -> Table:
@@ -148,13 +147,14 @@ def _proposals(
     Raises:
       PlanError: There is none.
     """
-    reason = ""
+    reason, method = "", METHODS[config.method]
+    candidates = CodecCandidates(config.tuner, config.pipeline)
     limited = any(node.host.memory_bytes for node in profile.nodes)
     for share in ROOM if limited else ROOM[:1]:
         proposals: dict[Plan, None] = {}
         for objective in ("mpsl",) if config.tuner.select == "paper" else OBJECTIVES:
             found: dict[Plan, float] = {}  # the best so far
-            for problem in _problems(profile, config, share):
+            for problem in _problems(profile, method, candidates, share):
                 most_s = NEAR * min(found.values(), default=math.inf)
                 if len(found) == JUDGED:
                     most_s = min(most_s, max(found.values()))
@@ -163,7 +163,7 @@ def _proposals(
                 except PlanError as error:
                     reason = reason or str(error)
                     continue
-                plan = _plan(profile, config, problem, chain)
+                plan = plan_of_chain(config, *_shape(problem, chain, len(profile.units)))
                 if (why := objection(plan)) is None:
                     found[plan] = chain.cost_s
                 else:
@@ -176,18 +176,22 @@ def _proposals(
     raise PlanError(f"no chain over the compute nodes can be planned: {reason}")
 
 
-def _problems(profile: Profile, config: Config, share: float) -> Iterator[ChainProblem]:
+def _problems(
+    profile: Profile, method: Method, candidates: CodecCandidates, share: float
+) -> Iterator[ChainProblem]:
     """Yields the planner's problem for each choice of the units on the devices.
 
     Args:
       profile: The profile of hosts and links.
-      config: Resolved configuration.
+      method: The method, whose last stage may be the device's.
+      candidates: The codecs to choose from.
       share: Usable share of the nodes' memory.
     """
-    size, parts = _micro_batch(profile, config)
+    pipeline = candidates.pipeline
+    sizes = micro_batch_sizes(profile.batch_size, pipeline.micro_batches)
+    size, parts = sizes[0], len(sizes)
     one, count = profile.devices[0], len(profile.units)
-    method = METHODS[config.method]
-    home = method.keeps_labels(config)
+    home = method.keeps_labels(pipeline)
     owner = DataOwner(_layers(profile, one.host, size, parts), one.up, one.down)
     nodes = tuple(
         Node(
@@ -199,10 +203,8 @@ def _problems(profile: Profile, config: Config, share: float) -> Iterator[ChainP
         )
         for i, node in enumerate(profile.nodes)
     )
-    pipeline = config.pipeline
     activation_codings, cotangent_codings = (
-        tuple(_coding(profile, name) for name in codec_candidates.allowed(config, role))
-        for role in codec_candidates.ROLES
+        tuple(_coding(profile, name) for name in candidates.allowed(role)) for role in ROLES
     )
     most = count - 1 if method.one_device else min(KEPT, count - 1)
     for first in range(1, most + 1):
@@ -217,9 +219,11 @@ def _problems(profile: Profile, config: Config, share: float) -> Iterator[ChainP
                 )  # fmt: skip
 
 
-def _plan(profile: Profile, config: Config, problem: ChainProblem, chain: ChainPlan) -> Plan:
-    """Returns the plan of a chain found by the planner."""
-    home = problem.stop < len(profile.units)
+def _shape(
+    problem: ChainProblem, chain: ChainPlan, units: int
+) -> tuple[tuple[int, ...], tuple[str, ...], tuple[Codecs, ...]]:
+    """Returns the cuts, hosts and codecs of a chain that the planner found."""
+    home = problem.stop < units
     hosts = (OWNER, *(stage.node for stage in chain.stages), *((OWNER,) if home else ()))
     cuts = [stage.first for stage in chain.stages]
     if home:
@@ -228,7 +232,7 @@ def _plan(profile: Profile, config: Config, problem: ChainProblem, chain: ChainP
         Codecs(pair.activation.codec, pair.cotangent.codec)
         for pair in chain.pairs[: len(cuts)]  # labels at the end: none crosses the last
     )
-    return plan_of_chain(config, tuple(cuts), hosts, codecs)
+    return tuple(cuts), hosts, codecs
 
 
 def _coding(profile: Profile, name: str) -> Coding:
@@ -250,9 +254,3 @@ def _layers(profile: Profile, host: HostProfile, size: int, parts: int) -> tuple
             profile.units, host.forward_s, host.backward_s, host.update_s, strict=True
         )
     )
-
-
-def _micro_batch(profile: Profile, config: Config) -> tuple[int, int]:
-    """Returns the size of the largest micro-batch of a full mini-batch, and their number."""
-    sizes = micro_batch_sizes(profile.batch_size, config.pipeline.micro_batches)
-    return sizes[0], len(sizes)

@@ -12,8 +12,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from pipar_jax.config import Config
-from pipar_jax.config.codec_candidates import AUTO, RAW, ROLES, allowed, bit_widths, names
+from pipar_jax.config.codec_candidates import RAW, ROLES, CodecCandidates, bit_widths
 from pipar_jax.cost_model.profile import DeviceProfile, Profile
 from pipar_jax.errors import ConfigError
 from pipar_jax.schedule.actions import micro_batch_sizes
@@ -24,15 +23,15 @@ from pipar_jax.simulator.predict import PlanEstimate, StageCosts, estimate
 SLACK = 0.01
 
 
-def check_measured(config: Config, profile: Profile) -> None:
+def check_measured(candidates: CodecCandidates, profile: Profile) -> None:
     """Checks that a profile has all candidate codecs.
 
     Raises:
       ConfigError: A codec is missing.
     """
-    wanted = {name for role in ROLES for name in allowed(config, role)}
-    if config.tuner.codecs == AUTO:
-        wanted |= set(names(config.tuner))
+    wanted = {name for role in ROLES for name in candidates.allowed(role)}
+    if candidates.by_bits:
+        wanted |= set(candidates.names())
     if unknown := sorted(wanted - {RAW} - set(profile.codecs)):
         raise ConfigError(
             f"{', '.join(unknown)} may be used (tuner.codecs, pipeline.activation_codec and "
@@ -102,13 +101,15 @@ def slots(plan: Plan, profile: Profile) -> Iterator[Slot]:
 Seconds = Callable[[Plan], float | None]
 
 
-def speed_up(plan: Plan, all_slots: Sequence[Slot], config: Config, seconds: Seconds) -> Plan:
+def speed_up(
+    plan: Plan, all_slots: Sequence[Slot], candidates: CodecCandidates, seconds: Seconds
+) -> Plan:
     """Returns the plan with the codecs that make it faster, changed one slot after another.
 
     Args:
       plan: A plan.
       all_slots: The slots that may get another codec.
-      config: Resolved configuration.
+      candidates: The codecs to choose from.
       seconds: Evaluates a plan.
     """
     best_s = seconds(plan)
@@ -118,7 +119,7 @@ def speed_up(plan: Plan, all_slots: Sequence[Slot], config: Config, seconds: Sec
     while improved:
         improved = False
         for slot in all_slots:
-            for name in allowed(config, slot.role):
+            for name in candidates.allowed(slot.role):
                 tried = slot.with_codec(plan, name)
                 tried_s = seconds(tried)
                 if tried_s is not None and tried_s < best_s:
@@ -127,14 +128,14 @@ def speed_up(plan: Plan, all_slots: Sequence[Slot], config: Config, seconds: Sec
 
 
 def raise_precision(
-    plan: Plan, all_slots: Iterable[Slot], config: Config, seconds: Seconds
+    plan: Plan, all_slots: Iterable[Slot], candidates: CodecCandidates, seconds: Seconds
 ) -> Plan:
     """Returns the plan with as many bits in each slot as cost no time.
 
     Args:
       plan: The best plan found.
       all_slots: The slots that may get more bits.
-      config: Resolved configuration.
+      candidates: The codecs to choose from.
       seconds: Evaluates a plan.
     """
     began_s = seconds(plan)
@@ -142,7 +143,7 @@ def raise_precision(
         return plan
     deadline_s = began_s * (1 + SLACK)
     for slot in sorted(all_slots, key=lambda one: one.role, reverse=True):  # cotangents first
-        rungs = _rungs(config, slot, plan)
+        rungs = _rungs(candidates, slot, plan)
         low, high = rungs.index(slot.codec(plan)), len(rungs)
         # Time increases with the bits; raw, the last, needs no coding and may be faster than many
         # bits.
@@ -163,12 +164,12 @@ def raise_precision(
     return plan
 
 
-def _rungs(config: Config, slot: Slot, plan: Plan) -> tuple[str, ...]:
+def _rungs(candidates: CodecCandidates, slot: Slot, plan: Plan) -> tuple[str, ...]:
     """Returns the candidates of a slot, from the fewest bits to raw; a list is not ordered."""
-    if config.tuner.codecs == AUTO:
-        return bit_widths(config.tuner, slot.role)
+    if candidates.by_bits:
+        return bit_widths(candidates.tuner, slot.role)
     present = slot.codec(plan)
-    goes_raw = present != RAW and RAW in allowed(config, slot.role)
+    goes_raw = present != RAW and RAW in candidates.allowed(slot.role)
     return (present, RAW) if goes_raw else (present,)
 
 
@@ -208,19 +209,19 @@ class Reason(NamedTuple):
         return f"off: {why}; {chosen}, {other} with it"
 
 
-def reasons(stages: StageCosts, config: Config, judged: PlanEstimate) -> list[Reason]:
+def reasons(stages: StageCosts, candidates: CodecCandidates, judged: PlanEstimate) -> list[Reason]:
     """Returns the reason for the codec of each slot; empty if there is no choice.
 
     Args:
       stages: Times and bytes.
-      config: Resolved configuration.
+      candidates: The codecs to choose from.
       judged: The chosen plan.
     """
     plan, found = judged.plan, []
     links = stages.links(plan)
-    for slot in slots(plan, stages.profile) if config.tuner.codecs else ():
+    for slot in slots(plan, stages.profile) if candidates.chosen else ():
         chosen = slot.codec(plan)
-        options = [name for name in allowed(config, slot.role)
+        options = [name for name in candidates.allowed(slot.role)
                    if name != RAW and name in stages.profile.codecs]  # fmt: skip
         if chosen == RAW and not options:
             continue

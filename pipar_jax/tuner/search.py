@@ -14,12 +14,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from pipar_jax import config as configuration
-from pipar_jax.config import Config, codec_candidates
+from pipar_jax.config import AggregationConfig, Config, PipelineConfig
+from pipar_jax.config.codec_candidates import CodecCandidates, configured
 from pipar_jax.config.texts import split_list, whole_numbers
 from pipar_jax.cost_model.profile import Profile
 from pipar_jax.errors import ConfigError, PlanError
 from pipar_jax.methods.registry import METHODS
-from pipar_jax.schedule.plan import Codecs, Order, Plan, WeightPolicy
+from pipar_jax.schedule.plan import Order, Plan, WeightPolicy
 from pipar_jax.simulator.predict import (
     PlanEstimate,
     StageCosts,
@@ -88,7 +89,11 @@ def tune(profile: Profile, config: Config) -> Plan:
       PlanError: No plan fits into the hosts' memory.
     """
     if config.tuner.select == "paper":
-        return paper_plan(StageCosts(profile), _frame(config), _codecs(config))
+        return paper_plan(
+            StageCosts(profile),
+            _frame(config.pipeline, config.aggregation, config.devices.count),
+            configured(config.pipeline),
+        )
     return search(profile, config).plans[0].plan
 
 
@@ -110,8 +115,9 @@ class _Search:
     """A search and its evaluated plans."""
 
     def __init__(self, profile: Profile, config: Config) -> None:
-        self.stages, self.profile, self.config = StageCosts(profile), profile, config
-        self.frame = _frame(config)
+        self.stages, self.profile, self.tuner = StageCosts(profile), profile, config.tuner
+        self.candidates = CodecCandidates(config.tuner, config.pipeline)
+        self.frame = _frame(config.pipeline, config.aggregation, config.devices.count)
         self.methods = [METHODS[name] for name in split_list(config.tuner.methods)]
         self.equal = len({(one.host, one.samples, one.up, one.down) for one in profile.devices}) < 2
         self.spans = {
@@ -131,7 +137,7 @@ class _Search:
         candidates = sorted(self._common(options), key=lambda one: one.bound_s)
         if not candidates:
             raise ConfigError(
-                f"tuner.methods={self.config.tuner.methods!r} allows no plan for a model of "
+                f"tuner.methods={self.tuner.methods!r} allows no plan for a model of "
                 f"{len(self.profile.units)} units: allow fl, or use a larger model"
             )
         fitting = [one for one in candidates if excess(self.stages, one.plan) is None]
@@ -142,7 +148,7 @@ class _Search:
                 "data.batch_size, or allow more of tuner.methods"
             )
         share = 1.0 if self.equal else 0.5
-        left_s = self._judge_in_order(fitting, share * self.config.tuner.actions)
+        left_s = self._judge_in_order(fitting, share * self.tuner.actions)
         best_s = min(one.epoch_s for one in self.judged.values())
         exact, bound_s = left_s >= best_s, min(left_s, best_s)
         if not self.equal and any(one.order == Order.PARALLEL for one in self.methods):
@@ -155,11 +161,12 @@ class _Search:
                 if (one := next(of_method, None)) is not None:
                     self._judge(one.plan)
         plans = self._distinct()
-        if self.config.tuner.codecs:
+        if self.candidates.chosen:
             plans = self._sharpened(plans)
         paper = None
         if len(self.profile.units) > 1:
-            paper = estimate(self.stages, paper_plan(self.stages, self.frame, _codecs(self.config)))
+            codecs = configured(self.candidates.pipeline)
+            paper = estimate(self.stages, paper_plan(self.stages, self.frame, codecs))
         return SearchResult(tuple(plans), bound_s, exact, len(self.judged), len(candidates), paper)
 
     def _distinct(self) -> list[PlanEstimate]:
@@ -175,14 +182,14 @@ class _Search:
         The limit of the search includes extrapolated actions, of which a long round has many; here
         only simulated actions count.
         """
-        most = self.simulated + 0.25 * self.config.tuner.actions
+        most = self.simulated + 0.25 * self.tuner.actions
 
         def seconds(plan: Plan) -> float | None:
             return self._judge(plan) if self.simulated <= most or plan in self.judged else None
 
         best = plans[0].plan
         slots = codec_choice.slots(best, self.profile)
-        found = codec_choice.raise_precision(best, slots, self.config, seconds)
+        found = codec_choice.raise_precision(best, slots, self.candidates, seconds)
         return plans if found == best else [self.judged[found], *plans]
 
     # --- candidates ---------------------------------------------------------------------------
@@ -193,9 +200,9 @@ class _Search:
         cutting = [one for one in self.methods if one.cuts]
         numbers = set() if all(one.pipelined for one in cutting) else {1}
         if any(one.pipelined for one in cutting):
-            numbers |= {min(n, batch) for n in whole_numbers(self.config.tuner.micro_batches)}
-        pairs = codec_candidates.pairs(self.config)
-        codec_choice.check_measured(self.config, self.profile)
+            numbers |= {min(n, batch) for n in whole_numbers(self.tuner.micro_batches)}
+        pairs = self.candidates.pairs()
+        codec_choice.check_measured(self.candidates, self.profile)
         found = [] if len(cutting) == len(self.methods) else [DeviceOption(0)]
         for cut in range(1, count):
             for n in sorted(numbers):
@@ -238,7 +245,7 @@ class _Search:
 
     def _dispatches(self, option: DeviceOption) -> Sequence[str]:
         """Returns the dispatch policies worth trying."""
-        wanted = split_list(self.config.tuner.dispatch)
+        wanted = split_list(self.tuner.dispatch)
         if not option.cut or (option.micro_batches == 1 and len(self.profile.devices) == 1):
             return wanted[:1]  # there is never more than one ready action
         if len(self.profile.devices) == 1 and "fixed" in wanted:
@@ -304,7 +311,7 @@ class _Search:
             for one in best.devices
         ]
         best_s, improved = self.judged[best].epoch_s, True
-        while improved and self.actions <= self.config.tuner.actions:
+        while improved and self.actions <= self.tuner.actions:
             improved = False
             for device in range(len(chosen)):
                 for option in self._alternatives(device, options, best_s):
@@ -312,7 +319,7 @@ class _Search:
                     plan = self._plan(tried, best.dispatch)
                     if plan in self.judged or excess(self.stages, plan) is not None:
                         continue
-                    if self.actions > self.config.tuner.actions:
+                    if self.actions > self.tuner.actions:
                         return bound_s
                     if self._judge(plan) < best_s:
                         best_s, chosen, improved = self.judged[plan].epoch_s, tried, True
@@ -369,19 +376,14 @@ class _Search:
         return low_s * self.scale, [option for _, option in found]
 
 
-def _frame(config: Config) -> Plan:
-    """Returns a plan with the given device plans and the other values of the configuration."""
+def _frame(pipeline: PipelineConfig, aggregation: AggregationConfig, devices: int) -> Plan:
+    """Returns a plan of uncut models with what the configuration says for all candidates."""
     return Plan(
-        (DeviceOption(0).device_plan(),) * config.devices.count,
-        dispatch=config.pipeline.dispatch,  # type: ignore[arg-type]  # resolve() checked it
-        aggregate_every=configuration.aggregate_steps(config.aggregation),
-        hand_on=config.pipeline.hand_on,  # type: ignore[arg-type]
+        (DeviceOption(0).device_plan(),) * devices,
+        dispatch=pipeline.dispatch,  # type: ignore[arg-type]  # resolve() checked it
+        aggregate_every=configuration.aggregate_steps(aggregation),
+        hand_on=pipeline.hand_on,  # type: ignore[arg-type]
     )
-
-
-def _codecs(config: Config) -> Codecs:
-    """Returns the codecs that the configuration names for activations and cotangents."""
-    return Codecs(config.pipeline.activation_codec, config.pipeline.cotangent_codec)
 
 
 def labels(plan: Plan) -> Mapping[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from pipar_jax.config import Config, codec_candidates
+from pipar_jax.config.codec_candidates import CodecCandidates
 from pipar_jax.cost_model.costs import LinkModel
 from pipar_jax.cost_model.profile import HostProfile, Profile
 from pipar_jax.schedule.plan import COORDINATOR, device_name
@@ -51,19 +51,21 @@ def verdict(found: SearchResult) -> str:
     )
 
 
-def codecs_table(profile: Profile, judged: PlanEstimate, config: Config) -> Table | None:
+def codecs_table(
+    profile: Profile, judged: PlanEstimate, candidates: CodecCandidates
+) -> Table | None:
     """Returns the reasons for the codecs of all links; None if there was no choice.
 
     Args:
       profile: The profile of hosts and links.
       judged: The chosen plan.
-      config: Resolved configuration.
+      candidates: The codecs to choose from.
     """
-    why = codec_choice.reasons(StageCosts(profile), config, judged)
+    why = codec_choice.reasons(StageCosts(profile), candidates, judged)
     if not why:
         return None
     title = "codecs of the best plan, times per full mini-batch"
-    if config.tuner.codecs == codec_candidates.AUTO:
+    if candidates.by_bits:
         title += f"; as many bits as cost no more than {codec_choice.SLACK:.0%} of the epoch"
     table = Table(title=title, title_justify="left")
     for name, justify in (

@@ -20,11 +20,13 @@ from experiments.benchmarks import harness, simulator_settings, trials
 from experiments.latency_data import timings
 from experiments.latency_data.published_tables import read_timings
 from pipar_jax.config import Config
+from pipar_jax.cost_model.profile import HostProfile, UnitFacts
 from pipar_jax.disk import files
 from pipar_jax.errors import DiskError, PiparError
 from pipar_jax.launch.launcher import create_folder
 from pipar_jax.methods.resolution import resolve
-from pipar_jax.profiling import unit_times
+from pipar_jax.profiling import kept_times
+from pipar_jax.profiling.kept_times import Measured
 from pipar_jax.profiling.predictor import latency_model
 from pipar_jax.report import write_report
 from pipar_jax.report.run import read_run
@@ -39,6 +41,11 @@ from tests.sources import ROOT, modules
 #: More than a page of the tiny disk, and nothing that can be packed.
 NOISE = np.random.default_rng(0).integers(0, 256, 200_000, np.uint8)
 TEXT = NOISE.tobytes().hex()
+MEASURED = Measured(
+    HostProfile((1,), ((0.0,),), ((0.0,),), (0.0,), 0.0, 0.0),
+    (UnitFacts(TEXT, 0, 0, 0, 0, 0),),
+    0.0,
+)
 
 
 def run_folder(path: Path) -> RunFolder:
@@ -88,7 +95,7 @@ WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     ),
     "report": ("report.html", lambda path: write_report([RUNS[0]], path)),
     "benchmark": ("rows.json", save_benchmark),
-    "profile that is kept": ("p.json", lambda path: unit_times.write_measured(path, TEXT)),
+    "profile that is kept": ("p.json", lambda path: kept_times.write_times(path, MEASURED)),
     "trial that is kept": ("t.json", lambda path: trials.kept(path.parent, "t", lambda: TEXT)),
     "images": ("data-600.npz", lambda path: simulator_settings.write_data(path.parent, 600)),
     "network of the predictor": ("n.safetensors", lambda path: shipped()[0].save(path)),

@@ -26,7 +26,7 @@ def config_for(name: str) -> Config:
     made.devices.count = 1 if method.one_device else 3
     if method.uses_nodes:
         made.nodes.count = 2
-        made.pipeline.cuts = "1,2,3" if method.keeps_labels(made) else "1,2"
+        made.pipeline.cuts = "1,2,3" if method.keeps_labels(made.pipeline) else "1,2"
     return made
 
 
@@ -41,7 +41,7 @@ def test_a_method_says_what_its_plan_is(name: str) -> None:
     assert bool(device.cuts) == method.cuts
     assert (device.micro_batches > 1) == method.pipelined
     assert any(map(is_node, device.hosts)) == method.uses_nodes
-    assert (device.stages > 1 and device.hosts[-1] == OWNER) == method.keeps_labels(config)
+    assert (device.stages > 1 and device.hosts[-1] == OWNER) == method.keeps_labels(config.pipeline)
     made = {"order": plan.order, "cuts": bool(device.cuts), "micro_batches": device.micro_batches}
     assert method.makes(**made) == (name in server_methods())
 

@@ -10,11 +10,13 @@ from flax import nnx
 
 import stages
 from pipar_jax.config import Config
+from pipar_jax.config.codec_candidates import CodecCandidates
 from pipar_jax.config.slowdown import UNSLOWED, Slowdown
 from pipar_jax.cost_model.profile import NO_HANDLING, RuntimeOverhead
 from pipar_jax.errors import RunError
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.profiling import rehearsal, unit_times
+from pipar_jax.profiling.codec_times import measure_codecs
 from pipar_jax.profiling.predictor.predict_host import facts_of
 from pipar_jax.profiling.rehearsal import measure_handling, measure_message_s
 from pipar_jax.profiling.unit_times import emulated
@@ -111,15 +113,15 @@ def test_measuring_ends_when_nobody_wants_it_any_more(settings):
         unit_times.measure_host(settings, support.model(dtype="float32"), SIZES, stop)
 
 
-def test_sizes_are_the_batch_and_parts_of_it_unless_given(settings):
-    assert unit_times.sizes_of(settings) == (5, 10, 20, 25, 100)
-    settings.tuner.sizes = "8, 2"
-    assert unit_times.sizes_of(settings) == (2, 8)
+def test_sizes_are_the_batch_and_parts_of_it_unless_given():
+    assert unit_times.sizes_of("auto", 100) == (5, 10, 20, 25, 100)
+    assert unit_times.sizes_of("8, 2", 100) == (2, 8)
 
 
 def test_codecs_and_messages_cost_something(settings, quiet):
     settings.tuner.codecs = "raw,float16"
-    ((name, codec),) = unit_times.measure_codecs(settings).items()
+    candidates = CodecCandidates(settings.tuner, settings.pipeline)
+    ((name, codec),) = measure_codecs(candidates, "raw").items()
     assert (name, codec.ratio) == ("float16", 0.5)
     encode_s, message_s = codec.encode_s_per_byte, measure_message_s()
     assert encode_s > 0 and message_s > 0

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from pipar_jax.config import Config, codec_candidates
+from pipar_jax.config.codec_candidates import CodecCandidates
 from pipar_jax.errors import ConfigError
 from pipar_jax.methods.plans import plan_of_chain
 from pipar_jax.methods.resolution import resolve
@@ -40,7 +41,9 @@ def made_of(first: str, *links: str, devices: int = 1, slower: float = 8.0, unit
 
 def told(made, config, found):
     """For each boundary and role, whether the tensor is coded, and the reason."""
-    why = codec_choice.reasons(StageCosts(made), config, found)
+    why = codec_choice.reasons(
+        StageCosts(made), CodecCandidates(config.tuner, config.pipeline), found
+    )
     return {(one.slot.boundary, one.slot.role): one.words() for one in why}
 
 
@@ -119,7 +122,10 @@ def test_no_tensor_of_a_chain_could_have_more_bits_for_nothing(links):
     limit_s = estimate(stages, plan).epoch_s * (1 + codec_choice.SLACK)
     slots = list(codec_choice.slots(plan, made))
     sharp = codec_choice.raise_precision(
-        plan, slots, config, lambda one: estimate(stages, one).epoch_s
+        plan,
+        slots,
+        CodecCandidates(config.tuner, config.pipeline),
+        lambda one: estimate(stages, one).epoch_s,
     )
     assert estimate(stages, sharp).epoch_s <= limit_s
     assert sharp != plan
@@ -136,7 +142,7 @@ def test_no_tensor_of_a_chain_could_have_more_bits_for_nothing(links):
 def test_no_chain_with_any_codecs_is_faster(links):
     """Every chain over two nodes, with each pair of codecs at each boundary, simulated."""
     made, config = made_of(*links, "none", units=5), settings()
-    stages, pairs = StageCosts(made), codec_candidates.pairs(config)
+    stages, pairs = StageCosts(made), CodecCandidates(config.tuner, config.pipeline).pairs()
     assert len(pairs) == 4
     best_s = min(
         estimate(stages, plan_of_chain(config, cuts, (OWNER, *nodes), codecs)).epoch_s

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from comms import parse_codec
-from pipar_jax.config import codec_candidates
+from pipar_jax.config import Config, codec_candidates
+from pipar_jax.config.codec_candidates import CodecCandidates
 from pipar_jax.cost_model.profile import CodecProfile
 from pipar_jax.errors import ConfigError
-from pipar_jax.profiling import unit_times
+from pipar_jax.profiling.codec_times import measure_codecs
 from pipar_jax.simulator.predict import estimate
 from pipar_jax.tuner import StageCosts, codec_choice, search
 from tests.pipar_jax.tuner.profiles import bit_codecs, config, device, profile
@@ -17,6 +18,10 @@ from tests.pipar_jax.tuner.profiles import bit_codecs, config, device, profile
 def chosen(found) -> list[tuple[str, str]]:
     chains = found.plans[0].plan.devices
     return [(one.codecs[0].activation, one.codecs[0].cotangent) for one in chains]
+
+
+def candidates(made: Config) -> CodecCandidates:
+    return CodecCandidates(made.tuner, made.pipeline)
 
 
 def bits(name: str) -> int:
@@ -46,7 +51,7 @@ def test_a_fast_link_goes_without_and_the_reason_is_told():
     settings = auto(1)
     found = search(made, settings)
     assert chosen(found) == [("raw", "raw")]
-    told = codec_choice.reasons(StageCosts(made), settings, found.plans[0])
+    told = codec_choice.reasons(StageCosts(made), candidates(settings), found.plans[0])
     assert [one.slot.role for one in told] == ["activation", "cotangent"]
     for one in told:
         assert one.coding_s > one.saved_s
@@ -58,7 +63,9 @@ def test_each_link_gets_its_own():
     slow, fast = chosen(search(made, auto(2)))
     assert "raw" not in slow and fast == ("raw", "raw")
     settings = auto(2)
-    told = codec_choice.reasons(StageCosts(made), settings, search(made, settings).plans[0])
+    told = codec_choice.reasons(
+        StageCosts(made), candidates(settings), search(made, settings).plans[0]
+    )
     words = {one.slot: one.words().split(":")[0] for one in told}
     assert {(slot.devices, way) for slot, way in words.items()} == {((0,), "on"), ((1,), "off")}
     on = next(one for one in told if one.chosen != "raw")
@@ -82,13 +89,13 @@ def test_no_slot_could_have_more_bits_for_nothing_nor_needed_as_many(link):
 
 def test_a_list_is_kept_to_but_for_what_is_too_coarse():
     settings = config(1, codecs="raw, int4, int8")
-    pairs = {(one.activation, one.cotangent) for one in codec_candidates.pairs(settings)}
+    pairs = {(one.activation, one.cotangent) for one in candidates(settings).pairs()}
     assert pairs == {(a, c) for a in ("raw", "int4", "int8") for c in ("raw", "int8")}
     with pytest.raises(ConfigError, match=r"cotangents, which need at least 8 bits \(int4: 4\)"):
-        codec_candidates.pairs(config(1, codecs="int4"))
+        candidates(config(1, codecs="int4")).pairs()
     # What is configured is not the tuner's to judge, and a bound is the user's own.
-    assert len(codec_candidates.pairs(config(1))) == 1
-    assert len(codec_candidates.pairs(config(1, codecs="bits:abs0.1"))) == 1
+    assert len(candidates(config(1)).pairs()) == 1
+    assert len(candidates(config(1, codecs="bits:abs0.1")).pairs()) == 1
 
 
 def test_of_a_list_what_is_as_fast_without_goes_raw():
@@ -102,6 +109,6 @@ def test_of_a_list_what_is_as_fast_without_goes_raw():
 
 def test_what_may_be_chosen_is_measured():
     settings = auto(1, activation_bits=12, cotangent_bits=16)
-    measured = unit_times.measure_codecs(settings)
+    measured = measure_codecs(candidates(settings), "raw")
     assert set(measured) == {"bits:11", "bits:15", "bits:23"}
     assert measured["bits:11"].ratio < measured["bits:15"].ratio < measured["bits:23"].ratio < 1

@@ -1,0 +1,23 @@
+"""How long a function takes, over several runs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+
+def least_s(function: Callable[[], object], repeats: int) -> float:
+    """Returns the minimum of the seconds of several runs."""
+    return min(_seconds(function) for _ in range(repeats))
+
+
+def median_s(function: Callable[[], object], repeats: int) -> float:
+    """Returns the median of the seconds of several runs."""
+    return statistics.median(_seconds(function) for _ in range(repeats))
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
