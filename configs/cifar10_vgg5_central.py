@@ -20,6 +20,6 @@ def get_config() -> Config:
     config.optimizer.learning_rate = 0.05
     config.optimizer.momentum = 0.9
     config.optimizer.weight_decay = 5e-4
-    config.optimizer.decay = "cosine"
+    config.optimizer.schedule = "cosine"
     config.devices.count = 1
     return config

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from comms.arrays import Array
-from pipar_jax.aggregation.rules import rule
+from pipar_jax.aggregation.rules import make_rule
 from pipar_jax.config import AggregationConfig
 from stages.trees import PyTree
 
@@ -42,10 +42,25 @@ class Contribution(NamedTuple):
     weight: float
 
 
+class _Compiled(NamedTuple):
+    """A rule, compiled.
+
+    Attributes:
+      transformation: The server's optimiser.
+      step: Its step from a mean.
+      step_of_all: The step from all replicas and their shares, of a rule without a mean; compiled
+        once for each number of replicas.
+    """
+
+    transformation: optax.GradientTransformation
+    step: Any
+    step_of_all: Any = None
+
+
 @functools.lru_cache(maxsize=16)
-def _compiled(fields: tuple[Any, ...]) -> tuple[optax.GradientTransformation, Any]:
-    """Returns a rule and its compiled step from a mean, once per rule and process."""
-    transformation = rule(AggregationConfig(*fields))
+def _compiled(fields: tuple[Any, ...]) -> _Compiled:
+    """Returns a rule and its compiled steps, once per rule and process."""
+    transformation, combine = make_rule(AggregationConfig(*fields))
 
     @jax.jit
     def step(old: Arrays, opt_state: PyTree, mean: Arrays) -> tuple[PyTree, PyTree]:
@@ -53,7 +68,21 @@ def _compiled(fields: tuple[Any, ...]) -> tuple[optax.GradientTransformation, An
         updates, opt_state = transformation.update(pseudo_gradient, opt_state, old)
         return optax.apply_updates(old, updates), opt_state
 
-    return transformation, step
+    if combine is None:
+        return _Compiled(transformation, step)
+
+    @jax.jit
+    def step_of_all(
+        old: Arrays, opt_state: PyTree, replicas: Sequence[Arrays], shares: jax.Array
+    ) -> tuple[PyTree, PyTree]:
+        wide = jax.tree.map(lambda leaf: leaf.astype(_wide(leaf)), (old, tuple(replicas)))
+        deltas = jax.tree.map(lambda o, *some: jnp.stack([w - o for w in some]), wide[0], *wide[1])
+        delta = combine(deltas, shares)
+        pseudo_gradient = jax.tree.map(lambda d, o: (-d).astype(o.dtype), delta, old)
+        updates, opt_state = transformation.update(pseudo_gradient, opt_state, old)
+        return optax.apply_updates(old, updates), opt_state
+
+    return _Compiled(transformation, step, step_of_all)
 
 
 def _averaged(leaf: jax.Array) -> bool:
@@ -130,7 +159,7 @@ class Aggregator:
       rule_state: For each unit the state of the server's optimiser.
 
     Args:
-      config: The rule; see ``rule``.
+      config: The rule; see ``make_rule``.
       params: Global weights of the units to begin with.
       state: Their batch statistics.
     """
@@ -138,8 +167,9 @@ class Aggregator:
     def __init__(self, config: AggregationConfig, params: Variables, state: Variables) -> None:
         self.params = params
         self.state = state
-        transformation, self._step = _compiled(dataclasses.astuple(config))
-        self.rule_state = {unit: transformation.init(w) for unit, w in params.items()}
+        self._rule = _compiled(dataclasses.astuple(config))
+        init = self._rule.transformation.init
+        self.rule_state = {unit: init(w) for unit, w in params.items()}
 
     @property
     def nbytes(self) -> int:
@@ -150,7 +180,8 @@ class Aggregator:
     def compile(self) -> None:
         """Compiles the average of every unit, for any number of replicas, before the first round.
 
-        The weights do not change.
+        The weights do not change. A rule of the user's that takes all replicas at once is compiled
+        for three of them here, and for other numbers when they come.
         """
         for unit in self.params:
             self._combine(unit, [(self.params[unit], self.state[unit])] * 3, [1.0] * 3)
@@ -185,19 +216,25 @@ class Aggregator:
         rounding; this way the sum has the bits of a single program over all replicas.
         """
         shares = _shares(weights, _share_dtype(self.params[unit]))
+        given = [params for params, _ in replicas]
+        if self._rule.step_of_all is not None:  # no mean of the weights is needed
+            replicas = [({}, state) for _, state in replicas]
         order = [1, 0, *range(2, len(replicas))] if len(replicas) > 1 else [0]
         total = _begin(shares[order[0]], replicas[order[0]])
         for i in order[1:]:
             total = _fold(total, shares[i], replicas[i])
         first = replicas[0]
-        mean, state = _mean(total, first)
+        mean = _mean(total, first)
+        state = mean[1]
         if state and len(replicas) > 1:
             alike = None
             for _, other in replicas[1:]:
                 alike = _alike(alike, first[1], other)
             state = _unmixed(alike, first[1], state)
-        params, rule_state = self._step(self.params[unit], self.rule_state[unit], mean)
-        return params, rule_state, state
+        before = self.params[unit], self.rule_state[unit]
+        if self._rule.step_of_all is None:
+            return *self._rule.step(*before, mean[0]), state
+        return *self._rule.step_of_all(*before, given, shares), state
 
 
 def _share_dtype(params: Mapping[str, jax.Array]) -> PyTree:

@@ -6,8 +6,11 @@ here loads jax before a rule is made: launchers only need the names.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+from pipar_jax.config.plugins import is_own, make
+from pipar_jax.errors import RunError
 
 if TYPE_CHECKING:
     import jax
@@ -47,6 +50,8 @@ def _fedyogi(config: AggregationConfig) -> optax.GradientTransformation:
     return _adaptive(config, lambda v, g2: v - (1 - b2) * g2 * jnp.sign(v - g2))
 
 
+#: Fields that a user's own rule is given where it has parameters of these names.
+FACTS = ("learning_rate", "momentum", "beta2", "epsilon")
 #: Every rule by name.
 RULES: dict[str, Callable[[AggregationConfig], optax.GradientTransformation]] = {
     "fedavg": _fedavg,
@@ -57,13 +62,54 @@ RULES: dict[str, Callable[[AggregationConfig], optax.GradientTransformation]] = 
 }
 
 
-def rule(config: AggregationConfig) -> optax.GradientTransformation:
-    """Returns the server's optimiser on the pseudo-gradient.
+#: From the devices' deltas, {path: [replicas, …]}, and their weights [replicas] to one delta.
+Combine: TypeAlias = Callable[[Mapping[str, "jax.Array"], "jax.Array"], Mapping[str, "jax.Array"]]
+
+
+class Rule(NamedTuple):
+    """How the replicas of a unit become its global weights.
+
+    Attributes:
+      transformation: The server's optimiser on the pseudo-gradient.
+      combine: What takes the place of the weighted mean; None: the mean.
+    """
+
+    transformation: optax.GradientTransformation
+    combine: Combine | None = None
+
+
+def make_rule(config: AggregationConfig) -> Rule:
+    """Returns the configured rule.
+
+    The user's own function is called with ``aggregation.args`` and, where it has parameters of
+    these names, with the fields of ``FACTS``. It returns an optax transformation of the
+    pseudo-gradient, or a function of the deltas of a unit's weights {path: [replicas, …]} (replica
+    minus global weights) and the replicas' weights [replicas] (their sum is 1) to one delta, which
+    is multiplied by ``aggregation.learning_rate``.
 
     Args:
       config: Its name and constants.
+
+    Raises:
+      RunError: The user's own function cannot be found, fails, or returns something else.
     """
-    return RULES[config.rule](config)
+    if not is_own(config.rule):
+        return Rule(RULES[config.rule](config))
+    from stages.foreign_updates import checked_combination, checked_transformation
+
+    what = f"own rule {config.rule}"
+    facts = {name: getattr(config, name) for name in FACTS}
+    made = make(
+        config.rule, what, RunError, args=config.args, field="aggregation.args", facts=facts
+    )
+    if callable(getattr(made, "init", None)) and callable(getattr(made, "update", None)):
+        return Rule(checked_transformation(made, what))
+    if not callable(made):
+        raise RunError(
+            f"{what} returned a {type(made).__name__}, expected an optax.GradientTransformation or "
+            "a function of (deltas, weights)"
+        )
+    return Rule(_scale(config), checked_combination(made, what))
 
 
 def _scale(config: AggregationConfig) -> optax.GradientTransformation:

@@ -13,6 +13,7 @@ from pipar_jax.config.fields import Config
 from pipar_jax.config.host_fields import DevicesConfig, NetworkConfig, NodesConfig
 from pipar_jax.config.hosts import Hosts, HostSpec, field_path
 from pipar_jax.config.intervals import aggregate_steps
+from pipar_jax.config.optimizers import check_optimizer
 from pipar_jax.config.sink_names import sink_names
 from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import ConfigError
@@ -42,6 +43,7 @@ def check_whole(config: Config) -> None:
     if not config.run.dir:
         raise ConfigError("run.dir is empty: name a folder, or . for the current one")
     aggregate_steps(config.aggregation)
+    check_optimizer(config.optimizer)
     sink_names(config.run.sinks)
     _check_start(config)
     pipeline = config.pipeline

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import pathlib
-import re
 
-from pipar_jax.config import schema
 from pipar_jax.config.fields import Config
 from pipar_jax.config.membership_script import Attempt, read_script
+from pipar_jax.config.plugins import check_named
 from pipar_jax.config.run_fields import SELECTIONS
 from pipar_jax.errors import ConfigError
 
@@ -75,7 +74,7 @@ def check_cohort(config: Config) -> None:
             f"cohort.first={cohort.first} is less than cohort.quorum={cohort.quorum}, so a round "
             "would end before its quorum is there: raise one or lower the other"
         )
-    _check_select(cohort.select)
+    check_named(cohort.select, "cohort.select", "a way to choose devices", SELECTIONS)
     if 0 < cohort.min_devices < max(cohort.quorum, cohort.first):
         raise ConfigError(
             f"cohort.min_devices={cohort.min_devices} is less than the "
@@ -88,14 +87,3 @@ def check_cohort(config: Config) -> None:
             "run.nonfinite=drop leaves a device out of a round, and cohort.quorum=0 needs all of "
             "them: set cohort.quorum"
         )
-
-
-def _check_select(select: str) -> None:
-    """Checks that a text names a way to choose a cohort."""
-    if select in SELECTIONS or re.fullmatch(r"module:[\w.]+:\w+", select):
-        return
-    raise ConfigError(
-        f"cohort.select={select[:120]!r} is not a way to choose devices"
-        f"{schema.did_you_mean(select, SELECTIONS)} (known: {', '.join(SELECTIONS)}, "
-        "module:NAME:FUNCTION)"
-    )

@@ -9,12 +9,126 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+import inspect
+import json
+import re
+import shlex
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from pipar_jax.errors import PiparError
+from pipar_jax.config.schema import did_you_mean
+from pipar_jax.disk.json_text import JsonObject
+from pipar_jax.errors import ConfigError, PiparError
 from stages.foreign import describe
+
+#: Begins the value of a field that names a function of the user's.
+OWN = "module:"
+
+
+def is_own(value: str) -> bool:
+    """Returns whether a field's value names a function of the user's."""
+    return re.fullmatch(r"module:[\w.]+:\w+", value) is not None
+
+
+def check_named(value: str, field: str, what: str, known: Collection[str]) -> None:
+    """Checks that a field names something registered or a function of the user's.
+
+    Args:
+      value: The field's value.
+      field: Its dotted path.
+      what: What it names, such as ``an optimiser``.
+      known: The registered names.
+
+    Raises:
+      ConfigError: It names neither.
+    """
+    if value not in known and not is_own(value):
+        raise ConfigError(
+            f"{field}={value[:120]!r} is not {what}{did_you_mean(value, known)} "
+            f"(known: {', '.join(known)}, module:NAME:FUNCTION)"
+        )
+
+
+def check_args(text: str, field: str, owner: str, value: str) -> None:
+    """Checks the form of the arguments of a user's function.
+
+    Args:
+      text: Pairs NAME=VALUE.
+      field: The field that holds them.
+      owner: The field that names the function.
+      value: Its value.
+
+    Raises:
+      ConfigError: The text is not a list of such pairs, or there is no such function.
+    """
+    said = f"{field}={text[:120]!r}"
+    if text and not is_own(value):
+        raise ConfigError(f"{said} is for a function of your own: set {owner}=module:NAME:FUNCTION")
+    try:
+        pairs = shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"{said} cannot be read: {error}") from error
+    wrong = [pair[:120] for pair in pairs if not re.match(r"[A-Za-z_]\w*=", pair)]
+    if wrong:
+        raise ConfigError(f"{said}: {wrong[0]!r} is not NAME=VALUE; write 'width=16 norm=group'")
+
+
+def read_args(text: str) -> JsonObject:
+    """Reads arguments: "width=16 norm=group" gives {"width": 16, "norm": "group"}.
+
+    Args:
+      text: Pairs NAME=VALUE, separated by blanks; a value that is not valid JSON is a string.
+    """
+    given: JsonObject = {}
+    for pair in shlex.split(text):
+        name, _, value = pair.partition("=")
+        try:
+            given[name] = json.loads(value)
+        except json.JSONDecodeError:
+            given[name] = value
+    return given
+
+
+def make(
+    value: str,
+    what: str,
+    kind: type[PiparError],
+    *,
+    args: str,
+    field: str,
+    facts: Mapping[str, Any],
+    required: Collection[str] = (),
+) -> Any:
+    """Calls a user's function with its arguments, and with the facts that it has parameters for.
+
+    Args:
+      value: ``module:NAME:FUNCTION``.
+      what: Begins the messages, such as ``own network module:mine:net``.
+      kind: The error to raise.
+      args: Pairs NAME=VALUE from the configuration, which precede facts of the same name.
+      field: The field that holds them.
+      facts: What the run knows, by the names of parameters.
+      required: Names of facts that the function must have parameters for.
+
+    Returns:
+      The function's result.
+
+    Raises:
+      PiparError: The function cannot be found, fails, or has no parameter of a name.
+    """
+    function = find(value.removeprefix(OWN), what, kind)
+    with guarded(f"{what} cannot be called", kind):
+        known = inspect.signature(function).parameters
+    takes_any = any(one.kind is one.VAR_KEYWORD for one in known.values())
+    given = {name: fact for name, fact in facts.items() if name in known or name in required}
+    own = read_args(args)
+    names = ", ".join(known) or "none"
+    for name in {**given, **own}:
+        if name not in known and not takes_any:
+            said = f"{field}={args!r}: " if name in own else ""
+            raise kind(f"{said}{what} has no parameter {name!r} (known: {names})")
+    return function(**{**given, **own})
 
 
 def find(path: str, what: str, kind: type[PiparError]) -> Callable[..., Any]:

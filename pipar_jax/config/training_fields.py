@@ -6,11 +6,14 @@ Annotations are real objects (no ``from __future__ import annotations``); see ``
 import dataclasses
 from typing import Literal, get_args
 
-from pipar_jax.config.schema import REGISTERED, option
+from pipar_jax.config.schema import option
 from pipar_jax.schedule.plan import Dispatch, HandOn, WeightPolicy
 from stages.names import MODELS, NORMS, STEMS
 
 Labels = Literal["home", "end"]
+#: Optimisers and schedules by name, in addition to functions of the user's (module:NAME:FUNCTION).
+OPTIMIZERS = ("sgd", "adam", "adamw")
+SCHEDULES = ("constant", "cosine", "linear", "step")
 
 
 @dataclasses.dataclass
@@ -45,8 +48,16 @@ class ModelConfig:
 class OptimizerConfig:
     """The optimiser of every replica."""
 
-    name: str = option("sgd", "optimiser", choices=("sgd", "adam", "adamw"))
+    name: str = option(
+        "sgd", f"optimiser: {', '.join(OPTIMIZERS)}, or your own: module:NAME:FUNCTION"
+    )
+    args: str = option("", "your own optimiser: arguments of its function, such as 'decay=0.9'")
     learning_rate: float = option(0.01, "learning rate (with a schedule: its peak)", above=0)
+    groups: str = option(
+        "",
+        "factors of the learning rate of weights whose names (unit/path) match a regular "
+        "expression, such as 'head=0.1 lora=10'; the first match counts, others have 1",
+    )
     momentum: float = option(0.9, "sgd: momentum; adam: first beta", at_least=0, below=1)
     nesterov: bool = option(False, "use Nesterov momentum")
     beta2: float = option(0.999, "adam: second beta", at_least=0, below=1)
@@ -58,10 +69,19 @@ class OptimizerConfig:
         "stage is a replica",
         above=0,
     )
-    decay: str = option(
-        "constant", "learning-rate schedule over the run", choices=("constant", "cosine", "linear")
+    schedule: str = option(
+        "constant",
+        f"learning-rate schedule over the run: {', '.join(SCHEDULES)}, or your own: "
+        "module:NAME:FUNCTION",
     )
-    warmup_steps: int = option(0, "steps of linear warm-up", at_least=0)
+    schedule_args: str = option(
+        "", "your own schedule: arguments of its function, such as 'power=0.5'"
+    )
+    drop_every: int = option(1000, "schedule=step: steps between two drops", at_least=1)
+    drop_factor: float = option(
+        0.1, "schedule=step: factor of the learning rate at each drop", above=0, at_most=1
+    )
+    warmup_steps: int = option(0, "steps of linear warm-up before the schedule", at_least=0)
 
 
 @dataclasses.dataclass
@@ -72,8 +92,11 @@ class AggregationConfig:
         "epoch", "aggregation interval: epoch, or a number of steps such as '10 steps'"
     )
     rule: str = option(
-        "fedavg", "server optimiser applied to the averaged update", choices=REGISTERED
+        "fedavg",
+        "server optimiser applied to the averaged update: {names}, or your own: "
+        "module:NAME:FUNCTION",
     )
+    args: str = option("", "your own rule: arguments of its function, such as 'trim=1'")
     learning_rate: float = option(1.0, "server learning rate (adaptive rules: try 0.01)", above=0)
     momentum: float = option(
         0.9, "fedavgm: momentum; adaptive rules: first beta", at_least=0, below=1

@@ -18,6 +18,7 @@ from comms.arrays import Array
 from pipar_jax import config as configuration
 from pipar_jax import data as datasets
 from pipar_jax.config import Config
+from pipar_jax.config.plugins import OWN
 from pipar_jax.data import Dataset, make_queries, normalise
 from pipar_jax.disk.event_log import OnEvent, read_events
 from pipar_jax.disk.files import describe_reading
@@ -28,7 +29,6 @@ from pipar_jax.methods.resolution import check_plan, resolve
 from pipar_jax.roles.run_folder import CONFIG, METRICS, TRACE
 from pipar_jax.roles.server import run_server
 from pipar_jax.roles.worker import run_device, run_node
-from pipar_jax.runtime.own_model import OWN
 from pipar_jax.runtime.setup import as_trained, build_model
 from pipar_jax.schedule.plan import COORDINATOR, device_name, host_index
 from pipar_jax.schedule.trace import Trace

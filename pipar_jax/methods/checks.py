@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-import shlex
 
+from pipar_jax.aggregation.rules import RULES
 from pipar_jax.config import OWN_SOURCES, Config, Hosts, HostSpec, field_path, may_lose, schema
 from pipar_jax.config.checks import distinct_devices
+from pipar_jax.config.plugins import check_args, check_named
 from pipar_jax.data.published import PUBLIC_SOURCES
 from pipar_jax.errors import ConfigError
 from pipar_jax.methods.registry import METHODS, Method, node_methods
@@ -31,6 +32,9 @@ def check_registered(config: Config, models: tuple[str, ...] = ()) -> None:
     hosts = Hosts(config, nodes=config.nodes.count)
     _check_model(config, models)
     _check_data(config)
+    rule = config.aggregation.rule
+    check_named(rule, "aggregation.rule", "a rule", tuple(RULES))
+    check_args(config.aggregation.args, "aggregation.args", "aggregation.rule", rule)
     for device in distinct_devices(config, hosts):
         _check_device(config, device)
     check_tuner(config)
@@ -44,8 +48,7 @@ def check_registered(config: Config, models: tuple[str, ...] = ()) -> None:
 def _check_model(config: Config, models: tuple[str, ...]) -> None:
     """Checks that the network is known, and that the data suit it."""
     known = (*UNITS, *models)
-    own = re.fullmatch(r"module:[\w.]+:\w+", config.model.name) is not None
-    _check_arguments(config.model.args, own)
+    check_args(config.model.args, "model.args", "model.name", config.model.name)
     try:
         re.compile(config.model.trainable)
     except (re.error, RecursionError, OverflowError) as error:  # nested too deep; a count too large
@@ -53,34 +56,13 @@ def _check_model(config: Config, models: tuple[str, ...]) -> None:
             f"model.trainable={config.model.trainable[:120]!r} is not a regular expression: "
             f"{str(error)[:120]}"
         ) from error
-    if config.model.name not in known and not own:
-        raise ConfigError(
-            f"model.name={config.model.name!r} is not a "
-            f"network{schema.did_you_mean(config.model.name, known)} (known: {', '.join(known)}, "
-            "module:NAME:FUNCTION)"
-        )
+    check_named(config.model.name, "model.name", "a network", known)
     name = config.model.name
     if name in TOKEN_MODELS and name not in models and config.data.source in PUBLIC_SOURCES:
         raise ConfigError(
             f"model.name={name!r} takes rows of tokens, and data.source={config.data.source!r} has "
             "images: choose another network, or tokens of your own (npz:PATH, module:NAME:FUNCTION)"
         )
-
-
-def _check_arguments(text: str, own: bool) -> None:
-    """Checks the arguments of the user's own network."""
-    said = f"model.args={text[:120]!r}"
-    if text and not own:
-        raise ConfigError(
-            f"{said} is for a network of your own: set model.name=module:NAME:FUNCTION"
-        )
-    try:
-        pairs = shlex.split(text)
-    except ValueError as error:
-        raise ConfigError(f"{said} cannot be read: {error}") from error
-    wrong = [pair[:120] for pair in pairs if not re.match(r"[A-Za-z_]\w*=", pair)]
-    if wrong:
-        raise ConfigError(f"{said}: {wrong[0]!r} is not NAME=VALUE; write 'width=16 norm=group'")
 
 
 def _check_source(source: str, field: str) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from comms import Allowance, ChannelError, Message, MessageKind
 from comms.arrays import Array, DType
-from pipar_jax.aggregation.rules import rule
+from pipar_jax.aggregation.rules import make_rule
 from pipar_jax.config import Config
 from pipar_jax.errors import ProtocolError
 from pipar_jax.protocol.messages import LookSeen
@@ -60,7 +60,7 @@ class Holdings:
             config.optimizer, steps=1, proximal_mu=config.aggregation.proximal_mu
         )
         self._pulls_optimizers = config.checkpoint.device_state == "server"
-        self._rule = rule(config.aggregation)
+        self._rule = make_rule(config.aggregation).transformation
         self._units = {unit.name: unit for unit in model.units}
         self._likes: dict[tuple[str, str], dict[str, Like]] = {}
 

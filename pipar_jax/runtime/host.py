@@ -576,7 +576,7 @@ class Host:
         anew, self._round, self._attempt = said.round != self._round, said.round, said.attempt
         self._dropped.clear()
         self._turn = None
-        undo.begin_round(self._replicas, schedule, anew=anew)
+        undo.begin_round(self._replicas, schedule, said.round, anew=anew)
         self._executor.start(schedule, said.attempt, said.cohort)
         self._training = True
         self._feeder.start(schedule)

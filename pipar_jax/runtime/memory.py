@@ -112,7 +112,7 @@ class _ModelSizes:
         self._model, self._rematerialise = model, rematerialise
         proximal = config.aggregation.proximal_mu
         self._tx = optimizer.build(config.optimizer, steps=1, proximal_mu=proximal)
-        self._rule = rules.rule(config.aggregation)
+        self._rule = rules.make_rule(config.aggregation).transformation
         self._stages: dict[tuple[range, int], StageSizes] = {}
         self.units = len(model.units)
 

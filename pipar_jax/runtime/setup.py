@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import stages
 from comms import ChannelOptions, TlsOptions
 from pipar_jax.config import Config, ModelConfig
+from pipar_jax.config.plugins import OWN
 from pipar_jax.errors import RunError
-from pipar_jax.runtime.own_model import OWN, make_own
+from pipar_jax.runtime.own_model import make_own
 
 if TYPE_CHECKING:
     from stages import Model
@@ -51,7 +52,8 @@ def as_trained(config: Config, model: Model) -> Model:
     """Returns a model whose weights that are not to be trained are frozen.
 
     Raises:
-      RunError: It takes side inputs, which runs do not support.
+      RunError: It takes side inputs, which runs do not support, or a pattern of
+        ``optimizer.groups`` matches no weight.
       StageError: No weight matches ``model.trainable``.
     """
     if model.sides:
@@ -59,9 +61,14 @@ def as_trained(config: Config, model: Model) -> Model:
             f"model {model.name!r} takes the side inputs {sorted(model.sides)}, but a run supports "
             "a single input: compute them in the network from its input, before the first cut"
         )
-    if not config.model.trainable:
-        return model
-    return model.training(config.model.trainable, config.seed)
+    if config.model.trainable:
+        model = model.training(config.model.trainable, config.seed)
+    if config.optimizer.groups:
+        from pipar_jax.training.optimizer import check_groups
+
+        trained = [f"{unit.name}/{path}" for unit in model.units for path in unit.params]
+        check_groups(config.optimizer, trained)
+    return model
 
 
 def channel_options(config: Config) -> ChannelOptions:

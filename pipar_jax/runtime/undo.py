@@ -32,13 +32,23 @@ def find_keep(config: Config, plan: Plan, copy: int) -> Keep:
     return keep(plan, copy, keeps_state=keeps_state(config))
 
 
-def begin_round(replicas: Replicas, schedule: RoundSchedule, *, anew: bool) -> None:
-    """Records the state at the start of a round, or of its rest after a rewind."""
-    if schedule.plan.order == Order.PARALLEL:
+def begin_round(replicas: Replicas, schedule: RoundSchedule, index: int, *, anew: bool) -> None:
+    """Records the state at the start of a round, or of its rest after a rewind.
+
+    Args:
+      replicas: The host's replicas.
+      schedule: The round.
+      index: The round's number in the run.
+      anew: Whether it is the round's start.
+    """
+    plan = schedule.plan
+    if plan.order == Order.PARALLEL:
         firsts = {span.device: span.first for span in schedule.spans if span.stop > span.first}
         whole = min(firsts.values(), default=0)
         for (copy, _), replica in replicas.items():
-            replica.begin_round(whole if copy == ALL else firsts.get(copy, 0), anew=anew)
+            first = whole if copy == ALL else firsts.get(copy, 0)
+            course = first if plan.sums_gradients else index * schedule.steps_of_round(copy)
+            replica.begin_round(first, course=course, anew=anew)
 
 
 def begin_turn(replicas: Replicas) -> None:

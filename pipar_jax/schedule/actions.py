@@ -406,6 +406,11 @@ class RoundSchedule:
             if span.first <= step < span.stop
         )
 
+    def steps_of_round(self, device: int) -> int:
+        """Returns the steps of a device in a full round of devices in parallel."""
+        of_epoch = -(-self.samples[device] // self.batch_size)
+        return self.plan.aggregate_every or of_epoch
+
     def trained_samples(self, span: Span) -> int:
         """Returns the number of samples that a device trains on in a span."""
         samples = self.samples[span.device]

@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax.schedules import InjectStatefulHyperparamsState
 
 import stages
 from pipar_jax.config import OptimizerConfig
+from pipar_jax.config.optimizers import Group, read_groups
+from pipar_jax.config.plugins import is_own
+from pipar_jax.errors import RunError
+from pipar_jax.training import own
 from stages.trees import OptState, PyTree, Variables
 
 
@@ -71,24 +78,81 @@ def anchor(opt_state: OptState, params: Variables) -> dict[str, PyTree]:
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.ScalarOrSchedule:
     """Returns the learning rate, or its schedule over a run.
 
+    A schedule's count is part of the optimiser state, so it goes on over rounds and after a resume;
+    ``at_step`` sets it where a state begins anew within a run.
+
     Args:
       config: The optimiser's configuration.
       steps: Number of steps of a replica in the run.
+
+    Raises:
+      RunError: The user's own schedule cannot be made.
     """
     rate, warmup = config.learning_rate, config.warmup_steps
     rest = max(1, steps - warmup)
-    if config.decay == "cosine":
-        course: optax.Schedule = optax.cosine_decay_schedule(rate, rest)
-    elif config.decay == "linear":
-        course = optax.linear_schedule(rate, 0.0, rest)
-    elif warmup:
+    if is_own(config.schedule):
+        course = own.schedule(config, rest)
+    elif config.schedule == "constant":
+        if not warmup:
+            return rate
         course = optax.constant_schedule(rate)
     else:
-        return rate
+        course = _COURSES[config.schedule](config, rest)
     if not warmup:
         return course
     ramp = optax.linear_schedule(rate / (warmup + 1), rate, warmup)
     return optax.join_schedules([ramp, course], [warmup])
+
+
+def _drops(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Returns a schedule that drops by a factor every so many steps."""
+    del steps
+    return optax.exponential_decay(
+        config.learning_rate, config.drop_every, config.drop_factor, staircase=True
+    )
+
+
+_COURSES: dict[str, Callable[[OptimizerConfig, int], optax.Schedule]] = {
+    "cosine": lambda config, steps: optax.cosine_decay_schedule(config.learning_rate, steps),
+    "linear": lambda config, steps: optax.linear_schedule(config.learning_rate, 0.0, steps),
+    "step": _drops,
+}
+
+
+def at_step(opt_state: OptState, step: int) -> OptState:
+    """Returns an optimiser state whose learning-rate schedules are at a step of the run.
+
+    Adam's count, by which its moments are corrected, stays: it belongs to the moments.
+
+    Args:
+      opt_state: State by unit.
+      step: Steps taken.
+    """
+
+    def placed(node: PyTree) -> PyTree:
+        if isinstance(node, InjectStatefulHyperparamsState):
+            courses = jax.tree.map(counted, node.hyperparams_states, is_leaf=_counts)
+            inner = jax.tree.map(placed, node.inner_state, is_leaf=_is_scheduled)
+            node = node._replace(hyperparams_states=courses, inner_state=inner)
+        return counted(node) if _is_scheduled(node) else node
+
+    def counted(node: PyTree) -> PyTree:
+        if not _counts(node):
+            return node
+        return node._replace(count=jnp.array(step, jnp.asarray(node.count).dtype))
+
+    moved: OptState = jax.tree.map(placed, opt_state, is_leaf=_is_scheduled)
+    return moved
+
+
+def _is_scheduled(node: PyTree) -> bool:
+    """Returns whether a part of an optimiser state belongs to a schedule."""
+    return isinstance(node, (optax.ScaleByScheduleState, InjectStatefulHyperparamsState))
+
+
+def _counts(node: PyTree) -> bool:
+    """Returns whether a part of an optimiser state counts steps."""
+    return "count" in getattr(node, "_fields", ())
 
 
 class CompiledOptimizer(NamedTuple):
@@ -112,8 +176,9 @@ def compiled(config: OptimizerConfig, *, steps: int, proximal_mu: float = 0.0) -
 
     Hosts of one process with the same optimiser share it, so that it is compiled once.
     """
-    # The length of the run matters only for schedules.
-    length = steps if config.decay != "constant" else 0
+    # The length of the run matters only for schedules, and to functions of the user's.
+    same = config.schedule in ("constant", "step") and not is_own(config.name)
+    length = 0 if same else steps
     return _compiled(dataclasses.astuple(config), length, proximal_mu)
 
 
@@ -154,18 +219,70 @@ def parts(
         made.append(add_proximal(proximal_mu))
     if config.clip_norm is not None:
         made.append(stages.Joint(*optax.clip_by_global_norm(config.clip_norm)))
+    rate = learning_rate(config, steps)
+    if is_own(config.name):
+        made += own.optimizer(config, rate, steps)
+    else:
+        made += _registered(config)
+        made.append(optax.scale_by_learning_rate(rate))
+    if config.groups:
+        made.append(scale_groups(read_groups(config.groups)))
+    return tuple(made)
+
+
+def _registered(config: OptimizerConfig) -> Iterator[optax.GradientTransformation]:
+    """Yields the parts of a registered optimiser, up to the learning rate."""
     if config.weight_decay and config.name != "adamw":
-        made.append(optax.add_decayed_weights(config.weight_decay))
+        yield optax.add_decayed_weights(config.weight_decay)
     if config.name == "sgd":
         if config.momentum:
-            made.append(optax.trace(config.momentum, nesterov=config.nesterov))
+            yield optax.trace(config.momentum, nesterov=config.nesterov)
     else:
-        made.append(
-            optax.scale_by_adam(
-                config.momentum, config.beta2, config.epsilon, nesterov=config.nesterov
-            )
+        yield optax.scale_by_adam(
+            config.momentum, config.beta2, config.epsilon, nesterov=config.nesterov
         )
         if config.weight_decay and config.name == "adamw":
-            made.append(optax.add_decayed_weights(config.weight_decay))
-    made.append(optax.scale_by_learning_rate(learning_rate(config, steps)))
-    return tuple(made)
+            yield optax.add_decayed_weights(config.weight_decay)
+
+
+def scale_groups(groups: Sequence[Group]) -> stages.Joint:
+    """Returns what multiplies the updates of groups of weights, so that each has its own rate.
+
+    Args:
+      groups: The groups; a weight belongs to the first whose pattern is found in "unit/path".
+    """
+
+    def update(
+        updates: Variables, state: optax.OptState, params: Variables | None = None
+    ) -> tuple[Variables, optax.OptState]:
+        del params
+        scaled = {
+            unit: {path: _factor(groups, f"{unit}/{path}") * u for path, u in arrays.items()}
+            for unit, arrays in updates.items()
+        }
+        return scaled, state
+
+    return stages.Joint(lambda params: optax.EmptyState(), update)
+
+
+def _factor(groups: Sequence[Group], name: str) -> float:
+    return next((one.factor for one in groups if re.search(one.pattern, name)), 1.0)
+
+
+def check_groups(config: OptimizerConfig, names: Collection[str]) -> None:
+    """Checks that every group has weights.
+
+    Args:
+      config: The optimiser's configuration.
+      names: Names (unit/path) of all weights that are trained.
+
+    Raises:
+      RunError: A pattern matches none.
+    """
+    for group in read_groups(config.groups):
+        if not any(re.search(group.pattern, name) for name in names):
+            some = ", ".join(sorted(names)[:6])
+            raise RunError(
+                f"optimizer.groups={config.groups!r}: no trained weight matches "
+                f"{group.pattern!r} (names are unit/path, such as {some})"
+            )

@@ -67,6 +67,7 @@ class Replica:
         self._settled = self.state  # as the last step has left them
         # Whether the next step has to leave what it starts from as it is, since that is kept.
         self._held = False
+        self._renewed = False  # since the last round began
 
     def load(
         self,
@@ -116,14 +117,19 @@ class Replica:
             tree += [self.params, self.state, self.opt_state]
         return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
-    def begin_round(self, step: int, *, anew: bool = True) -> None:
+    def begin_round(self, step: int, *, course: int | None = None, anew: bool = True) -> None:
         """Notes what a round begins with.
 
         Args:
           step: Its first step.
+          course: Steps of the run before the round, by which schedules go on even if the replica
+            has missed some; None: as the optimiser state has counted them.
           anew: Whether it is the round's start, and not that of the rest after a rewind.
         """
         self.step, self._settled = step, dict(self.state)
+        if course is not None and (anew or self._renewed):
+            self.opt_state = optimizer.at_step(self.opt_state, course)
+        self._renewed = False
         if anew and Keep.OPTIMIZER in self._keeps:
             self._start, self._held = dict(self.opt_state), True
 
@@ -145,6 +151,7 @@ class Replica:
 
     def renew(self) -> None:
         """Begins with a fresh optimiser state."""
+        self._renewed = True
         init = self._compiled.transformation.init
         self.opt_state = {unit: init(arrays) for unit, arrays in self.params.items()}
         self.clear()

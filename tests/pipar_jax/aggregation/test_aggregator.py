@@ -5,11 +5,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import stages
 from pipar_jax.aggregation.aggregator import Aggregator, Contribution
 from pipar_jax.aggregation.rules import RULES
 from pipar_jax.config import AggregationConfig, OptimizerConfig
+from pipar_jax.errors import RunError
 from pipar_jax.training import optimizer
 
 
@@ -151,8 +154,60 @@ def test_without_fedprox_a_new_round_leaves_the_optimiser_alone():
 
 
 def test_the_step_size_warms_up_and_decays():
-    config = OptimizerConfig(learning_rate=1.0, decay="cosine", warmup_steps=3)
+    config = OptimizerConfig(learning_rate=1.0, schedule="cosine", warmup_steps=3)
     course = optimizer.learning_rate(config, 11)
     assert [round(float(course(i)), 4) for i in (0, 1, 2, 3)] == [0.25, 0.5, 0.75, 1.0]
     assert float(course(7)) == pytest.approx(0.5)
     assert float(course(11)) == pytest.approx(0.0)
+
+
+OWN = "module:tests.pipar_jax.training.brought"
+
+
+def averaged(rule, **values):
+    """The weights after a round of three replicas under a rule, and the replicas'."""
+    params, state = variables(0)
+    made = Aggregator(AggregationConfig(rule=rule, **values), params, state)
+    made.compile()
+    replicas = [Contribution(*variables(d), weight=w) for d, w in ((1, 3.0), (2, 1.0), (3, 2.0))]
+    made.aggregate(replicas)
+    return made, [np.asarray(one.params["a"]["kernel"], np.float64) for one in replicas]
+
+
+def test_a_rule_of_the_users_takes_the_place_of_the_mean():
+    start = np.asarray(variables(0)[0]["a"]["kernel"], np.float64)
+    made, replicas = averaged(f"{OWN}:median", learning_rate=0.5)
+    wanted = start + 0.5 * np.median([one - start for one in replicas], axis=0)
+    np.testing.assert_allclose(made.params["a"]["kernel"], wanted, rtol=1e-5)
+    mean = averaged(f"{OWN}:mean")[0]
+    like = averaged("fedavg")[0]
+    for unit, arrays in like.params.items():
+        for path, array in arrays.items():
+            np.testing.assert_allclose(mean.params[unit][path], array, rtol=1e-5)
+    np.testing.assert_array_equal(made.state["a"]["mean"], like.state["a"]["mean"])
+
+
+def test_a_rule_of_the_users_is_an_optimiser_of_the_server():
+    start = variables(0)[0]["a"]
+    made, replicas = averaged(f"{OWN}:adam_of_server", learning_rate=0.1, beta2=0.5)
+    mean = sum(w * one for w, one in zip((3 / 6, 1 / 6, 2 / 6), replicas, strict=True))
+    tx = optax.adam(0.1, b2=0.5)
+    updates, _ = tx.update({"kernel": start["kernel"] - mean}, tx.init(start), start)
+    np.testing.assert_allclose(
+        made.params["a"]["kernel"], start["kernel"] + updates["kernel"], rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("rule", "values", "says"),
+    [
+        ("first", {}, r"its delta came back with float32\[\d, 3, 2\], expected float32\[3, 2\]"),
+        ("breaks", {}, r"own rule \S+ failed: ValueError: no replicas \(.*brought.py:\d+"),
+        ("nothing", {}, "returned a NoneType, expected an optax.GradientTransformation or"),
+        ("median", {"args": "trim=1"}, r"aggregation.args='trim=1': .*no parameter 'trim'"),
+    ],
+)
+def test_mistakes_in_a_rule_of_the_users_are_reported_in_one_line(rule, values, says):
+    with pytest.raises((RunError, stages.StageError), match=says) as caught:
+        averaged(f"{OWN}:{rule}", **values)
+    assert "\n" not in str(caught.value)

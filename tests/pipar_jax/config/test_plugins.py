@@ -20,7 +20,8 @@ import stages
 from comms.errors import explain
 from configs import digits
 from pipar_jax import data
-from pipar_jax.config import plugins
+from pipar_jax.aggregation import rules
+from pipar_jax.config import AggregationConfig, OptimizerConfig, plugins
 from pipar_jax.errors import ConfigError, DataError, PiparError, RunError
 from pipar_jax.launch.flags import load_preset
 from pipar_jax.launch.process import describe_os_error, perform
@@ -28,6 +29,7 @@ from pipar_jax.methods.resolution import resolve
 from pipar_jax.report.sinks import Sinks
 from pipar_jax.roles.selection import Candidate, CohortChooser
 from pipar_jax.runtime.setup import build_model
+from pipar_jax.training import optimizer
 from tests import sources
 
 #: What somebody's function may do, by its name in the module below, and what is told of it.
@@ -46,28 +48,28 @@ MODULE = """
 import json
 from pipar_jax.errors import DataError
 
-def told(*_):
+def told(*_, **__):
     raise FileNotFoundError("put the CSV into data/raw")  # line of told
 
-def numbered(*_):
+def numbered(*_, **__):
     open("gone.csv")  # line of numbered
 
-def silent(*_):
+def silent(*_, **__):
     raise OSError  # line of silent
 
-def key(*_):
+def key(*_, **__):
     {}["column"]  # line of key
 
-def lines(*_):
+def lines(*_, **__):
     raise ValueError("first\\n  second")  # line of lines
 
-def ours(*_):
+def ours(*_, **__):
     raise DataError("mine")  # line of ours
 
-def ended(*_):
+def ended(*_, **__):
     raise SystemExit("enough")  # line of ended
 
-def library(*_):
+def library(*_, **__):
     json.loads("")  # line of library
 
 class Sink:
@@ -159,6 +161,19 @@ def _traced(name: str, folder: pathlib.Path) -> None:
     stages.trace(lambda params, x: call(x), example, params=params, name="own")
 
 
+def _optimizer(name: str, folder: pathlib.Path) -> None:
+    optimizer.build(OptimizerConfig(name=f"module:users_own:{name}"), steps=1)
+
+
+def _schedule(name: str, folder: pathlib.Path) -> None:
+    config = OptimizerConfig(schedule=f"module:users_own:{name}")
+    optimizer.build(config, steps=1)
+
+
+def _rule(name: str, folder: pathlib.Path) -> None:
+    rules.make_rule(AggregationConfig(rule=f"module:users_own:{name}"))
+
+
 def _users(name: str) -> Any:
     return getattr(importlib.import_module("users_own"), name)
 
@@ -176,6 +191,9 @@ PLACES = {
     "sink closed": (_close, RunError, r"the sink users_own:{name}_close of run\.sinks failed: "),
     "preset": (_preset, ConfigError, r"--config=\S+preset\.py fails: "),
     "network made": (_network, RunError, "own network module:users_own:{name} failed: "),
+    "optimiser": (_optimizer, RunError, "own optimiser module:users_own:{name} failed: "),
+    "schedule": (_schedule, RunError, "own schedule module:users_own:{name} failed: "),
+    "rule": (_rule, RunError, "own rule module:users_own:{name} failed: "),
     "network traced": (
         _traced,
         stages.StageError,

@@ -79,14 +79,14 @@ IN_TURN = [
 IN_TURN += [(1, "constant", (14, 14), "step"), (1, "cosine", (10, 16), "epoch")]
 
 
-@pytest.mark.parametrize(("cut", "decay", "samples", "hand_on"), IN_TURN)
+@pytest.mark.parametrize(("cut", "schedule", "samples", "hand_on"), IN_TURN)
 def test_split_learning_equals_sgd_on_the_devices_in_turn(
-    double, network, cut, decay, samples, hand_on, tmp_path
+    double, network, cut, schedule, samples, hand_on, tmp_path
 ):
     """Over three rounds: momentum, and the step size's course, go with the part."""
     made = setting("sl", cut, 1, tmp_path, samples)
     made.optimizer.momentum, made.pipeline.hand_on = 0.9, hand_on
-    made.optimizer.decay, made.epochs = decay, 3
+    made.optimizer.schedule, made.epochs = schedule, 3
     run = support.trained(made, samples, network)
     loaders = support.batches(made, samples)
     groups: list = []
@@ -96,7 +96,7 @@ def test_split_learning_equals_sgd_on_the_devices_in_turn(
             turns.sort(key=lambda turn: (turn[1], turn[0]))
         groups += [[loaders[d].batch(s + epoch * loaders[d].steps_per_epoch)] for d, s in turns]
     rate = made.optimizer.learning_rate
-    course = optax.cosine_decay_schedule(rate, len(groups)) if decay == "cosine" else rate
+    course = optax.cosine_decay_schedule(rate, len(groups)) if schedule == "cosine" else rate
     expected = support.centralised(made, network, groups, optax.sgd(course, 0.9))
     assert support.largest_difference(run.params, expected) < RTOL
 

@@ -12,10 +12,10 @@ import pytest
 from flax import nnx
 
 import stages
+from pipar_jax.config import plugins
 from pipar_jax.errors import ConfigError, PiparError, RunError
 from pipar_jax.launch.api import train
 from pipar_jax.methods.resolution import resolve
-from pipar_jax.runtime import own_model
 from pipar_jax.runtime.setup import build_model
 from tests.pipar_jax.runtime import support
 
@@ -114,7 +114,7 @@ def test_what_cannot_be_built_is_told_in_one_line(function, args, says, tmp_path
     ("name", "args", "says"),
     [
         ("module:brought", "", r"model\.name='module:brought' is not a network.*module:NAME:FUNC"),
-        ("vgg5", "width=3", "is for a network of your own: set model.name=module:NAME:FUNCTION"),
+        ("vgg5", "width=3", "is for a function of your own: set model.name=module:NAME:FUNCTION"),
         ("module:brought:net", "width", "'width' is not NAME=VALUE; write 'width=16 norm=group'"),
         ("module:brought:net", "a='b", "cannot be read: No closing quotation"),
     ],
@@ -129,7 +129,7 @@ def test_names_and_arguments_are_checked_before_anything_starts(name, args, says
 def test_arguments_are_numbers_lists_and_texts():
     text = "a=1 b=0.5 c=true d=[1,2] e=group f='two words'"
     found = {"a": 1, "b": 0.5, "c": True, "d": [1, 2], "e": "group", "f": "two words"}
-    assert own_model.read_args(text) == found
+    assert plugins.read_args(text) == found
 
 
 def test_a_model_with_side_inputs_is_refused_before_anything_starts(tmp_path):

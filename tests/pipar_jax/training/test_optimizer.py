@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shlex
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +13,25 @@ import optax
 import pytest
 
 import stages
-from pipar_jax.config import OptimizerConfig
+from pipar_jax.config import OptimizerConfig, plugins
+from pipar_jax.config.training_fields import OPTIMIZERS, SCHEDULES
+from pipar_jax.errors import RunError
 from pipar_jax.training import optimizer
+from tests.pipar_jax.training import brought
 
 STEPS = 3
+OWN = "module:tests.pipar_jax.training.brought"
 #: For each field the values that are tried, and what they need to make a difference. A field that
 #: is missing here fails: whoever adds an option says what it equals.
 VALUES = {
-    "name": [{"name": "sgd"}, {"name": "adam"}, {"name": "adamw"}],
+    "name": [
+        {"name": "sgd"}, {"name": "adam"}, {"name": "adamw"}, {"name": f"{OWN}:rmsprop"},
+        {"name": f"{OWN}:listed"}, {"name": f"{OWN}:injected"},
+        {"name": f"{OWN}:injected", "schedule": "linear"},
+    ],
+    "args": [{"name": f"{OWN}:rmsprop", "args": "decay=0.5"}],
     "learning_rate": [{"learning_rate": 0.5}],
+    "groups": [{"groups": "one/=0.1 two=3"}, {"name": "adam", "groups": "'w$|a'=0"}],
     "momentum": [{"momentum": 0.0}, {"name": "adam", "momentum": 0.5}],
     "nesterov": [{"nesterov": True}, {"name": "adam", "nesterov": True}],
     "beta2": [{"name": "adam", "beta2": 0.5}],
@@ -28,8 +40,15 @@ VALUES = {
         {"name": name, "weight_decay": 0.1} for name in ("sgd", "adam", "adamw")
     ],
     "clip_norm": [{"clip_norm": 0.5}, {"clip_norm": 1e6}],
-    "decay": [{"decay": "cosine"}, {"decay": "linear"}],
-    "warmup_steps": [{"warmup_steps": 2}, {"warmup_steps": 1, "decay": "linear"}],
+    "schedule": [
+        *({"schedule": name, "drop_every": 1} for name in ("constant", "cosine", "linear", "step")),
+        {"schedule": f"{OWN}:square_root"},
+    ],
+    "schedule_args": [{"schedule": f"{OWN}:square_root", "schedule_args": "power=2"}],
+    "drop_every": [{"schedule": "step", "drop_every": 2}],
+    "drop_factor": [{"schedule": "step", "drop_every": 1, "drop_factor": 0.5}],
+    "warmup_steps": [{"warmup_steps": 2}, {"warmup_steps": 1, "schedule": "linear"},
+                     {"warmup_steps": 1, "schedule": f"{OWN}:square_root"}],
 }  # fmt: skip
 CASES = [(field, values, mu) for field, some in VALUES.items() for values in some for mu in (0.0,)]
 # Everything again where units are coupled, and where the round's weights pull.
@@ -43,7 +62,11 @@ def reference(config: OptimizerConfig, mu: float, start) -> optax.GradientTransf
         "constant": optax.constant_schedule(rate),
         "cosine": optax.cosine_decay_schedule(rate, rest),
         "linear": optax.linear_schedule(rate, 0.0, rest),
-    }[config.decay]
+        "step": lambda count: rate * config.drop_factor ** (count // config.drop_every),
+        f"{OWN}:square_root": brought.square_root(
+            rate, **plugins.read_args(config.schedule_args), steps=rest
+        ),
+    }[config.schedule]
     if config.warmup_steps:
         ramp = [rate * (i + 1) / (config.warmup_steps + 1) for i in range(config.warmup_steps)]
         later = course
@@ -58,11 +81,25 @@ def reference(config: OptimizerConfig, mu: float, start) -> optax.GradientTransf
         "sgd": lambda: optax.sgd(course, config.momentum, nesterov=config.nesterov),
         "adam": lambda: optax.adam(course, **adam),
         "adamw": lambda: optax.adamw(course, weight_decay=config.weight_decay, **adam),
+        f"{OWN}:rmsprop": lambda: brought.rmsprop(
+            course, **plugins.read_args(config.args), momentum=config.momentum
+        ),
+        f"{OWN}:listed": lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(course)),
+        f"{OWN}:injected": lambda: optax.adam(course),
     }[config.name]()
     pull = optax.stateless(lambda g, w: jax.tree.map(lambda g, w, a: g + mu * (w - a), g, w, start))
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     l2 = 0.0 if config.name == "adamw" else config.weight_decay
-    return optax.chain(pull, clip, optax.add_decayed_weights(l2), rule)
+    factors = {unit: {path: factor(config, f"{unit}/{path}") for path in arrays}
+               for unit, arrays in start.items()}  # fmt: skip
+    groups = optax.stateless(lambda g, w: jax.tree.map(jnp.multiply, g, factors))
+    return optax.chain(pull, clip, optax.add_decayed_weights(l2), rule, groups)
+
+
+def factor(config: OptimizerConfig, name: str) -> float:
+    """The factor of a weight's learning rate."""
+    pairs = [(pair.rpartition("=")) for pair in shlex.split(config.groups)]
+    return next((float(n) for pattern, _, n in pairs if re.search(pattern, name)), 1.0)
 
 
 def weights():
@@ -98,8 +135,11 @@ def test_every_option_is_tried():
     fields = dataclasses.fields(OptimizerConfig)
     assert list(VALUES) == [field.name for field in fields]
     for field in fields:
-        choices = set(field.metadata["choices"] or ()) - {field.default}
-        assert choices <= {one[field.name] for one in VALUES[field.name]}, field.name
+        choices = field.metadata["choices"] or {"name": OPTIMIZERS, "schedule": SCHEDULES}.get(
+            field.name, ()
+        )
+        tried = {one[field.name] for one in VALUES[field.name]}
+        assert set(choices) - {field.default} <= tried, field.name
 
 
 @pytest.mark.parametrize(("field", "values", "mu"), CASES)
@@ -128,12 +168,55 @@ def test_what_couples_units_is_marked_and_keeps_no_state():
         parts = optimizer.parts(OptimizerConfig(**values), steps=STEPS, proximal_mu=mu)
         params = weights()
         for part in parts:
+            if isinstance(part, stages.Joint):
+                assert part.init(params) == optax.EmptyState()
+                continue
             whole, _ = part.update(gradients(params, 0), part.init(params), params)
             alone = {
                 unit: part.update(gradients(params, 0)[unit], part.init(own), own)[0]
                 for unit, own in params.items()
             }
-            if isinstance(part, stages.Joint):
-                assert part.init(params) == optax.EmptyState()
-            else:
-                assert close(whole, alone)
+            assert close(whole, alone)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"name": f"{OWN}:lookalike"}, r"own optimiser \S+ failed: TypeError: .*positional"),
+        ({"name": f"{OWN}:scalar"}, "its updates came back as PyTreeDef"),
+        ({"name": f"{OWN}:keyed"}, "its state has a .* key<fry>, expected arrays of numbers"),
+        ({"name": f"{OWN}:fails"}, r"failed: ValueError: no such moment \(.*brought.py:\d+"),
+        ({"name": f"{OWN}:nothing"}, "returned a NoneType, expected an optax.Gradient"),
+        ({"name": f"{OWN}:ratesless"}, r"has no parameter 'learning_rate' \(known: none\)"),
+        ({"name": f"{OWN}:injected", "beta2": 0.5}, r"has no parameter 'beta2'"),
+        ({"name": f"{OWN}:rmsprop", "args": "dcay=1"}, "optimizer.args='dcay=1': .*no param"),
+        ({"schedule": f"{OWN}:nothing"}, "returned a NoneType, expected a function from the"),
+        ({"schedule": f"{OWN}:vector"}, r"gives float32\[3\] as learning rate"),
+        ({"schedule": f"{OWN}:ratesless"}, "has no parameter 'learning_rate'"),
+    ],
+)
+def test_mistakes_in_own_functions_are_reported_in_one_line(values, says):
+    with pytest.raises((RunError, stages.StageError), match=says) as caught:
+        trained(OptimizerConfig(**values), 0.0)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", f"{OWN}:injected"])
+def test_a_fresh_state_within_a_run_takes_the_learning_rate_of_the_moment(name):
+    """Only the schedule's count is moved: Adam's belongs to its moments."""
+    config = OptimizerConfig(name=name, momentum=0.9, schedule="linear", learning_rate=0.4)
+    made = optimizer.compiled(config, steps=4)
+    rates = []
+    for step in range(4):
+        params = {"unit": {"w": jnp.ones(2)}}
+        state = optimizer.at_step({"unit": made.transformation.init(params["unit"])}, step)
+        assert optimizer.at_step(state, step) is not state
+        after, _, _ = made.update(params, state, {"unit": {"w": jnp.ones(2)}})
+        rates.append(1 - float(after["unit"]["w"][0]))
+    np.testing.assert_allclose(rates, [0.4, 0.3, 0.2, 0.1], rtol=1e-4)
+
+
+def test_a_group_without_weights_is_refused():
+    config = OptimizerConfig(groups="head=0.1 lora=10")
+    with pytest.raises(RunError, match=r"no trained weight matches 'lora' .*such as head/w"):
+        optimizer.check_groups(config, ["head/w"])
