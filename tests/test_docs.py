@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from configs import digits
+from pipar_jax.launch.api import load, run_here
+from pipar_jax.methods.resolution import resolve
 from tests.sources import ROOT
 
 PAGE = ROOT / "docs" / "bring-your-model.md"
@@ -59,3 +62,24 @@ def test_its_commands_work(blocks: list[str], tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "network, 922 parameters" in done.stdout and "left_right" in done.stdout
     assert "2 arrays are needed behind it" in done.stdout
+
+
+def test_the_functions_of_the_page_on_optimisers_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8")
+    (block,) = BLOCK.findall(text)
+    (tmp_path / "mytraining.py").write_text(block, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    (command,) = re.findall(r"^pipar train (.*?)\n```$", text, re.M | re.S)
+    config = digits.get_config()
+    for flag in command.replace("\\\n", " ").split()[1:]:
+        field, _, value = flag.partition("=")
+        _, group, name = field.split(".")
+        kind = type(getattr(getattr(config, group), name))
+        setattr(getattr(config, group), name, kind(value.strip("'")))
+    config.run.dir, config.epochs = str(tmp_path), 4
+    config.data.train_samples, config.data.test_samples = 800, 100
+    folder = run_here(resolve(config), on_event=lambda event: None)
+    assert load(folder).accuracy > 0.3
+    sys.modules.pop("mytraining")

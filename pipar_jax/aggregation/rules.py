@@ -66,7 +66,7 @@ RULES: dict[str, Callable[[AggregationConfig], optax.GradientTransformation]] = 
 Combine: TypeAlias = Callable[[Mapping[str, "jax.Array"], "jax.Array"], Mapping[str, "jax.Array"]]
 
 
-class Rule(NamedTuple):
+class ServerRule(NamedTuple):
     """How the replicas of a unit become its global weights.
 
     Attributes:
@@ -78,7 +78,7 @@ class Rule(NamedTuple):
     combine: Combine | None = None
 
 
-def make_rule(config: AggregationConfig) -> Rule:
+def make_rule(config: AggregationConfig) -> ServerRule:
     """Returns the configured rule.
 
     The user's own function is called with ``aggregation.args`` and, where it has parameters of
@@ -94,7 +94,7 @@ def make_rule(config: AggregationConfig) -> Rule:
       RunError: The user's own function cannot be found, fails, or returns something else.
     """
     if not is_own(config.rule):
-        return Rule(RULES[config.rule](config))
+        return ServerRule(RULES[config.rule](config))
     from stages.foreign_updates import checked_combination, checked_transformation
 
     what = f"own rule {config.rule}"
@@ -103,13 +103,13 @@ def make_rule(config: AggregationConfig) -> Rule:
         config.rule, what, RunError, args=config.args, field="aggregation.args", facts=facts
     )
     if callable(getattr(made, "init", None)) and callable(getattr(made, "update", None)):
-        return Rule(checked_transformation(made, what))
+        return ServerRule(checked_transformation(made, what))
     if not callable(made):
         raise RunError(
             f"{what} returned a {type(made).__name__}, expected an optax.GradientTransformation or "
             "a function of (deltas, weights)"
         )
-    return Rule(_scale(config), checked_combination(made, what))
+    return ServerRule(_scale(config), checked_combination(made, what))
 
 
 def _scale(config: AggregationConfig) -> optax.GradientTransformation:

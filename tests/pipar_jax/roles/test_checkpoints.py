@@ -83,6 +83,21 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(double, method
     assert times == sorted(times)
 
 
+@pytest.mark.parametrize("method", ["sl", "pipar"])
+def test_a_schedule_and_an_own_optimiser_go_on_after_a_resume(double, method, tmp_path):
+    def make(folder, epochs, **checkpoint):
+        made = setting(folder, method, epochs, **checkpoint)
+        made.optimizer.name = "module:tests.pipar_jax.training.brought:rmsprop"
+        made.optimizer.schedule, made.optimizer.drop_every = "step", 3
+        made.optimizer.learning_rate, made.optimizer.warmup_steps = 0.001, 1
+        return made
+
+    whole = support.trained(make(tmp_path / "whole", 3), SAMPLES)
+    made = make(tmp_path / "parts", 1, every_rounds=1)
+    support.trained(made, SAMPLES)
+    assert_equal(support.trained(resumed(made, 3), SAMPLES), whole)
+
+
 def test_a_run_of_sampled_cohorts_goes_on_with_fresh_optimiser_states(double, tmp_path):
     made = setting(tmp_path, "pipar", epochs=2, every_rounds=1)
     made.cohort.size = 1

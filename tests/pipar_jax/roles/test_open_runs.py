@@ -100,6 +100,23 @@ def test_a_device_may_join_late(tmp_path, method):
     assert equal(run.weights(), replayed(tmp_path, made, run))
 
 
+def test_a_late_device_takes_the_learning_rate_of_the_moment(tmp_path):
+    """The rate drops to almost nothing after the first round: later training changes nothing."""
+    weights = []
+    for rounds in (1, 6):
+        made = config(tmp_path / str(rounds), "pipar", rounds=rounds, quorum=2, wait_s=0.1)
+        made.cohort.min_devices, made.optimizer.momentum = 2, 0.0
+        made.optimizer.schedule, made.optimizer.drop_every = "step", 2
+        made.optimizer.drop_factor = 1e-9
+        when = together(after(0, lambda run: run.start(2)), pause_between_rounds(0.3))
+        run = OpenRun(made, when=when if rounds > 1 else None).run(range(2))
+        assert run.error is None
+        weights.append(run.weights())
+    assert run.script()[-1]["commit"] == [0, 1, 2]
+    for name, array in weights[0].items():
+        np.testing.assert_allclose(weights[1][name], array, atol=1e-6)
+
+
 def test_too_few_devices_end_the_run_in_one_line(tmp_path):
     made = config(tmp_path, quorum=3)
     run = OpenRun(made, when=after(0, lambda run: run.end(1))).run(range(3))
