@@ -79,7 +79,7 @@ class OptimizerConfig:
     )
     drop_every: int = option(1000, "schedule=step: steps between two drops", at_least=1)
     drop_factor: float = option(
-        0.1, "schedule=step: factor of the learning rate at each drop", above=0, at_most=1
+        0.1, "schedule=step: factor of the learning rate at each drop", above=0
     )
     warmup_steps: int = option(0, "steps of linear warm-up before the schedule", at_least=0)
 
