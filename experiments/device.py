@@ -17,6 +17,7 @@ from pipar_jax.config import Config
 from pipar_jax.config.schema import option
 from pipar_jax.errors import ConfigError
 from pipar_jax.launch import flags, machine, process
+from pipar_jax.methods.registry import hosts_of
 from pipar_jax.report import logs
 from pipar_jax.schedule.plan import device_name
 
@@ -45,7 +46,7 @@ def main(config: Config, given: DeviceFlags) -> None:
     name = device_name(given.index)
     machine.check(config, [name])
     process.set_environment(config, name)
-    process.claim_platform(config, name)
+    process.claim_platform(hosts_of(config), name)
     from pipar_jax.roles.worker import run_device  # loads jax, whose environment is now set
 
     print(f"device {given.index} of {config.devices.count} joins {given.server}", flush=True)

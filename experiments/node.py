@@ -17,6 +17,7 @@ from pipar_jax.config import Config
 from pipar_jax.config.schema import option
 from pipar_jax.errors import ConfigError
 from pipar_jax.launch import flags, machine, process
+from pipar_jax.methods.registry import hosts_of
 from pipar_jax.report import logs
 from pipar_jax.schedule.plan import node_name
 
@@ -50,7 +51,7 @@ def main(config: Config, given: NodeFlags) -> None:
     name = node_name(given.index)
     machine.check(config, [name])
     process.set_environment(config, name)
-    process.claim_platform(config, name)
+    process.claim_platform(hosts_of(config), name)
     from pipar_jax.roles.worker import run_node  # loads jax, whose environment is now set
 
     print(f"node {given.index} of {config.nodes.count} joins {given.server}", flush=True)

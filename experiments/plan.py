@@ -53,7 +53,7 @@ def main(config: Config, own: PlanFlags) -> None:
             f"{config.devices.count}: set --config.devices.count={len(profile.devices)}"
         )
     measured_s = time.monotonic() - began_s
-    if uses_nodes(config):
+    if uses_nodes(config.method):
         print_chains(config, profile, measured_s)
         return
     found = search(profile, config)

@@ -16,6 +16,7 @@ from pipar_jax import data
 from pipar_jax.config import Config, to_text
 from pipar_jax.config.paths import shown
 from pipar_jax.launch import flags, launcher, machine, process
+from pipar_jax.methods.registry import hosts_of
 from pipar_jax.report.progress import ProgressDisplay, loss_text, losses_text
 
 
@@ -27,7 +28,7 @@ def main(config: Config, _: flags.NoFlags) -> None:
     """
     machine.check(config, ["server"])
     process.set_environment(config, "server")
-    process.claim_platform(config, "server")
+    process.claim_platform(hosts_of(config), "server")
     folder = launcher.create_folder(config)
     print(to_text(config), flush=True)
     if table := data.table(config):
@@ -41,7 +42,7 @@ def main(config: Config, _: flags.NoFlags) -> None:
                 print(f"listening on {event['host']}:{event['port']}", flush=True)
             progress(event)
 
-        with process.finishing(config) as finish:
+        with process.finishing(config.checkpoint) as finish:
             summary = run_server(config, on_event=tell, finish=finish)
     print(
         f"{config.method}: {summary['epoch_seconds']:.2f} s per epoch, test accuracy "

@@ -116,7 +116,7 @@ def _drive(config: Config, plan: Plan, node: str, model: Any) -> Driven:
     """Drives a node through one step of one plan."""
     from pipar_jax.runtime.setup import channel_options
 
-    options = channel_options(config)
+    options = channel_options(config.network, config.pipeline.window_mb)
     with Endpoint(node, options=options) as own, Endpoint("others", options=options) as others:
         drive = _Drive(config, plan, node, model)
         try:

@@ -23,7 +23,7 @@ from pipar_jax.config.host_fields import (
     NodesConfig,
     ServerConfig,
 )
-from pipar_jax.config.hosts import Hosts, HostSpec, field_path
+from pipar_jax.config.hosts import Hosts, HostSpec
 from pipar_jax.config.intervals import aggregate_steps
 from pipar_jax.config.run_fields import (
     SCORES,
@@ -83,7 +83,6 @@ __all__ = [
     "TunerConfig",
     "aggregate_steps",
     "difference",
-    "field_path",
     "from_dict",
     "from_json",
     "keeps_state",

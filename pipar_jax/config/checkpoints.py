@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipar_jax.config.fields import Config
+from pipar_jax.config.run_fields import RunConfig
 from pipar_jax.config.saved import from_dict, resume_difference
 from pipar_jax.disk.files import describe_reading
 from pipar_jax.errors import ConfigError
@@ -33,22 +34,27 @@ class Resumed:
     required: bool
 
 
-def resumed(config: Config) -> Resumed | None:
-    """Returns what ``run.resume`` names, or None for a run that begins anew."""
-    if not config.run.resume:
+def resumed(name: str, run: RunConfig) -> Resumed | None:
+    """Returns what ``run.resume`` names, or None for a run that begins anew.
+
+    Args:
+      name: The run's name.
+      run: The fields of ``run``.
+    """
+    if not run.resume:
         return None
-    if config.run.resume == "auto":
-        return Resumed(Path(config.run.dir) / config.name, None, required=False)
-    path = Path(config.run.resume)
+    if run.resume == "auto":
+        return Resumed(Path(run.dir) / name, None, required=False)
+    path = Path(run.resume)
     if path.parent.name == CHECKPOINTS and path.name.isdigit():
         return Resumed(path.parent.parent, int(path.name), required=True)
     return Resumed(path.parent if path.name == CHECKPOINTS else path, None, required=True)
 
 
-def state_folders(config: Config, host: str) -> list[Path]:
+def state_folders(name: str, run: RunConfig, host: str) -> list[Path]:
     """Returns where a host keeps its optimiser states, and then where it may find others."""
-    folders = [Path(config.run.dir) / config.name]
-    if (wanted := resumed(config)) is not None:
+    folders = [Path(run.dir) / name]
+    if (wanted := resumed(name, run)) is not None:
         folders.append(wanted.folder)
     return [one / HOST_STATES / host for one in dict.fromkeys(folders)]
 
@@ -92,7 +98,7 @@ def check_resume(config: Config) -> None:
     Raises:
       ConfigError: There is no checkpoint, or it differs in a field in which it must not.
     """
-    wanted = resumed(config)
+    wanted = resumed(config.name, config.run)
     if wanted is None:
         return
     kept = [n for n in rounds_kept(wanted.folder) if n <= (wanted.newest or n)]

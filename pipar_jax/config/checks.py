@@ -11,7 +11,7 @@ from pipar_jax.config import paths, schema
 from pipar_jax.config.cohorts import check_cohort
 from pipar_jax.config.fields import Config
 from pipar_jax.config.host_fields import DevicesConfig, NetworkConfig, NodesConfig
-from pipar_jax.config.hosts import Hosts, HostSpec, field_path
+from pipar_jax.config.hosts import Hosts
 from pipar_jax.config.intervals import aggregate_steps
 from pipar_jax.config.optimizers import check_optimizer
 from pipar_jax.config.sink_names import sink_names
@@ -53,15 +53,15 @@ def check_whole(config: Config) -> None:
             f"pipeline.in_flight={pipeline.in_flight} limits a stage with shared weights, but "
             "pipeline.weights='copy': set pipeline.weights=shared, or in_flight=0"
         )
-    check_cohort(config)
+    check_cohort(config.cohort, config.devices.count, config.run.nonfinite)
     hosts = Hosts(config, nodes=config.nodes.count)
     # Without nodes their defaults have no effect, but a slip in them is one all the same.
     for name in map(node_name, range(1, max(config.nodes.count, 1) + 1)):
         address, _ = hosts.parse(name).address
-        _check_address(config.network, address, field_path(config, name, "host"))
-    for device in distinct_devices(config, hosts):
+        _check_address(config.network, address, hosts.path(name, "host"))
+    for device in hosts.distinct_devices():
         if device.cut != pipeline.cut:
-            _check_cut(device.cut, field_path(config, device.name, "cut"))
+            _check_cut(device.cut, hosts.path(device.name, "cut"))
     for field in ("pipeline.activation_codec", "pipeline.cotangent_codec", "aggregation.codec"):
         _check_codec(config, field)
     _check_tls(config.network)
@@ -89,14 +89,6 @@ def _check_start(config: Config) -> None:
             "cohort.script replays a run from its start, and run.resume begins in its middle: "
             "leave one empty"
         )
-
-
-def distinct_devices(config: Config, hosts: Hosts) -> list[HostSpec]:
-    """Returns representatives of all devices: those with overrides, and one without."""
-    own = config.devices.overrides
-    plain = next((index for index in range(config.devices.count) if index not in own), None)
-    # Sources contain the device's index, but have the same form for all.
-    return [hosts.device(index) for index in sorted([*own, *([] if plain is None else [plain])])]
 
 
 def _check_ports(config: Config, hosts: Hosts) -> None:

@@ -5,65 +5,72 @@ from __future__ import annotations
 import math
 import pathlib
 
-from pipar_jax.config.fields import Config
 from pipar_jax.config.membership_script import Attempt, read_script
 from pipar_jax.config.plugins import check_named
-from pipar_jax.config.run_fields import SELECTIONS
+from pipar_jax.config.run_fields import SELECTIONS, CohortConfig
 from pipar_jax.errors import ConfigError
 
 
-def places(config: Config) -> int:
-    """Returns how many places a round's cohort has."""
-    size, count = config.cohort.size, config.devices.count
-    if size == 0:
-        return count
-    return int(size) if size >= 1 else max(1, math.ceil(size * count))
+def places(cohort: CohortConfig, devices: int) -> int:
+    """Returns how many places a round's cohort has.
+
+    Args:
+      cohort: The fields of ``cohort``.
+      devices: Number of devices in the run.
+    """
+    if cohort.size == 0:
+        return devices
+    return int(cohort.size) if cohort.size >= 1 else max(1, math.ceil(cohort.size * devices))
 
 
-def quorum(config: Config) -> int:
+def quorum(cohort: CohortConfig, devices: int) -> int:
     """Returns how many devices have to finish a round."""
-    return config.cohort.quorum or places(config)
+    return cohort.quorum or places(cohort, devices)
 
 
-def may_lose(config: Config) -> bool:
+def may_lose(cohort: CohortConfig, devices: int) -> bool:
     """Returns whether a run may go on after a device is lost, late, or not finite."""
-    cohort = config.cohort
-    return quorum(config) < places(config) or bool(cohort.first) or cohort.below != "end"
+    quota = quorum(cohort, devices) < places(cohort, devices)
+    return quota or bool(cohort.first) or cohort.below != "end"
 
 
-def keeps_state(config: Config) -> bool:
+def keeps_state(cohort: CohortConfig) -> bool:
     """Returns whether a dropped device goes back to the optimiser state of the round's start."""
-    chosen = config.cohort.optimizer_state
-    return config.cohort.size == 0 if chosen == "auto" else chosen == "keep"
+    chosen = cohort.optimizer_state
+    return cohort.size == 0 if chosen == "auto" else chosen == "keep"
 
 
-def planned(config: Config) -> tuple[Attempt, ...]:
+def planned(cohort: CohortConfig, devices: int) -> tuple[Attempt, ...]:
     """Returns the attempts of the script that a run replays; none without one.
 
     Raises:
       ConfigError: The script cannot be read, or does not fit the run.
     """
-    if not config.cohort.script:
+    if not cohort.script:
         return ()
-    return read_script(config.cohort.script, config.devices.count, places(config))
+    return read_script(cohort.script, devices, places(cohort, devices))
 
 
-def check_cohort(config: Config) -> None:
+def check_cohort(cohort: CohortConfig, devices: int, nonfinite: str) -> None:
     """Checks the fields of ``cohort`` against each other.
+
+    Args:
+      cohort: The fields.
+      devices: Number of devices in the run.
+      nonfinite: ``run.nonfinite``.
 
     Raises:
       ConfigError: They do not fit; the message names the field, its value and the remedy.
     """
-    cohort, count = config.cohort, config.devices.count
     if cohort.size > 1 and cohort.size != int(cohort.size):
         raise ConfigError(
             f"cohort.size={cohort.size:g} is neither a whole number nor a fraction below 1: write "
             "50, or 0.1"
         )
-    most = places(config)
+    most = places(cohort, devices)
     for field, value, limit, what in (
-        ("size", most, count, f"devices.count={count}"),
-        ("min_devices", cohort.min_devices, count, f"devices.count={count}"),
+        ("size", most, devices, f"devices.count={devices}"),
+        ("min_devices", cohort.min_devices, devices, f"devices.count={devices}"),
         ("quorum", cohort.quorum, most, f"the cohort, which has {most} devices"),
         ("first", cohort.first, most, f"the cohort, which has {most} devices"),
     ):
@@ -82,7 +89,7 @@ def check_cohort(config: Config) -> None:
         )
     if cohort.script and not pathlib.Path(cohort.script).is_file():
         raise ConfigError(f"cohort.script={cohort.script!r}: there is no such file")
-    if config.run.nonfinite == "drop" and not may_lose(config):
+    if nonfinite == "drop" and not may_lose(cohort, devices):
         raise ConfigError(
             "run.nonfinite=drop leaves a device out of a round, and cohort.quorum=0 needs all of "
             "them: set cohort.quorum"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -100,7 +101,7 @@ class Hosts:
     @property
     def places(self) -> int:
         """How many places a round's cohort has."""
-        return places(self._config)
+        return places(self._config.cohort, self._config.devices.count)
 
     @property
     def sampled(self) -> bool:
@@ -110,7 +111,7 @@ class Hosts:
     @property
     def may_lose(self) -> bool:
         """Whether the run may go on without some of its devices."""
-        return may_lose(self._config)
+        return may_lose(self._config.cohort, self._config.devices.count)
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -155,20 +156,25 @@ class Hosts:
         """
         return self[device_name(index)]
 
+    def distinct_devices(self) -> list[HostSpec]:
+        """Returns representatives of all devices: those with overrides, and one without.
+
+        Sources of data contain a device's index, but have the same form for all.
+        """
+        own = self._config.devices.overrides
+        plain = next((i for i in range(self._config.devices.count) if i not in own), None)
+        indices = own if plain is None else (*own, plain)
+        return [self.device(index) for index in sorted(indices)]
+
     def parse(self, name: str) -> HostSpec:
         """Returns a configured host, whether it takes part or not.
 
         Raises:
           ConfigError: One of its fields cannot be used; the message names field and value.
         """
-        config, kind = self._config, host_kind(name)
+        kind, fields, own = host_kind(name), self.fields(name), JsonObject()
         index = 0 if kind is HostKind.SERVER else host_index(name)
-        fields = fields_of(config, name)
-
-        def path(field: str) -> str:
-            return field_path(config, name, field)
-
-        own: JsonObject = {}
+        path = functools.partial(self.path, name)
         link = "none" if isinstance(fields, ServerConfig) else fields.link
         if link not in self._links:
             self._links[link] = _parse_link(link, path("link"))
@@ -178,7 +184,7 @@ class Hosts:
         if slow not in self._slowdowns:
             self._slowdowns[slow] = read_slowdown(*slow, path("slowdown_trace"))
         if isinstance(fields, DeviceConfig):
-            own = inherited(config, index)
+            own = self.inherited(index)
             own["data_source"] = own["data_source"].replace("{device}", str(index))
         else:
             own["address"] = fields.host, fields.port
@@ -192,40 +198,37 @@ class Hosts:
             **own,
         )  # fmt: skip
 
+    def inherited(self, device: int) -> JsonObject:
+        """Returns the fields of a device that it, all devices or the whole run may have."""
+        fields = self.fields(device_name(device))
+        values = {}
+        for field, where in _INHERITED.items():
+            group, _, above = where.partition(".")
+            value = getattr(fields, field)
+            values[field] = getattr(getattr(self._config, group), above) if value is None else value
+        return values
 
-def inherited(config: Config, device: int) -> JsonObject:
-    """Returns the fields of a device that it, all devices or the whole run may have."""
-    fields = fields_of(config, device_name(device))
-    found = {}
-    for field, where in _INHERITED.items():
-        group, _, above = where.partition(".")
-        value = getattr(fields, field)
-        found[field] = getattr(getattr(config, group), above) if value is None else value
-    return found
+    def fields(self, name: str) -> DeviceConfig | NodeConfig | ServerConfig:
+        """Returns the fields of a host as configured: the defaults of its kind, overridden."""
+        kind = host_kind(name)
+        if kind is HostKind.SERVER:
+            return self._config.server
+        group = self._config.devices if kind is HostKind.DEVICE else self._config.nodes
+        own = group.overrides.get(host_index(name), {})
+        made: DeviceConfig | NodeConfig = dataclasses.replace(group.defaults, **own)
+        return made
 
-
-def fields_of(config: Config, name: str) -> DeviceConfig | NodeConfig | ServerConfig:
-    """Returns the fields of a host as they are configured: the defaults of its kind, overridden."""
-    kind = host_kind(name)
-    if kind is HostKind.SERVER:
-        return config.server
-    group = config.devices if kind is HostKind.DEVICE else config.nodes
-    own = group.overrides.get(host_index(name), {})
-    made: DeviceConfig | NodeConfig = dataclasses.replace(group.defaults, **own)
-    return made
-
-
-def field_path(config: Config, name: str, field: str) -> str:
-    """Returns the path of a host's field, where it was set: ``devices.1.cpus``, ``server.cpus``."""
-    kind = host_kind(name)
-    if kind is HostKind.SERVER:
-        return f"server.{field}"
-    group = config.devices if kind is HostKind.DEVICE else config.nodes
-    if group.overrides.get(host_index(name), {}).get(field) is not None:
-        return f"{kind}s.{host_index(name)}.{field}"
-    if field in _INHERITED and getattr(group.defaults, field) is None:
-        return _INHERITED[field]
-    return f"{kind}s.defaults.{field}"
+    def path(self, name: str, field: str) -> str:
+        """Returns the path of a host's field, where it was set, such as ``devices.1.cpus``."""
+        kind = host_kind(name)
+        if kind is HostKind.SERVER:
+            return f"server.{field}"
+        group = self._config.devices if kind is HostKind.DEVICE else self._config.nodes
+        if group.overrides.get(host_index(name), {}).get(field) is not None:
+            return f"{kind}s.{host_index(name)}.{field}"
+        if field in _INHERITED and getattr(group.defaults, field) is None:
+            return _INHERITED[field]
+        return f"{kind}s.defaults.{field}"
 
 
 def _parse_link(text: str, field: str) -> tuple[LinkShape, LinkShape]:

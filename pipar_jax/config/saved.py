@@ -10,7 +10,7 @@ from pipar_jax.config import schema
 from pipar_jax.config.data_fields import OWN_SOURCES
 from pipar_jax.config.fields import Config
 from pipar_jax.config.host_fields import HIDDEN_TOKEN
-from pipar_jax.config.hosts import inherited
+from pipar_jax.config.hosts import Hosts
 from pipar_jax.disk.json_text import JsonMapping, JsonObject, dumps
 from pipar_jax.errors import ConfigError
 
@@ -142,8 +142,9 @@ def _shared(config: Config) -> JsonObject:
             values[one.path] = value
     is_own = config.data.source.startswith(OWN_SOURCES)
     values["data.source"] = "the devices' own" if is_own else config.data.source
+    hosts = Hosts(config, nodes=0)
     for index in range(config.devices.count):
-        own = inherited(config, index)
+        own = hosts.inherited(index)
         for name in ("cut", "micro_batches"):
             values[f"devices.{index}.{name}"] = own[name]
     return values

@@ -64,11 +64,11 @@ def launch(
     """
     config = resolve(config)
     machine.check(config)
-    planned(config)
+    planned(config.cohort, config.devices.count)
     data.prepare(config)
     folder = create_folder(config)
     with (
-        finishing(config) as finish,
+        finishing(config.checkpoint) as finish,
         _Hosts(config, folder, on_event or (lambda event: None), process_module) as hosts,
     ):
         return hosts.follow(finish)
@@ -86,7 +86,7 @@ def create_folder(config: Config) -> pathlib.Path:
       DiskError: The folder cannot be created or written.
     """
     check_resume(config)
-    past = resumed(config)
+    past = resumed(config.name, config.run)
     if past is not None:
         config.run.dir, config.name = str(past.folder.parent), past.folder.name
     base, wanted = pathlib.Path(config.run.dir), config.name
@@ -226,6 +226,7 @@ class _Hosts:
         self._children: list[_Child] = []
         self._selector = selectors.DefaultSelector()
         self._listening = False
+        self._may_lose = may_lose(config.cohort, config.devices.count)
         self._summary: JsonObject | None = None
 
     def __enter__(self) -> _Hosts:
@@ -311,7 +312,7 @@ class _Hosts:
         """
         failed = [child for child in self._children if child.has_failed]
         devices = [child for child in self._children if is_device(child.name)]
-        if not may_lose(self._config) or all(one in failed for one in devices):
+        if not self._may_lose or all(child in failed for child in devices):
             return failed
         return [child for child in failed if child not in devices]
 
@@ -322,8 +323,11 @@ class _Hosts:
             # both before those that only lost a peer; among equals the first.
             raise min(failed, key=_rank).error()
         # A device that the run has lost may still be trying to come back.
-        may_stay = is_device if may_lose(self._config) else lambda name: False
-        late = [one for one in self._children if one.ended_s is None and not may_stay(one.name)]
+        late = [
+            child
+            for child in self._children
+            if child.ended_s is None and not (self._may_lose and is_device(child.name))
+        ]
         if late:
             raise RunError(
                 f"{', '.join(child.name for child in late)} did not end within "

@@ -106,7 +106,7 @@ def _measure(
     """Measures a host; runs in its own process, which has not loaded jax before."""
     config = configuration.from_dict(values)
     set_environment(config, name)
-    claim_platform(config, name)
+    claim_platform(hosts_of(config), name)
     from pipar_jax.profiling.unit_times import (
         measure_host,
         measure_reference,

@@ -16,8 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 from comms.errors import ChannelError
-from pipar_jax.config import Config, HostSpec, field_path
-from pipar_jax.config.hosts import fields_of
+from pipar_jax.config import Config, DataConfig, Hosts, HostSpec, NetworkConfig, RunConfig
 from pipar_jax.config.sink_names import TENSORBOARD, sink_names
 from pipar_jax.errors import ConfigError
 from pipar_jax.methods.registry import hosts_of
@@ -43,21 +42,21 @@ def check(config: Config, names: Iterable[str] | None = None) -> None:
     """
     hosts = hosts_of(config)
     wanted = [hosts[name] for name in (hosts if names is None else names)]
-    _check_folders(config, wanted)
-    _check_tls(config, wanted)
+    _check_folders(config.data, config.run, wanted)
+    _check_tls(config.network, wanted)
     # Most hosts are alike: equal requirements are checked once.
     for host in {(one.cores, one.platform): one for one in reversed(wanted)}.values():
-        find_cores(config, host)
-        check_platform(host.platform, field_path(config, host.name, "platform"))
+        find_cores(hosts, host)
+        check_platform(host.platform, hosts.path(host.name, "platform"))
     if any(host.kind is HostKind.SERVER for host in wanted):
         _check_sinks(config.run.sinks)
         check_module(config.data.test_source, "data.test_source")
     devices = [host for host in wanted if host.kind is HostKind.DEVICE]
     for host in {_module(one.data_source): one for one in reversed(devices)}.values():
-        check_module(host.data_source, field_path(config, host.name, "data_source"))
+        check_module(host.data_source, hosts.path(host.name, "data_source"))
 
 
-def find_cores(config: Config, host: HostSpec) -> frozenset[int]:
+def find_cores(hosts: Hosts, host: HostSpec) -> frozenset[int]:
     """Returns the cores that a host is pinned to; empty for any core.
 
     Raises:
@@ -65,7 +64,7 @@ def find_cores(config: Config, host: HostSpec) -> frozenset[int]:
     """
     if not host.cores:
         return host.cores
-    asked = f"{field_path(config, host.name, 'cpus')}={fields_of(config, host.name).cpus!r}"
+    asked = f"{hosts.path(host.name, 'cpus')}={hosts.fields(host.name).cpus!r}"
     if not hasattr(os, "sched_setaffinity"):
         raise ConfigError(f"{asked}: this system cannot pin a process to cores; leave it empty")
     free = os.sched_getaffinity(0)
@@ -119,30 +118,30 @@ def _module(source: str) -> str | None:
     return rest.partition(":")[0] if kind == "module" else None
 
 
-def _check_folders(config: Config, hosts: Iterable[HostSpec]) -> None:
-    fields = {"data.data_dir": config.data.data_dir, "data.cache_dir": config.data.cache_dir}
+def _check_folders(data: DataConfig, run: RunConfig, hosts: Iterable[HostSpec]) -> None:
+    fields = {"data.data_dir": data.data_dir, "data.cache_dir": data.cache_dir}
     if any(host.kind is HostKind.SERVER for host in hosts):
-        fields["run.dir"] = config.run.dir
+        fields["run.dir"] = run.dir
     for field, path in fields.items():
         if path and Path(path).exists() and not Path(path).is_dir():
             raise ConfigError(f"{field}={path!r} is a file: name a folder")
 
 
-def _check_tls(config: Config, hosts: Iterable[HostSpec]) -> None:
+def _check_tls(network: NetworkConfig, hosts: Iterable[HostSpec]) -> None:
     """Checks that the TLS files can be read and suffice for the hosts."""
-    from pipar_jax.runtime.setup import channel_options
+    from pipar_jax.runtime.setup import tls_options
 
-    tls = channel_options(config).tls
+    tls = tls_options(network)
     if tls is None:
         return
-    if not config.network.certificate and any(host.kind is not HostKind.DEVICE for host in hosts):
+    if not network.certificate and any(host.kind is not HostKind.DEVICE for host in hosts):
         raise ConfigError(
             "network.certificate is empty, but network.authority is set: a host that listens "
             "(server, compute nodes) needs its own certificate, and network.key"
         )
     try:
         tls.client_context()
-        if config.network.certificate:
+        if network.certificate:
             tls.server_context()
     except (ChannelError, ssl.SSLError, OSError, ValueError) as error:
         raise ConfigError(

@@ -26,7 +26,7 @@ from typing import NoReturn
 import pipar_jax
 import stages
 from comms.errors import explain
-from pipar_jax.config import HIDDEN_TOKEN, Config, field_path, from_json
+from pipar_jax.config import HIDDEN_TOKEN, CheckpointConfig, Config, Hosts, from_json
 from pipar_jax.data.cache import user_cache
 from pipar_jax.disk.event_log import OnEvent
 from pipar_jax.disk.files import describe_os_error
@@ -68,13 +68,13 @@ def heed_termination() -> None:
 
 
 @contextlib.contextmanager
-def finishing(config: Config) -> Iterator[threading.Event]:
+def finishing(checkpoint: CheckpointConfig) -> Iterator[threading.Event]:
     """Lets the first Ctrl-C or SIGTERM end a run with a checkpoint, and a second one at once.
 
     A run without checkpoints ends at once.
 
     Args:
-      config: Resolved configuration.
+      checkpoint: How often the run keeps checkpoints.
 
     Yields:
       An event that is set by the first signal.
@@ -84,7 +84,7 @@ def finishing(config: Config) -> Iterator[threading.Event]:
     """
     finish = threading.Event()
     numbers = (signal.SIGINT, signal.SIGTERM)
-    if not (config.checkpoint.every_rounds or config.checkpoint.every_s):
+    if not (checkpoint.every_rounds or checkpoint.every_s):
         yield finish
         return
     before = {number: signal.getsignal(number) for number in numbers}
@@ -124,8 +124,9 @@ def set_environment(config: Config, name: str) -> None:
       ConfigError: A core is not available, or this system cannot pin.
     """
     stages.retain_memory()
-    host = hosts_of(config)[name]
-    if cores := machine.find_cores(config, host):
+    hosts = hosts_of(config)
+    host = hosts[name]
+    if cores := machine.find_cores(hosts, host):
         os.sched_setaffinity(0, cores)
     if host.platform != "auto":
         os.environ["JAX_PLATFORMS"] = host.platform
@@ -140,13 +141,13 @@ def set_environment(config: Config, name: str) -> None:
         _keep_compiled_programs()
 
 
-def claim_platform(config: Config, name: str) -> None:
+def claim_platform(hosts: Hosts, name: str) -> None:
     """Loads jax and initialises the platform of a host.
 
     Raises:
       ConfigError: Jax finds no accelerator of the platform.
     """
-    wanted = hosts_of(config)[name].platform
+    wanted = hosts[name].platform
     if wanted in ("auto", "cpu"):  # always available; jax is loaded where it is needed
         return
     import jax
@@ -154,7 +155,7 @@ def claim_platform(config: Config, name: str) -> None:
     try:
         jax.devices()
     except RuntimeError as error:  # jax raises no narrower type
-        field = field_path(config, name, "platform")
+        field = hosts.path(name, "platform")
         raise machine.no_device(wanted, field, _first_line(error)) from error
 
 
@@ -360,7 +361,7 @@ def main(arguments: list[str] | None = None, serve: Serve = _run_server) -> NoRe
         config = _load_config(given.config)
         debug = config.debug
         set_environment(config, given.name)
-        claim_platform(config, given.name)
+        claim_platform(hosts_of(config), given.name)
         if given.name == COORDINATOR:
             serve(config, tell)
         else:

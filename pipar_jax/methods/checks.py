@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 
 from pipar_jax.aggregation.rules import RULES
-from pipar_jax.config import OWN_SOURCES, Config, Hosts, HostSpec, field_path, may_lose, schema
-from pipar_jax.config.checks import distinct_devices
+from pipar_jax.config import OWN_SOURCES, Config, DataConfig, Hosts, HostSpec, may_lose, schema
 from pipar_jax.config.plugins import check_args, check_named
 from pipar_jax.data.published import PUBLIC_SOURCES
 from pipar_jax.errors import ConfigError
@@ -35,8 +34,8 @@ def check_registered(config: Config, models: tuple[str, ...] = ()) -> None:
     rule = config.aggregation.rule
     check_named(rule, "aggregation.rule", "a rule", tuple(RULES))
     check_args(config.aggregation.args, "aggregation.args", "aggregation.rule", rule)
-    for device in distinct_devices(config, hosts):
-        _check_device(config, device)
+    for device in hosts.distinct_devices():
+        _check_device(config.data, device, hosts.path(device.name, "data_source"))
     check_tuner(config)
     method = METHODS.get(config.method)
     if method is not None:
@@ -121,15 +120,14 @@ def _check_data(config: Config) -> None:
         )
 
 
-def _check_device(config: Config, device: HostSpec) -> None:
+def _check_device(data: DataConfig, device: HostSpec, field: str) -> None:
     """Checks a device's own source of data against that of the run."""
-    if device.data_source != config.data.source:
-        field = field_path(config, device.name, "data_source")
+    if device.data_source != data.source:
         _check_source(device.data_source, field)
-        if (device.data_source in PUBLIC_SOURCES) != (config.data.source in PUBLIC_SOURCES):
+        if (device.data_source in PUBLIC_SOURCES) != (data.source in PUBLIC_SOURCES):
             raise ConfigError(
                 f"{field}={device.data_source!r} cannot be combined with "
-                f"data.source={config.data.source!r}: either all devices share a public data set, "
+                f"data.source={data.source!r}: either all devices share a public data set, "
                 "or each has its own data"
             )
 
@@ -163,10 +161,10 @@ def _check_micro_batches(config: Config, method: Method, hosts: Hosts) -> None:
     """Checks that a mini-batch has a sample for each of its micro-batches."""
     if not method.pipelined:
         return
-    for device in distinct_devices(config, hosts):
+    for device in hosts.distinct_devices():
         number = device.micro_batches
         if number > config.data.batch_size:
-            field = field_path(config, device.name, "micro_batches")
+            field = hosts.path(device.name, "micro_batches")
             raise ConfigError(
                 f"{field}={number} exceeds data.batch_size={config.data.batch_size}, and every "
                 "micro-batch needs a sample: lower it, or raise data.batch_size"
@@ -189,7 +187,7 @@ def _check_cohort(config: Config, method: Method | None) -> None:
                     f"cohort.size={cohort.size:g}: any device may take any place, so all are cut "
                     "alike; leave it out, or set cohort.size=0"
                 )
-    if config.tuner.adapt and (cohort.size or may_lose(config)):
+    if config.tuner.adapt and (cohort.size or may_lose(cohort, config.devices.count)):
         field = f"cohort.size={cohort.size:g}" if cohort.size else "a run that may lose devices"
         raise ConfigError(
             f"tuner.adapt=true cannot be combined with {field}: its plans are made for the "

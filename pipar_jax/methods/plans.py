@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from pipar_jax.config import Config, Hosts, aggregate_steps, field_path, places
+from pipar_jax.config import Config, Hosts, aggregate_steps, places
 from pipar_jax.config.codec_candidates import configured
 from pipar_jax.config.schema import did_you_mean
 from pipar_jax.errors import ConfigError
@@ -24,7 +24,9 @@ from pipar_jax.schedule.plan import (
 def federated(config: Config, units: Sequence[str]) -> Plan:
     """FL (FedAvg, McMahan et al., arXiv 1602.05629): no cut, all devices at once, averaged."""
     del units
-    devices = tuple(DevicePlan((), (OWNER,)) for _ in range(places(config)))
+    devices = tuple(
+        DevicePlan((), (OWNER,)) for _ in range(places(config.cohort, config.devices.count))
+    )
     return _plan(config, devices, weights=WeightPolicy.COPY)
 
 
@@ -101,9 +103,9 @@ def _two_hosts(config: Config, units: Sequence[str], *, pipelined: bool) -> tupl
     plans = []
     codecs = configured(config.pipeline)
     hosts = Hosts(config, nodes=0)
-    for name in hosts.devices[: places(config)]:  # with fewer places than devices all are alike
+    for name in hosts.devices[: hosts.places]:  # with fewer places than devices all are alike
         device = hosts[name]
-        cut = cut_position(device.cut, units, field_path(config, name, "cut"))
+        cut = cut_position(device.cut, units, hosts.path(name, "cut"))
         micro_batches = device.micro_batches if pipelined else 1
         plans.append(DevicePlan((cut,), (OWNER, COORDINATOR), micro_batches, (codecs,)))
     return tuple(plans)

@@ -88,19 +88,19 @@ def title(name: str) -> str:
     return METHODS[name].title if name in METHODS else name
 
 
-def uses_nodes(config: Config) -> bool:
+def uses_nodes(method: str) -> bool:
     """Returns whether compute nodes take part; with method=auto none do."""
-    return config.method in METHODS and METHODS[config.method].uses_nodes
+    return method in METHODS and METHODS[method].uses_nodes
 
 
 def hosts_of(config: Config) -> Hosts:
     """Returns the hosts that take part in a run."""
-    return Hosts(config, nodes=config.nodes.count if uses_nodes(config) else 0)
+    return Hosts(config, nodes=config.nodes.count if uses_nodes(config.method) else 0)
 
 
-def is_planned(config: Config) -> bool:
+def is_planned(method: str, pipeline: PipelineConfig) -> bool:
     """Returns whether the plan is the tuner's or the chain planner's to find."""
-    return config.method == AUTO or (uses_nodes(config) and not config.pipeline.cuts)
+    return method == AUTO or (uses_nodes(method) and not pipeline.cuts)
 
 
 def plan_for(config: Config, units: Sequence[str]) -> Plan:

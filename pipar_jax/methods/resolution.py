@@ -58,7 +58,7 @@ def check_plan(config: Config, units: Sequence[str]) -> None:
     Raises:
       ConfigError: A cut is not valid for this model, or the runtime cannot execute the plan.
     """
-    if is_planned(config):
+    if is_planned(config.method, config.pipeline):
         return
     plan = plan_for(config, units)
     try:

@@ -52,7 +52,7 @@ def check_tuner(config: Config) -> None:
     candidates = CodecCandidates(config.tuner, config.pipeline)
     if candidates.chosen:
         candidates.pairs()
-    if config.tuner.adapt and not uses_nodes(config):
+    if config.tuner.adapt and not uses_nodes(config.method):
         _check_adaptation(config)
 
 

@@ -45,7 +45,7 @@ class Candidates:
           profile: The profile of hosts and links.
           present: The plan in force.
         """
-        if not uses_nodes(self._config):
+        if not uses_nodes(self._config.method):
             return search(profile, self._config).plans[0].plan
 
         def objection(plan: Plan) -> str | None:

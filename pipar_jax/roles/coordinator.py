@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipar_jax.aggregation.aggregator import Aggregator, Contribution
-from pipar_jax.config import Config, places
+from pipar_jax.config import Config
 from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import Interrupted, PeerError
 from pipar_jax.protocol import messages
@@ -107,7 +107,7 @@ class Coordinator:
         self._save = save
         self._population = members.population
         self._gathering = Gathering(config, members)
-        self._places, self._sampled = places(config), config.cohort.size > 0
+        self._places, self._sampled = members.hosts.places, members.hosts.sampled
         kept = None if start.past is None else start.past.kept
         self._kept, self._checkpoints, self._start = kept, checkpoints, start
         if kept is not None:

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from typing import Any, NamedTuple
 
-from pipar_jax.config import Config, places
+from pipar_jax.config import Config
 from pipar_jax.config.cohorts import planned
 from pipar_jax.config.membership_script import Attempt
 from pipar_jax.errors import PeerError, RunError
@@ -43,13 +43,13 @@ class Gathering:
 
     def __init__(self, config: Config, members: Membership) -> None:
         self._config, self._members = config, members
-        self._places, self._sampled = places(config), config.cohort.size > 0
+        self._places, self._sampled = members.hosts.places, members.hosts.sampled
         self._chooser = CohortChooser(config)
         self._preparing: set[str] = set()
         self._arrived: list[str] = []
         self._script: deque[Attempt] | None = None
         if config.cohort.script:
-            self._script = deque(planned(config))
+            self._script = deque(planned(config.cohort, config.devices.count))
         members.listeners[messages.Dropped] = self._note_stopped
 
     def check_rounds(self, rounds: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from comms import ChannelError, Endpoint, Link, Message, MessageKind, PeerClosed
 from comms.arrays import Array
-from pipar_jax.config import Config, may_lose
+from pipar_jax.config import Config
 from pipar_jax.disk.event_log import OnEvent
 from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import JoinError, PeerError, ProtocolError, RunError
@@ -155,7 +155,7 @@ class Membership:
         self._early: list[Mail[ControlMessage]] = []
         self._refusals = Refusals(tell)
         self._moving: dict[str, Moving] = {}
-        self._pulse_s, self._pulsed_s, self._pulses = pulse_s(config), time.monotonic(), 0
+        self._pulse_s, self._pulsed_s, self._pulses = pulse_s(config.network), time.monotonic(), 0
         self.listeners: dict[type, Callable[[Mail[Any]], None]] = {}
         self.by_name: dict[str, Member] = {}
         self.seats: dict[str, str] = {}
@@ -163,11 +163,11 @@ class Membership:
         self.joined: Callable[[str], None] = lambda name: None
         self.lost: Callable[[str, PeerError], None] = lambda name, error: None
         self.broken: Callable[[messages.NonFinite, str], None] = lambda said, source: None
-        self._may_lose = may_lose(config)
         self._round = 0
         self.acceptance: Acceptance | None = None
-        self.patience = Patience(config)
+        self.patience = Patience(config.network)
         self.hosts = hosts_of(config)
+        self._may_lose = self.hosts.may_lose
         self.actions: Callable[[], int] = lambda: 0
 
     # --- from other threads -------------------------------------------------------------------

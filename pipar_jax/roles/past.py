@@ -55,7 +55,7 @@ def read_past(
         continue.
       RunError: There is no whole checkpoint, and ``run.resume`` names one.
     """
-    wanted = resumed(config)
+    wanted = resumed(config.name, config.run)
     if wanted is None:
         return None
     unread: list[str] = []

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from comms import Link
-from pipar_jax.config import Config
+from pipar_jax.config import NetworkConfig
 from pipar_jax.errors import PeerError
 from pipar_jax.schedule.plan import long_name
 
@@ -18,19 +18,19 @@ PULSE_S, PULSES = 5.0, 5
 _BYTES, _BYTES_S = 64 << 10, 1 << 10
 
 
-def limit_s(config: Config, longest_s: float) -> float:
+def limit_s(network: NetworkConfig, longest_s: float) -> float:
     """Returns the seconds without progress after which a wait ends.
 
     Args:
-      config: ``network.progress_s``, where it is not 0.
+      network: Its ``progress_s`` is the limit, unless it is 0.
       longest_s: The longest action seen so far.
     """
-    return config.network.progress_s or max(LEAST_S, ACTIONS * longest_s)
+    return network.progress_s or max(LEAST_S, ACTIONS * longest_s)
 
 
-def pulse_s(config: Config) -> float:
+def pulse_s(network: NetworkConfig) -> float:
     """Returns the seconds between two pulses of a host that goes on."""
-    return min(PULSE_S, limit_s(config, 0.0) / PULSES)
+    return min(PULSE_S, limit_s(network, 0.0) / PULSES)
 
 
 class Moving:
@@ -67,12 +67,12 @@ class Patience:
     stops while a host that is waited for reports that it compiles or times itself.
 
     Args:
-      config: Resolved configuration.
+      network: Its ``progress_s`` is the limit, unless it is 0.
       clock: The monotonic clock.
     """
 
-    def __init__(self, config: Config, clock: Callable[[], float] = time.monotonic) -> None:
-        self._config, self._clock = config, clock
+    def __init__(self, network: NetworkConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self._network, self._clock = network, clock
         self._longest_s = 0.0
         self._last_s: dict[str, float] = {}
         self._began_s = self._shown_s = clock()
@@ -127,7 +127,7 @@ class Patience:
         if any(name in self._working for name in late):
             self._shown_s = now
             return
-        limit = limit_s(self._config, self._longest_s)
+        limit = limit_s(self._network, self._longest_s)
         if now - self._shown_s <= limit or not late:
             return
         late.sort(key=lambda name: self._last_s.get(name, 0.0))

@@ -69,7 +69,7 @@ class CohortChooser:
     """
 
     def __init__(self, config: Config) -> None:
-        self._size, self._seed = places(config), config.seed
+        self._size, self._seed = places(config.cohort, config.devices.count), config.seed
         self._all = config.cohort.size == 0
         self._name = config.cohort.select
         self._select = _REGISTERED.get(self._name) or find(

@@ -80,7 +80,7 @@ def run_server(
     set_precision(config.model)
     began = time.monotonic()
     # Before there is a folder: what is refused here leaves nothing behind.
-    planned(config)
+    planned(config.cohort, config.devices.count)
     dataset = (
         datasets.load_server(config.data)
         if data is None
@@ -139,7 +139,9 @@ def _serve(
     start: Start,
 ) -> JsonObject:
     """Opens the endpoint and the host, runs the coordinator, and closes both whatever happens."""
-    endpoint = Endpoint(COORDINATOR, options=channel_options(config))
+    endpoint = Endpoint(
+        COORDINATOR, options=channel_options(config.network, config.pipeline.window_mb)
+    )
     host: Host | None = None
     members = Membership(
         config,

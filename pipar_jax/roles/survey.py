@@ -85,14 +85,14 @@ def choose_plan(
       PeerError: A device was lost or failed while it was asked.
       PlanError: No plan fits into the hosts' memory.
     """
-    if not is_planned(config):
+    if not is_planned(config.method, config.pipeline):
         plan = plan_for(config, model.unit_names)
         return plan, survey(config, model, members, samples) if config.tuner.adapt else None
     began_s = time.monotonic()
     surveyed = survey(config, model, members, samples)
     members.working("tuning")
     profile, surveyed_s = surveyed.profile, time.monotonic() - began_s
-    if uses_nodes(config):
+    if uses_nodes(config.method):
         plan = tune_chain(
             profile, config, lambda one: memory.why_not_fit(model, one, config, samples)
         ).plan

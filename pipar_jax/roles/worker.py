@@ -197,12 +197,14 @@ class Worker:
         self._waits: OwnWaits | None = None
         self._direct: DirectTraffic | None = None
         self._prefetcher = None if loader is None else Prefetcher(loader)
-        self._endpoint = Endpoint(name, options=channel_options(config))
+        self._endpoint = Endpoint(
+            name, options=channel_options(config.network, config.pipeline.window_mb)
+        )
         self._host: Host | None = None
         self._survey: Respondent | None = None
-        self._patience = Patience(config)
+        self._patience = Patience(config.network)
         self._moving: Moving | None = None
-        self._pulse_s, self._pulsed_s, self._pulsed = pulse_s(config), time.monotonic(), 0
+        self._pulse_s, self._pulsed_s, self._pulsed = pulse_s(config.network), time.monotonic(), 0
         self._waiting = [0, 0]  # control messages and bundles that nobody has read yet
         self._acceptance: Acceptance | None = None
         # Tensors of a round that this host has not heard of yet; the I/O thread's.

@@ -156,7 +156,9 @@ class Host:
             lambda device, step: self._tell_broken("loss", device, step),
         )  # fmt: skip
         self._completion = Completion(name, self.recorder.add, self._post_over, self._fail)
-        self._files = StateFiles(name, state_folders(config, name), self._tell_kept)
+        self._files = StateFiles(
+            name, state_folders(config.name, config.run, name), self._tell_kept
+        )
         self._ahead = BackgroundCompiler(name, self._compile_ahead, self._tell_ahead, self._fail)
         self._thread = threading.Thread(target=self._run, name=f"pipar-host-{name}", daemon=True)
         self._thread.start()
@@ -391,7 +393,9 @@ class Host:
             for index, stage in enumerate(cut):
                 slot = self._program.replica_key(device, index)
                 if plan.host(device, index) == self._seat and slot not in self._replicas:
-                    keeps = undo.find_keep(self._config, plan, slot[0])
+                    keeps = undo.find_keep(
+                        self._config.cohort, self._config.devices.count, plan, slot[0]
+                    )
                     self._replicas[slot] = Replica(stage, params, state, self._optimizer, keeps)
         self._averaging = Averaging(self._config, self._program, self._replicas, params, state)
         self._averaging.compile()
@@ -416,7 +420,8 @@ class Host:
     def _install(self, plan: Plan) -> None:
         """Makes all that follows from a plan and from the replicas, which fit it already."""
         self._plan = plan
-        self._undoes_turns = plan.order == Order.SEQUENTIAL and may_lose(self._config)
+        can_lose = may_lose(self._config.cohort, self._config.devices.count)
+        self._undoes_turns = plan.order == Order.SEQUENTIAL and can_lose
         self._outgoing: dict[Boundary, CreditedLink] = {}
         self._limits: dict[int, InFlightLimit] = {}
         self._dispatcher = Dispatcher(policy(plan.dispatch, self._demand))

@@ -19,7 +19,7 @@ import numpy as np
 
 import stages
 from pipar_jax.aggregation import rules
-from pipar_jax.config import Config
+from pipar_jax.config import AggregationConfig, Config, OptimizerConfig
 from pipar_jax.cost_model.memory import Need, StageSizes, find_need
 from pipar_jax.errors import RunError
 from pipar_jax.methods.registry import hosts_of
@@ -97,9 +97,11 @@ def predict(model: Model, plan: Plan, host: str, config: Config, samples: Sequen
       samples: Samples that each device trains on in an epoch.
     """
     check_executable(plan)
-    sizes = _ModelSizes(model, config, rematerialise=hosts_of(config)[host].rematerialise)
+    sizes = _ModelSizes(
+        model, config.optimizer, config.aggregation, hosts_of(config)[host].rematerialise
+    )
     window = int(config.pipeline.window_mb * 1e6)
-    keeps = functools.partial(undo.find_keep, config, plan)
+    keeps = functools.partial(undo.find_keep, config.cohort, config.devices.count, plan)
     need = find_need(sizes, plan, host, samples, config.data.batch_size, window, keeps)
     held = [model.units[index].frozen for index in plan.held_units(host, len(model.units))]
     return need._replace(variables=need.variables + tree_bytes(held))  # frozen weights: one copy
@@ -108,11 +110,16 @@ def predict(model: Model, plan: Plan, host: str, config: Config, samples: Sequen
 class _ModelSizes:
     """The bytes of a model's units, from shapes alone; see ``cost_model.memory.Sizes``."""
 
-    def __init__(self, model: Model, config: Config, *, rematerialise: bool) -> None:
+    def __init__(
+        self,
+        model: Model,
+        config: OptimizerConfig,
+        aggregation: AggregationConfig,
+        rematerialise: bool,
+    ) -> None:
         self._model, self._rematerialise = model, rematerialise
-        proximal = config.aggregation.proximal_mu
-        self._tx = optimizer.build(config.optimizer, steps=1, proximal_mu=proximal)
-        self._rule = rules.make_rule(config.aggregation).transformation
+        self._tx = optimizer.build(config, steps=1, proximal_mu=aggregation.proximal_mu)
+        self._rule = rules.make_rule(aggregation).transformation
         self._stages: dict[tuple[range, int], StageSizes] = {}
         self.units = len(model.units)
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pipar_jax.config import Config, plugins
+from pipar_jax.config import ModelConfig, plugins
 from pipar_jax.errors import RunError
 
 if TYPE_CHECKING:
     from stages import Model
 
 
-def make_own(config: Config, input_shape: Sequence[int], classes: int) -> Model:
+def make_own(
+    config: ModelConfig, input_shape: Sequence[int], classes: int, *, whole: bool
+) -> Model:
     """Calls the user's function, and traces its result unless that is a model.
 
     The function is called with ``model.args`` and, where it has parameters of these names, with
@@ -21,9 +23,10 @@ def make_own(config: Config, input_shape: Sequence[int], classes: int) -> Model:
     its parameters.
 
     Args:
-      config: The configuration.
+      config: Name and arguments of the function.
       input_shape: Shape of a sample.
       classes: Number of classes.
+      whole: Whether the network is not going to be cut.
 
     Raises:
       RunError: The function cannot be found, fails, or does not take these arguments.
@@ -33,9 +36,9 @@ def make_own(config: Config, input_shape: Sequence[int], classes: int) -> Model:
 
     from stages import Model, trace
 
-    value = config.model.name
+    value = config.name
     made = plugins.make(
-        value, f"own network {value}", RunError, args=config.model.args, field="model.args",
+        value, f"own network {value}", RunError, args=config.args, field="model.args",
         facts={"input_shape": tuple(input_shape), "classes": classes},
     )  # fmt: skip
     if isinstance(made, Model):
@@ -44,8 +47,7 @@ def make_own(config: Config, input_shape: Sequence[int], classes: int) -> Model:
     if isinstance(made, tuple) and len(made) == 2:
         made, params = made
     example = jax.ShapeDtypeStruct(  # type: ignore[no-untyped-call]
-        (1, *input_shape), config.model.dtype
+        (1, *input_shape), config.dtype
     )
     name = value.rpartition(":")[2]
-    whole = config.method == "fl"
     return trace(made, example, params=params, name=name, classes=classes, whole=whole)

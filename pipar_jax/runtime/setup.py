@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import stages
 from comms import ChannelOptions, TlsOptions
-from pipar_jax.config import Config, ModelConfig
+from pipar_jax.config import Config, ModelConfig, NetworkConfig
 from pipar_jax.config.plugins import OWN
 from pipar_jax.errors import RunError
 from pipar_jax.runtime.own_model import make_own
@@ -36,7 +36,8 @@ def build_model(config: Config, input_shape: Sequence[int], classes: int) -> Mod
       StageError: It cannot be trained or cut.
     """
     if config.model.name.startswith(OWN):
-        return as_trained(config, make_own(config, input_shape, classes))
+        own = make_own(config.model, input_shape, classes, whole=config.method == "fl")
+        return as_trained(config, own)
     model = stages.build(
         config.model.name,
         input_shape=tuple(input_shape),
@@ -71,22 +72,30 @@ def as_trained(config: Config, model: Model) -> Model:
     return model
 
 
-def channel_options(config: Config) -> ChannelOptions:
-    """Returns the channel's settings; TLS is on if any of its files is configured."""
-    network = config.network
-    tls = None
-    if network.authority or network.certificate:
-        tls = TlsOptions(
-            authority=network.authority or None,
-            certificate=network.certificate or None,
-            key=network.key or None,
-            require_peer=network.require_certificate,
-        )
+def tls_options(network: NetworkConfig) -> TlsOptions | None:
+    """Returns the channel's TLS settings; None unless any of its files is configured."""
+    if not (network.authority or network.certificate):
+        return None
+    return TlsOptions(
+        authority=network.authority or None,
+        certificate=network.certificate or None,
+        key=network.key or None,
+        require_peer=network.require_certificate,
+    )
+
+
+def channel_options(network: NetworkConfig, window_mb: float) -> ChannelOptions:
+    """Returns the channel's settings.
+
+    Args:
+      network: Authentication, encryption and time limits.
+      window_mb: Credit of a link in megabytes.
+    """
     return ChannelOptions(
-        tls=tls,
+        tls=tls_options(network),
         resume_s=network.resume_s,
         deadline_s=network.deadline_s,
-        window_bytes=int(config.pipeline.window_mb * 1e6),
+        window_bytes=int(window_mb * 1e6),
         token=network.token,
         listen_openly=network.insecure,
         checksum={"auto": None, "on": True, "off": False}[network.checksum],

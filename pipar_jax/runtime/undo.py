@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from pipar_jax.config import Config, keeps_state, may_lose
+from pipar_jax.config import CohortConfig, keeps_state, may_lose
 from pipar_jax.schedule.actions import ALL, RoundSchedule
 from pipar_jax.schedule.keep import Keep, keep
 from pipar_jax.schedule.plan import Order, Plan
@@ -19,17 +19,18 @@ from pipar_jax.training.replica import Replica
 Replicas = Mapping[tuple[int, int], Replica]
 
 
-def find_keep(config: Config, plan: Plan, copy: int) -> Keep:
+def find_keep(cohort: CohortConfig, devices: int, plan: Plan, copy: int) -> Keep:
     """Returns what a replica must keep of an earlier state.
 
     Args:
-      config: Resolved configuration: whether devices may be lost, and how their state is treated.
+      cohort: Whether devices may be lost, and how their state is treated.
+      devices: Number of devices in the run.
       plan: The plan.
       copy: The replica's owner: a place, or ``ALL`` for a replica that devices share.
     """
-    if not may_lose(config):
+    if not may_lose(cohort, devices):
         return Keep.NOTHING
-    return keep(plan, copy, keeps_state=keeps_state(config))
+    return keep(plan, copy, keeps_state=keeps_state(cohort))
 
 
 def begin_round(replicas: Replicas, schedule: RoundSchedule, index: int, *, anew: bool) -> None:

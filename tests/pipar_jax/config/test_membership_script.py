@@ -64,4 +64,4 @@ def test_what_is_no_script_is_one_line(tmp_path, text):
     config = Config()
     config.cohort.script = str(path)
     with pytest.raises(ConfigError, match=r"cohort\.script=.*x\.jsonl"):
-        planned(resolve(config))
+        planned(resolve(config).cohort, config.devices.count)

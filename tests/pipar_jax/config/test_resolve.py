@@ -59,7 +59,8 @@ def test_fields_of_the_cohort_that_do_not_go_together_are_told(fields: dict, say
 def test_a_cohort_has_as_many_places_as_its_size_says(size, count, expected) -> None:
     config = Config()
     config.cohort.size, config.devices.count = size, count
-    assert configuration.places(resolve(config)) == expected
+    resolve(config)
+    assert configuration.places(config.cohort, config.devices.count) == expected
 
 
 def test_every_option_has_help_and_a_default_that_fits() -> None:

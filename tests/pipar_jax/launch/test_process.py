@@ -18,6 +18,7 @@ from comms.errors import PeerLost
 from pipar_jax.config import Config, to_json
 from pipar_jax.errors import ConfigError, PeerError
 from pipar_jax.launch import process
+from pipar_jax.methods.registry import hosts_of
 from pipar_jax.methods.resolution import resolve
 from stages.errors import StageError
 from tests.patience import PROCESS_S
@@ -98,11 +99,11 @@ def test_a_platform_without_a_device_is_refused_by_the_hosts_field(
     config.devices.overrides = {1: {"platform": "cuda"}}
     for name, field in (("server", "server.platform"), ("d1", "devices.1.platform")):
         with pytest.raises(ConfigError) as caught:
-            process.claim_platform(config, name)
+            process.claim_platform(hosts_of(config), name)
         text = str(caught.value)
         assert text.startswith(f"{field}='cuda'") and "\n" not in text
         assert "Unable to initialize" in text and f"--config.{field}=cpu" in text
-    process.claim_platform(config, "d0")  # the processor is always there
+    process.claim_platform(hosts_of(config), "d0")  # the processor is always there
 
 
 def run(task: Any, **options: Any) -> tuple[int, list[dict[str, Any]]]:

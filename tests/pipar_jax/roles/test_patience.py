@@ -34,19 +34,19 @@ class Clock:
 def waiting(progress_s=0.0):
     made, clock = Config(), Clock()
     made.network.progress_s = progress_s
-    found = Patience(made, clock)
+    found = Patience(made.network, clock)
     found.begin()
     return found, clock
 
 
 def test_the_deadline_is_the_larger_of_300_s_and_20_actions_unless_it_is_given():
     made = Config()
-    assert limit_s(made, 0.0) == limit_s(made, 15.0) == 300
-    assert limit_s(made, 16.0) == 320
+    assert limit_s(made.network, 0.0) == limit_s(made.network, 15.0) == 300
+    assert limit_s(made.network, 16.0) == 320
     made.network.progress_s = 7.0
-    assert limit_s(made, 1000.0) == 7
-    assert pulse_s(made) == pytest.approx(1.4)
-    assert pulse_s(Config()) == 5
+    assert limit_s(made.network, 1000.0) == 7
+    assert pulse_s(made.network) == pytest.approx(1.4)
+    assert pulse_s(Config().network) == 5
 
 
 def test_who_shows_nothing_is_named_with_what_it_owes_the_longest_silent_first():
