@@ -2,8 +2,9 @@
 
 A full step (forward, backward, SGD with momentum) on CIFAR shapes, one core and two, batch 100 and
 25. Ours and PyTorch's run alternately in separate processes on the same cores. For comparison, the
-  roofline: the step's operations at the rate of a large matrix product on the same cores. PyTorch
-  needs the extra ``peers``; without it only our times are measured.
+roofline: the step's operations at the rate of a large matrix product on the same cores. PyTorch
+needs the extra ``peers``; without it only our times are measured. Networks written with Flax alone
+are compared with what tracing makes of them, and with the registered ones.
 
   python -m experiments.bench_stages [--networks=vgg5,resnet18] [--stem=imagenet] [--cores=1]
 """
@@ -14,7 +15,7 @@ import math
 from absl import flags
 
 import stages
-from experiments.benchmarks import harness, step_times
+from experiments.benchmarks import flax_networks, harness, step_times
 from pipar_jax.launch.pinning import PinnedProcess, first_cores
 
 NETWORKS = flags.DEFINE_list(
@@ -101,6 +102,37 @@ def compare_cuts(run: harness.Bench, batch: int) -> None:
             run.row(f"{name}, kept by the first stage", facts["residual_bytes"] / 1e6, "MB")
 
 
+def compare_flax(run: harness.Bench, batch: int) -> None:
+    """Times networks as Flax writes them: under a plain jit, traced by us, and registered."""
+    goals = {"vgg5": 1.8, "resnet18": 2.5}
+    used, stem = first_cores(1), STEM.value
+    names = [name for name in flax_networks.NETWORKS if name in NETWORKS.value]
+    for name in names[:1] if run.quick else names:
+        cell = f"{stem} stem, {name}, batch {batch}, 1 core"
+        run.progress(f"{cell}, written with Flax: compiling")
+        with (
+            PinnedProcess("plain", cores=used) as plain,
+            PinnedProcess("traced", cores=used) as traced,
+            PinnedProcess("registered", cores=used) as registered,
+        ):
+            plain.call(step_times.prepare_flax, name, batch, stem)
+            traced.call(step_times.prepare_jax, name, batch, stem=stem, traced=True)
+            registered.call(step_times.prepare_jax, name, batch, stem=stem)
+            processes = {"plain": plain, "traced": traced, "registered": registered}
+            cases = {
+                label: lambda process=process: harness.Seconds(process.call(step_times.run_step, 2))
+                for label, process in processes.items()
+            }
+            samples = run.compare(cases, repeats=5, warm_up=2)
+            run.row(f"{cell}, plain Flax", samples.median("plain") * 1e3, "ms")
+            run.row(f"{cell}, traced", samples.median("traced") * 1e3, "ms")
+            run.row(
+                f"{cell}, plain Flax / traced", samples.ratio("plain", "traced"), "x",
+                goals[name], "higher",
+            )  # fmt: skip
+            run.row(f"{cell}, traced / registered", samples.ratio("traced", "registered"), "x", 1.2)
+
+
 def measure(run: harness.Bench) -> None:
     """Measures all cells; with --quick one network on one core."""
     with_torch = importlib.util.find_spec("torch") is not None
@@ -115,6 +147,7 @@ def measure(run: harness.Bench) -> None:
         run.row("geometric mean of ours / PyTorch", mean, "x", 1.0)
     if CUT_NETWORK in NETWORKS.value:
         compare_cuts(run, 25)
+    compare_flax(run, int(BATCHES.value[0]))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 from flax import linen, nnx
@@ -18,18 +18,6 @@ from stages.variables import abstract, divide, text_of
 T = TypeVar("T")
 
 
-class Built(NamedTuple):
-    """A unit that was just built.
-
-    Attributes:
-      unit: The unit.
-      ours: Whether it consists of this package's layers only, which need no check.
-    """
-
-    unit: ModuleUnit
-    ours: bool
-
-
 def abstractly(build: Callable[[], T]) -> T:
     """Calls a function while jax traces, so that no array is computed."""
     made: list[T] = []
@@ -39,7 +27,7 @@ def abstractly(build: Callable[[], T]) -> T:
 
 def build_units(
     model: str, pairs: Sequence[tuple[str, Factory]], modules: Sequence[Any]
-) -> list[Built]:
+) -> list[ModuleUnit]:
     """Creates units from their modules while these are traced.
 
     Args:
@@ -61,10 +49,7 @@ def build_units(
     if repeated:
         raise StageError(f"model {model!r}: names of units repeat among {names}; rename {repeated}")
     check_apart(model, dict(zip(names, modules, strict=True)))
-    return [
-        Built(_build_unit(*pair, module), _is_ours(module))
-        for pair, module in zip(pairs, modules, strict=True)
-    ]
+    return [_build_unit(*pair, module) for pair, module in zip(pairs, modules, strict=True)]
 
 
 def build_module(name: str, factory: Factory, *, is_unit: bool = True) -> Any:
@@ -136,7 +121,9 @@ def _build_unit(name: str, factory: Factory, module: Any) -> ModuleUnit:
     if len(paths) < sum(map(len, groups)):
         twice = sorted((params.keys() & state.keys()) | (streams.keys() & {*params, *state}))
         raise StageError(f"unit {name!r}: two variables have the name {twice[0]!r}: rename one")
-    return ModuleUnit(name, parts.graph, params, state, factory, streams, paths)
+    return ModuleUnit(
+        name, parts.graph, params, state, factory, streams, paths, is_ours=_is_ours(module)
+    )
 
 
 def _check_node(where: str, node: PyTree) -> None:

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from stages.building import Built, abstractly, build_module, build_units, check_module
+from stages.building import abstractly, build_module, build_units, check_module
 from stages.errors import StageError
 from stages.frozen import Frozen
 from stages.trees import Variables
-from stages.unit import Factory, Unit, check_training
+from stages.unit import Factory, ModuleUnit, Unit, check_training
 
 
 class Model:
@@ -115,7 +115,7 @@ class Model:
 
         pairs = [(path.replace("/", "_"), pick(path)) for path in units]
 
-        def build() -> list[Built]:
+        def build() -> list[ModuleUnit]:
             whole = build_module(name, factory, is_unit=False)
             modules = [check_module(path, _attribute(name, whole, path)) for path in units]
             return build_units(name, pairs, modules)
@@ -127,17 +127,17 @@ class Model:
     def _of_built(
         cls,
         name: str,
-        built: Sequence[Built],
+        built: Sequence[ModuleUnit],
         input_shape: Sequence[int],
         classes: int,
         input_dtype: DTypeLike,
     ) -> Model:
         """Creates a model from units, and checks that they match and can be trained."""
-        model = cls(name, [one.unit for one in built], input_shape, classes, input_dtype)
+        model = cls(name, built, input_shape, classes, input_dtype)
         shapes = model.shapes(2)
-        for i, one in enumerate(built):
-            if not one.ours:
-                check_training(name, one.unit, shapes[i], shapes[i + 1])
+        for i, unit in enumerate(built):
+            if not unit.is_ours:
+                check_training(name, unit, shapes[i], shapes[i + 1])
         return model
 
     @property

@@ -14,6 +14,7 @@ import optax
 
 from stages.errors import StageError
 from stages.frozen import Frozen
+from stages.layers.reformulation import reformulated
 from stages.micro_batch_context import MicroBatchContext
 from stages.model import Model
 from stages.program import Program
@@ -329,14 +330,11 @@ def _run(
     """Chains units; returns the output and the new batch statistics."""
     after: Variables = {}
     for unit in units:
-        x, after[unit.name] = unit.call(
-            {**params[unit.name], **fixed.get(unit.name, {})},
-            state[unit.name],
-            x,
-            side,
-            draw=draw,
-            train=train,
-        )
+        call: Callable[..., Any] = partial(unit.call, train=train)
+        if not unit.is_ours:
+            call = reformulated(call)
+        weights = {**params[unit.name], **fixed.get(unit.name, {})}
+        x, after[unit.name] = call(weights, state[unit.name], x, side, draw=draw)
     return x, after
 
 

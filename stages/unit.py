@@ -15,6 +15,7 @@ from flax import nnx
 from stages import context
 from stages.errors import StageError
 from stages.foreign import describe
+from stages.layers.flax_norm import write_out
 from stages.micro_batch_context import MicroBatchContext, make_draw, name_hash
 from stages.trees import Arrays, Path, PyTree
 from stages.variables import divide, draw_streams, nested, state_after, text_of, value_of
@@ -37,6 +38,8 @@ class Unit(abc.ABC):
       state: Abstract batch statistics and other variables of the unit, by path.
       sides: Names of its side inputs (masks, lengths).
       frozen: Abstract weights that are not trained, by path; they are not among ``params``.
+      is_ours: Whether it consists of ``stages.layers`` only, which choose their formulations
+        themselves and need no check.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Unit(abc.ABC):
     state: dict[str, jax.ShapeDtypeStruct]
     sides: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
     frozen: dict[str, jax.ShapeDtypeStruct] = dataclasses.field(default_factory=dict, kw_only=True)
+    is_ours: bool = dataclasses.field(default=False, kw_only=True)
 
     @property
     def weights(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -306,5 +310,6 @@ def _set_mode(module: Any, scope: context.Context) -> None:
     for _, node in nnx.iter_graph(module):
         if isinstance(node, nnx.BatchNorm) and scope.train:
             node.momentum = nnx.data(node.momentum**scope.share)
+            write_out(node)
         if isinstance(node, nnx.bridge.ToNNX) and not scope.train:
             node.to_nnx__rngs = None  # so that drawing at inference fails, by name

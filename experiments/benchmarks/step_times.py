@@ -27,6 +27,7 @@ def prepare_jax(
     cuts: tuple[int, ...] = (),
     rematerialise: bool = False,
     stem: str = "cifar",
+    traced: bool = False,
 ) -> dict[str, float]:
     """Builds and compiles a network of ours.
 
@@ -36,6 +37,8 @@ def prepare_jax(
       cuts: Its cuts; the stages run one after another in this process.
       rematerialise: Whether stages recompute their forward pass.
       stem: One of ``stages.STEMS``.
+      traced: Whether the network is not the registered one, but the one of ``flax_networks``,
+        traced.
 
     Returns:
       compile_s, and residual_bytes of all stages but the last.
@@ -44,7 +47,7 @@ def prepare_jax(
     import jax
     import optax
 
-    model = stages.build(name, input_shape=(32, 32, 3), classes=10, stem=stem)
+    model = _traced(name, stem) if traced else _registered(name, stem)
     parts = stages.split(model, cuts, rematerialise=rematerialise)
     params, state = model.init(0)
     tx = optax.sgd(LEARNING_RATE, MOMENTUM)
@@ -83,9 +86,57 @@ def prepare_jax(
     }
 
 
+def prepare_flax(name: str, batch: int, stem: str = "cifar") -> None:
+    """Builds and compiles a network of ``flax_networks`` under a plain ``jax.jit``."""
+    import jax
+    import optax
+    from flax import nnx
+
+    from experiments.benchmarks import flax_networks
+
+    model = flax_networks.build(name, stem, nnx.Rngs(0))
+    divide: Any = nnx.split  # its type does not know of ...
+    graph, params, stats = divide(model, nnx.Param, ...)
+    tx = optax.sgd(LEARNING_RATE, MOMENTUM)
+    images, labels = jax.device_put(_batch(batch))
+
+    def mean_loss(params: Any, stats: Any) -> Any:
+        module = nnx.merge(graph, params, stats, copy=True)
+        logits = module(images)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean(), divide(module, nnx.Param, ...)[2]
+
+    @jax.jit
+    def train(params: Any, stats: Any, opt: Any) -> Any:
+        gradient, stats = jax.grad(mean_loss, has_aux=True)(params, stats)
+        updates, opt = tx.update(gradient, opt, params)
+        return optax.apply_updates(params, updates), stats, opt
+
+    held = [params, stats, tx.init(params)]
+
+    def step() -> None:
+        held[:] = jax.block_until_ready(train(*held))  # type: ignore[no-untyped-call]
+
+    step()
+    _STATE["step"] = step
+
+
+def _registered(name: str, stem: str) -> stages.Model:
+    return stages.build(name, input_shape=(32, 32, 3), classes=10, stem=stem)
+
+
+def _traced(name: str, stem: str) -> stages.Model:
+    import jax
+
+    from experiments.benchmarks import flax_networks
+
+    example = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)  # type: ignore[no-untyped-call]
+    return stages.trace(lambda rngs: flax_networks.build(name, stem, rngs), example, name=name)
+
+
 def count_flops(name: str, batch: int, stem: str = "cifar") -> float:
     """Floating-point operations of our step, forward and backward."""
-    model = stages.build(name, input_shape=(32, 32, 3), classes=10, stem=stem)
+    model = _registered(name, stem)
     return sum(
         row.forward_flops + row.backward_flops for row in stages.stage_facts(model, (), batch)
     )

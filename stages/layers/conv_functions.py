@@ -31,20 +31,28 @@ class Geometry(NamedTuple):
       size: Height and width of the kernel.
       stride: Step in both directions.
       padding: Zeros added on each side.
+      more: Zeros added to these after the last row and the last column, as Flax does where a
+        stride leaves an odd number of them.
     """
 
     size: int
     stride: int
     padding: int
+    more: int = 0
 
     @property
     def pointwise(self) -> bool:
         """Whether the kernel has one pixel: patches are then the image itself."""
-        return self.size == 1 and self.padding == 0
+        return self.size == 1 and self.padding == self.more == 0
+
+    @property
+    def edges(self) -> tuple[int, int]:
+        """Zeros added before and after an axis."""
+        return self.padding, self.padding + self.more
 
     def out(self, length: int) -> int:
         """Length of the output along an axis of ``length``."""
-        return (length + 2 * self.padding - self.size) // self.stride + 1
+        return (length + sum(self.edges) - self.size) // self.stride + 1
 
     def reached(self, length: int) -> range:
         """Rows of the kernel that meet any of ``length`` rows, all others meet padding alone."""
@@ -109,7 +117,7 @@ def xla_convolve(x: jax.Array, kernel: jax.Array, geometry: Geometry, groups: in
         x,
         kernel,
         (geometry.stride, geometry.stride),
-        ((geometry.padding, geometry.padding), (geometry.padding, geometry.padding)),
+        (geometry.edges, geometry.edges),
         dimension_numbers=DIMENSIONS,
         feature_group_count=groups,
     )
@@ -143,14 +151,14 @@ convolve.defvjp(_convolve_forward, _convolve_backward)
 def _key(x: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry) -> LayerShape:
     """The convolution's shape as ``formulation`` wants it."""
     batch, height, width, features = x
-    return LayerShape(batch, height, width, features, kernel[-1], *geometry)
+    return LayerShape(batch, height, width, features, kernel[-1], *geometry[:3])
 
 
 def pad_images(x: jax.Array, geometry: Geometry, axis: int) -> jax.Array:
     """Pads the two axes from ``axis`` with the convolution's zeros."""
     pads = [(0, 0)] * x.ndim
-    pads[axis] = pads[axis + 1] = (geometry.padding, geometry.padding)
-    return jnp.pad(x, pads) if geometry.padding else x
+    pads[axis] = pads[axis + 1] = geometry.edges
+    return jnp.pad(x, pads) if any(geometry.edges) else x
 
 
 def shifted(

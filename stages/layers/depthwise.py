@@ -34,7 +34,7 @@ def depthwise(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
       [batch, height', width', channels], dtype of x.
     """
     batch, height, width, channels = x.shape
-    key = LayerShape(batch, height, width, channels, channels, *geometry)
+    key = LayerShape(batch, height, width, channels, channels, *geometry[:3])
     if choose("depthwise", key) is Formulation.DIRECT:
         return _direct(x, kernel, geometry)
     return xla_convolve(x, kernel, geometry, groups=x.shape[-1])

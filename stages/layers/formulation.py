@@ -95,6 +95,14 @@ def recorded() -> Iterator[set[tuple[str, LayerShape]]]:
         _asked.reset(token)
 
 
+def has_choice() -> bool:
+    """Returns whether layers have other formulations than XLA's on the current platform."""
+    wanted = _forced.get()
+    if wanted is None:
+        return jax.default_backend() == "cpu"
+    return wanted is not Formulation.XLA
+
+
 def choose(operation: str, shape: LayerShape) -> Formulation:
     """Picks the formulation of an operation on the current platform.
 

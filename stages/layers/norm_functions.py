@@ -7,6 +7,7 @@ platform, so that this formulation is used everywhere.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,9 +19,9 @@ from stages.trees import PyTree
 EPSILON = 1e-5
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def batch_normalise(
-    x: jax.Array, scale: jax.Array, bias: jax.Array
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float = EPSILON
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalises over all axes but the last (Ioffe and Szegedy 2015, algorithm 1).
 
@@ -28,27 +29,31 @@ def batch_normalise(
       x: [batch, …, features].
       scale: [features], in the dtype that statistics are computed in.
       bias: [features].
+      epsilon: Added to the variance.
 
     Returns:
       The output, shape and dtype of x; the mean [features]; the biased variance [features].
       The statistics carry no gradient of their own.
     """
-    y, mean, var = _batch_forward(x, scale, bias)[0]
+    y, mean, var = _batch_forward(x, scale, bias, epsilon)[0]
     return y, mean, var
 
 
-def _batch_forward(x: jax.Array, scale: jax.Array, bias: jax.Array) -> Any:
+def _batch_forward(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> Any:
     axes = tuple(range(x.ndim - 1))
     wide = x.astype(scale.dtype)
     mean = jnp.mean(wide, axes)
     # Two passes: the mean of squares minus the squared mean cancels badly in float32.
     var = jnp.mean(jnp.square(wide - mean), axes)
-    inverse = lax.rsqrt(var + EPSILON)
+    inverse = lax.rsqrt(var + epsilon)
     y = ((wide - mean) * (scale * inverse) + bias).astype(x.dtype)
     return (y, mean, var), (x, scale, mean, inverse)
 
 
-def _batch_backward(kept: PyTree, cotangents: PyTree) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _batch_backward(
+    epsilon: float, kept: PyTree, cotangents: PyTree
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    del epsilon  # the inverse deviation contains it
     x, scale, mean, inverse = kept
     axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
     cotangent = cotangents[0].astype(scale.dtype)

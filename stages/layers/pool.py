@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ from jax import lax
 
 from stages.layers.formulation import Formulation, LayerShape, choose
 from stages.trees import PyTree
+
+Edges: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
 
 
 def max_pool(
@@ -20,17 +23,28 @@ def max_pool(
     If several elements of a window are equal to the maximum, the first of them, in row-major order,
     gets the whole cotangent, in every formulation.
     """
-    step = stride or window
+    return pool_maxima(x, window, stride or window, ((padding, padding), (padding, padding)))
+
+
+def pool_maxima(x: jax.Array, window: int, step: int, edges: Edges) -> jax.Array:
+    """Takes maxima over square windows, with any padding by minus infinity.
+
+    Args:
+      x: [batch, height, width, channels], floating.
+      window: Height and width of the window.
+      step: Its step in both directions.
+      edges: Rows added before and after; columns added before and after.
+    """
     batch, height, width, channels = x.shape
-    key = LayerShape(batch, height, width, channels, channels, window, step, padding)
+    key = LayerShape(batch, height, width, channels, channels, window, step, edges[0][0])
     if choose("max_pool", key) is Formulation.XLA:
-        return _window_max(x, window, step, padding)
-    if step == window and padding == 0:
+        return _window_max(x, window, step, edges)
+    padded = any(map(any, edges))
+    if step == window and not padded:
         rows, columns = x.shape[1] // window, x.shape[2] // window
         return _tile_max(x[:, : rows * window, : columns * window], window)
-    if padding:
-        pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-        x = jnp.pad(x, pads, constant_values=-jnp.inf)
+    if padded:
+        x = jnp.pad(x, ((0, 0), *edges, (0, 0)), constant_values=-jnp.inf)
     return _slice_max(x, window, step)
 
 
@@ -50,9 +64,9 @@ def global_average_pool(x: jax.Array) -> jax.Array:
     return x.mean((1, 2))
 
 
-def _window_max(x: jax.Array, window: int, step: int, padding: int) -> jax.Array:
+def _window_max(x: jax.Array, window: int, step: int, edges: Edges) -> jax.Array:
     """XLA's own; its backward pass (select and scatter) is a scalar loop on CPUs."""
-    pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    pads = ((0, 0), *edges, (0, 0))
     pooled: jax.Array = lax.reduce_window(
         x, -jnp.inf, lax.max, (1, window, window, 1), (1, step, step, 1), pads
     )

@@ -8,20 +8,17 @@ and so are loops, whose equations run more than once.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core as jex_core
 from jax.typing import DTypeLike
 
+from stages.equations import evaluate
 from stages.errors import StageError
 from stages.foreign import describe
 from stages.micro_batch_context import MicroBatchContext
 from stages.tracing.networks import Network, Shapes
-from stages.trees import Atom, Equation, Jaxpr, PyTree
-
-_CALLS = ("jit", "pjit", "closed_call", "core_call")
+from stages.trees import Atom, Jaxpr, PyTree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,50 +102,9 @@ def _inlined(closed: Jaxpr) -> PyTree:
     """Traces a jaxpr again, with calls inlined."""
 
     def run(*arguments: PyTree) -> list[PyTree]:
-        return _evaluate(closed.jaxpr, closed.consts, arguments)
+        return evaluate(closed.jaxpr, closed.consts, arguments)
 
     return jax.make_jaxpr(run)(*closed.in_avals)
-
-
-def _evaluate(jaxpr: Jaxpr, consts: Sequence[PyTree], arguments: Sequence[PyTree]) -> list[PyTree]:
-    """Evaluates equation by equation, and steps into calls."""
-    values: dict[Atom, PyTree] = {}
-
-    def read(atom: Atom) -> PyTree:
-        return atom.val if isinstance(atom, jex_core.Literal) else values[atom]
-
-    values.update(zip(jaxpr.constvars, consts, strict=True))
-    values.update(zip(jaxpr.invars, arguments, strict=True))
-    for equation in jaxpr.eqns:
-        taken = [read(atom) for atom in equation.invars]
-        inner = _called(equation)
-        if inner is not None:
-            made = _evaluate(inner.jaxpr, inner.consts, taken)
-        else:
-            # A jaxpr of a single equation: binding a primitive differs between versions.
-            single = jaxpr.replace(
-                constvars=[], invars=_distinct(equation.invars), outvars=list(equation.outvars),
-                eqns=[equation], effects=equation.effects,
-            )  # fmt: skip
-            known = dict(zip(map(id, equation.invars), taken, strict=True))
-            function = jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(single, []))
-            made = function(*(known[id(atom)] for atom in single.invars))
-        values.update(zip(equation.outvars, made, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
-
-
-def _called(equation: Equation) -> PyTree:
-    """Returns the function that an equation calls, if it is only a call."""
-    if equation.primitive.name not in _CALLS:
-        return None
-    inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
-    return inner if isinstance(inner, jex_core.ClosedJaxpr) else None
-
-
-def _distinct(atoms: Sequence[Atom]) -> list[Atom]:
-    """Returns the variables among atoms, each once."""
-    found = {id(atom): atom for atom in atoms if not isinstance(atom, jex_core.Literal)}
-    return list(found.values())
 
 
 def _kind(y: PyTree) -> str:

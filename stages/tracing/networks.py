@@ -16,6 +16,7 @@ from stages import context
 from stages.building import abstractly, build_module, build_units
 from stages.errors import StageError
 from stages.foreign import describe
+from stages.layers.flax_norm import linen_batch_norm
 from stages.micro_batch_context import MicroBatchContext, name_hash
 from stages.trees import Arrays, Path, PyTree
 from stages.unit import ModuleUnit
@@ -93,7 +94,7 @@ class NnxNetwork(Network):
 
         def build() -> ModuleUnit:
             module = nnx.clone(given) if self._held else build_module(name, factory)
-            return build_units(name, [(name, factory)], [module])[0].unit
+            return build_units(name, [(name, factory)], [module])[0]
 
         self._unit = build() if self._held else abstractly(build)
         self.params, self.state = self._unit.params, self._unit.state
@@ -303,7 +304,10 @@ def _shown(inputs: Shapes) -> str:
 
 
 def _slowed(scope: context.Context) -> Callable[..., Any]:
-    """Returns an interceptor that makes running averages decay by a micro-batch's share."""
+    """Returns an interceptor of batch normalisation, in training.
+
+    Running averages decay by a micro-batch's share, and the formulation is ours where it fits.
+    """
 
     def intercept(call: Any, args: Any, kwargs: Any, at: Any) -> PyTree:
         module = at.module
@@ -313,7 +317,11 @@ def _slowed(scope: context.Context) -> Callable[..., Any]:
             or not isinstance(module, linen.BatchNorm)
         ):
             return call(*args, **kwargs)
-        with _replaced(module, "momentum", module.momentum**scope.share):
+        momentum = module.momentum**scope.share
+        normalised = linen_batch_norm(module, momentum, *args, **kwargs)
+        if normalised is not None:
+            return normalised
+        with _replaced(module, "momentum", momentum):
             return call(*args, **kwargs)
 
     return intercept

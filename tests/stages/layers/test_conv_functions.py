@@ -24,6 +24,9 @@ GEOMETRIES = [
     ((3, 6, 5, 8), 4, Geometry(1, 2, 0)),
     ((3, 2, 2, 8), 8, Geometry(3, 1, 1)),
     ((3, 1, 1, 8), 8, Geometry(5, 1, 2)),
+    ((5, 8, 6, 4), 6, Geometry(3, 2, 0, 1)),
+    ((3, 12, 10, 3), 5, Geometry(7, 2, 2, 1)),
+    ((3, 2, 2, 8), 8, Geometry(3, 2, 0, 1)),
 ]
 
 
@@ -59,6 +62,9 @@ def test_values_and_gradients_equal_those_of_xla(
         (5, 5, Geometry(4, 1, 2)),  # a kernel of even size makes the map larger
         (6, 5, Geometry(3, 1, 0)),
         (9, 9, Geometry(7, 3, 3)),
+        (8, 6, Geometry(3, 2, 0, 1)),
+        (4, 5, Geometry(2, 1, 0, 1)),
+        (5, 4, Geometry(1, 2, 0, 2)),
     ],
 )
 def test_the_cotangent_of_an_input_is_exact_for_all_strides_and_paddings(height, width, geometry):
