@@ -225,56 +225,84 @@ def run_here(
       DataError: Data or model are not valid or do not match; nothing was started.
       PiparError: The run failed; of several hosts' errors, the first that is not about a peer.
     """
-    own = _admit(config, model, data)
-    count = config.devices.count
     from pipar_jax.launch.launcher import create_folder
 
+    own = _admit(config, model, data)
     # A copy: its name becomes that of the folder, and that of the model the model's own.
     of_model = config.model if model is None else dataclasses.replace(config.model, name=model.name)
     config = dataclasses.replace(config, model=of_model)
     folder = create_folder(config)
-    listening: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
-    stop = threading.Event()
-    errors: list[BaseException] = []
+    with _Roles(config, model, on_event) as roles:
+        roles.start("server", run_server, on_event=roles.tell, data=own[-1])
+        address = roles.listening.get()
+        if address is not None:
+            for name in hosts_of(config).nodes:
+                roles.start(name, run_node, host_index(name), address)
+            for index in range(config.devices.count):
+                roles.start(device_name(index), run_device, index, address, data=own[index])
+    return folder
 
-    def tell(event: JsonObject) -> None:
+
+class _Roles:
+    """The roles of a run as threads of this process; leaving the block waits for all of them.
+
+    Args:
+      config: Resolved configuration.
+      model: The model, if not the configured one.
+      on_event: Takes the server's events.
+
+    Attributes:
+      listening: Gets the server's address, or None if it failed before.
+    """
+
+    def __init__(self, config: Config, model: Model | None, on_event: OnEvent) -> None:
+        self._config, self._model, self._on_event = config, model, on_event
+        self._stop, self._threads = threading.Event(), list[threading.Thread]()
+        self._errors: list[BaseException] = []
+        self.listening: queue.SimpleQueue[tuple[str, int] | None] = queue.SimpleQueue()
+
+    def __enter__(self) -> _Roles:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Joins all threads, and raises the first error that is not a consequence of another."""
+        if kind is not None:
+            self._stop.set()
+        try:
+            self._join()
+        except BaseException:  # Ctrl-C
+            self._stop.set()
+            self._join()
+            raise
+        if kind is None and self._errors:
+            raise min(self._errors, key=_rank)
+
+    def start(self, name: str, function: Callable[..., Any], *args: Any, **values: Any) -> None:
+        """Starts a role as a thread."""
+        role = functools.partial(
+            function, self._config, *args, model=self._model, stop=self._stop, **values
+        )
+        thread = threading.Thread(target=self._guarded, args=(role,), name=f"pipar-{name}")
+        self._threads.append(thread)
+        thread.start()
+
+    def tell(self, event: JsonObject) -> None:
+        """Takes an event of the server."""
         if event["event"] == "listening":
-            listening.put((event["host"], event["port"]))
-        on_event(event)
+            self.listening.put((event["host"], event["port"]))
+        self._on_event(event)
 
-    def guarded(role: Callable[[], Any]) -> None:
+    def _guarded(self, role: Callable[[], Any]) -> None:
         try:
             role()
-        except BaseException as error:  # raised below, after the threads are joined
-            errors.append(error)
-            stop.set()
-            listening.put(None)
+        except BaseException as error:  # raised where the threads are joined
+            self._errors.append(error)
+            self._stop.set()
+            self.listening.put(None)
 
-    threads: list[threading.Thread] = []
-
-    def start(name: str, function: Callable[..., Any], *args: Any, **values: Any) -> None:
-        role = functools.partial(function, config, *args, model=model, stop=stop, **values)
-        threads.append(threading.Thread(target=guarded, args=(role,), name=f"pipar-{name}"))
-        threads[-1].start()
-
-    start("server", run_server, on_event=tell, data=own[-1])
-    address = listening.get()
-    if address is not None:
-        for name in hosts_of(config).nodes:
-            start(name, run_node, host_index(name), address)
-        for index in range(count):
-            start(device_name(index), run_device, index, address, data=own[index])
-    try:
-        for thread in threads:
+    def _join(self) -> None:
+        for thread in self._threads:
             thread.join()
-    except BaseException:
-        stop.set()
-        for thread in threads:
-            thread.join()
-        raise
-    if errors:  # a host that received an invalid message knows more than one that was told to stop
-        raise min(errors, key=_rank)
-    return folder
 
 
 def _rank(error: BaseException) -> int:

@@ -78,7 +78,7 @@ def run_server(
       RunError: This process failed.
     """
     set_precision(config.model)
-    began = time.monotonic()
+    began_s = time.monotonic()
     # Before there is a folder: what is refused here leaves nothing behind.
     planned(config.cohort, config.devices.count)
     dataset = (
@@ -97,26 +97,9 @@ def run_server(
     folder = RunFolder(at) if past is None else RunFolder(at, past.rows, past.script)
     folder.save_config(config)
     add_platform(folder.path)
-    record = Record(folder)
-    lock = threading.Lock()
-    rows = () if past is None else past.rows
-    for row in rows:
-        stop_rule.add(row, past=True)
-    known = _KNOWN if rows else ()
-    began -= rows[-1]["time_s"] if rows else 0.0
+    record, rows = Record(folder), () if past is None else past.rows
     with Sinks(config.run.sinks, folder.path) as sinks:
-
-        def tell(event: JsonObject) -> None:
-            with lock:
-                event = plain({**event, "time_s": time.monotonic() - began})
-                stop_rule.add(event)
-                if event["event"] not in ("progress", "working", *known):  # the first happen often
-                    told = record.add(event)
-                    sinks.write(event)
-                    if told is not None:
-                        on_event({**told, "time_s": event["time_s"]})
-                on_event(event)
-
+        tell = _Teller(record, sinks, stop_rule, on_event, began_s, rows)
         for event in early:
             tell(event)
         if past is not None:
@@ -125,6 +108,47 @@ def run_server(
             config, network, dataset, folder, record, tell, stop or threading.Event(), script,
             Start(past, stop_rule, finish or threading.Event()),
         )  # fmt: skip
+
+
+class _Teller:
+    """Passes events on, one at a time: to the run's record, its sinks, its stop rule, the caller.
+
+    Args:
+      record: What is written to the run's folder.
+      sinks: Further destinations.
+      stop_rule: Decides when the run ends.
+      on_event: The caller's.
+      began_s: When the run began, on the monotonic clock.
+      rows: What the run told before it was resumed.
+    """
+
+    def __init__(
+        self,
+        record: Record,
+        sinks: Sinks,
+        stop_rule: StopRule,
+        on_event: OnEvent,
+        began_s: float,
+        rows: Sequence[JsonObject],
+    ) -> None:
+        self._record, self._sinks, self._stop_rule = record, sinks, stop_rule
+        self._on_event, self._lock = on_event, threading.Lock()
+        for row in rows:
+            stop_rule.add(row, past=True)
+        self._unrecorded = ("progress", "working", *(_KNOWN if rows else ()))  # or told often
+        self._began_s = began_s - (rows[-1]["time_s"] if rows else 0.0)
+
+    def __call__(self, event: JsonObject) -> None:
+        """Adds the time to an event and passes it on; any thread may call it."""
+        with self._lock:
+            event = plain({**event, "time_s": time.monotonic() - self._began_s})
+            self._stop_rule.add(event)
+            if event["event"] not in self._unrecorded:
+                told = self._record.add(event)
+                self._sinks.write(event)
+                if told is not None:
+                    self._on_event({**told, "time_s": event["time_s"]})
+            self._on_event(event)
 
 
 def _serve(
@@ -177,27 +201,7 @@ def _serve(
         members.admit()
         members.actions = lambda: host.actions
         host.link_table.control.update({name: one.link for name, one in members.by_name.items()})
-        evaluator = Evaluator(model, dataset, config.model.dtype)
-
-        def save(params: Variables, state: Variables) -> None:
-            tell({"event": "saving", "file": WEIGHTS})
-            folder.save_weights(model.completed(params), state, _facts(model, dataset))
-
-        parameters = stages.parameter_count(model)
-        rows = () if start.past is None else start.past.rows
-        checkpoints = _checkpoints(config, model, dataset, folder, members, tell, start.past)
-        with (
-            contextlib.closing(checkpoints),
-            contextlib.closing(
-                RunLog(config, members, folder, record, tell, parameters, rows)
-            ) as run_log,
-        ):
-            coordinator = Coordinator(
-                config, model, host, members, evaluator, run_log, save, script, checkpoints, start
-            )
-            summary = coordinator.run()
-        record.check()
-        return summary
+        return _conduct(config, model, dataset, folder, record, tell, host, members, script, start)
     except BaseException as error:
         members.abort(_reason(error), again=isinstance(error, Interrupted))
         raise
@@ -206,6 +210,40 @@ def _serve(
             host.close()
         members.close()
         endpoint.close()
+
+
+def _conduct(
+    config: Config,
+    model: Model,
+    dataset: Dataset,
+    folder: RunFolder,
+    record: Record,
+    tell: OnEvent,
+    host: Host,
+    members: Membership,
+    script: Sequence[Plan],
+    start: Start,
+) -> JsonObject:
+    """Runs the coordinator once all members are there; returns the event ``run_finished``."""
+
+    def save(params: Variables, state: Variables) -> None:
+        tell({"event": "saving", "file": WEIGHTS})
+        folder.save_weights(model.completed(params), state, _facts(model, dataset))
+
+    rows = () if start.past is None else start.past.rows
+    parameters = stages.parameter_count(model)
+    checkpoints = _checkpoints(config, model, dataset, folder, members, tell, start.past)
+    with contextlib.ExitStack() as stack:
+        stack.callback(checkpoints.close)
+        run_log = RunLog(config, members, folder, record, tell, parameters, rows)
+        stack.callback(run_log.close)
+        evaluator = Evaluator(model, dataset, config.model.dtype)
+        coordinator = Coordinator(
+            config, model, host, members, evaluator, run_log, save, script, checkpoints, start
+        )
+        summary = coordinator.run()
+    record.check()
+    return summary
 
 
 def _checkpoints(
