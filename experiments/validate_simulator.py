@@ -20,8 +20,9 @@ from experiments.benchmarks.simulator_settings import Setting
 from experiments.benchmarks.time_alone import Alone
 from pipar_jax.launch import launcher
 from pipar_jax.report import RecordedRun, read_run
-from pipar_jax.schedule.actions import COMPUTE, RoundSchedule, Span
+from pipar_jax.schedule.actions import COMPUTE, Span
 from pipar_jax.schedule.plan import COORDINATOR, DevicePlan, Plan
+from pipar_jax.schedule.rounds import RoundSchedule
 from pipar_jax.simulator import Costs, LinkModel, simulate
 
 ONLY = flags.DEFINE_string("only", "", "Measure only settings whose name contains this.")

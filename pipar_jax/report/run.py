@@ -21,8 +21,8 @@ from pipar_jax.disk.json_text import JsonMapping
 from pipar_jax.errors import RunError
 from pipar_jax.methods.registry import title
 from pipar_jax.report.digest import Digest, digest
-from pipar_jax.schedule.actions import RoundSchedule, rounds
 from pipar_jax.schedule.plan import COORDINATOR, Plan, device_name, host_index
+from pipar_jax.schedule.rounds import RoundSchedule, rounds
 from pipar_jax.schedule.trace import Trace
 from pipar_jax.simulator import LinkModel, Prediction, simulate
 

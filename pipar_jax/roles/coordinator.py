@@ -41,8 +41,7 @@ from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.link_table import direct
 from pipar_jax.runtime.metrics import Totals
 from pipar_jax.runtime.unit_state import States, UnitState
-from pipar_jax.schedule import actions
-from pipar_jax.schedule.actions import AGGREGATE, ALL, Action, RoundSchedule, Span
+from pipar_jax.schedule.actions import AGGREGATE, ALL, Action, Span
 from pipar_jax.schedule.plan import (
     COORDINATOR,
     Boundary,
@@ -53,6 +52,7 @@ from pipar_jax.schedule.plan import (
     is_device,
     long_name,
 )
+from pipar_jax.schedule.rounds import RoundSchedule, rounds
 from pipar_jax.schedule.trace import Interval, Timed
 from pipar_jax.training import optimizer
 from stages import Model
@@ -250,7 +250,7 @@ class Coordinator:
         Raises:
           PlanError: Their epochs have different lengths.
         """
-        actions.rounds(self.plan, [one.steps for one in self._population], 1)
+        rounds(self.plan, [one.steps for one in self._population], 1)
 
     def _prepare(self) -> None:
         """Sends the plan, waits until all have compiled, and lets slow hosts time themselves."""

@@ -31,10 +31,10 @@ from pipar_jax.schedule.actions import (
     SEND_FORWARD,
     UPDATE,
     Action,
-    RoundSchedule,
 )
 from pipar_jax.schedule.host_program import HostProgram, Operation
 from pipar_jax.schedule.plan import Boundary
+from pipar_jax.schedule.rounds import RoundSchedule
 from pipar_jax.schedule.trace import Timed
 from pipar_jax.training.replica import Replica
 from stages import MicroBatchContext

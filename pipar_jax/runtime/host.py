@@ -47,7 +47,6 @@ from pipar_jax.schedule.actions import (
     SEND_CLIENT_MODEL,
     UPDATE,
     Action,
-    RoundSchedule,
 )
 from pipar_jax.schedule.dispatch import CreditedLink, Demand, Dispatcher, InFlightLimit
 from pipar_jax.schedule.feasibility import check_executable
@@ -62,6 +61,7 @@ from pipar_jax.schedule.plan import (
     is_node,
 )
 from pipar_jax.schedule.policies import policy
+from pipar_jax.schedule.rounds import RoundSchedule
 from pipar_jax.schedule.step_feeder import StepFeeder
 from pipar_jax.training import optimizer
 from pipar_jax.training.compile import (  # fmt: skip

@@ -12,9 +12,10 @@ from pipar_jax.aggregation.aggregator import Aggregator, Contribution
 from pipar_jax.config import Config
 from pipar_jax.protocol.values import EVERY
 from pipar_jax.runtime.unit_state import Key, UnitState, take
-from pipar_jax.schedule.actions import AGGREGATE, ALL, Action, RoundSchedule, Span
+from pipar_jax.schedule.actions import AGGREGATE, ALL, Action, Span
 from pipar_jax.schedule.host_program import HostProgram
 from pipar_jax.schedule.plan import WeightPolicy
+from pipar_jax.schedule.rounds import RoundSchedule
 from pipar_jax.schedule.trace import Timed
 from pipar_jax.training.replica import Replica
 from stages.trees import Arrays, Variables

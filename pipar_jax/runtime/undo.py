@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from pipar_jax.config import CohortConfig, keeps_state, may_lose
-from pipar_jax.schedule.actions import ALL, RoundSchedule
+from pipar_jax.schedule.actions import ALL
 from pipar_jax.schedule.keep import Keep, keep
 from pipar_jax.schedule.plan import Order, Plan
+from pipar_jax.schedule.rounds import RoundSchedule
 from pipar_jax.training.replica import Replica
 
 Replicas = Mapping[tuple[int, int], Replica]

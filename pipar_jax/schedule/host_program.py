@@ -24,14 +24,12 @@ from pipar_jax.schedule.actions import (
     UPDATE,
     Action,
     ActionKind,
-    HostTemplate,
-    RoundSchedule,
     batch_samples,
-    host_template,
     micro_batch_sizes,
-    predecessors,
 )
 from pipar_jax.schedule.plan import Boundary, Order, Plan
+from pipar_jax.schedule.rounds import RoundSchedule
+from pipar_jax.schedule.steps import HostTemplate, host_template, predecessors
 
 #: An action and what must be complete before it.
 Bare = tuple[Action, tuple[Action, ...]]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable
 
-from pipar_jax.schedule.actions import ALL, Action, RoundSchedule, Span
+from pipar_jax.schedule.actions import ALL, Action, Span
 from pipar_jax.schedule.dispatch import Demand, Dispatcher, Row
 from pipar_jax.schedule.host_program import HostProgram, Operation
 from pipar_jax.schedule.plan import Order
+from pipar_jax.schedule.rounds import RoundSchedule
 
 #: Returns the conditions of an operation on a number of samples, in addition to predecessors.
 Demands = Callable[[Operation, int], Demand | None]

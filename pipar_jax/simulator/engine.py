@@ -17,13 +17,13 @@ from pipar_jax.schedule.actions import (
     SEND_CLIENT_MODEL,
     UPDATE,
     Action,
-    RoundSchedule,
     host_of,
 )
 from pipar_jax.schedule.dispatch import Demand, InFlightLimit
 from pipar_jax.schedule.host_program import HostProgram, Operation
 from pipar_jax.schedule.plan import COORDINATOR, Order, device_name
 from pipar_jax.schedule.policies import policy
+from pipar_jax.schedule.rounds import RoundSchedule
 from pipar_jax.schedule.step_feeder import StepFeeder
 from pipar_jax.schedule.trace import Interval, Timed, Trace
 from pipar_jax.simulator import deadlock

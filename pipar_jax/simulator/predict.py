@@ -19,10 +19,9 @@ from pipar_jax.schedule.actions import (
     SEND_FORWARD,
     UPDATE,
     ActionKind,
-    RoundSchedule,
-    rounds,
 )
 from pipar_jax.schedule.plan import COORDINATOR, Order, Plan, device_name, is_node, node_name
+from pipar_jax.schedule.rounds import RoundSchedule, rounds
 from pipar_jax.schedule.trace import Trace
 from pipar_jax.simulator import Costs, LinkModel, Prediction
 from pipar_jax.simulator import simulate as simulate_round

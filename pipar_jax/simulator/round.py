@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping
 
-from pipar_jax.schedule.actions import Action, RoundSchedule, update_of
+from pipar_jax.schedule.actions import Action
+from pipar_jax.schedule.rounds import RoundSchedule
 from pipar_jax.schedule.step_feeder import StepFeeder
+from pipar_jax.schedule.steps import update_of
 
 
 class SimulatedRound:

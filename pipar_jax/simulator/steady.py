@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipar_jax.schedule.actions import ALL, Action, RoundSchedule
+from pipar_jax.schedule.actions import ALL, Action
 from pipar_jax.schedule.plan import Order
+from pipar_jax.schedule.rounds import RoundSchedule
 
 if TYPE_CHECKING:
     from pipar_jax.simulator.engine import Simulation

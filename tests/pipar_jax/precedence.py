@@ -5,15 +5,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from pipar_jax.schedule.actions import (
-    COMPUTE,
-    RECEIVE_WEIGHTS,
-    SEND_WEIGHTS,
-    Action,
-    RoundSchedule,
-    rounds,
-)
+from pipar_jax.schedule.actions import COMPUTE, RECEIVE_WEIGHTS, SEND_WEIGHTS, Action
 from pipar_jax.schedule.plan import Plan
+from pipar_jax.schedule.rounds import RoundSchedule, rounds
 from pipar_jax.schedule.trace import Timed, Trace
 
 #: Traces are written in nanoseconds; how far two hosts' clocks may seem apart.

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipar_jax.report.idle import CAUSES, idle_causes, total_causes
-from pipar_jax.schedule.actions import RoundSchedule, Span, parse
+from pipar_jax.schedule.actions import Span, parse
 from pipar_jax.schedule.plan import DevicePlan, Plan
+from pipar_jax.schedule.rounds import RoundSchedule
 from pipar_jax.schedule.trace import Interval, Timed, Trace
 from pipar_jax.simulator import Costs, LinkModel, simulate
 

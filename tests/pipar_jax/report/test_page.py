@@ -21,8 +21,9 @@ from pipar_jax.report.gantt import median_step
 from pipar_jax.report.idle import CAUSES
 from pipar_jax.report.membership import membership_rows, membership_text
 from pipar_jax.report.svg import Series, aligned, digits, line_chart, tick_labels, ticks
-from pipar_jax.schedule.actions import KIND_NAMES, RoundSchedule, parse, rounds
+from pipar_jax.schedule.actions import KIND_NAMES, parse
 from pipar_jax.schedule.plan import DevicePlan, Plan
+from pipar_jax.schedule.rounds import RoundSchedule, rounds
 from pipar_jax.schedule.trace import Interval, Timed, Trace
 from pipar_jax.simulator import Costs, LinkModel, simulate
 from tests.patience import PROCESS_S

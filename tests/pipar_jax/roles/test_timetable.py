@@ -8,6 +8,7 @@ from pipar_jax.config import Config
 from pipar_jax.roles.timetable import Timetable, Turn, next_steps
 from pipar_jax.schedule import actions
 from pipar_jax.schedule.plan import DevicePlan, HandOn, Order, Plan, WeightPolicy
+from pipar_jax.schedule.rounds import rounds
 
 DEVICE = DevicePlan((1,), ("device", "server"))
 PLANS = [
@@ -27,7 +28,7 @@ def test_with_everybody_there_the_rounds_are_those_of_the_schedule(plan, steps):
     for index in range(table.rounds):
         found.append(table.spans(index, [Turn(p, at[p], steps[p]) for p in range(3)]))
         at |= next_steps(found[-1])
-    assert tuple(found) == actions.rounds(plan, steps, 3)
+    assert tuple(found) == rounds(plan, steps, 3)
     assert {p: table.steps(steps[p]) for p in range(3)} == at
 
 

@@ -23,8 +23,9 @@ from pipar_jax.runtime import exchanges, memory, unit_state
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.link_table import direct
 from pipar_jax.runtime.unit_state import States
-from pipar_jax.schedule.actions import ALL, RoundSchedule, Span
+from pipar_jax.schedule.actions import ALL, Span
 from pipar_jax.schedule.plan import COORDINATOR, Plan, device_name
+from pipar_jax.schedule.rounds import RoundSchedule
 from tests.pipar_jax.roles import fakes
 from tests.pipar_jax.runtime import support
 

@@ -13,7 +13,8 @@ import pytest
 from comms import Role
 from pipar_jax.methods.registry import METHODS, plan_for
 from pipar_jax.methods.resolution import resolve
-from pipar_jax.schedule.actions import Span, rounds
+from pipar_jax.schedule.actions import Span
+from pipar_jax.schedule.rounds import rounds
 from tests.pipar_jax.runtime import support
 from tests.pipar_jax.runtime.losses import Conductor, Loss, World
 

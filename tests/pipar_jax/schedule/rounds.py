@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pipar_jax.schedule.actions import RoundSchedule, rounds
 from pipar_jax.schedule.plan import DevicePlan, Plan
+from pipar_jax.schedule.rounds import RoundSchedule, rounds
 
 TWO = DevicePlan((1,), ("device", "server"), 3)
 U_SHAPE = DevicePlan((1, 3, 4), ("device", "n1", "n2", "device"), 2)

@@ -16,8 +16,8 @@ from pipar_jax.schedule.actions import (
     batch_samples,
     micro_batch_sizes,
     parse,
-    rounds,
 )
+from pipar_jax.schedule.rounds import rounds
 from tests.pipar_jax.schedule.rounds import PLANS, plan, schedule
 
 

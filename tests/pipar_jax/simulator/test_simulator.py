@@ -11,17 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipar_jax.errors import ScheduleError
-from pipar_jax.schedule.actions import (
-    COMPUTE,
-    RECEIVES,
-    Action,
-    RoundSchedule,
-    Span,
-    parse,
-    rounds,
-)
+from pipar_jax.schedule.actions import COMPUTE, RECEIVES, Action, Span, parse
 from pipar_jax.schedule.host_program import Bare, HostProgram
 from pipar_jax.schedule.plan import DevicePlan, Plan
+from pipar_jax.schedule.rounds import RoundSchedule, rounds
 from pipar_jax.simulator import Costs, LinkModel, Prediction, simulate
 from pipar_jax.tuner.recurrence import MicroTimes, measured_step_s
 
