@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from pipar_jax.config import schema
@@ -96,7 +97,8 @@ def difference(ours: Config, theirs: Config) -> list[str]:
     Returns:
       One text per field, such as ``model.name ('vgg5' here, 'resnet18' there)``.
     """
-    here, there = _shared(ours), _shared(theirs)
+    devices = _differing_devices(ours, theirs)
+    here, there = _shared(ours, devices), _shared(theirs, devices)
     return [
         f"{path} ({here.get(path)!r} here, {there.get(path)!r} there)"
         for path in dict.fromkeys([*here, *there])
@@ -123,7 +125,8 @@ def resume_difference(config: Config, saved: Config) -> list[str]:
     Returns:
       One text per field, such as ``seed (0, in the checkpoint 1)``.
     """
-    here, there = _shared(config), _shared(saved)
+    devices = _differing_devices(config, saved)
+    here, there = _shared(config, devices), _shared(saved, devices)
     return [
         f"{path} ({here.get(path)!r}, in the checkpoint {there.get(path)!r})"
         for path in dict.fromkeys([*here, *there])
@@ -131,7 +134,19 @@ def resume_difference(config: Config, saved: Config) -> list[str]:
     ]
 
 
-def _shared(config: Config) -> JsonObject:
+def _differing_devices(*configs: Config) -> list[int]:
+    """Returns the devices that may differ from others: those with overrides, and the first without.
+
+    A device may join a run of thousands, and a coordinator compares configurations at each join.
+    """
+    count = min(config.devices.count for config in configs)
+    own = {index for config in configs for index in config.devices.overrides if index < count}
+    plain = [index for index in range(len(own) + 1) if index < count and index not in own]
+    return sorted({*own, *plain[:1]})
+
+
+def _shared(config: Config, devices: Sequence[int]) -> JsonObject:
+    """Returns by path what hosts of a run have in common, with what some devices do."""
     values: JsonObject = {}
     for one in schema.options(Config):
         is_path = one.field.metadata["path"] is not None  # each machine has its own files
@@ -143,7 +158,7 @@ def _shared(config: Config) -> JsonObject:
     is_own = config.data.source.startswith(OWN_SOURCES)
     values["data.source"] = "the devices' own" if is_own else config.data.source
     hosts = Hosts(config, nodes=0)
-    for index in range(config.devices.count):
+    for index in devices:
         own = hosts.inherited(index)
         for name in ("cut", "micro_batches"):
             values[f"devices.{index}.{name}"] = own[name]
