@@ -89,7 +89,7 @@ def setting(folder: pathlib.Path, crowd: Crowd) -> Config:
         config.cohort.min_devices, config.cohort.quorum = crowd.connected, crowd.cohort // 2
         config.cohort.wait_s = 1.0
     config.run.dir, config.run.trace, config.run.evaluate_every = str(folder), "none", 0
-    config.network.join_timeout_s = PATIENCE_S
+    config.network.join_timeout_s = 60.0
     return resolve(config)
 
 
@@ -196,7 +196,8 @@ class _Fake:
         self.index, self._answers = index, answers
         self.over = self.gone = False
         self._place, self._round = 0, 0
-        self._endpoint = Endpoint(device_name(index), options=channel_options(config))
+        options = channel_options(config.network, config.pipeline.window_mb)
+        self._endpoint = Endpoint(device_name(index), options=options)
         self._link: Link | None = None
 
     def join(self, address: tuple[str, int], inbox: queue.SimpleQueue[Any]) -> None:
