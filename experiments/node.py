@@ -16,8 +16,7 @@ import configs
 from pipar_jax.config import Config
 from pipar_jax.config.schema import option
 from pipar_jax.errors import ConfigError
-from pipar_jax.launch import flags, machine, process
-from pipar_jax.methods.registry import hosts_of
+from pipar_jax.launch import flags, take_part
 from pipar_jax.report import logs
 from pipar_jax.schedule.plan import node_name
 
@@ -48,10 +47,7 @@ def main(config: Config, given: NodeFlags) -> None:
             f"must be 1 to {config.nodes.count}"
         )
     logs.begin()
-    name = node_name(given.index)
-    machine.check(config, [name])
-    process.set_environment(config, name)
-    process.claim_platform(hosts_of(config), name)
+    take_part.prepare(config, node_name(given.index))
     from pipar_jax.roles.worker import run_node  # loads jax, whose environment is now set
 
     print(f"node {given.index} of {config.nodes.count} joins {given.server}", flush=True)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pipar_jax.config import Config
     from pipar_jax.cost_model.profile import Profile
     from pipar_jax.launch.api import Run, load, train
+    from pipar_jax.launch.take_part import run_device, run_node, run_server
     from pipar_jax.methods.resolution import resolve
     from pipar_jax.schedule.plan import DevicePlan, Plan
     from pipar_jax.schedule.trace import Trace
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = ["Config", "DevicePlan", "Plan", "Profile", "Run", "Trace", "load", "resolve",
-           "simulate", "train", "tune"]  # fmt: skip
+           "run_device", "run_node", "run_server", "simulate", "train", "tune"]  # fmt: skip
 
 _HOMES = {
     "Config": "pipar_jax.config",
@@ -32,6 +33,9 @@ _HOMES = {
     "Trace": "pipar_jax.schedule.trace",
     "load": "pipar_jax.launch.api",
     "resolve": "pipar_jax.methods.resolution",
+    "run_device": "pipar_jax.launch.take_part",
+    "run_node": "pipar_jax.launch.take_part",
+    "run_server": "pipar_jax.launch.take_part",
     "simulate": "pipar_jax.tuner",
     "train": "pipar_jax.launch.api",
     "tune": "pipar_jax.tuner",

@@ -13,6 +13,7 @@ import inspect
 import json
 import re
 import shlex
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,29 @@ OWN = "module:"
 def is_own(value: str) -> bool:
     """Returns whether a field's value names a function of the user's."""
     return re.fullmatch(r"module:[\w.]+:\w+", value) is not None
+
+
+def name_of(function: Callable[..., Any], what: str) -> str:
+    """Returns the name ``module:NAME:FUNCTION`` by which any process finds a user's function.
+
+    Args:
+      function: The function.
+      what: The argument that it is, for the message.
+
+    Raises:
+      ConfigError: It is not at the top level of a module that can be imported.
+    """
+    module = getattr(function, "__module__", None) or "?"
+    name = getattr(function, "__qualname__", type(function).__name__)
+    there = getattr(sys.modules.get(module), name, None)
+    value = f"{OWN}{module}:{name}"
+    if module == "__main__" or there is not function or not is_own(value):
+        raise ConfigError(
+            f"{what}={module}.{name} cannot be imported by the processes of a run: define it at "
+            "the top level of a module other than the script that is started, or pass what it "
+            "returns"
+        )
+    return value
 
 
 def check_named(value: str, field: str, what: str, known: Collection[str]) -> None:

@@ -18,7 +18,7 @@ from comms.arrays import Array
 from pipar_jax import config as configuration
 from pipar_jax import data as datasets
 from pipar_jax.config import Config
-from pipar_jax.config.plugins import OWN
+from pipar_jax.config.plugins import OWN, name_of
 from pipar_jax.data import Dataset, make_queries, normalise
 from pipar_jax.disk.event_log import OnEvent, read_events
 from pipar_jax.disk.files import describe_reading
@@ -153,29 +153,37 @@ def _check_model(model: Model, facts: JsonMapping, path: Path) -> None:
 
 def train(
     config: Config,
-    model: Model | None = None,
-    data: Sequence[Dataset] | None = None,
+    model: Model | Callable[..., Any] | None = None,
+    data: Sequence[Dataset] | Callable[..., Any] | None = None,
     *,
     on_event: OnEvent | None = None,
 ) -> Run:
     """Trains with all hosts on this machine and returns the finished run.
 
-    With a configured model and configured data each host is a process. With your own model or data
-    all hosts are threads of this process, since neither can be passed to another process; they
-    still communicate over TCP on the loopback interface.
+    With a configured model and configured data each host is a process. So it is with functions of
+    yours that can be imported by name: they stand for ``model.name`` and ``data.source`` with
+    ``module:NAME:FUNCTION``. With a model or data that are objects all hosts are threads of this
+    process, since objects cannot be passed to another process; they still communicate over TCP on
+    the loopback interface.
 
     Args:
       config: The configuration, which is resolved here.
-      model: Your own model.
+      model: Your own model, or a function that makes it (see ``runtime.own_model.make_own``).
       data: Your own data: one dataset per device, of which the training split is used, then one
-        whose test split is used.
+        whose test split is used; or a function that returns them (see ``data.own.load_own``).
       on_event: Called with each event as it happens.
 
     Raises:
-      ConfigError: The configuration is not valid.
+      ConfigError: The configuration is not valid, or a function cannot be imported by name.
       DataError: Data or model are not valid or do not match; nothing was started.
       PiparError: The run failed.
     """
+    if callable(model) and not isinstance(model, Model):
+        named = dataclasses.replace(config.model, name=name_of(model, "model"))
+        config, model = dataclasses.replace(config, model=named), None
+    if callable(data):
+        source = dataclasses.replace(config.data, source=name_of(data, "data"))
+        config, data = dataclasses.replace(config, data=source), None
     if model is not None and not isinstance(model, Model):
         raise RunError(
             f"train() got a {type(model).__name__} as model: convert it to a stages.Model with "
@@ -190,17 +198,22 @@ def train(
     if model is None and data is None:
         from pipar_jax.launch.launcher import launch
 
-        folder = Path(launch(resolved, on_event=tell)["folder"])
-        return load(folder, _own_model(resolved, folder))
+        return load_configured(resolved, Path(launch(resolved, on_event=tell)["folder"]), None)
     return load(run_here(resolved, model, data, on_event=tell), model)
 
 
-def _own_model(config: Config, folder: Path) -> Model | None:
-    """Returns the user's own network, if that is what a finished run's configuration names."""
-    if not config.model.name.startswith(OWN):
-        return None
-    facts = checkpoint.facts(folder / checkpoint.WEIGHTS)
-    return build_model(config, facts["input_shape"], facts["classes"])
+def load_configured(config: Config, folder: Path, model: Model | None) -> Run:
+    """Returns a run that has just finished, with the network that its configuration names.
+
+    Args:
+      config: Resolved configuration.
+      folder: The run's folder.
+      model: The model, if not the configured one.
+    """
+    if model is None and config.model.name.startswith(OWN):
+        facts = checkpoint.facts(folder / checkpoint.WEIGHTS)
+        model = build_model(config, facts["input_shape"], facts["classes"])
+    return load(folder, model)
 
 
 def run_here(

@@ -28,7 +28,7 @@ from pipar_jax.disk.files import describe_os_error, write_text
 from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import DiskError, PiparError, RunError
 from pipar_jax.launch import machine
-from pipar_jax.launch.process import FINISH, TOKEN_VARIABLE, finishing
+from pipar_jax.launch.process import FINISH, PATH_VARIABLE, TOKEN_VARIABLE, finishing
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.report import environment
@@ -130,6 +130,8 @@ class _Child:
         home = str(pathlib.Path(pipar_jax.__file__).resolve().parents[1])
         paths = [home, os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        # Modules of the user's are looked for where its parent looks, after its own folders.
+        environment[PATH_VARIABLE] = os.pathsep.join(sys.path)
         if token is not None:
             environment[TOKEN_VARIABLE] = token
         try:

@@ -16,7 +16,15 @@ from importlib import metadata
 from pathlib import Path
 
 from comms.errors import ChannelError
-from pipar_jax.config import Config, DataConfig, Hosts, HostSpec, NetworkConfig, RunConfig
+from pipar_jax.config import (
+    Config,
+    DataConfig,
+    Hosts,
+    HostSpec,
+    NetworkConfig,
+    RunConfig,
+    schema,
+)
 from pipar_jax.config.sink_names import TENSORBOARD, sink_names
 from pipar_jax.errors import ConfigError
 from pipar_jax.methods.registry import hosts_of
@@ -48,6 +56,7 @@ def check(config: Config, names: Iterable[str] | None = None) -> None:
     for host in {(one.cores, one.platform): one for one in reversed(wanted)}.values():
         find_cores(hosts, host)
         check_platform(host.platform, hosts.path(host.name, "platform"))
+    _check_functions(config)
     if any(host.kind is HostKind.SERVER for host in wanted):
         _check_sinks(config.run.sinks)
         check_module(config.data.test_source, "data.test_source")
@@ -97,6 +106,16 @@ def no_device(platform: str, field: str, reason: str) -> ConfigError:
         f"{field}={platform!r}, but jax finds no such accelerator here ({reason}): "
         f"{_REMEDIES.get(platform, 'check its installation')}, or set --config.{field}=cpu"
     )
+
+
+def _check_functions(config: Config) -> None:
+    """Checks the modules of the user's functions that every host may need; data are a host's."""
+    for one in schema.options(config):
+        group, _, name = one.path.partition(".")
+        if group not in ("data", "devices", "nodes") and "." not in name and name:
+            value = getattr(getattr(config, group), name)
+            if isinstance(value, str):
+                check_module(value, one.path)
 
 
 def check_module(source: str, field: str) -> None:

@@ -39,6 +39,8 @@ from pipar_jax.schedule.plan import COORDINATOR, host_index, is_node
 
 #: Passes the shared secret to child processes, so that neither files nor command lines contain it.
 TOKEN_VARIABLE = "PIPAR_TOKEN"
+#: Variable with the launcher's module path.
+PATH_VARIABLE = "PIPAR_PATH"
 WRONG_USE = 2
 INTERRUPTED = 130
 TERMINATED = 143
@@ -349,6 +351,8 @@ def main(arguments: list[str] | None = None, serve: Serve = _run_server) -> NoRe
     # The working directory may contain the user's modules but must not shadow our packages.
     with contextlib.suppress(OSError):  # the folder was deleted
         sys.path.append(os.getcwd())
+    theirs = os.environ.get(PATH_VARIABLE, "").split(os.pathsep)
+    sys.path.extend(path for path in theirs if path and path not in sys.path)
     logs.begin()
     logs.LOG.info("%s of pipar_jax %s, process %d", given.name, pipar_jax.__version__, os.getpid())
     stages.retain_memory()  # before there is a second thread, which has its own arena
