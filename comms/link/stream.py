@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from comms.emulation.shaping import LinkShape
 from comms.errors import BusyError, ChannelError, DamageError, FrameError, PeerClosed, PeerLost
@@ -16,14 +16,14 @@ from comms.link.inbox import Inbox
 from comms.link.message import Message
 from comms.link.meter import ClockMeter
 from comms.link.outbox import Outbox
+from comms.link.owner import StreamOwner
 from comms.link.send_queue import SendQueue
+from comms.link.signals import Signals
 from comms.link.status_reports import StatusReports
-from comms.options import ChannelOptions
 from comms.wire import bounded_json
-from comms.wire.bounded_json import one_line, reason_text
-from comms.wire.buffers import BufferPool
-from comms.wire.event_loop import READ, Guard, Loop, Timer, place_of, report
-from comms.wire.frame import MAX_RATE, STATUS, Header, Kind
+from comms.wire.bounded_json import reason_text
+from comms.wire.event_loop import READ, Guard, Timer, place_of, report
+from comms.wire.frame import Header
 from comms.wire.greeting import Terms
 from comms.wire.transport import ConnectionEnded, Transport
 
@@ -34,28 +34,6 @@ if TYPE_CHECKING:
 
 _LINGER_S = 1.0
 _MAX_DAMAGES = 3  # consecutive connections without a complete frame
-
-
-class StreamOwner(Protocol):
-    """The interface of a stream's endpoint."""
-
-    @property
-    def options(self) -> ChannelOptions:
-        """Settings of all its streams."""
-
-    @property
-    def loop(self) -> Loop:
-        """The I/O thread."""
-
-    @property
-    def pool(self) -> BufferPool:
-        """Pool of receive buffers."""
-
-    def redial(self, stream: Stream) -> None:
-        """Attempts to resume an interrupted stream."""
-
-    def forget(self, stream: Stream) -> None:
-        """Drops a stream that has ended."""
 
 
 class Stream:
@@ -145,6 +123,14 @@ class Stream:
             paused=lambda: self.arrivals.paused,
             flush=self.connection.run,
             on_silence=self.connection_ended,
+        )
+        self._signals = Signals(
+            self.queue,
+            self.outbox,
+            self.connection,
+            self._heartbeat,
+            self._credit_returned,
+            self._peer_closed,
         )
         self._owner = owner
         self._resume_timer: Timer | None = None
@@ -270,7 +256,7 @@ class Stream:
             if self.transport is not None:
                 self.transport.shut()
 
-    # -- what the peer says of the connection ------------------------------------------------------
+    # -- what the parts call -----------------------------------------------------------------------
 
     def _release(self, cost: int) -> None:
         """Gives credit back; from any thread."""
@@ -280,40 +266,15 @@ class Stream:
         return self._reports.pack()
 
     def _on_signal(self, header: Header, payload: bytes) -> None:
-        if self._heartbeat.take(header, payload):
-            return
-        if header.kind == Kind.STATUS and len(payload) == STATUS.size:
-            self._on_status(*STATUS.unpack(payload))
-        elif header.kind == Kind.GOODBYE:
-            self._on_goodbye(payload)
-        else:
-            raise FrameError(f"a {Kind(header.kind).name} frame of {len(payload)} bytes")
+        self._signals.take(header, payload)
 
-    def _on_status(self, received: int, released_bytes: int, rate: float) -> None:
-        outbox = self.outbox
-        if received > outbox.sequence or released_bytes > outbox.committed_bytes:
-            raise FrameError(
-                f"the peer acknowledges frame {received} of {outbox.sequence} and returns "
-                f"{released_bytes} of {outbox.committed_bytes} bytes"
-            )
-        if not 0 <= rate <= MAX_RATE:
-            raise FrameError(f"the peer reports a rate of {rate} bytes per second")
-        outbox.acknowledge(received)
-        if rate:
-            outbox.pace.set_rate(rate, time.monotonic())
-            self.connection.limit()
-        if released_bytes > self.queue.released_bytes:
-            self.queue.release(released_bytes)
-            if self._on_credit is not None:
-                self._on_credit()
+    def _credit_returned(self) -> None:
+        if self._on_credit is not None:
+            self._on_credit()
 
     # -- the end -------------------------------------------------------------------
 
-    def _on_goodbye(self, payload: bytes) -> None:
-        reason = bounded_json.decode(payload, "a GOODBYE frame").get("reason")
-        if not isinstance(reason, str):
-            raise FrameError("a GOODBYE frame without a reason")
-        reason = one_line(reason)
+    def _peer_closed(self, reason: str) -> None:
         self._lose(PeerClosed(f"{self.peer} at {self.address} closed the link: {reason}"))
 
     def _protocol_error(self, error: ChannelError) -> None:
@@ -330,15 +291,13 @@ class Stream:
         if self.resume_s > 0 and self._damages <= _MAX_DAMAGES:
             self.connection_ended(f"bytes were damaged in transit: {error}")
             return
-        advice = (
-            f"{self._damages} times in a row"
-            if self.resume_s > 0
-            else "with resume_s above 0 it would be sent again"
-        )
+        advice = "with resume_s above 0 it would be sent again"
+        if self.resume_s > 0:
+            advice = f"{self._damages} times in a row"
         error = DamageError(f"bytes were damaged in transit: {error} ({advice})")
         if self.transport is not None:
             self.outbox.part_with(self.transport, _goodbye(str(error)))
-        self._lose(PeerLost(f"lost {self.peer} at {self.address}: {error}"))
+        self._lose(self._lost(error))
 
     def fail(self, error: Exception) -> None:
         """Ends only this link because of an unexpected exception; see ``Guard``."""
@@ -348,9 +307,7 @@ class Stream:
         if self.transport is not None:
             reason = f"that side failed on this link ({type(error).__name__})"
             self.outbox.part_with(self.transport, _goodbye(reason))
-        lost = PeerLost(
-            f"lost {self.peer} at {self.address}: this side failed on this link: {place_of(error)}"
-        )
+        lost = self._lost(f"this side failed on this link: {place_of(error)}")
         lost.__cause__ = error
         self._lose(lost)
 
@@ -363,7 +320,7 @@ class Stream:
             self._lose(self.closed_here())
             return
         if self.resume_s == 0:
-            self._lose(PeerLost(f"lost {self.peer} at {self.address}: {how}"))
+            self._lose(self._lost(how))
             return
         if self._resume_timer is None:
             until_s = time.monotonic() + self.resume_s
@@ -372,16 +329,11 @@ class Stream:
             self._owner.redial(self)
 
     def _give_up(self, how: str) -> None:
-        self._lose(
-            PeerLost(
-                f"lost {self.peer} at {self.address}: {how}, and it did not come back within "
-                f"{self.resume_s:g} s"
-            )
-        )
+        self._lose(self._lost(f"{how}, and it did not come back within {self.resume_s:g} s"))
 
     def refuse_resume(self, error: ChannelError) -> None:
         """Ends the link because the peer will not resume it."""
-        self._lose(PeerLost(f"lost {self.peer} at {self.address}: {error}"))
+        self._lose(self._lost(error))
 
     def say_goodbye(self, reason: str, *, refuse: bool = False) -> None:
         """Ends the link and sends the peer the reason, for at most a second.
@@ -410,6 +362,9 @@ class Stream:
         how = "refused" if self.arrivals.deaf else "closed"
         return PeerLost(f"the link to {self.peer} was {how} on this side")
 
+    def _lost(self, how: object) -> PeerLost:
+        return PeerLost(f"lost {self.peer} at {self.address}: {how}")
+
     def turn_away(self, error: BusyError) -> None:
         """Ends a link that is not admitted beyond the limit, and notifies its owner."""
         self.guard.run(self._turn_away, error)
@@ -417,7 +372,7 @@ class Stream:
     def _turn_away(self, error: BusyError) -> None:
         if self.transport is not None:
             self.outbox.part_with(self.transport, _goodbye(str(error)))
-        self._lose(PeerLost(f"lost {self.peer} at {self.address}: {error}"))
+        self._lose(self._lost(error))
 
     def abandon(self, error: PeerLost) -> None:
         """Ends the link immediately; used when the endpoint closes or its thread has failed."""
