@@ -26,7 +26,8 @@ from pipar_jax.methods.resolution import resolve
 from pipar_jax.schedule.plan import Plan
 from pipar_jax.simulator.predict import StageCosts, estimate
 from pipar_jax.tuner.bounds import DeviceOption, excess
-from pipar_jax.tuner.search import labels, search
+from pipar_jax.tuner.plan_labels import labels
+from pipar_jax.tuner.search import search
 
 INPUT_SHAPE, CLASSES = (32, 32, 3), 10
 #: Steps of a round.

@@ -6,7 +6,8 @@ best plan, or the paper's own selection; ``measure`` makes the profile.
 
 from pipar_jax.simulator.predict import PlanEstimate, StageCosts, loads, simulate
 from pipar_jax.tuner.bounds import memory_bytes
-from pipar_jax.tuner.search import SearchResult, labels, search, tune
+from pipar_jax.tuner.plan_labels import labels
+from pipar_jax.tuner.search import SearchResult, search, tune
 
 __all__ = [
            "PlanEstimate",

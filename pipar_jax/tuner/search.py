@@ -10,7 +10,7 @@ starting point, from which devices are improved one after another; the gap to th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from pipar_jax import config as configuration
@@ -38,6 +38,7 @@ from pipar_jax.tuner.bounds import (
     sequential_bound_s,
 )
 from pipar_jax.tuner.paper import paper_plan
+from pipar_jax.tuner.plan_labels import labels
 
 #: Number of options tried for each unequal device.
 ALTERNATIVES = 3
@@ -119,7 +120,10 @@ class _Search:
         self.candidates = CodecCandidates(config.tuner, config.pipeline)
         self.frame = _frame(config.pipeline, config.aggregation, config.devices.count)
         self.methods = [METHODS[name] for name in split_list(config.tuner.methods)]
-        self.equal = len({(one.host, one.samples, one.up, one.down) for one in profile.devices}) < 2
+        kinds = {
+            (device.host, device.samples, device.up, device.down) for device in profile.devices
+        }
+        self.equal = len(kinds) < 2
         self.spans = {
             span.device: span for span in round_of(profile, self._plan([DeviceOption(0)])).spans
         }
@@ -128,19 +132,21 @@ class _Search:
         self.actions = self.simulated = 0
         self._least: dict[tuple[int, DeviceOption], LowerBound] = {}
         self.known = [
-            next(i for i, other in enumerate(profile.devices) if other == one)
-            for one in profile.devices
+            next(i for i, other in enumerate(profile.devices) if other == device)
+            for device in profile.devices
         ]
 
     def run(self) -> SearchResult:
         options = self._options()
-        candidates = sorted(self._common(options), key=lambda one: one.bound_s)
+        candidates = sorted(self._common(options), key=lambda candidate: candidate.bound_s)
         if not candidates:
             raise ConfigError(
                 f"tuner.methods={self.tuner.methods!r} allows no plan for a model of "
                 f"{len(self.profile.units)} units: allow fl, or use a larger model"
             )
-        fitting = [one for one in candidates if excess(self.stages, one.plan) is None]
+        fitting = [
+            candidate for candidate in candidates if excess(self.stages, candidate.plan) is None
+        ]
         if not fitting:
             reason = excess(self.stages, candidates[0].plan)
             raise PlanError(
@@ -149,17 +155,20 @@ class _Search:
             )
         share = 1.0 if self.equal else 0.5
         left_s = self._judge_in_order(fitting, share * self.tuner.actions)
-        best_s = min(one.epoch_s for one in self.judged.values())
+        best_s = min(judged.epoch_s for judged in self.judged.values())
         exact, bound_s = left_s >= best_s, min(left_s, best_s)
-        if not self.equal and any(one.order == Order.PARALLEL for one in self.methods):
-            bound_s = min(bound_s, self._improve([one for one in options if self._parallel(one)]))
-            best_s = min(one.epoch_s for one in self.judged.values())
+        if not self.equal and any(method.order == Order.PARALLEL for method in self.methods):
+            bound_s = min(
+                bound_s, self._improve([option for option in options if self._parallel(option)])
+            )
+            best_s = min(judged.epoch_s for judged in self.judged.values())
             exact = bound_s >= best_s
         for method in self.methods:  # reference for the best
-            if not any(labels(one)["method"] == method.name for one in self.judged):
-                of_method = (one for one in fitting if labels(one.plan)["method"] == method.name)
-                if (one := next(of_method, None)) is not None:
-                    self._judge(one.plan)
+            if not any(labels(plan)["method"] == method.name for plan in self.judged):
+                plans_of = (candidate.plan for candidate in fitting)
+                best = next((p for p in plans_of if labels(p)["method"] == method.name), None)
+                if best is not None:
+                    self._judge(best)
         plans = self._distinct()
         if self.candidates.chosen:
             plans = self._sharpened(plans)
@@ -171,10 +180,10 @@ class _Search:
 
     def _distinct(self) -> list[PlanEstimate]:
         """Returns the evaluated plans, best first, each with its best dispatch policy only."""
-        found: dict[tuple[object, str], PlanEstimate] = {}
-        for one in sorted(self.judged.values(), key=lambda one: one.epoch_s):
-            found.setdefault((one.plan.devices, one.plan.order), one)
-        return list(found.values())
+        best: dict[tuple[object, str], PlanEstimate] = {}
+        for judged in sorted(self.judged.values(), key=lambda judged: judged.epoch_s):
+            best.setdefault((judged.plan.devices, judged.plan.order), judged)
+        return list(best.values())
 
     def _sharpened(self, plans: list[PlanEstimate]) -> list[PlanEstimate]:
         """Returns the plans, the best one with as many bits as cost no time.
@@ -189,25 +198,25 @@ class _Search:
 
         best = plans[0].plan
         slots = codec_choice.slots(best, self.profile)
-        found = codec_choice.raise_precision(best, slots, self.candidates, seconds)
-        return plans if found == best else [self.judged[found], *plans]
+        sharp = codec_choice.raise_precision(best, slots, self.candidates, seconds)
+        return plans if sharp == best else [self.judged[sharp], *plans]
 
     # --- candidates ---------------------------------------------------------------------------
 
     def _options(self) -> list[DeviceOption]:
         """Returns all options of a device."""
         count, batch = len(self.profile.units), self.profile.batch_size
-        cutting = [one for one in self.methods if one.cuts]
-        numbers = set() if all(one.pipelined for one in cutting) else {1}
-        if any(one.pipelined for one in cutting):
+        cutting = [method for method in self.methods if method.cuts]
+        numbers = set() if all(method.pipelined for method in cutting) else {1}
+        if any(method.pipelined for method in cutting):
             numbers |= {min(n, batch) for n in whole_numbers(self.tuner.micro_batches)}
         pairs = self.candidates.pairs()
         codec_choice.check_measured(self.candidates, self.profile)
-        found = [] if len(cutting) == len(self.methods) else [DeviceOption(0)]
+        options = [] if len(cutting) == len(self.methods) else [DeviceOption(0)]
         for cut in range(1, count):
             for n in sorted(numbers):
-                found += [DeviceOption(cut, n, pair) for pair in pairs]
-        return found
+                options += [DeviceOption(cut, n, pair) for pair in pairs]
+        return options
 
     def _parallel(self, option: DeviceOption) -> bool:
         """Returns whether an option belongs to an allowed method in parallel order."""
@@ -216,7 +225,10 @@ class _Search:
     def _allows(self, order: Order, option: DeviceOption) -> bool:
         """Returns whether an option belongs to one of the methods in an order."""
         cuts, number = bool(option.cut), option.micro_batches
-        return any(one.makes(order=order, cuts=cuts, micro_batches=number) for one in self.methods)
+        makes = (
+            method.makes(order=order, cuts=cuts, micro_batches=number) for method in self.methods
+        )
+        return any(makes)
 
     def _common(self, options: Iterable[DeviceOption]) -> Iterator[_Candidate]:
         """Yields the plans in which all devices have the same option, with their bounds."""
@@ -276,9 +288,9 @@ class _Search:
     def _judge(self, plan: Plan) -> float:
         """Simulates a plan once; returns its seconds per epoch."""
         if plan not in self.judged:
-            self.judged[plan] = found = estimate(self.stages, plan)
-            self.actions += found.round.actions
-            self.simulated += found.round.simulated
+            self.judged[plan] = judged = estimate(self.stages, plan)
+            self.actions += judged.round.actions
+            self.simulated += judged.round.simulated
         return self.judged[plan].epoch_s
 
     def _judge_in_order(self, candidates: Sequence[_Candidate], actions: float) -> float:
@@ -288,10 +300,10 @@ class _Search:
           The bound of the first candidate that was not evaluated; infinite if there is none.
         """
         best_s = math.inf
-        for one in candidates:
-            if one.bound_s >= best_s or (self.judged and self.actions > actions):
-                return one.bound_s
-            best_s = min(best_s, self._judge(one.plan))
+        for candidate in candidates:
+            if candidate.bound_s >= best_s or (self.judged and self.actions > actions):
+                return candidate.bound_s
+            best_s = min(best_s, self._judge(candidate.plan))
         return math.inf
 
     # --- unequal devices ----------------------------------------------------------------------
@@ -299,16 +311,16 @@ class _Search:
     def _improve(self, options: Sequence[DeviceOption]) -> float:
         """Searches plans with individual options; returns their bound in seconds per epoch."""
         bound_s, start = self._bisect(options)
-        dispatch = min(self.judged.values(), key=lambda one: one.epoch_s).plan.dispatch
+        dispatch = min(self.judged.values(), key=lambda judged: judged.epoch_s).plan.dispatch
         plan = self._plan(start, dispatch)
         if excess(self.stages, plan) is None:
             self._judge(plan)
-        best = min(self.judged.values(), key=lambda one: one.epoch_s).plan
+        best = min(self.judged.values(), key=lambda judged: judged.epoch_s).plan
         if best.order == Order.SEQUENTIAL:
             return bound_s
         chosen = [
-            DeviceOption(one.cuts[0] if one.cuts else 0, one.micro_batches, *one.codecs)
-            for one in best.devices
+            DeviceOption(chain.cuts[0] if chain.cuts else 0, chain.micro_batches, *chain.codecs)
+            for chain in best.devices
         ]
         best_s, improved = self.judged[best].epoch_s, True
         while improved and self.actions <= self.tuner.actions:
@@ -330,13 +342,13 @@ class _Search:
     ) -> list[DeviceOption]:
         """Returns a device's options that may meet a deadline: the fastest, and the lightest."""
         able = [
-            (self._at_least(device, one), one)
-            for one in options
-            if self._at_least(device, one).round_s * self.scale < deadline_s
+            (self._at_least(device, option), option)
+            for option in options
+            if self._at_least(device, option).round_s * self.scale < deadline_s
         ]
         fast = sorted(able, key=lambda pair: pair[0].round_s)[:ALTERNATIVES]
         light = sorted(able, key=lambda pair: pair[0].server_s)[:ALTERNATIVES]
-        return list(dict.fromkeys(one for _, one in (*fast, *light)))
+        return list(dict.fromkeys(option for _, option in (*fast, *light)))
 
     def _bisect(self, options: Sequence[DeviceOption]) -> tuple[float, list[DeviceOption]]:
         """Returns the lowest deadline that is not proven impossible, and the options for it.
@@ -346,7 +358,7 @@ class _Search:
         """
         devices = range(len(self.profile.devices))
         tables = [
-            sorted(((self._at_least(d, one), one) for one in options), key=lambda p: p[0].round_s)
+            sorted(((self._at_least(d, o), o) for o in options), key=lambda pair: pair[0].round_s)
             for d in devices
         ]
 
@@ -363,17 +375,17 @@ class _Search:
         low_s = max(table[0][0].round_s for table in tables)
         high_s = max(low_s, sum(table[0][0].server_s for table in tables))
         high_s = max(high_s, max(table[-1][0].round_s for table in tables))
-        found = lightest(low_s)
-        if found is None:
+        chosen = lightest(low_s)
+        if chosen is None:
             for _ in range(40):
                 middle_s = (low_s + high_s) / 2
                 if lightest(middle_s) is None:
                     low_s = middle_s
                 else:
                     high_s = middle_s
-            found = lightest(high_s)
-        assert found is not None  # at high_s every option is possible
-        return low_s * self.scale, [option for _, option in found]
+            chosen = lightest(high_s)
+        assert chosen is not None  # at high_s every option is possible
+        return low_s * self.scale, [option for _, option in chosen]
 
 
 def _frame(pipeline: PipelineConfig, aggregation: AggregationConfig, devices: int) -> Plan:
@@ -384,31 +396,3 @@ def _frame(pipeline: PipelineConfig, aggregation: AggregationConfig, devices: in
         aggregate_every=configuration.aggregate_steps(aggregation),
         hand_on=pipeline.hand_on,  # type: ignore[arg-type]
     )
-
-
-def labels(plan: Plan) -> Mapping[str, str]:
-    """Returns the label of a plan: its method, cuts and micro-batches."""
-    cuts = [one.cuts[0] if one.cuts else 0 for one in plan.devices]
-    numbers = [one.micro_batches for one in plan.devices]
-    names = [_method_of(plan.order, cuts=any(cuts), micro_batches=max(numbers))]
-    if any(cuts) and not all(cuts):  # some devices train the whole model
-        names.append(_method_of(plan.order, cuts=False, micro_batches=1))
-    return {"method": " + ".join(names), "cut": _range(cuts), "N": _range(numbers)}
-
-
-def _method_of(order: Order, *, cuts: bool, micro_batches: int) -> str:
-    """Returns the name of the two-host method with such plans."""
-    return next(
-        (
-            name
-            for name, method in METHODS.items()
-            if method.makes(order=order, cuts=cuts, micro_batches=micro_batches)
-        ),
-        order,
-    )
-
-
-def _range(values: Sequence[int]) -> str:
-    lowest, highest = min(values), max(values)
-    text = "-" if not highest else str(lowest)
-    return text if lowest == highest else f"{lowest}…{highest}"

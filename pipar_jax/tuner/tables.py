@@ -11,7 +11,8 @@ from pipar_jax.schedule.plan import COORDINATOR, device_name
 from pipar_jax.simulator.predict import PlanEstimate, StageCosts, loads
 from pipar_jax.tuner import codec_choice
 from pipar_jax.tuner.bounds import memory_bytes
-from pipar_jax.tuner.search import SearchResult, labels
+from pipar_jax.tuner.plan_labels import labels
+from pipar_jax.tuner.search import SearchResult
 
 #: Number of plans shown.
 BEST = 6
