@@ -183,8 +183,8 @@ def test_the_fuzzer_covers_every_message_and_finds_what_it_looks_for(monkeypatch
     assert kinds == set(GREETINGS)
     assert PREFACE.unpack_from(exchange(None)[0][0])[:2] == (MAGIC, VERSION)
     with monkeypatch.context() as patch:
-        patch.setattr("comms.link.stream.MAX_RATE", float("inf"))
-        patch.setattr("comms.link.stream.STATUS", struct.Struct("<QQQ"))
+        patch.setattr("comms.link.signals.MAX_RATE", float("inf"))
+        patch.setattr("comms.link.signals.STATUS", struct.Struct("<QQQ"))
         patch.setattr(
             "comms.link.pace.Pace.set_rate", lambda self, rate, now_s: struct.pack("<I", rate)
         )
