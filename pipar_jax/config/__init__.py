@@ -9,7 +9,7 @@ before they set jax's environment.
 
 from __future__ import annotations
 
-from pipar_jax.config.cohorts import keeps_state, may_lose, places, quorum
+from pipar_jax.config.cohorts import keeps_state, may_lose, may_lose_nodes, places, quorum
 from pipar_jax.config.data_fields import OWN_SOURCES, DataConfig
 from pipar_jax.config.fields import AUTO, Config
 from pipar_jax.config.host_fields import (
@@ -87,6 +87,7 @@ __all__ = [
     "from_json",
     "keeps_state",
     "may_lose",
+    "may_lose_nodes",
     "places",
     "quorum",
     "resume_difference",

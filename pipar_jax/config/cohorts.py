@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pathlib
 
+from pipar_jax.config.host_fields import NodesConfig
 from pipar_jax.config.membership_script import Attempt, read_script
 from pipar_jax.config.plugins import check_named
 from pipar_jax.config.run_fields import SELECTIONS, CohortConfig
@@ -32,6 +33,11 @@ def may_lose(cohort: CohortConfig, devices: int) -> bool:
     """Returns whether a run may go on after a device is lost, late, or not finite."""
     quota = quorum(cohort, devices) < places(cohort, devices)
     return quota or bool(cohort.first) or cohort.below != "end"
+
+
+def may_lose_nodes(nodes: NodesConfig, cohort: CohortConfig, devices: int) -> bool:
+    """Returns whether a run may go on after a compute node is lost."""
+    return nodes.count > 0 and (nodes.replicate_every > 0 or may_lose(cohort, devices))
 
 
 def keeps_state(cohort: CohortConfig) -> bool:

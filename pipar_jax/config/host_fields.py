@@ -89,6 +89,14 @@ class NodesConfig:
     """
 
     count: int = option(0, "number of compute nodes in a chain", at_least=0, at_most=1000)
+    replicate_every: int = option(
+        0,
+        "rounds between copies on the server of what compute nodes alone have (weights, "
+        "statistics, optimiser states), from which a run goes on when a node is lost; 0: no "
+        "copies: a run that may lose devices (cohort.*) goes on with the weights of the last "
+        "evaluation and fresh optimiser states, any other ends",
+        at_least=0,
+    )
     defaults: NodeConfig = dataclasses.field(default_factory=NodeConfig)
     overrides: dict[int, JsonObject] = dataclasses.field(default_factory=dict)
 

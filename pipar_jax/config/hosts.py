@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from pipar_jax.config.cohorts import may_lose, places
+from pipar_jax.config.cohorts import may_lose, may_lose_nodes, places
 from pipar_jax.config.fields import Config
 from pipar_jax.config.host_fields import DeviceConfig, NodeConfig, ServerConfig
 from pipar_jax.config.schema import LONGEST_S
@@ -21,6 +21,7 @@ from pipar_jax.schedule.plan import (
     device_name,
     host_index,
     host_kind,
+    is_node,
     node_name,
 )
 
@@ -112,6 +113,18 @@ class Hosts:
     def may_lose(self) -> bool:
         """Whether the run may go on without some of its devices."""
         return may_lose(self._config.cohort, self._config.devices.count)
+
+    @property
+    def may_lose_nodes(self) -> bool:
+        """Whether the run may go on without some of its compute nodes."""
+        config = self._config
+        return self._nodes > 0 and may_lose_nodes(config.nodes, config.cohort, config.devices.count)
+
+    def may_be_lost(self, name: str) -> bool:
+        """Returns whether the run may go on without a host."""
+        if name == COORDINATOR:
+            return False
+        return self.may_lose_nodes if is_node(name) else self.may_lose
 
     @property
     def nodes(self) -> tuple[str, ...]:

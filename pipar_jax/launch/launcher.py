@@ -20,7 +20,7 @@ import time
 
 import pipar_jax
 from pipar_jax import data, errors
-from pipar_jax.config import Config, may_lose, to_json
+from pipar_jax.config import Config, to_json
 from pipar_jax.config.checkpoints import check_resume, resumed
 from pipar_jax.config.cohorts import planned
 from pipar_jax.disk.event_log import OnEvent
@@ -59,7 +59,7 @@ def launch(
 
     Raises:
       PiparError: The first real error of any host, not what its peers saw of it. Where the run may
-        lose devices (``cohort.*``), the end of a device is none while another one lives.
+        lose a host (``cohort.*``, ``nodes.replicate_every``), its end is none while a device lives.
       KeyboardInterrupt: Ctrl-C; all processes are ended then.
     """
     config = resolve(config)
@@ -184,6 +184,11 @@ class _Child:
             self.ended_s = time.monotonic()
 
     @property
+    def lost_a_peer(self) -> bool:
+        """Whether it reported the end of the run or of a peer, and no error of its own."""
+        return self.failure is not None and self.failure.get("kind") in _FOLLOW_UPS
+
+    @property
     def has_failed(self) -> bool:
         """Whether the process reported an error or ended abnormally."""
         return self.failure is not None or (
@@ -222,19 +227,19 @@ class _Hosts:
 
     def __init__(self, config: Config, folder: pathlib.Path, on_event: OnEvent, module: str):
         self._config = config
+        self._specs = hosts_of(config)
         self._folder = folder
         self._on_event = on_event
         self._module = module
         self._children: list[_Child] = []
         self._selector = selectors.DefaultSelector()
         self._listening = False
-        self._may_lose = may_lose(config.cohort, config.devices.count)
         self._summary: JsonObject | None = None
 
     def __enter__(self) -> _Hosts:
         try:
             self._start(COORDINATOR)
-            for name in hosts_of(self._config).nodes:
+            for name in self._specs.nodes:
                 self._start(name)
             for index in range(self._config.devices.count):
                 self._start(device_name(index))
@@ -309,14 +314,17 @@ class _Hosts:
     def _failed(self) -> list[_Child]:
         """Returns the children whose end is that of the run.
 
-        A run that may lose devices (``cohort.*``) goes on while the server does; what the loss of a
-        device means the server decides and tells. If no device is left, they are the reason.
+        A run that may lose hosts (``cohort.*``, ``nodes.replicate_every``) goes on while the server
+        does; what the loss of a host means the server decides and tells. If no device is left,
+        and none was still there when the server ended, they are the reason.
         """
         failed = [child for child in self._children if child.has_failed]
         devices = [child for child in self._children if is_device(child.name)]
-        if not self._may_lose or all(child in failed for child in devices):
-            return failed
-        return [child for child in failed if child not in devices]
+        none_left = all(one in failed and not one.lost_a_peer for one in devices)
+        return [
+            child for child in failed
+            if not self._specs.may_be_lost(child.name) or (none_left and child in devices)
+        ]  # fmt: skip
 
     def _raise_first(self) -> None:
         failed = self._failed()
@@ -324,11 +332,10 @@ class _Hosts:
             # A process that died without a message comes before one that reported an error, and
             # both before those that only lost a peer; among equals the first.
             raise min(failed, key=_rank).error()
-        # A device that the run has lost may still be trying to come back.
+        # A host that the run has lost may still be trying to come back.
+        may_stay = self._specs.may_be_lost
         late = [
-            child
-            for child in self._children
-            if child.ended_s is None and not (self._may_lose and is_device(child.name))
+            child for child in self._children if child.ended_s is None and not may_stay(child.name)
         ]
         if late:
             raise RunError(
@@ -348,5 +355,5 @@ class _Hosts:
 def _rank(child: _Child) -> tuple[int, float]:
     order = 0
     if child.failure is not None:
-        order = 2 if child.failure.get("kind") in _FOLLOW_UPS else 1
+        order = 2 if child.lost_a_peer else 1
     return order, child.ended_s if child.ended_s is not None else float("inf")

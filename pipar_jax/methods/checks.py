@@ -5,7 +5,16 @@ from __future__ import annotations
 import re
 
 from pipar_jax.aggregation.rules import RULES
-from pipar_jax.config import OWN_SOURCES, Config, DataConfig, Hosts, HostSpec, may_lose, schema
+from pipar_jax.config import (
+    OWN_SOURCES,
+    Config,
+    DataConfig,
+    Hosts,
+    HostSpec,
+    may_lose,
+    may_lose_nodes,
+    schema,
+)
 from pipar_jax.config.plugins import check_args, check_named
 from pipar_jax.data.published import PUBLIC_SOURCES
 from pipar_jax.errors import ConfigError
@@ -150,6 +159,12 @@ def _check_nodes(config: Config, method: Method) -> None:
             f"pipeline.cuts={pipeline.cuts!r} is for method={' or '.join(node_methods())}: use "
             "pipeline.cut"
         )
+    if config.nodes.replicate_every and not method.uses_nodes:
+        raise ConfigError(
+            f"nodes.replicate_every={config.nodes.replicate_every} copies what compute nodes have, "
+            f"and method={config.method} uses none: leave it 0, or use method="
+            f"{' or '.join(node_methods())}"
+        )
     if method.uses_nodes and any("cut" in one for one in config.devices.overrides.values()):
         raise ConfigError(
             f"method={config.method} has the same cuts on all devices: use pipeline.cuts instead "
@@ -187,11 +202,14 @@ def _check_cohort(config: Config, method: Method | None) -> None:
                     f"cohort.size={cohort.size:g}: any device may take any place, so all are cut "
                     "alike; leave it out, or set cohort.size=0"
                 )
-    if config.tuner.adapt and (cohort.size or may_lose(cohort, config.devices.count)):
-        field = f"cohort.size={cohort.size:g}" if cohort.size else "a run that may lose devices"
+    devices = config.devices.count
+    may_lose_some = may_lose(cohort, devices) or may_lose_nodes(config.nodes, cohort, devices)
+    if config.tuner.adapt and (cohort.size or may_lose_some):
+        field = f"cohort.size={cohort.size:g}" if cohort.size else "a run that may lose hosts"
         raise ConfigError(
             f"tuner.adapt=true cannot be combined with {field}: its plans are made for the "
-            "devices that it knows; set tuner.adapt=false, or leave cohort.* as it is"
+            "hosts that it knows; set tuner.adapt=false, or leave cohort.* and "
+            "nodes.replicate_every as they are"
         )
     if cohort.first and method is not None and method.order == Order.SEQUENTIAL:
         raise ConfigError(

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pipar_jax.config.membership_script import Attempt
 from pipar_jax.disk.json_text import JsonMapping
 from pipar_jax.report.run import RecordedRun
-from pipar_jax.schedule.plan import device_name
+from pipar_jax.schedule.plan import device_name, node_name
 
 #: Most rounds that are shown, and most devices that are named in one cell.
 MOST_ROUNDS, MOST_NAMES = 200, 8
@@ -18,13 +18,16 @@ _COUNTED = (
     ("device_dropped", "devices left out of a round"),
     ("device_lost", "devices lost"),
     ("device_left", "devices that left"),
+    ("node_lost", "compute nodes lost"),
+    ("node_left", "compute nodes that left"),
     ("device_returned", "returns"),
+    ("node_returned", "compute nodes that came back"),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Disturbed:
-    """An attempt at a round in which, or before which, a device came or went.
+    """An attempt at a round in which, or before which, a host came or went.
 
     Attributes:
       round: Its number, from 0.
@@ -48,7 +51,7 @@ class Disturbed:
 
 
 def disturbed_rounds(run: RecordedRun) -> list[Disturbed]:
-    """Returns the attempts at rounds in or before which a device came or went, in order."""
+    """Returns the attempts at rounds in or before which a host came or went, in order."""
     found, away = list[Disturbed](), dict[int, int]()
     for done, before, script in _attempts(run):
         found.append(_read(done, before, script, away))
@@ -137,6 +140,16 @@ def _read(
         for row in before
         if row["event"] in ("device_returned", "device_joined")
     ]
+    nodes = [
+        f"{node_name(row['node'])} {row['event'].removeprefix('node_')}"
+        for row in before
+        if row["event"] in ("node_lost", "node_left")
+    ]
+    back += [
+        f"{node_name(row['node'])} after {row['away_s']:.1f} s"
+        for row in before
+        if row["event"] == "node_returned"
+    ]
     index = int(done["round"])
     for one in () if script is None else sorted({script.cohort[p] for p, _, _ in script.spans}):
         since = away.pop(one, index)
@@ -148,7 +161,7 @@ def _read(
             away.pop(row["device"], None)
     return Disturbed(
         index, int(done["devices"]), int(done["committed"]),
-        tuple(f"{device_name(one)} {how}" for one, how in sorted(out.items())),
+        (*nodes, *(f"{device_name(one)} {how}" for one, how in sorted(out.items()))),
         tuple(back), float(done["seconds"]), None,
     )  # fmt: skip
 

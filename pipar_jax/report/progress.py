@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipar_jax.disk.event_log import Event
-from pipar_jax.schedule.plan import device_name
+from pipar_jax.schedule.plan import device_name, long_name
 
 REFRESHES_PER_SECOND = 4
 # Without a terminal: shortest interval between reports of steps, and longest interval without
@@ -68,6 +68,10 @@ class RunState:
             self.phase = _gone(event)
         elif kind == "node_joined":
             self.phase = f"compute node {event['node']} joined"
+        elif kind == "node_returned":
+            self.phase = f"compute node {event['node']} is back after {event['away_s']:.1f} s"
+        elif kind in ("node_lost", "node_left"):
+            self.phase = _gone(event)
         elif kind == "tuned":
             self.phase = f"tuned to {event['plan']}: {event['epoch_s']:.2f} s per epoch predicted"
         elif kind == "working":
@@ -255,13 +259,26 @@ def render(state: RunState, now_s: float, title: str = "") -> RenderableType:
     return Group(*lines)
 
 
+#: Events of which the phase says all.
+_PHASES = (
+    "waiting", "device_joined", "device_returned", "node_joined", "node_returned", "tuned",
+)  # fmt: skip
+
+
 def describe(event: Event, state: RunState) -> str | None:
     """Returns one plain line about an event that is part of ``state``, or None."""
     kind = event["event"]
-    if kind in ("waiting", "device_joined", "device_returned", "node_joined", "tuned"):
+    if kind in _PHASES:
         return state.phase
-    if kind in ("device_lost", "device_left"):
+    if kind in ("device_lost", "device_left", "node_lost", "node_left"):
         return _gone(event)
+    if kind == "nodes_replaced":
+        return _replaced(event)
+    if kind == "round_cut":
+        return (
+            f"round {event['round'] + 1} ends before step {event['step'] + 1}, its rest follows: "
+            f"{event['reason']}"
+        )
     if kind == "device_dropped":
         return (
             f"device {event['device']} is left out of round {event['round'] + 1}: {event['reason']}"
@@ -296,7 +313,7 @@ def describe(event: Event, state: RunState) -> str | None:
 
 
 def losses_text(event: Event) -> str:
-    """Returns who was left out of which rounds of a run that is over, and who came back.
+    """Returns who was lost or left out of which rounds of a run, and who came back.
 
     Empty if nothing of this happened.
     """
@@ -309,7 +326,9 @@ def losses_text(event: Event) -> str:
     ]
     back = [f"device {device}" for device in sorted(set(event.get("returns", ())))]
     undone = event.get("undone", 0)
+    lost = [long_name(name) for name in dict.fromkeys(event.get("lost_hosts", ()))]
     parts = [
+        f"lost: {_some(lost)}" if lost else "",
         f"left out: {_some(names)}" if names else "",
         f"came back: {_some(back)}" if back else "",
         f"{undone} {'rounds were' if undone > 1 else 'round was'} repeated" if undone else "",
@@ -329,9 +348,25 @@ def loss_text(event: Event) -> str:
 
 
 def _gone(event: Event) -> str:
-    """Returns that a device is gone and why; a reason may name it already."""
-    name, reason = f"device {event['device']}", str(event["reason"])
+    """Returns that a host is gone and why; a reason may name it already."""
+    name = f"device {event['device']}" if "device" in event else f"compute node {event['node']}"
+    reason = str(event["reason"])
     return reason if reason.startswith(f"{name} ") else f"{name} is out: {reason}"
+
+
+def _replaced(event: Event) -> str:
+    """Returns what of lost compute nodes is lost with them."""
+    names = ", ".join(map(long_name, event["nodes"]))
+    number = event["round"] + 1
+    lost = [
+        f"{one['unit']} (rounds {one['rounds'] + 1} to {event['round']})"
+        for one in event["units"]
+        if one["rounds"] < event["round"]
+    ]
+    fresh = [one["unit"] for one in event["units"] if one["optimizer_rounds"] is None]
+    text = f"round {number} goes on without {names}: "
+    text += f"lost is the training of {_some(lost) or 'no unit'}"
+    return text + (f"; fresh optimiser states of {_some(fresh)}" if fresh else "")
 
 
 def _work(event: Event) -> str:

@@ -7,6 +7,10 @@ A round in which nobody is lost is: release, ``Trained`` of all hosts, ``Commit`
 - Where gradients are summed all hosts halt, go back to the step in which it failed, and go on
   without it.
 - In sequential order its turn is undone, and the client-side model goes to the next device.
+
+If a compute node of the chain is lost before the commit, nobody can go on: with copies the whole
+round is undone, and where gradients are summed it ends with the last step that all others have
+completed. The coordinator then plans without the node.
 """
 
 from __future__ import annotations
@@ -30,7 +34,16 @@ from pipar_jax.runtime import exchanges
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.unit_state import States, Wanted
 from pipar_jax.schedule.actions import Span
-from pipar_jax.schedule.plan import COORDINATOR, Order, Plan, device_name, host_index, is_device
+from pipar_jax.schedule.plan import (
+    COORDINATOR,
+    Order,
+    Plan,
+    device_name,
+    host_index,
+    is_device,
+    is_node,
+    long_name,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +59,7 @@ class Committed:
       hosts: The hosts that took part to the end, this process's first.
       trained: What they gave when their steps were over.
       start_s: When it began, on the monotonic clock.
+      whole: Whether nothing of the round is left to be trained.
     """
 
     index: int
@@ -56,6 +70,7 @@ class Committed:
     hosts: tuple[str, ...]
     trained: Mapping[str, States]
     start_s: float
+    whole: bool
 
     def seat(self, name: str) -> str:
         """Returns what the plan calls a host: a device after its place."""
@@ -81,6 +96,9 @@ class _Round:
         self.releasing = False
         self.gone: list[str] = []  # devices that went while the round was released
         self.failed: list[int] = []  # places of summed gradients that the others go back for
+        self.nodes: tuple[str, ...] = ()  # compute nodes that take part
+        self.lost_nodes: list[str] = []  # those with stages that went before the commit
+        self.ends: int | None = None  # the step at which it ended early, for the loss of a node
         self.trained: dict[str, States] = {}
         self.start_s = time.monotonic()
 
@@ -103,6 +121,7 @@ class Conductor:
 
     Attributes:
       plan: The plan in force.
+      nodes: The compute nodes that are ready, whether they have stages or not.
       holder: In sequential order, the member that gave the client-side model back last and still
         has it; a member that was lost and came back is another.
       client_model: The client-side model as it was handed back last.
@@ -127,7 +146,8 @@ class Conductor:
     ) -> None:
         self._config, self._names, self.plan = config, names, plan
         self._host, self._members, self._states = host, members, states
-        self._nodes, self._tell = members.hosts.nodes, members.tell
+        self._tell = members.tell
+        self.nodes: tuple[str, ...] = ()
         self.holder: Member | None = None
         self.client_model: States = {}
         self._attempt = 0
@@ -165,17 +185,19 @@ class Conductor:
             spans = self._without(spans, planned.out)
         end = RoundEnd(self._config, taking, time.monotonic())
         self._round = now = _Round(index, cohort.devices, spans, end, demand, samples)
+        now.nodes = self.nodes
         now.gone = [device_name(one) for one in cohort.devices]  # it may have gone before
+        now.lost_nodes = [one for one in self._chain if one not in self.nodes]
         self._release(now, spans)
         if self.plan.order == Order.SEQUENTIAL:
             self._relay(now)
-        whole = self._await_trained(now, planned)
+        counts = self._await_trained(now, planned)
         for out in () if planned is None else planned.out:
             if out.place in now.places and self._copies:
                 self._drop(now, out.place, out.why)
         hosts, left = self._present(now, now.places), now.places
-        places = left if whole else ()
-        for place in () if whole else left:
+        places = left if counts else ()
+        for place in () if counts else left:
             now.out[place] = Out(place, _first(now.begun, place), "undone")
         self._round = None  # whoever is lost from now on has done its part
         self._commit(now, places, hosts)
@@ -184,9 +206,15 @@ class Conductor:
         if planned is not None:  # it goes on as planned, and who is out has ended there already
             said = dataclasses.replace(planned, commit=places)
         counted = tuple(span for span in now.spans if span.device in places)
+        whole = bool(places) and (now.ends is None or all(one.stop <= now.ends for one in spans))
         return Committed(
-            index, now.cohort, taking, places, counted, hosts, now.trained, now.start_s
+            index, now.cohort, taking, places, counted, hosts, now.trained, now.start_s, whole
         ), said
+
+    @property
+    def _chain(self) -> tuple[str, ...]:
+        """The compute nodes that have stages."""
+        return tuple(filter(is_node, self.plan.hosts()))
 
     @property
     def _copies(self) -> bool:
@@ -245,7 +273,7 @@ class Conductor:
         """Returns the hosts of a round, this process's first, with the devices in some places."""
         here = self._members.by_name
         devices = (now.device(place) for place in sorted(places))
-        return (COORDINATOR, *(one for one in (*self._nodes, *devices) if one in here))
+        return (COORDINATOR, *(one for one in (*now.nodes, *devices) if one in here))
 
     # --- waiting ------------------------------------------------------------------------------
 
@@ -253,6 +281,8 @@ class Conductor:
         """Waits until the round is over; returns whether it counts."""
         self._members.patience.begin()
         while True:
+            if now.lost_nodes:
+                return self._give_up(now)
             if now.failed:
                 self._go_back(now)
             self._take_trained(now)
@@ -266,9 +296,9 @@ class Conductor:
                 for place in now.places:
                     if place not in now.end.done:
                         self._drop(now, place, "late")
-                if not (missing := self._missing(now)) and not now.failed:
+                if not (missing := self._missing(now)) and not (now.failed or now.lost_nodes):
                     return True
-            if not now.failed:
+            if not (now.failed or now.lost_nodes):
                 self._members.wait(missing, "trained")
 
     def _missing(self, now: _Round) -> list[str]:
@@ -303,12 +333,38 @@ class Conductor:
             return bool(now.places)
         if not self._copies:
             raise RunError(f"{short}: nobody is left who could go on with it")
+        self._undo(now, short)
+        return False
+
+    def _undo(self, now: _Round, reason: str) -> None:
+        """Undoes an attempt with copied weights: all stop, and go back to the round's start."""
         for place in now.places:
             if now.device(place) not in now.trained:
                 self._drop(now, place, "undone")
         self._wait_for_rest(now)
-        self._tell({"event": "round_undone", "round": now.index, "reason": short})
-        return False
+        self._tell({"event": "round_undone", "round": now.index, "reason": reason})
+
+    def _give_up(self, now: _Round) -> bool:
+        """Ends an attempt whose chain lacks a compute node; returns whether a part of it counts."""
+        names = " and ".join(map(long_name, dict.fromkeys(now.lost_nodes)))
+        if not self.plan.sums_gradients:
+            self._undo(now, f"{names} of the chain is gone")
+            return False
+        while True:  # another device may be lost meanwhile
+            now.ends = self._rewind(now)
+            if not (now.failed and now.places):
+                break
+        if not now.places:
+            raise RunError(f"round {now.index + 1} lost {names} and all devices: nobody goes on")
+        ends = now.ends
+        self._release(now, tuple(Span(place, ends, ends) for place in now.places))
+        self._wait_for_rest(now)
+        for place in now.failed:
+            now.out[place] = dataclasses.replace(now.out[place], step=ends)
+        now.spans = tuple(span._replace(stop=min(span.stop, ends)) for span in now.spans)
+        self._tell({"event": "round_cut", "round": now.index, "step": ends,
+                    "reason": f"{names} of the chain is gone"})  # fmt: skip
+        return True
 
     def _wait_for_rest(self, now: _Round) -> None:
         """Waits for all that are left."""
@@ -319,9 +375,14 @@ class Conductor:
     # --- who is out ---------------------------------------------------------------------------
 
     def note_lost(self, name: str) -> None:
-        """Goes on without a device whose link is gone; before the commit it does not count."""
+        """Goes on without a host whose link is gone; before the commit it does not count."""
         now = self._round
-        if now is not None and now.releasing:
+        if is_node(name):
+            if now is not None:
+                # It may come back before the round is over, and is not part of it then.
+                now.nodes = tuple(one for one in now.nodes if one != name)
+                now.lost_nodes += [name] if name in self._chain else []
+        elif now is not None and now.releasing:
             now.gone.append(name)  # others cannot go on without it before they have begun
         elif now is not None and (place := now.place(name)) is not None:
             left = self._members.population[now.cohort[place]].presence is Presence.LEFT
@@ -368,9 +429,21 @@ class Conductor:
 
     def _go_back(self, now: _Round) -> None:
         """Restarts the others at the step in which a device has failed (summed gradients)."""
-        lost, now.failed = tuple(now.failed), []
         if not now.places:
+            now.failed = []
             return
+        step = self._rewind(now)
+        if not now.failed:
+            self._release(
+                now,
+                # With nothing left to do the spans are empty: hosts have trained at once.
+                tuple(span._replace(first=max(span.first, step))
+                      for span in now.spans if span.device not in now.out),
+            )  # fmt: skip
+
+    def _rewind(self, now: _Round) -> int:
+        """Lets all go back to the last step that they all have completed; returns the next one."""
+        lost, now.failed = tuple(now.failed), []
         hosts = self._present(now, now.places)
         self._members.drop(*lost)
         self._ask(hosts, messages.Halt(now.index, lost), lambda: self._host.halt(lost))
@@ -388,13 +461,7 @@ class Conductor:
             span._replace(stop=min(span.stop, step)) if span.device in now.out else span
             for span in now.spans
         )
-        if not now.failed:
-            self._release(
-                now,
-                # With nothing left to do the spans are empty: hosts have trained at once.
-                tuple(span._replace(first=max(span.first, step))
-                      for span in now.spans if span.device not in now.out),
-            )  # fmt: skip
+        return step
 
     def _ask(self, hosts: Sequence[str], command: Any, here: Callable[[], None]) -> None:
         """Gives a command to some hosts, that of this process among them."""
@@ -482,7 +549,7 @@ _REASONS = {
     "left": "it left",
     "late": "it was late",
     "nonfinite": "its loss or weights are not finite",
-    "undone": "too few devices finished the round",
+    "undone": "the round is undone",
 }
 
 

@@ -18,6 +18,7 @@ from pipar_jax.config import Config
 from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import Interrupted, PeerError
 from pipar_jax.protocol import messages
+from pipar_jax.protocol.values import EVERY
 from pipar_jax.roles import replan
 from pipar_jax.roles.acceptance import Acceptance
 from pipar_jax.roles.adaptation import Adaptation
@@ -28,6 +29,8 @@ from pipar_jax.roles.gathering import Cohort, Gathering
 from pipar_jax.roles.holdings import Holdings, read_rows
 from pipar_jax.roles.link_stats import odd_rows
 from pipar_jax.roles.membership import Mail, Membership
+from pipar_jax.roles.node_copies import NodeCopies
+from pipar_jax.roles.node_pool import NodePool
 from pipar_jax.roles.past import Past
 from pipar_jax.roles.run_log import FetchStats, Round, RunLog
 from pipar_jax.roles.scripted_plans import ScriptedPlans
@@ -36,11 +39,11 @@ from pipar_jax.roles.state_exchange import StateExchange
 from pipar_jax.roles.stop_rule import StopRule
 from pipar_jax.roles.survey import choose_plan
 from pipar_jax.roles.timetable import Timetable, Turn, next_steps
-from pipar_jax.runtime import exchanges, unit_state
+from pipar_jax.runtime import exchanges, moves, unit_state
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.link_table import direct
 from pipar_jax.runtime.metrics import Totals
-from pipar_jax.runtime.unit_state import States, UnitState
+from pipar_jax.runtime.unit_state import Key, States, UnitState
 from pipar_jax.schedule.actions import AGGREGATE, ALL, Action, Span
 from pipar_jax.schedule.plan import (
     COORDINATOR,
@@ -50,11 +53,13 @@ from pipar_jax.schedule.plan import (
     device_name,
     host_index,
     is_device,
+    is_node,
     long_name,
 )
 from pipar_jax.schedule.rounds import RoundSchedule, rounds
 from pipar_jax.schedule.trace import Interval, Timed
 from pipar_jax.training import optimizer
+from pipar_jax.tuner.replanning import Offer
 from stages import Model
 from stages.trees import Variables
 
@@ -127,7 +132,11 @@ class Coordinator:
         self._gathering.check_rounds(self._table.rounds)
         if self.plan.sums_gradients:
             self._check_equal_epochs()
-        self._nodes = members.hosts.nodes
+        self._pool = NodePool(
+            config, model, None if surveyed is None else surveyed.profile, members, host
+        )
+        self._joining: list[str] | None = None  # while the plan changes: who has joined meanwhile
+        self._until: int | None = None  # where gradients are summed: the end of a round cut short
         self._adaptation: Adaptation | ScriptedPlans | None = None
         if script:
             self._adaptation = ScriptedPlans(script, members, host, len(model.units))
@@ -155,17 +164,19 @@ class Coordinator:
             config, model.unit_names, self.plan, host, members, self._states
         )
         self._conductor.client_model = self._initial_client_model()
+        self._copies = NodeCopies(config, model.unit_names, self._aggregator, self._first)
         members.lost = self._note_lost
 
     @property
     def _workers(self) -> tuple[str, ...]:
         """The compute nodes and devices that are there."""
-        return (*self._nodes, *self._population.present())
+        there = (*self._pool.ready, *self._population.present())
+        return tuple(name for name in there if name not in (self._joining or ()))
 
     @property
     def _idle(self) -> tuple[str, ...]:
         """The compute nodes and devices that have nothing to do between two rounds."""
-        return (*self._nodes, *(device_name(one.device) for one in self._population.ready()))
+        return (*self._pool.ready, *(device_name(one.device) for one in self._population.ready()))
 
     def run(self) -> JsonObject:
         """Prepares all hosts, trains all rounds and says goodbye; returns the run's summary.
@@ -207,8 +218,13 @@ class Coordinator:
         finished = last = index + 1 == self._table.rounds
         rule, checkpoints = self._start.stop_rule, self._checkpoints
         self._score = {}
-        if rule.reason is not None or self._is_evaluated(index):
-            self._evaluate(index)
+        evaluated = rule.reason is not None or self._is_evaluated(index)
+        copied = self._copies.are_due(index + 1) and not finished
+        if copied:
+            self._run_log.nodes_copied(index, self._fetch(index + 1, optimizers=True))
+        if evaluated:
+            fetched = FetchStats(0, 0.0) if copied else self._fetch(index + 1, optimizers=False)
+            self._evaluate(index, fetched)
         if rule.reason is not None:
             last = True
             self._members.tell({"event": "stopped", "round": index, "reason": rule.reason})
@@ -262,6 +278,9 @@ class Coordinator:
         for name in workers:
             self._members.send(name, prepare)
         self._members.joined = self._welcome
+        for name in self._members.hosts.nodes:  # who came while the plan was made
+            if name in self._members.by_name and name not in self._pool.ready:
+                self._welcome(name)
         self._host.prepare(self.plan, prepare.samples, prepare.steps)
         if self.plan.order == Order.PARALLEL:
             self._aggregator.compile()
@@ -287,7 +306,15 @@ class Coordinator:
         )
 
     def _welcome(self, name: str) -> None:
-        """Lets a device that has come in the midst of the run prepare its share of the plan."""
+        """Lets a host that has come in the midst of the run prepare its share of the plan."""
+        if self._joining is not None:
+            self._joining.append(name)
+            return
+        if is_node(name):
+            self._admit_bundles((self.plan,), name)
+            self._members.send(name, self._preparation())
+            self._pool.preparing.add(name)
+            return
         who = self._members.by_name[name].identity
         if not self._checkpoints.knows_data(name, who.fingerprint):
             self._members.blame(name, "a join with other samples than those it trained with before")
@@ -350,7 +377,7 @@ class Coordinator:
         boundaries = [one for one in direct(plan.boundaries()) if here.issuperset(one[:2])]
         if self._met.issuperset(boundaries):
             return
-        known = {name: self._members.by_name[name].identity.address for name in self._nodes}
+        known = {name: self._members.by_name[name].identity.address for name in self._pool.ready}
         addresses = {name: address for name, address in known.items() if address is not None}
         workers = self._workers
         for name in workers:
@@ -384,7 +411,9 @@ class Coordinator:
 
     def _try_round(self, index: int, attempt: int) -> bool:
         """Conducts an attempt at a round to its last weights stored; returns whether it counts."""
+        self._replace_nodes(index)
         cohort = self._gather(index, attempt)
+        self._conductor.nodes = tuple(self._pool.ready)
         if self._adaptation is not None:
             self._adaptation.start_round(index)
         spans = self._spans(index, cohort)
@@ -396,7 +425,77 @@ class Coordinator:
         self._end_round(done)
         self._run_log.add_attempt(dataclasses.replace(said, fresh=fresh))
         self._count(done)
-        return bool(done.places)
+        self._until = None if done.whole or not done.places else max(one.stop for one in spans)
+        return done.whole
+
+    def _replace_nodes(self, index: int) -> None:
+        """Plans without the compute nodes of the chain that are gone, until it is whole.
+
+        Raises:
+          PeerError: No chain fits the nodes that are left.
+        """
+        self._members.poll()  # who went between the rounds
+        until_s = time.monotonic() + self._config.cohort.wait_s
+        while lost := self._pool.missing(self.plan):
+            self._joining = []
+            try:
+                reason = self._change_without(lost, index)
+            finally:
+                joining, self._joining = self._joining, None
+            for name in dict.fromkeys(joining):
+                if name in self._members.by_name:
+                    self._welcome(name)
+            if reason is not None and not self._await_node(until_s):
+                raise PeerError(f"round {index + 1} cannot begin: {reason}")
+        self._take_nodes(index)
+
+    def _change_without(self, lost: Sequence[str], index: int) -> str | None:
+        """Changes to a plan without some nodes; returns why none fits, or None.
+
+        Other hosts may be lost meanwhile: the chain need not be whole then.
+        """
+        assert self._joining is not None
+        while busy := {*self._gathering.busy(), *self._pool.preparing}.difference(self._joining):
+            self._members.wait(sorted(busy), "prepared")
+            self._take_nodes(index)
+        if not self._pool.missing(self.plan):
+            return None
+        plan = self._pool.choose(self.plan, self._samples)
+        if isinstance(plan, str):
+            return plan
+        if self._pool.compile(plan, self._workers) and not self._pool.missing(plan):
+            salvaged = self._copies.salvaged(self._held_by(lost))
+            self._change_plan(plan, index, None)
+            self._run_log.nodes_replaced(index, lost, salvaged)
+        return None
+
+    def _await_node(self, until_s: float) -> bool:
+        """Waits for a compute node to come, if the run is to wait; returns whether one has."""
+        waits = self._config.cohort.below != "end"
+        while waits and not self._pool.preparing and time.monotonic() < until_s:
+            self._members.wait((), "joined")
+        return bool(self._pool.preparing)
+
+    def _take_nodes(self, index: int) -> None:
+        """Takes nodes that have come and prepared; one with stages gets what is left of them."""
+        for name in self._pool.settle():
+            if held := self._held_by([name]):
+                names = self._model.unit_names
+                wanted = exchanges.whole(self.plan, name, names, optimizers=True)
+                whole = {key: parts for key, parts in wanted.items() if key[0] == EVERY}
+                states = unit_state.known(whole, self._aggregator)
+                states |= {key: self._copies.optimizer(key) for key in wanted if key[0] != EVERY}
+                self._states.push(name, states, messages.PushState(optimizers=True))
+                self._members.collect(messages.PushedState, (name,))
+                self._run_log.nodes_replaced(index, [name], self._copies.salvaged(held))
+            self._introduce(self.plan)
+            self._calibrate([name])
+
+    def _held_by(self, nodes: Sequence[str]) -> list[Key]:
+        """Returns the copies of units that are on some hosts under the plan in force."""
+        held = moves.holders(self.plan, len(self._model.units)).items()
+        names = self._model.unit_names
+        return [(copy, names[unit]) for (copy, unit), host in held if host in nodes]
 
     def _gather(self, index: int, attempt: int) -> Cohort:
         """Waits for the devices of a round; those that have just come are ready for it then."""
@@ -420,7 +519,10 @@ class Coordinator:
         for place in cohort.taking:
             one = self._population[cohort.devices[place]]
             turns.append(Turn(place, one.step, one.steps))
-        return self._table.spans(index, turns)
+        spans = self._table.spans(index, turns)
+        if self._until is None:
+            return spans
+        return tuple(one._replace(stop=min(one.stop, self._until)) for one in spans)
 
     def _seat(self, cohort: Cohort) -> None:
         """Gives each device of a round its place: its samples, and its link on this host."""
@@ -541,7 +643,7 @@ class Coordinator:
         here = {host_index(name) for name in done.hosts if is_device(name)}
         for place in done.places:
             one = self._population[done.cohort[place]]
-            one.rounds, one.step = one.rounds + 1, stops[place]
+            one.rounds, one.step = one.rounds + done.whole, stops[place]
             one.fresh = one.fresh and one.index not in here
         for one in self._population:
             if one.index in here and device_name(one.index) in self._members.by_name:
@@ -550,7 +652,8 @@ class Coordinator:
                 one.current = False
 
     def _note_lost(self, name: str, error: PeerError) -> None:
-        """Goes on without a device whose link is gone: its neighbours have to meet it anew."""
+        """Goes on without a host whose link is gone: its neighbours have to meet it anew."""
+        self._pool.lose(name)
         self._met = {boundary for boundary in self._met if name not in boundary[:2]}
         self._conductor.note_lost(name)
 
@@ -599,25 +702,34 @@ class Coordinator:
         plan = None if self._adaptation is None else self._adaptation.ready()
         if plan is None or self._adaptation is None:
             return
+        self._change_plan(plan, index, self._adaptation.offers)
+        self._adaptation.changed(index)
+
+    def _change_plan(self, plan: Plan, index: int, offers: tuple[Offer, Offer] | None) -> None:
+        """Lets all hosts change to a plan that they have compiled."""
         began = time.monotonic()
+        workers = self._workers
         self._introduce(plan)
         self._expect(self.plan, plan)
-        replan.conduct(self._members, self._states, self.plan, plan, self._aggregator)
+        replan.conduct(
+            self._members, workers, self._states, self.plan, plan, self._aggregator, self._copies,
+            index,
+        )  # fmt: skip
         moved_s = time.monotonic() - began
-        offers, self.plan, self._plans = self._adaptation.offers, plan, (self.plan, plan)
+        # Whoever was out of the last round tells of what it did under the plan before, too.
+        before = self._plans if self._adaptation is None else (self.plan,)
+        self.plan, self._plans = plan, tuple(dict.fromkeys((*before, plan)))
         self._conductor.plan = plan
         # Stages that an emulated slow host has not run before.
         self._calibrate((COORDINATOR, *self._workers))
-        self._adaptation.changed(index)
         self._run_log.replanned(index, plan, moved_s, offers)
 
     def _is_evaluated(self, index: int) -> bool:
         every = self._config.run.evaluate_every
         return index + 1 == self._table.rounds or (every > 0 and (index + 1) % every == 0)
 
-    def _evaluate(self, index: int) -> None:
+    def _evaluate(self, index: int, fetched: FetchStats) -> None:
         """Scores the global weights, the last ones once they are saved; it belongs to no round."""
-        fetched = self._fetch()
         variables = self._aggregator.params, self._aggregator.state
         if index + 1 == self._table.rounds:
             self._save(*variables)  # before anything else can go wrong
@@ -629,12 +741,15 @@ class Coordinator:
             index, score.accuracy, score.loss, time.monotonic() - start_s, fetched
         )
 
-    def _fetch(self) -> FetchStats:
-        """Takes the parts of the model that live on compute nodes, which only evaluation needs."""
+    def _fetch(self, rounds: int, *, optimizers: bool) -> FetchStats:
+        """Takes the parts of the model that live on compute nodes, for evaluation or as copies."""
         start_s = time.monotonic()
-        names = self._model.unit_names
-        kept = {name: exchanges.kept(self.plan, name, names) for name in self._nodes}
-        pulled = self._states.pull(kept)
+        pulled = self._states.pull(
+            {
+                name: self._copies.wanted(self.plan, name, optimizers=optimizers)
+                for name in self._pool.ready
+            }
+        )
         for name, states in pulled.states.items():
-            unit_state.take(self._aggregator, states, name)
+            self._copies.take(states, rounds, name)
         return FetchStats(pulled.nbytes, time.monotonic() - start_s)

@@ -68,6 +68,12 @@ class Gathering:
         """Records that a device has been sent its share of the plan."""
         self._preparing.add(name)
 
+    def busy(self) -> list[str]:
+        """Returns the devices that prepare or have yet to stop: they cannot take a plan now."""
+        self.settle()
+        stopping = (one.index for one in self._members.population if one.present and not one.ready)
+        return sorted({*self._preparing, *map(device_name, stopping)})
+
     def gather(self, index: int, attempt: int) -> Cohort:
         """Returns the next round's cohort, once enough devices are ready.
 

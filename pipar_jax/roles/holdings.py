@@ -60,6 +60,7 @@ class Holdings:
             config.optimizer, steps=1, proximal_mu=config.aggregation.proximal_mu
         )
         self._pulls_optimizers = config.checkpoint.device_state == "server"
+        self._copies_nodes = config.nodes.replicate_every > 0
         self._rule = make_rule(config.aggregation).transformation
         self._units = {unit.name: unit for unit in model.units}
         self._likes: dict[tuple[str, str], dict[str, Like]] = {}
@@ -98,7 +99,7 @@ class Holdings:
         """
         plan = plans[-1]
         pulled = exchanges.kept(plan, host, self.names, rule=True)
-        if self._pulls_optimizers:
+        if self._pulls_optimizers or (self._copies_nodes and is_node(host)):
             states = exchanges.optimizer_states(plan, host, self.names)
             pulled = exchanges.joined(pulled, states)
         bundles = [exchanges.trained(plan, host, self.names), pulled]

@@ -111,15 +111,16 @@ class Membership:
     only send what it was asked for (``replies``), in the form that ``protocol`` defines; and its
     contents must fit the plan, which the caller that asked for them checks. An unknown peer that
     breaks a rule is refused and counted, and the run goes on. A member's connection ends. If the
-    member is a device and the run may lose some (``cohort.*``) this is an event, and it may rejoin
-    under its name at any time; otherwise the run ends with an error that names the member.
+    run may lose the member (``cohort.*``, ``nodes.replicate_every``) this is an event, and it may
+    rejoin under its name at any time; otherwise the run ends with an error that names it.
 
     Attributes:
       by_name: The present members.
       seats: For each device of a round its name in the plan: its place in the cohort.
       population: The devices that have registered, present or not.
-      joined: Called with the name of a device that has joined; on the owner's thread.
-      lost: Called with the name of a lost device and the reason; on the owner's thread.
+      lost_hosts: Names of the members that the run has lost, in order.
+      joined: Called with the name of a member that has joined; on the owner's thread.
+      lost: Called with the name of a lost member and the reason; on the owner's thread.
       broken: Called with a report of non-finite values for which a device may be dropped.
       listeners: Receive mail of a kind at once, instead of ``collect``; on the owner's thread.
       acceptance: Which tensors may arrive; without it none.
@@ -155,6 +156,8 @@ class Membership:
         self._early: list[Mail[ControlMessage]] = []
         self._refusals = Refusals(tell)
         self._moving: dict[str, Moving] = {}
+        self.lost_hosts: list[str] = []
+        self._away_since_s: dict[str, float] = {}  # of lost compute nodes
         self._pulse_s, self._pulsed_s, self._pulses = pulse_s(config.network), time.monotonic(), 0
         self.listeners: dict[type, Callable[[Mail[Any]], None]] = {}
         self.by_name: dict[str, Member] = {}
@@ -167,7 +170,6 @@ class Membership:
         self.acceptance: Acceptance | None = None
         self.patience = Patience(config.network)
         self.hosts = hosts_of(config)
-        self._may_lose = self.hosts.may_lose
         self.actions: Callable[[], int] = lambda: 0
 
     # --- from other threads -------------------------------------------------------------------
@@ -423,15 +425,20 @@ class Membership:
         self._early = [mail for mail in self._early if mail.source != name]
         self._moving.pop(name, None)
         self.patience.forget(name)
-        device = member.identity.index
+        index, now_s = member.identity.index, time.monotonic()
         presence = Presence.LEFT if left else Presence.LOST
-        self.population.go(device, presence, time.monotonic())
-        self._tell({"event": f"device_{presence.value}", "device": device, "reason": str(error)})
+        kind = "node" if is_node(name) else "device"
+        self.lost_hosts.append(name)
+        if is_node(name):
+            self._away_since_s[name] = now_s
+        else:
+            self.population.go(index, presence, now_s)
+        self._tell({"event": f"{kind}_{presence.value}", kind: index, "reason": str(error)})
         self.lost(name, error)
 
     def _tolerates(self, name: str) -> bool:
         """Returns whether the run can go on without a member."""
-        return self._may_lose and not is_node(name)
+        return self.hosts.may_be_lost(name)
 
     def abort(self, reason: str, *, again: bool = False) -> None:
         """Tells every reachable device that the run has ended.
@@ -584,7 +591,7 @@ class Membership:
         """
         self._wait_for_last_words(name)
         if name in self.by_name:
-            gone = PeerError(f"a device was lost: {error}")
+            gone = PeerError(f"{long_name(name)} was lost: {error}")
             gone.__cause__ = error
             self.lose(name, gone)
 
@@ -725,7 +732,11 @@ class Membership:
         if is_node(who.name):
             shape = tuple(self._model.input_shape)
             self._try(link, messages.ModelFacts(shape, self._model.classes))
-            self._tell({"event": "node_joined", "node": who.index})
+            joined: JsonObject = {"event": "node_joined", "node": who.index}
+            if (since_s := self._away_since_s.pop(who.name, None)) is not None:
+                joined |= {"event": "node_returned", "away_s": time.monotonic() - since_s}
+            self._tell(joined)
+            self.joined(who.name)
             return
         link.set_shape(self.hosts[who.name].down)
         away_s = self.population.join(who, time.monotonic())

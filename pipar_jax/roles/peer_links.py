@@ -22,7 +22,7 @@ from pipar_jax.errors import JoinError, ProtocolError, RunError
 from pipar_jax.protocol import messages, registry
 from pipar_jax.protocol.registry import Sender
 from pipar_jax.runtime.link_table import LinkTable, dialler
-from pipar_jax.schedule.plan import COORDINATOR, Boundary, is_device, is_node, long_name
+from pipar_jax.schedule.plan import COORDINATOR, Boundary, is_node, long_name
 
 #: What a neighbour may send before there is a plan.
 _NOTHING = Allowance(tensor_bytes=0, bundle_bytes=0, bundle_tensors=0)
@@ -183,6 +183,8 @@ class PeerLinks:
             self._begin(link)
             registry.send(link, messages.Neighbour(boundary))
         except ChannelError as error:
+            if self._hosts.may_be_lost(peer):
+                return  # the coordinator hears of it, and plans without it
             raise JoinError(
                 f"{long_name(self._name)} cannot reach its neighbour {peer}: {error}"
             ) from error
@@ -307,7 +309,7 @@ class PeerLinks:
             with self._lock:
                 self._early = [one for one in self._early if one[1] is not link]
             return
-        if self._hosts.may_lose and is_device(boundary.peer(self._name)):
+        if self._hosts.may_be_lost(boundary.peer(self._name)):
             # The coordinator decides who goes on without it; it may return over another link.
             del self._of[link]
             with self._lock:

@@ -60,6 +60,11 @@ class Registered:
     losses: int = 0
     returns: int = 0
 
+    @property
+    def present(self) -> bool:
+        """Whether it is present."""
+        return self.presence is Presence.PRESENT
+
 
 class Population:
     """All registered devices, by index."""
@@ -139,4 +144,4 @@ class Population:
 
     def present(self) -> list[str]:
         """Returns the names of the present devices."""
-        return [device_name(one.index) for one in self if one.presence is Presence.PRESENT]
+        return [device_name(one.index) for one in self if one.present]

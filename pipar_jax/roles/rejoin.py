@@ -1,4 +1,4 @@
-"""A device that lost its coordinator keeps trying to rejoin within its time limit."""
+"""A host that lost its coordinator keeps trying to rejoin within its time limit."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def persist(
     stop: threading.Event,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Runs a device's part of a run; joins again after a loss that may be temporary.
+    """Runs a host's part of a run; joins again after a loss that may be temporary.
 
-    Pauses grow and are drawn at random, so that many devices do not return at once.
+    Pauses grow and are drawn at random, so that many hosts do not return at once.
 
     Args:
       take_part: Joins within the given seconds and takes part to the end. Its errors report with

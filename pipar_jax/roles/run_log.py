@@ -16,6 +16,7 @@ from pipar_jax.errors import DiskError
 from pipar_jax.protocol.values import LinkRow, Memory, Waits
 from pipar_jax.roles.link_stats import Traffic
 from pipar_jax.roles.membership import Membership
+from pipar_jax.roles.node_copies import Salvaged
 from pipar_jax.roles.run_folder import TRACE, Record, RunFolder
 from pipar_jax.roles.trace_log import TraceLog
 from pipar_jax.runtime.metrics import Totals
@@ -93,9 +94,9 @@ class RunLog:
         self._record = record
         self._parameters = parameters
         self._traffic = Traffic(members)
-        self._population = members.population
+        self._members, self._population = members, members.population
         self._trace = TraceLog(folder.path / TRACE, config.run.trace, self._lose_trace)
-        self._rounds = self._undone = 0
+        self._rounds = self._undone = self._copied_bytes = 0
         self._losses: list[JsonObject] = []
         self._totals = (0, 0)
         self._seconds: list[float] = []
@@ -243,6 +244,23 @@ class RunLog:
              "seconds": seconds, **predicted}
         )  # fmt: skip
 
+    def nodes_copied(self, index: int, fetched: FetchStats) -> None:
+        """Reports that what compute nodes alone have was copied after a round."""
+        self._copied_bytes += fetched.nbytes
+        self._tell({"event": "nodes_copied", "round": index, "bytes": fetched.nbytes,
+                    "seconds": fetched.seconds})  # fmt: skip
+
+    def nodes_replaced(self, index: int, lost: Sequence[str], salvaged: Sequence[Salvaged]) -> None:
+        """Reports which units of lost compute nodes go on with which state.
+
+        Args:
+          index: The first round, or rest of one, without the nodes.
+          lost: The nodes.
+          salvaged: What is left of their units.
+        """
+        units = [one._asdict() for one in salvaged]
+        self._tell({"event": "nodes_replaced", "round": index, "nodes": list(lost), "units": units})
+
     def evaluated(
         self, index: int, accuracy: float, loss: float, seconds: float, fetched: FetchStats
     ) -> None:
@@ -278,6 +296,8 @@ class RunLog:
             "bytes_down": self._totals[1],
             "losses": self._losses,
             "undone": self._undone,
+            "lost_hosts": list(self._members.lost_hosts),
+            "copied_bytes": self._copied_bytes,
             "returns": [one.index for one in self._population for _ in range(one.returns)],
             "folder": str(self._folder.path),
         }

@@ -153,12 +153,23 @@ def run_node(
       RunError: This node failed, cannot listen, or the plan needs more memory than it may take.
     """
     set_precision(config.model)
-    worker = Worker(config, node_name(index), model, None, stop)
-    try:
-        join = node_join(config, worker.name, worker.listen())
-        worker.run(address, join, config.network.join_timeout_s)
-    finally:
-        worker.close()
+
+    def take_part(timeout_s: float) -> None:
+        worker = Worker(config, node_name(index), model, None, stop)
+        try:
+            worker.run(address, node_join(config, worker.name, worker.listen()), timeout_s)
+        except PiparError as error:
+            error.taken = worker.admitted
+            raise
+        finally:
+            worker.close()
+
+    persist(
+        take_part,
+        join_timeout_s=config.network.join_timeout_s,
+        rejoin_s=config.network.rejoin_s,
+        stop=stop or threading.Event(),
+    )
 
 
 class Worker:

@@ -8,6 +8,7 @@ unless it says otherwise; commands are posted to the mailbox.
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 import time
@@ -51,6 +52,7 @@ from pipar_jax.schedule.actions import (
 from pipar_jax.schedule.dispatch import CreditedLink, Demand, Dispatcher, InFlightLimit
 from pipar_jax.schedule.feasibility import check_executable
 from pipar_jax.schedule.host_program import HostProgram, Operation
+from pipar_jax.schedule.keep import Keep
 from pipar_jax.schedule.plan import (
     Boundary,
     Order,
@@ -393,9 +395,7 @@ class Host:
             for index, stage in enumerate(cut):
                 slot = self._program.replica_key(device, index)
                 if plan.host(device, index) == self._seat and slot not in self._replicas:
-                    keeps = undo.find_keep(
-                        self._config.cohort, self._config.devices.count, plan, slot[0]
-                    )
+                    keeps = self._find_keep(plan)(slot[0])
                     self._replicas[slot] = Replica(stage, params, state, self._optimizer, keeps)
         self._averaging = Averaging(self._config, self._program, self._replicas, params, state)
         self._averaging.compile()
@@ -506,8 +506,11 @@ class Host:
         averages = dict(self._averaging.units())
         self._replicas = migration.assemble(
             self._model, plan, self._seat, self._replicas, arrived, self._optimizer,
+            self._find_keep(plan),
             rematerialise=self._rematerialise,
         )  # fmt: skip
+        for replica in self._replicas.values():  # what came from a copy may have an older anchor
+            replica.renew_anchor()
         self._averaging = Averaging.after(
             self._config, self._program, self._replicas, averages, arrived
         )
@@ -712,6 +715,10 @@ class Host:
         """Returns the names of the units that this host has weights of."""
         names = self._model.unit_names
         return {names[unit] for unit in plan.held_units(self._seat, len(names))}
+
+    def _find_keep(self, plan: Plan) -> Callable[[int], Keep]:
+        """Returns what says of a copy what it keeps of earlier moments."""
+        return functools.partial(undo.find_keep, hosts_of(self._config), self._config.cohort, plan)
 
     def _sizes(self) -> set[int]:
         return self._program.sizes(self._samples, self._config.data.batch_size)

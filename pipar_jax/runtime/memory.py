@@ -97,11 +97,10 @@ def predict(model: Model, plan: Plan, host: str, config: Config, samples: Sequen
       samples: Samples that each device trains on in an epoch.
     """
     check_executable(plan)
-    sizes = _ModelSizes(
-        model, config.optimizer, config.aggregation, hosts_of(config)[host].rematerialise
-    )
+    hosts = hosts_of(config)
+    sizes = _ModelSizes(model, config.optimizer, config.aggregation, hosts[host].rematerialise)
     window = int(config.pipeline.window_mb * 1e6)
-    keeps = functools.partial(undo.find_keep, config.cohort, config.devices.count, plan)
+    keeps = functools.partial(undo.find_keep, hosts, config.cohort, plan)
     need = find_need(sizes, plan, host, samples, config.data.batch_size, window, keeps)
     held = [model.units[index].frozen for index in plan.held_units(host, len(model.units))]
     return need._replace(variables=need.variables + tree_bytes(held))  # frozen weights: one copy

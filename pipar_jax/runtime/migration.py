@@ -6,7 +6,7 @@ step).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from pipar_jax.protocol.values import EVERY
 from pipar_jax.runtime import unit_state
 from pipar_jax.runtime.unit_state import Key, UnitState, fitted
 from pipar_jax.schedule.host_program import replica_key
+from pipar_jax.schedule.keep import Keep
 from pipar_jax.schedule.plan import Plan
 from pipar_jax.training.optimizer import CompiledOptimizer
 from pipar_jax.training.replica import Replica
@@ -31,6 +32,7 @@ def assemble(
     replicas: Mapping[tuple[int, int], Replica],
     arrived: Mapping[Key, UnitState],
     compiled: CompiledOptimizer,
+    keeps: Callable[[int], Keep],
     *,
     rematerialise: bool = False,
 ) -> dict[tuple[int, int], Replica]:
@@ -43,6 +45,7 @@ def assemble(
       replicas: Its replicas under the old plan, by (copy, stage).
       arrived: The states that ``exchanges.arriving`` lists for it.
       compiled: The optimiser.
+      keeps: Returns what a copy keeps of earlier moments.
       rematerialise: Whether its stages compute forward passes again.
 
     Raises:
@@ -65,7 +68,7 @@ def assemble(
                 if unit not in own:
                     params[unit] = dict(arrived[EVERY, unit].params or {})
                     state[unit] = dict(arrived[EVERY, unit].state or {})
-            replica = Replica(stage, params, state, compiled)
+            replica = Replica(stage, params, state, compiled, keeps(copy))
             for unit, like in replica.opt_state.items():
                 if unit in own:
                     replica.opt_state[unit] = own[unit].opt_state[unit]
@@ -77,7 +80,13 @@ def assemble(
 
 
 def samples_of(
-    model: Model, new: Plan, host: str, compiled: CompiledOptimizer, *, rematerialise: bool = False
+    model: Model,
+    new: Plan,
+    host: str,
+    compiled: CompiledOptimizer,
+    keeps: Callable[[int], Keep],
+    *,
+    rematerialise: bool = False,
 ) -> Iterator[Replica]:
     """Yields a replica of zeros for each distinct stage of a host, for compilation."""
     known: set[tuple[str, ...]] = set()
@@ -91,6 +100,7 @@ def samples_of(
                     {unit.name: jax.tree.map(_zeros, dict(unit.params)) for unit in held},
                     {unit.name: jax.tree.map(_zeros, dict(unit.state)) for unit in held},
                     compiled,
+                    keeps(replica_key(new, device, index)[0]),
                 )
 
 

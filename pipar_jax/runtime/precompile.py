@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import queue
 import threading
@@ -11,7 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from pipar_jax.aggregation.aggregator import Aggregator
 from pipar_jax.config import Config
 from pipar_jax.methods.registry import hosts_of
-from pipar_jax.runtime import memory, migration
+from pipar_jax.runtime import memory, migration, undo
 from pipar_jax.schedule.plan import Plan, WeightPolicy, is_node
 from pipar_jax.training.compile import run_all
 from pipar_jax.training.optimizer import CompiledOptimizer
@@ -98,7 +99,10 @@ def compile_plan(
     limit_mb = hosts_of(config)[host].memory_mb if is_node(host) else 0.0
     local = {model.unit_names[unit] for unit in plan.local_units(host, len(model.units))}
     temporary = 0
-    for replica in migration.samples_of(model, plan, host, compiled, rematerialise=rematerialise):
+    keeps = functools.partial(undo.find_keep, hosts_of(config), config.cohort, plan)
+    for replica in migration.samples_of(
+        model, plan, host, compiled, keeps, rematerialise=rematerialise
+    ):
         run_all(model, [replica], sizes, between=between)
         if plan.weights == WeightPolicy.COPY and local.issuperset(replica.params):
             average = Aggregator(config.aggregation, replica.params, replica.state)

@@ -1,4 +1,4 @@
-"""Undoing training on a host when a device is lost.
+"""Undoing training on a host when a device or compute node is lost.
 
 With a copy of the weights per device, a round in which a device is lost leaves nothing of it
 but an optimiser state, which goes back to the round's start; its weights are replaced by the next
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from pipar_jax.config import CohortConfig, keeps_state, may_lose
+from pipar_jax.config import CohortConfig, Hosts, keeps_state
 from pipar_jax.schedule.actions import ALL
 from pipar_jax.schedule.keep import Keep, keep
 from pipar_jax.schedule.plan import Order, Plan
@@ -20,16 +20,16 @@ from pipar_jax.training.replica import Replica
 Replicas = Mapping[tuple[int, int], Replica]
 
 
-def find_keep(cohort: CohortConfig, devices: int, plan: Plan, copy: int) -> Keep:
+def find_keep(hosts: Hosts, cohort: CohortConfig, plan: Plan, copy: int) -> Keep:
     """Returns what a replica must keep of an earlier state.
 
     Args:
-      cohort: Whether devices may be lost, and how their state is treated.
-      devices: Number of devices in the run.
+      hosts: The hosts of the run, some of which may be lost.
+      cohort: How the state of a dropped device is treated.
       plan: The plan.
       copy: The replica's owner: a place, or ``ALL`` for a replica that devices share.
     """
-    if not may_lose(cohort, devices):
+    if not (hosts.may_lose or hosts.may_lose_nodes):
         return Keep.NOTHING
     return keep(plan, copy, keeps_state=keeps_state(cohort))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from rich.table import Table
 
@@ -51,7 +51,10 @@ ROOM = (1.0, 0.8, 0.6, 0.4)
 
 
 def tune_chain(
-    profile: Profile, config: Config, objection: Callable[[Plan], str | None] | None = None
+    profile: Profile,
+    config: Config,
+    objection: Callable[[Plan], str | None] | None = None,
+    nodes: Collection[str] | None = None,
 ) -> PlanEstimate:
     """Returns the best chain for ``method=mpsl`` or ``accept``, with its predicted times.
 
@@ -66,6 +69,7 @@ def tune_chain(
       config: Resolved configuration.
       objection: Returns why a plan is not possible, or None; unless it is given, a plan is not
         possible that exceeds a host's memory.
+      nodes: Names of the nodes that may have stages; None: all of the profile's.
 
     Raises:
       ConfigError: The profile lacks a candidate codec.
@@ -77,7 +81,8 @@ def tune_chain(
     stages = StageCosts(profile)
     if objection is None:
         objection = functools.partial(excess, stages)
-    judged = {plan: estimate(stages, plan) for plan in _proposals(profile, config, objection)}
+    proposals = _proposals(profile, config, objection, nodes)
+    judged = {plan: estimate(stages, plan) for plan in proposals}
     fastest = min(judged.values(), key=lambda one: one.epoch_s)
     return with_codecs(stages, config, judged, fastest.plan) if config.tuner.codecs else fastest
 
@@ -140,7 +145,10 @@ def chain_table(profile: Profile, judged: Mapping[str, PlanEstimate]) -> Table:
 
 
 def _proposals(
-    profile: Profile, config: Config, objection: Callable[[Plan], str | None]
+    profile: Profile,
+    config: Config,
+    objection: Callable[[Plan], str | None],
+    usable: Collection[str] | None,
 ) -> dict[Plan, None]:
     """Returns the planner's best possible chains by each objective.
 
@@ -154,7 +162,7 @@ def _proposals(
         proposals: dict[Plan, None] = {}
         for objective in ("mpsl",) if config.tuner.select == "paper" else OBJECTIVES:
             found: dict[Plan, float] = {}  # the best so far
-            for problem in _problems(profile, method, candidates, share):
+            for problem in _problems(profile, method, candidates, share, usable):
                 most_s = NEAR * min(found.values(), default=math.inf)
                 if len(found) == JUDGED:
                     most_s = min(most_s, max(found.values()))
@@ -177,7 +185,11 @@ def _proposals(
 
 
 def _problems(
-    profile: Profile, method: Method, candidates: CodecCandidates, share: float
+    profile: Profile,
+    method: Method,
+    candidates: CodecCandidates,
+    share: float,
+    usable: Collection[str] | None,
 ) -> Iterator[ChainProblem]:
     """Yields the planner's problem for each choice of the units on the devices.
 
@@ -186,6 +198,7 @@ def _problems(
       method: The method, whose last stage may be the device's.
       candidates: The codecs to choose from.
       share: Usable share of the nodes' memory.
+      usable: Names of the nodes that may have stages; None: all.
     """
     pipeline = candidates.pipeline
     sizes = micro_batch_sizes(profile.batch_size, pipeline.micro_batches)
@@ -202,6 +215,7 @@ def _problems(
             down=node.down,
         )
         for i, node in enumerate(profile.nodes)
+        if usable is None or node_name(i + 1) in usable
     )
     activation_codings, cotangent_codings = (
         tuple(_coding(profile, name) for name in candidates.allowed(role)) for role in ROLES

@@ -77,15 +77,15 @@ class Dropped(ControlMessage):
 
 @message("halt", Sender.COORDINATOR)
 class Halt(ControlMessage):
-    """Where gradients are summed: stop, a device has failed in mid-step; answered by ``Halted``.
+    """Where gradients are summed: stop, a host has failed in mid-step; answered by ``Halted``.
 
     Attributes:
       round: Which round.
-      without: The places that are lost.
+      without: The places that are lost; none if it was a compute node.
     """
 
     round: Count
-    without: Annotated[tuple[int, ...], Many(Whole(), MOST_HOSTS, 1)]
+    without: Annotated[tuple[int, ...], Many(Whole(), MOST_HOSTS)]
 
 
 @message("halted", Sender.HOST)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
+from pipar_jax.data import loader as loading
 from pipar_jax.errors import PiparError
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.roles.server import run_server
@@ -27,21 +28,31 @@ class OpenRun:
     """A server and its devices as threads; ``when`` is called with every event.
 
     Attributes:
+      when: Is called with this object and each event, on the thread that tells it.
       events: What was told.
       error: What ended the server, or None.
       folder: The run's folder.
     """
 
-    def __init__(self, made: Any, samples=SAMPLES, when: Callable[..., None] | None = None) -> None:
-        self.config, self._when = resolve(made), when or (lambda run, event: None)
+    def __init__(
+        self,
+        made: Any,
+        samples=SAMPLES,
+        when: Callable[..., None] | None = None,
+        network: Any = None,
+    ) -> None:
+        names = () if network is None else (made.model.name,)
+        self.config = resolve(made, models=names)
+        self.when = when or (lambda run, event: None)
         self.samples, self.data = samples, support.datasets(samples)
-        self.network = support.model(made.model.name, made.model.dtype)
+        self.network = network or support.model(made.model.name, made.model.dtype)
         self.events: list[dict[str, Any]] = []
         self.error: BaseException | None = None
         self.errors: dict[int, BaseException] = {}
         self.folder = pathlib.Path(self.config.run.dir) / self.config.name
         self._stops: dict[int, threading.Event] = {}
         self._threads: list[threading.Thread] = []
+        self._nodes: dict[int, threading.Thread] = {}
         self._address: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._where: Any = None
         self._stop = threading.Event()
@@ -52,9 +63,7 @@ class OpenRun:
         server.start()
         self._where = self._address.get()
         for node in range(1, self.config.nodes.count + 1):
-            thread = threading.Thread(target=self._help, args=(node,))
-            self._threads.append(thread)
-            thread.start()
+            self.start_node(node)
         for index in devices:
             self.start(index)
         server.join(120)
@@ -77,6 +86,18 @@ class OpenRun:
     def end(self, index: int) -> None:
         """Ends a device in whatever it does."""
         self._stops[index].set()
+
+    def start_node(self, node: int) -> None:
+        """Starts a compute node, or starts it again."""
+        stop = self._stops[-node] = threading.Event()
+        thread = self._nodes[node] = threading.Thread(target=self._help, args=(node, stop))
+        self._threads.append(thread)
+        thread.start()
+
+    def end_node(self, node: int) -> None:
+        """Ends a compute node in whatever it does, and returns when it has ended."""
+        self._stops[-node].set()
+        self._nodes[node].join(60)
 
     def kinds(self, *kinds: str) -> list[dict[str, Any]]:
         """Returns the events of some kinds."""
@@ -108,9 +129,9 @@ class OpenRun:
         except PiparError as error:
             self.errors[index] = error
 
-    def _help(self, node: int) -> None:
+    def _help(self, node: int, stop: threading.Event) -> None:
         try:
-            run_node(self.config, node, self._where, model=self.network, stop=self._stop)
+            run_node(self.config, node, self._where, model=self.network, stop=stop)
         except PiparError as error:
             self.errors[-node] = error
 
@@ -118,7 +139,7 @@ class OpenRun:
         if event["event"] == "listening":
             self._address.put((event["host"], event["port"]))
         self.events.append(event)
-        self._when(self, event)
+        self.when(self, event)
 
 
 def config(folder, method="pipar", rounds=4, samples=SAMPLES, **cohort):
@@ -133,6 +154,19 @@ def config(folder, method="pipar", rounds=4, samples=SAMPLES, **cohort):
     for name, value in cohort.items():
         setattr(made.cohort, name, value)
     return made
+
+
+def before_batch(monkeypatch, device: int, from_step: int, act: Callable[[], None]) -> None:
+    """Acts once, on the device that then gets its mini-batch of a step or of a later one."""
+    get, done = loading.Prefetcher.get, []
+
+    def first(self, step):
+        if self._loader._seed[1] == device and step >= from_step and not done:
+            done.append(step)
+            act()
+        return get(self, step)
+
+    monkeypatch.setattr(loading.Prefetcher, "get", first)
 
 
 def equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:

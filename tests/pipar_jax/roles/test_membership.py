@@ -61,7 +61,7 @@ def members(tmp_path, monkeypatch):
     ids=["broadcast", "control", "bundle"],
 )
 def test_a_send_that_finds_the_link_gone_is_a_lost_peer(members, send):
-    with pytest.raises(PeerError, match=r"a device was lost: d0 closed the link"):
+    with pytest.raises(PeerError, match=r"device 0 was lost: d0 closed the link"):
         send(members)
 
 

@@ -7,9 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from pipar_jax.data import loader as loading
 from pipar_jax.errors import PeerError, RunError
-from tests.pipar_jax.roles.open_runs import SAMPLES, OpenRun, config, equal
+from tests.pipar_jax.roles.open_runs import SAMPLES, OpenRun, before_batch, config, equal
 
 METHODS = ("fl", "sfl", "pipar", "sl", "mpsl")
 
@@ -137,22 +136,9 @@ def test_a_round_below_the_quorum_is_repeated_when_the_quorum_is_there(tmp_path)
     assert all(row["commit"] in ([], [0, 1, 2]) for row in script)
 
 
-def slow_batches(monkeypatch, device, from_step, seconds):
-    """Lets one device's mini-batches take long from a step on, once."""
-    get, slept = loading.Prefetcher.get, []
-
-    def slowly(self, step):
-        if self._loader._seed[1] == device and step >= from_step and not slept:
-            slept.append(step)
-            time.sleep(seconds)
-        return get(self, step)
-
-    monkeypatch.setattr(loading.Prefetcher, "get", slowly)
-
-
 @pytest.mark.parametrize("method", ["fl", "pipar"])
 def test_a_late_device_is_left_out_of_the_round_and_takes_part_again(tmp_path, monkeypatch, method):
-    slow_batches(monkeypatch, 1, 2, 3.0)
+    before_batch(monkeypatch, 1, 2, lambda: time.sleep(3.0))
     made = config(tmp_path, method, rounds=8, quorum=2, deadline_s=1.0)
     run = OpenRun(made, when=pause_between_rounds(0.4)).run(range(3))
     assert run.error is None and not run.errors

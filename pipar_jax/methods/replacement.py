@@ -1,0 +1,70 @@
+"""Which chains can take over from a chain that has lost a compute node."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator
+
+from pipar_jax.schedule.plan import DevicePlan, Plan, host_index, is_node
+
+
+def chain_nodes(plan: Plan) -> tuple[str, ...]:
+    """Returns the compute nodes that have stages under a plan."""
+    return tuple(filter(is_node, plan.hosts()))
+
+
+def replacements(plan: Plan, there: Collection[str]) -> Iterator[Plan]:
+    """Yields the chains over the nodes that are left, in the order in which they are tried.
+
+    A node that holds no stage takes the place of a lost one; otherwise the units of the lost one go
+    to the node before it in the chain, or to the node behind it. What is on devices stays there.
+
+    Args:
+      plan: The plan so far.
+      there: The compute nodes that are left.
+    """
+    lost = next((name for name in chain_nodes(plan) if name not in there), None)
+    if lost is None:
+        yield plan
+        return
+    spare = sorted(set(there).difference(chain_nodes(plan)), key=host_index)
+    changed = [_renamed(plan, lost, name) for name in spare]
+    changed += [_merged(plan, lost, beside) for beside in (-1, 1)]
+    for one in filter(None, changed):
+        yield from replacements(one, there)
+
+
+def _renamed(plan: Plan, lost: str, name: str) -> Plan | None:
+    """Returns a plan in which one node has the stages of another."""
+    return dataclasses.replace(
+        plan,
+        devices=tuple(
+            dataclasses.replace(
+                one, hosts=tuple(name if host == lost else host for host in one.hosts)
+            )
+            for one in plan.devices
+        ),
+    )
+
+
+def _merged(plan: Plan, lost: str, beside: int) -> Plan | None:
+    """Returns a plan in which the units of a node are its neighbour's, if that is a node."""
+    devices = []
+    for one in plan.devices:
+        if lost not in one.hosts:
+            devices.append(one)
+            continue
+        index = one.hosts.index(lost)
+        other = index + beside
+        if not 0 <= other < one.stages or not is_node(one.hosts[other]):
+            return None
+        cut = min(index, other)
+        devices.append(
+            DevicePlan(
+                (*one.cuts[:cut], *one.cuts[cut + 1 :]),
+                (*one.hosts[:index], *one.hosts[index + 1 :]),
+                one.micro_batches,
+                (*one.codecs[:cut], *one.codecs[cut + 1 :]),
+            )
+        )
+    return dataclasses.replace(plan, devices=tuple(devices))

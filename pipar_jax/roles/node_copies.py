@@ -1,0 +1,103 @@
+"""What compute nodes alone have, as it last came to the coordinator: what is left of lost nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from pipar_jax.aggregation.aggregator import Aggregator
+from pipar_jax.config import Config
+from pipar_jax.methods.registry import hosts_of
+from pipar_jax.protocol.values import EVERY
+from pipar_jax.runtime import exchanges, unit_state
+from pipar_jax.runtime.unit_state import Key, UnitState, Wanted
+from pipar_jax.schedule.plan import Plan
+from pipar_jax.training import optimizer
+
+
+class Salvaged(NamedTuple):
+    """What is left of a unit that was on a lost node.
+
+    Attributes:
+      unit: Its name.
+      rounds: How many rounds its weights contain.
+      optimizer_rounds: How many rounds its optimiser state contains; None if it begins anew.
+    """
+
+    unit: str
+    rounds: int
+    optimizer_rounds: int | None
+
+
+class NodeCopies:
+    """Keeps copies of what lives on compute nodes.
+
+    Weights, statistics and states of the rule are the aggregator's; optimiser states are here.
+
+    Args:
+      config: Resolved configuration.
+      names: The model's units in order.
+      aggregator: The coordinator's, with the weights that the run begins with.
+      rounds: How many rounds they contain.
+    """
+
+    def __init__(
+        self, config: Config, names: Sequence[str], aggregator: Aggregator, rounds: int
+    ) -> None:
+        self._every, self._kept = config.nodes.replicate_every, hosts_of(config).may_lose_nodes
+        self._names, self._aggregator = names, aggregator
+        self._tx = optimizer.build(
+            config.optimizer, steps=1, proximal_mu=config.aggregation.proximal_mu
+        )
+        self._rounds = dict.fromkeys(names, rounds)
+        self._optimizers: dict[Key, tuple[int, UnitState]] = {}
+
+    def are_due(self, rounds: int) -> bool:
+        """Returns whether copies are due after so many rounds."""
+        return self._every > 0 and rounds % self._every == 0
+
+    def wanted(self, plan: Plan, node: str, *, optimizers: bool) -> Wanted:
+        """Returns what is pulled from a node between two rounds.
+
+        Args:
+          plan: The plan in force.
+          node: The node.
+          optimizers: Whether its optimiser states are wanted, too.
+        """
+        kept = exchanges.kept(plan, node, self._names, rule=self._kept)
+        if not optimizers:
+            return kept
+        return exchanges.joined(kept, exchanges.optimizer_states(plan, node, self._names))
+
+    def take(self, states: Mapping[Key, UnitState], rounds: int, where: str) -> None:
+        """Takes over what a node has brought.
+
+        Args:
+          states: Its states.
+          rounds: How many rounds they contain.
+          where: The node, for the message.
+
+        Raises:
+          RunError: A state of the rule does not fit.
+        """
+        whole = {key: one for key, one in states.items() if key[0] == EVERY}
+        unit_state.take(self._aggregator, whole, where)
+        for (copy, unit), one in states.items():
+            if one.params is not None:
+                self._rounds[unit] = rounds
+            if one.opt is not None and self._kept:
+                self._optimizers[copy, unit] = rounds, UnitState(opt=one.opt)
+
+    def optimizer(self, key: Key) -> UnitState:
+        """Returns the optimiser state of a copy of a unit whose host is gone."""
+        if key in self._optimizers:
+            return self._optimizers[key][1]
+        return UnitState(opt=self._tx.init(dict(self._aggregator.params[key[1]])))
+
+    def salvaged(self, keys: Sequence[Key]) -> tuple[Salvaged, ...]:
+        """Returns what is left of some copies of units, each unit once, in the model's order."""
+        found: dict[str, Salvaged] = {}
+        for copy, unit in sorted(keys, key=lambda key: self._names.index(key[1])):
+            known = self._optimizers.get((copy, unit))
+            found[unit] = Salvaged(unit, self._rounds[unit], None if known is None else known[0])
+        return tuple(found.values())
