@@ -64,7 +64,7 @@ def tensors(run: harness.Bench) -> None:
     data = DataConfig(source="cifar10" if DATA_DIR.value else "digits", data_dir=DATA_DIR.value)
     split = load_public(data.source, data).train
     batch, steps = 100, 3 if run.quick else 20
-    images = split.images[: batch * steps].astype(np.float32) / 255 - 0.5
+    images = split.x[: batch * steps].astype(np.float32) / 255 - 0.5
     found: dict[str, Any] = {}
     for network in list(NETWORKS)[:1] if run.quick else NETWORKS:
         run.progress(f"training {network}")

@@ -25,6 +25,7 @@ from pipar_jax.launch import launcher
 from pipar_jax.report import RecordedRun, read_run
 from pipar_jax.runtime.setup import build_model
 from pipar_jax.tuner.chain_search import ChainProblem, Node, plan_chain, read_profile
+from stages.signature import Signature
 
 PARTS = ("memory", "equality", "time", "hops", "plans", "golden")
 ONLY = flags.DEFINE_multi_enum("only", [], PARTS, "Measure only this; may be repeated.")
@@ -50,7 +51,10 @@ def measure_memory(run: harness.Bench) -> None:
     devices, most = ((2, 4), 2) if run.quick else ((4, 16), 4)
     for network in networks:
         config = chains.memory_config(network, (1, 2), 1)
-        model = build_model(config, simulator_settings.INPUT_SHAPE, simulator_settings.CLASSES)
+        model = build_model(
+            config,
+            Signature.labelled(simulator_settings.INPUT_SHAPE, simulator_settings.CLASSES),
+        )
         facts = stages.unit_facts(model, chains.BATCH)
         bounds, whole = network.bounds(model), dict[int, float]()
         for nodes in range(1, most + 1):

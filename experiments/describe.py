@@ -21,6 +21,7 @@ from pipar_jax.errors import ConfigError
 from pipar_jax.launch import flags
 from pipar_jax.methods.registry import METHODS
 from pipar_jax.runtime.setup import build_model, set_precision
+from stages.signature import Signature
 
 # Shapes and classes of the public data sets, so that nothing has to be downloaded.
 SHAPES = {
@@ -92,12 +93,13 @@ def make_obstacles(model: stages.Model) -> Table:
 def main(config: Config, own: DescribeFlags) -> None:
     """Describes the configured model."""
     known = SHAPES.get(config.data.source)
-    if known is None:
-        dataset = data.load(config.data)
-        known = dataset.input_shape, dataset.classes
-    shape, classes = known
+    signature = (
+        data.load_server(config.data).signature(config.model.dtype)
+        if known is None
+        else Signature.labelled(*known)
+    )
     set_precision(config.model)
-    model = build_model(config, shape, classes)
+    model = build_model(config, signature)
     cuts = resolve_cuts(model, own.stages, config.pipeline.cut)
     parts = config.pipeline.micro_batches if METHODS[config.method].pipelined else 1
     batch = -(-config.data.batch_size // parts)

@@ -104,14 +104,8 @@ def _kept(
     units = model.units[start:stop]
     params = {unit.name: unit.params for unit in units}
     state = {unit.name: unit.state for unit in units}
-    side = _side(model, stage, batch)
+    side = stage.side_shapes(model, batch)
     return stage.forward_shapes(params, state, x, make_draw(batch), side)
-
-
-def _side(model: Model, stage: Stage, batch: int) -> dict[str, PyTree]:
-    """Returns the abstract side inputs of a stage."""
-    shapes = model.side_shapes(batch)
-    return {name: shapes[name] for name in stage.sides}
 
 
 def _fixed(model: Model, stage: Stage) -> PyTree:
@@ -125,7 +119,7 @@ def _facts(model: Model, stage: Stage, start: int, stop: int, x: PyTree, batch: 
     params = {unit.name: unit.params for unit in units}
     state = {unit.name: unit.state for unit in units}
     forward, backward = stage.programs.forward, stage.programs.backward
-    draw, side, fixed = make_draw(batch), _side(model, stage, batch), _fixed(model, stage)
+    draw, side, fixed = make_draw(batch), stage.side_shapes(model, batch), _fixed(model, stage)
     y, kept = _kept(model, stage, start, stop, x, batch)
     params_of = [leaf for unit in units for leaf in unit.params.values()]
     return Facts(

@@ -14,7 +14,8 @@ from jax.typing import DTypeLike
 from stages.building import abstractly, build_module, build_units, check_module
 from stages.errors import StageError
 from stages.frozen import Frozen
-from stages.trees import Variables
+from stages.signature import ArrayType, Signature, unwrapped
+from stages.trees import PyTree, Variables
 from stages.unit import Factory, ModuleUnit, Unit, check_training
 
 
@@ -28,6 +29,7 @@ class Model:
       units: The units in order.
       input_dtype: Dtype of a batch.
       sides: For each side input (mask, lengths) shape and dtype of one sample.
+      targets: For each target shape and dtype of one sample; None until the data are known.
       obstacles: For each position that is no cut, why; where the cuts were found by tracing.
       frozen: Weights that are not trained.
       recipe: Arguments of ``stages.build``, to build the model again; None for the user's own
@@ -49,6 +51,7 @@ class Model:
         self.classes = int(classes)
         self.input_dtype = jnp.dtype(input_dtype)
         self.sides: dict[str, jax.ShapeDtypeStruct] = {}
+        self.targets: dict[str, jax.ShapeDtypeStruct] | None = None
         self.obstacles: tuple[Obstacle, ...] = ()
         self.frozen = Frozen(self.units, 0)
         self.programs: dict[Any, Any] = {}
@@ -241,20 +244,57 @@ class Model:
         for unit in self.units:
             x = unit.infer(self.name, x, side)
             found.append(x)
-        if len(x.shape) < 2 or x.shape[-1] != self.classes:
+        outputs = x.shape[1:]
+        if (outputs[-1] if outputs else 1) != self.classes:
             raise StageError(
                 f"model {self.name!r}, unit {self.units[-1].name!r}: the last unit must return "
-                f"logits [batch, …, {self.classes}], got {x.shape}; check `classes`"
+                f"[batch, …, {self.classes}], got {x.shape}; check `classes`"
             )
         self._shapes[known] = tuple(found)
         return self._shapes[known]
 
     def side_shapes(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns the abstract side inputs of a batch by name."""
-        return {
-            name: jax.ShapeDtypeStruct((batch, *one.shape), one.dtype)  # type: ignore
-            for name, one in self.sides.items()
+        return _batched(self.sides, batch)
+
+    def target_shapes(self, batch: int) -> PyTree:
+        """Returns the abstract targets of a batch, as the loss gets them.
+
+        Until the data are known, these are labels: int32, one for each row of outputs.
+        """
+        if self.targets is None:
+            outputs = self.shapes(batch)[-1]
+            return jax.ShapeDtypeStruct(outputs.shape[:-1], jnp.int32)  # type: ignore
+        return unwrapped(_batched(self.targets, batch))
+
+    @property
+    def signature(self) -> Signature:
+        """Shapes and dtypes of a sample as the model receives it."""
+        sides, targets = (
+            {name: ArrayType(one.shape, one.dtype.name) for name, one in sorted(some.items())}
+            for some in (self.sides, self.targets or {})
+        )
+        return Signature(
+            ArrayType(self.input_shape, self.input_dtype.name), sides, targets, self.classes
+        )
+
+    def receiving(self, targets: Mapping[str, ArrayType]) -> Model:
+        """Returns the model for data with targets of these shapes and dtypes."""
+        made = copy.copy(self)
+        made.targets = {
+            name: jax.ShapeDtypeStruct(one.shape, jnp.dtype(one.dtype))  # type: ignore
+            for name, one in targets.items()
         }
+        return made
+
+
+def _batched(
+    samples: Mapping[str, jax.ShapeDtypeStruct], batch: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    return {
+        name: jax.ShapeDtypeStruct((batch, *one.shape), one.dtype)  # type: ignore
+        for name, one in samples.items()
+    }
 
 
 class Obstacle(NamedTuple):

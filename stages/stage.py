@@ -164,7 +164,12 @@ class Stage:
         return accumulated
 
     def forward_shapes(
-        self, params: Any, state: Any, x: Any, draw: MicroBatchContext, side: Side = _NO_SIDE
+        self,
+        params: Any,
+        state: Any,
+        x: Any,
+        draw: MicroBatchContext,
+        side: Mapping[str, Any] = _NO_SIDE,
     ) -> tuple[Any, Residuals]:
         """Returns the shapes of the activation and of the residuals, without computing.
 
@@ -181,6 +186,11 @@ class Stage:
         if self.is_first:
             return y, attach(residuals, y, (state, x, draw, side), None)
         return y, attach(residuals, y, (state, draw, side), x)
+
+    def side_shapes(self, model: Model, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the stage's abstract side inputs of a batch by name."""
+        shapes = model.side_shapes(batch)
+        return {name: shapes[name] for name in self.sides}
 
     @property
     def fixed(self) -> Variables:

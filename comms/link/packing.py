@@ -82,7 +82,7 @@ def pack_tensor(
         len(shape),
         0 if part is None else _BUNDLE,
         *tag_fields(tag),
-        part=part or 0,
+        part=tag.entry if part is None else part,
         total=total,
         codec_parameter=parameter,
     )

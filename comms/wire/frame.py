@@ -22,7 +22,8 @@ offset width field              meaning
 36     4     samples            samples in this micro-batch
 40     4     batch_samples      samples in the mini-batch
 44     4     attempt            number of the attempt at a round the tensor belongs to
-48     4     part               index of a tensor within its bundle
+48     4     part               index of a tensor within its bundle, or of a target or side input
+                                among those of its micro-batch
 52     8     sequence           number of the frame in its direction, from 1; 0 = not numbered
 60     8     offset             where this frame's payload begins within the whole payload
 68     8     total              bytes of the whole payload (all chunks together)
@@ -58,7 +59,7 @@ from comms.arrays import DType
 from comms.errors import ChannelError, DamageError, FrameError
 
 MAGIC = b"PJXC"
-VERSION = 3
+VERSION = 4
 MAX_RANK = 16
 _U32 = 0xFFFFFFFF
 
@@ -77,6 +78,7 @@ class Role(enum.IntEnum):
     COTANGENT = 2
     LABEL = 3
     WEIGHT = 4
+    SIDE = 5
 
 
 class Kind(enum.IntEnum):
@@ -159,6 +161,7 @@ class Tag:
     Attributes:
         attempt: counts the attempts at rounds over a run, so that what belongs to one that was
             given up can be told from what is expected.
+        entry: index of a target or side input among those of its micro-batch.
     """
 
     role: Role
@@ -171,6 +174,7 @@ class Tag:
     samples: int = 0
     batch_samples: int = 0
     attempt: int = 0
+    entry: int = 0
 
     def __str__(self) -> str:
         """Returns the name of the tensor for error messages."""
@@ -217,8 +221,8 @@ class Header(NamedTuple):
         Raises:
           FrameError: If the role is not one of ``Role``.
         """
-        if self.role > Role.WEIGHT:
-            raise FrameError(f"the frame has role {self.role}; known are 0 to {int(Role.WEIGHT)}")
+        if self.role > max(Role):
+            raise FrameError(f"the frame has role {self.role}; known are 0 to {int(max(Role))}")
         return Tag(
             role=Role(self.role),
             device=self.device,
@@ -230,6 +234,7 @@ class Header(NamedTuple):
             samples=self.samples,
             batch_samples=self.batch_samples,
             attempt=self.attempt,
+            entry=0 if self.role == Role.WEIGHT else self.part,
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from pipar_jax.config import Config
 from pipar_jax.launch.pinning import run_pinned
 from pipar_jax.methods.resolution import resolve
+from stages.signature import Signature
 
 SHAPE, CLASSES, BATCH, STEPS, DEVICES = (8, 8, 1), 10, 6, 3, 2
 
@@ -64,7 +65,7 @@ def _largest(cases: list[tuple[Any, ...]], folder: str) -> float:
 
     config = _config(Case(*cases[0]), folder)
     set_precision(config.model)
-    model = build_model(config, SHAPE, CLASSES)
+    model = build_model(config, Signature.labelled(SHAPE, CLASSES))
     data = [_dataset(index) for index in range(DEVICES + 1)]
     expected = _centralised(config, model, data)
     return max(_difference(_config(Case(*case), folder), model, data, expected) for case in cases)
@@ -88,13 +89,12 @@ def _dataset(seed: int) -> Any:
     """Returns random images and labels, which suffice for equality."""
     import numpy as np
 
-    from pipar_jax.data import Dataset, Split
+    from pipar_jax.data import Dataset, Examples
 
     rng = np.random.default_rng(seed)
     images = rng.normal(size=(BATCH * STEPS, *SHAPE)).astype(np.float32)
-    split = Split(images, rng.integers(0, CLASSES, BATCH * STEPS).astype(np.int32))
-    zero, one = np.zeros(1, np.float32), np.ones(1, np.float32)
-    return Dataset("random", split, split, CLASSES, SHAPE, zero, one)
+    split = Examples.of(images, rng.integers(0, CLASSES, BATCH * STEPS).astype(np.int32))
+    return Dataset("random", split, split, CLASSES)
 
 
 def _centralised(config: Config, model: Any, data: Sequence[Any]) -> Any:
@@ -122,8 +122,8 @@ def _centralised(config: Config, model: Any, data: Sequence[Any]) -> Any:
     gradient = jax.jit(jax.grad(loss))
     for step in range(STEPS):
         batches = [loader.batch(step) for loader in loaders]
-        x = jnp.asarray(np.concatenate([x for x, _ in batches]).astype(np.float64))
-        labels = jnp.asarray(np.concatenate([y for _, y in batches]))
+        x = jnp.asarray(np.concatenate([one.x for one in batches]).astype(np.float64))
+        labels = jnp.asarray(np.concatenate([one.targets["y"] for one in batches]))
         updates, opt_state = tx.update(gradient(params, x, labels), opt_state, params)
         params = optax.apply_updates(params, updates)
     return params

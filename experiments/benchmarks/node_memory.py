@@ -25,6 +25,7 @@ from pipar_jax.methods.registry import hosts_of
 from pipar_jax.protocol import messages
 from pipar_jax.schedule.actions import Span, micro_batch_sizes
 from pipar_jax.schedule.plan import Boundary, Plan
+from stages.signature import Signature
 
 T = TypeVar("T")
 
@@ -104,7 +105,7 @@ def _drive_all(
 
     config = configuration.from_dict(values)
     set_precision(config.model)
-    model = build_model(config, input_shape, classes)
+    model = build_model(config, Signature.labelled(input_shape, classes))
     found = []
     for plan in map(Plan.from_dict, plans):
         found.append(tuple(_drive(config, plan, node, model)))

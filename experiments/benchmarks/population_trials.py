@@ -156,14 +156,15 @@ class _Answers:
     def __init__(self, config: Config) -> None:
         from pipar_jax.roles.admission import describe
         from pipar_jax.runtime.setup import build_model
+        from stages.signature import Signature
 
-        self._model = model = build_model(config, (8, 8, 1), 10)
+        self._model = model = build_model(config, Signature.labelled((8, 8, 1), 10))
         self._names = tuple(model.unit_names)
         self._plan = plan_for(config, self._names)
         self._params, self._state = model.init(config.seed)
         self._join = messages.JoinDevice(
             messages.VERSION, pipar_jax.__version__, device_name(0), json.loads(to_json(config)),
-            SAMPLES, 1, tuple(model.input_shape), model.classes, describe(model), "a fake's",
+            SAMPLES, 1, model.signature, describe(model), "a fake's",
         )  # fmt: skip
         shape = model.shapes(SAMPLES)[self._plan.devices[0].cuts[0]]
         draws = np.random.default_rng(0)

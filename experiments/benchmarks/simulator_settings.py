@@ -28,6 +28,7 @@ from pipar_jax.schedule import actions
 from pipar_jax.schedule.actions import AGGREGATE, SEND_FORWARD, ActionKind
 from pipar_jax.schedule.plan import COORDINATOR
 from pipar_jax.simulator import Costs, LinkModel, simulate
+from stages.signature import Signature
 
 LINKS, COUNTS, DEVICES = ("4g", "4g+", "wifi"), (1, 4, 10), (1, 4)
 #: Slowdown of several devices, with which they do not saturate one core.
@@ -126,7 +127,7 @@ def unit_names(config: Config) -> tuple[str, ...]:
     # Here, so that --help and wrong flags do not load jax.
     from pipar_jax.runtime.setup import build_model
 
-    return build_model(config, INPUT_SHAPE, CLASSES).unit_names
+    return build_model(config, Signature.labelled(INPUT_SHAPE, CLASSES)).unit_names
 
 
 def time_links(setting: Setting, run: RecordedRun) -> dict[tuple[str, str], LinkModel]:

@@ -13,6 +13,7 @@ from pipar_jax import config as configuration
 from pipar_jax.config import Config
 from pipar_jax.launch.pinning import run_pinned
 from pipar_jax.schedule.plan import Plan
+from stages.signature import Signature
 
 #: Seconds by (first unit, last unit, kind, samples); an update has 0 samples.
 Alone = dict[tuple[str, str, str, int], float]
@@ -80,7 +81,7 @@ def _measure(
     config = configuration.from_dict(values)
     set_precision(config.model)
     plan = Plan.from_dict(plan_values)
-    model = build_model(config, input_shape, classes)
+    model = build_model(config, Signature.labelled(input_shape, classes))
     params, state = model.init(config.seed)
     compiled = optimizer.compiled(
         config.optimizer, steps=1, proximal_mu=config.aggregation.proximal_mu

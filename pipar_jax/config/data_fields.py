@@ -8,7 +8,9 @@ import dataclasses
 from pipar_jax.config.schema import REGISTERED, option
 
 #: Prefixes of the user's own data.
-OWN_SOURCES = ("npz:", "module:")
+OWN_SOURCES = ("npz:", "npy:", "module:")
+#: Of these, the prefixes of files and folders.
+_FILES = OWN_SOURCES[:2]
 
 
 @dataclasses.dataclass
@@ -17,25 +19,32 @@ class DataConfig:
 
     source: str = option(
         "digits",
-        "data set: {names}, or your own: npz:PATH or module:NAME:FUNCTION "
+        "data set: {names}, or your own: npz:PATH, npy:FOLDER of NAME.npy, or module:NAME:FUNCTION "
         "({device} in it is replaced by the device's index)",
-        path="npz:",
+        path=_FILES,
     )
     test_source: str = option(
         "",
-        "own data: where the server reads the test set (npz:PATH, module:NAME:FUNCTION); "
-        "empty: the same as `source`",
-        path="npz:",
+        "own data: where the server reads the test set (npz:PATH, npy:FOLDER, "
+        "module:NAME:FUNCTION); empty: the same as `source`",
+        path=_FILES,
     )
     classes: int = option(
         0,
-        "own data: number of classes; 0: as given by the data, or the highest label + 1",
+        "own data: number of classes or outputs; 0: as given by the data, or the highest label + 1",
         at_least=0,
     )
     scale: float = option(
         0.0,
         "own data: divisor of stored numbers, for instance 255 for pixels; 0: as given by the data",
         at_least=0,
+    )
+    normalise: str = option(
+        "given",
+        "normalisation of the input; given: (x / scale - mean) / std with what is given with the "
+        "data or published with the set, unchanged without; none: unchanged in any case, whole "
+        "numbers such as tokens included",
+        choices=("given", "none"),
     )
     data_dir: str = option(
         "",
@@ -62,8 +71,8 @@ class DataConfig:
     test_samples: int = option(0, "use only this many test samples; 0: all", at_least=0)
     augment: str = option(
         "none",
-        "augmentation; crop_flip: shift by up to 4 pixels and flip horizontally",
-        choices=("none", "crop_flip"),
+        "augmentation; crop_flip: shift by up to 4 pixels and flip horizontally; your own: "
+        "module:NAME:FUNCTION, called with a sample's input and a random number generator",
     )
     max_samples: int = option(
         10_000_000,

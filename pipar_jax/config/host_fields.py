@@ -48,7 +48,9 @@ class DeviceConfig(HostConfig):
     micro_batches: int | None = option(
         None, "micro-batches of this device; none: pipeline.micro_batches", at_least=1
     )
-    data_source: str | None = option(None, "data of this device; none: data.source", path="npz:")
+    data_source: str | None = option(
+        None, "data of this device; none: data.source", path=("npz:", "npy:")
+    )
 
 
 @dataclasses.dataclass

@@ -29,8 +29,12 @@ def expand(one: ConfigField, value: Any) -> Any:
       ConfigError: The value cannot be a path: its home directory is unknown, or it contains a
         character that paths cannot contain.
     """
-    prefix = one.field.metadata["path"]
-    if prefix is None or not isinstance(value, str) or not value.lower().startswith(prefix):
+    marked = one.field.metadata["path"]
+    if marked is None or not isinstance(value, str):
+        return value
+    prefixes = (marked,) if isinstance(marked, str) else marked
+    prefix = next((some for some in prefixes if value.lower().startswith(some)), None)
+    if prefix is None:
         return value
     if value in one.field.metadata["words"]:
         return value

@@ -43,7 +43,7 @@ def option(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
-    path: str | None = None,
+    path: str | tuple[str, ...] | None = None,
     words: tuple[str, ...] = (),
 ) -> Any:
     """Returns a dataclass field with its default, its help text and its limits.
@@ -56,8 +56,9 @@ def option(
       above: Exclusive lower bound.
       at_most: Largest allowed value.
       below: Exclusive upper bound.
-      path: For texts that name a file or folder: the prefix before the path, such as ``npz:``, or
-        an empty text if the whole text is a path. ``pipar_jax.config.paths`` makes them absolute.
+      path: For texts that name a file or folder: the prefixes before the path, such as ``npz:``,
+        or an empty text if the whole text is a path. ``pipar_jax.config.paths`` makes them
+        absolute.
       words: Texts that stand for themselves in a field that names a file or folder.
     """
     metadata = {

@@ -28,6 +28,7 @@ class UnitFacts:
       optimizer_bytes: Bytes of its optimiser state.
       output_bytes: Bytes of its output per sample, which cross a cut after it in each direction.
       residual_bytes: Bytes of its residuals per sample.
+      sides: Names of its side inputs.
     """
 
     name: str
@@ -36,6 +37,7 @@ class UnitFacts:
     optimizer_bytes: float
     output_bytes: float
     residual_bytes: float
+    sides: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -168,6 +170,8 @@ class Profile:
       window_bytes: Credit of a link in bytes; None is unlimited.
       weight_ratio: Bytes on the wire per byte of the weights that are averaged, by their codec.
       nodes: The compute nodes, n1 first.
+      target_bytes: Bytes of each target per sample.
+      side_bytes: Bytes of each side input per sample, by name.
     """
 
     model: str
@@ -179,6 +183,8 @@ class Profile:
     window_bytes: float | None = None
     weight_ratio: float = 1.0
     nodes: tuple[NodeProfile, ...] = ()
+    target_bytes: tuple[float, ...] = (4.0,)
+    side_bytes: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Checks that all hosts have the same units.
@@ -230,7 +236,7 @@ class Profile:
                 for one in values.get("nodes", ())
             )  # fmt: skip
             codecs = {name: CodecProfile(**one) for name, one in values["codecs"].items()}
-            units = tuple(UnitFacts(**one) for one in values["units"])
+            units = tuple(unit_from_dict(one) for one in values["units"])
             server = host_from_dict(values["server"])
             rest = {
                 "units": units,
@@ -238,10 +244,16 @@ class Profile:
                 "devices": devices,
                 "codecs": codecs,
                 "nodes": nodes,
+                "target_bytes": tuple(values["target_bytes"]),
             }
             return cls(**{**values, **rest})
         except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"this is not a profile: {error!r}") from error
+
+
+def unit_from_dict(values: JsonMapping) -> UnitFacts:
+    """Returns a unit's sizes from JSON values."""
+    return UnitFacts(**{**values, "sides": tuple(values["sides"])})
 
 
 def host_from_dict(values: JsonMapping) -> HostProfile:

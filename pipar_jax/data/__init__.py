@@ -19,14 +19,15 @@ from pipar_jax.data.own import load_own
 from pipar_jax.data.partition import partition, partition_table, spread
 from pipar_jax.data.public import load_public
 from pipar_jax.data.published import PUBLIC_SOURCES
-from pipar_jax.data.types import Dataset, Split, empty_split, normalise
+from pipar_jax.data.types import ArrayOrDict, Dataset, Examples, normalise
 from pipar_jax.errors import DataError
 
 __all__ = [
+    "ArrayOrDict",
     "Dataset",
+    "Examples",
     "Loader",
     "Prefetcher",
-    "Split",
     "admit",
     "check_alike",
     "check_fits",
@@ -76,12 +77,10 @@ def load_device(config: Config, index: int) -> Dataset:
     """
     source = Hosts(config, nodes=0).device(index).data_source
     if source not in PUBLIC_SOURCES:
-        return load_own(
-            source, index, part="train", classes=config.data.classes, scale=config.data.scale
-        )
+        return load_own(source, index, config.data, part="train")
     whole = load_public(source, config.data)
     mine = whole.train.take(_deal(whole, config)[index])
-    return dataclasses.replace(whole, train=mine, test=empty_split(whole.input_shape))
+    return dataclasses.replace(whole, train=mine, test=whole.test.empty())
 
 
 def load_server(config: DataConfig) -> Dataset:
@@ -92,10 +91,10 @@ def load_server(config: DataConfig) -> Dataset:
     """
     if config.source not in PUBLIC_SOURCES:
         source = config.test_source or config.source
-        return load_own(source, None, part="test", classes=config.classes, scale=config.scale)
+        return load_own(source, None, config, part="test")
     whole = load_public(config.source, config)
     test = _cut(whole.test, config.test_samples)
-    return dataclasses.replace(whole, train=empty_split(whole.input_shape), test=test)
+    return dataclasses.replace(whole, train=whole.train.empty(), test=test)
 
 
 def table(config: Config) -> str:
@@ -126,11 +125,11 @@ def prepare(config: Config) -> None:
 
 def _files(config: Config) -> Iterator[tuple[str, Dataset]]:
     """Yields the hosts whose own data are files, with their data, the server first."""
-    if (config.data.test_source or config.data.source).startswith("npz:"):
+    if (config.data.test_source or config.data.source).startswith(("npz:", "npy:")):
         yield "server", load_server(config.data)
     hosts = Hosts(config, nodes=0)
     for name in hosts.devices:
-        if hosts[name].data_source.startswith("npz:"):
+        if hosts[name].data_source.startswith(("npz:", "npy:")):
             yield name, load_device(config, hosts[name].index)
 
 
@@ -142,6 +141,6 @@ def _deal(whole: Dataset, config: Config) -> list[NDArray[np.intp]]:
     return [kept[part] for part in parts]
 
 
-def _cut(split: Split, wanted: int) -> Split:
+def _cut(split: Examples, wanted: int) -> Examples:
     kept = spread(len(split), wanted)
     return split if len(kept) == len(split) else split.take(kept)

@@ -1,65 +1,71 @@
 """Validation of arrays from outside, before they are used.
 
-Arrays of an .npz file, of the user's function, of a ``Dataset`` passed by a program, and images to
-predict are all checked here, with the same messages.
+Arrays of files, of the user's function, of a ``Dataset`` or a pair of arrays passed by a program,
+and samples to predict are all checked here, with the same messages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from comms.arrays import Array
-from pipar_jax.data.types import Dataset, Split, empty_split
+from pipar_jax.data.types import Dataset, Examples
 from pipar_jax.errors import DataError
+from stages.signature import INPUT, TARGET, Signature, computed_dtype
 
 Part = Literal["train", "test"]
 
 #: Number of samples checked at a time, so that a check takes little memory.
 _AT_ONCE = 1024
 _PURPOSE = {"train": "train on", "test": "test with"}
+#: Maximum number of side inputs, and of targets.
+MOST_NAMES = 16
+_NAME = re.compile(r"[A-Za-z_]\w{0,63}")
 
 
 def admit(data: object, part: Part, where: str) -> Dataset:
-    """Returns a dataset passed by a program, checked and converted to the types of training.
+    """Returns data passed by a program, checked.
 
     Args:
-      data: A ``Dataset``; only the split named by ``part`` is checked.
+      data: A ``Dataset``, of which only the split named by ``part`` is checked, ``Examples``, or a
+        pair of inputs and targets, each an array or a dictionary of arrays. Only a ``Dataset`` is
+        normalised: by its mean and std.
       part: ``train`` on a device, ``test`` on the server.
       where: Owner of the data, for messages.
 
     Raises:
-      DataError: It is not a dataset, has no sample, or its arrays, classes and normalisation are
-        not consistent.
+      DataError: It is not data, has no sample, or its arrays, classes and normalisation are not
+        consistent.
     """
-    if not isinstance(data, Dataset):
+    if isinstance(data, Dataset):
+        given: Examples = getattr(data, part)
+        return assemble(
+            data.source, part, given.inputs, given.targets, classes=data.classes, mean=data.mean,
+            std=data.std, where=f"{where}: {data.source!r}",
+        )  # fmt: skip
+    if isinstance(data, Examples):
+        data = data.inputs, data.targets
+    if not isinstance(data, tuple | list) or len(data) != 2:
         raise DataError(
-            f"{where}: expected a pipar_jax.data.Dataset, got {type(data).__name__}: give one for "
-            "each device and, last, the one with the test split"
+            f"{where}: expected a pair (inputs, targets) or a pipar_jax.data.Dataset, got "
+            f"{type(data).__name__}: give one for each device and, last, the one for the test"
         )
-    where = f"{where}: {data.source!r}"
-    given: Split = getattr(data, part)
-    made = assemble(
-        data.source, part, given.images, given.labels,
-        classes=data.classes, mean=data.mean, std=data.std, where=where,
-    )  # fmt: skip
-    said = tuple(data.input_shape)
-    if said not in (made.input_shape, np.shape(given.images)[1:]):
-        raise DataError(
-            f"{where}: input_shape={said}, but its images are {made.input_shape}: set input_shape "
-            "to that of the images"
-        )
-    return made
+    inputs, targets = data
+    return assemble(
+        "arrays", part, inputs, targets, classes=0, mean=None, std=None, where=f"{where}: its data"
+    )
 
 
 def assemble(
     source: str,
     part: Part,
-    images: object,
-    labels: object,
+    inputs: object,
+    targets: object,
     *,
     classes: object,
     mean: object,
@@ -71,111 +77,153 @@ def assemble(
     Args:
       source: Name of the dataset.
       part: The split of the arrays.
-      images: See ``make_split``.
-      labels: See ``make_split``.
-      classes: Number of classes; 0: the highest label + 1.
-      mean: A number or one per channel, in units of the stored images.
-      std: A number or one per channel, in units of the stored images.
+      inputs: See ``make_examples``.
+      targets: See ``make_examples``.
+      classes: Number of classes, or of outputs; 0: as the targets tell.
+      mean: A number or one per channel, in units of the stored input; None: not normalised.
+      std: A number or one per channel, in units of the stored input; None likewise.
       where: Name of the source, for messages.
 
     Raises:
       DataError: There is no sample, or an argument is not valid.
     """
-    split = make_split(images, labels, where)
-    if not len(split):
+    examples = _with_labels(make_examples(inputs, targets, where), where)
+    if not len(examples):
         raise DataError(f"{where}: there is no sample to {_PURPOSE[part]}: x_{part} is empty")
-    height, width, channels = split.images.shape[1:]
-    shape = (height, width, channels)
+    scaled = mean is not None or std is not None
+    channels = examples.x.shape[-1] if examples.x.ndim > 1 else 1
+    empty = examples.empty()
     return Dataset(
         source=source,
-        train=split if part == "train" else empty_split(shape),
-        test=split if part == "test" else empty_split(shape),
-        classes=_check_classes(classes, int(split.labels.max()), where),
-        input_shape=shape,
-        mean=_per_channel(mean, channels, f"{where}: mean"),
-        std=_per_channel(std, channels, f"{where}: std"),
+        train=examples if part == "train" else empty,
+        test=examples if part == "test" else empty,
+        classes=_check_classes(classes, int(examples.labels.max()), where),
+        mean=_per_channel(0 if mean is None else mean, channels, f"{where}: mean")
+        if scaled
+        else None,
+        std=_per_channel(1 if std is None else std, channels, f"{where}: std") if scaled else None,
     )
 
 
-def make_split(images: object, labels: object, where: str) -> Split:
-    """Returns a split of the user's arrays after checking their shapes and values.
+def make_examples(inputs: object, targets: object, where: str) -> Examples:
+    """Returns examples of the user's arrays after checking their shapes and values.
 
     Args:
-      images: [samples, height, width] or [samples, height, width, channels], uint8 or float.
-      labels: [samples], whole numbers from 0.
+      inputs: An array [samples, …], or arrays by name: ``x``, and side inputs.
+      targets: An array [samples, …], or arrays by name.
       where: Name of the source, for messages.
 
     Raises:
-      DataError: Shapes or dtypes are not valid, a label is negative or an image is not finite.
+      DataError: Names, lengths or dtypes are not valid, or a number is not finite or too large.
     """
-    images, labels = make_images(images, where), as_array(labels, f"{where}: labels")
-    labels = np.squeeze(labels, axis=1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
-    if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != len(images):
+    made = [
+        {name: check_array(one, f"{where}: {what} {name}") for name, one in given.items()}
+        for what, given in (("input", _by_name(inputs, INPUT, where)),
+                            ("target", _by_name(targets, TARGET, where)))
+    ]  # fmt: skip
+    if INPUT not in made[0]:
         raise DataError(
-            f"{where}: labels must be [{len(images)}] whole numbers, one per image, got shape "
-            f"{labels.shape} of {labels.dtype}"
+            f"{where}: the inputs {sorted(made[0])} have no {INPUT!r}: name the one that flows "
+            f"through the network {INPUT!r}; all others are side inputs"
         )
-    if len(labels) and int(labels.min()) < 0:
-        raise DataError(f"{where}: label {int(labels.min())} is negative: labels start at 0")
-    if len(labels) and int(labels.max()) > np.iinfo(np.int32).max:
-        raise DataError(f"{where}: label {int(labels.max())} exceeds 32 bits")
-    return Split(images, labels.astype(np.int32, copy=False))
+    examples = Examples(made[0], made[1])
+    for what, arrays in (("input", examples.inputs), ("target", examples.targets)):
+        for name, one in arrays.items():
+            if len(one) != len(examples):
+                raise DataError(
+                    f"{where}: {what} {name} has {len(one)} samples, expected {len(examples)} as "
+                    f"input {INPUT}: the first axis of every array are the samples"
+                )
+    return examples
 
 
-def make_images(images: object, where: str) -> Array:
-    """Returns the user's images as [samples, height, width, channels], uint8 or finite float32.
+def check_array(values: object, what: str) -> Array:
+    """Returns the user's values as an array [samples, …] of finite numbers.
 
     Args:
-      images: [samples, height, width] or [samples, height, width, channels]; numbers.
-      where: Name of the source, for messages.
+      values: An array, possibly memory-mapped; it is read in parts and not copied.
+      what: Name of the array, for messages.
 
     Raises:
-      DataError: The shape or dtype is not valid, or a number is not finite.
+      DataError: They are not numbers, have no axis of samples, or a number is not finite, not
+        within float32 or not within int32.
     """
-    raw = as_array(images, f"{where}: images")
-    if raw.ndim == 3:
-        raw = raw[..., None]
-    if raw.ndim != 4 or 0 in raw.shape[1:]:
-        raise DataError(
-            f"{where}: images must be [samples, height, width] or [samples, height, width, "
-            f"channels], got shape {raw.shape}"
-        )
-    if raw.dtype == np.uint8:
-        return raw
-    if raw.dtype.kind not in "fiub":
-        raise DataError(f"{where}: images must be uint8 or float, got {raw.dtype}")
-    with np.errstate(over="ignore"):  # numbers beyond float32 become infinite and are rejected
-        made: NDArray[np.float32] = raw.astype(np.float32, copy=False)
+    made = as_array(values, what)
+    if made.ndim < 1 or 0 in made.shape[1:]:
+        raise DataError(f"{what} must be [samples, …], got shape {made.shape}")
+    kind = computed_dtype(made.dtype.name, "float32")
+    if made.dtype.kind not in "fiub" and made.dtype.name != "bfloat16":
+        raise DataError(f"{what} must be numbers or truth values, got {made.dtype}")
+    if made.dtype.itemsize < 4 and kind != "float32":
+        return made
+    limits = np.iinfo(np.int32)
     for first in range(0, len(made), _AT_ONCE):
-        if not np.isfinite(made[first : first + _AT_ONCE]).all():
-            raise DataError(f"{where}: an image has a value that is not finite: clean the data")
+        some = made[first : first + _AT_ONCE]
+        if kind == "int32":
+            if some.size and not limits.min <= int(some.min()) <= int(some.max()) <= limits.max:
+                raise DataError(f"{what} has a number that exceeds 32 bits")
+            continue
+        with np.errstate(over="ignore"):  # numbers beyond float32 become infinite
+            finite = np.isfinite(some.astype(np.float32, copy=False)).all()
+        if not finite:
+            raise DataError(f"{what} has a value that is not finite: clean the data")
     return made
 
 
-def check_fits(dataset: Dataset, classes: int, input_shape: Sequence[int], host: str) -> None:
+def _by_name(arrays: object, name: str, where: str) -> dict[str, object]:
+    """Returns the user's arrays by name.
+
+    Raises:
+      DataError: A name is not valid, or there is none or too many.
+    """
+    if not isinstance(arrays, Mapping):
+        return {name: arrays}
+    wrong = [one for one in arrays if not (isinstance(one, str) and _NAME.fullmatch(one))]
+    if wrong or not 0 < len(arrays) <= MOST_NAMES:
+        raise DataError(
+            f"{where}: arrays must have 1 to {MOST_NAMES} names such as 'mask', got "
+            f"{wrong[:3] or len(arrays)}"
+        )
+    return {str(key): value for key, value in arrays.items()}
+
+
+def check_fits(dataset: Dataset, model: Signature, host: str) -> None:
     """Checks that the data of a host match the model.
 
     Args:
       dataset: The host's data.
-      classes: Classes of the model.
-      input_shape: Height, width and channels of the model's input.
+      model: What the model takes; its targets are not compared.
       host: The host's name, for the message.
 
     Raises:
-      DataError: The images have another shape, or the model has fewer classes.
+      DataError: The input has another shape or kind of numbers, a side input is missing or has
+        another shape, or the model has fewer classes.
     """
-    if tuple(dataset.input_shape) != tuple(input_shape):
+    has = dataset.signature()
+    where = f"{host}: input of {dataset.source!r}"
+    if has.input.shape != model.input.shape:
         raise DataError(
-            f"{host}: images of {dataset.source!r} are {tuple(dataset.input_shape)}, but the "
-            f"model expects {tuple(input_shape)}: use the same shape on every host, or build the "
-            f"model with input_shape={tuple(dataset.input_shape)}"
+            f"{where} is {has.input.shape}, but the model expects {model.input.shape}: use the "
+            f"same shape on every host, or build the model with input_shape={has.input.shape}"
         )
-    highest = max(int(split.labels.max(initial=-1)) for split in (dataset.train, dataset.test))
-    if highest >= classes or dataset.classes > classes:
-        has = f"label {highest}" if highest >= classes else f"{dataset.classes} classes"
+    whole, takes_whole = (one.input.dtype == "int32" for one in (has, model))
+    if whole != takes_whole:
         raise DataError(
-            f"{host}: {dataset.source!r} has {has}, but the model has classes 0 to {classes - 1}: "
-            f"build it with classes={max(dataset.classes, highest + 1)}; for own data set "
+            f"{where} is {dataset.train.x.dtype}, but the model expects {model.input.dtype}: "
+            + ("give `scale` with the arrays or set data.scale" if whole else "give whole numbers")
+        )
+    for name, one in model.sides.items():
+        given = has.sides.get(name)
+        if given is None or given.shape != one.shape:
+            raise DataError(
+                f"{host}: the model takes the side input {name!r} {one}, but {dataset.source!r} "
+                f"has {'none of this name' if given is None else str(given)}: give it as "
+                f"x_train.{name} and x_test.{name}, or as inputs={{'x': …, {name!r}: …}}"
+            )
+    if dataset.classes > model.classes:
+        raise DataError(
+            f"{host}: {dataset.source!r} has {dataset.classes} classes, but the model has classes "
+            f"0 to {model.classes - 1}: build it with classes={dataset.classes}; for own data set "
             "data.classes, or give `classes` with the arrays"
         )
 
@@ -187,60 +235,85 @@ def check_alike(datasets: Iterable[tuple[str, Dataset]]) -> None:
       datasets: Names of hosts with their data; consumed one by one.
 
     Raises:
-      DataError: Two hosts differ in the shape of images or the number of classes.
+      DataError: Two hosts differ in the shape of inputs, side inputs, or targets, or the number of
+        classes.
     """
-    first: tuple[str, str, tuple[int, ...], int] | None = None
+    first: tuple[str, str, Signature] | None = None
     for host, one in datasets:
-        here = host, one.source, tuple(one.input_shape), one.classes
-        first = first or here
-        if here[2] != first[2]:
+        has = one.signature()
+        if first is None:
+            first = host, one.source, has
+        other, source, expected = first
+        for what, here, there in (
+            ("input", has.input, expected.input),
+            *_pairs("side input", has.sides, expected.sides),
+            *_pairs("target", has.targets, expected.targets),
+        ):
+            if here != there:
+                raise DataError(
+                    f"{host}: {what} of {one.source!r} is {here}, but that of {source!r} of "
+                    f"{other} is {there}: use the same shape on every host"
+                )
+        if has.classes != expected.classes:
             raise DataError(
-                f"{host}: images of {one.source!r} are {here[2]}, but those of {first[1]!r} of "
-                f"{first[0]} are {first[2]}: use the same shape on every host"
-            )
-        if here[3] != first[3]:
-            raise DataError(
-                f"{host}: {one.source!r} has {here[3]} classes, but {first[1]!r} of {first[0]} has "
-                f"{first[3]}: set data.classes, or give `classes` with the arrays of every host"
+                f"{host}: {one.source!r} has {has.classes} classes, but {source!r} of {other} has "
+                f"{expected.classes}: set data.classes, or give `classes` with the arrays of every "
+                "host"
             )
 
 
-def make_queries(images: object, input_shape: Sequence[int], stored: str) -> Array:
-    """Returns images to predict, [batch, height, width, channels], like the training data.
+def _pairs(
+    what: str, here: Mapping[str, object], there: Mapping[str, object]
+) -> list[tuple[str, object, object]]:
+    names = sorted(here.keys() | there.keys())
+    return [(f"{what} {name}", here.get(name), there.get(name)) for name in names]
+
+
+def make_queries(inputs: object, signature: Signature, stored: str) -> dict[str, Array]:
+    """Returns inputs to predict by name, [batch, …] each, stored like the training data.
 
     Args:
-      images: Raw images, not normalised: [batch, height, width(, channels)].
-      input_shape: Height, width and channels of the model's input.
-      stored: Dtype of the run's test images: ``uint8`` or ``float32``.
+      inputs: Raw inputs, not normalised, as for training: an array or arrays by name.
+      signature: What the model takes.
+      stored: Dtype of the run's test input, such as ``uint8`` or ``float32``.
 
     Raises:
-      DataError: There is no image, or shape, dtype or range differs.
+      DataError: There is no sample, or shape, dtype or range differs.
     """
-    raw = as_array(images, "predict: images")
-    given = raw.shape
-    expected = "[batch, " + ", ".join(map(str, input_shape)) + "]"
-    if given == tuple(input_shape):
-        raise DataError(
-            f"predict: images must be {expected}, got one of shape {given}: write images[None]"
-        )
-    made = make_images(raw, "predict")
-    if not len(made):
-        raise DataError(f"predict: there is no image: expected {expected}, got shape {given}")
-    if made.shape[1:] != tuple(input_shape):
-        raise DataError(f"predict: images must be {expected}, got shape {given}")
-    if stored == "uint8":
-        if raw.dtype.kind not in "iu" or made.min() < 0 or made.max() > 255:
+    given = _by_name(inputs, INPUT, "predict")
+    made: dict[str, Array] = {}
+    for name, wanted in ((INPUT, signature.input), *signature.sides.items()):
+        expected = "[batch" + "".join(f", {size}" for size in wanted.shape) + "]"
+        what = "inputs" if name == INPUT else f"side input {name}"
+        if name not in given:
+            raise DataError(f"predict: there is no {name!r}: pass {{'x': …, {name!r}: …}}")
+        raw = as_array(given[name], f"predict: {what}")
+        if raw.shape == wanted.shape:
             raise DataError(
-                f"predict: the run was trained on uint8 images, 0 to 255, and got {raw.dtype} "
-                f"from {made.min():g} to {made.max():g}: pass images as stored; they are "
-                "normalised here"
+                f"predict: {what} must be {expected}, got one of shape {raw.shape}: write x[None]"
             )
-    elif raw.dtype == np.uint8:
+        if raw.shape[1:] != wanted.shape or not raw.ndim:
+            raise DataError(f"predict: {what} must be {expected}, got shape {raw.shape}")
+        if not len(raw):
+            raise DataError(f"predict: there is no sample: expected {expected}, got {raw.shape}")
+        made[name] = check_array(raw, f"predict: {what}")
+    _check_scale(made[INPUT], stored)
+    return made
+
+
+def _check_scale(x: Array, stored: str) -> None:
+    """Checks that an input to predict has the scale of the training data."""
+    if stored == "uint8":
+        if x.dtype.kind not in "iu" or x.min() < 0 or x.max() > 255:
+            raise DataError(
+                f"predict: the run was trained on uint8, 0 to 255, and got {x.dtype} from "
+                f"{x.min():g} to {x.max():g}: pass inputs as stored; they are normalised here"
+            )
+    elif x.dtype == np.uint8 and stored.startswith("float"):
         raise DataError(
-            "predict: the run was trained on floats, and got uint8: scale images like the "
+            "predict: the run was trained on floats, and got uint8: scale inputs like the "
             "training data, and pass them as float32"
         )
-    return made
 
 
 def as_array(values: object, what: str) -> Array:
@@ -253,6 +326,26 @@ def as_array(values: object, what: str) -> Array:
         return np.asarray(values)
     except (ValueError, TypeError) as error:
         raise DataError(f"{what} are not an array: {error}") from error
+
+
+def _with_labels(examples: Examples, where: str) -> Examples:
+    """Returns examples whose targets are class numbers, [samples, 1] as [samples].
+
+    Raises:
+      DataError: The targets are something else.
+    """
+    labels = examples.targets.get(TARGET)
+    if labels is None or len(examples.targets) > 1 or labels.dtype.kind not in "iu":
+        got = [f"{key} {one.dtype}{list(one.shape)}" for key, one in examples.targets.items()]
+        raise DataError(
+            f"{where}: labels must be [{len(examples)}, …] whole numbers, one per sample, got "
+            f"{', '.join(got)}"
+        )
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = np.squeeze(labels, axis=1)
+    if labels.size and int(labels.min()) < 0:
+        raise DataError(f"{where}: label {int(labels.min())} is negative: labels start at 0")
+    return Examples(examples.inputs, {TARGET: labels})
 
 
 def _check_classes(classes: object, highest: int, where: str) -> int:

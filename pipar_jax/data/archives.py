@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from comms.errors import explain
 from pipar_jax.data.matlab import read_matlab
 from pipar_jax.data.published import SETS, Published
-from pipar_jax.data.types import Split
+from pipar_jax.data.types import Examples
 from pipar_jax.errors import DataError
 
 Samples = tuple[NDArray[np.uint8], NDArray[np.int32]]
@@ -63,7 +63,7 @@ def _find_file(folder: pathlib.Path, name: str) -> pathlib.Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def read_originals(source: str, paths: Sequence[pathlib.Path]) -> tuple[Split, Split]:
+def read_originals(source: str, paths: Sequence[pathlib.Path]) -> tuple[Examples, Examples]:
     """Returns the training and test split of a set, in TFDS's order.
 
     Args:
@@ -96,10 +96,10 @@ def read_originals(source: str, paths: Sequence[pathlib.Path]) -> tuple[Split, S
     return _shuffled(found[0], "train"), _shuffled(found[1], "test")
 
 
-def _shuffled(samples: Samples, part: str) -> Split:
+def _shuffled(samples: Samples, part: str) -> Examples:
     images, labels = samples
     order = shuffle(len(labels), part)
-    return Split(images[order], labels[order])
+    return Examples.of(images[order], labels[order])
 
 
 def shuffle(samples: int, part: str) -> NDArray[np.intp]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from pipar_jax.data.types import Dataset, Split
+from pipar_jax.data.types import Dataset, Examples
 from pipar_jax.disk.files import describe_reading
 from pipar_jax.disk.json_text import JsonObject, dumps
 from pipar_jax.errors import DataError
@@ -75,8 +75,9 @@ def _write(home: pathlib.Path, data: Dataset) -> None:
     aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{home.name}-", dir=home.parent))
     try:
         for name, split in (("train", data.train), ("test", data.test)):
-            np.save(aside / f"{name}_images.npy", split.images, allow_pickle=False)
+            np.save(aside / f"{name}_images.npy", split.x, allow_pickle=False)
             np.save(aside / f"{name}_labels.npy", split.labels, allow_pickle=False)
+        assert data.mean is not None and data.std is not None  # public sets have both
         about = {
             "format": FORMAT,
             "source": data.source,
@@ -93,18 +94,16 @@ def _write(home: pathlib.Path, data: Dataset) -> None:
 def _read(home: pathlib.Path) -> Dataset:
     about: JsonObject = json.loads((home / "about.json").read_text())
 
-    def split(name: str) -> Split:
+    def split(name: str) -> Examples:
         images = np.load(home / f"{name}_images.npy", mmap_mode="r", allow_pickle=False)
-        return Split(images, np.load(home / f"{name}_labels.npy", allow_pickle=False))
+        return Examples.of(images, np.load(home / f"{name}_labels.npy", allow_pickle=False))
 
     train, test = split("train"), split("test")
-    height, width, channels = train.images.shape[1:]
     return Dataset(
         source=about["source"],
         train=train,
         test=test,
         classes=about["classes"],
-        input_shape=(height, width, channels),
         mean=np.asarray(about["mean"], np.float32),
         std=np.asarray(about["std"], np.float32),
     )

@@ -5,25 +5,26 @@ from __future__ import annotations
 import numpy as np
 import xxhash
 
-from pipar_jax.data.types import Split
+from pipar_jax.data.types import Examples
 
-#: Bytes of images that are read at most, evenly spread: all of a small set, some of a large one.
+#: Bytes of an array that are read at most, evenly spread: all of a small set, some of a large one.
 MOST_BYTES = 64 << 20
 
 
-def fingerprint(split: Split) -> str:
+def fingerprint(examples: Examples) -> str:
     """Returns 16 letters that depend on number, shape, type, order and content of samples.
 
-    Labels count in full. Of images beyond ``MOST_BYTES`` every so many are read.
+    Of arrays beyond ``MOST_BYTES`` every so many samples are read.
 
     Args:
-      split: Images and labels.
+      examples: Inputs and targets.
     """
     digest = xxhash.xxh3_64()
-    images, labels = split.images, np.ascontiguousarray(split.labels)
-    digest.update(f"{images.dtype} {images.shape} {labels.dtype} {labels.shape};".encode())
-    digest.update(labels.tobytes())
-    stride = max(1, -(-images.nbytes // MOST_BYTES))
-    for first in range(0, len(images), 1024 * stride):
-        digest.update(images[first : first + 1024 * stride : stride].tobytes())
+    for kind, arrays in (("x", examples.inputs), ("y", examples.targets)):
+        for name, one in sorted(arrays.items()):
+            digest.update(f"{kind} {name} {one.dtype} {one.shape};".encode())
+            stride = max(1, -(-one.nbytes // MOST_BYTES))
+            for first in range(0, len(one), 1024 * stride):
+                some = one[first : first + 1024 * stride : stride]
+                digest.update(np.ascontiguousarray(some).tobytes())
     return digest.hexdigest()

@@ -6,22 +6,44 @@ import contextlib
 import math
 import queue
 import threading
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from comms.arrays import Array
+from pipar_jax.data.augmentation import (
+    CROP_FLIP,
+    NO_AUGMENTATION,
+    PADDING,
+    Augment,
+    augmented,
+    crop_flip,
+)
 from pipar_jax.data.fingerprint import fingerprint
-from pipar_jax.data.types import Split, normalise
+from pipar_jax.data.types import Examples, normalise
 from pipar_jax.errors import DataError, RunError
 from pipar_jax.schedule import actions
+from stages.signature import INPUT
 
-Batch = tuple[NDArray[np.float32], NDArray[np.int32]]
-
-#: Maximum shift of crop_flip in pixels, in each direction.
-PADDING = 4
 #: Separates the draws of augmentation from those of the shuffle.
 _AUGMENT_STREAM = 1
+
+
+class Batch(NamedTuple):
+    """A mini-batch of a device; new arrays [samples, …].
+
+    Attributes:
+      x: The input that flows through the cuts: float32, or int32 if it is stored as whole numbers
+        and not normalised.
+      sides: Side inputs by name, as stored.
+      targets: Targets by name, as stored.
+    """
+
+    x: Array
+    sides: Mapping[str, Array]
+    targets: Mapping[str, Array]
 
 
 def steps_per_epoch(samples: int, batch_size: int, drop_last: bool) -> int:
@@ -55,41 +77,52 @@ class Loader:
 
     def __init__(
         self,
-        split: Split,
+        examples: Examples,
         indices: NDArray[np.intp] | None,
         batch_size: int,
         *,
         seed: int,
         device: int,
-        augment: str = "none",
-        mean: NDArray[np.float32] | float = 0.0,
-        std: NDArray[np.float32] | float = 1.0,
+        augment: str | Augment = NO_AUGMENTATION,
+        mean: NDArray[np.float32] | float | None = None,
+        std: NDArray[np.float32] | float | None = None,
         drop_last: bool = False,
     ) -> None:
         """Creates the loader of a shard.
 
         Args:
-          split: Images and labels.
-          indices: [samples] positions of this device's samples in the split; None for all.
+          examples: Inputs and targets.
+          indices: [samples] positions of this device's samples in the examples; None for all.
           batch_size: Samples per mini-batch.
           seed: The run's root seed.
           device: The device's index.
-          augment: ``none`` or ``crop_flip``.
-          mean: [channels] or a number, subtracted, in units of the stored images.
-          std: [channels] or a number, the divisor.
+          augment: ``none``, ``crop_flip``, or a function of a sample's inputs and a random number
+            generator.
+          mean: [channels] or a number, subtracted, in units of the stored input; None: the input is
+            not normalised.
+          std: [channels] or a number, the divisor; None likewise.
           drop_last: Whether an incomplete last mini-batch of an epoch is dropped.
 
         Raises:
-          DataError: An epoch has no mini-batch.
+          DataError: An epoch has no mini-batch, or crop_flip is asked for what is no image.
         """
-        self._split = split
-        self._indices = np.arange(len(split)) if indices is None else np.asarray(indices, np.intp)
+        count = len(examples)
+        self._examples = examples
+        self._indices = np.arange(count) if indices is None else np.asarray(indices, np.intp)
         self._batch_size = batch_size
         self._seed = (seed, device)
-        self._augment = augment == "crop_flip"
-        channels = split.images.shape[-1]
-        self._mean = np.broadcast_to(np.asarray(mean, np.float32), (channels,))
-        self._std = np.broadcast_to(np.asarray(std, np.float32), (channels,))
+        self._augment = augment
+        if augment == CROP_FLIP and examples.x.ndim != 4:
+            raise DataError(
+                "data.augment=crop_flip is for images [samples, height, width, channels], and the "
+                f"input is {list(examples.x.shape)}: set data.augment=none, or name a function of "
+                "your own"
+            )
+        channels = examples.x.shape[-1:] if examples.x.ndim > 1 else ()
+        self._mean, self._std = (
+            None if one is None else np.broadcast_to(np.asarray(one, np.float32), channels)
+            for one in (mean, std)
+        )
         self._order = (-1, self._indices)
         self._draws = (-1, self._indices[:, None])
         self.samples = len(self._indices)
@@ -99,8 +132,8 @@ class Loader:
 
     def fingerprint(self) -> str:
         """Returns what tells the shard's samples from others."""
-        whole = len(self._indices) == len(self._split)
-        return fingerprint(self._split if whole else self._split.take(self._indices))
+        whole = len(self._indices) == len(self._examples)
+        return fingerprint(self._examples if whole else self._examples.take(self._indices))
 
     def batch_samples(self, step: int) -> int:
         """Returns the size of a step's mini-batch without loading it."""
@@ -112,17 +145,22 @@ class Loader:
         Args:
           step: Step of this device since the start of the run.
 
-        Returns:
-          [samples, height, width, channels] float32 and [samples] int32, both new arrays.
+        Raises:
+          DataError: The user's augmentation failed, or returned other shapes.
         """
         epoch, within = divmod(step, self.steps_per_epoch)
         first = within * self._batch_size
         places = self._shuffled(epoch)[first : first + self._batch_size]
-        positions = self._indices[places]
-        images = self._split.images[positions]
-        if self._augment:
-            images = crop_flip(images, self._drawn(epoch)[places])
-        return normalise(images, self._mean, self._std), self._split.labels[positions]
+        examples = self._examples.take(self._indices[places])
+        inputs = examples.inputs
+        if self._augment == CROP_FLIP:
+            inputs = {**inputs, INPUT: crop_flip(inputs[INPUT], self._drawn(epoch)[places])}
+        elif callable(self._augment):
+            inputs = augmented(inputs, self._augment, [(*self._seed, epoch, _AUGMENT_STREAM, place)
+                                                       for place in places.tolist()])  # fmt: skip
+        x = normalise(inputs[INPUT], self._mean, self._std)
+        sides = {name: one for name, one in inputs.items() if name != INPUT}
+        return Batch(x, sides, examples.targets)
 
     def _shuffled(self, epoch: int) -> NDArray[np.intp]:
         if self._order[0] != epoch:
@@ -137,27 +175,6 @@ class Loader:
             high = (2 * PADDING + 1, 2 * PADDING + 1, 2)
             self._draws = (epoch, draw.integers(0, high, (self.samples, 3)))
         return self._draws[1]
-
-
-def crop_flip(images: Array, draws: NDArray[np.intp]) -> Array:
-    """Returns images shifted by up to PADDING pixels, padded by zeros, and optionally mirrored.
-
-    The augmentation of the PiPar paper's CIFAR runs: pad by four, crop at random, flip at random.
-
-    Args:
-      images: [samples, height, width, channels].
-      draws: [samples, 3]: first row and first column of the crop in the padded image, and whether
-        it is mirrored.
-    """
-    count, height, width, channels = images.shape
-    padded = np.zeros((count, height + 2 * PADDING, width + 2 * PADDING, channels), images.dtype)
-    padded[:, PADDING : PADDING + height, PADDING : PADDING + width] = images
-    made = np.empty_like(images)
-    # A loop over slices is three times as fast as indexing by arrays of rows and columns.
-    for i, (top, left, mirror) in enumerate(draws.tolist()):
-        crop = padded[i, top : top + height, left : left + width]
-        made[i] = crop[:, ::-1] if mirror else crop
-    return made
 
 
 class Prefetcher:

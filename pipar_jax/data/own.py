@@ -12,68 +12,88 @@ import numpy as np
 
 from comms.arrays import Array
 from comms.errors import explain
-from pipar_jax.config import plugins
-from pipar_jax.data.admission import Part, as_array, assemble
+from pipar_jax.config import DataConfig, plugins
+from pipar_jax.data.admission import Part, assemble
 from pipar_jax.data.types import Dataset
 from pipar_jax.errors import DataError
 
+#: What may come with the arrays.
+_ABOUT = ("classes", "scale", "mean", "std")
 
-def load_own(
-    source: str, device: int | None, *, part: Part, classes: int = 0, scale: float = 0.0
-) -> Dataset:
+
+def load_own(source: str, device: int | None, config: DataConfig, *, part: Part) -> Dataset:
     """Returns the own data of a host.
 
-    A file ``npz:PATH`` or the mapping that ``module:NAME:FUNCTION`` returns contains ``x_train``
-    and ``y_train`` (on a device) or ``x_test`` and ``y_test`` (on the server), and optionally
-    ``classes`` (else the highest label + 1), ``scale``, and ``mean`` and ``std`` per channel. The
-    function is called with the device's index, or None on the server.
+    A file ``npz:PATH``, a folder ``npy:FOLDER`` of files NAME.npy, or the mapping that
+    ``module:NAME:FUNCTION`` returns contains ``x_train`` and ``y_train`` (on a device) or
+    ``x_test`` and ``y_test`` (on the server); side inputs ``x_train.NAME``; further targets
+    ``y_train.NAME``; and optionally ``classes`` (else the highest label + 1), ``scale``, and
+    ``mean`` and ``std`` per channel. The files of a folder are memory-mapped: samples are read when
+    they are used. The function is called with the device's index, or None on the server.
 
-    The input of the network is ``(x / scale - mean) / std``. Without any of the three, floats are
-    used unchanged; whole numbers are rejected, since their dtype does not tell whether they are
-    pixels or codes: ``scale`` (or ``std``) is required.
+    With data.normalise=given the input of the network is ``(x / scale - mean) / std``. Without any
+    of the three, floats are used unchanged; whole numbers are rejected, since their dtype does not
+    tell whether they are pixels or tokens: ``scale`` (or ``std``), or data.normalise=none, is
+    required.
 
     Args:
-      source: ``npz:PATH`` or ``module:NAME:FUNCTION``.
+      source: ``npz:PATH``, ``npy:FOLDER`` or ``module:NAME:FUNCTION``.
       device: The device's index; None on the server.
+      config: Number of classes, scale and normalisation. A device may lack the highest label, yet
+        all hosts must build the same model.
       part: ``train`` or ``test``: the split that this host needs; the other stays empty.
-      classes: Number of classes if configured, else 0. A device may lack the highest label, yet all
-        hosts must build the same model.
-      scale: Divisor of numbers if configured, else 0.
 
     Raises:
       DataError: The source cannot be read, or an array is missing or not valid.
     """
     kind, _, rest = source.partition(":")
-    values = _read_npz(rest, part) if kind == "npz" else _call(rest, device)
-    missing = [name for name in _names(part)[:2] if name not in values]
+    read = {"npz": _read_npz, "npy": _read_npy}.get(kind)
+    values = _call(rest, device) if read is None else read(rest, part)
+    groups = {end: _group(values, f"{end}_{part}", end) for end in "xy"}
+    missing = [f"{end}_{part}" for end, arrays in groups.items() if not arrays]
     if missing:
         raise DataError(
             f"{source!r} has no {' and no '.join(missing)}: a device needs x_train and y_train, "
             "the server x_test and y_test (or set data.test_source)"
         )
-    images = as_array(values[f"x_{part}"], f"{source!r}: x_{part}")
-    mean, std = _normalisation(values, scale, repr(source))
+    mean, std = _normalisation(values, config, repr(source))
     made = assemble(
-        source, part, images, values[f"y_{part}"],
-        classes=classes or values.get("classes", 0), mean=mean, std=std, where=repr(source),
+        source, part, groups["x"], groups["y"], classes=config.classes or values.get("classes", 0),
+        mean=mean, std=std, where=repr(source),
     )  # fmt: skip
-    if images.dtype.kind in "iu" and not (scale or values.keys() & {"scale", "std"}):
+    x = (made.train if part == "train" else made.test).x
+    scaled = config.scale or values.keys() & {"scale", "std"}
+    if x.dtype.kind in "iu" and not scaled and config.normalise != "none":
         raise DataError(
-            f"{source!r}: the images are {images.dtype}, and their scale is unknown: give `scale` "
-            "with the arrays or set data.scale (255 for pixels, 1 to use them unchanged), or "
-            "give `mean` and `std`"
+            f"{source!r}: the input is {x.dtype}, and its scale is unknown: give `scale` with the "
+            "arrays or set data.scale (255 for pixels), give `mean` and `std`, or set "
+            "data.normalise=none for whole numbers such as tokens"
         )
     return made
 
 
-def _names(part: str) -> tuple[str, ...]:
-    return (f"x_{part}", f"y_{part}", "classes", "scale", "mean", "std")
+def _group(values: Mapping[str, Any], name: str, main: str) -> dict[str, Any]:
+    """Returns ``x_train`` and ``x_train.mask`` as {"x": …, "mask": …}."""
+    made = {main: values[name]} if name in values else {}
+    for key in values:
+        if isinstance(key, str) and key.startswith(f"{name}."):
+            made[key.removeprefix(f"{name}.")] = values[key]
+    return made
 
 
-def _normalisation(values: Mapping[str, Any], scale: float, where: str) -> tuple[Any, Any]:
-    """Returns the mean and standard deviation given by the data, in units of the stored images."""
-    said = {name: _number(values[name], f"{where}: {name}") for name in _names("")[3:]
-            if name in values}  # fmt: skip
+def _belongs(name: str, part: str) -> bool:
+    """Returns whether an array is one of a part, or is about all of them."""
+    return name.partition(".")[0] in (f"x_{part}", f"y_{part}") or name in _ABOUT
+
+
+def _normalisation(values: Mapping[str, Any], config: DataConfig, where: str) -> tuple[Any, Any]:
+    """Returns the mean and standard deviation given, in units of the stored input, or None."""
+    said = {
+        name: _number(values[name], f"{where}: {name}") for name in _ABOUT[1:] if name in values
+    }
+    scale = config.scale
+    if config.normalise == "none":
+        return None, None
     if scale and "scale" in said and (said["scale"] != scale).any():
         raise DataError(
             f"{where}: scale={said['scale'].tolist()} with the arrays contradicts data.scale="
@@ -81,6 +101,8 @@ def _normalisation(values: Mapping[str, Any], scale: float, where: str) -> tuple
         )
     if scale:
         said["scale"] = np.asarray(scale)
+    if not said.keys() & {"scale", "std"} and "mean" not in said:
+        return None, None
     factor = said.get("scale", np.ones(()))
     if factor.size != 1 or not 0 < factor.item() < np.inf:
         raise DataError(f"{where}: scale must be one number above 0, got {factor.tolist()}")
@@ -101,7 +123,7 @@ def _read_npz(path: str, part: str) -> dict[str, Any]:
             if not isinstance(arrays, np.lib.npyio.NpzFile):
                 raise DataError(f"{file} is not an .npz file: write it with numpy.savez")
             # Arrays are decompressed on access: skip those of the other part.
-            return {name: arrays[name] for name in arrays.files if name in _names(part)}
+            return {name: arrays[name] for name in arrays.files if _belongs(name, part)}
     except FileNotFoundError as error:
         raise DataError(f"own data npz:{path} cannot be read: there is no file {file}") from error
     except (OSError, ValueError, EOFError, MemoryError, zlib.error, zipfile.BadZipFile) as error:
@@ -114,6 +136,25 @@ def _read_npz(path: str, part: str) -> dict[str, Any]:
                 else "it is not an .npz file: write it with numpy.savez"
             )
         raise DataError(f"own data npz:{path} cannot be read: {why}") from error
+
+
+def _read_npy(path: str, part: str) -> dict[str, Any]:
+    folder = pathlib.Path(path).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"own data npy:{path} cannot be read: there is no folder {folder}")
+    values = {}
+    for file in sorted(folder.glob("*.npy")):
+        if _belongs(file.stem, part):
+            try:
+                values[file.stem] = np.load(file, mmap_mode="r", allow_pickle=False)
+            except (OSError, ValueError, EOFError) as error:
+                why = explain(error) if isinstance(error, OSError) else str(error)
+                if "pickle" in why:  # numpy's message recommends unpickling
+                    why = "it is not an .npy file of numbers: write it with numpy.save"
+                raise DataError(
+                    f"own data npy:{path}: {file.name} cannot be read: {why}"
+                ) from error
+    return values
 
 
 def _call(rest: str, device: int | None) -> Mapping[str, Any]:

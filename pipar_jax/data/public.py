@@ -18,7 +18,7 @@ from pipar_jax.data.archives import find_originals, read_originals
 from pipar_jax.data.cache import cache_folder, cached, locked
 from pipar_jax.data.download import fetch
 from pipar_jax.data.published import DIGITS, SETS
-from pipar_jax.data.types import Dataset, Split
+from pipar_jax.data.types import Dataset, Examples
 from pipar_jax.disk.files import describe_reading
 from pipar_jax.errors import DataError
 
@@ -132,21 +132,19 @@ def _decode(source: str, home: pathlib.Path) -> Dataset:
     return _dataset(source, (splits[0], splits[1]))
 
 
-def _dataset(source: str, splits: tuple[Split, Split]) -> Dataset:
+def _dataset(source: str, splits: tuple[Examples, Examples]) -> Dataset:
     one = SETS[source]
-    height, width, channels = splits[0].images.shape[1:]
     return Dataset(
         source=source,
         train=splits[0],
         test=splits[1],
         classes=one.classes,
-        input_shape=(height, width, channels),
         mean=np.asarray(one.mean, np.float32) * np.float32(255),
         std=np.asarray(one.std, np.float32) * np.float32(255),
     )
 
 
-def read_records(records: Any) -> Split:
+def read_records(records: Any) -> Examples:
     """Returns the decoded images and labels of a TFDS data source.
 
     Args:
@@ -164,7 +162,7 @@ def read_records(records: Any) -> Split:
             labels[first + offset] = record["label"]
     if images is None:
         raise DataError("a split of the data set has no sample: prepare it again")
-    return Split(images, labels)
+    return Examples.of(images, labels)
 
 
 def _in_runs(records: Any, total: int) -> Iterator[tuple[int, Sequence[Any]]]:
@@ -188,10 +186,9 @@ def _decode_digits() -> Dataset:
     test, train = order[: len(order) // 5], order[len(order) // 5 :]
     return Dataset(
         source="digits",
-        train=Split(images[train], labels[train]),
-        test=Split(images[test], labels[test]),
+        train=Examples.of(images[train], labels[train]),
+        test=Examples.of(images[test], labels[test]),
         classes=10,
-        input_shape=(8, 8, 1),
         mean=np.asarray([images[train].mean()], np.float32),
         std=np.asarray([images[train].std()], np.float32),
     )

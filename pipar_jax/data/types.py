@@ -1,36 +1,74 @@
-"""Data sets: two splits of images and labels, and their normalisation."""
+"""Examples and data sets: arrays of any shape and dtype, by name, and their normalisation."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from comms.arrays import Array
+from stages.signature import INPUT, TARGET, ArrayType, Signature, computed_dtype
+
+#: One array, or arrays by name.
+ArrayOrDict: TypeAlias = Array | Mapping[str, Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
-    """Images and labels of one split of a data set.
+class Examples:
+    """Inputs and targets of some samples.
 
     Attributes:
-      images: [samples, height, width, channels] uint8 or float32, as stored (never scaled),
-        possibly memory-mapped.
-      labels: [samples] int32.
+      inputs: [samples, …] each, as stored, possibly memory-mapped. The entry ``x`` flows through
+        the cuts; all others are side inputs.
+      targets: [samples, …] each; a single array is named ``y``.
     """
 
-    images: Array
-    labels: NDArray[np.int32]
+    inputs: Mapping[str, Array]
+    targets: Mapping[str, Array]
+
+    @classmethod
+    def of(cls, inputs: ArrayOrDict, targets: ArrayOrDict) -> Examples:
+        """Returns examples of arrays, or of dictionaries of arrays with ``x`` and ``y``."""
+        return cls(named(inputs, INPUT), named(targets, TARGET))
+
+    @property
+    def x(self) -> Array:
+        """The input that flows through the cuts."""
+        return self.inputs[INPUT]
+
+    @property
+    def sides(self) -> dict[str, Array]:
+        """The side inputs by name."""
+        return {name: one for name, one in self.inputs.items() if name != INPUT}
+
+    @property
+    def labels(self) -> Array:
+        """The targets, where they are a single array.
+
+        Raises:
+          KeyError: They are not.
+        """
+        return self.targets[TARGET]
 
     def __len__(self) -> int:
         """Returns the number of samples."""
-        return len(self.labels)
+        return len(self.inputs[INPUT])
 
-    def take(self, indices: NDArray[np.intp]) -> Split:
+    def take(self, indices: NDArray[np.intp]) -> Examples:
         """Returns a copy of the samples at given positions, in memory."""
+
         # Indexing a plain view: copies of a memmap would still be of type memmap.
-        return Split(np.asarray(self.images)[indices], self.labels[indices])
+        def taken(arrays: Mapping[str, Array]) -> dict[str, Array]:
+            return {name: np.asarray(one)[indices] for name, one in arrays.items()}
+
+        return Examples(taken(self.inputs), taken(self.targets))
+
+    def empty(self) -> Examples:
+        """Returns examples of the same shapes and dtypes without samples."""
+        return self.take(np.zeros(0, np.intp))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,36 +79,70 @@ class Dataset:
       source: Source of the data, as in ``data.source``.
       train: Training samples; on a device, its own.
       test: Test samples; none on a device.
-      classes: Number of classes.
-      input_shape: Height, width and channels of an image.
-      mean: [channels] float32, in units of the stored images.
-      std: [channels] float32, in units of the stored images. Only these two define the scale of
-        numbers, not the images' dtype.
+      classes: Number of classes, or of outputs per sample; 0 if the data do not tell.
+      mean: [channels] float32, in units of the stored input; None: the input is not normalised.
+      std: [channels] float32, in units of the stored input; None likewise. Only these two define
+        the scale of numbers, not the input's dtype.
     """
 
     source: str
-    train: Split
-    test: Split
+    train: Examples
+    test: Examples
     classes: int
-    input_shape: tuple[int, int, int]
-    mean: NDArray[np.float32]
-    std: NDArray[np.float32]
+    mean: NDArray[np.float32] | None = None
+    std: NDArray[np.float32] | None = None
 
-    def normalise(self, images: Array) -> NDArray[np.float32]:
-        """Returns (images - mean) / std as [samples, …] float32, a new array."""
-        return normalise(images, self.mean, self.std)
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one sample of the input that flows through the cuts."""
+        return tuple(self.train.x.shape[1:])
+
+    def normalise(self, x: Array) -> Array:
+        """Returns the network's input of a stored one [samples, …]; see ``normalise``."""
+        return normalise(x, self.mean, self.std)
+
+    def signature(self, dtype: str = "float32") -> Signature:
+        """Returns shapes and dtypes of a sample as the network receives it.
+
+        Args:
+          dtype: Dtype of the computation.
+        """
+        stored = self.train.x.dtype.name if self.mean is None else "float32"
+        return Signature(
+            ArrayType(self.input_shape, computed_dtype(stored, dtype)),
+            _types(self.train.sides, dtype),
+            _types(self.train.targets, dtype),
+            self.classes,
+        )
 
 
-def normalise(
-    images: Array, mean: NDArray[np.float32], std: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    """Returns (images - mean) / std as [samples, …, channels] float32, a new array."""
+def named(arrays: ArrayOrDict, name: str) -> dict[str, Array]:
+    """Returns arrays by name; a single one gets the name given."""
+    return dict(arrays) if isinstance(arrays, Mapping) else {name: arrays}
+
+
+def normalise(x: Array, mean: NDArray[np.float32] | None, std: NDArray[np.float32] | None) -> Array:
+    """Returns (x - mean) / std as [samples, …, channels] float32, a new array.
+
+    Without mean and std, numbers with a fraction become float32, and whole ones int32.
+    """
+    if mean is None or std is None:
+        return x.astype(computed_dtype(x.dtype.name, "float32"), copy=False)
     # One multiplication and one addition in place: half the memory traffic of the formula.
-    made: NDArray[np.float32] = np.multiply(images, np.float32(1) / std, dtype=np.float32)
+    made: NDArray[np.float32] = np.multiply(x, np.float32(1) / std, dtype=np.float32)
     made -= mean / std
     return made
 
 
-def empty_split(input_shape: tuple[int, int, int]) -> Split:
-    """Returns a split without samples."""
-    return Split(np.zeros((0, *input_shape), np.uint8), np.zeros(0, np.int32))
+def computed(array: Array, floating: DTypeLike) -> Array:
+    """Returns an array in the dtype in which it is computed with; see ``computed_dtype``."""
+    dtype = np.dtype(floating)
+    wanted = computed_dtype(array.dtype.name, dtype.name)
+    return np.asarray(array).astype(dtype if wanted == dtype.name else wanted, copy=False)
+
+
+def _types(arrays: Mapping[str, Array], dtype: str) -> dict[str, ArrayType]:
+    return {
+        name: ArrayType(tuple(one.shape[1:]), computed_dtype(one.dtype.name, dtype))
+        for name, one in sorted(arrays.items())
+    }

@@ -8,7 +8,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,13 +19,14 @@ from pipar_jax import config as configuration
 from pipar_jax import data as datasets
 from pipar_jax.config import Config
 from pipar_jax.config.plugins import OWN, name_of
-from pipar_jax.data import Dataset, make_queries, normalise
+from pipar_jax.data import ArrayOrDict, Dataset, Examples, make_queries, normalise
 from pipar_jax.disk.event_log import OnEvent, read_events
 from pipar_jax.disk.files import describe_reading
 from pipar_jax.disk.json_text import JsonMapping, JsonObject
 from pipar_jax.errors import PeerError, ProtocolError, RunError
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.methods.resolution import check_plan, resolve
+from pipar_jax.protocol.values import SIGNATURE
 from pipar_jax.roles.run_folder import CONFIG, METRICS, TRACE
 from pipar_jax.roles.server import run_server
 from pipar_jax.roles.worker import run_device, run_node
@@ -34,7 +35,11 @@ from pipar_jax.schedule.plan import COORDINATOR, device_name, host_index
 from pipar_jax.schedule.trace import Trace
 from pipar_jax.training import checkpoint
 from stages import Model
+from stages.signature import INPUT, Signature
 from stages.trees import Variables
+
+#: The data of one host: a pair of inputs and targets, each an array or a dictionary of arrays.
+Data: TypeAlias = tuple[ArrayOrDict, ArrayOrDict] | Examples | Dataset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,28 +82,35 @@ class Run:
         """
         return Trace.load(self.folder / TRACE)
 
-    def logits(self, images: Any) -> Array:
-        """Returns the model's logits [batch, classes] for raw images.
+    def logits(self, inputs: Any) -> Array:
+        """Returns the model's outputs [batch, …] for raw inputs.
 
         Args:
-          images: [batch, height, width, channels] as stored, of the dtype that the run was trained
-            on: uint8, or floats scaled like the training data.
+          inputs: [batch, …] as stored, of the dtype that the run was trained on: images as uint8,
+            or floats scaled like the training data; or arrays by name, ``x`` and side inputs.
 
         Raises:
-          DataError: There is no image, or shape, dtype or a value is not valid.
+          DataError: There is no sample, or shape, dtype or a value is not valid.
         """
-        mean, std = (np.asarray(self.facts[name], np.float32) for name in ("mean", "std"))
-        checked = make_queries(images, self.facts["input_shape"], self.facts["images"])
-        x = normalise(checked, mean, std)
-        return np.asarray(stages.predict(self.model, self.params, self.state, jnp.asarray(x)))
+        mean, std = (
+            None if self.facts[name] is None else np.asarray(self.facts[name], np.float32)
+            for name in ("mean", "std")
+        )
+        signature = self.model.signature
+        given = make_queries(inputs, signature, self.facts["stored"])
+        x = normalise(given.pop(INPUT), mean, std)
+        sides = {name: jnp.asarray(one, signature.sides[name].dtype) for name, one in given.items()}
+        return np.asarray(
+            stages.predict(self.model, self.params, self.state, jnp.asarray(x), sides)
+        )
 
-    def predict(self, images: Any) -> Array:
-        """Returns the most likely class [batch] of raw images; see ``logits``.
+    def predict(self, inputs: Any) -> Array:
+        """Returns the most likely class [batch] of raw inputs; see ``logits``.
 
         Raises:
-          DataError: There is no image, or shape, dtype or a value is not valid.
+          DataError: There is no sample, or shape, dtype or a value is not valid.
         """
-        found: Array = np.argmax(self.logits(images), axis=-1)
+        found: Array = np.argmax(self.logits(inputs), axis=-1)
         return found
 
     def _last(self, event: str) -> JsonObject:
@@ -141,20 +153,25 @@ def load(folder: str | Path, model: Model | None = None) -> Run:
 
 def _check_model(model: Model, facts: JsonMapping, path: Path) -> None:
     """Checks that a model has the input shape and classes of the trained one."""
-    ours = list(model.input_shape), model.classes
-    trained = list(facts["input_shape"]), facts["classes"]
-    if ours != trained:
+    trained, ours = _signature(facts), model.signature
+    if (ours.input, ours.sides, ours.classes) != (trained.input, trained.sides, trained.classes):
         raise RunError(
-            f"{path} was trained with model {facts['model']!r} of samples {trained[0]} and "
-            f"{trained[1]} classes, and {model.name!r} has {ours[0]} and {ours[1]}: load it with "
-            "the model that it was trained with"
+            f"{path} was trained with model {facts['model']!r} of samples {trained} and "
+            f"{trained.classes} classes, and {model.name!r} has {ours} and {ours.classes}: load it "
+            "with the model that it was trained with"
         )
+
+
+def _signature(facts: JsonMapping) -> Signature:
+    """Returns shapes and dtypes of the samples that a model was trained with."""
+    signature: Signature = SIGNATURE.read(facts["signature"], "signature")
+    return signature
 
 
 def train(
     config: Config,
     model: Model | Callable[..., Any] | None = None,
-    data: Sequence[Dataset] | Callable[..., Any] | None = None,
+    data: Sequence[Data] | Callable[..., Any] | None = None,
     *,
     on_event: OnEvent | None = None,
 ) -> Run:
@@ -169,8 +186,11 @@ def train(
     Args:
       config: The configuration, which is resolved here.
       model: Your own model, or a function that makes it (see ``runtime.own_model.make_own``).
-      data: Your own data: one dataset per device, of which the training split is used, then one
-        whose test split is used; or a function that returns them (see ``data.own.load_own``).
+      data: Your own data: for each device, and last for the test, a pair (inputs, targets) of
+        arrays [samples, …]. Inputs may be a dictionary: ``x`` flows through the network, all others
+        are side inputs; so may targets. Where normalisation is wanted, give a ``Dataset``, of which
+        each device uses the training split and the server the test split. Or a function that
+        returns the data of a host (see ``data.own.load_own``).
       on_event: Called with each event as it happens.
 
     Raises:
@@ -212,14 +232,14 @@ def load_configured(config: Config, folder: Path, model: Model | None) -> Run:
     """
     if model is None and config.model.name.startswith(OWN):
         facts = checkpoint.facts(folder / checkpoint.WEIGHTS)
-        model = build_model(config, facts["input_shape"], facts["classes"])
+        model = build_model(config, _signature(facts))
     return load(folder, model)
 
 
 def run_here(
     config: Config,
     model: Model | None = None,
-    data: Sequence[Dataset] | None = None,
+    data: Sequence[Data] | None = None,
     *,
     on_event: OnEvent,
 ) -> Path:
@@ -325,19 +345,17 @@ def _rank(error: BaseException) -> int:
     return 2 if isinstance(error, PeerError) else 1
 
 
-def _admit(
-    config: Config, model: Model | None, data: Sequence[Dataset] | None
-) -> Sequence[Dataset]:
+def _admit(config: Config, model: Model | None, data: Sequence[Data] | None) -> Sequence[Dataset]:
     """Returns the dataset of every device and, last, of the server, checked against the model."""
     hosts = [*(device_name(index) for index in range(config.devices.count)), COORDINATOR]
     if data is None:
         loaded = [datasets.load_device(config, index) for index in range(config.devices.count)]
         own = [*loaded, datasets.load_server(config.data)]
-    elif isinstance(data, Dataset) or len(data) != len(hosts):
-        got = "one dataset" if isinstance(data, Dataset) else f"{len(data)} datasets"
+    elif isinstance(data, Dataset | Examples) or len(data) != len(hosts):
+        got = "one dataset" if isinstance(data, Dataset | Examples) else f"{len(data)} datasets"
         raise RunError(
             f"train() got {got} for {config.devices.count} devices: give one per device and the "
-            "one with the test split last"
+            "one for the test last, each a pair (inputs, targets)"
         )
     else:
         own = [
@@ -348,5 +366,5 @@ def _admit(
         datasets.check_alike(zip(reversed(hosts), reversed(own), strict=True))
     else:
         for host, one in zip(hosts, own, strict=True):
-            datasets.check_fits(one, model.classes, model.input_shape, host)
+            datasets.check_fits(one, model.signature, host)
     return own

@@ -23,6 +23,7 @@ from pipar_jax.launch.pinning import run_pinned
 from pipar_jax.launch.process import claim_platform, set_environment
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.profiling.link_delay import measure_delay_s
+from pipar_jax.protocol.values import SIGNATURE
 from pipar_jax.schedule.plan import COORDINATOR
 
 #: Size of the messages with which wake-ups are timed.
@@ -47,6 +48,7 @@ def profile_here(config: Config) -> Profile:
     from pipar_jax.profiling.unit_times import as_configured
 
     test = datasets.load_server(config.data)
+    signature = test.signature(config.model.dtype)
     known: dict[tuple[frozenset[int], str], Measured] = {}
     hosts = hosts_of(config)
 
@@ -55,7 +57,7 @@ def profile_here(config: Config) -> Profile:
         if key not in known:
             _say(f"measuring {name}")
             values = run_pinned(
-                _measure, configuration.to_dict(config), name, tuple(test.input_shape), test.classes
+                _measure, configuration.to_dict(config), name, SIGNATURE.write(signature)
             )
             known[key] = Measured.from_dict(values)
         return known[key]
@@ -90,6 +92,8 @@ def profile_here(config: Config) -> Profile:
         codecs=codecs,
         window_bytes=config.pipeline.window_mb * 1e6,
         weight_ratio=weight_ratio(config.aggregation.codec, codecs),
+        target_bytes=tuple(one.nbytes for one in signature.targets.values()),
+        side_bytes={name: one.nbytes for name, one in signature.sides.items()},
     )
 
 
@@ -100,9 +104,7 @@ def _samples(config: Config, index: int) -> int:
     return samples // batch * batch if config.data.drop_last else samples
 
 
-def _measure(
-    values: JsonObject, name: str, input_shape: tuple[int, ...], classes: int
-) -> JsonObject:
+def _measure(values: JsonObject, name: str, signature: JsonObject) -> JsonObject:
     """Measures a host; runs in its own process, which has not loaded jax before."""
     config = configuration.from_dict(values)
     set_environment(config, name)
@@ -117,7 +119,7 @@ def _measure(
     from pipar_jax.training.compile import now_and_then
 
     set_precision(config.model)
-    model = build_model(config, input_shape, classes)
+    model = build_model(config, SIGNATURE.read(signature, "signature"))
     sizes = sizes_of(config.tuner.sizes, config.data.batch_size)
     if config.tuner.times == "predicted":
         return predicted_host(config, model, sizes, measure_reference(config)).to_dict()

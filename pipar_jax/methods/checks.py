@@ -69,7 +69,8 @@ def _check_model(config: Config, models: tuple[str, ...]) -> None:
     if name in TOKEN_MODELS and name not in models and config.data.source in PUBLIC_SOURCES:
         raise ConfigError(
             f"model.name={name!r} takes rows of tokens, and data.source={config.data.source!r} has "
-            "images: choose another network, or tokens of your own (npz:PATH, module:NAME:FUNCTION)"
+            "images: choose another network, or tokens of your own (npz:PATH, npy:FOLDER, "
+            "module:NAME:FUNCTION)"
         )
 
 
@@ -82,17 +83,17 @@ def _check_source(source: str, field: str) -> None:
     if source in PUBLIC_SOURCES:
         return
     kind, _, rest = source.partition(":")
-    if kind == "npz" and rest:
+    if kind in ("npz", "npy") and rest:
         return
     if kind == "module" and re.fullmatch(r"[\w.]+:\w+", rest):
         return
     if source.startswith(OWN_SOURCES):
         raise ConfigError(
-            f"{field}={source!r} is not valid: write npz:PATH or module:NAME:FUNCTION"
+            f"{field}={source!r} is not valid: write npz:PATH, npy:FOLDER or module:NAME:FUNCTION"
         )
     raise ConfigError(
         f"{field}={source!r} is not a data set{schema.did_you_mean(source, PUBLIC_SOURCES)} "
-        f"(known: {', '.join(PUBLIC_SOURCES)}, npz:PATH, module:NAME:FUNCTION)"
+        f"(known: {', '.join(PUBLIC_SOURCES)}, npz:PATH, npy:FOLDER, module:NAME:FUNCTION)"
     )
 
 
@@ -100,6 +101,14 @@ def _check_data(config: Config) -> None:
     """Checks the sources of data, and the fields that apply to some of them only."""
     data = config.data
     _check_source(data.source, "data.source")
+    if data.augment not in ("none", "crop_flip") and not re.fullmatch(
+        r"module:[\w.]+:\w+", data.augment
+    ):
+        raise ConfigError(
+            f"data.augment={data.augment!r} is not an augmentation"
+            f"{schema.did_you_mean(data.augment, ('none', 'crop_flip'))} (known: none, crop_flip, "
+            "module:NAME:FUNCTION)"
+        )
     if data.classes and data.source in PUBLIC_SOURCES:
         raise ConfigError(
             f"data.classes={data.classes} is for your own data; data.source={data.source!r} "
@@ -118,8 +127,8 @@ def _check_data(config: Config) -> None:
             )
         if not data.test_source.startswith(OWN_SOURCES):
             raise ConfigError(
-                f"data.test_source={data.test_source!r} is not valid: write npz:PATH or "
-                "module:NAME:FUNCTION"
+                f"data.test_source={data.test_source!r} is not valid: write npz:PATH, "
+                "npy:FOLDER or module:NAME:FUNCTION"
             )
         _check_source(data.test_source, "data.test_source")
     if data.train_samples and data.train_samples < config.devices.count:

@@ -14,14 +14,14 @@ from typing import NamedTuple
 import jax
 
 import pipar_jax
-from pipar_jax.cost_model.profile import HostProfile, UnitFacts, host_from_dict
+from pipar_jax.cost_model.profile import HostProfile, UnitFacts, host_from_dict, unit_from_dict
 from pipar_jax.data.cache import user_cache
 from pipar_jax.disk.files import make_folder, write_text
 from pipar_jax.disk.json_text import JsonObject, dumps
 from pipar_jax.errors import PlanError
 from stages import Model
 
-_FORMAT = 4
+_FORMAT = 5
 
 
 class Measured(NamedTuple):
@@ -50,7 +50,7 @@ class Measured(NamedTuple):
           PlanError: The values are not measurements.
         """
         try:
-            units = tuple(UnitFacts(**unit) for unit in values["units"])
+            units = tuple(unit_from_dict(unit) for unit in values["units"])
             return cls(host_from_dict(values["host"]), units, float(values["seconds"]))
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"these are not a host's measurements: {error!r}") from error

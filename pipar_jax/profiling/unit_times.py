@@ -286,11 +286,15 @@ def _facts(model: Model, index: int, replica: Replica, samples: int) -> UnitFact
     else:
         shape = model.shapes(samples)[index]
         draw = make_draw(samples)._replace(inverse_batch=np.float32(1.0 / samples))
-        _, residuals = replica.forward(jnp.ones(shape.shape, shape.dtype), draw)
+        sides = {
+            name: jnp.ones(one.shape, one.dtype)
+            for name, one in replica.stage.side_shapes(model, samples).items()
+        }
+        _, residuals = replica.forward(jnp.ones(shape.shape, shape.dtype), draw, sides)
         kept = tree_bytes(residuals) / samples
     return UnitFacts(
         model.unit_names[index], tree_bytes(replica.params), tree_bytes(replica.state),
-        tree_bytes(replica.opt_state), output_bytes, kept,
+        tree_bytes(replica.opt_state), output_bytes, kept, model.units[index].sides,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from pipar_jax.protocol.wire_fields import (
     Prose,
     Real,
     Struct,
+    Table,
     Text,
     TupleOf,
     Whole,
@@ -30,6 +31,7 @@ from pipar_jax.schedule.plan import (
     Plan,
     WeightPolicy,
 )
+from stages.signature import ArrayType, Signature
 
 #: Maximum number of hosts, units, stages and spans in a message.
 MOST_HOSTS, MOST_UNITS, MOST_STAGES, MOST_SPANS = 100_000, 10_000, 1_000, 1_000_000
@@ -77,13 +79,20 @@ PLAN = Struct(
 BOUNDARY = TupleOf(Boundary, (HOST, HOST, Whole(0, MOST_STAGES)))
 ADDRESS = TupleOf(lambda host, port: (host, port), (Text(255, r"[\x21-\x7e]+"), Whole(1, 65535)))
 SECONDS, BYTES = Real(0.0, MOST_S), Whole(0, MOST_BYTES)
-SHAPE = Many(Whole(1, 2**24), 16, 1)
+#: Element types of samples.
+_DTYPES = ("bool", "int32", "float32", "float64", "float16", "bfloat16")
+ARRAY_TYPE = TupleOf(ArrayType, (Many(Whole(1, 2**24), 15), OneOf(_DTYPES)))
+ARRAY_TYPES = Table(ARRAY_TYPE, 16, Text(64, r"[A-Za-z_]\w{0,63}"))
+SIGNATURE = Struct(
+    Signature,
+    {"input": ARRAY_TYPE, "sides": ARRAY_TYPES, "targets": ARRAY_TYPES, "classes": Whole()},
+)
 FACTS = Struct(
     UnitFacts,
     {"name": Text(256)} | {
         name: Real() for name in ("parameter_bytes", "state_bytes", "optimizer_bytes",
                                   "output_bytes", "residual_bytes")
-    },
+    } | {"sides": Many(Text(64), 16)},
 )  # fmt: skip
 HANDLING = Struct(RuntimeOverhead, {"call_s": SECONDS, "byte_s": SECONDS})
 TIMES = Many(Many(SECONDS, 1000, 1), MOST_UNITS, 1)
@@ -111,7 +120,7 @@ RunName = Annotated[str, Text(32, r"[0-9a-f]{1,32}")]
 Planned = Annotated[Plan, PLAN]
 PerDevice = Annotated[tuple[int, ...], Many(Whole(), MOST_HOSTS, 1)]
 Address = Annotated[tuple[str, int], ADDRESS]
-Shape = Annotated[tuple[int, ...], SHAPE]
+Sampled = Annotated[Signature, SIGNATURE]
 Place = Annotated[Boundary, BOUNDARY]
 PerLayer = Annotated[tuple[float, ...], Many(Real(), MOST_UNITS, 1)]
 

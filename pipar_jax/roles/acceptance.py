@@ -1,34 +1,60 @@
 """Which tensors a host accepts: those that its plan expects from a sender, in the plan's order.
 
 Between two hosts the micro-batches of a device's stage arrive in the order of their steps, each
-one's labels right before its activation; so for every sender, device and stage there is exactly one
-tensor that may come next, and checking it costs a few comparisons. It runs on the I/O thread.
+one's targets and side inputs right before its activation; so for every sender, device and stage
+there is exactly one tensor that may come next, and checking it costs a few comparisons. It runs on
+the I/O thread.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from comms import Message, Role, Tag, parse_codec
-from comms.arrays import DType
+from comms.arrays import Array, DType
+from comms.wire.frame import array_bytes
 from pipar_jax.protocol.wire_fields import shown
 from pipar_jax.schedule.actions import NO_ATTEMPT, Span, batch_samples, micro_batch_sizes
+from pipar_jax.schedule.host_program import find_beside
 from pipar_jax.schedule.plan import Boundary, Plan, device_name
 from stages import Model
+from stages.signature import TARGET
 
-_LABEL, _ACTIVATION, _COTANGENT = int(Role.LABEL), int(Role.ACTIVATION), int(Role.COTANGENT)
+_BESIDE = (int(Role.LABEL), int(Role.SIDE))
+_ACTIVATION, _COTANGENT = int(Role.ACTIVATION), int(Role.COTANGENT)
+
+
+class _Beside(NamedTuple):
+    """A target or side input that comes before an activation.
+
+    Attributes:
+      role: LABEL or SIDE.
+      entry: Index of its name among the model's targets or side inputs.
+      name: Its name.
+      features: Shape of one sample.
+      dtype: Its dtype.
+    """
+
+    role: Role
+    entry: int
+    name: str
+    features: tuple[int, ...]
+    dtype: DType
+
+    def __str__(self) -> str:
+        """Returns its name for messages."""
+        return f"{'target' if self.role == Role.LABEL else 'side input'} {self.name}"
 
 
 class _Stream:
     """The tensors from one side to one stage of one device, and the position of the next."""
 
     __slots__ = (
-        "boundary", "codec", "dtype", "features", "labelled", "labels", "micro_batch", "parameter",
+        "beside", "boundary", "codec", "dtype", "features", "micro_batch", "parameter", "passed",
         "step",
     )  # fmt: skip
 
@@ -38,23 +64,28 @@ class _Stream:
         features: tuple[int, ...],
         dtype: DType,
         codec: str,
-        labels: bool,
+        beside: Sequence[_Beside],
     ) -> None:
-        self.boundary, self.features, self.dtype, self.labels = boundary, features, dtype, labels
+        self.boundary, self.features, self.dtype, self.beside = boundary, features, dtype, beside
         self.codec, self.parameter = parse_codec(codec)
-        self.step, self.micro_batch, self.labelled = 0, 0, False
+        self.step, self.micro_batch, self.passed = 0, 0, 0
 
     def anew(self, step: int) -> _Stream:
         """Returns the same stream before the first tensor of a step."""
         made: _Stream = copy.copy(self)
-        made.step, made.micro_batch, made.labelled = step, 0, False
+        made.step, made.micro_batch, made.passed = step, 0, 0
         return made
+
+    def due(self) -> _Beside | None:
+        """Returns the target or side input that comes next, or None: the tensor itself does."""
+        return self.beside[self.passed] if self.passed < len(self.beside) else None
 
     def nbytes(self, samples: int) -> int:
         """Returns the most bytes of a tensor, before or after its codec."""
         shape = (samples, *self.features)
         coded = self.codec.encoded_bytes(self.dtype, shape, self.parameter)
-        return max(coded, math.prod(shape) * self.dtype.itemsize, 8 * samples)
+        beside = [samples * array_bytes(one.dtype, one.features) for one in self.beside]
+        return max(coded, array_bytes(self.dtype, shape), *beside, 0)
 
 
 class Acceptance:
@@ -92,7 +123,6 @@ class Acceptance:
         shapes = model.shapes(1)
         for device, one in enumerate(plan.devices):
             chain = [plan.host(device, stage) for stage in range(one.stages)]
-            travels = chain[0] != chain[-1]
             for below, cut in enumerate(one.cuts):
                 if chain[below] == chain[below + 1] or host not in chain[below : below + 2]:
                     continue
@@ -101,11 +131,11 @@ class Acceptance:
                 codecs = one.codecs[below]
                 if chain[below + 1] == host:
                     self._streams[_ACTIVATION, device, below + 1] = _Stream(
-                        boundary, *like, codecs.activation, travels
+                        boundary, *like, codecs.activation, _beside(model, plan, device, below)
                     )
                 else:
                     self._streams[_COTANGENT, device, below] = _Stream(
-                        boundary, *like, codecs.cotangent, False
+                        boundary, *like, codecs.cotangent, ()
                     )
         self._host = host
 
@@ -191,7 +221,7 @@ class Acceptance:
         role = int(tag.role)
         if tag.attempt != self._attempt or tag.device in self._dropped:
             return f"a tensor ({tag}) of attempt {tag.attempt}, expected {self._attempt}"
-        key = (_ACTIVATION if role == _LABEL else role), tag.device, tag.stage
+        key = (_ACTIVATION if role in _BESIDE else role), tag.device, tag.stage
         stream = self._streams.get(key)
         if stream is None or stream.boundary.peer(self._host) != peer:
             return f"a tensor ({tag}) that the plan does not assign to it"
@@ -200,10 +230,10 @@ class Acceptance:
         expected = self._next(stream, tag.device)
         if expected is None:
             return f"a tensor ({tag}) before its step was released"
-        labels_due = stream.labels and not stream.labelled
-        if (role == _LABEL) != labels_due:
-            due = "the labels of" if labels_due else "the activation of"
-            return f"a tensor ({tag}), expected {due} micro-batch {stream.micro_batch}"
+        due = stream.due()
+        if (role, tag.entry) != ((key[0], 0) if due is None else (due.role, due.entry)):
+            what = "activation" if due is None else due
+            return f"a tensor ({tag}), expected the {what} of micro-batch {stream.micro_batch}"
         if (tag.step, tag.micro_batch, tag.micro_batches, tag.samples_before, tag.samples,
                 tag.batch_samples) != expected:  # fmt: skip
             step, micro, parts, before, samples, batch = expected
@@ -211,9 +241,9 @@ class Acceptance:
                 f"a tensor ({tag}), expected step {step}, micro-batch {micro} of {parts}, with "
                 f"{samples} samples behind {before} of {batch}"
             )
-        reason = self._odd_payload(stream, message, tag, labels=labels_due)
+        reason = self._odd_payload(stream, message, tag, due)
         if reason is None:
-            self._advance(stream, expected, labels=labels_due)
+            self._advance(stream, expected, due)
         return reason
 
     def _next(self, stream: _Stream, device: int) -> tuple[int, int, int, int, int, int] | None:
@@ -231,29 +261,29 @@ class Acceptance:
         return stream.step, stream.micro_batch, len(places), before, samples, batch
 
     def _advance(
-        self, stream: _Stream, now: tuple[int, int, int, int, int, int], *, labels: bool
+        self, stream: _Stream, now: tuple[int, int, int, int, int, int], due: _Beside | None
     ) -> None:
-        stream.labelled = labels
-        if labels:
+        if due is not None:
+            stream.passed += 1
             return
+        stream.passed = 0
         stream.micro_batch += 1
         if stream.micro_batch == now[2]:
             stream.step, stream.micro_batch = stream.step + 1, 0
 
     def _odd_payload(
-        self, stream: _Stream, message: Message, tag: Tag, *, labels: bool
+        self, stream: _Stream, message: Message, tag: Tag, due: _Beside | None
     ) -> str | None:
         """Returns what is wrong with a tensor's payload, or None."""
         payload = message.payload
-        if labels:
-            fits = payload.dtype == np.int32 and payload.shape == (tag.samples,)
+        if due is not None:
+            shape = (tag.samples, *due.features)
+            fits = payload.dtype == due.dtype and payload.shape == shape
             if not fits or payload.codec.name != "raw":
-                return _odd(tag, payload, f"int32[{tag.samples}] in raw")
-            array = payload.array
-            if array.size and not (array.min() >= 0 and array.max() < self._classes):
-                wrong = array[(array < 0) | (array >= self._classes)][0]
-                return f"labels ({tag}) with {shown(int(wrong))}, expected 0 to {self._classes - 1}"
-            return None
+                return _odd(tag, payload, f"{due.dtype}{list(shape)} in raw")
+            if due.dtype.kind not in "bi" and not np.isfinite(payload.array).all():
+                return f"a tensor ({tag}) with a number that is not finite"
+            return self._odd_label(payload.array, tag, due)
         shape = (tag.samples, *stream.features)
         if payload.shape != shape or payload.dtype != stream.dtype:
             return _odd(tag, payload, f"{stream.dtype}{list(shape)}")
@@ -261,9 +291,43 @@ class Acceptance:
             return _odd(tag, payload, f"codec {stream.codec.name}:{stream.parameter}")
         return None
 
+    def _odd_label(self, array: Array, tag: Tag, due: _Beside) -> str | None:
+        """Returns which label is none of the classes, or None."""
+        if due.role != Role.LABEL or due.dtype != np.int32 or not array.size:
+            return None
+        if array.min() >= 0 and array.max() < self._classes:
+            return None
+        wrong = array[(array < 0) | (array >= self._classes)].flat[0]
+        return f"labels ({tag}) with {shown(int(wrong))}, expected 0 to {self._classes - 1}"
+
     def _most_samples(self, device: int) -> int:
         batch = min(self._samples[device], self._batch_size)
         return max(micro_batch_sizes(batch, self._micro_batches[device]))
+
+
+def _beside(model: Model, plan: Plan, device: int, below: int) -> tuple[_Beside, ...]:
+    """Returns what comes before each activation over a boundary, in order."""
+    crossing = find_beside(plan, device, below, [unit.sides for unit in model.units])
+    targets = {TARGET: model.target_shapes(1)} if model.targets is None else model.targets
+    found = []
+    for role, known, names, first in (
+        (
+            Role.LABEL,
+            targets,
+            sorted(targets) if crossing.targets else (),
+            1 if model.targets is None else 0,
+        ),
+        (Role.SIDE, model.sides, crossing.sides, 0),
+    ):
+        order = sorted(known)
+        for name in names:
+            one = known[name]
+            found.append(
+                _Beside(
+                    role, order.index(name), name, tuple(one.shape[first:]), np.dtype(one.dtype)
+                )
+            )
+    return tuple(found)
 
 
 def _odd(tag: Tag, payload: Any, expected: str) -> str:

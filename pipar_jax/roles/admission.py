@@ -61,8 +61,7 @@ def device_join(config: Config, name: str, loader: Loader, model: Model) -> Join
         json.loads(to_json(config)),
         loader.samples_per_epoch,
         loader.steps_per_epoch,
-        tuple(model.input_shape),
-        model.classes,
+        model.signature,
         describe(model),
         loader.fingerprint(),
     )
@@ -155,13 +154,13 @@ def _odd_model(asked: JoinDevice, model: Model) -> str | None:
         unit = next((u for u in [*ours, *theirs] if ours.get(u) != theirs.get(u)), "order")
         return (
             f"its model differs: unit {shown(unit)} is {shown(ours.get(unit))} here and "
-            f"{shown(theirs.get(unit))} there (inputs {list(model.input_shape)} and "
-            f"{list(asked.input_shape)}, classes {model.classes} and {asked.classes})"
+            f"{shown(theirs.get(unit))} there (samples are {model.signature} and "
+            f"{asked.signature}, classes {model.classes} and {asked.signature.classes})"
         )
-    if (asked.input_shape, asked.classes) != (tuple(model.input_shape), model.classes):
+    if asked.signature != model.signature:
         return (
-            f"its samples differ: {list(asked.input_shape)} of {asked.classes} classes, expected "
-            f"{list(model.input_shape)} of {model.classes}"
+            f"its samples differ: {asked.signature} and {asked.signature.classes} classes, "
+            f"expected {model.signature} and {model.classes}"
         )
     return None
 

@@ -124,8 +124,10 @@ class Course:
     # --- one for each message that says something ----------------------------------------------
 
     def _model(self, said: messages.ModelFacts) -> str | None:
-        if math.prod(said.input_shape) > MOST_NUMBERS:
-            return f"with samples of shape {list(said.input_shape)}, which nobody could hold"
+        for one in (said.signature.input, *said.signature.sides.values(),
+                    *said.signature.targets.values()):  # fmt: skip
+            if math.prod(one.shape) > MOST_NUMBERS:
+                return f"with samples of shape {list(one.shape)}, which nobody could hold"
         return None
 
     def _survey_profile(self, said: messages.SurveyProfile) -> str | None:

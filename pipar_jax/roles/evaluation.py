@@ -12,8 +12,10 @@ from jax.typing import DTypeLike
 
 import stages
 from pipar_jax.data import Dataset
+from pipar_jax.data.types import computed
 from stages import Model, Stage
-from stages.trees import Variables
+from stages.signature import unwrapped
+from stages.trees import Arrays, PyTree, Variables
 
 #: Samples that are evaluated at a time.
 BATCH = 250
@@ -43,6 +45,7 @@ class Evaluator:
     def __init__(self, model: Model, dataset: Dataset, dtype: DTypeLike) -> None:
         self._dataset, self._dtype = dataset, np.dtype(dtype)
         (stage,) = stages.split(model)
+        self._sides = stage.sides
         self._score = _scorer(stage)
 
     def evaluate(self, params: Variables, state: Variables) -> Score:
@@ -56,12 +59,19 @@ class Evaluator:
         batch = min(BATCH, len(test))
         loss = correct = 0.0
         for first in range(0, len(test), batch):
-            images, labels = test.images[first : first + batch], test.labels[first : first + batch]
+            some = slice(first, first + batch)
+            count = len(test.x[some])
             # The last batch is padded, so that only one shape is compiled.
-            filled = np.arange(batch) % len(labels)
-            x = self._dataset.normalise(images).astype(self._dtype, copy=False)[filled]
-            real = np.arange(batch) < len(labels)
-            sums = self._score(params, state, x, np.asarray(labels)[filled], real)
+            filled = np.arange(batch) % count
+            x = self._dataset.normalise(np.asarray(test.x[some]))
+            sides, targets = (
+                {name: computed(one[some][filled], self._dtype) for name, one in arrays.items()}
+                for arrays in ({key: test.sides[key] for key in self._sides}, test.targets)
+            )
+            real = np.arange(batch) < count
+            sums = self._score(
+                params, state, computed(x[filled], self._dtype), sides, unwrapped(targets), real
+            )
             loss += float(sums[0])
             correct += float(sums[1])
         return Score(loss / len(test), correct / len(test))
@@ -72,9 +82,14 @@ def _scorer(stage: Stage) -> Any:
     """Returns the compiled sums of losses and hits of a batch, once per model and process."""
 
     def score(
-        params: Variables, state: Variables, x: jax.Array, labels: jax.Array, real: jax.Array
+        params: Variables,
+        state: Variables,
+        x: jax.Array,
+        sides: Arrays,
+        labels: PyTree,
+        real: jax.Array,
     ) -> Any:
-        logits = stage.predict(params, state, x)
+        logits = stage.predict(params, state, x, sides)
         losses, hits = stages.sample_losses(logits, labels)
         return jnp.sum(jnp.where(real, losses, 0)), jnp.sum(jnp.where(real, hits, 0))
 

@@ -730,8 +730,7 @@ class Membership:
         self.by_name[who.name] = Member(link, who)
         self._names[link] = who.name
         if is_node(who.name):
-            shape = tuple(self._model.input_shape)
-            self._try(link, messages.ModelFacts(shape, self._model.classes))
+            self._try(link, messages.ModelFacts(self._model.signature))
             joined: JsonObject = {"event": "node_joined", "node": who.index}
             if (since_s := self._away_since_s.pop(who.name, None)) is not None:
                 joined |= {"event": "node_returned", "away_s": time.monotonic() - since_s}

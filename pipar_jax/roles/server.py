@@ -20,6 +20,7 @@ from pipar_jax.disk.event_log import OnEvent
 from pipar_jax.disk.json_text import JsonObject, plain
 from pipar_jax.errors import Interrupted, PiparError, RunError
 from pipar_jax.methods.resolution import check_plan
+from pipar_jax.protocol.values import SIGNATURE
 from pipar_jax.report.environment import add_platform
 from pipar_jax.report.sinks import Sinks
 from pipar_jax.roles.admission import describe
@@ -33,7 +34,7 @@ from pipar_jax.roles.run_folder import Record, RunFolder
 from pipar_jax.roles.run_log import RunLog
 from pipar_jax.roles.stop_rule import StopRule
 from pipar_jax.runtime.host import Host
-from pipar_jax.runtime.setup import build_model, channel_options, set_precision
+from pipar_jax.runtime.setup import channel_options, fit, set_precision
 from pipar_jax.schedule.plan import COORDINATOR, Plan
 from pipar_jax.training.checkpoint import WEIGHTS
 from stages import Model
@@ -86,8 +87,7 @@ def run_server(
         if data is None
         else datasets.admit(data, "test", COORDINATOR)
     )
-    network = model or build_model(config, dataset.input_shape, dataset.classes)
-    datasets.check_fits(dataset, network.classes, network.input_shape, COORDINATOR)
+    network = fit(config, model, dataset, COORDINATOR)
     if not script:
         check_plan(config, network.unit_names)  # a network of the user is known only here
     early: list[JsonObject] = []
@@ -284,9 +284,8 @@ def _facts(model: Model, dataset: Dataset) -> JsonObject:
     return {
         "model": model.name,
         "recipe": model.recipe,
-        "input_shape": list(model.input_shape),
-        "classes": model.classes,
-        "mean": dataset.mean.tolist(),
-        "std": dataset.std.tolist(),
-        "images": dataset.test.images.dtype.name,
+        "signature": SIGNATURE.write(model.signature),
+        "mean": None if dataset.mean is None else dataset.mean.tolist(),
+        "std": None if dataset.std is None else dataset.std.tolist(),
+        "stored": dataset.test.x.dtype.name,
     }

@@ -167,6 +167,8 @@ def survey(config: Config, model: Model, members: Membership, samples: Sequence[
         codecs=codecs,
         window_bytes=config.pipeline.window_mb * 1e6,
         weight_ratio=weight_ratio(config.aggregation.codec, codecs),
+        target_bytes=tuple(one.nbytes for one in model.signature.targets.values()),
+        side_bytes={name: one.nbytes for name, one in model.signature.sides.items()},
     )
     return Surveyed(profile, references)
 

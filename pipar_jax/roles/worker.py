@@ -16,6 +16,7 @@ from comms.link.pending_connection import CutShortError
 from pipar_jax import data as datasets
 from pipar_jax.config import Config
 from pipar_jax.data import Dataset, Loader, Prefetcher
+from pipar_jax.data.augmentation import find_augmentation
 from pipar_jax.errors import JoinError, PeerError, PiparError, ProtocolError
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.protocol import messages, registry
@@ -34,7 +35,7 @@ from pipar_jax.roles.rejoin import persist
 from pipar_jax.roles.survey import Respondent
 from pipar_jax.runtime import exchanges, trace_rows, unit_state
 from pipar_jax.runtime.host import Host
-from pipar_jax.runtime.setup import build_model, channel_options, set_precision
+from pipar_jax.runtime.setup import build_model, channel_options, fit, set_precision
 from pipar_jax.runtime.state_files import StateTag
 from pipar_jax.runtime.unit_state import States
 from pipar_jax.schedule.actions import (
@@ -95,15 +96,14 @@ def run_device(
     dataset = (
         datasets.load_device(config, index) if data is None else datasets.admit(data, "train", name)
     )
-    network = model or build_model(config, dataset.input_shape, dataset.classes)
-    datasets.check_fits(dataset, network.classes, network.input_shape, name)
+    network = fit(config, model, dataset, name)
     loader = Loader(
         dataset.train,
         None,
         config.data.batch_size,
         seed=config.seed,
         device=index,
-        augment=config.data.augment,
+        augment=find_augmentation(config.data.augment),
         mean=dataset.mean,
         std=dataset.std,
         drop_last=config.data.drop_last,
@@ -514,12 +514,12 @@ class Worker:
 
     def _take_model(self, said: messages.ModelFacts) -> None:
         try:
-            model = self._model or build_model(self._config, said.input_shape, said.classes)
+            model = build_model(self._config, said.signature, self._model)
         except Exception as error:
             raise ProtocolError(
-                f"{long_name(COORDINATOR)} sent 'model' with samples {list(said.input_shape)} of "
-                f"{said.classes} classes, for which {self._config.model.name} cannot be made: "
-                f"{error}"
+                f"{long_name(COORDINATOR)} sent 'model' with samples {said.signature} of "
+                f"{said.signature.classes} classes, for which {self._config.model.name} cannot be "
+                f"made: {error}"
             ) from error
         if self._host is None:
             self._start(model)

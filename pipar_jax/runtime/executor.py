@@ -5,20 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 from jax.typing import DTypeLike
 
 from comms import Message, PeerLost, Role, Tag
-from comms.arrays import Array
 from pipar_jax.errors import RunError
 from pipar_jax.runtime.completion import Work
 from pipar_jax.runtime.link_table import LinkTable
 from pipar_jax.runtime.memory import Ledger, array_bytes
 from pipar_jax.runtime.metrics import Meter
+from pipar_jax.runtime.sample_store import Batches, BesideTensor, MicroBatchSlice, SampleStore
 from pipar_jax.runtime.transfer import OutgoingTensor, open_parcel
 from pipar_jax.schedule.actions import (
     ALL,
@@ -37,31 +36,8 @@ from pipar_jax.schedule.plan import Boundary
 from pipar_jax.schedule.rounds import RoundSchedule
 from pipar_jax.schedule.trace import Timed
 from pipar_jax.training.replica import Replica
-from stages import MicroBatchContext
+from stages import MicroBatchContext, Model
 from stages.trees import PyTree
-
-
-class Batches(Protocol):
-    """A source of a device's mini-batches, such as ``pipar_jax.data.Prefetcher``."""
-
-    def get(self, step: int) -> tuple[Array, Array]:
-        """Returns samples [batch, …] and labels [batch] int32 of a step."""
-
-
-class MicroBatchSlice(NamedTuple):
-    """A micro-batch's position in its mini-batch.
-
-    Attributes:
-      before: Samples before it.
-      samples: Samples in it.
-      parts: Micro-batches in the mini-batch.
-      batch_samples: Samples in the mini-batch.
-    """
-
-    before: int
-    samples: int
-    parts: int
-    batch_samples: int
 
 
 class Executor:
@@ -73,13 +49,14 @@ class Executor:
       program: The host's program under the run's plan.
       replicas: The weights here by (device, stage); (ALL, stage) where devices share a copy.
       link_table: The host's links.
+      model: The whole model.
       batches: The device's data, if this host is a device.
       meter: Receives loss and accuracy.
       record: Receives timed sends and receives.
       ledger: Counts the bytes held between actions, without weights.
       duration_s: Least seconds of (action, samples) on this host; 0 for its real duration.
       seed: Root seed of the run.
-      dtype: The dtype of samples and scalars.
+      dtype: The dtype that samples and scalars are computed in.
     """
 
     def __init__(
@@ -88,6 +65,7 @@ class Executor:
         replicas: Mapping[tuple[int, int], Replica],
         link_table: LinkTable,
         *,
+        model: Model,
         batches: Batches | None,
         meter: Meter,
         record: Callable[[Timed], None],
@@ -98,17 +76,16 @@ class Executor:
     ) -> None:
         self._host, self._program = program.host, program
         self._replicas, self._link_table = replicas, link_table
-        self._batches, self._meter, self._record = batches, meter, record
+        self._meter, self._record = meter, record
         self._ledger = ledger
         self._duration_s, self._seed, self._dtype = duration_s, np.uint32(seed), np.dtype(dtype)
         self._schedule: RoundSchedule | None = None
         self._attempt = 0
         self._cohort: tuple[int, ...] = ()
         self._arrived: dict[Action, Message] = {}
-        self._labels: dict[tuple[int, int, int], Array] = {}
+        self._samples = SampleStore(program, model, batches, ledger, dtype)
         self._values: dict[Action, jax.Array] = {}
         self._residuals: dict[tuple[int, int, int, int], tuple[PyTree, int]] = {}
-        self._mini_batches: dict[tuple[int, int], tuple[Array, Array]] = {}
         # Bytes of unsent tensors, by the send: a lost link does not report them as sent.
         self._leaving: dict[Action, int] = {}
         self._dispatched_s = 0.0
@@ -139,17 +116,14 @@ class Executor:
             self._ledger.drop(self._values.pop(action).nbytes)
         for key in [one for one in self._residuals if gone(one[1])]:
             self._ledger.drop(self._residuals.pop(key)[1])
-        tables: tuple[dict[Any, Any], ...] = self._labels, self._mini_batches
-        for table in tables:
-            for at in [one for one in table if gone(one[0])]:
-                del table[at]
+        self._samples.forget(place)
         for action in [one for one in list(self._leaving) if gone(one.device)]:
             self._ledger.drop(self._leaving.pop(action, 0))
 
     @property
     def holds(self) -> int:
-        """Number of held tensors, residuals and labels of micro-batches."""
-        tables = (self._arrived, self._labels, self._values, self._residuals, self._leaving)
+        """Number of held tensors, residuals, side inputs and targets of micro-batches."""
+        tables = (self._arrived, self._samples, self._values, self._residuals, self._leaving)
         return sum(len(one) for one in tables)
 
     @property
@@ -173,7 +147,8 @@ class Executor:
         """Stores an arrived tensor.
 
         Returns:
-          The receive that is now complete, or None while its labels or its activation are missing.
+          The receive that is now complete, or None while its activation, or a target or side input
+          that comes beside it, is missing.
 
         Raises:
           RunError: The tensor does not belong to this host's schedule.
@@ -183,20 +158,16 @@ class Executor:
         self._check(message, tag)
         kind = RECEIVE_BACKWARD if tag.role == Role.COTANGENT else RECEIVE_FORWARD
         action = Action(tag.stage, kind, tag.device, tag.step, tag.micro_batch)
-        if tag.role == Role.LABEL:
-            # A copy: labels are tiny and may be needed longer than their buffer should live.
-            self._labels[tag.device, tag.step, tag.micro_batch] = np.array(message.array)
-            message.release()
+        if tag.role in (Role.LABEL, Role.SIDE):
+            self._samples.receive(message, tag)
         else:
             self._arrived[action] = message
             self._ledger.hold(message.nbytes)
             self._record(
                 Timed(action, message.first_byte_s, message.received_s, message.nbytes, tag.samples)
             )
-        if kind == RECEIVE_FORWARD and self._program.labels_travel(tag.device):
-            complete = action in self._arrived and (
-                (tag.device, tag.step, tag.micro_batch) in self._labels
-            )
+        if kind == RECEIVE_FORWARD:
+            complete = action in self._arrived and self._samples.is_complete(action)
             return action if complete else None
         return action
 
@@ -213,7 +184,8 @@ class Executor:
         operation = self._operation(action)
         x, release = self._input(action, operation, part)
         replica = self.replica(action.device, action.stage)
-        y, residuals = replica.forward(x, self._draw(action, part))
+        sides = self._samples.sides(action, part, replica.stage.sides)
+        y, residuals = replica.forward(x, self._draw(action, part), sides)
         kept_bytes = array_bytes(residuals)
         self._residuals[_key(action)] = residuals, kept_bytes
         # Now owned by the backward: the input, if kept (else it is released), and the result.
@@ -234,14 +206,13 @@ class Executor:
             return self._work(action, y, part.samples, passed)
         boundary = operation.target
         parcel = OutgoingTensor(y, operation.codec)
-        labels = None
-        if self._program.labels_travel(action.device):
-            labels = self._take_labels(action, part)
+        beside = self._samples.outgoing(action, part)
+        self._samples.drop(action)
 
         def then() -> None:
             release()
             self._ledger.drop(x_bytes)
-            self._send_up(action, boundary, part, parcel, labels, y_bytes)
+            self._send_up(action, boundary, part, parcel, beside, y_bytes)
 
         return self._work(action, parcel.ready, part.samples, then)
 
@@ -249,9 +220,11 @@ class Executor:
         part = self.part(action)
         operation = self._operation(action)
         x, release = self._input(action, operation, part)
-        labels = self._take_labels(action, part)
         replica = self.replica(action.device, action.stage)
-        metrics, cotangent = replica.loss(x, jax.device_put(labels), self._draw(action, part))
+        sides = self._samples.sides(action, part, replica.stage.sides)
+        targets = self._samples.targets(action, part)
+        self._samples.drop(action)
+        metrics, cotangent = replica.loss(x, targets, self._draw(action, part), sides)
         x_bytes = x.nbytes
         parcel = self._keep_cotangent(action, operation, cotangent)
 
@@ -288,7 +261,7 @@ class Executor:
         replica = self.replica(action.device, action.stage)
         probe = replica.update(self._gradient_scale(action))
         replica.step = action.step + 1
-        self._mini_batches.pop((action.device, action.step - 1), None)
+        self._samples.step_over(action.device, action.step - 1)
         devices = self._program.plan.devices
         last = action.stage == devices[max(action.device, 0)].stages - 1
         served = range(len(devices)) if action.device == ALL else (action.device,)
@@ -311,8 +284,7 @@ class Executor:
     ) -> tuple[jax.Array, Callable[[], None]]:
         """Returns a stage's input and a callback for when it has been consumed."""
         if action.stage == 0:
-            whole, _ = self._mini_batch(action)
-            x = jax.device_put(whole[part.before : part.before + part.samples])
+            x = self._samples.x(action, part)
             self._ledger.hold(x.nbytes)
             return x, _nothing
         return self._taken(action, operation)
@@ -330,23 +302,6 @@ class Executor:
         array = open_parcel(message)
         self._ledger.hold(array.nbytes - message.nbytes)
         return array, message.release
-
-    def _mini_batch(self, action: Action) -> tuple[Array, Array]:
-        """Returns the device's samples and labels of a step."""
-        key = action.device, action.step
-        if key not in self._mini_batches:
-            assert self._batches is not None, f"{self._host} has no data for {action}"
-            x, labels = self._batches.get(action.step)
-            self._mini_batches[key] = x.astype(self._dtype, copy=False), labels
-        return self._mini_batches[key]
-
-    def _take_labels(self, action: Action, part: MicroBatchSlice) -> Array:
-        """Returns a micro-batch's labels: the device's own, or those that arrived with it."""
-        if self._batches is not None and self._program.is_first(action.device):
-            _, labels = self._mini_batch(action)
-            own: Array = labels[part.before : part.before + part.samples]
-            return own
-        return self._labels.pop((action.device, action.step, action.micro_batch))
 
     def _draw(self, action: Action, part: MicroBatchSlice) -> MicroBatchContext:
         """Returns the scalars of a micro-batch, so that draws depend neither on cuts nor on N."""
@@ -410,16 +365,18 @@ class Executor:
         boundary: Boundary,
         part: MicroBatchSlice,
         parcel: OutgoingTensor,
-        labels: Array | None,
+        beside: Sequence[BesideTensor],
         over_bytes: int,
     ) -> None:
-        """Sends an activation, behind its labels, to the host of the next stage."""
+        """Sends an activation, behind targets and side inputs, to the host of the next stage."""
         above = action.stage + 1
         tag = self._tag(Role.ACTIVATION, action, above, part)
-        if labels is not None:
-            link = self._link_table.link_for(boundary)
+        link = self._link_table.link_for(boundary)
+        for role, entry, array in beside:
             with contextlib.suppress(PeerLost):  # see _send
-                link.send(dataclasses.replace(tag, role=Role.LABEL), np.ascontiguousarray(labels))
+                link.send(
+                    dataclasses.replace(tag, role=role, entry=entry), np.ascontiguousarray(array)
+                )
         self._send(boundary, tag, action._replace(kind=SEND_FORWARD), parcel, over_bytes)
 
     def _send_down(

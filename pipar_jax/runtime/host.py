@@ -31,13 +31,14 @@ from pipar_jax.protocol.registry import ControlMessage
 from pipar_jax.protocol.values import Memory
 from pipar_jax.runtime import exchanges, memory, migration, undo, unit_state
 from pipar_jax.runtime.completion import Completion, Work
-from pipar_jax.runtime.executor import Batches, Executor
+from pipar_jax.runtime.executor import Executor
 from pipar_jax.runtime.link_table import LinkTable
 from pipar_jax.runtime.metrics import Meter
 from pipar_jax.runtime.node_averaging import Averaging
 from pipar_jax.runtime.observations import Observer
 from pipar_jax.runtime.precompile import BackgroundCompiler, compile_plan
 from pipar_jax.runtime.recorder import Recorder
+from pipar_jax.runtime.sample_store import Batches
 from pipar_jax.runtime.state_files import StateFiles, StateTag
 from pipar_jax.runtime.transfer import compile_codecs
 from pipar_jax.runtime.unit_state import Key, States, UnitState, Wanted
@@ -428,7 +429,7 @@ class Host:
         self._feeder = StepFeeder(self._program, self._dispatcher, self._demand_of)
         self._executor = Executor(
             self._program, self._replicas, self.link_table,
-            batches=self._batches, meter=self._meter, record=self.recorder.add,
+            model=self._model, batches=self._batches, meter=self._meter, record=self.recorder.add,
             ledger=self._ledger, duration_s=self._duration_s,
             seed=self._config.seed, dtype=self._config.model.dtype,
         )  # fmt: skip

@@ -154,11 +154,21 @@ class _ModelSizes:
         cut = stages.split(self._model, cuts, rematerialise=self._rematerialise)
         stage = cut[1 if units.start else 0]
         x = self._model.shapes(samples)[units.start]
-        entering = 0 if stage.is_first else tree_bytes(x)
+        beside = {name for unit in self._model.units[units.start :] for name in unit.sides}
+        entering = (
+            0
+            if stage.is_first
+            else tree_bytes(x)
+            + tree_bytes(
+                [self._model.target_shapes(samples)]
+                + [self._model.side_shapes(samples)[name] for name in sorted(beside)]
+            )
+        )
+        sides = stage.side_shapes(self._model, samples)
         if stage.is_last:  # what it keeps is among XLA's temporaries
             return StageSizes(entering, 0, 0)
         draw = make_draw(samples)
-        y, residuals = stage.forward_shapes(*self._variables(units), x, draw)
+        y, residuals = stage.forward_shapes(*self._variables(units), x, draw, sides)
         return StageSizes(entering, tree_bytes(residuals), tree_bytes(y))
 
     def _variables(self, units: range) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
@@ -242,15 +252,15 @@ def temporary_bytes(model: Model, replicas: Iterable[Replica], sizes: Iterable[i
         start = model.unit_names.index(stage.unit_names[0])
         for size in sizes:
             x, draw = model.shapes(size)[start], make_draw(size)
+            sides = stage.side_shapes(model, size)
             if stage.is_last:
-                y = model.shapes(size)[-1]
-                labels = jax.ShapeDtypeStruct(y.shape[:-1], np.dtype(np.int32))  # type: ignore
+                targets = model.target_shapes(size)
                 lowered.append(
-                    stage.programs.loss.lower(params, state, x, labels, draw, params, {}, fixed)
+                    stage.programs.loss.lower(params, state, x, targets, draw, params, sides, fixed)
                 )
                 continue
-            y, residuals = stage.forward_shapes(params, state, x, draw)
-            lowered.append(stage.programs.forward.lower(params, state, x, draw, {}, fixed))
+            y, residuals = stage.forward_shapes(params, state, x, draw, sides)
+            lowered.append(stage.programs.forward.lower(params, state, x, draw, sides, fixed))
             lowered.append(stage.programs.backward.lower(params, residuals, y, params, fixed))
         for one in lowered:
             analysis = one.compile().memory_analysis()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import stages
 from comms import ChannelOptions, TlsOptions
 from pipar_jax.config import Config, ModelConfig, NetworkConfig
 from pipar_jax.config.plugins import OWN
-from pipar_jax.errors import RunError
+from pipar_jax.data import Dataset, check_fits
 from pipar_jax.runtime.own_model import make_own
+from stages.signature import Signature
 
 if TYPE_CHECKING:
     from stages import Model
@@ -28,40 +28,60 @@ def set_precision(config: ModelConfig) -> None:
         jax.config.update("jax_enable_x64", True)  # type: ignore[no-untyped-call]
 
 
-def build_model(config: Config, input_shape: Sequence[int], classes: int) -> Model:
-    """Returns the configured model for samples of a shape and a number of classes.
+def build_model(config: Config, signature: Signature, model: Model | None = None) -> Model:
+    """Returns the configured model for samples of a signature.
+
+    Args:
+      config: The configuration.
+      signature: Shapes and dtypes of a sample.
+      model: The model, if not the configured one.
 
     Raises:
       RunError: The user's own network cannot be made.
       StageError: It cannot be trained or cut.
     """
+    if model is not None:
+        return model.receiving(signature.targets)
     if config.model.name.startswith(OWN):
-        own = make_own(config.model, input_shape, classes, whole=config.method == "fl")
-        return as_trained(config, own)
-    model = stages.build(
+        own = make_own(config.model, signature, whole=config.method == "fl")
+        return as_trained(config, own).receiving(signature.targets)
+    made = stages.build(
         config.model.name,
-        input_shape=tuple(input_shape),
-        classes=classes,
+        input_shape=signature.input.shape,
+        classes=signature.classes,
         norm=config.model.norm,
         stem=config.model.stem,
         dtype=config.model.dtype,
     )
-    return as_trained(config, model)
+    return as_trained(config, made).receiving(signature.targets)
+
+
+def fit(config: Config, model: Model | None, dataset: Dataset, host: str) -> Model:
+    """Returns the model for the data of a host, which are checked against it.
+
+    Args:
+      config: The configuration.
+      model: The model, if not the configured one.
+      dataset: The host's data.
+      host: The host's name, for messages.
+
+    Raises:
+      DataError: The data do not fit the model.
+      RunError: The user's own network cannot be made.
+      StageError: It cannot be trained or cut.
+    """
+    made = build_model(config, dataset.signature(config.model.dtype), model)
+    check_fits(dataset, made.signature, host)
+    return made
 
 
 def as_trained(config: Config, model: Model) -> Model:
     """Returns a model whose weights that are not to be trained are frozen.
 
     Raises:
-      RunError: It takes side inputs, which runs do not support, or a pattern of
-        ``optimizer.groups`` matches no weight.
+      RunError: A pattern of ``optimizer.groups`` matches no weight.
       StageError: No weight matches ``model.trainable``.
     """
-    if model.sides:
-        raise RunError(
-            f"model {model.name!r} takes the side inputs {sorted(model.sides)}, but a run supports "
-            "a single input: compute them in the network from its input, before the first cut"
-        )
     if config.model.trainable:
         model = model.training(config.model.trainable, config.seed)
     if config.optimizer.groups:

@@ -9,7 +9,8 @@ its result, its weights and its limits. The round defines which device holds a p
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 from pipar_jax.schedule.actions import (
     ALL,
@@ -75,6 +76,44 @@ class Operation:
     limited: bool
 
 
+class Beside(NamedTuple):
+    """What crosses a boundary beside an activation, in this order.
+
+    Attributes:
+      targets: Whether the targets do: the last stage is on another host than the data.
+      sides: Names of the side inputs that do: those that a stage above the boundary names on
+        another host than the one with the data.
+    """
+
+    targets: bool = False
+    sides: tuple[str, ...] = ()
+
+
+def find_beside(
+    plan: Plan, place: int, below: int, unit_sides: Sequence[Collection[str]]
+) -> Beside:
+    """Returns what crosses a boundary beside a place's activations.
+
+    Targets and side inputs go up the chain from host to host, each once.
+
+    Args:
+      plan: The plan.
+      place: The place.
+      below: Stage below the boundary.
+      unit_sides: For each unit of the model the names of its side inputs.
+    """
+    one = plan.devices[place]
+    hosts = [plan.host(place, stage) for stage in range(one.stages)]
+    names = {
+        name
+        for stage in range(below + 1, one.stages)
+        if hosts[stage] != hosts[0]
+        for unit in plan.units(place, stage, len(unit_sides))
+        for name in unit_sides[unit]
+    }
+    return Beside(hosts[0] != hosts[-1], tuple(sorted(names)))
+
+
 class HostProgram:
     """A host's operations under a plan.
 
@@ -129,10 +168,6 @@ class HostProgram:
           KeyError: The host performs no such computation.
         """
         return self._operations[place, stage, kind]
-
-    def labels_travel(self, place: int) -> bool:
-        """Returns whether labels leave the device: the last stage is on another host."""
-        return self._hosts[place][0] != self._hosts[place][-1]
 
     def is_first(self, place: int) -> bool:
         """Returns whether the host runs the first stage of a place's chain: it has the samples."""

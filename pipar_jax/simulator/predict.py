@@ -20,14 +20,13 @@ from pipar_jax.schedule.actions import (
     UPDATE,
     ActionKind,
 )
+from pipar_jax.schedule.host_program import Beside, find_beside
 from pipar_jax.schedule.plan import COORDINATOR, Order, Plan, device_name, is_node, node_name
 from pipar_jax.schedule.rounds import RoundSchedule, rounds
 from pipar_jax.schedule.trace import Trace
 from pipar_jax.simulator import Costs, LinkModel, Prediction
 from pipar_jax.simulator import simulate as simulate_round
 
-#: Bytes of a label on the wire.
-LABEL_BYTES = 4
 _RAW = CodecProfile()
 
 
@@ -130,10 +129,22 @@ class StageCosts:
         """Returns the bytes of the activation, and of the cotangent, at a cut, before coding."""
         return self.profile.units[cut - 1].output_bytes * samples
 
-    def up_bytes(self, cut: int, samples: int, codec: str) -> float:
-        """Returns the bytes of a micro-batch's activation and labels on the wire."""
+    def up_bytes(self, cut: int, samples: int, codec: str, beside: Beside | None = None) -> float:
+        """Returns the bytes of a micro-batch's activation, targets and side inputs on the wire.
+
+        Args:
+          cut: The cut.
+          samples: Samples in the micro-batch.
+          codec: Codec of the activation.
+          beside: What crosses with it; None: all that units above the cut need.
+        """
+        if beside is None:
+            above = self.profile.units[cut:]
+            beside = Beside(True, tuple(sorted({name for unit in above for name in unit.sides})))
+        crossing = [self.profile.side_bytes[name] for name in beside.sides]
+        crossing += self.profile.target_bytes if beside.targets else ()
         payload = self.cut_bytes(cut, samples) * self.codec(codec).ratio
-        return payload + LABEL_BYTES * samples + 2 * HEADER_BYTES
+        return payload + sum(crossing) * samples + (1 + len(crossing)) * HEADER_BYTES
 
     def down_bytes(self, cut: int, samples: int, codec: str) -> float:
         """Returns the bytes of a micro-batch's cotangent on the wire."""
@@ -147,6 +158,7 @@ class StageCosts:
         """Returns the costs for the simulator."""
         count = len(self.profile.units)
         bounds = [(0, *one.cuts, count) for one in plan.devices]
+        sides = [unit.sides for unit in self.profile.units]
 
         def compute_s(device: int, stage: int, kind: ActionKind, samples: int) -> float:
             device = 0 if device == ALL else device
@@ -176,7 +188,8 @@ class StageCosts:
             chain = plan.devices[device]
             if kind == SEND_FORWARD:
                 codec = chain.codecs[stage].activation
-                return self.up_bytes(chain.cuts[stage], samples, codec)
+                beside = find_beside(plan, device, stage, sides)
+                return self.up_bytes(chain.cuts[stage], samples, codec, beside)
             if kind == SEND_BACKWARD:
                 codec = chain.codecs[stage - 1].cotangent
                 return self.down_bytes(chain.cuts[stage - 1], samples, codec)

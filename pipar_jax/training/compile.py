@@ -199,6 +199,7 @@ def _functions(model: Model, replica: Replica, samples: int) -> Mapping[ActionKi
     stage, (first, last) = replica.stage, units_of(replica)
     shapes = model.shapes(samples)
     x = _ones(shapes[model.unit_names.index(first)])
+    sides = {name: _ones(one) for name, one in stage.side_shapes(model, samples).items()}
     above = shapes[model.unit_names.index(last) + 1]
     dtype = above.dtype if jnp.issubdtype(above.dtype, jnp.floating) else jnp.float32
     draw = make_draw(samples)._replace(inverse_batch=np.dtype(dtype).type(1.0 / samples))
@@ -207,15 +208,15 @@ def _functions(model: Model, replica: Replica, samples: int) -> Mapping[ActionKi
     held: dict[str, PyTree] = {}
 
     def run_last() -> float:
-        labels = jnp.zeros(above.shape[:-1], jnp.int32)
+        targets = jax.tree.map(_zeros, model.target_shapes(samples))
         seconds, results = _timed(
-            stage.loss, replica.params, replica.state, x, labels, draw, replica.accumulated
+            stage.loss, replica.params, replica.state, x, targets, draw, replica.accumulated, sides
         )
         replica.accumulated = results[2]
         return seconds
 
     def run_forward() -> float:
-        seconds, results = _timed(stage.forward, replica.params, replica.state, x, draw)
+        seconds, results = _timed(stage.forward, replica.params, replica.state, x, draw, sides)
         held["residuals"] = results[1]
         return seconds
 
@@ -244,3 +245,8 @@ def _update(replica: Replica) -> _Run:
 def _ones(shape: Any) -> jax.Array:
     """Returns ones, since processors may be faster with zeros than with data."""
     return jax.block_until_ready(jnp.ones(shape.shape, shape.dtype))  # type: ignore
+
+
+def _zeros(shape: Any) -> jax.Array:
+    """Returns zeros of an abstract shape, on the device."""
+    return jax.block_until_ready(jnp.zeros(shape.shape, shape.dtype))  # type: ignore

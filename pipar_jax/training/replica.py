@@ -14,7 +14,7 @@ from pipar_jax.schedule.keep import Keep
 from pipar_jax.training import optimizer
 from pipar_jax.training.optimizer import CompiledOptimizer
 from stages import MicroBatchContext, Stage
-from stages.trees import OptState, PyTree
+from stages.trees import Arrays, OptState, PyTree, Targets
 
 Variables = dict[str, dict[str, jax.Array]]
 
@@ -195,9 +195,11 @@ class Replica:
         """Sets the optimiser's anchor to the current weights at the start of a round (FedProx)."""
         self.opt_state = optimizer.anchor(self.opt_state, self.params)
 
-    def forward(self, x: jax.Array, draw: MicroBatchContext) -> tuple[jax.Array, PyTree]:
+    def forward(
+        self, x: jax.Array, draw: MicroBatchContext, sides: Arrays
+    ) -> tuple[jax.Array, PyTree]:
         """Returns the activation [micro-batch, …] and the residuals of a micro-batch."""
-        y, residuals, self.state = self.stage.forward(self.params, self.state, x, draw)
+        y, residuals, self.state = self.stage.forward(self.params, self.state, x, draw, sides)
         return y, residuals
 
     def backward(self, residuals: PyTree, cotangent: jax.Array) -> jax.Array:
@@ -211,11 +213,11 @@ class Replica:
         return given
 
     def loss(
-        self, x: jax.Array, labels: jax.Array, draw: MicroBatchContext
+        self, x: jax.Array, targets: Targets, draw: MicroBatchContext, sides: Arrays
     ) -> tuple[dict[str, jax.Array], jax.Array | None]:
         """Runs the last stage on a micro-batch: metrics, and the input's cotangent if any."""
         metrics, cotangent, self.accumulated, self.state = self.stage.loss(
-            self.params, self.state, x, labels, draw, self.accumulated
+            self.params, self.state, x, targets, draw, self.accumulated, sides
         )
         return metrics, cotangent
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from pipar_jax.cost_model.costs import LinkModel
 from pipar_jax.cost_model.memory import StageSizes, find_need
-from pipar_jax.cost_model.profile import UnitFacts
+from pipar_jax.cost_model.profile import Profile
 from pipar_jax.schedule.actions import (
     BACKWARD,
     FORWARD,
@@ -139,7 +139,7 @@ def memory_bytes(stages: StageCosts, plan: Plan) -> dict[str, int]:
     profile = stages.profile
     samples = [one.samples for one in profile.devices]
     window = int(profile.window_bytes or sys.maxsize // 4)
-    sizes = _ProfileSizes(profile.units)
+    sizes = _ProfileSizes(profile)
 
     def keeps(copy: int) -> Keep:
         """Returns nothing: a profile does not say whether devices may be lost."""
@@ -170,8 +170,10 @@ def excess(stages: StageCosts, plan: Plan) -> str | None:
 class _ProfileSizes:
     """The bytes of a profile's units; see ``cost_model.memory.Sizes``."""
 
-    def __init__(self, facts: Sequence[UnitFacts]) -> None:
-        self._facts, self.units = facts, len(facts)
+    def __init__(self, profile: Profile) -> None:
+        self._facts, self.units = profile.units, len(profile.units)
+        self._target_bytes = sum(profile.target_bytes)
+        self._side_bytes = profile.side_bytes
 
     def replica(self, units: range) -> int:
         """Returns the bytes of weights, gradients, statistics and optimiser state."""
@@ -195,7 +197,11 @@ class _ProfileSizes:
 
     def stage(self, units: range, samples: int) -> StageSizes:
         """Returns the bytes of a micro-batch."""
-        x = samples * self._facts[units.start - 1].output_bytes if units.start else 0.0
+        beside = {name for unit in self._facts[units.start :] for name in unit.sides}
+        x = 0.0
+        if units.start:
+            x = samples * self._facts[units.start - 1].output_bytes
+            x += samples * (self._target_bytes + sum(self._side_bytes[name] for name in beside))
         y = samples * self._facts[units.stop - 1].output_bytes
         kept = samples * sum(self._facts[unit].residual_bytes for unit in units)
         if units.stop == self.units:

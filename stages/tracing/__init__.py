@@ -49,7 +49,7 @@ def trace(
       params: A plain function's parameters, a pytree of arrays, or a function from a random key to
         them. Floating-point leaves are weights, all others stay unchanged.
       name: The model's name; by default that of the module or function.
-      classes: Number of classes; by default the size of the output's last axis.
+      classes: Number of classes; by default the size of the output's last axis, 1 without one.
       whole: Whether a network without a cut is also a model, of a single unit (which can be trained
         where it is not cut: method=fl).
 
@@ -82,7 +82,8 @@ def trace(
         for index, (unit, paths) in enumerate(name_units(owners))
     ]  # fmt: skip
     (_, main), *others = inputs.items()
-    found = few.flat.output.aval.shape[-1] if classes is None else classes
+    outputs = few.flat.output.aval.shape[1:]
+    found = (outputs[-1] if outputs else 1) if classes is None else classes
     model = Model(made.name, units, main.shape, found, main.dtype)
     model.sides, model.obstacles = dict(others), obstacles
     model.shapes(1)

@@ -73,10 +73,10 @@ def test_devices_train_on_data_of_their_own(tmp_path: pathlib.Path) -> None:
     for index in range(2):
         # Device 0 lacks the highest class, and none of the two sees the other's file.
         labels = draw.integers(0, 2 + index, 40 + index)
-        images = draw.normal(labels[:, None, None], 0.1, (len(labels), 6, 6))
+        images = draw.normal(labels[:, None, None, None], 0.1, (len(labels), 6, 6, 1))
         np.savez(tmp_path / f"{index}.npz", x_train=images, y_train=labels)
     labels = np.arange(3)
-    images = np.broadcast_to(labels[:, None, None].astype(np.float32), (3, 6, 6))
+    images = np.broadcast_to(labels[:, None, None, None].astype(np.float32), (3, 6, 6, 1))
     np.savez(tmp_path / "test.npz", x_test=images, y_test=labels)
     own = [
         f"--config.data.source=npz:{tmp_path}/{{device}}.npz",

@@ -35,9 +35,9 @@ def test_every_setting_resolves_and_has_its_data(tmp_path: Path) -> None:
         assert (config.devices.defaults.slowdown == 1.0) == (setting.devices == 1)
         batch = setting.network.batch
         simulator_settings.write_data(tmp_path, batch)
-        train = load_own(config.data.source, 0, part="train").train
-        assert len(train.images) == simulator_settings.STEPS * batch
-        assert train.images.dtype == np.uint8
+        train = load_own(config.data.source, 0, config.data, part="train").train
+        assert len(train.x) == simulator_settings.STEPS * batch
+        assert train.x.dtype == np.uint8
 
 
 @pytest.mark.soak

@@ -16,7 +16,7 @@ from pipar_jax.protocol.values import (
     Address,
     Count,
     Place,
-    Shape,
+    Sampled,
     Words,
 )
 from pipar_jax.protocol.wire_fields import Free, Many, Table, Text, Truth, Whole
@@ -49,16 +49,14 @@ class JoinDevice(Join):
     Attributes:
       samples: Number of samples per epoch.
       steps: Number of steps per epoch.
-      input_shape: Shape of a sample.
-      classes: Number of classes.
+      signature: Shapes and dtypes of its samples.
       units: Dtype and shape of the variables of each unit.
       fingerprint: What tells its samples from others.
     """
 
     samples: Annotated[int, Whole(0, 2**53)]
     steps: Annotated[int, Whole(0, 2**53)]
-    input_shape: Shape
-    classes: Count
+    signature: Sampled
     units: Annotated[dict[str, dict[str, str]], _VARIABLES]
     fingerprint: Annotated[str, Text(64)]
 
@@ -89,10 +87,9 @@ class Refused(ControlMessage):
 
 @message("model", Sender.COORDINATOR)
 class ModelFacts(ControlMessage):
-    """Shape and classes of samples, for a node, which has none."""
+    """Shapes and dtypes of samples, for a node, which has none."""
 
-    input_shape: Shape
-    classes: Annotated[int, Whole(1)]
+    signature: Sampled
 
 
 @message("meet", Sender.COORDINATOR)

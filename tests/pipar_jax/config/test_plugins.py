@@ -30,6 +30,7 @@ from pipar_jax.report.sinks import Sinks
 from pipar_jax.roles.selection import Candidate, CohortChooser
 from pipar_jax.runtime.setup import build_model
 from pipar_jax.training import optimizer
+from stages.signature import Signature
 from tests import sources
 
 #: What somebody's function may do, by its name in the module below, and what is told of it.
@@ -152,7 +153,7 @@ def _unit(name: str, folder: pathlib.Path) -> None:
 def _network(name: str, folder: pathlib.Path) -> None:
     config = digits.get_config()
     config.model.name = f"module:users_own:{name}"
-    build_model(resolve(config), (8, 8, 1), 10)
+    build_model(resolve(config), Signature.labelled((8, 8, 1), 10))
 
 
 def _traced(name: str, folder: pathlib.Path) -> None:

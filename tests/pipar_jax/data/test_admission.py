@@ -19,16 +19,18 @@ import pipar_jax
 import stages
 from configs import digits
 from pipar_jax import data
-from pipar_jax.config import Config
-from pipar_jax.data import Dataset, Split
+from pipar_jax.config import Config, DataConfig
+from pipar_jax.data import Dataset, Examples
 from pipar_jax.errors import ConfigError, DataError, RunError
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.roles.server import run_server
 from pipar_jax.roles.worker import run_device
+from stages.signature import Signature
 from tests.conftest import Within
 from tests.pipar_jax.runtime import support
 
 SHAPE = (4, 4, 1)
+SIGNATURE = Signature.labelled(SHAPE, 3)
 
 
 def arrays(part: str, **changes: Any) -> dict[str, Any]:
@@ -46,28 +48,26 @@ def arrays(part: str, **changes: Any) -> dict[str, Any]:
 def dataset(part: str, **changes: Any) -> Dataset:
     """The same as a program hands it over."""
     made = arrays(part, **changes)
-    split = Split(made[f"x_{part}"], made[f"y_{part}"])
-    empty = Split(np.zeros((0, *SHAPE), np.float32), np.zeros(0, np.int32))
+    split = Examples.of(made[f"x_{part}"], made[f"y_{part}"])
+    empty = Examples.of(np.zeros((0, *SHAPE), np.float32), np.zeros(0, np.int32))
     train, test = (split, empty) if part == "train" else (empty, split)
     mean, std = made["mean"], made["std"]
-    return Dataset("mine", train, test, made["classes"], SHAPE, mean, std)
+    return Dataset("mine", train, test, made["classes"], mean, std)
 
 
 #: What is wrong, and the words that say so, at every entry.
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"y": np.array([0, 1, 2, 0, 1, -1])}, "label -1 is negative"),
     ({"y": np.array([0, 1, 2, 0, 1, 3])}, "label 3 is out of range for classes=3"),
-    ({"y": np.array([0, 1, 2, 0, 1, 2**32])}, "label 4294967296 exceeds 32 bits"),
-    ({"y": np.array([0, 1, 2])}, r"labels must be \[6\] whole numbers, one per image"),
-    ({"y": np.full(6, 1.0)}, r"labels must be \[6\] whole numbers"),
-    ({"y": np.eye(6, dtype=int)}, r"labels must be \[6\] whole numbers"),
-    ({"y": np.array(["a"] * 6)}, r"labels must be \[6\] whole numbers"),
+    ({"y": np.array([0, 1, 2, 0, 1, 2**32])}, "target y has a number that exceeds 32 bits"),
+    ({"y": np.array([0, 1, 2])}, "target y has 3 samples, expected 6 as input x"),
+    ({"y": np.full(6, 1.0)}, r"labels must be \[6, …\] whole numbers"),
+    ({"y": np.array(["a"] * 6)}, "target y must be numbers"),
     ({"x": np.full((6, *SHAPE), np.nan)}, "not finite"),
     ({"x": np.full((6, *SHAPE), np.inf, np.float32)}, "not finite"),
     ({"x": np.full((6, *SHAPE), 1e300)}, "not finite"),
-    ({"x": np.full((6, *SHAPE), "a")}, "images must be uint8 or float"),
-    ({"x": np.ones((6, *SHAPE), complex)}, "images must be uint8 or float"),
-    ({"x": np.ones((6, 16))}, r"got shape \(6, 16\)"),
+    ({"x": np.full((6, *SHAPE), "a")}, "input x must be numbers"),
+    ({"x": np.ones((6, *SHAPE), complex)}, "input x must be numbers"),
     ({"x": np.ones((6, 4, 0, 1))}, r"got shape \(6, 4, 0, 1\)"),
     (
         {"x": np.ones((0, *SHAPE)), "y": np.ones(0, int)},
@@ -159,19 +159,18 @@ def test_what_is_wrong_is_refused_at_once_and_in_the_same_words(
 
 def test_what_is_right_is_taken_in_the_types_of_training() -> None:
     given = dataset("train", y=np.array([[0], [1], [2], [0], [1], [2]], np.uint64), mean=[0.5])
-    given = dataclasses.replace(given, train=Split(given.train.images[..., 0], given.train.labels))
+    given = dataclasses.replace(given, train=Examples.of(given.train.x, given.train.labels))
     made = data.admit(given, "train", "d0")
-    assert made.train.images.shape == (6, *SHAPE) and made.train.images.dtype == np.float32
-    assert made.train.labels.dtype == np.int32 and made.mean.tolist() == [0.5]
+    assert made.train.x.shape == (6, *SHAPE) and made.train.x.dtype == np.float32
+    assert made.train.labels.shape == (6,) and made.mean.tolist() == [0.5]
     whole = data.admit(dataset("test", x=np.full((6, *SHAPE), 7, np.uint8)), "test", "server")
-    assert whole.test.images.dtype == np.uint8
-    assert whole.normalise(whole.test.images).max() == 7  # a type says nothing about a scale
+    assert whole.test.x.dtype == np.uint8
+    assert whole.normalise(whole.test.x).max() == 7  # a type says nothing about a scale
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"input_shape": (8, 8, 1)}, r"input_shape=\(8, 8, 1\), but its images are \(4, 4, 1\)"),
         ({"classes": 4}, "d0: 'mine' has 4 classes, but 'mine' of server has 3"),
     ],
 )
@@ -184,30 +183,33 @@ def test_datasets_that_contradict_themselves_or_each_other_are_refused(
 
 
 def test_shapes_that_differ_between_hosts_are_refused(tmp_path: pathlib.Path) -> None:
-    small = Split(np.ones((6, 2, 2, 1), np.float32), np.array([0, 1, 2, 0, 1, 2]))
-    odd = dataclasses.replace(dataset("train"), train=small, input_shape=(2, 2, 1))
-    with pytest.raises(DataError, match=r"d0: images of 'mine' are \(2, 2, 1\), but .* server"):
+    small = Examples.of(np.ones((6, 2, 2, 1), np.float32), np.array([0, 1, 2, 0, 1, 2]))
+    odd = dataclasses.replace(dataset("train"), train=small)
+    with pytest.raises(DataError, match=r"d0: input of 'mine' is float32.2, 2, 1., but .* server"):
         pipar_jax.train(_config(tmp_path), data=[odd, dataset("test")])
     for index, edge in enumerate((4, 2)):
-        np.savez(tmp_path / f"{index}.npz", **arrays("train", x=np.ones((6, edge, edge))))
+        np.savez(tmp_path / f"{index}.npz", **arrays("train", x=np.ones((6, edge, edge, 1))))
     np.savez(tmp_path / "test.npz", **arrays("test"))
     config = _config(tmp_path)
     config.devices.count = 2
     config.data.source = f"npz:{tmp_path}/{{device}}.npz"
     config.data.test_source = f"npz:{tmp_path}/test.npz"
-    with pytest.raises(DataError, match=r"d1: images of .* are \(2, 2, 1\)"):
+    with pytest.raises(DataError, match=r"d1: input of .* is float32\[2, 2, 1\]"):
         pipar_jax.train(config)
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("given", [[], [dataset("train")], dataset("train"), 3 * [dataset("test")]])
 def test_another_number_of_datasets_is_refused(given: Any, tmp_path: pathlib.Path) -> None:
-    with pytest.raises(RunError, match="give one per device and the one with the test split last"):
+    with pytest.raises(RunError, match="give one per device and the one for the test last"):
         pipar_jax.train(_config(tmp_path), data=given)
 
 
 def test_what_is_no_dataset_or_no_model_is_refused(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(DataError, match=r"d0: expected a pipar_jax\.data\.Dataset, got ndarray"):
+    with pytest.raises(
+        DataError,
+        match=r"d0: expected a pair \(inputs, targets\) or a pipar_jax\.data\.Dataset, got ndarray",
+    ):
         pipar_jax.train(_config(tmp_path), data=[np.ones(3), dataset("test")])  # type: ignore[list-item]
     with pytest.raises(RunError, match=r"got a Net as model: convert it to a stages\.Model"):
         pipar_jax.train(_config(tmp_path), Net(nnx.Rngs(0)))  # type: ignore[arg-type]
@@ -230,7 +232,7 @@ def test_a_network_that_does_not_fit_digits_is_told_so_within_a_second(
     config = digits.get_config()
     config.run.dir, config.data.cache_dir = str(tmp_path / "runs"), str(tmp_path / "cache")
     data.load(config.data)  # decoded once per machine
-    says = r"images of 'digits' are \(8, 8, 1\), but the model expects"
+    says = r"input of 'digits' is \(8, 8, 1\), but the model expects"
     with within(1.0, time.process_time), pytest.raises(DataError, match=says):
         pipar_jax.train(config, model)
     with pytest.raises(DataError, match=r"classes 0 to 4: build it with classes=10"):
@@ -243,7 +245,7 @@ def test_a_model_with_too_few_classes_is_refused_by_each_role(
     entry: Any, tmp_path: pathlib.Path
 ) -> None:
     config, model = _config(tmp_path), _model(2, SHAPE)
-    with pytest.raises(DataError, match="'mine' has label 2, but the model has classes 0 to 1"):
+    with pytest.raises(DataError, match="'mine' has 3 classes, but the model has classes 0 to 1"):
         if entry is run_device:
             run_device(config, 0, ("127.0.0.1", 1), model=model, data=dataset("train"))
         else:
@@ -264,16 +266,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> pipar_jax.Run:
 @pytest.mark.parametrize(
     ("images", "says"),
     [
-        (np.ones((0, 8, 8, 1), np.float32), "there is no image"),
+        (np.ones((0, 8, 8, 1), np.float32), "there is no sample"),
         ([], r"got shape \(0,\)"),
-        (np.ones((8, 8, 1), np.float32), r"write images\[None\]"),
+        (np.ones((8, 8, 1), np.float32), r"write x\[None\]"),
         (
             np.ones((3, 8, 9, 1), np.float32),
             r"must be \[batch, 8, 8, 1\], got shape \(3, 8, 9, 1\)",
         ),
         (np.ones((3, 64), np.float32), r"got shape \(3, 64\)"),
         (np.full((3, 8, 8, 1), np.nan), "not finite"),
-        (np.full((3, 8, 8, 1), "a"), "uint8 or float"),
+        (np.full((3, 8, 8, 1), "a"), "must be numbers"),
         ([[1.0], [1.0, 2.0]], "not an array"),
         (np.ones((3, 8, 8, 1), np.uint8), "was trained on floats, and got uint8"),
     ],
@@ -288,15 +290,15 @@ def test_predicting_nothing_or_something_else_is_refused(
 
 def test_a_batch_is_predicted(run: pipar_jax.Run) -> None:
     images = np.zeros((3, 8, 8, 1))
-    assert run.predict(images).shape == (3,) and run.logits(images[..., 0]).shape == (3, 10)
+    assert run.predict(images).shape == (3,) and run.logits({"x": images}).shape == (3, 10)
 
 
 def test_a_run_on_uint8_takes_whole_numbers_of_its_range_and_no_scaled_ones() -> None:
     whole = np.full((2, 4, 4, 1), 200)
-    assert data.make_queries(whole, SHAPE, "uint8").dtype == np.float32
+    assert data.make_queries(whole, SIGNATURE, "uint8")["x"] is whole
     for wrong in (whole / 255, whole * 2, -whole):
-        with pytest.raises(DataError, match="trained on uint8 images, 0 to 255"):
-            data.make_queries(wrong, SHAPE, "uint8")
+        with pytest.raises(DataError, match="trained on uint8, 0 to 255"):
+            data.make_queries(wrong, SIGNATURE, "uint8")
 
 
 @pytest.mark.parametrize("stored", [np.uint8, np.int64, np.uint16])
@@ -306,16 +308,16 @@ def test_whole_numbers_say_how_they_are_scaled_or_are_refused(
     def scaled(scale: float = 0.0, **said: Any) -> np.ndarray:
         given = {"mean": None, "std": None, **said}
         np.savez(
-            tmp_path / "mine.npz", **arrays("train", x=np.full((6, 4, 4), 51, stored), **given)
+            tmp_path / "mine.npz", **arrays("train", x=np.full((6, *SHAPE), 51, stored), **given)
         )
         config = resolve(_config(tmp_path))
         config.data.source, config.data.scale = f"npz:{tmp_path}/mine.npz", scale
         config.devices.defaults.data_source = config.data.source
         made = data.load_device(config, 0)
-        return np.unique(made.normalise(made.train.images))
+        return np.unique(made.normalise(made.train.x))
 
     for silent in ({}, {"mean": 3.0}):
-        with pytest.raises(DataError, match=r"their scale is unknown: give `scale`"):
+        with pytest.raises(DataError, match=r"its scale is unknown: give `scale`"):
             scaled(**silent)
     assert scaled(scale=1.0) == [51] and scaled(1.0) == [51]  # a field, or a key, never the type
     np.testing.assert_allclose(scaled(255.0), [0.2], rtol=1e-6)
@@ -326,7 +328,7 @@ def test_whole_numbers_say_how_they_are_scaled_or_are_refused(
 
 
 def _contradict(folder: pathlib.Path, stored: Any) -> None:
-    np.savez(folder / "mine.npz", scale=255, **arrays("train", x=np.ones((6, 4, 4), stored)))
+    np.savez(folder / "mine.npz", scale=255, **arrays("train", x=np.ones((6, *SHAPE), stored)))
     config = resolve(_config(folder))
     config.data.source, config.data.scale = f"npz:{folder}/mine.npz", 1.0
     config.devices.defaults.data_source = config.data.source
@@ -337,13 +339,13 @@ def _contradict(folder: pathlib.Path, stored: Any) -> None:
 def test_a_scale_is_one_number_above_0(scale: Any, tmp_path: pathlib.Path) -> None:
     np.savez(tmp_path / "mine.npz", scale=scale, **arrays("train"))
     with pytest.raises(DataError, match=r"scale must be|std must be"):
-        data.own.load_own(f"npz:{tmp_path}/mine.npz", 0, part="train")
+        data.own.load_own(f"npz:{tmp_path}/mine.npz", 0, DataConfig(), part="train")
 
 
 def test_floats_are_taken_as_they_are(tmp_path: pathlib.Path) -> None:
     np.savez(tmp_path / "mine.npz", **arrays("train", mean=None, std=None))
-    made = data.own.load_own(f"npz:{tmp_path}/mine.npz", 0, part="train")
-    assert np.array_equal(made.normalise(made.train.images), arrays("train")["x_train"])
+    made = data.own.load_own(f"npz:{tmp_path}/mine.npz", 0, DataConfig(), part="train")
+    assert np.array_equal(made.normalise(made.train.x), arrays("train")["x_train"])
 
 
 def test_a_scale_is_for_own_data() -> None:

@@ -64,14 +64,14 @@ def test_each_set_is_read_from_what_is_published(
     for part, split in (("train", made.train), ("test", made.test)):
         known = fakes.samples(source)[part]
         order = shuffle(len(known.labels), part)
-        assert np.array_equal(split.images, known.images[order])
+        assert np.array_equal(split.x, known.images[order])
         assert np.array_equal(split.labels, known.labels[order])
-        assert split.images.dtype == np.uint8 and split.labels.dtype == np.int32
+        assert split.x.dtype == np.uint8 and split.labels.dtype == np.int32
     assert made.classes == SETS[source].classes
     assert np.allclose(made.mean / 255, SETS[source].mean)
     again = load(source)  # from the decoded arrays
-    assert isinstance(again.train.images, np.memmap)
-    assert np.array_equal(again.train.images, made.train.images)
+    assert isinstance(again.train.x, np.memmap)
+    assert np.array_equal(again.train.x, made.train.x)
 
 
 def test_the_order_is_that_of_tfds() -> None:
@@ -105,11 +105,11 @@ def test_cifar_10_of_an_archive_is_that_of_tfds(
     ):  # fmt: skip
         back = np.argsort(shuffle(len(split), part))
         for name, some in zip(names, np.array_split(back, len(names)), strict=True):
-            content[name] = fakes.records(split.images[some], split.labels[some], coarse=False)
+            content[name] = fakes.records(split.x[some], split.labels[some], coarse=False)
     fakes.put(tmp_path / "data", {one.files[0].name: fakes.archive("cifar10", content)})
     made = load("cifar10")
     for ours, theirs in ((made.train, prepared.train), (made.test, prepared.test)):
-        assert np.array_equal(ours.images, theirs.images)
+        assert np.array_equal(ours.x, theirs.x)
         assert np.array_equal(ours.labels, theirs.labels)
 
 
@@ -369,7 +369,7 @@ def test_a_set_that_is_nowhere_is_fetched_once(
     for _ in range(2):
         made = load(source, **changes)
         known = fakes.samples(source)["train"]
-        assert np.array_equal(made.train.images, known.images[shuffle(len(known.labels), "train")])
+        assert np.array_equal(made.train.x, known.images[shuffle(len(known.labels), "train")])
     assert site.asked == [file.name for file in SETS[source].files]
     assert {path.name for path in folder.iterdir()} == set(site.content)
 

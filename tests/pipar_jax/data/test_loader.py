@@ -8,14 +8,14 @@ import time
 import numpy as np
 import pytest
 
-from pipar_jax.data import Loader, Prefetcher, Split, steps_per_epoch
+from pipar_jax.data import Examples, Loader, Prefetcher, steps_per_epoch
 from pipar_jax.data.loader import PADDING, crop_flip
 from pipar_jax.errors import DataError, RunError
 from tests.patience import PATIENCE_S
 
 RANDOM = np.random.default_rng(0)
 # Each image holds its own number in every pixel, so that a batch shows which samples it has.
-SPLIT = Split(
+SPLIT = Examples.of(
     np.broadcast_to(np.arange(25, dtype=np.uint8)[:, None, None, None], (25, 6, 5, 3)).copy(),
     np.arange(25, dtype=np.int32),
 )
@@ -29,8 +29,8 @@ def make(**changes: object) -> Loader:
 def test_an_epoch_has_every_sample_once_and_the_next_another_order() -> None:
     loader = make()
     assert loader.steps_per_epoch == 3
-    first = [loader.batch(step)[1] for step in range(3)]
-    second = [loader.batch(step)[1] for step in range(3, 6)]
+    first = [loader.batch(step).targets["y"] for step in range(3)]
+    second = [loader.batch(step).targets["y"] for step in range(3, 6)]
     assert [len(labels) for labels in first] == [10, 10, 5]
     for epoch in (first, second):
         assert sorted(np.concatenate(epoch).tolist()) == list(range(25))
@@ -38,7 +38,8 @@ def test_an_epoch_has_every_sample_once_and_the_next_another_order() -> None:
 
 
 def test_images_and_labels_belong_together_and_have_their_types() -> None:
-    images, labels = make().batch(0)
+    batch = make(mean=0, std=1).batch(0)
+    images, labels = batch.x, batch.targets["y"]
     assert images.dtype == np.float32 and images.shape == (10, 6, 5, 3)
     assert labels.dtype == np.int32
     assert np.array_equal(images[:, 0, 0, 0].astype(np.int32), labels)
@@ -46,7 +47,7 @@ def test_images_and_labels_belong_together_and_have_their_types() -> None:
 
 def test_only_the_given_indices_are_used() -> None:
     loader = make(indices=np.array([3, 5, 7, 11]), batch_size=4)
-    assert sorted(loader.batch(0)[1].tolist()) == [3, 5, 7, 11]
+    assert sorted(loader.batch(0).targets["y"].tolist()) == [3, 5, 7, 11]
 
 
 def test_a_batch_depends_on_seed_device_and_step_and_on_nothing_else() -> None:
@@ -54,28 +55,35 @@ def test_a_batch_depends_on_seed_device_and_step_and_on_nothing_else() -> None:
     forwards = [loader.batch(step) for step in range(6)]
     backwards = [loader.batch(step) for step in reversed(range(6))][::-1]
     other = make(augment="crop_flip")
-    for (x1, y1), (x2, y2), step in zip(forwards, backwards, range(6), strict=True):
-        x3, y3 = other.batch(step)
+    for (x1, _, y1), (x2, _, y2), step in zip(forwards, backwards, range(6), strict=True):
+        x3, _, y3 = other.batch(step)
         assert np.array_equal(x1, x2) and np.array_equal(x1, x3)
-        assert np.array_equal(y1, y2) and np.array_equal(y1, y3)
+        assert np.array_equal(y1["y"], y2["y"]) and np.array_equal(y1["y"], y3["y"])
     for changed in (make(seed=2), make(device=1)):
-        assert changed.batch(0)[1].tolist() != forwards[0][1].tolist()
+        assert changed.batch(0).targets["y"].tolist() != forwards[0].targets["y"].tolist()
 
 
 def test_augmentation_of_a_sample_does_not_depend_on_the_batch_size() -> None:
-    split = Split(RANDOM.integers(0, 255, (12, 8, 8, 1), np.uint8), np.arange(12, dtype=np.int32))
+    split = Examples.of(
+        RANDOM.integers(0, 255, (12, 8, 8, 1), np.uint8), np.arange(12, dtype=np.int32)
+    )
 
     def epoch(batch_size: int) -> dict[int, bytes]:
         loader = Loader(split, None, batch_size, seed=0, device=0, augment="crop_flip")
         batches = [loader.batch(step) for step in range(loader.steps_per_epoch)]
-        return {int(y): x.tobytes() for xs, ys in batches for x, y in zip(xs, ys, strict=True)}
+        return {
+            int(y): x.tobytes()
+            for one in batches
+            for x, y in zip(one.x, one.targets["y"], strict=True)
+        }
 
     assert epoch(4) == epoch(5) == epoch(12)
 
 
 def test_normalisation_is_per_channel_in_units_of_the_stored_images() -> None:
     mean, std = np.array([1, 2, 3], np.float32), np.array([2, 4, 8], np.float32)
-    images, labels = make(mean=mean, std=std).batch(0)
+    batch = make(mean=mean, std=std).batch(0)
+    images, labels = batch.x, batch.targets["y"]
     expected = (labels[:, None, None, None].astype(np.float32) - mean) / std
     np.testing.assert_allclose(images, np.broadcast_to(expected, images.shape), rtol=1e-6)
 
@@ -89,7 +97,7 @@ def test_batch_samples_is_what_the_loader_does(samples: int, drop_last: bool) ->
         return
     loader = make(indices=np.arange(samples), drop_last=drop_last)
     for step in range(2 * loader.steps_per_epoch + 1):
-        size = len(loader.batch(step)[1])
+        size = len(loader.batch(step).targets["y"])
         assert size == loader.batch_samples(step)
         assert size > 0
 
@@ -110,13 +118,14 @@ def test_crop_flip_draws_every_shift_and_both_sides() -> None:
     # Each pixel holds its own place, so that an image shows where its centre came from.
     places = np.arange(1, side * side + 1, dtype=np.uint8).reshape(1, side, side, 1)
     loader = Loader(
-        Split(np.repeat(places, count, axis=0), np.arange(count, dtype=np.int32)),
+        Examples.of(np.repeat(places, count, axis=0), np.arange(count, dtype=np.int32)),
         None, count, seed=0, device=0, augment="crop_flip",
     )  # fmt: skip
 
     def drawn(epoch: int) -> np.ndarray:
         """Returns each sample's row and column of the pixel in the middle, and its mirroring."""
-        images, labels = loader.batch(epoch)
+        batch = loader.batch(epoch)
+        images, labels = batch.x, batch.targets["y"]
         middle = images[np.argsort(labels), side // 2, side // 2 : side // 2 + 2, 0].astype(int) - 1
         return np.stack([*np.divmod(middle[:, 0], side), middle[:, 0] > middle[:, 1]], axis=1)
 
@@ -133,8 +142,9 @@ def test_prefetching_gives_the_same_batches() -> None:
     loader = make(augment="crop_flip")
     prefetcher = Prefetcher(make(augment="crop_flip"), first_step=2)
     for step in range(2, 9):
-        x, y = prefetcher.get(step)
-        assert np.array_equal(x, loader.batch(step)[0]) and np.array_equal(y, loader.batch(step)[1])
+        ours, theirs = prefetcher.get(step), loader.batch(step)
+        assert np.array_equal(ours.x, theirs.x)
+        assert np.array_equal(ours.targets["y"], theirs.targets["y"])
     prefetcher.close()
     prefetcher.close()
     with pytest.raises(RunError, match="closed"):

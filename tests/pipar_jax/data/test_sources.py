@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from pipar_jax import data
-from pipar_jax.config import Config
+from pipar_jax.config import Config, DataConfig
 from pipar_jax.data import public
 from pipar_jax.data.own import load_own
 from pipar_jax.errors import DataError
 from pipar_jax.methods.resolution import resolve
+from stages.signature import Signature
 from tests.patience import PROCESS_S
 
 PREPARED = pathlib.Path(__file__).parents[4] / "shared" / "data" / "tfds"
@@ -40,13 +41,13 @@ def test_digits_are_split_dealt_and_normalised(config: Config) -> None:
     assert sum(len(shard.train) for shard in shards) == 1438
     assert len(server.test) == 359 and not len(server.train) and not len(shards[0].test)
     assert server.input_shape == (8, 8, 1) and server.classes == 10
-    everything = np.concatenate([shard.train.images for shard in shards])
+    everything = np.concatenate([shard.train.x for shard in shards])
     normal = server.normalise(everything)
     assert normal.dtype == np.float32
     assert abs(normal.mean()) < 1e-3 and abs(normal.std() - 1) < 1e-3
     # Shards hold their samples in memory, and only theirs.
-    assert not isinstance(shards[0].train.images, np.memmap)
-    assert shards[0].train.images.base is None
+    assert not isinstance(shards[0].train.x, np.memmap)
+    assert shards[0].train.x.base is None
 
 
 def test_the_subset_asked_for_is_dealt_and_the_table_counts_it(config: Config) -> None:
@@ -66,8 +67,8 @@ def test_the_second_time_nothing_is_decoded(
     first = data.load(config.data)
     monkeypatch.setattr("sklearn.datasets.load_digits", lambda: pytest.fail("decoded again"))
     second = data.load(config.data)
-    assert isinstance(second.train.images, np.memmap)
-    assert np.array_equal(first.train.images, second.train.images)
+    assert isinstance(second.train.x, np.memmap)
+    assert np.array_equal(first.train.x, second.train.x)
     assert np.array_equal(first.mean, second.mean)
 
 
@@ -122,10 +123,10 @@ def test_the_real_sets_are_read_without_tensorflow(
     config.data.source, config.data.data_dir = source, str(PREPARED)
     config.devices.count = 4
     shard, server = data.load_device(config, 3), data.load_server(config.data)
-    assert len(shard.train) == samples // 4 and shard.train.images.dtype == np.uint8
+    assert len(shard.train) == samples // 4 and shard.train.x.dtype == np.uint8
     assert server.input_shape == shape and len(server.test) == 10000
     assert np.bincount(server.test.labels).min() > 800
-    normal = server.normalise(server.test.images[:4000])
+    normal = server.normalise(server.test.x[:4000])
     assert np.abs(normal.mean((0, 1, 2))).max() < 0.1
     assert np.abs(normal.std((0, 1, 2)) - 1).max() < 0.1
     assert "tensorflow" not in sys.modules
@@ -177,7 +178,7 @@ def test_sets_that_tfds_prepared_need_no_tensorflow(
     assert len(shard.train) == 601 and len(server.test) == 300
     assert server.classes == classes and server.input_shape == (32, 32, 3)
     expected = records(300, classes)
-    assert np.array_equal(server.test.images[299], expected[299]["image"])
+    assert np.array_equal(server.test.x[299], expected[299]["image"])
     assert server.test.labels[299] == 299 % classes
 
 
@@ -195,9 +196,9 @@ def test_the_newest_prepared_version_is_taken(tmp_path: pathlib.Path) -> None:
 
 def own(path: pathlib.Path, **changes: object) -> None:
     arrays: dict = {
-        "x_train": np.arange(6 * 16, dtype=np.uint8).reshape(6, 4, 4),
+        "x_train": np.arange(6 * 16, dtype=np.uint8).reshape(6, 4, 4, 1),
         "y_train": np.array([0, 1, 2, 0, 1, 2]),
-        "x_test": np.ones((2, 4, 4), np.uint8),
+        "x_test": np.ones((2, 4, 4, 1), np.uint8),
         "y_test": np.array([2, 3]),
         **changes,
     }
@@ -218,7 +219,7 @@ def test_each_device_reads_its_own_file_and_the_server_the_test_set(
         shard = data.load_device(config, index)
         assert shard.train.labels.tolist() == [index] * 6
         assert shard.input_shape == (4, 4, 1)
-        np.testing.assert_allclose(shard.normalise(shard.train.images).max(), 95 / 255, rtol=1e-6)
+        np.testing.assert_allclose(shard.normalise(shard.train.x).max(), 95 / 255, rtol=1e-6)
     server = data.load_server(config.data)
     assert server.classes == 5 and server.test.labels.tolist() == [2, 3]
     assert data.table(config) == ""
@@ -245,17 +246,16 @@ def test_a_function_gives_a_device_its_data(
     config = resolve(config)
     data.prepare(config)
     shard = data.load_device(config, 1)
-    assert shard.train.images.dtype == np.float32
-    np.testing.assert_allclose(shard.normalise(shard.train.images), 0.25)
+    assert shard.train.x.dtype == np.float64
+    np.testing.assert_allclose(shard.normalise(shard.train.x), 0.25)
     assert len(data.load_server(config.data).test) == 3
 
 
 WRONG = [
     ({"x_train": None}, "has no x_train"),
-    ({"x_train": np.ones((6, 4))}, r"got shape \(6, 4\)"),
-    ({"x_train": np.ones((5, 4, 4))}, r"\[5\] whole numbers, one per image"),
+    ({"x_train": np.ones((5, 4, 4))}, "target y has 6 samples, expected 5 as input x"),
     ({"x_train": np.full((6, 4, 4), np.nan)}, "not finite"),
-    ({"x_train": np.full((6, 4, 4), "a")}, "uint8 or float"),
+    ({"x_train": np.full((6, 4, 4), "a")}, "must be numbers"),
     ({"y_train": np.full(6, 0.5)}, "whole numbers"),
     ({"y_train": np.full(6, -1)}, "negative"),
     ({"classes": 2}, "out of range for classes=2"),
@@ -294,11 +294,11 @@ def test_a_module_that_is_not_there_is_named(config: Config) -> None:
 
 def test_data_that_do_not_fit_the_model_are_refused(config: Config) -> None:
     shard = data.load_device(config, 0)
-    data.check_fits(shard, 10, (8, 8, 1), "d0")
-    with pytest.raises(DataError, match=r"d0: images of 'digits' are \(8, 8, 1\)"):
-        data.check_fits(shard, 10, (28, 28, 1), "d0")
-    with pytest.raises(DataError, match="label 9"):
-        data.check_fits(shard, 9, (8, 8, 1), "d0")
+    data.check_fits(shard, Signature.labelled((8, 8, 1), 10), "d0")
+    with pytest.raises(DataError, match=r"d0: input of 'digits' is \(8, 8, 1\)"):
+        data.check_fits(shard, Signature.labelled((28, 28, 1), 10), "d0")
+    with pytest.raises(DataError, match="has 10 classes"):
+        data.check_fits(shard, Signature.labelled((8, 8, 1), 9), "d0")
 
 
 def test_data_load_no_jax() -> None:
@@ -312,5 +312,5 @@ def test_nobody_is_advised_to_unpickle(tmp_path: pathlib.Path) -> None:
     np.savez(tmp_path / "objects.npz", x_train=np.array([{}], object), y_train=[1])
     for name, says in (("text", "not an .npz file"), ("objects", "contains Python objects")):
         with pytest.raises(DataError, match=says) as caught:
-            load_own(f"npz:{tmp_path / name}.npz", 0, part="train")
+            load_own(f"npz:{tmp_path / name}.npz", 0, DataConfig(), part="train")
         assert "pickle" not in str(caught.value)

@@ -12,7 +12,9 @@ from pipar_jax.config import to_json
 from pipar_jax.data import Loader
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.protocol import registry
+from pipar_jax.protocol.values import SIGNATURE
 from pipar_jax.roles import admission
+from stages.signature import Signature
 from tests.pipar_jax.runtime import support
 
 SAMPLES = (17, 33)
@@ -20,7 +22,8 @@ SAMPLES = (17, 33)
 
 @pytest.fixture(scope="module")
 def network():
-    return support.model(dtype="float32")
+    labels = Signature.labelled(support.SHAPE, support.CLASSES).targets
+    return support.model(dtype="float32").receiving(labels)
 
 
 @pytest.fixture
@@ -40,6 +43,12 @@ def wire(message):
     return json.loads(json.dumps(registry.encode(message)))
 
 
+def signature(**changes):
+    """The signature of a device's samples as it comes over the wire, with changes."""
+    made = SIGNATURE.write(Signature.labelled(support.SHAPE, support.CLASSES))
+    return {**made, **changes}
+
+
 def read(body, config, network):
     """What the coordinator makes of a link's first message."""
     return admission.read(SimpleNamespace(kind="control", body=body, name=""), config, network)
@@ -56,7 +65,10 @@ def test_a_device_that_fits_is_taken(body, config, network):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"type": "hello"}, "it sent a control message of type 'hello', expected one of join_dev"),
+        (
+            {"type": "hello"},
+            "it sent a control message of type 'hello', .* join_device",
+        ),
         ({"type": "met"}, "it sent 'met' with 'control_version'=3, expected no such field"),
         ({"control_version": 99, "version": "9.9"}, "it runs version '9.9' .* install the same"),
         ({"control_version": [7]}, r"control messages \[7\]"),
@@ -78,8 +90,21 @@ def test_a_device_that_fits_is_taken(body, config, network):
         ({"steps": 2}, "it reports 2 steps for 17 samples in mini-batches of 7, expected 3"),
         ({"samples": 14}, "it reports 3 steps for 14 samples .* expected 2"),
         ({"samples": 2**60}, "with samples=1152921504606846976, expected a whole number"),
-        ({"classes": 11}, "its samples differ: .* of 11 classes, expected .* of 10"),
-        ({"input_shape": [8, 8, 2]}, "its samples differ"),
+        (
+            {"signature": signature(classes=11)},
+            "samples differ: .* and 11 classes, .* and 10$",
+        ),
+        ({"signature": signature(input=[[8, 8, 2], "float32"])}, "its samples differ"),
+        (
+            {"signature": signature(sides={"mask": [[8], "bool"]})},
+            "samples differ: .* mask bool",
+        ),
+        (
+            {"signature": signature(targets={"y": [[], "float32"]})},
+            "samples differ: .* y float",
+        ),
+        ({"signature": signature(targets={"y": [[], "object"]})}, "expected one of bool, int32"),
+        ({"signature": signature(sides={"": [[8], "bool"]})}, "expected a text of at most 64"),
         ({"steps": None}, "'join_device' with steps=None, expected a whole number"),
         ({"extra": None}, "'join_device' with 'extra'=None, expected no such field"),
     ],

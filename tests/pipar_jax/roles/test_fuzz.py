@@ -34,6 +34,7 @@ from pipar_jax.roles.replies import Reply
 from pipar_jax.runtime import exchanges, trace_rows
 from pipar_jax.schedule.actions import Span
 from pipar_jax.schedule.plan import COORDINATOR, Boundary, long_name
+from stages.signature import Signature
 from tests.pipar_jax.roles import fakes, generate
 from tests.pipar_jax.runtime import support
 
@@ -320,7 +321,7 @@ class Run:
         holder = 1 if sequential else None
         release = messages.Release(0, ATTEMPT, spans, (0, 1), SAMPLES, holder, (1.0, 1.0))
         course = [
-            *([messages.ModelFacts((8, 8, 1), 10)] if name == "n1" else []),
+            *([messages.ModelFacts(Signature.labelled((8, 8, 1), 10))] if name == "n1" else []),
             messages.SurveyEcho(),
             messages.Prepare(plan(method), SAMPLES, STEPS),
             messages.Prepared(0.0, 0),

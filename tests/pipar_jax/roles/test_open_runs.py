@@ -158,7 +158,7 @@ def test_a_device_of_which_something_is_not_finite_is_dropped(tmp_path, nonfinit
     made = config(tmp_path, "fl", rounds=2, quorum=2)
     made.run.nonfinite = nonfinite
     run = OpenRun(made)
-    run.data[1].train.images[:] = 1e30
+    run.data[1].train.x[:] = 1e30
     run.run(range(3))
     if nonfinite == "end":
         assert isinstance(run.error, RunError)

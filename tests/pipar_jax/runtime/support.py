@@ -14,7 +14,7 @@ from flax import nnx
 
 import stages
 from pipar_jax.config import Config
-from pipar_jax.data import Dataset, Split
+from pipar_jax.data import Dataset, Examples
 from pipar_jax.data.loader import Loader
 from pipar_jax.launch.api import load, run_here
 from pipar_jax.methods.resolution import resolve
@@ -26,12 +26,11 @@ def dataset(samples: int, seed: int, test: int = 0) -> Dataset:
     """Random images and labels: what equality needs is numbers, not meaning."""
     rng = np.random.default_rng(seed)
 
-    def split(n: int) -> Split:
+    def split(n: int) -> Examples:
         images = rng.normal(size=(n, *SHAPE)).astype(np.float32)
-        return Split(images, rng.integers(0, CLASSES, n).astype(np.int32))
+        return Examples.of(images, rng.integers(0, CLASSES, n).astype(np.int32))
 
-    zero, one = np.zeros(1, np.float32), np.ones(1, np.float32)
-    return Dataset("test", split(samples), split(test), CLASSES, SHAPE, zero, one)
+    return Dataset("test", split(samples), split(test), CLASSES)
 
 
 def datasets(samples: tuple[int, ...]) -> list[Dataset]:
@@ -107,13 +106,16 @@ def centralised(made: Config, network, groups, tx=None, *, weight_decay=0.0):
     Args:
       made: Where seed and optimiser come from.
       network: The whole model, with group normalisation.
-      groups: For each step the list of (x, labels) whose union is the mini-batch.
+      groups: For each step the list of batches whose union is the mini-batch.
       tx: The optimiser, on all weights at once; None: SGD with the configured momentum.
       weight_decay: The default optimiser's.
     """
     dtype = np.dtype(made.model.dtype)
     given = [
-        (np.concatenate([x for x, _ in group]).astype(dtype), np.concatenate([y for _, y in group]))
+        (
+            np.concatenate([one.x for one in group]).astype(dtype),
+            np.concatenate([one.targets["y"] for one in group]),
+        )
         for group in groups
     ]
     if tx is not None:

@@ -159,7 +159,7 @@ def test_no_label_leaves_home_unless_told_to(double, network, labels, tmp_path, 
     made = setting(tmp_path, EVEN, 2, labels, n=1)
     train(made, EVEN, network)
     wire = b"".join(sent)
-    batches = [labels for step in union(made, EVEN) for _, labels in step]
+    batches = [batch.targets["y"] for step in union(made, EVEN) for batch in step]
     found = [one for one in batches if one.astype(np.int32).tobytes() in wire]
     assert len(found) == (0 if labels == "home" else len(batches))
 

@@ -238,7 +238,10 @@ def plain(model, made):
     opt = tx.init(weights)
     (loader,) = support.batches(made, SAMPLES)
     for step in range(STEPS):
-        weights, rest, opt = train(weights, rest, opt, jnp.uint32(step), *loader.batch(step))
+        batch = loader.batch(step)
+        weights, rest, opt = train(
+            weights, rest, opt, jnp.uint32(step), batch.x, batch.targets["y"]
+        )
     found = {name: {} for name in modules}
     for part in (weights, rest):
         for (name, *path), leaf in nnx.to_flat_state(part):

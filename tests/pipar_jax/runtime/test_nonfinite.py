@@ -49,7 +49,7 @@ def trained(made, samples, network, events=None):
     """Trains on bright images, so that gradients are above 1."""
     data = support.datasets(samples)
     for i, one in enumerate(data):
-        train = dataclasses.replace(one.train, images=one.train.images * np.float32(1e3))
+        train = dataclasses.replace(one.train, inputs={"x": one.train.x * np.float32(1e3)})
         data[i] = dataclasses.replace(one, train=train)
     tell = (lambda event: None) if events is None else events.append
     return load(

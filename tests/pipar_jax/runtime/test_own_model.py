@@ -13,10 +13,11 @@ from flax import nnx
 
 import stages
 from pipar_jax.config import plugins
-from pipar_jax.errors import ConfigError, PiparError, RunError
+from pipar_jax.errors import ConfigError, DataError, PiparError
 from pipar_jax.launch.api import train
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.runtime.setup import build_model
+from stages.signature import Signature
 from tests.pipar_jax.runtime import support
 
 MODULE = """
@@ -88,7 +89,7 @@ def configured(tmp_path, function: str, args: str = "", **values):
 @pytest.mark.parametrize("function", ["factory", "module", "bare", "plain", "model"])
 def test_a_function_returns_a_model_or_whatever_can_be_traced(function, tmp_path):
     made = configured(tmp_path, function, "width=5", dtype="float32")
-    model = build_model(made, support.SHAPE, support.CLASSES)
+    model = build_model(made, Signature.labelled(support.SHAPE, support.CLASSES))
     assert len(model.units) == 2 and model.shapes(4)[1].shape == (4, 5)
     assert model.recipe is None  # who loads the run says whose code is to be run
 
@@ -100,13 +101,12 @@ def test_a_function_returns_a_model_or_whatever_can_be_traced(function, tmp_path
         ("fails", "", r"own network module:brought:fails failed: ValueError: no such width \(.*:"),
         ("gone", "", "has no function 'gone'"),
         ("nothing", "", "model 'nothing' is a NoneType, expected an NNX or Linen module"),
-        ("sided", "", r"takes the side inputs \['mask'\], but a run supports a single input"),
     ],
 )
 def test_what_cannot_be_built_is_told_in_one_line(function, args, says, tmp_path):
     made = configured(tmp_path, function, args, dtype="float32")
     with pytest.raises((PiparError, stages.StageError), match=says) as caught:
-        build_model(made, support.SHAPE, support.CLASSES)
+        build_model(made, Signature.labelled(support.SHAPE, support.CLASSES))
     assert "\n" not in str(caught.value)
 
 
@@ -132,11 +132,11 @@ def test_arguments_are_numbers_lists_and_texts():
     assert plugins.read_args(text) == found
 
 
-def test_a_model_with_side_inputs_is_refused_before_anything_starts(tmp_path):
+def test_data_without_a_side_input_of_the_model_are_refused_before_anything_starts(tmp_path):
     import brought
 
     made = support.config(tmp_path, (14,), dtype="float32")
-    with pytest.raises(RunError, match="takes the side inputs"):
+    with pytest.raises(DataError, match="takes the side input 'mask' float32"):
         train(made, brought.sided(), support.datasets((14,)))
 
 
@@ -203,7 +203,7 @@ def test_a_pattern_that_matches_nothing_is_refused(tmp_path):
     made = configured(tmp_path, "factory", dtype="float32")
     made.model.trainable = "lora"
     with pytest.raises(stages.StageError, match="no weight matches 'lora'"):
-        build_model(made, support.SHAPE, support.CLASSES)
+        build_model(made, Signature.labelled(support.SHAPE, support.CLASSES))
     made.model.trainable = "("
     with pytest.raises(ConfigError, match=r"model\.trainable='\(' is not a regular expression"):
         resolve(made)

@@ -123,8 +123,8 @@ def test_runs_of_processes_are_equal(method, shards, tmp_path):
     for index, count in enumerate(samples):
         data = support.dataset(count, index, test=8)
         paths.append(tmp_path / f"data{index}.npz")
-        np.savez(paths[-1], x_train=data.train.images, y_train=data.train.labels,
-                 x_test=data.test.images, y_test=data.test.labels, classes=10)  # fmt: skip
+        np.savez(paths[-1], x_train=data.train.x, y_train=data.train.labels,
+                 x_test=data.test.x, y_test=data.test.labels, classes=10)  # fmt: skip
     made.data.source = f"npz:{tmp_path}/data{{device}}.npz"
     made.data.test_source, made.data.classes = f"npz:{paths[0]}", 10
     found = set()

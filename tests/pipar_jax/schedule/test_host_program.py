@@ -8,7 +8,7 @@ from pipar_jax.errors import PlanError
 from pipar_jax.runtime.link_table import LinkTable, dialler, direct
 from pipar_jax.schedule.actions import ALL
 from pipar_jax.schedule.feasibility import check_executable
-from pipar_jax.schedule.host_program import HostProgram
+from pipar_jax.schedule.host_program import Beside, HostProgram, find_beside
 from pipar_jax.schedule.plan import Boundary, Codecs, DevicePlan, Plan
 
 TWO = DevicePlan((2,), ("device", "server"), 3)
@@ -39,7 +39,7 @@ def test_results_leave_by_the_boundary_to_the_next_host():
     loss = HostProgram(Plan((TWO, coded)), "server").operation(1, 1, "L")
     assert (loss.target, loss.codec, loss.cut) == (Boundary("d1", "server", 0), "bfloat16", 2)
     assert (loss.sent, loss.arrives_as, loss.target_stage) == ("SB", "RB", 0)
-    assert device.labels_travel(1) and device.is_first(1)
+    assert device.is_first(1)
     assert device.operation(1, 0, "U").target is None
     with pytest.raises(KeyError):
         device.operation(1, 1, "L")
@@ -96,3 +96,15 @@ def test_a_cap_holds_forwards_and_backwards_of_shared_stages_alone():
     assert program.operation(ALL, 1, "U").replica_key == program.replica_key(0, 1) == (ALL, 1)
     assert not any(one.limited for one in HostProgram(plan, "d0").operations())
     assert plan.local_stages("n1") == (1,)
+
+
+def test_targets_and_side_inputs_go_up_to_the_last_host_that_needs_them():
+    sides = [(), ("mask",), (), ("lengths", "mask")]
+    two = Plan((DevicePlan((1,), ("device", "server"), 1),))
+    assert find_beside(two, 0, 0, sides) == Beside(True, ("lengths", "mask"))
+    three = Plan((DevicePlan((1, 2), ("device", "n1", "server"), 1),))
+    assert find_beside(three, 0, 0, sides) == Beside(True, ("lengths", "mask"))
+    assert find_beside(three, 0, 1, sides) == Beside(True, ("lengths", "mask"))
+    home = Plan((DevicePlan((1, 3), ("device", "n1", "device"), 1),))
+    assert find_beside(home, 0, 0, sides) == Beside(False, ("mask",))
+    assert find_beside(home, 0, 1, sides) == Beside()
