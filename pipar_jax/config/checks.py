@@ -108,7 +108,8 @@ def _check_ports(config: Config, hosts: Hosts) -> None:
 def _check_codec(config: Config, field: str) -> None:
     """Checks that a field names a codec of the channel."""
     group, _, name = field.partition(".")
-    check_codec(getattr(getattr(config, group), name), field, config.model.dtype)
+    dtype = config.model.weight_dtype if group == "aggregation" else config.model.dtype
+    check_codec(getattr(getattr(config, group), name), field, dtype)
 
 
 def check_codec(text: str, field: str, dtype: str) -> None:

@@ -32,7 +32,10 @@ class ModelConfig:
         "'lora|head'; the others stay as they are and never travel; empty: all",
     )
     dtype: str = option(
-        "float32", "type of weights and activations", choices=("float32", "float64")
+        "float32",
+        "type in which the network computes and activations travel; with bfloat16 weights, "
+        "gradients of weights, statistics and losses are float32",
+        choices=("float32", "float64", "bfloat16"),
     )
     weights: str = option(
         "",
@@ -42,6 +45,11 @@ class ModelConfig:
     weights_match: str = option(
         "", "names of the weights to take, such as conv*/kernel; empty: all of the model's"
     )
+
+    @property
+    def weight_dtype(self) -> str:
+        """The type of weights, samples, statistics and losses: at least float32."""
+        return "float64" if self.dtype == "float64" else "float32"
 
 
 @dataclasses.dataclass

@@ -237,7 +237,7 @@ def _conduct(
         stack.callback(checkpoints.close)
         run_log = RunLog(config, members, folder, record, tell, parameters, rows)
         stack.callback(run_log.close)
-        evaluator = Evaluator(model, dataset, config.model.dtype)
+        evaluator = Evaluator(model, dataset, config.model.weight_dtype)
         coordinator = Coordinator(
             config, model, host, members, evaluator, run_log, save, script, checkpoints, start
         )

@@ -431,7 +431,7 @@ class Host:
             self._program, self._replicas, self.link_table,
             model=self._model, batches=self._batches, meter=self._meter, record=self.recorder.add,
             ledger=self._ledger, duration_s=self._duration_s,
-            seed=self._config.seed, dtype=self._config.model.dtype,
+            seed=self._config.seed, dtype=self._config.model.weight_dtype,
         )  # fmt: skip
         self._executor.start(
             RoundSchedule(plan, (), self._samples, self._config.data.batch_size), NO_ATTEMPT, ()

@@ -16,7 +16,8 @@ def make_own(config: ModelConfig, signature: Signature, *, whole: bool) -> Model
     """Calls the user's function, and traces its result unless that is a model.
 
     The function is called with ``model.args`` and, where it has parameters of these names, with
-    ``input_shape``, ``classes`` and ``signature``. It returns a ``stages.Model``, or what
+    ``input_shape``, ``classes``, ``signature`` and ``dtype`` (``model.dtype``, in which the network
+    is to compute; for bfloat16 the parameter is required). It returns a ``stages.Model``, or what
     ``stages.trace`` takes: an NNX module or a function from ``nnx.Rngs`` to one, a Linen module, or
     a plain function and its parameters. What it returns is called with the input first, and with
     side inputs by their names.
@@ -41,7 +42,9 @@ def make_own(config: ModelConfig, signature: Signature, *, whole: bool) -> Model
             "input_shape": signature.input.shape,
             "classes": signature.classes,
             "signature": signature,
+            "dtype": config.dtype,
         },
+        required=("dtype",) if config.dtype == "bfloat16" else (),
     )  # fmt: skip
     if isinstance(made, Model):
         return made

@@ -201,7 +201,7 @@ def _functions(model: Model, replica: Replica, samples: int) -> Mapping[ActionKi
     x = _ones(shapes[model.unit_names.index(first)])
     sides = {name: _ones(one) for name, one in stage.side_shapes(model, samples).items()}
     above = shapes[model.unit_names.index(last) + 1]
-    dtype = above.dtype if jnp.issubdtype(above.dtype, jnp.floating) else jnp.float32
+    dtype = jnp.promote_types(above.dtype, jnp.float32)
     draw = make_draw(samples)._replace(inverse_batch=np.dtype(dtype).type(1.0 / samples))
     # Each run passes its accumulator to the next, which donates it: that of the replica, which is
     # zero between steps and is zeroed again in the end.

@@ -46,7 +46,7 @@ def step(model, cuts, params, state, x, y, micro_batches=1, rematerialise=False,
     states = [stages.select(part, state) for part in parts]
     sums = [part.zeros(own) for part, own in zip(parts, held, strict=True)]
     totals = {"loss": 0.0, "correct": 0.0}
-    dtype = x.dtype.type
+    dtype = x.dtype.type if jnp.issubdtype(x.dtype, jnp.floating) else np.float32
     for start, stop in bounds(len(x), micro_batches):
         scalars = stages.make_draw(len(x), position=start, dtype=dtype, **draw)
         h, kept = x[start:stop], []

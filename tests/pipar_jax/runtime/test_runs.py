@@ -18,6 +18,7 @@ from pipar_jax.launch.api import load, run_here, train
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.roles.server import run_server
 from pipar_jax.roles.worker import run_device
+from pipar_jax.schedule.actions import ActionKind
 from pipar_jax.schedule.policies import POLICIES
 from tests.pipar_jax.runtime import support
 
@@ -214,6 +215,24 @@ def test_codecs_cost_fewer_bytes_and_little_accuracy(network, tmp_path):
     assert any(
         (weights(found["int8"])[key] != array).any() for key, array in weights(found["raw"]).items()
     )
+
+
+def test_in_bfloat16_half_the_bytes_of_activations_travel_and_weights_stay_float32(tmp_path):
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        made = setting(tmp_path / dtype, model__dtype=dtype)
+        found[dtype] = support.trained(made, SAMPLES, support.model(dtype=dtype))
+    for kind in (ActionKind.RECEIVE_FORWARD, ActionKind.RECEIVE_BACKWARD):
+        sent = [
+            sum(row.nbytes for _, row in found[dtype].trace().rows() if row.action.kind == kind)
+            for dtype in ("float32", "bfloat16")
+        ]
+        assert sent[0] == 2 * sent[1] > 0, kind
+    for key, array in weights(found["float32"]).items():
+        other = weights(found["bfloat16"])[key]
+        assert other.dtype == np.float32
+        if "kernel" in key:
+            assert 0 < np.abs(other - array).max() < 0.02 * np.abs(array).max()
 
 
 def test_weights_can_travel_coded(network, tmp_path):
