@@ -48,7 +48,7 @@ def profile_here(config: Config) -> Profile:
     from pipar_jax.profiling.unit_times import as_configured
 
     test = datasets.load_server(config.data)
-    signature = test.signature(config.model.dtype)
+    signature = test.signature(config.model.weight_dtype)
     known: dict[tuple[frozenset[int], str], Measured] = {}
     hosts = hosts_of(config)
 

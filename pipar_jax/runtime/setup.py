@@ -70,7 +70,7 @@ def fit(config: Config, model: Model | None, dataset: Dataset, host: str) -> Mod
       RunError: The user's own network cannot be made.
       StageError: It cannot be trained or cut.
     """
-    made = build_model(config, dataset.signature(config.model.dtype), model)
+    made = build_model(config, dataset.signature(config.model.weight_dtype), model)
     check_fits(dataset, made.signature, host)
     return made
 
