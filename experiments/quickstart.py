@@ -11,7 +11,7 @@ import pathlib
 
 import configs
 from comms.emulation.shaping import parse_link
-from pipar_jax.config import Config
+from pipar_jax.config import Config, DeviceConfig, DevicesConfig, ServerConfig
 from pipar_jax.config.schema import option
 from pipar_jax.launch import compare, flags
 from pipar_jax.launch.pinning import first_cores
@@ -28,27 +28,27 @@ class Extra:
     )
 
 
-def describe(config: Config) -> str:
+def describe(source: str, model: str, devices: DevicesConfig) -> str:
     """Returns a text that states what is real and what is emulated in this setting."""
-    device = config.devices.defaults
+    device = devices.defaults
     up, down = parse_link(device.link)
     rates = " and ".join(
         f"{shape.rate_mbps:g} Mbit/s {way}" if shape.rate_mbps else f"no limit {way}"
         for shape, way in ((up, "up"), (down, "down"))
     )
     return (
-        f"Real: {config.data.source} images, the network {config.model.name}, training, and "
-        f"{config.devices.count + 1} processes that communicate over TCP.\n"
+        f"Real: {source} images, the network {model}, training, and "
+        f"{devices.count + 1} processes that communicate over TCP.\n"
         "Emulated, to resemble edge devices: the compute time of each device is that of a core of "
         f"this machine multiplied by {device.slowdown:g}, and its link is {device.link} ({rates})."
     )
 
 
-def place(config: Config) -> None:
+def place(server: ServerConfig, device: DeviceConfig) -> None:
     """Pins the server to one core and the devices, which mostly wait, to another, by default."""
     cores = first_cores(2)
-    if len(cores) == 2 and not config.server.cpus and not config.devices.defaults.cpus:
-        config.server.cpus, config.devices.defaults.cpus = map(str, cores)
+    if len(cores) == 2 and not server.cpus and not device.cpus:
+        server.cpus, device.cpus = map(str, cores)
 
 
 def main(config: Config, extra: Extra) -> None:
@@ -58,10 +58,11 @@ def main(config: Config, extra: Extra) -> None:
       PiparError: A method does not fit the setting, or a run failed.
     """
     methods = comparison.choose_methods(config, extra.methods)
-    place(config)
+    place(config.server, config.devices.defaults)
     compare.check(config, methods)
     console = compare.make_console()
-    console.print(f"{describe(config)}\n")
+    about = describe(config.data.source, config.model.name, config.devices)
+    console.print(f"{about}\n")
     compare.compare(config, methods, console)
 
 

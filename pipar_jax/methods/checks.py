@@ -11,6 +11,7 @@ from pipar_jax.config import (
     DataConfig,
     Hosts,
     HostSpec,
+    ModelConfig,
     may_lose,
     may_lose_nodes,
     schema,
@@ -38,8 +39,8 @@ def check_registered(config: Config, models: tuple[str, ...] = ()) -> None:
       ConfigError: The first field that cannot work, with value and remedy.
     """
     hosts = Hosts(config, nodes=config.nodes.count)
-    _check_model(config, models)
-    _check_data(config)
+    _check_model(config.model, config.data.source, models)
+    _check_data(config.data, config.devices.count)
     rule = config.aggregation.rule
     check_named(rule, "aggregation.rule", "a rule", tuple(RULES))
     check_args(config.aggregation.args, "aggregation.args", "aggregation.rule", rule)
@@ -49,26 +50,27 @@ def check_registered(config: Config, models: tuple[str, ...] = ()) -> None:
     method = METHODS.get(config.method)
     if method is not None:
         _check_nodes(config, method)
-        _check_micro_batches(config, method, hosts)
+        if method.pipelined:
+            _check_micro_batches(config.data.batch_size, hosts)
     _check_cohort(config, method)
 
 
-def _check_model(config: Config, models: tuple[str, ...]) -> None:
+def _check_model(model: ModelConfig, source: str, models: tuple[str, ...]) -> None:
     """Checks that the network is known, and that the data suit it."""
     known = (*UNITS, *models)
-    check_args(config.model.args, "model.args", "model.name", config.model.name)
+    check_args(model.args, "model.args", "model.name", model.name)
     try:
-        re.compile(config.model.trainable)
+        re.compile(model.trainable)
     except (re.error, RecursionError, OverflowError) as error:  # nested too deep; a count too large
         raise ConfigError(
-            f"model.trainable={config.model.trainable[:120]!r} is not a regular expression: "
+            f"model.trainable={model.trainable[:120]!r} is not a regular expression: "
             f"{str(error)[:120]}"
         ) from error
-    check_named(config.model.name, "model.name", "a network", known)
-    name = config.model.name
-    if name in TOKEN_MODELS and name not in models and config.data.source in PUBLIC_SOURCES:
+    check_named(model.name, "model.name", "a network", known)
+    name = model.name
+    if name in TOKEN_MODELS and name not in models and source in PUBLIC_SOURCES:
         raise ConfigError(
-            f"model.name={name!r} takes rows of tokens, and data.source={config.data.source!r} has "
+            f"model.name={name!r} takes rows of tokens, and data.source={source!r} has "
             "images: choose another network, or tokens of your own (npz:PATH, npy:FOLDER, "
             "module:NAME:FUNCTION)"
         )
@@ -97,9 +99,8 @@ def _check_source(source: str, field: str) -> None:
     )
 
 
-def _check_data(config: Config) -> None:
+def _check_data(data: DataConfig, devices: int) -> None:
     """Checks the sources of data, and the fields that apply to some of them only."""
-    data = config.data
     _check_source(data.source, "data.source")
     if data.augment not in ("none", "crop_flip") and not re.fullmatch(
         r"module:[\w.]+:\w+", data.augment
@@ -131,10 +132,10 @@ def _check_data(config: Config) -> None:
                 "npy:FOLDER or module:NAME:FUNCTION"
             )
         _check_source(data.test_source, "data.test_source")
-    if data.train_samples and data.train_samples < config.devices.count:
+    if data.train_samples and data.train_samples < devices:
         raise ConfigError(
             f"data.train_samples={data.train_samples} is fewer than devices.count="
-            f"{config.devices.count}: every device needs a sample"
+            f"{devices}: every device needs a sample"
         )
 
 
@@ -181,16 +182,14 @@ def _check_nodes(config: Config, method: Method) -> None:
         )
 
 
-def _check_micro_batches(config: Config, method: Method, hosts: Hosts) -> None:
+def _check_micro_batches(batch: int, hosts: Hosts) -> None:
     """Checks that a mini-batch has a sample for each of its micro-batches."""
-    if not method.pipelined:
-        return
     for device in hosts.distinct_devices():
         number = device.micro_batches
-        if number > config.data.batch_size:
+        if number > batch:
             field = hosts.path(device.name, "micro_batches")
             raise ConfigError(
-                f"{field}={number} exceeds data.batch_size={config.data.batch_size}, and every "
+                f"{field}={number} exceeds data.batch_size={batch}, and every "
                 "micro-batch needs a sample: lower it, or raise data.batch_size"
             )
 

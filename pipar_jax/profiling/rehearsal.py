@@ -17,7 +17,7 @@ import numpy as np
 
 import stages
 from comms import Endpoint, Link, Message, Role, Tag
-from pipar_jax.config import Config
+from pipar_jax.config import Config, OptimizerConfig
 from pipar_jax.cost_model.profile import RuntimeOverhead
 from pipar_jax.errors import RunError
 from pipar_jax.methods.registry import plan_for
@@ -106,16 +106,14 @@ def _rehearse(model: stages.Model, samples: int, timeout_s: float) -> float:
             total_s = rehearsal.run(timeout_s)
         finally:
             rehearsal.close()
-    return max(0.0, total_s - _alone_s(config, model, samples))
+    return max(0.0, total_s - _alone_s(int(config.pipeline.cut), config.optimizer, model, samples))
 
 
-def _alone_s(config: Config, model: stages.Model, samples: int) -> float:
+def _alone_s(cut: int, config: OptimizerConfig, model: stages.Model, samples: int) -> float:
     """Returns the seconds of the function itself."""
     params, state = model.init(0)
-    last = stages.split(model, (int(config.pipeline.cut),))[1]
-    replica = Replica(
-        last, params, state, optimizer.compiled(config.optimizer, steps=1, proximal_mu=0.0)
-    )
+    last = stages.split(model, (cut,))[1]
+    replica = Replica(last, params, state, optimizer.compiled(config, steps=1, proximal_mu=0.0))
     times = run_all(model, [replica], (samples,), repeats=20)
     return next(seconds for shape, seconds in times.items() if shape.samples)
 

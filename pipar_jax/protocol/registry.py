@@ -152,7 +152,7 @@ def decode(arrived: Arrived, sender: Sender, peer: str) -> ControlMessage:
     known = KINDS.get(name) if isinstance(name, str) else None
     whose = (sender,) if sender is Sender.NEIGHBOUR else (sender, Sender.BOTH)
     if known is None or known.sender not in whose:
-        theirs = [one.name for one in KINDS.values() if one.sender in whose]
+        theirs = sorted(kind.name for kind in KINDS.values() if kind.sender in whose)
         raise ProtocolError(
             f"{peer} sent a {arrived.kind} message of type {shown(name)}, expected one of "
             f"{', '.join(theirs)}: do both hosts run the same version?"

@@ -8,7 +8,7 @@ import json
 import pipar_jax
 from comms import Message
 from comms.wire.bounded_json import one_line
-from pipar_jax.config import Config, difference, from_dict, to_json
+from pipar_jax.config import Config, DataConfig, difference, from_dict, to_json
 from pipar_jax.data import Loader
 from pipar_jax.data.published import PUBLIC_SOURCES
 from pipar_jax.disk.json_text import JsonObject
@@ -144,7 +144,7 @@ def why_not_join(asked: JoinDevice | JoinNode, config: Config, model: Model) -> 
         )
     if isinstance(asked, JoinNode):
         return None
-    return _odd_model(asked, model) or _odd_counts(asked, config)
+    return _odd_model(asked, model) or _odd_counts(asked, config.data, config.epochs)
 
 
 def _odd_model(asked: JoinDevice, model: Model) -> str | None:
@@ -165,9 +165,9 @@ def _odd_model(asked: JoinDevice, model: Model) -> str | None:
     return None
 
 
-def _odd_counts(asked: JoinDevice, config: Config) -> str | None:
+def _odd_counts(asked: JoinDevice, data: DataConfig, epochs: int) -> str | None:
     """Returns why a device's samples and steps contradict the configuration, or None."""
-    samples, steps, data = asked.samples, asked.steps, config.data
+    samples, steps = asked.samples, asked.steps
     if not (samples and steps):
         return f"it has no data to train on: {samples} samples, {steps} steps"
     most = data.max_samples
@@ -186,9 +186,9 @@ def _odd_counts(asked: JoinDevice, config: Config) -> str | None:
             f"it reports {steps} steps for {samples} samples in mini-batches of "
             f"{data.batch_size}, expected {expected}{rest}"
         )
-    if steps * config.epochs > MOST_WHOLE:
+    if steps * epochs > MOST_WHOLE:
         return (
-            f"its {steps} steps an epoch come to {steps * config.epochs} in {config.epochs} "
+            f"its {steps} steps an epoch come to {steps * epochs} in {epochs} "
             f"epochs, at most {MOST_WHOLE} can be counted: lower epochs"
         )
     return None

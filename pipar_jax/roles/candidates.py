@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 from collections.abc import Sequence
 
-from pipar_jax.config import Config
+from pipar_jax.config import Config, TunerConfig
 from pipar_jax.config.texts import split_list
 from pipar_jax.cost_model.profile import Profile
 from pipar_jax.errors import PlanError
@@ -27,7 +27,8 @@ class Candidates:
     """
 
     def __init__(self, config: Config, model: Model, samples: Sequence[int]) -> None:
-        self._config, self._model, self._samples = _parallel_only(config), model, tuple(samples)
+        config = dataclasses.replace(config, tuner=_parallel_only(config.tuner))
+        self._config, self._model, self._samples = config, model, tuple(samples)
         self._memory: dict[Plan, str | None] = {}
 
     def refuse(self, plan: Plan, reason: str) -> None:
@@ -64,9 +65,8 @@ class Candidates:
         return self._memory[plan]
 
 
-def _parallel_only(config: Config) -> Config:
-    """Returns the configuration with sequential methods removed from the tuner's choices."""
-    made = copy.deepcopy(config)
-    names = split_list(config.tuner.methods)
-    made.tuner.methods = ",".join(one for one in names if METHODS[one].order == Order.PARALLEL)
-    return made
+def _parallel_only(tuner: TunerConfig) -> TunerConfig:
+    """Returns the tuner's choices without the sequential methods."""
+    names = split_list(tuner.methods)
+    parallel = [name for name in names if METHODS[name].order == Order.PARALLEL]
+    return dataclasses.replace(tuner, methods=",".join(parallel))

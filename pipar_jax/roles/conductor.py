@@ -183,7 +183,7 @@ class Conductor:
         taking, planned = cohort.taking, cohort.planned
         if planned is not None:
             spans = self._without(spans, planned.out)
-        end = RoundEnd(self._config, taking, time.monotonic())
+        end = RoundEnd(self._config.cohort, taking, time.monotonic())
         self._round = now = _Round(index, cohort.devices, spans, end, demand, samples)
         now.nodes = self.nodes
         now.gone = [device_name(one) for one in cohort.devices]  # it may have gone before

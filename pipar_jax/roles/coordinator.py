@@ -128,7 +128,7 @@ class Coordinator:
         self._begun_with = (
             [one.steps for one in self._population] if kept is None else kept.facts["steps"]
         )
-        self._table = Timetable(config, self.plan, self._begun_with)
+        self._table = Timetable(config.epochs, config.run.rounds, self.plan, self._begun_with)
         self._gathering.check_rounds(self._table.rounds)
         if self.plan.sums_gradients:
             self._check_equal_epochs()

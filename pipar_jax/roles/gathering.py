@@ -44,7 +44,7 @@ class Gathering:
     def __init__(self, config: Config, members: Membership) -> None:
         self._config, self._members = config, members
         self._places, self._sampled = members.hosts.places, members.hosts.sampled
-        self._chooser = CohortChooser(config)
+        self._chooser = CohortChooser(config.cohort, config.devices.count, config.seed)
         self._preparing: set[str] = set()
         self._arrived: list[str] = []
         self._script: deque[Attempt] | None = None

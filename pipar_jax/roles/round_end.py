@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 
-from pipar_jax.config import Config
+from pipar_jax.config import CohortConfig
 
 
 class Verdict(enum.Enum):
@@ -29,14 +29,13 @@ class RoundEnd:
       lost: Those that are out of it.
 
     Args:
-      config: Resolved configuration: ``cohort.quorum``, ``deadline_s``, ``first``, ``below`` and
-        ``wait_s``.
+      config: ``quorum``, ``deadline_s``, ``first``, ``below`` and ``wait_s``.
       cohort: The round's devices.
       now_s: When the round begins, on the monotonic clock.
     """
 
-    def __init__(self, config: Config, cohort: Sequence[int], now_s: float) -> None:
-        self._config = config.cohort
+    def __init__(self, config: CohortConfig, cohort: Sequence[int], now_s: float) -> None:
+        self._config = config
         self._began_s = now_s
         self.cohort = tuple(cohort)
         self.done: set[int] = set()

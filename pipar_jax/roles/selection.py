@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipar_jax.config import SELECTIONS, Config, places
+from pipar_jax.config import SELECTIONS, CohortConfig, places
 from pipar_jax.config.plugins import find
 from pipar_jax.errors import ConfigError, RunError
 
@@ -62,16 +62,18 @@ class CohortChooser:
     """Chooses the cohort of each round.
 
     Args:
-      config: Resolved configuration: ``cohort.size``, ``cohort.select`` and ``seed``.
+      cohort: The fields of ``cohort``.
+      devices: Number of devices in the run.
+      seed: Seed of the run.
 
     Raises:
       ConfigError: The user's function cannot be imported.
     """
 
-    def __init__(self, config: Config) -> None:
-        self._size, self._seed = places(config.cohort, config.devices.count), config.seed
-        self._all = config.cohort.size == 0
-        self._name = config.cohort.select
+    def __init__(self, cohort: CohortConfig, devices: int, seed: int) -> None:
+        self._size, self._seed = places(cohort, devices), seed
+        self._all = cohort.size == 0
+        self._name = cohort.select
         self._select = _REGISTERED.get(self._name) or find(
             self._name.removeprefix("module:"), self._what, ConfigError
         )

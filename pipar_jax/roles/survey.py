@@ -137,7 +137,7 @@ def survey(config: Config, model: Model, members: Membership, samples: Sequence[
     devices = []
     for index, count in enumerate(samples):
         name = device_name(index)
-        host = _ask_host(config, model, members, name, references)
+        host = _ask_host(config, sizes, model, members, name, references)
         delay_s = min(_echo_s(members, name) for _ in range(ECHOES)) / 2
         up_bytes_s = _rate(functools.partial(_up_s, members, name))
         down_bytes_s = _rate(functools.partial(_down_s, members, name))
@@ -150,7 +150,7 @@ def survey(config: Config, model: Model, members: Membership, samples: Sequence[
         )  # fmt: skip
     nodes = []
     for name in members.hosts.nodes:
-        host = _ask_host(config, model, members, name, references)
+        host = _ask_host(config, sizes, model, members, name, references)
         spec = members.hosts[name]
         up, down = (LinkModel.of(shape, message_s) for shape in (spec.up, spec.down))
         nodes.append(NodeProfile(host, up, down))
@@ -175,6 +175,7 @@ def survey(config: Config, model: Model, members: Membership, samples: Sequence[
 
 def _ask_host(
     config: Config,
+    sizes: tuple[int, ...],
     model: Model,
     members: Membership,
     name: str,
@@ -184,7 +185,6 @@ def _ask_host(
 
     The reference times of a prediction are added to ``references``.
     """
-    sizes = sizes_of(config.tuner.sizes, config.data.batch_size)
     if config.tuner.times == "predicted":
         told = _ask(members, name, messages.SurveyReference(), messages.Referenced)
         values = dataclasses.asdict(told)

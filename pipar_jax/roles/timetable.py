@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from pipar_jax.config import Config
 from pipar_jax.schedule.actions import Span
 from pipar_jax.schedule.plan import HandOn, Order, Plan
 
@@ -37,18 +36,19 @@ class Timetable:
       rounds: Number of rounds.
 
     Args:
-      config: Resolved configuration.
+      epochs: Number of epochs.
+      rounds: Number of rounds instead; 0 for as many as the epochs have.
       plan: The plan, which defines when weights are averaged or handed on.
       steps: Steps in an epoch of each device that was present when the run began.
     """
 
-    def __init__(self, config: Config, plan: Plan, steps: Sequence[int]) -> None:
+    def __init__(self, epochs: int, rounds: int, plan: Plan, steps: Sequence[int]) -> None:
         self._plan = plan
         longest, every = max(steps), plan.aggregate_every
         by_steps = plan.order == Order.PARALLEL and every > 0
-        per_epochs = math.ceil(longest * config.epochs / every) if by_steps else config.epochs
-        self.rounds = config.run.rounds or per_epochs
-        self._total = longest * config.epochs if by_steps and not config.run.rounds else 0
+        per_epochs = math.ceil(longest * epochs / every) if by_steps else epochs
+        self.rounds = rounds or per_epochs
+        self._total = longest * epochs if by_steps and not rounds else 0
         self._every = every if by_steps else 0
 
     def steps(self, of_epoch: int) -> int:

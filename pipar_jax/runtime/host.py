@@ -398,7 +398,9 @@ class Host:
                 if plan.host(device, index) == self._seat and slot not in self._replicas:
                     keeps = self._find_keep(plan)(slot[0])
                     self._replicas[slot] = Replica(stage, params, state, self._optimizer, keeps)
-        self._averaging = Averaging(self._config, self._program, self._replicas, params, state)
+        self._averaging = Averaging(
+            self._config.aggregation, self._program, self._replicas, params, state
+        )
         self._averaging.compile()
         del params, state
         self._install(plan)
@@ -513,7 +515,7 @@ class Host:
         for replica in self._replicas.values():  # what came from a copy may have an older anchor
             replica.renew_anchor()
         self._averaging = Averaging.after(
-            self._config, self._program, self._replicas, averages, arrived
+            self._config.aggregation, self._program, self._replicas, averages, arrived
         )
         self._install(plan)
         self._broken()
@@ -570,7 +572,7 @@ class Host:
             if place == old:
                 self._replicas[new, stage] = self._replicas.pop((place, stage))
         self._program = _program(self._plan, seat)
-        self._averaging = Averaging(self._config, self._program, self._replicas, {}, {})
+        self._averaging = Averaging(self._config.aggregation, self._program, self._replicas, {}, {})
 
     def _release(self, said: messages.Release) -> None:
         if self._config.cohort.size:

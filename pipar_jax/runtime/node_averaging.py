@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pipar_jax.aggregation.aggregator import Aggregator, Contribution
-from pipar_jax.config import Config
+from pipar_jax.config import AggregationConfig
 from pipar_jax.protocol.values import EVERY
 from pipar_jax.runtime.unit_state import Key, UnitState, take
 from pipar_jax.schedule.actions import AGGREGATE, ALL, Action, Span
@@ -28,7 +28,7 @@ class Averaging:
       stages: The stages whose weights live together on the host.
 
     Args:
-      config: Resolved configuration.
+      aggregation: The rule.
       program: The host's program under the run's plan.
       replicas: The host's replicas by slot.
       params: The global weights to begin with, by unit.
@@ -37,13 +37,13 @@ class Averaging:
 
     def __init__(
         self,
-        config: Config,
+        aggregation: AggregationConfig,
         program: HostProgram,
         replicas: Mapping[tuple[int, int], Replica],
         params: Mapping[str, Arrays],
         state: Mapping[str, Arrays],
     ) -> None:
-        self._config, self._program, self._replicas = config, program, replicas
+        self._aggregation, self._program, self._replicas = aggregation, program, replicas
         plan = program.plan
         self.stages = plan.local_stages(program.host)
         self._aggregators: dict[int, Aggregator] = {}
@@ -52,7 +52,7 @@ class Averaging:
             for stage in self.stages:
                 names = replicas[program.replica_key(0, stage)].stage.unit_names
                 self._aggregators[stage] = Aggregator(
-                    config.aggregation,
+                    aggregation,
                     {name: params[name] for name in names},
                     {name: state[name] for name in names},
                 )
@@ -65,7 +65,7 @@ class Averaging:
     @classmethod
     def after(
         cls,
-        config: Config,
+        aggregation: AggregationConfig,
         program: HostProgram,
         replicas: Mapping[tuple[int, int], Replica],
         before: Mapping[str, Aggregator],
@@ -74,7 +74,7 @@ class Averaging:
         """Returns the averaging under a new plan, between two rounds, when all copies are equal.
 
         Args:
-          config: Resolved configuration.
+          aggregation: The rule.
           program: The host's program under the new plan.
           replicas: The host's replicas by slot, under the new plan.
           before: The previous aggregator of each unit that was averaged here.
@@ -90,7 +90,7 @@ class Averaging:
                 replica = replicas[program.replica_key(0, stage)]  # updates donate its own arrays
                 params |= jax.tree.map(jnp.array, replica.params)
                 state |= jax.tree.map(jnp.array, replica.state)
-        made = cls(config, program, replicas, params, state)
+        made = cls(aggregation, program, replicas, params, state)
         for unit, aggregator in made.units():
             if unit in before:
                 aggregator.rule_state[unit] = before[unit].rule_state[unit]
@@ -144,4 +144,4 @@ class Averaging:
         return Timed(action, start_s, time.monotonic())
 
     def _weight(self, schedule: RoundSchedule, span: Span) -> float:
-        return float(schedule.trained_samples(span)) if self._config.aggregation.weighted else 1.0
+        return float(schedule.trained_samples(span)) if self._aggregation.weighted else 1.0

@@ -77,11 +77,19 @@ def tune_chain(
     """
     if config.tuner.select == "paper":
         config = dataclasses.replace(config, tuner=dataclasses.replace(config.tuner, codecs=""))
-    codec_choice.check_measured(CodecCandidates(config.tuner, config.pipeline), profile)
+    candidates = CodecCandidates(config.tuner, config.pipeline)
+    codec_choice.check_measured(candidates, profile)
     stages = StageCosts(profile)
     if objection is None:
         objection = functools.partial(excess, stages)
-    proposals = _proposals(profile, config, objection, nodes)
+    proposals = _proposals(
+        profile,
+        METHODS[config.method],
+        candidates,
+        functools.partial(plan_of_chain, config),
+        objection,
+        nodes,
+    )
     judged = {plan: estimate(stages, plan) for plan in proposals}
     fastest = min(judged.values(), key=lambda one: one.epoch_s)
     return with_codecs(stages, config, judged, fastest.plan) if config.tuner.codecs else fastest
@@ -146,7 +154,9 @@ def chain_table(profile: Profile, judged: Mapping[str, PlanEstimate]) -> Table:
 
 def _proposals(
     profile: Profile,
-    config: Config,
+    method: Method,
+    candidates: CodecCandidates,
+    build: Callable[[tuple[int, ...], tuple[str, ...], tuple[Codecs, ...]], Plan],
     objection: Callable[[Plan], str | None],
     usable: Collection[str] | None,
 ) -> dict[Plan, None]:
@@ -155,12 +165,11 @@ def _proposals(
     Raises:
       PlanError: There is none.
     """
-    reason, method = "", METHODS[config.method]
-    candidates = CodecCandidates(config.tuner, config.pipeline)
+    reason = ""
     limited = any(node.host.memory_bytes for node in profile.nodes)
     for share in ROOM if limited else ROOM[:1]:
         proposals: dict[Plan, None] = {}
-        for objective in ("mpsl",) if config.tuner.select == "paper" else OBJECTIVES:
+        for objective in ("mpsl",) if candidates.tuner.select == "paper" else OBJECTIVES:
             found: dict[Plan, float] = {}  # the best so far
             for problem in _problems(profile, method, candidates, share, usable):
                 most_s = NEAR * min(found.values(), default=math.inf)
@@ -171,7 +180,7 @@ def _proposals(
                 except PlanError as error:
                     reason = reason or str(error)
                     continue
-                plan = plan_of_chain(config, *_shape(problem, chain, len(profile.units)))
+                plan = build(*_shape(problem, chain, len(profile.units)))
                 if (why := objection(plan)) is None:
                     found[plan] = chain.cost_s
                 else:

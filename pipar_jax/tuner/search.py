@@ -109,17 +109,17 @@ def search(profile: Profile, config: Config) -> SearchResult:
       ConfigError: The configuration allows no plan.
       PlanError: No plan fits into the hosts' memory.
     """
-    return _Search(profile, config).run()
+    frame = _frame(config.pipeline, config.aggregation, config.devices.count)
+    return _Search(profile, CodecCandidates(config.tuner, config.pipeline), frame).run()
 
 
 class _Search:
     """A search and its evaluated plans."""
 
-    def __init__(self, profile: Profile, config: Config) -> None:
-        self.stages, self.profile, self.tuner = StageCosts(profile), profile, config.tuner
-        self.candidates = CodecCandidates(config.tuner, config.pipeline)
-        self.frame = _frame(config.pipeline, config.aggregation, config.devices.count)
-        self.methods = [METHODS[name] for name in split_list(config.tuner.methods)]
+    def __init__(self, profile: Profile, candidates: CodecCandidates, frame: Plan) -> None:
+        self.stages, self.profile, self.tuner = StageCosts(profile), profile, candidates.tuner
+        self.candidates, self.frame = candidates, frame
+        self.methods = [METHODS[name] for name in split_list(self.tuner.methods)]
         kinds = {
             (device.host, device.samples, device.up, device.down) for device in profile.devices
         }

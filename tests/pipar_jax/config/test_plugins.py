@@ -113,7 +113,8 @@ def _select(name: str, folder: pathlib.Path) -> None:
     config = digits.get_config()
     config.cohort.size, config.cohort.select = 1, f"module:users_own:{name}"
     candidates = [Candidate(device, 10, 0) for device in range(2)]
-    CohortChooser(resolve(config)).choose(0, 0, candidates)
+    made = resolve(config)
+    CohortChooser(made.cohort, made.devices.count, made.seed).choose(0, 0, candidates)
 
 
 def _make(name: str, folder: pathlib.Path) -> None:

@@ -16,7 +16,7 @@ def round_end(count: int = 4, **fields) -> RoundEnd:
     config = Config()
     for name, value in fields.items():
         setattr(config.cohort, name, value)
-    return RoundEnd(config, tuple(range(count)), 100.0)
+    return RoundEnd(config.cohort, tuple(range(count)), 100.0)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def chooser(select: str, size: float = 3.0, seed: int = 0) -> CohortChooser:
     config = Config(seed=seed)
     config.devices.count = 10
     config.cohort.size, config.cohort.select = size, select
-    return CohortChooser(config)
+    return CohortChooser(config.cohort, config.devices.count, config.seed)
 
 
 @pytest.mark.parametrize("select", SELECTIONS)

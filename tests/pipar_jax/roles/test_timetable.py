@@ -24,7 +24,11 @@ PLANS = [
 @pytest.mark.parametrize("steps", [(5, 5, 5), (3, 7, 1)])
 def test_with_everybody_there_the_rounds_are_those_of_the_schedule(plan, steps):
     config = Config(epochs=3)
-    table, at, found = Timetable(config, plan, steps), dict.fromkeys(range(3), 0), []
+    table, at, found = (
+        Timetable(config.epochs, config.run.rounds, plan, steps),
+        dict.fromkeys(range(3), 0),
+        [],
+    )
     for index in range(table.rounds):
         found.append(table.spans(index, [Turn(p, at[p], steps[p]) for p in range(3)]))
         at |= next_steps(found[-1])
@@ -33,13 +37,13 @@ def test_with_everybody_there_the_rounds_are_those_of_the_schedule(plan, steps):
 
 
 def test_who_was_away_goes_on_with_its_own_next_step():
-    table = Timetable(Config(epochs=5), PLANS[0], (4, 4, 4))
+    table = Timetable(5, 0, PLANS[0], (4, 4, 4))
     spans = table.spans(3, [Turn(0, 12, 4), Turn(2, 4, 4)])
     assert spans == (actions.Span(0, 12, 16), actions.Span(2, 4, 8))
 
 
 def test_summed_gradients_have_one_step_for_all():
-    table = Timetable(Config(epochs=5), PLANS[2], (8, 8, 8))
+    table = Timetable(5, 0, PLANS[2], (8, 8, 8))
     assert table.spans(2, [Turn(0, 8, 8), Turn(1, 4, 8)]) == (
         actions.Span(0, 8, 12), actions.Span(1, 8, 12),
     )  # fmt: skip
@@ -49,5 +53,5 @@ def test_the_number_of_rounds_can_be_given():
     config = Config(epochs=1)
     config.run.rounds = 7
     for plan in PLANS:
-        table = Timetable(config, plan, (4, 4, 4))
+        table = Timetable(config.epochs, config.run.rounds, plan, (4, 4, 4))
         assert table.rounds == 7 and table.steps(4) == 28
