@@ -36,16 +36,17 @@ def main(config: Config, given: DeviceFlags) -> None:
       PiparError: The flags are not valid for the configuration, or the run failed.
     """
     address = flags.parse_address(given.server, "server")
-    if not 0 <= given.index < config.devices.count:
+    if not 0 <= given.index < config.devices.total:
+        more = f" and devices.more={config.devices.more}" if config.devices.more else ""
         raise ConfigError(
-            f"--index={given.index} is not valid: devices.count={config.devices.count}, so the "
-            f"index must be 0 to {config.devices.count - 1}"
+            f"--index={given.index} is not valid: devices.count={config.devices.count}{more}, so "
+            f"the index must be 0 to {config.devices.total - 1}"
         )
     logs.begin()
     take_part.prepare(config, device_name(given.index))
     from pipar_jax.roles.worker import run_device  # loads jax, whose environment is now set
 
-    print(f"device {given.index} of {config.devices.count} joins {given.server}", flush=True)
+    print(f"device {given.index} of {config.devices.total} joins {given.server}", flush=True)
     run_device(config, given.index, address)
     print("done", flush=True)
 

@@ -47,10 +47,10 @@ def main(config: Config, own: PlanFlags) -> None:
         machine.check(config)
     began_s = time.monotonic()
     profile = read(own.profile) if own.profile else local_profile.profile_here(config)
-    if len(profile.devices) != config.devices.count:
+    if len(profile.devices) != config.devices.total:
         raise PlanError(
             f"the profile has {len(profile.devices)} devices and the configuration "
-            f"{config.devices.count}: set --config.devices.count={len(profile.devices)}"
+            f"{config.devices.total}: set --config.devices.count={len(profile.devices)}"
         )
     measured_s = time.monotonic() - began_s
     if uses_nodes(config.method):

@@ -10,7 +10,7 @@ import re
 from pipar_jax.config import paths, schema
 from pipar_jax.config.cohorts import check_cohort
 from pipar_jax.config.fields import Config
-from pipar_jax.config.host_fields import DevicesConfig, NetworkConfig, NodesConfig
+from pipar_jax.config.host_fields import MOST_DEVICES, DevicesConfig, NetworkConfig, NodesConfig
 from pipar_jax.config.hosts import Hosts
 from pipar_jax.config.intervals import aggregate_steps
 from pipar_jax.config.optimizers import check_optimizer
@@ -53,7 +53,12 @@ def check_whole(config: Config) -> None:
             f"pipeline.in_flight={pipeline.in_flight} limits a stage with shared weights, but "
             "pipeline.weights='copy': set pipeline.weights=shared, or in_flight=0"
         )
-    check_cohort(config.cohort, config.devices.count, config.run.nonfinite)
+    if config.devices.total > MOST_DEVICES:
+        raise ConfigError(
+            f"devices.count={config.devices.count} and devices.more={config.devices.more} are "
+            f"more than {MOST_DEVICES} devices: lower one of them"
+        )
+    check_cohort(config.cohort, config.devices.total, config.run.nonfinite)
     hosts = Hosts(config, nodes=config.nodes.count)
     # Without nodes their defaults have no effect, but a slip in them is one all the same.
     for name in map(node_name, range(1, max(config.nodes.count, 1) + 1)):
@@ -159,13 +164,14 @@ def fit_overrides(config: Config, group: str) -> dict[int, JsonObject]:
     """
     hosts: DevicesConfig | NodesConfig = getattr(config, group)
     first = 0 if group == "devices" else 1
+    count = hosts.total if isinstance(hosts, DevicesConfig) else hosts.count
     known = {one.path: one for one in schema.options(type(hosts.defaults))}
     made: dict[int, JsonObject] = {}
     for index, fields in sorted(hosts.overrides.items()):
-        if type(index) is not int or not first <= index < first + hosts.count:
+        if type(index) is not int or not first <= index < first + count:
             raise ConfigError(
                 f"{group}.overrides has index {index!r}, but {group}.count={hosts.count}: use "
-                f"{first} to {first + hosts.count - 1}, or raise {group}.count"
+                f"{first} to {first + count - 1}, or raise {group}.count"
             )
         made[index] = {}
         for name, value in fields.items():

@@ -74,9 +74,10 @@ def check_cohort(cohort: CohortConfig, devices: int, nonfinite: str) -> None:
             "50, or 0.1"
         )
     most = places(cohort, devices)
+    all_of_them = f"the {devices} devices of devices.count and devices.more"
     for field, value, limit, what in (
-        ("size", most, devices, f"devices.count={devices}"),
-        ("min_devices", cohort.min_devices, devices, f"devices.count={devices}"),
+        ("size", most, devices, all_of_them),
+        ("min_devices", cohort.min_devices, devices, all_of_them),
         ("quorum", cohort.quorum, most, f"the cohort, which has {most} devices"),
         ("first", cohort.first, most, f"the cohort, which has {most} devices"),
     ):

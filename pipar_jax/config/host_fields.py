@@ -11,6 +11,8 @@ from pipar_jax.disk.json_text import JsonObject
 PLATFORMS = ("auto", "cpu", "cuda", "tpu")
 HIDDEN_TOKEN = "(hidden)"
 SLOWEST = 1e6
+#: Devices that a run may have.
+MOST_DEVICES = 10_000
 
 
 @dataclasses.dataclass
@@ -59,11 +61,24 @@ class DevicesConfig:
 
     Attributes:
       overrides: Maps a device's index to the overridden fields: ``{1: {"link": "4g"}}``.
+      total: The number of devices that may register.
     """
 
-    count: int = option(2, "number of devices", at_least=1, at_most=10_000)
+    count: int = option(2, "number of devices", at_least=1, at_most=MOST_DEVICES)
+    more: int = option(
+        0,
+        "devices that may register in addition, at the start or later, with data of their own: "
+        "each has a place of its own (cohort.size=0) or may be chosen for a round",
+        at_least=0,
+        at_most=MOST_DEVICES,
+    )
     defaults: DeviceConfig = dataclasses.field(default_factory=DeviceConfig)
     overrides: dict[int, JsonObject] = dataclasses.field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """The number of devices that may register."""
+        return self.count + self.more
 
 
 @dataclasses.dataclass

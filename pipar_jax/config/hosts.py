@@ -96,13 +96,23 @@ class Hosts:
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """Names of the devices."""
-        return tuple(map(device_name, range(self._config.devices.count)))
+        """Names of the devices that may register."""
+        return tuple(map(device_name, range(self._config.devices.total)))
+
+    @property
+    def expected(self) -> tuple[str, ...]:
+        """Names of the devices that a run waits for; others may come in addition."""
+        return self.devices[: self._config.devices.count]
+
+    @property
+    def started(self) -> tuple[str, ...]:
+        """Names of the hosts that a launcher starts."""
+        return (COORDINATOR, *self.nodes, *self.expected)
 
     @property
     def places(self) -> int:
         """How many places a round's cohort has."""
-        return places(self._config.cohort, self._config.devices.count)
+        return places(self._config.cohort, self._config.devices.total)
 
     @property
     def sampled(self) -> bool:
@@ -112,13 +122,13 @@ class Hosts:
     @property
     def may_lose(self) -> bool:
         """Whether the run may go on without some of its devices."""
-        return may_lose(self._config.cohort, self._config.devices.count)
+        return may_lose(self._config.cohort, self._config.devices.total)
 
     @property
     def may_lose_nodes(self) -> bool:
         """Whether the run may go on without some of its compute nodes."""
         config = self._config
-        return self._nodes > 0 and may_lose_nodes(config.nodes, config.cohort, config.devices.count)
+        return self._nodes > 0 and may_lose_nodes(config.nodes, config.cohort, config.devices.total)
 
     def may_be_lost(self, name: str) -> bool:
         """Returns whether the run may go on without a host."""
@@ -137,14 +147,14 @@ class Hosts:
 
     def __len__(self) -> int:
         """Returns how many hosts take part."""
-        return 1 + self._nodes + self._config.devices.count
+        return 1 + self._nodes + self._config.devices.total
 
     def __contains__(self, name: str) -> bool:
         """Returns whether a host of this name, which may be any text, takes part."""
         if (found := _NAME.fullmatch(name)) is None:
             return name == COORDINATOR
         index = int(found[2])
-        return index < self._config.devices.count if found[1] == "d" else 0 < index <= self._nodes
+        return index < self._config.devices.total if found[1] == "d" else 0 < index <= self._nodes
 
     def __getitem__(self, name: str) -> HostSpec:
         """Returns a host.
@@ -155,7 +165,7 @@ class Hosts:
         if name not in self._specs:
             if name not in self:
                 raise ConfigError(
-                    f"there is no host {name!r}: devices.count={self._config.devices.count}, "
+                    f"there is no host {name!r}: there are {self._config.devices.total} devices, "
                     f"counted from 0, and {self._nodes} compute nodes take part, counted from 1"
                 )
             self._specs[name] = self.parse(name)
@@ -175,7 +185,7 @@ class Hosts:
         Sources of data contain a device's index, but have the same form for all.
         """
         own = self._config.devices.overrides
-        plain = next((i for i in range(self._config.devices.count) if i not in own), None)
+        plain = next((i for i in range(self._config.devices.total) if i not in own), None)
         indices = own if plain is None else (*own, plain)
         return [self.device(index) for index in sorted(indices)]
 

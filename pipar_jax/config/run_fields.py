@@ -19,7 +19,7 @@ class CohortConfig:
 
     size: float = option(
         0.0,
-        "devices in a round: a number, or below 1 a share of devices.count; 0: all that are there",
+        "devices in a round: a number, or below 1 a share of all devices; 0: all that are there",
         at_least=0,
     )
     select: str = option(

@@ -139,7 +139,7 @@ def _differing_devices(*configs: Config) -> list[int]:
 
     A device may join a run of thousands, and a coordinator compares configurations at each join.
     """
-    count = min(config.devices.count for config in configs)
+    count = min(config.devices.total for config in configs)
     own = {index for config in configs for index in config.devices.overrides if index < count}
     plain = [index for index in range(len(own) + 1) if index < count and index not in own]
     return sorted({*own, *plain[:1]})

@@ -128,7 +128,7 @@ def _files(config: Config) -> Iterator[tuple[str, Dataset]]:
     if (config.data.test_source or config.data.source).startswith(("npz:", "npy:")):
         yield "server", load_server(config.data)
     hosts = Hosts(config, nodes=0)
-    for name in hosts.devices:
+    for name in hosts.expected:
         if hosts[name].data_source.startswith(("npz:", "npy:")):
             yield name, load_device(config, hosts[name].index)
 

@@ -64,7 +64,7 @@ def launch(
     """
     config = resolve(config)
     machine.check(config)
-    planned(config.cohort, config.devices.count)
+    planned(config.cohort, config.devices.total)
     data.prepare(config)
     folder = create_folder(config)
     with (

@@ -98,8 +98,8 @@ def profile_here(config: Config) -> Profile:
 
 
 def _samples(config: Config, index: int) -> int:
-    """Returns the samples that a device trains on in an epoch."""
-    samples = len(datasets.load_device(config, index).train)
+    """Returns the samples that a device trains on in an epoch; an additional one as the last."""
+    samples = len(datasets.load_device(config, min(index, config.devices.count - 1)).train)
     batch = config.data.batch_size
     return samples // batch * batch if config.data.drop_last else samples
 

@@ -43,13 +43,13 @@ def check(config: Config, names: Iterable[str] | None = None) -> None:
 
     Args:
       config: Resolved configuration.
-      names: The hosts, such as ``server``, ``d0``, ``n1``; None for all of the run.
+      names: The hosts, such as ``server``, ``d0``, ``n1``; None for all that a run starts.
 
     Raises:
       ConfigError: Something is missing; the message names field, value and remedy.
     """
     hosts = hosts_of(config)
-    wanted = [hosts[name] for name in (hosts if names is None else names)]
+    wanted = [hosts[name] for name in (hosts.started if names is None else names)]
     _check_folders(config.data, config.run, wanted)
     _check_tls(config.network, wanted)
     # Most hosts are alike: equal requirements are checked once.

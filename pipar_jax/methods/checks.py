@@ -9,6 +9,7 @@ from pipar_jax.config import (
     OWN_SOURCES,
     Config,
     DataConfig,
+    DevicesConfig,
     Hosts,
     HostSpec,
     ModelConfig,
@@ -40,7 +41,7 @@ def check_registered(config: Config, models: tuple[str, ...] = ()) -> None:
     """
     hosts = Hosts(config, nodes=config.nodes.count)
     _check_model(config.model, config.data.source, models)
-    _check_data(config.data, config.devices.count)
+    _check_data(config.data, config.devices)
     rule = config.aggregation.rule
     check_named(rule, "aggregation.rule", "a rule", tuple(RULES))
     check_args(config.aggregation.args, "aggregation.args", "aggregation.rule", rule)
@@ -99,7 +100,7 @@ def _check_source(source: str, field: str) -> None:
     )
 
 
-def _check_data(data: DataConfig, devices: int) -> None:
+def _check_data(data: DataConfig, devices: DevicesConfig) -> None:
     """Checks the sources of data, and the fields that apply to some of them only."""
     _check_source(data.source, "data.source")
     if data.augment not in ("none", "crop_flip") and not re.fullmatch(
@@ -132,10 +133,16 @@ def _check_data(data: DataConfig, devices: int) -> None:
                 "npy:FOLDER or module:NAME:FUNCTION"
             )
         _check_source(data.test_source, "data.test_source")
-    if data.train_samples and data.train_samples < devices:
+    if devices.more and data.source in PUBLIC_SOURCES:
+        raise ConfigError(
+            f"devices.more={devices.more} cannot be combined with data.source={data.source!r}, "
+            f"whose samples are dealt to devices.count={devices.count} devices: additional devices "
+            "need data of their own (data.source=npz:PATH or module:NAME:FUNCTION)"
+        )
+    if data.train_samples and data.train_samples < devices.count:
         raise ConfigError(
             f"data.train_samples={data.train_samples} is fewer than devices.count="
-            f"{devices}: every device needs a sample"
+            f"{devices.count}: every device needs a sample"
         )
 
 
@@ -159,7 +166,7 @@ def _check_nodes(config: Config, method: Method) -> None:
             f"method={config.method} runs its middle stages on compute nodes, and nodes.count=0: "
             "set --config.nodes.count"
         )
-    if method.one_device and config.devices.count != 1:
+    if method.one_device and config.devices.total != 1:
         raise ConfigError(
             f"devices.count={config.devices.count}, but method={method.name} trains the data of "
             "one device on a chain of peers: set devices.count=1, the peers are nodes"
@@ -210,7 +217,7 @@ def _check_cohort(config: Config, method: Method | None) -> None:
                     f"cohort.size={cohort.size:g}: any device may take any place, so all are cut "
                     "alike; leave it out, or set cohort.size=0"
                 )
-    devices = config.devices.count
+    devices = config.devices.total
     may_lose_some = may_lose(cohort, devices) or may_lose_nodes(config.nodes, cohort, devices)
     if config.tuner.adapt and (cohort.size or may_lose_some):
         field = f"cohort.size={cohort.size:g}" if cohort.size else "a run that may lose hosts"

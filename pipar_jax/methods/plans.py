@@ -25,7 +25,7 @@ def federated(config: Config, units: Sequence[str]) -> Plan:
     """FL (FedAvg, McMahan et al., arXiv 1602.05629): no cut, all devices at once, averaged."""
     del units
     devices = tuple(
-        DevicePlan((), (OWNER,)) for _ in range(places(config.cohort, config.devices.count))
+        DevicePlan((), (OWNER,)) for _ in range(places(config.cohort, config.devices.total))
     )
     return _plan(config, devices, weights=WeightPolicy.COPY)
 

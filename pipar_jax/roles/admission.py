@@ -130,9 +130,11 @@ def why_not_join(asked: JoinDevice | JoinNode, config: Config, model: Model) -> 
         return f"its name is {asked.name!r}, but it joins as another kind of host"
     try:
         theirs = from_dict(asked.config)
-        ours, count = config.devices.count, theirs.devices.count
-        if ours != count:  # before anything is done for each of them
-            differing = [f"devices.count ({ours!r} here, {shown(count)} there)"]
+        ours, their = config.devices, theirs.devices
+        if ours.count != their.count:  # before anything is done for each of them
+            differing = [f"devices.count ({ours.count!r} here, {shown(their.count)} there)"]
+        elif ours.more != their.more:
+            differing = [f"devices.more ({ours.more!r} here, {shown(their.more)} there)"]
         else:
             differing = difference(config, theirs)
     except (ConfigError, TypeError, ValueError, AttributeError, KeyError) as error:
@@ -204,7 +206,9 @@ def _unknown_name(name: str, config: Config) -> str | None:
     hosts = hosts_of(config)
     if name in hosts and name != COORDINATOR:
         return None
-    kind, known, field = "device", hosts.devices, f"devices.count={config.devices.count}"
+    count, more = config.devices.count, config.devices.more
+    kind, known = "device", hosts.devices
+    field = f"devices.count={count}" + (f" and devices.more={more}" if more else "")
     if is_node(name):
         kind, known, field = "node", hosts.nodes, f"nodes.count={config.nodes.count}"
     there = f"{known[0][1:]} to {known[-1][1:]}" if known else "there are none"

@@ -270,17 +270,18 @@ class Coordinator:
 
     def _prepare(self) -> None:
         """Sends the plan, waits until all have compiled, and lets slow hosts time themselves."""
-        self._introduce(self.plan)
-        began = time.monotonic()
-        self._members.working("compiling")
+        workers = self._workers
         self._expect(self.plan)
-        workers, prepare = self._workers, self._preparation()
-        for name in workers:
-            self._members.send(name, prepare)
-        self._members.joined = self._welcome
+        self._members.joined = self._welcome  # whoever comes from now on is prepared by itself
         for name in self._members.hosts.nodes:  # who came while the plan was made
             if name in self._members.by_name and name not in self._pool.ready:
                 self._welcome(name)
+        self._introduce(self.plan)
+        began = time.monotonic()
+        self._members.working("compiling")
+        prepare = self._preparation()
+        for name in workers:
+            self._members.send(name, prepare)
         self._host.prepare(self.plan, prepare.samples, prepare.steps)
         if self.plan.order == Order.PARALLEL:
             self._aggregator.compile()

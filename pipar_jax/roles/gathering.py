@@ -44,12 +44,12 @@ class Gathering:
     def __init__(self, config: Config, members: Membership) -> None:
         self._config, self._members = config, members
         self._places, self._sampled = members.hosts.places, members.hosts.sampled
-        self._chooser = CohortChooser(config.cohort, config.devices.count, config.seed)
+        self._chooser = CohortChooser(config.cohort, config.devices.total, config.seed)
         self._preparing: set[str] = set()
         self._arrived: list[str] = []
         self._script: deque[Attempt] | None = None
         if config.cohort.script:
-            self._script = deque(planned(config.cohort, config.devices.count))
+            self._script = deque(planned(config.cohort, config.devices.total))
         members.listeners[messages.Dropped] = self._note_stopped
 
     def check_rounds(self, rounds: int) -> None:
@@ -93,7 +93,7 @@ class Gathering:
         if not self._sampled:
             return Cohort(tuple(range(self._places)), chosen, None)
         # Unused places are named after devices that are not in the round.
-        others = (one for one in range(self._config.devices.count) if one not in chosen)
+        others = (one for one in range(self._config.devices.total) if one not in chosen)
         rest = tuple(next(others) for _ in range(self._places - len(chosen)))
         return Cohort((*chosen, *rest), tuple(range(len(chosen))), None)
 
@@ -117,7 +117,7 @@ class Gathering:
         cohort = self._config.cohort
         least = cohort.quorum or cohort.first
         if not least and cohort.below != "end":
-            least = min(cohort.min_devices or self._places, self._places)
+            least = min(cohort.min_devices or self._config.devices.count, self._places)
         return least or 1
 
     def _wait_for(self, index: int) -> None:

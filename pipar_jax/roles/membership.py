@@ -178,7 +178,7 @@ class Membership:
         """Registers a new connection; runs on the I/O thread."""
         # A copy: the owner's thread removes links meanwhile.
         strangers = [one for one in list(self._links) if one not in self._names]
-        if len(strangers) >= 64 + 2 * (self._config.devices.count + self._config.nodes.count):
+        if len(strangers) >= 64 + 2 * (self._config.devices.total + self._config.nodes.count):
             self._end(strangers[0], "too many links have not joined")
             self._links.pop(strangers[0], None)
         self._links[link] = _Waiting()
@@ -212,7 +212,7 @@ class Membership:
         Raises:
           JoinError: Too few have joined within ``network.join_timeout_s``.
         """
-        nodes, devices = self.hosts.nodes, self.hosts.devices
+        nodes, devices = self.hosts.nodes, self.hosts.expected
         least = self._config.cohort.min_devices or len(devices)
         began = changed = time.monotonic()
         told: list[str] = []
@@ -221,7 +221,8 @@ class Membership:
             if missing != told:
                 told, changed = missing, time.monotonic()
                 self._tell({"event": "waiting", "missing": missing})
-            here = sum(name in self.by_name for name in devices)
+            # Whoever comes in addition counts as well.
+            here = sum(not is_node(name) for name in self.by_name)
             enough = here >= least and all(name in self.by_name for name in nodes)
             wait_s = self._config.cohort.wait_s
             left_s = changed + wait_s if enough else began + limit_s

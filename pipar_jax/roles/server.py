@@ -81,7 +81,7 @@ def run_server(
     set_precision(config.model)
     began_s = time.monotonic()
     # Before there is a folder: what is refused here leaves nothing behind.
-    planned(config.cohort, config.devices.count)
+    planned(config.cohort, config.devices.total)
     dataset = (
         datasets.load_server(config.data)
         if data is None
@@ -191,7 +191,7 @@ def _serve(
                 config.server.host,
                 config.server.port,
                 members.on_link,
-                expected_peers=config.devices.count + config.nodes.count,
+                expected_peers=config.devices.total + config.nodes.count,
             )
         except ChannelError as error:
             raise RunError(

@@ -423,7 +423,7 @@ class Host:
     def _install(self, plan: Plan) -> None:
         """Makes all that follows from a plan and from the replicas, which fit it already."""
         self._plan = plan
-        can_lose = may_lose(self._config.cohort, self._config.devices.count)
+        can_lose = may_lose(self._config.cohort, self._config.devices.total)
         self._undoes_turns = plan.order == Order.SEQUENTIAL and can_lose
         self._outgoing: dict[Boundary, CreditedLink] = {}
         self._limits: dict[int, InFlightLimit] = {}

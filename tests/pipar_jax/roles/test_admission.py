@@ -78,6 +78,7 @@ def test_a_device_that_fits_is_taken(body, config, network):
         ({"config": {"seed": "x"}}, "its configuration differs .* in seed"),
         ({"config": {"nonsense": 1}}, "its configuration cannot be read"),
         ({"config": {"devices": {"count": 10**12}}}, "in devices.count .2 here, 1000000000000 the"),
+        ({"config": {"devices": {"more": 10**12}}}, "in devices.more .0 here, 1000000000000 there"),
         ({"config": {"devices": {"count": "2"}}}, "in devices.count .2 here, '2' there"),
         ({"config": {"devices": {"count": 2, "overrides": {"0": {"x": 1}}}}}, "its configuration"),
         ({"units": {}}, "its model differs: unit 'fc1'"),

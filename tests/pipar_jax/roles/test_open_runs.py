@@ -116,6 +116,22 @@ def test_a_late_device_takes_the_learning_rate_of_the_moment(tmp_path):
         np.testing.assert_allclose(weights[1][name], array, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_more_devices_than_configured_take_part_once_they_have_come(tmp_path, method):
+    made = config(tmp_path, method, rounds=12, samples=SAMPLES[:2], quorum=2, wait_s=0.1)
+    made.devices.count, made.devices.more = 2, 2
+    made.data.source = "module:none:none"
+    when = together(after(0, lambda run: run.start(3)), pause_between_rounds(0.3))
+    run = OpenRun(made, (*SAMPLES, 9), when=when).run(range(2))
+    assert run.error is None
+    script = run.script()
+    assert script[0]["commit"] == [0, 1] and script[-1]["commit"] == [0, 1, 3]
+    assert all(row["cohort"] == [0, 1, 2, 3] for row in script)
+    made.name, made.cohort.script = "replay", str(run.folder / "membership.jsonl")
+    again = OpenRun(made, (*SAMPLES, 9)).run((0, 1, 3))
+    assert equal(run.weights(), again.weights())
+
+
 def test_too_few_devices_end_the_run_in_one_line(tmp_path):
     made = config(tmp_path, quorum=3)
     run = OpenRun(made, when=after(0, lambda run: run.end(1))).run(range(3))
