@@ -34,7 +34,7 @@ def test_the_defaults_are_a_configuration() -> None:
             {"cohort.size": 1, "devices.overrides": {1: {"cut": 2}}},
             r"devices\.1\.cut=2 .* cut alike",
         ),
-        ({"cohort.quorum": 1, "tuner.adapt": True}, "may lose devices"),
+        ({"cohort.quorum": 1, "tuner.adapt": True}, "may lose hosts"),
         ({"cohort.size": 1, "tuner.adapt": True}, "cohort.size=1"),
         ({"cohort.first": 1, "method": "sl"}, "take turns"),
         ({"cohort.deadline_s": 1, "pipeline.weights": "shared"}, "none is later"),
