@@ -1,4 +1,4 @@
-"""The scalar inputs of a stage for a micro-batch."""
+"""The scalar inputs of a stage for a micro-batch, and the bits of its noise."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import zlib
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 class MicroBatchContext(NamedTuple):
@@ -17,6 +18,7 @@ class MicroBatchContext(NamedTuple):
       device: Index of the device that owns the samples, uint32.
       step: Number of the optimiser step on that device, uint32.
       position: Samples of the mini-batch that come before this micro-batch, uint32.
+      noise: Random bits [2, micro-batch, …] uint32 for what a private stage sends; else None.
     """
 
     inverse_batch: np.float32 | np.float64
@@ -24,6 +26,7 @@ class MicroBatchContext(NamedTuple):
     device: np.uint32
     step: np.uint32
     position: np.uint32
+    noise: NDArray[np.uint32] | None = None
 
 
 def make_draw(

@@ -50,6 +50,17 @@ class Recipe:
         return any(source == "output" for source, _ in self.sources)
 
 
+@dataclasses.dataclass(frozen=True)
+class KeptInputs:
+    """The recipe of residuals that are the inputs of the forward pass, which is computed again.
+
+    Attributes:
+      tree: Structure of the inputs.
+    """
+
+    tree: PyTree
+
+
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass
 class Residuals:
@@ -65,14 +76,14 @@ class Residuals:
     saved: tuple[jax.Array, ...]
     borrowed: tuple[jax.Array, ...]
     output: PyTree
-    recipe: Recipe
+    recipe: Recipe | KeptInputs
 
-    def tree_flatten(self) -> tuple[tuple[PyTree, ...], Recipe]:
+    def tree_flatten(self) -> tuple[tuple[PyTree, ...], Recipe | KeptInputs]:
         """Splits into arrays and the static recipe."""
         return (self.saved, self.borrowed, self.output), self.recipe
 
     @classmethod
-    def tree_unflatten(cls, recipe: Recipe, children: tuple[PyTree, ...]) -> Residuals:
+    def tree_unflatten(cls, recipe: Recipe | KeptInputs, children: tuple[PyTree, ...]) -> Residuals:
         """Inverse of ``tree_flatten``."""
         saved, borrowed, output = children
         return cls(saved, borrowed, output, recipe)
@@ -81,6 +92,12 @@ class Residuals:
     def nbytes(self) -> int:
         """Bytes of all arrays, including those held by reference."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+
+def kept_inputs(*inputs: PyTree) -> Residuals:
+    """Returns residuals that hold the inputs of a forward pass by reference."""
+    leaves, tree = jax.tree.flatten(inputs)
+    return Residuals((), tuple(leaves), None, KeptInputs(tree))
 
 
 def run_forward(
@@ -132,6 +149,7 @@ def run_forward(
 def attach(residuals: Residuals, output: PyTree, rest: PyTree, x: PyTree) -> Residuals:
     """Adds the references to residuals that came out of a jit (see ``run_forward``)."""
     recipe = residuals.recipe
+    assert isinstance(recipe, Recipe)
     if recipe.arguments:
         flat = jax.tree.leaves((rest, x))
         residuals.borrowed = tuple(flat[i] for i in recipe.arguments)
@@ -145,6 +163,7 @@ def pull_back(
 ) -> tuple[PyTree, PyTree]:
     """Runs the backward pass inside a jit: (gradient of the weights, cotangent of the input)."""
     recipe = residuals.recipe
+    assert isinstance(recipe, Recipe)
     pools: dict[str, Sequence[jax.Array]] = {
         "weights": recipe.weights_only(*jax.tree.leaves((weights, fixed))),
         "argument": residuals.borrowed,

@@ -10,15 +10,18 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from stages import release as private
 from stages.errors import StageError
 from stages.frozen import Frozen
 from stages.layers.reformulation import reformulated
-from stages.micro_batch_context import MicroBatchContext
+from stages.micro_batch_context import MicroBatchContext, make_draw
 from stages.model import Model
 from stages.program import Program
-from stages.residuals import Residuals, attach, pull_back, run_forward
+from stages.release import PrivateRelease
+from stages.residuals import Residuals, attach, kept_inputs, pull_back, run_forward
 from stages.trees import PyTree, Targets, Variables
 from stages.unit import Unit
 
@@ -27,6 +30,7 @@ Metrics: TypeAlias = dict[str, jax.Array]
 Side: TypeAlias = Mapping[str, jax.Array]
 _NO_SIDE: Side = {}
 _NOTHING: Variables = {}
+_NO_RELEASES: Mapping[int, PrivateRelease] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Stage:
       sides: Names of the side inputs of the stage's units.
       frozen: Weights that are not trained.
       programs: The compiled functions.
+      release: What of it is clipped and noised before it leaves; None: nothing.
     """
 
     index: int
@@ -68,6 +73,7 @@ class Stage:
     sides: tuple[str, ...]
     frozen: Frozen = dataclasses.field(repr=False)
     programs: Programs = dataclasses.field(repr=False)
+    release: PrivateRelease | None = None
 
     def forward(
         self,
@@ -92,6 +98,8 @@ class Stage:
         """
         side = self._taken(side)
         y, state_after, residuals = self.programs.forward(params, state, x, draw, side, self.fixed)
+        if residuals is None:
+            return y, kept_inputs(state, x, draw._replace(noise=None), side), state_after
         if self.is_first:
             return y, attach(residuals, y, (state, x, draw, side), None), state_after
         return y, attach(residuals, y, (state, draw, side), x), state_after
@@ -183,6 +191,8 @@ class Stage:
         fixed = self.frozen.shapes(self.unit_names)
         forward = self.programs.forward
         y, _, residuals = jax.eval_shape(forward, params, state, x, draw, side, fixed)
+        if residuals is None:
+            return y, kept_inputs(state, x, draw._replace(noise=None), side)
         if self.is_first:
             return y, attach(residuals, y, (state, x, draw, side), None)
         return y, attach(residuals, y, (state, draw, side), x)
@@ -191,6 +201,16 @@ class Stage:
         """Returns the stage's abstract side inputs of a batch by name."""
         shapes = model.side_shapes(batch)
         return {name: shapes[name] for name in self.sides}
+
+    def trial_draw(self, samples: int) -> MicroBatchContext:
+        """Returns the scalars of a mini-batch of one micro-batch, to compile or time the stage by.
+
+        A private stage gets bits that are all zero.
+        """
+        draw = make_draw(samples)
+        if self.release is None or not self.release.sends:
+            return draw
+        return draw._replace(noise=np.zeros(self.release.bits_shape(samples), np.uint32))
 
     @property
     def fixed(self) -> Variables:
@@ -212,7 +232,11 @@ class Stage:
 
 
 def split(
-    model: Model, cuts: Sequence[int] = (), *, rematerialise: bool | Sequence[bool] = False
+    model: Model,
+    cuts: Sequence[int] = (),
+    *,
+    rematerialise: bool | Sequence[bool] = False,
+    releases: Mapping[int, PrivateRelease] = _NO_RELEASES,
 ) -> tuple[Stage, ...]:
     """Cuts a model into stages.
 
@@ -222,6 +246,7 @@ def split(
         and units[c].
       rematerialise: Whether backward passes recompute their forward pass; one value for all stages
         or one per stage.
+      releases: For each private stage what of it is clipped and noised before it leaves.
 
     Returns:
       len(cuts) + 1 stages. Stages over the same units of the same model share their
@@ -253,7 +278,8 @@ def split(
             rematerialise=flags[index],
             sides=tuple(sorted({s for unit in model.units[start:stop] for s in unit.sides})),
             frozen=model.frozen,
-            programs=_programs(model, start, stop, flags[index]),
+            programs=_programs(model, start, stop, flags[index], releases.get(index)),
+            release=releases.get(index),
         )
         for index, (start, stop) in enumerate(pairwise(bounds))
     )
@@ -354,9 +380,11 @@ def _add(accumulated: Variables, gradient: Variables) -> Variables:
     return total
 
 
-def _programs(model: Model, start: int, stop: int, rematerialise: bool) -> Programs:
+def _programs(
+    model: Model, start: int, stop: int, rematerialise: bool, release: PrivateRelease | None
+) -> Programs:
     """Builds the jitted functions of units start … stop - 1, once per model."""
-    cached = model.programs.get((start, stop, rematerialise))
+    cached = model.programs.get((start, stop, rematerialise, release))
     if cached is not None:
         return cached  # type: ignore[no-any-return]
     units = model.units[start:stop]
@@ -370,8 +398,26 @@ def _programs(model: Model, start: int, stop: int, rematerialise: bool) -> Progr
         predict=Program(partial(_predict, units)),
         zeros=Program(lambda params: jax.tree.map(jnp.zeros_like, params)),
     )
-    model.programs[start, stop, rematerialise] = programs
+    if release is not None:
+        programs = _private_programs(
+            programs, partial(_run, units, train=True), start == 0, release
+        )
+    model.programs[start, stop, rematerialise, release] = programs
     return programs
+
+
+def _private_programs(
+    plain: Programs, train: Callable[..., Any], is_first: bool, release: PrivateRelease
+) -> Programs:
+    """Returns the functions of a stage whose weights are released as well as what it sends."""
+    return dataclasses.replace(
+        plain,
+        forward=Program(partial(private.forward, train, release)),
+        backward=Program(partial(private.backward, train, release), donate_argnums=(3,)),
+        loss=Program(
+            partial(private.loss, train, cross_entropy, release, is_first), donate_argnums=(5,)
+        ),
+    )
 
 
 def _predict(

@@ -37,7 +37,7 @@ FLOORS = {
         "disk",
         "schedule codec_kernels",
         "config cost_model",
-        "data training aggregation simulator protocol",
+        "data training aggregation simulator protocol privacy",
         "methods",
         "runtime report tuner",
         "profiling",

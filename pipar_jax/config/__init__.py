@@ -25,6 +25,7 @@ from pipar_jax.config.host_fields import (
 )
 from pipar_jax.config.hosts import Hosts, HostSpec
 from pipar_jax.config.intervals import aggregate_steps
+from pipar_jax.config.privacy_fields import PrivacyConfig
 from pipar_jax.config.run_fields import (
     SCORES,
     SELECTIONS,
@@ -77,6 +78,7 @@ __all__ = [
     "NodesConfig",
     "OptimizerConfig",
     "PipelineConfig",
+    "PrivacyConfig",
     "RunConfig",
     "ServerConfig",
     "StopConfig",

@@ -1,15 +1,16 @@
 """The configuration of a run: its sections, and the fields that stand alone.
 
 Each section has a file: ``training_fields``, ``data_fields``, ``host_fields``, ``run_fields``,
-``tuner_fields``. All are plain dataclasses that a preset fills in, and their annotations are real
-objects (no ``from __future__ import annotations``): ml_collections reads the types of the fields it
-overrides.
+``tuner_fields``, ``privacy_fields``. All are plain dataclasses that a preset fills in, and their
+annotations are real objects (no ``from __future__ import annotations``): ml_collections reads the
+types of the fields it overrides.
 """
 
 import dataclasses
 
 from pipar_jax.config.data_fields import DataConfig
 from pipar_jax.config.host_fields import DevicesConfig, NetworkConfig, NodesConfig, ServerConfig
+from pipar_jax.config.privacy_fields import PrivacyConfig
 from pipar_jax.config.run_fields import CheckpointConfig, CohortConfig, RunConfig, StopConfig
 from pipar_jax.config.schema import REGISTERED, option
 from pipar_jax.config.training_fields import (
@@ -42,6 +43,7 @@ class Config:
     cohort: CohortConfig = dataclasses.field(default_factory=CohortConfig)
     server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
     network: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
+    privacy: PrivacyConfig = dataclasses.field(default_factory=PrivacyConfig)
     tuner: TunerConfig = dataclasses.field(default_factory=TunerConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     stop: StopConfig = dataclasses.field(default_factory=StopConfig)

@@ -20,6 +20,7 @@ from pipar_jax.config import (
 from pipar_jax.config.plugins import check_args, check_named
 from pipar_jax.data.published import PUBLIC_SOURCES
 from pipar_jax.errors import ConfigError
+from pipar_jax.methods.privacy_checks import check_privacy
 from pipar_jax.methods.registry import METHODS, Method, node_methods
 from pipar_jax.methods.tuner_checks import check_tuner
 from pipar_jax.schedule.plan import Order, WeightPolicy
@@ -54,6 +55,7 @@ def check_registered(config: Config, models: tuple[str, ...] = ()) -> None:
         if method.pipelined:
             _check_micro_batches(config.data.batch_size, hosts)
     _check_cohort(config, method)
+    check_privacy(config, models)
 
 
 def _check_model(model: ModelConfig, source: str, models: tuple[str, ...]) -> None:

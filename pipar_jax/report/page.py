@@ -15,6 +15,7 @@ from pipar_jax.report.assets import SCRIPT, STYLE
 from pipar_jax.report.bars import byte_bars, idle_bars
 from pipar_jax.report.gantt import actions_legend, gantt_charts
 from pipar_jax.report.membership import membership_rows, membership_text
+from pipar_jax.report.privacy import privacy_text
 from pipar_jax.report.run import RecordedRun, links_of, read_run
 from pipar_jax.report.svg import Series, aligned, digits, legend, line_chart
 from pipar_jax.schedule.plan import COORDINATOR
@@ -31,6 +32,9 @@ _ABOUT = {
     "Learning":
         "The curves over epochs compare what the methods learn from the same number of samples; "
         "the curves over seconds of training also show their speed.",
+    "Privacy":
+        "What is protected from whom, and what is not, with the epsilon of all that has left the "
+        "devices; the relation is the replacement of one record, or of one user.",
     "Membership":
         "Rounds in or before which a device was lost, late, dropped, or came back. The difference "
         "is that to the median round in which nothing happened: waiting for a deadline, and steps "
@@ -85,6 +89,7 @@ def make_page(runs: Sequence[RecordedRun]) -> str:
     sections = [
         _section("Results", _results(runs, names)),
         _section("Learning", _curves(runs, names)),
+        _section("Privacy", privacy_text(runs, names)),
         _section("Membership", _membership(runs, names)),
         _section("One step", _steps(runs)),
         _section("Idle time", idle_bars(runs, names)),

@@ -47,6 +47,8 @@ class RunState:
         self.samples_per_s: float | None = None
         self.up_mbps: float | None = None
         self.down_mbps: float | None = None
+        self.epsilon: float | None = None  # the largest of any device
+        self.delta = 0.0
         self.idle: dict[str, float] = {}
         self.round_s: list[float] = []
         self.began_s: float | None = None
@@ -135,6 +137,8 @@ class RunState:
             self.samples_per_s = event["samples"] / seconds
             self.up_mbps = event["bytes_up"] * 8e-6 / seconds
             self.down_mbps = event["bytes_down"] * 8e-6 / seconds
+        if event.get("epsilon"):
+            self.epsilon, self.delta = max(event["epsilon"].values()), event["delta"]
         self.idle = dict(event["idle"])
 
     def _learn(self, event: Event) -> None:
@@ -289,6 +293,10 @@ def describe(event: Event, state: RunState) -> str | None:
         return f"{state.devices} devices, {state.epochs} epochs, plan {state.plan}"
     if kind == "progress":
         return _at(state)
+    if kind == "private":
+        noise = sorted(set(event["noise"].values()))
+        text = " to ".join(f"{one:.4g}" for one in dict.fromkeys((noise[0], noise[-1])))
+        return f"privacy, noise multiplier {text}: " + "; ".join(event["words"])
     if kind == "round_finished":
         facts = [f"round {state.rounds_done} of {state.rounds} took {event['seconds']:.2f} s"]
         facts += [*_learning(state), *_traffic(state)]
@@ -391,6 +399,8 @@ def _learning(state: RunState) -> list[str]:
         facts.append(f"accuracy {state.accuracy:.1%}")
     if state.test_accuracy is not None:
         facts.append(f"test {state.test_accuracy:.1%}")
+    if state.epsilon is not None:
+        facts.append(f"epsilon {state.epsilon:.3g} at delta {state.delta:g}")
     return facts
 
 

@@ -45,7 +45,9 @@ class Identity:
         return host_index(self.name)
 
 
-def device_join(config: Config, name: str, loader: Loader, model: Model) -> JoinDevice:
+def device_join(
+    config: Config, name: str, loader: Loader, model: Model, fingerprint: str | None = None
+) -> JoinDevice:
     """Returns the first message of a device.
 
     Args:
@@ -53,6 +55,7 @@ def device_join(config: Config, name: str, loader: Loader, model: Model) -> Join
       name: Its name.
       loader: Its samples.
       model: Its model.
+      fingerprint: What tells its samples from others; None for their plain fingerprint.
     """
     return JoinDevice(
         messages.VERSION,
@@ -63,7 +66,7 @@ def device_join(config: Config, name: str, loader: Loader, model: Model) -> Join
         loader.steps_per_epoch,
         model.signature,
         describe(model),
-        loader.fingerprint(),
+        fingerprint or loader.fingerprint(),
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from pipar_jax.aggregation.aggregator import Aggregator, Contribution
 from pipar_jax.config import Config
 from pipar_jax.disk.json_text import JsonObject
-from pipar_jax.errors import Interrupted, PeerError
+from pipar_jax.errors import Interrupted, PeerError, RunError
 from pipar_jax.protocol import messages
 from pipar_jax.protocol.values import EVERY
 from pipar_jax.roles import replan
@@ -32,6 +32,7 @@ from pipar_jax.roles.membership import Mail, Membership
 from pipar_jax.roles.node_copies import NodeCopies
 from pipar_jax.roles.node_pool import NodePool
 from pipar_jax.roles.past import Past
+from pipar_jax.roles.private_rounds import PrivateRounds
 from pipar_jax.roles.run_log import FetchStats, Round, RunLog
 from pipar_jax.roles.scripted_plans import ScriptedPlans
 from pipar_jax.roles.start_weights import start_weights
@@ -129,6 +130,7 @@ class Coordinator:
             [one.steps for one in self._population] if kept is None else kept.facts["steps"]
         )
         self._table = Timetable(config.epochs, config.run.rounds, self.plan, self._begun_with)
+        self._private = PrivateRounds(config, self.plan, self._population, self._table)
         self._gathering.check_rounds(self._table.rounds)
         if self.plan.sums_gradients:
             self._check_equal_epochs()
@@ -159,6 +161,7 @@ class Coordinator:
         self._first = 0
         if kept is not None:
             self._first, self._demand = kept.rounds, kept.facts["demand"]
+        self._trained = self._first
         self._plans: tuple[Plan, ...] = (self.plan,)
         self._conductor = Conductor(
             config, model.unit_names, self.plan, host, members, self._states
@@ -190,6 +193,8 @@ class Coordinator:
         self._prepare()
         self._take_up()
         self._run_log.begin(self.plan, self._table.rounds, self._preparation().steps, self._first)
+        if (promise := self._private.promise()) is not None:
+            self._members.tell(promise)
         self._begin_schedules(self._workers)
         try:
             if self._adaptation is not None:
@@ -198,16 +203,31 @@ class Coordinator:
                 attempt = 0
                 while not self._try_round(index, attempt):
                     attempt += 1
+                if self._start.stop_rule.reason is not None and self._trained <= index:
+                    self._end_before(index)
+                    break
                 if self._close_round(index):
                     break
                 self._adapt(index + 1)
         finally:
+            self._private.close()
             if self._adaptation is not None:
                 self._adaptation.close()
         self._checkpoints.settle(self._members)
         self._members.broadcast(messages.Finish())
         self._add_traces(self._members.collect(messages.Bye, self._workers))
         return self._run_log.finish()
+
+    def _end_before(self, index: int) -> None:
+        """Ends the run without a round that a device's privacy budget does not allow.
+
+        Raises:
+          RunError: There was no round before it.
+        """
+        reason = self._start.stop_rule.reason
+        if index == self._first:
+            raise RunError(f"{reason}; the run ends before its first round")
+        self._close_round(index - 1)
 
     def _close_round(self, index: int) -> bool:
         """Scores and keeps what a round came to; returns whether the run ends with it.
@@ -418,6 +438,10 @@ class Coordinator:
         if self._adaptation is not None:
             self._adaptation.start_round(index)
         spans = self._spans(index, cohort)
+        why_not = self._private.why_not(index, cohort.devices, cohort.taking, spans)
+        if why_not is not None:
+            self._start.stop_rule.reason = why_not
+            return True
         self._seat(cohort)
         fresh = self._bring_up_to_date(cohort)
         self._run_log.start_round()
@@ -426,6 +450,8 @@ class Coordinator:
         self._end_round(done)
         self._run_log.add_attempt(dataclasses.replace(said, fresh=fresh))
         self._count(done)
+        if done.whole:
+            self._trained = index + 1
         self._until = None if done.whole or not done.places else max(one.stop for one in spans)
         return done.whole
 
@@ -578,12 +604,14 @@ class Coordinator:
             self._aggregator.state.update(copies[ALL].state)
         batch_size = self._config.data.batch_size
         round_ = RoundSchedule(self.plan, done.spans, self._samples, batch_size)
-        replicas = []
+        replicas, devices = [], []
         for span in done.spans:
             if span.stop > span.first and span.device in copies and span.device in done.places:
                 weight = round_.trained_samples(span) if self._config.aggregation.weighted else 1
                 replicas.append(copies[span.device]._replace(weight=float(weight)))
+                devices.append(done.cohort[span.device])
         start_s = time.monotonic()
+        replicas = self._private.arrive(self._aggregator.params, replicas, devices, done.index)
         self._aggregator.aggregate(replicas)
         if broken := self._aggregator.broken_units():
             last = max(span.stop for span in done.spans) - 1
@@ -609,6 +637,7 @@ class Coordinator:
         rows, busy_s = self._host.recorder.take()
         self._run_log.add_trace(COORDINATOR, rows, 0.0)
         said = {name: mail.said for name, mail in stored.items()}
+        self._private.ended(said)
         workers = [name for name in said if name != COORDINATOR]
         busy = {COORDINATOR: busy_s} | {name: said[name].busy_s for name in workers}
         for name in workers:
@@ -631,6 +660,7 @@ class Coordinator:
                 memory={name: one.memory for name, one in said.items()},
                 taking=len(done.taking),
                 committed=len(done.places),
+                epsilons=self._private.epsilons,
             )
         )
         for place in done.places:

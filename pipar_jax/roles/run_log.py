@@ -52,6 +52,7 @@ class Round(NamedTuple):
       memory: For each host what it held at most.
       taking: How many devices began it.
       committed: How many of them count; 0 if it was undone.
+      epsilons: For each device of a private run the epsilon of all that was released of it.
     """
 
     number: int
@@ -65,6 +66,7 @@ class Round(NamedTuple):
     memory: Mapping[str, Memory]
     taking: int
     committed: int
+    epsilons: Mapping[str, float] = {}
 
 
 class RunLog:
@@ -202,6 +204,9 @@ class RunLog:
         for host, seconds in one.busy.items():
             self._busy[host] = self._busy.get(host, 0.0) + seconds
         self._trace.end_round(one.interval)
+        private = {}
+        if self._config.privacy.on:
+            private = {"epsilon": dict(one.epsilons), "delta": self._config.privacy.delta}
         self._tell(
             {
                 "event": "round_finished",
@@ -209,8 +214,9 @@ class RunLog:
                 "rounds": self._rounds,
                 "epoch": self._epoch(one.number),
                 "seconds": one.interval.seconds,
-                "loss": one.totals.loss / max(one.totals.samples, 1),
-                "accuracy": one.totals.correct / max(one.totals.samples, 1),
+                # Private devices keep the figures of their samples.
+                "loss": one.totals.loss / one.totals.samples if one.totals.samples else None,
+                "accuracy": one.totals.correct / one.totals.samples if one.totals.samples else None,
                 "samples": one.totals.samples,
                 "devices": one.taking,
                 "committed": one.committed,
@@ -221,6 +227,7 @@ class RunLog:
                 "overruns": one.overruns,
                 "links": links,
                 "memory": {host: dataclasses.asdict(used) for host, used in one.memory.items()},
+                **private,
             }
         )
 

@@ -35,6 +35,7 @@ from pipar_jax.roles.rejoin import persist
 from pipar_jax.roles.survey import Respondent
 from pipar_jax.runtime import exchanges, trace_rows, unit_state
 from pipar_jax.runtime.host import Host
+from pipar_jax.runtime.releases import Releases
 from pipar_jax.runtime.setup import build_model, channel_options, fit, set_precision
 from pipar_jax.runtime.state_files import StateTag
 from pipar_jax.runtime.unit_state import States
@@ -97,6 +98,10 @@ def run_device(
         datasets.load_device(config, index) if data is None else datasets.admit(data, "train", name)
     )
     network = fit(config, model, dataset, name)
+    releases = Releases(config, name) if config.privacy.on else None
+    keyed = None
+    if releases is not None:
+        dataset, keyed = releases.protect(dataset)
     loader = Loader(
         dataset.train,
         None,
@@ -109,22 +114,30 @@ def run_device(
         drop_last=config.data.drop_last,
     )
 
+    if releases is not None:
+        releases.expect(loader.samples_per_epoch)
+    join = device_join(config, name, loader, network, keyed)
+
     def take_part(timeout_s: float) -> None:
-        worker = Worker(config, name, network, loader, stop)
+        worker = Worker(config, name, network, loader, stop, releases)
         try:
-            worker.run(address, device_join(config, name, loader, network), timeout_s)
+            worker.run(address, join, timeout_s)
         except PiparError as error:
             error.taken = worker.admitted
             raise
         finally:
             worker.close()
 
-    persist(
-        take_part,
-        join_timeout_s=config.network.join_timeout_s,
-        rejoin_s=config.network.rejoin_s,
-        stop=stop or threading.Event(),
-    )
+    try:
+        persist(
+            take_part,
+            join_timeout_s=config.network.join_timeout_s,
+            rejoin_s=config.network.rejoin_s,
+            stop=stop or threading.Event(),
+        )
+    finally:
+        if releases is not None:
+            releases.close()
 
 
 def run_node(
@@ -185,6 +198,7 @@ class Worker:
       model: The whole model; None if the coordinator is to say what the samples look like.
       loader: A device's mini-batches; None on a compute node.
       stop: Ends the role when set.
+      releases: What a device of a private run may send.
     """
 
     def __init__(
@@ -194,8 +208,10 @@ class Worker:
         model: Model | None,
         loader: Loader | None,
         stop: threading.Event | None = None,
+        releases: Releases | None = None,
     ) -> None:
         self._config, self.name, self._model = config, name, model
+        self._releases = releases
         hosts = hosts_of(config)
         self._own = hosts[name]
         self._stop = stop or threading.Event()
@@ -351,6 +367,7 @@ class Worker:
             batches=self._prefetcher,
             slowness=self._own.slowdown,
             rematerialise=self._own.rematerialise,
+            releases=self._releases,
         )
         self._survey = Respondent(self._config, self._own, model, self._check_wanted)
         self._holdings = Holdings(model, self._config)

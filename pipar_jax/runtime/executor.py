@@ -17,6 +17,7 @@ from pipar_jax.runtime.completion import Work
 from pipar_jax.runtime.link_table import LinkTable
 from pipar_jax.runtime.memory import Ledger, array_bytes
 from pipar_jax.runtime.metrics import Meter
+from pipar_jax.runtime.releases import Releases
 from pipar_jax.runtime.sample_store import Batches, BesideTensor, MicroBatchSlice, SampleStore
 from pipar_jax.runtime.transfer import OutgoingTensor, open_parcel
 from pipar_jax.schedule.actions import (
@@ -57,6 +58,7 @@ class Executor:
       duration_s: Least seconds of (action, samples) on this host; 0 for its real duration.
       seed: Root seed of the run.
       dtype: The dtype that samples and scalars are computed in.
+      releases: What a device of a private run may send.
     """
 
     def __init__(
@@ -73,11 +75,12 @@ class Executor:
         duration_s: Callable[[Action, int], float],
         seed: int,
         dtype: DTypeLike,
+        releases: Releases | None = None,
     ) -> None:
         self._host, self._program = program.host, program
         self._replicas, self._link_table = replicas, link_table
         self._meter, self._record = meter, record
-        self._ledger = ledger
+        self._ledger, self._releases = ledger, releases
         self._duration_s, self._seed, self._dtype = duration_s, np.uint32(seed), np.dtype(dtype)
         self._schedule: RoundSchedule | None = None
         self._attempt = 0
@@ -101,6 +104,8 @@ class Executor:
           cohort: The device in each place: draws depend on the device and not on its place.
         """
         self._schedule, self._attempt, self._cohort = schedule, attempt, cohort
+        if self._releases is not None:
+            self._releases.start_attempt()
 
     def forget(self, place: int) -> None:
         """Releases everything held for a place, or with ``ALL`` for all places."""
@@ -233,8 +238,9 @@ class Executor:
             self._ledger.drop(x_bytes)
             if parcel is not None:
                 self._send_down(action, operation, part, parcel)
-            loss, correct = float(metrics["loss"]), float(metrics["correct"])
-            self._meter.add(action.device, action.step, loss, correct, part.samples)
+            if self._releases is None:  # figures of a private device's samples stay there
+                loss, correct = float(metrics["loss"]), float(metrics["correct"])
+                self._meter.add(action.device, action.step, loss, correct, part.samples)
 
         probe = metrics["loss"] if parcel is None else parcel.ready
         return self._work(action, probe, part.samples, then)
@@ -259,7 +265,10 @@ class Executor:
 
     def _update(self, action: Action) -> Work:
         replica = self.replica(action.device, action.stage)
-        probe = replica.update(self._gradient_scale(action))
+        noise = None
+        if self._releases is not None:
+            noise = self._releases.gradient_noise(action, replica, self._update_samples(action))
+        probe = replica.update(self._gradient_scale(action), noise)
         replica.step = action.step + 1
         self._samples.step_over(action.device, action.step - 1)
         devices = self._program.plan.devices
@@ -305,13 +314,23 @@ class Executor:
 
     def _draw(self, action: Action, part: MicroBatchSlice) -> MicroBatchContext:
         """Returns the scalars of a micro-batch, so that draws depend neither on cuts nor on N."""
-        return MicroBatchContext(
+        draw = MicroBatchContext(
             inverse_batch=self._dtype.type(1.0 / self._loss_samples(action.step, part)),
             seed=self._seed,
             device=np.uint32(self._cohort[action.device]),
             step=np.uint32(action.step),
             position=np.uint32(part.before),
         )
+        if self._releases is None:
+            return draw
+        stage = self.replica(action.device, action.stage).stage
+        return self._releases.draw(draw, action, stage, part.samples)
+
+    def _update_samples(self, action: Action) -> int:
+        """Returns the number of samples in the mean whose gradient an update takes."""
+        if self._program.plan.sums_gradients:
+            return self.schedule.batch_of_all(action.step)
+        return sum(self.schedule.sizes(action.device, action.step))
 
     def _loss_samples(self, step: int, part: MicroBatchSlice) -> int:
         """Returns the number of samples in a loss's mean: all devices' if gradients are summed.

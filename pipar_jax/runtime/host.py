@@ -8,6 +8,7 @@ unless it says otherwise; commands are posted to the mailbox.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import queue
 import threading
@@ -18,7 +19,6 @@ from typing import Any
 import jax
 import numpy as np
 
-import stages
 from comms import Message
 from pipar_jax.aggregation import aggregator
 from pipar_jax.config import Config, may_lose
@@ -29,7 +29,7 @@ from pipar_jax.methods.registry import hosts_of
 from pipar_jax.protocol import messages
 from pipar_jax.protocol.registry import ControlMessage
 from pipar_jax.protocol.values import Memory
-from pipar_jax.runtime import exchanges, memory, migration, undo, unit_state
+from pipar_jax.runtime import exchanges, memory, migration, undo, unit_state, update_transforms
 from pipar_jax.runtime.completion import Completion, Work
 from pipar_jax.runtime.executor import Executor
 from pipar_jax.runtime.link_table import LinkTable
@@ -38,10 +38,12 @@ from pipar_jax.runtime.node_averaging import Averaging
 from pipar_jax.runtime.observations import Observer
 from pipar_jax.runtime.precompile import BackgroundCompiler, compile_plan
 from pipar_jax.runtime.recorder import Recorder
+from pipar_jax.runtime.releases import Releases
 from pipar_jax.runtime.sample_store import Batches
 from pipar_jax.runtime.state_files import StateFiles, StateTag
 from pipar_jax.runtime.transfer import compile_codecs
 from pipar_jax.runtime.unit_state import Key, States, UnitState, Wanted
+from pipar_jax.runtime.update_transforms import UpdateTransform
 from pipar_jax.schedule.actions import (
     ALL,
     NO_ATTEMPT,
@@ -78,7 +80,7 @@ from pipar_jax.training.compile import (  # fmt: skip
     run_all,
     units_of,
 )
-from pipar_jax.training.replica import Replica
+from pipar_jax.training.replica import Replica, Variables
 from stages import Model
 
 #: Computations that may be dispatched and not over: the running one and one queued behind it.
@@ -102,6 +104,7 @@ class Host:
       batches: The data, if this host is a device.
       slowness: Emulated slowness: computations last so many times their time alone.
       rematerialise: Computes forward passes again in backward passes instead of keeping residuals.
+      releases: What a device of a private run may send.
 
     Attributes:
       name: Its name.
@@ -122,8 +125,16 @@ class Host:
         batches: Batches | None = None,
         slowness: Slowdown = UNSLOWED,
         rematerialise: bool = False,
+        releases: Releases | None = None,
     ) -> None:
         self.name = name
+        self._releases = releases
+        self._released: migration.Released | None = None
+        self._transforms: Sequence[UpdateTransform] = ()
+        if releases is not None:
+            self._released = functools.partial(releases.stages, model)
+            self._transforms = update_transforms.update_transforms(config, releases)
+        self._start: Variables = {}
         # What the plan calls it: a device after its place in the cohort.
         self._seat = device_name(0) if config.cohort.size and is_device(name) else name
         self._seated: tuple[int, tuple[int, ...]] = (NO_ATTEMPT - 1, ())
@@ -391,8 +402,11 @@ class Host:
             proximal_mu=self._config.aggregation.proximal_mu,
         )
         params, state = self._model.init(self._config.seed, only=self._units(plan))
+        if self._releases is not None:
+            place = host_index(self._seat)
+            self._releases.calibrate(plan.devices[place], steps[place])
         for device, one in enumerate(plan.devices):
-            cut = stages.split(self._model, one.cuts, rematerialise=self._rematerialise)
+            cut = migration.cut_stages(self._model, one, self._rematerialise, self._released)
             for index, stage in enumerate(cut):
                 slot = self._program.replica_key(device, index)
                 if plan.host(device, index) == self._seat and slot not in self._replicas:
@@ -434,6 +448,7 @@ class Host:
             model=self._model, batches=self._batches, meter=self._meter, record=self.recorder.add,
             ledger=self._ledger, duration_s=self._duration_s,
             seed=self._config.seed, dtype=self._config.model.weight_dtype,
+            releases=self._releases,
         )  # fmt: skip
         self._executor.start(
             RoundSchedule(plan, (), self._samples, self._config.data.batch_size), NO_ATTEMPT, ()
@@ -455,13 +470,19 @@ class Host:
         self._compile_codecs(plan, sizes)
         return compile_plan(
             self._model, plan, self._seat, self._config, self._samples, sizes, self._optimizer,
-            rematerialise=self._rematerialise, between=self._check_stopped,
+            rematerialise=self._rematerialise, releases=self._released,
+            between=self._check_stopped,
         )  # fmt: skip
 
     def _tell_ahead(self, number: int, refused: str | None) -> None:
         self._answer(messages.Compiled(number, refused))
 
     def _pull(self, wanted: Wanted) -> None:
+        if self._transforms:
+            raise RunError(
+                f"{self.name} was asked for its state, which is a function of its user's data: a "
+                "private run of unit=user sends updates alone"
+            )
         states = unit_state.held(wanted, self._replicas, dict(self._averaging.units()))
         self._reply(messages.PulledState(), unit_state.copied(states))
 
@@ -510,7 +531,7 @@ class Host:
         self._replicas = migration.assemble(
             self._model, plan, self._seat, self._replicas, arrived, self._optimizer,
             self._find_keep(plan),
-            rematerialise=self._rematerialise,
+            rematerialise=self._rematerialise, releases=self._released,
         )  # fmt: skip
         for replica in self._replicas.values():  # what came from a copy may have an older anchor
             replica.renew_anchor()
@@ -584,6 +605,13 @@ class Host:
         schedule = RoundSchedule(
             self._plan, said.spans, said.samples, self._config.data.batch_size, said.holder
         )
+        if self._transforms:  # an update is what is trained from here on
+            own = exchanges.trained(self._plan, self._seat, self._model.unit_names)
+            states = unit_state.held(own, self._replicas, {})
+            self._start = {
+                unit: jax.tree.map(jax.numpy.array, dict(one.params or {}))
+                for (_, unit), one in states.items()
+            }
         anew, self._round, self._attempt = said.round != self._round, said.round, said.attempt
         self._dropped.clear()
         self._turn = None
@@ -601,7 +629,12 @@ class Host:
         self._gives = bool(wanted) or (
             self._plan.order == Order.PARALLEL and not is_node(self.name)
         )
-        self._reply(messages.Trained(self._round), unit_state.held(wanted, self._replicas, {}))
+        states = unit_state.held(wanted, self._replicas, {})
+        if self._transforms:
+            trained = {unit: dict(one.params or {}) for (_, unit), one in states.items()}
+            left = update_transforms.leave(self._transforms, self._start, trained, self._round)
+            states = {key: one._replace(params=left[key[1]]) for key, one in states.items()}
+        self._reply(messages.Trained(self._round), states)
 
     def _begin_turn(self) -> None:
         """Records that a device's turn begins, which may have to be undone."""
@@ -703,7 +736,11 @@ class Host:
         overruns, longest_s = self._completion.take()
         memory_used = Memory(*self.used_memory())
         totals = self._meter.take_round()
-        self._answer(messages.Stored(self._round, overruns, longest_s, memory_used, *totals))
+        stored = messages.Stored(self._round, overruns, longest_s, memory_used, *totals)
+        if self._releases is not None:
+            spent, epsilon = self._releases.spent, self._releases.epsilon
+            stored = dataclasses.replace(stored, spent=spent, epsilon=epsilon)
+        self._answer(stored)
 
     def _hand_on(self, action: Action) -> Work:
         """Gives the client-side model away: weights, batch statistics and optimiser state."""

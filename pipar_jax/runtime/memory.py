@@ -251,7 +251,7 @@ def temporary_bytes(model: Model, replicas: Iterable[Replica], sizes: Iterable[i
         lowered: list[Any] = replica.lower_updates()
         start = model.unit_names.index(stage.unit_names[0])
         for size in sizes:
-            x, draw = model.shapes(size)[start], make_draw(size)
+            x, draw = model.shapes(size)[start], stage.trial_draw(size)
             sides = stage.side_shapes(model, size)
             if stage.is_last:
                 targets = model.target_shapes(size)

@@ -7,7 +7,7 @@ step).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -19,10 +19,14 @@ from pipar_jax.runtime import unit_state
 from pipar_jax.runtime.unit_state import Key, UnitState, fitted
 from pipar_jax.schedule.host_program import replica_key
 from pipar_jax.schedule.keep import Keep
-from pipar_jax.schedule.plan import Plan
+from pipar_jax.schedule.plan import DevicePlan, Plan
 from pipar_jax.training.optimizer import CompiledOptimizer
 from pipar_jax.training.replica import Replica
-from stages import Model
+from stages import Model, Stage
+from stages.release import PrivateRelease
+
+#: From a device's plan to what of its stages, by their index, is clipped and noised.
+Released: TypeAlias = Callable[[DevicePlan], Mapping[int, PrivateRelease]]
 
 
 def assemble(
@@ -35,6 +39,7 @@ def assemble(
     keeps: Callable[[int], Keep],
     *,
     rematerialise: bool = False,
+    releases: Released | None = None,
 ) -> dict[tuple[int, int], Replica]:
     """Returns a host's replicas under a new plan, from its old replicas and the arrived states.
 
@@ -47,6 +52,7 @@ def assemble(
       compiled: The optimiser.
       keeps: Returns what a copy keeps of earlier moments.
       rematerialise: Whether its stages compute forward passes again.
+      releases: On a device of a private run what of its stages is released under a plan.
 
     Raises:
       RunError: A unit is neither here nor arrived, or its optimiser state does not fit.
@@ -54,7 +60,8 @@ def assemble(
     held = unit_state.by_copy(replicas)
     made: dict[tuple[int, int], Replica] = {}
     for device, one in enumerate(new.devices):
-        for index, stage in enumerate(stages.split(model, one.cuts, rematerialise=rematerialise)):
+        cut = cut_stages(model, one, rematerialise, releases)
+        for index, stage in enumerate(cut):
             copy, _ = replica_key(new, device, index)
             if new.host(device, index) != host or (copy, index) in made:
                 continue
@@ -87,11 +94,13 @@ def samples_of(
     keeps: Callable[[int], Keep],
     *,
     rematerialise: bool = False,
+    releases: Released | None = None,
 ) -> Iterator[Replica]:
     """Yields a replica of zeros for each distinct stage of a host, for compilation."""
     known: set[tuple[str, ...]] = set()
     for device, one in enumerate(new.devices):
-        for index, stage in enumerate(stages.split(model, one.cuts, rematerialise=rematerialise)):
+        cut = cut_stages(model, one, rematerialise, releases)
+        for index, stage in enumerate(cut):
             if new.host(device, index) == host and stage.unit_names not in known:
                 known.add(stage.unit_names)
                 held = [unit for unit in model.units if unit.name in stage.unit_names]
@@ -102,6 +111,21 @@ def samples_of(
                     compiled,
                     keeps(replica_key(new, device, index)[0]),
                 )
+
+
+def cut_stages(
+    model: Model, plan: DevicePlan, rematerialise: bool, releases: Released | None
+) -> tuple[Stage, ...]:
+    """Returns a device's stages under a plan.
+
+    Args:
+      model: The whole model.
+      plan: The device's plan.
+      rematerialise: Whether they compute forward passes again.
+      releases: On a device of a private run what of its stages is released under a plan.
+    """
+    own = {} if releases is None else releases(plan)
+    return stages.split(model, plan.cuts, rematerialise=rematerialise, releases=own)
 
 
 def _zeros(one: Any) -> Any:

@@ -78,6 +78,7 @@ def compile_plan(
     compiled: CompiledOptimizer,
     *,
     rematerialise: bool,
+    releases: migration.Released | None,
     between: Callable[[], None],
 ) -> str | None:
     """Compiles a host's stages under a plan, and the averages that it computes.
@@ -91,6 +92,7 @@ def compile_plan(
       sizes: Sizes of the host's micro-batches under the plan.
       compiled: The optimiser.
       rematerialise: Whether the host's stages compute forward passes again.
+      releases: On a device of a private run what of its stages is released under a plan.
       between: Called between stages, to detect that they are no longer wanted.
 
     Returns:
@@ -101,7 +103,7 @@ def compile_plan(
     temporary = 0
     keeps = functools.partial(undo.find_keep, hosts_of(config), config.cohort, plan)
     for replica in migration.samples_of(
-        model, plan, host, compiled, keeps, rematerialise=rematerialise
+        model, plan, host, compiled, keeps, rematerialise=rematerialise, releases=releases
     ):
         run_all(model, [replica], sizes, between=between)
         if plan.weights == WeightPolicy.COPY and local.issuperset(replica.params):

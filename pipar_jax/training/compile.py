@@ -14,7 +14,7 @@ import numpy as np
 
 from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS, UPDATE, ActionKind
 from pipar_jax.training.replica import Replica
-from stages import Model, make_draw
+from stages import Model
 from stages.trees import PyTree
 
 #: Minimum number of runs of each timed function.
@@ -202,7 +202,7 @@ def _functions(model: Model, replica: Replica, samples: int) -> Mapping[ActionKi
     sides = {name: _ones(one) for name, one in stage.side_shapes(model, samples).items()}
     above = shapes[model.unit_names.index(last) + 1]
     dtype = jnp.promote_types(above.dtype, jnp.float32)
-    draw = make_draw(samples)._replace(inverse_batch=np.dtype(dtype).type(1.0 / samples))
+    draw = stage.trial_draw(samples)._replace(inverse_batch=np.dtype(dtype).type(1.0 / samples))
     # Each run passes its accumulator to the next, which donates it: that of the replica, which is
     # zero between steps and is zeroed again in the end.
     held: dict[str, PyTree] = {}

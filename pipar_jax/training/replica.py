@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from comms.arrays import Array
 from pipar_jax.errors import RunError
 from pipar_jax.schedule.keep import Keep
 from pipar_jax.training import optimizer
 from pipar_jax.training.optimizer import CompiledOptimizer
 from stages import MicroBatchContext, Stage
+from stages.release import add_noise
 from stages.trees import Arrays, OptState, PyTree, Targets
 
 Variables = dict[str, dict[str, jax.Array]]
+
+
+class Noise(NamedTuple):
+    """The noise of a mini-batch's gradient.
+
+    Attributes:
+      bits: [2, weights] uint32 random bits.
+      deviation: Standard deviation of the noise.
+    """
+
+    bits: Array
+    deviation: np.float32
 
 
 class Replica:
@@ -221,12 +236,15 @@ class Replica:
         )
         return metrics, cotangent
 
-    def update(self, scale: float = 1.0) -> jax.Array:
+    def update(self, scale: float = 1.0, noise: Noise | None = None) -> jax.Array:
         """Takes one optimiser step; returns an array that is ready when the step is.
 
         Args:
           scale: Factor of the gradient.
+          noise: Noise that is added to the gradient before it is scaled.
         """
+        if noise is not None:
+            self.accumulated = add_noise(self.accumulated, *noise)
         if scale != 1.0:
             self.accumulated = _scaled(self.accumulated, scale)
         update, before = self._compiled.update, (self.params, self.opt_state)
@@ -246,6 +264,11 @@ class Replica:
         leaves: list[jax.Array] = jax.tree.leaves(self.params)
         return leaves[0] if leaves else jnp.zeros(())  # a stage may have no trainable weights
 
+    @property
+    def weights(self) -> int:
+        """Number of trained weights."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
     def clear(self) -> None:
         """Resets the gradient of the mini-batch."""
         del self.accumulated  # before another one is allocated
@@ -259,7 +282,11 @@ class Replica:
         if self._keeps:
             updates.append(self._keeping)
         shapes = [abstract(tree) for tree in (self.params, self.opt_state, self.accumulated)]
-        return [update.lower(*shapes) for update in updates]
+        lowered = [update.lower(*shapes) for update in updates]
+        if self.stage.release is not None:
+            bits = np.empty((2, self.weights), np.uint32)
+            lowered.append(add_noise.lower(shapes[2], bits, np.float32(1.0)))
+        return lowered
 
 
 def abstract(tree: PyTree) -> PyTree:

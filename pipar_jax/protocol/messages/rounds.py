@@ -200,6 +200,8 @@ class Stored(ControlMessage):
       busy_s: Seconds of computation.
       link: Statistics of sending to the coordinator.
       direct: Statistics of sending to its neighbours.
+      spent: What the releases of a private device's ledger come to, as mu**2.
+      epsilon: Their epsilon.
     """
 
     round: Count
@@ -212,6 +214,8 @@ class Stored(ControlMessage):
     busy_s: Seconds = 0.0
     link: Annotated[Waits, struct(Waits)] = Waits()
     direct: Annotated[tuple[LinkRow, ...], Many(struct(LinkRow), MOST_HOSTS)] = ()
+    spent: Annotated[float, Figure()] = 0.0
+    epsilon: Annotated[float, Figure()] = 0.0
 
 
 @message("part", Sender.HOST, Form.BUNDLE)

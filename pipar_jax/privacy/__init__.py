@@ -1,0 +1,1 @@
+"""Differential privacy: what releases cost, a ledger of them, noise, and randomised labels."""

@@ -1,0 +1,284 @@
+"""What a device of a private run releases: its budget, its ledger, and the bits of its noise."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipar_jax.config import Config
+from pipar_jax.config.checkpoints import state_folders
+from pipar_jax.data import Dataset
+from pipar_jax.data.fingerprint import fingerprint
+from pipar_jax.data.types import Examples
+from pipar_jax.errors import ConfigError, DataError, RunError
+from pipar_jax.privacy import labels, policy
+from pipar_jax.privacy.ledger import PrivacyLedger
+from pipar_jax.privacy.noise import NoiseSource, reproducible_key
+from pipar_jax.privacy.policy import Guarantee
+from pipar_jax.privacy.spending import Entry
+from pipar_jax.schedule.actions import Action
+from pipar_jax.schedule.plan import OWNER, DevicePlan
+from pipar_jax.training.replica import Noise, Replica
+from stages import MicroBatchContext, Model, Stage
+from stages.release import PrivateRelease
+from stages.signature import TARGET
+
+
+class Releases:
+    """Lets a device send nothing that is not clipped, noised, within budget and on disk.
+
+    Its host's dispatch thread calls it.
+
+    Args:
+      config: Resolved configuration of a private run.
+      name: The device's name.
+
+    Raises:
+      RunError: The ledger of an earlier part of the run cannot be read.
+    """
+
+    def __init__(self, config: Config, name: str) -> None:
+        self._config, self._privacy, self._name = config, config.privacy, name
+        self._folder, *earlier = state_folders(config.name, config.run, name)
+        self._earlier = tuple(earlier)
+        self.ledger = PrivacyLedger(self._folder, self._earlier)
+        self._samples = 0
+        self._source = NoiseSource()
+        self._guarantee: Guarantee | None = None
+        self._entered: set[int] = set()
+
+    def protect(self, dataset: Dataset) -> tuple[Dataset, str]:
+        """Returns a device's data with the labels that it gives away, and their fingerprint.
+
+        Args:
+          dataset: The device's data.
+
+        Returns:
+          The data, and what tells them from others to the coordinator: it is keyed, so that nobody
+          can test guesses of the data against it.
+
+        Raises:
+          DiskError: The secret or the ledger cannot be written.
+          RunError: The secret cannot be read.
+        """
+        privacy, known = self._privacy, fingerprint(dataset.train)
+        if privacy.reproducible:
+            secret = reproducible_key(self._config.seed, self._name, "labels")
+        else:
+            secret = labels.read_secret(self._folder, self._earlier)
+        if privacy.labels == "randomised":
+            epsilon = policy.label_epsilon(privacy)
+            response = labels.response_name(secret, known, dataset.classes, epsilon)
+            self.ledger.add_labels(response, epsilon)
+            own = self._labels(dataset)
+            given = labels.randomised(own, dataset.classes, epsilon, secret, response)
+            train = Examples(dataset.train.inputs, {TARGET: given})
+            dataset = dataclasses.replace(dataset, train=train)
+        return dataset, labels.keyed_fingerprint(secret, known)
+
+    def _labels(self, dataset: Dataset) -> NDArray[np.int32]:
+        """Returns the labels of a device's data.
+
+        Raises:
+          DataError: Its targets are something else.
+        """
+        targets = dataset.train.targets
+        own = targets.get(TARGET)
+        if len(targets) != 1 or own is None or own.ndim != 1 or own.dtype.kind not in "iu":
+            kinds = {name: f"{one.dtype}{list(one.shape)}" for name, one in targets.items()}
+            raise DataError(
+                f"privacy.labels=randomised needs one label for each sample, and the targets of "
+                f"{self._name} are {kinds}: use labels=unprotected, or a method that keeps them"
+            )
+        return own.astype(np.int32)
+
+    def expect(self, samples: int) -> None:
+        """Takes the number of samples of an epoch on this device.
+
+        Raises:
+          ConfigError: ``privacy.delta`` is too large for these samples.
+        """
+        self._samples, delta = samples, self._privacy.delta
+        if self._privacy.unit == "record" and delta * samples >= 1:
+            raise ConfigError(
+                f"privacy.delta={delta:g} with {samples} samples on {self._name} would allow to "
+                f"publish a record: set it below {1 / samples:.2g}"
+            )
+
+    def close(self) -> None:
+        """Closes the ledger. Idempotent."""
+        self.ledger.close()
+
+    # --- budget -------------------------------------------------------------------------------
+
+    def calibrate(self, plan: DevicePlan, steps: int) -> None:
+        """Fixes the noise for a run.
+
+        Args:
+          plan: The device's part of the plan.
+          steps: Steps that it takes in the whole run.
+        """
+        if self._privacy.unit == "user":
+            times = policy.rounds_of_users(self._config)
+        else:
+            times = math.ceil(steps / self._steps_per_epoch)
+        self._guarantee = policy.guarantee(self._privacy, plan.hosts, times)
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """What is promised; after ``calibrate``."""
+        assert self._guarantee is not None
+        return self._guarantee
+
+    @property
+    def spent(self) -> float:
+        """What the Gaussian releases of a record or user come to so far."""
+        return self.ledger.spending.spent
+
+    @property
+    def epsilon(self) -> float:
+        """The epsilon of all that was released so far."""
+        return policy.epsilon_of(self._privacy, self.ledger.spending)
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        return -(-self._samples // self._config.data.batch_size)
+
+    def start_attempt(self) -> None:
+        """Begins a round or repeats it: every step from here on is a further release."""
+        self._entered.clear()
+
+    def _enter(self, entry: Entry) -> None:
+        if self.ledger.spending.spent_after(entry) > self.guarantee.limit:
+            raise RunError(
+                f"{self._name} has released epsilon {self.epsilon:.4g} of privacy.epsilon="
+                f"{self._privacy.epsilon:g}, and its next mini-batch would exceed that: the run "
+                "ends here; releases of earlier runs under this name and repeated rounds count"
+            )
+        self.ledger.add(entry, self.guarantee.releases)
+
+    # --- releases of records ------------------------------------------------------------------
+
+    def stages(self, model: Model, plan: DevicePlan) -> Mapping[int, PrivateRelease]:
+        """Returns what of the device's stages is released under a plan, by the stage's index.
+
+        Raises:
+          RunError: Samples of a stage depend on each other, or side inputs leave the device.
+        """
+        if self._privacy.unit == "user":
+            return {}
+        if policy.releases(self._privacy, plan.hosts) != self.guarantee.releases:
+            raise RunError(
+                f"{self._name} has calibrated its noise to {', '.join(self.guarantee.releases)}, "
+                f"and under the plan {plan} it would release something else"
+            )
+        own = [index for index, host in enumerate(plan.hosts) if host == OWNER]
+        self._check_independent(plan, own, model)
+        shapes = model.shapes(1)
+        made = {}
+        for index in own:
+            release = PrivateRelease(
+                self.guarantee.noise,
+                # Together the stages' gradients have at most the norm that is configured.
+                gradient_clip=self._privacy.update_clip / math.sqrt(len(own)),
+            )
+            if index + 1 < plan.stages:
+                shape = tuple(shapes[plan.cuts[index]].shape[1:])
+                release = dataclasses.replace(
+                    release, activation_clip=self._privacy.activation_clip, shape=shape
+                )
+            elif index and policy.releases_cotangents(self._privacy, plan.hosts):
+                shape = tuple(shapes[plan.cuts[index - 1]].shape[1:])
+                release = dataclasses.replace(
+                    release, cotangent_clip=self._privacy.cotangent_clip, shape=shape
+                )
+            made[index] = release
+        return made
+
+    def _check_independent(self, plan: DevicePlan, own: Sequence[int], model: Model) -> None:
+        """Checks that clipping each sample bounds what it changes."""
+        units = [model.units[unit] for i in own for unit in _units_of(plan, i, len(model.units))]
+        if coupling := [unit.name for unit in units if unit.state]:
+            raise RunError(
+                f"units {coupling} on {self._name} keep statistics of mini-batches, which couple "
+                "their samples: a private run needs others, such as group normalisation"
+            )
+        inside = {unit.name for unit in units}
+        sent = {side for unit in model.units if unit.name not in inside for side in unit.sides}
+        if sent:
+            raise RunError(
+                f"side inputs {sorted(sent)} leave {self._name} as they are, and are made from its "
+                "data: cut the model above all units that use them, or train with method=fl"
+            )
+
+    def draw(self, draw: MicroBatchContext, action: Action, stage: Stage, samples: int) -> (
+        MicroBatchContext
+    ):  # fmt: skip
+        """Enters a step in the ledger before anything of it is computed; returns its noise as well.
+
+        Args:
+          draw: The scalars of the micro-batch.
+          action: A forward pass, or the last stage.
+          stage: Its stage.
+          samples: Samples in the micro-batch.
+        """
+        if stage.release is None:
+            return draw
+        if action.step not in self._entered:
+            self._enter(
+                policy.step_entry(self._config, self._samples, action.step, self.guarantee.cost)
+            )
+            self._entered.add(action.step)
+        if not stage.release.sends:
+            return draw
+        source = self._stream(action.step, action.stage, action.micro_batch)
+        return draw._replace(noise=source.bits(*stage.release.bits_shape(samples)))
+
+    def gradient_noise(self, action: Action, replica: Replica, samples: int) -> Noise | None:
+        """Returns the noise of a mini-batch's gradient.
+
+        Args:
+          action: The update.
+          replica: Whose gradient.
+          samples: Samples in the loss's mean.
+        """
+        release = replica.stage.release
+        if release is None:
+            return None
+        source = self._stream(action.step, action.stage, "gradient")
+        # Not the stage's share of the clip: the sum over all stages has the whole one.
+        deviation = np.float32(release.noise * self._privacy.update_clip / samples)
+        return Noise(source.bits(2, replica.weights), deviation)
+
+    # --- releases of users --------------------------------------------------------------------
+
+    def enter_update(self) -> None:
+        """Enters in the ledger that the device's update is about to be sent."""
+        self._enter(policy.update_entry(self.guarantee.cost))
+
+    def update_noise(self, round_: int, numbers: int) -> Noise:
+        """Returns the noise of a device's update.
+
+        Args:
+          round_: The round.
+          numbers: Numbers in the update.
+        """
+        source = self._stream(round_, "update")
+        deviation = np.float32(self.guarantee.noise * self._privacy.update_clip)
+        return Noise(source.bits(2, numbers), deviation)
+
+    def _stream(self, *what: object) -> NoiseSource:
+        """Returns where the bits for something come from."""
+        if not self._privacy.reproducible:
+            return self._source
+        return NoiseSource(reproducible_key(self._config.seed, self._name, *what))
+
+
+def _units_of(plan: DevicePlan, stage: int, units: int) -> range:
+    """Returns the positions of a stage's units."""
+    bounds = (0, *plan.cuts, units)
+    return range(bounds[stage], bounds[stage + 1])
