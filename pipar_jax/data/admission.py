@@ -212,9 +212,15 @@ def check_fits(dataset: Dataset, model: Signature, host: str) -> None:
             f"{where} is {dataset.train.x.dtype}, but the model expects {model.input.dtype}: "
             + ("give `scale` with the arrays or set data.scale" if whole else "give whole numbers")
         )
+    extra = sorted(has.sides.keys() - model.sides.keys())
+    if extra:
+        raise DataError(
+            f"{host}: the model takes no side input {extra[0]!r} (it takes: "
+            f"{', '.join(model.sides) or 'none'}), but {dataset.source!r} has it: leave it out"
+        )
     for name, one in model.sides.items():
         given = has.sides.get(name)
-        if given is None or given.shape != one.shape:
+        if given is None or (given.shape, given.dtype[:3]) != (one.shape, one.dtype[:3]):
             raise DataError(
                 f"{host}: the model takes the side input {name!r} {one}, but {dataset.source!r} "
                 f"has {'none of this name' if given is None else str(given)}: give it as "

@@ -16,6 +16,7 @@ import stages
 from pipar_jax.config import Config
 from pipar_jax.data import Dataset, Examples
 from pipar_jax.data.loader import Loader
+from pipar_jax.data.types import computed
 from pipar_jax.launch.api import load, run_here
 from pipar_jax.methods.resolution import resolve
 
@@ -113,8 +114,12 @@ def centralised(made: Config, network, groups, tx=None, *, weight_decay=0.0):
     dtype = np.dtype(made.model.dtype)
     given = [
         (
-            np.concatenate([one.x for one in group]).astype(dtype),
+            computed(np.concatenate([one.x for one in group]), dtype),
             np.concatenate([one.targets["y"] for one in group]),
+            {
+                name: computed(np.concatenate([one.sides[name] for one in group]), dtype)
+                for name in group[0].sides
+            },
         )
         for group in groups
     ]
@@ -134,8 +139,9 @@ _KNOWN: dict = {}
 
 def _hash(batches) -> str:
     found = hashlib.sha256()
-    for x, labels in batches:
+    for x, labels, sides in batches:
         found.update(f"{x.dtype}{x.shape}".encode() + x.tobytes() + labels.tobytes())
+        found.update(b"".join(sides[name].tobytes() for name in sorted(sides)))
     return found.hexdigest()
 
 
@@ -144,16 +150,16 @@ def _centralised(network, seed, batches, tx):
     opt_state = tx.init(params)
 
     @jax.jit
-    def step(params, opt_state, x, labels):
+    def step(params, opt_state, x, labels, sides):
         def loss(params):
-            logits = stages.predict(network, params, state, x)
+            logits = stages.predict(network, params, state, x, sides)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    for x, labels in batches:
-        params, opt_state = step(params, opt_state, jnp.asarray(x), jnp.asarray(labels))
+    for batch in batches:
+        params, opt_state = step(params, opt_state, *jax.tree.map(jnp.asarray, batch))
     return params
 
 
