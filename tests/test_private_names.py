@@ -16,21 +16,12 @@ BY_NAME = {"setattr", "getattr", "delattr", "hasattr"}
 #: What is reached in tests by private names, and why there is no public way.
 ALLOWED: dict[str, tuple[set[str], str]] = {
     "tests/comms/link/test_doorstep.py": (
-        {"_admit", "_exchange", "_openings", "_connect_ended", "_shake_hands", "_listeners",
-         "_accept", "_invite"},
-        "faults of the operating system, and bugs of our own, put into the listening side",
+        {"_exchange", "_connect_ended", "_shake_hands"},
+        "faults of the operating system, and bugs of our own, put into a handshake",
     ),
     "tests/comms/test_admission.py": (
         {"_begin_message"},
         "a call where memory would be taken is made an error",
-    ),
-    "tests/comms/test_names.py": (
-        {"_addresses", "_session", "_attempt"},
-        "a thief that knows another device's session, which no honest endpoint pretends",
-    ),
-    "tests/comms/test_resume.py": (
-        {"_admit", "_stop_opening"},
-        "a listener that goes away alone, and a connection that ends between two calls",
     ),
     "tests/comms/test_security.py": (
         {"_check_proof"},

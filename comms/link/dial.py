@@ -28,7 +28,13 @@ _MAX_CUT_SHORT = 5
 
 
 class Dial:
-    """Attempts to connect to any address, with back-off and jitter, until a deadline."""
+    """Attempts to connect to any address, with back-off and jitter, until a deadline.
+
+    Attributes:
+      where: The listener, for messages.
+      session: Names the stream on both sides.
+      attempt: Number of the stream's connections so far.
+    """
 
     def __init__(
         self,
@@ -51,11 +57,11 @@ class Dial:
         self._future = future
         self._shape = shape
         self._stream = stream
-        self._session = secrets.token_hex(16) if stream is None else stream.session
+        self.session = secrets.token_hex(16) if stream is None else stream.session
         self._until_s = 0.0
         self._tries = 0
         self._cut_short = 0
-        self._attempt = 0
+        self.attempt = 0
         self._opening: PendingConnection | None = None
         self._last_error = "no answer"
 
@@ -77,21 +83,21 @@ class Dial:
         endpoint, stream = self._endpoint, self._stream
         if stream is not None:
             stream.attempt += 1
-            self._attempt = stream.attempt
+            self.attempt = stream.attempt
         else:
-            self._attempt += 1
+            self.attempt += 1
             if endpoint.options.resume_s == 0:
                 # An interrupted attempt may have left a stream with this name at the listener,
                 # which ends with its connection and cannot be resumed.
-                self._session = secrets.token_hex(16)
+                self.session = secrets.token_hex(16)
         family, address = self._addresses[self._tries % len(self._addresses)]
         self._tries += 1
         options = endpoint.options
         received, partial_bytes = (0, 0) if stream is None else stream.received()
         terms = Terms(
             name=endpoint.name,
-            session=self._session,
-            attempt=self._attempt,
+            session=self.session,
+            attempt=self.attempt,
             received=received,
             partial_bytes=partial_bytes,
             resumed=stream is not None,
@@ -139,8 +145,8 @@ class Dial:
             stream.guard.run(stream.attach, *connection)
             return
         address = self.where.rpartition(" at ")[2]
-        link = self._endpoint.make_link(terms, address, dialled=True, session=self._session)
-        link.stream.attempt = self._attempt
+        link = self._endpoint.make_link(terms, address, dialled=True, session=self.session)
+        link.stream.attempt = self.attempt
         if self._shape is not None:
             link.stream.reshape(self._shape)
         self._endpoint.adopt(link, self._addresses, self._host)

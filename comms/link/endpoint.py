@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import functools
 import ipaddress
 import socket
 import ssl
@@ -11,26 +10,22 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self, TypeAlias
+from typing import Self
 
 from comms.emulation.shaping import LinkShape
-from comms.errors import ChannelError, ConnectError, HandshakeError, PeerLost, explain
+from comms.errors import ChannelError, ConnectError, PeerLost, explain
 from comms.link.dial import Address, Dial
-from comms.link.doorstep import Doorstep
 from comms.link.link import Link
-from comms.link.pending_connection import PendingConnection
+from comms.link.reception import OnLink, Reception
 from comms.link.stream import Stream
 from comms.options import ChannelOptions
 from comms.wire.buffers import BufferPool
-from comms.wire.event_loop import READ, Loop, report
+from comms.wire.event_loop import Loop
 from comms.wire.greeting import MAX_NAME, Terms, is_name
-from comms.wire.handshake import ServerHandshake
 from comms.wire.transport import for_transports
 
 _BACKLOG = 1024
 _CLOSE_GRACE_S = 0.25
-
-OnLink: TypeAlias = Callable[[Link], None]
 
 
 class Endpoint:
@@ -56,11 +51,16 @@ class Endpoint:
         self._worker: concurrent.futures.ThreadPoolExecutor | None = None
         self._links: dict[str, Link] = {}  # by session
         self._addresses: dict[str, tuple[list[Address], str]] = {}
-        self.doorstep = Doorstep(self.options.limits)
-        self._openings: set[PendingConnection] = set()
-        self._listeners: list[socket.socket] = []
-        self._dials: set[Dial] = set()
         self._closing = False
+        self.reception = Reception(
+            name,
+            self.options,
+            self.loop,
+            self._links,
+            lambda terms, where: self.make_link(terms, where, dialled=False, session=terms.session),
+            lambda: self._closing,
+        )
+        self._dials: set[Dial] = set()
         if self.options.tls is not None:
             self._client_tls = for_transports(self.options.tls.client_context())
         self.loop.start()
@@ -90,7 +90,7 @@ class Endpoint:
     @property
     def handshakes(self) -> int:
         """Number of connections to this side's listeners whose handshake is not finished."""
-        return len(self._openings)
+        return len(self.reception.openings)
 
     # -- any thread ----------------------------------------------------------------------------
 
@@ -139,12 +139,7 @@ class Endpoint:
             ) from error
         where = sock.getsockname()
 
-        def begin() -> None:
-            self._listeners.append(sock)
-            self.doorstep.expected = max(self.doorstep.expected, expected_peers)
-            self._invite(sock, tls, on_link)
-
-        self.loop.post(begin)
+        self.loop.post(lambda: self.reception.open(sock, tls, on_link, expected_peers))
         return where[0], where[1]
 
     def connect(
@@ -226,105 +221,12 @@ class Endpoint:
         if not job.cancelled() and (error := job.exception()) is not None:
             self.loop.post(lambda: self._thread_failed(error))
 
-    # -- I/O thread: accepting -----------------------------------------------------------------
-
-    def _invite(self, listener: socket.socket, tls: ssl.SSLContext | None, on_link: OnLink) -> None:
-        self.loop.watch(listener, READ, lambda _: self._accept(listener, tls, on_link))
-
-    def _accept(self, listener: socket.socket, tls: ssl.SSLContext | None, on_link: OnLink) -> None:
-        for _ in range(64):
-            try:
-                sock, address = listener.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError:
-                # Out of descriptors, or an error of the new connection: open connections continue,
-                # new ones wait in the backlog.
-                self.loop.forget(listener)
-                self.loop.at(time.monotonic() + 0.5, lambda: self._invite(listener, tls, on_link))
-                return
-            where = f"{address[0]} port {address[1]}"
-            handshake = ServerHandshake(self.name, self.options.token, tls is not None, self._admit)
-            opening = PendingConnection(
-                self.loop,
-                sock,
-                handshake,
-                tls=tls,
-                server_name=None,
-                bind_names=self.options.tls is not None and self.options.tls.require_peer,
-                deadline_s=self.options.silence_s,
-                on_done=functools.partial(
-                    self._accepted, host=address[0], where=where, on_link=on_link
-                ),
-                on_failed=self._turned_away,
-            )
-            self._openings.add(opening)
-            opening.begin()
-            if opening in self._openings:
-                self.doorstep.enter(opening, address[0])
-
-    def _turned_away(self, opening: PendingConnection, error: ChannelError) -> None:
-        self._openings.discard(opening)
-        self.doorstep.leave(opening)
-        if error.__cause__ is not None and not isinstance(error.__cause__, OSError | ChannelError):
-            report(error)  # a bug on this side, without a caller
-
-    def _admit(self, hello: Terms) -> Terms:
-        """Checks whether an authenticated peer may open or resume its stream; returns our terms."""
-        link = self._links.get(hello.session)
-        stream = None if link is None else link.stream
-        if self._closing:
-            raise HandshakeError("closing down")
-        if stream is None:
-            if hello.resumed:
-                raise HandshakeError("that stream is unknown here (was this side restarted?)")
-        else:
-            if stream.peer != hello.name or stream.dialled:
-                raise HandshakeError("that stream belongs to another peer")
-            if hello.attempt <= stream.attempt:
-                raise HandshakeError("a later connection has resumed that stream already")
-            if stream.resume_s == 0:
-                raise HandshakeError("that stream ends with its connection (resume_s is 0)")
-            # From here on no data of the old connection can be delivered.
-            stream.attempt = hello.attempt
-            stream.suspend()
-            if stream.queue.error is not None:
-                raise HandshakeError("that stream has just ended here")
-        received, partial_bytes = (0, 0) if stream is None else stream.received()
-        return Terms(
-            name=self.name,
-            session=hello.session,
-            attempt=hello.attempt,
-            received=received,
-            partial_bytes=partial_bytes,
-            resumed=stream is not None,
-            window_bytes=self.options.window_bytes,
-            resume_s=self.options.resume_s,
-            checksum=self.options.wants_checksum,
-        )
-
-    def _accepted(
-        self, opening: PendingConnection, *, host: str, where: str, on_link: OnLink
-    ) -> None:
-        self._openings.discard(opening)
-        self.doorstep.leave(opening)
-        terms = opening.handshake.terms
-        assert terms is not None
-        link = self._links.get(terms.session)
-        fresh = link is None
-        if link is None:
-            link = self.make_link(terms, where, dialled=False, session=terms.session)
-            self._links[terms.session] = link
-            self.doorstep.enter(link.stream, host)
-        stream = link.stream
-        stream.guard.run(stream.attach, opening.transport, opening.handshake.leftover, terms)
-        if fresh:
-            stream.guard.run(on_link, link)
+    # -- I/O thread: links ---------------------------------------------------------------------
 
     def make_link(self, terms: Terms, address: str, *, dialled: bool, session: str) -> Link:
         """Returns a new link to a peer whose handshake has finished."""
         stream = Stream(self, terms, address, dialled=dialled, session=session)
-        return Link(stream, self.encode, self.doorstep.leave)
+        return Link(stream, self.encode, self.reception.doorstep.leave)
 
     # -- I/O thread: connecting ----------------------------------------------------------------
 
@@ -351,7 +253,7 @@ class Endpoint:
 
     def forget(self, stream: Stream) -> None:
         """Drops the link of a stream that has ended."""
-        self.doorstep.leave(stream)
+        self.reception.doorstep.leave(stream)
         link = self._links.get(stream.session)
         if link is not None and link.stream is stream:
             del self._links[stream.session]
@@ -365,13 +267,7 @@ class Endpoint:
     # -- I/O thread: the end -------------------------------------------------------------------
 
     def _stop_opening(self, why: str = "the endpoint was closed") -> None:
-        for listener in self._listeners:
-            self.loop.forget(listener)
-            listener.close()
-        self._listeners.clear()
-        for opening in list(self._openings):
-            opening.abort()
-        self._openings.clear()
+        self.reception.stop()
         for dial in list(self._dials):
             dial.fail(ConnectError(f"gave up on {dial.where}: {why}"))
 

@@ -107,13 +107,9 @@ class Stream:
             on_error=self._connection_failed,
         )
         self._reports = StatusReports(
-            self.inbox,
-            self.outbox,
-            self._loop,
-            options,
-            self.connection.flush_now,
-            self.connection.post_flush,
-        )
+            self.inbox, self.outbox, self._loop, options,
+            self.connection.flush_now, self.connection.post_flush,
+        )  # fmt: skip
         self._heartbeat = Heartbeat(
             self.inbox,
             self.outbox,
@@ -125,13 +121,9 @@ class Stream:
             on_silence=self.connection_ended,
         )
         self._signals = Signals(
-            self.queue,
-            self.outbox,
-            self.connection,
-            self._heartbeat,
-            self._credit_returned,
-            self._peer_closed,
-        )
+            self.queue, self.outbox, self.connection, self._heartbeat,
+            on_credit=self._credit_returned, on_goodbye=self._peer_closed,
+        )  # fmt: skip
         self._owner = owner
         self._resume_timer: Timer | None = None
         self._on_credit: Callable[[], None] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import queue
+import socket
 
 import pytest
 
@@ -93,7 +94,6 @@ def test_names_are_bound_on_every_connection_of_a_stream(workshop, certificates)
     from comms.link.dial import Dial
 
     port = int(up.address.rpartition(" ")[2])
-    _, address = workshop.endpoints[1]._addresses[up.stream.session][0][0]
     future: queue.Queue = queue.Queue()
 
     class Future:
@@ -101,8 +101,14 @@ def test_names_are_bound_on_every_connection_of_a_stream(workshop, certificates)
         set_exception = staticmethod(future.put)
         set_result = staticmethod(future.put)
 
-    dial = Dial(thief, [(2, address)], "127.0.0.1", f"server at port {port}", future=Future())
-    dial._session, dial._attempt = up.stream.session, 100
+    dial = Dial(
+        thief,
+        [(socket.AF_INET, ("127.0.0.1", port))],
+        "127.0.0.1",
+        f"server at port {port}",
+        future=Future(),
+    )
+    dial.session, dial.attempt = up.stream.session, 100
     import time
 
     thief.loop.post(lambda: dial.begin(time.monotonic() + PATIENCE_S))

@@ -115,7 +115,7 @@ def test_a_stream_that_is_not_resumed_in_time_is_lost(workshop, quiet):
     options = ChannelOptions(deadline_s=1.0, resume_s=0.6)
     pair = workshop.pair(options)
     began = time.monotonic()
-    pair.server.loop.post(lambda: [pair.server._stop_opening(), pair.down.stream.detach()])
+    pair.server.loop.post(lambda: [pair.server.reception.stop(), pair.down.stream.detach()])
     error = pair.at_client.take_lost()
     assert "server" in str(error) and not isinstance(error, PeerClosed)
     took_s = time.monotonic() - began
@@ -139,7 +139,7 @@ def test_a_new_connection_that_is_never_completed_does_not_keep_a_stream_for_eve
 
     pair = workshop.pair(ChannelOptions(resume_s=0.5))
     hello = Terms(name="d0", session=pair.down.stream.session, attempt=99, resumed=True)
-    pair.server.loop.post(lambda: pair.server._admit(hello))
+    pair.server.loop.post(lambda: pair.server.reception.admit(hello))
     # The client's own attempts are older than 99 and refused from now on.
     assert isinstance(pair.at_server.take_lost(), PeerLost)
     assert "a later connection" in str(pair.at_client.take_lost())

@@ -85,7 +85,7 @@ def test_a_device_gets_in_beside_a_crowd_that_never_finishes(workshop, certifica
     client = workshop.endpoint("d0", tls(files) if secure else None)
     client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=PATIENCE_S)
     assert links.get(timeout=PATIENCE_S).peer == "d0"
-    assert len(server.doorstep) <= 64
+    assert len(server.reception.doorstep) <= 64
     for sock in socks:
         sock.close()
 
@@ -95,7 +95,7 @@ def test_who_is_turned_away_hears_the_cause(workshop):
     _, port = server.listen("127.0.0.1", 0, lambda link: None)
     first = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S)
     until = time.monotonic() + PATIENCE_S
-    while not len(server.doorstep) and time.monotonic() < until:
+    while not len(server.reception.doorstep) and time.monotonic() < until:
         time.sleep(0.01)
     second = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S)
     said = b""
@@ -113,11 +113,11 @@ def test_a_device_that_is_turned_away_again_and_again_names_the_cause(workshop):
 
     server = workshop.endpoint("server")
     _, port = server.listen("127.0.0.1", 0, lambda link: None)
-    server._admit = None  # not to be reached
+    server.reception.admit = None  # not to be reached
     exchange = PendingConnection._exchange
 
     def turn_away(self, events):
-        if self in server._openings:
+        if self in server.reception.openings:
             self.turn_away(BusyError("more than 64 unfinished connections from 127.0.0.1"))
         else:
             exchange(self, events)
@@ -159,13 +159,13 @@ def test_no_error_of_accepting_ends_the_thread(workshop):
     made = []
 
     def replace():
-        listener = Listener(server._listeners[0])
+        listener = Listener(server.reception.listeners[0])
         made.append(listener)
         server.loop.forget(listener.sock)
-        server._listeners[0] = listener
+        server.reception.listeners[0] = listener
         for _ in range(len(ACCEPT_ERRORS) - 1):
-            server._accept(listener, None, links.put)
-        server._invite(listener, None, links.put)
+            server.reception.accept(listener, None, links.put)
+        server.reception.invite(listener, None, links.put)
         replaced.set()
 
     replaced = threading.Event()
@@ -211,14 +211,14 @@ def test_a_bug_over_one_newcomer_is_shown_and_ends_that_one_alone(workshop, monk
     server = workshop.endpoint("server")
     links: queue.Queue = queue.Queue()
     _, port = server.listen("127.0.0.1", 0, links.put)
-    admit = server._admit
+    admit = server.reception.admit
 
     def fail(hello):
         if hello.name == "d0":
             raise KeyError("a bug")
         return admit(hello)
 
-    server._admit = fail
+    server.reception.admit = fail
     with pytest.raises(ConnectError, match="interrupted"):
         workshop.endpoint("d0").connect("127.0.0.1", port, name_of_peer="s", timeout_s=1.0)
     error = shown.get(timeout=PATIENCE_S)
