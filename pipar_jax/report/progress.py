@@ -365,14 +365,16 @@ def _gone(event: Event) -> str:
 def _replaced(event: Event) -> str:
     """Returns what of lost compute nodes is lost with them."""
     names = ", ".join(map(long_name, event["nodes"]))
-    number = event["round"] + 1
+    last = event["round"]
     lost = [
-        f"{one['unit']} (rounds {one['rounds'] + 1} to {event['round']})"
+        f"{one['unit']} (round {last})"
+        if one["rounds"] + 1 == last
+        else f"{one['unit']} (rounds {one['rounds'] + 1} to {last})"
         for one in event["units"]
-        if one["rounds"] < event["round"]
+        if one["rounds"] < last
     ]
     fresh = [one["unit"] for one in event["units"] if one["optimizer_rounds"] is None]
-    text = f"round {number} goes on without {names}: "
+    text = f"round {last + 1} goes on without {names}: "
     text += f"lost is the training of {_some(lost) or 'no unit'}"
     return text + (f"; fresh optimiser states of {_some(fresh)}" if fresh else "")
 

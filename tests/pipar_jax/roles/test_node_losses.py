@@ -52,13 +52,24 @@ def setting(folder, method, way="copy", nodes=3, **cohort):
 
 
 def when(event_name, round_, act):
-    """Acts once, on the first event of a kind in a round or after it."""
+    """Acts once, on the first event of a kind, in a round or after it if one is given."""
     done = []
 
     def follow(run, event):
-        if event["event"] == event_name and event["round"] >= round_ and not done:
+        due = event["event"] == event_name and (round_ is None or event["round"] >= round_)
+        if due and not done:
             done.append(True)
             act(run)
+
+    return follow
+
+
+def each(*some):
+    """Does several things, each when it is due."""
+
+    def follow(run, event):
+        for one in some:
+            one(run, event)
 
     return follow
 
@@ -80,9 +91,17 @@ def undisturbed(method, way):
         return conducted(made, samples, support.chain()).weights()
 
 
-@pytest.mark.parametrize("node", [1, 2, 3])
-@pytest.mark.parametrize("moment", ["in a round", "between rounds"])
-@pytest.mark.parametrize(("method", "way"), WAYS)
+def losses():
+    """Every node of every chain at every moment; `make test` runs two of each chain."""
+    for method, way in WAYS:
+        for moment, short in (("in a round", 2), ("between rounds", 1)):
+            for node in (1, 2, 3):
+                marks = [pytest.mark.soak] * (node != short)
+                name = f"{method}-{way}-{moment}-{node}"
+                yield pytest.param(method, way, moment, node, id=name, marks=marks)
+
+
+@pytest.mark.parametrize(("method", "way", "moment", "node"), [*losses()])
 def test_a_lost_node_leaves_the_weights_of_the_undisturbed_run(
     tmp_path, monkeypatch, network, method, way, moment, node
 ):
@@ -115,3 +134,66 @@ def test_the_last_node_ends_the_run_in_one_line(tmp_path, monkeypatch, network):
     run.run(range(len(samples)))
     assert isinstance(run.error, PeerError) and "\n" not in str(run.error)
     assert "compute node 1 of the chain is gone, and no chain fits" in str(run.error)
+
+
+def test_nodes_lost_one_after_another_leave_the_chain_to_the_last(tmp_path, network):
+    made, samples = setting(tmp_path, "mpsl")
+    ends = each(
+        when("nodes_copied", 0, lambda run: run.end_node(1)),
+        when("nodes_copied", 1, lambda run: run.end_node(3)),
+    )
+    run = conducted(made, samples, network, ends)
+    assert run.error is None
+    assert [plan["to"]["devices"][0]["hosts"] for plan in run.kinds("replanned")] == [
+        ["device", "n2", "n3", "device"], ["device", "n2", "device"],
+    ]  # fmt: skip
+    assert difference(run.weights(), undisturbed("mpsl", "copy")) < RTOL
+
+
+def test_what_is_lost_after_the_commit_is_told(tmp_path, network):
+    made, samples = setting(tmp_path, "mpsl")
+    run = conducted(made, samples, network, when("round_finished", 1, lambda run: run.end_node(2)))
+    assert run.error is None
+    (change,) = run.kinds("nodes_replaced")
+    assert change["units"] == [{"unit": "fc3", "rounds": 1, "optimizer_rounds": 1}]
+    copied = [event["bytes"] for event in run.kinds("nodes_copied")]
+    assert run.kinds("run_finished")[0]["copied_bytes"] == sum(copied) > 0
+
+
+def test_without_copies_a_run_with_a_quorum_goes_on_from_the_last_evaluation(tmp_path, network):
+    made, samples = setting(tmp_path, "mpsl", quorum=1)
+    made.nodes.replicate_every, made.run.evaluate_every = 0, 1
+    run = conducted(made, samples, network, when("evaluated", 0, lambda run: run.end_node(2)))
+    assert run.error is None and not run.kinds("nodes_copied")
+    (change,) = run.kinds("nodes_replaced")
+    assert change["units"] == [{"unit": "fc3", "rounds": 1, "optimizer_rounds": None}]
+
+
+def test_a_run_that_may_not_lose_nodes_ends_with_the_first(tmp_path, network):
+    made, samples = setting(tmp_path, "mpsl")
+    made.nodes.replicate_every = 0
+    run = conducted(made, samples, network, when("progress", 0, lambda run: run.end_node(2)))
+    assert isinstance(run.error, PeerError) and "compute node 2" in str(run.error)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_node_that_comes_back_takes_its_place_or_is_a_spare(tmp_path, network, nodes):
+    """With one node the run waits for it; with two the other takes over, and then the first."""
+    made, samples = setting(tmp_path, "mpsl", nodes=nodes, below="repeat", wait_s=60.0)
+    again = when("node_lost", None, lambda run: run.start_node(1))
+
+    made.run.rounds = rounds = 4
+    others = (
+        when("nodes_replaced", 0, lambda run: run.start_node(1)),
+        when("nodes_copied", 2, lambda run: run.end_node(2)),
+    )
+    first = when("nodes_copied", 0, lambda run: run.end_node(1))
+    run = conducted(made, samples, network, each(first, *([again] if nodes == 1 else others)))
+    assert run.error is None
+    assert len(run.kinds("node_returned")) == 1
+    hosts = [plan["to"]["devices"][0]["hosts"] for plan in run.kinds("replanned")]
+    if nodes == 2:
+        assert hosts == [["device", "n2", "device"], ["device", "n1", "device"]]
+    made, samples = setting(tmp_path / "kept", "mpsl", nodes=nodes)
+    made.run.rounds = rounds
+    assert difference(run.weights(), conducted(made, samples, network).weights()) < RTOL
