@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipar_jax.errors import ConfigError
+from pipar_jax.errors import ConfigError, PlanError
+from pipar_jax.schedule.plan import Plan
 
 FILE = "membership.jsonl"
 #: A longer line is none of ours.
@@ -37,6 +38,23 @@ class Out:
 
 
 @dataclasses.dataclass(frozen=True)
+class NodeLosses:
+    """What a run lost of its compute nodes in an attempt at a round, and before it.
+
+    Attributes:
+      before: The nodes lost since the commit before: index and rounds in the copies of its units.
+      during: The nodes lost before the commit.
+      ends: Where gradients are summed, the step at which the attempt ended because of it.
+      plan: The plan from this attempt on, if it is another one.
+    """
+
+    before: tuple[tuple[int, int], ...] = ()
+    during: tuple[int, ...] = ()
+    ends: int | None = None
+    plan: Plan | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Attempt:
     """An attempt at a round.
 
@@ -47,6 +65,7 @@ class Attempt:
       fresh: Places whose device began without an optimiser state.
       out: Who was dropped.
       commit: The places that counted; none if the round was undone.
+      nodes: What was lost of compute nodes.
     """
 
     round: int
@@ -55,10 +74,16 @@ class Attempt:
     fresh: tuple[int, ...]
     out: tuple[Out, ...]
     commit: tuple[int, ...]
+    nodes: NodeLosses = NodeLosses()
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns what is written as a line."""
-        return dataclasses.asdict(self)
+        """Returns what is written as a line; of compute nodes nothing if none was lost."""
+        values = dataclasses.asdict(self)
+        if self.nodes == NodeLosses():
+            del values["nodes"]
+        elif self.nodes.plan is not None:
+            values["nodes"]["plan"] = self.nodes.plan.to_dict()
+        return values
 
 
 def read_script(path: str | Path, devices: int, places: int) -> tuple[Attempt, ...]:
@@ -132,7 +157,25 @@ def _attempt(values: Any) -> Attempt:
         _numbers([values["round"]])[0], _numbers(values["cohort"]),
         tuple((row[0], row[1], row[2]) for row in spans),
         _numbers(values["fresh"]), out, _numbers(values["commit"]),
+        _node_losses(values["nodes"]) if "nodes" in values else NodeLosses(),
     )  # fmt: skip
+
+
+def _node_losses(values: Any) -> NodeLosses:
+    """Returns what a line says of compute nodes.
+
+    Raises:
+      KeyError: A field is missing.
+      TypeError: Something is not what it should be.
+      ValueError: A number is none, or the plan is none.
+    """
+    before = tuple((node, rounds) for row in values["before"] for node, rounds in [_numbers(row)])
+    ends = None if values["ends"] is None else _numbers([values["ends"]])[0]
+    try:
+        plan = None if values["plan"] is None else Plan.from_dict(values["plan"])
+    except PlanError as error:
+        raise ValueError(str(error)) from error
+    return NodeLosses(before, _numbers(values["during"]), ends, plan)
 
 
 def _numbers(values: Any) -> tuple[int, ...]:
@@ -149,9 +192,11 @@ def _numbers(values: Any) -> tuple[int, ...]:
 
 def _odd(one: Attempt, before: Attempt | None, devices: int, places: int) -> str | None:
     """Returns why an attempt cannot be replayed, or None."""
-    due = (0,) if before is None else (before.round + bool(before.commit),)
-    if one.round not in due:
-        return f"round {one.round}, expected {due[0]}"
+    due = 0
+    if before is not None:  # one that ended early for the loss of a node is followed by its rest
+        due = before.round + (bool(before.commit) and before.nodes.ends is None)
+    if one.round != due:
+        return f"round {one.round}, expected {due}"
     if len(one.cohort) != places or len(set(one.cohort)) != places:
         return f"a cohort of {len(one.cohort)} devices, expected {places}"
     if (most := max(one.cohort)) >= devices:
