@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pipar_jax.config import Config
-from pipar_jax.config.membership_script import Attempt, Out
+from pipar_jax.config.membership_script import Attempt, NodeLosses, Out
 from pipar_jax.errors import PeerError, ProtocolError, RunError
 from pipar_jax.protocol import messages
 from pipar_jax.roles.gathering import Cohort
@@ -180,12 +180,15 @@ class Conductor:
           PeerError: Too few are left, and the run ends then (``cohort.below=end``).
           RunError: No device is left that could go on.
         """
-        taking, planned = cohort.taking, cohort.planned
+        taking, planned, whole_spans = cohort.taking, cohort.planned, spans
         if planned is not None:
             spans = self._without(spans, planned.out)
+            if (ends := planned.nodes.ends) is not None:
+                spans = tuple(span._replace(stop=max(span.first, ends)) for span in spans)
         end = RoundEnd(self._config.cohort, taking, time.monotonic())
         self._round = now = _Round(index, cohort.devices, spans, end, demand, samples)
         now.nodes = self.nodes
+        now.ends = None if planned is None else planned.nodes.ends
         now.gone = [device_name(one) for one in cohort.devices]  # it may have gone before
         now.lost_nodes = [one for one in self._chain if one not in self.nodes]
         self._release(now, spans)
@@ -201,12 +204,16 @@ class Conductor:
             now.out[place] = Out(place, _first(now.begun, place), "undone")
         self._round = None  # whoever is lost from now on has done its part
         self._commit(now, places, hosts)
+        whole = bool(places) and (now.ends is None or now.ends >= max(s.stop for s in whole_spans))
         begun = tuple((span.device, span.first, span.stop) for span in now.begun)
-        said = Attempt(index, now.cohort, begun, (), tuple(now.out.values()), places)
+        lost = NodeLosses(
+            during=tuple(sorted({host_index(name) for name in now.lost_nodes})),
+            ends=None if whole else now.ends,
+        )
+        said = Attempt(index, now.cohort, begun, (), tuple(now.out.values()), places, lost)
         if planned is not None:  # it goes on as planned, and who is out has ended there already
             said = dataclasses.replace(planned, commit=places)
         counted = tuple(span for span in now.spans if span.device in places)
-        whole = bool(places) and (now.ends is None or all(one.stop <= now.ends for one in spans))
         return Committed(
             index, now.cohort, taking, places, counted, hosts, now.trained, now.start_s, whole
         ), said

@@ -18,18 +18,16 @@ from pipar_jax.config import Config
 from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import Interrupted, PeerError, RunError
 from pipar_jax.protocol import messages
-from pipar_jax.protocol.values import EVERY
-from pipar_jax.roles import replan
-from pipar_jax.roles.acceptance import Acceptance
 from pipar_jax.roles.adaptation import Adaptation
+from pipar_jax.roles.chain_repair import ChainRepair
 from pipar_jax.roles.checkpoints import Checkpoints, Moment
 from pipar_jax.roles.conductor import Committed, Conductor
 from pipar_jax.roles.evaluation import Evaluator
 from pipar_jax.roles.gathering import Cohort, Gathering
 from pipar_jax.roles.holdings import Holdings, read_rows
+from pipar_jax.roles.host_setup import HostSetup, samples_by_place
 from pipar_jax.roles.link_stats import odd_rows
 from pipar_jax.roles.membership import Mail, Membership
-from pipar_jax.roles.node_copies import NodeCopies
 from pipar_jax.roles.node_pool import NodePool
 from pipar_jax.roles.past import Past
 from pipar_jax.roles.private_rounds import PrivateRounds
@@ -40,27 +38,23 @@ from pipar_jax.roles.state_exchange import StateExchange
 from pipar_jax.roles.stop_rule import StopRule
 from pipar_jax.roles.survey import choose_plan
 from pipar_jax.roles.timetable import Timetable, Turn, next_steps
-from pipar_jax.runtime import exchanges, moves, unit_state
+from pipar_jax.runtime import exchanges, unit_state
 from pipar_jax.runtime.host import Host
-from pipar_jax.runtime.link_table import direct
 from pipar_jax.runtime.metrics import Totals
-from pipar_jax.runtime.unit_state import Key, States, UnitState
+from pipar_jax.runtime.unit_state import States, UnitState
 from pipar_jax.schedule.actions import AGGREGATE, ALL, Action, Span
 from pipar_jax.schedule.plan import (
     COORDINATOR,
-    Boundary,
     Order,
     Plan,
     device_name,
     host_index,
     is_device,
-    is_node,
     long_name,
 )
 from pipar_jax.schedule.rounds import RoundSchedule, rounds
 from pipar_jax.schedule.trace import Interval, Timed
 from pipar_jax.training import optimizer
-from pipar_jax.tuner.replanning import Offer
 from stages import Model
 from stages.trees import Variables
 
@@ -118,33 +112,28 @@ class Coordinator:
         self._kept, self._checkpoints, self._start = kept, checkpoints, start
         if kept is not None:
             self._population.recall(kept.facts["population"], time.monotonic())
-        self._samples = self._samples_by_place()
+        samples = samples_by_place(self._population, self._places, sampled=self._sampled)
         plan, surveyed = None if kept is None else Plan.from_dict(kept.facts["plan"]), None
         if script:
             plan = plan or script[0]
         elif plan is None or config.tuner.adapt:  # adapting starts from a survey, a resumed run too
-            chosen, surveyed = choose_plan(config, model, members, self._samples)
+            chosen, surveyed = choose_plan(config, model, members, samples)
             plan = plan or chosen
-        self.plan = plan
         self._begun_with = (
             [one.steps for one in self._population] if kept is None else kept.facts["steps"]
         )
-        self._table = Timetable(config.epochs, config.run.rounds, self.plan, self._begun_with)
-        self._private = PrivateRounds(config, self.plan, self._population, self._table)
+        self._table = Timetable(config.epochs, config.run.rounds, plan, self._begun_with)
+        self._private = PrivateRounds(config, plan, self._population, self._table)
         self._gathering.check_rounds(self._table.rounds)
-        if self.plan.sums_gradients:
-            self._check_equal_epochs()
-        self._pool = NodePool(
-            config, model, None if surveyed is None else surveyed.profile, members, host
-        )
-        self._joining: list[str] | None = None  # while the plan changes: who has joined meanwhile
+        if plan.sums_gradients:  # raises PlanError: such devices step together
+            rounds(plan, [one.steps for one in self._population], 1)
         self._until: int | None = None  # where gradients are summed: the end of a round cut short
         self._adaptation: Adaptation | ScriptedPlans | None = None
         if script:
             self._adaptation = ScriptedPlans(script, members, host, len(model.units))
         elif config.tuner.adapt and surveyed is not None:
             self._adaptation = Adaptation(
-                config, model, surveyed, self.plan, self._table.rounds, members, host
+                config, model, surveyed, plan, self._table.rounds, members, host
             )
         params, state = model.init(config.seed)
         if config.model.weights:
@@ -154,32 +143,30 @@ class Coordinator:
         self._aggregator = Aggregator(config.aggregation, params, state)
         self._score: dict[str, float] = {}
         self._demand = [1.0] * self._places
-        self._met: set[Boundary] = set()
-        self._ever_met: set[Boundary] = set()
         self._holdings = Holdings(model, config)
         self._states = StateExchange(members, host, self._holdings)
         self._first = 0
         if kept is not None:
             self._first, self._demand = kept.rounds, kept.facts["demand"]
         self._trained = self._first
-        self._plans: tuple[Plan, ...] = (self.plan,)
-        self._conductor = Conductor(
-            config, model.unit_names, self.plan, host, members, self._states
-        )
+        self._conductor = Conductor(config, model.unit_names, plan, host, members, self._states)
+        profile = None if surveyed is None else surveyed.profile
+        self._pool = NodePool(config, model, profile, members, host)
+        self._setup = HostSetup(
+            config, model, plan, samples, self._table, host, members, self._pool, self._gathering,
+            checkpoints, self._holdings, self._conductor, run_log,
+        )  # fmt: skip
+        self._repair = ChainRepair(
+            config, model.unit_names, self._aggregator, members, self._pool, self._gathering,
+            self._setup, self._states, run_log, self._first,
+        )  # fmt: skip
         self._conductor.client_model = self._initial_client_model()
-        self._copies = NodeCopies(config, model.unit_names, self._aggregator, self._first)
         members.lost = self._note_lost
 
     @property
-    def _workers(self) -> tuple[str, ...]:
-        """The compute nodes and devices that are there."""
-        there = (*self._pool.ready, *self._population.present())
-        return tuple(name for name in there if name not in (self._joining or ()))
-
-    @property
-    def _idle(self) -> tuple[str, ...]:
-        """The compute nodes and devices that have nothing to do between two rounds."""
-        return (*self._pool.ready, *(device_name(one.device) for one in self._population.ready()))
+    def plan(self) -> Plan:
+        """The plan in force."""
+        return self._setup.plan
 
     def run(self) -> JsonObject:
         """Prepares all hosts, trains all rounds and says goodbye; returns the run's summary.
@@ -190,12 +177,13 @@ class Coordinator:
           PeerError: A device was lost or failed, and the run cannot go on without it.
           RunError: This process failed.
         """
-        self._prepare()
+        self._setup.prepare(self._aggregator)
         self._take_up()
-        self._run_log.begin(self.plan, self._table.rounds, self._preparation().steps, self._first)
+        steps = self._setup.preparation().steps
+        self._run_log.begin(self.plan, self._table.rounds, steps, self._first)
         if (promise := self._private.promise()) is not None:
             self._members.tell(promise)
-        self._begin_schedules(self._workers)
+        self._setup.begin_schedules(self._setup.workers)
         try:
             if self._adaptation is not None:
                 self._adaptation.begin()
@@ -215,7 +203,7 @@ class Coordinator:
                 self._adaptation.close()
         self._checkpoints.settle(self._members)
         self._members.broadcast(messages.Finish())
-        self._add_traces(self._members.collect(messages.Bye, self._workers))
+        self._add_traces(self._members.collect(messages.Bye, self._setup.workers))
         return self._run_log.finish()
 
     def _end_before(self, index: int) -> None:
@@ -239,11 +227,13 @@ class Coordinator:
         rule, checkpoints = self._start.stop_rule, self._checkpoints
         self._score = {}
         evaluated = rule.reason is not None or self._is_evaluated(index)
-        copied = self._copies.are_due(index + 1) and not finished
+        copied = self._repair.copies.are_due(index + 1) and not finished
         if copied:
-            self._run_log.nodes_copied(index, self._fetch(index + 1, optimizers=True))
+            self._run_log.nodes_copied(index, self._repair.fetch(index + 1, optimizers=True))
         if evaluated:
-            fetched = FetchStats(0, 0.0) if copied else self._fetch(index + 1, optimizers=False)
+            fetched = (
+                FetchStats(0, 0.0) if copied else self._repair.fetch(index + 1, optimizers=False)
+            )
             self._evaluate(index, fetched)
         if rule.reason is not None:
             last = True
@@ -260,7 +250,7 @@ class Coordinator:
             sequential = self.plan.order == Order.SEQUENTIAL
             handed_on = self._conductor.client_model if sequential else {}
             moment = Moment(index + 1, self.plan, self._aggregator, handed_on, facts)
-            checkpoints.take(moment, self._idle, self._states, self._members, self._score)
+            checkpoints.take(moment, self._setup.idle, self._states, self._members, self._score)
         if finish:
             checkpoints.settle(self._members)
             self._members.tell({"event": "interrupted", "rounds": index + 1})
@@ -272,91 +262,22 @@ class Coordinator:
 
     # --- before the first round ---------------------------------------------------------------
 
-    def _samples_by_place(self) -> tuple[int, ...]:
-        """Returns the samples of an epoch in each place; of those not known, as many as any has."""
-        most = max(one.samples for one in self._population)
-        if self._sampled:
-            return (most,) * self._places
-        known = {one.index: one.samples for one in self._population}
-        return tuple(known.get(place, most) for place in range(self._places))
-
-    def _check_equal_epochs(self) -> None:
-        """Checks that devices whose gradients are summed step together.
-
-        Raises:
-          PlanError: Their epochs have different lengths.
-        """
-        rounds(self.plan, [one.steps for one in self._population], 1)
-
-    def _prepare(self) -> None:
-        """Sends the plan, waits until all have compiled, and lets slow hosts time themselves."""
-        workers = self._workers
-        self._expect(self.plan)
-        self._members.joined = self._welcome  # whoever comes from now on is prepared by itself
-        for name in self._members.hosts.nodes:  # who came while the plan was made
-            if name in self._members.by_name and name not in self._pool.ready:
-                self._welcome(name)
-        self._introduce(self.plan)
-        began = time.monotonic()
-        self._members.working("compiling")
-        prepare = self._preparation()
-        for name in workers:
-            self._members.send(name, prepare)
-        self._host.prepare(self.plan, prepare.samples, prepare.steps)
-        if self.plan.order == Order.PARALLEL:
-            self._aggregator.compile()
-            self._aggregator.broken_units()  # compiles what finds them, too
-        ready = self._members.collect(messages.Prepared, (COORDINATOR, *workers))
-        compile_s = time.monotonic() - began
-        self._calibrate((COORDINATOR, *workers))
-        seconds = time.monotonic() - began - compile_s
-        needs = {name: mail.said.memory_bytes for name, mail in ready.items()}
-        for name in ready:
-            if is_device(name):  # all begin with the weights of the seed
-                one = self._population[host_index(name)]
-                one.ready = one.current = True
-        self._run_log.prepared(compile_s, seconds, needs)
-
-    def _preparation(self) -> messages.Prepare:
-        """Returns what every host is told of the plan."""
-        most = max(one.steps for one in self._population)
-        known = {one.index: one.steps for one in self._population}
-        steps = [most if self._sampled else known.get(p, most) for p in range(self._places)]
-        return messages.Prepare(
-            self.plan, self._samples, tuple(self._table.steps(one) for one in steps)
-        )
-
-    def _welcome(self, name: str) -> None:
-        """Lets a host that has come in the midst of the run prepare its share of the plan."""
-        if self._joining is not None:
-            self._joining.append(name)
-            return
-        if is_node(name):
-            self._admit_bundles((self.plan,), name)
-            self._members.send(name, self._preparation())
-            self._pool.preparing.add(name)
-            return
-        who = self._members.by_name[name].identity
-        if not self._checkpoints.knows_data(name, who.fingerprint):
-            self._members.blame(name, "a join with other samples than those it trained with before")
-            return
-        self._admit_bundles((self.plan,), name)
-        if not self._sampled:
-            self._samples = self._samples_by_place()
-        self._members.send(name, self._preparation())
-        self._gathering.prepares(name)
-
     def _take_up(self) -> None:
         """Lets all hosts begin from a checkpoint, or from the weights of another run."""
         names = self._model.unit_names
-        hosts = (COORDINATOR, *self._checkpoints.pulled_from(self._workers))
+        hosts = (COORDINATOR, *self._checkpoints.pulled_from(self._setup.workers))
         held = [exchanges.optimizer_states(self.plan, name, names) for name in hosts]
         self._checkpoints.check_space(
             self._aggregator.nbytes + sum(self._holdings.nbytes(one) for one in held)
         )
         if self._kept is not None:
             restored = self._checkpoints.restore(
-                self._kept, self.plan, self._aggregator, self._workers, self._states, self._members
+                self._kept,
+                self.plan,
+                self._aggregator,
+                self._setup.workers,
+                self._states,
+                self._members,
             )
             for name in restored.fresh:
                 if is_device(name):
@@ -365,74 +286,14 @@ class Coordinator:
                 self._conductor.client_model = restored.client_model
         elif self._config.model.weights:
             self._checkpoints.spread(
-                self.plan, self._aggregator, self._workers, self._states, self._members
+                self.plan, self._aggregator, self._setup.workers, self._states, self._members
             )
-
-    def _expect(self, *plans: Plan) -> None:
-        """Takes from members what the last of some plans has for them, and nothing larger.
-
-        Args:
-          *plans: The plan in force, and the one that is changed to.
-        """
-        self._members.acceptance = Acceptance(
-            self._model, plans[-1], COORDINATOR, samples=self._samples,
-            batch_size=self._config.data.batch_size,
-        )  # fmt: skip
-        for name in self._workers:
-            self._admit_bundles(plans, name)
-
-    def _admit_bundles(self, plans: Sequence[Plan], name: str) -> None:
-        """Lets a member send its largest bundle and tensor under some plans, and nothing larger."""
-        assert self._members.acceptance is not None
-        seat = device_name(0) if self._sampled and is_device(name) else name
-        tensor_bytes = self._members.acceptance.tensor_bytes(seat)
-        steps = max(one.steps for one in self._population)
-        widest = self._table.spans(0, [Turn(place, 0, steps) for place in range(self._places)])
-        self._members.by_name[name].link.admit(
-            self._holdings.allowance(plans, seat, [widest], tensor_bytes)
-        )
-
-    def _introduce(self, plan: Plan) -> None:
-        """Lets neighbours in chains connect to each other, where a plan needs it."""
-        here = {COORDINATOR, *self._workers}
-        boundaries = [one for one in direct(plan.boundaries()) if here.issuperset(one[:2])]
-        if self._met.issuperset(boundaries):
-            return
-        known = {name: self._members.by_name[name].identity.address for name in self._pool.ready}
-        addresses = {name: address for name, address in known.items() if address is not None}
-        workers = self._workers
-        for name in workers:
-            self._members.send(name, messages.Meet(tuple(boundaries), addresses))
-        self._members.collect(messages.Met, workers)
-        self._met.update(boundaries)
-        self._ever_met.update(boundaries)
-
-    def _calibrate(self, names: Sequence[str]) -> None:
-        """Lets each emulated slow host time its functions, one after another, all else idle."""
-        for name in names:
-            if name == COORDINATOR and self._config.server.slowdown != 1.0:
-                self._host.calibrate()
-                self._members.collect(messages.Calibrated, (COORDINATOR,))
-            elif name != COORDINATOR and self._is_slowed(name):
-                self._members.send(name, messages.Calibrate())
-                self._members.collect(messages.Calibrated, (name,))
-
-    def _is_slowed(self, name: str) -> bool:
-        return self._members.hosts[name].slowdown.emulated
-
-    def _begin_schedules(self, names: Sequence[str]) -> None:
-        """Lets the rates of emulated links change from now on, where they do."""
-        for name in names:
-            if is_device(name) and name in self._members.by_name:
-                down = self._members.hosts[name].down
-                if down.schedule:
-                    self._members.by_name[name].link.set_shape(down)
 
     # --- a round ------------------------------------------------------------------------------
 
     def _try_round(self, index: int, attempt: int) -> bool:
         """Conducts an attempt at a round to its last weights stored; returns whether it counts."""
-        self._replace_nodes(index)
+        self._repair.repair(index)
         cohort = self._gather(index, attempt)
         self._conductor.nodes = tuple(self._pool.ready)
         if self._adaptation is not None:
@@ -445,93 +306,29 @@ class Coordinator:
         self._seat(cohort)
         fresh = self._bring_up_to_date(cohort)
         self._run_log.start_round()
-        done, said = self._conductor.conduct(cohort, index, spans, self._demand, self._samples)
+        done, said = self._conductor.conduct(
+            cohort, index, spans, self._demand, self._setup.samples
+        )
         self._average(done)
         self._end_round(done)
-        self._run_log.add_attempt(dataclasses.replace(said, fresh=fresh))
+        noted = self._repair.noted
+        lost = dataclasses.replace(said.nodes, before=noted.before, plan=noted.plan)
+        self._run_log.add_attempt(dataclasses.replace(said, fresh=fresh, nodes=lost))
+        self._repair.end_attempt(index, said.nodes, whole=done.whole)
         self._count(done)
         if done.whole:
             self._trained = index + 1
         self._until = None if done.whole or not done.places else max(one.stop for one in spans)
         return done.whole
 
-    def _replace_nodes(self, index: int) -> None:
-        """Plans without the compute nodes of the chain that are gone, until it is whole.
-
-        Raises:
-          PeerError: No chain fits the nodes that are left.
-        """
-        self._members.poll()  # who went between the rounds
-        until_s = time.monotonic() + self._config.cohort.wait_s
-        while lost := self._pool.missing(self.plan):
-            self._joining = []
-            try:
-                reason = self._change_without(lost, index)
-            finally:
-                joining, self._joining = self._joining, None
-            for name in dict.fromkeys(joining):
-                if name in self._members.by_name:
-                    self._welcome(name)
-            if reason is not None and not self._await_node(until_s):
-                raise PeerError(f"round {index + 1} cannot begin: {reason}")
-        self._take_nodes(index)
-
-    def _change_without(self, lost: Sequence[str], index: int) -> str | None:
-        """Changes to a plan without some nodes; returns why none fits, or None.
-
-        Other hosts may be lost meanwhile: the chain need not be whole then.
-        """
-        assert self._joining is not None
-        while busy := {*self._gathering.busy(), *self._pool.preparing}.difference(self._joining):
-            self._members.wait(sorted(busy), "prepared")
-            self._take_nodes(index)
-        if not self._pool.missing(self.plan):
-            return None
-        plan = self._pool.choose(self.plan, self._samples)
-        if isinstance(plan, str):
-            return plan
-        if self._pool.compile(plan, self._workers) and not self._pool.missing(plan):
-            salvaged = self._copies.salvaged(self._held_by(lost))
-            self._change_plan(plan, index, None)
-            self._run_log.nodes_replaced(index, lost, salvaged)
-        return None
-
-    def _await_node(self, until_s: float) -> bool:
-        """Waits for a compute node to come, if the run is to wait; returns whether one has."""
-        waits = self._config.cohort.below != "end"
-        while waits and not self._pool.preparing and time.monotonic() < until_s:
-            self._members.wait((), "joined")
-        return bool(self._pool.preparing)
-
-    def _take_nodes(self, index: int) -> None:
-        """Takes nodes that have come and prepared; one with stages gets what is left of them."""
-        for name in self._pool.settle():
-            if held := self._held_by([name]):
-                names = self._model.unit_names
-                wanted = exchanges.whole(self.plan, name, names, optimizers=True)
-                whole = {key: parts for key, parts in wanted.items() if key[0] == EVERY}
-                states = unit_state.known(whole, self._aggregator)
-                states |= {key: self._copies.optimizer(key) for key in wanted if key[0] != EVERY}
-                self._states.push(name, states, messages.PushState(optimizers=True))
-                self._members.collect(messages.PushedState, (name,))
-                self._run_log.nodes_replaced(index, [name], self._copies.salvaged(held))
-            self._introduce(self.plan)
-            self._calibrate([name])
-
-    def _held_by(self, nodes: Sequence[str]) -> list[Key]:
-        """Returns the copies of units that are on some hosts under the plan in force."""
-        held = moves.holders(self.plan, len(self._model.units)).items()
-        names = self._model.unit_names
-        return [(copy, names[unit]) for (copy, unit), host in held if host in nodes]
-
     def _gather(self, index: int, attempt: int) -> Cohort:
         """Waits for the devices of a round; those that have just come are ready for it then."""
         cohort = self._gathering.gather(index, attempt)
         arrived = self._gathering.take_arrived()
         if arrived:
-            self._introduce(self.plan)
-            self._calibrate(arrived)
-            self._begin_schedules(arrived)
+            self._setup.introduce(self.plan)
+            self._setup.calibrate(arrived)
+            self._setup.begin_schedules(arrived)
         return cohort
 
     def _spans(self, index: int, cohort: Cohort) -> tuple[Span, ...]:
@@ -554,10 +351,10 @@ class Coordinator:
     def _seat(self, cohort: Cohort) -> None:
         """Gives each device of a round its place: its samples, and its link on this host."""
         if self._sampled:
-            samples = list(self._samples)
+            samples = list(self._setup.samples)
             for place in cohort.taking:
                 samples[place] = self._population[cohort.devices[place]].samples
-            self._samples = tuple(samples)
+            self._setup.samples = tuple(samples)
         links = {device_name(place): device_name(cohort.devices[place]) for place in cohort.taking}
         self._members.seats = {name: seat for seat, name in links.items()}
         control = self._host.link_table.control
@@ -603,7 +400,7 @@ class Coordinator:
             self._aggregator.params.update(copies[ALL].params)
             self._aggregator.state.update(copies[ALL].state)
         batch_size = self._config.data.batch_size
-        round_ = RoundSchedule(self.plan, done.spans, self._samples, batch_size)
+        round_ = RoundSchedule(self.plan, done.spans, self._setup.samples, batch_size)
         replicas, devices = [], []
         for span in done.spans:
             if span.stop > span.first and span.device in copies and span.device in done.places:
@@ -641,7 +438,7 @@ class Coordinator:
         workers = [name for name in said if name != COORDINATOR]
         busy = {COORDINATOR: busy_s} | {name: said[name].busy_s for name in workers}
         for name in workers:
-            if (odd := odd_rows(said[name].direct, name, self._ever_met)) is not None:
+            if (odd := odd_rows(said[name].direct, name, self._setup.ever_met)) is not None:
                 self._members.blame(name, odd)
         for one in said.values():  # none is longer than the round, whatever is said of it
             self._members.patience.action(min(one.longest_s, interval.seconds))
@@ -685,7 +482,7 @@ class Coordinator:
     def _note_lost(self, name: str, error: PeerError) -> None:
         """Goes on without a host whose link is gone: its neighbours have to meet it anew."""
         self._pool.lose(name)
-        self._met = {boundary for boundary in self._met if name not in boundary[:2]}
+        self._setup.forget_links(name)
         self._conductor.note_lost(name)
 
     # --- between rounds -----------------------------------------------------------------------
@@ -722,7 +519,7 @@ class Coordinator:
             assert mail.message is not None
             seat = self._members.seats.get(name, name)
             with self._members.reading(name):
-                rows = read_rows(mail.message, self._plans, seat, steps, long_name(name))
+                rows = read_rows(mail.message, self._setup.plans, seat, steps, long_name(name))
             # The offset is the peer's clock minus ours.
             self._run_log.add_trace(seat, rows, -(mail.message.link.offset_s or 0.0))
             traced[name] = mail.message.nbytes
@@ -733,27 +530,11 @@ class Coordinator:
         plan = None if self._adaptation is None else self._adaptation.ready()
         if plan is None or self._adaptation is None:
             return
-        self._change_plan(plan, index, self._adaptation.offers)
-        self._adaptation.changed(index)
-
-    def _change_plan(self, plan: Plan, index: int, offers: tuple[Offer, Offer] | None) -> None:
-        """Lets all hosts change to a plan that they have compiled."""
-        began = time.monotonic()
-        workers = self._workers
-        self._introduce(plan)
-        self._expect(self.plan, plan)
-        replan.conduct(
-            self._members, workers, self._states, self.plan, plan, self._aggregator, self._copies,
-            index,
+        self._setup.change(
+            plan, index, self._states, self._aggregator, self._repair.copies,
+            offers=self._adaptation.offers,
         )  # fmt: skip
-        moved_s = time.monotonic() - began
-        # Whoever was out of the last round tells of what it did under the plan before, too.
-        before = self._plans if self._adaptation is None else (self.plan,)
-        self.plan, self._plans = plan, tuple(dict.fromkeys((*before, plan)))
-        self._conductor.plan = plan
-        # Stages that an emulated slow host has not run before.
-        self._calibrate((COORDINATOR, *self._workers))
-        self._run_log.replanned(index, plan, moved_s, offers)
+        self._adaptation.changed(index)
 
     def _is_evaluated(self, index: int) -> bool:
         every = self._config.run.evaluate_every
@@ -771,16 +552,3 @@ class Coordinator:
         self._run_log.evaluated(
             index, score.accuracy, score.loss, time.monotonic() - start_s, fetched
         )
-
-    def _fetch(self, rounds: int, *, optimizers: bool) -> FetchStats:
-        """Takes the parts of the model that live on compute nodes, for evaluation or as copies."""
-        start_s = time.monotonic()
-        pulled = self._states.pull(
-            {
-                name: self._copies.wanted(self.plan, name, optimizers=optimizers)
-                for name in self._pool.ready
-            }
-        )
-        for name, states in pulled.states.items():
-            self._copies.take(states, rounds, name)
-        return FetchStats(pulled.nbytes, time.monotonic() - start_s)

@@ -74,6 +74,16 @@ class Gathering:
         stopping = (one.index for one in self._members.population if one.present and not one.ready)
         return sorted({*self._preparing, *map(device_name, stopping)})
 
+    @property
+    def replays(self) -> bool:
+        """Whether the run replays a script."""
+        return self._script is not None
+
+    @property
+    def upcoming(self) -> Attempt | None:
+        """The script's next attempt, if a script is replayed."""
+        return self._script[0] if self._script else None
+
     def gather(self, index: int, attempt: int) -> Cohort:
         """Returns the next round's cohort, once enough devices are ready.
 

@@ -88,6 +88,10 @@ class NodeCopies:
             if one.opt is not None and self._kept:
                 self._optimizers[copy, unit] = rounds, UnitState(opt=one.opt)
 
+    def rounds(self, keys: Sequence[Key]) -> int:
+        """Returns how many rounds the weights of some units contain at most."""
+        return max((self._rounds[unit] for _, unit in keys), default=0)
+
     def optimizer(self, key: Key) -> UnitState:
         """Returns the optimiser state of a copy of a unit whose host is gone."""
         if key in self._optimizers:

@@ -23,6 +23,7 @@ class NodePool:
     Attributes:
       ready: Names of the nodes that take part, with stages or as spares.
       preparing: Names of those that have joined in the midst of the run and prepare.
+      forgotten: Names of those that are ready, but count as lost in a script that is replayed.
 
     Args:
       config: Resolved configuration.
@@ -47,6 +48,7 @@ class NodePool:
         self._number = 0
         self.ready = [name for name in members.hosts.nodes if name in members.by_name]
         self.preparing: set[str] = set()
+        self.forgotten: set[str] = set()
 
     def lose(self, name: str) -> None:
         """Records that a node is gone."""
@@ -62,6 +64,11 @@ class NodePool:
         return found
 
     def missing(self, plan: Plan) -> list[str]:
+        """Returns the nodes with stages under a plan that are not ready, or count as lost."""
+        lost = self.forgotten
+        return [name for name in chain_nodes(plan) if name not in self.ready or name in lost]
+
+    def absent(self, plan: Plan) -> list[str]:
         """Returns the nodes with stages under a plan that are not ready."""
         return [name for name in chain_nodes(plan) if name not in self.ready]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from pipar_jax.aggregation.aggregator import Aggregator
 from pipar_jax.protocol import messages
@@ -24,6 +24,7 @@ def conduct(
     aggregator: Aggregator,
     copies: NodeCopies,
     rounds: int,
+    without: Collection[str] = (),
 ) -> None:
     """Changes the plan of all hosts; runs on the coordinator, between two rounds.
 
@@ -36,13 +37,16 @@ def conduct(
       aggregator: The coordinator's, which takes over the compute nodes' averages so far.
       copies: What is left of hosts that are gone.
       rounds: How many rounds are over.
+      without: Hosts that are there, but what they have counts as lost.
 
     Raises:
       PeerError: A device or node was lost or failed.
       RunError: This process failed, or a host sent states that do not fit the model.
     """
     hosts, names = (COORDINATOR, *workers), tuple(aggregator.params)
-    given = states.pull({name: exchanges.leaving(old, new, name, names) for name in hosts}).states
+    given = states.pull(
+        {name: exchanges.leaving(old, new, name, names) for name in hosts if name not in without}
+    ).states
     moved: States = {}
     for name, some in given.items():
         copies.take(some, rounds, name)
