@@ -83,6 +83,15 @@ def difference(one, other):
     return max(float(np.abs(one[k] - other[k]).max() / np.abs(other[k]).max()) for k in one)
 
 
+def replayed(made, samples, network, run):
+    """Returns the weights of a run that loses nothing, and replays the script of one that did."""
+    made.name, made.cohort.script = "replay", str(run.folder / "membership.jsonl")
+    again = conducted(made, samples, network)
+    assert again.error is None and not again.kinds("node_lost")
+    assert again.script() == run.script()
+    return again.weights()
+
+
 @functools.cache
 def undisturbed(method, way):
     """Returns the weights of a run without a loss."""
@@ -122,6 +131,9 @@ def test_a_lost_node_leaves_the_weights_of_the_undisturbed_run(
     counted = [row["round"] for row in run.script() if row["commit"]]
     cut_short = way == "shared" and moment == "in a round"
     assert counted == ([0, 1, 1, 2] if cut_short else [0, 1, 2])
+    if (moment, node) == ("in a round", 2):
+        again = replayed(made, samples, network, run)
+        assert again.keys() == run.weights().keys() and difference(again, run.weights()) < RTOL
     # Where gradients are summed, the first step of the round stays, but not on the lost node.
     if way == "copy" or moment == "between rounds":
         assert difference(run.weights(), undisturbed(method, way)) < RTOL
@@ -156,6 +168,7 @@ def test_what_is_lost_after_the_commit_is_told(tmp_path, network):
     assert run.error is None
     (change,) = run.kinds("nodes_replaced")
     assert change["units"] == [{"unit": "fc3", "rounds": 1, "optimizer_rounds": 1}]
+    assert difference(replayed(made, samples, network, run), run.weights()) < RTOL
     copied = [event["bytes"] for event in run.kinds("nodes_copied")]
     assert run.kinds("run_finished")[0]["copied_bytes"] == sum(copied) > 0
 
@@ -167,6 +180,7 @@ def test_without_copies_a_run_with_a_quorum_goes_on_from_the_last_evaluation(tmp
     assert run.error is None and not run.kinds("nodes_copied")
     (change,) = run.kinds("nodes_replaced")
     assert change["units"] == [{"unit": "fc3", "rounds": 1, "optimizer_rounds": None}]
+    assert difference(replayed(made, samples, network, run), run.weights()) < RTOL
 
 
 def test_a_run_that_may_not_lose_nodes_ends_with_the_first(tmp_path, network):
@@ -192,6 +206,7 @@ def test_a_node_that_comes_back_takes_its_place_or_is_a_spare(tmp_path, network,
     assert run.error is None
     assert len(run.kinds("node_returned")) == 1
     hosts = [plan["to"]["devices"][0]["hosts"] for plan in run.kinds("replanned")]
+    assert difference(replayed(made, samples, network, run), run.weights()) < RTOL
     if nodes == 2:
         assert hosts == [["device", "n2", "device"], ["device", "n1", "device"]]
     made, samples = setting(tmp_path / "kept", "mpsl", nodes=nodes)
