@@ -113,7 +113,7 @@ def train(run: harness.Bench, method: str, names: Sequence[str]) -> None:
         run.progress(f"training {title}", index, len(names))
         with tempfile.TemporaryDirectory() as folder:
             told = [launch(_config(method, name, seed, run.quick, folder)) for seed in seeds]
-        accuracy = 100 * statistics.mean(one["accuracy"] for one in told)
+        accuracy = 100 * statistics.mean(one["metrics"]["accuracy"] for one in told)
         wire = told[0]["bytes_up"] + told[0]["bytes_down"]
         run.row(f"{title}: seconds per epoch", min(one["epoch_seconds"] for one in told), "s")
         run.row(f"{title}: test accuracy", accuracy, "%")

@@ -94,7 +94,7 @@ def main(config: Config, own: DescribeFlags) -> None:
     """Describes the configured model."""
     known = SHAPES.get(config.data.source)
     signature = (
-        data.load_server(config.data).signature(config.model.weight_dtype)
+        data.load_server(config).signature(config.model.weight_dtype)
         if known is None
         else Signature.labelled(*known)
     )

@@ -18,6 +18,7 @@ from pipar_jax.config.paths import shown
 from pipar_jax.launch import flags, launcher, machine, process
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.report.progress import ProgressDisplay, loss_text, losses_text
+from pipar_jax.report.scores import final_score
 
 
 def main(config: Config, _: flags.NoFlags) -> None:
@@ -45,8 +46,8 @@ def main(config: Config, _: flags.NoFlags) -> None:
         with process.finishing(config.checkpoint) as finish:
             summary = run_server(config, on_event=tell, finish=finish)
     print(
-        f"{config.method}: {summary['epoch_seconds']:.2f} s per epoch, test accuracy "
-        f"{summary['accuracy']:.2%}, loss {loss_text(summary)}; run in {shown(folder)}"
+        f"{config.method}: {summary['epoch_seconds']:.2f} s per epoch, {final_score(summary)}, "
+        f"loss {loss_text(summary)}; run in {shown(folder)}"
     )
     if lost := losses_text(summary):
         print(lost)

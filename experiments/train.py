@@ -12,6 +12,7 @@ from pipar_jax.config import Config, to_text
 from pipar_jax.config.paths import shown
 from pipar_jax.launch import flags, launcher, machine
 from pipar_jax.report.progress import ProgressDisplay, loss_text, losses_text
+from pipar_jax.report.scores import final_score
 
 
 def main(config: Config, _: flags.NoFlags) -> None:
@@ -27,8 +28,8 @@ def main(config: Config, _: flags.NoFlags) -> None:
     with ProgressDisplay() as progress:
         summary = launcher.launch(config, on_event=progress)
     print(
-        f"{config.method}: {summary['epoch_seconds']:.2f} s per epoch, test accuracy "
-        f"{summary['accuracy']:.2%}, loss {loss_text(summary)}; run in {shown(summary['folder'])}"
+        f"{config.method}: {summary['epoch_seconds']:.2f} s per epoch, {final_score(summary)}, "
+        f"loss {loss_text(summary)}; run in {shown(summary['folder'])}"
     )
     if lost := losses_text(summary):
         print(lost)

@@ -15,8 +15,14 @@ from stages.building import abstractly, build_module, build_units, check_module
 from stages.errors import StageError
 from stages.frozen import Frozen
 from stages.signature import ArrayType, Signature, unwrapped
+from stages.tasks.per_sample import check_task
+from stages.tasks.registered import classification
+from stages.tasks.task import Task
 from stages.trees import PyTree, Variables
 from stages.unit import Factory, ModuleUnit, Unit, check_training
+
+#: What a model is trained for unless it is said.
+_CLASSIFICATION = classification()
 
 
 class Model:
@@ -25,13 +31,16 @@ class Model:
     Attributes:
       name: Name of the model.
       input_shape: Shape of one sample, (height, width, channels) for images.
-      classes: Number of classes.
+      classes: Size of the last axis of the outputs, such as the number of classes; 0 if any will
+        do.
       units: The units in order.
       input_dtype: Dtype of a batch.
       sides: For each side input (mask, lengths) shape and dtype of one sample.
       targets: For each target shape and dtype of one sample; None until the data are known.
       obstacles: For each position that is no cut, why; where the cuts were found by tracing.
       frozen: Weights that are not trained.
+      task: What it is trained for.
+      has_task: Whether the task was given with ``for_task``, and not taken for granted.
       recipe: Arguments of ``stages.build``, to build the model again; None for the user's own
         model.
     """
@@ -54,6 +63,7 @@ class Model:
         self.targets: dict[str, jax.ShapeDtypeStruct] | None = None
         self.obstacles: tuple[Obstacle, ...] = ()
         self.frozen = Frozen(self.units, 0)
+        self.task, self.has_task = _CLASSIFICATION, False
         self.programs: dict[Any, Any] = {}
         self._shapes: dict[tuple[int, bool], tuple[jax.ShapeDtypeStruct, ...]] = {}
         self.recipe: dict[str, Any] | None = None
@@ -214,6 +224,26 @@ class Model:
             return self
         return self._with([unit.training(unit.weights) for unit in self.units], 0)
 
+    def for_task(self, task: Task) -> Model:
+        """Returns the model, to be trained for a task.
+
+        Raises:
+          StageError: Task and outputs do not fit together.
+        """
+        made = copy.copy(self)
+        made.task, made.has_task, made.programs = task, True, {}
+        if self.targets is not None or task.targets.like((1,)) is not None:
+            made.check_task()
+        return made
+
+    def check_task(self) -> None:
+        """Checks that outputs, targets and the task fit together, by their shapes.
+
+        Raises:
+          StageError: They do not.
+        """
+        check_task(self.task, self.shapes(2)[-1], self.target_shapes(2))
+
     def _with(self, units: Sequence[Unit], seed: int) -> Model:
         made = copy.copy(self)
         made.units, made.frozen, made.programs = tuple(units), Frozen(units, seed), {}
@@ -245,10 +275,10 @@ class Model:
             x = unit.infer(self.name, x, side)
             found.append(x)
         outputs = x.shape[1:]
-        if (outputs[-1] if outputs else 1) != self.classes:
+        if self.classes and (outputs[-1] if outputs else 1) != self.classes:
             raise StageError(
                 f"model {self.name!r}, unit {self.units[-1].name!r}: the last unit must return "
-                f"[batch, …, {self.classes}], got {x.shape}; check `classes`"
+                f"outputs [batch, …, {self.classes}], got {x.shape}; check `classes`"
             )
         self._shapes[known] = tuple(found)
         return self._shapes[known]
@@ -260,12 +290,21 @@ class Model:
     def target_shapes(self, batch: int) -> PyTree:
         """Returns the abstract targets of a batch, as the loss gets them.
 
-        Until the data are known, these are labels: int32, one for each row of outputs.
+        Until the data are known, these are those that the task has for the model's outputs.
+
+        Raises:
+          StageError: Only the data could tell.
         """
-        if self.targets is None:
-            outputs = self.shapes(batch)[-1]
-            return jax.ShapeDtypeStruct(outputs.shape[:-1], jnp.int32)  # type: ignore
-        return unwrapped(_batched(self.targets, batch))
+        if self.targets is not None:
+            return unwrapped(_batched(self.targets, batch))
+        outputs = self.shapes(batch)[-1]
+        like = self.task.targets.like(outputs.shape[1:])
+        if like is None:
+            raise StageError(
+                f"model {self.name!r}: the targets of task {self.task.name!r} are not known"
+            )
+        dtype = jnp.int32 if like[1] == "i" else outputs.dtype
+        return jax.ShapeDtypeStruct((batch, *like[0]), dtype)  # type: ignore[no-untyped-call]
 
     @property
     def signature(self) -> Signature:
@@ -279,12 +318,17 @@ class Model:
         )
 
     def receiving(self, targets: Mapping[str, ArrayType]) -> Model:
-        """Returns the model for data with targets of these shapes and dtypes."""
+        """Returns the model for data with targets of these shapes and dtypes.
+
+        Raises:
+          StageError: They do not fit the task and the model's outputs.
+        """
         made = copy.copy(self)
         made.targets = {
             name: jax.ShapeDtypeStruct(one.shape, jnp.dtype(one.dtype))  # type: ignore
             for name, one in targets.items()
         }
+        made.check_task()
         return made
 
 

@@ -1,4 +1,4 @@
-"""Names of the registered models, readable without loading jax."""
+"""Names of the registered models and tasks, readable without loading jax."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ UNITS: dict[str, tuple[str, ...]] = {
     "decoder_small": _framed("embed", 4, "head"),
 }
 MODELS: tuple[str, ...] = tuple(UNITS)
+TASKS: tuple[str, ...] = ("classification", "binary", "multilabel", "regression", "language")
 NORMS: tuple[str, ...] = ("batch", "group")
 STEMS: tuple[str, ...] = ("cifar", "imagenet")
 

@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from stages import release as private
 from stages.errors import StageError
@@ -22,6 +21,8 @@ from stages.model import Model
 from stages.program import Program
 from stages.release import PrivateRelease
 from stages.residuals import Residuals, attach, kept_inputs, pull_back, run_forward
+from stages.tasks.per_sample import total_loss
+from stages.tasks.task import Task
 from stages.trees import PyTree, Targets, Variables
 from stages.unit import Unit
 
@@ -133,29 +134,30 @@ class Stage:
         params: Variables,
         state: Variables,
         x: jax.Array,
-        labels: Targets,
+        targets: Targets,
         draw: MicroBatchContext,
         accumulated: Variables,
         side: Side = _NO_SIDE,
     ) -> tuple[Metrics, jax.Array | None, Variables, Variables]:
-        """Runs the last stage forward, the softmax cross entropy, and backward, in one call.
+        """Runs the last stage forward, the loss of the model's task, and backward, in one call.
 
         Args:
           params: Parameters of the stage's units.
           state: Batch statistics of the stage's units.
           x: Input [micro-batch, …].
-          labels: Classes [micro-batch, …] int32.
+          targets: What the task compares outputs with, [micro-batch, …] each.
           draw: Scalars of the micro-batch; gradients are those of the mini-batch's mean loss.
           accumulated: Gradients accumulated so far; donated.
           side: Side inputs by name, those of ``sides`` at least.
 
         Returns:
-          Metrics {"loss": sum of the samples' losses, "correct": number of samples whose
-          largest logit is the label's} (float scalars), the input's cotangent (None where
-          the stage is also the first), the accumulated gradients, the new batch statistics.
+          Metrics ("loss": the sum of the samples' losses, a float scalar; and for each metric of
+          the task [2], the sum of weighted values and that of the weights), the input's cotangent
+          (None where the stage is also the first), the accumulated gradients, the new batch
+          statistics.
         """
         result: tuple[Metrics, jax.Array | None, Variables, Variables] = self.programs.loss(
-            params, state, x, labels, draw, accumulated, self._taken(side), self.fixed
+            params, state, x, targets, draw, accumulated, self._taken(side), self.fixed
         )
         return result
 
@@ -315,42 +317,9 @@ def select(stage: Stage, variables: Variables) -> Variables:
 def predict(
     model: Model, params: Variables, state: Variables, x: jax.Array, side: Side = _NO_SIDE
 ) -> jax.Array:
-    """Returns the whole model's logits [batch, classes] at inference."""
+    """Returns the whole model's outputs [batch, …] at inference."""
     (stage,) = split(model)
     return stage.predict(params, state, x, side)
-
-
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, Metrics]:
-    """Sums the softmax cross entropies of a micro-batch.
-
-    Args:
-      logits: [batch, …, classes].
-      labels: [batch, …] int32.
-
-    Returns:
-      The sum over samples of their losses, and the metrics of ``Stage.loss``.
-    """
-    losses, hits = sample_losses(logits, labels)
-    total = jnp.sum(losses)
-    return total, {"loss": total, "correct": jnp.sum(hits)}
-
-
-def sample_losses(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the softmax cross entropy of each sample, and whether it is classified correctly.
-
-    Args:
-      logits: [batch, …, classes]; 16-bit ones are widened to float32 first.
-      labels: [batch, …] int32. Where a sample has several labels (tokens) its loss is their
-        mean, and so is the share of them that is correct.
-
-    Returns:
-      [batch] losses and [batch] hits between 0 and 1, both float32 or wider.
-    """
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    hits = (jnp.argmax(logits, axis=-1) == labels).astype(logits.dtype)
-    axes = tuple(range(1, losses.ndim))
-    return jnp.mean(losses, axis=axes), jnp.mean(hits, axis=axes)
 
 
 def _run(
@@ -394,20 +363,24 @@ def _programs(
     programs = Programs(
         forward=Program(partial(_forward, train, start == 0)),
         backward=Program(partial(_backward, start == 0), donate_argnums=(3,)),
-        loss=Program(partial(_loss, train, start == 0), donate_argnums=(5,)),
+        loss=Program(partial(_loss, train, model.task, start == 0), donate_argnums=(5,)),
         predict=Program(partial(_predict, units)),
         zeros=Program(lambda params: jax.tree.map(jnp.zeros_like, params)),
     )
     if release is not None:
         programs = _private_programs(
-            programs, partial(_run, units, train=True), start == 0, release
+            programs, partial(_run, units, train=True), model.task, start == 0, release
         )
     model.programs[start, stop, rematerialise, release] = programs
     return programs
 
 
 def _private_programs(
-    plain: Programs, train: Callable[..., Any], is_first: bool, release: PrivateRelease
+    plain: Programs,
+    train: Callable[..., Any],
+    task: Task,
+    is_first: bool,
+    release: PrivateRelease,
 ) -> Programs:
     """Returns the functions of a stage whose weights are released as well as what it sends."""
     return dataclasses.replace(
@@ -415,7 +388,8 @@ def _private_programs(
         forward=Program(partial(private.forward, train, release)),
         backward=Program(partial(private.backward, train, release), donate_argnums=(3,)),
         loss=Program(
-            partial(private.loss, train, cross_entropy, release, is_first), donate_argnums=(5,)
+            partial(private.loss, train, partial(total_loss, task), release, is_first),
+            donate_argnums=(5,),
         ),
     )
 
@@ -480,11 +454,12 @@ def _backward(
 
 def _loss(
     train: Callable[..., Any],
+    task: Task,
     is_first: bool,
     params: Variables,
     state: Variables,
     x: PyTree,
-    labels: PyTree,
+    targets: PyTree,
     draw: MicroBatchContext,
     accumulated: Variables,
     side: Side = _NO_SIDE,
@@ -493,8 +468,8 @@ def _loss(
     """Traced body of ``Stage.loss``."""
 
     def mean_loss(params: Variables, x: PyTree) -> tuple[jax.Array, tuple[Metrics, Variables]]:
-        logits, after = train(params, fixed, state, x, draw, side)
-        total, metrics = cross_entropy(logits, labels)
+        outputs, after = train(params, fixed, state, x, draw, side)
+        total, metrics = total_loss(task, outputs, targets)
         return total * draw.inverse_batch, (metrics, after)
 
     differentiated = (0,) if is_first else (0, 1)

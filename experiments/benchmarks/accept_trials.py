@@ -188,7 +188,7 @@ def accuracy(config: Config, coded: bool, results: Path, quick: bool = False) ->
             config.pipeline.activation_codec = bit_widths(config.tuner, "activation")[0]
             config.pipeline.cotangent_codec = bit_widths(config.tuner, "cotangent")[0]
         config.run.evaluate_every, config.run.trace = 0, "none"
-        return float(launcher.launch(config)["accuracy"])
+        return float(launcher.launch(config)["metrics"]["accuracy"])
 
     name = f"accept accuracy {config.seed} {'coded' if coded else 'raw'}"
     return float(trials.kept(results, name + (" quick" if quick else ""), measure))

@@ -232,7 +232,7 @@ class _Fake:
             registry.send(link, messages.PushedState())
         elif isinstance(said, messages.PushState):
             nothing = Memory(0, 0, 0)
-            registry.send(link, messages.Stored(self._round, 0, 0.0, nothing, 0.0, 0.0, 0))
+            registry.send(link, messages.Stored(self._round, 0, 0.0, nothing, 0.0, 0, {}))
             return True
         elif isinstance(said, messages.Finish):
             registry.send_bundle(link, messages.Bye(), _no_rows())

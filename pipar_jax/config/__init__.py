@@ -27,7 +27,6 @@ from pipar_jax.config.hosts import Hosts, HostSpec
 from pipar_jax.config.intervals import aggregate_steps
 from pipar_jax.config.privacy_fields import PrivacyConfig
 from pipar_jax.config.run_fields import (
-    SCORES,
     SELECTIONS,
     TRACED,
     CheckpointConfig,
@@ -50,6 +49,7 @@ from pipar_jax.config.training_fields import (
     ModelConfig,
     OptimizerConfig,
     PipelineConfig,
+    TaskConfig,
 )
 from pipar_jax.config.tuner_fields import TunerConfig
 
@@ -59,7 +59,6 @@ __all__ = [
     "LONGEST_S",
     "OWN_SOURCES",
     "PLATFORMS",
-    "SCORES",
     "SELECTIONS",
     "SLOWEST",
     "TRACED",
@@ -82,6 +81,7 @@ __all__ = [
     "RunConfig",
     "ServerConfig",
     "StopConfig",
+    "TaskConfig",
     "TunerConfig",
     "aggregate_steps",
     "difference",

@@ -18,6 +18,7 @@ from pipar_jax.config.training_fields import (
     ModelConfig,
     OptimizerConfig,
     PipelineConfig,
+    TaskConfig,
 )
 from pipar_jax.config.tuner_fields import TunerConfig
 
@@ -34,6 +35,7 @@ class Config:
     method: str = option("pipar", "training method; auto: chosen by the tuner", choices=REGISTERED)
     epochs: int = option(1, "number of passes of each device over its samples", at_least=1)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     aggregation: AggregationConfig = dataclasses.field(default_factory=AggregationConfig)

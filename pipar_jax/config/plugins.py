@@ -86,9 +86,21 @@ def check_args(text: str, field: str, owner: str, value: str) -> None:
     Raises:
       ConfigError: The text is not a list of such pairs, or there is no such function.
     """
-    said = f"{field}={text[:120]!r}"
     if text and not is_own(value):
-        raise ConfigError(f"{said} is for a function of your own: set {owner}=module:NAME:FUNCTION")
+        raise ConfigError(
+            f"{field}={text[:120]!r} is for a function of your own: set "
+            f"{owner}=module:NAME:FUNCTION"
+        )
+    check_pairs(text, field)
+
+
+def check_pairs(text: str, field: str) -> None:
+    """Checks that a text is a list of pairs NAME=VALUE.
+
+    Raises:
+      ConfigError: It is not.
+    """
+    said = f"{field}={text[:120]!r}"
     try:
         pairs = shlex.split(text)
     except ValueError as error:
@@ -109,7 +121,7 @@ def read_args(text: str) -> JsonObject:
         name, _, value = pair.partition("=")
         try:
             given[name] = json.loads(value)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):  # nested too deep
             given[name] = value
     return given
 

@@ -9,7 +9,6 @@ from pipar_jax.config.schema import LONGEST_S, option
 
 #: Ways to choose a round's cohort, in addition to a function of the user's (module:NAME:FUNCTION).
 SELECTIONS = ("uniform", "by_samples")
-SCORES = ("accuracy", "loss")
 TRACED = ("all", "ends", "none")
 
 
@@ -73,9 +72,8 @@ class CheckpointConfig:
     keep: int = option(3, "newest checkpoints to keep", at_least=1)
     best: str = option(
         "",
-        "keep the best checkpoint as well: with the highest accuracy or the lowest loss on the "
-        "test set; empty: none",
-        choices=("", *SCORES),
+        "keep the best checkpoint as well, by this score on the test set: loss or a metric of the "
+        "task; empty: none",
     )
     device_state: str = option(
         "device",
@@ -89,7 +87,9 @@ class CheckpointConfig:
 class StopConfig:
     """When a run ends before its last round."""
 
-    metric: str = option("accuracy", "score on the test set that counts", choices=SCORES)
+    metric: str = option(
+        "", "score on the test set that counts: loss or a metric of the task; empty: the task's own"
+    )
     patience: int = option(
         0, "evaluations without a better score after which the run ends; 0: never", at_least=0
     )

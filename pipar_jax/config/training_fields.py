@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from pipar_jax.config.schema import option
 from pipar_jax.schedule.plan import Dispatch, HandOn, WeightPolicy
-from stages.names import MODELS, NORMS, STEMS
+from stages.names import MODELS, NORMS, STEMS, TASKS
 
 Labels = Literal["home", "end"]
 #: Optimisers and schedules by name, in addition to functions of the user's (module:NAME:FUNCTION).
@@ -50,6 +50,23 @@ class ModelConfig:
     def weight_dtype(self) -> str:
         """The type of weights, samples, statistics and losses: at least float32."""
         return "float64" if self.dtype == "float64" else "float32"
+
+
+@dataclasses.dataclass
+class TaskConfig:
+    """What the network is trained for: loss, metrics, and what targets have to be."""
+
+    name: str = option(
+        "classification", f"task: {', '.join(TASKS)}, or your own: module:NAME:FUNCTION"
+    )
+    args: str = option(
+        "", "arguments of the task, such as 'label_smoothing=0.1 class_weights=[1,2.5] top_k=5'"
+    )
+    metrics: str = option(
+        "",
+        "metrics of all outputs to compute in evaluations, such as f1,auc,confusion, or all; those "
+        "that stream are always computed",
+    )
 
 
 @dataclasses.dataclass

@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipar_jax.config import Config, DataConfig, Hosts
+from pipar_jax.config.plugins import is_own
+from pipar_jax.config.tasks import make_task
 from pipar_jax.data.admission import admit, check_alike, check_fits, make_queries
 from pipar_jax.data.loader import Loader, Prefetcher, steps_per_epoch
 from pipar_jax.data.own import load_own
@@ -21,6 +23,7 @@ from pipar_jax.data.public import load_public
 from pipar_jax.data.published import PUBLIC_SOURCES
 from pipar_jax.data.types import ArrayOrDict, Dataset, Examples, normalise
 from pipar_jax.errors import DataError
+from stages.tasks.targets import TargetRule
 
 __all__ = [
     "ArrayOrDict",
@@ -63,7 +66,7 @@ def load(config: DataConfig) -> Dataset:
     )
 
 
-def load_device(config: Config, index: int) -> Dataset:
+def load_device(config: Config, index: int, rule: TargetRule | None = None) -> Dataset:
     """Returns the training data of a device: its part of a public set, or its own data.
 
     Only the device's samples are in memory; the test split is empty.
@@ -71,29 +74,38 @@ def load_device(config: Config, index: int) -> Dataset:
     Args:
       config: Resolved configuration.
       index: The device.
+      rule: What the task needs targets to be; None: as configured.
 
     Raises:
       DataError: The data cannot be read or dealt.
     """
     source = Hosts(config, nodes=0).device(index).data_source
+    rule = rule or make_task(config.task).targets
     if source not in PUBLIC_SOURCES:
-        return load_own(source, index, config.data, part="train")
+        return load_own(source, index, config.data, part="train", rule=rule)
+    _check_classes_wanted(rule, config)
     whole = load_public(source, config.data)
     mine = whole.train.take(_deal(whole, config)[index])
     return dataclasses.replace(whole, train=mine, test=whole.test.empty())
 
 
-def load_server(config: DataConfig) -> Dataset:
+def load_server(config: Config, rule: TargetRule | None = None) -> Dataset:
     """Returns the coordinator's test set; its training split is empty.
+
+    Args:
+      config: Resolved configuration.
+      rule: What the task needs targets to be; None: as configured.
 
     Raises:
       DataError: The test set cannot be read.
     """
-    if config.source not in PUBLIC_SOURCES:
-        source = config.test_source or config.source
-        return load_own(source, None, config, part="test")
-    whole = load_public(config.source, config)
-    test = _cut(whole.test, config.test_samples)
+    data = config.data
+    rule = rule or make_task(config.task).targets
+    if data.source not in PUBLIC_SOURCES:
+        return load_own(data.test_source or data.source, None, data, part="test", rule=rule)
+    _check_classes_wanted(rule, config)
+    whole = load_public(data.source, data)
+    test = _cut(whole.test, data.test_samples)
     return dataclasses.replace(whole, train=whole.train.empty(), test=test)
 
 
@@ -117,20 +129,37 @@ def prepare(config: Config) -> None:
     Raises:
       DataError: Data are missing or not valid; reported once for all hosts of this machine.
     """
+    # What a task of the user's own needs of targets is not known here.
+    rule = TargetRule() if is_own(config.task.name) else make_task(config.task).targets
     if config.data.source in PUBLIC_SOURCES:
+        _check_classes_wanted(rule, config)
         load_public(config.data.source, config.data)
         return
-    check_alike(_files(config))
+    check_alike(_files(config, rule))
 
 
-def _files(config: Config) -> Iterator[tuple[str, Dataset]]:
+def _check_classes_wanted(rule: TargetRule, config: Config) -> None:
+    """Checks that the task takes the targets of a public data set.
+
+    Raises:
+      DataError: It needs others than classes.
+    """
+    if not (rule.counts_classes or rule.takes_dict):
+        raise DataError(
+            f"task.name={config.task.name!r} does not fit data.source={config.data.source!r}, "
+            "whose targets are classes: give data of your own (npz:PATH, module:NAME:FUNCTION), or "
+            "set task.name=classification or a task of your own"
+        )
+
+
+def _files(config: Config, rule: TargetRule) -> Iterator[tuple[str, Dataset]]:
     """Yields the hosts whose own data are files, with their data, the server first."""
     if (config.data.test_source or config.data.source).startswith(("npz:", "npy:")):
-        yield "server", load_server(config.data)
+        yield "server", load_server(config, rule)
     hosts = Hosts(config, nodes=0)
     for name in hosts.expected:
         if hosts[name].data_source.startswith(("npz:", "npy:")):
-            yield name, load_device(config, hosts[name].index)
+            yield name, load_device(config, hosts[name].index, rule)
 
 
 def _deal(whole: Dataset, config: Config) -> list[NDArray[np.intp]]:

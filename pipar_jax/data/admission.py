@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from comms.arrays import Array
 from pipar_jax.data.types import Dataset, Examples
 from pipar_jax.errors import DataError
+from stages.errors import StageError
 from stages.signature import INPUT, TARGET, Signature, computed_dtype
+from stages.tasks.targets import TargetRule
 
 Part = Literal["train", "test"]
 
@@ -28,7 +30,7 @@ MOST_NAMES = 16
 _NAME = re.compile(r"[A-Za-z_]\w{0,63}")
 
 
-def admit(data: object, part: Part, where: str) -> Dataset:
+def admit(data: object, part: Part, where: str, rule: TargetRule) -> Dataset:
     """Returns data passed by a program, checked.
 
     Args:
@@ -37,6 +39,7 @@ def admit(data: object, part: Part, where: str) -> Dataset:
         normalised: by its mean and std.
       part: ``train`` on a device, ``test`` on the server.
       where: Owner of the data, for messages.
+      rule: What the task needs targets to be.
 
     Raises:
       DataError: It is not data, has no sample, or its arrays, classes and normalisation are not
@@ -46,7 +49,7 @@ def admit(data: object, part: Part, where: str) -> Dataset:
         given: Examples = getattr(data, part)
         return assemble(
             data.source, part, given.inputs, given.targets, classes=data.classes, mean=data.mean,
-            std=data.std, where=f"{where}: {data.source!r}",
+            std=data.std, rule=rule, where=f"{where}: {data.source!r}",
         )  # fmt: skip
     if isinstance(data, Examples):
         data = data.inputs, data.targets
@@ -57,8 +60,9 @@ def admit(data: object, part: Part, where: str) -> Dataset:
         )
     inputs, targets = data
     return assemble(
-        "arrays", part, inputs, targets, classes=0, mean=None, std=None, where=f"{where}: its data"
-    )
+        "arrays", part, inputs, targets, classes=0, mean=None, std=None, rule=rule,
+        where=f"{where}: its data",
+    )  # fmt: skip
 
 
 def assemble(
@@ -70,6 +74,7 @@ def assemble(
     classes: object,
     mean: object,
     std: object,
+    rule: TargetRule,
     where: str,
 ) -> Dataset:
     """Returns a dataset of the user's arrays, with the other split empty.
@@ -82,12 +87,13 @@ def assemble(
       classes: Number of classes, or of outputs; 0: as the targets tell.
       mean: A number or one per channel, in units of the stored input; None: not normalised.
       std: A number or one per channel, in units of the stored input; None likewise.
+      rule: What the task needs targets to be.
       where: Name of the source, for messages.
 
     Raises:
       DataError: There is no sample, or an argument is not valid.
     """
-    examples = _with_labels(make_examples(inputs, targets, where), where)
+    examples = _with_targets(make_examples(inputs, targets, where), rule, where)
     if not len(examples):
         raise DataError(f"{where}: there is no sample to {_PURPOSE[part]}: x_{part} is empty")
     scaled = mean is not None or std is not None
@@ -97,7 +103,7 @@ def assemble(
         source=source,
         train=examples if part == "train" else empty,
         test=examples if part == "test" else empty,
-        classes=_check_classes(classes, int(examples.labels.max()), where),
+        classes=_width(classes, examples.targets, rule, where),
         mean=_per_channel(0 if mean is None else mean, channels, f"{where}: mean")
         if scaled
         else None,
@@ -226,7 +232,7 @@ def check_fits(dataset: Dataset, model: Signature, host: str) -> None:
                 f"has {'none of this name' if given is None else str(given)}: give it as "
                 f"x_train.{name} and x_test.{name}, or as inputs={{'x': …, {name!r}: …}}"
             )
-    if dataset.classes > model.classes:
+    if dataset.classes > model.classes > 0:
         raise DataError(
             f"{host}: {dataset.source!r} has {dataset.classes} classes, but the model has classes "
             f"0 to {model.classes - 1}: build it with classes={dataset.classes}; for own data set "
@@ -334,38 +340,50 @@ def as_array(values: object, what: str) -> Array:
         raise DataError(f"{what} are not an array: {error}") from error
 
 
-def _with_labels(examples: Examples, where: str) -> Examples:
-    """Returns examples whose targets are class numbers, [samples, 1] as [samples].
+def _with_targets(examples: Examples, rule: TargetRule, where: str) -> Examples:
+    """Returns examples with the targets as a task trains on them.
 
     Raises:
-      DataError: The targets are something else.
+      DataError: They are not what the task needs.
     """
-    labels = examples.targets.get(TARGET)
-    if labels is None or len(examples.targets) > 1 or labels.dtype.kind not in "iu":
-        got = [f"{key} {one.dtype}{list(one.shape)}" for key, one in examples.targets.items()]
+    only = examples.targets.get(TARGET)
+    if rule.takes_dict:
+        return examples
+    if only is None or len(examples.targets) > 1:
         raise DataError(
-            f"{where}: labels must be [{len(examples)}, …] whole numbers, one per sample, got "
-            f"{', '.join(got)}"
+            f"{where}: the targets are {sorted(examples.targets)}, but the task takes a single "
+            f"array: name it y (y_train, y_test), or set task.name to a task of your own"
         )
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = np.squeeze(labels, axis=1)
-    if labels.size and int(labels.min()) < 0:
-        raise DataError(f"{where}: label {int(labels.min())} is negative: labels start at 0")
-    return Examples(examples.inputs, {TARGET: labels})
+    try:
+        return Examples(examples.inputs, {TARGET: rule.admit(np.asarray(only), where)})
+    except StageError as error:
+        raise DataError(str(error)) from error
 
 
-def _check_classes(classes: object, highest: int, where: str) -> int:
-    """Returns the number of classes; 0 stands for the highest label + 1."""
+def _width(classes: object, targets: Mapping[str, Array], rule: TargetRule, where: str) -> int:
+    """Returns the size of the outputs' last axis, such as the number of classes.
+
+    Args:
+      classes: The number that is configured or came with the data; 0: as the targets tell.
+      targets: The targets, as the task trains on them.
+      rule: What they have to be.
+      where: Name of the source, for messages.
+
+    Raises:
+      DataError: The number is not valid, or a label is beyond it.
+    """
     made = as_array(classes, f"{where}: classes")
     if made.size != 1 or made.dtype.kind not in "iu" or int(made.item()) < 0:
         raise DataError(f"{where}: classes must be a whole number above 0, got {classes!r}")
-    count = int(made.item()) or highest + 1
-    if highest >= count:
+    if rule.takes_dict:
+        return int(made.item())
+    width = rule.width(targets[TARGET], int(made.item()))
+    if rule.counts_classes and (highest := int(targets[TARGET].max(initial=-1))) >= width:
         raise DataError(
-            f"{where}: label {highest} is out of range for classes={count}, counted from 0: raise "
+            f"{where}: label {highest} is out of range for classes={width}, counted from 0: raise "
             "data.classes, or `classes` with the arrays"
         )
-    return count
+    return width
 
 
 def _per_channel(value: object, channels: int, what: str) -> NDArray[np.float32]:

@@ -16,12 +16,15 @@ from pipar_jax.config import DataConfig, plugins
 from pipar_jax.data.admission import Part, assemble
 from pipar_jax.data.types import Dataset
 from pipar_jax.errors import DataError
+from stages.tasks.targets import TargetRule
 
 #: What may come with the arrays.
 _ABOUT = ("classes", "scale", "mean", "std")
 
 
-def load_own(source: str, device: int | None, config: DataConfig, *, part: Part) -> Dataset:
+def load_own(
+    source: str, device: int | None, config: DataConfig, *, part: Part, rule: TargetRule
+) -> Dataset:
     """Returns the own data of a host.
 
     A file ``npz:PATH``, a folder ``npy:FOLDER`` of files NAME.npy, or the mapping that
@@ -42,6 +45,7 @@ def load_own(source: str, device: int | None, config: DataConfig, *, part: Part)
       config: Number of classes, scale and normalisation. A device may lack the highest label, yet
         all hosts must build the same model.
       part: ``train`` or ``test``: the split that this host needs; the other stays empty.
+      rule: What the task needs targets to be.
 
     Raises:
       DataError: The source cannot be read, or an array is missing or not valid.
@@ -59,7 +63,7 @@ def load_own(source: str, device: int | None, config: DataConfig, *, part: Part)
     mean, std = _normalisation(values, config, repr(source))
     made = assemble(
         source, part, groups["x"], groups["y"], classes=config.classes or values.get("classes", 0),
-        mean=mean, std=std, where=repr(source),
+        mean=mean, std=std, rule=rule, where=repr(source),
     )  # fmt: skip
     x = (made.train if part == "train" else made.test).x
     scaled = config.scale or values.keys() & {"scale", "std"}

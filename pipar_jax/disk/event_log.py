@@ -19,6 +19,15 @@ OnEvent: TypeAlias = Callable[[JsonObject], None]
 """Takes each event of a run as it happens."""
 
 
+def score_of(event: Event, name: str) -> float | None:
+    """Returns a score of an event: its loss, or one of its metrics by name.
+
+    None if it has none of that name, or the score is not finite.
+    """
+    value = event.get(name) if name == "loss" else event.get("metrics", {}).get(name)
+    return None if value is None else float(value)
+
+
 class EventLog:
     """Appends rows atomically.
 

@@ -19,8 +19,9 @@ from pipar_jax import config as configuration
 from pipar_jax import data as datasets
 from pipar_jax.config import Config
 from pipar_jax.config.plugins import OWN, name_of
+from pipar_jax.config.tasks import make_task
 from pipar_jax.data import ArrayOrDict, Dataset, Examples, make_queries, normalise
-from pipar_jax.disk.event_log import OnEvent, read_events
+from pipar_jax.disk.event_log import OnEvent, read_events, score_of
 from pipar_jax.disk.files import describe_reading
 from pipar_jax.disk.json_text import JsonMapping, JsonObject
 from pipar_jax.errors import PeerError, ProtocolError, RunError
@@ -30,12 +31,13 @@ from pipar_jax.protocol.values import SIGNATURE
 from pipar_jax.roles.run_folder import CONFIG, METRICS, TRACE
 from pipar_jax.roles.server import run_server
 from pipar_jax.roles.worker import run_device, run_node
-from pipar_jax.runtime.setup import as_trained, build_model
+from pipar_jax.runtime.setup import as_trained, build_model, target_rule
 from pipar_jax.schedule.plan import COORDINATOR, device_name, host_index
 from pipar_jax.schedule.trace import Trace
 from pipar_jax.training import checkpoint
 from stages import Model
 from stages.signature import INPUT, Signature
+from stages.tasks.task import LOSS
 from stages.trees import Variables
 
 #: The data of one host: a pair of inputs and targets, each an array or a dictionary of arrays.
@@ -64,10 +66,23 @@ class Run:
     metrics: tuple[JsonObject, ...]
     facts: JsonObject
 
-    @property
-    def accuracy(self) -> float:
-        """Test accuracy after the last round, in [0, 1]."""
-        return float(self._last("evaluated")["accuracy"])
+    def score(self, name: str = "") -> float:
+        """Returns a score on the test set after the last round; NaN if it is not finite.
+
+        Args:
+          name: ``loss`` or a metric of the run's task; empty: the task's main score.
+
+        Raises:
+          RunError: The task has no such score.
+        """
+        event, name = self._last("evaluated"), name or self.model.task.main
+        if name != LOSS and name not in event["metrics"]:
+            raise RunError(
+                f"{self.folder} has no score {name!r} (known: {', '.join(event['metrics'])}, "
+                f"{LOSS})"
+            )
+        value = score_of(event, name)
+        return float("nan") if value is None else value
 
     @property
     def summary(self) -> JsonObject:
@@ -82,8 +97,8 @@ class Run:
         """
         return Trace.load(self.folder / TRACE)
 
-    def logits(self, inputs: Any) -> Array:
-        """Returns the model's outputs [batch, …] for raw inputs.
+    def outputs(self, inputs: Any) -> Array:
+        """Returns the model's outputs [batch, …] for raw inputs, such as logits.
 
         Args:
           inputs: [batch, …] as stored, of the dtype that the run was trained on: images as uint8,
@@ -105,13 +120,15 @@ class Run:
         )
 
     def predict(self, inputs: Any) -> Array:
-        """Returns the most likely class [batch] of raw inputs; see ``logits``.
+        """Returns what the task makes of the outputs, such as the most likely class.
+
+        See ``outputs``.
 
         Raises:
           DataError: There is no sample, or shape, dtype or a value is not valid.
         """
-        found: Array = np.argmax(self.logits(inputs), axis=-1)
-        return found
+        answer: Array = self.model.task.answer(self.outputs(inputs))
+        return answer
 
     def _last(self, event: str) -> JsonObject:
         for row in reversed(self.metrics):
@@ -145,6 +162,8 @@ def load(folder: str | Path, model: Model | None = None) -> Run:
                 "load(folder, model)"
             )
         model = stages.build(**facts["recipe"])
+    if not model.has_task:
+        model = model.for_task(make_task(config.task))
     model = model.unfrozen  # the file holds all weights
     _check_model(model, facts, path)
     params, state = checkpoint.load(path / checkpoint.WEIGHTS, model)
@@ -348,9 +367,11 @@ def _rank(error: BaseException) -> int:
 def _admit(config: Config, model: Model | None, data: Sequence[Data] | None) -> Sequence[Dataset]:
     """Returns the dataset of every device and, last, of the server, checked against the model."""
     hosts = [*(device_name(index) for index in range(config.devices.count)), COORDINATOR]
+    rule = target_rule(config, model)
     if data is None:
-        loaded = [datasets.load_device(config, index) for index in range(config.devices.count)]
-        own = [*loaded, datasets.load_server(config.data)]
+        devices = range(config.devices.count)
+        loaded = [datasets.load_device(config, index, rule) for index in devices]
+        own = [*loaded, datasets.load_server(config, rule)]
     elif isinstance(data, Dataset | Examples) or len(data) != len(hosts):
         got = "one dataset" if isinstance(data, Dataset | Examples) else f"{len(data)} datasets"
         raise RunError(
@@ -359,7 +380,7 @@ def _admit(config: Config, model: Model | None, data: Sequence[Data] | None) -> 
         )
     else:
         own = [
-            datasets.admit(one, "test" if host == COORDINATOR else "train", host)
+            datasets.admit(one, "test" if host == COORDINATOR else "train", host, rule)
             for host, one in zip(hosts, data, strict=True)
         ]
     if model is None:

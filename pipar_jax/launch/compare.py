@@ -67,7 +67,8 @@ def compare(config: Config, methods: Sequence[str], console: Console) -> list[Ou
             outcome = comparison.run_method(config, method, launcher.launch, progress)
         outcomes.append(outcome)
         console.print(
-            f"{head}: {outcome.epoch_s:.2f} s per epoch, test accuracy {outcome.accuracy:.1%}"
+            f"{head}: {outcome.epoch_s:.2f} s per epoch, test {outcome.task['main']} "
+            f"{outcome.score_text}"
         )
     console.print()
     console.print(comparison.make_table(outcomes))

@@ -47,7 +47,7 @@ def profile_here(config: Config) -> Profile:
     from pipar_jax.profiling.rehearsal import measure_message_s
     from pipar_jax.profiling.unit_times import as_configured
 
-    test = datasets.load_server(config.data)
+    test = datasets.load_server(config)
     signature = test.signature(config.model.weight_dtype)
     known: dict[tuple[frozenset[int], str], Measured] = {}
     hosts = hosts_of(config)

@@ -18,6 +18,7 @@ from pipar_jax.config import (
     schema,
 )
 from pipar_jax.config.plugins import check_args, check_named
+from pipar_jax.config.tasks import check_task
 from pipar_jax.data.published import PUBLIC_SOURCES
 from pipar_jax.errors import ConfigError
 from pipar_jax.methods.privacy_checks import check_privacy
@@ -42,6 +43,7 @@ def check_registered(config: Config, models: tuple[str, ...] = ()) -> None:
     """
     hosts = Hosts(config, nodes=config.nodes.count)
     _check_model(config.model, config.data.source, models)
+    check_task(config)
     _check_data(config.data, config.devices)
     rule = config.aggregation.rule
     check_named(rule, "aggregation.rule", "a rule", tuple(RULES))

@@ -9,6 +9,7 @@ from comms import CodecError, parse_codec
 from pipar_jax.cost_model.profile import HostProfile, RuntimeOverhead, UnitFacts
 from pipar_jax.errors import PlanError
 from pipar_jax.protocol.wire_fields import (
+    Figure,
     Many,
     Maybe,
     OneOf,
@@ -32,6 +33,7 @@ from pipar_jax.schedule.plan import (
     WeightPolicy,
 )
 from stages.signature import ArrayType, Signature
+from stages.tasks.task import METRIC_NAME
 
 #: Maximum number of hosts, units, stages and spans in a message.
 MOST_HOSTS, MOST_UNITS, MOST_STAGES, MOST_SPANS = 100_000, 10_000, 1_000, 1_000_000
@@ -50,6 +52,7 @@ def _known_codec(name: str) -> None:
         raise ValueError(str(error)) from error
 
 
+METRIC = Text(40, METRIC_NAME)
 HOST = Text(16, r"server|[dn](0|[1-9]\d{0,6})")
 CODEC = Text(40, r"[a-z0-9_:.,=+-]+", _known_codec)
 CODECS = Struct(Codecs, {"activation": CODEC, "cotangent": CODEC})
@@ -78,6 +81,8 @@ PLAN = Struct(
 )
 BOUNDARY = TupleOf(Boundary, (HOST, HOST, Whole(0, MOST_STAGES)))
 ADDRESS = TupleOf(lambda host, port: (host, port), (Text(255, r"[\x21-\x7e]+"), Whole(1, 65535)))
+#: A sum of weighted values, and that of the weights.
+SUMS = TupleOf(lambda value, weight: (value, weight), (Figure(), Figure()))
 SECONDS, BYTES = Real(0.0, MOST_S), Whole(0, MOST_BYTES)
 #: Element types of samples.
 _DTYPES = ("bool", "int32", "float32", "float64", "float16", "bfloat16")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -17,11 +18,12 @@ from rich.text import Text
 
 from pipar_jax.config import Config
 from pipar_jax.config.schema import did_you_mean
-from pipar_jax.disk.event_log import OnEvent
+from pipar_jax.disk.event_log import OnEvent, score_of
 from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import ConfigError
 from pipar_jax.methods.registry import METHODS, server_methods, title
 from pipar_jax.methods.resolution import resolve
+from pipar_jax.report.scores import score_text
 from pipar_jax.schedule.plan import COORDINATOR, is_node
 
 Launch = Callable[..., JsonObject]
@@ -35,7 +37,8 @@ class Outcome:
       method: Name of the method in the configuration.
       plan: The chain of its plan, in one short line.
       epoch_s: Median seconds of an epoch, without evaluation and compilation.
-      accuracy: Share of the test samples that the final weights classify correctly, in [0, 1].
+      task: What the runs' task measures, as in the event ``run_started``.
+      score: The task's main score on the test set with the final weights; None: not finite.
       server_idle: Share of the rounds in which the server computed nothing, in [0, 1].
       device_idle: Mean over the devices of the same share.
       up_bytes: Bytes sent from devices to the server in the whole run.
@@ -46,7 +49,8 @@ class Outcome:
     method: str
     plan: str
     epoch_s: float
-    accuracy: float
+    task: Mapping[str, Any]
+    score: float | None
     server_idle: float
     device_idle: float
     up_bytes: int
@@ -57,6 +61,11 @@ class Outcome:
     def title(self) -> str:
         """The name of the method as it is written in the literature."""
         return title(self.method)
+
+    @property
+    def score_text(self) -> str:
+        """The main score as text."""
+        return score_text(self.task, self.task["main"], self.score)
 
 
 def choose_methods(config: Config, text: str) -> list[str]:
@@ -136,7 +145,8 @@ def run_method(config: Config, method: str, launch: Launch, on_event: OnEvent) -
         method=method,
         plan=_shorten(plan),
         epoch_s=summary["epoch_seconds"],
-        accuracy=summary["accuracy"],
+        task=summary["task"],
+        score=score_of(summary, summary["task"]["main"]),
         server_idle=idle[COORDINATOR],
         device_idle=statistics.fmean(devices),
         up_bytes=summary["bytes_up"],
@@ -164,7 +174,7 @@ def make_table(outcomes: Sequence[Outcome]) -> Table:
         "devices\nidle",
         "MB up",
         "MB down",
-        "test\naccuracy",
+        f"test\n{base.task['main']}",
     ):
         table.add_column(name, justify="right", no_wrap=True)
     fastest = min(outcomes, key=lambda outcome: outcome.epoch_s)
@@ -178,7 +188,7 @@ def make_table(outcomes: Sequence[Outcome]) -> Table:
             f"{outcome.device_idle:.0%}",
             f"{outcome.up_bytes / 1e6:.2f}",
             f"{outcome.down_bytes / 1e6:.2f}",
-            f"{outcome.accuracy:.1%}",
+            outcome.score_text,
             style="bold" if outcome is fastest else None,
         )
     return table
@@ -193,11 +203,16 @@ def conclude(outcomes: Sequence[Outcome]) -> str:
     """Returns one sentence that sums up the results."""
     fastest = min(outcomes, key=lambda outcome: outcome.epoch_s)
     base = baseline(outcomes)
-    low, high = (pick(outcome.accuracy for outcome in outcomes) for pick in (min, max))
-    if low == high:
-        spread = f"all reach the same test accuracy, {high:.1%}"
+    metric = base.task["main"]
+    known = [outcome for outcome in outcomes if outcome.score is not None]
+    if not known:
+        spread = f"test {metric} is not finite"
     else:
-        spread = f"test accuracies lie between {low:.1%} and {high:.1%}"
+        low, high = (pick(known, key=lambda one: one.score or 0.0) for pick in (min, max))
+        if low.score == high.score:
+            spread = f"all reach the same test {metric}, {high.score_text}"
+        else:
+            spread = f"test {metric} lies between {low.score_text} and {high.score_text}"
     if fastest is base:
         return f"{base.title} is the fastest here; {spread}."
     return (

@@ -26,13 +26,13 @@ def begin() -> None:
 
 
 def note_event(event: Event) -> None:
-    """Logs an event: its name and all fields that are numbers or texts."""
+    """Logs an event: its name, all fields that are numbers or texts, and its metrics."""
     kind = event["event"]
     if kind in _OFTEN:
         return
     facts = [
         f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
-        for name, value in event.items()
+        for name, value in {**event, **event.get("metrics", {})}.items()
         if name not in ("event", "time_s") and isinstance(value, int | float | str)
     ]
     LOG.info("%s", " ".join([kind, *facts]))

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from pipar_jax.disk.event_log import score_of
 from pipar_jax.disk.files import write_text
 from pipar_jax.disk.json_text import JsonMapping
 from pipar_jax.errors import DiskError, PlanError
@@ -17,6 +18,7 @@ from pipar_jax.report.gantt import actions_legend, gantt_charts
 from pipar_jax.report.membership import membership_rows, membership_text
 from pipar_jax.report.privacy import privacy_text
 from pipar_jax.report.run import RecordedRun, links_of, read_run
+from pipar_jax.report.scores import score_text
 from pipar_jax.report.svg import Series, aligned, digits, legend, line_chart
 from pipar_jax.schedule.plan import COORDINATOR
 
@@ -175,7 +177,8 @@ def _results(runs: Sequence[RecordedRun], names: Sequence[str]) -> str:
     base_name = names[runs.index(base)]
     fastest = min((run for run in runs if run.epoch_s), key=lambda run: run.epoch_s, default=None)
     rows = []
-    for run, name in zip(runs, names, strict=True):
+    scores = list(dict.fromkeys(run.task["main"] for run in runs))
+    for run, title in zip(runs, names, strict=True):
         summary, score = run.last("run_finished"), run.last("evaluated")
         done = run.of("round_finished")
         idle = [run.idle_share(host) for host in run.devices]
@@ -183,7 +186,7 @@ def _results(runs: Sequence[RecordedRun], names: Sequence[str]) -> str:
         server = run.idle_share(COORDINATOR)
         speed = base.epoch_s / run.epoch_s if run.epoch_s and base.epoch_s else None
         cells: list[Cell] = [
-            name if run.finished else f"{name} (did not finish)",
+            title if run.finished else f"{title} (did not finish)",
             run.plan_text,
             run.epoch_s or None,
             f"{speed:.2f}×" if speed else "–",
@@ -191,26 +194,36 @@ def _results(runs: Sequence[RecordedRun], names: Sequence[str]) -> str:
             f"{statistics.fmean(idle_known):.0%}" if idle_known else "–",
             sum(row["bytes_up"] for row in done) / 1e6,
             sum(row["bytes_down"] for row in done) / 1e6,
-            f"{(summary or score)['accuracy']:.1%}" if score else "–",
+            *(_score_text(run, name, summary or score) for name in scores),
         ]
         rows.append(("best" if run is fastest and len(runs) > 1 else "", cells))
     head = ("method", "plan", "seconds per epoch", f"speed-up over {base_name}", "server idle",
-            "devices idle", "MB up", "MB down", "test accuracy")  # fmt: skip
+            "devices idle", "MB up", "MB down", *(f"test {name}" for name in scores))  # fmt: skip
     return _table(head, rows, words=2)
 
 
+def _score_text(run: RecordedRun, name: str, event: JsonMapping) -> str:
+    """Returns a score of an event; a dash if the run does not have it."""
+    if not event or (name != "loss" and name not in event.get("metrics", {})):
+        return "–"
+    return score_text(run.task, name, score_of(event, name))
+
+
 def _curves(runs: Sequence[RecordedRun], names: Sequence[str]) -> str:
-    """Returns the learning curves: accuracy and loss over epochs and over seconds."""
+    """Returns the learning curves: main score and loss over epochs and over seconds."""
     charts = []
-    kinds = [
-        ("Test accuracy", "evaluated", "accuracy", 100.0, "%"),
-        ("Training loss", "round_finished", "loss", 1.0, ""),
-    ]
+    kinds = [("Training loss", "round_finished", "loss", 1.0, "")]
+    for name in reversed(list(dict.fromkeys(run.task["main"] for run in runs))):
+        share = any(run.task["scores"].get(name, {}).get("share") for run in runs)
+        kinds.insert(
+            0, (f"Test {name}", "evaluated", name, *((100.0, "%") if share else (1.0, "")))
+        )
     for title, event, field, factor, unit in kinds:
         for axis in ("epochs", "seconds"):
             series = [
-                Series(name, hue, [(_x(run, row, axis), row[field] * factor)
-                                   for row in run.of(event) if row[field] is not None])
+                Series(name, hue, [(_x(run, row, axis), value * factor)
+                                   for row in run.of(event)
+                                   if (value := score_of(row, field)) is not None])
                 for hue, (run, name) in enumerate(zip(runs, names, strict=True))
             ]  # fmt: skip
             charts.append(line_chart(title, axis, [line for line in series if line.points],

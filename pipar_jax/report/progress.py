@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -17,7 +18,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pipar_jax.disk.event_log import Event
+from pipar_jax.disk.event_log import Event, score_of
+from pipar_jax.report.scores import UNKNOWN, final_score, score_text, scores_text
 from pipar_jax.schedule.plan import device_name, long_name
 
 REFRESHES_PER_SECOND = 4
@@ -25,6 +27,8 @@ REFRESHES_PER_SECOND = 4
 # output.
 PLAIN_PROGRESS_S = 10.0
 BAR_WIDTH = 24
+#: Metrics of the training samples that are shown.
+SHOWN_METRICS = 2
 
 
 class RunState:
@@ -42,8 +46,9 @@ class RunState:
         self.steps: list[int] = []
         self.steps_done: list[int] = []
         self.loss: float | None = None
-        self.accuracy: float | None = None
-        self.test_accuracy: float | None = None
+        self.task: Mapping[str, Any] = UNKNOWN
+        self.metrics: list[str] = []  # as texts
+        self.test_score: str | None = None
         self.samples_per_s: float | None = None
         self.up_mbps: float | None = None
         self.down_mbps: float | None = None
@@ -91,10 +96,11 @@ class RunState:
         elif kind == "round_finished":
             self._finish_round(event)
         elif kind == "evaluated":
-            self.test_accuracy = event["accuracy"]
+            self._learn_test(event)
         elif kind == "run_finished":
             self.phase, self.ended = "finished", True
-            self.test_accuracy = event.get("accuracy", self.test_accuracy)
+            if "metrics" in event:
+                self._learn_test(event)
             self.idle = dict(event.get("idle") or self.idle)
         elif kind == "failed":
             self.phase, self.ended = "failed", True
@@ -120,6 +126,7 @@ class RunState:
     def _start(self, event: Event, now_s: float) -> None:
         self.phase = "training"
         self.method, self.plan = event["method"], event["plan"]
+        self.task = event["task"]
         self.devices = event["devices"]
         self.steps = list(event["steps"])
         self.steps_done = [0] * len(self.steps)
@@ -144,8 +151,13 @@ class RunState:
     def _learn(self, event: Event) -> None:
         if "loss" in event:  # None: not finite
             self.loss = event["loss"]
-        if event.get("accuracy") is not None:
-            self.accuracy = event["accuracy"]
+        if "metrics" in event:
+            self.metrics = scores_text(self.task, event)
+
+    def _learn_test(self, event: Event) -> None:
+        self.task = event.get("task", self.task)
+        name = self.task["main"]
+        self.test_score = score_text(self.task, name, score_of(event, name))
 
 
 class ProgressDisplay:
@@ -302,10 +314,11 @@ def describe(event: Event, state: RunState) -> str | None:
         facts += [*_learning(state), *_traffic(state)]
         return ", ".join(facts) + f"; busy: {_busy(state.idle)}"
     if kind == "evaluated":
-        return f"test accuracy {event['accuracy']:.1%} after epoch {event['epoch']:g}"
+        scores = ", ".join(scores_text(state.task, event, main=True))
+        return f"test {scores} after epoch {event['epoch']:g}"
     if kind == "run_finished":
         lost = losses_text(event)
-        end = f"finished in {event['seconds']:.1f} s, test accuracy {event['accuracy']:.1%}"
+        end = f"finished in {event['seconds']:.1f} s, {final_score(event, 1)}"
         return f"{end}; {lost}" if lost else end
     if kind in ("saving", "working"):
         return state.phase
@@ -397,10 +410,9 @@ def _learning(state: RunState) -> list[str]:
     facts = []
     if state.loss is not None:
         facts.append(f"loss {state.loss:.3f}")
-    if state.accuracy is not None:
-        facts.append(f"accuracy {state.accuracy:.1%}")
-    if state.test_accuracy is not None:
-        facts.append(f"test {state.test_accuracy:.1%}")
+    facts += state.metrics[:SHOWN_METRICS]
+    if state.test_score is not None:
+        facts.append(f"test {state.test_score}")
     if state.epsilon is not None:
         facts.append(f"epsilon {state.epsilon:.3g} at delta {state.delta:g}")
     return facts

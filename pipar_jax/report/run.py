@@ -21,6 +21,7 @@ from pipar_jax.disk.json_text import JsonMapping
 from pipar_jax.errors import RunError
 from pipar_jax.methods.registry import title
 from pipar_jax.report.digest import Digest, digest
+from pipar_jax.report.scores import UNKNOWN
 from pipar_jax.schedule.plan import COORDINATOR, Plan, device_name, host_index
 from pipar_jax.schedule.rounds import RoundSchedule, rounds
 from pipar_jax.schedule.trace import Trace
@@ -60,6 +61,12 @@ class RecordedRun:
     def finished(self) -> bool:
         """Whether the run finished."""
         return bool(self.of("run_finished"))
+
+    @property
+    def task(self) -> JsonMapping:
+        """What the run's task measures, as the event ``run_started`` says."""
+        task: JsonMapping = self.last("run_started").get("task", UNKNOWN)
+        return task
 
     def of(self, event: str) -> list[JsonMapping]:
         """Returns the rows of one kind of event."""

@@ -7,7 +7,7 @@ is called once, on the server, with the run's folder, and returns an object with
     class Printer:
         def write(self, event):
             if event["event"] == "evaluated":
-                print(event["epoch"], event["accuracy"])
+                print(event["epoch"], event["metrics"]["accuracy"])
 
         def close(self): ...
 
@@ -42,7 +42,7 @@ class Sink(Protocol):
 class TensorBoard:
     """Writes event files for TensorBoard into ``tensorboard/`` in the run's folder.
 
-    A step of TensorBoard is a round. Scalars are loss and accuracy, seconds, idle shares and links.
+    A step of TensorBoard is a round. Scalars are loss and metrics, seconds, idle shares and links.
 
     Args:
       folder: The run's folder.
@@ -75,7 +75,8 @@ class TensorBoard:
 def scalars(event: Event) -> dict[str, float]:
     """Returns the scalars of an event by names such as ``idle/server``."""
     if event["event"] == "evaluated":
-        found = {"test/accuracy": event["accuracy"], "test/loss": event["loss"]}
+        found = {"test/loss": event["loss"]}
+        found.update({f"test/{name}": value for name, value in event["metrics"].items()})
     elif event["event"] == "round_finished":
         found = _round_scalars(event)
     else:
@@ -88,7 +89,7 @@ def _round_scalars(event: Event) -> JsonObject:
     seconds = event["seconds"]
     found = {
         "train/loss": event["loss"],
-        "train/accuracy": event["accuracy"],
+        **{f"train/{name}": value for name, value in event["metrics"].items()},
         "round/seconds": seconds,
         "round/samples_per_s": event["samples"] / seconds,
         "round/epoch": event["epoch"],

@@ -17,7 +17,6 @@ import numpy as np
 from comms import Message, Role, Tag, parse_codec
 from comms.arrays import Array, DType
 from comms.wire.frame import array_bytes
-from pipar_jax.protocol.wire_fields import shown
 from pipar_jax.schedule.actions import NO_ATTEMPT, Span, batch_samples, micro_batch_sizes
 from pipar_jax.schedule.host_program import find_beside
 from pipar_jax.schedule.plan import Boundary, Plan, device_name
@@ -113,7 +112,7 @@ class Acceptance:
         samples: Sequence[int],
         batch_size: int,
     ) -> None:
-        self._classes, self._plan = model.classes, plan
+        self._classes, self._rule, self._plan = model.classes, model.task.targets, plan
         self._stop = dict.fromkeys(range(len(plan.devices)), 0)
         self._attempt, self._dropped = NO_ATTEMPT, frozenset[int]()
         self._samples, self._batch_size = samples, batch_size
@@ -283,7 +282,7 @@ class Acceptance:
                 return _odd(tag, payload, f"{due.dtype}{list(shape)} in raw")
             if due.dtype.kind not in "bi" and not np.isfinite(payload.array).all():
                 return f"a tensor ({tag}) with a number that is not finite"
-            return self._odd_label(payload.array, tag, due)
+            return self._odd_target(payload.array, tag, due)
         shape = (tag.samples, *stream.features)
         if payload.shape != shape or payload.dtype != stream.dtype:
             return _odd(tag, payload, f"{stream.dtype}{list(shape)}")
@@ -291,14 +290,12 @@ class Acceptance:
             return _odd(tag, payload, f"codec {stream.codec.name}:{stream.parameter}")
         return None
 
-    def _odd_label(self, array: Array, tag: Tag, due: _Beside) -> str | None:
-        """Returns which label is none of the classes, or None."""
-        if due.role != Role.LABEL or due.dtype != np.int32 or not array.size:
+    def _odd_target(self, array: Array, tag: Tag, due: _Beside) -> str | None:
+        """Returns what is wrong with targets according to the task, or None."""
+        if due.role != Role.LABEL or due.name != TARGET:
             return None
-        if array.min() >= 0 and array.max() < self._classes:
-            return None
-        wrong = array[(array < 0) | (array >= self._classes)].flat[0]
-        return f"labels ({tag}) with {shown(int(wrong))}, expected 0 to {self._classes - 1}"
+        reason = self._rule.objection(array, self._classes)
+        return None if reason is None else f"targets ({tag}): {reason}"
 
     def _most_samples(self, device: int) -> int:
         batch = min(self._samples[device], self._batch_size)

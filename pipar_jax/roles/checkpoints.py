@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -59,6 +60,7 @@ class Checkpoints:
       model: What tells the model from others, JSON-ready.
       data: What tells the data of each host from others.
       tell: Takes events.
+      higher_is_better: Whether higher values of ``checkpoint.best`` are better.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Checkpoints:
         model: Any,
         data: Mapping[str, str],
         tell: Callable[[dict[str, Any]], None],
+        higher_is_better: bool = True,
     ) -> None:
         self._config, self._store, self.run, self._tell = config, store, run, tell
         self._data = dict(data)
@@ -78,7 +81,7 @@ class Checkpoints:
         self._last_s = time.monotonic()
         self._rounds = -1
         self._owed: list[str] = []
-        self._sign = -1.0 if config.checkpoint.best == "loss" else 1.0
+        self._sign = 1.0 if higher_is_better else -1.0
 
     @property
     def wanted(self) -> bool:
@@ -131,7 +134,7 @@ class Checkpoints:
           hosts: Devices and nodes that take part.
           states: Asks hosts for what they alone have.
           members: The devices and nodes.
-          score: Accuracy and loss of these weights, if they were evaluated.
+          score: Loss and metrics of these weights, if they were evaluated.
 
         Raises:
           PeerError: A host was lost or failed.
@@ -159,7 +162,7 @@ class Checkpoints:
         try:
             self._store.save(
                 moment.rounds, unit_state.pack(all_states), facts,
-                None if best is None else self._sign * best,
+                None if best is None or math.isnan(best) else self._sign * best,
             )  # fmt: skip
         except DiskError as error:
             self._tell(

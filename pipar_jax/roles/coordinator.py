@@ -446,9 +446,7 @@ class Coordinator:
             Round(
                 done.index,
                 interval,
-                totals=Totals(
-                    *(sum(getattr(one, key) for one in said.values()) for key in Totals._fields)
-                ),
+                totals=self._sum_up(said),
                 busy=busy,
                 overruns=sum(one.overruns for one in said.values()),
                 told={name: said[name].link for name in workers},
@@ -464,6 +462,21 @@ class Coordinator:
             steps = sum(span.stop - span.first for span in done.spans if span.device == place)
             if steps and (name := device_name(done.cohort[place])) in busy:
                 self._demand[place] = busy[name] / steps
+
+    def _sum_up(self, said: Mapping[str, messages.Stored]) -> Totals:
+        """Returns the sums over a round's samples; a host may have those of the task and no others.
+
+        Raises:
+          ProtocolError: A host reports other metrics.
+        """
+        totals = Totals()
+        for name, stored in said.items():
+            if stored.metrics.keys() != (
+                set(self._model.task.streamed) if stored.samples else set()
+            ):
+                self._members.blame(name, "'stored' with metrics that its task does not have")
+            totals = totals.plus(Totals(stored.loss, stored.samples, stored.metrics))
+        return totals
 
     def _count(self, done: Committed) -> None:
         """Notes what each device has trained that counts, and who has the weights of the moment."""
@@ -548,7 +561,5 @@ class Coordinator:
         self._members.working("evaluating")
         start_s = time.monotonic()
         score = self._evaluator.evaluate(*variables)
-        self._score = {"accuracy": score.accuracy, "loss": score.loss}
-        self._run_log.evaluated(
-            index, score.accuracy, score.loss, time.monotonic() - start_s, fetched
-        )
+        self._score = score.numbers
+        self._run_log.evaluated(index, score, time.monotonic() - start_s, fetched)

@@ -1,8 +1,9 @@
-"""Loss and accuracy of the whole model on a test set, at the coordinator."""
+"""Loss and metrics of the whole model on a test set."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,10 +12,16 @@ import numpy as np
 from jax.typing import DTypeLike
 
 import stages
+from comms.arrays import Array
+from pipar_jax.config import plugins
 from pipar_jax.data import Dataset
 from pipar_jax.data.types import computed
+from pipar_jax.errors import RunError
+from pipar_jax.runtime.metrics import Totals
 from stages import Model, Stage
 from stages.signature import unwrapped
+from stages.tasks.per_sample import losses_of, sums_of
+from stages.tasks.task import LOSS, Task
 from stages.trees import Arrays, PyTree, Variables
 
 #: Samples that are evaluated at a time.
@@ -26,38 +33,48 @@ class Score(NamedTuple):
 
     Attributes:
       loss: Mean loss over the test set.
-      accuracy: Share of samples whose largest logit is the label's.
+      metrics: Metrics by name.
+      tables: Metrics that are no single number, as nested lists.
     """
 
     loss: float
-    accuracy: float
+    metrics: Mapping[str, float]
+    tables: Mapping[str, Any]
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """Loss and metrics by name."""
+        return {**self.metrics, LOSS: self.loss}
 
 
 class Evaluator:
     """Evaluates variables of a model on the test split of a data set.
 
     Args:
-      model: The model.
+      model: The model, whose task says what is computed.
       dataset: Where the test split and its normalisation come from.
       dtype: What samples are computed in.
     """
 
     def __init__(self, model: Model, dataset: Dataset, dtype: DTypeLike) -> None:
-        self._dataset, self._dtype = dataset, np.dtype(dtype)
+        self._dataset, self._dtype, self._task = dataset, np.dtype(dtype), model.task
         (stage,) = stages.split(model)
         self._sides = stage.sides
-        self._score = _scorer(stage)
+        self._batch = _scorer(stage, model.task)
 
     def evaluate(self, params: Variables, state: Variables) -> Score:
-        """Returns loss and accuracy.
+        """Returns loss and metrics.
 
         Args:
           params: For each unit its weights.
           state: For each unit its batch statistics.
+
+        Raises:
+          RunError: A metric of the user's own failed.
         """
         test = self._dataset.test
         batch = min(BATCH, len(test))
-        loss = correct = 0.0
+        totals, outputs = Totals(), []
         for first in range(0, len(test), batch):
             some = slice(first, first + batch)
             count = len(test.x[some])
@@ -69,28 +86,55 @@ class Evaluator:
                 for arrays in ({key: test.sides[key] for key in self._sides}, test.targets)
             )
             real = np.arange(batch) < count
-            sums = self._score(
+            sums, made = self._batch(
                 params, state, computed(x[filled], self._dtype), sides, unwrapped(targets), real
             )
-            loss += float(sums[0])
-            correct += float(sums[1])
-        return Score(loss / len(test), correct / len(test))
+            pairs = {name: tuple(np.asarray(one).tolist()) for name, one in sums.items()}
+            totals = totals.plus(Totals(float(pairs.pop(LOSS)[0]), count, pairs))
+            if self._task.whole:
+                outputs.append(np.asarray(made)[:count])
+        metrics, tables = self._task.finish(totals.metrics), {}
+        for name, value in self._of_all(outputs).items():
+            if value.ndim:
+                tables[name] = value.tolist()
+            else:
+                metrics[name] = float(value)
+        return Score(totals.loss / len(test), metrics, tables)
+
+    def _of_all(self, outputs: list[Array]) -> dict[str, Array]:
+        """Returns the metrics that need all outputs."""
+        made: dict[str, Array] = {}
+        targets = unwrapped(self._dataset.test.targets)
+        for metric in self._task.whole:
+            what = f"task {self._task.name!r}: the metric {metric.name!r} failed"
+            with plugins.guarded(what, RunError):
+                value = np.asarray(metric.compute(np.concatenate(outputs), targets))
+            is_table = metric.higher_is_better is None
+            if value.dtype.kind not in "biuf" or (value.ndim > 0) != is_table:
+                wanted = "a table of numbers" if is_table else "a number"
+                raise RunError(
+                    f"task {self._task.name!r}: the metric {metric.name!r} is "
+                    f"{value.dtype}{list(value.shape)}, expected {wanted}"
+                )
+            made[metric.name] = value
+        return made
 
 
 @functools.lru_cache(maxsize=16)
-def _scorer(stage: Stage) -> Any:
-    """Returns the compiled sums of losses and hits of a batch, once per model and process."""
+def _scorer(stage: Stage, task: Task) -> Any:
+    """Returns the compiled sums over a batch, and its outputs if they are needed."""
 
     def score(
         params: Variables,
         state: Variables,
         x: jax.Array,
         sides: Arrays,
-        labels: PyTree,
+        targets: PyTree,
         real: jax.Array,
     ) -> Any:
-        logits = stage.predict(params, state, x, sides)
-        losses, hits = stages.sample_losses(logits, labels)
-        return jnp.sum(jnp.where(real, losses, 0)), jnp.sum(jnp.where(real, hits, 0))
+        outputs = stage.predict(params, state, x, sides)
+        losses = jnp.sum(jnp.where(real, losses_of(task, outputs, targets), 0))
+        sums = {LOSS: losses[None], **sums_of(task, outputs, targets, real)}
+        return sums, outputs if task.whole else None
 
     return stages.Program(score)

@@ -645,9 +645,13 @@ class Membership:
             seat = self.seats.get(source, source)
             steps, plan = self.by_name[source].steps, self.acceptance
             own = plan is not None and plan.tells_of(seat, said.device, said.step)
+            own &= said.metrics.keys() == set(self._model.task.streamed)
             if not own or said.step <= steps.get(said.device, -1):
-                self.blame(source, f"'progress' of device {said.device}, step {said.step}, "
-                           "which is not its own or was reported before")  # fmt: skip
+                self.blame(
+                    source,
+                    f"'progress' of device {said.device}, step {said.step}, which is not its own, "
+                    "was reported before or has other metrics",
+                )
                 return
             steps[said.device] = said.step
         self._tell({"event": "progress", **dataclasses.asdict(said)})

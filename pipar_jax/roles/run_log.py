@@ -14,6 +14,7 @@ from pipar_jax.disk.event_log import OnEvent
 from pipar_jax.disk.json_text import JsonMapping, JsonObject
 from pipar_jax.errors import DiskError
 from pipar_jax.protocol.values import LinkRow, Memory, Waits
+from pipar_jax.roles.evaluation import Score
 from pipar_jax.roles.link_stats import Traffic
 from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.node_copies import Salvaged
@@ -23,6 +24,7 @@ from pipar_jax.runtime.metrics import Totals
 from pipar_jax.schedule.plan import Plan, is_device
 from pipar_jax.schedule.trace import Interval, Timed
 from pipar_jax.tuner.replanning import Offer
+from stages.tasks.task import Task
 
 
 class FetchStats(NamedTuple):
@@ -43,7 +45,7 @@ class Round(NamedTuple):
     Attributes:
       number: Which.
       interval: From the release to the last weights stored.
-      totals: Loss and accuracy sums over its samples.
+      totals: Sums of loss and metrics over its samples.
       busy: For each host the seconds it computed.
       overruns: Computations that lasted longer than the slowness emulated for their host.
       told: For each device what its sending waited for.
@@ -79,6 +81,7 @@ class RunLog:
       record: Learns of it if the trace cannot be kept.
       tell: Takes events.
       parameters: How many parameters the model has.
+      task: What the model is trained for.
       rows: The events so far of a run that is resumed.
     """
 
@@ -90,11 +93,12 @@ class RunLog:
         record: Record,
         tell: OnEvent,
         parameters: int,
+        task: Task,
         rows: Sequence[JsonMapping] = (),
     ) -> None:
         self._config, self._folder, self._tell = config, folder, tell
         self._record = record
-        self._parameters = parameters
+        self._parameters, self._task = parameters, task
         self._traffic = Traffic(members)
         self._members, self._population = members, members.population
         self._trace = TraceLog(folder.path / TRACE, config.run.trace, self._lose_trace)
@@ -104,7 +108,7 @@ class RunLog:
         self._seconds: list[float] = []
         self._moved_s: dict[int, float] = {}
         self._busy: dict[str, float] = {}
-        self._score: dict[str, float] = {}
+        self._score: JsonObject = {}
         self._origin_s = time.monotonic()
         for row in rows:
             self._add_past(row)
@@ -120,7 +124,7 @@ class RunLog:
         elif row["event"] == "replanned":
             self._moved_s[row["round"]] = row["seconds"]
         elif row["event"] == "evaluated":
-            self._score = {"accuracy": row["accuracy"], "loss": row["loss"]}
+            self._score = {"loss": row["loss"], "metrics": row["metrics"]}
 
     def prepared(
         self, compile_s: float, calibration_s: float, memory_bytes: Mapping[str, int]
@@ -167,6 +171,7 @@ class RunLog:
                 "steps": list(steps),
                 "model": self._config.model.name,
                 "parameters": self._parameters,
+                "task": self._task.facts(),
                 "folder": str(self._folder.path),
             }
         )
@@ -216,7 +221,7 @@ class RunLog:
                 "seconds": one.interval.seconds,
                 # Private devices keep the figures of their samples.
                 "loss": one.totals.loss / one.totals.samples if one.totals.samples else None,
-                "accuracy": one.totals.correct / one.totals.samples if one.totals.samples else None,
+                "metrics": self._task.finish(one.totals.metrics) if one.totals.samples else {},
                 "samples": one.totals.samples,
                 "devices": one.taking,
                 "committed": one.committed,
@@ -268,17 +273,16 @@ class RunLog:
         units = [one._asdict() for one in salvaged]
         self._tell({"event": "nodes_replaced", "round": index, "nodes": list(lost), "units": units})
 
-    def evaluated(
-        self, index: int, accuracy: float, loss: float, seconds: float, fetched: FetchStats
-    ) -> None:
+    def evaluated(self, index: int, score: Score, seconds: float, fetched: FetchStats) -> None:
         """Reports an evaluation of the global weights after a round."""
-        self._score = {"accuracy": accuracy, "loss": loss}
+        self._score = {"loss": score.loss, "metrics": score.metrics}
         self._tell(
             {
                 "event": "evaluated",
                 "round": index,
                 "epoch": self._epoch(index),
                 **self._score,
+                **({"tables": score.tables} if score.tables else {}),
                 "seconds": seconds,
                 "fetched_bytes": fetched.nbytes,
                 "fetch_s": fetched.seconds,
@@ -298,6 +302,7 @@ class RunLog:
             "seconds": whole,
             "epoch_seconds": statistics.median(epochs.values()),
             **self._score,
+            "task": self._task.facts(),
             "idle": {host: 1.0 - s / whole for host, s in self._busy.items()},
             "bytes_up": self._totals[0],
             "bytes_down": self._totals[1],

@@ -14,6 +14,7 @@ from comms import ChannelError, Endpoint
 from pipar_jax import data as datasets
 from pipar_jax.config import Config
 from pipar_jax.config.cohorts import planned
+from pipar_jax.config.tasks import check_scores
 from pipar_jax.data import Dataset
 from pipar_jax.data.fingerprint import fingerprint
 from pipar_jax.disk.event_log import OnEvent
@@ -34,7 +35,7 @@ from pipar_jax.roles.run_folder import Record, RunFolder
 from pipar_jax.roles.run_log import RunLog
 from pipar_jax.roles.stop_rule import StopRule
 from pipar_jax.runtime.host import Host
-from pipar_jax.runtime.setup import channel_options, fit, set_precision
+from pipar_jax.runtime.setup import channel_options, fit, set_precision, target_rule
 from pipar_jax.schedule.plan import COORDINATOR, Plan
 from pipar_jax.training.checkpoint import WEIGHTS
 from stages import Model
@@ -82,17 +83,21 @@ def run_server(
     began_s = time.monotonic()
     # Before there is a folder: what is refused here leaves nothing behind.
     planned(config.cohort, config.devices.total)
+    rule = target_rule(config, model)
     dataset = (
-        datasets.load_server(config.data)
+        datasets.load_server(config, rule)
         if data is None
-        else datasets.admit(data, "test", COORDINATOR)
+        else datasets.admit(data, "test", COORDINATOR, rule)
     )
     network = fit(config, model, dataset, COORDINATOR)
+    check_scores(config, network.task)  # a task of the user is known only here
     if not script:
         check_plan(config, network.unit_names)  # a network of the user is known only here
     early: list[JsonObject] = []
     past = read_past(config, network, fingerprint(dataset.test), early.append)
-    stop_rule = StopRule(config.stop)
+    scores = network.task.scores
+    stop_metric = config.stop.metric or network.task.main
+    stop_rule = StopRule(config.stop, stop_metric, scores[stop_metric])
     at = Path(config.run.dir) / config.name
     folder = RunFolder(at) if past is None else RunFolder(at, past.rows, past.script)
     folder.save_config(config)
@@ -235,7 +240,7 @@ def _conduct(
     checkpoints = _checkpoints(config, model, dataset, folder, members, tell, start.past)
     with contextlib.ExitStack() as stack:
         stack.callback(checkpoints.close)
-        run_log = RunLog(config, members, folder, record, tell, parameters, rows)
+        run_log = RunLog(config, members, folder, record, tell, parameters, model.task, rows)
         stack.callback(run_log.close)
         evaluator = Evaluator(model, dataset, config.model.weight_dtype)
         coordinator = Coordinator(
@@ -269,7 +274,8 @@ def _checkpoints(
             check_data(past.kept.facts["data"], name, found, folder.path)
         data = {**past.kept.facts["data"], **data}
     store = CheckpointStore(folder.path, config.checkpoint)
-    return Checkpoints(config, store, run, describe(model), data, tell)
+    better = model.task.scores.get(config.checkpoint.best, True)
+    return Checkpoints(config, store, run, describe(model), data, tell, better)
 
 
 def _reason(error: BaseException) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipar_jax.config import StopConfig
 from pipar_jax.config.plugins import find
+from pipar_jax.disk.event_log import score_of
 from pipar_jax.errors import RunError
 
 
@@ -18,13 +20,16 @@ class StopRule:
 
     Args:
       config: ``stop.*``.
+      metric: The score that counts.
+      higher_is_better: Whether higher values of it are better.
 
     Raises:
       RunError: The user's own function cannot be found.
     """
 
-    def __init__(self, config: StopConfig) -> None:
-        self._config = config
+    def __init__(self, config: StopConfig, metric: str, higher_is_better: bool) -> None:
+        self._config, self._metric = config, metric
+        self._sign = 1.0 if higher_is_better else -1.0
         self._best: float | None = None
         self._since = 0
         self.reason: str | None = None
@@ -58,9 +63,9 @@ class StopRule:
         return f"{self._config.when} of stop.when returned true" if said else None
 
     def _score(self, event: Mapping[str, Any]) -> str | None:
-        metric, target = self._config.metric, self._config.target
-        value = float(event[metric])
-        sign = -1.0 if metric == "loss" else 1.0
+        metric, target, sign = self._metric, self._config.target, self._sign
+        score = score_of(event, metric)
+        value = -sign * math.inf if score is None or math.isnan(score) else score
         if self._best is None or sign * value > self._best:
             self._best, self._since = sign * value, 0
         else:

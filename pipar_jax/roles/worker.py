@@ -36,7 +36,7 @@ from pipar_jax.roles.survey import Respondent
 from pipar_jax.runtime import exchanges, trace_rows, unit_state
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.releases import Releases
-from pipar_jax.runtime.setup import build_model, channel_options, fit, set_precision
+from pipar_jax.runtime.setup import build_model, channel_options, fit, set_precision, target_rule
 from pipar_jax.runtime.state_files import StateTag
 from pipar_jax.runtime.unit_state import States
 from pipar_jax.schedule.actions import (
@@ -94,8 +94,11 @@ def run_device(
     """
     set_precision(config.model)
     name = device_name(index)
+    rule = target_rule(config, model)
     dataset = (
-        datasets.load_device(config, index) if data is None else datasets.admit(data, "train", name)
+        datasets.load_device(config, index, rule)
+        if data is None
+        else datasets.admit(data, "train", name, rule)
     )
     network = fit(config, model, dataset, name)
     releases = Releases(config, name) if config.privacy.on else None

@@ -16,7 +16,7 @@ from pipar_jax.errors import RunError
 from pipar_jax.runtime.completion import Work
 from pipar_jax.runtime.link_table import LinkTable
 from pipar_jax.runtime.memory import Ledger, array_bytes
-from pipar_jax.runtime.metrics import Meter
+from pipar_jax.runtime.metrics import Meter, Totals
 from pipar_jax.runtime.releases import Releases
 from pipar_jax.runtime.sample_store import Batches, BesideTensor, MicroBatchSlice, SampleStore
 from pipar_jax.runtime.transfer import OutgoingTensor, open_parcel
@@ -38,6 +38,8 @@ from pipar_jax.schedule.rounds import RoundSchedule
 from pipar_jax.schedule.trace import Timed
 from pipar_jax.training.replica import Replica
 from stages import MicroBatchContext, Model
+from stages.stage import Metrics
+from stages.tasks.task import LOSS as LOSS_NAME
 from stages.trees import PyTree
 
 
@@ -52,7 +54,7 @@ class Executor:
       link_table: The host's links.
       model: The whole model.
       batches: The device's data, if this host is a device.
-      meter: Receives loss and accuracy.
+      meter: Receives loss and metrics.
       record: Receives timed sends and receives.
       ledger: Counts the bytes held between actions, without weights.
       duration_s: Least seconds of (action, samples) on this host; 0 for its real duration.
@@ -239,10 +241,9 @@ class Executor:
             if parcel is not None:
                 self._send_down(action, operation, part, parcel)
             if self._releases is None:  # figures of a private device's samples stay there
-                loss, correct = float(metrics["loss"]), float(metrics["correct"])
-                self._meter.add(action.device, action.step, loss, correct, part.samples)
+                self._meter.add(action.device, action.step, _totals(metrics, part.samples))
 
-        probe = metrics["loss"] if parcel is None else parcel.ready
+        probe = metrics[LOSS_NAME] if parcel is None else parcel.ready
         return self._work(action, probe, part.samples, then)
 
     def _backward(self, action: Action) -> Work:
@@ -455,6 +456,16 @@ class Executor:
 def _key(action: Action) -> tuple[int, int, int, int]:
     """Returns the key of a micro-batch at a stage."""
     return action.stage, action.device, action.step, action.micro_batch
+
+
+def _totals(metrics: Metrics, samples: int) -> Totals:
+    """Returns the sums over a micro-batch as Python's numbers."""
+    sums = {}
+    for name, pair in metrics.items():
+        if name != LOSS_NAME:
+            value, weight = np.asarray(pair).tolist()
+            sums[name] = value, weight
+    return Totals(float(metrics[LOSS_NAME]), samples, sums)
 
 
 def _nothing() -> None:

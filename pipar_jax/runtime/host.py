@@ -33,7 +33,7 @@ from pipar_jax.runtime import exchanges, memory, migration, undo, unit_state, up
 from pipar_jax.runtime.completion import Completion, Work
 from pipar_jax.runtime.executor import Executor
 from pipar_jax.runtime.link_table import LinkTable
-from pipar_jax.runtime.metrics import Meter
+from pipar_jax.runtime.metrics import Meter, Totals
 from pipar_jax.runtime.node_averaging import Averaging
 from pipar_jax.runtime.observations import Observer
 from pipar_jax.runtime.precompile import BackgroundCompiler, compile_plan
@@ -736,7 +736,8 @@ class Host:
         overruns, longest_s = self._completion.take()
         memory_used = Memory(*self.used_memory())
         totals = self._meter.take_round()
-        stored = messages.Stored(self._round, overruns, longest_s, memory_used, *totals)
+        sums = totals.loss, totals.samples, dict(totals.metrics)
+        stored = messages.Stored(self._round, overruns, longest_s, memory_used, *sums)
         if self._releases is not None:
             spent, epsilon = self._releases.spent, self._releases.epsilon
             stored = dataclasses.replace(stored, spent=spent, epsilon=epsilon)
@@ -795,8 +796,9 @@ class Host:
         if self._stopping.is_set():
             raise RunError(f"{self.name} was stopped while it compiled")
 
-    def _tell(self, device: int, step: int, loss: float, accuracy: float) -> None:
-        self._answer(messages.Progress(device, step, loss, accuracy, self._round))
+    def _tell(self, device: int, step: int, totals: Totals) -> None:
+        loss, metrics = totals.loss / totals.samples, self._model.task.finish(totals.metrics)
+        self._answer(messages.Progress(device, step, loss, metrics, self._round))
 
     def _answer(self, message: ControlMessage) -> None:
         self._reply(message, {})

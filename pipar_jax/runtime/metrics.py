@@ -1,12 +1,17 @@
-"""Loss, accuracy and samples of the steps whose last stage runs on this host."""
+"""Loss, metrics and samples of the steps whose last stage runs on this host."""
 
 from __future__ import annotations
 
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
+
+#: For each metric of a task the sum of weighted values, and that of the weights.
+Sums = Mapping[str, tuple[float, float]]
+_NOTHING: Sums = MappingProxyType({})
 
 
 class Totals(NamedTuple):
@@ -14,33 +19,35 @@ class Totals(NamedTuple):
 
     Attributes:
       loss: Sum of the samples' losses.
-      correct: Samples whose largest logit is the label's.
       samples: Number of samples.
+      metrics: Sums of each metric.
     """
 
     loss: float = 0.0
-    correct: float = 0.0
     samples: int = 0
+    metrics: Sums = _NOTHING
 
     def plus(self, other: Totals) -> Totals:
         """Returns the sums over both."""
-        return Totals(
-            self.loss + other.loss, self.correct + other.correct, self.samples + other.samples
-        )
+        metrics = dict(self.metrics)
+        for name, (value, weight) in other.metrics.items():
+            before = metrics.get(name, (0.0, 0.0))
+            metrics[name] = before[0] + value, before[1] + weight
+        return Totals(self.loss + other.loss, self.samples + other.samples, metrics)
 
 
 class Meter:
     """Collects the measurements of the last stage and reports them periodically.
 
     Args:
-      tell: Receives device, step, mean loss and accuracy.
+      tell: Receives device, step and totals of a step.
       every_s: Least seconds between two reports.
       broken: Receives device and step of each device's first non-finite loss in a round.
     """
 
     def __init__(
         self,
-        tell: Callable[[int, int, float, float], None],
+        tell: Callable[[int, int, Totals], None],
         every_s: float,
         broken: Callable[[int, int], None],
     ) -> None:
@@ -55,14 +62,13 @@ class Meter:
         self._last: dict[int, tuple[int, Totals]] = {}
         self._told_s = 0.0
 
-    def add(self, device: int, step: int, loss: float, correct: float, samples: int) -> None:
+    def add(self, device: int, step: int, totals: Totals) -> None:
         """Adds a micro-batch."""
-        one = Totals(loss, correct, samples)
-        if not math.isfinite(loss) and device not in self._told_broken:
+        if not math.isfinite(totals.loss) and device not in self._told_broken:
             self._told_broken.add(device)
             self._broken(device, step)
         with self._lock:
-            self._steps[device, step] = self._steps.get((device, step), Totals()).plus(one)
+            self._steps[device, step] = self._steps.get((device, step), Totals()).plus(totals)
 
     def step_over(self, device: int, step: int) -> None:
         """Closes a device's step and reports it if a report is due."""
@@ -75,7 +81,7 @@ class Meter:
             if totals is None or not totals.samples or now - self._told_s < self._every_s:
                 return
             self._told_s = now
-        self._tell(device, step, totals.loss / totals.samples, totals.correct / totals.samples)
+        self._tell(device, step, totals)
 
     def take_round(self) -> Totals:
         """Returns and resets the round's sums."""

@@ -8,9 +8,11 @@ import stages
 from comms import ChannelOptions, TlsOptions
 from pipar_jax.config import Config, ModelConfig, NetworkConfig
 from pipar_jax.config.plugins import OWN
+from pipar_jax.config.tasks import make_task
 from pipar_jax.data import Dataset, check_fits
 from pipar_jax.runtime.own_model import make_own
 from stages.signature import Signature
+from stages.tasks.targets import TargetRule
 
 if TYPE_CHECKING:
     from stages import Model
@@ -41,7 +43,7 @@ def build_model(config: Config, signature: Signature, model: Model | None = None
       StageError: It cannot be trained or cut.
     """
     if model is not None:
-        return model.receiving(signature.targets)
+        return _with_task(config, model).receiving(signature.targets)
     if config.model.name.startswith(OWN):
         own = make_own(config.model, signature, whole=config.method == "fl")
         return as_trained(config, own).receiving(signature.targets)
@@ -76,12 +78,14 @@ def fit(config: Config, model: Model | None, dataset: Dataset, host: str) -> Mod
 
 
 def as_trained(config: Config, model: Model) -> Model:
-    """Returns a model whose weights that are not to be trained are frozen.
+    """Returns a model for the configured task, unless it has one, with frozen weights if so wished.
 
     Raises:
+      ConfigError: The task is not valid.
       RunError: A pattern of ``optimizer.groups`` matches no weight.
       StageError: No weight matches ``model.trainable``.
     """
+    model = _with_task(config, model)
     if config.model.trainable:
         model = model.training(config.model.trainable, config.seed)
     if config.optimizer.groups:
@@ -90,6 +94,22 @@ def as_trained(config: Config, model: Model) -> Model:
         trained = [f"{unit.name}/{path}" for unit in model.units for path in unit.params]
         check_groups(config.optimizer, trained)
     return model
+
+
+def target_rule(config: Config, model: Model | None) -> TargetRule:
+    """Returns what targets have to be for a model, or for the configured task.
+
+    Raises:
+      ConfigError: The task is not valid.
+      RunError: The user's own task cannot be made.
+    """
+    known = model is not None and model.has_task
+    return (model.task if known and model is not None else make_task(config.task)).targets
+
+
+def _with_task(config: Config, model: Model) -> Model:
+    """Returns a model for the configured task, unless it has one."""
+    return model if model.has_task else model.for_task(make_task(config.task))
 
 
 def tls_options(network: NetworkConfig) -> TlsOptions | None:

@@ -90,6 +90,6 @@ def test_the_demo_reaches_95_percent_by_every_method_and_pipar_is_ahead(tmp_path
         summaries[method] = next(
             row for row in map(json.loads, lines) if row["event"] == "run_finished"
         )
-    assert {m: s for m, s in summaries.items() if s["accuracy"] < 0.95} == {}
+    assert {m: s for m, s in summaries.items() if s["metrics"]["accuracy"] < 0.95} == {}
     fastest = min(summaries, key=lambda method: summaries[method]["epoch_seconds"])
     assert fastest == "pipar"

@@ -105,7 +105,7 @@ def test_real_cifar10_is_learned(tmp_path: pathlib.Path, method: str) -> None:
     text = (tmp_path / "cifar10_vgg5" / "metrics.jsonl").read_text()
     rows = [json.loads(line) for line in text.splitlines()]
     losses = [row["loss"] for row in rows if row["event"] == "round_finished"]
-    accuracies = [row["accuracy"] for row in rows if row["event"] == "evaluated"]
+    accuracies = [row["metrics"]["accuracy"] for row in rows if row["event"] == "evaluated"]
     assert losses[-1] < losses[0]
     assert accuracies[-1] > max(0.3, accuracies[0])
 

@@ -12,6 +12,7 @@ import pytest
 
 from experiments.benchmarks import simulator_settings
 from pipar_jax.data.own import load_own
+from stages.tasks.targets import ClassTargets
 from tests.patience import PROCESS_S
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +36,9 @@ def test_every_setting_resolves_and_has_its_data(tmp_path: Path) -> None:
         assert (config.devices.defaults.slowdown == 1.0) == (setting.devices == 1)
         batch = setting.network.batch
         simulator_settings.write_data(tmp_path, batch)
-        train = load_own(config.data.source, 0, config.data, part="train").train
+        train = load_own(
+            config.data.source, 0, config.data, part="train", rule=ClassTargets()
+        ).train
         assert len(train.x) == simulator_settings.STEPS * batch
         assert train.x.dtype == np.uint8
 

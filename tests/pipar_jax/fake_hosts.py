@@ -79,7 +79,7 @@ def run_server(
                 hello = link.recv(100).decode()
                 if not hello.endswith("done"):
                     raise PeerError(f"lost the link to {hello or 'a device'}")
-    finished = {"event": "run_finished", "accuracy": 0.5}
+    finished = {"event": "run_finished", "metrics": {"accuracy": 0.5}}
     on_event(finished)
     act("server at the end")
     return finished

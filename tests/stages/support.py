@@ -12,6 +12,7 @@ import numpy as np
 import stages
 from stages.models.blocks import Options
 from stages.models.resnet import ResidualBlock, ResNetHead, Stem
+from stages.tasks.task import LOSS
 
 
 def small_resnet(dtype=jnp.float32, norm="group") -> stages.Model:
@@ -45,7 +46,7 @@ def step(model, cuts, params, state, x, y, micro_batches=1, rematerialise=False,
     held = [stages.select(part, params) for part in parts]
     states = [stages.select(part, state) for part in parts]
     sums = [part.zeros(own) for part, own in zip(parts, held, strict=True)]
-    totals = {"loss": 0.0, "correct": 0.0}
+    totals = dict.fromkeys((LOSS, *model.task.streamed), 0.0)
     dtype = x.dtype.type if jnp.issubdtype(x.dtype, jnp.floating) else np.float32
     for start, stop in bounds(len(x), micro_batches):
         scalars = stages.make_draw(len(x), position=start, dtype=dtype, **draw)

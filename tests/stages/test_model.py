@@ -127,7 +127,7 @@ class Skip(nnx.Module):
         ([("a", _dense(4, 4)), ("a", _dense(4, 3))], "names of units repeat"),
         ([], "has no units: give at least one"),
         ([("a/b", _dense(4, 3))], "contains '/'"),
-        ([("a", _dense(4, 4))], "logits"),
+        ([("a", _dense(4, 4))], "outputs"),
         ([("a", lambda rngs: nnx.Param(jnp.ones(3)))], "expected a callable"),
     ],
 )

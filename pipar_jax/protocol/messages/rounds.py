@@ -6,10 +6,12 @@ from typing import Annotated
 
 from pipar_jax.protocol.registry import ControlMessage, Form, Sender, message
 from pipar_jax.protocol.values import (
+    METRIC,
     MOST_HOSTS,
     MOST_SPANS,
     MOST_UNITS,
     SECONDS,
+    SUMS,
     Count,
     LinkRow,
     Memory,
@@ -17,8 +19,19 @@ from pipar_jax.protocol.values import (
     Seconds,
     Waits,
 )
-from pipar_jax.protocol.wire_fields import Figure, Many, Maybe, OneOf, Text, TupleOf, Whole, struct
+from pipar_jax.protocol.wire_fields import (
+    Figure,
+    Many,
+    Maybe,
+    OneOf,
+    Table,
+    Text,
+    TupleOf,
+    Whole,
+    struct,
+)
 from pipar_jax.schedule.actions import Span
+from stages.tasks.task import MOST_METRICS
 
 
 @message("release", Sender.COORDINATOR)
@@ -144,7 +157,7 @@ class Progress(ControlMessage):
     device: Count
     step: Count
     loss: Annotated[float, Figure()]
-    accuracy: Annotated[float, Figure()]
+    metrics: Annotated[dict[str, float], Table(Figure(), MOST_METRICS, METRIC)]
     round: Count
 
 
@@ -195,8 +208,8 @@ class Stored(ControlMessage):
       longest_s: Duration of the longest action.
       memory: Peak memory of the host.
       loss: Sum of the losses of samples whose last stage ran here.
-      correct: Number of correctly classified samples among them.
       samples: Number of these samples.
+      metrics: For each metric the sum over them of weighted values, and that of the weights.
       busy_s: Seconds of computation.
       link: Statistics of sending to the coordinator.
       direct: Statistics of sending to its neighbours.
@@ -209,8 +222,8 @@ class Stored(ControlMessage):
     longest_s: Seconds
     memory: Annotated[Memory, struct(Memory)]
     loss: Annotated[float, Figure()]
-    correct: Annotated[float, Figure()]
     samples: Annotated[int, Whole(0, 2**53)]
+    metrics: Annotated[dict[str, tuple[float, float]], Table(SUMS, MOST_METRICS, METRIC)]
     busy_s: Seconds = 0.0
     link: Annotated[Waits, struct(Waits)] = Waits()
     direct: Annotated[tuple[LinkRow, ...], Many(struct(LinkRow), MOST_HOSTS)] = ()

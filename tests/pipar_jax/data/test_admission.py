@@ -26,6 +26,7 @@ from pipar_jax.methods.resolution import resolve
 from pipar_jax.roles.server import run_server
 from pipar_jax.roles.worker import run_device
 from stages.signature import Signature
+from stages.tasks.targets import ClassTargets
 from tests.conftest import Within
 from tests.pipar_jax.runtime import support
 
@@ -61,7 +62,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"y": np.array([0, 1, 2, 0, 1, 3])}, "label 3 is out of range for classes=3"),
     ({"y": np.array([0, 1, 2, 0, 1, 2**32])}, "target y has a number that exceeds 32 bits"),
     ({"y": np.array([0, 1, 2])}, "target y has 3 samples, expected 6 as input x"),
-    ({"y": np.full(6, 1.0)}, r"labels must be \[6, …\] whole numbers"),
+    ({"y": np.full(6, 1.0)}, r"labels must be \[samples, …\] whole numbers"),
     ({"y": np.array(["a"] * 6)}, "target y must be numbers"),
     ({"x": np.full((6, *SHAPE), np.nan)}, "not finite"),
     ({"x": np.full((6, *SHAPE), np.inf, np.float32)}, "not finite"),
@@ -160,10 +161,12 @@ def test_what_is_wrong_is_refused_at_once_and_in_the_same_words(
 def test_what_is_right_is_taken_in_the_types_of_training() -> None:
     given = dataset("train", y=np.array([[0], [1], [2], [0], [1], [2]], np.uint64), mean=[0.5])
     given = dataclasses.replace(given, train=Examples.of(given.train.x, given.train.labels))
-    made = data.admit(given, "train", "d0")
+    made = data.admit(given, "train", "d0", ClassTargets())
     assert made.train.x.shape == (6, *SHAPE) and made.train.x.dtype == np.float32
     assert made.train.labels.shape == (6,) and made.mean.tolist() == [0.5]
-    whole = data.admit(dataset("test", x=np.full((6, *SHAPE), 7, np.uint8)), "test", "server")
+    whole = data.admit(
+        dataset("test", x=np.full((6, *SHAPE), 7, np.uint8)), "test", "server", ClassTargets()
+    )
     assert whole.test.x.dtype == np.uint8
     assert whole.normalise(whole.test.x).max() == 7  # a type says nothing about a scale
 
@@ -283,14 +286,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> pipar_jax.Run:
 def test_predicting_nothing_or_something_else_is_refused(
     run: pipar_jax.Run, images: Any, says: str
 ) -> None:
-    for ask in (run.predict, run.logits):
+    for ask in (run.predict, run.outputs):
         with pytest.raises(DataError, match=says):
             ask(images)
 
 
 def test_a_batch_is_predicted(run: pipar_jax.Run) -> None:
     images = np.zeros((3, 8, 8, 1))
-    assert run.predict(images).shape == (3,) and run.logits({"x": images}).shape == (3, 10)
+    assert run.predict(images).shape == (3,) and run.outputs({"x": images}).shape == (3, 10)
 
 
 def test_a_run_on_uint8_takes_whole_numbers_of_its_range_and_no_scaled_ones() -> None:
@@ -339,12 +342,16 @@ def _contradict(folder: pathlib.Path, stored: Any) -> None:
 def test_a_scale_is_one_number_above_0(scale: Any, tmp_path: pathlib.Path) -> None:
     np.savez(tmp_path / "mine.npz", scale=scale, **arrays("train"))
     with pytest.raises(DataError, match=r"scale must be|std must be"):
-        data.own.load_own(f"npz:{tmp_path}/mine.npz", 0, DataConfig(), part="train")
+        data.own.load_own(
+            f"npz:{tmp_path}/mine.npz", 0, DataConfig(), part="train", rule=ClassTargets()
+        )
 
 
 def test_floats_are_taken_as_they_are(tmp_path: pathlib.Path) -> None:
     np.savez(tmp_path / "mine.npz", **arrays("train", mean=None, std=None))
-    made = data.own.load_own(f"npz:{tmp_path}/mine.npz", 0, DataConfig(), part="train")
+    made = data.own.load_own(
+        f"npz:{tmp_path}/mine.npz", 0, DataConfig(), part="train", rule=ClassTargets()
+    )
     assert np.array_equal(made.normalise(made.train.x), arrays("train")["x_train"])
 
 

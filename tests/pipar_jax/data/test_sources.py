@@ -18,6 +18,7 @@ from pipar_jax.data.own import load_own
 from pipar_jax.errors import DataError
 from pipar_jax.methods.resolution import resolve
 from stages.signature import Signature
+from stages.tasks.targets import ClassTargets
 from tests.patience import PROCESS_S
 
 PREPARED = pathlib.Path(__file__).parents[4] / "shared" / "data" / "tfds"
@@ -37,7 +38,7 @@ def config(tmp_path: pathlib.Path) -> Config:
 def test_digits_are_split_dealt_and_normalised(config: Config) -> None:
     config.devices.count = 3
     shards = [data.load_device(config, index) for index in range(3)]
-    server = data.load_server(config.data)
+    server = data.load_server(config)
     assert sum(len(shard.train) for shard in shards) == 1438
     assert len(server.test) == 359 and not len(server.train) and not len(shards[0].test)
     assert server.input_shape == (8, 8, 1) and server.classes == 10
@@ -54,7 +55,7 @@ def test_the_subset_asked_for_is_dealt_and_the_table_counts_it(config: Config) -
     config.data.train_samples, config.data.test_samples = 101, 50
     sizes = [len(data.load_device(config, index).train) for index in range(2)]
     assert sizes == [51, 50]
-    assert len(data.load_server(config.data).test) == 50
+    assert len(data.load_server(config).test) == 50
     rows = [line.split() for line in data.table(config).splitlines()[1:]]
     assert [int(row[1]) for row in rows] == sizes
     whole = data.load(config.data)
@@ -122,7 +123,7 @@ def test_the_real_sets_are_read_without_tensorflow(
 ) -> None:
     config.data.source, config.data.data_dir = source, str(PREPARED)
     config.devices.count = 4
-    shard, server = data.load_device(config, 3), data.load_server(config.data)
+    shard, server = data.load_device(config, 3), data.load_server(config)
     assert len(shard.train) == samples // 4 and shard.train.x.dtype == np.uint8
     assert server.input_shape == shape and len(server.test) == 10000
     assert np.bincount(server.test.labels).min() > 800
@@ -173,7 +174,7 @@ def test_sets_that_tfds_prepared_need_no_tensorflow(
     fake = types.SimpleNamespace(data_source=data_source)
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", fake)
     config.data.source = source
-    shard, server = data.load_device(config, 0), data.load_server(config.data)
+    shard, server = data.load_device(config, 0), data.load_server(config)
     assert asked == [(source, part, config.data.data_dir, False) for part in ("train", "test")]
     assert len(shard.train) == 601 and len(server.test) == 300
     assert server.classes == classes and server.input_shape == (32, 32, 3)
@@ -220,12 +221,12 @@ def test_each_device_reads_its_own_file_and_the_server_the_test_set(
         assert shard.train.labels.tolist() == [index] * 6
         assert shard.input_shape == (4, 4, 1)
         np.testing.assert_allclose(shard.normalise(shard.train.x).max(), 95 / 255, rtol=1e-6)
-    server = data.load_server(config.data)
+    server = data.load_server(config)
     assert server.classes == 5 and server.test.labels.tolist() == [2, 3]
     assert data.table(config) == ""
     # A device that lacks the highest class still builds the model of all.
     config.data.classes = 7
-    assert data.load_device(config, 0).classes == data.load_server(config.data).classes == 7
+    assert data.load_device(config, 0).classes == data.load_server(config).classes == 7
     (tmp_path / "1.npz").unlink()
     with pytest.raises(DataError, match=r"there is no file .*1\.npz"):
         data.prepare(config)
@@ -248,7 +249,7 @@ def test_a_function_gives_a_device_its_data(
     shard = data.load_device(config, 1)
     assert shard.train.x.dtype == np.float64
     np.testing.assert_allclose(shard.normalise(shard.train.x), 0.25)
-    assert len(data.load_server(config.data).test) == 3
+    assert len(data.load_server(config).test) == 3
 
 
 WRONG = [
@@ -312,5 +313,7 @@ def test_nobody_is_advised_to_unpickle(tmp_path: pathlib.Path) -> None:
     np.savez(tmp_path / "objects.npz", x_train=np.array([{}], object), y_train=[1])
     for name, says in (("text", "not an .npz file"), ("objects", "contains Python objects")):
         with pytest.raises(DataError, match=says) as caught:
-            load_own(f"npz:{tmp_path / name}.npz", 0, DataConfig(), part="train")
+            load_own(
+                f"npz:{tmp_path / name}.npz", 0, DataConfig(), part="train", rule=ClassTargets()
+            )
         assert "pickle" not in str(caught.value)

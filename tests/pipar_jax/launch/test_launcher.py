@@ -64,7 +64,7 @@ def test_a_run_passes_on_events_and_leaves_its_folder(
     events = launch(config, monkeypatch)
     assert [event["event"] for event in events[:3]] == ["listening", "run_started", "run_finished"]
     folder = pathlib.Path(events[-1]["folder"])
-    assert events[-1]["accuracy"] == 0.5 and folder.name == "trial"
+    assert events[-1]["metrics"] == {"accuracy": 0.5} and folder.name == "trial"
     assert from_json((folder / "config.json").read_text()).devices.count == 3
     logs = sorted(path.name for path in (folder / "logs").iterdir())
     assert logs == ["d0.log", "d1.log", "d2.log", "server.log"]

@@ -95,7 +95,7 @@ def test_hosts_are_run_one_by_one(tmp_path: pathlib.Path) -> None:
     waiting.start()
     run = pipar_jax.run_server(config, on_event=on_event)
     waiting.join()
-    assert not errors and run.accuracy >= 0.0
+    assert not errors and run.score() >= 0.0
     assert run.folder == tmp_path / config.name
     assert config.run.dir == str(tmp_path)  # the caller's configuration stays as it was
 

@@ -142,9 +142,10 @@ def test_a_message_of_no_known_type_is_refused_in_one_line(name):
 
 def test_what_is_sent_is_within_what_is_taken():
     """What is measured or said may be beyond a limit; it is cut here, not refused there."""
-    stored = messages.Stored(0, 0, 1e30, Memory(1, 2, 3), float("nan"), float("inf"), 1)
+    sums = {"rmse": (float("inf"), 1.0)}
+    stored = messages.Stored(0, 0, 1e30, Memory(1, 2, 3), float("nan"), 1, sums)
     again = decoded(KINDS["stored"], json.loads(json.dumps(registry.encode(stored))))
-    assert again.longest_s == 1e9 and again.loss != again.loss and again.correct == float("inf")
+    assert again.longest_s == 1e9 and again.loss != again.loss and again.metrics == sums
     said = decoded(KINDS["failed"], registry.encode(messages.Failed("x" * 100_000)))
     assert len(said.error) == 4000
 

@@ -23,6 +23,7 @@ from pipar_jax.report.comparison import (
     parse_methods,
     run_method,
 )
+from stages import make_task
 from tests.sources import ROOT
 
 PRESETS = sorted(path.stem for path in (ROOT / "configs").glob("[a-z]*.py"))
@@ -34,7 +35,8 @@ def _outcome(method: str, epoch_s: float, accuracy: float = 0.975) -> Outcome:
         method=method,
         plan="device|1|server x4",
         epoch_s=epoch_s,
-        accuracy=accuracy,
+        task=make_task().facts(),
+        score=accuracy,
         server_idle=0.9,
         device_idle=0.25,
         up_bytes=12_340_000,
@@ -52,7 +54,9 @@ def test_only_method_and_name_differ_between_the_runs() -> None:
         on_event({"event": "run_started", "plan": PLAN})
         return {
             "epoch_seconds": 1.5,
-            "accuracy": 0.98,
+            "loss": 0.1,
+            "metrics": {"accuracy": 0.98},
+            "task": make_task().facts(),
             "idle": {"server": 0.8, "n1": 0.9, "d0": 0.1, "d1": 0.3},
             "bytes_up": 10,
             "bytes_down": 20,
@@ -98,7 +102,7 @@ def test_speed_ups_are_over_fl_or_else_the_first() -> None:
         ),
         (
             [_outcome("fl", 1.0, 0.95), _outcome("pipar", 1.5, 0.96)],
-            "FL is the fastest here; test accuracies lie between 95.0% and 96.0%.",
+            "FL is the fastest here; test accuracy lies between 95.0% and 96.0%.",
         ),
     ],
 )

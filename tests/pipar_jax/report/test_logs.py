@@ -25,12 +25,14 @@ def put_back() -> Iterator[None]:
 
 def test_an_event_is_a_line_with_a_time_stamp(capfd: pytest.CaptureFixture[str]) -> None:
     logs.begin()
-    logs.note_event({"event": "evaluated", "accuracy": 0.123456, "idle": {"d0": 1}, "epoch": 2})
+    logs.note_event(
+        {"event": "evaluated", "metrics": {"accuracy": 0.123456}, "idle": {"d0": 1}, "epoch": 2}
+    )
     logs.note_event({"event": "progress", "step": 1})
     logging.getLogger("somebody").info("else")
     logging.getLogger("somebody").warning("warns")
     first, second = capfd.readouterr().err.splitlines()
-    assert STAMP.match(first) and first.endswith(" I pipar_jax: evaluated accuracy=0.1235 epoch=2")
+    assert STAMP.match(first) and first.endswith(" I pipar_jax: evaluated epoch=2 accuracy=0.1235")
     assert STAMP.match(second) and second.endswith(" W somebody: warns")
 
 

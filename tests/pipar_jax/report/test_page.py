@@ -26,6 +26,7 @@ from pipar_jax.schedule.plan import DevicePlan, Plan
 from pipar_jax.schedule.rounds import RoundSchedule, rounds
 from pipar_jax.schedule.trace import Interval, Timed, Trace
 from pipar_jax.simulator import Costs, LinkModel, simulate
+from stages import make_task
 from tests.patience import PROCESS_S
 
 SAMPLES, BATCH = 60, 16
@@ -67,7 +68,7 @@ def write_run(folder: Path, method: str, plan: Plan, *, finish: bool = True) -> 
     steps = -(-SAMPLES // BATCH)
     events.append({"event": "run_started", "method": method, "plan": str(plan), "devices": count,
                    "rounds": 3, "epochs": 3, "steps": [3 * steps] * count, "model": "mlp",
-                   "parameters": 1234})  # fmt: skip
+                   "parameters": 1234, "task": make_task().facts()})  # fmt: skip
     trace = Trace(meta={"method": method, "plan": plan.to_dict()})
     now_s = 0.0
     for index, spans in enumerate(rounds(plan, [steps] * count, 3)):
@@ -82,7 +83,7 @@ def write_run(folder: Path, method: str, plan: Plan, *, finish: bool = True) -> 
         carried = found.carried_bytes
         events.append({
             "event": "round_finished", "round": index, "rounds": 3, "epoch": index + 1.0,
-            "seconds": found.seconds, "loss": 2.0 / (index + 1), "accuracy": 0.5,
+            "seconds": found.seconds, "loss": 2.0 / (index + 1), "metrics": {},
             "samples": SAMPLES * count, "devices": count, "committed": count, "busy": found.busy_s,
             "idle": {host: found.idle_share(host) for host in found.busy_s},
             "bytes_up": sum(n for (_, to), n in carried.items() if to == "server"),
@@ -90,10 +91,12 @@ def write_run(folder: Path, method: str, plan: Plan, *, finish: bool = True) -> 
             "links": [link_row(source, target, n) for (source, target), n in carried.items()],
         })  # fmt: skip
         events.append({"event": "evaluated", "round": index, "epoch": index + 1.0,
-                       "accuracy": 0.6 + index / 10, "loss": 1.0, "seconds": 0.1})  # fmt: skip
+                       "metrics": {"accuracy": 0.6 + index / 10}, "loss": 1.0,
+                       "seconds": 0.1})  # fmt: skip
     if finish:
         events.append({"event": "run_finished", "seconds": now_s, "epoch_seconds": now_s / 3,
-                       "accuracy": 0.8, "loss": 1.0, "idle": {}, "bytes_up": 1, "bytes_down": 1,
+                       "metrics": {"accuracy": 0.8}, "loss": 1.0, "idle": {},
+                       "bytes_up": 1, "bytes_down": 1,
                        "folder": str(folder)})  # fmt: skip
     lines = "".join(json.dumps(event) + "\n" for event in events)
     (folder / "metrics.jsonl").write_text(lines)

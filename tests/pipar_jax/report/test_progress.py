@@ -11,7 +11,9 @@ from rich.console import Console
 
 from pipar_jax.report import progress as progress_module
 from pipar_jax.report.progress import ProgressDisplay, RunState, describe, losses_text, render
+from stages import make_task
 
+TASK = make_task().facts()
 STARTED = {
     "event": "run_started",
     "time_s": 2.0,
@@ -23,6 +25,7 @@ STARTED = {
     "steps": [40, 40],
     "model": "cnn",
     "parameters": 1000,
+    "task": TASK,
 }
 LEARNT = {
     "event": "progress",
@@ -30,7 +33,7 @@ LEARNT = {
     "device": 0,
     "step": 4,
     "loss": 0.5,
-    "accuracy": 0.75,
+    "metrics": {"accuracy": 0.75},
 }
 ROUND = {
     "event": "round_finished",
@@ -40,15 +43,20 @@ ROUND = {
     "epoch": 1,
     "seconds": 2.0,
     "loss": 0.25,
-    "accuracy": 0.875,
+    "metrics": {"accuracy": 0.875},
     "samples": 1000,
     "idle": {"server": 0.5, "d0": 0.25, "d1": 0.0},
     "busy": {"server": 1.0, "d0": 1.5, "d1": 2.0},
     "bytes_up": 1_000_000,
     "bytes_down": 500_000,
 }
-EVALUATED = {"event": "evaluated", "time_s": 4.5, "round": 0, "epoch": 1.0, "accuracy": 0.9}
-FINISHED = {"event": "run_finished", "time_s": 9.0, "seconds": 7.0, "accuracy": 0.95, "idle": {}}
+EVALUATED = {
+    "event": "evaluated", "time_s": 4.5, "round": 0, "epoch": 1.0, "metrics": {"accuracy": 0.9},
+}  # fmt: skip
+FINISHED = {
+    "event": "run_finished", "time_s": 9.0, "seconds": 7.0, "metrics": {"accuracy": 0.95},
+    "task": TASK, "idle": {},
+}  # fmt: skip
 EVENTS = [
     {"event": "listening", "time_s": 0.0, "host": "127.0.0.1", "port": 1},
     {"event": "waiting", "time_s": 0.5, "missing": ["d1"]},
@@ -221,7 +229,7 @@ def test_after_a_host_was_busy_the_bar_comes_back() -> None:
     busy = {"event": "working", "time_s": 1.0, "host": "d0", "what": "timing", "done": 1, "of": 2}
     state = _followed(STARTED, busy)
     assert state.phase == "d0 is timing: 1 of 2"
-    state.follow({"event": "progress", "device": 0, "step": 0, "loss": 1.0, "accuracy": 0.5}, 1.0)
+    state.follow({"event": "progress", "device": 0, "step": 0, "loss": 1.0}, 1.0)
     assert state.phase == "training"
 
 

@@ -19,11 +19,12 @@ from tests.pipar_jax.runtime import support
 
 ROUND = {
     "event": "round_finished", "round": 1, "epoch": 2.0, "seconds": 4.0, "loss": 0.5,
-    "accuracy": 0.75, "samples": 100, "idle": {"server": 0.25},
+    "metrics": {"accuracy": 0.75}, "samples": 100, "idle": {"server": 0.25},
     "links": [{"source": "d0", "target": "server", "bytes": 10, "queue_s": 0.5,
                "credit_wait_s": 0.0}],
 }  # fmt: skip
-EVALUATED = {"event": "evaluated", "round": 1, "epoch": 2.0, "accuracy": 0.875, "loss": 0.25}
+EVALUATED = {"event": "evaluated", "round": 1, "epoch": 2.0, "loss": 0.25,
+             "metrics": {"accuracy": 0.875}}  # fmt: skip
 
 
 class Mine:

@@ -256,19 +256,22 @@ def test_events_after_the_checkpoint_are_left_out():
 
 
 @pytest.mark.parametrize(
-    ("config", "scores", "expected"),
+    ("config", "metric", "scores", "expected"),
     [
-        (StopConfig(patience=2), (0.5, 0.4, 0.5, 0.3), 2),
-        (StopConfig(target=0.6), (0.5, 0.61), 1),
-        (StopConfig(metric="loss", target=0.2), (0.5, 0.3, 0.2), 2),
-        (StopConfig(when="json:dumps"), (0.5,), "returned"),
+        (StopConfig(patience=2), "accuracy", (0.5, 0.4, 0.5, 0.3), 2),
+        (StopConfig(target=0.6), "accuracy", (0.5, 0.61), 1),
+        (StopConfig(target=0.2), "loss", (0.5, 0.3, 0.2), 2),
+        (StopConfig(target=1.5), "rmse", (2.0, 1.6, 1.4), 2),
+        (StopConfig(patience=2), "rmse", (None, float("nan"), 1.6, 1.7, 1.6), 4),
+        (StopConfig(when="json:dumps"), "accuracy", (0.5,), "returned"),
     ],
-    ids=["patience", "target", "loss", "function"],
+    ids=["patience", "target", "loss", "lower is better", "not finite", "function"],
 )
-def test_a_run_stops_early(config, scores, expected):
-    rule = StopRule(config)
+def test_a_run_stops_early(config, metric, scores, expected):
+    rule = StopRule(config, metric, higher_is_better=metric == "accuracy")
     for index, score in enumerate(scores):
-        event = {"event": "evaluated", "round": index, "accuracy": score, "loss": score}
+        metrics = {} if metric == "loss" else {metric: score}
+        event = {"event": "evaluated", "round": index, "metrics": metrics, "loss": score}
         if expected == "returned":
             with pytest.raises(RunError, match=r"stop.when returned"):
                 rule.add(event)

@@ -328,7 +328,7 @@ class Run:
             release,
             messages.Trained(0),
             messages.Commit(0, (0, 1)),
-            messages.Stored(0, 0, 0.0, Memory(1, 2, 3), 0.0, 0.0, 0),
+            messages.Stored(0, 0, 0.0, Memory(1, 2, 3), 0.0, 0, {}),
             messages.CompileAhead(0, plan(method)),
             messages.PullState(()),
             messages.PulledState(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -14,7 +15,7 @@ from flax import nnx
 
 import stages
 from pipar_jax.config import Config
-from pipar_jax.data import Dataset, Examples
+from pipar_jax.data import Dataset, Examples, admit
 from pipar_jax.data.loader import Loader
 from pipar_jax.data.types import computed
 from pipar_jax.launch.api import load, run_here
@@ -71,6 +72,22 @@ class Layer(nnx.Module):
     def __call__(self, x):
         y = self.linear(x.reshape(x.shape[0], -1))
         return y if self.last else nnx.tanh(y)
+
+
+class Dense(nnx.Module):
+    """A dense layer in float64 on the last axis, whatever is before it."""
+
+    def __init__(self, inputs, outputs, rngs):
+        self.linear = nnx.Linear(inputs, outputs, rngs=rngs, param_dtype=np.float64)
+
+    def __call__(self, x):
+        return nnx.tanh(self.linear(x)) * 2
+
+
+def admitted(pair, network) -> Dataset:
+    """A pair of inputs and targets as a host takes them, in both splits."""
+    made = admit(pair, "train", "data", network.task.targets)
+    return dataclasses.replace(made, test=made.train)
 
 
 @functools.cache

@@ -71,8 +71,8 @@ def test_a_second_run_under_a_name_gets_a_folder_of_its_own(tmp_path):
     with pytest.raises(RunError, match=r"your own model 'mine'.*load\(folder, model\)"):
         pipar_jax.load(first.folder)
     again = load(first.folder, own_model())
-    np.testing.assert_array_equal(again.logits(data[-1].test.x),
-                                  first.logits(data[-1].test.x))  # fmt: skip
+    np.testing.assert_array_equal(again.outputs(data[-1].test.x),
+                                  first.outputs(data[-1].test.x))  # fmt: skip
     with pytest.raises(RunError, match=r"first/linear/.*expects"):
         load(first.folder, own_model(width=13))
     with pytest.raises(RunError, match=r"and 10 classes, and 'mine' has .* and 11"):

@@ -121,7 +121,7 @@ def test_sent_and_averaged(double, network, tmp_path):
     made = setting(tmp_path, "fl")
     run = support.trained(made, SAMPLES, network)
     check(network, run.params, run.state, steps=2)
-    assert run.logits(np.zeros((2, *support.SHAPE))).shape == (2, 10)
+    assert run.outputs(np.zeros((2, *support.SHAPE))).shape == (2, 10)
 
 
 @pytest.mark.soak

@@ -49,13 +49,13 @@ def test_a_run_can_be_loaded_and_predicts(tmp_path):
     data = support.datasets(SAMPLES)
     events = []
     run = train(made, network, data, on_event=events.append)
-    assert run.accuracy == pytest.approx(np.mean(run.predict(data[-1].test.x)
+    assert run.score() == pytest.approx(np.mean(run.predict(data[-1].test.x)
                                                  == data[-1].test.labels))  # fmt: skip
     assert run.summary["epoch_seconds"] > 0
     assert [e["event"] for e in events][-1] == "run_finished"
     again = load(run.folder)  # without the model: it is one that stages.build knows
-    np.testing.assert_array_equal(again.logits(data[-1].test.x),
-                                  run.logits(data[-1].test.x))  # fmt: skip
+    np.testing.assert_array_equal(again.outputs(data[-1].test.x),
+                                  run.outputs(data[-1].test.x))  # fmt: skip
     assert again.config.method == "pipar"
 
 

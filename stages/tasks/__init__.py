@@ -1,0 +1,1 @@
+"""What a model is trained for: losses, metrics and targets as values. Making them loads no jax."""

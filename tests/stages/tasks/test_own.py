@@ -1,0 +1,98 @@
+"""Tasks of the user's own: what they may return, and what is said of what they may not."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import stages
+from stages.tasks.registry import choosing
+from stages.tasks.task import LOSS, MOST_METRICS
+from tests.stages.tasks.test_registered import network
+
+
+def squares(outputs, targets):
+    """A loss of samples."""
+    return jnp.mean((outputs - targets[:, None]) ** 2, axis=-1)
+
+
+def model(loss=squares, **fields):
+    """A model for a task with targets like those of classification."""
+    targets = stages.make_task("classification").targets
+    return network("classification").for_task(stages.Task("mine", loss, targets=targets, **fields))
+
+
+@pytest.mark.parametrize(
+    ("loss", "reason"),
+    [
+        (lambda o, t: jnp.mean(o), r"the loss is a scalar, expected \[samples\]"),
+        (lambda o, t: o, r"the loss is shape \(\d+, 4\), expected \[samples\]"),
+        (lambda o, t: o[0], r"the loss is shape \(4,\), expected"),
+        (lambda o, t: jnp.argmax(o, -1), r"the loss is int\d\d, expected floating numbers"),
+        (lambda o, t: None, r"the loss is NoneType, expected an array"),
+        (lambda o, t: o - t["y"], r"the loss failed for outputs .* and targets int32\[\d+\]: "),
+        (lambda o, t: 1 / 0, r"the loss failed .*ZeroDivisionError.*test_own.py"),
+    ],
+    ids=["scalar", "not reduced", "of classes", "whole numbers", "nothing", "other targets", "bug"],
+)
+def test_a_loss_that_is_none_of_samples_is_refused_in_one_line(loss, reason):
+    with pytest.raises(stages.StageError, match=reason) as error:
+        model(loss)
+    assert "\n" not in str(error.value) and "task 'mine'" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (lambda o, t: jnp.mean(o), r"the metric 'odd' is a scalar"),
+        (lambda o, t: (o[:, 0], o), r"the metric 'odd', its weights is shape"),
+        (lambda o, t: (o[:, 0], o[:, 0], o[:, 0]), r"the metric 'odd' is tuple"),
+    ],
+    ids=["scalar", "weights", "three"],
+)
+def test_a_metric_that_is_none_of_samples_is_refused_in_one_line(values, reason):
+    with pytest.raises(stages.StageError, match=reason):
+        model(metrics=(stages.Metric("odd", values),))
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (("loss",), r"'loss' is not a valid name"),
+        (("a b",), r"'a b' is not a valid name"),
+        (("",), r"'' is not a valid name"),
+        (("same", "same"), r"two metrics named 'same'"),
+        ([f"m{i}" for i in range(MOST_METRICS + 1)], r"at most 64 are allowed"),
+    ],
+)
+def test_names_of_metrics_are_checked(names, reason):
+    metrics = tuple(stages.Metric(name, squares) for name in names)
+    with pytest.raises(stages.StageError, match=reason):
+        stages.Task("mine", squares, metrics)
+
+
+def test_targets_that_do_not_fit_the_outputs_are_refused():
+    """The targets of a registered task follow from the outputs; others are asked for."""
+    own = stages.Task("mine", squares)
+    with pytest.raises(stages.StageError, match="targets of task 'mine' are not known"):
+        network("classification").for_task(own).target_shapes(3)
+
+
+def test_scores_have_a_direction_and_the_first_is_the_main_one():
+    error = stages.Metric("error", squares, higher_is_better=False)
+    table = stages.WholeMetric("table", lambda o, t: o, None)
+    gain = stages.WholeMetric("gain", lambda o, t: 1.0)
+    task = stages.Task("mine", squares, (error,), (table, gain))
+    assert task.scores == {"error": False, "gain": True, LOSS: False}
+    assert task.main == "error" and stages.Task("mine", squares).main == LOSS
+    assert choosing(task, ["gain"]).scores == {"error": False, "gain": True, LOSS: False}
+    assert choosing(task, []).whole == () and choosing(task, ["all"]) == task
+    with pytest.raises(stages.StageError, match=r"no metric 'f1' of all outputs \(known: table"):
+        choosing(task, ["f1"])
+
+
+def test_what_diverges_is_infinite_and_what_does_not_count_is_no_number():
+    task = stages.make_task("language")
+    found = task.finish({"perplexity": (1e6, 10.0), "accuracy": (0.0, 0.0)})
+    assert found["perplexity"] == float("inf") and np.isnan(found["accuracy"])
