@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from stages.allocator import retain_memory
+from stages.allocator import retain_memory, return_memory
 from stages.errors import StageError
 from stages.micro_batch_context import MicroBatchContext, make_draw
 from stages.names import MODELS, NORMS, STEMS
@@ -91,6 +91,7 @@ __all__ = [
     "predict",
     "residual_bytes",
     "retain_memory",
+    "return_memory",
     "select",
     "split",
     "stage_facts",

@@ -15,6 +15,16 @@ import sys
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
+def return_memory() -> None:
+    """Gives the kernel the freed memory that the process keeps; call it after compiling.
+
+    A compiler's heap is several times what training needs, and nothing uses it again.
+    """
+    library = _glibc()
+    if library is not None:
+        library.malloc_trim(0)
+
+
 def retain_memory() -> bool:
     """Tells glibc to keep freed memory; call it before jax is imported or threads start.
 
@@ -24,12 +34,18 @@ def retain_memory() -> bool:
     Returns:
       Whether the C library supports the setting; only glibc does.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    library = ctypes.CDLL(None)
-    if not hasattr(library, "gnu_get_libc_version"):
+    library = _glibc()
+    if library is None:
         return False
     # Never trim, no separate mapping for large requests, and one arena, so that a block freed by
     # one thread is available to all.
     settings = ((_TRIM_THRESHOLD, -1), (_MMAP_MAX, 0), (_ARENA_MAX, 1))
     return all([library.mallopt(name, value) == 1 for name, value in settings])
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """Returns the C library of this process if it is glibc."""
+    if not sys.platform.startswith("linux"):
+        return None
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "gnu_get_libc_version") else None

@@ -24,8 +24,10 @@ class HostConfig:
     )
     cpus: str = option("", "CPU cores to run on, such as 0 or 1-3,5; empty: any")
     memory_mb: float = option(
-        0.0, "auto: memory limit for plans, in megabytes; 0: no limit", at_least=0
-    )
+        0.0, "memory limit for weights, activations and temporaries, in megabytes; plans above it "
+        "are refused; 0: no limit",
+        at_least=0,
+    )  # fmt: skip
     platform: str = option("auto", "platform that jax computes on", choices=PLATFORMS)
     rematerialise: bool = option(False, "recompute forward passes instead of keeping residuals")
 
@@ -90,11 +92,6 @@ class NodeConfig(HostConfig):
     link: str = option(
         "none", "link to the next node; the same forms as for a device", path="trace:"
     )
-    memory_mb: float = option(
-        0.0, "memory limit for weights, activations and temporaries, in megabytes; plans above it "
-        "are refused; 0: no limit",
-        at_least=0,
-    )  # fmt: skip
 
 
 @dataclasses.dataclass

@@ -81,7 +81,7 @@ from pipar_jax.training.compile import (  # fmt: skip
     units_of,
 )
 from pipar_jax.training.replica import Replica, Variables
-from stages import Model
+from stages import Model, return_memory
 
 #: Computations that may be dispatched and not over: the running one and one queued behind it.
 #: With more, asynchronous dispatch would take the choice away from the policy.
@@ -391,8 +391,8 @@ class Host:
         told = self._working("compiling")
         self._samples = samples
         need = memory.predict(self._model, plan, self._seat, self._config, samples)
-        limit_mb = hosts_of(self._config)[self.name].memory_mb
-        memory.check(need, None, limit_mb, self.name, plan)
+        hosts = hosts_of(self._config)
+        memory.check(need, None, hosts, self.name, plan)
         self._program = _program(plan, self._seat)
         # One replica takes the steps of all devices in turn, or each its own device's.
         taken = sum(steps) if plan.order == Order.SEQUENTIAL else max(steps)
@@ -423,7 +423,8 @@ class Host:
         self._compile_codecs(plan, sizes)
         self._broken()
         self._weigh()
-        memory.check(need, self._temporary_bytes, limit_mb, self.name, plan)
+        memory.check(need, self._temporary_bytes, hosts, self.name, plan)
+        return_memory()  # of compiling
         compile_s = time.monotonic() - began
         predicted = need.arrays + self._temporary_bytes
         self._answer(messages.Prepared(compile_s, predicted))

@@ -19,14 +19,14 @@ import numpy as np
 
 import stages
 from pipar_jax.aggregation import rules
-from pipar_jax.config import AggregationConfig, Config, OptimizerConfig
+from pipar_jax.config import AggregationConfig, Config, Hosts, OptimizerConfig
 from pipar_jax.cost_model.memory import Need, StageSizes, find_need
 from pipar_jax.errors import RunError
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.runtime import undo
 from pipar_jax.schedule.feasibility import check_executable
 from pipar_jax.schedule.keep import Keep
-from pipar_jax.schedule.plan import Plan, is_node, long_name
+from pipar_jax.schedule.plan import COORDINATOR, Plan, is_node, long_name
 from pipar_jax.training import optimizer
 from pipar_jax.training.replica import Replica, abstract
 from stages import Model, make_draw
@@ -177,7 +177,7 @@ class _ModelSizes:
 
 
 def why_not_fit(model: Model, plan: Plan, config: Config, samples: Sequence[int]) -> str | None:
-    """Returns why some compute node would refuse a plan before it has compiled anything, or None.
+    """Returns why some host would refuse a plan before it has compiled anything, or None.
 
     Args:
       model: The whole model.
@@ -186,50 +186,62 @@ def why_not_fit(model: Model, plan: Plan, config: Config, samples: Sequence[int]
       samples: Samples that each device trains on in an epoch.
     """
     hosts = hosts_of(config)
-    for host in hosts.nodes:
-        limit_mb = hosts[host].memory_mb
-        if limit_mb and plan.held_units(host, len(model.units)):
+    for host in plan.hosts():
+        if hosts[host].memory_mb:
             need = predict(model, plan, host, config, samples)
-            if (reason := memory_excess(need, None, limit_mb, host, plan)) is not None:
+            if (reason := memory_excess(need, None, hosts, host, plan)) is not None:
                 return reason
     return None
 
 
-def check(need: Need, temporary: int | None, limit_mb: float, host: str, plan: Plan) -> None:
-    """Refuses a plan that exceeds a compute node's memory limit; see ``memory_excess``.
+def check(need: Need, temporary: int | None, hosts: Hosts, host: str, plan: Plan) -> None:
+    """Refuses a plan that exceeds a host's memory limit; see ``memory_excess``.
 
     Raises:
       RunError: It needs more.
     """
-    if (reason := memory_excess(need, temporary, limit_mb, host, plan)) is not None:
+    if (reason := memory_excess(need, temporary, hosts, host, plan)) is not None:
         raise RunError(reason)
 
 
 def memory_excess(
-    need: Need, temporary: int | None, limit_mb: float, host: str, plan: Plan
+    need: Need, temporary: int | None, hosts: Hosts, host: str, plan: Plan
 ) -> str | None:
-    """Returns why a compute node refuses a plan that exceeds its memory limit, or None.
+    """Returns why a host refuses a plan that exceeds its memory limit, or None.
 
     Args:
       need: The predicted need.
       temporary: Bytes of XLA's temporaries; None before anything is compiled.
-      limit_mb: The limit in MB; 0 for none.
+      hosts: All hosts, whose limits are in MB; 0 is none.
       host: The host's name.
       plan: The plan.
     """
-    total = need.arrays + (temporary or 0)
-    if not (is_node(host) and limit_mb) or total <= limit_mb * 1e6:
+    total, limit_mb = need.arrays + (temporary or 0), hosts[host].memory_mb
+    if not limit_mb or total <= limit_mb * 1e6:
         return None
     mb = {name: f"{nbytes / 1e6:.1f}" for name, nbytes in need._asdict().items()}
     temporaries = "" if temporary is None else f", {temporary / 1e6:.1f} for XLA's temporaries"
     return (
         f"{long_name(host)} needs {total / 1e6:.1f} MB for the plan {plan}, but is limited to "
-        f"nodes.{host[1:]}.memory_mb={limit_mb:g}: {mb['variables']} for weights, optimiser states "
-        f"and gradients (copies: {need.copies}), {mb['average']} for their average, {mb['kept']} "
-        f"to go back to after a loss (cohort.*), {mb['held']} "
+        f"{hosts.path(host, 'memory_mb')}={limit_mb:g}: {mb['variables']} for weights, optimiser "
+        f"states and gradients (copies: {need.copies}), {mb['average']} for their average, "
+        f"{mb['kept']} to go back to after a loss (cohort.*), {mb['held']} "
         f"kept between forward and backward, {mb['waiting']} for tensors that wait{temporaries}. "
-        "Move pipeline.cuts or add nodes, set pipeline.weights=shared (and pipeline.in_flight), "
-        "serve fewer devices, or raise the limit"
+        f"{_remedy(host)}, or raise the limit"
+    )
+
+
+def _remedy(host: str) -> str:
+    """Returns what makes a host's share of a plan smaller."""
+    if is_node(host):
+        return (
+            "Move pipeline.cuts or add nodes, set pipeline.weights=shared (and "
+            "pipeline.in_flight), serve fewer devices"
+        )
+    if host == COORDINATOR:
+        return "Move pipeline.cut to the end, set pipeline.weights=shared, serve fewer devices"
+    return (
+        "Move pipeline.cut to the front, lower data.batch_size, set devices.defaults.rematerialise"
     )
 
 

@@ -13,7 +13,7 @@ from pipar_jax.aggregation.aggregator import Aggregator
 from pipar_jax.config import Config
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.runtime import memory, migration, undo
-from pipar_jax.schedule.plan import Plan, WeightPolicy, is_node
+from pipar_jax.schedule.plan import Plan, WeightPolicy
 from pipar_jax.training.compile import run_all
 from pipar_jax.training.optimizer import CompiledOptimizer
 from stages import Model
@@ -96,12 +96,13 @@ def compile_plan(
       between: Called between stages, to detect that they are no longer wanted.
 
     Returns:
-      Why the host refuses the plan, if it is a node whose memory limit is exceeded; else None.
+      Why the host refuses the plan, if its memory limit is exceeded; else None.
     """
-    limit_mb = hosts_of(config)[host].memory_mb if is_node(host) else 0.0
+    hosts = hosts_of(config)
+    limit_mb = hosts[host].memory_mb
     local = {model.unit_names[unit] for unit in plan.local_units(host, len(model.units))}
     temporary = 0
-    keeps = functools.partial(undo.find_keep, hosts_of(config), config.cohort, plan)
+    keeps = functools.partial(undo.find_keep, hosts, config.cohort, plan)
     for replica in migration.samples_of(
         model, plan, host, compiled, keeps, rematerialise=rematerialise, releases=releases
     ):
@@ -114,7 +115,7 @@ def compile_plan(
     if not limit_mb:
         return None
     need = memory.predict(model, plan, host, config, samples)
-    return memory.memory_excess(need, temporary, limit_mb, host, plan)
+    return memory.memory_excess(need, temporary, hosts, host, plan)
 
 
 def lower_priority() -> None:

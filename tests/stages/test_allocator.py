@@ -27,6 +27,33 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+# Frees 64 MB that nothing else uses, and prints the resident megabytes before and after returning.
+RETURNED = """
+import ctypes
+import stages
+def resident():
+    pages = int(open("/proc/self/statm").read().split()[1])
+    return pages * 4096 / 1e6
+assert stages.retain_memory()
+library = ctypes.CDLL(None)
+library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+library.free.argtypes = [ctypes.c_void_p]
+block, barrier = library.malloc(1 << 26), library.malloc(1 << 20)
+ctypes.memset(block, 1, 1 << 26)
+library.free(block)
+before = resident()
+stages.return_memory()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="malloc_trim is glibc's")
+def test_what_is_returned_is_no_longer_resident():
+    command = [sys.executable, "-c", RETURNED]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert float(done.stdout) > 60
+
+
 def _faults(retain: bool) -> int:
     code = FAULTS.format(retain=retain)
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

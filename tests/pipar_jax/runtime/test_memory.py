@@ -107,6 +107,20 @@ def test_a_plan_above_a_node_s_memory_is_refused_with_the_figures(tmp_path, shar
     assert ("temporaries" in text) == (share > 1)
 
 
+@pytest.mark.parametrize(
+    ("host", "field", "name"),
+    [("d1", "devices.1", "device 1"), ("server", "server", "the server")],
+)
+def test_a_plan_above_any_hosts_memory_is_refused(tmp_path, host, field, name):
+    made = support.config(tmp_path, DEVICES, method="pipar", name="vgg5", batch=8)
+    if host == "server":
+        made.server.memory_mb = 0.5
+    else:
+        made.devices.overrides = {1: {"memory_mb": 0.01}}
+    with pytest.raises(RunError, match=f"{name} needs .* {field}.memory_mb=0.*raise the limit"):
+        support.trained(made, DEVICES)
+
+
 @pytest.mark.parametrize("weights", ["copy", "shared"])
 def test_what_the_tuner_offers_by_a_profile_no_node_refuses(tmp_path, weights):
     """One model of memory with the bytes of a profile's units, or of the stages themselves."""
