@@ -110,7 +110,7 @@ class Stage:
         params: Variables,
         residuals: Residuals,
         cotangent: jax.Array,
-        accumulated: Variables,
+        accumulated: Variables | None,
     ) -> tuple[jax.Array, Variables]:
         """Runs the units backward.
 
@@ -118,7 +118,8 @@ class Stage:
           params: The parameters that the forward pass had.
           residuals: What the forward pass kept.
           cotangent: Gradient of the loss in the activation, same shape and dtype.
-          accumulated: Gradients accumulated so far; donated.
+          accumulated: Gradients accumulated so far, donated; None where there are none yet, which
+            is another program: for steps of one micro-batch.
 
         Returns:
           The input's cotangent [micro-batch, …] (for the first stage a scalar without meaning,
@@ -136,7 +137,7 @@ class Stage:
         x: jax.Array,
         targets: Targets,
         draw: MicroBatchContext,
-        accumulated: Variables,
+        accumulated: Variables | None,
         side: Side = _NO_SIDE,
     ) -> tuple[Metrics, jax.Array | None, Variables, Variables]:
         """Runs the last stage forward, the loss of the model's task, and backward, in one call.
@@ -147,7 +148,8 @@ class Stage:
           x: Input [micro-batch, …].
           targets: What the task compares outputs with, [micro-batch, …] each.
           draw: Scalars of the micro-batch; gradients are those of the mini-batch's mean loss.
-          accumulated: Gradients accumulated so far; donated.
+          accumulated: Gradients accumulated so far, donated; None where there are none yet, which
+            is another program: for steps of one micro-batch.
           side: Side inputs by name, those of ``sides`` at least.
 
         Returns:
@@ -343,8 +345,10 @@ def _run(
     return x, after
 
 
-def _add(accumulated: Variables, gradient: Variables) -> Variables:
+def _add(accumulated: Variables | None, gradient: Variables) -> Variables:
     """Adds a micro-batch's gradient; micro-batches are added in order of their index."""
+    if accumulated is None:
+        return gradient
     total: Variables = jax.tree.map(jnp.add, accumulated, gradient)
     return total
 
@@ -440,7 +444,7 @@ def _backward(
     params: Variables,
     residuals: Residuals,
     cotangent: PyTree,
-    accumulated: Variables,
+    accumulated: Variables | None,
     fixed: Variables = _NOTHING,
 ) -> tuple[jax.Array, Variables]:
     """Traced body of ``Stage.backward``."""
@@ -461,7 +465,7 @@ def _loss(
     x: PyTree,
     targets: PyTree,
     draw: MicroBatchContext,
-    accumulated: Variables,
+    accumulated: Variables | None,
     side: Side = _NO_SIDE,
     fixed: Variables = _NOTHING,
 ) -> tuple[Metrics, jax.Array | None, Variables, Variables]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,49 @@ import optax
 from stages.trees import OptState, PyTree, Variables
 
 Keeps: TypeAlias = Literal["", "opt_state", "all"]
-_DONATED: dict[Keeps, tuple[int, ...]] = {"": (0, 1, 2), "opt_state": (0, 2), "all": (2,)}
-Update: TypeAlias = Callable[
-    [Variables, OptState, Variables], tuple[Variables, OptState, Variables]
-]
+_DONATED: dict[Keeps, tuple[int, ...]] = {"": (0, 1), "opt_state": (0,), "all": ()}
+_Step: TypeAlias = Callable[[Variables, OptState, Variables], tuple[Variables, OptState]]
+
+
+class Update:
+    """The compiled optimiser step of a mini-batch; see ``make_update``."""
+
+    def __init__(self, step: _Step, keeps: Keeps) -> None:
+        """Prepares both forms of the step; they are compiled when they are first used."""
+
+        def clearing(
+            params: Variables, opt_state: OptState, accumulated: Variables
+        ) -> tuple[Variables, OptState, Variables]:
+            made = step(params, opt_state, accumulated)
+            return *made, jax.tree.map(jnp.zeros_like, accumulated)
+
+        donated = _DONATED[keeps]
+        self._clearing = jax.jit(clearing, donate_argnums=(*donated, 2))
+        self._single = jax.jit(step, donate_argnums=donated)
+
+    def __call__(
+        self, params: Variables, opt_state: OptState, accumulated: Variables
+    ) -> tuple[Variables, OptState, Variables]:
+        """Returns the new weights, the new optimiser state, and the accumulator, all zero."""
+        result: tuple[Variables, OptState, Variables] = self._clearing(
+            params, opt_state, accumulated
+        )
+        return result
+
+    def single(
+        self, params: Variables, opt_state: OptState, gradient: Variables
+    ) -> tuple[Variables, OptState]:
+        """Returns the new weights and optimiser state of a step of one micro-batch.
+
+        The gradient is not donated, and there is no accumulator: see ``Stage.backward``.
+        """
+        result: tuple[Variables, OptState] = self._single(params, opt_state, gradient)
+        return result
+
+    def lower(self, params: Any, opt_state: Any, gradient: Any, *, single: bool = False) -> Any:
+        """Lowers one of the forms for abstract arguments, as ``jax.stages.Lowered``."""
+        chosen = self._single if single else self._clearing
+        return chosen.lower(params, opt_state, gradient)
 
 
 class Joint(optax.GradientTransformation):  # type: ignore[misc]  # optax is untyped
@@ -54,9 +93,9 @@ def make_update(*parts: optax.GradientTransformation, keeps: Keeps = "") -> Upda
       of ``optax.chain(*parts)``.
     """
 
-    def update(
+    def step(
         params: Variables, opt_state: OptState, accumulated: Variables
-    ) -> tuple[Variables, OptState, Variables]:
+    ) -> tuple[Variables, OptState]:
         updates: Variables = dict(accumulated)
         states: dict[str, list[PyTree]] = {unit: list(opt_state[unit]) for unit in params}
         for i, part in enumerate(parts):
@@ -70,6 +109,6 @@ def make_update(*parts: optax.GradientTransformation, keeps: Keeps = "") -> Upda
             for unit, arrays in params.items()
         }
         new_state = {unit: tuple(some) for unit, some in states.items()}
-        return new_params, new_state, jax.tree.map(jnp.zeros_like, accumulated)
+        return new_params, new_state
 
-    return jax.jit(update, donate_argnums=_DONATED[keeps])
+    return Update(step, keeps)

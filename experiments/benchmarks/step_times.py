@@ -57,7 +57,6 @@ def prepare_jax(
     held = [stages.select(part, params) for part in parts]
     stats = [stages.select(part, state) for part in parts]
     opts = [stages.init_opt_state(own, tx) for own in held]
-    sums = [part.zeros(own) for part, own in zip(parts, held, strict=True)]
     images, labels = jax.device_put((x, y))
 
     def step() -> None:
@@ -65,14 +64,15 @@ def prepare_jax(
         for i, part in enumerate(parts[:-1]):
             h, residuals, stats[i] = part.forward(held[i], stats[i], h, draw)
             kept.append(residuals)
-        _, cotangent, sums[-1], stats[-1] = parts[-1].loss(
-            held[-1], stats[-1], h, labels, draw, sums[-1]
+        gradients: list[Any] = [None] * len(parts)
+        _, cotangent, gradients[-1], stats[-1] = parts[-1].loss(
+            held[-1], stats[-1], h, labels, draw, None
         )
         for i in reversed(range(len(parts) - 1)):
             assert cotangent is not None  # only the first stage has no cotangent
-            cotangent, sums[i] = parts[i].backward(held[i], kept.pop(), cotangent, sums[i])
+            cotangent, gradients[i] = parts[i].backward(held[i], kept.pop(), cotangent, None)
         for i in range(len(parts)):
-            held[i], opts[i], sums[i] = update(held[i], opts[i], sums[i])
+            held[i], opts[i] = update.single(held[i], opts[i], gradients[i])
         jax.block_until_ready((held, stats))  # type: ignore[no-untyped-call]
 
     began = time.perf_counter()

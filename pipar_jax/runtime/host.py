@@ -438,6 +438,8 @@ class Host:
     def _install(self, plan: Plan) -> None:
         """Makes all that follows from a plan and from the replicas, which fit it already."""
         self._plan = plan
+        for replica in self._replicas.values():
+            replica.expect(single=plan.has_single_micro_batches)
         can_lose = may_lose(self._config.cohort, self._config.devices.total)
         self._undoes_turns = plan.order == Order.SEQUENTIAL and can_lose
         self._outgoing: dict[Boundary, CreditedLink] = {}

@@ -259,6 +259,7 @@ def temporary_bytes(model: Model, replicas: Iterable[Replica], sizes: Iterable[i
     for replica in {one.stage.unit_names: one for one in replicas}.values():
         stage = replica.stage
         params, state = abstract(replica.params), abstract(replica.state)
+        before = None if replica.single else params
         fixed = stage.frozen.shapes(stage.unit_names)
         lowered: list[Any] = replica.lower_updates()
         start = model.unit_names.index(stage.unit_names[0])
@@ -268,12 +269,12 @@ def temporary_bytes(model: Model, replicas: Iterable[Replica], sizes: Iterable[i
             if stage.is_last:
                 targets = model.target_shapes(size)
                 lowered.append(
-                    stage.programs.loss.lower(params, state, x, targets, draw, params, sides, fixed)
+                    stage.programs.loss.lower(params, state, x, targets, draw, before, sides, fixed)
                 )
                 continue
             y, residuals = stage.forward_shapes(params, state, x, draw, sides)
             lowered.append(stage.programs.forward.lower(params, state, x, draw, sides, fixed))
-            lowered.append(stage.programs.backward.lower(params, residuals, y, params, fixed))
+            lowered.append(stage.programs.backward.lower(params, residuals, y, before, fixed))
         for one in lowered:
             analysis = one.compile().memory_analysis()
             most = max(most, getattr(analysis, "temp_size_in_bytes", 0))

@@ -104,13 +104,15 @@ def samples_of(
             if new.host(device, index) == host and stage.unit_names not in known:
                 known.add(stage.unit_names)
                 held = [unit for unit in model.units if unit.name in stage.unit_names]
-                yield Replica(
+                replica = Replica(
                     stage,
                     {unit.name: jax.tree.map(_zeros, dict(unit.params)) for unit in held},
                     {unit.name: jax.tree.map(_zeros, dict(unit.state)) for unit in held},
                     compiled,
                     keeps(replica_key(new, device, index)[0]),
                 )
+                replica.expect(single=new.has_single_micro_batches)
+                yield replica
 
 
 def cut_stages(

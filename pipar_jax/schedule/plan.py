@@ -302,6 +302,11 @@ class Plan:
         """Whether devices in parallel share weights, so that gradients are summed over devices."""
         return self.weights == WeightPolicy.SHARED and self.order == Order.PARALLEL
 
+    @property
+    def has_single_micro_batches(self) -> bool:
+        """Whether every step's gradient is that of one micro-batch, so that nothing is summed."""
+        return not self.sums_gradients and all(one.micro_batches == 1 for one in self.devices)
+
     def hosts(self) -> tuple[str, ...]:
         """Returns all hosts of the plan, coordinator first, then in order of appearance."""
         names = dict.fromkeys([COORDINATOR])

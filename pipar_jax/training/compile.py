@@ -204,7 +204,7 @@ def _functions(model: Model, replica: Replica, samples: int) -> Mapping[ActionKi
     dtype = jnp.promote_types(above.dtype, jnp.float32)
     draw = stage.trial_draw(samples)._replace(inverse_batch=np.dtype(dtype).type(1.0 / samples))
     # Each run passes its accumulator to the next, which donates it: that of the replica, which is
-    # zero between steps and is zeroed again in the end.
+    # zero between steps and is zeroed again in the end. Steps of one micro-batch have none.
     held: dict[str, PyTree] = {}
 
     def run_last() -> float:
@@ -212,7 +212,7 @@ def _functions(model: Model, replica: Replica, samples: int) -> Mapping[ActionKi
         seconds, results = _timed(
             stage.loss, replica.params, replica.state, x, targets, draw, replica.accumulated, sides
         )
-        replica.accumulated = results[2]
+        replica.accumulated = None if replica.single else results[2]
         return seconds
 
     def run_forward() -> float:
@@ -225,7 +225,7 @@ def _functions(model: Model, replica: Replica, samples: int) -> Mapping[ActionKi
         seconds, results = _timed(
             stage.backward, replica.params, held["residuals"], cotangent, replica.accumulated
         )
-        replica.accumulated = results[1]
+        replica.accumulated = None if replica.single else results[1]
         return seconds
 
     if stage.is_last:
@@ -239,7 +239,15 @@ def _update(replica: Replica) -> _Run:
     copy.__dict__.update(replica.__dict__)
     for name in ("params", "opt_state", "accumulated"):
         setattr(copy, name, jax.tree.map(jnp.array, getattr(replica, name)))
-    return lambda: _timed(copy.update)[0]
+
+    def run() -> float:
+        if copy.accumulated is None:
+            copy.accumulated = jax.block_until_ready(  # type: ignore[no-untyped-call]
+                copy.stage.zeros(copy.params)
+            )
+        return _timed(copy.update)[0]
+
+    return run
 
 
 def _ones(shape: Any) -> jax.Array:

@@ -44,7 +44,8 @@ class Replica:
       params: Weights by unit.
       state: Batch statistics by unit.
       opt_state: Optimiser state by unit.
-      accumulated: Gradient of the mini-batch so far, by unit.
+      accumulated: Gradient of the mini-batch so far, by unit; None before the first micro-batch
+        of a step that has one only.
       step: With Keep.STEP, the step that comes next.
     """
 
@@ -72,7 +73,8 @@ class Replica:
         self.load(params, state)
         init = compiled.transformation.init
         self.opt_state: OptState = {unit: init(w) for unit, w in self.params.items()}
-        self.accumulated = stage.zeros(self.params)
+        self._single = False
+        self.accumulated: Variables | None = stage.zeros(self.params)
         self._compiled, self._keeps = compiled, keeps
         self._each_step = Keep.STEP in keeps
         whole = keeps & (Keep.TURN | Keep.STEP)
@@ -116,9 +118,24 @@ class Replica:
                 held[unit] = jax.tree.map(jnp.array, given)
 
     @property
+    def single(self) -> bool:
+        """Whether a step has one micro-batch: its gradient is written, and not added to zeros."""
+        return self._single
+
+    def expect(self, *, single: bool) -> None:
+        """Prepares for steps of one micro-batch or of several, between two steps.
+
+        A private stage accumulates always: the sum of its clipped gradients begins with zeros.
+        """
+        single = single and self.stage.release is None
+        if single != self._single:
+            self._single = single
+            self.clear()
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        held = self.params, self.state, self.opt_state, self.accumulated
+        """Bytes of all arrays, the gradient of a mini-batch among them."""
+        held = self.params, self.state, self.opt_state, self.params
         nbytes: int = sum(leaf.nbytes for leaf in jax.tree.leaves(held))
         return nbytes + self.kept_bytes
 
@@ -243,10 +260,13 @@ class Replica:
           scale: Factor of the gradient.
           noise: Noise that is added to the gradient before it is scaled.
         """
+        gradient = self.accumulated
+        if gradient is None:  # no micro-batch of the step was left
+            gradient = self.stage.zeros(self.params)
         if noise is not None:
-            self.accumulated = add_noise(self.accumulated, *noise)
+            gradient = add_noise(gradient, *noise)
         if scale != 1.0:
-            self.accumulated = _scaled(self.accumulated, scale)
+            gradient = _scaled(gradient, scale)
         update, before = self._compiled.update, (self.params, self.opt_state)
         if self._each_step:
             update = self._compiled.keeping_all
@@ -254,7 +274,11 @@ class Replica:
             self._settled = dict(self.state)
         elif self._held:
             update = self._keeping
-        self.params, self.opt_state, self.accumulated = update(*before, self.accumulated)
+        self.accumulated = None  # the update may give it away
+        if self._single:
+            self.params, self.opt_state = update.single(*before, gradient)
+        else:
+            self.params, self.opt_state, self.accumulated = update(*before, gradient)
         if self._held:
             self._held = False
             # What the step has left as it was is no array of its own, and the next gives it away.
@@ -271,8 +295,9 @@ class Replica:
 
     def clear(self) -> None:
         """Resets the gradient of the mini-batch."""
-        del self.accumulated  # before another one is allocated
-        self.accumulated = self.stage.zeros(self.params)
+        self.accumulated = None  # before another one is allocated
+        if not self._single:
+            self.accumulated = self.stage.zeros(self.params)
 
     def lower_updates(self) -> list[Any]:
         """Returns the optimiser's steps, lowered: compiling them needs no copies of the arrays."""
@@ -281,8 +306,9 @@ class Replica:
             updates.append(self._compiled.update)
         if self._keeps:
             updates.append(self._keeping)
-        shapes = [abstract(tree) for tree in (self.params, self.opt_state, self.accumulated)]
-        lowered = [update.lower(*shapes) for update in updates]
+        gradient = self.params if self.accumulated is None else self.accumulated
+        shapes = [abstract(tree) for tree in (self.params, self.opt_state, gradient)]
+        lowered = [update.lower(*shapes, single=self._single) for update in updates]
         if self.stage.release is not None:
             bits = np.empty((2, self.weights), np.uint32)
             lowered.append(add_noise.lower(shapes[2], bits, np.float32(1.0)))

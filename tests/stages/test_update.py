@@ -41,3 +41,22 @@ def test_optimiser_state_is_kept_per_unit():
     for unit in model.unit_names:
         expected = jax.tree.structure((tx.init(params[unit]),))
         assert jax.tree.structure(opt_state[unit]) == expected
+
+
+def test_a_step_of_one_micro_batch_needs_no_accumulator():
+    model = small_resnet()
+    params, state = model.init(0)
+    x, y = batch(model, 4)
+    (stage,) = stages.split(model)
+    tx = optax.sgd(0.1, momentum=0.9)
+    update = stages.make_update(tx)
+    copy = lambda tree: jax.tree.map(lambda a: a.copy(), tree)  # noqa: E731
+    _, _, summed, _ = stage.loss(params, state, x, y, stages.make_draw(4), stage.zeros(params))
+    _, _, written, _ = stage.loss(params, state, x, y, stages.make_draw(4), None)
+    jax.tree.map(np.testing.assert_array_equal, written, summed)
+    given = copy(params), stages.init_opt_state(params, tx)
+    expected = update(*copy(given), summed)[:2]
+    actual = update.single(*given, written)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(written))
