@@ -32,7 +32,7 @@ T = TypeVar("T")
 #: Time limit of a node for one micro-batch, without compilation.
 _PATIENCE_S = 120.0
 #: Maximum delay of its accounting after the last tensor has left.
-_SETTLE_S = 10.0
+_SETTLE_S = 40.0
 
 
 class Driven(NamedTuple):
