@@ -1,0 +1,188 @@
+"""Rounds of federated averaging, ours and Flower's: seconds and peak memory.
+
+Weights of 0.4, 45 and 135 MB, 2 and 8 clients, everything on this machine over loopback, without
+TLS. Ours: a server process and a process per device, which takes one optimiser step on a sample of
+a network whose computation is next to nothing. Flower's: its current server and client apps under
+its SuperLink and SuperNodes as they are by default, with a client that returns its arrays at once.
+Both average all clients and evaluate nothing. A round lasts from the end of the one before to its
+own; the first is left out. Memory is the largest sum of the resident sizes of all processes.
+
+Flower is in the extra ``peers``, or in an environment of its own, whose programs are then named:
+
+  python -m experiments.bench_rounds [--flower_bin=FOLDER/bin] [--quick] [--json=FILE]
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from experiments.benchmarks import flower_app, harness, process_memory
+from pipar_jax.errors import RunError
+
+SIZES_MB = flags.DEFINE_list("sizes_mb", ["0.4", "45", "135"], "Megabytes of weights.")
+CLIENTS = flags.DEFINE_list("clients", ["2", "8"], "Numbers of clients.")
+REPEATS = flags.DEFINE_integer("repeats", 2, "Runs of each setting, alternating.", lower_bound=1)
+FLOWER_BIN = flags.DEFINE_string(
+    "flower_bin", str(Path(sys.executable).parent), "Folder of Flower's programs."
+)
+ROUNDS = 5
+LIMIT_S = 900.0
+Measured = tuple[list[float], int]
+
+
+def ours(megabytes: float, clients: int, folder: Path) -> Measured:
+    """Returns the seconds of rounds of a run of ours, and the peak memory."""
+    data, metrics = folder / "data.npz", folder / "runs" / "rounds" / "metrics.jsonl"
+    x, y = np.ones((2, 8), np.float32), np.arange(2, dtype=np.int32)
+    np.savez(data, x_train=x, y_train=y, x_test=x, y_test=y)
+    command = [
+        sys.executable, "-m", "experiments.train", "--config=digits", "--config.name=rounds",
+        f"--config.run.dir={folder / 'runs'}", f"--config.data.source=npz:{data}",
+        "--config.method=fl", f"--config.devices.count={clients}", "--config.data.batch_size=2",
+        "--config.model.name=module:experiments.benchmarks.round_model:build",
+        f"--config.model.args=megabytes={megabytes}", f"--config.run.rounds={ROUNDS}",
+        "--config.run.evaluate_every=0",
+    ]  # fmt: skip
+    ends_s: list[float] = []
+    with _started(command, folder / "ours.log") as process:
+        with process_memory.sampled(os.getpid()) as peak:
+            began_s = time.monotonic()
+            while process.poll() is None and time.monotonic() - began_s < LIMIT_S:
+                seen = metrics.read_text().count('"round_finished"') if metrics.exists() else 0
+                ends_s += [time.monotonic()] * (seen - len(ends_s))
+                time.sleep(0.005)
+        if process.poll() != 0:
+            raise RunError(f"our run failed: {(folder / 'ours.log').read_text()[-300:]}")
+    return [b - a for a, b in itertools.pairwise(ends_s)], peak.nbytes
+
+
+def flowers(megabytes: float, clients: int, folder: Path) -> Measured:
+    """Returns the seconds of rounds of Flower's apps, and the peak memory."""
+    flower_app.write(folder / "app")
+    home, out = folder / "home", folder / "seconds.json"
+    home.mkdir()
+    address = f"127.0.0.1:{_free_port()}"
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "{address}"\ninsecure = true\n'
+    )
+    programs = Path(FLOWER_BIN.value)
+    environment = {
+        **os.environ, "FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0",
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+    }  # fmt: skip
+    host, _, port = address.partition(":")
+    link = [
+        str(programs / "flower-superlink"), "--insecure", f"--host={host}", f"--port={port}",
+        "--disable-runtime-dependency-installation",
+    ]  # fmt: skip
+    config = f'clients={clients} rounds={ROUNDS} megabytes={megabytes} out="{out}"'
+    submit = [str(programs / "flwr"), "run", str(folder / "app"), "here", "--run-config", config]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_started(link, folder / "superlink.log", environment))
+        _await_port(int(port))
+        for index in range(clients):
+            program = str(programs / "flower-supernode")
+            ports = [f"--superlink={address}", f"--port={_free_port()}"]
+            node = [program, "--insecure", "--host=127.0.0.1", *ports]
+            stack.enter_context(_started(node, folder / f"supernode{index}.log", environment))
+        with process_memory.sampled(os.getpid()) as peak:
+            done = subprocess.run(submit, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                raise RunError(f"Flower's run was refused: {(done.stdout + done.stderr)[-300:]}")
+            until_s = time.monotonic() + LIMIT_S
+            while not out.exists():
+                if time.monotonic() > until_s:
+                    logged = (folder / "superlink.log").read_text()[-600:]
+                    raise RunError(f"Flower's rounds did not end in {LIMIT_S:.0f} s: {logged}")
+                time.sleep(0.1)
+    seconds: list[float] = json.loads(out.read_text())
+    return seconds[1:], peak.nbytes
+
+
+@contextlib.contextmanager
+def _started(
+    command: list[str], log: Path, environment: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Runs a program, whose processes are ended at the end of the with statement."""
+    with (
+        log.open("w") as file,
+        subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        ) as process,
+    ):
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def _await_port(port: int) -> None:
+    """Waits until something listens.
+
+    Raises:
+      RunError: Nothing does.
+    """
+    until_s = time.monotonic() + 120
+    while time.monotonic() < until_s:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.2)
+    raise RunError(f"Flower's SuperLink does not listen on port {port}")
+
+
+def measure(run: harness.Bench) -> None:
+    """Runs every setting; with --quick the smallest."""
+    systems = {"ours": ours}
+    if (Path(FLOWER_BIN.value) / "flower-superlink").exists():
+        systems["Flower"] = flowers
+    else:
+        run.note("Flower is not installed (extra `peers`, or --flower_bin): no ratios.")
+    for megabytes in SIZES_MB.value[:1] if run.quick else SIZES_MB.value:
+        for clients in CLIENTS.value[:1] if run.quick else CLIENTS.value:
+            cell = f"{megabytes} MB, {clients} clients"
+            found: dict[str, list[Measured]] = {name: [] for name in systems}
+            for _ in range(1 if run.quick else REPEATS.value):
+                for name, system in systems.items():
+                    run.progress(f"{cell}: {name}")
+                    with tempfile.TemporaryDirectory() as folder:
+                        found[name].append(system(float(megabytes), int(clients), Path(folder)))
+            seconds, memory = {}, {}
+            for name, measured in found.items():
+                seconds[name] = statistics.median(s for rounds, _ in measured for s in rounds)
+                memory[name] = min(nbytes for _, nbytes in measured)
+                run.row(f"{cell}, {name}, a round", seconds[name], "s")
+                run.row(f"{cell}, {name}, peak memory of all processes", memory[name] / 1e6, "MB")
+            if "Flower" in found:
+                ratio = seconds["Flower"] / seconds["ours"]
+                run.row(f"{cell}, Flower / ours, seconds", ratio, "x", 2.0, "higher")
+                run.row(
+                    f"{cell}, ours / Flower, memory", memory["ours"] / memory["Flower"], "x", 0.7
+                )
+
+
+if __name__ == "__main__":
+    harness.run(measure)
