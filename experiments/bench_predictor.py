@@ -50,7 +50,7 @@ def measure(run: harness.Bench) -> None:
     timed, tables = evaluation.held_out_layers(timings, train)
     tell(run, "new layers, known devices", timed)
     tell(run, "new layers, known devices of tables", tables)
-    families = sorted({one.family for one in timings.devices})
+    families = sorted({device.family for device in timings.devices})
     folds, informed = {}, {}
     kept = [i for i, one in enumerate(timings.layers) if one.network not in evaluation.PARTITIONED]
     for done, family in enumerate(families[:2] if run.quick else families):

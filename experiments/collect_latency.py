@@ -55,7 +55,7 @@ def gather_all(path: pathlib.Path) -> None:
     from experiments.latency_data import collect
     from experiments.latency_data.timings import TimedDevice, Timings
 
-    known = {one.name: one for one in collect.variants(_GPU.value)}
+    known = {variant.name: variant for variant in collect.variants(_GPU.value)}
     names = _VARIANTS.value or list(known)
     if wrong := [name for name in names if name not in known]:
         raise ConfigError(f"--variants={wrong[0]}: this machine supports {', '.join(known)}")

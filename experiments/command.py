@@ -39,7 +39,7 @@ FIRST = (
 def commands() -> dict[str, str]:
     """Returns the descriptions of all commands by name, the most used first."""
     modules = pkgutil.iter_modules([str(FOLDER)])
-    found = {one.name for one in modules if not one.ispkg} - {"command"}
+    found = {module.name for module in modules if not module.ispkg} - {"command"}
     if not (FOLDER / "benchmarks").is_dir():  # an installation has no measurement code
         found = {name for name in found if not _measures(FOLDER / f"{name}.py")}
     order = [*(name for name in FIRST if name in found), *sorted(found - set(FIRST))]

@@ -32,7 +32,7 @@ def main(_: list[str]) -> None:
 
     began_s = time.monotonic()
     timings = read_timings(_TIMINGS.value, _TABLES.value)
-    families = sorted({one.family for one in timings.devices})
+    families = sorted({device.family for device in timings.devices})
     about = (
         f"{len(timings.layers)} layers on {len(timings.devices)} devices "
         f"({', '.join(families)}), {_STEPS.value or training.STEPS} updates"

@@ -92,7 +92,9 @@ class Model:
           StageError: The name, module or shape of a unit is not valid; the message names the unit.
         """
         # Built together: what two units share is one object in both.
-        built = abstractly(lambda: build_units(name, units, [build_module(*one) for one in units]))
+        built = abstractly(
+            lambda: build_units(name, units, [build_module(*unit) for unit in units])
+        )
         return cls._of_built(name, built, input_shape, classes, input_dtype)
 
     @classmethod

@@ -77,7 +77,7 @@ def normal(bits: jax.Array, dtype: Any) -> jax.Array:
       […]; their absolute values stay below 6.8, since the bits are 32.
     """
     wide = jnp.promote_types(dtype, jnp.float32)
-    radius, angle = (one.astype(wide) for one in bits)
+    radius, angle = (word.astype(wide) for word in bits)
     # Above 0; numbers next to 0, which make the tail, have all their digits.
     uniform = (radius + jnp.asarray(0.5, wide)) * jnp.asarray(2.0**-32, wide)
     length = jnp.sqrt(jnp.maximum(-2.0 * jnp.log(uniform), 0.0))

@@ -225,4 +225,4 @@ def _fitted(unit: str, name: str, before: jax.Array, found: Mapping[str, Any]) -
 
 
 def _names(dtypes: frozenset[Any]) -> str:
-    return ", ".join(sorted(str(one) for one in dtypes))
+    return ", ".join(sorted(str(dtype) for dtype in dtypes))

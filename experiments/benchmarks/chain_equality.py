@@ -122,8 +122,8 @@ def _centralised(config: Config, model: Any, data: Sequence[Any]) -> Any:
     gradient = jax.jit(jax.grad(loss))
     for step in range(STEPS):
         batches = [loader.batch(step) for loader in loaders]
-        x = jnp.asarray(np.concatenate([one.x for one in batches]).astype(np.float64))
-        labels = jnp.asarray(np.concatenate([one.targets["y"] for one in batches]))
+        x = jnp.asarray(np.concatenate([batch.x for batch in batches]).astype(np.float64))
+        labels = jnp.asarray(np.concatenate([batch.targets["y"] for batch in batches]))
         updates, opt_state = tx.update(gradient(params, x, labels), opt_state, params)
         params = optax.apply_updates(params, updates)
     return params

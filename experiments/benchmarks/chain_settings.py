@@ -87,7 +87,7 @@ def best_cuts(facts: Sequence[Facts], first: int, stop: int, nodes: int) -> tupl
       stop: One past their last unit.
       nodes: How many there are.
     """
-    sizes = [3 * one.parameter_bytes + one.residual_bytes for one in facts]
+    sizes = [3 * fact.parameter_bytes + fact.residual_bytes for fact in facts]
     sums = list(itertools.accumulate(sizes, initial=0))
     # The minimal largest node so far by number of nodes and position, and its cuts.
     best: dict[int, tuple[int, tuple[int, ...]]] = {first: (0, (first,))}
@@ -106,7 +106,7 @@ def best_cuts(facts: Sequence[Facts], first: int, stop: int, nodes: int) -> tupl
 def model_bytes(facts: Sequence[Facts], cuts: Sequence[int]) -> list[float]:
     """Returns each node's 3W + A by the units' own facts."""
     return [
-        sum(3.0 * one.parameter_bytes + one.residual_bytes for one in facts[start:stop])
+        sum(3.0 * fact.parameter_bytes + fact.residual_bytes for fact in facts[start:stop])
         for start, stop in itertools.pairwise(cuts)
     ]
 
@@ -201,7 +201,7 @@ MULTIHOP = Setting("resnet18", "", (1.5, 1.5, 1.5), 4)
 #: Nodes of which two have half the speed, with free links and with slow ones: our plan, and that of
 #: the paper's objective, which ignores links.
 OURS = tuple(Setting("resnet18", "", (1.0, 2.0, 2.0), 4, link=link) for link in ("none", "10/10"))
-PAPERS = tuple(dataclasses.replace(one, select="paper") for one in OURS)
+PAPERS = tuple(dataclasses.replace(planner, select="paper") for planner in OURS)
 
 
 def predict(run: RecordedRun) -> float:

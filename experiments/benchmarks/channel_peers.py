@@ -362,7 +362,7 @@ def _peak_bytes() -> int:
     status = Path("/proc/self/status")
     if status.exists():
         # Not ru_maxrss, which on Linux includes the parent process.
-        line = next(one for one in status.read_text().splitlines() if one.startswith("VmHWM"))
+        line = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

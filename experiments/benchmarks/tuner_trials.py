@@ -118,7 +118,9 @@ def choice(setting: Setting, folder: Path, results: Path) -> Choice:
             "best": best.to_dict(),
             "paper": paper[0].to_dict() if paper else tuner.to_dict(),
             "tried": [[one.plan.to_dict(), one.predicted_s, one.seconds] for one in tried.values()],
-            "turns": [[one.plan.to_dict(), one.predicted_s, one.seconds] for one in turns.values()],
+            "turns": [
+                [turn.plan.to_dict(), turn.predicted_s, turn.seconds] for turn in turns.values()
+            ],
             "profile": profile.to_dict(),
         }
 
@@ -175,7 +177,7 @@ def unequal(folder: Path, results: Path, links: Sequence[str], quick: bool = Fal
         best = min(tried.values(), key=lambda one: one.mean_s).plan
         own = found["tuner"][0]
         turns = trials.try_plans(config, profile, [own, best] * (1 if quick else TURNS))
-        rows = [[one.plan.to_dict(), one.predicted_s, one.seconds] for one in turns.values()]
+        rows = [[turn.plan.to_dict(), turn.predicted_s, turn.seconds] for turn in turns.values()]
         return {"own": own.to_dict(), "best": best.to_dict(), "turns": rows}
 
     found = trials.kept(
@@ -203,19 +205,19 @@ def many_devices(unequal: bool = False, devices: int = 20) -> Profile:
     def seconds(flops: float) -> tuple[float, ...]:
         return tuple(CALL_S + flops / FLOPS * size / batch for size in sizes)
 
-    forward = [seconds(one.forward_flops) for one in units]
-    backward = [seconds(one.backward_flops) for one in units]
+    forward = [seconds(unit.forward_flops) for unit in units]
+    backward = [seconds(unit.backward_flops) for unit in units]
     # The last unit is one call: forward, loss and backward.
     backward[-1] = seconds(units[-1].forward_flops + units[-1].backward_flops)
     forward[-1] = (0.0,) * len(sizes)
-    updates = tuple(CALL_S + 5 * one.parameter_bytes / BYTES_S for one in units)
+    updates = tuple(CALL_S + 5 * unit.parameter_bytes / BYTES_S for unit in units)
     host = HostProfile(sizes, tuple(forward), tuple(backward), updates, CALL_S, 3 / BYTES_S)
     facts = tuple(
         UnitFacts(
-            "+".join(one.units), one.parameter_bytes, one.state_bytes, one.parameter_bytes,
-            one.output_bytes / batch, one.residual_bytes / batch,
+            "+".join(unit.units), unit.parameter_bytes, unit.state_bytes, unit.parameter_bytes,
+            unit.output_bytes / batch, unit.residual_bytes / batch,
         )
-        for one in units
+        for unit in units
     )  # fmt: skip
     links = [LinkModel(rate * 1.25e5, 0.002, 2e-4) for rate in (10.0, 20.0, 50.0)]
     made = []

@@ -69,12 +69,12 @@ def look_up(seen: Sequence[Array], seen_s: Table, wanted: Sequence[Array]) -> Ta
 
 def _sizes(layers: Sequence[Array]) -> Table:
     """Returns FLOPs and bytes of layers in units of 1e9, [layers, 2]."""
-    return np.stack([[one[:, 1].sum(), one[:, 2:5].sum()] for one in layers]) / 1e9
+    return np.stack([[layer[:, 1].sum(), layer[:, 2:5].sum()] for layer in layers]) / 1e9
 
 
 def _summary(layers: Sequence[Array]) -> Table:
     """Returns the features of each layer's largest operator, [layers, FEATURES]."""
-    return np.stack([features(one[one[:, 1].argmax()][None])[0] for one in layers])
+    return np.stack([features(layer[layer[:, 1].argmax()][None])[0] for layer in layers])
 
 
 def _non_negative(design: Table, wanted: Table) -> Table:

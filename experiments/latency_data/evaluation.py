@@ -70,7 +70,7 @@ def predictions(
     Returns:
       For each of ``METHODS`` forwards and backwards, [wanted] each.
     """
-    tables = [one.operators for one in timings.layers]
+    tables = [layer.operators for layer in timings.layers]
     times = (timings.forward_s[device], timings.backward_s[device])
     observations = []
     for i in seen:
@@ -109,7 +109,7 @@ def held_out_layers(
       folds: Number of folds.
       fold: Index of the held-out fold.
     """
-    keys = [one[:2] for one in timings.layers]
+    keys = [layer[:2] for layer in timings.layers]
     kinds = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     order = np.random.default_rng(0).permutation(len(kinds))
     reference = set(timings.reference())

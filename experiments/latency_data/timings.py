@@ -92,7 +92,7 @@ class Timings:
         tables = [np.full((len(devices), len(layers)), np.nan) for _ in range(2)]
         for part in (self, other):
             place = np.ix_(
-                [rows_of[one.name] for one in part.devices],
+                [rows_of[device.name] for device in part.devices],
                 [columns_of[one[:3]] for one in part.layers],
             )
             for table, times in zip(tables, (part.forward_s, part.backward_s), strict=True):
@@ -106,7 +106,7 @@ class Timings:
           DiskError: It cannot be written.
         """
         about = {
-            "devices": [list(one) for one in self.devices],
+            "devices": [list(device) for device in self.devices],
             "layers": [list(one[:3]) for one in self.layers],
         }
         arrays = {

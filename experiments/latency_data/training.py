@@ -61,7 +61,7 @@ def train(timings: Timings, *, seed: int = 0, steps: int = STEPS, about: str = "
     # Devices with few layers have the same weight as those with many.
     per_device = known.sum((0, 2), keepdims=True)
     mask = mask / np.sqrt(np.maximum(per_device, 1.0))
-    foreign = np.asarray([one.family == FAMILY for one in timings.devices])
+    foreign = np.asarray([device.family == FAMILY for device in timings.devices])
     mask = mask * np.where(foreign, TABLE_WEIGHT, 1.0)[None, :, None]
     mask = mask / mask.sum()
 

@@ -56,7 +56,7 @@ def state_folders(name: str, run: RunConfig, host: str) -> list[Path]:
     folders = [Path(run.dir) / name]
     if (wanted := resumed(name, run)) is not None:
         folders.append(wanted.folder)
-    return [one / HOST_STATES / host for one in dict.fromkeys(folders)]
+    return [folder / HOST_STATES / host for folder in dict.fromkeys(folders)]
 
 
 def rounds_kept(folder: Path) -> list[int]:

@@ -165,7 +165,7 @@ def fit_overrides(config: Config, group: str) -> dict[int, JsonObject]:
     hosts: DevicesConfig | NodesConfig = getattr(config, group)
     first = 0 if group == "devices" else 1
     count = hosts.total if isinstance(hosts, DevicesConfig) else hosts.count
-    known = {one.path: one for one in schema.options(type(hosts.defaults))}
+    known = {option.path: option for option in schema.options(type(hosts.defaults))}
     made: dict[int, JsonObject] = {}
     for index, fields in sorted(hosts.overrides.items()):
         if type(index) is not int or not first <= index < first + count:

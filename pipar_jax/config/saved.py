@@ -148,13 +148,13 @@ def _differing_devices(*configs: Config) -> list[int]:
 def _shared(config: Config, devices: Sequence[int]) -> JsonObject:
     """Returns by path what hosts of a run have in common, with what some devices do."""
     values: JsonObject = {}
-    for one in schema.options(Config):
-        is_path = one.field.metadata["path"] is not None  # each machine has its own files
-        if not (is_path or one.path.startswith(_LOCAL)):
+    for option in schema.options(Config):
+        is_path = option.field.metadata["path"] is not None  # each machine has its own files
+        if not (is_path or option.path.startswith(_LOCAL)):
             value: Any = config
-            for name in one.path.split("."):
+            for name in option.path.split("."):
                 value = getattr(value, name)
-            values[one.path] = value
+            values[option.path] = value
     is_own = config.data.source.startswith(OWN_SOURCES)
     values["data.source"] = "the devices' own" if is_own else config.data.source
     hosts = Hosts(config, nodes=0)

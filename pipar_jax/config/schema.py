@@ -147,7 +147,7 @@ def options(root: Any, prefix: str = "", names: Names = NONE) -> Iterator[Config
 def scalars(kind: Any) -> tuple[type, ...]:
     """Returns the scalar types that an annotation allows: ``float | None`` gives both."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return tuple(one for part in typing.get_args(kind) for one in scalars(part))
+        return tuple(scalar for part in typing.get_args(kind) for scalar in scalars(part))
     return (kind,)
 
 

@@ -194,7 +194,7 @@ class Profile:
         """
         if not self.devices:
             raise PlanError("a profile needs at least one device")
-        others = [one.host for one in self.devices] + [one.host for one in self.nodes]
+        others = [device.host for device in self.devices] + [node.host for node in self.nodes]
         for host in (self.server, *others):
             if len(host.update_s) != len(self.units):
                 raise PlanError(

@@ -37,7 +37,7 @@ def begin(read: Callable[[list[str]], T]) -> T:
     debug = False
     try:
         arguments = read_flagfiles(sys.argv[1:])
-        debug = any(one.lstrip("-") in ("debug", "config.debug") for one in arguments)
+        debug = any(argument.lstrip("-") in ("debug", "config.debug") for argument in arguments)
         return read(arguments)
     except ConfigError as error:
         if debug:

@@ -320,7 +320,7 @@ class _Hosts:
         """
         failed = [child for child in self._children if child.has_failed]
         devices = [child for child in self._children if is_device(child.name)]
-        none_left = all(one in failed and not one.lost_a_peer for one in devices)
+        none_left = all(device in failed and not device.lost_a_peer for device in devices)
         return [
             child for child in failed
             if not self._specs.may_be_lost(child.name) or (none_left and child in devices)

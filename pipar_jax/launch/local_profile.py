@@ -92,7 +92,7 @@ def profile_here(config: Config) -> Profile:
         codecs=codecs,
         window_bytes=config.pipeline.window_mb * 1e6,
         weight_ratio=weight_ratio(config.aggregation.codec, codecs),
-        target_bytes=tuple(one.nbytes for one in signature.targets.values()),
+        target_bytes=tuple(target.nbytes for target in signature.targets.values()),
         side_bytes={name: one.nbytes for name, one in signature.sides.items()},
     )
 

@@ -61,7 +61,7 @@ def check(config: Config, names: Iterable[str] | None = None) -> None:
         _check_sinks(config.run.sinks)
         check_module(config.data.test_source, "data.test_source")
     devices = [host for host in wanted if host.kind is HostKind.DEVICE]
-    for host in {_module(one.data_source): one for one in reversed(devices)}.values():
+    for host in {_module(device.data_source): device for device in reversed(devices)}.values():
         check_module(host.data_source, hosts.path(host.name, "data_source"))
 
 
@@ -110,12 +110,12 @@ def no_device(platform: str, field: str, reason: str) -> ConfigError:
 
 def _check_functions(config: Config) -> None:
     """Checks the modules of the user's functions that every host may need; data are a host's."""
-    for one in schema.options(config):
-        group, _, name = one.path.partition(".")
+    for option in schema.options(config):
+        group, _, name = option.path.partition(".")
         if group not in ("data", "devices", "nodes") and "." not in name and name:
             value = getattr(getattr(config, group), name)
             if isinstance(value, str):
-                check_module(value, one.path)
+                check_module(value, option.path)
 
 
 def check_module(source: str, field: str) -> None:
@@ -211,7 +211,7 @@ def has_plugin(starts: tuple[str, ...]) -> bool:
     """Returns whether a plug-in of jax with a prefix is installed."""
     if any(importlib.util.find_spec(name) for name in starts):
         return True
-    names = [one.name for one in metadata.entry_points(group="jax_plugins")]
+    names = [point.name for point in metadata.entry_points(group="jax_plugins")]
     if (space := importlib.util.find_spec("jax_plugins")) is not None:
         for folder in space.submodule_search_locations or ():
             names += [path.stem for path in Path(folder).glob("*")]

@@ -70,7 +70,7 @@ def run(main: Callable[[list[str]], object], *, takes: str = "") -> NoReturn:
         absl_flags.DEFINE_boolean("debug", False, "Show tracebacks.")
 
     def read(arguments: list[str]) -> list[str]:
-        if any(one in _HELP for one in arguments):
+        if any(argument in _HELP for argument in arguments):
             show(_make_help(takes))
         if "--version" in arguments:
             show(f"pipar {__version__}")

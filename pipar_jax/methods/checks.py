@@ -186,7 +186,9 @@ def _check_nodes(config: Config, method: Method) -> None:
             f"and method={config.method} uses none: leave it 0, or use method="
             f"{' or '.join(node_methods())}"
         )
-    if method.uses_nodes and any("cut" in one for one in config.devices.overrides.values()):
+    if method.uses_nodes and any(
+        "cut" in override for override in config.devices.overrides.values()
+    ):
         raise ConfigError(
             f"method={config.method} has the same cuts on all devices: use pipeline.cuts instead "
             "of a device's cut"

@@ -33,7 +33,7 @@ def federated(config: Config, units: Sequence[str]) -> Plan:
 def split_learning_plan(config: Config, units: Sequence[str]) -> Plan:
     """SL (Gupta and Raskar, arXiv 1810.06060): one device after another, the part handed on."""
     devices = _two_hosts(config, units, pipelined=False)
-    if len({one.cuts for one in devices}) > 1:
+    if len({device.cuts for device in devices}) > 1:
         raise ConfigError(
             "devices.overrides gives devices cuts of their own, but in sl they share one "
             "client-side model: use pipeline.cut alone, or another method"

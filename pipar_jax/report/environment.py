@@ -68,7 +68,7 @@ def add_platform(folder: Path) -> None:
     devices = jax.devices()
     found["server"] = {
         "platform": devices[0].platform,
-        "devices": [one.device_kind for one in devices],
+        "devices": [device.device_kind for device in devices],
     }
     _write(folder, found)
 

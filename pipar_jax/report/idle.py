@@ -154,7 +154,7 @@ class _Paths:
         # The device's turn began when that of the device before it ended.
         others = [self._latest(other, row.start_s) for other in self.hosts if other != host]
         candidates = [one for one in (*others, previous) if one is not None]
-        return max(candidates, key=lambda one: one.row.end_s, default=None)
+        return max(candidates, key=lambda candidate: candidate.row.end_s, default=None)
 
     def _latest(self, host: str, before_s: float) -> _Placed | None:
         """Returns the last computation of a device that had ended at a time."""

@@ -43,7 +43,9 @@ def check_executable(plan: Plan) -> None:
                 f"device {device}'s chain begins on {chain[0]}: its samples are on the device, so "
                 f"the first stage must be there too"
             )
-    met = [tuple(sorted(one[:2])) for one in plan.boundaries() if COORDINATOR in one[:2]]
+    met = [
+        tuple(sorted(boundary[:2])) for boundary in plan.boundaries() if COORDINATOR in boundary[:2]
+    ]
     if len(met) > len(set(met)):
         raise PlanError(
             f"the plan {plan} visits {COORDINATOR} twice in a chain: put the middle stages of a "

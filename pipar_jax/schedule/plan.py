@@ -257,11 +257,11 @@ class Plan:
             return False
         bounds = slice(max(stage - 1, 0), stage + 1)
         return all(
-            one.stages > stage
-            and one.hosts[stage] == first.hosts[stage]
-            and one.cuts[bounds] == first.cuts[bounds]
-            and (one.stages == stage + 1) == (first.stages == stage + 1)
-            for one in self.devices
+            device.stages > stage
+            and device.hosts[stage] == first.hosts[stage]
+            and device.cuts[bounds] == first.cuts[bounds]
+            and (device.stages == stage + 1) == (first.stages == stage + 1)
+            for device in self.devices
         )
 
     def is_shared(self, device: int, stage: int) -> bool:

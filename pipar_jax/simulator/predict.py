@@ -97,7 +97,9 @@ class StageCosts:
         self.profile = profile
         known: dict[HostProfile, HostTimes] = {}
         self.server = HostTimes(profile.server)
-        self.devices = [known.setdefault(one.host, HostTimes(one.host)) for one in profile.devices]
+        self.devices = [
+            known.setdefault(device.host, HostTimes(device.host)) for device in profile.devices
+        ]
         self.nodes = {
             node_name(i + 1): known.setdefault(one.host, HostTimes(one.host))
             for i, one in enumerate(profile.nodes)

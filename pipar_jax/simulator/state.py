@@ -31,7 +31,7 @@ class ComparableDispatcher(Dispatcher):
             tuple(moved(action) for _, action in sorted(self._ready)),
             frozenset((moved(action), count) for action, count in self._missing.items()),
             frozenset(
-                (moved(action), tuple(moved(one) for one in dependents))
+                (moved(action), tuple(moved(dependent) for dependent in dependents))
                 for action, dependents in self._dependents.items()
             ),
             frozenset(moved(action) for known in self._complete.values() for action in known),
@@ -41,8 +41,8 @@ class ComparableDispatcher(Dispatcher):
         """Returns every action that has not run, with what it waits for; nothing if for credit."""
         found: dict[Action, list[Action]] = {action: [] for action in self._missing}
         for action, dependents in self._dependents.items():
-            for one in dependents:
-                found[one].append(action)
+            for dependent in dependents:
+                found[dependent].append(action)
         return found
 
 

@@ -137,7 +137,7 @@ def memory_bytes(stages: StageCosts, plan: Plan) -> dict[str, int]:
     Residuals that two neighbouring units share are counted twice.
     """
     profile = stages.profile
-    samples = [one.samples for one in profile.devices]
+    samples = [device.samples for device in profile.devices]
     window = int(profile.window_bytes or sys.maxsize // 4)
     sizes = _ProfileSizes(profile)
 

@@ -225,7 +225,9 @@ def reasons(stages: StageCosts, candidates: CodecCandidates, judged: PlanEstimat
                    if name != RAW and name in stages.profile.codecs]  # fmt: skip
         if chosen == RAW and not options:
             continue
-        coded = chosen if chosen != RAW else min(options, key=lambda one: stages.codec(one).ratio)
+        coded = (
+            chosen if chosen != RAW else min(options, key=lambda option: stages.codec(option).ratio)
+        )
         other = RAW if chosen != RAW else coded
         device = slot.devices[0]
         chain, link = plan.devices[device], links[slot.ends(plan, device)]

@@ -225,12 +225,12 @@ def lone(plan: Plan) -> tuple[Boundary, ...]:
     """
     met: dict[str, list[Boundary]] = {}
     found = []
-    for one in plan.boundaries():
-        devices = [end for end in one[:2] if end != COORDINATOR and not is_node(end)]
+    for boundary in plan.boundaries():
+        devices = [end for end in boundary[:2] if end != COORDINATOR and not is_node(end)]
         if devices:
-            met.setdefault(devices[0], []).append(one)
+            met.setdefault(devices[0], []).append(boundary)
         else:
-            found.append(one)
+            found.append(boundary)
     return (*found, *(some[0] for some in met.values() if len(some) == 1))
 
 

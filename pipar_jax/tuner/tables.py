@@ -153,7 +153,9 @@ def _row(stages: StageCosts, judged: PlanEstimate) -> list[str]:
     memory = memory_bytes(stages, judged.plan)
     server = memory.pop(COORDINATOR)
     pairs = {
-        f"{pair.activation}/{pair.cotangent}" for one in judged.plan.devices for pair in one.codecs
+        f"{pair.activation}/{pair.cotangent}"
+        for device in judged.plan.devices
+        for pair in device.codecs
     }
     name, share = binds(stages, judged)
     return [

@@ -35,7 +35,9 @@ class WrittenOutBatchNorm(nnx.BatchNorm):
         given = use_running_average
         chosen = self.use_running_average if given is None else given
         variables = (self.mean, self.var, self.scale, self.bias)
-        arrays: list[Any] = [None if one is None else one.get_value() for one in variables]
+        arrays: list[Any] = [
+            None if variable is None else variable.get_value() for variable in variables
+        ]
         own_promotion = self.promote_dtype is not promote_dtype
         if chosen or mask is not None or own_promotion or not _fits(self, x, arrays):
             return super().__call__(x, use_running_average, mask=mask)
@@ -99,7 +101,7 @@ def _fits(layer: Any, x: Any, arrays: list[jax.Array | None]) -> bool:
         and var is not None
         and (scale is not None) == layer.use_scale
         and (bias is not None) == layer.use_bias
-        and all(one is None or one.dtype == dtype for one in arrays)
+        and all(array is None or array.dtype == dtype for array in arrays)
     )
 
 

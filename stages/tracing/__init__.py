@@ -72,7 +72,7 @@ def trace(
             "train it whole: stages.trace(…, whole=True) with method=fl"
         )
     owners = assign(made, few, still, cuts, place(still, cuts, FEW, made.name))
-    traced = Traced(made, inputs, cuts, [(one.params, one.state) for one in owners])
+    traced = Traced(made, inputs, cuts, [(owner.params, owner.state) for owner in owners])
     train, inference = traced.pieces(FEW, True), traced.pieces(FEW, False)
     units = [
         TracedUnit(
@@ -150,7 +150,7 @@ def _check_output(name: str, few: Flow, more: Flow, still: Flow) -> None:
     shapes = [one.flat.output.aval for one in (few, more, still)]
     if not few.is_of_samples or not still.is_of_samples:
         raise StageError(f"model {name!r}: its output does not depend on its input")
-    if not shapes[0].shape or [one.shape[:1] for one in shapes[:2]] != [(FEW,), (MORE,)]:
+    if not shapes[0].shape or [shape.shape[:1] for shape in shapes[:2]] != [(FEW,), (MORE,)]:
         raise StageError(
             f"model {name!r}: returns {shapes[0].dtype}{list(shapes[0].shape)} for {FEW} samples, "
             f"expected [{FEW}, …]: return a row per sample, and leave the loss to the task"

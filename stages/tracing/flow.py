@@ -131,7 +131,7 @@ class Flow:
         rows = [Step(0, level, needs, ()) for level, needs in by_level.items() if needs]
         rows.append(Step(0, 0, self.first, ()))
         return [
-            frozenset[str]().union(*(one.variables for one in rows if holds(one, cut)))
+            frozenset[str]().union(*(row.variables for row in rows if holds(row, cut)))
             for cut in cuts
         ]
 

@@ -45,8 +45,8 @@ def assign(
         home[path] = sum(path not in cut.left for cut in cuts)
     for step in inference.steps:
         for path in step.variables:
-            bounds = [one for one in positions if one is not None]
-            home.setdefault(path, sum(step.level > one for one in bounds))
+            bounds = [position for position in positions if position is not None]
+            home.setdefault(path, sum(step.level > bound for bound in bounds))
     order = [
         path for flow in (train, inference) for one in flow.steps for path in sorted(one.variables)
     ]
@@ -55,9 +55,10 @@ def assign(
         home[path] = home.get(near, 0)
     return [
         Owner(
-            tuple(sorted(one for one in network.params if home[one] == unit)),
+            tuple(sorted(param for param in network.params if home[param] == unit)),
             tuple(sorted(one for one in network.state if home[one] == unit)),
-            tuple(one for one in dict.fromkeys(order) if home[one] == unit) or tuple(sorted(home)),
+            tuple(unit_path for unit_path in dict.fromkeys(order) if home[unit_path] == unit)
+            or tuple(sorted(home)),
         )
         for unit in range(len(cuts) + 1)
     ]

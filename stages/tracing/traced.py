@@ -86,7 +86,7 @@ class Traced:
 
     def _cut(self, flow: Flow, samples: int, train: bool) -> tuple[Piece, ...]:
         positions = place(flow, self.cuts, samples, self.network.name)
-        known = [one for one in positions if one is not None]
+        known = [position for position in positions if position is not None]
         if known != sorted(known) or len(known) < len(positions):
             index = positions.index(None) if None in positions else 0
             raise StageError(
@@ -225,7 +225,7 @@ def _piece(
     given = {*own, *flat.draw, *(var for _, var in others), source, *flat.jaxpr.constvars}
     equations = []
     needed = {var for var in outputs if not isinstance(var, jex_core.Literal)}
-    inside = {one.index for one in flow.steps if start < max(one.level, 1) <= stop}
+    inside = {step.index for step in flow.steps if start < max(step.level, 1) <= stop}
     for index in reversed(range(len(flat.jaxpr.eqns))):
         equation = flat.jaxpr.eqns[index]
         if (equation.effects and index in inside) or any(

@@ -140,8 +140,10 @@ def fit(
     begin = typical(weights)
     if not observations:
         return begin
-    forward = _terms(weights, [one.forward for one in observations], FORWARD_HEAD)
-    backward = _terms(weights, [one.backward for one in observations], BACKWARD_HEAD)
+    forward = _terms(weights, [observation.forward for observation in observations], FORWARD_HEAD)
+    backward = _terms(
+        weights, [observation.backward for observation in observations], BACKWARD_HEAD
+    )
     terms = _Terms(
         np.concatenate([forward.base, backward.base]),
         np.concatenate(
@@ -152,8 +154,8 @@ def fit(
         ),
         np.concatenate([forward.owner, backward.owner]),
     )
-    wanted = np.log([one.seconds for one in observations])
-    trust = np.asarray([one.weight for one in observations]) / DEVIATION**2
+    wanted = np.log([observation.seconds for observation in observations])
+    trust = np.asarray([observation.weight for observation in observations]) / DEVIATION**2
     known = 1 + FACTORS
     precision = np.diag(
         np.concatenate(
@@ -220,11 +222,11 @@ def _terms(weights: Weights, tables: Sequence[Array], head: int) -> _Terms:
 def _training(observations: Sequence[Observation], part: int, units: int) -> Array:
     """Returns the coefficients of pace and corrections in a head, [terms, 1 + units]."""
     found = []
-    for one in observations:
-        rows = np.zeros((len((one.forward, one.backward)[part]), 1 + units))
-        if one.units is not None:
+    for observation in observations:
+        rows = np.zeros((len((observation.forward, observation.backward)[part]), 1 + units))
+        if observation.units is not None:
             rows[:, 0] = 1.0
-            rows[np.arange(len(rows)), 1 + one.units[part]] = 1.0
+            rows[np.arange(len(rows)), 1 + observation.units[part]] = 1.0
         found.append(rows)
     return np.concatenate(found)
 

@@ -93,7 +93,7 @@ FEATURES = len(KINDS) + WIDTH - 1
 
 def rows(operators: Iterable[Operator]) -> Array:
     """Returns operators as numbers, [operators, WIDTH] float64; a kind is its index."""
-    found = [(KINDS.index(one.kind), *one[1:]) for one in operators]
+    found = [(KINDS.index(operator.kind), *operator[1:]) for operator in operators]
     return np.asarray(found, np.float64).reshape(-1, WIDTH)
 
 

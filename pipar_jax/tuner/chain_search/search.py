@@ -53,7 +53,9 @@ def plan_chain(
         if most_s <= limit and most_s < math.inf:
             raise PlanError(f"no chain costs {most_s:.4g} s or less by objective {objective!r}")
     layers = problem.nodes[0].layers[problem.first : problem.stop]
-    needs = [problem.memory_bytes(one.weight_bytes, one.activation_bytes) / 1e6 for one in layers]
+    needs = [
+        problem.memory_bytes(layer.weight_bytes, layer.activation_bytes) / 1e6 for layer in layers
+    ]
     raise PlanError(
         f"layers {problem.first} to {problem.stop - 1} for {problem.owners} owners need "
         f"{sum(needs):.1f} MB in all and {max(needs):.1f} MB for the largest of them, which do not "
@@ -101,7 +103,7 @@ def evaluate(
     ways = _crossed(costs, ways, costs.hops(last, None, problem.stop), 0.0, 0.0)
     value, hops = min(ways, key=lambda way: costs.total(way[0]))
     cycle_s = costs.fixed_cycle_s + sum(hop.cycle_s for hop in hops)
-    cycle_s += sum(one.forward_s + one.backward_s for one in stages)
+    cycle_s += sum(stage.forward_s + stage.backward_s for stage in stages)
     pairs = tuple(hop.pair for hop in hops)
     return ChainPlan(objective, costs.total(value), tuple(stages), cycle_s, pairs)
 
