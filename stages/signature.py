@@ -48,7 +48,7 @@ class Signature:
       input: The input that flows through the cuts.
       sides: Side inputs (masks, lengths, positions) by name.
       targets: Targets by name; a single array is named ``y``.
-      classes: Number of classes, or of outputs per sample; 0 if the data do not tell.
+      classes: Number of classes, or of outputs per sample; 0 if the data do not determine it.
     """
 
     input: ArrayType

@@ -1,4 +1,4 @@
-"""What a peer says of the connection itself: heartbeats, its state, its goodbye."""
+"""Frames about the connection itself: heartbeats, the peer's state, its goodbye."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def dtype_code(dtype: DType) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tag:
-    """What the header says of a tensor besides its type, shape and codec.
+    """The header's fields about a tensor, apart from its type, shape and codec.
 
     Attributes:
         attempt: counts the attempts at rounds over a run, so that what belongs to one that was

@@ -201,7 +201,7 @@ MULTIHOP = Setting("resnet18", "", (1.5, 1.5, 1.5), 4)
 #: Nodes of which two have half the speed, with free links and with slow ones: our plan, and that of
 #: the paper's objective, which ignores links.
 OURS = tuple(Setting("resnet18", "", (1.0, 2.0, 2.0), 4, link=link) for link in ("none", "10/10"))
-PAPERS = tuple(dataclasses.replace(planner, select="paper") for planner in OURS)
+PAPERS = tuple(dataclasses.replace(setting, select="paper") for setting in OURS)
 
 
 def predict(run: RecordedRun) -> float:

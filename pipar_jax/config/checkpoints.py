@@ -15,7 +15,7 @@ from pipar_jax.errors import ConfigError
 
 #: The folder of a run's checkpoints in the run's own, and that of hosts' optimiser states.
 CHECKPOINTS, HOST_STATES = "checkpoints", "hosts"
-#: The items of a checkpoint: arrays, and what is known beside them, as JSON.
+#: The items of a checkpoint: arrays, and the facts that go with them, as JSON.
 STATE, FACTS = "state", "facts"
 
 
@@ -35,7 +35,7 @@ class Resumed:
 
 
 def resumed(name: str, run: RunConfig) -> Resumed | None:
-    """Returns what ``run.resume`` names, or None for a run that begins anew.
+    """Returns what ``run.resume`` names, or None for a run that starts afresh.
 
     Args:
       name: The run's name.
@@ -70,11 +70,11 @@ def rounds_kept(folder: Path) -> list[int]:
 
 
 def read_facts(folder: Path, rounds: int) -> dict[str, Any]:
-    """Returns what a checkpoint says beside its arrays.
+    """Returns the facts of a checkpoint, without its arrays.
 
     Args:
       folder: The run's folder.
-      rounds: How many rounds were over.
+      rounds: Number of completed rounds.
 
     Raises:
       ConfigError: It cannot be read.
@@ -114,7 +114,7 @@ def check_resume(config: Config) -> None:
         try:
             facts = read_facts(wanted.folder, rounds)
         except ConfigError:
-            continue  # the one before may do; whoever restores tells of it
+            continue  # an older one may be readable; restoring reports it
         check_continues(config, facts, f"{wanted.folder / CHECKPOINTS / str(rounds)}")
         before = from_dict(facts["config"])
         longer = config.epochs > before.epochs or config.run.rounds > before.run.rounds

@@ -116,7 +116,7 @@ class Hosts:
 
     @property
     def sampled(self) -> bool:
-        """Whether a round's cohort is chosen from the devices that are there."""
+        """Whether a round's cohort is sampled from the present devices."""
         return self._config.cohort.size > 0
 
     @property

@@ -17,7 +17,7 @@ from pipar_jax.errors import ConfigError, PlanError
 from pipar_jax.schedule.plan import Plan
 
 FILE = "membership.jsonl"
-#: A longer line is none of ours.
+#: Longest line; a longer one was not written by a run.
 _MOST_CHARACTERS = 16 << 20
 _WHYS = ("lost", "left", "late", "nonfinite", "undone")
 
@@ -143,7 +143,7 @@ def _attempt(values: Any) -> Attempt:
     Raises:
       KeyError: A field is missing.
       TypeError: Something is not what it should be.
-      ValueError: A number is none.
+      ValueError: A value is not a number.
     """
     spans = tuple(_numbers(row) for row in values["spans"])
     out = tuple(
@@ -152,7 +152,7 @@ def _attempt(values: Any) -> Attempt:
         for place, step in [_numbers((row["place"], row["step"]))]
     )
     if any(len(row) != 3 for row in spans) or any(one.why not in _WHYS for one in out):
-        raise ValueError("a span is a place and two steps, and who is out is so for a reason")
+        raise ValueError("a span has a place and two steps, and whoever is out has a valid reason")
     return Attempt(
         _numbers([values["round"]])[0], _numbers(values["cohort"]),
         tuple((row[0], row[1], row[2]) for row in spans),

@@ -1,8 +1,8 @@
-"""Runs a whole experiment on this machine: a server process, a process per device, no orphan.
+"""Runs an experiment on this machine: one process per host, none of which outlives the launcher.
 
-Each child is a ``pipar_jax.launch.process`` with three connections: its standard input, on which a
-device gets the server's address and whose end means that the parent is gone; a pipe of its own, on
-which it tells events; and a log file below the run's folder, which keeps everything it prints.
+Each child is a ``pipar_jax.launch.process`` with three connections: its standard input, which
+carries the server's address and whose end means that the parent has ended; a pipe on which it
+reports events; and a log file in the run's folder, which receives everything that it prints.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pipar_jax.methods.resolution import resolve
 from pipar_jax.report import environment
 from pipar_jax.schedule.plan import COORDINATOR, device_name, is_device
 
-#: After the first failure the others get so long to say what they saw.
+#: Seconds for which the other processes may report errors after the first failure.
 GRACE_S = 2.0
 _POLL_S = 0.1
 _NOTE_CHARACTERS = 20_000
@@ -51,16 +51,17 @@ def launch(
 
     Args:
       config: The configuration; ``devices.count`` devices are started.
-      on_event: Takes the server's events as they happen, in this thread.
+      on_event: Called with each of the server's events, in this thread.
       process_module: The module that is run as a host.
 
     Returns:
       The server's ``run_finished`` event, with the run's folder.
 
     Raises:
-      PiparError: The first real error of any host, not what its peers saw of it. Where the run may
-        lose a host (``cohort.*``, ``nodes.replicate_every``), its end is none while a device lives.
-      KeyboardInterrupt: Ctrl-C; all processes are ended then.
+      PiparError: The first error of a host that is not a consequence of another host's. The end of
+        a host that the run may lose (``cohort.*``, ``nodes.replicate_every``) is not an error while
+        a device is running.
+      KeyboardInterrupt: Ctrl-C; all processes have been ended.
     """
     config = resolve(config)
     machine.check(config)
@@ -78,11 +79,11 @@ def create_folder(config: Config) -> pathlib.Path:
     """Creates the run's folder with config.json and environment.json and returns its path.
 
     If the name is taken, a number is appended: ``runs/digits``, ``runs/digits-2``. A run that is
-    resumed (``run.resume``) goes on in its own folder. ``config.run.dir`` and ``config.name`` are
+    resumed (``run.resume``) continues in its own folder. ``config.run.dir`` and ``config.name`` are
     set, so that ``run.dir/name`` is the folder on every host.
 
     Raises:
-      ConfigError: ``run.resume`` names what this configuration does not continue.
+      ConfigError: ``run.resume`` names a run that this configuration cannot continue.
       DiskError: The folder cannot be created or written.
     """
     check_resume(config)
@@ -312,11 +313,11 @@ class _Hosts:
             self._selector.unregister(child.events)
 
     def _failed(self) -> list[_Child]:
-        """Returns the children whose end is that of the run.
+        """Returns the children whose failure ends the run.
 
-        A run that may lose hosts (``cohort.*``, ``nodes.replicate_every``) goes on while the server
-        does; what the loss of a host means the server decides and tells. If no device is left,
-        and none was still there when the server ended, they are the reason.
+        A run that may lose hosts (``cohort.*``, ``nodes.replicate_every``) continues as long as the
+        server does, which decides what a loss means. If no device is left, and none was still
+        running when the server ended, the devices are the reason.
         """
         failed = [child for child in self._children if child.has_failed]
         devices = [child for child in self._children if is_device(child.name)]

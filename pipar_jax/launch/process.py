@@ -51,7 +51,7 @@ ASKED_TO_END = {INTERRUPTED: "interrupted", TERMINATED: "terminated"}
 Serve = Callable[[Config, OnEvent], None]
 
 
-#: The line by which a parent lets its server end with a checkpoint.
+#: The line by which a parent asks its server to end after a checkpoint.
 FINISH = "finish"
 _FINISH = threading.Event()
 
@@ -71,9 +71,9 @@ def heed_termination() -> None:
 
 @contextlib.contextmanager
 def finishing(checkpoint: CheckpointConfig) -> Iterator[threading.Event]:
-    """Lets the first Ctrl-C or SIGTERM end a run with a checkpoint, and a second one at once.
+    """Lets the first Ctrl-C or SIGTERM end a run after a checkpoint, and a second one immediately.
 
-    A run without checkpoints ends at once.
+    A run without checkpoints ends immediately.
 
     Args:
       checkpoint: How often the run keeps checkpoints.
@@ -82,7 +82,7 @@ def finishing(checkpoint: CheckpointConfig) -> Iterator[threading.Event]:
       An event that is set by the first signal.
 
     Raises:
-      KeyboardInterrupt: The run has ended as it was asked to.
+      KeyboardInterrupt: The run has ended as requested.
     """
     finish = threading.Event()
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -100,7 +100,7 @@ def finishing(checkpoint: CheckpointConfig) -> Iterator[threading.Event]:
         came.append(number)
         restore()
         finish.set()
-        print("ends after this round, with a checkpoint; once more: at once", file=sys.stderr)
+        print("ending after this round with a checkpoint; repeat to end at once", file=sys.stderr)
 
     for number in numbers:
         signal.signal(number, note)

@@ -1,4 +1,4 @@
-"""A run, or several beside each other, as one HTML file that needs nothing else."""
+"""One or more runs, side by side, as a self-contained HTML file."""
 
 from pipar_jax.report.page import make_page, write_report
 from pipar_jax.report.run import RecordedRun, read_run

@@ -104,7 +104,7 @@ def parse_methods(text: str) -> list[str]:
     """Returns the methods named in ``text``, separated by commas, each once.
 
     Raises:
-      ConfigError: A name is not a method, or there is none.
+      ConfigError: A name is not a method, or none is given.
     """
     known = f"known: {', '.join(METHODS)}"
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))

@@ -31,13 +31,13 @@ class Disturbed:
 
     Attributes:
       round: Its number, from 0.
-      taking: How many devices began it.
-      counted: How many of them count; 0 if it was undone.
+      taking: Number of devices that began it.
+      counted: Number of those that count; 0 if it was undone.
       out: Who was lost, late or dropped, and from which step.
       back: Who came back, or joined after the start, before it ended.
-      seconds: How long it took.
+      seconds: Its duration.
       extra_s: By how much it was longer than the median of the run's undisturbed rounds, which is
-        what waiting for a deadline and steps computed anew cost; all of it if it was undone.
+        the cost of waiting for a deadline and of recomputed steps; all of it if it was undone.
         None if there is no undisturbed round.
     """
 
@@ -123,7 +123,7 @@ def _read(
     Args:
       done: The event at its end.
       before: The events since the attempt before it.
-      script: What the run's script says of it.
+      script: Its part of the run's membership script.
       away: For each device that was left out but not lost, in which round; brought up to date.
     """
     out: dict[int, str] = {}
@@ -190,7 +190,7 @@ def _extra(one: Disturbed, usual_s: float | None) -> float | None:
 
 
 def _some(names: Iterable[str]) -> str:
-    """Returns the first of some names, and how many there are beside."""
+    """Returns the first few reasons, and the number of the others."""
     all_names = list(names)
     rest = len(all_names) - MOST_NAMES
     return "; ".join(all_names[:MOST_NAMES]) + (f"; and {rest} more" if rest > 0 else "")

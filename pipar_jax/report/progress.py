@@ -358,7 +358,7 @@ def losses_text(event: Event) -> str:
 
 
 def _some(names: Sequence[object], most: int = 10) -> str:
-    """Returns the first of some names, and how many there are beside."""
+    """Returns the first few names, and the number of the others."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(str, names[:most])) + rest
 

@@ -18,7 +18,7 @@ from stages.layers.formulation import Formulation, LayerShape, choose
 from stages.trees import PyTree
 
 # Rows summed inside one elementwise loop by the kernel's gradient: enough that what is written
-# is small beside what is read, few enough that the loop's code stays short.
+# is small compared with what is read, few enough that the loop's code stays short.
 ROWS = 8
 
 

@@ -36,7 +36,7 @@ class Dropout(nnx.Module):
         draw = scope.draw
         if draw is None:
             raise StageError(f"unit {scope.unit!r}: dropout needs the draw of the micro-batch")
-        # A unit may hold several dropout layers; the place in the unit tells them apart.
+        # A unit may hold several dropout layers; they differ in their place in the unit.
         key = jax.random.fold_in(scope.key(), jnp.uint32(scope.calls))
         scope.calls += 1
         positions = draw.position + jnp.arange(x.shape[0], dtype=jnp.uint32)

@@ -80,7 +80,7 @@ class Network(abc.ABC):
 
 
 class NnxNetwork(Network):
-    """An NNX module: a factory draws it anew for each seed, an instance keeps its weights."""
+    """An NNX module: a factory is called for each seed, an instance keeps its weights."""
 
     def __init__(self, name: str, given: PyTree) -> None:
         """Wraps a module, or a function from ``nnx.Rngs`` to a module.

@@ -41,6 +41,6 @@ class Failed(ControlMessage):
 
 @message("leave", Sender.HOST)
 class Leave(ControlMessage):
-    """A host was asked to end, and does not come back by itself."""
+    """A host was asked to end, and does not come back on its own."""
 
     reason: Words

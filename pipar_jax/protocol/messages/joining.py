@@ -51,7 +51,7 @@ class JoinDevice(Join):
       steps: Number of steps per epoch.
       signature: Shapes and dtypes of its samples.
       units: Dtype and shape of the variables of each unit.
-      fingerprint: What tells its samples from others.
+      fingerprint: Identifies its samples.
     """
 
     samples: Annotated[int, Whole(0, 2**53)]

@@ -139,7 +139,7 @@ class Rewound(ControlMessage):
 class Commit(ControlMessage):
     """What these places have trained in a round counts, and nothing else; ``Stored`` follows.
 
-    Until then nobody averages, so that all hosts average the same.
+    No host averages before it, so that all average the same.
 
     Attributes:
       round: Which round.
