@@ -23,7 +23,7 @@ from pipar_jax.config import Config, HostSpec
 from pipar_jax.config.codec_candidates import CodecCandidates
 from pipar_jax.cost_model.costs import LinkModel
 from pipar_jax.cost_model.profile import DeviceProfile, HostProfile, NodeProfile, Profile
-from pipar_jax.errors import PlanError
+from pipar_jax.errors import PeerError, PlanError
 from pipar_jax.methods.registry import is_planned, plan_for, uses_nodes
 from pipar_jax.profiling.codec_times import measure_codecs, weight_ratio
 from pipar_jax.profiling.predictor.reference import ReferenceTimes
@@ -38,10 +38,10 @@ from pipar_jax.profiling.unit_times import (
 )
 from pipar_jax.protocol import messages, registry
 from pipar_jax.protocol.registry import ControlMessage
-from pipar_jax.roles.membership import M, Membership
+from pipar_jax.roles.membership import M, Mail, Membership
 from pipar_jax.roles.replies import reply
 from pipar_jax.runtime import memory
-from pipar_jax.schedule.plan import COORDINATOR, Plan, device_name
+from pipar_jax.schedule.plan import COORDINATOR, Plan, device_name, long_name
 from pipar_jax.simulator.predict import StageCosts, estimate
 from pipar_jax.training.compile import TOLD_S, now_and_then
 from pipar_jax.tuner.chains import tune_chain
@@ -263,7 +263,19 @@ class Respondent:
 def _ask(members: Membership, name: str, question: ControlMessage, answer: type[M]) -> M:
     """Asks a device or node and waits for its answer."""
     members.send(name, question)
-    return members.collect(answer, (name,))[name].said
+    return _answer(members, name, answer).said
+
+
+def _answer(members: Membership, name: str, kind: type[M]) -> Mail[M]:
+    """Waits for a host's answer.
+
+    Raises:
+      PeerError: It was lost: without it there is no plan.
+    """
+    answers = members.collect(kind, (name,))
+    if name not in answers:
+        raise PeerError(f"{long_name(name)} was lost while it was asked what it can do")
+    return answers[name]
 
 
 def _echo_s(members: Membership, name: str) -> float:
@@ -288,7 +300,7 @@ def _up_s(members: Membership, name: str, nbytes: int) -> float:
     members.send(name, messages.SurveySend(nbytes))
     times = []
     for expected in _two(nbytes):
-        message = members.collect(messages.SurveyBytes, (name,))[name].message
+        message = _answer(members, name, messages.SurveyBytes).message
         assert message is not None
         sizes = {one: array.nbytes for one, array in message.tensors.items()}
         if sizes != {one: array.nbytes for one, array in expected.items()}:
@@ -303,7 +315,7 @@ def _down_s(members: Membership, name: str, nbytes: int) -> float:
     small, large = _two(nbytes)
     members.send_bundle(name, messages.SurveyBytes(), small)
     members.send_bundle(name, messages.SurveyBytes(), large, reply(messages.Took))
-    return float(members.collect(messages.Took, (name,))[name].said.seconds)
+    return float(_answer(members, name, messages.Took).said.seconds)
 
 
 def _two(nbytes: int) -> tuple[dict[str, Array], dict[str, Array]]:

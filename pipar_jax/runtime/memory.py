@@ -23,7 +23,7 @@ from pipar_jax.config import AggregationConfig, Config, Hosts, OptimizerConfig
 from pipar_jax.cost_model.memory import Need, StageSizes, find_need
 from pipar_jax.errors import RunError
 from pipar_jax.methods.registry import hosts_of
-from pipar_jax.runtime import undo
+from pipar_jax.runtime import moves, undo
 from pipar_jax.schedule.feasibility import check_executable
 from pipar_jax.schedule.keep import Keep
 from pipar_jax.schedule.plan import COORDINATOR, Plan, is_node, long_name
@@ -102,6 +102,11 @@ def predict(model: Model, plan: Plan, host: str, config: Config, samples: Sequen
     window = int(config.pipeline.window_mb * 1e6)
     keeps = functools.partial(undo.find_keep, hosts, config.cohort, plan)
     need = find_need(sizes, plan, host, samples, config.data.batch_size, window, keeps)
+    if host == COORDINATOR and config.nodes.replicate_every:  # copies of what nodes alone have
+        copied = [unit for (_, unit), where in moves.holders(plan, sizes.units).items()
+                  if is_node(where)]  # fmt: skip
+        copies = sum(sizes.kept(range(unit, unit + 1), Keep.OPTIMIZER) for unit in copied)
+        need = need._replace(kept=need.kept + copies)
     held = [model.units[index].frozen for index in plan.held_units(host, len(model.units))]
     return need._replace(variables=need.variables + tree_bytes(held))  # frozen weights: one copy
 

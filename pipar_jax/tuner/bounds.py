@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from pipar_jax.config import Config, keeps_state
 from pipar_jax.cost_model.costs import LinkModel
 from pipar_jax.cost_model.memory import StageSizes, find_need
 from pipar_jax.cost_model.profile import Profile
+from pipar_jax.methods.registry import hosts_of
 from pipar_jax.schedule.actions import (
     BACKWARD,
     FORWARD,
@@ -19,7 +22,7 @@ from pipar_jax.schedule.actions import (
     batch_samples,
     micro_batch_sizes,
 )
-from pipar_jax.schedule.keep import Keep
+from pipar_jax.schedule.keep import Keep, keep
 from pipar_jax.schedule.plan import COORDINATOR, OWNER, Codecs, DevicePlan, Plan
 from pipar_jax.simulator.predict import StageCosts
 
@@ -131,28 +134,57 @@ def sequential_bound_s(stages: StageCosts, all_least: Sequence[LowerBound], cut:
     return total_s
 
 
-def memory_bytes(stages: StageCosts, plan: Plan) -> dict[str, int]:
+def nothing_kept(plan: Plan, copy: int) -> Keep:
+    """Returns what a copy keeps in a run that may lose no host."""
+    del plan, copy
+    return Keep.NOTHING
+
+
+def kept_in(config: Config) -> Callable[[Plan, int], Keep]:
+    """Returns what tells of each copy what it keeps of earlier moments in a run.
+
+    Args:
+      config: Resolved configuration: whether the run may lose hosts.
+    """
+    hosts = hosts_of(config)
+    if not (hosts.may_lose or hosts.may_lose_nodes):
+        return nothing_kept
+    return functools.partial(keep, keeps_state=keeps_state(config.cohort))
+
+
+def memory_bytes(
+    stages: StageCosts, plan: Plan, keeps: Callable[[Plan, int], Keep] = nothing_kept
+) -> dict[str, int]:
     """Returns an upper bound of the memory of each host, by the profile of units.
 
     Residuals that two neighbouring units share are counted twice.
+
+    Args:
+      stages: Times and bytes.
+      plan: The plan.
+      keeps: What a copy keeps of an earlier moment.
     """
     profile = stages.profile
     samples = [device.samples for device in profile.devices]
     window = int(profile.window_bytes or sys.maxsize // 4)
     sizes = _ProfileSizes(profile)
-
-    def keeps(copy: int) -> Keep:
-        """Returns nothing: a profile does not say whether devices may be lost."""
-        return Keep.NOTHING
-
+    kept = functools.partial(keeps, plan)
     return {
-        host: find_need(sizes, plan, host, samples, profile.batch_size, window, keeps).total
+        host: find_need(sizes, plan, host, samples, profile.batch_size, window, kept).total
         for host in plan.hosts()
     }
 
 
-def excess(stages: StageCosts, plan: Plan) -> str | None:
-    """Returns a message about the first host whose memory a plan exceeds, or None."""
+def excess(
+    stages: StageCosts, plan: Plan, keeps: Callable[[Plan, int], Keep] = nothing_kept
+) -> str | None:
+    """Returns a message about the first host whose memory a plan exceeds, or None.
+
+    Args:
+      stages: Times and bytes.
+      plan: The plan.
+      keeps: What a copy keeps of an earlier moment.
+    """
     profile = stages.profile
     limits = {
         host: (profile.server if host == COORDINATOR else profile.of(host).host).memory_bytes
@@ -160,7 +192,7 @@ def excess(stages: StageCosts, plan: Plan) -> str | None:
     }
     if not any(limits.values()):
         return None
-    for name, needed in memory_bytes(stages, plan).items():
+    for name, needed in memory_bytes(stages, plan, keeps).items():
         limit = limits[name]
         if limit is not None and needed > limit:
             return f"{name} needs {needed / 1e6:.0f} MB of {limit / 1e6:.0f}"

@@ -25,7 +25,7 @@ from pipar_jax.schedule.actions import micro_batch_sizes
 from pipar_jax.schedule.plan import OWNER, Codecs, Plan, WeightPolicy, node_name
 from pipar_jax.simulator.predict import PlanEstimate, StageCosts, estimate
 from pipar_jax.tuner import codec_choice
-from pipar_jax.tuner.bounds import excess
+from pipar_jax.tuner.bounds import excess, kept_in
 from pipar_jax.tuner.chain_search import (
     ChainPlan,
     ChainProblem,
@@ -81,7 +81,7 @@ def tune_chain(
     codec_choice.check_measured(candidates, profile)
     stages = StageCosts(profile)
     if objection is None:
-        objection = functools.partial(excess, stages)
+        objection = functools.partial(excess, stages, keeps=kept_in(config))
     proposals = _proposals(
         profile,
         METHODS[config.method],

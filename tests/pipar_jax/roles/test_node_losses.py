@@ -12,9 +12,12 @@ import tempfile
 
 import jax
 import numpy as np
+import psutil
 import pytest
 
+from pipar_jax.config import Config
 from pipar_jax.errors import PeerError
+from pipar_jax.launch.launcher import launch
 from pipar_jax.methods.registry import METHODS, node_methods
 from tests.pipar_jax.roles.open_runs import OpenRun, before_batch, config
 from tests.pipar_jax.runtime import support
@@ -212,3 +215,46 @@ def test_a_node_that_comes_back_takes_its_place_or_is_a_spare(tmp_path, network,
     made, samples = setting(tmp_path / "kept", "mpsl", nodes=nodes)
     made.run.rounds = rounds
     assert difference(run.weights(), conducted(made, samples, network).weights()) < RTOL
+
+
+def test_the_process_of_a_node_is_killed_and_the_run_goes_on(tmp_path):
+    made = Config(name="killed", method="accept")
+    made.run.dir, made.run.trace, made.model.name = str(tmp_path), "none", "mlp"
+    made.data.train_samples, made.data.batch_size, made.data.test_samples = 60, 30, 20
+    made.devices.count, made.nodes.count, made.pipeline.cuts = 1, 2, "1,2"
+    made.nodes.replicate_every, made.run.rounds = 1, 6
+    made.network.deadline_s = 30.0
+    events = []
+
+    def follow(event):
+        events.append(event)
+        if event["event"] == "nodes_copied" and event["round"] == 0:
+            (node,) = (
+                child
+                for child in psutil.Process().children()
+                if "--name=n2" in child.cmdline() and str(tmp_path) in " ".join(child.cmdline())
+            )
+            node.kill()
+
+    summary = launch(made, on_event=follow)
+    assert summary["event"] == "run_finished" and summary["lost_hosts"] == ["n2"]
+    (change,) = (event for event in events if event["event"] == "replanned")
+    assert change["to"]["devices"][0]["hosts"] == ["device", "n1"]
+
+
+def test_a_planned_chain_is_planned_again(tmp_path, network):
+    made, samples = setting(tmp_path, "mpsl", nodes=2)
+    made.pipeline.cuts, made.tuner.sizes = "", "2,7"
+    used = []
+
+    def end(run):
+        plan = run.kinds("run_started")[0]["plan"]
+        used.append(next(node for node in (1, 2) if f"|n{node}" in plan))
+        run.end_node(used[0])
+
+    run = conducted(made, samples, network, when("nodes_copied", 0, end))
+    assert run.error is None
+    (change,) = run.kinds("replanned")
+    hosts = {host for one in change["to"]["devices"] for host in one["hosts"]}
+    assert hosts == {"device", f"n{3 - used[0]}"}
+    assert difference(replayed(made, samples, network, run), run.weights()) < RTOL

@@ -18,6 +18,7 @@ from pipar_jax.runtime.memory import Ledger
 from pipar_jax.schedule.plan import OWNER
 from pipar_jax.training import optimizer
 from pipar_jax.tuner import StageCosts, memory_bytes
+from pipar_jax.tuner.bounds import kept_in
 from tests.pipar_jax.runtime import support
 from tests.pipar_jax.tuner import profiles
 
@@ -121,10 +122,12 @@ def test_a_plan_above_any_hosts_memory_is_refused(tmp_path, host, field, name):
         support.trained(made, DEVICES)
 
 
+@pytest.mark.parametrize("every", [0, 1])
 @pytest.mark.parametrize("weights", ["copy", "shared"])
-def test_what_the_tuner_offers_by_a_profile_no_node_refuses(tmp_path, weights):
+def test_what_the_tuner_offers_by_a_profile_no_node_refuses(tmp_path, weights, every):
     """One model of memory with the bytes of a profile's units, or of the stages themselves."""
     made = setting(tmp_path, weights=weights)
+    made.nodes.replicate_every, made.optimizer.momentum = every, 0.9
     config = resolve(made, models=(made.model.name,))
     network = support.model("vgg5", "float32")
     optimiser = optimizer.compiled(config.optimizer, steps=1)
@@ -135,7 +138,9 @@ def test_what_the_tuner_offers_by_a_profile_no_node_refuses(tmp_path, weights):
     known = dataclasses.replace(known, nodes=(profiles.node(units=count),) * 2)
     for cuts in itertools.combinations(range(1, count), 3):
         plan = plan_of_chain(config, cuts, (OWNER, "n1", "n2", OWNER))
-        offered = memory_bytes(StageCosts(known), plan)
+        offered = memory_bytes(StageCosts(known), plan, kept_in(config))
         for node in ("n1", "n2"):
             needed = memory.predict(network, plan, node, config, DEVICES).arrays
             assert needed <= offered[node] <= 1.5 * needed
+            kept = memory.predict(network, plan, node, config, DEVICES).kept
+            assert (kept > 0) == (every > 0)
