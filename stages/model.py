@@ -15,7 +15,7 @@ from stages.building import abstractly, build_module, build_units, check_module
 from stages.errors import StageError
 from stages.frozen import Frozen
 from stages.signature import ArrayType, Signature, unwrapped
-from stages.tasks.per_sample import check_task
+from stages.tasks.per_sample import check_alone, check_task
 from stages.tasks.registered import classification
 from stages.tasks.task import Task
 from stages.trees import PyTree, Variables
@@ -237,6 +237,18 @@ class Model:
         if self.targets is not None or task.targets.like((1,)) is not None:
             made.check_task()
         return made
+
+    def check_alone(self, targets: PyTree) -> None:
+        """Checks that a task of the user's own looks at each sample alone.
+
+        Args:
+          targets: Targets [2, …] of two samples, as the loss gets them.
+
+        Raises:
+          StageError: It does not.
+        """
+        if not self.task.is_registered:
+            check_alone(self.task, self.shapes(2)[-1], targets)
 
     def check_task(self) -> None:
         """Checks that outputs, targets and the task fit together, by their shapes.

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 import stages
 from comms import ChannelOptions, TlsOptions
 from pipar_jax.config import Config, ModelConfig, NetworkConfig
 from pipar_jax.config.plugins import OWN
 from pipar_jax.config.tasks import make_task
 from pipar_jax.data import Dataset, check_fits
+from pipar_jax.data.types import computed
 from pipar_jax.runtime.own_model import make_own
-from stages.signature import Signature
+from stages.signature import Signature, unwrapped
 from stages.tasks.targets import TargetRule
 
 if TYPE_CHECKING:
@@ -74,6 +77,11 @@ def fit(config: Config, model: Model | None, dataset: Dataset, host: str) -> Mod
     """
     made = build_model(config, dataset.signature(config.model.weight_dtype), model)
     check_fits(dataset, made.signature, host)
+    given = dataset.train if len(dataset.train) else dataset.test
+    two = given.take(np.asarray([0, len(given) - 1])).targets
+    made.check_alone(
+        unwrapped({name: computed(one, config.model.weight_dtype) for name, one in two.items()})
+    )
     return made
 
 

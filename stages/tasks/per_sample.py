@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from stages.errors import StageError
 from stages.foreign import describe
@@ -136,6 +137,43 @@ def check_task(task: Task, outputs: Any, targets: PyTree) -> None:
                 f"task {task.name!r}: {what} failed for outputs {list(whole[0].shape)} and targets "
                 f"{_shapes(whole[1])}: {describe(error)}"
             ) from error
+
+
+def check_alone(task: Task, outputs: Any, targets: PyTree) -> None:
+    """Checks, by computing, that losses and metrics of a sample depend on that sample alone.
+
+    Otherwise they would depend on how samples are divided among micro-batches, and shapes do not
+    show it, such as where a mean over samples is subtracted, or [samples, 1] meets [samples].
+
+    Args:
+      task: The task.
+      outputs: Abstract outputs [samples, …] of the model.
+      targets: Targets [2, …] of two samples.
+
+    Raises:
+      StageError: They depend on both samples.
+    """
+    dtype = jnp.promote_types(outputs.dtype, jnp.float32)
+    drawn = np.random.default_rng(0).normal(size=(2, *outputs.shape[1:]))
+    both = jnp.asarray(drawn, dtype), jax.tree.map(jnp.asarray, targets)
+    functions: list[tuple[str, Any]] = [(f"the {LOSS}", partial(losses_of, task))]
+    functions += [
+        (f"the metric {metric.name!r}", partial(values_of, task, metric)) for metric in task.metrics
+    ]
+    for what, function in functions:
+        whole = jax.tree.leaves(function(*both))
+        parts = [
+            jax.tree.leaves(function(*jax.tree.map(lambda leaf, at=at: leaf[at : at + 1], both)))
+            for at in range(2)
+        ]
+        for together, *alone in zip(whole, *parts, strict=True):
+            if not np.allclose(together, jnp.concatenate(alone), 1e-3, 1e-6, equal_nan=True):
+                raise StageError(
+                    f"task {task.name!r}: {what} of a sample depends on the samples beside it "
+                    f"({np.asarray(together).tolist()} for two, "
+                    f"{np.concatenate(alone).tolist()} for each alone): reduce over all axes but "
+                    "the first, and compare shapes of outputs and targets"
+                )
 
 
 def _kind(targets: Any) -> tuple[tuple[int, ...], str]:

@@ -126,6 +126,11 @@ class Task:
         return (*self.metrics, *self.whole)
 
     @property
+    def is_registered(self) -> bool:
+        """Whether its loss is one of ours, of which much is known."""
+        return self.loss.__module__ == "stages.tasks.registered"
+
+    @property
     def streamed(self) -> tuple[str, ...]:
         """Names of the metrics that stream."""
         return tuple(metric.name for metric in self.metrics)

@@ -43,6 +43,26 @@ def test_a_loss_that_is_none_of_samples_is_refused_in_one_line(loss, reason):
 
 
 @pytest.mark.parametrize(
+    ("loss", "what"),
+    [
+        (lambda o, t: jnp.mean((o[:, 0] - t[:, None]) ** 2, axis=-1), "the loss"),
+        (lambda o, t: squares(o - o.mean(axis=0), t), "the loss"),
+        (lambda o, t: squares(o, t) / len(o), "the loss"),
+    ],
+    ids=["broadcast", "centred", "a mean"],
+)
+def test_a_loss_that_looks_at_other_samples_is_refused(loss, what):
+    """Their shapes are right, so that only numbers show it."""
+    made = model(loss)
+    with pytest.raises(stages.StageError, match=f"{what} of a sample depends on"):
+        made.check_alone(jnp.asarray([1, 2]))
+    model().check_alone(jnp.asarray([1, 2]))
+    metric = stages.Metric("odd", loss)
+    with pytest.raises(stages.StageError, match=r"the metric 'odd' of a sample depends"):
+        model(metrics=(metric,)).check_alone(jnp.asarray([1, 2]))
+
+
+@pytest.mark.parametrize(
     ("values", "reason"),
     [
         (lambda o, t: jnp.mean(o), r"the metric 'odd' is a scalar"),
