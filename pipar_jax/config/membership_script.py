@@ -152,7 +152,10 @@ def _attempt(values: Any) -> Attempt:
         for place, step in [_numbers((row["place"], row["step"]))]
     )
     if any(len(row) != 3 for row in spans) or any(one.why not in _WHYS for one in out):
-        raise ValueError("a span has a place and two steps, and whoever is out has a valid reason")
+        whys = ", ".join(_WHYS)
+        raise ValueError(
+            f"a span is a place and two steps, and a place is out for a reason: {whys}"
+        )
     return Attempt(
         _numbers([values["round"]])[0], _numbers(values["cohort"]),
         tuple((row[0], row[1], row[2]) for row in spans),
