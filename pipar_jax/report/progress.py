@@ -299,6 +299,8 @@ def describe(event: Event, state: RunState) -> str | None:
         return (
             f"device {event['device']} is left out of round {event['round'] + 1}: {event['reason']}"
         )
+    if kind == "device_again":
+        return f"device {event['device']} takes part again, from round {event['round'] + 1} on"
     if kind == "round_undone":
         return f"round {event['round'] + 1} is undone and repeated: {event['reason']}"
     if kind == "run_started":

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import optax
+
 from pipar_jax.aggregation.aggregator import Aggregator, Contribution
 from pipar_jax.config import Config
 from pipar_jax.disk.json_text import JsonObject
@@ -143,6 +145,7 @@ class Coordinator:
         self._aggregator = Aggregator(config.aggregation, params, state)
         self._score: dict[str, float] = {}
         self._demand = [1.0] * self._places
+        self._seats_before: dict[str, str] = {}  # of each device, in the rounds before this one
         self._holdings = Holdings(model, config)
         self._states = StateExchange(members, host, self._holdings)
         self._first = 0
@@ -356,6 +359,7 @@ class Coordinator:
                 samples[place] = self._population[cohort.devices[place]].samples
             self._setup.samples = tuple(samples)
         links = {device_name(place): device_name(cohort.devices[place]) for place in cohort.taking}
+        self._seats_before |= self._members.seats
         self._members.seats = {name: seat for seat, name in links.items()}
         control = self._host.link_table.control
         for seat, name in links.items():
@@ -369,21 +373,33 @@ class Coordinator:
         """
         fresh = []
         late = []
+        scripted = () if cohort.planned is None else cohort.planned.fresh
         for place in cohort.taking:
             one, name = self._population[cohort.devices[place]], device_name(cohort.devices[place])
-            if one.fresh and one.rounds:
+            # In the run that a script tells of it had come back; here it has been there all along.
+            renews = place in scripted and not one.fresh
+            if renews or (one.fresh and one.rounds):
                 fresh.append(place)
-            if one.current or self.plan.order == Order.SEQUENTIAL:
+            if self.plan.order == Order.SEQUENTIAL or (one.current and not renews):
                 continue
-            wanted = exchanges.whole(
-                self.plan, device_name(place), self._model.unit_names, optimizers=False
-            )
-            self._states.push(
-                name, unit_state.known(wanted, self._aggregator), messages.PushState()
-            )
+            before = self._seats_before.get(name, device_name(0))
+            seat = before if self._sampled else device_name(place)
+            states = self._current_states(seat, optimizers=renews)
+            self._states.push(name, states, messages.PushState(optimizers=renews))
             late.append(name)
         self._members.collect(messages.PushedState, late)
         return tuple(fresh)
+
+    def _current_states(self, seat: str, *, optimizers: bool) -> States:
+        """Returns the weights of the moment of a device, with fresh optimiser states if wanted."""
+        names = self._model.unit_names
+        wanted = exchanges.whole(self.plan, seat, names, optimizers=False)
+        states = unit_state.known(wanted, self._aggregator)
+        if optimizers:
+            init = self._optimizer().init
+            for key in exchanges.optimizer_states(self.plan, seat, names):
+                states[key] = UnitState(opt=init(self._aggregator.params[key[1]]))
+        return states
 
     def _average(self, done: Committed) -> None:
         """Averages what the places of a round trained and hands the result back to the hosts."""
@@ -502,15 +518,19 @@ class Coordinator:
 
     def _initial_client_model(self) -> States:
         """Returns the client-side model as every device makes it from the seed."""
-        tx = optimizer.build(
-            self._config.optimizer, steps=1, proximal_mu=self._config.aggregation.proximal_mu
-        )
+        tx = self._optimizer()
         wanted = exchanges.client_model(self.plan, 0, self._model.unit_names)
         params, state = self._aggregator.params, self._aggregator.state
         return {
             (copy, unit): UnitState(params[unit], state[unit], tx.init(params[unit]))
             for copy, unit in wanted
         }
+
+    def _optimizer(self) -> optax.GradientTransformation:
+        """Returns the optimiser of a replica, for the states with which it begins."""
+        return optimizer.build(
+            self._config.optimizer, steps=1, proximal_mu=self._config.aggregation.proximal_mu
+        )
 
     def _gather_sequential(self) -> None:
         """Takes the one copy of every unit: the client-side model as handed back, the rest here."""

@@ -47,6 +47,7 @@ class Gathering:
         self._chooser = CohortChooser(config.cohort, config.devices.total, config.seed)
         self._preparing: set[str] = set()
         self._arrived: list[str] = []
+        self._stopped: set[int] = set()  # devices that were dropped and may take part again
         self._script: deque[Attempt] | None = None
         if config.cohort.script:
             self._script = deque(planned(config.cohort, config.devices.total))
@@ -96,7 +97,17 @@ class Gathering:
           PeerError: Too few devices are present, and the waiting time has elapsed.
         """
         if self._script is not None:
-            return self._scripted(self._script.popleft())
+            cohort = self._scripted(self._script.popleft())
+        else:
+            cohort = self._choose(index, attempt)
+        again = self._stopped.intersection(cohort.devices[place] for place in cohort.taking)
+        for device in sorted(again):
+            self._members.tell({"event": "device_again", "device": device, "round": index})
+        self._stopped -= again
+        return cohort
+
+    def _choose(self, index: int, attempt: int) -> Cohort:
+        """Waits for enough devices and returns those that are chosen among them."""
         self._wait_for(index)
         ready = self._members.population.ready()
         chosen = self._chooser.choose(index, attempt, ready)
@@ -176,3 +187,4 @@ class Gathering:
         self._members.settle(mail.source, messages.Trained, messages.ClientModel)
         one = self._members.population[host_index(mail.source)]
         one.ready, one.current = True, False
+        self._stopped.add(one.index)

@@ -55,6 +55,10 @@ ENOUGH_S, MOST_BYTES = 0.1, 32 << 20
 FIRST_BYTES = 64 << 10
 
 
+class _AbsentError(PeerError):
+    """A host is not there, or was lost while it was asked."""
+
+
 class Surveyed(NamedTuple):
     """The survey of a run's hosts and links.
 
@@ -134,20 +138,20 @@ def survey(config: Config, model: Model, members: Membership, samples: Sequence[
         told = functools.partial(members.tell_working, COORDINATOR, "timing")
         server = measure_host(config, model, sizes, members.poll, now_and_then(told, TOLD_S))
     message_s = measure_message_s()
-    devices = []
+    asked: list[DeviceProfile | None] = []
     for index, count in enumerate(samples):
         name = device_name(index)
-        host = _ask_host(config, sizes, model, members, name, references)
-        delay_s = min(_echo_s(members, name) for _ in range(ECHOES)) / 2
-        up_bytes_s = _rate(functools.partial(_up_s, members, name))
-        down_bytes_s = _rate(functools.partial(_down_s, members, name))
-        devices.append(
-            DeviceProfile(
-                host, count,
-                LinkModel(up_bytes_s, delay_s, message_s),
-                LinkModel(down_bytes_s, delay_s, message_s),
-            )
-        )  # fmt: skip
+        try:
+            host = _ask_host(config, sizes, model, members, name, references)
+            delay_s = min(_echo_s(members, name) for _ in range(ECHOES)) / 2
+            up_bytes_s = _rate(functools.partial(_up_s, members, name))
+            down_bytes_s = _rate(functools.partial(_down_s, members, name))
+        except _AbsentError:  # it may still come, or come back
+            asked.append(None)
+            continue
+        up = LinkModel(up_bytes_s, delay_s, message_s)
+        down = LinkModel(down_bytes_s, delay_s, message_s)
+        asked.append(DeviceProfile(host, count, up, down))
     nodes = []
     for name in members.hosts.nodes:
         host = _ask_host(config, sizes, model, members, name, references)
@@ -162,7 +166,7 @@ def survey(config: Config, model: Model, members: Membership, samples: Sequence[
         batch_size=config.data.batch_size,
         units=server.units,
         server=as_configured(server.host, members.hosts[COORDINATOR]),
-        devices=tuple(devices),
+        devices=_completed(asked, samples),
         nodes=tuple(nodes),
         codecs=codecs,
         window_bytes=config.pipeline.window_mb * 1e6,
@@ -193,6 +197,7 @@ def _ask_host(
             reference = ReferenceTimes.from_dict(values)
         except PlanError as error:
             members.blame(name, f"'referenced' with invalid times: {error}")
+            raise _AbsentError(str(error)) from error
         references[name] = reference
         host = predicted_host(config, model, sizes, reference).host
         return dataclasses.replace(host, memory_bytes=memory_bytes)
@@ -204,6 +209,7 @@ def _ask_host(
             f"'profiled' of {len(names)} units at sizes {host.sizes}, expected the "
             f"{len(model.units)} units of {model.name} at {sizes}",
         )
+        raise _AbsentError(f"{name} sent a profile that is not valid")
     return host
 
 
@@ -263,19 +269,37 @@ class Respondent:
 def _ask(members: Membership, name: str, question: ControlMessage, answer: type[M]) -> M:
     """Asks a device or node and waits for its answer."""
     members.send(name, question)
-    return _answer(members, name, answer).said
+    return _wait_for(members, name, answer).said
 
 
-def _answer(members: Membership, name: str, kind: type[M]) -> Mail[M]:
-    """Waits for a host's answer.
+def _wait_for(members: Membership, name: str, answer: type[M]) -> Mail[M]:
+    """Waits for the answer of a device or node.
 
     Raises:
-      PeerError: It was lost: without it there is no plan.
+      _AbsentError: It is not there, or is lost while it is waited for.
     """
-    answers = members.collect(kind, (name,))
-    if name not in answers:
-        raise PeerError(f"{long_name(name)} was lost while it was asked what it can do")
-    return answers[name]
+    found = members.collect(answer, (name,))
+    if name not in found:
+        raise _AbsentError(f"{long_name(name)} was lost while it was asked what it can do")
+    return found[name]
+
+
+def _completed(
+    asked: Sequence[DeviceProfile | None], samples: Sequence[int]
+) -> tuple[DeviceProfile, ...]:
+    """Returns the devices' profiles; one that was not there counts as the slowest of the others.
+
+    Raises:
+      PeerError: None was there.
+    """
+    known = [one for one in asked if one is not None]
+    if not known:
+        raise PeerError("no device is left that could be asked what it can do: start them again")
+    slowest = max(known, key=lambda one: sum(map(sum, one.host.backward_s)))
+    return tuple(
+        dataclasses.replace(slowest, samples=count) if profile is None else profile
+        for profile, count in zip(asked, samples, strict=True)
+    )
 
 
 def _echo_s(members: Membership, name: str) -> float:
@@ -300,11 +324,12 @@ def _up_s(members: Membership, name: str, nbytes: int) -> float:
     members.send(name, messages.SurveySend(nbytes))
     times = []
     for expected in _two(nbytes):
-        message = _answer(members, name, messages.SurveyBytes).message
+        message = _wait_for(members, name, messages.SurveyBytes).message
         assert message is not None
         sizes = {one: array.nbytes for one, array in message.tensors.items()}
         if sizes != {one: array.nbytes for one, array in expected.items()}:
             members.blame(name, f"'survey_bytes' other than the {nbytes} bytes asked for")
+            raise _AbsentError(f"{long_name(name)} sent other bytes than those asked for")
         times.append(message.received_s)
         message.release()
     return times[1] - times[0]
@@ -315,7 +340,7 @@ def _down_s(members: Membership, name: str, nbytes: int) -> float:
     small, large = _two(nbytes)
     members.send_bundle(name, messages.SurveyBytes(), small)
     members.send_bundle(name, messages.SurveyBytes(), large, reply(messages.Took))
-    return float(_answer(members, name, messages.Took).said.seconds)
+    return float(_wait_for(members, name, messages.Took).said.seconds)
 
 
 def _two(nbytes: int) -> tuple[dict[str, Array], dict[str, Array]]:

@@ -40,9 +40,7 @@ def replayed(tmp_path, made, run):
     made.name = "replay"
     made.cohort.script = str(run.folder / "membership.jsonl")
     again = OpenRun(made).run(range(len(SAMPLES)))
-    assert [row | {"fresh": []} for row in again.script()] == [
-        row | {"fresh": []} for row in run.script()
-    ]
+    assert again.script() == run.script()
     return again.weights()
 
 
@@ -78,6 +76,7 @@ def test_a_device_that_is_lost_comes_back_with_the_weights_of_the_moment(tmp_pat
     first = next(span[1] for span in back["spans"] if span[0] == 1)
     counted = sum(2 for row in script[: back["round"]] if 1 in row["commit"])
     assert first == counted  # its own next step, whatever the others did meanwhile
+    assert equal(run.weights(), replayed(tmp_path, made, run))
 
 
 def pause_between_rounds(seconds):
@@ -132,6 +131,17 @@ def test_more_devices_than_configured_take_part_once_they_have_come(tmp_path, me
     assert equal(run.weights(), again.weights())
 
 
+def test_the_tuner_plans_for_devices_that_are_not_there_yet(tmp_path):
+    made = config(tmp_path, "auto", rounds=3, min_devices=2, quorum=1, wait_s=0.1)
+    made.tuner.sizes, made.tuner.methods = "2,7", "fl,pipar"
+    run = OpenRun(made).run((0, 2))
+    assert run.error is None
+    profile = run.kinds("tuned")[0]["profile"]
+    assert len(profile["devices"]) == 3
+    assert profile["devices"][1] in (profile["devices"][0], profile["devices"][2])
+    assert [row["commit"] for row in run.script()] == [[0, 2]] * 3
+
+
 def test_too_few_devices_end_the_run_in_one_line(tmp_path):
     made = config(tmp_path, quorum=3)
     run = OpenRun(made, when=after(0, lambda run: run.end(1))).run(range(3))
@@ -160,6 +170,8 @@ def test_a_late_device_is_left_out_of_the_round_and_takes_part_again(tmp_path, m
     assert run.error is None and not run.errors
     outs = [out for row in run.script() for out in row["out"]]
     assert any(out["place"] == 1 and out["why"] == "late" for out in outs)
+    late = next(row["round"] for row in run.script() if row["out"])
+    assert [(e["device"], e["round"] > late) for e in run.kinds("device_again")] == [(1, True)]
     assert run.script()[-1]["commit"] == [0, 1, 2]
 
 
