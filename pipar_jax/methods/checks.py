@@ -211,10 +211,12 @@ def _check_cohort(config: Config, method: Method | None) -> None:
     """Checks what a method cannot do with a cohort, or with losses."""
     cohort, shared = config.cohort, config.pipeline.weights == WeightPolicy.SHARED
     if cohort.size:
-        if method is None:
+        if method is not None and method.uses_nodes:
             raise ConfigError(
-                f"cohort.size={cohort.size:g} cannot be combined with method=auto, which times "
-                "every device before the run: choose a method, or set cohort.size=0"
+                f"cohort.size={cohort.size:g} cannot be combined with method={method.name}: the "
+                "links between devices and compute nodes belong to a place, and with cohort.size a "
+                "device takes another place in each round; set cohort.size=0, with cohort.quorum "
+                "for devices that come and go"
             )
         for index, fields in config.devices.overrides.items():
             if odd := [one for one in ("cut", "micro_batches") if fields.get(one) is not None]:
@@ -242,5 +244,6 @@ def _check_cohort(config: Config, method: Method | None) -> None:
         field = f"first={cohort.first}" if cohort.first else f"deadline_s={cohort.deadline_s:g}"
         raise ConfigError(
             f"cohort.{field} cannot be combined with pipeline.weights=shared, where each step "
-            "waits for all devices, so that none is later than the others: leave it 0"
+            "waits for all devices, so that none has finished before the others: leave it 0 (a "
+            "silent device is lost after network.deadline_s)"
         )

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -41,7 +43,7 @@ from pipar_jax.protocol.registry import ControlMessage
 from pipar_jax.roles.membership import M, Mail, Membership
 from pipar_jax.roles.replies import reply
 from pipar_jax.runtime import memory
-from pipar_jax.schedule.plan import COORDINATOR, Plan, device_name, long_name
+from pipar_jax.schedule.plan import COORDINATOR, Plan, long_name
 from pipar_jax.simulator.predict import StageCosts, estimate
 from pipar_jax.training.compile import TOLD_S, now_and_then
 from pipar_jax.tuner.chains import tune_chain
@@ -139,8 +141,9 @@ def survey(config: Config, model: Model, members: Membership, samples: Sequence[
         server = measure_host(config, model, sizes, members.poll, now_and_then(told, TOLD_S))
     message_s = measure_message_s()
     asked: list[DeviceProfile | None] = []
-    for index, count in enumerate(samples):
-        name = device_name(index)
+    sampled = members.hosts.sampled  # then any device may take any place, and a few are asked
+    there = members.population.present() if sampled else members.hosts.devices
+    for name, count in zip(there, samples, strict=False):
         try:
             host = _ask_host(config, sizes, model, members, name, references)
             delay_s = min(_echo_s(members, name) for _ in range(ECHOES)) / 2
@@ -166,7 +169,7 @@ def survey(config: Config, model: Model, members: Membership, samples: Sequence[
         batch_size=config.data.batch_size,
         units=server.units,
         server=as_configured(server.host, members.hosts[COORDINATOR]),
-        devices=_completed(asked, samples),
+        devices=_completed(asked, samples, alike=sampled),
         nodes=tuple(nodes),
         codecs=codecs,
         window_bytes=config.pipeline.window_mb * 1e6,
@@ -285,21 +288,39 @@ def _wait_for(members: Membership, name: str, answer: type[M]) -> Mail[M]:
 
 
 def _completed(
-    asked: Sequence[DeviceProfile | None], samples: Sequence[int]
+    asked: Sequence[DeviceProfile | None], samples: Sequence[int], *, alike: bool
 ) -> tuple[DeviceProfile, ...]:
-    """Returns the devices' profiles; one that was not there counts as the slowest of the others.
+    """Returns the profile of each place's device.
+
+    One that was not there counts as the slowest of the others, with the slowest of their links.
+
+    Args:
+      asked: The profiles of those that were asked; None of one that was not there.
+      samples: Samples of an epoch in each place.
+      alike: Whether any device may take any place, so that all count as the slowest.
 
     Raises:
       PeerError: None was there.
     """
-    known = [one for one in asked if one is not None]
+    known = [profile for profile in asked if profile is not None]
     if not known:
         raise PeerError("no device is left that could be asked what it can do: start them again")
-    slowest = max(known, key=lambda one: sum(map(sum, one.host.backward_s)))
+    slowest = DeviceProfile(
+        max(known, key=lambda profile: sum(map(sum, profile.host.backward_s))).host,
+        0,
+        min((profile.up for profile in known), key=_rate_of),
+        min((profile.down for profile in known), key=_rate_of),
+    )
+    of_places = () if alike else asked
     return tuple(
         dataclasses.replace(slowest, samples=count) if profile is None else profile
-        for profile, count in zip(asked, samples, strict=True)
+        for profile, count in itertools.zip_longest(of_places, samples)
     )
+
+
+def _rate_of(link: LinkModel) -> float:
+    """Returns a link's bytes per second."""
+    return math.inf if link.rate_bytes_s is None else link.rate_bytes_s
 
 
 def _echo_s(members: Membership, name: str) -> float:

@@ -92,7 +92,7 @@ def tune(profile: Profile, config: Config) -> Plan:
     if config.tuner.select == "paper":
         return paper_plan(
             StageCosts(profile),
-            _frame(config.pipeline, config.aggregation, config.devices.total),
+            _frame(config.pipeline, config.aggregation, len(profile.devices)),
             configured(config.pipeline),
         )
     return search(profile, config).plans[0].plan
@@ -109,7 +109,7 @@ def search(profile: Profile, config: Config) -> SearchResult:
       ConfigError: The configuration allows no plan.
       PlanError: No plan fits into the hosts' memory.
     """
-    frame = _frame(config.pipeline, config.aggregation, config.devices.total)
+    frame = _frame(config.pipeline, config.aggregation, len(profile.devices))
     return _Search(profile, CodecCandidates(config.tuner, config.pipeline), frame).run()
 
 

@@ -29,7 +29,10 @@ def test_the_defaults_are_a_configuration() -> None:
     ("fields", "says"),
     [
         ({"cohort.first": 1, "cohort.quorum": 2}, "less than cohort.quorum=2"),
-        ({"cohort.size": 0.5, "method": "auto"}, "cannot be combined with method=auto"),
+        (
+            {"cohort.size": 0.5, "method": "mpsl", "nodes.count": 1},
+            "links between devices and compute nodes",
+        ),
         (
             {"cohort.size": 1, "devices.overrides": {1: {"cut": 2}}},
             r"devices\.1\.cut=2 .* cut alike",
@@ -37,8 +40,8 @@ def test_the_defaults_are_a_configuration() -> None:
         ({"cohort.quorum": 1, "tuner.adapt": True}, "may lose hosts"),
         ({"cohort.size": 1, "tuner.adapt": True}, "cohort.size=1"),
         ({"cohort.first": 1, "method": "sl"}, "take turns"),
-        ({"cohort.deadline_s": 1, "pipeline.weights": "shared"}, "none is later"),
-        ({"cohort.first": 1, "pipeline.weights": "shared"}, "none is later"),
+        ({"cohort.deadline_s": 1, "pipeline.weights": "shared"}, "none has finished before"),
+        ({"cohort.first": 1, "pipeline.weights": "shared"}, "none has finished before"),
     ],
     ids=lambda value: str(value)[:40],
 )

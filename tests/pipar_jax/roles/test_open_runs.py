@@ -136,10 +136,22 @@ def test_the_tuner_plans_for_devices_that_are_not_there_yet(tmp_path):
     made.tuner.sizes, made.tuner.methods = "2,7", "fl,pipar"
     run = OpenRun(made).run((0, 2))
     assert run.error is None
-    profile = run.kinds("tuned")[0]["profile"]
-    assert len(profile["devices"]) == 3
-    assert profile["devices"][1] in (profile["devices"][0], profile["devices"][2])
+    first, absent, third = run.kinds("tuned")[0]["profile"]["devices"]
+    assert absent["host"] in (first["host"], third["host"]) and first["host"] != third["host"]
+    assert absent["up"]["rate_bytes_s"] == min(
+        first["up"]["rate_bytes_s"], third["up"]["rate_bytes_s"]
+    )
     assert [row["commit"] for row in run.script()] == [[0, 2]] * 3
+
+
+def test_the_tuner_plans_for_places_that_any_device_may_take(tmp_path):
+    made = config(tmp_path, "auto", rounds=3, size=2)
+    made.tuner.sizes, made.tuner.methods = "2,7", "fl,pipar"
+    run = OpenRun(made).run(range(3))
+    assert run.error is None
+    first, second = run.kinds("tuned")[0]["profile"]["devices"]
+    assert first == second
+    assert all(len(row["commit"]) == 2 for row in run.script())
 
 
 def test_too_few_devices_end_the_run_in_one_line(tmp_path):
