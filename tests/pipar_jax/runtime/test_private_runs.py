@@ -8,9 +8,15 @@ import jax
 import numpy as np
 import pytest
 
+import stages
+from pipar_jax.errors import ConfigError, RunError
 from pipar_jax.methods.registry import METHODS
+from pipar_jax.methods.resolution import resolve
 from pipar_jax.privacy.accountant import gaussian_epsilon, noise_for, release_cost
 from pipar_jax.privacy.ledger import LEDGER
+from pipar_jax.runtime.releases import Releases
+from pipar_jax.schedule.actions import FORWARD, Action
+from pipar_jax.schedule.plan import DevicePlan
 from tests.pipar_jax.runtime import support
 
 SAMPLES = (17, 33)
@@ -150,3 +156,115 @@ def test_the_noise_of_users_is_calibrated_and_found_in_the_weights(tmp_path):
     deviation = noise_for(4.0, 1e-5, 2) * 0.5 / 2
     for noise_at, adds in (("device", 4), ("server", 2)):
         assert np.std(changed[noise_at]) == pytest.approx(deviation * adds**0.5, rel=0.03)
+
+
+def rounds(run):
+    return [event for event in run.metrics if event["event"] == "round_finished"]
+
+
+def test_a_run_ends_before_it_exceeds_its_budget(tmp_path):
+    made, samples = setting(tmp_path, "fl", noise=2.0)
+    made.epochs, made.aggregation.every = 4, "epoch"
+    made.privacy.epsilon = gaussian_epsilon(2.5 * release_cost(2.0), made.privacy.delta)
+    run = support.trained(made, samples, support.model())
+    assert [one["round"] for one in rounds(run)] == [0, 1]
+    stopped = [event for event in run.metrics if event["event"] == "stopped"]
+    assert "round 2 would bring device 0 above privacy.epsilon" in stopped[0]["reason"]
+    spent = gaussian_epsilon(2 * release_cost(2.0), made.privacy.delta)
+    assert epsilons(run) == {name: pytest.approx(spent) for name in ("d0", "d1")}
+    assert (run.folder / "weights.safetensors").is_file()
+    assert rounds(run)[-1]["loss"] is None  # the figures of a device's samples stay there
+
+
+def test_a_device_refuses_the_mini_batch_that_would_exceed_its_budget(tmp_path):
+    """Whatever the coordinator says; what it released before a restart counts."""
+    made, _ = setting(tmp_path, "pipar", noise=2.0)
+    made.privacy.epsilon = gaussian_epsilon(4 * release_cost(2.0), made.privacy.delta)
+    model, plan = support.model(), DevicePlan((2,), ("device", "server"))
+    taken = 0
+    for _ in range(2):  # the process starts anew
+        releases = Releases(resolve(made), "d0")
+        releases.expect(14)  # two mini-batches
+        releases.calibrate(plan, 4)
+        stage = stages.split(model, (2,), releases=releases.stages(model, plan))[0]
+        for step in (0, 1):
+            releases.start_attempt()
+            for micro_batch in range(3):
+                action = Action(0, FORWARD, 0, step, micro_batch)
+                assert releases.draw(stages.make_draw(7), action, stage, 3).noise.shape == (
+                    2,
+                    3,
+                    128,
+                )
+            taken += 1
+        releases.close()
+    assert taken == 4
+    releases = Releases(resolve(made), "d0")
+    releases.expect(14)
+    releases.calibrate(plan, 4)
+    with pytest.raises(RunError, match=r"d0 has released epsilon .* would exceed that"):
+        releases.draw(stages.make_draw(7), Action(0, FORWARD, 0, 0, 0), stage, 3)
+    assert releases.spent == pytest.approx(4 * release_cost(2.0))
+
+
+def test_a_resumed_run_counts_what_was_released_before(tmp_path):
+    made, samples = setting(tmp_path, "fl", noise=2.0)
+    made.epochs, made.aggregation.every, made.checkpoint.every_rounds = 1, "epoch", 1
+    support.trained(made, samples, support.model())
+    made.epochs, made.run.resume = 2, "auto"
+    run = support.trained(made, samples, support.model())
+    spent = gaussian_epsilon(2 * release_cost(2.0), made.privacy.delta)
+    assert epsilons(run) == {name: pytest.approx(spent) for name in ("d0", "d1")}
+
+
+def test_labels_that_are_randomised_are_in_the_ledger_once(tmp_path):
+    privacy = {"noise": 2.0, "labels": "randomised", "label_epsilon": 1.5}
+    made, samples = setting(tmp_path, "pipar", **privacy)
+    made.checkpoint.every_rounds, made.run.resume = 1, "auto"
+    made.aggregation.every = "epoch"
+    support.trained(made, samples, support.model())
+    made.epochs = 2
+    run = support.trained(made, samples, support.model())
+    path = run.folder / "hosts" / "d0" / LEDGER
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    responses = {line["response"] for line in lines if "response" in line}
+    assert len(responses) == 1
+    assert epsilons(run)["d0"] == pytest.approx(
+        gaussian_epsilon(2 * 2 * release_cost(2.0), 1e-5) + 1.5
+    )
+
+
+def test_cotangents_that_depend_on_labels_are_released_as_well(tmp_path):
+    privacy = {"noise": 2.0, "labels": "home", "cotangent_clip": 0.1}
+    made, samples = setting(tmp_path, "mpsl", **privacy)
+    run = support.trained(made, samples, support.model())
+    path = run.folder / "hosts" / "d0" / LEDGER
+    kinds = {tuple(json.loads(line)["what"]) for line in path.read_text().splitlines()}
+    assert kinds == {("activations", "gradients", "cotangents")}
+    (promise,) = [event for event in run.metrics if event["event"] == "private"]
+    assert not any("NOT" in word for word in promise["words"])
+
+
+def test_noise_is_new_in_every_run_unless_the_run_is_called_not_private(tmp_path):
+    found = {}
+    for name, reproducible in (("a", True), ("b", True), ("c", False), ("d", False)):
+        made, samples = setting(tmp_path / name, "pipar", noise=1.0, reproducible=reproducible)
+        run = support.trained(made, samples, support.model())
+        found[name] = np.concatenate([array.ravel() for array in weights(run).values()])
+        (promise,) = [event for event in run.metrics if event["event"] == "private"]
+        assert any("NOT PRIVATE" in word for word in promise["words"]) == reproducible
+    np.testing.assert_array_equal(found["a"], found["b"])
+    assert (found["c"] != found["d"]).any()
+
+
+def test_statistics_of_mini_batches_on_a_device_are_refused(tmp_path):
+    made, samples = setting(tmp_path, "pipar", noise=1.0)
+    made.model.name = "own"
+    with pytest.raises(RunError, match="keep statistics of mini-batches"):
+        support.trained(made, samples, support.model("cnn", norm="batch"))
+
+
+def test_a_delta_at_which_a_record_could_be_published_is_refused(tmp_path):
+    made, samples = setting(tmp_path, "pipar", noise=1.0, delta=1 / 20)
+    with pytest.raises(ConfigError, match=r"privacy.delta=0.05 with 33 samples on d1"):
+        support.trained(made, samples, support.model())
