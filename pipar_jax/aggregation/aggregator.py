@@ -167,6 +167,7 @@ class Aggregator:
     def __init__(self, config: AggregationConfig, params: Variables, state: Variables) -> None:
         self.params = params
         self.state = state
+        self._least = 2 * config.liars + 1
         self._rule = _compiled(dataclasses.astuple(config))
         init = self._rule.transformation.init
         self.rule_state = {unit: init(w) for unit, w in params.items()}
@@ -180,11 +181,12 @@ class Aggregator:
     def compile(self) -> None:
         """Compiles the average of every unit, for any number of replicas, before the first round.
 
-        The weights do not change. A rule of the user's that takes all replicas at once is compiled
-        for three of them here, and for other numbers when they come.
+        The weights do not change. A rule that takes all replicas at once is compiled for three of
+        them here, or as many as it needs, and for other numbers when they come.
         """
+        count = max(3, self._least)
         for unit in self.params:
-            self._combine(unit, [(self.params[unit], self.state[unit])] * 3, [1.0] * 3)
+            self._combine(unit, [(self.params[unit], self.state[unit])] * count, [1.0] * count)
 
     def broken_units(self) -> tuple[str, ...]:
         """Returns the units whose global weights, statistics or rule's state are not finite."""

@@ -62,8 +62,47 @@ RULES: dict[str, Callable[[AggregationConfig], optax.GradientTransformation]] = 
 }
 
 
+def _median(config: AggregationConfig) -> Combine:
+    """Coordinate-wise median (Yin et al., arXiv 1803.01498): bears liars up to almost half."""
+    import jax.numpy as jnp
+
+    del config
+    return lambda deltas, _: {name: jnp.median(one, axis=0) for name, one in deltas.items()}
+
+
+def _trimmed_mean(config: AggregationConfig) -> Combine:
+    """Coordinate-wise mean without the largest and smallest ``liars`` (arXiv 1803.01498)."""
+    import jax.numpy as jnp
+
+    liars = config.liars
+
+    def combine(deltas: Mapping[str, jax.Array], weights: jax.Array) -> Mapping[str, jax.Array]:
+        count = weights.shape[0]
+        if count <= 2 * liars:
+            raise RunError(
+                f"aggregation.rule=trimmed_mean with aggregation.liars={liars} needs more than "
+                f"{2 * liars} devices that hold a unit, got {count}: lower liars, or raise "
+                "cohort.quorum"
+            )
+        kept = slice(liars, count - liars)
+        return {name: jnp.mean(jnp.sort(one, axis=0)[kept], axis=0) for name, one in deltas.items()}
+
+    return combine
+
+
 #: From the devices' deltas, {path: [replicas, …]}, and their weights [replicas] to one delta.
 Combine: TypeAlias = Callable[[Mapping[str, "jax.Array"], "jax.Array"], Mapping[str, "jax.Array"]]
+
+
+#: The rules that take the place of the weighted mean: every device counts alike.
+COMBINATIONS: dict[str, Callable[[AggregationConfig], Combine]] = {
+    "median": _median,
+    "trimmed_mean": _trimmed_mean,
+}
+#: The mean of those updates that are nearest to each other (``runtime.update_transforms``).
+MULTI_KRUM = "multi_krum"
+#: All registered names.
+RULE_NAMES = (*RULES, *COMBINATIONS, MULTI_KRUM)
 
 
 class ServerRule(NamedTuple):
@@ -93,6 +132,10 @@ def make_rule(config: AggregationConfig) -> ServerRule:
     Raises:
       RunError: The user's own function cannot be found, fails, or returns something else.
     """
+    if config.rule in COMBINATIONS:
+        return ServerRule(_scale(config), COMBINATIONS[config.rule](config))
+    if config.rule == MULTI_KRUM:  # the mean of what its transform leaves over
+        return ServerRule(_scale(config))
     if not is_own(config.rule):
         return ServerRule(RULES[config.rule](config))
     from stages.foreign_updates import checked_combination, checked_transformation

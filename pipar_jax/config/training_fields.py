@@ -128,6 +128,14 @@ class AggregationConfig:
     )
     beta2: float = option(0.99, "fedadam, fedyogi: second beta", at_least=0, below=1)
     epsilon: float = option(1e-3, "adaptive rules: added to the denominator", above=0)
+    liars: int = option(
+        0, "trimmed_mean, multi_krum: number of devices that may send anything", at_least=0
+    )
+    update_bound: float = option(
+        0.0,
+        "fl: norm to which the server scales a device's larger update down; 0: no bound",
+        at_least=0,
+    )
     proximal_mu: float = option(0.0, "FedProx: weight of the proximal term", at_least=0)
     codec: str = option("raw", "codec for averaged weights on links")
     weighted: bool = option(True, "weight the average by samples; false: all devices count equally")

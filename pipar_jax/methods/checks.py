@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from pipar_jax.aggregation.rules import RULES
+from pipar_jax.aggregation.rules import RULE_NAMES
 from pipar_jax.config import (
     OWN_SOURCES,
     Config,
@@ -23,6 +23,7 @@ from pipar_jax.data.published import PUBLIC_SOURCES
 from pipar_jax.errors import ConfigError
 from pipar_jax.methods.privacy_checks import check_privacy
 from pipar_jax.methods.registry import METHODS, Method, node_methods
+from pipar_jax.methods.robust_checks import check_robust
 from pipar_jax.methods.tuner_checks import check_tuner
 from pipar_jax.schedule.plan import Order, WeightPolicy
 from stages.names import UNITS
@@ -46,7 +47,7 @@ def check_registered(config: Config, models: tuple[str, ...] = ()) -> None:
     check_task(config)
     _check_data(config.data, config.devices)
     rule = config.aggregation.rule
-    check_named(rule, "aggregation.rule", "a rule", tuple(RULES))
+    check_named(rule, "aggregation.rule", "a rule", RULE_NAMES)
     check_args(config.aggregation.args, "aggregation.args", "aggregation.rule", rule)
     for device in hosts.distinct_devices():
         _check_device(config.data, device, hosts.path(device.name, "data_source"))
@@ -57,6 +58,7 @@ def check_registered(config: Config, models: tuple[str, ...] = ()) -> None:
         if method.pipelined:
             _check_micro_batches(config.data.batch_size, hosts)
     _check_cohort(config, method)
+    check_robust(config, method)
     check_privacy(config, models)
 
 

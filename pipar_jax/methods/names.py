@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipar_jax.aggregation.rules import RULES
+from pipar_jax.aggregation.rules import RULE_NAMES
 from pipar_jax.config import AUTO
 from pipar_jax.config.schema import Names
 from pipar_jax.data.partition import PARTITIONS
@@ -14,5 +14,5 @@ NAMES: Names = {
     "method": (*METHODS, AUTO),
     "data.source": PUBLIC_SOURCES,
     "data.partition": tuple(PARTITIONS),
-    "aggregation.rule": tuple(RULES),
+    "aggregation.rule": RULE_NAMES,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipar_jax.aggregation.rules import MULTI_KRUM, RULES
 from pipar_jax.config import Config, PrivacyConfig, aggregate_steps
 from pipar_jax.errors import ConfigError
 from pipar_jax.methods.registry import METHODS, Method
@@ -137,6 +138,18 @@ def _check_users(config: Config, method: Method) -> None:
         raise ConfigError(
             "privacy.unit=user averages with public weights, and the number of a user's samples is "
             "not public: set aggregation.weighted=false"
+        )
+    if config.privacy.noise_at == "server" and config.aggregation.rule not in RULES:
+        raise ConfigError(
+            f"privacy.noise_at=server adds noise to a sum of updates, and aggregation.rule="
+            f"{config.aggregation.rule} does not average: use one of {', '.join(RULES)}, or "
+            "noise_at=device"
+        )
+    if config.aggregation.update_bound or config.aggregation.rule == MULTI_KRUM:
+        raise ConfigError(
+            "privacy.unit=user cannot be combined with aggregation.update_bound or "
+            "aggregation.rule=multi_krum: updates are bounded by privacy.update_clip, and the "
+            "divisor of their sum has to be planned"
         )
     keeps = config.checkpoint.every_rounds or config.checkpoint.every_s
     if keeps and config.checkpoint.device_state == "server":

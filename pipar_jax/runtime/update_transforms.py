@@ -11,16 +11,20 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
 
 from pipar_jax.aggregation.aggregator import Contribution
+from pipar_jax.aggregation.rules import MULTI_KRUM
 from pipar_jax.config import Config, places
+from pipar_jax.errors import RunError
 from pipar_jax.training.replica import Noise, Variables
 from stages.release import add_noise, clip_tree
 
 #: From an update (trained weights minus those of the round's start) and the round's number.
 OnDevice = Callable[[Variables, int], Variables]
-#: From the devices' updates and the round's number.
-OnCoordinator = Callable[[list[Variables], int], list[Variables]]
+#: From the devices' contributions, with updates for weights, and the round's number.
+OnCoordinator = Callable[[list[Contribution], int], list[Contribution]]
 
 
 class UpdateTransform(NamedTuple):
@@ -57,9 +61,14 @@ def update_transforms(config: Config, noise: UpdateNoise | None) -> tuple[Update
       config: Resolved configuration.
       noise: Who adds noise on this host; None on a host that adds none.
     """
-    privacy = config.privacy
+    privacy, aggregation = config.privacy, config.aggregation
     if not privacy.of_users:
-        return ()
+        transforms = []
+        if aggregation.rule == MULTI_KRUM:
+            transforms.append(UpdateTransform(_as_it_is, _multi_krum(aggregation.liars)))
+        if aggregation.update_bound:
+            transforms.append(_clipping(aggregation.update_bound, twice=True))
+        return tuple(transforms)
     # The noise of the server is its last half, since it goes through the list in reverse.
     at_device = privacy.noise_at == "device"
     transforms = [
@@ -105,11 +114,16 @@ def arrive(
     """
     if not transforms or not contributions:
         return list(contributions)
-    updates = [_difference(one.params, start) for one in contributions]
+    made = [
+        one._replace(params=_difference(one.params, {unit: start[unit] for unit in one.params}))
+        for one in contributions
+    ]
     for transform in reversed(transforms):
-        updates = transform.on_coordinator(updates, round_)
-    first = contributions[0]
-    return [first._replace(params=_sum(start, one), weight=1.0) for one in updates]
+        made = transform.on_coordinator(made, round_)
+    return [
+        one._replace(params=_sum({unit: start[unit] for unit in one.params}, one.params))
+        for one in made
+    ]
 
 
 def _clipping(clip: float, *, twice: bool) -> UpdateTransform:
@@ -126,9 +140,9 @@ def _clipping(clip: float, *, twice: bool) -> UpdateTransform:
         clipped: Variables = _clipped(update, clip)
         return clipped
 
-    def on_coordinator(updates: list[Variables], round_: int) -> list[Variables]:
+    def on_coordinator(updates: list[Contribution], round_: int) -> list[Contribution]:
         del round_
-        return [_clipped(one, clip) for one in updates]
+        return [one._replace(params=_clipped(one.params, clip)) for one in updates]
 
     return UpdateTransform(on_device, on_coordinator if twice else _unchanged)
 
@@ -139,9 +153,9 @@ def _planned(count: int) -> UpdateTransform:
     Who is there may depend on a user's data, and so would the divisor.
     """
 
-    def on_coordinator(updates: list[Variables], round_: int) -> list[Variables]:
+    def on_coordinator(updates: list[Contribution], round_: int) -> list[Contribution]:
         del round_
-        zero = jax.tree.map(jnp.zeros_like, updates[0])
+        zero = updates[0]._replace(params=jax.tree.map(jnp.zeros_like, updates[0].params))
         return [*updates, *[zero] * (count - len(updates))]
 
     return UpdateTransform(_as_it_is, on_coordinator)
@@ -159,13 +173,48 @@ def _noise(noise: UpdateNoise | None) -> OnDevice:
 def _summed_noise(noise: UpdateNoise | None) -> OnCoordinator:
     """Noise on the sum, by adding it to one of the summands."""
 
-    def on_coordinator(updates: list[Variables], round_: int) -> list[Variables]:
+    def on_coordinator(updates: list[Contribution], round_: int) -> list[Contribution]:
         assert noise is not None
         noise.enter_update()
-        made = noise.update_noise(round_, _numbers(updates[0]))
-        return [_noised(updates[0], made), *updates[1:]]
+        first = updates[0]
+        made = noise.update_noise(round_, _numbers(first.params))
+        return [first._replace(params=_noised(first.params, made)), *updates[1:]]
 
     return on_coordinator
+
+
+def _multi_krum(liars: int) -> OnCoordinator:
+    """Multi-Krum (Blanchard et al., NeurIPS 2017): leaves out the updates far from their nearest.
+
+    Of n updates the n - liars with the smallest sums of squared distances to their n - liars - 2
+    nearest ones are averaged.
+    """
+
+    def on_coordinator(updates: list[Contribution], round_: int) -> list[Contribution]:
+        count = len(updates)
+        if count < 2 * liars + 3:
+            raise RunError(
+                f"round {round_}: aggregation.rule=multi_krum with aggregation.liars={liars} needs "
+                f"at least {2 * liars + 3} devices that finish, got {count}: lower liars, or raise "
+                "cohort.quorum"
+            )
+        vectors = np.stack([_vector(one.params) for one in updates])
+        # What is not finite is infinitely far from all others.
+        with np.errstate(invalid="ignore", over="ignore"):
+            squares = [np.sum(np.square(vectors - one), axis=1) for one in vectors]
+        distances = np.stack(squares)
+        distances[np.isnan(distances)] = np.inf
+        np.fill_diagonal(distances, np.inf)
+        scores = np.sort(distances, axis=1)[:, : count - liars - 2].sum(axis=1)
+        chosen = np.sort(np.argsort(scores, kind="stable")[: count - liars])
+        return [updates[int(i)] for i in chosen]
+
+    return on_coordinator
+
+
+def _vector(update: Variables) -> NDArray[np.float64]:
+    """Returns all numbers of an update."""
+    return np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(update)])
 
 
 def _as_it_is(update: Variables, round_: int) -> Variables:
@@ -173,7 +222,7 @@ def _as_it_is(update: Variables, round_: int) -> Variables:
     return update
 
 
-def _unchanged(updates: list[Variables], round_: int) -> list[Variables]:
+def _unchanged(updates: list[Contribution], round_: int) -> list[Contribution]:
     del round_
     return updates
 

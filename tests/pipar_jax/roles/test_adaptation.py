@@ -21,6 +21,7 @@ from pipar_jax.runtime.observations import Observer
 from pipar_jax.runtime.unit_state import UnitState, fitted
 from pipar_jax.schedule.actions import AGGREGATE, FORWARD, Action
 from pipar_jax.schedule.feasibility import check_adaptable
+from pipar_jax.schedule.keep import Keep
 from pipar_jax.schedule.plan import COORDINATOR, Plan
 from pipar_jax.schedule.trace import Timed
 from pipar_jax.training import optimizer
@@ -236,8 +237,12 @@ def test_a_unit_with_nothing_to_learn_needs_nothing_to_move(network, tmp_path):
     model = stages.Model.from_units("own", units, (2, 2), 3)
     made = setting(tmp_path, EVEN)
     compiled = optimizer.compiled(made.optimizer, steps=1, proximal_mu=0.0)
+
+    def nothing(copy):
+        return Keep.NOTHING
+
     arrived = {(EVERY, "flatten"): UnitState({}, {}), (0, "flatten"): UnitState(opt={})}
-    found = migration.assemble(model, plan_of([SHORT]), "d0", {}, arrived, compiled)
+    found = migration.assemble(model, plan_of([SHORT]), "d0", {}, arrived, compiled, nothing)
     assert found[0, 0].stage.unit_names == ("flatten",) and found[0, 0].params == {"flatten": {}}
     with pytest.raises(RunError, match="units \\['dense'\\] that did not arrive"):
-        migration.assemble(model, plan_of([SHORT]), "server", {}, arrived, compiled)
+        migration.assemble(model, plan_of([SHORT]), "server", {}, arrived, compiled, nothing)
