@@ -13,6 +13,16 @@ from pipar_jax.errors import ConfigError
 from pipar_jax.methods.resolution import resolve
 
 PATHS = {one.path: one for one in schema.options(Config) if paths.is_path(one)}
+
+
+def prefixes(option: schema.ConfigField) -> tuple[str, ...]:
+    """Returns what may come before the path in a field's text."""
+    marked = option.field.metadata["path"]
+    return (marked,) if isinstance(marked, str) else marked
+
+
+#: Each field that names a file or folder, with each prefix of it.
+CASES = [(path, prefix) for path, option in PATHS.items() for prefix in prefixes(option)]
 TIMETABLES = {
     "link": "time_s,up_mbps,down_mbps\n0,1,1\n",
     "slowdown_trace": "time_s,slowdown\n0,2\n",
@@ -37,7 +47,7 @@ def holder_of(config: Config, path: str) -> tuple[Any, str]:
     return holder, name
 
 
-def configured(path: str, text: str, home: pathlib.Path) -> Config:
+def configured(path: str, prefix: str, text: str, home: pathlib.Path) -> Config:
     """Returns a configuration with a path in a field, and in the file what the field wants."""
     config = Config()
     name = path.rpartition(".")[2]
@@ -48,7 +58,7 @@ def configured(path: str, text: str, home: pathlib.Path) -> Config:
     if name in ("certificate", "key"):
         config.network.certificate = config.network.key = text
     holder, name = holder_of(config, path)
-    setattr(holder, name, PATHS[path].field.metadata["path"] + text)
+    setattr(holder, name, prefix + text)
     return config
 
 
@@ -64,13 +74,12 @@ def test_every_field_whose_help_speaks_of_a_file_is_marked() -> None:
 
 @pytest.mark.parametrize("text", ["~/x", "../x", "../sub/../x"])
 def test_every_path_is_absolute_once_resolved(text: str, home: pathlib.Path) -> None:
-    for path, one in PATHS.items():
-        made = resolve(configured(path, text, home))
+    for path, prefix in CASES:
+        made = resolve(configured(path, prefix, text, home))
         holder, name = holder_of(made, path)
         if path == "network.token":  # read from there at once
             assert holder.token == "a long enough secret"
             continue
-        prefix = one.field.metadata["path"]
         found = getattr(holder, name)
         assert found.startswith(prefix)
         place = pathlib.Path(found.removeprefix(prefix))
@@ -84,19 +93,19 @@ def test_every_path_of_one_host_is_absolute_too(home: pathlib.Path) -> None:
             if not paths.is_path(one):
                 continue
             (home / "x").write_text(TIMETABLES.get(one.path, ""))
-            config = Config(method="mpsl")
-            config.nodes.count, config.data.source = 1, "npz:/elsewhere"
-            prefix = one.field.metadata["path"]
-            getattr(config, group).overrides = {1: {one.path: f"{prefix}~/x"}}
-            made = getattr(resolve(config), group).overrides
-            assert made == {1: {one.path: f"{prefix}{home / 'x'}"}}
+            for prefix in prefixes(one):
+                config = Config(method="mpsl")
+                config.nodes.count, config.data.source = 1, "npz:/elsewhere"
+                getattr(config, group).overrides = {1: {one.path: f"{prefix}~/x"}}
+                made = getattr(resolve(config), group).overrides
+                assert made == {1: {one.path: f"{prefix}{home / 'x'}"}}
 
 
 def test_hosts_agree_wherever_their_files_lie(home: pathlib.Path) -> None:
     ours = Config()
     ours.data.source = "npz:/elsewhere"
-    for path in PATHS:
-        theirs = resolve(configured(path, "~/x", home))
+    for path, prefix in CASES:
+        theirs = resolve(configured(path, prefix, "~/x", home))
         assert difference(resolve(ours), theirs) == [], path
         assert difference(theirs, resolve(ours)) == [], path
 
@@ -113,9 +122,9 @@ def test_a_saved_configuration_means_the_same_in_another_folder(
 
 @pytest.mark.parametrize("text", ["~nobody-of-this-name/x", "a\0b", "x" * 5000])
 def test_what_cannot_be_a_path_is_refused_by_the_fields_name(text: str, home: pathlib.Path) -> None:
-    for path in PATHS:
+    for path, prefix in CASES:
         with pytest.raises(ConfigError) as caught:
-            resolve(configured(path, text, home))
+            resolve(configured(path, prefix, text, home))
         name = path.rpartition(".")[2]
         assert name in str(caught.value) or name in ("certificate", "key")
 
