@@ -9,6 +9,8 @@ from pipar_jax.config.schema import LONGEST_S, option
 
 #: Ways to choose a round's cohort, in addition to a function of the user's (module:NAME:FUNCTION).
 SELECTIONS = ("uniform", "by_samples")
+#: Whose test data are evaluated.
+EVALUATED = ("server", "devices", "both")
 TRACED = ("all", "ends", "none")
 
 
@@ -126,6 +128,12 @@ class RunConfig:
     compile_cache: bool = option(True, "cache compiled programs in the user's cache folder")
     evaluate_every: int = option(
         1, "rounds between evaluations; 0: only after the last round", at_least=0
+    )
+    evaluate_on: str = option(
+        "server",
+        "whose test data are evaluated: the server's; the devices' own, on each device, which then "
+        "receives the whole network after the rounds that are evaluated; or both",
+        choices=EVALUATED,
     )
     rounds: int = option(
         0, "rounds to train, instead of `epochs`; 0: as many as the epochs have", at_least=0,

@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 from pipar_jax.config import Config, DataConfig, Hosts
 from pipar_jax.config.plugins import is_own
 from pipar_jax.config.tasks import make_task
-from pipar_jax.data.admission import admit, check_alike, check_fits, make_queries
+from pipar_jax.data.admission import (
+    admit,
+    admit_device,
+    check_alike,
+    check_fits,
+    make_queries,
+    with_tests,
+)
 from pipar_jax.data.loader import Loader, Prefetcher, steps_per_epoch
 from pipar_jax.data.own import load_own
 from pipar_jax.data.partition import partition, partition_table, spread
@@ -32,6 +39,7 @@ __all__ = [
     "Loader",
     "Prefetcher",
     "admit",
+    "admit_device",
     "check_alike",
     "check_fits",
     "load",
@@ -69,7 +77,7 @@ def load(config: DataConfig) -> Dataset:
 def load_device(config: Config, index: int, rule: TargetRule | None = None) -> Dataset:
     """Returns the training data of a device: its part of a public set, or its own data.
 
-    Only the device's samples are in memory; the test split is empty.
+    Only the device's samples are in memory; the test split is empty, unless devices evaluate.
 
     Args:
       config: Resolved configuration.
@@ -82,7 +90,12 @@ def load_device(config: Config, index: int, rule: TargetRule | None = None) -> D
     source = Hosts(config, nodes=0).device(index).data_source
     rule = rule or make_task(config.task).targets
     if source not in PUBLIC_SOURCES:
-        return load_own(source, index, config.data, part="train", rule=rule)
+        train = load_own(source, index, config.data, part="train", rule=rule)
+        if config.run.evaluate_on == "server":
+            return train
+        test = load_own(source, index, config.data, part="test", rule=rule)
+        return with_tests(train, test, repr(source))
+    _check_no_tests(config)
     _check_classes_wanted(rule, config)
     whole = load_public(source, config.data)
     mine = whole.train.take(_deal(whole, config)[index])
@@ -132,10 +145,25 @@ def prepare(config: Config) -> None:
     # What a task of the user's own needs of targets is not known here.
     rule = TargetRule() if is_own(config.task.name) else make_task(config.task).targets
     if config.data.source in PUBLIC_SOURCES:
+        _check_no_tests(config)
         _check_classes_wanted(rule, config)
         load_public(config.data.source, config.data)
         return
     check_alike(_files(config, rule))
+
+
+def _check_no_tests(config: Config) -> None:
+    """Checks that devices are not to evaluate test data that they do not have.
+
+    Raises:
+      DataError: They are.
+    """
+    if config.run.evaluate_on != "server":
+        raise DataError(
+            f"run.evaluate_on={config.run.evaluate_on!r} needs test data of the devices' own, but "
+            f"data.source={config.data.source!r} has one test set, which the server evaluates: "
+            "give own data with x_test and y_test for every device, or set run.evaluate_on=server"
+        )
 
 
 def _check_classes_wanted(rule: TargetRule, config: Config) -> None:

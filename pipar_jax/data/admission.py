@@ -6,6 +6,7 @@ and samples to predict are all checked here, with the same messages.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from typing import Literal
@@ -63,6 +64,46 @@ def admit(data: object, part: Part, where: str, rule: TargetRule) -> Dataset:
         "arrays", part, inputs, targets, classes=0, mean=None, std=None, rule=rule,
         where=f"{where}: its data",
     )  # fmt: skip
+
+
+def admit_device(data: object, where: str, rule: TargetRule, *, tests: bool) -> Dataset:
+    """Returns data of a device passed by a program, checked.
+
+    Args:
+      data: See ``admit``.
+      where: Owner of the data, for messages.
+      rule: What the task needs targets to be.
+      tests: Whether the device evaluates test data of its own: the test split of a ``Dataset``.
+
+    Raises:
+      DataError: See ``admit``; or there are no test data.
+    """
+    train = admit(data, "train", where, rule)
+    if not tests:
+        return train
+    if not isinstance(data, Dataset):
+        raise DataError(
+            f"{where}: run.evaluate_on needs test data of the device's own: pass a "
+            "pipar_jax.data.Dataset with both splits, or set run.evaluate_on=server"
+        )
+    return with_tests(train, admit(data, "test", where, rule), where)
+
+
+def with_tests(train: Dataset, test: Dataset, where: str) -> Dataset:
+    """Returns the training split of one dataset with the test split of another.
+
+    Raises:
+      DataError: Their samples differ in shape, or the test split has more classes.
+    """
+    here, there = test.signature(), train.signature()
+    if (here.input, here.sides, here.targets) != (there.input, there.sides, there.targets):
+        raise DataError(f"{where}: test samples are {here}, but training samples {there}")
+    if test.classes > train.classes > 0:
+        raise DataError(
+            f"{where}: the test data have {test.classes} classes, the training data "
+            f"{train.classes}: set data.classes, or give `classes` with the arrays"
+        )
+    return dataclasses.replace(train, test=test.test)
 
 
 def assemble(

@@ -380,7 +380,9 @@ def _admit(config: Config, model: Model | None, data: Sequence[Data] | None) -> 
         )
     else:
         own = [
-            datasets.admit(one, "test" if host == COORDINATOR else "train", host, rule)
+            datasets.admit(one, "test", host, rule)
+            if host == COORDINATOR
+            else datasets.admit_device(one, host, rule, tests=config.run.evaluate_on != "server")
             for host, one in zip(hosts, data, strict=True)
         ]
     if model is None:

@@ -24,6 +24,11 @@ def check_privacy(config: Config, models: tuple[str, ...] = ()) -> None:
       ConfigError: A field is not valid, has no effect, or contradicts another.
     """
     privacy = config.privacy
+    if privacy.on and config.run.evaluate_on != "server":
+        raise ConfigError(
+            f"run.evaluate_on={config.run.evaluate_on!r} sends scores of the devices' own test "
+            "data, which a private run does not: set run.evaluate_on=server"
+        )
     if not privacy.on:
         _check_off(privacy)
         return

@@ -25,6 +25,7 @@ from pipar_jax.roles.chain_repair import ChainRepair
 from pipar_jax.roles.checkpoints import Checkpoints, Moment
 from pipar_jax.roles.conductor import Committed, Conductor
 from pipar_jax.roles.evaluation import Evaluator
+from pipar_jax.roles.federated_evaluation import evaluate_on_devices
 from pipar_jax.roles.gathering import Cohort, Gathering
 from pipar_jax.roles.holdings import Holdings, read_rows
 from pipar_jax.roles.host_setup import HostSetup, samples_by_place
@@ -580,6 +581,14 @@ class Coordinator:
             self._save(*variables)  # before anything else can go wrong
         self._members.working("evaluating")
         start_s = time.monotonic()
-        score = self._evaluator.evaluate(*variables)
+        local, on = None, self._config.run.evaluate_on
+        if on != "server":
+            devices = [name for name in self._setup.idle if is_device(name)]
+            task = self._model.task
+            local = evaluate_on_devices(self._members, devices, self._aggregator, task, index)
+        if on == "devices" and local is not None:
+            score = local.overall
+        else:
+            score = self._evaluator.evaluate(*variables)
         self._score = score.numbers
-        self._run_log.evaluated(index, score, time.monotonic() - start_s, fetched)
+        self._run_log.evaluated(index, score, time.monotonic() - start_s, fetched, local)

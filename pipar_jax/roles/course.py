@@ -50,7 +50,7 @@ _MAY_COME: dict[Phase, tuple[type, ...]] = {
     Phase.PREPARING: (),
     Phase.IDLE: (messages.Meet, messages.Calibrate, messages.Release, messages.PullState,
                  messages.PushState, messages.KeepState, messages.RestoreState, messages.Look,
-                 messages.CompileAhead, messages.Finish),
+                 messages.CompileAhead, messages.Evaluate, messages.Finish),
     Phase.TRAINING: (messages.Drop, messages.Halt, messages.Rewind, messages.Release,
                      messages.Commit, messages.PushState, messages.Look, messages.CompileAhead),
 }  # fmt: skip

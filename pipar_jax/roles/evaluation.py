@@ -72,6 +72,21 @@ class Evaluator:
         Raises:
           RunError: A metric of the user's own failed.
         """
+        totals, outputs = self._run(params, state)
+        metrics, tables = self._task.finish(totals.metrics), {}
+        for name, value in self._of_all(outputs).items():
+            if value.ndim:
+                tables[name] = value.tolist()
+            else:
+                metrics[name] = float(value)
+        return Score(totals.loss / totals.samples, metrics, tables)
+
+    def sums(self, params: Variables, state: Variables) -> Totals:
+        """Returns the sums over the test set, of losses and of the metrics that stream."""
+        return self._run(params, state)[0]
+
+    def _run(self, params: Variables, state: Variables) -> tuple[Totals, list[Array]]:
+        """Returns the sums over the test set, and all outputs if metrics need them."""
         test = self._dataset.test
         batch = min(BATCH, len(test))
         totals, outputs = Totals(), []
@@ -93,13 +108,7 @@ class Evaluator:
             totals = totals.plus(Totals(float(pairs.pop(LOSS)[0]), count, pairs))
             if self._task.whole:
                 outputs.append(np.asarray(made)[:count])
-        metrics, tables = self._task.finish(totals.metrics), {}
-        for name, value in self._of_all(outputs).items():
-            if value.ndim:
-                tables[name] = value.tolist()
-            else:
-                metrics[name] = float(value)
-        return Score(totals.loss / len(test), metrics, tables)
+        return totals, outputs
 
     def _of_all(self, outputs: list[Array]) -> dict[str, Array]:
         """Returns the metrics that need all outputs."""

@@ -14,7 +14,8 @@ from pipar_jax.protocol.registry import ControlMessage, kind_of
 UNASKED = (messages.Failed, messages.Leave, messages.NonFinite, messages.Progress, messages.Pulse,
            messages.Working)  # fmt: skip
 #: Before these a host compiles or times itself, for an unknown time.
-TAKES_LONG = (messages.Prepared, messages.Profiled, messages.Referenced, messages.Calibrated)
+TAKES_LONG = (messages.Prepared, messages.Profiled, messages.Referenced, messages.Calibrated,
+              messages.Evaluated)  # fmt: skip
 
 
 class Reply(NamedTuple):
@@ -57,6 +58,8 @@ def answers(command: ControlMessage) -> list[Reply]:
         return [reply(messages.LookSeen, look=command.look)]
     if isinstance(command, messages.PushState) and (command.round, command.step) != (None, None):
         return []  # whoever pushes a round's average names the replies
+    if isinstance(command, messages.Evaluate):
+        return [reply(messages.Evaluated, round=command.round)]
     if isinstance(command, messages.KeepState):
         return [reply(messages.KeptState, rounds=command.rounds)]
     if isinstance(command, messages.RestoreState):

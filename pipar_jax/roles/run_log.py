@@ -15,6 +15,7 @@ from pipar_jax.disk.json_text import JsonMapping, JsonObject
 from pipar_jax.errors import DiskError
 from pipar_jax.protocol.values import LinkRow, Memory, Waits
 from pipar_jax.roles.evaluation import Score
+from pipar_jax.roles.federated_evaluation import LocalScores
 from pipar_jax.roles.link_stats import Traffic
 from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.node_copies import Salvaged
@@ -273,8 +274,32 @@ class RunLog:
         units = [one._asdict() for one in salvaged]
         self._tell({"event": "nodes_replaced", "round": index, "nodes": list(lost), "units": units})
 
-    def evaluated(self, index: int, score: Score, seconds: float, fetched: FetchStats) -> None:
-        """Reports an evaluation of the global weights after a round."""
+    def evaluated(
+        self,
+        index: int,
+        score: Score,
+        seconds: float,
+        fetched: FetchStats,
+        local: LocalScores | None = None,
+    ) -> None:
+        """Reports an evaluation of the global weights after a round.
+
+        Args:
+          index: The round.
+          score: The score that counts.
+          seconds: How long it took.
+          fetched: What was fetched for it.
+          local: The devices' scores on their own test data, if they were asked.
+        """
+        of_devices: JsonObject = {}
+        if local is not None:
+            of_devices["devices"] = {
+                str(device): {"samples": local.samples[device], "loss": one.loss,
+                              "metrics": one.metrics}
+                for device, one in local.by_device.items()
+            }  # fmt: skip
+            overall = local.overall
+            of_devices["on_devices"] = {"loss": overall.loss, "metrics": overall.metrics}
         self._score = {"loss": score.loss, "metrics": score.metrics}
         self._tell(
             {
@@ -283,6 +308,7 @@ class RunLog:
                 "epoch": self._epoch(index),
                 **self._score,
                 **({"tables": score.tables} if score.tables else {}),
+                **of_devices,
                 "seconds": seconds,
                 "fetched_bytes": fetched.nbytes,
                 "fetch_s": fetched.seconds,

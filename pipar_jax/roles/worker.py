@@ -27,6 +27,7 @@ from pipar_jax.report.logs import LOG
 from pipar_jax.roles.acceptance import Acceptance
 from pipar_jax.roles.admission import device_join, node_join
 from pipar_jax.roles.course import Course
+from pipar_jax.roles.federated_evaluation import LocalEvaluation, network_states
 from pipar_jax.roles.holdings import SURVEYED, Holdings
 from pipar_jax.roles.link_stats import DirectTraffic, OwnWaits
 from pipar_jax.roles.patience import Moving, Patience, pulse_s
@@ -98,9 +99,12 @@ def run_device(
     dataset = (
         datasets.load_device(config, index, rule)
         if data is None
-        else datasets.admit(data, "train", name, rule)
+        else datasets.admit_device(data, name, rule, tests=config.run.evaluate_on != "server")
     )
     network = fit(config, model, dataset, name)
+    tests = None
+    if config.run.evaluate_on != "server":
+        tests = LocalEvaluation(network, dataset, config.model.weight_dtype)
     releases = Releases(config, name) if config.privacy.on else None
     keyed = None
     if releases is not None:
@@ -122,7 +126,7 @@ def run_device(
     join = device_join(config, name, loader, network, keyed)
 
     def take_part(timeout_s: float) -> None:
-        worker = Worker(config, name, network, loader, stop, releases)
+        worker = Worker(config, name, network, loader, stop, releases, tests)
         try:
             worker.run(address, join, timeout_s)
         except PiparError as error:
@@ -202,6 +206,7 @@ class Worker:
       loader: A device's mini-batches; None on a compute node.
       stop: Ends the role when set.
       releases: What a device of a private run may send.
+      tests: Scores weights on the device's own test data; None if it is not to.
     """
 
     def __init__(
@@ -212,9 +217,10 @@ class Worker:
         loader: Loader | None,
         stop: threading.Event | None = None,
         releases: Releases | None = None,
+        tests: LocalEvaluation | None = None,
     ) -> None:
         self._config, self.name, self._model = config, name, model
-        self._releases = releases
+        self._releases, self._tests = releases, tests
         hosts = hosts_of(config)
         self._own = hosts[name]
         self._stop = stop or threading.Event()
@@ -275,6 +281,7 @@ class Worker:
         self._bundles: dict[type, Callable[[Any, Message], None]] = {
             messages.SurveyBytes: lambda _, message: self._respondent.take(message),
             messages.PushState: self._push,
+            messages.Evaluate: self._evaluate,
         }
         if model is not None:
             self._start(model)
@@ -578,6 +585,8 @@ class Worker:
         seat = self._course.seat
         bundles = [exchanges.whole(plan, seat, names, optimizers=True)]
         bundles += [exchanges.arriving(plan, one, seat, names) for one in self._course.ahead]
+        if self._tests is not None:
+            bundles.append(network_states(names))
         tensor_bytes = self._acceptance.tensor_bytes(COORDINATOR)
         self._coordinator.admit(self._holdings.room(bundles, tensor_bytes))
 
@@ -660,6 +669,17 @@ class Worker:
         elif said.round is not None:
             self._note_arrival(RECEIVE_WEIGHTS, self._step, message)
         self._running.push(said, states)
+
+    def _evaluate(self, said: messages.Evaluate, message: Message) -> None:
+        if self._tests is None or self._holdings is None:
+            raise ProtocolError(
+                f"{long_name(COORDINATOR)} sent {self._long} 'evaluate', but it has no test data "
+                "to evaluate (run.evaluate_on)"
+            )
+        self._reply(messages.Working("evaluating", 0, 0), {})
+        wanted = network_states(self._unit_names)
+        states = self._holdings.states(message, wanted, long_name(COORDINATOR))
+        self._reply(self._tests.answer(said.round, states), {})
 
     def _note_arrival(self, kind: ActionKind, step: int, message: Message) -> None:
         arrived = Action(0, kind, host_index(self._course.seat), step)

@@ -8,6 +8,7 @@ covers all messages: hosts of another version are refused when they join.
 """
 
 from pipar_jax.protocol.messages.ending import Abort, Bye, Failed, Finish, Leave
+from pipar_jax.protocol.messages.evaluation import Evaluate, Evaluated
 from pipar_jax.protocol.messages.joining import (
     Join,
     JoinDevice,
@@ -81,6 +82,8 @@ __all__ = [
     "Drop",
     "Dropped",
     "Echoed",
+    "Evaluate",
+    "Evaluated",
     "Failed",
     "Finish",
     "Halt",
