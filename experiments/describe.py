@@ -90,6 +90,18 @@ def make_obstacles(model: stages.Model) -> Table:
     return table
 
 
+def make_sides(model: stages.Model) -> Table:
+    """Lays out the side inputs of a model, and the units that take them."""
+    table = Table(title="side inputs", title_justify="left")
+    table.add_column("name")
+    table.add_column("of a sample")
+    table.add_column("taken by")
+    for name, kind in model.signature.sides.items():
+        takers = [unit.name for unit in model.units if name in unit.sides]
+        table.add_row(name, str(kind), ", ".join(takers))
+    return table
+
+
 def main(config: Config, own: DescribeFlags) -> None:
     """Describes the configured model."""
     known = SHAPES.get(config.data.source)
@@ -106,6 +118,8 @@ def main(config: Config, own: DescribeFlags) -> None:
     console = Console(width=110)
     title = f"{model.name}, {stages.parameter_count(model):,} parameters, micro-batch {batch}"
     console.print(make_table(title, stages.unit_facts(model, batch), cuts))
+    if model.sides:
+        console.print(make_sides(model))
     if model.obstacles:
         console.print(make_obstacles(model))
     facts = stages.stage_facts(model, cuts, batch)

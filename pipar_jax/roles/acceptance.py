@@ -280,6 +280,8 @@ class Acceptance:
             fits = payload.dtype == due.dtype and payload.shape == shape
             if not fits or payload.codec.name != "raw":
                 return _odd(tag, payload, f"{due.dtype}{list(shape)} in raw")
+            if due.dtype == np.bool_ and payload.array.view(np.uint8).max(initial=0) > 1:
+                return f"a tensor ({tag}) with a truth value that is neither true nor false"
             if due.dtype.kind not in "bi" and not np.isfinite(payload.array).all():
                 return f"a tensor ({tag}) with a number that is not finite"
             return self._odd_target(payload.array, tag, due)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,3 +36,19 @@ def test_a_cut_that_does_not_exist_is_explained():
     assert done.returncode == 2
     assert "--stages=conv9" in done.stderr and "'conv3'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_side_inputs_and_who_takes_them_are_printed(tmp_path):
+    """The sequences of the page on data: lengths go to the LSTM, and to nobody else."""
+    page = (ROOT / "docs" / "bring-your-data.md").read_text(encoding="utf-8")
+    code = page.partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "mydata.py").write_text(code, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.describe", "--config=digits",
+         "--config.data.source=module:mydata:sequences", "--config.data.normalise=none",
+         "--config.model.name=module:mydata:reader"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=PROCESS_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"lengths │ int32\[\] +│ lstm_cell", done.stdout), done.stdout
