@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from comms import Message, Role, Tag, parse_codec
+from comms import CodecError, Message, Role, Tag, parse_codec
 from comms.arrays import Array, DType
 from comms.wire.frame import array_bytes
 from pipar_jax.schedule.actions import NO_ATTEMPT, Span, batch_samples, micro_batch_sizes
@@ -280,11 +280,13 @@ class Acceptance:
             fits = payload.dtype == due.dtype and payload.shape == shape
             if not fits or payload.codec.name != "raw":
                 return _odd(tag, payload, f"{due.dtype}{list(shape)} in raw")
-            if due.dtype == np.bool_ and payload.array.view(np.uint8).max(initial=0) > 1:
-                return f"a tensor ({tag}) with a truth value that is neither true nor false"
-            if due.dtype.kind not in "bi" and not np.isfinite(payload.array).all():
+            try:
+                array = payload.array
+            except CodecError as error:  # a truth value that is neither true nor false
+                return f"a tensor ({tag}): {error}"
+            if due.dtype.kind not in "bi" and not np.isfinite(array).all():
                 return f"a tensor ({tag}) with a number that is not finite"
-            return self._odd_target(payload.array, tag, due)
+            return self._odd_target(array, tag, due)
         shape = (tag.samples, *stream.features)
         if payload.shape != shape or payload.dtype != stream.dtype:
             return _odd(tag, payload, f"{stream.dtype}{list(shape)}")

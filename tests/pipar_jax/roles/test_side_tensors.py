@@ -97,7 +97,7 @@ def test_none_may_be_missing_twice_or_out_of_turn(accepted, missing):
         (2, np.ones((3, 5), bool), r"expected bool\[3, 4\] in raw"),
         (2, np.ones((2, 4), bool), r"expected bool\[3, 4\] in raw"),
         (2, np.ones(SHAPE, np.uint8), r"expected bool\[3, 4\] in raw"),
-        (2, np.full(SHAPE, 7, np.uint8).view(bool), "neither true nor false"),
+        (2, np.full(SHAPE, 7, np.uint8).view(bool), "a bool of value 7, expected 0 or 1"),
         (3, np.ones(3, np.float64), r"expected float32\[3\] in raw"),
         (3, np.full(3, np.nan, np.float32), "not finite"),
         (0, np.full((3, 2), np.inf, np.float32), "not finite"),
