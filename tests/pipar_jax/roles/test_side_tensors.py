@@ -36,7 +36,8 @@ def model():
                "weight": np.ones(1, np.float32)}  # fmt: skip
     params = {name: {"kernel": jnp.ones((4, 4))} for name in "ab"}
     targets = {"y": ArrayType((), "int32"), "value": ArrayType((2,), "float32")}
-    return stages.trace(run, example, params=params).receiving(targets)
+    task = stages.Task("both", lambda outputs, targets: jnp.mean(outputs**2, axis=1))
+    return stages.trace(run, example, params=params).for_task(task).receiving(targets)
 
 
 @pytest.fixture

@@ -164,7 +164,9 @@ def test_each_side_input_crosses_a_boundary_once_and_only_where_it_is_needed(
     ]  # fmt: skip
 
 
-def test_data_that_lack_or_add_a_side_input_are_refused_before_anything_starts(network, tmp_path):
+def test_data_that_lack_or_add_a_side_input_are_refused_before_anything_starts(
+    double, network, tmp_path
+):
     made = setting(tmp_path, "pipar", cut=1)
     given = pairs(SAMPLES)
     for change, says in (
