@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from stages.building import abstractly, build_module, build_units, check_module
 from stages.errors import StageError
-from stages.frozen import Frozen
+from stages.frozen import Base, Frozen
 from stages.signature import ArrayType, Signature, unwrapped
 from stages.tasks.per_sample import check_alone, check_task
 from stages.tasks.registered import classification
@@ -176,6 +176,7 @@ class Model:
         for unit in self.units:
             if only is None or unit.name in only:
                 weights, state[unit.name] = unit.draw(seed, drawn)
+                weights |= self.frozen.given(unit)
                 params[unit.name] = {path: weights[path] for path in unit.params}
         return params, state
 
@@ -260,7 +261,19 @@ class Model:
 
     def _with(self, units: Sequence[Unit], seed: int) -> Model:
         made = copy.copy(self)
-        made.units, made.frozen, made.programs = tuple(units), Frozen(units, seed), {}
+        made.units, made.programs = tuple(units), {}
+        made.frozen = Frozen(units, seed, self.frozen.base)
+        return made
+
+    def based(self, base: Base) -> Model:
+        """Returns the model whose weights come from elsewhere, as far as they are there.
+
+        Args:
+          base: From a unit to its weights by path, of the right shapes; those that are missing are
+            drawn from the seed.
+        """
+        made = copy.copy(self)
+        made.frozen = Frozen(self.units, self.frozen.seed, base)
         return made
 
     def shapes(self, batch: int) -> tuple[jax.ShapeDtypeStruct, ...]:

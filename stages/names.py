@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 
 from stages.errors import StageError
 
@@ -33,9 +34,16 @@ UNITS: dict[str, tuple[str, ...]] = {
     "mobilenetv3_large": _framed("stem", 15, "tail", "head"),
     "vit_small": _framed("embed", 6, "head"),
     "decoder_small": _framed("embed", 4, "head"),
+    "gpt2": _framed("embed", 12, "head"),
 }
 MODELS: tuple[str, ...] = tuple(UNITS)
 TASKS: tuple[str, ...] = ("classification", "binary", "multilabel", "regression", "language")
+#: Arguments of the networks that have some, with their defaults: those of GPT-2 small.
+ARGUMENTS: dict[str, dict[str, int]] = {
+    "gpt2": {"width": 768, "heads": 12, "depth": 12, "positions": 1024}
+}
+#: Networks whose samples are rows of tokens.
+TOKEN_MODELS: tuple[str, ...] = ("decoder_small", "gpt2")
 NORMS: tuple[str, ...] = ("batch", "group")
 STEMS: tuple[str, ...] = ("cifar", "imagenet")
 
@@ -55,3 +63,43 @@ def check(kind: str, name: str, known: tuple[str, ...]) -> str:
         return name
     nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or list(known)
     raise StageError(f"unknown {kind} {name!r}: did you mean {' or '.join(map(repr, nearest))}?")
+
+
+def arguments_of(name: str, given: Mapping[str, object]) -> dict[str, int]:
+    """Returns the arguments of a registered model, with defaults for those that are not given.
+
+    Args:
+      name: The model.
+      given: Arguments by name.
+
+    Raises:
+      StageError: An argument is unknown or not valid.
+    """
+    known = ARGUMENTS.get(name, {})
+    made = dict(known)
+    for key, value in given.items():
+        if key not in known:
+            names = ", ".join(known) or "none"
+            raise StageError(f"model {name!r} has no argument {key!r} (known: {names})")
+        if type(value) is not int or not 1 <= value <= 10**6:
+            raise StageError(f"model {name!r}: {key}={value!r} is not a number of at least 1")
+        made[key] = value
+    if made.get("width", 0) % made.get("heads", 1):
+        raise StageError(
+            f"model {name!r}: width={made['width']} is not divisible by heads={made['heads']}"
+        )
+    return made
+
+
+def units_of(name: str, given: Mapping[str, object]) -> tuple[str, ...]:
+    """Returns the names of a registered model's units, in order.
+
+    Args:
+      name: The model.
+      given: Its arguments by name.
+
+    Raises:
+      StageError: An argument is unknown or not valid.
+    """
+    arguments = arguments_of(name, given)
+    return _framed("embed", arguments["depth"], "head") if name == "gpt2" else UNITS[name]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from stages.errors import StageError
+from stages.layers.lora import ADAPTERS, LoraSettings, adapted
 from stages.model import Model
 from stages.models.blocks import Options
+from stages.models.gpt2 import gpt2_units
 from stages.models.mobilenet import mobilenet_units
 from stages.models.resnet import resnet_units
 from stages.models.transformer import decoder_units, vit_units
 from stages.models.vgg import mlp_units, vgg_units
-from stages.names import MODELS, NORMS, STEMS, check
+from stages.names import MODELS, NORMS, STEMS, TOKEN_MODELS, arguments_of, check
 
 
 def build(
@@ -26,6 +29,8 @@ def build(
     stem: str = "cifar",
     dtype: DTypeLike = jnp.float32,
     dropout: float = 0.0,
+    arguments: Mapping[str, int] | None = None,
+    lora: LoraSettings | Sequence[Any] | None = None,
 ) -> Model:
     """Builds a registered model.
 
@@ -38,15 +43,19 @@ def build(
       dtype: Dtype to compute in; weights of 16-bit models are kept in float32.
       dropout: Probability of dropping an activation, in hidden dense layers, before the last
         layer of residual networks, and in the blocks of transformers.
+      arguments: Arguments of networks that have some: those of ``stages.names.ARGUMENTS``.
+      lora: Adapters on dense layers; their weights are ``…/lora/a`` and ``…/lora/b``.
 
     Raises:
-      StageError: A name is unknown or the samples' shape does not suit the network.
+      StageError: A name or an argument is unknown, the samples' shape does not suit the network, or
+        no dense layer matches ``lora.match``.
     """
     check("model", name, MODELS)
     check("norm", norm, NORMS)
     check("stem", stem, STEMS)
     shape = tuple(int(size) for size in input_shape)
-    wanted = 1 if name.startswith("decoder") else 3
+    wanted = 1 if name in TOKEN_MODELS else 3
+    given = arguments_of(name, arguments or {})
     if len(shape) != wanted or min(shape) < 1:
         expected = "(tokens,)" if wanted == 1 else "(height, width, channels)"
         raise StageError(f"model {name!r}: input_shape must be {expected}, got {shape}")
@@ -60,16 +69,32 @@ def build(
         units = mobilenet_units(name, options)
     elif name.startswith("vit"):
         units = vit_units(name, options)
+    elif name == "gpt2":
+        if shape[0] > given["positions"]:
+            raise StageError(
+                f"model {name!r}: samples of {shape[0]} tokens are longer than "
+                f"positions={given['positions']}: cut them, or raise positions"
+            )
+        units = gpt2_units(given, options)
     elif name.startswith("decoder"):
         units = decoder_units(name, shape[0], options)
     else:
         units = vgg_units(name, options)
-    tokens = name.startswith("decoder")
+    if lora is not None:
+        lora = LoraSettings(*lora)
+        units = [(unit, adapted(unit, factory, lora)) for unit, factory in units]
     model = Model.from_units(
-        name, units, shape, classes, input_dtype=jnp.int32 if tokens else jnp.float32
+        name, units, shape, classes, input_dtype=jnp.int32 if wanted == 1 else jnp.float32
     )
+    names = [f"{unit.name}/{path}" for unit in model.units for path in unit.params]
+    if lora is not None and not any(ADAPTERS in one for one in names):
+        raise StageError(
+            f"model {name!r}: lora.match={lora.match!r} matches none of its dense layers (names "
+            "are unit/path, such as block1/attention/inward)"
+        )
     model.recipe = {
         "name": name, "input_shape": list(shape), "classes": classes, "norm": norm, "stem": stem,
         "dtype": jnp.dtype(dtype).name, "dropout": dropout,
+        "arguments": dict(arguments or {}), "lora": None if lora is None else list(lora),
     }  # fmt: skip
     return model

@@ -46,6 +46,7 @@ from pipar_jax.config.saved import (
 from pipar_jax.config.schema import LONGEST_S
 from pipar_jax.config.training_fields import (
     AggregationConfig,
+    LoraConfig,
     ModelConfig,
     OptimizerConfig,
     PipelineConfig,
@@ -71,6 +72,7 @@ __all__ = [
     "DevicesConfig",
     "HostSpec",
     "Hosts",
+    "LoraConfig",
     "ModelConfig",
     "NetworkConfig",
     "NodeConfig",

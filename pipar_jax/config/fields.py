@@ -15,6 +15,7 @@ from pipar_jax.config.run_fields import CheckpointConfig, CohortConfig, RunConfi
 from pipar_jax.config.schema import REGISTERED, option
 from pipar_jax.config.training_fields import (
     AggregationConfig,
+    LoraConfig,
     ModelConfig,
     OptimizerConfig,
     PipelineConfig,
@@ -36,6 +37,7 @@ class Config:
     epochs: int = option(1, "number of passes of each device over its samples", at_least=1)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     aggregation: AggregationConfig = dataclasses.field(default_factory=AggregationConfig)

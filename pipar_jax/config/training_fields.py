@@ -22,7 +22,9 @@ class ModelConfig:
 
     name: str = option("vgg5", f"network: {', '.join(MODELS)}, or your own: module:NAME:FUNCTION")
     args: str = option(
-        "", "your own network: arguments of its function, such as 'width=16 norm=group'"
+        "",
+        "arguments of your own network's function, such as 'width=16 norm=group', or of gpt2: "
+        "width, heads, depth, positions",
     )
     norm: str = option("batch", "normalisation layers", choices=NORMS)
     stem: str = option("cifar", "first layers of a ResNet: 3x3, or 7x7 with pooling", choices=STEMS)
@@ -36,6 +38,12 @@ class ModelConfig:
         "type in which the network computes and activations travel; with bfloat16 weights, "
         "gradients of weights, statistics and losses are float32",
         choices=("float32", "float64", "bfloat16"),
+    )
+    base: str = option(
+        "",
+        "safetensors file of which every host reads the weights of its units, in the layout of "
+        "this project or, for gpt2, of Hugging Face; weights that are not in it come from the seed",
+        path="",
     )
     weights: str = option(
         "",
@@ -67,6 +75,19 @@ class TaskConfig:
         "metrics of all outputs to compute in evaluations, such as f1,auc,confusion, or all; those "
         "that stream are always computed",
     )
+
+
+@dataclasses.dataclass
+class LoraConfig:
+    """Low-rank adapters on dense layers of a registered network; only they are trained."""
+
+    match: str = option(
+        "",
+        "dense layers (unit/path) that get adapters: a regular expression, such as "
+        "'attention/(inward|outward)'; empty: none",
+    )
+    rank: int = option(8, "inner size of the adapters", at_least=1, at_most=10_000)
+    alpha: float = option(16.0, "adapters' output is multiplied by alpha / rank", above=0)
 
 
 @dataclasses.dataclass

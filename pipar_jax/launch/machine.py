@@ -57,6 +57,10 @@ def check(config: Config, names: Iterable[str] | None = None) -> None:
         find_cores(hosts, host)
         check_platform(host.platform, hosts.path(host.name, "platform"))
     _check_functions(config)
+    if (base := config.model.base) and not Path(base).is_file():
+        raise ConfigError(
+            f"model.base={base!r}: there is no such file here, and every host reads its own"
+        )
     if any(host.kind is HostKind.SERVER for host in wanted):
         _check_sinks(config.run.sinks)
         check_module(config.data.test_source, "data.test_source")

@@ -17,7 +17,7 @@ from pipar_jax.config import (
     may_lose_nodes,
     schema,
 )
-from pipar_jax.config.plugins import check_args, check_named
+from pipar_jax.config.plugins import check_args, check_named, check_pairs, is_own, read_args
 from pipar_jax.config.tasks import check_task
 from pipar_jax.data.published import PUBLIC_SOURCES
 from pipar_jax.errors import ConfigError
@@ -26,10 +26,8 @@ from pipar_jax.methods.registry import METHODS, Method, node_methods
 from pipar_jax.methods.robust_checks import check_robust
 from pipar_jax.methods.tuner_checks import check_tuner
 from pipar_jax.schedule.plan import Order, WeightPolicy
-from stages.names import UNITS
-
-#: Networks whose samples are rows of tokens, not images.
-TOKEN_MODELS = tuple(name for name in UNITS if name.startswith("decoder"))
+from stages.errors import StageError
+from stages.names import ARGUMENTS, TOKEN_MODELS, UNITS, arguments_of
 
 
 def check_registered(config: Config, models: tuple[str, ...] = ()) -> None:
@@ -45,6 +43,7 @@ def check_registered(config: Config, models: tuple[str, ...] = ()) -> None:
     hosts = Hosts(config, nodes=config.nodes.count)
     _check_model(config.model, config.data.source, models)
     check_task(config)
+    _check_lora(config.lora.match, config.model.name, models)
     _check_data(config.data, config.devices)
     rule = config.aggregation.rule
     check_named(rule, "aggregation.rule", "a rule", RULE_NAMES)
@@ -65,22 +64,43 @@ def check_registered(config: Config, models: tuple[str, ...] = ()) -> None:
 def _check_model(model: ModelConfig, source: str, models: tuple[str, ...]) -> None:
     """Checks that the network is known, and that the data suit it."""
     known = (*UNITS, *models)
-    check_args(model.args, "model.args", "model.name", model.name)
-    try:
-        re.compile(model.trainable)
-    except (re.error, RecursionError, OverflowError) as error:  # nested too deep; a count too large
-        raise ConfigError(
-            f"model.trainable={model.trainable[:120]!r} is not a regular expression: "
-            f"{str(error)[:120]}"
-        ) from error
-    check_named(model.name, "model.name", "a network", known)
-    name = model.name
+    name, takes = model.name, model.name in ARGUMENTS
+    if not takes:
+        check_args(model.args, "model.args", "model.name", name)
+    else:
+        check_pairs(model.args, "model.args")
+        try:
+            arguments_of(name, read_args(model.args))
+        except StageError as error:
+            raise ConfigError(f"model.args={model.args[:120]!r}: {error}") from error
+    _check_pattern(model.trainable, "model.trainable")
+    check_named(name, "model.name", "a network", known)
     if name in TOKEN_MODELS and name not in models and source in PUBLIC_SOURCES:
         raise ConfigError(
             f"model.name={name!r} takes rows of tokens, and data.source={source!r} has "
             "images: choose another network, or tokens of your own (npz:PATH, npy:FOLDER, "
             "module:NAME:FUNCTION)"
         )
+
+
+def _check_lora(match: str, name: str, models: tuple[str, ...]) -> None:
+    """Checks that adapters are possible."""
+    _check_pattern(match, "lora.match")
+    if match and (is_own(name) or name in models):
+        raise ConfigError(
+            f"lora.match={match[:120]!r} adds adapters to registered networks: in your own use "
+            "nnx.LoRA and set model.trainable=lora"
+        )
+
+
+def _check_pattern(text: str, field: str) -> None:
+    """Checks that a text is a regular expression."""
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:  # nested too deep; a count too large
+        raise ConfigError(
+            f"{field}={text[:120]!r} is not a regular expression: {str(error)[:120]}"
+        ) from error
 
 
 def _check_source(source: str, field: str) -> None:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 from pipar_jax.config import checks, paths, schema
 from pipar_jax.config.fields import Config
+from pipar_jax.config.plugins import read_args
 from pipar_jax.errors import ConfigError, PlanError
 from pipar_jax.methods.checks import check_registered
 from pipar_jax.methods.names import NAMES
 from pipar_jax.methods.registry import is_planned, plan_for
 from pipar_jax.schedule.feasibility import check_adaptable, check_executable
-from stages.names import UNITS
+from stages.names import UNITS, units_of
 
 
 def resolve(config: Config, *, models: tuple[str, ...] = ()) -> Config:
@@ -41,8 +42,8 @@ def resolve(config: Config, *, models: tuple[str, ...] = ()) -> Config:
     made.network.token = checks.read_token(made.network.token)
     checks.check_whole(made)
     check_registered(made, models)
-    if (units := UNITS.get(made.model.name)) is not None and made.model.name not in models:
-        check_plan(made, units)
+    if made.model.name in UNITS and made.model.name not in models:
+        check_plan(made, units_of(made.model.name, read_args(made.model.args)))
     return made
 
 

@@ -15,6 +15,7 @@ from pipar_jax.config.texts import split_list
 from pipar_jax.errors import ConfigError, RunError
 from pipar_jax.protocol.values import EVERY
 from pipar_jax.roles.checkpoint_store import read
+from pipar_jax.training.base_weights import to_units
 from pipar_jax.training.checkpoint import WEIGHTS, read_tensors, sort_tensors
 from stages import Model
 
@@ -28,7 +29,7 @@ def start_weights(
 
     Args:
       path: The folder of a run, one of its checkpoints, or a safetensors file with keys
-        ``unit/path``.
+        ``unit/path``, or for GPT-2 in the layout of Hugging Face.
       match: Patterns of names to take, separated by commas, such as ``conv*/kernel``; empty: all,
         which must be there then.
       model: The whole model.
@@ -39,7 +40,7 @@ def start_weights(
       ConfigError: A pattern matches nothing.
       RunError: There are no weights, or they belong to another model.
     """
-    tensors = load_tensors(path)
+    tensors = to_units(load_tensors(path), model)
     if not match:
         return sort_tensors(tensors, model, path)
     own = {f"{unit}/{name}" for part in (params, state) for unit, arrays in part.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,11 +10,12 @@ import numpy as np
 import stages
 from comms import ChannelOptions, TlsOptions
 from pipar_jax.config import Config, ModelConfig, NetworkConfig
-from pipar_jax.config.plugins import OWN
+from pipar_jax.config.plugins import OWN, read_args
 from pipar_jax.config.tasks import make_task
 from pipar_jax.data import Dataset, check_fits
 from pipar_jax.data.types import computed
 from pipar_jax.runtime.own_model import make_own
+from stages.names import arguments_of
 from stages.signature import Signature, unwrapped
 from stages.tasks.targets import TargetRule
 
@@ -50,6 +52,7 @@ def build_model(config: Config, signature: Signature, model: Model | None = None
     if config.model.name.startswith(OWN):
         own = make_own(config.model, signature, whole=config.method == "fl")
         return as_trained(config, own).receiving(signature.targets)
+    lora = config.lora
     made = stages.build(
         config.model.name,
         input_shape=signature.input.shape,
@@ -57,8 +60,15 @@ def build_model(config: Config, signature: Signature, model: Model | None = None
         norm=config.model.norm,
         stem=config.model.stem,
         dtype=config.model.dtype,
+        arguments=_arguments(config.model),
+        lora=(lora.match, lora.rank, lora.alpha) if lora.match else None,
     )
     return as_trained(config, made).receiving(signature.targets)
+
+
+def _arguments(config: ModelConfig) -> dict[str, int]:
+    """Returns the arguments of a registered network."""
+    return arguments_of(config.name, read_args(config.args))
 
 
 def fit(config: Config, model: Model | None, dataset: Dataset, host: str) -> Model:
@@ -90,12 +100,19 @@ def as_trained(config: Config, model: Model) -> Model:
 
     Raises:
       ConfigError: The task is not valid.
-      RunError: A pattern of ``optimizer.groups`` matches no weight.
+      RunError: A pattern of ``optimizer.groups`` matches no weight, or ``model.base`` does not fit.
       StageError: No weight matches ``model.trainable``.
     """
+    from stages.layers.lora import ADAPTERS
+
     model = _with_task(config, model)
-    if config.model.trainable:
-        model = model.training(config.model.trainable, config.seed)
+    trainable = config.model.trainable or (ADAPTERS if config.lora.match else "")
+    if trainable:
+        model = model.training(trainable, config.seed)
+    if config.model.base:
+        from pipar_jax.training.base_weights import based
+
+        model = based(model, Path(config.model.base))
     if config.optimizer.groups:
         from pipar_jax.training.optimizer import check_groups
 

@@ -52,7 +52,7 @@ def facts(path: Path) -> JsonObject:
     Raises:
       RunError: The file is missing or has no such header.
     """
-    with _reading(path), safe_open(path, framework="numpy") as file:
+    with reading(path), safe_open(path, framework="numpy") as file:
         found: JsonObject = json.loads((file.metadata() or {})["pipar_jax"])
         return found
 
@@ -79,7 +79,7 @@ def read_tensors(path: Path) -> dict[str, Array]:
     Raises:
       RunError: The file is missing, or is no safetensors file.
     """
-    with _reading(path), safe_open(path, framework="numpy") as file:
+    with reading(path), safe_open(path, framework="numpy") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
@@ -130,8 +130,15 @@ def _fits(array: Array, expected: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turns errors of reading a file into a ``RunError``."""
+def reading(path: Path) -> Iterator[None]:
+    """Turns errors of reading a file into a ``RunError``.
+
+    Args:
+      path: The file.
+
+    Raises:
+      RunError: It cannot be read.
+    """
     try:
         yield
     except (OSError, SafetensorError, ValueError, KeyError) as error:

@@ -40,10 +40,13 @@ class Dense(nnx.Module):
         self.kernel = nnx.Param(normal(rngs, shape, deviation, held))
         self.bias = nnx.Param(jnp.zeros((out_features,), held)) if use_bias else None
         self.dtype = dtype
+        self.lora: nnx.Module | None = None  # see ``stages.layers.lora``
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [batch, …, in] to [batch, …, out]."""
         y = jnp.matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        if self.lora is not None:
+            y += self.lora(x)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 

@@ -120,14 +120,14 @@ class TokenEmbedding(nnx.Module):
     def __init__(
         self, size: Size, length: int, vocabulary: int, dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
-        """Draws both tables."""
+        """Draws both tables; ``length`` is that of the longest sequence."""
         self.tokens = _embedding(vocabulary, size.width, dtype, rngs)
         self.positions = _embedding(length, size.width, dtype, rngs)
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps tokens [batch, length] int32 to [batch, length, width]."""
-        y: jax.Array = self.tokens[...][x] + self.positions[...]
+        y: jax.Array = self.tokens[...][x] + self.positions[...][: x.shape[1]]
         return y.astype(self.dtype)
 
 

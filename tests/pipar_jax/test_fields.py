@@ -28,8 +28,10 @@ NASTY = ("9" * 5000, "²", "x" * 100_000, "~nobody-of-this-name/x", "a\0b")
 #: For each field that takes a text without choices, values that cannot work.
 TEXTS: dict[str, tuple[str, ...]] = {
     "name": ("", "..", "a/b", "a" * 300),
-    "model.name": ("vgg55", "decoder_small"),
+    "model.name": ("vgg55", "decoder_small", "gpt2"),
     "model.args": ("width=16", "'", "x" * 3000),
+    "model.base": ("/no/such.safetensors", "a\0b", "~nobody-of-this-name"),
+    "lora.match": ("(", "*", "(" * 5000),
     "model.trainable": ("(", "*", "[z-a]", "a{2,1}", "a{" + "9" * 30 + "}", "(" * 5000),
     "optimizer.name": ("", "sdg", "module:x", "module:a:b:c"),
     "optimizer.args": ("decay=0.9", "'", "x" * 3000),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import stages
-from stages.names import UNITS
+from stages.names import TOKEN_MODELS, UNITS
 from stages.registry import Model
 
 
@@ -22,7 +22,7 @@ def test_the_units_that_a_launcher_knows_are_those_of_the_networks(
     monkeypatch.setattr(Model, "from_units", staticmethod(names))
     assert tuple(UNITS) == stages.MODELS
     for name, units in UNITS.items():
-        shape = (8,) if name.startswith("decoder") else (8, 8, 1)
+        shape = (8,) if name in TOKEN_MODELS else (8, 8, 1)
         for norm, stem in zip(stages.NORMS, stages.STEMS, strict=True):
             found: Any = stages.build(name, input_shape=shape, classes=3, norm=norm, stem=stem)
             assert found.unit_names == units, name
