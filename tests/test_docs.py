@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from configs import digits
+from pipar_jax.config import Config
 from pipar_jax.launch.api import load, run_here
 from pipar_jax.methods.resolution import resolve
 from tests.sources import ROOT
@@ -64,6 +68,32 @@ def test_its_commands_work(blocks: list[str], tmp_path: Path) -> None:
     assert "2 arrays are needed behind it" in done.stdout
 
 
+def configured(text: str) -> Config:
+    """Returns what the command of a page configures."""
+    (command,) = re.findall(r"^pipar train (.*?)\n```$", text, re.M | re.S)
+    config = digits.get_config()
+    for flag in shlex.split(command.replace("\\\n", " "))[1:]:
+        path, _, value = flag.removeprefix("--config.").partition("=")
+        *groups, name = path.split(".")
+        holder = functools.reduce(getattr, groups, config)
+        setattr(holder, name, type(getattr(holder, name))(value))
+    return config
+
+
+def test_the_page_on_fine_tuning_fine_tunes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (ROOT / "docs" / "fine-tune.md").read_text(encoding="utf-8")
+    (block,) = BLOCK.findall(text)
+    monkeypatch.chdir(tmp_path)
+    exec(block, {"__name__": "corpus"})
+    config = configured(text)
+    config.run.dir, config.epochs = str(tmp_path / "runs"), 4
+    run = load(run_here(resolve(config), on_event=lambda event: None))
+    losses = [row["loss"] for row in run.metrics if row["event"] == "evaluated"]
+    assert np.exp(losses[-1]) < 0.8 * np.exp(losses[0])
+
+
 def test_the_functions_of_the_page_on_optimisers_train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,13 +101,7 @@ def test_the_functions_of_the_page_on_optimisers_train(
     (block,) = BLOCK.findall(text)
     (tmp_path / "mytraining.py").write_text(block, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    (command,) = re.findall(r"^pipar train (.*?)\n```$", text, re.M | re.S)
-    config = digits.get_config()
-    for flag in command.replace("\\\n", " ").split()[1:]:
-        field, _, value = flag.partition("=")
-        _, group, name = field.split(".")
-        kind = type(getattr(getattr(config, group), name))
-        setattr(getattr(config, group), name, kind(value.strip("'")))
+    config = configured(text)
     config.run.dir, config.epochs = str(tmp_path), 4
     config.data.train_samples, config.data.test_samples = 800, 100
     folder = run_here(resolve(config), on_event=lambda event: None)

@@ -25,7 +25,7 @@ COMMAND = re.compile(r"(?:`|\bbin/|^ +)pipar ([a-z_]+)\b|^pipar ([a-z_]+) -", re
 MODULE = re.compile(r"python -m ([a-z_.]+)")
 FIELD = re.compile(r"--config\.([a-z_]+(?:\.\w+)*)")
 #: Files of a reader's, in examples, and modules of other projects.
-EXAMPLES = {"mine.py", "mytask.py", "mytraining.py"}
+EXAMPLES = {"mine.py", "mytask.py", "mytraining.py", "corpus.py"}
 FOREIGN = {"pip", "pytest", "venv", "json.tool", "http.server"}
 
 

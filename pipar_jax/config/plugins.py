@@ -74,7 +74,7 @@ def check_named(value: str, field: str, what: str, known: Collection[str]) -> No
         )
 
 
-def check_args(text: str, field: str, owner: str, value: str, *, registered: bool = False) -> None:
+def check_args(text: str, field: str, owner: str, value: str) -> None:
     """Checks the form of the arguments of a user's function.
 
     Args:
