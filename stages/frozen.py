@@ -7,13 +7,12 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from stages.trees import Arrays, Variables
+from stages.trees import Arrays, PyTree, Variables
 from stages.unit import Unit
 
 #: From a unit to weights of it by path, which take the place of those drawn from the seed.
-Base: TypeAlias = Callable[[Unit], Mapping[str, np.typing.NDArray[Any]]]
+Base: TypeAlias = Callable[[Unit], Mapping[str, PyTree]]
 
 
 class Frozen:

@@ -86,15 +86,25 @@ def build(
     model = Model.from_units(
         name, units, shape, classes, input_dtype=jnp.int32 if wanted == 1 else jnp.float32
     )
-    names = [f"{unit.name}/{path}" for unit in model.units for path in unit.params]
-    if lora is not None and not any(ADAPTERS in one for one in names):
-        raise StageError(
-            f"model {name!r}: lora.match={lora.match!r} matches none of its dense layers (names "
-            "are unit/path, such as block1/attention/inward)"
-        )
+    if lora is not None:
+        _check_adapters(model, lora)
     model.recipe = {
         "name": name, "input_shape": list(shape), "classes": classes, "norm": norm, "stem": stem,
         "dtype": jnp.dtype(dtype).name, "dropout": dropout,
         "arguments": dict(arguments or {}), "lora": None if lora is None else list(lora),
     }  # fmt: skip
     return model
+
+
+def _check_adapters(model: Model, lora: LoraSettings) -> None:
+    """Checks that there are adapters.
+
+    Raises:
+      StageError: No layer matched.
+    """
+    names = [f"{unit.name}/{path}" for unit in model.units for path in unit.params]
+    if not any(ADAPTERS in name for name in names):
+        raise StageError(
+            f"model {model.name!r}: lora.match={lora.match!r} matches none of its dense layers "
+            "(names are unit/path, such as block1/attention/inward)"
+        )

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from safetensors import safe_open
 
 from comms.arrays import Array
@@ -60,7 +58,7 @@ def based(model: Model, path: Path) -> Model:
 def _reader(model: Model, path: Path, names: Mapping[str, str]) -> Base:
     """Returns what reads the weights of a unit."""
 
-    def read(unit: Unit) -> dict[str, np.typing.NDArray[Any]]:
+    def read(unit: Unit) -> dict[str, Array]:
         weights = {}
         with reading(path), safe_open(path, framework="numpy") as file:
             for weight in unit.weights:
