@@ -113,6 +113,7 @@ def setting(way: Way) -> Config:
     """Returns the configuration of a way; its data are never read."""
     config = Config(method=way.method)
     config.model.name, config.model.dtype = "gpt2", way.dtype
+    config.task.name = "language"
     config.data.source, config.data.classes = "npz:tokens.npz", VOCABULARY
     config.data.batch_size, config.devices.count = BATCH, DEVICES
     config.pipeline.cut, config.pipeline.micro_batches = CUT, MICRO_BATCHES
