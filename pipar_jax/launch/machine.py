@@ -65,6 +65,8 @@ def check(config: Config, names: Iterable[str] | None = None) -> None:
         _check_sinks(config.run.sinks)
         check_module(config.data.test_source, "data.test_source")
     devices = [host for host in wanted if host.kind is HostKind.DEVICE]
+    if devices:
+        check_module(config.data.augment, "data.augment")
     for host in {_module(device.data_source): device for device in reversed(devices)}.values():
         check_module(host.data_source, hosts.path(host.name, "data_source"))
 

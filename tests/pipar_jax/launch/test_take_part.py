@@ -145,7 +145,7 @@ def test_the_module_of_a_function_is_looked_for_before_anything_starts(
     tmp_path: pathlib.Path,
 ) -> None:
     for group, name in (("optimizer", "name"), ("optimizer", "schedule"), ("aggregation", "rule"),
-                        ("model", "name"), ("cohort", "select")):  # fmt: skip
+                        ("model", "name"), ("cohort", "select"), ("data", "augment")):  # fmt: skip
         config = small(tmp_path)
         setattr(getattr(config, group), name, "module:no_such_module:f")
         with pytest.raises(ConfigError, match=rf"{group}.{name}=.*there is no module 'no_such"):
