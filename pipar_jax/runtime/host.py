@@ -129,6 +129,7 @@ class Host:
     ) -> None:
         self.name = name
         self._releases = releases
+        self._of_user = releases is not None and config.privacy.of_users
         self._released: migration.Released | None = None
         self._transforms: Sequence[UpdateTransform] = ()
         if releases is not None:
@@ -481,7 +482,7 @@ class Host:
         self._answer(messages.Compiled(number, refused))
 
     def _pull(self, wanted: Wanted) -> None:
-        if self._transforms:
+        if self._of_user:
             raise RunError(
                 f"{self.name} was asked for its state, which is a function of its user's data: a "
                 "private run of unit=user sends updates alone"
@@ -626,7 +627,8 @@ class Host:
     def _finish_round(self) -> None:
         """Reports that this host's steps are over, with the weights if they are to be averaged."""
         self._training = False
-        self._whole = self._tell_broken_weights(averaged=False)
+        # Whether a user's weights are finite is a function of the user's data: such an update is 0.
+        self._whole = self._of_user or self._tell_broken_weights(averaged=False)
         wanted = exchanges.trained(self._plan, self._seat, self._model.unit_names)
         # Whoever gives nothing is given no average either, but for the coordinator's own host.
         self._gives = bool(wanted) or (

@@ -268,3 +268,12 @@ def test_a_delta_at_which_a_record_could_be_published_is_refused(tmp_path):
     made, samples = setting(tmp_path, "pipar", noise=1.0, delta=1 / 20)
     with pytest.raises(ConfigError, match=r"privacy.delta=0.05 with 33 samples on d1"):
         support.trained(made, samples, support.model())
+
+
+def test_a_user_whose_weights_are_not_finite_is_not_told_from_others(tmp_path):
+    made, samples = of_users(tmp_path, noise_at="device")
+    made.optimizer.learning_rate = 1e300  # diverges at once
+    run = support.trained(made, samples, support.model())
+    assert not [event for event in run.metrics if event["event"] == "nonfinite"]
+    assert all(np.isfinite(array).all() for array in weights(run).values())
+    assert len(rounds(run)) == 2
