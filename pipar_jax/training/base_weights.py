@@ -77,7 +77,7 @@ def to_units(tensors: Mapping[str, Array], model: Model) -> Mapping[str, Array]:
       tensors: The arrays, by their names in the file.
       model: The model that they are for; its trained weights alone are returned from such a file.
     """
-    if not _is_gpt2(model) or any(f"{unit}/" in name for name in tensors for unit in ("embed",)):
+    if not _is_gpt2(model) or "embed/tokens" in tensors:
         return tensors
     made = {}
     for unit in model.units:

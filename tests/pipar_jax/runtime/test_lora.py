@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 from pipar_jax.errors import ConfigError, RunError
 from pipar_jax.launch.api import load, run_here
 from pipar_jax.methods.resolution import resolve
+from pipar_jax.roles.start_weights import start_weights
 from pipar_jax.runtime.setup import build_model
 from pipar_jax.schedule.actions import ActionKind
 from stages.signature import ArrayType, Signature
@@ -142,6 +143,22 @@ def test_a_base_that_does_not_fit_is_refused_in_one_line(base, tmp_path):
     made.model.base = str(tmp_path / "broken.safetensors")
     with pytest.raises(RunError, match="cannot be read as weights"):
         build_model(resolve(made), signature)
+
+
+def test_all_weights_may_start_from_a_file_of_hugging_face(base, tmp_path):
+    """As the server does by model.weights: the file is its own, and so need not be elsewhere."""
+    made = setting(tmp_path, "pipar", base)
+    tokens = ArrayType((test_gpt2.LENGTH,), "int32")
+    signature = Signature(tokens, {}, {"y": tokens}, test_gpt2.VOCABULARY)
+    based = build_model(resolve(made), signature)
+    made.lora.match = made.model.base = ""
+    model = build_model(resolve(made), signature)
+    params, state = start_weights(base, "", model, *model.init(0))
+    assert not any(state.values())
+    wanted = based.completed(based.init(0)[0])
+    for unit, arrays in params.items():
+        for path, array in arrays.items():
+            np.testing.assert_array_equal(array, wanted[unit][path])
 
 
 def test_adapters_in_a_network_of_ones_own_are_the_users(tmp_path, base):
