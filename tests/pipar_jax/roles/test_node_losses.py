@@ -258,3 +258,31 @@ def test_a_planned_chain_is_planned_again(tmp_path, network):
     hosts = {host for one in change["to"]["devices"] for host in one["hosts"]}
     assert hosts == {"device", f"n{3 - used[0]}"}
     assert difference(replayed(made, samples, network, run), run.weights()) < RTOL
+
+
+def test_a_node_that_is_lost_while_hosts_compile_is_left_out(tmp_path, network):
+    made, samples = setting(tmp_path, "mpsl")
+    ended = []
+
+    def follow(run, event):
+        if event["event"] == "working" and event["host"] == "n2" and not ended:
+            ended.append(True)
+            run.end_node(2)
+
+    run = conducted(made, samples, network, follow)
+    assert run.error is None
+    (change,) = run.kinds("nodes_replaced")
+    assert (change["round"], change["nodes"]) == (0, ["n2"])
+    assert difference(run.weights(), undisturbed("mpsl", "copy")) < RTOL
+
+
+def test_a_spare_node_may_go_without_a_trace(tmp_path, network):
+    made, samples = setting(tmp_path, "mpsl")
+    first = when("nodes_copied", 0, lambda run: run.end_node(1))
+    back = when("nodes_replaced", 1, lambda run: run.start_node(1))
+    gone = when("node_returned", None, lambda run: run.end_node(1))
+    made.run.rounds = 6
+    run = conducted(made, samples, network, each(first, back, gone))
+    assert run.error is None
+    assert len(run.kinds("nodes_replaced")) == len(run.kinds("replanned")) == 1
+    assert run.kinds("run_finished")[0]["undone"] <= 1
