@@ -357,4 +357,6 @@ def _rank(child: _Child) -> tuple[int, float]:
     order = 0
     if child.failure is not None:
         order = 2 if child.lost_a_peer else 1
+        # Of a run that the server has ended it says why; what others say of it comes after.
+        order += child.failure.get("kind") == "PeerError" and child.name != COORDINATOR
     return order, child.ended_s if child.ended_s is not None else float("inf")

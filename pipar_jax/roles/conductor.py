@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipar_jax.config import Config
@@ -25,14 +25,22 @@ from pipar_jax.config.membership_script import Attempt, NodeLosses, Out
 from pipar_jax.errors import PeerError, ProtocolError, RunError
 from pipar_jax.protocol import messages
 from pipar_jax.roles.gathering import Cohort
-from pipar_jax.roles.membership import Member, Membership
+from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.population import Presence
+from pipar_jax.roles.relay import Relay, undone_from
 from pipar_jax.roles.replies import Reply, reply
+from pipar_jax.roles.round_attempt import (
+    Committed,
+    RoundAttempt,
+    first_step,
+    scripted_spans,
+    seat_of,
+)
 from pipar_jax.roles.round_end import RoundEnd, Verdict
 from pipar_jax.roles.state_exchange import StateExchange
 from pipar_jax.runtime import exchanges
 from pipar_jax.runtime.host import Host
-from pipar_jax.runtime.unit_state import States, Wanted
+from pipar_jax.runtime.unit_state import Wanted
 from pipar_jax.schedule.actions import Span
 from pipar_jax.schedule.plan import (
     COORDINATOR,
@@ -40,80 +48,9 @@ from pipar_jax.schedule.plan import (
     Plan,
     device_name,
     host_index,
-    is_device,
     is_node,
     long_name,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Committed:
-    """An attempt at a round that is over.
-
-    Attributes:
-      index: The round's number.
-      cohort: The device in each place.
-      taking: The places that took part.
-      places: Those that count; none if the round was undone.
-      spans: Their steps.
-      hosts: The hosts that took part to the end, this process's first.
-      trained: What they gave when their steps were over.
-      start_s: When it began, on the monotonic clock.
-      whole: Whether nothing of the round is left to be trained.
-    """
-
-    index: int
-    cohort: tuple[int, ...]
-    taking: tuple[int, ...]
-    places: tuple[int, ...]
-    spans: tuple[Span, ...]
-    hosts: tuple[str, ...]
-    trained: Mapping[str, States]
-    start_s: float
-    whole: bool
-
-    def seat(self, name: str) -> str:
-        """Returns what the plan calls a host: a device after its place."""
-        return _seat(self.cohort, name)
-
-
-class _Round:
-    """An attempt at a round that is under way."""
-
-    def __init__(
-        self,
-        index: int,
-        cohort: tuple[int, ...],
-        spans: tuple[Span, ...],
-        end: RoundEnd,
-        demand: Sequence[float],
-        samples: Sequence[int],
-    ) -> None:
-        self.index, self.cohort, self.spans, self.end = index, cohort, spans, end
-        self.demand, self.samples = tuple(demand), tuple(samples)
-        self.begun = spans
-        self.out: dict[int, Out] = {}
-        self.releasing = False
-        self.gone: list[str] = []  # devices that went while the round was released
-        self.failed: list[int] = []  # places of summed gradients that the others go back for
-        self.nodes: tuple[str, ...] = ()  # compute nodes that take part
-        self.lost_nodes: list[str] = []  # those with stages that went before the commit
-        self.ends: int | None = None  # the step at which it ended early, for the loss of a node
-        self.trained: dict[str, States] = {}
-        self.start_s = time.monotonic()
-
-    @property
-    def places(self) -> tuple[int, ...]:
-        """The places that are not out."""
-        return tuple(dict.fromkeys(s.device for s in self.begun if s.device not in self.out))
-
-    def device(self, place: int) -> str:
-        """Returns the name of the device in a place."""
-        return device_name(self.cohort[place])
-
-    def place(self, name: str) -> int | None:
-        """Returns the place of a device that is in the round still."""
-        return next((one for one in self.places if self.device(one) == name), None)
 
 
 class Conductor:
@@ -122,9 +59,7 @@ class Conductor:
     Attributes:
       plan: The plan in force.
       nodes: The compute nodes that are ready, whether they have stages or not.
-      holder: In sequential order, the member that gave the client-side model back last and still
-        has it; a member that was lost and came back is another.
-      client_model: The client-side model as it was handed back last.
+      relay: Relays the client-side model in sequential order.
 
     Args:
       config: Resolved configuration.
@@ -148,10 +83,9 @@ class Conductor:
         self._host, self._members, self._states = host, members, states
         self._tell = members.tell
         self.nodes: tuple[str, ...] = ()
-        self.holder: Member | None = None
-        self.client_model: States = {}
+        self.relay = Relay(names, members, states)
         self._attempt = 0
-        self._round: _Round | None = None
+        self._round: RoundAttempt | None = None
         members.broken = self._note_broken
 
     # --- the whole of a round -----------------------------------------------------------------
@@ -182,18 +116,16 @@ class Conductor:
         """
         taking, planned, whole_spans = cohort.taking, cohort.planned, spans
         if planned is not None:
-            spans = self._without(spans, planned.out)
-            if (ends := planned.nodes.ends) is not None:
-                spans = tuple(span._replace(stop=max(span.first, ends)) for span in spans)
+            spans = scripted_spans(spans, planned, copies=self._copies)
         end = RoundEnd(self._config.cohort, taking, time.monotonic())
-        self._round = now = _Round(index, cohort.devices, spans, end, demand, samples)
+        self._round = now = RoundAttempt(index, cohort.devices, spans, end, demand, samples)
         now.nodes = self.nodes
         now.ends = None if planned is None else planned.nodes.ends
         now.gone = [device_name(one) for one in cohort.devices]  # it may have gone before
         now.lost_nodes = [one for one in self._chain if one not in self.nodes]
         self._release(now, spans)
         if self.plan.order == Order.SEQUENTIAL:
-            self._relay(now)
+            self.relay.run(now, self.plan, lambda place, why: self._drop(now, place, why))
         counts = self._await_trained(now, planned)
         for out in () if planned is None else planned.out:
             if out.place in now.places and self._copies:
@@ -201,7 +133,7 @@ class Conductor:
         hosts, left = self._present(now, now.places), now.places
         places = left if counts else ()
         for place in () if counts else left:
-            now.out[place] = Out(place, _first(now.begun, place), "undone")
+            now.out[place] = Out(place, first_step(now.begun, place), "undone")
         self._round = None  # whoever is lost from now on has done its part
         self._commit(now, places, hosts)
         whole = bool(places) and (now.ends is None or now.ends >= max(s.stop for s in whole_spans))
@@ -228,55 +160,27 @@ class Conductor:
         """Whether each device has its own copy of the weights, which are averaged."""
         return self.plan.order == Order.PARALLEL and not self.plan.sums_gradients
 
-    def _without(self, spans: tuple[Span, ...], out: Sequence[Out]) -> tuple[Span, ...]:
-        """Returns spans that end where a script says that their place is out.
-
-        With copies the place trains to its end and is dropped then, so that what it leaves behind
-        is the same.
-        """
-        if self._copies:
-            return spans
-        ends = {one.place: one.step for one in out}
-        cut = (span._replace(stop=min(span.stop, ends.get(span.device, span.stop)))
-               for span in spans)  # fmt: skip
-        return tuple(span for span in cut if span.stop > span.first)
-
-    def _release(self, now: _Round, spans: tuple[Span, ...]) -> None:
+    def _release(self, now: RoundAttempt, spans: tuple[Span, ...]) -> None:
         """Starts a round on its hosts, or the rest of it after a failed step."""
         self._attempt += 1
         self._members.open(now.index, spans, self._attempt, now.samples)
+        in_turns = self.plan.order == Order.SEQUENTIAL
+        holder = self.relay.holder(now) if in_turns else None
         release = messages.Release(
-            now.index, self._attempt, spans, now.cohort, now.samples, self._holder(now), now.demand
+            now.index, self._attempt, spans, now.cohort, now.samples, holder, now.demand
         )
         now.releasing = True
         self._host.release(release)
         for name in self._present(now, now.places)[1:]:
-            owed = [*self._turns_of(now, name, spans), reply(messages.Trained, round=now.index)]
-            self._members.send(name, release, *owed)
+            owed = self.relay.owed(now, name, spans) if in_turns else []
+            self._members.send(name, release, *owed, reply(messages.Trained, round=now.index))
         now.releasing = False
         gone, now.gone = now.gone, []
         for name in gone:
             if name not in self._members.by_name:
                 self.note_lost(name)
 
-    def _holder(self, now: _Round) -> int | None:
-        """Returns the place that has the client-side model already, if it is the first to go on."""
-        if self.plan.order != Order.SEQUENTIAL or self.holder is None:
-            return None
-        first = now.spans[0].device
-        return first if self._members.by_name.get(now.device(first)) is self.holder else None
-
-    def _turns_of(self, now: _Round, name: str, spans: Sequence[Span]) -> list[Reply]:
-        """Returns the parts that a device owes in sequential order, one for each of its turns."""
-        if self.plan.order != Order.SEQUENTIAL:
-            return []
-        return [
-            reply(messages.ClientModel, device=turn.device, step=turn.stop - 1)
-            for turn in _turns(spans)
-            if now.device(turn.device) == name
-        ]
-
-    def _present(self, now: _Round, places: Sequence[int]) -> tuple[str, ...]:
+    def _present(self, now: RoundAttempt, places: Sequence[int]) -> tuple[str, ...]:
         """Returns the hosts of a round, this process's first, with the devices in some places."""
         here = self._members.by_name
         devices = (now.device(place) for place in sorted(places))
@@ -284,7 +188,7 @@ class Conductor:
 
     # --- waiting ------------------------------------------------------------------------------
 
-    def _await_trained(self, now: _Round, planned: Attempt | None) -> bool:
+    def _await_trained(self, now: RoundAttempt, planned: Attempt | None) -> bool:
         """Waits until the round is over; returns whether it counts."""
         self._members.patience.begin()
         while True:
@@ -296,7 +200,7 @@ class Conductor:
             missing = self._missing(now)
             now.end.done = {place for place in now.places if now.device(place) in now.trained}
             now.end.lost = set(now.out)
-            verdict = now.end.verdict(time.monotonic()) if planned is None else _all(now)
+            verdict = now.end.verdict(time.monotonic()) if planned is None else self._when_all(now)
             if verdict is Verdict.BELOW:
                 return self._below(now)
             if verdict is Verdict.COMMIT:
@@ -308,23 +212,27 @@ class Conductor:
             if not (now.failed or now.lost_nodes):
                 self._members.wait(missing, "trained")
 
-    def _missing(self, now: _Round) -> list[str]:
+    def _when_all(self, now: RoundAttempt) -> Verdict:
+        """Returns what a script does with a round: it waits for all."""
+        return Verdict.COMMIT if now.end.done == set(now.places) else Verdict.WAIT
+
+    def _missing(self, now: RoundAttempt) -> list[str]:
         """Returns the hosts of a round whose steps are not over."""
         return [name for name in self._present(now, now.places) if name not in now.trained]
 
-    def _take_trained(self, now: _Round) -> None:
+    def _take_trained(self, now: RoundAttempt) -> None:
         """Takes what hosts give whose steps are over; whoever gives what does not fit is lost."""
         for name, mail in self._members.said(messages.Trained, self._missing(now)).items():
             wanted: Wanted = {}
             if self.plan.order == Order.PARALLEL:
-                wanted = exchanges.trained(self.plan, _seat(now.cohort, name), self._names)
+                wanted = exchanges.trained(self.plan, seat_of(now.cohort, name), self._names)
             try:
                 now.trained[name] = self._states.read(mail, wanted)
             except ProtocolError:
                 if name in self._members.by_name:
                     raise
 
-    def _below(self, now: _Round) -> bool:
+    def _below(self, now: RoundAttempt) -> bool:
         """Ends the run, or the attempt, since too few are left; returns whether the rest counts."""
         short = (
             f"round {now.index + 1} has {len(now.end.done)} finished of {len(now.end.remaining)} "
@@ -343,7 +251,7 @@ class Conductor:
         self._undo(now, short)
         return False
 
-    def _undo(self, now: _Round, reason: str) -> None:
+    def _undo(self, now: RoundAttempt, reason: str) -> None:
         """Undoes an attempt with copied weights: all stop, and go back to the round's start."""
         for place in now.places:
             if now.device(place) not in now.trained:
@@ -351,7 +259,7 @@ class Conductor:
         self._wait_for_rest(now)
         self._tell({"event": "round_undone", "round": now.index, "reason": reason})
 
-    def _give_up(self, now: _Round) -> bool:
+    def _give_up(self, now: RoundAttempt) -> bool:
         """Ends an attempt whose chain lacks a compute node; returns whether a part of it counts."""
         names = " and ".join(map(long_name, dict.fromkeys(now.lost_nodes)))
         if not self.plan.sums_gradients:
@@ -373,7 +281,7 @@ class Conductor:
                     "reason": f"{names} of the chain is gone"})  # fmt: skip
         return True
 
-    def _wait_for_rest(self, now: _Round) -> None:
+    def _wait_for_rest(self, now: RoundAttempt) -> None:
         """Waits for all that are left."""
         while missing := self._missing(now):
             self._members.wait(missing, "trained")
@@ -402,10 +310,10 @@ class Conductor:
             assert place is not None
             self._drop(now, place, "nonfinite")
 
-    def _drop(self, now: _Round, place: int, why: str) -> None:
+    def _drop(self, now: RoundAttempt, place: int, why: str) -> None:
         """Removes a place from the round."""
-        first = _first(now.begun, place)
-        step = self._undone_from(now, place) if self.plan.order == Order.SEQUENTIAL else first
+        first = first_step(now.begun, place)
+        step = undone_from(now, place) if self.plan.order == Order.SEQUENTIAL else first
         now.out[place] = Out(place, step, why)
         name = now.device(place)
         now.trained.pop(name, None)
@@ -427,14 +335,14 @@ class Conductor:
         if name in self._members.by_name:
             self._stop(now, place, step)
 
-    def _stop(self, now: _Round, place: int, step: int) -> None:
+    def _stop(self, now: RoundAttempt, place: int, step: int) -> None:
         """Drops a live device from the round; it may take part again once it has stopped."""
         name = now.device(place)
         self._members.population[now.cohort[place]].ready = False
         dropped = reply(messages.Dropped, round=now.index)
         self._members.send(name, messages.Drop(now.index, place, step), dropped)
 
-    def _go_back(self, now: _Round) -> None:
+    def _go_back(self, now: RoundAttempt) -> None:
         """Restarts the others at the step in which a device has failed (summed gradients)."""
         if not now.places:
             now.failed = []
@@ -448,7 +356,7 @@ class Conductor:
                       for span in now.spans if span.device not in now.out),
             )  # fmt: skip
 
-    def _rewind(self, now: _Round) -> int:
+    def _rewind(self, now: RoundAttempt) -> int:
         """Lets all go back to the last step that they all have completed; returns the next one."""
         lost, now.failed = tuple(now.failed), []
         hosts = self._present(now, now.places)
@@ -477,65 +385,16 @@ class Conductor:
             if name != COORDINATOR:
                 self._members.send(name, command)
 
-    # --- sequential order ---------------------------------------------------------------------
-
-    def _relay(self, now: _Round) -> None:
-        """Relays the client-side model from device to device, until the last gives it back."""
-        holder = self._holder(now)
-        self._done_turns: set[tuple[int, int]] = set()
-        self.holder = None
-        while turn := self._next_turn(now):
-            if turn.device != holder:
-                why = messages.PushState(step=turn.first)
-                self._states.push(now.device(turn.device), self.client_model, why)
-            holder = None
-            self._await_turn(now, turn)
-
-    def _next_turn(self, now: _Round) -> Span | None:
-        """Returns the first turn that is not over yet."""
-        return next((t for t in _turns(now.spans) if (t.device, t.first) not in self._done_turns),
-                    None)  # fmt: skip
-
-    def _await_turn(self, now: _Round, turn: Span) -> None:
-        """Waits until a device gives the client-side model back, or is out."""
-        giver = now.device(turn.device)
-        self._members.patience.begin()
-        while turn.device not in now.out:
-            found = self._members.said(messages.ClientModel, (giver,))
-            if giver in found:
-                wanted = exchanges.client_model(self.plan, turn.device, self._names)
-                self.client_model = self._states.read(found[giver], wanted)
-                self.holder = self._members.by_name.get(giver)
-                self._done_turns.add((turn.device, turn.first))
-                break
-            if self._late(now):
-                self._drop(now, turn.device, "late")
-                break
-            self._members.wait((giver,), "part")
-
-    def _late(self, now: _Round) -> bool:
-        """Returns whether the round's time is over while a device has its turn."""
-        ends_s = now.end.ends_s()
-        return ends_s is not None and time.monotonic() >= ends_s
-
-    def _undone_from(self, now: _Round, place: int) -> int:
-        """Returns the first step of a place whose turn is not over."""
-        return next(
-            (turn.first for turn in _turns(now.spans)
-             if turn.device == place and (place, turn.first) not in self._done_turns),
-            max(span.stop for span in now.begun if span.device == place),
-        )  # fmt: skip
-
     # --- the commit ---------------------------------------------------------------------------
 
-    def _commit(self, now: _Round, places: tuple[int, ...], hosts: Sequence[str]) -> None:
+    def _commit(self, now: RoundAttempt, places: tuple[int, ...], hosts: Sequence[str]) -> None:
         """Tells all hosts of a round which places of it count."""
         commit = messages.Commit(now.index, places)
         for name in hosts:
             if name == COORDINATOR:
                 self._host.commit(places)
             else:  # who gives weights to the average is over with the round when it has them back
-                seat = _seat(now.cohort, name)
+                seat = seat_of(now.cohort, name)
                 owed = [] if self.gives(seat) else self.end_replies(now.index)
                 self._members.send(name, commit, *owed)
 
@@ -558,29 +417,3 @@ _REASONS = {
     "nonfinite": "its loss or weights are not finite",
     "undone": "the round is undone",
 }
-
-
-def _seat(cohort: Sequence[int], name: str) -> str:
-    """Returns what the plan calls a host: a device after its place in the cohort."""
-    return device_name(cohort.index(host_index(name))) if is_device(name) else name
-
-
-def _first(spans: Sequence[Span], place: int) -> int:
-    """Returns the first step of a place in a round."""
-    return min(span.first for span in spans if span.device == place)
-
-
-def _turns(spans: Sequence[Span]) -> list[Span]:
-    """Returns spans with those merged that follow each other on one device."""
-    found: list[Span] = []
-    for span in spans:
-        if found and found[-1].device == span.device:
-            found[-1] = found[-1]._replace(stop=span.stop)
-        else:
-            found.append(span)
-    return found
-
-
-def _all(now: _Round) -> Verdict:
-    """Returns what a script does with a round: it waits for all."""
-    return Verdict.COMMIT if now.end.done == set(now.places) else Verdict.WAIT

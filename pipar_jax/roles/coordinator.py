@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import optax
 
-from pipar_jax.aggregation.aggregator import Aggregator, Contribution
+from pipar_jax.aggregation.aggregator import Aggregator
 from pipar_jax.config import Config
 from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import Interrupted, PeerError, RunError
@@ -23,29 +23,28 @@ from pipar_jax.protocol import messages
 from pipar_jax.roles.adaptation import Adaptation
 from pipar_jax.roles.chain_repair import ChainRepair
 from pipar_jax.roles.checkpoints import Checkpoints, Moment
-from pipar_jax.roles.conductor import Committed, Conductor
+from pipar_jax.roles.conductor import Conductor
 from pipar_jax.roles.evaluation import Evaluator
 from pipar_jax.roles.federated_evaluation import evaluate_on_devices
 from pipar_jax.roles.gathering import Cohort, Gathering
-from pipar_jax.roles.holdings import Holdings, read_rows
+from pipar_jax.roles.holdings import Holdings
 from pipar_jax.roles.host_setup import HostSetup, samples_by_place
-from pipar_jax.roles.link_stats import odd_rows
-from pipar_jax.roles.membership import Mail, Membership
+from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.node_pool import NodePool
 from pipar_jax.roles.past import Past
 from pipar_jax.roles.private_rounds import PrivateRounds
-from pipar_jax.roles.run_log import FetchStats, Round, RunLog
+from pipar_jax.roles.round_results import RoundResults
+from pipar_jax.roles.run_log import FetchStats, RunLog
 from pipar_jax.roles.scripted_plans import ScriptedPlans
 from pipar_jax.roles.start_weights import start_weights
 from pipar_jax.roles.state_exchange import StateExchange
 from pipar_jax.roles.stop_rule import StopRule
 from pipar_jax.roles.survey import choose_plan
-from pipar_jax.roles.timetable import Timetable, Turn, next_steps
+from pipar_jax.roles.timetable import Timetable, Turn
 from pipar_jax.runtime import exchanges, unit_state
 from pipar_jax.runtime.host import Host
-from pipar_jax.runtime.metrics import Totals
 from pipar_jax.runtime.unit_state import States, UnitState
-from pipar_jax.schedule.actions import AGGREGATE, ALL, Action, Span
+from pipar_jax.schedule.actions import Span
 from pipar_jax.schedule.plan import (
     COORDINATOR,
     Order,
@@ -53,10 +52,8 @@ from pipar_jax.schedule.plan import (
     device_name,
     host_index,
     is_device,
-    long_name,
 )
-from pipar_jax.schedule.rounds import RoundSchedule, rounds
-from pipar_jax.schedule.trace import Interval, Timed
+from pipar_jax.schedule.rounds import rounds
 from pipar_jax.training import optimizer
 from stages import Model
 from stages.trees import Variables
@@ -145,13 +142,12 @@ class Coordinator:
             )
         self._aggregator = Aggregator(config.aggregation, params, state)
         self._score: dict[str, float] = {}
-        self._demand = [1.0] * self._places
-        self._seats_before: dict[str, str] = {}  # of each device, in the rounds before this one
         self._holdings = Holdings(model, config)
         self._states = StateExchange(members, host, self._holdings)
         self._first = 0
+        self._seats_before: dict[str, str] = {}  # of each device, in the rounds before this one
         if kept is not None:
-            self._first, self._demand = kept.rounds, kept.facts["demand"]
+            self._first = kept.rounds
         self._trained = self._first
         self._conductor = Conductor(config, model.unit_names, plan, host, members, self._states)
         profile = None if surveyed is None else surveyed.profile
@@ -164,7 +160,12 @@ class Coordinator:
             config, model.unit_names, self._aggregator, members, self._pool, self._gathering,
             self._setup, self._states, run_log, self._first,
         )  # fmt: skip
-        self._conductor.client_model = self._initial_client_model()
+        self._results = RoundResults(
+            config, model, host, members, self._setup, self._conductor, self._aggregator,
+            self._states, self._table, self._private, run_log,
+            [1.0] * self._places if kept is None else kept.facts["demand"],
+        )  # fmt: skip
+        self._conductor.relay.client_model = self._initial_client_model()
         members.lost = self._note_lost
 
     @property
@@ -207,7 +208,7 @@ class Coordinator:
                 self._adaptation.close()
         self._checkpoints.settle(self._members)
         self._members.broadcast(messages.Finish())
-        self._add_traces(self._members.collect(messages.Bye, self._setup.workers))
+        self._results.add_traces(self._members.collect(messages.Bye, self._setup.workers))
         return self._run_log.finish()
 
     def _end_before(self, index: int) -> None:
@@ -246,13 +247,13 @@ class Coordinator:
         finish = self._start.finish.is_set() and checkpoints.wanted and not last
         if checkpoints.is_due(index + 1) or (checkpoints.wanted and (last or finish)):
             facts = {
-                "demand": list(self._demand),
+                "demand": list(self._results.demand),
                 "steps": self._begun_with,
                 "population": self._population.records(),
                 "finished": finished,
             }
             sequential = self.plan.order == Order.SEQUENTIAL
-            handed_on = self._conductor.client_model if sequential else {}
+            handed_on = self._conductor.relay.client_model if sequential else {}
             moment = Moment(index + 1, self.plan, self._aggregator, handed_on, facts)
             checkpoints.take(moment, self._setup.idle, self._states, self._members, self._score)
         if finish:
@@ -287,7 +288,7 @@ class Coordinator:
                 if is_device(name):
                     self._population[host_index(name)].fresh = True
             if restored.client_model:
-                self._conductor.client_model = restored.client_model
+                self._conductor.relay.client_model = restored.client_model
         elif self._config.model.weights:
             self._checkpoints.spread(
                 self.plan, self._aggregator, self._setup.workers, self._states, self._members
@@ -311,15 +312,15 @@ class Coordinator:
         fresh = self._bring_up_to_date(cohort)
         self._run_log.start_round()
         done, said = self._conductor.conduct(
-            cohort, index, spans, self._demand, self._setup.samples
+            cohort, index, spans, self._results.demand, self._setup.samples
         )
-        self._average(done)
-        self._end_round(done)
+        self._results.average(done)
+        self._results.store(done)
         noted = self._repair.noted
         lost = dataclasses.replace(said.nodes, before=noted.before, plan=noted.plan)
         self._run_log.add_attempt(dataclasses.replace(said, fresh=fresh, nodes=lost))
         self._repair.end_attempt(index, said.nodes, whole=done.whole)
-        self._count(done)
+        self._results.count(done)
         if done.whole:
             self._trained = index + 1
         self._until = None if done.whole or not done.places else max(one.stop for one in spans)
@@ -402,113 +403,6 @@ class Coordinator:
                 states[key] = UnitState(opt=init(self._aggregator.params[key[1]]))
         return states
 
-    def _average(self, done: Committed) -> None:
-        """Averages what the places of a round trained and hands the result back to the hosts."""
-        if self.plan.order == Order.SEQUENTIAL:
-            return
-        names = self._model.unit_names
-        copies: dict[int, Contribution] = {}
-        brought = [name for name in done.hosts[1:] if self._conductor.gives(done.seat(name))]
-        for states in done.trained.values():
-            for (copy, unit), one in states.items():
-                own = copies.setdefault(copy, Contribution({}, {}, 1.0))
-                own.params[unit], own.state[unit] = dict(one.params or {}), dict(one.state or {})
-        if ALL in copies and done.places:  # the one copy that devices share: nothing to average
-            self._aggregator.params.update(copies[ALL].params)
-            self._aggregator.state.update(copies[ALL].state)
-        batch_size = self._config.data.batch_size
-        round_ = RoundSchedule(self.plan, done.spans, self._setup.samples, batch_size)
-        replicas, devices = [], []
-        for span in done.spans:
-            if span.stop > span.first and span.device in copies and span.device in done.places:
-                weight = round_.trained_samples(span) if self._config.aggregation.weighted else 1
-                replicas.append(copies[span.device]._replace(weight=float(weight)))
-                devices.append(done.cohort[span.device])
-        start_s = time.monotonic()
-        replicas = self._private.arrive(self._aggregator.params, replicas, devices, done.index)
-        self._aggregator.aggregate(replicas)
-        if broken := self._aggregator.broken_units():
-            last = max(span.stop for span in done.spans) - 1
-            self._members.end_broken(messages.NonFinite("average", None, done.index, last, broken))
-        spent_s = time.monotonic() - start_s
-        time.sleep(spent_s * (self._config.server.slowdown - 1.0))
-        if done.spans:
-            action = Action(0, AGGREGATE, ALL, done.spans[0].stop - 1)
-            self._host.recorder.add(Timed(action, start_s, time.monotonic()))
-        codec, owed = self._config.aggregation.codec, self._conductor.end_replies(done.index)
-        for name in (*brought, COORDINATOR):
-            wanted = exchanges.averaged(self.plan, done.seat(name), names)
-            mean = unit_state.known(wanted, self._aggregator)
-            self._states.push(name, mean, messages.PushState(round=done.index), *owed, codec=codec)
-
-    def _end_round(self, done: Committed) -> None:
-        """Waits until all hosts have stored what a round came to, and tells of it."""
-        stored = self._members.collect(messages.Stored, done.hosts)
-        interval = Interval(done.start_s, max(mail.time_s for mail in stored.values()))
-        if self.plan.order == Order.SEQUENTIAL:
-            self._gather_sequential()
-        traced = self._collect_traces([name for name in stored if name != COORDINATOR])
-        rows, busy_s = self._host.recorder.take()
-        self._run_log.add_trace(COORDINATOR, rows, 0.0)
-        said = {name: mail.said for name, mail in stored.items()}
-        self._private.ended(said)
-        workers = [name for name in said if name != COORDINATOR]
-        busy = {COORDINATOR: busy_s} | {name: said[name].busy_s for name in workers}
-        for name in workers:
-            if (odd := odd_rows(said[name].direct, name, self._setup.ever_met)) is not None:
-                self._members.blame(name, odd)
-        for one in said.values():  # none is longer than the round, whatever is said of it
-            self._members.patience.action(min(one.longest_s, interval.seconds))
-        self._run_log.end_round(
-            Round(
-                done.index,
-                interval,
-                totals=self._sum_up(said),
-                busy=busy,
-                overruns=sum(one.overruns for one in said.values()),
-                told={name: said[name].link for name in workers},
-                traced=traced,
-                direct=[row for name in workers for row in said[name].direct],
-                memory={name: one.memory for name, one in said.items()},
-                taking=len(done.taking),
-                committed=len(done.places),
-                epsilons=self._private.epsilons,
-            )
-        )
-        for place in done.places:
-            steps = sum(span.stop - span.first for span in done.spans if span.device == place)
-            if steps and (name := device_name(done.cohort[place])) in busy:
-                self._demand[place] = busy[name] / steps
-
-    def _sum_up(self, said: Mapping[str, messages.Stored]) -> Totals:
-        """Returns the sums over a round's samples; a host may have those of the task and no others.
-
-        Raises:
-          ProtocolError: A host reports other metrics.
-        """
-        totals = Totals()
-        for name, stored in said.items():
-            if stored.metrics.keys() != (
-                set(self._model.task.streamed) if stored.samples else set()
-            ):
-                self._members.blame(name, "'stored' with metrics that its task does not have")
-            totals = totals.plus(Totals(stored.loss, stored.samples, stored.metrics))
-        return totals
-
-    def _count(self, done: Committed) -> None:
-        """Notes what each device has trained that counts, and who has the weights of the moment."""
-        stops = next_steps(done.spans)
-        here = {host_index(name) for name in done.hosts if is_device(name)}
-        for place in done.places:
-            one = self._population[done.cohort[place]]
-            one.rounds, one.step = one.rounds + done.whole, stops[place]
-            one.fresh = one.fresh and one.index not in here
-        for one in self._population:
-            if one.index in here and device_name(one.index) in self._members.by_name:
-                one.current = True
-            elif done.places:
-                one.current = False
-
     def _note_lost(self, name: str, error: PeerError) -> None:
         """Goes on without a host whose link is gone: its neighbours have to meet it anew."""
         self._pool.lose(name)
@@ -532,32 +426,6 @@ class Coordinator:
         return optimizer.build(
             self._config.optimizer, steps=1, proximal_mu=self._config.aggregation.proximal_mu
         )
-
-    def _gather_sequential(self) -> None:
-        """Takes the one copy of every unit: the client-side model as handed back, the rest here."""
-        wanted = exchanges.kept(self.plan, COORDINATOR, self._model.unit_names)
-        own = self._states.pull({COORDINATOR: wanted}).states.get(COORDINATOR, {})
-        unit_state.take(self._aggregator, self._conductor.client_model | own, COORDINATOR)
-
-    def _collect_traces(self, names: Sequence[str]) -> dict[str, int]:
-        """Takes the hosts' timed actions, outside their round; returns what bytes they were."""
-        if self._config.run.trace == "none":
-            return {}
-        return self._add_traces(self._members.collect(messages.TraceRows, names))
-
-    def _add_traces(self, mails: Mapping[str, Mail[Any]]) -> dict[str, int]:
-        """Adds the devices' timed actions to the run's, on this host's clock."""
-        traced = {}
-        steps = [max(self._table.steps(one.steps) for one in self._population)] * self._places
-        for name, mail in mails.items():
-            assert mail.message is not None
-            seat = self._members.seats.get(name, name)
-            with self._members.reading(name):
-                rows = read_rows(mail.message, self._setup.plans, seat, steps, long_name(name))
-            # The offset is the peer's clock minus ours.
-            self._run_log.add_trace(seat, rows, -(mail.message.link.offset_s or 0.0))
-            traced[name] = mail.message.nbytes
-        return traced
 
     def _adapt(self, index: int) -> None:
         """Changes the plan before a round, if another one is wanted and compiled."""

@@ -1,0 +1,102 @@
+"""Devices in turns: the client-side model goes from device to device, and back at last."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from pipar_jax.protocol import messages
+from pipar_jax.roles.membership import Member, Membership
+from pipar_jax.roles.replies import Reply, reply
+from pipar_jax.roles.round_attempt import RoundAttempt, merged_turns
+from pipar_jax.roles.state_exchange import StateExchange
+from pipar_jax.runtime import exchanges
+from pipar_jax.runtime.unit_state import States
+from pipar_jax.schedule.actions import Span
+from pipar_jax.schedule.plan import Plan
+
+
+class Relay:
+    """Relays the client-side model, in sequential order.
+
+    Attributes:
+      client_model: The client-side model as it was handed back last.
+
+    Args:
+      names: The model's units in order.
+      members: The devices.
+      states: How states travel.
+    """
+
+    def __init__(self, names: Sequence[str], members: Membership, states: StateExchange) -> None:
+        self._names, self._members, self._states = names, members, states
+        # Who gave it back last and still has it; a member that was lost and came back is another.
+        self._holder: Member | None = None
+        self.client_model: States = {}
+
+    def holder(self, now: RoundAttempt) -> int | None:
+        """Returns the place that has the client-side model already, if it is the first to go on."""
+        if self._holder is None:
+            return None
+        first = now.spans[0].device
+        return first if self._members.by_name.get(now.device(first)) is self._holder else None
+
+    def owed(self, now: RoundAttempt, name: str, spans: Sequence[Span]) -> list[Reply]:
+        """Returns the parts that a device owes, one for each of its turns."""
+        return [
+            reply(messages.ClientModel, device=turn.device, step=turn.stop - 1)
+            for turn in merged_turns(spans)
+            if now.device(turn.device) == name
+        ]
+
+    def run(self, now: RoundAttempt, plan: Plan, drop: Callable[[int, str], None]) -> None:
+        """Relays it from device to device, until the last gives it back.
+
+        Args:
+          now: The round.
+          plan: The plan in force.
+          drop: Removes a place from the round, and says why.
+        """
+        holder = self.holder(now)
+        self._holder = None
+        while turn := _next_turn(now):
+            if turn.device != holder:
+                why = messages.PushState(step=turn.first)
+                self._states.push(now.device(turn.device), self.client_model, why)
+            holder = None
+            self._await(now, turn, plan, drop)
+
+    def _await(
+        self, now: RoundAttempt, turn: Span, plan: Plan, drop: Callable[[int, str], None]
+    ) -> None:
+        """Waits until a device gives the client-side model back, or is out."""
+        giver = now.device(turn.device)
+        self._members.patience.begin()
+        while turn.device not in now.out:
+            found = self._members.said(messages.ClientModel, (giver,))
+            if giver in found:
+                wanted = exchanges.client_model(plan, turn.device, self._names)
+                self.client_model = self._states.read(found[giver], wanted)
+                self._holder = self._members.by_name.get(giver)
+                now.turns_done.add((turn.device, turn.first))
+                break
+            ends_s = now.end.ends_s()
+            if ends_s is not None and time.monotonic() >= ends_s:
+                drop(turn.device, "late")
+                break
+            self._members.wait((giver,), "part")
+
+
+def undone_from(now: RoundAttempt, place: int) -> int:
+    """Returns the first step of a place whose turn is not over."""
+    return next(
+        (turn.first for turn in merged_turns(now.spans)
+         if turn.device == place and (place, turn.first) not in now.turns_done),
+        max(span.stop for span in now.begun if span.device == place),
+    )  # fmt: skip
+
+
+def _next_turn(now: RoundAttempt) -> Span | None:
+    """Returns the first turn that is not over yet."""
+    turns = merged_turns(now.spans)
+    return next((turn for turn in turns if (turn.device, turn.first) not in now.turns_done), None)

@@ -1,0 +1,212 @@
+"""What a round comes to: the average, what hosts have stored, and what devices have trained."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipar_jax.aggregation.aggregator import Aggregator, Contribution
+from pipar_jax.config import Config
+from pipar_jax.protocol import messages
+from pipar_jax.roles.conductor import Conductor
+from pipar_jax.roles.holdings import read_rows
+from pipar_jax.roles.host_setup import HostSetup
+from pipar_jax.roles.link_stats import odd_rows
+from pipar_jax.roles.membership import Mail, Membership
+from pipar_jax.roles.private_rounds import PrivateRounds
+from pipar_jax.roles.round_attempt import Committed
+from pipar_jax.roles.run_log import Round, RunLog
+from pipar_jax.roles.state_exchange import StateExchange
+from pipar_jax.roles.timetable import Timetable, next_steps
+from pipar_jax.runtime import exchanges, unit_state
+from pipar_jax.runtime.host import Host
+from pipar_jax.runtime.metrics import Totals
+from pipar_jax.schedule.actions import AGGREGATE, ALL, Action
+from pipar_jax.schedule.plan import (
+    COORDINATOR,
+    Order,
+    device_name,
+    host_index,
+    is_device,
+    long_name,
+)
+from pipar_jax.schedule.rounds import RoundSchedule
+from pipar_jax.schedule.trace import Interval, Timed
+from stages import Model
+
+
+class RoundResults:
+    """Averages and stores what the places of a round have trained.
+
+    Attributes:
+      demand: Seconds per step of each place, as last seen.
+
+    Args:
+      config: Resolved configuration.
+      model: The whole model.
+      host: The host in this process.
+      members: The devices and compute nodes.
+      setup: The hosts under the plan in force.
+      conductor: Conducts rounds.
+      aggregator: The coordinator's.
+      states: Moves states between the hosts.
+      table: Who takes which steps.
+      private: What privacy asks of rounds.
+      run_log: Takes what is told.
+      demand: Seconds per step of each place to begin with.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: Model,
+        host: Host,
+        members: Membership,
+        setup: HostSetup,
+        conductor: Conductor,
+        aggregator: Aggregator,
+        states: StateExchange,
+        table: Timetable,
+        private: PrivateRounds,
+        run_log: RunLog,
+        demand: list[float],
+    ) -> None:
+        self._config, self._model, self._host, self._members = config, model, host, members
+        self._setup, self._conductor, self._aggregator = setup, conductor, aggregator
+        self._states, self._table, self._private, self._run_log = states, table, private, run_log
+        self._population, self._places = members.population, members.hosts.places
+        self.demand = demand
+
+    def average(self, done: Committed) -> None:
+        """Averages what the places of a round trained and hands the result back to the hosts."""
+        if self._setup.plan.order == Order.SEQUENTIAL:
+            return
+        names = self._model.unit_names
+        copies: dict[int, Contribution] = {}
+        brought = [name for name in done.hosts[1:] if self._conductor.gives(done.seat(name))]
+        for states in done.trained.values():
+            for (copy, unit), one in states.items():
+                own = copies.setdefault(copy, Contribution({}, {}, 1.0))
+                own.params[unit], own.state[unit] = dict(one.params or {}), dict(one.state or {})
+        if ALL in copies and done.places:  # the one copy that devices share: nothing to average
+            self._aggregator.params.update(copies[ALL].params)
+            self._aggregator.state.update(copies[ALL].state)
+        batch_size = self._config.data.batch_size
+        round_ = RoundSchedule(self._setup.plan, done.spans, self._setup.samples, batch_size)
+        replicas, devices = [], []
+        for span in done.spans:
+            if span.stop > span.first and span.device in copies and span.device in done.places:
+                weight = round_.trained_samples(span) if self._config.aggregation.weighted else 1
+                replicas.append(copies[span.device]._replace(weight=float(weight)))
+                devices.append(done.cohort[span.device])
+        start_s = time.monotonic()
+        replicas = self._private.arrive(self._aggregator.params, replicas, devices, done.index)
+        self._aggregator.aggregate(replicas)
+        if broken := self._aggregator.broken_units():
+            last = max(span.stop for span in done.spans) - 1
+            self._members.end_broken(messages.NonFinite("average", None, done.index, last, broken))
+        spent_s = time.monotonic() - start_s
+        time.sleep(spent_s * (self._config.server.slowdown - 1.0))
+        if done.spans:
+            action = Action(0, AGGREGATE, ALL, done.spans[0].stop - 1)
+            self._host.recorder.add(Timed(action, start_s, time.monotonic()))
+        codec, owed = self._config.aggregation.codec, self._conductor.end_replies(done.index)
+        for name in (*brought, COORDINATOR):
+            wanted = exchanges.averaged(self._setup.plan, done.seat(name), names)
+            mean = unit_state.known(wanted, self._aggregator)
+            self._states.push(name, mean, messages.PushState(round=done.index), *owed, codec=codec)
+
+    def store(self, done: Committed) -> None:
+        """Waits until all hosts have stored what a round came to, and tells of it."""
+        stored = self._members.collect(messages.Stored, done.hosts)
+        interval = Interval(done.start_s, max(mail.time_s for mail in stored.values()))
+        if self._setup.plan.order == Order.SEQUENTIAL:
+            self._gather_sequential()
+        traced = self._collect_traces([name for name in stored if name != COORDINATOR])
+        rows, busy_s = self._host.recorder.take()
+        self._run_log.add_trace(COORDINATOR, rows, 0.0)
+        said = {name: mail.said for name, mail in stored.items()}
+        self._private.ended(said)
+        workers = [name for name in said if name != COORDINATOR]
+        busy = {COORDINATOR: busy_s} | {name: said[name].busy_s for name in workers}
+        for name in workers:
+            if (odd := odd_rows(said[name].direct, name, self._setup.ever_met)) is not None:
+                self._members.blame(name, odd)
+        for one in said.values():  # none is longer than the round, whatever is said of it
+            self._members.patience.action(min(one.longest_s, interval.seconds))
+        self._run_log.end_round(
+            Round(
+                done.index,
+                interval,
+                totals=self._sum_up(said),
+                busy=busy,
+                overruns=sum(one.overruns for one in said.values()),
+                told={name: said[name].link for name in workers},
+                traced=traced,
+                direct=[row for name in workers for row in said[name].direct],
+                memory={name: one.memory for name, one in said.items()},
+                taking=len(done.taking),
+                committed=len(done.places),
+                epsilons=self._private.epsilons,
+            )
+        )
+        for place in done.places:
+            steps = sum(span.stop - span.first for span in done.spans if span.device == place)
+            if steps and (name := device_name(done.cohort[place])) in busy:
+                self.demand[place] = busy[name] / steps
+
+    def _sum_up(self, said: Mapping[str, messages.Stored]) -> Totals:
+        """Returns the sums over a round's samples; a host may have those of the task and no others.
+
+        Raises:
+          ProtocolError: A host reports other metrics.
+        """
+        totals = Totals()
+        for name, stored in said.items():
+            if stored.metrics.keys() != (
+                set(self._model.task.streamed) if stored.samples else set()
+            ):
+                self._members.blame(name, "'stored' with metrics that its task does not have")
+            totals = totals.plus(Totals(stored.loss, stored.samples, stored.metrics))
+        return totals
+
+    def count(self, done: Committed) -> None:
+        """Notes what each device has trained that counts, and who has the weights of the moment."""
+        stops = next_steps(done.spans)
+        here = {host_index(name) for name in done.hosts if is_device(name)}
+        for place in done.places:
+            one = self._population[done.cohort[place]]
+            one.rounds, one.step = one.rounds + done.whole, stops[place]
+            one.fresh = one.fresh and one.index not in here
+        for one in self._population:
+            if one.index in here and device_name(one.index) in self._members.by_name:
+                one.current = True
+            elif done.places:
+                one.current = False
+
+    def _gather_sequential(self) -> None:
+        """Takes the one copy of every unit: the client-side model as handed back, the rest here."""
+        wanted = exchanges.kept(self._setup.plan, COORDINATOR, self._model.unit_names)
+        own = self._states.pull({COORDINATOR: wanted}).states.get(COORDINATOR, {})
+        unit_state.take(self._aggregator, self._conductor.relay.client_model | own, COORDINATOR)
+
+    def _collect_traces(self, names: Sequence[str]) -> dict[str, int]:
+        """Takes the hosts' timed actions, outside their round; returns what bytes they were."""
+        if self._config.run.trace == "none":
+            return {}
+        return self.add_traces(self._members.collect(messages.TraceRows, names))
+
+    def add_traces(self, mails: Mapping[str, Mail[Any]]) -> dict[str, int]:
+        """Adds the devices' timed actions to the run's, on this host's clock."""
+        traced = {}
+        steps = [max(self._table.steps(one.steps) for one in self._population)] * self._places
+        for name, mail in mails.items():
+            assert mail.message is not None
+            seat = self._members.seats.get(name, name)
+            with self._members.reading(name):
+                rows = read_rows(mail.message, self._setup.plans, seat, steps, long_name(name))
+            # The offset is the peer's clock minus ours.
+            self._run_log.add_trace(seat, rows, -(mail.message.link.offset_s or 0.0))
+            traced[name] = mail.message.nbytes
+        return traced
