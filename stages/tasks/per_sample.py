@@ -70,11 +70,11 @@ def sums_of(
     sums = {}
     for metric in task.metrics:
         values, weights = values_of(task, metric, outputs, targets)
-        if weights is None:
-            weights = jnp.ones_like(values)
         if real is not None:
-            values, weights = jnp.where(real, values, 0), jnp.where(real, weights, 0)
-        sums[metric.name] = jnp.stack([jnp.sum(values), jnp.sum(weights).astype(values.dtype)])
+            values = jnp.where(real, values, 0)
+            weights = real if weights is None else jnp.where(real, weights, 0)
+        weight = len(values) if weights is None else jnp.sum(weights)
+        sums[metric.name] = jnp.stack([jnp.sum(values), jnp.asarray(weight, values.dtype)])
     return sums
 
 

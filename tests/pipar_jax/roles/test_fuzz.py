@@ -27,6 +27,7 @@ from pipar_jax.protocol.values import Memory
 from pipar_jax.roles import admission
 from pipar_jax.roles import worker as workers
 from pipar_jax.roles.acceptance import Acceptance
+from pipar_jax.roles.federated_evaluation import network_states
 from pipar_jax.roles.holdings import Holdings, read_rows
 from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.peer_links import PeerLinks
@@ -352,6 +353,7 @@ class Run:
             (messages.PushState(round=0), exchanges.averaged(now, self.name, names)),
             (messages.PushState(step=0), exchanges.client_model(now, 0, names)),
             (messages.PushState(plan=now), exchanges.arriving(now, now, self.name, names)),
+            (messages.Evaluate(0), network_states(names)),
             (messages.SurveyBytes(), {}),
         ])  # fmt: skip
         name = kind_of(type(said)).name
