@@ -56,7 +56,7 @@ def setting(folder: pathlib.Path, method: str, name: str, rounds: int = ROUNDS) 
     config.devices.count, config.pipeline.cut, config.pipeline.micro_batches = 3, 1, 2
     chain = METHODS.get(method)
     if chain is not None and chain.uses_nodes:
-        config.nodes.count = 2
+        config.nodes.count, config.nodes.replicate_every = 2, 1
     if chain is not None and chain.one_device:
         config.devices.count = 1
     else:
@@ -103,11 +103,12 @@ class Kill(NamedTuple):
     delay: float
 
     def __str__(self) -> str:
-        where = f"{self.phase} of round {self.round + 1}" if self._of_round else self.phase
+        where = f"{self.phase} of round {self.round + 1}" if self.in_round else self.phase
         return f"{self.method}: {self.victim} killed in {where}"
 
     @property
-    def _of_round(self) -> bool:
+    def in_round(self) -> bool:
+        """Whether the run trains already: before it does it has no progress to make."""
         return self.phase in PHASES[3:]
 
 
@@ -148,7 +149,7 @@ class Outcome:
       resumed: Whether a run that was resumed from its checkpoints finished.
       lost: Rounds that had to be trained again, without those that were trained while the last
         checkpoint was being written.
-      on_s: Seconds until the run made progress again; None if it ended.
+      on_s: Seconds until a run that trained made progress again; None if it ended.
       orphans: Processes that were left.
       reason: Why it neither went on nor could be resumed.
     """
@@ -182,7 +183,7 @@ def try_kill(folder: pathlib.Path, kill: Kill, number: int) -> Outcome:
         if kill.victim == LAUNCHER and outcome.happened:
             outcome.orphans = len(watched.left_behind(run_folder, ORPHANS_S))
         outcome.went_on = code == 0
-        if outcome.went_on and outcome.happened:
+        if outcome.went_on and outcome.happened and kill.in_round:
             outcome.on_s = _next_progress_s(run, at_s)
     outcome.orphans += len(watched.left_behind(run_folder, 1.0))
     if not outcome.went_on:
