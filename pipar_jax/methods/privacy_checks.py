@@ -10,7 +10,7 @@ from pipar_jax.privacy.accountant import check_accountant
 from pipar_jax.privacy.policy import gaussian_budget, rounds_of_users
 
 #: Registered networks without batch normalisation, whatever ``model.norm``.
-WITHOUT_STATISTICS = ("mlp", "vit_small", "decoder_small")
+WITHOUT_STATISTICS = ("mlp", "vit_small", "decoder_small", "gpt2")
 
 
 def check_privacy(config: Config, models: tuple[str, ...] = ()) -> None:

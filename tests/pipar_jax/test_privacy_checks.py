@@ -101,7 +101,7 @@ def test_every_method_says_what_is_missing_for_privacy(method):
 def test_the_networks_without_batch_statistics_are_those_listed(name):
     import stages
 
-    shape = (8,) if name.startswith("decoder") else (32, 32, 3)
+    shape = (8,) if name.startswith(("decoder", "gpt")) else (32, 32, 3)
     model = stages.build(name, input_shape=shape, classes=10, norm="batch")
     below = model.units[0]
     assert bool(below.state) == (name not in WITHOUT_STATISTICS)
