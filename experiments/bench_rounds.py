@@ -30,6 +30,7 @@ import numpy as np
 from absl import flags
 
 from experiments.benchmarks import flower_app, harness, process_memory
+from pipar_jax.disk import files
 from pipar_jax.errors import RunError
 
 SIZES_MB = flags.DEFINE_list("sizes_mb", ["0.4", "45", "135"], "Megabytes of weights.")
@@ -47,7 +48,8 @@ def ours(megabytes: float, clients: int, folder: Path) -> Measured:
     """Returns the seconds of rounds of a run of ours, and the peak memory."""
     data, metrics = folder / "data.npz", folder / "runs" / "rounds" / "metrics.jsonl"
     x, y = np.ones((2, 8), np.float32), np.arange(2, dtype=np.int32)
-    np.savez(data, x_train=x, y_train=y, x_test=x, y_test=y)
+    with files.replacing(data) as aside:
+        np.savez(aside, x_train=x, y_train=y, x_test=x, y_test=y)
     command = [
         sys.executable, "-m", "experiments.train", "--config=digits", "--config.name=rounds",
         f"--config.run.dir={folder / 'runs'}", f"--config.data.source=npz:{data}",
@@ -75,9 +77,8 @@ def flowers(megabytes: float, clients: int, folder: Path) -> Measured:
     home, out = folder / "home", folder / "seconds.json"
     home.mkdir()
     address = f"127.0.0.1:{_free_port()}"
-    (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "{address}"\ninsecure = true\n'
-    )
+    here = f'[superlink.here]\naddress = "{address}"\ninsecure = true\n'
+    files.write_text(home / "config.toml", f'[superlink]\ndefault = "here"\n{here}')
     programs = Path(FLOWER_BIN.value)
     environment = {
         **os.environ, "FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0",

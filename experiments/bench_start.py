@@ -20,6 +20,7 @@ from absl import flags
 
 from experiments.benchmarks import harness
 from pipar_jax.disk.event_log import read_events
+from pipar_jax.disk.files import replacing
 from pipar_jax.errors import RunError
 
 PRESETS = flags.DEFINE_list(
@@ -48,7 +49,8 @@ def write_data(preset: str, folder: Path) -> Path:
     images = random.normal(size=shape).astype(np.float32)
     labels = (np.arange(len(images)) % 10).astype(np.int32)
     path = folder / f"{preset}.npz"
-    np.savez(path, x_train=images, y_train=labels, x_test=images, y_test=labels)
+    with replacing(path) as aside:
+        np.savez(aside, x_train=images, y_train=labels, x_test=images, y_test=labels)
     return path
 
 

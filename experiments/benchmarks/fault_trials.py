@@ -20,6 +20,7 @@ from experiments.benchmarks import watched
 from experiments.benchmarks.trials import base_config
 from experiments.benchmarks.watched import Cutter, Line, Watched, watching
 from pipar_jax.config import AUTO, Config, from_json, to_json
+from pipar_jax.disk import files
 from pipar_jax.errors import RunError
 from pipar_jax.launch import launcher, process
 from pipar_jax.methods.registry import METHODS, hosts_of
@@ -72,7 +73,7 @@ def setting(folder: pathlib.Path, method: str, name: str, rounds: int = ROUNDS) 
 def launched(config: Config) -> Iterator[Watched]:
     """Starts a launcher in a process, and kills it after the block if it runs still."""
     path = pathlib.Path(config.run.dir, f"{config.name}.json")
-    path.write_text(to_json(config), encoding="utf-8")
+    files.write_text(path, to_json(config))
     with watching(_MODULE, str(path)) as process:
         yield process
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipar_jax.disk import files
+
 _PROJECT = """\
 [project]
 name = "rounds"
@@ -92,7 +94,7 @@ def write(folder: Path) -> None:
     """Writes the app into a folder, which is created."""
     package = folder / "rounds"
     package.mkdir(parents=True)
-    (folder / "pyproject.toml").write_text(_PROJECT)
-    files = {"__init__": "", "client": _CLIENT, "server": _SERVER}
-    for name, text in files.items():
-        (package / f"{name}.py").write_text(text)
+    files.write_text(folder / "pyproject.toml", _PROJECT)
+    modules = {"__init__": "", "client": _CLIENT, "server": _SERVER}
+    for name, text in modules.items():
+        files.write_text(package / f"{name}.py", text)

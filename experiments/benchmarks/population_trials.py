@@ -25,6 +25,7 @@ import pipar_jax
 from comms import Endpoint, Link, Message, MessageKind, Role, Tag
 from experiments.benchmarks.watched import PATIENCE_S, Usage, usage
 from pipar_jax.config import Config, from_json, to_json
+from pipar_jax.disk import files
 from pipar_jax.errors import RunError
 from pipar_jax.launch import process
 from pipar_jax.methods.registry import plan_for
@@ -108,7 +109,7 @@ def train(folder: pathlib.Path, crowd: Crowd) -> list[Held]:
     """
     path = folder / "fakes.json"
     config = setting(folder, crowd)
-    path.write_text(to_json(config), encoding="utf-8")
+    files.write_text(path, to_json(config))
     (folder / config.name).mkdir()
     reading, writing = os.pipe()
     command = [sys.executable, "-m", "pipar_jax.launch.process", f"--name={COORDINATOR}"]

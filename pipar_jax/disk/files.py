@@ -69,6 +69,21 @@ def write_bytes(path: str | Path, content: bytes, remedy: str = RUN_REMEDY) -> N
         aside.write_bytes(content)
 
 
+def write_secret(path: str | Path, content: bytes, remedy: str = RUN_REMEDY) -> None:
+    """Writes a file that only this user may read, atomically, see ``replacing``.
+
+    Raises:
+      DiskError: The file cannot be written.
+    """
+    # Private from the start, so that others cannot read the secret even briefly.
+    exclusive = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+    with (
+        replacing(path, remedy) as aside,
+        os.fdopen(os.open(aside, exclusive, 0o600), "wb") as file,
+    ):
+        file.write(content)
+
+
 def write_text(path: str | Path, text: str, remedy: str = RUN_REMEDY) -> None:
     """Writes a text as UTF-8 atomically, see ``replacing``.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipar_jax.disk.files import describe_reading, make_folder, write_bytes
+from pipar_jax.disk.files import describe_reading, make_folder, write_secret
 from pipar_jax.errors import RunError
 from pipar_jax.privacy.accountant import keep_probability
 from pipar_jax.privacy.noise import KEY_BYTES, NoiseSource
@@ -54,8 +54,7 @@ def read_secret(folder: Path, earlier: tuple[Path, ...] = ()) -> bytes:
 
 
 def _write(folder: Path, secret: bytes) -> None:
-    write_bytes(make_folder(folder) / SECRET, secret)
-    (folder / SECRET).chmod(0o600)
+    write_secret(make_folder(folder) / SECRET, secret)
 
 
 def response_name(secret: bytes, fingerprint: str, classes: int, epsilon: float) -> str:

@@ -114,6 +114,8 @@ OTHERWISE = {
     "pipar_jax/roles/checkpoint_store.py": "Orbax writes a whole folder aside, then renames it",
     "pipar_jax/data/cache.py": "a whole folder is written aside, and a lock has nothing in it",
     "pipar_jax/launch/certificates.py": "a key is private before it has content",
+    "experiments/bench_rounds.py": "the log that a child's output goes to",
+    "experiments/benchmarks/population_trials.py": "the log that a child's output goes to",
     "experiments/benchmarks/layer_formulations.py": "a table of the sources, for their authors",
 }
 
@@ -246,6 +248,17 @@ def test_the_search_for_writers_finds_them(tmp_path: Path) -> None:
         "with replacing(path) as aside:\n    np.savez(aside)\n"
     )
     assert [line for line, _ in writes(source)] == [1, 2, 3, 4]
+
+
+def test_a_secret_is_readable_by_its_user_alone_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        files.write_secret(tmp_path / "secret", b"x")
+        files.write_bytes(tmp_path / "open", b"x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "open").stat().st_mode & 0o044, "the comparison shows nothing"
 
 
 def test_what_is_no_file_is_written_as_it_is(tmp_path: Path) -> None:
