@@ -31,7 +31,7 @@ MOST_NAMES = 16
 _NAME = re.compile(r"[A-Za-z_]\w{0,63}")
 
 
-def admit(data: object, part: Part, where: str, rule: TargetRule) -> Dataset:
+def admit(data: object, part: Part, where: str, rule: TargetRule, classes: int = 0) -> Dataset:
     """Returns data passed by a program, checked.
 
     Args:
@@ -41,6 +41,7 @@ def admit(data: object, part: Part, where: str, rule: TargetRule) -> Dataset:
       part: ``train`` on a device, ``test`` on the server.
       where: Owner of the data, for messages.
       rule: What the task needs targets to be.
+      classes: Number of classes where a ``Dataset`` does not say it; 0: as the targets tell.
 
     Raises:
       DataError: It is not data, has no sample, or its arrays, classes and normalisation are not
@@ -49,8 +50,8 @@ def admit(data: object, part: Part, where: str, rule: TargetRule) -> Dataset:
     if isinstance(data, Dataset):
         given: Examples = getattr(data, part)
         return assemble(
-            data.source, part, given.inputs, given.targets, classes=data.classes, mean=data.mean,
-            std=data.std, rule=rule, where=f"{where}: {data.source!r}",
+            data.source, part, given.inputs, given.targets, classes=data.classes or classes,
+            mean=data.mean, std=data.std, rule=rule, where=f"{where}: {data.source!r}",
         )  # fmt: skip
     if isinstance(data, Examples):
         data = data.inputs, data.targets
@@ -61,24 +62,27 @@ def admit(data: object, part: Part, where: str, rule: TargetRule) -> Dataset:
         )
     inputs, targets = data
     return assemble(
-        "arrays", part, inputs, targets, classes=0, mean=None, std=None, rule=rule,
+        "arrays", part, inputs, targets, classes=classes, mean=None, std=None, rule=rule,
         where=f"{where}: its data",
     )  # fmt: skip
 
 
-def admit_device(data: object, where: str, rule: TargetRule, *, tests: bool) -> Dataset:
+def admit_device(
+    data: object, where: str, rule: TargetRule, classes: int = 0, *, tests: bool
+) -> Dataset:
     """Returns data of a device passed by a program, checked.
 
     Args:
       data: See ``admit``.
       where: Owner of the data, for messages.
       rule: What the task needs targets to be.
+      classes: See ``admit``.
       tests: Whether the device evaluates test data of its own: the test split of a ``Dataset``.
 
     Raises:
       DataError: See ``admit``; or there are no test data.
     """
-    train = admit(data, "train", where, rule)
+    train = admit(data, "train", where, rule, classes)
     if not tests:
         return train
     if not isinstance(data, Dataset):
@@ -86,7 +90,7 @@ def admit_device(data: object, where: str, rule: TargetRule, *, tests: bool) -> 
             f"{where}: run.evaluate_on needs test data of the device's own: pass a "
             "pipar_jax.data.Dataset with both splits, or set run.evaluate_on=server"
         )
-    return with_tests(train, admit(data, "test", where, rule), where)
+    return with_tests(train, admit(data, "test", where, rule, classes), where)
 
 
 def with_tests(train: Dataset, test: Dataset, where: str) -> Dataset:

@@ -207,9 +207,10 @@ def train(
       model: Your own model, or a function that makes it (see ``runtime.own_model.make_own``).
       data: Your own data: for each device, and last for the test, a pair (inputs, targets) of
         arrays [samples, …]. Inputs may be a dictionary: ``x`` flows through the network, all others
-        are side inputs; so may targets. Where normalisation is wanted, give a ``Dataset``, of which
-        each device uses the training split and the server the test split. Or a function that
-        returns the data of a host (see ``data.own.load_own``).
+        are side inputs; so may targets. ``data.source`` is not read then, and ``data.classes`` is
+        the number of classes, or the vocabulary, where data do not say it. Where normalisation is
+        wanted, give a ``Dataset``, of which each device uses the training split and the server the
+        test split. Or a function that returns the data of a host (see ``data.own.load_own``).
       on_event: Called with each event as it happens.
 
     Raises:
@@ -229,7 +230,7 @@ def train(
             "Model.from_module or Model.from_units"
         )
     names = () if model is None else (config.model.name,)
-    resolved = resolve(config, models=names)
+    resolved = resolve(config, models=names, reads_data=data is None)
     if model is not None:
         model = as_trained(resolved, model)
         check_plan(resolved, model.unit_names)
@@ -379,10 +380,11 @@ def _admit(config: Config, model: Model | None, data: Sequence[Data] | None) -> 
             "one for the test last, each a pair (inputs, targets)"
         )
     else:
+        classes, tests = config.data.classes, config.run.evaluate_on != "server"
         own = [
-            datasets.admit(one, "test", host, rule)
+            datasets.admit(one, "test", host, rule, classes)
             if host == COORDINATOR
-            else datasets.admit_device(one, host, rule, tests=config.run.evaluate_on != "server")
+            else datasets.admit_device(one, host, rule, classes, tests=tests)
             for host, one in zip(hosts, data, strict=True)
         ]
     if model is None:

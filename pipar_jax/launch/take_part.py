@@ -46,7 +46,7 @@ def run_server(
       DataError: The test set cannot be read, is not valid, or does not fit the model.
       PiparError: The run failed.
     """
-    resolved = prepare(config, COORDINATOR, model)
+    resolved = prepare(config, COORDINATOR, model, reads_data=data is None)
     launcher.create_folder(resolved)
     from pipar_jax.launch.api import load_configured
     from pipar_jax.roles import server  # loads jax, whose environment is set now
@@ -82,7 +82,7 @@ def run_device(
     """
     address = parse_address(server, "server")
     _check_index(index, range(config.devices.count), f"devices.count={config.devices.count}")
-    resolved = prepare(config, device_name(index), model)
+    resolved = prepare(config, device_name(index), model, reads_data=data is None)
     from pipar_jax.roles import worker  # loads jax, whose environment is set now
 
     worker.run_device(resolved, index, address, model=model, data=data)
@@ -105,13 +105,15 @@ def run_node(config: Config, index: int, server: str, model: Model | None = None
     """
     address = parse_address(server, "server")
     _check_index(index, range(1, config.nodes.count + 1), f"nodes.count={config.nodes.count}")
-    resolved = prepare(config, node_name(index), model)
+    resolved = prepare(config, node_name(index), model, reads_data=False)
     from pipar_jax.roles import worker  # loads jax, whose environment is set now
 
     worker.run_node(resolved, index, address, model=model)
 
 
-def prepare(config: Config, name: str, model: Model | None = None) -> Config:
+def prepare(
+    config: Config, name: str, model: Model | None = None, *, reads_data: bool = True
+) -> Config:
     """Checks a configuration and this machine, and sets this process up for a host.
 
     Pinning and jax's environment have full effect only if jax is not loaded yet.
@@ -120,6 +122,7 @@ def prepare(config: Config, name: str, model: Model | None = None) -> Config:
       config: The configuration.
       name: The host's name, such as ``server``, ``d0`` or ``n1``.
       model: The user's own model, if it is not the configured one.
+      reads_data: Whether the host reads ``data.source``.
 
     Returns:
       The resolved configuration.
@@ -127,7 +130,8 @@ def prepare(config: Config, name: str, model: Model | None = None) -> Config:
     Raises:
       ConfigError: It is not valid, or this machine cannot run the host.
     """
-    resolved = resolve(config, models=() if model is None else (config.model.name,))
+    models = () if model is None else (config.model.name,)
+    resolved = resolve(config, models=models, reads_data=reads_data)
     machine.check(resolved, [name])
     process.set_environment(resolved, name)
     process.claim_platform(hosts_of(resolved), name)

@@ -30,21 +30,25 @@ from stages.errors import StageError
 from stages.names import ARGUMENTS, TOKEN_MODELS, UNITS, arguments_of
 
 
-def check_registered(config: Config, models: tuple[str, ...] = ()) -> None:
+def check_registered(
+    config: Config, models: tuple[str, ...] = (), *, reads_data: bool = True
+) -> None:
     """Checks what depends on the network, the data set and the method that are named.
 
     Args:
       config: A configuration that fits otherwise.
       models: Names of models beyond those that ``stages`` registers.
+      reads_data: Whether hosts read ``data.source``, and are not passed their data by a program.
 
     Raises:
       ConfigError: The first field that cannot work, with value and remedy.
     """
     hosts = Hosts(config, nodes=config.nodes.count)
-    _check_model(config.model, config.data.source, models)
+    public = reads_data and config.data.source in PUBLIC_SOURCES
+    _check_model(config.model, config.data.source if public else "", models)
     check_task(config)
     _check_lora(config.lora.match, config.model.name, models)
-    _check_data(config.data, config.devices)
+    _check_data(config.data, config.devices, reads_data=reads_data)
     rule = config.aggregation.rule
     check_named(rule, "aggregation.rule", "a rule", RULE_NAMES)
     check_args(config.aggregation.args, "aggregation.args", "aggregation.rule", rule)
@@ -62,7 +66,7 @@ def check_registered(config: Config, models: tuple[str, ...] = ()) -> None:
 
 
 def _check_model(model: ModelConfig, source: str, models: tuple[str, ...]) -> None:
-    """Checks that the network is known, and that the data suit it."""
+    """Checks that the network is known, and that it suits the public data set, if any."""
     known = (*UNITS, *models)
     name, takes = model.name, model.name in ARGUMENTS
     if not takes:
@@ -75,7 +79,7 @@ def _check_model(model: ModelConfig, source: str, models: tuple[str, ...]) -> No
             raise ConfigError(f"model.args={model.args[:120]!r}: {error}") from error
     _check_pattern(model.trainable, "model.trainable")
     check_named(name, "model.name", "a network", known)
-    if name in TOKEN_MODELS and name not in models and source in PUBLIC_SOURCES:
+    if name in TOKEN_MODELS and name not in models and source:
         raise ConfigError(
             f"model.name={name!r} takes rows of tokens, and data.source={source!r} has "
             "images: choose another network, or tokens of your own (npz:PATH, npy:FOLDER, "
@@ -126,7 +130,7 @@ def _check_source(source: str, field: str) -> None:
     )
 
 
-def _check_data(data: DataConfig, devices: DevicesConfig) -> None:
+def _check_data(data: DataConfig, devices: DevicesConfig, *, reads_data: bool) -> None:
     """Checks the sources of data, and the fields that apply to some of them only."""
     _check_source(data.source, "data.source")
     if data.augment not in ("none", "crop_flip") and not re.fullmatch(
@@ -137,7 +141,7 @@ def _check_data(data: DataConfig, devices: DevicesConfig) -> None:
             f"{schema.did_you_mean(data.augment, ('none', 'crop_flip'))} (known: none, crop_flip, "
             "module:NAME:FUNCTION)"
         )
-    if data.classes and data.source in PUBLIC_SOURCES:
+    if reads_data and data.classes and data.source in PUBLIC_SOURCES:
         raise ConfigError(
             f"data.classes={data.classes} is for your own data; data.source={data.source!r} "
             "defines its classes: leave it 0"

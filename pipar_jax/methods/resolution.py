@@ -16,7 +16,7 @@ from pipar_jax.schedule.feasibility import check_adaptable, check_executable
 from stages.names import UNITS, units_of
 
 
-def resolve(config: Config, *, models: tuple[str, ...] = ()) -> Config:
+def resolve(config: Config, *, models: tuple[str, ...] = (), reads_data: bool = True) -> Config:
     """Checks a configuration as a whole and returns a complete copy.
 
     Numbers in float fields become floats, paths become absolute, a token in a file or the
@@ -25,6 +25,7 @@ def resolve(config: Config, *, models: tuple[str, ...] = ()) -> Config:
     Args:
       config: The configuration, which is not modified.
       models: Names of models beyond those that ``stages`` registers.
+      reads_data: Whether hosts read ``data.source``, and are not passed their data by a program.
 
     Raises:
       ConfigError: A field is not valid; the message names it, its value and a remedy.
@@ -41,7 +42,7 @@ def resolve(config: Config, *, models: tuple[str, ...] = ()) -> Config:
     paths.expand_all(made)
     made.network.token = checks.read_token(made.network.token)
     checks.check_whole(made)
-    check_registered(made, models)
+    check_registered(made, models, reads_data=reads_data)
     if made.model.name in UNITS and made.model.name not in models:
         check_plan(made, units_of(made.model.name, read_args(made.model.args)))
     return made

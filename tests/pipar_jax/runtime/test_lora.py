@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from pipar_jax.config import Config
 from pipar_jax.errors import ConfigError, RunError
-from pipar_jax.launch.api import load, run_here
+from pipar_jax.launch.api import load, run_here, train
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.roles.start_weights import start_weights
 from pipar_jax.runtime.setup import build_model
@@ -143,6 +144,22 @@ def test_a_base_that_does_not_fit_is_refused_in_one_line(base, tmp_path):
     made.model.base = str(tmp_path / "broken.safetensors")
     with pytest.raises(RunError, match="cannot be read as weights"):
         build_model(resolve(made), signature)
+
+
+def test_a_program_passes_tokens_whatever_data_source_says(runs, base, tmp_path):
+    """Its default names images, which such a network would refuse."""
+    made = setting(tmp_path, "pipar", base)
+    made.data.source, made.data.test_source = Config().data.source, ""
+    with pytest.raises(ConfigError, match="takes rows of tokens"):
+        made.data.classes = 0
+        train(made)
+    made.data.classes = test_gpt2.VOCABULARY
+    data = [text(SAMPLES[0], 0), text(SAMPLES[1], 1), text(8, 9)]
+    run = train(made, data=data)
+    for unit, arrays in runs["pipar"].params.items():
+        for path, array in arrays.items():
+            np.testing.assert_array_equal(run.params[unit][path], array)
+    assert run.score() == runs["pipar"].score()
 
 
 def test_all_weights_may_start_from_a_file_of_hugging_face(base, tmp_path):
