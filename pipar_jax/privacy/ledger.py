@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pipar_jax.disk.files import describe_reading, make_folder, refused
-from pipar_jax.disk.json_text import dumps
+from pipar_jax.disk.json_text import JsonObject, dumps
 from pipar_jax.errors import RunError
 from pipar_jax.privacy.spending import Entry, Spending
 
 #: Name of the file in a host's folder.
 LEDGER = "privacy.jsonl"
+#: Field of a line that was copied: the ledger that it is of.
+_SOURCE = "source"
+_RELEASE: dict[str, Callable[[Any], Any]] = {"group": str, "step": int, "cost": float}
+_LABELS: dict[str, Callable[[Any], Any]] = {"response": str, "epsilon": float}
 
 
 class PrivacyLedger:
     """Appends a line for each release and syncs it to disk, so that it survives any crash.
 
     A ledger that is there is continued: repeated steps, repeated rounds, resumed runs and runs that
-    begin anew under the same name are further releases of the same records. Not safe for use by
-    several threads.
+    begin anew under the same name are further releases of the same records. Lines of earlier
+    folders are copied into it, so that they count as well when this run is continued in its turn.
+    Not safe for use by several threads.
 
     Attributes:
       spending: What the lines come to.
@@ -38,10 +44,20 @@ class PrivacyLedger:
         self.spending = Spending()
         self._path = folder / LEDGER
         self._file: int | None = None
-        whole = 0
-        for one in (*earlier, folder):
-            whole = self._read(one / LEDGER)
-        self._whole = whole
+        own, self._whole = _read(self._path)
+        #: Lines of earlier ledgers that are not in this one yet.
+        self._owed: list[JsonObject] = []
+        for one in earlier:
+            source = str((one / LEDGER).resolve())
+            lines, _ = _read(one / LEDGER)
+            # Ledgers only grow, so that those copied already are the first ones.
+            copied = sum(values.get(_SOURCE) == source for values in own)
+            self._owed += [{**values, _SOURCE: source} for values in lines[copied:]]
+        for values in (*own, *self._owed):
+            if "response" in values:
+                self.spending.add_labels(values["response"], values["epsilon"])
+            else:
+                self.spending.add(Entry(values["group"], values["step"], values["cost"]))
 
     def add(self, entry: Entry, what: tuple[str, ...]) -> None:
         """Writes an entry; once this returns it is on disk, and what it speaks of may be sent.
@@ -71,7 +87,7 @@ class PrivacyLedger:
             os.close(self._file)
             self._file = None
 
-    def _append(self, values: dict[str, Any]) -> None:
+    def _append(self, values: JsonObject) -> None:
         with refused(self._path):
             if self._file is None:
                 make_folder(self._path.parent)
@@ -85,33 +101,36 @@ class PrivacyLedger:
                         os.fsync(folder)
                     finally:
                         os.close(folder)
-            line = (dumps(values) + "\n").encode()
+            lines = "".join(dumps(one) + "\n" for one in (*self._owed, values)).encode()
             written = 0
-            while written < len(line):
-                written += os.write(self._file, line[written:])
+            while written < len(lines):
+                written += os.write(self._file, lines[written:])
             os.fsync(self._file)
+            self._owed = []
 
-    def _read(self, path: Path) -> int:
-        """Counts the lines of a ledger; returns the bytes of those that are whole."""
+
+def _read(path: Path) -> tuple[list[JsonObject], int]:
+    """Returns the lines of a ledger that are whole, none if there is no ledger, and their bytes.
+
+    Raises:
+      RunError: It cannot be read, or is damaged.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return [], 0
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {describe_reading(error)}") from error
+    whole = content.rfind(b"\n") + 1
+    lines = []
+    for number, line in enumerate(content[:whole].splitlines(), 1):
         try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            return 0
-        except OSError as error:
-            raise RunError(f"{path} cannot be read: {describe_reading(error)}") from error
-        whole = content.rfind(b"\n") + 1
-        for number, line in enumerate(content[:whole].splitlines(), 1):
-            try:
-                values = json.loads(line)
-                if "response" in values:
-                    self.spending.add_labels(str(values["response"]), float(values["epsilon"]))
-                else:
-                    self.spending.add(
-                        Entry(str(values["group"]), int(values["step"]), float(values["cost"]))
-                    )
-            except (ValueError, KeyError, TypeError) as error:
-                raise RunError(
-                    f"{path}, line {number}, is damaged: what left this device is unknown; restore "
-                    "the file, or begin a run under another name and account for both yourself"
-                ) from error
-        return whole
+            values = json.loads(line)
+            fields = _LABELS if "response" in values else _RELEASE
+            lines.append(values | {name: kind(values[name]) for name, kind in fields.items()})
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(
+                f"{path}, line {number}, is damaged: what left this device is unknown; restore "
+                "the file, or begin a run under another name and account for both yourself"
+            ) from error
+    return lines, whole

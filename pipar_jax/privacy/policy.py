@@ -130,7 +130,7 @@ def epsilon_of(privacy: PrivacyConfig, spending: Spending) -> float:
     return gaussian + spending.label_epsilon
 
 
-def step_entry(config: Config, samples: int, step: int, cost: float) -> Entry:
+def step_entry(config: Config, samples: int, step: int, cost: float, data: str = "") -> Entry:
     """Returns what is entered before anything of a mini-batch is sent.
 
     Args:
@@ -138,11 +138,14 @@ def step_entry(config: Config, samples: int, step: int, cost: float) -> Entry:
       samples: Samples in the device's epoch.
       step: The device's step since the start of the run.
       cost: What it adds.
+      data: What tells the device's data from others, where they may have been others before.
     """
     batch = config.data.batch_size
     epoch, within = divmod(step, -(-samples // batch))
-    # Another seed or batch size divides the records otherwise, so that a record may be in any step.
-    return Entry(f"seed {config.seed}, {samples} by {batch}, epoch {epoch}", within, cost)
+    # With another seed, batch size or data the records are divided otherwise, so that a record may
+    # be in any step.
+    known = f"data {data}, " if data else ""
+    return Entry(f"{known}seed {config.seed}, {samples} by {batch}, epoch {epoch}", within, cost)
 
 
 def update_entry(cost: float) -> Entry:

@@ -47,6 +47,10 @@ class Spending:
         """
         self._labels[response] = epsilon
 
+    def labels_after(self, response: str, epsilon: float) -> float:
+        """Returns what ``label_epsilon`` would be after a further randomised response."""
+        return sum({**self._labels, response: epsilon}.values())
+
     def spent_after(self, entry: Entry) -> float:
         """Returns what would be spent after a further entry."""
         steps = self._steps.get(entry.group, {})

@@ -17,7 +17,7 @@ from pipar_jax import data as datasets
 from pipar_jax.config import Config
 from pipar_jax.data import Dataset, Loader, Prefetcher
 from pipar_jax.data.augmentation import find_augmentation
-from pipar_jax.errors import JoinError, PeerError, PiparError, ProtocolError
+from pipar_jax.errors import DataError, JoinError, PeerError, PiparError, ProtocolError
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.protocol import messages, registry
 from pipar_jax.protocol.messages import JoinDevice, JoinNode
@@ -513,7 +513,13 @@ class Worker:
 
     def _report_failure(self, error: Exception) -> None:
         """Tells the coordinator why this host ends, so that it need not guess."""
-        self._say_last(messages.Failed(str(error)))
+        reason = str(error)
+        if self._releases is not None and not is_public(error):
+            reason = (
+                f"{self._long} failed, and says why in its own log alone: in a private run errors "
+                "about its data, or in its own code, do not leave it"
+            )
+        self._say_last(messages.Failed(reason))
 
     def _say_last(self, said: messages.Failed | messages.Leave) -> None:
         """Sends this host's last message, if it still can."""
@@ -728,3 +734,16 @@ class Worker:
 
 def _ignore(_: Any) -> None:
     """Accepts messages that only report that the coordinator goes on."""
+
+
+def is_public(error: Exception) -> bool:
+    """Returns whether an error's text has nothing of a device's data.
+
+    It is not about reading them, and neither a library nor the user's code has written part of it.
+
+    Args:
+      error: What ended a device of a private run.
+    """
+    cause = error.__cause__
+    ours = isinstance(error, PiparError) and not isinstance(error, DataError)
+    return ours and (cause is None or isinstance(cause, PiparError | ChannelError | OSError))

@@ -130,6 +130,7 @@ class Host:
         self.name = name
         self._releases = releases
         self._of_user = releases is not None and config.privacy.of_users
+        self._given = True  # whether nothing was trained since its weights were given to it
         self._released: migration.Released | None = None
         self._transforms: Sequence[UpdateTransform] = ()
         if releases is not None:
@@ -482,13 +483,17 @@ class Host:
         self._answer(messages.Compiled(number, refused))
 
     def _pull(self, wanted: Wanted) -> None:
+        self._check_may_tell()
+        states = unit_state.held(wanted, self._replicas, dict(self._averaging.units()))
+        self._reply(messages.PulledState(), unit_state.copied(states))
+
+    def _check_may_tell(self) -> None:
+        """Checks that its state may leave as it is."""
         if self._of_user:
             raise RunError(
                 f"{self.name} was asked for its state, which is a function of its user's data: a "
                 "private run of unit=user sends updates alone"
             )
-        states = unit_state.held(wanted, self._replicas, dict(self._averaging.units()))
-        self._reply(messages.PulledState(), unit_state.copied(states))
 
     def _push(self, why: messages.PushState, states: Mapping[Key, UnitState]) -> None:
         if why.plan is not None:
@@ -496,6 +501,7 @@ class Host:
         else:
             averages = dict(self._averaging.units())
             unit_state.load(states, self._replicas, averages, self.name)
+            self._given = True
         if why.step is not None:
             arrived = Action(0, RECEIVE_CLIENT_MODEL, host_index(self._seat), why.step)
             self._dispatcher.complete(arrived)
@@ -609,6 +615,16 @@ class Host:
         schedule = RoundSchedule(
             self._plan, said.spans, said.samples, self._config.data.batch_size, said.holder
         )
+        if self._of_user and not self._given:
+            raise RunError(
+                f"{self.name} was told to begin round {said.round} from weights that it trained in "
+                "a round that was given up: its update would be sent with them, and they are a "
+                "function of its user's data"
+            )
+        self._given = False
+        if self._releases is not None:
+            for replica in self._replicas.values():
+                replica.clear()  # else its sum could have an example twice, and more than its clip
         if self._transforms:  # an update is what is trained from here on
             own = exchanges.trained(self._plan, self._seat, self._model.unit_names)
             states = unit_state.held(own, self._replicas, {})
@@ -750,6 +766,7 @@ class Host:
 
     def _hand_on(self, action: Action) -> Work:
         """Gives the client-side model away: weights, batch statistics and optimiser state."""
+        self._check_may_tell()
         wanted = exchanges.client_model(self._plan, action.device, self._model.unit_names)
         states = unit_state.held(wanted, self._replicas, {})
         said = messages.ClientModel(action.device, action.step)

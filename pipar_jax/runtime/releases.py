@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -15,7 +16,9 @@ from pipar_jax.data import Dataset
 from pipar_jax.data.fingerprint import fingerprint
 from pipar_jax.data.types import Examples
 from pipar_jax.errors import ConfigError, DataError, RunError
+from pipar_jax.methods.registry import METHODS
 from pipar_jax.privacy import labels, policy
+from pipar_jax.privacy.accountant import spent_for
 from pipar_jax.privacy.ledger import PrivacyLedger
 from pipar_jax.privacy.noise import NoiseSource, reproducible_key
 from pipar_jax.privacy.policy import Guarantee
@@ -46,7 +49,7 @@ class Releases:
         self._folder, *earlier = state_folders(config.name, config.run, name)
         self._earlier = tuple(earlier)
         self.ledger = PrivacyLedger(self._folder, self._earlier)
-        self._samples = 0
+        self._samples, self._data = 0, ""
         self._source = NoiseSource()
         self._guarantee: Guarantee | None = None
         self._entered: set[int] = set()
@@ -63,7 +66,7 @@ class Releases:
 
         Raises:
           DiskError: The secret or the ledger cannot be written.
-          RunError: The secret cannot be read.
+          RunError: The secret cannot be read, or the budget does not allow to give labels anew.
         """
         privacy, known = self._privacy, fingerprint(dataset.train)
         if privacy.reproducible:
@@ -73,12 +76,26 @@ class Releases:
         if privacy.labels == "randomised":
             epsilon = policy.label_epsilon(privacy)
             response = labels.response_name(secret, known, dataset.classes, epsilon)
+            self._check_labels(self.ledger.spending.labels_after(response, epsilon))
             self.ledger.add_labels(response, epsilon)
             own = self._labels(dataset)
             given = labels.randomised(own, dataset.classes, epsilon, secret, response)
             train = Examples(dataset.train.inputs, {TARGET: given})
             dataset = dataclasses.replace(dataset, train=train)
-        return dataset, labels.keyed_fingerprint(secret, known)
+        keyed = labels.keyed_fingerprint(secret, known)
+        self._data = keyed[:16]
+        return dataset, keyed
+
+    def _check_labels(self, epsilon: float) -> None:
+        """Checks that labels, those that were given before included, keep within the budget."""
+        budget = self._privacy.epsilon
+        if budget is not None and epsilon >= budget:
+            raise RunError(
+                f"{self._name} has given labels of other data or with another epsilon before, "
+                f"under this name; with those of this run they come to epsilon {epsilon:.4g} of "
+                f"privacy.epsilon={budget:g}: begin a run under another name and account for both "
+                "yourself"
+            )
 
     def _labels(self, dataset: Dataset) -> NDArray[np.int32]:
         """Returns the labels of a device's data.
@@ -121,12 +138,36 @@ class Releases:
         Args:
           plan: The device's part of the plan.
           steps: Steps that it takes in the whole run.
+
+        Raises:
+          RunError: Under the plan something would leave that the configuration keeps on the device.
         """
+        self._check_plan(plan)
         if self._privacy.unit == "user":
             times = policy.rounds_of_users(self._config)
         else:
             times = math.ceil(steps / self._steps_per_epoch)
-        self._guarantee = policy.guarantee(self._privacy, plan.hosts, times)
+        made = policy.guarantee(self._privacy, plan.hosts, times)
+        given = self.ledger.spending.label_epsilon
+        if self._privacy.epsilon is not None and given > policy.label_epsilon(self._privacy):
+            # Labels of other data, or with another epsilon, were given before: less is left.
+            left = max(self._privacy.epsilon - given, 0.0)
+            limit = spent_for(left, self._privacy.delta, self._privacy.accountant) if left else 0.0
+            made = dataclasses.replace(made, limit=limit)
+        self._guarantee = made
+
+    def _check_plan(self, plan: DevicePlan) -> None:
+        """Checks a plan, which is the coordinator's word, against the device's configuration."""
+        method, hosts = METHODS[self._config.method], plan.hosts
+        departures = sum(here == OWNER != above for here, above in itertools.pairwise(hosts))
+        home = method.keeps_labels(self._config.pipeline)
+        if departures > method.cuts or (home and hosts[-1] != OWNER):
+            raise RunError(
+                f"{self._name} was told to train under the plan {plan}, which sends what "
+                f"method={self._config.method}"
+                f"{' with pipeline.labels=home' if home else ''} keeps on the device: a private "
+                "device does not follow it"
+            )
 
     @property
     def guarantee(self) -> Guarantee:
@@ -167,8 +208,10 @@ class Releases:
         """Returns what of the device's stages is released under a plan, by the stage's index.
 
         Raises:
-          RunError: Samples of a stage depend on each other, or side inputs leave the device.
+          RunError: Samples of a stage depend on each other, side inputs leave the device, or the
+            plan does not fit the configuration.
         """
+        self._check_plan(plan)
         if self._privacy.unit == "user":
             return {}
         if policy.releases(self._privacy, plan.hosts) != self.guarantee.releases:
@@ -214,6 +257,14 @@ class Releases:
                 f"side inputs {sorted(sent)} leave {self._name} as they are, and are made from its "
                 "data: cut the model above all units that use them, or train with method=fl"
             )
+        last = [model.units[unit] for unit in _units_of(plan, own[-1], len(model.units))]
+        noised = policy.releases_cotangents(self._privacy, plan.hosts)
+        told = {side for unit in last for side in unit.sides}
+        if told and policy.ends_at_home(plan.hosts) and not noised:
+            raise RunError(
+                f"cotangents leave {self._name}'s last stage without noise, and are functions of "
+                f"its side inputs {sorted(told)}: set privacy.labels=home"
+            )
 
     def draw(self, draw: MicroBatchContext, action: Action, stage: Stage, samples: int) -> (
         MicroBatchContext
@@ -230,7 +281,9 @@ class Releases:
             return draw
         if action.step not in self._entered:
             self._enter(
-                policy.step_entry(self._config, self._samples, action.step, self.guarantee.cost)
+                policy.step_entry(
+                    self._config, self._samples, action.step, self.guarantee.cost, self._data
+                )
             )
             self._entered.add(action.step)
         if not stage.release.sends:

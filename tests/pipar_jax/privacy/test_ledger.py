@@ -40,6 +40,8 @@ def test_other_seeds_divide_the_records_otherwise():
     assert (first.step, last.step, next_epoch.step) == (0, 2, 0)
     config.seed = 1
     assert policy.step_entry(config, 25, 0, 1.0).group != first.group
+    groups = {policy.step_entry(config, 25, 0, 1.0, data).group for data in ("", "a", "b", "a")}
+    assert len(groups) == 3
 
 
 def test_a_response_that_is_repeated_costs_once(tmp_path):
@@ -57,7 +59,30 @@ def test_a_ledger_is_continued_and_those_of_earlier_folders_count(tmp_path):
         ledger.add(Entry("e", 0, 1.0), WHAT)
         ledger.close()
     assert PrivacyLedger(new, (old,)).spending.spent == 3.0
-    assert PrivacyLedger(new).spending.spent == 2.0
+    # The lines of the earlier folder are in the new one, once, so that the next run has them.
+    assert PrivacyLedger(new).spending.spent == 3.0
+    assert PrivacyLedger(tmp_path / "third", (new,)).spending.spent == 3.0
+    ledger = PrivacyLedger(old)
+    ledger.add(Entry("e", 0, 1.0), WHAT)  # it goes on as well
+    ledger.add_labels("a", 1.5)
+    ledger.close()
+    assert PrivacyLedger(new, (old,)).spending.spent == 4.0
+    assert PrivacyLedger(new, (old,)).spending.label_epsilon == 1.5
+
+
+def test_a_copy_that_was_cut_short_is_completed(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder, earlier in ((old, ()), (new, (old,))):
+        ledger = PrivacyLedger(folder, earlier)
+        for _ in range(3):
+            ledger.add(Entry("e", 0, 1.0), WHAT)
+        ledger.close()
+    lines = (new / LEDGER).read_bytes().splitlines(keepends=True)
+    (new / LEDGER).write_bytes(lines[0] + lines[1][:9])
+    ledger = PrivacyLedger(new, (old,))
+    ledger.add(Entry("e", 0, 1.0), WHAT)
+    ledger.close()
+    assert PrivacyLedger(new).spending.spent == 4.0
 
 
 def test_a_line_that_was_cut_short_is_of_nothing_that_was_sent(tmp_path):

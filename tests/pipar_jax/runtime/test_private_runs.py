@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import queue
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 import stages
-from pipar_jax.errors import ConfigError, RunError
-from pipar_jax.methods.registry import METHODS
+from pipar_jax.data.loader import Loader, Prefetcher
+from pipar_jax.errors import ConfigError, DataError, RunError
+from pipar_jax.methods.registry import METHODS, plan_for
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.privacy.accountant import gaussian_epsilon, noise_for, release_cost
 from pipar_jax.privacy.ledger import LEDGER
+from pipar_jax.protocol import messages
+from pipar_jax.roles.worker import is_public
+from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.releases import Releases
-from pipar_jax.schedule.actions import FORWARD, Action
+from pipar_jax.schedule.actions import FORWARD, Action, Span
 from pipar_jax.schedule.plan import DevicePlan
+from tests.patience import PROCESS_S
 from tests.pipar_jax.runtime import support
 
 SAMPLES = (17, 33)
@@ -205,6 +212,116 @@ def test_a_device_refuses_the_mini_batch_that_would_exceed_its_budget(tmp_path):
     with pytest.raises(RunError, match=r"d0 has released epsilon .* would exceed that"):
         releases.draw(stages.make_draw(7), Action(0, FORWARD, 0, 0, 0), stage, 3)
     assert releases.spent == pytest.approx(4 * release_cost(2.0))
+
+
+HOME = {"labels": "home", "cotangent_clip": 0.1}
+WRONG_PLANS = [
+    ("fl", {}, (2,), ("device", "server")),
+    ("fl", USERS, (2,), ("device", "server")),
+    ("pipar", {}, (1, 2, 3), ("device", "server", "device", "server")),
+    ("mpsl", HOME, (2,), ("device", "n1")),
+    ("mpsl", HOME, (1, 2, 3), ("device", "n1", "device", "n1")),
+]
+
+
+@pytest.mark.parametrize(("method", "privacy", "cuts", "hosts"), WRONG_PLANS)
+def test_a_device_follows_no_plan_that_sends_what_it_keeps(method, privacy, cuts, hosts, tmp_path):
+    """The plan is the server's word; the configuration is the device's own."""
+    made, _ = setting(tmp_path, method, noise=2.0, **privacy)
+    made.aggregation.weighted, made.epochs = "unit" not in privacy, 2
+    made.aggregation.every = "epoch"
+    if "labels" in privacy:
+        made.pipeline.labels = "home"
+    releases = Releases(resolve(made), "d0")
+    releases.expect(14)
+    with pytest.raises(RunError, match="a private device does not follow it"):
+        releases.calibrate(DevicePlan(cuts, hosts), 4)
+    with pytest.raises(RunError, match="a private device does not follow it"):
+        releases.stages(support.model(), DevicePlan(cuts, hosts))
+
+
+@pytest.mark.parametrize("labels", ["unprotected", "home"])
+def test_cotangents_without_noise_tell_of_labels_alone(labels, tmp_path):
+    privacy = HOME if labels == "home" else {}
+    made, _ = setting(tmp_path, "mpsl", noise=2.0, **privacy)
+    made.pipeline.labels = "home"
+    names = ("a", "b", "c")
+    units = [SimpleNamespace(name=one, state={}, sides=("mask",) * (one == "c")) for one in names]
+    model = SimpleNamespace(units=units, shapes=lambda n: [np.zeros((n, 5))] * 3)
+    releases, plan = Releases(resolve(made), "d0"), DevicePlan((1, 2), ("device", "n1", "device"))
+    releases.expect(14)
+    releases.calibrate(plan, 4)
+    if labels == "home":
+        assert releases.stages(model, plan)[2].cotangent_clip
+    else:
+        with pytest.raises(RunError, match=r"functions of its side inputs \['mask'\]"):
+            releases.stages(model, plan)
+
+
+def test_what_an_error_says_of_data_does_not_leave():
+    public = [RunError("its budget is spent"), ConfigError("x")]
+    for cause in (RunError("y"), OSError("disk full")):
+        error = RunError("x")
+        error.__cause__ = cause
+        public.append(error)
+    assert all(map(is_public, public))
+    error = RunError("x")
+    error.__cause__ = ValueError("patient 17")
+    assert not any(map(is_public, (error, DataError("label 12 of sample 7"), ValueError("z"))))
+
+
+def test_labels_given_anew_for_other_data_count_and_end_at_the_budget(tmp_path):
+    privacy = {"noise": 2.0, "epsilon": 5.0, "labels": "randomised", "label_epsilon": 2.0}
+    made, _ = setting(tmp_path, "pipar", **privacy)
+    plan = DevicePlan((2,), ("device", "server"))
+    limits = []
+    for seed in (0, 1):
+        releases = Releases(resolve(made), "d0")
+        releases.protect(support.dataset(14, seed))
+        releases.expect(14)
+        releases.calibrate(plan, 4)
+        limits.append(gaussian_epsilon(releases.guarantee.limit, made.privacy.delta))
+        releases.close()
+    assert limits == [pytest.approx(3.0), pytest.approx(1.0)]
+    with pytest.raises(RunError, match=r"come to epsilon 6 of privacy.epsilon=5"):
+        Releases(resolve(made), "d0").protect(support.dataset(14, 2))
+
+
+def test_a_run_that_continues_one_that_continued_another_counts_all(tmp_path):
+    made, samples = setting(tmp_path, "fl", noise=2.0)
+    made.aggregation.every, made.checkpoint.every_rounds = "epoch", 1
+    for epochs, name in enumerate(("first", "second", "third"), 1):
+        made.epochs, made.name = epochs, name
+        run = support.trained(made, samples, support.model())
+        made.run.resume = str(run.folder)
+    spent = gaussian_epsilon(3 * release_cost(2.0), made.privacy.delta)
+    assert epsilons(run) == {name: pytest.approx(spent) for name in ("d0", "d1")}
+
+
+def test_a_user_never_trains_on_from_weights_that_were_not_given(tmp_path):
+    """Else the update's noise would hide the last round alone, and not those given up before."""
+    made, _ = of_users(tmp_path)
+    made.devices.count = 1
+    made = resolve(made)
+    model, said, failed = support.model(), queue.Queue(), queue.Queue()
+    loader = Loader(support.dataset(14, 0).train, None, 7, seed=0, device=0)
+    batches, releases = Prefetcher(loader), Releases(made, "d0")
+    releases.expect(14)
+    host = Host("d0", model, made, reply=lambda *one: said.put(one), failed=failed.put,
+                batches=batches, releases=releases)  # fmt: skip
+    try:
+        host.prepare(plan_for(made, model.unit_names), (14,), (4,))
+        for attempt in (1, 2):
+            host.release(messages.Release(0, attempt, (Span(0, 0, 2),), (0,), (14,), None, (1.0,)))
+            if attempt == 1:
+                while not isinstance(said.get(timeout=PROCESS_S)[0], messages.Trained):
+                    pass
+        with pytest.raises(RunError, match="function of its user's data"):
+            raise failed.get(timeout=PROCESS_S)
+    finally:
+        host.close()
+        batches.close()
+        releases.close()
 
 
 def test_a_resumed_run_counts_what_was_released_before(tmp_path):
