@@ -33,6 +33,7 @@ FIRST = (
     "profile",
     "report",
     "describe",
+    "attack",
 )
 
 

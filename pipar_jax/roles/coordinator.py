@@ -10,7 +10,6 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import optax
@@ -36,7 +35,7 @@ from pipar_jax.roles.private_rounds import PrivateRounds
 from pipar_jax.roles.round_results import RoundResults
 from pipar_jax.roles.run_log import FetchStats, RunLog
 from pipar_jax.roles.scripted_plans import ScriptedPlans
-from pipar_jax.roles.start_weights import start_weights
+from pipar_jax.roles.start_weights import first_variables
 from pipar_jax.roles.state_exchange import StateExchange
 from pipar_jax.roles.stop_rule import StopRule
 from pipar_jax.roles.survey import choose_plan
@@ -135,11 +134,7 @@ class Coordinator:
             self._adaptation = Adaptation(
                 config, model, surveyed, plan, self._table.rounds, members, host
             )
-        params, state = model.init(config.seed)
-        if config.model.weights:
-            params, state = start_weights(
-                Path(config.model.weights), config.model.weights_match, model, params, state
-            )
+        params, state = first_variables(model, config)
         self._aggregator = Aggregator(config.aggregation, params, state)
         self._score: dict[str, float] = {}
         self._holdings = Holdings(model, config)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from comms.arrays import Array
+from pipar_jax.config import Config
 from pipar_jax.config.checkpoints import CHECKPOINTS, rounds_kept
 from pipar_jax.config.texts import split_list
 from pipar_jax.errors import ConfigError, RunError
@@ -20,6 +21,24 @@ from pipar_jax.training.checkpoint import WEIGHTS, read_tensors, sort_tensors
 from stages import Model
 
 Variables = dict[str, dict[str, Any]]
+
+
+def first_variables(model: Model, config: Config) -> tuple[Variables, Variables]:
+    """Returns the weights and statistics with which a run begins.
+
+    Args:
+      model: The whole model.
+      config: The run's configuration.
+
+    Raises:
+      ConfigError: A pattern of ``model.weights_match`` matches nothing.
+      RunError: The weights that it names are not there, or belong to another model.
+    """
+    params, state = model.init(config.seed)
+    if not config.model.weights:
+        return params, state
+    path = Path(config.model.weights)
+    return start_weights(path, config.model.weights_match, model, params, state)
 
 
 def start_weights(

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pipar_jax.config import Config
+from pipar_jax.config import Config, PrivacyConfig
 from pipar_jax.config.checkpoints import state_folders
 from pipar_jax.data import Dataset
 from pipar_jax.data.fingerprint import fingerprint
@@ -221,26 +221,7 @@ class Releases:
             )
         own = [index for index, host in enumerate(plan.hosts) if host == OWNER]
         self._check_independent(plan, own, model)
-        shapes = model.shapes(1)
-        made = {}
-        for index in own:
-            release = PrivateRelease(
-                self.guarantee.noise,
-                # Together the stages' gradients have at most the norm that is configured.
-                gradient_clip=self._privacy.update_clip / math.sqrt(len(own)),
-            )
-            if index + 1 < plan.stages:
-                shape = tuple(shapes[plan.cuts[index]].shape[1:])
-                release = dataclasses.replace(
-                    release, activation_clip=self._privacy.activation_clip, shape=shape
-                )
-            elif index and policy.releases_cotangents(self._privacy, plan.hosts):
-                shape = tuple(shapes[plan.cuts[index - 1]].shape[1:])
-                release = dataclasses.replace(
-                    release, cotangent_clip=self._privacy.cotangent_clip, shape=shape
-                )
-            made[index] = release
-        return made
+        return stage_releases(self._privacy, self.guarantee.noise, plan, model)
 
     def _check_independent(self, plan: DevicePlan, own: Sequence[int], model: Model) -> None:
         """Checks that clipping each sample bounds what it changes."""
@@ -329,6 +310,40 @@ class Releases:
         if not self._privacy.reproducible:
             return self._source
         return NoiseSource(reproducible_key(self._config.seed, self._name, *what))
+
+
+def stage_releases(
+    privacy: PrivacyConfig, noise: float, plan: DevicePlan, model: Model
+) -> dict[int, PrivateRelease]:
+    """Returns what of a device's stages is released of records, by the stage's index.
+
+    Args:
+      privacy: ``privacy.*``.
+      noise: The noise multiplier of each release.
+      plan: The device's part of the plan.
+      model: The whole model.
+    """
+    own = [index for index, host in enumerate(plan.hosts) if host == OWNER]
+    shapes = model.shapes(1)
+    made = {}
+    for index in own:
+        release = PrivateRelease(
+            noise,
+            # Together the stages' gradients have at most the norm that is configured.
+            gradient_clip=privacy.update_clip / math.sqrt(len(own)),
+        )
+        if index + 1 < plan.stages:
+            shape = tuple(shapes[plan.cuts[index]].shape[1:])
+            release = dataclasses.replace(
+                release, activation_clip=privacy.activation_clip, shape=shape
+            )
+        elif index and policy.releases_cotangents(privacy, plan.hosts):
+            shape = tuple(shapes[plan.cuts[index - 1]].shape[1:])
+            release = dataclasses.replace(
+                release, cotangent_clip=privacy.cotangent_clip, shape=shape
+            )
+        made[index] = release
+    return made
 
 
 def _units_of(plan: DevicePlan, stage: int, units: int) -> range:
