@@ -111,7 +111,7 @@ def main(config: Config, own: AttackFlags) -> None:
     """
     # Here, so that --help and wrong flags do not load jax.
     from pipar_jax.roles.start_weights import first_variables
-    from pipar_jax.runtime.observation import Observer
+    from pipar_jax.runtime.interception import Interceptor
     from pipar_jax.runtime.setup import fit, set_precision
     from pipar_jax.training.inversion import train_decoder
 
@@ -119,10 +119,10 @@ def main(config: Config, own: AttackFlags) -> None:
     mine, victims, known = images_of(config, own)
     model = fit(config, None, mine, f"d{own.device}")
     plan = plan_for(config, model.unit_names).devices[own.device]
-    observer = Observer(config, model, plan, *first_variables(model, config))
+    interceptor = Interceptor(config, model, plan, *first_variables(model, config))
 
     def observe(images: Array) -> Array:
-        return observer.receive(computed(mine.normalise(images), config.model.weight_dtype))
+        return interceptor.receive(computed(mine.normalise(images), config.model.weight_dtype))
 
     low, high = float(known.min()), float(known.max())
     originals, public = (
@@ -135,10 +135,10 @@ def main(config: Config, own: AttackFlags) -> None:
     sent = observe(victims)
     made = decoder.reconstruct(sent)
     blind = np.broadcast_to(np.clip(decoder.mean, 0, 1), originals.shape)
-    noise = f"noise multiplier {observer.noise:.3g} at clip {config.privacy.activation_clip:g}"
+    noise = f"noise multiplier {interceptor.noise:.3g} at clip {config.privacy.activation_clip:g}"
     print(
-        f"{model.name} cut behind {observer.unit}: {'x'.join(map(str, sent.shape[1:]))} numbers a "
-        f"sample, codec {observer.codec}, {noise if observer.noise else 'no noise'}"
+        f"{model.name} cut behind {interceptor.unit}: {'x'.join(map(str, sent.shape[1:]))} numbers "
+        f"a sample, codec {interceptor.codec}, {noise if interceptor.noise else 'no noise'}"
     )
     print(f"{len(known):,} known images, {own.steps:,} steps, {len(victims)} reconstructed")
     for name, images in (("reconstructions", made), ("the known images' mean", blind)):

@@ -19,7 +19,7 @@ from pipar_jax.schedule.plan import DevicePlan
 from stages import Model, Stage, Variables
 
 
-class Observer:
+class Interceptor:
     """Computes what leaves a device at its first cut, as the run of a configuration would send it.
 
     Args:
@@ -56,7 +56,7 @@ class Observer:
         self.codec = plan.codecs[0].activation
         self._chosen, self._parameter = parse_codec(self.codec)
         self._seed, self._step = config.seed, 0
-        key = reproducible_key(config.seed, "observation") if config.privacy.reproducible else None
+        key = reproducible_key(config.seed, "interception") if config.privacy.reproducible else None
         self._source = NoiseSource(key)
 
     @property
