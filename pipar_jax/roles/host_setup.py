@@ -10,6 +10,7 @@ from pipar_jax.config import Config
 from pipar_jax.protocol import messages
 from pipar_jax.roles import replan
 from pipar_jax.roles.acceptance import Acceptance
+from pipar_jax.roles.base_files import BaseFile
 from pipar_jax.roles.checkpoints import Checkpoints
 from pipar_jax.roles.conductor import Conductor
 from pipar_jax.roles.gathering import Gathering
@@ -101,6 +102,7 @@ class HostSetup:
         self._places, self._sampled = members.hosts.places, members.hosts.sampled
         self.plan, self.samples = plan, samples
         self.plans: tuple[Plan, ...] = (plan,)
+        self._base = BaseFile(config, COORDINATOR, model)
         self._met: set[Boundary] = set()
         self.ever_met: set[Boundary] = set()
         self._joining: list[str] | None = None
@@ -175,7 +177,10 @@ class HostSetup:
         known = {one.index: one.steps for one in self._population}
         steps = [most if self._sampled else known.get(p, most) for p in range(self._places)]
         return messages.Prepare(
-            self.plan, self.samples, tuple(self._table.steps(one) for one in steps)
+            self.plan,
+            self.samples,
+            tuple(self._table.steps(one) for one in steps),
+            self._base.digests,
         )
 
     def welcome(self, name: str) -> None:

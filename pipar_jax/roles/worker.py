@@ -17,7 +17,7 @@ from pipar_jax import data as datasets
 from pipar_jax.config import Config
 from pipar_jax.data import Dataset, Loader, Prefetcher
 from pipar_jax.data.augmentation import find_augmentation
-from pipar_jax.errors import DataError, JoinError, PeerError, PiparError, ProtocolError
+from pipar_jax.errors import DataError, JoinError, PeerError, PiparError, ProtocolError, RunError
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.protocol import messages, registry
 from pipar_jax.protocol.messages import JoinDevice, JoinNode
@@ -26,6 +26,7 @@ from pipar_jax.protocol.values import Timing
 from pipar_jax.report.logs import LOG
 from pipar_jax.roles.acceptance import Acceptance
 from pipar_jax.roles.admission import device_join, node_join
+from pipar_jax.roles.base_files import BaseFile
 from pipar_jax.roles.course import Course
 from pipar_jax.roles.federated_evaluation import LocalEvaluation, network_states
 from pipar_jax.roles.holdings import SURVEYED, Holdings
@@ -52,6 +53,7 @@ from pipar_jax.schedule.plan import (
     COORDINATOR,
     Boundary,
     HostKind,
+    Plan,
     device_name,
     host_index,
     long_name,
@@ -246,6 +248,7 @@ class Worker:
         # Tensors of a round that this host has not heard of yet; the I/O thread's.
         self._ahead: list[tuple[str, Message, Boundary | None]] = []
         self._holdings: Holdings | None = None
+        self._base: BaseFile | None = None
         self._course = Course(hosts, name, None if model is None else model.unit_names)
         self._neighbours = PeerLinks(
             hosts, config.network, name, self._endpoint,
@@ -381,6 +384,7 @@ class Worker:
         )
         self._survey = Respondent(self._config, self._own, model, self._check_wanted)
         self._holdings = Holdings(model, self._config)
+        self._base = BaseFile(self._config, self.name, model)
 
     @property
     def _running(self) -> Host:
@@ -565,7 +569,18 @@ class Worker:
         self._waits = OwnWaits(self._coordinator)
         self._direct = DirectTraffic(self.name, self._neighbours.link_table)
         self._accept()
+        assert self._base is not None
+        self._base.expect(said.base)
+        if self._base.is_used:  # which may be large
+            self._reply(messages.Working("compiling", 0, 0), {})
+        if (reason := self._why_not_base(said.plan)) is not None:
+            raise RunError(reason)
         self._running.prepare(said.plan, said.samples, said.steps)
+
+    def _why_not_base(self, plan: Plan) -> str | None:
+        """Returns why the weights that this host has read do not suit a plan, or None."""
+        assert self._base is not None
+        return self._base.why_not(plan, self._course.seat, whole=self._tests is not None)
 
     def _note_met(self) -> None:
         """Reports that all neighbours are connected; applies the plan's limits to them."""
@@ -598,6 +613,9 @@ class Worker:
 
     def _compile_ahead(self, said: messages.CompileAhead) -> None:
         self._allow()
+        if (reason := self._why_not_base(said.plan)) is not None:
+            self._reply(messages.Compiled(said.number, reason), {})
+            return
         self._running.prepare_ahead(said.number, said.plan)
 
     def _pull(self, said: messages.PullState) -> None:

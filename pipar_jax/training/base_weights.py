@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+import xxhash
 from safetensors import safe_open
 
 from comms.arrays import Array
@@ -68,6 +70,23 @@ def _reader(model: Model, path: Path, names: Mapping[str, str]) -> Base:
         return weights
 
     return read
+
+
+def digest(model: Model, unit: Unit) -> str:
+    """Returns 32 letters that depend on the weights that a unit does not draw from the seed.
+
+    They are those of the weights as they are used: in the unit's dtypes, whatever the layout of the
+    file. Empty if there are none.
+    """
+    given = {} if model.frozen.base is None else model.frozen.base(unit)
+    if not given:
+        return ""
+    made = xxhash.xxh3_128()
+    for path, array in sorted(given.items()):
+        used = np.ascontiguousarray(array, unit.weights[path].dtype)
+        made.update(f"{path} {used.dtype} {used.shape};".encode())
+        made.update(used.reshape(-1).view(np.uint8).data)
+    return made.hexdigest()
 
 
 def to_units(tensors: Mapping[str, Array], model: Model) -> Mapping[str, Array]:

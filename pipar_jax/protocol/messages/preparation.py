@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 from pipar_jax.protocol.registry import ControlMessage, Sender, message
-from pipar_jax.protocol.values import Bytes, Count, PerDevice, Planned, Seconds
-from pipar_jax.protocol.wire_fields import OneOf
+from pipar_jax.protocol.values import MOST_UNITS, Bytes, Count, PerDevice, Planned, Seconds
+from pipar_jax.protocol.wire_fields import Many, OneOf, Text
 
 
 @message("plan", Sender.COORDINATOR)
@@ -17,11 +17,14 @@ class Prepare(ControlMessage):
       plan: The plan.
       samples: Samples of each device's epoch.
       steps: Steps of each device in the whole run.
+      base: For each unit the digest of its weights in the coordinator's file (``model.base``);
+        empty if there are none.
     """
 
     plan: Planned
     samples: PerDevice
     steps: PerDevice
+    base: Annotated[tuple[str, ...], Many(Text(32, r"[0-9a-f]{0,32}"), MOST_UNITS)] = ()
 
 
 @message("working", Sender.BOTH)
