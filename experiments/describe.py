@@ -4,11 +4,14 @@
 
 Nothing is computed. Bytes are for one micro-batch of the configuration: the activation that crosses
 a cut (its cotangent has the same size), and the residuals that a stage keeps for its backward pass.
+--dependence=256 computes, on samples of the test set, how much each unit's output tells of the
+input: the squared distance correlation, bias-corrected, without clipping and noise.
 """
 
 import dataclasses
 import pathlib
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -17,9 +20,14 @@ import stages
 from pipar_jax import data
 from pipar_jax.config import Config
 from pipar_jax.config.schema import option
+from pipar_jax.data.partition import spread
+from pipar_jax.data.types import computed
 from pipar_jax.errors import ConfigError
 from pipar_jax.launch import flags
 from pipar_jax.methods.registry import METHODS
+from pipar_jax.privacy.leakage import FEWEST_SAMPLES, distance_correlation
+from pipar_jax.roles.start_weights import first_variables
+from pipar_jax.runtime.interception import activations
 from pipar_jax.runtime.setup import build_model, set_precision
 from stages.signature import Signature
 
@@ -38,6 +46,13 @@ class DescribeFlags:
     """Flags of this binary."""
 
     stages: str = option("", "cuts to describe, such as 2,5; empty: that of the configuration")
+    dependence: int = option(
+        0,
+        "test samples on which the distance correlation of inputs and activations is computed, at "
+        "least 4; 0: not computed",
+        at_least=0,
+        at_most=256,
+    )
 
 
 def resolve_cuts(model: stages.Model, wanted: str, configured: int | str) -> tuple[int, ...]:
@@ -59,12 +74,59 @@ def resolve_cuts(model: stages.Model, wanted: str, configured: int | str) -> tup
     return cuts
 
 
-def make_table(title: str, rows: tuple[stages.Facts, ...], cuts: tuple[int, ...]) -> Table:
-    """Returns a table of units or stages, with a rule at each cut."""
+def measure_dependence(
+    config: Config, model: stages.Model, dataset: data.Dataset, wanted: int
+) -> list[float]:
+    """Returns the distance correlation of the input and each unit's output.
+
+    Args:
+      config: Resolved configuration.
+      model: The model.
+      dataset: The test set.
+      wanted: Samples, at most.
+
+    Raises:
+      ConfigError: There are too few samples, or inputs are not numbers with distances.
+      RunError: The weights that the configuration names cannot be read.
+    """
+    chosen = dataset.test.take(spread(len(dataset.test), wanted))
+    if len(chosen) < FEWEST_SAMPLES:
+        raise ConfigError(
+            f"--dependence={wanted} with {len(dataset.test)} test samples: a distance correlation "
+            f"needs {FEWEST_SAMPLES}"
+        )
+    dtype = config.model.weight_dtype
+    x = computed(dataset.normalise(chosen.x), dtype)
+    if x.dtype.kind != "f":
+        raise ConfigError(
+            f"inputs of {config.data.source} are {x.dtype}: such as tokens have no distances, so "
+            "leave --dependence out"
+        )
+    sides = {name: computed(one, dtype) for name, one in chosen.sides.items()}
+    outputs = activations(model, *first_variables(model, config), x, sides)
+    return [distance_correlation(x, y.astype(np.float64)) for y in outputs]
+
+
+def make_table(
+    title: str,
+    rows: tuple[stages.Facts, ...],
+    cuts: tuple[int, ...],
+    dependence: list[float] | None = None,
+) -> Table:
+    """Returns a table of units or stages, with a rule at each cut.
+
+    Args:
+      title: Its title.
+      rows: The units or stages.
+      cuts: Positions behind which a rule is drawn.
+      dependence: The distance correlation of each row, a further column.
+    """
     table = Table(title=title, title_justify="left")
     table.add_column("units")
     for name in ("parameters", "output", "cut, KB", "kept, KB", "forward, MFLOP", "backward"):
         table.add_column(name, justify="right")
+    if dependence is not None:
+        table.add_column("dependence", justify="right")
     for index, row in enumerate(rows, start=1):
         label = row.units[0] if len(row.units) == 1 else f"{row.units[0]} … {row.units[-1]}"
         table.add_row(
@@ -75,6 +137,7 @@ def make_table(title: str, rows: tuple[stages.Facts, ...], cuts: tuple[int, ...]
             f"{row.residual_bytes / 1e3:,.1f}",
             f"{row.forward_flops / 1e6:,.1f}",
             f"{row.backward_flops / 1e6:,.1f}",
+            *([] if dependence is None else [f"{dependence[index - 1]:.3f}"]),
             end_section=index in cuts,
         )
     return table
@@ -105,10 +168,11 @@ def make_sides(model: stages.Model) -> Table:
 def main(config: Config, own: DescribeFlags) -> None:
     """Describes the configured model."""
     known = SHAPES.get(config.data.source)
+    dataset = data.load_server(config) if own.dependence or known is None else None
     signature = (
-        data.load_server(config).signature(config.model.weight_dtype)
-        if known is None
-        else Signature.labelled(*known)
+        dataset.signature(config.model.weight_dtype)
+        if dataset is not None
+        else Signature.labelled(*SHAPES[config.data.source])
     )
     set_precision(config.model)
     model = build_model(config, signature)
@@ -117,7 +181,10 @@ def main(config: Config, own: DescribeFlags) -> None:
     batch = -(-config.data.batch_size // parts)
     console = Console(width=110)
     title = f"{model.name}, {stages.parameter_count(model):,} parameters, micro-batch {batch}"
-    console.print(make_table(title, stages.unit_facts(model, batch), cuts))
+    dependence = None
+    if own.dependence and dataset is not None:
+        dependence = measure_dependence(config, model, dataset, own.dependence)
+    console.print(make_table(title, stages.unit_facts(model, batch), cuts, dependence))
     if model.sides:
         console.print(make_sides(model))
     if model.obstacles:

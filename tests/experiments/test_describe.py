@@ -52,3 +52,16 @@ def test_side_inputs_and_who_takes_them_are_printed(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert re.search(r"lengths │ int32\[\] +│ lstm_cell", done.stdout), done.stdout
+
+
+def test_how_much_activations_tell_of_inputs_is_measured_where_it_is_asked_for():
+    done = _describe("--config=digits", "--dependence=64")
+    assert done.returncode == 0, done.stderr
+    assert "dependence" in done.stdout
+    units = done.stdout.partition("stages of cuts")[0]
+    rows = [line.split("│") for line in units.splitlines() if line.startswith("│")]
+    found = [float(row[-2]) for row in rows]
+    assert len(found) == 5 and all(0 < value < 1 for value in found)
+    assert found[0] > 0.8 and found[0] > found[-1]  # a convolution tells nearly everything
+    short = _describe("--config=digits", "--dependence=3")
+    assert short.returncode == 2 and "a distance correlation needs 4" in short.stderr
