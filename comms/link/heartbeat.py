@@ -86,7 +86,10 @@ class Heartbeat:
                 if silent_s > stalled_s
                 else f"has accepted no bytes for {stalled_s:.1f} s"
             )
-            self._on_silence(f"{what}, the deadline is {self._options.deadline_s:g} s")
+            allowed = f"{self._options.silence_s:g} s"
+            self._on_silence(
+                f"{what}: a deadline of {self._options.deadline_s:g} s allows {allowed}"
+            )
             return
         self._outbox.ask_for_heartbeat()
         self._timer = self._loop.at(now + pause_s, self._beat)

@@ -20,13 +20,13 @@ from experiments.benchmarks import watched
 from experiments.benchmarks.trials import base_config
 from experiments.benchmarks.watched import Cutter, Line, Watched, watching
 from pipar_jax.config import AUTO, Config, from_json, to_json
+from pipar_jax.config.checkpoints import WEIGHTS
 from pipar_jax.disk import files
 from pipar_jax.errors import RunError
 from pipar_jax.launch import launcher, process
 from pipar_jax.methods.registry import METHODS, hosts_of
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.schedule.plan import COORDINATOR
-from pipar_jax.training.checkpoint import WEIGHTS
 
 #: Rounds between two checkpoints, and the seconds after which a round goes on without the late.
 EVERY, DEADLINE_S = 4, 5.0

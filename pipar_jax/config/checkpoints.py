@@ -17,6 +17,8 @@ from pipar_jax.errors import ConfigError
 CHECKPOINTS, HOST_STATES = "checkpoints", "hosts"
 #: The items of a checkpoint: arrays, and the facts that go with them, as JSON.
 STATE, FACTS = "state", "facts"
+#: The file with a run's weights, in its folder.
+WEIGHTS = "weights.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +69,34 @@ def rounds_kept(folder: Path) -> list[int]:
     """
     found = (folder / CHECKPOINTS).glob("*/_CHECKPOINT_METADATA")
     return sorted(int(one.parent.name) for one in found if one.parent.name.isdigit())
+
+
+def weights_of(path: Path, said: str) -> tuple[Path, int | None]:
+    """Returns where weights to start from are.
+
+    Args:
+      path: The folder of a run, one of its checkpoints, or a file.
+      said: What the message calls it.
+
+    Returns:
+      A file of weights and None, or the folder of a run and the rounds of its checkpoint.
+
+    Raises:
+      ConfigError: There are no weights.
+    """
+    if path.is_file():
+        return path, None
+    if (path / WEIGHTS).is_file():
+        return path / WEIGHTS, None
+    if path.parent.name == CHECKPOINTS and path.name.isdigit() and path.is_dir():
+        return path.parent.parent, int(path.name)
+    if kept := rounds_kept(path):
+        return path, kept[-1]
+    what = "has no weights to start from" if path.exists() else "is not there"
+    raise ConfigError(
+        f"{said} {what}: name the folder of a run with {WEIGHTS} or a "
+        "checkpoint in it, one of its checkpoints, or a safetensors file"
+    )
 
 
 def read_facts(folder: Path, rounds: int) -> dict[str, Any]:

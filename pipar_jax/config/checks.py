@@ -169,9 +169,10 @@ def fit_overrides(config: Config, group: str) -> dict[int, JsonObject]:
     made: dict[int, JsonObject] = {}
     for index, fields in sorted(hosts.overrides.items()):
         if type(index) is not int or not first <= index < first + count:
+            use = f"use {first} to {first + count - 1}, or " if count else ""
             raise ConfigError(
-                f"{group}.overrides has index {index!r}, but {group}.count={hosts.count}: use "
-                f"{first} to {first + count - 1}, or raise {group}.count"
+                f"{group}.overrides has index {index!r}, but {group}.count={hosts.count}: {use}"
+                f"raise {group}.count"
             )
         made[index] = {}
         for name, value in fields.items():

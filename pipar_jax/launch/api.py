@@ -18,6 +18,7 @@ from comms.arrays import Array
 from pipar_jax import config as configuration
 from pipar_jax import data as datasets
 from pipar_jax.config import Config
+from pipar_jax.config.checkpoints import WEIGHTS
 from pipar_jax.config.plugins import OWN, name_of
 from pipar_jax.config.tasks import make_task
 from pipar_jax.data import ArrayOrDict, Dataset, Examples, make_queries, normalise
@@ -154,7 +155,7 @@ def load(folder: str | Path, model: Model | None = None) -> Run:
         metrics = read_events(path / METRICS)
     except OSError as error:
         raise RunError(f"{path} is not the folder of a run: {describe_reading(error)}") from error
-    facts = checkpoint.facts(path / checkpoint.WEIGHTS)
+    facts = checkpoint.facts(path / WEIGHTS)
     if model is None:
         if facts["recipe"] is None:
             raise RunError(
@@ -166,7 +167,7 @@ def load(folder: str | Path, model: Model | None = None) -> Run:
         model = model.for_task(make_task(config.task))
     model = model.unfrozen  # the file holds all weights
     _check_model(model, facts, path)
-    params, state = checkpoint.load(path / checkpoint.WEIGHTS, model)
+    params, state = checkpoint.load(path / WEIGHTS, model)
     return Run(path, config, model, params, state, metrics, facts)
 
 
@@ -251,7 +252,7 @@ def load_configured(config: Config, folder: Path, model: Model | None) -> Run:
       model: The model, if not the configured one.
     """
     if model is None and config.model.name.startswith(OWN):
-        facts = checkpoint.facts(folder / checkpoint.WEIGHTS)
+        facts = checkpoint.facts(folder / WEIGHTS)
         model = build_model(config, _signature(facts))
     return load(folder, model)
 

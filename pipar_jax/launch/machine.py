@@ -25,6 +25,7 @@ from pipar_jax.config import (
     RunConfig,
     schema,
 )
+from pipar_jax.config.checkpoints import weights_of
 from pipar_jax.config.sink_names import TENSORBOARD, sink_names
 from pipar_jax.errors import ConfigError
 from pipar_jax.methods.registry import hosts_of
@@ -63,6 +64,10 @@ def check(config: Config, names: Iterable[str] | None = None) -> None:
         )
     if any(host.kind is HostKind.SERVER for host in wanted):
         _check_sinks(config.run.sinks)
+        if config.stop.when:
+            _check_importable(config.stop.when, "stop.when", config.stop.when.partition(":")[0])
+        if weights := config.model.weights:
+            weights_of(Path(weights), f"model.weights={weights!r}")
         check_module(config.data.test_source, "data.test_source")
     devices = [host for host in wanted if host.kind is HostKind.DEVICE]
     if devices:
@@ -130,9 +135,15 @@ def check_module(source: str, field: str) -> None:
     Raises:
       ConfigError: The module is not found.
     """
-    if (name := _module(source)) is not None and not _is_importable(name):
+    if (name := _module(source)) is not None:
+        _check_importable(source, field, name)
+
+
+def _check_importable(text: str, field: str, module: str) -> None:
+    """Checks that the module that a field's text names exists."""
+    if not _is_importable(module):
         raise ConfigError(
-            f"{field}={source!r}: there is no module {name!r} in the working directory, and none "
+            f"{field}={text!r}: there is no module {module!r} in the working directory, and none "
             "is installed"
         )
 
@@ -183,11 +194,8 @@ def _check_sinks(text: str) -> None:
                     f"run.sinks={text!r} needs tensorboardX, which is not installed: "
                     "pip install 'pipar-jax[tensorboard]'"
                 )
-        elif not _is_importable(module):
-            raise ConfigError(
-                f"run.sinks={text!r}: there is no module {module!r} in the working directory, and "
-                "none is installed"
-            )
+        else:
+            _check_importable(text, "run.sinks", module)
 
 
 def _is_importable(name: str) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipar_jax import config
 from pipar_jax.config import Config, membership_script
+from pipar_jax.config.checkpoints import WEIGHTS
 from pipar_jax.disk.event_log import Event, EventLog
 from pipar_jax.disk.files import make_folder, write_text
 from pipar_jax.disk.json_text import JsonMapping, JsonObject, dumps
@@ -80,7 +81,7 @@ class RunFolder:
         Raises:
           DiskError: They cannot be written.
         """
-        checkpoint.save(self.path / checkpoint.WEIGHTS, params, state, meta)
+        checkpoint.save(self.path / WEIGHTS, params, state, meta)
 
 
 class Record:
@@ -135,6 +136,6 @@ class Record:
             return
         rows = f"{self._left_out} rows of {METRICS}" if self._left_out else "the trace"
         raise DiskError(
-            f"the run is over and {self._folder.path / checkpoint.WEIGHTS} is saved, but "
+            f"the run is over and {self._folder.path / WEIGHTS} is saved, but "
             f"{rows} could not be kept: {self._first}"
         ) from self._first

@@ -13,6 +13,7 @@ import stages
 from comms import ChannelError, Endpoint
 from pipar_jax import data as datasets
 from pipar_jax.config import Config
+from pipar_jax.config.checkpoints import WEIGHTS
 from pipar_jax.config.cohorts import planned
 from pipar_jax.config.tasks import check_scores
 from pipar_jax.data import Dataset
@@ -37,7 +38,6 @@ from pipar_jax.roles.stop_rule import StopRule
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.setup import channel_options, fit, set_precision, target_rule
 from pipar_jax.schedule.plan import COORDINATOR, Plan
-from pipar_jax.training.checkpoint import WEIGHTS
 from stages import Model
 from stages.trees import Variables
 

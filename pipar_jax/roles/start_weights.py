@@ -11,13 +11,13 @@ import numpy as np
 
 from comms.arrays import Array
 from pipar_jax.config import Config
-from pipar_jax.config.checkpoints import CHECKPOINTS, rounds_kept
+from pipar_jax.config.checkpoints import weights_of
 from pipar_jax.config.texts import split_list
-from pipar_jax.errors import ConfigError, RunError
+from pipar_jax.errors import ConfigError
 from pipar_jax.protocol.values import EVERY
 from pipar_jax.roles.checkpoint_store import read
 from pipar_jax.training.base_weights import to_units
-from pipar_jax.training.checkpoint import WEIGHTS, read_tensors, sort_tensors
+from pipar_jax.training.checkpoint import read_tensors, sort_tensors
 from stages import Model
 
 Variables = dict[str, dict[str, Any]]
@@ -31,8 +31,9 @@ def first_variables(model: Model, config: Config) -> tuple[Variables, Variables]
       config: The run's configuration.
 
     Raises:
-      ConfigError: A pattern of ``model.weights_match`` matches nothing.
-      RunError: The weights that it names are not there, or belong to another model.
+      ConfigError: ``model.weights`` has no weights, or a pattern of ``model.weights_match`` matches
+        none.
+      RunError: The weights cannot be read, or belong to another model.
     """
     params, state = model.init(config.seed)
     if not config.model.weights:
@@ -56,8 +57,8 @@ def start_weights(
       state: Batch statistics likewise.
 
     Raises:
-      ConfigError: A pattern matches nothing.
-      RunError: There are no weights, or they belong to another model.
+      ConfigError: There are no weights, or a pattern matches none.
+      RunError: They cannot be read, or belong to another model.
     """
     tensors = to_units(load_tensors(path), model)
     if not match:
@@ -89,18 +90,12 @@ def load_tensors(path: Path) -> Mapping[str, Array]:
     """Returns the weights and statistics that a run, a checkpoint or a file has, by ``unit/path``.
 
     Raises:
-      RunError: There are none, or they cannot be read.
+      ConfigError: There are none.
+      RunError: They cannot be read.
     """
-    if path.is_dir() and not (path / WEIGHTS).is_file():
-        folder, rounds = path, rounds_kept(path)
-        if path.parent.name == CHECKPOINTS and path.name.isdigit():
-            folder, rounds = path.parent.parent, [int(path.name)]
-        if not rounds:
-            raise RunError(
-                f"{path} has no weights to start from: name the folder of a run with "
-                f"{WEIGHTS} or a checkpoint in it, one of its checkpoints, or a safetensors file"
-            )
-        kept = read(folder, rounds[-1]).tensors
+    where, rounds = weights_of(path, str(path))
+    if rounds is not None:
+        kept = read(where, rounds).tensors
         prefixes = f"{EVERY}/params/", f"{EVERY}/state/"
         return {
             name.removeprefix(prefix): array
@@ -108,4 +103,4 @@ def load_tensors(path: Path) -> Mapping[str, Array]:
             for prefix in prefixes
             if name.startswith(prefix)
         }
-    return read_tensors(path / WEIGHTS if path.is_dir() else path)
+    return read_tensors(where)

@@ -19,9 +19,6 @@ from pipar_jax.errors import RunError
 from stages import Model
 from stages.trees import Arrays, Variables
 
-#: Name of the file in a run's folder.
-WEIGHTS = "weights.safetensors"
-
 
 def save(
     path: Path, params: Mapping[str, Arrays], state: Mapping[str, Arrays], meta: JsonMapping

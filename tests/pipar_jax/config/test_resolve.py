@@ -123,6 +123,7 @@ WRONG = [
     ("devices.defaults.slowdown", 0.5, "≥ 1"),
     ("devices.defaults.cpus", "0-", "1-3,5"),
     ("devices.overrides", {2: {"link": "4g"}}, "devices.count=2"),
+    ("nodes.overrides", {1: {"link": "4g"}}, "nodes.count=0: raise nodes.count"),
     ("devices.overrides", {1: {"lnik": "4g"}}, "did you mean 'link'"),
     ("devices.overrides", {1: {"slowdown": "fast"}}, "devices.1.slowdown"),
     ("devices.overrides", {1: {"cut": 0}}, "devices.1.cut"),

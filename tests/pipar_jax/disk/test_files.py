@@ -20,6 +20,7 @@ from experiments.benchmarks import harness, simulator_settings, trials
 from experiments.latency_data import timings
 from experiments.latency_data.published_tables import read_timings
 from pipar_jax.config import Config
+from pipar_jax.config.checkpoints import WEIGHTS
 from pipar_jax.cost_model.profile import HostProfile, UnitFacts
 from pipar_jax.disk import files
 from pipar_jax.errors import DiskError, PiparError
@@ -90,7 +91,7 @@ WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "plan": ("plan.json", lambda path: run_folder(path).save_plan({"plan": TEXT})),
     "trace": ("trace.json.gz", save_trace),
     "weights": (
-        checkpoint.WEIGHTS,
+        WEIGHTS,
         lambda path: run_folder(path).save_weights({"u": {"p": NOISE}}, {"u": {}}, {"a": 1}),
     ),
     "report": ("report.html", lambda path: write_report([RUNS[0]], path)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pathlib
 import queue
@@ -151,3 +152,25 @@ def test_the_module_of_a_function_is_looked_for_before_anything_starts(
         with pytest.raises(ConfigError, match=rf"{group}.{name}=.*there is no module 'no_such"):
             pipar_jax.train(config)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value", "says"),
+    [
+        ("stop", "when", "no_such_module:f", "there is no module 'no_such_module'"),
+        ("run", "sinks", "no_such_module:f", "there is no module 'no_such_module'"),
+        ("model", "weights", "no/such", "is not there: name the folder of a run"),
+        ("model", "weights", "{empty}", "has no weights to start from: name the folder of a run"),
+    ],
+)
+def test_what_the_server_needs_is_looked_for_before_anything_starts(
+    tmp_path: pathlib.Path, group: str, name: str, value: str, says: str
+) -> None:
+    (empty := tmp_path / "empty").mkdir()
+    config = digits.get_config()
+    config.run.dir = str(tmp_path / "runs")
+    setattr(getattr(config, group), name, value.format(empty=empty))
+    for run in (pipar_jax.train, pipar_jax.run_server):
+        with pytest.raises(ConfigError, match=rf"{group}.{name}=.*{says}"):
+            run(copy.deepcopy(config))
+    assert not (tmp_path / "runs").exists()
