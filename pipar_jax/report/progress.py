@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipar_jax.disk.event_log import Event, score_of
+from pipar_jax.report.event_lines import LINES
 from pipar_jax.report.scores import UNKNOWN, final_score, score_text, scores_text
 from pipar_jax.schedule.plan import device_name, long_name
 
@@ -290,19 +291,8 @@ def describe(event: Event, state: RunState) -> str | None:
         return _gone(event)
     if kind == "nodes_replaced":
         return _replaced(event)
-    if kind == "round_cut":
-        return (
-            f"round {event['round'] + 1} ends before step {event['step'] + 1}, its rest follows: "
-            f"{event['reason']}"
-        )
-    if kind == "device_dropped":
-        return (
-            f"device {event['device']} is left out of round {event['round'] + 1}: {event['reason']}"
-        )
-    if kind == "device_again":
-        return f"device {event['device']} takes part again, from round {event['round'] + 1} on"
-    if kind == "round_undone":
-        return f"round {event['round'] + 1} is undone and repeated: {event['reason']}"
+    if kind in LINES:
+        return LINES[kind](event)
     if kind == "run_started":
         return f"{state.devices} devices, {state.epochs} epochs, plan {state.plan}"
     if kind == "progress":
@@ -328,10 +318,6 @@ def describe(event: Event, state: RunState) -> str | None:
         whose = "all devices" if event["device"] is None else f"device {event['device']}"
         where = f"{whose}, round {event['round']}, step {event['step']}"
         return f"not finite: {event['what']} of {where}"
-    if kind == "not_kept":
-        return f"the run continues, but some of its output is not saved: {event['reason']}"
-    if kind == "failed":
-        return f"failed: {event['error']}"
     return None
 
 
