@@ -86,10 +86,8 @@ class Heartbeat:
                 if silent_s > stalled_s
                 else f"has accepted no bytes for {stalled_s:.1f} s"
             )
-            allowed = f"{self._options.silence_s:g} s"
-            self._on_silence(
-                f"{what}: a deadline of {self._options.deadline_s:g} s allows {allowed}"
-            )
+            limits = f"{self._options.deadline_s:g} s, which allows {self._options.silence_s:g} s"
+            self._on_silence(f"{what}: the deadline is {limits}")
             return
         self._outbox.ask_for_heartbeat()
         self._timer = self._loop.at(now + pause_s, self._beat)
