@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
+from pipar_jax.config.checkpoints import WEIGHTS
 from pipar_jax.data import loader as loading
 from pipar_jax.errors import PiparError
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.roles.server import run_server
 from pipar_jax.roles.worker import run_device, run_node
-from pipar_jax.training import checkpoint
 from tests.pipar_jax.runtime import support
 
 #: Samples of each device; mini-batches are of seven.
@@ -111,7 +111,7 @@ class OpenRun:
     def weights(self) -> dict[str, np.ndarray]:
         """Returns the run's weights by name."""
         assert self.error is None, self.error
-        found: dict[str, np.ndarray] = load_file(self.folder / checkpoint.WEIGHTS)
+        found: dict[str, np.ndarray] = load_file(self.folder / WEIGHTS)
         return found
 
     def _serve(self) -> None:

@@ -12,7 +12,7 @@ from flax import nnx
 
 import stages
 from pipar_jax.aggregation.aggregator import Aggregator, Contribution
-from pipar_jax.config import AggregationConfig
+from pipar_jax.config import AggregationConfig, checkpoints
 from pipar_jax.errors import RunError
 from pipar_jax.launch import api
 from pipar_jax.roles.holdings import Holdings
@@ -154,7 +154,7 @@ def test_moved_by_a_change_of_plan(double, network, monkeypatch, tmp_path):
 
 def test_saved_and_loaded(double, network, tmp_path):
     params, state = network.init(0)
-    path = tmp_path / checkpoint.WEIGHTS
+    path = tmp_path / checkpoints.WEIGHTS
     checkpoint.save(path, params, state, {})
     for found, wanted in zip(checkpoint.load(path, network), (params, state), strict=True):
         for unit, arrays in wanted.items():
@@ -169,7 +169,7 @@ def test_weights_of_another_dtype_are_refused(double, tmp_path):
         unit = ("a", lambda rngs: nnx.Linear(2, 3, param_dtype=dtype, rngs=rngs))
         return stages.Model.from_units("one", [unit], (2,), 3, input_dtype=dtype)
 
-    path = tmp_path / checkpoint.WEIGHTS
+    path = tmp_path / checkpoints.WEIGHTS
     checkpoint.save(path, *model("float16").init(0), {})
     with pytest.raises(RunError, match=r"a/bias is float16\[3\].*expects float64\[3\]"):
         checkpoint.load(path, model("float64"))
