@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import psutil
 import pytest
+from hypothesis import HealthCheck, settings
 
 from pipar_jax.launch.process import compiled_programs
 
@@ -33,6 +34,10 @@ COMPILE_FAST = (
     "--xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_parallel_codegen_split_count=1",
 )
+
+# How long an example takes depends on what else the machine does: no test fails for it.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 # A shell starts what runs in its background deaf to Ctrl-C, and children would be deaf as well.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -249,13 +249,13 @@ def did_you_mean(name: Any, known: Iterable[str]) -> str:
     word = str(name)
     if len(word) > 100:  # too long to resemble a name, and slow to compare
         return ""
-    found = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if not found:
-        # Often only the group is missing or wrong: data.epochs, batch_size.
-        leaf = word.rpartition(".")[2]
-        leaves = {one.rpartition(".")[2]: one for one in known}
-        found = [leaves[near] for near in difflib.get_close_matches(leaf, leaves, 1, 0.6)]
-    return f": did you mean {found[0]!r}?" if found else ""
+    leaf = word.rpartition(".")[2]
+    leaves = {name.rpartition(".")[2]: name for name in known}
+    if leaf in leaves:  # only the group is missing or wrong: data.epochs, batch_size
+        return f": did you mean {leaves[leaf]!r}?"
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    near = near or [leaves[name] for name in difflib.get_close_matches(leaf, leaves, 1, 0.6)]
+    return f": did you mean {near[0]!r}?" if near else ""
 
 
 def from_dict(kind: type[T], values: JsonMapping, prefix: str = "") -> T:
