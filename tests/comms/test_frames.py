@@ -39,7 +39,8 @@ def headers(draw):
     length = draw(st.integers(0, 2**40))
     offset = draw(st.integers(0, 2**40))
     return Header(
-        kind=draw(st.sampled_from(list(Kind))), role=draw(st.sampled_from(list(Role))), codec=draw(U8),
+        kind=draw(st.sampled_from(list(Kind))), role=draw(st.sampled_from(list(Role))),
+        codec=draw(U8),
         dtype=draw(U8), rank=draw(st.integers(0, 16)), flags=draw(st.integers(0, 15)),
         device=draw(U32), stage=draw(U32), step=draw(U32), micro_batch=draw(U32),
         micro_batches=draw(U32), samples_before=draw(U32), samples=draw(U32),
