@@ -13,7 +13,7 @@ OWN_SOURCES = ("npz:", "npy:", "module:")
 _FILES = OWN_SOURCES[:2]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class DataConfig:
     """The samples and their partition among the devices."""
 

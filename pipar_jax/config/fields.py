@@ -27,7 +27,7 @@ from pipar_jax.config.tuner_fields import TunerConfig
 AUTO = "auto"
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Config:
     """The configuration of a run."""
 

@@ -15,7 +15,7 @@ SLOWEST = 1e6
 MOST_DEVICES = 10_000
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class HostConfig:
     """What every kind of host has."""
 
@@ -32,7 +32,7 @@ class HostConfig:
     rematerialise: bool = option(False, "recompute forward passes instead of keeping residuals")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class DeviceConfig(HostConfig):
     """A device, or the defaults of all devices."""
 
@@ -57,7 +57,7 @@ class DeviceConfig(HostConfig):
     )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class DevicesConfig:
     """The number of devices, their defaults, and overrides of single devices.
 
@@ -83,7 +83,7 @@ class DevicesConfig:
         return self.count + self.more
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class NodeConfig(HostConfig):
     """A compute node in the middle of chains, or the defaults of all nodes."""
 
@@ -94,7 +94,7 @@ class NodeConfig(HostConfig):
     )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class NodesConfig:
     """The number of compute nodes, counted from 1, their defaults, and overrides of single nodes.
 
@@ -115,7 +115,7 @@ class NodesConfig:
     overrides: dict[int, JsonObject] = dataclasses.field(default_factory=dict)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class ServerConfig(HostConfig):
     """The host that coordinates the run and computes the far end of two-host chains."""
 
@@ -123,7 +123,7 @@ class ServerConfig(HostConfig):
     port: int = option(0, "port to listen on; 0: any free port", at_least=0, at_most=65535)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class NetworkConfig:
     """Authentication, encryption, and time limits between hosts."""
 

@@ -13,7 +13,7 @@ LABEL_PROTECTION = ("unprotected", "randomised", "home")
 ACCOUNTANT_NAMES = ("exact", "rdp", "pld")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class PrivacyConfig:
     """Differential privacy of what leaves the devices; off unless epsilon or noise is set."""
 

@@ -14,7 +14,7 @@ EVALUATED = ("server", "devices", "both")
 TRACED = ("all", "ends", "none")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class CohortConfig:
     """Which devices train in a round, when a round is over, and what becomes of lost devices."""
 
@@ -63,7 +63,7 @@ class CohortConfig:
     )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class CheckpointConfig:
     """What of a run is kept on disk, so that it can go on after a crash or an interruption."""
 
@@ -85,7 +85,7 @@ class CheckpointConfig:
     )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class StopConfig:
     """When a run ends before its last round."""
 
@@ -101,7 +101,7 @@ class StopConfig:
     )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class RunConfig:
     """Files and events of a run."""
 

@@ -16,7 +16,7 @@ OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "cosine", "linear", "step")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class ModelConfig:
     """The network and its construction."""
 
@@ -60,7 +60,7 @@ class ModelConfig:
         return "float64" if self.dtype == "float64" else "float32"
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class TaskConfig:
     """What the network is trained for: loss, metrics, and what targets have to be."""
 
@@ -77,7 +77,7 @@ class TaskConfig:
     )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class LoraConfig:
     """Low-rank adapters on dense layers of a registered network; only they are trained."""
 
@@ -90,7 +90,7 @@ class LoraConfig:
     alpha: float = option(16.0, "adapters' output is multiplied by alpha / rank", above=0)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class OptimizerConfig:
     """The optimiser of every replica."""
 
@@ -130,7 +130,7 @@ class OptimizerConfig:
     warmup_steps: int = option(0, "steps of linear warm-up before the schedule", at_least=0)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class AggregationConfig:
     """The interval and the rule by which weights are averaged."""
 
@@ -162,7 +162,7 @@ class AggregationConfig:
     weighted: bool = option(True, "weight the average by samples; false: all devices count equally")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class PipelineConfig:
     """The cuts of the model and the flow of mini-batches through its stages."""
 

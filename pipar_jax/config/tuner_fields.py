@@ -8,7 +8,7 @@ import dataclasses
 from pipar_jax.config.schema import LONGEST_S, option
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class TunerConfig:
     """How method=auto and pipar plan search for the plan with the shortest epoch."""
 

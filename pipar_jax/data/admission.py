@@ -353,6 +353,10 @@ def make_queries(inputs: object, signature: Signature, stored: str) -> dict[str,
             raise DataError(f"predict: {what} must be {expected}, got shape {raw.shape}")
         if not len(raw):
             raise DataError(f"predict: there is no sample: expected {expected}, got {raw.shape}")
+        if len(raw) != len(made.get(INPUT, raw)):
+            raise DataError(
+                f"predict: {what} has {len(raw)} samples, expected {len(made[INPUT])} as input x"
+            )
         made[name] = check_array(raw, f"predict: {what}")
     _check_scale(made[INPUT], stored)
     return made

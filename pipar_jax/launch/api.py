@@ -78,10 +78,8 @@ class Run:
         """
         event, name = self._last("evaluated"), name or self.model.task.main
         if name != LOSS and name not in event["metrics"]:
-            raise RunError(
-                f"{self.folder} has no score {name!r} (known: {', '.join(event['metrics'])}, "
-                f"{LOSS})"
-            )
+            known = ", ".join([*event["metrics"], LOSS])
+            raise RunError(f"{self.folder} has no score {name!r} (known: {known})")
         value = score_of(event, name)
         return float("nan") if value is None else value
 
@@ -149,7 +147,7 @@ def load(folder: str | Path, model: Model | None = None) -> Run:
       RunError: A file is missing or belongs to another model, or the run's model was the user's own
         and is not given.
     """
-    path = Path(folder)
+    path, model = Path(folder), _as_model(model, "load")
     try:
         config = configuration.from_json((path / CONFIG).read_text(encoding="utf-8"))
         metrics = read_events(path / METRICS)
@@ -169,6 +167,14 @@ def load(folder: str | Path, model: Model | None = None) -> Run:
     _check_model(model, facts, path)
     params, state = checkpoint.load(path / WEIGHTS, model)
     return Run(path, config, model, params, state, metrics, facts)
+
+
+def _as_model(model: object, function: str) -> Model | None:
+    """Returns a model that was given, or None."""
+    if model is None or isinstance(model, Model):
+        return model
+    got = f"{function}() got a {type(model).__name__} as model"
+    raise RunError(f"{got}: convert it to a stages.Model with stages.trace(model, example)")
 
 
 def _check_model(model: Model, facts: JsonMapping, path: Path) -> None:
@@ -219,17 +225,15 @@ def train(
       DataError: Data or model are not valid or do not match; nothing was started.
       PiparError: The run failed.
     """
-    if callable(model) and not isinstance(model, Model):
+    if not isinstance(config, Config):
+        resolve(config)  # raises
+    if callable(model) and hasattr(model, "__qualname__"):  # a function or class, not a network
         named = dataclasses.replace(config.model, name=name_of(model, "model"))
         config, model = dataclasses.replace(config, model=named), None
     if callable(data):
         source = dataclasses.replace(config.data, source=name_of(data, "data"))
         config, data = dataclasses.replace(config, data=source), None
-    if model is not None and not isinstance(model, Model):
-        raise RunError(
-            f"train() got a {type(model).__name__} as model: convert it to a stages.Model with "
-            "Model.from_module or Model.from_units"
-        )
+    model = _as_model(model, "train")
     names = () if model is None else (config.model.name,)
     resolved = resolve(config, models=names, reads_data=data is None)
     if model is not None:
@@ -374,8 +378,8 @@ def _admit(config: Config, model: Model | None, data: Sequence[Data] | None) -> 
         devices = range(config.devices.count)
         loaded = [datasets.load_device(config, index, rule) for index in devices]
         own = [*loaded, datasets.load_server(config, rule)]
-    elif isinstance(data, Dataset | Examples) or len(data) != len(hosts):
-        got = "one dataset" if isinstance(data, Dataset | Examples) else f"{len(data)} datasets"
+    elif not isinstance(data, list | tuple) or len(data) != len(hosts):
+        got = f"{len(data)} datasets" if isinstance(data, list | tuple) else type(data).__name__
         raise RunError(
             f"train() got {got} for {config.devices.count} devices: give one per device and the "
             "one for the test last, each a pair (inputs, targets)"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from pipar_jax.aggregation.rules import MULTI_KRUM, RULES
 from pipar_jax.config import Config, PrivacyConfig, aggregate_steps
 from pipar_jax.errors import ConfigError
@@ -67,7 +69,7 @@ def check_privacy(config: Config, models: tuple[str, ...] = ()) -> None:
 
 def _check_off(privacy: PrivacyConfig) -> None:
     default = PrivacyConfig()
-    for field in vars(default):
+    for field in (f.name for f in dataclasses.fields(default)):
         if getattr(privacy, field) != getattr(default, field):
             raise ConfigError(
                 f"privacy.{field}={getattr(privacy, field)!r} has no effect: set privacy.epsilon "

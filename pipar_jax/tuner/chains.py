@@ -165,7 +165,12 @@ def _proposals(
     Raises:
       PlanError: There is none.
     """
-    reason = ""
+    reason, least = "", 3 if method.keeps_labels(candidates.pipeline) else 2
+    if len(profile.units) < least:
+        reason = (
+            f"the model has {len(profile.units)} units, and a chain at least {least} stages: "
+            "divide the model into more units, or use another method"
+        )
     limited = any(node.host.memory_bytes for node in profile.nodes)
     for share in ROOM if limited else ROOM[:1]:
         proposals: dict[Plan, None] = {}

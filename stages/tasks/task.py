@@ -6,11 +6,13 @@ Making a task loads no jax, so that a launcher can check a configuration against
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from stages.errors import StageError
+from stages.foreign import describe
 from stages.tasks.targets import AnyTargets, TargetRule
 
 if TYPE_CHECKING:
@@ -101,11 +103,13 @@ class Task:
     answer: Callable[[HostArray], HostArray] = lambda outputs: outputs
 
     def __post_init__(self) -> None:
-        """Checks the names of the metrics.
+        """Checks the types of the attributes, and the names of the metrics.
 
         Raises:
-          StageError: A name is not valid, or there twice, or there are too many.
+          StageError: An attribute has another type; a name is not valid, or there twice, or there
+            are too many.
         """
+        self._check_types()
         names = [metric.name for metric in self.named]
         for name in names:
             if not isinstance(name, str) or not re.fullmatch(METRIC_NAME, name) or name == LOSS:
@@ -118,6 +122,24 @@ class Task:
         if len(names) > MOST_METRICS:
             raise StageError(
                 f"task {self.name!r} has {len(names)} metrics, at most {MOST_METRICS} are allowed"
+            )
+
+    def _check_types(self) -> None:
+        """Checks what is in place of metrics and targets, where mistakes are easily made."""
+        for field, kind in (("metrics", Metric), ("whole", WholeMetric)):
+            value = getattr(self, field)
+            if not isinstance(value, tuple | list) or not all(isinstance(m, kind) for m in value):
+                got = type(value).__name__
+                if isinstance(value, tuple | list):
+                    got += f" of {', '.join(type(metric).__name__ for metric in value)}"
+                raise StageError(
+                    f"task {self.name!r}: {field} is a {got}, expected a tuple of "
+                    f"stages.{kind.__name__}, such as ({kind.__name__}(…),)"
+                )
+        if not isinstance(self.targets, TargetRule):
+            raise StageError(
+                f"task {self.name!r}: targets is a {type(self.targets).__name__}, expected a rule, "
+                'such as stages.make_task("classification").targets, or nothing'
             )
 
     @property
@@ -158,15 +180,31 @@ class Task:
         Returns:
           The metrics by name; NaN where the weights are zero, such as without a single position
           that counts.
+
+        Raises:
+          StageError: A metric's ``finish`` failed, or returned something else than a number.
         """
         found: dict[str, float] = {}
         for metric in self.metrics:
             total, weight = sums.get(metric.name, (0.0, 0.0))
-            try:
-                found[metric.name] = metric.finish(total / weight) if weight else float("nan")
-            except OverflowError:  # the perplexity of a training that diverges
-                found[metric.name] = float("inf")
+            found[metric.name] = self._finished(metric, total / weight) if weight else math.nan
         return found
+
+    def _finished(self, metric: Metric, mean: float) -> float:
+        """Returns what a metric reports of its mean; infinity where that is too large a number."""
+        what = f"task {self.name!r}: finish of the metric {metric.name!r}"
+        try:
+            value = metric.finish(mean)
+        except OverflowError:  # the perplexity of a training that diverges
+            return math.inf
+        except Exception as error:
+            raise StageError(f"{what} failed for the mean {mean:g}: {describe(error)}") from error
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise StageError(
+                f"{what} returned a {type(value).__name__}, expected a number"
+            ) from None
 
     def facts(self) -> dict[str, Any]:
         """Returns what reports need to know of the scores, JSON-ready."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
+from collections.abc import Iterator
 
 import pytest
 
+import pipar_jax
 from comms import parse_link
 from pipar_jax import config as configuration
 from pipar_jax.config import Config, HostSpec, difference, schema
@@ -295,5 +298,25 @@ def _set(config: Config, path: str, value: object) -> None:
 
 @pytest.mark.parametrize("value", [{"method": "fl"}, None, "digits", Config])
 def test_what_is_not_a_configuration_is_told_so(value: object) -> None:
-    with pytest.raises(ConfigError, match=r"expected a pipar_jax\.Config, got "):
-        resolve(value)
+    says = r"expected a pipar_jax\.Config, got "
+    with pytest.raises(ConfigError, match=says):
+        resolve(value)  # type: ignore[arg-type]
+    for model in (None, Config):
+        with pytest.raises(ConfigError, match=says):
+            pipar_jax.train(value, model)  # type: ignore[arg-type]
+
+
+def test_a_field_that_does_not_exist_cannot_be_set() -> None:
+    """A misspelt name would otherwise leave the field's default, and say nothing."""
+
+    def sections(value: object) -> Iterator[object]:
+        yield value
+        for field in dataclasses.fields(value):  # type: ignore[arg-type]
+            if dataclasses.is_dataclass(getattr(value, field.name)):
+                yield from sections(getattr(value, field.name))
+
+    of = list(sections(Config()))
+    assert len(of) >= 20
+    for section in of:
+        with pytest.raises(AttributeError, match="no_such_field"):
+            section.no_such_field = 1  # type: ignore[attr-defined]

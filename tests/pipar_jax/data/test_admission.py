@@ -25,7 +25,7 @@ from pipar_jax.errors import ConfigError, DataError, RunError
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.roles.server import run_server
 from pipar_jax.roles.worker import run_device
-from stages.signature import Signature
+from stages.signature import ArrayType, Signature
 from stages.tasks.targets import ClassTargets
 from tests.conftest import Within
 from tests.pipar_jax.runtime import support
@@ -202,7 +202,11 @@ def test_shapes_that_differ_between_hosts_are_refused(tmp_path: pathlib.Path) ->
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("given", [[], [dataset("train")], dataset("train"), 3 * [dataset("test")]])
+@pytest.mark.parametrize(
+    "given",
+    [[], [dataset("train")], dataset("train"), 3 * [dataset("test")], {"x": 1, "y": 2}, "ab", 5,
+     (dataset("train") for _ in range(2))],
+)  # fmt: skip
 def test_another_number_of_datasets_is_refused(given: Any, tmp_path: pathlib.Path) -> None:
     with pytest.raises(RunError, match="give one per device and the one for the test last"):
         pipar_jax.train(_config(tmp_path), data=given)
@@ -216,6 +220,17 @@ def test_what_is_no_dataset_or_no_model_is_refused(tmp_path: pathlib.Path) -> No
         pipar_jax.train(_config(tmp_path), data=[np.ones(3), dataset("test")])  # type: ignore[list-item]
     with pytest.raises(RunError, match=r"got a Net as model: convert it to a stages\.Model"):
         pipar_jax.train(_config(tmp_path), Net(nnx.Rngs(0)))  # type: ignore[arg-type]
+    with pytest.raises(RunError, match=r"load\(\) got a \w+ as model: convert it to a stages"):
+        pipar_jax.load(tmp_path, Net)  # type: ignore[arg-type]
+
+
+def test_predict_refuses_a_side_input_of_other_samples() -> None:
+    """One mask for two samples would be broadcast."""
+    signature = dataclasses.replace(SIGNATURE, sides={"mask": ArrayType((3,), "float32")})
+    x, mask = np.ones((2, *SIGNATURE.input.shape), np.float32), np.ones((2, 3), np.float32)
+    assert len(data.make_queries({"x": x, "mask": mask}, signature, "float32")["mask"]) == 2
+    with pytest.raises(DataError, match="side input mask has 1 samples, expected 2 as input x"):
+        data.make_queries({"x": x, "mask": mask[:1]}, signature, "float32")
 
 
 class Net(nnx.Module):

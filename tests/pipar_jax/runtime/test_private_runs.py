@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import queue
 from types import SimpleNamespace
@@ -53,7 +54,7 @@ def setting(folder, method, **privacy):
 
 def plain(made):
     """The same run without privacy."""
-    for name, value in vars(type(made.privacy)()).items():
+    for name, value in dataclasses.asdict(type(made.privacy)()).items():
         setattr(made.privacy, name, value)
     return made
 

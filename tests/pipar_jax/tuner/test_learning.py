@@ -98,6 +98,19 @@ def test_a_node_that_is_unlike_its_profile_gets_the_units_that_it_should(wrong):
     assert slowdown(true, plans[-1]) < 1.03
 
 
+@pytest.mark.parametrize(("method", "units", "least"), [("mpsl", 2, 3), ("accept", 1, 2)])
+def test_a_model_with_fewer_units_than_a_chain_has_stages_is_told_so(method, units, least):
+    made = config()
+    made.method = method
+    host = profiles.host(1e-3, units=units)
+    believed = chain_profile(
+        {name: host for name in ("d0", "n1", "n2", "n3")},
+        profiles.profile(profiles.device(units=units), units=units).units,
+    )
+    with pytest.raises(PlanError, match=f"has {units} units, and a chain at least {least} stages"):
+        tune_chain(believed, made)
+
+
 class World:
     """Four hosts and a network of a kind that the predictor knows."""
 

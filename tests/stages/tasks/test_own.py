@@ -116,3 +116,37 @@ def test_what_diverges_is_infinite_and_what_does_not_count_is_no_number():
     task = stages.make_task("language")
     found = task.finish({"perplexity": (1e6, 10.0), "accuracy": (0.0, 0.0)})
     assert found["perplexity"] == float("inf") and np.isnan(found["accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"metrics": squares}, "metrics is a function, expected a tuple of stages.Metric"),
+        ({"metrics": (squares,)}, "metrics is a tuple of function, expected a tuple of"),
+        ({"metrics": stages.Metric("mine", squares)}, "metrics is a Metric, expected a tuple"),
+        ({"metrics": (stages.WholeMetric("mine", squares),)}, "metrics is a tuple of WholeMetric"),
+        ({"whole": (stages.Metric("mine", squares),)}, "whole is a tuple of Metric, expected"),
+        ({"whole": "f1"}, "whole is a str, expected a tuple of stages.WholeMetric"),
+        ({"targets": "classification"}, "targets is a str, expected a rule"),
+        ({"targets": stages.Task}, "targets is a type, expected a rule"),
+    ],
+)
+def test_metrics_and_targets_of_another_type_are_refused(fields, reason):
+    with pytest.raises(stages.StageError, match=reason):
+        stages.Task("mine", squares, **fields)
+
+
+@pytest.mark.parametrize(
+    ("finish", "reason"),
+    [
+        (lambda mean: 1 / 0, r"failed for the mean 0\.5: ZeroDivisionError.*test_own\.py"),
+        (lambda mean: None, r"returned a NoneType, expected a number"),
+        (lambda mean: "high", r"returned a str, expected a number"),
+        (lambda mean, more: mean, r"failed for the mean 0\.5: TypeError"),
+    ],
+    ids=["bug", "nothing", "a text", "two arguments"],
+)
+def test_a_finish_that_fails_is_told_in_one_line(finish, reason):
+    task = stages.Task("mine", squares, (stages.Metric("odd", squares, finish=finish),))
+    with pytest.raises(stages.StageError, match=f"finish of the metric 'odd' {reason}"):
+        task.finish({"odd": (1.0, 2.0)})
