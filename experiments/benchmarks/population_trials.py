@@ -26,6 +26,7 @@ from comms import Endpoint, Link, Message, MessageKind, Role, Tag
 from experiments.benchmarks.watched import PATIENCE_S, Usage, usage
 from pipar_jax.config import Config, from_json, to_json
 from pipar_jax.disk import files
+from pipar_jax.disk.json_text import dumps
 from pipar_jax.errors import RunError
 from pipar_jax.launch import process
 from pipar_jax.methods.registry import plan_for
@@ -129,7 +130,7 @@ def train(folder: pathlib.Path, crowd: Crowd) -> list[Held]:
                     where = f"{event['host']}:{event['port']}"
                     fakes = subprocess.Popen(
                         [sys.executable, "-m", __spec__.name, str(path), where,
-                         json.dumps(crowd)],
+                         dumps(crowd)],
                         env={**os.environ, "JAX_PLATFORMS": "cpu"},
                     )  # fmt: skip
                 elif event["event"] == "process_failed":

@@ -15,6 +15,7 @@ from pipar_jax.methods.resolution import resolve
 from pipar_jax.protocol import messages, registry
 from pipar_jax.roles import admission
 from pipar_jax.roles.server import run_server
+from pipar_jax.runtime.setup import build_model
 from pipar_jax.schedule.plan import COORDINATOR
 from tests.patience import PATIENCE_S
 from tests.pipar_jax.runtime import support
@@ -71,6 +72,7 @@ def test_a_member_that_lies_ends_the_run_by_its_name(tmp_path, lie):
     network = support.model("mlp", "float32")
     made = resolve(support.config(tmp_path, (14, 14), dtype="float32"))
     data = support.datasets(SAMPLES)
+    network = build_model(made, data[0].signature("float32"), network)
     loader = Loader(data[0].train, None, made.data.batch_size, seed=made.seed, device=0)
     listening, threads, ended = threading.Event(), [], threading.Event()
     heard = []
