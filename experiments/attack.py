@@ -112,10 +112,10 @@ def main(config: Config, own: AttackFlags) -> None:
     # Here, so that --help and wrong flags do not load jax.
     from pipar_jax.roles.start_weights import first_variables
     from pipar_jax.runtime.interception import Interceptor
-    from pipar_jax.runtime.setup import fit, set_precision
+    from pipar_jax.runtime.setup import fit, set_up_jax
     from pipar_jax.training.inversion import train_decoder
 
-    set_precision(config.model)
+    set_up_jax(config.model)
     mine, victims, known = images_of(config, own)
     model = fit(config, None, mine, f"d{own.device}")
     plan = plan_for(config, model.unit_names).devices[own.device]

@@ -28,7 +28,7 @@ from pipar_jax.methods.registry import METHODS
 from pipar_jax.privacy.leakage import FEWEST_SAMPLES, distance_correlation
 from pipar_jax.roles.start_weights import first_variables
 from pipar_jax.runtime.interception import activations
-from pipar_jax.runtime.setup import build_model, set_precision
+from pipar_jax.runtime.setup import build_model, set_up_jax
 from stages.signature import Signature
 
 # Shapes and classes of the public data sets, so that nothing has to be downloaded.
@@ -174,7 +174,7 @@ def main(config: Config, own: DescribeFlags) -> None:
         if dataset is not None
         else Signature.labelled(*SHAPES[config.data.source])
     )
-    set_precision(config.model)
+    set_up_jax(config.model)
     model = build_model(config, signature)
     cuts = resolve_cuts(model, own.stages, config.pipeline.cut)
     parts = config.pipeline.micro_batches if METHODS[config.method].pipelined else 1

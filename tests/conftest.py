@@ -19,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from pipar_jax.launch.process import compiled_programs
+from stages.compile_cache import share_compile_cache
 
 # Tests never need an accelerator, and must see the same devices wherever they run.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -67,6 +68,7 @@ def pytest_collection_finish() -> None:
     """Keeps what this process compiles where processes of hosts do: each finds what others did."""
     if "jax" in sys.modules:
         jax = sys.modules["jax"]
+        share_compile_cache()
         jax.config.update("jax_compilation_cache_dir", str(compiled_programs()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -61,10 +61,10 @@ def largest_difference(cases: Sequence[Case], folder: Path) -> float:
 
 def _largest(cases: list[tuple[Any, ...]], folder: str) -> float:
     """Runs in its own process."""
-    from pipar_jax.runtime.setup import build_model, set_precision
+    from pipar_jax.runtime.setup import build_model, set_up_jax
 
     config = _config(Case(*cases[0]), folder)
-    set_precision(config.model)
+    set_up_jax(config.model)
     model = build_model(config, Signature.labelled(SHAPE, CLASSES))
     data = [_dataset(index) for index in range(DEVICES + 1)]
     expected = _centralised(config, model, data)

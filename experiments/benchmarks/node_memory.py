@@ -101,10 +101,10 @@ def _drive_all(
     classes: int,
 ) -> list[tuple[int, ...]]:
     """Runs in the pinned process, which has not loaded jax before."""
-    from pipar_jax.runtime.setup import build_model, set_precision
+    from pipar_jax.runtime.setup import build_model, set_up_jax
 
     config = configuration.from_dict(values)
-    set_precision(config.model)
+    set_up_jax(config.model)
     model = build_model(config, Signature.labelled(input_shape, classes))
     found = []
     for plan in map(Plan.from_dict, plans):

@@ -73,13 +73,13 @@ def _measure(
     import stages
 
     stages.retain_memory()  # as processes of a run do, and before jax is loaded
-    from pipar_jax.runtime.setup import build_model, set_precision
+    from pipar_jax.runtime.setup import build_model, set_up_jax
     from pipar_jax.training import optimizer
     from pipar_jax.training.compile import LEAST_S, run_all
     from pipar_jax.training.replica import Replica
 
     config = configuration.from_dict(values)
-    set_precision(config.model)
+    set_up_jax(config.model)
     plan = Plan.from_dict(plan_values)
     model = build_model(config, Signature.labelled(input_shape, classes))
     params, state = model.init(config.seed)

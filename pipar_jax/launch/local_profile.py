@@ -115,10 +115,10 @@ def _measure(values: JsonObject, name: str, signature: JsonObject) -> JsonObject
         predicted_host,
         sizes_of,
     )
-    from pipar_jax.runtime.setup import build_model, set_precision
+    from pipar_jax.runtime.setup import build_model, set_up_jax
     from pipar_jax.training.compile import now_and_then
 
-    set_precision(config.model)
+    set_up_jax(config.model)
     model = build_model(config, SIGNATURE.read(signature, "signature"))
     sizes = sizes_of(config.tuner.sizes, config.data.batch_size)
     if config.tuner.times == "predicted":

@@ -36,7 +36,7 @@ from pipar_jax.roles.run_folder import Record, RunFolder
 from pipar_jax.roles.run_log import RunLog
 from pipar_jax.roles.stop_rule import StopRule
 from pipar_jax.runtime.host import Host
-from pipar_jax.runtime.setup import channel_options, fit, set_precision, target_rule
+from pipar_jax.runtime.setup import channel_options, fit, set_up_jax, target_rule
 from pipar_jax.schedule.plan import COORDINATOR, Plan
 from stages import Model
 from stages.trees import Variables
@@ -79,7 +79,7 @@ def run_server(
       PeerError: A device was lost or failed.
       RunError: This process failed.
     """
-    set_precision(config.model)
+    set_up_jax(config.model)
     began_s = time.monotonic()
     # Before there is a folder: what is refused here leaves nothing behind.
     planned(config.cohort, config.devices.total)

@@ -38,7 +38,7 @@ from pipar_jax.roles.survey import Respondent
 from pipar_jax.runtime import exchanges, trace_rows, unit_state
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.releases import Releases
-from pipar_jax.runtime.setup import build_model, channel_options, fit, set_precision, target_rule
+from pipar_jax.runtime.setup import build_model, channel_options, fit, set_up_jax, target_rule
 from pipar_jax.runtime.state_files import StateTag
 from pipar_jax.runtime.unit_state import States
 from pipar_jax.schedule.actions import (
@@ -95,7 +95,7 @@ def run_device(
       PeerError: The coordinator was lost or ended the run because of another host.
       RunError: This device failed.
     """
-    set_precision(config.model)
+    set_up_jax(config.model)
     name = device_name(index)
     rule = target_rule(config, model)
     dataset = (
@@ -174,7 +174,7 @@ def run_node(
       PeerError: The coordinator or a neighbour was lost, or the run ended because of another host.
       RunError: This node failed, cannot listen, or the plan needs more memory than it may take.
     """
-    set_precision(config.model)
+    set_up_jax(config.model)
 
     def take_part(timeout_s: float) -> None:
         worker = Worker(config, node_name(index), model, None, stop)

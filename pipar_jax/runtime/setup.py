@@ -23,15 +23,19 @@ if TYPE_CHECKING:
     from stages import Model
 
 
-def set_precision(config: ModelConfig) -> None:
-    """Allows 64-bit numbers in this process if the model computes with them.
+def set_up_jax(config: ModelConfig) -> None:
+    """Loads jax for a model: with 64-bit numbers if the model computes with them.
 
-    The setting is global to the process; it is never reverted, since arrays made under it live
+    Compiled programs are cached so that other processes can use the cache at the same time. Both
+    settings are global to the process; they are never reverted, since arrays made under them live
     on.
     """
-    if config.dtype == "float64":
-        import jax  # here: launchers need the channel's settings, and no jax
+    import jax  # here: launchers need the channel's settings, and no jax
 
+    from stages.compile_cache import share_compile_cache
+
+    share_compile_cache()
+    if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)  # type: ignore[no-untyped-call]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import random
 
@@ -77,8 +78,10 @@ def test_a_flipped_bit_is_mended_by_resuming(workshop):
 def test_a_flipped_bit_ends_a_link_that_cannot_resume_and_its_line_says_so(workshop):
     pair = workshop.pair()
     spoil(pair.down, Flipper(after_bytes=100_000, times=1))
-    for step in range(5):
-        pair.up.send(Tag(role=Role.ACTIVATION, step=step), ARRAY)
+    # The sender may hear of the end before it has sent all.
+    with contextlib.suppress(PeerLost):
+        for step in range(5):
+            pair.up.send(Tag(role=Role.ACTIVATION, step=step), ARRAY)
     error = pair.at_server.take_lost()
     assert isinstance(error, PeerLost) and "damaged in transit" in str(error)
     assert "d0" in str(error) and "resume_s above 0" in str(error)

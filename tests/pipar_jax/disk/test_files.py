@@ -115,6 +115,7 @@ OTHERWISE = {
     "pipar_jax/roles/checkpoint_store.py": "Orbax writes a whole folder aside, then renames it",
     "pipar_jax/data/cache.py": "a whole folder is written aside, and a lock has nothing in it",
     "pipar_jax/launch/certificates.py": "a key is private before it has content",
+    "stages/compile_cache.py": "written aside and renamed, but not forced to the disk",
     "experiments/attack.py": "a picture is encoded in memory",
     "experiments/bench_rounds.py": "the log that a child's output goes to",
     "experiments/benchmarks/population_trials.py": "the log that a child's output goes to",
