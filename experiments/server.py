@@ -15,7 +15,8 @@ import configs
 from pipar_jax import data
 from pipar_jax.config import Config, to_text
 from pipar_jax.config.paths import shown
-from pipar_jax.launch import flags, launcher, machine, process
+from pipar_jax.launch import flags, machine, process
+from pipar_jax.launch.run_folders import hold_folder
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.report.progress import ProgressDisplay, loss_text, losses_text
 from pipar_jax.report.scores import final_score
@@ -30,24 +31,24 @@ def main(config: Config, _: flags.NoFlags) -> None:
     machine.check(config, ["server"])
     process.set_environment(config, "server")
     process.claim_platform(hosts_of(config), "server")
-    folder = launcher.create_folder(config)
-    print(to_text(config), flush=True)
-    if table := data.table(config):
-        print(f"\n{table}\n", flush=True)
-    from pipar_jax.roles.server import run_server  # loads jax, whose environment is set now
+    with hold_folder(config) as folder:
+        print(to_text(config), flush=True)
+        if table := data.table(config):
+            print(f"\n{table}\n", flush=True)
+        from pipar_jax.roles.server import run_server  # loads jax, whose environment is set now
 
-    with ProgressDisplay() as progress:
+        with ProgressDisplay() as progress:
 
-        def tell(event: dict[str, Any]) -> None:
-            if event["event"] == "listening":
-                print(f"listening on {event['host']}:{event['port']}", flush=True)
-            progress(event)
+            def tell(event: dict[str, Any]) -> None:
+                if event["event"] == "listening":
+                    print(f"listening on {event['host']}:{event['port']}", flush=True)
+                progress(event)
 
-        with process.finishing(config.checkpoint) as finish:
-            summary = run_server(config, on_event=tell, finish=finish)
+            with process.finishing(config.checkpoint) as finish:
+                summary = run_server(config, on_event=tell, finish=finish)
     print(
         f"{config.method}: {summary['epoch_seconds']:.2f} s per epoch, {final_score(summary)}, "
-        f"loss {loss_text(summary)}; run in {shown(folder)}"
+        f"loss {loss_text(summary)}; run in {shown(folder.path)}"
     )
     if lost := losses_text(summary):
         print(lost)

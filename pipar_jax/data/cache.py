@@ -6,25 +6,20 @@ processes map is in memory once.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
 from pipar_jax.data.types import Dataset, Examples
 from pipar_jax.disk.files import describe_reading
 from pipar_jax.disk.json_text import JsonObject, dumps
+from pipar_jax.disk.locks import locked
 from pipar_jax.errors import DataError
-
-try:
-    import fcntl
-except ImportError:  # not POSIX: two processes may decode the same data, which is slow but correct
-    fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1
 
@@ -107,17 +102,3 @@ def _read(home: pathlib.Path) -> Dataset:
         mean=np.asarray(about["mean"], np.float32),
         std=np.asarray(about["std"], np.float32),
     )
-
-
-@contextlib.contextmanager
-def locked(path: pathlib.Path) -> Iterator[None]:
-    """Holds a lock between processes of this machine while its body runs.
-
-    Args:
-      path: The lock file; its folder is created if missing.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

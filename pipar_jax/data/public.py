@@ -15,11 +15,12 @@ from comms.arrays import Bytes
 from comms.errors import explain
 from pipar_jax.config import DataConfig
 from pipar_jax.data.archives import find_originals, read_originals
-from pipar_jax.data.cache import cache_folder, cached, locked
+from pipar_jax.data.cache import cache_folder, cached
 from pipar_jax.data.download import fetch
 from pipar_jax.data.published import DIGITS, SETS
 from pipar_jax.data.types import Dataset, Examples
 from pipar_jax.disk.files import describe_reading
+from pipar_jax.disk.locks import locked
 from pipar_jax.errors import DataError
 
 _READ_AT_ONCE = 1000

@@ -283,14 +283,13 @@ def run_here(
       DataError: Data or model are not valid or do not match; nothing was started.
       PiparError: The run failed; of several hosts' errors, the first that is not about a peer.
     """
-    from pipar_jax.launch.launcher import create_folder
+    from pipar_jax.launch.run_folders import hold_folder
 
     own = _admit(config, model, data)
     # A copy: its name becomes that of the folder, and that of the model the model's own.
     of_model = config.model if model is None else dataclasses.replace(config.model, name=model.name)
     config = dataclasses.replace(config, model=of_model)
-    folder = create_folder(config)
-    with _Roles(config, model, on_event) as roles:
+    with hold_folder(config) as held, _Roles(config, model, on_event) as roles:
         roles.start("server", run_server, on_event=roles.tell, data=own[-1])
         address = roles.listening.get()
         if address is not None:
@@ -298,7 +297,7 @@ def run_here(
                 roles.start(name, run_node, host_index(name), address)
             for index in range(config.devices.count):
                 roles.start(device_name(index), run_device, index, address, data=own[index])
-    return folder
+    return held.path
 
 
 class _Roles:

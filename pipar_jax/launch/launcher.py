@@ -20,18 +20,17 @@ import time
 
 import pipar_jax
 from pipar_jax import data, errors
-from pipar_jax.config import Config, to_json
-from pipar_jax.config.checkpoints import check_resume, resumed
+from pipar_jax.config import Config
 from pipar_jax.config.cohorts import planned
 from pipar_jax.disk.event_log import OnEvent
-from pipar_jax.disk.files import describe_os_error, write_text
+from pipar_jax.disk.files import describe_os_error
 from pipar_jax.disk.json_text import JsonObject
-from pipar_jax.errors import DiskError, PiparError, RunError
+from pipar_jax.errors import PiparError, RunError
 from pipar_jax.launch import machine
 from pipar_jax.launch.process import FINISH, PATH_VARIABLE, TOKEN_VARIABLE, finishing
+from pipar_jax.launch.run_folders import HeldFolder, hold_folder
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.methods.resolution import resolve
-from pipar_jax.report import environment
 from pipar_jax.schedule.plan import COORDINATOR, device_name, is_device
 
 #: Seconds for which the other processes may report errors after the first failure.
@@ -67,58 +66,25 @@ def launch(
     machine.check(config)
     planned(config.cohort, config.devices.total)
     data.prepare(config)
-    folder = create_folder(config)
     with (
+        hold_folder(config) as folder,
         finishing(config.checkpoint) as finish,
         _Hosts(config, folder, on_event or (lambda event: None), process_module) as hosts,
     ):
         return hosts.follow(finish)
 
 
-def create_folder(config: Config) -> pathlib.Path:
-    """Creates the run's folder with config.json and environment.json and returns its path.
-
-    If the name is taken, a number is appended: ``runs/digits``, ``runs/digits-2``. A run that is
-    resumed (``run.resume``) continues in its own folder. ``config.run.dir`` and ``config.name`` are
-    set, so that ``run.dir/name`` is the folder on every host.
-
-    Raises:
-      ConfigError: ``run.resume`` names a run that this configuration cannot continue.
-      DiskError: The folder cannot be created or written.
-    """
-    check_resume(config)
-    past = resumed(config.name, config.run)
-    if past is not None:
-        config.run.dir, config.name = str(past.folder.parent), past.folder.name
-    base, wanted = pathlib.Path(config.run.dir), config.name
-    number = 1
-    try:
-        base.mkdir(parents=True, exist_ok=True)
-        while True:
-            config.name = wanted if number == 1 else f"{wanted}-{number}"
-            try:
-                (base / config.name).mkdir(exist_ok=past is not None)
-                break
-            except FileExistsError:
-                number += 1
-        folder = base / config.name
-        (folder / "logs").mkdir(exist_ok=past is not None)
-        write_text(folder / "config.json", to_json(config))
-        environment.write(folder, config.network.token)
-    except DiskError as error:
-        raise DiskError(f"the run's folder cannot be created: {error}") from error
-    except OSError as error:
-        error.filename = error.filename or str(base / config.name)
-        raise DiskError(
-            f"the run's folder cannot be created: {describe_os_error(error)}"
-        ) from error
-    return folder
-
-
 class _Child:
     """The process of a host and its events so far."""
 
-    def __init__(self, name: str, command: list[str], folder: pathlib.Path, token: str | None):
+    def __init__(
+        self,
+        name: str,
+        command: list[str],
+        folder: pathlib.Path,
+        token: str | None,
+        inherited: tuple[int, ...],
+    ) -> None:
         self.name = name
         self.log = folder / "logs" / f"{name}.log"
         self.failure: JsonObject | None = None
@@ -142,7 +108,7 @@ class _Child:
                     stdin=subprocess.PIPE,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    pass_fds=(events,),
+                    pass_fds=(events, *inherited),
                     env=environment,
                     # Ctrl-C reaches only the parent, which ends all children.
                     start_new_session=True,
@@ -226,10 +192,10 @@ class _Child:
 class _Hosts:
     """All processes of a run, from the start of the first to the end of the last."""
 
-    def __init__(self, config: Config, folder: pathlib.Path, on_event: OnEvent, module: str):
+    def __init__(self, config: Config, folder: HeldFolder, on_event: OnEvent, module: str):
         self._config = config
         self._specs = hosts_of(config)
-        self._folder = folder
+        self._folder, self._lock = folder
         self._on_event = on_event
         self._module = module
         self._children: list[_Child] = []
@@ -291,7 +257,9 @@ class _Hosts:
         # -P: a package in the working directory must not shadow one of ours.
         command = [sys.executable, "-P", "-m", self._module, f"--name={name}"]
         command.append(f"--config={self._folder / 'config.json'}")
-        child = _Child(name, command, self._folder, self._config.network.token)
+        # The server writes to the folder, and may outlive a launcher that is killed for a moment.
+        lock = (self._lock,) if name == COORDINATOR else ()
+        child = _Child(name, command, self._folder, self._config.network.token, lock)
         self._children.append(child)
         self._selector.register(child.events, selectors.EVENT_READ, child)
 

@@ -5,14 +5,14 @@ Nothing here loads jax before the host's environment is set.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipar_jax.config import Config
 from pipar_jax.disk.event_log import OnEvent
 from pipar_jax.errors import ConfigError
-from pipar_jax.launch import launcher, machine, process
+from pipar_jax.launch import machine, process
 from pipar_jax.launch.flags import parse_address
+from pipar_jax.launch.run_folders import hold_folder
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.schedule.plan import COORDINATOR, device_name, node_name
@@ -47,13 +47,13 @@ def run_server(
       PiparError: The run failed.
     """
     resolved = prepare(config, COORDINATOR, model, reads_data=data is None)
-    launcher.create_folder(resolved)
-    from pipar_jax.launch.api import load_configured
-    from pipar_jax.roles import server  # loads jax, whose environment is set now
+    with hold_folder(resolved) as folder:
+        from pipar_jax.launch.api import load_configured
+        from pipar_jax.roles import server  # loads jax, whose environment is set now
 
-    tell = on_event or (lambda event: None)
-    server.run_server(resolved, on_event=tell, model=model, data=data)
-    return load_configured(resolved, Path(resolved.run.dir) / resolved.name, model)
+        tell = on_event or (lambda event: None)
+        server.run_server(resolved, on_event=tell, model=model, data=data)
+        return load_configured(resolved, folder.path, model)
 
 
 def run_device(

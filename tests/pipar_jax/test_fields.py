@@ -237,7 +237,7 @@ def test_every_rule_between_fields_is_checked_before_a_process(
 ) -> None:
     make_authority(tmp_path)
     monkeypatch.setattr(machine, "has_plugin", lambda starts: False)
-    monkeypatch.setattr(launcher, "create_folder", lambda config: pytest.fail("a folder was made"))
+    monkeypatch.setattr(launcher, "hold_folder", lambda config: pytest.fail("a folder was made"))
     for says, config in RULES:
         if config.network.authority:
             config.network.authority = str(tmp_path / "authority.pem")

@@ -24,7 +24,7 @@ from pipar_jax.config.checkpoints import WEIGHTS
 from pipar_jax.cost_model.profile import HostProfile, UnitFacts
 from pipar_jax.disk import files
 from pipar_jax.errors import DiskError, PiparError
-from pipar_jax.launch.launcher import create_folder
+from pipar_jax.launch.run_folders import hold_folder
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.profiling import kept_times
 from pipar_jax.profiling.kept_times import Measured
@@ -113,7 +113,8 @@ OTHERWISE = {
     "pipar_jax/launch/process.py": "standard streams that were closed",
     "pipar_jax/data/download.py": "written aside while its checksum is made, then renamed",
     "pipar_jax/roles/checkpoint_store.py": "Orbax writes a whole folder aside, then renames it",
-    "pipar_jax/data/cache.py": "a whole folder is written aside, and a lock has nothing in it",
+    "pipar_jax/data/cache.py": "a whole folder is written aside",
+    "pipar_jax/disk/locks.py": "a lock has nothing in it but the number of a process",
     "pipar_jax/launch/certificates.py": "a key is private before it has content",
     "stages/compile_cache.py": "written aside and renamed, but not forced to the disk",
     "experiments/attack.py": "a picture is encoded in memory",
@@ -178,13 +179,15 @@ def test_a_runs_folder_on_a_full_disk_and_on_one_that_cannot_be_written(tmp_path
     with full_disk(tmp_path, kilobytes=4) as disk:
         (disk / "x").write_bytes(b"x" * 4096)
         config.run.dir = str(disk / "runs")
-        with pytest.raises(DiskError, match="the run's folder cannot be created: no space left"):
-            create_folder(config)
+        says = "the run's folder cannot be created: no space left"
+        with pytest.raises(DiskError, match=says), hold_folder(config):
+            pass
     (tmp_path / "other").mkdir()
     with read_only_disk(tmp_path / "other") as disk:
         config.run.dir = str(disk / "runs")
-        with pytest.raises(DiskError, match=r"Read-only file system.*--config.run.dir"):
-            create_folder(config)
+        says = r"Read-only file system.*--config.run.dir"
+        with pytest.raises(DiskError, match=says), hold_folder(config):
+            pass
 
 
 def test_every_file_is_written_by_the_one_way() -> None:

@@ -19,7 +19,9 @@ import pytest
 
 from pipar_jax.config import Config, from_json
 from pipar_jax.errors import ConfigError, DataError, PeerError, RunError
-from pipar_jax.launch import launcher
+from pipar_jax.launch import launcher, run_folders
+from pipar_jax.launch.run_folders import hold_folder
+from pipar_jax.methods.resolution import resolve
 from tests.conftest import Within
 from tests.patience import PATIENCE_S
 
@@ -79,6 +81,22 @@ def test_a_second_run_of_the_name_gets_a_number(
     saved = pathlib.Path(config.run.dir) / "trial-2" / "config.json"
     assert from_json(saved.read_text()).name == "trial-2"
     assert config.name == "trial"  # the caller's is left alone
+
+
+def test_a_second_run_in_one_folder_is_refused_while_the_first_lasts(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folders, "ENDING_S", 0.2)
+    config.run.resume = "auto"
+    with hold_folder(resolve(config)) as held:
+        events = held.path / "config.json"
+        before = events.stat()
+        says = rf"runs/trial is in use by another run \(process {os.getpid()}\): wait for its end"
+        with pytest.raises(RunError, match=says):
+            launch(config, monkeypatch)
+        assert events.stat() == before
+    assert launch(config, monkeypatch)[-1]["event"] == "run_finished"
+    assert not alive(pathlib.Path(config.run.dir))
 
 
 def test_the_environment_is_set_before_jax_could_be_loaded(
@@ -217,7 +235,9 @@ def test_an_error_of_the_listener_to_events_ends_all(
 
 PARENT = """
 import sys
-from pipar_jax.launch import launcher
+from pipar_jax.launch import launcher, run_folders
+from pipar_jax.launch.run_folders import hold_folder
+from pipar_jax.methods.resolution import resolve
 from pipar_jax.config import from_json
 config = from_json(sys.stdin.read())
 launcher.launch(config, process_module=sys.argv[1])

@@ -11,7 +11,7 @@ import pytest
 
 import pipar_jax
 from pipar_jax.config import Config
-from pipar_jax.launch.launcher import create_folder
+from pipar_jax.launch.run_folders import hold_folder
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.report import environment
 from tests.sources import ROOT
@@ -51,7 +51,8 @@ def test_a_runs_folder_says_where_it_was_started(
     monkeypatch.setattr(sys, "orig_argv", ["python", "x", f"--config.network.token={SECRET}"])
     config = resolve(Config())
     config.run.dir, config.network.token = str(tmp_path), SECRET
-    folder = create_folder(config)
+    with hold_folder(config) as held:
+        folder = held.path
     environment.add_platform(folder)
     text = (folder / "environment.json").read_text()
     found = json.loads(text)

@@ -14,7 +14,7 @@ import stages
 from pipar_jax.config import Config, from_json
 from pipar_jax.errors import RunError
 from pipar_jax.launch.api import load, train
-from pipar_jax.launch.launcher import create_folder
+from pipar_jax.launch.run_folders import hold_folder
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.roles.server import run_server
 from tests.pipar_jax.runtime import support
@@ -90,7 +90,8 @@ def test_runs_that_begin_at_once_do_not_share_a_folder(tmp_path):
 
     def begin(index):
         start.wait()
-        found[index] = create_folder(configs[index])
+        with hold_folder(configs[index]) as held:
+            found[index] = held.path
 
     threads = [threading.Thread(target=begin, args=(i,)) for i in range(len(configs))]
     for thread in threads:
