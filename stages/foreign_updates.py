@@ -107,9 +107,11 @@ def _check_alike(what: str, name: str, wanted: PyTree, given: PyTree) -> None:
         )
     pairs = zip(jax.tree.leaves(wanted), jax.tree.leaves(given), strict=True)
     for old, new in pairs:
-        if jnp.shape(old) != jnp.shape(new):
+        kept = jnp.can_cast(jnp.result_type(new), jnp.result_type(old), casting="same_kind")
+        if jnp.shape(old) != jnp.shape(new) or not kept:
             raise StageError(
                 f"{what}: its {name} came back with {_shape(new)}, expected {_shape(old)}"
+                f"{'' if kept else ': a fraction would be lost; begin with 0.0 instead of 0'}"
             )
 
 

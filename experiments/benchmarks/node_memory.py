@@ -191,8 +191,7 @@ class _Drive:
             self._send(tag)
         capped = self._plan.in_flight if self._plan.sums_gradients else 0
         inside = [self._get(self._forwarded) for _ in parts[: capped or None]]
-        # If a limit makes inputs wait, their buffers are accounted for, but not yet arrays.
-        booked, live = self._settle(0.0 if capped else _SETTLE_S)
+        booked, live = self._settle(inputs_wait=bool(capped))
         for _ in parts[len(inside) :]:  # one has to leave before the next may enter
             self._send(inside.pop(0))
             inside.append(self._get(self._forwarded))
@@ -225,20 +224,24 @@ class _Drive:
         if tag is not None and tag.role == Role.ACTIVATION:
             self._forwarded.put(dataclasses.replace(tag, role=Role.COTANGENT, stage=self._stage))
 
-    def _settle(self, patience_s: float) -> tuple[int, int]:
+    def _settle(self, *, inputs_wait: bool) -> tuple[int, int]:
         """Returns accounted and live bytes, once tensors that have left are released.
 
         Threads that end may keep the host of the previous plan, with its arrays, a little longer.
+
+        Args:
+          inputs_wait: Whether a limit makes inputs wait, whose buffers are accounted for, but are
+            not yet arrays.
         """
         import jax
 
-        until = time.monotonic() + patience_s
+        until = time.monotonic() + _SETTLE_S
         while True:
             gc.collect()
             booked = self._host.held_bytes
             arrays: list[Any] = jax.live_arrays()  # type: ignore[no-untyped-call]
             live = sum(array.nbytes for array in arrays)
-            if booked == live or time.monotonic() > until:
+            if booked == live or (inputs_wait and booked > live) or time.monotonic() > until:
                 return booked, live
             time.sleep(0.05)
 

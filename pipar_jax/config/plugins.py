@@ -50,7 +50,7 @@ def name_of(function: Callable[..., Any], what: str) -> str:
         raise ConfigError(
             f"{what}={module}.{name} cannot be imported by the processes of a run: define it at "
             "the top level of a module other than the script that is started, or pass what it "
-            "returns"
+            f"returns{', as stages.trace(NETWORK, EXAMPLE)' if what == 'model' else ''}"
         )
     return value
 

@@ -181,13 +181,15 @@ def check(root: Any, prefix: str = "", names: Names = NONE) -> None:
 
 
 def fit(one: ConfigField, value: Any) -> Any:
-    """Returns a value converted to the type of an option.
+    """Returns a value converted to the type of an option; one of numpy's becomes Python's.
 
     Raises:
       ConfigError: The value has another type, is not a choice, or is out of bounds.
     """
     if value is None and type(None) in one.types:
         return None
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        value = value.item()
     if float in one.types and type(value) is int:
         value = float(value)
     limits = one.field.metadata

@@ -49,5 +49,9 @@ LINES: dict[str, Callable[[Event], str]] = {
     "not_kept": lambda event: (
         f"the run continues, but some of its output is not saved: {event['reason']}"
     ),
+    "metrics_undefined": lambda event: (
+        f"{' and '.join(event['names'])} had no value in any evaluation (NaN): the test set may "
+        "have no sample, position or class from which to compute it"
+    ),
     "failed": lambda event: f"failed: {event['error']}",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -110,6 +111,7 @@ class RunLog:
         self._moved_s: dict[int, float] = {}
         self._busy: dict[str, float] = {}
         self._score: JsonObject = {}
+        self._undefined: set[str] | None = None  # metrics that no evaluation has given a value
         self._origin_s = time.monotonic()
         for row in rows:
             self._add_past(row)
@@ -301,6 +303,8 @@ class RunLog:
             overall = local.overall
             of_devices["on_devices"] = {"loss": overall.loss, "metrics": overall.metrics}
         self._score = {"loss": score.loss, "metrics": score.metrics}
+        undefined = {name for name, value in score.metrics.items() if math.isnan(value)}
+        self._undefined = undefined & (undefined if self._undefined is None else self._undefined)
         self._tell(
             {
                 "event": "evaluated",
@@ -318,6 +322,8 @@ class RunLog:
     def finish(self) -> JsonObject:
         """Ends the trace, tells that the run is over, and returns that event."""
         self._trace.close()
+        if self._undefined:
+            self._tell({"event": "metrics_undefined", "names": sorted(self._undefined)})
         epochs: dict[int, float] = {}
         for index, seconds in enumerate(self._seconds):
             epoch = index * self._config.epochs // self._rounds

@@ -326,3 +326,14 @@ def test_nobody_else_reads_the_words_of_a_number() -> None:
 
 def test_errors_of_the_user_s_are_told_apart() -> None:
     assert not PiparError("of ours").of_user
+
+
+def test_what_the_processes_cannot_import_is_refused_with_a_remedy() -> None:
+    class Network:
+        pass
+
+    Network.__module__, Network.__qualname__ = "__main__", "Network"
+    with pytest.raises(ConfigError, match=r"model=__main__.Network cannot .*as stages.trace\(NET"):
+        plugins.name_of(Network, "model")
+    with pytest.raises(ConfigError, match=r"pass what it returns$"):
+        plugins.name_of(Network, "data")

@@ -6,7 +6,9 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 
 import pipar_jax
@@ -162,6 +164,24 @@ def test_a_whole_number_in_a_field_for_numbers_becomes_a_float() -> None:
     made = resolve(config)
     assert isinstance(made.devices.defaults.slowdown, float)
     assert isinstance(hosts_of(made).device(1).slowdown.factor, float)
+
+
+def test_a_value_of_numpy_is_taken_as_python_s() -> None:
+    given: dict[str, Any] = {"seed": np.int64(3), "epochs": np.uint8(2), "method": np.str_("fl")}
+    config = Config(**given, debug=np.bool_(True))  # type: ignore[arg-type]
+    config.optimizer.learning_rate = np.float64(0.5)
+    config.optimizer.clip_norm = np.int32(2)  # type: ignore[assignment]
+    made = resolve(config)
+    found = made.seed, made.epochs, made.debug, made.optimizer.learning_rate, made.method
+    assert found == (3, 2, True, 0.5, "fl")
+    assert [type(one) for one in found] == [int, int, bool, float, str]
+    assert (
+        made.optimizer.clip_norm == 2.0
+        and configuration.from_json(configuration.to_json(made)) == made
+    )
+    config.epochs = np.float32(1.5)  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match=r"epochs=1.5 is not valid: expected a whole number"):
+        resolve(config)
 
 
 def test_a_group_of_another_type_is_refused() -> None:

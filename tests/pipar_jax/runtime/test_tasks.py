@@ -17,6 +17,7 @@ from pipar_jax.errors import ConfigError, DataError, PiparError, RunError
 from pipar_jax.launch.api import train
 from pipar_jax.methods.registry import METHODS
 from pipar_jax.methods.resolution import resolve
+from pipar_jax.report.event_lines import LINES
 from stages.names import TASKS
 from stages.signature import unwrapped
 from stages.tasks.targets import MASKED
@@ -150,6 +151,19 @@ def _check_scores(run, task, test, events):
     with pytest.raises(RunError, match="has no score 'nothing'"):
         run.score("nothing")
     assert len(run.predict(test.test.x)) == len(y)
+
+
+def test_a_metric_that_never_has_a_value_is_told_once(double_numbers, tmp_path):
+    made = setting(tmp_path, "binary", "fl", (12,))
+    made.epochs, made.run.evaluate_every, made.task.metrics = 2, 1, "auc"
+    data = [examples("binary", n, seed) for seed, n in enumerate((12, 9))]
+    data[-1] = data[-1][0], np.zeros(9, bool)  # no positive sample in the test set
+    events = []
+    train(made, network("binary"), data, on_event=events.append)
+    (told,) = [one for one in events if one["event"] == "metrics_undefined"]
+    assert told["names"] == ["auc", "recall"] and "auc and recall had no" in LINES[
+        "metrics_undefined"
+    ](told)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,17 @@ def scalar(learning_rate):
     )
 
 
+def counting(learning_rate):
+    """Its state is whole numbers at first, and fractions later."""
+
+    def update(updates, state, params):
+        slower = jax.tree.map(lambda u, s: 0.9 * s + u, updates, state)
+        return jax.tree.map(lambda s: -learning_rate * s, slower), slower
+
+    init = jax.tree_util.Partial(jax.tree.map, lambda leaf: jnp.zeros(leaf.shape, jnp.int32))
+    return optax.GradientTransformation(init, update)
+
+
 def keyed(learning_rate):
     return optax.GradientTransformation(
         lambda params: jax.random.key(0), lambda updates, state, params: (updates, state)

@@ -184,6 +184,7 @@ def test_what_couples_units_is_marked_and_keeps_no_state():
     [
         ({"name": f"{OWN}:lookalike"}, r"own optimiser \S+ failed: TypeError: .*positional"),
         ({"name": f"{OWN}:scalar"}, "its updates came back as PyTreeDef"),
+        ({"name": f"{OWN}:counting"}, r"state came back with float32.*, expected int32.* be lost"),
         ({"name": f"{OWN}:keyed"}, "its state has a .* key<fry>, expected arrays of numbers"),
         ({"name": f"{OWN}:fails"}, r"failed: ValueError: no such moment \(.*brought.py:\d+"),
         ({"name": f"{OWN}:nothing"}, "returned a NoneType, expected an optax.Gradient"),
