@@ -62,7 +62,7 @@ def setting(folder: pathlib.Path, method: str, name: str, rounds: int = ROUNDS) 
         config.devices.count = 1
     else:
         config.cohort.min_devices = config.cohort.quorum = 2
-    config.cohort.deadline_s, config.cohort.wait_s = DEADLINE_S, 3.0
+        config.cohort.deadline_s, config.cohort.wait_s = DEADLINE_S, 3.0
     config.checkpoint.every_rounds, config.run.resume = EVERY, "auto"
     config.run.dir, config.run.trace, config.run.evaluate_every = str(folder), "none", 0
     config.run.progress_every_s, config.network.join_timeout_s = 0.0, 120.0

@@ -62,7 +62,7 @@ def check_scores(config: Config, task: Task) -> None:
     """Checks that the scores by which a run is judged are those of its task.
 
     Raises:
-      ConfigError: The task has no such score.
+      ConfigError: The task has no such score, or it never has such a value.
     """
     for field, name in (
         ("stop.metric", config.stop.metric), ("checkpoint.best", config.checkpoint.best)
@@ -73,3 +73,9 @@ def check_scores(config: Config, task: Task) -> None:
                 f"{task.name!r}{did_you_mean(name, task.scores)} (known: "
                 f"{', '.join(task.scores)}; add those that need all outputs by task.metrics)"
             )
+    score, target = config.stop.metric or task.main, config.stop.target
+    if target is not None and score in task.shares and not 0 <= target <= 1:
+        raise ConfigError(
+            f"stop.target={target:g} is never reached: {score} of task {task.name!r} is a share "
+            "between 0 and 1; write 0.95 for 95 %"
+        )

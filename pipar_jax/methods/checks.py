@@ -25,6 +25,7 @@ from pipar_jax.methods.privacy_checks import check_privacy
 from pipar_jax.methods.registry import METHODS, Method, node_methods
 from pipar_jax.methods.robust_checks import check_robust
 from pipar_jax.methods.tuner_checks import check_tuner
+from pipar_jax.methods.unused_checks import check_unused
 from pipar_jax.schedule.plan import Order, WeightPolicy
 from stages.errors import StageError
 from stages.names import ARGUMENTS, TOKEN_MODELS, UNITS, arguments_of
@@ -63,6 +64,7 @@ def check_registered(
     _check_cohort(config, method)
     check_robust(config, method)
     check_privacy(config, models)
+    check_unused(config, reads_data=reads_data)
 
 
 def _check_model(model: ModelConfig, source: str, models: tuple[str, ...]) -> None:

@@ -167,6 +167,11 @@ class Task:
         return {**found, LOSS: False}
 
     @property
+    def shares(self) -> tuple[str, ...]:
+        """Names of the metrics that are shares in [0, 1]."""
+        return tuple(metric.name for metric in self.named if metric.share)
+
+    @property
     def main(self) -> str:
         """Name of the most telling score: the first metric that streams, else the loss."""
         return next(iter(self.scores))
@@ -208,7 +213,7 @@ class Task:
 
     def facts(self) -> dict[str, Any]:
         """Returns what reports need to know of the scores, JSON-ready."""
-        shares = {metric.name for metric in self.named if metric.share}
+        shares = set(self.shares)
         return {
             "name": self.name,
             "main": self.main,

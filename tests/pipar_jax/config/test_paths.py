@@ -47,12 +47,18 @@ def holder_of(config: Config, path: str) -> tuple[Any, str]:
     return holder, name
 
 
+def with_a_node() -> Config:
+    """Returns a configuration in which the fields of nodes count, and each host reads own data."""
+    config = Config(method="mpsl")
+    config.nodes.count, config.data.source = 1, "npz:/elsewhere"
+    return config
+
+
 def configured(path: str, prefix: str, text: str, home: pathlib.Path) -> Config:
     """Returns a configuration with a path in a field, and in the file what the field wants."""
-    config = Config()
+    config = with_a_node()
     name = path.rpartition(".")[2]
     (home / "x").write_text(TIMETABLES.get(name, "a long enough secret"))
-    config.data.source = "npz:/elsewhere"
     if name in ("data_dir", "cache_dir", "dir"):
         (home / "x").unlink()
     if name in ("certificate", "key"):
@@ -94,16 +100,14 @@ def test_every_path_of_one_host_is_absolute_too(home: pathlib.Path) -> None:
                 continue
             (home / "x").write_text(TIMETABLES.get(one.path, ""))
             for prefix in prefixes(one):
-                config = Config(method="mpsl")
-                config.nodes.count, config.data.source = 1, "npz:/elsewhere"
+                config = with_a_node()
                 getattr(config, group).overrides = {1: {one.path: f"{prefix}~/x"}}
                 made = getattr(resolve(config), group).overrides
                 assert made == {1: {one.path: f"{prefix}{home / 'x'}"}}
 
 
 def test_hosts_agree_wherever_their_files_lie(home: pathlib.Path) -> None:
-    ours = Config()
-    ours.data.source = "npz:/elsewhere"
+    ours = with_a_node()
     for path, prefix in CASES:
         theirs = resolve(configured(path, prefix, "~/x", home))
         assert difference(resolve(ours), theirs) == [], path
