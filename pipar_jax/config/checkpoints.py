@@ -140,20 +140,40 @@ def check_resume(config: Config) -> None:
                 "checkpoint.every_s, or write run.resume=auto to begin anew where there is none"
             )
         return
+    unread: list[str] = []
     for rounds in reversed(kept):
         try:
             facts = read_facts(wanted.folder, rounds)
-        except ConfigError:
+        except ConfigError as error:
+            unread.append(str(error))
             continue  # an older one may be readable; restoring reports it
         check_continues(config, facts, f"{wanted.folder / CHECKPOINTS / str(rounds)}")
-        before = from_dict(facts["config"])
-        longer = config.epochs > before.epochs or config.run.rounds > before.run.rounds
-        if facts["finished"] and not longer:
-            raise ConfigError(
-                f"{wanted.folder} is finished: raise epochs={config.epochs} to go on with it, or "
-                "start another run from its weights with --config.model.weights"
-            )
+        _check_longer(config, facts, wanted.folder)
         return
+    raise ConfigError(
+        f"run.resume={config.run.resume!r}: no checkpoint of {wanted.folder} can be read: "
+        f"{'; '.join(unread)[:1000]}; begin a new run, with another name or in another run.dir"
+    )
+
+
+def _check_longer(config: Config, facts: dict[str, Any], folder: Path) -> None:
+    """Refuses a run that is finished, unless it is to become longer.
+
+    Raises:
+      ConfigError: It is not; the message says how long it was.
+    """
+    before = from_dict(facts["config"])
+    longer = config.epochs > before.epochs or config.run.rounds > before.run.rounds
+    if facts["finished"] and not longer:
+        field, done = "epochs", before.epochs
+        if before.run.rounds:
+            field, done = "run.rounds", before.run.rounds
+        now = config.run.rounds if before.run.rounds else config.epochs
+        raise ConfigError(
+            f"{folder} is finished, with {field}={done} ({facts['rounds']} rounds), and this run "
+            f"has {field}={now}: raise {field} above {done} to go on with it, or start another "
+            "run from its weights with --config.model.weights"
+        )
 
 
 def check_continues(config: Config, facts: dict[str, Any], where: str) -> None:

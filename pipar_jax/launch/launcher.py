@@ -206,10 +206,9 @@ class _Hosts:
     def __enter__(self) -> _Hosts:
         try:
             self._start(COORDINATOR)
-            for name in self._specs.nodes:
-                self._start(name)
-            for index in range(self._config.devices.count):
-                self._start(device_name(index))
+            # What a run begins from is for the server to read: if it cannot, nobody else starts.
+            if not (self._config.run.resume or self._config.model.weights):
+                self._start_others()
         except BaseException:
             self._end()
             raise
@@ -263,6 +262,13 @@ class _Hosts:
         self._children.append(child)
         self._selector.register(child.events, selectors.EVENT_READ, child)
 
+    def _start_others(self) -> None:
+        """Starts compute nodes and devices."""
+        for name in self._specs.nodes:
+            self._start(name)
+        for index in range(self._config.devices.count):
+            self._start(device_name(index))
+
     def _take(self, child: _Child) -> None:
         for event in child.read():
             kind = event.get("event")
@@ -270,6 +276,8 @@ class _Hosts:
                 child.failure = event
             elif kind == "listening":
                 self._listening = True
+                if len(self._children) == 1:
+                    self._start_others()
                 for other in self._children[1:]:
                     other.send(f"{event['host']}:{event['port']}")
                 self._on_event(event)

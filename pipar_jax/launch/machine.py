@@ -6,7 +6,6 @@ and installed packages. Nothing here loads jax or runs the user's modules.
 
 from __future__ import annotations
 
-import importlib.machinery
 import importlib.util
 import os
 import re
@@ -25,9 +24,11 @@ from pipar_jax.config import (
     RunConfig,
     schema,
 )
-from pipar_jax.config.checkpoints import weights_of
+from pipar_jax.config.checkpoints import read_facts, weights_of
 from pipar_jax.config.sink_names import TENSORBOARD, sink_names
+from pipar_jax.disk.files import describe_reading
 from pipar_jax.errors import ConfigError
+from pipar_jax.launch.user_modules import check_function, is_importable
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.schedule.plan import HostKind
 
@@ -58,21 +59,23 @@ def check(config: Config, names: Iterable[str] | None = None) -> None:
         find_cores(hosts, host)
         check_platform(host.platform, hosts.path(host.name, "platform"))
     _check_functions(config)
-    if (base := config.model.base) and not Path(base).is_file():
-        raise ConfigError(
-            f"model.base={base!r}: there is no such file here, and every host reads its own"
-        )
+    if base := config.model.base:
+        if not Path(base).is_file():
+            raise ConfigError(
+                f"model.base={base!r}: there is no such file here, and every host reads its own"
+            )
+        _check_tensors(Path(base), f"model.base={base!r}")
     if any(host.kind is HostKind.SERVER for host in wanted):
         _check_sinks(config.run.sinks)
         if config.stop.when:
-            _check_importable(config.stop.when, "stop.when", config.stop.when.partition(":")[0])
+            check_function(config.stop.when, "stop.when", *config.stop.when.split(":"))
         if weights := config.model.weights:
-            weights_of(Path(weights), f"model.weights={weights!r}")
+            _check_weights(weights)
         check_module(config.data.test_source, "data.test_source")
     devices = [host for host in wanted if host.kind is HostKind.DEVICE]
     if devices:
         check_module(config.data.augment, "data.augment")
-    for host in {_module(device.data_source): device for device in reversed(devices)}.values():
+    for host in {device.data_source: device for device in reversed(devices)}.values():
         check_module(host.data_source, hosts.path(host.name, "data_source"))
 
 
@@ -129,29 +132,46 @@ def _check_functions(config: Config) -> None:
                 check_module(value, option.path)
 
 
-def check_module(source: str, field: str) -> None:
-    """Checks that the module of ``module:NAME:FUNCTION`` exists; other texts pass.
+def _check_weights(weights: str) -> None:
+    """Checks that there are weights to start from; only the server knows whether they fit.
 
     Raises:
-      ConfigError: The module is not found.
+      ConfigError: There are none, or what is there cannot be read.
     """
-    if (name := _module(source)) is not None:
-        _check_importable(source, field, name)
+    said = f"model.weights={weights!r}"
+    path, rounds = weights_of(Path(weights), said)
+    if rounds is None:
+        _check_tensors(path, said)
+    else:
+        read_facts(path, rounds)
 
 
-def _check_importable(text: str, field: str, module: str) -> None:
-    """Checks that the module that a field's text names exists."""
-    if not _is_importable(module):
+def _check_tensors(path: Path, said: str) -> None:
+    """Checks that a file is a whole one of safetensors, by its header and its size.
+
+    Raises:
+      ConfigError: It is not.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            file.keys()
+    except (OSError, SafetensorError, ValueError) as error:
         raise ConfigError(
-            f"{field}={text!r}: there is no module {module!r} in the working directory, and none "
-            "is installed"
-        )
+            f"{said}: {path} cannot be read as a file of safetensors: {describe_reading(error)}"
+        ) from error
 
 
-def _module(source: str) -> str | None:
-    """Returns the module of ``module:NAME:FUNCTION``; None of another text."""
+def check_module(source: str, field: str) -> None:
+    """Checks that ``module:NAME:FUNCTION`` exists; other texts pass.
+
+    Raises:
+      ConfigError: There is no such module, or no such function in it.
+    """
     kind, _, rest = source.partition(":")
-    return rest.partition(":")[0] if kind == "module" else None
+    if kind == "module":
+        check_function(source, field, *rest.split(":"))
 
 
 def _check_folders(data: DataConfig, run: RunConfig, hosts: Iterable[HostSpec]) -> None:
@@ -187,38 +207,14 @@ def _check_tls(network: NetworkConfig, hosts: Iterable[HostSpec]) -> None:
 
 def _check_sinks(text: str) -> None:
     for name in sink_names(text):
-        module = name.partition(":")[0]
         if name == TENSORBOARD:
-            if not _is_importable("tensorboardX"):
+            if not is_importable("tensorboardX"):
                 raise ConfigError(
                     f"run.sinks={text!r} needs tensorboardX, which is not installed: "
                     "pip install 'pipar-jax[tensorboard]'"
                 )
         else:
-            _check_importable(text, "run.sinks", module)
-
-
-def _is_importable(name: str) -> bool:
-    """Returns whether a module can be found, without importing it or its parent packages."""
-    where: list[str] | None = None
-    parts = name.split(".")
-    for count in range(1, len(parts) + 1):
-        full = ".".join(parts[:count])
-        try:
-            found = (
-                importlib.util.find_spec(full)
-                if count == 1
-                else importlib.machinery.PathFinder.find_spec(full, where)
-            )
-        except (ValueError, ImportError):  # a module without a spec that is already loaded
-            return True
-        if found is None:
-            return False
-        if count < len(parts):
-            if found.submodule_search_locations is None:
-                return False
-            where = list(found.submodule_search_locations)
-    return True
+            check_function(text, "run.sinks", *name.split(":"))
 
 
 def has_plugin(starts: tuple[str, ...]) -> bool:

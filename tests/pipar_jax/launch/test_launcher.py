@@ -14,10 +14,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
 from pipar_jax.config import Config, from_json
+from pipar_jax.disk.files import write_tensors
 from pipar_jax.errors import ConfigError, DataError, PeerError, RunError
 from pipar_jax.launch import launcher, run_folders
 from pipar_jax.launch.run_folders import hold_folder
@@ -183,6 +185,22 @@ def test_what_a_host_printed_stays_in_its_log_and_in_the_note(
     log = (pathlib.Path(config.run.dir) / "trial" / "logs" / "d0.log").read_text()
     assert "Traceback" in log and "ValueError: two\nlines" in log
     assert "ValueError: two\nlines" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("group", ["run.resume", "model.weights"])
+def test_where_a_run_starts_from_is_read_before_any_other_host_starts(
+    config: Config, monkeypatch: pytest.MonkeyPatch, group: str, tmp_path: pathlib.Path
+) -> None:
+    if group == "run.resume":
+        config.run.resume = "auto"
+    else:
+        config.model.weights = str(tmp_path / "x.safetensors")
+        write_tensors(config.model.weights, {"a/b": np.zeros(1, np.float32)}, {})
+    with pytest.raises(ConfigError, match=r"^server: pipeline\.cut=7"):
+        launch(config, monkeypatch, server_before_listening="config error")
+    logs = pathlib.Path(config.run.dir) / "trial" / "logs"
+    assert [path.name for path in logs.iterdir()] == ["server.log"]
+    assert launch(config, monkeypatch)[-1]["event"] == "run_finished"
 
 
 def test_a_server_that_never_listens_ends_the_run(

@@ -11,11 +11,14 @@ import sys
 import textwrap
 import threading
 
+import numpy as np
 import pytest
 
 import pipar_jax
 from configs import digits
 from pipar_jax.config import plugins
+from pipar_jax.config.checkpoints import CHECKPOINTS, FACTS
+from pipar_jax.disk.files import write_tensors
 from pipar_jax.errors import ConfigError, JoinError, PiparError
 from tests.patience import PROCESS_S
 from tests.sources import ROOT
@@ -147,10 +150,13 @@ def test_the_module_of_a_function_is_looked_for_before_anything_starts(
 ) -> None:
     for group, name in (("optimizer", "name"), ("optimizer", "schedule"), ("aggregation", "rule"),
                         ("model", "name"), ("cohort", "select"), ("data", "augment")):  # fmt: skip
-        config = small(tmp_path)
-        setattr(getattr(config, group), name, "module:no_such_module:f")
-        with pytest.raises(ConfigError, match=rf"{group}.{name}=.*there is no module 'no_such"):
-            pipar_jax.train(config)
+        for value, says in (("no_such_module:f", "there is no module"), ("json:f", "has no 'f'")):
+            config = small(tmp_path)
+            if group == "cohort":
+                config.cohort.size = 1
+            setattr(getattr(config, group), name, f"module:{value}")
+            with pytest.raises(ConfigError, match=rf"{group}.{name}=.*{says}"):
+                pipar_jax.train(config)
     assert not list(tmp_path.iterdir())
 
 
@@ -159,17 +165,30 @@ def test_the_module_of_a_function_is_looked_for_before_anything_starts(
     [
         ("stop", "when", "no_such_module:f", "there is no module 'no_such_module'"),
         ("run", "sinks", "no_such_module:f", "there is no module 'no_such_module'"),
+        ("stop", "when", "json:no_such", r"module 'json' .* has no 'no_such'"),
+        ("run", "sinks", "json:no_such", r"module 'json' .* has no 'no_such'"),
         ("model", "weights", "no/such", "is not there: name the folder of a run"),
         ("model", "weights", "{empty}", "has no weights to start from: name the folder of a run"),
+        ("model", "weights", "{torn}", r"torn.safetensors cannot be read as a file of safetensors"),
+        ("model", "base", "{torn}", r"torn.safetensors cannot be read as a file of safetensors"),
+        ("run", "resume", "{damaged}", r"no checkpoint of .* can be read: .*1/facts/metadata"),
     ],
 )
 def test_what_the_server_needs_is_looked_for_before_anything_starts(
     tmp_path: pathlib.Path, group: str, name: str, value: str, says: str
 ) -> None:
     (empty := tmp_path / "empty").mkdir()
+    torn, damaged = tmp_path / "torn.safetensors", tmp_path / "damaged"
+    write_tensors(torn, {"a/b": np.zeros(9, np.float32)}, {})
+    torn.write_bytes(torn.read_bytes()[:-1])
+    for rounds in ("1", "2"):
+        facts = damaged / CHECKPOINTS / rounds / FACTS
+        facts.mkdir(parents=True)
+        (facts.parent / "_CHECKPOINT_METADATA").touch()
+        (facts / "metadata").write_text("{")
     config = digits.get_config()
     config.run.dir = str(tmp_path / "runs")
-    setattr(getattr(config, group), name, value.format(empty=empty))
+    setattr(getattr(config, group), name, value.format(empty=empty, torn=torn, damaged=damaged))
     for run in (pipar_jax.train, pipar_jax.run_server):
         with pytest.raises(ConfigError, match=rf"{group}.{name}=.*{says}"):
             run(copy.deepcopy(config))

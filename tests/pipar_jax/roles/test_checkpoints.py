@@ -199,7 +199,10 @@ def test_other_data_are_refused(double, kept, tmp_path):
 def test_a_finished_run_and_a_missing_one_are_refused(double, kept, tmp_path):
     made = again(kept, tmp_path)
     made.epochs = 2
-    with pytest.raises(ConfigError, match="is finished: raise epochs"):
+    with pytest.raises(
+        ConfigError,
+        match=r"is finished, with epochs=2 \(2 rounds\), .* has epochs=2: raise epochs above 2",
+    ):
         support.trained(made, SAMPLES)
     made.run.resume = str(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="there is no checkpoint of a run"):

@@ -220,3 +220,22 @@ def test_a_cohort_is_drawn_from_the_population(tmp_path, method):
     assert len({device for row in script for device in row["cohort"]}) > 2
     made.name = "again"
     assert equal(run.weights(), OpenRun(made, samples).run(range(5)).weights())
+
+
+def test_a_run_with_more_devices_than_configured_is_resumed_bit_for_bit(tmp_path):
+    def trained(folder, rounds, resume=""):
+        made = config(tmp_path / folder, "pipar", rounds, SAMPLES[:2], min_devices=3, quorum=2)
+        made.devices.count, made.devices.more = 2, 1
+        made.data.source = "module:none:none"
+        made.checkpoint.every_rounds, made.run.resume = 1, resume
+        run = OpenRun(made, SAMPLES).run(range(3))
+        assert run.error is None, run.error
+        return run
+
+    whole = trained("whole", 4)
+    trained("parts", 2)
+    resumed = trained("parts", 4, "auto")
+    assert [row["rounds"] for row in resumed.kinds("run_resumed")] == [2]
+    assert not resumed.kinds("state_lost")
+    assert [row["commit"] for row in resumed.script()] == [[0, 1, 2]] * 4
+    assert resumed.script() == whole.script() and equal(resumed.weights(), whole.weights())

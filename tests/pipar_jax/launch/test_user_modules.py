@@ -1,0 +1,81 @@
+"""Functions of the user's are found in their source, without importing it."""
+
+from __future__ import annotations
+
+import pathlib
+import textwrap
+
+import pytest
+
+from pipar_jax.errors import ConfigError
+from pipar_jax.launch.user_modules import check_function
+
+MODULE = """
+raise RuntimeError("imported")
+import os.path as alias
+from json import loads, dumps as written
+def plain(): pass
+async def waiting(): pass
+class Net: pass
+anonymous = lambda: None
+first, *rest = plain, waiting
+typed: object = plain
+if True:
+    def conditional(): pass
+try:
+    from fast import quick
+except ImportError:
+    def slow(): pass
+def init():
+    global late
+    def inner(): pass
+    local = 1
+"""
+BOUND = ("alias", "loads", "written", "plain", "waiting", "Net", "anonymous", "first", "rest",
+         "typed", "conditional", "quick", "slow", "late")  # fmt: skip
+
+
+@pytest.fixture
+def write(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def module(text: str) -> str:
+        (tmp_path / "users_source.py").write_text(textwrap.dedent(text), encoding="utf-8")
+        return "users_source"
+
+    return module
+
+
+def check(module: str, function: str) -> None:
+    check_function(f"{module}:{function}", "stop.when", module, function)
+
+
+def test_every_name_that_a_module_binds_is_found_and_no_other(write) -> None:
+    module = write(MODULE)
+    for name in BOUND:
+        check(module, name)
+    for name in ("plan", "inner", "local", "os", "json", "dumps"):
+        with pytest.raises(ConfigError, match=rf"module 'users_source' .* has no '{name}'"):
+            check(module, name)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["from json import *", "def __getattr__(name): return print", "globals()['f'] = print",
+     "exec('def f(): pass')", "def make():\n    globals()['f'] = print\nmake()"],
+)  # fmt: skip
+def test_a_module_that_may_have_any_name_is_left_to_its_host(write, text: str) -> None:
+    check(write(text), "f")
+
+
+def test_a_module_that_is_not_python_is_told_with_its_line(write) -> None:
+    with pytest.raises(ConfigError, match=r"users_source\.py, line 3 is not valid Python: "):
+        check(write("a = 1\n\ndef f(:\n"), "f")
+
+
+def test_modules_without_a_source_and_missing_ones() -> None:
+    check("math", "anything")
+    check("sys", "anything")
+    for module in ("no_such_module", "json.no_such", "math.no_such"):
+        with pytest.raises(ConfigError, match=rf"there is no module '{module}'"):
+            check(module, "f")
