@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from comms.emulation.shaping import LinkShape
 from comms.errors import ChannelError, ConnectError, HandshakeError, explain
-from comms.link.pending_connection import CutShortError, PendingConnection
+from comms.link.pending_connection import CutShortError, NoListenerError, PendingConnection
 from comms.wire.event_loop import Guard, place_of
 from comms.wire.greeting import Terms
 from comms.wire.handshake import ClientHandshake
@@ -47,7 +47,9 @@ class Dial:
         shape: LinkShape | None = None,
         stream: Stream | None = None,
         expected: str | None = None,
+        retry: bool = True,
     ) -> None:
+        self._retry = retry
         self.where = where
         self._endpoint = endpoint
         self._loop = Guard(endpoint.loop, self._failed_here)
@@ -162,13 +164,14 @@ class Dial:
         final = isinstance(error, HandshakeError) or (
             self._stream is None and self._cut_short == _MAX_CUT_SHORT
         )
+        gone = isinstance(error, NoListenerError) and not self._retry
         now = time.monotonic()
         pause_s = min(_FIRST_PAUSE_S * 1.6 ** min(self._tries, 20), _MAX_PAUSE_S)
         pause_s *= random.uniform(0.5, 1.0)  # a thousand devices must not return at once
         left_s = self._until_s - now
         if final:
             self.fail(error)
-        elif left_s <= 0:
+        elif left_s <= 0 or gone:
             waited = "in time" if self._stream is not None else f"after {self._tries} tries"
             self.fail(
                 ConnectError(

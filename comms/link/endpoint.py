@@ -151,6 +151,7 @@ class Endpoint:
         timeout_s: float,
         shape: LinkShape | None = None,
         expected: str | None = None,
+        retry: bool = True,
     ) -> Link:
         """Connects to a listener, which may start later: refused connections are retried.
 
@@ -161,6 +162,8 @@ class Endpoint:
           timeout_s: Time limit.
           shape: Emulated shape of this side's sending.
           expected: The required name of the listener; None accepts any.
+          retry: Whether a refused connection is tried again; false for a listener that has been
+            there, and so has ended.
 
         Raises:
           ConnectError: If the listener cannot be reached within ``timeout_s``.
@@ -172,7 +175,9 @@ class Endpoint:
         addresses = _resolve(host, port, passive=False)
         future: concurrent.futures.Future[Link] = concurrent.futures.Future()
         where = f"{name_of_peer} at {host} port {port}"
-        dial = Dial(self, addresses, host, where, future=future, shape=shape, expected=expected)
+        dial = Dial(
+            self, addresses, host, where, future=future, shape=shape, expected=expected, retry=retry
+        )
         self.loop.post(lambda: dial.begin(time.monotonic() + timeout_s))
         try:
             return future.result(timeout_s + self.options.deadline_s)

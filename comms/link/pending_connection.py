@@ -23,6 +23,10 @@ from comms.wire.handshake import ClientHandshake, Handshake, refusal
 from comms.wire.transport import CertificateRefused, ConnectionEnded, TlsTransport, Transport
 
 
+class NoListenerError(ConnectError):
+    """No process listens at an address of a machine that answers."""
+
+
 class CutShortError(ConnectError):
     """The peer was reached but the connection ended before the handshake did."""
 
@@ -100,7 +104,7 @@ class PendingConnection:
         elif code in (errno.EINPROGRESS, errno.EWOULDBLOCK, errno.EINTR):
             self._loop.watch(self._sock, WRITE, lambda _: self._connect_ended())
         else:
-            self._fail(ConnectError(os.strerror(code)))
+            self._fail(_not_connected(code))
 
     def _connect_ended(self) -> None:
         if self._ended:
@@ -113,7 +117,7 @@ class PendingConnection:
         except OSError as error:  # reset in the meantime
             code = error.errno or errno.ECONNRESET
         if code:
-            self._fail(ConnectError(os.strerror(code)))
+            self._fail(_not_connected(code))
         else:
             self._connected()
 
@@ -233,3 +237,9 @@ class PendingConnection:
             self._timer.cancel()
         self._loop.forget(self._sock)
         self._sock.close()
+
+
+def _not_connected(code: int) -> ConnectError:
+    """Returns the error for a number of the system's with which connecting failed."""
+    kind = NoListenerError if code == errno.ECONNREFUSED else ConnectError
+    return kind(os.strerror(code))

@@ -223,7 +223,7 @@ class _Fake:
         said = registry.decode(message, Sender.COORDINATOR, "the server")
         message.release()
         if isinstance(said, messages.Meet):
-            registry.send(link, messages.Met())
+            registry.send(link, messages.Met(said.number))
         elif isinstance(said, messages.Prepare):
             registry.send(link, messages.Prepared(0.0, 0))
         elif isinstance(said, messages.Release):

@@ -60,7 +60,7 @@ class HostSetup:
       plan: The plan in force.
       plans: The plans under which hosts may have done what they report.
       samples: Samples of an epoch in each place.
-      ever_met: The boundaries whose links have been opened during the run.
+      ever_met: The boundaries whose links may have been opened during the run.
 
     Args:
       config: Resolved configuration.
@@ -104,6 +104,7 @@ class HostSetup:
         self.plans: tuple[Plan, ...] = (plan,)
         self._base = BaseFile(config, COORDINATOR, model)
         self._met: set[Boundary] = set()
+        self._meetings = 0
         self.ever_met: set[Boundary] = set()
         self._joining: list[str] | None = None
 
@@ -228,19 +229,38 @@ class HostSetup:
         )
 
     def introduce(self, plan: Plan) -> None:
-        """Lets neighbours in chains connect to each other, where a plan needs it."""
-        here = {COORDINATOR, *self.workers}
-        boundaries = [one for one in direct(plan.boundaries()) if here.issuperset(one[:2])]
-        if self._met.issuperset(boundaries):
-            return
+        """Lets neighbours in chains connect to each other, where a plan needs it.
+
+        If one of them is lost meanwhile, the others are asked anew: they would wait for it.
+        """
+        while True:
+            here = {COORDINATOR, *self.workers}
+            boundaries = [one for one in direct(plan.boundaries()) if here.issuperset(one[:2])]
+            if self._met.issuperset(boundaries):
+                return
+            if self._meet(boundaries):
+                self._met.update(boundaries)
+                return
+
+    def _meet(self, boundaries: Sequence[Boundary]) -> bool:
+        """Asks all to connect; returns whether all neighbours have, and none was lost meanwhile."""
         known = {name: self._members.by_name[name].identity.address for name in self._pool.ready}
         addresses = {name: address for name, address in known.items() if address is not None}
-        workers = self.workers
+        workers, neighbours = self.workers, {name for one in boundaries for name in one[:2]}
+        self._meetings += 1
+        self.ever_met.update(boundaries)  # some may have met before another one was lost
         for name in workers:
-            self._members.send(name, messages.Meet(tuple(boundaries), addresses))
-        self._members.collect(messages.Met, workers)
-        self._met.update(boundaries)
-        self.ever_met.update(boundaries)
+            self._members.send(name, messages.Meet(self._meetings, tuple(boundaries), addresses))
+        waiting, there = set(workers), self._members.by_name
+        self._members.patience.begin()
+        while there.keys() >= neighbours - {COORDINATOR}:
+            for name, mail in self._members.said(messages.Met, waiting).items():
+                if mail.said.number == self._meetings:  # not that of a meeting that was given up
+                    waiting.discard(name)
+            if not waiting.intersection(there):
+                return True
+            self._members.wait(sorted(waiting.intersection(there)), "met")
+        return False
 
     def calibrate(self, names: Sequence[str]) -> None:
         """Lets each emulated slow host time its functions, one after another, all else idle."""

@@ -40,7 +40,8 @@ class PeerLinks:
         returns what is wrong with a tensor, which ends that link; runs on the I/O thread.
       wake: Called when a link has credit again; runs on the I/O thread.
       lost: Receives the error of a link that ended before the run; runs on the I/O thread.
-      met: Called when every link that ``meet`` asked for is connected; on any thread.
+      met: Called for each call of ``connect``, with its number, when every link that the last one
+        asked for is connected; on any thread.
 
     Attributes:
       link_table: The links.
@@ -57,7 +58,7 @@ class PeerLinks:
         tensors: Callable[[str, Message, Boundary | None], str | None],
         wake: Callable[[], None],
         lost: Callable[[BaseException], None],
-        met: Callable[[], None],
+        met: Callable[[int], None],
     ) -> None:
         self._hosts, self._network, self._name, self._endpoint = hosts, network, name, endpoint
         self._tensors, self._wake, self._lost, self._met = tensors, wake, lost, met
@@ -65,6 +66,7 @@ class PeerLinks:
         self.refused = 0
         self._lock = threading.Lock()
         self._expected: tuple[Boundary, ...] = ()
+        self._numbers: list[int] = []  # of the meetings that are to be answered
         self._until_s, self._reason = 0.0, ""  # of waiting; of the last refusal
         self._early: list[tuple[Boundary, Link]] = []
         # Links that share an emulated line, by the device that owns the radio, or by boundary.
@@ -90,13 +92,18 @@ class PeerLinks:
             ) from error
 
     def connect(
-        self, boundaries: tuple[Boundary, ...], addresses: Mapping[str, tuple[str, int]]
+        self,
+        number: int,
+        boundaries: tuple[Boundary, ...],
+        addresses: Mapping[str, tuple[str, int]],
     ) -> None:
         """Opens this host's links and waits for those that others open; ``met`` is called then.
 
-        A later plan may need more links: existing links stay as they are.
+        A later plan may need more links: existing links stay as they are. A later call replaces an
+        earlier one that still waits, as when one of the neighbours is lost.
 
         Args:
+          number: Number of the meeting.
           boundaries: All of a plan's boundaries that need a link of their own.
           addresses: Host and port of every node.
 
@@ -104,14 +111,12 @@ class PeerLinks:
           JoinError: A neighbour cannot be reached.
         """
         mine = tuple(one for one in boundaries if self._name in one[:2])
-        if not mine:
-            self._met()
-            return
         for boundary in self.link_table.missing(mine):
             if dialler(boundary) == self._name:
                 self._dial(boundary, addresses)
         with self._lock:
             self._expected = mine
+            self._numbers.append(number)
             self._until_s = time.monotonic() + self._patience_s
             early, self._early = self._early, []
         for boundary, link in early:
@@ -174,8 +179,9 @@ class PeerLinks:
             link = self._endpoint.connect(
                 *addresses[peer],
                 name_of_peer=peer,
-                timeout_s=self._network.join_timeout_s,
+                timeout_s=self._dial_s(peer),
                 expected=peer,
+                retry=not self._hosts.may_be_lost(peer),
             )
             self._shape(boundary, link)
             self._of[link] = boundary
@@ -189,6 +195,15 @@ class PeerLinks:
                 f"{long_name(self._name)} cannot reach its neighbour {peer}: {error}"
             ) from error
         self.link_table.add(boundary, link)
+
+    def _dial_s(self, peer: str) -> float:
+        """Returns the seconds within which a neighbour must answer, which listens before it joins.
+
+        Others wait while this host tries to reach one that is gone.
+        """
+        limit_s = self._network.join_timeout_s
+        may_be_lost = self._hosts.may_be_lost(peer)
+        return min(limit_s, self._network.deadline_s) if may_be_lost else limit_s
 
     def on_link(self, link: Link) -> None:
         """Accepts a connection, whose first message names its boundary; on the I/O thread."""
@@ -267,12 +282,14 @@ class PeerLinks:
         self.link_table.add(boundary, link)
 
     def _look(self) -> None:
-        """Calls ``met`` once when no link is missing."""
+        """Calls ``met``, once for each meeting, when no link is missing."""
         with self._lock:
-            if not self._expected or self.link_table.missing(self._expected):
+            if self.link_table.missing(self._expected):
                 return
             self._expected = ()
-        self._met()
+            numbers, self._numbers = self._numbers, []
+        for number in numbers:
+            self._met(number)
 
     def _shape(self, boundary: Boundary, link: Link) -> None:
         """Shapes what this host sends over a link: a device's links share its one radio."""

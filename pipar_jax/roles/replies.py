@@ -37,7 +37,6 @@ def reply(kind: type, **fields: Any) -> Reply:
 
 #: The replies to each command; the replies to a round depend on the plan.
 _ANSWERS: dict[type, tuple[type, ...]] = {
-    messages.Meet: (messages.Met,),
     messages.SurveyProfile: (messages.Profiled,),
     messages.SurveyReference: (messages.Referenced,),
     messages.SurveyEcho: (messages.Echoed,),
@@ -64,6 +63,8 @@ def answers(command: ControlMessage) -> list[Reply]:
         return [reply(messages.KeptState, rounds=command.rounds)]
     if isinstance(command, messages.RestoreState):
         return [reply(messages.RestoredState, rounds=command.rounds)]
+    if isinstance(command, messages.Meet):
+        return [reply(messages.Met, number=command.number)]
     if isinstance(command, messages.CompileAhead):
         return [reply(messages.Compiled, number=command.number)]
     return [Reply(kind) for kind in _ANSWERS.get(type(command), ())]

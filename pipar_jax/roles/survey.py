@@ -43,7 +43,7 @@ from pipar_jax.protocol.registry import ControlMessage
 from pipar_jax.roles.membership import M, Mail, Membership
 from pipar_jax.roles.replies import reply
 from pipar_jax.runtime import memory
-from pipar_jax.schedule.plan import COORDINATOR, Plan, long_name
+from pipar_jax.schedule.plan import COORDINATOR, Plan, long_name, node_name
 from pipar_jax.simulator.predict import StageCosts, estimate
 from pipar_jax.training.compile import TOLD_S, now_and_then
 from pipar_jax.tuner.chains import tune_chain
@@ -100,7 +100,10 @@ def choose_plan(
     profile, surveyed_s = surveyed.profile, time.monotonic() - began_s
     if uses_nodes(config.method):
         plan = tune_chain(
-            profile, config, lambda one: memory.why_not_fit(model, one, config, samples)
+            profile,
+            config,
+            lambda one: memory.why_not_fit(model, one, config, samples),
+            [name for name in members.hosts.nodes if name in members.by_name],
         ).plan
     else:
         plan = tune(profile, config)
@@ -155,12 +158,12 @@ def survey(config: Config, model: Model, members: Membership, samples: Sequence[
         up = LinkModel(up_bytes_s, delay_s, message_s)
         down = LinkModel(down_bytes_s, delay_s, message_s)
         asked.append(DeviceProfile(host, count, up, down))
-    nodes = []
+    asked_nodes: list[HostProfile | None] = []
     for name in members.hosts.nodes:
-        host = _ask_host(config, sizes, model, members, name, references)
-        spec = members.hosts[name]
-        up, down = (LinkModel.of(shape, message_s) for shape in (spec.up, spec.down))
-        nodes.append(NodeProfile(host, up, down))
+        try:
+            asked_nodes.append(_ask_host(config, sizes, model, members, name, references))
+        except _AbsentError:
+            asked_nodes.append(None)
     codecs = measure_codecs(
         CodecCandidates(config.tuner, config.pipeline), config.aggregation.codec
     )
@@ -170,7 +173,7 @@ def survey(config: Config, model: Model, members: Membership, samples: Sequence[
         units=server.units,
         server=as_configured(server.host, members.hosts[COORDINATOR]),
         devices=_completed(asked, samples, alike=sampled),
-        nodes=tuple(nodes),
+        nodes=_nodes(asked_nodes, members, message_s),
         codecs=codecs,
         window_bytes=config.pipeline.window_mb * 1e6,
         weight_ratio=weight_ratio(config.aggregation.codec, codecs),
@@ -306,7 +309,7 @@ def _completed(
     if not known:
         raise PeerError("no device is left that could be asked what it can do: start them again")
     slowest = DeviceProfile(
-        max(known, key=lambda profile: sum(map(sum, profile.host.backward_s))).host,
+        max((profile.host for profile in known), key=_seconds_of),
         0,
         min((profile.up for profile in known), key=_rate_of),
         min((profile.down for profile in known), key=_rate_of),
@@ -316,6 +319,38 @@ def _completed(
         dataclasses.replace(slowest, samples=count) if profile is None else profile
         for profile, count in itertools.zip_longest(of_places, samples)
     )
+
+
+def _nodes(
+    asked: Sequence[HostProfile | None], members: Membership, message_s: float
+) -> tuple[NodeProfile, ...]:
+    """Returns the profile of each compute node; a lost one counts as the slowest.
+
+    Args:
+      asked: The nodes' times; None of one that was lost before it had told them.
+      members: The devices and compute nodes.
+      message_s: Seconds that a message takes beside its bytes.
+
+    Raises:
+      PeerError: All nodes were lost.
+    """
+    known = [host for host in asked if host is not None]
+    if asked and not known:
+        raise PeerError("no compute node is left that could be asked what it can do: start them")
+    profiles = []
+    for number, host in enumerate(asked, 1):
+        spec = members.hosts[node_name(number)]
+        up, down = (LinkModel.of(shape, message_s) for shape in (spec.up, spec.down))
+        if host is None:
+            slowest = max(known, key=_seconds_of)
+            host = dataclasses.replace(slowest, memory_bytes=spec.memory_bytes)
+        profiles.append(NodeProfile(host, up, down))
+    return tuple(profiles)
+
+
+def _seconds_of(host: HostProfile) -> float:
+    """Returns the sum of a host's times, to compare hosts by."""
+    return sum(map(sum, host.backward_s))
 
 
 def _rate_of(link: LinkModel) -> float:

@@ -563,7 +563,7 @@ class Worker:
         self._course.knows_model(model.unit_names)
 
     def _meet(self, said: messages.Meet) -> None:
-        self._neighbours.connect(said.boundaries, said.addresses)
+        self._neighbours.connect(said.number, said.boundaries, said.addresses)
 
     def _prepare(self, said: messages.Prepare) -> None:
         self._waits = OwnWaits(self._coordinator)
@@ -582,11 +582,11 @@ class Worker:
         assert self._base is not None
         return self._base.why_not(plan, self._course.seat, whole=self._tests is not None)
 
-    def _note_met(self) -> None:
+    def _note_met(self, number: int) -> None:
         """Reports that all neighbours are connected; applies the plan's limits to them."""
         if self._acceptance is not None:
             self._neighbours.allow(self._acceptance.tensor_bytes)
-        self._reply(messages.Met(), {})
+        self._reply(messages.Met(number), {})
 
     def _accept(self) -> None:
         """Takes from other hosts what the plan in force has for them, from the next step on."""

@@ -9,7 +9,15 @@ import time
 import numpy as np
 import pytest
 
-from comms import ChannelError, ChannelOptions, LinkShape, PeerLost, Role, Tag
+from comms import (
+    ChannelError,
+    ChannelOptions,
+    ConnectError,
+    LinkShape,
+    PeerLost,
+    Role,
+    Tag,
+)
 from comms.wire.buffers import ALIGNMENT
 from comms.wire.frame import DTYPES
 from tests.comms.conftest import admitting
@@ -294,3 +302,12 @@ def test_the_time_that_messages_queue_is_counted(workshop):
         pair.up.send(tag(step=step), array)
     pair.up.drain(PATIENCE_S)
     assert pair.up.stats().queue_s >= (1 + 2 + 3) * array.nbytes * 8 / 40e6 * 0.98
+
+
+def test_a_listener_that_is_gone_is_told_at_once_where_it_need_not_be_waited_for(workshop, within):
+    server = workshop.endpoint("server")
+    _, port = server.listen("127.0.0.1", 0, lambda link: None)
+    server.close()
+    client = workshop.endpoint("client")
+    with within(20.0), pytest.raises(ConnectError, match=r"cannot reach server .* after 1 tries"):
+        client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=3600.0, retry=False)

@@ -94,15 +94,21 @@ class ModelFacts(ControlMessage):
 
 @message("meet", Sender.COORDINATOR)
 class Meet(ControlMessage):
-    """Asks neighbours to connect to each other; answered by ``Met``."""
+    """Asks neighbours to connect to each other; answered by ``Met``.
 
+    A later one replaces it, as when a neighbour is lost; each of them is answered.
+    """
+
+    number: Count
     boundaries: Annotated[tuple[Boundary, ...], Many(BOUNDARY, MOST_HOSTS)]
     addresses: Annotated[dict[str, tuple[str, int]], Table(ADDRESS, MOST_HOSTS, HOST)]
 
 
 @message("met", Sender.HOST)
 class Met(ControlMessage):
-    """All links requested by ``Meet`` are open."""
+    """All links requested by ``Meet``, or by a later one, are open."""
+
+    number: Count
 
 
 @message("neighbour", Sender.NEIGHBOUR)

@@ -16,9 +16,10 @@ import psutil
 import pytest
 
 from pipar_jax.config import Config
-from pipar_jax.errors import PeerError
+from pipar_jax.errors import PeerError, RunError
 from pipar_jax.launch.launcher import launch
 from pipar_jax.methods.registry import METHODS, node_methods
+from pipar_jax.roles.peer_links import PeerLinks
 from tests.pipar_jax.roles.open_runs import OpenRun, before_batch, config
 from tests.pipar_jax.runtime import support
 
@@ -273,6 +274,44 @@ def test_a_node_that_is_lost_while_hosts_compile_is_left_out(tmp_path, network):
     assert run.error is None
     (change,) = run.kinds("nodes_replaced")
     assert (change["round"], change["nodes"]) == (0, ["n2"])
+    assert difference(run.weights(), undisturbed("mpsl", "copy")) < RTOL
+
+
+def test_a_node_that_is_lost_while_hosts_are_timed_is_left_out_of_the_plan(tmp_path, network):
+    made, samples = setting(tmp_path, "mpsl", nodes=2)
+    made.pipeline.cuts, made.tuner.sizes = "", "2,7"
+    ended = []
+
+    def follow(run, event):
+        if event["event"] == "working" and event["host"] == "n2" and not ended:
+            assert event["what"] == "timing"
+            ended.append(True)
+            run.end_node(2)
+
+    run = conducted(made, samples, network, follow)
+    assert run.error is None and [event["node"] for event in run.kinds("node_lost")] == [2]
+    assert not run.kinds("replanned") and "|n1" in run.kinds("run_started")[0]["plan"]
+    assert difference(run.weights(), undisturbed("mpsl", "copy")) < RTOL
+
+
+@pytest.mark.parametrize("node", [1, 2])
+def test_a_node_that_is_lost_while_neighbours_meet_is_left_out(
+    tmp_path, monkeypatch, network, node
+):
+    """Those that it would have connected to, and those that connect to it, do not wait for it."""
+    made, samples = setting(tmp_path, "mpsl")
+    connect = PeerLinks.connect
+
+    def fail(self, number, boundaries, addresses):
+        if self.link_table.host == f"n{node}":
+            raise RunError("it fails before it meets anybody")
+        connect(self, number, boundaries, addresses)
+
+    monkeypatch.setattr(PeerLinks, "connect", fail)
+    run = conducted(made, samples, network)
+    assert run.error is None and [event["node"] for event in run.kinds("node_lost")] == [node]
+    (change,) = run.kinds("nodes_replaced")
+    assert (change["round"], change["nodes"]) == (0, [f"n{node}"])
     assert difference(run.weights(), undisturbed("mpsl", "copy")) < RTOL
 
 

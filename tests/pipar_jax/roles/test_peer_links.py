@@ -28,18 +28,20 @@ class Node:
 
     def __init__(self, config, name) -> None:
         self.endpoint, self.met, self.lost = Endpoint(name), queue.SimpleQueue(), []
+        self.meetings = 0
         self.neighbours = PeerLinks(
             hosts_of(config), config.network, name, self.endpoint,
             tensors=lambda *tensor: None, wake=lambda: None, lost=self.lost.append,
-            met=lambda: self.met.put(name),
+            met=self.met.put,
         )  # fmt: skip
         self.address = self.neighbours.listen()
 
     def meet(self, boundaries, addresses) -> None:
-        self.neighbours.connect(tuple(boundaries), addresses)
+        self.meetings += 1
+        self.neighbours.connect(self.meetings, tuple(boundaries), addresses)
 
     def has_met(self) -> bool:
-        return self.met.get(timeout=PATIENCE_S) == self.neighbours.link_table.host
+        return self.met.get(timeout=PATIENCE_S) == self.meetings
 
 
 @pytest.fixture
