@@ -18,7 +18,7 @@ from pipar_jax.errors import ConfigError
 from pipar_jax.methods.registry import node_methods, uses_nodes
 
 
-class Need(NamedTuple):
+class Requirement(NamedTuple):
     """What fields need to have an effect.
 
     Attributes:
@@ -50,80 +50,80 @@ _LOSSES = "cohort.quorum, cohort.first or cohort.below (the run needs all of its
 _CHECKPOINTS = "checkpoint.every_rounds or checkpoint.every_s"
 
 #: Every field that belongs to something which another field turns on.
-NEEDS: tuple[Need, ...] = (
-    Need(
+NEEDS: tuple[Requirement, ...] = (
+    Requirement(
         ("nodes.count", "nodes.defaults."),
         lambda config: uses_nodes(config.method),
         f"method={' or '.join(node_methods())}",
     ),
-    Need(("lora.rank", "lora.alpha"), lambda config: bool(config.lora.match), "lora.match"),
-    Need(
+    Requirement(("lora.rank", "lora.alpha"), lambda config: bool(config.lora.match), "lora.match"),
+    Requirement(
         ("optimizer.nesterov",),
         lambda config: config.optimizer.name != "sgd" or config.optimizer.momentum > 0,
         "optimizer.momentum",
     ),
-    Need(
+    Requirement(
         ("optimizer.beta2", "optimizer.epsilon"),
         lambda config: config.optimizer.name != "sgd",
         "optimizer.name=adam or adamw",
     ),
-    Need(
+    Requirement(
         ("optimizer.drop_every", "optimizer.drop_factor"),
         lambda config: config.optimizer.schedule == "step" or is_own(config.optimizer.schedule),
         "optimizer.schedule=step",
     ),
-    Need(
+    Requirement(
         ("aggregation.momentum",), _has_rule("fedavgm", *_ADAPTIVE),
         f"aggregation.rule=fedavgm or one of {', '.join(_ADAPTIVE)}",
     ),
-    Need(
+    Requirement(
         ("aggregation.beta2",), _has_rule("fedadam", "fedyogi"),
         "aggregation.rule=fedadam or fedyogi",
     ),
-    Need(
+    Requirement(
         ("aggregation.epsilon",), _has_rule(*_ADAPTIVE),
         f"aggregation.rule={' or '.join(_ADAPTIVE)}",
     ),
-    Need(
+    Requirement(
         ("data.alpha",),
         lambda config: config.data.partition in ("dirichlet", "quantity"),
         "data.partition=dirichlet or quantity",
     ),
-    Need(
+    Requirement(
         ("data.shards_per_device",),
         lambda config: config.data.partition == "labels",
         "data.partition=labels",
     ),
-    Need(
+    Requirement(
         ("data.partition", "data.train_samples", "data.test_samples"),
         lambda config: config.data.source in PUBLIC_SOURCES,
         "a public data set (your own data are divided and counted by you)",
     ),
-    Need(("cohort.select",), lambda config: config.cohort.size != 0, "cohort.size"),
-    Need(("cohort.deadline_s", "cohort.optimizer_state"), _drops_devices, _LOSSES),
-    Need(
+    Requirement(("cohort.select",), lambda config: config.cohort.size != 0, "cohort.size"),
+    Requirement(("cohort.deadline_s", "cohort.optimizer_state"), _drops_devices, _LOSSES),
+    Requirement(
         ("cohort.wait_s",),
         lambda config: bool(
             config.cohort.min_devices or config.devices.more or _drops_devices(config)
         ),
         "cohort.min_devices, cohort.quorum, cohort.first, cohort.below or devices.more",
     ),
-    Need(
+    Requirement(
         ("checkpoint.keep", "checkpoint.best", "checkpoint.device_state"), _keeps_checkpoints,
         _CHECKPOINTS,
     ),
-    Need(
+    Requirement(
         ("checkpoint.best", "stop.patience", "stop.target"),
         lambda config: config.run.evaluate_every > 0,
         "run.evaluate_every (only the last weights are scored)",
     ),
-    Need(
+    Requirement(
         ("stop.metric",),
         lambda config: bool(config.stop.patience) or config.stop.target is not None,
         "stop.patience or stop.target",
     ),
-    Need(("tuner.gain", "tuner.look_s"), lambda config: config.tuner.adapt, "tuner.adapt=true"),
-    Need(
+    Requirement(("tuner.gain", "tuner.look_s"), lambda config: config.tuner.adapt, "tuner.adapt=true"),
+    Requirement(
         ("tuner.activation_bits", "tuner.cotangent_bits"),
         lambda config: bool(config.tuner.codecs),
         "tuner.codecs",
@@ -156,7 +156,7 @@ def check_unused(config: Config, *, reads_data: bool = True) -> None:
             )
 
 
-def _needs(path: str) -> list[Need]:
+def _needs(path: str) -> list[Requirement]:
     """Returns what a field needs."""
     return [
         need

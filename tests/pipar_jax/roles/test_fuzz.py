@@ -423,7 +423,7 @@ class Node:
             hosts_of(setup), setup.network, "n1", None, tensors=tensors, wake=lambda: None,
             lost=self.lost.append, met=lambda number: None,
         )  # fmt: skip
-        self.neighbours.connect((BELOW, ABOVE), {})
+        self.neighbours.connect(1, (BELOW, ABOVE), {})
         self.link = self.stranger("d0")
         hello = registry.encode(messages.Neighbour(BELOW))
         self.link.on_message(fakes.control(self.link, hello))
