@@ -73,15 +73,18 @@ NEEDS: tuple[Requirement, ...] = (
         "optimizer.schedule=step",
     ),
     Requirement(
-        ("aggregation.momentum",), _has_rule("fedavgm", *_ADAPTIVE),
+        ("aggregation.momentum",),
+        _has_rule("fedavgm", *_ADAPTIVE),
         f"aggregation.rule=fedavgm or one of {', '.join(_ADAPTIVE)}",
     ),
     Requirement(
-        ("aggregation.beta2",), _has_rule("fedadam", "fedyogi"),
+        ("aggregation.beta2",),
+        _has_rule("fedadam", "fedyogi"),
         "aggregation.rule=fedadam or fedyogi",
     ),
     Requirement(
-        ("aggregation.epsilon",), _has_rule(*_ADAPTIVE),
+        ("aggregation.epsilon",),
+        _has_rule(*_ADAPTIVE),
         f"aggregation.rule={' or '.join(_ADAPTIVE)}",
     ),
     Requirement(
@@ -109,7 +112,8 @@ NEEDS: tuple[Requirement, ...] = (
         "cohort.min_devices, cohort.quorum, cohort.first, cohort.below or devices.more",
     ),
     Requirement(
-        ("checkpoint.keep", "checkpoint.best", "checkpoint.device_state"), _keeps_checkpoints,
+        ("checkpoint.keep", "checkpoint.best", "checkpoint.device_state"),
+        _keeps_checkpoints,
         _CHECKPOINTS,
     ),
     Requirement(
@@ -122,13 +126,15 @@ NEEDS: tuple[Requirement, ...] = (
         lambda config: bool(config.stop.patience) or config.stop.target is not None,
         "stop.patience or stop.target",
     ),
-    Requirement(("tuner.gain", "tuner.look_s"), lambda config: config.tuner.adapt, "tuner.adapt=true"),
+    Requirement(
+        ("tuner.gain", "tuner.look_s"), lambda config: config.tuner.adapt, "tuner.adapt=true"
+    ),
     Requirement(
         ("tuner.activation_bits", "tuner.cotangent_bits"),
         lambda config: bool(config.tuner.codecs),
         "tuner.codecs",
     ),
-)  # fmt: skip
+)
 
 
 def check_unused(config: Config, *, reads_data: bool = True) -> None:
