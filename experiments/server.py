@@ -18,7 +18,8 @@ from pipar_jax.config.paths import shown
 from pipar_jax.launch import flags, machine, process
 from pipar_jax.launch.run_folders import hold_folder
 from pipar_jax.methods.registry import hosts_of
-from pipar_jax.report.progress import ProgressDisplay, loss_text, losses_text
+from pipar_jax.report.event_lines import loss_text, losses_text
+from pipar_jax.report.progress import ProgressDisplay
 from pipar_jax.report.scores import final_score
 
 

@@ -11,7 +11,8 @@ from pipar_jax import data
 from pipar_jax.config import Config, to_text
 from pipar_jax.config.paths import shown
 from pipar_jax.launch import flags, launcher, machine
-from pipar_jax.report.progress import ProgressDisplay, loss_text, losses_text
+from pipar_jax.report.event_lines import loss_text, losses_text
+from pipar_jax.report.progress import ProgressDisplay
 from pipar_jax.report.scores import final_score
 
 

@@ -19,14 +19,8 @@ if TYPE_CHECKING:
     from stages.program import Program
     from stages.registry import build
     from stages.residuals import Residuals
-    from stages.stage import (
-        Metrics,
-        Stage,
-        join,
-        predict,
-        select,
-        split,
-    )
+    from stages.stage import Stage, join, predict, select, split
+    from stages.stage_programs import Metrics
     from stages.tasks.registry import make_task
     from stages.tasks.task import Metric, Task, WholeMetric
     from stages.tracing import trace
@@ -45,7 +39,7 @@ _HOMES = {
     "parameter_count": "stages.model",
     "Program": "stages.program",
     "Residuals": "stages.residuals",
-    "Metrics": "stages.stage",
+    "Metrics": "stages.stage_programs",
     "Stage": "stages.stage",
     "join": "stages.stage",
     "predict": "stages.stage",

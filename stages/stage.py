@@ -3,46 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from stages import release as private
 from stages.errors import StageError
 from stages.frozen import Frozen
-from stages.layers.reformulation import reformulated
 from stages.micro_batch_context import MicroBatchContext, make_draw
 from stages.model import Model
-from stages.program import Program
 from stages.release import PrivateRelease
-from stages.residuals import Residuals, attach, kept_inputs, pull_back, run_forward
-from stages.tasks.per_sample import total_loss
-from stages.tasks.task import Task
-from stages.trees import PyTree, Targets, Variables
-from stages.unit import Unit
+from stages.residuals import Residuals, attach, kept_inputs
+from stages.stage_programs import NO_SIDE, Metrics, Programs, Side, build_programs
+from stages.trees import Targets, Variables
 
-Metrics: TypeAlias = dict[str, jax.Array]
-#: Side inputs of a micro-batch by name: they have no cotangent.
-Side: TypeAlias = Mapping[str, jax.Array]
-_NO_SIDE: Side = {}
-_NOTHING: Variables = {}
 _NO_RELEASES: Mapping[int, PrivateRelease] = {}
-
-
-@dataclasses.dataclass(frozen=True)
-class Programs:
-    """The jitted functions of a run of units; shared by all stages over the same units."""
-
-    forward: Program
-    backward: Program
-    loss: Program
-    predict: Program
-    zeros: Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +59,7 @@ class Stage:
         state: Variables,
         x: jax.Array,
         draw: MicroBatchContext,
-        side: Side = _NO_SIDE,
+        side: Side = NO_SIDE,
     ) -> tuple[jax.Array, Residuals, Variables]:
         """Runs the units forward in training mode.
 
@@ -138,7 +115,7 @@ class Stage:
         targets: Targets,
         draw: MicroBatchContext,
         accumulated: Variables | None,
-        side: Side = _NO_SIDE,
+        side: Side = NO_SIDE,
     ) -> tuple[Metrics, jax.Array | None, Variables, Variables]:
         """Runs the last stage forward, the loss of the model's task, and backward, in one call.
 
@@ -164,7 +141,7 @@ class Stage:
         return result
 
     def predict(
-        self, params: Variables, state: Variables, x: jax.Array, side: Side = _NO_SIDE
+        self, params: Variables, state: Variables, x: jax.Array, side: Side = NO_SIDE
     ) -> jax.Array:
         """Runs the units at inference: running statistics, no dropout."""
         y: jax.Array = self.programs.predict(params, state, x, self._taken(side), self.fixed)
@@ -181,7 +158,7 @@ class Stage:
         state: Any,
         x: Any,
         draw: MicroBatchContext,
-        side: Mapping[str, Any] = _NO_SIDE,
+        side: Mapping[str, Any] = NO_SIDE,
     ) -> tuple[Any, Residuals]:
         """Returns the shapes of the activation and of the residuals, without computing.
 
@@ -282,7 +259,7 @@ def split(
             rematerialise=flags[index],
             sides=tuple(sorted({s for unit in model.units[start:stop] for s in unit.sides})),
             frozen=model.frozen,
-            programs=_programs(model, start, stop, flags[index], releases.get(index)),
+            programs=build_programs(model, start, stop, flags[index], releases.get(index)),
             release=releases.get(index),
         )
         for index, (start, stop) in enumerate(pairwise(bounds))
@@ -317,166 +294,8 @@ def select(stage: Stage, variables: Variables) -> Variables:
 
 
 def predict(
-    model: Model, params: Variables, state: Variables, x: jax.Array, side: Side = _NO_SIDE
+    model: Model, params: Variables, state: Variables, x: jax.Array, side: Side = NO_SIDE
 ) -> jax.Array:
     """Returns the whole model's outputs [batch, …] at inference."""
     (stage,) = split(model)
     return stage.predict(params, state, x, side)
-
-
-def _run(
-    units: Sequence[Unit],
-    params: Variables,
-    fixed: Variables,
-    state: Variables,
-    x: jax.Array,
-    draw: MicroBatchContext | None,
-    side: Side,
-    train: bool,
-) -> tuple[jax.Array, Variables]:
-    """Chains units; returns the output and the new batch statistics."""
-    after: Variables = {}
-    for unit in units:
-        call: Callable[..., Any] = partial(unit.call, train=train)
-        if not unit.is_ours:
-            call = reformulated(call)
-        weights = {**params[unit.name], **fixed.get(unit.name, {})}
-        x, after[unit.name] = call(weights, state[unit.name], x, side, draw=draw)
-    return x, after
-
-
-def _add(accumulated: Variables | None, gradient: Variables) -> Variables:
-    """Adds a micro-batch's gradient; micro-batches are added in order of their index."""
-    if accumulated is None:
-        return gradient
-    total: Variables = jax.tree.map(jnp.add, accumulated, gradient)
-    return total
-
-
-def _programs(
-    model: Model, start: int, stop: int, rematerialise: bool, release: PrivateRelease | None
-) -> Programs:
-    """Builds the jitted functions of units start … stop - 1, once per model."""
-    cached = model.programs.get((start, stop, rematerialise, release))
-    if cached is not None:
-        return cached  # type: ignore[no-any-return]
-    units = model.units[start:stop]
-    train: Callable[..., Any] = partial(_run, units, train=True)
-    if rematerialise:
-        train = jax.checkpoint(train)
-    programs = Programs(
-        forward=Program(partial(_forward, train, start == 0)),
-        backward=Program(partial(_backward, start == 0), donate_argnums=(3,)),
-        loss=Program(partial(_loss, train, model.task, start == 0), donate_argnums=(5,)),
-        predict=Program(partial(_predict, units)),
-        zeros=Program(lambda params: jax.tree.map(jnp.zeros_like, params)),
-    )
-    if release is not None:
-        programs = _private_programs(
-            programs, partial(_run, units, train=True), model.task, start == 0, release
-        )
-    model.programs[start, stop, rematerialise, release] = programs
-    return programs
-
-
-def _private_programs(
-    plain: Programs,
-    train: Callable[..., Any],
-    task: Task,
-    is_first: bool,
-    release: PrivateRelease,
-) -> Programs:
-    """Returns the functions of a stage whose weights are released as well as what it sends."""
-    return dataclasses.replace(
-        plain,
-        forward=Program(partial(private.forward, train, release)),
-        backward=Program(partial(private.backward, train, release), donate_argnums=(3,)),
-        loss=Program(
-            partial(private.loss, train, partial(total_loss, task), release, is_first),
-            donate_argnums=(5,),
-        ),
-    )
-
-
-def _predict(
-    units: Sequence[Unit],
-    params: Variables,
-    state: Variables,
-    x: PyTree,
-    side: Side = _NO_SIDE,
-    fixed: Variables = _NOTHING,
-) -> jax.Array:
-    """Traced body of ``Stage.predict``."""
-    return _run(units, params, fixed, state, x, None, side, False)[0]
-
-
-def _forward(
-    train: Callable[..., Any],
-    is_first: bool,
-    params: Variables,
-    state: Variables,
-    x: PyTree,
-    draw: MicroBatchContext,
-    side: Side = _NO_SIDE,
-    fixed: Variables = _NOTHING,
-) -> tuple[jax.Array, Variables, Residuals]:
-    """Traced body of ``Stage.forward``."""
-    if is_first:
-        # The samples need no cotangent and are not differentiated.
-        return run_forward(
-            lambda params, fixed, rest, _: train(params, fixed, *rest),
-            params,
-            fixed,
-            (state, x, draw, side),
-            None,
-        )
-    return run_forward(
-        lambda params, fixed, rest, x: train(params, fixed, rest[0], x, *rest[1:]),
-        params,
-        fixed,
-        (state, draw, side),
-        x,
-    )
-
-
-def _backward(
-    is_first: bool,
-    params: Variables,
-    residuals: Residuals,
-    cotangent: PyTree,
-    accumulated: Variables | None,
-    fixed: Variables = _NOTHING,
-) -> tuple[jax.Array, Variables]:
-    """Traced body of ``Stage.backward``."""
-    gradient, x_cotangent = pull_back(residuals, params, fixed, cotangent)
-    if is_first:
-        # The samples need no cotangent, but a caller has to be able to wait for this computation
-        # without holding the accumulator, which the next computation donates.
-        x_cotangent = jnp.zeros((), jnp.int32)
-    return x_cotangent, _add(accumulated, gradient)
-
-
-def _loss(
-    train: Callable[..., Any],
-    task: Task,
-    is_first: bool,
-    params: Variables,
-    state: Variables,
-    x: PyTree,
-    targets: PyTree,
-    draw: MicroBatchContext,
-    accumulated: Variables | None,
-    side: Side = _NO_SIDE,
-    fixed: Variables = _NOTHING,
-) -> tuple[Metrics, jax.Array | None, Variables, Variables]:
-    """Traced body of ``Stage.loss``."""
-
-    def mean_loss(params: Variables, x: PyTree) -> tuple[jax.Array, tuple[Metrics, Variables]]:
-        outputs, after = train(params, fixed, state, x, draw, side)
-        total, metrics = total_loss(task, outputs, targets)
-        return total * draw.inverse_batch, (metrics, after)
-
-    differentiated = (0,) if is_first else (0, 1)
-    gradients, (metrics, after) = jax.grad(mean_loss, differentiated, has_aux=True)(params, x)
-    x_cotangent = None if is_first else gradients[1]
-    return metrics, x_cotangent, _add(accumulated, gradients[0]), after

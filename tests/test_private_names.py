@@ -64,10 +64,6 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
         {"_early"},
         "an order of arrival: one connection is there before another one is asked for",
     ),
-    "tests/pipar_jax/runtime/losses.py": (
-        {"_replicas"},
-        "optimiser states are compared on their host, which sends them nowhere",
-    ),
 }  # fmt: skip
 
 

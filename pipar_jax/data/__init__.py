@@ -15,19 +15,14 @@ from numpy.typing import NDArray
 from pipar_jax.config import Config, DataConfig, Hosts
 from pipar_jax.config.plugins import is_own
 from pipar_jax.config.tasks import make_task
-from pipar_jax.data.admission import (
-    admit,
-    admit_device,
-    check_alike,
-    check_fits,
-    make_queries,
-    with_tests,
-)
+from pipar_jax.data.admission import admit, admit_device, with_tests
+from pipar_jax.data.agreement import check_alike, check_fits
 from pipar_jax.data.loader import Loader, Prefetcher, steps_per_epoch
 from pipar_jax.data.own import load_own
 from pipar_jax.data.partition import partition, partition_table, spread
 from pipar_jax.data.public import load_public
 from pipar_jax.data.published import PUBLIC_SOURCES
+from pipar_jax.data.queries import make_queries
 from pipar_jax.data.types import ArrayOrDict, Dataset, Examples, normalise
 from pipar_jax.errors import DataError
 from stages.tasks.targets import TargetRule

@@ -1,14 +1,14 @@
 """Validation of arrays from outside, before they are used.
 
 Arrays of files, of the user's function, of a ``Dataset`` or a pair of arrays passed by a program,
-and samples to predict are all checked here, with the same messages.
+and samples to predict (``queries``) are all checked here, with the same messages.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -18,7 +18,7 @@ from comms.arrays import Array
 from pipar_jax.data.types import Dataset, Examples
 from pipar_jax.errors import DataError
 from stages.errors import StageError
-from stages.signature import INPUT, TARGET, Signature, computed_dtype
+from stages.signature import INPUT, TARGET, computed_dtype
 from stages.tasks.targets import TargetRule
 
 Part = Literal["train", "test"]
@@ -169,8 +169,8 @@ def make_examples(inputs: object, targets: object, where: str) -> Examples:
     """
     made = [
         {name: check_array(one, f"{where}: {what} {name}") for name, one in given.items()}
-        for what, given in (("input", _by_name(inputs, INPUT, where)),
-                            ("target", _by_name(targets, TARGET, where)))
+        for what, given in (("input", by_name(inputs, INPUT, where)),
+                            ("target", by_name(targets, TARGET, where)))
     ]  # fmt: skip
     if INPUT not in made[0]:
         raise DataError(
@@ -221,8 +221,13 @@ def check_array(values: object, what: str) -> Array:
     return made
 
 
-def _by_name(arrays: object, name: str, where: str) -> dict[str, object]:
+def by_name(arrays: object, name: str, where: str) -> dict[str, object]:
     """Returns the user's arrays by name.
+
+    Args:
+      arrays: An array, or arrays by name.
+      name: The name of a single array.
+      where: Name of the source, for messages.
 
     Raises:
       DataError: A name is not valid, or there is none or too many.
@@ -236,145 +241,6 @@ def _by_name(arrays: object, name: str, where: str) -> dict[str, object]:
             f"{wrong[:3] or len(arrays)}"
         )
     return {str(key): value for key, value in arrays.items()}
-
-
-def check_fits(dataset: Dataset, model: Signature, host: str) -> None:
-    """Checks that the data of a host match the model.
-
-    Args:
-      dataset: The host's data.
-      model: What the model takes; its targets are not compared.
-      host: The host's name, for the message.
-
-    Raises:
-      DataError: The input has another shape or kind of numbers, a side input is missing or has
-        another shape, or the model has fewer classes.
-    """
-    has = dataset.signature()
-    where = f"{host}: input of {dataset.source!r}"
-    if has.input.shape != model.input.shape:
-        raise DataError(
-            f"{where} is {has.input.shape}, but the model expects {model.input.shape}: use the "
-            f"same shape on every host, or build the model with input_shape={has.input.shape}"
-        )
-    whole, takes_whole = (one.input.dtype == "int32" for one in (has, model))
-    if whole != takes_whole:
-        raise DataError(
-            f"{where} is {dataset.train.x.dtype}, but the model expects {model.input.dtype}: "
-            + ("give `scale` with the arrays or set data.scale" if whole else "give whole numbers")
-        )
-    extra = sorted(has.sides.keys() - model.sides.keys())
-    if extra:
-        raise DataError(
-            f"{host}: the model takes no side input {extra[0]!r} (it takes: "
-            f"{', '.join(model.sides) or 'none'}), but {dataset.source!r} has it: leave it out"
-        )
-    for name, one in model.sides.items():
-        given = has.sides.get(name)
-        if given is None or (given.shape, given.dtype[:3]) != (one.shape, one.dtype[:3]):
-            raise DataError(
-                f"{host}: the model takes the side input {name!r} {one}, but {dataset.source!r} "
-                f"has {'none of this name' if given is None else str(given)}: give it as "
-                f"x_train.{name} and x_test.{name}, or as inputs={{'x': …, {name!r}: …}}"
-            )
-    if dataset.classes > model.classes > 0:
-        raise DataError(
-            f"{host}: {dataset.source!r} has {dataset.classes} classes, but the model has classes "
-            f"0 to {model.classes - 1}: build it with classes={dataset.classes}; for own data set "
-            "data.classes, or give `classes` with the arrays"
-        )
-
-
-def check_alike(datasets: Iterable[tuple[str, Dataset]]) -> None:
-    """Checks that hosts that build their model from their own data build the same model.
-
-    Args:
-      datasets: Names of hosts with their data; consumed one by one.
-
-    Raises:
-      DataError: Two hosts differ in the shape of inputs, side inputs, or targets, or the number of
-        classes.
-    """
-    first: tuple[str, str, Signature] | None = None
-    for host, one in datasets:
-        has = one.signature()
-        if first is None:
-            first = host, one.source, has
-        other, source, expected = first
-        for what, here, there in (
-            ("input", has.input, expected.input),
-            *_pairs("side input", has.sides, expected.sides),
-            *_pairs("target", has.targets, expected.targets),
-        ):
-            if here != there:
-                raise DataError(
-                    f"{host}: {what} of {one.source!r} is {here}, but that of {source!r} of "
-                    f"{other} is {there}: use the same shape on every host"
-                )
-        if has.classes != expected.classes:
-            raise DataError(
-                f"{host}: {one.source!r} has {has.classes} classes, but {source!r} of {other} has "
-                f"{expected.classes}: set data.classes, or give `classes` with the arrays of every "
-                "host"
-            )
-
-
-def _pairs(
-    what: str, here: Mapping[str, object], there: Mapping[str, object]
-) -> list[tuple[str, object, object]]:
-    names = sorted(here.keys() | there.keys())
-    return [(f"{what} {name}", here.get(name), there.get(name)) for name in names]
-
-
-def make_queries(inputs: object, signature: Signature, stored: str) -> dict[str, Array]:
-    """Returns inputs to predict by name, [batch, …] each, stored like the training data.
-
-    Args:
-      inputs: Raw inputs, not normalised, as for training: an array or arrays by name.
-      signature: What the model takes.
-      stored: Dtype of the run's test input, such as ``uint8`` or ``float32``.
-
-    Raises:
-      DataError: There is no sample, or shape, dtype or range differs.
-    """
-    given = _by_name(inputs, INPUT, "predict")
-    made: dict[str, Array] = {}
-    for name, wanted in ((INPUT, signature.input), *signature.sides.items()):
-        expected = "[batch" + "".join(f", {size}" for size in wanted.shape) + "]"
-        what = "inputs" if name == INPUT else f"side input {name}"
-        if name not in given:
-            raise DataError(f"predict: there is no {name!r}: pass {{'x': …, {name!r}: …}}")
-        raw = as_array(given[name], f"predict: {what}")
-        if raw.shape == wanted.shape:
-            raise DataError(
-                f"predict: {what} must be {expected}, got one of shape {raw.shape}: write x[None]"
-            )
-        if raw.shape[1:] != wanted.shape or not raw.ndim:
-            raise DataError(f"predict: {what} must be {expected}, got shape {raw.shape}")
-        if not len(raw):
-            raise DataError(f"predict: there is no sample: expected {expected}, got {raw.shape}")
-        if len(raw) != len(made.get(INPUT, raw)):
-            raise DataError(
-                f"predict: {what} has {len(raw)} samples, expected {len(made[INPUT])} as input x"
-            )
-        made[name] = check_array(raw, f"predict: {what}")
-    _check_scale(made[INPUT], stored)
-    return made
-
-
-def _check_scale(x: Array, stored: str) -> None:
-    """Checks that an input to predict has the scale of the training data."""
-    if stored == "uint8":
-        if x.dtype.kind not in "iu" or x.min() < 0 or x.max() > 255:
-            raise DataError(
-                f"predict: the run was trained on uint8, 0 to 255, and got {x.dtype} from "
-                f"{x.min():g} to {x.max():g}: pass inputs as stored; they are normalised here"
-            )
-    elif x.dtype == np.uint8 and stored.startswith("float"):
-        raise DataError(
-            "predict: the run was trained on floats, and got uint8: scale inputs like the "
-            "training data, and pass them as float32"
-        )
 
 
 def as_array(values: object, what: str) -> Array:

@@ -1,8 +1,8 @@
-"""One plain line about an event that says all by itself."""
+"""Plain lines about events that say all by themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pipar_jax.disk.event_log import Event
 from pipar_jax.schedule.plan import long_name
@@ -12,6 +12,77 @@ def _refused(event: Event) -> str:
     who = event["address"] if event["host"] is None else long_name(event["host"])
     more = f" ({event['untold']} more were refused)" if event["untold"] else ""
     return f"{who} was refused: {event['reason']}{more}"
+
+
+def losses_text(event: Event) -> str:
+    """Returns who was lost or left out of which rounds of a run, and who came back.
+
+    Empty if nothing of this happened.
+    """
+    out: dict[int, list[int]] = {}
+    for loss in event.get("losses", ()):
+        out.setdefault(loss["device"], []).append(loss["round"] + 1)
+    names = [
+        f"device {device} of round{'s' if len(rounds) > 1 else ''} {shorten(rounds)}"
+        for device, rounds in sorted(out.items())
+    ]
+    back = [f"device {device}" for device in sorted(set(event.get("returns", ())))]
+    undone = event.get("undone", 0)
+    lost = [long_name(name) for name in dict.fromkeys(event.get("lost_hosts", ()))]
+    parts = [
+        f"lost: {shorten(lost)}" if lost else "",
+        f"left out: {shorten(names)}" if names else "",
+        f"came back: {shorten(back)}" if back else "",
+        f"{undone} {'rounds were' if undone > 1 else 'round was'} repeated" if undone else "",
+    ]
+    return "; ".join(filter(None, parts))
+
+
+def shorten(names: Sequence[object], most: int = 10) -> str:
+    """Returns the first few names, and the number of the others."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + rest
+
+
+def loss_text(event: Event) -> str:
+    """Returns the loss of an event as text; None in the event means not finite."""
+    return "not finite" if event["loss"] is None else f"{event['loss']:.4f}"
+
+
+def gone_text(event: Event) -> str:
+    """Returns that a host is gone and why; a reason may name it already."""
+    name = f"device {event['device']}" if "device" in event else f"compute node {event['node']}"
+    reason = str(event["reason"])
+    return reason if reason.startswith(f"{name} ") else f"{name} is out: {reason}"
+
+
+def work_text(event: Event) -> str:
+    """Returns the current work of a host and its progress."""
+    done = f": {event['done']} of {event['of']}" if event["of"] else ""
+    return f"{event['host']} is {event['what']}{done}"
+
+
+def _replaced(event: Event) -> str:
+    """Returns what of lost compute nodes is lost with them."""
+    names = ", ".join(map(long_name, event["nodes"]))
+    last = event["round"]
+    lost = [
+        f"{one['unit']} (round {last})"
+        if one["rounds"] + 1 == last
+        else f"{one['unit']} (rounds {one['rounds'] + 1} to {last})"
+        for one in event["units"]
+        if one["rounds"] < last
+    ]
+    fresh = [one["unit"] for one in event["units"] if one["optimizer_rounds"] is None]
+    text = f"round {last + 1} goes on without {names}: "
+    text += f"lost is the training of {shorten(lost) or 'no unit'}"
+    return text + (f"; fresh optimiser states of {shorten(fresh)}" if fresh else "")
+
+
+def _nonfinite(event: Event) -> str:
+    whose = "all devices" if event["device"] is None else f"device {event['device']}"
+    where = f"{whose}, round {event['round']}, step {event['step']}"
+    return f"not finite: {event['what']} of {where}"
 
 
 #: By the event's name.
@@ -46,6 +117,12 @@ LINES: dict[str, Callable[[Event], str]] = {
     "stopped": lambda event: f"stops after round {event['round'] + 1}: {event['reason']}",
     "replanned": lambda event: f"plan {event['plan']} from round {event['round'] + 1} on",
     "refused": _refused,
+    "device_lost": gone_text,
+    "device_left": gone_text,
+    "node_lost": gone_text,
+    "node_left": gone_text,
+    "nodes_replaced": _replaced,
+    "nonfinite": _nonfinite,
     "not_kept": lambda event: (
         f"the run continues, but some of its output is not saved: {event['reason']}"
     ),

@@ -1,24 +1,23 @@
-"""Performs a host's actions: finds inputs, dispatches compiled functions, sends results."""
+"""Performs a host's actions: finds inputs, dispatches compiled functions, hands results on."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from comms import Message, PeerLost, Role, Tag
+from comms import Message, Role, Tag
 from pipar_jax.errors import RunError
 from pipar_jax.runtime.completion import Work
 from pipar_jax.runtime.link_table import LinkTable
 from pipar_jax.runtime.memory import Ledger, array_bytes
 from pipar_jax.runtime.metrics import Meter, Totals
 from pipar_jax.runtime.releases import Releases
-from pipar_jax.runtime.sample_store import Batches, BesideTensor, MicroBatchSlice, SampleStore
+from pipar_jax.runtime.sample_store import Batches, MicroBatchSlice, SampleStore
+from pipar_jax.runtime.tensor_sender import TensorSender
 from pipar_jax.runtime.transfer import OutgoingTensor, open_parcel
 from pipar_jax.schedule.actions import (
     ALL,
@@ -27,18 +26,15 @@ from pipar_jax.schedule.actions import (
     LOSS,
     RECEIVE_BACKWARD,
     RECEIVE_FORWARD,
-    SEND_BACKWARD,
-    SEND_FORWARD,
     UPDATE,
     Action,
 )
 from pipar_jax.schedule.host_program import HostProgram, Operation
-from pipar_jax.schedule.plan import Boundary
 from pipar_jax.schedule.rounds import RoundSchedule
 from pipar_jax.schedule.trace import Timed
 from pipar_jax.training.replica import Replica
 from stages import MicroBatchContext, Model
-from stages.stage import Metrics
+from stages.stage_programs import Metrics
 from stages.tasks.task import LOSS as LOSS_NAME
 from stages.trees import PyTree
 
@@ -80,19 +76,16 @@ class Executor:
         releases: Releases | None = None,
     ) -> None:
         self._host, self._program = program.host, program
-        self._replicas, self._link_table = replicas, link_table
-        self._meter, self._record = meter, record
+        self._replicas, self._meter, self._record = replicas, meter, record
         self._ledger, self._releases = ledger, releases
         self._duration_s, self._seed, self._dtype = duration_s, np.uint32(seed), np.dtype(dtype)
         self._schedule: RoundSchedule | None = None
-        self._attempt = 0
         self._cohort: tuple[int, ...] = ()
         self._arrived: dict[Action, Message] = {}
         self._samples = SampleStore(program, model, batches, ledger, dtype)
         self._values: dict[Action, jax.Array] = {}
         self._residuals: dict[tuple[int, int, int, int], tuple[PyTree, int]] = {}
-        # Bytes of unsent tensors, by the send: a lost link does not report them as sent.
-        self._leaving: dict[Action, int] = {}
+        self._sender = TensorSender(link_table, record, ledger)
         self._dispatched_s = 0.0
         self._perform = {FORWARD: self._forward, LOSS: self._last, BACKWARD: self._backward,
                          UPDATE: self._update}  # fmt: skip
@@ -105,7 +98,8 @@ class Executor:
           attempt: Number of the attempt, which is in the tensors' headers.
           cohort: The device in each place: draws depend on the device and not on its place.
         """
-        self._schedule, self._attempt, self._cohort = schedule, attempt, cohort
+        self._schedule, self._cohort = schedule, cohort
+        self._sender.attempt = attempt
         if self._releases is not None:
             self._releases.start_attempt()
 
@@ -124,14 +118,13 @@ class Executor:
         for key in [one for one in self._residuals if gone(one[1])]:
             self._ledger.drop(self._residuals.pop(key)[1])
         self._samples.forget(place)
-        for action in [one for one in list(self._leaving) if gone(one.device)]:
-            self._ledger.drop(self._leaving.pop(action, 0))
+        self._sender.forget(place)
 
     @property
     def holds(self) -> int:
         """Number of held tensors, residuals, side inputs and targets of micro-batches."""
-        tables = (self._arrived, self._samples, self._values, self._residuals, self._leaving)
-        return sum(len(one) for one in tables)
+        tables = (self._arrived, self._samples, self._values, self._residuals, self._sender)
+        return sum(len(table) for table in tables)
 
     @property
     def schedule(self) -> RoundSchedule:
@@ -219,7 +212,7 @@ class Executor:
         def then() -> None:
             release()
             self._ledger.drop(x_bytes)
-            self._send_up(action, boundary, part, parcel, beside, y_bytes)
+            self._sender.send_up(action, boundary, part, parcel, beside, y_bytes)
 
         return self._work(action, parcel.ready, part.samples, then)
 
@@ -239,7 +232,7 @@ class Executor:
             release()
             self._ledger.drop(x_bytes)
             if parcel is not None:
-                self._send_down(action, operation, part, parcel)
+                self._sender.send_down(action, operation, part, parcel)
             if self._releases is None:  # figures of a private device's samples stay there
                 self._meter.add(action.device, action.step, _totals(metrics, part.samples))
 
@@ -260,7 +253,7 @@ class Executor:
             release()
             self._ledger.drop(over_bytes)
             if parcel is not None:
-                self._send_down(action, operation, part, parcel)
+                self._sender.send_down(action, operation, part, parcel)
 
         return self._work(action, given if parcel is None else parcel.ready, part.samples, then)
 
@@ -378,74 +371,6 @@ class Executor:
             self._values[action] = cotangent
             return None
         return OutgoingTensor(cotangent, operation.codec)
-
-    def _send_up(
-        self,
-        action: Action,
-        boundary: Boundary,
-        part: MicroBatchSlice,
-        parcel: OutgoingTensor,
-        beside: Sequence[BesideTensor],
-        over_bytes: int,
-    ) -> None:
-        """Sends an activation, behind targets and side inputs, to the host of the next stage."""
-        above = action.stage + 1
-        tag = self._tag(Role.ACTIVATION, action, above, part)
-        link = self._link_table.link_for(boundary)
-        for role, entry, array in beside:
-            with contextlib.suppress(PeerLost):  # see _send
-                link.send(
-                    dataclasses.replace(tag, role=role, entry=entry), np.ascontiguousarray(array)
-                )
-        self._send(boundary, tag, action._replace(kind=SEND_FORWARD), parcel, over_bytes)
-
-    def _send_down(
-        self, action: Action, operation: Operation, part: MicroBatchSlice, parcel: OutgoingTensor
-    ) -> None:
-        """Sends a cotangent to the host of the stage below."""
-        tag = self._tag(Role.COTANGENT, action, action.stage - 1, part)
-        assert operation.target is not None
-        sent = action._replace(kind=SEND_BACKWARD)
-        self._send(operation.target, tag, sent, parcel, parcel.array_bytes)
-
-    def _send(
-        self, boundary: Boundary, tag: Tag, sent: Action, parcel: OutgoingTensor, over_bytes: int
-    ) -> None:
-        """Queues a tensor on the link to its stage's host and records when it left.
-
-        Args:
-          boundary: The boundary that it crosses.
-          tag: The contents of its header.
-          sent: The action's name in the trace.
-          parcel: The tensor.
-          over_bytes: Bytes of memory that are released once it has left.
-        """
-
-        def left(start_s: float, end_s: float, nbytes: int) -> None:
-            self._record(Timed(sent, start_s, end_s, nbytes, tag.samples))
-            self._ledger.drop(self._leaving.pop(sent, 0))
-
-        self._leaving[sent] = over_bytes
-        link = self._link_table.link_for(boundary)
-        # A link's end is reported where links are watched, and the coordinator then decides
-        # who goes on: until then this host continues with what it has.
-        with contextlib.suppress(PeerLost):
-            link.send(tag, parcel.contents(), codec=parcel.codec, on_sent=left)
-
-    def _tag(self, role: Role, action: Action, stage: int, part: MicroBatchSlice) -> Tag:
-        """Returns the header of an action's tensor."""
-        return Tag(
-            role=role,
-            device=action.device,
-            stage=stage,
-            step=action.step,
-            micro_batch=action.micro_batch,
-            micro_batches=part.parts,
-            samples_before=part.before,
-            samples=part.samples,
-            batch_samples=part.batch_samples,
-            attempt=self._attempt,
-        )
 
     def _work(self, action: Action, probe: PyTree, samples: int, then: Callable[[], None]) -> Work:
         """Wraps a dispatched computation for the completion thread."""

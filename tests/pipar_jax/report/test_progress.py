@@ -10,7 +10,9 @@ import pytest
 from rich.console import Console
 
 from pipar_jax.report import progress as progress_module
-from pipar_jax.report.progress import ProgressDisplay, RunState, describe, losses_text, render
+from pipar_jax.report.event_lines import losses_text
+from pipar_jax.report.progress import ProgressDisplay, render
+from pipar_jax.report.run_state import RunState, describe
 from stages import make_task
 
 TASK = make_task().facts()

@@ -184,7 +184,7 @@ class Conductor:
         self._collect(messages.Prepared, world.hosts)
         for name, host in world.hosts.items():
             need = memory.predict(world.network, self.plan, name, world.config, world.samples)
-            assert need.kept == sum(one.kept_bytes for one in host._replicas.values())
+            assert need.kept == sum(one.kept_bytes for one in host.share.replicas.values())
 
     def round(
         self,
@@ -245,7 +245,7 @@ class Conductor:
             assert pulled is not None
             for (_, unit), one in pulled[name][1].items():
                 params[unit], state[unit] = one.params, one.state
-            for (copy, stage), replica in host._replicas.items():
+            for (copy, stage), replica in host.share.replicas.items():
                 lost = not self.sequential and copy in self._lost and name[0] == "d"
                 if not lost and not (self.sequential and copy != ALL):
                     found[f"{name} {copy} {stage} opt"] = replica.opt_state

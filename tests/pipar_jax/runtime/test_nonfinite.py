@@ -20,7 +20,7 @@ from pipar_jax.methods.registry import METHODS
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.protocol.messages import NonFinite
 from pipar_jax.report import make_page, read_run
-from pipar_jax.report.progress import RunState, describe
+from pipar_jax.report.run_state import RunState, describe
 from pipar_jax.report.sinks import scalars
 from pipar_jax.runtime import finite
 from tests.experiments.running import Binary
