@@ -24,7 +24,8 @@ from pipar_jax.protocol.registry import ControlMessage
 from pipar_jax.protocol.values import Seen
 from pipar_jax.roles.candidates import Candidates
 from pipar_jax.roles.holdings import odd_seen
-from pipar_jax.roles.membership import Mail, Membership
+from pipar_jax.roles.mail import Mail
+from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.survey import Surveyed
 from pipar_jax.runtime import moves
 from pipar_jax.runtime.host import Host

@@ -275,7 +275,7 @@ class Checkpoints:
           PeerError: A host was lost or failed.
         """
         owed, self._owed = self._owed, []
-        found = members.said(messages.KeptState, owed)
+        found = members.early.take(messages.KeptState, owed)
         # One that was lost meanwhile and has come back owes nothing.
         owing = [name for name in owed if members.owes(name, messages.KeptState)]
         found |= members.collect(messages.KeptState, owing)

@@ -86,7 +86,7 @@ class Conductor:
         self.relay = Relay(names, members, states)
         self._attempt = 0
         self._round: RoundAttempt | None = None
-        members.broken = self._note_broken
+        members.reports.broken = self._note_broken
 
     # --- the whole of a round -----------------------------------------------------------------
 
@@ -163,7 +163,8 @@ class Conductor:
     def _release(self, now: RoundAttempt, spans: tuple[Span, ...]) -> None:
         """Starts a round on its hosts, or the rest of it after a failed step."""
         self._attempt += 1
-        self._members.open(now.index, spans, self._attempt, now.samples)
+        self._members.reports.open(now.index)
+        self._members.links.open(spans, self._attempt, now.samples)
         in_turns = self.plan.order == Order.SEQUENTIAL
         holder = self.relay.holder(now) if in_turns else None
         release = messages.Release(
@@ -222,7 +223,7 @@ class Conductor:
 
     def _take_trained(self, now: RoundAttempt) -> None:
         """Takes what hosts give whose steps are over; whoever gives what does not fit is lost."""
-        for name, mail in self._members.said(messages.Trained, self._missing(now)).items():
+        for name, mail in self._members.early.take(messages.Trained, self._missing(now)).items():
             wanted: Wanted = {}
             if self.plan.order == Order.PARALLEL:
                 wanted = exchanges.trained(self.plan, seat_of(now.cohort, name), self._names)
@@ -328,7 +329,7 @@ class Conductor:
                 self._stop(now, place, first)
             return
         now.spans = tuple(span for span in now.spans if span.device != place or span.stop <= step)
-        self._members.drop(place)
+        self._members.links.drop_places(place)
         self._host.drop(place, step)
         for other in self._present(now, now.places)[1:]:
             self._members.send(other, messages.Drop(now.index, place, step))
@@ -360,7 +361,7 @@ class Conductor:
         """Lets all go back to the last step that they all have completed; returns the next one."""
         lost, now.failed = tuple(now.failed), []
         hosts = self._present(now, now.places)
-        self._members.drop(*lost)
+        self._members.links.drop_places(*lost)
         self._ask(hosts, messages.Halt(now.index, lost), lambda: self._host.halt(lost))
         halted = self._members.collect(messages.Halted, hosts)
         step = min(mail.said.step for mail in halted.values())

@@ -356,8 +356,8 @@ class Coordinator:
                 samples[place] = self._population[cohort.devices[place]].samples
             self._setup.samples = tuple(samples)
         links = {device_name(place): device_name(cohort.devices[place]) for place in cohort.taking}
-        self._seats_before |= self._members.seats
-        self._members.seats = {name: seat for seat, name in links.items()}
+        self._seats_before |= self._members.links.seats
+        self._members.links.seats = {name: seat for seat, name in links.items()}
         control = self._host.link_table.control
         for seat, name in links.items():
             if name in self._members.by_name:

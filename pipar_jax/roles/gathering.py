@@ -11,7 +11,8 @@ from pipar_jax.config.cohorts import planned
 from pipar_jax.config.membership_script import Attempt
 from pipar_jax.errors import PeerError, RunError
 from pipar_jax.protocol import messages
-from pipar_jax.roles.membership import Mail, Membership
+from pipar_jax.roles.mail import Mail
+from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.selection import CohortChooser
 from pipar_jax.schedule.plan import device_name, host_index
 
@@ -120,7 +121,7 @@ class Gathering:
 
     def settle(self) -> None:
         """Records which devices have prepared their share of the plan."""
-        found = self._members.said(messages.Prepared, self._preparing)
+        found = self._members.early.take(messages.Prepared, self._preparing)
         self._preparing = {n for n in self._preparing if n in self._members.by_name and n not in
                            found}  # fmt: skip
         for name in found:

@@ -210,7 +210,7 @@ class HostSetup:
         Args:
           *plans: The plan in force, and the one that is changed to.
         """
-        self._members.acceptance = Acceptance(
+        self._members.links.acceptance = Acceptance(
             self._model, plans[-1], COORDINATOR, samples=self.samples,
             batch_size=self._config.data.batch_size,
         )  # fmt: skip
@@ -219,9 +219,9 @@ class HostSetup:
 
     def _admit_bundles(self, plans: Sequence[Plan], name: str) -> None:
         """Lets a member send its largest bundle and tensor under some plans, and nothing larger."""
-        assert self._members.acceptance is not None
+        assert self._members.links.acceptance is not None
         seat = device_name(0) if self._sampled and is_device(name) else name
-        tensor_bytes = self._members.acceptance.tensor_bytes(seat)
+        tensor_bytes = self._members.links.acceptance.tensor_bytes(seat)
         steps = max(one.steps for one in self._population)
         widest = self._table.spans(0, [Turn(place, 0, steps) for place in range(self._places)])
         self._members.by_name[name].link.admit(

@@ -58,7 +58,7 @@ class NodePool:
 
     def settle(self) -> list[str]:
         """Returns the nodes that have prepared since the last call: spares from now on."""
-        found = list(self._members.said(messages.Prepared, self.preparing))
+        found = list(self._members.early.take(messages.Prepared, self.preparing))
         self.preparing.difference_update(found)
         self.ready = [one for one in self._members.hosts.nodes if one in {*self.ready, *found}]
         return found

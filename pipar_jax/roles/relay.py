@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from pipar_jax.protocol import messages
-from pipar_jax.roles.membership import Member, Membership
+from pipar_jax.roles.mail import Member
+from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.replies import Reply, reply
 from pipar_jax.roles.round_attempt import RoundAttempt, merged_turns
 from pipar_jax.roles.state_exchange import StateExchange
@@ -73,7 +74,7 @@ class Relay:
         giver = now.device(turn.device)
         self._members.patience.begin()
         while turn.device not in now.out:
-            found = self._members.said(messages.ClientModel, (giver,))
+            found = self._members.early.take(messages.ClientModel, (giver,))
             if giver in found:
                 wanted = exchanges.client_model(plan, turn.device, self._names)
                 self.client_model = self._states.read(found[giver], wanted)

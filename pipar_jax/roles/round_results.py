@@ -13,7 +13,8 @@ from pipar_jax.roles.conductor import Conductor
 from pipar_jax.roles.holdings import read_rows
 from pipar_jax.roles.host_setup import HostSetup
 from pipar_jax.roles.link_stats import odd_rows
-from pipar_jax.roles.membership import Mail, Membership
+from pipar_jax.roles.mail import Mail
+from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.private_rounds import PrivateRounds
 from pipar_jax.roles.round_attempt import Committed
 from pipar_jax.roles.run_log import Round, RunLog
@@ -105,7 +106,8 @@ class RoundResults:
         self._aggregator.aggregate(replicas)
         if broken := self._aggregator.broken_units():
             last = max(span.stop for span in done.spans) - 1
-            self._members.end_broken(messages.NonFinite("average", None, done.index, last, broken))
+            said = messages.NonFinite("average", None, done.index, last, broken)
+            self._members.reports.report_broken(said)
         spent_s = time.monotonic() - start_s
         time.sleep(spent_s * (self._config.server.slowdown - 1.0))
         if done.spans:
@@ -203,7 +205,7 @@ class RoundResults:
         steps = [max(self._table.steps(one.steps) for one in self._population)] * self._places
         for name, mail in mails.items():
             assert mail.message is not None
-            seat = self._members.seats.get(name, name)
+            seat = self._members.links.seats.get(name, name)
             with self._members.reading(name):
                 rows = read_rows(mail.message, self._setup.plans, seat, steps, long_name(name))
             # The offset is the peer's clock minus ours.

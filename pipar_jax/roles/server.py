@@ -22,14 +22,17 @@ from pipar_jax.disk.event_log import OnEvent
 from pipar_jax.disk.json_text import JsonObject, plain
 from pipar_jax.errors import Interrupted, PiparError, RunError
 from pipar_jax.methods.resolution import check_plan
+from pipar_jax.protocol import messages
 from pipar_jax.protocol.values import SIGNATURE
 from pipar_jax.report.environment import add_platform
 from pipar_jax.report.sinks import Sinks
 from pipar_jax.roles.admission import describe
+from pipar_jax.roles.assembly import assemble
 from pipar_jax.roles.checkpoint_store import CheckpointStore
 from pipar_jax.roles.checkpoints import Checkpoints
 from pipar_jax.roles.coordinator import Coordinator, Start
 from pipar_jax.roles.evaluation import Evaluator
+from pipar_jax.roles.mail import try_send
 from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.past import Past, check_data, read_past
 from pipar_jax.roles.run_folder import Record, RunFolder
@@ -175,7 +178,6 @@ def _serve(
     members = Membership(
         config,
         model,
-        endpoint,
         tensors=lambda message: host.on_message(message) if host else None,
         wake=lambda: host.wake() if host else None,
         tell=tell,
@@ -195,7 +197,7 @@ def _serve(
             address = endpoint.listen(
                 config.server.host,
                 config.server.port,
-                members.on_link,
+                members.links.on_link,
                 expected_peers=config.devices.total + config.nodes.count,
             )
         except ChannelError as error:
@@ -203,12 +205,12 @@ def _serve(
                 f"the server cannot listen on {config.server.host}:{config.server.port}: {error}"
             ) from error
         tell({"event": "listening", "host": address[0], "port": address[1]})
-        members.admit()
+        assemble(members, config.cohort, config.network.join_timeout_s)
         members.actions = lambda: host.actions
         host.link_table.control.update({name: one.link for name, one in members.by_name.items()})
         return _conduct(config, model, dataset, folder, record, tell, host, members, script, start)
     except BaseException as error:
-        members.abort(_reason(error), again=isinstance(error, Interrupted))
+        _abort(members, _reason(error), again=isinstance(error, Interrupted))
         raise
     finally:
         if host is not None:
@@ -276,6 +278,23 @@ def _checkpoints(
     store = CheckpointStore(folder.path, config.checkpoint)
     better = model.task.scores.get(config.checkpoint.best, True)
     return Checkpoints(config, store, run, describe(model), data, tell, better)
+
+
+def _abort(members: Membership, reason: str, *, again: bool) -> None:
+    """Tells every reachable member that the run has ended.
+
+    Args:
+      members: The devices and compute nodes.
+      reason: Why.
+      again: Whether this process is expected to be restarted and to resume the run.
+    """
+    for member in members.by_name.values():
+        try_send(member.link, messages.Abort(reason, again))
+    for member in members.by_name.values():
+        try:
+            member.link.drain(0.5)
+        except ChannelError:
+            continue
 
 
 def _reason(error: BaseException) -> str:

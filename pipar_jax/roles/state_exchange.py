@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from pipar_jax.errors import ProtocolError
 from pipar_jax.protocol import messages
 from pipar_jax.roles.holdings import Holdings
-from pipar_jax.roles.membership import Mail, Membership
+from pipar_jax.roles.mail import Mail
+from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.replies import Reply
 from pipar_jax.runtime import unit_state
 from pipar_jax.runtime.host import Host

@@ -40,7 +40,8 @@ from pipar_jax.profiling.unit_times import (
 )
 from pipar_jax.protocol import messages, registry
 from pipar_jax.protocol.registry import ControlMessage
-from pipar_jax.roles.membership import M, Mail, Membership
+from pipar_jax.roles.mail import M, Mail
+from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.replies import reply
 from pipar_jax.runtime import memory
 from pipar_jax.schedule.plan import COORDINATOR, Plan, long_name, node_name
@@ -139,8 +140,8 @@ def survey(config: Config, model: Model, members: Membership, samples: Sequence[
         server = predicted_host(config, model, sizes, reference)
         references[COORDINATOR] = emulated(reference, members.hosts[COORDINATOR].slowdown)
     else:
-        members.tell_working(COORDINATOR, "timing", 0, 0)
-        told = functools.partial(members.tell_working, COORDINATOR, "timing")
+        members.reports.tell_working(COORDINATOR, "timing", 0, 0)
+        told = functools.partial(members.reports.tell_working, COORDINATOR, "timing")
         server = measure_host(config, model, sizes, members.poll, now_and_then(told, TOLD_S))
     message_s = measure_message_s()
     asked: list[DeviceProfile | None] = []

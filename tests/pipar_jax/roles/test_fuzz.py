@@ -163,7 +163,7 @@ class Coordinator:
         self.method, self.events = method, []
         made = config(method)
         self.members = Membership(
-            made, network(), None, tensors=lambda message: None, wake=lambda: None,
+            made, network(), tensors=lambda message: None, wake=lambda: None,
             tell=self.events.append, stop=threading.Event(),
         )  # fmt: skip
         self.links = {}
@@ -175,11 +175,11 @@ class Coordinator:
             link.on_message(fakes.control(link, registry.encode(join)))
             self.members.poll()
             assert join.name in self.members.by_name, self.events
-        self.members.acceptance = acceptance(method, COORDINATOR)
+        self.members.links.acceptance = acceptance(method, COORDINATOR)
 
     def stranger(self, peer):
         link = fakes.Link(peer)
-        self.members.on_link(link)
+        self.members.links.on_link(link)
         return link
 
     def bundle_of(self, rng, name, link):
@@ -220,9 +220,9 @@ class Coordinator:
 
     def read(self):
         """Does with all that was said what the coordinator does."""
-        while not self.members._inbox.empty():
+        while not self.members.links.mail.empty():
             self.members.poll()
-        for mail in self.members._early:
+        for mail in self.members.early:
             if mail.message is None or mail.message.kind != "bundle":
                 continue
             wanted = dict(self.answers(mail.source)).get(type(mail.said), 0)
@@ -234,7 +234,8 @@ class Coordinator:
                     held = holdings(self.method)
                     now = wanted(plan(self.method), mail.source)
                     held.states(mail.message, now, peer)
-        self.members._early.clear()
+        for name in self.links:
+            self.members.early.discard(name)
 
 
 def fuzz_coordinator(method, cases, seed):

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from comms import Endpoint, PeerClosed
+from comms import PeerClosed
 from pipar_jax.errors import PeerError, ProtocolError
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.protocol import messages
@@ -13,7 +13,8 @@ from pipar_jax.protocol.values import LinkRow
 from pipar_jax.roles import server
 from pipar_jax.roles.holdings import read_rows
 from pipar_jax.roles.link_stats import odd_rows
-from pipar_jax.roles.membership import Incoming, Member, Membership
+from pipar_jax.roles.mail import Incoming, Member
+from pipar_jax.roles.membership import Membership
 from pipar_jax.runtime import trace_rows
 from pipar_jax.schedule.actions import FORWARD, Action
 from pipar_jax.schedule.plan import Boundary, DevicePlan, Plan
@@ -34,21 +35,22 @@ class Gone:
     def refuse(self, reason):
         """It is gone already."""
 
+    def admit(self, allowance):
+        """Nothing more arrives."""
+
 
 @pytest.fixture
 def members(tmp_path, monkeypatch):
     monkeypatch.setattr("pipar_jax.roles.membership.LAST_WORDS_S", 0.05)  # there are none
-    endpoint = Endpoint("server")
     network = support.model("mlp", "float32")
     made = Membership(
-        resolve(support.config(tmp_path, (17, 12))), network, endpoint,
+        resolve(support.config(tmp_path, (17, 12))), network,
         tensors=lambda message: None, wake=lambda: None, tell=lambda event: None,
         stop=threading.Event(),
     )  # fmt: skip
     made.by_name["d0"] = Member(Gone(), None)
-    made._names[made.by_name["d0"].link] = "d0"
-    yield made
-    endpoint.close()
+    made.links.admit(made.by_name["d0"].link, "d0")
+    return made
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,7 @@ def test_a_host_thread_that_finds_the_link_gone_is_a_lost_peer_too(members):
 
 def test_the_mail_about_the_end_says_more_than_the_send_that_noticed_it(members):
     link = members.by_name["d0"].link
-    members._inbox.put((Incoming.LOST, link, PeerClosed("its data ended")))
+    members.links.mail.put((Incoming.LOST, link, PeerClosed("its data ended")))
     with pytest.raises(PeerError, match="device 0 was lost: its data ended"):
         members.broadcast(messages.Finish())
 
@@ -83,12 +85,12 @@ def test_links_that_go_while_a_new_one_is_counted_do_no_harm(members):
 
     class Names(dict):
         def __contains__(self, link):
-            members._links.pop(link, None)
+            members.links._waiting.pop(link, None)
             return super().__contains__(link)
 
-    members._names = Names(members._names)
+    members.links._names = Names(members.links._names)
     for _ in range(5):
-        members.on_link(fakes.Link("d0"))
+        members.links.on_link(fakes.Link("d0"))
 
 
 @pytest.mark.parametrize(

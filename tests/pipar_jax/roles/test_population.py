@@ -11,6 +11,7 @@ from pipar_jax.errors import JoinError, PeerError, ProtocolError
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.protocol import messages, registry
 from pipar_jax.roles import admission
+from pipar_jax.roles.assembly import assemble
 from pipar_jax.roles.membership import Membership
 from tests.pipar_jax.roles import fakes
 from tests.pipar_jax.roles.test_fuzz import SAMPLES, loader, network, plan
@@ -28,14 +29,14 @@ class Side:
         made.network.join_timeout_s = 0.3
         self.config, self.events, self.lost = resolve(made), [], []
         self.members = Membership(
-            self.config, network(), None, tensors=lambda message: None, wake=lambda: None,
+            self.config, network(), tensors=lambda message: None, wake=lambda: None,
             tell=self.events.append, stop=threading.Event(),
         )  # fmt: skip
         self.members.lost = lambda name, error: self.lost.append(name)
 
     def join(self, index):
         link = fakes.Link(f"d{index}")
-        self.members.on_link(link)
+        self.members.links.on_link(link)
         join = admission.device_join(self.config, f"d{index}", loader(index), network())
         link.on_message(fakes.control(link, registry.encode(join)))
         self.members.poll()
@@ -126,7 +127,7 @@ def test_a_bundle_that_does_not_fit_ends_the_device_and_no_more(side):
 def test_a_run_begins_with_as_many_devices_as_it_needs(tmp_path, monkeypatch):
     side = Side(tmp_path, monkeypatch, min_devices=1, wait_s=0.1)
     with pytest.raises(JoinError, match="1 devices are needed"):
-        side.members.admit()
+        assemble(side.members, side.config.cohort, side.config.network.join_timeout_s)
     side.join(1)
-    side.members.admit()
+    assemble(side.members, side.config.cohort, side.config.network.join_timeout_s)
     assert list(side.members.by_name) == ["d1"]

@@ -110,7 +110,9 @@ def run(made, samples, loss=None, script=None, left_out=()):
                          for span in spans]  # fmt: skip
             now = loss if loss is not None and loss.round == index else None
             conductor.round(index, spans, now, away, left_out.get(index, ()) if left_out else ())
-        return conductor.variables(), conductor.residues(), conductor.script, world.held
+        # A lost host's memory is gone with its process, whatever it has not read.
+        held = [key for key in world.held if key[1] not in world.gone]
+        return conductor.variables(), conductor.residues(), conductor.script, held
 
 
 def assert_equal(found, expected, rtol=0.0):

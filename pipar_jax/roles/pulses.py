@@ -1,0 +1,55 @@
+"""Pulses to members, and what their links carry: whether they make progress."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from pipar_jax.config import NetworkConfig
+from pipar_jax.protocol import messages
+from pipar_jax.roles.mail import Member, try_send
+from pipar_jax.roles.patience import Moving, Patience, pulse_s
+from pipar_jax.schedule.plan import COORDINATOR
+
+
+class Pulses:
+    """Periodically tells members that this process works, and looks which of them do.
+
+    Args:
+      network: How often.
+      patience: The progress deadline.
+    """
+
+    def __init__(self, network: NetworkConfig, patience: Patience) -> None:
+        self._every_s, self._patience = pulse_s(network), patience
+        self._last_s, self._count = time.monotonic(), 0
+        self._moving: dict[str, Moving] = {}
+
+    def are_due(self) -> bool:
+        """Returns whether it is time for pulses, which is then over."""
+        now = time.monotonic()
+        if now - self._last_s < self._every_s:
+            return False
+        self._last_s = now
+        return True
+
+    def send(self, members: Mapping[str, Member], actions: int) -> None:
+        """Sends members a pulse, and records which of them make progress.
+
+        Args:
+          members: The present members by name.
+          actions: Number of completed actions on the host in this process.
+        """
+        self._count += 1
+        self._patience.pulse(COORDINATOR, actions)
+        for name, member in list(members.items()):
+            try_send(member.link, messages.Pulse(self._count))
+            if name not in self._moving:
+                self._moving[name] = Moving(member.link)
+            elif self._moving[name].look():
+                self._patience.progress(name)
+
+    def forget(self, name: str) -> None:
+        """Forgets a member that is lost."""
+        self._moving.pop(name, None)
+        self._patience.forget(name)
