@@ -44,7 +44,7 @@ def main(config: Config, given: DeviceFlags) -> None:
         )
     logs.begin()
     take_part.prepare(config, device_name(given.index))
-    from pipar_jax.roles.worker import run_device  # loads jax, whose environment is now set
+    from pipar_jax.roles.participants import run_device  # loads jax, whose environment is now set
 
     print(f"device {given.index} of {config.devices.total} joins {given.server}", flush=True)
     run_device(config, given.index, address)

@@ -48,7 +48,7 @@ def main(config: Config, given: NodeFlags) -> None:
         )
     logs.begin()
     take_part.prepare(config, node_name(given.index))
-    from pipar_jax.roles.worker import run_node  # loads jax, whose environment is now set
+    from pipar_jax.roles.participants import run_node  # loads jax, whose environment is now set
 
     print(f"node {given.index} of {config.nodes.count} joins {given.server}", flush=True)
     run_node(config, given.index, address)

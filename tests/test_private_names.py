@@ -43,11 +43,6 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
         {"_ask", "_choice", "_compiled", "_consider", "_numbers"},
         "a failure of the adapting thread, and an order of two threads that no timing brings about",
     ),
-    "tests/pipar_jax/roles/test_fuzz.py": (
-        {"_endpoint", "_follow", "_inbox", "_link", "_neighbours", "_on_message", "_reply",
-         "_wake"},
-        "thousands of workers and coordinators, driven in one thread and without sockets",
-    ),
     "tests/pipar_jax/roles/test_membership.py": (
         {"_names", "_reason", "_waiting"},
         "links that end between two statements of another thread",
@@ -55,10 +50,6 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
     "tests/pipar_jax/roles/open_runs.py": (
         {"_seed"},
         "something happens before the loader of one device alone",
-    ),
-    "tests/pipar_jax/roles/test_patience.py": (
-        {"_connect", "_follow", "_host", "_link", "_on_message"},
-        "a worker without a server, which is interrupted at one point",
     ),
     "tests/pipar_jax/roles/test_peer_links.py": (
         {"_early"},

@@ -29,9 +29,9 @@ from pipar_jax.errors import PeerError, ProtocolError, RunError
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.methods.resolution import check_plan, resolve
 from pipar_jax.protocol.values import SIGNATURE
+from pipar_jax.roles.participants import run_device, run_node
 from pipar_jax.roles.run_folder import CONFIG, METRICS, TRACE
 from pipar_jax.roles.server import run_server
-from pipar_jax.roles.worker import run_device, run_node
 from pipar_jax.runtime.setup import as_trained, build_model, target_rule
 from pipar_jax.schedule.plan import COORDINATOR, device_name, host_index
 from pipar_jax.schedule.trace import Trace

@@ -325,10 +325,10 @@ def _run_server(config: Config, tell: OnEvent) -> None:
 
 
 def _run_worker(config: Config, name: str, lines: queue.SimpleQueue[str]) -> None:
-    from pipar_jax.roles import worker  # while the address is unknown: loading takes seconds
+    from pipar_jax.roles import participants  # while the address is unknown: loading takes seconds
 
     host, _, port = lines.get().rpartition(":")
-    run = worker.run_node if is_node(name) else worker.run_device
+    run = participants.run_node if is_node(name) else participants.run_device
     run(config, host_index(name), (host, int(port)))
 
 

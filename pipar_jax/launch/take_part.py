@@ -83,9 +83,9 @@ def run_device(
     address = parse_address(server, "server")
     _check_index(index, range(config.devices.count), f"devices.count={config.devices.count}")
     resolved = prepare(config, device_name(index), model, reads_data=data is None)
-    from pipar_jax.roles import worker  # loads jax, whose environment is set now
+    from pipar_jax.roles import participants  # loads jax, whose environment is set now
 
-    worker.run_device(resolved, index, address, model=model, data=data)
+    participants.run_device(resolved, index, address, model=model, data=data)
 
 
 def run_node(config: Config, index: int, server: str, model: Model | None = None) -> None:
@@ -106,9 +106,9 @@ def run_node(config: Config, index: int, server: str, model: Model | None = None
     address = parse_address(server, "server")
     _check_index(index, range(1, config.nodes.count + 1), f"nodes.count={config.nodes.count}")
     resolved = prepare(config, node_name(index), model, reads_data=False)
-    from pipar_jax.roles import worker  # loads jax, whose environment is set now
+    from pipar_jax.roles import participants  # loads jax, whose environment is set now
 
-    worker.run_node(resolved, index, address, model=model)
+    participants.run_node(resolved, index, address, model=model)
 
 
 def prepare(

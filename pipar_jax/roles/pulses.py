@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
+from comms import Link
 from pipar_jax.config import NetworkConfig
-from pipar_jax.protocol import messages
+from pipar_jax.protocol import messages, registry
 from pipar_jax.roles.mail import Member, try_send
 from pipar_jax.roles.patience import Moving, Patience, pulse_s
 from pipar_jax.schedule.plan import COORDINATOR
@@ -53,3 +54,33 @@ class Pulses:
         """Forgets a member that is lost."""
         self._moving.pop(name, None)
         self._patience.forget(name)
+
+
+class OwnPulse:
+    """Periodically tells the coordinator how many actions are over on a device or node.
+
+    Args:
+      network: How often.
+      patience: The progress deadline.
+    """
+
+    def __init__(self, network: NetworkConfig, patience: Patience) -> None:
+        self._every_s, self._patience = pulse_s(network), patience
+        self._last_s, self._actions = time.monotonic(), 0
+        self._moving: Moving | None = None
+
+    def connected(self, link: Link) -> None:
+        """Begins to look what the coordinator's link carries."""
+        self._moving = Moving(link)
+
+    def beat(self, link: Link, actions: int) -> None:
+        """Sends a pulse if it is time for one, and more actions are over than at the last one."""
+        now = time.monotonic()
+        if now - self._last_s < self._every_s:
+            return
+        self._last_s = now
+        if actions != self._actions:
+            self._actions = actions
+            registry.send(link, messages.Pulse(actions))
+        if self._moving is not None and self._moving.look():
+            self._patience.progress(COORDINATOR)

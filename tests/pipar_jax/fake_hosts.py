@@ -94,7 +94,7 @@ def run_device(config: Config, index: int, address: tuple[str, int]) -> None:
 
 
 if __name__ == "__main__":
-    for module, function in (("server", run_server), ("worker", run_device)):
+    for module, function in (("server", run_server), ("participants", run_device)):
         fake = types.ModuleType(f"pipar_jax.roles.{module}")
         setattr(fake, function.__name__, function)
         sys.modules[f"pipar_jax.roles.{module}"] = fake

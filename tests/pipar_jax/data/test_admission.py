@@ -23,8 +23,8 @@ from pipar_jax.config import Config, DataConfig
 from pipar_jax.data import Dataset, Examples
 from pipar_jax.errors import ConfigError, DataError, RunError
 from pipar_jax.methods.resolution import resolve
+from pipar_jax.roles.participants import run_device
 from pipar_jax.roles.server import run_server
-from pipar_jax.roles.worker import run_device
 from stages.signature import ArrayType, Signature
 from stages.tasks.targets import ClassTargets
 from tests.conftest import Within

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from pipar_jax.errors import PeerError
@@ -10,13 +12,15 @@ from tests.pipar_jax.roles import fakes
 
 @pytest.fixture
 def alone(monkeypatch):
-    """Workers without threads or sockets."""
-    monkeypatch.setattr(workers, "Endpoint", lambda *args, **kwargs: None)
+    """Workers without threads or sockets; gives their endpoint."""
+    endpoint = SimpleNamespace(post=lambda call: call())
+    monkeypatch.setattr(workers, "Endpoint", lambda *args, **kwargs: endpoint)
     monkeypatch.setattr(workers, "Host", fakes.Host)
     monkeypatch.setattr(workers, "Prefetcher", lambda loader: None)
     monkeypatch.setattr("pipar_jax.roles.survey.measure_host", _measured)
     monkeypatch.setattr("pipar_jax.roles.survey.measure_reference", _measured)
     monkeypatch.setattr(PeerLinks, "_dial", lambda *args: None)
+    return endpoint
 
 
 def _measured(*args):

@@ -16,8 +16,8 @@ from pipar_jax.config.checkpoints import WEIGHTS
 from pipar_jax.data import loader as loading
 from pipar_jax.errors import PiparError
 from pipar_jax.methods.resolution import resolve
+from pipar_jax.roles.participants import run_device, run_node
 from pipar_jax.roles.server import run_server
-from pipar_jax.roles.worker import run_device, run_node
 from tests.pipar_jax.runtime import support
 
 #: Samples of each device; mini-batches are of seven.

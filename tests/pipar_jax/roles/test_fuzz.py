@@ -11,7 +11,6 @@ import copy
 import functools
 import random
 import threading
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -299,11 +298,8 @@ class Device(workers.Worker):
     """A worker whose host does nothing and whose mail is read at once."""
 
     def _next(self):
-        if self._inbox.empty():
+        if (item := self.mail.get(0.0)) is None:
             raise Nothing
-        item = self._inbox.get()
-        if not isinstance(item, BaseException):
-            self._waiting[item.kind == "bundle"] -= 1
         return item
 
 
@@ -314,10 +310,8 @@ class Run:
         self.method, self.name = method, name
         one = loader(0) if name == "d0" else None
         self.worker = Device(config(method), name, network(), one)
-        self.worker._endpoint = SimpleNamespace(post=lambda call: call())
-        self.link = self.worker._link = fakes.Link(COORDINATOR)
-        self.worker._neighbours.link_table.control[COORDINATOR] = self.link
-        self.link.start(self.worker._on_message, self.worker._wake, self.worker._inbox.put)
+        self.link = fakes.Link(COORDINATOR)
+        self.worker.connected(self.link)
         spans = tuple(Span(device, 0, steps) for device, steps in enumerate(STEPS))
         sequential = plan(method).order == "sequential"
         holder = 1 if sequential else None
@@ -337,14 +331,14 @@ class Run:
         ]
         for said in course[: rng.randrange(len(course) + 1)]:
             if kind_of(type(said)).sender is Sender.HOST:
-                self.worker._reply(said, {})
+                self.worker.host.reply(said, {})
             else:
                 self.link.on_message(fakes.control(self.link, registry.encode(said)))
                 self.read()
 
     def read(self):
         try:
-            self.worker._follow()
+            self.worker.follow()
         except Nothing:
             return
 

@@ -187,24 +187,26 @@ def test_a_worker_whose_coordinator_does_nothing_ends_too(alone, monkeypatch):
     made.network.progress_s = 0.3
     monkeypatch.setattr(workers, "LOOK_S", 0.02)
     worker = workers.Worker(made, "d0", network(), loader(0))
-    link = worker._link = fakes.Link("server")
-    worker._on_message(fakes.control(link, registry.encode(messages.Working("evaluating", 0, 0))))
-    worker._on_message(fakes.control(link, registry.encode(messages.SurveyEcho())))
-    worker._host.actions = 3
+    link = fakes.Link("server")
+    worker.connected(link)
+    link.on_message(fakes.control(link, registry.encode(messages.Working("evaluating", 0, 0))))
+    link.on_message(fakes.control(link, registry.encode(messages.SurveyEcho())))
+    worker.host.actions = 3
     with pytest.raises(PeerError, match=r"no progress for 0\.3 s: 'a word' is missing from the"):
-        worker._follow()
+        worker.follow()
     assert [one["type"] for one in link.said] == ["echoed", "pulse"]
 
 
-def test_a_device_that_is_interrupted_says_so(alone, monkeypatch):
+def test_a_device_that_is_interrupted_says_so(alone):
+    class Interrupted(fakes.Link):
+        def send_control(self, body):
+            super().send_control(body)
+            if len(self.said) == 1:
+                raise KeyboardInterrupt
+
     worker = workers.Worker(config("pipar"), "d0", network(), loader(0))
-    link = fakes.Link(COORDINATOR)
-
-    def interrupted():
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(worker, "_connect", lambda *_: setattr(worker, "_link", link) or link)
-    monkeypatch.setattr(worker, "_follow", interrupted)
+    link = Interrupted(COORDINATOR)
+    alone.connect = lambda *args, **kwargs: link
     join = admission.device_join(config("pipar"), "d0", loader(0), network())
     with pytest.raises(KeyboardInterrupt):
         worker.run(("127.0.0.1", 1), join, 1.0)

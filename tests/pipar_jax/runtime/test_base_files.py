@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 from pipar_jax.errors import PiparError, RunError
 from pipar_jax.methods.registry import METHODS, hosts_of, plan_for
 from pipar_jax.methods.resolution import resolve
+from pipar_jax.roles.participants import run_device, run_node
 from pipar_jax.roles.server import run_server
-from pipar_jax.roles.worker import run_device, run_node
 from pipar_jax.runtime.setup import build_model
 from pipar_jax.schedule.plan import host_index, is_node, long_name
 from pipar_jax.training.base_weights import digest

@@ -16,8 +16,8 @@ from pipar_jax.methods.plans import plan_of_chain
 from pipar_jax.methods.registry import METHODS, plan_for
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.roles import survey
+from pipar_jax.roles.participants import run_node
 from pipar_jax.roles.server import run_server
-from pipar_jax.roles.worker import run_node
 from pipar_jax.schedule.plan import OWNER, Codecs
 from tests.pipar_jax.runtime import support
 

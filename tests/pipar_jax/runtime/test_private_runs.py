@@ -19,7 +19,7 @@ from pipar_jax.methods.resolution import resolve
 from pipar_jax.privacy.accountant import gaussian_epsilon, noise_for, release_cost
 from pipar_jax.privacy.ledger import LEDGER
 from pipar_jax.protocol import messages
-from pipar_jax.roles.worker import is_public
+from pipar_jax.roles.last_words import is_public
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.releases import Releases
 from pipar_jax.schedule.actions import FORWARD, Action, Span

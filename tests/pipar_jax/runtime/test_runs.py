@@ -16,8 +16,8 @@ from pipar_jax.errors import ConfigError, DataError, JoinError, PeerError, Pipar
 from pipar_jax.launch import certificates
 from pipar_jax.launch.api import load, run_here, train
 from pipar_jax.methods.resolution import resolve
+from pipar_jax.roles.participants import run_device
 from pipar_jax.roles.server import run_server
-from pipar_jax.roles.worker import run_device
 from pipar_jax.schedule.actions import ActionKind
 from pipar_jax.schedule.policies import POLICIES
 from tests.pipar_jax.runtime import support

@@ -1,0 +1,157 @@
+"""What a process of a device or of a compute node runs: it takes part until the run is over."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from pipar_jax import data as datasets
+from pipar_jax.config import Config, NetworkConfig
+from pipar_jax.data import Dataset, Loader
+from pipar_jax.data.augmentation import find_augmentation
+from pipar_jax.errors import PiparError
+from pipar_jax.protocol.messages import JoinDevice, JoinNode
+from pipar_jax.roles.admission import device_join, node_join
+from pipar_jax.roles.federated_evaluation import LocalEvaluation
+from pipar_jax.roles.rejoin import persist
+from pipar_jax.roles.worker import Worker
+from pipar_jax.runtime.releases import Releases
+from pipar_jax.runtime.setup import fit, set_up_jax, target_rule
+from pipar_jax.schedule.plan import device_name, node_name
+from stages import Model
+from stages.tasks.targets import TargetRule
+
+
+def run_device(
+    config: Config,
+    index: int,
+    address: tuple[str, int],
+    *,
+    model: Model | None = None,
+    data: Dataset | None = None,
+    stop: threading.Event | None = None,
+) -> None:
+    """Takes part in a run as a device, until the coordinator ends it.
+
+    Args:
+      config: Resolved configuration.
+      index: The device's index.
+      address: The coordinator's host and port.
+      model: The model, if not the configured one.
+      data: The device's samples (its training split), if not the configured ones.
+      stop: Ends the role when set.
+
+    Raises:
+      DataError: The device's data cannot be read, are wrong, or do not fit the model.
+      JoinError: The coordinator cannot be reached or refuses this device.
+      PeerError: The coordinator was lost or ended the run because of another host.
+      RunError: This device failed.
+    """
+    set_up_jax(config.model)
+    name = device_name(index)
+    dataset = _admitted(config, index, name, target_rule(config, model), data)
+    network = fit(config, model, dataset, name)
+    tests = None
+    if config.run.evaluate_on != "server":
+        tests = LocalEvaluation(network, dataset, config.model.weight_dtype)
+    releases = Releases(config, name) if config.privacy.on else None
+    keyed = None
+    if releases is not None:
+        dataset, keyed = releases.protect(dataset)
+    loader = _loader(config, index, dataset)
+    if releases is not None:
+        releases.expect(loader.samples_per_epoch)
+    join = device_join(config, name, loader, network, keyed)
+    stop = stop or threading.Event()
+
+    def take_part(timeout_s: float) -> None:
+        worker = Worker(config, name, network, loader, stop, releases, tests)
+        _take_part(worker, address, lambda: join, timeout_s)
+
+    try:
+        _persist(config.network, take_part, stop)
+    finally:
+        if releases is not None:
+            releases.close()
+
+
+def run_node(
+    config: Config,
+    index: int,
+    address: tuple[str, int],
+    *,
+    model: Model | None = None,
+    stop: threading.Event | None = None,
+) -> None:
+    """Takes part in a run as a compute node, until the coordinator ends it.
+
+    A node has no data; it learns from the coordinator what the samples look like. It listens at
+    ``nodes.host`` for its neighbours in the chains.
+
+    Args:
+      config: Resolved configuration.
+      index: The node's index, from 1.
+      address: The coordinator's host and port.
+      model: The model, if not the configured one.
+      stop: Ends the role when set.
+
+    Raises:
+      JoinError: The coordinator or a neighbour cannot be reached or refuses this node.
+      PeerError: The coordinator or a neighbour was lost, or the run ended because of another host.
+      RunError: This node failed, cannot listen, or the plan needs more memory than it may take.
+    """
+    set_up_jax(config.model)
+    name, stop = node_name(index), stop or threading.Event()
+
+    def take_part(timeout_s: float) -> None:
+        worker = Worker(config, name, model, None, stop)
+        _take_part(worker, address, lambda: node_join(config, name, worker.listen()), timeout_s)
+
+    _persist(config.network, take_part, stop)
+
+
+def _admitted(
+    config: Config, index: int, name: str, rule: TargetRule, data: Dataset | None
+) -> Dataset:
+    """Returns a device's samples, those configured unless they are given."""
+    if data is None:
+        return datasets.load_device(config, index, rule)
+    return datasets.admit_device(data, name, rule, tests=config.run.evaluate_on != "server")
+
+
+def _loader(config: Config, index: int, dataset: Dataset) -> Loader:
+    """Returns a device's mini-batches."""
+    return Loader(
+        dataset.train,
+        None,
+        config.data.batch_size,
+        seed=config.seed,
+        device=index,
+        augment=find_augmentation(config.data.augment),
+        mean=dataset.mean,
+        std=dataset.std,
+        drop_last=config.data.drop_last,
+    )
+
+
+def _take_part(
+    worker: Worker,
+    address: tuple[str, int],
+    join: Callable[[], JoinDevice | JoinNode],
+    timeout_s: float,
+) -> None:
+    """Takes part once; an error says whether the coordinator had admitted the host."""
+    try:
+        worker.run(address, join(), timeout_s)
+    except PiparError as error:
+        error.taken = worker.admitted
+        raise
+    finally:
+        worker.close()
+
+
+def _persist(
+    network: NetworkConfig, take_part: Callable[[float], None], stop: threading.Event
+) -> None:
+    """Takes part, again after a loss that may be temporary."""
+    persist(take_part, join_timeout_s=network.join_timeout_s, rejoin_s=network.rejoin_s, stop=stop)
