@@ -21,14 +21,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipar_jax.config import Config
-from pipar_jax.config.membership_script import Attempt, NodeLosses, Out
+from pipar_jax.config.membership_script import Attempt, Out
 from pipar_jax.errors import PeerError, ProtocolError, RunError
 from pipar_jax.protocol import messages
 from pipar_jax.roles.gathering import Cohort
 from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.population import Presence
 from pipar_jax.roles.relay import Relay, undone_from
-from pipar_jax.roles.replies import Reply, reply
+from pipar_jax.roles.replies import end_replies, reply
 from pipar_jax.roles.round_attempt import (
     Committed,
     RoundAttempt,
@@ -47,7 +47,6 @@ from pipar_jax.schedule.plan import (
     Order,
     Plan,
     device_name,
-    host_index,
     is_node,
     long_name,
 )
@@ -81,7 +80,7 @@ class Conductor:
     ) -> None:
         self._config, self._names, self.plan = config, names, plan
         self._host, self._members, self._states = host, members, states
-        self._tell = members.tell
+        self._tell, self._traced = members.tell, config.run.trace != "none"
         self.nodes: tuple[str, ...] = ()
         self.relay = Relay(names, members, states)
         self._attempt = 0
@@ -137,12 +136,7 @@ class Conductor:
         self._round = None  # whoever is lost from now on has done its part
         self._commit(now, places, hosts)
         whole = bool(places) and (now.ends is None or now.ends >= max(s.stop for s in whole_spans))
-        begun = tuple((span.device, span.first, span.stop) for span in now.begun)
-        lost = NodeLosses(
-            during=tuple(sorted({host_index(name) for name in now.lost_nodes})),
-            ends=None if whole else now.ends,
-        )
-        said = Attempt(index, now.cohort, begun, (), tuple(now.out.values()), places, lost)
+        said = now.script(places, whole=whole)
         if planned is not None:  # it goes on as planned, and who is out has ended there already
             said = dataclasses.replace(planned, commit=places)
         counted = tuple(span for span in now.spans if span.device in places)
@@ -318,11 +312,7 @@ class Conductor:
         now.out[place] = Out(place, step, why)
         name = now.device(place)
         now.trained.pop(name, None)
-        steps = sum(span.stop - span.first for span in now.begun if span.device == place)
-        self._tell(
-            {"event": "device_dropped", "device": now.cohort[place], "round": now.index,
-             "step": step, "steps": steps, "why": why, "reason": _REASONS[why]}
-        )  # fmt: skip
+        self._tell(now.dropped_event(place))
         if self.plan.sums_gradients:
             now.failed.append(place)
             if name in self._members.by_name:
@@ -396,25 +386,6 @@ class Conductor:
                 self._host.commit(places)
             else:  # who gives weights to the average is over with the round when it has them back
                 seat = seat_of(now.cohort, name)
-                owed = [] if self.gives(seat) else self.end_replies(now.index)
+                gives = exchanges.trained(self.plan, seat, self._names)
+                owed = [] if gives else end_replies(now.index, traced=self._traced)
                 self._members.send(name, commit, *owed)
-
-    def gives(self, name: str) -> bool:
-        """Returns whether a host gives weights to the average, and so is given it."""
-        parallel = self.plan.order == Order.PARALLEL
-        return parallel and bool(exchanges.trained(self.plan, name, self._names))
-
-    def end_replies(self, index: int) -> list[Reply]:
-        """Returns what a member owes when a round ends."""
-        traced = [reply(messages.TraceRows)] if self._config.run.trace != "none" else []
-        return [reply(messages.Stored, round=index), *traced]
-
-
-#: Why a place is out, as it is told.
-_REASONS = {
-    "lost": "it was lost",
-    "left": "it left",
-    "late": "it was late",
-    "nonfinite": "its loss or weights are not finite",
-    "undone": "the round is undone",
-}

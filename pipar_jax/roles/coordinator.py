@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import optax
-
 from pipar_jax.aggregation.aggregator import Aggregator
 from pipar_jax.config import Config
 from pipar_jax.disk.json_text import JsonObject
@@ -33,27 +31,24 @@ from pipar_jax.roles.node_pool import NodePool
 from pipar_jax.roles.past import Past
 from pipar_jax.roles.private_rounds import PrivateRounds
 from pipar_jax.roles.round_results import RoundResults
+from pipar_jax.roles.round_start import RoundStart
 from pipar_jax.roles.run_log import FetchStats, RunLog
 from pipar_jax.roles.scripted_plans import ScriptedPlans
 from pipar_jax.roles.start_weights import first_variables
 from pipar_jax.roles.state_exchange import StateExchange
 from pipar_jax.roles.stop_rule import StopRule
-from pipar_jax.roles.survey import choose_plan
-from pipar_jax.roles.timetable import Timetable, Turn
-from pipar_jax.runtime import exchanges, unit_state
+from pipar_jax.roles.survey import Surveyed, choose_plan
+from pipar_jax.roles.timetable import Timetable
+from pipar_jax.runtime import exchanges
 from pipar_jax.runtime.host import Host
-from pipar_jax.runtime.unit_state import States, UnitState
-from pipar_jax.schedule.actions import Span
 from pipar_jax.schedule.plan import (
     COORDINATOR,
     Order,
     Plan,
-    device_name,
     host_index,
     is_device,
 )
 from pipar_jax.schedule.rounds import rounds
-from pipar_jax.training import optimizer
 from stages import Model
 from stages.trees import Variables
 
@@ -104,20 +99,14 @@ class Coordinator:
         self._config, self._model, self._host = config, model, host
         self._members, self._evaluator, self._run_log = members, evaluator, run_log
         self._save = save
-        self._population = members.population
-        self._gathering = Gathering(config, members)
-        self._places, self._sampled = members.hosts.places, members.hosts.sampled
+        self._population, self._gathering = members.population, Gathering(config, members)
         kept = None if start.past is None else start.past.kept
         self._kept, self._checkpoints, self._start = kept, checkpoints, start
         if kept is not None:
             self._population.recall(kept.facts["population"], time.monotonic())
-        samples = samples_by_place(self._population, self._places, sampled=self._sampled)
-        plan, surveyed = None if kept is None else Plan.from_dict(kept.facts["plan"]), None
-        if script:
-            plan = plan or script[0]
-        elif plan is None or config.tuner.adapt:  # adapting starts from a survey, a resumed run too
-            chosen, surveyed = choose_plan(config, model, members, samples)
-            plan = plan or chosen
+        places, sampled = members.hosts.places, members.hosts.sampled
+        samples = samples_by_place(self._population, places, sampled=sampled)
+        plan, surveyed = self._first_plan(script, samples)
         self._begun_with = (
             [one.steps for one in self._population] if kept is None else kept.facts["steps"]
         )
@@ -126,24 +115,12 @@ class Coordinator:
         self._gathering.check_rounds(self._table.rounds)
         if plan.sums_gradients:  # raises PlanError: such devices step together
             rounds(plan, [one.steps for one in self._population], 1)
-        self._until: int | None = None  # where gradients are summed: the end of a round cut short
-        self._adaptation: Adaptation | ScriptedPlans | None = None
-        if script:
-            self._adaptation = ScriptedPlans(script, members, host, len(model.units))
-        elif config.tuner.adapt and surveyed is not None:
-            self._adaptation = Adaptation(
-                config, model, surveyed, plan, self._table.rounds, members, host
-            )
-        params, state = first_variables(model, config)
-        self._aggregator = Aggregator(config.aggregation, params, state)
+        self._adaptation = self._make_adaptation(script, plan, surveyed)
+        self._aggregator = Aggregator(config.aggregation, *first_variables(model, config))
         self._score: dict[str, float] = {}
         self._holdings = Holdings(model, config)
         self._states = StateExchange(members, host, self._holdings)
-        self._first = 0
-        self._seats_before: dict[str, str] = {}  # of each device, in the rounds before this one
-        if kept is not None:
-            self._first = kept.rounds
-        self._trained = self._first
+        self._first = self._trained = 0 if kept is None else kept.rounds
         self._conductor = Conductor(config, model.unit_names, plan, host, members, self._states)
         profile = None if surveyed is None else surveyed.profile
         self._pool = NodePool(config, model, profile, members, host)
@@ -155,13 +132,41 @@ class Coordinator:
             config, model.unit_names, self._aggregator, members, self._pool, self._gathering,
             self._setup, self._states, run_log, self._first,
         )  # fmt: skip
-        self._results = RoundResults(
-            config, model, host, members, self._setup, self._conductor, self._aggregator,
-            self._states, self._table, self._private, run_log,
-            [1.0] * self._places if kept is None else kept.facts["demand"],
+        self._round_start = RoundStart(
+            model.unit_names, config.optimizer, config.aggregation, host, members, self._setup,
+            self._aggregator, self._states, self._table,
         )  # fmt: skip
-        self._conductor.relay.client_model = self._initial_client_model()
+        self._results = RoundResults(
+            config, model, host, members, self._setup, self._conductor.relay, self._aggregator,
+            self._states, self._table, self._private, run_log,
+            [1.0] * places if kept is None else kept.facts["demand"],
+        )  # fmt: skip
+        self._conductor.relay.client_model = self._round_start.initial_client_model()
         members.lost = self._note_lost
+
+    def _first_plan(
+        self, script: Sequence[Plan], samples: Sequence[int]
+    ) -> tuple[Plan, Surveyed | None]:
+        """Returns the plan to begin with, and what hosts and links showed if they were asked."""
+        plan = None if self._kept is None else Plan.from_dict(self._kept.facts["plan"])
+        if script:
+            return plan or script[0], None
+        if plan is not None and not self._config.tuner.adapt:
+            return plan, None
+        # Adapting starts from a survey, in a resumed run too.
+        chosen, surveyed = choose_plan(self._config, self._model, self._members, samples)
+        return plan or chosen, surveyed
+
+    def _make_adaptation(
+        self, script: Sequence[Plan], plan: Plan, surveyed: Surveyed | None
+    ) -> Adaptation | ScriptedPlans | None:
+        """Returns what changes the plan between rounds; usually nothing."""
+        model, members, host = self._model, self._members, self._host
+        if script:
+            return ScriptedPlans(script, members, host, len(model.units))
+        if not self._config.tuner.adapt or surveyed is None:
+            return None
+        return Adaptation(self._config, model, surveyed, plan, self._table.rounds, members, host)
 
     @property
     def plan(self) -> Plan:
@@ -298,13 +303,13 @@ class Coordinator:
         self._conductor.nodes = tuple(self._pool.ready)
         if self._adaptation is not None:
             self._adaptation.start_round(index)
-        spans = self._spans(index, cohort)
+        spans = self._round_start.spans(index, cohort)
         why_not = self._private.why_not(index, cohort.devices, cohort.taking, spans)
         if why_not is not None:
             self._start.stop_rule.reason = why_not
             return True
-        self._seat(cohort)
-        fresh = self._bring_up_to_date(cohort)
+        self._round_start.seat(cohort)
+        fresh = self._round_start.bring_up_to_date(cohort)
         self._run_log.start_round()
         done, said = self._conductor.conduct(
             cohort, index, spans, self._results.demand, self._setup.samples
@@ -318,7 +323,8 @@ class Coordinator:
         self._results.count(done)
         if done.whole:
             self._trained = index + 1
-        self._until = None if done.whole or not done.places else max(one.stop for one in spans)
+        cut_short = done.places and not done.whole
+        self._round_start.until = max(span.stop for span in spans) if cut_short else None
         return done.whole
 
     def _gather(self, index: int, attempt: int) -> Cohort:
@@ -331,73 +337,6 @@ class Coordinator:
             self._setup.begin_schedules(arrived)
         return cohort
 
-    def _spans(self, index: int, cohort: Cohort) -> tuple[Span, ...]:
-        """Returns the steps of a round by place."""
-        if cohort.planned is not None:
-            return tuple(Span(*one) for one in cohort.planned.spans)
-        if self.plan.sums_gradients:  # all are at the same step, whoever was away
-            step = max(one.step for one in self._population)
-            for place in cohort.taking:
-                self._population[cohort.devices[place]].step = step
-        turns = []
-        for place in cohort.taking:
-            one = self._population[cohort.devices[place]]
-            turns.append(Turn(place, one.step, one.steps))
-        spans = self._table.spans(index, turns)
-        if self._until is None:
-            return spans
-        return tuple(one._replace(stop=min(one.stop, self._until)) for one in spans)
-
-    def _seat(self, cohort: Cohort) -> None:
-        """Gives each device of a round its place: its samples, and its link on this host."""
-        if self._sampled:
-            samples = list(self._setup.samples)
-            for place in cohort.taking:
-                samples[place] = self._population[cohort.devices[place]].samples
-            self._setup.samples = tuple(samples)
-        links = {device_name(place): device_name(cohort.devices[place]) for place in cohort.taking}
-        self._seats_before |= self._members.links.seats
-        self._members.links.seats = {name: seat for seat, name in links.items()}
-        control = self._host.link_table.control
-        for seat, name in links.items():
-            if name in self._members.by_name:
-                control[seat] = self._members.by_name[name].link
-
-    def _bring_up_to_date(self, cohort: Cohort) -> tuple[int, ...]:
-        """Gives the weights of the moment to those that have others; returns who is fresh.
-
-        In sequential order the client-side model comes with a device's turn.
-        """
-        fresh = []
-        late = []
-        scripted = () if cohort.planned is None else cohort.planned.fresh
-        for place in cohort.taking:
-            one, name = self._population[cohort.devices[place]], device_name(cohort.devices[place])
-            # In the run that a script tells of it had come back; here it has been there all along.
-            renews = place in scripted and not one.fresh
-            if renews or (one.fresh and one.rounds):
-                fresh.append(place)
-            if self.plan.order == Order.SEQUENTIAL or (one.current and not renews):
-                continue
-            before = self._seats_before.get(name, device_name(0))
-            seat = before if self._sampled else device_name(place)
-            states = self._current_states(seat, optimizers=renews)
-            self._states.push(name, states, messages.PushState(optimizers=renews))
-            late.append(name)
-        self._members.collect(messages.PushedState, late)
-        return tuple(fresh)
-
-    def _current_states(self, seat: str, *, optimizers: bool) -> States:
-        """Returns the weights of the moment of a device, with fresh optimiser states if wanted."""
-        names = self._model.unit_names
-        wanted = exchanges.whole(self.plan, seat, names, optimizers=False)
-        states = unit_state.known(wanted, self._aggregator)
-        if optimizers:
-            init = self._optimizer().init
-            for key in exchanges.optimizer_states(self.plan, seat, names):
-                states[key] = UnitState(opt=init(self._aggregator.params[key[1]]))
-        return states
-
     def _note_lost(self, name: str, error: PeerError) -> None:
         """Goes on without a host whose link is gone: its neighbours have to meet it anew."""
         self._pool.lose(name)
@@ -405,22 +344,6 @@ class Coordinator:
         self._conductor.note_lost(name)
 
     # --- between rounds -----------------------------------------------------------------------
-
-    def _initial_client_model(self) -> States:
-        """Returns the client-side model as every device makes it from the seed."""
-        tx = self._optimizer()
-        wanted = exchanges.client_model(self.plan, 0, self._model.unit_names)
-        params, state = self._aggregator.params, self._aggregator.state
-        return {
-            (copy, unit): UnitState(params[unit], state[unit], tx.init(params[unit]))
-            for copy, unit in wanted
-        }
-
-    def _optimizer(self) -> optax.GradientTransformation:
-        """Returns the optimiser of a replica, for the states with which it begins."""
-        return optimizer.build(
-            self._config.optimizer, steps=1, proximal_mu=self._config.aggregation.proximal_mu
-        )
 
     def _adapt(self, index: int) -> None:
         """Changes the plan before a round, if another one is wanted and compiled."""

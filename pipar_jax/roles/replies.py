@@ -70,6 +70,17 @@ def answers(command: ControlMessage) -> list[Reply]:
     return [Reply(kind) for kind in _ANSWERS.get(type(command), ())]
 
 
+def end_replies(index: int, *, traced: bool) -> list[Reply]:
+    """Returns what a member owes when a round ends.
+
+    Args:
+      index: The round's number.
+      traced: Whether it sends its trace.
+    """
+    traces = [reply(messages.TraceRows)] if traced else []
+    return [reply(messages.Stored, round=index), *traces]
+
+
 class Owed:
     """The replies that a host owes, in order for each kind; any thread may call it."""
 

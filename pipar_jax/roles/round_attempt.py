@@ -6,7 +6,8 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 
-from pipar_jax.config.membership_script import Attempt, Out
+from pipar_jax.config.membership_script import Attempt, NodeLosses, Out
+from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.roles.round_end import RoundEnd
 from pipar_jax.runtime.unit_state import States
 from pipar_jax.schedule.actions import Span
@@ -110,6 +111,39 @@ class RoundAttempt:
     def place(self, name: str) -> int | None:
         """Returns the place of a device that is in the round still."""
         return next((one for one in self.places if self.device(one) == name), None)
+
+    def dropped_event(self, place: int) -> JsonObject:
+        """Returns the event that a place is out."""
+        out = self.out[place]
+        steps = sum(span.stop - span.first for span in self.begun if span.device == place)
+        return {
+            "event": "device_dropped", "device": self.cohort[place], "round": self.index,
+            "step": out.step, "steps": steps, "why": out.why, "reason": _REASONS[out.why],
+        }  # fmt: skip
+
+    def script(self, places: tuple[int, ...], *, whole: bool) -> Attempt:
+        """Returns what the script of the run says of the attempt.
+
+        Args:
+          places: The places that count.
+          whole: Whether nothing of the round is left to be trained.
+        """
+        begun = tuple((span.device, span.first, span.stop) for span in self.begun)
+        lost = NodeLosses(
+            during=tuple(sorted({host_index(name) for name in self.lost_nodes})),
+            ends=None if whole else self.ends,
+        )
+        return Attempt(self.index, self.cohort, begun, (), tuple(self.out.values()), places, lost)
+
+
+#: Why a place is out, as it is told.
+_REASONS = {
+    "lost": "it was lost",
+    "left": "it left",
+    "late": "it was late",
+    "nonfinite": "its loss or weights are not finite",
+    "undone": "the round is undone",
+}
 
 
 def seat_of(cohort: Sequence[int], name: str) -> str:

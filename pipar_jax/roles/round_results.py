@@ -9,13 +9,14 @@ from typing import Any
 from pipar_jax.aggregation.aggregator import Aggregator, Contribution
 from pipar_jax.config import Config
 from pipar_jax.protocol import messages
-from pipar_jax.roles.conductor import Conductor
 from pipar_jax.roles.holdings import read_rows
 from pipar_jax.roles.host_setup import HostSetup
 from pipar_jax.roles.link_stats import odd_rows
 from pipar_jax.roles.mail import Mail
 from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.private_rounds import PrivateRounds
+from pipar_jax.roles.relay import Relay
+from pipar_jax.roles.replies import end_replies
 from pipar_jax.roles.round_attempt import Committed
 from pipar_jax.roles.run_log import Round, RunLog
 from pipar_jax.roles.state_exchange import StateExchange
@@ -49,7 +50,7 @@ class RoundResults:
       host: The host in this process.
       members: The devices and compute nodes.
       setup: The hosts under the plan in force.
-      conductor: Conducts rounds.
+      relay: Has the client-side model in sequential order.
       aggregator: The coordinator's.
       states: Moves states between the hosts.
       table: Who takes which steps.
@@ -65,7 +66,7 @@ class RoundResults:
         host: Host,
         members: Membership,
         setup: HostSetup,
-        conductor: Conductor,
+        relay: Relay,
         aggregator: Aggregator,
         states: StateExchange,
         table: Timetable,
@@ -74,7 +75,7 @@ class RoundResults:
         demand: list[float],
     ) -> None:
         self._config, self._model, self._host, self._members = config, model, host, members
-        self._setup, self._conductor, self._aggregator = setup, conductor, aggregator
+        self._setup, self._relay, self._aggregator = setup, relay, aggregator
         self._states, self._table, self._private, self._run_log = states, table, private, run_log
         self._population, self._places = members.population, members.hosts.places
         self.demand = demand
@@ -85,7 +86,10 @@ class RoundResults:
             return
         names = self._model.unit_names
         copies: dict[int, Contribution] = {}
-        brought = [name for name in done.hosts[1:] if self._conductor.gives(done.seat(name))]
+        plan = self._setup.plan
+        brought = [
+            name for name in done.hosts[1:] if exchanges.trained(plan, done.seat(name), names)
+        ]
         for states in done.trained.values():
             for (copy, unit), one in states.items():
                 own = copies.setdefault(copy, Contribution({}, {}, 1.0))
@@ -113,7 +117,8 @@ class RoundResults:
         if done.spans:
             action = Action(0, AGGREGATE, ALL, done.spans[0].stop - 1)
             self._host.recorder.add(Timed(action, start_s, time.monotonic()))
-        codec, owed = self._config.aggregation.codec, self._conductor.end_replies(done.index)
+        codec = self._config.aggregation.codec
+        owed = end_replies(done.index, traced=self._config.run.trace != "none")
         for name in (*brought, COORDINATOR):
             wanted = exchanges.averaged(self._setup.plan, done.seat(name), names)
             mean = unit_state.known(wanted, self._aggregator)
@@ -191,7 +196,7 @@ class RoundResults:
         """Takes the one copy of every unit: the client-side model as handed back, the rest here."""
         wanted = exchanges.kept(self._setup.plan, COORDINATOR, self._model.unit_names)
         own = self._states.pull({COORDINATOR: wanted}).states.get(COORDINATOR, {})
-        unit_state.take(self._aggregator, self._conductor.relay.client_model | own, COORDINATOR)
+        unit_state.take(self._aggregator, self._relay.client_model | own, COORDINATOR)
 
     def _collect_traces(self, names: Sequence[str]) -> dict[str, int]:
         """Takes the hosts' timed actions, outside their round; returns what bytes they were."""
