@@ -16,7 +16,8 @@ from collections.abc import Callable
 from absl import flags
 
 from experiments.benchmarks import fault_trials, harness, population_trials
-from experiments.benchmarks.fault_trials import DEADLINE_S, EVERY, LAUNCHER, Bits, Outcome
+from experiments.benchmarks.equal_bits import Bits
+from experiments.benchmarks.fault_trials import DEADLINE_S, EVERY, LAUNCHER, Outcome
 from experiments.benchmarks.population_trials import Crowd, Held
 from pipar_jax.config import Config
 from pipar_jax.schedule.plan import COORDINATOR, is_device, is_node

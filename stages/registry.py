@@ -18,6 +18,7 @@ from stages.models.resnet import resnet_units
 from stages.models.transformer import decoder_units, vit_units
 from stages.models.vgg import mlp_units, vgg_units
 from stages.names import MODELS, NORMS, STEMS, TOKEN_MODELS, arguments_of, check
+from stages.unit import Factory
 
 
 def build(
@@ -61,25 +62,7 @@ def build(
         raise StageError(f"model {name!r}: input_shape must be {expected}, got {shape}")
     image = (shape[0], shape[1], shape[2]) if wanted == 3 else (shape[0], 1, 1)
     options = Options(image, classes, norm, stem, jnp.dtype(dtype), dropout)
-    if name == "mlp":
-        units = mlp_units(options)
-    elif name.startswith("resnet"):
-        units = resnet_units(name, options)
-    elif name.startswith("mobilenet"):
-        units = mobilenet_units(name, options)
-    elif name.startswith("vit"):
-        units = vit_units(name, options)
-    elif name == "gpt2":
-        if shape[0] > given["positions"]:
-            raise StageError(
-                f"model {name!r}: samples of {shape[0]} tokens are longer than "
-                f"positions={given['positions']}: cut them, or raise positions"
-            )
-        units = gpt2_units(given, options)
-    elif name.startswith("decoder"):
-        units = decoder_units(name, shape[0], options)
-    else:
-        units = vgg_units(name, options)
+    units = _units(name, shape[0], given, options)
     if lora is not None:
         lora = LoraSettings(*lora)
         units = [(unit, adapted(unit, factory, lora)) for unit, factory in units]
@@ -94,6 +77,34 @@ def build(
         "arguments": dict(arguments or {}), "lora": None if lora is None else list(lora),
     }  # fmt: skip
     return model
+
+
+def _units(
+    name: str, tokens: int, arguments: Mapping[str, int], options: Options
+) -> list[tuple[str, Factory]]:
+    """Returns a network's units in order.
+
+    Raises:
+      StageError: The samples are longer than what a decoder has positions for.
+    """
+    if name == "mlp":
+        return mlp_units(options)
+    if name.startswith("resnet"):
+        return resnet_units(name, options)
+    if name.startswith("mobilenet"):
+        return mobilenet_units(name, options)
+    if name.startswith("vit"):
+        return vit_units(name, options)
+    if name == "gpt2":
+        if tokens > arguments["positions"]:
+            raise StageError(
+                f"model {name!r}: samples of {tokens} tokens are longer than "
+                f"positions={arguments['positions']}: cut them, or raise positions"
+            )
+        return gpt2_units(arguments, options)
+    if name.startswith("decoder"):
+        return decoder_units(name, tokens, options)
+    return vgg_units(name, options)
 
 
 def _check_adapters(model: Model, lora: LoraSettings) -> None:

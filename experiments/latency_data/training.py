@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from numpy.typing import NDArray
 
 from experiments.latency_data.published_tables import FAMILY
 from experiments.latency_data.timings import Timings
@@ -57,13 +58,7 @@ def train(timings: Timings, *, seed: int = 0, steps: int = STEPS, about: str = "
     owner = np.repeat(np.arange(len(used)), [len(timings.layers[i].operators) for i in used])
     x = jnp.asarray((seen - shift) / scale, jnp.float32)
     wanted = jnp.asarray(np.log(np.where(known, tables, 1.0)), jnp.float32)
-    mask = jnp.asarray(known, jnp.float32)
-    # Devices with few layers have the same weight as those with many.
-    per_device = known.sum((0, 2), keepdims=True)
-    mask = mask / np.sqrt(np.maximum(per_device, 1.0))
-    foreign = np.asarray([device.family == FAMILY for device in timings.devices])
-    mask = mask * np.where(foreign, TABLE_WEIGHT, 1.0)[None, :, None]
-    mask = mask / mask.sum()
+    mask = _shares(known, timings)
 
     devices = len(timings.devices)
     rng = np.random.default_rng(seed)
@@ -105,6 +100,18 @@ def train(timings: Timings, *, seed: int = 0, steps: int = STEPS, about: str = "
 
     variables, _ = run(variables, tx.init(variables))
     return _finished(variables, shift, scale, x, *_ranges(table[:, 0], seen), about)
+
+
+def _shares(known: NDArray[np.bool_], timings: Timings) -> jax.Array:
+    """Returns each time's share of the loss, [passes, devices, layers]; 0 where it is not known."""
+    shares = jnp.asarray(known, jnp.float32)
+    # Devices with few layers have the same weight as those with many.
+    per_device = known.sum((0, 2), keepdims=True)
+    shares = shares / np.sqrt(np.maximum(per_device, 1.0))
+    foreign = np.asarray([device.family == FAMILY for device in timings.devices])
+    shares = shares * np.where(foreign, TABLE_WEIGHT, 1.0)[None, :, None]
+    made: jax.Array = shares / shares.sum()
+    return made
 
 
 def _ranges(kinds: Array, seen: Array) -> tuple[Array, Array]:
