@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipar_jax.config import Config
     from pipar_jax.cost_model.profile import Profile
-    from pipar_jax.launch.api import Run, load, train
+    from pipar_jax.launch.api import train
+    from pipar_jax.launch.finished_run import Run, load
     from pipar_jax.launch.take_part import run_device, run_node, run_server
     from pipar_jax.methods.resolution import resolve
     from pipar_jax.schedule.plan import DevicePlan, Plan
@@ -29,9 +30,9 @@ _HOMES = {
     "DevicePlan": "pipar_jax.schedule.plan",
     "Plan": "pipar_jax.schedule.plan",
     "Profile": "pipar_jax.cost_model.profile",
-    "Run": "pipar_jax.launch.api",
+    "Run": "pipar_jax.launch.finished_run",
     "Trace": "pipar_jax.schedule.trace",
-    "load": "pipar_jax.launch.api",
+    "load": "pipar_jax.launch.finished_run",
     "resolve": "pipar_jax.methods.resolution",
     "run_device": "pipar_jax.launch.take_part",
     "run_node": "pipar_jax.launch.take_part",

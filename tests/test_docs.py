@@ -14,7 +14,8 @@ import pytest
 
 from configs import digits
 from pipar_jax.config import Config
-from pipar_jax.launch.api import load, run_here
+from pipar_jax.launch.api import run_here
+from pipar_jax.launch.finished_run import load
 from pipar_jax.methods.resolution import resolve
 from tests.sources import ROOT
 

@@ -12,7 +12,8 @@ import pytest
 
 from configs import digits
 from pipar_jax.config import Config
-from pipar_jax.launch.api import Run, load_configured, run_here
+from pipar_jax.launch.api import run_here
+from pipar_jax.launch.finished_run import Run, load_configured
 from pipar_jax.methods.resolution import resolve
 from tests.sources import ROOT
 from tests.test_docs import BLOCK

@@ -133,7 +133,8 @@ def _difference(config: Config, model: Any, data: Sequence[Any], expected: Any) 
     """Returns the largest difference of a run from the expected weights."""
     import numpy as np
 
-    from pipar_jax.launch.api import load, run_here
+    from pipar_jax.launch.api import run_here
+    from pipar_jax.launch.finished_run import load
 
     run = load(run_here(config, model, data, on_event=lambda event: None), model)
     return max(

@@ -1,4 +1,4 @@
-"""The public API: trains from a configuration and loads finished runs."""
+"""The public API: trains from a configuration, on this machine."""
 
 from __future__ import annotations
 
@@ -10,188 +10,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import jax.numpy as jnp
-import numpy as np
-
-import stages
-from comms.arrays import Array
-from pipar_jax import config as configuration
 from pipar_jax import data as datasets
 from pipar_jax.config import Config
-from pipar_jax.config.checkpoints import WEIGHTS
-from pipar_jax.config.plugins import OWN, name_of
-from pipar_jax.config.tasks import make_task
-from pipar_jax.data import ArrayOrDict, Dataset, Examples, make_queries, normalise
-from pipar_jax.disk.event_log import OnEvent, read_events, score_of
-from pipar_jax.disk.files import describe_reading
-from pipar_jax.disk.json_text import JsonMapping, JsonObject
+from pipar_jax.config.plugins import name_of
+from pipar_jax.data import ArrayOrDict, Dataset, Examples
+from pipar_jax.disk.event_log import OnEvent
+from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import PeerError, ProtocolError, RunError
+from pipar_jax.launch.finished_run import Run, as_model, load, load_configured
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.methods.resolution import check_plan, resolve
-from pipar_jax.protocol.values import SIGNATURE
 from pipar_jax.roles.participants import run_device, run_node
-from pipar_jax.roles.run_folder import CONFIG, METRICS, TRACE
 from pipar_jax.roles.server import run_server
-from pipar_jax.runtime.setup import as_trained, build_model, target_rule
+from pipar_jax.runtime.setup import as_trained, target_rule
 from pipar_jax.schedule.plan import COORDINATOR, device_name, host_index
-from pipar_jax.schedule.trace import Trace
-from pipar_jax.training import checkpoint
 from stages import Model
-from stages.signature import INPUT, Signature
-from stages.tasks.task import LOSS
-from stages.trees import Variables
 
 #: The data of one host: a pair of inputs and targets, each an array or a dictionary of arrays.
 Data: TypeAlias = tuple[ArrayOrDict, ArrayOrDict] | Examples | Dataset
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A finished run, as read from its folder.
-
-    Attributes:
-      folder: The run's folder.
-      config: Its resolved configuration.
-      model: The whole model.
-      params: Weights by unit and path.
-      state: Batch statistics by unit and path.
-      metrics: Every event of the run, in order.
-      facts: Facts about the model and its data, such as classes and normalisation.
-    """
-
-    folder: Path
-    config: Config
-    model: Model
-    params: Variables
-    state: Variables
-    metrics: tuple[JsonObject, ...]
-    facts: JsonObject
-
-    def score(self, name: str = "") -> float:
-        """Returns a score on the test set after the last round; NaN if it is not finite.
-
-        Args:
-          name: ``loss`` or a metric of the run's task; empty: the task's main score.
-
-        Raises:
-          RunError: The task has no such score.
-        """
-        event, name = self._last("evaluated"), name or self.model.task.main
-        if name != LOSS and name not in event["metrics"]:
-            known = ", ".join([*event["metrics"], LOSS])
-            raise RunError(f"{self.folder} has no score {name!r} (known: {known})")
-        value = score_of(event, name)
-        return float("nan") if value is None else value
-
-    @property
-    def summary(self) -> JsonObject:
-        """The event ``run_finished``: seconds, idle shares, bytes."""
-        return self._last("run_finished")
-
-    def trace(self) -> Trace:
-        """Returns the timed actions of the run.
-
-        Raises:
-          RunError: The run has no trace (``run.trace=none``).
-        """
-        return Trace.load(self.folder / TRACE)
-
-    def outputs(self, inputs: Any) -> Array:
-        """Returns the model's outputs [batch, …] for raw inputs, such as logits.
-
-        Args:
-          inputs: [batch, …] as stored, of the dtype that the run was trained on: images as uint8,
-            or floats scaled like the training data; or arrays by name, ``x`` and side inputs.
-
-        Raises:
-          DataError: There is no sample, or shape, dtype or a value is not valid.
-        """
-        mean, std = (
-            None if self.facts[name] is None else np.asarray(self.facts[name], np.float32)
-            for name in ("mean", "std")
-        )
-        signature = self.model.signature
-        given = make_queries(inputs, signature, self.facts["stored"])
-        x = normalise(given.pop(INPUT), mean, std)
-        sides = {name: jnp.asarray(one, signature.sides[name].dtype) for name, one in given.items()}
-        return np.asarray(
-            stages.predict(self.model, self.params, self.state, jnp.asarray(x), sides)
-        )
-
-    def predict(self, inputs: Any) -> Array:
-        """Returns what the task makes of the outputs, such as the most likely class.
-
-        See ``outputs``.
-
-        Raises:
-          DataError: There is no sample, or shape, dtype or a value is not valid.
-        """
-        answer: Array = self.model.task.answer(self.outputs(inputs))
-        return answer
-
-    def _last(self, event: str) -> JsonObject:
-        for row in reversed(self.metrics):
-            if row["event"] == event:
-                return dict(row)
-        raise RunError(f"{self.folder} has no {event!r} in {METRICS}: the run did not finish")
-
-
-def load(folder: str | Path, model: Model | None = None) -> Run:
-    """Reads a finished run.
-
-    Args:
-      folder: The run's folder, such as ``runs/digits``.
-      model: The model, if the run was trained with one of the user's own.
-
-    Raises:
-      RunError: A file is missing or belongs to another model, or the run's model was the user's own
-        and is not given.
-    """
-    path, model = Path(folder), _as_model(model, "load")
-    try:
-        config = configuration.from_json((path / CONFIG).read_text(encoding="utf-8"))
-        metrics = read_events(path / METRICS)
-    except OSError as error:
-        raise RunError(f"{path} is not the folder of a run: {describe_reading(error)}") from error
-    facts = checkpoint.facts(path / WEIGHTS)
-    if model is None:
-        if facts["recipe"] is None:
-            raise RunError(
-                f"{path} was trained with your own model {facts['model']!r}: pass it, as "
-                "load(folder, model)"
-            )
-        model = stages.build(**facts["recipe"])
-    if not model.has_task:
-        model = model.for_task(make_task(config.task))
-    model = model.unfrozen  # the file holds all weights
-    _check_model(model, facts, path)
-    params, state = checkpoint.load(path / WEIGHTS, model)
-    return Run(path, config, model, params, state, metrics, facts)
-
-
-def _as_model(model: object, function: str) -> Model | None:
-    """Returns a model that was given, or None."""
-    if model is None or isinstance(model, Model):
-        return model
-    got = f"{function}() got a {type(model).__name__} as model"
-    raise RunError(f"{got}: convert it to a stages.Model with stages.trace(model, example)")
-
-
-def _check_model(model: Model, facts: JsonMapping, path: Path) -> None:
-    """Checks that a model has the input shape and classes of the trained one."""
-    trained, ours = _signature(facts), model.signature
-    if (ours.input, ours.sides, ours.classes) != (trained.input, trained.sides, trained.classes):
-        raise RunError(
-            f"{path} was trained with model {facts['model']!r} of samples {trained} and "
-            f"{trained.classes} classes, and {model.name!r} has {ours} and {ours.classes}: load it "
-            "with the model that it was trained with"
-        )
-
-
-def _signature(facts: JsonMapping) -> Signature:
-    """Returns shapes and dtypes of the samples that a model was trained with."""
-    signature: Signature = SIGNATURE.read(facts["signature"], "signature")
-    return signature
 
 
 def train(
@@ -233,7 +69,7 @@ def train(
     if callable(data):
         source = dataclasses.replace(config.data, source=name_of(data, "data"))
         config, data = dataclasses.replace(config, data=source), None
-    model = _as_model(model, "train")
+    model = as_model(model, "train")
     names = () if model is None else (config.model.name,)
     resolved = resolve(config, models=names, reads_data=data is None)
     if model is not None:
@@ -245,20 +81,6 @@ def train(
 
         return load_configured(resolved, Path(launch(resolved, on_event=tell)["folder"]), None)
     return load(run_here(resolved, model, data, on_event=tell), model)
-
-
-def load_configured(config: Config, folder: Path, model: Model | None) -> Run:
-    """Returns a run that has just finished, with the network that its configuration names.
-
-    Args:
-      config: Resolved configuration.
-      folder: The run's folder.
-      model: The model, if not the configured one.
-    """
-    if model is None and config.model.name.startswith(OWN):
-        facts = checkpoint.facts(folder / WEIGHTS)
-        model = build_model(config, _signature(facts))
-    return load(folder, model)
 
 
 def run_here(

@@ -19,7 +19,7 @@ from pipar_jax.schedule.plan import COORDINATOR, device_name, node_name
 
 if TYPE_CHECKING:
     from pipar_jax.data import Dataset
-    from pipar_jax.launch.api import Run
+    from pipar_jax.launch.finished_run import Run
     from stages import Model
 
 
@@ -48,7 +48,7 @@ def run_server(
     """
     resolved = prepare(config, COORDINATOR, model, reads_data=data is None)
     with hold_folder(resolved) as folder:
-        from pipar_jax.launch.api import load_configured
+        from pipar_jax.launch.finished_run import load_configured
         from pipar_jax.roles import server  # loads jax, whose environment is set now
 
         tell = on_event or (lambda event: None)

@@ -156,6 +156,16 @@ def config(folder, method="pipar", rounds=4, samples=SAMPLES, **cohort):
     return made
 
 
+def together(*some: Callable[..., None]) -> Callable[..., None]:
+    """Returns what does several things, each when it is due."""
+
+    def when(run: OpenRun, event: Any) -> None:
+        for act in some:
+            act(run, event)
+
+    return when
+
+
 def before_batch(monkeypatch, device: int, from_step: int, act: Callable[[], None]) -> None:
     """Acts once, on the device that then gets its mini-batch of a step or of a later one."""
     get, done = loading.Prefetcher.get, []

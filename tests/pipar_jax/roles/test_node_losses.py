@@ -20,7 +20,7 @@ from pipar_jax.errors import PeerError, RunError
 from pipar_jax.launch.launcher import launch
 from pipar_jax.methods.registry import METHODS, node_methods
 from pipar_jax.roles.peer_links import PeerLinks
-from tests.pipar_jax.roles.open_runs import OpenRun, before_batch, config
+from tests.pipar_jax.roles.open_runs import OpenRun, before_batch, config, together
 from tests.pipar_jax.runtime import support
 
 RTOL = 1e-9
@@ -64,16 +64,6 @@ def when(event_name, round_, act):
         if due and not done:
             done.append(True)
             act(run)
-
-    return follow
-
-
-def each(*some):
-    """Does several things, each when it is due."""
-
-    def follow(run, event):
-        for one in some:
-            one(run, event)
 
     return follow
 
@@ -154,7 +144,7 @@ def test_the_last_node_ends_the_run_in_one_line(tmp_path, monkeypatch, network):
 
 def test_nodes_lost_one_after_another_leave_the_chain_to_the_last(tmp_path, network):
     made, samples = setting(tmp_path, "mpsl")
-    ends = each(
+    ends = together(
         when("nodes_copied", 0, lambda run: run.end_node(1)),
         when("nodes_copied", 1, lambda run: run.end_node(3)),
     )
@@ -206,7 +196,7 @@ def test_a_node_that_comes_back_takes_its_place_or_is_a_spare(tmp_path, network,
         when("nodes_copied", 2, lambda run: run.end_node(2)),
     )
     first = when("nodes_copied", 0, lambda run: run.end_node(1))
-    run = conducted(made, samples, network, each(first, *([again] if nodes == 1 else others)))
+    run = conducted(made, samples, network, together(first, *([again] if nodes == 1 else others)))
     assert run.error is None
     assert len(run.kinds("node_returned")) == 1
     hosts = [plan["to"]["devices"][0]["hosts"] for plan in run.kinds("replanned")]
@@ -321,7 +311,7 @@ def test_a_spare_node_may_go_without_a_trace(tmp_path, network):
     back = when("nodes_replaced", 1, lambda run: run.start_node(1))
     gone = when("node_returned", None, lambda run: run.end_node(1))
     made.run.rounds = 6
-    run = conducted(made, samples, network, each(first, back, gone))
+    run = conducted(made, samples, network, together(first, back, gone))
     assert run.error is None
     assert len(run.kinds("nodes_replaced")) == len(run.kinds("replanned")) == 1
     assert run.kinds("run_finished")[0]["undone"] <= 1

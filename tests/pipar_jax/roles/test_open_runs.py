@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from pipar_jax.errors import PeerError, RunError
-from tests.pipar_jax.roles.open_runs import SAMPLES, OpenRun, before_batch, config, equal
+from tests.pipar_jax.roles.open_runs import (
+    SAMPLES,
+    OpenRun,
+    before_batch,
+    config,
+    equal,
+    together,
+)
 
 METHODS = ("fl", "sfl", "pipar", "sl", "mpsl")
 
@@ -21,16 +28,6 @@ def after(round_, act):
         if event["event"] == "round_finished" and event["round"] == round_ and not done:
             done.append(True)
             act(run)
-
-    return when
-
-
-def together(*some):
-    """Does several things, each when it is due."""
-
-    def when(run, event):
-        for one in some:
-            one(run, event)
 
     return when
 

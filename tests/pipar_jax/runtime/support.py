@@ -18,7 +18,8 @@ from pipar_jax.config import Config
 from pipar_jax.data import Dataset, Examples, admit
 from pipar_jax.data.loader import Loader
 from pipar_jax.data.types import computed
-from pipar_jax.launch.api import load, run_here
+from pipar_jax.launch.api import run_here
+from pipar_jax.launch.finished_run import load
 from pipar_jax.methods.resolution import resolve
 
 SHAPE, CLASSES = (8, 8, 1), 10

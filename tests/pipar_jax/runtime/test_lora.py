@@ -8,7 +8,8 @@ from safetensors.numpy import save_file
 
 from pipar_jax.config import Config
 from pipar_jax.errors import ConfigError, RunError
-from pipar_jax.launch.api import load, run_here, train
+from pipar_jax.launch.api import run_here, train
+from pipar_jax.launch.finished_run import load
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.roles.start_weights import start_weights
 from pipar_jax.runtime.setup import build_model

@@ -15,7 +15,8 @@ from flax import nnx
 
 import stages
 from pipar_jax.errors import RunError
-from pipar_jax.launch.api import load, run_here
+from pipar_jax.launch.api import run_here
+from pipar_jax.launch.finished_run import load
 from pipar_jax.methods.registry import METHODS
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.protocol.messages import NonFinite

@@ -14,7 +14,8 @@ import stages
 from pipar_jax.aggregation.rules import RULES
 from pipar_jax.errors import ConfigError, DataError, JoinError, PeerError, PiparError, RunError
 from pipar_jax.launch import certificates
-from pipar_jax.launch.api import load, run_here, train
+from pipar_jax.launch.api import run_here, train
+from pipar_jax.launch.finished_run import load
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.roles.participants import run_device
 from pipar_jax.roles.server import run_server

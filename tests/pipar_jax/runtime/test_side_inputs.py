@@ -16,7 +16,8 @@ from comms.link.link import Link
 from pipar_jax.config import Config
 from pipar_jax.data import Examples, Loader
 from pipar_jax.errors import DataError
-from pipar_jax.launch.api import load, run_here, train
+from pipar_jax.launch.api import run_here, train
+from pipar_jax.launch.finished_run import load
 from pipar_jax.methods.registry import METHODS
 from pipar_jax.methods.resolution import resolve
 from tests.pipar_jax.runtime import support

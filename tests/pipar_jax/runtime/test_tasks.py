@@ -248,7 +248,8 @@ def test_the_page_shows_what_works(tmp_path, monkeypatch):
     shown = page()
     (tmp_path / "mytask.py").write_text(shown["code"])
     monkeypatch.syspath_prepend(str(tmp_path))
-    from pipar_jax.launch.api import load, run_here
+    from pipar_jax.launch.api import run_here
+    from pipar_jax.launch.finished_run import load
 
     runs = tmp_path / "runs"
     first = load(run_here(resolve(shown_config(shown["0"], runs)), on_event=lambda event: None))
