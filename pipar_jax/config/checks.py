@@ -68,10 +68,12 @@ def check_whole(config: Config) -> None:
         if device.cut != pipeline.cut:
             _check_cut(device.cut, hosts.path(device.name, "cut"))
     for field in ("pipeline.activation_codec", "pipeline.cotangent_codec", "aggregation.codec"):
-        _check_codec(config, field)
+        group, _, name = field.partition(".")
+        dtype = config.model.weight_dtype if group == "aggregation" else config.model.dtype
+        check_codec(getattr(getattr(config, group), name), field, dtype)
     _check_tls(config.network)
     _check_address(config.network, hosts[COORDINATOR].address[0], "server.host")
-    _check_ports(config, hosts)
+    _check_ports(hosts, config.nodes.count)
 
 
 def _check_start(config: Config) -> None:
@@ -96,10 +98,10 @@ def _check_start(config: Config) -> None:
         )
 
 
-def _check_ports(config: Config, hosts: Hosts) -> None:
+def _check_ports(hosts: Hosts, nodes: int) -> None:
     """Checks that no two hosts listen on the same address and port."""
-    taken = {(config.server.host, config.server.port): "server.port"}
-    for index in range(1, config.nodes.count + 1):
+    taken = {hosts[COORDINATOR].address: "server.port"}
+    for index in range(1, nodes + 1):
         address = hosts.parse(node_name(index)).address
         field = f"nodes.{index}.port"
         if address[1] and (other := taken.get(address)) is not None:
@@ -108,13 +110,6 @@ def _check_ports(config: Config, hosts: Hosts) -> None:
                 "listens there a port of its own, or 0 for any free one"
             )
         taken[address] = field
-
-
-def _check_codec(config: Config, field: str) -> None:
-    """Checks that a field names a codec of the channel."""
-    group, _, name = field.partition(".")
-    dtype = config.model.weight_dtype if group == "aggregation" else config.model.dtype
-    check_codec(getattr(getattr(config, group), name), field, dtype)
 
 
 def check_codec(text: str, field: str, dtype: str) -> None:

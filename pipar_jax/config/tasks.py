@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipar_jax.config import plugins
-from pipar_jax.config.fields import Config
+from pipar_jax.config.run_fields import CheckpointConfig, StopConfig
 from pipar_jax.config.schema import did_you_mean
 from pipar_jax.config.training_fields import TaskConfig
 from pipar_jax.errors import ConfigError, RunError
@@ -46,26 +46,31 @@ def _own_task(config: TaskConfig) -> Task:
     return made
 
 
-def check_task(config: Config) -> None:
+def check_task(config: TaskConfig, stop: StopConfig, checkpoint: CheckpointConfig) -> None:
     """Checks the fields of the task as far as no function of the user's has to be called.
+
+    Args:
+      config: The task.
+      stop: Names a score that may end the run.
+      checkpoint: Names a score by which a checkpoint is the best.
 
     Raises:
       ConfigError: A field is not valid.
     """
-    if plugins.is_own(config.task.name):
-        plugins.check_pairs(config.task.args, "task.args")
+    if plugins.is_own(config.name):
+        plugins.check_pairs(config.args, "task.args")
     else:
-        check_scores(config, make_task(config.task))
+        check_scores(stop, checkpoint, make_task(config))
 
 
-def check_scores(config: Config, task: Task) -> None:
+def check_scores(stop: StopConfig, checkpoint: CheckpointConfig, task: Task) -> None:
     """Checks that the scores by which a run is judged are those of its task.
 
     Raises:
       ConfigError: The task has no such score, or it never has such a value.
     """
     for field, name in (
-        ("stop.metric", config.stop.metric), ("checkpoint.best", config.checkpoint.best)
+        ("stop.metric", stop.metric), ("checkpoint.best", checkpoint.best)
     ):  # fmt: skip
         if name and name not in task.scores:
             raise ConfigError(

@@ -122,7 +122,8 @@ def _measure(values: JsonObject, name: str, signature: JsonObject) -> JsonObject
     model = build_model(config, SIGNATURE.read(signature, "signature"))
     sizes = sizes_of(config.tuner.sizes, config.data.batch_size)
     if config.tuner.times == "predicted":
-        return predicted_host(config, model, sizes, measure_reference(config)).to_dict()
+        reference = measure_reference(config.optimizer, config.aggregation, config.seed)
+        return predicted_host(config, model, sizes, reference).to_dict()
 
     def told(done: int, of: int) -> None:
         _say(f"measuring {name}: {done} of {of} units")

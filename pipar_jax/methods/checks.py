@@ -47,7 +47,7 @@ def check_registered(
     hosts = Hosts(config, nodes=config.nodes.count)
     public = reads_data and config.data.source in PUBLIC_SOURCES
     _check_model(config.model, config.data.source if public else "", models)
-    check_task(config)
+    check_task(config.task, config.stop, config.checkpoint)
     _check_lora(config.lora.match, config.model.name, models)
     _check_data(config.data, config.devices, reads_data=reads_data)
     rule = config.aggregation.rule

@@ -111,21 +111,26 @@ def measure_host(
     return measured
 
 
-def measure_reference(config: Config, between: Callable[[], None] = lambda: None) -> ReferenceTimes:
+def measure_reference(
+    config: OptimizerConfig,
+    aggregation: AggregationConfig,
+    seed: int,
+    between: Callable[[], None] = lambda: None,
+) -> ReferenceTimes:
     """Returns the times of the reference layers, from which those of a model are predicted.
 
     Args:
-      config: Resolved configuration; optimiser and aggregation are used.
+      config: The optimiser.
+      aggregation: The rule of aggregation.
+      seed: Of the reference layers' weights.
       between: Called between measurements; raises to abort them.
     """
-    found = time_reference(
-        config.optimizer, proximal_mu=config.aggregation.proximal_mu, between=between
-    )
-    params, state = reference_model().init(config.seed)
+    times = time_reference(config, proximal_mu=aggregation.proximal_mu, between=between)
+    params, state = reference_model().init(seed)
     return dataclasses.replace(
-        found,
+        times,
         call_s=_call_s(),
-        average_s_per_byte=_average_s_per_byte(config.aggregation, params, state),
+        average_s_per_byte=_average_s_per_byte(aggregation, params, state),
         handling=measure_handling(),
     )
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 from pipar_jax import data as datasets
-from pipar_jax.config import Config, NetworkConfig
+from pipar_jax.config import Config, DataConfig, NetworkConfig
 from pipar_jax.data import Dataset, Loader
 from pipar_jax.data.augmentation import find_augmentation
 from pipar_jax.errors import PiparError
@@ -19,7 +19,6 @@ from pipar_jax.runtime.releases import Releases
 from pipar_jax.runtime.setup import fit, set_up_jax, target_rule
 from pipar_jax.schedule.plan import device_name, node_name
 from stages import Model
-from stages.tasks.targets import TargetRule
 
 
 def run_device(
@@ -49,16 +48,21 @@ def run_device(
     """
     set_up_jax(config.model)
     name = device_name(index)
-    dataset = _admitted(config, index, name, target_rule(config, model), data)
+    rule, tested = target_rule(config, model), config.run.evaluate_on != "server"
+    dataset = (
+        datasets.load_device(config, index, rule)
+        if data is None
+        else datasets.admit_device(data, name, rule, tests=tested)
+    )
     network = fit(config, model, dataset, name)
     tests = None
-    if config.run.evaluate_on != "server":
+    if tested:
         tests = LocalEvaluation(network, dataset, config.model.weight_dtype)
     releases = Releases(config, name) if config.privacy.on else None
     keyed = None
     if releases is not None:
         dataset, keyed = releases.protect(dataset)
-    loader = _loader(config, index, dataset)
+    loader = _loader(config.data, config.seed, index, dataset)
     if releases is not None:
         releases.expect(loader.samples_per_epoch)
     join = device_join(config, name, loader, network, keyed)
@@ -110,27 +114,18 @@ def run_node(
     _persist(config.network, take_part, stop)
 
 
-def _admitted(
-    config: Config, index: int, name: str, rule: TargetRule, data: Dataset | None
-) -> Dataset:
-    """Returns a device's samples, those configured unless they are given."""
-    if data is None:
-        return datasets.load_device(config, index, rule)
-    return datasets.admit_device(data, name, rule, tests=config.run.evaluate_on != "server")
-
-
-def _loader(config: Config, index: int, dataset: Dataset) -> Loader:
+def _loader(config: DataConfig, seed: int, index: int, dataset: Dataset) -> Loader:
     """Returns a device's mini-batches."""
     return Loader(
         dataset.train,
         None,
-        config.data.batch_size,
-        seed=config.seed,
+        config.batch_size,
+        seed=seed,
         device=index,
-        augment=find_augmentation(config.data.augment),
+        augment=find_augmentation(config.augment),
         mean=dataset.mean,
         std=dataset.std,
-        drop_last=config.data.drop_last,
+        drop_last=config.drop_last,
     )
 
 

@@ -93,9 +93,10 @@ def run_server(
         else datasets.admit(data, "test", COORDINATOR, rule)
     )
     network = fit(config, model, dataset, COORDINATOR)
-    check_scores(config, network.task)  # a task of the user is known only here
+    # A task or a network of the user is known only here.
+    check_scores(config.stop, config.checkpoint, network.task)
     if not script:
-        check_plan(config, network.unit_names)  # a network of the user is known only here
+        check_plan(config, network.unit_names)
     early: list[JsonObject] = []
     past = read_past(config, network, fingerprint(dataset.test), early.append)
     scores = network.task.scores

@@ -136,7 +136,9 @@ def survey(config: Config, model: Model, members: Membership, samples: Sequence[
     sizes, references = sizes_of(config.tuner.sizes, config.data.batch_size), {}
     members.working("tuning")
     if config.tuner.times == "predicted":
-        reference = measure_reference(config, members.poll)
+        reference = measure_reference(
+            config.optimizer, config.aggregation, config.seed, members.poll
+        )
         server = predicted_host(config, model, sizes, reference)
         references[COORDINATOR] = emulated(reference, members.hosts[COORDINATOR].slowdown)
     else:
@@ -250,7 +252,11 @@ class Respondent:
     def reference(self, link: Link) -> None:
         """Answers with the times of reference layers."""
         registry.send(link, messages.Working("timing", 0, 0))
-        times = emulated(measure_reference(self._config, self._between), self._own.slowdown)
+        config = self._config
+        measured = measure_reference(
+            config.optimizer, config.aggregation, config.seed, self._between
+        )
+        times = emulated(measured, self._own.slowdown)
         fields = {one.name: getattr(times, one.name) for one in dataclasses.fields(times)}
         registry.send(link, messages.Referenced(**fields, memory_bytes=self._own.memory_bytes))
 

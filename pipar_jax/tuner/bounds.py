@@ -8,11 +8,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from pipar_jax.config import Config, keeps_state
+from pipar_jax.config import CohortConfig, Hosts, keeps_state
 from pipar_jax.cost_model.costs import LinkModel
 from pipar_jax.cost_model.memory import StageSizes, find_need
 from pipar_jax.cost_model.profile import Profile
-from pipar_jax.methods.registry import hosts_of
 from pipar_jax.schedule.actions import (
     BACKWARD,
     FORWARD,
@@ -140,16 +139,16 @@ def nothing_kept(plan: Plan, copy: int) -> Keep:
     return Keep.NOTHING
 
 
-def kept_in(config: Config) -> Callable[[Plan, int], Keep]:
+def kept_in(hosts: Hosts, cohort: CohortConfig) -> Callable[[Plan, int], Keep]:
     """Returns what tells of each copy what it keeps of earlier moments in a run.
 
     Args:
-      config: Resolved configuration: whether the run may lose hosts.
+      hosts: The hosts of the run, some of which may be lost.
+      cohort: How the state of a dropped device is treated.
     """
-    hosts = hosts_of(config)
     if not (hosts.may_lose or hosts.may_lose_nodes):
         return nothing_kept
-    return functools.partial(keep, keeps_state=keeps_state(config.cohort))
+    return functools.partial(keep, keeps_state=keeps_state(cohort))
 
 
 def memory_bytes(

@@ -20,7 +20,7 @@ from pipar_jax.config.codec_candidates import ROLES, CodecCandidates
 from pipar_jax.cost_model.profile import CodecProfile, HostProfile, Profile, interpolate
 from pipar_jax.errors import PlanError
 from pipar_jax.methods.plans import plan_of_chain
-from pipar_jax.methods.registry import METHODS, Method
+from pipar_jax.methods.registry import METHODS, Method, hosts_of
 from pipar_jax.schedule.actions import micro_batch_sizes
 from pipar_jax.schedule.plan import OWNER, Codecs, Plan, WeightPolicy, node_name
 from pipar_jax.simulator.predict import PlanEstimate, StageCosts, estimate
@@ -81,32 +81,39 @@ def tune_chain(
     codec_choice.check_measured(candidates, profile)
     stages = StageCosts(profile)
     if objection is None:
-        objection = functools.partial(excess, stages, keeps=kept_in(config))
-    proposals = _proposals(
-        profile,
-        METHODS[config.method],
-        candidates,
-        functools.partial(plan_of_chain, config),
-        objection,
-        nodes,
-    )
+        objection = functools.partial(
+            excess, stages, keeps=kept_in(hosts_of(config), config.cohort)
+        )
+    make = functools.partial(plan_of_chain, config)
+    method = METHODS[config.method]
+    proposals = _proposals(profile, method, candidates, make, objection, nodes)
     judged = {plan: estimate(stages, plan) for plan in proposals}
     fastest = min(judged.values(), key=lambda one: one.epoch_s)
-    return with_codecs(stages, config, judged, fastest.plan) if config.tuner.codecs else fastest
+    if not config.tuner.codecs:
+        return fastest
+    actions = max(config.tuner.actions, sum(one.round.simulated for one in judged.values()))
+    return with_codecs(stages, candidates, make, actions, judged, fastest.plan)
 
 
 def with_codecs(
-    stages: StageCosts, config: Config, judged: dict[Plan, PlanEstimate], plan: Plan
+    stages: StageCosts,
+    candidates: CodecCandidates,
+    make: Callable[..., Plan],
+    actions: int,
+    judged: dict[Plan, PlanEstimate],
+    plan: Plan,
 ) -> PlanEstimate:
     """Returns a chain with the best codecs for each of its boundaries.
 
     Args:
       stages: Times and bytes.
-      config: Resolved configuration.
+      candidates: The codecs to choose from.
+      make: Returns the plan of cuts, hosts and codecs.
+      actions: Most actions that are simulated.
       judged: The evaluated plans; extended.
       plan: The chain, as the planner proposed it.
     """
-    left = max(config.tuner.actions, sum(one.round.simulated for one in judged.values()))
+    left = actions
 
     def seconds(plan: Plan) -> float | None:
         nonlocal left
@@ -117,10 +124,11 @@ def with_codecs(
             left -= judged[plan].round.simulated
         return judged[plan].epoch_s
 
-    one, candidates = plan.devices[0], CodecCandidates(config.tuner, config.pipeline)
+    chain = plan.devices[0]
     for pair in candidates.pairs():  # links may wait for each other: changing one has no effect
-        seconds(plan_of_chain(config, one.cuts, one.hosts, (pair,) * len(one.cuts)))
-    alike = (p for p in judged if (p.devices[0].cuts, p.devices[0].hosts) == (one.cuts, one.hosts))
+        seconds(make(chain.cuts, chain.hosts, (pair,) * len(chain.cuts)))
+    same = chain.cuts, chain.hosts
+    alike = (plan for plan in judged if (plan.devices[0].cuts, plan.devices[0].hosts) == same)
     plan = min(alike, key=lambda plan: judged[plan].epoch_s)
     slots = list(codec_choice.slots(plan, stages.profile))
     plan = codec_choice.speed_up(plan, slots, candidates, seconds)

@@ -10,7 +10,7 @@ import pytest
 from experiments.benchmarks.node_memory import drive_alone
 from pipar_jax.errors import RunError
 from pipar_jax.methods.plans import plan_of_chain
-from pipar_jax.methods.registry import plan_for
+from pipar_jax.methods.registry import hosts_of, plan_for
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.profiling.predictor.predict_host import facts_of
 from pipar_jax.runtime import memory
@@ -138,7 +138,7 @@ def test_what_the_tuner_offers_by_a_profile_no_node_refuses(tmp_path, weights, e
     known = dataclasses.replace(known, nodes=(profiles.node(units=count),) * 2)
     for cuts in itertools.combinations(range(1, count), 3):
         plan = plan_of_chain(config, cuts, (OWNER, "n1", "n2", OWNER))
-        offered = memory_bytes(StageCosts(known), plan, kept_in(config))
+        offered = memory_bytes(StageCosts(known), plan, kept_in(hosts_of(config), config.cohort))
         for node in ("n1", "n2"):
             needed = memory.predict(network, plan, node, config, DEVICES).arrays
             assert needed <= offered[node] <= 1.5 * needed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import time
 
@@ -56,6 +57,13 @@ def test_on_fast_links_a_chain_goes_without_and_the_reason_is_told():
     assert all(text.startswith("off: the link is faster than the codec") for text in words.values())
 
 
+def with_codecs(stages, config, judged, plan):
+    """A chain with the best codecs, whatever that simulates."""
+    candidates = CodecCandidates(config.tuner, config.pipeline)
+    make = functools.partial(plan_of_chain, config)
+    return chains.with_codecs(stages, candidates, make, config.tuner.actions, judged, plan)
+
+
 @pytest.mark.parametrize(
     ("links", "slow"),
     [(("2/2", "none", "none"), 0), (("none", "2/2", "none"), 1), (("none", "none", "2/2"), 2)],
@@ -67,7 +75,7 @@ def test_only_the_slow_link_of_a_chain_is_coded(links, slow):
     stages, judged = StageCosts(made), {}
     plan = plan_of_chain(config, cuts, hosts)
     judged[plan] = estimate(stages, plan)
-    found = chains.with_codecs(stages, config, judged, plan)
+    found = with_codecs(stages, config, judged, plan)
     assert found.epoch_s < judged[plan].epoch_s
     words = told(made, config, found)
     assert {where: text[:3] for where, text in words.items()} == {
@@ -103,7 +111,7 @@ def test_devices_with_other_links_get_other_codecs_but_share_those_between_nodes
     assert groups == {(0, (0, 2)), (0, (1,)), (1, (0, 1, 2)), (2, (0, 2)), (2, (1,))}
     ends = {(slot.role, slot.ends(plan, 1)) for slot in slots if slot.boundary == 2}
     assert ends == {("activation", ("n2", "d1")), ("cotangent", ("d1", "n2"))}
-    found = chains.with_codecs(stages, config, {plan: estimate(stages, plan)}, plan)
+    found = with_codecs(stages, config, {plan: estimate(stages, plan)}, plan)
     first, second, third = found.plan.devices
     assert first == third != second
     assert "raw" not in (first.codecs[0].activation, first.codecs[0].cotangent)
