@@ -78,7 +78,7 @@ def check_scores(stop: StopConfig, checkpoint: CheckpointConfig, task: Task) -> 
                 f"{task.name!r}{did_you_mean(name, task.scores)} (known: "
                 f"{', '.join(task.scores)}; add those that need all outputs by task.metrics)"
             )
-    score, target = config.stop.metric or task.main, config.stop.target
+    score, target = stop.metric or task.main, stop.target
     if target is not None and score in task.shares and not 0 <= target <= 1:
         raise ConfigError(
             f"stop.target={target:g} is never reached: {score} of task {task.name!r} is a share "

@@ -254,7 +254,7 @@ class HostSetup:
         waiting, there = set(workers), self._members.by_name
         self._members.patience.begin()
         while there.keys() >= neighbours - {COORDINATOR}:
-            for name, mail in self._members.said(messages.Met, waiting).items():
+            for name, mail in self._members.early.take(messages.Met, waiting).items():
                 if mail.said.number == self._meetings:  # not that of a meeting that was given up
                     waiting.discard(name)
             if not waiting.intersection(there):
