@@ -65,6 +65,7 @@ class Model:
         self.frozen = Frozen(self.units, 0)
         self.task, self.has_task = _CLASSIFICATION, False
         self.programs: dict[Any, Any] = {}
+        self._programs_by_task: list[tuple[Task, dict[Any, Any]]] = []
         self._shapes: dict[tuple[int, bool], tuple[jax.ShapeDtypeStruct, ...]] = {}
         self.recipe: dict[str, Any] | None = None
 
@@ -230,14 +231,25 @@ class Model:
     def for_task(self, task: Task) -> Model:
         """Returns the model, to be trained for a task.
 
+        Models for equal registered tasks share what they compile, such as those of the hosts of one
+        process.
+
         Raises:
           StageError: Task and outputs do not fit together.
         """
         made = copy.copy(self)
-        made.task, made.has_task, made.programs = task, True, {}
+        made.task, made.has_task, made.programs = task, True, self._programs_for(task)
         if self.targets is not None or task.targets.like((1,)) is not None:
             made.check_task()
         return made
+
+    def _programs_for(self, task: Task) -> dict[Any, Any]:
+        """Returns the programs of an earlier model for an equal task, or none yet."""
+        if not task.is_registered:  # each call of a user's function makes another task
+            return {}
+        self._programs_by_task.append((task, {}))
+        # The first one, even if another thread asks at the same time.
+        return next(programs for known, programs in self._programs_by_task if known == task)
 
     def check_alone(self, targets: PyTree) -> None:
         """Checks that a task of the user's own looks at each sample alone.
@@ -261,7 +273,7 @@ class Model:
 
     def _with(self, units: Sequence[Unit], seed: int) -> Model:
         made = copy.copy(self)
-        made.units, made.programs = tuple(units), {}
+        made.units, made.programs, made._programs_by_task = tuple(units), {}, []
         made.frozen = Frozen(units, seed, self.frozen.base)
         return made
 

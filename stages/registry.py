@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from stages.errors import StageError
+from stages.layers.dtypes import weight_dtype
 from stages.layers.lora import ADAPTERS, LoraSettings, adapted
 from stages.model import Model
 from stages.models.blocks import Options
@@ -66,9 +67,9 @@ def build(
     if lora is not None:
         lora = LoraSettings(*lora)
         units = [(unit, adapted(unit, factory, lora)) for unit, factory in units]
-    model = Model.from_units(
-        name, units, shape, classes, input_dtype=jnp.int32 if wanted == 1 else jnp.float32
-    )
+    # As hosts compute their samples: stages are compiled for these before the first round.
+    input_dtype = jnp.int32 if wanted == 1 else weight_dtype(dtype)
+    model = Model.from_units(name, units, shape, classes, input_dtype=input_dtype)
     if lora is not None:
         _check_adapters(model, lora)
     model.recipe = {

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import stages
 from pipar_jax.aggregation import aggregator
@@ -34,9 +33,9 @@ from pipar_jax.profiling.stopwatch import least_s, median_s
 from pipar_jax.runtime.memory import tree_bytes
 from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS, UPDATE
 from pipar_jax.training import optimizer
-from pipar_jax.training.compile import Told, run_all
+from pipar_jax.training.compile import Told, ones, run_all, trial_draw
 from pipar_jax.training.replica import Replica
-from stages import Model, make_draw
+from stages import Model
 from stages.trees import Variables
 
 #: The measured fractions of a batch.
@@ -290,12 +289,9 @@ def _facts(model: Model, index: int, replica: Replica, samples: int) -> UnitFact
         kept: float = tree_bytes(model.shapes(1)[index]) + output_bytes
     else:
         shape = model.shapes(samples)[index]
-        draw = make_draw(samples)._replace(inverse_batch=np.float32(1.0 / samples))
-        sides = {
-            name: jnp.ones(one.shape, one.dtype)
-            for name, one in replica.stage.side_shapes(model, samples).items()
-        }
-        _, residuals = replica.forward(jnp.ones(shape.shape, shape.dtype), draw, sides)
+        draw = trial_draw(model, replica.stage, samples)
+        sides = {name: ones(one) for name, one in replica.stage.side_shapes(model, samples).items()}
+        _, residuals = replica.forward(ones(shape), draw, sides)
         kept = tree_bytes(residuals) / samples
     return UnitFacts(
         model.unit_names[index], tree_bytes(replica.params), tree_bytes(replica.state),

@@ -28,8 +28,9 @@ from pipar_jax.schedule.feasibility import check_executable
 from pipar_jax.schedule.keep import Keep
 from pipar_jax.schedule.plan import COORDINATOR, Plan, is_node, long_name
 from pipar_jax.training import optimizer
+from pipar_jax.training.compile import trial_draw
 from pipar_jax.training.replica import Replica, abstract
-from stages import Model, make_draw
+from stages import Model
 from stages.trees import PyTree
 
 
@@ -172,7 +173,7 @@ class _ModelSizes:
         sides = stage.side_shapes(self._model, samples)
         if stage.is_last:  # what it keeps is among XLA's temporaries
             return StageSizes(entering, 0, 0)
-        draw = make_draw(samples)
+        draw = trial_draw(self._model, stage, samples)
         y, residuals = stage.forward_shapes(*self._variables(units), x, draw, sides)
         return StageSizes(entering, tree_bytes(residuals), tree_bytes(y))
 
@@ -269,7 +270,7 @@ def temporary_bytes(model: Model, replicas: Iterable[Replica], sizes: Iterable[i
         lowered: list[Any] = replica.lower_updates()
         start = model.unit_names.index(stage.unit_names[0])
         for size in sizes:
-            x, draw = model.shapes(size)[start], stage.trial_draw(size)
+            x, draw = model.shapes(size)[start], trial_draw(model, stage, size)
             sides = stage.side_shapes(model, size)
             if stage.is_last:
                 targets = model.target_shapes(size)

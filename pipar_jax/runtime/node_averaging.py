@@ -6,7 +6,6 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 
 import jax
-import jax.numpy as jnp
 
 from pipar_jax.aggregation.aggregator import Aggregator, Contribution
 from pipar_jax.config import AggregationConfig
@@ -88,8 +87,8 @@ class Averaging:
         if program.plan.weights == WeightPolicy.COPY:
             for stage in program.plan.local_stages(program.host):
                 replica = replicas[program.replica_key(0, stage)]  # updates donate its own arrays
-                params |= jax.tree.map(jnp.array, replica.params)
-                state |= jax.tree.map(jnp.array, replica.state)
+                params |= jax.device_put(replica.params, may_alias=False)
+                state |= jax.device_put(replica.state, may_alias=False)
         made = cls(aggregation, program, replicas, params, state)
         for unit, aggregator in made.units():
             if unit in before:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import stages
 from comms import ChannelOptions, TlsOptions
-from pipar_jax.config import Config, ModelConfig, NetworkConfig
+from pipar_jax.config import Config, LoraConfig, ModelConfig, NetworkConfig
 from pipar_jax.config.plugins import OWN, read_args
 from pipar_jax.config.tasks import make_task
 from pipar_jax.data import Dataset, check_fits
@@ -21,6 +24,9 @@ from stages.tasks.targets import TargetRule
 
 if TYPE_CHECKING:
     from stages import Model
+
+#: Hosts of one process ask for their network at the same time.
+_BUILDING = threading.Lock()
 
 
 def set_up_jax(config: ModelConfig) -> None:
@@ -56,23 +62,39 @@ def build_model(config: Config, signature: Signature, model: Model | None = None
     if config.model.name.startswith(OWN):
         own = make_own(config.model, signature, whole=config.method == "fl")
         return as_trained(config, own).receiving(signature.targets)
-    lora = config.lora
-    made = stages.build(
-        config.model.name,
-        input_shape=signature.input.shape,
-        classes=signature.classes,
-        norm=config.model.norm,
-        stem=config.model.stem,
-        dtype=config.model.dtype,
-        arguments=_arguments(config.model),
-        lora=(lora.match, lora.rank, lora.alpha) if lora.match else None,
-    )
+    with _BUILDING:
+        made = _registered(
+            dataclasses.astuple(config.model),
+            dataclasses.astuple(config.lora),
+            signature.input.shape,
+            signature.classes,
+        )
     return as_trained(config, made).receiving(signature.targets)
 
 
-def _arguments(config: ModelConfig) -> dict[str, int]:
-    """Returns the arguments of a registered network."""
-    return arguments_of(config.name, read_args(config.args))
+@functools.lru_cache(maxsize=1)
+def _registered(
+    model: tuple[Any, ...], lora: tuple[Any, ...], input_shape: tuple[int, ...], classes: int
+) -> Model:
+    """Returns a registered network: one for all hosts of a process, which share what they compile.
+
+    Args:
+      model: The fields of ``config.model``.
+      lora: The fields of ``config.lora``.
+      input_shape: Shape of a sample.
+      classes: Number of classes.
+    """
+    chosen, adapters = ModelConfig(*model), LoraConfig(*lora)
+    return stages.build(
+        chosen.name,
+        input_shape=input_shape,
+        classes=classes,
+        norm=chosen.norm,
+        stem=chosen.stem,
+        dtype=chosen.dtype,
+        arguments=arguments_of(chosen.name, read_args(chosen.args)),
+        lora=(adapters.match, adapters.rank, adapters.alpha) if adapters.match else None,
+    )
 
 
 def fit(config: Config, model: Model | None, dataset: Dataset, host: str) -> Model:

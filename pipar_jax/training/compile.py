@@ -14,7 +14,7 @@ import numpy as np
 
 from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS, UPDATE, ActionKind
 from pipar_jax.training.replica import Replica
-from stages import Model
+from stages import MicroBatchContext, Model, Stage
 from stages.trees import PyTree
 
 #: Minimum number of runs of each timed function.
@@ -198,11 +198,10 @@ def _functions(model: Model, replica: Replica, samples: int) -> Mapping[ActionKi
     """Returns forward and backward, or the fused last stage, on ones instead of data."""
     stage, (first, last) = replica.stage, units_of(replica)
     shapes = model.shapes(samples)
-    x = _ones(shapes[model.unit_names.index(first)])
-    sides = {name: _ones(one) for name, one in stage.side_shapes(model, samples).items()}
+    x = ones(shapes[model.unit_names.index(first)])
+    sides = {name: ones(one) for name, one in stage.side_shapes(model, samples).items()}
     above = shapes[model.unit_names.index(last) + 1]
-    dtype = jnp.promote_types(above.dtype, jnp.float32)
-    draw = stage.trial_draw(samples)._replace(inverse_batch=np.dtype(dtype).type(1.0 / samples))
+    draw = trial_draw(model, stage, samples)
     # Each run passes its accumulator to the next, which donates it: that of the replica, which is
     # zero between steps and is zeroed again in the end. Steps of one micro-batch have none.
     held: dict[str, PyTree] = {}
@@ -221,7 +220,7 @@ def _functions(model: Model, replica: Replica, samples: int) -> Mapping[ActionKi
         return seconds
 
     def run_backward() -> float:
-        cotangent = _ones(above)
+        cotangent = ones(above)
         seconds, results = _timed(
             stage.backward, replica.params, held["residuals"], cotangent, replica.accumulated
         )
@@ -233,12 +232,27 @@ def _functions(model: Model, replica: Replica, samples: int) -> Mapping[ActionKi
     return {FORWARD: run_forward, BACKWARD: run_backward}
 
 
+def trial_draw(model: Model, stage: Stage, samples: int) -> MicroBatchContext:
+    """Returns the scalars of a mini-batch of one micro-batch, of the dtypes that training has.
+
+    With others a stage would be compiled a second time.
+
+    Args:
+      model: The whole model.
+      stage: A stage of it.
+      samples: Samples in the micro-batch.
+    """
+    above = model.shapes(samples)[model.unit_names.index(stage.unit_names[-1]) + 1]
+    dtype = np.dtype(jnp.promote_types(above.dtype, jnp.float32))
+    return stage.trial_draw(samples)._replace(inverse_batch=dtype.type(1.0 / samples))
+
+
 def _update(replica: Replica) -> _Run:
     """Returns the optimiser's step on copies, which it donates."""
     copy = Replica.__new__(Replica)
     copy.__dict__.update(replica.__dict__)
     for name in ("params", "opt_state", "accumulated"):
-        setattr(copy, name, jax.tree.map(jnp.array, getattr(replica, name)))
+        setattr(copy, name, jax.device_put(getattr(replica, name), may_alias=False))
 
     def run() -> float:
         if copy.accumulated is None:
@@ -250,11 +264,16 @@ def _update(replica: Replica) -> _Run:
     return run
 
 
-def _ones(shape: Any) -> jax.Array:
-    """Returns ones, since processors may be faster with zeros than with data."""
-    return jax.block_until_ready(jnp.ones(shape.shape, shape.dtype))  # type: ignore
+def ones(shape: Any) -> jax.Array:
+    """Returns ones of an abstract shape: processors may be faster with zeros than with data."""
+    # From numpy, since jnp.ones is a program that would have to be compiled for each shape.
+    return jax.block_until_ready(  # type: ignore[no-untyped-call, no-any-return]
+        jax.device_put(np.ones(shape.shape, shape.dtype))
+    )
 
 
 def _zeros(shape: Any) -> jax.Array:
     """Returns zeros of an abstract shape, on the device."""
-    return jax.block_until_ready(jnp.zeros(shape.shape, shape.dtype))  # type: ignore
+    return jax.block_until_ready(  # type: ignore[no-untyped-call, no-any-return]
+        jax.device_put(np.zeros(shape.shape, shape.dtype))
+    )

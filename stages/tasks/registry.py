@@ -14,10 +14,12 @@ from stages.tasks.task import Task
 
 #: Stands for all metrics of all outputs.
 ALL = "all"
+#: The tasks made so far, by name and arguments.
+_MADE: dict[tuple[str, str], Task] = {}
 
 
 def make_task(name: str = "classification", /, **arguments: Any) -> Task:
-    """Returns a registered task.
+    """Returns a registered task, the same one for the same arguments.
 
     Args:
       name: ``classification``, ``binary``, ``multilabel``, ``regression`` or ``language``.
@@ -32,7 +34,8 @@ def make_task(name: str = "classification", /, **arguments: Any) -> Task:
         raise StageError(
             f"task {name!r} has no argument {unknown[0]!r} (known: {', '.join(known)})"
         )
-    return FACTORIES[name](**arguments)
+    # By their text: True is not 1 here, and lists are allowed. Another thread may have been first.
+    return _MADE.setdefault((name, repr(sorted(arguments.items()))), FACTORIES[name](**arguments))
 
 
 def choosing(task: Task, names: Sequence[str]) -> Task:

@@ -23,7 +23,7 @@ from pipar_jax.schedule.actions import ActionKind
 from pipar_jax.schedule.policies import POLICIES
 from tests.pipar_jax.runtime import support
 
-SAMPLES = (17, 33)
+SAMPLES = (13, 34)
 
 
 @pytest.fixture(scope="module")
