@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import psutil
@@ -24,8 +25,8 @@ from tests.patience import PATIENCE_S
 
 #: Seconds within which a fault must have ended everything.
 BOUND_S = 10.0
-#: Labels at home, two compute nodes between the two stages of each device.
-CHAIN = ("--config.method=mpsl", "--config.nodes.count=2", "--config.pipeline.cuts=1,2,3")
+#: Labels at home, a compute node between the two stages of each device.
+CHAIN = ("--config.method=mpsl", "--config.nodes.count=1", "--config.pipeline.cuts=1,2")
 PREPARED = ROOT.parent / "shared" / "data" / "tfds"
 
 
@@ -45,15 +46,22 @@ def long(tmp_path: pathlib.Path, *arguments: str) -> list[str]:
     return ["--config=digits", *LONG, f"--config.run.dir={tmp_path}", *arguments]
 
 
+# Split learning: below, on data of devices' own.
 @pytest.mark.parametrize(
-    "method",
-    ["sl", "pipar", *soaked(*(name for name in server_methods() if name not in ("sl", "pipar")))],
+    "method", ["pipar", *soaked(*(name for name in server_methods() if name != "pipar"))]
 )
 def test_a_short_run_ends_well_and_leaves_its_folder(tmp_path: pathlib.Path, method: str) -> None:
-    with started("train", *short(tmp_path, f"--config.method={method}")) as train:
+    _, output = assert_ends_well(method, tmp_path)
+    assert "device  samples" in output
+
+
+def assert_ends_well(
+    method: str, tmp_path: pathlib.Path, *arguments: str
+) -> tuple[list[dict[str, Any]], str]:
+    """Runs a method and looks at all that it leaves; returns its events and its output."""
+    with started("train", *short(tmp_path, f"--config.method={method}", *arguments)) as train:
         assert train.wait() == 0, train.output
         assert f"{method}: " in train.lines[-1] and "test accuracy" in train.lines[-1]
-        assert "device  samples" in train.output
         assert "method=" + method in train.output
     folder = tmp_path / "digits"
     files = {path.name for path in folder.iterdir()}
@@ -66,6 +74,7 @@ def test_a_short_run_ends_well_and_leaves_its_folder(tmp_path: pathlib.Path, met
         text = log.read_text()
         assert "Traceback" not in text, f"{log.name}: {text}"
         assert len(text.splitlines()) > 3 and "ends with code 0" in text, f"{log.name}: {text}"
+    return rows, train.output
 
 
 def test_devices_train_on_data_of_their_own(tmp_path: pathlib.Path) -> None:
@@ -85,10 +94,7 @@ def test_devices_train_on_data_of_their_own(tmp_path: pathlib.Path) -> None:
         "--config.data.train_samples=0",
         "--config.devices.1.link=lan/2ms",
     ]
-    with started("train", *short(tmp_path, *own)) as train:
-        assert train.wait() == 0, train.output
-    text = (tmp_path / "digits" / "metrics.jsonl").read_text()
-    rows = [json.loads(line) for line in text.splitlines()]
+    rows, _ = assert_ends_well("sl", tmp_path, *own)
     joined = {row["device"]: row["samples"] for row in rows if row["event"] == "device_joined"}
     assert sorted(joined.values()) == [40, 41]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import numpy as np
 import pytest
 
 from pipar_jax.errors import PeerError, RunError
+from tests.patience import PATIENCE_S
 from tests.pipar_jax.roles.open_runs import (
     SAMPLES,
     OpenRun,
@@ -173,9 +175,15 @@ def test_a_round_below_the_quorum_is_repeated_when_the_quorum_is_there(tmp_path)
 
 @pytest.mark.parametrize("method", ["fl", "pipar"])
 def test_a_late_device_is_left_out_of_the_round_and_takes_part_again(tmp_path, monkeypatch, method):
-    before_batch(monkeypatch, 1, 2, lambda: time.sleep(3.0))
-    made = config(tmp_path, method, rounds=8, quorum=2, deadline_s=1.0)
-    run = OpenRun(made, when=pause_between_rounds(0.4)).run(range(3))
+    dropped = threading.Event()
+    before_batch(monkeypatch, 1, 2, lambda: dropped.wait(PATIENCE_S))
+    made = config(tmp_path, method, rounds=8, quorum=2, deadline_s=3.0)
+
+    def go_on(run, event):
+        if event["event"] == "device_dropped":
+            dropped.set()
+
+    run = OpenRun(made, when=together(go_on, pause_between_rounds(0.4))).run(range(3))
     assert run.error is None and not run.errors
     outs = [out for row in run.script() for out in row["out"]]
     assert any(out["place"] == 1 and out["why"] == "late" for out in outs)
