@@ -107,6 +107,10 @@ LINES: dict[str, Callable[[Event], str]] = {
     "checkpoint_failed": lambda event: (
         f"the run continues without a checkpoint after round {event['rounds']}: {event['reason']}"
     ),
+    "resumed_without": lambda event: (
+        f"{shorten(list(map(long_name, event['missing'])))} did not come back in time: the run "
+        "goes on without"
+    ),
     "state_lost": lambda event: (
         f"{long_name(event['host'])} begins with a fresh optimiser state: {event['reason']}"
     ),

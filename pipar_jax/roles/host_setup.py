@@ -258,6 +258,8 @@ class HostSetup:
                 if mail.said.number == self._meetings:  # not that of a meeting that was given up
                     waiting.discard(name)
             if not waiting.intersection(there):
+                for boundary in boundaries:
+                    self._members.broken_links.forget(*boundary[:2])
                 return True
             self._members.wait(sorted(waiting.intersection(there)), "met")
         return False

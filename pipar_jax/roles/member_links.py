@@ -9,11 +9,13 @@ from typing import Any
 
 from comms import Link, Message, MessageKind
 from pipar_jax.protocol import messages, registry
-from pipar_jax.protocol.registry import Form, kind_of
+from pipar_jax.protocol.registry import ControlMessage, Form, kind_of
 from pipar_jax.roles.acceptance import Acceptance
 from pipar_jax.roles.holdings import SURVEYED
-from pipar_jax.roles.mail import Incoming, Member
+from pipar_jax.roles.mail import Incoming, Mail, Member
+from pipar_jax.runtime.unit_state import States
 from pipar_jax.schedule.actions import Span
+from pipar_jax.schedule.plan import COORDINATOR
 
 #: Seconds within which a new link must ask to join.
 JOIN_S = 30.0
@@ -65,6 +67,16 @@ class MemberLinks:
         self.seats: dict[str, str] = {}
         self._waiting: dict[Link, _Waiting] = {}
         self._names: dict[Link, str] = {}
+
+    # --- on the threads of the host in this process -------------------------------------------
+
+    def local_reply(self, said: ControlMessage, states: States) -> None:
+        """Queues a reply of the host in this process."""
+        self.mail.put((Incoming.REPLY, None, Mail(COORDINATOR, said, states, time.monotonic())))
+
+    def local_failure(self, error: BaseException) -> None:
+        """Queues the failure of the host in this process."""
+        self.mail.put((Incoming.FAILED, None, error))
 
     # --- on the I/O thread --------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from pipar_jax.errors import PeerError, ProtocolError, RunError
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.protocol import messages, registry
 from pipar_jax.protocol.registry import ControlMessage, Sender, kind_of
+from pipar_jax.roles.broken_links import BrokenLinks
 from pipar_jax.roles.joining import Joining
 from pipar_jax.roles.mail import EarlyMail, Incoming, M, Mail, Member, try_send
 from pipar_jax.roles.member_links import MemberLinks
@@ -24,8 +25,8 @@ from pipar_jax.roles.patience import Patience
 from pipar_jax.roles.population import Presence
 from pipar_jax.roles.pulses import Pulses
 from pipar_jax.roles.replies import TAKES_LONG, Reply, answers
+from pipar_jax.roles.silence import Silence, silent_s
 from pipar_jax.roles.step_reports import StepReports
-from pipar_jax.runtime.unit_state import States
 from pipar_jax.schedule.plan import COORDINATOR, is_node, long_name
 from stages import Model
 
@@ -55,6 +56,7 @@ class Membership:
       lost: Called with the name of a lost member and the reason; on the owner's thread.
       listeners: Receive mail of a kind at once, instead of ``collect``; on the owner's thread.
       early: Answers that have been read and that nobody has collected.
+      broken_links: Links between members that have ended.
       patience: The progress deadline.
       tell: Receives events.
       hosts: The hosts of the run.
@@ -92,23 +94,13 @@ class Membership:
         self.early = EarlyMail()
         self.patience = Patience(config.network)
         self._pulses = Pulses(config.network, self.patience)
+        self.broken_links = BrokenLinks(config.network.deadline_s / 2)
+        self._silent_s = silent_s(config.cohort, config.network)
         self.lost_hosts: list[str] = []
         self.listeners: dict[type, Callable[[Mail[Any]], None]] = {}
         self.joined: Callable[[str], None] = lambda name: None
         self.lost: Callable[[str, PeerError], None] = lambda name, error: None
         self.actions: Callable[[], int] = lambda: 0
-
-    # --- from other threads -------------------------------------------------------------------
-
-    def local_reply(self, said: ControlMessage, states: States) -> None:
-        """Queues a reply of the host in this process; runs on its threads."""
-        self.links.mail.put(
-            (Incoming.REPLY, None, Mail(COORDINATOR, said, states, time.monotonic()))
-        )
-
-    def local_failure(self, error: BaseException) -> None:
-        """Queues the failure of the host in this process; runs on its threads."""
-        self.links.mail.put((Incoming.FAILED, None, error))
 
     def ask(self, name: str, command: ControlMessage) -> None:
         """Sends a command to a member whose loss is reported elsewhere; any thread may call it."""
@@ -136,12 +128,15 @@ class Membership:
         """
         found: dict[str, Mail[M]] = {}
         self.patience.begin()
+        silence = Silence(0.0 if kind in TAKES_LONG else self._silent_s)
         while True:
             found |= self.early.take(kind, [name for name in sources if name not in found])
             missing = [name for name in self._there(sources) if name not in found]
             if not missing:
                 return {name: found[name] for name in sources if name in found}
             self.wait(missing, kind_of(kind).name)
+            for name, error in silence.over(self.by_name, missing, time.monotonic()):
+                self.lose(name, error)
 
     def owes(self, name: str, kind: type) -> bool:
         """Returns whether a host has still to answer with something of a kind."""
@@ -273,6 +268,7 @@ class Membership:
         self.links.forget(member.link)
         self.early.discard(name)
         self._pulses.forget(name)
+        self.broken_links.forget(name)
         index = member.identity.index
         presence = Presence.LEFT if left else Presence.LOST
         kind = "node" if is_node(name) else "device"
@@ -302,6 +298,8 @@ class Membership:
         if self._pulses.are_due():
             self._pulses.send(self.by_name, self.actions())
             self._joining.refuse_late()
+        for broken, error in self.broken_links.due(self.by_name):
+            self.lose(broken, error)
         try:
             what, link, item = self.links.mail.get(timeout=timeout_s)
         except queue.Empty:
@@ -378,6 +376,9 @@ class Membership:
             self.lose(
                 mail.source, PeerError(f"{long_name(mail.source)} left: {said.reason}"), left=True
             )
+        elif isinstance(said, messages.NeighbourLost):
+            if (odd := self.broken_links.add(mail.source, said, self.by_name)) is not None:
+                self.blame(mail.source, odd)
         elif isinstance(said, messages.Pulse):
             self.patience.pulse(mail.source, said.actions)
         elif isinstance(said, messages.Working):

@@ -14,6 +14,7 @@ from pipar_jax.errors import ConfigError, RunError
 from pipar_jax.roles.admission import describe
 from pipar_jax.roles.checkpoint_store import Kept, read_newest
 from pipar_jax.roles.run_folder import METRICS
+from pipar_jax.schedule.plan import Plan, device_name, is_node
 from stages import Model
 
 #: Events that a round ends with; what comes after the last of them is not of that round.
@@ -37,6 +38,16 @@ class Past(NamedTuple):
     def rounds(self) -> int:
         """How many rounds are over."""
         return 0 if self.kept is None else self.kept.rounds
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The compute nodes with stages and the devices that there were at the checkpoint."""
+        if self.kept is None:
+            return ()
+        facts = self.kept.facts
+        nodes = filter(is_node, Plan.from_dict(facts["plan"]).hosts())
+        there = (row["index"] for row in facts["population"] if row["present"])
+        return (*nodes, *map(device_name, there))
 
 
 def read_past(

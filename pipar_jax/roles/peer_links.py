@@ -40,6 +40,8 @@ class PeerLinks:
         returns what is wrong with a tensor, which ends that link; runs on the I/O thread.
       wake: Called when a link has credit again; runs on the I/O thread.
       lost: Receives the error of a link that ended before the run; runs on the I/O thread.
+      cut: Receives the name of a neighbour that the run may lose, and why its link has ended; runs
+        on the I/O thread.
       met: Called for each call of ``connect``, with its number, when every link that the last one
         asked for is connected; on any thread.
 
@@ -58,10 +60,12 @@ class PeerLinks:
         tensors: Callable[[str, Message, Boundary | None], str | None],
         wake: Callable[[], None],
         lost: Callable[[BaseException], None],
+        cut: Callable[[str, str], None],
         met: Callable[[int], None],
     ) -> None:
         self._hosts, self._network, self._name, self._endpoint = hosts, network, name, endpoint
         self._tensors, self._wake, self._lost, self._met = tensors, wake, lost, met
+        self._cut = cut
         self.link_table = LinkTable(name)
         self.refused = 0
         self._lock = threading.Lock()
@@ -333,6 +337,9 @@ class PeerLinks:
                 for links in self._lines.values():
                     if link in links:
                         links.remove(link)
+            # Not if the neighbour has been away, and has met this host anew since.
+            if not self._parting and dict(self.link_table.direct()).get(boundary) is link:
+                self._cut(boundary.peer(self._name), str(error))
             return
         # A peer that closes its link has finished, or has told the coordinator why not.
         if not (self._parting or isinstance(error, PeerClosed)):

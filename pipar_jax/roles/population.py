@@ -118,7 +118,9 @@ class Population:
 
     def records(self) -> list[JsonObject]:
         """Returns what a checkpoint holds of all that have ever joined."""
-        return [{key: getattr(one, key) for key in _KEPT} for one in self]
+        return [
+            {key: getattr(one, key) for key in _KEPT} | {"present": one.present} for one in self
+        ]
 
     def recall(self, records: Sequence[Mapping[str, Any]], now_s: float) -> None:
         """Takes up what a checkpoint holds; who has not joined again yet counts as lost.

@@ -11,8 +11,8 @@ from pipar_jax.protocol import messages
 from pipar_jax.protocol.registry import ControlMessage, kind_of
 
 #: Messages that a host may send at any time after joining.
-UNASKED = (messages.Failed, messages.Leave, messages.NonFinite, messages.Progress, messages.Pulse,
-           messages.Working)  # fmt: skip
+UNASKED = (messages.Failed, messages.Leave, messages.NeighbourLost, messages.NonFinite,
+           messages.Progress, messages.Pulse, messages.Working)  # fmt: skip
 #: Before these a host compiles or times itself, for an unknown time.
 TAKES_LONG = (messages.Prepared, messages.Profiled, messages.Referenced, messages.Calibrated,
               messages.Evaluated)  # fmt: skip

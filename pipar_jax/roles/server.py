@@ -189,8 +189,8 @@ def _serve(
             COORDINATOR,
             model,
             config,
-            reply=members.local_reply,
-            failed=members.local_failure,
+            reply=members.links.local_reply,
+            failed=members.links.local_failure,
             slowness=members.hosts[COORDINATOR].slowdown,
             rematerialise=config.server.rematerialise,
         )
@@ -206,7 +206,8 @@ def _serve(
                 f"the server cannot listen on {config.server.host}:{config.server.port}: {error}"
             ) from error
         tell({"event": "listening", "host": address[0], "port": address[1]})
-        assemble(members, config.cohort, config.network.join_timeout_s)
+        recorded = () if start.past is None else start.past.hosts
+        assemble(members, config.cohort, config.network.join_timeout_s, recorded)
         members.actions = lambda: host.actions
         host.link_table.control.update({name: one.link for name, one in members.by_name.items()})
         return _conduct(config, model, dataset, folder, record, tell, host, members, script, start)

@@ -7,6 +7,7 @@ import threading
 import comms
 from comms import ChannelError, Endpoint, Link, Message, MessageKind
 from comms.link.pending_connection import CutShortError
+from comms.wire.bounded_json import one_line
 from pipar_jax.config import Config
 from pipar_jax.data import Loader, Prefetcher
 from pipar_jax.errors import JoinError, PeerError, ProtocolError
@@ -98,7 +99,8 @@ class Worker:
         )  # fmt: skip
         self._neighbours = PeerLinks(
             hosts, config.network, name, self._endpoint,
-            tensors=self._on_tensor, wake=self._wake, lost=self.mail.put, met=self._note_met,
+            tensors=self._on_tensor, wake=self._wake, lost=self.mail.put, cut=self._note_cut,
+            met=self._note_met,
         )  # fmt: skip
         if model is not None:
             self._start(model)
@@ -318,6 +320,13 @@ class Worker:
         if self._rights is not None:
             self._rights.allow_neighbours()
         self._replies.send(messages.Met(number), {})
+
+    def _note_cut(self, peer: str, reason: str) -> None:
+        """Reports that the link to a neighbour has ended; runs on the I/O thread."""
+        try:
+            self._replies.send(messages.NeighbourLost(peer, one_line(reason, 300)), {})
+        except ChannelError:
+            return  # the coordinator's link has ended too, which the main thread hears of
 
     def _check_wanted(self) -> None:
         """Ends a measurement that nobody waits for any more."""

@@ -17,6 +17,7 @@ from pipar_jax.protocol.messages.joining import (
     Met,
     ModelFacts,
     Neighbour,
+    NeighbourLost,
     Refused,
 )
 from pipar_jax.protocol.messages.preparation import (
@@ -100,6 +101,7 @@ __all__ = [
     "Met",
     "ModelFacts",
     "Neighbour",
+    "NeighbourLost",
     "NonFinite",
     "Prepare",
     "Prepared",

@@ -111,6 +111,19 @@ class Met(ControlMessage):
     number: Count
 
 
+@message("neighbour_lost", Sender.HOST)
+class NeighbourLost(ControlMessage):
+    """The link to a neighbour in a chain has ended for good; the neighbour may still be there.
+
+    Attributes:
+      peer: The neighbour.
+      reason: Why the link has ended.
+    """
+
+    peer: Annotated[str, HOST]
+    reason: Words
+
+
 @message("neighbour", Sender.NEIGHBOUR)
 class Neighbour(ControlMessage):
     """The first message on a link between neighbours: its purpose."""

@@ -416,7 +416,7 @@ class Node:
         setup = config("mpsl")
         self.neighbours = PeerLinks(
             hosts_of(setup), setup.network, "n1", None, tensors=tensors, wake=lambda: None,
-            lost=self.lost.append, met=lambda number: None,
+            lost=self.lost.append, cut=lambda peer, reason: None, met=lambda number: None,
         )  # fmt: skip
         self.neighbours.connect(1, (BELOW, ABOVE), {})
         self.link = self.stranger("d0")

@@ -68,7 +68,7 @@ def test_a_send_that_finds_the_link_gone_is_a_lost_peer(members, send):
 
 
 def test_a_host_thread_that_finds_the_link_gone_is_a_lost_peer_too(members):
-    members.local_failure(PeerClosed("d0 closed the link"))
+    members.links.local_failure(PeerClosed("d0 closed the link"))
     with pytest.raises(PeerError, match="a device was lost: d0 closed the link"):
         members.poll()
 

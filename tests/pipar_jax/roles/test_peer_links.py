@@ -32,6 +32,7 @@ class Node:
         self.neighbours = PeerLinks(
             hosts_of(config), config.network, name, self.endpoint,
             tensors=lambda *tensor: None, wake=lambda: None, lost=self.lost.append,
+            cut=lambda peer, reason: None,
             met=self.met.put,
         )  # fmt: skip
         self.address = self.neighbours.listen()
