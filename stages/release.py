@@ -19,6 +19,9 @@ from stages.micro_batch_context import MicroBatchContext
 from stages.residuals import KeptInputs, Residuals
 from stages.trees import PyTree, Variables
 
+#: Among the metrics of a private last stage: how many of a micro-batch's activations, gradients and
+#: cotangents were above their clips, int32 [3]. It is for the device alone.
+CLIPPED = "clipped"
 #: Bytes of per-example gradients that exist at a time, and how many examples these are at most.
 PIECE_BYTES, MOST_EXAMPLES = 128 << 20, 64
 
@@ -50,7 +53,7 @@ class PrivateRelease:
 
     def bits_shape(self, samples: int) -> tuple[int, ...]:
         """Returns the shape of the bits, uint32, for what a micro-batch sends."""
-        return (2, samples, *self.shape)
+        return bits_shape(samples * math.prod(self.shape))
 
     def release_activation(self, y: jax.Array, draw: MicroBatchContext) -> jax.Array:
         """Returns an activation [micro-batch, …] as it may be sent."""
@@ -66,22 +69,34 @@ class PrivateRelease:
         return _noised(cotangent, draw, clip, self)
 
 
-def normal(bits: jax.Array, dtype: Any) -> jax.Array:
+def bits_shape(numbers: int) -> tuple[int, int]:
+    """Returns the shape of the bits that so many normal numbers are made of."""
+    return 3, -(-numbers // 2)
+
+
+def normal(bits: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Returns standard normal numbers from random bits, by Box and Muller.
 
+    A pair of numbers is made of a radius with 64 bits and an angle with 32. With 32 bits a radius
+    would end at 6.8, beyond which one of 10**11 numbers is: runs release more of them than that.
+
     Args:
-      bits: [2, …] uint32.
+      bits: [3, pairs] uint32, as many as ``bits_shape`` says.
+      shape: Shape of the result.
       dtype: The result's dtype; at least float32 is computed with.
 
     Returns:
-      […]; their absolute values stay below 6.8, since the bits are 32.
+      [*shape]; their absolute values stay below 9.5, beyond which one of 10**20 pairs is.
     """
     wide = jnp.promote_types(dtype, jnp.float32)
-    radius, angle = (word.astype(wide) for word in bits)
+    high, low, angle = (word.astype(wide) for word in bits)
+    unit = jnp.asarray(2.0**-32, wide)
     # Above 0; numbers next to 0, which make the tail, have all their digits.
-    uniform = (radius + jnp.asarray(0.5, wide)) * jnp.asarray(2.0**-32, wide)
+    uniform = (high + (low + jnp.asarray(0.5, wide)) * unit) * unit
     length = jnp.sqrt(jnp.maximum(-2.0 * jnp.log(uniform), 0.0))
-    return (length * jnp.cos(angle * jnp.asarray(2.0 * math.pi * 2.0**-32, wide))).astype(dtype)
+    angle = angle * jnp.asarray(2.0 * math.pi * 2.0**-32, wide)
+    pairs = jnp.concatenate([length * jnp.cos(angle), length * jnp.sin(angle)])
+    return pairs[: math.prod(shape)].reshape(shape).astype(dtype)
 
 
 def clip_samples(x: jax.Array, clip: Any) -> jax.Array:
@@ -107,6 +122,13 @@ def clip_samples(x: jax.Array, clip: Any) -> jax.Array:
     )
 
 
+def samples_within(x: jax.Array, clip: Any) -> jax.Array:
+    """Returns which samples of [samples, …] ``clip_samples`` leaves as they are, bool [samples]."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(x.shape[0], -1)
+    bound = jnp.asarray(clip, wide.dtype) * _margin(x.dtype)
+    return jnp.sum(jnp.square(wide), axis=1) <= jnp.square(bound)
+
+
 def _margin(dtype: Any) -> float:
     """Returns to which share of a bound is clipped, so that rounding does not exceed it."""
     return 1.0 - 1e-5 - float(jnp.finfo(dtype).eps)  # type: ignore[no-untyped-call]
@@ -118,7 +140,7 @@ def _noised(x: jax.Array, draw: MicroBatchContext, clip: Any, release: PrivateRe
     wide = jnp.promote_types(x.dtype, jnp.float32)
     clipped = clip_samples(x.astype(wide), clip)
     deviation = jnp.asarray(release.noise * clip, wide)
-    return (clipped + deviation * normal(jnp.asarray(draw.noise), wide)).astype(x.dtype)
+    return (clipped + deviation * normal(jnp.asarray(draw.noise), x.shape, wide)).astype(x.dtype)
 
 
 @jax.jit
@@ -127,16 +149,18 @@ def add_noise(total: Variables, bits: jax.Array, deviation: PyTree) -> Variables
 
     Args:
       total: The sum by unit and path.
-      bits: [2, numbers in the sum] uint32.
+      bits: [3, pairs of numbers in the sum] uint32; see ``bits_shape``.
       deviation: Standard deviation of the noise.
     """
     leaves, structure = jax.tree.flatten(total)
+    widest = jnp.result_type(jnp.float32, *leaves)
+    noise = jnp.asarray(deviation, widest) * normal(
+        bits, (sum(leaf.size for leaf in leaves),), widest
+    )
     made, first = [], 0
     for leaf in leaves:
-        wide = jnp.promote_types(leaf.dtype, jnp.float32)
-        own = bits[:, first : first + leaf.size].reshape((2, *leaf.shape))
-        noise = jnp.asarray(deviation, wide) * normal(own, wide)
-        made.append((leaf.astype(wide) + noise).astype(leaf.dtype))
+        own = noise[first : first + leaf.size].reshape(leaf.shape)
+        made.append((leaf.astype(widest) + own).astype(leaf.dtype))
         first += leaf.size
     noised: Variables = jax.tree.unflatten(structure, made)
     return noised
@@ -174,27 +198,32 @@ def backward(
 
     The cotangents are functions of released activations, so given these an example's gradient is
     a function of that example alone.
+
+    Returns:
+      How many were above their clips, see ``CLIPPED``; and the accumulated gradients.
     """
     recipe = residuals.recipe
     assert isinstance(recipe, KeptInputs)
     state, x, draw, side = jax.tree.unflatten(recipe.tree, residuals.borrowed)
 
-    def gradient(own: PyTree, position: jax.Array) -> tuple[Variables, None]:
+    def gradient(own: PyTree, position: jax.Array) -> tuple[Variables, jax.Array]:
         x, side, cotangent = own
         at = _at(draw, position)
 
-        def run(params: Variables) -> jax.Array:
+        def run(params: Variables) -> tuple[jax.Array, jax.Array]:
             y, _ = train(params, fixed, state, x, at, side)
-            if release.activation_clip:
-                y = clip_samples(y, release.activation_clip)
-            return y
+            if not release.activation_clip:
+                return y, jnp.asarray(True)
+            within = samples_within(y, release.activation_clip)[0]
+            return clip_samples(y, release.activation_clip), within
 
-        return jax.vjp(run, params)[1](cotangent)[0], None
+        _, pull, within = jax.vjp(run, params, has_aux=True)
+        return pull(cotangent)[0], within
 
     clip = release.gradient_clip * draw.inverse_batch
-    total, _ = _sum_of_clipped(gradient, (x, side, cotangent), clip, params)
-    # A scalar without meaning; see Stage.backward.
-    return jnp.zeros((), jnp.int32), jax.tree.map(jnp.add, accumulated, total)
+    total, within, sent = _sum_of_clipped(gradient, (x, side, cotangent), clip, params)
+    above = _above(sent, within, jnp.asarray(True))
+    return above, jax.tree.map(jnp.add, accumulated, total)
 
 
 def loss(
@@ -227,11 +256,20 @@ def loss(
         return gradients[0], (metrics, None if is_first else gradients[1][0])
 
     clip = release.gradient_clip * draw.inverse_batch
-    total, (metrics, cotangent) = _sum_of_clipped(gradient, (x, side, labels), clip, params)
+    total, within, (metrics, cotangent) = _sum_of_clipped(gradient, (x, side, labels), clip, params)
     metrics = jax.tree.map(lambda one: jnp.sum(one, axis=0), metrics)
+    sent = jnp.asarray(True)
+    if cotangent is not None and release.cotangent_clip:
+        sent = samples_within(cotangent, release.cotangent_clip * draw.inverse_batch)
     if cotangent is not None:
         cotangent = release.release_cotangent(cotangent, draw)
+    metrics = {**metrics, CLIPPED: _above(jnp.asarray(True), within, sent)}
     return metrics, cotangent, jax.tree.map(jnp.add, accumulated, total), state
+
+
+def _above(*within: jax.Array) -> jax.Array:
+    """Returns how many activations, gradients and cotangents are not within their clips."""
+    return jnp.stack([jnp.sum(~some, dtype=jnp.int32) for some in within])
 
 
 def _at(draw: MicroBatchContext, position: jax.Array) -> MicroBatchContext:
@@ -244,7 +282,7 @@ def _sum_of_clipped(
     examples: PyTree,
     clip: Any,
     params: Variables,
-) -> tuple[Variables, PyTree]:
+) -> tuple[Variables, jax.Array, PyTree]:
     """Sums per-example gradients, each clipped over all of its arrays together.
 
     Args:
@@ -255,7 +293,8 @@ def _sum_of_clipped(
       params: The weights.
 
     Returns:
-      The sum, and what else was wanted, stacked [examples, …].
+      The sum, which of the gradients were within the bound [examples], and what else was wanted,
+      stacked [examples, …].
     """
     count = jax.tree.leaves(examples)[0].shape[0]
     piece = examples_at_a_time(params, count)
@@ -263,7 +302,8 @@ def _sum_of_clipped(
     def one(example: PyTree, position: jax.Array) -> tuple[Variables, PyTree]:
         alone = jax.tree.map(lambda array: array[None], example)
         found, rest = gradient(alone, position)
-        return clip_tree(found, clip), rest
+        clipped, within = bound_tree(found, clip)
+        return clipped, (within, rest)
 
     def some(examples: PyTree, positions: jax.Array) -> tuple[Variables, PyTree]:
         gradients, rest = jax.vmap(one)(examples, positions)
@@ -288,7 +328,8 @@ def _sum_of_clipped(
         ragged = jax.tree.map(lambda array: array[whole:], (examples, positions))
         total, rest = body(total, ragged)
         stacked.append(rest)
-    return total, jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacked)
+    within, rest = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacked)
+    return total, within, rest
 
 
 def examples_at_a_time(params: Variables, count: int) -> int:
@@ -304,16 +345,22 @@ def clip_tree(tree: PyTree, clip: Any) -> PyTree:
       tree: The arrays.
       clip: The bound of their common Euclidean norm.
     """
+    return bound_tree(tree, clip)[0]
+
+
+def bound_tree(tree: PyTree, clip: Any) -> tuple[PyTree, jax.Array]:
+    """Returns what ``clip_tree`` returns, and whether the tree was within the bound, a bool."""
     squared = tree_norm_squared(tree)
     finite = jnp.isfinite(squared)
     margin = min((_margin(leaf.dtype) for leaf in jax.tree.leaves(tree)), default=1.0)
     bound = jnp.asarray(clip, squared.dtype) * margin
-    scale = jnp.where(
-        squared > jnp.square(bound), bound * jax.lax.rsqrt(jnp.maximum(squared, bound**2)), 1.0
-    )
-    return jax.tree.map(
+    within = squared <= jnp.square(bound)  # false where it is not finite
+    scaled = bound * jax.lax.rsqrt(jnp.maximum(squared, bound**2))
+    scale = jnp.where(finite & ~within, scaled, 1.0)
+    clipped = jax.tree.map(
         lambda leaf: jnp.where(finite, leaf, 0) * jnp.asarray(scale, leaf.dtype), tree
     )
+    return clipped, within
 
 
 def tree_norm_squared(tree: PyTree) -> jax.Array:

@@ -37,19 +37,44 @@ class PrivacyConfig:
         choices=UNITS_OF_PRIVACY,
     )
     activation_clip: float = option(
-        0.0, "methods with a cut: norm to which a sample's activation is clipped", at_least=0
+        0.0,
+        "methods with a cut: norm to which a sample's activation is clipped",
+        at_least=0,
+        at_most=1e12,
     )
     update_clip: float = option(
         0.0,
         "norm to which an example's gradient on the device (unit=record) or a device's update "
         "(unit=user) is clipped",
         at_least=0,
+        at_most=1e12,
     )
     cotangent_clip: float = option(
         0.0,
         "labels=home under a cut: norm to which the cotangent of a sample's loss is clipped that "
         "leaves the device's last stage",
         at_least=0,
+        at_most=1e12,
+    )
+    clip_quantile: float | None = option(
+        None,
+        "unit=user: update_clip is the first round's; from then on it follows this quantile of the "
+        "norms of updates, known from a noised count of those within it; none: it stays",
+        above=0,
+        below=1,
+    )
+    clip_rate: float = option(
+        0.2,
+        "clip_quantile: learning rate of the logarithm of the clip, a round",
+        above=0,
+        at_most=10,
+    )
+    count_noise: float | None = option(
+        None,
+        "clip_quantile: standard deviation of the noise on the count; none: five times the noise "
+        "multiplier, which leaves updates 0.99 of what they may cost",
+        above=0,
+        at_most=1e6,
     )
     noise_at: str = option(
         "device",

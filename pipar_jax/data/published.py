@@ -127,3 +127,10 @@ SETS: dict[str, Published] = {
 DIGITS = "digits"
 #: Names of all public sets.
 PUBLIC_SOURCES = (DIGITS, *SETS)
+_DIGITS_SAMPLES = 1438
+
+
+def training_samples(source: str, wanted: int) -> int:
+    """Returns the training samples of a public set, of which a run may want fewer (0: all)."""
+    count = _DIGITS_SAMPLES if source == DIGITS else SETS[source].most[0]
+    return min(count, wanted) if wanted else count

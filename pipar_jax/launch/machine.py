@@ -26,9 +26,11 @@ from pipar_jax.config import (
 )
 from pipar_jax.config.checkpoints import read_facts, weights_of
 from pipar_jax.config.sink_names import TENSORBOARD, sink_names
+from pipar_jax.data.own import stored_samples
 from pipar_jax.disk.files import describe_reading
 from pipar_jax.errors import ConfigError
 from pipar_jax.launch.user_modules import check_function, is_importable
+from pipar_jax.methods.privacy_checks import check_delta
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.schedule.plan import HostKind
 
@@ -73,6 +75,10 @@ def check(config: Config, names: Iterable[str] | None = None) -> None:
             _check_weights(weights)
         check_module(config.data.test_source, "data.test_source")
     devices = [host for host in wanted if host.kind is HostKind.DEVICE]
+    if config.privacy.of_records:
+        for host in {device.data_source: device for device in reversed(devices)}.values():
+            samples = stored_samples(host.data_source) or 0
+            check_delta(config.privacy, samples, f"samples of {host.data_source}")
     if devices:
         check_module(config.data.augment, "data.augment")
     for host in {device.data_source: device for device in reversed(devices)}.values():

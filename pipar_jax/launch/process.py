@@ -34,6 +34,7 @@ from pipar_jax.disk.json_text import JsonObject, dumps
 from pipar_jax.errors import ConfigError, Interrupted, PiparError
 from pipar_jax.launch import machine
 from pipar_jax.methods.registry import hosts_of
+from pipar_jax.privacy.clip_watch import CLIP_LOG
 from pipar_jax.report import logs
 from pipar_jax.schedule.plan import COORDINATOR, host_index, is_node
 
@@ -358,6 +359,7 @@ def main(arguments: list[str] | None = None, serve: Serve = _run_server) -> NoRe
     stages.retain_memory()  # before there is a second thread, which has its own arena
     lines = _die_with_parent()
     tell = event_writer(given.events)
+    CLIP_LOG.addHandler(logs.EventHandler(given.name, tell))
     debug = False
 
     def task() -> None:

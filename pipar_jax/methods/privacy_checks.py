@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 
 from pipar_jax.aggregation.rules import MULTI_KRUM, RULES
-from pipar_jax.config import Config, PrivacyConfig, aggregate_steps
+from pipar_jax.config import Config, PrivacyConfig
+from pipar_jax.data.published import PUBLIC_SOURCES, training_samples
 from pipar_jax.errors import ConfigError
 from pipar_jax.methods.registry import METHODS, Method
 from pipar_jax.privacy.accountant import check_accountant
-from pipar_jax.privacy.policy import gaussian_budget, rounds_of_users
+from pipar_jax.privacy.policy import gaussian_budget, guarantee, rounds_of_users
 
+#: The square of a smaller clip, divided by a mini-batch, has no room in float32.
+LEAST_CLIP = 1e-9
 #: Registered networks without batch normalisation, whatever ``model.norm``.
 WITHOUT_STATISTICS = ("mlp", "vit_small", "decoder_small", "gpt2")
 
@@ -49,6 +52,7 @@ def check_privacy(config: Config, models: tuple[str, ...] = ()) -> None:
     _check_labels(config, method)
     _check_clips(privacy, method, home=method.keeps_labels(config.pipeline))
     _check_delta(config)
+    _check_adaptive_clip(privacy)
     if privacy.unit == "user":
         _check_users(config, method)
     elif privacy.noise_at != "device":
@@ -120,17 +124,55 @@ def _check_clips(privacy: PrivacyConfig, method: Method, *, home: bool) -> None:
         if bool(clip) != needed:
             remedy = f"set --config.privacy.{field}" if needed else "leave it 0"
             raise ConfigError(f"privacy.{field}={clip:g}, but {why}: {remedy}")
+        if 0 < clip < LEAST_CLIP:
+            raise ConfigError(
+                f"privacy.{field}={clip:g} is too small for norms to be computed beside it: set it "
+                f"to {LEAST_CLIP:g} or more"
+            )
+
+
+def _check_adaptive_clip(privacy: PrivacyConfig) -> None:
+    """Checks the fields of a clip that adapts."""
+    if privacy.clip_quantile is not None:
+        if privacy.unit != "user":
+            raise ConfigError(
+                f"privacy.clip_quantile={privacy.clip_quantile:g} is for privacy.unit=user: a "
+                "count for each mini-batch of records costs more than it is worth; leave it unset"
+            )
+        return
+    default = PrivacyConfig()
+    for field in ("clip_rate", "count_noise"):
+        if (value := getattr(privacy, field)) != getattr(default, field):
+            raise ConfigError(
+                f"privacy.{field}={value:g} has no effect without privacy.clip_quantile: set both"
+            )
 
 
 def _check_delta(config: Config) -> None:
     """Checks delta against the number of records or users, where that is known."""
-    delta, count, of = config.privacy.delta, config.devices.count, "users"
-    if config.privacy.unit == "record":
-        count, of = config.data.train_samples // count, "samples on a device"
-    if delta * count >= 1:
+    privacy, data, count = config.privacy, config.data, config.devices.count
+    if privacy.unit == "user":
+        check_delta(privacy, count, "users")
+    elif data.source in PUBLIC_SOURCES:  # some device has its share of them at least
+        samples = training_samples(data.source, data.train_samples) // count
+        check_delta(privacy, samples, "samples on a device")
+
+
+def check_delta(privacy: PrivacyConfig, count: int, of: str) -> None:
+    """Checks that delta does not allow to publish a record, or a whole user.
+
+    Args:
+      privacy: ``privacy.*``.
+      count: How many records or users there are.
+      of: What is counted, in words.
+
+    Raises:
+      ConfigError: It does.
+    """
+    if privacy.delta * count >= 1:
         raise ConfigError(
-            f"privacy.delta={delta:g} with {count} {of} would allow to publish one of them: set it "
-            f"below {1 / count:.2g}"
+            f"privacy.delta={privacy.delta:g} with {count} {of} would allow to publish one of "
+            f"them: set it below {1 / count:.2g}"
         )
 
 
@@ -164,5 +206,6 @@ def _check_users(config: Config, method: Method) -> None:
             "privacy.unit=user cannot be combined with checkpoint.device_state=server: optimiser "
             "states are functions of a user's data; set device_state=device"
         )
-    if aggregate_steps(config.aggregation) or config.run.rounds:
-        rounds_of_users(config)
+    rounds = rounds_of_users(config)
+    if config.privacy.clip_quantile is not None:
+        guarantee(config.privacy, (), rounds)  # a count may cost more than is left

@@ -167,7 +167,8 @@ def noise_beside_quantile(noise: float, quantile_noise: float) -> float:
 
     An adaptive clip asks each user for a bit, whose sum gets noise of standard deviation
     ``quantile_noise``; the pair costs as much as one release with ``noise`` (Andrew et al.,
-    arXiv 1905.03871, theorem 1).
+    arXiv 1905.03871, theorem 1). It holds for the replacement of a user as it does for its
+    absence: both sensitivities double.
 
     Raises:
       ConfigError: The bit alone costs more than the budget.
@@ -175,8 +176,9 @@ def noise_beside_quantile(noise: float, quantile_noise: float) -> float:
     rest = noise**-2 - (2 * quantile_noise) ** -2
     if rest <= 0:
         raise ConfigError(
-            f"a quantile with noise {quantile_noise:g} costs more than updates with a noise of "
-            f"{noise:g} may: raise it above {noise / 2:g}"
+            f"privacy.count_noise={quantile_noise:g} makes the count of clipped updates cost more "
+            f"than updates with a noise multiplier of {noise:g} may: set it above {noise / 2:g}, "
+            f"such as {5 * noise:g}"
         )
     return float(rest**-0.5)
 

@@ -9,6 +9,7 @@ entropy; a compiled stage turns them into normal numbers (``stages.release``).
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 
 import numpy as np
@@ -17,6 +18,8 @@ from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from numpy.typing import NDArray
 
 KEY_BYTES = 32
+#: No noise is further from zero than this many standard deviations.
+FARTHEST = 9.5
 
 
 class NoiseSource:
@@ -36,6 +39,12 @@ class NoiseSource:
         count = int(np.prod(shape, dtype=np.int64))
         made = np.frombuffer(bytearray(self._stream.update(bytes(4 * count))), np.uint32)
         return made.reshape(shape)
+
+    def normal(self) -> float:
+        """Returns a standard normal number, by Box and Muller, for noise on a single number."""
+        high, low, angle, _ = map(int, self.bits(4))
+        uniform = ((high << 32 | low) + 0.5) * 2.0**-64
+        return math.sqrt(-2.0 * math.log(uniform)) * math.cos(2.0 * math.pi * angle * 2.0**-32)
 
 
 def reproducible_key(*what: object) -> bytes:

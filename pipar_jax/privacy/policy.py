@@ -7,11 +7,21 @@ from collections.abc import Sequence
 
 from pipar_jax.config import Config, PrivacyConfig, aggregate_steps
 from pipar_jax.errors import ConfigError
-from pipar_jax.privacy.accountant import ACCOUNTANTS, noise_for, release_cost, spent_for
+from pipar_jax.privacy.accountant import (
+    ACCOUNTANTS,
+    noise_beside_quantile,
+    noise_for,
+    release_cost,
+    spent_for,
+)
 from pipar_jax.privacy.spending import Entry, Spending
 from pipar_jax.schedule.plan import OWNER
 
 ACTIVATIONS, GRADIENTS, COTANGENTS, UPDATES = "activations", "gradients", "cotangents", "updates"
+#: Whether an update was within a clip that adapts: released with its update.
+COUNTS = "counts"
+#: Noise on the count where none is configured, as a multiple of the noise multiplier.
+_COUNT_NOISE = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,20 +30,26 @@ class Guarantee:
 
     Attributes:
       releases: Kinds of Gaussian releases, each once for every step (or, of users, every round).
-      noise: The noise multiplier of each.
+      noise: The noise multiplier of each, counts excepted.
       releases_planned: How often the run is to release a record or user, all kinds together.
       limit: Largest ``spent`` of the budget; infinite without a budget.
+      count_noise: Standard deviation of the noise on the count of updates within the clip.
     """
 
     releases: tuple[str, ...]
     noise: float
     releases_planned: int
     limit: float
+    count_noise: float = 0.0
 
     @property
     def cost(self) -> float:
         """What a step (of users: a round) adds to ``spent``."""
-        return len(self.releases) * release_cost(self.noise)
+        # A bit is one half away from its middle, so that its noise counts twice.
+        return sum(
+            release_cost(2 * self.count_noise if kind == COUNTS else self.noise)
+            for kind in self.releases
+        )
 
 
 def has_cut(hosts: Sequence[str]) -> bool:
@@ -54,7 +70,7 @@ def releases(privacy: PrivacyConfig, hosts: Sequence[str]) -> tuple[str, ...]:
       hosts: The hosts of the device's stages in order.
     """
     if privacy.unit == "user":
-        return (UPDATES,)
+        return (UPDATES,) if privacy.clip_quantile is None else (UPDATES, COUNTS)
     if not has_cut(hosts):
         return (GRADIENTS,)
     both = (ACTIVATIONS, GRADIENTS)
@@ -81,17 +97,23 @@ def guarantee(privacy: PrivacyConfig, hosts: Sequence[str], times: int) -> Guara
         take part (rounds).
 
     Raises:
-      ConfigError: The budget is not larger than that of the labels.
+      ConfigError: The budget is not larger than that of the labels, or a count costs more than its
+        update may.
     """
     kinds = releases(privacy, hosts)
-    planned = times * len(kinds)
+    planned = times * sum(kind != COUNTS for kind in kinds)
     limit = float("inf")
     if privacy.epsilon is not None:
         limit = spent_for(gaussian_budget(privacy), privacy.delta, privacy.accountant)
     noise = privacy.noise
     if noise is None:
         noise = noise_for(gaussian_budget(privacy), privacy.delta, planned, privacy.accountant)
-    return Guarantee(kinds, noise, planned, limit)
+    if COUNTS not in kinds:
+        return Guarantee(kinds, noise, planned, limit)
+    # An update and its count cost together what an update alone would.
+    count_noise = privacy.count_noise or _COUNT_NOISE * noise
+    noise = noise_beside_quantile(noise, count_noise)
+    return Guarantee(kinds, noise, planned, limit, count_noise)
 
 
 def gaussian_budget(privacy: PrivacyConfig) -> float:
@@ -170,12 +192,17 @@ def words(privacy: PrivacyConfig, hosts: Sequence[str]) -> tuple[str, ...]:
             said.append(
                 "whether a device's data are these or others is protected from whoever sees the "
                 "averaged weights, other devices included; the server sees every device's clipped "
-                "update and is trusted"
+                "update, and whether an adaptive clip was reached, and is trusted"
             )
         else:
             said.append(
                 "whether a device's data are these or others is protected from the server and from "
                 "all other devices"
+            )
+        if privacy.clip_quantile is not None:
+            said.append(
+                f"the clip of updates follows the {privacy.clip_quantile:g} quantile of their "
+                "norms, of which nothing but a noised count is released"
             )
         said.append("labels stay on the device, and are protected with the rest of its data")
     else:

@@ -84,6 +84,8 @@ ADDRESS = TupleOf(lambda host, port: (host, port), (Text(255, r"[\x21-\x7e]+"), 
 #: A sum of weighted values, and that of the weights.
 SUMS = TupleOf(lambda value, weight: (value, weight), (Figure(), Figure()))
 SECONDS, BYTES = Real(0.0, MOST_S), Whole(0, MOST_BYTES)
+#: What private devices have released; noise that is too small makes it very large.
+SPENT = Real(0.0, 1e300)
 #: Element types of samples.
 _DTYPES = ("bool", "int32", "float32", "float64", "float16", "bfloat16")
 ARRAY_TYPE = TupleOf(ArrayType, (Many(Whole(1, 2**24), 15), OneOf(_DTYPES)))

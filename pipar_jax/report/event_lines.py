@@ -100,6 +100,7 @@ LINES: dict[str, Callable[[Event], str]] = {
     "round_undone": lambda event: (
         f"round {event['round'] + 1} is undone and repeated: {event['reason']}"
     ),
+    "warning": lambda event: f"{event['text']} (known on the device alone)",
     "run_resumed": lambda event: f"goes on from the checkpoint after round {event['rounds']}",
     "checkpoint_skipped": lambda event: (
         f"the checkpoint after round {event['rounds']} is skipped: {event['reason']}"

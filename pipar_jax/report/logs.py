@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from pipar_jax.disk.event_log import Event
+from pipar_jax.disk.event_log import Event, OnEvent
 
 #: Parent of all loggers of this project.
 LOG = logging.getLogger("pipar_jax")
@@ -36,6 +36,23 @@ def note_event(event: Event) -> None:
         if name not in ("event", "time_s") and isinstance(value, int | float | str)
     ]
     LOG.info("%s", " ".join([kind, *facts]))
+
+
+class EventHandler(logging.Handler):
+    """Tells whoever started this process of a log's warnings, by its events.
+
+    Args:
+      host: The host in this process.
+      tell: Takes events.
+    """
+
+    def __init__(self, host: str, tell: OnEvent) -> None:
+        super().__init__(logging.WARNING)
+        self._host, self._tell = host, tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Tells of a record."""
+        self._tell({"event": "warning", "host": self._host, "text": record.getMessage()})
 
 
 class WithoutTpu(logging.Filter):

@@ -39,6 +39,7 @@ class RunState:
         self.up_mbps: float | None = None
         self.down_mbps: float | None = None
         self.epsilon: float | None = None  # the largest of any device
+        self.clip: float | None = None  # of users' updates, if it adapts
         self.delta = 0.0
         self.idle: dict[str, float] = {}
         self.round_s: list[float] = []
@@ -132,6 +133,7 @@ class RunState:
             self.down_mbps = event["bytes_down"] * 8e-6 / seconds
         if event.get("epsilon"):
             self.epsilon, self.delta = max(event["epsilon"].values()), event["delta"]
+            self.clip = event.get("clip")
         self.idle = dict(event["idle"])
 
     def _learn(self, event: Event) -> None:
@@ -160,7 +162,9 @@ def describe(event: Event, state: RunState) -> str | None:
     if kind == "private":
         noise = sorted(set(event["noise"].values()))
         text = " to ".join(f"{one:.4g}" for one in dict.fromkeys((noise[0], noise[-1])))
-        return f"privacy, noise multiplier {text}: " + "; ".join(event["words"])
+        before = max(event["epsilon"].values(), default=0.0)
+        past = f", epsilon {before:.4g} released before" if before else ""
+        return f"privacy, noise multiplier {text}{past}: " + "; ".join(event["words"])
     if kind == "round_finished":
         facts = [f"round {state.rounds_done} of {state.rounds} took {event['seconds']:.2f} s"]
         facts += [*learning_facts(state), *traffic_facts(state)]
@@ -195,6 +199,8 @@ def learning_facts(state: RunState) -> list[str]:
         facts.append(f"test {state.test_score}")
     if state.epsilon is not None:
         facts.append(f"epsilon {state.epsilon:.3g} at delta {state.delta:g}")
+    if state.clip is not None:
+        facts.append(f"next clip {state.clip:.3g}")
     return facts
 
 

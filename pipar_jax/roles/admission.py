@@ -31,6 +31,8 @@ class Identity:
       steps: Steps in its epoch; 0 for a node.
       address: Host and port at which a node's neighbours reach it.
       fingerprint: What tells its samples from others; empty for a node.
+      spent: What the releases of a private device's ledger come to, as mu**2.
+      epsilon: Their epsilon.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Identity:
     steps: int = 0
     address: tuple[str, int] | None = None
     fingerprint: str = ""
+    spent: float = 0.0
+    epsilon: float = 0.0
 
     @property
     def index(self) -> int:
@@ -222,4 +226,11 @@ def identity(asked: JoinDevice | JoinNode) -> Identity:
     """Returns the identity of an accepted device or node."""
     if isinstance(asked, JoinNode):
         return Identity(asked.name, address=asked.address)
-    return Identity(asked.name, asked.samples, asked.steps, fingerprint=asked.fingerprint)
+    return Identity(
+        asked.name,
+        asked.samples,
+        asked.steps,
+        fingerprint=asked.fingerprint,
+        spent=asked.spent,
+        epsilon=asked.epsilon,
+    )

@@ -58,6 +58,7 @@ class Conductor:
     Attributes:
       plan: The plan in force.
       nodes: The compute nodes that are ready, whether they have stages or not.
+      clip: Norm to which updates of users are clipped in the next round; 0: as configured.
       relay: Relays the client-side model in sequential order.
 
     Args:
@@ -82,6 +83,7 @@ class Conductor:
         self._host, self._members, self._states = host, members, states
         self._tell, self._traced = members.tell, config.run.trace != "none"
         self.nodes: tuple[str, ...] = ()
+        self.clip = 0.0
         self.relay = Relay(names, members, states)
         self._attempt = 0
         self._round: RoundAttempt | None = None
@@ -162,7 +164,7 @@ class Conductor:
         in_turns = self.plan.order == Order.SEQUENTIAL
         holder = self.relay.holder(now) if in_turns else None
         release = messages.Release(
-            now.index, self._attempt, spans, now.cohort, now.samples, holder, now.demand
+            now.index, self._attempt, spans, now.cohort, now.samples, holder, now.demand, self.clip
         )
         now.releasing = True
         self._host.release(release)

@@ -112,6 +112,8 @@ class Coordinator:
         )
         self._table = Timetable(config.epochs, config.run.rounds, plan, self._begun_with)
         self._private = PrivateRounds(config, plan, self._population, self._table)
+        present = [members.by_name[name].identity for name in self._population.present()]
+        self._private.begin(None if kept is None else kept.facts["private"], present)
         self._gathering.check_rounds(self._table.rounds)
         if plan.sums_gradients:  # raises PlanError: such devices step together
             rounds(plan, [one.steps for one in self._population], 1)
@@ -126,7 +128,7 @@ class Coordinator:
         self._pool = NodePool(config, model, profile, members, host)
         self._setup = HostSetup(
             config, model, plan, samples, self._table, host, members, self._pool, self._gathering,
-            checkpoints, self._holdings, self._conductor, run_log,
+            checkpoints, self._private, self._holdings, self._conductor, run_log,
         )  # fmt: skip
         self._repair = ChainRepair(
             config, model.unit_names, self._aggregator, members, self._pool, self._gathering,
@@ -250,6 +252,7 @@ class Coordinator:
                 "demand": list(self._results.demand),
                 "steps": self._begun_with,
                 "population": self._population.records(),
+                "private": self._private.facts,
                 "finished": finished,
             }
             sequential = self.plan.order == Order.SEQUENTIAL
@@ -301,6 +304,7 @@ class Coordinator:
         self._repair.repair(index)
         cohort = self._gather(index, attempt)
         self._conductor.nodes = tuple(self._pool.ready)
+        self._conductor.clip = self._private.clip
         if self._adaptation is not None:
             self._adaptation.start_round(index)
         spans = self._round_start.spans(index, cohort)

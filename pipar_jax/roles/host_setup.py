@@ -19,6 +19,7 @@ from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.node_copies import NodeCopies
 from pipar_jax.roles.node_pool import NodePool
 from pipar_jax.roles.population import Population
+from pipar_jax.roles.private_rounds import PrivateRounds
 from pipar_jax.roles.run_log import RunLog
 from pipar_jax.roles.state_exchange import StateExchange
 from pipar_jax.roles.timetable import Timetable, Turn
@@ -73,6 +74,7 @@ class HostSetup:
       pool: The compute nodes that are ready.
       gathering: The devices that are ready.
       checkpoints: Knows the data of devices.
+      private: Knows what private devices have released.
       holdings: The contents of bundles.
       conductor: Conducts rounds under the plan in force.
       run_log: Takes what is told.
@@ -90,13 +92,14 @@ class HostSetup:
         pool: NodePool,
         gathering: Gathering,
         checkpoints: Checkpoints,
+        private: PrivateRounds,
         holdings: Holdings,
         conductor: Conductor,
         run_log: RunLog,
     ) -> None:
         self._config, self._model, self._table, self._host = config, model, table, host
         self._members, self._pool, self._gathering = members, pool, gathering
-        self._checkpoints, self._holdings = checkpoints, holdings
+        self._checkpoints, self._private, self._holdings = checkpoints, private, holdings
         self._conductor, self._run_log = conductor, run_log
         self._population = members.population
         self._places, self._sampled = members.hosts.places, members.hosts.sampled
@@ -197,6 +200,9 @@ class HostSetup:
         who = self._members.by_name[name].identity
         if not self._checkpoints.knows_data(name, who.fingerprint):
             self._members.blame(name, "a join with other samples than those it trained with before")
+            return
+        if (why_not := self._private.admit(who)) is not None:
+            self._members.blame(name, f"a join without its past: {why_not}")
             return
         self._admit_bundles((self.plan,), name)
         if not self._sampled:

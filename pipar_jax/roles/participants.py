@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
 
@@ -65,12 +66,18 @@ def run_device(
     loader = _loader(config.data, config.seed, index, dataset)
     if releases is not None:
         releases.expect(loader.samples_per_epoch)
-    join = device_join(config, name, loader, network, keyed)
+    new = device_join(config, name, loader, network, keyed)
     stop = stop or threading.Event()
+
+    def join() -> JoinDevice:
+        if releases is None:
+            return new
+        # Its ledger may have grown since it joined last.
+        return dataclasses.replace(new, spent=releases.spent, epsilon=releases.epsilon)
 
     def take_part(timeout_s: float) -> None:
         worker = Worker(config, name, network, loader, stop, releases, tests)
-        _take_part(worker, address, lambda: join, timeout_s)
+        _take_part(worker, address, join, timeout_s)
 
     try:
         _persist(config.network, take_part, stop)

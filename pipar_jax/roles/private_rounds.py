@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
+import jax
 import numpy as np
 
 from pipar_jax.aggregation.aggregator import Contribution, Variables
-from pipar_jax.config import Config
+from pipar_jax.config import Config, places
 from pipar_jax.config.checkpoints import state_folders
-from pipar_jax.disk.json_text import JsonObject
+from pipar_jax.disk.json_text import JsonMapping, JsonObject
+from pipar_jax.errors import RunError
 from pipar_jax.privacy import policy
-from pipar_jax.privacy.ledger import PrivacyLedger
+from pipar_jax.privacy.accountant import ACCOUNTANTS
+from pipar_jax.privacy.adaptive_clip import AdaptiveClip
+from pipar_jax.privacy.ledger import LEDGER, PrivacyLedger
 from pipar_jax.privacy.noise import NoiseSource, reproducible_key
 from pipar_jax.privacy.policy import Guarantee
 from pipar_jax.privacy.spending import Entry, Spending
 from pipar_jax.protocol.messages import Stored
+from pipar_jax.roles.admission import Identity
 from pipar_jax.roles.population import Population, Registered
 from pipar_jax.roles.timetable import Timetable
 from pipar_jax.runtime.update_transforms import UpdateNoise, arrive, update_transforms
 from pipar_jax.schedule.actions import Span
-from pipar_jax.schedule.plan import COORDINATOR, Plan, device_name, host_index, is_device
+from pipar_jax.schedule.plan import (
+    COORDINATOR,
+    Plan,
+    device_name,
+    host_index,
+    is_device,
+    long_name,
+)
 from pipar_jax.training.replica import Noise
+from stages.release import bits_shape
 
 
 class PrivateRounds:
@@ -45,12 +58,18 @@ class PrivateRounds:
         self._population, self._table = population, table
         self._spendings: dict[int, Spending] = {}
         self._more: dict[int, float] = {}  # what ledgers have beyond what was told here
+        self._told: dict[str, float] = {}  # what they came to when a device last spoke of its own
         self._guarantees: dict[tuple[int, int], Guarantee] = {}
         self._epsilons: dict[str, float] = {}
         self._noise: UpdateNoise | None = None
         if config.privacy.of_users and config.privacy.noise_at == "server":
             self._noise = ServerNoise(config)
         self._transforms = update_transforms(config, self._noise)
+        self._clip: AdaptiveClip | None = None
+        if config.privacy.clip_quantile is not None:
+            promised = policy.guarantee(config.privacy, (), policy.rounds_of_users(config))
+            planned = places(config.cohort, config.devices.count)
+            self._clip = AdaptiveClip(config.privacy, promised.count_noise, planned)
 
     def promise(self) -> JsonObject | None:
         """Returns the event that says what is protected and with how much noise, or None."""
@@ -58,7 +77,76 @@ class PrivateRounds:
             return None
         words = policy.words(self._privacy, self._plan.devices[0].hosts)
         noise = {device_name(one.index): self._guarantee(one).noise for one in self._population}
-        return {"event": "private", "words": list(words), "noise": noise}
+        return {
+            "event": "private",
+            "words": list(words),
+            "noise": noise,
+            "epsilon": dict(self._epsilons),  # what was released before this run, or part of it
+        }
+
+    @property
+    def clip(self) -> float:
+        """Norm to which updates are clipped in the next round, if that adapts; else 0."""
+        return 0.0 if self._clip is None else self._clip.value
+
+    @property
+    def facts(self) -> JsonObject:
+        """What a checkpoint holds of it, JSON-ready."""
+        return {"clip": self.clip, "spent": dict(self._told)}
+
+    def begin(self, facts: JsonMapping | None, present: Iterable[Identity]) -> None:
+        """Goes on from what a checkpoint holds of an earlier part of the run.
+
+        Args:
+          facts: What it holds; None of a new run.
+          present: The devices that have joined.
+
+        Raises:
+          RunError: The ledger of one of them lacks what it has released.
+        """
+        if facts is not None:
+            self._told.update(facts["spent"])
+            if self._clip is not None:
+                self._clip.resume(facts["clip"])
+        for who in present:
+            if (why_not := self.admit(who)) is not None:
+                raise RunError(f"{long_name(who.name)} cannot go on: {why_not}")
+
+    def admit(self, who: Identity) -> str | None:
+        """Takes what a device that joins says of its ledger.
+
+        Returns:
+          Why it is refused, or None. A device whose ledger lacks what this run has seen released
+          would spend its budget twice, and what else was in the ledger nobody knows: it does not
+          go on from the run's record alone.
+        """
+        if not self._keeps_ledgers or not is_device(who.name):
+            return None
+        known = self._told.get(who.name, 0.0)
+        if not who.spent >= known * (1 - 1e-9):
+            spends = ACCOUNTANTS[self._privacy.accountant]
+            delta = self._privacy.delta
+            return (
+                f"its ledger comes to epsilon {spends(max(who.spent, 0.0), delta):.4g}, and this "
+                f"run has seen it release {spends(known, delta):.4g}: restore "
+                f"{LEDGER} in its folder hosts/{who.name}, or begin a run under another name and "
+                "account for both yourself"
+            )
+        self._take_ledger(who.name, who.spent, who.epsilon)
+        return None
+
+    @property
+    def _keeps_ledgers(self) -> bool:
+        """Whether devices keep ledgers of their own, and not the server for them."""
+        return self._privacy.on and self._noise is None
+
+    def _take_ledger(self, name: str, spent: float, epsilon: float) -> None:
+        """Takes what a device's ledger comes to."""
+        one = self._population[host_index(name)]
+        self._more[one.index] = max(0.0, spent - self._spending(one).spent)
+        self._told[name] = max(spent, self._told.get(name, 0.0))
+        if epsilon > 0:
+            self._epsilons[name] = epsilon
 
     def close(self) -> None:
         """Closes the ledgers that are kept here. Idempotent."""
@@ -110,30 +198,39 @@ class PrivateRounds:
           index: The round.
         """
         if isinstance(self._noise, ServerNoise):
-            self._noise.devices = tuple(devices)
+            self._noise.devices, self._noise.clip = tuple(devices), self.clip or self._noise.clip
         return arrive(self._transforms, start, contributions, index)
 
-    def ended(self, said: Mapping[str, Stored]) -> None:
-        """Takes what devices say of their ledgers after a round.
+    def ended(self, said: Mapping[str, Stored], counted: Collection[str]) -> None:
+        """Takes what devices say of their ledgers after a round, and of their updates.
 
         Args:
           said: For each host what it said; devices by their names.
+          counted: Devices whose updates are in the average.
         """
         if not self._privacy.on:
             return
+        if self._clip is not None:
+            rounds = [said[name].round for name in counted]
+            normal = 0.0
+            if isinstance(self._noise, ServerNoise) and rounds:
+                normal = self._noise.count_noise(rounds[0])
+            self._clip.adapt([said[name].within for name in counted], normal)
         for name, stored in said.items():
-            if is_device(name) and self._noise is None:
-                one = self._population[host_index(name)]
-                known = self._spending(one).spent
-                self._more[one.index] = max(0.0, stored.spent - known)
-                self._epsilons[name] = stored.epsilon
+            if is_device(name) and self._keeps_ledgers:
+                self._take_ledger(name, stored.spent, stored.epsilon)
         if isinstance(self._noise, ServerNoise):
             self._epsilons |= self._noise.epsilons()
 
     @property
-    def epsilons(self) -> dict[str, float]:
-        """For each device the epsilon of all that was released of it, as far as it is known."""
-        return dict(self._epsilons)
+    def figures(self) -> JsonObject:
+        """What a round has come to, JSON-ready; nothing of a run without privacy."""
+        if not self._privacy.on:
+            return {}
+        figures: JsonObject = {"epsilon": dict(self._epsilons), "delta": self._privacy.delta}
+        if self._clip is not None:
+            figures |= {"clip": self._clip.value, "within_clip": self._clip.share}
+        return figures
 
     def _guarantee(self, one: Registered) -> Guarantee:
         key = one.samples, one.steps
@@ -171,6 +268,7 @@ class ServerNoise:
 
     Attributes:
       devices: The devices whose updates are in the next sum.
+      clip: Norm to which they are clipped.
 
     Args:
       config: Resolved configuration.
@@ -178,6 +276,7 @@ class ServerNoise:
 
     def __init__(self, config: Config) -> None:
         self.devices: tuple[int, ...] = ()
+        self.clip = config.privacy.update_clip
         self._config, self._source = config, NoiseSource()
         rounds = policy.rounds_of_users(config)
         self._guarantee = policy.guarantee(config.privacy, (), rounds)
@@ -203,11 +302,21 @@ class ServerNoise:
 
     def update_noise(self, round_: int, numbers: int) -> Noise:
         """See ``UpdateNoise``."""
-        source, privacy = self._source, self._config.privacy
-        if privacy.reproducible:
-            source = NoiseSource(reproducible_key(self._config.seed, COORDINATOR, round_))
-        deviation = np.float32(self._guarantee.noise * privacy.update_clip)
-        return Noise(source.bits(2, numbers), deviation)
+        deviation = np.float32(self._guarantee.noise * self.clip)
+        return Noise(self._stream(round_).bits(*bits_shape(numbers)), deviation)
+
+    def observe(self, within: jax.Array, round_: int) -> None:
+        """See ``UpdateNoise``; devices do that."""
+
+    def count_noise(self, round_: int) -> float:
+        """Returns a standard normal number for the count of updates within the clip."""
+        return self._stream(round_, "count").normal()
+
+    def _stream(self, *what: object) -> NoiseSource:
+        """Returns where the bits for something come from."""
+        if not self._config.privacy.reproducible:
+            return self._source
+        return NoiseSource(reproducible_key(self._config.seed, COORDINATOR, *what))
 
     def epsilons(self) -> dict[str, float]:
         """Returns for each device the epsilon of what was released of it."""

@@ -134,7 +134,8 @@ class RoundResults:
         rows, busy_s = self._host.recorder.take()
         self._run_log.add_trace(COORDINATOR, rows, 0.0)
         said = {name: mail.said for name, mail in stored.items()}
-        self._private.ended(said)
+        counted = [device_name(done.cohort[place]) for place in done.places]
+        self._private.ended(said, [name for name in counted if name in said])
         workers = [name for name in said if name != COORDINATOR]
         busy = {COORDINATOR: busy_s} | {name: said[name].busy_s for name in workers}
         for name in workers:
@@ -155,7 +156,7 @@ class RoundResults:
                 memory={name: one.memory for name, one in said.items()},
                 taking=len(done.taking),
                 committed=len(done.places),
-                epsilons=self._private.epsilons,
+                private=self._private.figures,
             )
         )
         for place in done.places:

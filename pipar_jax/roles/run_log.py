@@ -56,7 +56,7 @@ class Round(NamedTuple):
       memory: For each host what it held at most.
       taking: How many devices began it.
       committed: How many of them count; 0 if it was undone.
-      epsilons: For each device of a private run the epsilon of all that was released of it.
+      private: What a private run has come to: see ``PrivateRounds.figures``.
     """
 
     number: int
@@ -70,7 +70,7 @@ class Round(NamedTuple):
     memory: Mapping[str, Memory]
     taking: int
     committed: int
-    epsilons: Mapping[str, float] = {}
+    private: JsonMapping
 
 
 class RunLog:
@@ -212,9 +212,6 @@ class RunLog:
         for host, seconds in one.busy.items():
             self._busy[host] = self._busy.get(host, 0.0) + seconds
         self._trace.end_round(one.interval)
-        private = {}
-        if self._config.privacy.on:
-            private = {"epsilon": dict(one.epsilons), "delta": self._config.privacy.delta}
         self._tell(
             {
                 "event": "round_finished",
@@ -235,7 +232,7 @@ class RunLog:
                 "overruns": one.overruns,
                 "links": links,
                 "memory": {host: dataclasses.asdict(used) for host, used in one.memory.items()},
-                **private,
+                **one.private,
             }
         )
 

@@ -34,6 +34,7 @@ from pipar_jax.schedule.rounds import RoundSchedule
 from pipar_jax.schedule.trace import Timed
 from pipar_jax.training.replica import Replica
 from stages import MicroBatchContext, Model
+from stages.release import CLIPPED
 from stages.stage_programs import Metrics
 from stages.tasks.task import LOSS as LOSS_NAME
 from stages.trees import PyTree
@@ -100,8 +101,6 @@ class Executor:
         """
         self._schedule, self._cohort = schedule, cohort
         self._sender.attempt = attempt
-        if self._releases is not None:
-            self._releases.start_attempt()
 
     def forget(self, place: int) -> None:
         """Releases everything held for a place, or with ``ALL`` for all places."""
@@ -235,6 +234,8 @@ class Executor:
                 self._sender.send_down(action, operation, part, parcel)
             if self._releases is None:  # figures of a private device's samples stay there
                 self._meter.add(action.device, action.step, _totals(metrics, part.samples))
+            elif replica.stage.release is not None:
+                self._releases.watch(replica.stage, metrics[CLIPPED], part.samples)
 
         probe = metrics[LOSS_NAME] if parcel is None else parcel.ready
         return self._work(action, probe, part.samples, then)
@@ -246,6 +247,8 @@ class Executor:
         replica = self.replica(action.device, action.stage)
         residuals, over_bytes = self._residuals.pop(_key(action))
         given = replica.backward(residuals, cotangent)
+        if self._releases is not None and replica.stage.release is not None:
+            self._releases.watch(replica.stage, given, part.samples)
         over_bytes += cotangent.nbytes
         parcel = self._keep_cotangent(action, operation, given if action.stage else None)
 

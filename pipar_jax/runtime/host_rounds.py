@@ -251,6 +251,8 @@ class HostRounds:
         self._dropped.clear()
         self._turn = None
         undo.begin_round(share.replicas, schedule, said.round, anew=anew)
+        if self._releases is not None:
+            self._releases.start_attempt(said.clip)
         self._executor.start(schedule, said.attempt, said.cohort)
         self._training = True
         self._feeder.start(schedule)
@@ -305,8 +307,13 @@ class HostRounds:
         sums = totals.loss, totals.samples, dict(totals.metrics)
         stored = messages.Stored(self._round, overruns, longest_s, memory_used, *sums)
         if self._releases is not None:
-            spent, epsilon = self._releases.spent, self._releases.epsilon
-            stored = dataclasses.replace(stored, spent=spent, epsilon=epsilon)
+            self._releases.warn()
+            stored = dataclasses.replace(
+                stored,
+                spent=self._releases.spent,
+                epsilon=self._releases.epsilon,
+                within=self._releases.within,
+            )
         self._answer(stored)
 
     def _report_weights(self, *, averaged: bool) -> bool:

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 
+import jax
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,10 +16,13 @@ from pipar_jax.config.checkpoints import state_folders
 from pipar_jax.data import Dataset
 from pipar_jax.data.fingerprint import fingerprint
 from pipar_jax.data.types import Examples
-from pipar_jax.errors import ConfigError, DataError, RunError
+from pipar_jax.errors import DataError, RunError
+from pipar_jax.methods.privacy_checks import check_delta
 from pipar_jax.methods.registry import METHODS
 from pipar_jax.privacy import labels, policy
 from pipar_jax.privacy.accountant import spent_for
+from pipar_jax.privacy.adaptive_clip import CLIPPED, WITHIN, is_possible
+from pipar_jax.privacy.clip_watch import CLIP_LOG, ClipWatch
 from pipar_jax.privacy.ledger import PrivacyLedger
 from pipar_jax.privacy.noise import NoiseSource, reproducible_key
 from pipar_jax.privacy.policy import Guarantee
@@ -27,8 +31,13 @@ from pipar_jax.schedule.actions import Action
 from pipar_jax.schedule.plan import OWNER, DevicePlan
 from pipar_jax.training.replica import Noise, Replica
 from stages import MicroBatchContext, Model, Stage
-from stages.release import PrivateRelease
+from stages.release import PrivateRelease, bits_shape
 from stages.signature import TARGET
+
+#: In the order in which a stage counts what it clips.
+_KINDS = policy.ACTIVATIONS, policy.GRADIENTS, policy.COTANGENTS
+#: Counts that may wait to be read, since reading waits for the computation.
+_MOST_UNREAD = 1024
 
 
 class Releases:
@@ -52,7 +61,10 @@ class Releases:
         self._samples, self._data = 0, ""
         self._source = NoiseSource()
         self._guarantee: Guarantee | None = None
+        self._clip, self._within = self._privacy.update_clip, 0.0
         self._entered: set[int] = set()
+        self._watch = ClipWatch(self._privacy)
+        self._unread: list[tuple[PrivateRelease, jax.Array, int]] = []
 
     def protect(self, dataset: Dataset) -> tuple[Dataset, str]:
         """Returns a device's data with the labels that it gives away, and their fingerprint.
@@ -119,12 +131,9 @@ class Releases:
         Raises:
           ConfigError: ``privacy.delta`` is too large for these samples.
         """
-        self._samples, delta = samples, self._privacy.delta
-        if self._privacy.unit == "record" and delta * samples >= 1:
-            raise ConfigError(
-                f"privacy.delta={delta:g} with {samples} samples on {self._name} would allow to "
-                f"publish a record: set it below {1 / samples:.2g}"
-            )
+        self._samples = samples
+        if self._privacy.unit == "record":
+            check_delta(self._privacy, samples, f"samples on {self._name}")
 
     def close(self) -> None:
         """Closes the ledger. Idempotent."""
@@ -189,9 +198,26 @@ class Releases:
     def _steps_per_epoch(self) -> int:
         return -(-self._samples // self._config.data.batch_size)
 
-    def start_attempt(self) -> None:
-        """Begins a round or repeats it: every step from here on is a further release."""
+    def start_attempt(self, clip: float = 0.0) -> None:
+        """Begins a round or repeats it: every step from here on is a further release.
+
+        Args:
+          clip: Norm to which updates are clipped, if that adapts; else 0.
+
+        Raises:
+          RunError: The coordinator names a clip to which no clip of this run can have come.
+        """
         self._entered.clear()
+        self._within = 0.0
+        if self._privacy.clip_quantile is None:
+            return
+        if not is_possible(self._privacy, clip):
+            raise RunError(
+                f"{self._name} was told to clip its update to {clip:g}, which is no clip of a run "
+                f"that begins with privacy.update_clip={self._privacy.update_clip:g}: a private "
+                "device does not follow it"
+            )
+        self._clip = clip
 
     def _enter(self, entry: Entry) -> None:
         if self.ledger.spending.spent_after(entry) > self.guarantee.limit:
@@ -272,6 +298,33 @@ class Releases:
         source = self._stream(action.step, action.stage, action.micro_batch)
         return draw._replace(noise=source.bits(*stage.release.bits_shape(samples)))
 
+    def watch(self, stage: Stage, above: jax.Array, samples: int) -> None:
+        """Counts for the device itself what of a micro-batch was clipped.
+
+        Args:
+          stage: A private stage.
+          above: What its backward pass says: see ``stages.release.CLIPPED``.
+          samples: Samples in the micro-batch.
+        """
+        assert stage.release is not None
+        self._unread.append((stage.release, above, samples))
+        if len(self._unread) > _MOST_UNREAD:  # the first have been ready for long
+            self._read(_MOST_UNREAD // 2)
+
+    def _read(self, count: int) -> None:
+        some, self._unread = self._unread[:count], self._unread[count:]
+        for release, above, samples in some:
+            clips = release.activation_clip, release.gradient_clip, release.cotangent_clip
+            for kind, clip, number in zip(_KINDS, clips, np.asarray(above), strict=True):
+                if clip:
+                    self._watch.add(kind, int(number), samples)
+
+    def warn(self) -> None:
+        """Logs, at the end of a round, which clips are never reached, or always: here alone."""
+        self._read(len(self._unread))
+        for text in self._watch.warnings():
+            CLIP_LOG.warning("%s: %s", self._name, text)
+
     def gradient_noise(self, action: Action, replica: Replica, samples: int) -> Noise | None:
         """Returns the noise of a mini-batch's gradient.
 
@@ -286,12 +339,32 @@ class Releases:
         source = self._stream(action.step, action.stage, "gradient")
         # Not the stage's share of the clip: the sum over all stages has the whole one.
         deviation = np.float32(release.noise * self._privacy.update_clip / samples)
-        return Noise(source.bits(2, replica.weights), deviation)
+        return Noise(source.bits(*bits_shape(replica.weights)), deviation)
 
     # --- releases of users --------------------------------------------------------------------
 
+    @property
+    def clip(self) -> float:
+        """Norm to which the update of this round is clipped."""
+        return self._clip
+
+    def observe(self, within: jax.Array, round_: int) -> None:
+        """See ``UpdateNoise``."""
+        if self._privacy.clip_quantile is None:
+            self._watch.add(policy.UPDATES, int(not within), 1)
+            return
+        self._within = WITHIN if bool(within) else CLIPPED
+        if self._privacy.noise_at == "device":
+            noise = self._stream(round_, "count").normal()
+            self._within += self.guarantee.count_noise * noise
+
+    @property
+    def within(self) -> float:
+        """What the coordinator is told of the update's norm; nothing if the clip stays."""
+        return self._within
+
     def enter_update(self) -> None:
-        """Enters in the ledger that the device's update is about to be sent."""
+        """Enters in the ledger that the device's update is about to be sent, and its count."""
         self._enter(policy.update_entry(self.guarantee.cost))
 
     def update_noise(self, round_: int, numbers: int) -> Noise:
@@ -302,8 +375,8 @@ class Releases:
           numbers: Numbers in the update.
         """
         source = self._stream(round_, "update")
-        deviation = np.float32(self.guarantee.noise * self._privacy.update_clip)
-        return Noise(source.bits(2, numbers), deviation)
+        deviation = np.float32(self.guarantee.noise * self._clip)
+        return Noise(source.bits(*bits_shape(numbers)), deviation)
 
     def _stream(self, *what: object) -> NoiseSource:
         """Returns where the bits for something come from."""

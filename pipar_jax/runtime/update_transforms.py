@@ -19,7 +19,7 @@ from pipar_jax.aggregation.rules import MULTI_KRUM
 from pipar_jax.config import Config, places
 from pipar_jax.errors import RunError
 from pipar_jax.training.replica import Noise, Variables
-from stages.release import add_noise, clip_tree
+from stages.release import add_noise, bound_tree, clip_tree
 
 #: From an update (trained weights minus those of the round's start) and the round's number.
 OnDevice = Callable[[Variables, int], Variables]
@@ -41,6 +41,13 @@ class UpdateTransform(NamedTuple):
 
 class UpdateNoise(Protocol):
     """Whoever adds noise to updates: a device, or the server to their sum."""
+
+    @property
+    def clip(self) -> float:
+        """Norm to which the updates of this round are clipped."""
+
+    def observe(self, within: jax.Array, round_: int) -> None:
+        """Takes whether a device's update was within the clip, a bool."""
 
     def enter_update(self) -> None:
         """Enters in the ledger that an update is about to leave."""
@@ -72,7 +79,7 @@ def update_transforms(config: Config, noise: UpdateNoise | None) -> tuple[Update
     # The noise of the server is its last half, since it goes through the list in reverse.
     at_device = privacy.noise_at == "device"
     transforms = [
-        _clipping(privacy.update_clip, twice=not at_device),
+        _bounding(noise, twice=not at_device),
         _planned(places(config.cohort, config.devices.count)),
     ]
     if at_device:
@@ -143,6 +150,29 @@ def _clipping(clip: float, *, twice: bool) -> UpdateTransform:
     def on_coordinator(updates: list[Contribution], round_: int) -> list[Contribution]:
         del round_
         return [one._replace(params=_clipped(one.params, clip)) for one in updates]
+
+    return UpdateTransform(on_device, on_coordinator if twice else _unchanged)
+
+
+def _bounding(noise: UpdateNoise | None, *, twice: bool) -> UpdateTransform:
+    """Clipping of users' updates, to a norm that may be another in every round.
+
+    Args:
+      noise: Who adds noise on this host.
+      twice: Whether the coordinator clips as well; see ``_clipping``.
+    """
+
+    def on_device(update: Variables, round_: int) -> Variables:
+        assert noise is not None
+        clipped, within = _bounded(update, noise.clip)
+        noise.observe(within, round_)
+        bounded: Variables = clipped
+        return bounded
+
+    def on_coordinator(updates: list[Contribution], round_: int) -> list[Contribution]:
+        del round_
+        assert noise is not None
+        return [one._replace(params=_clipped(one.params, noise.clip)) for one in updates]
 
     return UpdateTransform(on_device, on_coordinator if twice else _unchanged)
 
@@ -227,7 +257,7 @@ def _unchanged(updates: list[Contribution], round_: int) -> list[Contribution]:
     return updates
 
 
-_clipped = jax.jit(clip_tree)
+_clipped, _bounded = jax.jit(clip_tree), jax.jit(bound_tree)
 
 
 @jax.jit

@@ -16,7 +16,7 @@ from pipar_jax.schedule.keep import Keep
 from pipar_jax.training import optimizer
 from pipar_jax.training.optimizer import CompiledOptimizer
 from stages import MicroBatchContext, Stage
-from stages.release import add_noise
+from stages.release import add_noise, bits_shape
 from stages.trees import Arrays, OptState, PyTree, Targets
 
 Variables = dict[str, dict[str, jax.Array]]
@@ -26,7 +26,7 @@ class Noise(NamedTuple):
     """The noise of a mini-batch's gradient.
 
     Attributes:
-      bits: [2, weights] uint32 random bits.
+      bits: [3, pairs of weights] uint32 random bits; see ``stages.release.bits_shape``.
       deviation: Standard deviation of the noise.
     """
 
@@ -310,7 +310,7 @@ class Replica:
         shapes = [abstract(tree) for tree in (self.params, self.opt_state, gradient)]
         lowered = [update.lower(*shapes, single=self._single) for update in updates]
         if self.stage.release is not None:
-            bits = np.empty((2, self.weights), np.uint32)
+            bits = np.empty(bits_shape(self.weights), np.uint32)
             lowered.append(add_noise.lower(shapes[2], bits, np.float32(1.0)))
         return lowered
 

@@ -41,6 +41,7 @@ def made(values) -> Config:
      "privacy.cotangent_clip": 0.0},
     USER,
     {**USER, "privacy.noise_at": "server"},
+    {**USER, "privacy.clip_quantile": 0.5, "privacy.count_noise": 30.0, "privacy.clip_rate": 0.5},
     {**USER, "aggregation.every": "5 steps", "run.rounds": 3},
     {**CUT, "model.name": "mlp", "model.norm": "batch"},
 ])  # fmt: skip
@@ -76,7 +77,17 @@ REFUSED = [
     ({**USER, "checkpoint.every_rounds": 1, "checkpoint.device_state": "server"},
      r"optimiser states are functions"),
     ({**CUT, "data.train_samples": 1000, "privacy.delta": 0.01}, r"would allow to publish"),
+    ({**CUT, "data.source": "mnist", "privacy.delta": 1 / 30_000},
+     r"with 30000 samples on a device would allow to publish one of them: set it below 3.3e-05"),
+    ({**CUT, "data.source": "digits", "privacy.delta": 0.01}, r"with 719 samples"),
     ({**USER, "privacy.delta": 0.5}, r"would allow to publish"),
+    ({**CUT, "privacy.clip_quantile": 0.5}, r"clip_quantile=0.5 is for privacy.unit=user"),
+    ({**USER, "privacy.clip_quantile": 1.0}, r"clip_quantile=1.0 is out of range"),
+    ({**USER, "privacy.clip_rate": 0.1}, r"clip_rate=0.1 has no effect without"),
+    ({**USER, "privacy.count_noise": 9.0}, r"count_noise=9 has no effect without"),
+    ({**USER, "privacy.clip_quantile": 0.5, "privacy.count_noise": 0.1},
+     r"count_noise=0.1 makes the count of clipped updates cost more .* set it above"),
+    ({**CUT, "privacy.activation_clip": 1e-12}, r"activation_clip=1e-12 is too small"),
 ]  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,10 @@ import pytest
 import stages
 from pipar_jax.privacy.noise import NoiseSource
 from stages.release import (
+    CLIPPED,
     PrivateRelease,
     add_noise,
+    bits_shape,
     clip_samples,
     clip_tree,
     examples_at_a_time,
@@ -56,13 +60,28 @@ def norms(y):
 
 
 def test_numbers_are_normal():
-    found = np.sort(np.asarray(normal(NoiseSource().bits(2, 200_000), jnp.float32), np.float64))
     from scipy.stats import kstest
 
+    count = 200_001  # odd: the last pair is half used
+    made = normal(NoiseSource().bits(*bits_shape(count)), (count,), jnp.float32)
+    found = np.asarray(made, np.float64)
     assert kstest(found, "norm").pvalue > 1e-6
     assert np.std(found) == pytest.approx(1, abs=0.01)
-    extremes = np.array([[0, 0, 2**32 - 1], [0, 2**31, 7]], np.uint32)
-    assert np.all(np.abs(normal(extremes, jnp.float32)) < 6.8)
+    # Both numbers of a pair come from one radius, and are independent nevertheless.
+    first, second = found[: count // 2], found[-(count // 2) :]
+    assert abs(np.corrcoef(first**2, second**2)[0, 1]) < 0.02
+
+
+@pytest.mark.parametrize(("high", "low", "radius"), [
+    (0, 0, 9.4925),  # the farthest: sqrt(130 log 2)
+    (0, 2**32 - 1, 6.6604),
+    (1, 2**31, 6.5993),
+    (2**32 - 1, 2**32 - 1, 0.0),
+])  # fmt: skip
+def test_the_tail_ends_where_it_is_said_to(high, low, radius):
+    extremes = np.array([[high] * 2, [low] * 2, [0, 2**31]], np.uint32)
+    found = np.asarray(normal(extremes, (4,), jnp.float32))
+    np.testing.assert_allclose(found, [radius, -radius, 0, 0], atol=1e-3)
 
 
 def test_a_whole_sample_is_clipped_and_what_is_not_finite_is_zero():
@@ -94,7 +113,7 @@ def test_the_noise_of_an_activation_has_the_claimed_variance(model):
 
 def test_noise_that_is_halved_in_the_code_is_noticed(model, monkeypatch):
     of = release(model, noise=3.1, activation_clip=0.5, gradient_clip=1.0)
-    monkeypatch.setattr("stages.release.normal", lambda bits, dtype: normal(bits, dtype) / 2)
+    monkeypatch.setattr("stages.release.normal", lambda *of: normal(*of) / 2)
     assert claimed(model, of, parts(model, of)[0]) == pytest.approx(0.5, abs=0.02)
 
 
@@ -110,8 +129,8 @@ def test_a_sample_changes_its_own_activation_alone_and_by_twice_the_clip_at_most
     assert changed[2] <= 0.5 and np.all(changed[[0, 1, 3, 4]] == 0)
 
 
-def gradients(model, of, x, labels, cotangent=None, micro=None):
-    """The device part's summed gradient, by way of micro-batches."""
+def gradients(model, of, x, labels, cotangent=None, micro=None, counts=None):
+    """The device part's summed gradient, by way of micro-batches; ``counts`` takes what clipped."""
     below, above = parts(model, of)
     stage, params, state = below
     total = stage.zeros(params)
@@ -128,7 +147,9 @@ def gradients(model, of, x, labels, cotangent=None, micro=None):
             )
         else:
             given = cotangent[part]
-        _, total = stage.backward(params, residuals, given, total)
+        above, total = stage.backward(params, residuals, given, total)
+        if counts is not None:
+            counts.append(np.asarray(above))
         first += size
     return total
 
@@ -166,6 +187,51 @@ def test_clipped_gradients_are_those_of_a_loop_over_examples(model):
                      found, total)  # fmt: skip
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_privacy") is None, reason="jax-privacy is not installed"
+)
+@pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated")
+@pytest.mark.parametrize("clip", [1e-4, 0.05, 1e3])
+def test_clipped_gradients_are_those_of_jax_privacy(model, clip):
+    """An oracle for the whole sum: of all examples clipped, some, and none."""
+    from jax_privacy import clipped_grad
+
+    count = 7
+    of = release(model, noise=1.0, activation_clip=2.0, gradient_clip=clip)
+    x, labels = samples(count), jnp.arange(count, dtype=jnp.int32) % CLASSES
+    given = jnp.asarray(np.random.default_rng(4).normal(size=(count, *of.shape)), jnp.float32)
+    stage, params, state = parts(model)[0]
+
+    def example(params, x, cotangent):  # a batch of one
+        y, *_ = stage.forward(params, state, x, stages.make_draw(count))
+        return jnp.vdot(clip_samples(y, 2.0), cotangent)
+
+    oracle = clipped_grad(example, l2_clip_norm=clip / count, batch_argnums=(1, 2))
+    found, expected = gradients(model, of, x, labels, given, [4, 3]), oracle(params, x, given)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_what_was_clipped_is_counted(model):
+    """For the device alone; by looking at every sample and example."""
+    x, labels = samples(7), jnp.arange(7, dtype=jnp.int32) % CLASSES
+    given = jnp.asarray(
+        np.random.default_rng(4).normal(size=(7, *release(model, noise=1.0).shape)), jnp.float32
+    )
+    plain, *_ = forward(parts(model)[0], x, release(model, noise=1.0))
+    middle = float(np.sort(norms(plain))[2:4].mean())
+    of = release(model, noise=1.0, activation_clip=middle, gradient_clip=1e-6)
+    counts = []
+    gradients(model, of, x, labels, given, [4, 3], counts)
+    assert sum(counts).tolist() == [4, 7, 0]
+    # A last stage counts among its metrics.
+    high = release(model, noise=1.0, cotangent_clip=1e-9, gradient_clip=1e6)
+    stage, params, state = parts(model, None, high)[1]
+    draw = stages.make_draw(7)._replace(noise=bits(high, 7))
+    metrics, *_ = stage.loss(params, state, plain, labels, draw, stage.zeros(params))
+    assert metrics[CLIPPED].tolist() == [0, 0, 7]
+
+
 def test_gradients_are_summed_in_pieces_that_fit(model, monkeypatch):
     of = release(model, noise=1.0, activation_clip=2.0, gradient_clip=0.06)
     x, labels = samples(7), jnp.arange(7, dtype=jnp.int32) % CLASSES
@@ -182,7 +248,7 @@ def test_gradients_are_summed_in_pieces_that_fit(model, monkeypatch):
 
 def test_the_noise_of_a_gradient_has_the_claimed_variance():
     total = {"u": {"a": jnp.zeros((300, 100)), "b": jnp.zeros(2000, jnp.bfloat16)}}
-    found = add_noise(total, NoiseSource().bits(2, 32_000), np.float32(0.7))
+    found = add_noise(total, NoiseSource().bits(*bits_shape(32_000)), np.float32(0.7))
     assert np.std(np.asarray(found["u"]["a"])) == pytest.approx(0.7, rel=0.02)
     assert found["u"]["b"].dtype == jnp.bfloat16
     assert np.std(np.asarray(found["u"]["b"], np.float32)) == pytest.approx(0.7, rel=0.1)

@@ -13,6 +13,7 @@ from pipar_jax.protocol.values import (
     HOST,
     MOST_HOSTS,
     MOST_UNITS,
+    SPENT,
     Address,
     Count,
     Place,
@@ -52,6 +53,9 @@ class JoinDevice(Join):
       signature: Shapes and dtypes of its samples.
       units: Dtype and shape of the variables of each unit.
       fingerprint: Identifies its samples.
+      spent: What the releases of a private device's ledger come to, as mu**2, those of earlier
+        runs under its name included.
+      epsilon: Their epsilon.
     """
 
     samples: Annotated[int, Whole(0, 2**53)]
@@ -59,6 +63,8 @@ class JoinDevice(Join):
     signature: Sampled
     units: Annotated[dict[str, dict[str, str]], _VARIABLES]
     fingerprint: Annotated[str, Text(64)]
+    spent: Annotated[float, SPENT] = 0.0
+    epsilon: Annotated[float, SPENT] = 0.0
 
 
 @message("join_node", Sender.HOST)

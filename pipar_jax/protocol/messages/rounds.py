@@ -11,6 +11,7 @@ from pipar_jax.protocol.values import (
     MOST_SPANS,
     MOST_UNITS,
     SECONDS,
+    SPENT,
     SUMS,
     Count,
     LinkRow,
@@ -24,6 +25,7 @@ from pipar_jax.protocol.wire_fields import (
     Many,
     Maybe,
     OneOf,
+    Real,
     Table,
     Text,
     TupleOf,
@@ -49,6 +51,7 @@ class Release(ControlMessage):
       samples: Samples of an epoch of each place's device.
       holder: In sequential order, the place that holds the client-side model already.
       demand: Seconds per step that each place's device computed so far.
+      clip: In a private run whose clip adapts, the norm to which updates are clipped; else 0.
     """
 
     round: Count
@@ -60,6 +63,7 @@ class Release(ControlMessage):
     samples: PerDevice
     holder: Annotated[int | None, Maybe(Whole())]
     demand: Annotated[tuple[float, ...], Many(SECONDS, MOST_HOSTS, 1)]
+    clip: Annotated[float, Real()] = 0.0
 
 
 @message("drop", Sender.COORDINATOR)
@@ -215,6 +219,8 @@ class Stored(ControlMessage):
       direct: Statistics of sending to its neighbours.
       spent: What the releases of a private device's ledger come to, as mu**2.
       epsilon: Their epsilon.
+      within: In a private run whose clip adapts, whether a user's update was within the clip: one
+        half, or minus one half; with noise where devices add it.
     """
 
     round: Count
@@ -227,8 +233,9 @@ class Stored(ControlMessage):
     busy_s: Seconds = 0.0
     link: Annotated[Waits, struct(Waits)] = Waits()
     direct: Annotated[tuple[LinkRow, ...], Many(struct(LinkRow), MOST_HOSTS)] = ()
-    spent: Annotated[float, Figure()] = 0.0
-    epsilon: Annotated[float, Figure()] = 0.0
+    spent: Annotated[float, SPENT] = 0.0
+    epsilon: Annotated[float, SPENT] = 0.0
+    within: Annotated[float, Real(-1e9, 1e9)] = 0.0
 
 
 @message("part", Sender.HOST, Form.BUNDLE)

@@ -65,7 +65,7 @@ def test_a_quantile_takes_its_share():
     noise = noise_beside_quantile(1.0, 5.0)
     assert noise == pytest.approx((1 - 0.01) ** -0.5)
     assert noise**-2 + (2 * 5.0) ** -2 == pytest.approx(1.0)
-    with pytest.raises(ConfigError, match="costs more than"):
+    with pytest.raises(ConfigError, match="cost more than"):
         noise_beside_quantile(1.0, 0.4)
 
 

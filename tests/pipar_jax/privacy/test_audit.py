@@ -20,7 +20,7 @@ from pipar_jax.privacy.accountant import gaussian_epsilon, release_cost
 from pipar_jax.privacy.noise import NoiseSource, reproducible_key
 from pipar_jax.runtime.update_transforms import leave, update_transforms
 from pipar_jax.training.replica import Noise
-from stages.release import PrivateRelease
+from stages.release import PrivateRelease, bits_shape
 
 pytestmark = pytest.mark.soak
 
@@ -73,7 +73,7 @@ class Adding:
         pass
 
     def update_noise(self, round_, numbers):
-        assert self.bits.shape == (2, numbers)
+        assert self.bits.shape == bits_shape(numbers)
         return Noise(self.bits, np.float32(NOISE * CLIP))
 
 
@@ -90,7 +90,7 @@ def of_users(count=COUNT):
 
     coins = coins_of(count)
     trained = np.where(coins[:, None], 1.0, -1.0) * np.array([30.0, 40.0])
-    bits = source("u").bits(count, 2, 2)
+    bits = source("u").bits(count, *bits_shape(2))
     sent = jax.vmap(left)(jnp.asarray(trained, jnp.float32), bits)
     return audited(np.asarray(sent) @ [0.6, 0.8], coins)
 
@@ -105,7 +105,7 @@ def test_an_audit_finds_noise_that_is_halved_in_the_code(audit, monkeypatch):
     from stages import release
 
     normal = release.normal
-    monkeypatch.setattr(release, "normal", lambda bits, dtype: normal(bits, dtype) / 2)
+    monkeypatch.setattr(release, "normal", lambda *of: normal(*of) / 2)
     release.add_noise.clear_cache()
     try:
         assert audit() > CLAIMED

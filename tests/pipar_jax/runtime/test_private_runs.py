@@ -24,6 +24,7 @@ from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.releases import Releases
 from pipar_jax.schedule.actions import FORWARD, Action, Span
 from pipar_jax.schedule.plan import DevicePlan
+from stages.release import bits_shape
 from tests.patience import PROCESS_S
 from tests.pipar_jax.runtime import support
 
@@ -143,6 +144,56 @@ def test_updates_of_users_are_clipped_and_averaged_with_public_weights(noise_at,
     assert set(run.metrics[-1]) and set(epsilons(run)) == {"d0", "d1"}
 
 
+@pytest.mark.parametrize("noise_at", ["device", "server"])
+def test_a_clip_that_adapts_is_told_to_devices_and_kept(noise_at, tmp_path):
+    """Without noise to speak of it comes from far above to where one of two updates is within."""
+    made, samples = of_users(tmp_path, noise_at=noise_at, update_clip=10.0, clip_quantile=0.5,
+                             clip_rate=2.0, count_noise=1e-3)  # fmt: skip
+    made.epochs, made.checkpoint.every_rounds, made.run.resume = 2, 1, "auto"
+    first = support.trained(made, samples, support.model())
+    shares = [one["within_clip"] for one in rounds(first)]
+    clips = [10.0, *(one["clip"] for one in rounds(first))]
+    assert shares == [pytest.approx(1.0, abs=0.01)] * 2  # all of them, so that the clip falls
+    for before, after, share in zip(clips, clips[1:], shares, strict=False):
+        assert after == pytest.approx(before * np.exp(-2.0 * (min(share, 1.0) - 0.5)))
+    made.epochs = 6
+    run = support.trained(made, samples, support.model())
+    assert [one["round"] for one in rounds(run)] == list(range(6))
+    clips = [one["clip"] for one in rounds(run)]
+    assert clips[2] < clips[1]  # it goes on from there
+    shares = [round(2 * one["within_clip"]) for one in rounds(run)]
+    assert set(shares[:2]) == {2} and min(shares) <= 1  # it came to where some are clipped
+    (promise,) = [event for event in run.metrics if event["event"] == "private"][:1]
+    assert any("0.5 quantile" in word for word in promise["words"])
+    path = run.folder / "hosts" / ("d0" if noise_at == "device" else "server/d0") / LEDGER
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["what"] for line in lines] == [["updates", "counts"]] * 6
+    assert all(line["cost"] == pytest.approx(release_cost(made.privacy.noise)) for line in lines)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-9, 1e9])
+def test_a_device_follows_no_clip_that_is_none_of_its_run(clip, tmp_path):
+    made, _ = of_users(tmp_path, clip_quantile=0.5)
+    with pytest.raises(RunError, match="no clip of a run that begins with"):
+        Releases(resolve(made), "d0").start_attempt(clip)
+
+
+def test_a_device_whose_ledger_is_gone_does_not_go_on(tmp_path):
+    made, samples = setting(tmp_path, "fl", noise=2.0)
+    made.aggregation.every, made.checkpoint.every_rounds, made.run.resume = "epoch", 1, "auto"
+    made.epochs = 1
+    run = support.trained(made, samples, support.model())
+    before = epsilons(run)
+    made.epochs = 2
+    run = support.trained(made, samples, support.model())
+    promise = [event for event in run.metrics if event["event"] == "private"][-1]
+    assert promise["epsilon"] == before  # shown before anything more is released
+    (run.folder / "hosts" / "d1" / LEDGER).unlink()
+    made.epochs = 3
+    with pytest.raises(RunError, match=r"device 1 cannot go on: its ledger comes to epsilon 0"):
+        support.trained(made, samples, support.model())
+
+
 def epsilons(run):
     return [e for e in run.metrics if e["event"] == "round_finished"][-1]["epsilon"]
 
@@ -199,11 +250,8 @@ def test_a_device_refuses_the_mini_batch_that_would_exceed_its_budget(tmp_path):
             releases.start_attempt()
             for micro_batch in range(3):
                 action = Action(0, FORWARD, 0, step, micro_batch)
-                assert releases.draw(stages.make_draw(7), action, stage, 3).noise.shape == (
-                    2,
-                    3,
-                    128,
-                )
+                draw = releases.draw(stages.make_draw(7), action, stage, 3)
+                assert draw.noise.shape == bits_shape(3 * 128)
             taken += 1
         releases.close()
     assert taken == 4
