@@ -128,7 +128,8 @@ class RunState:
         self.round_s.append(seconds)
         self._learn(event)
         if seconds > 0:
-            self.samples_per_s = event["samples"] / seconds
+            # Private devices do not tell of their samples.
+            self.samples_per_s = event["samples"] / seconds if event["samples"] else None
             self.up_mbps = event["bytes_up"] * 8e-6 / seconds
             self.down_mbps = event["bytes_down"] * 8e-6 / seconds
         if event.get("epsilon"):
@@ -206,12 +207,12 @@ def learning_facts(state: RunState) -> list[str]:
 
 def traffic_facts(state: RunState) -> list[str]:
     """Returns the rates of the last round: samples, and bits on all links."""
-    if state.samples_per_s is None or state.up_mbps is None or state.down_mbps is None:
-        return []
-    return [
-        f"{state.samples_per_s:,.0f} samples/s",
-        f"links {state.up_mbps:.1f} Mbit/s up, {state.down_mbps:.1f} down",
-    ]
+    facts = []
+    if state.samples_per_s is not None:
+        facts.append(f"{state.samples_per_s:,.0f} samples/s")
+    if state.up_mbps is not None and state.down_mbps is not None:
+        facts.append(f"links {state.up_mbps:.1f} Mbit/s up, {state.down_mbps:.1f} down")
+    return facts
 
 
 def busy_text(idle: Mapping[str, float]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from pipar_jax.report import logs
+from pipar_jax.report.event_lines import LINES
 
 STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3} [A-Z] [\w.]+: ")
 
@@ -45,3 +46,18 @@ def test_a_missing_tpu_is_not_told_and_a_missing_gpu_is(capfd: pytest.CaptureFix
     jax.warning("An NVIDIA GPU may be present on this machine, but …")
     (line,) = capfd.readouterr().err.splitlines()
     assert "NVIDIA" in line
+
+
+def test_warnings_of_a_device_are_told_to_whoever_started_it() -> None:
+    told: list[dict[str, object]] = []
+    log = logging.getLogger("a device's own")
+    log.setLevel(logging.INFO)
+    handler = logs.EventHandler("d1", told.append)
+    log.addHandler(handler)
+    try:
+        log.info("%s", "nothing")
+        log.warning("d1: none of %d", 100)
+    finally:
+        log.removeHandler(handler)
+    assert told == [{"event": "warning", "host": "d1", "text": "d1: none of 100"}]
+    assert LINES["warning"](told[0]) == "d1: none of 100 (known on the device alone)"

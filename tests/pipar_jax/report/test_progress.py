@@ -256,3 +256,15 @@ def test_the_end_says_who_was_left_out_and_who_came_back() -> None:
         "left out: device 0 of rounds 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 2 more, device 2 of round "
         "1; came back: device 0; 1 round was repeated"
     )
+
+
+def test_a_private_run_says_its_past_and_its_clip() -> None:
+    promise = {"event": "private", "words": ["one", "two"], "noise": {"d0": 2.0, "d1": 3.0}}
+    state = _followed(STARTED)
+    new = describe({**promise, "epsilon": {}}, state)
+    assert new == "privacy, noise multiplier 2 to 3: one; two"
+    resumed = describe({**promise, "epsilon": {"d0": 1.5, "d1": 2.5}}, state)
+    assert resumed is not None and "2 to 3, epsilon 2.5 released before: one" in resumed
+    row = ROUND | {"epsilon": {"d0": 4.0, "d1": 3.0}, "delta": 1e-5, "clip": 0.5}
+    said = describe(row, _followed(STARTED, row))
+    assert said is not None and "epsilon 4 at delta 1e-05, next clip 0.5" in said
