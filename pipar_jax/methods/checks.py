@@ -63,7 +63,7 @@ def check_registered(
             _check_micro_batches(config.data.batch_size, hosts)
     _check_cohort(config, method)
     check_robust(config, method)
-    check_privacy(config, models)
+    check_privacy(config, models, reads_data=reads_data)
     check_unused(config, reads_data=reads_data)
 
 

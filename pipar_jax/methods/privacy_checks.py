@@ -18,12 +18,13 @@ LEAST_CLIP = 1e-9
 WITHOUT_STATISTICS = ("mlp", "vit_small", "decoder_small", "gpt2")
 
 
-def check_privacy(config: Config, models: tuple[str, ...] = ()) -> None:
+def check_privacy(config: Config, models: tuple[str, ...] = (), *, reads_data: bool = True) -> None:
     """Checks that a private run can keep what it promises.
 
     Args:
       config: A configuration that fits otherwise.
       models: Names of models beyond those that ``stages`` registers.
+      reads_data: Whether hosts read ``data.source``, and are not passed their data by a program.
 
     Raises:
       ConfigError: A field is not valid, has no effect, or contradicts another.
@@ -51,7 +52,7 @@ def check_privacy(config: Config, models: tuple[str, ...] = ()) -> None:
     check_accountant(privacy.accountant)
     _check_labels(config, method)
     _check_clips(privacy, method, home=method.keeps_labels(config.pipeline))
-    _check_delta(config)
+    _check_delta(config, reads_data=reads_data)
     _check_adaptive_clip(privacy)
     if privacy.unit == "user":
         _check_users(config, method)
@@ -148,12 +149,12 @@ def _check_adaptive_clip(privacy: PrivacyConfig) -> None:
             )
 
 
-def _check_delta(config: Config) -> None:
+def _check_delta(config: Config, *, reads_data: bool) -> None:
     """Checks delta against the number of records or users, where that is known."""
     privacy, data, count = config.privacy, config.data, config.devices.count
     if privacy.unit == "user":
         check_delta(privacy, count, "users")
-    elif data.source in PUBLIC_SOURCES:  # some device has its share of them at least
+    elif reads_data and data.source in PUBLIC_SOURCES:  # some device has its share of them at least
         samples = training_samples(data.source, data.train_samples) // count
         check_delta(privacy, samples, "samples on a device")
 

@@ -12,7 +12,7 @@ from pipar_jax.config import PrivacyConfig
 from pipar_jax.privacy.policy import ACTIVATIONS, COTANGENTS, GRADIENTS, UPDATES
 
 #: What is said of a device's own data, to whoever runs it.
-CLIP_LOG = logging.getLogger("pipar_jax.privacy.clips")
+CLIP_LOG = logging.getLogger(__name__)
 #: The field of each kind's clip, and how many have to be seen before anything is said.
 _CLIPS = {
     ACTIVATIONS: ("activation_clip", 100),

@@ -14,7 +14,7 @@ import pytest
 from pipar_jax import data
 from pipar_jax.config import Config, DataConfig
 from pipar_jax.data import public
-from pipar_jax.data.own import load_own
+from pipar_jax.data.own import load_own, stored_samples
 from pipar_jax.errors import DataError
 from pipar_jax.methods.resolution import resolve
 from stages.signature import Signature
@@ -230,6 +230,19 @@ def test_each_device_reads_its_own_file_and_the_server_the_test_set(
     (tmp_path / "1.npz").unlink()
     with pytest.raises(DataError, match=r"there is no file .*1\.npz"):
         data.prepare(config)
+
+
+def test_the_number_of_own_samples_is_known_without_reading_them(tmp_path: pathlib.Path) -> None:
+    own(tmp_path / "one.npz")
+    np.savez_compressed(tmp_path / "two.npz", x_train=np.zeros((9, 2)), y_train=np.zeros(9))
+    np.save(tmp_path / "x_train.npy", np.zeros((7, 3)))
+    (tmp_path / "no.npz").write_text("nothing")
+    for source, count in (
+        (f"npz:{tmp_path}/one.npz", 6), (f"npz:{tmp_path}/two.npz", 9), (f"npy:{tmp_path}", 7),
+        (f"npz:{tmp_path}/no.npz", None), ("npz:missing.npz", None), ("module:a:b", None),
+        ("mnist", None),
+    ):  # fmt: skip
+        assert stored_samples(source) == count
 
 
 def test_a_function_gives_a_device_its_data(
