@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from pipar_jax.config import Config
 from pipar_jax.errors import ConfigError
+from pipar_jax.launch import machine
 from pipar_jax.methods.privacy_checks import WITHOUT_STATISTICS
 from pipar_jax.methods.registry import METHODS
 from pipar_jax.methods.resolution import resolve
@@ -116,3 +118,11 @@ def test_the_networks_without_batch_statistics_are_those_listed(name):
     model = stages.build(name, input_shape=shape, classes=10, norm="batch")
     below = model.units[0]
     assert bool(below.state) == (name not in WITHOUT_STATISTICS)
+
+
+def test_a_delta_is_held_against_the_samples_of_a_file_before_hosts_start(tmp_path):
+    np.savez(tmp_path / "own.npz", x_train=np.zeros((40, 3)), y_train=np.zeros(40, int))
+    values = {**CUT, "data.source": f"npz:{tmp_path}/own.npz", "data.test_source": "digits"}
+    machine.check(resolve(made({**values, "privacy.delta": 0.02})))
+    with pytest.raises(ConfigError, match=r"privacy.delta=0.03 with 40 samples of npz:.*own\.npz"):
+        machine.check(resolve(made({**values, "privacy.delta": 0.03})))
