@@ -45,7 +45,8 @@ class NodeLosses:
       before: The nodes lost since the commit before: index and rounds in the copies of its units.
       during: The nodes lost before the commit.
       ends: Where gradients are summed, the step at which the attempt ended because of it.
-      plan: The plan from this attempt on, if it is another one.
+      plan: The plan from this attempt on, if it is another one; of the first attempt, the plan that
+        the tuner or the chain planner has found.
     """
 
     before: tuple[tuple[int, int], ...] = ()
@@ -77,7 +78,7 @@ class Attempt:
     nodes: NodeLosses = NodeLosses()
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns what is written as a line; of compute nodes nothing if none was lost."""
+        """Returns what is written as a line; nothing of nodes and plans if there is nothing new."""
         values = dataclasses.asdict(self)
         if self.nodes == NodeLosses():
             del values["nodes"]

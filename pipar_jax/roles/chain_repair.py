@@ -13,6 +13,7 @@ from pipar_jax.aggregation.aggregator import Aggregator
 from pipar_jax.config import Config
 from pipar_jax.config.membership_script import NodeLosses
 from pipar_jax.errors import PeerError, RunError
+from pipar_jax.methods.registry import is_planned
 from pipar_jax.protocol import messages
 from pipar_jax.protocol.values import EVERY
 from pipar_jax.roles.gathering import Gathering
@@ -66,6 +67,8 @@ class ChainRepair:
         self.copies = NodeCopies(config, names, aggregator, rounds)
         self.noted = NodeLosses()
         self._known: set[str] = set()  # lost nodes that the script has in the attempt before
+        # A plan that was searched for depends on measured times: a replay cannot find it again.
+        self._tells_plan = is_planned(config.method, config.pipeline) and not rounds
 
     def repair(self, index: int) -> None:
         """Plans without the nodes of the chain that are gone, until it is whole.
@@ -91,7 +94,8 @@ class ChainRepair:
                 raise PeerError(f"round {index + 1} cannot begin: {reason}")
         self._take_nodes(index)
         self._known.clear()
-        if self._setup.plan != begun_with:
+        if self._setup.plan != begun_with or self._tells_plan:
+            self._tells_plan = False
             self.noted = NodeLosses(self.noted.before, plan=self._setup.plan)
 
     def fetch(self, rounds: int, *, optimizers: bool) -> FetchStats:

@@ -16,11 +16,13 @@ from pipar_jax.aggregation.aggregator import Aggregator
 from pipar_jax.config import Config
 from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import Interrupted, PeerError, RunError
+from pipar_jax.methods.registry import is_planned
 from pipar_jax.protocol import messages
 from pipar_jax.roles.adaptation import Adaptation
 from pipar_jax.roles.chain_repair import ChainRepair
 from pipar_jax.roles.checkpoints import Checkpoints, Moment
 from pipar_jax.roles.conductor import Conductor
+from pipar_jax.roles.course import odd_plan
 from pipar_jax.roles.evaluation import Evaluator
 from pipar_jax.roles.federated_evaluation import evaluate_on_devices
 from pipar_jax.roles.gathering import Cohort, Gathering
@@ -155,9 +157,26 @@ class Coordinator:
             return plan or script[0], None
         if plan is not None and not self._config.tuner.adapt:
             return plan, None
+        if (planned := self._scripted_plan()) is not None:
+            return planned, None
         # Adapting starts from a survey, in a resumed run too.
         chosen, surveyed = choose_plan(self._config, self._model, self._members, samples)
         return plan or chosen, surveyed
+
+    def _scripted_plan(self) -> Plan | None:
+        """Returns the plan that was searched for in a run that is replayed, or None.
+
+        Raises:
+          RunError: It is not one of this run's hosts and units.
+        """
+        first = self._gathering.upcoming
+        planned = is_planned(self._config.method, self._config.pipeline)
+        if first is None or first.nodes.plan is None or not planned:
+            return None
+        plan = first.nodes.plan
+        if (odd := odd_plan(plan, self._members.hosts, len(self._model.units))) is not None:
+            raise RunError(f"cohort.script={self._config.cohort.script!r} has a plan {odd}")
+        return plan
 
     def _make_adaptation(
         self, script: Sequence[Plan], plan: Plan, surveyed: Surveyed | None
