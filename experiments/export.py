@@ -3,7 +3,8 @@
   pipar export runs/digits --output=digits.msgpack
 
 RUN is the folder of a run, one of its checkpoints, or a safetensors file with keys unit/path. The
-file holds nested dictionaries: for each unit the variables of its module by path.
+file holds nested dictionaries: for each unit the variables of its module by path, without personal
+weights (aggregation.personal), which are each device's own.
 flax.serialization.msgpack_restore reads it, and flax.nnx.replace_by_pure_dict puts a unit's
 dictionary into the state of the module that the unit is.
 """
@@ -29,10 +30,11 @@ def main(names: list[str]) -> None:
         raise ConfigError(f"name one run's folder, such as runs/digits, not {len(names)}")
     from flax import serialization
 
-    from pipar_jax.roles.start_weights import load_tensors
+    from pipar_jax.roles.start_weights import load_tensors, personal_of
 
     tree: dict[str, Any] = {}
-    for name, array in load_tensors(pathlib.Path(names[0]).expanduser()).items():
+    run = pathlib.Path(names[0]).expanduser()
+    for name, array in load_tensors(run).items():
         *groups, last = name.split("/")
         inner = tree
         for group in groups:
@@ -42,6 +44,8 @@ def main(names: list[str]) -> None:
     packed: bytes = serialization.msgpack_serialize(tree)
     files.write_bytes(target, packed, "choose another file with --output")
     print(f"wrote {len(tree)} units to {target}")
+    if personal := personal_of(run):
+        print(f"without {', '.join(personal)}: personal weights are each device's own")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from jax.typing import DTypeLike
 from stages.building import abstractly, build_module, build_units, check_module
 from stages.errors import StageError
 from stages.frozen import Base, Frozen
+from stages.patterns import matching
 from stages.signature import ArrayType, Signature, unwrapped
 from stages.tasks.per_sample import check_alone, check_task
 from stages.tasks.registered import classification
@@ -196,16 +196,8 @@ class Model:
           StageError: No weight matches, or the expression is not valid.
         """
         if isinstance(chosen, str):
-            try:
-                pattern = re.compile(chosen)
-            except (re.error, RecursionError, OverflowError) as error:  # too deep; too large
-                raise StageError(
-                    f"{chosen[:120]!r} is not a regular expression: {str(error)[:120]}"
-                ) from error
-            paths = {
-                unit.name: [one for one in unit.weights if pattern.search(f"{unit.name}/{one}")]
-                for unit in self.units
-            }
+            weights = {unit.name: unit.weights for unit in self.units}
+            paths: Mapping[str, Collection[str]] = matching(weights, chosen)
         else:
             paths = {unit.name: sorted(unit.matching(chosen)) for unit in self.units}
         if not any(paths.values()):
@@ -214,7 +206,7 @@ class Model:
                 f"model {self.name!r}: no weight matches {chosen!r}, so nothing would be trained; "
                 f"its weights are {', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
             )
-        return self._with([unit.training(paths[unit.name]) for unit in self.units], seed)
+        return self.with_units([unit.training(paths[unit.name]) for unit in self.units], seed)
 
     def completed(self, params: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         """Returns the weights of units with their frozen ones, as the unfrozen model has them."""
@@ -226,7 +218,7 @@ class Model:
         """The model with all weights trained."""
         if not any(unit.frozen for unit in self.units):
             return self
-        return self._with([unit.training(unit.weights) for unit in self.units], 0)
+        return self.with_units([unit.training(unit.weights) for unit in self.units], 0)
 
     def for_task(self, task: Task) -> Model:
         """Returns the model, to be trained for a task.
@@ -271,10 +263,16 @@ class Model:
         """
         check_task(self.task, self.shapes(2)[-1], self.target_shapes(2))
 
-    def _with(self, units: Sequence[Unit], seed: int) -> Model:
+    def with_units(self, units: Sequence[Unit], seed: int | None = None) -> Model:
+        """Returns the model with its units in another form.
+
+        Args:
+          units: The units: of the same names, in the same order.
+          seed: Root seed, from which frozen weights are drawn; None: as before.
+        """
         made = copy.copy(self)
         made.units, made.programs, made._programs_by_task = tuple(units), {}, []
-        made.frozen = Frozen(units, seed, self.frozen.base)
+        made.frozen = Frozen(units, self.frozen.seed if seed is None else seed, self.frozen.base)
         return made
 
     def based(self, base: Base) -> Model:

@@ -39,6 +39,7 @@ class Stage:
         keeping residuals (less memory, about a third more time).
       sides: Names of the side inputs of the stage's units.
       frozen: Weights that are not trained.
+      personal: For each unit the paths of the weights that a device keeps for itself.
       programs: The compiled functions.
       release: What of it is clipped and noised before it leaves; None: nothing.
     """
@@ -50,6 +51,7 @@ class Stage:
     rematerialise: bool
     sides: tuple[str, ...]
     frozen: Frozen = dataclasses.field(repr=False)
+    personal: Mapping[str, frozenset[str]] = dataclasses.field(hash=False)
     programs: Programs = dataclasses.field(repr=False)
     release: PrivateRelease | None = None
 
@@ -259,6 +261,7 @@ def split(
             rematerialise=flags[index],
             sides=tuple(sorted({s for unit in model.units[start:stop] for s in unit.sides})),
             frozen=model.frozen,
+            personal={unit.name: unit.personal for unit in model.units[start:stop]},
             programs=build_programs(model, start, stop, flags[index], releases.get(index)),
             release=releases.get(index),
         )

@@ -38,6 +38,7 @@ class Unit(abc.ABC):
       state: Abstract batch statistics and other variables of the unit, by path.
       sides: Names of its side inputs (masks, lengths).
       frozen: Abstract weights that are not trained, by path; they are not among ``params``.
+      personal: Paths of the weights in ``params`` that each device keeps for itself.
       is_ours: Whether it consists of ``stages.layers`` only, which choose their formulations
         themselves and need no check.
     """
@@ -48,7 +49,19 @@ class Unit(abc.ABC):
     state: dict[str, jax.ShapeDtypeStruct]
     sides: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
     frozen: dict[str, jax.ShapeDtypeStruct] = dataclasses.field(default_factory=dict, kw_only=True)
+    personal: frozenset[str] = dataclasses.field(default=frozenset(), kw_only=True)
     is_ours: bool = dataclasses.field(default=False, kw_only=True)
+
+    @property
+    def shared(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The abstract weights that are trained and averaged."""
+        return {path: one for path, one in self.params.items() if path not in self.personal}
+
+    @property
+    def personal_bytes(self) -> int:
+        """Bytes of the weights that a device keeps for itself."""
+        of = [self.params[path] for path in self.personal]
+        return sum(one.size * one.dtype.itemsize for one in of)
 
     @property
     def weights(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -61,6 +74,12 @@ class Unit(abc.ABC):
         weights = self.weights
         object.__setattr__(made, "params", {n: one for n, one in weights.items() if n in paths})
         object.__setattr__(made, "frozen", {n: one for n, one in weights.items() if n not in paths})
+        return made
+
+    def personalising(self, paths: Collection[str]) -> Self:
+        """Returns the unit with the weights of some paths, among those it trains, personal."""
+        made = copy.copy(self)
+        object.__setattr__(made, "personal", frozenset(paths))
         return made
 
     @abc.abstractmethod

@@ -17,8 +17,8 @@ from pipar_jax.errors import ConfigError
 CHECKPOINTS, HOST_STATES = "checkpoints", "hosts"
 #: The items of a checkpoint: arrays, and the facts that go with them, as JSON.
 STATE, FACTS = "state", "facts"
-#: The file with a run's weights, in its folder.
-WEIGHTS = "weights.safetensors"
+#: The file with a run's weights, in its folder, and of a device's personal ones, in its own.
+WEIGHTS, PERSONAL = "weights.safetensors", "personal.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ def resumed(name: str, run: RunConfig) -> Resumed | None:
 
 
 def state_folders(name: str, run: RunConfig, host: str) -> list[Path]:
-    """Returns where a host keeps its optimiser states, and then where it may find others."""
+    """Returns where a host keeps its own states, and then where it may find others."""
     folders = [Path(run.dir) / name]
     if (wanted := resumed(name, run)) is not None:
         folders.append(wanted.folder)

@@ -159,6 +159,11 @@ class AggregationConfig:
     )
     proximal_mu: float = option(0.0, "FedProx: weight of the proximal term", at_least=0)
     codec: str = option("raw", "codec for averaged weights on links")
+    personal: str = option(
+        "",
+        "weights of the devices' own stages whose names (unit/path) match this regular expression, "
+        "such as 'head', stay each device's own: never averaged, never sent; empty: none",
+    )
     weighted: bool = option(True, "weight the average by samples; false: all devices count equally")
 
 

@@ -29,6 +29,7 @@ class UnitFacts:
       output_bytes: Bytes of its output per sample, which cross a cut after it in each direction.
       residual_bytes: Bytes of its residuals per sample.
       sides: Names of its side inputs.
+      personal_bytes: Bytes of those of its weights that devices keep for themselves.
     """
 
     name: str
@@ -38,6 +39,7 @@ class UnitFacts:
     output_bytes: float
     residual_bytes: float
     sides: tuple[str, ...] = ()
+    personal_bytes: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

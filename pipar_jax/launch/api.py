@@ -18,6 +18,7 @@ from pipar_jax.disk.event_log import OnEvent
 from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import PeerError, ProtocolError, RunError
 from pipar_jax.launch.finished_run import Run, as_model, load, load_configured
+from pipar_jax.methods.personal_checks import check_stays
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.methods.resolution import check_plan, resolve
 from pipar_jax.roles.participants import run_device, run_node
@@ -25,6 +26,7 @@ from pipar_jax.roles.server import run_server
 from pipar_jax.runtime.setup import as_trained, target_rule
 from pipar_jax.schedule.plan import COORDINATOR, device_name, host_index
 from stages import Model
+from stages.personal import personal_paths
 
 #: The data of one host: a pair of inputs and targets, each an array or a dictionary of arrays.
 Data: TypeAlias = tuple[ArrayOrDict, ArrayOrDict] | Examples | Dataset
@@ -75,6 +77,7 @@ def train(
     if model is not None:
         model = as_trained(resolved, model)
         check_plan(resolved, model.unit_names)
+        check_stays(resolved, (), model.unit_names, personal_paths(model))
     tell = on_event or (lambda event: None)
     if model is None and data is None:
         from pipar_jax.launch.launcher import launch

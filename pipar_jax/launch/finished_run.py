@@ -13,7 +13,7 @@ import stages
 from comms.arrays import Array
 from pipar_jax import config as configuration
 from pipar_jax.config import Config
-from pipar_jax.config.checkpoints import WEIGHTS
+from pipar_jax.config.checkpoints import HOST_STATES, PERSONAL, WEIGHTS
 from pipar_jax.config.plugins import OWN
 from pipar_jax.config.tasks import make_task
 from pipar_jax.data import make_queries, normalise
@@ -24,6 +24,7 @@ from pipar_jax.errors import RunError
 from pipar_jax.protocol.values import SIGNATURE
 from pipar_jax.roles.run_folder import CONFIG, METRICS, TRACE
 from pipar_jax.runtime.setup import build_model
+from pipar_jax.schedule.plan import device_name, long_name
 from pipar_jax.schedule.trace import Trace
 from pipar_jax.training import checkpoint
 from stages import Model
@@ -44,6 +45,8 @@ class Run:
       state: Batch statistics by unit and path.
       metrics: Every event of the run, in order.
       facts: Facts about the model and its data, such as classes and normalisation.
+      personal: Names (unit/path) of the weights that ``params`` does not have, since each device
+        keeps its own; ``load(folder, device=…)`` reads those of a device.
     """
 
     folder: Path
@@ -53,6 +56,7 @@ class Run:
     state: Variables
     metrics: tuple[JsonObject, ...]
     facts: JsonObject
+    personal: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         """Returns what it is of: the values of weights and events are many lines."""
@@ -96,7 +100,13 @@ class Run:
 
         Raises:
           DataError: There is no sample, or shape, dtype or a value is not valid.
+          RunError: Personal weights are missing.
         """
+        if self.personal:
+            raise RunError(
+                f"{self.folder} has the shared weights alone, and {', '.join(self.personal[:3])} "
+                "are each device's own: load(folder, device=0) reads those of device 0"
+            )
         mean, std = (
             None if self.facts[name] is None else np.asarray(self.facts[name], np.float32)
             for name in ("mean", "std")
@@ -127,16 +137,18 @@ class Run:
         raise RunError(f"{self.folder} has no {event!r} in {METRICS}: the run did not finish")
 
 
-def load(folder: str | Path, model: Model | None = None) -> Run:
+def load(folder: str | Path, model: Model | None = None, *, device: int | None = None) -> Run:
     """Reads a finished run.
 
     Args:
       folder: The run's folder, such as ``runs/digits``.
       model: The model, if the run was trained with one of the user's own.
+      device: The device whose personal weights complete those that are shared (see
+        ``aggregation.personal``); None: the shared weights alone.
 
     Raises:
-      RunError: A file is missing or belongs to another model, or the run's model was the user's own
-        and is not given.
+      RunError: A file is missing or belongs to another model, the run's model was the user's own
+        and is not given, or the device has no personal weights here.
     """
     path, model = Path(folder), as_model(model, "load")
     try:
@@ -156,8 +168,37 @@ def load(folder: str | Path, model: Model | None = None) -> Run:
         model = model.for_task(make_task(config.task))
     model = model.unfrozen  # the file holds all weights
     _check_model(model, facts, path)
-    params, state = checkpoint.load(path / WEIGHTS, model)
-    return Run(path, config, model, params, state, metrics, facts)
+    tensors, personal = checkpoint.read_tensors(path / WEIGHTS), tuple(facts["personal"])
+    if device is not None:
+        tensors |= _personal_tensors(path, personal, device)
+        personal = ()
+    params, state = checkpoint.sort_tensors(tensors, model, path / WEIGHTS, without=personal)
+    return Run(path, config, model, params, state, metrics, facts, personal)
+
+
+def _personal_tensors(path: Path, personal: tuple[str, ...], device: int) -> dict[str, Array]:
+    """Returns the personal weights of a device by name.
+
+    Raises:
+      RunError: There are none in the run's folder, or not these.
+    """
+    if not personal:
+        raise RunError(
+            f"{path} has no personal weights (aggregation.personal): leave out device={device}"
+        )
+    file = path / HOST_STATES / device_name(device) / PERSONAL
+    if not file.is_file():
+        raise RunError(
+            f"{file} is not there: {long_name(device_name(device))} has taken part in no round, or "
+            "wrote it into the run's folder on its own machine; then copy it"
+        )
+    tensors = checkpoint.read_tensors(file)
+    if tensors.keys() != set(personal):
+        raise RunError(
+            f"{file} has {', '.join(sorted(tensors)[:3])}, expected {', '.join(personal[:3])}: it "
+            "is of another run"
+        )
+    return tensors
 
 
 def load_configured(config: Config, folder: Path, model: Model | None) -> Run:

@@ -21,6 +21,7 @@ from pipar_jax.config.plugins import check_args, check_named, check_pairs, is_ow
 from pipar_jax.config.tasks import check_task
 from pipar_jax.data.published import PUBLIC_SOURCES
 from pipar_jax.errors import ConfigError
+from pipar_jax.methods.personal_checks import check_personal
 from pipar_jax.methods.privacy_checks import check_privacy
 from pipar_jax.methods.registry import METHODS, Method, node_methods
 from pipar_jax.methods.robust_checks import check_robust
@@ -64,6 +65,8 @@ def check_registered(
     _check_cohort(config, method)
     check_robust(config, method)
     check_privacy(config, models, reads_data=reads_data)
+    _check_pattern(config.aggregation.personal, "aggregation.personal")
+    check_personal(config)
     check_unused(config, reads_data=reads_data)
 
 

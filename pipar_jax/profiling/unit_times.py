@@ -296,6 +296,7 @@ def _facts(model: Model, index: int, replica: Replica, samples: int) -> UnitFact
     return UnitFacts(
         model.unit_names[index], tree_bytes(replica.params), tree_bytes(replica.state),
         tree_bytes(replica.opt_state), output_bytes, kept, model.units[index].sides,
+        model.units[index].personal_bytes,
     )  # fmt: skip
 
 

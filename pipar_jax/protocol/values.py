@@ -98,7 +98,7 @@ FACTS = Struct(
     UnitFacts,
     {"name": Text(256)} | {
         name: Real() for name in ("parameter_bytes", "state_bytes", "optimizer_bytes",
-                                  "output_bytes", "residual_bytes")
+                                  "output_bytes", "residual_bytes", "personal_bytes")
     } | {"sides": Many(Text(64), 16)},
 )  # fmt: skip
 HANDLING = Struct(RuntimeOverhead, {"call_s": SECONDS, "byte_s": SECONDS})

@@ -101,6 +101,10 @@ LINES: dict[str, Callable[[Event], str]] = {
         f"round {event['round'] + 1} is undone and repeated: {event['reason']}"
     ),
     "warning": lambda event: f"{event['text']} (known on the device alone)",
+    "personal": lambda event: (
+        f"{len(event['names'])} weights stay each device's own, and are not in the run's weights: "
+        f"{', '.join(event['names'][:4])}{', …' if len(event['names']) > 4 else ''}"
+    ),
     "run_resumed": lambda event: f"goes on from the checkpoint after round {event['rounds']}",
     "checkpoint_skipped": lambda event: (
         f"the checkpoint after round {event['rounds']} is skipped: {event['reason']}"
@@ -113,7 +117,7 @@ LINES: dict[str, Callable[[Event], str]] = {
         "goes on without"
     ),
     "state_lost": lambda event: (
-        f"{long_name(event['host'])} begins with a fresh optimiser state: {event['reason']}"
+        f"{long_name(event['host'])} begins without the state of its own: {event['reason']}"
     ),
     "state_not_kept": lambda event: (
         f"{long_name(event['host'])} could not keep its optimiser state after round "

@@ -76,7 +76,7 @@ class Checkpoints:
         self._config, self._store, self.run, self._tell = config, store, run, tell
         self._data = dict(data)
         self._facts = {"run": run, "config": _plain_config(config), "model": model}
-        self._sampled = config.cohort.size > 0
+        self._sampled, self._personal = config.cohort.size > 0, bool(config.aggregation.personal)
         self._on_server = config.checkpoint.device_state == "server"
         self._last_s = time.monotonic()
         self._rounds = -1
@@ -171,7 +171,7 @@ class Checkpoints:
             return
         self._rounds, self._last_s = moment.rounds, time.monotonic()
         if not self._on_server:
-            for name in keepers:
+            for name in hosts if self._personal else keepers:
                 if exchanges.keeps_optimizer(moment.plan, name):
                     members.send(name, messages.KeepState(self.run, moment.rounds))
                     self._owed.append(name)
@@ -230,14 +230,14 @@ class Checkpoints:
             states.push(name, some, messages.PushState(optimizers=here))
             if self._is_sampled(name) and not handed_on:
                 fresh.append(name)
-            elif not here:
+            if not here and (self._personal or not self._is_sampled(name)):
                 own_disk.append(name)
         members.collect(messages.PushedState, (COORDINATOR, *hosts))
         for name in own_disk:
             members.send(name, messages.RestoreState(self.run, kept.rounds))
         for name, mail in members.collect(messages.RestoredState, own_disk).items():
             if mail.said.missing is not None:
-                fresh.append(name)
+                fresh = [*dict.fromkeys((*fresh, name))]
                 self._tell({"event": "state_lost", "host": name, "reason": mail.said.missing})
         self._rounds = kept.rounds
         if plan.order != Order.SEQUENTIAL:

@@ -52,6 +52,7 @@ from pipar_jax.schedule.plan import (
 )
 from pipar_jax.schedule.rounds import rounds
 from stages import Model
+from stages.personal import shared
 from stages.trees import Variables
 
 
@@ -120,7 +121,8 @@ class Coordinator:
         if plan.sums_gradients:  # raises PlanError: such devices step together
             rounds(plan, [one.steps for one in self._population], 1)
         self._adaptation = self._make_adaptation(script, plan, surveyed)
-        self._aggregator = Aggregator(config.aggregation, *first_variables(model, config))
+        params, state = first_variables(model, config)
+        self._aggregator = Aggregator(config.aggregation, shared(model, params), state)
         self._score: dict[str, float] = {}
         self._holdings = Holdings(model, config)
         self._states = StateExchange(members, host, self._holdings)
@@ -138,7 +140,7 @@ class Coordinator:
         )  # fmt: skip
         self._round_start = RoundStart(
             model.unit_names, config.optimizer, config.aggregation, host, members, self._setup,
-            self._aggregator, self._states, self._table,
+            self._aggregator, self._states, self._table, params,
         )  # fmt: skip
         self._results = RoundResults(
             config, model, host, members, self._setup, self._conductor.relay, self._aggregator,

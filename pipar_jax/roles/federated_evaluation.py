@@ -15,6 +15,7 @@ from pipar_jax.roles.evaluation import Evaluator, Score
 from pipar_jax.roles.membership import Membership
 from pipar_jax.runtime import unit_state
 from pipar_jax.runtime.metrics import Totals
+from pipar_jax.runtime.personal import PersonalWeights
 from pipar_jax.runtime.unit_state import States, Wanted
 from pipar_jax.schedule.plan import host_index
 from stages import Model
@@ -33,15 +34,20 @@ class LocalEvaluation:
       model: The whole model.
       dataset: The device's data, with a test split.
       dtype: What samples are computed in.
+      personal: The device's personal weights, if it has any.
     """
 
-    def __init__(self, model: Model, dataset: Dataset, dtype: DTypeLike) -> None:
-        self._evaluator = Evaluator(model, dataset, dtype)
+    def __init__(
+        self, model: Model, dataset: Dataset, dtype: DTypeLike, personal: PersonalWeights | None
+    ) -> None:
+        self._evaluator, self._personal = Evaluator(model, dataset, dtype), personal
 
     def answer(self, round_: int, states: States) -> messages.Evaluated:
         """Returns the sums over the test data for the weights after a round."""
         params = {unit: dict(one.params or {}) for (_, unit), one in states.items()}
         state = {unit: dict(one.state or {}) for (_, unit), one in states.items()}
+        if self._personal is not None:
+            params = self._personal.completed(params)
         totals = self._evaluator.sums(params, state)
         return messages.Evaluated(round_, totals.loss, totals.samples, dict(totals.metrics))
 

@@ -172,10 +172,11 @@ class Holdings:
         """Returns the arrays of a part of a unit, by path or by number."""
         if (part, unit) not in self._likes:
             one = self._units[unit]
-            values: Any = one.params if part == "params" else one.state
-            if part in ("opt", "rule"):
-                init = self._tx.init if part == "opt" else self._rule.init
-                values = jax.eval_shape(init, dict(one.params))
+            values: Any = one.shared if part == "params" else one.state
+            if part == "opt":
+                values = jax.eval_shape(self._tx.init, dict(one.params))
+            elif part == "rule":
+                values = jax.eval_shape(self._rule.init, dict(one.shared))
             self._likes[part, unit] = {
                 path: Like(
                     tuple(leaf.shape), np.dtype(leaf.dtype),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from pipar_jax import data as datasets
 from pipar_jax.config import Config, DataConfig, NetworkConfig
+from pipar_jax.config.checkpoints import state_folders
 from pipar_jax.data import Dataset, Loader
 from pipar_jax.data.augmentation import find_augmentation
 from pipar_jax.errors import PiparError
@@ -16,6 +17,7 @@ from pipar_jax.roles.admission import device_join, node_join
 from pipar_jax.roles.federated_evaluation import LocalEvaluation
 from pipar_jax.roles.rejoin import persist
 from pipar_jax.roles.worker import Worker
+from pipar_jax.runtime.personal import PersonalWeights
 from pipar_jax.runtime.releases import Releases
 from pipar_jax.runtime.setup import fit, set_up_jax, target_rule
 from pipar_jax.schedule.plan import device_name, node_name
@@ -56,9 +58,10 @@ def run_device(
         else datasets.admit_device(data, name, rule, tests=tested)
     )
     network = fit(config, model, dataset, name)
+    personal = PersonalWeights(network, config.seed) if config.aggregation.personal else None
     tests = None
     if tested:
-        tests = LocalEvaluation(network, dataset, config.model.weight_dtype)
+        tests = LocalEvaluation(network, dataset, config.model.weight_dtype, personal)
     releases = Releases(config, name) if config.privacy.on else None
     keyed = None
     if releases is not None:
@@ -76,7 +79,7 @@ def run_device(
         return dataclasses.replace(new, spent=releases.spent, epsilon=releases.epsilon)
 
     def take_part(timeout_s: float) -> None:
-        worker = Worker(config, name, network, loader, stop, releases, tests)
+        worker = Worker(config, name, network, loader, stop, releases, tests, personal)
         _take_part(worker, address, join, timeout_s)
 
     try:
@@ -84,6 +87,8 @@ def run_device(
     finally:
         if releases is not None:
             releases.close()
+        if personal is not None:
+            personal.save(state_folders(config.name, config.run, name)[0], name)
 
 
 def run_node(

@@ -18,6 +18,7 @@ from pipar_jax.runtime.unit_state import States, UnitState
 from pipar_jax.schedule.actions import Span
 from pipar_jax.schedule.plan import Order, device_name
 from pipar_jax.training import optimizer
+from stages.trees import Variables
 
 
 class RoundStart:
@@ -36,6 +37,7 @@ class RoundStart:
       aggregator: The coordinator's.
       states: Moves states between the hosts.
       table: Who takes which steps.
+      drawn: All weights with which hosts begin, personal ones among them.
     """
 
     def __init__(
@@ -49,9 +51,11 @@ class RoundStart:
         aggregator: Aggregator,
         states: StateExchange,
         table: Timetable,
+        drawn: Variables,
     ) -> None:
         self._names, self._host, self._members, self._setup = names, host, members, setup
         self._aggregator, self._states, self._table = aggregator, states, table
+        self._drawn = drawn
         # For the states with which replicas begin: they do not depend on the number of steps.
         self._optimizer = optimizer.build(
             optimizer_config, steps=1, proximal_mu=aggregation.proximal_mu
@@ -137,5 +141,6 @@ class RoundStart:
         if optimizers:
             init = self._optimizer.init
             for key in exchanges.optimizer_states(self._setup.plan, seat, self._names):
-                states[key] = UnitState(opt=init(self._aggregator.params[key[1]]))
+                weights = {**self._drawn[key[1]], **self._aggregator.params[key[1]]}
+                states[key] = UnitState(opt=init(weights))
         return states

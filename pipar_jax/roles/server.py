@@ -21,6 +21,7 @@ from pipar_jax.data.fingerprint import fingerprint
 from pipar_jax.disk.event_log import OnEvent
 from pipar_jax.disk.json_text import JsonObject, plain
 from pipar_jax.errors import Interrupted, PiparError, RunError
+from pipar_jax.methods.personal_checks import check_stays
 from pipar_jax.methods.resolution import check_plan
 from pipar_jax.protocol import messages
 from pipar_jax.protocol.values import SIGNATURE
@@ -42,6 +43,7 @@ from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.setup import channel_options, fit, set_up_jax, target_rule
 from pipar_jax.schedule.plan import COORDINATOR, Plan
 from stages import Model
+from stages.personal import personal_names, personal_paths
 from stages.trees import Variables
 
 #: What a run that is resumed has told before.
@@ -97,6 +99,7 @@ def run_server(
     check_scores(config.stop, config.checkpoint, network.task)
     if not script:
         check_plan(config, network.unit_names)
+    check_stays(config, script, network.unit_names, personal_paths(network))
     early: list[JsonObject] = []
     past = read_past(config, network, fingerprint(dataset.test), early.append)
     scores = network.task.scores
@@ -111,6 +114,8 @@ def run_server(
         tell = _Teller(record, sinks, stop_rule, on_event, began_s, rows)
         for event in early:
             tell(event)
+        if names := personal_names(network):
+            tell({"event": "personal", "names": names})
         if past is not None:
             tell({"event": "run_resumed", "rounds": past.rounds})
         return _serve(
@@ -315,4 +320,5 @@ def _facts(model: Model, dataset: Dataset) -> JsonObject:
         "mean": None if dataset.mean is None else dataset.mean.tolist(),
         "std": None if dataset.std is None else dataset.std.tolist(),
         "stored": dataset.test.x.dtype.name,
+        "personal": personal_names(model),
     }

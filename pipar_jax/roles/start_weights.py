@@ -11,14 +11,15 @@ import numpy as np
 
 from comms.arrays import Array
 from pipar_jax.config import Config
-from pipar_jax.config.checkpoints import weights_of
+from pipar_jax.config.checkpoints import CHECKPOINTS, WEIGHTS, weights_of
 from pipar_jax.config.texts import split_list
-from pipar_jax.errors import ConfigError
+from pipar_jax.errors import ConfigError, RunError
 from pipar_jax.protocol.values import EVERY
 from pipar_jax.roles.checkpoint_store import read
 from pipar_jax.training.base_weights import to_units
-from pipar_jax.training.checkpoint import read_tensors, sort_tensors
+from pipar_jax.training.checkpoint import facts, read_tensors, sort_tensors
 from stages import Model
+from stages.personal import personal_paths
 
 Variables = dict[str, dict[str, Any]]
 
@@ -49,7 +50,7 @@ def start_weights(
 
     Args:
       path: The folder of a run, one of its checkpoints, or a safetensors file with keys
-        ``unit/path``, or for GPT-2 in the layout of Hugging Face.
+        ``unit/path``, or for GPT-2 in the layout of Hugging Face. It may lack personal weights.
       match: Patterns of names to take, separated by commas, such as ``conv*/kernel``; empty: all,
         which must be there then.
       model: The whole model.
@@ -62,7 +63,12 @@ def start_weights(
     """
     tensors = to_units(load_tensors(path), model)
     if not match:
-        return sort_tensors(tensors, model, path)
+        drawn = {
+            f"{unit}/{name}": np.asarray(params[unit][name])
+            for unit, names in personal_paths(model).items()
+            for name in names
+        }
+        return sort_tensors(drawn | dict(tensors), model, path)
     own = {f"{unit}/{name}" for part in (params, state) for unit, arrays in part.items()
            for name in arrays}  # fmt: skip
     taken: set[str] = set()
@@ -104,3 +110,17 @@ def load_tensors(path: Path) -> Mapping[str, Array]:
             if name.startswith(prefix)
         }
     return read_tensors(where)
+
+
+def personal_of(path: Path) -> tuple[str, ...]:
+    """Returns the names of the personal weights that a run's weights lack; of a plain file none.
+
+    Args:
+      path: The folder of a run, one of its checkpoints, or a file.
+    """
+    folder = path.parent.parent if path.parent.name == CHECKPOINTS else path
+    file = folder if folder.is_file() else folder / WEIGHTS
+    try:
+        return tuple(facts(file)["personal"])
+    except (RunError, KeyError):  # not one of ours, or the run is not over
+        return ()

@@ -28,6 +28,7 @@ from pipar_jax.roles.peer_links import PeerLinks
 from pipar_jax.roles.pulses import OwnPulse
 from pipar_jax.roles.rights import Rights
 from pipar_jax.runtime.host import Host
+from pipar_jax.runtime.personal import PersonalWeights
 from pipar_jax.runtime.releases import Releases
 from pipar_jax.runtime.setup import build_model, channel_options
 from pipar_jax.schedule.plan import (
@@ -59,6 +60,7 @@ class Worker:
       stop: Ends the role when set.
       releases: What a device of a private run may send.
       tests: Scores weights on the device's own test data; None if it is not to.
+      personal: The device's personal weights, if it has any.
     """
 
     def __init__(
@@ -70,9 +72,10 @@ class Worker:
         stop: threading.Event | None = None,
         releases: Releases | None = None,
         tests: LocalEvaluation | None = None,
+        personal: PersonalWeights | None = None,
     ) -> None:
         self._config, self.name, self._model = config, name, model
-        self._releases, self._tests = releases, tests
+        self._releases, self._tests, self._personal = releases, tests, personal
         hosts = hosts_of(config)
         self._own = hosts[name]
         self._stop = stop or threading.Event()
@@ -226,6 +229,7 @@ class Worker:
             slowness=self._own.slowdown,
             rematerialise=self._own.rematerialise,
             releases=self._releases,
+            personal=self._personal,
         )
         self._replies.recorder = self.host.recorder
         self._rights = Rights(

@@ -18,12 +18,13 @@ from pipar_jax.config.slowdown import UNSLOWED, Slowdown
 from pipar_jax.errors import RunError
 from pipar_jax.protocol import messages
 from pipar_jax.protocol.registry import ControlMessage
-from pipar_jax.runtime import exchanges, memory, unit_state
+from pipar_jax.runtime import memory, unit_state
 from pipar_jax.runtime.alone_times import AloneTimes
 from pipar_jax.runtime.dispatch_thread import DispatchThread
 from pipar_jax.runtime.host_rounds import HostRounds, Reply
 from pipar_jax.runtime.link_table import LinkTable
 from pipar_jax.runtime.observations import Observer
+from pipar_jax.runtime.personal import PersonalWeights
 from pipar_jax.runtime.precompile import BackgroundCompiler
 from pipar_jax.runtime.recorder import Recorder
 from pipar_jax.runtime.releases import Releases
@@ -52,6 +53,7 @@ class Host:
       slowness: Emulated slowness: computations last so many times their time alone.
       rematerialise: Computes forward passes again in backward passes instead of keeping residuals.
       releases: What a device of a private run may send.
+      personal: A device's personal weights, if it has any.
 
     Attributes:
       name: Its name.
@@ -74,13 +76,17 @@ class Host:
         slowness: Slowdown = UNSLOWED,
         rematerialise: bool = False,
         releases: Releases | None = None,
+        personal: PersonalWeights | None = None,
     ) -> None:
         self.name, self._reply = name, reply
         self.link_table = link_table or LinkTable(name)
         self.observer = Observer()
         watch = self.observer.add if config.tuner.adapt else None
         self.recorder = Recorder(config.run.trace != "none", watch)
-        self.share = Share(name, model, config, rematerialise=rematerialise, releases=releases)
+        self.share = Share(
+            name, model, config,
+            rematerialise=rematerialise, releases=releases, personal=personal,
+        )  # fmt: skip
         self._times = AloneTimes(slowness)
         self._gate = UpdateGate(name, config, releases)
         self._thread = DispatchThread(name, failed)
@@ -135,7 +141,7 @@ class Host:
         self._thread.post(self._push, why, states)
 
     def keep(self, tag: StateTag) -> None:
-        """Writes its optimiser states to its own disk; answers ``KeptState`` once they are there.
+        """Writes its own states to its own disk; answers ``KeptState`` once they are there.
 
         Between two rounds; the next one may begin at once.
 
@@ -145,7 +151,7 @@ class Host:
         self._thread.post(self._keep, tag)
 
     def restore(self, tag: StateTag) -> None:
-        """Goes back to optimiser states on its own disk; answers ``RestoredState``.
+        """Goes back to states on its own disk; answers ``RestoredState``.
 
         Args:
           tag: What they belong to.
@@ -273,25 +279,28 @@ class Host:
             self._answer(messages.PushedState())
 
     def _keep(self, tag: StateTag) -> None:
-        states = unit_state.held(self._optimizer_states(), self.share.replicas, {})
-        self._files.save(tag, unit_state.pack(unit_state.copied(states)))
+        share = self.share
+        states = unit_state.held(share.own_states(), share.replicas, {})
+        personal = {} if share.personal is None else share.personal.tensors()
+        self._files.save(tag, unit_state.pack(unit_state.copied(states)) | personal)
 
     def _restore(self, tag: StateTag) -> None:
-        wanted, missing = self._optimizer_states(), None
+        share, missing = self.share, None
+        wanted = share.own_states()
         try:
-            kept = unit_state.unpack(self._files.load(tag), wanted)
+            tensors = self._files.load(tag)
+            if share.personal is not None:
+                share.personal.recall(tensors)
+                share.personal.give(share.replicas.values())
+            kept = unit_state.unpack(tensors, wanted)
             states = {  # all fit, or all begin fresh
                 key: UnitState(opt=unit_state.fitted(kept[key].opt, own.opt, self.name))
-                for key, own in unit_state.held(wanted, self.share.replicas, {}).items()
+                for key, own in unit_state.held(wanted, share.replicas, {}).items()
             }
-            unit_state.load(states, self.share.replicas, {}, self.name)
+            unit_state.load(states, share.replicas, {}, self.name)
         except RunError as error:
             missing = str(error)
         self._answer(messages.RestoredState(tag.rounds, missing))
-
-    def _optimizer_states(self) -> Wanted:
-        share = self.share
-        return exchanges.optimizer_states(share.plan, share.seat, share.model.unit_names)
 
     # --- on other threads of the host -----------------------------------------------------------
 

@@ -280,7 +280,7 @@ class HostRounds:
     def commit(self, places: frozenset[int]) -> None:
         """Averages what lives together here over the places that count."""
         share = self._share
-        undo.leave_out(share.replicas, self._executor.schedule, places)
+        share.leave_out(self._executor.schedule, places)
         if share.averaging.stages:
             factor = self._times.factor
             self._recorder.add(share.averaging.run(self._executor.schedule, places, factor))
@@ -350,7 +350,7 @@ class HostRounds:
         self._meter.forget(place)
         if self._share.seat == device_name(place):
             self._training = False
-            undo.leave_out(self._share.replicas, self._executor.schedule, ())
+            self._share.leave_out(self._executor.schedule, ())
             self._answer(messages.Dropped(self._round))
 
     def halt(self, without: Iterable[int]) -> None:

@@ -26,7 +26,7 @@ from pipar_jax.methods.registry import hosts_of
 from pipar_jax.runtime import moves, undo
 from pipar_jax.schedule.feasibility import check_executable
 from pipar_jax.schedule.keep import Keep
-from pipar_jax.schedule.plan import COORDINATOR, Plan, is_node, long_name
+from pipar_jax.schedule.plan import COORDINATOR, Plan, is_device, is_node, long_name
 from pipar_jax.training import optimizer
 from pipar_jax.training.compile import trial_draw
 from pipar_jax.training.replica import Replica, abstract
@@ -108,8 +108,11 @@ def predict(model: Model, plan: Plan, host: str, config: Config, samples: Sequen
                   if is_node(where)]  # fmt: skip
         copies = sum(sizes.kept(range(unit, unit + 1), Keep.OPTIMIZER) for unit in copied)
         need = need._replace(kept=need.kept + copies)
-    held = [model.units[index].frozen for index in plan.held_units(host, len(model.units))]
-    return need._replace(variables=need.variables + tree_bytes(held))  # frozen weights: one copy
+    held = [model.units[index] for index in plan.held_units(host, len(model.units))]
+    frozen = tree_bytes([unit.frozen for unit in held])  # one copy
+    # As they were after the last round.
+    own = sum(unit.personal_bytes for unit in held) if is_device(host) else 0
+    return need._replace(variables=need.variables + frozen, kept=need.kept + own)
 
 
 class _ModelSizes:
@@ -145,7 +148,8 @@ class _ModelSizes:
 
     def average(self, units: range) -> int:
         """Returns the bytes of weights, statistics and the rule's state."""
-        params, state = self._variables(units)
+        _, state = self._variables(units)
+        params = {unit.name: unit.shared for unit in self._model.units[units.start : units.stop]}
         rule_state = [jax.eval_shape(self._rule.init, one) for one in params.values()]
         return tree_bytes(params) + tree_bytes(state) + tree_bytes(rule_state)
 

@@ -122,12 +122,14 @@ def fit(config: Config, model: Model | None, dataset: Dataset, host: str) -> Mod
 
 
 def as_trained(config: Config, model: Model) -> Model:
-    """Returns a model for the configured task, unless it has one, with frozen weights if so wished.
+    """Returns a model for the configured task, unless it has one, with its weights as configured.
+
+    Some may be frozen, or personal.
 
     Raises:
       ConfigError: The task is not valid.
       RunError: A pattern of ``optimizer.groups`` matches no weight, or ``model.base`` does not fit.
-      StageError: No weight matches ``model.trainable``.
+      StageError: No weight matches ``model.trainable``, or none or all ``aggregation.personal``.
     """
     from stages.layers.lora import ADAPTERS
 
@@ -139,6 +141,10 @@ def as_trained(config: Config, model: Model) -> Model:
         from pipar_jax.training.base_weights import based
 
         model = based(model, Path(config.model.base))
+    if config.aggregation.personal:
+        from stages.personal import personalise
+
+        model = personalise(model, config.aggregation.personal)
     if config.optimizer.groups:
         from pipar_jax.training.optimizer import check_groups
 

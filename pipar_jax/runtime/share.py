@@ -7,16 +7,18 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from pipar_jax.config import Config
 from pipar_jax.methods.registry import hosts_of
-from pipar_jax.runtime import finite, memory, migration, undo
+from pipar_jax.runtime import exchanges, finite, memory, migration, undo
 from pipar_jax.runtime.node_averaging import Averaging
+from pipar_jax.runtime.personal import PersonalWeights
 from pipar_jax.runtime.precompile import compile_plan
 from pipar_jax.runtime.releases import Releases
 from pipar_jax.runtime.transfer import compile_codecs
-from pipar_jax.runtime.unit_state import Key, UnitState
+from pipar_jax.runtime.unit_state import Key, UnitState, Wanted
 from pipar_jax.schedule.feasibility import check_executable
 from pipar_jax.schedule.host_program import HostProgram
 from pipar_jax.schedule.keep import Keep
 from pipar_jax.schedule.plan import Order, Plan, device_name, host_index, is_device
+from pipar_jax.schedule.rounds import RoundSchedule
 from pipar_jax.training import optimizer
 from pipar_jax.training.compile import Told, compile_all
 from pipar_jax.training.replica import Replica
@@ -36,6 +38,7 @@ class Share:
       samples: Samples of an epoch by place.
       replicas: The weights here by (place, stage); (ALL, stage) where devices share a copy.
       averaging: Averages what lives together here.
+      personal: A device's personal weights, if it has any.
       fixed_bytes: Bytes of replicas and averages, constant until the plan changes.
 
     Args:
@@ -44,6 +47,7 @@ class Share:
       config: Resolved configuration.
       rematerialise: Computes forward passes again in backward passes instead of keeping residuals.
       releases: What a device of a private run may send.
+      personal: See above.
     """
 
     plan: Plan
@@ -58,9 +62,10 @@ class Share:
         *,
         rematerialise: bool = False,
         releases: Releases | None = None,
+        personal: PersonalWeights | None = None,
     ) -> None:
         self._name, self.model, self._config = name, model, config
-        self._rematerialise, self._releases = rematerialise, releases
+        self._rematerialise, self._releases, self.personal = rematerialise, releases, personal
         self._released: migration.Released | None = None
         if releases is not None:
             self._released = functools.partial(releases.stages, model)
@@ -126,6 +131,24 @@ class Share:
         self._expect()
         self._weigh()
 
+    def leave_out(self, schedule: RoundSchedule, places: Collection[int]) -> None:
+        """Undoes what places that do not count have trained here.
+
+        Args:
+          schedule: The round that is over.
+          places: The places that count.
+        """
+        undo.leave_out(self.replicas, schedule, places)
+        if self.personal is not None:
+            counts = host_index(self.seat) in places
+            (self.personal.take if counts else self.personal.give)(self.replicas.values())
+
+    def own_states(self) -> Wanted:
+        """Returns what this host alone keeps on its disk, in addition to personal weights."""
+        if self._config.cohort.size and is_device(self._name):
+            return {}  # in another place it begins with a fresh optimiser
+        return exchanges.optimizer_states(self.plan, self.seat, self.model.unit_names)
+
     def sit(self, seat: str) -> None:
         """Moves to another place; places differ only in their number."""
         old, new = host_index(self.seat), host_index(seat)
@@ -186,6 +209,8 @@ class Share:
                     self.replicas[key] = Replica(
                         stage, params, state, self._optimizer, keeps(key[0])
                     )
+        if self.personal is not None:  # of before, where the device has joined again
+            self.personal.give(self.replicas.values())
         self.averaging = Averaging(config.aggregation, self.program, self.replicas, params, state)
         self.averaging.compile()
 

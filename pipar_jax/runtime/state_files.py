@@ -1,4 +1,4 @@
-"""A host's own optimiser states on its own disk, so that they need not travel to be kept."""
+"""A host's own states on its own disk, so that they need not travel to be kept."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class UnitState(NamedTuple):
     """What one copy of a unit is made of; None for what is not spoken of.
 
     Attributes:
-      params: Its weights by path.
+      params: Its weights by path, without the personal ones: those never leave a host.
       state: Its batch statistics by path.
       opt: The state of its optimiser, a pytree.
       rule: The state of the rule that averages it, a pytree.
@@ -111,8 +111,10 @@ def held(
                 values[part] = averages[unit].rule_state[unit]
             else:
                 assert replica is not None
-                source = replica.opt_state if part == "opt" else getattr(replica, part)
-                values[part] = source[unit]
+                source = {
+                    "params": replica.shared, "state": replica.state, "opt": replica.opt_state
+                }  # fmt: skip
+                values[part] = source[part][unit]
         found[copy, unit] = UnitState(**values)
     return found
 

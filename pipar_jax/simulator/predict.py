@@ -107,11 +107,12 @@ class StageCosts:
         self._weights = [0.0]
         self._optimizer = [0.0]
         for unit in profile.units:
-            self._weights.append(self._weights[-1] + unit.parameter_bytes + unit.state_bytes)
+            shared = unit.parameter_bytes - unit.personal_bytes
+            self._weights.append(self._weights[-1] + shared + unit.state_bytes)
             self._optimizer.append(self._optimizer[-1] + unit.optimizer_bytes)
 
     def weight_bytes(self, first: int, stop: int) -> float:
-        """Returns the bytes of a stage's weights and batch statistics."""
+        """Returns the bytes of a stage's weights, without personal ones, and statistics."""
         return self._weights[stop] - self._weights[first]
 
     def averaged_bytes(self, first: int, stop: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,22 +54,6 @@ def facts(path: Path) -> JsonObject:
         return found
 
 
-def load(path: Path, model: Model) -> tuple[Variables, Variables]:
-    """Reads a file written by ``save``.
-
-    Args:
-      path: The file.
-      model: The model that the weights belong to.
-
-    Returns:
-      Weights and batch statistics, each by unit and path.
-
-    Raises:
-      RunError: The file is missing, not a safetensors file, or belongs to another model.
-    """
-    return sort_tensors(read_tensors(path), model, path)
-
-
 def read_tensors(path: Path) -> dict[str, Array]:
     """Returns the arrays of a safetensors file by name.
 
@@ -81,7 +65,7 @@ def read_tensors(path: Path) -> dict[str, Array]:
 
 
 def sort_tensors(
-    tensors: Mapping[str, Array], model: Model, path: Path
+    tensors: Mapping[str, Array], model: Model, path: Path, without: Collection[str] = ()
 ) -> tuple[Variables, Variables]:
     """Returns weights and batch statistics of a model among arrays named ``unit/path``.
 
@@ -89,6 +73,7 @@ def sort_tensors(
       tensors: The arrays: those of the model, and no others.
       model: The model.
       path: Where they come from, for the message.
+      without: Names of weights that are not expected.
 
     Raises:
       RunError: They belong to another model.
@@ -101,6 +86,8 @@ def sort_tensors(
             variables[unit.name] = {}
             for name, one in wanted.items():
                 key = f"{unit.name}/{name}"
+                if key in without:
+                    continue
                 expected.add(key)
                 array = tensors.get(key)
                 if array is None or not _fits(array, one):

@@ -95,6 +95,7 @@ class Replica:
         """Replaces weights and batch statistics by copies of those given.
 
         A unit that is missing in ``state`` has no statistics, one missing in ``params`` no weights.
+        Personal weights that are not given stay as they are.
 
         Args:
           params: Weights by unit.
@@ -110,12 +111,24 @@ class Replica:
                 ("batch statistics", self.state, state),
             ):
                 given = dict(source.get(unit, {}))
+                if unit in held and held is self.params:
+                    own = self.stage.personal[unit] - given.keys()
+                    given |= {path: held[unit][path] for path in own}
                 if unit in held and given.keys() != held[unit].keys():
                     raise RunError(
                         f"unit {unit!r} has {what} {sorted(given)}, expected "
                         f"{sorted(held[unit])}: do both hosts use the same model and version?"
                     )
                 held[unit] = jax.device_put(given, may_alias=False)  # copies compile nothing
+
+    @property
+    def shared(self) -> Variables:
+        """The weights that are averaged: all but the personal ones."""
+        personal = self.stage.personal
+        return {
+            unit: {path: array for path, array in arrays.items() if path not in personal[unit]}
+            for unit, arrays in self.params.items()
+        }
 
     @property
     def single(self) -> bool:

@@ -76,7 +76,7 @@ def facts_of(
                 unit.name, tree_bytes(unit.params), tree_bytes(unit.state),
                 tree_bytes(jax.eval_shape(transformation.init, unit.params)), output,
                 tree_bytes(shapes[index]) + output if last else kept[index] / batch,
-                unit.sides,
+                unit.sides, unit.personal_bytes,
             )
         )  # fmt: skip
     return tuple(found)

@@ -152,11 +152,15 @@ def test_moved_by_a_change_of_plan(double, network, monkeypatch, tmp_path):
     check(network, run.params, run.state, steps=2)
 
 
+def _load(path, network):
+    return checkpoint.sort_tensors(checkpoint.read_tensors(path), network, path)
+
+
 def test_saved_and_loaded(double, network, tmp_path):
     params, state = network.init(0)
     path = tmp_path / checkpoints.WEIGHTS
     checkpoint.save(path, params, state, {})
-    for found, wanted in zip(checkpoint.load(path, network), (params, state), strict=True):
+    for found, wanted in zip(_load(path, network), (params, state), strict=True):
         for unit, arrays in wanted.items():
             for name, array in arrays.items():
                 got = found[unit][name]
@@ -172,7 +176,7 @@ def test_weights_of_another_dtype_are_refused(double, tmp_path):
     path = tmp_path / checkpoints.WEIGHTS
     checkpoint.save(path, *model("float16").init(0), {})
     with pytest.raises(RunError, match=r"a/bias is float16\[3\].*expects float64\[3\]"):
-        checkpoint.load(path, model("float64"))
+        _load(path, model("float64"))
 
 
 def test_states_of_units_cross_a_link(double, network):

@@ -1,0 +1,94 @@
+"""A device's personal weights between rounds, wherever its replicas come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from comms.arrays import Array
+from pipar_jax.config.checkpoints import PERSONAL
+from pipar_jax.disk.files import make_folder
+from pipar_jax.training import checkpoint
+from pipar_jax.training.replica import Replica
+from stages import Model
+from stages.personal import personal_paths
+from stages.trees import Arrays, PyTree
+
+#: What their names begin with beside optimiser states on the device's disk.
+_PREFIX = "personal/"
+
+
+class PersonalWeights:
+    """Personal weights as they were after the last round that counted.
+
+    A device that is left out of a round goes back to them, one that joins again goes on from them,
+    and its evaluations use them. Any thread may read them; the host's thread changes them.
+
+    Args:
+      model: The whole model.
+      seed: Root seed, from which they are drawn.
+    """
+
+    def __init__(self, model: Model, seed: int) -> None:
+        paths = personal_paths(model)
+        params, _ = model.init(seed, only=paths)
+        self._held: dict[str, dict[str, PyTree]] = {
+            unit: {path: np.array(params[unit][path]) for path in sorted(of)}
+            for unit, of in paths.items()
+        }
+        self._trained = False
+
+    def take(self, replicas: Iterable[Replica]) -> None:
+        """Takes over what replicas have trained in a round that counts."""
+        self._trained = True
+        params = {unit: arrays for one in replicas for unit, arrays in one.params.items()}
+        self._held = {
+            unit: {path: np.array(params[unit][path]) for path in held} if unit in params else held
+            for unit, held in self._held.items()
+        }
+
+    def give(self, replicas: Iterable[Replica]) -> None:
+        """Gives replicas copies, in place of what they have."""
+        for replica in replicas:
+            for unit in self._held.keys() & set(replica.stage.unit_names):
+                weights = {unit: {**replica.params[unit], **self._held[unit]}}
+                replica.load(weights, {unit: replica.state[unit]}, (unit,))
+
+    def completed(self, params: Mapping[str, Arrays]) -> dict[str, Arrays]:
+        """Returns shared weights together with the device's own."""
+        return {unit: {**arrays, **self._held.get(unit, {})} for unit, arrays in params.items()}
+
+    def tensors(self) -> dict[str, Array]:
+        """Returns them by the names under which the device's disk has them."""
+        return {
+            f"{_PREFIX}{unit}/{path}": array
+            for unit, held in self._held.items()
+            for path, array in held.items()
+        }
+
+    def recall(self, tensors: Mapping[str, Array]) -> None:
+        """Takes over what ``tensors`` returned; what does not fit or is not there stays."""
+        self._trained = True
+        self._held = {
+            unit: {
+                path: fitted if (fitted := tensors.get(f"{_PREFIX}{unit}/{path}")) is not None
+                and (fitted.shape, fitted.dtype) == (array.shape, array.dtype) else array
+                for path, array in held.items()
+            }
+            for unit, held in self._held.items()
+        }  # fmt: skip
+
+    def save(self, folder: Path, host: str) -> None:
+        """Writes those that were trained as a file that ``pipar_jax.load(run, device=…)`` reads.
+
+        Args:
+          folder: The device's own folder in the run's.
+          host: The device's name.
+
+        Raises:
+          DiskError: The file cannot be written.
+        """
+        if self._trained:
+            checkpoint.save(make_folder(folder) / PERSONAL, self._held, {}, {"host": host})
