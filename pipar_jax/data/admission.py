@@ -204,7 +204,8 @@ def check_array(values: object, what: str) -> Array:
         raise DataError(f"{what} must be [samples, …], got shape {made.shape}")
     kind = computed_dtype(made.dtype.name, "float32")
     if made.dtype.kind not in "fiub" and made.dtype.name != "bfloat16":
-        raise DataError(f"{what} must be numbers or truth values, got {made.dtype}")
+        number = ": number the classes, alike on every host" if made.dtype.kind in "USO" else ""
+        raise DataError(f"{what} must be numbers or truth values, got {made.dtype}{number}")
     if made.dtype.itemsize < 4 and kind != "float32":
         return made
     limits = np.iinfo(np.int32)

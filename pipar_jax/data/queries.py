@@ -19,9 +19,12 @@ def make_queries(inputs: object, signature: Signature, stored: str) -> dict[str,
       stored: Dtype of the run's test input, such as ``uint8`` or ``float32``.
 
     Raises:
-      DataError: There is no sample, or shape, dtype or range differs.
+      DataError: There is no sample, an array too many, or shape, dtype or range differs.
     """
     given = by_name(inputs, INPUT, "predict")
+    if unknown := sorted(given.keys() - {INPUT, *signature.sides}):
+        known = ", ".join((INPUT, *signature.sides))
+        raise DataError(f"predict: the network takes {known}, and got {unknown[0]!r}: leave it out")
     made: dict[str, Array] = {}
     for name, wanted in ((INPUT, signature.input), *signature.sides.items()):
         expected = "[batch" + "".join(f", {size}" for size in wanted.shape) + "]"

@@ -62,6 +62,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"y": np.array([0, 1, 2, 0, 1, 3])}, "label 3 is out of range for classes=3"),
     ({"y": np.array([0, 1, 2, 0, 1, 2**32])}, "target y has a number that exceeds 32 bits"),
     ({"y": np.array([0, 1, 2])}, "target y has 3 samples, expected 6 as input x"),
+    (
+        {"y": np.full(6, "cat")},
+        "target y must be numbers .*, got <U3: number the classes, alike on",
+    ),
     ({"y": np.full(6, 1.0)}, r"labels must be \[samples, …\] whole numbers"),
     ({"y": np.array(["a"] * 6)}, "target y must be numbers"),
     ({"x": np.full((6, *SHAPE), np.nan)}, "not finite"),
@@ -231,6 +235,8 @@ def test_predict_refuses_a_side_input_of_other_samples() -> None:
     assert len(data.make_queries({"x": x, "mask": mask}, signature, "float32")["mask"]) == 2
     with pytest.raises(DataError, match="side input mask has 1 samples, expected 2 as input x"):
         data.make_queries({"x": x, "mask": mask[:1]}, signature, "float32")
+    with pytest.raises(DataError, match="the network takes x, mask, and got 'masks': leave it out"):
+        data.make_queries({"x": x, "mask": mask, "masks": mask}, signature, "float32")
 
 
 class Net(nnx.Module):
