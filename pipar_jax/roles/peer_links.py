@@ -337,8 +337,9 @@ class PeerLinks:
                 for links in self._lines.values():
                     if link in links:
                         links.remove(link)
-            # Not if the neighbour has been away, and has met this host anew since.
-            if not self._parting and dict(self.link_table.direct()).get(boundary) is link:
+            # Not if the neighbour has ended, or has been away and has met this host anew since.
+            is_cut = not (self._parting or isinstance(error, PeerClosed))
+            if is_cut and dict(self.link_table.direct()).get(boundary) is link:
                 self._cut(boundary.peer(self._name), str(error))
             return
         # A peer that closes its link has finished, or has told the coordinator why not.
