@@ -31,7 +31,7 @@ from tests.pipar_jax.tuner import profiles
 
 RTOL = 1e-9
 #: Full mini-batches of 7 on both devices: momentum equals that of the union.
-EVEN, RAGGED = (35, 35), (17, 33)
+EVEN, RAGGED = (35, 35), (13, 34)
 FL, SHORT, LONG = DeviceOption(0), DeviceOption(1, 3), DeviceOption(2, 4)
 
 

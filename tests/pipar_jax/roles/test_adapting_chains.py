@@ -15,7 +15,7 @@ from tests.pipar_jax.runtime import support
 
 RTOL = 1e-9
 STEPS = 5
-ONE, EVEN, RAGGED = (35,), (35, 35), (17, 33)
+ONE, EVEN, RAGGED = (35,), (35, 35), (13, 34)
 
 
 @pytest.fixture(scope="module")

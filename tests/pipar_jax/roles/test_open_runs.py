@@ -62,9 +62,9 @@ def test_a_lost_device_is_left_out_and_the_script_replays_the_run(tmp_path, meth
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_device_that_is_lost_comes_back_with_the_weights_of_the_moment(tmp_path, method):
-    made = config(tmp_path, method, rounds=12, quorum=1, wait_s=0.2)
+    made = config(tmp_path, method, rounds=24, quorum=1, wait_s=0.2)
     when = together(after(0, lambda run: run.end(1)), after(2, lambda run: run.start(1)))
-    slowly = pause_between_rounds(0.3)
+    slowly = pause_until_there()
     run = OpenRun(made, when=together(when, slowly)).run(range(3))
     assert run.error is None
     assert [event["device"] for event in run.kinds("device_returned")] == [1]
@@ -78,9 +78,16 @@ def test_a_device_that_is_lost_comes_back_with_the_weights_of_the_moment(tmp_pat
     assert equal(run.weights(), replayed(tmp_path, made, run))
 
 
-def pause_between_rounds(seconds):
+def pause_until_there(count=3, seconds=0.3):
+    """Pauses between rounds while a device is on its way: until so many finish one again."""
+    fewer = there = False
+
     def when(run, event):
-        if event["event"] == "evaluated" or event["event"] == "round_finished":
+        nonlocal fewer, there
+        if event["event"] == "round_finished":
+            there = there or (fewer and event["committed"] >= count)
+            fewer = fewer or event["committed"] < count
+        if event["event"] in ("evaluated", "round_finished") and not there:
             time.sleep(seconds)
 
     return when
@@ -88,8 +95,8 @@ def pause_between_rounds(seconds):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_device_may_join_late(tmp_path, method):
-    made = config(tmp_path, method, rounds=12, min_devices=2, quorum=2, wait_s=0.1)
-    when = together(after(0, lambda run: run.start(2)), pause_between_rounds(0.3))
+    made = config(tmp_path, method, rounds=24, min_devices=2, quorum=2, wait_s=0.1)
+    when = together(after(0, lambda run: run.start(2)), pause_until_there())
     run = OpenRun(made, when=when).run(range(2))
     assert run.error is None
     script = run.script()
@@ -100,12 +107,12 @@ def test_a_device_may_join_late(tmp_path, method):
 def test_a_late_device_takes_the_learning_rate_of_the_moment(tmp_path):
     """The rate drops to almost nothing after the first round: later training changes nothing."""
     weights = []
-    for rounds in (1, 6):
+    for rounds in (1, 12):
         made = config(tmp_path / str(rounds), "pipar", rounds=rounds, quorum=2, wait_s=0.1)
         made.cohort.min_devices, made.optimizer.momentum = 2, 0.0
         made.optimizer.schedule, made.optimizer.drop_every = "step", 2
         made.optimizer.drop_factor = 1e-9
-        when = together(after(0, lambda run: run.start(2)), pause_between_rounds(0.3))
+        when = together(after(0, lambda run: run.start(2)), pause_until_there())
         run = OpenRun(made, when=when if rounds > 1 else None).run(range(2))
         assert run.error is None
         weights.append(run.weights())
@@ -116,10 +123,10 @@ def test_a_late_device_takes_the_learning_rate_of_the_moment(tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_more_devices_than_configured_take_part_once_they_have_come(tmp_path, method):
-    made = config(tmp_path, method, rounds=12, samples=SAMPLES[:2], quorum=2, wait_s=0.1)
+    made = config(tmp_path, method, rounds=24, samples=SAMPLES[:2], quorum=2, wait_s=0.1)
     made.devices.count, made.devices.more = 2, 2
     made.data.source = "module:none:none"
-    when = together(after(0, lambda run: run.start(3)), pause_between_rounds(0.3))
+    when = together(after(0, lambda run: run.start(3)), pause_until_there())
     run = OpenRun(made, (*SAMPLES, 9), when=when).run(range(2))
     assert run.error is None
     script = run.script()
@@ -183,7 +190,7 @@ def test_a_late_device_is_left_out_of_the_round_and_takes_part_again(tmp_path, m
         if event["event"] == "device_dropped":
             dropped.set()
 
-    run = OpenRun(made, when=together(go_on, pause_between_rounds(0.4))).run(range(3))
+    run = OpenRun(made, when=together(go_on, pause_until_there(seconds=0.4))).run(range(3))
     assert run.error is None and not run.errors
     outs = [out for row in run.script() for out in row["out"]]
     assert any(out["place"] == 1 and out["why"] == "late" for out in outs)

@@ -23,7 +23,7 @@ from pipar_jax.methods.resolution import resolve
 from tests.pipar_jax.runtime import support
 
 TOKENS, LENGTH, WIDTH, CLASSES = 7, 5, 4, 3
-SAMPLES, BATCH = (7, 10), 4
+SAMPLES, BATCH = (7, 11), 4
 RTOL = 1e-9
 
 
