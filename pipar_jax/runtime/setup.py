@@ -66,26 +66,32 @@ def build_model(config: Config, signature: Signature, model: Model | None = None
         made = _registered(
             dataclasses.astuple(config.model),
             dataclasses.astuple(config.lora),
+            config.seed,
             signature.input.shape,
             signature.classes,
         )
-    return as_trained(config, made).receiving(signature.targets)
+    return _completed(config, made).receiving(signature.targets)
 
 
 @functools.lru_cache(maxsize=1)
 def _registered(
-    model: tuple[Any, ...], lora: tuple[Any, ...], input_shape: tuple[int, ...], classes: int
+    model: tuple[Any, ...],
+    lora: tuple[Any, ...],
+    seed: int,
+    input_shape: tuple[int, ...],
+    classes: int,
 ) -> Model:
     """Returns a registered network: one for all hosts of a process, which share what they compile.
 
     Args:
       model: The fields of ``config.model``.
       lora: The fields of ``config.lora``.
+      seed: Root seed, from which frozen weights are drawn.
       input_shape: Shape of a sample.
       classes: Number of classes.
     """
     chosen, adapters = ModelConfig(*model), LoraConfig(*lora)
-    return stages.build(
+    made = stages.build(
         chosen.name,
         input_shape=input_shape,
         classes=classes,
@@ -95,6 +101,7 @@ def _registered(
         arguments=arguments_of(chosen.name, read_args(chosen.args)),
         lora=(adapters.match, adapters.rank, adapters.alpha) if adapters.match else None,
     )
+    return _partly_trained(chosen, adapters, seed, made)
 
 
 def fit(config: Config, model: Model | None, dataset: Dataset, host: str) -> Model:
@@ -131,12 +138,20 @@ def as_trained(config: Config, model: Model) -> Model:
       RunError: A pattern of ``optimizer.groups`` matches no weight, or ``model.base`` does not fit.
       StageError: No weight matches ``model.trainable``, or none or all ``aggregation.personal``.
     """
+    return _completed(config, _partly_trained(config.model, config.lora, config.seed, model))
+
+
+def _partly_trained(config: ModelConfig, lora: LoraConfig, seed: int, model: Model) -> Model:
+    """Returns a model with those of its weights frozen that are not to be trained."""
     from stages.layers.lora import ADAPTERS
 
+    trainable = config.trainable or (ADAPTERS if lora.match else "")
+    return model.training(trainable, seed) if trainable else model
+
+
+def _completed(config: Config, model: Model) -> Model:
+    """Returns a model with its task and its base weights; see ``as_trained``."""
     model = _with_task(config, model)
-    trainable = config.model.trainable or (ADAPTERS if config.lora.match else "")
-    if trainable:
-        model = model.training(trainable, config.seed)
     if config.model.base:
         from pipar_jax.training.base_weights import based
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import stages
+from pipar_jax.config import TunerConfig
 from pipar_jax.errors import ConfigError, PlanError, RunError
 from pipar_jax.protocol import messages
 from pipar_jax.protocol.values import EVERY, Seen
@@ -100,7 +101,7 @@ def test_changed_plans_train_what_one_plan_trains(
     run = support.trained(made, EVEN, network, events)
     changes = {e["round"]: Plan.from_dict(e["to"]) for e in events if e["event"] == "replanned"}
     assert changes == plans
-    made.tuner.adapt, made.run.dir = False, str(tmp_path / "kept")
+    made.tuner, made.run.dir = TunerConfig(), str(tmp_path / "kept")
     kept = support.trained(made, EVEN, network)
     assert support.largest_difference(run.params, kept.params) < RTOL
     loaders = support.batches(made, EVEN)
@@ -117,7 +118,7 @@ def test_momentum_that_belongs_to_a_device_moves_with_its_units(
     made = setting(tmp_path / "changed", RAGGED)
     made.aggregation.every, made.aggregation.proximal_mu = "2 steps", 0.1
     run = support.trained(made, RAGGED, network)
-    made.tuner.adapt, made.run.dir = False, str(tmp_path / "kept")
+    made.tuner, made.run.dir = TunerConfig(), str(tmp_path / "kept")
     kept = support.trained(made, RAGGED, network)
     assert support.largest_difference(run.params, kept.params) < RTOL
 
@@ -137,7 +138,7 @@ def test_a_run_behind_a_slow_link_changes_its_plan_by_itself(double, network, tm
     """Federated averaging once an epoch does not wait for a link's delay in each step."""
     made = setting(tmp_path / "changed", EVEN)
     made.aggregation.every, made.epochs = "epoch", 24
-    made.devices.defaults.link = "20/20/60ms"
+    made.devices.defaults.link = "20/20/150ms"
     made.tuner.look_s, made.tuner.methods, made.tuner.gain = 0.05, "fl,pipar", 0.1
     events = []
     run = support.trained(made, EVEN, network, events)
@@ -150,7 +151,7 @@ def test_a_run_behind_a_slow_link_changes_its_plan_by_itself(double, network, tm
     rounds = sum(event["seconds"] for event in events if event["event"] == "round_finished")
     moved = sum(event["seconds"] for event in changes)
     assert finished["seconds"] == pytest.approx(rounds + moved)
-    made.tuner.adapt, made.run.dir = False, str(tmp_path / "kept")
+    made.tuner, made.run.dir = TunerConfig(), str(tmp_path / "kept")
     made.devices.defaults.link = "none"
     kept = support.trained(made, EVEN, network)
     assert support.largest_difference(run.params, kept.params) < RTOL

@@ -7,6 +7,7 @@ import functools
 import jax
 import pytest
 
+from pipar_jax.config import TunerConfig
 from pipar_jax.errors import PlanError, RunError
 from pipar_jax.launch import api
 from pipar_jax.runtime import moves
@@ -174,7 +175,7 @@ def test_a_chain_leaves_out_a_node_behind_a_slow_link_by_itself(double, network,
     assert changes, "no plan was found better than one that waits for a slow link"
     assert len(changes[-1]["to"]["devices"][0]["hosts"]) == 2
     assert changes[0]["to_epoch_s"] < 0.9 * changes[0]["from_epoch_s"]
-    made.tuner.adapt, made.run.dir = False, str(tmp_path / "kept")
+    made.tuner, made.run.dir = TunerConfig(), str(tmp_path / "kept")
     made.nodes.defaults.link = "none"
     plain = support.trained(made, ONE, network)
     assert support.largest_difference(run.params, plain.params) < RTOL

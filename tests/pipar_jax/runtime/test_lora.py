@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from pipar_jax.config import Config
+from pipar_jax.config import Config, LoraConfig
 from pipar_jax.errors import ConfigError, RunError
 from pipar_jax.launch.api import run_here, train
 from pipar_jax.launch.finished_run import load
@@ -169,7 +169,7 @@ def test_all_weights_may_start_from_a_file_of_hugging_face(base, tmp_path):
     tokens = ArrayType((test_gpt2.LENGTH,), "int32")
     signature = Signature(tokens, {}, {"y": tokens}, test_gpt2.VOCABULARY)
     based = build_model(resolve(made), signature)
-    made.lora.match = made.model.base = ""
+    made.lora, made.model.base = LoraConfig(), ""
     model = build_model(resolve(made), signature)
     params, state = start_weights(base, "", model, *model.init(0))
     assert not any(state.values())
