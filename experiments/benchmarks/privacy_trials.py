@@ -30,7 +30,7 @@ from stages.release import PrivateRelease, add_noise, bits_shape
 DATA = {"mnist": mnist_vgg5.get_config, "cifar10": cifar10_vgg5.get_config}
 #: Budgets of a device at delta = 1e-5; None: not private.
 EPSILONS = (None, 8.0, 2.0)
-DEVICES, MICRO_BATCHES, CLIP = 2, 4, 1.0
+DEVICES, MICRO_BATCHES, CLIP, LEARNING_RATE = 2, 4, 1.0, 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +88,7 @@ class Setting:
         config.epochs, config.run.dir = self.epochs, str(folder)
         config.data.data_dir, config.data.train_samples = self.data_dir, self.samples
         config.model.norm, config.data.augment = "group", "none"
+        config.optimizer.learning_rate = LEARNING_RATE
         config.devices.count, config.pipeline.micro_batches = DEVICES, MICRO_BATCHES
         config.pipeline.cut = self.variant.cut or 1
         config.run.trace, config.run.evaluate_every = "none", 0

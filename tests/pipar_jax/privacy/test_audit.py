@@ -18,13 +18,16 @@ from pipar_jax.config import Config
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.privacy.accountant import gaussian_epsilon, release_cost
 from pipar_jax.privacy.noise import NoiseSource, reproducible_key
+from pipar_jax.runtime.releases import Releases
 from pipar_jax.runtime.update_transforms import leave, update_transforms
+from pipar_jax.schedule.plan import DevicePlan
 from pipar_jax.training.replica import Noise
 from stages.release import PrivateRelease, bits_shape
 
 pytestmark = pytest.mark.soak
 
 NOISE, CLIP, DELTA, COUNT = 4.0, 0.5, 1e-6, 60_000
+COUNT_NOISE = 2.5
 CLAIMED = gaussian_epsilon(release_cost(NOISE), DELTA)
 
 
@@ -69,6 +72,11 @@ def of_activations(count=COUNT):
 class Adding:
     """A device's noise, without its ledger; ``bits`` are those of the next update."""
 
+    clip = CLIP
+
+    def observe(self, within, round_):
+        pass
+
     def enter_update(self):
         pass
 
@@ -95,19 +103,43 @@ def of_users(count=COUNT):
     return audited(np.asarray(sent) @ [0.6, 0.8], coins)
 
 
-@pytest.mark.parametrize("audit", [of_activations, of_users])
-def test_an_audit_stays_below_the_claim_and_means_something(audit):
-    assert 0.3 * CLAIMED < audit() <= CLAIMED
+def of_counts(count=COUNT):
+    """Whether an update was within a clip that adapts, as devices say it."""
+    config = Config(method="fl", seed=1)
+    config.privacy.noise, config.privacy.update_clip, config.privacy.unit = NOISE, CLIP, "user"
+    config.privacy.clip_quantile, config.privacy.count_noise = 0.5, COUNT_NOISE
+    config.privacy.reproducible = True  # a fixed seed
+    config.aggregation.weighted, config.model.norm = False, "group"
+    releases = Releases(resolve(config), "d0")
+    releases.calibrate(DevicePlan((), ("device",)), 1)
+    coins, bits = coins_of(count), []
+    for user, coin in enumerate(coins):
+        releases.observe(coin, user)
+        bits.append(releases.within)
+    return audited(np.asarray(bits), coins)
 
 
-@pytest.mark.parametrize("audit", [of_activations, of_users])
-def test_an_audit_finds_noise_that_is_halved_in_the_code(audit, monkeypatch):
+AUDITS = [
+    (of_activations, CLAIMED),
+    (of_users, CLAIMED),
+    (of_counts, gaussian_epsilon(release_cost(2 * COUNT_NOISE), DELTA)),
+]
+
+
+@pytest.mark.parametrize(("audit", "claimed"), AUDITS)
+def test_an_audit_stays_below_the_claim_and_means_something(audit, claimed):
+    assert 0.3 * claimed < audit() <= claimed
+
+
+@pytest.mark.parametrize(("audit", "claimed"), AUDITS)
+def test_an_audit_finds_noise_that_is_halved_in_the_code(audit, claimed, monkeypatch):
     from stages import release
 
-    normal = release.normal
+    normal, single = release.normal, NoiseSource.normal
     monkeypatch.setattr(release, "normal", lambda *of: normal(*of) / 2)
+    monkeypatch.setattr(NoiseSource, "normal", lambda source: single(source) / 2)
     release.add_noise.clear_cache()
     try:
-        assert audit() > CLAIMED
+        assert audit() > claimed
     finally:
         release.add_noise.clear_cache()
