@@ -81,7 +81,10 @@ class PrivateRounds:
             "event": "private",
             "words": list(words),
             "noise": noise,
-            "epsilon": dict(self._epsilons),  # what was released before this run, or part of it
+            # What was released before; labels that are given once are in it from the start.
+            "epsilon": {
+                name: epsilon for name, epsilon in self._epsilons.items() if self._told.get(name)
+            },
         }
 
     @property

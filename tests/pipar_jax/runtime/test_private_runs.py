@@ -388,7 +388,9 @@ def test_labels_that_are_randomised_are_in_the_ledger_once(tmp_path):
     made, samples = setting(tmp_path, "pipar", **privacy)
     made.checkpoint.every_rounds, made.run.resume = 1, "auto"
     made.aggregation.every = "epoch"
-    support.trained(made, samples, support.model())
+    first = support.trained(made, samples, support.model())
+    (promise,) = [event for event in first.metrics if event["event"] == "private"]
+    assert promise["epsilon"] == {}  # nothing was released before, whatever labels will cost
     made.epochs = 2
     run = support.trained(made, samples, support.model())
     path = run.folder / "hosts" / "d0" / LEDGER
