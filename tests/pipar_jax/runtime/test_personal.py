@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 
@@ -19,14 +20,19 @@ from pipar_jax.launch.finished_run import load
 from pipar_jax.methods.personal_checks import averaging_methods
 from pipar_jax.methods.registry import METHODS, plan_for
 from pipar_jax.methods.resolution import resolve
+from pipar_jax.profiling.predictor.predict_host import facts_of
 from pipar_jax.roles.evaluation import Evaluator
 from pipar_jax.roles.holdings import Holdings
+from pipar_jax.roles.start_weights import personal_of, start_weights
 from pipar_jax.runtime import exchanges
 from pipar_jax.runtime.setup import as_trained
+from pipar_jax.simulator.predict import StageCosts
+from pipar_jax.training import checkpoint
 from stages import StageError
 from stages.personal import personal_paths, shared
 from tests.pipar_jax.roles import open_runs
 from tests.pipar_jax.runtime import support
+from tests.pipar_jax.tuner import profiles
 
 SAMPLES, TESTS, BATCH = (14, 20), (5, 11), 7
 #: Personal weights by method: of a unit that it leaves on the devices.
@@ -242,3 +248,29 @@ def test_patterns_of_no_use_are_refused_before_anything_starts(
     with pytest.raises(error, match=message):
         train(made, support.chain(), data())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_prediction_averages_fewer_bytes_by_theirs(double, tmp_path):
+    made, sent = setting(tmp_path, "fl"), []
+    for pattern in ("", made.aggregation.personal):
+        made.aggregation.personal = pattern
+        model = as_trained(made, support.chain())
+        facts = facts_of(model, optax.sgd(0.1), 4)
+        assumed = profiles.profile(profiles.device(units=len(facts)), units=len(facts))
+        costs = StageCosts(dataclasses.replace(assumed, units=facts))
+        sent.append(costs.weight_bytes(0, len(facts)))
+    assert sent[0] - sent[1] == sum(unit.personal_bytes for unit in model.units) > 0
+
+
+def test_a_run_starts_from_weights_that_lack_them(double, tmp_path):
+    model = as_trained(setting(tmp_path, "fl"), support.chain())
+    params, state = model.init(1)
+    path = tmp_path / "shared.safetensors"
+    checkpoint.save(path, shared(model, params), state, {"personal": ["out/linear/bias"]})
+    drawn, _ = model.init(0)
+    begun, _ = start_weights(path, "", model, drawn, state)
+    assert personal_of(path) == ("out/linear/bias",)
+    for unit, arrays in begun.items():
+        for name, array in arrays.items():
+            own = name in personal_paths(model).get(unit, ())
+            np.testing.assert_array_equal(array, (drawn if own else params)[unit][name])
