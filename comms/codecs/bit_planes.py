@@ -88,10 +88,10 @@ def unpack_varied(packed: Array, widths: Array, bytes_each: int) -> Array:
 
 def bit_length(values: Array) -> Array:
     """Returns the number of bits of each unsigned number, as uint8."""
-    found = np.zeros(values.shape, np.uint8)
+    lengths = np.zeros(values.shape, np.uint8)
     for bit in range(8 * values.dtype.itemsize):
-        found += (values >> values.dtype.type(bit)) != 0
-    return found
+        lengths += (values >> values.dtype.type(bit)) != 0
+    return lengths
 
 
 def _present(widths: Array, most: int) -> Array:

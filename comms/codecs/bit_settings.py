@@ -95,15 +95,15 @@ class Setting(NamedTuple):
         """
         if text == "lossless":
             return cls(Mode.LOSSLESS)
-        found = _WORDS.fullmatch(text)
+        match = _WORDS.fullmatch(text)
         try:
-            if found is None:
+            if match is None:
                 raise ValueError
-            if found["kind"] is None:
-                setting = cls(Mode.STOCHASTIC, int(found["bits"]), int(found["seed"] or 0))
+            if match["kind"] is None:
+                setting = cls(Mode.STOCHASTIC, int(match["bits"]), int(match["seed"] or 0))
             else:
-                mode = Mode.ABSOLUTE if found["kind"] == "abs" else Mode.RELATIVE
-                setting = cls(mode, bound=float(found["bound"]))
+                mode = Mode.ABSOLUTE if match["kind"] == "abs" else Mode.RELATIVE
+                setting = cls(mode, bound=float(match["bound"]))
             parameter = setting.parameter()
         except ValueError:
             raise CodecError(

@@ -161,9 +161,7 @@ def _slabs(size: int, block: int) -> list[tuple[int, int, int]]:
     return [(at, min(at + step, size), at // block) for at in range(0, size, step)]
 
 
-FP8 = register(BlockCodec("fp8", 3, top=448.0, bits=8, narrow=np.dtype(ml_dtypes.float8_e4m3fn)))
-INT8 = register(BlockCodec("int8", 4, top=127.0, bits=8, narrow=np.dtype(np.int8)))
-INT4 = register(BlockCodec("int4", 5, top=7.0, bits=4, narrow=np.dtype(np.int8)))
-FP8_E5M2 = register(
-    BlockCodec("fp8_e5m2", 6, top=57344.0, bits=8, narrow=np.dtype(ml_dtypes.float8_e5m2))
-)
+register(BlockCodec("fp8", 3, top=448.0, bits=8, narrow=np.dtype(ml_dtypes.float8_e4m3fn)))
+register(BlockCodec("int8", 4, top=127.0, bits=8, narrow=np.dtype(np.int8)))
+register(BlockCodec("int4", 5, top=7.0, bits=4, narrow=np.dtype(np.int8)))
+register(BlockCodec("fp8_e5m2", 6, top=57344.0, bits=8, narrow=np.dtype(ml_dtypes.float8_e5m2)))

@@ -84,5 +84,5 @@ def aligned_empty(dtype: DType, shape: tuple[int, ...]) -> Array:
     return allocate_aligned(array_bytes(dtype, shape)).view(dtype).reshape(shape)
 
 
-BFLOAT16 = register(CastCodec("bfloat16", 1, np.dtype(ml_dtypes.bfloat16)))
-FLOAT16 = register(CastCodec("float16", 2, np.dtype(np.float16)))
+register(CastCodec("bfloat16", 1, np.dtype(ml_dtypes.bfloat16)))
+register(CastCodec("float16", 2, np.dtype(np.float16)))

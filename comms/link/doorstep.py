@@ -50,11 +50,11 @@ class Doorstep:
         """Maximum number of one address."""
         return max(self._limits.address_handshakes, 2 * self.expected)
 
-    def enter(self, one: Unfinished, address: str) -> None:
+    def enter(self, connection: Unfinished, address: str) -> None:
         """Adds a connection and closes the oldest if there are too many."""
         here = self._by_address.setdefault(address, OrderedDict())
-        here[one] = None
-        self._address[one] = address
+        here[connection] = None
+        self._address[connection] = address
         if len(here) > self.most_of_address:
             self._turn_away(
                 address, f"more than {self.most_of_address} unfinished connections from {address}"
@@ -65,13 +65,13 @@ class Doorstep:
                 crowd, f"more than {self._limits.pending_handshakes} unfinished connections"
             )
 
-    def leave(self, one: Unfinished) -> None:
+    def leave(self, connection: Unfinished) -> None:
         """Forgets a connection that is finished or has ended."""
-        address = self._address.pop(one, None)
+        address = self._address.pop(connection, None)
         if address is None:
             return
         here = self._by_address[address]
-        del here[one]
+        del here[connection]
         if not here:
             del self._by_address[address]
 

@@ -294,7 +294,7 @@ def _resolve(host: str, port: int, *, passive: bool) -> list[Address]:
     """Looks up an address; blocks, so it runs on the caller's thread."""
     flags = socket.AI_PASSIVE if passive else 0
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
     except (OSError, ValueError, OverflowError) as error:
         raise ConnectError(f"cannot look up {host!r}: {error}; check the name") from error
-    return [(family, address) for family, _, _, _, address in found]
+    return [(family, address) for family, _, _, _, address in addresses]

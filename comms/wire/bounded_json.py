@@ -124,10 +124,10 @@ def _word(name: str) -> None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> JsonBody:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    made = dict(pairs)
+    if len(made) != len(pairs):
         raise _Refused("a duplicate name in an object")
-    return found
+    return made
 
 
 _DECODER = json.JSONDecoder(

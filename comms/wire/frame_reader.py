@@ -138,10 +138,10 @@ class FrameReader:
             available = self._end - self._start
             if available < HEADER_BYTES:
                 break
-            found = unpack_header(self._staging[self._start : self._end])
-            if found is None:
+            parsed = unpack_header(self._staging[self._start : self._end])
+            if parsed is None:
                 break
-            header, shape = found
+            header, shape = parsed
             head_bytes = HEADER_BYTES + 8 * header.rank
             self._target = self._begin_frame(header, shape)
             self._header, self._filled = header, 0

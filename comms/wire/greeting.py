@@ -112,7 +112,7 @@ class Greeting:
         Raises:
           HandshakeError: If a field is missing, unknown, or not valid.
         """
-        rules = {one.name: one.metadata["rule"] for one in fields(cls)}
+        rules = {field.name: field.metadata["rule"] for field in fields(cls)}
         who = f"{body['name']}: " if is_name(body.get("name")) else ""
         if unknown := sorted(body.keys() - rules.keys()):
             raise HandshakeError(
@@ -133,7 +133,7 @@ class Greeting:
 
     def write(self) -> JsonBody:
         """Returns the message as a JSON object."""
-        return {one.name: getattr(self, one.name) for one in fields(self)}
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +165,7 @@ class Terms(Greeting):
 
     def own(self) -> JsonBody:
         """Returns only these fields, for another message that includes them."""
-        return {one.name: getattr(self, one.name) for one in fields(Terms)}
+        return {field.name: getattr(self, field.name) for field in fields(Terms)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -158,7 +158,7 @@ class Handshake:
     def _check_name(self, name: str) -> None:
         """Checks that a peer with a certificate uses a name in it."""
         if self.names is not None and name not in self.names:
-            known = ", ".join(one_line(one, 100) for one in self.names[:8]) or "no host"
+            known = ", ".join(one_line(name, 100) for name in self.names[:8]) or "no host"
             raise AuthenticationError(
                 f"the peer's name is {name}, but its certificate names {known}; give each host a "
                 "certificate whose subject alternative names include the host's name"

@@ -271,7 +271,7 @@ def _choose(
     sparse = sparse_bytes(size) + varied_section_bytes(sparse_blocks, tried)
     is_sparse = sparse < dense
     made = jax.tree.map(
-        lambda one, other: jnp.where(is_sparse, one, other), sparse_blocks, dense_blocks
+        lambda sparse, other: jnp.where(is_sparse, sparse, other), sparse_blocks, dense_blocks
     )
     is_raw |= raw.size <= jnp.minimum(dense, sparse)
     most_width = MOST_WIDTH if dense_blocks.second is None else 8 * (raw.size // size)

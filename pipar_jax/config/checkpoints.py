@@ -67,8 +67,8 @@ def rounds_kept(folder: Path) -> list[int]:
     Args:
       folder: The run's folder.
     """
-    found = (folder / CHECKPOINTS).glob("*/_CHECKPOINT_METADATA")
-    return sorted(int(one.parent.name) for one in found if one.parent.name.isdigit())
+    files = (folder / CHECKPOINTS).glob("*/_CHECKPOINT_METADATA")
+    return sorted(int(file.parent.name) for file in files if file.parent.name.isdigit())
 
 
 def weights_of(path: Path, said: str) -> tuple[Path, int | None]:
@@ -111,12 +111,12 @@ def read_facts(folder: Path, rounds: int) -> dict[str, Any]:
     """
     path = folder / CHECKPOINTS / str(rounds) / FACTS / "metadata"
     try:
-        found = json.loads(path.read_bytes())
+        facts = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {describe_reading(error)}") from error
-    if not isinstance(found, dict) or "config" not in found:
+    if not isinstance(facts, dict) or "config" not in facts:
         raise ConfigError(f"{path} cannot be read: it has no field 'config'")
-    return found
+    return facts
 
 
 def check_resume(config: Config) -> None:

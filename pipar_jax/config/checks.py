@@ -175,8 +175,8 @@ def fit_overrides(config: Config, group: str) -> dict[int, JsonObject]:
             if name not in known:
                 near = schema.did_you_mean(name, known)
                 raise ConfigError(f"{path} is not a field of the configuration{near}")
-            one = known[name]._replace(path=path)
-            made[index][name] = paths.expand(one, schema.fit(one, value))
+            named = known[name]._replace(path=path)
+            made[index][name] = paths.expand(named, schema.fit(named, value))
     return made
 
 

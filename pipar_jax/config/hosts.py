@@ -151,10 +151,10 @@ class Hosts:
 
     def __contains__(self, name: str) -> bool:
         """Returns whether a host of this name, which may be any text, takes part."""
-        if (found := _NAME.fullmatch(name)) is None:
+        if (match := _NAME.fullmatch(name)) is None:
             return name == COORDINATOR
-        index = int(found[2])
-        return index < self._config.devices.total if found[1] == "d" else 0 < index <= self._nodes
+        index = int(match[2])
+        return index < self._config.devices.total if match[1] == "d" else 0 < index <= self._nodes
 
     def __getitem__(self, name: str) -> HostSpec:
         """Returns a host.
@@ -277,10 +277,10 @@ def _parse_cores(text: str, field: str) -> frozenset[int]:
     """Returns the cores that a text such as ``0`` or ``1-3,5`` names; none for an empty text."""
     cores: set[int] = set()
     for part in filter(None, text.replace(" ", "").split(",")):
-        found = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part, re.ASCII)
-        if found is None or int(found[2] or found[1]) < int(found[1]):
+        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part, re.ASCII)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
             raise ConfigError(
                 f"{field}={text[:120]!r} is not valid: expected cores such as 0 or 1-3,5"
             )
-        cores.update(range(int(found[1]), int(found[2] or found[1]) + 1))
+        cores.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     return frozenset(cores)

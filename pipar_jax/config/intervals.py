@@ -17,10 +17,10 @@ def aggregate_steps(config: AggregationConfig) -> int:
     every = config.every.strip()
     if every == "epoch":
         return 0
-    found = re.fullmatch(r"(\d{1,9})( steps?)?", every, re.ASCII)
-    if found is None or int(found[1]) < 1:
+    match = re.fullmatch(r"(\d{1,9})( steps?)?", every, re.ASCII)
+    if match is None or int(match[1]) < 1:
         raise ConfigError(
             f"aggregation.every={config.every[:99]!r} is not valid: expected epoch, "
             "or a number of steps such as '10 steps'"
         )
-    return int(found[1])
+    return int(match[1])

@@ -103,11 +103,11 @@ def read_script(path: str | Path, devices: int, places: int) -> tuple[Attempt, .
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{what} cannot be read: {error}") from error
-    found: list[Attempt] = []
+    attempts: list[Attempt] = []
     for number, line in enumerate(lines, 1):
         try:
             made = _attempt(json.loads(line[:_MOST_CHARACTERS]))
-            reason = _odd(made, found[-1] if found else None, devices, places)
+            reason = _odd(made, attempts[-1] if attempts else None, devices, places)
         except (KeyError, TypeError, ValueError) as error:
             text = f"{type(error).__name__}: {error}"
             raise ConfigError(
@@ -118,10 +118,10 @@ def read_script(path: str | Path, devices: int, places: int) -> tuple[Attempt, .
                 f"{what}, line {number}: {reason}: it must be the {FILE} of a run with the same "
                 "devices and cohort.size"
             )
-        found.append(made)
-    if not found or not found[-1].commit:
+        attempts.append(made)
+    if not attempts or not attempts[-1].commit:
         raise ConfigError(f"{what} does not end with a round that counts: its run did not finish")
-    return tuple(found)
+    return tuple(attempts)
 
 
 def read_attempts(path: Path) -> tuple[Attempt, ...]:
@@ -152,7 +152,7 @@ def _attempt(values: Any) -> Attempt:
         for row in values["out"]
         for place, step in [_numbers((row["place"], row["step"]))]
     )
-    if any(len(row) != 3 for row in spans) or any(one.why not in _WHYS for one in out):
+    if any(len(row) != 3 for row in spans) or any(left_out.why not in _WHYS for left_out in out):
         whys = ", ".join(_WHYS)
         raise ValueError(
             f"a span is a place and two steps, and a place is out for a reason: {whys}"
@@ -188,27 +188,27 @@ def _numbers(values: Any) -> tuple[int, ...]:
     Raises:
       TypeError: Something else is among them.
     """
-    for one in values:
-        if type(one) is not int or one < 0:
-            raise TypeError(f"{one!r:.40} is not a whole number from 0")
+    for attempt in values:
+        if type(attempt) is not int or attempt < 0:
+            raise TypeError(f"{attempt!r:.40} is not a whole number from 0")
     return tuple(values)
 
 
-def _odd(one: Attempt, before: Attempt | None, devices: int, places: int) -> str | None:
+def _odd(attempt: Attempt, before: Attempt | None, devices: int, places: int) -> str | None:
     """Returns why an attempt cannot be replayed, or None."""
     due = 0
     if before is not None:  # one that ended early for the loss of a node is followed by its rest
         due = before.round + (bool(before.commit) and before.nodes.ends is None)
-    if one.round != due:
-        return f"round {one.round}, expected {due}"
-    if len(one.cohort) != places or len(set(one.cohort)) != places:
-        return f"a cohort of {len(one.cohort)} devices, expected {places}"
-    if (most := max(one.cohort)) >= devices:
+    if attempt.round != due:
+        return f"round {attempt.round}, expected {due}"
+    if len(attempt.cohort) != places or len(set(attempt.cohort)) != places:
+        return f"a cohort of {len(attempt.cohort)} devices, expected {places}"
+    if (most := max(attempt.cohort)) >= devices:
         return f"device {most}, expected 0 to {devices - 1}"
-    taking = {place for place, _, _ in one.spans}
-    named: Sequence[int] = [*one.commit, *one.fresh, *(lost.place for lost in one.out)]
-    if not one.spans or (strange := set(named) - taking):
-        return f"place {min(strange) if one.spans else 'none'}, which takes no step"
-    if any(first > stop for _, first, stop in one.spans) or max(taking) >= places:
+    taking = {place for place, _, _ in attempt.spans}
+    named: Sequence[int] = [*attempt.commit, *attempt.fresh, *(lost.place for lost in attempt.out)]
+    if not attempt.spans or (strange := set(named) - taking):
+        return f"place {min(strange) if attempt.spans else 'none'}, which takes no step"
+    if any(first > stop for _, first, stop in attempt.spans) or max(taking) >= places:
         return "a span that no place can have"
     return None

@@ -17,46 +17,46 @@ from pipar_jax.config.schema import ConfigField
 from pipar_jax.errors import ConfigError
 
 
-def is_path(one: ConfigField) -> bool:
+def is_path(option: ConfigField) -> bool:
     """Returns whether an option's text is a path, or may contain one after a prefix."""
-    return one.field.metadata["path"] is not None
+    return option.field.metadata["path"] is not None
 
 
-def expand(one: ConfigField, value: Any) -> Any:
+def expand(option: ConfigField, value: Any) -> Any:
     """Returns an option's value with its path made absolute; other values are unchanged.
 
     Raises:
       ConfigError: The value cannot be a path: its home directory is unknown, or it contains a
         character that paths cannot contain.
     """
-    marked = one.field.metadata["path"]
+    marked = option.field.metadata["path"]
     if marked is None or not isinstance(value, str):
         return value
     prefixes = (marked,) if isinstance(marked, str) else marked
     prefix = next((some for some in prefixes if value.lower().startswith(some)), None)
     if prefix is None:
         return value
-    if value in one.field.metadata["words"]:
+    if value in option.field.metadata["words"]:
         return value
     text = value[len(prefix) :].strip()
     if not text:
         return value
     if "\0" in text:
-        raise ConfigError(f"{one.path}={value!r} is not a path: remove the character \\0")
+        raise ConfigError(f"{option.path}={value!r} is not a path: remove the character \\0")
     try:
-        found = Path(text).expanduser().absolute()
+        path = Path(text).expanduser().absolute()
     except (RuntimeError, OSError) as error:
         raise ConfigError(
-            f"{one.path}={value!r} cannot be made absolute ({error}): write the absolute path"
+            f"{option.path}={value!r} cannot be made absolute ({error}): write the absolute path"
         ) from error
     try:
-        os.lstat(found)
+        os.lstat(path)
     except OSError as error:  # a missing file is not an error: it may be created
         if error.errno == errno.ENAMETOOLONG:
             raise ConfigError(
-                f"{one.path}={value[:80]!r}… is longer than a path can be: shorten it"
+                f"{option.path}={value[:80]!r}… is longer than a path can be: shorten it"
             ) from error
-    return value[: len(prefix)] + str(found)
+    return value[: len(prefix)] + str(path)
 
 
 def expand_all(root: Any, prefix: str = "") -> None:
@@ -69,12 +69,12 @@ def expand_all(root: Any, prefix: str = "") -> None:
     Raises:
       ConfigError: A text cannot be a path.
     """
-    for one in schema.options(root):
+    for option in schema.options(root):
         holder = root
-        *groups, name = one.path.split(".")
+        *groups, name = option.path.split(".")
         for group in groups:
             holder = getattr(holder, group)
-        full = one._replace(path=f"{prefix}{one.path}")
+        full = option._replace(path=f"{prefix}{option.path}")
         setattr(holder, name, expand(full, getattr(holder, name)))
 
 

@@ -156,7 +156,7 @@ def make(
     function = find(value.removeprefix(OWN), what, kind)
     with guarded(f"{what} cannot be called", kind):
         known = inspect.signature(function).parameters
-    takes_any = any(one.kind is one.VAR_KEYWORD for one in known.values())
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     given = {name: fact for name, fact in facts.items() if name in known or name in required}
     own = read_args(args)
     names = ", ".join(known) or "none"

@@ -105,8 +105,8 @@ class ConfigField(NamedTuple):
     @property
     def choices(self) -> tuple[str, ...]:
         """The allowed values, for texts; empty for any."""
-        found: tuple[str, ...] = self.field.metadata["choices"] or ()
-        return self.names if found is REGISTERED else found
+        choices: tuple[str, ...] = self.field.metadata["choices"] or ()
+        return self.names if choices is REGISTERED else choices
 
     @property
     def expects(self) -> str:
@@ -176,35 +176,35 @@ def check(root: Any, prefix: str = "", names: Names = NONE) -> None:
                 )
             check(value, f"{path}.", names)
         elif "text" in field.metadata and not _is_mapping(kind):
-            one = ConfigField(path, scalars(kind), None, field, names.get(path, ()))
-            setattr(root, field.name, fit(one, value))
+            option = ConfigField(path, scalars(kind), None, field, names.get(path, ()))
+            setattr(root, field.name, fit(option, value))
 
 
-def fit(one: ConfigField, value: Any) -> Any:
+def fit(option: ConfigField, value: Any) -> Any:
     """Returns a value converted to the type of an option; one of numpy's becomes Python's.
 
     Raises:
       ConfigError: The value has another type, is not a choice, or is out of bounds.
     """
-    if value is None and type(None) in one.types:
+    if value is None and type(None) in option.types:
         return None
     if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
         value = value.item()
-    if float in one.types and type(value) is int:
+    if float in option.types and type(value) is int:
         value = float(value)
-    limits = one.field.metadata
-    if type(value) not in one.types or (isinstance(value, float) and not math.isfinite(value)):
-        raise ConfigError(f"{one.path}={value!r} is not valid: expected {one.expects}")
+    limits = option.field.metadata
+    if type(value) not in option.types or (isinstance(value, float) and not math.isfinite(value)):
+        raise ConfigError(f"{option.path}={value!r} is not valid: expected {option.expects}")
     if isinstance(value, str) and not _is_utf8(value):
         raise ConfigError(
-            f"{one.path}={value!r} is not valid UTF-8: write it in UTF-8; if it names a file, "
+            f"{option.path}={value!r} is not valid UTF-8: write it in UTF-8; if it names a file, "
             "rename the file"
         )
-    choices = one.choices
+    choices = option.choices
     if choices and value not in choices:
         raise ConfigError(
-            f"{one.path}={value!r} is not known{did_you_mean(value, choices)} (known: "
-            f"{one.expects})"
+            f"{option.path}={value!r} is not known{did_you_mean(value, choices)} (known: "
+            f"{option.expects})"
         )
     if isinstance(value, int | float) and not isinstance(value, bool):
         good = (
@@ -214,35 +214,35 @@ def fit(one: ConfigField, value: Any) -> Any:
             and (limits["below"] is None or value < limits["below"])
         )
         if not good:
-            raise ConfigError(f"{one.path}={value!r} is out of range: expected {one.expects}")
+            raise ConfigError(f"{option.path}={value!r} is out of range: expected {option.expects}")
         if isinstance(value, int) and abs(value) >= _COUNTS:
             raise ConfigError(
-                f"{one.path} is out of range: the largest whole number is {_COUNTS - 1}, got one "
-                f"of {value.bit_length()} bits"
+                f"{option.path} is out of range: the largest whole number is {_COUNTS - 1}, got "
+                f"one of {value.bit_length()} bits"
             )
     return value
 
 
-def parse(one: ConfigField, text: str) -> Any:
+def parse(option: ConfigField, text: str) -> Any:
     """Parses the text of a flag as the value of an option.
 
     Raises:
       ConfigError: The text is not a valid value of the option.
     """
-    if type(None) in one.types and text.lower() in ("none", "null"):
+    if type(None) in option.types and text.lower() in ("none", "null"):
         return None
     for kind in (bool, int, float, str):  # narrowest first: 3 is an int where both are allowed
-        if kind not in one.types:
+        if kind not in option.types:
             continue
         if kind is bool:
             if text.lower() in ("true", "t", "1", "yes", "false", "f", "0", "no"):
-                return fit(one, text.lower() in ("true", "t", "1", "yes"))
+                return fit(option, text.lower() in ("true", "t", "1", "yes"))
             continue
         try:
-            return fit(one, kind(text))
+            return fit(option, kind(text))
         except ValueError:
             continue
-    raise ConfigError(f"{one.path}={text!r} is not valid: expected {one.expects}")
+    raise ConfigError(f"{option.path}={text!r} is not valid: expected {option.expects}")
 
 
 def did_you_mean(name: Any, known: Iterable[str]) -> str:

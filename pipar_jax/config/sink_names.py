@@ -17,11 +17,11 @@ def sink_names(text: str) -> Sequence[str]:
     Raises:
       ConfigError: A name is neither known nor of the form MODULE:FUNCTION.
     """
-    found = split_list(text)
-    for name in found:
+    names = split_list(text)
+    for name in names:
         if name != TENSORBOARD and not re.fullmatch(r"[\w.]+:\w+", name):
             raise ConfigError(
                 f"run.sinks={text!r} is not valid: {name!r} is neither {TENSORBOARD} nor a "
                 "function MODULE:FUNCTION"
             )
-    return found
+    return names

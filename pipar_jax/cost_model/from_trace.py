@@ -96,9 +96,9 @@ class Observed:
 
 def observed(trace: Trace) -> Observed:
     """Returns the collection of a whole trace."""
-    found = Observed()
-    found.add(trace)
-    return found
+    observed = Observed()
+    observed.add(trace)
+    return observed
 
 
 def links_from_shapes(
@@ -124,14 +124,14 @@ def _lookup(values: Mapping[Key, array.array[float]], summary: Summary) -> Secon
     table = {key: summary(list(some)) for key, some in values.items()}
 
     def find(device: int, stage: int, kind: ActionKind, samples: int) -> float:
-        found = table.get((device, stage, kind, samples))
-        if found is None:
+        times = table.get((device, stage, kind, samples))
+        if times is None:
             if kind == AGGREGATE and device == ALL:
                 return 0.0  # a sequential round has no average
             raise PlanError(
                 f"the trace has no {kind} of device {device}, stage {stage}, with {samples} "
                 "samples: it belongs to another plan or is incomplete"
             )
-        return found
+        return times
 
     return find

@@ -129,8 +129,8 @@ def find_need(
     passing: dict[tuple[int, int], list[_Passing]] = {}
     kept = 0
     average = sizes.average(range(sizes.units)) if host == COORDINATOR else 0
-    for device, one in enumerate(plan.devices):
-        chain = [plan.host(device, stage) for stage in range(one.stages)]
+    for device, device_plan in enumerate(plan.devices):
+        chain = [plan.host(device, stage) for stage in range(device_plan.stages)]
         for index, where in enumerate(chain):
             if where != host:
                 continue
@@ -146,36 +146,36 @@ def find_need(
                 continue
             group = passing.setdefault((index, device if plan.order == "sequential" else ALL), [])
             size = batch_samples(samples[device], batch, 0)
-            for micro in micro_batch_sizes(size, one.micro_batches):
+            for micro in micro_batch_sizes(size, device_plan.micro_batches):
                 below, above = chain[index - 1], chain[(index + 1) % len(chain)]
                 group.append(_Passing(below, above, sizes.stage(units, micro)))
     worst: dict[int, tuple[int, int]] = {}
-    for (index, _), found in passing.items():
+    for (index, _), batches in passing.items():
         capped = plan.in_flight if plan.sums_gradients and plan.is_colocated(index) else 0
-        worst[index] = max(worst.get(index, (0, 0)), _worst(found, capped, window), key=sum)
+        worst[index] = max(worst.get(index, (0, 0)), _worst(batches, capped, window), key=sum)
     held, waiting = (sum(column) for column in zip((0, 0), *worst.values(), strict=True))
     copies = max((sum(1 for _, s in slots if s == index) for _, index in slots), default=0)
     computing = max((p.sizes.computing for some in passing.values() for p in some), default=0)
     return Need(sum(slots.values()), copies, average, kept, held, waiting, computing)
 
 
-def _worst(found: Sequence[_Passing], in_flight: int, window: int) -> tuple[int, int]:
+def _worst(passing: Sequence[_Passing], in_flight: int, window: int) -> tuple[int, int]:
     """Returns the bytes held and waiting at a stage's worst moment.
 
     Args:
-      found: Its micro-batches.
+      passing: Its micro-batches.
       in_flight: How many may be between forward and backward; 0 for any.
       window: Credit of a link.
     """
-    ordered = sorted(found, key=lambda one: one.sizes.kept + one.sizes.y, reverse=True)
-    inside = [one for one in ordered if one.sizes.kept][: in_flight or None]
-    outside = [one for one in ordered if not one.sizes.kept] or ordered[len(inside) :]
-    held = sum(one.sizes.kept for one in inside)
+    ordered = sorted(passing, key=lambda batch: batch.sizes.kept + batch.sizes.y, reverse=True)
+    inside = [batch for batch in ordered if batch.sizes.kept][: in_flight or None]
+    outside = [batch for batch in ordered if not batch.sizes.kept] or ordered[len(inside) :]
+    held = sum(batch.sizes.kept for batch in inside)
     # One that is inside has a result to send or a cotangent that waits, each within a credit.
-    waiting = _within(((one.above, one.sizes.y) for one in inside), 2 * window)
-    waiting += _within(((one.below, one.sizes.x) for one in outside), window)
+    waiting = _within(((batch.above, batch.sizes.y) for batch in inside), 2 * window)
+    waiting += _within(((batch.below, batch.sizes.x) for batch in outside), window)
     # What the running computation and the one queued behind it give.
-    return held, waiting + sum(sorted((one.sizes.x for one in found), reverse=True)[:2])
+    return held, waiting + sum(sorted((batch.sizes.x for batch in passing), reverse=True)[:2])
 
 
 def _within(some: Iterable[tuple[str, int]], window: int) -> int:

@@ -227,18 +227,18 @@ class Profile:
         try:
             devices = tuple(
                 DeviceProfile(
-                    host_from_dict(one["host"]), one["samples"],
-                    LinkModel(**one["up"]), LinkModel(**one["down"]),
+                    host_from_dict(device["host"]), device["samples"],
+                    LinkModel(**device["up"]), LinkModel(**device["down"]),
                 )
-                for one in values["devices"]
+                for device in values["devices"]
             )  # fmt: skip
             nodes = tuple(
-                NodeProfile(host_from_dict(one["host"]), LinkModel(**one["up"]),
-                            LinkModel(**one["down"]))
-                for one in values.get("nodes", ())
+                NodeProfile(host_from_dict(node["host"]), LinkModel(**node["up"]),
+                            LinkModel(**node["down"]))
+                for node in values.get("nodes", ())
             )  # fmt: skip
-            codecs = {name: CodecProfile(**one) for name, one in values["codecs"].items()}
-            units = tuple(unit_from_dict(one) for one in values["units"])
+            codecs = {name: CodecProfile(**codec) for name, codec in values["codecs"].items()}
+            units = tuple(unit_from_dict(unit) for unit in values["units"])
             server = host_from_dict(values["server"])
             rest = {
                 "units": units,

@@ -103,9 +103,9 @@ def read_events(path: Path, field: str = "event") -> tuple[JsonObject, ...]:
 
 def _row(line: bytes, where: str, field: str) -> JsonObject:
     try:
-        found = json.loads(line)
+        event = json.loads(line)
     except ValueError as error:
         raise RunError(f"{where} is not a row of events: {error}") from error
-    if not isinstance(found, dict) or field not in found:
+    if not isinstance(event, dict) or field not in event:
         raise RunError(f"{where} is not a row of events: it has no field {field!r}")
-    return found
+    return event

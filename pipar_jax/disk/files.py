@@ -117,10 +117,10 @@ def write_tensors(
         try:
             save_file(dict(tensors), aside, dict(metadata))
         except SafetensorError as error:
-            found = _RUST_ERRNO.search(str(error))
-            if found is None:  # not an error of the disk, but tensors that cannot be written
+            match = _RUST_ERRNO.search(str(error))
+            if match is None:  # not an error of the disk, but tensors that cannot be written
                 raise
-            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+            raise OSError(int(match[1]), os.strerror(int(match[1]))) from error
 
 
 def make_folder(path: str | Path, remedy: str = RUN_REMEDY) -> Path:

@@ -211,14 +211,14 @@ def _admit(config: Config, model: Model | None, data: Sequence[Data] | None) -> 
     else:
         classes, tests = config.data.classes, config.run.evaluate_on != "server"
         own = [
-            datasets.admit(one, "test", host, rule, classes)
+            datasets.admit(given, "test", host, rule, classes)
             if host == COORDINATOR
-            else datasets.admit_device(one, host, rule, classes, tests=tests)
-            for host, one in zip(hosts, data, strict=True)
+            else datasets.admit_device(given, host, rule, classes, tests=tests)
+            for host, given in zip(hosts, data, strict=True)
         ]
     if model is None:
         datasets.check_alike(zip(reversed(hosts), reversed(own), strict=True))
     else:
-        for host, one in zip(hosts, own, strict=True):
-            datasets.check_fits(one, model.signature, host)
+        for host, admitted in zip(hosts, own, strict=True):
+            datasets.check_fits(admitted, model.signature, host)
     return own

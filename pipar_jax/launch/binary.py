@@ -82,7 +82,7 @@ def read_flagfiles(arguments: list[str]) -> list[str]:
     try:
         # As in GNU tools, flags may follow other arguments.
         values = absl_flags.FlagValues()  # type: ignore[no-untyped-call]
-        found: list[str] = values.read_flags_from_files(arguments, force_gnu=True)  # type: ignore[no-untyped-call]
+        read: list[str] = values.read_flags_from_files(arguments, force_gnu=True)  # type: ignore[no-untyped-call]
     except (absl_flags.Error, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--flagfile cannot be read: {' '.join(str(error).split())}") from error
-    return found
+    return read

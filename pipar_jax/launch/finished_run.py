@@ -114,7 +114,9 @@ class Run:
         signature = self.model.signature
         given = make_queries(inputs, signature, self.facts["stored"])
         x = normalise(given.pop(INPUT), mean, std)
-        sides = {name: jnp.asarray(one, signature.sides[name].dtype) for name, one in given.items()}
+        sides = {
+            name: jnp.asarray(side, signature.sides[name].dtype) for name, side in given.items()
+        }
         return np.asarray(
             stages.predict(self.model, self.params, self.state, jnp.asarray(x), sides)
         )

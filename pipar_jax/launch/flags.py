@@ -122,18 +122,18 @@ def parse(
       ConfigError: A flag is unknown (the message suggests the nearest), lacks a value or has an
         invalid one, or the preset cannot be loaded.
     """
-    own = {one.path: one for kind in (Common, extra) for one in schema.options(kind)}
-    fields = {f"config.{one.path}": one for one in schema.options(Config, names=NAMES)}
+    own = {option.path: option for kind in (Common, extra) for option in schema.options(kind)}
+    fields = {f"config.{option.path}": option for option in schema.options(Config, names=NAMES)}
     values: JsonObject = {}
     changes: dict[str, tuple[ConfigField, str]] = {}
     for flag, text in _pairs(arguments, {**own, **fields}):
         if flag in own:
-            one = own[flag]._replace(path=f"--{flag}")
-            values[flag] = paths.expand(one, schema.parse(one, text))
+            option = own[flag]._replace(path=f"--{flag}")
+            values[flag] = paths.expand(option, schema.parse(option, text))
         else:
-            one = fields.get(flag) or _find_host(flag)
-            schema.parse(one._replace(path=f"--{flag}"), text)
-            changes[one.path] = (one, text)
+            option = fields.get(flag) or _find_host(flag)
+            schema.parse(option._replace(path=f"--{flag}"), text)
+            changes[option.path] = (option, text)
     if values.pop("debug", False):
         changes["debug"] = (fields["config.debug"], "true")
     preset, wants_help = values.pop("config", ""), values.pop("help", False)
@@ -154,10 +154,10 @@ def parse_address(text: str, flag: str) -> tuple[str, int]:
     Raises:
       ConfigError: The text is not an address.
     """
-    found = re.fullmatch(r"\[?(.+?)\]?:(\d{1,5})", text)
-    if found is None or not 0 < int(found[2]) < 65536:
+    match = re.fullmatch(r"\[?(.+?)\]?:(\d{1,5})", text)
+    if match is None or not 0 < int(match[2]) < 65536:
         raise ConfigError(f"--{flag}={text!r} is not valid: write --{flag}=HOST:PORT")
-    return found[1], int(found[2])
+    return match[1], int(match[2])
 
 
 def load_preset(name: str, presets: pathlib.Path) -> Config:
@@ -217,19 +217,19 @@ def make_help(
         ),
     ]
     own = [*schema.options(extra), *schema.options(Common)]
-    rows = [(f"--{one.path}", one.text) for one in own]
+    rows = [(f"--{option.path}", option.text) for option in own]
     parts.append("\n".join(["flags:", *two_columns(rows, width)]))
     kinds = {field.name: type(getattr(config, field.name)) for field in dataclasses.fields(config)}
     groups: dict[str, list[tuple[str, str]]] = {}
-    for one in schema.options(Config, names=NAMES):
-        group, _, _ = one.path.rpartition(".")
+    for entry in schema.options(Config, names=NAMES):
+        group, _, _ = entry.path.rpartition(".")
         value: Any = config
-        for field in one.path.split("."):
+        for field in entry.path.split("."):
             value = getattr(value, field)
-        if one.path == "network.token" and value is not None:
+        if entry.path == "network.token" and value is not None:
             value = "(hidden)"
-        takes = "" if one.expects == "a text" else f"; {one.expects}"
-        row = (f"--config.{one.path}={_as_text(value)}", f"{one.text}{takes}")
+        takes = "" if entry.expects == "a text" else f"; {entry.expects}"
+        row = (f"--config.{entry.path}={_as_text(value)}", f"{entry.text}{takes}")
         groups.setdefault(group, []).append(row)
     for group, rows in groups.items():
         kind = _HOSTS.get(group.removesuffix(".defaults")) or kinds.get(group, Config)
@@ -256,21 +256,21 @@ def _pairs(arguments: list[str], known: dict[str, ConfigField]) -> Iterable[tupl
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
-        found = re.fullmatch(r"--?([A-Za-z][\w.-]*)(?:=(.*))?", argument, re.DOTALL)
-        if found is None:
+        match = re.fullmatch(r"--?([A-Za-z][\w.-]*)(?:=(.*))?", argument, re.DOTALL)
+        if match is None:
             raise ConfigError(f"{argument!r} is not a flag: flags look like --config.epochs=3")
-        name, text = found[1], found[2]
+        name, text = match[1], match[2]
         if name in ("h", "helpfull", "helpshort"):
             name = "help"
         negated = known.get(name.removeprefix("no")) if name not in known else None
         if text is None and negated is not None and negated.types == (bool,):
             name, text = name.removeprefix("no"), "false"
-        one = known.get(name)
-        if one is None and not _HOST.fullmatch(name.removeprefix("config.")):
+        option = known.get(name)
+        if option is None and not _HOST.fullmatch(name.removeprefix("config.")):
             near = schema.did_you_mean(f"--{name}", [f"--{path}" for path in known])
             raise ConfigError(f"--{name} is not a flag{near} (all of them: --help)")
         if text is None:
-            if one is not None and one.types == (bool,):
+            if option is not None and option.types == (bool,):
                 text = "true"
             elif rest and not rest[0].startswith("--"):
                 text = rest.pop(0)
@@ -282,31 +282,31 @@ def _pairs(arguments: list[str], known: dict[str, ConfigField]) -> Iterable[tupl
 def _find_host(name: str) -> ConfigField:
     """Returns the option that ``config.devices.1.link`` or ``config.nodes.1.link`` names."""
     path = name.removeprefix("config.")
-    found = _HOST.fullmatch(path)
-    assert found is not None, name
-    own = {one.path: one for one in schema.options(_HOSTS[found[1]])}
-    if found[3] not in own:
-        near = schema.did_you_mean(found[3], own)
+    match = _HOST.fullmatch(path)
+    assert match is not None, name
+    own = {option.path: option for option in schema.options(_HOSTS[match[1]])}
+    if match[3] not in own:
+        near = schema.did_you_mean(match[3], own)
         raise ConfigError(
-            f"--{name} is not a flag of a {found[1].removesuffix('s')}{near} (all of them: --help)"
+            f"--{name} is not a flag of a {match[1].removesuffix('s')}{near} (all of them: --help)"
         )
-    return own[found[3]]._replace(path=path)
+    return own[match[3]]._replace(path=path)
 
 
 def _apply(config: Config, changes: dict[str, tuple[ConfigField, str]]) -> Config:
     plain = []
-    for path, (one, text) in changes.items():
-        if (found := _HOST.fullmatch(path)) is not None:
-            fields = getattr(config, found[1]).overrides.setdefault(int(found[2]), {})
-            fields[found[3]] = schema.parse(one, text)
-        elif one.types in _PLAIN:
-            plain.append(f"--config.{path}={_as_text(schema.parse(one, text))}")
+    for path, (entry, text) in changes.items():
+        if (match := _HOST.fullmatch(path)) is not None:
+            fields = getattr(config, match[1]).overrides.setdefault(int(match[2]), {})
+            fields[match[3]] = schema.parse(entry, text)
+        elif entry.types in _PLAIN:
+            plain.append(f"--config.{path}={_as_text(schema.parse(entry, text))}")
         else:
             holder: Any = config
             *groups, name = path.split(".")
             for group in groups:
                 holder = getattr(holder, group)
-            setattr(holder, name, schema.parse(one, text))
+            setattr(holder, name, schema.parse(entry, text))
     # Flags of its own for each call: nothing is left in absl's global ones.
     values = absl_flags.FlagValues()  # type: ignore[no-untyped-call]
     flag = config_flags.DEFINE_config_dataclass(

@@ -93,7 +93,7 @@ def profile_here(config: Config) -> Profile:
         window_bytes=config.pipeline.window_mb * 1e6,
         weight_ratio=weight_ratio(config.aggregation.codec, codecs),
         target_bytes=tuple(target.nbytes for target in signature.targets.values()),
-        side_bytes={name: one.nbytes for name, one in signature.sides.items()},
+        side_bytes={name: side.nbytes for name, side in signature.sides.items()},
     )
 
 

@@ -57,7 +57,7 @@ def check(config: Config, names: Iterable[str] | None = None) -> None:
     _check_folders(config.data, config.run, wanted)
     _check_tls(config.network, wanted)
     # Most hosts are alike: equal requirements are checked once.
-    for host in {(one.cores, one.platform): one for one in reversed(wanted)}.values():
+    for host in {(spec.cores, spec.platform): spec for spec in reversed(wanted)}.values():
         find_cores(hosts, host)
         check_platform(host.platform, hosts.path(host.name, "platform"))
     _check_functions(config)

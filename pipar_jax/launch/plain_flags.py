@@ -93,13 +93,13 @@ def _parse(arguments: list[str]) -> list[str]:
     try:
         return list(values([sys.argv[0], *arguments])[1:])  # type: ignore[no-untyped-call]
     except absl_flags.UnrecognizedFlagError as error:
-        near = did_you_mean(f"--{error.flagname}", [f"--{one}" for one in _own_flags()])
+        near = did_you_mean(f"--{error.flagname}", [f"--{flag}" for flag in _own_flags()])
         raise ConfigError(
             f"--{error.flagname} is not a flag{near} (all of them: --help)"
         ) from error
     except absl_flags.Error as error:
         if missing := re.findall(r"--(\w+) must have a value", str(error)):
-            flags = " and ".join(f"--{one}" for one in missing)
+            flags = " and ".join(f"--{flag}" for flag in missing)
             raise ConfigError(
                 f"{flags} {'is' if len(missing) == 1 else 'are'} missing (what to give: --help)"
             ) from error
@@ -110,10 +110,10 @@ def _own_flags() -> dict[str, str]:
     """Returns the help texts of the flags that the binary and the project define, by name."""
     by_module = absl_flags.FLAGS.flags_by_module_dict()
     return {
-        one.name: one.help or ""
+        flag.name: flag.help or ""
         for module, some in by_module.items()
         if not module.startswith(_FOREIGN)
-        for one in some
+        for flag in some
     }
 
 

@@ -250,7 +250,9 @@ def _check_cohort(config: Config, method: Method | None) -> None:
                 "for devices that come and go"
             )
         for index, fields in config.devices.overrides.items():
-            if odd := [one for one in ("cut", "micro_batches") if fields.get(one) is not None]:
+            if odd := [
+                field for field in ("cut", "micro_batches") if fields.get(field) is not None
+            ]:
                 raise ConfigError(
                     f"devices.{index}.{odd[0]}={fields[odd[0]]!r} cannot be combined with "
                     f"cohort.size={cohort.size:g}: any device may take any place, so all are cut "

@@ -30,8 +30,8 @@ def replacements(plan: Plan, there: Collection[str]) -> Iterator[Plan]:
     spare = sorted(set(there).difference(chain_nodes(plan)), key=host_index)
     changed = [_renamed(plan, lost, name) for name in spare]
     changed += [_merged(plan, lost, beside) for beside in (-1, 1)]
-    for one in filter(None, changed):
-        yield from replacements(one, there)
+    for change in filter(None, changed):
+        yield from replacements(change, there)
 
 
 def _renamed(plan: Plan, lost: str, name: str) -> Plan | None:
@@ -40,9 +40,9 @@ def _renamed(plan: Plan, lost: str, name: str) -> Plan | None:
         plan,
         devices=tuple(
             dataclasses.replace(
-                one, hosts=tuple(name if host == lost else host for host in one.hosts)
+                device, hosts=tuple(name if host == lost else host for host in device.hosts)
             )
-            for one in plan.devices
+            for device in plan.devices
         ),
     )
 
@@ -50,21 +50,21 @@ def _renamed(plan: Plan, lost: str, name: str) -> Plan | None:
 def _merged(plan: Plan, lost: str, beside: int) -> Plan | None:
     """Returns a plan in which the units of a node are its neighbour's, if that is a node."""
     devices = []
-    for one in plan.devices:
-        if lost not in one.hosts:
-            devices.append(one)
+    for device in plan.devices:
+        if lost not in device.hosts:
+            devices.append(device)
             continue
-        index = one.hosts.index(lost)
+        index = device.hosts.index(lost)
         other = index + beside
-        if not 0 <= other < one.stages or not is_node(one.hosts[other]):
+        if not 0 <= other < device.stages or not is_node(device.hosts[other]):
             return None
         cut = min(index, other)
         devices.append(
             DevicePlan(
-                (*one.cuts[:cut], *one.cuts[cut + 1 :]),
-                (*one.hosts[:index], *one.hosts[index + 1 :]),
-                one.micro_batches,
-                (*one.codecs[:cut], *one.codecs[cut + 1 :]),
+                (*device.cuts[:cut], *device.cuts[cut + 1 :]),
+                (*device.hosts[:index], *device.hosts[index + 1 :]),
+                device.micro_batches,
+                (*device.codecs[:cut], *device.codecs[cut + 1 :]),
             )
         )
     return dataclasses.replace(plan, devices=tuple(devices))

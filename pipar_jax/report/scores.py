@@ -44,9 +44,3 @@ def final_score(summary: Event, digits: int = 2) -> str:
     task = summary.get("task", UNKNOWN)
     name = task["main"]
     return f"test {name} {score_text(task, name, score_of(summary, name), digits)}"
-
-
-def is_better(task: Mapping[str, Any], name: str, first: float, second: float) -> bool:
-    """Returns whether the first of two values of a score is better."""
-    higher = task["scores"].get(name, {}).get("better") == "higher"
-    return first > second if higher else first < second

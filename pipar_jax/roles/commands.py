@@ -17,7 +17,7 @@ from pipar_jax.roles.federated_evaluation import LocalEvaluation
 from pipar_jax.roles.host_replies import HostReplies
 from pipar_jax.roles.peer_links import PeerLinks
 from pipar_jax.roles.rights import Rights
-from pipar_jax.roles.survey import Respondent
+from pipar_jax.roles.survey_respondent import Respondent
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.state_files import StateTag
 from pipar_jax.schedule.actions import RECEIVE_CLIENT_MODEL, RECEIVE_WEIGHTS

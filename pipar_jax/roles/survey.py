@@ -17,11 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
-from comms import Link, Message
-from comms.arrays import Array
-from pipar_jax.config import Config, HostSpec
+from pipar_jax.config import Config
 from pipar_jax.config.codec_candidates import CodecCandidates
 from pipar_jax.cost_model.costs import LinkModel
 from pipar_jax.cost_model.profile import DeviceProfile, HostProfile, NodeProfile, Profile
@@ -38,11 +34,12 @@ from pipar_jax.profiling.unit_times import (
     predicted_host,
     sizes_of,
 )
-from pipar_jax.protocol import messages, registry
+from pipar_jax.protocol import messages
 from pipar_jax.protocol.registry import ControlMessage
 from pipar_jax.roles.mail import M, Mail
 from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.replies import reply
+from pipar_jax.roles.survey_respondent import two_bundles
 from pipar_jax.runtime import memory
 from pipar_jax.schedule.plan import COORDINATOR, Plan, long_name, node_name
 from pipar_jax.simulator.predict import StageCosts, estimate
@@ -222,63 +219,6 @@ def _ask_host(
     return host
 
 
-class Respondent:
-    """A device's or node's side: performs the requests and reports the results.
-
-    Args:
-      config: The host's resolved configuration.
-      own: The host.
-      model: The whole model.
-      between: Called between measurements, to detect that they are no longer wanted.
-    """
-
-    def __init__(
-        self, config: Config, own: HostSpec, model: Model, between: Callable[[], None]
-    ) -> None:
-        self._config, self._model, self._between = config, model, between
-        self._own = own
-        self._first_s: float | None = None
-
-    def profile(self, question: messages.SurveyProfile, link: Link) -> None:
-        """Answers with units' times."""
-        registry.send(link, messages.Working("timing", 0, 0))
-        told = now_and_then(
-            lambda done, of: registry.send(link, messages.Working("timing", done, of)), TOLD_S
-        )
-        found = measure_host(self._config, self._model, question.sizes, self._between, told)
-        host = as_configured(found.host, self._own)
-        registry.send(link, messages.Profiled(host, found.units, found.seconds))
-
-    def reference(self, link: Link) -> None:
-        """Answers with the times of reference layers."""
-        registry.send(link, messages.Working("timing", 0, 0))
-        config = self._config
-        measured = measure_reference(
-            config.optimizer, config.aggregation, config.seed, self._between
-        )
-        times = emulated(measured, self._own.slowdown)
-        fields = {one.name: getattr(times, one.name) for one in dataclasses.fields(times)}
-        registry.send(link, messages.Referenced(**fields, memory_bytes=self._own.memory_bytes))
-
-    def echo(self, link: Link) -> None:
-        """Answers at once."""
-        registry.send(link, messages.Echoed())
-
-    def send(self, question: messages.SurveySend, link: Link) -> None:
-        """Answers with bytes."""
-        for tensors in _two(question.nbytes):
-            registry.send_bundle(link, messages.SurveyBytes(), tensors)
-
-    def take(self, message: Message) -> None:
-        """Receives a bundle of two; answers after the second with the time since the first."""
-        message.release()
-        if self._first_s is None:
-            self._first_s = message.received_s
-            return
-        seconds, self._first_s = message.received_s - self._first_s, None
-        registry.send(message.link, messages.Took(max(seconds, 0.0)))
-
-
 def _ask(members: Membership, name: str, question: ControlMessage, answer: type[M]) -> M:
     """Asks a device or node and waits for its answer."""
     members.send(name, question)
@@ -386,7 +326,7 @@ def _up_s(members: Membership, name: str, nbytes: int) -> float:
     """Returns the seconds of a transfer of some bytes from a device."""
     members.send(name, messages.SurveySend(nbytes))
     times = []
-    for expected in _two(nbytes):
+    for expected in two_bundles(nbytes):
         message = _wait_for(members, name, messages.SurveyBytes).message
         assert message is not None
         sizes = {one: array.nbytes for one, array in message.tensors.items()}
@@ -400,12 +340,7 @@ def _up_s(members: Membership, name: str, nbytes: int) -> float:
 
 def _down_s(members: Membership, name: str, nbytes: int) -> float:
     """Returns the seconds of a transfer of some bytes to a device."""
-    small, large = _two(nbytes)
+    small, large = two_bundles(nbytes)
     members.send_bundle(name, messages.SurveyBytes(), small)
     members.send_bundle(name, messages.SurveyBytes(), large, reply(messages.Took))
     return float(_wait_for(members, name, messages.Took).said.seconds)
-
-
-def _two(nbytes: int) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Returns a small bundle and a bundle of some bytes, to be sent right behind it."""
-    return {"bytes": np.zeros(1024, np.uint8)}, {"bytes": np.zeros(nbytes, np.uint8)}

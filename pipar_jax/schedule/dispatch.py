@@ -123,9 +123,9 @@ class Dispatcher:
         complete, dependents = self._complete, self._dependents
         for action, before, demand in rows:
             missing = 0
-            for one in before:
-                if one not in complete.get((one.device, one.step), ()):
-                    dependents.setdefault(one, []).append(action)
+            for earlier in before:
+                if earlier not in complete.get((earlier.device, earlier.step), ()):
+                    dependents.setdefault(earlier, []).append(action)
                     missing += 1
             if demand is not None:
                 self._demands[action] = demand
@@ -151,18 +151,18 @@ class Dispatcher:
         One that runs keeps the credit of its link until ``finish``. Nobody else's may wait for
         them, and no limit may count them: of shared weights in parallel a whole step is done anew.
         """
-        for action in [one for one in self._missing if one.device == place]:
+        for action in [missing for missing in self._missing if missing.device == place]:
             del self._missing[action]
             self._demands.pop(action, None)
         self._ready = [entry for entry in self._ready if entry[1].device != place]
         heapq.heapify(self._ready)
         for awaited, waiting in list(self._dependents.items()):
-            left = [one for one in waiting if one.device != place]
+            left = [ready for ready in waiting if ready.device != place]
             if left:
                 self._dependents[awaited] = left
             else:
                 del self._dependents[awaited]
-        for key in [one for one in self._complete if one[0] == place]:
+        for key in [done for done in self._complete if done[0] == place]:
             del self._complete[key]
 
     def next(self) -> Action | None:

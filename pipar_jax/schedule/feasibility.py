@@ -28,8 +28,8 @@ def check_executable(plan: Plan) -> None:
         a chain visits the coordinator's host twice, or devices share weights that are not on one
         host.
     """
-    for device, one in enumerate(plan.devices):
-        chain = [plan.host(device, stage) for stage in range(one.stages)]
+    for device, device_plan in enumerate(plan.devices):
+        chain = [plan.host(device, stage) for stage in range(device_plan.stages)]
         others = sorted(
             {h for h in chain if h not in (COORDINATOR, device_name(device)) and not is_node(h)}
         )

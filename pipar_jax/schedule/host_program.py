@@ -102,11 +102,11 @@ def find_beside(
       below: Stage below the boundary.
       unit_sides: For each unit of the model the names of its side inputs.
     """
-    one = plan.devices[place]
-    hosts = [plan.host(place, stage) for stage in range(one.stages)]
+    device = plan.devices[place]
+    hosts = [plan.host(place, stage) for stage in range(device.stages)]
     names = {
         name
-        for stage in range(below + 1, one.stages)
+        for stage in range(below + 1, device.stages)
         if hosts[stage] != hosts[0]
         for unit in plan.units(place, stage, len(unit_sides))
         for name in unit_sides[unit]
@@ -131,12 +131,12 @@ class HostProgram:
         self.plan, self.host = plan, host
         self._operations: dict[tuple[int, int, str], Operation] = {}
         places = []
-        for place, one in enumerate(plan.devices):
-            own = [stage for stage in range(one.stages) if plan.host(place, stage) == host]
+        for place, device in enumerate(plan.devices):
+            own = [stage for stage in range(device.stages) if plan.host(place, stage) == host]
             if own:
                 places.append(place)
             for stage in own:
-                last = stage == one.stages - 1
+                last = stage == device.stages - 1
                 for kind in (LOSS,) if last else (FORWARD, BACKWARD):
                     self._add(_operation(plan, place, stage, kind))
                 shared = plan.sums_gradients and plan.is_colocated(stage)
@@ -145,8 +145,8 @@ class HostProgram:
                 self._add(_operation(plan, place, 0, SEND_CLIENT_MODEL))
         self.places = tuple(places)
         self._hosts = [
-            tuple(plan.host(place, s) for s in range(one.stages))
-            for place, one in enumerate(plan.devices)
+            tuple(plan.host(place, s) for s in range(device.stages))
+            for place, device in enumerate(plan.devices)
         ]
         self._templates: dict[tuple[int, int], HostTemplate] = {}
         self._hands_on = plan.order == Order.SEQUENTIAL
@@ -188,13 +188,13 @@ class HostProgram:
           samples: Samples that each place's device trains on in an epoch.
           batch_size: Samples in a full mini-batch.
         """
-        found: set[int] = set()
+        sizes: set[int] = set()
         for place in self.places:
             last = -(-samples[place] // batch_size) - 1
             for step in {0, last}:
                 size = batch_samples(samples[place], batch_size, step)
-                found.update(micro_batch_sizes(size, self.plan.devices[place].micro_batches))
-        return found
+                sizes.update(micro_batch_sizes(size, self.plan.devices[place].micro_batches))
+        return sizes
 
     def step(
         self, schedule: RoundSchedule, position: int, step: int, *, alone: bool = False
@@ -240,7 +240,7 @@ class HostProgram:
         if self._hands_on and (place, 0, SEND_CLIENT_MODEL) in self._operations:
             following = schedule.spans[position + 1 : position + 2]
             if step == span.stop - 1 and not (following and following[0].device == place):
-                updates = tuple(one for one in actions if one.kind is UPDATE)
+                updates = tuple(action for action in actions if action.kind is UPDATE)
                 rows.append((Action(0, SEND_CLIENT_MODEL, place, step), updates))
         return rows
 
@@ -257,9 +257,9 @@ def replica_key(plan: Plan, place: int, stage: int) -> tuple[int, int]:
 def _operation(plan: Plan, place: int, stage: int, kind: ActionKind) -> Operation:
     """Returns the operation of a place's stage."""
     known = 0 if place == ALL else place
-    one = plan.devices[known]
-    hosts = [plan.host(known, s) for s in range(one.stages)]
-    last = one.stages - 1
+    device = plan.devices[known]
+    hosts = [plan.host(known, s) for s in range(device.stages)]
+    last = device.stages - 1
     source = target = None
     received = RECEIVE_BACKWARD if kind == BACKWARD else RECEIVE_FORWARD
     up = kind == FORWARD
@@ -276,10 +276,10 @@ def _operation(plan: Plan, place: int, stage: int, kind: ActionKind) -> Operatio
     if up or (kind in (BACKWARD, LOSS) and stage):
         target_stage = stage + 1 if up else stage - 1
         below = min(stage, target_stage)
-        cut = one.cuts[below]
+        cut = device.cuts[below]
         if hosts[target_stage] != hosts[stage]:
             target = plan.boundary(known, below)
-            pair = one.codecs[below]
+            pair = device.codecs[below]
             codec = pair.activation if up else pair.cotangent
     limited = bool(plan.in_flight and plan.sums_gradients and plan.is_colocated(stage))
     return Operation(

@@ -290,8 +290,8 @@ class Plan:
         """Returns the indices of all units of which a host has weights, in increasing order."""
         held = {
             unit
-            for device, one in enumerate(self.devices)
-            for stage in range(one.stages)
+            for device, device_plan in enumerate(self.devices)
+            for stage in range(device_plan.stages)
             if self.host(device, stage) == host
             for unit in self.units(device, stage, count)
         }
@@ -305,7 +305,7 @@ class Plan:
     @property
     def has_single_micro_batches(self) -> bool:
         """Whether every step's gradient is that of one micro-batch, so that nothing is summed."""
-        return not self.sums_gradients and all(one.micro_batches == 1 for one in self.devices)
+        return not self.sums_gradients and all(device.micro_batches == 1 for device in self.devices)
 
     def hosts(self) -> tuple[str, ...]:
         """Returns all hosts of the plan, coordinator first, then in order of appearance."""
@@ -322,13 +322,13 @@ class Plan:
 
     def boundaries(self) -> tuple[Boundary, ...]:
         """Returns all boundaries between different hosts, each once."""
-        found: dict[Boundary, None] = {}
+        boundaries: dict[Boundary, None] = {}
         for device, plan in enumerate(self.devices):
             for below in range(plan.stages - 1):
-                one = self.boundary(device, below)
-                if one.lower != one.upper:
-                    found[one] = None
-        return tuple(found)
+                boundary = self.boundary(device, below)
+                if boundary.lower != boundary.upper:
+                    boundaries[boundary] = None
+        return tuple(boundaries)
 
     def units(self, device: int, stage: int, count: int) -> range:
         """Returns the indices of a stage's units in a model of ``count`` units."""
@@ -363,12 +363,12 @@ class Plan:
         try:
             devices = tuple(
                 DevicePlan(
-                    cuts=tuple(one["cuts"]),
-                    hosts=tuple(one["hosts"]),
-                    micro_batches=one["micro_batches"],
-                    codecs=tuple(Codecs(**pair) for pair in one["codecs"]),
+                    cuts=tuple(device["cuts"]),
+                    hosts=tuple(device["hosts"]),
+                    micro_batches=device["micro_batches"],
+                    codecs=tuple(Codecs(**pair) for pair in device["codecs"]),
                 )
-                for one in values["devices"]
+                for device in values["devices"]
             )
             return cls(**{**values, "devices": devices})
         except (KeyError, TypeError) as error:

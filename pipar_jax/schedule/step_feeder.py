@@ -78,12 +78,12 @@ class StepFeeder:
           step: Its first step that does not count.
         """
         spans = self.schedule.spans
-        for position in [one for one in self._queue if spans[one].device == place]:
+        for position in [waiting for waiting in self._queue if spans[waiting].device == place]:
             if spans[position].first >= step:
                 self._queue.remove(position)
                 self._skipped.add(position)
                 self._open -= 1
-        for key in [one for one in self._left if one[0] == place and one[1] >= step]:
+        for key in [left for left in self._left if left[0] == place and left[1] >= step]:
             position = self._position.pop(key)
             del self._left[key], self._sizes[key]
             self._skipped.add(position)

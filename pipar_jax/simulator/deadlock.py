@@ -66,7 +66,7 @@ def grid(
         stuck = [action for action in blocked if where[action] == host.name]
         stuck.sort(key=lambda action: (action != cell, action.step, action.micro_batch))
         done = " ".join(map(str, host.last)) or "nothing"
-        cells = [f">>{one}<<" if one == cell else str(one) for one in stuck[:4]]
+        cells = [f">>{action}<<" if action == cell else str(action) for action in stuck[:4]]
         more = f" and {len(stuck) - 4} more" if len(stuck) > 4 else ""
         lines.append(f"  {host.name:<{width}} | {done} | {' '.join(cells) or 'done'}{more}")
     if len(shown) > 16:
@@ -85,7 +85,9 @@ def _offender(
     path: list[Action] = []
     while current not in path:
         path.append(current)
-        waits_for = next((one for one in blocked[current] if one not in path), blocked[current][0])
+        waits_for = next(
+            (other for other in blocked[current] if other not in path), blocked[current][0]
+        )
         source = _source(plan, waits_for) if waits_for.kind in RECEIVES else waits_for
         if source not in blocked:
             return current, f"it waits for {waits_for}, which no host performs"

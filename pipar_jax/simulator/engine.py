@@ -228,7 +228,7 @@ class Simulation:
 
     def _send(self, host: SimulatedHost, action: Action, route: Route, samples: int) -> None:
         """Sends a result; it is available when its last byte has arrived and is decoded."""
-        link, one = route.out, route.operation
+        link, operation = route.out, route.operation
         assert link is not None
         nbytes = route.cost(samples)[1]
         link.outstanding += nbytes
@@ -236,15 +236,19 @@ class Simulation:
         ready_s = self.now_s
         codec_s = self._costs.codec_s
         if codec_s is not None:
-            coding_s = codec_s(action.device, action.stage, one.sent, samples)
+            coding_s = codec_s(action.device, action.stage, operation.sent, samples)
             host.codec_free_s = ready_s = max(ready_s, host.codec_free_s) + on_grid(coding_s)
         start_s, end_s = link.send(ready_s, nbytes)
         there_s = end_s + link.delay_s
         received = Action(
-            one.target_stage, one.arrives_as, action.device, action.step, action.micro_batch
+            operation.target_stage,
+            operation.arrives_as,
+            action.device,
+            action.step,
+            action.micro_batch,
         )
         if self._collect:
-            sent = action._replace(kind=one.sent)
+            sent = action._replace(kind=operation.sent)
             host.rows.append(Timed(sent, start_s, end_s, int(nbytes), samples))
             target.rows.append(
                 Timed(received, start_s + link.delay_s, there_s, int(nbytes), samples)

@@ -60,8 +60,8 @@ class Exchange:
         self._closing = {}
         for action, before in self._simulation.round.schedule.closing():
             self._left[action] = len(before)
-            for one in before:
-                self._closing.setdefault(one, []).append(action)
+            for earlier in before:
+                self._closing.setdefault(earlier, []).append(action)
 
     def over(self, action: Action) -> None:
         """Continues with the closing actions that waited for this one."""

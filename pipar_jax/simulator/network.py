@@ -108,17 +108,17 @@ class SimulatedNetwork:
         if COORDINATOR in (source, target):
             below = CONTROL
         key = source, target, below
-        found = self.directions.get(key)
-        if found is None:
+        direction = self.directions.get(key)
+        if direction is None:
             line = self._lines.setdefault(_line_of(*key), Line())
-            found = self.directions[key] = Direction(*key, line, self._costs)
-        return found
+            direction = self.directions[key] = Direction(*key, line, self._costs)
+        return direction
 
     def carried(self) -> dict[tuple[str, str], float]:
         """Returns the bytes sent so far by direction (from, to), over all links of two hosts."""
         totals: dict[tuple[str, str], float] = {}
-        for (source, target, _), one in self.directions.items():
-            totals[source, target] = totals.get((source, target), 0.0) + one.carried
+        for (source, target, _), direction in self.directions.items():
+            totals[source, target] = totals.get((source, target), 0.0) + direction.carried
         return totals
 
     def control(self, source: str, now_s: float, target: str = COORDINATOR) -> float:
@@ -168,18 +168,22 @@ class Route:
         """Returns the seconds of the computation, and the bytes of its result and input."""
         known = self._known.get(samples)
         if known is None:
-            one, seconds = self.operation, 0.0
+            operation, seconds = self.operation, 0.0
             if (
-                one.kind != SEND_CLIENT_MODEL
+                operation.kind != SEND_CLIENT_MODEL
             ):  # not a computation; its message belongs to the exchange
-                seconds = self._costs.compute_s(one.place, one.stage, one.kind, samples)
+                seconds = self._costs.compute_s(
+                    operation.place, operation.stage, operation.kind, samples
+                )
             out = came = 0.0
             if self.out is not None:
-                out = self._costs.wire_bytes(one.place, one.stage, one.sent, samples)
+                out = self._costs.wire_bytes(
+                    operation.place, operation.stage, operation.sent, samples
+                )
             if self.source is not None:
-                back = one.kind == BACKWARD
+                back = operation.kind == BACKWARD
                 came = self._costs.wire_bytes(
-                    one.place, one.stage + (1 if back else -1),
+                    operation.place, operation.stage + (1 if back else -1),
                     SEND_BACKWARD if back else SEND_FORWARD, samples,
                 )  # fmt: skip
             known = self._known[samples] = (on_grid(seconds), out, came)

@@ -101,8 +101,8 @@ class StageCosts:
             known.setdefault(device.host, HostTimes(device.host)) for device in profile.devices
         ]
         self.nodes = {
-            node_name(i + 1): known.setdefault(one.host, HostTimes(one.host))
-            for i, one in enumerate(profile.nodes)
+            node_name(i + 1): known.setdefault(node.host, HostTimes(node.host))
+            for i, node in enumerate(profile.nodes)
         }
         self._weights = [0.0]
         self._optimizer = [0.0]
@@ -160,7 +160,7 @@ class StageCosts:
     def costs(self, plan: Plan) -> Costs:
         """Returns the costs for the simulator."""
         count = len(self.profile.units)
-        bounds = [(0, *one.cuts, count) for one in plan.devices]
+        bounds = [(0, *device.cuts, count) for device in plan.devices]
         sides = [unit.sides for unit in self.profile.units]
 
         def compute_s(device: int, stage: int, kind: ActionKind, samples: int) -> float:
@@ -206,13 +206,13 @@ class StageCosts:
             back = kind in (SEND_BACKWARD, RECEIVE_BACKWARD)
             boundary = stage if kind in (SEND_FORWARD, RECEIVE_BACKWARD) else stage - 1
             pair = plan.devices[device].codecs[boundary]
-            one = self.codec(pair.cotangent if back else pair.activation)
+            codec = self.codec(pair.cotangent if back else pair.activation)
             sends = kind in (SEND_FORWARD, SEND_BACKWARD)
-            per_byte = one.encode_s_per_byte if sends else one.decode_s_per_byte
+            per_byte = codec.encode_s_per_byte if sends else codec.decode_s_per_byte
             return per_byte * self.cut_bytes(plan.devices[device].cuts[boundary], samples)
 
         coded = any(pair.activation != "raw" or pair.cotangent != "raw"
-                    for one in plan.devices for pair in one.codecs)  # fmt: skip
+                    for device in plan.devices for pair in device.codecs)  # fmt: skip
         return Costs(compute_s, wire_bytes, self.links(plan),
                      window_bytes=self.profile.window_bytes,
                      codec_s=codec_s if coded else None)  # fmt: skip
@@ -226,9 +226,9 @@ class StageCosts:
     def links(self, plan: Plan) -> dict[tuple[str, str], LinkModel]:
         """Returns the model of every direction of every link that a plan uses."""
         links = {}
-        for index, one in enumerate(self.profile.devices):
+        for index, ends in enumerate(self.profile.devices):
             name = device_name(index)
-            links[name, COORDINATOR], links[COORDINATOR, name] = one.up, one.down
+            links[name, COORDINATOR], links[COORDINATOR, name] = ends.up, ends.down
         for lower, upper, _ in plan.boundaries():
             if is_node(lower) and is_node(upper):
                 node = self.profile.of(lower)
@@ -260,7 +260,7 @@ def round_of(profile: Profile, plan: Plan) -> RoundSchedule:
 
     In sequential order the last device has the client-side model, as at the start of later rounds.
     """
-    samples = tuple(one.samples for one in profile.devices)
+    samples = tuple(device.samples for device in profile.devices)
     steps = [profile.steps(device) for device in range(len(samples))]
     holder = len(samples) - 1 if plan.order == Order.SEQUENTIAL else None
     return RoundSchedule(plan, rounds(plan, steps, 1)[0], samples, profile.batch_size, holder)
@@ -283,8 +283,8 @@ def estimate(stages: StageCosts, plan: Plan) -> PlanEstimate:
     Raises:
       ScheduleError: The plan deadlocks.
     """
-    found = simulate_round(round_of(stages.profile, plan), stages.costs(plan), collect=False)
-    return PlanEstimate(plan, found.seconds * rounds_per_epoch(stages.profile, plan), found)
+    simulated = simulate_round(round_of(stages.profile, plan), stages.costs(plan), collect=False)
+    return PlanEstimate(plan, simulated.seconds * rounds_per_epoch(stages.profile, plan), simulated)
 
 
 def simulate(plan: Plan, profile: Profile) -> Trace:
@@ -303,16 +303,16 @@ def simulate(plan: Plan, profile: Profile) -> Trace:
 
 def loads(stages: StageCosts, judged: PlanEstimate) -> Mapping[str, float]:
     """Returns the busy shares of the busiest device, uplink, downlink and the server, in [0, 1]."""
-    found, busiest = judged.round, {"device": 0.0, "uplink": 0.0, "downlink": 0.0}
-    for index, one in enumerate(stages.profile.devices):
+    simulated, busiest = judged.round, {"device": 0.0, "uplink": 0.0, "downlink": 0.0}
+    for index, device in enumerate(stages.profile.devices):
         name = device_name(index)
-        busiest["device"] = max(busiest["device"], found.busy_s[name])
+        busiest["device"] = max(busiest["device"], simulated.busy_s[name])
         for way, ends, link in (
-            ("uplink", (name, COORDINATOR), one.up),
-            ("downlink", (COORDINATOR, name), one.down),
+            ("uplink", (name, COORDINATOR), device.up),
+            ("downlink", (COORDINATOR, name), device.down),
         ):
-            carried = found.carried_bytes.get(ends, 0.0)
+            carried = simulated.carried_bytes.get(ends, 0.0)
             if carried and link.rate_bytes_s:
                 busiest[way] = max(busiest[way], carried / link.rate_bytes_s)
-    busiest["server"] = found.busy_s[COORDINATOR]
-    return {name: min(seconds / found.seconds, 1.0) for name, seconds in busiest.items()}
+    busiest["server"] = simulated.busy_s[COORDINATOR]
+    return {name: min(seconds / simulated.seconds, 1.0) for name, seconds in busiest.items()}

@@ -39,11 +39,11 @@ class ComparableDispatcher(Dispatcher):
 
     def blocked(self) -> dict[Action, list[Action]]:
         """Returns every action that has not run, with what it waits for; nothing if for credit."""
-        found: dict[Action, list[Action]] = {action: [] for action in self._missing}
+        waiting: dict[Action, list[Action]] = {action: [] for action in self._missing}
         for action, dependents in self._dependents.items():
             for dependent in dependents:
-                found[dependent].append(action)
-        return found
+                waiting[dependent].append(action)
+        return waiting
 
 
 class SimulatedHost:

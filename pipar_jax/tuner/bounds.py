@@ -84,14 +84,14 @@ def least(stages: StageCosts, device: int, option: DeviceOption, span: Span) -> 
       span: Its steps in the round.
     """
     profile = stages.profile
-    one, count = profile.devices[device], len(profile.units)
+    own, count = profile.devices[device], len(profile.units)
     mine, times = option.cut or count, stages.devices[device]
     sizes: dict[int, int] = {}
     for step in range(span.first, span.stop):
-        samples = batch_samples(one.samples, profile.batch_size, step)
+        samples = batch_samples(own.samples, profile.batch_size, step)
         sizes[samples] = sizes.get(samples, 0) + 1
     update_s = times.time_s(UPDATE, 0, mine, 0)
-    alone_s = _transfer_s(one.down, 0.0)
+    alone_s = _transfer_s(own.down, 0.0)
     server_s, opening_s, tail_s = 0.0, math.inf, math.inf
     for samples, steps in sizes.items():
         if not option.cut:
@@ -104,32 +104,32 @@ def least(stages: StageCosts, device: int, option: DeviceOption, span: Span) -> 
         opening_s = min(opening_s, alone.opening_s)
         tail_s = min(tail_s, alone.tail_s + update_s)
     weights = stages.averaged_bytes(0, mine)
-    closing_s = _transfer_s(one.up, weights) + stages.average_s()
-    closing_s += _transfer_s(one.down, weights) + _transfer_s(one.up, 0.0)
+    closing_s = _transfer_s(own.up, weights) + stages.average_s()
+    closing_s += _transfer_s(own.down, weights) + _transfer_s(own.up, 0.0)
     if not option.cut:
         opening_s = tail_s = 0.0
-    return LowerBound(alone_s, server_s, opening_s + _transfer_s(one.down, 0.0), closing_s, tail_s)
+    return LowerBound(alone_s, server_s, opening_s + _transfer_s(own.down, 0.0), closing_s, tail_s)
 
 
 def round_bound_s(stages: StageCosts, all_least: Sequence[LowerBound]) -> float:
     """Returns the lower bound of a parallel round: of each device alone, and of the server."""
-    alone_s = max(one.round_s for one in all_least)
-    using = [one for one in all_least if one.server_s]
+    alone_s = max(bound.round_s for bound in all_least)
+    using = [bound for bound in all_least if bound.server_s]
     if not using:
         return alone_s
     # The update after the last micro-batch may come after the cotangent that the device waits for.
     update_s = stages.server.time_s(UPDATE, 0, len(stages.profile.units), 0)
-    after_s = max(0.0, min(one.tail_s + one.closing_s for one in using) - update_s)
-    shared_s = min(one.opening_s for one in using) + sum(one.server_s for one in using)
+    after_s = max(0.0, min(bound.tail_s + bound.closing_s for bound in using) - update_s)
+    shared_s = min(bound.opening_s for bound in using) + sum(bound.server_s for bound in using)
     return max(alone_s, shared_s + after_s)
 
 
 def sequential_bound_s(stages: StageCosts, all_least: Sequence[LowerBound], cut: int) -> float:
     """Returns the lower bound of a sequential epoch: steps in turn, with hand-overs between."""
-    part, total_s = stages.part_bytes(0, cut), sum(one.alone_s for one in all_least)
-    for one in stages.profile.devices if len(all_least) > 1 else ():
-        total_s += _transfer_s(one.up, part) + _transfer_s(one.down, part)
-        total_s -= _transfer_s(one.down, 0.0)  # the release, once for all devices
+    part, total_s = stages.part_bytes(0, cut), sum(bound.alone_s for bound in all_least)
+    for other in stages.profile.devices if len(all_least) > 1 else ():
+        total_s += _transfer_s(other.up, part) + _transfer_s(other.down, part)
+        total_s -= _transfer_s(other.down, 0.0)  # the release, once for all devices
     return total_s
 
 
@@ -210,21 +210,21 @@ class _ProfileSizes:
         """Returns the bytes of weights, gradients, statistics and optimiser state."""
         some = [self._facts[unit] for unit in units]
         return int(
-            sum(2 * one.parameter_bytes + one.optimizer_bytes + one.state_bytes for one in some)
+            sum(2 * unit.parameter_bytes + unit.optimizer_bytes + unit.state_bytes for unit in some)
         )
 
     def kept(self, units: range, keeps: Keep) -> int:
         """Returns the bytes of optimiser states, and of the rest where it is kept too."""
         some = [self._facts[unit] for unit in units]
-        opt_state = sum(one.optimizer_bytes for one in some)
-        whole = sum(one.parameter_bytes + one.state_bytes for one in some) + opt_state
+        opt_state = sum(unit.optimizer_bytes for unit in some)
+        whole = sum(unit.parameter_bytes + unit.state_bytes for unit in some) + opt_state
         times = int(Keep.OPTIMIZER in keeps), int(bool(keeps & (Keep.TURN | Keep.STEP)))
         return int(times[0] * opt_state + times[1] * whole)
 
     def average(self, units: range) -> int:
         """Returns the bytes of weights and statistics; rules of the average are not profiled."""
         some = [self._facts[unit] for unit in units]
-        return int(sum(one.parameter_bytes + one.state_bytes for one in some))
+        return int(sum(unit.parameter_bytes + unit.state_bytes for unit in some))
 
     def stage(self, units: range, samples: int) -> StageSizes:
         """Returns the bytes of a micro-batch."""
@@ -251,14 +251,14 @@ class _Step(NamedTuple):
 
 def _step(stages: StageCosts, device: int, option: DeviceOption, parts: Sequence[int]) -> _Step:
     """Returns the recurrence with each micro-batch's own times and the links' delays."""
-    one, count, cut = stages.profile.devices[device], len(stages.profile.units), option.cut
+    own, count, cut = stages.profile.devices[device], len(stages.profile.units), option.cut
     times, costs = stages.devices[device], {}
     for size in set(parts):
         costs[size] = (
             times.time_s(FORWARD, 0, cut, size),
-            one.up.occupied_s(stages.up_bytes(cut, size, option.codecs.activation)),
+            own.up.occupied_s(stages.up_bytes(cut, size, option.codecs.activation)),
             stages.server.time_s(LOSS, cut, count, size),
-            one.down.occupied_s(stages.down_bytes(cut, size, option.codecs.cotangent)),
+            own.down.occupied_s(stages.down_bytes(cut, size, option.codecs.cotangent)),
             times.time_s(BACKWARD, 0, cut, size),
         )
     all_forwards_s = sum(costs[size][0] for size in parts)
@@ -267,15 +267,15 @@ def _step(stages: StageCosts, device: int, option: DeviceOption, parts: Sequence
         cf, u, s, d, cb = costs[size]
         forward_s += cf
         up_s = max(forward_s, up_s) + u
-        server_s = max(up_s + one.up.delay_s, server_s) + s
+        server_s = max(up_s + own.up.delay_s, server_s) + s
         down_s = max(server_s, down_s) + d
-        backward_s = max(down_s + one.down.delay_s, backward_s, all_forwards_s) + cb
+        backward_s = max(down_s + own.down.delay_s, backward_s, all_forwards_s) + cb
     first, last = costs[parts[0]], costs[parts[-1]]
     return _Step(
         backward_s,
         sum(costs[size][2] for size in parts),
-        first[0] + first[1] + one.up.delay_s,
-        last[3] + one.down.delay_s + last[4],
+        first[0] + first[1] + own.up.delay_s,
+        last[3] + own.down.delay_s + last[4],
     )
 
 

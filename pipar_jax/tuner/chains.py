@@ -88,10 +88,12 @@ def tune_chain(
     method = METHODS[config.method]
     proposals = _proposals(profile, method, candidates, make, objection, nodes)
     judged = {plan: estimate(stages, plan) for plan in proposals}
-    fastest = min(judged.values(), key=lambda one: one.epoch_s)
+    fastest = min(judged.values(), key=lambda candidate: candidate.epoch_s)
     if not config.tuner.codecs:
         return fastest
-    actions = max(config.tuner.actions, sum(one.round.simulated for one in judged.values()))
+    actions = max(
+        config.tuner.actions, sum(candidate.round.simulated for candidate in judged.values())
+    )
     return with_codecs(stages, candidates, make, actions, judged, fastest.plan)
 
 
@@ -146,17 +148,17 @@ def chain_table(profile: Profile, judged: Mapping[str, PlanEstimate]) -> Table:
     for name, justify in (("best by", "left"), ("plan", "left"), ("s/epoch", "right"),
                           ("host: units, busy", "left")):  # fmt: skip
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for name, one in judged.items():
-        plan, count = one.plan, len(profile.units)
+    for name, predicted in judged.items():
+        plan, count = predicted.plan, len(profile.units)
         hosts = []
         for stage in range(plan.devices[0].stages):
             units = plan.units(0, stage, count)
             host = plan.host(0, stage)
-            busy = one.round.busy_s[host] / one.round.seconds
+            busy = predicted.round.busy_s[host] / predicted.round.seconds
             label = "device" if plan.devices[0].hosts[stage] == OWNER else host
             hosts.append(f"{label}: {units.start}:{units.stop}, {busy:.0%}")
         texts = dict.fromkeys(map(str, plan.devices))  # devices may differ in codecs
-        table.add_row(name, "\n".join(texts), f"{one.epoch_s:.4g}", "\n".join(hosts))
+        table.add_row(name, "\n".join(texts), f"{predicted.epoch_s:.4g}", "\n".join(hosts))
     return table
 
 
@@ -183,11 +185,11 @@ def _proposals(
     for share in ROOM if limited else ROOM[:1]:
         proposals: dict[Plan, None] = {}
         for objective in ("mpsl",) if candidates.tuner.select == "paper" else OBJECTIVES:
-            found: dict[Plan, float] = {}  # the best so far
+            best: dict[Plan, float] = {}  # the best so far
             for problem in _problems(profile, method, candidates, share, usable):
-                most_s = NEAR * min(found.values(), default=math.inf)
-                if len(found) == JUDGED:
-                    most_s = min(most_s, max(found.values()))
+                most_s = NEAR * min(best.values(), default=math.inf)
+                if len(best) == JUDGED:
+                    most_s = min(most_s, max(best.values()))
                 try:
                     chain = plan_chain(problem, objective, most_s)
                 except PlanError as error:
@@ -195,12 +197,12 @@ def _proposals(
                     continue
                 plan = build(*_shape(problem, chain, len(profile.units)))
                 if (why := objection(plan)) is None:
-                    found[plan] = chain.cost_s
+                    best[plan] = chain.cost_s
                 else:
                     reason = why
-                if len(found) > JUDGED:
-                    del found[max(found, key=found.__getitem__)]
-            proposals |= dict.fromkeys(sorted(found, key=found.__getitem__))
+                if len(best) > JUDGED:
+                    del best[max(best, key=best.__getitem__)]
+            proposals |= dict.fromkeys(sorted(best, key=best.__getitem__))
         if proposals:
             return proposals
     raise PlanError(f"no chain over the compute nodes can be planned: {reason}")
@@ -225,9 +227,9 @@ def _problems(
     pipeline = candidates.pipeline
     sizes = micro_batch_sizes(profile.batch_size, pipeline.micro_batches)
     size, parts = sizes[0], len(sizes)
-    one, count = profile.devices[0], len(profile.units)
+    device, count = profile.devices[0], len(profile.units)
     home = method.keeps_labels(pipeline)
-    owner = DataOwner(_layers(profile, one.host, size, parts), one.up, one.down)
+    owner = DataOwner(_layers(profile, device.host, size, parts), device.up, device.down)
     nodes = tuple(
         Node(
             node_name(i + 1),

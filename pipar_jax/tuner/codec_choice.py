@@ -142,7 +142,7 @@ def raise_precision(
     if began_s is None:
         return plan
     deadline_s = began_s * (1 + SLACK)
-    for slot in sorted(all_slots, key=lambda one: one.role, reverse=True):  # cotangents first
+    for slot in sorted(all_slots, key=lambda slot: slot.role, reverse=True):  # cotangents first
         rungs = _rungs(candidates, slot, plan)
         low, high = rungs.index(slot.codec(plan)), len(rungs)
         # Time increases with the bits; raw, the last, needs no coding and may be faster than many
@@ -217,7 +217,7 @@ def reasons(stages: StageCosts, candidates: CodecCandidates, judged: PlanEstimat
       candidates: The codecs to choose from.
       judged: The chosen plan.
     """
-    plan, found = judged.plan, []
+    plan, lines = judged.plan, []
     links = stages.links(plan)
     for slot in slots(plan, stages.profile) if candidates.chosen else ():
         chosen = slot.codec(plan)
@@ -241,7 +241,7 @@ def reasons(stages: StageCosts, candidates: CodecCandidates, judged: PlanEstimat
         raw_bytes, costs = stages.cut_bytes(cut, sum(sizes)), stages.codec(coded)
         coding_s = (costs.encode_s_per_byte + costs.decode_s_per_byte) * raw_bytes
         other_s = estimate(stages, slot.with_codec(plan, other)).epoch_s
-        found.append(
+        lines.append(
             Reason(slot, chosen, other, raw_bytes, saved_s, coding_s, judged.epoch_s, other_s)
         )
-    return found
+    return lines

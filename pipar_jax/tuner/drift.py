@@ -127,17 +127,19 @@ class ProfileTracker:
         learner = self._learners.get(host)
         actual_s = expected_s = 0.0
         learned = False
-        for one in seen:
-            units = self._units(plan, one)
-            if learner is not None and one.kind != UPDATE:
-                case = one.kind, units.start, units.stop, one.samples
-                learner.observe(case, _without_overhead(one.median_s, learner.predict_s(case)))
+        for computed in seen:
+            units = self._units(plan, computed)
+            if learner is not None and computed.kind != UPDATE:
+                case = computed.kind, units.start, units.stop, computed.samples
+                learner.observe(case, _without_overhead(computed.median_s, learner.predict_s(case)))
                 learned = True
                 continue
-            alone_s = self._times[host].time_s(one.kind, units.start, units.stop, one.samples)
+            alone_s = self._times[host].time_s(
+                computed.kind, units.start, units.stop, computed.samples
+            )
             believed_s = self._factors[host] * alone_s
-            actual_s += one.times * _without_overhead(one.median_s, believed_s)
-            expected_s += one.times * alone_s
+            actual_s += computed.times * _without_overhead(computed.median_s, believed_s)
+            expected_s += computed.times * alone_s
         if actual_s > 0 and expected_s > 0:
             factor = min(max(actual_s / expected_s, 1 / MOST_FACTOR), MOST_FACTOR)
             self._factors[host] = _follow(self._factors[host], factor)
@@ -145,10 +147,10 @@ class ProfileTracker:
             learner.learn()
             self._learned[host] = learner.profile(self._hosts[host].sizes)
 
-    def _units(self, plan: Plan, one: Computed) -> range:
+    def _units(self, plan: Plan, computed: Computed) -> range:
         """Returns the units of a computation's stage."""
-        device = 0 if one.device == ALL else one.device
-        return plan.units(device, one.stage, len(self._base.units))
+        device = 0 if computed.device == ALL else computed.device
+        return plan.units(device, computed.stage, len(self._base.units))
 
     def carried(self, boundary: Boundary, target: str, total: LinkThroughput) -> None:
         """Adds the throughput of a link to one of its ends.
@@ -165,7 +167,7 @@ class ProfileTracker:
         if nbytes < LEAST_BYTES or seconds < LEAST_S:
             return
         self._carried[boundary, target] = total
-        devices = [one for one in boundary[:2] if one != COORDINATOR and not is_node(one)]
+        devices = [host for host in boundary[:2] if host != COORDINATOR and not is_node(host)]
         line = (devices or [boundary.lower])[0]
         way = line, (target != line)
         self._rates[way] = _follow(self._rates[way] or nbytes / seconds, nbytes / seconds)
@@ -177,21 +179,21 @@ class ProfileTracker:
             server=self._host(COORDINATOR),
             devices=tuple(
                 dataclasses.replace(
-                    one,
+                    device,
                     host=self._host(device_name(index)),
-                    up=self._line(one.up, device_name(index), True),
-                    down=self._line(one.down, device_name(index), False),
+                    up=self._line(device.up, device_name(index), True),
+                    down=self._line(device.down, device_name(index), False),
                 )
-                for index, one in enumerate(self._base.devices)
+                for index, device in enumerate(self._base.devices)
             ),
             nodes=tuple(
                 dataclasses.replace(
-                    one,
+                    node,
                     host=self._host(node_name(index + 1)),
-                    up=self._line(one.up, node_name(index + 1), True),
-                    down=self._line(one.down, node_name(index + 1), False),
+                    up=self._line(node.up, node_name(index + 1), True),
+                    down=self._line(node.down, node_name(index + 1), False),
                 )
-                for index, one in enumerate(self._base.nodes)
+                for index, node in enumerate(self._base.nodes)
             ),
         )
 
@@ -224,19 +226,19 @@ def lone(plan: Plan) -> tuple[Boundary, ...]:
     slower than the line.
     """
     met: dict[str, list[Boundary]] = {}
-    found = []
+    changes = []
     for boundary in plan.boundaries():
         devices = [end for end in boundary[:2] if end != COORDINATOR and not is_node(end)]
         if devices:
             met.setdefault(devices[0], []).append(boundary)
         else:
-            found.append(boundary)
-    return (*found, *(some[0] for some in met.values() if len(some) == 1))
+            changes.append(boundary)
+    return (*changes, *(some[0] for some in met.values() if len(some) == 1))
 
 
-def differ(one: Sequence[float], other: Sequence[float], share: float) -> bool:
+def differ(before: Sequence[float], after: Sequence[float], share: float) -> bool:
     """Returns whether any value of two states differs by more than a share."""
-    return any(abs(a - b) > share * max(a, b) for a, b in zip(one, other, strict=True))
+    return any(abs(a - b) > share * max(a, b) for a, b in zip(before, after, strict=True))
 
 
 def _parts(host: HostProfile) -> list[float]:

@@ -60,7 +60,7 @@ def choose(stages: StageCosts, device: int, codecs: Codecs = RAW) -> PaperChoice
       PlanError: The model has one unit and cannot be split.
     """
     profile = stages.profile
-    one, batch, count = profile.devices[device], profile.batch_size, len(profile.units)
+    own, batch, count = profile.devices[device], profile.batch_size, len(profile.units)
     times = stages.devices[device]
     candidates = {}
     for cut in range(1, count):
@@ -69,8 +69,8 @@ def choose(stages: StageCosts, device: int, codecs: Codecs = RAW) -> PaperChoice
         candidates[cut] = StepTimes(
             times.time_s(FORWARD, 0, cut, batch), times.time_s(BACKWARD, 0, cut, batch),
             0.0, stages.server.time_s(LOSS, cut, count, batch),
-            _wire_s(one.up, nbytes * stages.codec(codecs.activation).ratio),
-            _wire_s(one.down, nbytes * stages.codec(codecs.cotangent).ratio),
+            _wire_s(own.up, nbytes * stages.codec(codecs.activation).ratio),
+            _wire_s(own.down, nbytes * stages.codec(codecs.cotangent).ratio),
         )  # fmt: skip
     return paper_choice(candidates, batch)
 

@@ -18,7 +18,7 @@ from pipar_jax.tuner.search import SearchResult
 BEST = 6
 
 
-def plans_table(profile: Profile, found: SearchResult) -> Table:
+def plans_table(profile: Profile, result: SearchResult) -> Table:
     """Returns the best plans with their predicted seconds, bottleneck and memory."""
     stages = StageCosts(profile)
     table = Table(title="plans, best first", title_justify="left")
@@ -28,27 +28,27 @@ def plans_table(profile: Profile, found: SearchResult) -> Table:
         ("device MB", "right"), ("server MB", "right"),
     ):  # fmt: skip
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    told = list(found.plans[:BEST])
-    for judged in found.plans[BEST:]:  # and the best plan of each other method
-        if labels(judged.plan)["method"] not in {labels(one.plan)["method"] for one in told}:
+    told = list(result.plans[:BEST])
+    for judged in result.plans[BEST:]:  # and the best plan of each other method
+        if labels(judged.plan)["method"] not in {labels(shown.plan)["method"] for shown in told}:
             told.append(judged)
     for judged in told:
         table.add_row(*_row(stages, judged))
-    if found.paper is not None:
+    if result.paper is not None:
         table.add_section()
-        method, *rest = _row(stages, found.paper)
+        method, *rest = _row(stages, result.paper)
         table.add_row(f"paper's {method}", *rest)
     return table
 
 
-def verdict(found: SearchResult) -> str:
+def verdict(result: SearchResult) -> str:
     """Returns a sentence about the optimality of the first plan."""
-    looked = f"{found.judged} of {found.candidates} candidates simulated"
-    if found.exact:
+    looked = f"{result.judged} of {result.candidates} candidates simulated"
+    if result.exact:
         return f"{looked}; the others are proven to be no faster"
     return (
-        f"{looked}; no plan takes less than {found.bound_s:.4g} s per epoch, so that at most "
-        f"{found.gap:.1%} can be gained"
+        f"{looked}; no plan takes less than {result.bound_s:.4g} s per epoch, so that at most "
+        f"{result.gap:.1%} can be gained"
     )
 
 
@@ -75,14 +75,14 @@ def codecs_table(
         ("why", "left"),
     ):  # fmt: skip
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for one in why:
-        plan, slot = judged.plan, one.slot
+    for reason in why:
+        plan, slot = judged.plan, reason.slot
         ends = zip(*(slot.ends(plan, device) for device in slot.devices), strict=True)
         sender, receiver = (_names(list(dict.fromkeys(hosts))) for hosts in ends)
         table.add_row(
             f"{sender} → {receiver}", str(plan.devices[slot.devices[0]].cuts[slot.boundary]),
-            slot.role, f"{one.raw_bytes / 1e3:,.0f}", one.chosen, one.other,
-            f"{one.saved_s * 1e3:,.1f}", f"{one.coding_s * 1e3:,.1f}", one.words(),
+            slot.role, f"{reason.raw_bytes / 1e3:,.0f}", reason.chosen, reason.other,
+            f"{reason.saved_s * 1e3:,.1f}", f"{reason.coding_s * 1e3:,.1f}", reason.words(),
         )  # fmt: skip
     return table
 
@@ -93,7 +93,7 @@ def binds(stages: StageCosts, judged: PlanEstimate) -> tuple[str, float]:
     If no resource is busy for half of the round, hosts wait for each other: ``waiting``.
     """
     busy = loads(stages, judged)
-    name = max(busy, key=lambda one: busy[one])
+    name = max(busy, key=lambda host: busy[host])
     return (name if busy[name] >= 0.5 else "waiting"), busy[name]
 
 
@@ -140,8 +140,8 @@ def links_table(profile: Profile) -> Table:
         for name in ("Mbit/s", "delay ms", "message ms"):
             table.add_column(f"{way} {name}", justify="right")
     links: dict[tuple[LinkModel, LinkModel], list[str]] = {}
-    for index, one in enumerate(profile.devices):
-        links.setdefault((one.up, one.down), []).append(device_name(index))
+    for index, device in enumerate(profile.devices):
+        links.setdefault((device.up, device.down), []).append(device_name(index))
     for (up, down), names in links.items():
         table.add_row(_names(names), *_link(up), *_link(down))
     return table
@@ -167,10 +167,10 @@ def _row(stages: StageCosts, judged: PlanEstimate) -> list[str]:
 
 def _distinct(profile: Profile) -> dict[HostProfile, str]:
     """Returns each distinct host with the names of all equal hosts."""
-    found: dict[HostProfile, list[str]] = {profile.server: [COORDINATOR]}
-    for index, one in enumerate(profile.devices):
-        found.setdefault(one.host, []).append(device_name(index))
-    return {host: _names(names) for host, names in found.items()}
+    alike: dict[HostProfile, list[str]] = {profile.server: [COORDINATOR]}
+    for index, device in enumerate(profile.devices):
+        alike.setdefault(device.host, []).append(device_name(index))
+    return {host: _names(names) for host, names in alike.items()}
 
 
 def _names(names: list[str]) -> str:

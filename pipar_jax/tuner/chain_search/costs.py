@@ -79,7 +79,7 @@ class ChainCosts:
             weights[stop] - weights[first], activations[stop] - activations[first]
         )
 
-    def hops(self, one: int | None, other: int | None, position: int) -> Sequence[Hop]:
+    def hops(self, lower: int | None, upper: int | None, position: int) -> Sequence[Hop]:
         """Returns the costs of crossing a position, for all codings that may be optimal.
 
         The codecs of a boundary do not affect other boundaries, so that its least load is best if
@@ -87,28 +87,28 @@ class ChainCosts:
         least load first.
 
         Args:
-          one: Index of the node below; None stands for the owner.
-          other: Index of the node above; None stands for the owner.
+          lower: Index of the node below; None stands for the owner.
+          upper: Index of the node above; None stands for the owner.
           position: The layer after the boundary.
         """
-        key = one, other, position
+        key = lower, upper, position
         if key not in self._hops:
-            self._hops[key] = self._all_hops(one, other, position)
+            self._hops[key] = self._all_hops(lower, upper, position)
         return self._hops[key]
 
-    def _all_hops(self, one: int | None, other: int | None, position: int) -> Sequence[Hop]:
+    def _all_hops(self, lower: int | None, upper: int | None, position: int) -> Sequence[Hop]:
         """Computes the result of ``hops`` for a new boundary."""
         problem = self.problem
         # If the last node has the end of the model, and so the loss, nothing returns to the owner.
-        at_the_end = other is None and position == len(problem.nodes[0].layers)
-        if at_the_end or ((one is None or other is None) and not problem.owner):
+        at_the_end = upper is None and position == len(problem.nodes[0].layers)
+        if at_the_end or ((lower is None or upper is None) and not problem.owner):
             pair = Pair(problem.activation_codings[0], problem.cotangent_codings[0])
             return (Hop(0.0, 0.0, pair),)
         # A node's link carries every owner's batches, an owner's only its own.
-        share = 1 if one is not None and other is not None else problem.owners
-        host = problem.owner if one is None or other is None else problem.nodes[one]
+        share = 1 if lower is not None and upper is not None else problem.owners
+        host = problem.owner if lower is None or upper is None else problem.nodes[lower]
         assert host is not None
-        links = (host.down, host.up) if other is None else (host.up, host.down)
+        links = (host.down, host.up) if upper is None else (host.up, host.down)
         raw_bytes = problem.nodes[0].layers[position - 1].activation_bytes
         there, back = (
             [(coding, *_way(coding, raw_bytes, link, share)) for coding in codings]
@@ -116,7 +116,7 @@ class ChainCosts:
                 (problem.activation_codings, problem.cotangent_codings), links, strict=True
             )
         )
-        found = front(
+        hops = front(
             (
                 Hop(max(load_s, back_load_s), cycle_s + back_cycle_s, Pair(activation, cotangent))
                 for activation, load_s, cycle_s in there
@@ -125,8 +125,8 @@ class ChainCosts:
             lambda hop: (hop.load_s, hop.cycle_s),
         )
         if self.objective == "mpsl":  # links have no cost, but a coding has to be chosen
-            return (Hop(0.0, 0.0, found[0].pair),)
-        return found if self._cycle_counts else found[:1]
+            return (Hop(0.0, 0.0, hops[0].pair),)
+        return hops if self._cycle_counts else hops[:1]
 
     def extend(self, value: Value, hop: Hop, forward_s: float, backward_s: float) -> Value:
         """Returns the value of a chain with one more hop and node."""
@@ -180,7 +180,7 @@ class ChainCosts:
             return 0.0
         layers = problem.owner.layers
         mine = (*layers[: problem.first], *layers[problem.stop :])
-        return sum(one.forward_s + one.backward_s for one in mine) / problem.owner.speed
+        return sum(unit.forward_s + unit.backward_s for unit in mine) / problem.owner.speed
 
     def _relative(self, pick: Callable[[Layer], float]) -> tuple[list[float], list[float]]:
         """Returns prefix sums of each layer's least time, and each node's relative speed."""
@@ -197,9 +197,9 @@ class ChainCosts:
 def front(items: Iterable[_T], value: Callable[[_T], Value]) -> list[_T]:
     """Returns the Pareto front of items, ordered by the first dimension."""
     kept: list[_T] = []
-    for one in sorted(items, key=value):
-        if not kept or value(one)[1] < value(kept[-1])[1]:
-            kept.append(one)
+    for item in sorted(items, key=value):
+        if not kept or value(item)[1] < value(kept[-1])[1]:
+            kept.append(item)
     return kept
 
 

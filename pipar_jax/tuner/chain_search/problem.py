@@ -155,11 +155,11 @@ class ChainProblem:
                               ("cotangent", self.cotangent_codings)):  # fmt: skip
             if not codings:
                 raise PlanError(f"{name}s need at least one coding, such as raw")
-            for one in codings:
-                if min(one.ratio, one.s_per_byte) < 0:
+            for coding in codings:
+                if min(coding.ratio, coding.s_per_byte) < 0:
                     raise PlanError(
-                        f"codec {one.codec} of {name}s: ratio {one.ratio} and {one.s_per_byte} "
-                        "seconds per byte must not be negative"
+                        f"codec {coding.codec} of {name}s: ratio {coding.ratio} and "
+                        f"{coding.s_per_byte} seconds per byte must not be negative"
                     )
 
     def memory_bytes(self, weight_bytes: float, activation_bytes: float) -> float:

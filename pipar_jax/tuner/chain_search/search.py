@@ -47,9 +47,9 @@ def plan_chain(
     least = search.least
     for gap in (1.01, 1.03, 1.1, 1.3, 2.0, 4.0, 16.0, math.inf):
         limit = least * gap if least else math.inf
-        found = search.within(min(limit, most_s))
-        if found is not None:
-            return evaluate(problem, objective, found.order, found.cuts)
+        chain = search.within(min(limit, most_s))
+        if chain is not None:
+            return evaluate(problem, objective, chain.order, chain.cuts)
         if most_s <= limit and most_s < math.inf:
             raise PlanError(f"no chain costs {most_s:.4g} s or less by objective {objective!r}")
     layers = problem.nodes[0].layers[problem.first : problem.stop]
@@ -246,8 +246,8 @@ class _Search:
 
 def _insert(chains: list[_Chain], chain: _Chain) -> None:
     """Adds a chain to a Pareto front unless one there is as good in both dimensions."""
-    one, other = chain.value
-    if any(kept.value[0] <= one and kept.value[1] <= other for kept in chains):
+    first, second = chain.value
+    if any(kept.value[0] <= first and kept.value[1] <= second for kept in chains):
         return
-    chains[:] = [kept for kept in chains if kept.value[0] < one or kept.value[1] < other]
+    chains[:] = [kept for kept in chains if kept.value[0] < first or kept.value[1] < second]
     chains.append(chain)

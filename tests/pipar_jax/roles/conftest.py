@@ -17,8 +17,8 @@ def alone(monkeypatch):
     monkeypatch.setattr(workers, "Endpoint", lambda *args, **kwargs: endpoint)
     monkeypatch.setattr(workers, "Host", fakes.Host)
     monkeypatch.setattr(workers, "Prefetcher", lambda loader: None)
-    monkeypatch.setattr("pipar_jax.roles.survey.measure_host", _measured)
-    monkeypatch.setattr("pipar_jax.roles.survey.measure_reference", _measured)
+    monkeypatch.setattr("pipar_jax.roles.survey_respondent.measure_host", _measured)
+    monkeypatch.setattr("pipar_jax.roles.survey_respondent.measure_reference", _measured)
     monkeypatch.setattr(PeerLinks, "_dial", lambda *args: None)
     return endpoint
 
