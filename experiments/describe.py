@@ -4,7 +4,7 @@
 
 Nothing is computed. Bytes are for one micro-batch of the configuration: the activation that crosses
 a cut (its cotangent has the same size), and the residuals that a stage keeps for its backward pass.
---dependence=256 computes, on samples of the test set, how much each unit's output tells of the
+--dependence=256 computes, on samples of the test set, how much each unit's output reveals of the
 input: the squared distance correlation, bias-corrected, without clipping and noise.
 """
 

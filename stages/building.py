@@ -148,7 +148,7 @@ def _check_containers(unit: str, module: Any, known: Sequence[Path]) -> None:
         for name, value in vars(node).items() if isinstance(node, nnx.Module) else ():
             held = isinstance(value, (list, tuple, dict)) and jax.tree.leaves(value)
             inside = (*path, name)
-            if not held or any(one[: len(inside)] == inside for one in known):
+            if not held or any(other[: len(inside)] == inside for other in known):
                 continue
             if any(isinstance(leaf, jax.Array) for leaf in held):
                 raise StageError(

@@ -27,12 +27,12 @@ class Frozen:
     """
 
     def __init__(self, units: Sequence[Unit], seed: int, base: Base | None = None) -> None:
-        """Keeps in mind how they are drawn.
+        """Draws nothing yet.
 
         Args:
           units: The model's units.
           seed: Root seed.
-          base: See the class.
+          base: Where weights come from that are not drawn from the seed; None: all are drawn.
         """
         self._units = {unit.name: unit for unit in units}
         self.seed, self.base = seed, base

@@ -37,7 +37,7 @@ class Model:
       input_dtype: Dtype of a batch.
       sides: For each side input (mask, lengths) shape and dtype of one sample.
       targets: For each target shape and dtype of one sample; None until the data are known.
-      obstacles: For each position that is no cut, why; where the cuts were found by tracing.
+      obstacles: Why positions are not cuts, where the cuts were found by tracing.
       frozen: Weights that are not trained.
       task: What it is trained for.
       has_task: Whether the task was given with ``for_task``, and not taken for granted.
@@ -307,17 +307,17 @@ class Model:
         x: Any = jax.ShapeDtypeStruct(  # type: ignore[no-untyped-call]
             (batch, *self.input_shape), self.input_dtype
         )
-        found, side = [x], self.side_shapes(batch)
+        shapes, side = [x], self.side_shapes(batch)
         for unit in self.units:
             x = unit.infer(self.name, x, side)
-            found.append(x)
+            shapes.append(x)
         outputs = x.shape[1:]
         if self.classes and (outputs[-1] if outputs else 1) != self.classes:
             raise StageError(
                 f"model {self.name!r}, unit {self.units[-1].name!r}: the last unit must return "
                 f"outputs [batch, …, {self.classes}], got {x.shape}; check `classes`"
             )
-        self._shapes[known] = tuple(found)
+        self._shapes[known] = tuple(shapes)
         return self._shapes[known]
 
     def side_shapes(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -347,7 +347,7 @@ class Model:
     def signature(self) -> Signature:
         """Shapes and dtypes of a sample as the model receives it."""
         sides, targets = (
-            {name: ArrayType(one.shape, one.dtype.name) for name, one in sorted(some.items())}
+            {name: ArrayType(shape.shape, shape.dtype.name) for name, shape in sorted(some.items())}
             for some in (self.sides, self.targets or {})
         )
         return Signature(
@@ -362,8 +362,8 @@ class Model:
         """
         made = copy.copy(self)
         made.targets = {
-            name: jax.ShapeDtypeStruct(one.shape, jnp.dtype(one.dtype))  # type: ignore
-            for name, one in targets.items()
+            name: jax.ShapeDtypeStruct(target.shape, jnp.dtype(target.dtype))  # type: ignore
+            for name, target in targets.items()
         }
         made.check_task()
         return made
@@ -373,8 +373,8 @@ def _batched(
     samples: Mapping[str, jax.ShapeDtypeStruct], batch: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
     return {
-        name: jax.ShapeDtypeStruct((batch, *one.shape), one.dtype)  # type: ignore
-        for name, one in samples.items()
+        name: jax.ShapeDtypeStruct((batch, *sample.shape), sample.dtype)  # type: ignore
+        for name, sample in samples.items()
     }
 
 
@@ -383,7 +383,7 @@ class Obstacle(NamedTuple):
 
     Attributes:
       after: Where it is: the module that was used last, and what follows.
-      reason: Why there is no cut.
+      reason: Why the model cannot be cut there.
     """
 
     after: str

@@ -49,8 +49,8 @@ def _holders(module: Any) -> Iterator[tuple[str, Any]]:
     """Yields variables and the modules that contain them, outer ones first, with their paths."""
     nodes = list(nnx.iter_graph(module))
     held = [path for path, node in nodes if _is_variable(node)]
-    for path, node in sorted(nodes, key=lambda one: len(one[0])):
-        holds = isinstance(node, nnx.Module) and any(path == one[: len(path)] for one in held)
+    for path, node in sorted(nodes, key=lambda item: len(item[0])):
+        holds = isinstance(node, nnx.Module) and any(path == inner[: len(path)] for inner in held)
         if holds or _is_variable(node):
             yield text_of(path), node
 

@@ -64,8 +64,8 @@ class Signature:
 
     def __str__(self) -> str:
         """Returns a text for messages."""
-        sides = "".join(f", {name} {one}" for name, one in self.sides.items())
-        targets = ", ".join(f"{name} {one}" for name, one in self.targets.items())
+        sides = "".join(f", {name} {side}" for name, side in self.sides.items())
+        targets = ", ".join(f"{name} {target}" for name, target in self.targets.items())
         return f"{self.input}{sides} with targets {targets or 'unknown'}"
 
 

@@ -72,8 +72,12 @@ class Unit(abc.ABC):
         """Returns the unit with no other weights trained than those of some paths."""
         made = copy.copy(self)
         weights = self.weights
-        object.__setattr__(made, "params", {n: one for n, one in weights.items() if n in paths})
-        object.__setattr__(made, "frozen", {n: one for n, one in weights.items() if n not in paths})
+        object.__setattr__(
+            made, "params", {n: weight for n, weight in weights.items() if n in paths}
+        )
+        object.__setattr__(
+            made, "frozen", {n: weight for n, weight in weights.items() if n not in paths}
+        )
         return made
 
     def personalising(self, paths: Collection[str]) -> Self:
@@ -175,25 +179,25 @@ class ModuleUnit(Unit):
 
     def matching(self, chosen: Any) -> frozenset[str]:
         """Asks Flax; see ``Unit.matching``."""
-        found: list[Any] = []
+        matching: list[Any] = []
 
         def ask() -> None:
             module = self.factory(nnx.Rngs(0))
-            found.extend(path for path, _ in nnx.to_flat_state(nnx.state(module, chosen)))
+            matching.extend(path for path, _ in nnx.to_flat_state(nnx.state(module, chosen)))
 
         jax.eval_shape(ask)
-        return frozenset(map(text_of, found)) & self.weights.keys()
+        return frozenset(map(text_of, matching)) & self.weights.keys()
 
     def _arrays(self, wanted: Mapping[str, Any], leaves: Mapping[Path, Any]) -> Arrays:
         """Returns drawn variables by path as text; what was sown meanwhile is left out."""
-        found = {text_of(path): value_of(leaf) for path, leaf in leaves.items()}
-        missing = sorted(wanted.keys() - found.keys())
+        by_path = {text_of(path): value_of(leaf) for path, leaf in leaves.items()}
+        missing = sorted(wanted.keys() - by_path.keys())
         if missing:
             raise StageError(
                 f"unit {self.name!r}: its factory did not create the variable {missing[0]!r} this "
                 "time: it has to create the same module in every call"
             )
-        return {path: jnp.asarray(found[path], one.dtype) for path, one in wanted.items()}
+        return {path: jnp.asarray(by_path[path], shape.dtype) for path, shape in wanted.items()}
 
     def call(
         self,

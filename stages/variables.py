@@ -82,17 +82,17 @@ def abstract(unit: str, leaves: Mapping[Path, PyTree]) -> dict[str, jax.ShapeDty
     Raises:
       StageError: A variable has a type, shape or dtype that cannot be trained.
     """
-    found: dict[str, jax.ShapeDtypeStruct] = {}
+    shapes: dict[str, jax.ShapeDtypeStruct] = {}
     for path, leaf in leaves.items():
         name, value = text_of(path), value_of(leaf)
         where = f"unit {unit!r}: variable {name!r} of type {type(leaf).__name__}"
-        if name in found:
+        if name in shapes:
             raise StageError(f"{where} has the name of another one: rename attributes or keys")
         _check_kind(where, leaf, value)
-        found[name] = jax.ShapeDtypeStruct(  # type: ignore[no-untyped-call]
+        shapes[name] = jax.ShapeDtypeStruct(  # type: ignore[no-untyped-call]
             value.shape, value.dtype
         )
-    return found
+    return shapes
 
 
 def nested(arrays: Mapping[str, Any], paths: Mapping[str, Path]) -> dict[Any, Any]:
@@ -162,7 +162,7 @@ def state_after(
     for path, leaf in {**left.params, **left.state, **left.streams}.items():
         name, kind = text_of(path), type(leaf).__name__
         if path in left.params and name in params:
-            spared = any(path[: len(one)] == one for one in free)
+            spared = any(path[: len(prefix)] == prefix for prefix in free)
             if value_of(leaf) is not params[name] and not spared:
                 raise StageError(
                     f"unit {unit!r}: a call writes into the weight {name!r} ({kind}), which only "
@@ -173,8 +173,8 @@ def state_after(
                 f"unit {unit!r}: a call creates the variable {name!r} ({kind}), which would be "
                 "lost: create it in __init__, or sow it as nnx.Intermediate"
             )
-    found = {text_of(path): value_of(leaf) for path, leaf in left.state.items()}
-    return {name: _fitted(unit, name, before, found) for name, before in state.items()}
+    by_path = {text_of(path): value_of(leaf) for path, leaf in left.state.items()}
+    return {name: _fitted(unit, name, before, by_path) for name, before in state.items()}
 
 
 def _check_kind(where: str, leaf: Any, value: Any) -> None:
@@ -210,9 +210,9 @@ def _is_passing(variable: nnx.Variable[Any]) -> bool:
     return isinstance(variable, (nnx.Intermediate, nnx.Perturbation, nnx.RngState))
 
 
-def _fitted(unit: str, name: str, before: jax.Array, found: Mapping[str, Any]) -> jax.Array:
+def _fitted(unit: str, name: str, before: jax.Array, given: Mapping[str, Any]) -> jax.Array:
     """Returns a variable after a call, with its original dtype."""
-    after = found.get(name)
+    after = given.get(name)
     dtype = getattr(after, "dtype", None)
     same_kind = dtype == before.dtype or (dtype in FLOATS and before.dtype in FLOATS)
     if after is None or after.shape != before.shape or not same_kind:

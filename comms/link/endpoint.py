@@ -111,8 +111,8 @@ class Endpoint:
           The address and port it listens on.
 
         Raises:
-          ChannelError: If the address cannot be used, or is beyond the loopback interface and there
-            is no token.
+          ChannelError: If the address cannot be used, or is beyond the loopback interface and
+            no token is configured.
         """
         self._check_open()
         files = self.options.tls

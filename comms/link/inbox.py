@@ -263,7 +263,7 @@ class Inbox:
                     "Allowance.bundle_bytes)"
                 )
         elif bundle is not None:
-            raise FrameError(f"{tag}: arrived within bundle {bundle.name} but is no part of it")
+            raise FrameError(f"{tag}: arrived within bundle {bundle.name}, but is not part of it")
         assembly.codec, assembly.dtype = codec, dtype
         assembly.raw_bytes, assembly.cost = raw_bytes, cost
 

@@ -88,8 +88,8 @@ class BufferPool:
         if block is None:
             block = allocate_aligned(size)
         lease = Lease(self, block)
-        # Made from a memoryview, the owner's base is no ndarray: numpy stops collapsing chains of
-        # bases here, so every later view refers to ``owner`` and keeps it alive.
+        # Made from a memoryview, the owner's base is not an ndarray: numpy stops collapsing chains
+        # of bases here, so every later view refers to ``owner`` and keeps it alive.
         owner = np.frombuffer(block.data, dtype=np.uint8, count=nbytes)
         weakref.finalize(owner, lease.owner_died).atexit = False
         return owner, lease

@@ -145,7 +145,7 @@ class Bits:
 
 
 def _tells_round(number: int) -> Callable[[Line], bool]:
-    """Returns a function that knows the line of a binary that tells of a round."""
+    """Returns a function that recognises the line with which a binary reports a round."""
     return lambda line: f"round {number + 1} of" in line.text
 
 
@@ -156,4 +156,4 @@ def _check_finished(run: Watched) -> None:
       RunError: It failed.
     """
     if run.end():
-        raise RunError(f"a run failed that nobody disturbed; {run.last_words}")
+        raise RunError(f"an undisturbed run failed; {run.last_words}")

@@ -1,7 +1,7 @@
 """Processes that a benchmark starts, watches, kills, stops, and looks after.
 
 A watched process writes lines to its standard output; each is kept with its time. Linux only: other
-processes of a run are found in /proc by the folder in their command line, as no process tells of
+processes of a run are found in /proc by the folder in their command line, as no process reports
 its children once it is killed.
 """
 

@@ -2,7 +2,7 @@
 
 A line of ``membership.jsonl`` is an attempt at a round: its cohort, the spans of steps by place,
 who was out of it from which step on and why, and the places that counted. A run that replays it
-asks nobody else, waits for all and drops the same places, and so gives the same weights.
+asks no other device, waits for all and drops the same places, and so gives the same weights.
 """
 
 from __future__ import annotations

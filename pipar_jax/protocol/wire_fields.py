@@ -197,9 +197,9 @@ class OneOf(Spec):
 
     def read(self, value: Json, path: str) -> str:
         """See ``Spec``."""
-        for one in self.of:
-            if one == value:
-                return one
+        for spec in self.of:
+            if spec == value:
+                return spec
         raise Mismatch(path, f"one of {', '.join(self.of)}", shown(value))
 
     def write(self, value: Any) -> Json:
@@ -240,11 +240,11 @@ class Many(Spec):
         """See ``Spec``."""
         if type(value) is not list or not self.least <= len(value) <= self.most:
             raise Mismatch(path, f"a list of {self.least} to {self.most}", shown(value))
-        return tuple(self.of.read(one, f"{path}[{i}]") for i, one in enumerate(value))
+        return tuple(self.of.read(item, f"{path}[{i}]") for i, item in enumerate(value))
 
     def write(self, value: Any) -> list[Json]:
         """See ``Spec``."""
-        return [self.of.write(one) for one in value]
+        return [self.of.write(item) for item in value]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,11 +264,11 @@ class TupleOf(Spec):
         if type(value) is not list or len(value) != len(self.of):
             raise Mismatch(path, f"a list of {len(self.of)}", shown(value))
         pairs = zip(self.of, value, strict=True)
-        return self.made(*(spec.read(one, f"{path}[{i}]") for i, (spec, one) in enumerate(pairs)))
+        return self.made(*(spec.read(item, f"{path}[{i}]") for i, (spec, item) in enumerate(pairs)))
 
     def write(self, value: Any) -> list[Json]:
         """See ``Spec``."""
-        return [spec.write(one) for spec, one in zip(self.of, value, strict=True)]
+        return [spec.write(item) for spec, item in zip(self.of, value, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,13 +290,13 @@ class Table(Spec):
         if type(value) is not dict or len(value) > self.most:
             raise Mismatch(path, f"an object of at most {self.most} names", shown(value))
         return {
-            self.key.read(name, f"{path} name"): self.of.read(one, f"{path}.{shown(name)}")
-            for name, one in value.items()
+            self.key.read(name, f"{path} name"): self.of.read(item, f"{path}.{shown(name)}")
+            for name, item in value.items()
         }
 
     def write(self, value: Any) -> JsonObject:
         """See ``Spec``."""
-        return {name: self.of.write(one) for name, one in value.items()}
+        return {name: self.of.write(item) for name, item in value.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,22 +354,22 @@ class Free(Spec):
         """See ``Spec``."""
         left = [self.items]
 
-        def look(one: Json, depth: int) -> None:
+        def look(item: Json, depth: int) -> None:
             left[0] -= 1
             if left[0] < 0 or depth > self.depth:
                 raise Mismatch(path, f"at most {self.items} values, {self.depth} deep", "more")
-            if type(one) is str and len(one) > self.text:
-                raise Mismatch(path, f"texts of at most {self.text}", shown(one))
-            if type(one) is int and one.bit_length() > 64:
-                raise Mismatch(path, "numbers of at most 64 bits", shown(one))
-            if type(one) is float and not math.isfinite(one):
-                raise Mismatch(path, "finite numbers", shown(one))
-            if type(one) is dict:
-                for name, inner in one.items():
+            if type(item) is str and len(item) > self.text:
+                raise Mismatch(path, f"texts of at most {self.text}", shown(item))
+            if type(item) is int and item.bit_length() > 64:
+                raise Mismatch(path, "numbers of at most 64 bits", shown(item))
+            if type(item) is float and not math.isfinite(item):
+                raise Mismatch(path, "finite numbers", shown(item))
+            if type(item) is dict:
+                for name, inner in item.items():
                     look(name, depth + 1)
                     look(inner, depth + 1)
-            elif type(one) is list:
-                for inner in one:
+            elif type(item) is list:
+                for inner in item:
                     look(inner, depth + 1)
 
         look(value, 0)
@@ -380,10 +380,10 @@ class Free(Spec):
 def struct(made: type) -> Struct:
     """Returns the specification of a dataclass from the annotations of its fields."""
     hints = get_type_hints(made, include_extras=True)
-    found = {}
+    specs_by_name = {}
     for field in dataclasses.fields(made):
-        specs = [one for one in typing.get_args(hints[field.name]) if isinstance(one, Spec)]
+        specs = [hint for hint in typing.get_args(hints[field.name]) if isinstance(hint, Spec)]
         if len(specs) != 1:
             raise TypeError(f"{made.__name__}.{field.name} must be annotated with one Spec")
-        found[field.name] = specs[0]
-    return Struct(made, found)
+        specs_by_name[field.name] = specs[0]
+    return Struct(made, specs_by_name)

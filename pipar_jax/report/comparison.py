@@ -208,7 +208,7 @@ def conclude(outcomes: Sequence[Outcome]) -> str:
     if not known:
         spread = f"test {metric} is not finite"
     else:
-        low, high = (pick(known, key=lambda one: one.score or 0.0) for pick in (min, max))
+        low, high = (pick(known, key=lambda outcome: outcome.score or 0.0) for pick in (min, max))
         if low.score == high.score:
             spread = f"all reach the same test {metric}, {high.score_text}"
         else:

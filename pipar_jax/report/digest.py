@@ -57,7 +57,7 @@ def digest(path: Path) -> Digest:
     Raises:
       RunError: The file is not a trace.
     """
-    found = Digest()
+    digest = Digest()
     for part in read_rounds(path):
-        found.add(part)
-    return found
+        digest.add(part)
+    return digest

@@ -40,7 +40,7 @@ def write(folder: Path, secret: str | None) -> None:
     Raises:
       DiskError: The file cannot be written.
     """
-    found = {
+    facts = {
         "pipar_jax": pipar_jax.__version__,
         "commit": commit(Path(pipar_jax.__file__).resolve().parents[1]),
         "python": platform.python_version(),
@@ -51,7 +51,7 @@ def write(folder: Path, secret: str | None) -> None:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(hide(sys.orig_argv, secret)),
     }
-    _write(folder, found)
+    _write(folder, facts)
 
 
 def add_platform(folder: Path) -> None:
@@ -62,15 +62,15 @@ def add_platform(folder: Path) -> None:
     """
     import jax
 
-    found: JsonObject = {}
+    facts: JsonObject = {}
     with contextlib.suppress(OSError, ValueError):  # a server that was started without a folder
-        found = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+        facts = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
     devices = jax.devices()
-    found["server"] = {
+    facts["server"] = {
         "platform": devices[0].platform,
         "devices": [device.device_kind for device in devices],
     }
-    _write(folder, found)
+    _write(folder, facts)
 
 
 def hide(arguments: Sequence[str], secret: str | None) -> list[str]:
@@ -80,7 +80,7 @@ def hide(arguments: Sequence[str], secret: str | None) -> list[str]:
       arguments: The command line.
       secret: A text that is hidden wherever it occurs.
     """
-    found: list[str] = []
+    shown: list[str] = []
     value_follows = False
     for argument in arguments:
         flag, equals, value = argument.partition("=")
@@ -90,8 +90,8 @@ def hide(arguments: Sequence[str], secret: str | None) -> list[str]:
         elif secret_flag and equals:
             argument = f"{flag}={_hidden(value)}"
         value_follows = secret_flag and not equals
-        found.append(argument.replace(secret, HIDDEN_TOKEN) if secret else argument)
-    return found
+        shown.append(argument.replace(secret, HIDDEN_TOKEN) if secret else argument)
+    return shown
 
 
 def commit(root: Path) -> str | None:
@@ -120,5 +120,5 @@ def _version(library: str) -> str | None:
     return None
 
 
-def _write(folder: Path, found: JsonMapping) -> None:
-    write_text(folder / ENVIRONMENT, json_text.dumps(found, indent=2) + "\n")
+def _write(folder: Path, facts: JsonMapping) -> None:
+    write_text(folder / ENVIRONMENT, json_text.dumps(facts, indent=2) + "\n")

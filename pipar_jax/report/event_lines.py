@@ -67,13 +67,13 @@ def _replaced(event: Event) -> str:
     names = ", ".join(map(long_name, event["nodes"]))
     last = event["round"]
     lost = [
-        f"{one['unit']} (round {last})"
-        if one["rounds"] + 1 == last
-        else f"{one['unit']} (rounds {one['rounds'] + 1} to {last})"
-        for one in event["units"]
-        if one["rounds"] < last
+        f"{unit['unit']} (round {last})"
+        if unit["rounds"] + 1 == last
+        else f"{unit['unit']} (rounds {unit['rounds'] + 1} to {last})"
+        for unit in event["units"]
+        if unit["rounds"] < last
     ]
-    fresh = [one["unit"] for one in event["units"] if one["optimizer_rounds"] is None]
+    fresh = [unit["unit"] for unit in event["units"] if unit["optimizer_rounds"] is None]
     text = f"round {last + 1} goes on without {names}: "
     text += f"lost is the training of {shorten(lost) or 'no unit'}"
     return text + (f"; fresh optimiser states of {shorten(fresh)}" if fresh else "")

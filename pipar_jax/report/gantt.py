@@ -88,8 +88,8 @@ def gantt_charts(run: RecordedRun) -> str:
     """
     traces = {"measured": run.digest.last}
     with contextlib.suppress(PlanError):  # the table of predictions says why
-        if found := run.predict():
-            traces["predicted"] = found.trace
+        if predicted := run.predict():
+            traces["predicted"] = predicted.trace
     windows = {name: median_step(trace) for name, trace in traces.items()}
     longest_s = max((window.interval.seconds for window in windows.values() if window), default=0.0)
     return "".join(

@@ -92,11 +92,11 @@ class _Paths:
 
     def causes(self, host: str) -> dict[str, float]:
         """Returns a host's idle seconds by cause."""
-        found = dict.fromkeys(CAUSES, 0.0)
+        idle_s = dict.fromkeys(CAUSES, 0.0)
         reached = self._interval.start_s
         for position, row in enumerate(self._rows[host]):
             if row.start_s > reached:
-                stretch = _Stretch(found, reached, row.start_s)
+                stretch = _Stretch(idle_s, reached, row.start_s)
                 if row.action.kind == AGGREGATE:
                     self._explain_end(stretch)
                 else:
@@ -104,8 +104,8 @@ class _Paths:
                 stretch.back_to(reached, OTHER)
             reached = max(reached, row.end_s)
         if self._interval.end_s > reached:
-            self._explain_end(_Stretch(found, reached, self._interval.end_s))
-        return found
+            self._explain_end(_Stretch(idle_s, reached, self._interval.end_s))
+        return idle_s
 
     def _explain_end(self, stretch: _Stretch) -> None:
         """Attributes the wait at a round's end to the last host that trained, then to weights."""
@@ -153,7 +153,7 @@ class _Paths:
             return previous
         # The device's turn began when that of the device before it ended.
         others = [self._latest(other, row.start_s) for other in self.hosts if other != host]
-        candidates = [one for one in (*others, previous) if one is not None]
+        candidates = [cause for cause in (*others, previous) if cause is not None]
         return max(candidates, key=lambda candidate: candidate.row.end_s, default=None)
 
     def _latest(self, host: str, before_s: float) -> _Placed | None:
@@ -191,11 +191,11 @@ class _Paths:
         return self._made.get(above) or self._made.get(above._replace(kind=LOSS))
 
 
-def total_causes(found: Iterable[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+def total_causes(rounds: Iterable[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
     """Returns the sums over several rounds of the results of ``idle_causes``."""
     total: dict[str, dict[str, float]] = {}
-    for one in found:
-        for host, causes in one.items():
+    for hosts in rounds:
+        for host, causes in hosts.items():
             mine = total.setdefault(host, dict.fromkeys(CAUSES, 0.0))
             for cause, seconds in causes.items():
                 mine[cause] += seconds
@@ -205,16 +205,16 @@ def total_causes(found: Iterable[dict[str, dict[str, float]]]) -> dict[str, dict
 class _Stretch:
     """An idle interval that is attributed from its end backwards, each moment once."""
 
-    def __init__(self, found: dict[str, float], start_s: float, end_s: float) -> None:
+    def __init__(self, idle_s: dict[str, float], start_s: float, end_s: float) -> None:
         self.start_s = start_s
-        self._found = found
+        self._idle_s = idle_s
         self._open_s = end_s
 
     def back_to(self, moment_s: float, cause: str) -> None:
         """Attributes the unattributed time after a moment to a cause."""
         moment_s = max(moment_s, self.start_s)
         if moment_s < self._open_s:
-            self._found[cause] += self._open_s - moment_s
+            self._idle_s[cause] += self._open_s - moment_s
             self._open_s = moment_s
 
 

@@ -66,5 +66,5 @@ class WithoutTpu(logging.Filter):
 def leave_out_tpu() -> None:
     """Suppresses jax's messages about missing TPUs when it looks for accelerators."""
     logger = logging.getLogger("jax._src.xla_bridge")
-    if not any(isinstance(one, WithoutTpu) for one in logger.filters):
+    if not any(isinstance(known, WithoutTpu) for known in logger.filters):
         logger.addFilter(WithoutTpu())

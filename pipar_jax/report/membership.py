@@ -52,44 +52,46 @@ class Disturbed:
 
 def disturbed_rounds(run: RecordedRun) -> list[Disturbed]:
     """Returns the attempts at rounds in or before which a host came or went, in order."""
-    found, away = list[Disturbed](), dict[int, int]()
+    attempts, away = list[Disturbed](), dict[int, int]()
     for done, before, script in _attempts(run):
-        found.append(_read(done, before, script, away))
-    calm = [one.seconds for one in found if not (one.out or one.back) and one.counted]
+        attempts.append(_read(done, before, script, away))
+    calm = [
+        round_.seconds for round_ in attempts if not (round_.out or round_.back) and round_.counted
+    ]
     usual_s = statistics.median(calm) if calm else None
     return [
-        dataclasses.replace(one, extra_s=_extra(one, usual_s))
-        for one in found
-        if one.out or one.back or not one.counted
+        dataclasses.replace(round_, extra_s=_extra(round_, usual_s))
+        for round_ in attempts
+        if round_.out or round_.back or not round_.counted
     ]
 
 
 def membership_rows(run: RecordedRun) -> list[list[str | float | None]]:
     """Returns the cells of a table, a row for each disturbed round; none if nothing happened."""
-    found = disturbed_rounds(run)
+    disturbed = disturbed_rounds(run)
     rows: list[list[str | float | None]] = [
         [
-            f"{one.round + 1}" if one.counted else f"{one.round + 1}, undone",
-            f"{one.counted} of {one.taking}",
-            _some(one.out),
-            _some(one.back),
-            one.seconds,
-            one.extra_s,
+            f"{round_.round + 1}" if round_.counted else f"{round_.round + 1}, undone",
+            f"{round_.counted} of {round_.taking}",
+            _some(round_.out),
+            _some(round_.back),
+            round_.seconds,
+            round_.extra_s,
         ]
-        for one in found[:MOST_ROUNDS]
+        for round_ in disturbed[:MOST_ROUNDS]
     ]
-    if (left := len(found) - MOST_ROUNDS) > 0:
+    if (left := len(disturbed) - MOST_ROUNDS) > 0:
         rows.append([f"{left} more in metrics.jsonl", *[""] * 5])
     return rows
 
 
 def membership_text(run: RecordedRun) -> str:
     """Returns one sentence about all of a run's losses, returns and repeated rounds."""
-    found = disturbed_rounds(run)
+    disturbed = disturbed_rounds(run)
     counts = [(len(run.of(event)), text) for event, text in _COUNTED]
-    counts.append((sum(not one.counted for one in found), "rounds undone and repeated"))
+    counts.append((sum(not round_.counted for round_ in disturbed), "rounds undone and repeated"))
     parts = [f"{text}: {count}" for count, text in counts if count]
-    extra_s = sum(one.extra_s or 0.0 for one in found)
+    extra_s = sum(round_.extra_s or 0.0 for round_ in disturbed)
     if extra_s >= 0.05:
         parts.append(f"more seconds than in as many undisturbed rounds: {extra_s:.1f}")
     return "; ".join(parts) + "."
@@ -151,17 +153,17 @@ def _read(
         if row["event"] == "node_returned"
     ]
     index = int(done["round"])
-    for one in () if script is None else sorted({script.cohort[p] for p, _, _ in script.spans}):
-        since = away.pop(one, index)
+    for device in () if script is None else sorted({script.cohort[p] for p, _, _ in script.spans}):
+        since = away.pop(device, index)
         if index - since > 1:
-            back.append(f"{device_name(one)} again, out since round {since + 1}")
+            back.append(f"{device_name(device)} again, out since round {since + 1}")
     away |= {row["device"]: index for row in before if row["event"] == "device_dropped"}
     for row in before:
         if row["event"] in ("device_lost", "device_left"):
             away.pop(row["device"], None)
     return Disturbed(
         index, int(done["devices"]), int(done["committed"]),
-        (*nodes, *(f"{device_name(one)} {how}" for one, how in sorted(out.items()))),
+        (*nodes, *(f"{device_name(device)} {how}" for device, how in sorted(out.items()))),
         tuple(back), float(done["seconds"]), None,
     )  # fmt: skip
 
@@ -175,18 +177,18 @@ def _dropped(row: JsonMapping, script: Attempt | None) -> str:
     counted = 0
     if script is not None:
         place = script.cohort.index(row["device"]) if row["device"] in script.cohort else None
-        spans = [(first, stop) for one, first, stop in script.spans if one == place]
-        ends = [one.step for one in script.out if one.place == place]
+        spans = [(first, stop) for taken, first, stop in script.spans if taken == place]
+        ends = [out.step for out in script.out if out.place == place]
         if spans and ends:
             counted = sum(max(min(stop, ends[0]) - first, 0) for first, stop in spans)
     return f"{why} from step {counted + 1} of {steps}" if counted else f"{why}, no step counts"
 
 
-def _extra(one: Disturbed, usual_s: float | None) -> float | None:
+def _extra(disturbed: Disturbed, usual_s: float | None) -> float | None:
     """Returns what an attempt took beyond an undisturbed round."""
-    if not one.counted:
-        return one.seconds
-    return None if usual_s is None else one.seconds - usual_s
+    if not disturbed.counted:
+        return disturbed.seconds
+    return None if usual_s is None else disturbed.seconds - usual_s
 
 
 def _some(names: Iterable[str]) -> str:

@@ -241,14 +241,14 @@ def _x(run: RecordedRun, row: JsonMapping, axis: str) -> float:
 
 def _membership(runs: Sequence[RecordedRun], names: Sequence[str]) -> str:
     """Returns the table of rounds in which devices came or went, for runs with such rounds."""
-    found = []
+    parts = []
     head = ("round", "devices that count", "out", "came", "seconds", "more than undisturbed")
     for run, name in zip(runs, names, strict=True):
         if rows := membership_rows(run):
             text = html.escape(f"{name}: {membership_text(run)}")
             table = _table(head, [("", row) for row in rows], words=4)
-            found.append(f"<p>{text}</p>{table}")
-    return "".join(found)
+            parts.append(f"<p>{text}</p>{table}")
+    return "".join(parts)
 
 
 def _steps(runs: Sequence[RecordedRun]) -> str:

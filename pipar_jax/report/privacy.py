@@ -10,7 +10,7 @@ from pipar_jax.report.run import RecordedRun
 
 def privacy_text(runs: Sequence[RecordedRun], names: Sequence[str]) -> str:
     """Returns paragraphs as HTML, for runs that were private; else an empty text."""
-    found = []
+    paragraphs = []
     for run, name in zip(runs, names, strict=True):
         if not (promised := run.last("private")):
             continue
@@ -24,5 +24,5 @@ def privacy_text(runs: Sequence[RecordedRun], names: Sequence[str]) -> str:
                 f" After round {spent[-1]['round'] + 1} epsilon is at most "
                 f"{epsilons[device]:.4g} (device {device}) at delta {spent[-1]['delta']:g}."
             )
-        found.append(f"<p>{html.escape(f'{name}: {words}.{ending}')}</p>")
-    return "".join(found)
+        paragraphs.append(f"<p>{html.escape(f'{name}: {words}.{ending}')}</p>")
+    return "".join(paragraphs)

@@ -141,16 +141,16 @@ class RecordedRun:
 
         If only some rounds are traced, the result is scaled to all rounds.
         """
-        found: dict[tuple[str, str], dict[str, float]] = {}
+        links: dict[tuple[str, str], dict[str, float]] = {}
         if self.plan is None or not self.digest.rounds:
-            return found
+            return links
         share = len(self.of("round_finished")) / self.digest.rounds
         for (host, device, stage), nbytes in self.digest.carried.items():
             ends = host, self.plan.host(device, stage)
-            sums = found.setdefault(ends, {"activations": 0.0, "cotangents": 0.0})
+            sums = links.setdefault(ends, {"activations": 0.0, "cotangents": 0.0})
             for kind, value in nbytes.items():
                 sums[kind] += value * share
-        return found
+        return links
 
     @functools.cached_property
     def traffic(self) -> dict[tuple[str, str], dict[str, float]]:
@@ -159,16 +159,16 @@ class RecordedRun:
         The names are those of ``pipar_jax.roles.link_stats``; figures that are not sums are those
         of the last round, and missing if they were never measured.
         """
-        found: dict[tuple[str, str], dict[str, float]] = {}
+        links: dict[tuple[str, str], dict[str, float]] = {}
         for event in self.of("round_finished"):
             for row in event.get("links", ()):
-                sums = found.setdefault((row["source"], row["target"]), {})
+                sums = links.setdefault((row["source"], row["target"]), {})
                 for key, value in row.items():
                     if key in _GAUGES and value is not None:
                         sums[key] = value
                     elif key not in (*_GAUGES, "source", "target"):
                         sums[key] = sums.get(key, 0.0) + value
-        return found
+        return links
 
     @functools.cached_property
     def weight_bytes(self) -> float:

@@ -75,30 +75,30 @@ class TensorBoard:
 def scalars(event: Event) -> dict[str, float]:
     """Returns the scalars of an event by names such as ``idle/server``."""
     if event["event"] == "evaluated":
-        found = {"test/loss": event["loss"]}
-        found.update({f"test/{name}": value for name, value in event["metrics"].items()})
+        scalars = {"test/loss": event["loss"]}
+        scalars.update({f"test/{name}": value for name, value in event["metrics"].items()})
     elif event["event"] == "round_finished":
-        found = _round_scalars(event)
+        scalars = _round_scalars(event)
     else:
         return {}
-    return {name: value for name, value in found.items() if value is not None}  # not finite
+    return {name: value for name, value in scalars.items() if value is not None}  # not finite
 
 
 def _round_scalars(event: Event) -> JsonObject:
     """Returns the scalars of a round."""
     seconds = event["seconds"]
-    found = {
+    scalars = {
         "train/loss": event["loss"],
         **{f"train/{name}": value for name, value in event["metrics"].items()},
         "round/seconds": seconds,
         "round/samples_per_s": event["samples"] / seconds,
         "round/epoch": event["epoch"],
     }
-    found.update({f"idle/{host}": share for host, share in event["idle"].items()})
+    scalars.update({f"idle/{host}": share for host, share in event["idle"].items()})
     for row in event["links"]:
         way = f"{row['source']}-{row['target']}"
-        found.update({f"{key}/{way}": row[key] for key in _LINK_SCALARS})
-    return found
+        scalars.update({f"{key}/{way}": row[key] for key in _LINK_SCALARS})
+    return scalars
 
 
 class Sinks:

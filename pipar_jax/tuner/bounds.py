@@ -140,7 +140,7 @@ def nothing_kept(plan: Plan, copy: int) -> Keep:
 
 
 def kept_in(hosts: Hosts, cohort: CohortConfig) -> Callable[[Plan, int], Keep]:
-    """Returns what tells of each copy what it keeps of earlier moments in a run.
+    """Returns a function from a plan and a copy to what the copy keeps of earlier moments.
 
     Args:
       hosts: The hosts of the run, some of which may be lost.

@@ -182,14 +182,14 @@ def shifted(
       wide: Columns of the kernel; all, if left out.
     """
     step, every = geometry.stride, range(geometry.size)
-    found = []
+    shifts = []
     for i in every if tall is None else tall:
         for j in every if wide is None else wide:
             index = [slice(None)] * x.ndim
             index[axis] = slice(i, i + (rows - 1) * step + 1, step)
             index[axis + 1] = slice(j, j + (columns - 1) * step + 1, step)
-            found.append(x[tuple(index)])
-    return found
+            shifts.append(x[tuple(index)])
+    return shifts
 
 
 def samples_together(batch: int, bytes_per_sample: int, result_bytes: int = 0) -> int:
@@ -217,8 +217,8 @@ def _patches_forward(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax
     matrix = used.reshape(places * features, out)
 
     def product(images: jax.Array) -> jax.Array:
-        found = shifted(pad_images(images, geometry, 1), geometry, 1, rows, columns, tall, wide)
-        made = jnp.concatenate(found, -1).reshape(-1, places * features) @ matrix
+        shifts = shifted(pad_images(images, geometry, 1), geometry, 1, rows, columns, tall, wide)
+        made = jnp.concatenate(shifts, -1).reshape(-1, places * features) @ matrix
         return made.reshape(-1, rows, columns, out)
 
     per_sample = rows * columns * places * features * x.dtype.itemsize
@@ -281,11 +281,11 @@ def patches_input(
             if place not in matrices:
                 parts.append(jnp.zeros((len(padded), tall, wide, features), padded.dtype))
                 continue
-            found = [
+            pieces = [
                 padded[:, low + a : low + a + tall, low + b : low + b + wide]
                 for a, _, b, _ in met[place]
             ]
-            made = jnp.concatenate(found, -1).reshape(-1, len(found) * out) @ matrices[place]
+            made = jnp.concatenate(pieces, -1).reshape(-1, len(pieces) * out) @ matrices[place]
             parts.append(made.reshape(-1, tall, wide, features))
         if step == 1:
             return parts[0]

@@ -162,15 +162,15 @@ def is_naive(operation: str, shape: LayerShape) -> bool:
 @functools.cache
 def table() -> dict[str, Rows]:
     """Reads the measurements by operation."""
-    found: dict[str, Rows] = {}
+    tables: dict[str, Rows] = {}
     names = [formulation.value for formulation in Formulation]
     with TABLE.open(newline="") as file:
         for row in csv.DictReader(file):
             shape = LayerShape(*(int(row[field]) for field in LayerShape._fields))
             times = {name: float(row[name]) for name in names if row[name]}
-            batches = found.setdefault(row["operation"], {}).setdefault(shape[1:], {})
+            batches = tables.setdefault(row["operation"], {}).setdefault(shape[1:], {})
             batches[shape.batch] = times
-    return found
+    return tables
 
 
 def _distance(known: LayerShape, asked: LayerShape) -> tuple[int, float]:

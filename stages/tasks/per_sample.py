@@ -185,5 +185,7 @@ def _kind(targets: Any) -> tuple[tuple[int, ...], str]:
 def _shapes(targets: PyTree) -> str:
     """Returns shapes and dtypes of abstract targets as text."""
     if isinstance(targets, dict):
-        return ", ".join(f"{name} {one.dtype}{list(one.shape)}" for name, one in targets.items())
+        return ", ".join(
+            f"{name} {target.dtype}{list(target.shape)}" for name, target in targets.items()
+        )
     return f"{targets.dtype}{list(targets.shape)}"

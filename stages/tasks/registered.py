@@ -48,7 +48,7 @@ def classification(
             f"{class_weights!r}"
         )
     weights = tuple(
-        _number("classification", "class_weights", one, 0.0, 1e9) for one in class_weights
+        _number("classification", "class_weights", weight, 0.0, 1e9) for weight in class_weights
     )
     if type(top_k) is not int or not 0 <= top_k <= 10_000 or top_k == 1:
         raise StageError(

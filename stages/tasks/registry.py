@@ -50,7 +50,7 @@ def choosing(task: Task, names: Sequence[str]) -> Task:
     """
     if ALL in names:
         return task
-    known = {one.name: one for one in task.whole}
+    known = {metric.name: metric for metric in task.whole}
     for name in names:
         if name not in known:
             raise StageError(

@@ -160,11 +160,11 @@ class Task:
     @property
     def scores(self) -> dict[str, bool]:
         """Whether higher is better, by name, for the loss and every metric that is a number."""
-        found = {metric.name: metric.higher_is_better for metric in self.metrics}
+        better = {metric.name: metric.higher_is_better for metric in self.metrics}
         for whole in self.whole:
             if whole.higher_is_better is not None:
-                found[whole.name] = whole.higher_is_better
-        return {**found, LOSS: False}
+                better[whole.name] = whole.higher_is_better
+        return {**better, LOSS: False}
 
     @property
     def shares(self) -> tuple[str, ...]:
@@ -189,11 +189,11 @@ class Task:
         Raises:
           StageError: A metric's ``finish`` failed, or returned something else than a number.
         """
-        found: dict[str, float] = {}
+        values: dict[str, float] = {}
         for metric in self.metrics:
             total, weight = sums.get(metric.name, (0.0, 0.0))
-            found[metric.name] = self._finished(metric, total / weight) if weight else math.nan
-        return found
+            values[metric.name] = self._finished(metric, total / weight) if weight else math.nan
+        return values
 
     def _finished(self, metric: Metric, mean: float) -> float:
         """Returns what a metric reports of its mean; infinity where that is too large a number."""

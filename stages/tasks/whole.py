@@ -102,12 +102,12 @@ def average_precision(outputs: HostArray, targets: HostArray) -> float:
     from sklearn.metrics import average_precision_score
 
     scores, truths = _yes_or_no(outputs, targets)
-    found = [
+    precisions = [
         average_precision_score(truth, score)
         for score, truth in zip(scores.T, truths.T, strict=True)
         if truth.any()
     ]
-    return float(np.mean(found)) if found else float("nan")
+    return float(np.mean(precisions)) if precisions else float("nan")
 
 
 def label_confusion(outputs: HostArray, targets: HostArray) -> HostArray:

@@ -65,7 +65,7 @@ def trace(
     cuts, obstacles = find_cuts(few, more, tuple(made.params))
     cuts, obstacles = _kept(still, cuts, obstacles, made.name)
     if not cuts and not whole:
-        why = "".join(f"; behind {one.after}: {one.reason}" for one in obstacles[:1])
+        why = "".join(f"; behind {obstacle.after}: {obstacle.reason}" for obstacle in obstacles[:1])
         raise StageError(
             f"model {made.name!r} cannot be cut anywhere{why or ': it has one module'}. Let one "
             "array carry all that later modules need, pass masks and lengths as side inputs, or "
@@ -83,8 +83,8 @@ def trace(
     ]  # fmt: skip
     (_, main), *others = inputs.items()
     outputs = few.flat.output.aval.shape[1:]
-    found = (outputs[-1] if outputs else 1) if classes is None else classes
-    model = Model(made.name, units, main.shape, found, main.dtype)
+    count = (outputs[-1] if outputs else 1) if classes is None else classes
+    model = Model(made.name, units, main.shape, count, main.dtype)
     model.sides, model.obstacles = dict(others), obstacles
     model.shapes(1)
     return model
@@ -97,19 +97,19 @@ def _inputs(example: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
       StageError: The example is not a batch.
     """
     given = dict(example) if isinstance(example, Mapping) else {"": example}
-    for name, one in given.items():
-        if not hasattr(one, "dtype") or not getattr(one, "shape", ()):
+    for name, array in given.items():
+        if not hasattr(array, "dtype") or not getattr(array, "shape", ()):
             raise StageError(
-                f"the example{f' {name!r}' if name else ''} is a {type(one).__name__}, expected a "
-                "batch: an array or jax.ShapeDtypeStruct [batch, …], or a dictionary of them"
+                f"the example{f' {name!r}' if name else ''} is a {type(array).__name__}, expected "
+                "a batch: an array or jax.ShapeDtypeStruct [batch, …], or a dictionary of them"
             )
     if not given:
         raise StageError("the example is an empty dictionary: give at least one batch")
     return {
         name: jax.ShapeDtypeStruct(  # type: ignore[no-untyped-call]
-            tuple(one.shape[1:]), jax.dtypes.canonicalize_dtype(one.dtype)
+            tuple(array.shape[1:]), jax.dtypes.canonicalize_dtype(array.dtype)
         )
-        for name, one in given.items()
+        for name, array in given.items()
     }
 
 
@@ -147,7 +147,7 @@ def _check_output(name: str, few: Flow, more: Flow, still: Flow) -> None:
     Raises:
       StageError: It is not.
     """
-    shapes = [one.flat.output.aval for one in (few, more, still)]
+    shapes = [traced.flat.output.aval for traced in (few, more, still)]
     if not few.is_of_samples or not still.is_of_samples:
         raise StageError(f"model {name!r}: its output does not depend on its input")
     if not shapes[0].shape or [shape.shape[:1] for shape in shapes[:2]] != [(FEW,), (MORE,)]:
@@ -170,8 +170,8 @@ def _kept(
     still: Flow, cuts: tuple[Cut, ...], obstacles: tuple[Obstacle, ...], name: str
 ) -> tuple[tuple[Cut, ...], tuple[Obstacle, ...]]:
     """Returns the cuts that also exist at inference, and the obstacles."""
-    found = place(still, cuts, FEW, name)
-    missing = [cut for cut, position in zip(cuts, found, strict=True) if position is None]
+    positions = place(still, cuts, FEW, name)
+    missing = [cut for cut, position in zip(cuts, positions, strict=True) if position is None]
     reasons = [
         Obstacle(sorted(cut.left)[-1], "at inference the same array does not cross alone")
         for cut in missing

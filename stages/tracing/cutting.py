@@ -171,7 +171,7 @@ def place(flow: Flow, cuts: Sequence[Cut], samples: int, name: str) -> list[int 
     if not flow.is_of_samples:
         raise StageError(f"model {name!r}: its output does not depend on its input: nothing to cut")
     live, left, right = flow.live_everywhere(), flow.left(), flow.right()
-    found: list[int | None] = []
+    positions: list[int | None] = []
     for cut in cuts:
         wanted = cut.boundary.inside(samples)
         fits = [
@@ -183,8 +183,8 @@ def place(flow: Flow, cuts: Sequence[Cut], samples: int, name: str) -> list[int 
             and not left[position] & cut.right
             and not right[position] & cut.left
         ]
-        found.append(fits[-1] if fits else None)
-    return found
+        positions.append(fits[-1] if fits else None)
+    return positions
 
 
 def _look(

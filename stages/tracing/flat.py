@@ -82,7 +82,9 @@ def flatten(
     except StageError:
         raise
     except Exception as error:  # user code: whatever it raises is reported with its line
-        said = ", ".join(f"{n} {one.dtype}{list(one.shape)}".strip() for n, one in inputs.items())
+        said = ", ".join(
+            f"{n} {array.dtype}{list(array.shape)}".strip() for n, array in inputs.items()
+        )
         raise StageError(
             f"model {network.name!r}: cannot be traced in {'training' if train else 'inference'} "
             f"with {said}: {describe(error)}{_hint(error)}"

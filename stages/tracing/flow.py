@@ -67,7 +67,7 @@ class Flow:
                 becomes.setdefault(var, set()).add(path)
         spine = _leading_to(jaxpr, _variables([flat.output]))
         wanted = spine | _leading_to(jaxpr, list(becomes))
-        wanted |= {i for i, one in enumerate(jaxpr.eqns) if one.effects}
+        wanted |= {i for i, equation in enumerate(jaxpr.eqns) if equation.effects}
         self.first = frozenset(becomes.get(source, ()))
         self._available: dict[Atom, int] = {source: 0}
         self.length = 0
@@ -86,8 +86,8 @@ class Flow:
                 *(becomes.get(var, ()) for var in equation.outvars),
             )
             steps.append(Step(index, level, needs, inputs))
-        self.steps = tuple(sorted(steps, key=lambda one: one.level))
-        self.used = frozenset[str]().union(self.first, *(one.variables for one in steps))
+        self.steps = tuple(sorted(steps, key=lambda step: step.level))
+        self.used = frozenset[str]().union(self.first, *(step.variables for step in steps))
         self._last: dict[Atom, int] = {}
         for step in self.steps:
             for var in step.inputs:
@@ -110,19 +110,19 @@ class Flow:
 
     def live_everywhere(self) -> list[list[Atom]]:
         """Returns ``live`` for every position from 0 to ``length``."""
-        found: list[list[Atom]] = [[] for _ in range(self.length + 1)]
+        live: list[list[Atom]] = [[] for _ in range(self.length + 1)]
         for var, last in self._last.items():
             for cut in range(self._available[var], min(last, self.length + 1)):
-                found[cut].append(var)
-        return found
+                live[cut].append(var)
+        return live
 
     def left(self) -> list[frozenset[str]]:
         """Returns for every position the variables that are used before it."""
-        return self._running(range(self.length + 1), lambda one, cut: one.level <= cut)
+        return self._running(range(self.length + 1), lambda step, cut: step.level <= cut)
 
     def right(self) -> list[frozenset[str]]:
         """Returns for every position the variables that are used behind it."""
-        return self._running(range(self.length + 1), lambda one, cut: one.level > cut)
+        return self._running(range(self.length + 1), lambda step, cut: step.level > cut)
 
     def _running(self, cuts: range, holds: PyTree) -> list[frozenset[str]]:
         by_level: dict[int, frozenset[str]] = {}
@@ -143,10 +143,10 @@ def _variables(atoms: Sequence[Atom]) -> list[Atom]:
 def _leading_to(jaxpr: Jaxpr, ends: list[Atom]) -> set[int]:
     """Returns the indices of the equations that compute some variables."""
     needed = set(ends)
-    found = set()
+    indices = set()
     for index in reversed(range(len(jaxpr.eqns))):
         equation = jaxpr.eqns[index]
         if any(var in needed for var in equation.outvars):
-            found.add(index)
+            indices.add(index)
             needed.update(_variables(equation.invars))
-    return found
+    return indices

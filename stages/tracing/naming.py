@@ -20,7 +20,7 @@ def name_units(units: Sequence[Owner]) -> list[tuple[str, dict[str, str]]]:
       For each unit its name, in which "_" stands for "/", and {path in the unit: path in the
       network}.
     """
-    found: list[tuple[str, dict[str, str]]] = []
+    named: list[tuple[str, dict[str, str]]] = []
     commons = [_common(unit.ordered) for unit in units]
     taken: set[str] = set()
     for unit, common in zip(units, commons, strict=True):
@@ -38,8 +38,8 @@ def name_units(units: Sequence[Owner]) -> list[tuple[str, dict[str, str]]]:
         taken.add(name)
         prefix = "".join(f"{part}/" for part in common)
         own = sorted((*unit.params, *unit.state))
-        found.append((name, {path.removeprefix(prefix): path for path in own}))
-    return found
+        named.append((name, {path.removeprefix(prefix): path for path in own}))
+    return named
 
 
 def _common(paths: Sequence[str]) -> tuple[str, ...]:

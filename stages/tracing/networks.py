@@ -148,10 +148,10 @@ class LinenNetwork(Network):
         self._homes: dict[str, tuple[str, str]] = {}
         self.state = {}
         for collection, variables in sorted(drawn.items()):
-            for path, one in _flat(variables).items():
+            for path, value in _flat(variables).items():
                 known = path in self.params or path in self.state
                 here = f"{path}/{collection}" if known else path
-                self._homes[here], self.state[here] = (collection, path), one
+                self._homes[here], self.state[here] = (collection, path), value
 
     def draw(self, seed: int) -> tuple[Arrays, Arrays]:
         """Initialises the module."""
@@ -199,11 +199,11 @@ class LinenNetwork(Network):
 
     def _init(self, key: jax.Array) -> PyTree:
         """Returns all freshly drawn collections for a batch, without sown values."""
-        batch = {n: jnp.ones(one.shape, one.dtype) for n, one in self._inputs.items()}
+        batch = {n: jnp.ones(shape.shape, shape.dtype) for n, shape in self._inputs.items()}
         given, named = _arguments(batch, self._modes, train=False)
         drawn = self._module.init({"params": key, "dropout": key}, *given, **named)
         unboxed = dict(linen.meta.unbox(drawn))
-        return {n: dict(one) for n, one in unboxed.items() if n != "intermediates"}
+        return {n: dict(values) for n, values in unboxed.items() if n != "intermediates"}
 
 
 class FunctionNetwork(Network):
@@ -227,17 +227,17 @@ class FunctionNetwork(Network):
         self._paths = [
             jax.tree_util.keystr(path, simple=True, separator="/") or "params" for path, _ in leaves
         ]
-        shapes = dict(zip(self._paths, (one for _, one in leaves), strict=True))
-        self.params = {path: one for path, one in shapes.items() if one.dtype in FLOATS}
-        self.state = {path: one for path, one in shapes.items() if path not in self.params}
+        shapes = dict(zip(self._paths, (leaf for _, leaf in leaves), strict=True))
+        self.params = {path: shape for path, shape in shapes.items() if shape.dtype in FLOATS}
+        self.state = {path: shape for path, shape in shapes.items() if path not in self.params}
         self._modes = _modes(function)
         self._keys = [n for n in _KEYS if n in _parameters(function)]
 
     def draw(self, seed: int) -> tuple[Arrays, Arrays]:
         """Returns freshly drawn parameters, or those that were given."""
         key = jax.random.fold_in(jax.random.key(seed % 2**32), name_hash(self.name))
-        found = dict(zip(self._paths, jax.tree.leaves(self._draw(key)), strict=True))
-        return {n: found[n] for n in self.params}, {n: found[n] for n in self.state}
+        drawn = dict(zip(self._paths, jax.tree.leaves(self._draw(key)), strict=True))
+        return {n: drawn[n] for n in self.params}, {n: drawn[n] for n in self.state}
 
     def call(
         self,
@@ -265,8 +265,8 @@ class FunctionNetwork(Network):
 
 def _values(leaves: Mapping[Path, PyTree], wanted: Shapes) -> Arrays:
     """Returns a module's variables by path as text; copies, since a caller may donate them."""
-    found = {text_of(path): value_of(leaf) for path, leaf in leaves.items()}
-    return {path: jnp.array(found[path]) for path in wanted}
+    by_path = {text_of(path): value_of(leaf) for path, leaf in leaves.items()}
+    return {path: jnp.array(by_path[path]) for path in wanted}
 
 
 def _flat(tree: PyTree) -> dict[str, PyTree]:
@@ -290,7 +290,7 @@ def _arguments(
     inputs: Mapping[str, PyTree], modes: Mapping[str, bool], train: bool
 ) -> tuple[list[Any], dict[str, Any]]:
     """Returns a network's arguments, by position and by name."""
-    named = {name: one for name, one in inputs.items() if name}
+    named = {name: value for name, value in inputs.items() if name}
     said = {name: value is train for name, value in modes.items()}
     return [inputs[name] for name in inputs if not name], {**named, **said}
 
@@ -300,7 +300,7 @@ def _samples(inputs: Mapping[str, PyTree]) -> int:
 
 
 def _shown(inputs: Shapes) -> str:
-    return ", ".join(f"{n} {one.dtype}{list(one.shape)}".strip() for n, one in inputs.items())
+    return ", ".join(f"{n} {array.dtype}{list(array.shape)}".strip() for n, array in inputs.items())
 
 
 def _slowed(scope: context.Context) -> Callable[..., Any]:

@@ -48,15 +48,18 @@ def assign(
             bounds = [position for position in positions if position is not None]
             home.setdefault(path, sum(step.level > bound for bound in bounds))
     order = [
-        path for flow in (train, inference) for one in flow.steps for path in sorted(one.variables)
+        path
+        for flow in (train, inference)
+        for step in flow.steps
+        for path in sorted(step.variables)
     ]
     for path in sorted({*network.params, *network.state} - home.keys()):
-        near = max(home, key=lambda one: _shared(one, path), default=path)
+        near = max(home, key=lambda known: _shared(known, path), default=path)
         home[path] = home.get(near, 0)
     return [
         Owner(
             tuple(sorted(param for param in network.params if home[param] == unit)),
-            tuple(sorted(one for one in network.state if home[one] == unit)),
+            tuple(sorted(name for name in network.state if home[name] == unit)),
             tuple(unit_path for unit_path in dict.fromkeys(order) if home[unit_path] == unit)
             or tuple(sorted(home)),
         )
@@ -64,7 +67,7 @@ def assign(
     ]
 
 
-def _shared(one: str, other: str) -> int:
+def _shared(path: str, other: str) -> int:
     """Returns the number of leading parts that two paths share."""
-    pairs = enumerate(zip(one.split("/"), other.split("/"), strict=False))
+    pairs = enumerate(zip(path.split("/"), other.split("/"), strict=False))
     return next((index for index, (a, b) in pairs if a != b), 0)

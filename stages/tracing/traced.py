@@ -148,8 +148,8 @@ class TracedUnit(Unit):
 
     def matching(self, chosen: Any) -> frozenset[str]:
         """Returns the whole network's answer for this unit; see ``Unit.matching``."""
-        found = self.traced.network.matching(chosen)
-        return frozenset(path for path in self.weights if self.names[path] in found)
+        matching = self.traced.network.matching(chosen)
+        return frozenset(path for path in self.weights if self.names[path] in matching)
 
     def call(
         self,
@@ -206,8 +206,8 @@ def batched(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns abstract batches of abstract samples."""
     return {
-        name: jax.ShapeDtypeStruct((samples, *one.shape), one.dtype)  # type: ignore
-        for name, one in inputs.items()
+        name: jax.ShapeDtypeStruct((samples, *array.shape), array.dtype)  # type: ignore
+        for name, array in inputs.items()
     }
 
 
@@ -233,7 +233,7 @@ def _piece(
         ):
             equations.append(equation)
             needed.update(v for v in equation.invars if not isinstance(v, jex_core.Literal))
-    made = {var for one in equations for var in one.outvars}
+    made = {var for equation in equations for var in equation.outvars}
     foreign = needed - made - given
     if foreign:
         raise StageError(_foreign(flat, foreign))
