@@ -120,7 +120,7 @@ class Dial:
         self._opening = PendingConnection(
             endpoint.loop,
             sock,
-            ClientHandshake(terms, options.token, tls is not None, self._expected),
+            ClientHandshake(terms, options.token, self._expected),
             tls=tls,
             server_name=name,
             bind_names=options.tls is not None and options.tls.certificate is not None,

@@ -96,7 +96,7 @@ class Reception:
             opening = PendingConnection(
                 self._loop,
                 sock,
-                ServerHandshake(self._name, options.token, tls is not None, self.admit),
+                ServerHandshake(self._name, options.token, self.admit),
                 tls=tls,
                 server_name=None,
                 bind_names=options.tls is not None and options.tls.require_peer,

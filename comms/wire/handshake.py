@@ -59,7 +59,6 @@ class Handshake:
     Args:
       name: Name of this side.
       token: The shared token, or None.
-      secure: Whether the connection is encrypted.
 
     Attributes:
       terms: Terms of the peer, once known.
@@ -68,14 +67,13 @@ class Handshake:
       names: Names in the peer's certificate; None if it has shown none.
     """
 
-    def __init__(self, name: str, token: str | None, secure: bool) -> None:
+    def __init__(self, name: str, token: str | None) -> None:
         self.name = name
         self.terms: Terms | None = None
         self.done = False
         self.leftover = b""
         self.names: tuple[str, ...] | None = None
         self._token = token
-        self._secure = secure
         self._buffer = bytearray()
         self._transcript = hashlib.sha256()
 
@@ -174,14 +172,11 @@ class ClientHandshake(Handshake):
     Args:
       terms: Terms of this side, including its name.
       token: The shared token, or None.
-      secure: Whether the connection is encrypted.
       expected: The required name of the listener; None accepts any.
     """
 
-    def __init__(
-        self, terms: Terms, token: str | None, secure: bool, expected: str | None = None
-    ) -> None:
-        super().__init__(terms.name, token, secure)
+    def __init__(self, terms: Terms, token: str | None, expected: str | None = None) -> None:
+        super().__init__(terms.name, token)
         self._expected = expected
         self._challenged = False
         hello = Hello(**terms.own(), nonce=secrets.token_hex(16), token=token is not None)
@@ -219,14 +214,11 @@ class ServerHandshake(Handshake):
     Args:
       name: Name of this side.
       token: The shared token, or None.
-      secure: Whether the connection is encrypted.
       admit: Returns this side's terms for those of the peer; raises HandshakeError to refuse.
     """
 
-    def __init__(
-        self, name: str, token: str | None, secure: bool, admit: Callable[[Terms], Terms]
-    ) -> None:
-        super().__init__(name, token, secure)
+    def __init__(self, name: str, token: str | None, admit: Callable[[Terms], Terms]) -> None:
+        super().__init__(name, token)
         self._admit = admit
         self._hello: Hello | None = None
 

@@ -300,10 +300,10 @@ class Conductor:
             left = self._members.population[now.cohort[place]].presence is Presence.LEFT
             self._drop(now, place, "left" if left else "lost")
 
-    def _note_broken(self, found: messages.NonFinite, source: str) -> None:
+    def _note_broken(self, said: messages.NonFinite) -> None:
         """Goes on without a device of which a loss or weights are not finite."""
-        now, place = self._round, found.device
-        if now is not None and found.round == now.index and place in now.places:
+        now, place = self._round, said.device
+        if now is not None and said.round == now.index and place in now.places:
             assert place is not None
             self._drop(now, place, "nonfinite")
 

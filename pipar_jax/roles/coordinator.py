@@ -15,7 +15,7 @@ from typing import NamedTuple
 from pipar_jax.aggregation.aggregator import Aggregator
 from pipar_jax.config import Config
 from pipar_jax.disk.json_text import JsonObject
-from pipar_jax.errors import Interrupted, PeerError, RunError
+from pipar_jax.errors import Interrupted, RunError
 from pipar_jax.methods.registry import is_planned
 from pipar_jax.protocol import messages
 from pipar_jax.roles.adaptation import Adaptation
@@ -362,7 +362,7 @@ class Coordinator:
             self._setup.begin_schedules(arrived)
         return cohort
 
-    def _note_lost(self, name: str, error: PeerError) -> None:
+    def _note_lost(self, name: str) -> None:
         """Goes on without a host whose link is gone: its neighbours have to meet it anew."""
         self._pool.lose(name)
         self._setup.forget_links(name)

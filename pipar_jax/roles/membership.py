@@ -53,7 +53,7 @@ class Membership:
       population: The devices that have registered, present or not.
       lost_hosts: Names of the members that the run has lost, in order.
       joined: Called with the name of a member that has joined; on the owner's thread.
-      lost: Called with the name of a lost member and the reason; on the owner's thread.
+      lost: Called with the name of a lost member; on the owner's thread.
       listeners: Receive mail of a kind at once, instead of ``collect``; on the owner's thread.
       early: Answers that have been read and that nobody has collected.
       broken_links: Links between members that have ended.
@@ -99,7 +99,7 @@ class Membership:
         self.lost_hosts: list[str] = []
         self.listeners: dict[type, Callable[[Mail[Any]], None]] = {}
         self.joined: Callable[[str], None] = lambda name: None
-        self.lost: Callable[[str, PeerError], None] = lambda name, error: None
+        self.lost: Callable[[str], None] = lambda name: None
         self.actions: Callable[[], int] = lambda: 0
 
     def ask(self, name: str, command: ControlMessage) -> None:
@@ -278,7 +278,7 @@ class Membership:
         else:
             self.population.go(index, presence, time.monotonic())
         self.tell({"event": f"{kind}_{presence.value}", kind: index, "reason": str(error)})
-        self.lost(name, error)
+        self.lost(name)
 
     def close(self) -> None:
         """Reports the total of refusals."""

@@ -42,7 +42,7 @@ class StepReports:
     ) -> None:
         self._model, self._nonfinite = model, nonfinite
         self._members, self._links, self._tell, self._blame = members, links, tell, blame
-        self.broken: Callable[[messages.NonFinite, str], None] = lambda said, source: None
+        self.broken: Callable[[messages.NonFinite], None] = lambda said: None
         self._round = 0
 
     def open(self, index: int) -> None:
@@ -98,9 +98,9 @@ class StepReports:
                            "which is not its own or was reported before")  # fmt: skip
                 return
             told.add(key)
-        self.report_broken(said, source)
+        self.report_broken(said)
 
-    def report_broken(self, said: messages.NonFinite, source: str = COORDINATOR) -> None:
+    def report_broken(self, said: messages.NonFinite) -> None:
         """Reports non-finite values.
 
         Raises:
@@ -112,4 +112,4 @@ class StepReports:
         if wanted == "end" or (wanted == "drop" and said.device is None):
             raise RunError(finite.line(said))
         if wanted == "drop":
-            self.broken(said, source)
+            self.broken(said)

@@ -28,8 +28,8 @@ SMALL = Allowance(tensor_bytes=2000, bundle_bytes=2000, bundle_tensors=2, contro
 
 def exchange(token: str | None) -> tuple[list[bytes], list[bytes]]:
     """Returns what the connecting side and the listener say in a handshake that succeeds."""
-    client = ClientHandshake(Terms(name="d0", session="0" * 32), token, False)
-    server = ServerHandshake("server", token, False, lambda terms: terms)
+    client = ClientHandshake(Terms(name="d0", session="0" * 32), token)
+    server = ServerHandshake("server", token, lambda terms: terms)
     hello = client.opening
     challenge = server.feed(hello)
     proof = client.feed(challenge)
@@ -67,10 +67,10 @@ def shake(rng: random.Random, side: str) -> str:
     token = rng.choice((None, TOKEN))
     client_says, server_says = exchange(token)
     if side == "listening":
-        ours = ServerHandshake("server", token, False, lambda terms: terms)
+        ours = ServerHandshake("server", token, lambda terms: terms)
         script = client_says[:2]
     else:
-        ours = ClientHandshake(Terms(name="d0", session="0" * 32), token, False)
+        ours = ClientHandshake(Terms(name="d0", session="0" * 32), token)
         script = server_says[:2]
     if rng.random() < 0.3:
         script.insert(rng.randrange(3), rng.choice(client_says + server_says))

@@ -31,7 +31,7 @@ class RawPeer:
     def __init__(self, port: int, session: str) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S)
         handshake = ClientHandshake(
-            Terms(name="fuzzer", session=session, window_bytes=1 << 20), None, False
+            Terms(name="fuzzer", session=session, window_bytes=1 << 20), None
         )
         self.socket.sendall(handshake.opening)
         while not handshake.done:

@@ -94,7 +94,7 @@ class DeafPeer:
 
         self.socket = socket.create_connection(("127.0.0.1", port))
         terms = Terms(name="deaf", session="0" * 32, window_bytes=1 << 40)
-        handshake = ClientHandshake(terms, token, False)
+        handshake = ClientHandshake(terms, token)
         self.socket.sendall(handshake.opening)
         while not handshake.done:
             self.socket.sendall(handshake.feed(self.socket.recv(4096)))

@@ -78,8 +78,8 @@ def test_other_tokens_are_refused_and_no_link_appears(
 
 def test_a_listener_that_does_not_know_the_token_is_refused():
     """A false listener can ask for the proof but cannot give its own."""
-    client = ClientHandshake(Terms(name="c", session="a" * 32), TOKEN, False)
-    false = ServerHandshake("s", "not the right token", False, lambda terms: terms)
+    client = ClientHandshake(Terms(name="c", session="a" * 32), TOKEN)
+    false = ServerHandshake("s", "not the right token", lambda terms: terms)
     false._check_proof = lambda *_: None  # it lets anyone in
     reply = client.feed(false.feed(client.opening))
     with pytest.raises(AuthenticationError, match="listener"):
@@ -94,9 +94,9 @@ def test_a_recorded_proof_is_worth_nothing(workshop):
         return proof, server.feed(proof)
 
     def make_server():
-        return ServerHandshake("s", TOKEN, False, lambda terms: terms)
+        return ServerHandshake("s", TOKEN, lambda terms: terms)
 
-    client = ClientHandshake(Terms(name="c", session="a" * 32), TOKEN, False)
+    client = ClientHandshake(Terms(name="c", session="a" * 32), TOKEN)
     recorded, welcome = shake(make_server(), client)
     client.feed(welcome)
     assert client.done
@@ -107,8 +107,8 @@ def test_a_recorded_proof_is_worth_nothing(workshop):
 
 
 def test_the_handshake_works_a_byte_at_a_time_and_keeps_what_follows():
-    client = ClientHandshake(Terms(name="c", session="a" * 32), TOKEN, False)
-    server = ServerHandshake("s", TOKEN, False, lambda terms: terms)
+    client = ClientHandshake(Terms(name="c", session="a" * 32), TOKEN)
+    server = ServerHandshake("s", TOKEN, lambda terms: terms)
     to_server, to_client = client.opening, b""
     while not (client.done and server.done):
         for byte in to_server:

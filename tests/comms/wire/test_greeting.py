@@ -54,8 +54,8 @@ TAKEN = {
 
 def body_of(step: HandshakeStep) -> dict:
     """Returns the JSON of a message of a handshake that succeeds."""
-    client = ClientHandshake(Terms(name="d0", session="0" * 32), TOKEN, False)
-    server = ServerHandshake("server", TOKEN, False, lambda terms: terms)
+    client = ClientHandshake(Terms(name="d0", session="0" * 32), TOKEN)
+    server = ServerHandshake("server", TOKEN, lambda terms: terms)
     challenge = server.feed(client.opening)
     proof = client.feed(challenge)
     says = {
@@ -71,8 +71,8 @@ def body_of(step: HandshakeStep) -> dict:
 def deliver(step: HandshakeStep, data: bytes) -> None:
     """Feeds a message to the side that it is for, at the moment at which it is expected."""
     message = PREFACE.pack(MAGIC, VERSION, step, 0, len(data)) + data
-    client = ClientHandshake(Terms(name="d0", session="0" * 32), TOKEN, False)
-    server = ServerHandshake("server", TOKEN, False, lambda terms: terms)
+    client = ClientHandshake(Terms(name="d0", session="0" * 32), TOKEN)
+    server = ServerHandshake("server", TOKEN, lambda terms: terms)
     if step in (HandshakeStep.HELLO, HandshakeStep.PROOF):
         if step is HandshakeStep.PROOF:
             server.feed(client.opening)
@@ -151,7 +151,7 @@ def test_the_packet_that_ended_a_run_is_refused():
 )
 def test_a_refusal_of_another_version_is_understood_as_far_as_it_goes(body):
     data = json.dumps(body).encode()
-    client = ClientHandshake(Terms(name="d0", session="0" * 32), None, False)
+    client = ClientHandshake(Terms(name="d0", session="0" * 32), None)
     with pytest.raises(VersionError, match="version 77") as caught:
         client.feed(PREFACE.pack(MAGIC, 77, HandshakeStep.REFUSE, 0, len(data)) + data)
     assert str(caught.value).isprintable()
@@ -180,7 +180,7 @@ def test_a_listener_survives_a_peer_that_leaves_at_any_moment(workshop, certific
     files, _ = certificates
     server = workshop.endpoint("server", tls(files, "server") if secure else None)
     _, port = server.listen("127.0.0.1", 0, lambda link: None)
-    opening = ClientHandshake(Terms(name="d0", session="0" * 32), None, False).opening
+    opening = ClientHandshake(Terms(name="d0", session="0" * 32), None).opening
     if secure:
         opening = b"\x16\x03\x01\x00\xc4\x01\x00\x00\xc0\x03\x03" + bytes(200)
     for cut in range(0, len(opening) + 1, max(1, len(opening) // 24)):
@@ -203,8 +203,8 @@ def test_a_listener_survives_a_peer_that_leaves_at_any_moment(workshop, certific
 def test_a_connecting_side_survives_a_listener_that_leaves_at_any_moment(workshop, how):
     import threading
 
-    server = ServerHandshake("server", None, False, lambda terms: terms)
-    client_of_script = ClientHandshake(Terms(name="d0", session="0" * 32), None, False)
+    server = ServerHandshake("server", None, lambda terms: terms)
+    client_of_script = ClientHandshake(Terms(name="d0", session="0" * 32), None)
     challenge = server.feed(client_of_script.opening)
     data = challenge + server.feed(client_of_script.feed(challenge))
     cuts = list(range(0, len(data), max(1, len(data) // 12)))

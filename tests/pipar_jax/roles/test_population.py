@@ -32,7 +32,7 @@ class Side:
             self.config, network(), tensors=lambda message: None, wake=lambda: None,
             tell=self.events.append, stop=threading.Event(),
         )  # fmt: skip
-        self.members.lost = lambda name, error: self.lost.append(name)
+        self.members.lost = self.lost.append
 
     def join(self, index):
         link = fakes.Link(f"d{index}")
