@@ -80,6 +80,28 @@ def build_module(name: str, factory: Factory, *, is_unit: bool = True) -> Any:
     return module
 
 
+def module_at(model: str, module: Any, path: str) -> Any:
+    """Follows a path such as "blocks/0" through attributes and list entries.
+
+    Args:
+      model: The model's name, for messages.
+      module: The module to begin with.
+      path: The path.
+
+    Raises:
+      StageError: There is nothing at it.
+    """
+    for part in path.split("/"):
+        try:
+            module = module[int(part)] if part.isdigit() else getattr(module, part)
+        except (AttributeError, IndexError, KeyError) as error:
+            raise StageError(
+                f"model {model!r}: the module has no unit {path!r} ({error}); name attributes "
+                "of the module, list entries as 'blocks/0'"
+            ) from error
+    return module
+
+
 def check_module(unit: str, module: Any) -> Any:
     """Checks and returns a unit's module.
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from stages.building import abstractly, build_module, build_units, check_module
+from stages.building import abstractly, build_module, build_units, check_module, module_at
 from stages.errors import StageError
 from stages.frozen import Base, Frozen
 from stages.patterns import matching
@@ -127,13 +127,13 @@ class Model:
         """
 
         def pick(path: str) -> Factory:
-            return lambda rngs: _attribute(name, factory(rngs), path)
+            return lambda rngs: module_at(name, factory(rngs), path)
 
         pairs = [(path.replace("/", "_"), pick(path)) for path in units]
 
         def build() -> list[ModuleUnit]:
             whole = build_module(name, factory, is_unit=False)
-            modules = [check_module(path, _attribute(name, whole, path)) for path in units]
+            modules = [check_module(path, module_at(name, whole, path)) for path in units]
             return build_units(name, pairs, modules)
 
         built = abstractly(build)
@@ -393,16 +393,3 @@ class Obstacle(NamedTuple):
 def parameter_count(model: Model) -> int:
     """Number of trainable parameters."""
     return sum(leaf.size for unit in model.units for leaf in unit.params.values())
-
-
-def _attribute(model: str, module: Any, path: str) -> Any:
-    """Follows "blocks/0" through attributes and list entries."""
-    for part in path.split("/"):
-        try:
-            module = module[int(part)] if part.isdigit() else getattr(module, part)
-        except (AttributeError, IndexError, KeyError) as error:
-            raise StageError(
-                f"model {model!r}: the module has no unit {path!r} ({error}); name attributes "
-                "of the module, list entries as 'blocks/0'"
-            ) from error
-    return module
