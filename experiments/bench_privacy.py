@@ -33,6 +33,7 @@ RESULTS = flags.DEFINE_string(
 )
 SAMPLES = flags.DEFINE_integer("samples", 10_000, "Accuracy: training samples.", lower_bound=200)
 EPOCHS = flags.DEFINE_integer("epochs", 10, "Accuracy: epochs.", lower_bound=1)
+ONLY = flags.DEFINE_string("only", "", "Accuracy: only settings whose name contains this.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "Accuracy: seeds.", lower_bound=1)
 SLOWDOWN = flags.DEFINE_float("slowdown", 2.0, "Epochs: slowness of devices.", lower_bound=1.0)
 LINKS = ("4g", "wifi")
@@ -57,6 +58,8 @@ def accuracy(run: harness.Bench, folder: Path, results: Path) -> None:
         for variant in VARIANTS:
             for epsilon in EPSILONS:
                 name, percent = f"{data}, {variant}, {_budget(epsilon)}", []
+                if ONLY.value not in name:
+                    continue
                 for seed in seeds:
                     run.progress(f"{name}, seed {seed}")
                     one = Setting(data, variant, epsilon, seed, samples, epochs, DATA_DIR.value)

@@ -24,5 +24,10 @@ def privacy_text(runs: Sequence[RecordedRun], names: Sequence[str]) -> str:
                 f" After round {spent[-1]['round'] + 1} epsilon is at most "
                 f"{epsilons[device]:.4g} (device {device}) at delta {spent[-1]['delta']:g}."
             )
+            if (clip := spent[-1].get("clip")) is not None:
+                ending += (
+                    f" The clip came to {clip:.4g}; {spent[-1]['within_clip'] or 0:.0%} of the "
+                    "last updates were within the one before, as noise lets it be known."
+                )
         paragraphs.append(f"<p>{html.escape(f'{name}: {words}.{ending}')}</p>")
     return "".join(paragraphs)
