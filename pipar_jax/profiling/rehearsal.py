@@ -8,6 +8,7 @@ thread is not included.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import queue
 import time
@@ -56,11 +57,17 @@ def measure_handling(timeout_s: float = 60.0) -> RuntimeOverhead:
       ChannelError: This machine's loopback cannot be used.
       RunError: A rehearsal failed.
     """
-    model = stages.build("mlp", input_shape=_INPUT_SHAPE, classes=_CLASSES)
+    model = _network()
     few_s, many_s = (_rehearse(model, samples, timeout_s) for samples in (FEW, MANY))
     cut = model.shapes(MANY - FEW)[len(model.units) - 1]
     nbytes = 2 * int(np.prod(cut.shape)) * cut.dtype.itemsize  # an activation and its cotangent
     return RuntimeOverhead(few_s, max(0.0, many_s - few_s) / nbytes)
+
+
+@functools.cache
+def _network() -> stages.Model:
+    """Returns the rehearsed network: hosts of one process compile it once."""
+    return stages.build("mlp", input_shape=_INPUT_SHAPE, classes=_CLASSES)
 
 
 def measure_message_s(timeout_s: float = 10.0) -> float:

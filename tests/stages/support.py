@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from functools import partial
 
@@ -15,8 +16,9 @@ from stages.models.resnet import ResidualBlock, ResNetHead, Stem
 from stages.tasks.task import LOSS
 
 
+@functools.cache
 def small_resnet(dtype=jnp.float32, norm="group") -> stages.Model:
-    """A residual network of four units on 8x8x3, small enough for float64."""
+    """A residual network of four units on 8x8x3, small enough for float64; one for all tests."""
     options = Options((8, 8, 3), 5, norm, "cifar", jnp.dtype(dtype))
     units = [
         ("stem", partial(Stem, 3, 8, options)),

@@ -62,7 +62,7 @@ def test_float64_whole_gradient_equals_jax_grad_of_the_mean_loss(norm):
 
 def test_float64_every_cut_and_micro_batch_count_accumulates_the_mini_batch_gradient():
     with jax.enable_x64(True):
-        model = small_resnet(jnp.float64)
+        model = small_resnet(jnp.float64, "group")
         params, state = model.init(0)
         # Six samples: four micro-batches do not divide them.
         x, y = batch(model, 6, np.float64)
