@@ -39,6 +39,7 @@ def by_hand(config: Config) -> tuple[str, ...]:
         "run.resume": config.run.resume, "run.dir": config.run.dir, "run.trace": "none",
         "run.evaluate_every": 0, "run.progress_every_s": 0.0,
         "network.rejoin_s": config.network.rejoin_s, "network.resume_s": config.network.resume_s,
+        "network.join_timeout_s": config.network.join_timeout_s,
     }  # fmt: skip
     return ("--config=digits", *(f"--config.{name}={value}" for name, value in given.items()))
 
@@ -138,6 +139,7 @@ class Bits:
         config = setting(self._folder, self._method, f"{self._method}-{name}{self._number}")
         fresh = Config()
         config.cohort, config.devices.count, config.network = fresh.cohort, 2, fresh.network
+        config.network.join_timeout_s = 600.0  # processes of a busy machine take long to start
         return config
 
     def _is_equal(self, config: Config) -> bool:
