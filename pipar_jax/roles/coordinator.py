@@ -16,15 +16,13 @@ from pipar_jax.aggregation.aggregator import Aggregator
 from pipar_jax.config import Config
 from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import Interrupted, RunError
-from pipar_jax.methods.registry import is_planned
 from pipar_jax.protocol import messages
-from pipar_jax.roles.adaptation import Adaptation
 from pipar_jax.roles.chain_repair import ChainRepair
 from pipar_jax.roles.checkpoints import Checkpoints, Moment
 from pipar_jax.roles.conductor import Conductor
-from pipar_jax.roles.course import odd_plan
 from pipar_jax.roles.evaluation import Evaluator
 from pipar_jax.roles.federated_evaluation import evaluate_on_devices
+from pipar_jax.roles.first_plan import first_plan, make_adaptation
 from pipar_jax.roles.gathering import Cohort, Gathering
 from pipar_jax.roles.holdings import Holdings
 from pipar_jax.roles.host_setup import HostSetup, samples_by_place
@@ -35,11 +33,9 @@ from pipar_jax.roles.private_rounds import PrivateRounds
 from pipar_jax.roles.round_results import RoundResults
 from pipar_jax.roles.round_start import RoundStart
 from pipar_jax.roles.run_log import FetchStats, RunLog
-from pipar_jax.roles.scripted_plans import ScriptedPlans
 from pipar_jax.roles.start_weights import first_variables
 from pipar_jax.roles.state_exchange import StateExchange
 from pipar_jax.roles.stop_rule import StopRule
-from pipar_jax.roles.survey import Surveyed, choose_plan
 from pipar_jax.roles.timetable import Timetable
 from pipar_jax.runtime import exchanges
 from pipar_jax.runtime.host import Host
@@ -109,7 +105,10 @@ class Coordinator:
             self._population.recall(kept.facts["population"], time.monotonic())
         places, sampled = members.hosts.places, members.hosts.sampled
         samples = samples_by_place(self._population, places, sampled=sampled)
-        plan, surveyed = self._first_plan(script, samples)
+        kept_plan = None if kept is None else Plan.from_dict(kept.facts["plan"])
+        plan, surveyed = first_plan(
+            config, model, members, script, samples, kept_plan, self._gathering.upcoming
+        )
         self._begun_with = (
             [one.steps for one in self._population] if kept is None else kept.facts["steps"]
         )
@@ -120,7 +119,9 @@ class Coordinator:
         self._gathering.check_rounds(self._table.rounds)
         if plan.sums_gradients:  # raises PlanError: such devices step together
             rounds(plan, [one.steps for one in self._population], 1)
-        self._adaptation = self._make_adaptation(script, plan, surveyed)
+        self._adaptation = make_adaptation(
+            config, model, host, members, script, plan, self._table.rounds, surveyed
+        )
         params, state = first_variables(model, config)
         self._aggregator = Aggregator(config.aggregation, shared(model, params), state)
         self._score: dict[str, float] = {}
@@ -149,47 +150,6 @@ class Coordinator:
         )  # fmt: skip
         self._conductor.relay.client_model = self._round_start.initial_client_model()
         members.lost = self._note_lost
-
-    def _first_plan(
-        self, script: Sequence[Plan], samples: Sequence[int]
-    ) -> tuple[Plan, Surveyed | None]:
-        """Returns the plan to begin with, and what hosts and links showed if they were asked."""
-        plan = None if self._kept is None else Plan.from_dict(self._kept.facts["plan"])
-        if script:
-            return plan or script[0], None
-        if plan is not None and not self._config.tuner.adapt:
-            return plan, None
-        if (planned := self._scripted_plan()) is not None:
-            return planned, None
-        # Adapting starts from a survey, in a resumed run too.
-        chosen, surveyed = choose_plan(self._config, self._model, self._members, samples)
-        return plan or chosen, surveyed
-
-    def _scripted_plan(self) -> Plan | None:
-        """Returns the plan that was searched for in a run that is replayed, or None.
-
-        Raises:
-          RunError: It is not one of this run's hosts and units.
-        """
-        first = self._gathering.upcoming
-        planned = is_planned(self._config.method, self._config.pipeline)
-        if first is None or first.nodes.plan is None or not planned:
-            return None
-        plan = first.nodes.plan
-        if (odd := odd_plan(plan, self._members.hosts, len(self._model.units))) is not None:
-            raise RunError(f"cohort.script={self._config.cohort.script!r} has a plan {odd}")
-        return plan
-
-    def _make_adaptation(
-        self, script: Sequence[Plan], plan: Plan, surveyed: Surveyed | None
-    ) -> Adaptation | ScriptedPlans | None:
-        """Returns what changes the plan between rounds; usually nothing."""
-        model, members, host = self._model, self._members, self._host
-        if script:
-            return ScriptedPlans(script, members, host, len(model.units))
-        if not self._config.tuner.adapt or surveyed is None:
-            return None
-        return Adaptation(self._config, model, surveyed, plan, self._table.rounds, members, host)
 
     @property
     def plan(self) -> Plan:

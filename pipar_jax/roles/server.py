@@ -88,18 +88,7 @@ def run_server(
     began_s = time.monotonic()
     # Before there is a folder: what is refused here leaves nothing behind.
     planned(config.cohort, config.devices.total)
-    rule = target_rule(config, model)
-    dataset = (
-        datasets.load_server(config, rule)
-        if data is None
-        else datasets.admit(data, "test", COORDINATOR, rule)
-    )
-    network = fit(config, model, dataset, COORDINATOR)
-    # A task or a network of the user is known only here.
-    check_scores(config.stop, config.checkpoint, network.task)
-    if not script:
-        check_plan(config, network.unit_names)
-    check_stays(config, script, network.unit_names, personal_paths(network))
+    network, dataset = _network(config, model, data, script)
     early: list[JsonObject] = []
     past = read_past(config, network, fingerprint(dataset.test), early.append)
     scores = network.task.scores
@@ -122,6 +111,24 @@ def run_server(
             config, network, dataset, folder, record, tell, stop or threading.Event(), script,
             Start(past, stop_rule, finish or threading.Event()),
         )  # fmt: skip
+
+
+def _network(
+    config: Config, model: Model | None, data: Dataset | None, script: Sequence[Plan]
+) -> tuple[Model, Dataset]:
+    """Returns the whole model and the test set; a user's task or network is checked only here."""
+    rule = target_rule(config, model)
+    dataset = (
+        datasets.load_server(config, rule)
+        if data is None
+        else datasets.admit(data, "test", COORDINATOR, rule)
+    )
+    network = fit(config, model, dataset, COORDINATOR)
+    check_scores(config.stop, config.checkpoint, network.task)
+    if not script:
+        check_plan(config, network.unit_names)
+    check_stays(config, script, network.unit_names, personal_paths(network))
+    return network, dataset
 
 
 class _Teller:

@@ -14,7 +14,7 @@ from pipar_jax.errors import RunError
 from pipar_jax.runtime.completion import Work
 from pipar_jax.runtime.link_table import LinkTable
 from pipar_jax.runtime.memory import Ledger, array_bytes
-from pipar_jax.runtime.metrics import Meter, Totals
+from pipar_jax.runtime.metrics import Meter, totals_of
 from pipar_jax.runtime.releases import Releases
 from pipar_jax.runtime.sample_store import Batches, MicroBatchSlice, SampleStore
 from pipar_jax.runtime.tensor_sender import TensorSender
@@ -35,7 +35,6 @@ from pipar_jax.schedule.trace import Timed
 from pipar_jax.training.replica import Replica
 from stages import MicroBatchContext, Model
 from stages.release import CLIPPED
-from stages.stage_programs import Metrics
 from stages.tasks.task import LOSS as LOSS_NAME
 from stages.trees import PyTree
 
@@ -233,7 +232,7 @@ class Executor:
             if parcel is not None:
                 self._sender.send_down(action, operation, part, parcel)
             if self._releases is None:  # figures of a private device's samples stay there
-                self._meter.add(action.device, action.step, _totals(metrics, part.samples))
+                self._meter.add(action.device, action.step, totals_of(metrics, part.samples))
             elif replica.stage.release is not None:
                 self._releases.watch(replica.stage, metrics[CLIPPED], part.samples)
 
@@ -384,16 +383,6 @@ class Executor:
 def _key(action: Action) -> tuple[int, int, int, int]:
     """Returns the key of a micro-batch at a stage."""
     return action.stage, action.device, action.step, action.micro_batch
-
-
-def _totals(metrics: Metrics, samples: int) -> Totals:
-    """Returns the sums over a micro-batch as Python's numbers."""
-    sums = {}
-    for name, pair in metrics.items():
-        if name != LOSS_NAME:
-            value, weight = np.asarray(pair).tolist()
-            sums[name] = value, weight
-    return Totals(float(metrics[LOSS_NAME]), samples, sums)
 
 
 def _nothing() -> None:

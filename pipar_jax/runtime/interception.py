@@ -14,7 +14,7 @@ from pipar_jax.config import Config, PrivacyConfig
 from pipar_jax.errors import ConfigError
 from pipar_jax.privacy import policy
 from pipar_jax.privacy.noise import NoiseSource, reproducible_key
-from pipar_jax.runtime.releases import stage_releases
+from pipar_jax.runtime.stage_releases import stage_releases
 from pipar_jax.schedule.plan import DevicePlan
 from stages import Model, Stage, Variables
 

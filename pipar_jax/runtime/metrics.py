@@ -9,6 +9,11 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+import numpy as np
+
+from stages.stage_programs import Metrics
+from stages.tasks.task import LOSS
+
 #: For each metric of a task the sum of weighted values, and that of the weights.
 Sums = Mapping[str, tuple[float, float]]
 _NOTHING: Sums = MappingProxyType({})
@@ -34,6 +39,21 @@ class Totals(NamedTuple):
             before = metrics.get(name, (0.0, 0.0))
             metrics[name] = before[0] + value, before[1] + weight
         return Totals(self.loss + other.loss, self.samples + other.samples, metrics)
+
+
+def totals_of(metrics: Metrics, samples: int) -> Totals:
+    """Returns the sums over a micro-batch as Python's numbers.
+
+    Args:
+      metrics: What the last stage computed.
+      samples: Samples in the micro-batch.
+    """
+    sums = {}
+    for name, pair in metrics.items():
+        if name != LOSS:
+            value, weight = np.asarray(pair).tolist()
+            sums[name] = value, weight
+    return Totals(float(metrics[LOSS]), samples, sums)
 
 
 class Meter:

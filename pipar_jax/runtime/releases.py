@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from pipar_jax.config import Config, PrivacyConfig
+from pipar_jax.config import Config
 from pipar_jax.config.checkpoints import state_folders
 from pipar_jax.data import Dataset
 from pipar_jax.data.fingerprint import fingerprint
@@ -27,6 +27,7 @@ from pipar_jax.privacy.ledger import PrivacyLedger
 from pipar_jax.privacy.noise import NoiseSource, reproducible_key
 from pipar_jax.privacy.policy import Guarantee
 from pipar_jax.privacy.spending import Entry
+from pipar_jax.runtime.stage_releases import stage_releases, units_of_stage
 from pipar_jax.schedule.actions import Action
 from pipar_jax.schedule.plan import OWNER, DevicePlan
 from pipar_jax.training.replica import Noise, Replica
@@ -251,7 +252,9 @@ class Releases:
 
     def _check_independent(self, plan: DevicePlan, own: Sequence[int], model: Model) -> None:
         """Checks that clipping each sample bounds what it changes."""
-        units = [model.units[unit] for i in own for unit in _units_of(plan, i, len(model.units))]
+        units = [
+            model.units[unit] for i in own for unit in units_of_stage(plan, i, len(model.units))
+        ]
         if coupling := [unit.name for unit in units if unit.state]:
             raise RunError(
                 f"units {coupling} on {self._name} keep statistics of mini-batches, which couple "
@@ -264,7 +267,7 @@ class Releases:
                 f"side inputs {sorted(sent)} leave {self._name} as they are, and are made from its "
                 "data: cut the model above all units that use them, or train with method=fl"
             )
-        last = [model.units[unit] for unit in _units_of(plan, own[-1], len(model.units))]
+        last = [model.units[unit] for unit in units_of_stage(plan, own[-1], len(model.units))]
         noised = policy.releases_cotangents(self._privacy, plan.hosts)
         told = {side for unit in last for side in unit.sides}
         if told and policy.ends_at_home(plan.hosts) and not noised:
@@ -383,43 +386,3 @@ class Releases:
         if not self._privacy.reproducible:
             return self._source
         return NoiseSource(reproducible_key(self._config.seed, self._name, *what))
-
-
-def stage_releases(
-    privacy: PrivacyConfig, noise: float, plan: DevicePlan, model: Model
-) -> dict[int, PrivateRelease]:
-    """Returns what of a device's stages is released of records, by the stage's index.
-
-    Args:
-      privacy: ``privacy.*``.
-      noise: The noise multiplier of each release.
-      plan: The device's part of the plan.
-      model: The whole model.
-    """
-    own = [index for index, host in enumerate(plan.hosts) if host == OWNER]
-    shapes = model.shapes(1)
-    made = {}
-    for index in own:
-        release = PrivateRelease(
-            noise,
-            # Together the stages' gradients have at most the norm that is configured.
-            gradient_clip=privacy.update_clip / math.sqrt(len(own)),
-        )
-        if index + 1 < plan.stages:
-            shape = tuple(shapes[plan.cuts[index]].shape[1:])
-            release = dataclasses.replace(
-                release, activation_clip=privacy.activation_clip, shape=shape
-            )
-        elif index and policy.releases_cotangents(privacy, plan.hosts):
-            shape = tuple(shapes[plan.cuts[index - 1]].shape[1:])
-            release = dataclasses.replace(
-                release, cotangent_clip=privacy.cotangent_clip, shape=shape
-            )
-        made[index] = release
-    return made
-
-
-def _units_of(plan: DevicePlan, stage: int, units: int) -> range:
-    """Returns the positions of a stage's units."""
-    bounds = (0, *plan.cuts, units)
-    return range(bounds[stage], bounds[stage + 1])

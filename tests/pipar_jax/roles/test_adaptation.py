@@ -15,7 +15,7 @@ from pipar_jax.config import TunerConfig
 from pipar_jax.errors import ConfigError, PlanError, RunError
 from pipar_jax.protocol import messages
 from pipar_jax.protocol.values import EVERY, Seen
-from pipar_jax.roles import adaptation, coordinator
+from pipar_jax.roles import adaptation, first_plan
 from pipar_jax.roles.survey import Surveyed
 from pipar_jax.runtime import migration, moves
 from pipar_jax.runtime.observations import Observer
@@ -69,7 +69,7 @@ def scripted(monkeypatch):
                         time.sleep(0.01)
                 return wanted
 
-        monkeypatch.setattr(coordinator, "Adaptation", Scripted)
+        monkeypatch.setattr(first_plan, "Adaptation", Scripted)
 
     return install
 

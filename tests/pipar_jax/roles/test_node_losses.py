@@ -19,7 +19,7 @@ from pipar_jax.config import Config
 from pipar_jax.errors import PeerError, RunError
 from pipar_jax.launch.launcher import launch
 from pipar_jax.methods.registry import METHODS, node_methods
-from pipar_jax.roles import coordinator
+from pipar_jax.roles import first_plan
 from pipar_jax.roles.peer_links import PeerLinks
 from tests.pipar_jax.roles.open_runs import OpenRun, before_batch, config, together
 from tests.pipar_jax.runtime import support
@@ -253,7 +253,7 @@ def test_a_planned_chain_is_planned_again(tmp_path, monkeypatch, network):
     assert {host for one in first["devices"] for host in one["hosts"]} >= {f"n{used[0]}"}
     # A replay finds the plan in the script: measured again it might be another one.
     with monkeypatch.context() as patched:
-        patched.setattr(coordinator, "choose_plan", lambda *_: pytest.fail("it was searched for"))
+        patched.setattr(first_plan, "choose_plan", lambda *_: pytest.fail("it was searched for"))
         assert difference(replayed(made, samples, network, run), run.weights()) < RTOL
 
 

@@ -7,7 +7,7 @@ import pytest
 from pipar_jax.cost_model.profile import NO_HANDLING, Profile
 from pipar_jax.errors import PlanError
 from pipar_jax.profiling.predictor.online import Learner
-from pipar_jax.roles import coordinator
+from pipar_jax.roles import first_plan
 from pipar_jax.schedule.plan import Plan
 from pipar_jax.tuner import tune
 from pipar_jax.tuner.bounds import DeviceOption
@@ -100,7 +100,7 @@ def test_a_plan_may_mix_devices_that_train_alone_with_devices_that_are_cut(tmp_p
         dispatch="fixed",
         aggregate_every=1,
     )
-    monkeypatch.setattr(coordinator, "choose_plan", lambda *_: (mixed, None))
+    monkeypatch.setattr(first_plan, "choose_plan", lambda *_: (mixed, None))
     made = support.config(tmp_path / "mixed", SAMPLES, method="auto", dtype="float32")
     run = support.trained(made, SAMPLES, network)
     assert Plan.from_dict(run.trace().meta["plan"]) == mixed
