@@ -40,6 +40,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "optimizer.schedule_args": ("power=0.5", "'"),
     "aggregation.rule": ("", "fedavgg", "module:x"),
     "aggregation.args": ("trim=1", "'"),
+    "aggregation.personal": ("(", "*", "(" * 5000),
     "cohort.select": ("", "unifrom", "module:x"),
     "cohort.script": ("/no/such.jsonl", "a\0b", "~nobody-of-this-name"),
     "data.source": ("digit", "npz:", "module:x", "npz:~nobody-of-this-name/x", "npz:a\0b"),
