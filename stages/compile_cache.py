@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +74,9 @@ def share_compile_cache() -> bool:
 def _write_whole(path: Path, content: bytes) -> None:
     """Writes a file under another name and renames it; nothing is left behind if that fails."""
     # Not forced to the disk: after a power failure a damaged entry is compiled again.
-    handle, aside = tempfile.mkstemp(prefix=".", dir=path.parent)
+    aside = path.with_name(f".{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(aside, "xb") as file:  # whoever may read the folder may read the entry, as jax's
             file.write(content)
         os.replace(aside, path)
     except BaseException:

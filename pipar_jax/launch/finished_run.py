@@ -170,7 +170,7 @@ def load(folder: str | Path, model: Model | None = None, *, device: int | None =
         model = model.for_task(make_task(config.task))
     model = model.unfrozen  # the file holds all weights
     _check_model(model, facts, path)
-    tensors, personal = checkpoint.read_tensors(path / WEIGHTS), tuple(facts["personal"])
+    tensors, personal = checkpoint.read_tensors(path / WEIGHTS), tuple(facts.get("personal", ()))
     if device is not None:
         tensors |= _personal_tensors(path, personal, device)
         personal = ()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib.machinery
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,10 +37,14 @@ def check_function(text: str, field: str, module: str, function: str) -> None:
             f"{field}={text!r}: there is no module {module!r} in the working directory, and none "
             "is installed"
         )
-    spec = _find(module)
-    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-        return  # compiled, or a namespace
-    path = Path(spec.origin)
+    try:
+        spec = _find(module)
+    except (ValueError, ImportError):  # see is_importable
+        return
+    origin = None if spec is None else spec.origin
+    if origin is None or not (origin.endswith(".py") and os.path.lexists(origin)):
+        return  # compiled, a namespace, or in an archive
+    path = Path(origin)
     try:
         known = set(_names(ast.parse(path.read_bytes(), path.name)))
     except OSError as error:

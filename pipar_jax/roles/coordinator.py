@@ -115,7 +115,7 @@ class Coordinator:
         self._table = Timetable(config.epochs, config.run.rounds, plan, self._begun_with)
         self._private = PrivateRounds(config, plan, self._population, self._table)
         present = [members.by_name[name].identity for name in self._population.present()]
-        self._private.begin(None if kept is None else kept.facts["private"], present)
+        self._private.begin(None if kept is None else kept.facts.get("private"), present)
         self._gathering.check_rounds(self._table.rounds)
         if plan.sums_gradients:  # raises PlanError: such devices step together
             rounds(plan, [one.steps for one in self._population], 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -78,3 +79,13 @@ def test_an_entry_appears_whole_or_not_at_all(cache, tmp_path: Path, monkeypatch
     with pytest.raises(OSError, match="no space"):
         cache.put("key", b"abc")
     assert not list(tmp_path.iterdir())
+
+
+def test_users_who_share_a_cache_can_read_each_others_entries(cache, tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        cache.put("key", b"abc")
+    finally:
+        os.umask(before)
+    (entry,) = tmp_path.iterdir()
+    assert entry.stat().st_mode & 0o777 == 0o644

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pathlib
+import sys
 import textwrap
+import types
+import zipfile
 
 import pytest
 
@@ -79,3 +82,17 @@ def test_modules_without_a_source_and_missing_ones() -> None:
     for module in ("no_such_module", "json.no_such", "math.no_such"):
         with pytest.raises(ConfigError, match=rf"there is no module '{module}'"):
             check(module, "f")
+
+
+def test_a_module_of_this_process_alone_and_one_in_an_archive_are_left_to_their_host(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "users_notebook", types.ModuleType("users_notebook"))
+    check("users_notebook", "f")
+    monkeypatch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))
+    check("__main__", "f")
+    archive = tmp_path / "archive.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("users_archived.py", "def f(): pass\n")
+    monkeypatch.syspath_prepend(str(archive))
+    check("users_archived", "f")

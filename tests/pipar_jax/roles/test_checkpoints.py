@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 import subprocess
 import sys
@@ -14,16 +15,19 @@ import pytest
 from flax import serialization
 
 from pipar_jax.config import CheckpointConfig, StopConfig, membership_script
-from pipar_jax.config.checkpoints import CHECKPOINTS, STATE, rounds_kept
+from pipar_jax.config.checkpoints import CHECKPOINTS, FACTS, STATE, WEIGHTS, rounds_kept
 from pipar_jax.disk.event_log import read_events
+from pipar_jax.disk.files import write_tensors
 from pipar_jax.errors import ConfigError, DiskError, Interrupted, RunError
 from pipar_jax.launch import api
+from pipar_jax.launch.finished_run import load
 from pipar_jax.methods.registry import METHODS
 from pipar_jax.roles.admission import Identity
 from pipar_jax.roles.checkpoint_store import CheckpointStore, read_newest
 from pipar_jax.roles.past import rows_until
 from pipar_jax.roles.population import Population, Presence
 from pipar_jax.roles.stop_rule import StopRule
+from pipar_jax.training import checkpoint
 from tests.pipar_jax.runtime import support
 from tests.sources import ROOT
 
@@ -81,6 +85,21 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(double, method
     assert not [e for e in events if e["event"] == "state_lost"]
     times = [row["time_s"] for row in parts.metrics]
     assert times == sorted(times)
+
+
+def test_a_run_from_before_personal_weights_and_records_of_privacy_is_read_and_goes_on(tmp_path):
+    made = setting(tmp_path, "fl", epochs=1, every_rounds=1)
+    first = support.trained(made, SAMPLES)
+    path = first.folder / CHECKPOINTS / "1" / FACTS / "metadata"
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    del facts["private"]
+    path.write_text(json.dumps(facts), encoding="utf-8")
+    weights = first.folder / WEIGHTS
+    header = checkpoint.facts(weights)
+    del header["personal"]
+    write_tensors(weights, checkpoint.read_tensors(weights), {"pipar_jax": json.dumps(header)})
+    assert_equal(load(first.folder, first.model), first)
+    assert rounds_of(support.trained(resumed(made, 2), SAMPLES)) == [0, 1]
 
 
 @pytest.mark.parametrize("method", ["sl", "pipar"])
