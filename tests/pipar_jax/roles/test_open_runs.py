@@ -62,7 +62,7 @@ def test_a_lost_device_is_left_out_and_the_script_replays_the_run(tmp_path, meth
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_device_that_is_lost_comes_back_with_the_weights_of_the_moment(tmp_path, method):
-    made = config(tmp_path, method, rounds=24, quorum=1, wait_s=0.2)
+    made = config(tmp_path, method, rounds=12, quorum=1, wait_s=0.2)
     when = together(after(0, lambda run: run.end(1)), after(2, lambda run: run.start(1)))
     slowly = pause_until_there()
     run = OpenRun(made, when=together(when, slowly)).run(range(3))
@@ -78,7 +78,7 @@ def test_a_device_that_is_lost_comes_back_with_the_weights_of_the_moment(tmp_pat
     assert equal(run.weights(), replayed(tmp_path, made, run))
 
 
-def pause_until_there(count=3, seconds=0.3):
+def pause_until_there(count=3, seconds=0.6):
     """Pauses between rounds while a device is on its way: until so many finish one again."""
     fewer = there = False
 
@@ -95,7 +95,7 @@ def pause_until_there(count=3, seconds=0.3):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_device_may_join_late(tmp_path, method):
-    made = config(tmp_path, method, rounds=24, min_devices=2, quorum=2, wait_s=0.1)
+    made = config(tmp_path, method, rounds=12, min_devices=2, quorum=2, wait_s=0.1)
     when = together(after(0, lambda run: run.start(2)), pause_until_there())
     run = OpenRun(made, when=when).run(range(2))
     assert run.error is None
@@ -123,7 +123,7 @@ def test_a_late_device_takes_the_learning_rate_of_the_moment(tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_more_devices_than_configured_take_part_once_they_have_come(tmp_path, method):
-    made = config(tmp_path, method, rounds=24, samples=SAMPLES[:2], quorum=2, wait_s=0.1)
+    made = config(tmp_path, method, rounds=12, samples=SAMPLES[:2], quorum=2, wait_s=0.1)
     made.devices.count, made.devices.more = 2, 2
     made.data.source = "module:none:none"
     when = together(after(0, lambda run: run.start(3)), pause_until_there())
