@@ -23,6 +23,7 @@ from pipar_jax.disk.json_text import JsonMapping, JsonObject
 from pipar_jax.errors import RunError
 from pipar_jax.protocol.values import SIGNATURE
 from pipar_jax.roles.run_folder import CONFIG, METRICS, TRACE
+from pipar_jax.runtime.personal import run_of
 from pipar_jax.runtime.setup import build_model
 from pipar_jax.schedule.plan import device_name, long_name
 from pipar_jax.schedule.trace import Trace
@@ -172,14 +173,16 @@ def load(folder: str | Path, model: Model | None = None, *, device: int | None =
     _check_model(model, facts, path)
     tensors, personal = checkpoint.read_tensors(path / WEIGHTS), tuple(facts.get("personal", ()))
     if device is not None:
-        tensors |= _personal_tensors(path, personal, device)
+        tensors |= _personal_tensors(path, personal, device, facts.get("run"))
         personal = ()
     params, state = checkpoint.sort_tensors(tensors, model, path / WEIGHTS, without=personal)
     return Run(path, config, model, params, state, metrics, facts, personal)
 
 
-def _personal_tensors(path: Path, personal: tuple[str, ...], device: int) -> dict[str, Array]:
-    """Returns the personal weights of a device by name.
+def _personal_tensors(
+    path: Path, personal: tuple[str, ...], device: int, run: str | None
+) -> dict[str, Array]:
+    """Returns the personal weights of a device by name, those that belong to a run.
 
     Raises:
       RunError: There are none in the run's folder, or not these.
@@ -195,6 +198,11 @@ def _personal_tensors(path: Path, personal: tuple[str, ...], device: int) -> dic
             "wrote it into the run's folder on its own machine; then copy it"
         )
     tensors = checkpoint.read_tensors(file)
+    if run_of(file) != run:
+        raise RunError(
+            f"{file} is of another run, whose devices used the same folder: look for that of this "
+            f"run beside it, or where {long_name(device_name(device))} ran"
+        )
     if tensors.keys() != set(personal):
         raise RunError(
             f"{file} has {', '.join(sorted(tensors)[:3])}, expected {', '.join(personal[:3])}: it "

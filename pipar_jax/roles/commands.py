@@ -113,6 +113,7 @@ class Commands:
         self._replies.count_links(self._neighbours.link_table)
         self._rights.follow(self._link())
         self._base.expect(said.base)
+        self._host.belong_to(said.run)
         if self._base.is_used:  # which may be large
             self._replies.send(messages.Working("compiling", 0, 0), {})
         if (reason := self._why_not_base(said.plan)) is not None:

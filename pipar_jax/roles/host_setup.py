@@ -184,6 +184,7 @@ class HostSetup:
             self.plan,
             self.samples,
             tuple(self._table.steps(one) for one in steps),
+            self._checkpoints.run,
             self._base.digests,
         )
 

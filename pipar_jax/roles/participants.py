@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pipar_jax.config import Config, DataConfig, NetworkConfig
 from pipar_jax.config.checkpoints import state_folders
 from pipar_jax.data import Dataset, Loader
 from pipar_jax.data.augmentation import find_augmentation
-from pipar_jax.errors import PiparError
+from pipar_jax.errors import DiskError, PiparError
 from pipar_jax.protocol.messages import JoinDevice, JoinNode
 from pipar_jax.roles.admission import device_join, node_join
 from pipar_jax.roles.federated_evaluation import LocalEvaluation
@@ -82,13 +83,21 @@ def run_device(
         worker = Worker(config, name, network, loader, stop, releases, tests, personal)
         _take_part(worker, address, join, timeout_s)
 
+    def keep() -> None:
+        if personal is not None:
+            personal.save(state_folders(config.name, config.run, name)[0], name)
+
     try:
         _persist(config.network, take_part, stop)
+    except BaseException:
+        with contextlib.suppress(DiskError):  # what has ended the run is the one to report
+            keep()
+        raise
+    else:
+        keep()
     finally:
         if releases is not None:
             releases.close()
-        if personal is not None:
-            personal.save(state_folders(config.name, config.run, name)[0], name)
 
 
 def run_node(

@@ -249,7 +249,8 @@ def _conduct(
 
     def save(params: Variables, state: Variables) -> None:
         tell({"event": "saving", "file": WEIGHTS})
-        folder.save_weights(model.completed(params), state, _facts(model, dataset))
+        facts = _facts(model, dataset) | {"run": checkpoints.run}
+        folder.save_weights(model.completed(params), state, facts)
 
     rows = () if start.past is None else start.past.rows
     parameters = stages.parameter_count(model)

@@ -9,7 +9,8 @@ import numpy as np
 
 from comms.arrays import Array
 from pipar_jax.config.checkpoints import PERSONAL
-from pipar_jax.disk.files import make_folder
+from pipar_jax.disk.files import make_folder, refused
+from pipar_jax.errors import RunError
 from pipar_jax.training import checkpoint
 from pipar_jax.training.replica import Replica
 from stages import Model
@@ -26,6 +27,9 @@ class PersonalWeights:
     A device that is left out of a round goes back to them, one that joins again goes on from them,
     and its evaluations use them. Any thread may read them; the host's thread changes them.
 
+    Attributes:
+      run: The own name of the run that they belong to, which no other run has.
+
     Args:
       model: The whole model.
       seed: Root seed, from which they are drawn.
@@ -39,6 +43,7 @@ class PersonalWeights:
             for unit, of in paths.items()
         }
         self._trained = False
+        self.run = ""
 
     def take(self, replicas: Iterable[Replica]) -> None:
         """Takes over what replicas have trained in a round that counts."""
@@ -83,6 +88,8 @@ class PersonalWeights:
     def save(self, folder: Path, host: str) -> None:
         """Writes those that were trained as a file that ``pipar_jax.load(run, device=…)`` reads.
 
+        A file of another run is kept: hosts that are started by hand may use a folder again.
+
         Args:
           folder: The device's own folder in the run's.
           host: The device's name.
@@ -90,5 +97,26 @@ class PersonalWeights:
         Raises:
           DiskError: The file cannot be written.
         """
-        if self._trained:
-            checkpoint.save(make_folder(folder) / PERSONAL, self._held, {}, {"host": host})
+        if not self._trained:
+            return
+        path = make_folder(folder) / PERSONAL
+        if path.exists() and (other := run_of(path)) != self.run:
+            with refused(path):
+                path.rename(path.with_stem(f"{path.stem}-{other or 'unknown'}"))
+        checkpoint.save(path, self._held, {}, {"host": host, "run": self.run})
+
+
+def run_of(path: Path) -> str | None:
+    """Returns the own name of the run that a file of weights belongs to.
+
+    Args:
+      path: The file.
+
+    Returns:
+      The name, or None where there is no file, or none that says so.
+    """
+    try:
+        run: str | None = checkpoint.facts(path).get("run")
+    except RunError:
+        return None
+    return run

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from pipar_jax.protocol.registry import ControlMessage, Sender, message
-from pipar_jax.protocol.values import MOST_UNITS, Bytes, Count, PerDevice, Planned, Seconds
+from pipar_jax.protocol.values import MOST_UNITS, Bytes, Count, PerDevice, Planned, RunName, Seconds
 from pipar_jax.protocol.wire_fields import Many, OneOf, Text
 
 
@@ -17,6 +17,7 @@ class Prepare(ControlMessage):
       plan: The plan.
       samples: Samples of each device's epoch.
       steps: Steps of each device in the whole run.
+      run: The run's own name, which no other run has.
       base: For each unit the digest of its weights in the coordinator's file (``model.base``);
         empty if there are none.
     """
@@ -24,6 +25,7 @@ class Prepare(ControlMessage):
     plan: Planned
     samples: PerDevice
     steps: PerDevice
+    run: RunName
     base: Annotated[tuple[str, ...], Many(Text(32, r"[0-9a-f]{0,32}"), MOST_UNITS)] = ()
 
 

@@ -319,7 +319,7 @@ class Run:
         course = [
             *([messages.ModelFacts(Signature.labelled((8, 8, 1), 10))] if name == "n1" else []),
             messages.SurveyEcho(),
-            messages.Prepare(plan(method), SAMPLES, STEPS),
+            messages.Prepare(plan(method), SAMPLES, STEPS, "ab"),
             messages.Prepared(0.0, 0),
             release,
             messages.Trained(0),

@@ -77,7 +77,7 @@ def test_what_was_not_asked_for_is_no_past():
 def commanded(*some):
     """Returns what a device says about the last of some commands, or None."""
     course = Course(hosts_of(config("pipar")), "d0", network().unit_names)
-    course.objection(messages.Prepare(plan("pipar"), SAMPLES, STEPS))
+    course.objection(messages.Prepare(plan("pipar"), SAMPLES, STEPS, "ab"))
     course.replied(messages.Prepared(0.0, 0))
     found = None
     for one in some:

@@ -229,7 +229,7 @@ def test_what_was_not_asked_for_or_comes_twice_ends_the_member():
     side = Coordinator("pipar")
     link = side.links["d0"]
     prepared = registry.encode(messages.Prepared(0.1, 5))
-    side.members.send("d0", messages.Prepare(plan("pipar"), (17, 14), (3, 2)))
+    side.members.send("d0", messages.Prepare(plan("pipar"), (17, 14), (3, 2), "ab"))
     link.on_message(fakes.control(link, prepared))
     side.members.poll()
     link.on_message(fakes.control(link, prepared))

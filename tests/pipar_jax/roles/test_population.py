@@ -96,7 +96,7 @@ def test_who_is_back_before_its_loss_is_noticed_is_asked_to_try_again(side):
 
 def test_waiting_goes_on_without_those_that_are_lost(side):
     links = [side.join(0), side.join(1)]
-    side.members.broadcast(messages.Prepare(plan("pipar"), SAMPLES, (3, 2)))
+    side.members.broadcast(messages.Prepare(plan("pipar"), SAMPLES, (3, 2), "ab"))
     links[0].on_message(fakes.control(links[0], registry.encode(messages.Prepared(0.1, 5))))
     links[1].on_lost(PeerClosed("its data ended"))
     assert list(side.members.collect(messages.Prepared, ("d0", "d1"))) == ["d0"]

@@ -14,6 +14,7 @@ import pytest
 
 import stages
 from pipar_jax.config import Config
+from pipar_jax.config.checkpoints import HOST_STATES, PERSONAL
 from pipar_jax.errors import ConfigError, RunError
 from pipar_jax.launch.api import train
 from pipar_jax.launch.finished_run import load
@@ -25,9 +26,11 @@ from pipar_jax.roles.evaluation import Evaluator
 from pipar_jax.roles.holdings import Holdings
 from pipar_jax.roles.start_weights import personal_of, start_weights
 from pipar_jax.runtime import exchanges
+from pipar_jax.runtime.personal import PersonalWeights, run_of
 from pipar_jax.runtime.setup import as_trained
 from pipar_jax.simulator.predict import StageCosts
 from pipar_jax.training import checkpoint
+from pipar_jax.training.checkpoint import read_tensors
 from stages import StageError
 from stages.personal import personal_paths, shared
 from tests.pipar_jax.roles import open_runs
@@ -36,13 +39,13 @@ from tests.pipar_jax.tuner import profiles
 
 SAMPLES, TESTS, BATCH = (14, 20), (5, 11), 7
 #: Personal weights by method: of a unit that it leaves on the devices.
-PERSONAL = {"fl": "out/linear", "sfl": "fc2/linear/kernel", "pipar": "fc1/", "mpsl": "out/"}
+PATTERNS = {"fl": "out/linear", "sfl": "fc2/linear/kernel", "pipar": "fc1/", "mpsl": "out/"}
 
 
 def setting(tmp_path, method: str) -> Config:
     made = support.config(tmp_path, SAMPLES, name="chain", batch=BATCH, method=method)
     made.optimizer.momentum, made.aggregation.every, made.epochs = 0.9, "2 steps", 2
-    made.aggregation.personal = PERSONAL[method]
+    made.aggregation.personal = PATTERNS[method]
     made.run.evaluate_on, made.run.evaluate_every = "devices", 1
     made.pipeline.cut, made.pipeline.micro_batches = 2, 2
     if METHODS[method].uses_nodes:
@@ -274,3 +277,21 @@ def test_a_run_starts_from_weights_that_lack_them(double, tmp_path):
         for name, array in arrays.items():
             own = name in personal_paths(model).get(unit, ())
             np.testing.assert_array_equal(array, (drawn if own else params)[unit][name])
+
+
+def test_a_file_of_another_run_is_kept_and_its_weights_are_refused(double, tmp_path):
+    """Devices that are started by hand may use a folder again."""
+    runs = [train(setting(tmp_path, "fl"), support.chain(), data()) for _ in range(2)]
+    files = [run.folder / HOST_STATES / "d0" / PERSONAL for run in runs]
+    kept = files[0].read_bytes()
+    later = PersonalWeights(as_trained(setting(tmp_path, "fl"), support.chain()), 0)
+    later.recall({f"personal/{name}": array for name, array in read_tensors(files[1]).items()})
+    later.run = run_of(files[1])
+    later.save(files[0].parent, "d0")
+    assert read_tensors(files[0]).keys() == read_tensors(files[1]).keys()
+    (aside,) = set(files[0].parent.glob("personal*")) - {files[0]}
+    assert aside.read_bytes() == kept
+    with pytest.raises(RunError, match="is of another run, whose devices used the same folder"):
+        load(runs[0].folder, support.chain(), device=0)
+    aside.replace(files[0])
+    load(runs[0].folder, support.chain(), device=0)
