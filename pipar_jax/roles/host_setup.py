@@ -164,6 +164,7 @@ class HostSetup:
         if self.plan.order == Order.PARALLEL:
             aggregator.compile()
             aggregator.broken_units()  # compiles what finds them, too
+            self._private.compile(aggregator.params)
         ready = self._members.collect(messages.Prepared, (COORDINATOR, *workers))
         compile_s = time.monotonic() - began
         self.calibrate((COORDINATOR, *workers))

@@ -24,7 +24,12 @@ from pipar_jax.protocol.messages import Stored
 from pipar_jax.roles.admission import Identity
 from pipar_jax.roles.population import Population, Registered
 from pipar_jax.roles.timetable import Timetable
-from pipar_jax.runtime.update_transforms import UpdateNoise, arrive, update_transforms
+from pipar_jax.runtime.update_transforms import (
+    UpdateNoise,
+    arrive,
+    compile_transforms,
+    update_transforms,
+)
 from pipar_jax.schedule.actions import Span
 from pipar_jax.schedule.plan import (
     COORDINATOR,
@@ -184,6 +189,14 @@ class PrivateRounds:
             coming[one.index] = after
         self._spendings.update(coming)
         return None
+
+    def compile(self, weights: Variables) -> None:
+        """Compiles what updates pass before they are averaged.
+
+        Args:
+          weights: The global weights.
+        """
+        compile_transforms(self._transforms, weights)
 
     def arrive(
         self,

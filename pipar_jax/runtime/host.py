@@ -250,6 +250,7 @@ class Host:
             between=self._thread.check_stopped, told=self._working("compiling"),
         )  # fmt: skip
         self._rounds.install()
+        self._gate.compile(self._rounds.trained())
         self._answer(messages.Prepared(time.monotonic() - began, predicted))
 
     def _calibrate(self) -> None:

@@ -246,7 +246,7 @@ class HostRounds:
         )
         self._gate.begin_round(said.round, share.replicas.values())
         if self._gate.transforms:
-            self._gate.keep_start(self._trained())
+            self._gate.keep_start(self.trained())
         anew, self._round, self._attempt = said.round != self._round, said.round, said.attempt
         self._dropped.clear()
         self._turn = None
@@ -262,7 +262,7 @@ class HostRounds:
         self._training = False
         # Whether a user's weights are finite is a function of the user's data: such an update is 0.
         self._whole = self._gate.of_user or self._report_weights(averaged=False)
-        states = self._trained()
+        states = self.trained()
         # Whoever gives nothing is given no average either, but for the coordinator's own host.
         self._gives = bool(states) or (
             self._share.plan.order == Order.PARALLEL and not is_node(self._name)
@@ -271,7 +271,7 @@ class HostRounds:
             states = self._gate.leave(states, self._round)
         self._reply(messages.Trained(self._round), states)
 
-    def _trained(self) -> States:
+    def trained(self) -> States:
         """Returns what this host gives to the average."""
         share = self._share
         wanted = exchanges.trained(share.plan, share.seat, share.model.unit_names)

@@ -11,7 +11,7 @@ from pipar_jax.config import Config
 from pipar_jax.errors import RunError
 from pipar_jax.runtime.releases import Releases
 from pipar_jax.runtime.unit_state import States
-from pipar_jax.runtime.update_transforms import leave, update_transforms
+from pipar_jax.runtime.update_transforms import compile_transforms, leave, update_transforms
 from pipar_jax.training.replica import Replica, Variables
 
 
@@ -77,6 +77,14 @@ class UpdateGate:
         self._start = {
             unit: jax.tree.map(jnp.array, params) for unit, params in _params(states).items()
         }
+
+    def compile(self, states: States) -> None:
+        """Compiles what an update passes.
+
+        Args:
+          states: The weights that it will be of.
+        """
+        compile_transforms(self.transforms, _params(states))
 
     def leave(self, states: States, index: int) -> States:
         """Returns trained weights as they leave the host.

@@ -19,12 +19,18 @@ from pipar_jax.aggregation.rules import MULTI_KRUM
 from pipar_jax.config import Config, places
 from pipar_jax.errors import RunError
 from pipar_jax.training.replica import Noise, Variables
-from stages.release import add_noise, bound_tree, clip_tree
+from stages.release import add_noise, bits_shape, bound_tree, clip_tree
 
 #: From an update (trained weights minus those of the round's start) and the round's number.
 OnDevice = Callable[[Variables, int], Variables]
 #: From the devices' contributions, with updates for weights, and the round's number.
 OnCoordinator = Callable[[list[Contribution], int], list[Contribution]]
+#: Runs the compiled functions of both halves on an update, without effect: it compiles them.
+Compile = Callable[[Variables], object]
+
+
+def _nothing(update: Variables) -> None:
+    """Compiles nothing."""
 
 
 class UpdateTransform(NamedTuple):
@@ -33,10 +39,12 @@ class UpdateTransform(NamedTuple):
     Attributes:
       on_device: Changes a device's update before it is sent.
       on_coordinator: Changes all updates of a round before they are averaged.
+      compile: Compiles both, for an update of zeros; what is released or observed stays as it is.
     """
 
     on_device: OnDevice
     on_coordinator: OnCoordinator
+    compile: Compile = _nothing
 
 
 class UpdateNoise(Protocol):
@@ -83,8 +91,23 @@ def update_transforms(config: Config, noise: UpdateNoise | None) -> tuple[Update
         _planned(places(config.cohort, config.devices.count)),
     ]
     if at_device:
-        return (*transforms, UpdateTransform(_noise(noise), _unchanged))
-    return (UpdateTransform(_as_it_is, _summed_noise(noise)), *transforms)
+        return (*transforms, UpdateTransform(_noise(noise), _unchanged, _compile_noise(noise)))
+    summed = UpdateTransform(_as_it_is, _summed_noise(noise), _compile_noise(noise))
+    return (summed, *transforms)
+
+
+def compile_transforms(transforms: Sequence[UpdateTransform], weights: Variables) -> None:
+    """Compiles what updates pass, so that no round has to wait for it.
+
+    Args:
+      transforms: The transforms.
+      weights: Weights of the shapes of an update.
+    """
+    if transforms:
+        update = _difference(weights, weights)
+        for transform in transforms:
+            transform.compile(update)
+        _sum(weights, update)
 
 
 def leave(
@@ -151,7 +174,9 @@ def _clipping(clip: float, *, twice: bool) -> UpdateTransform:
         del round_
         return [one._replace(params=_clipped(one.params, clip)) for one in updates]
 
-    return UpdateTransform(on_device, on_coordinator if twice else _unchanged)
+    return UpdateTransform(
+        on_device, on_coordinator if twice else _unchanged, lambda update: _clipped(update, clip)
+    )
 
 
 def _bounding(noise: UpdateNoise | None, *, twice: bool) -> UpdateTransform:
@@ -174,7 +199,13 @@ def _bounding(noise: UpdateNoise | None, *, twice: bool) -> UpdateTransform:
         assert noise is not None
         return [one._replace(params=_clipped(one.params, noise.clip)) for one in updates]
 
-    return UpdateTransform(on_device, on_coordinator if twice else _unchanged)
+    def compile_both(update: Variables) -> None:
+        if noise is not None:
+            _bounded(update, noise.clip)
+            if twice:
+                _clipped(update, noise.clip)
+
+    return UpdateTransform(on_device, on_coordinator if twice else _unchanged, compile_both)
 
 
 def _planned(count: int) -> UpdateTransform:
@@ -189,6 +220,15 @@ def _planned(count: int) -> UpdateTransform:
         return [*updates, *[zero] * (count - len(updates))]
 
     return UpdateTransform(_as_it_is, on_coordinator)
+
+
+def _compile_noise(noise: UpdateNoise | None) -> Compile:
+    def compile_it(update: Variables) -> None:
+        if noise is not None:  # else another host adds it
+            bits = np.zeros(bits_shape(_numbers(update)), np.uint32)
+            _noised(update, Noise(bits, np.float32(0.0)))
+
+    return compile_it
 
 
 def _noise(noise: UpdateNoise | None) -> OnDevice:

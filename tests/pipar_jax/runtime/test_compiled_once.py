@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import pytest
 
 import stages
@@ -15,20 +14,6 @@ OF_STAGES = {
 }
 #: Every method, both dtypes that hosts compute samples in.
 CASES = [(method, ("float32", "float64")[i % 2]) for i, method in enumerate(METHODS)]
-
-
-@pytest.fixture
-def compiled():
-    """Functions that were compiled so far, by name."""
-    names: list[str] = []
-
-    def listen(event, seconds, **facts):
-        if event.endswith("backend_compile_duration"):
-            names.append(str(facts.get("fun_name")))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield names
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.mark.parametrize(("method", "dtype"), CASES)

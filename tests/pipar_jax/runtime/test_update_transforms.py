@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,7 +11,14 @@ from pipar_jax.aggregation.aggregator import Aggregator, Contribution
 from pipar_jax.config import AggregationConfig, Config
 from pipar_jax.errors import ConfigError, RunError
 from pipar_jax.methods.resolution import resolve
-from pipar_jax.runtime.update_transforms import arrive, leave, update_transforms
+from pipar_jax.runtime.update_transforms import (
+    arrive,
+    compile_transforms,
+    leave,
+    update_transforms,
+)
+from pipar_jax.training.replica import Noise
+from stages.release import bits_shape
 
 START = {"u": {"w": np.zeros((3, 2), np.float32), "b": np.ones(2, np.float32)}}
 
@@ -110,3 +119,51 @@ def test_noise_of_the_server_is_for_sums(fields, message):
         setattr(made.aggregation, name, value)
     with pytest.raises(ConfigError, match=message):
         resolve(made)
+
+
+class Noted:
+    """Noise, and what it was asked to do."""
+
+    clip = 1.0
+
+    def __init__(self):
+        self.asked = []
+
+    def observe(self, within, round_):
+        self.asked.append("observe")
+
+    def enter_update(self):
+        self.asked.append("enter")
+
+    def update_noise(self, round_, numbers):
+        self.asked.append("noise")
+        return Noise(np.ones(bits_shape(numbers), np.uint32), np.float32(0.5))
+
+
+@pytest.mark.parametrize(("fields", "noise_at"), [
+    ({"update_bound": 1.0}, ""), ({"rule": "multi_krum", "liars": 1}, ""), ({}, "device"),
+    ({}, "server"),
+])  # fmt: skip
+def test_no_round_compiles_what_updates_pass(fields, noise_at, compiled):
+    made = Config(method="fl")
+    made.devices.count, made.aggregation.weighted, made.model.norm = 7, False, "group"
+    for name, value in fields.items():
+        setattr(made.aggregation, name, value)
+    if noise_at:
+        made.privacy.noise, made.privacy.update_clip = 1.0, 1.0
+        made.privacy.unit, made.privacy.noise_at = "user", noise_at
+    noise = Noted()
+    transforms = update_transforms(resolve(made), noise)
+    # A shape of its own for each case, which no other test has compiled.
+    shape = (3, 40 + len(noise_at) + 20 * len(fields))
+    weights = {"u": {"w": jnp.ones(shape), "b": jnp.ones(2)}}
+    compile_transforms(transforms, weights)
+    assert compiled and noise.asked == []
+    jax.block_until_ready(weights)
+    compiled.clear()
+    trained = jax.tree.map(lambda one: np.asarray(one) + 1, weights)
+    left = leave(transforms, weights, trained, 0)
+    arrive(transforms, weights, [Contribution(left, {"u": {}}, 1.0)] * 7, 0)
+    of_updates = {"clip_tree", "bound_tree", "add_noise", "_difference", "_sum"}
+    assert not [name for name in compiled if name.removeprefix("jit(").rstrip(")") in of_updates]
+    assert bool(noise.asked) == bool(noise_at)
