@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from rich.console import Console
 from pipar_jax.config import Config
 from pipar_jax.config.paths import shown
 from pipar_jax.launch import launcher, machine
-from pipar_jax.methods.registry import title, with_method
+from pipar_jax.methods.registry import title
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.report import comparison, write_report
 from pipar_jax.report.comparison import Outcome
@@ -38,7 +39,7 @@ def check(config: Config, methods: Sequence[str]) -> None:
       ConfigError: A method does not fit the setting, or this machine lacks what its hosts need.
     """
     for method in methods:
-        setting = resolve(with_method(config, method))
+        setting = resolve(dataclasses.replace(config, method=method))
         machine.check(setting)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from pipar_jax.config import AUTO, Config, Hosts, NodesConfig, PipelineConfig
+from pipar_jax.config import AUTO, Config, Hosts, PipelineConfig
 from pipar_jax.errors import ConfigError
 from pipar_jax.methods import plans
 from pipar_jax.schedule.plan import Order, Plan
@@ -96,12 +96,6 @@ def uses_nodes(method: str) -> bool:
 def hosts_of(config: Config) -> Hosts:
     """Returns the hosts that take part in a run."""
     return Hosts(config, nodes=config.nodes.count if uses_nodes(config.method) else 0)
-
-
-def with_method(config: Config, method: str) -> Config:
-    """Returns a setting with another method, without the compute nodes that it does not use."""
-    nodes = config.nodes if uses_nodes(method) else NodesConfig()
-    return dataclasses.replace(config, method=method, nodes=nodes)
 
 
 def is_planned(method: str, pipeline: PipelineConfig) -> bool:

@@ -1,9 +1,10 @@
 """Checks for fields that would have no effect, because what they belong to is off.
 
 A field that is set is meant to do something, so it is refused where it cannot. Three kinds of
-fields are exempt: those of ``pipeline`` that are for another method than the chosen one (``cut``
-with fl) and those of ``model`` that are for another network (``norm`` with mlp), since one preset
-serves all methods and networks; and those about this machine, such as folders and caches.
+fields are exempt: those of ``pipeline`` and ``nodes`` that are for another method than the chosen
+one (``cut`` with fl) and those of ``model`` that are for another network (``norm`` with mlp), since
+one preset serves all methods and networks; and those about this machine, such as folders and
+caches.
 """
 
 from __future__ import annotations
@@ -15,14 +16,13 @@ from pipar_jax.config import Config, may_lose, schema
 from pipar_jax.config.plugins import is_own
 from pipar_jax.data.published import PUBLIC_SOURCES
 from pipar_jax.errors import ConfigError
-from pipar_jax.methods.registry import node_methods, uses_nodes
 
 
 class Requirement(NamedTuple):
     """What fields need to have an effect.
 
     Attributes:
-      fields: Paths of the fields, or of groups of fields with a dot at the end.
+      fields: Paths of the fields.
       met: Returns whether they have an effect.
       remedy: What to set, as it follows "without".
     """
@@ -51,11 +51,6 @@ _CHECKPOINTS = "checkpoint.every_rounds or checkpoint.every_s"
 
 #: Every field that belongs to something which another field turns on.
 NEEDS: tuple[Requirement, ...] = (
-    Requirement(
-        ("nodes.count", "nodes.defaults."),
-        lambda config: uses_nodes(config.method),
-        f"method={' or '.join(node_methods())}",
-    ),
     Requirement(("lora.rank", "lora.alpha"), lambda config: bool(config.lora.match), "lora.match"),
     Requirement(
         ("optimizer.nesterov",),
@@ -149,7 +144,8 @@ def check_unused(config: Config, *, reads_data: bool = True) -> None:
       ConfigError: A field has none; the message names it, its value and what it needs.
     """
     for option in schema.options(config):
-        need = next((need for need in _needs(option.path) if not need.met(config)), None)
+        of_field = (need for need in NEEDS if option.path in need.fields)
+        need = next((need for need in of_field if not need.met(config)), None)
         if need is None or (option.path.startswith("data.") and not reads_data):
             continue
         value: Any = config
@@ -160,13 +156,3 @@ def check_unused(config: Config, *, reads_data: bool = True) -> None:
                 f"{option.path}={value!r} has no effect without {need.remedy}; set that, or leave "
                 f"{option.path} as it is ({option.default!r})"
             )
-
-
-def _needs(path: str) -> list[Requirement]:
-    """Returns what a field needs."""
-    return [
-        need
-        for need in NEEDS
-        if any(path == field or (field[-1] == "." and path.startswith(field))
-               for field in need.fields)
-    ]  # fmt: skip

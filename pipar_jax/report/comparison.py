@@ -21,7 +21,7 @@ from pipar_jax.config.schema import did_you_mean
 from pipar_jax.disk.event_log import OnEvent, score_of
 from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import ConfigError
-from pipar_jax.methods.registry import METHODS, server_methods, title, with_method
+from pipar_jax.methods.registry import METHODS, server_methods, title
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.report.scores import score_text
 from pipar_jax.schedule.plan import COORDINATOR, is_node
@@ -94,7 +94,7 @@ def choose_methods(config: Config, text: str) -> list[str]:
 def _fits(config: Config, method: str) -> bool:
     """Returns whether the configuration is valid with a method."""
     try:
-        resolve(with_method(config, method))
+        resolve(dataclasses.replace(config, method=method))
     except ConfigError:
         return False
     return True
@@ -137,7 +137,7 @@ def run_method(config: Config, method: str, launch: Launch, on_event: OnEvent) -
             plan = event["plan"]
         on_event(event)
 
-    setting = dataclasses.replace(with_method(config, method), name=f"{config.name}-{method}")
+    setting = dataclasses.replace(config, method=method, name=f"{config.name}-{method}")
     summary = launch(setting, on_event=follow)
     idle = summary["idle"]
     devices = [share for host, share in idle.items() if host != COORDINATOR and not is_node(host)]

@@ -275,7 +275,7 @@ SMALL = Limits(message_bytes=1 << 20, control_bytes=1 << 10, rank=4, bundle_tens
         (frame(MANIFEST, pack_json({"name": "w", "tensors": [*"abcd"], "body": {}})), "4 tensors"),
         (frame(MANIFEST, pack_json({"name": "w", "tensors": ["a", "a"], "body": {}})), "distinct"),
         (frame(MANIFEST, pack_json({"name": "w", "tensors": ["a"], "body": {}}))
-         + frame(TENSOR._replace(sequence=2), b"\0" * 4, (1,)), "no part of it"),
+         + frame(TENSOR._replace(sequence=2), b"\0" * 4, (1,)), "not part of it"),
         (frame(Header(kind=Kind.PING), b"x" * 5000), "PING frame of 5000"),
     ],
 )  # fmt: skip

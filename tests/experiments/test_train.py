@@ -92,6 +92,7 @@ def test_devices_train_on_data_of_their_own(tmp_path: pathlib.Path) -> None:
         f"--config.data.test_source=npz:{tmp_path}/test.npz",
         "--config.data.classes=3",
         "--config.data.train_samples=0",
+        "--config.data.test_samples=0",
         "--config.devices.1.link=lan/2ms",
     ]
     rows, _ = assert_ends_well("sl", tmp_path, *own)
@@ -273,7 +274,12 @@ def test_a_function_of_ones_own_that_fails_is_told_with_its_line_and_the_log(
 ) -> None:
     text = 'def load(device):\n    raise FileNotFoundError("put the CSV into data/raw")\n'
     (tmp_path / "my_csv.py").write_text(text)
-    arguments = short(tmp_path, "--config.data.source=module:my_csv:load")
+    arguments = short(
+        tmp_path,
+        "--config.data.source=module:my_csv:load",
+        "--config.data.train_samples=0",
+        "--config.data.test_samples=0",
+    )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with started("train", *arguments) as train:
         assert train.wait() == 1

@@ -122,7 +122,8 @@ def test_the_networks_without_batch_statistics_are_those_listed(name):
 
 def test_a_delta_is_held_against_the_samples_of_a_file_before_hosts_start(tmp_path):
     np.savez(tmp_path / "own.npz", x_train=np.zeros((40, 3)), y_train=np.zeros(40, int))
-    values = {**CUT, "data.source": f"npz:{tmp_path}/own.npz", "data.test_source": "digits"}
+    own = f"npz:{tmp_path}/own.npz"
+    values = {**CUT, "data.source": own, "data.test_source": own}
     machine.check(resolve(made({**values, "privacy.delta": 0.02})))
     with pytest.raises(ConfigError, match=r"privacy.delta=0.03 with 40 samples of npz:.*own\.npz"):
         machine.check(resolve(made({**values, "privacy.delta": 0.03})))

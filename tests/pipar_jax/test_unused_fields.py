@@ -11,17 +11,14 @@ import pytest
 
 from pipar_jax.config import Config, schema
 from pipar_jax.errors import ConfigError
-from pipar_jax.methods.registry import METHODS, with_method
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.methods.unused_checks import NEEDS
 
 FIELDS = {one.path: one for one in schema.options(Config)}
-CHAIN = {"method": "mpsl", "nodes.count": 2}
 LOSSES = {"cohort.quorum": 1}
 OWN = {"data.source": "npz:/some/where.npz"}
 #: For each field that needs another one, a value of it, and changes that give it an effect.
 NEEDING: dict[str, tuple[Any, dict[str, Any]]] = {
-    "nodes.count": (2, {"method": "mpsl"}),
     "lora.rank": (4, {"lora.match": "attention", "model.name": "vit_small"}),
     "lora.alpha": (4.0, {"lora.match": "attention", "model.name": "vit_small"}),
     "optimizer.nesterov": (True, {}),
@@ -47,15 +44,6 @@ NEEDING: dict[str, tuple[Any, dict[str, Any]]] = {
     "tuner.activation_bits": (6, {"tuner.codecs": "auto"}),
     "tuner.cotangent_bits": (6, {"tuner.codecs": "auto"}),
 }
-NEEDING |= {
-    path: (value, CHAIN)
-    for path, value in {
-        "nodes.defaults.slowdown": 2.0, "nodes.defaults.cpus": "0",
-        "nodes.defaults.memory_mb": 1e6, "nodes.defaults.platform": "cpu",
-        "nodes.defaults.rematerialise": True, "nodes.defaults.host": "127.0.0.2",
-        "nodes.defaults.port": 0, "nodes.defaults.link": "wifi",
-    }.items()
-}  # fmt: skip
 #: Fields of a public data set, or that evaluations use: changes under which they have no effect.
 IDLE: dict[str, tuple[Any, dict[str, Any]]] = {
     "optimizer.nesterov": (True, {"optimizer.momentum": 0.0}),
@@ -89,7 +77,7 @@ EXEMPT = {
     "aggregation": "of every average",
     "pipeline": "of some methods, which a preset leaves open",
     "devices": "of every run",
-    "nodes": "see above",
+    "nodes": "of some methods, which a preset leaves open",
     "cohort": "they turn something on",
     "server": "of every run",
     "network": "of every link; insecure allows something that may not be needed",
@@ -113,8 +101,7 @@ def changed(path: str, value: Any, others: dict[str, Any]) -> Config:
 
 
 def test_every_field_is_listed() -> None:
-    listed = {field for need in NEEDS for field in need.fields if field[-1] != "."}
-    listed |= {path for path in FIELDS if path.startswith("nodes.defaults.")}
+    listed = {field for need in NEEDS for field in need.fields}
     assert listed == {*NEEDING, *IDLE}
     groups = {path.rpartition(".")[0].split(".")[0] for path in FIELDS}
     assert groups == set(EXEMPT) and all(EXEMPT.values())
@@ -161,9 +148,3 @@ def test_a_target_that_no_share_reaches_is_refused(metric: str, target: float) -
     with pytest.raises(ConfigError, match=r"stop\.target=.* is never reached: accuracy of task"):
         resolve(changed("stop.target", target, {"stop.metric": metric}))
     resolve(changed("stop.target", target, {"stop.metric": "loss"}))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_setting_with_nodes_serves_all_methods_that_are_compared(method: str) -> None:
-    setting = changed("nodes.defaults.slowdown", 2.0, {**CHAIN, "devices.count": 1})
-    assert resolve(with_method(setting, method)).nodes.count in (0, 2)

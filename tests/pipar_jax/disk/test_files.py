@@ -207,7 +207,7 @@ def test_every_file_is_written_by_the_one_way() -> None:
 _WRITES = {"write_text", "write_bytes", "save_file", "savez", "savez_compressed", "save", "dump",
            "NamedTemporaryFile", "touch"}  # fmt: skip
 #: What may be called by such a name: the one way, and methods that end in it.
-_OURS = {"files", "checkpoint", "trace", "weights", "made", "_files", "_store"}
+_OURS = {"files", "checkpoint", "trace", "weights", "made", "_files", "_store", "personal"}
 
 
 def writes(path: Path) -> list[tuple[int, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import io
 from typing import Any
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from pipar_jax.config import Config
 from pipar_jax.errors import ConfigError
-from pipar_jax.methods.registry import METHODS, server_methods, with_method
+from pipar_jax.methods.registry import METHODS, server_methods
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.report.comparison import (
     Outcome,
@@ -122,7 +123,7 @@ def test_by_default_every_preset_is_compared_by_the_methods_that_fit_it(preset: 
     for method in METHODS:
         assert choose_methods(config, method) == [method]
     for method in methods:
-        resolve(with_method(config, method))
+        resolve(dataclasses.replace(config, method=method))
 
 
 def test_methods_that_do_not_fit_are_left_out_only_if_nobody_asked_for_them() -> None:

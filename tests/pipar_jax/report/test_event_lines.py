@@ -46,7 +46,7 @@ def test_every_event_with_a_reason_has_a_line() -> None:
     [
         ("run_resumed", "goes on from the checkpoint after round 4"),
         ("checkpoint_failed", "continues without a checkpoint after round 4: the disk is full"),
-        ("state_lost", "device 1 begins with a fresh optimiser state: the disk is full"),
+        ("state_lost", "device 1 begins without the state of its own: the disk is full"),
         ("stopped", "stops after round 5: the disk is full"),
         ("refused", "device 1 was refused: the disk is full (3 more were refused)"),
     ],
