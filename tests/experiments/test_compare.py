@@ -30,6 +30,7 @@ def _compare(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.soak  # quickstart is such a comparison
 def test_methods_are_compared_on_a_preset(tmp_path: Path) -> None:
     result = _compare(tmp_path, "--config=digits", "--methods=sfl,pipar", *SMALL)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -181,7 +181,11 @@ def test_ctrl_c_on_a_terminal_ends_the_live_view_too(tmp_path: pathlib.Path, qui
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pids are matched by /proc")
 @pytest.mark.parametrize(
     ("victim", "name", "arguments"),
-    [(0, "server", ()), (1, "n1", CHAIN), pytest.param(2, "d1", (), marks=pytest.mark.soak)],
+    [
+        (0, "server", ()),
+        pytest.param(1, "n1", CHAIN, marks=pytest.mark.soak),
+        pytest.param(2, "d1", (), marks=pytest.mark.soak),
+    ],
 )
 def test_a_killed_host_ends_the_run_with_one_clear_line(
     tmp_path: pathlib.Path, victim: int, name: str, arguments: tuple[str, ...], within: Within
@@ -202,7 +206,7 @@ def test_a_killed_host_ends_the_run_with_one_clear_line(
 
 
 # With fake hosts, `tests/pipar_jax/launch` tries all signals.
-@pytest.mark.parametrize("number", [signal.SIGKILL, *soaked(signal.SIGTERM)])
+@pytest.mark.parametrize("number", soaked(signal.SIGKILL, signal.SIGTERM))
 def test_no_host_outlives_a_killed_launcher(
     tmp_path: pathlib.Path, number: int, within: Within
 ) -> None:

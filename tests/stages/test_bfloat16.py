@@ -31,7 +31,12 @@ def sample(model: stages.Model):
 
 
 @pytest.mark.parametrize(
-    ("name", "norm"), [("cnn", "batch"), ("small_resnet", "group"), ("decoder_small", "group")]
+    ("name", "norm"),
+    [
+        ("cnn", "batch"),
+        pytest.param("small_resnet", "group", marks=pytest.mark.soak),
+        ("decoder_small", "group"),
+    ],
 )
 def test_gradients_are_those_of_float32_within_the_error_of_bfloat16(name, norm):
     gradients = []

@@ -290,8 +290,22 @@ def started_parent(config: Config, **acts: str) -> Iterator[subprocess.Popen[str
         parent.communicate(timeout=PATIENCE_S)
 
 
-@pytest.mark.parametrize("act", ["hangs", "hangs deaf"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("number", "act"),
+    [
+        (signal.SIGINT, "hangs"),
+        (signal.SIGTERM, "hangs deaf"),
+        (signal.SIGKILL, "hangs deaf"),
+        *(
+            pytest.param(number, act, marks=pytest.mark.soak)
+            for number, act in (
+                (signal.SIGINT, "hangs deaf"),
+                (signal.SIGTERM, "hangs"),
+                (signal.SIGKILL, "hangs"),
+            )
+        ),
+    ],
+)
 def test_no_host_outlives_the_launcher(
     config: Config, number: signal.Signals, act: str, within: Within
 ) -> None:

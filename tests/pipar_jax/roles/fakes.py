@@ -81,6 +81,7 @@ class Host:
         """Takes any command."""
 
     prepare = prepare_ahead = pull = push = keep = restore = calibrate = release = commit = _take
+    belong_to = _take
     close = wake
 
 

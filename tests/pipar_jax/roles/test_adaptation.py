@@ -134,6 +134,7 @@ def test_moves_go_both_ways():
     ]
 
 
+@pytest.mark.soak  # `test_adapting_chains` has such a run
 def test_a_run_behind_a_slow_link_changes_its_plan_by_itself(double, network, tmp_path):
     """Federated averaging once an epoch does not wait for a link's delay in each step."""
     made = setting(tmp_path / "changed", EVEN)

@@ -22,6 +22,11 @@ from tests.pipar_jax.roles.open_runs import (
 METHODS = ("fl", "sfl", "pipar", "sl", "mpsl")
 
 
+def mostly(*soaked):
+    """Returns all methods, some for `make soak` alone: each has other tests here besides."""
+    return [pytest.param(name, marks=[pytest.mark.soak] * (name in soaked)) for name in METHODS]
+
+
 def after(round_, act):
     """Does something once, when a round is over."""
     done = []
@@ -60,7 +65,7 @@ def test_a_lost_device_is_left_out_and_the_script_replays_the_run(tmp_path, meth
     assert equal(run.weights(), replayed(tmp_path, made, run))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", mostly("sfl", "sl"))
 def test_a_device_that_is_lost_comes_back_with_the_weights_of_the_moment(tmp_path, method):
     made = config(tmp_path, method, rounds=12, quorum=1, wait_s=0.2)
     when = together(after(0, lambda run: run.end(1)), after(2, lambda run: run.start(1)))
@@ -93,7 +98,7 @@ def pause_until_there(count=3, seconds=0.6):
     return when
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", mostly("fl", "sfl"))
 def test_a_device_may_join_late(tmp_path, method):
     made = config(tmp_path, method, rounds=12, min_devices=2, quorum=2, wait_s=0.1)
     when = together(after(0, lambda run: run.start(2)), pause_until_there())
@@ -121,7 +126,7 @@ def test_a_late_device_takes_the_learning_rate_of_the_moment(tmp_path):
         np.testing.assert_allclose(weights[1][name], array, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", mostly("fl", "pipar"))
 def test_more_devices_than_configured_take_part_once_they_have_come(tmp_path, method):
     made = config(tmp_path, method, rounds=12, samples=SAMPLES[:2], quorum=2, wait_s=0.1)
     made.devices.count, made.devices.more = 2, 2
@@ -180,7 +185,7 @@ def test_a_round_below_the_quorum_is_repeated_when_the_quorum_is_there(tmp_path)
     assert all(row["commit"] in ([], [0, 1, 2]) for row in script)
 
 
-@pytest.mark.parametrize("method", ["fl", "pipar"])
+@pytest.mark.parametrize("method", [pytest.param("fl", marks=pytest.mark.soak), "pipar"])
 def test_a_late_device_is_left_out_of_the_round_and_takes_part_again(tmp_path, monkeypatch, method):
     dropped = threading.Event()
     before_batch(monkeypatch, 1, 2, lambda: dropped.wait(PATIENCE_S))

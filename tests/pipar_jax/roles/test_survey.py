@@ -26,7 +26,7 @@ def setting(folder, **tuner):
     return made
 
 
-@pytest.mark.parametrize("select", ["search", "paper"])
+@pytest.mark.parametrize("select", ["search", pytest.param("paper", marks=pytest.mark.soak)])
 def test_auto_measures_plans_and_trains_what_every_plan_trains(tmp_path, select):
     network = support.model(dtype="float32")
     events = []
@@ -48,6 +48,7 @@ def test_auto_measures_plans_and_trains_what_every_plan_trains(tmp_path, select)
     assert support.largest_difference(run.params, plain.params) < 1e-4
 
 
+@pytest.mark.soak  # `tuner/test_learning` has the learning
 def test_predicted_times_of_hosts_that_timed_reference_layers_are_learned_in_the_run(
     tmp_path, monkeypatch
 ):

@@ -208,6 +208,7 @@ def distance(one, other):
     ) ** 0.5  # fmt: skip
 
 
+@pytest.mark.soak  # it measures hosts twice
 def test_the_planner_gives_a_slow_link_a_codec_and_a_fast_one_none(network, tmp_path, monkeypatch):
     monkeypatch.setattr(survey, "FIRST_BYTES", 4096)  # enough to time a link as slow as this
     made = setting(tmp_path, (35,), 2, "end")
@@ -220,6 +221,7 @@ def test_the_planner_gives_a_slow_link_a_codec_and_a_fast_one_none(network, tmp_
     assert re.match(r"device\|\d:bits:\d+/bits:\d+\|n\d(\|\d\|n\d)? x3", plan), plan
 
 
+@pytest.mark.soak  # as `test_a_planned_chain_is_planned_again`
 def test_the_planner_cuts_the_chain_if_nobody_else_does(network, tmp_path):
     made = setting(tmp_path, EVEN, 2)
     made.pipeline.cuts, made.nodes.overrides = "", {1: {"slowdown": 20.0}}

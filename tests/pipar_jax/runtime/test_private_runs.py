@@ -71,7 +71,7 @@ def methods(*some):
     return [pytest.param(one, marks=[pytest.mark.soak] * (one not in some)) for one in METHODS]
 
 
-@pytest.mark.parametrize("method", methods("fl", "sl", "pipar", "mpsl"))
+@pytest.mark.parametrize("method", methods("fl", "pipar", "mpsl"))
 def test_without_noise_to_speak_of_a_private_run_is_the_plain_one(method, tmp_path):
     network = support.model()
     made, samples = setting(tmp_path / "private", method)

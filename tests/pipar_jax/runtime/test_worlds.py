@@ -13,7 +13,7 @@ SAMPLES = (35, 35)
 def test_rates_and_slowness_change_from_the_first_release_on(tmp_path):
     link, slow = tmp_path / "link.csv", tmp_path / "slow.csv"
     link.write_text("time_s,up_mbps,down_mbps\n0,1000,1000\n0.001,1,2\n")
-    slow.write_text("time_s,slowdown\n0,1\n0.001,10000\n")
+    slow.write_text("time_s,slowdown\n0,1\n0.001,1000\n")
     made = support.config(tmp_path, SAMPLES, dtype="float32")
     made.pipeline.cut, made.pipeline.micro_batches = 1, 2
     made.aggregation.every = "epoch"

@@ -155,7 +155,9 @@ def world() -> World:
     return World()
 
 
-@pytest.mark.parametrize(("host", "wrong"), [("n1", 0.2), ("n2", 0.2), ("n2", 2.5)])
+@pytest.mark.parametrize(
+    ("host", "wrong"), [pytest.param("n1", 0.2, marks=pytest.mark.soak), ("n2", 0.2), ("n2", 2.5)]
+)
 def test_predictions_that_mislead_are_learned_from_the_stages_of_the_run(world, host, wrong):
     learners = {name: world.learner(name, wrong if name == host else 1.0) for name in world.laws}
     sizes = world.true.nodes[0].host.sizes
