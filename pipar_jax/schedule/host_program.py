@@ -130,11 +130,11 @@ class HostProgram:
     def __init__(self, plan: Plan, host: str) -> None:
         self.plan, self.host = plan, host
         self._operations: dict[tuple[int, int, str], Operation] = {}
-        places = []
-        for place, device in enumerate(plan.devices):
-            own = [stage for stage in range(device.stages) if plan.host(place, stage) == host]
-            if own:
-                places.append(place)
+        # Of a host's own places alone: a thousand devices have a thousand programs.
+        self.places = plan.places_of.get(host, ())
+        for place in self.places:
+            device, chain = plan.devices[place], plan.chains[place]
+            own = [stage for stage in range(device.stages) if chain[stage] == host]
             for stage in own:
                 last = stage == device.stages - 1
                 for kind in (LOSS,) if last else (FORWARD, BACKWARD):
@@ -143,11 +143,7 @@ class HostProgram:
                 self._add(_operation(plan, ALL if shared else place, stage, UPDATE))
             if own and own[0] == 0 and plan.order == Order.SEQUENTIAL:
                 self._add(_operation(plan, place, 0, SEND_CLIENT_MODEL))
-        self.places = tuple(places)
-        self._hosts = [
-            tuple(plan.host(place, s) for s in range(device.stages))
-            for place, device in enumerate(plan.devices)
-        ]
+        self._hosts = plan.chains
         self._templates: dict[tuple[int, int], HostTemplate] = {}
         self._hands_on = plan.order == Order.SEQUENTIAL
         self._shared = frozenset(
@@ -155,7 +151,7 @@ class HostProgram:
             for stage in range(plan.devices[0].stages)
             if plan.sums_gradients and plan.is_colocated(stage)
         )
-        self._takes_part = frozenset(places)
+        self._takes_part = frozenset(self.places)
 
     def takes_part(self, place: int) -> bool:
         """Returns whether the host runs a stage of a place's chain."""

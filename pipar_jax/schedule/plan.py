@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -199,7 +200,7 @@ _CHOICES: Mapping[str, type[enum.StrEnum]] = {
 }  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """The plan of all hosts of a run, as a value that prints, compares and serialises.
 
@@ -241,10 +242,26 @@ class Plan:
         if self.aggregate_every < 0 or self.in_flight < 0:
             raise PlanError("plan.aggregate_every and plan.in_flight must not be negative")
 
+    @functools.cached_property
+    def chains(self) -> tuple[tuple[str, ...], ...]:
+        """For each device the names of the hosts of its stages."""
+        return tuple(
+            tuple(device_name(index) if name == OWNER else name for name in device.hosts)
+            for index, device in enumerate(self.devices)
+        )
+
+    @functools.cached_property
+    def places_of(self) -> dict[str, tuple[int, ...]]:
+        """For each host the devices in whose chains it is, rising."""
+        places: dict[str, list[int]] = {}
+        for index, chain in enumerate(self.chains):
+            for name in dict.fromkeys(chain):
+                places.setdefault(name, []).append(index)
+        return {name: tuple(of) for name, of in places.items()}
+
     def host(self, device: int, stage: int) -> str:
         """Returns the name of the host that runs a device's stage."""
-        name = self.devices[device].hosts[stage]
-        return device_name(device) if name == OWNER else name
+        return self.chains[device][stage]
 
     def is_colocated(self, stage: int) -> bool:
         """Returns whether all devices have the same units in this stage, on the same host.
