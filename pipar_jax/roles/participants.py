@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from pipar_jax import data as datasets
 from pipar_jax.config import Config, DataConfig, NetworkConfig
@@ -83,21 +84,32 @@ def run_device(
         worker = Worker(config, name, network, loader, stop, releases, tests, personal)
         _take_part(worker, address, join, timeout_s)
 
-    def keep() -> None:
-        if personal is not None:
-            personal.save(state_folders(config.name, config.run, name)[0], name)
-
+    folder = state_folders(config.name, config.run, name)[0]
     try:
-        _persist(config.network, take_part, stop)
-    except BaseException:
-        with contextlib.suppress(DiskError):  # what has ended the run is the one to report
-            keep()
-        raise
-    else:
-        keep()
+        with _keeping(personal, folder, name):
+            _persist(config.network, take_part, stop)
     finally:
         if releases is not None:
             releases.close()
+
+
+@contextlib.contextmanager
+def _keeping(personal: PersonalWeights | None, folder: Path, name: str) -> Iterator[None]:
+    """Writes a device's personal weights when it has taken part, however that ends.
+
+    Raises:
+      DiskError: They cannot be written, after a run that ended well.
+    """
+    if personal is None:
+        yield
+        return
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(DiskError):  # what has ended the run is the one to report
+            personal.save(folder, name)
+        raise
+    personal.save(folder, name)
 
 
 def run_node(

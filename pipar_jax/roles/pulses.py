@@ -13,6 +13,21 @@ from pipar_jax.roles.patience import Moving, Patience, pulse_s
 from pipar_jax.schedule.plan import COORDINATOR
 
 
+class _Clock:
+    """Says when it is time for the next pulse."""
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s, self._last_s = every_s, time.monotonic()
+
+    def is_due(self) -> bool:
+        """Returns whether it is time, which is then over."""
+        now = time.monotonic()
+        if now - self._last_s < self._every_s:
+            return False
+        self._last_s = now
+        return True
+
+
 class Pulses:
     """Periodically tells members that this process works, and looks which of them do.
 
@@ -22,17 +37,13 @@ class Pulses:
     """
 
     def __init__(self, network: NetworkConfig, patience: Patience) -> None:
-        self._every_s, self._patience = pulse_s(network), patience
-        self._last_s, self._count = time.monotonic(), 0
+        self._clock, self._patience = _Clock(pulse_s(network)), patience
+        self._count = 0
         self._moving: dict[str, Moving] = {}
 
     def are_due(self) -> bool:
         """Returns whether it is time for pulses, which is then over."""
-        now = time.monotonic()
-        if now - self._last_s < self._every_s:
-            return False
-        self._last_s = now
-        return True
+        return self._clock.is_due()
 
     def send(self, members: Mapping[str, Member], actions: int) -> None:
         """Sends members a pulse, and records which of them make progress.
@@ -65,8 +76,8 @@ class OwnPulse:
     """
 
     def __init__(self, network: NetworkConfig, patience: Patience) -> None:
-        self._every_s, self._patience = pulse_s(network), patience
-        self._last_s, self._actions = time.monotonic(), 0
+        self._clock, self._patience = _Clock(pulse_s(network)), patience
+        self._actions = 0
         self._moving: Moving | None = None
 
     def connected(self, link: Link) -> None:
@@ -75,10 +86,8 @@ class OwnPulse:
 
     def beat(self, link: Link, actions: int) -> None:
         """Sends a pulse if it is time for one, and more actions are over than at the last one."""
-        now = time.monotonic()
-        if now - self._last_s < self._every_s:
+        if not self._clock.is_due():
             return
-        self._last_s = now
         if actions != self._actions:
             self._actions = actions
             registry.send(link, messages.Pulse(actions))

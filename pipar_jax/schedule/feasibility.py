@@ -28,8 +28,7 @@ def check_executable(plan: Plan) -> None:
         a chain visits the coordinator's host twice, or devices share weights that are not on one
         host.
     """
-    for device, device_plan in enumerate(plan.devices):
-        chain = [plan.host(device, stage) for stage in range(device_plan.stages)]
+    for device, chain in enumerate(plan.chains):
         others = sorted(
             {h for h in chain if h not in (COORDINATOR, device_name(device)) and not is_node(h)}
         )

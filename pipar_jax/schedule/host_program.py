@@ -103,7 +103,7 @@ def find_beside(
       unit_sides: For each unit of the model the names of its side inputs.
     """
     device = plan.devices[place]
-    hosts = [plan.host(place, stage) for stage in range(device.stages)]
+    hosts = plan.chains[place]
     names = {
         name
         for stage in range(below + 1, device.stages)
@@ -254,7 +254,7 @@ def _operation(plan: Plan, place: int, stage: int, kind: ActionKind) -> Operatio
     """Returns the operation of a place's stage."""
     known = 0 if place == ALL else place
     device = plan.devices[known]
-    hosts = [plan.host(known, s) for s in range(device.stages)]
+    hosts = plan.chains[known]
     last = device.stages - 1
     source = target = None
     received = RECEIVE_BACKWARD if kind == BACKWARD else RECEIVE_FORWARD

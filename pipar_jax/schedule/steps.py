@@ -136,7 +136,7 @@ def step_actions(
         step before, or the arrival of the client-side model. A stage that is missing has its
         weights already.
     """
-    rows = _template(tuple(plan.host(device, s) for s in range(plan.devices[device].stages)),
+    rows = _template(plan.chains[device],
                      micro_batches)  # fmt: skip
     actions = [
         update_of(plan, device, row.stage, step)
