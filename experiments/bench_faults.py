@@ -111,7 +111,7 @@ def measure_checkpoints(run: harness.Bench, folder: pathlib.Path) -> None:
     """Adds what checkpoints cost a run."""
     settings = {"digits": fault_trials.digits(folder, 11 if run.quick else 61)}
     if not run.quick:
-        settings["VGG-16, 50 Mbit/s"] = fault_trials.vgg16(folder, 21)
+        settings["VGG-16, 50 Mbit/s"] = fault_trials.vgg16(folder, 61)
     for name, config in settings.items():
 
         def trained(every: int, config: Config = config) -> harness.Seconds:

@@ -117,7 +117,8 @@ LINES: dict[str, Callable[[Event], str]] = {
         "goes on without"
     ),
     "state_lost": lambda event: (
-        f"{long_name(event['host'])} begins without the state of its own: {event['reason']}"
+        f"{long_name(event['host'])} begins with a fresh optimiser state"
+        f"{' and fresh personal weights' if event['personal'] else ''}: {event['reason']}"
     ),
     "state_not_kept": lambda event: (
         f"{long_name(event['host'])} could not keep its optimiser state after round "

@@ -29,7 +29,7 @@ from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.survey import Surveyed
 from pipar_jax.runtime import moves
 from pipar_jax.runtime.host import Host
-from pipar_jax.runtime.precompile import lower_priority
+from pipar_jax.runtime.priority import lower_priority
 from pipar_jax.schedule.feasibility import check_adaptable
 from pipar_jax.schedule.plan import COORDINATOR, Boundary, Plan, is_node
 from pipar_jax.simulator.predict import StageCosts, estimate, rounds_per_epoch

@@ -238,7 +238,10 @@ class Checkpoints:
         for name, mail in members.collect(messages.RestoredState, own_disk).items():
             if mail.said.missing is not None:
                 fresh = [*dict.fromkeys((*fresh, name))]
-                self._tell({"event": "state_lost", "host": name, "reason": mail.said.missing})
+                self._tell({
+                    "event": "state_lost", "host": name, "reason": mail.said.missing,
+                    "personal": self._personal and is_device(name),
+                })  # fmt: skip
         self._rounds = kept.rounds
         if plan.order != Order.SEQUENTIAL:
             return Restored({}, tuple(fresh))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import os
 import queue
 import threading
 from collections.abc import Callable, Collection, Sequence
@@ -13,13 +11,11 @@ from pipar_jax.aggregation.aggregator import Aggregator
 from pipar_jax.config import Config
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.runtime import memory, migration, undo
+from pipar_jax.runtime.priority import lower_priority
 from pipar_jax.schedule.plan import Plan, WeightPolicy
 from pipar_jax.training.compile import run_all
 from pipar_jax.training.optimizer import CompiledOptimizer
 from stages import Model
-
-#: Added to the thread's niceness where the system has one per thread: training goes first.
-NICENESS = 10
 
 
 class BackgroundCompiler:
@@ -116,10 +112,3 @@ def compile_plan(
         return None
     need = memory.predict(model, plan, host, config, samples)
     return memory.memory_excess(need, temporary, hosts, host, plan)
-
-
-def lower_priority() -> None:
-    """Lowers the calling thread's priority, where the system supports it per thread."""
-    if hasattr(os, "setpriority"):
-        with contextlib.suppress(OSError):  # an optimisation, not a requirement
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

@@ -17,6 +17,7 @@ from comms.arrays import Array
 from pipar_jax.disk.files import describe_reading, make_folder, write_tensors
 from pipar_jax.disk.json_text import dumps
 from pipar_jax.errors import RunError
+from pipar_jax.runtime.priority import lower_priority
 from pipar_jax.runtime.unit_state import Tensors
 
 #: How many of a run's are kept: the coordinator may have to go back by one checkpoint.
@@ -94,6 +95,7 @@ class StateFiles:
             self._thread.join()
 
     def _run(self) -> None:
+        lower_priority()
         while (item := self._queue.get()) is not None:
             tag, tensors = item
             try:

@@ -10,8 +10,9 @@ from pipar_jax.report.event_lines import LINES
 from tests.sources import ROOT, modules
 
 FIELDS = {
-    "address": "127.0.0.1 port 5", "device": 1, "error": "it broke", "host": "d1", "plan": "device",
-    "reason": "the disk is full", "round": 4, "rounds": 4, "step": 2, "untold": 3,
+    "address": "127.0.0.1 port 5", "device": 1, "error": "it broke", "host": "d1",
+    "personal": False, "plan": "device", "reason": "the disk is full", "round": 4,
+    "rounds": 4, "step": 2, "untold": 3,
 }  # fmt: skip
 
 
@@ -46,13 +47,18 @@ def test_every_event_with_a_reason_has_a_line() -> None:
     [
         ("run_resumed", "goes on from the checkpoint after round 4"),
         ("checkpoint_failed", "continues without a checkpoint after round 4: the disk is full"),
-        ("state_lost", "device 1 begins without the state of its own: the disk is full"),
+        ("state_lost", "device 1 begins with a fresh optimiser state: the disk is full"),
         ("stopped", "stops after round 5: the disk is full"),
         ("refused", "device 1 was refused: the disk is full (3 more were refused)"),
     ],
 )
 def test_a_line_counts_rounds_from_1_and_names_the_host(name: str, says: str) -> None:
     assert says in LINES[name](FIELDS)
+
+
+def test_a_lost_state_with_personal_weights_says_so() -> None:
+    line = LINES["state_lost"](FIELDS | {"personal": True})
+    assert "a fresh optimiser state and fresh personal weights: the disk is full" in line
 
 
 def test_a_stranger_is_named_by_its_address() -> None:
