@@ -2,7 +2,8 @@
 
 Jax writes an entry in place. A process that looks while another one writes, or after one was
 killed, reads half a program: jax warns, compiles it anew and, as a file of that name exists, never
-replaces it. Here an entry appears whole or not at all, and a damaged one is removed.
+replaces it. Here an entry appears whole or not at all, and a damaged one is removed. What several
+processes need at once is compiled by one of them; see ``stages.compile_once``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import os
 import uuid
 from pathlib import Path
 from typing import Any
+
+from stages.compile_once import once
 
 #: How the name of an entry's file ends: jax's own.
 ENTRY_SUFFIX = "-cache"
@@ -27,11 +30,14 @@ def share_compile_cache() -> bool:
       Whether this version of jax has the internals that are replaced.
     """
     try:
-        from jax._src import compilation_cache
+        from jax._src import compilation_cache, compiler
         from jax._src.lru_cache import LRUCache
 
         decompress = compilation_cache.decompress_executable
         open_plain: Any = compilation_cache.get_file_cache
+        compile_plain: Any = compiler._compile_and_write_cache
+        read: Any = compiler._cache_read
+        find_cache = compilation_cache._get_cache
     except (ImportError, AttributeError):
         return False
     if getattr(open_plain, "whole_entries", False):
@@ -66,8 +72,13 @@ def share_compile_cache() -> bool:
             return WholeEntries(path, max_size=-1), path
         return opened
 
+    def folder(backend: Any) -> Path | None:
+        cache = find_cache(backend)
+        return Path(str(cache.path)) if isinstance(cache, WholeEntries) else None
+
     open_cache.whole_entries = True  # type: ignore[attr-defined]
     compilation_cache.get_file_cache = open_cache
+    compiler._compile_and_write_cache = once(compile_plain, folder, read) or compile_plain
     return True
 
 
