@@ -1,8 +1,11 @@
-"""ResNet-18 on CIFAR-10 with the small stem; --config.model.stem=imagenet for the paper's.
+"""ResNet-18 on CIFAR-10 with the 3x3 stem for small images.
 
 Command: pipar train --config=cifar10_resnet18 --config.data.data_dir=FOLDER
 where FOLDER holds CIFAR-10, as published or as prepared by TFDS; otherwise it is downloaded.
 The method is a field: --config.method=fl, sl, sfl.
+
+Not the paper's setting: the stem is 3x3 and not 7x7, links have no limit, and cut and N are given.
+cifar10_resnet18_paper is it.
 """
 
 from pipar_jax.config import Config

@@ -1,10 +1,11 @@
-"""VGG-5 on CIFAR-10, the first network of the PiPar paper.
+"""VGG-5 on CIFAR-10 over links without a limit.
 
 Command: pipar train --config=cifar10_vgg5 --config.data.data_dir=FOLDER
 where FOLDER holds CIFAR-10, as published or as prepared by TFDS; otherwise it is downloaded.
 The method is a field: --config.method=fl, sl, sfl.
 
-Optimiser and batch are the defaults of the paper's public code: SGD 0.01, momentum 0.9, batch 100.
+Not the paper's setting: links have no limit, and cut and N are given; optimiser and batch are the
+defaults of the paper's public code: SGD 0.01, momentum 0.9, batch 100. cifar10_vgg5_paper is it.
 """
 
 from pipar_jax.config import Config

@@ -1,6 +1,8 @@
 """A small convolutional network on scikit-learn's digits: real data, no download, a few seconds.
 
 Command: pipar train --config=digits
+Not the paper's setting: network, data, batch, optimiser and links are for a first try.
+
 Measured on two cores: 98.3 % test accuracy after its 10 epochs of under half a second each.
 """
 

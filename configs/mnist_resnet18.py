@@ -1,8 +1,11 @@
-"""ResNet-18 on MNIST with the small stem; --config.model.stem=imagenet for the paper's.
+"""ResNet-18 on MNIST with the 3x3 stem for small images.
 
 Command: pipar train --config=mnist_resnet18 --config.data.data_dir=FOLDER
 where FOLDER holds MNIST, as published or as prepared by TFDS; otherwise it is downloaded.
 The method is a field: --config.method=fl, sl, sfl.
+
+Not the paper's setting: the stem is 3x3 and not 7x7 (--config.model.stem=imagenet), links have no
+limit, and cut and N are given.
 """
 
 from pipar_jax.config import Config

@@ -4,7 +4,8 @@ Command: pipar train --config=mnist_vgg5 --config.data.data_dir=FOLDER
 where FOLDER holds MNIST, as published or as prepared by TFDS; otherwise it is downloaded.
 The method is a field: --config.method=fl, sl, sfl.
 
-Optimiser and batch are the defaults of the paper's public code: SGD 0.01, momentum 0.9, batch 100.
+Not the paper's setting: links have no limit, and cut and N are given; optimiser and batch are the
+defaults of the paper's public code: SGD 0.01, momentum 0.9, batch 100.
 """
 
 from pipar_jax.config import Config

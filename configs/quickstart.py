@@ -2,6 +2,9 @@
 
 Command: make demo (pipar quickstart), which trains this preset by each method.
 Group normalisation, so that FL, SFL and PiPar compute the same and only their time differs.
+
+Not the paper's setting: data, batch, optimiser and normalisation are for a demo of a minute, and
+cut and N are given; the link is the paper's 4G+.
 """
 
 from pipar_jax.config import Config

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments.benchmarks import harness, privacy_trials, trials
+from experiments.benchmarks import harness, privacy_trials
 from experiments.benchmarks.privacy_trials import EPSILONS, VARIANTS, Setting
 from pipar_jax.disk.files import make_folder
 from pipar_jax.privacy.ledger import PrivacyLedger
@@ -64,7 +64,7 @@ def accuracy(run: harness.Bench, folder: Path, results: Path) -> None:
                     run.progress(f"{name}, seed {seed}")
                     one = Setting(data, variant, epsilon, seed, samples, epochs, DATA_DIR.value)
                     percent.append(
-                        100 * trials.kept(
+                        100 * harness.kept(
                             results, f"accuracy {one.name}",
                             lambda one=one: privacy_trials.accuracy(one, folder),  # type: ignore[misc]
                         )
@@ -89,7 +89,7 @@ def epochs(run: harness.Bench, folder: Path, results: Path) -> None:
                 run.progress(name)
                 count = 2 if run.quick else LINK_EPOCHS
                 one = Setting("cifar10", variant, epsilon, 0, samples, count, DATA_DIR.value)
-                seconds = trials.kept(
+                seconds = harness.kept(
                     results, f"epochs {link} {SLOWDOWN.value:g} {one.name}",
                     lambda one=one, link=link: privacy_trials.epochs_s(  # type: ignore[misc]
                         one, link, SLOWDOWN.value, folder

@@ -9,7 +9,9 @@ own; the first is left out. Memory is the largest sum of the resident sizes of a
 
 Flower is in the extra ``peers``, or in an environment of its own, whose programs are then named:
 
-  python -m experiments.bench_rounds [--flower_bin=FOLDER/bin] [--quick] [--json=FILE]
+  python -m experiments.bench_rounds [--flower_bin=FOLDER/bin] [--results=FOLDER] [--quick]
+
+With --results=FOLDER measurements are saved and not repeated.
 """
 
 import contextlib
@@ -23,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +41,13 @@ REPEATS = flags.DEFINE_integer("repeats", 2, "Runs of each setting, alternating.
 FLOWER_BIN = flags.DEFINE_string(
     "flower_bin", str(Path(sys.executable).parent), "Folder of Flower's programs."
 )
+RESULTS = flags.DEFINE_string(
+    "results", "", "Folder in which measurements are saved and reused; empty: none."
+)
 ROUNDS = 5
 LIMIT_S = 900.0
 Measured = tuple[list[float], int]
+System = Callable[[float, int, Path], Measured]
 
 
 def ours(megabytes: float, clients: int, folder: Path) -> Measured:
@@ -155,34 +161,48 @@ def _await_port(port: int) -> None:
     raise RunError(f"Flower's SuperLink does not listen on port {port}")
 
 
+def alternate(
+    run: harness.Bench, systems: Mapping[str, System], megabytes: float, clients: int
+) -> dict[str, list[Measured]]:
+    """Runs the systems alternately in one setting; returns what each run measured."""
+    measured: dict[str, list[Measured]] = {name: [] for name in systems}
+    for _ in range(1 if run.quick else REPEATS.value):
+        for name, system in systems.items():
+            run.progress(f"{megabytes:g} MB, {clients} clients: {name}")
+            with tempfile.TemporaryDirectory() as folder:
+                measured[name].append(system(megabytes, clients, Path(folder)))
+    return measured
+
+
 def measure(run: harness.Bench) -> None:
     """Runs every setting; with --quick the smallest."""
-    systems = {"ours": ours}
+    systems: dict[str, System] = {"ours": ours}
     if (Path(FLOWER_BIN.value) / "flower-superlink").exists():
         systems["Flower"] = flowers
     else:
         run.note("Flower is not installed (extra `peers`, or --flower_bin): no ratios.")
-    for megabytes in SIZES_MB.value[:1] if run.quick else SIZES_MB.value:
-        for clients in CLIENTS.value[:1] if run.quick else CLIENTS.value:
-            cell = f"{megabytes} MB, {clients} clients"
-            found: dict[str, list[Measured]] = {name: [] for name in systems}
-            for _ in range(1 if run.quick else REPEATS.value):
-                for name, system in systems.items():
-                    run.progress(f"{cell}: {name}")
-                    with tempfile.TemporaryDirectory() as folder:
-                        found[name].append(system(float(megabytes), int(clients), Path(folder)))
-            seconds, memory = {}, {}
-            for name, measured in found.items():
-                seconds[name] = statistics.median(s for rounds, _ in measured for s in rounds)
-                memory[name] = min(nbytes for _, nbytes in measured)
-                run.row(f"{cell}, {name}, a round", seconds[name], "s")
-                run.row(f"{cell}, {name}, peak memory of all processes", memory[name] / 1e6, "MB")
-            if "Flower" in found:
-                ratio = seconds["Flower"] / seconds["ours"]
-                run.row(f"{cell}, Flower / ours, seconds", ratio, "x", 2.0, "higher")
-                run.row(
-                    f"{cell}, ours / Flower, memory", memory["ours"] / memory["Flower"], "x", 0.7
-                )
+    with tempfile.TemporaryDirectory() as folder:
+        results = files.make_folder(RESULTS.value or folder, "choose another folder with --results")
+        for megabytes in SIZES_MB.value[:1] if run.quick else SIZES_MB.value:
+            for clients in CLIENTS.value[:1] if run.quick else CLIENTS.value:
+                cell = f"{megabytes} MB, {clients} clients"
+                setting = run, systems, float(megabytes), int(clients)
+                name = f"rounds {cell} {' '.join(systems)}{' quick' if run.quick else ''}"
+                report(run, cell, harness.kept(results, name, lambda s=setting: alternate(*s)))
+
+
+def report(run: harness.Bench, cell: str, measured: Mapping[str, list[Measured]]) -> None:
+    """Adds the rows of a setting."""
+    seconds, memory = {}, {}
+    for name, runs in measured.items():
+        seconds[name] = statistics.median(s for rounds, _ in runs for s in rounds)
+        memory[name] = min(nbytes for _, nbytes in runs)
+        run.row(f"{cell}, {name}, a round", seconds[name], "s")
+        run.row(f"{cell}, {name}, peak memory of all processes", memory[name] / 1e6, "MB")
+    if "Flower" in measured:
+        ratio = seconds["Flower"] / seconds["ours"]
+        run.row(f"{cell}, Flower / ours, seconds", ratio, "x", 2.0, "higher")
+        run.row(f"{cell}, ours / Flower, memory", memory["ours"] / memory["Flower"], "x", 0.7)
 
 
 if __name__ == "__main__":

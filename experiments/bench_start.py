@@ -2,11 +2,13 @@
 
 Each preset is started as a user starts it, by ``pipar train``, with random data of its data set's
 shape: a mini-batch for each device, so that the first round is one step. The time ends when that
-round is over. Cold: the user's cache is empty. Warm: the same command once more.
+round is over. Cold: the user's cache is empty. Warm: the same command once more. With
+--results=FOLDER measurements are saved and not repeated.
 
-  python -m experiments.bench_start [--presets=digits,cifar10_vgg5] [--quick] [--json=FILE]
+  python -m experiments.bench_start [--presets=digits,cifar10_vgg5] [--results=FOLDER] [--quick]
 """
 
+import functools
 import importlib
 import os
 import subprocess
@@ -20,7 +22,7 @@ from absl import flags
 
 from experiments.benchmarks import harness
 from pipar_jax.disk.event_log import read_events
-from pipar_jax.disk.files import replacing
+from pipar_jax.disk.files import make_folder, replacing
 from pipar_jax.errors import RunError
 
 PRESETS = flags.DEFINE_list(
@@ -28,12 +30,15 @@ PRESETS = flags.DEFINE_list(
     [
         "digits", "quickstart", "mnist_vgg5", "mnist_resnet18", "cifar10_vgg5",
         "cifar10_vgg5_central", "cifar10_resnet18", "cifar10_resnet18_mpsl",
-        "cifar10_resnet18_accept",
+        "cifar10_resnet18_accept", "cifar10_vgg5_paper", "cifar10_resnet18_paper",
     ],
     "Presets to start.",
 )  # fmt: skip
 OVERRIDES = flags.DEFINE_multi_string(
     "override", [], "Further flag of every run, such as --override=--config.model.stem=imagenet."
+)
+RESULTS = flags.DEFINE_string(
+    "results", "", "Folder in which measurements are saved and reused; empty: none."
 )
 #: Shape of a sample of each data set that a preset names.
 SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
@@ -99,14 +104,25 @@ def _events(metrics: Path) -> dict[str, float]:
     return {str(row["event"]): float(row.get("compile_s", 1.0)) for row in read_events(metrics)}
 
 
+def start(preset: str, run: harness.Bench) -> dict[str, tuple[float, float]]:
+    """Starts a preset with an empty cache and once more; returns ``first_step_s`` of both."""
+    with tempfile.TemporaryDirectory() as folder:
+        data, cache = write_data(preset, Path(folder)), Path(folder) / "cache"
+        seconds = {}
+        for state in ("cold", "warm"):
+            run.progress(f"{preset}, {state}")
+            seconds[state] = first_step_s(preset, data, cache, Path(folder) / state)
+    return seconds
+
+
 def measure(run: harness.Bench) -> None:
     """Starts every preset cold and warm; with --quick two of them."""
-    for preset in PRESETS.value[:2] if run.quick else PRESETS.value:
-        with tempfile.TemporaryDirectory() as folder:
-            data, cache = write_data(preset, Path(folder)), Path(folder) / "cache"
-            for state in ("cold", "warm"):
-                run.progress(f"{preset}, {state}")
-                took_s, compile_s = first_step_s(preset, data, cache, Path(folder) / state)
+    with tempfile.TemporaryDirectory() as folder:
+        results = make_folder(RESULTS.value or folder, "choose another folder with --results")
+        for preset in PRESETS.value[:2] if run.quick else PRESETS.value:
+            name = " ".join(["start", preset, *OVERRIDES.value])
+            seconds = harness.kept(results, name, functools.partial(start, preset, run))
+            for state, (took_s, compile_s) in seconds.items():
                 run.row(f"{preset}, {state}, command to first step", took_s, "s")
                 run.row(f"{preset}, {state}, of which preparing the plan", compile_s, "s")
 

@@ -24,6 +24,12 @@ from pipar_jax.methods.resolution import resolve
 PARTS = ("choices", "adapt", "unequal", "search")
 PART = flags.DEFINE_multi_enum("part", PARTS, PARTS, "What to measure; may be repeated.")
 ONLY = flags.DEFINE_string("only", "", "Choices: only settings whose name contains this.")
+STEM = flags.DEFINE_multi_enum(
+    "stem",
+    list(tuner_trials.NETWORKS),
+    list(tuner_trials.NETWORKS),
+    "Choices: first layers of the networks; imagenet: ResNets with the papers'. May be repeated.",
+)
 RESULTS = flags.DEFINE_string(
     "results", "", "Folder in which measurements are saved and reused; empty: none."
 )
@@ -31,7 +37,8 @@ RESULTS = flags.DEFINE_string(
 
 def choices(run: harness.Bench, folder: Path, results: Path) -> None:
     """Adds a row for each setting: the tuner's plan relative to the best measured one."""
-    settings = [one for one in tuner_trials.settings(run.quick) if ONLY.value in one.name]
+    settings = tuner_trials.settings(STEM.value, run.quick)
+    settings = [setting for setting in settings if ONLY.value in setting.name]
     for done, setting in enumerate(settings):
         run.progress(setting.name, done, len(settings))
         found = tuner_trials.choice(setting, folder, results)

@@ -2,22 +2,29 @@
 
 Each setting trains PiPar in processes: the server on one core, the devices on another; four devices
 have a slowdown of ten, so that two cores suffice. The prediction uses stage times measured
-separately on those cores, before and after the settings of a network (for a slowed device, those
-that it measured itself at its start and that its emulation multiplies), the sizes of tensors, and
-the rates of links. Data are random images, since times do not depend on what is learned.
+separately on those cores, before and after the settings of a network behind a link (for a slowed
+device, those that it measured itself at its start and that its emulation multiplies), the sizes of
+tensors, and the rates of links. ResNets have the papers' 7x7 stem. Data are random images, since
+times do not depend on what is learned. With --results=FOLDER measurements are saved and not
+repeated.
+
+python -m experiments.validate_simulator --only=resnet101 --results=FOLDER
 """
 
+import functools
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from comms.emulation.shaping import parse_link
 from experiments.benchmarks import harness, simulator_settings
 from experiments.benchmarks.simulator_settings import Setting
-from experiments.benchmarks.time_alone import Alone
+from pipar_jax.disk.files import make_folder
 from pipar_jax.launch import launcher
 from pipar_jax.report import RecordedRun, read_run
 from pipar_jax.schedule.actions import COMPUTE, Span
@@ -26,24 +33,25 @@ from pipar_jax.schedule.rounds import RoundSchedule
 from pipar_jax.simulator import Costs, LinkModel, simulate
 
 ONLY = flags.DEFINE_string("only", "", "Measure only settings whose name contains this.")
+RESULTS = flags.DEFINE_string(
+    "results", "", "Folder in which measurements are saved and reused; empty: none."
+)
+#: The kinds of predictions, as ``simulator_settings.predict`` returns them.
+KINDS = ("alone", "in run")
 
 
 def judge(
-    run: harness.Bench,
-    setting: Setting,
-    one: RecordedRun,
-    alone: dict[str, Alone],
-    errors: dict[str, list[float]],
+    run: harness.Bench, name: str, figures: dict[str, Any], errors: dict[str, list[float]]
 ) -> None:
     """Adds the rows of a setting, and its errors to the lists by kind of prediction."""
-    rows = [row["seconds"] for row in one.of("round_finished")[1:]]
+    rows = figures["seconds"]
     real_s = statistics.median(rows)
     spread = (max(rows) - min(rows)) / real_s
-    run.row(f"{setting.name}: round", real_s, "s", spread=spread)
-    for kind, seconds in zip(errors, simulator_settings.predict(setting, one, alone), strict=True):
-        signed = (seconds / real_s - 1.0) * 100
+    run.row(f"{name}: round", real_s, "s", spread=spread)
+    for kind in errors:
+        signed = (figures[kind] / real_s - 1.0) * 100
         errors[kind].append(abs(signed))
-        run.row(f"{setting.name}: error {kind}", signed, "%")
+        run.row(f"{name}: error {kind}", signed, "%")
 
 
 def demand(run: RecordedRun) -> float:
@@ -75,36 +83,58 @@ def measure_speed(run: harness.Bench) -> None:
     run.row("simulator: actions per second", found.actions / elapsed_s, "1/s", 1e5, "higher")
 
 
+def train(group: Sequence[Setting], folder: Path) -> dict[str, dict[str, Any]]:
+    """Trains and predicts settings that differ in N only; returns their figures by name.
+
+    Figures are the seconds of rounds, each prediction in seconds, and the demand of the devices.
+
+    Args:
+      group: The settings.
+      folder: Folder of runs and data.
+    """
+    simulator_settings.write_data(folder, group[0].network.batch)
+    times = [simulator_settings.time_network(group, folder)]
+    runs = [read_run(Path(launcher.launch(setting.config(folder))["folder"])) for setting in group]
+    times.append(simulator_settings.time_network(group, folder))
+    # Before and after, in case the machine's speed changes.
+    alone = {
+        host: {key: (s + times[1][host][key]) / 2 for key, s in known.items()}
+        for host, known in times[0].items()
+    }
+    figures = {}
+    for setting, run in zip(group, runs, strict=True):
+        predicted = zip(KINDS, simulator_settings.predict(setting, run, alone), strict=True)
+        seconds = [row["seconds"] for row in run.of("round_finished")[1:]]
+        figures[setting.name] = {**dict(predicted), "seconds": seconds, "demand": demand(run)}
+    return figures
+
+
+def groups(quick: bool) -> dict[str, list[Setting]]:
+    """Returns the wanted settings in groups that differ in N only, by the group's name."""
+    wanted = [s for s in simulator_settings.settings(quick) if ONLY.value in s.name]
+    keyed: dict[tuple[Any, ...], list[Setting]] = {}
+    for setting in wanted:
+        keyed.setdefault((setting.network, setting.link, setting.devices), []).append(setting)
+    return {
+        f"{network.title} {link} devices={devices} "
+        f"N={'-'.join(str(setting.micro_batches) for setting in group)}": group
+        for (network, link, devices), group in keyed.items()
+    }
+
+
 def measure(run: harness.Bench) -> None:
     """Runs every setting and predicts it; with ``--quick`` one setting."""
     measure_speed(run)
-    most = 0.0
-    wanted = [one for one in simulator_settings.settings(run.quick) if ONLY.value in one.name]
-    errors: dict[str, list[float]] = {"alone": [], "in run": []}
-    with tempfile.TemporaryDirectory() as name:
-        folder, done = Path(name), 0
-        for network in simulator_settings.NETWORKS:
-            some = [one for one in wanted if one.network == network]
-            if not some:
-                continue
-            simulator_settings.write_data(folder, network.batch)
-            run.progress(f"{network.name} alone", done, len(wanted))
-            times = [simulator_settings.time_network(some, folder)]
-            runs = []
-            for setting in some:
-                run.progress(setting.name, done, len(wanted))
-                summary = launcher.launch(setting.config(folder))
-                runs.append(read_run(Path(summary["folder"])))
-                done += 1
-            times.append(simulator_settings.time_network(some, folder))
-            # Before and after, in case the machine's speed changes.
-            alone = {
-                host: {key: (s + times[1][host][key]) / 2 for key, s in found.items()}
-                for host, found in times[0].items()
-            }
-            for setting, one in zip(some, runs, strict=True):
-                most = max(most, demand(one))
-                judge(run, setting, one, alone, errors)
+    most, errors = 0.0, {kind: list[float]() for kind in KINDS}
+    with tempfile.TemporaryDirectory() as folder:
+        results = make_folder(RESULTS.value or folder, "choose another folder with --results")
+        wanted = groups(run.quick)
+        for done, (name, group) in enumerate(wanted.items()):
+            run.progress(name, done, len(wanted))
+            known = harness.kept(results, name, functools.partial(train, group, Path(folder)))
+            for setting, figures in known.items():
+                most = max(most, figures["demand"])
+                judge(run, setting, figures, errors)
     for kind, sizes in errors.items():
         if sizes:
             run.row(f"mean error of {len(sizes)} {kind}", statistics.fmean(sizes), "%", 3.0)

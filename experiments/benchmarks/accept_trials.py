@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.benchmarks import trials
+from experiments.benchmarks import harness, trials
 from pipar_jax.config import Config
 from pipar_jax.config.codec_candidates import AUTO, bit_widths
 from pipar_jax.cost_model.profile import Profile
@@ -154,7 +154,7 @@ def compare(setting: Setting, folder: Path, results: Path, quick: bool = False) 
             "seconds": {name: seconds[plan] for name, plan in plans.items()},
         }
 
-    found = trials.kept(results, f"accept {setting.name}" + (" quick" if quick else ""), measure)
+    found = harness.kept(results, f"accept {setting.name}" + (" quick" if quick else ""), measure)
     stages = StageCosts(Profile.from_dict(found["profile"]))
     plans = {name: Plan.from_dict(plan) for name, plan in found["plans"].items()}
     return Compared(
@@ -191,7 +191,7 @@ def accuracy(config: Config, coded: bool, results: Path, quick: bool = False) ->
         return float(launcher.launch(config)["metrics"]["accuracy"])
 
     name = f"accept accuracy {config.seed} {'coded' if coded else 'raw'}"
-    return float(trials.kept(results, name + (" quick" if quick else ""), measure))
+    return float(harness.kept(results, name + (" quick" if quick else ""), measure))
 
 
 class Learned(NamedTuple):
@@ -254,7 +254,7 @@ def learn(setting: Setting, folder: Path, results: Path, quick: bool = False) ->
         }
 
     name = f"accept learning {setting.name}" + (" quick" if quick else "")
-    found = trials.kept(results, name, measure)
+    found = harness.kept(results, name, measure)
     start, end, best = (str(Plan.from_dict(one).devices[0]) for one in found["plans"])
     return Learned(
         found["start_s"], statistics.median(found["end"]), statistics.median(found["best"]),

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.benchmarks import trials
+from experiments.benchmarks import harness, trials
 from pipar_jax.config import AUTO, Config
 from pipar_jax.cost_model.profile import Profile
 from pipar_jax.disk.files import write_text
@@ -59,23 +59,23 @@ def adapting(folder: Path, results: Path, quick: bool = False) -> Adapting:
     profiles, best, alone_s = {}, {}, {}
     for mbps in dict.fromkeys(PHASES_MBPS):
         config = _config(folder, f"{mbps:g}/{mbps:g}")
-        kept = trials.kept(results, f"{mark} profile {mbps:g}", functools.partial(_survey, config))
+        kept = harness.kept(results, f"{mark} profile {mbps:g}", functools.partial(_survey, config))
         profiles[mbps] = Profile.from_dict(kept)
         best[mbps] = search(profiles[mbps], resolve(config)).plans[0].plan
         measure = functools.partial(_alone, config, profiles[mbps], best[mbps])
-        alone_s[mbps] = statistics.median(trials.kept(results, f"{mark} alone {mbps:g}", measure))
+        alone_s[mbps] = statistics.median(harness.kept(results, f"{mark} alone {mbps:g}", measure))
     # The amount of work that the best plan of each phase does in its phases.
     rounds = round(sum(phase_s / alone_s[mbps] for mbps in PHASES_MBPS))
     seconds = {"best plan per phase": through_s(alone_s, rounds, phase_s)}
     config = _config(folder, _trace(folder, phase_s))
     config.method, config.tuner.adapt = AUTO, True
     run = functools.partial(_run, config, rounds)
-    events = trials.kept(results, f"{mark} adapting {rounds}", run)
+    events = harness.kept(results, f"{mark} adapting {rounds}", run)
     seconds["adapting"] = _seconds(events)
     for plan in _fixed(profiles, best, rounds, phase_s):
         name, config = f"fixed {trials.words(plan)}", _config(folder, _trace(folder, phase_s))
         run = functools.partial(_run, _under(config, plan), rounds)
-        seconds[name] = _seconds(trials.kept(results, f"{mark} {name} {rounds}", run))
+        seconds[name] = _seconds(harness.kept(results, f"{mark} {name} {rounds}", run))
     least_s = min(s for name, s in seconds.items() if name.startswith("fixed"))
     alone = (f"{m:g} Mbit/s {trials.words(best[m])} {alone_s[m]:.2f} s" for m in alone_s)
     return Adapting(

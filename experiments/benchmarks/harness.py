@@ -31,6 +31,7 @@ on chosen cores. The harness itself needs no jax.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
@@ -41,7 +42,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Literal
+from typing import Any, Literal
 
 from absl import flags
 from rich.console import Console
@@ -316,6 +317,22 @@ def run(measure: Callable[[Bench], None], title: str | None = None) -> None:
         bench.finish()
 
     plain_flags.run(main)
+
+
+def kept(results: Path, name: str, measure: Callable[[], Any]) -> Any:
+    """Returns the saved measurement of a name, or measures and saves it.
+
+    Measurements are saved immediately, so that a long benchmark can be continued.
+
+    Args:
+      results: The folder.
+      name: The name.
+      measure: Measures, and returns values for JSON.
+    """
+    path = results / f"{name.replace(' ', '_').replace('/', '-')}.json"
+    if not path.exists():
+        write_text(path, dumps(measure()), "choose another folder with --results")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def describe_machine(libraries: Iterable[str] = ("jax", "flax", "numpy")) -> str:

@@ -40,14 +40,36 @@ STEPS, ROUNDS = 4, 3
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A network, its cut, and its mini-batch."""
+    """A network, its cut, its mini-batch, its stem, and where it is trained.
+
+    Attributes:
+      name: Its name.
+      cut: Units on a device.
+      batch: Samples in a mini-batch.
+      stem: One of ``stages.STEMS``, for a ResNet.
+      links: The links behind which it is trained.
+      devices: The numbers of devices with which it is trained.
+    """
 
     name: str
     cut: int
     batch: int
+    stem: str = "cifar"
+    links: tuple[str, ...] = LINKS
+    devices: tuple[int, ...] = DEVICES
+
+    @property
+    def title(self) -> str:
+        """Name in the table."""
+        return self.name if self.stem == "cifar" else f"{self.name} {self.stem} stem"
 
 
-NETWORKS = (Network("vgg5", 2, 100), Network("resnet18", 3, 100))
+#: ResNets with the papers' stem; a step of ResNet-101 takes seconds, so that it has few settings.
+NETWORKS = (
+    Network("vgg5", 2, 100),
+    Network("resnet18", 3, 100, "imagenet"),
+    Network("resnet101", 3, 20, "imagenet", LINKS[-1:], DEVICES[:1]),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +84,14 @@ class Setting:
     @property
     def name(self) -> str:
         """Name in the table."""
-        one = self.network
-        return f"{one.name} {self.link} N={self.micro_batches} devices={self.devices}"
+        title = self.network.title
+        return f"{title} {self.link} N={self.micro_batches} devices={self.devices}"
 
     def config(self, folder: Path) -> Config:
         """Returns its configuration, with runs and data in a folder."""
         config = Config(name=self.name.replace(" ", "_").replace("=", ""), method="pipar",
                         epochs=ROUNDS)  # fmt: skip
-        config.model.name, config.model.stem = self.network.name, "imagenet"
+        config.model.name, config.model.stem = self.network.name, self.network.stem
         config.data.source = f"npz:{folder / 'data'}-{self.network.batch}.npz"
         config.data.batch_size = self.network.batch
         config.pipeline.cut, config.pipeline.micro_batches = self.network.cut, self.micro_batches
@@ -85,12 +107,15 @@ class Setting:
 
 def settings(quick: bool = False) -> list[Setting]:
     """Returns the settings; with ``quick`` a single one."""
-    networks, links = (NETWORKS[:1], LINKS[-1:]) if quick else (NETWORKS, LINKS)
-    counts, devices = (COUNTS[1:2], DEVICES[:1]) if quick else (COUNTS, DEVICES)
+    if quick:
+        return [Setting(NETWORKS[0], LINKS[-1], COUNTS[1], DEVICES[0])]
     return [
         Setting(network, link, count, many)
-        for network in networks for many in devices for link in links for count in counts
-    ]  # fmt: skip
+        for network in NETWORKS
+        for many in network.devices
+        for link in network.links
+        for count in COUNTS
+    ]
 
 
 def write_data(folder: Path, batch: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,22 +153,6 @@ def words(plan: Plan) -> str:
     if len(set(cuts)) > 1:
         return f"{found['method']} {' '.join(cuts)}"
     return found["method"] if found["cut"] == "-" else f"{found['method']} {cuts[0]}"
-
-
-def kept(results: Path, name: str, measure: Callable[[], Any]) -> Any:
-    """Returns the saved measurement of a name, or measures and saves it.
-
-    Measurements are saved immediately, so that a long benchmark can be continued.
-
-    Args:
-      results: The folder.
-      name: The name.
-      measure: Measures, and returns values for JSON.
-    """
-    path = results / f"{name.replace(' ', '_').replace('/', '-')}.json"
-    if not path.exists():
-        write_text(path, dumps(measure()), "choose another folder with --results")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _launch(config: Config, rounds: int, plans: Sequence[Plan] = ()) -> list[dict[str, Any]]:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import stages
-from experiments.benchmarks import trials
+from experiments.benchmarks import harness, trials
 from pipar_jax.config import Config
 from pipar_jax.cost_model.costs import LinkModel
 from pipar_jax.cost_model.profile import DeviceProfile, HostProfile, Profile, UnitFacts
@@ -20,9 +20,33 @@ from pipar_jax.methods.resolution import resolve
 from pipar_jax.schedule.plan import Plan
 
 LINKS, SLOWDOWNS = ("4g", "4g+", "wifi", "lan"), (1.0, 10.0)
-#: Networks, their mini-batches, and the maximum number of near plans: large networks compile slowly
-#: for each cut.
-NETWORKS = (("vgg5", 100, 99), ("resnet18", 20, 8), ("mobilenetv3_small", 20, 8))
+
+
+class Network(NamedTuple):
+    """A network of the table.
+
+    Attributes:
+      name: Its name.
+      batch: Samples in a mini-batch.
+      most: Maximum number of near plans that are trained: large networks compile slowly for each
+        cut.
+      links: The links behind which it is trained.
+    """
+
+    name: str
+    batch: int
+    most: int
+    links: tuple[str, ...] = LINKS
+
+
+#: The networks by their stem. The weights of ResNet-101, 170 MB, move with every change of plan,
+#: which takes minutes behind slow links.
+NETWORKS = {
+    "cifar": (
+        Network("vgg5", 100, 99), Network("resnet18", 20, 8), Network("mobilenetv3_small", 20, 8),
+    ),
+    "imagenet": (Network("resnet18", 20, 8), Network("resnet101", 10, 3, ("wifi", "lan"))),
+}  # fmt: skip
 #: Rounds in which the tuner's plan and the best of the others alternate.
 TURNS = 4
 
@@ -38,21 +62,23 @@ FLOPS, BYTES_S, CALL_S = 1e11, 1e10, 1e-4
 class Setting:
     """One network, link and slowdown; there are two slow devices, which share the server."""
 
-    network: str
-    batch: int
-    most: int
+    network: Network
+    stem: str
     link: str
     slowdown: float
 
     @property
     def name(self) -> str:
         """Name in the table."""
-        return f"{self.network} {self.link} {self.slowdown:g}x"
+        stem = "" if self.stem == "cifar" else f" {self.stem} stem"
+        return f"{self.network.name}{stem} {self.link} {self.slowdown:g}x"
 
     def config(self, folder: Path) -> Config:
         """Returns its configuration, with runs and data in a folder."""
         devices = 1 if self.slowdown == 1.0 else 2
-        config = trials.base_config(folder, self.network, self.batch, devices, self.link)
+        network = self.network
+        config = trials.base_config(folder, network.name, network.batch, devices, self.link)
+        config.model.stem = self.stem
         config.devices.defaults.slowdown = self.slowdown
         return config
 
@@ -87,15 +113,19 @@ class Choice(NamedTuple):
     plans: int
 
 
-def settings(quick: bool = False) -> list[Setting]:
-    """Returns the settings; with ``quick`` a single one."""
+def settings(stems: Iterable[str] = tuple(NETWORKS), quick: bool = False) -> list[Setting]:
+    """Returns the settings of networks with some stems; with ``quick`` a single one."""
     made = [
-        Setting(*network, link, slowdown)
-        for network in NETWORKS
-        for link in LINKS
+        Setting(network, stem, link, slowdown)
+        for stem in stems
+        for network in NETWORKS[stem]
+        for link in network.links
         for slowdown in SLOWDOWNS
     ]
-    return [dataclasses.replace(made[6], most=2)] if quick else made
+    if quick:
+        fast = next(setting for setting in made if setting.link == "lan")
+        return [dataclasses.replace(fast, network=fast.network._replace(most=2))]
+    return made
 
 
 def choice(setting: Setting, folder: Path, results: Path) -> Choice:
@@ -106,7 +136,7 @@ def choice(setting: Setting, folder: Path, results: Path) -> Choice:
         profile = trials.survey(config)
         found = trials.candidates(profile, resolve(config))
         (tuner,), paper = found["tuner"], found["paper"]
-        near = found["near"][: setting.most]
+        near = found["near"][: setting.network.most]
         twice = list(dict.fromkeys([tuner, *paper, *near]))
         once = [plan for plan in found["others"] if plan not in twice]
         # Forth and back, so that a change of the machine's speed favours no plan.
@@ -124,7 +154,7 @@ def choice(setting: Setting, folder: Path, results: Path) -> Choice:
             "profile": profile.to_dict(),
         }
 
-    return _judge(trials.kept(results, setting.name, measure))
+    return _judge(harness.kept(results, setting.name, measure))
 
 
 def _judge(found: dict[str, Any]) -> Choice:
@@ -180,7 +210,7 @@ def unequal(folder: Path, results: Path, links: Sequence[str], quick: bool = Fal
         rows = [[turn.plan.to_dict(), turn.predicted_s, turn.seconds] for turn in turns.values()]
         return {"own": own.to_dict(), "best": best.to_dict(), "turns": rows}
 
-    found = trials.kept(
+    found = harness.kept(
         results, f"unequal {' '.join(links)}" + (" quick" if quick else ""), measure
     )
     turns = _tried(found["turns"])

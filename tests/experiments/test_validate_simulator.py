@@ -22,7 +22,8 @@ def test_there_are_enough_settings() -> None:
     wanted = simulator_settings.settings(quick=False)
     assert len(wanted) >= 24
     assert len({one.name for one in wanted}) == len(wanted)
-    assert {one.network.name for one in wanted} == {"vgg5", "resnet18"}
+    stems = {one.network.name: one.network.stem for one in wanted}
+    assert stems == {"vgg5": "cifar", "resnet18": "imagenet", "resnet101": "imagenet"}
     assert {one.link for one in wanted} == {"4g", "4g+", "wifi"}
     assert {one.micro_batches for one in wanted} == {1, 4, 10}
     assert {one.devices for one in wanted} == {1, 4}
@@ -32,6 +33,7 @@ def test_there_are_enough_settings() -> None:
 def test_every_setting_resolves_and_has_its_data(tmp_path: Path) -> None:
     for setting in simulator_settings.settings(quick=False):
         config = setting.config(tmp_path)
+        assert config.model.stem == setting.network.stem
         assert config.devices.count == setting.devices
         assert (config.devices.defaults.slowdown == 1.0) == (setting.devices == 1)
         batch = setting.network.batch

@@ -74,9 +74,21 @@ def test_the_best_plan_for_each_phase_does_its_share_in_each():
     assert adapting_trials.through_s(times, 41, 60.0) == 122.0
 
 
-def test_there_are_settings_enough():
-    names = [one.name for one in tuner_trials.settings()]
-    assert len(names) == len(set(names)) >= 12
+def test_there_are_settings_enough(tmp_path):
+    made = tuner_trials.settings()
+    assert len({setting.name for setting in made}) == len(made) == 36
+    assert len(tuner_trials.settings(["cifar"])) == 24
+    papers = tuner_trials.settings(["imagenet"])
+    assert {setting.network.name for setting in papers} == {"resnet18", "resnet101"}
+    for setting in papers:
+        assert setting.config(tmp_path).model.stem == "imagenet"
+        assert "imagenet stem" in setting.name
+
+
+@pytest.mark.parametrize("stem", tuner_trials.NETWORKS)
+def test_a_quick_run_has_one_setting_of_a_stem(stem):
+    (setting,) = tuner_trials.settings([stem], quick=True)
+    assert (setting.stem, setting.link, setting.network.most) == (stem, "lan", 2)
 
 
 @pytest.mark.soak

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 import pipar_jax
-from experiments.benchmarks import harness, simulator_settings, trials
+from experiments.benchmarks import harness, simulator_settings
 from experiments.latency_data import timings
 from experiments.latency_data.published_tables import read_timings
 from pipar_jax.config import Config
@@ -97,7 +97,7 @@ WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "report": ("report.html", lambda path: write_report([RUNS[0]], path)),
     "benchmark": ("rows.json", save_benchmark),
     "profile that is kept": ("p.json", lambda path: kept_times.write_times(path, MEASURED)),
-    "trial that is kept": ("t.json", lambda path: trials.kept(path.parent, "t", lambda: TEXT)),
+    "trial that is kept": ("t.json", lambda path: harness.kept(path.parent, "t", lambda: TEXT)),
     "images": ("data-600.npz", lambda path: simulator_settings.write_data(path.parent, 600)),
     "network of the predictor": ("n.safetensors", lambda path: shipped()[0].save(path)),
     "times of layers": ("t.npz", lambda path: shipped()[1].save(path)),
