@@ -8,27 +8,48 @@ memcpy. Training: PiPar, and MP-SL over a node with labels at home, on two devic
 Mbit/s up, 25 down), from the same initial weights on the same shards; only the codecs differ. A
 pair names the codecs of activations and cotangents, "weights" that of averaged weights. With
 CIFAR-10 in --data_dir=FOLDER, VGG-5 trains on 4,000 images for about 15 minutes; without it, both
-parts use scikit-learn's digits.
+parts use scikit-learn's digits. --part=accuracy: what codecs cost at the end of training, on all of
+MNIST and CIFAR-10 from three paired seeds, which takes hours and needs --data_dir; with
+--results=FOLDER each run is saved and not repeated.
 """
 
 import functools
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import flags
 
 from configs import cifar10_vgg5, quickstart
-from experiments.benchmarks import codec_peers, harness
+from experiments.benchmarks import codec_accuracy, codec_peers, harness
+from experiments.benchmarks.privacy_trials import mean_and_error
 from pipar_jax.config import Config, DataConfig
 from pipar_jax.data.public import load_public
+from pipar_jax.disk.files import make_folder
+from pipar_jax.errors import ConfigError
 from pipar_jax.launch.launcher import launch
 from pipar_jax.launch.pinning import first_cores, pinned
 
 DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder with CIFAR-10.")
-PART = flags.DEFINE_enum("part", "both", ["both", "tensors", "training"], "What to measure.")
+PART = flags.DEFINE_enum(
+    "part", "both", ["both", "tensors", "training", "accuracy"],
+    "What to measure; both: tensors and training.",
+)  # fmt: skip
+DATA = flags.DEFINE_multi_enum(
+    "data", tuple(codec_accuracy.DATA), tuple(codec_accuracy.DATA), "Accuracy: the data sets."
+)
+CODECS = flags.DEFINE_multi_enum(
+    "codecs",
+    list(codec_accuracy.CASES)[1:],
+    list(codec_accuracy.CASES)[1:],
+    "Accuracy: the codecs.",
+)
+RESULTS = flags.DEFINE_string(
+    "results", "", "Accuracy: folder in which runs are saved and reused; empty: none."
+)
 METHOD = flags.DEFINE_enum("method", "both", ["both", "pipar", "mpsl"], "Methods to train by.")
 NETWORKS = {"vgg5": (1, 2), "resnet18": (2, 6), "mobilenetv3_small": (2, 6)}
 CODERS = ("bfloat16", "int8", "int4", "bits:3", "bits:5", "bits:7", "bits:7s", "bits:11",
@@ -142,8 +163,45 @@ def _config(method: str, case: str, seed: int, quick: bool, folder: str) -> Conf
     return config
 
 
+def accuracy(run: harness.Bench) -> None:
+    """Trains to the end with each codec and without, and adds what the codec has lost.
+
+    Raises:
+      ConfigError: There is no folder of data sets.
+    """
+    if not DATA_DIR.value:
+        raise ConfigError("--part=accuracy needs MNIST and CIFAR-10: add --data_dir=FOLDER")
+    seeds = codec_accuracy.SEEDS[:1] if run.quick else codec_accuracy.SEEDS
+    with tempfile.TemporaryDirectory() as folder:
+        results = make_folder(RESULTS.value or folder, "choose another folder with --results")
+
+        def percent(data: str, case: str) -> list[float]:
+            scores = []
+            for seed in seeds:
+                setting = codec_accuracy.Setting(data, case, seed, DATA_DIR.value, run.quick)
+                run.progress(setting.name)
+                train = functools.partial(codec_accuracy.accuracy, setting, Path(folder))
+                scores.append(float(harness.kept(results, setting.name, train)))
+            return scores
+
+        for data in DATA.value:
+            raw = percent(data, "raw")
+            run.row(f"{data}, raw: test accuracy", statistics.fmean(raw), "%")
+            for case in CODECS.value:
+                coded = percent(data, case)
+                lost = [before - after for before, after in zip(raw, coded, strict=True)]
+                mean, error = mean_and_error(lost)
+                run.row(f"{data}, {case}: test accuracy", statistics.fmean(coded), "%")
+                goal = None if run.quick else POINTS
+                run.row(f"{data}, {case}: accuracy lost", mean, "points", goal)
+                run.row(f"{data}, {case}: standard error of it", error, "points")
+                run.note(f"{data}, {case}: pairs lost {', '.join(f'{x:+.2f}' for x in lost)}")
+
+
 def measure(run: harness.Bench) -> None:
     """Measures the selected parts."""
+    if PART.value == "accuracy":
+        accuracy(run)
     for name, part in (("tensors", tensors), ("training", training)):
         if PART.value in (name, "both"):
             part(run)

@@ -18,7 +18,8 @@ from rich.table import Table
 import configs
 import stages
 from pipar_jax import data
-from pipar_jax.config import Config
+from pipar_jax.config import AUTO, Config
+from pipar_jax.config.codec_candidates import candidates_of
 from pipar_jax.config.schema import option
 from pipar_jax.data.partition import spread
 from pipar_jax.data.types import computed
@@ -177,7 +178,8 @@ def main(config: Config, own: DescribeFlags) -> None:
     set_up_jax(config.model)
     model = build_model(config, signature)
     cuts = resolve_cuts(model, own.stages, config.pipeline.cut)
-    parts = config.pipeline.micro_batches if METHODS[config.method].pipelined else 1
+    pipelined = config.method in METHODS and METHODS[config.method].pipelined
+    parts = config.pipeline.micro_batches if pipelined else 1
     batch = -(-config.data.batch_size // parts)
     console = Console(width=110)
     title = f"{model.name}, {stages.parameter_count(model):,} parameters, micro-batch {batch}"
@@ -185,6 +187,8 @@ def main(config: Config, own: DescribeFlags) -> None:
     if own.dependence and dataset is not None:
         dependence = measure_dependence(config, model, dataset, own.dependence)
     console.print(make_table(title, stages.unit_facts(model, batch), cuts, dependence))
+    if config.method == AUTO and (words := candidates_of(config, model.name).words()):
+        console.print(f"codecs: {words}", markup=False)
     if model.sides:
         console.print(make_sides(model))
     if model.obstacles:

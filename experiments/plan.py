@@ -3,7 +3,7 @@
 Hosts and links are measured on this machine (or read from --profile), then the tuner searches
 method, cut, number of micro-batches N, codecs and dispatch policy for the shortest epoch. The
 bottleneck of a plan is its busiest resource. The paper's own choice is listed below, evaluated in
-the same way. With --config.tuner.codecs=auto a table explains the codec of each link.
+the same way. A table explains the codec of each link; --config.tuner.codecs=raw leaves codecs out.
 """
 
 import dataclasses
@@ -16,8 +16,7 @@ from rich.console import Console
 
 import configs
 from comms.errors import explain
-from pipar_jax.config import Config
-from pipar_jax.config.codec_candidates import CodecCandidates
+from pipar_jax.config import AUTO, Config
 from pipar_jax.config.schema import option
 from pipar_jax.cost_model.profile import Profile
 from pipar_jax.errors import DataError, PlanError
@@ -41,8 +40,10 @@ def main(config: Config, own: PlanFlags) -> None:
     """
     # Here, so that --help and wrong flags do not load jax.
     from pipar_jax.launch import local_profile
-    from pipar_jax.tuner import search, tables, tune
+    from pipar_jax.tuner import codec_choice, search, tables, tune
 
+    if not uses_nodes(config.method):
+        config = dataclasses.replace(config, method=AUTO)  # what would run is what is planned
     if not own.profile:
         machine.check(config)
     began_s = time.monotonic()
@@ -65,9 +66,11 @@ def main(config: Config, own: PlanFlags) -> None:
     )
     console.print(tables.plans_table(profile, found))
     console.print(tables.verdict(found))
-    candidates = CodecCandidates(config.tuner, config.pipeline)
+    candidates = codec_choice.candidates_for(config, profile)
     if (why := tables.codecs_table(profile, found.plans[0], candidates)) is not None:
         console.print(why)
+    if words := candidates.words():
+        console.print(f"codecs: {words}", markup=False)
     chosen = found.plans[0].plan if config.tuner.select == "search" else tune(profile, config)
     console.print(f"--config.method=auto would run: {chosen}")
 
@@ -78,6 +81,7 @@ def print_chains(config: Config, profile: Profile, measured_s: float) -> None:
     Raises:
       PlanError: There is no feasible chain, or the profile has other nodes.
     """
+    from pipar_jax.tuner import codec_choice
     from pipar_jax.tuner.chains import chain_table, tune_chain
     from pipar_jax.tuner.tables import codecs_table
 
@@ -98,7 +102,7 @@ def print_chains(config: Config, profile: Profile, measured_s: float) -> None:
         f"planned in {time.monotonic() - began_s:.2f} s"
     )
     console.print(chain_table(profile, found))
-    candidates = CodecCandidates(config.tuner, config.pipeline)
+    candidates = codec_choice.candidates_for(config, profile)
     if (why := codecs_table(profile, found["the simulator"], candidates)) is not None:
         console.print(why)
 

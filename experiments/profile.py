@@ -13,11 +13,12 @@ import time
 from rich.console import Console
 
 import configs
-from pipar_jax.config import Config
+from pipar_jax.config import AUTO, Config
 from pipar_jax.config.schema import option
 from pipar_jax.disk import files
 from pipar_jax.disk.json_text import dumps
 from pipar_jax.launch import flags, machine
+from pipar_jax.methods.registry import uses_nodes
 
 
 @dataclasses.dataclass
@@ -37,6 +38,8 @@ def main(config: Config, own: ProfileFlags) -> None:
     from pipar_jax.launch import local_profile
     from pipar_jax.tuner import tables
 
+    if not uses_nodes(config.method):
+        config = dataclasses.replace(config, method=AUTO)  # pipar plan plans for it
     machine.check(config)
     began_s = time.monotonic()
     profile = local_profile.profile_here(config)

@@ -79,7 +79,7 @@ def base_config(
     config.model.name = network
     config.data.source, config.data.batch_size = f"npz:{data}", batch
     config.devices.count, config.devices.defaults.link = devices, link
-    config.tuner.methods = "fl,sfl,pipar"
+    config.tuner.methods, config.tuner.codecs = "fl,sfl,pipar", "raw"
     config.run.dir, config.run.evaluate_every, config.run.trace = str(folder), 0, "none"
     cores = first_cores(2)
     if cores:

@@ -26,8 +26,10 @@ class TunerConfig:
         "fcfs,fixed,backward_first,slowest_first", "dispatch policies to choose from"
     )
     codecs: str = option(
-        "",
-        "codecs to choose from, such as raw,float16; auto: bits:K as needed; empty: see pipeline",
+        "safe",
+        "codecs to choose from, such as raw,float16; raw: none; safe, with method=auto: bits:K as "
+        "needed where trials lost no accuracy, see docs/codecs.md; auto: bits:K as needed, down to "
+        "activation_bits and cotangent_bits; empty: those of pipeline",
     )
     activation_bits: int = option(
         4, "minimum bits per activation element, sign included", at_least=2, at_most=24

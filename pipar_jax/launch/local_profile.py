@@ -15,7 +15,7 @@ from comms.emulation.shaping import LinkShape
 from pipar_jax import config as configuration
 from pipar_jax import data as datasets
 from pipar_jax.config import Config, HostSpec
-from pipar_jax.config.codec_candidates import CodecCandidates
+from pipar_jax.config.codec_candidates import candidates_of
 from pipar_jax.cost_model.costs import LinkModel
 from pipar_jax.cost_model.profile import DeviceProfile, HostProfile, NodeProfile, Profile
 from pipar_jax.disk.json_text import JsonObject
@@ -79,9 +79,7 @@ def profile_here(config: Config) -> Profile:
         for name in hosts.devices
     ]
     nodes = [NodeProfile(slowed(name), *links(hosts[name])) for name in hosts.nodes]
-    codecs = measure_codecs(
-        CodecCandidates(config.tuner, config.pipeline), config.aggregation.codec
-    )
+    codecs = measure_codecs(candidates_of(config, config.model.name), config.aggregation.codec)
     return Profile(
         model=config.model.name,
         batch_size=config.data.batch_size,

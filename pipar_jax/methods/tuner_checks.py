@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from pipar_jax.config import Config, TunerConfig, schema
 from pipar_jax.config.checks import check_codec
-from pipar_jax.config.codec_candidates import CodecCandidates
+from pipar_jax.config.codec_candidates import AUTO, SAFE, CodecCandidates
 from pipar_jax.config.texts import split_list
 from pipar_jax.errors import ConfigError
 from pipar_jax.methods.registry import METHODS, node_methods, server_methods, uses_nodes
@@ -40,7 +40,7 @@ def check_tuner(config: Config) -> None:
                     f"{field}={text!r}: {part!r} is unknown"
                     f"{schema.did_you_mean(part, known[name])} (known: {', '.join(known[name])})"
                 )
-            if name == "codecs" and text != "auto":
+            if name == "codecs" and text not in (AUTO, SAFE):
                 check_codec(part, field, config.model.dtype)
             numbers = name == "micro_batches" or (name == "sizes" and text != "auto")
             if numbers and not re.fullmatch(r"0*[1-9]\d{0,8}", part, re.ASCII):

@@ -68,6 +68,8 @@ class RunState:
             self.phase = gone_text(event)
         elif kind == "tuned":
             self.phase = f"tuned to {event['plan']}: {event['epoch_s']:.2f} s per epoch predicted"
+            if words := event.get("codecs"):
+                self.phase += f"; {words}"
         elif kind == "working":
             self.phase = work_text(event)
         elif kind == "saving":

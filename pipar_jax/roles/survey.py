@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from pipar_jax.config import Config
-from pipar_jax.config.codec_candidates import CodecCandidates
+from pipar_jax.config.codec_candidates import candidates_of
 from pipar_jax.cost_model.costs import LinkModel
 from pipar_jax.cost_model.profile import DeviceProfile, HostProfile, NodeProfile, Profile
 from pipar_jax.errors import PeerError, PlanError
@@ -45,6 +45,7 @@ from pipar_jax.schedule.plan import COORDINATOR, Plan, long_name, node_name
 from pipar_jax.simulator.predict import StageCosts, estimate
 from pipar_jax.training.compile import TOLD_S, now_and_then
 from pipar_jax.tuner.chains import tune_chain
+from pipar_jax.tuner.codec_choice import candidates_for
 from pipar_jax.tuner.search import tune
 from stages import Model
 
@@ -112,6 +113,7 @@ def choose_plan(
             "epoch_s": estimate(StageCosts(profile), plan).epoch_s,
             "survey_s": surveyed_s,
             "search_s": time.monotonic() - began_s - surveyed_s,
+            "codecs": candidates_for(config, profile).words(),
             "profile": profile.to_dict(),
         }
     )
@@ -164,9 +166,7 @@ def survey(config: Config, model: Model, members: Membership, samples: Sequence[
             asked_nodes.append(_ask_host(config, sizes, model, members, name, references))
         except _AbsentError:
             asked_nodes.append(None)
-    codecs = measure_codecs(
-        CodecCandidates(config.tuner, config.pipeline), config.aggregation.codec
-    )
+    codecs = measure_codecs(candidates_of(config, model.name), config.aggregation.codec)
     profile = Profile(
         model=model.name,
         batch_size=config.data.batch_size,

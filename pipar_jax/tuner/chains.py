@@ -60,9 +60,9 @@ def tune_chain(
 
     The chain planner finds the optimum of each objective for each number of units on the devices;
     the simulator, which models micro-batches, credits and aggregation, decides. Micro-batches and
-    weights are those of the configuration. So are codecs, unless ``tuner.codecs`` lists candidates:
-    then each boundary has its own codec in each direction, the fastest, with as many bits as cost
-    no time. The published objective ignores codecs.
+    weights are those of the configuration. So are codecs, unless ``tuner.codecs`` is auto or a
+    list: then each boundary has its own codec in each direction, the fastest, with as many bits as
+    cost no time. The published objective ignores codecs.
 
     Args:
       profile: The profile of hosts and links.
@@ -77,7 +77,7 @@ def tune_chain(
     """
     if config.tuner.select == "paper":
         config = dataclasses.replace(config, tuner=dataclasses.replace(config.tuner, codecs=""))
-    candidates = CodecCandidates(config.tuner, config.pipeline)
+    candidates = codec_choice.candidates_for(config, profile)
     codec_choice.check_measured(candidates, profile)
     stages = StageCosts(profile)
     if objection is None:
@@ -89,7 +89,7 @@ def tune_chain(
     proposals = _proposals(profile, method, candidates, make, objection, nodes)
     judged = {plan: estimate(stages, plan) for plan in proposals}
     fastest = min(judged.values(), key=lambda candidate: candidate.epoch_s)
-    if not config.tuner.codecs:
+    if not candidates.chosen:
         return fastest
     actions = max(
         config.tuner.actions, sum(candidate.round.simulated for candidate in judged.values())

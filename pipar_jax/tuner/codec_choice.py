@@ -1,9 +1,10 @@
 """The tuner's choice of codecs for activations and cotangents, and of their bits.
 
-With ``tuner.codecs=auto`` a tensor is sent raw or by ``bits:K``. The search uses the fewest bits
-allowed by ``tuner.activation_bits`` and ``tuner.cotangent_bits``, since more bits are never faster.
-Then each direction of each boundary is given as many bits as cost no time, up to raw. From a list
-of codecs the search chooses the fastest, and raw where a codec gains nothing.
+With ``tuner.codecs=auto`` and ``safe`` a tensor is sent raw or by ``bits:K``. The search uses the
+fewest bits allowed, by ``tuner.activation_bits`` and ``tuner.cotangent_bits`` or by what trials
+allow, since more bits are never faster. Then each direction of each boundary is given as many bits
+as cost no time, up to raw. From a list of codecs the search chooses the fastest, and raw where a
+codec gains nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +13,14 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from pipar_jax.config.codec_candidates import RAW, ROLES, CodecCandidates, bit_widths
+from pipar_jax.config import Config
+from pipar_jax.config.codec_candidates import (
+    RAW,
+    ROLES,
+    CodecCandidates,
+    bit_widths,
+    candidates_of,
+)
 from pipar_jax.cost_model.profile import DeviceProfile, Profile
 from pipar_jax.errors import ConfigError
 from pipar_jax.schedule.actions import micro_batch_sizes
@@ -21,6 +29,20 @@ from pipar_jax.simulator.predict import PlanEstimate, StageCosts, estimate
 
 #: Share of an epoch that may be given up for more bits.
 SLACK = 0.01
+
+
+def candidates_for(config: Config, profile: Profile) -> CodecCandidates:
+    """Returns the codecs to choose from for the network and the codecs of a profile.
+
+    Args:
+      config: Resolved configuration.
+      profile: The profile of hosts and links; if it is from before codecs were looked at, it has
+        no times of codecs, and ``tuner.codecs=safe`` chooses none.
+    """
+    candidates = candidates_of(config, profile.model)
+    if candidates.safe and not {RAW, *profile.codecs}.issuperset(candidates.names()):
+        return candidates._replace(objection="the profile has no times of bits:K")
+    return candidates
 
 
 def check_measured(candidates: CodecCandidates, profile: Profile) -> None:

@@ -110,7 +110,7 @@ def search(profile: Profile, config: Config) -> SearchResult:
       PlanError: No plan fits into the hosts' memory.
     """
     frame = _frame(config.pipeline, config.aggregation, len(profile.devices))
-    return _Search(profile, CodecCandidates(config.tuner, config.pipeline), frame).run()
+    return _Search(profile, codec_choice.candidates_for(config, profile), frame).run()
 
 
 class _Search:

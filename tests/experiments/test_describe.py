@@ -31,6 +31,13 @@ def test_units_and_stages_are_printed_without_data():
     assert "819.2" in first and "960" in again
 
 
+def test_the_codecs_of_a_plan_that_the_tuner_is_to_find_are_explained():
+    done = _describe("--config=cifar10_vgg5", "--config.method=auto")
+    assert done.returncode == 0, done.stderr
+    assert "micro-batch 100" in done.stdout  # N is not known yet
+    assert "codecs: bits:7 or finer on slow links" in done.stdout
+
+
 def test_a_cut_that_does_not_exist_is_explained():
     done = _describe("--config=cifar10_vgg5", "--stages=conv9")
     assert done.returncode == 2

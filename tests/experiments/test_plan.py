@@ -66,6 +66,20 @@ def test_it_says_for_each_link_why_its_tensors_are_coded_or_not(tmp_path: Path) 
     assert all("the link is faster than the codec" in row[-1] for row in rows[2:])
 
 
+def test_codecs_are_looked_at_unless_they_are_turned_off(tmp_path: Path) -> None:
+    file = tmp_path / "profile.json"
+    made = profile(device("4g", 1.0), codecs=bit_codecs())
+    file.write_text(json.dumps({**made.to_dict(), "model": "vgg5"}))
+    arguments = (f"--profile={file}", "--config.devices.count=1", "--config.tuner.methods=pipar")
+    result = run("plan", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert all(row[-1].startswith("on: ") for row in codecs_rows(result.stdout))
+    assert "no loss of accuracy beyond chance" in result.stdout.replace("\n", " ")
+    raw = run("plan", *arguments, "--config.tuner.codecs=raw")
+    assert raw.returncode == 0, raw.stderr
+    assert "bits:" not in raw.stdout and "codecs:" not in raw.stdout
+
+
 def test_it_says_so_for_each_boundary_of_a_chain(tmp_path: Path) -> None:
     file = tmp_path / "profile.json"
     nodes = (node("none", 2.0, units=10), node("none", 4.0, units=10))

@@ -79,6 +79,7 @@ def setting(folder, samples, method="pipar", **values):
     made.pipeline.cut, made.pipeline.micro_batches = 1, 3
     made.optimizer.momentum = 0.9
     made.tuner.adapt, made.tuner.sizes, made.tuner.methods = True, "2,7", "fl,sfl,pipar"
+    made.tuner.codecs = "raw"  # all plans train the same
     return made
 
 

@@ -21,6 +21,7 @@ def setting(folder, **tuner):
     made.devices.defaults.link = "24/48/4ms"
     made.devices.overrides = {1: {"slowdown": 20.0}}
     made.tuner.sizes, made.tuner.methods = "2,7", "fl,sfl,pipar"
+    made.tuner.codecs = "raw"  # all plans train the same
     for name, value in tuner.items():
         setattr(made.tuner, name, value)
     return made

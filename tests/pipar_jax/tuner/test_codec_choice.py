@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from comms import parse_codec
 from pipar_jax.config import Config, codec_candidates
-from pipar_jax.config.codec_candidates import CodecCandidates
+from pipar_jax.config.codec_candidates import (
+    CONVOLUTIONAL,
+    ROLES,
+    CodecCandidates,
+    bit_widths,
+    candidates_of,
+)
 from pipar_jax.cost_model.profile import CodecProfile
 from pipar_jax.errors import ConfigError
 from pipar_jax.profiling.codec_times import measure_codecs
 from pipar_jax.simulator.predict import estimate
 from pipar_jax.tuner import StageCosts, codec_choice, search
+from stages.names import MODELS
 from tests.pipar_jax.tuner.profiles import bit_codecs, config, device, profile
 
 
@@ -94,7 +103,7 @@ def test_a_list_is_kept_to_but_for_what_is_too_coarse():
     with pytest.raises(ConfigError, match=r"cotangents, which need at least 8 bits \(int4: 4\)"):
         candidates(config(1, codecs="int4")).pairs()
     # What is configured is not the tuner's to judge, and a bound is the user's own.
-    assert len(candidates(config(1)).pairs()) == 1
+    assert len(candidates(config(1, codecs="")).pairs()) == 1
     assert len(candidates(config(1, codecs="bits:abs0.1")).pairs()) == 1
 
 
@@ -112,3 +121,79 @@ def test_what_may_be_chosen_is_measured():
     measured = measure_codecs(candidates(settings), "raw")
     assert set(measured) == {"bits:11", "bits:15", "bits:23"}
     assert measured["bits:11"].ratio < measured["bits:15"].ratio < measured["bits:23"].ratio < 1
+
+
+def known(link: str, **values):
+    """A profile of the network with which codecs were measured."""
+    made = profile(device(link, 1.0), **({"codecs": bit_codecs()} | values))
+    return dataclasses.replace(made, model="vgg5")
+
+
+def test_unless_told_otherwise_a_slow_link_gets_as_many_bits_as_trials_allow():
+    made, settings = known("4g"), config(1, methods="pipar")
+    found = search(made, settings)
+    ((activation, cotangent),) = chosen(found)
+    assert "raw" not in (activation, cotangent)
+    assert min(bits(activation), bits(cotangent)) >= codec_candidates.SAFE_BITS
+    raw = search(made, config(1, methods="pipar", codecs="raw"))
+    assert chosen(raw) == [("raw", "raw")]
+    assert found.plans[0].epoch_s < raw.plans[0].epoch_s
+    fewer = search(made, auto(1))  # down to 4 and 8 bits, and no longer as exact as in the trials
+    assert fewer.plans[0].epoch_s <= found.plans[0].epoch_s
+    fast = search(known("none"), settings)
+    assert chosen(fast) == [("raw", "raw")]
+
+
+def test_a_profile_without_codecs_is_planned_without():
+    made, settings = known("4g", codecs={}), config(1, methods="pipar")
+    assert chosen(search(made, settings)) == [("raw", "raw")]
+    assert "no times of bits:K" in codec_choice.candidates_for(settings, made).words()
+    with pytest.raises(ConfigError, match="the profile does not have it"):
+        search(made, auto(1))
+
+
+def changed(**values) -> Config:
+    made = Config(method="auto")
+    for path, value in values.items():
+        group, _, name = path.rpartition("__")
+        setattr(getattr(made, group) if group else made, name, value)
+    return made
+
+
+#: What keeps codecs out by default: changes of the configuration, and words that name it.
+OBJECTIONS = [
+    ({"method": "pipar"}, "method=pipar"),
+    ({"method": "mpsl"}, "method=mpsl"),
+    ({"tuner__select": "paper"}, "paper's formulas"),
+    ({"pipeline__activation_codec": "float16"}, "set to float16 and raw"),
+    ({"pipeline__cotangent_codec": "int8"}, "set to raw and int8"),
+    ({"model__dtype": "bfloat16"}, "model.dtype=bfloat16"),
+    ({"task__name": "regression"}, "classify images"),
+    ({"model__trainable": "head"}, "only some weights"),
+    ({"lora__match": "head"}, "only some weights"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), OBJECTIONS)
+def test_without_evidence_codecs_stay_as_configured_and_the_reason_is_told(change, words):
+    made = changed(**change)
+    held = candidates_of(made, "vgg5")
+    assert not held.chosen and held.names() == []
+    assert held.pairs() == [codec_candidates.configured(made.pipeline)]
+    assert words in held.words() and "tuner.codecs=auto" in held.words()
+    asked = candidates_of(changed(**change, tuner__codecs="auto"), "vgg5")
+    assert asked.chosen and not asked.words()
+
+
+@pytest.mark.parametrize("network", [*MODELS, "mine"])
+def test_networks_unlike_the_measured_one_go_raw_and_like_ones_say_so(network):
+    held = candidates_of(changed(), network)
+    assert held.chosen == (network in CONVOLUTIONAL)
+    assert ("vgg5" in network) == (network not in held.words() and held.chosen)
+    assert not candidates_of(changed(tuner__codecs="raw"), network).words()
+
+
+def test_the_bits_of_safe_codecs_are_those_of_the_trials_whatever_the_floors_are():
+    for role in ROLES:
+        widths = bit_widths(changed().tuner, role)
+        assert [bits(name) for name in widths] == [8, 10, 12, 16, 24, 32]
