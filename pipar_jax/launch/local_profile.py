@@ -49,11 +49,11 @@ def profile_here(config: Config) -> Profile:
 
     test = datasets.load_server(config)
     signature = test.signature(config.model.weight_dtype)
-    known: dict[tuple[frozenset[int], str], Measured] = {}
+    known: dict[tuple[frozenset[int], str, bool], Measured] = {}
     hosts = hosts_of(config)
 
     def measured(name: str) -> Measured:
-        key = hosts[name].cores, hosts[name].platform
+        key = hosts[name].cores, hosts[name].platform, hosts[name].slowdown.emulated
         if key not in known:
             _say(f"measuring {name}")
             values = run_pinned(
@@ -126,7 +126,9 @@ def _measure(values: JsonObject, name: str, signature: JsonObject) -> JsonObject
     def told(done: int, of: int) -> None:
         _say(f"measuring {name}: {done} of {of} units")
 
-    return measure_host(config, model, sizes, told=now_and_then(told, SAID_S)).to_dict()
+    in_turns = not hosts_of(config)[name].slowdown.emulated
+    said = now_and_then(told, SAID_S)
+    return measure_host(config, model, sizes, told=said, in_turns=in_turns).to_dict()
 
 
 def _say(line: str) -> None:

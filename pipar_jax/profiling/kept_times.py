@@ -21,7 +21,7 @@ from pipar_jax.disk.json_text import JsonObject, dumps
 from pipar_jax.errors import PlanError
 from stages import Model
 
-_FORMAT = 5
+_FORMAT = 6
 
 
 class Measured(NamedTuple):
@@ -31,16 +31,20 @@ class Measured(NamedTuple):
       host: Times, without emulated slowdown.
       units: Sizes of the units.
       seconds: Duration of the measurement; 0 if it was cached.
+      alone_s: Seconds of the longest unit by itself, forward and backward at the largest size,
+        by which cached times are confirmed; 0 for predicted times.
     """
 
     host: HostProfile
     units: tuple[UnitFacts, ...]
     seconds: float
+    alone_s: float = 0.0
 
     def to_dict(self) -> JsonObject:
         """Returns values for JSON."""
         units = [dataclasses.asdict(unit) for unit in self.units]
-        return {"host": dataclasses.asdict(self.host), "units": units, "seconds": self.seconds}
+        host = dataclasses.asdict(self.host)
+        return {"host": host, "units": units, "seconds": self.seconds, "alone_s": self.alone_s}
 
     @classmethod
     def from_dict(cls, values: JsonObject) -> Measured:
@@ -51,7 +55,8 @@ class Measured(NamedTuple):
         """
         try:
             units = tuple(unit_from_dict(unit) for unit in values["units"])
-            return cls(host_from_dict(values["host"]), units, float(values["seconds"]))
+            seconds, alone_s = float(values["seconds"]), float(values["alone_s"])
+            return cls(host_from_dict(values["host"]), units, seconds, alone_s)
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"these are not a host's measurements: {error!r}") from error
 

@@ -1,16 +1,18 @@
 """Measures forward, backward and update of every unit on a host, at several micro-batch sizes.
 
-Runs in the process that will train, or in an equal one (``launch/local_profile.py``), since times
-depend on its cores and environment. Measurements are cached by model, host and version, and reused
-if one unit, measured again, has the same speed: processors are shared, throttled and replaced.
+Units take turns, as in a run (``turn_times``). Runs in the process that will train, or in an equal
+one (``launch/local_profile.py``), since times depend on its cores and environment. Measurements are
+cached by model, host and version, and reused if one unit, measured again, has the same speed:
+processors are shared, throttled and replaced.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +27,15 @@ from pipar_jax.cost_model.profile import (
     HostProfile,
     UnitFacts,
 )
+from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.profiling.kept_times import Measured, path_of_times, read_times, write_times
 from pipar_jax.profiling.predictor.predict_host import facts_of, predict_host
 from pipar_jax.profiling.predictor.reference import ReferenceTimes, reference_model, time_reference
 from pipar_jax.profiling.rehearsal import measure_handling
 from pipar_jax.profiling.stopwatch import least_s, median_s
+from pipar_jax.profiling.turn_times import LEAST_S, REPEATS, groups, time_in_turns
 from pipar_jax.runtime.memory import tree_bytes
-from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS, UPDATE
+from pipar_jax.schedule.actions import UPDATE
 from pipar_jax.training import optimizer
 from pipar_jax.training.compile import Told, ones, run_all, trial_draw
 from pipar_jax.training.replica import Replica
@@ -40,8 +44,6 @@ from stages.trees import Variables
 
 #: The measured fractions of a batch.
 PARTS = (1, 4, 5, 10, 20)
-#: Minimum number of runs of each function, and their minimum total duration in seconds.
-REPEATS, LEAST_S = 5, 0.02
 #: Cached times are valid if a unit's time has changed by less than this share, or these seconds.
 AGED, AGED_S = 0.25, 1e-3
 
@@ -70,6 +72,7 @@ def measure_host(
     sizes: Sequence[int],
     between: Callable[[], None] = lambda: None,
     told: Told = lambda done, of: None,
+    in_turns: bool = True,
 ) -> Measured:
     """Returns the times of a host, from its cache if possible.
 
@@ -79,6 +82,8 @@ def measure_host(
       sizes: Micro-batch sizes, increasing.
       between: Called between measurements; raises to abort them.
       told: Called with the number of measured units and their total number.
+      in_turns: Whether units take turns, as in a run, or each is timed by itself: for a host with
+        emulated slowness, which multiplies the times of stages by themselves.
     """
     timer = _UnitTimer(model, config.seed, _compiled(config.optimizer, config.aggregation), between)
     path = None
@@ -88,23 +93,22 @@ def measure_host(
             "optimizer": config.optimizer,
             "aggregation": config.aggregation,
         }
-        settings = {name: dataclasses.asdict(section) for name, section in sections.items()}
+        settings: dict[str, JsonObject] = {
+            name: dataclasses.asdict(section) for name, section in sections.items()
+        }
+        settings["timing"] = {"in_turns": in_turns}
         path = path_of_times(model, sizes, settings)
-        if (kept := read_times(path)) is not None and timer.confirms(kept.host):
+        if (kept := read_times(path)) is not None and timer.confirms(kept):
             return kept._replace(seconds=0.0)
     began_s = time.monotonic()
-    rows = timer.rows(tuple(sizes), told)
-    host = HostProfile(
-        tuple(sizes),
-        tuple(row.forward_s for row in rows),
-        tuple(row.backward_s for row in rows),
-        tuple(row.update_s for row in rows),
-        _call_s(),
-        _average_s_per_byte(config.aggregation, timer.params, timer.state),
+    host, facts = timer.measure(tuple(sizes), told, in_turns)
+    host = dataclasses.replace(
+        host,
+        average_s_per_byte=_average_s_per_byte(config.aggregation, timer.params, timer.state),
         handling=measure_handling(),
     )
-    facts = tuple(row.facts for row in rows)
-    measured = Measured(host, facts, time.monotonic() - began_s)
+    alone_s = timer.longest_alone_s(host)
+    measured = Measured(host, tuple(facts), time.monotonic() - began_s, alone_s)
     if path is not None:
         write_times(path, measured)
     return measured
@@ -166,15 +170,6 @@ def emulated(times: Times, slowdown: Slowdown) -> Times:
     return dataclasses.replace(times.slowed(slowdown.at(0.0)), handling=NO_HANDLING)
 
 
-class _Row(NamedTuple):
-    """Measurements of one unit."""
-
-    forward_s: tuple[float, ...]
-    backward_s: tuple[float, ...]
-    update_s: float
-    facts: UnitFacts
-
-
 class _UnitTimer:
     """Times the units of a model, each as a stage of its own.
 
@@ -200,33 +195,69 @@ class _UnitTimer:
         self._stages = stages.split(model, tuple(range(1, len(model.units))))
         self.params, self.state = model.init(seed)
 
-    def rows(self, sizes: tuple[int, ...], told: Told) -> list[_Row]:
-        """Times every unit; equal units are timed only once."""
-        known: dict[Any, _Row] = {}
-        rows: list[_Row] = []
-        for index, name in enumerate(self._model.unit_names):
-            likeness = _likeness(self._model, index)
-            if likeness not in known:
-                replica = self._replica(index)
-                known[likeness] = time_unit(self._model, index, replica, sizes, self._between)
-            row = known[likeness]
-            rows.append(row._replace(facts=dataclasses.replace(row.facts, name=name)))
-            told(len(rows), len(self._model.units))
-        return rows
+    def measure(
+        self, sizes: tuple[int, ...], told: Told, in_turns: bool
+    ) -> tuple[HostProfile, list[UnitFacts]]:
+        """Times every unit, in turns with others or by itself; equal units are timed only once.
 
-    def confirms(self, known: HostProfile) -> bool:
-        """Times the longest unit again, at the largest size; returns whether little has changed."""
-        if len(known.forward_s) != len(self._model.units):
-            return False
+        Returns:
+          A profile without averages and handling, and the sizes of units.
+        """
+        count = len(self._model.units)
+        first: dict[Any, int] = {}
+        alike = [first.setdefault(_likeness(self._model, i), i) for i in range(count)]
+        facts: dict[int, UnitFacts] = {}
+        for index in first.values():
+            self._between()
+            facts[index] = _facts(self._model, index, self._replica(index), sizes[0])
+        held_bytes = {
+            index: 2 * unit.parameter_bytes + unit.optimizer_bytes + unit.residual_bytes * sizes[-1]
+            for index, unit in facts.items()
+        }
+        done: set[int] = set()
+
+        def compiled(index: int) -> None:
+            done.add(index)
+            told(sum(other in done for other in alike), count)
+
+        forward_s, backward_s, update_s, calls = {}, {}, {}, []
+        for group in groups(held_bytes) if in_turns else [[index] for index in held_bytes]:
+            replicas = {index: self._replica(index) for index in group}
+            times = time_in_turns(self._model, replicas, alike, sizes, self._between, compiled)
+            forward_s |= times.forward_s
+            backward_s |= times.backward_s
+            update_s |= times.update_s
+            calls.append(times.call_s)
+        host = HostProfile(
+            sizes,
+            tuple(forward_s[index] for index in alike),
+            tuple(backward_s[index] for index in alike),
+            tuple(update_s[index] for index in alike),
+            statistics.median(calls),
+        )
+        names = zip(alike, self._model.unit_names, strict=True)
+        return host, [dataclasses.replace(facts[index], name=name) for index, name in names]
+
+    def longest_alone_s(self, host: HostProfile) -> float:
+        """Times the longest unit by itself, at the largest size, forward and backward."""
         totals = [
             forward[-1] + backward[-1]
-            for forward, backward in zip(known.forward_s, known.backward_s, strict=True)
+            for forward, backward in zip(host.forward_s, host.backward_s, strict=True)
         ]
-        index = max(range(len(totals)), key=totals.__getitem__)
-        replica = self._replica(index)
-        forward_s, backward_s, _ = _times_of(self._model, replica, known.sizes[-1:], self._between)
-        now_s = forward_s[0] + backward_s[0]
-        return abs(now_s - totals[index]) <= max(AGED * totals[index], AGED_S)
+        replica = self._replica(max(range(len(totals)), key=totals.__getitem__))
+        sizes = host.sizes[-1:]
+        run_all(self._model, [replica], sizes, between=self._between)  # compiles
+        times = run_all(
+            self._model, [replica], sizes, between=self._between, repeats=REPEATS, least_s=LEAST_S
+        )
+        return sum(seconds for shape, seconds in times.items() if shape.kind != UPDATE)
+
+    def confirms(self, kept: Measured) -> bool:
+        """Returns whether the longest unit by itself takes about as long as it did."""
+        if len(kept.host.forward_s) != len(self._model.units):
+            return False
+        now_s = self.longest_alone_s(kept.host)
+        return abs(now_s - kept.alone_s) <= max(AGED * kept.alone_s, AGED_S)
 
     def _replica(self, index: int) -> Replica:
         return Replica(self._stages[index], self.params, self.state, self._compiled)
@@ -250,36 +281,6 @@ def _likeness(model: Model, index: int) -> Any:
                                                             *unit.state.items()))  # fmt: skip
     place = index == 0, index == len(model.units) - 1
     return str(model.shapes(1)[index]), tuple(variables), unit.graph, place
-
-
-def time_unit(
-    model: Model,
-    index: int,
-    replica: Replica,
-    sizes: tuple[int, ...],
-    between: Callable[[], None],
-) -> _Row:
-    """Returns the times and sizes of one unit."""
-    return _Row(*_times_of(model, replica, sizes, between), _facts(model, index, replica, sizes[0]))
-
-
-def _times_of(
-    model: Model, replica: Replica, sizes: Sequence[int], between: Callable[[], None]
-) -> tuple[tuple[float, ...], tuple[float, ...], float]:
-    """Returns seconds of forward and backward at each size, and of the update."""
-    run_all(model, [replica], sizes, between=between)  # compiles
-    times = {
-        (shape.kind, shape.samples): seconds
-        for shape, seconds in run_all(
-            model, [replica], sizes, between=between, repeats=REPEATS, least_s=LEAST_S
-        ).items()
-    }
-    kind = LOSS if replica.stage.is_last else BACKWARD
-    return (
-        tuple(times.get((FORWARD, size), 0.0) for size in sizes),
-        tuple(times[kind, size] for size in sizes),
-        times[UPDATE, 0],
-    )
 
 
 def _facts(model: Model, index: int, replica: Replica, samples: int) -> UnitFacts:

@@ -143,7 +143,10 @@ def survey(config: Config, model: Model, members: Membership, samples: Sequence[
     else:
         members.reports.tell_working(COORDINATOR, "timing", 0, 0)
         told = functools.partial(members.reports.tell_working, COORDINATOR, "timing")
-        server = measure_host(config, model, sizes, members.poll, now_and_then(told, TOLD_S))
+        in_turns = not members.hosts[COORDINATOR].slowdown.emulated
+        server = measure_host(
+            config, model, sizes, members.poll, now_and_then(told, TOLD_S), in_turns
+        )
     message_s = measure_message_s()
     asked: list[DeviceProfile | None] = []
     sampled = members.hosts.sampled  # then any device may take any place, and a few are asked

@@ -39,7 +39,10 @@ class Respondent:
         told = now_and_then(
             lambda done, of: registry.send(link, messages.Working("timing", done, of)), TOLD_S
         )
-        found = measure_host(self._config, self._model, question.sizes, self._between, told)
+        in_turns = not self._own.slowdown.emulated
+        found = measure_host(
+            self._config, self._model, question.sizes, self._between, told, in_turns
+        )
         host = as_configured(found.host, self._own)
         registry.send(link, messages.Profiled(host, found.units, found.seconds))
 

@@ -76,19 +76,23 @@ def test_a_host_that_has_become_faster_is_measured_anew(settings, tmp_path):
     (file,) = (tmp_path / "pipar_jax" / "profiles").iterdir()
     kept = json.loads(file.read_text())
     kept["host"]["backward_s"][1] = [0.5, 0.7]  # seconds, as if this host had been a thousandth
+    kept["alone_s"] = 0.7
     file.write_text(json.dumps(kept))
     found = unit_times.measure_host(settings, network, SIZES)
     assert found.seconds > 0
-    assert max(found.host.backward_s[1]) < 0.5
+    assert max(found.host.backward_s[1]) < 0.5 and found.alone_s < 0.7
     assert json.loads(file.read_text())["host"]["backward_s"][1] == list(found.host.backward_s[1])
 
 
 def test_units_that_compute_the_same_are_measured_once(settings, monkeypatch):
     timed = []
-    real = unit_times.time_unit
-    monkeypatch.setattr(
-        unit_times, "time_unit", lambda *args: (timed.append(args[1]), real(*args))[1]
-    )
+    real = unit_times.time_in_turns
+
+    def noted(model, replicas, *rest):
+        timed.extend(replicas)
+        return real(model, replicas, *rest)
+
+    monkeypatch.setattr(unit_times, "time_in_turns", noted)
 
     def unit(rngs: nnx.Rngs) -> nnx.Module:
         return nnx.Linear(8, 8, rngs=rngs)

@@ -1,0 +1,205 @@
+"""Times the units of a model in turns, as a run computes them: forwards, loss, backwards, updates.
+
+Between two computations of a unit a run computes all others, so that weights and residuals of a
+small unit have to be fetched from memory. Timed repeatedly by itself, it would find them in the
+processor's cache: stages of MobileNetV3-Small took up to twice the sum of such times.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS, UPDATE, ActionKind
+from pipar_jax.training.compile import LEFT_OUT, LEFT_OUT_S, PAGES, ones, page_faults, trial_draw
+from pipar_jax.training.replica import Replica
+from stages import Model
+
+#: Minimum number of runs of each function, and their minimum duration in seconds in the mean.
+REPEATS, LEAST_S = 5, 0.02
+#: Bytes that units which take turns may hold together, many times those of a cache: what is not
+#: held does not limit a small device, and what is larger is fetched from memory anyhow.
+HELD_BYTES = 256e6
+
+#: A function: a unit, its kind, and the samples (0 for an update).
+_Function = tuple[int, ActionKind, int]
+
+
+class _Run(NamedTuple):
+    """The seconds of a run, and whether memory grew, so that it may have taken a multiple."""
+
+    seconds: float
+    grew: bool
+
+
+class TurnTimes(NamedTuple):
+    """Seconds of units that took turns.
+
+    Attributes:
+      forward_s: By unit, a time for each size; zeros for the last unit of the model.
+      backward_s: By unit, a time for each size; for the last unit the fused forward and backward.
+      update_s: By unit.
+      call_s: Of calling a trivial compiled function in between, once per unit.
+    """
+
+    forward_s: Mapping[int, tuple[float, ...]]
+    backward_s: Mapping[int, tuple[float, ...]]
+    update_s: Mapping[int, float]
+    call_s: float
+
+
+def groups(held_bytes: Mapping[int, float]) -> list[list[int]]:
+    """Returns consecutive units in groups, none of which holds much less than HELD_BYTES.
+
+    Args:
+      held_bytes: Bytes of each unit: of its residuals, weights, gradient and optimiser state.
+    """
+    found: list[list[int]] = []
+    total = 0.0
+    for index in sorted(held_bytes):
+        if not found or total + held_bytes[index] > HELD_BYTES:
+            found.append([])
+            total = 0.0
+        found[-1].append(index)
+        total += held_bytes[index]
+    if len(found) > 1 and total < HELD_BYTES / 2:
+        found[-2] += found.pop()
+    return found
+
+
+def time_in_turns(
+    model: Model,
+    replicas: Mapping[int, Replica],
+    alike: Sequence[int],
+    sizes: Sequence[int],
+    between: Callable[[], None],
+    compiled: Callable[[int], None] = lambda index: None,
+) -> TurnTimes:
+    """Times units in turns at several micro-batch sizes, without those in which memory grew.
+
+    Args:
+      model: The whole model.
+      replicas: The units to time, by index; their weights are not trained.
+      alike: For each unit of the model the index of a unit with the same computations.
+      sizes: Micro-batch sizes.
+      between: Called between computations; raises to abort.
+      compiled: Called with each unit once its functions are compiled for the largest size.
+    """
+    turns = _Turns(model, replicas, alike, between)
+    for position, size in enumerate(sorted(sizes, reverse=True)):
+        updates = position == 0
+        for (index, kind, _), _ in turns.step(size, updates=updates):
+            if updates and kind in (BACKWARD, LOSS):
+                compiled(index)
+        turns.time(size, updates=updates)
+    return turns.found(sizes)
+
+
+class _Turns:
+    """The units that take turns, and the seconds of their functions so far."""
+
+    def __init__(
+        self,
+        model: Model,
+        replicas: Mapping[int, Replica],
+        alike: Sequence[int],
+        between: Callable[[], None],
+    ) -> None:
+        self._model, self._replicas, self._alike = model, dict(sorted(replicas.items())), alike
+        self._between = between
+        self._times: dict[_Function, list[float]] = {}
+        self._left_out: dict[_Function, list[float]] = {}
+        self._calls: list[float] = []
+        self._add, self._zero = jax.jit(lambda x: x + 1), jnp.zeros(())
+
+    def time(self, size: int, *, updates: bool) -> None:
+        """Repeats steps of a size until each function has been timed often and long enough."""
+        enough = False
+        while not enough:
+            counts, spent_s = [], 0.0
+            for function, run in self.step(size, updates=updates):
+                times = self._note(function, run)
+                counts.append(len(times))
+                spent_s += sum(times)
+                self._calls.append(_timed(lambda: self._add(self._zero))[0].seconds)
+            enough = min(counts) >= REPEATS and spent_s >= LEAST_S * len(counts)
+
+    def step(self, size: int, *, updates: bool) -> Iterator[tuple[_Function, _Run]]:
+        """Computes one step of a size; yields each function with its run."""
+        shapes, outputs, kept = self._model.shapes(size), dict[int, Any](), dict[int, Any]()
+        parts = {index: replica.stage for index, replica in self._replicas.items()}
+        draws = {index: trial_draw(self._model, stage, size) for index, stage in parts.items()}
+        sides = {
+            index: {n: ones(s) for n, s in stage.side_shapes(self._model, size).items()}
+            for index, stage in parts.items()
+        }
+        given: dict[int, Any] = {}  # cotangents of inputs
+        for index, replica in self._replicas.items():
+            self._between()
+            x = outputs.get(self._alike[index - 1]) if index else None
+            x = ones(shapes[index]) if x is None else x
+            if replica.stage.is_last:
+                targets = jax.tree.map(_zeros, self._model.target_shapes(size))
+                run, (_, given[index]) = _timed(
+                    lambda r=replica, x=x, t=targets, i=index: r.loss(x, t, draws[i], sides[i])
+                )
+                yield (index, LOSS, size), run
+                continue
+            run, (outputs[index], kept[index]) = _timed(
+                lambda r=replica, x=x, i=index: r.forward(x, draws[i], sides[i])
+            )
+            yield (index, FORWARD, size), run
+        for index in sorted(kept, reverse=True):
+            self._between()
+            cotangent = given.get(self._alike[index + 1])
+            cotangent = ones(shapes[index + 1]) if cotangent is None else cotangent
+            replica, residuals = self._replicas[index], kept.pop(index)
+            run, (given[index], _) = _timed(
+                lambda r=replica, k=residuals, c=cotangent: (r.backward(k, c), r.accumulated)
+            )
+            del residuals
+            yield (index, BACKWARD, size), run
+        for index, replica in self._replicas.items() if updates else ():
+            replica.clear()  # weights stay what they are
+            jax.block_until_ready(replica.accumulated)  # type: ignore[no-untyped-call]
+            yield (index, UPDATE, 0), _timed(replica.update)[0]
+
+    def found(self, sizes: Sequence[int]) -> TurnTimes:
+        """Returns the medians."""
+        medians = {function: statistics.median(times) for function, times in self._times.items()}
+        last = {index: replica.stage.is_last for index, replica in self._replicas.items()}
+        return TurnTimes(
+            {i: tuple(medians.get((i, FORWARD, n), 0.0) for n in sizes) for i in last},
+            {i: tuple(medians[i, LOSS if last[i] else BACKWARD, n] for n in sizes) for i in last},
+            {i: medians[i, UPDATE, 0] for i in last},
+            statistics.median(self._calls),
+        )
+
+    def _note(self, function: _Function, run: _Run) -> list[float]:
+        """Adds a run of a function, if its memory does not grow; returns the function's seconds."""
+        times = self._times.setdefault(function, [])
+        left_out = self._left_out.setdefault(function, [])
+        if run.grew and len(left_out) < LEFT_OUT and sum(left_out) < LEFT_OUT_S:
+            left_out.append(run.seconds)
+        else:
+            times.append(run.seconds)
+        return times
+
+
+def _timed(function: Callable[[], Any]) -> tuple[_Run, Any]:
+    """Returns a run of a function, until its results are ready, and the results."""
+    pages, began_s = page_faults(), time.perf_counter()
+    results = jax.block_until_ready(function())  # type: ignore[no-untyped-call]
+    seconds = time.perf_counter() - began_s
+    return _Run(seconds, page_faults() - pages >= PAGES), results
+
+
+def _zeros(shape: Any) -> jax.Array:
+    """Returns zeros of an abstract shape, on the device."""
+    return jax.device_put(np.zeros(shape.shape, shape.dtype))
