@@ -4,7 +4,7 @@ A process for each set of compiler options and cores keeps its programs and is t
 conditions: stopped for half of the time, moved to a single core. Devices that differ by more than a
 factor are emulated by compiler options: narrower vectors, no XLA optimisations, no fast library for
 products, no choice of formulations in ``stages.layers``. Layers are those of the registered
-networks and of chains drawn at random.
+networks and of chains drawn at random, half of them of depthwise and squeezed blocks alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ SIZES = (25,)
 #: Batch sizes of which two are drawn for each layer of a random chain.
 DRAWN_SIZES = (2, 4, 8, 16, 32, 64, 100)
 NETWORKS = ("vgg5", "vgg11", "resnet18", "mobilenetv3_small", "cnn", "mlp", "vit_small")
-CHAINS = 6
+#: Chains drawn at random, by the beginning of their names: of all kinds of blocks, and of inverted
+#: residuals with depthwise and squeezed layers, of which registered networks have few kinds.
+CHAINS = {"chain": 6, "separable": 6}
 #: Period of stopping and continuing a process. The kernel checks a busy thread once per tick (4
 #: ms), so that a shorter period would not stop long computations.
 PERIOD_S = 0.02
@@ -41,7 +43,7 @@ class Layer(NamedTuple):
     """One layer at one micro-batch size.
 
     Attributes:
-      network: A registered network, ``reference``, or ``chain`` and a seed.
+      network: A registered network, ``reference``, or a key of CHAINS and a seed.
       unit: Its position in it.
       batch: Samples.
     """
@@ -131,16 +133,16 @@ def layers(quick: bool = False) -> list[Layer]:
 
     found = [Layer("reference", i, BATCH) for i in range(len(reference_model().units) - 1)]
     rng = np.random.default_rng(0)
-    networks = [*NETWORKS, *(f"chain{seed}" for seed in range(CHAINS))]
-    for name in ["mlp", "chain0"] if quick else networks:
+    drawn = [f"{kind}{seed}" for kind, count in CHAINS.items() for seed in range(count)]
+    for name in ["mlp", "chain0", "separable0"] if quick else [*NETWORKS, *drawn]:
         model = build(name)
         seen = set()
         for index in range(len(model.units) - 1):
             likeness = str(model.shapes(1)[index]), str(model.units[index].graph), index == 0
-            if likeness in seen and name.startswith("chain"):
+            if likeness in seen and name in drawn:
                 continue
-            drawn = rng.choice(DRAWN_SIZES, 2, replace=False).tolist()
-            sizes = drawn if name.startswith("chain") else SIZES
+            two = rng.choice(DRAWN_SIZES, 2, replace=False).tolist()
+            sizes = two if name in drawn else SIZES
             if likeness not in seen:
                 found += [Layer(name, index, int(size)) for size in sorted(sizes)]
             seen.add(likeness)
@@ -156,6 +158,8 @@ def build(name: str) -> Any:
         return reference_model()
     if name.startswith("chain"):
         return random_chain(int(name.removeprefix("chain")))
+    if name.startswith("separable"):
+        return separable_chain(int(name.removeprefix("separable")))
     return stages.build(name, input_shape=(32, 32, 3), classes=10)
 
 
@@ -210,6 +214,38 @@ def random_chain(seed: int) -> Any:
         width = out
     units.append(("last", partial(DenseBlock, width, 10, False, options)))
     return Model.from_units(f"chain{seed}", units, shape, 10)
+
+
+def separable_chain(seed: int) -> Any:
+    """Returns a model of inverted residuals of random widths, strides and kernels, and a head."""
+    from stages import Model
+    from stages.models.blocks import DenseBlock, Options
+    from stages.models.mobilenet import BlockRow, ConvNorm, InvertedResidual, Tail
+
+    rng = np.random.default_rng(seed)
+    pick: Callable[..., int] = lambda *values: int(rng.choice(values))  # noqa: E731
+    side, stride, channels = pick(24, 32, 48, 64), pick(1, 2), pick(8, 16, 24, 32)
+    shape = (side, side, 3)
+    options = Options(shape, 10, "batch", "cifar", np.dtype(np.float32))
+    units: list[tuple[str, Any]] = [
+        ("stem", partial(_conv_norm, ConvNorm, 3, channels, 3, options, stride))
+    ]
+    side = -(-side // stride)
+    while len(units) < 10:
+        stride = pick(1, 1, 2) if side > 2 else 1
+        # Large maps have few channels, as in real networks.
+        most = 32 if side > 16 else 80 if side > 8 else 160
+        out = channels if stride == 1 and pick(0, 1) else min(channels + pick(0, 8, 16, 40), most)
+        wide = min(round(channels * float(rng.uniform(1, 6)) / 8) * 8 or 8, 960)
+        row = BlockRow(pick(3, 5), wide, out, pick(0, 1, 1) == 1, pick(0, 1) == 1, stride)
+        units.append((f"u{len(units)}", partial(InvertedResidual, channels, row, options)))
+        side, channels = -(-side // stride), out
+    wide = pick(4, 6) * channels
+    units.append(("tail", partial(Tail, channels, wide, options)))
+    hidden = pick(256, 1024, 1280)
+    units.append(("hidden", partial(DenseBlock, wide, hidden, True, options)))
+    units.append(("last", partial(DenseBlock, hidden, 10, False, options)))
+    return Model.from_units(f"separable{seed}", units, shape, 10)
 
 
 def _conv_norm(

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments.latency_data import collect
 from experiments.latency_data.published_tables import TABLES, read_tables, read_timings
 from experiments.latency_data.timings import Timings
 from pipar_jax.errors import DataError, DiskError
@@ -33,6 +34,22 @@ def test_times_survive_their_file(tmp_path):
     for mine, theirs in zip(made.layers, read.layers, strict=True):
         assert np.allclose(mine.operators, theirs.operators)
     assert same(read_timings(tmp_path / "times.npz"), made)
+
+
+def test_layers_of_every_kind_of_drawn_chain_are_timed_once_each():
+    found = collect.layers(quick=True)
+    assert len(set(found)) == len(found)
+    kinds = {layer.network.rstrip("0123456789") for layer in found}
+    assert kinds == {"reference", "mlp", *collect.CHAINS}
+
+
+@pytest.mark.parametrize("seed", range(collect.CHAINS["separable"]))
+def test_a_separable_chain_has_depthwise_and_squeezed_layers(seed):
+    model = collect.build(f"separable{seed}")
+    graphs = [str(unit.graph) for unit in model.units]
+    assert sum("depthwise" in graph for graph in graphs) >= 8
+    assert sum("reduce" in graph for graph in graphs) > 1
+    assert model.shapes(2)[-1].shape == (2, 10)
 
 
 def test_what_holds_no_times_is_refused(tmp_path):
