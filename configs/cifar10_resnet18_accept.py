@@ -5,8 +5,8 @@ where FOLDER holds CIFAR-10, as published or as prepared by TFDS; otherwise it i
 The device and its three peers take 1, 2, 4 and 8 times the compute time of a core of this machine;
 the planner balances the cuts over them and the links.
 
-Not the paper's setting: of AccEPT only the abstract is public, so that network, batch, links and
-devices are ours.
+Not the paper's setting: of AccEPT only the abstract is public, so that network, stem, batch,
+links and devices are ours.
 """
 
 from pipar_jax.config import Config

@@ -15,6 +15,7 @@ With --results=FOLDER measurements are saved and not repeated.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -186,9 +187,10 @@ def measure(run: harness.Bench) -> None:
         for megabytes in SIZES_MB.value[:1] if run.quick else SIZES_MB.value:
             for clients in CLIENTS.value[:1] if run.quick else CLIENTS.value:
                 cell = f"{megabytes} MB, {clients} clients"
-                setting = run, systems, float(megabytes), int(clients)
                 name = f"rounds {cell} {' '.join(systems)}{' quick' if run.quick else ''}"
-                report(run, cell, harness.kept(results, name, lambda s=setting: alternate(*s)))
+                setting = run, systems, float(megabytes), int(clients)
+                measured = harness.kept(results, name, functools.partial(alternate, *setting))
+                report(run, cell, measured)
 
 
 def report(run: harness.Bench, cell: str, measured: Mapping[str, list[Measured]]) -> None:

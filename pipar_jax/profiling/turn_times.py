@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS, UPDATE, ActionKi
 from pipar_jax.training.compile import LEFT_OUT, LEFT_OUT_S, PAGES, ones, page_faults, trial_draw
 from pipar_jax.training.replica import Replica
 from stages import Model
+from stages.trees import PyTree
 
 #: Minimum number of runs of each function, and their minimum duration in seconds in the mean.
 REPEATS, LEAST_S = 5, 0.02
@@ -69,7 +71,8 @@ def groups(held_bytes: Mapping[int, float]) -> list[list[int]]:
         found[-1].append(index)
         total += held_bytes[index]
     if len(found) > 1 and total < HELD_BYTES / 2:
-        found[-2] += found.pop()
+        rest = found.pop()
+        found[-1] += rest
     return found
 
 
@@ -147,23 +150,21 @@ class _Turns:
             if replica.stage.is_last:
                 targets = jax.tree.map(_zeros, self._model.target_shapes(size))
                 run, (_, given[index]) = _timed(
-                    lambda r=replica, x=x, t=targets, i=index: r.loss(x, t, draws[i], sides[i])
+                    partial(replica.loss, x, targets, draws[index], sides[index])
                 )
                 yield (index, LOSS, size), run
                 continue
             run, (outputs[index], kept[index]) = _timed(
-                lambda r=replica, x=x, i=index: r.forward(x, draws[i], sides[i])
+                partial(replica.forward, x, draws[index], sides[index])
             )
             yield (index, FORWARD, size), run
         for index in sorted(kept, reverse=True):
             self._between()
             cotangent = given.get(self._alike[index + 1])
             cotangent = ones(shapes[index + 1]) if cotangent is None else cotangent
-            replica, residuals = self._replicas[index], kept.pop(index)
             run, (given[index], _) = _timed(
-                lambda r=replica, k=residuals, c=cotangent: (r.backward(k, c), r.accumulated)
+                partial(_backward, self._replicas[index], kept.pop(index), cotangent)
             )
-            del residuals
             yield (index, BACKWARD, size), run
         for index, replica in self._replicas.items() if updates else ():
             replica.clear()  # weights stay what they are
@@ -192,6 +193,11 @@ class _Turns:
         return times
 
 
+def _backward(replica: Replica, residuals: PyTree, cotangent: jax.Array) -> tuple[Any, Any]:
+    """Returns the input's cotangent and the accumulated gradient, which are ready together."""
+    return replica.backward(residuals, cotangent), replica.accumulated
+
+
 def _timed(function: Callable[[], Any]) -> tuple[_Run, Any]:
     """Returns a run of a function, until its results are ready, and the results."""
     pages, began_s = page_faults(), time.perf_counter()
@@ -202,4 +208,5 @@ def _timed(function: Callable[[], Any]) -> tuple[_Run, Any]:
 
 def _zeros(shape: Any) -> jax.Array:
     """Returns zeros of an abstract shape, on the device."""
-    return jax.device_put(np.zeros(shape.shape, shape.dtype))
+    array: jax.Array = jax.device_put(np.zeros(shape.shape, shape.dtype))
+    return array

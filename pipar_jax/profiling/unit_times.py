@@ -220,7 +220,10 @@ class _UnitTimer:
             done.add(index)
             told(sum(other in done for other in alike), count)
 
-        forward_s, backward_s, update_s, calls = {}, {}, {}, []
+        forward_s: dict[int, tuple[float, ...]] = {}
+        backward_s: dict[int, tuple[float, ...]] = {}
+        update_s: dict[int, float] = {}
+        calls = []
         for group in groups(held_bytes) if in_turns else [[index] for index in held_bytes]:
             replicas = {index: self._replica(index) for index in group}
             times = time_in_turns(self._model, replicas, alike, sizes, self._between, compiled)
