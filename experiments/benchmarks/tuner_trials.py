@@ -14,8 +14,15 @@ from typing import Any, NamedTuple
 import stages
 from experiments.benchmarks import harness, trials
 from pipar_jax.config import Config
+from pipar_jax.config.codec_candidates import BITS
 from pipar_jax.cost_model.costs import LinkModel
-from pipar_jax.cost_model.profile import DeviceProfile, HostProfile, Profile, UnitFacts
+from pipar_jax.cost_model.profile import (
+    CodecProfile,
+    DeviceProfile,
+    HostProfile,
+    Profile,
+    UnitFacts,
+)
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.schedule.plan import Plan
 
@@ -55,7 +62,7 @@ UNEQUAL = (2.0, 10.0, 40.0)
 #: Their links: equal ones, and slower ones for faster devices.
 UNEQUAL_LINKS = {"4G+": ("4g+",) * 3, "4G, 4G+, WiFi": ("4g", "4g+", "wifi")}
 #: A host of ``many_devices``: its rates, and the seconds of calling a compiled function.
-FLOPS, BYTES_S, CALL_S = 1e11, 1e10, 1e-4
+FLOPS, BYTES_S, CODED_BYTES_S, CALL_S = 1e11, 1e10, 1e9, 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +263,11 @@ def many_devices(unequal: bool = False, devices: int = 20) -> Profile:
             ((1.0, 5.0, 20.0)[index % 3], links[index % 3]) if unequal else (5.0, links[1])
         )
         made.append(DeviceProfile(host.slowed(slower), 500, link, link))
-    return Profile("resnet101", batch, facts, host, tuple(made), window_bytes=32e6)
+    codecs = {
+        f"bits:{bits}": CodecProfile((bits + 1.125) / 32, 1 / CODED_BYTES_S, 1 / CODED_BYTES_S)
+        for bits in BITS
+    }
+    return Profile("resnet101", batch, facts, host, tuple(made), codecs=codecs, window_bytes=32e6)
 
 
 def _tried(rows: Sequence[Any]) -> dict[Plan, trials.Tried]:

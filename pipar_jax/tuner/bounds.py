@@ -185,12 +185,13 @@ def excess(
       keeps: What a copy keeps of an earlier moment.
     """
     profile = stages.profile
+    owners = (profile.server, *(one.host for one in (*profile.devices, *profile.nodes)))
+    if not any(owner.memory_bytes for owner in owners):
+        return None
     limits = {
         host: (profile.server if host == COORDINATOR else profile.of(host).host).memory_bytes
         for host in plan.hosts()
     }
-    if not any(limits.values()):
-        return None
     for name, needed in memory_bytes(stages, plan, keeps).items():
         limit = limits[name]
         if limit is not None and needed > limit:

@@ -356,25 +356,27 @@ class _Search:
         For a deadline each device takes the option that loads the server least among those that
         meet it alone; if even the sum of these loads exceeds the deadline, no plan meets it.
         """
-        devices = range(len(self.profile.devices))
-        tables = [
-            sorted(((self._at_least(d, o), o) for o in options), key=lambda pair: pair[0].round_s)
-            for d in devices
-        ]
+        tables = {  # equal devices share one
+            d: sorted(
+                ((self._at_least(d, o), o) for o in options), key=lambda pair: pair[0].round_s
+            )
+            for d in dict.fromkeys(self.known)
+        }
 
         def lightest(deadline_s: float) -> list[tuple[LowerBound, DeviceOption]] | None:
-            chosen = []
-            for table in tables:
+            best = {}
+            for device, table in tables.items():
                 able = [pair for pair in table if pair[0].round_s <= deadline_s]
                 if not able:
                     return None
-                chosen.append(min(able, key=lambda pair: (pair[0].server_s, pair[0].round_s)))
+                best[device] = min(able, key=lambda pair: (pair[0].server_s, pair[0].round_s))
+            chosen = [best[device] for device in self.known]
             met = sum(pair[0].server_s for pair in chosen) <= deadline_s
             return chosen if met else None
 
-        low_s = max(table[0][0].round_s for table in tables)
-        high_s = max(low_s, sum(table[0][0].server_s for table in tables))
-        high_s = max(high_s, max(table[-1][0].round_s for table in tables))
+        low_s = max(table[0][0].round_s for table in tables.values())
+        high_s = max(low_s, sum(tables[device][0][0].server_s for device in self.known))
+        high_s = max(high_s, max(table[-1][0].round_s for table in tables.values()))
         chosen = lightest(low_s)
         if chosen is None:
             for _ in range(40):
