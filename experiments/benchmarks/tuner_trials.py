@@ -73,12 +73,14 @@ class Setting:
     stem: str
     link: str
     slowdown: float
+    quick: bool = False
 
     @property
     def name(self) -> str:
         """Name in the table."""
         stem = "" if self.stem == "cifar" else f" {self.stem} stem"
-        return f"{self.network.name}{stem} {self.link} {self.slowdown:g}x"
+        quick = " quick" if self.quick else ""
+        return f"{self.network.name}{stem} {self.link} {self.slowdown:g}x{quick}"
 
     def config(self, folder: Path) -> Config:
         """Returns its configuration, with runs and data in a folder."""
@@ -131,7 +133,7 @@ def settings(stems: Iterable[str] = tuple(NETWORKS), quick: bool = False) -> lis
     ]
     if quick:
         fast = next(setting for setting in made if setting.link == "lan")
-        return [dataclasses.replace(fast, network=fast.network._replace(most=2))]
+        return [dataclasses.replace(fast, network=fast.network._replace(most=2), quick=True)]
     return made
 
 
