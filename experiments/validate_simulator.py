@@ -109,11 +109,10 @@ def train(group: Sequence[Setting], folder: Path) -> dict[str, dict[str, Any]]:
     return figures
 
 
-def groups(quick: bool) -> dict[str, list[Setting]]:
-    """Returns the wanted settings in groups that differ in N only, by the group's name."""
-    wanted = [s for s in simulator_settings.settings(quick) if ONLY.value in s.name]
+def grouped(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
+    """Returns settings in groups that differ in N only, by a name that has the values of N."""
     keyed: dict[tuple[Any, ...], list[Setting]] = {}
-    for setting in wanted:
+    for setting in settings:
         keyed.setdefault((setting.network, setting.link, setting.devices), []).append(setting)
     return {
         f"{network.title} {link} devices={devices} "
@@ -128,7 +127,8 @@ def measure(run: harness.Bench) -> None:
     most, errors = 0.0, {kind: list[float]() for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
         results = make_folder(RESULTS.value or folder, "choose another folder with --results")
-        wanted = groups(run.quick)
+        settings = simulator_settings.settings(run.quick)
+        wanted = grouped([setting for setting in settings if ONLY.value in setting.name])
         for done, (name, group) in enumerate(wanted.items()):
             run.progress(name, done, len(wanted))
             known = harness.kept(results, name, functools.partial(train, group, Path(folder)))

@@ -185,12 +185,13 @@ def excess(
       keeps: What a copy keeps of an earlier moment.
     """
     profile = stages.profile
-    owners = (profile.server, *(one.host for one in (*profile.devices, *profile.nodes)))
-    if not any(owner.memory_bytes for owner in owners):
+    devices, nodes = profile.devices, profile.nodes
+    others = [*(device.host for device in devices), *(node.host for node in nodes)]
+    if not any(host.memory_bytes for host in (profile.server, *others)):
         return None
     limits = {
-        host: (profile.server if host == COORDINATOR else profile.of(host).host).memory_bytes
-        for host in plan.hosts()
+        name: (profile.server if name == COORDINATOR else profile.of(name).host).memory_bytes
+        for name in plan.hosts()
     }
     for name, needed in memory_bytes(stages, plan, keeps).items():
         limit = limits[name]
