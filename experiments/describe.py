@@ -21,15 +21,18 @@ from pipar_jax import data
 from pipar_jax.config import AUTO, Config
 from pipar_jax.config.codec_candidates import candidates_of
 from pipar_jax.config.schema import option
+from pipar_jax.config.texts import whole_numbers
 from pipar_jax.data.partition import spread
 from pipar_jax.data.types import computed
-from pipar_jax.errors import ConfigError
+from pipar_jax.errors import ConfigError, DataError
 from pipar_jax.launch import flags
 from pipar_jax.methods.registry import METHODS
 from pipar_jax.privacy.leakage import FEWEST_SAMPLES, distance_correlation
+from pipar_jax.roles.participants import make_loader
 from pipar_jax.roles.start_weights import first_variables
 from pipar_jax.runtime.interception import activations
 from pipar_jax.runtime.setup import build_model, set_up_jax
+from pipar_jax.schedule.plan import device_name
 from stages.signature import Signature
 
 # Shapes and classes of the public data sets, so that nothing has to be downloaded.
@@ -90,7 +93,7 @@ def measure_dependence(
       ConfigError: There are too few samples, or inputs are not numbers with distances.
       RunError: The weights that the configuration names cannot be read.
     """
-    chosen = dataset.test.take(spread(len(dataset.test), wanted))
+    chosen = dataset.at_full_length(dataset.test.take(spread(len(dataset.test), wanted)))
     if len(chosen) < FEWEST_SAMPLES:
         raise ConfigError(
             f"--dependence={wanted} with {len(dataset.test)} test samples: a distance correlation "
@@ -166,6 +169,28 @@ def make_sides(model: stages.Model) -> Table:
     return table
 
 
+def make_lengths(config: Config) -> Table:
+    """Lays out to what the mini-batches of each device are padded in the first epoch.
+
+    Args:
+      config: Resolved configuration.
+    """
+    lengths = whole_numbers(config.data.pad_to)
+    table = Table(title="mini-batches by padded length", title_justify="left")
+    table.add_column("device")
+    for length in lengths:
+        table.add_column(str(length), justify="right")
+    for index in range(config.devices.total):
+        try:
+            dataset = data.load_device(config, index)
+        except DataError:  # a device's data may be on its own machine alone
+            table.add_row(device_name(index), *["not here"] * len(lengths))
+            continue
+        steps = make_loader(config.data, config.seed, index, dataset).steps_by_length()
+        table.add_row(device_name(index), *(str(steps.get(length, 0)) for length in lengths))
+    return table
+
+
 def main(config: Config, own: DescribeFlags) -> None:
     """Describes the configured model."""
     known = SHAPES.get(config.data.source)
@@ -191,6 +216,8 @@ def main(config: Config, own: DescribeFlags) -> None:
         console.print(f"codecs: {words}", markup=False)
     if model.sides:
         console.print(make_sides(model))
+    if model.lengths:
+        console.print(make_lengths(config))
     if model.obstacles:
         console.print(make_obstacles(model))
     facts = stages.stage_facts(model, cuts, batch)

@@ -37,6 +37,7 @@ class Model:
       input_dtype: Dtype of a batch.
       sides: For each side input (mask, lengths) shape and dtype of one sample.
       targets: For each target shape and dtype of one sample; None until the data are known.
+      lengths: What samples are padded to (``stages.lengths``); none: all are equally long.
       obstacles: Why positions are not cuts, where the cuts were found by tracing.
       frozen: Weights that are not trained.
       task: What it is trained for.
@@ -61,12 +62,13 @@ class Model:
         self.input_dtype = jnp.dtype(input_dtype)
         self.sides: dict[str, jax.ShapeDtypeStruct] = {}
         self.targets: dict[str, jax.ShapeDtypeStruct] | None = None
+        self.lengths: tuple[int, ...] = ()
         self.obstacles: tuple[Obstacle, ...] = ()
         self.frozen = Frozen(self.units, 0)
         self.task, self.has_task = _CLASSIFICATION, False
         self.programs: dict[Any, Any] = {}
         self._programs_by_task: list[tuple[Task, dict[Any, Any]]] = []
-        self._shapes: dict[tuple[int, bool], tuple[jax.ShapeDtypeStruct, ...]] = {}
+        self._shapes: dict[Any, tuple[jax.ShapeDtypeStruct, ...]] = {}
         self.recipe: dict[str, Any] | None = None
 
     @classmethod
@@ -301,7 +303,7 @@ class Model:
           StageError: A unit does not accept what the one before it returns, or does not
             return one array.
         """
-        known = batch, bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
+        known = batch, self.input_shape, bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
         if known in self._shapes:
             return self._shapes[known]
         x: Any = jax.ShapeDtypeStruct(  # type: ignore[no-untyped-call]

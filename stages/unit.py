@@ -87,6 +87,17 @@ class Unit(abc.ABC):
         return made
 
     @abc.abstractmethod
+    def expect_lengths(self, lengths: Sequence[int]) -> None:
+        """Prepares for inputs of several lengths (``stages.lengths``), where that needs anything.
+
+        Args:
+          lengths: The lengths of the model's input, the longest last.
+
+        Raises:
+          StageError: The network is another one with one of them.
+        """
+
+    @abc.abstractmethod
     def matching(self, chosen: Any) -> frozenset[str]:
         """Returns the paths of the weights that a filter of Flax picks.
 
@@ -170,6 +181,9 @@ class ModuleUnit(Unit):
     factory: Factory
     streams: dict[str, jax.ShapeDtypeStruct]
     paths: dict[str, Path]
+
+    def expect_lengths(self, lengths: Sequence[int]) -> None:
+        """Needs nothing: the module is called with whatever comes; see ``Unit.expect_lengths``."""
 
     def draw(self, seed: int, drawn: dict[Any, Any]) -> tuple[Arrays, Arrays]:
         """Calls the factory; variables depend only on the seed and the unit's name."""

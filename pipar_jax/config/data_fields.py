@@ -79,5 +79,11 @@ class DataConfig:
         "largest number of samples that the server accepts from one device",
         at_least=1,
     )
+    pad_to: str = option(
+        "",
+        "own data of different lengths: the lengths to which mini-batches are padded, such as "
+        "32,64,128, each to the smallest that holds its longest sample; empty: all samples are "
+        "equally long",
+    )
     batch_size: int = option(100, "samples per mini-batch on one device", at_least=1)
     drop_last: bool = option(False, "drop the incomplete last mini-batch of an epoch")

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from comms.arrays import Array
+from pipar_jax.data.padding import find_padding, stack_all
 from pipar_jax.data.types import Dataset, Examples
 from pipar_jax.errors import DataError
 from stages.errors import StageError
@@ -31,7 +32,15 @@ MOST_NAMES = 16
 _NAME = re.compile(r"[A-Za-z_]\w{0,63}")
 
 
-def admit(data: object, part: Part, where: str, rule: TargetRule, classes: int = 0) -> Dataset:
+def admit(
+    data: object,
+    part: Part,
+    where: str,
+    rule: TargetRule,
+    classes: int = 0,
+    *,
+    pad_to: tuple[int, ...] = (),
+) -> Dataset:
     """Returns data passed by a program, checked.
 
     Args:
@@ -42,6 +51,7 @@ def admit(data: object, part: Part, where: str, rule: TargetRule, classes: int =
       where: Owner of the data, for messages.
       rule: What the task needs targets to be.
       classes: Number of classes where a ``Dataset`` does not say it; 0: as the targets tell.
+      pad_to: Lengths to which mini-batches are padded; none: all samples are equally long.
 
     Raises:
       DataError: It is not data, has no sample, or its arrays, classes and normalisation are not
@@ -52,9 +62,11 @@ def admit(data: object, part: Part, where: str, rule: TargetRule, classes: int =
         return assemble(
             data.source, part, given.inputs, given.targets, classes=data.classes or classes,
             mean=data.mean, std=data.std, rule=rule, where=f"{where}: {data.source!r}",
+            pad_to=pad_to, lengths=given.lengths,
         )  # fmt: skip
+    lengths = None
     if isinstance(data, Examples):
-        data = data.inputs, data.targets
+        lengths, data = data.lengths, (data.inputs, data.targets)
     if not isinstance(data, tuple | list) or len(data) != 2:
         raise DataError(
             f"{where}: expected a pair (inputs, targets) or a pipar_jax.data.Dataset, got "
@@ -63,12 +75,18 @@ def admit(data: object, part: Part, where: str, rule: TargetRule, classes: int =
     inputs, targets = data
     return assemble(
         "arrays", part, inputs, targets, classes=classes, mean=None, std=None, rule=rule,
-        where=f"{where}: its data",
+        where=f"{where}: its data", pad_to=pad_to, lengths=lengths,
     )  # fmt: skip
 
 
 def admit_device(
-    data: object, where: str, rule: TargetRule, classes: int = 0, *, tests: bool
+    data: object,
+    where: str,
+    rule: TargetRule,
+    classes: int = 0,
+    *,
+    tests: bool,
+    pad_to: tuple[int, ...] = (),
 ) -> Dataset:
     """Returns data of a device passed by a program, checked.
 
@@ -78,11 +96,12 @@ def admit_device(
       rule: What the task needs targets to be.
       classes: See ``admit``.
       tests: Whether the device evaluates test data of its own: the test split of a ``Dataset``.
+      pad_to: See ``admit``.
 
     Raises:
       DataError: See ``admit``; or there are no test data.
     """
-    train = admit(data, "train", where, rule, classes)
+    train = admit(data, "train", where, rule, classes, pad_to=pad_to)
     if not tests:
         return train
     if not isinstance(data, Dataset):
@@ -90,7 +109,8 @@ def admit_device(
             f"{where}: run.evaluate_on needs test data of the device's own: pass a "
             "pipar_jax.data.Dataset with both splits, or set run.evaluate_on=server"
         )
-    return with_tests(train, admit(data, "test", where, rule, classes), where)
+    test = admit(data, "test", where, rule, classes, pad_to=pad_to)
+    return with_tests(train, test, where)
 
 
 def with_tests(train: Dataset, test: Dataset, where: str) -> Dataset:
@@ -121,6 +141,8 @@ def assemble(
     std: object,
     rule: TargetRule,
     where: str,
+    pad_to: tuple[int, ...] = (),
+    lengths: object = None,
 ) -> Dataset:
     """Returns a dataset of the user's arrays, with the other split empty.
 
@@ -134,13 +156,25 @@ def assemble(
       std: A number or one per channel, in units of the stored input; None likewise.
       rule: What the task needs targets to be.
       where: Name of the source, for messages.
+      pad_to: Lengths to which mini-batches are padded; none: all samples are equally long.
+      lengths: [samples] how long each is; None: as lists, or a side input, tell.
 
     Raises:
       DataError: There is no sample, or an argument is not valid.
     """
+    padding = None
+    if pad_to:
+        given = by_name(inputs, INPUT, where), by_name(targets, TARGET, where)
+        inputs, targets, said = stack_all(*given, rule.padding or 0, where)
+        lengths = said if lengths is None else lengths
     examples = _with_targets(make_examples(inputs, targets, where), rule, where)
     if not len(examples):
         raise DataError(f"{where}: there is no sample to {_PURPOSE[part]}: x_{part} is empty")
+    if pad_to:
+        known = None if lengths is None else as_array(lengths, f"{where}: the lengths")
+        examples, padding = find_padding(
+            dataclasses.replace(examples, lengths=known), pad_to, rule.padding, where
+        )
     scaled = mean is not None or std is not None
     channels = examples.x.shape[-1] if examples.x.ndim > 1 else 1
     empty = examples.empty()
@@ -153,6 +187,7 @@ def assemble(
         if scaled
         else None,
         std=_per_channel(1 if std is None else std, channels, f"{where}: std") if scaled else None,
+        padding=padding,
     )
 
 
@@ -253,7 +288,8 @@ def as_array(values: object, what: str) -> Array:
     try:
         return np.asarray(values)
     except (ValueError, TypeError) as error:
-        raise DataError(f"{what} are not an array: {error}") from error
+        hint = "; samples of different lengths need data.pad_to" if isinstance(values, list) else ""
+        raise DataError(f"{what} are not an array: {error}{hint}") from error
 
 
 def _with_targets(examples: Examples, rule: TargetRule, where: str) -> Examples:
@@ -271,7 +307,8 @@ def _with_targets(examples: Examples, rule: TargetRule, where: str) -> Examples:
             f"array: name it y (y_train, y_test), or set task.name to a task of your own"
         )
     try:
-        return Examples(examples.inputs, {TARGET: rule.admit(np.asarray(only), where)})
+        admitted = {TARGET: rule.admit(np.asarray(only), where)}
+        return dataclasses.replace(examples, targets=admitted)
     except StageError as error:
         raise DataError(str(error)) from error
 

@@ -20,7 +20,8 @@ def fingerprint(examples: Examples) -> str:
       examples: Inputs and targets.
     """
     digest = xxhash.xxh3_64()
-    for kind, arrays in (("x", examples.inputs), ("y", examples.targets)):
+    lengths = {} if examples.lengths is None else {"lengths": examples.lengths}
+    for kind, arrays in (("x", examples.inputs), ("y", examples.targets), ("", lengths)):
         for name, one in sorted(arrays.items()):
             digest.update(f"{kind} {name} {one.dtype} {one.shape};".encode())
             stride = max(1, -(-one.nbytes // MOST_BYTES))

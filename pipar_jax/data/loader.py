@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import dataclasses
 import math
 import queue
 import threading
@@ -22,7 +24,7 @@ from pipar_jax.data.augmentation import (
     crop_flip,
 )
 from pipar_jax.data.fingerprint import fingerprint
-from pipar_jax.data.types import Examples, normalise
+from pipar_jax.data.types import Examples, Padding, normalise
 from pipar_jax.errors import DataError, RunError
 from pipar_jax.schedule import actions
 from stages.signature import INPUT
@@ -87,6 +89,7 @@ class Loader:
         mean: NDArray[np.float32] | float | None = None,
         std: NDArray[np.float32] | float | None = None,
         drop_last: bool = False,
+        padding: Padding | None = None,
     ) -> None:
         """Creates the loader of a shard.
 
@@ -102,6 +105,7 @@ class Loader:
             not normalised.
           std: [channels] or a number, the divisor; None likewise.
           drop_last: Whether an incomplete last mini-batch of an epoch is dropped.
+          padding: What mini-batches of samples of different lengths are padded to.
 
         Raises:
           DataError: An epoch has no mini-batch, or crop_flip is asked for what is no image.
@@ -112,6 +116,7 @@ class Loader:
         self._batch_size = batch_size
         self._seed = (seed, device)
         self._augment = augment
+        self._padding = padding
         if augment == CROP_FLIP and examples.x.ndim != 4:
             raise DataError(
                 "data.augment=crop_flip is for images [samples, height, width, channels], and the "
@@ -139,6 +144,19 @@ class Loader:
         """Returns the size of a step's mini-batch without loading it."""
         return actions.batch_samples(self.samples_per_epoch, self._batch_size, step)
 
+    def length(self, step: int) -> int | None:
+        """Returns the length of a step's mini-batch without loading it; None if all are alike."""
+        if self._padding is None:
+            return None
+        lengths = self._examples.lengths
+        assert lengths is not None, "samples of different lengths without their lengths"
+        return self._padding.holding(int(lengths[self._indices[self._places(step)]].max()))
+
+    def steps_by_length(self) -> dict[int, int]:
+        """Returns how many mini-batches of the first epoch are padded to which length."""
+        lengths = (self.length(step) for step in range(self.steps_per_epoch))
+        return dict(collections.Counter(one for one in lengths if one is not None))
+
     def batch(self, step: int) -> Batch:
         """Returns the mini-batch of a step.
 
@@ -148,9 +166,8 @@ class Loader:
         Raises:
           DataError: The user's augmentation failed, or returned other shapes.
         """
-        epoch, within = divmod(step, self.steps_per_epoch)
-        first = within * self._batch_size
-        places = self._shuffled(epoch)[first : first + self._batch_size]
+        epoch = step // self.steps_per_epoch
+        places = self._places(step)
         examples = self._examples.take(self._indices[places])
         inputs = examples.inputs
         if self._augment == CROP_FLIP:
@@ -158,9 +175,20 @@ class Loader:
         elif callable(self._augment):
             inputs = augmented(inputs, self._augment, [(*self._seed, epoch, _AUGMENT_STREAM, place)
                                                        for place in places.tolist()])  # fmt: skip
+        if self._padding is not None:  # what is drawn for a sample depends on no other
+            examples = self._padding.padded(
+                dataclasses.replace(examples, inputs=inputs), self.length(step)
+            )
+            inputs = examples.inputs
         x = normalise(inputs[INPUT], self._mean, self._std)
         sides = {name: one for name, one in inputs.items() if name != INPUT}
         return Batch(x, sides, examples.targets)
+
+    def _places(self, step: int) -> NDArray[np.intp]:
+        """Returns the places in the shard of a step's samples."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        first = within * self._batch_size
+        return self._shuffled(epoch)[first : first + self._batch_size]
 
     def _shuffled(self, epoch: int) -> NDArray[np.intp]:
         if self._order[0] != epoch:

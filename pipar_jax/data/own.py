@@ -13,6 +13,7 @@ import numpy as np
 from comms.arrays import Array
 from comms.errors import explain
 from pipar_jax.config import DataConfig, plugins
+from pipar_jax.config.texts import whole_numbers
 from pipar_jax.data.admission import Part, assemble
 from pipar_jax.data.types import Dataset
 from pipar_jax.errors import DataError
@@ -31,8 +32,9 @@ def load_own(
     ``module:NAME:FUNCTION`` returns contains ``x_train`` and ``y_train`` (on a device) or
     ``x_test`` and ``y_test`` (on the server); side inputs ``x_train.NAME``; further targets
     ``y_train.NAME``; and optionally ``classes`` (else the highest label + 1), ``scale``, and
-    ``mean`` and ``std`` per channel. The files of a folder are memory-mapped: samples are read when
-    they are used. The function is called with the device's index, or None on the server.
+    ``mean`` and ``std`` per channel, and with data.pad_to ``lengths_train``, ``lengths_test``. The
+    files of a folder are memory-mapped: samples are read when they are used. The function is called
+    with the device's index, or None on the server.
 
     With data.normalise=given the input of the network is ``(x / scale - mean) / std``. Without any
     of the three, floats are used unchanged; whole numbers are rejected, since their dtype does not
@@ -60,10 +62,17 @@ def load_own(
             f"{source!r} has no {' and no '.join(missing)}: a device needs x_train and y_train, "
             "the server x_test and y_test (or set data.test_source)"
         )
+    lengths = values.get(f"lengths_{part}")
+    if lengths is not None and not config.pad_to:
+        raise DataError(
+            f"{source!r} has lengths_{part}, which only data.pad_to reads: set it, or leave them "
+            "out"
+        )
     mean, std = _normalisation(values, config, repr(source))
     made = assemble(
         source, part, groups["x"], groups["y"], classes=config.classes or values.get("classes", 0),
-        mean=mean, std=std, rule=rule, where=repr(source),
+        mean=mean, std=std, rule=rule, where=repr(source), pad_to=whole_numbers(config.pad_to),
+        lengths=lengths,
     )  # fmt: skip
     x = (made.train if part == "train" else made.test).x
     scaled = config.scale or values.keys() & {"scale", "std"}
@@ -87,7 +96,8 @@ def _group(values: Mapping[str, Any], name: str, main: str) -> dict[str, Any]:
 
 def _belongs(name: str, part: str) -> bool:
     """Returns whether an array is one of a part, or is about all of them."""
-    return name.partition(".")[0] in (f"x_{part}", f"y_{part}") or name in _ABOUT
+    stem = name.partition(".")[0]
+    return stem in (f"x_{part}", f"y_{part}", f"lengths_{part}") or name in _ABOUT
 
 
 def _normalisation(values: Mapping[str, Any], config: DataConfig, where: str) -> tuple[Any, Any]:

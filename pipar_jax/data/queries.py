@@ -6,22 +6,29 @@ import numpy as np
 
 from comms.arrays import Array
 from pipar_jax.data.admission import as_array, by_name, check_array
+from pipar_jax.data.padding import stack_all
+from pipar_jax.data.types import fitted
 from pipar_jax.errors import DataError
 from stages.signature import INPUT, Signature
 
 
-def make_queries(inputs: object, signature: Signature, stored: str) -> dict[str, Array]:
+def make_queries(
+    inputs: object, signature: Signature, stored: str, longest: int = 0
+) -> dict[str, Array]:
     """Returns inputs to predict by name, [batch, …] each, stored like the training data.
 
     Args:
       inputs: Raw inputs, not normalised, as for training: an array or arrays by name.
       signature: What the model takes.
       stored: Dtype of the run's test input, such as ``uint8`` or ``float32``.
+      longest: To what samples of different lengths are padded; 0: all are equally long.
 
     Raises:
       DataError: There is no sample, an array too many, or shape, dtype or range differs.
     """
     given = by_name(inputs, INPUT, "predict")
+    if longest:
+        given, _, _ = stack_all(given, {}, 0, "predict")
     if unknown := sorted(given.keys() - {INPUT, *signature.sides}):
         known = ", ".join((INPUT, *signature.sides))
         raise DataError(f"predict: the network takes {known}, and got {unknown[0]!r}: leave it out")
@@ -32,6 +39,8 @@ def make_queries(inputs: object, signature: Signature, stored: str) -> dict[str,
         if name not in given:
             raise DataError(f"predict: there is no {name!r}: pass {{'x': …, {name!r}: …}}")
         raw = as_array(given[name], f"predict: {what}")
+        if longest and wanted.shape[:1] == (longest,) and 1 < raw.ndim == len(wanted.shape) + 1:
+            raw = fitted(raw, max(longest, raw.shape[1]), 0)  # one that is too long is refused
         if raw.shape == wanted.shape:
             raise DataError(
                 f"predict: {what} must be {expected}, got one of shape {raw.shape}: write x[None]"

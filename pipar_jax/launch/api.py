@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 from pipar_jax import data as datasets
 from pipar_jax.config import Config
 from pipar_jax.config.plugins import name_of
+from pipar_jax.config.texts import whole_numbers
 from pipar_jax.data import ArrayOrDict, Dataset, Examples
 from pipar_jax.disk.event_log import OnEvent
 from pipar_jax.disk.json_text import JsonObject
@@ -210,10 +211,11 @@ def _admit(config: Config, model: Model | None, data: Sequence[Data] | None) -> 
         )
     else:
         classes, tests = config.data.classes, config.run.evaluate_on != "server"
+        pad_to = whole_numbers(config.data.pad_to)
         own = [
-            datasets.admit(given, "test", host, rule, classes)
+            datasets.admit(given, "test", host, rule, classes, pad_to=pad_to)
             if host == COORDINATOR
-            else datasets.admit_device(given, host, rule, classes, tests=tests)
+            else datasets.admit_device(given, host, rule, classes, tests=tests, pad_to=pad_to)
             for host, given in zip(hosts, data, strict=True)
         ]
     if model is None:

@@ -16,6 +16,7 @@ from pipar_jax.config import Config
 from pipar_jax.config.checkpoints import HOST_STATES, PERSONAL, WEIGHTS
 from pipar_jax.config.plugins import OWN
 from pipar_jax.config.tasks import make_task
+from pipar_jax.config.texts import whole_numbers
 from pipar_jax.data import make_queries, normalise
 from pipar_jax.disk.event_log import read_events, score_of
 from pipar_jax.disk.files import describe_reading
@@ -97,7 +98,8 @@ class Run:
 
         Args:
           inputs: [batch, …] as stored, of the dtype that the run was trained on: images as uint8,
-            or floats scaled like the training data; or arrays by name, ``x`` and side inputs.
+            or floats scaled like the training data; or arrays by name, ``x`` and side inputs. With
+            ``data.pad_to`` they are padded to its longest length, or are lists of sequences.
 
         Raises:
           DataError: There is no sample, or shape, dtype or a value is not valid.
@@ -113,7 +115,8 @@ class Run:
             for name in ("mean", "std")
         )
         signature = self.model.signature
-        given = make_queries(inputs, signature, self.facts["stored"])
+        pad_to = whole_numbers(self.config.data.pad_to)
+        given = make_queries(inputs, signature, self.facts["stored"], max(pad_to, default=0))
         x = normalise(given.pop(INPUT), mean, std)
         sides = {
             name: jnp.asarray(side, signature.sides[name].dtype) for name, side in given.items()

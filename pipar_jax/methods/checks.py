@@ -21,6 +21,7 @@ from pipar_jax.config.plugins import check_args, check_named, check_pairs, is_ow
 from pipar_jax.config.tasks import check_task
 from pipar_jax.data.published import PUBLIC_SOURCES
 from pipar_jax.errors import ConfigError
+from pipar_jax.methods.padding_checks import check_padding
 from pipar_jax.methods.personal_checks import check_personal
 from pipar_jax.methods.privacy_checks import check_privacy
 from pipar_jax.methods.registry import METHODS, Method, node_methods
@@ -51,6 +52,7 @@ def check_registered(
     check_task(config.task, config.stop, config.checkpoint)
     _check_lora(config.lora.match, config.model.name, models)
     _check_data(config.data, config.devices, reads_data=reads_data)
+    check_padding(config, reads_data=reads_data)
     rule = config.aggregation.rule
     check_named(rule, "aggregation.rule", "a rule", RULE_NAMES)
     check_args(config.aggregation.args, "aggregation.args", "aggregation.rule", rule)

@@ -10,21 +10,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from comms import CodecError, Message, Role, Tag, parse_codec
 from comms.arrays import Array, DType
 from comms.wire.frame import array_bytes
+from pipar_jax.runtime.step_lengths import StepLengths
 from pipar_jax.schedule.actions import NO_ATTEMPT, Span, batch_samples, micro_batch_sizes
 from pipar_jax.schedule.host_program import find_beside
 from pipar_jax.schedule.plan import Boundary, Plan, device_name
 from stages import Model
+from stages.lengths import variants
 from stages.signature import TARGET
 
 _BESIDE = (int(Role.LABEL), int(Role.SIDE))
 _ACTIVATION, _COTANGENT = int(Role.ACTIVATION), int(Role.COTANGENT)
+
+
+#: Shape of one sample for each length of the model's samples, the longest last.
+Features: TypeAlias = tuple[tuple[int, ...], ...]
 
 
 class _Beside(NamedTuple):
@@ -34,14 +40,14 @@ class _Beside(NamedTuple):
       role: LABEL or SIDE.
       entry: Index of its name among the model's targets or side inputs.
       name: Its name.
-      features: Shape of one sample.
+      features: Shape of one sample, for each length of the model's samples.
       dtype: Its dtype.
     """
 
     role: Role
     entry: int
     name: str
-    features: tuple[int, ...]
+    features: Features
     dtype: DType
 
     def __str__(self) -> str:
@@ -60,7 +66,7 @@ class _Stream:
     def __init__(
         self,
         boundary: Boundary,
-        features: tuple[int, ...],
+        features: Features,
         dtype: DType,
         codec: str,
         beside: Sequence[_Beside],
@@ -81,9 +87,9 @@ class _Stream:
 
     def nbytes(self, samples: int) -> int:
         """Returns the most bytes of a tensor, before or after its codec."""
-        shape = (samples, *self.features)
+        shape = (samples, *self.features[-1])
         coded = self.codec.encoded_bytes(self.dtype, shape, self.parameter)
-        beside = [samples * array_bytes(one.dtype, one.features) for one in self.beside]
+        beside = [samples * array_bytes(one.dtype, one.features[-1]) for one in self.beside]
         return max(coded, array_bytes(self.dtype, shape), *beside, 0)
 
 
@@ -101,6 +107,7 @@ class Acceptance:
       host: The host's name.
       samples: Samples of each device's epoch.
       batch_size: Samples of a full mini-batch.
+      lengths: To what the host's mini-batches are padded, which is narrowed by what arrives.
     """
 
     def __init__(
@@ -111,7 +118,9 @@ class Acceptance:
         *,
         samples: Sequence[int],
         batch_size: int,
+        lengths: StepLengths,
     ) -> None:
+        self._all_lengths, self._lengths = model.lengths, lengths
         self._classes, self._rule, self._plan = model.classes, model.task.targets, plan
         self._stop = dict.fromkeys(range(len(plan.devices)), 0)
         self._attempt, self._dropped = NO_ATTEMPT, frozenset[int]()
@@ -119,14 +128,15 @@ class Acceptance:
         self._micro_batches = [one.micro_batches for one in plan.devices]
         self._places: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self._streams: dict[tuple[int, int, int], _Stream] = {}
-        shapes = model.shapes(1)
+        shapes = [form.shapes(1) for form in variants(model)]
         for device, one in enumerate(plan.devices):
             chain = [plan.host(device, stage) for stage in range(one.stages)]
             for below, cut in enumerate(one.cuts):
                 if chain[below] == chain[below + 1] or host not in chain[below : below + 2]:
                     continue
                 boundary = plan.boundary(device, below)
-                like = tuple(shapes[cut].shape[1:]), np.dtype(shapes[cut].dtype)
+                features = tuple(tuple(form[cut].shape[1:]) for form in shapes)
+                like = features, np.dtype(shapes[-1][cut].dtype)
                 codecs = one.codecs[below]
                 if chain[below + 1] == host:
                     self._streams[_ACTIVATION, device, below + 1] = _Stream(
@@ -275,24 +285,60 @@ class Acceptance:
     ) -> str | None:
         """Returns what is wrong with a tensor's payload, or None."""
         payload = message.payload
+        features, dtype = (stream.features, stream.dtype) if due is None else due[3:]
+        possible = self._possible(features, payload.shape, tag)
+        odd = not possible or payload.dtype != dtype
+        if odd or (due is not None and payload.codec.name != "raw"):
+            raw = "" if due is None else " in raw"
+            return _odd(tag, payload, f"{dtype}{self._expected(features, tag)}{raw}")
         if due is not None:
-            shape = (tag.samples, *due.features)
-            fits = payload.dtype == due.dtype and payload.shape == shape
-            if not fits or payload.codec.name != "raw":
-                return _odd(tag, payload, f"{due.dtype}{list(shape)} in raw")
             try:
                 array = payload.array
             except CodecError as error:  # a truth value that is neither true nor false
                 return f"a tensor ({tag}): {error}"
             if due.dtype.kind not in "bi" and not np.isfinite(array).all():
                 return f"a tensor ({tag}) with a number that is not finite"
-            return self._odd_target(array, tag, due)
-        shape = (tag.samples, *stream.features)
-        if payload.shape != shape or payload.dtype != stream.dtype:
-            return _odd(tag, payload, f"{stream.dtype}{list(shape)}")
-        if payload.codec is not stream.codec or payload.parameter != stream.parameter:
+            if (reason := self._odd_target(array, tag, due)) is not None:
+                return reason
+        elif payload.codec is not stream.codec or payload.parameter != stream.parameter:
             return _odd(tag, payload, f"codec {stream.codec.name}:{stream.parameter}")
+        self._lengths.note(tag.attempt, tag.device, tag.step, possible)
         return None
+
+    def _possible(self, features: Features, shape: tuple[int, ...], tag: Tag) -> tuple[int, ...]:
+        """Returns the lengths of its step's samples of which a tensor may be; none: it is odd.
+
+        All tensors of a step are of the same: of that of its first, or of the host's own samples.
+        A cotangent is never the first.
+
+        Args:
+          features: What it may be for each length.
+          shape: What it is.
+          tag: What it belongs to.
+        """
+        lengths = self._all_lengths or (0,)
+        known = (
+            self._lengths.possible(tag.attempt, tag.device, tag.step)
+            if self._all_lengths
+            else lengths
+        )
+        if known is None:
+            known = () if tag.role == Role.COTANGENT else lengths
+        return tuple(
+            length
+            for length, one in zip(lengths, features, strict=True)
+            if length in known and shape == (tag.samples, *one)
+        )
+
+    def _expected(self, features: Features, tag: Tag) -> str:
+        """Returns the shapes that a tensor may have, as text."""
+        known = self._lengths.possible(tag.attempt, tag.device, tag.step) or self._all_lengths
+        shapes = {
+            str([tag.samples, *one]): None
+            for length, one in zip(self._all_lengths or (0,), features, strict=True)
+            if not known or length in known
+        }
+        return " or ".join(shapes)
 
     def _odd_target(self, array: Array, tag: Tag, due: _Beside) -> str | None:
         """Returns what is wrong with targets according to the task, or None."""
@@ -309,25 +355,21 @@ class Acceptance:
 def _beside(model: Model, plan: Plan, device: int, below: int) -> tuple[_Beside, ...]:
     """Returns what comes before each activation over a boundary, in order."""
     crossing = find_beside(plan, device, below, [unit.sides for unit in model.units])
-    targets = {TARGET: model.target_shapes(1)} if model.targets is None else model.targets
+    forms = variants(model)
+    targets = [
+        {TARGET: form.target_shapes(2)} if form.targets is None else form.targets for form in forms
+    ]
+    first = 1 if model.targets is None else 0
     found = []
-    for role, known, names, first in (
-        (
-            Role.LABEL,
-            targets,
-            sorted(targets) if crossing.targets else (),
-            1 if model.targets is None else 0,
-        ),
-        (Role.SIDE, model.sides, crossing.sides, 0),
+    for role, known, names, skipped in (
+        (Role.LABEL, targets, sorted(targets[-1]) if crossing.targets else (), first),
+        (Role.SIDE, [form.sides for form in forms], crossing.sides, 0),
     ):
-        order = sorted(known)
+        order = sorted(known[-1])
         for name in names:
-            one = known[name]
-            found.append(
-                _Beside(
-                    role, order.index(name), name, tuple(one.shape[first:]), np.dtype(one.dtype)
-                )
-            )
+            features = tuple(tuple(form[name].shape[skipped:]) for form in known)
+            dtype = np.dtype(known[-1][name].dtype)
+            found.append(_Beside(role, order.index(name), name, features, dtype))
     return tuple(found)
 
 

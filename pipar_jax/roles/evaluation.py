@@ -91,18 +91,18 @@ class Evaluator:
         batch = min(BATCH, len(test))
         totals, outputs = Totals(), []
         for first in range(0, len(test), batch):
-            some = slice(first, first + batch)
-            count = len(test.x[some])
+            count = min(batch, len(test) - first)
             # The last batch is padded, so that only one shape is compiled.
-            filled = np.arange(batch) % count
-            x = self._dataset.normalise(np.asarray(test.x[some]))
+            filled = first + np.arange(batch) % count
+            some = self._dataset.at_full_length(test.take(filled))
+            x = self._dataset.normalise(some.x)
             sides, targets = (
-                {name: computed(one[some][filled], self._dtype) for name, one in arrays.items()}
-                for arrays in ({key: test.sides[key] for key in self._sides}, test.targets)
+                {name: computed(one, self._dtype) for name, one in arrays.items()}
+                for arrays in ({key: some.sides[key] for key in self._sides}, some.targets)
             )
             real = np.arange(batch) < count
             sums, made = self._batch(
-                params, state, computed(x[filled], self._dtype), sides, unwrapped(targets), real
+                params, state, computed(x, self._dtype), sides, unwrapped(targets), real
             )
             pairs = {name: tuple(np.asarray(one).tolist()) for name, one in sums.items()}
             totals = totals.plus(Totals(float(pairs.pop(LOSS)[0]), count, pairs))
@@ -113,7 +113,7 @@ class Evaluator:
     def _of_all(self, outputs: list[Array]) -> dict[str, Array]:
         """Returns the metrics that need all outputs."""
         made: dict[str, Array] = {}
-        targets = unwrapped(self._dataset.test.targets)
+        targets = unwrapped(self._dataset.at_full_length(self._dataset.test).targets)
         for metric in self._task.whole:
             what = f"task {self._task.name!r}: the metric {metric.name!r} failed"
             with plugins.guarded(what, RunError):

@@ -220,7 +220,7 @@ class HostSetup:
         """
         self._members.links.acceptance = Acceptance(
             self._model, plans[-1], COORDINATOR, samples=self.samples,
-            batch_size=self._config.data.batch_size,
+            batch_size=self._config.data.batch_size, lengths=self._host.share.lengths,
         )  # fmt: skip
         for name in self.workers:
             self._admit_bundles(plans, name)

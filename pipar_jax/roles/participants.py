@@ -11,6 +11,7 @@ from pathlib import Path
 from pipar_jax import data as datasets
 from pipar_jax.config import Config, DataConfig, NetworkConfig
 from pipar_jax.config.checkpoints import state_folders
+from pipar_jax.config.texts import whole_numbers
 from pipar_jax.data import Dataset, Loader
 from pipar_jax.data.augmentation import find_augmentation
 from pipar_jax.errors import DiskError, PiparError
@@ -57,7 +58,9 @@ def run_device(
     dataset = (
         datasets.load_device(config, index, rule)
         if data is None
-        else datasets.admit_device(data, name, rule, tests=tested)
+        else datasets.admit_device(
+            data, name, rule, tests=tested, pad_to=whole_numbers(config.data.pad_to)
+        )
     )
     network = fit(config, model, dataset, name)
     personal = PersonalWeights(network, config.seed) if config.aggregation.personal else None
@@ -68,7 +71,7 @@ def run_device(
     keyed = None
     if releases is not None:
         dataset, keyed = releases.protect(dataset)
-    loader = _loader(config.data, config.seed, index, dataset)
+    loader = make_loader(config.data, config.seed, index, dataset)
     if releases is not None:
         releases.expect(loader.samples_per_epoch)
     new = device_join(config, name, loader, network, keyed)
@@ -147,8 +150,18 @@ def run_node(
     _persist(config.network, take_part, stop)
 
 
-def _loader(config: DataConfig, seed: int, index: int, dataset: Dataset) -> Loader:
-    """Returns a device's mini-batches."""
+def make_loader(config: DataConfig, seed: int, index: int, dataset: Dataset) -> Loader:
+    """Returns a device's mini-batches.
+
+    Args:
+      config: The samples' configuration.
+      seed: The run's root seed.
+      index: The device's index.
+      dataset: Its data.
+
+    Raises:
+      DataError: An epoch has no mini-batch, or the augmentation does not fit.
+    """
     return Loader(
         dataset.train,
         None,
@@ -159,6 +172,7 @@ def _loader(config: DataConfig, seed: int, index: int, dataset: Dataset) -> Load
         mean=dataset.mean,
         std=dataset.std,
         drop_last=config.drop_last,
+        padding=dataset.padding,
     )
 
 

@@ -61,7 +61,7 @@ class Rights:
         assert course.plan is not None
         self._acceptance = Acceptance(
             self._model, course.plan, course.seat, samples=course.samples,
-            batch_size=self._batch_size,
+            batch_size=self._batch_size, lengths=self._host.share.lengths,
         )  # fmt: skip
         self.allow_neighbours()
         self.allow(coordinator)

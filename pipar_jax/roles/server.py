@@ -16,6 +16,7 @@ from pipar_jax.config import Config
 from pipar_jax.config.checkpoints import WEIGHTS
 from pipar_jax.config.cohorts import planned
 from pipar_jax.config.tasks import check_scores
+from pipar_jax.config.texts import whole_numbers
 from pipar_jax.data import Dataset
 from pipar_jax.data.fingerprint import fingerprint
 from pipar_jax.disk.event_log import OnEvent
@@ -121,7 +122,9 @@ def _network(
     dataset = (
         datasets.load_server(config, rule)
         if data is None
-        else datasets.admit(data, "test", COORDINATOR, rule)
+        else datasets.admit(
+            data, "test", COORDINATOR, rule, pad_to=whole_numbers(config.data.pad_to)
+        )
     )
     network = fit(config, model, dataset, COORDINATOR)
     check_scores(config.stop, config.checkpoint, network.task)

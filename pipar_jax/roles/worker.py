@@ -105,8 +105,8 @@ class Worker:
             tensors=self._on_tensor, wake=self._wake, lost=self.mail.put, cut=self._note_cut,
             met=self._note_met,
         )  # fmt: skip
-        if model is not None:
-            self._start(model)
+        if model is not None and loader is not None:
+            self._start(model)  # a node is told what samples look like
 
     def listen(self) -> tuple[str, int]:
         """Begins to listen for neighbours; returns the address.

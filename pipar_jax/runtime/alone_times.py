@@ -66,9 +66,20 @@ class AloneTimes:
             )
         )  # fmt: skip
 
-    def duration_s(self, replica: Replica, kind: ActionKind, samples: int) -> float:
-        """Returns the seconds a computation has to last; 0 where no slowness is emulated."""
+    def duration_s(
+        self, replica: Replica, kind: ActionKind, samples: int, length: int | None
+    ) -> float:
+        """Returns the seconds a computation has to last; 0 where no slowness is emulated.
+
+        Args:
+          replica: The stage's weights.
+          kind: The computation.
+          samples: Samples in the micro-batch.
+          length: What they are padded to; None if all samples are equally long.
+        """
         if not self._slowdown.emulated:
             return 0.0
-        size = 0 if kind == UPDATE else samples
-        return self.factor * self._alone_s[Shape(units_of(replica), kind, size)]
+        shape = Shape(units_of(replica), kind, samples, length)
+        if kind == UPDATE:
+            shape = Shape(units_of(replica), kind, 0)
+        return self.factor * self._alone_s[shape]

@@ -17,6 +17,7 @@ from pipar_jax.runtime.memory import Ledger, array_bytes
 from pipar_jax.runtime.metrics import Meter, totals_of
 from pipar_jax.runtime.releases import Releases
 from pipar_jax.runtime.sample_store import Batches, MicroBatchSlice, SampleStore
+from pipar_jax.runtime.step_lengths import StepLengths
 from pipar_jax.runtime.tensor_sender import TensorSender
 from pipar_jax.runtime.transfer import OutgoingTensor, open_parcel
 from pipar_jax.schedule.actions import (
@@ -56,6 +57,7 @@ class Executor:
       duration_s: Least seconds of (action, samples) on this host; 0 for its real duration.
       seed: Root seed of the run.
       dtype: The dtype that samples and scalars are computed in.
+      lengths: Is told to what the device's own mini-batches are padded.
       releases: What a device of a private run may send.
     """
 
@@ -73,6 +75,7 @@ class Executor:
         duration_s: Callable[[Action, int], float],
         seed: int,
         dtype: DTypeLike,
+        lengths: StepLengths,
         releases: Releases | None = None,
     ) -> None:
         self._host, self._program = program.host, program
@@ -82,7 +85,7 @@ class Executor:
         self._schedule: RoundSchedule | None = None
         self._cohort: tuple[int, ...] = ()
         self._arrived: dict[Action, Message] = {}
-        self._samples = SampleStore(program, model, batches, ledger, dtype)
+        self._samples = SampleStore(program, model, batches, ledger, dtype, lengths)
         self._values: dict[Action, jax.Array] = {}
         self._residuals: dict[tuple[int, int, int, int], tuple[PyTree, int]] = {}
         self._sender = TensorSender(link_table, record, ledger)
@@ -99,7 +102,7 @@ class Executor:
           cohort: The device in each place: draws depend on the device and not on its place.
         """
         self._schedule, self._cohort = schedule, cohort
-        self._sender.attempt = attempt
+        self._sender.attempt = self._samples.attempt = attempt
 
     def forget(self, place: int) -> None:
         """Releases everything held for a place, or with ``ALL`` for all places."""

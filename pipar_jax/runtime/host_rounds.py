@@ -121,7 +121,8 @@ class HostRounds:
             share.program, share.replicas, self._link_table,
             model=share.model, batches=self._batches, meter=self._meter,
             record=self._recorder.add, ledger=self._ledger, duration_s=self._duration_s,
-            seed=config.seed, dtype=config.model.weight_dtype, releases=self._releases,
+            seed=config.seed, dtype=config.model.weight_dtype, lengths=share.lengths,
+            releases=self._releases,
         )  # fmt: skip
         schedule = RoundSchedule(plan, (), share.samples, config.data.batch_size)
         self._executor.start(schedule, NO_ATTEMPT, ())
@@ -224,7 +225,8 @@ class HostRounds:
     def _duration_s(self, action: Action, samples: int) -> float:
         """Returns the seconds an action has to last here."""
         replica = self._executor.replica(action.device, action.stage)
-        return self._times.duration_s(replica, action.kind, samples)
+        length = self._share.lengths.of(self._attempt, action.device, action.step)
+        return self._times.duration_s(replica, action.kind, samples, length)
 
     def _report_step(self, place: int, step: int, totals: Totals) -> None:
         loss = totals.loss / totals.samples

@@ -15,7 +15,6 @@ from pipar_jax.config import Config
 from pipar_jax.config.checkpoints import state_folders
 from pipar_jax.data import Dataset
 from pipar_jax.data.fingerprint import fingerprint
-from pipar_jax.data.types import Examples
 from pipar_jax.errors import DataError, RunError
 from pipar_jax.methods.privacy_checks import check_delta
 from pipar_jax.methods.registry import METHODS
@@ -93,7 +92,7 @@ class Releases:
             self.ledger.add_labels(response, epsilon)
             own = self._labels(dataset)
             given = labels.randomised(own, dataset.classes, epsilon, secret, response)
-            train = Examples(dataset.train.inputs, {TARGET: given})
+            train = dataclasses.replace(dataset.train, targets={TARGET: given})
             dataset = dataclasses.replace(dataset, train=train)
         keyed = labels.keyed_fingerprint(secret, known)
         self._data = keyed[:16]

@@ -14,7 +14,8 @@ from comms.arrays import Array
 from pipar_jax.data.loader import Batch
 from pipar_jax.data.types import computed
 from pipar_jax.runtime.memory import Ledger
-from pipar_jax.schedule.actions import ALL, Action
+from pipar_jax.runtime.step_lengths import StepLengths
+from pipar_jax.schedule.actions import ALL, NO_ATTEMPT, Action
 from pipar_jax.schedule.host_program import Beside, HostProgram, find_beside
 from stages import Model
 from stages.signature import TARGET, unwrapped
@@ -70,6 +71,10 @@ class SampleStore:
       batches: The device's data, if this host is a device.
       ledger: Counts the bytes of what arrived.
       dtype: The dtype that numbers with a fraction are computed in.
+      lengths: Is told to what the device's own mini-batches are padded.
+
+    Attributes:
+      attempt: Number of the attempt at the round.
     """
 
     def __init__(
@@ -79,9 +84,10 @@ class SampleStore:
         batches: Batches | None,
         ledger: Ledger,
         dtype: DTypeLike,
+        lengths: StepLengths,
     ) -> None:
         self._program, self._batches, self._ledger = program, batches, ledger
-        self._dtype = np.dtype(dtype)
+        self._dtype, self._lengths, self.attempt = np.dtype(dtype), lengths, NO_ATTEMPT
         self._unit_sides = [unit.sides for unit in model.units]
         self._sides = sorted(model.sides)
         self._targets = sorted(model.targets or (TARGET,))
@@ -186,7 +192,9 @@ class SampleStore:
                 {name: computed(one, self._dtype) for name, one in sides.items()},
                 {name: computed(one, self._dtype) for name, one in targets.items()},
             )
-        return self._mini_batches[key]
+        batch = self._mini_batches[key]
+        self._lengths.note(self.attempt, *key, batch.x.shape[1:2])
+        return batch
 
 
 def _slice(array: Array, part: MicroBatchSlice) -> Array:

@@ -15,6 +15,7 @@ from comms import ChannelOptions, TlsOptions
 from pipar_jax.config import Config, LoraConfig, ModelConfig, NetworkConfig
 from pipar_jax.config.plugins import OWN, read_args
 from pipar_jax.config.tasks import make_task
+from pipar_jax.config.texts import whole_numbers
 from pipar_jax.data import Dataset, check_fits
 from pipar_jax.data.types import computed
 from pipar_jax.runtime.own_model import make_own
@@ -57,11 +58,19 @@ def build_model(config: Config, signature: Signature, model: Model | None = None
       RunError: The user's own network cannot be made.
       StageError: It cannot be trained or cut.
     """
+    from stages.lengths import padded_to  # here: launchers load no jax
+
+    made = _for_task(config, signature, model).receiving(signature.targets)
+    return padded_to(made, whole_numbers(config.data.pad_to))
+
+
+def _for_task(config: Config, signature: Signature, model: Model | None) -> Model:
+    """Returns the configured model for the configured task."""
     if model is not None:
-        return _with_task(config, model).receiving(signature.targets)
+        return _with_task(config, model)
     if config.model.name.startswith(OWN):
         own = make_own(config.model, signature, whole=config.method == "fl")
-        return as_trained(config, own).receiving(signature.targets)
+        return as_trained(config, own)
     with _BUILDING:
         made = _registered(
             dataclasses.astuple(config.model),
@@ -70,7 +79,7 @@ def build_model(config: Config, signature: Signature, model: Model | None = None
             signature.input.shape,
             signature.classes,
         )
-    return _completed(config, made).receiving(signature.targets)
+    return _completed(config, made)
 
 
 @functools.lru_cache(maxsize=1)
@@ -121,7 +130,7 @@ def fit(config: Config, model: Model | None, dataset: Dataset, host: str) -> Mod
     made = build_model(config, dataset.signature(config.model.weight_dtype), model)
     check_fits(dataset, made.signature, host)
     given = dataset.train if len(dataset.train) else dataset.test
-    two = given.take(np.asarray([0, len(given) - 1])).targets
+    two = dataset.at_full_length(given.take(np.asarray([0, len(given) - 1]))).targets
     made.check_alone(
         unwrapped({name: computed(one, config.model.weight_dtype) for name, one in two.items()})
     )

@@ -12,6 +12,7 @@ from pipar_jax.runtime.node_averaging import Averaging
 from pipar_jax.runtime.personal import PersonalWeights
 from pipar_jax.runtime.precompile import compile_plan
 from pipar_jax.runtime.releases import Releases
+from pipar_jax.runtime.step_lengths import StepLengths
 from pipar_jax.runtime.transfer import compile_codecs
 from pipar_jax.runtime.unit_state import Key, UnitState, Wanted
 from pipar_jax.schedule.feasibility import check_executable
@@ -23,6 +24,7 @@ from pipar_jax.training import optimizer
 from pipar_jax.training.compile import Told, compile_all
 from pipar_jax.training.replica import Replica
 from stages import Model, return_memory
+from stages.lengths import variants
 
 
 class Share:
@@ -39,6 +41,7 @@ class Share:
       replicas: The weights here by (place, stage); (ALL, stage) where devices share a copy.
       averaging: Averages what lives together here.
       personal: A device's personal weights, if it has any.
+      lengths: To what the mini-batches here are padded; any thread's.
       fixed_bytes: Bytes of replicas and averages, constant until the plan changes.
 
     Args:
@@ -70,6 +73,7 @@ class Share:
         if releases is not None:
             self._released = functools.partial(releases.stages, model)
         self.seat = device_name(0) if config.cohort.size and is_device(name) else name
+        self.lengths = StepLengths(model.lengths)
         self.samples: tuple[int, ...] = ()
         self.replicas: dict[tuple[int, int], Replica] = {}
         self.fixed_bytes = self.temporary_bytes = 0
@@ -229,7 +233,8 @@ class Share:
             for index, cut in enumerate(device.cuts):
                 ends = {plan.host(place, index), plan.host(place, index + 1)}
                 if self.seat in ends and len(ends) == 2:
-                    shapes = [self.model.shapes(size)[cut] for size in sizes]
+                    forms = variants(self.model)
+                    shapes = [form.shapes(size)[cut] for form in forms for size in sizes]
                     codecs = device.codecs[index]
                     compile_codecs((codecs.activation, codecs.cotangent), shapes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 import statistics
 import time
@@ -15,6 +16,7 @@ import numpy as np
 from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS, UPDATE, ActionKind
 from pipar_jax.training.replica import Replica
 from stages import MicroBatchContext, Model, Stage
+from stages.lengths import variants
 from stages.trees import PyTree
 
 #: Minimum number of runs of each timed function.
@@ -59,11 +61,13 @@ class Shape(NamedTuple):
       units: First and last unit of the stage.
       kind: F, B, L or U.
       samples: Samples in the micro-batch; 0 for an update.
+      length: What they are padded to; None if all samples are equally long, and for an update.
     """
 
     units: tuple[str, str]
     kind: ActionKind
     samples: int
+    length: int | None = None
 
 
 def units_of(replica: Replica) -> tuple[str, str]:
@@ -83,7 +87,7 @@ def run_all(
     least_s: float = 0.0,
     summary: Callable[[list[float]], float] = statistics.median,
 ) -> Mapping[Shape, float]:
-    """Runs every function of every distinct stage at every micro-batch size.
+    """Runs every function of every distinct stage at every micro-batch size and length.
 
     The replicas are unchanged in the end. The first call compiles; later ones time the functions as
     in training: dispatched and awaited, with nothing else running.
@@ -104,12 +108,14 @@ def run_all(
     found: dict[Shape, float] = {}
     distinct = {units_of(one): one for one in replicas}.values()
     wanted = sorted(set(sizes), reverse=True)
-    count = _count(distinct, wanted)
+    forms = variants(model)
+    count = _count(distinct, len(wanted) * len(forms))
     for replica in distinct:
-        for samples in wanted:
+        for variant, samples in itertools.product(forms, wanted):
             between()
-            for kind, run in _functions(model, replica, samples).items():
-                found[Shape(units_of(replica), kind, samples)] = summary(
+            length = variant.input_shape[0] if model.lengths else None
+            for kind, run in _functions(variant, replica, samples).items():
+                found[Shape(units_of(replica), kind, samples, length)] = summary(
                     time_runs(run, repeats, least_s)
                 )
                 told(len(found), count)
@@ -160,7 +166,7 @@ def compile_all(
     between: Callable[[], None] = lambda: None,
     told: Told = _silent,
 ) -> None:
-    """Compiles every function of every distinct stage at every micro-batch size.
+    """Compiles every function of every distinct stage at every micro-batch size and length.
 
     Each runs once, except the optimiser's step, which donates all its arguments: copies of them may
     exceed the host's memory.
@@ -174,11 +180,12 @@ def compile_all(
     """
     distinct = {units_of(one): one for one in replicas}.values()
     wanted = sorted(set(sizes), reverse=True)
-    done, count = 0, _count(distinct, wanted)
+    forms = variants(model)
+    done, count = 0, _count(distinct, len(wanted) * len(forms))
     for replica in distinct:
-        for samples in wanted:
+        for variant, samples in itertools.product(forms, wanted):
             between()
-            for run in _functions(model, replica, samples).values():
+            for run in _functions(variant, replica, samples).values():
                 run()
                 done += 1
                 told(done, count)
@@ -189,9 +196,9 @@ def compile_all(
         told(done, count)
 
 
-def _count(replicas: Collection[Replica], sizes: Collection[int]) -> int:
-    """Returns the number of functions: those of each size, and the optimiser's steps."""
-    return sum((1 if one.stage.is_last else 2) * len(sizes) + 1 for one in replicas)
+def _count(replicas: Collection[Replica], shapes: int) -> int:
+    """Returns the number of functions: those of each shape, and the optimiser's steps."""
+    return sum((1 if one.stage.is_last else 2) * shapes + 1 for one in replicas)
 
 
 def _functions(model: Model, replica: Replica, samples: int) -> Mapping[ActionKind, _Run]:

@@ -61,7 +61,9 @@ def top_hits(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
     return positions_mean((above < k).astype(logits.dtype))
 
 
-def token_loss(logits: jax.Array, tokens: jax.Array, by_token: bool) -> jax.Array:
+def token_loss(
+    logits: jax.Array, tokens: jax.Array, by_token: bool, positions: int = 0
+) -> jax.Array:
     """Returns the cross entropy of each sequence over the positions that count, [samples].
 
     Args:
@@ -70,10 +72,11 @@ def token_loss(logits: jax.Array, tokens: jax.Array, by_token: bool) -> jax.Arra
       by_token: Whether the sum over these positions is divided by the length of the padded
         sequence, so that each token counts the same; otherwise by how many of them there are,
         so that each sequence does.
+      positions: by_token: what the sum is divided by; 0 for the length of the padded sequence.
     """
     total, count = token_sums(logits, tokens)
     if by_token:
-        return total / (tokens.size // tokens.shape[0])
+        return total / (positions or tokens.size // tokens.shape[0])
     return total / jnp.maximum(count, 1)
 
 

@@ -119,7 +119,7 @@ def regression(loss: str = "squared", delta: float = 1.0) -> Task:
     )
 
 
-def language(weighting: str = "sequence") -> Task:
+def language(weighting: str = "sequence", positions: int = 0) -> Task:
     """Language modelling: cross entropy of the token at each position that counts.
 
     Outputs are logits [samples, positions, vocabulary], targets the tokens [samples, positions]
@@ -128,14 +128,20 @@ def language(weighting: str = "sequence") -> Task:
     Args:
       weighting: ``sequence``: a sample's loss is the mean over its positions that count, so that
         sequences count alike; ``token``: their sum over the padded length, so that tokens do.
+      positions: token: what the sum is divided by instead, where padded lengths vary.
     """
     if weighting not in ("sequence", "token"):
         raise StageError(
             f"task 'language': weighting={weighting!r} is not valid: use sequence or token"
         )
+    if type(positions) is not int or positions < 0 or (positions and weighting != "token"):
+        raise StageError(
+            f"task 'language': positions={positions!r} is not valid: use a whole number, and "
+            "weighting=token"
+        )
     return Task(
         "language",
-        _of_losses("token_loss", weighting == "token"),
+        _of_losses("token_loss", weighting == "token", positions),
         (
             Metric("perplexity", _of_losses("token_sums"), False, finish=math.exp),
             Metric("accuracy", _of_losses("token_hits"), share=True),

@@ -28,6 +28,8 @@ class TargetRule:
     counts_classes = False
     #: Whether targets may be a dict of arrays.
     takes_dict = True
+    #: Target of a position that the loss leaves out; None: the loss counts all positions.
+    padding: float | None = None
 
     def admit(self, targets: HostArray, where: str) -> HostArray:
         """Returns targets as they are trained on.
@@ -66,8 +68,15 @@ class TargetRule:
         return None
 
 
+@dataclasses.dataclass(frozen=True)
 class AnyTargets(TargetRule):
-    """Anything: a task of the user's own, whose loss alone knows."""
+    """Anything: a task of the user's own, whose loss alone knows.
+
+    Attributes:
+      padding: Target of a position that the loss leaves out; None: it counts all positions.
+    """
+
+    padding: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +90,11 @@ class ClassTargets(TargetRule):
     masked: bool = False
     counts_classes = True
     takes_dict = False
+
+    @property
+    def padding(self) -> float | None:  # type: ignore[override]
+        """MASKED if it stands for anything."""
+        return MASKED if self.masked else None
 
     def admit(self, targets: HostArray, where: str) -> HostArray:
         """Returns them as int32; a last axis of size 1 behind the samples is dropped."""

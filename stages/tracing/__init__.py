@@ -14,10 +14,11 @@ from stages.model import Model, Obstacle
 from stages.tracing.cutting import FEW, MORE, Cut, find_cuts, place
 from stages.tracing.flat import flatten
 from stages.tracing.flow import Flow
+from stages.tracing.forms import batched
 from stages.tracing.naming import name_units
 from stages.tracing.networks import FunctionNetwork, LinenNetwork, Network, NnxNetwork
 from stages.tracing.owners import assign
-from stages.tracing.traced import Traced, TracedUnit, batched
+from stages.tracing.traced import Traced, TracedUnit
 from stages.trees import PyTree
 
 __all__ = ["trace"]

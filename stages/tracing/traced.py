@@ -5,21 +5,26 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core as jex_core
 from jax.typing import DTypeLike
 
 from stages.errors import StageError
 from stages.micro_batch_context import MicroBatchContext
-from stages.tracing.cutting import Cut, CutTensor, place
+from stages.tracing.cutting import FEW, Cut, place
 from stages.tracing.flat import Flat, flatten
 from stages.tracing.flow import Flow
+from stages.tracing.forms import Form, batched, reshaped
 from stages.tracing.networks import Network
 from stages.trees import Arrays, Atom, Jaxpr
 from stages.unit import Unit
+
+#: An array, abstract or not.
+AnyArray: TypeAlias = jax.Array | jax.ShapeDtypeStruct
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,13 +44,13 @@ class Piece:
 
 
 class Traced:
-    """A network with its cuts, traced once for each number of samples.
+    """A network with its cuts, traced once for each number and length of samples.
 
     Attributes:
       network: The network.
-      inputs: For each input its abstract sample; the first is the input that is cut.
-      cuts: The cuts.
       owners: For each unit the paths of its weights and its state.
+      forms: The network for samples of each length, by the length; the one it was traced with is
+        the first, and the only one unless there are others to expect.
     """
 
     def __init__(
@@ -55,15 +60,72 @@ class Traced:
         cuts: Sequence[Cut],
         owners: Sequence[tuple[tuple[str, ...], tuple[str, ...]]],
     ) -> None:
-        self.network, self.inputs = network, dict(inputs)
-        self.cuts, self.owners = tuple(cuts), tuple(owners)
+        self.network, self.owners = network, tuple(owners)
         main, *_ = inputs.values()
-        first = CutTensor((1, *main.shape), 0, main.dtype)
-        self.boundaries = (first, *(cut.boundary for cut in cuts))
+        self.forms = {main.shape[0] if main.shape else 0: Form.of(inputs, cuts)}
         self._pieces: dict[Any, tuple[Piece, ...]] = {}
 
+    @property
+    def base(self) -> Form:
+        """The form that the network was traced with."""
+        return next(iter(self.forms.values()))
+
+    def expect_lengths(self, lengths: Sequence[int]) -> None:
+        """Traces the network for samples of other lengths; see ``Unit.expect_lengths``."""
+        for length in lengths:
+            if length not in self.forms:
+                self.forms[length] = reshaped(
+                    self.network, self.base, next(iter(self.forms)), length
+                )
+        for index in range(len(self.owners)):
+            self._check_alike(index, lengths)
+
+    def _check_alike(self, index: int, lengths: Sequence[int]) -> None:
+        """Checks that a unit computes the same with all lengths that its inputs do not tell apart.
+
+        Raises:
+          StageError: It does not.
+        """
+        first: dict[Any, tuple[int, str]] = {}
+        for length in lengths:
+            form = self.forms[length]
+            piece = self.pieces(FEW, True, length=length)[index]
+            sides = tuple(form.inputs[name].shape for name in piece.sides)
+            text = str(piece.jaxpr) + "".join(map(_content, piece.consts))
+            other, expected = first.setdefault(
+                (form.boundaries[index].shape, sides), (length, text)
+            )
+            if text != expected:
+                raise StageError(
+                    f"model {self.network.name!r}: behind "
+                    f"{sorted(form.cuts[index - 1].left)[-1]} it computes something else with "
+                    f"sequences of {length} than with {other}, although nothing else crosses the "
+                    "cut: let it count positions by a mask or lengths, and not by the shape"
+                )
+
+    def length_of(self, index: int, x: AnyArray, side: Mapping[str, AnyArray]) -> int | None:
+        """Returns the length of the samples that a unit's inputs are of; None if it is none.
+
+        Args:
+          index: The unit's index.
+          x: What it gets from the unit before it, abstract or not.
+          side: Side inputs by name, abstract or not.
+        """
+        samples = int(x.shape[0])
+        for length, form in self.forms.items():
+            expected = {name: (samples, *one.shape) for name, one in form.inputs.items()}
+            if x.shape == form.boundaries[index].outside(samples).shape and all(
+                tuple(one.shape) == expected[name] for name, one in side.items() if name in expected
+            ):
+                return length
+        return None
+
     def pieces(
-        self, samples: int, train: bool, inverse_dtype: DTypeLike | None = None
+        self,
+        samples: int,
+        train: bool,
+        inverse_dtype: DTypeLike | None = None,
+        length: int | None = None,
     ) -> tuple[Piece, ...]:
         """Returns every unit's equations for a number of samples.
 
@@ -71,28 +133,30 @@ class Traced:
           samples: The number of samples.
           train: Training or inference.
           inverse_dtype: Dtype of ``MicroBatchContext.inverse_batch``.
+          length: Their length; None for that which the network was traced with.
 
         Raises:
           StageError: The network has another structure with this number of samples.
         """
         dtype = jnp.dtype(inverse_dtype or jnp.float32)
-        key = samples, train, dtype if train else None, jnp.result_type(float)
+        form = self.base if length is None else self.forms[length]
+        key = samples, form, train, dtype if train else None, jnp.result_type(float)
         if key not in self._pieces:
-            batch = batched(self.inputs, samples)
+            batch = batched(form.inputs, samples)
             self._pieces[key] = self._cut(
-                Flow(flatten(self.network, batch, train, dtype)), samples, train
+                Flow(flatten(self.network, batch, train, dtype)), form, samples, train
             )
         return self._pieces[key]
 
-    def _cut(self, flow: Flow, samples: int, train: bool) -> tuple[Piece, ...]:
-        positions = place(flow, self.cuts, samples, self.network.name)
+    def _cut(self, flow: Flow, form: Form, samples: int, train: bool) -> tuple[Piece, ...]:
+        positions = place(flow, form.cuts, samples, self.network.name)
         known = [position for position in positions if position is not None]
         if known != sorted(known) or len(known) < len(positions):
             index = positions.index(None) if None in positions else 0
             raise StageError(
                 f"model {self.network.name!r}: with {samples} samples in "
                 f"{'training' if train else 'inference'} it cannot be cut behind "
-                f"{sorted(self.cuts[index].left)[-1]}, although it can with other "
+                f"{sorted(form.cuts[index].left)[-1]}, although it can with other "
                 "numbers: let it compute the same for every number of samples"
             )
         bounds = [0, *known, flow.length + 1]
@@ -136,6 +200,10 @@ class TracedUnit(Unit):
         for field, value in (("traced", traced), ("index", index), ("names", own)):
             object.__setattr__(self, field, value)
 
+    def expect_lengths(self, lengths: Sequence[int]) -> None:
+        """Traces the network for them; see ``Unit.expect_lengths``."""
+        self.traced.expect_lengths(lengths)
+
     def draw(self, seed: int, drawn: dict[Any, Any]) -> tuple[Arrays, Arrays]:
         """Draws the whole network once for all of its units; see ``Unit.draw``."""
         if self.traced not in drawn:
@@ -162,16 +230,12 @@ class TracedUnit(Unit):
         train: bool,
     ) -> tuple[jax.Array, Arrays]:
         """Evaluates the unit's equations; see ``Unit.call``."""
-        boundary = self.traced.boundaries[self.index]
         samples = int(x.shape[0])
-        if x.shape != boundary.outside(samples).shape:
-            raise StageError(
-                f"unit {self.name!r}: got an array {list(x.shape)}, expected "
-                f"{list(boundary.outside(samples).shape)}"
-            )
+        length = self._length(x, side)
+        form = self.traced.forms[length]
         scalars = draw if train else None
         inverse = None if scalars is None else jnp.result_type(scalars.inverse_batch)
-        piece = self.traced.pieces(samples, train, inverse)[self.index]
+        piece = self.traced.pieces(samples, train, inverse, length)[self.index]
         function = jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(piece.jaxpr, piece.consts))
         weights, statistics = self.traced.owners[self.index]
         params = {self.names[path]: array for path, array in params.items()}
@@ -181,10 +245,10 @@ class TracedUnit(Unit):
             *(held[path] for path in statistics),
             *(scalars or ()),
             *(side[name] for name in piece.sides),
-            boundary.enter(x),
+            form.boundaries[self.index].enter(x),
         )
-        if self.index < len(self.traced.cuts):
-            y = self.traced.boundaries[self.index + 1].leave(y)
+        if self.index < len(form.cuts):
+            y = form.boundaries[self.index + 1].leave(y)
         if not train:
             return y, state
         left = dict(zip(statistics, after, strict=True))
@@ -194,21 +258,37 @@ class TracedUnit(Unit):
         self, model: str, x: jax.ShapeDtypeStruct, side: Mapping[str, jax.ShapeDtypeStruct]
     ) -> jax.ShapeDtypeStruct:
         """Reads the shape from the trace; see ``Unit.infer``."""
-        samples = int(x.shape[0])
-        if self.index < len(self.traced.cuts):
-            return self.traced.boundaries[self.index + 1].outside(samples)
-        aval = self.traced.pieces(samples, train=False)[self.index].jaxpr.outvars[0].aval
+        samples, length = int(x.shape[0]), self._length(x, side)
+        form = self.traced.forms[length]
+        if self.index < len(form.cuts):
+            return form.boundaries[self.index + 1].outside(samples)
+        pieces = self.traced.pieces(samples, train=False, length=length)
+        aval = pieces[self.index].jaxpr.outvars[0].aval
         return jax.ShapeDtypeStruct(aval.shape, aval.dtype)  # type: ignore[no-untyped-call]
 
+    def _length(self, x: AnyArray, side: Mapping[str, AnyArray]) -> int:
+        """Returns the length of the samples that the unit's inputs are of.
 
-def batched(
-    inputs: Mapping[str, jax.ShapeDtypeStruct], samples: int
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns abstract batches of abstract samples."""
-    return {
-        name: jax.ShapeDtypeStruct((samples, *array.shape), array.dtype)  # type: ignore
-        for name, array in inputs.items()
-    }
+        Raises:
+          StageError: They are of none that is expected.
+        """
+        own = {name: side[name] for name in self.sides if name in side}
+        length = self.traced.length_of(self.index, x, own)
+        if length is None:
+            expected = self.traced.base.boundaries[self.index].outside(int(x.shape[0])).shape
+            sides = "".join(f", {name} {list(one.shape)}" for name, one in own.items())
+            raise StageError(
+                f"unit {self.name!r}: got an array {list(x.shape)}{sides}, expected "
+                f"{list(expected)}"
+            )
+        return length
+
+
+def _content(const: jax.Array) -> str:
+    """Returns the values of a constant as text."""
+    if jnp.issubdtype(const.dtype, jax.dtypes.prng_key):
+        const = jax.random.key_data(const)
+    return str(np.asarray(const).tolist())
 
 
 def _piece(

@@ -45,6 +45,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "cohort.script": ("/no/such.jsonl", "a\0b", "~nobody-of-this-name"),
     "data.source": ("digit", "npz:", "module:x", "npz:~nobody-of-this-name/x", "npz:a\0b"),
     "data.augment": ("", "crop", "module:x"),
+    "data.pad_to": ("x", "0,4", "64,32", "8,8", "8", "9" * 5000, "²"),
     "task.name": ("", "clasification", "module:x"),
     "task.args": ("'", "nosuch=1", "top_k"),
     "task.metrics": ("nosuch", "f1,x"),
@@ -225,6 +226,12 @@ RULES: list[tuple[str, Config]] = [
     ("server.platform", changed(server__platform="tpu")),
     ("devices.1.platform", changed(devices__overrides={1: {"platform": "tpu"}})),
     ("nodes.defaults.platform", changed(**CHAIN, nodes__defaults__platform="tpu")),
+    ("data.pad_to", changed(data__source="module:json:loads", data__pad_to="2,4",
+                            data__augment="crop_flip")),
+    ("add positions=4", changed(data__source="module:json:loads", data__pad_to="2,4",
+                                task__name="language", task__args="weighting=token")),
+    ("cannot be combined with privacy", changed(
+        data__source="module:json:loads", data__pad_to="2,4", privacy__epsilon=1.0)),
     ("data.source", changed(data__source="module:no_such_module_here:f")),
     ("devices.defaults.data_source", changed(
         data__source="module:json:loads", devices__defaults__data_source="module:no_such.a:f")),

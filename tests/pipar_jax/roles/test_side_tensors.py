@@ -14,8 +14,10 @@ from comms import Role, Tag
 from pipar_jax.methods.registry import plan_for
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.roles.acceptance import Acceptance
+from pipar_jax.runtime.step_lengths import StepLengths
 from pipar_jax.schedule.actions import Span
 from pipar_jax.schedule.plan import COORDINATOR
+from stages.lengths import padded_to
 from stages.signature import ArrayType
 from tests.pipar_jax.roles import fakes
 from tests.pipar_jax.runtime import support
@@ -46,7 +48,7 @@ def accepted(model):
     config.pipeline.cut = config.pipeline.micro_batches = 1
     made = Acceptance(
         model, plan_for(resolve(config), model.unit_names), COORDINATOR, samples=SAMPLES,
-        batch_size=BATCH,
+        batch_size=BATCH, lengths=StepLengths(model.lengths),
     )  # fmt: skip
     made.open([Span(0, 0, 2)], ATTEMPT, SAMPLES)
     return made
@@ -124,3 +126,64 @@ def test_a_codec_or_an_entry_that_does_not_exist_is_refused(accepted):
     assert "in raw" in objection(accepted, tag, array, "bfloat16")
     # The largest of them bounds what a link takes at a time.
     assert accepted.tensor_bytes("d0") >= 3 * 4 * 4
+
+
+LENGTHS = (2, 4)
+
+
+@pytest.fixture
+def varied(model):
+    """What a node takes in the middle of a chain, of samples that are padded to two lengths."""
+
+    def run(params, x, mask):
+        y = jnp.tanh(x * params["a"]["scale"])
+        z = jnp.tanh(y * params["b"]["scale"])
+        return (z * mask * params["c"]["scale"])[..., None]
+
+    example = {"": np.ones((1, 4), np.float32), "mask": np.ones((1, 4), bool)}
+    params = {name: {"scale": jnp.ones(())} for name in "abc"}
+    task = stages.make_task("language")
+    tokens = {"y": ArrayType((4,), "int32")}
+    made = stages.trace(run, example, params=params).for_task(task).receiving(tokens)
+    network = padded_to(made, LENGTHS)
+    config = support.config("/nowhere", SAMPLES, dtype="float32", batch=BATCH, method="mpsl")
+    config.nodes.count, config.pipeline.cuts, config.pipeline.micro_batches = 1, "1,2", 1
+    plan = plan_for(resolve(config), network.unit_names)
+    acceptance = Acceptance(
+        network, plan, "n1", samples=SAMPLES, batch_size=BATCH, lengths=StepLengths(LENGTHS)
+    )
+    acceptance.open([Span(0, 0, 2)], ATTEMPT, SAMPLES)
+    return acceptance
+
+
+def made_of(role, length, step=0):
+    """A tensor of a sample's length: a mask, what it lets through, or the cotangent of that."""
+    tag = dataclasses.replace(tensors(step)[-1][0], role=role)
+    return tag, np.ones((3, length), bool if role == Role.SIDE else np.float32)
+
+
+MASK, UP, DOWN = Role.SIDE, Role.ACTIVATION, Role.COTANGENT
+
+
+def test_each_step_may_have_another_length(varied):
+    for step, length in enumerate((4, 2)):
+        for role in (MASK, UP, DOWN):
+            assert objection(varied, *made_of(role, length, step)) is None
+
+
+@pytest.mark.parametrize(
+    ("before", "lie", "says"),
+    [
+        ([], (MASK, 3), r"expected bool\[3, 2\] or \[3, 4\] in raw"),
+        ([], (DOWN, 4), r"expected float32"),  # before what it is the cotangent of
+        ([(MASK, 2)], (UP, 4), r"expected float32\[3, 2\]$"),
+        ([(MASK, 2), (UP, 2)], (DOWN, 4), r"expected float32\[3, 2\]$"),
+        ([(MASK, 4), (UP, 4), (DOWN, 4)], (MASK, 3, 1), r"expected bool\[3, 2\] or \[3, 4\]"),
+    ],
+)
+def test_a_tensor_of_another_length_than_its_step_is_refused(varied, before, lie, says):
+    for one in before:
+        assert objection(varied, *made_of(*one)) is None
+    found = objection(varied, *made_of(*lie))
+    assert found is not None
+    assert re.search(says, found), found

@@ -36,7 +36,7 @@ def test_units_are_named_by_their_modules_and_positions_that_are_no_cut_explaine
 def test_what_crosses_begins_with_the_batch_even_where_the_network_is_time_major():
     model = stages.trace(networks.Lstm, jnp.ones((1, 5), jnp.int32))
     assert [one.shape for one in model.shapes(6)] == [(6, 5), (6, 5, 3), (6, 5, 4), (6, 4), (6, 3)]
-    assert model.units[0].traced.boundaries[2].inside(6).shape == (5, 6, 4)
+    assert model.units[0].traced.base.boundaries[2].inside(6).shape == (5, 6, 4)
 
 
 def test_an_axis_may_hold_several_rows_of_a_sample():
