@@ -15,7 +15,7 @@ from stages.tracing.networks import Network
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Form:
+class TracedForm:
     """A network's inputs and cuts for samples of a length.
 
     Attributes:
@@ -29,14 +29,14 @@ class Form:
     boundaries: tuple[CutTensor, ...]
 
     @classmethod
-    def of(cls, inputs: Mapping[str, jax.ShapeDtypeStruct], cuts: Sequence[Cut]) -> Form:
+    def of(cls, inputs: Mapping[str, jax.ShapeDtypeStruct], cuts: Sequence[Cut]) -> TracedForm:
         """Returns the form of inputs and cuts."""
         main, *_ = inputs.values()
         first = CutTensor((1, *main.shape), 0, main.dtype)
         return cls(dict(inputs), tuple(cuts), (first, *(cut.boundary for cut in cuts)))
 
 
-def reshaped(network: Network, base: Form, longest: int, length: int) -> Form:
+def reshaped(network: Network, base: TracedForm, longest: int, length: int) -> TracedForm:
     """Returns a network's inputs and cuts for samples of another length.
 
     Args:
@@ -73,7 +73,7 @@ def reshaped(network: Network, base: Form, longest: int, length: int) -> Form:
         shape[cut.boundary.axis] //= FEW
         boundary = dataclasses.replace(cut.boundary, shape=tuple(shape))
         cuts.append(dataclasses.replace(cut, boundary=boundary))
-    return Form.of(inputs, cuts)
+    return TracedForm.of(inputs, cuts)
 
 
 def batched(

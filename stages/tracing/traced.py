@@ -18,7 +18,7 @@ from stages.micro_batch_context import MicroBatchContext
 from stages.tracing.cutting import FEW, Cut, place
 from stages.tracing.flat import Flat, flatten
 from stages.tracing.flow import Flow
-from stages.tracing.forms import Form, batched, reshaped
+from stages.tracing.forms import TracedForm, batched, reshaped
 from stages.tracing.networks import Network
 from stages.trees import Arrays, Atom, Jaxpr
 from stages.unit import Unit
@@ -62,11 +62,11 @@ class Traced:
     ) -> None:
         self.network, self.owners = network, tuple(owners)
         main, *_ = inputs.values()
-        self.forms = {main.shape[0] if main.shape else 0: Form.of(inputs, cuts)}
+        self.forms = {main.shape[0] if main.shape else 0: TracedForm.of(inputs, cuts)}
         self._pieces: dict[Any, tuple[Piece, ...]] = {}
 
     @property
-    def base(self) -> Form:
+    def base(self) -> TracedForm:
         """The form that the network was traced with."""
         return next(iter(self.forms.values()))
 
@@ -148,7 +148,7 @@ class Traced:
             )
         return self._pieces[key]
 
-    def _cut(self, flow: Flow, form: Form, samples: int, train: bool) -> tuple[Piece, ...]:
+    def _cut(self, flow: Flow, form: TracedForm, samples: int, train: bool) -> tuple[Piece, ...]:
         positions = place(flow, form.cuts, samples, self.network.name)
         known = [position for position in positions if position is not None]
         if known != sorted(known) or len(known) < len(positions):

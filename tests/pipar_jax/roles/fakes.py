@@ -12,6 +12,7 @@ import numpy as np
 
 from comms import LinkStats, PeerClosed, Role, Tag, parse_codec
 from comms.link.message import Message, Payload
+from pipar_jax.runtime.step_lengths import StepLengths
 from pipar_jax.schedule.trace import Timed
 
 
@@ -67,6 +68,7 @@ class Host:
         self.recorder = SimpleNamespace(add=self.note, take=lambda: ([], 0.0))
         self.observer = SimpleNamespace(take=lambda: [])
         self.tensors: list[Message] = []
+        self.share = SimpleNamespace(lengths=StepLengths(()))
 
     def note(self, row: Timed) -> None:
         assert isinstance(row, Timed)

@@ -32,6 +32,7 @@ from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.peer_links import PeerLinks
 from pipar_jax.roles.replies import Reply
 from pipar_jax.runtime import exchanges, trace_rows
+from pipar_jax.runtime.step_lengths import StepLengths
 from pipar_jax.schedule.actions import Span
 from pipar_jax.schedule.plan import COORDINATOR, Boundary, long_name
 from stages.signature import Signature
@@ -82,7 +83,10 @@ def holdings(method):
 
 
 def acceptance(method, host):
-    made = Acceptance(network(), plan(method), host, samples=SAMPLES, batch_size=BATCH)
+    made = Acceptance(
+        network(), plan(method), host, samples=SAMPLES, batch_size=BATCH,
+        lengths=StepLengths(()),
+    )  # fmt: skip
     made.open([Span(device, 0, steps) for device, steps in enumerate(STEPS)], ATTEMPT, SAMPLES)
     return made
 

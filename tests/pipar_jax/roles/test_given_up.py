@@ -12,6 +12,7 @@ from pipar_jax.methods.registry import hosts_of
 from pipar_jax.protocol import messages
 from pipar_jax.roles.acceptance import Acceptance
 from pipar_jax.roles.course import Course
+from pipar_jax.runtime.step_lengths import StepLengths
 from pipar_jax.schedule.actions import Span
 from pipar_jax.schedule.plan import COORDINATOR
 from tests.pipar_jax.roles import fakes
@@ -36,7 +37,10 @@ def tensors(place, attempt, step=0):
 
 
 def server():
-    made = Acceptance(network(), plan("pipar"), COORDINATOR, samples=SAMPLES, batch_size=BATCH)
+    made = Acceptance(
+        network(), plan("pipar"), COORDINATOR, samples=SAMPLES, batch_size=BATCH,
+        lengths=StepLengths(()),
+    )  # fmt: skip
     made.open(SPANS, 4, SAMPLES)
     return made
 
