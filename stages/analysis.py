@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from stages.micro_batch_context import make_draw
 from stages.model import Model
@@ -131,7 +132,7 @@ def _facts(model: Model, stage: Stage, start: int, stop: int, x: PyTree, batch: 
         output_bytes=_bytes(y),
         residual_bytes=_kept_bytes(kept),
         forward_flops=_flops(forward.lower(params, state, x, draw, side, fixed)),
-        backward_flops=_flops(backward.lower(params, kept, y, params, fixed)),
+        backward_flops=_flops(backward.lower(params, kept, y, params, np.bool_(False), fixed)),
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from stages.accumulation import Fresh, add
 from stages.micro_batch_context import MicroBatchContext
 from stages.residuals import KeptInputs, Residuals
 from stages.trees import PyTree, Variables
@@ -191,7 +192,8 @@ def backward(
     params: Variables,
     residuals: Residuals,
     cotangent: jax.Array,
-    accumulated: Variables,
+    accumulated: Variables | None,
+    fresh: Fresh,
     fixed: Variables,
 ) -> tuple[jax.Array, Variables]:
     """Traced body of the backward pass of a first stage: DP-SGD on its weights.
@@ -223,7 +225,7 @@ def backward(
     clip = release.gradient_clip * draw.inverse_batch
     total, within, sent = _sum_of_clipped(gradient, (x, side, cotangent), clip, params)
     above = _above(sent, within, jnp.asarray(True))
-    return above, jax.tree.map(jnp.add, accumulated, total)
+    return above, add(accumulated, total, fresh)
 
 
 def loss(
@@ -236,7 +238,8 @@ def loss(
     x: PyTree,
     labels: PyTree,
     draw: MicroBatchContext,
-    accumulated: Variables,
+    accumulated: Variables | None,
+    fresh: Fresh,
     side: PyTree,
     fixed: Variables,
 ) -> tuple[PyTree, jax.Array | None, Variables, Variables]:
@@ -264,7 +267,7 @@ def loss(
     if cotangent is not None:
         cotangent = release.release_cotangent(cotangent, draw)
     metrics = {**metrics, CLIPPED: _above(jnp.asarray(True), within, sent)}
-    return metrics, cotangent, jax.tree.map(jnp.add, accumulated, total), state
+    return metrics, cotangent, add(accumulated, total, fresh), state
 
 
 def _above(*within: jax.Array) -> jax.Array:

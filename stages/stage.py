@@ -90,6 +90,8 @@ class Stage:
         residuals: Residuals,
         cotangent: jax.Array,
         accumulated: Variables | None,
+        *,
+        fresh: bool = False,
     ) -> tuple[jax.Array, Variables]:
         """Runs the units backward.
 
@@ -99,13 +101,14 @@ class Stage:
           cotangent: Gradient of the loss in the activation, same shape and dtype.
           accumulated: Gradients accumulated so far, donated; None where there are none yet, which
             is another program: for steps of one micro-batch.
+          fresh: Whether ``accumulated`` is of another mini-batch, and is replaced.
 
         Returns:
           The input's cotangent [micro-batch, …] (for the first stage a scalar without meaning,
           ready when the gradients are) and the accumulated gradients.
         """
         result: tuple[jax.Array, Variables] = self.programs.backward(
-            params, residuals, cotangent, accumulated, self.fixed
+            params, residuals, cotangent, accumulated, np.bool_(fresh), self.fixed
         )
         return result
 
@@ -118,6 +121,8 @@ class Stage:
         draw: MicroBatchContext,
         accumulated: Variables | None,
         side: Side = NO_SIDE,
+        *,
+        fresh: bool = False,
     ) -> tuple[Metrics, jax.Array | None, Variables, Variables]:
         """Runs the last stage forward, the loss of the model's task, and backward, in one call.
 
@@ -130,6 +135,7 @@ class Stage:
           accumulated: Gradients accumulated so far, donated; None where there are none yet, which
             is another program: for steps of one micro-batch.
           side: Side inputs by name, those of ``sides`` at least.
+          fresh: Whether ``accumulated`` is of another mini-batch, and is replaced.
 
         Returns:
           Metrics ("loss": the sum of the samples' losses, a float scalar; and for each metric of
@@ -137,8 +143,9 @@ class Stage:
           (None where the stage is also the first), the accumulated gradients, the new batch
           statistics.
         """
+        taken, new = self._taken(side), np.bool_(fresh)
         result: tuple[Metrics, jax.Array | None, Variables, Variables] = self.programs.loss(
-            params, state, x, targets, draw, accumulated, self._taken(side), self.fixed
+            params, state, x, targets, draw, accumulated, new, taken, self.fixed
         )
         return result
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from stages import release as private
+from stages.accumulation import Fresh, add
 from stages.layers.reformulation import reformulated
 from stages.micro_batch_context import MicroBatchContext
 from stages.model import Model
@@ -95,14 +96,6 @@ def _run(
     return x, after
 
 
-def _add(accumulated: Variables | None, gradient: Variables) -> Variables:
-    """Adds a micro-batch's gradient; micro-batches are added in order of their index."""
-    if accumulated is None:
-        return gradient
-    total: Variables = jax.tree.map(jnp.add, accumulated, gradient)
-    return total
-
-
 def _private_programs(
     plain: Programs,
     train: Callable[..., Any],
@@ -169,6 +162,7 @@ def _backward(
     residuals: Residuals,
     cotangent: PyTree,
     accumulated: Variables | None,
+    fresh: Fresh,
     fixed: Variables = _NOTHING,
 ) -> tuple[jax.Array, Variables]:
     """Traced body of ``Stage.backward``."""
@@ -177,7 +171,7 @@ def _backward(
         # The samples need no cotangent, but a caller has to be able to wait for this computation
         # without holding the accumulator, which the next computation donates.
         x_cotangent = jnp.zeros((), jnp.int32)
-    return x_cotangent, _add(accumulated, gradient)
+    return x_cotangent, add(accumulated, gradient, fresh)
 
 
 def _loss(
@@ -190,6 +184,7 @@ def _loss(
     targets: PyTree,
     draw: MicroBatchContext,
     accumulated: Variables | None,
+    fresh: Fresh,
     side: Side = NO_SIDE,
     fixed: Variables = _NOTHING,
 ) -> tuple[Metrics, jax.Array | None, Variables, Variables]:
@@ -203,4 +198,4 @@ def _loss(
     differentiated = (0,) if is_first else (0, 1)
     gradients, (metrics, after) = jax.grad(mean_loss, differentiated, has_aux=True)(params, x)
     x_cotangent = None if is_first else gradients[1]
-    return metrics, x_cotangent, _add(accumulated, gradients[0]), after
+    return metrics, x_cotangent, add(accumulated, gradients[0], fresh), after

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from stages.trees import OptState, PyTree, Variables
@@ -20,41 +19,22 @@ class Update:
     """The compiled optimiser step of a mini-batch; see ``make_update``."""
 
     def __init__(self, step: _Step, keeps: Keeps) -> None:
-        """Prepares both forms of the step; they are compiled when they are first used."""
-
-        def clearing(
-            params: Variables, opt_state: OptState, accumulated: Variables
-        ) -> tuple[Variables, OptState, Variables]:
-            made = step(params, opt_state, accumulated)
-            return *made, jax.tree.map(jnp.zeros_like, accumulated)
-
-        donated = _DONATED[keeps]
-        self._clearing = jax.jit(clearing, donate_argnums=(*donated, 2))
-        self._single = jax.jit(step, donate_argnums=donated)
+        """Prepares the step, which is compiled when it is first used."""
+        self._step = jax.jit(step, donate_argnums=_DONATED[keeps])
 
     def __call__(
-        self, params: Variables, opt_state: OptState, accumulated: Variables
-    ) -> tuple[Variables, OptState, Variables]:
-        """Returns the new weights, the new optimiser state, and the accumulator, all zero."""
-        result: tuple[Variables, OptState, Variables] = self._clearing(
-            params, opt_state, accumulated
-        )
-        return result
-
-    def single(
         self, params: Variables, opt_state: OptState, gradient: Variables
     ) -> tuple[Variables, OptState]:
-        """Returns the new weights and optimiser state of a step of one micro-batch.
+        """Returns the new weights and the new optimiser state.
 
-        The gradient is not donated, and there is no accumulator: see ``Stage.backward``.
+        The gradient is not donated: its arrays may be the next step's accumulator.
         """
-        result: tuple[Variables, OptState] = self._single(params, opt_state, gradient)
+        result: tuple[Variables, OptState] = self._step(params, opt_state, gradient)
         return result
 
-    def lower(self, params: Any, opt_state: Any, gradient: Any, *, single: bool = False) -> Any:
-        """Lowers one of the forms for abstract arguments, as ``jax.stages.Lowered``."""
-        chosen = self._single if single else self._clearing
-        return chosen.lower(params, opt_state, gradient)
+    def lower(self, params: Any, opt_state: Any, gradient: Any) -> Any:
+        """Lowers the step for abstract arguments, as ``jax.stages.Lowered``."""
+        return self._step.lower(params, opt_state, gradient)
 
 
 class Joint(optax.GradientTransformation):  # type: ignore[misc]  # optax is untyped
@@ -88,15 +68,14 @@ def make_update(*parts: optax.GradientTransformation, keeps: Keeps = "") -> Upda
       keeps: What stays usable as it was before the step: the state, or the weights as well.
 
     Returns:
-      update(params, opt_state, accumulated) -> (params, opt_state, zeroed accumulator); all
-      three arguments are donated, but what ``keeps`` names. The state of each unit is that
-      of ``optax.chain(*parts)``.
+      update(params, opt_state, gradient) -> (params, opt_state), which are donated, but what
+      ``keeps`` names. The state of each unit is that of ``optax.chain(*parts)``.
     """
 
     def step(
-        params: Variables, opt_state: OptState, accumulated: Variables
+        params: Variables, opt_state: OptState, gradient: Variables
     ) -> tuple[Variables, OptState]:
-        updates: Variables = dict(accumulated)
+        updates: Variables = dict(gradient)
         states: dict[str, list[PyTree]] = {unit: list(opt_state[unit]) for unit in params}
         for i, part in enumerate(parts):
             if isinstance(part, Joint):

@@ -91,7 +91,7 @@ def tensors_of(
     held = [stages.select(part, params) for part in parts]
     stats = [stages.select(part, state) for part in parts]
     opts = [stages.init_opt_state(own, tx) for own in held]
-    sums = [part.zeros(own) for part, own in zip(parts, held, strict=True)]
+    gradients: list[Any] = [None] * len(parts)
     found: dict[str, Array] = {}
     for at in range(0, len(images) - batch + 1, batch):
         h = jax.device_put(images[at : at + batch])
@@ -100,15 +100,15 @@ def tensors_of(
             h, residuals, stats[i] = parts[i].forward(held[i], stats[i], h, draw)
             kept.append(residuals)
             found[f"cut {cut} activation"] = np.array(h)
-        _, cotangent, sums[-1], stats[-1] = parts[-1].loss(
-            held[-1], stats[-1], h, jax.device_put(labels[at : at + batch]), draw, sums[-1]
+        _, cotangent, gradients[-1], stats[-1] = parts[-1].loss(
+            held[-1], stats[-1], h, jax.device_put(labels[at : at + batch]), draw, None
         )
         for i in reversed(range(len(cuts))):
             found[f"cut {cuts[i]} cotangent"] = np.array(cotangent)
             assert cotangent is not None  # only the first stage has no cotangent
-            cotangent, sums[i] = parts[i].backward(held[i], kept.pop(), cotangent, sums[i])
+            cotangent, gradients[i] = parts[i].backward(held[i], kept.pop(), cotangent, None)
         for i in range(len(parts)):
-            held[i], opts[i], sums[i] = update(held[i], opts[i], sums[i])
+            held[i], opts[i] = update(held[i], opts[i], gradients[i])
     return found
 
 

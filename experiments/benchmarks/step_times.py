@@ -72,7 +72,7 @@ def prepare_jax(
             assert cotangent is not None  # only the first stage has no cotangent
             cotangent, gradients[i] = parts[i].backward(held[i], kept.pop(), cotangent, None)
         for i in range(len(parts)):
-            held[i], opts[i] = update.single(held[i], opts[i], gradients[i])
+            held[i], opts[i] = update(held[i], opts[i], gradients[i])
         jax.block_until_ready((held, stats))  # type: ignore[no-untyped-call]
 
     began = time.perf_counter()

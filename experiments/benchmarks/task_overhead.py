@@ -68,9 +68,7 @@ class Training:
             )
             _, below = self._first.backward(self.params[0], residuals, cotangent, None)
             for i, own in enumerate((below, gradient)):
-                self.params[i], self._opt[i] = self._update.single(
-                    self.params[i], self._opt[i], own
-                )
+                self.params[i], self._opt[i] = self._update(self.params[i], self._opt[i], own)
             losses.append(loss)
             hits.append(right)
             samples += len(labels)

@@ -278,13 +278,14 @@ def temporary_bytes(model: Model, replicas: Iterable[Replica], sizes: Iterable[i
             sides = stage.side_shapes(model, size)
             if stage.is_last:
                 targets = model.target_shapes(size)
-                lowered.append(
-                    stage.programs.loss.lower(params, state, x, targets, draw, before, sides, fixed)
-                )
+                args = params, state, x, targets, draw, before, np.bool_(False), sides, fixed
+                lowered.append(stage.programs.loss.lower(*args))
                 continue
             y, residuals = stage.forward_shapes(params, state, x, draw, sides)
             lowered.append(stage.programs.forward.lower(params, state, x, draw, sides, fixed))
-            lowered.append(stage.programs.backward.lower(params, residuals, y, before, fixed))
+            lowered.append(
+                stage.programs.backward.lower(params, residuals, y, before, np.bool_(False), fixed)
+            )
         for one in lowered:
             analysis = one.compile().memory_analysis()
             most = max(most, getattr(analysis, "temp_size_in_bytes", 0))

@@ -209,8 +209,8 @@ def _functions(model: Model, replica: Replica, samples: int) -> Mapping[ActionKi
     sides = {name: ones(one) for name, one in stage.side_shapes(model, samples).items()}
     above = shapes[model.unit_names.index(last) + 1]
     draw = trial_draw(model, stage, samples)
-    # Each run passes its accumulator to the next, which donates it: that of the replica, which is
-    # zero between steps and is zeroed again in the end. Steps of one micro-batch have none.
+    # Each run passes its accumulator to the next, which donates it: that of the replica, which the
+    # next step overwrites. Steps of one micro-batch have none.
     held: dict[str, PyTree] = {}
 
     def run_last() -> float:
@@ -266,6 +266,7 @@ def _update(replica: Replica) -> _Run:
             copy.accumulated = jax.block_until_ready(  # type: ignore[no-untyped-call]
                 copy.stage.zeros(copy.params)
             )
+        copy.fresh = False
         return _timed(copy.update)[0]
 
     return run

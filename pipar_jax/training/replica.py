@@ -46,6 +46,7 @@ class Replica:
       opt_state: Optimiser state by unit.
       accumulated: Gradient of the mini-batch so far, by unit; None before the first micro-batch
         of a step that has one only.
+      fresh: Whether no micro-batch of the step is in it yet: what it holds is of another step.
       step: With Keep.STEP, the step that comes next.
     """
 
@@ -73,7 +74,7 @@ class Replica:
         self.load(params, state)
         init = compiled.transformation.init
         self.opt_state: OptState = {unit: init(w) for unit, w in self.params.items()}
-        self._single = False
+        self._single, self.fresh = False, True
         self.accumulated: Variables | None = stage.zeros(self.params)
         self._compiled, self._keeps = compiled, keeps
         self._each_step = Keep.STEP in keeps
@@ -132,15 +133,11 @@ class Replica:
 
     @property
     def single(self) -> bool:
-        """Whether a step has one micro-batch: its gradient is written, and not added to zeros."""
+        """Whether a step has one micro-batch: its gradient is written, and nothing is read."""
         return self._single
 
     def expect(self, *, single: bool) -> None:
-        """Prepares for steps of one micro-batch or of several, between two steps.
-
-        A private stage accumulates always: the sum of its clipped gradients begins with zeros.
-        """
-        single = single and self.stage.release is None
+        """Prepares for steps of one micro-batch or of several, between two steps."""
         if single != self._single:
             self._single = single
             self.clear()
@@ -253,8 +250,9 @@ class Replica:
         For the first stage the result has no meaning except that it is ready when the gradient is.
         """
         given, self.accumulated = self.stage.backward(
-            self.params, residuals, cotangent, self.accumulated
+            self.params, residuals, cotangent, self.accumulated, fresh=self.fresh
         )
+        self.fresh = False
         return given
 
     def loss(
@@ -262,8 +260,9 @@ class Replica:
     ) -> tuple[dict[str, jax.Array], jax.Array | None]:
         """Runs the last stage on a micro-batch: metrics, and the input's cotangent if any."""
         metrics, cotangent, self.accumulated, self.state = self.stage.loss(
-            self.params, self.state, x, targets, draw, self.accumulated, sides
+            self.params, self.state, x, targets, draw, self.accumulated, sides, fresh=self.fresh
         )
+        self.fresh = False
         return metrics, cotangent
 
     def update(self, scale: float = 1.0, noise: Noise | None = None) -> jax.Array:
@@ -274,7 +273,7 @@ class Replica:
           noise: Noise that is added to the gradient before it is scaled.
         """
         gradient = self.accumulated
-        if gradient is None:  # no micro-batch of the step was left
+        if gradient is None or self.fresh:  # no micro-batch of the step was left
             gradient = self.stage.zeros(self.params)
         if noise is not None:
             gradient = add_noise(gradient, *noise)
@@ -287,11 +286,8 @@ class Replica:
             self._settled = dict(self.state)
         elif self._held:
             update = self._keeping
-        self.accumulated = None  # the update may give it away
-        if self._single:
-            self.params, self.opt_state = update.single(*before, gradient)
-        else:
-            self.params, self.opt_state, self.accumulated = update(*before, gradient)
+        self.params, self.opt_state = update(*before, gradient)
+        self.accumulated, self.fresh = None if self._single else gradient, True
         if self._held:
             self._held = False
             # What the step has left as it was is no array of its own, and the next gives it away.
@@ -308,8 +304,10 @@ class Replica:
 
     def clear(self) -> None:
         """Resets the gradient of the mini-batch."""
-        self.accumulated = None  # before another one is allocated
-        if not self._single:
+        self.fresh = True
+        if self._single:
+            self.accumulated = None
+        elif self.accumulated is None:
             self.accumulated = self.stage.zeros(self.params)
 
     def lower_updates(self) -> list[Any]:
@@ -321,7 +319,7 @@ class Replica:
             updates.append(self._keeping)
         gradient = self.params if self.accumulated is None else self.accumulated
         shapes = [abstract(tree) for tree in (self.params, self.opt_state, gradient)]
-        lowered = [update.lower(*shapes, single=self._single) for update in updates]
+        lowered = [update.lower(*shapes) for update in updates]
         if self.stage.release is not None:
             bits = np.empty(bits_shape(self.weights), np.uint32)
             lowered.append(add_noise.lower(shapes[2], bits, np.float32(1.0)))

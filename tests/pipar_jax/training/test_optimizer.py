@@ -122,7 +122,7 @@ def trained(config: OptimizerConfig, mu: float):
     params = weights()
     states = {unit: made.transformation.init(arrays) for unit, arrays in params.items()}
     for step in range(STEPS):
-        params, states, _ = made.update(params, states, gradients(params, step))
+        params, states = made.update(params, states, gradients(params, step))
     return params, states
 
 
@@ -212,7 +212,7 @@ def test_a_fresh_state_within_a_run_takes_the_learning_rate_of_the_moment(name):
         params = {"unit": {"w": jnp.ones(2)}}
         state = optimizer.at_step({"unit": made.transformation.init(params["unit"])}, step)
         assert optimizer.at_step(state, step) is not state
-        after, _, _ = made.update(params, state, {"unit": {"w": jnp.ones(2)}})
+        after, _ = made.update(params, state, {"unit": {"w": jnp.ones(2)}})
         rates.append(1 - float(after["unit"]["w"][0]))
     np.testing.assert_allclose(rates, [0.4, 0.3, 0.2, 0.1], rtol=1e-4)
 

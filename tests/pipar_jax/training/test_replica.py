@@ -1,4 +1,4 @@
-"""Replicas whose steps have one micro-batch write its gradient instead of adding it to zeros."""
+"""The first micro-batch of a replica's step writes its gradient, and the others add theirs."""
 
 from __future__ import annotations
 
@@ -54,11 +54,33 @@ def test_weights_are_those_of_an_accumulator(micro_batches, scale):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), *made)
 
 
-def test_a_step_without_a_micro_batch_goes_on_with_a_gradient_of_zero():
-    parts = replicas(support.model(dtype="float32"), True)
-    before = jax.tree.map(jnp.array, parts[0].params)
-    parts[0].update()
-    jax.tree.map(np.testing.assert_array_equal, parts[0].params, before)
+@pytest.mark.parametrize("single", [True, False])
+def test_a_step_without_a_micro_batch_goes_on_with_a_gradient_of_zero(single):
+    """Whatever the step before has left in the accumulator."""
+    parts = replicas(support.model(dtype="float32"), single)
+    train(parts, 4, 1 if single else 2)
+    for part in parts:
+        part.opt_state = jax.tree.map(jnp.zeros_like, part.opt_state)  # no momentum
+        before = jax.tree.map(jnp.array, part.params)
+        part.update()
+        jax.tree.map(np.testing.assert_array_equal, part.params, before)
+
+
+def test_what_is_left_of_a_step_that_is_given_up_does_not_count():
+    made = []
+    for given_up in (False, True):
+        parts = replicas(support.model(dtype="float32"), False)
+        if given_up:
+            x = jnp.ones((2, *support.SHAPE))
+            draw = stages.make_draw(4)
+            state = parts[0].state
+            _, residuals = parts[0].forward(x, draw, {})
+            parts[0].backward(residuals, jnp.ones_like(parts[0].forward(x, draw, {})[0]))
+            parts[0].state = state
+            parts[0].clear()
+        train(parts, 4, 2)
+        made.append([(part.params, part.opt_state) for part in parts])
+    jax.tree.map(np.testing.assert_array_equal, *made)
 
 
 def test_between_steps_it_may_come_to_expect_the_other_kind():
@@ -66,7 +88,8 @@ def test_between_steps_it_may_come_to_expect_the_other_kind():
     for part in parts:
         part.expect(single=False)
         assert not part.single
-        assert not any(leaf.any() for leaf in jax.tree.leaves(part.accumulated))
+        assert part.fresh
+        assert part.accumulated is not None
 
 
 @pytest.mark.parametrize("function", [compile.compile_all, compile.run_all])
