@@ -167,7 +167,7 @@ class _Turns:
             )
             yield (index, BACKWARD, size), run
         for index, replica in self._replicas.items() if updates else ():
-            replica.clear()  # weights stay what they are
+            replica.zero_gradient()  # weights stay what they are
             jax.block_until_ready(replica.accumulated)  # type: ignore[no-untyped-call]
             yield (index, UPDATE, 0), _timed(replica.update)[0]
 

@@ -258,15 +258,12 @@ def _update(replica: Replica) -> _Run:
     """Returns the optimiser's step on copies, which it donates."""
     copy = Replica.__new__(Replica)
     copy.__dict__.update(replica.__dict__)
-    for name in ("params", "opt_state", "accumulated"):
+    for name in ("params", "opt_state"):
         setattr(copy, name, jax.device_put(getattr(replica, name), may_alias=False))
 
     def run() -> float:
-        if copy.accumulated is None:
-            copy.accumulated = jax.block_until_ready(  # type: ignore[no-untyped-call]
-                copy.stage.zeros(copy.params)
-            )
-        copy.fresh = False
+        copy.zero_gradient()
+        jax.block_until_ready(copy.accumulated)  # type: ignore[no-untyped-call]
         return _timed(copy.update)[0]
 
     return run

@@ -310,6 +310,10 @@ class Replica:
         elif self.accumulated is None:
             self.accumulated = self.stage.zeros(self.params)
 
+    def zero_gradient(self) -> None:
+        """Makes the gradient of the mini-batch zero, as if micro-batches had given it."""
+        self.accumulated, self.fresh = self.stage.zeros(self.params), False
+
     def lower_updates(self) -> list[Any]:
         """Returns the optimiser's steps, lowered: compiling them needs no copies of the arrays."""
         updates: list[Any] = []
