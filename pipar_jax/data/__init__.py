@@ -7,6 +7,7 @@ device's own data are read by that device and never leave it.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -25,7 +26,7 @@ from pipar_jax.data.published import PUBLIC_SOURCES
 from pipar_jax.data.queries import make_queries
 from pipar_jax.data.types import ArrayOrDict, Dataset, Examples, normalise
 from pipar_jax.errors import DataError
-from stages.tasks.targets import TargetRule
+from stages.tasks.targets import AnyTargets, TargetRule
 
 __all__ = [
     "ArrayOrDict",
@@ -137,8 +138,9 @@ def prepare(config: Config) -> None:
     Raises:
       DataError: Data are missing or not valid; reported once for all hosts of this machine.
     """
-    # What a task of the user's own needs of targets is not known here.
-    rule = TargetRule() if is_own(config.task.name) else make_task(config.task).targets
+    # What a task of the user's own needs of targets is not known here, nor what it leaves out.
+    own = is_own(config.task.name)
+    rule = AnyTargets(padding=math.nan) if own else make_task(config.task).targets
     if config.data.source in PUBLIC_SOURCES:
         _check_no_tests(config)
         _check_classes_wanted(rule, config)

@@ -163,6 +163,11 @@ def assemble(
       DataError: There is no sample, or an argument is not valid.
     """
     padding = None
+    if lengths is not None and not pad_to:
+        raise DataError(
+            f"{where}: lengths come with the arrays, and only data.pad_to reads them: set it, or "
+            "leave them out"
+        )
     if pad_to:
         given = by_name(inputs, INPUT, where), by_name(targets, TARGET, where)
         inputs, targets, said = stack_all(*given, rule.padding or 0, where)

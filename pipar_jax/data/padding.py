@@ -9,13 +9,14 @@ of them is cut or padded to the smallest configured length that holds its longes
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from comms.arrays import Array
+from comms.arrays import Array, DType
 from pipar_jax.data.types import Examples, Padding
 from pipar_jax.errors import DataError
 from stages.signature import INPUT
@@ -116,11 +117,24 @@ def _stack(values: object, fill: float, what: str) -> Stacked | None:
         )
     lengths = np.asarray([len(one) for one in samples], np.intp)
     (rest,) = shapes
-    dtype = np.result_type(*{one.dtype for one in samples})
+    dtype = _holding(np.result_type(*{one.dtype for one in samples}), fill)
     made = np.full((len(samples), int(lengths.max()), *rest), fill, dtype)
     for row, one in zip(made, samples, strict=True):
         row[: len(one)] = one
     return Stacked(made, lengths)
+
+
+def _holding(dtype: DType, fill: float) -> DType:
+    """Returns a dtype for the numbers of another one and for a fill: unsigned ones lack -1."""
+    whole = float(fill).is_integer()
+    if dtype.kind in "iu":
+        limits = np.iinfo(dtype)
+        fits = whole and limits.min <= fill <= limits.max
+    else:
+        fits = dtype.kind != "b" or fill in (0, 1)
+    if fits:
+        return dtype
+    return np.dtype(np.int64 if whole else np.float64)
 
 
 def find_padding(
@@ -131,7 +145,8 @@ def find_padding(
     Args:
       examples: The samples. Without ``lengths`` they have a side input ``lengths`` or ``mask``.
       pad_to: The lengths, rising.
-      fill: Target of a position that does not count; None: the task has none.
+      fill: Target of a position that does not count; None: the task has none. With nan it is not
+        known, and targets are not checked.
       where: Name of the source, for messages.
 
     Raises:
@@ -165,15 +180,18 @@ def find_padding(
             "loss leaves such positions out"
         )
     lengths = _lengths(examples, stored, where)
+    _check_sides(examples.sides, lengths, stored, where)
     if int(lengths.max(initial=0)) > padding.longest:
         index = int(lengths.argmax())
         raise DataError(
             f"{where}: sample {index} has {int(lengths[index])} positions, and data.pad_to goes to "
             f"{padding.longest}: add a length, or cut the sample"
         )
-    for name in padding.targets:
-        _check_masked(examples.targets[name], lengths, padding.fill, f"{where}: target {name}")
-    return dataclasses.replace(examples, lengths=lengths), padding
+    made = dict(examples.targets)
+    for name in padding.targets if not math.isnan(padding.fill) else ():
+        _check_masked(made[name], lengths, padding.fill, f"{where}: target {name}")
+        made[name] = made[name].astype(_holding(made[name].dtype, padding.fill), copy=False)
+    return dataclasses.replace(examples, targets=made, lengths=lengths), padding
 
 
 def _lengths(examples: Examples, stored: int, where: str) -> NDArray[np.intp]:
@@ -187,7 +205,7 @@ def _lengths(examples: Examples, stored: int, where: str) -> NDArray[np.intp]:
     if given is None and LENGTHS in sides:
         given, what = sides[LENGTHS], f"side input {LENGTHS}"
     if given is None and MASK in sides and sides[MASK].shape[1:] == (stored,):
-        return _mask_lengths(sides[MASK])
+        return _mask_lengths(sides[MASK], where)
     if given is None:
         raise DataError(
             f"{where}: data.pad_to needs the length of each sample: give x as a list of arrays of "
@@ -208,14 +226,41 @@ def _lengths(examples: Examples, stored: int, where: str) -> NDArray[np.intp]:
     return made.astype(np.intp)
 
 
-def _mask_lengths(mask: Array) -> NDArray[np.intp]:
-    """Returns the last position of each sample that its mask does not hide, counted from 1."""
+def _mask_lengths(mask: Array, where: str) -> NDArray[np.intp]:
+    """Returns the last position of each sample that its mask does not hide, counted from 1.
+
+    Raises:
+      DataError: A mask hides all positions, as the opposite of a mask may.
+    """
     lengths = np.ones(len(mask), np.intp)
     for first in range(0, len(mask), _AT_ONCE):
         some = np.asarray(mask[first : first + _AT_ONCE]) != 0
-        last = some.shape[1] - np.argmax(some[:, ::-1], axis=1)
-        lengths[first : first + len(some)] = np.where(some.any(axis=1), last, 1)
+        if not (seen := some.any(axis=1)).all():
+            raise DataError(
+                f"{where}: side input {MASK} hides all positions of sample "
+                f"{first + int(np.argmin(seen))}: write true or 1 where a position counts"
+            )
+        lengths[first : first + len(some)] = some.shape[1] - np.argmax(some[:, ::-1], axis=1)
     return lengths
+
+
+def _check_sides(
+    sides: Mapping[str, Array], lengths: NDArray[np.intp], stored: int, where: str
+) -> None:
+    """Checks that the network is told of no position behind a sample's end, which may be cut off.
+
+    Raises:
+      DataError: It is.
+    """
+    said = sides.get(LENGTHS)
+    if said is not None and said.shape == lengths.shape and (np.asarray(said) > lengths).any():
+        wrong = int(np.argmax(np.asarray(said) > lengths))
+        raise DataError(
+            f"{where}: side input {LENGTHS} of sample {wrong} is {said[wrong]}, and the sample has "
+            f"{int(lengths[wrong])} positions: let both say the same"
+        )
+    if MASK in sides and sides[MASK].shape[1:] == (stored,):
+        _check_masked(sides[MASK], lengths, 0, f"{where}: side input {MASK}")
 
 
 def _check_masked(targets: Array, lengths: NDArray[np.intp], fill: float, what: str) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pipar_jax.config import Config, may_lose, schema
-from pipar_jax.config.codec_candidates import SAFE
+from pipar_jax.config.codec_candidates import RAW, SAFE
 from pipar_jax.config.plugins import is_own
 from pipar_jax.data.published import PUBLIC_SOURCES
 from pipar_jax.errors import ConfigError
@@ -127,7 +127,7 @@ NEEDS: tuple[Requirement, ...] = (
     ),
     Requirement(
         ("tuner.activation_bits", "tuner.cotangent_bits"),
-        lambda config: config.tuner.codecs not in ("", SAFE),
+        lambda config: config.tuner.codecs not in ("", RAW, SAFE),
         "tuner.codecs=auto or a list",
     ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -113,7 +114,8 @@ class Evaluator:
     def _of_all(self, outputs: list[Array]) -> dict[str, Array]:
         """Returns the metrics that need all outputs."""
         made: dict[str, Array] = {}
-        targets = unwrapped(self._dataset.at_full_length(self._dataset.test).targets)
+        given = dataclasses.replace(self._dataset.test, inputs={})  # which may be a file's
+        targets = unwrapped(self._dataset.at_full_length(given).targets)
         for metric in self._task.whole:
             what = f"task {self._task.name!r}: the metric {metric.name!r} failed"
             with plugins.guarded(what, RunError):

@@ -127,6 +127,12 @@ def test_a_field_whose_effect_another_one_turns_off_is_refused(path: str) -> Non
         resolve(changed(path, value, kept))
 
 
+@pytest.mark.parametrize("codecs", ["", "safe", "raw"])
+def test_bits_have_no_effect_where_no_codec_is_chosen_by_them(codecs: str) -> None:
+    with pytest.raises(ConfigError, match=r"has no effect without tuner\.codecs=auto or a list"):
+        resolve(changed("tuner.activation_bits", 6, {"tuner.codecs": codecs}))
+
+
 @pytest.mark.parametrize("path", ELSEWHERE)
 def test_a_field_that_belongs_to_others_is_refused_alone(path: str) -> None:
     with pytest.raises(ConfigError, match=path.replace(".", r"\.")):

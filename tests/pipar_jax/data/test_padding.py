@@ -7,8 +7,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from pipar_jax.config import DataConfig
-from pipar_jax.data import Dataset, Examples, Loader, admit
+from pipar_jax.config import Config, DataConfig
+from pipar_jax.data import Dataset, Examples, Loader, admit, prepare
 from pipar_jax.data.own import load_own
 from pipar_jax.errors import DataError
 from stages.tasks.registered import classification, language
@@ -98,6 +98,47 @@ def test_a_memory_map_is_cut_and_not_copied(tmp_path: pathlib.Path) -> None:
     assert made.signature().input.shape == (6,)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "uint64"])
+def test_unsigned_targets_take_a_fill_below_zero(dtype: str) -> None:
+    x = sequences(dtype)
+    made = admitted(x, x, language().targets)
+    assert made.train.targets["y"][0].tolist() == [1, -1, -1, -1, -1]
+    assert made.train.x.dtype == dtype
+    padded = np.stack([np.resize(one, 5) for one in x])
+    for targets in (x, padded):
+        own = admit(
+            ({"x": padded, "lengths": np.full(4, 5)} if targets is padded else x, targets),
+            "train", "d0", AnyTargets(padding=-9), pad_to=PAD_TO,
+        )  # fmt: skip
+        assert own.at_full_length(own.train).targets["y"][0, 5] == -9
+        assert own.signature().targets["y"].dtype == "int32"
+
+
+def test_files_for_a_task_of_ones_own_are_looked_at_before_anything_starts(
+    tmp_path: pathlib.Path,
+) -> None:
+    """What the task leaves out is known to its module alone, which is not called."""
+    given = {"x": np.ones((4, 5), int), "y": np.where(np.eye(4, 5) > 0, 1, -7)}
+    for part in ("train", "test"):
+        arrays = {f"{name}_{part}": one for name, one in given.items()}
+        np.savez(tmp_path / f"{part}.npz", **arrays, **{f"lengths_{part}": np.asarray(LENGTHS)})
+    config = Config()
+    config.task.name, config.devices.count = "module:elsewhere:task", 1
+    config.data.source = f"npz:{tmp_path}/train.npz"
+    config.data.test_source = f"npz:{tmp_path}/test.npz"
+    config.data.normalise, config.data.pad_to = "none", "2,6"
+    prepare(config)
+    config.data.pad_to = "2,4"
+    with pytest.raises(DataError, match=r"data\.pad_to goes to 4"):
+        prepare(config)
+
+
+def test_lengths_that_nothing_reads_are_refused() -> None:
+    given = Examples({"x": np.zeros((4, 5))}, {"y": np.zeros(4, int)}, np.asarray(LENGTHS))
+    with pytest.raises(DataError, match=r"only data\.pad_to reads"):
+        admit(given, "train", "d0", RULE)
+
+
 @pytest.mark.parametrize(
     ("inputs", "targets", "rule", "says"),
     [
@@ -116,6 +157,15 @@ def test_a_memory_map_is_cut_and_not_copied(tmp_path: pathlib.Path) -> None:
             "sample 0 has 0 at position 1, behind its end at 1: write -1",
         ),
         ([*sequences()[:3], np.ones((2, 2))], [0] * 4, RULE, "which alone may vary"),
+        ({"x": sequences(), "lengths": [1, 6, 2, 3]}, [0] * 4, RULE, "is 6, and the sample has 5"),
+        (
+            {"x": np.zeros((4, 5)), "lengths": LENGTHS, "mask": np.ones((4, 5), bool)}, [0] * 4,
+            RULE, "mask of sample 0 has True at position 1, behind its end at 1: write 0",
+        ),
+        (
+            {"x": np.zeros((4, 5)), "mask": np.arange(5) >= np.asarray(LENGTHS)[:, None]}, [0] * 4,
+            RULE, "mask hides all positions of sample 1",
+        ),
     ],
 )  # fmt: skip
 def test_what_cannot_be_padded_is_refused(
