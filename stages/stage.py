@@ -123,6 +123,7 @@ class Stage:
         side: Side = NO_SIDE,
         *,
         fresh: bool = False,
+        counted: np.uint32 | None = None,
     ) -> tuple[Metrics, jax.Array | None, Variables, Variables]:
         """Runs the last stage forward, the loss of the model's task, and backward, in one call.
 
@@ -136,6 +137,7 @@ class Stage:
             is another program: for steps of one micro-batch.
           side: Side inputs by name, those of ``sides`` at least.
           fresh: Whether ``accumulated`` is of another mini-batch, and is replaced.
+          counted: How many samples, the first ones, count; None for all, which is another program.
 
         Returns:
           Metrics ("loss": the sum of the samples' losses, a float scalar; and for each metric of
@@ -145,8 +147,9 @@ class Stage:
         """
         taken, new = self._taken(side), np.bool_(fresh)
         result: tuple[Metrics, jax.Array | None, Variables, Variables] = self.programs.loss(
-            params, state, x, targets, draw, accumulated, new, taken, self.fixed
-        )
+            params, state, x, targets, draw, accumulated, new, taken, self.fixed,
+            *(() if counted is None else (counted,)),
+        )  # fmt: skip
         return result
 
     def predict(

@@ -187,12 +187,14 @@ def _loss(
     fresh: Fresh,
     side: Side = NO_SIDE,
     fixed: Variables = _NOTHING,
+    counted: jax.Array | None = None,
 ) -> tuple[Metrics, jax.Array | None, Variables, Variables]:
     """Traced body of ``Stage.loss``."""
 
     def mean_loss(params: Variables, x: PyTree) -> tuple[jax.Array, tuple[Metrics, Variables]]:
         outputs, after = train(params, fixed, state, x, draw, side)
-        total, metrics = total_loss(task, outputs, targets)
+        real = None if counted is None else jnp.arange(len(outputs)) < counted
+        total, metrics = total_loss(task, outputs, targets, real)
         return total * draw.inverse_batch, (metrics, after)
 
     differentiated = (0,) if is_first else (0, 1)

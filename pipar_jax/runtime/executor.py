@@ -15,6 +15,7 @@ from pipar_jax.runtime.completion import Work
 from pipar_jax.runtime.link_table import LinkTable
 from pipar_jax.runtime.memory import Ledger, array_bytes
 from pipar_jax.runtime.metrics import Meter, totals_of
+from pipar_jax.runtime.ragged import filler
 from pipar_jax.runtime.releases import Releases
 from pipar_jax.runtime.sample_store import Batches, MicroBatchSlice, SampleStore
 from pipar_jax.runtime.step_lengths import StepLengths
@@ -58,6 +59,7 @@ class Executor:
       seed: Root seed of the run.
       dtype: The dtype that samples and scalars are computed in.
       lengths: Is told to what the device's own mini-batches are padded.
+      computed_size: Returns in what size a micro-batch of some samples is computed.
       releases: What a device of a private run may send.
     """
 
@@ -76,16 +78,17 @@ class Executor:
         seed: int,
         dtype: DTypeLike,
         lengths: StepLengths,
+        computed_size: Callable[[int], int],
         releases: Releases | None = None,
     ) -> None:
         self._host, self._program = program.host, program
         self._replicas, self._meter, self._record = replicas, meter, record
-        self._ledger, self._releases = ledger, releases
+        self._ledger, self._releases, self._computed_size = ledger, releases, computed_size
         self._duration_s, self._seed, self._dtype = duration_s, np.uint32(seed), np.dtype(dtype)
         self._schedule: RoundSchedule | None = None
         self._cohort: tuple[int, ...] = ()
         self._arrived: dict[Action, Message] = {}
-        self._samples = SampleStore(program, model, batches, ledger, dtype, lengths)
+        self._samples = SampleStore(program, model, batches, ledger, dtype, lengths, computed_size)
         self._values: dict[Action, jax.Array] = {}
         self._residuals: dict[tuple[int, int, int, int], tuple[PyTree, int]] = {}
         self._sender = TensorSender(link_table, record, ledger)
@@ -206,7 +209,7 @@ class Executor:
 
             return self._work(action, y, part.samples, passed)
         boundary = operation.target
-        parcel = OutgoingTensor(y, operation.codec)
+        parcel = OutgoingTensor(y, operation.codec, part.samples)
         beside = self._samples.outgoing(action, part)
         self._samples.drop(action)
 
@@ -225,7 +228,7 @@ class Executor:
         sides = self._samples.sides(action, part, replica.stage.sides)
         targets = self._samples.targets(action, part)
         self._samples.drop(action)
-        metrics, cotangent = replica.loss(x, targets, self._draw(action, part), sides)
+        metrics, cotangent = replica.loss(x, targets, self._draw(action, part), sides, part.samples)
         x_bytes = x.nbytes
         parcel = self._keep_cotangent(action, operation, cotangent)
 
@@ -307,7 +310,9 @@ class Executor:
     def _open(self, received: Action) -> tuple[jax.Array, Callable[[], None]]:
         """Returns an arrived tensor and a callback for when it has been consumed."""
         message = self._arrived.pop(received)
-        array = open_parcel(message)
+        samples = self.part(received).samples
+        zeros = received.kind is RECEIVE_BACKWARD
+        array = open_parcel(message, filler(samples, self._computed_size(samples), zeros=zeros))
         self._ledger.hold(array.nbytes - message.nbytes)
         return array, message.release
 
@@ -375,7 +380,7 @@ class Executor:
         if operation.target is None:
             self._values[action] = cotangent
             return None
-        return OutgoingTensor(cotangent, operation.codec)
+        return OutgoingTensor(cotangent, operation.codec, self.part(action).samples)
 
     def _work(self, action: Action, probe: PyTree, samples: int, then: Callable[[], None]) -> Work:
         """Wraps a dispatched computation for the completion thread."""

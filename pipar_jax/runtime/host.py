@@ -256,7 +256,7 @@ class Host:
     def _calibrate(self) -> None:
         began, share = time.monotonic(), self.share
         self._times.measure(
-            share.model, share.replicas.values(), share.sizes(),
+            share.model, share.replicas.values(), share.sizes.computed,
             between=self._thread.check_stopped, told=self._working("timing"),
         )  # fmt: skip
         self._answer(messages.Calibrated(time.monotonic() - began))

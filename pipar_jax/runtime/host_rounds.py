@@ -122,7 +122,7 @@ class HostRounds:
             model=share.model, batches=self._batches, meter=self._meter,
             record=self._recorder.add, ledger=self._ledger, duration_s=self._duration_s,
             seed=config.seed, dtype=config.model.weight_dtype, lengths=share.lengths,
-            releases=self._releases,
+            computed_size=share.sizes.of, releases=self._releases,
         )  # fmt: skip
         schedule = RoundSchedule(plan, (), share.samples, config.data.batch_size)
         self._executor.start(schedule, NO_ATTEMPT, ())
@@ -226,7 +226,8 @@ class HostRounds:
         """Returns the seconds an action has to last here."""
         replica = self._executor.replica(action.device, action.stage)
         length = self._share.lengths.of(self._attempt, action.device, action.step)
-        return self._times.duration_s(replica, action.kind, samples, length)
+        size = self._share.sizes.of(samples)
+        return self._times.duration_s(replica, action.kind, size, length)
 
     def _report_step(self, place: int, step: int, totals: Totals) -> None:
         loss = totals.loss / totals.samples

@@ -279,7 +279,8 @@ def temporary_bytes(model: Model, replicas: Iterable[Replica], sizes: Iterable[i
             if stage.is_last:
                 targets = model.target_shapes(size)
                 args = params, state, x, targets, draw, before, np.bool_(False), sides, fixed
-                lowered.append(stage.programs.loss.lower(*args))
+                counted = (replica.count(size),) if replica.counts else ()
+                lowered.append(stage.programs.loss.lower(*args, *counted))
                 continue
             y, residuals = stage.forward_shapes(params, state, x, draw, sides)
             lowered.append(stage.programs.forward.lower(params, state, x, draw, sides, fixed))

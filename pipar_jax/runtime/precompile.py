@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import queue
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 from pipar_jax.aggregation.aggregator import Aggregator
 from pipar_jax.config import Config
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.runtime import memory, migration, undo
 from pipar_jax.runtime.priority import lower_priority
+from pipar_jax.runtime.ragged import MicroBatchSizes
 from pipar_jax.schedule.plan import Plan, WeightPolicy
 from pipar_jax.training.compile import run_all
 from pipar_jax.training.optimizer import CompiledOptimizer
@@ -70,7 +71,7 @@ def compile_plan(
     host: str,
     config: Config,
     samples: Sequence[int],
-    sizes: Collection[int],
+    sizes: MicroBatchSizes,
     compiled: CompiledOptimizer,
     *,
     rematerialise: bool,
@@ -102,12 +103,13 @@ def compile_plan(
     for replica in migration.samples_of(
         model, plan, host, compiled, keeps, rematerialise=rematerialise, releases=releases
     ):
-        run_all(model, [replica], sizes, between=between)
+        sizes.told([replica])
+        run_all(model, [replica], sizes.computed, between=between)
         if plan.weights == WeightPolicy.COPY and local.issuperset(replica.params):
             average = Aggregator(config.aggregation, replica.params, replica.state)
             average.compile()
         if limit_mb:
-            temporary = max(temporary, memory.temporary_bytes(model, [replica], sizes))
+            temporary = max(temporary, memory.temporary_bytes(model, [replica], sizes.computed))
     if not limit_mb:
         return None
     need = memory.predict(model, plan, host, config, samples)

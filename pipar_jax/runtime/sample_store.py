@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import jax
@@ -14,6 +14,7 @@ from comms.arrays import Array
 from pipar_jax.data.loader import Batch
 from pipar_jax.data.types import computed
 from pipar_jax.runtime.memory import Ledger
+from pipar_jax.runtime.ragged import filled
 from pipar_jax.runtime.step_lengths import StepLengths
 from pipar_jax.schedule.actions import ALL, NO_ATTEMPT, Action
 from pipar_jax.schedule.host_program import Beside, HostProgram, find_beside
@@ -72,6 +73,7 @@ class SampleStore:
       ledger: Counts the bytes of what arrived.
       dtype: The dtype that numbers with a fraction are computed in.
       lengths: Is told to what the device's own mini-batches are padded.
+      computed_size: Returns in what size a micro-batch of some samples is computed.
 
     Attributes:
       attempt: Number of the attempt at the round.
@@ -85,7 +87,9 @@ class SampleStore:
         ledger: Ledger,
         dtype: DTypeLike,
         lengths: StepLengths,
+        computed_size: Callable[[int], int],
     ) -> None:
+        self._computed_size = computed_size
         self._program, self._batches, self._ledger = program, batches, ledger
         self._dtype, self._lengths, self.attempt = np.dtype(dtype), lengths, NO_ATTEMPT
         self._unit_sides = [unit.sides for unit in model.units]
@@ -124,23 +128,26 @@ class SampleStore:
 
     def x(self, action: Action, part: MicroBatchSlice) -> jax.Array:
         """Returns the input of a micro-batch of this device."""
-        x: jax.Array = jax.device_put(_slice(self._mini_batch(action).x, part))
+        rows = _slice(self._mini_batch(action).x, part)
+        x: jax.Array = jax.device_put(filled(rows, self._computed_size(part.samples)))
         return x
 
     def sides(
         self, action: Action, part: MicroBatchSlice, names: tuple[str, ...]
     ) -> dict[str, jax.Array]:
         """Returns side inputs of a micro-batch."""
-        return {name: jax.device_put(self._of(Role.SIDE, name, action, part)) for name in names}
+        return {name: self._placed(Role.SIDE, name, action, part) for name in names}
 
     def targets(self, action: Action, part: MicroBatchSlice) -> Targets:
         """Returns the targets of a micro-batch, as the loss gets them."""
         return unwrapped(
-            {
-                name: jax.device_put(self._of(Role.LABEL, name, action, part))
-                for name in self._targets
-            }
+            {name: self._placed(Role.LABEL, name, action, part) for name in self._targets}
         )
+
+    def _placed(self, role: Role, name: str, action: Action, part: MicroBatchSlice) -> jax.Array:
+        rows = filled(self._of(role, name, action, part), self._computed_size(part.samples))
+        placed: jax.Array = jax.device_put(rows)
+        return placed
 
     def outgoing(self, action: Action, part: MicroBatchSlice) -> list[BesideTensor]:
         """Returns what leaves beside the activation of an action, in the order of its sending."""

@@ -11,6 +11,7 @@ from pipar_jax.runtime import exchanges, finite, memory, migration, undo
 from pipar_jax.runtime.node_averaging import Averaging
 from pipar_jax.runtime.personal import PersonalWeights
 from pipar_jax.runtime.precompile import compile_plan
+from pipar_jax.runtime.ragged import MicroBatchSizes
 from pipar_jax.runtime.releases import Releases
 from pipar_jax.runtime.step_lengths import StepLengths
 from pipar_jax.runtime.transfer import compile_codecs
@@ -42,6 +43,7 @@ class Share:
       averaging: Averages what lives together here.
       personal: A device's personal weights, if it has any.
       lengths: To what the mini-batches here are padded; any thread's.
+      sizes: The sizes of the micro-batches here, from ``prepare`` on.
       fixed_bytes: Bytes of replicas and averages, constant until the plan changes.
 
     Args:
@@ -55,6 +57,7 @@ class Share:
 
     plan: Plan
     program: HostProgram
+    sizes: MicroBatchSizes
     averaging: Averaging
 
     def __init__(
@@ -110,9 +113,9 @@ class Share:
         self._take(plan)
         self._build(steps)
         self._expect()
-        sizes = self.sizes()
-        compile_all(self.model, self.replicas.values(), sizes, between=between, told=told)
-        self._compile_codecs(plan, sizes)
+        sizes = self.sizes
+        compile_all(self.model, self.replicas.values(), sizes.computed, between=between, told=told)
+        self._compile_codecs(plan, sizes.all)
         self._weigh()
         memory.check(need, self.temporary_bytes, hosts, self._name, plan)
         return_memory()  # of compiling
@@ -175,20 +178,22 @@ class Share:
         Returns:
           Why this host refuses it, or None.
         """
-        batch_size = self._config.data.batch_size
-        sizes = _program(plan, self.seat).sizes(self.samples, batch_size)
-        self._compile_codecs(plan, sizes)
+        sizes = self._find_sizes(_program(plan, self.seat))
+        self._compile_codecs(plan, sizes.all)
         return compile_plan(
             self.model, plan, self.seat, self._config, self.samples, sizes, self._optimizer,
             rematerialise=self._rematerialise, releases=self._released, between=between,
         )  # fmt: skip
 
-    def sizes(self) -> set[int]:
-        """Returns the sizes of the micro-batches here."""
-        return self.program.sizes(self.samples, self._config.data.batch_size)
-
     def _take(self, plan: Plan) -> None:
         self.plan, self.program = plan, _program(plan, self.seat)
+        self.sizes = self._find_sizes(self.program)
+
+    def _find_sizes(self, program: HostProgram) -> MicroBatchSizes:
+        return MicroBatchSizes(
+            self.model, program, self.samples, self._config.data.batch_size,
+            private=self._config.privacy.on,
+        )  # fmt: skip
 
     def _build(self, steps: Sequence[int]) -> None:
         """Builds the replicas from the seed, and compiles their optimiser and their average."""
@@ -224,6 +229,7 @@ class Share:
         return functools.partial(undo.find_keep, hosts, cohort, self.plan)
 
     def _expect(self) -> None:
+        self.sizes.told(self.replicas.values())
         for replica in self.replicas.values():
             replica.expect(single=self.plan.has_single_micro_batches)
 
@@ -244,7 +250,7 @@ class Share:
         replicas = self.replicas.values()
         held_bytes = sum(replica.nbytes for replica in replicas)
         self.fixed_bytes = held_bytes + self.averaging.nbytes
-        self.temporary_bytes = memory.temporary_bytes(self.model, replicas, self.sizes())
+        self.temporary_bytes = memory.temporary_bytes(self.model, replicas, self.sizes.computed)
 
 
 def _program(plan: Plan, host: str) -> HostProgram:

@@ -8,12 +8,13 @@ decoded where the parcel is opened.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
 
 from comms import Encoded, Message
+from comms.arrays import Array
 from pipar_jax.codec_kernels import kernels
 from pipar_jax.codec_kernels.kernels import Coded
 
@@ -29,16 +30,19 @@ class OutgoingTensor:
       array_bytes: Bytes of the array itself.
     """
 
-    def __init__(self, array: jax.Array, codec: str) -> None:
+    def __init__(self, array: jax.Array, codec: str, samples: int) -> None:
         """Dispatches the encoding and the copy to the host; returns at once.
 
         Args:
           array: The computed array.
           codec: Name of the codec.
+          samples: How many of its samples are sent, the first ones.
         """
-        self.codec, self._dtype, self._shape = codec, np.dtype(array.dtype), array.shape
-        self.array_bytes = array.nbytes
+        self.array_bytes, self._samples = array.nbytes, samples
         self._as_it_is = codec == RAW or kernels.on_host(codec)
+        if not self._as_it_is and samples < len(array):
+            array = array[:samples]
+        self.codec, self._dtype, self._shape = codec, np.dtype(array.dtype), array.shape
         self.ready = Coded(array) if self._as_it_is else kernels.encoder(codec)(array)
         # How much of a payload is worth copying is only known with its length.
         known = self.ready.payload if self.ready.length is None else self.ready.length
@@ -47,20 +51,33 @@ class OutgoingTensor:
     def contents(self) -> np.ndarray | Encoded:  # type: ignore[type-arg]
         """Returns the contents for ``Link.send``; waits until they are ready."""
         data = kernels.to_host(self.ready)
-        return data if self._as_it_is else Encoded(self.codec, data, self._dtype, self._shape)
+        return (
+            data[: self._samples]
+            if self._as_it_is
+            else Encoded(self.codec, data, self._dtype, self._shape)
+        )
 
 
-def open_parcel(message: Message) -> jax.Array:
+def open_parcel(message: Message, fill: Callable[[Array], Array] | None) -> jax.Array:
     """Returns the arrived array in transit to the device, where it is decoded if it was coded.
+
+    Args:
+      message: What has arrived.
+      fill: Fills the array up to the size in which it is computed with; None: it is full.
 
     Raises:
       CodecError: The payload is not valid for its codec.
     """
     name = message.payload.codec.name
     if name == RAW or kernels.on_host(name):
-        placed: jax.Array = jax.device_put(message.array)
+        array = message.array
+        placed: jax.Array = jax.device_put(array if fill is None else fill(array))
         return placed
-    return kernels.decode_from_link(message.payload)
+    decoded = kernels.decode_from_link(message.payload)
+    if fill is None:
+        return decoded
+    full: jax.Array = jax.device_put(fill(np.asarray(decoded)))
+    return full
 
 
 def compile_codecs(codecs: Iterable[str], shapes: Iterable[jax.ShapeDtypeStruct]) -> None:

@@ -177,17 +177,18 @@ class HostProgram:
         """Returns the key of the weights that a place's stage uses."""
         return replica_key(self.plan, place, stage)
 
-    def sizes(self, samples: Sequence[int], batch_size: int) -> set[int]:
+    def sizes(self, samples: Sequence[int], batch_size: int, *, ragged: bool = True) -> set[int]:
         """Returns all micro-batch sizes of an epoch on this host.
 
         Args:
           samples: Samples that each place's device trains on in an epoch.
           batch_size: Samples in a full mini-batch.
+          ragged: Whether those of a last mini-batch that is not full are among them.
         """
         sizes: set[int] = set()
         for place in self.places:
             last = -(-samples[place] // batch_size) - 1
-            for step in {0, last}:
+            for step in {0, last} if ragged else {0}:
                 size = batch_samples(samples[place], batch_size, step)
                 sizes.update(micro_batch_sizes(size, self.plan.devices[place].micro_batches))
         return sizes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import resource
 import statistics
@@ -216,8 +217,9 @@ def _functions(model: Model, replica: Replica, samples: int) -> Mapping[ActionKi
     def run_last() -> float:
         targets = jax.tree.map(_zeros, model.target_shapes(samples))
         seconds, results = _timed(
-            stage.loss, replica.params, replica.state, x, targets, draw, replica.accumulated, sides
-        )
+            functools.partial(stage.loss, counted=replica.count(samples)),
+            replica.params, replica.state, x, targets, draw, replica.accumulated, sides,
+        )  # fmt: skip
         replica.accumulated = None if replica.single else results[2]
         return seconds
 

@@ -48,6 +48,7 @@ class Replica:
         of a step that has one only.
       fresh: Whether no micro-batch of the step is in it yet: what it holds is of another step.
       step: With Keep.STEP, the step that comes next.
+      counts: Whether its loss is told how many samples of a micro-batch count.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Replica:
           keeps: What it keeps of earlier moments.
         """
         self.stage = stage
-        self.step = 0
+        self.step, self.counts = 0, False
         self.params: Variables = {}
         self.state: Variables = {}
         self.load(params, state)
@@ -256,14 +257,32 @@ class Replica:
         return given
 
     def loss(
-        self, x: jax.Array, targets: Targets, draw: MicroBatchContext, sides: Arrays
+        self,
+        x: jax.Array,
+        targets: Targets,
+        draw: MicroBatchContext,
+        sides: Arrays,
+        counted: int | None = None,
     ) -> tuple[dict[str, jax.Array], jax.Array | None]:
-        """Runs the last stage on a micro-batch: metrics, and the input's cotangent if any."""
+        """Runs the last stage on a micro-batch: metrics, and the input's cotangent if any.
+
+        Args:
+          x: Input [micro-batch, …].
+          targets: What the task compares outputs with.
+          draw: Scalars of the micro-batch.
+          sides: Side inputs by name.
+          counted: How many samples, the first ones, count; None for all. Fewer need ``counts``.
+        """
         metrics, cotangent, self.accumulated, self.state = self.stage.loss(
-            self.params, self.state, x, targets, draw, self.accumulated, sides, fresh=self.fresh
-        )
+            self.params, self.state, x, targets, draw, self.accumulated, sides,
+            fresh=self.fresh, counted=self.count(len(x) if counted is None else counted),
+        )  # fmt: skip
         self.fresh = False
         return metrics, cotangent
+
+    def count(self, samples: int) -> np.uint32 | None:
+        """Returns what its loss is told of a number of samples that count."""
+        return np.uint32(samples) if self.counts else None
 
     def update(self, scale: float = 1.0, noise: Noise | None = None) -> jax.Array:
         """Takes one optimiser step; returns an array that is ready when the step is.

@@ -29,14 +29,21 @@ def losses_of(task: Task, outputs: jax.Array, targets: Targets) -> jax.Array:
 
 
 def total_loss(
-    task: Task, outputs: jax.Array, targets: Targets
+    task: Task, outputs: jax.Array, targets: Targets, real: jax.Array | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns the sum of the samples' losses, and it with the sums of the metrics by name.
 
     Metrics have no gradient.
+
+    Args:
+      task: The task.
+      outputs: [samples, …].
+      targets: [samples, …].
+      real: [samples] bool, which of them count; None for all.
     """
-    total = jnp.sum(losses_of(task, outputs, targets))
-    return total, {LOSS: total, **sums_of(task, jax.lax.stop_gradient(outputs), targets)}
+    losses = losses_of(task, outputs, targets)
+    total = jnp.sum(losses if real is None else jnp.where(real, losses, 0))
+    return total, {LOSS: total, **sums_of(task, jax.lax.stop_gradient(outputs), targets, real)}
 
 
 def values_of(

@@ -1,0 +1,82 @@
+"""A last mini-batch that is not full needs no compilation of its own, where that is exact."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import stages
+from pipar_jax.methods.registry import METHODS, plan_for
+from pipar_jax.methods.resolution import resolve
+from pipar_jax.runtime.ragged import MicroBatchSizes
+from pipar_jax.schedule.host_program import HostProgram
+from tests.pipar_jax.runtime import support
+from tests.pipar_jax.runtime.test_compiled_once import OF_STAGES
+
+BATCH = 8
+
+
+def setting(folder, method, samples, micro_batches=2):
+    made = support.config(folder, samples, method=method, batch=BATCH, dtype="float32")
+    chosen = METHODS[method]
+    made.pipeline.cut, made.pipeline.micro_batches = 1, micro_batches if chosen.cuts else 1
+    if chosen.uses_nodes:
+        made.nodes.count, made.pipeline.cuts = 1, "1,2" if chosen.labels_home else "1"
+    return made
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stages_are_compiled_for_full_mini_batches_alone(compiled, method, tmp_path):
+    network = stages.build("mlp", input_shape=support.SHAPE, classes=support.CLASSES)
+    samples = (13,) if METHODS[method].one_device else (13, 21)  # 5 samples are left on each
+    made = setting(tmp_path, method, samples)
+    support.trained(made, samples, network)
+    plan = plan_for(resolve(made), network.unit_names)
+    distinct = {
+        plan.units(place, stage, len(network.units))
+        for place, device in enumerate(plan.devices)
+        for stage in range(device.stages)
+    }
+    last = len(network.units) - 1
+    functions = sum(1 if units[-1] == last else 2 for units in distinct)
+    assert len([name for name in compiled if name in OF_STAGES]) == functions
+
+
+@pytest.mark.parametrize("codec", ["raw", "bfloat16", "int8", "bits:8"])
+def test_filled_micro_batches_train_as_those_that_are_not(codec, tmp_path, monkeypatch):
+    def run(folder):
+        made = setting(tmp_path / folder, "pipar", (13,), micro_batches=3)
+        made.pipeline.activation_codec = made.pipeline.cotangent_codec = codec
+        return support.trained(made, (13,), support.model(dtype="float32")).params
+
+    filled = run("filled")
+    monkeypatch.setattr(MicroBatchSizes, "told", lambda self, replicas: None)
+    monkeypatch.setattr(MicroBatchSizes, "of", lambda self, samples: samples)
+    assert support.largest_difference(run("apart"), filled) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "norm", "private", "fills"),
+    [
+        ("vgg5", "group", False, True),
+        ("vgg5", "batch", False, False),  # statistics would see the copies
+        ("vgg5", "group", True, False),  # each sample's gradient is clipped
+        ("mlp", "group", False, True),
+    ],
+)
+def test_what_would_see_copies_is_compiled_for_the_smaller_sizes(name, norm, private, fills):
+    network = stages.build(name, input_shape=(32, 32, 3), classes=10, norm=norm)
+    plan = plan_for(resolve(setting("/nowhere", "pipar", (13,))), network.unit_names)
+    for host in ("d0", "server"):
+        sizes = MicroBatchSizes(network, HostProgram(plan, host), (13,), BATCH, private=private)
+        assert sizes.all == {4, 3, 2}
+        assert sizes.computed == ({4} if fills else sizes.all)
+        assert [sizes.of(n) for n in (4, 3, 2)] == ([4] * 3 if fills else [4, 3, 2])
+
+
+def test_a_network_of_the_users_own_is_compiled_for_the_smaller_sizes(double):
+    network = support.chain()
+    plan = plan_for(resolve(setting("/nowhere", "fl", (13,))), network.unit_names)
+    sizes = MicroBatchSizes(network, HostProgram(plan, "d0"), (13,), BATCH, private=False)
+    assert sizes.computed == sizes.all == {8, 5}
+    assert np.all([sizes.of(n) == n for n in (8, 5)])
