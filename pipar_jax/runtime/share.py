@@ -166,6 +166,7 @@ class Share:
             if place == old:
                 self.replicas[new, stage] = self.replicas.pop((place, stage))
         self._take(self.plan)
+        self.sizes.told(self.replicas.values())
         self.averaging = Averaging(self._config.aggregation, self.program, self.replicas, {}, {})
 
     def compile_ahead(self, plan: Plan, between: Callable[[], None]) -> str | None:
