@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 import stages
-from stages.allocator import retain_memory
+from stages.allocator import retain_memory, return_memory
 
 _STATE: dict[str, Any] = {}
 LEARNING_RATE, MOMENTUM = 0.01, 0.9
@@ -78,6 +78,7 @@ def prepare_jax(
     began = time.perf_counter()
     step()
     compile_s = time.perf_counter() - began
+    return_memory()  # of compiling, as hosts do before they train
     facts = stages.stage_facts(model, cuts, batch, rematerialise=rematerialise)
     _STATE["step"] = step
     return {
