@@ -172,19 +172,24 @@ def make_sides(model: stages.Model) -> Table:
 def make_lengths(config: Config) -> Table:
     """Lays out to what the mini-batches of each device are padded in the first epoch.
 
+    Below it is why they are not known of the first device whose data cannot be read here.
+
     Args:
       config: Resolved configuration.
     """
     lengths = whole_numbers(config.data.pad_to)
-    table = Table(title="mini-batches by padded length", title_justify="left")
+    table = Table(
+        title="mini-batches by padded length", title_justify="left", caption_justify="left"
+    )
     table.add_column("device")
     for length in lengths:
         table.add_column(str(length), justify="right")
     for index in range(config.devices.total):
         try:
             dataset = data.load_device(config, index)
-        except DataError:  # a device's data may be on its own machine alone
-            table.add_row(device_name(index), *["not here"] * len(lengths))
+        except DataError as error:  # a device's data may be on its own machine alone
+            table.add_row(device_name(index), *["-"] * len(lengths))
+            table.caption = table.caption or f"{device_name(index)}: {error}"
             continue
         steps = make_loader(config.data, config.seed, index, dataset).steps_by_length()
         table.add_row(device_name(index), *(str(steps.get(length, 0)) for length in lengths))

@@ -10,8 +10,8 @@ from pipar_jax.config.texts import whole_numbers
 from pipar_jax.data.published import PUBLIC_SOURCES
 from pipar_jax.errors import ConfigError
 
-#: Each length is compiled for; more of them are a mistake.
-MOST_LENGTHS = 32
+#: Each length is compiled for; more of them are a mistake, and so are longer ones.
+MOST_LENGTHS, LONGEST = 32, 10_000_000
 
 
 def check_padding(config: Config, *, reads_data: bool = True) -> None:
@@ -37,6 +37,8 @@ def check_padding(config: Config, *, reads_data: bool = True) -> None:
         raise ConfigError(
             f"{field} is not valid: write up to {MOST_LENGTHS} rising lengths such as 32,64,128"
         )
+    if lengths[-1] > LONGEST:
+        raise ConfigError(f"{field}: lengths are at most {LONGEST:,}: lower the last one")
     if reads_data and data.source in PUBLIC_SOURCES:
         raise ConfigError(
             f"{field} is for sequences of your own; samples of data.source={data.source!r} are "

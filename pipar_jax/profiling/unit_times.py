@@ -253,7 +253,12 @@ class _UnitTimer:
         times = run_all(
             self._model, [replica], sizes, between=self._between, repeats=REPEATS, least_s=LEAST_S
         )
-        return sum(seconds for shape, seconds in times.items() if shape.kind != UPDATE)
+        lengths = (None, self._model.input_shape[0]) if self._model.lengths else (None,)
+        return sum(
+            seconds
+            for shape, seconds in times.items()
+            if shape.kind != UPDATE and shape.length in lengths
+        )
 
     def confirms(self, kept: Measured) -> bool:
         """Returns whether the longest unit by itself takes about as long as it did."""

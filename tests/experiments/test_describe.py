@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
+from experiments.describe import make_lengths
+from pipar_jax.config import Config
 from tests.patience import PROCESS_S
 
 ROOT = Path(__file__).parents[2]
@@ -72,3 +76,16 @@ def test_how_much_activations_tell_of_inputs_is_measured_where_it_is_asked_for()
     assert found[0] > 0.8 and found[0] > found[-1]  # a convolution tells nearly everything
     short = _describe("--config=digits", "--dependence=3")
     assert short.returncode == 2 and "a distance correlation needs 4" in short.stderr
+
+
+def test_why_the_lengths_of_a_device_are_not_known_is_said(tmp_path):
+    config = Config()
+    config.devices.count, config.data.pad_to, config.data.normalise = 1, "2,4", "none"
+    config.data.source = f"npz:{tmp_path}/{{device}}.npz"
+    missing = make_lengths(config)
+    assert "there is no file" in missing.caption and missing.row_count == 1
+    x, y = np.zeros((2, 4), int), np.zeros(2, int)
+    np.savez(tmp_path / "0.npz", x_train=x, y_train=y, lengths_train=[1, 4])
+    assert make_lengths(config).caption is None
+    config.data.pad_to = "2,3"
+    assert "data.pad_to goes to 3" in make_lengths(config).caption

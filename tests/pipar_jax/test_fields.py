@@ -228,6 +228,8 @@ RULES: list[tuple[str, Config]] = [
     ("nodes.defaults.platform", changed(**CHAIN, nodes__defaults__platform="tpu")),
     ("data.pad_to", changed(data__source="module:json:loads", data__pad_to="2,4",
                             data__augment="crop_flip")),
+    ("lengths are at most 10,000,000",
+     changed(data__source="module:json:loads", data__pad_to="4,99999999")),
     ("add positions=4", changed(data__source="module:json:loads", data__pad_to="2,4",
                                 task__name="language", task__args="weighting=token")),
     ("cannot be combined with privacy", changed(

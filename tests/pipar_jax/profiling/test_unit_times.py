@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 
@@ -20,9 +21,11 @@ from pipar_jax.profiling.codec_times import measure_codecs
 from pipar_jax.profiling.predictor.predict_host import facts_of
 from pipar_jax.profiling.rehearsal import measure_handling, measure_message_s
 from pipar_jax.profiling.unit_times import emulated
+from pipar_jax.schedule.actions import BACKWARD, FORWARD, UPDATE
 from pipar_jax.schedule.plan import COORDINATOR, OWNER, DevicePlan, Plan
 from pipar_jax.simulator.predict import HostTimes, StageCosts
 from pipar_jax.training import optimizer
+from pipar_jax.training.compile import Shape
 from tests.pipar_jax.runtime import support
 from tests.pipar_jax.tuner import profiles
 
@@ -35,6 +38,20 @@ def settings(tmp_path, monkeypatch) -> Config:
     made = Config()
     made.model.name, made.model.norm = "mlp", "group"
     return resolve(made)
+
+
+def test_the_longest_unit_is_timed_at_the_longest_length_alone(settings, monkeypatch):
+    found = {
+        Shape(("a", "a"), kind, 8, length): float(seconds)
+        for kind, length, seconds in (
+            (FORWARD, 4, 1), (FORWARD, 8, 2), (BACKWARD, 4, 10), (BACKWARD, 8, 20),
+            (UPDATE, None, 5),
+        )
+    }  # fmt: skip
+    monkeypatch.setattr(unit_times, "run_all", lambda *arguments, **named: found)
+    network = copy.copy(support.model(dtype="float32"))
+    network.lengths = (4, 8)
+    assert unit_times.measure_host(settings, network, SIZES).alone_s == 22
 
 
 def test_a_host_is_measured_once(settings, tmp_path, monkeypatch):
