@@ -3,7 +3,8 @@
 Its micro-batches are filled up with copies of their first sample, whose losses do not count, so
 that no gradient comes of them either. That changes nothing but rounding where each sample is
 computed by itself, which is known of our own layers without batch statistics; for other networks,
-and in private runs, the stages are compiled for the smaller sizes as well.
+in private runs, and where devices may come and go, whose replay must not depend on who was there
+first, the stages are compiled for the smaller sizes as well.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class MicroBatchSizes:
       program: The host's program.
       samples: Samples of an epoch by place.
       batch_size: Samples in a full mini-batch.
-      private: Whether the run is private.
+      exact: Whether each sample counts alike in it, and its devices are those it began with.
     """
 
     def __init__(
@@ -42,14 +43,14 @@ class MicroBatchSizes:
         samples: Sequence[int],
         batch_size: int,
         *,
-        private: bool,
+        exact: bool,
     ) -> None:
         self.all = program.sizes(samples, batch_size)
         full = program.sizes(samples, batch_size, ragged=False)
         held = [model.units[index] for index in program.plan.held_units(
             program.host, len(model.units))]  # fmt: skip
         apart = all(unit.is_ours and not unit.state for unit in held)
-        self.fills = full != self.all and apart and not private
+        self.fills = full != self.all and apart and exact
         self.computed = full if self.fills else self.all
 
     def of(self, samples: int) -> int:

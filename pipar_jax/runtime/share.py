@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from pipar_jax.config import Config
+from pipar_jax.config import Config, may_lose
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.runtime import exchanges, finite, memory, migration, undo
 from pipar_jax.runtime.node_averaging import Averaging
@@ -72,6 +72,9 @@ class Share:
     ) -> None:
         self._name, self.model, self._config = name, model, config
         self._rematerialise, self._releases, self.personal = rematerialise, releases, personal
+        self._may_change = may_lose(config.cohort, config.devices.total) or bool(
+            config.devices.more or config.cohort.size
+        )
         self._released: migration.Released | None = None
         if releases is not None:
             self._released = functools.partial(releases.stages, model)
@@ -193,7 +196,7 @@ class Share:
     def _find_sizes(self, program: HostProgram) -> MicroBatchSizes:
         return MicroBatchSizes(
             self.model, program, self.samples, self._config.data.batch_size,
-            private=self._config.privacy.on,
+            exact=not (self._config.privacy.on or self._may_change),
         )  # fmt: skip
 
     def _build(self, steps: Sequence[int]) -> None:

@@ -68,7 +68,7 @@ def test_what_would_see_copies_is_compiled_for_the_smaller_sizes(name, norm, pri
     network = stages.build(name, input_shape=(32, 32, 3), classes=10, norm=norm)
     plan = plan_for(resolve(setting("/nowhere", "pipar", (13,))), network.unit_names)
     for host in ("d0", "server"):
-        sizes = MicroBatchSizes(network, HostProgram(plan, host), (13,), BATCH, private=private)
+        sizes = MicroBatchSizes(network, HostProgram(plan, host), (13,), BATCH, exact=not private)
         assert sizes.all == {4, 3, 2}
         assert sizes.computed == ({4} if fills else sizes.all)
         assert [sizes.of(n) for n in (4, 3, 2)] == ([4] * 3 if fills else [4, 3, 2])
@@ -77,6 +77,6 @@ def test_what_would_see_copies_is_compiled_for_the_smaller_sizes(name, norm, pri
 def test_a_network_of_the_users_own_is_compiled_for_the_smaller_sizes(double):
     network = support.chain()
     plan = plan_for(resolve(setting("/nowhere", "fl", (13,))), network.unit_names)
-    sizes = MicroBatchSizes(network, HostProgram(plan, "d0"), (13,), BATCH, private=False)
+    sizes = MicroBatchSizes(network, HostProgram(plan, "d0"), (13,), BATCH, exact=True)
     assert sizes.computed == sizes.all == {8, 5}
     assert np.all([sizes.of(n) == n for n in (8, 5)])
