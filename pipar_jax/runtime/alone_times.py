@@ -82,4 +82,20 @@ class AloneTimes:
         shape = Shape(units_of(replica), kind, samples, length)
         if kind == UPDATE:
             shape = Shape(units_of(replica), kind, 0)
-        return self.factor * self._alone_s[shape]
+        return self.factor * self._alone(shape)
+
+    def _alone(self, shape: Shape) -> float:
+        """Returns the seconds of a computation at full speed.
+
+        A device that joins later, or takes its turn in a place, may have micro-batches of a size
+        that was not known when others were timed: their time is in proportion to the next size.
+        """
+        if shape in self._alone_s:
+            return self._alone_s[shape]
+        timed = sorted(
+            (one.samples, seconds)
+            for one, seconds in self._alone_s.items()
+            if one._replace(samples=shape.samples) == shape
+        )
+        size, seconds = next((one for one in timed if one[0] >= shape.samples), timed[-1])
+        return seconds * shape.samples / size

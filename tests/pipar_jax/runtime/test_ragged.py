@@ -80,3 +80,13 @@ def test_a_network_of_the_users_own_is_compiled_for_the_smaller_sizes(double):
     sizes = MicroBatchSizes(network, HostProgram(plan, "d0"), (13,), BATCH, exact=True)
     assert sizes.computed == sizes.all == {8, 5}
     assert np.all([sizes.of(n) == n for n in (8, 5)])
+
+
+def test_a_size_that_was_not_timed_lasts_in_proportion_to_one_that_was(double, tmp_path):
+    """Places of a sampled run are timed for full mini-batches, and a device may have fewer."""
+    samples = (16, 5)
+    made = setting(tmp_path, "pipar", samples, micro_batches=3)
+    made.cohort.size, made.aggregation.every, made.epochs = 1, "epoch", 4
+    made.server.slowdown = made.devices.defaults.slowdown = 1.5
+    made.model.dtype = "float64"
+    support.trained(made, samples, support.chain())
