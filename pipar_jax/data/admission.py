@@ -245,6 +245,8 @@ def check_array(values: object, what: str) -> Array:
     kind = computed_dtype(made.dtype.name, "float32")
     if made.dtype.kind not in "fiub" and made.dtype.name != "bfloat16":
         number = ": number the classes, alike on every host" if made.dtype.kind in "USO" else ""
+        if made.dtype.kind == "O":
+            number += "; samples of different lengths need data.pad_to"
         raise DataError(f"{what} must be numbers or truth values, got {made.dtype}{number}")
     if made.dtype.itemsize < 4 and kind != "float32":
         return made

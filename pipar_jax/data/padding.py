@@ -94,13 +94,16 @@ def _stack(values: object, fill: float, what: str) -> Stacked | None:
     """Returns a list of sequences as one array, or None if the values are something else.
 
     Args:
-      values: A list with an array [positions, …] for each sample; numbers have no positions.
+      values: A list, or an array of objects, with an array [positions, …] for each sample; numbers
+        have no positions.
       fill: What is put behind the end of a sample.
       what: Name of the array, for messages.
 
     Raises:
       DataError: Samples differ in more than their lengths.
     """
+    if isinstance(values, np.ndarray) and values.dtype == object and values.ndim == 1:
+        values = list(values)
     if not isinstance(values, list | tuple) or not values:
         return None
     try:

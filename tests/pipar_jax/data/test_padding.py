@@ -39,6 +39,16 @@ def test_a_list_tells_how_long_its_samples_are() -> None:
     assert made.signature().input.shape == (6, 3)
 
 
+def test_an_array_of_objects_is_a_list() -> None:
+    objects = np.empty(4, object)
+    objects[:] = sequences()
+    made = admitted(objects, [0, 1, 0, 1])
+    assert made.train.lengths is not None
+    assert made.train.lengths.tolist() == list(LENGTHS)
+    with pytest.raises(DataError, match=r"got object: .*samples of different lengths need data"):
+        admit((objects, [0, 1, 0, 1]), "train", "d0", RULE)
+
+
 def test_a_mini_batch_is_padded_to_the_smallest_length_that_holds_its_longest_sample() -> None:
     made = loader(admitted(sequences(), [0, 1, 0, 1]))
     for step in range(4):
