@@ -109,18 +109,6 @@ def train(group: Sequence[Setting], folder: Path) -> dict[str, dict[str, Any]]:
     return figures
 
 
-def grouped(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
-    """Returns settings in groups that differ in N only, by a name that has the values of N."""
-    keyed: dict[tuple[Any, ...], list[Setting]] = {}
-    for setting in settings:
-        keyed.setdefault((setting.network, setting.link, setting.devices), []).append(setting)
-    return {
-        f"{network.title} {link} devices={devices} "
-        f"N={'-'.join(str(setting.micro_batches) for setting in group)}": group
-        for (network, link, devices), group in keyed.items()
-    }
-
-
 def measure(run: harness.Bench) -> None:
     """Runs every setting and predicts it; with ``--quick`` one setting."""
     measure_speed(run)
@@ -128,7 +116,9 @@ def measure(run: harness.Bench) -> None:
     with tempfile.TemporaryDirectory() as folder:
         results = make_folder(RESULTS.value or folder, "choose another folder with --results")
         settings = simulator_settings.settings(run.quick)
-        wanted = grouped([setting for setting in settings if ONLY.value in setting.name])
+        wanted = simulator_settings.grouped(
+            [setting for setting in settings if ONLY.value in setting.name]
+        )
         for done, (name, group) in enumerate(wanted.items()):
             run.progress(name, done, len(wanted))
             known = harness.kept(results, name, functools.partial(train, group, Path(folder)))

@@ -123,9 +123,9 @@ def plans_of(config: Config, profile: Profile) -> dict[str, Plan]:
     """
     units = len(profile.units)
     coded, auto = copy.deepcopy(config), copy.deepcopy(config)
-    coded.pipeline.activation_codec = bit_widths(config.tuner, "activation")[0]
-    coded.pipeline.cotangent_codec = bit_widths(config.tuner, "cotangent")[0]
     auto.tuner.codecs = AUTO
+    coded.pipeline.activation_codec = bit_widths(auto.tuner, "activation")[0]
+    coded.pipeline.cotangent_codec = bit_widths(auto.tuner, "cotangent")[0]
     return dict(
         zip(
             VARIANTS,

@@ -118,6 +118,18 @@ def settings(quick: bool = False) -> list[Setting]:
     ]
 
 
+def grouped(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
+    """Returns settings in groups that differ in N only, by a name that has the values of N."""
+    keyed: dict[tuple[Any, ...], list[Setting]] = {}
+    for setting in settings:
+        keyed.setdefault((setting.network, setting.link, setting.devices), []).append(setting)
+    return {
+        f"{network.title} {link} devices={devices} "
+        f"N={'-'.join(str(setting.micro_batches) for setting in group)}": group
+        for (network, link, devices), group in keyed.items()
+    }
+
+
 def write_data(folder: Path, batch: int) -> None:
     """Writes random images, as many as each device's steps need."""
     rng = np.random.default_rng(0)

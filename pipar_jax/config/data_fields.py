@@ -81,7 +81,7 @@ class DataConfig:
     )
     pad_to: str = option(
         "",
-        "own data of different lengths: the lengths to which mini-batches are padded, such as "
+        "samples of different lengths: the lengths to which mini-batches are padded, such as "
         "32,64,128, each to the smallest that holds its longest sample; empty: all samples are "
         "equally long",
     )

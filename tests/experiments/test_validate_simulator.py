@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import validate_simulator
 from experiments.benchmarks import simulator_settings
 from pipar_jax.data.own import load_own
 from stages.tasks.targets import ClassTargets
@@ -47,13 +46,13 @@ def test_every_setting_resolves_and_has_its_data(tmp_path: Path) -> None:
 
 
 def test_settings_that_differ_in_n_alone_are_measured_and_saved_together() -> None:
-    made = validate_simulator.grouped(simulator_settings.settings())
+    made = simulator_settings.grouped(simulator_settings.settings())
     assert sum(map(len, made.values())) == len(simulator_settings.settings())
     assert "resnet101 imagenet stem wifi devices=1 N=1-4-10" in made
     for group in made.values():
         assert len({(one.network, one.link, one.devices) for one in group}) == 1
         assert len({one.micro_batches for one in group}) == len(group)
-    (name,) = validate_simulator.grouped(simulator_settings.settings()[1:2])
+    (name,) = simulator_settings.grouped(simulator_settings.settings()[1:2])
     assert name == "vgg5 4g devices=1 N=4"  # a part of a group is saved apart
 
 
