@@ -135,6 +135,21 @@ def _children() -> frozenset[tuple[int, str]]:
 
 
 @pytest.fixture(autouse=True)
+def precision() -> Iterator[None]:
+    """Restores jax's precision after a test: a run in float64 sets it for its whole process."""
+    before = _is_wide()
+    yield
+    if _is_wide() != before:
+        sys.modules["jax"].config.update("jax_enable_x64", before)
+
+
+def _is_wide() -> bool:
+    """Returns whether jax computes in 64 bits; a process that has not loaded it does not."""
+    jax = sys.modules.get("jax")
+    return bool(jax is not None and jax.config.jax_enable_x64)
+
+
+@pytest.fixture(autouse=True)
 def leaves_nothing_behind() -> Iterator[None]:
     """Fail a test after which threads, sockets or child processes of its own are still there."""
     before = Resources.held()

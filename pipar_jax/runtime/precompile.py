@@ -105,6 +105,11 @@ def compile_plan(
     ):
         sizes.told([replica])
         run_all(model, [replica], sizes.computed, between=between)
+        if not sizes.confirm([replica]):  # the stages before it need the smaller sizes, too
+            return compile_plan(
+                model, plan, host, config, samples, sizes, compiled,
+                rematerialise=rematerialise, releases=releases, between=between,
+            )  # fmt: skip
         if plan.weights == WeightPolicy.COPY and local.issuperset(replica.params):
             average = Aggregator(config.aggregation, replica.params, replica.state)
             average.compile()

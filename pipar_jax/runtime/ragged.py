@@ -2,22 +2,29 @@
 
 Its micro-batches are filled up with copies of their first sample, whose losses do not count, so
 that no gradient comes of them either. That changes nothing but rounding where each sample is
-computed by itself, which is known of our own layers without batch statistics; for other networks,
-in private runs, and where devices may come and go, whose replay must not depend on who was there
-first, the stages are compiled for the smaller sizes as well.
+computed by itself. It is known of our own layers without batch statistics; stages of other networks
+are tried on random numbers once they are compiled. Where it is not so, in private runs, and where
+devices may come and go, whose replay must not depend on who was there first, the stages are
+compiled for the smaller sizes as well.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 
 from comms.arrays import Array
 from pipar_jax.schedule.host_program import HostProgram
+from pipar_jax.training.apart import computes_apart
+from pipar_jax.training.compile import units_of
 from pipar_jax.training.replica import Replica
 from stages import Model
+
+#: Whether a stage, from its first unit to its last, computes each sample by itself.
+Apart: TypeAlias = dict[tuple[str, str], bool]
 
 
 class MicroBatchSizes:
@@ -25,7 +32,6 @@ class MicroBatchSizes:
 
     Attributes:
       all: The numbers of samples.
-      computed: The sizes that are compiled.
       fills: Whether the smaller ones of a last mini-batch are filled up.
 
     Args:
@@ -34,6 +40,7 @@ class MicroBatchSizes:
       samples: Samples of an epoch by place.
       batch_size: Samples in a full mini-batch.
       exact: Whether each sample counts alike in it, and its devices are those it began with.
+      known: What is known of stages, to which ``confirm`` adds.
     """
 
     def __init__(
@@ -44,14 +51,53 @@ class MicroBatchSizes:
         batch_size: int,
         *,
         exact: bool,
+        known: Apart,
     ) -> None:
+        self._model, self._known = model, known
         self.all = program.sizes(samples, batch_size)
-        full = program.sizes(samples, batch_size, ragged=False)
-        held = [model.units[index] for index in program.plan.held_units(
-            program.host, len(model.units))]  # fmt: skip
-        apart = all(unit.is_ours and not unit.state for unit in held)
-        self.fills = full != self.all and apart and exact
-        self.computed = full if self.fills else self.all
+        self._full = program.sizes(samples, batch_size, ragged=False)
+        count = len(model.units)
+        held = program.plan.held_units(program.host, count)
+        self._ours = all(model.units[index].is_ours for index in held)
+        self.fills = (
+            exact
+            and self._full != self.all
+            and not any(model.units[index].state for index in held)
+            and (self._ours or _by_sample(model, held, max(self._full)))
+        )
+        names = model.unit_names
+        self._stages = {
+            (names[units[0]], names[units[-1]])
+            for place, device in enumerate(program.plan.devices)
+            for stage in range(device.stages)
+            if program.plan.host(place, stage) == program.host
+            for units in [program.plan.units(place, stage, count)]
+        }
+        if not self._ours and not all(known.get(one, True) for one in self._stages):
+            self.fills = False
+
+    @property
+    def computed(self) -> set[int]:
+        """The sizes that are compiled."""
+        return self._full if self.fills else self.all
+
+    def confirm(self, replicas: Iterable[Replica]) -> bool:
+        """Tries stages of others' layers, which are compiled, and returns whether nothing changes.
+
+        Otherwise smaller sizes are not filled up from here on, and have to be compiled.
+        """
+        if not self.fills or self._ours:
+            return True
+        for replica in replicas:
+            stage = units_of(replica)
+            if stage not in self._known:
+                self._known[stage] = computes_apart(self._model, replica, self._full)
+            self.fills = self.fills and self._known[stage]
+        return self.fills
+
+    def settle(self) -> None:
+        """Fills nothing up where a stage has not been tried."""
+        self.fills = self.fills and (self._ours or self._stages <= self._known.keys())
 
     def of(self, samples: int) -> int:
         """Returns the size in which a micro-batch of some samples is computed."""
@@ -63,6 +109,16 @@ class MicroBatchSizes:
         """Lets the replicas count the samples of their micro-batches, if any is filled up."""
         for replica in replicas:
             replica.counts = self.fills
+
+
+def _by_sample(model: Model, held: Iterable[int], samples: int) -> bool:
+    """Returns whether the first axis of all that enters and leaves some units is of samples."""
+    few, many = model.shapes(1), model.shapes(samples)
+    return all(
+        few[cut].shape[:1] == (1,) and many[cut].shape == (samples, *few[cut].shape[1:])
+        for unit in held
+        for cut in (unit, unit + 1)
+    )
 
 
 def filled(array: Array, rows: int) -> Array:

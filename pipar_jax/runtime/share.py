@@ -11,7 +11,7 @@ from pipar_jax.runtime import exchanges, finite, memory, migration, undo
 from pipar_jax.runtime.node_averaging import Averaging
 from pipar_jax.runtime.personal import PersonalWeights
 from pipar_jax.runtime.precompile import compile_plan
-from pipar_jax.runtime.ragged import MicroBatchSizes
+from pipar_jax.runtime.ragged import Apart, MicroBatchSizes
 from pipar_jax.runtime.releases import Releases
 from pipar_jax.runtime.step_lengths import StepLengths
 from pipar_jax.runtime.transfer import compile_codecs
@@ -75,6 +75,7 @@ class Share:
         self._may_change = may_lose(config.cohort, config.devices.total) or bool(
             config.devices.more or config.cohort.size
         )
+        self._apart: Apart = {}
         self._released: migration.Released | None = None
         if releases is not None:
             self._released = functools.partial(releases.stages, model)
@@ -116,9 +117,8 @@ class Share:
         self._take(plan)
         self._build(steps)
         self._expect()
-        sizes = self.sizes
-        compile_all(self.model, self.replicas.values(), sizes.computed, between=between, told=told)
-        self._compile_codecs(plan, sizes.all)
+        self._compile(between, told)
+        self._compile_codecs(plan, self.sizes.all)
         self._weigh()
         memory.check(need, self.temporary_bytes, hosts, self._name, plan)
         return_memory()  # of compiling
@@ -128,6 +128,7 @@ class Share:
         """Changes to another plan, with replicas made of what is here and what has arrived."""
         averages = dict(self.averaging.units())
         self._take(plan)
+        self.sizes.settle()  # what was compiled ahead was tried
         self.replicas = migration.assemble(
             self.model, plan, self.seat, self.replicas, arrived, self._optimizer,
             self._find_keep(),
@@ -196,8 +197,16 @@ class Share:
     def _find_sizes(self, program: HostProgram) -> MicroBatchSizes:
         return MicroBatchSizes(
             self.model, program, self.samples, self._config.data.batch_size,
-            exact=not (self._config.privacy.on or self._may_change),
+            exact=not (self._config.privacy.on or self._may_change), known=self._apart,
         )  # fmt: skip
+
+    def _compile(self, between: Callable[[], None], told: Told) -> None:
+        """Compiles all shapes of the plan, the smaller ones of a last mini-batch if need be."""
+        replicas, sizes = self.replicas.values(), self.sizes
+        compile_all(self.model, replicas, sizes.computed, between=between, told=told)
+        if not sizes.confirm(replicas):
+            sizes.told(replicas)
+            compile_all(self.model, replicas, sizes.computed, between=between, told=told)
 
     def _build(self, steps: Sequence[int]) -> None:
         """Builds the replicas from the seed, and compiles their optimiser and their average."""

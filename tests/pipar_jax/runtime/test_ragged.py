@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import stages
 from pipar_jax.methods.registry import METHODS, plan_for
@@ -68,18 +71,73 @@ def test_what_would_see_copies_is_compiled_for_the_smaller_sizes(name, norm, pri
     network = stages.build(name, input_shape=(32, 32, 3), classes=10, norm=norm)
     plan = plan_for(resolve(setting("/nowhere", "pipar", (13,))), network.unit_names)
     for host in ("d0", "server"):
-        sizes = MicroBatchSizes(network, HostProgram(plan, host), (13,), BATCH, exact=not private)
+        sizes = MicroBatchSizes(
+            network, HostProgram(plan, host), (13,), BATCH, exact=not private, known={}
+        )
         assert sizes.all == {4, 3, 2}
         assert sizes.computed == ({4} if fills else sizes.all)
         assert [sizes.of(n) for n in (4, 3, 2)] == ([4] * 3 if fills else [4, 3, 2])
 
 
-def test_a_network_of_the_users_own_is_compiled_for_the_smaller_sizes(double):
-    network = support.chain()
+class Own(nnx.Module):
+    """A network of plain Flax whose samples are apart, or look at their mini-batch."""
+
+    def __init__(self, mixes: bool) -> None:
+        rngs = nnx.Rngs(0)
+        self.mixes = mixes
+        self.first = nnx.Linear(int(np.prod(support.SHAPE)), 6, rngs=rngs)
+        self.last = nnx.Linear(6, support.CLASSES, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.first(x.reshape(len(x), -1))
+        if self.mixes:
+            x = x - 0.01 * x.mean(0)
+        return self.last(nnx.relu(x))
+
+
+def own(mixes: bool) -> stages.Model:
+    example = jnp.ones((2, *support.SHAPE), jnp.float32)
+    return stages.trace(Own(mixes), example, classes=support.CLASSES)
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+@pytest.mark.parametrize("method", ["fl", "pipar"])
+def test_a_network_of_the_users_own_is_tried(compiled, method, mixes, tmp_path):
+    """Samples that are apart are filled up; those that look at others are compiled for."""
+    made = setting(tmp_path, method, (13,), micro_batches=1)
+    support.trained(made, (13,), own(mixes))
+    stages_of_it = [name for name in compiled if name in OF_STAGES]
+    functions = {"fl": 1, "pipar": 3}[method]
+    # With smaller sizes: a loss that is not told how many count, twice; forward and backward of
+    # the device, whose unit mixes, once more.
+    more = 2 if mixes else 0
+    assert len(stages_of_it) == functions + more
+
+
+def test_filled_micro_batches_of_an_own_network_train_as_those_that_are_not(tmp_path, monkeypatch):
+    def run(folder):
+        made = setting(tmp_path / folder, "pipar", (13,), micro_batches=3)
+        return support.trained(made, (13,), own(mixes=False)).params
+
+    filled = run("filled")
+    monkeypatch.setattr(MicroBatchSizes, "confirm", lambda self, replicas: False)
+    monkeypatch.setattr(MicroBatchSizes, "told", lambda self, replicas: None)
+    monkeypatch.setattr(MicroBatchSizes, "of", lambda self, samples: samples)
+    assert support.largest_difference(run("apart"), filled) < 1e-6
+
+
+def test_what_is_known_of_a_stage_decides_for_later_plans():
+    network = own(mixes=False)
     plan = plan_for(resolve(setting("/nowhere", "fl", (13,))), network.unit_names)
-    sizes = MicroBatchSizes(network, HostProgram(plan, "d0"), (13,), BATCH, exact=True)
-    assert sizes.computed == sizes.all == {8, 5}
-    assert np.all([sizes.of(n) == n for n in (8, 5)])
+    stage = (network.unit_names[0], network.unit_names[-1])
+    for known, fills, settled in (({}, True, False), ({stage: True}, True, True),
+                                  ({stage: False}, False, False)):  # fmt: skip
+        sizes = MicroBatchSizes(network, HostProgram(plan, "d0"), (13,), BATCH, exact=True,
+                                known=known)  # fmt: skip
+        assert sizes.fills == fills
+        sizes.settle()
+        assert sizes.fills == settled
+        assert sizes.computed == ({8} if settled else {8, 5})
 
 
 def test_a_size_that_was_not_timed_lasts_in_proportion_to_one_that_was(double, tmp_path):
