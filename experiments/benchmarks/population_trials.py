@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import pipar_jax
-from comms import Endpoint, Link, Message, MessageKind, Role, Tag
+from comms import Endpoint, Link, Message, MessageKind, PeerClosed, Role, Tag
 from experiments.benchmarks.watched import PATIENCE_S, Usage, usage
 from pipar_jax.config import Config, from_json, to_json
 from pipar_jax.disk import files
@@ -296,7 +296,8 @@ def play(config: Config, address: tuple[str, int], crowd: Crowd) -> None:
         while not all(fake.over or fake.gone for fake in here.values()):
             fake, item = inbox.get(timeout=PATIENCE_S)
             if isinstance(item, BaseException):
-                ended = any(one.over for one in here.values())
+                # A run that fails says why first; one that is over closes what joined too late.
+                ended = isinstance(item, PeerClosed) or any(one.over for one in here.values())
                 if here.get(fake.index) is fake and not ended:
                     raise RunError(f"fake {fake.index} lost the server: {item}")
                 fake.gone = True

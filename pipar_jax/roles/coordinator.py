@@ -190,9 +190,18 @@ class Coordinator:
             if self._adaptation is not None:
                 self._adaptation.close()
         self._checkpoints.settle(self._members)
-        self._members.broadcast(messages.Finish())
-        self._results.add_traces(self._members.collect(messages.Bye, self._setup.workers))
+        self._say_goodbye()
         return self._run_log.finish()
+
+    def _say_goodbye(self) -> None:
+        """Lets every host end, those among them that join meanwhile."""
+        told: set[str] = set()
+        while names := [name for name in self._members.by_name if name not in told]:
+            told.update(names)
+            for name in names:
+                self._members.send(name, messages.Finish())
+            working = [name for name in self._setup.workers if name in names]
+            self._results.add_traces(self._members.collect(messages.Bye, working))
 
     def _end_before(self, index: int) -> None:
         """Ends the run without a round that a device's privacy budget does not allow.

@@ -120,7 +120,7 @@ class Membership:
           sources: Names of hosts.
 
         Returns:
-          Their messages, in the order of the sources; none of hosts that the run has lost.
+          Their messages, in the order of the sources; none of hosts that are lost or not asked.
 
         Raises:
           PeerError: A host was lost, failed, broke the protocol, or makes no progress, and the
@@ -131,7 +131,7 @@ class Membership:
         silence = Silence(0.0 if kind in TAKES_LONG else self._silent_s)
         while True:
             found |= self.early.take(kind, [name for name in sources if name not in found])
-            missing = [name for name in self._there(sources) if name not in found]
+            missing = [name for name in sources if name not in found and self.owes(name, kind)]
             if not missing:
                 return {name: found[name] for name in sources if name in found}
             self.wait(missing, kind_of(kind).name)
@@ -139,8 +139,9 @@ class Membership:
                 self.lose(name, error)
 
     def owes(self, name: str, kind: type) -> bool:
-        """Returns whether a host has still to answer with something of a kind."""
-        return name in self.by_name and self.by_name[name].owed.owes((kind,))
+        """Returns whether a host has still to answer; one that joined later was not asked."""
+        asked = name in self.by_name and self.by_name[name].owed.owes((kind,))
+        return asked or name == COORDINATOR  # which is asked without a link
 
     def settle(self, name: str, *kinds: type) -> None:
         """Cancels a host's owed replies of some kinds; replies already received are discarded."""

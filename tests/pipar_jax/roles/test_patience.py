@@ -138,6 +138,14 @@ def test_a_device_that_does_nothing_ends_the_run(hasty, command, kind):
     assert pulses  # devices hear that the coordinator goes on
 
 
+def test_a_device_that_was_not_asked_is_not_waited_for(hasty):
+    """As one that joins while others are asked, or is back while its answer is waited for."""
+    side = Coordinator("pipar")
+    side.members.send("d0", messages.SurveyEcho())
+    side.members.settle("d0", messages.Echoed)
+    assert side.members.collect(messages.Echoed, ("d0", "d1")) == {}
+
+
 @pytest.mark.parametrize("what", ["compiling", "timing", "tuning", "evaluating"])
 def test_a_device_that_says_it_works_where_nothing_takes_long_ends_the_run_too(hasty, what):
     side = Coordinator("pipar")
