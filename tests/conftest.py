@@ -135,12 +135,24 @@ def _children() -> frozenset[tuple[int, str]]:
 
 
 @pytest.fixture(autouse=True)
-def precision() -> Iterator[None]:
-    """Restores jax's precision after a test: a run in float64 sets it for its whole process."""
+def precision(precision_of_file: None) -> Iterator[None]:
+    """Lets no test leave jax in 64 bits: a run in float64 sets them for its whole process."""
     before = _is_wide()
     yield
-    if _is_wide() != before:
-        sys.modules["jax"].config.update("jax_enable_x64", before)
+    if not before:  # otherwise it is the file's own
+        _narrow()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def precision_of_file() -> Iterator[None]:
+    """Lets no file of tests leave jax in 64 bits, as one does whose fixture is a run in float64."""
+    yield
+    _narrow()
+
+
+def _narrow() -> None:
+    if _is_wide():
+        sys.modules["jax"].config.update("jax_enable_x64", False)
 
 
 def _is_wide() -> bool:
