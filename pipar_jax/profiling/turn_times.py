@@ -15,10 +15,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pipar_jax.schedule.actions import BACKWARD, FORWARD, LOSS, UPDATE, ActionKind
-from pipar_jax.training.compile import LEFT_OUT, LEFT_OUT_S, PAGES, ones, page_faults, trial_draw
+from pipar_jax.training.compile import (
+    LEFT_OUT,
+    LEFT_OUT_S,
+    PAGES,
+    ones,
+    page_faults,
+    trial_draw,
+    zeros,
+)
 from pipar_jax.training.replica import Replica
 from stages import Model
 from stages.trees import PyTree
@@ -148,7 +155,7 @@ class _Turns:
             x = outputs.get(self._alike[index - 1]) if index else None
             x = ones(shapes[index]) if x is None else x
             if replica.stage.is_last:
-                targets = jax.tree.map(_zeros, self._model.target_shapes(size))
+                targets = jax.tree.map(zeros, self._model.target_shapes(size))
                 run, (_, given[index]) = _timed(
                     partial(replica.loss, x, targets, draws[index], sides[index])
                 )
@@ -204,9 +211,3 @@ def _timed(function: Callable[[], Any]) -> tuple[_Run, Any]:
     results = jax.block_until_ready(function())  # type: ignore[no-untyped-call]
     seconds = time.perf_counter() - began_s
     return _Run(seconds, page_faults() - pages >= PAGES), results
-
-
-def _zeros(shape: Any) -> jax.Array:
-    """Returns zeros of an abstract shape, on the device."""
-    array: jax.Array = jax.device_put(np.zeros(shape.shape, shape.dtype))
-    return array

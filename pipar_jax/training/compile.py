@@ -215,7 +215,7 @@ def _functions(model: Model, replica: Replica, samples: int) -> Mapping[ActionKi
     held: dict[str, PyTree] = {}
 
     def run_last() -> float:
-        targets = jax.tree.map(_zeros, model.target_shapes(samples))
+        targets = jax.tree.map(zeros, model.target_shapes(samples))
         seconds, results = _timed(
             functools.partial(stage.loss, counted=replica.count(samples)),
             replica.params, replica.state, x, targets, draw, replica.accumulated, sides,
@@ -279,7 +279,7 @@ def ones(shape: Any) -> jax.Array:
     )
 
 
-def _zeros(shape: Any) -> jax.Array:
+def zeros(shape: Any) -> jax.Array:
     """Returns zeros of an abstract shape, on the device."""
     return jax.block_until_ready(  # type: ignore[no-untyped-call, no-any-return]
         jax.device_put(np.zeros(shape.shape, shape.dtype))
