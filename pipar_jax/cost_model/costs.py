@@ -85,6 +85,8 @@ class Costs:
       codec_s: Seconds of encoding (SF, SB) or decoding (RF, RB) on the host's codec worker, which
         is not its processor.
       ahead: Number of computations that a host dispatches while one is running.
+      after_rest_s: Seconds that a computation takes more if its host has rested since the last of
+        its stage and kind; None is none.
     """
 
     compute_s: Seconds
@@ -93,3 +95,4 @@ class Costs:
     window_bytes: float | None = None
     codec_s: Seconds | None = None
     ahead: int = 1
+    after_rest_s: Seconds | None = None

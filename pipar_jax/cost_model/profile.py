@@ -73,6 +73,9 @@ class HostProfile:
       memory_bytes: Memory limit for plans on this host; None is no limit.
       handling: Overhead of a run per computation; zero with an emulated slowdown, which includes
         it.
+      after_rest_s: For each unit the seconds that its first forward, backward (of the last unit:
+        forward and backward) and update take more when the processor has rested before them;
+        nothing where it is not known.
     """
 
     sizes: tuple[int, ...]
@@ -83,6 +86,7 @@ class HostProfile:
     average_s_per_byte: float = 0.0
     memory_bytes: float | None = None
     handling: RuntimeOverhead = NO_HANDLING
+    after_rest_s: tuple[tuple[float, float, float], ...] = ()
 
     def __post_init__(self) -> None:
         """Checks that the tables are consistent.
@@ -98,6 +102,11 @@ class HostProfile:
             raise PlanError(
                 f"a profile of {units} units and sizes {self.sizes} needs a time for each of them"
             )
+        if self.after_rest_s and [len(row) for row in self.after_rest_s] != [3] * units:
+            raise PlanError(
+                f"a profile of {units} units needs three times after a rest for each of them, or "
+                f"none, got {len(self.after_rest_s)}"
+            )
 
     def slowed(self, factor: float) -> HostProfile:
         """Returns the profile with compute times multiplied by a factor."""
@@ -108,6 +117,9 @@ class HostProfile:
             update_s=tuple(s * factor for s in self.update_s),
             call_s=self.call_s * factor,
             average_s_per_byte=self.average_s_per_byte * factor,
+            after_rest_s=tuple(
+                (f * factor, b * factor, u * factor) for f, b, u in self.after_rest_s
+            ),
         )
 
 
@@ -266,7 +278,8 @@ def host_from_dict(values: JsonMapping) -> HostProfile:
     """
     try:
         tables = {
-            name: tuple(tuple(row) for row in values[name]) for name in ("forward_s", "backward_s")
+            name: tuple(tuple(row) for row in values[name])
+            for name in ("forward_s", "backward_s", "after_rest_s")
         }
         lists = {name: tuple(values[name]) for name in ("sizes", "update_s")}
         handling = RuntimeOverhead(**values["handling"])

@@ -21,7 +21,7 @@ from pipar_jax.disk.json_text import JsonObject, dumps
 from pipar_jax.errors import PlanError
 from stages import Model
 
-_FORMAT = 6
+_FORMAT = 7
 
 
 class Measured(NamedTuple):

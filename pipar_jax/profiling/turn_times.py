@@ -2,7 +2,9 @@
 
 Between two computations of a unit a run computes all others, so that weights and residuals of a
 small unit have to be fetched from memory. Timed repeatedly by itself, it would find them in the
-processor's cache: stages of MobileNetV3-Small took up to twice the sum of such times.
+processor's cache: stages of MobileNetV3-Small took up to twice the sum of such times. A host that
+waits for its neighbours rests in between, and its caches are empty then: the same stages took
+another third.
 """
 
 from __future__ import annotations
@@ -32,6 +34,12 @@ from stages.trees import PyTree
 
 #: Minimum number of runs of each function, and their minimum duration in seconds in the mean.
 REPEATS, LEAST_S = 5, 0.02
+#: Number of runs of each function with a rest before it, and without: what a rest adds is fetched
+#: from memory, of which a few runs show enough.
+RESTED_REPEATS = 3
+#: Seconds of a rest, after which a virtual machine's processor had lost what it held; not more than
+#: half of it after 2 ms.
+REST_S = 0.01
 #: Bytes that units which take turns may hold together, many times those of a cache: what is not
 #: held does not limit a small device, and what is larger is fetched from memory anyhow.
 HELD_BYTES = 256e6
@@ -55,12 +63,14 @@ class TurnTimes(NamedTuple):
       backward_s: By unit, a time for each size; for the last unit the fused forward and backward.
       update_s: By unit.
       call_s: Of calling a trivial compiled function in between, once per unit.
+      after_rest_s: By unit, what a rest adds to its forward, backward and update.
     """
 
     forward_s: Mapping[int, tuple[float, ...]]
     backward_s: Mapping[int, tuple[float, ...]]
     update_s: Mapping[int, float]
     call_s: float
+    after_rest_s: Mapping[int, tuple[float, float, float]]
 
 
 def groups(held_bytes: Mapping[int, float]) -> list[list[int]]:
@@ -90,6 +100,8 @@ def time_in_turns(
     sizes: Sequence[int],
     between: Callable[[], None],
     compiled: Callable[[int], None] = lambda index: None,
+    *,
+    rests: bool = True,
 ) -> TurnTimes:
     """Times units in turns at several micro-batch sizes, without those in which memory grew.
 
@@ -100,6 +112,7 @@ def time_in_turns(
       sizes: Micro-batch sizes.
       between: Called between computations; raises to abort.
       compiled: Called with each unit once its functions are compiled for the largest size.
+      rests: Whether to measure what a rest adds.
     """
     turns = _Turns(model, replicas, alike, between)
     for position, size in enumerate(sorted(sizes, reverse=True)):
@@ -108,7 +121,9 @@ def time_in_turns(
             if updates and kind in (BACKWARD, LOSS):
                 compiled(index)
         turns.time(size, updates=updates)
-    return turns.found(sizes)
+    # What was lost is fetched once, however many samples there are: the fewest show it best.
+    after_rest_s = turns.time_rested(min(sizes)) if rests else {}
+    return turns.found(sizes)._replace(after_rest_s=after_rest_s)
 
 
 class _Turns:
@@ -126,6 +141,7 @@ class _Turns:
         self._times: dict[_Function, list[float]] = {}
         self._left_out: dict[_Function, list[float]] = {}
         self._calls: list[float] = []
+        self._rest_s = 0.0
         self._add, self._zero = jax.jit(lambda x: x + 1), jnp.zeros(())
 
     def time(self, size: int, *, updates: bool) -> None:
@@ -139,6 +155,29 @@ class _Turns:
                 spent_s += sum(times)
                 self._calls.append(_timed(lambda: self._add(self._zero))[0].seconds)
             enough = min(counts) >= REPEATS and spent_s >= LEAST_S * len(counts)
+
+    def time_rested(self, size: int) -> dict[int, tuple[float, float, float]]:
+        """Returns what a rest before them adds to the functions of each unit."""
+        times: dict[tuple[int, ActionKind, bool], list[float]] = {}
+        for repeat in range(2 * RESTED_REPEATS):
+            rested = bool(repeat % 2)
+            self._rest_s = REST_S if rested else 0.0
+            for (index, kind, _), run in self.step(size, updates=True):
+                times.setdefault((index, kind, rested), []).append(run.seconds)
+        self._rest_s = 0.0
+
+        def added_s(index: int, *kinds: ActionKind) -> float:
+            found = [kind for kind in kinds if (index, kind, True) in times]
+            with_s, without_s = (
+                sum(statistics.median(times[index, kind, rested]) for kind in found)
+                for rested in (True, False)
+            )
+            return max(with_s - without_s, 0.0)
+
+        return {
+            index: (added_s(index, FORWARD), added_s(index, BACKWARD, LOSS), added_s(index, UPDATE))
+            for index in self._replicas
+        }
 
     def step(self, size: int, *, updates: bool) -> Iterator[tuple[_Function, _Run]]:
         """Computes one step of a size; yields each function with its run."""
@@ -156,12 +195,12 @@ class _Turns:
             x = ones(shapes[index]) if x is None else x
             if replica.stage.is_last:
                 targets = jax.tree.map(zeros, self._model.target_shapes(size))
-                run, (_, given[index]) = _timed(
+                run, (_, given[index]) = self._timed(
                     partial(replica.loss, x, targets, draws[index], sides[index])
                 )
                 yield (index, LOSS, size), run
                 continue
-            run, (outputs[index], kept[index]) = _timed(
+            run, (outputs[index], kept[index]) = self._timed(
                 partial(replica.forward, x, draws[index], sides[index])
             )
             yield (index, FORWARD, size), run
@@ -169,14 +208,14 @@ class _Turns:
             self._between()
             cotangent = given.get(self._alike[index + 1])
             cotangent = ones(shapes[index + 1]) if cotangent is None else cotangent
-            run, (given[index], _) = _timed(
+            run, (given[index], _) = self._timed(
                 partial(_backward, self._replicas[index], kept.pop(index), cotangent)
             )
             yield (index, BACKWARD, size), run
         for index, replica in self._replicas.items() if updates else ():
             replica.zero_gradient()  # weights stay what they are
             jax.block_until_ready(replica.accumulated)  # type: ignore[no-untyped-call]
-            yield (index, UPDATE, 0), _timed(replica.update)[0]
+            yield (index, UPDATE, 0), self._timed(replica.update)[0]
 
     def found(self, sizes: Sequence[int]) -> TurnTimes:
         """Returns the medians."""
@@ -187,7 +226,13 @@ class _Turns:
             {i: tuple(medians[i, LOSS if last[i] else BACKWARD, n] for n in sizes) for i in last},
             {i: medians[i, UPDATE, 0] for i in last},
             statistics.median(self._calls),
+            {},
         )
+
+    def _timed(self, function: Callable[[], Any]) -> tuple[_Run, Any]:
+        if self._rest_s:
+            time.sleep(self._rest_s)
+        return _timed(function)
 
     def _note(self, function: _Function, run: _Run) -> list[float]:
         """Adds a run of a function, if its memory does not grow; returns the function's seconds."""

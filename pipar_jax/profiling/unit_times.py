@@ -11,11 +11,12 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import stages
 from pipar_jax.aggregation import aggregator
@@ -32,10 +33,10 @@ from pipar_jax.profiling.kept_times import Measured, path_of_times, read_times, 
 from pipar_jax.profiling.predictor.predict_host import facts_of, predict_host
 from pipar_jax.profiling.predictor.reference import ReferenceTimes, reference_model, time_reference
 from pipar_jax.profiling.rehearsal import measure_handling
-from pipar_jax.profiling.stopwatch import least_s, median_s
-from pipar_jax.profiling.turn_times import LEAST_S, REPEATS, groups, time_in_turns
+from pipar_jax.profiling.stopwatch import median_s
+from pipar_jax.profiling.turn_times import LEAST_S, REPEATS, REST_S, groups, time_in_turns
 from pipar_jax.runtime.memory import tree_bytes
-from pipar_jax.schedule.actions import UPDATE
+from pipar_jax.schedule.actions import UPDATE, micro_batch_sizes
 from pipar_jax.training import optimizer
 from pipar_jax.training.compile import Told, ones, run_all, trial_draw
 from pipar_jax.training.replica import Replica
@@ -51,7 +52,7 @@ AGED, AGED_S = 0.25, 1e-3
 Times = TypeVar("Times", HostProfile, ReferenceTimes)
 
 
-def sizes_of(sizes: str, batch: int) -> tuple[int, ...]:
+def sizes_of(sizes: str, batch: int, numbers: Collection[int] = ()) -> tuple[int, ...]:
     """Returns the micro-batch sizes to measure, increasing.
 
     Compilers choose different loops for different sizes, so that times are not linear: 20 samples
@@ -60,10 +61,15 @@ def sizes_of(sizes: str, batch: int) -> tuple[int, ...]:
     Args:
       sizes: ``tuner.sizes``: a list, or ``auto`` for a mini-batch and fractions of it.
       batch: Samples of a mini-batch.
+      numbers: With ``auto`` the numbers of micro-batches that plans may have; none: any. Each
+        size is compiled for every unit, so that no more are measured than these need.
     """
     if sizes != "auto":
         return tuple(sorted(set(whole_numbers(sizes))))
-    return tuple(sorted({-(-batch // parts) for parts in PARTS}))
+    needed = {size for number in numbers for size in micro_batch_sizes(batch, number)}
+    if not 0 < len(needed) <= len(PARTS):
+        needed = {-(-batch // parts) for parts in PARTS}
+    return tuple(sorted(needed))
 
 
 def measure_host(
@@ -223,13 +229,17 @@ class _UnitTimer:
         forward_s: dict[int, tuple[float, ...]] = {}
         backward_s: dict[int, tuple[float, ...]] = {}
         update_s: dict[int, float] = {}
+        after_rest_s: dict[int, tuple[float, float, float]] = {}
         calls = []
         for group in groups(held_bytes) if in_turns else [[index] for index in held_bytes]:
             replicas = {index: self._replica(index) for index in group}
-            times = time_in_turns(self._model, replicas, alike, sizes, self._between, compiled)
+            times = time_in_turns(
+                self._model, replicas, alike, sizes, self._between, compiled, rests=in_turns
+            )
             forward_s |= times.forward_s
             backward_s |= times.backward_s
             update_s |= times.update_s
+            after_rest_s |= times.after_rest_s
             calls.append(times.call_s)
         host = HostProfile(
             sizes,
@@ -237,6 +247,7 @@ class _UnitTimer:
             tuple(backward_s[index] for index in alike),
             tuple(update_s[index] for index in alike),
             statistics.median(calls),
+            after_rest_s=tuple(after_rest_s[index] for index in alike) if in_turns else (),
         )
         names = zip(alike, self._model.unit_names, strict=True)
         return host, [dataclasses.replace(facts[index], name=name) for index, name in names]
@@ -310,11 +321,16 @@ def _facts(model: Model, index: int, replica: Replica, samples: int) -> UnitFact
 
 
 def _average_s_per_byte(config: AggregationConfig, params: Variables, state: Variables) -> float:
-    """Returns the seconds of averaging two replicas, per byte of both."""
+    """Returns the seconds of averaging two replicas, per byte of both.
+
+    As at the end of a round: a rest before, and replicas that have come over links.
+    """
     made = aggregator.Aggregator(config, dict(params), dict(state))
-    replicas = [aggregator.Contribution(params, state, 1.0)] * 2
+    came, statistics_came = jax.tree.map(np.asarray, (dict(params), dict(state)))
+    replicas = [aggregator.Contribution(came, statistics_came, 1.0)] * 2
     made.aggregate(replicas)  # compiles
-    return least_s(lambda: made.aggregate(replicas), REPEATS) / (2 * tree_bytes((params, state)))
+    seconds = median_s(lambda: made.aggregate(replicas), REPEATS, REST_S)
+    return seconds / (2 * tree_bytes((params, state)))
 
 
 def _call_s() -> float:

@@ -103,6 +103,7 @@ FACTS = Struct(
 )  # fmt: skip
 HANDLING = Struct(RuntimeOverhead, {"call_s": SECONDS, "byte_s": SECONDS})
 TIMES = Many(Many(SECONDS, 1000, 1), MOST_UNITS, 1)
+AFTER_REST = Many(TupleOf(lambda *seconds: seconds, (SECONDS, SECONDS, SECONDS)), MOST_UNITS)
 HOST_PROFILE = Struct(
     HostProfile,
     {
@@ -114,6 +115,7 @@ HOST_PROFILE = Struct(
         "average_s_per_byte": SECONDS,
         "memory_bytes": Maybe(Real()),
         "handling": HANDLING,
+        "after_rest_s": AFTER_REST,
     },
     (PlanError,),
 )

@@ -7,6 +7,7 @@ activation: those go from host to host.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -47,6 +48,7 @@ from pipar_jax.schedule.plan import (
     is_device,
 )
 from pipar_jax.schedule.rounds import rounds
+from pipar_jax.training.compile import TOLD_S, now_and_then
 from stages import Model
 from stages.personal import shared
 from stages.trees import Variables
@@ -369,6 +371,7 @@ class Coordinator:
         if on == "devices" and local is not None:
             score = local.overall
         else:
-            score = self._evaluator.evaluate(*variables)
+            tell = functools.partial(self._members.reports.tell_working, COORDINATOR, "evaluating")
+            score = self._evaluator.evaluate(*variables, now_and_then(tell, TOLD_S))
         self._score = score.numbers
         self._run_log.evaluated(index, score, time.monotonic() - start_s, fetched, local)

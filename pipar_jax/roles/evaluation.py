@@ -19,6 +19,7 @@ from pipar_jax.data import Dataset
 from pipar_jax.data.types import computed
 from pipar_jax.errors import RunError
 from pipar_jax.runtime.metrics import Totals
+from pipar_jax.training.compile import Told
 from stages import Model, Stage
 from stages.signature import unwrapped
 from stages.tasks.per_sample import losses_of, sums_of
@@ -63,17 +64,20 @@ class Evaluator:
         self._sides = stage.sides
         self._batch = _scorer(stage, model.task)
 
-    def evaluate(self, params: Variables, state: Variables) -> Score:
+    def evaluate(
+        self, params: Variables, state: Variables, told: Told = lambda done, of: None
+    ) -> Score:
         """Returns loss and metrics.
 
         Args:
           params: For each unit its weights.
           state: For each unit its batch statistics.
+          told: Called with the number of evaluated samples and their total number.
 
         Raises:
           RunError: A metric of the user's own failed.
         """
-        totals, outputs = self._run(params, state)
+        totals, outputs = self._run(params, state, told)
         metrics, tables = self._task.finish(totals.metrics), {}
         for name, value in self._of_all(outputs).items():
             if value.ndim:
@@ -84,14 +88,15 @@ class Evaluator:
 
     def sums(self, params: Variables, state: Variables) -> Totals:
         """Returns the sums over the test set, of losses and of the metrics that stream."""
-        return self._run(params, state)[0]
+        return self._run(params, state, lambda done, of: None)[0]
 
-    def _run(self, params: Variables, state: Variables) -> tuple[Totals, list[Array]]:
+    def _run(self, params: Variables, state: Variables, told: Told) -> tuple[Totals, list[Array]]:
         """Returns the sums over the test set, and all outputs if metrics need them."""
         test = self._dataset.test
         batch = min(BATCH, len(test))
         totals, outputs = Totals(), []
         for first in range(0, len(test), batch):
+            told(first, len(test))
             count = min(batch, len(test) - first)
             # The last batch is padded, so that only one shape is compiled.
             filled = first + np.arange(batch) % count

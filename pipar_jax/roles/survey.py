@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from pipar_jax.config import Config
 from pipar_jax.config.codec_candidates import candidates_of
+from pipar_jax.config.texts import whole_numbers
 from pipar_jax.cost_model.costs import LinkModel
 from pipar_jax.cost_model.profile import DeviceProfile, HostProfile, NodeProfile, Profile
 from pipar_jax.errors import PeerError, PlanError
@@ -132,7 +133,8 @@ def survey(config: Config, model: Model, members: Membership, samples: Sequence[
     Raises:
       PeerError: A device was lost or failed.
     """
-    sizes, references = sizes_of(config.tuner.sizes, config.data.batch_size), {}
+    sizes = sizes_of(config.tuner.sizes, config.data.batch_size, _numbers(config, members))
+    references: dict[str, ReferenceTimes] = {}
     members.working("tuning")
     if config.tuner.times == "predicted":
         reference = measure_reference(
@@ -184,6 +186,13 @@ def survey(config: Config, model: Model, members: Membership, samples: Sequence[
         side_bytes={name: one.nbytes for name, one in model.signature.sides.items()},
     )
     return Surveyed(profile, references)
+
+
+def _numbers(config: Config, members: Membership) -> set[int]:
+    """Returns the numbers of micro-batches that plans of a run may have."""
+    if uses_nodes(config.method):  # the chain planner keeps them
+        return {members.hosts[name].micro_batches for name in members.hosts.devices}
+    return {1, *whole_numbers(config.tuner.micro_batches)}
 
 
 def _ask_host(

@@ -30,7 +30,7 @@ from pipar_jax.simulator import deadlock
 from pipar_jax.simulator.exchange import Exchange
 from pipar_jax.simulator.network import Direction, Route, SimulatedNetwork
 from pipar_jax.simulator.round import SimulatedRound
-from pipar_jax.simulator.state import ComparableDispatcher, SimulatedHost
+from pipar_jax.simulator.state import REST_S, ComparableDispatcher, SimulatedHost
 from pipar_jax.simulator.steady import Steady
 
 Handler = Callable[..., None]
@@ -92,6 +92,7 @@ class Simulation:
 
     Attributes:
       now_s: Current time, without extrapolated time.
+      costs: Durations and sizes.
       hosts: The hosts, in the plan's order.
       by_name: The hosts by name.
       network: Their links.
@@ -104,7 +105,7 @@ class Simulation:
     def __init__(self, schedule: RoundSchedule, costs: Costs, *, collect: bool) -> None:
         """See ``simulate``."""
         plan = schedule.plan
-        self._plan, self._costs, self._collect = plan, costs, collect
+        self._plan, self.costs, self._collect = plan, costs, collect
         self.network = SimulatedNetwork(costs)
         self._routes: dict[tuple[int, int, str], Route] = {}
         self._limits: dict[tuple[str, int], InFlightLimit] = {}
@@ -186,6 +187,12 @@ class Simulation:
                 samples = host.feeder.sizes(action.device, action.step)[action.micro_batch]
             seconds = route.cost(samples)[0]
             start_s = host.free_s if host.free_s > self.now_s else self.now_s
+            if self.costs.after_rest_s is not None:
+                if start_s - host.free_s > REST_S:
+                    host.warm.clear()
+                if (action.stage, kind) not in host.warm:
+                    host.warm.add((action.stage, kind))
+                    seconds += route.after_rest_s
             end_s = host.free_s = start_s + seconds
             host.busy_s += seconds
             host.in_flight += 1
@@ -234,7 +241,7 @@ class Simulation:
         link.outstanding += nbytes
         target = self.by_name[link.target]
         ready_s = self.now_s
-        codec_s = self._costs.codec_s
+        codec_s = self.costs.codec_s
         if codec_s is not None:
             coding_s = codec_s(action.device, action.stage, operation.sent, samples)
             host.codec_free_s = ready_s = max(ready_s, host.codec_free_s) + on_grid(coding_s)
@@ -261,8 +268,8 @@ class Simulation:
 
     def _decode(self, host: SimulatedHost, received: Action, samples: int) -> None:
         """Decodes a tensor that has arrived."""
-        assert self._costs.codec_s is not None
-        seconds = self._costs.codec_s(received.device, received.stage, received.kind, samples)
+        assert self.costs.codec_s is not None
+        seconds = self.costs.codec_s(received.device, received.stage, received.kind, samples)
         host.codec_free_s = max(self.now_s, host.codec_free_s) + on_grid(seconds)
         self.at(host.codec_free_s, self.arrive, host, received)
 
@@ -274,7 +281,7 @@ class Simulation:
 
     def _release_credit(self, link: Direction, nbytes: float) -> None:
         """Returns credit, for which the sender may have waited."""
-        if self._costs.window_bytes is None:
+        if self.costs.window_bytes is None:
             link.outstanding -= nbytes
             return
         at_s = self.network.control(link.target, self.now_s, link.source)
@@ -299,8 +306,8 @@ class Simulation:
                 kinds = (LOSS,) if stage == chain.stages - 1 else (FORWARD, BACKWARD)
                 for samples in schedule.sizes(span.device, span.first):
                     for kind in kinds:
-                        seconds += self._costs.compute_s(span.device, stage, kind, samples)
-                seconds += self._costs.compute_s(span.device, stage, UPDATE, 0)
+                        seconds += self.costs.compute_s(span.device, stage, kind, samples)
+                seconds += self.costs.compute_s(span.device, stage, UPDATE, 0)
             demand[span.device] = seconds
         return demand
 
@@ -309,7 +316,7 @@ class Simulation:
         key = action.device, action.stage, action.kind
         host = host_of(self._plan, action)
         route = self._routes[key] = Route(
-            self._programs[host].operation(*key), self.network, self._costs
+            self._programs[host].operation(*key), self.network, self.costs
         )
         return route
 
@@ -320,9 +327,9 @@ class Simulation:
         if operation.limited:
             key = operation.host, operation.stage
             limit = self._limits.setdefault(key, InFlightLimit(self._plan.in_flight))
-        if self._costs.window_bytes is not None and operation.target is not None:
+        if self.costs.window_bytes is not None and operation.target is not None:
             key_ = operation.place, operation.stage, operation.kind
-            route = self._routes.get(key_) or Route(operation, self.network, self._costs)
+            route = self._routes.get(key_) or Route(operation, self.network, self.costs)
             self._routes[key_] = route
             assert route.out is not None
             link, nbytes = route.out.credited, route.cost(samples)[1]

@@ -147,17 +147,23 @@ class Route:
 
     Attributes:
       operation: The operation.
+      after_rest_s: Seconds that the computation takes more after a rest of its host.
       out: Link of the result; None if it stays.
       source: Link of the input; None if it is on the host already.
     """
 
-    __slots__ = ("_costs", "_known", "operation", "out", "source")
+    __slots__ = ("_costs", "_known", "after_rest_s", "operation", "out", "source")
 
     def __init__(self, operation: Operation, network: SimulatedNetwork, costs: Costs) -> None:
         self.operation = operation
         self._costs = costs
         self._known: dict[int, tuple[float, float, float]] = {}
         self.out = self.source = None
+        self.after_rest_s = 0.0
+        if costs.after_rest_s is not None and operation.kind != SEND_CLIENT_MODEL:
+            self.after_rest_s = on_grid(
+                costs.after_rest_s(operation.place, operation.stage, operation.kind, 0)
+            )
         if (target := operation.target) is not None:
             self.out = network.direction(operation.host, target.peer(operation.host), target.below)
         if (source := operation.source) is not None:

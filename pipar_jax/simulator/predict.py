@@ -35,6 +35,7 @@ class HostTimes:
 
     Attributes:
       handling: Overhead of a run per computation.
+      rests: Whether it is known what a rest of the processor costs.
 
     Args:
       host: The host's profile.
@@ -43,6 +44,7 @@ class HostTimes:
     def __init__(self, host: HostProfile) -> None:
         self._host = host
         self.handling = host.handling
+        self.rests = bool(host.after_rest_s)
         self._sums: dict[tuple[str, int], list[float]] = {}
 
     def time_s(self, kind: ActionKind, first: int, stop: int, samples: int) -> float:
@@ -63,6 +65,19 @@ class HostTimes:
         # Units were measured with one call each; the stage is called once.
         alone_s = max(sums_s - (calls - 1) * self._host.call_s, 0.1 * sums_s)
         return alone_s if kind == UPDATE else alone_s + self.handling.call_s
+
+    def after_rest_s(self, kind: ActionKind, first: int, stop: int) -> float:
+        """Returns the seconds that a stage's computation takes more after a rest.
+
+        Args:
+          kind: F, B, L or U.
+          first: The stage's first unit.
+          stop: One past its last.
+        """
+        rows = self._host.after_rest_s[first:stop]
+        if kind == LOSS:
+            return sum(forward + backward for forward, backward, _ in rows)
+        return sum(row[(FORWARD, BACKWARD, UPDATE).index(kind)] for row in rows)
 
     def _sum(self, kind: ActionKind, first: int, stop: int, samples: int) -> float:
         sums = self._sums.get((kind, samples))
@@ -211,11 +226,19 @@ class StageCosts:
             per_byte = codec.encode_s_per_byte if sends else codec.decode_s_per_byte
             return per_byte * self.cut_bytes(plan.devices[device].cuts[boundary], samples)
 
+        def after_rest_s(device: int, stage: int, kind: ActionKind, samples: int) -> float:
+            del samples
+            device = 0 if device == ALL else device
+            first, stop = bounds[device][stage : stage + 2]
+            return self.times(plan.host(device, stage), device).after_rest_s(kind, first, stop)
+
         coded = any(pair.activation != "raw" or pair.cotangent != "raw"
                     for device in plan.devices for pair in device.codecs)  # fmt: skip
+        rests = any(times.rests for times in (self.server, *self.devices, *self.nodes.values()))
         return Costs(compute_s, wire_bytes, self.links(plan),
                      window_bytes=self.profile.window_bytes,
-                     codec_s=codec_s if coded else None)  # fmt: skip
+                     codec_s=codec_s if coded else None,
+                     after_rest_s=after_rest_s if rests else None)  # fmt: skip
 
     def times(self, host: str, device: int) -> HostTimes:
         """Returns the times of a host in a device's chain."""

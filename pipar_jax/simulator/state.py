@@ -5,13 +5,15 @@ from __future__ import annotations
 import collections
 from collections.abc import Hashable, Mapping
 
-from pipar_jax.schedule.actions import Action
+from pipar_jax.schedule.actions import Action, ActionKind
 from pipar_jax.schedule.dispatch import Dispatcher
 from pipar_jax.schedule.step_feeder import StepFeeder
 from pipar_jax.schedule.trace import Timed
 
 #: Number of last actions of a host that are kept for the grid of a deadlock.
 REMEMBERED = 8
+#: Seconds without a computation after which a processor has rested.
+REST_S = 2e-3
 
 
 class ComparableDispatcher(Dispatcher):
@@ -58,12 +60,13 @@ class SimulatedHost:
       free_s: When the computations dispatched so far are over.
       codec_free_s: When its codec worker is free.
       busy_s: Seconds it computes, for what was dispatched so far.
+      warm: Stages and kinds of which it has computed something since it last rested.
       last: The last actions that it dispatched.
       rows: Its timed actions, if they are collected.
     """
 
     __slots__ = ("busy_s", "codec_free_s", "dispatcher", "feeder", "free_s", "in_flight", "index",
-                 "last", "name", "rows")  # fmt: skip
+                 "last", "name", "rows", "warm")  # fmt: skip
 
     def __init__(
         self, name: str, index: int, dispatcher: ComparableDispatcher, feeder: StepFeeder
@@ -71,5 +74,6 @@ class SimulatedHost:
         self.name, self.index, self.dispatcher, self.feeder = name, index, dispatcher, feeder
         self.in_flight = 0
         self.free_s = self.codec_free_s = self.busy_s = 0.0
+        self.warm: set[tuple[int, ActionKind]] = set()
         self.last: collections.deque[Action] = collections.deque(maxlen=REMEMBERED)
         self.rows: list[Timed] = []

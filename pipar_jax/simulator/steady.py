@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pipar_jax.schedule.actions import ALL, Action
 from pipar_jax.schedule.plan import Order
 from pipar_jax.schedule.rounds import RoundSchedule
+from pipar_jax.simulator.state import REST_S
 
 if TYPE_CHECKING:
     from pipar_jax.simulator.engine import Simulation
@@ -123,12 +124,13 @@ class Steady:
             tuple((device, step - reached[marker]) for device, step in sorted(reached.items()))
         ]
         times: list[float] = []
+        rested_s = 0.0 if simulation.costs.after_rest_s is None else -REST_S
         for time_s, _, handler, arguments in sorted(simulation.events, key=lambda e: e[:2]):
             times.append(time_s - now_s)
             structure.append((handler.__name__, _relative(arguments, base)))
         for host in simulation.hosts:
-            structure.append((host.in_flight, host.dispatcher.state(base)))
-            times += [max(host.free_s - now_s, 0.0), max(host.codec_free_s - now_s, 0.0)]
+            structure.append((host.in_flight, host.dispatcher.state(base), frozenset(host.warm)))
+            times += [max(host.free_s - now_s, rested_s), max(host.codec_free_s - now_s, 0.0)]
         for way in simulation.network.times():
             times.append(max(way.free_s - now_s, 0.0))
         for link in simulation.network.directions.values():

@@ -3,8 +3,8 @@
 The times of a host are those of the profile multiplied by one factor: the measured durations of its
 computations relative to the profile's. A host with predicted times has a learner instead, which is
 fed with the durations of its stages; its factor is that of its optimiser steps. The overhead of
-threads and messages per computation is subtracted. The rate of a link is the number of bytes of
-consecutive frames divided by their duration.
+threads and messages per computation, and what a rest before it may have added, is subtracted. The
+rate of a link is the number of bytes of consecutive frames divided by their duration.
 """
 
 from __future__ import annotations
@@ -131,14 +131,17 @@ class ProfileTracker:
             units = self._units(plan, computed)
             if learner is not None and computed.kind != UPDATE:
                 case = computed.kind, units.start, units.stop, computed.samples
-                learner.observe(case, _without_overhead(computed.median_s, learner.predict_s(case)))
+                believed_s = learner.predict_s(case)
+                learner.observe(case, _without(OVERHEAD_S, computed.median_s, believed_s))
                 learned = True
                 continue
-            alone_s = self._times[host].time_s(
-                computed.kind, units.start, units.stop, computed.samples
+            times, factor = self._times[host], self._factors[host]
+            alone_s = times.time_s(computed.kind, units.start, units.stop, computed.samples)
+            # Whether the host has rested before it is not known here.
+            rest_s = factor * times.after_rest_s(computed.kind, units.start, units.stop)
+            actual_s += computed.times * _without(
+                OVERHEAD_S + rest_s, computed.median_s, factor * alone_s
             )
-            believed_s = self._factors[host] * alone_s
-            actual_s += computed.times * _without_overhead(computed.median_s, believed_s)
             expected_s += computed.times * alone_s
         if actual_s > 0 and expected_s > 0:
             factor = min(max(actual_s / expected_s, 1 / MOST_FACTOR), MOST_FACTOR)
@@ -251,9 +254,9 @@ def _parts(host: HostProfile) -> list[float]:
     return [sum(each[i : i + size]) for i in range(0, len(each), size)]
 
 
-def _without_overhead(seen_s: float, believed_s: float) -> float:
-    """Returns the duration of a computation without overhead, clipped to the plausible range."""
-    return min(max(believed_s, seen_s - OVERHEAD_S), seen_s)
+def _without(overhead_s: float, seen_s: float, believed_s: float) -> float:
+    """Returns the duration of a computation without overhead of at most so many seconds."""
+    return min(max(believed_s, seen_s - overhead_s), seen_s)
 
 
 def _follow(old: float, new: float) -> float:

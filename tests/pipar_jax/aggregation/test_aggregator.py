@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import stages
-from pipar_jax.aggregation.aggregator import Aggregator, Contribution
+from pipar_jax.aggregation.aggregator import Aggregator, Contribution, broken_units
 from pipar_jax.aggregation.rules import RULES
 from pipar_jax.config import AggregationConfig, OptimizerConfig
 from pipar_jax.errors import RunError
@@ -211,3 +211,15 @@ def test_mistakes_in_a_rule_of_the_users_are_reported_in_one_line(rule, values, 
     with pytest.raises((RunError, stages.StageError), match=says) as caught:
         averaged(f"{OWN}:{rule}", **values)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float32])
+def test_a_unit_with_any_number_that_is_not_finite_is_broken(dtype, array):
+    most = float(jnp.finfo(dtype).max)
+    for value, broken in ((np.nan, True), (np.inf, True), (-np.inf, True), (most, False)):
+        one = np.full((5, 3), most, dtype)  # whose sum is not finite either
+        one[4, 2] = value
+        parts = {"a": {"w": array(one)}, "b": {"n": array(np.ones(3, np.int32))}}, {"b": {}}
+        assert broken_units(["b", "a"], *parts) == (("a",) if broken else ())
+    assert broken_units(["a"], {"a": {"w": array(np.array([np.inf, -np.inf], dtype))}}) == ("a",)

@@ -7,14 +7,19 @@ import json
 
 import pytest
 
-from pipar_jax.cost_model.profile import Profile, interpolate
+from pipar_jax.cost_model.profile import HostProfile, Profile, interpolate
 from pipar_jax.errors import PlanError
-from pipar_jax.simulator.predict import HostTimes
+from pipar_jax.schedule.plan import DevicePlan, Plan
+from pipar_jax.simulator.predict import HostTimes, StageCosts, estimate
 from tests.pipar_jax.tuner.profiles import device, host, profile
+
+#: What a rest adds to the forward, backward and update of each of five units.
+RESTED = tuple((0.1 * i, 0.2 * i, 0.3 * i) for i in range(5))
 
 
 def test_a_profile_survives_json():
-    made = profile(device("4g", 3.0), device("none"))
+    rested = dataclasses.replace(device("none"), host=resting())
+    made = profile(device("4g", 3.0), rested)
     assert Profile.from_dict(json.loads(json.dumps(made.to_dict()))) == made
 
 
@@ -33,6 +38,9 @@ def test_tables_must_fit_the_model_and_their_sizes():
         dataclasses.replace(host(), sizes=(25, 5, 100))
     with pytest.raises(PlanError, match="a time for each"):
         dataclasses.replace(host(), sizes=(5, 25))
+    for rows in (((0.1, 0.2, 0.3),) * 4, ((0.1, 0.2),) * 5):
+        with pytest.raises(PlanError, match="three times after a rest"):
+            dataclasses.replace(host(), after_rest_s=rows)
     with pytest.raises(PlanError, match="at least one device"):
         profile()
 
@@ -58,6 +66,33 @@ def test_a_stage_of_several_units_is_called_once():
     assert times.time_s("F", 0, 3, 100) == pytest.approx(alone - 2 * call_s)
     fused = sum(row[-1] for row in (*one.forward_s[2:], *one.backward_s[2:]))
     assert times.time_s("L", 2, 5, 100) == pytest.approx(fused - 4 * call_s)
+
+
+def resting() -> HostProfile:
+    return dataclasses.replace(host(), after_rest_s=RESTED)
+
+
+def test_after_a_rest_every_unit_of_a_stage_is_fetched_anew():
+    times = HostTimes(resting())
+    assert times.rests and not HostTimes(host()).rests
+    assert times.after_rest_s("F", 1, 3) == pytest.approx(0.1 + 0.2)
+    assert times.after_rest_s("B", 1, 3) == pytest.approx(0.2 + 0.4)
+    assert times.after_rest_s("U", 1, 3) == pytest.approx(0.3 + 0.6)
+    assert times.after_rest_s("L", 3, 5) == pytest.approx(0.3 + 0.6 + 0.4 + 0.8)
+    assert HostTimes(host()).after_rest_s("L", 3, 5) == 0.0
+    slowed = HostTimes(resting().slowed(10.0))
+    assert slowed.after_rest_s("U", 1, 3) == pytest.approx(9.0)
+
+
+def test_a_rest_costs_what_the_rested_host_says():
+    """The device rests while the server computes, the server has never rested for long."""
+    plan = Plan((DevicePlan((2,), ("device", "server"), 1),))
+    rested = dataclasses.replace(device("none", samples=100), host=resting())
+    with_s, without_s = (
+        estimate(StageCosts(profile(one)), plan).epoch_s
+        for one in (rested, device("none", samples=100))
+    )
+    assert with_s - without_s == pytest.approx(0.1 + 0.2 + 0.3)  # unit 1 of units 0 and 1
 
 
 def test_slowness_stretches_every_time():

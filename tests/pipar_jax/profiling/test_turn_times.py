@@ -52,6 +52,35 @@ def test_every_unit_has_times_of_every_size_and_keeps_its_weights(name):
     )
 
 
+def test_what_a_rest_adds_is_found_for_each_kind_and_never_less_than_nothing(monkeypatch):
+    model, clock = support.model(dtype="float32"), {"rested": False}
+    count = len(model.units)
+    per_run = {True: 3.0, False: 1.0}
+
+    def timed(function):
+        results = jax.block_until_ready(function())
+        rested, clock["rested"] = clock["rested"], False
+        return turn_times._Run(per_run[rested], grew=False), results
+
+    def sleep(seconds: float) -> None:
+        assert seconds == turn_times.REST_S
+        clock["rested"] = True
+
+    monkeypatch.setattr(turn_times, "_timed", timed)
+    monkeypatch.setattr(turn_times.time, "sleep", sleep)
+    replicas = replicas_of(model, range(count))
+    found = time_in_turns(model, replicas, range(count), SIZES, nothing)
+    assert found.forward_s[0] == (1.0, 1.0)  # none of these had rested
+    expected = {i: (2.0, 2.0, 2.0) for i in range(count)} | {count - 1: (0.0, 2.0, 2.0)}
+    assert found.after_rest_s == expected
+    per_run[True] = 0.5
+    found = time_in_turns(model, replicas, range(count), SIZES, nothing)
+    assert set(found.after_rest_s.values()) == {(0.0, 0.0, 0.0)}
+    assert not time_in_turns(
+        model, replicas, range(count), SIZES, nothing, rests=False
+    ).after_rest_s
+
+
 def test_units_whose_neighbours_are_left_out_have_inputs_all_the_same():
     def wide(rngs: nnx.Rngs) -> nnx.Module:
         return nnx.Linear(8, 6, rngs=rngs)

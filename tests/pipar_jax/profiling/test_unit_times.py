@@ -66,6 +66,7 @@ def test_a_host_is_measured_once(settings, tmp_path, monkeypatch):
     assert all(seconds > 0 for row in (*host.forward_s[:-1], *host.backward_s) for seconds in row)
     assert host.call_s > 0
     assert host.average_s_per_byte > 0
+    assert len(host.after_rest_s) == len(network.units) and host.after_rest_s[-1][0] == 0.0
     first = found.units[0]
     assert first.parameter_bytes == sum(leaf.size * 4 for leaf in network.units[0].params.values())
     assert first.optimizer_bytes >= first.parameter_bytes  # momentum
@@ -105,9 +106,9 @@ def test_units_that_compute_the_same_are_measured_once(settings, monkeypatch):
     timed = []
     real = unit_times.time_in_turns
 
-    def noted(model, replicas, *rest):
+    def noted(model, replicas, *rest, **named):
         timed.extend(replicas)
-        return real(model, replicas, *rest)
+        return real(model, replicas, *rest, **named)
 
     monkeypatch.setattr(unit_times, "time_in_turns", noted)
 
@@ -137,6 +138,14 @@ def test_measuring_ends_when_nobody_wants_it_any_more(settings):
 def test_sizes_are_the_batch_and_parts_of_it_unless_given():
     assert unit_times.sizes_of("auto", 100) == (5, 10, 20, 25, 100)
     assert unit_times.sizes_of("8, 2", 100) == (2, 8)
+
+
+def test_no_more_sizes_are_measured_than_the_plans_of_a_run_have():
+    assert unit_times.sizes_of("auto", 32, {2}) == (16,)
+    assert unit_times.sizes_of("auto", 33, {2}) == (16, 17)
+    assert unit_times.sizes_of("auto", 100, {1, 4, 10}) == (10, 25, 100)
+    assert unit_times.sizes_of("auto", 100, range(1, 21)) == (5, 10, 20, 25, 100)
+    assert unit_times.sizes_of("8, 2", 100, {1}) == (2, 8)
 
 
 def test_codecs_and_messages_cost_something(settings, quiet):

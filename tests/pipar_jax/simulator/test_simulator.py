@@ -118,6 +118,27 @@ def test_a_sequential_round_hands_the_part_on_through_the_coordinator() -> None:
     assert without.seconds == pytest.approx(found.seconds + 0.5)  # the part had to be fetched
 
 
+def test_what_has_rested_takes_longer_once_for_each_of_its_computations() -> None:
+    plan, slow = pair_plan(1, 4, dispatch="fixed"), {"F": 0.5, "L": 1.0, "B": 2.0, "U": 4.0}
+    without = Costs(seconds_of, bytes_of, links_of(plan, LinkModel(), LinkModel()))
+    costs = dataclasses.replace(without, after_rest_s=lambda d, s, kind, n: slow[kind])
+    found = simulate(round_of(plan, steps=2), costs)
+    rows = [(row, row.end_s - row.start_s) for row in found.trace.hosts["d0"]]
+    longer = [
+        (str(row.action.kind), row.action.step, row.action.micro_batch)
+        for row, seconds in rows
+        if row.action.kind in slow
+        and seconds > seconds_of(0, 0, row.action.kind, row.samples) + 0.1
+    ]
+    # Forwards follow one another; a backward waits for the server; the rest follows at once.
+    assert longer == [("F", 0, 0), ("B", 0, 0), ("U", 0, 0), ("F", 1, 0), ("B", 1, 0),
+                      ("U", 1, 0)]  # fmt: skip
+    quick = dataclasses.replace(costs, after_rest_s=lambda d, s, kind, n: 0.0)
+    assert simulate(round_of(plan, steps=2), quick).seconds == (
+        simulate(round_of(plan, steps=2), without).seconds
+    )
+
+
 def test_codecs_take_time_beside_the_processor() -> None:
     plan = pair_plan(1, 1, dispatch="fixed")
     links = links_of(plan, LinkModel(), LinkModel())
@@ -376,6 +397,11 @@ def test_what_a_device_sends_shares_one_line_and_nodes_do_not() -> None:
 # --- steady states -------------------------------------------------------------------------------
 
 
+def resting_s(device: int, stage: int, kind: str, samples: int) -> float:
+    assert samples == 0
+    return 0.0 if kind == "A" else 0.001 * (1 + stage)
+
+
 @pytest.mark.parametrize("plan", [
     pair_plan(1, 4),
     pair_plan(3, 4, dispatch="backward_first"),
@@ -384,12 +410,13 @@ def test_what_a_device_sends_shares_one_line_and_nodes_do_not() -> None:
     Plan((DevicePlan((1, 2), ("device", "n1", "device"), 4),) * 2),
 ])  # fmt: skip
 @pytest.mark.parametrize("samples", [16 * 100, 16 * 100 + 5, 16 * 30 + 1])
-def test_long_rounds_are_extrapolated_exactly(plan: Plan, samples: int) -> None:
+@pytest.mark.parametrize("rests", [False, True])
+def test_long_rounds_are_extrapolated_exactly(plan: Plan, samples: int, rests: bool) -> None:
     def alike_s(device: int, stage: int, kind: str, samples: int) -> float:
         return seconds_of(0, stage, kind, samples)
 
     costs = Costs(alike_s, bytes_of, links_of(plan, LinkModel(2e6, 0.003), LinkModel(4e6, 0.003)),
-                  window_bytes=30_000.0)  # fmt: skip
+                  window_bytes=30_000.0, after_rest_s=resting_s if rests else None)  # fmt: skip
     schedule = round_of(plan, samples, 16, 100)
     full = simulate(schedule, costs)
     brief = simulate(schedule, costs, collect=False)
@@ -403,7 +430,7 @@ def test_long_rounds_are_extrapolated_exactly(plan: Plan, samples: int) -> None:
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     plans(), links, links, st.sampled_from([None, 1.0, 20_000.0]), st.integers(0, 2),
-    st.integers(200, 420), st.booleans(),
+    st.integers(200, 420), st.booleans(), st.booleans(),
 )  # fmt: skip
 def test_whatever_is_left_out_changes_no_time(
     plan: Plan,
@@ -413,11 +440,13 @@ def test_whatever_is_left_out_changes_no_time(
     ahead: int,
     samples: int,
     alike: bool,
+    rests: bool,
 ) -> None:
     def compute_s(device: int, stage: int, kind: str, samples: int) -> float:
         return seconds_of(0 if alike else device, stage, kind, samples)
 
-    costs = Costs(compute_s, bytes_of, links_of(plan, up, down), window_bytes=window, ahead=ahead)
+    costs = Costs(compute_s, bytes_of, links_of(plan, up, down), window_bytes=window, ahead=ahead,
+                  after_rest_s=resting_s if rests else None)  # fmt: skip
     schedule = round_of(plan, samples, 8, -(-samples // 8))
     full = simulate(schedule, costs)
     brief = simulate(schedule, costs, collect=False)

@@ -83,6 +83,18 @@ def test_what_a_run_adds_to_each_computation_slows_no_host_down():
     assert watch.profile().server.update_s[0] == pytest.approx(base.server.update_s[0])
 
 
+def test_a_host_that_rests_between_computations_has_not_become_slower():
+    base, chain = profiles.profile(profiles.device()), plan(4)
+    rested = dataclasses.replace(base.server, after_rest_s=((0.1, 0.2, 0.3),) * 5)
+    base = dataclasses.replace(base, server=rested)
+    alone_s = HostTimes(rested).time_s("L", 4, 5, 25)
+    for added_s, grown in ((0.0, 1.0), (0.3, 1.0), (0.5, 1 + (0.2 - OVERHEAD_S) / alone_s)):
+        watch = ProfileTracker(base)
+        watch.computed("server", chain, [Seen(0, 1, "L", 25, 16, alone_s + added_s)])
+        now_s = watch.profile().server.update_s[0]
+        assert now_s / rested.update_s[0] == pytest.approx(grown)
+
+
 def test_little_noise_is_averaged_and_nothing_seen_changes_nothing():
     base, chain = slow_profile(), plan(2)
     watch = ProfileTracker(base)
