@@ -20,12 +20,15 @@ import numpy as np
 import optax
 
 from comms.arrays import Array
-from pipar_jax.aggregation.rules import make_rule
+from pipar_jax.aggregation.rules import RULES, make_rule
 from pipar_jax.config import AggregationConfig
 from stages.trees import PyTree
 
 Arrays = dict[str, jax.Array]
 Variables = dict[str, Arrays]
+#: Arrays of at most so many numbers are averaged together as one vector: a program takes 20 ms to
+#: compile for each of its arrays, a copy of this size some 20 µs.
+SMALL = 1 << 16
 
 
 class Contribution(NamedTuple):
@@ -48,19 +51,22 @@ class _Compiled(NamedTuple):
     Attributes:
       transformation: The server's optimiser.
       step: Its step from a mean.
+      elementwise: Whether it takes each number by itself.
       step_of_all: The step from all replicas and their shares, of a rule without a mean; compiled
         once for each number of replicas.
     """
 
     transformation: optax.GradientTransformation
     step: Any
+    elementwise: bool
     step_of_all: Any = None
 
 
 @functools.lru_cache(maxsize=16)
 def _compiled(fields: tuple[Any, ...]) -> _Compiled:
     """Returns a rule and its compiled steps, once per rule and process."""
-    transformation, combine = make_rule(AggregationConfig(*fields))
+    config = AggregationConfig(*fields)
+    transformation, combine = make_rule(config)
 
     @jax.jit
     def step(old: Arrays, opt_state: PyTree, mean: Arrays) -> tuple[PyTree, PyTree]:
@@ -69,7 +75,7 @@ def _compiled(fields: tuple[Any, ...]) -> _Compiled:
         return optax.apply_updates(old, updates), opt_state
 
     if combine is None:
-        return _Compiled(transformation, step)
+        return _Compiled(transformation, step, config.rule in RULES)
 
     @jax.jit
     def step_of_all(
@@ -82,7 +88,7 @@ def _compiled(fields: tuple[Any, ...]) -> _Compiled:
         updates, opt_state = transformation.update(pseudo_gradient, opt_state, old)
         return optax.apply_updates(old, updates), opt_state
 
-    return _Compiled(transformation, step, step_of_all)
+    return _Compiled(transformation, step, False, step_of_all)
 
 
 def _averaged(leaf: jax.Array) -> bool:
@@ -93,6 +99,40 @@ def _averaged(leaf: jax.Array) -> bool:
 def _wide(leaf: jax.Array) -> PyTree:
     """Returns the dtype in which an array is summed: at least float32."""
     return jnp.promote_types(leaf.dtype, jnp.float32)
+
+
+def _packed(arrays: Mapping[str, Any]) -> Arrays:
+    """Returns arrays with the small ones of each dtype as one vector, under a name of its own."""
+    found: dict[str, Any] = {}
+    together: dict[str, list[Array]] = {}
+    for path in sorted(arrays):
+        leaf = arrays[path]
+        if (name := _vector(leaf)) is None:
+            found[path] = leaf
+        else:
+            together.setdefault(name, []).append(np.ravel(np.asarray(leaf)))
+    return found | {name: np.concatenate(some) for name, some in together.items()}
+
+
+def _unpacked(packed: Mapping[str, jax.Array], like: Mapping[str, Any]) -> Arrays:
+    """Returns what ``_packed`` packed, with the shapes of other arrays."""
+    found: dict[str, Any] = {}
+    vectors: dict[str, Array] = {}
+    for path in sorted(like):
+        leaf = like[path]
+        if (name := _vector(leaf)) is None:
+            found[path] = packed[path]
+            continue
+        vector = vectors[name] if name in vectors else np.asarray(packed[name])
+        found[path], vectors[name] = vector[: leaf.size].reshape(leaf.shape), vector[leaf.size :]
+    arrays: Arrays = jax.device_put(found)
+    return arrays
+
+
+def _vector(leaf: Any) -> str | None:
+    """Returns the name of the vector that an array is packed into; None if it is by itself."""
+    # No path of an array begins with a slash.
+    return f"/{leaf.dtype}" if leaf.size <= SMALL and _averaged(leaf) else None
 
 
 @jax.jit
@@ -209,22 +249,25 @@ class Aggregator:
         rounding; this way the sum has the bits of a single program over all replicas.
         """
         shares = _shares(weights, _share_dtype(self.params[unit]))
-        given = [params for params, _ in replicas]
+        given, statistics = zip(*replicas, strict=True)
         if self._rule.step_of_all is not None:  # no mean of the weights is needed
             replicas = [({}, state) for _, state in replicas]
         order = [1, 0, *range(2, len(replicas))] if len(replicas) > 1 else [0]
-        total = _begin(shares[order[0]], replicas[order[0]])
-        for i in order[1:]:
-            total = _fold(total, shares[i], replicas[i])
-        first = replicas[0]
-        mean = _mean(total, first)
-        state = mean[1]
+        total = None
+        for i in order:
+            one = tuple(map(_packed, replicas[i]))
+            total = _begin(shares[i], one) if total is None else _fold(total, shares[i], one)
+        mean, mean_state = _mean(total, tuple(map(_packed, replicas[0])))
+        state = _unpacked(mean_state, statistics[0])
         if len(replicas) > 1:
-            state = jax.tree.map(_unmixed, state, *(other for _, other in replicas))
-        before = self.params[unit], self.rule_state[unit]
-        if self._rule.step_of_all is None:
-            return *self._rule.step(*before, mean[0]), state
-        return *self._rule.step_of_all(*before, given, shares), state
+            state = jax.tree.map(_unmixed, state, *statistics)
+        old, rule_state = self.params[unit], self.rule_state[unit]
+        if self._rule.step_of_all is not None:
+            return *self._rule.step_of_all(old, rule_state, given, shares), state
+        if self._rule.elementwise and not jax.tree.leaves(rule_state):
+            new, rule_state = self._rule.step(_packed(old), rule_state, mean)
+            return _unpacked(new, old), rule_state, state
+        return *self._rule.step(old, rule_state, _unpacked(mean, old)), state
 
 
 def _share_dtype(params: Mapping[str, jax.Array]) -> PyTree:

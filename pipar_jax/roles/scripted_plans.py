@@ -44,7 +44,7 @@ class ScriptedPlans:
         self._index = index
 
     def ready(self) -> Plan | None:
-        """Returns the next round's plan once every host has compiled it.
+        """Returns the next round's plan, if it is another one, once every host has compiled it.
 
         Raises:
           PeerError: A device or node was lost or failed.
@@ -53,6 +53,8 @@ class ScriptedPlans:
         if self._index + 1 >= len(self._plans):
             return None
         plan = self._plans[self._index + 1]
+        if plan == self._plans[self._index]:
+            return None
         self._members.broadcast(messages.CompileAhead(self._index, plan))
         self._host.prepare_ahead(self._index, plan)
         answers = self._members.collect(messages.Compiled, (COORDINATOR, *self._members.by_name))

@@ -20,7 +20,9 @@ def plan(cut: int, n: int = 1) -> Plan:
     return Plan((DeviceOption(cut, n).device_plan(),) * 2)
 
 
-def test_every_plan_of_a_script_is_trained_for_a_round(tmp_path):
+@pytest.mark.parametrize("short_s", [0.0, 60.0])
+def test_every_plan_of_a_script_is_trained_for_a_round_that_counts(tmp_path, monkeypatch, short_s):
+    monkeypatch.setattr(trials, "SHORT_S", short_s)
     config = trials.base_config(tmp_path, "mlp", 4, 2, "none")
     config.server.cpus = config.devices.defaults.cpus = ""
     made = profiles.profile(*[profiles.device(samples=12)] * 2)
@@ -33,7 +35,12 @@ def test_every_plan_of_a_script_is_trained_for_a_round(tmp_path):
     lines = (tmp_path / "trial0" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     changes = [Plan.from_dict(row["to"]) for row in rows if row["event"] == "replanned"]
-    assert changes == plans
+    assert changes == plans[1:]  # the run begins with the first
+    rounds = [row["seconds"] for row in rows if row["event"] == "round_finished"]
+    # A warm-up, and for each plan one round, or two of which the second counts.
+    counted = rounds[2::2] if short_s else rounds[1:]
+    assert len(rounds) == 1 + len(plans) * (2 if short_s else 1)
+    assert sorted(counted) == sorted(s for one in found.values() for s in one.seconds)
 
 
 def test_candidates_are_near_the_best_and_some_are_not(tmp_path):

@@ -9,8 +9,9 @@ import optax
 import pytest
 
 import stages
+from pipar_jax.aggregation import aggregator
 from pipar_jax.aggregation.aggregator import Aggregator, Contribution, broken_units
-from pipar_jax.aggregation.rules import RULES
+from pipar_jax.aggregation.rules import COMBINATIONS, RULES
 from pipar_jax.config import AggregationConfig, OptimizerConfig
 from pipar_jax.errors import RunError
 from pipar_jax.training import optimizer
@@ -223,3 +224,31 @@ def test_a_unit_with_any_number_that_is_not_finite_is_broken(dtype, array):
         parts = {"a": {"w": array(one)}, "b": {"n": array(np.ones(3, np.int32))}}, {"b": {}}
         assert broken_units(["b", "a"], *parts) == (("a",) if broken else ())
     assert broken_units(["a"], {"a": {"w": array(np.array([np.inf, -np.inf], dtype))}}) == ("a",)
+
+
+@pytest.mark.parametrize("rule", [*RULES, *COMBINATIONS])
+@pytest.mark.parametrize("count", [1, 3])
+def test_small_arrays_that_are_averaged_together_have_the_bits_of_each_by_itself(
+    rule, count, monkeypatch
+):
+    shapes = {"z": (7, 3), "a": (), "m": (5,), "long": (40, 3), "half": (6,), "empty": (0, 2)}
+
+    def drawn(seed: int) -> tuple[dict, dict]:
+        rng = np.random.default_rng(seed)
+        made = {path: jnp.asarray(rng.normal(size=s), jnp.float32) for path, s in shapes.items()}
+        made["half"] = made["half"].astype(jnp.bfloat16)
+        return {"u": made, "bare": {}}, {"u": {**made, "steps": jnp.arange(3) + seed}, "bare": {}}
+
+    found = []
+    for small in (50, 0):
+        monkeypatch.setattr(aggregator, "SMALL", small)
+        config = AggregationConfig(rule=rule, learning_rate=0.7, liars=1 if count > 2 else 0)
+        made = Aggregator(config, *drawn(9))
+        made.compile()
+        for index in range(2):
+            made.aggregate(
+                [Contribution(*drawn(4 + d), weight=1.0 + d + index) for d in range(count)]
+            )
+        found.append(jax.tree.map(np.asarray, (made.params, made.state, made.rule_state)))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    assert found[0][0]["u"]["half"].dtype == jnp.bfloat16
