@@ -160,8 +160,9 @@ class Stage:
         return y
 
     def zeros(self, params: Variables) -> Variables:
-        """Returns a new accumulator of gradients, all zero."""
-        accumulated: Variables = self.programs.zeros(params)
+        """Returns a new accumulator of gradients, all zero; nothing has to be compiled for it."""
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), params)
+        accumulated: Variables = jax.device_put(zeros, may_alias=False)
         return accumulated
 
     def forward_shapes(

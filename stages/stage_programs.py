@@ -38,7 +38,6 @@ class Programs:
     backward: Program
     loss: Program
     predict: Program
-    zeros: Program
 
 
 def build_programs(
@@ -65,7 +64,6 @@ def build_programs(
         backward=Program(partial(_backward, start == 0), donate_argnums=(3,)),
         loss=Program(partial(_loss, train, model.task, start == 0), donate_argnums=(5,)),
         predict=Program(partial(_predict, units)),
-        zeros=Program(lambda params: jax.tree.map(jnp.zeros_like, params)),
     )
     if release is not None:
         programs = _private_programs(
