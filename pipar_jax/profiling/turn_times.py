@@ -48,7 +48,7 @@ HELD_BYTES = 256e6
 _Function = tuple[int, ActionKind, int]
 
 
-class _Run(NamedTuple):
+class Run(NamedTuple):
     """The seconds of a run, and whether memory grew, so that it may have taken a multiple."""
 
     seconds: float
@@ -153,7 +153,7 @@ class _Turns:
                 times = self._note(function, run)
                 counts.append(len(times))
                 spent_s += sum(times)
-                self._calls.append(_timed(lambda: self._add(self._zero))[0].seconds)
+                self._calls.append(timed(lambda: self._add(self._zero))[0].seconds)
             enough = min(counts) >= REPEATS and spent_s >= LEAST_S * len(counts)
 
     def time_rested(self, size: int) -> dict[int, tuple[float, float, float]]:
@@ -179,7 +179,7 @@ class _Turns:
             for index in self._replicas
         }
 
-    def step(self, size: int, *, updates: bool) -> Iterator[tuple[_Function, _Run]]:
+    def step(self, size: int, *, updates: bool) -> Iterator[tuple[_Function, Run]]:
         """Computes one step of a size; yields each function with its run."""
         shapes, outputs, kept = self._model.shapes(size), dict[int, Any](), dict[int, Any]()
         parts = {index: replica.stage for index, replica in self._replicas.items()}
@@ -229,12 +229,12 @@ class _Turns:
             {},
         )
 
-    def _timed(self, function: Callable[[], Any]) -> tuple[_Run, Any]:
+    def _timed(self, function: Callable[[], Any]) -> tuple[Run, Any]:
         if self._rest_s:
             time.sleep(self._rest_s)
-        return _timed(function)
+        return timed(function)
 
-    def _note(self, function: _Function, run: _Run) -> list[float]:
+    def _note(self, function: _Function, run: Run) -> list[float]:
         """Adds a run of a function, if its memory does not grow; returns the function's seconds."""
         times = self._times.setdefault(function, [])
         left_out = self._left_out.setdefault(function, [])
@@ -250,9 +250,9 @@ def _backward(replica: Replica, residuals: PyTree, cotangent: jax.Array) -> tupl
     return replica.backward(residuals, cotangent), replica.accumulated
 
 
-def _timed(function: Callable[[], Any]) -> tuple[_Run, Any]:
+def timed(function: Callable[[], Any]) -> tuple[Run, Any]:
     """Returns a run of a function, until its results are ready, and the results."""
     pages, began_s = page_faults(), time.perf_counter()
     results = jax.block_until_ready(function())  # type: ignore[no-untyped-call]
     seconds = time.perf_counter() - began_s
-    return _Run(seconds, page_faults() - pages >= PAGES), results
+    return Run(seconds, page_faults() - pages >= PAGES), results
