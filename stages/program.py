@@ -16,6 +16,10 @@ from jax.extend.core import get_opaque_trace_state
 # kernels over large images take more than twice as long as XLA's own.
 LIBRARY = "xla_cpu_experimental_ynn_fusion_type"
 _KINDS = ("DOT", "INDIVIDUAL_DOT", "REDUCE")
+# XLA orders what a program computes so that several cores find work at the same time, and hands
+# it out in small tasks. Where there is one core the tasks cost up to a sixth of a stage of many
+# small layers, and nothing is gained.
+CONCURRENT = "xla_cpu_enable_concurrency_optimized_scheduler"
 # This module may be loaded while a function is traced (names of the package are, on first use); a
 # new thread is never inside one.
 with ThreadPoolExecutor(1) as _pool:
@@ -26,17 +30,28 @@ with ThreadPoolExecutor(1) as _pool:
 def compiler_options() -> dict[str, str]:
     """Returns XLA's compiler options for stages on the default platform.
 
-    Empty if the platform is not a CPU, if this XLA does not have the option, or if the user has set
-    it in ``XLA_FLAGS``.
+    Empty if the platform is not a CPU; without the options that this XLA does not have, or that the
+    user has set in ``XLA_FLAGS``.
     """
-    if jax.default_backend() != "cpu" or LIBRARY in os.environ.get("XLA_FLAGS", ""):
+    if jax.default_backend() != "cpu":
         return {}
     options = {LIBRARY: ",".join(f"LIBRARY_FUSION_TYPE_{kind}" for kind in _KINDS)}
+    if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) == 1:
+        options[CONCURRENT] = "False"
+    set_by_user = os.environ.get("XLA_FLAGS", "")
+    return {
+        name: value
+        for name, value in options.items()
+        if name not in set_by_user and _is_known(name, value)
+    }
+
+
+def _is_known(name: str, value: str) -> bool:
     try:
-        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
+        jax.jit(lambda x: x, compiler_options={name: value}).lower(0.0).compile()
     except jax.errors.JaxRuntimeError:
-        return {}
-    return options
+        return False
+    return True
 
 
 class Program:

@@ -212,9 +212,12 @@ class _Turns:
                 partial(_backward, self._replicas[index], kept.pop(index), cotangent)
             )
             yield (index, BACKWARD, size), run
-        for index, replica in self._replicas.items() if updates else ():
+        if not updates:
+            return
+        for replica in self._replicas.values():  # all, so that none finds its own in the cache
             replica.zero_gradient()  # weights stay what they are
             jax.block_until_ready(replica.accumulated)  # type: ignore[no-untyped-call]
+        for index, replica in self._replicas.items():
             yield (index, UPDATE, 0), self._timed(replica.update)[0]
 
     def found(self, sizes: Sequence[int]) -> TurnTimes:

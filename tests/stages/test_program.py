@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -21,6 +22,11 @@ def afresh():
     compiler_options.cache_clear()
     yield
     compiler_options.cache_clear()
+
+
+@pytest.fixture
+def two_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
 
 
 def convolved(x, kernel):
@@ -73,15 +79,28 @@ def test_donated_arguments_are_given_away():
     assert x.is_deleted()
 
 
-def test_what_the_user_tells_xla_stands(afresh, monkeypatch):
+def test_what_the_user_tells_xla_stands(afresh, monkeypatch, two_cores):
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=")
     assert compiler_options() == {}
 
 
-def test_a_version_that_does_not_know_the_option_does_without(afresh, monkeypatch):
+def test_a_version_that_does_not_know_the_option_does_without(afresh, monkeypatch, two_cores):
     monkeypatch.setattr(module, "LIBRARY", "xla_cpu_of_another_version")
     assert compiler_options() == {}
     assert Program(lambda x: x + 1)(1) == 2
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_only_what_has_several_cores_orders_its_work_for_them(afresh, monkeypatch, cores):
+    whole = Program(lambda x: (x @ x, jnp.sin(x)))(jnp.ones((8, 8)))
+    compiler_options.cache_clear()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    assert (module.CONCURRENT in compiler_options()) == (cores == 1)
+    ordered = Program(lambda x: (x @ x, jnp.sin(x)))(jnp.ones((8, 8)))
+    jax.tree.map(np.testing.assert_array_equal, ordered, whole)
+    compiler_options.cache_clear()
+    monkeypatch.setenv("XLA_FLAGS", f"--{module.CONCURRENT}=true")
+    assert module.CONCURRENT not in compiler_options()
 
 
 def test_other_platforms_get_no_options(afresh, monkeypatch):
