@@ -101,6 +101,7 @@ LINES: dict[str, Callable[[Event], str]] = {
         f"round {event['round'] + 1} is undone and repeated: {event['reason']}"
     ),
     "warning": lambda event: f"{event['text']} (known on the device alone)",
+    "cold_start": lambda event: event["reason"],
     "personal": lambda event: (
         f"{len(event['names'])} weights stay each device's own, and are not in the run's weights: "
         f"{', '.join(event['names'][:4])}{', …' if len(event['names']) > 4 else ''}"

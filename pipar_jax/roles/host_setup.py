@@ -23,6 +23,7 @@ from pipar_jax.roles.private_rounds import PrivateRounds
 from pipar_jax.roles.run_log import RunLog
 from pipar_jax.roles.state_exchange import StateExchange
 from pipar_jax.roles.timetable import Timetable, Turn
+from pipar_jax.runtime import memory
 from pipar_jax.runtime.host import Host
 from pipar_jax.runtime.link_table import direct
 from pipar_jax.schedule.plan import (
@@ -155,6 +156,10 @@ class HostSetup:
             if name in self._members.by_name and name not in self._pool.ready:
                 self.welcome(name)
         self.introduce(self.plan)
+        for name in self.plan.hosts():
+            reason = memory.cold_start_excess(self._model, self.plan, self._members.hosts, name)
+            if reason is not None:
+                self._members.tell({"event": "cold_start", "host": name, "reason": reason})
         began = time.monotonic()
         self._members.working("compiling")
         prepare = self.preparation()

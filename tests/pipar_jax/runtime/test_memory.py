@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 
 import pytest
 
@@ -144,3 +145,34 @@ def test_what_the_tuner_offers_by_a_profile_no_node_refuses(tmp_path, weights, e
             assert needed <= offered[node] <= 1.5 * needed
             kept = memory.predict(network, plan, node, config, DEVICES).kept
             assert (kept > 0) == (every > 0)
+
+
+def test_a_board_that_may_not_bear_compiling_is_told_before_it_does(tmp_path):
+    made = support.config(tmp_path, DEVICES, name="vgg5", dtype="float32", batch=8)
+    made.pipeline.cut, made.run.rounds = 2, 1
+    # More than training needs, less than jax and a compiler.
+    made.devices.overrides = {1: {"memory_mb": 350.0}}
+    network = support.model("vgg5", dtype="float32")
+    events = []
+    support.trained(made, DEVICES, network, events)
+    (told,) = (event for event in events if event["event"] == "cold_start")
+    assert told["host"] == "d1"
+    assert re.search(r"device 1 may take \d+ MB .* devices\.1\.memory_mb=350", told["reason"])
+    order = [event["event"] for event in events]
+    assert order.index("cold_start") < order.index("prepared")
+
+
+def test_what_compiling_may_take_grows_with_the_arrays_of_a_stage(tmp_path):
+    network = support.model("vgg5", dtype="float32")
+    made = support.config(tmp_path, DEVICES, name="vgg5", dtype="float32", batch=8)
+    found = []
+    for cut in (1, 2, 4):
+        made.pipeline.cut, made.devices.defaults.memory_mb = cut, 1.0
+        plan = plan_for(resolve(made, models=("vgg5",)), network.unit_names)
+        hosts = hosts_of(made)
+        reason = memory.cold_start_excess(network, plan, hosts, "d0")
+        found.append(int(re.search(r"may take (\d+) MB", reason)[1]))
+        assert memory.cold_start_excess(network, plan, hosts, "server") is None  # has no limit
+        made.devices.defaults.memory_mb = 1e4
+        assert memory.cold_start_excess(network, plan, hosts_of(made), "d0") is None
+    assert memory.PROCESS_MB < found[0] < found[1] < found[2]
