@@ -336,7 +336,14 @@ def _sum_of_clipped(
 
 
 def examples_at_a_time(params: Variables, count: int) -> int:
-    """Returns of how many examples the gradients exist at a time."""
+    """Returns of how many examples the gradients exist at a time.
+
+    One on a CPU, which works through examples one after another in any case: gradients of several
+    kernels at once are grouped convolutions, for which XLA has a naive loop. A step of VGG-5 with
+    100 examples took 5.4 s with 64 at a time, and takes 0.17 one by one.
+    """
+    if jax.default_backend() == "cpu":
+        return 1
     nbytes: int = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     return max(1, min(count, MOST_EXAMPLES, PIECE_BYTES // max(nbytes, 1)))
 

@@ -48,7 +48,7 @@ HELD_BYTES = 256e6
 _Function = tuple[int, ActionKind, int]
 
 
-class Run(NamedTuple):
+class TimedRun(NamedTuple):
     """The seconds of a run, and whether memory grew, so that it may have taken a multiple."""
 
     seconds: float
@@ -179,7 +179,7 @@ class _Turns:
             for index in self._replicas
         }
 
-    def step(self, size: int, *, updates: bool) -> Iterator[tuple[_Function, Run]]:
+    def step(self, size: int, *, updates: bool) -> Iterator[tuple[_Function, TimedRun]]:
         """Computes one step of a size; yields each function with its run."""
         shapes, outputs, kept = self._model.shapes(size), dict[int, Any](), dict[int, Any]()
         parts = {index: replica.stage for index, replica in self._replicas.items()}
@@ -232,12 +232,12 @@ class _Turns:
             {},
         )
 
-    def _timed(self, function: Callable[[], Any]) -> tuple[Run, Any]:
+    def _timed(self, function: Callable[[], Any]) -> tuple[TimedRun, Any]:
         if self._rest_s:
             time.sleep(self._rest_s)
         return timed(function)
 
-    def _note(self, function: _Function, run: Run) -> list[float]:
+    def _note(self, function: _Function, run: TimedRun) -> list[float]:
         """Adds a run of a function, if its memory does not grow; returns the function's seconds."""
         times = self._times.setdefault(function, [])
         left_out = self._left_out.setdefault(function, [])
@@ -253,9 +253,9 @@ def _backward(replica: Replica, residuals: PyTree, cotangent: jax.Array) -> tupl
     return replica.backward(residuals, cotangent), replica.accumulated
 
 
-def timed(function: Callable[[], Any]) -> tuple[Run, Any]:
+def timed(function: Callable[[], Any]) -> tuple[TimedRun, Any]:
     """Returns a run of a function, until its results are ready, and the results."""
     pages, began_s = page_faults(), time.perf_counter()
     results = jax.block_until_ready(function())  # type: ignore[no-untyped-call]
     seconds = time.perf_counter() - began_s
-    return Run(seconds, page_faults() - pages >= PAGES), results
+    return TimedRun(seconds, page_faults() - pages >= PAGES), results

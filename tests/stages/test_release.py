@@ -232,18 +232,25 @@ def test_what_was_clipped_is_counted(model):
     assert metrics[CLIPPED].tolist() == [0, 0, 7]
 
 
-def test_gradients_are_summed_in_pieces_that_fit(model, monkeypatch):
+@pytest.mark.parametrize("together", [3, 7])
+def test_gradients_are_summed_in_pieces_that_fit(model, monkeypatch, together):
     of = release(model, noise=1.0, activation_clip=2.0, gradient_clip=0.06)
     x, labels = samples(7), jnp.arange(7, dtype=jnp.int32) % CLASSES
     whole = gradients(model, of, x, labels)
-    monkeypatch.setattr(stages.release, "MOST_EXAMPLES", 3)
+    monkeypatch.setattr(stages.release, "examples_at_a_time", lambda params, count: together)
     model.programs.clear()
     pieces = gradients(model, of, x, labels)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7),
                  whole, pieces)  # fmt: skip
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_on_a_cpu_examples_follow_one_another_and_elsewhere_as_many_as_fit(monkeypatch, platform):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     large = {"w": jax.ShapeDtypeStruct((1 << 26,), jnp.float32)}
     assert examples_at_a_time(large, 100) == 1
-    assert examples_at_a_time({}, 2) == 2
+    assert examples_at_a_time({}, 2) == (1 if platform == "cpu" else 2)
+    assert examples_at_a_time({}, 200) == (1 if platform == "cpu" else 64)
 
 
 def test_the_noise_of_a_gradient_has_the_claimed_variance():

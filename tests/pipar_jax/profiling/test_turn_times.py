@@ -60,7 +60,7 @@ def test_what_a_rest_adds_is_found_for_each_kind_and_never_less_than_nothing(mon
     def timed(function):
         results = jax.block_until_ready(function())
         rested, clock["rested"] = clock["rested"], False
-        return turn_times.Run(per_run[rested], grew=False), results
+        return turn_times.TimedRun(per_run[rested], grew=False), results
 
     def sleep(seconds: float) -> None:
         assert seconds == turn_times.REST_S
