@@ -142,15 +142,15 @@ def try_plans(config: Config, profile: Profile, plans: Sequence[Plan]) -> dict[P
     """
     stages = StageCosts(profile)
     found = {plan: Tried(plan, estimate(stages, plan).epoch_s, []) for plan in plans}
-    script, counts = [plans[0]], [False]
+    rounds = [(plans[0], False)]  # a plan, and whether its round counts
     for plan in plans:
         if found[plan].predicted_s < SHORT_S:
-            script, counts = [*script, plan], [*counts, False]
-        script, counts = [*script, plan], [*counts, True]
-    events = _launch(resolve(config), len(script), script)
+            rounds.append((plan, False))
+        rounds.append((plan, True))
+    events = _launch(resolve(config), len(rounds), [plan for plan, _ in rounds])
     seconds = [event["seconds"] for event in events if event["event"] == "round_finished"]
-    for plan, count, round_s in zip(script, counts, seconds, strict=True):
-        if count:
+    for (plan, counts), round_s in zip(rounds, seconds, strict=True):
+        if counts:
             found[plan].seconds.append(round_s)
     return found
 

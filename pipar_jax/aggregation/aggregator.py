@@ -253,11 +253,11 @@ class Aggregator:
         if self._rule.step_of_all is not None:  # no mean of the weights is needed
             replicas = [({}, state) for _, state in replicas]
         order = [1, 0, *range(2, len(replicas))] if len(replicas) > 1 else [0]
-        total = None
+        first, total = tuple(map(_packed, replicas[0])), None
         for i in order:
-            one = tuple(map(_packed, replicas[i]))
+            one = tuple(map(_packed, replicas[i])) if i else first
             total = _begin(shares[i], one) if total is None else _fold(total, shares[i], one)
-        mean, mean_state = _mean(total, tuple(map(_packed, replicas[0])))
+        mean, mean_state = _mean(total, first)
         state = _unpacked(mean_state, statistics[0])
         if len(replicas) > 1:
             state = jax.tree.map(_unmixed, state, *statistics)

@@ -141,7 +141,6 @@ class _Turns:
         self._times: dict[_Function, list[float]] = {}
         self._left_out: dict[_Function, list[float]] = {}
         self._calls: list[float] = []
-        self._rest_s = 0.0
         self._add, self._zero = jax.jit(lambda x: x + 1), jnp.zeros(())
 
     def time(self, size: int, *, updates: bool) -> None:
@@ -161,10 +160,9 @@ class _Turns:
         times: dict[tuple[int, ActionKind, bool], list[float]] = {}
         for repeat in range(2 * RESTED_REPEATS):
             rested = bool(repeat % 2)
-            self._rest_s = REST_S if rested else 0.0
-            for (index, kind, _), run in self.step(size, updates=True):
+            rest_s = REST_S if rested else 0.0
+            for (index, kind, _), run in self.step(size, updates=True, rest_s=rest_s):
                 times.setdefault((index, kind, rested), []).append(run.seconds)
-        self._rest_s = 0.0
 
         def added_s(index: int, *kinds: ActionKind) -> float:
             found = [kind for kind in kinds if (index, kind, True) in times]
@@ -179,8 +177,16 @@ class _Turns:
             for index in self._replicas
         }
 
-    def step(self, size: int, *, updates: bool) -> Iterator[tuple[_Function, TimedRun]]:
-        """Computes one step of a size; yields each function with its run."""
+    def step(
+        self, size: int, *, updates: bool, rest_s: float = 0.0
+    ) -> Iterator[tuple[_Function, TimedRun]]:
+        """Computes one step of a size, with rests; yields each function with its run."""
+
+        def after_rest(function: Callable[[], Any]) -> tuple[TimedRun, Any]:
+            if rest_s:
+                time.sleep(rest_s)
+            return timed(function)
+
         shapes, outputs, kept = self._model.shapes(size), dict[int, Any](), dict[int, Any]()
         parts = {index: replica.stage for index, replica in self._replicas.items()}
         draws = {index: trial_draw(self._model, stage, size) for index, stage in parts.items()}
@@ -195,12 +201,12 @@ class _Turns:
             x = ones(shapes[index]) if x is None else x
             if replica.stage.is_last:
                 targets = jax.tree.map(zeros, self._model.target_shapes(size))
-                run, (_, given[index]) = self._timed(
+                run, (_, given[index]) = after_rest(
                     partial(replica.loss, x, targets, draws[index], sides[index])
                 )
                 yield (index, LOSS, size), run
                 continue
-            run, (outputs[index], kept[index]) = self._timed(
+            run, (outputs[index], kept[index]) = after_rest(
                 partial(replica.forward, x, draws[index], sides[index])
             )
             yield (index, FORWARD, size), run
@@ -208,7 +214,7 @@ class _Turns:
             self._between()
             cotangent = given.get(self._alike[index + 1])
             cotangent = ones(shapes[index + 1]) if cotangent is None else cotangent
-            run, (given[index], _) = self._timed(
+            run, (given[index], _) = after_rest(
                 partial(_backward, self._replicas[index], kept.pop(index), cotangent)
             )
             yield (index, BACKWARD, size), run
@@ -218,7 +224,7 @@ class _Turns:
             replica.zero_gradient()  # weights stay what they are
             jax.block_until_ready(replica.accumulated)  # type: ignore[no-untyped-call]
         for index, replica in self._replicas.items():
-            yield (index, UPDATE, 0), self._timed(replica.update)[0]
+            yield (index, UPDATE, 0), after_rest(replica.update)[0]
 
     def found(self, sizes: Sequence[int]) -> TurnTimes:
         """Returns the medians."""
@@ -231,11 +237,6 @@ class _Turns:
             statistics.median(self._calls),
             {},
         )
-
-    def _timed(self, function: Callable[[], Any]) -> tuple[TimedRun, Any]:
-        if self._rest_s:
-            time.sleep(self._rest_s)
-        return timed(function)
 
     def _note(self, function: _Function, run: TimedRun) -> list[float]:
         """Adds a run of a function, if its memory does not grow; returns the function's seconds."""

@@ -257,10 +257,12 @@ def cold_start_excess(model: Model, plan: Plan, hosts: Hosts, host: str) -> str 
       host: The host's name.
     """
     limit_mb = hosts[host].memory_mb
+    if not limit_mb:
+        return None
     units = plan.held_units(host, len(model.units))
     arrays = [leaf for unit in units for leaf in jax.tree.leaves(model.units[unit].params)]
     total_mb = PROCESS_MB + COMPILED_MB * len(arrays) + 3e-6 * tree_bytes(arrays)
-    if not limit_mb or not arrays or total_mb <= limit_mb:
+    if not arrays or total_mb <= limit_mb:
         return None
     return (
         f"{long_name(host)} may take {total_mb:.0f} MB while it compiles its {len(arrays)} arrays "
