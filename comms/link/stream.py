@@ -362,6 +362,8 @@ class Stream:
         self.guard.run(self._turn_away, error)
 
     def _turn_away(self, error: BusyError) -> None:
+        if self.inbox.allowance is not None:
+            return  # another thread has just admitted it, and its leave is posted
         if self.transport is not None:
             self.outbox.part_with(self.transport, _goodbye(str(error)))
         self._lose(self._lost(error))

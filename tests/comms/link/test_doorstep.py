@@ -247,3 +247,27 @@ def test_links_that_nobody_admits_count_as_unfinished(workshop):
     assert "unfinished connections" in str(down.take_lost())
     assert isinstance(down.link.error, PeerLost) and not isinstance(down.link.error, PeerClosed)
     assert admitted.link.error is None
+
+
+def test_newcomers_of_one_turn_do_not_evict_who_was_just_admitted(workshop):
+    """Many are accepted in a turn of the I/O thread, which learns of admissions after it."""
+    server = workshop.endpoint("server", ChannelOptions(limits=Limits(address_handshakes=2)))
+    links: queue.Queue = queue.Queue()
+    _, port = server.listen("127.0.0.1", 0, links.put)
+    client = workshop.endpoint("d0")
+    up = Collector(client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=PATIENCE_S))
+    down = Collector(links.get(timeout=PATIENCE_S))
+    socks, done = [], threading.Event()
+
+    def crowd():
+        down.link.admit()
+        socks.extend(open_many(port, 4))
+        server.reception.accept(server.reception.listeners[0], None, links.put)
+        done.set()
+
+    server.loop.post(crowd)
+    assert done.wait(PATIENCE_S)
+    assert down.link.error is None and up.link.error is None
+    assert len(server.reception.doorstep) == 2
+    for sock in socks:
+        sock.close()
