@@ -339,8 +339,9 @@ def examples_at_a_time(params: Variables, count: int) -> int:
     """Returns of how many examples the gradients exist at a time.
 
     One on a CPU, which works through examples one after another in any case: gradients of several
-    kernels at once are grouped convolutions, for which XLA has a naive loop. A step of VGG-5 with
-    100 examples took 5.4 s with 64 at a time, and takes 0.17 one by one.
+    kernels at once are grouped convolutions, for which XLA has a naive loop, and those of dense
+    layers are batched products, which it computes no better. A step of 100 examples took 5.4 s
+    with 64 at a time and takes 0.17 one by one for VGG-5, 27 and 0.11 s for two layers of 1,024.
     """
     if jax.default_backend() == "cpu":
         return 1

@@ -95,9 +95,9 @@ class Link:
         """
         limits = self._options.limits
         given = Allowance.of(limits) if allowance is None else allowance.within(limits)
-        if self.stream.inbox.allowance is None:
+        first, self.stream.inbox.allowance = self.stream.inbox.allowance is None, given
+        if first:
             self.stream.guard.post(lambda: self._admitted(self.stream))
-        self.stream.inbox.allowance = given
 
     @property
     def allowance(self) -> Allowance | None:

@@ -197,7 +197,7 @@ def normalise(x: Array, mean: NDArray[np.float32] | None, std: NDArray[np.float3
     # One multiplication and one addition in place: half the memory traffic of the formula. Numbers
     # for a whole sample, and not for its channels alone, let numpy work through it in one loop.
     scale, shift = (
-        np.ascontiguousarray(np.broadcast_to(one, x.shape[1:]))
+        np.ascontiguousarray(np.broadcast_to(one, x.shape[1:] or (1,)))
         for one in (np.float32(1) / std, mean / std)
     )
     made: NDArray[np.float32] = np.multiply(x, scale, dtype=np.float32)

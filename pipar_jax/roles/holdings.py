@@ -146,14 +146,12 @@ class Holdings:
             )
         for path, like in needed.items():
             array = tensors.get(path)
-            # Weights may have been coded; what optimisers and rules keep comes as it is.
-            fits = array is not None and array.shape == like.shape
-            if array is None or not fits or array.dtype.kind != like.dtype.kind:
+            # Codecs give back the dtype that they were given. Averages rely on equal ones.
+            if array is None or array.shape != like.shape or array.dtype != like.dtype:
                 what = "nothing" if array is None else f"{array.dtype}{list(array.shape)}"
                 raise ProtocolError(
                     f"{peer} sent {name!r} with {what} as {path}, expected "
-                    f"{like.dtype.kind!r} numbers {list(like.shape)}: do both hosts use the same "
-                    "model and version?"
+                    f"{like.dtype}{list(like.shape)}: do both hosts use the same model and version?"
                 )
         return {
             key: UnitState(

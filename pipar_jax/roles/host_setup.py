@@ -156,10 +156,8 @@ class HostSetup:
             if name in self._members.by_name and name not in self._pool.ready:
                 self.welcome(name)
         self.introduce(self.plan)
-        for name in self.plan.hosts():
-            reason = memory.cold_start_excess(self._model, self.plan, self._members.hosts, name)
-            if reason is not None:
-                self._members.tell({"event": "cold_start", "host": name, "reason": reason})
+        for name in (COORDINATOR, *workers):
+            self._warn(name)
         began = time.monotonic()
         self._members.working("compiling")
         prepare = self.preparation()
@@ -201,6 +199,7 @@ class HostSetup:
             return
         if is_node(name):
             self._admit_bundles((self.plan,), name)
+            self._warn(name)
             self._members.send(name, self.preparation())
             self._pool.preparing.add(name)
             return
@@ -214,6 +213,7 @@ class HostSetup:
         self._admit_bundles((self.plan,), name)
         if not self._sampled:
             self.samples = samples_by_place(self._population, self._places, sampled=False)
+        self._warn(name)
         self._members.send(name, self.preparation())
         self._gathering.prepares(name)
 
@@ -233,13 +233,24 @@ class HostSetup:
     def _admit_bundles(self, plans: Sequence[Plan], name: str) -> None:
         """Lets a member send its largest bundle and tensor under some plans, and nothing larger."""
         assert self._members.links.acceptance is not None
-        seat = device_name(0) if self._sampled and is_device(name) else name
+        seat = self._seat(name)
         tensor_bytes = self._members.links.acceptance.tensor_bytes(seat)
         steps = max(one.steps for one in self._population)
         widest = self._table.spans(0, [Turn(place, 0, steps) for place in range(self._places)])
         self._members.by_name[name].link.admit(
             self._holdings.allowance(plans, seat, [widest], tensor_bytes)
         )
+
+    def _seat(self, name: str) -> str:
+        """Returns the place in the plan whose share a host prepares."""
+        return device_name(0) if self._sampled and is_device(name) else name
+
+    def _warn(self, name: str) -> None:
+        """Tells if a host may have too little memory to compile its share of the plan."""
+        hosts, seat = self._members.hosts, self._seat(name)
+        reason = memory.cold_start_excess(self._model, self.plan, hosts, name, seat)
+        if reason is not None:
+            self._members.tell({"event": "cold_start", "host": name, "reason": reason})
 
     def introduce(self, plan: Plan) -> None:
         """Lets neighbours in chains connect to each other, where a plan needs it.

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from pipar_jax.config import Config
+from pipar_jax.config import Config, Hosts
 from pipar_jax.config.codec_candidates import candidates_of
 from pipar_jax.config.texts import whole_numbers
 from pipar_jax.cost_model.costs import LinkModel
@@ -133,7 +133,8 @@ def survey(config: Config, model: Model, members: Membership, samples: Sequence[
     Raises:
       PeerError: A device was lost or failed.
     """
-    sizes = sizes_of(config.tuner.sizes, config.data.batch_size, _numbers(config, members))
+    numbers = numbers_of_plans(config, members.hosts)
+    sizes = sizes_of(config.tuner.sizes, config.data.batch_size, numbers)
     references: dict[str, ReferenceTimes] = {}
     members.working("tuning")
     if config.tuner.times == "predicted":
@@ -188,10 +189,18 @@ def survey(config: Config, model: Model, members: Membership, samples: Sequence[
     return Surveyed(profile, references)
 
 
-def _numbers(config: Config, members: Membership) -> set[int]:
-    """Returns the numbers of micro-batches that plans of a run may have."""
+def numbers_of_plans(config: Config, hosts: Hosts) -> set[int]:
+    """Returns the numbers of micro-batches that plans of a run may have; none: any.
+
+    Args:
+      config: Resolved configuration.
+      hosts: Its hosts.
+    """
     if uses_nodes(config.method):  # the chain planner keeps them
-        return {members.hosts[name].micro_batches for name in members.hosts.devices}
+        own = {hosts[name].micro_batches for name in hosts.devices}
+        return {config.pipeline.micro_batches, *own}
+    if config.tuner.select == "paper":
+        return set()  # the paper's formula gives any number
     return {1, *whole_numbers(config.tuner.micro_batches)}
 
 

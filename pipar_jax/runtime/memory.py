@@ -245,7 +245,9 @@ def memory_excess(
     )
 
 
-def cold_start_excess(model: Model, plan: Plan, hosts: Hosts, host: str) -> str | None:
+def cold_start_excess(
+    model: Model, plan: Plan, hosts: Hosts, host: str, seat: str | None = None
+) -> str | None:
     """Returns why a host may have too little memory to compile its stages, or None.
 
     XLA's compiler takes more than training does. The estimate is that of a process on a CPU.
@@ -255,13 +257,21 @@ def cold_start_excess(model: Model, plan: Plan, hosts: Hosts, host: str) -> str 
       plan: The plan.
       hosts: All hosts, whose limits are in MB; 0 is none.
       host: The host's name.
+      seat: The place in the plan that it takes, if that is another one than its own.
     """
     limit_mb = hosts[host].memory_mb
     if not limit_mb:
         return None
-    units = plan.held_units(host, len(model.units))
-    arrays = [leaf for unit in units for leaf in jax.tree.leaves(model.units[unit].params)]
-    total_mb = PROCESS_MB + COMPILED_MB * len(arrays) + 3e-6 * tree_bytes(arrays)
+    units = plan.held_units(seat or host, len(model.units))
+    trained, frozen = (
+        [leaf for unit in units for leaf in jax.tree.leaves(getattr(model.units[unit], part))]
+        for part in ("params", "frozen")
+    )
+    arrays = [*trained, *frozen]
+    total_mb = (
+        PROCESS_MB + COMPILED_MB * len(arrays) + 3e-6 * tree_bytes(trained)
+        + 1e-6 * tree_bytes(frozen)
+    )  # fmt: skip
     if not arrays or total_mb <= limit_mb:
         return None
     return (

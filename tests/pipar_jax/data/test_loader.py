@@ -10,6 +10,7 @@ import pytest
 
 from pipar_jax.data import Examples, Loader, Prefetcher, steps_per_epoch
 from pipar_jax.data.loader import PADDING, crop_flip
+from pipar_jax.data.types import normalise
 from pipar_jax.errors import DataError, RunError
 from tests.patience import PATIENCE_S
 
@@ -86,6 +87,16 @@ def test_normalisation_is_per_channel_in_units_of_the_stored_images() -> None:
     images, labels = batch.x, batch.targets["y"]
     expected = (labels[:, None, None, None].astype(np.float32) - mean) / std
     np.testing.assert_allclose(images, np.broadcast_to(expected, images.shape), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(7,), (7, 3), (7, 5, 3), (7, 4, 5, 3), (0, 3), (0,)])
+def test_samples_of_every_rank_are_normalised(shape: tuple[int, ...]) -> None:
+    channels = shape[-1] if len(shape) > 1 else 1
+    mean, std = np.arange(1.0, 1 + channels, dtype=np.float32), np.full(channels, 2, np.float32)
+    x = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
+    found = normalise(x, mean, std)
+    assert found.shape == shape and found.dtype == np.float32
+    np.testing.assert_allclose(found, (x.astype(np.float32) - mean) / std, rtol=1e-6)
 
 
 @pytest.mark.parametrize("samples", [1, 9, 10, 11, 25])

@@ -6,8 +6,11 @@ import pytest
 
 from pipar_jax.cost_model.profile import NO_HANDLING, Profile
 from pipar_jax.errors import PlanError
+from pipar_jax.methods.registry import hosts_of
+from pipar_jax.methods.resolution import resolve
 from pipar_jax.profiling.predictor.online import Learner
 from pipar_jax.roles import first_plan
+from pipar_jax.roles.survey import numbers_of_plans
 from pipar_jax.schedule.plan import Plan
 from pipar_jax.tuner import tune
 from pipar_jax.tuner.bounds import DeviceOption
@@ -85,6 +88,29 @@ def check_profile(profile: Profile, network) -> None:
         for link in (device.up, device.down):
             assert 0 < link.rate_bytes_s < float("inf")
             assert 0.0019 < link.delay_s < 60  # half of the round trip, and never less
+
+
+def test_surveys_know_the_numbers_of_micro_batches_that_plans_may_have(tmp_path):
+    """What is not timed is taken from other sizes in proportion, which no call costs."""
+
+    def found(method, **values):
+        made = support.config(tmp_path, SAMPLES, method=method, dtype="float32")
+        for path, value in values.items():
+            group, name = path.split("_", 1)
+            setattr(getattr(made, group), name, value)
+        return made
+
+    chain = {"nodes_count": 1, "pipeline_cuts": "1,2"}
+    own = found("mpsl", pipeline_micro_batches=4, **chain)
+    own.devices.overrides = {1: {"micro_batches": 2}}
+    for made, numbers in (
+        (found("auto", tuner_micro_batches="2,5"), {1, 2, 5}),
+        (found("auto", tuner_micro_batches="2,5", tuner_select="paper"), set()),
+        (found("mpsl", pipeline_micro_batches=4, **chain), {4}),
+        (own, {2, 4}),
+    ):
+        resolved = resolve(made)
+        assert numbers_of_plans(resolved, hosts_of(resolved)) == numbers
 
 
 def test_no_room_for_any_plan_ends_the_run_with_one_error(tmp_path):

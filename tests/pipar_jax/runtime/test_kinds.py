@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from flax import nnx
 import stages
 from pipar_jax.aggregation.aggregator import Aggregator, Contribution
 from pipar_jax.config import AggregationConfig, checkpoints
-from pipar_jax.errors import RunError
+from pipar_jax.errors import ProtocolError, RunError
 from pipar_jax.launch import api
 from pipar_jax.roles.holdings import Holdings
 from pipar_jax.runtime.unit_state import UnitState, fitted, pack
@@ -199,6 +200,29 @@ def test_states_of_units_cross_a_link(double, network):
     for wrong in (np.zeros(1, jnp.bfloat16), np.zeros((), np.float32)):
         with pytest.raises(RunError, match=r"expected \['bfloat16\[\]'\]"):
             fitted({"0": wrong}, like, "d0")
+
+
+def test_a_state_in_another_dtype_than_this_host_has_is_refused(double, network):
+    """Averages rely on equal dtypes: a member must not be able to end the run with another one."""
+    params, state = network.init(0)
+    given = {(3, unit): UnitState(params[unit], state[unit]) for unit in params}
+    wanted = {key: ("params", "state") for key in given}
+    held = Holdings(network, setting("nowhere", "pipar", cut=2))
+    honest = {name: np.asarray(array) for name, array in pack(given).items()}
+    dtypes = [*map(np.dtype, "?bBhHiIlLefdF"), np.dtype(jnp.bfloat16)]
+    refused = 0
+    for name, array in honest.items():
+        for dtype in dtypes:
+            said = fakes.bundle(None, "trained", {"type": "trained"}, honest | {
+                name: np.zeros(array.shape, dtype)
+            })  # fmt: skip
+            if dtype == array.dtype:
+                held.states(said, wanted, "d0")
+                continue
+            with pytest.raises(ProtocolError, match=re.escape(f"expected {array.dtype}[")):
+                held.states(said, wanted, "d0")
+            refused += 1
+    assert refused >= len(honest) * (len(dtypes) - 1)
 
 
 def test_an_average_keeps_what_is_equal_and_takes_the_first_of_what_has_no_mean():

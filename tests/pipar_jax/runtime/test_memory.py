@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+import types
 
+import jax
 import pytest
 
 from experiments.benchmarks.node_memory import drive_alone
@@ -160,6 +162,25 @@ def test_a_board_that_may_not_bear_compiling_is_told_before_it_does(tmp_path):
     assert re.search(r"device 1 may take \d+ MB .* devices\.1\.memory_mb=350", told["reason"])
     order = [event["event"] for event in events]
     assert order.index("cold_start") < order.index("prepared")
+
+
+def test_what_compiling_may_take_counts_frozen_weights(tmp_path):
+    network = support.model("vgg5", dtype="float32")
+    made = support.config(tmp_path, DEVICES, name="vgg5", dtype="float32", batch=8)
+    made.pipeline.cut, made.devices.defaults.memory_mb = 2, 1.0
+    plan, found = plan_for(resolve(made, models=("vgg5",)), network.unit_names), []
+    table = {"table": jax.ShapeDtypeStruct((100_000_000,), "int8")}
+    first = network.units[0]
+    for frozen in ({}, table):
+        units = (dataclasses.replace(first, frozen=frozen), *network.units[1:])
+        some = types.SimpleNamespace(units=units)
+        reason = memory.cold_start_excess(some, plan, hosts_of(made), "d0")
+        found.append(int(re.search(r"may take (\d+) MB", reason)[1]))
+    assert found[1] - found[0] == memory.COMPILED_MB + 100
+    # A device of a sampled cohort takes a place that is not its own.
+    made.devices.overrides = {1: {"memory_mb": 1e4}}
+    assert memory.cold_start_excess(network, plan, hosts_of(made), "d1", "d0") is None
+    assert memory.cold_start_excess(network, plan, hosts_of(made), "d0", "d1") is not None
 
 
 def test_what_compiling_may_take_grows_with_the_arrays_of_a_stage(tmp_path):
