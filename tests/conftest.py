@@ -45,7 +45,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long a thread or process that was told to end may take to be gone.
-GRACE_S = 10.0
+GRACE_S = 30.0
 # Threads that libraries keep for the life of the process, by the start of their names.
 LIBRARY_THREADS = ("pydevd", "tqdm", "asyncio_", "orbax", "IPython", "pytest_timeout")
 

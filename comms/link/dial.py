@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from comms.emulation.shaping import LinkShape
 from comms.errors import ChannelError, ConnectError, HandshakeError, explain
-from comms.link.pending_connection import CutShortError, NoListenerError, PendingConnection
+from comms.link.pending_connection import (
+    CutShortError,
+    NoListenerError,
+    PendingConnection,
+    TooLateError,
+)
 from comms.wire.event_loop import Guard, place_of
 from comms.wire.greeting import Terms
 from comms.wire.handshake import ClientHandshake
@@ -157,7 +162,11 @@ class Dial:
             self._future.set_result(link)
 
     def _failed(self, opening: PendingConnection | None, error: ChannelError) -> None:
-        self._last_error = str(error)
+        now = time.monotonic()
+        left_s = self._until_s - now
+        if self._tries == 1 or left_s > 0 or not isinstance(error, TooLateError):
+            # The time of the last attempt may be too short for any answer, which is no reason.
+            self._last_error = str(error)
         self._cut_short += isinstance(error, CutShortError)
         # Interruptions during resumption are expected; a first handshake that is always interrupted
         # means that the two sides are configured differently.
@@ -165,10 +174,8 @@ class Dial:
             self._stream is None and self._cut_short == _MAX_CUT_SHORT
         )
         gone = isinstance(error, NoListenerError) and not self._retry
-        now = time.monotonic()
         pause_s = min(_FIRST_PAUSE_S * 1.6 ** min(self._tries, 20), _MAX_PAUSE_S)
         pause_s *= random.uniform(0.5, 1.0)  # a thousand devices must not return at once
-        left_s = self._until_s - now
         if final:
             self.fail(error)
         elif left_s <= 0 or gone:

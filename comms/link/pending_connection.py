@@ -27,6 +27,10 @@ class NoListenerError(ConnectError):
     """No process listens at an address of a machine that answers."""
 
 
+class TooLateError(ConnectError):
+    """The listener did not complete the handshake in time."""
+
+
 class CutShortError(ConnectError):
     """The peer was reached but the connection ended before the handshake did."""
 
@@ -221,7 +225,7 @@ class PendingConnection:
         self._on_done(self)
 
     def _too_late(self) -> None:
-        self._fail(ConnectError(f"no complete handshake within {self._deadline_s:.1f} s"))
+        self._fail(TooLateError(f"no complete handshake within {self._deadline_s:.1f} s"))
 
     def _fail(self, error: ChannelError) -> None:
         if not self._ended:

@@ -59,8 +59,8 @@ class ProgressDisplay:
 
     def __call__(self, event: Event) -> None:
         """Updates and shows the state by one event."""
-        now_s = time.monotonic()
         with self._lock:
+            now_s = time.monotonic()
             self.state.follow(event, now_s)
             if not self._console.is_terminal:
                 self._print(event, now_s)

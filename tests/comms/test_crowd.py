@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 
 import numpy as np
 import psutil
@@ -67,12 +68,19 @@ def test_a_busy_link_does_not_starve_a_small_one(workshop):
         "127.0.0.1", port, name_of_peer="s", timeout_s=PATIENCE_S
     )
     large = np.zeros(64 << 20, np.uint8)
-    for _ in range(40):
-        busy.send(Tag(role=Role.ACTIVATION, device=0), large)
+    done = threading.Event()
+
+    def feed(*_):
+        if not done.is_set():
+            busy.send(Tag(role=Role.ACTIVATION, device=0), large, on_sent=feed)
+
+    for _ in range(8):
+        feed()
     for _ in range(5):
         quiet.send(Tag(role=Role.ACTIVATION, device=1), np.zeros(100))
         small.get(timeout=PATIENCE_S)
-    assert busy.stats().queued_messages > 0, "the busy link was done too early to show anything"
+    assert busy.stats().queued_messages > 0, "the busy link has shown nothing"
+    done.set()
     busy.close()
 
 
@@ -81,7 +89,12 @@ def run_crowd(devices: int, tensors: int) -> dict[str, float]:
         port = server.call(channel_peers.start_crowd_server, 1 << 18)
         before = server.call(channel_peers.crowd_state)
         crowd.call(channel_peers.send_from_crowd, port, devices, tensors, 64 << 10)
-        after = server.call(channel_peers.crowd_state)
+        until = time.monotonic() + PATIENCE_S  # what has left may still be on its way
+        while True:
+            after = server.call(channel_peers.crowd_state)
+            if after["messages"] == devices * tensors or time.monotonic() > until:
+                break
+            time.sleep(0.05)
     return {**after, "threads": after["threads"] - before["threads"]}
 
 

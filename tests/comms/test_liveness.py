@@ -97,11 +97,13 @@ class DeafPeer:
         handshake = ClientHandshake(terms, token)
         self.socket.sendall(handshake.opening)
         while not handshake.done:
-            self.socket.sendall(handshake.feed(self.socket.recv(4096)))
+            data = self.socket.recv(4096)
+            assert data, "the server has given up"
+            self.socket.sendall(handshake.feed(data))
 
 
 def test_a_silent_peer_is_lost_within_the_deadline(workshop, within):
-    server = workshop.endpoint("server", ChannelOptions(deadline_s=1.0, checksum=False))
+    server = workshop.endpoint("server", ChannelOptions(deadline_s=3.0, checksum=False))
     links: queue.Queue = queue.Queue()
     lost: queue.Queue = queue.Queue()
 
@@ -111,14 +113,14 @@ def test_a_silent_peer_is_lost_within_the_deadline(workshop, within):
 
     _, port = server.listen("127.0.0.1", 0, admitting(on_link))
     began = time.monotonic()
-    with DeafPeer(port).socket, within(1.0 + BUSY_S):
+    with DeafPeer(port).socket, within(3.0 + BUSY_S):
         error = lost.get(timeout=PATIENCE_S)
-    assert "has sent nothing for" in str(error) and "deadline is 1 s" in str(error)
-    assert time.monotonic() - began > 0.5
+    assert "has sent nothing for" in str(error) and "deadline is 3 s" in str(error)
+    assert time.monotonic() - began > 1.5
 
 
 def test_a_peer_that_stops_reading_is_lost_within_the_deadline(workshop, quiet):
-    server = workshop.endpoint("server", ChannelOptions(deadline_s=1.0, checksum=False))
+    server = workshop.endpoint("server", ChannelOptions(deadline_s=3.0, checksum=False))
     links: queue.Queue = queue.Queue()
     lost: queue.Queue = queue.Queue()
 
@@ -140,13 +142,13 @@ def test_a_peer_that_stops_reading_is_lost_within_the_deadline(workshop, quiet):
             except OSError:
                 break
             time.sleep(0.05)
-        assert not quiet or time.monotonic() - began < 1.0 + BUSY_S
+        assert not quiet or time.monotonic() - began < 3.0 + BUSY_S
     assert "has accepted no bytes for" in str(lost.get(timeout=PATIENCE_S))
 
 
 def test_a_quiet_link_stays_up(workshop):
-    pair = workshop.pair(ChannelOptions(deadline_s=1.0))
-    time.sleep(2.0)
+    pair = workshop.pair(ChannelOptions(deadline_s=2.5))
+    time.sleep(3.5)
     assert pair.up.error is None and pair.down.error is None
     pair.up.send(Tag(role=Role.ACTIVATION), np.ones(3))
     assert (pair.at_server.take_array() == 1).all()

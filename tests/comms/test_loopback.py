@@ -205,6 +205,9 @@ def test_credit_limits_what_the_receiver_holds(workshop):
         pair.up.send(tag(step=step), array)
     assert pair.up.available_bytes == 0 and not pair.up.can_send(1)
     held = [pair.at_server.take() for _ in range(4)]
+    ran = threading.Event()
+    pair.client.loop.post(ran.set)  # the I/O thread has seen that there is no credit
+    assert ran.wait(PATIENCE_S)
     with pytest.raises(queue.Empty):
         pair.at_server.take(0.3)
     assert pair.down.stats().held_bytes == MIB
@@ -298,8 +301,11 @@ def test_a_shaped_link_delays_and_paces(workshop, quiet):
 def test_the_time_that_messages_queue_is_counted(workshop):
     pair = workshop.pair(shape=LinkShape(40.0, 0.0))
     array = np.zeros(MIB // 8, np.uint8)
+    queued = threading.Event()
+    pair.client.loop.post(lambda: queued.wait(PATIENCE_S))  # all are there before the first leaves
     for step in range(4):  # the second waits for the first, the third for both, ...
         pair.up.send(tag(step=step), array)
+    queued.set()
     pair.up.drain(PATIENCE_S)
     assert pair.up.stats().queue_s >= (1 + 2 + 3) * array.nbytes * 8 / 40e6 * 0.98
 

@@ -125,7 +125,7 @@ def test_a_stream_that_is_not_resumed_in_time_is_lost(workshop, quiet):
 
 
 def test_a_restarted_listener_does_not_resume_a_stream_it_never_knew(workshop):
-    pair = workshop.pair(ChannelOptions(resume_s=5.0))
+    pair = workshop.pair(ChannelOptions(resume_s=PATIENCE_S))
     port = pair.port
     pair.server.loop.post(lambda: pair.server.forget(pair.down.stream))
     pair.server.loop.post(pair.down.stream.detach)
@@ -137,7 +137,7 @@ def test_a_restarted_listener_does_not_resume_a_stream_it_never_knew(workshop):
 def test_a_new_connection_that_is_never_completed_does_not_keep_a_stream_for_ever(workshop):
     from comms.wire.greeting import Terms
 
-    pair = workshop.pair(ChannelOptions(resume_s=0.5))
+    pair = workshop.pair(ChannelOptions(resume_s=3.0))
     hello = Terms(name="d0", session=pair.down.stream.session, attempt=99, resumed=True)
     pair.server.loop.post(lambda: pair.server.reception.admit(hello))
     # The client's own attempts are older than 99 and refused from now on.

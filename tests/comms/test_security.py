@@ -288,7 +288,7 @@ def hello(**fields: object) -> bytes:
 
 
 def test_slow_loris_is_cut_off_and_harms_nobody(workshop):
-    options = ChannelOptions(deadline_s=1.0, limits=Limits(pending_handshakes=20))
+    options = ChannelOptions(deadline_s=5.0, limits=Limits(pending_handshakes=20))
     port, links = listen(workshop, options)
     socks = [socket.create_connection(("127.0.0.1", port)) for _ in range(10)]
     began = time.monotonic()
@@ -315,7 +315,9 @@ def test_a_crowd_of_half_open_handshakes_is_bounded(workshop):
     _, port = server.listen("127.0.0.1", 0, lambda link: None)
     socks = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
     time.sleep(0.3)
-    assert server.handshakes <= 8
+    counts: queue.Queue = queue.Queue()
+    server.loop.post(lambda: counts.put(server.handshakes))  # between two that it accepts
+    assert counts.get(timeout=PATIENCE_S) <= 8
     for sock in socks:
         sock.close()
 

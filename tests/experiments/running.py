@@ -58,17 +58,20 @@ class Binary:
         """Returns the first line with a text."""
         patience_s = time.monotonic() + within_s
         while True:
+            ended = self.process.poll() is not None
+            if ended:
+                self._reader.join(PATIENCE_S)
             for line in list(self.lines):
                 if text in line:
                     return line
-            assert self.process.poll() is None, f"it ended without {text!r}:\n{self.output}"
+            assert not ended, f"it ended without {text!r}:\n{self.output}"
             assert time.monotonic() < patience_s, f"no {text!r} within {within_s} s:\n{self.output}"
             time.sleep(0.02)
 
     def wait(self, within_s: float = PROCESS_S) -> int:
         """Returns the exit code."""
         code = self.process.wait(within_s)
-        self._reader.join(5)
+        self._reader.join(PATIENCE_S)
         return code
 
     def children(self) -> list[psutil.Process]:

@@ -28,7 +28,7 @@ def test_every_peer_delivers(tmp_path):
             assert sender.call(peers.round_trips, kind, HOST, ports[kind], 5) > 0
         goodput = sender.call(peers.paced_goodput, HOST, ports["channel"], 20.0, 0.3)
         assert 0 < goodput <= 1.0
-        beat_s = sender.call(peers.heartbeat_under_load, HOST, ports["channel"], 20.0, 4 << 20, 0.5)
+        beat_s = sender.call(peers.heartbeat_under_load, HOST, ports["channel"], 20.0, 1 << 26, 0.5)
         assert beat_s > 0
 
 

@@ -225,7 +225,7 @@ def test_no_host_outlives_a_killed_launcher(
 def test_on_a_full_disk_the_weights_are_saved_and_one_clear_line_ends_it(
     tmp_path: pathlib.Path, within: Within
 ) -> None:
-    with started("train", *long(tmp_path), "--config.epochs=8") as train:
+    with started("train", *long(tmp_path), "--config.epochs=20") as train:
         train.wait_for("round 2 of")
         hosts = train.children()
         metrics = tmp_path / "digits" / "metrics.jsonl"

@@ -39,7 +39,7 @@ def test_a_cut_step_is_prepared_and_timed(monkeypatch, rematerialise):
     kept = prepared["residual_bytes"]
     images = 2 * 32 * 32 * 3 * 4
     assert (kept == images) if rematerialise else (kept > 5 * images)
-    assert 0 < step_times.run_step(2) < prepared["compile_s"]
+    assert step_times.run_step(2) > 0
 
 
 def test_operations_rate_and_memory_are_plausible():

@@ -22,6 +22,7 @@ from pipar_jax.data import Dataset, archives, download, matlab
 from pipar_jax.data.archives import shuffle
 from pipar_jax.data.published import SETS
 from pipar_jax.errors import DataError
+from tests.patience import PATIENCE_S
 from tests.pipar_jax.data import fakes
 
 PREPARED = pathlib.Path(__file__).parents[4] / "shared" / "data" / "tfds"
@@ -350,7 +351,7 @@ def test_a_file_as_data_dir_is_refused(
 @pytest.fixture
 def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[fakes.Site]:
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(download, "TIMEOUT_S", 5.0)
+    monkeypatch.setattr(download, "TIMEOUT_S", PATIENCE_S)
     with fakes.Site().serving() as served:
         yield served
 
@@ -405,7 +406,7 @@ def test_what_is_not_fetched_whole_and_right_leaves_nothing_and_one_line(
     case: str, site: fakes.Site, tmp_path: pathlib.Path, load: Callable[..., Dataset],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(download, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(download, "TIMEOUT_S", 0.3 if case == "silent" else PATIENCE_S)
     monkeypatch.setitem(SETS, "cifar10", fakes.moved("cifar10", site.url, {_CIFAR: _WHOLE}))
     answer, says = BROKEN[case]
     site.content = {_CIFAR: answer}
@@ -415,6 +416,7 @@ def test_what_is_not_fetched_whole_and_right_leaves_nothing_and_one_line(
     assert "\n" not in text and f"{site.url}/{_CIFAR}" in text and "--config.data.data_dir" in text
     assert not list((tmp_path / "data").glob("*"))
     site.content = {_CIFAR: _WHOLE}
+    monkeypatch.setattr(download, "TIMEOUT_S", PATIENCE_S)
     assert len(load("cifar10", download=True).train) == 20  # nothing is in the way of another try
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 
@@ -210,7 +211,7 @@ def test_closing_wakes_whoever_waits() -> None:
 
     def wait() -> None:
         try:
-            for step in range(5):
+            for step in itertools.count():
                 prefetcher.get(step)
         except RunError as error:
             raised.append(str(error))

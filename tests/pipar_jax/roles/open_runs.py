@@ -6,6 +6,7 @@ import json
 import pathlib
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from pipar_jax.errors import PiparError
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.roles.participants import run_device, run_node
 from pipar_jax.roles.server import run_server
+from tests.patience import PROCESS_S
 from tests.pipar_jax.runtime import support
 
 #: Samples of each device; mini-batches are of seven.
@@ -66,7 +68,7 @@ class OpenRun:
             self.start_node(node)
         for index in devices:
             self.start(index)
-        server.join(120)
+        server.join(PROCESS_S)
         hung = server.is_alive()
         self._stop.set()
         for stop in self._stops.values():
@@ -184,3 +186,23 @@ def equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
     return one.keys() == other.keys() and all(
         np.array_equal(array, other[name]) for name, array in one.items()
     )
+
+
+def pause_until_there(count=3, seconds=0.6):
+    """Pauses between rounds while a device is on its way: until so many finish one again.
+
+    Pauses become longer while it is: a busy machine may take its time.
+    """
+    fewer = there = False
+    pause_s = seconds
+
+    def when(run, event):
+        nonlocal fewer, there, pause_s
+        if event["event"] == "round_finished":
+            there = there or (fewer and event["committed"] >= count)
+            fewer = fewer or event["committed"] < count
+        if event["event"] in ("evaluated", "round_finished") and not there:
+            time.sleep(pause_s)
+            pause_s = min(1.5 * pause_s, 10.0) if fewer else seconds
+
+    return when

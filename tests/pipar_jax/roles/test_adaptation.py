@@ -200,7 +200,7 @@ def test_nothing_is_left_of_a_run_that_fails_while_it_adapts(
 
     monkeypatch.setattr(adaptation.Adaptation, "_consider", broken)
     made = setting(tmp_path, EVEN)
-    made.epochs, made.tuner.look_s = 40, 0.001
+    made.epochs, made.tuner.look_s = 4000, 0.001  # as long as it takes that thread to have a turn
     with pytest.raises(RunError, match="adapting failed: no such luck"):
         support.trained(made, EVEN, network)
     assert not [one for one in threading.enumerate() if one.name == "pipar-adapt"]

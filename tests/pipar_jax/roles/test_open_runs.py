@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from tests.pipar_jax.roles.open_runs import (
     before_batch,
     config,
     equal,
+    pause_until_there,
     together,
 )
 
@@ -81,21 +81,6 @@ def test_a_device_that_is_lost_comes_back_with_the_weights_of_the_moment(tmp_pat
     counted = sum(2 for row in script[: back["round"]] if 1 in row["commit"])
     assert first == counted  # its own next step, whatever the others did meanwhile
     assert equal(run.weights(), replayed(tmp_path, made, run))
-
-
-def pause_until_there(count=3, seconds=0.6):
-    """Pauses between rounds while a device is on its way: until so many finish one again."""
-    fewer = there = False
-
-    def when(run, event):
-        nonlocal fewer, there
-        if event["event"] == "round_finished":
-            there = there or (fewer and event["committed"] >= count)
-            fewer = fewer or event["committed"] < count
-        if event["event"] in ("evaluated", "round_finished") and not there:
-            time.sleep(seconds)
-
-    return when
 
 
 @pytest.mark.parametrize("method", mostly("fl", "sfl"))
@@ -189,7 +174,7 @@ def test_a_round_below_the_quorum_is_repeated_when_the_quorum_is_there(tmp_path)
 def test_a_late_device_is_left_out_of_the_round_and_takes_part_again(tmp_path, monkeypatch, method):
     dropped = threading.Event()
     before_batch(monkeypatch, 1, 2, lambda: dropped.wait(PATIENCE_S))
-    made = config(tmp_path, method, rounds=8, quorum=2, deadline_s=3.0)
+    made = config(tmp_path, method, rounds=8, quorum=2, deadline_s=8.0)
 
     def go_on(run, event):
         if event["event"] == "device_dropped":

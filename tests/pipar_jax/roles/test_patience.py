@@ -109,10 +109,10 @@ def test_a_transfer_is_progress_and_heartbeats_are_none():
 
 
 @pytest.fixture
-def hasty(monkeypatch):
-    """A run whose deadline is short."""
+def hasty(monkeypatch, request):
+    """A run whose deadline is short: 0.3 s, or as told."""
     made = resolve(config("pipar"))
-    made.network.progress_s = 0.3
+    made.network.progress_s = getattr(request, "param", 0.3)
     monkeypatch.setattr("tests.pipar_jax.roles.test_fuzz.config", lambda method: made)
     monkeypatch.setattr(memberships, "LOOK_S", 0.02)
 
@@ -170,14 +170,16 @@ def test_a_device_that_compiles_or_times_itself_is_waited_for(hasty, kind):
     timer.join()
 
 
+@pytest.mark.parametrize("hasty", [3.0], indirect=True)
 def test_a_device_that_goes_on_is_waited_for(hasty):
+    """Pulses for longer than the deadline, which is far from the time between two of them."""
     side = Coordinator("pipar")
     side.members.send("d1", messages.SurveyEcho())
     link, count = side.links["d1"], iter(range(1, 100))
     stop = threading.Event()
 
     def pulse():
-        while not stop.wait(0.05) and (actions := next(count)) < 20:
+        while not stop.wait(0.2) and (actions := next(count)) < 20:
             link.on_message(fakes.control(link, registry.encode(messages.Pulse(actions))))
         link.on_message(fakes.control(link, registry.encode(messages.Echoed())))
 

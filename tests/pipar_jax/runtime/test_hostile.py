@@ -40,6 +40,8 @@ def test_a_stranger_s_tensors_and_weights_end_up_nowhere(tmp_path):
     made.run.dir = str(tmp_path / "loud")
     over, threads, events = threading.Event(), [], []
 
+    came = threading.Event()
+
     def disturb(address):
         with Endpoint("d0") as endpoint:
             while not over.wait(0.02):
@@ -48,6 +50,7 @@ def test_a_stranger_s_tensors_and_weights_end_up_nowhere(tmp_path):
                     link.start(lambda message: None, lambda: None, lambda error: None)
                     garbage(link)
                     link.wait_closed(5.0)
+                    came.set()
 
     class Events(list):
         def append(self, event):
@@ -56,6 +59,7 @@ def test_a_stranger_s_tensors_and_weights_end_up_nowhere(tmp_path):
                 address = event["host"], event["port"]
                 threads.append(threading.Thread(target=disturb, args=(address,)))
                 threads[-1].start()
+                came.wait(PATIENCE_S)  # at least one comes before the run is over
 
     try:
         loud = support.trained(made, SAMPLES, network, Events())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ from pipar_jax.training import checkpoint
 from pipar_jax.training.checkpoint import read_tensors
 from stages import StageError
 from stages.personal import personal_paths, shared
+from tests.patience import PATIENCE_S
 from tests.pipar_jax.roles import open_runs
 from tests.pipar_jax.runtime import support
 from tests.pipar_jax.tuner import profiles
@@ -175,14 +176,21 @@ def test_a_resumed_run_goes_on_with_them(double, tmp_path, size):
 
 def test_a_device_that_is_left_out_of_a_round_goes_back_to_those_before_it(tmp_path, monkeypatch):
     """A replay ends with the same ones: nothing of what was given up is left in them."""
-    open_runs.before_batch(monkeypatch, 1, 3, lambda: time.sleep(3.0))
-    made = open_runs.config(tmp_path, "fl", rounds=8, quorum=2, deadline_s=1.0)
+    dropped = threading.Event()
+    open_runs.before_batch(monkeypatch, 1, 3, lambda: dropped.wait(PATIENCE_S))
+    made = open_runs.config(tmp_path, "fl", rounds=8, quorum=2, deadline_s=8.0)
+
+    def go_on(run, event):
+        if event["event"] == "device_dropped":
+            dropped.set()
+
     made.run.evaluate_on, made.aggregation.personal = "devices", "fc4"
     runs = []
     for name in ("run", "replay"):
         made.name = name
         made.cohort.script = str(runs[0].folder / "membership.jsonl") if runs else ""
-        run = open_runs.OpenRun(made, when=None if runs else _pause)
+        when = open_runs.together(go_on, open_runs.pause_until_there(seconds=0.4))
+        run = open_runs.OpenRun(made, when=None if runs else when)
         run.network = as_trained(run.config, run.network)
         run.data = [support.dataset(n, i, test=7) for i, n in enumerate(open_runs.SAMPLES)]
         run.data.append(support.dataset(0, 99, test=7))
@@ -193,11 +201,6 @@ def test_a_device_that_is_left_out_of_a_round_goes_back_to_those_before_it(tmp_p
     for device in range(3):
         own = [load(run.folder, run.network, device=device).params for run in runs]
         jax.tree.map(np.testing.assert_array_equal, *own)
-
-
-def _pause(run, event) -> None:
-    if event["event"] == "round_finished":
-        time.sleep(0.4)  # for a late device to catch up
 
 
 def changed(made: Config, values: dict) -> Config:

@@ -200,7 +200,7 @@ def test_codecs_cost_fewer_bytes_and_little_accuracy(network, tmp_path):
         made = setting(tmp_path / codec.replace(":", "-"), pipeline__activation_codec=codec,
                        pipeline__cotangent_codec=codec, epochs=2)  # fmt: skip
         found[codec] = support.trained(made, SAMPLES, network)
-    up = {codec: run.summary["bytes_up"] for codec, run in found.items()}
+    up = {codec: payload_up(run) for codec, run in found.items()}
     assert up["int8"] < up["bfloat16"] < up["raw"]
     for codec, worst in (
         ("bfloat16", 0.02),
