@@ -60,7 +60,7 @@ def times(run: harness.Bench, folder: Path, results: Path) -> None:
 def accuracy(run: harness.Bench, folder: Path, results: Path) -> None:
     """Adds the accuracies of raw and coded trainings from the same seeds."""
     if not DATA_DIR.value:
-        run.note("accuracy skipped: it needs CIFAR-10, see --data_dir")
+        run.missing("accuracy skipped: it needs CIFAR-10, see --data_dir")
         return
     seeds = SEEDS[:1] if run.quick else SEEDS
     differences = []

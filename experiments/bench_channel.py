@@ -84,7 +84,7 @@ def _throughput(
                 ratio = samples.ratio("grpc", "channel")
                 run.row("channel / grpc, 16 MB", ratio, "x", 2.0, "higher")
     if "grpc" not in ports:
-        run.note("No grpcio figures: it is not installed (extra `peers`).")
+        run.missing("No grpcio figures: it is not installed (extra `peers`).")
 
 
 def _latency(run: harness.Bench, sender: PinnedProcess, ports: dict[str, int]) -> None:
@@ -114,7 +114,7 @@ def _sent_s(sender: PinnedProcess, kind: str, host: str, port: int, nbytes: int)
 
 def _real_links(run: harness.Bench) -> None:
     if not namespaces_work():
-        run.note("No figures of real slow links: they need root, Linux, ip and tc.")
+        run.missing("No figures of real slow links: they need root, Linux, ip and tc.")
         return
     for rate in (10.0,) if run.quick else (10.0, 25.0, 50.0):
         with (

@@ -141,7 +141,7 @@ def measure_golden(run: harness.Bench) -> None:
     for table, layers, count, cost_ms, cuts in GOLDEN:
         path = Path(PROFILES.value) / f"{table}_cifar.csv"
         if not path.is_file():
-            run.note(f"golden values of {table} skipped: there is no {path}; see --profiles")
+            run.missing(f"golden values of {table} skipped: there is no {path}; see --profiles")
             continue
         profile = read_profile(path, "VM")
         problem = ChainProblem(tuple(Node(f"n{i}", profile) for i in range(count)), *layers)

@@ -35,7 +35,7 @@ SAMPLES = flags.DEFINE_integer("samples", 10_000, "Accuracy: training samples.",
 EPOCHS = flags.DEFINE_integer("epochs", 10, "Accuracy: epochs.", lower_bound=1)
 ONLY = flags.DEFINE_string("only", "", "Accuracy: only settings whose name contains this.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "Accuracy: seeds.", lower_bound=1)
-SLOWDOWN = flags.DEFINE_float("slowdown", 2.0, "Epochs: slowness of devices.", lower_bound=1.0)
+SLOWDOWN = flags.DEFINE_float("slowdown", 10.0, "Epochs: slowness of devices.", lower_bound=1.0)
 LINKS = ("4g", "wifi")
 #: Samples and epochs behind links: what they learn does not matter.
 LINK_SAMPLES, LINK_EPOCHS, LINK_EPSILON = 1000, 4, 8.0
@@ -49,7 +49,7 @@ def _budget(epsilon: float | None) -> str:
 def accuracy(run: harness.Bench, folder: Path, results: Path) -> None:
     """Adds accuracies and their standard errors over seeds."""
     if not DATA_DIR.value:
-        run.note("accuracy skipped: it needs MNIST and CIFAR-10, see --data_dir")
+        run.missing("accuracy skipped: it needs MNIST and CIFAR-10, see --data_dir")
         return
     samples, epochs, seeds = SAMPLES.value, EPOCHS.value, range(SEEDS.value)
     if run.quick:
@@ -78,7 +78,7 @@ def accuracy(run: harness.Bench, folder: Path, results: Path) -> None:
 def epochs(run: harness.Bench, folder: Path, results: Path) -> None:
     """Adds epochs behind links, private and not, and PiPar's speed-up over FL."""
     if not DATA_DIR.value:
-        run.note("epochs skipped: they need CIFAR-10, see --data_dir")
+        run.missing("epochs skipped: they need CIFAR-10, see --data_dir")
         return
     samples = 200 if run.quick else LINK_SAMPLES
     for link in LINKS[:1] if run.quick else LINKS:

@@ -181,7 +181,7 @@ def measure(run: harness.Bench) -> None:
     if (Path(FLOWER_BIN.value) / "flower-superlink").exists():
         systems["Flower"] = flowers
     else:
-        run.note("Flower is not installed (extra `peers`, or --flower_bin): no ratios.")
+        run.missing("Flower is not installed (extra `peers`, or --flower_bin): no ratios.")
     with tempfile.TemporaryDirectory() as folder:
         results = files.make_folder(RESULTS.value or folder, "choose another folder with --results")
         for megabytes in SIZES_MB.value[:1] if run.quick else SIZES_MB.value:

@@ -137,7 +137,7 @@ def measure(run: harness.Bench) -> None:
     """Measures all cells; with --quick one network on one core."""
     with_torch = importlib.util.find_spec("torch") is not None
     if not with_torch:
-        run.note("PyTorch is not installed (extra `peers`): no ratios.")
+        run.missing("PyTorch is not installed (extra `peers`): no ratios.")
     ratios: list[float] = []
     for cores in map(int, CORES.value[:1] if run.quick else CORES.value):
         for batch in BATCHES.value[-1:] if run.quick else BATCHES.value:

@@ -230,6 +230,12 @@ class Bench:
         """Adds a line below the table."""
         self._notes.append(text)
 
+    def missing(self, text: str) -> None:
+        """Tells at once, and below the table, what is not measured for want of something."""
+        self._progress.clear()
+        self._console.print(text, markup=False, highlight=False)
+        self.note(text)
+
     def finish(self) -> None:
         """Prints the table and writes the rows as JSON, if a file was named."""
         self._progress.clear()

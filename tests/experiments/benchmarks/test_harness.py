@@ -98,8 +98,11 @@ def test_the_report_says_met_and_missed_and_the_file_holds_the_rows(tmp_path: Pa
     run.row("broken", float("inf"), "s", 1.0)
     run.row("floor", 12345.6, "ms")
     run.note("The floor is [what] the link alone takes.")
+    run.missing("[Peer] is not installed.")
+    assert "[Peer] is not installed." in out.getvalue()  # not after half an hour
     run.finish()
     text = out.getvalue()
+    assert text.count("[Peer] is not installed.") == 2
     for piece in ("≤ 2 ms", "0.75", "met", "25%", "≥ 2 GB/s", "0.25", "missed", "12,346 ms"):
         assert piece in text
     assert "The floor is [what] the link alone takes." in text
