@@ -220,9 +220,7 @@ def test_a_bug_over_one_newcomer_is_shown_and_ends_that_one_alone(workshop, monk
 
     server.reception.admit = fail
     with pytest.raises(ConnectError, match="interrupted"):
-        workshop.endpoint("d0").connect(
-            "127.0.0.1", port, name_of_peer="s", timeout_s=PATIENCE_S
-        )
+        workshop.endpoint("d0").connect("127.0.0.1", port, name_of_peer="s", timeout_s=PATIENCE_S)
     error = shown.get(timeout=PATIENCE_S)
     assert "KeyError: 'a bug' at test_doorstep.py:" in str(error)
     workshop.endpoint("d1").connect("127.0.0.1", port, name_of_peer="s", timeout_s=PATIENCE_S)
