@@ -239,8 +239,8 @@ class _Drive:
         while True:
             gc.collect()
             booked = self._host.held_bytes
-            arrays: list[Any] = jax.live_arrays()  # type: ignore[no-untyped-call]
-            live = sum(array.nbytes for array in arrays)
+            # Without a name for the list, which would keep all that lived a moment ago alive.
+            live = sum(array.nbytes for array in jax.live_arrays())  # type: ignore[no-untyped-call]
             if booked == live or (inputs_wait and booked > live) or time.monotonic() > until:
                 return booked, live
             time.sleep(0.05)

@@ -78,6 +78,7 @@ class DispatchThread:
                 while not self._mailbox.empty():
                     function, args = self._mailbox.get()
                     function(*args)
+                del function, args  # a message, perhaps, and the next call may be far off
                 if not self._stopping.is_set():
                     self._dispatch()
         except BaseException as error:  # handed to the owner, which raises it where it is joined
