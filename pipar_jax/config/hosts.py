@@ -21,6 +21,7 @@ from pipar_jax.schedule.plan import (
     device_name,
     host_index,
     host_kind,
+    is_device,
     is_node,
     node_name,
 )
@@ -118,6 +119,13 @@ class Hosts:
     def sampled(self) -> bool:
         """Whether a round's cohort is sampled from the present devices."""
         return self._config.cohort.size > 0
+
+    def first_seat(self, name: str) -> str:
+        """Returns what the plan calls a host before the first round.
+
+        A sampled device may take any place, and all are alike.
+        """
+        return device_name(0) if self.sampled and is_device(name) else name
 
     @property
     def may_lose(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from pipar_jax.aggregation.aggregator import Aggregator
 from pipar_jax.config import Config, to_dict
 from pipar_jax.errors import DiskError
+from pipar_jax.methods.registry import hosts_of
 from pipar_jax.protocol import messages
 from pipar_jax.protocol.values import EVERY
 from pipar_jax.roles.checkpoint_store import CheckpointStore, Kept
@@ -17,7 +18,7 @@ from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.state_exchange import StateExchange
 from pipar_jax.runtime import exchanges, unit_state
 from pipar_jax.runtime.unit_state import States, Wanted
-from pipar_jax.schedule.plan import COORDINATOR, Order, Plan, device_name, is_device
+from pipar_jax.schedule.plan import COORDINATOR, Order, Plan, is_device
 
 
 class Moment(NamedTuple):
@@ -76,6 +77,7 @@ class Checkpoints:
         self._config, self._store, self.run, self._tell = config, store, run, tell
         self._data = dict(data)
         self._facts = {"run": run, "config": _plain_config(config), "model": model}
+        self._first_seat = hosts_of(config).first_seat
         self._sampled, self._personal = config.cohort.size > 0, bool(config.aggregation.personal)
         self._on_server = config.checkpoint.device_state == "server"
         self._last_s = time.monotonic()
@@ -225,7 +227,7 @@ class Checkpoints:
             here = name == COORDINATOR or handed_on
             if not self._is_sampled(name):
                 here = here or kept.facts["on_server"]
-            wanted = exchanges.whole(plan, self._seat(name), names, optimizers=here)
+            wanted = exchanges.whole(plan, self._first_seat(name), names, optimizers=here)
             some = unit_state.unpack(kept.tensors, wanted)
             states.push(name, some, messages.PushState(optimizers=here))
             if self._is_sampled(name) and not handed_on:
@@ -248,10 +250,6 @@ class Checkpoints:
         wanted = exchanges.client_model(plan, 0, names)
         return Restored(unit_state.unpack(kept.tensors, wanted), tuple(fresh))
 
-    def _seat(self, name: str) -> str:
-        """Returns what the plan calls a host before the first round."""
-        return device_name(0) if self._is_sampled(name) else name
-
     def spread(
         self,
         plan: Plan,
@@ -267,7 +265,7 @@ class Checkpoints:
         """
         names = tuple(aggregator.params)
         for name in (COORDINATOR, *hosts):
-            wanted = exchanges.whole(plan, self._seat(name), names, optimizers=False)
+            wanted = exchanges.whole(plan, self._first_seat(name), names, optimizers=False)
             states.push(name, unit_state.known(wanted, aggregator), messages.PushState())
         members.collect(messages.PushedState, (COORDINATOR, *hosts))
 

@@ -76,9 +76,8 @@ class Course:
 
     def __init__(self, hosts: Hosts, name: str, units: Sequence[str] | None) -> None:
         self._hosts, self._name, self._units = hosts, name, units
-        # It may take any place where cohorts are sampled: all are alike.
         self._sampled = is_device(name) and hosts.sampled
-        self.seat = device_name(0) if self._sampled else name
+        self.seat = hosts.first_seat(name)
         self.phase = Phase.JOINING if is_node(name) else Phase.ASKED
         self.plan: Plan | None = None
         self.plans: tuple[Plan, ...] = ()

@@ -233,7 +233,7 @@ class HostSetup:
     def _admit_bundles(self, plans: Sequence[Plan], name: str) -> None:
         """Lets a member send its largest bundle and tensor under some plans, and nothing larger."""
         assert self._members.links.acceptance is not None
-        seat = self._seat(name)
+        seat = self._members.hosts.first_seat(name)
         tensor_bytes = self._members.links.acceptance.tensor_bytes(seat)
         steps = max(one.steps for one in self._population)
         widest = self._table.spans(0, [Turn(place, 0, steps) for place in range(self._places)])
@@ -241,14 +241,9 @@ class HostSetup:
             self._holdings.allowance(plans, seat, [widest], tensor_bytes)
         )
 
-    def _seat(self, name: str) -> str:
-        """Returns the place in the plan whose share a host prepares."""
-        return device_name(0) if self._sampled and is_device(name) else name
-
     def _warn(self, name: str) -> None:
         """Tells if a host may have too little memory to compile its share of the plan."""
-        hosts, seat = self._members.hosts, self._seat(name)
-        reason = memory.cold_start_excess(self._model, self.plan, hosts, name, seat)
+        reason = memory.cold_start_excess(self._model, self.plan, self._members.hosts, name)
         if reason is not None:
             self._members.tell({"event": "cold_start", "host": name, "reason": reason})
 

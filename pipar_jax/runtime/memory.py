@@ -245,9 +245,7 @@ def memory_excess(
     )
 
 
-def cold_start_excess(
-    model: Model, plan: Plan, hosts: Hosts, host: str, seat: str | None = None
-) -> str | None:
+def cold_start_excess(model: Model, plan: Plan, hosts: Hosts, host: str) -> str | None:
     """Returns why a host may have too little memory to compile its stages, or None.
 
     XLA's compiler takes more than training does. The estimate is that of a process on a CPU.
@@ -257,12 +255,11 @@ def cold_start_excess(
       plan: The plan.
       hosts: All hosts, whose limits are in MB; 0 is none.
       host: The host's name.
-      seat: The place in the plan that it takes, if that is another one than its own.
     """
     limit_mb = hosts[host].memory_mb
     if not limit_mb:
         return None
-    units = plan.held_units(seat or host, len(model.units))
+    units = plan.held_units(hosts.first_seat(host), len(model.units))
     trained, frozen = (
         [leaf for unit in units for leaf in jax.tree.leaves(getattr(model.units[unit], part))]
         for part in ("params", "frozen")

@@ -19,7 +19,7 @@ from pipar_jax.runtime.unit_state import Key, UnitState, Wanted
 from pipar_jax.schedule.feasibility import check_executable
 from pipar_jax.schedule.host_program import HostProgram
 from pipar_jax.schedule.keep import Keep
-from pipar_jax.schedule.plan import Order, Plan, device_name, host_index, is_device
+from pipar_jax.schedule.plan import Order, Plan, host_index, is_device
 from pipar_jax.schedule.rounds import RoundSchedule
 from pipar_jax.training import optimizer
 from pipar_jax.training.compile import Told, compile_all
@@ -79,7 +79,7 @@ class Share:
         self._released: migration.Released | None = None
         if releases is not None:
             self._released = functools.partial(releases.stages, model)
-        self.seat = device_name(0) if config.cohort.size and is_device(name) else name
+        self.seat = hosts_of(config).first_seat(name)
         self.lengths = StepLengths(model.lengths)
         self.samples: tuple[int, ...] = ()
         self.replicas: dict[tuple[int, int], Replica] = {}

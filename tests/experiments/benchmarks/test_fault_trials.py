@@ -37,7 +37,7 @@ def test_a_killed_device_is_seen_to_be_left_out_and_no_process_stays(tmp_path):
 def test_a_server_trains_with_fakes_that_come_and_go(tmp_path):
     held = population_trials.train(tmp_path, Crowd(8, 4, 2, 6))
     assert [one.round for one in held] == [1, 2, 3, 4, 5, 6]
-    # Of the last it may be read after the server has ended.
+    # Of the last ones it may be read after the server has ended.
     assert all(one.usage.resident_bytes > 0 and one.usage.descriptors > 4 for one in held[:3])
     rows = (tmp_path / "fakes8x6" / "metrics.jsonl").read_text().splitlines()
     assert sum(json.loads(row)["event"] == "device_joined" for row in rows) > 4

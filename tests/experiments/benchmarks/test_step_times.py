@@ -31,7 +31,7 @@ def test_torch_networks_have_the_same_number_of_parameters(name, stem):
 
 
 @pytest.mark.parametrize("rematerialise", [False, True])
-def test_a_cut_step_is_prepared_and_timed(monkeypatch, rematerialise):
+def test_a_cut_step_is_prepared_and_timed(monkeypatch, rematerialise, quiet):
     # Allocator settings are for a process of its own.
     monkeypatch.setattr(step_times, "retain_memory", lambda: True)
     prepared = step_times.prepare_jax("vgg5", 2, (3,), rematerialise)
@@ -39,7 +39,8 @@ def test_a_cut_step_is_prepared_and_timed(monkeypatch, rematerialise):
     kept = prepared["residual_bytes"]
     images = 2 * 32 * 32 * 3 * 4
     assert (kept == images) if rematerialise else (kept > 5 * images)
-    assert step_times.run_step(2) > 0
+    step_s = step_times.run_step(2)
+    assert step_s > 0 and (not quiet or step_s < prepared["compile_s"])
 
 
 def test_operations_rate_and_memory_are_plausible():

@@ -178,9 +178,10 @@ def test_what_compiling_may_take_counts_frozen_weights(tmp_path):
         found.append(int(re.search(r"may take (\d+) MB", reason)[1]))
     assert found[1] - found[0] == memory.COMPILED_MB + 100
     # A device of a sampled cohort takes a place that is not its own.
-    made.devices.overrides = {1: {"memory_mb": 1e4}}
-    assert memory.cold_start_excess(network, plan, hosts_of(made), "d1", "d0") is None
-    assert memory.cold_start_excess(network, plan, hosts_of(made), "d0", "d1") is not None
+    one = dataclasses.replace(plan, devices=plan.devices[:1])
+    assert memory.cold_start_excess(network, one, hosts_of(made), "d1") is None  # has nothing
+    made.cohort.size = 1
+    assert memory.cold_start_excess(network, one, hosts_of(made), "d1") is not None
 
 
 def test_what_compiling_may_take_grows_with_the_arrays_of_a_stage(tmp_path):
