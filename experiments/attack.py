@@ -47,7 +47,12 @@ class AttackFlags:
     )
     known: int = option(4096, "images of others that the attacker knows, at most", at_least=1)
     steps: int = option(500, "steps of the decoder's training", at_least=1)
-    output: str = option("attack.png", "picture of originals above their reconstructions", path="")
+    output: str = option(
+        "",
+        "picture of originals above their reconstructions; empty: attack.png here, numbered if it "
+        "is taken",
+        path="",
+    )
 
 
 def images_of(config: Config, own: AttackFlags) -> tuple[data.Dataset, Array, Array]:
@@ -109,6 +114,8 @@ def main(config: Config, own: AttackFlags) -> None:
     Raises:
       PiparError: The configuration cannot be attacked, or a file cannot be read or written.
     """
+    output = own.output or files.unused(".", "attack", ".png")
+    files.check_target(output, f"--output={output}")
     # Here, so that --help and wrong flags do not load jax.
     from pipar_jax.roles.start_weights import first_variables
     from pipar_jax.runtime.interception import Interceptor
@@ -151,8 +158,8 @@ def main(config: Config, own: AttackFlags) -> None:
     )
     shown = spread(len(victims), SHOWN)
     picture = draw_picture([originals[shown], made[shown]])
-    files.write_bytes(own.output, picture, "choose another file with --output")
-    print(f"wrote {own.output}")
+    files.write_bytes(output, picture, "choose another file with --output")
+    print(f"wrote {output}")
 
 
 if __name__ == "__main__":

@@ -37,11 +37,14 @@ POINTS = 0.5
 
 
 def times(run: harness.Bench, folder: Path, results: Path) -> None:
-    """Adds the epoch of each setting and its reduction by each part and by both."""
+    """Adds the epoch of each setting and its reduction by each part and by both.
+
+    Raises:
+      ConfigError: No setting has the name that is asked for.
+    """
     first, balanced, coded, both = accept_trials.VARIANTS
-    settings = [
-        one for one in accept_trials.settings(run.quick, DATA_DIR.value) if ONLY.value in one.name
-    ]
+    settings = accept_trials.settings(run.quick, DATA_DIR.value)
+    settings = harness.chosen(settings, ONLY.value, lambda setting: setting.name)
     for done, setting in enumerate(settings):
         run.progress(setting.name, done, len(settings))
         found = accept_trials.compare(setting, folder, results, run.quick)

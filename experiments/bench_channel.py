@@ -5,7 +5,7 @@
 Two processes on this machine, the receiver on one core and the sender on the other. The baseline is
 a bare sendall/recv_into pair that receives each tensor into its own buffer. grpcio is measured if
 it is installed (extra ``peers``), and real shaped links (``tc`` in network namespaces) when run as
-root on Linux. Takes about four minutes, with --quick less than one.
+root on Linux. Takes about two minutes, with --quick less than one.
 """
 
 import contextlib

@@ -184,10 +184,10 @@ def accuracy(run: harness.Bench) -> None:
                 scores.append(float(harness.kept(results, setting.name, train)))
             return scores
 
-        for data in DATA.value:
+        for data in dict.fromkeys(DATA.value):
             raw = percent(data, "raw")
             run.row(f"{data}, raw: test accuracy", statistics.fmean(raw), "%")
-            for case in CODECS.value:
+            for case in dict.fromkeys(CODECS.value):
                 coded = percent(data, case)
                 lost = [before - after for before, after in zip(raw, coded, strict=True)]
                 mean, error = mean_and_error(lost)

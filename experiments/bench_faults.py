@@ -20,6 +20,7 @@ from experiments.benchmarks.equal_bits import Bits
 from experiments.benchmarks.fault_trials import DEADLINE_S, EVERY, LAUNCHER, Outcome
 from experiments.benchmarks.population_trials import Crowd, Held
 from pipar_jax.config import Config
+from pipar_jax.methods.registry import server_methods
 from pipar_jax.schedule.plan import COORDINATOR, is_device, is_node
 
 PARTS = ("kills", "server", "launcher", "cuts", "stops", "checkpoints", "population", "rounds")
@@ -29,7 +30,9 @@ TRIES = flags.DEFINE_integer(
     lower_bound=0,
 )  # fmt: skip
 SEED = flags.DEFINE_integer("seed", 0, "Seed of what is killed when.")
-METHOD = flags.DEFINE_string("method", "pipar", "Method of the runs that must have equal weights.")
+METHOD = flags.DEFINE_enum(
+    "method", "pipar", server_methods(), "Method of the runs that must have equal weights."
+)
 
 #: Seconds within which a run goes on, beyond its deadline.
 GOES_ON_S = 5.0
@@ -173,7 +176,7 @@ def measure(run: harness.Bench) -> None:
         "rounds": measure_rounds,
     }
     assert tuple(parts) == PARTS
-    for name in ONLY.value or PARTS:
+    for name in dict.fromkeys(ONLY.value or PARTS):
         with tempfile.TemporaryDirectory(prefix=f"faults-{name}-") as folder:
             parts[name](run, pathlib.Path(folder))
 

@@ -10,15 +10,14 @@ and a look-up of the most similar layer. Times are those in the package unless -
 
 from __future__ import annotations
 
-import pathlib
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from absl import flags
-
 from experiments.benchmarks import harness
+from pipar_jax.launch import plain_flags
+from pipar_jax.launch.binary import wrong_use
 
 if TYPE_CHECKING:
     from experiments.latency_data.evaluation import Score
@@ -26,21 +25,25 @@ if TYPE_CHECKING:
     from pipar_jax.profiling.predictor.latency_model import Weights
     from pipar_jax.profiling.predictor.operators import Array
 
-_TIMINGS = flags.DEFINE_string("timings", "", "Times of layers; empty: those in the package.")
-_TABLES = flags.DEFINE_string("tables", "", "Folder of profile tables; empty: none.")
+_TIMINGS = plain_flags.define_path(
+    "timings", None, "Times of layers; by default those in the package."
+)
+_TABLES = plain_flags.define_path("tables", None, "Folder of profile tables; by default none.")
 SAMPLES = (0, 10, 50, 200)
 CHAINS, LENGTHS = 12, (2, 3, 4)
 
 
 def measure(run: harness.Bench) -> None:
-    """Trains on the rest of the data and tests on what was held out."""
+    """Trains on the rest of the data and tests on what was held out.
+
+    Raises:
+      ConfigError: The times cannot be read.
+    """
     from experiments.latency_data import evaluation, training
     from experiments.latency_data.published_tables import FAMILY, read_timings
 
-    timings = read_timings(
-        pathlib.Path(_TIMINGS.value) if _TIMINGS.value else None,
-        pathlib.Path(_TABLES.value) if _TABLES.value else None,
-    )
+    with wrong_use():
+        timings = read_timings(_TIMINGS.value, _TABLES.value)
     steps = 600 if run.quick else training.STEPS
 
     def train(some: Timings) -> Weights:

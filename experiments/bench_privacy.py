@@ -11,6 +11,8 @@ python -m experiments.bench_privacy --data_dir=FOLDER_OF_TFDS_DATA_SETS --result
 """
 
 import contextlib
+import functools
+import itertools
 import statistics
 import tempfile
 from pathlib import Path
@@ -18,7 +20,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments.benchmarks import harness, privacy_trials
-from experiments.benchmarks.privacy_trials import EPSILONS, VARIANTS, Setting
+from experiments.benchmarks.privacy_trials import EPSILONS, VARIANTS, Setting, Variant
 from pipar_jax.disk.files import make_folder
 from pipar_jax.privacy.ledger import PrivacyLedger
 
@@ -46,33 +48,35 @@ def _budget(epsilon: float | None) -> str:
     return "not private" if epsilon is None else f"epsilon {epsilon:g}"
 
 
+def _name_of(setting: tuple[str, Variant, float | None]) -> str:
+    data, variant, epsilon = setting
+    return f"{data}, {variant}, {_budget(epsilon)}"
+
+
 def accuracy(run: harness.Bench, folder: Path, results: Path) -> None:
-    """Adds accuracies and their standard errors over seeds."""
+    """Adds accuracies and their standard errors over seeds.
+
+    Raises:
+      ConfigError: No setting has the name that is asked for.
+    """
     if not DATA_DIR.value:
         run.missing("accuracy skipped: it needs MNIST and CIFAR-10, see --data_dir")
         return
     samples, epochs, seeds = SAMPLES.value, EPOCHS.value, range(SEEDS.value)
     if run.quick:
         samples, epochs, seeds = 200, 1, range(1)
-    for data in DATA.value:
-        for variant in VARIANTS:
-            for epsilon in EPSILONS:
-                name, percent = f"{data}, {variant}, {_budget(epsilon)}", []
-                if ONLY.value not in name:
-                    continue
-                for seed in seeds:
-                    run.progress(f"{name}, seed {seed}")
-                    one = Setting(data, variant, epsilon, seed, samples, epochs, DATA_DIR.value)
-                    percent.append(
-                        100 * harness.kept(
-                            results, f"accuracy {one.name}",
-                            lambda one=one: privacy_trials.accuracy(one, folder),  # type: ignore[misc]
-                        )
-                    )  # fmt: skip
-                mean, error = privacy_trials.mean_and_error(percent)
-                run.row(f"{name}: accuracy", mean, "%")
-                if len(percent) > 1:
-                    run.row(f"{name}: standard error", error, "points")
+    settings = itertools.product(dict.fromkeys(DATA.value), VARIANTS, EPSILONS)
+    for data, variant, epsilon in harness.chosen(settings, ONLY.value, _name_of):
+        name, percent = _name_of((data, variant, epsilon)), []
+        for seed in seeds:
+            run.progress(f"{name}, seed {seed}")
+            one = Setting(data, variant, epsilon, seed, samples, epochs, DATA_DIR.value)
+            train = functools.partial(privacy_trials.accuracy, one, folder)
+            percent.append(100 * harness.kept(results, f"accuracy {one.name}", train))
+        mean, error = privacy_trials.mean_and_error(percent)
+        run.row(f"{name}: accuracy", mean, "%")
+        if len(percent) > 1:
+            run.row(f"{name}: standard error", error, "points")
 
 
 def epochs(run: harness.Bench, folder: Path, results: Path) -> None:

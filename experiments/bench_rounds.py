@@ -1,11 +1,11 @@
 """Rounds of federated averaging, ours and Flower's: seconds and peak memory.
 
 Weights of 0.4, 45 and 135 MB, 2 and 8 clients, everything on this machine over loopback, without
-TLS. Ours: a server process and a process per device, which takes one optimiser step on a sample of
-a network whose computation is next to nothing. Flower's: its current server and client apps under
-its SuperLink and SuperNodes as they are by default, with a client that returns its arrays at once.
-Both average all clients and evaluate nothing. A round lasts from the end of the one before to its
-own; the first is left out. Memory is the largest sum of the resident sizes of all processes.
+TLS. Ours: a server process and a process per device, which takes one optimiser step on two samples
+of a network whose computation is next to nothing. Flower's: its current server and client apps
+under its SuperLink and SuperNodes as they are by default, with a client that returns its arrays at
+once. Both average all clients and evaluate nothing. A round lasts from the end of the one before to
+its own; the first is left out. Memory is the largest sum of the resident sizes of all processes.
 
 Flower is in the extra ``peers``, or in an environment of its own, whose programs are then named:
 
@@ -35,9 +35,15 @@ from absl import flags
 from experiments.benchmarks import flower_app, harness, process_memory
 from pipar_jax.disk import files
 from pipar_jax.errors import RunError
+from pipar_jax.launch import plain_flags
+from pipar_jax.launch.plain_flags import list_of, positive
 
-SIZES_MB = flags.DEFINE_list("sizes_mb", ["0.4", "45", "135"], "Megabytes of weights.")
-CLIENTS = flags.DEFINE_list("clients", ["2", "8"], "Numbers of clients.")
+SIZES_MB = plain_flags.define(
+    "sizes_mb", [0.4, 45.0, 135.0], "Megabytes of weights.", list_of(positive(float), once=True)
+)
+CLIENTS = plain_flags.define(
+    "clients", [2, 8], "Numbers of clients.", list_of(positive(int), once=True)
+)
 REPEATS = flags.DEFINE_integer("repeats", 2, "Runs of each setting, alternating.", lower_bound=1)
 FLOWER_BIN = flags.DEFINE_string(
     "flower_bin", str(Path(sys.executable).parent), "Folder of Flower's programs."
@@ -163,11 +169,11 @@ def _await_port(port: int) -> None:
 
 
 def alternate(
-    run: harness.Bench, systems: Mapping[str, System], megabytes: float, clients: int
+    run: harness.Bench, systems: Mapping[str, System], megabytes: float, clients: int, repeats: int
 ) -> dict[str, list[Measured]]:
     """Runs the systems alternately in one setting; returns what each run measured."""
     measured: dict[str, list[Measured]] = {name: [] for name in systems}
-    for _ in range(1 if run.quick else REPEATS.value):
+    for _ in range(repeats):
         for name, system in systems.items():
             run.progress(f"{megabytes:g} MB, {clients} clients: {name}")
             with tempfile.TemporaryDirectory() as folder:
@@ -178,17 +184,18 @@ def alternate(
 def measure(run: harness.Bench) -> None:
     """Runs every setting; with --quick the smallest."""
     systems: dict[str, System] = {"ours": ours}
-    if (Path(FLOWER_BIN.value) / "flower-superlink").exists():
+    if os.path.exists(Path(FLOWER_BIN.value) / "flower-superlink"):
         systems["Flower"] = flowers
     else:
         run.missing("Flower is not installed (extra `peers`, or --flower_bin): no ratios.")
+    repeats = 1 if run.quick else REPEATS.value
     with tempfile.TemporaryDirectory() as folder:
         results = files.make_folder(RESULTS.value or folder, "choose another folder with --results")
         for megabytes in SIZES_MB.value[:1] if run.quick else SIZES_MB.value:
             for clients in CLIENTS.value[:1] if run.quick else CLIENTS.value:
-                cell = f"{megabytes} MB, {clients} clients"
-                name = f"rounds {cell} {' '.join(systems)}{' quick' if run.quick else ''}"
-                setting = run, systems, float(megabytes), int(clients)
+                cell = f"{megabytes:g} MB, {clients} clients"
+                name = f"rounds {cell} {' '.join(systems)} x{repeats}"
+                setting = run, systems, megabytes, clients, repeats
                 measured = harness.kept(results, name, functools.partial(alternate, *setting))
                 report(run, cell, measured)
 

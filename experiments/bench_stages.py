@@ -15,13 +15,15 @@ import math
 from absl import flags
 
 import stages
-from experiments.benchmarks import flax_networks, harness, step_times
+from experiments.benchmarks import flax_networks, harness, step_times, torch_networks
+from pipar_jax.launch import plain_flags
 from pipar_jax.launch.pinning import PinnedProcess, first_cores
 
-NETWORKS = flags.DEFINE_list(
+NETWORKS = plain_flags.define(
     "networks",
     ["vgg5", "vgg16", "resnet18", "resnet101", "mobilenetv3_small", "mobilenetv3_large"],
     "Networks to time.",
+    plain_flags.list_of(plain_flags.one_of(torch_networks.NAMES), once=True),
 )
 LAYOUT = flags.DEFINE_enum(
     "torch_layout", "default", ["default", "channels_last"], "Memory layout of images in PyTorch."
@@ -29,8 +31,9 @@ LAYOUT = flags.DEFINE_enum(
 STEM = flags.DEFINE_enum(
     "stem", "cifar", stages.STEMS, "First layers of ResNets and MobileNets; imagenet: the papers'."
 )
-CORES = flags.DEFINE_list("cores", ["1", "2"], "Numbers of cores to use.")
-BATCHES = flags.DEFINE_list("batches", ["100", "25"], "Batch sizes.")
+NUMBERS = plain_flags.list_of(plain_flags.positive(int), once=True)
+CORES = plain_flags.define("cores", [1, 2], "Numbers of cores to use.", NUMBERS)
+BATCHES = plain_flags.define("batches", [100, 25], "Batch sizes.", NUMBERS)
 CUT_NETWORK = "vgg5"
 #: Steps that take longer than this are repeated less often.
 SLOW_S = 4.0
@@ -136,15 +139,15 @@ def measure(run: harness.Bench) -> None:
     if not with_torch:
         run.missing("PyTorch is not installed (extra `peers`): no ratios.")
     ratios: list[float] = []
-    for cores in map(int, CORES.value[:1] if run.quick else CORES.value):
+    for cores in CORES.value[:1] if run.quick else CORES.value:
         for batch in BATCHES.value[-1:] if run.quick else BATCHES.value:
-            ratios += compare_networks(run, cores, int(batch), with_torch)
+            ratios += compare_networks(run, cores, batch, with_torch)
     if ratios:
         mean = math.exp(sum(math.log(ratio) for ratio in ratios) / len(ratios))
         run.row("geometric mean of ours / PyTorch", mean, "x", 1.0)
     if CUT_NETWORK in NETWORKS.value:
         compare_cuts(run, 25)
-    compare_flax(run, int(BATCHES.value[0]))
+    compare_flax(run, BATCHES.value[0])
 
 
 if __name__ == "__main__":

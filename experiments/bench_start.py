@@ -20,12 +20,16 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
+import configs
 from experiments.benchmarks import harness
 from pipar_jax.disk.event_log import read_events
 from pipar_jax.disk.files import make_folder, replacing
 from pipar_jax.errors import RunError
+from pipar_jax.launch import plain_flags
+from pipar_jax.launch.flags import NoFlags, parse
 
-PRESETS = flags.DEFINE_list(
+FOLDER = Path(configs.__file__).parent
+PRESETS = plain_flags.define(
     "presets",
     [
         "digits", "quickstart", "mnist_vgg5", "mnist_resnet18", "cifar10_vgg5",
@@ -33,6 +37,9 @@ PRESETS = flags.DEFINE_list(
         "cifar10_resnet18_accept", "cifar10_vgg5_paper", "cifar10_resnet18_paper",
     ],
     "Presets to start.",
+    plain_flags.list_of(
+        plain_flags.one_of(sorted(path.stem for path in FOLDER.glob("[a-z]*.py"))), once=True
+    ),
 )  # fmt: skip
 OVERRIDES = flags.DEFINE_multi_string(
     "override", [], "Further flag of every run, such as --override=--config.model.stem=imagenet."
@@ -116,10 +123,19 @@ def start(preset: str, run: harness.Bench) -> dict[str, tuple[float, float]]:
 
 
 def measure(run: harness.Bench) -> None:
-    """Starts every preset cold and warm; with --quick two of them."""
+    """Starts every preset cold and warm; with --quick two of them.
+
+    Raises:
+      ConfigError: A flag of --override is wrong.
+      RunError: A run fails.
+    """
+    presets = PRESETS.value[:2] if run.quick else PRESETS.value
+    for preset in presets:  # the overrides
+        command = [f"--config={preset}", *OVERRIDES.value]
+        parse(command, NoFlags, doc="", name="train", presets=FOLDER)
     with tempfile.TemporaryDirectory() as folder:
         results = make_folder(RESULTS.value or folder, "choose another folder with --results")
-        for preset in PRESETS.value[:2] if run.quick else PRESETS.value:
+        for preset in presets:
             name = " ".join(["start", preset, *OVERRIDES.value])
             seconds = harness.kept(results, name, functools.partial(start, preset, run))
             for state, (took_s, compile_s) in seconds.items():

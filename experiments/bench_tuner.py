@@ -36,9 +36,13 @@ RESULTS = flags.DEFINE_string(
 
 
 def choices(run: harness.Bench, folder: Path, results: Path) -> None:
-    """Adds a row for each setting: the tuner's plan relative to the best measured one."""
-    settings = tuner_trials.settings(STEM.value, run.quick)
-    settings = [setting for setting in settings if ONLY.value in setting.name]
+    """Adds a row for each setting: the tuner's plan relative to the best measured one.
+
+    Raises:
+      ConfigError: No setting has the name that is asked for.
+    """
+    settings = tuner_trials.settings(list(dict.fromkeys(STEM.value)), run.quick)
+    settings = harness.chosen(settings, ONLY.value, lambda setting: setting.name)
     for done, setting in enumerate(settings):
         run.progress(setting.name, done, len(settings))
         found = tuner_trials.choice(setting, folder, results)

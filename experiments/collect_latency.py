@@ -10,6 +10,7 @@ compilation cache and may run on a busy machine, then without it on an idle one.
 
 from __future__ import annotations
 
+import os
 import pathlib
 import time
 from typing import TYPE_CHECKING
@@ -17,13 +18,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from absl import flags
 
+from pipar_jax.disk import files
 from pipar_jax.errors import ConfigError
 from pipar_jax.launch import plain_flags
+from pipar_jax.launch.binary import wrong_use
 from pipar_jax.launch.pinning import run_pinned
 
 if TYPE_CHECKING:
     from experiments.latency_data.collect import Layer
-    from experiments.latency_data.timings import TimedLayer
+    from experiments.latency_data.timings import TimedLayer, Timings
 
 _OUT = plain_flags.define_path("out", None, "File for the times (.npz).", required=True)
 _VARIANTS = flags.DEFINE_list(
@@ -48,25 +51,27 @@ def gather_all(path: pathlib.Path) -> None:
     """Times the selected variants and adds them to a file.
 
     Raises:
-      ConfigError: A variant is unknown here.
-      DataError: The file cannot be read or written.
+      ConfigError: A variant or network is unknown here, or the file has something else in it or
+        cannot be written.
+      DiskError: Writing the file failed.
       RunError: A process failed.
     """
     from experiments.latency_data import collect
     from experiments.latency_data.timings import TimedDevice, Timings
 
+    files.check_target(path, f"--out={path}")
+    _kept(path)
     known = {variant.name: variant for variant in collect.variants(_GPU.value)}
     names = _VARIANTS.value or list(known)
     if wrong := [name for name in names if name not in known]:
         raise ConfigError(f"--variants={wrong[0]}: this machine supports {', '.join(known)}")
     wanted, timed_layers = run_pinned(_layers, _QUICK.value, variables={"JAX_PLATFORMS": "cpu"})
-    chosen = [
-        i for i, one in enumerate(wanted) if one.network in (_NETWORKS.value or [one.network])
-    ]
+    networks = list(dict.fromkeys(one.network for one in wanted))
+    if wrong := [name for name in _NETWORKS.value if name not in networks]:
+        raise ConfigError(f"--networks={wrong[0]} is not among {', '.join(networks)}")
+    chosen = [i for i, one in enumerate(wanted) if one.network in (_NETWORKS.value or networks)]
     wanted = [wanted[i] for i in chosen]
     timed_layers = tuple(timed_layers[i] for i in chosen)
-    if not wanted:
-        raise ConfigError(f"--networks={_NETWORKS.value}: no layer belongs to these networks")
     for name in names:
         began_s = time.monotonic()
 
@@ -79,12 +84,26 @@ def gather_all(path: pathlib.Path) -> None:
             continue
         devices = tuple(TimedDevice(*one) for one in found.devices)
         made = Timings(devices, timed_layers, found.forward_s, found.backward_s)
-        if path.is_file():
-            made = Timings.load(path).join(made)
+        if (kept := _kept(path)) is not None:
+            made = kept.join(made)
         made.save(path)
         seconds = np.nansum(found.forward_s + found.backward_s, axis=1)
         for device, total_s in zip(devices, seconds, strict=True):
             print(f"{device.name} ({device.family}): {total_s:.2f} s for all layers once")
+
+
+def _kept(path: pathlib.Path) -> Timings | None:
+    """Returns the times that a file has already; None: there is no file.
+
+    Raises:
+      ConfigError: It has something else, or cannot be read.
+    """
+    from experiments.latency_data.timings import Timings
+
+    if not os.path.isfile(path):
+        return None
+    with wrong_use():
+        return Timings.load(path)
 
 
 def _layers(quick: bool) -> tuple[list[Layer], tuple[TimedLayer, ...]]:

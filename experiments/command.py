@@ -103,7 +103,7 @@ def main() -> NoReturn:
     if wanted not in known:
         what = f"{name!r} is not a command of pipar" if name else "pipar needs a command"
         near = did_you_mean(wanted, known) if name else ""
-        if wanted and (FOLDER / f"{wanted}.py").is_file() and wanted != "command":
+        if wanted and os.path.isfile(FOLDER / f"{wanted}.py") and wanted != "command":
             what, near = f"{name} is a measurement binary and needs a clone of the sources", ""
         print(f"error: {what}{near} (all of them: pipar --help)", file=sys.stderr)
         leave(WRONG_USE)

@@ -21,12 +21,12 @@ from pipar_jax import data
 from pipar_jax.config import AUTO, Config
 from pipar_jax.config.codec_candidates import candidates_of
 from pipar_jax.config.schema import option
-from pipar_jax.config.texts import whole_numbers
+from pipar_jax.config.texts import split_list, whole_numbers
 from pipar_jax.data.partition import spread
 from pipar_jax.data.types import computed
 from pipar_jax.errors import ConfigError, DataError
 from pipar_jax.launch import flags
-from pipar_jax.methods.registry import METHODS
+from pipar_jax.methods.registry import METHODS, uses_nodes
 from pipar_jax.privacy.leakage import FEWEST_SAMPLES, distance_correlation
 from pipar_jax.roles.participants import make_loader
 from pipar_jax.roles.start_weights import first_variables
@@ -49,7 +49,7 @@ SHAPES = {
 class DescribeFlags:
     """Flags of this binary."""
 
-    stages: str = option("", "cuts to describe, such as 2,5; empty: that of the configuration")
+    stages: str = option("", "cuts to describe, such as 2,5; empty: those of the configuration")
     dependence: int = option(
         0,
         "test samples on which the distance correlation of inputs and activations is computed, at "
@@ -59,21 +59,33 @@ class DescribeFlags:
     )
 
 
-def resolve_cuts(model: stages.Model, wanted: str, configured: int | str) -> tuple[int, ...]:
-    """Reads cuts from the flag or the configuration.
+def resolve_cuts(config: Config, model: stages.Model, wanted: str) -> tuple[int, ...]:
+    """Returns the cuts to describe; none if the configured method does not cut.
+
+    Args:
+      config: Resolved configuration.
+      model: The model.
+      wanted: Cuts by position or unit; empty: those of the configuration. Where its cuts are the
+        planner's to find, that of pipeline.cut.
 
     Raises:
       ConfigError: A cut is neither a position between two units nor the name of a unit.
     """
+    method, pipeline = METHODS.get(config.method), config.pipeline
+    field, text = "--stages", wanted
+    if not wanted:
+        if method is not None and not method.cuts:
+            return ()
+        field, text = "pipeline.cut", str(pipeline.cut)
+        if pipeline.cuts and uses_nodes(config.method):
+            field, text = "pipeline.cuts", pipeline.cuts
+    names = list(model.unit_names)
     try:
-        texts = wanted.split(",") if wanted else [str(configured)]
-        names = list(model.unit_names)
-        cuts = tuple(names.index(t) + 1 if t in names else int(t) for t in texts)
+        cuts = tuple(names.index(t) + 1 if t in names else int(t) for t in split_list(text))
         stages.split(model, cuts)
     except (ValueError, stages.StageError) as error:
         raise ConfigError(
-            f"--stages={wanted or configured}: {error}; name units of {list(model.unit_names)} "
-            "or positions between them"
+            f"{field}={text}: {error}; name units of {names} or positions between them"
         ) from error
     return cuts
 
@@ -207,7 +219,7 @@ def main(config: Config, own: DescribeFlags) -> None:
     )
     set_up_jax(config.model)
     model = build_model(config, signature)
-    cuts = resolve_cuts(model, own.stages, config.pipeline.cut)
+    cuts = resolve_cuts(config, model, own.stages)
     pipelined = config.method in METHODS and METHODS[config.method].pipelined
     parts = config.pipeline.micro_batches if pipelined else 1
     batch = -(-config.data.batch_size // parts)
@@ -226,7 +238,8 @@ def main(config: Config, own: DescribeFlags) -> None:
     if model.obstacles:
         console.print(make_obstacles(model))
     facts = stages.stage_facts(model, cuts, batch)
-    console.print(make_table(f"stages of cuts {', '.join(map(str, cuts))}", facts, ()))
+    title = f"stages of cuts {', '.join(map(str, cuts))}" if cuts else "one stage, no cut"
+    console.print(make_table(title, facts, ()))
 
 
 if __name__ == "__main__":

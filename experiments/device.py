@@ -15,7 +15,6 @@ import pathlib
 import configs
 from pipar_jax.config import Config
 from pipar_jax.config.schema import option
-from pipar_jax.errors import ConfigError
 from pipar_jax.launch import flags, take_part
 from pipar_jax.report import logs
 from pipar_jax.schedule.plan import device_name
@@ -36,12 +35,7 @@ def main(config: Config, given: DeviceFlags) -> None:
       PiparError: The flags are not valid for the configuration, or the run failed.
     """
     address = flags.parse_address(given.server, "server")
-    if not 0 <= given.index < config.devices.total:
-        more = f" and devices.more={config.devices.more}" if config.devices.more else ""
-        raise ConfigError(
-            f"--index={given.index} is not valid: devices.count={config.devices.count}{more}, so "
-            f"the index must be 0 to {config.devices.total - 1}"
-        )
+    take_part.check_device(config, given.index, "--index")
     logs.begin()
     take_part.prepare(config, device_name(given.index))
     from pipar_jax.roles.participants import run_device  # loads jax, whose environment is now set

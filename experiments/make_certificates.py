@@ -9,11 +9,19 @@ listen). A host is accepted only under a name in its certificate. Copy authority
 NAME.key to the host of that name, and keep authority.key on this machine.
 """
 
+import os
+
 from absl import flags
 
-from pipar_jax.errors import ConfigError, PiparError
+from pipar_jax.errors import ConfigError
 from pipar_jax.launch import plain_flags
-from pipar_jax.launch.certificates import Certificates, add_certificate, make_authority
+from pipar_jax.launch.certificates import (
+    Certificates,
+    add_certificate,
+    check_host,
+    check_new,
+    make_authority,
+)
 
 _FOLDER = plain_flags.define_path("folder", "certificates", "Folder of the files.")
 _HOST = flags.DEFINE_multi_string("host", [], "NAME or NAME=ADDRESS,ADDRESS; may be repeated.")
@@ -25,28 +33,30 @@ def main(arguments: list[str]) -> None:
     """Writes the files and prints where each belongs.
 
     Raises:
-      PiparError: No host is named, or a file cannot be created.
+      ConfigError: No host is named, one is named twice or cannot have a certificate there, or there
+        is an authority already, or with --add none.
+      PiparError: A file cannot be written.
     """
     del arguments
     if not _HOST.value:
         raise ConfigError("name at least one host, such as --host=server=192.0.2.7")
-    files = _authority()
-    for host in _HOST.value:
-        name, _, addresses = host.partition("=")
-        add_certificate(
-            files, name, [each for each in addresses.split(",") if each], days=_DAYS.value
-        )
+    files, hosts = Certificates(_FOLDER.value), dict[str, list[str]]()
+    if not _ADD.value:
+        check_new(files)
+    elif not os.path.isfile(files.authority_key):
+        raise ConfigError(f"{files.authority_key} does not exist; leave out --add to create it")
+    for text in _HOST.value:  # all of them before anything is written
+        name, _, addresses = text.partition("=")
+        if name in hosts:
+            raise ConfigError(f"--host={name} is named twice: give all of its addresses at once")
+        hosts[name] = [each for each in addresses.split(",") if each]
+        check_host(files, name, hosts[name])
+    if not _ADD.value:
+        make_authority(files.folder, days=_DAYS.value)
+    for name, names in hosts.items():
+        add_certificate(files, name, names, days=_DAYS.value)
         print(f"{name}: {files.authority}, {files.certificate(name)}, {files.key(name)}")
     print(f"Keep {files.authority_key} on this machine: anybody who has it can admit hosts.")
-
-
-def _authority() -> Certificates:
-    if not _ADD.value:
-        return make_authority(_FOLDER.value, days=_DAYS.value)
-    files = Certificates(_FOLDER.value)
-    if not files.authority_key.exists():
-        raise PiparError(f"{files.authority_key} does not exist; leave out --add to create it")
-    return files
 
 
 if __name__ == "__main__":

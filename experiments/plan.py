@@ -19,7 +19,7 @@ from comms.errors import explain
 from pipar_jax.config import AUTO, Config
 from pipar_jax.config.schema import option
 from pipar_jax.cost_model.profile import Profile
-from pipar_jax.errors import DataError, PlanError
+from pipar_jax.errors import ConfigError, PlanError
 from pipar_jax.launch import flags, machine
 from pipar_jax.methods.registry import uses_nodes
 
@@ -35,8 +35,8 @@ def main(config: Config, own: PlanFlags) -> None:
     """Prints the best plans of a resolved configuration.
 
     Raises:
-      DataError: The profile's file cannot be read.
-      PlanError: The profile does not match the configuration.
+      ConfigError: The profile's file cannot be read, or does not match the configuration.
+      PlanError: There is no feasible plan.
     """
     # Here, so that --help and wrong flags do not load jax.
     from pipar_jax.launch import local_profile
@@ -49,7 +49,7 @@ def main(config: Config, own: PlanFlags) -> None:
     began_s = time.monotonic()
     profile = read(own.profile) if own.profile else local_profile.profile_here(config)
     if len(profile.devices) != config.devices.total:
-        raise PlanError(
+        raise ConfigError(
             f"the profile has {len(profile.devices)} devices and the configuration "
             f"{config.devices.total}: set --config.devices.count={len(profile.devices)}"
         )
@@ -79,14 +79,15 @@ def print_chains(config: Config, profile: Profile, measured_s: float) -> None:
     """Prints the best chain over the compute nodes, and the best by the published objective.
 
     Raises:
-      PlanError: There is no feasible chain, or the profile has other nodes.
+      ConfigError: The profile has other nodes.
+      PlanError: There is no feasible chain.
     """
     from pipar_jax.tuner import codec_choice
     from pipar_jax.tuner.chains import chain_table, tune_chain
     from pipar_jax.tuner.tables import codecs_table
 
     if len(profile.nodes) != config.nodes.count:
-        raise PlanError(
+        raise ConfigError(
             f"the profile has {len(profile.nodes)} compute nodes and the configuration "
             f"{config.nodes.count}: set --config.nodes.count={len(profile.nodes)}"
         )
@@ -111,14 +112,16 @@ def read(path: str) -> Profile:
     """Reads a profile.
 
     Raises:
-      DataError: The file cannot be read or is not a profile.
+      ConfigError: The file cannot be read or is not a profile.
     """
     try:
         return Profile.from_dict(json.loads(pathlib.Path(path).read_text(encoding="utf-8")))
     except OSError as error:
-        raise DataError(f"--profile={path} cannot be read: {explain(error)}") from error
+        raise ConfigError(f"--profile={path} cannot be read: {explain(error)}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--profile={path} cannot be read: not a text file") from error
     except (json.JSONDecodeError, PlanError) as error:
-        raise DataError(f"--profile={path}: {error}") from error
+        raise ConfigError(f"--profile={path}: {error}") from error
 
 
 if __name__ == "__main__":

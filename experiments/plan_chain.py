@@ -11,17 +11,19 @@ step, the time per batch of a step of --micro_batches that starts and ends with 
 """
 
 import math
+import re
 import sys
-from collections.abc import Sequence
 from typing import cast, get_args
 
 from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from pipar_jax.cost_model.costs import LinkModel
+from pipar_jax.cost_model.costs import FREE_LINK, LinkModel
 from pipar_jax.errors import ConfigError
 from pipar_jax.launch import plain_flags
+from pipar_jax.launch.binary import wrong_use
+from pipar_jax.launch.plain_flags import list_of, positive
 from pipar_jax.tuner.chain_search import (
     ChainPlan,
     ChainProblem,
@@ -34,26 +36,58 @@ from pipar_jax.tuner.chain_search import (
     read_profile,
 )
 
+
+def _read_range(text: str) -> tuple[int, int]:
+    """Reads FIRST:STOP."""
+    if not (match := re.fullmatch(r"(\d+):(\d+)", text)):
+        raise ValueError("write FIRST:STOP in whole numbers, such as 2:36")
+    return int(match[1]), int(match[2])
+
+
+def _read_rates(text: str) -> list[LinkModel]:
+    """Reads UP/DOWN in Mbit/s."""
+    if text.count("/") != 1:
+        raise ValueError("write UP/DOWN in Mbit/s, such as 10/25")
+    return [_read_rate(part) for part in text.split("/")]
+
+
+def _read_rate(text: str) -> LinkModel:
+    """Reads a rate in Mbit/s."""
+    return LinkModel(positive(float)(text) * 1e6 / 8)
+
+
 _PROFILE = plain_flags.define_path("profile", None, "Profile table (CSV).", required=True)
 _DEVICE = flags.DEFINE_string("device", "VM", "Device in the table whose times the nodes have.")
-_LAYERS = flags.DEFINE_string("layers", None, "FIRST:STOP, the layers on nodes.", required=True)
-_SPEEDS = flags.DEFINE_list("speeds", ["1"], "Speed of each node; 2 halves the table's times.")
-_MEMORY = flags.DEFINE_list("memory_mb", [], "Memory of each node in MB; empty: no limit.")
+_LAYERS = plain_flags.define(
+    "layers", None, "FIRST:STOP, the layers on nodes.", _read_range, required=True
+)
+_SPEEDS = plain_flags.define(
+    "speeds", [1.0], "Speed of each node; 2 halves the table's times.", list_of(positive(float))
+)
+_MEMORY = plain_flags.define(
+    "memory_mb", [], "Memory of each node in MB; by default no limit.", list_of(positive(float))
+)
 _OBJECTIVE = flags.DEFINE_enum("objective", "steady", get_args(Objective), "Objective to minimise.")
 _OWNERS = flags.DEFINE_integer("owners", 1, "Devices that share the chain.", lower_bound=1)
 _MICRO = flags.DEFINE_integer("micro_batches", 1, "step: micro-batches per batch.", lower_bound=1)
 _OWNER = flags.DEFINE_string(
     "owner", None, "Device in the table whose times the owners have; none: no cycle."
 )
-_OWNER_LINK = flags.DEFINE_string("owner_link", None, "An owner's link, UP/DOWN in Mbit/s.")
-_NODE_LINK = flags.DEFINE_float(
-    "node_mbps", None, "Rate between nodes in Mbit/s; none: no transfer time."
+_OWNER_LINK = plain_flags.define(
+    "owner_link", None, "An owner's link, UP/DOWN in Mbit/s.", _read_rates
+)
+_NODE_LINK = plain_flags.define(
+    "node_mbps", FREE_LINK, "Rate between nodes in Mbit/s; by default no transfer time.", _read_rate
 )
 _WEIGHTS = flags.DEFINE_enum(
     "weights", "copy", ["copy", "shared"], "Weights of a node: a copy per owner, or shared."
 )
-_IN_FLIGHT = flags.DEFINE_integer("in_flight", 0, "shared: batches in flight; 0: one per owner.")
-_RATIO = flags.DEFINE_float("codec_ratio", 1.0, "Bytes on the wire per byte of a tensor.")
+_IN_FLIGHT = flags.DEFINE_integer(
+    "in_flight", 0, "shared: batches in flight; 0: one per owner.", lower_bound=0
+)
+_RATIO = plain_flags.define(
+    "codec_ratio", 1.0, "Bytes on the wire per byte of a tensor.", positive(float)
+)
 _ANY_ORDER = flags.DEFINE_boolean("any_order", True, "Whether the order of the nodes may change.")
 
 
@@ -61,24 +95,32 @@ def main(_: list[str]) -> None:
     """Prints the cheapest chain.
 
     Raises:
-      PiparError: The flags or the table are not valid, or there is no feasible chain.
+      ConfigError: The flags or the table are not valid.
+      PlanError: There is no feasible chain.
     """
-    layers = read_profile(_PROFILE.value, _DEVICE.value)
-    problem = _problem(layers)
+    with wrong_use():
+        problem = _problem(read_profile(_PROFILE.value, _DEVICE.value))
     plan = plan_chain(problem, cast(Objective, _OBJECTIVE.value))
     _print(plan, problem)
 
 
 def _problem(layers: tuple[Layer, ...]) -> ChainProblem:
-    """Reads the problem from the flags."""
-    first, stop = _numbers("layers", _LAYERS.value.split(":"), 2)
-    speeds = _numbers("speeds", _SPEEDS.value)
-    memory = _numbers("memory_mb", _MEMORY.value, len(speeds)) if _MEMORY.value else []
-    link = LinkModel(_NODE_LINK.value * 1e6 / 8) if _NODE_LINK.value else LinkModel()
+    """Makes the problem of the flags.
+
+    Raises:
+      ConfigError: They do not fit each other.
+      DataError: The table does not have the owner.
+      PlanError: The problem is not valid.
+    """
+    first, stop = _LAYERS.value
+    speeds, memory, link = _SPEEDS.value, _MEMORY.value, _NODE_LINK.value
+    if memory and len(memory) != len(speeds):
+        raise ConfigError(
+            f"--memory_mb has {len(memory)} numbers and --speeds {len(speeds)}: give each node one"
+        )
     owner = None
     if _OWNER.value:
-        rates = _numbers("owner_link", _OWNER_LINK.value.split("/"), 2) if _OWNER_LINK.value else []
-        up, down = [LinkModel(rate * 1e6 / 8) for rate in rates] or [LinkModel(), LinkModel()]
+        up, down = _OWNER_LINK.value or (FREE_LINK, FREE_LINK)
         owner = DataOwner(read_profile(_PROFILE.value, _OWNER.value), up, down)
     elif _OWNER_LINK.value:
         raise ConfigError("--owner_link has no effect without --owner")
@@ -94,8 +136,8 @@ def _problem(layers: tuple[Layer, ...]) -> ChainProblem:
             Node(f"node{i + 1}", layers, speed, memory[i] * 1e6 if memory else math.inf, link, link)
             for i, speed in enumerate(speeds)
         ),
-        first=int(first),
-        stop=int(stop),
+        first=first,
+        stop=stop,
         owners=_OWNERS.value,
         owner=owner,
         micro_batches=_MICRO.value,
@@ -105,21 +147,6 @@ def _problem(layers: tuple[Layer, ...]) -> ChainProblem:
         cotangent_codings=(coding,),
         any_order=_ANY_ORDER.value,
     )
-
-
-def _numbers(flag: str, texts: Sequence[str], count: int | None = None) -> list[float]:
-    """Reads a flag's numbers.
-
-    Raises:
-      ConfigError: A part is not a number, or their count is not as needed.
-    """
-    try:
-        numbers = [float(text) for text in texts]
-    except ValueError as error:
-        raise ConfigError(f"--{flag}: {error}") from error
-    if count is not None and len(numbers) != count:
-        raise ConfigError(f"--{flag} needs {count} numbers, got {len(numbers)}")
-    return numbers
 
 
 def _print(plan: ChainPlan, problem: ChainProblem) -> None:

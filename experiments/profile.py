@@ -32,8 +32,11 @@ def main(config: Config, own: ProfileFlags) -> None:
     """Prints the profile of a resolved configuration's hosts.
 
     Raises:
-      DiskError: The file cannot be written.
+      ConfigError: The file cannot be written, or this machine lacks what a host needs.
+      PiparError: A host cannot be measured, or writing the file failed.
     """
+    if own.json:
+        files.check_target(own.json, f"--json={own.json}")
     # Here, so that --help and wrong flags do not load jax.
     from pipar_jax.launch import local_profile
     from pipar_jax.tuner import tables

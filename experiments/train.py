@@ -11,6 +11,7 @@ from pipar_jax import data
 from pipar_jax.config import Config, to_text
 from pipar_jax.config.paths import shown
 from pipar_jax.launch import flags, launcher, machine
+from pipar_jax.launch.run_folders import check_place
 from pipar_jax.report.event_lines import loss_text, losses_text
 from pipar_jax.report.progress import ProgressDisplay
 from pipar_jax.report.scores import final_score
@@ -20,9 +21,10 @@ def main(config: Config, _: flags.NoFlags) -> None:
     """Launches all hosts of a resolved configuration and follows them to the end.
 
     Raises:
-      PiparError: A host failed.
+      PiparError: This machine lacks what a host needs, or a host failed.
     """
     machine.check(config)
+    check_place(config)
     print(to_text(config), flush=True)
     if table := data.table(config):
         print(f"\n{table}\n", flush=True)

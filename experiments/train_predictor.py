@@ -11,7 +11,9 @@ import time
 
 from absl import flags
 
+from pipar_jax.disk import files
 from pipar_jax.launch import plain_flags
+from pipar_jax.launch.binary import wrong_use
 
 _TIMINGS = plain_flags.define_path(
     "timings", None, "Times to train on; by default those in the package."
@@ -25,13 +27,16 @@ def main(_: list[str]) -> None:
     """Trains and writes.
 
     Raises:
-      PiparError: The times cannot be read, or the network cannot be written.
+      ConfigError: The times cannot be read, or the network cannot be written.
+      DiskError: Writing the network failed.
     """
+    files.check_target(_OUT.value, f"--out={_OUT.value}")
     from experiments.latency_data import training
     from experiments.latency_data.published_tables import read_timings
 
     began_s = time.monotonic()
-    timings = read_timings(_TIMINGS.value, _TABLES.value)
+    with wrong_use():
+        timings = read_timings(_TIMINGS.value, _TABLES.value)
     families = sorted({device.family for device in timings.devices})
     about = (
         f"{len(timings.layers)} layers on {len(timings.devices)} devices "

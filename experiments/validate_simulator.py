@@ -110,15 +110,19 @@ def train(group: Sequence[Setting], folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def measure(run: harness.Bench) -> None:
-    """Runs every setting and predicts it; with ``--quick`` one setting."""
+    """Runs every setting and predicts it; with ``--quick`` one setting.
+
+    Raises:
+      ConfigError: No setting has the name that is asked for.
+      RunError: A run fails.
+    """
+    settings = simulator_settings.settings(run.quick)
+    settings = harness.chosen(settings, ONLY.value, lambda setting: setting.name)
+    wanted = simulator_settings.grouped(settings)
     measure_speed(run)
     most, errors = 0.0, {kind: list[float]() for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
         results = make_folder(RESULTS.value or folder, "choose another folder with --results")
-        settings = simulator_settings.settings(run.quick)
-        wanted = simulator_settings.grouped(
-            [setting for setting in settings if ONLY.value in setting.name]
-        )
         for done, (name, group) in enumerate(wanted.items()):
             run.progress(name, done, len(wanted))
             known = harness.kept(results, name, functools.partial(train, group, Path(folder)))
@@ -129,12 +133,11 @@ def measure(run: harness.Bench) -> None:
         if sizes:
             run.row(f"mean error of {len(sizes)} {kind}", statistics.fmean(sizes), "%", 3.0)
             run.row(f"worst error {kind}", max(sizes), "%", 8.0)
-    if wanted:
-        run.note(
-            "alone: from separately measured stage times. in run: from the median times of the "
-            "run itself, which isolates the simulator's part of the error."
-        )
-        run.note(f"Devices computed at most {most:.0%} of their core, all together.")
+    run.note(
+        "alone: from separately measured stage times. in run: from the median times of the run "
+        "itself, which isolates the simulator's part of the error."
+    )
+    run.note(f"Devices computed at most {most:.0%} of their core, all together.")
 
 
 if __name__ == "__main__":

@@ -174,6 +174,7 @@ Train = Callable[..., tuple[jax.Array, Variables]]
 def forward(
     train: Train,
     release: PrivateRelease,
+    alone: bool,
     params: Variables,
     state: Variables,
     x: PyTree,
@@ -181,9 +182,39 @@ def forward(
     side: PyTree,
     fixed: Variables,
 ) -> tuple[jax.Array, Variables, None]:
-    """Traced body of the forward pass of a stage that releases activations and weights."""
-    y, after = train(params, fixed, state, x, draw, side)
+    """Traced body of the forward pass of a stage that releases activations and weights.
+
+    With ``alone`` samples are called one by one: together they would draw other dropout masks than
+    in ``backward``, whose gradients would then be those of no loss.
+    """
+    if alone:
+        y, after = _one_by_one(train, params, state, x, draw, side, fixed), state
+    else:
+        y, after = train(params, fixed, state, x, draw, side)
     return release.release_activation(y, draw), after, None
+
+
+def _one_by_one(
+    train: Train,
+    params: Variables,
+    state: Variables,
+    x: PyTree,
+    draw: MicroBatchContext,
+    side: PyTree,
+    fixed: Variables,
+) -> jax.Array:
+    """Returns the activations [micro-batch, …] of samples that are each a batch of its own."""
+
+    def one(example: PyTree) -> jax.Array:
+        (x, side), position = example
+        x, side = jax.tree.map(lambda array: array[None], (x, side))
+        return train(params, fixed, state, x, _at(draw, position), side)[0][0]
+
+    count = jax.tree.leaves(x)[0].shape[0]
+    examples = (x, dict(side)), jnp.arange(count, dtype=jnp.uint32)
+    together = examples_at_a_time(params, count)
+    y: jax.Array = jax.lax.map(one, examples, batch_size=None if together == 1 else together)
+    return y
 
 
 def backward(

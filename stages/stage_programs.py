@@ -66,9 +66,7 @@ def build_programs(
         predict=Program(partial(_predict, units)),
     )
     if release is not None:
-        programs = _private_programs(
-            programs, partial(_run, units, train=True), model.task, start == 0, release
-        )
+        programs = _private_programs(programs, units, model.task, start == 0, release)
     model.programs[start, stop, rematerialise, release] = programs
     return programs
 
@@ -96,15 +94,17 @@ def _run(
 
 def _private_programs(
     plain: Programs,
-    train: Callable[..., Any],
+    units: Sequence[Unit],
     task: Task,
     is_first: bool,
     release: PrivateRelease,
 ) -> Programs:
     """Returns the functions of a stage whose weights are released as well as what it sends."""
+    train: Callable[..., Any] = partial(_run, units, train=True)
+    alone = any(unit.draws for unit in units)
     return dataclasses.replace(
         plain,
-        forward=Program(partial(private.forward, train, release)),
+        forward=Program(partial(private.forward, train, release, alone)),
         backward=Program(partial(private.backward, train, release), donate_argnums=(3,)),
         loss=Program(
             partial(private.loss, train, partial(total_loss, task), release, is_first),

@@ -86,6 +86,14 @@ class Unit(abc.ABC):
         object.__setattr__(made, "personal", frozenset(paths))
         return made
 
+    @property
+    @abc.abstractmethod
+    def draws(self) -> bool:
+        """Whether calls in training may draw for a micro-batch what a sample alone would not get.
+
+        Samples that are called one by one then have other dropout masks than together.
+        """
+
     @abc.abstractmethod
     def expect_lengths(self, lengths: Sequence[int]) -> None:
         """Prepares for inputs of several lengths (``stages.lengths``), where that needs anything.
@@ -181,6 +189,11 @@ class ModuleUnit(Unit):
     factory: Factory
     streams: dict[str, jax.ShapeDtypeStruct]
     paths: dict[str, Path]
+
+    @property
+    def draws(self) -> bool:
+        """Whether the module has random streams; see ``Unit.draws``."""
+        return bool(self.streams)
 
     def expect_lengths(self, lengths: Sequence[int]) -> None:
         """Needs nothing: the module is called with whatever comes; see ``Unit.expect_lengths``."""

@@ -1,13 +1,16 @@
-"""Disks that refuse: a full one, one that cannot be written, files that must not grow."""
+"""Disks that refuse: a full one, one that cannot be written or read, files that must not grow."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -48,6 +51,25 @@ def file_limit(nbytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def forbidden(folder: Path) -> Iterator[None]:
+    """Lets this process not look into a folder, whoever runs it: root may look everywhere."""
+
+    def refusing(look: Callable[..., Any]) -> Callable[..., Any]:
+        def refuse(path: Any, *arguments: Any, **values: Any) -> Any:
+            if str(path).startswith(f"{folder}{os.sep}"):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return look(path, *arguments, **values)
+
+        return refuse
+
+    with (
+        mock.patch.object(os, "stat", refusing(os.stat)),
+        mock.patch.object(os, "lstat", refusing(os.lstat)),
+    ):
+        yield
 
 
 def leftovers(folder: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 
@@ -15,6 +16,7 @@ from comms.wire.transport import ConnectionEnded, Transport
 
 _READ_BUDGET_BYTES = 4 << 20
 _WRITE_BUDGET_BYTES = 4 << 20
+_LAST_READS = 16  # of as many bytes: more than a kernel holds
 
 
 class Connection:
@@ -106,12 +108,25 @@ class Connection:
                     self._run_soon()
                 self._on_read()
             if self.transport is transport:
-                self._flush(transport)
+                try:
+                    self._flush(transport)
+                except ConnectionEnded:
+                    self._read_rest(transport)
+                    raise
         except ConnectionEnded as error:
             if self.transport is transport:
                 self._on_error(error)
         except ChannelError as error:
             self._on_error(error)
+
+    def _read_rest(self, transport: Transport) -> None:
+        """Reads what has arrived on a connection that takes no more: the peer's reason, perhaps."""
+        with contextlib.suppress(ConnectionEnded):  # what ended it is known
+            for _ in range(_LAST_READS):
+                if self.transport is not transport or self._arrivals.paused:
+                    return
+                if not self._inbox.pump(transport, _READ_BUDGET_BYTES):
+                    return
 
     def _run_soon(self) -> None:
         """Continues after other links have had their turn; several requests count once."""

@@ -41,6 +41,11 @@ class FrameWriter:
         """Whether a frame has been written in part."""
         return bool(self._frames) and self._frames[0].unwritten != self._frames[0].nbytes
 
+    @property
+    def holds_message(self) -> bool:
+        """Whether a frame of a message waits to be written, or its rest."""
+        return any(frame.message is not None for frame in self._frames)
+
     def put(self, frame: Frame) -> None:
         """Appends a frame."""
         self._views.append(memoryview(frame.head))

@@ -254,7 +254,7 @@ class Link:
         """Waits until all messages have left (are acknowledged, if the stream can resume).
 
         Raises:
-          PeerLost: If the link ends before.
+          PeerLost: If the link ends before they have left.
           ChannelError: If the time limit is exceeded.
         """
         if self.stream.guard.on_thread:
@@ -266,7 +266,7 @@ class Link:
                 f"{self.peer} did not accept all messages within {timeout_s:g} s: "
                 f"{self._queue.waiting_bytes} bytes are waiting"
             )
-        if (error := self._queue.error) is not None and not self.stream.outbox.empty:
+        if (error := self._queue.error) is not None and self.stream.outbox.cut_off:
             raise error
 
     def close(self, reason: str = "the run on that side is over") -> None:

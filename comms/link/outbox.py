@@ -45,6 +45,7 @@ class Outbox:
       committed_bytes: Credit of all messages that have started to leave.
       sequence: Number of the last frame cut.
       checked: Whether payloads are sent with their checksum.
+      cut_off: Whether the link has ended with messages that had not left.
     """
 
     def __init__(
@@ -75,10 +76,12 @@ class Outbox:
         self.queue = queue
         self._status = status
         self.checked = checked
+        self.cut_off = False
         self._replay_bytes = replay_bytes
         self._unacked: deque[Frame] = deque()
         self._replay: deque[Frame] = deque()
         self._goodbye: bytes | None = None
+        self._parted = False  # the goodbye is cut: nothing may follow it
         self._waiting = False
         self._pipe: deque[tuple[float, Frame]] = deque()
         self._first_flight_bytes = 0
@@ -121,8 +124,14 @@ class Outbox:
         return max(writer.blocked_since_s, writer.last_progress_s)
 
     def say_goodbye(self, reason: bytes) -> None:
-        """Sends GOODBYE after all waiting messages."""
-        self._goodbye = reason
+        """Sends GOODBYE after all waiting messages, unless it was sent before."""
+        if not self._parted:
+            self._goodbye = reason
+
+    @property
+    def owes_goodbye(self) -> bool:
+        """Whether a GOODBYE waits for the messages before it."""
+        return self._goodbye is not None
 
     def drop_waiting(self) -> None:
         """Drops everything that is not on the wire yet, so that GOODBYE is next."""
@@ -156,6 +165,9 @@ class Outbox:
 
     def drop_connection(self) -> None:
         """Drops frames for a connection that has ended."""
+        if not self.keep:
+            in_pipe = any(frame.message is not None for _, frame in self._pipe)
+            self.cut_off = self.cut_off or in_pipe or self.writer.holds_message
         self._pipe.clear()
         self.writer.clear()
         self.pongs.clear()
@@ -176,6 +188,7 @@ class Outbox:
         """Drops everything: the link has ended, and no view of an array may remain."""
         self.drop_connection()
         queue = self.queue
+        self.cut_off = self.cut_off or bool(queue.control or queue.data or self._replay)
         for waiting in (queue.control, queue.data, self._unacked, self._replay):
             waiting.clear()
         self.unacked_bytes = 0
@@ -279,7 +292,7 @@ class Outbox:
 
     def _has_frames(self) -> bool:
         """Whether a message waits, with or without credit."""
-        return bool(
+        return not self._parted and bool(
             self.queue.control
             or self.queue.data
             or self._replay
@@ -296,6 +309,8 @@ class Outbox:
     # -- choosing ------------------------------------------------------------------------------
 
     def _pick(self, now_s: float) -> Frame | None:
+        if self._parted:  # the peer has shut its side, or is about to: it would answer with a reset
+            return None
         if self.ping_due:
             self.ping_due = False
             return signal_frame(Kind.PING, PING.pack(now_s), self.checked)
@@ -317,7 +332,7 @@ class Outbox:
         lane = queue.control or queue.data
         if not lane:
             if self._goodbye is not None:
-                reason, self._goodbye = self._goodbye, None
+                reason, self._goodbye, self._parted = self._goodbye, None, True
                 return signal_frame(Kind.GOODBYE, reason, self.checked)
             return None
         message = lane[0]

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
     from comms.link.link import Link
 
-_LINGER_S = 1.0
+#: Seconds in which what waits on a link that was closed may still leave.
+LINGER_S = 1.0
 _MAX_DAMAGES = 3  # consecutive connections without a complete frame
 
 
@@ -345,9 +346,14 @@ class Stream:
             self._lose(self.closed_here())
             return
         self.outbox.say_goodbye(_goodbye(reason))
-        closed = self.closed_here()
-        self._loop.at(time.monotonic() + _LINGER_S, lambda: self._lose(closed))
+        self._loop.at(time.monotonic() + LINGER_S, lambda: self._end_linger(reason))
         self.connection.run()
+
+    def _end_linger(self, reason: str) -> None:
+        """Ends a link that could not send all in time; the peer gets the reason if it can."""
+        if self.transport is not None and self.outbox.owes_goodbye:
+            self.outbox.part_with(self.transport, _goodbye(reason))
+        self._lose(self.closed_here())
 
     def closed_here(self) -> PeerLost:
         """Returns the error of a link that this side has closed."""

@@ -205,6 +205,11 @@ class TlsTransport(Transport):
         names: Any = shown.get("subjectAltName", ())  # pairs of a kind and a name
         return tuple(str(name) for kind, name in names if kind == "DNS")
 
+    def shut(self) -> None:
+        """Shuts down sending; the keys stay, as ``SSLSocket.shutdown`` would not leave them."""
+        with contextlib.suppress(OSError):  # already broken
+            socket.socket.shutdown(self._tls, socket.SHUT_WR)
+
     def wake_at(self, nbytes: int) -> None:
         """As for a plain socket, except for parts of a record that the library has already read."""
         super().wake_at(max(1, nbytes - 2 * _TLS_RECORD_BYTES))

@@ -42,13 +42,13 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from pipar_jax.disk.files import write_text
+from pipar_jax.disk.files import check_target, write_text
 from pipar_jax.disk.json_text import dumps
 from pipar_jax.errors import ConfigError, RunError
 from pipar_jax.launch import plain_flags
@@ -61,6 +61,7 @@ PLAIN_PROGRESS_S = 10.0
 PLAIN_WIDTH = 110
 
 Better = Literal["lower", "higher"]
+T = TypeVar("T")
 
 
 class Seconds(float):
@@ -117,7 +118,7 @@ class Bench:
       console: Console of the report; by default standard output.
 
     Raises:
-      ConfigError: The folder of ``json_path`` does not exist.
+      ConfigError: ``json_path`` cannot be written.
     """
 
     def __init__(
@@ -134,12 +135,8 @@ class Bench:
         self._spreads: list[float | None] = []
         self._notes: list[str] = []
         self._json_path = Path(json_path) if json_path is not None else None
-        # Reported immediately, not after half an hour of measuring.
-        if self._json_path is not None and not self._json_path.absolute().parent.is_dir():
-            raise ConfigError(
-                f"--json={self._json_path}: the folder {self._json_path.absolute().parent} does "
-                "not exist; create it, or name another file"
-            )
+        if self._json_path is not None:  # reported immediately, not after half an hour of measuring
+            check_target(self._json_path, f"--json={self._json_path}")
         self._console = console or Console(
             width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False
         )
@@ -236,8 +233,13 @@ class Bench:
         self._console.print(text, markup=False, highlight=False)
         self.note(text)
 
-    def finish(self) -> None:
-        """Prints the table and writes the rows as JSON, if a file was named."""
+    def finish(self, *, complete: bool = True) -> None:
+        """Prints the table and writes the rows as JSON, if a file was named.
+
+        Args:
+          complete: Whether all was measured. Otherwise the file that was named stays as it is, and
+            the rows go to NAME.partial.json beside it.
+        """
         self._progress.clear()
         self._console.print(self._table())
         for text in self._notes:
@@ -246,12 +248,18 @@ class Bench:
         met = f"{sum(judged)} of {len(judged)} targets met; " if judged else ""
         self._console.print(f"{met}took {time.monotonic() - self._began_s:.0f} s", markup=False)
         self._console.print(f"on {describe_machine()}", markup=False)
-        if self._json_path is not None:
-            rows = [asdict(row) for row in self.rows]
-            for row in rows:  # JSON has neither NaN nor infinity
-                row["value"] = row["value"] if math.isfinite(row["value"]) else None
-            text = dumps(rows, indent=1) + "\n"
-            write_text(self._json_path, text, "choose another file with --json")
+        if self._json_path is None:
+            return
+        target = self._json_path
+        # What is no file, such as /dev/stdout, has nothing that could be replaced.
+        if not complete and (os.path.isfile(target) or not os.path.exists(target)):
+            target = target.with_name(f"{target.stem}.partial.json")
+        rows = [asdict(row) for row in self.rows]
+        for row in rows:  # JSON has neither NaN nor infinity
+            row["value"] = row["value"] if math.isfinite(row["value"]) else None
+        write_text(target, dumps(rows, indent=1) + "\n", "choose another file with --json")
+        if not complete:
+            self._console.print(f"the rows so far are in {target}", markup=False, soft_wrap=True)
 
     def _table(self) -> Table:
         table = Table(title=self.title + (" (--quick)" if self.quick else ""), title_justify="left")
@@ -318,11 +326,28 @@ def run(measure: Callable[[Bench], None], title: str | None = None) -> None:
             # Measurements so far are expensive and not discarded.
             if bench.rows:
                 bench.note("Incomplete: interrupted before all was measured.")
-                bench.finish()
+                bench.finish(complete=False)
             raise
         bench.finish()
 
     plain_flags.run(main)
+
+
+def chosen(settings: Iterable[T], only: str, name_of: Callable[[T], str]) -> list[T]:
+    """Returns the settings that ``--only`` selects.
+
+    Args:
+      settings: All settings, at least one.
+      only: What their names contain; empty: any.
+      name_of: Returns the name of a setting.
+
+    Raises:
+      ConfigError: There is none.
+    """
+    names = {name_of(setting): setting for setting in settings}
+    if found := [setting for name, setting in names.items() if only in name]:
+        return found
+    raise ConfigError(f"--only={only!r} is in the name of no setting: there are {', '.join(names)}")
 
 
 def kept(results: Path, name: str, measure: Callable[[], Any]) -> Any:

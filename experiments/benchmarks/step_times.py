@@ -156,7 +156,7 @@ def measure_rate() -> float:
 def prepare_torch(
     name: str, batch: int, threads: int, channels_last: bool, stem: str = "cifar"
 ) -> int:
-    """Builds a network in PyTorch.
+    """Builds a network in PyTorch and runs a step, which allocates what later steps find.
 
     Args:
       name: Network, as for ``experiments.benchmarks.torch_networks.build``.
@@ -186,6 +186,7 @@ def prepare_torch(
         cross_entropy(model(x), y).backward()
         optimiser.step()
 
+    step()
     _STATE["step"] = step
     return sum(parameter.numel() for parameter in model.parameters())
 

@@ -84,7 +84,7 @@ def _measure(
     model = build_model(config, Signature.labelled(input_shape, classes))
     params, state = model.init(config.seed)
     compiled = optimizer.compiled(
-        config.optimizer, steps=1, proximal_mu=config.aggregation.proximal_mu
+        config.optimizer, steps=optimizer.MANY_STEPS, proximal_mu=config.aggregation.proximal_mu
     )
     replicas = [
         Replica(stage, params, state, compiled)

@@ -15,6 +15,9 @@ from stages.models.resnet import DEPTHS, WIDTHS, expansion
 from stages.models.vgg import PLANS as VGGS
 from stages.models.vgg import read_blocks
 
+#: Names of the networks.
+NAMES = (*VGGS, *DEPTHS, *MOBILENETS)
+
 
 def build(
     name: str, channels: int = 3, classes: int = 10, height: int = 32, stem: str = "cifar"
@@ -22,7 +25,7 @@ def build(
     """Returns a ``torch.nn.Module`` for [batch, channels, height, height].
 
     Args:
-      name: A VGG, a residual network or a MobileNetV3 of ``stages.MODELS``.
+      name: One of ``NAMES``: a VGG, a residual network or a MobileNetV3 of ``stages.MODELS``.
       channels: Channels of the images.
       classes: Number of classes.
       height: Height and width of the images.

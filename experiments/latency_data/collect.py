@@ -260,7 +260,9 @@ def _prepare(layer: Layer) -> None:
         model = build(layer.network)
         _STATE.update(network=layer.network, model=model, variables=model.init(0))
         _STATE["parts"] = stages.split(model, tuple(range(1, len(model.units))))
-        _STATE["compiled"] = optimizer.compiled(OptimizerConfig(), steps=1, proximal_mu=0.0)
+        _STATE["compiled"] = optimizer.compiled(
+            OptimizerConfig(), steps=optimizer.MANY_STEPS, proximal_mu=0.0
+        )
     part = _STATE["parts"][layer.unit]
     params, state = _STATE["variables"]
     replica = Replica(part, params, state, _STATE["compiled"])

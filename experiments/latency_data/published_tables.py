@@ -8,6 +8,7 @@ time of zero is a missing measurement.
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def read_tables(folder: Path) -> Timings | None:
     found: Timings | None = None
     for name, make in TABLES.items():
         path = folder / name
-        if not path.is_file():
+        if not os.path.isfile(path):
             continue
         layers = tuple(make())
         with path.open(newline="", encoding="utf-8") as file:

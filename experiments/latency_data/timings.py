@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -144,7 +145,7 @@ class Timings:
                 raise ValueError("a table does not match its devices and layers")
         except OSError as error:
             raise DataError(f"{path} cannot be read: {explain(error)}") from error
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(f"{path} does not contain times of layers: {error}") from error
         return cls(devices, layers, tables[0], tables[1])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ def rounds_kept(folder: Path) -> list[int]:
     Args:
       folder: The run's folder.
     """
+    if not os.path.isdir(folder / CHECKPOINTS):  # or this user may not look
+        return []
     files = (folder / CHECKPOINTS).glob("*/_CHECKPOINT_METADATA")
     return sorted(int(file.parent.name) for file in files if file.parent.name.isdigit())
 
@@ -84,15 +87,15 @@ def weights_of(path: Path, said: str) -> tuple[Path, int | None]:
     Raises:
       ConfigError: There are no weights.
     """
-    if path.is_file():
+    if os.path.isfile(path):
         return path, None
-    if (path / WEIGHTS).is_file():
+    if os.path.isfile(path / WEIGHTS):
         return path / WEIGHTS, None
-    if path.parent.name == CHECKPOINTS and path.name.isdigit() and path.is_dir():
+    if path.parent.name == CHECKPOINTS and path.name.isdigit() and os.path.isdir(path):
         return path.parent.parent, int(path.name)
     if kept := rounds_kept(path):
         return path, kept[-1]
-    what = "has no weights to start from" if path.exists() else "is not there"
+    what = "has no weights to start from" if os.path.exists(path) else "is not there"
     raise ConfigError(
         f"{said} {what}: name the folder of a run with {WEIGHTS} or a "
         "checkpoint in it, one of its checkpoints, or a safetensors file"

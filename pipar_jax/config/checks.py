@@ -134,8 +134,10 @@ def _check_tls(network: NetworkConfig) -> None:
     """Checks that the TLS files exist and are complete."""
     for field in ("authority", "certificate", "key"):
         path = getattr(network, field)
-        if path and not pathlib.Path(path).is_file():
-            raise ConfigError(f"network.{field}={path!r}: there is no such file")
+        if path and not os.path.isfile(path):
+            raise ConfigError(
+                f"network.{field}={path!r}: there is no such file, or this user may not see it"
+            )
     if bool(network.certificate) != bool(network.key):
         raise ConfigError(
             "network.certificate and network.key belong together: give both, or neither"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import pathlib
+import os
 
 from pipar_jax.config.host_fields import NodesConfig
 from pipar_jax.config.membership_script import Attempt, read_script
@@ -94,8 +94,10 @@ def check_cohort(cohort: CohortConfig, devices: int, nonfinite: str) -> None:
             f"cohort.min_devices={cohort.min_devices} is less than the "
             f"{max(cohort.quorum, cohort.first)} that a round needs: raise it"
         )
-    if cohort.script and not pathlib.Path(cohort.script).is_file():
-        raise ConfigError(f"cohort.script={cohort.script!r}: there is no such file")
+    if cohort.script and not os.path.isfile(cohort.script):
+        raise ConfigError(
+            f"cohort.script={cohort.script!r}: there is no such file, or this user may not see it"
+        )
     if nonfinite == "drop" and not may_lose(cohort, devices):
         raise ConfigError(
             "run.nonfinite=drop leaves a device out of a round, and cohort.quorum=0 needs all of "

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from comms.emulation.shaping import LinkShape
 from pipar_jax.schedule.actions import ActionKind
+from pipar_jax.schedule.plan import COORDINATOR, Plan, device_name, is_device
 
 #: Seconds of a computation by device (``ALL`` for one that serves all), stage, kind, samples.
 Seconds = Callable[[int, int, ActionKind, int], float]
@@ -47,6 +48,27 @@ _GRID = 2.0**38
 
 #: A link without any cost.
 FREE_LINK = LinkModel()
+
+
+def links_of_plan(
+    plan: Plan, ends: Callable[[str], tuple[LinkModel, LinkModel]]
+) -> dict[tuple[str, str], LinkModel]:
+    """Returns the model of every direction of every link that a plan uses and that has a cost.
+
+    A device's link is its own, whoever is at its other end; a node's leads to the next node.
+
+    Args:
+      plan: The plan.
+      ends: Returns the link of a device, or of a node: away from it, and towards it.
+    """
+    links = {}
+    for name in map(device_name, range(len(plan.devices))):
+        links[name, COORDINATOR], links[COORDINATOR, name] = ends(name)
+    for lower, upper, _ in plan.boundaries():
+        if COORDINATOR not in (lower, upper):
+            owner, other = (upper, lower) if is_device(upper) else (lower, upper)
+            links[owner, other], links[other, owner] = ends(owner)
+    return links
 
 
 def on_grid(seconds: float) -> float:

@@ -19,7 +19,6 @@ from pipar_jax.schedule.actions import (
     SEND_WEIGHTS,
     ActionKind,
 )
-from pipar_jax.schedule.plan import Plan, device_name
 from pipar_jax.schedule.trace import Trace
 
 Key = tuple[int, int, str, int]
@@ -99,24 +98,6 @@ def observed(trace: Trace) -> Observed:
     observed = Observed()
     observed.add(trace)
     return observed
-
-
-def links_from_shapes(
-    shapes: Mapping[int, tuple[LinkModel, LinkModel]], plan: Plan
-) -> dict[tuple[str, str], LinkModel]:
-    """Returns the directions of a two-host plan's links.
-
-    Args:
-      shapes: The links up and down, by device.
-      plan: The plan; a device's link applies to all messages that it sends or receives.
-    """
-    links = {}
-    others = [host for host in plan.hosts() if host not in map(device_name, shapes)]
-    for device, (up, down) in shapes.items():
-        for other in others:
-            links[device_name(device), other] = up
-            links[other, device_name(device)] = down
-    return links
 
 
 def _lookup(values: Mapping[Key, array.array[float]], summary: Summary) -> Seconds:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -190,17 +190,19 @@ def named(arrays: ArrayOrDict, name: str) -> dict[str, Array]:
 def normalise(x: Array, mean: NDArray[np.float32] | None, std: NDArray[np.float32] | None) -> Array:
     """Returns (x - mean) / std as [samples, …, channels] float32, a new array.
 
-    Without mean and std, numbers with a fraction become float32, and whole ones int32.
+    Without mean and std, numbers with a fraction become float32, and whole ones int32. What is
+    stored as float64 stays so, with them and without: ``computed`` rounds it where that is due.
     """
+    wide: Any = np.float64 if x.dtype == np.float64 else np.float32
     if mean is None or std is None:
-        return x.astype(computed_dtype(x.dtype.name, "float32"), copy=False)
+        return x.astype(computed_dtype(x.dtype.name, np.dtype(wide).name), copy=False)
     # One multiplication and one addition in place: half the memory traffic of the formula. Numbers
     # for a whole sample, and not for its channels alone, let numpy work through it in one loop.
     scale, shift = (
         np.ascontiguousarray(np.broadcast_to(one, x.shape[1:] or (1,)))
-        for one in (np.float32(1) / std, mean / std)
+        for one in (np.ones(1, wide) / std, mean.astype(wide) / std)
     )
-    made: NDArray[np.float32] = np.multiply(x, scale, dtype=np.float32)
+    made: Array = np.multiply(x, scale, dtype=wide)
     made -= shift
     return made
 

@@ -3,22 +3,25 @@
 A file is written under a temporary name in its folder, synced to disk, and renamed: readers see
 either the old or the complete new contents, even if the process or the machine fails. Errors of the
 system (a full disk, a quota, a missing permission) become a ``DiskError`` that names the file and a
-remedy.
+remedy. What a binary is to write is looked at before its work (``check_target``); a file that is
+there is replaced only if the user has named it (``unused``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import re
+import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from comms.errors import explain
-from pipar_jax.errors import DiskError
+from pipar_jax.errors import ConfigError, DiskError
 
 #: Remedy if files of a run cannot be written.
 RUN_REMEDY = "choose another folder with --config.run.dir"
@@ -43,10 +46,10 @@ def replacing(path: str | Path, remedy: str = RUN_REMEDY) -> Iterator[Path]:
       DiskError: The file cannot be written; ``path`` is unchanged and no temporary file remains.
     """
     with refused(path, remedy):
-        target = Path(os.path.realpath(path))
-        if target.exists() and not target.is_file():
-            yield target
+        if os.path.exists(path) and not os.path.isfile(path):
+            yield Path(path)  # as named: a pipe behind /dev/stdout has no other name
             return
+        target = Path(os.path.realpath(path))
         aside = target.with_name(f".{uuid.uuid4().hex[:12]}{target.suffix}")
         try:
             yield aside
@@ -134,6 +137,88 @@ def make_folder(path: str | Path, remedy: str = RUN_REMEDY) -> Path:
     return Path(path)
 
 
+def check_target(path: str | Path, said: str) -> None:
+    """Checks that a file can be written, before the work whose result it is to hold.
+
+    Args:
+      path: Path of the file, which may exist.
+      said: What the message calls it, such as ``--output=a.png``.
+
+    Raises:
+      ConfigError: It is a folder, its folder does not exist, or this user may not write it.
+    """
+    mode = _mode_of(path, said)
+    if mode is not None and stat.S_ISDIR(mode):
+        raise ConfigError(f"{said} is a folder: name a file")
+    folder = os.path.dirname(os.path.realpath(path))
+    # A file is written aside in its folder; what is none, such as /dev/stdout, is written itself.
+    is_special = mode is not None and not stat.S_ISREG(mode)
+    if not is_special and not os.path.isdir(folder):
+        raise ConfigError(
+            f"{said}: the folder {folder} does not exist; create it, or name another file"
+        )
+    written, needed = (path, os.W_OK) if is_special else (folder, os.W_OK | os.X_OK)
+    if not os.access(written, needed):
+        raise ConfigError(
+            f"{said}: this user may not write {written}; give it write permission, or name another "
+            "file"
+        )
+
+
+def check_folder(path: str | Path, said: str) -> None:
+    """Checks that a folder can be written, or else made with its missing parents.
+
+    Args:
+      path: Path of the folder.
+      said: What the message calls it, such as ``run.dir='runs'``.
+
+    Raises:
+      ConfigError: It is a file, or this user may not make it or write in it.
+    """
+    wanted = Path(path).absolute()
+    there = next(one for one in (wanted, *wanted.parents) if is_folder(one, said))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{said}: this user may not write in {there}; give it write permission, or name "
+            "another folder"
+        )
+
+
+def is_folder(path: str | Path, said: str) -> bool:
+    """Returns whether a folder is there; False: nothing is.
+
+    Args:
+      path: Path of the folder.
+      said: What the message calls it.
+
+    Raises:
+      ConfigError: A file is there, or this user may not look.
+    """
+    mode = _mode_of(path, said)
+    if mode is not None and not stat.S_ISDIR(mode):
+        raise ConfigError(f"{said} is a file: name a folder")
+    return mode is not None
+
+
+def numbered(name: str) -> Iterator[str]:
+    """Yields a name, and then others in case it is taken: ``digits``, ``digits-2`` and so on."""
+    yield name
+    for number in itertools.count(2):
+        yield f"{name}-{number}"
+
+
+def unused(folder: str | Path, name: str, suffix: str) -> Path:
+    """Returns the first path of ``numbered`` names at which nothing is.
+
+    Args:
+      folder: The folder.
+      name: Name of the file, without its suffix.
+      suffix: Its suffix, such as ``.html``.
+    """
+    paths = (Path(folder) / f"{one}{suffix}" for one in numbered(name))
+    return next(path for path in paths if not os.path.lexists(path))
+
+
 @contextlib.contextmanager
 def refused(path: str | Path, remedy: str = RUN_REMEDY) -> Iterator[None]:
     """Turns errors of the system while a file is written into an error that names the file.
@@ -171,6 +256,20 @@ def describe_reading(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"it has no {error}"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _mode_of(path: str | Path, said: str) -> int | None:
+    """Returns the mode of what is at a path; None: nothing is there.
+
+    Raises:
+      ConfigError: The system does not say, since a name is too long or a folder may not be read.
+    """
+    try:
+        return os.stat(path).st_mode
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(f"{said} cannot be used: {explain(error)}; name another one") from error
 
 
 def _bring_to_disk(path: Path, flags: int) -> None:

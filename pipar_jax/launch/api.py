@@ -106,11 +106,13 @@ def run_here(
       on_event: Called with each event as it happens.
 
     Raises:
+      ConfigError: The run cannot have its folder.
       DataError: Data or model are not valid or do not match; nothing was started.
       PiparError: The run failed; of several hosts' errors, the first that is not about a peer.
     """
-    from pipar_jax.launch.run_folders import hold_folder
+    from pipar_jax.launch.run_folders import check_place, hold_folder
 
+    check_place(config)
     own = _admit(config, model, data)
     # A copy: its name becomes that of the folder, and that of the model the model's own.
     of_model = config.model if model is None else dataclasses.replace(config.model, name=model.name)

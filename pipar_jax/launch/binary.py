@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn, TypeVar
 
 from absl import flags as absl_flags
 
+from pipar_jax.disk.files import describe_reading
 from pipar_jax.disk.json_text import JsonObject
-from pipar_jax.errors import ConfigError
+from pipar_jax.errors import ConfigError, DataError, DiskError, PlanError, RunError
 from pipar_jax.launch.process import (
     ASKED_TO_END,
     WRONG_USE,
@@ -39,15 +41,30 @@ def begin(read: Callable[[list[str]], T]) -> T:
         arguments = read_flagfiles(sys.argv[1:])
         debug = any(argument.lstrip("-") in ("debug", "config.debug") for argument in arguments)
         return read(arguments)
-    except ConfigError as error:
+    except BrokenPipeError:  # the reader of the help ended, as head does
+        leave(0)
+    except (ConfigError, OSError) as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {describe_reading(error)}", file=sys.stderr)
         leave(WRONG_USE)
     except KeyboardInterrupt as error:
         leave(code_of(error))
-    except BrokenPipeError:  # the reader of the help ended, as head does
-        leave(0)
+
+
+@contextlib.contextmanager
+def wrong_use() -> Iterator[None]:
+    """Makes an error in what the command line names, such as a file, one of the command line.
+
+    Raises:
+      ConfigError: The block could not read data, a plan or a run.
+    """
+    try:
+        yield
+    except DiskError:  # that something cannot be written
+        raise
+    except (DataError, PlanError, RunError) as error:
+        raise ConfigError(str(error)) from error
 
 
 def show(text: str) -> NoReturn:

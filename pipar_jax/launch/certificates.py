@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from comms.errors import explain
-from pipar_jax.errors import PiparError
+from pipar_jax.errors import ConfigError, PiparError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _AUTHORITY = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "pipar_jax trial authority")])
@@ -69,14 +69,11 @@ def make_authority(folder: str | os.PathLike[str], *, days: int = 30) -> Certifi
       days: Validity of the authority, in days.
 
     Raises:
-      PiparError: The folder already contains an authority, or cannot be written.
+      ConfigError: The folder already contains an authority.
+      PiparError: The folder cannot be written.
     """
     files = Certificates(Path(folder))
-    if files.authority.exists() or files.authority_key.exists():
-        raise PiparError(
-            f"{files.folder} already contains an authority; name another folder, or delete this "
-            "one if none of its certificates is in use"
-        )
+    check_new(files)
     key = ec.generate_private_key(ec.SECP256R1())
     identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
     made = (
@@ -93,6 +90,44 @@ def make_authority(folder: str | os.PathLike[str], *, days: int = 30) -> Certifi
     return files
 
 
+def check_new(files: Certificates) -> None:
+    """Checks that there is no authority yet.
+
+    Raises:
+      ConfigError: There is one.
+    """
+    if os.path.lexists(files.authority) or os.path.lexists(files.authority_key):
+        raise ConfigError(
+            f"{files.folder} already contains an authority; name another folder, or delete this "
+            "one if none of its certificates is in use"
+        )
+
+
+def check_host(files: Certificates, name: str, addresses: Sequence[str]) -> None:
+    """Checks that a host can have a certificate of an authority, which may not exist yet.
+
+    Args:
+      files: The authority.
+      name: Name of the host, as of ``add_certificate``.
+      addresses: Host names and addresses under which others reach the host.
+
+    Raises:
+      ConfigError: The name is not a valid file name or is the authority's, the host already has a
+        certificate or key there, or an address is not valid.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"{name!r} is not a valid name for a certificate: use letters, digits, . _ and -"
+        )
+    for path in (files.certificate(name), files.key(name)):
+        if path in (files.authority, files.authority_key):
+            raise ConfigError(f"{path} is the authority's own; choose another name than {name!r}")
+        if os.path.lexists(path):
+            raise ConfigError(f"{path} already exists; choose another name")
+    for address in (name, *addresses):
+        _alternative(address)
+
+
 def add_certificate(
     files: Certificates, name: str, addresses: Sequence[str], *, days: int = 30
 ) -> None:
@@ -106,15 +141,10 @@ def add_certificate(
       days: Validity of the certificate, in days.
 
     Raises:
-      PiparError: The name is not a valid file name, the certificate exists, an address is not
-        valid, or a file cannot be read or written.
+      ConfigError: As ``check_host``.
+      PiparError: A file cannot be read or written.
     """
-    if not _NAME.fullmatch(name):
-        raise PiparError(
-            f"{name!r} is not a valid name for a certificate: use letters, digits, . _ and -"
-        )
-    if files.certificate(name).exists():
-        raise PiparError(f"{files.certificate(name)} already exists; choose another name")
+    check_host(files, name, addresses)
     names = [_alternative(address) for address in dict.fromkeys((name, *addresses))]
     authority_key = _read_authority(files)
     key = ec.generate_private_key(ec.SECP256R1())
@@ -172,7 +202,7 @@ def _alternative(address: str) -> x509.GeneralName:
     with contextlib.suppress(ValueError):
         return x509.IPAddress(ipaddress.ip_address(address))
     if not re.fullmatch(r"(?:\*\.)?(?:[\w-]{1,63}\.)*[\w-]{1,63}\.?", address, re.ASCII):
-        raise PiparError(f"{address!r} is neither a host name nor an address")
+        raise ConfigError(f"{address!r} is neither a host name nor an address")
     return x509.DNSName(address)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -12,7 +11,9 @@ from rich.console import Console
 
 from pipar_jax.config import Config
 from pipar_jax.config.paths import shown
+from pipar_jax.disk.files import unused
 from pipar_jax.launch import launcher, machine
+from pipar_jax.launch.run_folders import check_place
 from pipar_jax.methods.registry import title
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.report import comparison, write_report
@@ -36,17 +37,20 @@ def check(config: Config, methods: Sequence[str]) -> None:
       methods: The methods to compare.
 
     Raises:
-      ConfigError: A method does not fit the setting, or this machine lacks what its hosts need.
+      ConfigError: A method does not fit the setting, or this machine lacks what its hosts need or
+        cannot have its folder.
     """
     for method in methods:
-        setting = resolve(dataclasses.replace(config, method=method))
+        setting = resolve(comparison.setting_of(config, method))
         machine.check(setting)
+        check_place(setting)
 
 
 def compare(config: Config, methods: Sequence[str], console: Console) -> list[Outcome]:
     """Trains by each method, prints the table and writes the report.
 
-    The report is ``NAME.html`` in the folder of all runs, with the name of the configuration.
+    The report is ``NAME.html`` in the folder of all runs, with the name of the configuration. If it
+    is taken, a number is appended, as to the folders of runs.
 
     Args:
       config: The setting, which ``check`` has accepted for all methods.
@@ -73,7 +77,7 @@ def compare(config: Config, methods: Sequence[str], console: Console) -> list[Ou
     console.print()
     console.print(comparison.make_table(outcomes))
     console.print(comparison.conclude(outcomes))
-    report = Path(config.run.dir) / f"{config.name}.html"
+    report = unused(config.run.dir, config.name, ".html")
     write_report([Path(outcome.folder) for outcome in outcomes], report)
     console.print(
         f"Finished in {time.monotonic() - began_s:.0f} s. Open {shown(report)} in a browser; the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pipar_jax.config.plugins import OWN
 from pipar_jax.config.tasks import make_task
 from pipar_jax.config.texts import whole_numbers
 from pipar_jax.data import make_queries, normalise
+from pipar_jax.data.types import computed
 from pipar_jax.disk.event_log import read_events, score_of
 from pipar_jax.disk.files import describe_reading
 from pipar_jax.disk.json_text import JsonMapping, JsonObject
@@ -117,7 +119,7 @@ class Run:
         signature = self.model.signature
         pad_to = whole_numbers(self.config.data.pad_to)
         given = make_queries(inputs, signature, self.facts["stored"], max(pad_to, default=0))
-        x = normalise(given.pop(INPUT), mean, std)
+        x = computed(normalise(given.pop(INPUT), mean, std), self.config.model.weight_dtype)
         sides = {
             name: jnp.asarray(side, signature.sides[name].dtype) for name, side in given.items()
         }
@@ -195,7 +197,7 @@ def _personal_tensors(
             f"{path} has no personal weights (aggregation.personal): leave out device={device}"
         )
     file = path / HOST_STATES / device_name(device) / PERSONAL
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise RunError(
             f"{file} is not there: {long_name(device_name(device))} has taken part in no round, or "
             "wrote it into the run's folder on its own machine; then copy it"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import pathlib
 import re
 import shutil
@@ -334,7 +335,7 @@ def _find_preset(name: str, presets: pathlib.Path) -> pathlib.Path | None:
     places = [path]
     if bare:
         places = [path, listed] if path.suffix else [listed, path]
-    return next((place for place in places if place.is_file()), None)
+    return next((place for place in places if os.path.isfile(place)), None)
 
 
 def _preset_names(presets: pathlib.Path) -> list[str]:

@@ -28,7 +28,7 @@ from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.errors import PiparError, RunError
 from pipar_jax.launch import machine
 from pipar_jax.launch.process import FINISH, PATH_VARIABLE, TOKEN_VARIABLE, finishing
-from pipar_jax.launch.run_folders import HeldFolder, hold_folder
+from pipar_jax.launch.run_folders import HeldFolder, check_place, hold_folder
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.schedule.plan import COORDINATOR, device_name, is_device
@@ -64,6 +64,7 @@ def launch(
     """
     config = resolve(config)
     machine.check(config)
+    check_place(config)
     planned(config.cohort, config.devices.total)
     data.prepare(config)
     with (

@@ -27,7 +27,7 @@ from pipar_jax.config import (
 from pipar_jax.config.checkpoints import read_facts, weights_of
 from pipar_jax.config.sink_names import TENSORBOARD, sink_names
 from pipar_jax.data.own import stored_samples
-from pipar_jax.disk.files import describe_reading
+from pipar_jax.disk.files import describe_reading, is_folder
 from pipar_jax.errors import ConfigError
 from pipar_jax.launch.user_modules import check_function, is_importable
 from pipar_jax.methods.privacy_checks import check_delta
@@ -62,7 +62,7 @@ def check(config: Config, names: Iterable[str] | None = None) -> None:
         check_platform(host.platform, hosts.path(host.name, "platform"))
     _check_functions(config)
     if base := config.model.base:
-        if not Path(base).is_file():
+        if not os.path.isfile(base):
             raise ConfigError(
                 f"model.base={base!r}: there is no such file here, and every host reads its own"
             )
@@ -185,8 +185,9 @@ def _check_folders(data: DataConfig, run: RunConfig, hosts: Iterable[HostSpec]) 
     if any(host.kind is HostKind.SERVER for host in hosts):
         fields["run.dir"] = run.dir
     for field, path in fields.items():
-        if path and Path(path).exists() and not Path(path).is_dir():
-            raise ConfigError(f"{field}={path!r} is a file: name a folder")
+        # One that is not there is made, or missed by who reads it.
+        if path and is_folder(path, f"{field}={path!r}") and not os.access(path, os.X_OK):
+            raise ConfigError(f"{field}={path!r}: this user may not use this folder; name another")
 
 
 def _check_tls(network: NetworkConfig, hosts: Iterable[HostSpec]) -> None:

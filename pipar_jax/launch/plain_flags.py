@@ -6,10 +6,12 @@ binaries with a configuration.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import pathlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from absl import flags as absl_flags
@@ -25,17 +27,36 @@ _FOREIGN = ("absl.", "ml_collections.", "jax.", "tensorflow_datasets.")
 _HELP = ("-h", "--help", "-help", "--helpfull", "--helpshort")
 
 
-absl_flags.disclaim_key_flags()  # attribute a flag of define_path to its caller
+absl_flags.disclaim_key_flags()  # attribute a flag of define to its caller
 
 
-class _Path(absl_flags.ArgumentParser[pathlib.Path]):
-    """A file or folder; ``~`` is the user's home."""
+class _Read(absl_flags.ArgumentParser[Any]):
+    """What a function reads from a flag's text; defaults of other types are as they are."""
 
-    def parse(self, argument: str) -> pathlib.Path:
-        try:
-            return pathlib.Path(argument).expanduser()
-        except RuntimeError as error:
-            raise ValueError(str(error)) from error
+    def __init__(self, read: Callable[[str], Any]) -> None:
+        self._read = read
+
+    def parse(self, argument: Any) -> Any:
+        return self._read(argument) if isinstance(argument, str) else argument
+
+
+def define(
+    name: str, default: Any, text: str, read: Callable[[str], Any], *, required: bool = False
+) -> absl_flags.FlagHolder[Any]:
+    """Defines a flag whose value is checked while the command line is read.
+
+    Args:
+      name: Name of the flag.
+      default: Default value.
+      text: Help text.
+      read: Returns the value of a text, or raises ``ValueError``, whose text follows the flag's
+        name; see ``one_of``, ``positive`` and ``list_of``.
+      required: Whether the flag must be given.
+    """
+    made: absl_flags.FlagHolder[Any] = absl_flags.DEFINE(
+        _Read(read), name, default, text, required=required
+    )
+    return made
 
 
 def define_path(
@@ -49,10 +70,69 @@ def define_path(
       text: Help text.
       required: Whether the flag must be given.
     """
-    made: absl_flags.FlagHolder[Any] = absl_flags.DEFINE(
-        _Path(), name, default, text, required=required
-    )
-    return made
+    return define(name, default, text, _read_path, required=required)
+
+
+def as_path(text: str) -> pathlib.Path:
+    """Returns the file or folder that an argument names; ``~`` is the user's home.
+
+    Raises:
+      ConfigError: It is in the home of somebody whom this system does not know.
+    """
+    try:
+        return _read_path(text)
+    except ValueError as error:
+        raise ConfigError(f"{text!r} is not a path: {error}") from error
+
+
+def one_of(known: Iterable[str]) -> Callable[[str], str]:
+    """Returns a reader for ``define`` that takes names out of some."""
+    names = tuple(known)
+
+    def read(text: str) -> str:
+        if text not in names:
+            near = did_you_mean(text, names)
+            raise ValueError(f"{text!r} is not known{near} (known: {', '.join(names)})")
+        return text
+
+    return read
+
+
+def positive(kind: type[int] | type[float]) -> Callable[[str], Any]:
+    """Returns a reader for ``define`` that takes finite numbers above 0."""
+    expected = "a whole number" if kind is int else "a number"
+
+    def read(text: str) -> float:
+        value = math.nan
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+        if not 0 < value < math.inf:
+            raise ValueError(f"{text!r} is not {expected} above 0")
+        return value
+
+    return read
+
+
+def list_of(read: Callable[[str], Any], *, once: bool = False) -> Callable[[str], list[Any]]:
+    """Returns a reader for ``define`` that takes values separated by commas.
+
+    Args:
+      read: The reader of a value.
+      once: Whether a value that is repeated counts once.
+    """
+
+    def read_all(text: str) -> list[Any]:
+        values = [read(part.strip()) for part in text.split(",")]
+        return list(dict.fromkeys(values)) if once else values
+
+    return read_all
+
+
+def _read_path(text: str) -> pathlib.Path:
+    try:
+        return pathlib.Path(text).expanduser()
+    except RuntimeError as error:  # somebody's home
+        raise ValueError(str(error)) from error
 
 
 def run(main: Callable[[list[str]], object], *, takes: str = "") -> NoReturn:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from pipar_jax.config import Config, to_json
 from pipar_jax.config.checkpoints import check_resume, resumed
-from pipar_jax.disk.files import describe_os_error, write_text
+from pipar_jax.disk.files import check_folder, describe_os_error, numbered, write_text
 from pipar_jax.disk.locks import held
 from pipar_jax.errors import DiskError
 from pipar_jax.report import environment
@@ -30,6 +31,23 @@ class HeldFolder(NamedTuple):
 
     path: Path
     lock: int
+
+
+def check_place(config: Config) -> None:
+    """Checks that a run can have its folder, before its data are read and its hosts started.
+
+    Args:
+      config: Resolved configuration.
+
+    Raises:
+      ConfigError: ``run.dir`` is a file, or this user may not make it or write in it.
+    """
+    past, place = resumed(config.name, config.run), Path(config.run.dir)
+    if past is not None and past.required:
+        return  # its folder is there, or ``hold_folder`` refuses it
+    if past is not None and os.path.isdir(past.folder):
+        place = past.folder
+    check_folder(place, f"run.dir={config.run.dir!r}")
 
 
 @contextlib.contextmanager
@@ -72,13 +90,12 @@ def _create(config: Config, *, again: bool) -> Path:
     Raises:
       OSError: It cannot be made.
     """
-    base, wanted, number = Path(config.run.dir), config.name, 1
+    base, names = Path(config.run.dir), numbered(config.name)
     base.mkdir(parents=True, exist_ok=True)
     while True:
-        config.name = wanted if number == 1 else f"{wanted}-{number}"
+        config.name = next(names)
         try:
             (base / config.name).mkdir(exist_ok=again)
         except FileExistsError:
-            number += 1
-        else:
-            return base / config.name
+            continue
+        return base / config.name

@@ -81,7 +81,7 @@ def run_device(
       PiparError: The run failed.
     """
     address = parse_address(server, "server")
-    _check_index(index, range(config.devices.count), f"devices.count={config.devices.count}")
+    check_device(config, index)
     resolved = prepare(config, device_name(index), model, reads_data=data is None)
     from pipar_jax.roles import participants  # loads jax, whose environment is set now
 
@@ -104,7 +104,8 @@ def run_node(config: Config, index: int, server: str, model: Model | None = None
       PiparError: The run failed.
     """
     address = parse_address(server, "server")
-    _check_index(index, range(1, config.nodes.count + 1), f"nodes.count={config.nodes.count}")
+    nodes = config.nodes.count
+    _check_index("index", index, range(1, nodes + 1), f"nodes.count={nodes}")
     resolved = prepare(config, node_name(index), model, reads_data=False)
     from pipar_jax.roles import participants  # loads jax, whose environment is set now
 
@@ -138,8 +139,24 @@ def prepare(
     return resolved
 
 
-def _check_index(index: int, valid: range, said: str) -> None:
+def check_device(config: Config, index: int, name: str = "index") -> None:
+    """Checks that a device is one of the configuration's, of which some may come later.
+
+    Args:
+      config: The configuration.
+      index: The device's index, counted from 0.
+      name: What the message calls the index.
+
+    Raises:
+      ConfigError: There is no such device.
+    """
+    devices = config.devices
+    more = f" and devices.more={devices.more}" if devices.more else ""
+    _check_index(name, index, range(devices.total), f"devices.count={devices.count}{more}")
+
+
+def _check_index(name: str, index: int, valid: range, said: str) -> None:
     """Checks that a host is one of the configuration's."""
     if index not in valid:
         expected = f"{valid[0]} to {valid[-1]}" if valid else "none"
-        raise ConfigError(f"index={index} is not valid: {said}, so the index must be {expected}")
+        raise ConfigError(f"{name}={index} is not valid: {said}, so the index must be {expected}")

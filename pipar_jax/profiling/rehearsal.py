@@ -120,7 +120,9 @@ def _alone_s(cut: int, config: OptimizerConfig, model: stages.Model, samples: in
     """Returns the seconds of the function itself."""
     params, state = model.init(0)
     last = stages.split(model, (cut,))[1]
-    replica = Replica(last, params, state, optimizer.compiled(config, steps=1, proximal_mu=0.0))
+    replica = Replica(
+        last, params, state, optimizer.compiled(config, steps=optimizer.MANY_STEPS, proximal_mu=0.0)
+    )
     times = run_all(model, [replica], (samples,), repeats=20)
     return next(seconds for shape, seconds in times.items() if shape.samples)
 

@@ -286,7 +286,9 @@ def _compiled(
     config: OptimizerConfig, aggregation: AggregationConfig
 ) -> optimizer.CompiledOptimizer:
     """Returns the optimiser of a run."""
-    return optimizer.compiled(config, steps=1, proximal_mu=aggregation.proximal_mu)
+    return optimizer.compiled(
+        config, steps=optimizer.MANY_STEPS, proximal_mu=aggregation.proximal_mu
+    )
 
 
 def _likeness(model: Model, index: int) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import re
 import statistics
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -11,9 +10,11 @@ from typing import NamedTuple
 from pipar_jax.report.idle import CAUSES
 from pipar_jax.report.run import RecordedRun, hosts_of, links_of
 from pipar_jax.report.svg import digits, drawing, element, legend, text, tick_labels, ticks
-from pipar_jax.schedule.plan import COORDINATOR
+from pipar_jax.schedule.plan import COORDINATOR, is_node
 
 BUSY = "busy"
+#: Letters of a label that are shown, from its end, which tells links and hosts of a run apart.
+MOST_LETTERS = 50
 #: The names of the causes on the page.
 CAUSE_NAMES = {
     BUSY: "computing", "data": "waiting for data", "device": "for a device",
@@ -52,14 +53,14 @@ def stacked_bars(title: str, unit: str, bars: Sequence[Bar], names: Callable[[st
     longest = max((sum(value for _, value in bar.parts) for bar in bars), default=0.0)
     if longest <= 0:
         return ""
-    left = 16.0 + 7.2 * max(len(bar.label) for bar in bars)
+    left = 16.0 + 7.2 * min(max(len(bar.label) for bar in bars), MOST_LETTERS)
     right, width, height = 150.0, 900.0, 16.0
     scale = (width - left - right) / longest
     content, top = [text(8, 16, title, "chart-title")], 30.0
     marks = []
     for bar in bars:
         top += 10 if bar.first else 0
-        content.append(text(left - 8, top + 12, bar.label, "label", "end"))
+        content.append(text(left - 8, top + 12, _shortened(bar.label), "label", "end"))
         x = left
         for kind, value in bar.parts:
             if value * scale < 0.05:
@@ -81,6 +82,11 @@ def stacked_bars(title: str, unit: str, bars: Sequence[Bar], names: Callable[[st
     return drawing(width, top + 38, "".join(marks + content), title)
 
 
+def _shortened(label: str) -> str:
+    """Returns a label of at most ``MOST_LETTERS``."""
+    return label if len(label) <= MOST_LETTERS else f"…{label[1 - MOST_LETTERS :]}"
+
+
 def idle_bars(runs: Sequence[RecordedRun], names: Sequence[str]) -> str:
     """Returns the chart of an epoch's seconds on the server, nodes and devices of each run.
 
@@ -93,8 +99,7 @@ def idle_bars(runs: Sequence[RecordedRun], names: Sequence[str]) -> str:
         devices = run.devices
         groups = [(COORDINATOR, [COORDINATOR]), ("devices" if len(devices) > 1 else "device",
                                                  devices)]  # fmt: skip
-        nodes = [h for h in hosts_of(run) if h != COORDINATOR and not re.fullmatch(r"d\d+", h)]
-        groups[1:1] = [(node, [node]) for node in nodes]
+        groups[1:1] = [(node, [node]) for node in hosts_of(run) if is_node(node)]
         for position, (label, hosts) in enumerate(groups):
             parts = _shares(run, hosts)
             if parts is None:
@@ -116,7 +121,8 @@ def byte_bars(runs: Sequence[RecordedRun], names: Sequence[str]) -> str:
     """
     bars = []
     for run, name in zip(runs, names, strict=True):
-        for position, ends in enumerate(links_of(run)):
+        # Without knowing what was activations, a bar would call all of it weights.
+        for position, ends in enumerate(links_of(run) if run.keeps_chains else ()):
             sums = run.carried.get(ends, {})
             parts = [(kind, sums.get(kind, 0.0) / 1e6) for kind in KINDS[:2]]
             rest = run.traffic[ends]["bytes"] - sum(sums.values())

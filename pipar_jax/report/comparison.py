@@ -117,6 +117,11 @@ def parse_methods(text: str) -> list[str]:
     return names
 
 
+def setting_of(config: Config, method: str) -> Config:
+    """Returns the configuration of one run of a comparison, with its own method and name."""
+    return dataclasses.replace(config, method=method, name=f"{config.name}-{method}")
+
+
 def run_method(config: Config, method: str, launch: Launch, on_event: OnEvent) -> Outcome:
     """Trains by ``method`` and returns the results.
 
@@ -137,8 +142,7 @@ def run_method(config: Config, method: str, launch: Launch, on_event: OnEvent) -
             plan = event["plan"]
         on_event(event)
 
-    setting = dataclasses.replace(config, method=method, name=f"{config.name}-{method}")
-    summary = launch(setting, on_event=follow)
+    summary = launch(setting_of(config, method), on_event=follow)
     idle = summary["idle"]
     devices = [share for host, share in idle.items() if host != COORDINATOR and not is_node(host)]
     return Outcome(

@@ -81,10 +81,14 @@ def median_step(trace: Trace) -> Window | None:
     return Window(0, step, Interval(*spans[step]))
 
 
-def gantt_charts(run: RecordedRun) -> str:
+def gantt_charts(run: RecordedRun, label: str) -> str:
     """Returns the charts of a run's median step, measured and predicted, on one scale.
 
     Without a trace there is no chart; with an incomplete trace there is no predicted one.
+
+    Args:
+      run: The run.
+      label: What it is called.
     """
     traces = {"measured": run.digest.last}
     with contextlib.suppress(PlanError):  # the table of predictions says why
@@ -93,7 +97,7 @@ def gantt_charts(run: RecordedRun) -> str:
     windows = {name: median_step(trace) for name, trace in traces.items()}
     longest_s = max((window.interval.seconds for window in windows.values() if window), default=0.0)
     return "".join(
-        _chart(run, traces[name], window, name, longest_s)
+        _chart(run, traces[name], window, f"{label}, {name}", longest_s)
         for name, window in windows.items()
         if window is not None
     )
@@ -145,7 +149,7 @@ def _chart(run: RecordedRun, trace: Trace, window: Window, name: str, longest_s:
         marks.append(text(x, bottom + 10, label, "tick", "middle"))
     marks.append(text(LEFT + (WIDTH - LEFT) / 2, bottom + 26, "milliseconds", "label", "middle"))
     hidden = sum(host.startswith("d") for host in hosts) - len(devices)
-    title = f"{run.title}, {name}: step {window.step} of device {window.device}, {run.plan_text}"
+    title = f"{name}: step {window.step} of device {window.device}, {run.plan_text}"
     if hidden:
         title += f" ({hidden} more device{'s' * (hidden > 1)} not shown)"
     marks.append(text(8, 14, title, "chart-title"))

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pipar_jax.disk.event_log import score_of
-from pipar_jax.disk.files import write_text
+from pipar_jax.disk.files import RUN_REMEDY, write_text
 from pipar_jax.disk.json_text import JsonMapping
 from pipar_jax.errors import DiskError, PlanError
 from pipar_jax.report.assets import SCRIPT, STYLE
@@ -60,12 +60,13 @@ _ABOUT = {
 }  # fmt: skip
 
 
-def write_report(folders: Sequence[Path], target: Path) -> None:
+def write_report(folders: Sequence[Path], target: Path, remedy: str = RUN_REMEDY) -> None:
     """Writes the report of one or more runs.
 
     Args:
       folders: Folders of the runs, at least one.
       target: Path of the HTML file.
+      remedy: What the user can do if it cannot be written.
 
     Raises:
       DiskError: The file cannot be written.
@@ -73,7 +74,7 @@ def write_report(folders: Sequence[Path], target: Path) -> None:
     """
     page = make_page([read_run(folder) for folder in folders])
     try:
-        write_text(target, page, "choose another file with --output")
+        write_text(target, page, remedy)
     except DiskError as error:
         raise DiskError(f"the report cannot be written: {error}") from error
 
@@ -93,7 +94,7 @@ def make_page(runs: Sequence[RecordedRun]) -> str:
         _section("Learning", _curves(runs, names)),
         _section("Privacy", privacy_text(runs, names)),
         _section("Membership", _membership(runs, names)),
-        _section("One step", _steps(runs)),
+        _section("One step", _steps(runs, names)),
         _section("Idle time", idle_bars(runs, names)),
         _section("Links", byte_bars(runs, names) + _links(runs, names)),
         _section("Predicted and measured", _predictions(runs, names)),
@@ -119,9 +120,19 @@ def _section(title: str, content: str) -> str:
 
 
 def _names(runs: Sequence[RecordedRun]) -> list[str]:
-    """Returns the label of each run: its method, or its folder if several have this method."""
-    counts = collections.Counter(run.title for run in runs)
-    return [run.title if counts[run.title] == 1 else run.name for run in runs]
+    """Returns the label of each run, no two of them alike: the shortest that tells them apart.
+
+    It is the method, the folder, or that with the folder around it; else runs are numbered.
+    """
+    labels = [
+        (run.title, run.name, f"{run.parent}/{run.name}", f"{run.name} ({number})")
+        for number, run in enumerate(runs, start=1)
+    ]
+    counts = [collections.Counter(column) for column in zip(*labels, strict=True)]
+    return [
+        next(text for text, seen in zip(own, counts, strict=True) if seen[text] == 1)
+        for own in labels
+    ]
 
 
 def _facts(runs: Sequence[RecordedRun]) -> str:
@@ -175,7 +186,8 @@ def _results(runs: Sequence[RecordedRun], names: Sequence[str]) -> str:
     """Returns the table of results, one row per run."""
     base = next((run for run in runs if run.title == "FL"), runs[0])
     base_name = names[runs.index(base)]
-    fastest = min((run for run in runs if run.epoch_s), key=lambda run: run.epoch_s, default=None)
+    finished = [run for run in runs if run.finished and run.epoch_s]
+    fastest = min(finished, key=lambda run: run.epoch_s, default=None)
     rows = []
     scores = list(dict.fromkeys(run.task["main"] for run in runs))
     for run, title in zip(runs, names, strict=True):
@@ -251,9 +263,9 @@ def _membership(runs: Sequence[RecordedRun], names: Sequence[str]) -> str:
     return "".join(parts)
 
 
-def _steps(runs: Sequence[RecordedRun]) -> str:
+def _steps(runs: Sequence[RecordedRun], names: Sequence[str]) -> str:
     """Returns the Gantt charts of all runs under one legend."""
-    charts = "".join(map(gantt_charts, runs))
+    charts = "".join(map(gantt_charts, runs, names))
     return actions_legend(runs) + charts if charts else ""
 
 

@@ -6,30 +6,38 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 from comms.emulation.shaping import parse_link
+from comms.errors import ChannelError
 from pipar_jax.config.membership_script import FILE as SCRIPT
 from pipar_jax.config.membership_script import Attempt, read_attempts
-from pipar_jax.cost_model.costs import FREE_LINK
-from pipar_jax.cost_model.from_trace import links_from_shapes
+from pipar_jax.cost_model.costs import FREE_LINK, links_of_plan
 from pipar_jax.disk.event_log import read_events
 from pipar_jax.disk.files import describe_reading
 from pipar_jax.disk.json_text import JsonMapping
-from pipar_jax.errors import RunError
+from pipar_jax.errors import PlanError, RunError
 from pipar_jax.methods.registry import title
 from pipar_jax.report.digest import Digest, digest
 from pipar_jax.report.scores import UNKNOWN
-from pipar_jax.schedule.plan import COORDINATOR, Plan, device_name, host_index
+from pipar_jax.schedule.plan import (
+    COORDINATOR,
+    Plan,
+    device_name,
+    host_index,
+    is_device,
+    is_node,
+    long_name,
+)
 from pipar_jax.schedule.rounds import RoundSchedule, rounds
 from pipar_jax.schedule.trace import Trace
 from pipar_jax.simulator import LinkModel, Prediction, simulate
 
 #: Maximum number of devices that are drawn.
 MOST_DEVICES = 8
-_DEVICE = re.compile(r"d\d+")
 #: Figures of a link that are states, not sums over rounds.
 _GAUGES = ("queued_peak_bytes", "reconnects", "rtt_s", "rate_mbps")
 
@@ -44,6 +52,7 @@ class RecordedRun:
       events: Rows of metrics.jsonl, in order.
       trace_path: The file with timed actions; None if the run has no trace.
       attempts: The attempts at its rounds, in order: who took part and who was out.
+      parent: Name of the folder that it lies in.
     """
 
     name: str
@@ -51,6 +60,7 @@ class RecordedRun:
     events: tuple[JsonMapping, ...]
     trace_path: Path | None = None
     attempts: tuple[Attempt, ...] = ()
+    parent: str = ""
 
     @property
     def title(self) -> str:
@@ -88,17 +98,24 @@ class RecordedRun:
 
     @functools.cached_property
     def plan(self) -> Plan | None:
-        """The plan that the run executed, if it has a trace."""
+        """The plan that the run began with, if it has a trace."""
         if "plan" not in self.digest.meta:
             return None
         return Plan.from_dict(self.digest.meta["plan"])
 
     @property
     def plan_text(self) -> str:
-        """The plan's chain in one short line."""
-        chain, _, rest = str(self.last("run_started").get("plan", "")).partition(";")
-        chain = re.sub(r"^\d+ of ", "", chain)
-        return chain + (", in turn" if "sequential" in rest else "")
+        """The plan's chain in one short line; of a run that changed it the first and the last."""
+        changes = self.of("replanned")
+        texts = [_chain(str(row.get("plan", ""))) for row in (self.last("run_started"), *changes)]
+        between = f", {len(texts) - 2} more" if len(texts) > 2 else ""
+        return texts[0] if len(texts) == 1 else f"{texts[0]}{between}, then {texts[-1]}"
+
+    @functools.cached_property
+    def keeps_chains(self) -> bool:
+        """Whether each stage is on the same host in all of the run's plans."""
+        later = [Plan.from_dict(row["to"]) for row in self.of("replanned")]
+        return self.plan is None or all(plan.chains == self.plan.chains for plan in later)
 
     @property
     def epoch_s(self) -> float:
@@ -107,7 +124,8 @@ class RecordedRun:
         if summary:
             return float(summary["epoch_seconds"])
         done = self.of("round_finished")
-        return sum(row["seconds"] for row in done) / max(done[-1]["epoch"], 1) if done else 0.0
+        epochs = max((row["epoch"] for row in done if row["committed"]), default=0.0)
+        return float(sum(row["seconds"] for row in done) / epochs) if epochs else 0.0
 
     @functools.cached_property
     def elapsed(self) -> dict[int, float]:
@@ -128,7 +146,7 @@ class RecordedRun:
     def devices(self) -> list[str]:
         """Names of the devices in the last round."""
         busy = self.last("round_finished").get("busy", {})
-        return sorted((h for h in busy if _DEVICE.fullmatch(h)), key=host_index)
+        return sorted(filter(is_device, busy), key=host_index)
 
     @property
     def causes(self) -> dict[str, dict[str, float]]:
@@ -139,10 +157,11 @@ class RecordedRun:
     def carried(self) -> dict[tuple[str, str], dict[str, float]]:
         """Bytes of activations and cotangents by direction of a link; empty without a trace.
 
-        If only some rounds are traced, the result is scaled to all rounds.
+        If only some rounds are traced, the result is scaled to all rounds. It is empty, too, where
+        stages moved to other hosts, since a trace does not say under which plan a message was sent.
         """
         links: dict[tuple[str, str], dict[str, float]] = {}
-        if self.plan is None or not self.digest.rounds:
+        if self.plan is None or not self.digest.rounds or not self.keeps_chains:
             return links
         share = len(self.of("round_finished")) / self.digest.rounds
         for (host, device, stage), nbytes in self.digest.carried.items():
@@ -190,11 +209,14 @@ class RecordedRun:
           The prediction; None if the run left no trace or no full round.
 
         Raises:
-          PlanError: The trace does not fit the plan.
+          PlanError: The trace does not fit the plan, the plan changed, or an emulated link is not
+            known here.
         """
         schedule = self.schedule()
         if schedule is None:
             return None
+        if self.of("replanned"):
+            raise PlanError("the plan changed in the run, and its times are of several plans")
         costs = self.digest.observed.costs(
             self.links,
             dict.fromkeys(range(len(schedule.plan.devices)), self.weight_bytes),
@@ -204,14 +226,20 @@ class RecordedRun:
 
     @functools.cached_property
     def links(self) -> dict[tuple[str, str], LinkModel]:
-        """The emulated link of each direction; empty without a plan."""
-        if self.plan is None:
-            return {}
-        shapes = {}
-        for index in range(len(self.plan.devices)):
-            up, down = parse_link(self._device(index, "link"))
-            shapes[index] = LinkModel.of(up), LinkModel.of(down)
-        return links_from_shapes(shapes, self.plan)
+        """The emulated link of each direction; empty without a plan.
+
+        Raises:
+          PlanError: The file of a recorded link is not there, or not what it was.
+        """
+        return {} if self.plan is None else links_of_plan(self.plan, self._ends)
+
+    def _ends(self, host: str) -> tuple[LinkModel, LinkModel]:
+        """Returns the emulated link of a device or node, away from it and towards it."""
+        try:
+            up, down = parse_link(self._setting(host, "link"))
+        except ChannelError as error:
+            raise PlanError(f"the link of {long_name(host)}: {error}") from error
+        return LinkModel.of(up), LinkModel.of(down)
 
     def link_of(self, ends: tuple[str, str]) -> LinkModel:
         """Returns the emulated link of one direction."""
@@ -223,21 +251,25 @@ class RecordedRun:
         if self.plan is None or not started or len(joined) != len(self.plan.devices):
             return None
         samples = tuple(row["samples"] for row in sorted(joined, key=lambda row: row["device"]))
-        epochs = int(self.config["epochs"])
-        steps = [total // epochs for total in started["steps"]]
-        spans = rounds(self.plan, steps, epochs)[0]
+        steps = [round(total / started["epochs"]) for total in started["steps"]]
+        spans = rounds(self.plan, steps, math.ceil(started["epochs"]))[0]
         return RoundSchedule(self.plan, spans, samples, int(self.config["data"]["batch_size"]))
 
     def samples_per_epoch(self) -> int:
         """Returns the samples that all devices train on in an epoch."""
         return sum(row["samples"] for row in self.of("device_joined"))
 
-    def _device(self, index: int, field: str) -> Any:
-        """Returns a field of one device's configuration."""
-        devices = self.config["devices"]
-        overrides = devices.get("overrides", {})
-        own = overrides.get(str(index), overrides.get(index, {}))
-        return own.get(field, devices["defaults"][field])
+    def _setting(self, host: str, field: str) -> Any:
+        """Returns a field of one device's or node's configuration."""
+        hosts = self.config["nodes" if is_node(host) else "devices"]
+        own = hosts.get("overrides", {}).get(str(host_index(host)), {})
+        return own.get(field, hosts["defaults"][field])
+
+
+def _chain(plan: str) -> str:
+    """Returns the chain of a plan given as text."""
+    chain, _, rest = plan.partition(";")
+    return re.sub(r"^\d+ of ", "", chain) + (", in turn" if "sequential" in rest else "")
 
 
 def read_run(folder: Path) -> RecordedRun:
@@ -257,22 +289,26 @@ def read_run(folder: Path) -> RecordedRun:
             "folder below runs/ with config.json and metrics.jsonl in it"
         ) from error
     trace = folder / "trace.json.gz"
-    return RecordedRun(folder.name, config, events, trace if trace.exists() else None, attempts)
+    return RecordedRun(
+        folder.name, config, events, trace if trace.exists() else None, attempts,
+        folder.absolute().parent.name,
+    )  # fmt: skip
 
 
 def hosts_of(run: RecordedRun) -> list[str]:
     """Returns the hosts of a run in the order in which they are drawn: the server last."""
-    count = len(run.plan.devices) if run.plan else len(run.devices)
-    devices = [device_name(index) for index in range(count)]
-    others = [host for host in run.digest.hosts if host not in devices]
-    nodes = [host for host in others if host != COORDINATOR]
-    return [*devices, *nodes, COORDINATOR]
+    busy = {host for row in run.of("round_finished") for host in row["busy"]}
+    seen = sorted((busy | set(run.digest.hosts)) - {COORDINATOR}, key=host_index)
+    devices = list(filter(is_device, seen))
+    if run.plan is not None:
+        devices = [device_name(index) for index in range(len(run.plan.devices))]
+    return [*devices, *filter(is_node, seen), COORDINATOR]
 
 
 def links_of(run: RecordedRun) -> list[tuple[str, str]]:
     """Returns the directions of links that are shown, those of the first devices, in order."""
     hosts = hosts_of(run)
-    shown = [host for host in hosts if not _DEVICE.fullmatch(host)]
-    shown += [host for host in hosts if _DEVICE.fullmatch(host)][:MOST_DEVICES]
+    shown = [host for host in hosts if not is_device(host)]
+    shown += [host for host in hosts if is_device(host)][:MOST_DEVICES]
     ways = [ends for ends in run.traffic if set(ends) <= set(shown)]
     return sorted(ways, key=lambda ends: (hosts.index(ends[0]), hosts.index(ends[1])))

@@ -159,7 +159,7 @@ def describe(event: Event, state: RunState) -> str | None:
     if kind in LINES:
         return LINES[kind](event)
     if kind == "run_started":
-        return f"{state.devices} devices, {state.epochs} epochs, plan {state.plan}"
+        return f"{state.devices} devices, {state.epochs:g} epochs, plan {state.plan}"
     if kind == "progress":
         return position(state)
     if kind == "private":

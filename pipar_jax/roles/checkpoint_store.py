@@ -92,7 +92,7 @@ class CheckpointStore:
           score: What ``checkpoint.best`` compares, the higher the better; None if unknown.
 
         Raises:
-          DiskError: This or the checkpoint before could not be written.
+          DiskError: It could not be written.
         """
         ocp = _orbax()
 
@@ -108,8 +108,6 @@ class CheckpointStore:
                 inner[path] = array
         manager = self._open()
         with _disk(self._path):
-            # A failed write in the background is known here at the latest.
-            manager.wait_until_finished()
             self._writer.submit(
                 manager.save,
                 rounds,
@@ -126,8 +124,8 @@ class CheckpointStore:
           DiskError: It could not be written.
         """
         if self._manager is not None:
-            with _disk(self._path):
-                self._manager.wait_until_finished()
+            with _disk(self._path):  # on the one thread that saves: each hears of a failure once
+                self._writer.submit(self._manager.wait_until_finished).result()
 
     def close(self) -> None:
         """Waits for what is being written, and ends the threads."""
@@ -135,7 +133,7 @@ class CheckpointStore:
         try:
             if manager is not None:
                 with _disk(self._path):
-                    manager.close()
+                    self._writer.submit(manager.close).result()
         finally:
             self._writer.shutdown()
 

@@ -161,6 +161,7 @@ class Checkpoints:
             "on_server": self._on_server,
         }  # fmt: skip
         best = score.get(self._config.checkpoint.best)
+        self._await_last()
         try:
             self._store.save(
                 moment.rounds, unit_state.pack(all_states), facts,
@@ -185,6 +186,13 @@ class Checkpoints:
                 "pulled_bytes": pulled.nbytes,
             }
         )
+
+    def _await_last(self) -> None:
+        """Waits until the checkpoint before is on the disk; tells if it could not be written."""
+        try:
+            self._store.wait()
+        except DiskError as error:
+            self._tell({"event": "checkpoint_failed", "rounds": self._rounds, "reason": str(error)})
 
     def _wanted(self, plan: Plan, name: str, names: Sequence[str]) -> Wanted:
         """Returns what is pulled of a host for a checkpoint."""

@@ -89,6 +89,7 @@ class Commands:
             messages.SurveyBytes: lambda _, message: self._survey.take(message),
             messages.PushState: self._push,
             messages.Evaluate: self._evaluate,
+            messages.Drop: lambda said, _: self._drop(said),
         }
 
     def do(self, said: ControlMessage, message: Message | None) -> None:

@@ -332,8 +332,14 @@ class Conductor:
         """Drops a live device from the round; it may take part again once it has stopped."""
         name = now.device(place)
         self._members.population[now.cohort[place]].ready = False
-        dropped = reply(messages.Dropped, round=now.index)
-        self._members.send(name, messages.Drop(now.index, place, step), dropped)
+        drop, dropped = (
+            messages.Drop(now.index, place, step),
+            reply(messages.Dropped, round=now.index),
+        )
+        if self.plan.order == Order.SEQUENTIAL:  # behind the client-side model
+            self._members.send_bundle(name, drop, {}, dropped)
+        else:
+            self._members.send(name, drop, dropped)
 
     def _go_back(self, now: RoundAttempt) -> None:
         """Restarts the others at the step in which a device has failed (summed gradients)."""

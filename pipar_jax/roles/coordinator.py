@@ -170,7 +170,7 @@ class Coordinator:
         self._setup.prepare(self._aggregator)
         self._take_up()
         steps = self._setup.preparation().steps
-        self._run_log.begin(self.plan, self._table.rounds, steps, self._first)
+        self._run_log.begin(self.plan, self._table, steps, self._first)
         if (promise := self._private.promise()) is not None:
             self._members.tell(promise)
         self._setup.begin_schedules(self._setup.workers)

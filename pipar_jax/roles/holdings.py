@@ -57,7 +57,7 @@ class Holdings:
     def __init__(self, model: Model, config: Config) -> None:
         self.names = model.unit_names
         self._tx = optimizer.build(
-            config.optimizer, steps=1, proximal_mu=config.aggregation.proximal_mu
+            config.optimizer, steps=optimizer.MANY_STEPS, proximal_mu=config.aggregation.proximal_mu
         )
         self._pulls_optimizers = config.checkpoint.device_state == "server"
         self._copies_nodes = config.nodes.replicate_every > 0

@@ -73,6 +73,8 @@ class HostReplies:
             registry.send(link, dataclasses.replace(said, busy_s=busy_s, link=waits, direct=direct))
             if self._traced:  # outside the round that it belongs to
                 registry.send_bundle(link, messages.TraceRows(), trace_rows.pack_rows(rows))
+        elif isinstance(said, messages.Dropped | messages.Rewound):
+            registry.send_bundle(link, said, {})  # behind what was sent before
         elif not states:
             registry.send(link, said)
         else:

@@ -57,13 +57,14 @@ class Joining:
         Args:
           what: The kind of mail.
           link: The stranger's link.
-          item: A message, what it sent in words, or why the link has ended by itself.
+          item: What it sent in words, or why the link has ended by itself.
 
         Returns:
           Whom it may join as, to be introduced; else None.
         """
-        if what is Incoming.MESSAGE:  # if its link is not open it was lost before this was read
-            return self._admit(link, item) if self._links.is_open(link) else None
+        if what is Incoming.MESSAGE:
+            asked = self._links.take_join(link)
+            return None if asked is None else self._admit(link, asked)
         known = self._links.drop(link)
         if what is Incoming.WRONG:
             self.refusals.add(None, link.address, f"it sent {item}")

@@ -32,6 +32,13 @@ class _Waiting:
         self.messages = self.nbytes = 0
         self.until_s = time.monotonic() + JOIN_S
         self.ended = False
+        self.join: Message | None = None  # what a stranger has asked, until it is read
+
+    def add(self, message: Message, count: int) -> None:
+        """Counts a message in, or out with -1; of bundles no bytes: they were asked for."""
+        self.messages += count
+        if message.kind == MessageKind.CONTROL:
+            self.nbytes += count * message.nbytes
 
 
 class MemberLinks:
@@ -111,9 +118,10 @@ class MemberLinks:
         elif message.kind == MessageKind.TENSOR:
             self._tensors(message)
         elif waiting.messages < MANY or registry.peek(message) not in _PASSING:
-            waiting.messages += 1
-            waiting.nbytes += message.nbytes
-            self.mail.put((Incoming.MESSAGE, link, message))
+            waiting.add(message, 1)
+            if name is None:
+                waiting.join = message  # it goes with its link, which may have to make room
+            self.mail.put((Incoming.MESSAGE, link, None if name is None else message))
 
     def _is_past(self, message: Message) -> bool:
         """Returns whether it is a tensor of work that was abandoned while it was in transit."""
@@ -154,9 +162,13 @@ class MemberLinks:
         """Returns the name of the member behind a link; None of a stranger."""
         return self._names.get(link)
 
-    def is_open(self, link: Link) -> bool:
-        """Returns whether messages of a link are still taken."""
-        return link in self._waiting
+    def take_join(self, link: Link) -> Message | None:
+        """Returns what a stranger has asked; None if its link was lost before it was read."""
+        waiting = self._waiting.get(link)
+        if waiting is None:
+            return None
+        asked, waiting.join = waiting.join, None
+        return asked
 
     def admit(self, link: Link, name: str) -> None:
         """Makes a stranger's link that of a member."""
@@ -168,8 +180,7 @@ class MemberLinks:
     def note_read(self, link: Link, message: Message) -> None:
         """Records that a message has been read."""
         if (waiting := self._waiting.get(link)) is not None:
-            waiting.messages -= 1
-            waiting.nbytes -= message.nbytes
+            waiting.add(message, -1)
 
     def drop(self, link: Link) -> bool:
         """Takes no more messages of a link; returns whether it was open."""
@@ -202,6 +213,7 @@ class MemberLinks:
         return [
             link for link, waiting in list(self._waiting.items())
             if link not in self._names and not waiting.ended and now > waiting.until_s
+            and not waiting.messages  # it has asked, and nobody has had the time to read it
         ]  # fmt: skip
 
 

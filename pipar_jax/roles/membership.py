@@ -261,6 +261,8 @@ class Membership:
         Raises:
           PeerError: The run cannot go on without it: the error given.
         """
+        if name not in self.by_name:
+            return  # its loss has been reported
         self.links.end(self.by_name[name].link, reason or str(error))
         if not self.hosts.may_be_lost(name):
             raise error

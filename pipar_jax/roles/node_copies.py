@@ -47,7 +47,7 @@ class NodeCopies:
         self._every, self._kept = config.nodes.replicate_every, hosts_of(config).may_lose_nodes
         self._names, self._aggregator = names, aggregator
         self._tx = optimizer.build(
-            config.optimizer, steps=1, proximal_mu=config.aggregation.proximal_mu
+            config.optimizer, steps=optimizer.MANY_STEPS, proximal_mu=config.aggregation.proximal_mu
         )
         self._rounds = dict.fromkeys(names, rounds)
         self._optimizers: dict[Key, tuple[int, UnitState]] = {}

@@ -59,7 +59,12 @@ def run_device(
         datasets.load_device(config, index, rule)
         if data is None
         else datasets.admit_device(
-            data, name, rule, tests=tested, pad_to=whole_numbers(config.data.pad_to)
+            data,
+            name,
+            rule,
+            config.data.classes,
+            tests=tested,
+            pad_to=whole_numbers(config.data.pad_to),
         )
     )
     network = fit(config, model, dataset, name)

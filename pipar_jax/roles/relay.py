@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+from pipar_jax.errors import ProtocolError
 from pipar_jax.protocol import messages
 from pipar_jax.roles.mail import Member
 from pipar_jax.roles.membership import Membership
@@ -77,7 +78,12 @@ class Relay:
             found = self._members.early.take(messages.ClientModel, (giver,))
             if giver in found:
                 wanted = exchanges.client_model(plan, turn.device, self._names)
-                self.client_model = self._states.read(found[giver], wanted)
+                try:
+                    self.client_model = self._states.read(found[giver], wanted)
+                except ProtocolError:
+                    if giver in self._members.by_name:
+                        raise
+                    continue  # it is lost, and so its turn is undone
                 self._holder = self._members.by_name.get(giver)
                 now.turns_done.add((turn.device, turn.first))
                 break

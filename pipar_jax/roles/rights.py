@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from comms import Link, Message
+from comms import Link, Message, Role
 from pipar_jax.errors import ProtocolError
 from pipar_jax.protocol import messages
 from pipar_jax.roles.acceptance import Acceptance
@@ -18,8 +18,33 @@ from pipar_jax.runtime.unit_state import States, Wanted
 from pipar_jax.schedule.plan import COORDINATOR, Boundary, host_index, long_name
 from stages import Model
 
-#: Tensors of neighbours that may be ahead of this host.
-MOST_AHEAD = 4096
+#: Tensors of a neighbour that may be ahead of this host, and bytes of those that take no credit.
+MOST_AHEAD, MOST_AHEAD_BYTES = 4096, 64 << 20
+
+
+class EarlyTensors:
+    """Tensors of a round that this host has not heard of yet, of no peer more than it can bear."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[str, Message, Boundary | None]] = []
+        self._of: dict[str, tuple[int, int]] = {}
+
+    def add(self, peer: str, message: Message, boundary: Boundary | None) -> bool:
+        """Keeps a tensor, unless its sender has too many here already; returns whether it did."""
+        count, nbytes = self._of.get(peer, (0, 0))
+        if message.tag is not None and message.tag.role in (Role.LABEL, Role.SIDE):
+            nbytes += message.nbytes  # all others wait within the credit of their link
+        if count >= MOST_AHEAD or nbytes > MOST_AHEAD_BYTES:
+            return False
+        self._of[peer] = count + 1, nbytes
+        self._waiting.append((peer, message, boundary))
+        return True
+
+    def take(self) -> list[tuple[str, Message, Boundary | None]]:
+        """Returns all tensors with their senders and boundaries, in order, and keeps none."""
+        waiting, self._waiting = self._waiting, []
+        self._of.clear()
+        return waiting
 
 
 class Rights:
@@ -52,8 +77,7 @@ class Rights:
         self._course, self._neighbours, self._failed = course, neighbours, failed
         self._batch_size, self._evaluates = batch_size, evaluates
         self._acceptance: Acceptance | None = None
-        # Tensors of a round that this host has not heard of yet; the I/O thread's.
-        self._ahead: list[tuple[str, Message, Boundary | None]] = []
+        self._ahead = EarlyTensors()  # the I/O thread's
 
     def follow(self, coordinator: Link) -> None:
         """Takes from other hosts what the plan in force has for them, from the next step on."""
@@ -117,8 +141,7 @@ class Rights:
         """Takes a round's tensors, those first that came too early."""
         assert self._acceptance is not None
         self._acceptance.open(said.spans, said.attempt, said.samples)
-        ahead, self._ahead = self._ahead, []
-        for peer, message, boundary in ahead:
+        for peer, message, boundary in self._ahead.take():
             if (reason := self.on_tensor(peer, message, boundary)) is not None:
                 self._failed(ProtocolError(f"{long_name(peer)} sent {reason}"))
 
@@ -139,8 +162,7 @@ class Rights:
         elif acceptance.is_past(tag):
             message.release()
             return None
-        elif acceptance.is_ahead(tag) and len(self._ahead) < MOST_AHEAD:
-            self._ahead.append((peer, message, boundary))
+        elif acceptance.is_ahead(tag) and self._ahead.add(peer, message, boundary):
             return None
         message.release()
         message.link.refuse(reason or "")

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipar_jax.aggregation.aggregator import Aggregator, Contribution
 from pipar_jax.config import Config
+from pipar_jax.errors import ProtocolError
 from pipar_jax.protocol import messages
 from pipar_jax.roles.holdings import read_rows
 from pipar_jax.roles.host_setup import HostSetup
@@ -212,8 +213,13 @@ class RoundResults:
         for name, mail in mails.items():
             assert mail.message is not None
             seat = self._members.links.seats.get(name, name)
-            with self._members.reading(name):
-                rows = read_rows(mail.message, self._setup.plans, seat, steps, long_name(name))
+            try:
+                with self._members.reading(name):
+                    rows = read_rows(mail.message, self._setup.plans, seat, steps, long_name(name))
+            except ProtocolError:
+                if name in self._members.by_name:
+                    raise
+                continue  # the run goes on without it
             # The offset is the peer's clock minus ours.
             self._run_log.add_trace(seat, rows, -(mail.message.link.offset_s or 0.0))
             traced[name] = mail.message.nbytes

@@ -58,7 +58,7 @@ class RoundStart:
         self._drawn = drawn
         # For the states with which replicas begin: they do not depend on the number of steps.
         self._optimizer = optimizer.build(
-            optimizer_config, steps=1, proximal_mu=aggregation.proximal_mu
+            optimizer_config, steps=optimizer.MANY_STEPS, proximal_mu=aggregation.proximal_mu
         )
         self._seats_before: dict[str, str] = {}  # of each device, in the rounds before this one
         self.until: int | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import statistics
@@ -21,6 +22,7 @@ from pipar_jax.roles.link_stats import Traffic
 from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.node_copies import Salvaged
 from pipar_jax.roles.run_folder import TRACE, Record, RunFolder
+from pipar_jax.roles.timetable import Timetable
 from pipar_jax.roles.trace_log import TraceLog
 from pipar_jax.runtime.metrics import Totals
 from pipar_jax.schedule.plan import Plan, is_device
@@ -104,10 +106,11 @@ class RunLog:
         self._traffic = Traffic(members)
         self._members, self._population = members, members.population
         self._trace = TraceLog(folder.path / TRACE, config.run.trace, self._lose_trace)
-        self._rounds = self._undone = self._copied_bytes = 0
+        self._table: Timetable | None = None
+        self._undone = self._copied_bytes = 0
         self._losses: list[JsonObject] = []
         self._totals = (0, 0)
-        self._seconds: list[float] = []
+        self._seconds: dict[int, float] = collections.defaultdict(float)
         self._moved_s: dict[int, float] = {}
         self._busy: dict[str, float] = {}
         self._score: JsonObject = {}
@@ -121,7 +124,7 @@ class RunLog:
         if row["event"] == "round_finished":
             up, down = self._totals
             self._totals = (up + row["bytes_up"], down + row["bytes_down"])
-            self._seconds.append(row["seconds"])
+            self._seconds[row["round"]] += row["seconds"]
             for host, seconds in row["busy"].items():
                 self._busy[host] = self._busy.get(host, 0.0) + seconds
         elif row["event"] == "replanned":
@@ -148,16 +151,16 @@ class RunLog:
             }
         )
 
-    def begin(self, plan: Plan, rounds: int, steps: Sequence[int], first: int = 0) -> None:
+    def begin(self, plan: Plan, table: Timetable, steps: Sequence[int], first: int = 0) -> None:
         """Tells that training begins.
 
         Args:
           plan: The plan in force.
-          rounds: How many rounds there are.
+          table: The rounds.
           steps: Steps in each place, if its device takes part in all of them.
           first: The first round that is trained; not 0 if the run is resumed.
         """
-        self._rounds = rounds
+        self._table, rounds = table, table.rounds
         self._origin_s = time.monotonic()
         meta = {"method": self._config.method, "plan": plan.to_dict()}
         self._trace.begin(meta, rounds, self._origin_s, first)
@@ -170,7 +173,7 @@ class RunLog:
                 "devices": len(plan.devices),
                 "rounds": rounds,
                 "resumed": first,
-                "epochs": self._config.epochs,
+                "epochs": table.epochs(rounds),
                 "steps": list(steps),
                 "model": self._config.model.name,
                 "parameters": self._parameters,
@@ -208,7 +211,7 @@ class RunLog:
         up = sum(row["bytes"] for row in links if is_device(row["source"]))
         down = sum(row["bytes"] for row in links if is_device(row["target"]))
         self._totals = (self._totals[0] + up, self._totals[1] + down)
-        self._seconds.append(one.interval.seconds)
+        self._seconds[one.number] += one.interval.seconds  # a round may take several attempts
         for host, seconds in one.busy.items():
             self._busy[host] = self._busy.get(host, 0.0) + seconds
         self._trace.end_round(one.interval)
@@ -216,7 +219,7 @@ class RunLog:
             {
                 "event": "round_finished",
                 "round": one.number,
-                "rounds": self._rounds,
+                "rounds": self._timetable.rounds,
                 "epoch": self._epoch(one.number),
                 "seconds": one.interval.seconds,
                 # Private devices keep the figures of their samples.
@@ -321,15 +324,17 @@ class RunLog:
         self._trace.close()
         if self._undefined:
             self._tell({"event": "metrics_undefined", "names": sorted(self._undefined)})
-        epochs: dict[int, float] = {}
-        for index, seconds in enumerate(self._seconds):
-            epoch = index * self._config.epochs // self._rounds
-            epochs[epoch] = epochs.get(epoch, 0.0) + seconds + self._moved_s.get(index, 0.0)
-        whole = sum(self._seconds) + sum(self._moved_s.values())
+        epochs: dict[int, tuple[float, float]] = {}  # seconds, and the share of an epoch they took
+        for index, seconds in self._seconds.items():
+            began, ended = self._timetable.epochs(index), self._epoch(index)
+            spent_s, share = epochs.get(int(began), (0.0, 0.0))
+            spent_s += seconds + self._moved_s.get(index, 0.0)
+            epochs[int(began)] = spent_s, share + ended - began
+        whole = sum(self._seconds.values()) + sum(self._moved_s.values())
         summary = {
             "event": "run_finished",
             "seconds": whole,
-            "epoch_seconds": statistics.median(epochs.values()),
+            "epoch_seconds": statistics.median(s / share for s, share in epochs.values()),
             **self._score,
             "task": self._task.facts(),
             "idle": {host: 1.0 - s / whole for host, s in self._busy.items()},
@@ -354,6 +359,12 @@ class RunLog:
         if (told := self._record.note(error)) is not None:
             self._tell(told)
 
+    @property
+    def _timetable(self) -> Timetable:
+        """The rounds, once training has begun."""
+        assert self._table is not None
+        return self._table
+
     def _epoch(self, index: int) -> float:
         """Returns how many epochs are over after a round."""
-        return (index + 1) * self._config.epochs / self._rounds
+        return self._timetable.epochs(index + 1)

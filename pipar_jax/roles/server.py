@@ -123,7 +123,12 @@ def _network(
         datasets.load_server(config, rule)
         if data is None
         else datasets.admit(
-            data, "test", COORDINATOR, rule, pad_to=whole_numbers(config.data.pad_to)
+            data,
+            "test",
+            COORDINATOR,
+            rule,
+            config.data.classes,
+            pad_to=whole_numbers(config.data.pad_to),
         )
     )
     network = fit(config, model, dataset, COORDINATOR)

@@ -68,7 +68,7 @@ def start_weights(
             for unit, names in personal_paths(model).items()
             for name in names
         }
-        return sort_tensors(drawn | dict(tensors), model, path)
+        return sort_tensors(drawn | _without_frozen(tensors, model, path), model, path)
     own = {f"{unit}/{name}" for part in (params, state) for unit, arrays in part.items()
            for name in arrays}  # fmt: skip
     taken: set[str] = set()
@@ -90,6 +90,26 @@ def start_weights(
     }
     mixed |= {name: tensors[name] for name in taken}
     return sort_tensors(mixed, model, path)
+
+
+def _without_frozen(tensors: Mapping[str, Array], model: Model, path: Path) -> dict[str, Array]:
+    """Returns the arrays but those of frozen weights, which a run that is over has as well.
+
+    Raises:
+      ConfigError: They are not those that the model has.
+    """
+    left = dict(tensors)
+    for unit, arrays in model.frozen.of(model.unit_names).items():
+        for name, array in arrays.items():
+            there = left.pop(f"{unit}/{name}", None)
+            own = np.asarray(array)
+            if there is not None and not np.array_equal(there.astype(own.dtype), own):
+                raise ConfigError(
+                    f"model.weights={str(path)!r}: {unit}/{name} is frozen, and not what this run "
+                    "has there: name a file of frozen weights with model.base, or take the seed, "
+                    "model.base and model.trainable of the run that the weights are of"
+                )
+    return left
 
 
 def load_tensors(path: Path) -> Mapping[str, Array]:

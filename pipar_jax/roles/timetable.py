@@ -44,7 +44,8 @@ class Timetable:
 
     def __init__(self, epochs: int, rounds: int, plan: Plan, steps: Sequence[int]) -> None:
         self._plan = plan
-        longest, every = max(steps), plan.aggregate_every
+        self._longest = longest = max(steps)
+        every = plan.aggregate_every
         by_steps = plan.order == Order.PARALLEL and every > 0
         per_epochs = math.ceil(longest * epochs / every) if by_steps else epochs
         self.rounds = rounds or per_epochs
@@ -58,6 +59,17 @@ class Timetable:
           of_epoch: Steps in its epoch.
         """
         return self._total or self.rounds * (self._every or of_epoch)
+
+    def epochs(self, rounds: int) -> float:
+        """Returns how often the first rounds pass over the samples of the largest device.
+
+        Args:
+          rounds: Number of rounds.
+        """
+        if not self._every:
+            return float(rounds)
+        steps = rounds * self._every
+        return (min(steps, self._total) if self._total else steps) / self._longest
 
     def length(self, index: int, of_epoch: int) -> int:
         """Returns the steps of a device in a round."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import comms
-from comms import ChannelError, Endpoint, Link, Message, MessageKind
+from comms import ChannelError, Endpoint, Link, Message, MessageKind, PeerLost
 from comms.link.pending_connection import CutShortError
 from comms.wire.bounded_json import one_line
 from pipar_jax.config import Config
@@ -249,11 +249,24 @@ class Worker:
         return self._link
 
     def _lost(self, error: ChannelError) -> PeerError:
-        """Returns what the end of a link means, the coordinator's or a neighbour's."""
+        """Returns what the end of a link means, the coordinator's or a neighbour's.
+
+        Raises:
+          JoinError: The coordinator's last word was that it refuses this host.
+          PeerError: Its last word was why the run is over.
+        """
+        while (item := self.mail.get(0.0)) is not None:  # a send may notice the end first
+            known = registry.peek(item) if isinstance(item, Message) else None
+            if known is not None and known.made in (messages.Abort, messages.Refused):
+                assert isinstance(item, Message)
+                said = registry.decode(item, Sender.COORDINATOR, long_name(COORDINATOR))
+                self._do(said, None)
         if self._link is not None and self._link.error is not None:
             lost = registry.end_of(error, "the server", f"{self._long} lost the coordinator")
             lost.again = not isinstance(lost, ProtocolError)
             return lost
+        if not isinstance(error, PeerLost):  # it is there, and does not take what is sent
+            return PeerError(f"{self._long}: {error}")
         return PeerError(f"{self._long} lost a neighbour: {error}")
 
     # --- mail ---------------------------------------------------------------------------------

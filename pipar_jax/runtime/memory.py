@@ -130,7 +130,9 @@ class _ModelSizes:
         rematerialise: bool,
     ) -> None:
         self._model, self._rematerialise = model, rematerialise
-        self._tx = optimizer.build(config, steps=1, proximal_mu=aggregation.proximal_mu)
+        self._tx = optimizer.build(
+            config, steps=optimizer.MANY_STEPS, proximal_mu=aggregation.proximal_mu
+        )
         self._rule = rules.make_rule(aggregation).transformation
         self._stages: dict[tuple[range, int], StageSizes] = {}
         self.units = len(model.units)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from comms.arrays import Array
+from comms.errors import ChannelError
 from pipar_jax.disk.files import describe_reading, make_folder, write_tensors
 from pipar_jax.disk.json_text import dumps
 from pipar_jax.errors import RunError
@@ -98,12 +99,13 @@ class StateFiles:
         lower_priority()
         while (item := self._queue.get()) is not None:
             tag, tensors = item
+            reason = None
             try:
                 self._write(tag, tensors)
             except Exception as error:  # told to whoever asked: training goes on without
-                self._done(tag, " ".join(str(error).split()) or type(error).__name__)
-            else:
-                self._done(tag, None)
+                reason = " ".join(str(error).split()) or type(error).__name__
+            with contextlib.suppress(ChannelError):  # whoever asked is gone
+                self._done(tag, reason)
 
     def _write(self, tag: StateTag, tensors: Mapping[str, Array]) -> None:
         folder = make_folder(self._folders[0])

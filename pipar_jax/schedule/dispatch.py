@@ -12,7 +12,7 @@ deadlock in the runtime.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Protocol
 
 from pipar_jax.schedule.actions import BACKWARD, COMPUTE, FORWARD, SEND_CLIENT_MODEL, Action
@@ -140,6 +140,17 @@ class Dispatcher:
             self._missing[dependent] -= 1
             if not self._missing[dependent]:
                 self._push(dependent)
+
+    def begin(self, firsts: Mapping[int, int]) -> None:
+        """Forgets what was complete of steps that begin now: an undone round takes them anew.
+
+        Args:
+          firsts: The first step of each place.
+        """
+        for place, step in [
+            key for key in self._complete if key[0] in firsts and key[1] >= firsts[key[0]]
+        ]:
+            del self._complete[place, step]
 
     def drop_step(self, device: int, step: int) -> None:
         """Forgets a finished step of a device; no later action may wait for it."""

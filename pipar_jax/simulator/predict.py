@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from comms.wire.frame import HEADER_BYTES
+from pipar_jax.cost_model.costs import links_of_plan
 from pipar_jax.cost_model.profile import CodecProfile, HostProfile, Profile, interpolate
 from pipar_jax.schedule.actions import (
     AGGREGATE,
@@ -248,20 +249,12 @@ class StageCosts:
 
     def links(self, plan: Plan) -> dict[tuple[str, str], LinkModel]:
         """Returns the model of every direction of every link that a plan uses."""
-        links = {}
-        for index, ends in enumerate(self.profile.devices):
-            name = device_name(index)
-            links[name, COORDINATOR], links[COORDINATOR, name] = ends.up, ends.down
-        for lower, upper, _ in plan.boundaries():
-            if is_node(lower) and is_node(upper):
-                node = self.profile.of(lower)
-                links[lower, upper], links[upper, lower] = node.up, node.down
-            elif is_node(lower) or is_node(upper):
-                device, node_host = (upper, lower) if is_node(lower) else (lower, upper)
-                if device != COORDINATOR:
-                    own = self.profile.of(device)
-                    links[device, node_host], links[node_host, device] = own.up, own.down
-        return links
+
+        def ends(host: str) -> tuple[LinkModel, LinkModel]:
+            one = self.profile.of(host)
+            return one.up, one.down
+
+        return links_of_plan(plan, ends)
 
 
 class PlanEstimate(NamedTuple):

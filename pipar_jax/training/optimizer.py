@@ -75,6 +75,11 @@ def anchor(opt_state: OptState, params: Variables) -> dict[str, PyTree]:
     return {unit: renew(state, params[unit]) for unit, state in opt_state.items()}
 
 
+#: Steps of a run where it does not matter how many there are: for shapes of states, and durations
+#: of steps. A user's schedule may refuse a few, for instance fewer than those of its warm-up.
+MANY_STEPS = 1_000_000
+
+
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.ScalarOrSchedule:
     """Returns the learning rate, or its schedule over a run.
 

@@ -330,20 +330,25 @@ def patches_kernel(
     tall, wide = geometry.reached(x.shape[1]), geometry.reached(x.shape[2])
     places = len(tall) * len(wide)
 
+    wide_dtype = jnp.promote_types(x.dtype, jnp.float32)  # 16 bits would round once a run
+
     def product(images: jax.Array, cotangent: jax.Array) -> jax.Array:
         padded = pad_images(images.transpose(3, 0, 1, 2), geometry, 2)
         patches = jnp.stack(shifted(padded, geometry, 2, rows, columns, tall, wide))
-        return patches.reshape(places * features, -1) @ cotangent.reshape(-1, out)
+        return jnp.matmul(
+            patches.reshape(places * features, -1), cotangent.reshape(-1, out),
+            preferred_element_type=wide_dtype,
+        )  # fmt: skip
 
     per_sample = rows * columns * places * features * x.dtype.itemsize
     result_bytes = places * features * out * x.dtype.itemsize
     together = samples_together(x.shape[0], per_sample, result_bytes)
     (images, last_images), (cotangents, last) = (cut_batch(v, together) for v in (x, cotangent))
-    nothing = jnp.zeros((places * features, out), x.dtype)
+    nothing = jnp.zeros((places * features, out), wide_dtype)
     total = product(last_images, last) if len(last) else nothing
     runs = (images, cotangents)
     total, _ = lax.scan(lambda total, run: (total + product(*run), None), total, runs)
-    met = total.reshape(len(tall), len(wide), features, out)
+    met = total.reshape(len(tall), len(wide), features, out).astype(x.dtype)
     around = [(rows.start, size - rows.stop) for rows in (tall, wide)]
     return jnp.pad(met, (*around, (0, 0), (0, 0)))
 

@@ -66,7 +66,7 @@ def values_of(
 def sums_of(
     task: Task, outputs: jax.Array, targets: Targets, real: jax.Array | None = None
 ) -> dict[str, jax.Array]:
-    """Returns for each metric [2]: the sum of weighted values, and that of the weights.
+    """Returns for each metric [2]: the sums of its numerators and of its denominators.
 
     Args:
       task: The task.
@@ -100,7 +100,8 @@ def _checked(values: Any, what: str, samples: int, kind: str) -> jax.Array:
         )
     if not jnp.issubdtype(dtype, jnp.floating):
         raise StageError(f"{what} is {dtype}, expected floating numbers")
-    return jnp.asarray(values)
+    # Sums of a micro-batch would have the few digits, and the range, of 16 bits.
+    return jnp.asarray(values, jnp.promote_types(dtype, jnp.float32))
 
 
 def check_task(task: Task, outputs: Any, targets: PyTree) -> None:

@@ -31,7 +31,7 @@ METRIC_NAME = r"[A-Za-z][\w.@-]{0,39}"
 Outputs: TypeAlias = "jax.Array"
 """What the last unit returns, [samples, …]."""
 Values: TypeAlias = "jax.Array | tuple[jax.Array, jax.Array]"
-"""A metric's values [samples], or the values and their weights, each [samples]."""
+"""A metric's values [samples], or their numerators and denominators, each [samples]."""
 
 
 def _same(mean: float) -> float:
@@ -41,15 +41,16 @@ def _same(mean: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A metric that is a function of a weighted mean over samples, and so can be streamed.
+    """A metric that is a function of a mean over samples, and so can be streamed.
 
-    Hosts add up values and weights of their micro-batches; nothing depends on how samples are
-    divided among micro-batches, devices or rounds.
+    Hosts add up numerators and denominators of their micro-batches; nothing depends on how samples
+    are divided among micro-batches, devices or rounds.
 
     Attributes:
       name: Its name.
-      values: Returns the samples' values, or their values and weights, from outputs and targets;
-        traced by jax. A sample's value may depend on that sample alone.
+      values: Returns the samples' values, whose mean counts, or their numerators and denominators,
+        of which the sum of the ones over the sum of the others does (values ``v`` of weights ``w``:
+        ``(w * v, w)``); traced by jax. A sample's value may depend on that sample alone.
       higher_is_better: Whether higher values are better.
       share: Whether it is a share in [0, 1], which is shown as a percentage.
       finish: What is reported of the mean, such as ``math.sqrt``.
@@ -180,10 +181,10 @@ class Task:
         """Returns the streamed metrics from their sums.
 
         Args:
-          sums: For each metric the sum of weighted values, and that of the weights.
+          sums: For each metric the sum of its numerators, and that of its denominators.
 
         Returns:
-          The metrics by name; NaN where the weights are zero, such as without a single position
+          The metrics by name; NaN where the latter is zero, such as without a single position
           that counts.
 
         Raises:

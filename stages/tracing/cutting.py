@@ -84,11 +84,15 @@ class Cut:
       left: Paths of the variables that are used before it.
       right: Paths of the variables that are used behind it.
       boundary: The array that crosses it.
+      position: Its position among the equations in training.
+      length: Number of these equations; with as many, a trace for other samples has it there, too.
     """
 
     left: frozenset[str]
     right: frozenset[str]
     boundary: CutTensor
+    position: int
+    length: int
 
 
 def find_cuts(
@@ -123,7 +127,8 @@ def find_cuts(
             if here not in refused or rank < refused[here][0]:
                 refused[here] = rank, reason
             continue
-        made = _rank(boundary, position), Cut(here, right[position], boundary)
+        cut = Cut(here, right[position], boundary, position, few.length)
+        made = _rank(boundary, position), cut
         if here not in best or made[0] < best[here][0]:
             best[here] = made
     obstacles: list[Obstacle] = []
@@ -183,7 +188,9 @@ def place(flow: Flow, cuts: Sequence[Cut], samples: int, name: str) -> list[int 
             and not left[position] & cut.right
             and not right[position] & cut.left
         ]
-        positions.append(fits[-1] if fits else None)
+        # Shapes do not tell positions apart where there are as many samples as, say, time steps.
+        known = flow.length == cut.length and cut.position in fits
+        positions.append(cut.position if known else fits[-1] if fits else None)
     return positions
 
 

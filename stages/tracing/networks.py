@@ -146,9 +146,12 @@ class LinenNetwork(Network):
             ) from error
         self.params = _flat(drawn.pop("params", {}))
         self._homes: dict[str, tuple[str, str]] = {}
-        self.state = {}
+        self.state, self._sown = {}, {"intermediates"}
         for collection, variables in sorted(drawn.items()):
             for path, value in _flat(variables).items():
+                if isinstance(value, tuple):  # one more with each call, and dropped after it
+                    self._sown.add(collection)
+                    continue
                 known = path in self.params or path in self.state
                 here = f"{path}/{collection}" if known else path
                 self._homes[here], self.state[here] = (collection, path), value
@@ -188,7 +191,7 @@ class LinenNetwork(Network):
                 *given,
                 **named,
                 rngs=draw_streams(streams, scope) if train else {},
-                mutable=[*changing, "intermediates"] if train else ["intermediates"],
+                mutable=sorted({*changing, *self._sown} if train else self._sown),
             )
         if not train:
             return y, state

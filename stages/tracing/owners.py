@@ -54,7 +54,7 @@ def assign(
         for path in sorted(step.variables)
     ]
     for path in sorted({*network.params, *network.state} - home.keys()):
-        near = max(home, key=lambda known: _shared(known, path), default=path)
+        near = max(sorted(home), key=lambda known: _shared(known, path), default=path)
         home[path] = home.get(near, 0)
     return [
         Owner(

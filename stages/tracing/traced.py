@@ -201,6 +201,23 @@ class TracedUnit(Unit):
         for field, value in (("traced", traced), ("index", index), ("names", own)):
             object.__setattr__(self, field, value)
 
+    @property
+    def draws(self) -> bool:
+        """Whether its equations use more of the draw than the share; see ``Unit.draws``."""
+        jaxpr = self.traced.pieces(FEW, True)[self.index].jaxpr
+        weights, statistics = self.traced.owners[self.index]
+        first = len(weights) + len(statistics)
+        scalars = jaxpr.invars[first : first + len(MicroBatchContext._fields)]
+        names = dict(zip(MicroBatchContext._fields, scalars, strict=True))
+        del names["inverse_batch"]
+        used = {
+            v
+            for equation in jaxpr.eqns
+            for v in equation.invars
+            if not isinstance(v, jex_core.Literal)
+        }
+        return any(var in used for var in names.values())
+
     def expect_lengths(self, lengths: Sequence[int]) -> None:
         """Traces the network for them; see ``Unit.expect_lengths``."""
         self.traced.expect_lengths(lengths)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,18 +24,22 @@ PRIVATE = ("--config.privacy.noise=2", "--config.privacy.activation_clip=0.5",
 
 
 def test_a_step_of_the_attack(tmp_path):
-    output = tmp_path / "found.png"
+    """Into the current folder, where the picture of an earlier one stays."""
+    (tmp_path / "attack.png").write_text("of an earlier attack")
     done = subprocess.run(
         [sys.executable, "-m", "experiments.attack", "--config=digits", "--config.pipeline.cut=2",
          "--config.pipeline.activation_codec=int8", *PRIVATE, "--steps=1", "--samples=16",
-         "--known=32", f"--output={output}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=PROCESS_S,
+         "--known=32"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=PROCESS_S,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "cut behind conv2" in done.stdout and "codec int8" in done.stdout
     assert "noise multiplier 2 at clip 0.5" in done.stdout
     assert "32 known images, 1 steps, 16 reconstructed" in done.stdout
-    with Image.open(output) as picture:
+    assert done.stdout.splitlines()[-1] == "wrote attack-2.png"
+    assert (tmp_path / "attack.png").read_text() == "of an earlier attack"
+    with Image.open(tmp_path / "attack-2.png") as picture:
         # Twelve digits in two rows, a gap of a pixel around each, six times as large.
         assert picture.size == (6 * (12 * 9 + 1), 6 * (2 * 9 + 1))
 
@@ -74,6 +79,12 @@ def test_what_cannot_be_attacked_is_said(tmp_path, change, words):
     with pytest.raises(ConfigError, match=words):
         experiments.attack.main(resolve(config), own)
     assert not (tmp_path / "a.png").exists()
+
+
+def test_a_picture_that_cannot_be_written_is_told_before_the_attack(tmp_path):
+    own = AttackFlags(device=7, output=str(tmp_path / "no" / "a.png"))  # there is no device 7
+    with pytest.raises(ConfigError, match=r"--output=.*a\.png: the folder .* does not exist"):
+        experiments.attack.main(resolve(digits.get_config()), own)
 
 
 def test_a_picture_of_colours_has_a_row_for_each(tmp_path):

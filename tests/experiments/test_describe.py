@@ -9,9 +9,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
+from flax import nnx
 
-from experiments.describe import make_lengths
-from pipar_jax.config import Config
+import stages
+from experiments.describe import make_lengths, resolve_cuts
+from pipar_jax.config import AUTO, Config
+from pipar_jax.errors import ConfigError
+from pipar_jax.methods.registry import METHODS
 from tests.patience import PROCESS_S
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +52,47 @@ def test_a_cut_that_does_not_exist_is_explained():
     assert done.returncode == 2
     assert "--stages=conv9" in done.stderr and "'conv3'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_cuts_are_those_of_the_method_unless_others_are_asked_for():
+    model = stages.build("mlp", input_shape=(8, 8, 1), classes=10)
+    config = Config()
+    config.pipeline.cut, config.pipeline.cuts = 1, "fc1, 3"
+    for name, method in METHODS.items():
+        config.method = name
+        expected = (1, 3) if method.uses_nodes else (1,) if method.cuts else ()
+        assert resolve_cuts(config, model, "") == expected, name
+        assert resolve_cuts(config, model, "2,fc3") == (2, 3), name
+    config.method, config.pipeline.cuts = "mpsl", ""  # the planner's to find
+    assert resolve_cuts(config, model, "") == (1,)
+    config.method = AUTO
+    assert resolve_cuts(config, model, "") == (1,)
+
+
+class Whole(nnx.Module):
+    """A network that has no cut."""
+
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(64, 10, rngs=rngs)
+
+    def __call__(self, x):
+        return self.linear(x.reshape(x.shape[0], -1))
+
+
+def test_a_network_without_a_cut_is_described_where_nothing_is_cut():
+    model = stages.build("mlp", input_shape=(8, 8, 1), classes=10)
+    whole = stages.Model.from_units("one", [("all", Whole)], (8, 8, 1), 10)
+    config = Config(method="fl")
+    assert resolve_cuts(config, whole, "") == ()
+    assert len(stages.stage_facts(whole, (), 4)) == 1
+    config.method, config.pipeline.cut = "pipar", 1
+    with pytest.raises(ConfigError, match=r"^pipeline\.cut=1: "):
+        resolve_cuts(config, whole, "")
+    with pytest.raises(ConfigError, match=r"^--stages=4: "):
+        resolve_cuts(config, model, "4")
+    config.method, config.pipeline.cuts = "accept", "1,9"
+    with pytest.raises(ConfigError, match=r"^pipeline\.cuts=1,9: "):
+        resolve_cuts(config, model, "")
 
 
 def test_side_inputs_and_who_takes_them_are_printed(tmp_path):

@@ -31,13 +31,32 @@ def test_it_writes_signed_names_and_never_overwrites(tmp_path):
         assert (folder / f"{name}.key").stat().st_mode & 0o077 == 0
 
     again = run(f"--folder={folder}", "--host=d1")
-    assert again.returncode == 1 and "already contains an authority" in again.stderr
+    assert again.returncode == 2 and "already contains an authority" in again.stderr
     assert "Traceback" not in again.stderr
     assert run(f"--folder={folder}", "--add", "--host=d1").returncode == 0
     twice = run(f"--folder={folder}", "--add", "--host=d1")
-    assert twice.returncode == 1 and "already exists" in twice.stderr
+    assert twice.returncode == 2 and "already exists" in twice.stderr
     wrong = run(f"--folder={folder}", "--add", "--host=../evil")
-    assert wrong.returncode == 1 and "not a valid name for a certificate" in wrong.stderr
+    assert wrong.returncode == 2 and "not a valid name for a certificate" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("hosts", "says"),
+    [
+        (["server=127.0.0.1", "ser ver"], "'ser ver' is not a valid name"),
+        (["server=127.0.0.1,x/y"], "'x/y' is neither a host name nor an address"),
+        (["d0", "d1", "d0"], "--host=d0 is named twice"),
+        (["authority"], "is the authority's own"),
+        (["taken"], "taken.key already exists"),
+        ([], "name at least one host"),
+    ],
+)
+def test_a_wrong_host_is_told_before_anything_is_written(tmp_path, hosts, says):
+    (tmp_path / "taken.key").touch()
+    done = run(f"--folder={tmp_path}", *(f"--host={host}" for host in hosts))
+    assert done.returncode == 2 and says in done.stderr, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["taken.key"]
 
 
 @pytest.mark.parametrize("damage", ["missing", "garbage"])

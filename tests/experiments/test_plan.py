@@ -111,14 +111,24 @@ def codecs_rows(text: str) -> list[list[str]]:
 def test_errors_are_one_line(tmp_path: Path) -> None:
     file = tmp_path / "profile.json"
     file.write_text(json.dumps(profile(device()).to_dict()))
+    (binary := tmp_path / "binary").write_bytes(b"\x80\x00")
+    (other := tmp_path / "other").write_text("{}")
     for arguments, message in (
         ((f"--profile={tmp_path / 'none'}",), "cannot be read: No such file"),
         ((f"--profile={file}", "--config.devices.count=3"), "--config.devices.count=1"),
         (("--config.tuner.methods=fl,pipr",), "did you mean 'pipar'"),
         (("--config.tuner.micro_batches=2,x",), "'x' is not a positive whole number"),
         (("--config.tuner.codecs=zip",), "unknown codec 'zip'"),
+        ((f"--profile={binary}",), f"--profile={binary} cannot be read: not a text file"),
+        ((f"--profile={other}",), f"--profile={other}: this is not a profile"),
     ):
         result = run("plan", *arguments)
-        assert result.returncode in (1, 2)
+        assert result.returncode == 2
         assert message in result.stderr, result.stderr
-        assert "Traceback" not in result.stderr
+        assert "Traceback" not in result.stderr and "unexpected" not in result.stderr
+
+
+def test_a_profile_that_cannot_be_written_is_told_before_it_is_measured(tmp_path: Path) -> None:
+    result = run("profile", f"--json={tmp_path / 'no' / 'profile.json'}")
+    assert result.returncode == 2 and not result.stdout
+    assert result.stderr.startswith(f"error: --json={tmp_path}/no/profile.json: the folder ")

@@ -43,6 +43,30 @@ def test_a_machine_that_this_one_cannot_be_is_an_error(tmp_path: Path) -> None:
     assert found.stderr.strip().splitlines()[-1].startswith("error: --variants=abacus")
 
 
+def test_what_is_in_the_way_is_told_before_anything_is_timed(tmp_path: Path) -> None:
+    (taken := tmp_path / "times.npz").write_text("somebody's")
+    wrong, made = tmp_path / "no" / "file", tmp_path / "made"
+    for binary, arguments, says in (
+        ("collect_latency", [f"--out={taken}"], f"{taken} does not contain times of layers"),
+        ("collect_latency", [f"--out={wrong}"], f"--out={wrong}: the folder "),
+        ("train_predictor", [f"--out={wrong}"], f"--out={wrong}: the folder "),
+        ("train_predictor", [f"--out={made}", f"--timings={wrong}"], f"{wrong} cannot be read"),
+        ("bench_predictor", [f"--timings={taken}"], f"{taken} does not contain times of layers"),
+    ):
+        found = run(binary, *arguments)
+        assert found.returncode == 2, found.stderr
+        line = found.stderr.strip().splitlines()[-1]
+        assert line.startswith("error: ") and says in line
+    assert taken.read_text() == "somebody's" and not made.exists()
+
+
+def test_a_network_that_is_not_timed_is_an_error_beside_one_that_is(tmp_path: Path) -> None:
+    arguments = ("--quick", "--networks=mlp,abacus", "--variants=core")
+    found = run("collect_latency", f"--out={tmp_path / 'times.npz'}", *arguments)
+    assert found.returncode == 2
+    assert found.stderr.strip().splitlines()[-1].startswith("error: --networks=abacus is not among")
+
+
 @pytest.mark.soak
 def test_the_benchmark_reports_errors_and_regret(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"

@@ -18,7 +18,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_what_is_no_run_ends_with_one_line(tmp_path: Path) -> None:
     result = run(str(tmp_path))
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.startswith(f"error: {tmp_path} is not the folder of a run")
     assert "Traceback" not in result.stderr
 
@@ -39,6 +39,12 @@ def test_a_report_lies_in_the_runs_folder_or_where_it_is_wanted(tmp_path: Path) 
     (folder / "metrics.jsonl").write_text("")
     assert run(str(folder)).stdout.strip() == f"wrote {folder / 'report.html'}"
     assert (folder / "report.html").read_text().startswith("<!DOCTYPE html>")
+    (folder / "report.html").write_text("of this run and another one")
+    assert run(str(folder)).stdout.strip() == f"wrote {folder / 'report-2.html'}"
+    assert (folder / "report.html").read_text() == "of this run and another one"
     other = tmp_path / "other.html"
     assert run(str(folder), f"--output={other}").returncode == 0
     assert other.exists()
+    wrong = run(str(folder), f"--output={tmp_path}")
+    assert wrong.returncode == 2
+    assert wrong.stderr == f"error: --output={tmp_path} is a folder: name a file\n"

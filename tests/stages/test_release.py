@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen, nnx
 
 import stages
+import stages.layers
 from pipar_jax.privacy.noise import NoiseSource
 from stages.release import (
     CLIPPED,
@@ -277,3 +279,72 @@ def test_the_cotangent_of_a_last_stage_is_clipped_and_noised(model):
         assert np.isfinite(float(metrics["loss"]))
     assert norms(found[1]).max() <= clip / count * (1 + 1e-6)
     assert np.std(found[0] - found[1]) == pytest.approx(2.0 * clip / count, rel=0.1)
+
+
+class Attentive(nnx.Module):
+    def __init__(self, rngs):
+        self.attention = nnx.MultiHeadAttention(2, 4, dropout_rate=0.5, decode=False, rngs=rngs)
+        self.last = nnx.Linear(4, 3, use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.attention(x[:, None] * jnp.ones((3, 1))).mean(1))
+
+
+class OurDropout(nnx.Module):
+    def __init__(self, rngs):
+        self.drop = stages.layers.Dropout(0.5)
+        self.last = nnx.Linear(4, 3, use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.drop(x))
+
+
+class LinenDropout(linen.Module):
+    @linen.compact
+    def __call__(self, x, train: bool):
+        x = linen.Dropout(0.5, deterministic=not train)(x)
+        return linen.Dense(3, use_bias=False)(linen.Dense(3, use_bias=False)(x))
+
+
+def noisy(params, x, key, train):
+    x = x * jax.random.bernoulli(key, 0.5, x.shape) if train else x
+    return (x @ params["a"]) @ params["b"]
+
+
+def drawing_models():
+    """Models whose first unit is linear in its last weights, and draws."""
+    head = ("head", lambda rngs: nnx.Linear(3, 3, rngs=rngs))
+    for made in (Attentive, OurDropout):
+        yield made.__name__, stages.Model.from_units("two", [("own", made), head], (4,), 3)
+    yield "linen", stages.trace(LinenDropout(), jnp.ones((1, 4)))
+    params = {"a": jnp.ones((4, 3)), "b": jnp.ones((3, 3))}
+    yield "function", stages.trace(noisy, jnp.ones((1, 4)), params=params)
+
+
+@pytest.mark.parametrize(("name", "model"), list(drawing_models()), ids=lambda one: str(one)[:10])
+def test_the_gradient_is_of_the_masks_that_were_sent(name, model):
+    """Whatever draws: an activation and its gradient have the same mask for each example."""
+    of = PrivateRelease(shape=(3,), noise=0.0, activation_clip=1e6, gradient_clip=1e6)
+    (stage, params, state), _ = [
+        (s, stages.select(s, p), stages.select(s, q))
+        for p, q in [model.init(0)]
+        for s in stages.split(model, (1,), releases={0: of})
+    ]
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(5, 4)), jnp.float32)
+    given = jnp.asarray(rng.normal(size=(5, 3)), jnp.float32)
+    draw = stages.make_draw(5)._replace(noise=np.zeros(of.bits_shape(5), np.uint32))
+
+    def sent(params):
+        y, residuals, _ = stage.forward(params, state, x, draw)
+        return y, residuals
+
+    y, residuals = sent(params)
+    _, gradient = stage.backward(params, residuals, given, stage.zeros(params))
+    unit = stage.unit_names[0]
+    path = max(params[unit], key=lambda path: ("last" in path, path))
+    along = jnp.asarray(rng.normal(size=params[unit][path].shape), jnp.float32)
+    moved = {**params, unit: {**params[unit], path: params[unit][path] + along}}
+    expected = float(jnp.vdot(sent(moved)[0] - y, given))
+    assert abs(expected) > 1e-2, (name, path)
+    assert float(jnp.vdot(gradient[unit][path], along)) == pytest.approx(expected, rel=1e-3)

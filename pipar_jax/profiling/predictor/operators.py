@@ -191,14 +191,18 @@ def _trace(model: Model, index: int, shape: PyTree) -> tuple[Operator, ...]:
     unit = model.units[index]
     draw = make_draw(TRACED)
 
-    def run(params: PyTree, state: PyTree, x: PyTree) -> PyTree:
-        return unit.call(params, state, x, {}, draw=draw, train=True)[0]
+    shapes = model.side_shapes(TRACED)
+    sides = {name: shapes[name] for name in unit.sides}
+
+    def run(params: PyTree, state: PyTree, x: PyTree, sides: PyTree) -> PyTree:
+        return unit.call(params, state, x, sides, draw=draw, train=True)[0]
 
     with forced(Formulation.XLA):
-        closed = jax.make_jaxpr(run)(unit.weights, unit.state, shape)
+        closed = jax.make_jaxpr(run)(unit.weights, unit.state, shape, sides)
     walk = _Walk()
     params, state = len(jax.tree.leaves(unit.weights)), len(jax.tree.leaves(unit.state))
     origins = [_Origin(False, True)] * params + [_NOTHING] * state + [_Origin(True, index > 0)]
+    origins += [_Origin(True, False)] * len(sides)
     walk.run(closed.jaxpr, origins)
     return walk.operators()
 
@@ -209,6 +213,7 @@ class _Walk:
     def __init__(self) -> None:
         self._single: list[Operator] = []
         self._sums: dict[str, Operator] = {}
+        self._times = 1  # of what is walked through now: steps of the loops around it
 
     def operators(self) -> tuple[Operator, ...]:
         """Returns the operators, the call first."""
@@ -232,7 +237,10 @@ class _Walk:
                 # leading constants that only it has have no origin.
                 missing = max(len(inner.invars) - len(given), 0)
                 last = given[max(len(given) - len(inner.invars), 0) :]
+                times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+                self._times *= times
                 results = self.run(inner, [_NOTHING] * missing + last)
+                self._times //= max(times, 1)
                 results = [*results, *[whole] * len(eqn.outvars)][: len(eqn.outvars)]
             elif whole.data:
                 self._note(eqn, given)
@@ -245,11 +253,11 @@ class _Walk:
         if name in _FREE or not getattr(out, "shape", None):
             return
         if name == "conv_general_dilated":
-            self._single.append(_convolution(eqn, given))
+            self._single += [_convolution(eqn, given)] * self._times
         elif name == "dot_general":
-            self._single.append(_product(eqn, given))
+            self._single += [_product(eqn, given)] * self._times
         elif name.startswith(("reduce_window", "select_and")):
-            self._single.append(_pool(eqn, given))
+            self._single += [_pool(eqn, given)] * self._times
         else:
             self._add(name, eqn)
 
@@ -264,10 +272,10 @@ class _Walk:
         came = sum(_bytes(v.aval) for v in eqn.invars if hasattr(v, "aval"))
         went = sum(_bytes(v.aval) for v in eqn.outvars)
         self._sums[kind] = so_far._replace(
-            flops=so_far.flops + sum(math.prod(v.aval.shape) for v in eqn.outvars),
-            input_bytes=so_far.input_bytes + came,
-            output_bytes=so_far.output_bytes + went,
-            repeats=so_far.repeats + 1,
+            flops=so_far.flops + self._times * sum(math.prod(v.aval.shape) for v in eqn.outvars),
+            input_bytes=so_far.input_bytes + self._times * came,
+            output_bytes=so_far.output_bytes + self._times * went,
+            repeats=so_far.repeats + self._times,
         )
 
 

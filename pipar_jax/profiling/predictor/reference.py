@@ -1,4 +1,4 @@
-"""The reference layers: a dozen small layers whose times characterise a device.
+"""The reference layers: eleven small layers whose times characterise a device.
 
 They are the units of one chain, each of another kind or shape, to reveal what is fast and slow on a
 device: wide and narrow convolutions, a depthwise one, elementwise work on a large map, pools,
@@ -202,7 +202,7 @@ def time_reference(
     model = reference_model()
     began_s = time.monotonic()
     params, state = model.init(0)
-    compiled = optimizer.compiled(config, steps=1, proximal_mu=proximal_mu)
+    compiled = optimizer.compiled(config, steps=optimizer.MANY_STEPS, proximal_mu=proximal_mu)
     parts = stages.split(model, tuple(range(1, len(model.units))))[:-1]
     replicas = [Replica(stage, params, state, compiled) for stage in parts]
     run_all(model, replicas, (BATCH,), between=between)  # compiles

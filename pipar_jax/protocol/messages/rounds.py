@@ -66,12 +66,13 @@ class Release(ControlMessage):
     clip: Annotated[float, Real()] = 0.0
 
 
-@message("drop", Sender.COORDINATOR)
+@message("drop", Sender.COORDINATOR, Form.EITHER)
 class Drop(ControlMessage):
     """A place is out of the round from a step on; answered by its own device, by ``Dropped``.
 
     Everyone else goes on without it. What of its steps from that one on is here is forgotten, and
-    what still arrives of them is discarded.
+    what still arrives of them is discarded. In sequential order it comes to its own device as a
+    bundle, behind the client-side model that may be on its way there.
 
     Attributes:
       round: Which round.
@@ -85,9 +86,13 @@ class Drop(ControlMessage):
     step: Count
 
 
-@message("dropped", Sender.HOST)
+@message("dropped", Sender.HOST, Form.EITHER)
 class Dropped(ControlMessage):
-    """A device has stopped for this round and sends nothing more about it."""
+    """A device has stopped for this round and sends nothing more about it.
+
+    It comes as a bundle, behind the weights that may be on their way: a control message would
+    overtake them.
+    """
 
     round: Count
 
@@ -131,9 +136,9 @@ class Rewind(ControlMessage):
     step: Count
 
 
-@message("rewound", Sender.HOST)
+@message("rewound", Sender.HOST, Form.EITHER)
 class Rewound(ControlMessage):
-    """A host is back at the step that it was told."""
+    """A host is back at the step that it was told; a bundle for the reason of ``Dropped``."""
 
     round: Count
     step: Count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -171,11 +172,34 @@ def test_a_program_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
 
 def test_what_was_measured_before_an_error_is_not_thrown_away(tmp_path: Path) -> None:
     text = PROGRAM.replace("target=0.5)", 'target=0.5)\n    run.row("quick", 1.0, "x")')
+    (tmp_path / "rows.json").write_text("those of a whole run")
     result = _program(tmp_path, f"--json={tmp_path / 'rows.json'}", text=text)
     assert result.returncode == 1
     assert result.stderr.startswith("error: the benchmark reports 'quick' twice")
     assert "Incomplete" in result.stdout
-    assert [row["name"] for row in json.loads((tmp_path / "rows.json").read_text())] == ["quick"]
+    partial = tmp_path / "rows.partial.json"
+    assert f"the rows so far are in {partial}" in result.stdout
+    assert [row["name"] for row in json.loads(partial.read_text())] == ["quick"]
+    assert (tmp_path / "rows.json").read_text() == "those of a whole run"
+
+
+def test_what_is_no_file_gets_the_rows_of_an_interrupted_run_itself(tmp_path: Path) -> None:
+    run, out = _bench(json_path=os.devnull)
+    run.row("figure", 1.0, "s")
+    run.finish(complete=False)
+    assert f"the rows so far are in {os.devnull}\n" in out.getvalue()
+    run, _ = _bench(json_path=tmp_path / "rows")
+    run.row("figure", 1.0, "s")
+    run.finish(complete=False)
+    assert os.listdir(tmp_path) == ["rows.partial.json"]
+
+
+def test_settings_are_chosen_by_their_names_and_none_is_an_error() -> None:
+    settings = ["vgg5 4g", "vgg5 wifi", "resnet18 4g"]
+    assert harness.chosen(settings, "4g", str) == ["vgg5 4g", "resnet18 4g"]
+    assert harness.chosen(settings, "", str) == settings
+    with pytest.raises(ConfigError, match=r"--only='typo' .* vgg5 4g, vgg5 wifi, resnet18 4g"):
+        harness.chosen(settings, "typo", str)
 
 
 def test_the_example_in_the_docstring_runs(tmp_path: Path) -> None:

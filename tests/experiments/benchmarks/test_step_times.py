@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from unittest import mock
 
 import pytest
 
 import stages
-from experiments.benchmarks import step_times
+from experiments.benchmarks import step_times, torch_networks
 
 TORCH = importlib.util.find_spec("torch") is not None
 NETWORKS = (
@@ -19,6 +21,22 @@ NETWORKS = (
     "mobilenetv3_small",
     "mobilenetv3_large",
 )
+
+
+def test_pytorch_has_run_a_step_before_one_is_timed(monkeypatch):
+    """As ours has: in slow cells nothing else is run before."""
+    torch = mock.MagicMock()
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(torch_networks, "build", mock.MagicMock())
+    step_times.prepare_torch("vgg5", 2, 1, channels_last=False)
+    steps = torch.optim.SGD.return_value.step
+    assert steps.call_count == 1
+    step_times.run_step(2)
+    assert steps.call_count == 3
+
+
+def test_every_network_of_pytorch_is_one_of_ours():
+    assert set(NETWORKS) <= set(torch_networks.NAMES) <= set(stages.MODELS)
 
 
 @pytest.mark.skipif(not TORCH, reason="torch is not installed (extra `peers`)")

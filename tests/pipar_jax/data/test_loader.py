@@ -100,6 +100,19 @@ def test_samples_of_every_rank_are_normalised(shape: tuple[int, ...]) -> None:
     np.testing.assert_allclose(found, (x.astype(np.float32) - mean) / std, rtol=1e-6)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "int64", "float16", "float32", "float64"])
+def test_no_digit_of_what_is_stored_is_lost_before_the_computation(dtype, scaled) -> None:
+    x = (np.arange(6).reshape(2, 3) / (3 if dtype.startswith("float") else 1)).astype(dtype)
+    mean, std = (np.ones(3, np.float32), np.full(3, 3, np.float32)) if scaled else (None, None)
+    found = normalise(x, mean, std)
+    wide = np.float64 if dtype == "float64" else np.float32
+    expected = (x.astype(wide) - wide(1)) / wide(3) if scaled else x
+    np.testing.assert_allclose(found, expected, rtol=4 * np.finfo(wide).eps, atol=1e-7)
+    if dtype == "float64":
+        np.testing.assert_allclose(found, expected, rtol=1e-15, atol=1e-15)
+
+
 @pytest.mark.parametrize("samples", [1, 9, 10, 11, 25])
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_batch_samples_is_what_the_loader_does(samples: int, drop_last: bool) -> None:

@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from pipar_jax.config import Config
 from pipar_jax.config.checkpoints import WEIGHTS
 from pipar_jax.cost_model.profile import HostProfile, UnitFacts
 from pipar_jax.disk import files
-from pipar_jax.errors import DiskError, PiparError
+from pipar_jax.errors import ConfigError, DiskError, PiparError
 from pipar_jax.launch.run_folders import hold_folder
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.profiling import kept_times
@@ -164,7 +165,8 @@ def test_a_full_disk_is_one_line_with_file_and_remedy(writer: str, tmp_path: Pat
     assert "free some, or " in line and "--" in line and "\n" not in line
 
 
-@every_writer
+# A benchmark looks at its file before it measures: below.
+@pytest.mark.parametrize("writer", [writer for writer in WRITERS if writer != "benchmark"])
 def test_a_disk_that_cannot_be_written_is_one_line(writer: str, tmp_path: Path) -> None:
     name, write = WRITERS[writer]
     with read_only_disk(tmp_path) as disk, pytest.raises(DiskError) as caught:
@@ -172,6 +174,53 @@ def test_a_disk_that_cannot_be_written_is_one_line(writer: str, tmp_path: Path) 
     line = str(caught.value)
     assert "Read-only file system" in line and str(disk / name) in line
     assert "give this user write permission, or " in line and "\n" not in line
+
+
+def test_a_target_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+    (file := tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "a")
+    for path, says in (
+        (tmp_path, "is a folder: name a file"),
+        (tmp_path / "no" / "a.png", f"the folder {tmp_path / 'no'} does not exist; create it"),
+        (tmp_path / "link", f"the folder {tmp_path / 'nowhere'} does not exist; create it"),
+        (file / "a.png", "cannot be used: Not a directory; name another"),
+        (tmp_path / ("a" * 300), "cannot be used: File name too long; name another"),
+    ):
+        with pytest.raises(ConfigError, match=f"^--output=x:? {re.escape(says)}"):
+            files.check_target(path, "--output=x")
+    for path in (file, tmp_path / "a.png", os.devnull):
+        files.check_target(path, "--output=x")
+    assert file.read_text() == "old" and leftovers(tmp_path) == ["file", "link"]
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_work(tmp_path: Path) -> None:
+    (file := tmp_path / "file").write_text("")
+    for path, says in ((file, "is a file: name a folder"), (file / "runs", "Not a directory")):
+        with pytest.raises(ConfigError, match=f"^run.dir=x .*{says}"):
+            files.check_folder(path, "run.dir=x")
+    for path in (tmp_path, tmp_path / "a" / "b"):
+        files.check_folder(path, "run.dir=x")
+    assert leftovers(tmp_path) == ["file"]
+
+
+def test_what_may_not_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+    with read_only_disk(tmp_path) as disk:
+        for check, path in (
+            (files.check_target, disk / "a.png"),
+            (files.check_folder, disk),
+            (files.check_folder, disk / "a" / "b"),
+        ):
+            says = rf"^x: this user may not write (in )?{disk}; give it write permission, or name"
+            with pytest.raises(ConfigError, match=says):
+                check(path, "x")
+
+
+def test_names_that_are_taken_have_numbers(tmp_path: Path) -> None:
+    found = []
+    for _ in range(3):
+        found.append(files.unused(tmp_path, "net-1.5", ".html"))
+        found[-1].touch()
+    assert [path.name for path in found] == ["net-1.5.html", "net-1.5-2.html", "net-1.5-3.html"]
 
 
 def test_a_runs_folder_on_a_full_disk_and_on_one_that_cannot_be_written(tmp_path: Path) -> None:
@@ -274,6 +323,15 @@ def test_what_is_no_file_is_written_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("file")
     files.write_text(tmp_path / "link", "new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "new"
+    ends = os.pipe()
+    try:
+        if os.path.exists(path := f"/dev/fd/{ends[1]}"):  # not everywhere
+            files.check_target(path, "x")
+            files.write_text(path, "through a pipe")
+            assert os.read(ends[0], 100) == b"through a pipe"
+    finally:
+        for end in ends:
+            os.close(end)
 
 
 def test_a_failure_of_the_writer_itself_leaves_nothing(tmp_path: Path) -> None:

@@ -155,6 +155,12 @@ def test_a_wrong_command_line_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_a_preset_whose_name_is_too_long_is_refused_in_one_line(presets: pathlib.Path) -> None:
+    for name in ("a" * 300, f"./{'a' * 300}.py", f"{presets}/{'a' * 300}"):
+        with pytest.raises(ConfigError, match=r"^--config=.* is not a preset"):
+            parse(presets, f"--config={name}")
+
+
 @pytest.mark.parametrize("asked", ["--help", "-h", "--helpfull"])
 def test_help_names_every_field_and_flag(presets: pathlib.Path, asked: str) -> None:
     text = parse(presets, asked).text

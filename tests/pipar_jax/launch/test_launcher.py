@@ -232,13 +232,29 @@ def test_missing_data_end_the_run_before_a_process_starts(
     assert not pathlib.Path(config.run.dir).exists()
 
 
-def test_a_folder_that_cannot_be_made_is_explained(
+def test_a_folder_that_cannot_be_made_is_told_before_the_data_are_read(
     config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
     (tmp_path / "file").write_text("")
-    config.run.dir = str(tmp_path / "file" / "runs")
-    with pytest.raises(RunError, match=r"folder cannot be created: .*file/runs"):
-        launch(config, monkeypatch)
+    config.data.source, config.data.data_dir = "mnist", str(tmp_path)  # where there is none
+    config.data.download = False
+    for place in ("file", "file/runs"):
+        config.run.dir = str(tmp_path / place)
+        with pytest.raises(ConfigError, match=rf"^run\.dir='.*{place}' "):
+            launch(config, monkeypatch)
+
+
+def test_the_folder_of_a_run_that_goes_on_is_looked_at_where_it_is(
+    config: Config, tmp_path: pathlib.Path
+) -> None:
+    config = resolve(config)
+    run_folders.check_place(config)
+    pathlib.Path(config.run.dir).write_text("")
+    with pytest.raises(ConfigError, match=r"^run\.dir=.* is a file: name a folder"):
+        run_folders.check_place(config)
+    config.run.resume = str(tmp_path / "elsewhere")  # whose folder is the one to be written
+    run_folders.check_place(config)
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_an_error_of_the_listener_to_events_ends_all(

@@ -20,6 +20,7 @@ from pipar_jax.config import plugins
 from pipar_jax.config.checkpoints import CHECKPOINTS, FACTS
 from pipar_jax.disk.files import write_tensors
 from pipar_jax.errors import ConfigError, JoinError, PiparError
+from pipar_jax.launch import take_part
 from tests.patience import PROCESS_S
 from tests.sources import ROOT
 
@@ -116,6 +117,18 @@ def test_a_node_and_a_device_are_refused_in_one_line(tmp_path: pathlib.Path) -> 
     config.method, config.nodes.count, config.pipeline.cuts = "mpsl", 1, "1,2"
     with pytest.raises(JoinError, match=r"compute node 1 cannot join: .* at 127\.0\.0\.1 port 1 "):
         pipar_jax.run_node(config, 1, "127.0.0.1:1")
+
+
+def test_a_device_may_be_one_of_those_that_come_later(tmp_path: pathlib.Path) -> None:
+    config = small(tmp_path)
+    config.devices.more = 1
+    for index in range(3):
+        take_part.check_device(config, index)
+    says = r"index=3 is not valid: devices.count=2 and devices.more=1, .* 0 to 2"
+    with pytest.raises(ConfigError, match=says):
+        pipar_jax.run_device(config, 3, "127.0.0.1:1")
+    with pytest.raises(ConfigError, match=f"^--{says}"):
+        take_part.check_device(config, 3, "--index")
 
 
 def test_functions_that_can_be_imported_are_trained_in_processes(tmp_path: pathlib.Path) -> None:

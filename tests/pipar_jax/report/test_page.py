@@ -14,15 +14,17 @@ import pytest
 
 from pipar_jax.config import Config, to_json
 from pipar_jax.config.membership_script import Attempt, Out
-from pipar_jax.cost_model.from_trace import links_from_shapes
+from pipar_jax.cost_model.costs import links_of_plan
 from pipar_jax.errors import RunError
 from pipar_jax.report import make_page, read_run, write_report
+from pipar_jax.report.bars import Bar, stacked_bars
 from pipar_jax.report.gantt import median_step
 from pipar_jax.report.idle import CAUSES
 from pipar_jax.report.membership import membership_rows, membership_text
+from pipar_jax.report.run import RecordedRun, hosts_of
 from pipar_jax.report.svg import Series, aligned, digits, line_chart, tick_labels, ticks
 from pipar_jax.schedule.actions import KIND_NAMES, parse
-from pipar_jax.schedule.plan import DevicePlan, Plan
+from pipar_jax.schedule.plan import DevicePlan, Plan, is_node
 from pipar_jax.schedule.rounds import RoundSchedule, rounds
 from pipar_jax.schedule.trace import Interval, Timed, Trace
 from pipar_jax.simulator import Costs, LinkModel, simulate
@@ -57,10 +59,13 @@ def write_run(folder: Path, method: str, plan: Plan, *, finish: bool = True) -> 
     config.devices.count = len(plan.devices)
     config.devices.defaults.link = "20/40"
     config.network.token = "secret-token"
-    (folder / "config.json").write_text(to_json(config))
     up, down = LinkModel(20e6 / 8), LinkModel(40e6 / 8)
     count = len(plan.devices)
-    links = links_from_shapes(dict.fromkeys(range(count), (up, down)), plan)
+    between = LinkModel(3e6 / 8), LinkModel(3e6 / 8)
+    config.nodes.count = sum(map(is_node, plan.hosts()))
+    config.nodes.defaults.link = "3/3"
+    (folder / "config.json").write_text(to_json(config))
+    links = links_of_plan(plan, lambda host: between if is_node(host) else (up, down))
     events: list[dict[str, object]] = [
         {"event": "device_joined", "device": d, "samples": SAMPLES, "time_s": 0.1}
         for d in range(count)
@@ -106,6 +111,9 @@ def write_run(folder: Path, method: str, plan: Plan, *, finish: bool = True) -> 
 
 PIPAR = Plan((DevicePlan((1,), ("device", "server"), 4),) * 2)
 FL = Plan((DevicePlan((), ("device",)),) * 2)
+CHAIN = Plan(
+    (DevicePlan((1, 2, 3), ("device", "n1", "n2", "device"), 2),) * 2, weights="shared", in_flight=2
+)
 SL = Plan((DevicePlan((1,), ("device", "server"), 1),) * 2, order="sequential", weights="shared")
 
 
@@ -174,6 +182,19 @@ def test_a_prediction_from_a_runs_own_times_is_its_time(folders: list[Path]) -> 
         assert found.seconds == pytest.approx(measured, rel=1e-3)
 
 
+def test_a_chain_is_predicted_with_the_links_of_its_nodes(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "demo-mpsl", "mpsl", CHAIN))
+    rates = {ends: link.rate_bytes_s for ends, link in run.links.items()}
+    assert rates["n1", "n2"] == rates["n2", "n1"] == 3e6 / 8
+    assert (rates["d0", "n1"], rates["n2", "d1"]) == (20e6 / 8, 40e6 / 8)
+    found, measured = run.predict(), run.of("round_finished")[-1]["seconds"]
+    assert found is not None and found.seconds == pytest.approx(measured, rel=0.01)
+    config = json.loads(json.dumps(run.config))
+    config["nodes"]["defaults"]["link"] = "none"
+    free = dataclasses.replace(run, config=config).predict()
+    assert free is not None and free.seconds < 0.97 * measured
+
+
 def test_what_the_tuner_predicted_stands_beside_the_epoch(folders: list[Path]) -> None:
     run = read_run(folders[-1])
     tuned = {"event": "tuned", "plan": "", "epoch_s": 1.5 * run.epoch_s}
@@ -237,6 +258,96 @@ def test_methods_that_repeat_are_called_by_their_folders(tmp_path: Path) -> None
     folders = [write_run(tmp_path / name, "pipar", PIPAR) for name in ("one", "two")]
     page = make_page([read_run(folder) for folder in folders])
     assert "<h1>one, two: " in page
+
+
+def test_runs_whose_folders_have_one_name_are_told_apart(tmp_path: Path) -> None:
+    for parent in ("one", "two"):
+        (tmp_path / parent).mkdir()
+    folders = [write_run(tmp_path / parent / "run", "pipar", PIPAR) for parent in ("one", "two")]
+    page = make_page([read_run(folder) for folder in (*folders, folders[0])])
+    assert "<h1>run (1), two/run, run (3): " in page
+    for name in ("run (1)", "two/run", "run (3)"):
+        assert f"{name}, measured: step" in page
+
+
+@pytest.mark.parametrize("letters", [1, 49, 50, 51, 100, 255])
+def test_bars_have_room_however_long_names_are(letters: int) -> None:
+    bars = [Bar("x" * letters, [("busy", 2.0)]), Bar("short", [("busy", 1.0)])]
+    chart = stacked_bars("Title", "seconds", bars, str)
+    widths = [float(width) for width in re.findall(r'<rect x="[^"]*" y="[^"]*" width="([^"]*)"',
+                                                   chart)]  # fmt: skip
+    assert len(widths) == 2 and widths[0] == pytest.approx(2 * widths[1], rel=0.01)
+    assert 100 < widths[0] < 900
+
+
+def test_a_run_that_ended_within_an_epoch_is_no_faster_for_it(tmp_path: Path) -> None:
+    """A tenth of an epoch in one second is ten seconds an epoch, and no run that has been won."""
+    whole = read_run(write_run(tmp_path / "whole", "pipar", PIPAR))
+    folder = write_run(tmp_path / "part", "pipar", PIPAR, finish=False)
+    rows = [row for row in read_run(folder).events if row["event"] == "round_finished"]
+    short = {**rows[0], "epoch": 0.1, "seconds": whole.epoch_s / 100}
+    part = dataclasses.replace(read_run(folder), events=(*read_run(folder).events[:3], short))
+    assert part.epoch_s == pytest.approx(whole.epoch_s / 10)
+    page = make_page([part, whole])
+    best = re.findall(r"<tr class=best><td[^>]*>([^<]*)", page)
+    assert best == ["whole"]
+    undone = {**short, "committed": 0, "epoch": 1.0}
+    part = dataclasses.replace(part, events=(*part.events, undone))
+    assert part.epoch_s == pytest.approx((short["seconds"] * 2) / 0.1)
+
+
+def replanned(run: RecordedRun, plan: Plan) -> RecordedRun:
+    """A run that changed its plan after the first round."""
+    row = {"event": "replanned", "round": 1, "plan": str(plan), "to": plan.to_dict(),
+           "seconds": 0.5}  # fmt: skip
+    return dataclasses.replace(run, events=(*run.events, row))
+
+
+def test_a_run_that_changed_its_plan_has_both_and_no_prediction(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run", "pipar", PIPAR))
+    other = Plan((DevicePlan((2,), ("device", "server"), 2),) * 2)
+    changed = replanned(run, other)
+    page = make_page([changed])
+    assert "device|1|server x4, then device|2|server x2" in page
+    assert "cannot be predicted: the plan changed in the run" in page
+    assert "PiPar, measured: step" in page and "PiPar, predicted" not in page
+    assert changed.carried == run.carried  # the same hosts, so the same links
+    again = replanned(replanned(changed, PIPAR), other)
+    assert "x4, 2 more, then device|2|server x2" in make_page([again])
+
+
+def test_bytes_are_not_called_what_nobody_knows(tmp_path: Path) -> None:
+    """After a node is gone another host has its stage: a trace does not say since when."""
+    run = read_run(write_run(tmp_path / "run", "mpsl", CHAIN))
+    shorter = Plan((DevicePlan((1, 3), ("device", "n1", "device"), 2),) * 2, weights="shared",
+                   in_flight=2)  # fmt: skip
+    assert run.carried and "Traffic by link" in make_page([run])
+    changed = replanned(run, shorter)
+    assert changed.carried == {} and "Traffic by link" not in make_page([changed])
+    assert "MP-SL d0 → n1" in make_page([changed])  # in the table of all bytes
+
+
+def test_nodes_and_lost_devices_are_shown_without_a_trace(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", "mpsl", CHAIN)
+    (folder / "trace.json.gz").unlink()
+    run = read_run(folder)
+    assert hosts_of(run) == ["d0", "d1", "n1", "n2", "server"]
+    page = make_page([run])
+    assert "MP-SL n1" in page and "more in metrics.jsonl" not in page
+    rows = [dict(row) for row in run.events]
+    last = [row for row in rows if row["event"] == "round_finished"][-1]
+    last["busy"] = {host: value for host, value in last["busy"].items() if host != "d0"}
+    lost = dataclasses.replace(run, events=tuple(rows))
+    assert hosts_of(lost) == ["d0", "d1", "n1", "n2", "server"]
+
+
+def test_a_recorded_link_that_is_gone_leaves_the_rest_of_the_page(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run", "pipar", PIPAR))
+    config = json.loads(json.dumps(run.config))
+    config["devices"]["overrides"] = {"1": {"link": f"trace:{tmp_path / 'gone.csv'}"}}
+    page = make_page([dataclasses.replace(run, config=config)])
+    assert "cannot be predicted: the link of device 1: " in page
+    assert "PiPar, measured: step" in page
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:

@@ -300,3 +300,39 @@ def test_a_run_stops_early(config, metric, scores, expected):
             return
         rule.add(event)
         assert (rule.reason is not None) == (index >= expected)
+
+
+def test_a_checkpoint_that_fails_in_the_background_costs_no_other(double, tmp_path, monkeypatch):
+    wait, waited = CheckpointStore.wait, []
+
+    def failing(self):
+        waited.append(self)
+        if len(waited) == 2:  # before the second is begun
+            raise DiskError("no room")
+        wait(self)
+
+    monkeypatch.setattr(CheckpointStore, "wait", failing)
+    events = []
+    run = support.trained(setting(tmp_path, "pipar", every_rounds=1), SAMPLES, None, events)
+    assert [e["rounds"] for e in events if e["event"] == "checkpoint_failed"] == [1]
+    assert [e["rounds"] for e in events if e["event"] == "checkpoint"] == [1, 2, 3]
+    assert rounds_kept(run.folder)[-1] == 3
+
+
+@pytest.mark.parametrize("frozen", ["none", "some"])
+@pytest.mark.parametrize("of", ["the run", "a checkpoint"])
+def test_a_run_starts_from_the_weights_of_a_run(double, tmp_path, of, frozen):
+    """Also where some are frozen: they are in the weights of a run that is over as well."""
+    made = setting(tmp_path, "pipar", epochs=1, every_rounds=1)
+    if frozen == "some":
+        made.model.trainable = "fc2/"
+    before = support.trained(made, SAMPLES)
+    path = before.folder / (WEIGHTS if of == "the run" else f"{CHECKPOINTS}/1")
+    later = setting(tmp_path / "later", "pipar", epochs=1)
+    later.model.trainable, later.model.weights = made.model.trainable, str(path)
+    later.optimizer.learning_rate = 1e-300
+    assert_equal(support.trained(later, SAMPLES), before)
+    if frozen == "some" and of == "the run":
+        later.seed = 7  # its frozen weights are others
+        with pytest.raises(ConfigError, match=r"model\.weights=.* is frozen, and not what this"):
+            support.trained(later, SAMPLES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import threading
 
 import numpy as np
@@ -241,3 +242,66 @@ def test_a_run_with_more_devices_than_configured_is_resumed_bit_for_bit(tmp_path
     assert not resumed.kinds("state_lost")
     assert [row["commit"] for row in resumed.script()] == [[0, 1, 2]] * 4
     assert resumed.script() == whole.script() and equal(resumed.weights(), whole.weights())
+
+
+@pytest.mark.parametrize(("every", "rounds"), [("epoch", 3), ("1 steps", 4), ("5 steps", 2)])
+def test_epochs_are_counted_where_rounds_are_given(tmp_path, every, rounds):
+    """Two steps are an epoch here; ``epochs`` says nothing about a run of so many rounds."""
+    made = config(tmp_path, samples=(14, 14))
+    made.aggregation.every, made.run.rounds, made.epochs = every, rounds, 10
+    run = OpenRun(made, samples=(14, 14)).run((0, 1))
+    assert run.error is None
+    of_round = 1.0 if every == "epoch" else int(every.split()[0]) / 2
+    (began,), (ended,) = run.kinds("run_started"), run.kinds("run_finished")
+    done = run.kinds("round_finished")
+    assert began["epochs"] == of_round * rounds
+    assert [one["epoch"] for one in done] == [of_round * (i + 1) for i in range(rounds)]
+    epochs = {}
+    for one in done:
+        spent = epochs.setdefault(int(one["round"] * of_round), [0.0, 0.0])
+        spent[0], spent[1] = spent[0] + one["seconds"], spent[1] + of_round
+    expected = statistics.median(seconds / share for seconds, share in epochs.values())
+    assert ended["epoch_seconds"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("method", ["fl", "sfl", "pipar"])
+def test_a_round_that_was_undone_is_done_anew_by_those_that_had_finished(
+    tmp_path, monkeypatch, method
+):
+    """It ends as if nothing had happened, and what it took is all of its attempts."""
+    lost = threading.Event()
+
+    def start_again(run, event):
+        if event["event"] == "device_lost":
+            lost.set()
+            run.start(1)
+
+    def end():
+        run.end(1)
+        lost.wait(PATIENCE_S)  # in the midst of a round
+
+    made = config(tmp_path, method, quorum=3, below="repeat", wait_s=60.0)
+    made.optimizer.momentum = 0.0  # whoever comes back begins with a fresh one
+    undisturbed = OpenRun(made).run(range(3)).weights()
+    made.name = "disturbed"
+    run = OpenRun(made, when=start_again)
+    before_batch(monkeypatch, 1, 2, end)
+    run.run(range(3))
+    assert run.error is None
+    rows = run.kinds("round_finished")
+    assert len({one["round"] for one in rows}) < len(rows)  # one was undone
+    seconds = {}
+    for one in rows:
+        seconds[one["round"]] = seconds.get(one["round"], 0.0) + one["seconds"]
+    (ended,) = run.kinds("run_finished")
+    assert ended["epoch_seconds"] == pytest.approx(statistics.median(seconds.values()))
+    assert equal(run.weights(), undisturbed)
+
+
+def test_weights_on_their_way_do_not_end_a_device_that_was_dropped(tmp_path):
+    """The others end the round while its weights crawl; what it says next comes behind them."""
+    made = config(tmp_path, "fl", rounds=3, quorum=2, first=2)
+    made.devices.overrides = {2: {"link": "0.4/100"}}
+    run = OpenRun(made).run((0, 1, 2))
+    assert run.error is None and not run.errors
+    assert run.kinds("device_dropped") and not run.kinds("device_lost")

@@ -55,3 +55,18 @@ def test_the_number_of_rounds_can_be_given():
     for plan in PLANS:
         table = Timetable(config.epochs, config.run.rounds, plan, (4, 4, 4))
         assert table.rounds == 7 and table.steps(4) == 28
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("given", [0, 1, 3, 9])
+@pytest.mark.parametrize("steps", [(5, 5, 5), (3, 7, 1)])
+def test_epochs_are_what_the_rounds_pass_over(plan, given, steps):
+    """However many rounds there are, and however long one is."""
+    table, longest = Timetable(2, given, plan, steps), max(steps)
+    taken = [0]
+    for index in range(table.rounds):
+        taken.append(taken[-1] + table.length(index, longest))
+    assert [table.epochs(n) for n in range(table.rounds + 1)] == pytest.approx(
+        [steps / longest for steps in taken]
+    )
+    assert table.epochs(table.rounds) == pytest.approx(table.steps(longest) / longest)

@@ -96,3 +96,12 @@ def breaks():
         raise ValueError("no replicas")
 
     return combine
+
+
+def warm(learning_rate, steps):
+    return optax.warmup_cosine_decay_schedule(0.0, learning_rate, 4, steps)
+
+
+def patient(learning_rate, steps):
+    assert steps > 4, f"{steps} steps are too few"
+    return optax.sgd(learning_rate)

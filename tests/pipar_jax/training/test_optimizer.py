@@ -17,6 +17,7 @@ from pipar_jax.config import OptimizerConfig, plugins
 from pipar_jax.config.training_fields import OPTIMIZERS, SCHEDULES
 from pipar_jax.errors import RunError
 from pipar_jax.training import optimizer
+from tests.pipar_jax.runtime import support
 from tests.pipar_jax.training import brought
 
 STEPS = 3
@@ -221,3 +222,18 @@ def test_a_group_without_weights_is_refused():
     config = OptimizerConfig(groups="head=0.1 lora=10")
     with pytest.raises(RunError, match=r"no trained weight matches 'lora' .*such as head/w"):
         optimizer.check_groups(config, ["head/w"])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"schedule": f"{OWN}:warm"}, {"name": f"{OWN}:patient"}],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_what_a_run_needs_many_steps_for_is_never_asked_for_a_few(tmp_path, fields):
+    """In all places where there are states of an optimiser: a run with checkpoints and a tuner."""
+    made = support.config(tmp_path, (14, 14), dtype="float32", method="auto")
+    made.epochs, made.aggregation.every, made.checkpoint.every_rounds = 3, "epoch", 1
+    made.optimizer.momentum = OptimizerConfig().momentum
+    for name, value in fields.items():
+        setattr(made.optimizer, name, value)
+    support.trained(made, (14, 14))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import stages
+from stages.tasks.per_sample import total_loss
 from stages.tasks.registry import choosing
 from stages.tasks.task import LOSS, MOST_METRICS
 from tests.stages.tasks.test_registered import network
@@ -150,3 +151,22 @@ def test_a_finish_that_fails_is_told_in_one_line(finish, reason):
     task = stages.Task("mine", squares, (stages.Metric("odd", squares, finish=finish),))
     with pytest.raises(stages.StageError, match=f"finish of the metric 'odd' {reason}"):
         task.finish({"odd": (1.0, 2.0)})
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sums_have_the_range_and_the_digits_of_32_bits(dtype):
+    """256 samples: a sum in bfloat16 stops growing there, one in float16 overflows at 65,504."""
+    count = 300
+
+    def large(outputs, targets):
+        return jnp.full(len(outputs), 300, outputs.dtype)
+
+    task = stages.Task(
+        "mine", large, targets=stages.make_task("classification").targets,
+        metrics=(stages.Metric("one", lambda o, t: jnp.ones(len(o), o.dtype)),
+                 stages.Metric("two", lambda o, t: (o[:, 0] * 0 + 1, jnp.ones(len(o), o.dtype)))),
+    )  # fmt: skip
+    outputs, targets = jnp.zeros((count, 4), dtype), jnp.zeros(count, jnp.int32)
+    total, sums = total_loss(task, outputs, targets)
+    assert total.dtype == jnp.float32 and float(total) == 300 * count
+    assert sums["one"].tolist() == sums["two"].tolist() == [count, count]

@@ -20,6 +20,7 @@ from pipar_jax.profiling.predictor.operators import (
 )
 from stages.layers import Conv, Dense, Flatten
 from stages.layers.formulation import Formulation, forced
+from tests.stages.tracing import networks
 
 
 class Head(nnx.Module):
@@ -112,3 +113,38 @@ def test_features_are_finite_and_name_the_kind():
     assert seen.shape == (len(table), FEATURES)
     assert np.isfinite(seen).all()
     assert (seen[:, : len(KINDS)].sum(1) == 1).all()
+
+
+def test_side_inputs_are_traced_like_samples():
+    case = networks.CASES["lengths"]
+    model = stages.trace(case.network, networks.batch(case, 2))
+    found = model_operators(model, None, 6)
+    assert len(found) == len(model.units) and all(found)
+
+
+@pytest.mark.parametrize("steps", [3, 12])
+def test_a_loop_counts_as_often_as_it_is_gone_through(steps):
+    weights = jnp.ones((5, 5))
+
+    def looped(params, x):
+        x = jnp.tanh(x @ params["a"])
+
+        def step(x, _):
+            return jnp.tanh(x @ params["b"]), None
+
+        return jax.lax.scan(step, x, None, length=steps)[0] @ params["c"]
+
+    def written_out(params, x):
+        x = jnp.tanh(x @ params["a"])
+        for _ in range(steps):
+            x = jnp.tanh(x @ params["b"])
+        return x @ params["c"]
+
+    params = {"a": weights, "b": weights, "c": weights}
+    (one, other) = (
+        [sum(each.flops for unit in model_operators(model, None, 4) for each in unit
+             if each.kind == kind) for kind in ("matmul", "elementwise")]
+        for model in (stages.trace(f, jnp.ones((1, 5)), params=params, whole=True)
+                      for f in (looped, written_out))
+    )  # fmt: skip
+    assert one[0] == other[0] > 0 and one[1] == pytest.approx(other[1], rel=0.2)
