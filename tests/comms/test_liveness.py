@@ -66,7 +66,8 @@ def test_a_goodbye_is_heard_at_once(workshop, within):
         pair.down.send(Tag(role=Role.ACTIVATION), np.zeros(1))
 
 
-def test_what_was_sent_before_close_still_arrives(workshop):
+def test_what_was_sent_before_close_still_arrives(workshop, monkeypatch):
+    monkeypatch.setattr("comms.link.stream.LINGER_S", PATIENCE_S)
     pair = workshop.pair()
     array = np.arange(1 << 20)
     pair.up.send(Tag(role=Role.ACTIVATION), array)
@@ -143,12 +144,15 @@ def test_a_peer_that_stops_reading_is_lost_within_the_deadline(workshop, quiet):
                 break
             time.sleep(0.05)
         assert not quiet or time.monotonic() - began < 3.0 + BUSY_S
-    assert "has accepted no bytes for" in str(lost.get(timeout=PATIENCE_S))
+    error = str(lost.get(timeout=PATIENCE_S))
+    # Without heartbeats, where this thread was held up, it is silent as well.
+    assert "has accepted no bytes for" in error or (not quiet and "has sent nothing for" in error)
 
 
-def test_a_quiet_link_stays_up(workshop):
-    pair = workshop.pair(ChannelOptions(deadline_s=2.5))
-    time.sleep(3.5)
+def test_a_quiet_link_stays_up(workshop, quiet):
+    deadline_s = 2.5 if quiet else 8.0
+    pair = workshop.pair(ChannelOptions(deadline_s=deadline_s))
+    time.sleep(1.2 * deadline_s)
     assert pair.up.error is None and pair.down.error is None
     pair.up.send(Tag(role=Role.ACTIVATION), np.ones(3))
     assert (pair.at_server.take_array() == 1).all()

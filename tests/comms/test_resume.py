@@ -46,7 +46,7 @@ def exchange(workshop, faults, *, rounds: int, seed: int, options=RESUME, least=
             for collector, extra in ((pair.at_server, batch), (pair.at_client, 1)):
                 expected = step
                 for _ in range(batch + extra):
-                    message = collector.take(30)
+                    message = collector.take()
                     if message.kind == "control":
                         controls.append(message.body["step"])
                     elif message.kind == "bundle":
@@ -142,7 +142,8 @@ def test_a_new_connection_that_is_never_completed_does_not_keep_a_stream_for_eve
     pair.server.loop.post(lambda: pair.server.reception.admit(hello))
     # The client's own attempts are older than 99 and refused from now on.
     assert isinstance(pair.at_server.take_lost(), PeerLost)
-    assert "a later connection" in str(pair.at_client.take_lost())
+    told = str(pair.at_client.take_lost())
+    assert "a later connection" in told or "did not come back" in told  # or too late to be told
 
 
 def test_the_smaller_resume_time_counts(workshop):

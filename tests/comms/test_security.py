@@ -130,7 +130,7 @@ def test_another_version_is_refused_naming_both(workshop, version):
     port, links = listen(workshop)
     with socket.create_connection(("127.0.0.1", port)) as sock:
         sock.sendall(PREFACE.pack(MAGIC, version, 1, 0, 2) + b"{}")
-        sock.settimeout(5)
+        sock.settimeout(PATIENCE_S)
         reply = b"".join(iter(lambda: sock.recv(4096), b""))
     magic, spoken, kind, _, _ = PREFACE.unpack_from(reply)
     assert (magic, spoken, kind) == (MAGIC, VERSION, 5)
@@ -344,7 +344,7 @@ def test_what_is_no_hello_is_shown_the_door(workshop, opening):
     port, links = listen(workshop)
     with socket.create_connection(("127.0.0.1", port)) as sock:
         sock.sendall(opening)
-        sock.settimeout(5)
+        sock.settimeout(PATIENCE_S)
         try:
             while sock.recv(4096):
                 pass

@@ -126,7 +126,7 @@ def test_a_device_that_is_turned_away_again_and_again_names_the_cause(workshop):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PendingConnection, "_exchange", turn_away)
         with pytest.raises(ConnectError, match=r"another connection now: .* more than"):
-            client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=2.0)
+            client.connect("127.0.0.1", port, name_of_peer="server", timeout_s=4.0)
 
 
 ACCEPT_ERRORS = (
