@@ -26,6 +26,7 @@ from pipar_jax.data.partition import spread
 from pipar_jax.data.types import computed
 from pipar_jax.errors import ConfigError, DataError
 from pipar_jax.launch import flags
+from pipar_jax.launch.binary import wrong_use
 from pipar_jax.methods.registry import METHODS, uses_nodes
 from pipar_jax.privacy.leakage import FEWEST_SAMPLES, distance_correlation
 from pipar_jax.roles.participants import make_loader
@@ -211,14 +212,19 @@ def make_lengths(config: Config) -> Table:
 def main(config: Config, own: DescribeFlags) -> None:
     """Describes the configured model."""
     known = SHAPES.get(config.data.source)
-    dataset = data.load_server(config) if own.dependence or known is None else None
+    with wrong_use():
+        dataset = data.load_server(config) if own.dependence or known is None else None
     signature = (
         dataset.signature(config.model.weight_dtype)
         if dataset is not None
         else Signature.labelled(*SHAPES[config.data.source])
     )
     set_up_jax(config.model)
-    model = build_model(config, signature)
+    try:
+        with wrong_use():
+            model = build_model(config, signature)
+    except stages.StageError as error:  # of the network that the command line names
+        raise ConfigError(str(error)) from error
     cuts = resolve_cuts(config, model, own.stages)
     pipelined = config.method in METHODS and METHODS[config.method].pipelined
     parts = config.pipeline.micro_batches if pipelined else 1

@@ -59,6 +59,22 @@ def evaluate(
     return [read(atom) for atom in jaxpr.outvars]
 
 
+def origin(jaxpr: Jaxpr, atom: Atom) -> Atom:
+    """Returns the variable of which a variable is a copy that calls passed on; else itself."""
+    for equation in jaxpr.eqns:
+        if atom in equation.outvars and equation.primitive.name in (
+            *_CALLS,
+            "remat2",
+            "checkpoint",
+        ):
+            inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+            inner = getattr(inner, "jaxpr", inner)
+            first = origin(inner, inner.outvars[equation.outvars.index(atom)])
+            if first in inner.invars:
+                return origin(jaxpr, equation.invars[inner.invars.index(first)])
+    return atom
+
+
 def called(equation: Equation) -> PyTree:
     """Returns the closed jaxpr that an equation calls, if it is only a call, else None."""
     if equation.primitive.name not in _CALLS:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from stages import context
+from stages.equations import origin
 from stages.errors import StageError
 from stages.foreign import describe
 from stages.layers.flax_norm import write_out
@@ -277,7 +278,23 @@ class ModuleUnit(Unit):
             if not train:
                 return y, state
             free = tuple(p for p, node in nnx.iter_graph(module) if isinstance(node, _NORMALISING))
-            return y, state_after(self.name, divide(module), params, state, free)
+            left = divide(module)
+            passed = _passed_on(
+                left, params, lambda own: self._left(own, parts, args, named, scope)
+            )
+            return y, state_after(self.name, left, passed, state, free)
+
+    def _left(
+        self, params: Arrays, parts: Any, args: Sequence[Any], named: Mapping[str, Any], scope: Any
+    ) -> Arrays:
+        """Returns the weights that a call in training leaves."""
+        given = (params, *parts[1:])
+        module = nnx.merge(self.graph, *(nested(one, self.paths) for one in given), copy=True)
+        with context.entered(dataclasses.replace(scope, calls=0)):
+            _set_mode(module, scope)
+            module(*args, **named)
+        left = divide(module).params
+        return {n: value_of(leaf) for p, leaf in left.items() if (n := text_of(p)) in params}
 
     def infer(
         self, model: str, x: jax.ShapeDtypeStruct, side: Mapping[str, jax.ShapeDtypeStruct]
@@ -292,6 +309,23 @@ class ModuleUnit(Unit):
             )
         checked: jax.ShapeDtypeStruct = y
         return checked
+
+
+def _passed_on(left: Any, params: Arrays, again: Callable[[Arrays], Arrays]) -> Arrays:
+    """Returns the weights, those that a call only passed on as it has them.
+
+    ``nnx.jit`` and ``nnx.remat`` write all variables of a module back, changed or not, so another
+    object in a weight's place does not say that it was written: the equations do.
+    """
+    after = {text_of(path): value_of(leaf) for path, leaf in left.params.items()}
+    other = [n for n in params if n in after and after[n] is not params[n]]
+    if not other:
+        return params
+    closed, shapes = jax.make_jaxpr(again, return_shape=True)(dict(params))
+    ends = dict(zip(sorted(shapes), closed.jaxpr.outvars, strict=True))
+    starts = dict(zip(sorted(params), closed.jaxpr.invars, strict=True))
+    same = {n for n in other if origin(closed.jaxpr, ends[n]) is starts[n]}
+    return {n: after[n] if n in same else value for n, value in params.items()}
 
 
 def check_training(
@@ -359,7 +393,10 @@ def _set_mode(module: Any, scope: context.Context) -> None:
         module.eval()
     for _, node in nnx.iter_graph(module):
         if isinstance(node, nnx.BatchNorm) and scope.train:
-            node.momentum = nnx.data(node.momentum**scope.share)
+            # An array of the module, so that Flax's transforms pass it on; where the layer is mapped
+            # or scanned, one number for each of its copies.
+            copies = node.mean.get_value().shape[:-1] if node.mean is not None else ()
+            node.momentum = nnx.data(jnp.broadcast_to(node.momentum**scope.share, copies))
             write_out(node)
         if isinstance(node, nnx.bridge.ToNNX) and not scope.train:
             node.to_nnx__rngs = None  # so that drawing at inference fails, by name

@@ -28,11 +28,16 @@ def check_fits(dataset: Dataset, model: Signature, host: str) -> None:
             f"{where} is {has.input.shape}, but the model expects {model.input.shape}: use the "
             f"same shape on every host, or build the model with input_shape={has.input.shape}"
         )
-    whole, takes_whole = (one.input.dtype == "int32" for one in (has, model))
-    if whole != takes_whole:
+    kind, wanted = _kind(has.input.dtype), _kind(model.input.dtype)
+    if kind != wanted and (kind, wanted) != ("bool", "float"):
+        remedy = {
+            "float": "give `scale` with the arrays or set data.scale",
+            "whole": "give whole numbers",
+            "bool": "give truth values",
+        }[wanted]
         raise DataError(
             f"{where} is {dataset.train.x.dtype}, but the model expects {model.input.dtype}: "
-            + ("give `scale` with the arrays or set data.scale" if whole else "give whole numbers")
+            f"{remedy}"
         )
     extra = sorted(has.sides.keys() - model.sides.keys())
     if extra:
@@ -42,7 +47,7 @@ def check_fits(dataset: Dataset, model: Signature, host: str) -> None:
         )
     for name, one in model.sides.items():
         given = has.sides.get(name)
-        if given is None or (given.shape, given.dtype[:3]) != (one.shape, one.dtype[:3]):
+        if given is None or (given.shape, _kind(given.dtype)) != (one.shape, _kind(one.dtype)):
             raise DataError(
                 f"{host}: the model takes the side input {name!r} {one}, but {dataset.source!r} "
                 f"has {'none of this name' if given is None else str(given)}: give it as "
@@ -54,6 +59,13 @@ def check_fits(dataset: Dataset, model: Signature, host: str) -> None:
             f"0 to {model.classes - 1}: build it with classes={dataset.classes}; for own data set "
             "data.classes, or give `classes` with the arrays"
         )
+
+
+def _kind(dtype: str) -> str:
+    """Returns the kind of numbers of a dtype; how wide they are is the computation's business."""
+    if dtype == "bool":
+        return dtype
+    return "whole" if dtype.startswith(("int", "uint")) else "float"
 
 
 def check_alike(datasets: Iterable[tuple[str, Dataset]]) -> None:

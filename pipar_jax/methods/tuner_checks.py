@@ -58,7 +58,8 @@ def check_tuner(config: Config) -> None:
 
 def _check_tuner_numbers(tuner: TunerConfig, batch: int) -> None:
     """Checks the tuner's lists of numbers against the size of a mini-batch."""
-    if min(map(int, split_list(tuner.micro_batches))) > batch:
+    own = tuner.micro_batches != TunerConfig().micro_batches
+    if own and min(map(int, split_list(tuner.micro_batches))) > batch:
         raise ConfigError(
             f"tuner.micro_batches={tuner.micro_batches!r}: all exceed data.batch_size={batch}, "
             "and every micro-batch needs a sample: name smaller numbers"

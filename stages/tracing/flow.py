@@ -66,8 +66,9 @@ class Flow:
             if not isinstance(var, jex_core.Literal) and var is not flat.state[path]:
                 becomes.setdefault(var, set()).add(path)
         spine = _leading_to(jaxpr, _variables([flat.output]))
-        wanted = spine | _leading_to(jaxpr, list(becomes))
-        wanted |= {i for i, equation in enumerate(jaxpr.eqns) if equation.effects}
+        effects = {i for i, equation in enumerate(jaxpr.eqns) if equation.effects}
+        seen = [v for i in sorted(effects) for v in _variables(jaxpr.eqns[i].invars)]
+        wanted = spine | effects | _leading_to(jaxpr, [*becomes, *seen])
         self.first = frozenset(becomes.get(source, ()))
         self._available: dict[Atom, int] = {source: 0}
         self.length = 0

@@ -144,6 +144,12 @@ class LinenNetwork(Network):
                 f"model {name!r}: {type(module).__name__} of flax.linen cannot be initialised with "
                 f"{_shown(inputs)}: {describe(error)}"
             ) from error
+        # Names of Linen's variables may have a slash (those of WeightNorm and SpectralNorm do).
+        self._keys: dict[str, tuple[str, ...]] = {}
+        for variables in drawn.values():
+            for key in traverse_util.flatten_dict(variables):  # type: ignore[no-untyped-call]
+                if self._keys.setdefault("/".join(key), key) != key:
+                    raise StageError(_ambiguous(name, "/".join(key)))
         self.params = _flat(drawn.pop("params", {}))
         self._homes: dict[str, tuple[str, str]] = {}
         self.state, self._sown = {}, {"intermediates"}
@@ -178,7 +184,9 @@ class LinenNetwork(Network):
         for here, (collection, path) in self._homes.items():
             variables.setdefault(collection, {})[path] = state[here]
         nested = {
-            collection: traverse_util.unflatten_dict(arrays, sep="/")  # type: ignore
+            collection: traverse_util.unflatten_dict(  # type: ignore[no-untyped-call]
+                {self._keys[path]: array for path, array in arrays.items()}
+            )
             for collection, arrays in variables.items()
         }
         scope = context.Context(train=train, unit=self.name, samples=_samples(inputs), draw=draw)
@@ -230,6 +238,9 @@ class FunctionNetwork(Network):
         self._paths = [
             jax.tree_util.keystr(path, simple=True, separator="/") or "params" for path, _ in leaves
         ]
+        for place, path in enumerate(self._paths):
+            if path in self._paths[:place]:
+                raise StageError(_ambiguous(name, path))
         shapes = dict(zip(self._paths, (leaf for _, leaf in leaves), strict=True))
         self.params = {path: shape for path, shape in shapes.items() if shape.dtype in FLOATS}
         self.state = {path: shape for path, shape in shapes.items() if path not in self.params}
@@ -270,6 +281,14 @@ def _values(leaves: Mapping[Path, PyTree], wanted: Shapes) -> Arrays:
     """Returns a module's variables by path as text; copies, since a caller may donate them."""
     by_path = {text_of(path): value_of(leaf) for path, leaf in leaves.items()}
     return {path: jnp.array(by_path[path]) for path in wanted}
+
+
+def _ambiguous(name: str, path: str) -> str:
+    """Returns a message about two variables with one path."""
+    return (
+        f"model {name!r}: two variables have the path {path!r}, since keys contain slashes: rename "
+        "one of them"
+    )
 
 
 def _flat(tree: PyTree) -> dict[str, PyTree]:

@@ -17,7 +17,7 @@ from pipar_jax import config as configuration
 from pipar_jax.config import Config, HostSpec, difference, schema
 from pipar_jax.config.slowdown import Slowdown
 from pipar_jax.errors import ConfigError
-from pipar_jax.methods.registry import hosts_of
+from pipar_jax.methods.registry import METHODS, hosts_of, uses_nodes
 from pipar_jax.methods.resolution import resolve
 from pipar_jax.schedule.plan import HostKind
 
@@ -340,3 +340,19 @@ def test_a_field_that_does_not_exist_cannot_be_set() -> None:
     for section in of:
         with pytest.raises(AttributeError, match="no_such_field"):
             section.no_such_field = 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("method", [*METHODS, "auto"])
+def test_mini_batches_of_one_sample_fit_every_method(method: str) -> None:
+    """The tuner's own list of numbers is no wish; a list of the user's is."""
+    config = Config(method=method)
+    config.data.batch_size = config.pipeline.micro_batches = 1
+    if uses_nodes(method):
+        config.nodes.count = 2
+    config.pipeline.cuts = {"mpsl": "1,2,3", "accept": "1,2"}.get(method, "")
+    if method == "accept":
+        config.devices.count = 1
+    resolve(config)
+    config.tuner.micro_batches = "2,4"
+    with pytest.raises(ConfigError, match=r"tuner\.micro_batches='2,4': all exceed"):
+        resolve(config)

@@ -17,7 +17,7 @@ from pipar_jax.data import public
 from pipar_jax.data.own import load_own, stored_samples
 from pipar_jax.errors import DataError
 from pipar_jax.methods.resolution import resolve
-from stages.signature import Signature
+from stages.signature import ArrayType, Signature
 from stages.tasks.targets import ClassTargets
 from tests.patience import PROCESS_S
 
@@ -313,6 +313,35 @@ def test_data_that_do_not_fit_the_model_are_refused(config: Config) -> None:
         data.check_fits(shard, Signature.labelled((28, 28, 1), 10), "d0")
     with pytest.raises(DataError, match="has 10 classes"):
         data.check_fits(shard, Signature.labelled((8, 8, 1), 9), "d0")
+
+
+KINDS = {"bool": "bool", "uint8": "whole", "int8": "whole", "int32": "whole", "int64": "whole",
+         "float16": "float", "float32": "float", "float64": "float"}  # fmt: skip
+
+
+@pytest.mark.parametrize("expected", ["bool", "uint8", "int8", "int32", "float32"])
+@pytest.mark.parametrize("stored", KINDS)
+def test_numbers_have_to_be_of_the_kind_that_the_model_takes(stored: str, expected: str) -> None:
+    """Whatever their width; truth values may become numbers, and numbers no truth values."""
+    x = np.ones((3, 4), stored)
+    made = data.admit((x, np.zeros(3, np.int64)), "train", "d0", ClassTargets(), 2)
+    side = np.ones((3, 2), stored)
+    both = data.admit(({"x": x, "s": side}, np.zeros(3, np.int64)), "train", "d0",
+                      ClassTargets(), 2)  # fmt: skip
+    kind, wanted = KINDS[stored], KINDS[expected]
+    model = Signature(ArrayType((4,), expected), {}, {"y": ArrayType((), "int32")}, 2)
+    beside = Signature(ArrayType((4,), made.signature().input.dtype),
+                       {"s": ArrayType((2,), expected)}, model.targets, 2)  # fmt: skip
+    if kind == wanted or (kind, wanted) == ("bool", "float"):
+        data.check_fits(made, model, "d0")
+    else:
+        with pytest.raises(DataError, match=f"is {stored}, but the model expects {expected}"):
+            data.check_fits(made, model, "d0")
+    if kind == wanted:
+        data.check_fits(both, beside, "d0")
+    else:
+        with pytest.raises(DataError, match="the model takes the side input 's'"):
+            data.check_fits(both, beside, "d0")
 
 
 def test_data_load_no_jax() -> None:

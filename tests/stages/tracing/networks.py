@@ -177,6 +177,75 @@ class LinenNorm(linen.Module):
         return linen.Dense(3)(x.mean((1, 2)))
 
 
+class Normed(nnx.Module):
+    """A layer with batch normalisation."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.linear = nnx.Linear(4, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, momentum=0.9, rngs=rngs)
+
+    def __call__(self, x):
+        return nnx.relu(self.norm(self.linear(x)))
+
+    @nnx.jit
+    def jitted(self, x):
+        return self(x)
+
+
+class Transformed(nnx.Module):
+    """Layers under Flax's transforms, which write all variables back; and somebody who looks on."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.one, self.two = Normed(rngs), Normed(rngs)
+        self.head = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.remat(Normed.__call__)(self.one, x)
+        jax.debug.callback(lambda mean: None, jnp.abs(x).mean())
+        return self.head(self.two.jitted(x))
+
+
+@nnx.split_rngs(splits=3)
+@nnx.vmap(in_axes=(0,), out_axes=0)
+def three(rngs: nnx.Rngs) -> Normed:
+    """Makes three layers as one."""
+    return Normed(rngs)
+
+
+class Ensemble(nnx.Module):
+    """Layers side by side, mapped."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.first = nnx.Linear(4, 4, rngs=rngs)
+        self.three = three(rngs)
+        self.head = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x):
+        mapped = nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None), out_axes=0)
+        return self.head(mapped(self.three, self.first(x)).mean(0))
+
+
+class Scanned(Ensemble):
+    """Layers one after another, scanned."""
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        def run(layer, x):
+            return x + layer(x)
+
+        return self.head(run(self.three, self.first(x)))
+
+
+class LinenWeights(linen.Module):
+    """Layers of Linen that normalise weights: their variables have slashes in their names."""
+
+    @linen.compact
+    def __call__(self, x, train: bool):
+        x = linen.relu(linen.WeightNorm(linen.Dense(5))(x))
+        x = linen.relu(linen.SpectralNorm(linen.Dense(4))(x, update_stats=train))
+        return linen.Dense(3)(x)
+
+
 def layers(key: jax.Array) -> list[dict[str, jax.Array]]:
     """Draws the parameters of `perceptron`."""
     sizes = [(4, 5), (5, 5), (5, 3)]
@@ -225,6 +294,10 @@ CASES: dict[str, Case] = {
         LinenEncoder(), {"tokens": ((5,), 7), "mask": ((1, 5, 5), 2)}, 4),
     "linen_norm": Case(LinenNorm(), IMAGE, 4),
     "function": Case(perceptron, ROW, 2, layers),
+    "transformed": Case(Transformed, ROW, 3),
+    "ensemble": Case(Ensemble, ROW, 3),
+    "scanned": Case(Scanned, ROW, 2),
+    "linen_weights": Case(LinenWeights(), ROW, 2),
 }  # fmt: skip
 
 

@@ -295,3 +295,23 @@ def test_what_a_linen_module_sows_into_a_collection_of_its_own_is_dropped():
     labels, draw = jnp.zeros(1, jnp.int32), stages.make_draw(1)
     *_, after = whole.loss(params, state, ROW, labels, draw, whole.zeros(params))
     assert not any(after.values())
+
+
+def test_a_weight_that_is_written_under_a_transform_is_refused_and_no_other():
+    class Writing(networks.Transformed):
+        def __call__(self, x):
+            def write(one, x):
+                one.linear.bias.set_value(one.linear.bias.get_value() * 0.5)
+                return one(x)
+
+            return self.head(nnx.remat(write)(self.one, x))
+
+    with pytest.raises(stages.StageError, match="writes into the weight 'one/linear/bias'"):
+        stages.trace(Writing, ROW)
+
+
+def test_two_variables_with_one_path_are_refused():
+    """Keys may have slashes: one of the two would silently take the other's place."""
+    params = {"a/b": jnp.ones((4, 4)), "a": {"b": 2 * jnp.eye(4)}, "c": jnp.ones((4, 2))}
+    with pytest.raises(stages.StageError, match=r"two variables have the path 'a/b'"):
+        stages.trace(lambda p, x: jnp.tanh(x @ p["a/b"] @ p["a"]["b"]) @ p["c"], ROW, params=params)
