@@ -393,10 +393,11 @@ def _set_mode(module: Any, scope: context.Context) -> None:
         module.eval()
     for _, node in nnx.iter_graph(module):
         if isinstance(node, nnx.BatchNorm) and scope.train:
-            # An array of the module, so that Flax's transforms pass it on; where the layer is mapped
-            # or scanned, one number for each of its copies.
+            # An array of the module, so that Flax's transforms pass it on; where the layer is
+            # mapped or scanned, one number for each of its copies.
             copies = node.mean.get_value().shape[:-1] if node.mean is not None else ()
-            node.momentum = nnx.data(jnp.broadcast_to(node.momentum**scope.share, copies))
+            slower = jnp.broadcast_to(node.momentum**scope.share, copies)
+            node.momentum = nnx.data(slower)  # type: ignore[assignment]
             write_out(node)
         if isinstance(node, nnx.bridge.ToNNX) and not scope.train:
             node.to_nnx__rngs = None  # so that drawing at inference fails, by name

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pipar_jax.config import Config
@@ -25,6 +25,7 @@ from pipar_jax.config.membership_script import Attempt, Out
 from pipar_jax.errors import PeerError, ProtocolError, RunError
 from pipar_jax.protocol import messages
 from pipar_jax.roles.gathering import Cohort
+from pipar_jax.roles.mail import Member
 from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.population import Presence
 from pipar_jax.roles.relay import Relay, undone_from
@@ -47,6 +48,7 @@ from pipar_jax.schedule.plan import (
     Order,
     Plan,
     device_name,
+    host_index,
     is_node,
     long_name,
 )
@@ -122,7 +124,8 @@ class Conductor:
         self._round = now = RoundAttempt(index, cohort.devices, spans, end, demand, samples)
         now.nodes = self.nodes
         now.ends = None if planned is None else planned.nodes.ends
-        now.gone = [device_name(one) for one in cohort.devices]  # it may have gone before
+        # Who was lost since the cohort was gathered, whether it is back or not.
+        now.gone = [name for name in map(device_name, cohort.devices) if not self._ready(name)]
         now.lost_nodes = [one for one in self._chain if one not in self.nodes]
         self._release(now, spans)
         if self.plan.order == Order.SEQUENTIAL:
@@ -131,20 +134,37 @@ class Conductor:
         for out in () if planned is None else planned.out:
             if out.place in now.places and self._copies:
                 self._drop(now, out.place, out.why)
-        hosts, left = self._present(now, now.places), now.places
+        hosts, left = self._present(now, now.places), self._counting(now, planned)
         places = left if counts else ()
         for place in () if counts else left:
             now.out[place] = Out(place, first_step(now.begun, place), "undone")
         self._round = None  # whoever is lost from now on has done its part
-        self._commit(now, places, hosts)
+        members = {name: self._members.by_name[name] for name in hosts[1:]}
+        self._commit(now, places, members)
         whole = bool(places) and (now.ends is None or now.ends >= max(s.stop for s in whole_spans))
         said = now.script(places, whole=whole)
         if planned is not None:  # it goes on as planned, and who is out has ended there already
             said = dataclasses.replace(planned, commit=places)
         counted = tuple(span for span in now.spans if span.device in places)
         return Committed(
-            index, now.cohort, taking, places, counted, hosts, now.trained, now.start_s, whole
-        ), said
+            index, now.cohort, taking, places, counted, hosts, now.trained, now.start_s, whole,
+            members,
+        ), said  # fmt: skip
+
+    def _counting(self, now: RoundAttempt, planned: Attempt | None) -> tuple[int, ...]:
+        """Returns the places whose parts count, in order, if the round does.
+
+        In sequential order the part of a device that goes after its last turn has been handed on.
+        """
+
+        def over(out: Out) -> bool:
+            stops = [span.stop for span in now.begun if span.device == out.place]
+            return self.plan.order == Order.SEQUENTIAL and bool(stops) and out.step >= max(stops)
+
+        places = {*now.places, *(out.place for out in now.out.values() if over(out))}
+        if planned is not None:  # a part that stays is not in the average all the same
+            places -= {out.place for out in planned.out if not over(out)}
+        return tuple(sorted(places))
 
     @property
     def _chain(self) -> tuple[str, ...]:
@@ -169,13 +189,19 @@ class Conductor:
         now.releasing = True
         self._host.release(release)
         for name in self._present(now, now.places)[1:]:
+            if name in now.gone:
+                continue
             owed = self.relay.owed(now, name, spans) if in_turns else []
             self._members.send(name, release, *owed, reply(messages.Trained, round=now.index))
         now.releasing = False
         gone, now.gone = now.gone, []
-        for name in gone:
-            if name not in self._members.by_name:
-                self.note_lost(name)
+        for name in dict.fromkeys(gone):
+            self.note_lost(name)
+
+    def _ready(self, name: str) -> bool:
+        """Returns whether a device can begin a round; one that has just come back cannot."""
+        population, index = self._members.population, host_index(name)
+        return index in population and population[index].ready
 
     def _present(self, now: RoundAttempt, places: Sequence[int]) -> tuple[str, ...]:
         """Returns the hosts of a round, this process's first, with the devices in some places."""
@@ -290,6 +316,7 @@ class Conductor:
         """Goes on without a host whose link is gone; before the commit it does not count."""
         now = self._round
         if is_node(name):
+            self.nodes = tuple(one for one in self.nodes if one != name)
             if now is not None:
                 # It may come back before the round is over, and is not part of it then.
                 now.nodes = tuple(one for one in now.nodes if one != name)
@@ -298,7 +325,7 @@ class Conductor:
             now.gone.append(name)  # others cannot go on without it before they have begun
         elif now is not None and (place := now.place(name)) is not None:
             left = self._members.population[now.cohort[place]].presence is Presence.LEFT
-            self._drop(now, place, "left" if left else "lost")
+            self._drop(now, place, "left" if left else "lost", gone=True)
 
     def _note_broken(self, said: messages.NonFinite) -> None:
         """Goes on without a device of which a loss or weights are not finite."""
@@ -307,8 +334,15 @@ class Conductor:
             assert place is not None
             self._drop(now, place, "nonfinite")
 
-    def _drop(self, now: RoundAttempt, place: int, why: str) -> None:
-        """Removes a place from the round."""
+    def _drop(self, now: RoundAttempt, place: int, why: str, *, gone: bool = False) -> None:
+        """Removes a place from the round.
+
+        Args:
+          now: The round.
+          place: The place.
+          why: The reason, as the script has it.
+          gone: Whether its device is gone; whoever is back under its name is not in the round.
+        """
         first = first_step(now.begun, place)
         step = undone_from(now, place) if self.plan.order == Order.SEQUENTIAL else first
         now.out[place] = Out(place, step, why)
@@ -317,7 +351,7 @@ class Conductor:
         self._tell(now.dropped_event(place))
         if self.plan.sums_gradients:
             now.failed.append(place)
-            if name in self._members.by_name:
+            if name in self._members.by_name and not gone:
                 self._stop(now, place, first)
             return
         now.spans = tuple(span for span in now.spans if span.device != place or span.stop <= step)
@@ -325,7 +359,7 @@ class Conductor:
         self._host.drop(place, step)
         for other in self._present(now, now.places)[1:]:
             self._members.send(other, messages.Drop(now.index, place, step))
-        if name in self._members.by_name:
+        if name in self._members.by_name and not gone:
             self._stop(now, place, step)
 
     def _stop(self, now: RoundAttempt, place: int, step: int) -> None:
@@ -386,13 +420,16 @@ class Conductor:
 
     # --- the commit ---------------------------------------------------------------------------
 
-    def _commit(self, now: RoundAttempt, places: tuple[int, ...], hosts: Sequence[str]) -> None:
+    def _commit(
+        self, now: RoundAttempt, places: tuple[int, ...], members: Mapping[str, Member]
+    ) -> None:
         """Tells all hosts of a round which places of it count."""
         commit = messages.Commit(now.index, places)
-        for name in hosts:
-            if name == COORDINATOR:
-                self._host.commit(places)
-            else:  # who gives weights to the average is over with the round when it has them back
+        self._host.commit(places)
+        for name, member in members.items():
+            # A send may read mail, and find that another one is lost, and back.
+            if self._members.by_name.get(name) is member:
+                # Who gives weights to the average is over with the round when it has them back.
                 seat = seat_of(now.cohort, name)
                 gives = exchanges.trained(self.plan, seat, self._names)
                 owed = [] if gives else end_replies(now.index, traced=self._traced)

@@ -327,8 +327,8 @@ class Coordinator:
         """Waits for the devices of a round; those that have just come are ready for it then."""
         cohort = self._gathering.gather(index, attempt)
         arrived = self._gathering.take_arrived()
+        self._setup.introduce(self.plan)  # those as well that were late when their neighbour came
         if arrived:
-            self._setup.introduce(self.plan)
             self._setup.calibrate(arrived)
             self._setup.begin_schedules(arrived)
         return cohort

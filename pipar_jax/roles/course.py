@@ -47,12 +47,13 @@ _SURVEY = (messages.SurveyProfile, messages.SurveyReference, messages.SurveyEcho
 _MAY_COME: dict[Phase, tuple[type, ...]] = {
     Phase.JOINING: (messages.ModelFacts,),
     Phase.ASKED: (*_SURVEY, messages.Meet, messages.Prepare),
-    Phase.PREPARING: (),
+    Phase.PREPARING: (messages.Finish,),
     Phase.IDLE: (messages.Meet, messages.Calibrate, messages.Release, messages.PullState,
                  messages.PushState, messages.KeepState, messages.RestoreState, messages.Look,
                  messages.CompileAhead, messages.Evaluate, messages.Finish),
     Phase.TRAINING: (messages.Drop, messages.Halt, messages.Rewind, messages.Release,
-                     messages.Commit, messages.PushState, messages.Look, messages.CompileAhead),
+                     messages.Commit, messages.PushState, messages.Look, messages.CompileAhead,
+                     messages.Finish),
 }  # fmt: skip
 
 

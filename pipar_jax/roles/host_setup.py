@@ -111,6 +111,7 @@ class HostSetup:
         self._meetings = 0
         self.ever_met: set[Boundary] = set()
         self._joining: list[str] | None = None
+        self._prepared = False
 
     @property
     def workers(self) -> tuple[str, ...]:
@@ -177,6 +178,7 @@ class HostSetup:
             if is_device(name):  # all begin with the weights of the seed
                 one = self._population[host_index(name)]
                 one.ready = one.current = True
+        self._prepared = True
         self._run_log.prepared(compile_s, seconds, needs)
 
     def preparation(self) -> messages.Prepare:
@@ -253,19 +255,26 @@ class HostSetup:
         If one of them is lost meanwhile, the others are asked anew: they would wait for it.
         """
         while True:
-            here = {COORDINATOR, *self.workers}
-            boundaries = [one for one in direct(plan.boundaries()) if here.issuperset(one[:2])]
+            # Before the first plan is prepared nobody is idle, and all can meet. Later some may
+            # still prepare, or train what they were late with: they meet when they are idle.
+            asked = self.idle if self._prepared else self.workers
+            here = {COORDINATOR, *asked}
+            boundaries = [
+                one
+                for one in direct(plan.boundaries())
+                if here.issuperset(one[:2]) or one in self._met
+            ]
             if self._met.issuperset(boundaries):
                 return
-            if self._meet(boundaries):
+            if self._meet(boundaries, asked):
                 self._met.update(boundaries)
                 return
 
-    def _meet(self, boundaries: Sequence[Boundary]) -> bool:
+    def _meet(self, boundaries: Sequence[Boundary], workers: Sequence[str]) -> bool:
         """Asks all to connect; returns whether all neighbours have, and none was lost meanwhile."""
         known = {name: self._members.by_name[name].identity.address for name in self._pool.ready}
         addresses = {name: address for name, address in known.items() if address is not None}
-        workers, neighbours = self.workers, {name for one in boundaries for name in one[:2]}
+        neighbours = {name for one in boundaries for name in one[:2]}
         self._meetings += 1
         self.ever_met.update(boundaries)  # some may have met before another one was lost
         for name in workers:

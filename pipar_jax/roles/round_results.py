@@ -121,6 +121,8 @@ class RoundResults:
         codec = self._config.aggregation.codec
         owed = end_replies(done.index, traced=self._config.run.trace != "none")
         for name in (*brought, COORDINATOR):
+            if name != COORDINATOR and not self._stayed(done, name):
+                continue
             wanted = exchanges.averaged(self._setup.plan, done.seat(name), names)
             mean = unit_state.known(wanted, self._aggregator)
             self._states.push(name, mean, messages.PushState(round=done.index), *owed, codec=codec)
@@ -183,16 +185,22 @@ class RoundResults:
     def count(self, done: Committed) -> None:
         """Notes what each device has trained that counts, and who has the weights of the moment."""
         stops = next_steps(done.spans)
-        here = {host_index(name) for name in done.hosts if is_device(name)}
+        here = {
+            host_index(name) for name in done.hosts if is_device(name) and self._stayed(done, name)
+        }
         for place in done.places:
             one = self._population[done.cohort[place]]
             one.rounds, one.step = one.rounds + done.whole, stops[place]
             one.fresh = one.fresh and one.index not in here
         for one in self._population:
-            if one.index in here and device_name(one.index) in self._members.by_name:
+            if one.index in here:
                 one.current = True
             elif done.places:
                 one.current = False
+
+    def _stayed(self, done: Committed, name: str) -> bool:
+        """Returns whether a host is the one that took part, and not one that has come back."""
+        return self._members.by_name.get(name) is done.members[name]
 
     def _gather_sequential(self) -> None:
         """Takes the one copy of every unit: the client-side model as handed back, the rest here."""

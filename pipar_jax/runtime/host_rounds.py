@@ -97,6 +97,7 @@ class HostRounds:
         self._round = self._attempt = NO_ATTEMPT
         self._dropped: set[int] = set()
         self._turn: tuple[int, int] | None = None
+        self._back_at: int | None = None  # the step to which it has gone back, and begun nothing
         self._training = self._gives = self._whole = False
         self._meter = Meter(
             self._report_step, config.run.progress_every_s,
@@ -250,9 +251,12 @@ class HostRounds:
         self._gate.begin_round(said.round, share.replicas.values())
         if self._gate.transforms:
             self._gate.keep_start(self.trained())
-        anew, self._round, self._attempt = said.round != self._round, said.round, said.attempt
+        anew = (
+            self._back_at is None
+        )  # a round that was undone begins anew, the rest of one does not
+        self._round, self._attempt = said.round, said.attempt
         self._dropped.clear()
-        self._turn = None
+        self._turn = self._back_at = None
         undo.begin_round(share.replicas, schedule, said.round, anew=anew)
         if self._releases is not None:
             self._releases.start_attempt(said.clip)
@@ -290,6 +294,7 @@ class HostRounds:
             if self._whole:
                 self._report_weights(averaged=True)
         undo.end_round(share.replicas)
+        self._back_at = None
         if not self._gives:
             self.report()
 
@@ -352,7 +357,7 @@ class HostRounds:
         self._executor.forget(place)
         self._meter.forget(place)
         if self._share.seat == device_name(place):
-            self._training = False
+            self._training, self._back_at = False, None
             self._share.leave_out(self._executor.schedule, ())
             self._answer(messages.Dropped(self._round))
 
@@ -363,7 +368,9 @@ class HostRounds:
         self.completion.then(lambda: self._thread.post(self._halted))
 
     def _halted(self) -> None:
-        step = undo.next_step(self._share.replicas, self._executor.schedule, self._dropped)
+        step = self._back_at
+        if step is None:
+            step = undo.next_step(self._share.replicas, self._executor.schedule, self._dropped)
         self._answer(messages.Halted(self._round, step))
 
     def rewind(self, step: int) -> None:
@@ -372,6 +379,7 @@ class HostRounds:
         self._meter.rewind(step)
         self._executor.forget(ALL)
         self.install()
+        self._back_at = step
         self._answer(messages.Rewound(self._round, step))
 
     def _answer(self, message: ControlMessage) -> None:

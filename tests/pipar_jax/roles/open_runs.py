@@ -17,9 +17,14 @@ from pipar_jax.config.checkpoints import WEIGHTS
 from pipar_jax.data import loader as loading
 from pipar_jax.errors import PiparError
 from pipar_jax.methods.resolution import resolve
+from pipar_jax.roles.checkpoints import Checkpoints
+from pipar_jax.roles.evaluation import Evaluator
+from pipar_jax.roles.host_replies import HostReplies
 from pipar_jax.roles.participants import run_device, run_node
+from pipar_jax.roles.round_results import RoundResults
+from pipar_jax.roles.round_start import RoundStart
 from pipar_jax.roles.server import run_server
-from tests.patience import PROCESS_S
+from tests.patience import PATIENCE_S, PROCESS_S
 from tests.pipar_jax.runtime import support
 
 #: Samples of each device; mini-batches are of seven.
@@ -179,6 +184,90 @@ def before_batch(monkeypatch, device: int, from_step: int, act: Callable[[], Non
         return get(self, step)
 
     monkeypatch.setattr(loading.Prefetcher, "get", first)
+
+
+class Points:
+    """Calls hooks at points of runs: on the thread that comes there, before it goes on."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.hooks: list[Callable[..., None]] = []
+        self._patch = monkeypatch
+        points = self
+
+        def get(self, step, inner=loading.Prefetcher.get):
+            points.fire("batch", f"d{self._loader._seed[1]}", step)
+            return inner(self, step)
+
+        def send(self, said, states, inner=HostReplies.send):
+            kind, round_ = type(said).__name__, getattr(said, "round", -1)
+            points.fire(f"before {kind}", self._name, round_)
+            inner(self, said, states)
+            points.fire(kind, self._name, round_)
+
+        monkeypatch.setattr(loading.Prefetcher, "get", get)
+        monkeypatch.setattr(HostReplies, "send", send)
+        for owner, method in ((RoundResults, "average"), (RoundResults, "store"),
+                              (RoundResults, "count"), (RoundStart, "bring_up_to_date"),
+                              (Evaluator, "evaluate"), (Checkpoints, "take")):  # fmt: skip
+            self._wrap(owner, method)
+
+    def _wrap(self, owner, method):
+        inner, calls = getattr(owner, method), []
+
+        def wrapped(of, *args, **kwargs):
+            calls.append(method)
+            self.fire(method, "server", len(calls) - 1)
+            return inner(of, *args, **kwargs)
+
+        self._patch.setattr(owner, method, wrapped)
+
+    def fire(self, point: str, host: str, number: int) -> None:
+        """Calls the hooks.
+
+        Args:
+          point: ``batch``, the name of a message or ``before`` it, or of a method of the server.
+          host: The host.
+          number: The step of a batch, the round of a message, how often a method was called before.
+        """
+        for hook in list(self.hooks):
+            hook(point, host, number)
+
+    def once(self, point: str, host: str, number: int, act: Callable[[], None]) -> None:
+        """Acts once, at a point of a host, from some number on."""
+        lock, done = threading.Lock(), []
+
+        def hook(*at) -> None:
+            if at[:2] == (point, host) and at[2] >= number and lock.acquire(blocking=False):
+                done.append(at)
+                self.hooks.remove(hook)
+                act()
+
+        self.hooks.append(hook)
+
+
+def told(run: OpenRun, kind: str, count: int, seconds: float = PATIENCE_S) -> None:
+    """Waits until events of a kind have been told, or for some seconds."""
+    until_s = time.monotonic() + seconds
+    while len(run.kinds(kind)) < count and time.monotonic() < until_s:
+        time.sleep(0.01)
+
+
+def lose(run: OpenRun, index: int) -> None:
+    """Ends a device, and goes on when the server has noticed; not for the server's own thread."""
+    before = len(run.kinds("device_lost"))
+    run.end(index)
+    told(run, "device_lost", before + 1)
+
+
+def replayed(tmp_path, made, run):
+    """The weights of a run that replays another one's script with all devices there."""
+    made.name = "replay"
+    made.cohort.script = str(run.folder / "membership.jsonl")
+    made.checkpoint.every_rounds = 0
+    again = OpenRun(made).run(range(len(SAMPLES)))
+    assert again.error is None, again.error
+    assert again.script() == run.script()
+    return again.weights()
 
 
 def equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:

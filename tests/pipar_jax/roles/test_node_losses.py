@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import pathlib
 import tempfile
+import time
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ from pipar_jax.launch.launcher import launch
 from pipar_jax.methods.registry import METHODS, node_methods
 from pipar_jax.roles import first_plan
 from pipar_jax.roles.peer_links import PeerLinks
-from tests.pipar_jax.roles.open_runs import OpenRun, before_batch, config, together
+from tests.pipar_jax.roles.open_runs import OpenRun, Points, before_batch, config, together
 from tests.pipar_jax.runtime import support
 
 RTOL = 1e-9
@@ -321,3 +322,31 @@ def test_a_spare_node_may_go_without_a_trace(tmp_path, network):
     assert run.error is None
     assert len(run.kinds("nodes_replaced")) == len(run.kinds("replanned")) == 1
     assert run.kinds("run_finished")[0]["undone"] <= 1
+
+
+@pytest.mark.parametrize("way", ["copy", pytest.param("shared", marks=pytest.mark.soak)])
+def test_a_node_that_is_lost_while_a_device_gets_the_weights_of_the_moment_is_left_out(
+    tmp_path, monkeypatch, network, way
+):
+    """The nodes of a round are those that are there when it is released, not when it is planned."""
+    made, samples = setting(tmp_path, "mpsl", way, quorum=1, wait_s=30.0)
+    points, nodes_lost = Points(monkeypatch), []
+
+    def follow(run, event):
+        if event["event"] == "device_lost":
+            run.start(event["device"])
+
+    run = OpenRun(made, samples, follow, network)
+
+    def end_node():
+        nodes_lost.append(2)
+        run.end_node(2)
+
+    points.once("count", "server", 0, lambda: run.end(1))
+    points.once("count", "server", 1, lambda: time.sleep(1.5))  # so that the device is back
+    points.once("before PushedState", "d1", -1, end_node)
+    run.run(range(len(samples)))
+    assert run.error is None, run.error
+    if nodes_lost:  # the device had come back in time
+        assert [one["node"] for one in run.kinds("node_lost")] == [2]
+    assert {one["device"] for one in run.kinds("device_lost")} == {1}  # nobody else was waited for

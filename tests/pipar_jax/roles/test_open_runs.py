@@ -17,6 +17,7 @@ from tests.pipar_jax.roles.open_runs import (
     config,
     equal,
     pause_until_there,
+    replayed,
     together,
 )
 
@@ -38,15 +39,6 @@ def after(round_, act):
             act(run)
 
     return when
-
-
-def replayed(tmp_path, made, run):
-    """The weights of a run that replays another one's script with all devices there."""
-    made.name = "replay"
-    made.cohort.script = str(run.folder / "membership.jsonl")
-    again = OpenRun(made).run(range(len(SAMPLES)))
-    assert again.script() == run.script()
-    return again.weights()
 
 
 @pytest.mark.parametrize("state", ["keep", "reset"])
