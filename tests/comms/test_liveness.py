@@ -150,7 +150,7 @@ def test_a_peer_that_stops_reading_is_lost_within_the_deadline(workshop, quiet):
 
 
 def test_a_quiet_link_stays_up(workshop, quiet):
-    deadline_s = 2.5 if quiet else 8.0
+    deadline_s = 2.5 if quiet else 5.0
     pair = workshop.pair(ChannelOptions(deadline_s=deadline_s))
     time.sleep(1.2 * deadline_s)
     assert pair.up.error is None and pair.down.error is None

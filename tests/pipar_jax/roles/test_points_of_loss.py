@@ -39,15 +39,15 @@ SERVERS = {
     "before weights of the moment": ("bring_up_to_date", 1),
 }
 METHODS = ("fl", "sfl", "pipar", "pipar shared", "sl", "mpsl")
-#: What is tried in `make test` of the methods beside PiPar.
+#: What is tried in `make test` of methods beside PiPar.
 QUICK = ("in a step", "when it has stored")
 
 
-def cases(methods, quick):
+def cases(methods, quick, every=()):
     """All methods at all points; most of them for `make soak`."""
     for method in methods:
         for point in (*OWN, *SERVERS):
-            soaked = method != "pipar" and point not in quick
+            soaked = method not in every and point not in quick
             marks = [pytest.mark.soak] if soaked else []
             yield pytest.param(method, point, marks=marks, id=f"{method} {point}")
 
@@ -87,7 +87,7 @@ def right(run, *lost):
     assert {one["device"] for one in run.kinds("device_lost")} <= set(lost)
 
 
-@pytest.mark.parametrize(("method", "point"), list(cases(METHODS, QUICK)))
+@pytest.mark.parametrize(("method", "point"), list(cases(METHODS, QUICK, every=("pipar",))))
 def test_whoever_is_lost_is_left_out_and_the_script_replays_the_run(
     tmp_path, points, method, point
 ):
@@ -105,7 +105,9 @@ def test_whoever_is_lost_is_left_out_and_the_script_replays_the_run(
         assert equal(again, weights)
 
 
-@pytest.mark.parametrize(("method", "point"), list(cases(("fl", "pipar"), ())))
+@pytest.mark.parametrize(
+    ("method", "point"), list(cases(("fl", "pipar"), ("after its weights", "before the count")))
+)
 def test_where_rounds_are_repeated_nothing_is_left_of_a_loss(tmp_path, points, method, point):
     made = setting(tmp_path, method, quorum=3, below="repeat", wait_s=PATIENCE_S)
     made.optimizer.momentum = 0.0  # whoever comes back begins with a fresh one

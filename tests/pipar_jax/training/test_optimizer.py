@@ -226,8 +226,10 @@ def test_a_group_without_weights_is_refused():
 
 @pytest.mark.parametrize(
     "fields",
-    [{"schedule": f"{OWN}:warm"}, {"name": f"{OWN}:patient"}],
-    ids=lambda fields: next(iter(fields)),
+    [
+        pytest.param({"schedule": f"{OWN}:warm"}, id="schedule"),
+        pytest.param({"name": f"{OWN}:patient"}, id="name", marks=pytest.mark.soak),
+    ],
 )
 def test_what_a_run_needs_many_steps_for_is_never_asked_for_a_few(tmp_path, fields):
     """In all places where there are states of an optimiser: a run with checkpoints and a tuner."""
