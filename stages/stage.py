@@ -141,7 +141,7 @@ class Stage:
 
         Returns:
           Metrics ("loss": the sum of the samples' losses, a float scalar; and for each metric of
-          the task [2], the sum of weighted values and that of the weights), the input's cotangent
+          the task [2], the sums of its numerators and denominators), the input's cotangent
           (None where the stage is also the first), the accumulated gradients, the new batch
           statistics.
         """

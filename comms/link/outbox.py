@@ -135,6 +135,8 @@ class Outbox:
 
     def drop_waiting(self) -> None:
         """Drops everything that is not on the wire yet, so that GOODBYE is next."""
+        if self._pipe:
+            self._parted = False  # a goodbye that was cut is the last frame there
         queue = self.queue
         for waiting in (queue.control, queue.data, self._unacked, self._replay, self._pipe):
             waiting.clear()

@@ -322,10 +322,12 @@ class Stream:
             self._owner.redial(self)
 
     def _give_up(self, how: str) -> None:
+        self.outbox.cut_off = not self.outbox.empty
         self._lose(self._lost(f"{how}, and it did not come back within {self.resume_s:g} s"))
 
     def refuse_resume(self, error: ChannelError) -> None:
         """Ends the link because the peer will not resume it."""
+        self.outbox.cut_off = not self.outbox.empty
         self._lose(self._lost(error))
 
     def say_goodbye(self, reason: str, *, refuse: bool = False) -> None:

@@ -81,7 +81,7 @@ PLAN = Struct(
 )
 BOUNDARY = TupleOf(Boundary, (HOST, HOST, Whole(0, MOST_STAGES)))
 ADDRESS = TupleOf(lambda host, port: (host, port), (Text(255, r"[\x21-\x7e]+"), Whole(1, 65535)))
-#: A sum of weighted values, and that of the weights.
+#: A sum of numerators, and that of their denominators.
 SUMS = TupleOf(lambda value, weight: (value, weight), (Figure(), Figure()))
 SECONDS, BYTES = Real(0.0, MOST_S), Whole(0, MOST_BYTES)
 #: What private devices have released; noise that is too small makes it very large.

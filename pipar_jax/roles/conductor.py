@@ -134,7 +134,8 @@ class Conductor:
         for out in () if planned is None else planned.out:
             if out.place in now.places and self._copies:
                 self._drop(now, out.place, out.why)
-        hosts, left = self._present(now, now.places), self._counting(now, planned)
+        hosts = self._present(now, now.places)
+        left = self._counting(now, planned, whole_spans)
         places = left if counts else ()
         for place in () if counts else left:
             now.out[place] = Out(place, first_step(now.begun, place), "undone")
@@ -145,20 +146,29 @@ class Conductor:
         said = now.script(places, whole=whole)
         if planned is not None:  # it goes on as planned, and who is out has ended there already
             said = dataclasses.replace(planned, commit=places)
-        counted = tuple(span for span in now.spans if span.device in places)
+        # In turns all that is left of the round has been handed on, whoever gave it.
+        in_turns = self.plan.order == Order.SEQUENTIAL
+        counted = tuple(span for span in now.spans if in_turns or span.device in places)
         return Committed(
             index, now.cohort, taking, places, counted, hosts, now.trained, now.start_s, whole,
             members,
         ), said  # fmt: skip
 
-    def _counting(self, now: RoundAttempt, planned: Attempt | None) -> tuple[int, ...]:
+    def _counting(
+        self, now: RoundAttempt, planned: Attempt | None, spans: Sequence[Span]
+    ) -> tuple[int, ...]:
         """Returns the places whose parts count, in order, if the round does.
 
         In sequential order the part of a device that goes after its last turn has been handed on.
+
+        Args:
+          now: The round.
+          planned: What a script says of it, if one is replayed.
+          spans: Its steps, those as well that a script leaves out.
         """
 
         def over(out: Out) -> bool:
-            stops = [span.stop for span in now.begun if span.device == out.place]
+            stops = [span.stop for span in spans if span.device == out.place]
             return self.plan.order == Order.SEQUENTIAL and bool(stops) and out.step >= max(stops)
 
         places = {*now.places, *(out.place for out in now.out.values() if over(out))}
@@ -188,7 +198,7 @@ class Conductor:
         )
         now.releasing = True
         self._host.release(release)
-        for name in self._present(now, now.places)[1:]:
+        for name in self._members.those(self._present(now, now.places)[1:]):
             if name in now.gone:
                 continue
             owed = self.relay.owed(now, name, spans) if in_turns else []
@@ -357,7 +367,7 @@ class Conductor:
         now.spans = tuple(span for span in now.spans if span.device != place or span.stop <= step)
         self._members.links.drop_places(place)
         self._host.drop(place, step)
-        for other in self._present(now, now.places)[1:]:
+        for other in self._members.those(self._present(now, now.places)[1:]):
             self._members.send(other, messages.Drop(now.index, place, step))
         if name in self._members.by_name and not gone:
             self._stop(now, place, step)
@@ -414,9 +424,8 @@ class Conductor:
     def _ask(self, hosts: Sequence[str], command: Any, here: Callable[[], None]) -> None:
         """Gives a command to some hosts, that of this process among them."""
         here()
-        for name in hosts:
-            if name != COORDINATOR:
-                self._members.send(name, command)
+        for name in self._members.those(hosts):
+            self._members.send(name, command)
 
     # --- the commit ---------------------------------------------------------------------------
 

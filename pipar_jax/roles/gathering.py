@@ -77,6 +77,11 @@ class Gathering:
         return sorted({*self._preparing, *map(device_name, stopping)})
 
     @property
+    def preparing(self) -> frozenset[str]:
+        """The devices that have come in the midst of the run, and prepare the plan."""
+        return frozenset(self._preparing)
+
+    @property
     def replays(self) -> bool:
         """Whether the run replays a script."""
         return self._script is not None
@@ -131,7 +136,7 @@ class Gathering:
     def take_arrived(self) -> list[str]:
         """Returns the devices that have become ready since the last call and are still present."""
         arrived, self._arrived = self._arrived, []
-        return [name for name in arrived if name in self._members.by_name]
+        return [name for name in dict.fromkeys(arrived) if self._is_ready(name)]
 
     @property
     def needed(self) -> int:

@@ -255,9 +255,11 @@ class HostSetup:
         If one of them is lost meanwhile, the others are asked anew: they would wait for it.
         """
         while True:
-            # Before the first plan is prepared nobody is idle, and all can meet. Later some may
-            # still prepare, or train what they were late with: they meet when they are idle.
-            asked = self.idle if self._prepared else self.workers
+            # Before the first plan is prepared nobody is idle, and all meet that have not been told
+            # to prepare. Later some may prepare, or train what they were late with: they meet then.
+            joining = self._gathering.preparing
+            new = tuple(name for name in self.workers if name not in joining)
+            asked = self.idle if self._prepared else new
             here = {COORDINATOR, *asked}
             boundaries = [
                 one
@@ -285,6 +287,8 @@ class HostSetup:
             for name, mail in self._members.early.take(messages.Met, waiting).items():
                 if mail.said.number == self._meetings:  # not that of a meeting that was given up
                     waiting.discard(name)
+            # Whoever is lost and back was not asked.
+            waiting = {name for name in waiting if self._members.owes(name, messages.Met)}
             if not waiting.intersection(there):
                 for boundary in boundaries:
                     self._members.broken_links.forget(*boundary[:2])
@@ -337,8 +341,8 @@ class HostSetup:
           RunError: This process failed, or a host sent states that do not fit the model.
         """
         began = time.monotonic()
-        workers = self.workers
         self.introduce(plan)
+        workers = self.workers
         self._expect(self.plan, plan)
         replan.conduct(
             self._members, workers, states, self.plan, plan, aggregator, copies, index, without

@@ -173,9 +173,9 @@ class MemberLinks:
     def admit(self, link: Link, name: str) -> None:
         """Makes a stranger's link that of a member."""
         waiting = self._waiting.setdefault(link, _Waiting())
+        self._names[link] = name  # first: what comes from now on is a member's
         waiting.messages, waiting.nbytes, waiting.until_s = 0, 0, float("inf")
         link.admit(SURVEYED)
-        self._names[link] = name
 
     def note_read(self, link: Link, message: Message) -> None:
         """Records that a message has been read."""

@@ -6,7 +6,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from comms import ChannelError, Link, Message, MessageKind
@@ -142,6 +142,18 @@ class Membership:
         """Returns whether a host has still to answer; one that joined later was not asked."""
         asked = name in self.by_name and self.by_name[name].owed.owes((kind,))
         return asked or name == COORDINATOR  # which is asked without a link
+
+    def those(self, names: Iterable[str]) -> Iterator[str]:
+        """Yields the names of members for as long as they are the members of this moment.
+
+        A send, and a wait, may find that one is lost and back: it is another one then, and knows
+        nothing of what the one before was to do.
+
+        Args:
+          names: Names of hosts.
+        """
+        members = {name: self.by_name[name] for name in names if name in self.by_name}
+        return (name for name, member in members.items() if self.by_name.get(name) is member)
 
     def settle(self, name: str, *kinds: type) -> None:
         """Cancels a host's owed replies of some kinds; replies already received are discarded."""

@@ -38,7 +38,7 @@ class Relay:
 
     def holder(self, now: RoundAttempt) -> int | None:
         """Returns the place that has the client-side model already, if it is the first to go on."""
-        if self._holder is None:
+        if self._holder is None or not now.spans:
             return None
         first = now.spans[0].device
         return first if self._members.by_name.get(now.device(first)) is self._holder else None

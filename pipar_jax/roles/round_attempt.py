@@ -61,7 +61,8 @@ class RoundAttempt:
       samples: Samples of an epoch in each place.
       out: The places that are out of it.
       releasing: Whether it is being released.
-      gone: Devices that went while it was released.
+      gone: Devices that went after they were chosen for it, or while it was released; they may
+        be back.
       failed: Places of summed gradients that the others go back for.
       nodes: Compute nodes that take part.
       lost_nodes: Those with stages that went before the commit.

@@ -188,9 +188,11 @@ class RoundResults:
         here = {
             host_index(name) for name in done.hosts if is_device(name) and self._stayed(done, name)
         }
+        for place, stop in stops.items():  # in turns also of one that was lost in a later turn
+            self._population[done.cohort[place]].step = stop
         for place in done.places:
             one = self._population[done.cohort[place]]
-            one.rounds, one.step = one.rounds + done.whole, stops[place]
+            one.rounds += done.whole
             one.fresh = one.fresh and one.index not in here
         for one in self._population:
             if one.index in here:

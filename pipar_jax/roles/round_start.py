@@ -111,6 +111,8 @@ class RoundStart:
         for place in cohort.taking:
             index = cohort.devices[place]
             device, name = self._members.population[index], device_name(index)
+            if not device.ready:  # it is gone since it was chosen, and may be back
+                continue
             # In the run that a script tells of it had come back; here it has been there all along.
             renews = place in scripted and not device.fresh
             if renews or (device.fresh and device.rounds):

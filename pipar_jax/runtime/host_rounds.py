@@ -262,6 +262,10 @@ class HostRounds:
             self._releases.start_attempt(said.clip)
         self._executor.start(schedule, said.attempt, said.cohort)
         self._training = True
+        firsts: dict[int, int] = {}
+        for span in said.spans:
+            firsts[span.device] = min(span.first, firsts.get(span.device, span.first))
+        self._dispatcher.begin(firsts)
         self._feeder.start(schedule)
 
     def _finish_round(self) -> None:

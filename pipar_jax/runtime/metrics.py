@@ -14,7 +14,7 @@ import numpy as np
 from stages.stage_programs import Metrics
 from stages.tasks.task import LOSS
 
-#: For each metric of a task the sum of weighted values, and that of the weights.
+#: For each metric of a task the sum of its numerators, and that of its denominators.
 Sums = Mapping[str, tuple[float, float]]
 _NOTHING: Sums = MappingProxyType({})
 

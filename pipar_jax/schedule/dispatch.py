@@ -142,7 +142,9 @@ class Dispatcher:
                 self._push(dependent)
 
     def begin(self, firsts: Mapping[int, int]) -> None:
-        """Forgets what was complete of steps that begin now: an undone round takes them anew.
+        """Forgets what was complete of steps that begin anew, after a round that was undone.
+
+        Nothing of the new attempt may have been reported before.
 
         Args:
           firsts: The first step of each place.

@@ -64,10 +64,6 @@ class StepFeeder:
         self._queue.clear()
         self._skipped.clear()
         self._needs.clear()  # a device may have come back over another link
-        firsts: dict[int, int] = {}
-        for span in self._spans:
-            firsts[span.device] = min(span.first, firsts.get(span.device, span.first))
-        self._dispatcher.begin(firsts)
         if self._program.plan.order == Order.SEQUENTIAL:
             self._queue.extend(mine[1:])
             mine = mine[:1]

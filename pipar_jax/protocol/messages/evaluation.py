@@ -28,7 +28,7 @@ class Evaluated(ControlMessage):
       round: Which round's weights.
       loss: Sum of the samples' losses.
       samples: Number of samples.
-      metrics: For each metric the sum over them of weighted values, and that of the weights.
+      metrics: For each metric the sums over them of its numerators and of its denominators.
     """
 
     round: Count

@@ -218,7 +218,7 @@ class Stored(ControlMessage):
       memory: Peak memory of the host.
       loss: Sum of the losses of samples whose last stage ran here.
       samples: Number of these samples.
-      metrics: For each metric the sum over them of weighted values, and that of the weights.
+      metrics: For each metric the sums over them of its numerators and of its denominators.
       busy_s: Seconds of computation.
       link: Statistics of sending to the coordinator.
       direct: Statistics of sending to its neighbours.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -52,6 +53,20 @@ def test_nothing_follows_a_goodbye(keep):
     made.say_goodbye(b"{}")  # it has been said
     made.flush(wire, 1 << 20)
     assert wire.sent == told and not made.owes_goodbye and made.empty
+
+
+def test_a_goodbye_that_waits_in_an_emulated_link_survives_a_second_refusal():
+    made, wire = outbox(), Socket()
+    made.set_shape(LinkShape(None, 0.05), time.monotonic())
+    for _ in range(2):
+        made.drop_waiting()
+        made.say_goodbye(b"{}")
+        made.flush(wire, 1 << 20)
+    assert not wire.sent and not made.empty
+    until_s = time.monotonic() + PATIENCE_S
+    while not made.empty and time.monotonic() < until_s:
+        made.flush(wire, 1 << 20)
+    assert wire.sent == 1 and not made.owes_goodbye
 
 
 class Inbox:

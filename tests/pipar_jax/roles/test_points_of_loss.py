@@ -95,8 +95,8 @@ def test_whoever_is_lost_is_left_out_and_the_script_replays_the_run(
     run = OpenRun(made)
     lose_at(points, run, point)
     run.run(range(3))
+    assert not points.hooks  # it has come there
     right(run, 1)
-    points.hooks.clear()
     again, weights = replayed(tmp_path, made, run), run.weights()
     if "shared" in method:  # gradients are summed in the order in which they come
         for name, array in again.items():
@@ -116,6 +116,7 @@ def test_where_rounds_are_repeated_nothing_is_left_of_a_loss(tmp_path, points, m
     run = OpenRun(made, when=lambda run, e: e["event"] == "device_lost" and run.start(1))
     lose_at(points, run, point)
     run.run(range(3))
+    assert not points.hooks
     right(run, 1)
     assert equal(run.weights(), undisturbed)
 
@@ -216,6 +217,34 @@ def test_in_turns_what_was_handed_on_counts_whoever_gave_it(tmp_path, points):
     assert equal(replayed(tmp_path, made, run), run.weights())
 
 
+def test_in_turns_of_a_step_nobody_trains_twice_what_it_has_handed_on(tmp_path, points):
+    made = config(tmp_path, "sl", rounds=4, quorum=2)
+    made.pipeline.hand_on = "step"
+
+    def start_again(run, event):
+        if event["event"] == "device_lost":
+            run.start(1)
+        if event["event"] == "round_finished":
+            time.sleep(0.5)  # so that it is back before the last round
+
+    run = OpenRun(made, when=start_again)
+    points.once("ClientModel", "d1", -1, lambda: lose(run, 1))
+    run.run(range(3))
+    assert not points.hooks
+    right(run, 1)
+    script = run.script()
+    trained = [
+        step
+        for row in script
+        for place, first, stop in row["spans"]
+        if place == 1
+        for step in range(first, stop)
+        if step < min([out["step"] for out in row["out"] if out["place"] == 1] or [99])
+    ]
+    assert len(trained) == len(set(trained)) > 1, script  # fmt: skip
+    assert equal(replayed(tmp_path, made, run), run.weights())
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("what", ["prepares", "is late"])
 def test_neighbours_meet_those_that_are_idle(tmp_path, points, what):
@@ -238,7 +267,12 @@ def test_neighbours_meet_those_that_are_idle(tmp_path, points, what):
 
     run = OpenRun(made, when=when)
     if what == "prepares":
-        points.once("Met", "d1", 2, met.set)
+
+        def note_met(point, host, number):
+            if (point, host) == ("Met", "d1") and run.kinds("device_returned"):
+                met.set()
+
+        points.hooks.append(note_met)
 
         def hold(point, host, number):
             if (point, host) == ("before Prepared", "d2") and run.kinds("device_returned"):

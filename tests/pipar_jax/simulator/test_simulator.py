@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import random
 from collections import Counter, defaultdict
 
 import pytest
@@ -116,6 +117,16 @@ def test_a_sequential_round_hands_the_part_on_through_the_coordinator() -> None:
     assert arrival.end_s == pytest.approx(max(row.end_s for row in first) + 0.5)
     without = simulate(round_of(plan, steps=2), costs)
     assert without.seconds == pytest.approx(found.seconds + 0.5)  # the part had to be fetched
+
+
+def test_a_sequential_round_over_unlimited_links_ends_however_delays_are_rounded() -> None:
+    """A part may arrive a step of the simulator's grid before its device has begun."""
+    draw = random.Random(0)
+    plan = pair_plan(2, 1, order="sequential", weights="shared")
+    for _ in range(60):
+        link = LinkModel(None, draw.uniform(0, 0.01), draw.uniform(0, 0.001))
+        costs = Costs(seconds_of, bytes_of, links_of(plan, link, link))
+        assert simulate(round_of(plan, steps=1), costs).seconds > 0
 
 
 def test_what_has_rested_takes_longer_once_for_each_of_its_computations() -> None:
