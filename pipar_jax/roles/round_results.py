@@ -194,9 +194,12 @@ class RoundResults:
             one = self._population[done.cohort[place]]
             one.rounds += done.whole
             one.fresh = one.fresh and one.index not in here
+        # With a lossy codec those that took part in the average hold what it makes of it, and those
+        # that are given the weights anew hold these: after a round that was undone, all do.
+        same = bool(done.places) or self._config.aggregation.codec == "raw"
         for one in self._population:
             if one.index in here:
-                one.current = True
+                one.current = same
             elif done.places:
                 one.current = False
 

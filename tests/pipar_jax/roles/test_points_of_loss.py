@@ -141,6 +141,20 @@ def test_a_round_that_is_undone_twice_costs_no_optimiser_its_state(tmp_path, poi
     assert equal(run.weights(), undisturbed)
 
 
+@pytest.mark.parametrize("codec", ["raw", "int8:64"])
+def test_a_run_with_a_round_that_was_undone_is_replayed(tmp_path, points, codec):
+    """Also where weights are sent by a codec: all begin anew from the same."""
+    made = config(tmp_path, "fl", rounds=3, quorum=3, below="repeat", wait_s=PATIENCE_S)
+    made.aggregation.codec, made.optimizer.momentum = codec, 0.0
+    run = OpenRun(made, when=lambda run, e: e["event"] == "device_lost" and run.start(1))
+    points.once("batch", "d1", 3, lambda: lose(run, 1))
+    run.run(range(3))
+    assert not points.hooks
+    right(run, 1)
+    assert run.kinds("round_undone")
+    assert equal(replayed(tmp_path, made, run), run.weights())
+
+
 @pytest.mark.parametrize("method", ["fl", "pipar"])
 def test_who_is_back_before_a_round_is_counted_gets_the_weights_of_the_moment(
     tmp_path, points, method
