@@ -21,13 +21,14 @@ from configs import cifar10_vgg5_central
 from experiments.benchmarks import accept_trials, harness
 from pipar_jax.config import Config
 from pipar_jax.disk.files import make_folder
+from pipar_jax.launch import plain_flags
 
 PARTS = ("time", "accuracy", "learning")
 PART = flags.DEFINE_multi_enum("part", PARTS, PARTS, "What to measure; may be repeated.")
 ONLY = flags.DEFINE_string("only", "", "Time: only settings whose name contains this.")
 DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder with CIFAR-10.")
-RESULTS = flags.DEFINE_string(
-    "results", "", "Folder in which measurements are saved and reused; empty: none."
+RESULTS = plain_flags.define_folder(
+    "results", "Folder in which measurements are saved and reused; empty: none."
 )
 SEEDS = (0, 1, 2)
 #: Below this rate the link limits even cuts of raw tensors; the paper's factor.

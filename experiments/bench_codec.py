@@ -30,6 +30,7 @@ from pipar_jax.config import Config, DataConfig
 from pipar_jax.data.public import load_public
 from pipar_jax.disk.files import make_folder
 from pipar_jax.errors import ConfigError
+from pipar_jax.launch import plain_flags
 from pipar_jax.launch.launcher import launch
 from pipar_jax.launch.pinning import first_cores, pinned
 
@@ -47,8 +48,8 @@ CODECS = flags.DEFINE_multi_enum(
     list(codec_accuracy.CASES)[1:],
     "Accuracy: the codecs.",
 )
-RESULTS = flags.DEFINE_string(
-    "results", "", "Accuracy: folder in which runs are saved and reused; empty: none."
+RESULTS = plain_flags.define_folder(
+    "results", "Accuracy: folder in which runs are saved and reused; empty: none."
 )
 METHOD = flags.DEFINE_enum("method", "both", ["both", "pipar", "mpsl"], "Methods to train by.")
 NETWORKS = {"vgg5": (1, 2), "resnet18": (2, 6), "mobilenetv3_small": (2, 6)}

@@ -22,6 +22,7 @@ import stages
 from experiments.benchmarks import chain_equality, harness, simulator_settings
 from experiments.benchmarks import chain_settings as chains
 from experiments.benchmarks.chain_settings import Setting
+from pipar_jax.errors import ConfigError
 from pipar_jax.launch import launcher
 from pipar_jax.report import RecordedRun, read_run
 from pipar_jax.runtime.setup import build_model
@@ -138,7 +139,13 @@ def compare_two(run: harness.Bench, folder: Path, title: str, one: Setting, othe
 
 
 def measure_golden(run: harness.Bench) -> None:
-    """Adds the planner's published optima and its time."""
+    """Adds the planner's published optima and its time.
+
+    Raises:
+      ConfigError: The folder that was named is none.
+    """
+    if PROFILES.present and not os.path.isdir(PROFILES.value):
+        raise ConfigError(f"--profiles={PROFILES.value} is not a folder of profile tables")
     for table, layers, count, cost_ms, cuts in GOLDEN:
         path = Path(PROFILES.value) / f"{table}_cifar.csv"
         if not os.path.isfile(path):

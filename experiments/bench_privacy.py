@@ -22,6 +22,7 @@ from absl import flags
 from experiments.benchmarks import harness, privacy_trials
 from experiments.benchmarks.privacy_trials import EPSILONS, VARIANTS, Setting, Variant
 from pipar_jax.disk.files import make_folder
+from pipar_jax.launch import plain_flags
 from pipar_jax.privacy.ledger import PrivacyLedger
 
 PARTS = ("accuracy", "epochs", "mechanisms")
@@ -30,14 +31,16 @@ DATA = flags.DEFINE_multi_enum(
     "data", tuple(privacy_trials.DATA), tuple(privacy_trials.DATA), "Accuracy: the data sets."
 )
 DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder of public data sets.")
-RESULTS = flags.DEFINE_string(
-    "results", "", "Folder in which measurements are saved and reused; empty: none."
+RESULTS = plain_flags.define_folder(
+    "results", "Folder in which measurements are saved and reused; empty: none."
 )
 SAMPLES = flags.DEFINE_integer("samples", 10_000, "Accuracy: training samples.", lower_bound=200)
 EPOCHS = flags.DEFINE_integer("epochs", 10, "Accuracy: epochs.", lower_bound=1)
 ONLY = flags.DEFINE_string("only", "", "Accuracy: only settings whose name contains this.")
 SEEDS = flags.DEFINE_integer("seeds", 3, "Accuracy: seeds.", lower_bound=1)
-SLOWDOWN = flags.DEFINE_float("slowdown", 10.0, "Epochs: slowness of devices.", lower_bound=1.0)
+SLOWDOWN = plain_flags.define(
+    "slowdown", 10.0, "Epochs: slowness of devices.", plain_flags.positive(float)
+)
 LINKS = ("4g", "wifi")
 #: Samples and epochs behind links: what they learn does not matter.
 LINK_SAMPLES, LINK_EPOCHS, LINK_EPSILON = 1000, 4, 8.0

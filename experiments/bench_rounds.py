@@ -34,7 +34,7 @@ from absl import flags
 
 from experiments.benchmarks import flower_app, harness, process_memory
 from pipar_jax.disk import files
-from pipar_jax.errors import RunError
+from pipar_jax.errors import ConfigError, RunError
 from pipar_jax.launch import plain_flags
 from pipar_jax.launch.plain_flags import list_of, positive
 
@@ -48,8 +48,8 @@ REPEATS = flags.DEFINE_integer("repeats", 2, "Runs of each setting, alternating.
 FLOWER_BIN = flags.DEFINE_string(
     "flower_bin", str(Path(sys.executable).parent), "Folder of Flower's programs."
 )
-RESULTS = flags.DEFINE_string(
-    "results", "", "Folder in which measurements are saved and reused; empty: none."
+RESULTS = plain_flags.define_folder(
+    "results", "Folder in which measurements are saved and reused; empty: none."
 )
 ROUNDS = 5
 LIMIT_S = 900.0
@@ -186,6 +186,11 @@ def measure(run: harness.Bench) -> None:
     systems: dict[str, System] = {"ours": ours}
     if os.path.exists(Path(FLOWER_BIN.value) / "flower-superlink"):
         systems["Flower"] = flowers
+    elif FLOWER_BIN.present:
+        raise ConfigError(
+            f"--flower_bin={FLOWER_BIN.value}: there is no flower-superlink: name the folder of "
+            "Flower's programs, such as FOLDER/bin of an environment with flwr"
+        )
     else:
         run.missing("Flower is not installed (extra `peers`, or --flower_bin): no ratios.")
     repeats = 1 if run.quick else REPEATS.value

@@ -16,6 +16,7 @@ from absl import flags
 
 import stages
 from experiments.benchmarks import flax_networks, harness, step_times, torch_networks
+from pipar_jax.errors import ConfigError
 from pipar_jax.launch import plain_flags
 from pipar_jax.launch.pinning import PinnedProcess, first_cores
 
@@ -134,7 +135,14 @@ def compare_flax(run: harness.Bench, batch: int) -> None:
 
 
 def measure(run: harness.Bench) -> None:
-    """Measures all cells; with --quick one network on one core."""
+    """Measures all cells; with --quick one network on one core.
+
+    Raises:
+      ConfigError: This process may not use as many cores.
+    """
+    most, there = max(CORES.value), len(first_cores(max(CORES.value)))
+    if 0 < there < most:
+        raise ConfigError(f"--cores={most}: this process may use {there}")
     with_torch = importlib.util.find_spec("torch") is not None
     if not with_torch:
         run.missing("PyTorch is not installed (extra `peers`): no ratios.")

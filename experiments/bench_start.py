@@ -44,8 +44,8 @@ PRESETS = plain_flags.define(
 OVERRIDES = flags.DEFINE_multi_string(
     "override", [], "Further flag of every run, such as --override=--config.model.stem=imagenet."
 )
-RESULTS = flags.DEFINE_string(
-    "results", "", "Folder in which measurements are saved and reused; empty: none."
+RESULTS = plain_flags.define_folder(
+    "results", "Folder in which measurements are saved and reused; empty: none."
 )
 #: Shape of a sample of each data set that a preset names.
 SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10": (32, 32, 3)}

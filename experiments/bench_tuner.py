@@ -19,6 +19,7 @@ from absl import flags
 from experiments.benchmarks import adapting_trials, harness, tuner_trials
 from pipar_jax.config import Config
 from pipar_jax.disk.files import make_folder
+from pipar_jax.launch import plain_flags
 from pipar_jax.methods.resolution import resolve
 
 PARTS = ("choices", "adapt", "unequal", "search")
@@ -30,8 +31,8 @@ STEM = flags.DEFINE_multi_enum(
     list(tuner_trials.NETWORKS),
     "Choices: first layers of the networks; imagenet: ResNets with the papers'. May be repeated.",
 )
-RESULTS = flags.DEFINE_string(
-    "results", "", "Folder in which measurements are saved and reused; empty: none."
+RESULTS = plain_flags.define_folder(
+    "results", "Folder in which measurements are saved and reused; empty: none."
 )
 
 

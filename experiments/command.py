@@ -16,9 +16,6 @@ from typing import NoReturn
 
 import experiments
 from pipar_jax import __version__
-from pipar_jax.config.schema import did_you_mean
-from pipar_jax.launch.flags import terminal_width, two_columns
-from pipar_jax.launch.process import WRONG_USE, code_of, heed_termination, leave, open_streams
 
 FOLDER = pathlib.Path(experiments.__file__).parent
 #: The commands at the top of the help, in this order; the others follow alphabetically.
@@ -49,6 +46,8 @@ def commands() -> dict[str, str]:
 
 def make_help() -> str:
     """Returns the list of all commands."""
+    from pipar_jax.launch.flags import terminal_width, two_columns
+
     width = terminal_width()
     rows = list(commands().items())
     return "\n".join(
@@ -86,6 +85,18 @@ def put_in_order(path: list[str]) -> None:
 
 def main() -> NoReturn:
     """Runs the command that the command line names and ends the process."""
+    try:
+        _run()
+    except KeyboardInterrupt:  # before anything heeds it
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(130)
+
+
+def _run() -> NoReturn:
+    """Does what ``main`` says; loads the rest here, so that Ctrl-C while it loads is heeded."""
+    from pipar_jax.config.schema import did_you_mean
+    from pipar_jax.launch.process import WRONG_USE, code_of, heed_termination, leave, open_streams
+
     open_streams()
     heed_termination()
     name = sys.argv[1] if len(sys.argv) > 1 else ""

@@ -25,7 +25,8 @@ from pipar_jax.launch.certificates import (
 
 _FOLDER = plain_flags.define_path("folder", "certificates", "Folder of the files.")
 _HOST = flags.DEFINE_multi_string("host", [], "NAME or NAME=ADDRESS,ADDRESS; may be repeated.")
-_DAYS = flags.DEFINE_integer("days", 30, "Validity of the certificates, in days.", lower_bound=1)
+_DAYS = flags.DEFINE_integer("days", 30, "Validity of the certificates, in days.", lower_bound=1,
+                             upper_bound=36_500)  # fmt: skip
 _ADD = flags.DEFINE_boolean("add", False, "Add hosts to an existing authority.")
 
 

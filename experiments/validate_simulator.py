@@ -25,7 +25,7 @@ from comms.emulation.shaping import parse_link
 from experiments.benchmarks import harness, simulator_settings
 from experiments.benchmarks.simulator_settings import Setting
 from pipar_jax.disk.files import make_folder
-from pipar_jax.launch import launcher
+from pipar_jax.launch import launcher, plain_flags
 from pipar_jax.report import RecordedRun, read_run
 from pipar_jax.schedule.actions import COMPUTE, Span
 from pipar_jax.schedule.plan import COORDINATOR, DevicePlan, Plan
@@ -33,8 +33,8 @@ from pipar_jax.schedule.rounds import RoundSchedule
 from pipar_jax.simulator import Costs, LinkModel, simulate
 
 ONLY = flags.DEFINE_string("only", "", "Measure only settings whose name contains this.")
-RESULTS = flags.DEFINE_string(
-    "results", "", "Folder in which measurements are saved and reused; empty: none."
+RESULTS = plain_flags.define_folder(
+    "results", "Folder in which measurements are saved and reused; empty: none."
 )
 #: The kinds of predictions, as ``simulator_settings.predict`` returns them.
 KINDS = ("alone", "in run")

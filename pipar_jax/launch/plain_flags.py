@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import pathlib
 import re
 import sys
@@ -71,6 +72,22 @@ def define_path(
       required: Whether the flag must be given.
     """
     return define(name, default, text, _read_path, required=required)
+
+
+def define_folder(name: str, text: str) -> absl_flags.FlagHolder[Any]:
+    """Defines a flag that names a folder, which need not be there yet; empty: none.
+
+    Args:
+      name: Name of the flag.
+      text: Help text.
+    """
+    return define(name, "", text, _read_folder)
+
+
+def _read_folder(text: str) -> str:
+    if os.path.isfile(text):
+        raise ValueError(f"{text} is a file: name a folder")
+    return text
 
 
 def as_path(text: str) -> pathlib.Path:

@@ -38,6 +38,9 @@ from pipar_jax.simulator import LinkModel, Prediction, simulate
 
 #: Maximum number of devices that are drawn.
 MOST_DEVICES = 8
+#: Fields of a configuration without which there is no report.
+_NEEDED = ("method", "model.name", "data.source", "data.batch_size", "devices.count",
+           "devices.defaults.link", "nodes.defaults.link", "pipeline.window_mb")  # fmt: skip
 #: Figures of a link that are states, not sums over rounds.
 _GAUGES = ("queued_peak_bytes", "reconnects", "rtt_s", "rate_mbps")
 
@@ -280,6 +283,7 @@ def read_run(folder: Path) -> RecordedRun:
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        _check_fields(config)
         events = read_events(folder / "metrics.jsonl")
         script = folder / SCRIPT
         attempts = read_attempts(script) if script.exists() else ()
@@ -293,6 +297,20 @@ def read_run(folder: Path) -> RecordedRun:
         folder.name, config, events, trace if trace.exists() else None, attempts,
         folder.absolute().parent.name,
     )  # fmt: skip
+
+
+def _check_fields(config: Any) -> None:
+    """Checks that a configuration has what the report reads of it.
+
+    Raises:
+      ValueError: It has not.
+    """
+    for field in _NEEDED:
+        value = config
+        for part in field.split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise ValueError(f"config.json has no field {field}")
+            value = value[part]
 
 
 def hosts_of(run: RecordedRun) -> list[str]:

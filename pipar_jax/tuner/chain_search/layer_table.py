@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+from pipar_jax.disk.files import describe_reading
 from pipar_jax.errors import DataError
 from pipar_jax.tuner.chain_search.problem import Layer
 
@@ -41,9 +42,11 @@ def read_profile(path: Path, device: str) -> tuple[Layer, ...]:
         known = sorted({row["device"] for row in rows})
     except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
         raise DataError(
-            f"{path} is not a profile table: {error!r}; expected columns device, layer, "
-            "forward_ms, backward_ms, update_ms, activation_kb, weight_kb"
+            f"{path} is not a profile table: {describe_reading(error)}; expected columns device, "
+            "layer, forward_ms, backward_ms, update_ms, activation_kb, weight_kb"
         ) from error
+    if not rows:
+        raise DataError(f"{path} is not a profile table: it has no row")
     if not layers:
         raise DataError(f"{path} has no device {device!r}: it has {', '.join(known)}")
     if sorted(mine) != list(range(len(mine))):

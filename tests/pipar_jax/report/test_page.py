@@ -557,3 +557,30 @@ def test_a_run_without_a_full_round_has_no_prediction(tmp_path: Path) -> None:
     alone = dataclasses.replace(run, events=())
     assert alone.predict() is None
     assert alone.epoch_s == 0.0
+
+
+def test_a_folder_with_a_configuration_of_something_else_is_no_run(tmp_path: Path) -> None:
+    """Whatever it lacks, it is named; or the page does without."""
+    folder = write_run(tmp_path / "run", "pipar", PIPAR)
+    whole = json.loads((folder / "config.json").read_text())
+
+    def without(config, path):
+        made = json.loads(json.dumps(config))
+        *groups, last = path
+        inner = made
+        for group in groups:
+            inner = inner[group]
+        del inner[last]
+        return made
+
+    paths = [(key,) for key in whole] + [
+        (key, inner) for key, value in whole.items() if isinstance(value, dict) for inner in value
+    ]
+    shown = 0
+    for config in ([], 3, "text", {}, {"model": {}}, *(without(whole, path) for path in paths)):
+        (folder / "config.json").write_text(json.dumps(config))
+        try:
+            shown += bool(make_page([read_run(folder)]))
+        except RunError as error:
+            assert "config.json has no field" in str(error)
+    assert shown > len(paths) / 2
