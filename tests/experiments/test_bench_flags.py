@@ -36,6 +36,8 @@ def run(binary: str, *arguments: str) -> subprocess.CompletedProcess[str]:
                 ("bench_stages --cores=1,two", "'two' is not a whole number above 0"),
                 ("bench_stages --batches=", "'' is not a whole number above 0"),
                 ("bench_rounds --sizes_mb=0", "'0' is not a number above 0"),
+                ("bench_tuner --results=README.md", "README.md is a file: name a folder"),
+                ("bench_privacy --slowdown=nan", "'nan' is not a number above 0"),
                 ("bench_accept --part=time --only=typo", "--only='typo' is in the name of no"),
                 ("bench_privacy --part=accuracy --only=typo --data_dir=/no", "--only='typo' is in"),
             )
