@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pipar_jax.config import Config, to_json
 from tests.patience import PROCESS_S
 
 ROOT = Path(__file__).parents[2]
@@ -32,10 +33,7 @@ def test_without_a_folder_the_usage_is_shown() -> None:
 def test_a_report_lies_in_the_runs_folder_or_where_it_is_wanted(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "config.json").write_text(
-        '{"method": "fl", "model": {"name": "mlp"}, "data": {"source": "digits", "batch_size": 4},'
-        ' "devices": {"count": 1, "defaults": {}}}'
-    )
+    (folder / "config.json").write_text(to_json(Config()))
     (folder / "metrics.jsonl").write_text("")
     assert run(str(folder)).stdout.strip() == f"wrote {folder / 'report.html'}"
     assert (folder / "report.html").read_text().startswith("<!DOCTYPE html>")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pipar_jax.config import Config, to_json
 from pipar_jax.report.privacy import privacy_text
 from pipar_jax.report.run import RecordedRun, read_run
 
@@ -16,7 +17,7 @@ ROW = {"event": "round_finished", "round": 3, "epsilon": {"d0": 1.25, "d1": 2.5}
 
 def recorded(folder: Path, *events: dict[str, object]) -> RecordedRun:
     folder.mkdir()
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text(to_json(Config()))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in events))
     return read_run(folder)
 

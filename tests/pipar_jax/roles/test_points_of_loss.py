@@ -40,7 +40,7 @@ SERVERS = {
 }
 METHODS = ("fl", "sfl", "pipar", "pipar shared", "sl", "mpsl")
 #: What is tried in `make test` of methods beside PiPar.
-QUICK = ("in a step", "when it has stored")
+QUICK = ("in a step",)
 
 
 def cases(methods, quick, every=()):
@@ -105,9 +105,7 @@ def test_whoever_is_lost_is_left_out_and_the_script_replays_the_run(
         assert equal(again, weights)
 
 
-@pytest.mark.parametrize(
-    ("method", "point"), list(cases(("fl", "pipar"), ("after its weights", "before the count")))
-)
+@pytest.mark.parametrize(("method", "point"), list(cases(("fl", "pipar"), ("after its weights",))))
 def test_where_rounds_are_repeated_nothing_is_left_of_a_loss(tmp_path, points, method, point):
     made = setting(tmp_path, method, quorum=3, below="repeat", wait_s=PATIENCE_S)
     made.optimizer.momentum = 0.0  # whoever comes back begins with a fresh one
@@ -121,7 +119,7 @@ def test_where_rounds_are_repeated_nothing_is_left_of_a_loss(tmp_path, points, m
     assert equal(run.weights(), undisturbed)
 
 
-@pytest.mark.parametrize("method", ["fl", "pipar"])
+@pytest.mark.parametrize("method", [pytest.param("fl", marks=pytest.mark.soak), "pipar"])
 def test_a_round_that_is_undone_twice_costs_no_optimiser_its_state(tmp_path, points, method):
     made = config(tmp_path, method, rounds=3, quorum=3, below="repeat", wait_s=PATIENCE_S)
     undisturbed = OpenRun(made).run(range(3)).weights()
@@ -155,7 +153,7 @@ def test_a_run_with_a_round_that_was_undone_is_replayed(tmp_path, points, codec)
     assert equal(replayed(tmp_path, made, run), run.weights())
 
 
-@pytest.mark.parametrize("method", ["fl", "pipar"])
+@pytest.mark.parametrize("method", [pytest.param("fl", marks=pytest.mark.soak), "pipar"])
 def test_who_is_back_before_a_round_is_counted_gets_the_weights_of_the_moment(
     tmp_path, points, method
 ):
@@ -171,7 +169,7 @@ def test_who_is_back_before_a_round_is_counted_gets_the_weights_of_the_moment(
     assert equal(run.weights(), undisturbed)
 
 
-@pytest.mark.parametrize("method", ["fl", "pipar"])
+@pytest.mark.parametrize("method", [pytest.param("fl", marks=pytest.mark.soak), "pipar"])
 def test_who_is_lost_and_back_before_the_release_is_not_in_the_round(tmp_path, points, method):
     """It was chosen for it, and another one is given the weights of the moment meanwhile."""
     made = config(tmp_path, method, rounds=4, quorum=3, below="repeat", wait_s=PATIENCE_S)

@@ -251,7 +251,10 @@ class Recurrent(nnx.Module):
         return self.head(self.lstm(self.embed(tokens))[:, -1])
 
 
-@pytest.mark.parametrize("name", [*networks.CASES, "recurrent"])
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[] if name in ("function", "lengths") else [pytest.mark.soak])
+    for name in networks.CASES
+] + ["recurrent"])  # fmt: skip
 def test_rows_that_cross_are_those_of_the_samples_however_many_there_are(name):
     """Also where there are as many samples as an array has entries along another axis."""
     case = networks.CASES.get(name) or networks.Case(Recurrent, networks.TOKENS, 2)
