@@ -48,7 +48,6 @@ from pipar_jax.schedule.plan import (
     Order,
     Plan,
     device_name,
-    host_index,
     is_node,
     long_name,
 )
@@ -125,7 +124,8 @@ class Conductor:
         now.nodes = self.nodes
         now.ends = None if planned is None else planned.nodes.ends
         # Who was lost since the cohort was gathered, whether it is back or not.
-        now.gone = [name for name in map(device_name, cohort.devices) if not self._ready(name)]
+        now.gone = [name for name in map(device_name, cohort.devices)
+                    if not self._members.population.is_ready(name)]  # fmt: skip
         now.lost_nodes = [one for one in self._chain if one not in self.nodes]
         self._release(now, spans)
         if self.plan.order == Order.SEQUENTIAL:
@@ -207,11 +207,6 @@ class Conductor:
         gone, now.gone = now.gone, []
         for name in dict.fromkeys(gone):
             self.note_lost(name)
-
-    def _ready(self, name: str) -> bool:
-        """Returns whether a device can begin a round; one that has just come back cannot."""
-        population, index = self._members.population, host_index(name)
-        return index in population and population[index].ready
 
     def _present(self, now: RoundAttempt, places: Sequence[int]) -> tuple[str, ...]:
         """Returns the hosts of a round, this process's first, with the devices in some places."""

@@ -136,7 +136,8 @@ class Gathering:
     def take_arrived(self) -> list[str]:
         """Returns the devices that have become ready since the last call and are still present."""
         arrived, self._arrived = self._arrived, []
-        return [name for name in dict.fromkeys(arrived) if self._is_ready(name)]
+        return [name for name in dict.fromkeys(arrived)
+                if self._members.population.is_ready(name)]  # fmt: skip
 
     @property
     def needed(self) -> int:
@@ -174,7 +175,7 @@ class Gathering:
         taking = tuple(dict.fromkeys(place for place, _, _ in planned.spans))
         names = [device_name(planned.cohort[place]) for place in taking]
         limit_s = time.monotonic() + self._config.network.join_timeout_s
-        while missing := [n for n in names if not self._is_ready(n)]:
+        while missing := [n for n in names if not self._members.population.is_ready(n)]:
             if time.monotonic() >= limit_s and not self._preparing:
                 raise PeerError(
                     f"{', '.join(missing[:20])} are absent, but cohort.script has them in round "
@@ -183,10 +184,6 @@ class Gathering:
             self._members.wait(tuple(self._preparing), "prepared")
             self.settle()
         return Cohort(planned.cohort, taking, planned)
-
-    def _is_ready(self, name: str) -> bool:
-        index = host_index(name)
-        return index in self._members.population and self._members.population[index].ready
 
     def _note_stopped(self, mail: Mail[Any]) -> None:
         """Makes a device that was dropped from a round eligible for the next."""

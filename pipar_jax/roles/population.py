@@ -14,7 +14,7 @@ from typing import Any
 from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.roles.admission import Identity
 from pipar_jax.roles.selection import Candidate
-from pipar_jax.schedule.plan import device_name
+from pipar_jax.schedule.plan import device_name, host_index
 
 #: What of a device a checkpoint holds.
 _KEPT = ("index", "samples", "steps", "fresh", "rounds", "step", "losses")
@@ -139,6 +139,11 @@ class Population:
                 continue
             one.rounds, one.step = row["rounds"], row["step"]
             one.fresh, one.losses = row["fresh"], row["losses"]
+
+    def is_ready(self, name: str) -> bool:
+        """Returns whether a device can begin a round; one that has just come back cannot."""
+        index = host_index(name)
+        return index in self and self[index].ready
 
     def ready(self) -> list[Candidate]:
         """Returns the devices that are allowed to take part in a round."""
