@@ -2,7 +2,8 @@
 
 Command: pipar train --config=cifar10_vgg5_paper --config.data.data_dir=FOLDER
 where FOLDER holds CIFAR-10, as published or as prepared by TFDS; otherwise it is downloaded.
-The method is a field: --config.method=fl, sl, sfl.
+The method is a field: --config.method=fl, sl, sfl, pipar. With these, cut and N are pipeline.cut
+and pipeline.micro_batches.
 
 This is the paper's setting: the network, 4G with 10 Mbit/s up and 25 down
 (--config.devices.defaults.link=4g+ and wifi are its others), cut and N by its own formulas, and the

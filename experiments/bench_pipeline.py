@@ -6,7 +6,7 @@ epoch, training steps and aggregation, no evaluation. The recurrence is that of 
 (arXiv 2302.12803) with each micro-batch's own times, measured alone on a pinned core just before
 and just after the run, and the update.
 
-python -m experiments.bench_pipeline --data_dir=FOLDER_OF_TFDS_DATA_SETS
+python -m experiments.bench_pipeline --data_dir=FOLDER
 """
 
 import dataclasses

@@ -7,7 +7,7 @@ three seeds. --part=epochs: epochs behind 4G and WiFi with emulated slow devices
 whether PiPar keeps its speed-up over FL. --part=mechanisms: clipping, noise, DP-SGD and the ledger,
 alone and without other processes. With --results=FOLDER runs are saved and not repeated.
 
-python -m experiments.bench_privacy --data_dir=FOLDER_OF_TFDS_DATA_SETS --results=FOLDER
+python -m experiments.bench_privacy --data_dir=FOLDER --results=FOLDER
 """
 
 import contextlib

@@ -7,7 +7,7 @@ under its SuperLink and SuperNodes as they are by default, with a client that re
 once. Both average all clients and evaluate nothing. A round lasts from the end of the one before to
 its own; the first is left out. Memory is the largest sum of the resident sizes of all processes.
 
-Flower is in the extra ``peers``, or in an environment of its own, whose programs are then named:
+Flower is in the extra ``peers``, or in a separate environment, named by --flower_bin:
 
   python -m experiments.bench_rounds [--flower_bin=FOLDER/bin] [--results=FOLDER] [--quick]
 

@@ -4,7 +4,7 @@ Start it on the machine with the device's data, with the same preset and overrid
 its own index, counted from 0:
 
   pipar device --config=cifar10_vgg5 --server=192.0.2.7:7000 --index=0 \
-      --config.network.token=env:PIPAR_SECRET
+      --config.network.token=env:TOKEN
 
 The server may start later: the device retries for network.join_timeout_s seconds.
 """

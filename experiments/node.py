@@ -4,7 +4,7 @@ Start it with the same preset and overrides as the server, its own index, counte
 address at which its neighbours in the chain reach it:
 
   pipar node --config=cifar10_resnet18_mpsl --server=192.0.2.7:7000 --index=1 \
-      --config.nodes.1.host=192.0.2.21 --config.network.token=env:PIPAR_SECRET
+      --config.nodes.1.host=192.0.2.21 --config.network.token=env:TOKEN
 
 The server may start later: the node retries for network.join_timeout_s seconds.
 """

@@ -3,7 +3,7 @@ r"""Runs the server of a run on this machine, for devices on other machines.
 Start it with the same preset and overrides as the devices, on an address that they can reach:
 
   pipar server --config=cifar10_vgg5 --config.server.host=0.0.0.0 \
-      --config.server.port=7000 --config.network.token=env:PIPAR_SECRET
+      --config.server.port=7000 --config.network.token=env:TOKEN
 
 It waits for the devices, trains, and writes the run's folder on this machine.
 """

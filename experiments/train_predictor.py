@@ -4,7 +4,7 @@
 
 Times are those of experiments.collect_latency (by default those in experiments/latency_data);
 tables are published profile tables of other devices (experiments/latency_data/published_tables.py),
-by default none. Training takes about half a minute on a core and is deterministic.
+by default none. Training takes 8 s on a core (see docs/predictor.md) and is deterministic.
 """
 
 import time

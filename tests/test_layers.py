@@ -145,7 +145,7 @@ def test_an_arrow_that_is_turned_would_be_found(package: str) -> None:
 
 def test_the_map_shows_the_floors() -> None:
     text = (ROOT / "WORKSPACE.md").read_text(encoding="utf-8")
-    table = text.partition("| floor of `pipar_jax/`")[2].partition("\n\n")[0]
+    table = text.partition("| layer of `pipar_jax/`")[2].partition("\n\n")[0]
     rows = re.findall(r"^\| (\d+) \| (`.*) \|$", table, re.M)
     shown = {int(number): set(re.findall(r"`(\w+)`", rooms)) for number, rooms in rows}
     there = {name.split(".")[1] for name in modules() if name.startswith("pipar_jax.")}

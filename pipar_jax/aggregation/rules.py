@@ -63,7 +63,7 @@ RULES: dict[str, Callable[[AggregationConfig], optax.GradientTransformation]] = 
 
 
 def _median(config: AggregationConfig) -> Combine:
-    """Coordinate-wise median (Yin et al., arXiv 1803.01498): bears liars up to almost half."""
+    """Coordinate-wise median (Yin et al., arXiv 1803.01498): tolerates up to almost half liars."""
     import jax.numpy as jnp
 
     del config

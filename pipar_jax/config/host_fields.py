@@ -141,7 +141,8 @@ class NetworkConfig:
     )
     key: str = option("", "TLS: PEM file of this host's private key", path="")
     require_certificate: bool = option(
-        False, "TLS: the server requires a certificate from devices as well"
+        False,
+        "TLS: listeners (server, nodes) require a certificate of everyone who connects",
     )
     checksum: str = option(
         "auto",
@@ -169,7 +170,8 @@ class NetworkConfig:
     )
     rejoin_s: float = option(
         0.0,
-        "seconds for which a device tries to come back after it lost the server; 0: it ends",
+        "seconds for which a device or compute node tries to come back after it lost the server; "
+        "0: it ends",
         at_least=0,
         at_most=LONGEST_S,
     )

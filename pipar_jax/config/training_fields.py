@@ -27,7 +27,12 @@ class ModelConfig:
         "width, heads, depth, positions",
     )
     norm: str = option("batch", "normalisation layers", choices=NORMS)
-    stem: str = option("cifar", "first layers of a ResNet: 3x3, or 7x7 with pooling", choices=STEMS)
+    stem: str = option(
+        "cifar",
+        "first layers: cifar, for small images, or imagenet, the papers' (ResNet 7x7 with pooling, "
+        "MobileNet stride 2)",
+        choices=STEMS,
+    )
     trainable: str = option(
         "",
         "train only the weights whose names (unit/path) match this regular expression, such as "
@@ -150,7 +155,7 @@ class AggregationConfig:
     beta2: float = option(0.99, "fedadam, fedyogi: second beta", at_least=0, below=1)
     epsilon: float = option(1e-3, "adaptive rules: added to the denominator", above=0)
     liars: int = option(
-        0, "trimmed_mean, multi_krum: number of devices that may send anything", at_least=0
+        0, "trimmed_mean, multi_krum: number of Byzantine devices to tolerate", at_least=0
     )
     update_bound: float = option(
         0.0,

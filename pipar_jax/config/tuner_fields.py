@@ -28,7 +28,7 @@ class TunerConfig:
     codecs: str = option(
         "safe",
         "codecs to choose from, such as raw,float16; raw: none; safe, with method=auto: bits:K as "
-        "needed where trials lost no accuracy, see docs/codecs.md; auto: bits:K as needed, down to "
+        "needed for convolutional classifiers, see docs/codecs.md; auto: bits:K as needed, down to "
         "activation_bits and cotangent_bits; empty: those of pipeline",
     )
     activation_bits: int = option(

@@ -1,4 +1,4 @@
-"""Checks of the rules of aggregation that bear liars, and of bounds of updates."""
+"""Checks of Byzantine-robust rules of aggregation, and of bounds of updates."""
 
 from __future__ import annotations
 

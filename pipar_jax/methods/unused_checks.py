@@ -1,10 +1,10 @@
 """Checks for fields that would have no effect, because what they belong to is off.
 
-A field that is set is meant to do something, so it is refused where it cannot. Three kinds of
-fields are exempt: those of ``pipeline`` and ``nodes`` that are for another method than the chosen
-one (``cut`` with fl) and those of ``model`` that are for another network (``norm`` with mlp), since
-one preset serves all methods and networks; and those about this machine, such as folders and
-caches.
+A field that is set is meant to do something, so it is refused where it cannot. Four kinds of fields
+are exempt: those of ``pipeline`` and ``nodes`` that are for another method than the chosen one
+(``cut`` with fl) and those of ``model`` that are for another network (``norm`` with mlp), since one
+preset serves all methods and networks; those of ``tuner`` where the method is fixed, since
+``pipar plan`` reads them; and those about this machine, such as folders and caches.
 """
 
 from __future__ import annotations
