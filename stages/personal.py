@@ -66,3 +66,11 @@ def shared(model: Model, params: Mapping[str, Mapping[str, jax.Array]]) -> dict[
         unit: {path: array for path, array in arrays.items() if path not in units[unit]}
         for unit, arrays in params.items()
     }
+
+
+def personal(model: Model, params: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, Arrays]:
+    """Returns the personal weights of the units that have some."""
+    return {
+        unit: {path: params[unit][path] for path in params[unit] if path in paths}
+        for unit, paths in personal_paths(model).items()
+    }

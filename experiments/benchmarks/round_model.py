@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -29,6 +31,9 @@ class Weights(nnx.Module):
         return logits
 
 
-def build(classes: int, megabytes: float = 1.0) -> Weights:
-    """Returns the network, for ``model.name=module:…:build``."""
-    return Weights(classes, megabytes)
+def build(classes: int, megabytes: float = 1.0) -> Callable[[nnx.Rngs], Weights]:
+    """Returns what makes the network, for ``model.name=module:…:build``.
+
+    A network that is made already would stay in each process with weights that nobody trains.
+    """
+    return lambda _: Weights(classes, megabytes)

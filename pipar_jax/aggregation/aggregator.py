@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -68,7 +68,7 @@ def _compiled(fields: tuple[Any, ...]) -> _Compiled:
     config = AggregationConfig(*fields)
     transformation, combine = make_rule(config)
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=2)
     def step(old: Arrays, opt_state: PyTree, mean: Arrays) -> tuple[PyTree, PyTree]:
         pseudo_gradient = jax.tree.map(jnp.subtract, old, mean)
         updates, opt_state = transformation.update(pseudo_gradient, opt_state, old)
@@ -135,33 +135,48 @@ def _vector(leaf: Any) -> str | None:
     return f"/{leaf.dtype}" if leaf.size <= SMALL and _averaged(leaf) else None
 
 
+def _by_vectors(function: Callable[..., jax.Array], *trees: Mapping[str, Any]) -> Arrays:
+    """Returns what a function makes of the arrays under each path of some trees, one after another.
+
+    No more than one array's intermediate results are in memory at a time.
+
+    Args:
+      function: Takes each number by itself, so that small arrays go together as one vector.
+      *trees: Arrays by path; the results are shaped like those of the first.
+    """
+    packed = [_packed(tree) for tree in trees]
+    found = {path: function(*(one[path] for one in packed)) for path in packed[0]}
+    return _unpacked(found, trees[0])
+
+
 @jax.jit
-def _begin(share: jax.Array, variables: PyTree) -> PyTree:
-    """Returns the sum over a single replica: its arrays times its share."""
-
-    def scale(leaf: jax.Array) -> jax.Array:
-        wide = _wide(leaf)
-        return share.astype(wide) * leaf.astype(wide) if _averaged(leaf) else leaf
-
-    return jax.tree.map(scale, variables)
+def _begin(share: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Returns the sum over a single replica: its array times its share."""
+    wide = _wide(leaf)
+    return share.astype(wide) * leaf.astype(wide)
 
 
-@jax.jit
-def _fold(total: PyTree, share: jax.Array, variables: PyTree) -> PyTree:
+@functools.partial(jax.jit, donate_argnums=0)
+def _fold(total: jax.Array, share: jax.Array, leaf: jax.Array) -> jax.Array:
     """Returns a sum with a further replica: the step of the average, for any number of them."""
-
-    def add(total: jax.Array, leaf: jax.Array) -> jax.Array:
-        wide = _wide(leaf)
-        return total + share.astype(wide) * leaf.astype(wide) if _averaged(leaf) else total
-
-    return jax.tree.map(add, total, variables)
+    wide = _wide(leaf)
+    return total + share.astype(wide) * leaf.astype(wide)
 
 
-def _mean(total: PyTree, first: PyTree) -> PyTree:
-    """Returns a sum in the dtype of its arrays; arrays without a mean are the first replica's."""
-    return jax.tree.map(
-        lambda total, leaf: total.astype(leaf.dtype) if _averaged(leaf) else leaf, total, first
-    )
+def _average(leaves: Sequence[jax.Array], shares: Array) -> jax.Array:
+    """Returns the weighted mean of replicas of an array in its dtype; the first if it has no mean.
+
+    Replicas are summed in their order, not in order of arrival, so that a run is reproducible;
+    only the first two are swapped. A compiled program contracts a product and a sum into one
+    rounding; this way the sum has the bits of a single program over all replicas.
+    """
+    if not _averaged(leaves[0]):
+        return leaves[0]
+    first, *others = [1, 0, *range(2, len(leaves))] if len(leaves) > 1 else [0]
+    total = _begin(shares[first], leaves[first])
+    for i in others:
+        total = _fold(total, shares[i], leaves[i])
+    return total.astype(leaves[0].dtype)
 
 
 def _unmixed(mean: jax.Array, *replicas: Array | jax.Array) -> jax.Array:
@@ -242,32 +257,27 @@ class Aggregator:
     def _combine(
         self, unit: str, replicas: Sequence[tuple[PyTree, PyTree]], weights: Sequence[float]
     ) -> tuple[PyTree, PyTree, PyTree]:
-        """Returns a unit's weights, its rule's state and its statistics after an average.
-
-        Replicas are summed in their order, not in order of arrival, so that a run is reproducible;
-        only the first two are swapped. A compiled program contracts a product and a sum into one
-        rounding; this way the sum has the bits of a single program over all replicas.
-        """
-        shares = _shares(weights, _share_dtype(self.params[unit]))
+        """Returns a unit's weights, its rule's state and its statistics after an average."""
+        shares, rule = _shares(weights, _share_dtype(self.params[unit])), self._rule
         given, statistics = zip(*replicas, strict=True)
-        if self._rule.step_of_all is not None:  # no mean of the weights is needed
-            replicas = [({}, state) for _, state in replicas]
-        order = [1, 0, *range(2, len(replicas))] if len(replicas) > 1 else [0]
-        first, total = tuple(map(_packed, replicas[0])), None
-        for i in order:
-            one = tuple(map(_packed, replicas[i])) if i else first
-            total = _begin(shares[i], one) if total is None else _fold(total, shares[i], one)
-        mean, mean_state = _mean(total, first)
-        state = _unpacked(mean_state, statistics[0])
+
+        def average(*leaves: jax.Array) -> jax.Array:
+            return _average(leaves, shares)
+
+        state = _by_vectors(average, *statistics)
         if len(replicas) > 1:
             state = jax.tree.map(_unmixed, state, *statistics)
         old, rule_state = self.params[unit], self.rule_state[unit]
-        if self._rule.step_of_all is not None:
-            return *self._rule.step_of_all(old, rule_state, given, shares), state
-        if self._rule.elementwise and not jax.tree.leaves(rule_state):
-            new, rule_state = self._rule.step(_packed(old), rule_state, mean)
-            return _unpacked(new, old), rule_state, state
-        return *self._rule.step(old, rule_state, _unpacked(mean, old)), state
+        if rule.step_of_all is not None:
+            return *rule.step_of_all(old, rule_state, given, shares), state
+        if not rule.elementwise or jax.tree.leaves(rule_state):
+            return *rule.step(old, rule_state, _by_vectors(average, *given)), state
+
+        def step(own: jax.Array, *leaves: jax.Array) -> jax.Array:
+            new, _ = rule.step({"": own}, rule_state, {"": average(*leaves)})
+            return new[""]
+
+        return _by_vectors(step, old, *given), rule_state, state
 
 
 def _share_dtype(params: Mapping[str, jax.Array]) -> PyTree:

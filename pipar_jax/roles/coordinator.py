@@ -50,7 +50,7 @@ from pipar_jax.schedule.plan import (
 from pipar_jax.schedule.rounds import rounds
 from pipar_jax.training.compile import TOLD_S, now_and_then
 from stages import Model
-from stages.personal import shared
+from stages.personal import personal, shared
 from stages.trees import Variables
 
 
@@ -143,14 +143,15 @@ class Coordinator:
         )  # fmt: skip
         self._round_start = RoundStart(
             model.unit_names, config.optimizer, config.aggregation, host, members, self._setup,
-            self._aggregator, self._states, self._table, params,
+            self._aggregator, self._states, self._table, personal(model, params),
         )  # fmt: skip
         self._results = RoundResults(
             config, model, host, members, self._setup, self._conductor.relay, self._aggregator,
             self._states, self._table, self._private, run_log,
             [1.0] * places if kept is None else kept.facts["demand"],
         )  # fmt: skip
-        self._conductor.relay.client_model = self._round_start.initial_client_model()
+        if plan.order == Order.SEQUENTIAL:
+            self._conductor.relay.client_model = self._round_start.initial_client_model()
         members.lost = self._note_lost
 
     @property
@@ -247,8 +248,7 @@ class Coordinator:
                 "private": self._private.facts,
                 "finished": finished,
             }
-            sequential = self.plan.order == Order.SEQUENTIAL
-            handed_on = self._conductor.relay.client_model if sequential else {}
+            handed_on = self._conductor.relay.client_model
             moment = Moment(index + 1, self.plan, self._aggregator, handed_on, facts)
             checkpoints.take(moment, self._setup.idle, self._states, self._members, self._score)
         if finish:

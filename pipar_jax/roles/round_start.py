@@ -37,7 +37,7 @@ class RoundStart:
       aggregator: The coordinator's.
       states: Moves states between the hosts.
       table: Who takes which steps.
-      drawn: All weights with which hosts begin, personal ones among them.
+      personal: The personal weights with which hosts begin.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class RoundStart:
         aggregator: Aggregator,
         states: StateExchange,
         table: Timetable,
-        drawn: Variables,
+        personal: Variables,
     ) -> None:
         self._names, self._host, self._members, self._setup = names, host, members, setup
         self._aggregator, self._states, self._table = aggregator, states, table
-        self._drawn = drawn
+        self._personal = personal
         # For the states with which replicas begin: they do not depend on the number of steps.
         self._optimizer = optimizer.build(
             optimizer_config, steps=optimizer.MANY_STEPS, proximal_mu=aggregation.proximal_mu
@@ -143,6 +143,6 @@ class RoundStart:
         if optimizers:
             init = self._optimizer.init
             for key in exchanges.optimizer_states(self._setup.plan, seat, self._names):
-                weights = {**self._drawn[key[1]], **self._aggregator.params[key[1]]}
+                weights = {**self._personal.get(key[1], {}), **self._aggregator.params[key[1]]}
                 states[key] = UnitState(opt=init(weights))
         return states

@@ -121,7 +121,11 @@ class Replica:
                         f"unit {unit!r} has {what} {sorted(given)}, expected "
                         f"{sorted(held[unit])}: do both hosts use the same model and version?"
                     )
-                held[unit] = jax.device_put(given, may_alias=False)  # copies compile nothing
+                # One by one, so that few are there twice, in a dictionary of its own, since that of
+                # before may be kept. Copies compile nothing.
+                held[unit] = fresh = dict(held.get(unit, {}))
+                for path, array in given.items():
+                    fresh[path] = jax.device_put(array, may_alias=False)
 
     @property
     def shared(self) -> Variables:
