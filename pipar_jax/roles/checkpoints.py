@@ -143,12 +143,11 @@ class Checkpoints:
         """
         if moment.rounds == self._rounds:
             return
-        was = {name: members.by_name.get(name) for name in hosts}
+        # Whoever is lost and back meanwhile has nothing of this moment.
+        roll = members.roll(hosts)
         self.settle(members)
         began, names = time.monotonic(), tuple(moment.aggregator.params)
-        # Whoever is lost and back meanwhile has nothing of this moment.
-        hosts = [name for name in hosts if members.by_name.get(name) is was[name]]
-        keepers = [name for name in hosts if not self._is_sampled(name)]
+        keepers = [name for name in roll if not self._is_sampled(name)]
         pulled = states.pull(
             {name: self._wanted(moment.plan, name, names) for name in (COORDINATOR, *keepers)}
         )
@@ -177,9 +176,9 @@ class Checkpoints:
             return
         self._rounds, self._last_s = moment.rounds, time.monotonic()
         if not self._on_server:
-            for name in hosts if self._personal else keepers:
-                stayed = members.by_name.get(name) is was[name]
-                if stayed and exchanges.keeps_optimizer(moment.plan, name):
+            for name in roll:
+                own = self._personal or not self._is_sampled(name)
+                if own and exchanges.keeps_optimizer(moment.plan, name):
                     members.send(name, messages.KeepState(self.run, moment.rounds))
                     self._owed.append(name)
         self._tell(

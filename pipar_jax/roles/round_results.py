@@ -121,7 +121,7 @@ class RoundResults:
         codec = self._config.aggregation.codec
         owed = end_replies(done.index, traced=self._config.run.trace != "none")
         for name in (*brought, COORDINATOR):
-            if name != COORDINATOR and not self._stayed(done, name):
+            if name != COORDINATOR and not done.roll.stayed(name):
                 continue
             wanted = exchanges.averaged(self._setup.plan, done.seat(name), names)
             mean = unit_state.known(wanted, self._aggregator)
@@ -185,9 +185,7 @@ class RoundResults:
     def count(self, done: Committed) -> None:
         """Notes what each device has trained that counts, and who has the weights of the moment."""
         stops = next_steps(done.spans)
-        here = {
-            host_index(name) for name in done.hosts if is_device(name) and self._stayed(done, name)
-        }
+        here = {host_index(name) for name in done.roll if is_device(name)}
         for place, stop in stops.items():  # in turns also of one that was lost in a later turn
             self._population[done.cohort[place]].step = stop
         for place in done.places:
@@ -202,10 +200,6 @@ class RoundResults:
                 one.current = same
             elif done.places:
                 one.current = False
-
-    def _stayed(self, done: Committed, name: str) -> bool:
-        """Returns whether a host is the one that took part, and not one that has come back."""
-        return self._members.by_name.get(name) is done.members[name]
 
     def _gather_sequential(self) -> None:
         """Takes the one copy of every unit: the client-side model as handed back, the rest here."""
