@@ -6,17 +6,16 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from comms import ChannelError, Link, Message, MessageKind
-from comms.arrays import Array
 from pipar_jax.config import Config
 from pipar_jax.disk.event_log import OnEvent
 from pipar_jax.errors import PeerError, ProtocolError, RunError
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.protocol import messages, registry
-from pipar_jax.protocol.registry import ControlMessage, Sender, kind_of
+from pipar_jax.protocol.registry import ControlMessage, Sender, Tensors, kind_of
 from pipar_jax.roles.broken_links import BrokenLinks
 from pipar_jax.roles.joining import Joining
 from pipar_jax.roles.mail import EarlyMail, Incoming, M, Mail, Member, Roll, try_send
@@ -200,9 +199,8 @@ class Membership:
         self,
         name: str,
         command: ControlMessage,
-        tensors: Mapping[str, Array],
+        tensors: Tensors,
         *replies: Reply,
-        codec: str = "raw",
     ) -> None:
         """Sends a command with named tensors to a member; does nothing if the run has lost it.
 
@@ -213,7 +211,7 @@ class Membership:
             return
         member.owed.add(replies or answers(command))
         try:
-            registry.send_bundle(member.link, command, tensors, codec=codec)
+            registry.send_bundle(member.link, command, tensors)
         except ChannelError as error:
             self._note_gone(name, error)
 

@@ -90,7 +90,6 @@ class StateExchange:
         states: Mapping[Key, UnitState],
         why: messages.PushState,
         *replies: Reply,
-        codec: str = "raw",
     ) -> None:
         """Sends a host its states of some units from now on.
 
@@ -99,7 +98,6 @@ class StateExchange:
           states: The states.
           why: The command, which names their purpose.
           *replies: The replies, where they depend on the plan.
-          codec: The codec of weights in transit.
 
         Raises:
           PeerError: The host is lost.
@@ -107,4 +105,4 @@ class StateExchange:
         if name == self._host.name:
             self._host.push(why, states)
         else:
-            self._members.send_bundle(name, why, unit_state.pack(states), *replies, codec=codec)
+            self._members.send_bundle(name, why, unit_state.pack(states), *replies)
