@@ -117,6 +117,10 @@ LINES: dict[str, Callable[[Event], str]] = {
         f"{shorten(list(map(long_name, event['missing'])))} did not come back in time: the run "
         "goes on without"
     ),
+    "checkpoints_removed": lambda event: (
+        f"the checkpoints after rounds {shorten(event['rounds'])} are removed: the run goes on "
+        f"from that after round {event['back_to']}"
+    ),
     "state_lost": lambda event: (
         f"{long_name(event['host'])} begins with a fresh optimiser state"
         f"{' and fresh personal weights' if event['personal'] else ''}: {event['reason']}"

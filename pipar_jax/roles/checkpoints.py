@@ -226,6 +226,7 @@ class Checkpoints:
 
         Raises:
           PeerError: A host was lost or failed.
+          DiskError: Checkpoints that the run has left behind cannot be removed.
           RunError: A state does not fit the model.
         """
         names = tuple(aggregator.params)
@@ -256,6 +257,8 @@ class Checkpoints:
                     "personal": self._personal and is_device(name),
                 })  # fmt: skip
         self._rounds = kept.rounds
+        if later := self._store.leave_behind(kept.rounds):
+            self._tell({"event": "checkpoints_removed", "rounds": later, "back_to": kept.rounds})
         if plan.order != Order.SEQUENTIAL:
             return Restored({}, tuple(fresh))
         wanted = exchanges.client_model(plan, 0, names)

@@ -61,6 +61,11 @@ def test_a_lost_state_with_personal_weights_says_so() -> None:
     assert "a fresh optimiser state and fresh personal weights: the disk is full" in line
 
 
+def test_removed_checkpoints_are_named() -> None:
+    line = LINES["checkpoints_removed"]({"rounds": [20, 30], "back_to": 10})
+    assert "after rounds 20, 30 are removed" in line and "that after round 10" in line
+
+
 def test_a_stranger_is_named_by_its_address() -> None:
     refused = FIELDS | {"host": None, "untold": 0}
     assert LINES["refused"](refused) == "127.0.0.1 port 5 was refused: the disk is full"
