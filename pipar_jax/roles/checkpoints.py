@@ -15,10 +15,11 @@ from pipar_jax.protocol import messages
 from pipar_jax.protocol.values import EVERY
 from pipar_jax.roles.checkpoint_store import CheckpointStore, Kept
 from pipar_jax.roles.membership import Membership
+from pipar_jax.roles.node_copies import NodeCopies
 from pipar_jax.roles.state_exchange import StateExchange
 from pipar_jax.runtime import exchanges, unit_state
 from pipar_jax.runtime.unit_state import States, Wanted
-from pipar_jax.schedule.plan import COORDINATOR, Order, Plan, is_device
+from pipar_jax.schedule.plan import COORDINATOR, Order, Plan, is_device, is_node
 
 
 class Moment(NamedTuple):
@@ -28,6 +29,7 @@ class Moment(NamedTuple):
       rounds: How many rounds are over.
       plan: The plan in force.
       aggregator: The global weights and the state of the rule.
+      copies: What compute nodes alone have, as it came last.
       client_model: In sequential order, the client-side model as it was handed back.
       facts: What else the coordinator takes up again, JSON-ready.
     """
@@ -35,6 +37,7 @@ class Moment(NamedTuple):
     rounds: int
     plan: Plan
     aggregator: Aggregator
+    copies: NodeCopies
     client_model: States
     facts: dict[str, Any]
 
@@ -131,6 +134,8 @@ class Checkpoints:
     ) -> None:
         """Writes a checkpoint; a disk that takes none is told, and the run goes on.
 
+        What is pulled of compute nodes for it is a copy of what they have, as for an evaluation.
+
         Args:
           moment: The run as it is.
           hosts: Devices and nodes that take part.
@@ -152,15 +157,23 @@ class Checkpoints:
             {name: self._wanted(moment.plan, name, names) for name in (COORDINATOR, *keepers)}
         )
         for name, some in pulled.states.items():
-            whole = {key: one for key, one in some.items() if key[0] == EVERY}
-            unit_state.take(moment.aggregator, whole, name)
+            if is_node(name):
+                moment.copies.take(some, moment.rounds, name)
+            else:
+                whole = {key: one for key, one in some.items() if key[0] == EVERY}
+                unit_state.take(moment.aggregator, whole, name)
         parts: exchanges.Parts = ("params", "state", "rule")
         known = unit_state.known({(EVERY, name): parts for name in names}, moment.aggregator)
-        all_states = unit_state.merged([known, moment.client_model, *pulled.states.values()])
+        copied = moment.copies.optimizers(moment.plan)
+        all_states = unit_state.merged(
+            [known, moment.client_model, copied, *pulled.states.values()]
+        )
         facts = {
             **self._facts, **moment.facts, "data": self._data, "rounds": moment.rounds,
             "plan": moment.plan.to_dict(),
             "on_server": self._on_server,
+            "copies": moment.copies.facts(moment.plan),
+            "nodes": [name for name in pulled.states if is_node(name)],
         }  # fmt: skip
         best = score.get(self._config.checkpoint.best)
         self._await_last()
