@@ -334,6 +334,7 @@ class Coordinator:
         arrived = self._gathering.take_arrived()
         self._setup.introduce(self.plan)  # those as well that were late when their neighbour came
         if arrived:
+            self._checkpoints.restore_personal(arrived, index, self._members)
             self._setup.calibrate(arrived)
             self._setup.begin_schedules(arrived)
         return cohort

@@ -214,6 +214,7 @@ class RoundResults:
         for place in done.places:
             one = self._population[done.cohort[place]]
             one.rounds += done.whole
+            one.last = done.index + 1
             one.fresh = one.fresh and one.index not in here
         for one in self._population:
             if one.index in here:

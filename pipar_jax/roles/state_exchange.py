@@ -13,7 +13,7 @@ from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.replies import Reply
 from pipar_jax.runtime import unit_state
 from pipar_jax.runtime.host import Host
-from pipar_jax.runtime.unit_state import Key, States, UnitState, Wanted
+from pipar_jax.runtime.unit_state import Key, States, Tensors, UnitState, Wanted
 from pipar_jax.schedule.plan import long_name
 
 
@@ -83,6 +83,10 @@ class StateExchange:
             states,
             sum(mail.message.nbytes for mail in mails.values() if mail.message is not None),
         )
+
+    def are_in(self, tensors: Tensors, wanted: Wanted) -> bool:
+        """Returns whether all arrays of some states are among those that ``pack`` named."""
+        return self._holdings.arrays(wanted).keys() <= tensors.keys()
 
     def push(
         self,

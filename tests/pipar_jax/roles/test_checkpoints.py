@@ -140,10 +140,16 @@ def test_devices_that_a_checkpoint_knows_are_taken_up():
     for index in range(2):
         before.join(Identity(f"d{index}", 14, 2), 0.0)
         before[index].rounds, before[index].step, before[index].fresh = 3, 6, False
+        before[index].last = 4
     after.join(Identity("d1", 14, 2), 5.0)
     after.recall(before.records(), 5.0)
     assert (after[0].presence, after[0].fresh, after[0].step) == (Presence.LOST, True, 6)
     assert (after[1].presence, after[1].fresh, after[1].rounds) == (Presence.PRESENT, False, 3)
+    assert [one.last for one in after] == [4, 4]
+    rows = [{k: v for k, v in row.items() if k != "last"} for row in before.records()]
+    older = Population()
+    older.recall(rows, 5.0)  # of before it was noted
+    assert [one.last for one in older] == [3, 3]
 
 
 @pytest.fixture(scope="module")
