@@ -7,6 +7,7 @@ sends tensors, bundles of weights and control messages, and delivers each ``Mess
 from comms.codecs import bits, block, cast  # noqa: F401 - imported to register codecs
 from comms.codecs.base import Codec, Encoded, parse_codec, register
 from comms.codecs.base import names as codec_names
+from comms.codecs.coding import decoded, encoded
 from comms.emulation.shaping import LinkShape, parse_link
 from comms.errors import (
     AuthenticationError,
@@ -56,6 +57,8 @@ __all__ = [
     "TlsOptions",
     "VersionError",
     "codec_names",
+    "decoded",
+    "encoded",
     "parse_codec",
     "parse_link",
     "register",

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from comms.arrays import Array, DType
+from comms.arrays import Array
 from comms.codecs.base import RAW, Codec, Encoded, parse_codec
+from comms.codecs.coding import contiguous, supports
 from comms.errors import ChannelError, CodecError
 from comms.link.incoming import credit_cost, pack_json
 from comms.link.outgoing import Outgoing, Sending
@@ -63,7 +64,7 @@ def pack_tensor(
     """
     chosen, parameter = parse_codec(array.codec if isinstance(array, Encoded) else codec)
     if not isinstance(array, Encoded):
-        array = _contiguous(np.asarray(array))
+        array = contiguous(np.asarray(array))
     dtype, shape = array.dtype, array.shape
     code = dtype_code(dtype)
     chosen.check(dtype, parameter)
@@ -134,8 +135,8 @@ def pack_bundle(
     chosen, parameter = parse_codec(codec)
     for part, array in enumerate(tensors.values()):
         if not isinstance(array, Encoded):
-            array = np.asarray(array)
-        name_of_codec = codec if _takes(chosen, array.dtype, parameter) else "raw"
+            array = contiguous(np.asarray(array))
+        name_of_codec = codec if supports(chosen, array.dtype, parameter) else "raw"
         message, job = pack_tensor(tag, array, name_of_codec, sending, limits, part=part)
         message.final = part == len(tensors) - 1
         messages.append(message)
@@ -164,18 +165,3 @@ def _json(what: str, fields: JsonBody, limits: Limits) -> memoryview:
             "(Limits.control_bytes)"
         )
     return memoryview(payload)
-
-
-def _contiguous(array: Array) -> Array:
-    """Returns the array in C order and little-endian, copied only if necessary."""
-    if array.dtype.byteorder == ">":
-        array = array.astype(array.dtype.newbyteorder("<"))
-    return array if array.flags.c_contiguous else array.copy(order="C")
-
-
-def _takes(codec: Codec, dtype: DType, parameter: int) -> bool:
-    try:
-        codec.check(dtype, parameter)
-    except CodecError:
-        return False
-    return True

@@ -11,7 +11,7 @@ import enum
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeVar, dataclass_transform
 
-from comms import ChannelError, CodecError, FrameError, Link, MessageKind
+from comms import ChannelError, CodecError, Encoded, FrameError, Link, MessageKind
 from comms import Message as Arrived
 from comms.arrays import Array
 from comms.errors import DamageError
@@ -20,7 +20,7 @@ from pipar_jax.errors import PeerError, ProtocolError
 from pipar_jax.protocol.wire_fields import Mismatch, shown, struct
 
 T = TypeVar("T", bound="ControlMessage")
-Tensors = Mapping[str, Array]
+Tensors = Mapping[str, Array | Encoded]
 
 
 class ControlMessage:

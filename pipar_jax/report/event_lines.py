@@ -79,6 +79,13 @@ def _replaced(event: Event) -> str:
     return text + (f"; fresh optimiser states of {shorten(fresh)}" if fresh else "")
 
 
+def _state_lost(event: Event) -> str:
+    """Returns which of its own states a host lacks, and why."""
+    lost = {"optimizer": "a fresh optimiser state", "personal": "older personal weights"}
+    words = " and ".join(text for field, text in lost.items() if event[field])
+    return f"{long_name(event['host'])} goes on with {words}: {event['reason']}"
+
+
 def _nonfinite(event: Event) -> str:
     whose = "all devices" if event["device"] is None else f"device {event['device']}"
     where = f"{whose}, round {event['round']}, step {event['step']}"
@@ -117,10 +124,11 @@ LINES: dict[str, Callable[[Event], str]] = {
         f"{shorten(list(map(long_name, event['missing'])))} did not come back in time: the run "
         "goes on without"
     ),
-    "state_lost": lambda event: (
-        f"{long_name(event['host'])} begins with a fresh optimiser state"
-        f"{' and fresh personal weights' if event['personal'] else ''}: {event['reason']}"
+    "checkpoints_removed": lambda event: (
+        f"the checkpoints after rounds {shorten(event['rounds'])} are removed: the run goes on "
+        f"from that after round {event['back_to']}"
     ),
+    "state_lost": _state_lost,
     "state_not_kept": lambda event: (
         f"{long_name(event['host'])} could not keep its optimiser state after round "
         f"{event['rounds']}: {event['reason']}"

@@ -14,8 +14,10 @@ from pipar_jax.config import Config
 from pipar_jax.config.membership_script import NodeLosses
 from pipar_jax.errors import PeerError, RunError
 from pipar_jax.methods.registry import is_planned
+from pipar_jax.methods.replacement import chain_nodes
 from pipar_jax.protocol import messages
 from pipar_jax.protocol.values import EVERY
+from pipar_jax.roles.checkpoint_store import Kept
 from pipar_jax.roles.gathering import Gathering
 from pipar_jax.roles.host_setup import HostSetup
 from pipar_jax.roles.membership import Membership
@@ -66,7 +68,6 @@ class ChainRepair:
         self._setup, self._states, self._run_log = setup, states, run_log
         self.copies = NodeCopies(config, names, aggregator, rounds)
         self.noted = NodeLosses()
-        self._known: set[str] = set()  # lost nodes that the script has in the attempt before
         # A plan that was searched for depends on measured times: a replay cannot find it again.
         self._tells_plan = is_planned(config.method, config.pipeline) and not rounds
 
@@ -93,7 +94,6 @@ class ChainRepair:
             if reason is not None and not self._await_node(until_s):
                 raise PeerError(f"round {index + 1} cannot begin: {reason}")
         self._take_nodes(index)
-        self._known.clear()
         if self._setup.plan != begun_with or self._tells_plan:
             self._tells_plan = False
             self.noted = NodeLosses(self.noted.before, plan=self._setup.plan)
@@ -117,6 +117,21 @@ class ChainRepair:
             self.copies.take(states, rounds, name)
         return FetchStats(pulled.nbytes, time.monotonic() - start_s)
 
+    def take_up(self, kept: Kept) -> None:
+        """Takes up the copies that a checkpoint has.
+
+        A node with stages that has given nothing to it was lost by then. It gets what is left of
+        it before the next round, as one that is back before the chain is planned again.
+
+        Args:
+          kept: The checkpoint.
+        """
+        if "copies" not in kept.facts:
+            return  # it is of before they were noted
+        self.copies.recall(kept.facts["copies"], kept.tensors)
+        lost = set(chain_nodes(self._setup.plan)).difference(kept.facts["nodes"])
+        self._pool.forgotten |= lost.intersection(self._pool.ready)
+
     def end_attempt(self, index: int, losses: NodeLosses, *, whole: bool) -> None:
         """Records what an attempt at a round, or a script that is replayed, has lost of nodes.
 
@@ -125,10 +140,9 @@ class ChainRepair:
           losses: What was lost in the attempt.
           whole: Whether the round is over.
         """
-        self._known = {node_name(node) for node in losses.during}
         planned = self._gathering.upcoming
         if self._gathering.replays:
-            self._pool.forgotten |= self._known
+            self._pool.forgotten |= {node_name(node) for node in losses.during}
         if planned is not None and whole:  # what was lost before copies were made
             self._pool.forgotten |= {
                 node_name(node) for node, rounds in planned.nodes.before if rounds <= index
@@ -156,8 +170,8 @@ class ChainRepair:
             if (found := self.copies.rounds(self._held_by([name]))) != rounds:
                 raise RunError(
                     f"cohort.script lost {long_name(name)} with copies of {rounds} rounds, and "
-                    f"here they are of {found}: give the same nodes.replicate_every and "
-                    "run.evaluate_every"
+                    f"here they are of {found}: give the same nodes.replicate_every, "
+                    "run.evaluate_every and checkpoint.every_rounds"
                 )
 
     def _note(self, lost: Sequence[str]) -> None:
@@ -166,7 +180,7 @@ class ChainRepair:
         new = [
             (host_index(name), self.copies.rounds(self._held_by([name])))
             for name in lost
-            if name not in self._known and host_index(name) not in noted
+            if host_index(name) not in noted
         ]
         self.noted = NodeLosses((*self.noted.before, *new))
 
@@ -183,16 +197,16 @@ class ChainRepair:
         plan = self._next_plan()
         if isinstance(plan, str):
             return plan
-        replayed = self._pool.forgotten
-        if plan == self._setup.plan and replayed:  # in the script they came back in time
-            self._refill(sorted(replayed), index)
-            replayed.clear()
+        forgotten = self._pool.forgotten
+        if plan == self._setup.plan and forgotten:  # they are back in time
+            self._refill(sorted(forgotten), index)
+            forgotten.clear()
         elif self._pool.compile(plan, self._setup.workers) and not self._pool.absent(plan):
             salvaged = self.copies.salvaged(self._held_by(lost))
             self._setup.change(
-                plan, index, self._states, self._aggregator, self.copies, without=replayed
+                plan, index, self._states, self._aggregator, self.copies, without=forgotten
             )
-            replayed.clear()
+            forgotten.clear()
             self._run_log.nodes_replaced(index, lost, salvaged)
         return None
 

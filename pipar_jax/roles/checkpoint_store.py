@@ -108,7 +108,7 @@ class CheckpointStore:
                 inner[path] = array
         manager = self._open()
         with _disk(self._path):
-            self._writer.submit(
+            begun = self._writer.submit(
                 manager.save,
                 rounds,
                 args=ocp.args.Composite(
@@ -116,6 +116,41 @@ class CheckpointStore:
                 ),
                 metrics=None if score is None else {"score": score},
             ).result()
+        if not begun:
+            raise DiskError(
+                f"a checkpoint in {self._path} cannot be written: there is one of a later round "
+                f"than {rounds} already"
+            )
+
+    def leave_behind(self, rounds: int) -> list[int]:
+        """Removes the checkpoints of later rounds, which a run that has gone back leaves behind.
+
+        Orbax writes none that is older than one that is there, and who resumes would take the
+        newest. To be called before the first is saved.
+
+        Args:
+          rounds: The rounds of the checkpoint that the run goes on from.
+
+        Returns:
+          The rounds of those that were removed.
+
+        Raises:
+          DiskError: One cannot be removed.
+        """
+        if not self._path.is_dir():
+            return []
+        there = sorted(int(one.name) for one in self._path.iterdir() if one.name.isdigit())
+        later = [number for number in there if number > rounds]
+        for number in reversed(later):
+            path = self._path / str(number)
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                raise DiskError(
+                    f"{path} is of a later round than the checkpoint that the run goes on from, "
+                    f"and cannot be removed: {error}"
+                ) from error
+        return later
 
     def wait(self) -> None:
         """Waits until the last checkpoint is on the disk.

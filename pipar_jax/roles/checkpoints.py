@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pipar_jax.aggregation.aggregator import Aggregator
@@ -15,10 +16,11 @@ from pipar_jax.protocol import messages
 from pipar_jax.protocol.values import EVERY
 from pipar_jax.roles.checkpoint_store import CheckpointStore, Kept
 from pipar_jax.roles.membership import Membership
+from pipar_jax.roles.node_copies import NodeCopies
 from pipar_jax.roles.state_exchange import StateExchange
 from pipar_jax.runtime import exchanges, unit_state
 from pipar_jax.runtime.unit_state import States, Wanted
-from pipar_jax.schedule.plan import COORDINATOR, Order, Plan, is_device
+from pipar_jax.schedule.plan import COORDINATOR, Order, Plan, host_index, is_device, is_node
 
 
 class Moment(NamedTuple):
@@ -28,6 +30,7 @@ class Moment(NamedTuple):
       rounds: How many rounds are over.
       plan: The plan in force.
       aggregator: The global weights and the state of the rule.
+      copies: What compute nodes alone have, as it came last.
       client_model: In sequential order, the client-side model as it was handed back.
       facts: What else the coordinator takes up again, JSON-ready.
     """
@@ -35,6 +38,7 @@ class Moment(NamedTuple):
     rounds: int
     plan: Plan
     aggregator: Aggregator
+    copies: NodeCopies
     client_model: States
     facts: dict[str, Any]
 
@@ -83,6 +87,8 @@ class Checkpoints:
         self._last_s = time.monotonic()
         self._rounds = -1
         self._owed: list[str] = []
+        self._back_to: int | None = None  # the rounds of the checkpoint that the run goes on from
+        self._taken_up: set[str] = set()  # the hosts that have gone back since
         self._sign = 1.0 if higher_is_better else -1.0
 
     @property
@@ -131,6 +137,8 @@ class Checkpoints:
     ) -> None:
         """Writes a checkpoint; a disk that takes none is told, and the run goes on.
 
+        What is pulled of compute nodes for it is a copy of what they have, as for an evaluation.
+
         Args:
           moment: The run as it is.
           hosts: Devices and nodes that take part.
@@ -143,25 +151,32 @@ class Checkpoints:
         """
         if moment.rounds == self._rounds:
             return
-        was = {name: members.by_name.get(name) for name in hosts}
+        # Whoever is lost and back meanwhile has nothing of this moment.
+        roll = members.roll(hosts)
         self.settle(members)
         began, names = time.monotonic(), tuple(moment.aggregator.params)
-        # Whoever is lost and back meanwhile has nothing of this moment.
-        hosts = [name for name in hosts if members.by_name.get(name) is was[name]]
-        keepers = [name for name in hosts if not self._is_sampled(name)]
+        keepers = [name for name in roll if not self._is_sampled(name)]
         pulled = states.pull(
             {name: self._wanted(moment.plan, name, names) for name in (COORDINATOR, *keepers)}
         )
         for name, some in pulled.states.items():
-            whole = {key: one for key, one in some.items() if key[0] == EVERY}
-            unit_state.take(moment.aggregator, whole, name)
+            if is_node(name):
+                moment.copies.take(some, moment.rounds, name)
+            else:
+                whole = {key: one for key, one in some.items() if key[0] == EVERY}
+                unit_state.take(moment.aggregator, whole, name)
         parts: exchanges.Parts = ("params", "state", "rule")
         known = unit_state.known({(EVERY, name): parts for name in names}, moment.aggregator)
-        all_states = unit_state.merged([known, moment.client_model, *pulled.states.values()])
+        copied = moment.copies.optimizers(moment.plan)
+        all_states = unit_state.merged(
+            [known, moment.client_model, copied, *pulled.states.values()]
+        )
         facts = {
             **self._facts, **moment.facts, "data": self._data, "rounds": moment.rounds,
             "plan": moment.plan.to_dict(),
             "on_server": self._on_server,
+            "copies": moment.copies.facts(moment.plan),
+            "nodes": [name for name in pulled.states if is_node(name)],
         }  # fmt: skip
         best = score.get(self._config.checkpoint.best)
         self._await_last()
@@ -177,9 +192,9 @@ class Checkpoints:
             return
         self._rounds, self._last_s = moment.rounds, time.monotonic()
         if not self._on_server:
-            for name in hosts if self._personal else keepers:
-                stayed = members.by_name.get(name) is was[name]
-                if stayed and exchanges.keeps_optimizer(moment.plan, name):
+            for name in roll:
+                own = self._personal or not self._is_sampled(name)
+                if own and exchanges.keeps_optimizer(moment.plan, name):
                     members.send(name, messages.KeepState(self.run, moment.rounds))
                     self._owed.append(name)
         self._tell(
@@ -227,40 +242,86 @@ class Checkpoints:
 
         Raises:
           PeerError: A host was lost or failed.
+          DiskError: Checkpoints that the run has left behind cannot be removed.
           RunError: A state does not fit the model.
         """
         names = tuple(aggregator.params)
         parts: exchanges.Parts = ("params", "state", "rule")
         whole = {(EVERY, name): parts for name in names}
         unit_state.take(aggregator, unit_state.unpack(kept.tensors, whole), "the checkpoint")
-        own_disk, fresh = [], []
-        for name in (COORDINATOR, *hosts):
-            handed_on = not exchanges.keeps_optimizer(plan, name)
+        own_disk, fresh, roll = [], [], members.roll(hosts)
+        for name in itertools.chain((COORDINATOR,), roll):
+            handed_on, seat = not exchanges.keeps_optimizer(plan, name), self._first_seat(name)
             here = name == COORDINATOR or handed_on
             if not self._is_sampled(name):
                 here = here or kept.facts["on_server"]
-            wanted = exchanges.whole(plan, self._first_seat(name), names, optimizers=here)
+            wanted = exchanges.whole(plan, seat, names, optimizers=here)
+            there = states.are_in(kept.tensors, wanted)
+            if not there:
+                wanted = exchanges.whole(plan, seat, names, optimizers=False)
+                self._tell_lost(name, _NOT_PULLED, optimizer=True)
             some = unit_state.unpack(kept.tensors, wanted)
-            states.push(name, some, messages.PushState(optimizers=here))
-            if self._is_sampled(name) and not handed_on:
+            states.push(name, some, messages.PushState(optimizers=here and there))
+            if not there or (self._is_sampled(name) and not handed_on):
                 fresh.append(name)
             if not here and (self._personal or not self._is_sampled(name)):
                 own_disk.append(name)
         members.collect(messages.PushedState, (COORDINATOR, *hosts))
-        for name in own_disk:
-            members.send(name, messages.RestoreState(self.run, kept.rounds))
-        for name, mail in members.collect(messages.RestoredState, own_disk).items():
-            if mail.said.missing is not None:
-                fresh = [*dict.fromkeys((*fresh, name))]
-                self._tell({
-                    "event": "state_lost", "host": name, "reason": mail.said.missing,
-                    "personal": self._personal and is_device(name),
-                })  # fmt: skip
-        self._rounds = kept.rounds
+        self._back_to = self._rounds = kept.rounds
+        keepers = (name for name in roll if name in own_disk)
+        fresh += self._restore_own(keepers, kept.rounds, members, optimizers=True)
+        if later := self._store.leave_behind(kept.rounds):
+            self._tell({"event": "checkpoints_removed", "rounds": later, "back_to": kept.rounds})
+        fresh = [*dict.fromkeys(fresh)]
         if plan.order != Order.SEQUENTIAL:
             return Restored({}, tuple(fresh))
         wanted = exchanges.client_model(plan, 0, names)
         return Restored(unit_state.unpack(kept.tensors, wanted), tuple(fresh))
+
+    def restore_personal(self, names: Sequence[str], rounds: int, members: Membership) -> None:
+        """Lets devices that have come in the midst of the run have their personal weights back.
+
+        Args:
+          names: The devices, which have prepared.
+          rounds: How many rounds are over.
+          members: The devices and nodes.
+
+        Raises:
+          PeerError: A device was lost or failed.
+        """
+        for name in members.roll(names) if self._personal else ():
+            # What one has of later rounds, and has not been told to go back from, the run does not
+            # know any more.
+            back_to = None if name in self._taken_up else self._back_to
+            latest = rounds if back_to is None else back_to
+            self._restore_own([name], latest, members, optimizers=False)
+
+    def _restore_own(
+        self, names: Iterable[str], rounds: int, members: Membership, *, optimizers: bool
+    ) -> list[str]:
+        """Lets hosts go back to what is on their disks; returns whose optimisers begin fresh."""
+        asked, fresh = [], []
+        for name in names:
+            members.send(name, messages.RestoreState(self.run, rounds, optimizers))
+            asked.append(name)
+        self._taken_up.update(asked)
+        for name, mail in members.collect(messages.RestoredState, asked).items():
+            missing, older = mail.said.missing, None
+            if mail.said.personal is not None and is_device(name):
+                older = _older(mail.said.personal, members.population[host_index(name)].last)
+            if missing is not None:
+                fresh.append(name)
+            if reasons := [one for one in (missing, older) if one is not None]:
+                lost = {"optimizer": missing is not None, "personal": older is not None}
+                self._tell_lost(name, "; ".join(reasons), **lost)
+        return fresh
+
+    def _tell_lost(
+        self, name: str, reason: str, *, optimizer: bool = False, personal: bool = False
+    ) -> None:
+        """Tells that a host goes on without its own state of the moment."""
+        self._tell({"event": "state_lost", "host": name, "reason": reason,
+                    "optimizer": optimizer, "personal": personal})  # fmt: skip
 
     def spread(
         self,
@@ -305,6 +366,23 @@ class Checkpoints:
             self._store.close()
         except DiskError as error:
             self._tell({"event": "checkpoint_failed", "rounds": self._rounds, "reason": str(error)})
+
+
+#: Why a state that is in checkpoints is not in this one.
+_NOT_PULLED = "the checkpoint has none of it, since it was at work, or away, at that moment"
+
+
+def _older(rounds: int, last: int) -> str | None:
+    """Returns what is lost of personal weights, or None.
+
+    Args:
+      rounds: How many rounds were over when they became what they are.
+      last: How many were over when the device was last part of an average.
+    """
+    if rounds >= last:
+        return None
+    which = f"those after round {rounds}" if rounds else "those of the start"
+    return f"its newest personal weights are {which}, and it has trained in round {last}"
 
 
 def _plain_config(config: Config) -> dict[str, Any]:

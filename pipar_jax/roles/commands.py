@@ -81,7 +81,7 @@ class Commands:
             messages.Commit: lambda said: host.commit(said.places),
             messages.PullState: self._pull,
             messages.KeepState: lambda said: host.keep(StateTag(said.run, said.rounds)),
-            messages.RestoreState: lambda said: host.restore(StateTag(said.run, said.rounds)),
+            messages.RestoreState: self._restore,
             messages.Look: self._tell_seen,
             messages.CompileAhead: self._compile_ahead,
         }
@@ -134,6 +134,9 @@ class Commands:
 
     def _pull(self, said: messages.PullState) -> None:
         self._host.pull({(copy, unit): parts for copy, unit, parts in said.wanted})
+
+    def _restore(self, said: messages.RestoreState) -> None:
+        self._host.restore(StateTag(said.run, said.rounds), said.optimizers)
 
     def _release(self, said: messages.Release) -> None:
         rights = self._rights

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipar_jax.config import Config
@@ -25,7 +25,7 @@ from pipar_jax.config.membership_script import Attempt, Out
 from pipar_jax.errors import PeerError, ProtocolError, RunError
 from pipar_jax.protocol import messages
 from pipar_jax.roles.gathering import Cohort
-from pipar_jax.roles.mail import Member
+from pipar_jax.roles.mail import Roll
 from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.population import Presence
 from pipar_jax.roles.relay import Relay, undone_from
@@ -140,8 +140,8 @@ class Conductor:
         for place in () if counts else left:
             now.out[place] = Out(place, first_step(now.begun, place), "undone")
         self._round = None  # whoever is lost from now on has done its part
-        members = {name: self._members.by_name[name] for name in hosts[1:]}
-        self._commit(now, places, members)
+        roll = self._members.roll(hosts[1:])
+        self._commit(now, places, roll)
         whole = bool(places) and (now.ends is None or now.ends >= max(s.stop for s in whole_spans))
         said = now.script(places, whole=whole)
         if planned is not None:  # it goes on as planned, and who is out has ended there already
@@ -151,7 +151,7 @@ class Conductor:
         counted = tuple(span for span in now.spans if in_turns or span.device in places)
         return Committed(
             index, now.cohort, taking, places, counted, hosts, now.trained, now.start_s, whole,
-            members,
+            roll,
         ), said  # fmt: skip
 
     def _counting(
@@ -198,7 +198,7 @@ class Conductor:
         )
         now.releasing = True
         self._host.release(release)
-        for name in self._members.those(self._present(now, now.places)[1:]):
+        for name in self._members.roll(self._present(now, now.places)[1:]):
             if name in now.gone:
                 continue
             owed = self.relay.owed(now, name, spans) if in_turns else []
@@ -362,7 +362,7 @@ class Conductor:
         now.spans = tuple(span for span in now.spans if span.device != place or span.stop <= step)
         self._members.links.drop_places(place)
         self._host.drop(place, step)
-        for other in self._members.those(self._present(now, now.places)[1:]):
+        for other in self._members.roll(self._present(now, now.places)[1:]):
             self._members.send(other, messages.Drop(now.index, place, step))
         if name in self._members.by_name and not gone:
             self._stop(now, place, step)
@@ -419,22 +419,17 @@ class Conductor:
     def _ask(self, hosts: Sequence[str], command: Any, here: Callable[[], None]) -> None:
         """Gives a command to some hosts, that of this process among them."""
         here()
-        for name in self._members.those(hosts):
+        for name in self._members.roll(hosts):
             self._members.send(name, command)
 
     # --- the commit ---------------------------------------------------------------------------
 
-    def _commit(
-        self, now: RoundAttempt, places: tuple[int, ...], members: Mapping[str, Member]
-    ) -> None:
+    def _commit(self, now: RoundAttempt, places: tuple[int, ...], roll: Roll) -> None:
         """Tells all hosts of a round which places of it count."""
         commit = messages.Commit(now.index, places)
         self._host.commit(places)
-        for name, member in members.items():
-            # A send may read mail, and find that another one is lost, and back.
-            if self._members.by_name.get(name) is member:
-                # Who gives weights to the average is over with the round when it has them back.
-                seat = seat_of(now.cohort, name)
-                gives = exchanges.trained(self.plan, seat, self._names)
-                owed = [] if gives else end_replies(now.index, traced=self._traced)
-                self._members.send(name, commit, *owed)
+        for name in roll:
+            # Who gives weights to the average is over with the round when it has them back.
+            gives = exchanges.trained(self.plan, seat_of(now.cohort, name), self._names)
+            owed = [] if gives else end_replies(now.index, traced=self._traced)
+            self._members.send(name, commit, *owed)

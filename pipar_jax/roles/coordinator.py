@@ -159,6 +159,11 @@ class Coordinator:
         """The plan in force."""
         return self._setup.plan
 
+    @property
+    def _idle(self) -> tuple[str, ...]:
+        """The hosts that have nothing to do, but for nodes whose state counts as lost."""
+        return tuple(one for one in self._setup.idle if one not in self._pool.forgotten)
+
     def run(self) -> JsonObject:
         """Prepares all hosts, trains all rounds and says goodbye; returns the run's summary.
 
@@ -249,8 +254,10 @@ class Coordinator:
                 "finished": finished,
             }
             handed_on = self._conductor.relay.client_model
-            moment = Moment(index + 1, self.plan, self._aggregator, handed_on, facts)
-            checkpoints.take(moment, self._setup.idle, self._states, self._members, self._score)
+            moment = Moment(
+                index + 1, self.plan, self._aggregator, self._repair.copies, handed_on, facts
+            )  # fmt: skip
+            checkpoints.take(moment, self._idle, self._states, self._members, self._score)
         if finish:
             checkpoints.settle(self._members)
             self._members.tell({"event": "interrupted", "rounds": index + 1})
@@ -265,19 +272,17 @@ class Coordinator:
     def _take_up(self) -> None:
         """Lets all hosts begin from a checkpoint, or from the weights of another run."""
         names = self._model.unit_names
-        hosts = (COORDINATOR, *self._checkpoints.pulled_from(self._setup.workers))
+        copied = self._members.hosts.nodes if self._config.nodes.replicate_every else ()
+        pulled = self._checkpoints.pulled_from(self._setup.workers)
+        hosts = dict.fromkeys((COORDINATOR, *pulled, *copied))
         held = [exchanges.optimizer_states(self.plan, name, names) for name in hosts]
         self._checkpoints.check_space(
             self._aggregator.nbytes + sum(self._holdings.nbytes(one) for one in held)
         )
         if self._kept is not None:
+            self._repair.take_up(self._kept)
             restored = self._checkpoints.restore(
-                self._kept,
-                self.plan,
-                self._aggregator,
-                self._setup.workers,
-                self._states,
-                self._members,
+                self._kept, self.plan, self._aggregator, self._idle, self._states, self._members
             )
             for name in restored.fresh:
                 if is_device(name):
@@ -286,7 +291,7 @@ class Coordinator:
                 self._conductor.relay.client_model = restored.client_model
         elif self._config.model.weights:
             self._checkpoints.spread(
-                self.plan, self._aggregator, self._setup.workers, self._states, self._members
+                self.plan, self._aggregator, self._idle, self._states, self._members
             )
 
     # --- a round ------------------------------------------------------------------------------
@@ -329,6 +334,7 @@ class Coordinator:
         arrived = self._gathering.take_arrived()
         self._setup.introduce(self.plan)  # those as well that were late when their neighbour came
         if arrived:
+            self._checkpoints.restore_personal(arrived, index, self._members)
             self._setup.calibrate(arrived)
             self._setup.begin_schedules(arrived)
         return cohort

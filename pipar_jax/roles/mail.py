@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Generic, NamedTuple, TypeVar, cast
 
 from comms import ChannelError, Link, Message
@@ -62,6 +62,30 @@ class Member:
     owed: Owed = dataclasses.field(default_factory=Owed)
     steps: dict[int, int] = dataclasses.field(default_factory=dict)
     broken: set[tuple[str, int | None, int]] = dataclasses.field(default_factory=set)
+
+
+class Roll:
+    """Hosts as they were at a moment: whoever is lost and back since is another member.
+
+    A send, and a wait, may find that a host is lost and back: it knows nothing then of what the one
+    before was to do. Iterating yields the names of those that are the same when they are reached.
+
+    Args:
+      members: The present members by name, now and later.
+      names: Names of hosts; those that are not there are not on the roll.
+    """
+
+    def __init__(self, members: Mapping[str, Member], names: Iterable[str]) -> None:
+        self._now = members
+        self._then = {name: members[name] for name in names if name in members}
+
+    def stayed(self, name: str) -> bool:
+        """Returns whether a host was there at that moment and is the same member still."""
+        return name in self._then and self._now.get(name) is self._then[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Yields the names of those that have stayed, each when it is reached."""
+        return (name for name in self._then if self.stayed(name))
 
 
 class EarlyMail:

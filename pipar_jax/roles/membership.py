@@ -6,20 +6,19 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from comms import ChannelError, Link, Message, MessageKind
-from comms.arrays import Array
 from pipar_jax.config import Config
 from pipar_jax.disk.event_log import OnEvent
 from pipar_jax.errors import PeerError, ProtocolError, RunError
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.protocol import messages, registry
-from pipar_jax.protocol.registry import ControlMessage, Sender, kind_of
+from pipar_jax.protocol.registry import ControlMessage, Sender, Tensors, kind_of
 from pipar_jax.roles.broken_links import BrokenLinks
 from pipar_jax.roles.joining import Joining
-from pipar_jax.roles.mail import EarlyMail, Incoming, M, Mail, Member, try_send
+from pipar_jax.roles.mail import EarlyMail, Incoming, M, Mail, Member, Roll, try_send
 from pipar_jax.roles.member_links import MemberLinks
 from pipar_jax.roles.patience import Patience
 from pipar_jax.roles.population import Presence
@@ -143,17 +142,9 @@ class Membership:
         asked = name in self.by_name and self.by_name[name].owed.owes((kind,))
         return asked or name == COORDINATOR  # which is asked without a link
 
-    def those(self, names: Iterable[str]) -> Iterator[str]:
-        """Yields the names of members for as long as they are the members of this moment.
-
-        A send, and a wait, may find that one is lost and back: it is another one then, and knows
-        nothing of what the one before was to do.
-
-        Args:
-          names: Names of hosts.
-        """
-        members = {name: self.by_name[name] for name in names if name in self.by_name}
-        return (name for name, member in members.items() if self.by_name.get(name) is member)
+    def roll(self, names: Iterable[str]) -> Roll:
+        """Returns some hosts as the members that they are at this moment, those that are there."""
+        return Roll(self.by_name, names)
 
     def settle(self, name: str, *kinds: type) -> None:
         """Cancels a host's owed replies of some kinds; replies already received are discarded."""
@@ -208,9 +199,8 @@ class Membership:
         self,
         name: str,
         command: ControlMessage,
-        tensors: Mapping[str, Array],
+        tensors: Tensors,
         *replies: Reply,
-        codec: str = "raw",
     ) -> None:
         """Sends a command with named tensors to a member; does nothing if the run has lost it.
 
@@ -221,7 +211,7 @@ class Membership:
             return
         member.owed.add(replies or answers(command))
         try:
-            registry.send_bundle(member.link, command, tensors, codec=codec)
+            registry.send_bundle(member.link, command, tensors)
         except ChannelError as error:
             self._note_gone(name, error)
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipar_jax.aggregation.aggregator import Aggregator
 from pipar_jax.config import Config
+from pipar_jax.disk.json_text import JsonObject
 from pipar_jax.methods.registry import hosts_of
 from pipar_jax.protocol.values import EVERY
 from pipar_jax.runtime import exchanges, unit_state
-from pipar_jax.runtime.unit_state import Key, UnitState, Wanted
-from pipar_jax.schedule.plan import Plan
+from pipar_jax.runtime.moves import holders
+from pipar_jax.runtime.unit_state import Key, States, Tensors, UnitState, Wanted
+from pipar_jax.schedule.plan import Plan, is_node
 from pipar_jax.training import optimizer
 
 
@@ -105,3 +107,35 @@ class NodeCopies:
             known = self._optimizers.get((copy, unit))
             found[unit] = Salvaged(unit, self._rounds[unit], None if known is None else known[0])
         return tuple(found.values())
+
+    # --- in a checkpoint ----------------------------------------------------------------------
+
+    def optimizers(self, plan: Plan) -> States:
+        """Returns the copies of optimiser states of what nodes have under a plan."""
+        on_nodes = {
+            (copy, self._names[unit])
+            for (copy, unit), host in holders(plan, len(self._names)).items()
+            if is_node(host)
+        }
+        return {key: one for key, (_, one) in self._optimizers.items() if key in on_nodes}
+
+    def facts(self, plan: Plan) -> JsonObject:
+        """Returns how many rounds the copies contain, JSON-ready; weights are by unit."""
+        keys = self.optimizers(plan)
+        return {
+            "weights": dict(self._rounds),
+            "optimizers": [[*key, self._optimizers[key][0]] for key in keys],
+        }
+
+    def recall(self, facts: Mapping[str, Any], tensors: Tensors) -> None:
+        """Takes up the copies that a checkpoint has; the weights are in the aggregator.
+
+        Args:
+          facts: What ``facts`` returned then.
+          tensors: The arrays of the checkpoint.
+        """
+        self._rounds |= facts["weights"]
+        rounds = {(copy, unit): number for copy, unit, number in facts["optimizers"]}
+        wanted: Wanted = {key: ("opt",) for key in rounds}
+        kept = unit_state.unpack(tensors, wanted)
+        self._optimizers = {key: (rounds[key], one) for key, one in kept.items()}

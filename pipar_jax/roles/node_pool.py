@@ -23,7 +23,8 @@ class NodePool:
     Attributes:
       ready: Names of the nodes that take part, with stages or as spares.
       preparing: Names of those that have joined in the midst of the run and prepare.
-      forgotten: Names of those that are ready, but count as lost in a script that is replayed.
+      forgotten: Names of those that are ready, but whose state counts as lost: in a script that is
+        replayed, or since the checkpoint that the run goes on from has none of it.
 
     Args:
       config: Resolved configuration.

@@ -17,7 +17,7 @@ from pipar_jax.roles.selection import Candidate
 from pipar_jax.schedule.plan import device_name, host_index
 
 #: What of a device a checkpoint holds.
-_KEPT = ("index", "samples", "steps", "fresh", "rounds", "step", "losses")
+_KEPT = ("index", "samples", "steps", "fresh", "rounds", "last", "step", "losses")
 
 
 class Presence(enum.Enum):
@@ -41,6 +41,7 @@ class Registered:
       current: Whether it has the current weights.
       fresh: Whether it begins its next round without an optimiser state from earlier rounds.
       rounds: Number of counted rounds that it took part in.
+      last: How many rounds of the run were over with the last of them.
       step: The next step in its own data; rounds that do not count leave it unchanged.
       since_s: When it joined or left, on the monotonic clock.
       losses: Number of times that it was lost.
@@ -55,6 +56,7 @@ class Registered:
     current: bool = False
     fresh: bool = True
     rounds: int = 0
+    last: int = 0
     step: int = 0
     since_s: float = 0.0
     losses: int = 0
@@ -130,6 +132,7 @@ class Population:
           now_s: The time, on the monotonic clock.
         """
         for row in records:
+            row = {"last": row["rounds"], **row}  # a checkpoint may be of before it was noted
             one = self._by_index.get(row["index"])
             if one is None:
                 known = {key: row[key] for key in _KEPT}
@@ -137,7 +140,7 @@ class Population:
                     **{**known, "fresh": True}, presence=Presence.LOST, since_s=now_s
                 )
                 continue
-            one.rounds, one.step = row["rounds"], row["step"]
+            one.rounds, one.last, one.step = row["rounds"], row["last"], row["step"]
             one.fresh, one.losses = row["fresh"], row["losses"]
 
     def is_ready(self, name: str) -> bool:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 from pipar_jax.errors import ProtocolError
 from pipar_jax.protocol import messages
-from pipar_jax.roles.mail import Member
 from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.replies import Reply, reply
 from pipar_jax.roles.round_attempt import RoundAttempt, merged_turns
@@ -32,16 +31,15 @@ class Relay:
 
     def __init__(self, names: Sequence[str], members: Membership, states: StateExchange) -> None:
         self._names, self._members, self._states = names, members, states
-        # Who gave it back last and still has it; a member that was lost and came back is another.
-        self._holder: Member | None = None
+        self._holder = members.roll(())  # who gave it back last and still has it
         self.client_model: States = {}
 
     def holder(self, now: RoundAttempt) -> int | None:
         """Returns the place that has the client-side model already, if it is the first to go on."""
-        if self._holder is None or not now.spans:
+        if not now.spans:
             return None
         first = now.spans[0].device
-        return first if self._members.by_name.get(now.device(first)) is self._holder else None
+        return first if self._holder.stayed(now.device(first)) else None
 
     def owed(self, now: RoundAttempt, name: str, spans: Sequence[Span]) -> list[Reply]:
         """Returns the parts that a device owes, one for each of its turns."""
@@ -60,7 +58,7 @@ class Relay:
           drop: Removes a place from the round, and says why.
         """
         holder = self.holder(now)
-        self._holder = None
+        self._holder = self._members.roll(())
         while turn := _next_turn(now):
             if turn.device != holder:
                 why = messages.PushState(step=turn.first)
@@ -84,7 +82,7 @@ class Relay:
                     if giver in self._members.by_name:
                         raise
                     continue  # it is lost, and so its turn is undone
-                self._holder = self._members.by_name.get(giver)
+                self._holder = self._members.roll((giver,))
                 now.turns_done.add((turn.device, turn.first))
                 break
             ends_s = now.end.ends_s()

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from pipar_jax.config.membership_script import Attempt, NodeLosses, Out
 from pipar_jax.disk.json_text import JsonObject
-from pipar_jax.roles.mail import Member
+from pipar_jax.roles.mail import Roll
 from pipar_jax.roles.round_end import RoundEnd
 from pipar_jax.runtime.unit_state import States
 from pipar_jax.schedule.actions import Span
@@ -29,7 +29,7 @@ class Committed:
       trained: What they gave when their steps were over.
       start_s: When it began, on the monotonic clock.
       whole: Whether nothing of the round is left to be trained.
-      members: The members behind the hosts' names; whoever comes back under one is another.
+      roll: The hosts but this process's, as they were before the commit.
     """
 
     index: int
@@ -41,7 +41,7 @@ class Committed:
     trained: Mapping[str, States]
     start_s: float
     whole: bool
-    members: Mapping[str, Member]
+    roll: Roll
 
     def seat(self, name: str) -> str:
         """Returns what the plan calls a host: a device after its place."""

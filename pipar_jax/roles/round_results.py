@@ -6,6 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from comms import Encoded, decoded, encoded
+from comms.arrays import Array
 from pipar_jax.aggregation.aggregator import Aggregator, Contribution
 from pipar_jax.config import Config
 from pipar_jax.errors import ProtocolError
@@ -109,6 +111,9 @@ class RoundResults:
         start_s = time.monotonic()
         replicas = self._private.arrive(self._aggregator.params, replicas, devices, done.index)
         self._aggregator.aggregate(replicas)
+        # What was averaged is coded. Without a replica the weights are those that hosts were given
+        # before: coded once more they might become others.
+        mean = self._code_mean(self._config.aggregation.codec if replicas else "raw")
         if broken := self._aggregator.broken_units():
             last = max(span.stop for span in done.spans) - 1
             said = messages.NonFinite("average", None, done.index, last, broken)
@@ -118,14 +123,32 @@ class RoundResults:
         if done.spans:
             action = Action(0, AGGREGATE, ALL, done.spans[0].stop - 1)
             self._host.recorder.add(Timed(action, start_s, time.monotonic()))
-        codec = self._config.aggregation.codec
         owed = end_replies(done.index, traced=self._config.run.trace != "none")
-        for name in (*brought, COORDINATOR):
-            if name != COORDINATOR and not self._stayed(done, name):
-                continue
-            wanted = exchanges.averaged(self._setup.plan, done.seat(name), names)
-            mean = unit_state.known(wanted, self._aggregator)
-            self._states.push(name, mean, messages.PushState(round=done.index), *owed, codec=codec)
+        why = messages.PushState(round=done.index)
+        for name in done.roll:
+            if name in brought:
+                wanted = exchanges.averaged(plan, done.seat(name), names)
+                self._members.send_bundle(name, why, unit_state.chosen(mean, wanted), *owed)
+        here = unit_state.known(exchanges.averaged(plan, COORDINATOR, names), self._aggregator)
+        self._states.push(COORDINATOR, here, why)
+
+    def _code_mean(self, codec: str) -> dict[str, Array | Encoded]:
+        """Returns the global weights of other hosts by name, coded as these hosts get them.
+
+        The global weights are those that hosts hold: the aggregator has from now on what the others
+        read of the code. So all have the same bits: who took part in the average, who is given the
+        weights later, evaluations, checkpoints. What no other host holds stays as it is.
+
+        Args:
+          codec: Name of the codec.
+        """
+        plan, names = self._setup.plan, self._model.unit_names
+        others = (name for name in plan.hosts() if name != COORDINATOR)
+        wanted = exchanges.joined(*(exchanges.averaged(plan, name, names) for name in others))
+        sent = encoded(unit_state.pack(unit_state.known(wanted, self._aggregator)), codec)
+        coded = {name: one for name, one in sent.items() if isinstance(one, Encoded)}
+        unit_state.amend(self._aggregator, unit_state.unpack(decoded(coded), wanted))
+        return sent
 
     def store(self, done: Committed) -> None:
         """Waits until all hosts have stored what a round came to, and tells of it."""
@@ -185,27 +208,19 @@ class RoundResults:
     def count(self, done: Committed) -> None:
         """Notes what each device has trained that counts, and who has the weights of the moment."""
         stops = next_steps(done.spans)
-        here = {
-            host_index(name) for name in done.hosts if is_device(name) and self._stayed(done, name)
-        }
+        here = {host_index(name) for name in done.roll if is_device(name)}
         for place, stop in stops.items():  # in turns also of one that was lost in a later turn
             self._population[done.cohort[place]].step = stop
         for place in done.places:
             one = self._population[done.cohort[place]]
             one.rounds += done.whole
+            one.last = done.index + 1
             one.fresh = one.fresh and one.index not in here
-        # With a lossy codec those that took part in the average hold what it makes of it, and those
-        # that are given the weights anew hold these: after a round that was undone, all do.
-        same = bool(done.places) or self._config.aggregation.codec == "raw"
         for one in self._population:
             if one.index in here:
-                one.current = same
+                one.current = True
             elif done.places:
                 one.current = False
-
-    def _stayed(self, done: Committed, name: str) -> bool:
-        """Returns whether a host is the one that took part, and not one that has come back."""
-        return self._members.by_name.get(name) is done.members[name]
 
     def _gather_sequential(self) -> None:
         """Takes the one copy of every unit: the client-side model as handed back, the rest here."""

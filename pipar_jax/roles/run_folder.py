@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from pipar_jax import config
@@ -92,16 +92,21 @@ class Record:
 
     Args:
       folder: Where events go.
+      unkept: Kinds of events that are not kept.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
-        self._folder = folder
+    def __init__(self, folder: RunFolder, unkept: Collection[str] = ()) -> None:
+        self._folder, self._unkept = folder, frozenset(unkept)
         self._training = False
         self._left_out = 0
         self._first: DiskError | None = None
 
+    def keeps(self, event: Event) -> bool:
+        """Returns whether an event is of a kind that is kept."""
+        return event["event"] not in self._unkept
+
     def add(self, event: Event) -> JsonObject | None:
-        """Keeps an event.
+        """Learns of an event, and keeps it if it is of a kind that is kept.
 
         Returns:
           The event that says that something is not kept from now on, the first time; else None.
@@ -110,6 +115,8 @@ class Record:
           DiskError: It cannot be kept and training has not begun.
         """
         self._training = self._training or event["event"] == "run_started"
+        if not self.keeps(event):
+            return None
         try:
             self._folder.add_event(event)
         except DiskError as error:

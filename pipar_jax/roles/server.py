@@ -47,7 +47,8 @@ from stages import Model
 from stages.personal import personal_names, personal_paths
 from stages.trees import Variables
 
-#: What a run that is resumed has told before.
+#: What is told often, and what a run that is resumed has told before.
+_OFTEN = ("progress", "working")
 _KNOWN = ("listening", "waiting", "device_joined", "node_joined", "prepared", "run_started")
 
 
@@ -99,7 +100,8 @@ def run_server(
     folder = RunFolder(at) if past is None else RunFolder(at, past.rows, past.script)
     folder.save_config(config)
     add_platform(folder.path)
-    record, rows = Record(folder), () if past is None else past.rows
+    rows = () if past is None else past.rows
+    record = Record(folder, (*_OFTEN, *(_KNOWN if rows else ())))
     with Sinks(config.run.sinks, folder.path) as sinks:
         tell = _Teller(record, sinks, stop_rule, on_event, began_s, rows)
         for event in early:
@@ -164,7 +166,6 @@ class _Teller:
         self._on_event, self._lock = on_event, threading.Lock()
         for row in rows:
             stop_rule.add(row, past=True)
-        self._unrecorded = ("progress", "working", *(_KNOWN if rows else ()))  # or told often
         self._began_s = began_s - (rows[-1]["time_s"] if rows else 0.0)
 
     def __call__(self, event: JsonObject) -> None:
@@ -172,11 +173,11 @@ class _Teller:
         with self._lock:
             event = plain({**event, "time_s": time.monotonic() - self._began_s})
             self._stop_rule.add(event)
-            if event["event"] not in self._unrecorded:
-                told = self._record.add(event)
+            told = self._record.add(event)
+            if self._record.keeps(event):
                 self._sinks.write(event)
-                if told is not None:
-                    self._on_event({**told, "time_s": event["time_s"]})
+            if told is not None:
+                self._on_event({**told, "time_s": event["time_s"]})
             self._on_event(event)
 
 

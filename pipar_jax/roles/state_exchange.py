@@ -13,7 +13,7 @@ from pipar_jax.roles.membership import Membership
 from pipar_jax.roles.replies import Reply
 from pipar_jax.runtime import unit_state
 from pipar_jax.runtime.host import Host
-from pipar_jax.runtime.unit_state import Key, States, UnitState, Wanted
+from pipar_jax.runtime.unit_state import Key, States, Tensors, UnitState, Wanted
 from pipar_jax.schedule.plan import long_name
 
 
@@ -84,13 +84,16 @@ class StateExchange:
             sum(mail.message.nbytes for mail in mails.values() if mail.message is not None),
         )
 
+    def are_in(self, tensors: Tensors, wanted: Wanted) -> bool:
+        """Returns whether all arrays of some states are among those that ``pack`` named."""
+        return self._holdings.arrays(wanted).keys() <= tensors.keys()
+
     def push(
         self,
         name: str,
         states: Mapping[Key, UnitState],
         why: messages.PushState,
         *replies: Reply,
-        codec: str = "raw",
     ) -> None:
         """Sends a host its states of some units from now on.
 
@@ -99,7 +102,6 @@ class StateExchange:
           states: The states.
           why: The command, which names their purpose.
           *replies: The replies, where they depend on the plan.
-          codec: The codec of weights in transit.
 
         Raises:
           PeerError: The host is lost.
@@ -107,4 +109,4 @@ class StateExchange:
         if name == self._host.name:
             self._host.push(why, states)
         else:
-            self._members.send_bundle(name, why, unit_state.pack(states), *replies, codec=codec)
+            self._members.send_bundle(name, why, unit_state.pack(states), *replies)

@@ -94,9 +94,8 @@ class Host:
             name, config, self.share, self._thread, self.link_table, self.recorder, reply,
             times=self._times, gate=self._gate, batches=batches, releases=releases,
         )  # fmt: skip
-        self._files = StateFiles(
-            name, state_folders(config.name, config.run, name), self._tell_kept
-        )
+        self._folders = state_folders(config.name, config.run, name)
+        self._files = StateFiles(name, self._folders, self._tell_kept)
         self._ahead = BackgroundCompiler(
             name, self._compile_ahead, self._tell_ahead, self._thread.fail
         )
@@ -159,13 +158,14 @@ class Host:
         """
         self._thread.post(self._keep, tag)
 
-    def restore(self, tag: StateTag) -> None:
+    def restore(self, tag: StateTag, optimizers: bool) -> None:
         """Goes back to states on its own disk; answers ``RestoredState``.
 
         Args:
           tag: What they belong to.
+          optimizers: Whether optimiser states are among them; personal weights always are.
         """
-        self._thread.post(self._restore, tag)
+        self._thread.post(self._restore, tag, optimizers)
 
     def calibrate(self) -> None:
         """Times compiled functions not timed yet, all else idle; answers ``calibrated``."""
@@ -294,23 +294,32 @@ class Host:
         personal = {} if share.personal is None else share.personal.tensors()
         self._files.save(tag, unit_state.pack(unit_state.copied(states)) | personal)
 
-    def _restore(self, tag: StateTag) -> None:
-        share, missing = self.share, None
-        wanted = share.own_states()
+    def _restore(self, tag: StateTag, optimizers: bool) -> None:
+        missing = self._take_up_optimizers(tag) if optimizers else None
+        rounds, personal = None, self.share.personal
+        if personal is not None:
+            kept = [one for folder in self._folders for one in personal.saved(folder)]
+            personal.go_back(tag.rounds, [*kept, *self._files.newest(tag)])
+            personal.give(self.share.replicas.values())
+            rounds = personal.rounds
+        self._files.leave_behind(tag)
+        self._answer(messages.RestoredState(tag.rounds, missing, rounds))
+
+    def _take_up_optimizers(self, tag: StateTag) -> str | None:
+        """Takes up the optimiser states of a tag; returns why they begin fresh, or None."""
+        share, wanted = self.share, self.share.own_states()
+        if not wanted:
+            return None
         try:
-            tensors = self._files.load(tag)
-            if share.personal is not None:
-                share.personal.recall(tensors)
-                share.personal.give(share.replicas.values())
-            kept = unit_state.unpack(tensors, wanted)
+            kept = unit_state.unpack(self._files.load(tag), wanted)
             states = {  # all fit, or all begin fresh
                 key: UnitState(opt=unit_state.fitted(kept[key].opt, own.opt, self.name))
                 for key, own in unit_state.held(wanted, share.replicas, {}).items()
             }
-            unit_state.load(states, share.replicas, {}, self.name)
         except RunError as error:
-            missing = str(error)
-        self._answer(messages.RestoredState(tag.rounds, missing))
+            return str(error)
+        unit_state.load(states, share.replicas, {}, self.name)
+        return None
 
     # --- on other threads of the host -----------------------------------------------------------
 

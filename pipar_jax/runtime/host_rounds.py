@@ -291,7 +291,7 @@ class HostRounds:
     def commit(self, places: frozenset[int]) -> None:
         """Averages what lives together here over the places that count."""
         share = self._share
-        share.leave_out(self._executor.schedule, places)
+        share.leave_out(self._executor.schedule, places, self._round + 1)
         if share.averaging.stages:
             factor = self._times.factor
             self._recorder.add(share.averaging.run(self._executor.schedule, places, factor))
@@ -362,7 +362,7 @@ class HostRounds:
         self._meter.forget(place)
         if self._share.seat == device_name(place):
             self._training, self._back_at = False, None
-            self._share.leave_out(self._executor.schedule, ())
+            self._share.leave_out(self._executor.schedule, (), self._round + 1)
             self._answer(messages.Dropped(self._round))
 
     def halt(self, without: Iterable[int]) -> None:

@@ -29,6 +29,7 @@ class PersonalWeights:
 
     Attributes:
       run: The own name of the run that they belong to, which no other run has.
+      rounds: How many rounds of it were over when they became what they are; 0 at the start.
 
     Args:
       model: The whole model.
@@ -42,12 +43,17 @@ class PersonalWeights:
             unit: {path: np.array(params[unit][path]) for path in sorted(of)}
             for unit, of in paths.items()
         }
-        self._trained = False
-        self.run = ""
+        self._drawn = self._held
+        self.run, self.rounds = "", 0
 
-    def take(self, replicas: Iterable[Replica]) -> None:
-        """Takes over what replicas have trained in a round that counts."""
-        self._trained = True
+    def take(self, replicas: Iterable[Replica], rounds: int) -> None:
+        """Takes over what replicas have trained in a round that counts.
+
+        Args:
+          replicas: The device's replicas.
+          rounds: How many rounds are over with it.
+        """
+        self.rounds = rounds
         params = {unit: arrays for one in replicas for unit, arrays in one.params.items()}
         self._held = {
             unit: {path: np.array(params[unit][path]) for path in held} if unit in params else held
@@ -73,9 +79,14 @@ class PersonalWeights:
             for path, array in held.items()
         }
 
-    def recall(self, tensors: Mapping[str, Array]) -> None:
-        """Takes over what ``tensors`` returned; what does not fit or is not there stays."""
-        self._trained = True
+    def recall(self, tensors: Mapping[str, Array], rounds: int) -> None:
+        """Takes over what ``tensors`` returned; what does not fit or is not there stays.
+
+        Args:
+          tensors: Arrays by name.
+          rounds: How many rounds were over when they became what they are.
+        """
+        self.rounds = rounds
         self._held = {
             unit: {
                 path: fitted if (fitted := tensors.get(f"{_PREFIX}{unit}/{path}")) is not None
@@ -84,6 +95,35 @@ class PersonalWeights:
             }
             for unit, held in self._held.items()
         }  # fmt: skip
+
+    def go_back(self, rounds: int, kept: Iterable[tuple[int, Mapping[str, Array]]]) -> None:
+        """Goes back to the newest weights that are not of a later round, at last to the start's.
+
+        Args:
+          rounds: How many rounds are over.
+          kept: What is on the disk: rounds, and arrays as ``tensors`` returned them.
+        """
+        if self.rounds > rounds:
+            self._held, self.rounds = self._drawn, 0
+        fitting = [one for one in kept if self.rounds < one[0] <= rounds]
+        if fitting:
+            number, tensors = max(fitting, key=lambda one: one[0])
+            self.recall(tensors, number)
+
+    def saved(self, folder: Path) -> list[tuple[int, dict[str, Array]]]:
+        """Returns what ``save`` has written for this run, as ``go_back`` takes it; else nothing.
+
+        Args:
+          folder: The device's own folder in the run's.
+        """
+        path = folder / PERSONAL
+        try:
+            facts, arrays = checkpoint.facts(path), checkpoint.read_tensors(path)
+        except RunError:
+            return []
+        if facts.get("run") != self.run or not isinstance(facts.get("rounds"), int):
+            return []
+        return [(facts["rounds"], {f"{_PREFIX}{name}": one for name, one in arrays.items()})]
 
     def save(self, folder: Path, host: str) -> None:
         """Writes those that were trained as a file that ``pipar_jax.load(run, device=…)`` reads.
@@ -97,13 +137,14 @@ class PersonalWeights:
         Raises:
           DiskError: The file cannot be written.
         """
-        if not self._trained:
+        if not self.rounds:
             return
         path = make_folder(folder) / PERSONAL
         if path.exists() and (other := run_of(path)) != self.run:
             with refused(path):
                 path.rename(path.with_stem(f"{path.stem}-{other or 'unknown'}"))
-        checkpoint.save(path, self._held, {}, {"host": host, "run": self.run})
+        facts = {"host": host, "run": self.run, "rounds": self.rounds}
+        checkpoint.save(path, self._held, {}, facts)
 
 
 def run_of(path: Path) -> str | None:

@@ -142,17 +142,21 @@ class Share:
         self._expect()
         self._weigh()
 
-    def leave_out(self, schedule: RoundSchedule, places: Collection[int]) -> None:
+    def leave_out(self, schedule: RoundSchedule, places: Collection[int], rounds: int) -> None:
         """Undoes what places that do not count have trained here.
 
         Args:
           schedule: The round that is over.
           places: The places that count.
+          rounds: How many rounds are over with it.
         """
         undo.leave_out(self.replicas, schedule, places)
-        if self.personal is not None:
-            counts = host_index(self.seat) in places
-            (self.personal.take if counts else self.personal.give)(self.replicas.values())
+        if self.personal is None:
+            return
+        if host_index(self.seat) in places:
+            self.personal.take(self.replicas.values(), rounds)
+        else:
+            self.personal.give(self.replicas.values())
 
     def own_states(self) -> Wanted:
         """Returns what this host alone keeps on its disk, in addition to personal weights."""

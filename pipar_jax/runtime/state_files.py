@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import queue
 import re
 import threading
@@ -89,6 +90,25 @@ class StateFiles:
             f"{self._folders[0]}: {reason}"
         )
 
+    def newest(self, tag: StateTag) -> list[tuple[int, Tensors]]:
+        """Returns the newest states of a run that can be read, and their rounds; at most one.
+
+        Args:
+          tag: The run, and the most rounds that they may be of.
+        """
+        there = {rounds for folder in self._folders for rounds, _ in _own(folder, tag.run)}
+        for rounds in sorted(there, reverse=True):
+            if rounds <= tag.rounds:
+                with contextlib.suppress(RunError):
+                    return [(rounds, self.load(tag._replace(rounds=rounds)))]
+        return []
+
+    def leave_behind(self, tag: StateTag) -> None:
+        """Removes the states of a run that are of no use after a tag: see ``_outdated``."""
+        for path in _outdated(self._folders[0], tag):
+            with contextlib.suppress(OSError):  # it only takes room
+                path.unlink()
+
     def close(self) -> None:
         """Waits for what is being written, and ends the thread."""
         if self._thread is not None:
@@ -113,17 +133,24 @@ class StateFiles:
         path = folder / f"{tag.run}-{tag.rounds}.safetensors"
         arrays = {name: np.asarray(one, order="C") for name, one in tensors.items()}
         write_tensors(path, arrays, {"pipar_jax": said})
-        for old in _superseded(folder, tag):
-            with contextlib.suppress(OSError):  # it only takes room
-                old.unlink()
+        self.leave_behind(tag)
 
 
-def _superseded(folder: Path, tag: StateTag) -> list[Path]:
-    """Returns the states of a run that two newer ones have superseded, and of a run gone back."""
-    own: list[tuple[int, Path]] = []
-    for path in folder.iterdir():
-        found = _NAME.fullmatch(path.name)
-        if found is not None and found[1] == tag.run:
-            own.append((int(found[2]), path))
-    older = sorted(one for one in own if one[0] <= tag.rounds)
-    return [path for _, path in older[:-KEPT]]
+def _own(folder: Path, run: str) -> list[tuple[int, Path]]:
+    """Returns the files of states of a run in a folder, and their rounds."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:  # nothing was written there
+        return []
+    found = [match for name in names if (match := _NAME.fullmatch(name)) and match[1] == run]
+    return [(int(match[2]), folder / match[0]) for match in found]
+
+
+def _outdated(folder: Path, tag: StateTag) -> list[Path]:
+    """Returns the states of a run that two newer ones have superseded, and those of later rounds.
+
+    These are of a past that the run does not know any more, since it has gone back.
+    """
+    own = sorted(_own(folder, tag.run))
+    older = [path for rounds, path in own if rounds <= tag.rounds]
+    return [*older[:-KEPT], *(path for rounds, path in own if rounds > tag.rounds)]

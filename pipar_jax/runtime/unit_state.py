@@ -9,7 +9,7 @@ tensors, or within a process as it is.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -27,6 +27,7 @@ Key = tuple[int, str]
 Wanted = dict[Key, tuple[Part, ...]]
 #: Arrays by name, as a bundle carries them.
 Tensors = dict[str, Array]
+T = TypeVar("T")
 
 
 class UnitState(NamedTuple):
@@ -86,6 +87,12 @@ def unpack(tensors: Mapping[str, Array], wanted: Mapping[Key, Collection[Part]])
         (copy, unit): UnitState(**{part: groups.get((str(copy), part, unit), {}) for part in parts})
         for (copy, unit), parts in wanted.items()
     }
+
+
+def chosen(tensors: Mapping[str, T], wanted: Mapping[Key, Collection[Part]]) -> dict[str, T]:
+    """Returns those of the wanted states among arrays that ``pack`` named, by the same names."""
+    groups = {(str(copy), part, unit) for (copy, unit), parts in wanted.items() for part in parts}
+    return {name: one for name, one in tensors.items() if tuple(name.split("/", 3)[:3]) in groups}
 
 
 def held(
@@ -187,6 +194,19 @@ def take(aggregator: Aggregator, states: Mapping[Key, UnitState], where: str) ->
         if one.rule is not None:
             like = aggregator.rule_state[unit]
             aggregator.rule_state[unit] = fitted(one.rule, like, f"{where}: average of {unit!r}")
+
+
+def amend(aggregator: Aggregator, states: Mapping[Key, UnitState]) -> None:
+    """Replaces the arrays that are given of what an aggregator knows; the others stay.
+
+    Args:
+      aggregator: Who averages these units.
+      states: Some of the weights and batch statistics of some units.
+    """
+    for (_, unit), one in states.items():
+        for held, given in ((aggregator.params, one.params), (aggregator.state, one.state)):
+            if given:
+                held[unit] = {**held[unit], **jax.device_put(dict(given))}
 
 
 def merged(some: Iterable[Mapping[Key, UnitState]]) -> States:

@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from comms import CodecError, Encoded, Role, Tag, codec_names, parse_codec, register
+from comms import (
+    CodecError,
+    Encoded,
+    Role,
+    Tag,
+    codec_names,
+    decoded,
+    encoded,
+    parse_codec,
+    register,
+)
 from comms.codecs.cast import FLOATS
 
 LOSSY = [name for name in codec_names() if name != "raw"]
@@ -142,6 +152,31 @@ def test_coded_tensors_and_bundles_cross_a_link(workshop, name):
     assert tensors["count"] == 3
     assert pair.up.stats().raw_out_bytes == 2 * array.nbytes
     assert pair.up.stats().payload_out_bytes == 2 * payload.nbytes
+
+
+@pytest.mark.parametrize("name", [*codec_names(), "int8:64", "bits:6s17", "bits:lossless"])
+def test_a_bundle_that_was_coded_before_is_that_which_a_link_codes(workshop, name):
+    """Its receiver reads what its sender has read of it: a codec need not be idempotent."""
+    pair, rng = workshop.pair(), np.random.default_rng(3)
+    arrays = {
+        "wide": rng.normal(size=(9, 31)).T,
+        "narrow": rng.normal(size=(3, 5)).astype(ml_dtypes.bfloat16),
+        "swapped": rng.normal(size=7).astype(">f4"),
+        "none": np.zeros((0, 2), np.float32),
+        "count": np.arange(5),
+        "flag": np.array(True),
+    }
+    coded = encoded(arrays, name)
+    assert {one for one in arrays if isinstance(coded[one], Encoded)} == (
+        set() if name == "raw" else {"wide", "narrow", "swapped", "none"}
+    )
+    pair.down.send_bundle("w", arrays, {}, codec=name)
+    pair.down.send_bundle("w", coded, {})
+    first, second = pair.at_client.take(), pair.at_client.take()
+    for one, array in decoded(coded).items():
+        np.testing.assert_array_equal(first.payloads[one].data, second.payloads[one].data)
+        np.testing.assert_array_equal(first.tensors[one], array)
+        np.testing.assert_array_equal(second.tensors[one], array)
 
 
 def test_coded_and_raw_tensors_keep_their_order(workshop):

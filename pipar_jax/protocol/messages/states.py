@@ -50,7 +50,7 @@ class PushedState(ControlMessage):
 
 @message("keep", Sender.COORDINATOR)
 class KeepState(ControlMessage):
-    """A host writes its optimiser states to its own disk; answered by ``KeptState``.
+    """A host writes its own states to its own disk; answered by ``KeptState``.
 
     Attributes:
       run: The run's own name, which no other run has.
@@ -63,7 +63,7 @@ class KeepState(ControlMessage):
 
 @message("kept", Sender.HOST)
 class KeptState(ControlMessage):
-    """A host's optimiser states are on its disk, or why they are not."""
+    """A host's own states are on its disk, or why they are not."""
 
     rounds: Count
     reason: Annotated[str | None, Maybe(Prose())]
@@ -71,15 +71,30 @@ class KeptState(ControlMessage):
 
 @message("restore", Sender.COORDINATOR)
 class RestoreState(ControlMessage):
-    """A host goes back to its optimiser states on its own disk; answered by ``RestoredState``."""
+    """A host goes back to its states on its own disk; answered by ``RestoredState``.
+
+    Attributes:
+      run: The run's own name, which no other run has.
+      rounds: Rounds that are over. Personal weights are the newest that are not of a later one.
+      optimizers: Whether optimiser states, of exactly then, are taken up as well.
+    """
 
     run: RunName
     rounds: Count
+    optimizers: Annotated[bool, Truth()]
 
 
 @message("restored", Sender.HOST)
 class RestoredState(ControlMessage):
-    """A host has its optimiser states back, or why they begin fresh."""
+    """A host has its states back.
+
+    Attributes:
+      rounds: Rounds that are over.
+      missing: Why its optimiser states, if it was to take them up, begin fresh; else None.
+      personal: How many rounds were over when its personal weights became what they are, 0 for
+        those of the start; None if it has none.
+    """
 
     rounds: Count
     missing: Annotated[str | None, Maybe(Prose())]
+    personal: Annotated[int | None, Maybe(Whole())]

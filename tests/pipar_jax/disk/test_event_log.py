@@ -55,11 +55,15 @@ def test_two_runs_do_not_share_a_file(tmp_path: Path) -> None:
     assert len(read_events(tmp_path / "run" / "metrics.jsonl")) == 1
 
 
-def test_before_training_a_full_disk_ends_the_run_and_later_it_is_told_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unkept", [(), ("run_started",)], ids=["a new run", "a resumed one"])
+def test_before_training_a_full_disk_ends_the_run_and_later_it_is_told_once(
+    tmp_path: Path, unkept: tuple[str, ...]
+) -> None:
+    """A run that is resumed has kept before that it begins to train, and it begins all the same."""
     folder = RunFolder(tmp_path / "run")
-    record = Record(folder)
+    record = Record(folder, unkept)
     with file_limit(0), pytest.raises(DiskError):
-        record.add({"event": "waiting"})
+        record.add({"event": "evaluated"})
     assert record.add({"event": "run_started"}) is None
     with file_limit(0):
         told = record.add({"event": "round_finished"})
@@ -69,5 +73,6 @@ def test_before_training_a_full_disk_ends_the_run_and_later_it_is_told_once(tmp_
     assert record.add({"event": "evaluated"}) is None  # there is space again
     with pytest.raises(DiskError, match=r"weights.safetensors is saved, but 2 rows of metrics"):
         record.check()
-    assert [one["event"] for one in read_events(folder.path / "metrics.jsonl")] == [
-        "run_started", "evaluated"]  # fmt: skip
+    begun = [] if unkept else ["run_started"]
+    rows = read_events(folder.path / "metrics.jsonl")
+    assert [one["event"] for one in rows] == [*begun, "evaluated"]

@@ -11,8 +11,8 @@ from tests.sources import ROOT, modules
 
 FIELDS = {
     "address": "127.0.0.1 port 5", "device": 1, "error": "it broke", "host": "d1",
-    "personal": False, "plan": "device", "reason": "the disk is full", "round": 4,
-    "rounds": 4, "step": 2, "untold": 3,
+    "optimizer": True, "personal": False, "plan": "device", "reason": "the disk is full",
+    "round": 4, "rounds": 4, "step": 2, "untold": 3,
 }  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def test_every_event_with_a_reason_has_a_line() -> None:
     [
         ("run_resumed", "goes on from the checkpoint after round 4"),
         ("checkpoint_failed", "continues without a checkpoint after round 4: the disk is full"),
-        ("state_lost", "device 1 begins with a fresh optimiser state: the disk is full"),
+        ("state_lost", "device 1 goes on with a fresh optimiser state: the disk is full"),
         ("stopped", "stops after round 5: the disk is full"),
         ("refused", "device 1 was refused: the disk is full (3 more were refused)"),
     ],
@@ -56,9 +56,16 @@ def test_a_line_counts_rounds_from_1_and_names_the_host(name: str, says: str) ->
     assert says in LINES[name](FIELDS)
 
 
-def test_a_lost_state_with_personal_weights_says_so() -> None:
-    line = LINES["state_lost"](FIELDS | {"personal": True})
-    assert "a fresh optimiser state and fresh personal weights: the disk is full" in line
+@pytest.mark.parametrize("optimizer", [True, False])
+def test_a_lost_state_with_personal_weights_says_so(optimizer: bool) -> None:
+    line = LINES["state_lost"](FIELDS | {"personal": True, "optimizer": optimizer})
+    fresh = "a fresh optimiser state and " if optimizer else ""
+    assert f"goes on with {fresh}older personal weights: the disk is full" in line
+
+
+def test_removed_checkpoints_are_named() -> None:
+    line = LINES["checkpoints_removed"]({"rounds": [20, 30], "back_to": 10})
+    assert "after rounds 20, 30 are removed" in line and "that after round 10" in line
 
 
 def test_a_stranger_is_named_by_its_address() -> None:

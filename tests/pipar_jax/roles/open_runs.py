@@ -60,6 +60,7 @@ class OpenRun:
         self._stops: dict[int, threading.Event] = {}
         self._threads: list[threading.Thread] = []
         self._nodes: dict[int, threading.Thread] = {}
+        self._devices: dict[int, threading.Thread] = {}
         self._address: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._where: Any = None
         self._stop = threading.Event()
@@ -87,12 +88,17 @@ class OpenRun:
         """Starts a device, or starts it again."""
         stop = self._stops[index] = threading.Event()
         thread = threading.Thread(target=self._take_part, args=(index, stop))
+        self._devices[index] = thread
         self._threads.append(thread)
         thread.start()
 
     def end(self, index: int) -> None:
         """Ends a device in whatever it does."""
         self._stops[index].set()
+
+    def await_end(self, index: int) -> None:
+        """Waits until a device that was told to end has ended, with all that it writes."""
+        self._devices[index].join(60)
 
     def start_node(self, node: int) -> None:
         """Starts a compute node, or starts it again."""

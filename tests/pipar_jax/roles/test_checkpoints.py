@@ -26,6 +26,7 @@ from pipar_jax.roles.admission import Identity
 from pipar_jax.roles.checkpoint_store import CheckpointStore, read_newest
 from pipar_jax.roles.past import rows_until
 from pipar_jax.roles.population import Population, Presence
+from pipar_jax.roles.run_folder import RunFolder
 from pipar_jax.roles.stop_rule import StopRule
 from pipar_jax.training import checkpoint
 from tests.pipar_jax.runtime import support
@@ -139,10 +140,16 @@ def test_devices_that_a_checkpoint_knows_are_taken_up():
     for index in range(2):
         before.join(Identity(f"d{index}", 14, 2), 0.0)
         before[index].rounds, before[index].step, before[index].fresh = 3, 6, False
+        before[index].last = 4
     after.join(Identity("d1", 14, 2), 5.0)
     after.recall(before.records(), 5.0)
     assert (after[0].presence, after[0].fresh, after[0].step) == (Presence.LOST, True, 6)
     assert (after[1].presence, after[1].fresh, after[1].rounds) == (Presence.PRESENT, False, 3)
+    assert [one.last for one in after] == [4, 4]
+    rows = [{k: v for k, v in row.items() if k != "last"} for row in before.records()]
+    older = Population()
+    older.recall(rows, 5.0)  # of before it was noted
+    assert [one.last for one in older] == [3, 3]
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +201,27 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(double, kept, tmp_path):
     assert [e["rounds"] for e in events if e["event"] == "run_resumed"] == [1]
     assert rounds_of(run) == [0, 1, 2]
     assert_equal(run, whole)
+    assert rounds_kept(run.folder) == [1, 2, 3]  # the torn one has given way, too
+    assert read_newest(run.folder, 2, lambda *_: None).rounds == 2
+
+
+def test_a_run_that_goes_back_leaves_later_checkpoints_behind(double, kept, tmp_path):
+    """Else it would write none before it is past them, and who resumes would get the old ones."""
+    made = again(kept, tmp_path)
+    made.run.resume = str(tmp_path / "run" / CHECKPOINTS / "1")
+    made.checkpoint.device_state = "device"
+    data = list(support.datasets(SAMPLES))
+    with pytest.raises(ConfigError, match="fingerprint"):
+        api.run_here(api.resolve(made), data=[data[1], *data[1:]], on_event=lambda event: None)
+    assert rounds_kept(tmp_path / "run") == [1, 2]  # such a run has not begun
+    events = []
+    run = support.trained(made, SAMPLES, None, events)
+    told = {kind: [e["rounds"] for e in events if e["event"] == kind]
+            for kind in ("checkpoints_removed", "checkpoint", "checkpoint_failed")}  # fmt: skip
+    assert told == {"checkpoints_removed": [[2]], "checkpoint": [2, 3], "checkpoint_failed": []}
+    assert rounds_kept(run.folder) == [1, 2, 3]
+    assert_equal(run, support.trained(setting(tmp_path / "whole", "pipar"), SAMPLES))
+    assert rounds_of(support.trained(resumed(made, 4), SAMPLES)) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -265,6 +293,45 @@ def test_a_store_keeps_the_newest_and_the_best(tmp_path):
     assert found.tensors["-2/params/a/none"].shape == (0, 2)
     with pytest.raises(DiskError, match=r"cannot hold checkpoint\.keep=2"):
         store.check_space(1 << 60)
+
+
+def test_a_checkpoint_that_orbax_does_not_write_is_an_error(tmp_path):
+    arrays = {"-2/params/a/w": np.zeros(3)}
+    store = CheckpointStore(tmp_path, CheckpointConfig())
+    store.save(5, arrays, {"config": {}}, None)
+    store.wait()
+    with pytest.raises(DiskError, match="there is one of a later round than 4 already"):
+        store.save(4, arrays, {"config": {}}, None)
+    store.close()
+    store = CheckpointStore(tmp_path, CheckpointConfig())
+    assert store.leave_behind(3) == [5] and store.leave_behind(3) == []
+    store.save(4, arrays, {"config": {}}, None)
+    store.close()
+    assert rounds_kept(tmp_path) == [4]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["a new run", "a resumed one"])
+def test_a_disk_that_is_full_in_training_costs_the_run_its_events_alone(
+    double, tmp_path, monkeypatch, again
+):
+    made = setting(tmp_path, "fl", epochs=2, every_rounds=1)
+    if again:
+        made.epochs = 1
+        support.trained(made, SAMPLES)
+        made = resumed(made, 2)
+    add, events = RunFolder.add_event, []
+
+    def refuse(self, event):
+        if event["event"] == "round_finished":
+            raise DiskError("no space left")
+        add(self, event)
+
+    monkeypatch.setattr(RunFolder, "add_event", refuse)
+    with pytest.raises(DiskError, match=r"the run is over and .* is saved, but . rows of metrics"):
+        support.trained(made, SAMPLES, None, events)
+    assert [e["event"] for e in events if e["event"] in ("not_kept", "run_finished")] == [
+        "not_kept", "run_finished"
+    ]  # fmt: skip
 
 
 def test_events_after_the_checkpoint_are_left_out():

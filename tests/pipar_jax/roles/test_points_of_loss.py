@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from comms import codec_names
 from tests.patience import PATIENCE_S
 from tests.pipar_jax.roles.open_runs import (
     OpenRun,
@@ -139,7 +140,10 @@ def test_a_round_that_is_undone_twice_costs_no_optimiser_its_state(tmp_path, poi
     assert equal(run.weights(), undisturbed)
 
 
-@pytest.mark.parametrize("codec", ["raw", "int8:64"])
+@pytest.mark.parametrize("codec", [
+    pytest.param(name, marks=[] if name in ("raw", "int4") else [pytest.mark.soak])
+    for name in codec_names()
+])  # fmt: skip
 def test_a_run_with_a_round_that_was_undone_is_replayed(tmp_path, points, codec):
     """Also where weights are sent by a codec: all begin anew from the same."""
     made = config(tmp_path, "fl", rounds=3, quorum=3, below="repeat", wait_s=PATIENCE_S)

@@ -288,7 +288,8 @@ def test_a_file_of_another_run_is_kept_and_its_weights_are_refused(double, tmp_p
     files = [run.folder / HOST_STATES / "d0" / PERSONAL for run in runs]
     kept = files[0].read_bytes()
     later = PersonalWeights(as_trained(setting(tmp_path, "fl"), support.chain()), 0)
-    later.recall({f"personal/{name}": array for name, array in read_tensors(files[1]).items()})
+    trained = {f"personal/{name}": array for name, array in read_tensors(files[1]).items()}
+    later.recall(trained, 1)
     later.run = run_of(files[1])
     later.save(files[0].parent, "d0")
     assert read_tensors(files[0]).keys() == read_tensors(files[1]).keys()
